@@ -1,0 +1,169 @@
+"""The command line: `dinfer run | plan | verify | bench`. It parses, calls, and turns errors into one message and a status.
+
+Every parameter of Config is a flag of `dinfer run` with the same name.
+"""
+
+import inspect
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from dinfer.config import Config, ConfigError, read_toml
+from dinfer.model.errors import ModelError
+from dinfer.plan.ops import PlanError
+from dinfer.plan.partition import partition
+from dinfer.plan.plan import Plan, parse_plan
+from dinfer.plan.schedule import build
+from dinfer.plan.verify import Counterexample, Proof, verify as verify_plan
+
+app = typer.Typer(
+    name="dinfer",
+    help="An interactive debugger for distributed LLM inference.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+def _stop(message: object, status: int) -> NoReturn:
+    print(f"dinfer: {message}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+def run(**given: Any) -> None:
+    """Generate from a checkpoint on several ranks of this machine, which it starts itself."""
+    from dinfer.session.fleet import RankFailed
+    from dinfer.session.job import prepare
+    from dinfer.session.processes import interrupt_as_error
+    from dinfer.session.result import write_json
+    from dinfer.session.runner import run as run_job
+
+    values = {name: value for name, value in given.items() if value is not None}
+    json_path, trace_path, toml = (values.pop(name, None) for name in ("json", "trace", "config"))
+    try:
+        job = prepare(Config.of({**(read_toml(toml) if toml else {}), **values}))
+    except (ConfigError, ModelError, PlanError) as error:
+        _stop(error, BAD_INPUT)
+    interrupt_as_error()
+    try:
+        result = run_job(job, trace_path or Path(job.config.log_dir) / "trace.jsonl")
+        if json_path:
+            write_json(result, json_path)
+    except RankFailed as error:
+        _stop(error, FAILED)
+    except KeyboardInterrupt:
+        _stop("interrupted; all ranks were ended.", INTERRUPTED)
+    except (OSError, RuntimeError) as error:
+        _stop(error, FAILED)
+
+
+def _run_signature() -> inspect.Signature:
+    """Options for `run`: one for each parameter of Config, as text, since Config converts and judges it itself."""
+    options = [
+        _option("config", "a TOML file with any of these parameters; flags win over it", str, "--config"),
+        _option("json", "write the result to this file as JSON", str, "--json"),
+        _option("trace", "write the trace to this file [default: trace.jsonl in log_dir]", str, "--trace"),
+    ]
+    for item in fields(Config):
+        flag = "--" + item.name.replace("_", "-")
+        flags = [flag, "--model"] if item.name == "model_path" else [flag]
+        if isinstance(item.default, bool):
+            flags = [f"{flag}/--no-{flag[2:]}"]
+        shown = ",".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
+        text = item.metadata["help"] + (f" [default: {shown}]" if shown not in ("", False) else "")
+        options.append(_option(item.name, text, bool if isinstance(item.default, bool) else str, *flags))
+    return inspect.Signature(options)
+
+
+def _option(name: str, text: str, kind: type, *flags: str) -> inspect.Parameter:
+    annotation = Annotated[kind | None, typer.Option(*flags, help=text, show_default=False)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+run.__signature__ = _run_signature()  # type: ignore[attr-defined]
+run.__annotations__ = {p.name: p.annotation for p in _run_signature().parameters.values()}
+app.command()(run)
+
+
+@app.command()
+def plan(
+    layers: Annotated[int, typer.Option(help="decoder layers of the model")],
+    tokens: Annotated[int, typer.Option(help="length of the prompt")],
+    world_size: Annotated[int, typer.Option(help="number of ranks")] = 3,
+    chunk_size: Annotated[int, typer.Option(help="tokens per chunk")] = 128,
+    sync_strategy: Annotated[str, typer.Option(help="pairwise or ring")] = "pairwise",
+    schedule: Annotated[str, typer.Option(help="pipelined, lockstep or batched")] = "pipelined",
+    layer_split: Annotated[str, typer.Option(help="first layer of every stage but the first, such as 14,28")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Print every rank's lanes, one op a line, and the proof. Status 0: proved; 1: refuted; 2: no such plan."""
+    try:
+        config = Config.of(
+            {
+                "world_size": world_size,
+                "chunk_size": chunk_size,
+                "sync_strategy": sync_strategy,
+                "schedule": schedule,
+                "layer_split": layer_split,
+            }
+        )
+        shape = partition(
+            layers=layers,
+            tokens=tokens,
+            world_size=config.world_size,
+            chunk_size=config.chunk_size,
+            layer_split=config.layer_split or None,
+        )
+    except (ConfigError, PlanError) as error:
+        _stop(error, BAD_INPUT)
+    built = build(shape, config.schedule, config.sync_strategy)
+    verdict = verify_plan(built)
+    if as_json:
+        _print_json(built, verdict)
+    else:
+        comment = "\n".join(f"# {line}" for line in str(verdict).splitlines())
+        print(f"{built.text()}{comment}")
+    raise typer.Exit(0 if verdict.proved else 1)
+
+
+@app.command()
+def verify(
+    file: Annotated[str, typer.Argument(help="a plan's text, as `dinfer plan` prints it; - reads standard input")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Prove a plan, or print the shortest counterexample. Status 0: proved; 1: refuted; 2: not a plan."""
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        parsed = parse_plan(text)
+    except (OSError, UnicodeDecodeError, PlanError) as error:
+        _stop(error, BAD_INPUT)
+    verdict = verify_plan(parsed)
+    if as_json:
+        _print_json(parsed, verdict)
+    else:
+        print(verdict)
+    raise typer.Exit(0 if verdict.proved else 1)
+
+
+def _print_json(given: Plan, verdict: Proof | Counterexample) -> None:
+    lanes = [[{"lane": lane.name, "ops": [str(op) for op in lane.ops]} for lane in rank] for rank in given.lanes]
+    found = {"proved": verdict.proved, "verdict": str(verdict)}
+    if isinstance(verdict, Counterexample):
+        found |= {"flaw": verdict.flaw, "sends": verdict.sends, "steps": list(verdict.steps)}
+        found["places"] = [{"rank": p.rank, "lane": given.lanes[p.rank][p.lane].name, "index": p.index} for p in verdict.places]
+    print(json.dumps({**found, "id": f"{given.id:016x}", "ranks": lanes}, ensure_ascii=False, indent=1))
+
+
+def main() -> None:
+    """The `dinfer` script. A flag that does not exist is answered with the nearest one that does."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Comm: how ranks exchange messages. The only user of torch.distributed.
+
+A message is a header and, mostly, a payload; messages of one channel arrive in the order in which they are sent. Nothing
+here knows ops or plans.
+"""
+
+import contextlib
+import os
+from datetime import timedelta
+from time import monotonic_ns
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dinfer.engine.transfer import HEADER_BYTES
+from dinfer.plan.graph import Channel
+
+
+class CommError(RuntimeError):
+    """A message could not be sent or received: mostly because the peer is gone, so seldom the cause of a failure."""
+
+
+class Comm(Protocol):
+    """What the engine needs of a transport. Each channel end is used by one thread at a time."""
+
+    rank: int
+    world_size: int
+
+    def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:
+        """Send; returns when the peer was there to receive (monotonic ns)."""
+
+    def recv_header(self, channel: Channel) -> bytes:
+        """The next header; returns once its sender was there."""
+
+    def recv_payload(self, channel: Channel, out: Tensor) -> None:
+        """The payload announced by the last header, into a contiguous tensor of exactly its size."""
+
+    def all_gather(self, data: bytes) -> list[bytes]:
+        """Every rank's `data`, by rank. All ranks must call it, from one thread each, with equally many bytes."""
+
+    def close(self) -> None:
+        """Give up all connections. Blocked calls of other threads need not return."""
+
+
+class GlooComm:
+    """Ranks as processes, on gloo. Hidden states, KV and control have groups of their own: a small message never waits
+    behind a large one of another kind."""
+
+    def __init__(self, rank: int, world_size: int, store: dist.Store, start_timeout: float) -> None:
+        """Raises CommError where the ranks do not find one another within `start_timeout` seconds."""
+        self.rank, self.world_size = rank, world_size
+        try:
+            dist.init_process_group(
+                "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=start_timeout)
+            )
+            # A blocked wait must outlast any pause of a debugger; the watch for progress is kept elsewhere.
+            groups = [dist.new_group(timeout=timedelta(days=7)) for _ in range(3)]
+        except (RuntimeError, ValueError) as error:
+            raise CommError(f"rank {rank} could not meet the other ranks: {error}") from error
+        self._groups = {"hidden": groups[0], "kv": groups[1]}
+        self._control = groups[2]
+
+    def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:
+        group = self._groups[channel.communicator]
+        try:
+            works = [dist.isend(_tensor(header), group=group, group_dst=channel.target)]
+            if payload is not None:
+                works.append(dist.isend(_bytes_of(payload), group=group, group_dst=channel.target))
+            _wait(works[0])
+            met = monotonic_ns()
+            for work in works[1:]:
+                _wait(work)
+        except RuntimeError as error:
+            raise CommError(f"sending to rank {channel.target} failed: {error}") from error
+        return met
+
+    def recv_header(self, channel: Channel) -> bytes:
+        header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+        self._recv(channel, header)
+        return header.numpy().tobytes()
+
+    def recv_payload(self, channel: Channel, out: Tensor) -> None:
+        self._recv(channel, _bytes_of(out))
+
+    def all_gather(self, data: bytes) -> list[bytes]:
+        gathered = [torch.empty(len(data), dtype=torch.uint8) for _ in range(self.world_size)]
+        try:
+            dist.all_gather(gathered, _tensor(data), group=self._control)
+        except RuntimeError as error:
+            raise CommError(f"gathering from all ranks failed: {error}") from error
+        return [part.numpy().tobytes() for part in gathered]
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _recv(self, channel: Channel, out: Tensor) -> None:
+        try:
+            _wait(dist.irecv(out, group=self._groups[channel.communicator], group_src=channel.source))
+        except RuntimeError as error:
+            raise CommError(f"receiving from rank {channel.source} failed: {error}") from error
+
+
+def open_store(address: str, port: int) -> tuple[dist.Store, int]:
+    """A store at which the ranks meet, held by this process, and its port. Port 0, or one in use: a free one is taken."""
+    _prefer_loopback(address)
+    for attempt in (port, 0):
+        with contextlib.suppress(dist.DistNetworkError):
+            store = dist.TCPStore(address, attempt, is_master=True, wait_for_workers=False)
+            return store, store.port
+    raise CommError(f"no port can be opened at {address!r}: master_addr must be an address of this machine.")
+
+
+def join_store(address: str, port: int, timeout: float) -> dist.Store:
+    """The store that rank 0 holds. Raises CommError."""
+    _prefer_loopback(address)
+    try:
+        return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout))
+    except dist.DistError as error:
+        raise CommError(f"rank 0 cannot be reached at {address}:{port}: {error}") from error
+
+
+def _prefer_loopback(address: str) -> None:
+    """Ranks that meet on loopback talk over it, whatever the host's name resolves to."""
+    if address in ("127.0.0.1", "localhost"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if os.path.isdir("/sys/class/net/lo") else "lo0")
+
+
+def _wait(work: dist.Work | None) -> None:
+    if work is None:
+        raise CommError("this rank is not part of the group that it communicates in")
+    work.wait()
+
+
+def _tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The tensor's memory as bytes, without a copy: one code path for every dtype."""
+    return tensor.view(-1).view(torch.uint8)
+

@@ -1,0 +1,121 @@
+"""Control: a rank's end of the line to its session, through the watcher beside it.
+
+A thread takes commands (limits, freeze, release, rewind) and answers each; reports go out in order. The rank's main thread
+may be busy meanwhile.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from dinfer.engine.board import Board, Stand, anonymous_file, map_file
+from dinfer.engine.executor import Executor
+from dinfer.engine.watcher import MEMORY_BYTES, RECORDER_BYTES
+from dinfer.plan.graph import Channel
+
+Message = dict[str, Any]
+
+
+class Control:
+    """Starts the watcher. `link` says whom to publish to: rank, endpoint, keys, launcher (a process id)."""
+
+    def __init__(self, link: Message) -> None:
+        descriptor = anonymous_file(MEMORY_BYTES)
+        self._memory = map_file(descriptor, MEMORY_BYTES)
+        self.board = Board(self._memory)
+        self._socket, theirs = socket.socketpair()
+        self._lock = threading.Lock()
+        self._executor: Executor | None = None
+        self._commands: dict[str, Callable[[Executor, Message], Message]] = dict(_COMMANDS)
+        self._met = threading.Event()
+        self.meeting: Message = {}
+        command = [sys.executable, "-m", "dinfer.engine.watcher", str(descriptor), str(theirs.fileno())]
+        self.watcher = subprocess.Popen(command, pass_fds=(descriptor, theirs.fileno()), stdin=subprocess.DEVNULL)
+        theirs.close()
+        os.close(descriptor)
+        self._socket.sendall(json.dumps(link).encode() + b"\n")
+        threading.Thread(target=self._listen, name="control", daemon=True).start()
+
+    @property
+    def recorder_memory(self) -> memoryview:
+        return self._memory[len(self._memory) - RECORDER_BYTES :]
+
+    def report(self, kind: str, **fields: Any) -> None:
+        """Tell the session something; returns once it is on its way."""
+        line = json.dumps({"type": kind, **fields}, ensure_ascii=False).encode() + b"\n"
+        with self._lock:
+            self._socket.sendall(line)
+
+    def attach(self, executor: Executor, lanes: tuple[str, ...]) -> None:
+        """Let commands move this executor; `lanes` are its recorder's."""
+        self.report("lanes", lanes=list(lanes))
+        self._executor = executor
+
+    def meet(self, timeout: float) -> Message:
+        """Where the session says that the ranks meet. Raises TimeoutError."""
+        if not self._met.wait(timeout):
+            raise TimeoutError(f"rank 0 has not opened a place to meet within {timeout:g} s")
+        return self.meeting
+
+    def close(self) -> None:
+        """End the line; the watcher publishes what is left and ends by itself."""
+        self._socket.shutdown(socket.SHUT_WR)
+        self.watcher.wait(10)
+
+    def _listen(self) -> None:
+        with self._socket.makefile("rb") as lines:
+            for line in lines:
+                command = json.loads(line)
+                if command["do"] == "meet":
+                    self.meeting = command
+                    self._met.set()
+                else:
+                    self.report("reply", id=command["id"], **self._answer(command))
+
+    def _answer(self, command: Message) -> Message:
+        if self._executor is None:
+            return {"error": "this rank has no prompt yet"}
+        try:
+            return self._commands[command["do"]](self._executor, command)
+        except Exception as error:  # the caller gets it as the answer; the line must go on
+            return {"error": f"{type(error).__name__}: {error}"}
+
+
+def stand_fields(stand: Stand) -> Message:
+    return {"positions": stand.positions, "started": stand.started, "limits": stand.limits}
+
+
+def stand_of(message: Message) -> Stand:
+    return Stand(tuple(message["positions"]), tuple(map(bool, message["started"])), tuple(message["limits"]))
+
+
+def _limits(executor: Executor, command: Message) -> Message:
+    executor.set_limits(command["limits"])
+    return {}
+
+
+def _freeze(executor: Executor, command: Message) -> Message:
+    return stand_fields(executor.freeze())
+
+
+def _release(executor: Executor, command: Message) -> Message:
+    executor.release([Channel(*channel) for channel in command["channels"]])
+    return {}
+
+
+def _rewind(executor: Executor, command: Message) -> Message:
+    executor.rewind(command["positions"])
+    return {}
+
+
+_COMMANDS: dict[str, Callable[[Executor, Message], Message]] = {
+    "limits": _limits,
+    "freeze": _freeze,
+    "release": _release,
+    "rewind": _rewind,
+}

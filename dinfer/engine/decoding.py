@@ -1,0 +1,101 @@
+"""Decode: every rank computes all layers alone on the synced cache, and the ranks compare each token as they go."""
+
+import struct
+from collections.abc import Iterator
+from time import monotonic_ns
+
+from torch import Tensor
+
+from dinfer.engine.comm import Comm
+from dinfer.model.cache import KVCache
+from dinfer.model.decoder import Decoder
+from dinfer.model.sampling import Sampler
+from dinfer.trace.events import Event
+from dinfer.trace.recorder import Recorder
+
+_TOKEN = struct.Struct("<q")
+
+
+class TokensDiffer(RuntimeError):
+    """Ranks chose different tokens. `position` counts new tokens from 0; `tokens` and `logits` are by rank: the token each
+    chose, and each rank's logits of all the tokens chosen."""
+
+    def __init__(self, position: int, tokens: list[int], logits: list[dict[int, float]]) -> None:
+        said = "; ".join(
+            f"rank {rank} chose {token} ({', '.join(f'logit of {t}: {v:.6g}' for t, v in values.items())})"
+            for rank, (token, values) in enumerate(zip(tokens, logits, strict=True))
+        )
+        super().__init__(f"the ranks' tokens differ, first at new token {position}: {said}")
+        self.position, self.tokens, self.logits = position, tokens, logits
+
+
+class Decoding:
+    """New tokens one after another, the same on every rank. All ranks must take the same number of steps."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        prompt_tokens: int,
+        final: Tensor,
+        sampler: Sampler,
+        comm: Comm,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """`final` is the normed hidden state of the prompt's last token, [1, 1, hidden_size]."""
+        self.tokens: list[int] = []
+        self._decoder, self._cache, self._prompt_tokens = decoder, cache, prompt_tokens
+        self._final, self._sampler, self._comm, self._recorder = final, sampler, comm, recorder
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last token ends the text or the cache has no room for another step."""
+        ended = bool(self.tokens) and self.tokens[-1] in self._decoder.eos_ids
+        return ended or self._prompt_tokens + len(self.tokens) > self._cache.capacity
+
+    def step(self) -> int:
+        """The next token. Raises TokensDiffer if the ranks do not agree on it."""
+        start = monotonic_ns()
+        logits = self._decoder.logits(self._final if not self.tokens else self._forward())
+        token = self._sampler(logits, len(self.tokens))
+        computed = monotonic_ns()
+        self._compare(token, logits)
+        self.tokens.append(token)
+        if self._recorder:
+            self._record(start, computed)
+        return token
+
+    def run(self, max_new_tokens: int) -> Iterator[int]:
+        """Steps until the text ends or `max_new_tokens` were made."""
+        while len(self.tokens) < max_new_tokens and not self.is_done:
+            yield self.step()
+
+    def _forward(self) -> Tensor:
+        position = self._prompt_tokens + len(self.tokens) - 1
+        return self._decoder.norm(self._decoder.forward(self.tokens[-1:], self._cache, position))
+
+    def _compare(self, token: int, logits: Tensor) -> None:
+        if self._comm.world_size == 1:
+            return
+        chosen = [_TOKEN.unpack(data)[0] for data in self._comm.all_gather(_TOKEN.pack(token))]
+        if len(set(chosen)) == 1:
+            return
+        distinct = sorted(set(chosen))
+        layout = struct.Struct(f"<{len(distinct)}d")
+        mine = layout.pack(*(float(logits[t]) for t in distinct))
+        by_rank = [dict(zip(distinct, layout.unpack(data), strict=True)) for data in self._comm.all_gather(mine)]
+        raise TokensDiffer(len(self.tokens), chosen, by_rank)
+
+    def _record(self, start: int, computed: int) -> None:
+        assert self._recorder is not None
+        end = monotonic_ns()
+        position = len(self.tokens) - 1
+        lane = len(self._recorder.lanes) - 1
+        rank = self._comm.rank
+        self._recorder.record(
+            lane, Event(rank, "decode", "decode", start, start, start, computed, what="token", tokens=1, index=position)
+        )
+        if self._comm.world_size > 1:
+            self._recorder.record(
+                lane, Event(rank, "decode", "all_gather", computed, computed, computed, end, what="token", tokens=1, index=position)
+            )

@@ -1,0 +1,234 @@
+"""Engine: one rank with its model, as the user meets it under `%%px`: prefill, single layers, single syncs, decode.
+
+All ranks make the same calls, but for `forward_single_layer`, which is this rank's alone.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from dinfer.config import Config
+from dinfer.engine.board import Board
+from dinfer.engine.comm import Comm
+from dinfer.engine.decoding import Decoding
+from dinfer.engine.executor import Executor
+from dinfer.engine.gate import FreeGate, Gate
+from dinfer.engine.handlers import Prefill
+from dinfer.engine.single import sync_block
+from dinfer.model.cache import KVCache
+from dinfer.model.decoder import Decoder
+from dinfer.model.errors import ModelError
+from dinfer.model.sampling import Sampler, Sampling
+from dinfer.model.text import encode, load_tokenizer
+from dinfer.plan.ops import Op, PlanError
+from dinfer.plan.partition import Shape, partition
+from dinfer.plan.plan import Plan
+from dinfer.plan.schedule import build
+from dinfer.plan.verify import verify
+from dinfer.trace.events import Event
+from dinfer.trace.recorder import Recorder
+
+KV = tuple[Tensor, Tensor]
+"""K and V, each [1, kv_heads, tokens, head_dim]"""
+
+
+class PrefillResult(NamedTuple):
+    """`hidden_states`: the normed hidden state of the prompt's last token, [1, 1, hidden_size]; `kv_caches`: K and V of
+    every layer, each [1, kv_heads, tokens, head_dim], views of this rank's cache."""
+
+    hidden_states: Tensor
+    kv_caches: list[KV]
+
+
+class Engine:
+    """One rank. Raises PlanError or ModelError for what cannot be run, before anything is sent.
+
+    `memory` holds recorder records that another process may read; by default each prompt gets memory of its own.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        comm: Comm,
+        config: Config,
+        *,
+        gate: Gate | None = None,
+        board: Board | None = None,
+        memory: memoryview | None = None,
+        on_op: Callable[[Event, Op], None] | None = None,
+    ) -> None:
+        self.decoder, self.comm, self.config = decoder, comm, config
+        self.rank, self.world_size = comm.rank, comm.world_size
+        self.gate, self.board = gate or FreeGate(), board or Board()
+        self._memory, self._on_op = memory, on_op
+        self._executor: Executor | None = None
+        self.recorder: Recorder | None = None
+        self.cache: KVCache | None = None
+        self.ids: list[int] = []
+        self.chunk = 0
+
+    # -- one prompt
+
+    def plan_for(self, tokens: int) -> Plan:
+        """The plan for a prompt of that many tokens, by this engine's config."""
+        return build(self._shape(tokens), self.config.schedule, self.config.sync_strategy)
+
+    def prepare(self, ids: Sequence[int], *, plan: Plan | None = None) -> Executor:
+        """Make a prompt ready: its plan, verified, its KV cache, and lanes that wait at limit 0."""
+        self.release()
+        plan = plan or self.plan_for(len(ids))
+        verdict = verify(plan)
+        if not verdict.proved and not self.config.unsafe:
+            raise PlanError(f"{verdict}. Nothing was run; unsafe=True would run it all the same.")
+        self._check_length(len(ids))
+        self.ids = list(ids)
+        self.cache = self.decoder.new_cache(min(len(ids) + self.config.max_new_tokens, self.decoder.max_positions))
+        state = Prefill(self.decoder, self.cache, plan, self.rank, ids)
+        self.recorder = self._new_recorder(plan)
+        self._executor = Executor(plan, state, self.comm, self.gate, self.recorder, self.board, self._on_op)
+        self._executor.start()
+        return self._executor
+
+    @property
+    def executor(self) -> Executor:
+        """The lanes of the current prompt. Raises RuntimeError before there is one."""
+        if self._executor is None:
+            raise RuntimeError("there is no prompt yet: call prefill_phase(prompt), or prepare(ids), on all ranks.")
+        return self._executor
+
+    def prefill_phase(self, prompt: str | Sequence[int] | None = None) -> PrefillResult:
+        """Run the prompt (text or token ids; None: the one prepared) through all stages, all blocks to every rank.
+
+        All ranks must call it. Raises OpFailed if this rank cannot go on.
+        """
+        if prompt is not None:
+            self.prepare(self.encode(prompt))
+        executor = self.executor
+        self.board.set_phase("prefill")
+        executor.run_to_end()
+        assert executor.state.final is not None
+        return PrefillResult(executor.state.final, self.kv_caches(len(self.ids)))
+
+    def decoding(self, hidden_states: Tensor | None = None, kv_caches: Sequence[KV] | None = None) -> Decoding:
+        """What `decode_phase` steps through. By default it goes on from the prompt of this engine."""
+        if kv_caches is not None:
+            self.cache = self._cache_of(kv_caches)
+        final = self.executor.state.final if hidden_states is None else hidden_states
+        if self.cache is None or final is None:
+            raise RuntimeError("there is no finished prefill: call prefill_phase(prompt) on all ranks first.")
+        tokens = len(self.ids) if kv_caches is None else kv_caches[0][0].shape[2]
+        config = self.config
+        sampler = Sampler(Sampling(config.temperature, config.top_k, config.top_p, config.seed))
+        return Decoding(self.decoder, self.cache, tokens, final[:, -1:], sampler, self.comm, self.recorder)
+
+    def decode_phase(
+        self,
+        hidden_states: Tensor | None = None,
+        kv_caches: Sequence[KV] | None = None,
+        max_new_tokens: int | None = None,
+        on_token: Callable[[int], None] | None = None,
+    ) -> list[int]:
+        """New tokens, the same on every rank; all ranks must call it. Raises TokensDiffer if they are not.
+
+        `hidden_states` [1, 1, hidden_size] and `kv_caches` are what `prefill_phase` returned, on any engine; by default
+        this engine's own.
+        """
+        decoding = self.decoding(hidden_states, kv_caches)
+        self.board.set_phase("decode")
+        for token in decoding.run(max_new_tokens or self.config.max_new_tokens):
+            self.board.set_phase("decode", len(decoding.tokens))
+            if on_token:
+                on_token(token)
+        return decoding.tokens
+
+    # -- one layer
+
+    def forward_single_layer(
+        self, layer_idx: int, hidden_states: Tensor, *, position: int | None = None, cache: KVCache | None = None
+    ) -> dict[str, Any]:
+        """Run one layer on this rank alone; no communication.
+
+        `hidden_states` [1, tokens, hidden_size] are the tokens from `position` on (default: the start of `chunk`). K and V
+        go into `cache` (default: the prompt's). Returns `hidden_states` (same shape), `kv_cache` (K and V of these
+        tokens, each [1, kv_heads, tokens, head_dim]), `layer_idx`, `position`.
+        """
+        tokens = hidden_states.shape[1]
+        start = self._chunk_start() if position is None else position
+        cache = cache or self.cache or self.decoder.new_cache(start + tokens)
+        output = self.decoder.layer(layer_idx, hidden_states, cache, start)
+        kv = (cache.k(layer_idx, start + tokens, start), cache.v(layer_idx, start + tokens, start))
+        return {"layer_idx": layer_idx, "position": start, "hidden_states": output, "kv_cache": kv}
+
+    def sync_single_layer_cache(self, layer_idx: int, kv_cache: KV | None = None) -> KV:
+        """Give K and V of one layer for the current chunk to every rank. All ranks must call it, while no lane runs.
+
+        The layer's owner passes `kv_cache`, K and V, each [1, kv_heads, tokens, head_dim]; the others pass None. All
+        get the pair; where a prompt is prepared it is also written to its cache.
+        """
+        owner = self._shape(1).owners[layer_idx]
+        if (kv_cache is not None) != (owner == self.rank):
+            raise ValueError(
+                f"layer {layer_idx} belongs to rank {owner}: there kv_cache is (K, V), on the other ranks None; "
+                f"this is rank {self.rank}."
+            )
+        k, v = sync_block(self.comm, self.decoder, owner, self.config.sync_strategy, (self.chunk, layer_idx), kv_cache)
+        if self.cache is not None:
+            rows = self.cache.block(layer_idx, self._chunk_start(), self._chunk_start() + k.shape[2])
+            rows[:, 0].copy_(k[0].transpose(0, 1))
+            rows[:, 1].copy_(v[0].transpose(0, 1))
+        return k, v
+
+    # -- the rest
+
+    def kv_caches(self, tokens: int) -> list[KV]:
+        """K and V of every layer for the first `tokens` tokens; views of this rank's cache."""
+        assert self.cache is not None
+        return [(self.cache.k(n, tokens), self.cache.v(n, tokens)) for n in range(self.cache.layers)]
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt; ids pass as they are. Raises ModelError."""
+        if isinstance(prompt, str):
+            return encode(load_tokenizer(self.decoder.spec.path), prompt, self.config.chat)
+        return list(prompt)
+
+    def release(self) -> bool:
+        """Give up the current prompt; whether all its lanes ended."""
+        executor, self._executor = self._executor, None
+        return executor.close() if executor else True
+
+    def _shape(self, tokens: int) -> Shape:
+        return partition(
+            layers=self.decoder.num_layers,
+            tokens=tokens,
+            world_size=self.world_size,
+            chunk_size=self.config.chunk_size,
+            layer_split=self.config.layer_split or None,
+        )
+
+    def _chunk_start(self) -> int:
+        return self.chunk * self.config.chunk_size
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens > self.decoder.max_positions:
+            raise ModelError(
+                f"the prompt has {tokens} tokens; this model has {self.decoder.max_positions} positions: shorten it."
+            )
+
+    def _new_recorder(self, plan: Plan) -> Recorder:
+        lanes = [*(lane.name for lane in plan.lanes[self.rank]), "decode"]
+        if self._memory is not None:
+            recorder = Recorder.over(self.rank, lanes, self._memory)
+            recorder.clear()
+            return recorder
+        longest = max(len(lane.ops) for lane in plan.lanes[self.rank])
+        return Recorder(self.rank, lanes, 2 * max(longest, self.config.max_new_tokens) + 64)
+
+    def _cache_of(self, kv_caches: Sequence[KV]) -> KVCache:
+        tokens = kv_caches[0][0].shape[2]
+        cache = self.decoder.new_cache(min(tokens + self.config.max_new_tokens, self.decoder.max_positions))
+        for number, (k, v) in enumerate(kv_caches):
+            rows = cache.block(number, 0, tokens)
+            rows[:, 0].copy_(k[0].transpose(0, 1))
+            rows[:, 1].copy_(v[0].transpose(0, 1))
+        return cache

@@ -1,0 +1,96 @@
+"""Exchange: the transport between ranks that are threads of one process, for tests, lessons and laptops.
+
+It promises what gloo promises: messages of one channel in order, and, by choice, sends that wait for their recv
+(rendezvous) or buffered ones.
+"""
+
+from collections import defaultdict, deque
+from time import monotonic_ns
+
+from torch import Tensor
+
+from dinfer.engine.comm import CommError
+from dinfer.engine.gate import Gate
+from dinfer.plan.graph import Channel
+
+
+class _Message:
+    def __init__(self, header: bytes, payload: Tensor | None) -> None:
+        self.header, self.payload = header, payload
+        self.met = 0
+        self.received = False
+
+
+class Exchange:
+    """What all ranks of one process share."""
+
+    def __init__(self, world_size: int, gate: Gate, *, rendezvous: bool = True) -> None:
+        self.world_size, self.gate, self.rendezvous = world_size, gate, rendezvous
+        self.queues: dict[Channel, deque[_Message]] = defaultdict(deque)
+        self.taken: dict[Channel, _Message] = {}
+        self.gathered: list[list[bytes]] = [[] for _ in range(world_size)]
+        self.closed = False
+
+    def comm(self, rank: int) -> "LocalComm":
+        return LocalComm(self, rank)
+
+    def close(self) -> None:
+        """End all waiting, on every rank, with CommError."""
+        with self.gate.change():
+            self.closed = True
+
+
+class LocalComm:
+    """One rank's end of an Exchange."""
+
+    def __init__(self, exchange: Exchange, rank: int) -> None:
+        self.rank, self.world_size = rank, exchange.world_size
+        self._exchange = exchange
+        self._gathers = 0
+
+    def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:
+        exchange = self._exchange
+        buffered = None if payload is None or exchange.rendezvous else payload.clone()
+        message = _Message(header, payload if exchange.rendezvous else buffered)
+        with exchange.gate.change():
+            exchange.queues[channel].append(message)
+        if not exchange.rendezvous:
+            return monotonic_ns()
+        self._wait(lambda: message.received, f"sending to rank {channel.target}")
+        return message.met
+
+    def recv_header(self, channel: Channel) -> bytes:
+        exchange = self._exchange
+        self._wait(lambda: bool(exchange.queues[channel]), f"receiving from rank {channel.source}")
+        with exchange.gate.change():
+            message = exchange.queues[channel].popleft()
+            message.met = monotonic_ns()
+            if message.payload is None:
+                message.received = True
+            else:
+                exchange.taken[channel] = message
+        return message.header
+
+    def recv_payload(self, channel: Channel, out: Tensor) -> None:
+        message = self._exchange.taken.pop(channel)
+        assert message.payload is not None
+        out.view(-1).copy_(message.payload.reshape(-1).view(out.dtype))
+        with self._exchange.gate.change():
+            message.received = True
+
+    def all_gather(self, data: bytes) -> list[bytes]:
+        exchange = self._exchange
+        number, self._gathers = self._gathers, self._gathers + 1
+        with exchange.gate.change():
+            exchange.gathered[self.rank].append(data)
+        self._wait(lambda: all(len(parts) > number for parts in exchange.gathered), "gathering from all ranks")
+        return [parts[number] for parts in exchange.gathered]
+
+    def close(self) -> None:
+        self._exchange.close()
+
+    def _wait(self, happened: "object", doing: str) -> None:
+        assert callable(happened)
+        exchange = self._exchange
+        if exchange.gate.wait(lambda: exchange.closed or happened() or None) and exchange.closed and not happened():
+            raise CommError(f"{doing} failed: the ranks were closed")

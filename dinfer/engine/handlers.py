@@ -1,0 +1,172 @@
+"""What each kind of op does: a table from op kind to function, and the state of one prefill on one rank.
+
+Nothing here decides when an op runs; the executor does.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from time import monotonic_ns
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dinfer.engine.comm import Comm
+from dinfer.engine.transfer import VOID, Header, TransferError, check
+from dinfer.model.cache import KVCache
+from dinfer.model.decoder import Decoder
+from dinfer.plan.graph import channel_of
+from dinfer.plan.ops import FINAL, Op, Value
+from dinfer.plan.plan import Plan
+
+
+class Outcome(NamedTuple):
+    """How an op ended: when its peer had come (monotonic ns; None: it has no peer), its payload's bytes, and whether it
+    was a recv that a void header released instead."""
+
+    met: int | None = None
+    bytes: int = 0
+    released: bool = False
+
+
+class Prefill:
+    """One prompt's state on one rank: KV cache, hidden states at hand, the final state.
+
+    Hidden states that entered this rank (by embedding or from a peer) are kept, so that going back can compute anew from
+    there; those in between go once every op that needs them has run.
+    """
+
+    def __init__(self, decoder: Decoder, cache: KVCache, plan: Plan, rank: int, ids: Sequence[int]) -> None:
+        self.decoder, self.cache, self.plan, self.rank = decoder, cache, plan, rank
+        self.ids = list(ids)
+        self.hidden: dict[tuple[int, int], Tensor] = {}
+        self.final: Tensor | None = None
+        own = [op for lane in plan.lanes[rank] for op in lane.ops]
+        self._entered = {v for op in own if op.kind in ("embed", "recv") for v in op.makes()}
+        self._all_uses = Counter(need for op in own for need in op.needs() if need.what == "hidden")
+        self._uses = self._all_uses.copy()
+
+    def rows(self, chunk: int) -> range:
+        """The token positions of a chunk."""
+        return self.plan.shape.chunks[chunk]
+
+    def block(self, chunk: int, layer: int) -> Tensor:
+        """The block's place in the cache, [tokens, 2, kv_heads, head_dim]."""
+        rows = self.rows(chunk)
+        return self.cache.block(layer, rows.start, rows.stop)
+
+    def use(self, chunk: int, layer: int) -> Tensor:
+        """The hidden state of `chunk` before `layer`, [1, tokens, hidden_size], for one of the ops that need it."""
+        value = Value("hidden", chunk, layer)
+        self._uses[value] -= 1
+        if self._uses[value] <= 0 and value not in self._entered:
+            return self.hidden.pop((chunk, layer))
+        return self.hidden[chunk, layer]
+
+    def compute_layer(self, chunk: int, layer: int, hidden: Tensor) -> Tensor:
+        return self.decoder.layer(layer, hidden, self.cache, self.rows(chunk).start)
+
+    def rewind(self, done: Iterable[Op], todo: Iterable[Op]) -> None:
+        """Stand as if exactly the ops `done` had run: what is missing for `todo` is computed anew from what entered."""
+        done, todo = list(done), list(todo)
+        made = {value for op in done for value in op.makes()}
+        self._uses = Counter(need for op in todo for need in op.needs() if need.what == "hidden")
+        if FINAL not in made:
+            self.final = None
+        self.hidden = {key: tensor for key, tensor in self.hidden.items() if self._keep(Value("hidden", *key), made)}
+        for value in sorted(self._uses):
+            if value in made and (value.chunk, value.layer) not in self.hidden:
+                self._recompute(value.chunk, value.layer)
+
+    def _keep(self, value: Value, made: set[Value]) -> bool:
+        return value in made and (value in self._entered or self._uses[value] > 0)
+
+    def _recompute(self, chunk: int, layer: int) -> None:
+        entry = max(known for c, known in self.hidden if c == chunk and known < layer)
+        hidden = self.hidden[chunk, entry]
+        for index in range(entry, layer):
+            hidden = self.compute_layer(chunk, index, hidden)
+        self.hidden[chunk, layer] = hidden
+
+
+def embed(state: Prefill, op: Op, comm: Comm) -> Outcome:
+    rows = state.rows(op.chunk)
+    state.hidden[op.chunk, 0] = state.decoder.embed(state.ids[rows.start : rows.stop])
+    return Outcome()
+
+
+def layer(state: Prefill, op: Op, comm: Comm) -> Outcome:
+    hidden = state.use(op.chunk, op.layer)
+    state.hidden[op.chunk, op.layer + 1] = state.compute_layer(op.chunk, op.layer, hidden)
+    return Outcome()
+
+
+def norm(state: Prefill, op: Op, comm: Comm) -> Outcome:
+    state.final = state.decoder.norm(state.use(op.chunk, op.layer))[:, -1:].contiguous()
+    return Outcome()
+
+
+def send(state: Prefill, op: Op, comm: Comm) -> Outcome:
+    payload = _payload(state, op)
+    tokens = payload.shape[0] if op.what == "kv" else payload.shape[1]
+    if tokens != op.tokens:
+        raise TransferError(f"at `{op}` the plan says {op.tokens} tokens, but {op.value} has {tokens}.")
+    met = comm.send(channel_of(comm.rank, op), _header(state, op, payload).pack(), payload)
+    return Outcome(met, payload.nbytes)
+
+
+def recv(state: Prefill, op: Op, comm: Comm) -> Outcome:
+    channel = channel_of(comm.rank, op)
+    came = Header.unpack(comm.recv_header(channel))
+    met = monotonic_ns()
+    if came.void:
+        return Outcome(released=True)
+    place = _place(state, op)
+    try:
+        check(came, _header(state, op, place), op)
+    except TransferError:
+        comm.recv_payload(channel, torch.empty(came.nbytes, dtype=torch.uint8))  # the channel stays usable
+        raise
+    comm.recv_payload(channel, place)
+    if op.what == "hidden":
+        state.hidden[op.chunk, op.layer] = place
+    elif op.what == "final":
+        state.final = place
+    return Outcome(met, place.nbytes)
+
+
+HANDLERS: dict[str, Callable[[Prefill, Op, Comm], Outcome]] = {
+    "embed": embed,
+    "layer": layer,
+    "norm": norm,
+    "send": send,
+    "recv": recv,
+}
+
+
+def void_header() -> bytes:
+    """What releases a recv that was posted too early."""
+    return VOID.pack()
+
+
+def _payload(state: Prefill, op: Op) -> Tensor:
+    if op.what == "kv":
+        return state.block(op.chunk, op.layer)
+    if op.what == "final":
+        assert state.final is not None
+        return state.final
+    return state.use(op.chunk, op.layer).contiguous()
+
+
+def _place(state: Prefill, op: Op) -> Tensor:
+    """Where a recv writes: blocks in place, hidden states into memory of their own."""
+    if op.what == "kv":
+        return state.block(op.chunk, op.layer)
+    decoder = state.decoder
+    tokens = 1 if op.what == "final" else len(state.rows(op.chunk))
+    return torch.empty((1, tokens, decoder.hidden_size), dtype=decoder.dtype, device=decoder.device)
+
+
+def _header(state: Prefill, op: Op, tensor: Tensor) -> Header:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Header(state.plan.id, op.value, op.tokens, dtype, tensor.nbytes)

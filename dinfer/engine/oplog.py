@@ -1,0 +1,60 @@
+"""What a rank's log says of ops as they end: at DEBUG each one, at INFO each finished chunk of this rank's stage, with
+what its communication has cost so far."""
+
+import logging
+import threading
+
+from dinfer.plan.ops import Op
+from dinfer.trace.events import Event
+
+
+class OpLog:
+    """Called with every event, on the lanes' threads."""
+
+    def __init__(self, log: logging.Logger, layers: int) -> None:
+        self._log, self._layers = log, layers
+        self._lock = threading.Lock()
+        self._computed: dict[int, list[int]] = {}
+        self._blocks = 0
+        self._waited = self._wire = 0
+
+    def __call__(self, event: Event, op: Op) -> None:
+        if self._log.isEnabledFor(logging.DEBUG):
+            self._log.debug(
+                "%s: waited %.2f ms for data, %.2f ms for its peer, took %.2f ms, %d bytes",
+                op,
+                (event.start - event.ready) / 1e6,
+                event.waited / 1e6,
+                event.busy / 1e6,
+                event.bytes,
+            )
+        with self._lock:
+            if op.is_transfer:
+                self._waited += event.waited
+                self._wire += event.busy
+                if op.kind == "recv" and op.what == "kv":
+                    self._blocks += 1
+                    self._tell_received(op)
+            elif op.kind == "layer":
+                self._computed.setdefault(op.chunk, []).append(op.layer)
+            self._tell_finished(op)
+
+    def _tell_finished(self, op: Op) -> None:
+        """A stage's last layer of a chunk is known by its hidden state leaving, or by its being the model's last."""
+        left = op.kind == "send" and op.what == "hidden"
+        if (left or (op.kind == "layer" and op.layer == self._layers - 1)) and op.chunk in self._computed:
+            layers = self._computed.pop(op.chunk)
+            self._log.info(
+                "chunk %d: layers %d–%d computed; %d blocks of other ranks received; communication so far: "
+                "%.3f s waiting for peers, %.3f s on the wire",
+                op.chunk,
+                min(layers),
+                max(layers),
+                self._blocks,
+                self._waited / 1e9,
+                self._wire / 1e9,
+            )
+
+    def _tell_received(self, op: Op) -> None:
+        if self._blocks % self._layers == 0:
+            self._log.info("sync: %d blocks of other ranks received, the last c%d l%d", self._blocks, op.chunk, op.layer)

@@ -1,0 +1,70 @@
+"""What a transfer says of itself before its payload: a header of fixed size, checked against the plan.
+
+A message longer than its recv would end the process, so nothing is received before its header.
+"""
+
+import struct
+from dataclasses import dataclass
+from typing import Self
+
+from dinfer.plan.ops import Op, Value, What
+
+HEADER_BYTES = 64
+_LAYOUT = struct.Struct("<4sBBBxQiiiiQ24x")
+_MAGIC = b"dinf"
+_WHATS: tuple[What, ...] = ("hidden", "kv", "final")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_VOID, _BLOCK = 0, 1
+
+
+class TransferError(RuntimeError):
+    """A message is not the one that the plan has at this place."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What follows: `nbytes` bytes of `value`, `tokens` long, in `dtype`, by plan `plan_id`.
+
+    A void header announces nothing: it releases a recv that was posted too early.
+    """
+
+    plan_id: int
+    value: Value
+    tokens: int
+    dtype: str
+    nbytes: int
+    void: bool = False
+
+    def pack(self) -> bytes:
+        kind = _VOID if self.void else _BLOCK
+        what, dtype = _WHATS.index(self.value.what), _DTYPES.index(self.dtype)
+        chunk, layer = self.value.chunk, self.value.layer
+        return _LAYOUT.pack(_MAGIC, kind, what, dtype, self.plan_id, chunk, layer, self.tokens, 0, self.nbytes)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """Raises TransferError for bytes that are no header."""
+        magic, kind, what, dtype, plan_id, chunk, layer, tokens, _, nbytes = _LAYOUT.unpack(data)
+        if magic != _MAGIC or what >= len(_WHATS) or dtype >= len(_DTYPES):
+            raise TransferError(f"{data[:16].hex()}… came where a header was expected: the stream between two ranks is broken.")
+        return cls(plan_id, Value(_WHATS[what], chunk, layer), tokens, _DTYPES[dtype], nbytes, kind == _VOID)
+
+    def __str__(self) -> str:
+        return f"{self.value}, {self.tokens} token{'' if self.tokens == 1 else 's'}, {self.dtype}, {self.nbytes:,} bytes"
+
+
+VOID = Header(0, Value("final"), 0, "float32", 0, void=True)
+
+
+def check(came: Header, expected: Header, op: Op) -> None:
+    """Raises TransferError, naming what came and what was expected."""
+    if came.plan_id != expected.plan_id:
+        raise TransferError(
+            f"rank {op.peer} runs another plan (id {came.plan_id:016x}, here {expected.plan_id:016x}): "
+            f"at `{op}` it sent {came}."
+        )
+    if came != expected:
+        raise TransferError(f"at `{op}` the plan expects {expected}; rank {op.peer} sent {came}.")
+
+
+assert _LAYOUT.size == HEADER_BYTES

@@ -1,0 +1,164 @@
+"""Watcher: a small process beside each rank that says where the rank stands when the rank itself cannot.
+
+It reads the rank's board and recorder from shared memory and publishes them, passes commands in and reports out, and goes
+on while the rank is busy in C code, stopped, or killed. It ends with its rank; a rank whose client is gone it ends too.
+No torch here: it starts in a fraction of a second.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from time import monotonic
+from typing import Any
+
+import zmq
+
+from dinfer.engine.board import BOARD_BYTES, Board, map_file
+from dinfer.trace.recorder import Recorder
+
+TICK_S = 0.02
+BEAT_S = 0.5
+RECORDER_BYTES = 4 << 20
+MEMORY_BYTES = BOARD_BYTES + RECORDER_BYTES
+ORPHAN_S = 10.0
+Message = dict[str, Any]
+
+
+def sign_of_life(pid: int) -> tuple[str, float] | None:
+    """A process's state letter and CPU seconds, from /proc (Linux); None where there is no telling."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            words = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return words[0], (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Watcher:
+    """`rank_end` is a socket to the rank, `client` one to the session. Both carry JSON objects."""
+
+    def __init__(self, rank: int, memory: memoryview, rank_end: socket.socket, client: "zmq.Socket[bytes]", launcher: int) -> None:
+        self._rank, self._memory, self._rank_end, self._client = rank, memory, rank_end, client
+        self._rank_pid, self._launcher = os.getppid(), launcher
+        self._board = Board(memory)
+        self._recorder: Recorder | None = None
+        self._cursor: list[int] = []
+        self._lanes = 0
+        self._last_state: object = None
+        self._last_beat = 0.0
+        self._unread = b""
+        self._client_heard = monotonic()
+
+    def run(self) -> None:
+        """Until the rank is gone."""
+        poller = zmq.Poller()
+        poller.register(self._client, zmq.POLLIN)
+        poller.register(self._rank_end, zmq.POLLIN)
+        alive = True
+        while alive:
+            ready = dict(poller.poll(TICK_S * 1000))
+            if self._client in ready:
+                self._commands()
+            if self._rank_end.fileno() in ready:
+                alive = self._reports()
+            alive = alive and os.getppid() == self._rank_pid
+            self._publish(last=not alive)
+            self._end_orphan()
+        self._say({"type": "gone"})
+
+    def _commands(self) -> None:
+        while self._client.poll(0):
+            command = self._client.recv()
+            self._client_heard = monotonic()
+            if json.loads(command)["do"] == "kill":
+                self._kill()
+            elif json.loads(command)["do"] != "beat":
+                with contextlib.suppress(OSError):
+                    self._rank_end.sendall(command + b"\n")
+
+    def _reports(self) -> bool:
+        """Pass on what the rank says; False once it is gone."""
+        try:
+            data = self._rank_end.recv(1 << 16)
+        except OSError:
+            return False
+        *lines, self._unread = (self._unread + data).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            if message["type"] == "lanes":
+                self._publish(last=False)  # what the lanes before have left behind
+                self._lanes = len(message["lanes"]) - 1
+                self._recorder, self._cursor = Recorder.over(self._rank, message["lanes"], self._memory[BOARD_BYTES:]), []
+            elif message["type"] in ("result", "error"):
+                self._publish(last=True)  # events before the report that speaks of them
+            self._say(message)
+        return bool(data)
+
+    def _publish(self, *, last: bool) -> None:
+        if self._recorder:
+            records, self._cursor = self._recorder.read_records(self._cursor)
+            if records:
+                self._client.send_multipart([b"", json.dumps({"type": "events", "rank": self._rank}).encode(), records])
+        stand = self._board.stand(self._lanes)
+        state = (stand, self._board.phase, self._board.decoded)
+        if last or state != self._last_state or monotonic() - self._last_beat > BEAT_S:
+            self._last_state, self._last_beat = state, monotonic()
+            life = sign_of_life(self._rank_pid)
+            self._say(
+                {
+                    "type": "state",
+                    "phase": self._board.phase,
+                    "decoded": self._board.decoded,
+                    "positions": stand.positions,
+                    "started": stand.started,
+                    "limits": stand.limits,
+                    "process": life and life[0],
+                    "cpu_s": life and life[1],
+                }
+            )
+
+    def _end_orphan(self) -> None:
+        """A rank that nobody can command or hear any more is ended."""
+        if monotonic() - self._client_heard > ORPHAN_S and not _exists(self._launcher):
+            self._kill()
+
+    def _kill(self) -> None:
+        if os.getppid() == self._rank_pid:
+            os.kill(self._rank_pid, signal.SIGKILL)
+
+    def _say(self, message: Message) -> None:
+        self._client.send_multipart([b"", json.dumps({**message, "rank": self._rank}).encode()])
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def main() -> None:
+    """`python -m dinfer.engine.watcher MEMORY_FD SOCKET_FD`; the first line on the socket says whom to publish to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the client; the watcher ends with its rank
+    memory = map_file(int(sys.argv[1]), MEMORY_BYTES)
+    rank_end = socket.socket(fileno=int(sys.argv[2]))
+    link = json.loads(rank_end.makefile("rb", buffering=0).readline())
+    with zmq.Context() as context:
+        client: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+        client.setsockopt(zmq.LINGER, 2000)
+        client.setsockopt(zmq.IDENTITY, f"rank {link['rank']}".encode())
+        client.curve_serverkey = link["server_key"].encode()
+        client.curve_publickey, client.curve_secretkey = link["public_key"].encode(), link["secret_key"].encode()
+        client.connect(link["endpoint"])
+        Watcher(link["rank"], memory, rank_end, client, link["launcher"]).run()
+        client.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""What a checkpoint folder holds, and whether it is whole, judged before anything is loaded.
+
+Reads config.json and the headers of the safetensors files with the standard library alone: no torch, no
+weights in memory, milliseconds for any size. It does not judge the values of the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dinfer.model.errors import ModelError
+from dinfer.model.families import family_named
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_LFS_POINTER = b"version https://git-lfs"
+_MAX_HEADER = 100_000_000  # the limit of the safetensors format
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a checkpoint says of itself; `weight_bytes` in bytes, `max_positions` in tokens."""
+
+    path: Path
+    model_type: str
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    dtype: str
+    tokenizer: bool
+    weight_bytes: int
+
+
+def resolve(path: str | Path) -> Path:
+    """Return the folder that `path` names: "demo", a folder, or a Hugging Face id that is in the local cache.
+
+    Nothing is ever downloaded. Raises `ModelError` where there is no such folder.
+    """
+    if str(path) == "demo":
+        from dinfer.model.demo import CHECKPOINT
+
+        return Path(CHECKPOINT)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.exists():
+        raise ModelError(f"{folder} is a file; give the folder that holds config.json and the weights")
+    if _HUB_ID.fullmatch(str(path)):
+        return _from_hub_cache(str(path))
+    raise ModelError(
+        f"there is no folder {folder}; give the folder of a checkpoint, or 'demo' for the built-in model"
+    )
+
+
+def check(path: str | Path) -> Spec:
+    """Return the `Spec` of a complete checkpoint of a supported architecture; else raise `ModelError`."""
+    folder = resolve(path)
+    config = _read_json(_config_file(folder))
+    family = family_named(str(config.get("model_type")))
+    _check_features(config, folder)
+    headers = {file: _header(file) for file in _weight_files(folder)}
+    heads, hidden = _size(config, "num_attention_heads", folder), _size(config, "hidden_size", folder)
+    return Spec(
+        path=folder,
+        model_type=str(config["model_type"]),
+        layers=_size(config, "num_hidden_layers", folder),
+        hidden_size=hidden,
+        heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=int(config.get("head_dim") or family.default_head_dim or hidden // heads),
+        vocab_size=_size(config, "vocab_size", folder),
+        max_positions=_size(config, "max_position_embeddings", folder),
+        dtype=_dtype(config, headers),
+        tokenizer=any((folder / name).is_file() for name in _TOKENIZER_FILES),
+        weight_bytes=sum(_data_bytes(header) for header in headers.values()),
+    )
+
+
+def _from_hub_cache(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"there is no folder {name!r}, and no model of that name in the local Hugging Face cache. "
+            f"dinfer downloads nothing: fetch it first (hf download {name}) or give a checkpoint's folder"
+        ) from error
+
+
+def _config_file(folder: Path) -> Path:
+    file = folder / "config.json"
+    if file.is_file():
+        return file
+    there = sorted(entry.name for entry in folder.iterdir())
+    listed = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
+    raise ModelError(f"{folder} has no config.json, so it is no checkpoint. It holds: {listed or 'nothing'}")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read as JSON ({error}); get the checkpoint again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} holds {type(value).__name__}, not a JSON object; get the checkpoint again")
+    return value
+
+
+def _check_features(config: Mapping[str, Any], folder: Path) -> None:
+    if "quantization_config" in config:
+        raise ModelError(
+            f"{folder} holds quantized weights, which are not supported; take the float16 or bfloat16 one"
+        )
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if "dynamic" in (rope.get("rope_type"), rope.get("type")):
+        raise ModelError(
+            f"{folder} has rope type 'dynamic', which is not supported: its angles depend on the longest "
+            "text seen before, so going back would give other results"
+        )
+
+
+def _size(config: Mapping[str, Any], key: str, folder: Path) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise ModelError(f"{folder}/config.json has {key}={value!r}; it must be a whole number of at least 1")
+    return value
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of the checkpoint; all of them exist."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.is_file():
+        if single.is_file():
+            return [single]
+        raise ModelError(
+            f"{folder} has no weights: neither {single.name} nor {index.name} (other formats are not read)"
+        )
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index} names no weights; get the checkpoint again")
+    files = [folder / name for name in sorted(set(weight_map.values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ModelError(f"{folder} lacks {len(missing)} of {len(files)} weight files: {', '.join(missing)}")
+    return files
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """Return the header of a safetensors file that is as long as its header says (source: its README).
+
+    The file is 8 bytes of header length (little endian), the header as JSON, then the data that its offsets
+    describe.
+    """
+    actual = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        if (start + stream.read(len(_LFS_POINTER) - 8)) == _LFS_POINTER:
+            raise ModelError(
+                f"{file} is a Git LFS pointer, not the weights; run 'git lfs pull' in {file.parent}"
+            )
+        length = int.from_bytes(start, "little")
+        _check_length(file, actual, 8 if len(start) < 8 else 8 + length, length)
+        stream.seek(8)
+        header = _parse_header(file, stream.read(length))
+    _check_length(file, actual, 8 + length + _data_bytes(header), length)
+    return header
+
+
+def _check_length(file: Path, actual: int, expected: int, header_length: int) -> None:
+    if header_length > _MAX_HEADER:
+        raise ModelError(
+            f"{file} is not a safetensors file: its first 8 bytes are no header length; get it again"
+        )
+    if actual < expected:
+        raise ModelError(
+            f"{file.name} in {file.parent} is cut short: it has {actual:,} of at least {expected:,} bytes, "
+            f"{expected - actual:,} bytes are missing; get this file again"
+        )
+
+
+def _parse_header(file: Path, text: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+        _data_bytes(header)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{file} is not a safetensors file: its header cannot be read; get it again"
+        ) from error
+    return dict(header)
+
+
+def _data_bytes(header: Mapping[str, Any]) -> int:
+    return max(
+        (int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0
+    )
+
+
+def _dtype(config: Mapping[str, Any], headers: Mapping[Path, Mapping[str, Any]]) -> str:
+    """Return the dtype that the config names, or that of the first weight."""
+    named = config.get("dtype") or config.get("torch_dtype")
+    if named:
+        return str(named)
+    weights = (
+        entry for header in headers.values() for name, entry in header.items() if name != "__metadata__"
+    )
+    first = next(weights, None)
+    return "float32" if first is None else _DTYPES.get(first["dtype"], str(first["dtype"]))

@@ -1,0 +1,189 @@
+"""The model of one rank as the steps an engine runs: embed, one decoder layer, final norm, logits.
+
+Every step calls transformers' own module; nothing is reimplemented, so the result is transformers' bit for
+bit as long as the chunks are the same. It knows no ranks: which layers to run, on which tokens, is for the
+caller to say. All methods run under `torch.no_grad` and not `inference_mode`, whose tensors a user could not
+edit in place afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as hf_logging
+
+from dinfer.model.cache import CacheWindow, KVCache
+from dinfer.model.checkpoint import Spec, check
+from dinfer.model.errors import ModelError
+from dinfer.model.families import family_of
+from dinfer.model.positions import Positions, layer_kinds
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_LOADING = threading.Lock()
+"""from_pretrained sets process-wide defaults (dtype, init) while it works: one at a time."""
+
+
+class Decoder:
+    """A causal language model, taken apart into its steps; threads may share it, each with its own cache."""
+
+    def __init__(self, model: Any, spec: Spec) -> None:
+        """Wrap a transformers `...ForCausalLM` in eval mode, loaded from the checkpoint of `spec`."""
+        config = model.config
+        self.model, self.spec = model, spec
+        self.num_layers, self.hidden_size = spec.layers, spec.hidden_size
+        self.kv_heads, self.head_dim = spec.kv_heads, spec.head_dim
+        self.vocab_size, self.max_positions = spec.vocab_size, spec.max_positions
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
+        self.eos_ids = _eos_ids(model)
+        self._family = family_of(config)
+        self._base = model.get_decoder()
+        self._kinds = layer_kinds(config)
+        self._positions = Positions(config, self._base.rotary_emb, self._family.rotary_per_layer_type)
+
+    @classmethod
+    def load(cls, path: str | Path, dtype: str = "auto", device: str = "cpu") -> Decoder:
+        """Load a checkpoint folder (or "demo"), weights in `dtype` ("auto": as the checkpoint says).
+
+        Raises `ModelError` for a checkpoint that is incomplete or not supported, and where weights are
+        missing.
+        """
+        spec = check(path)
+        if dtype not in DTYPES:
+            raise ModelError(f"dtype {dtype!r} is not allowed; choose one of {', '.join(DTYPES)}")
+        if torch.device(device).type == "cpu":
+            # transformers reads this at every attention call: masked attention then shares KV heads and does
+            # not copy them, bit-equal. Not for CUDA, where that falls back to a slow kernel.
+            os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
+        with _LOADING, _no_progress_bar():
+            return cls(_load_model(spec, dtype).to(device), spec)
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """Return an empty KV cache for `capacity` tokens, in the dtype and on the device of the model."""
+        return KVCache(self.num_layers, capacity, self.kv_heads, self.head_dim, self.dtype, self.device)
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor | Sequence[int]) -> Tensor:
+        """Return the embeddings [1, T, hidden_size] of token `ids` [T], what layer 0 takes."""
+        hidden: Tensor = self._base.embed_tokens(self._as_ids(ids).unsqueeze(0))
+        scale = self._family.embedding_scale
+        return hidden if scale is None else hidden * getattr(self.model.config, scale)
+
+    @torch.no_grad()
+    def layer(self, index: int, hidden: Tensor, cache: KVCache, position: int) -> Tensor:
+        """Run decoder layer `index` on `hidden` [1, T, hidden_size], the tokens [position, position + T).
+
+        Writes their K and V into `cache` and returns the next hidden state, same shape. Attention sees tokens
+        before `position + T` only; those before `position` must be in `cache` for this layer already.
+        """
+        self._check_layer(index, hidden)
+        kind = self._kinds[index]
+        window = CacheWindow(cache, position, hidden.shape[1], kind.sliding_window)
+        placement = self._positions.of(kind, position, hidden)
+        output: Tensor = self._base.layers[index](
+            hidden,
+            attention_mask=placement.mask,
+            position_embeddings=placement.rotary,
+            position_ids=placement.position_ids,
+            past_key_values=window,
+            use_cache=True,
+        )
+        return output
+
+    @torch.no_grad()
+    def norm(self, hidden: Tensor) -> Tensor:
+        """Apply the final norm to the last layer's output [1, T, hidden_size]; same shape."""
+        output: Tensor = self._base.norm(hidden)
+        return output
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits [vocab_size] from one token's normed hidden state [1, 1, hidden_size]."""
+        if hidden.shape != (1, 1, self.hidden_size):
+            wanted = [1, 1, self.hidden_size]
+            raise ModelError(
+                f"logits takes the normed hidden state of one token, {wanted}; got {list(hidden.shape)}"
+            )
+        logits: Tensor = self.model.lm_head(hidden)
+        config, family = self.model.config, self._family
+        if family.logits_divisor is not None:
+            logits = logits / getattr(config, family.logits_divisor)
+        if family.logits_softcap is not None and (cap := getattr(config, family.logits_softcap)) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits[0, 0].float()
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor | Sequence[int], cache: KVCache, position: int) -> Tensor:
+        """Run `embed` and all layers on `ids` [T] at `position`; return [1, T, hidden_size] before `norm`."""
+        hidden = self.embed(ids)
+        for index in range(self.num_layers):
+            hidden = self.layer(index, hidden, cache, position)
+        return hidden
+
+    def _as_ids(self, ids: Tensor | Sequence[int]) -> Tensor:
+        tensor = torch.as_tensor(ids, dtype=torch.long)
+        if tensor.ndim != 1 or tensor.numel() == 0:
+            raise ModelError(f"token ids must be one row of at least one id; got shape {tuple(tensor.shape)}")
+        low, high = int(tensor.min()), int(tensor.max())
+        if low < 0 or high >= self.vocab_size:
+            raise ModelError(f"token ids must be 0 to {self.vocab_size - 1}; got ids from {low} to {high}")
+        return tensor.to(self.device)
+
+    def _check_layer(self, index: int, hidden: Tensor) -> None:
+        if not 0 <= index < self.num_layers:
+            raise ModelError(
+                f"there is no layer {index}: the layers of this model are 0 to {self.num_layers - 1}"
+            )
+        if hidden.ndim != 3 or hidden.shape[::2] != (1, self.hidden_size) or hidden.shape[1] == 0:
+            wanted = f"[1, tokens, {self.hidden_size}]"
+            raise ModelError(f"layer {index} takes a hidden state {wanted}; got {list(hidden.shape)}")
+
+
+def _load_model(spec: Spec, dtype: str) -> Any:
+    """Load the weights on the CPU for inference; refuse gaps, which transformers would fill with noise."""
+    auto: Any = AutoModelForCausalLM  # typed as returning a model alone, whatever is asked for
+    model, report = auto.from_pretrained(
+        spec.path,
+        dtype=dtype,
+        attn_implementation=family_of(spec).attention,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"{spec.path} lacks {len(missing)} weights, the first {missing[0]!r}: get the checkpoint again"
+        )
+    return model.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing a bar per rank into the notebook."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _eos_ids(model: Any) -> frozenset[int]:
+    """Return the tokens that end a text: those of the generation config, or those of the config."""
+    generation = getattr(model, "generation_config", None)
+    found = getattr(generation, "eos_token_id", None)
+    if found is None:
+        found = getattr(model.config, "eos_token_id", None)
+    if found is None:
+        return frozenset()
+    return frozenset([found] if isinstance(found, int) else found)

@@ -1,0 +1,82 @@
+"""How the next token is chosen from logits: greedy, or drawn with transformers' own warpers.
+
+A draw depends on nothing but the logits, the sampling parameters and the step number, so every rank draws the
+same token and going back to a step repeats it. Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dinfer.model.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling parameters. `temperature` 0 means greedy; `top_k` 0 and `top_p` 1 mean no such limit.
+
+    Raises `ModelError` for a negative temperature or top_k, or a top_p outside (0, 1].
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ModelError(f"temperature={self.temperature}: give 0 for greedy, or a positive number")
+        if self.top_k < 0:
+            raise ModelError(f"top_k={self.top_k}: give 0 for no limit, or the number of tokens to draw from")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ModelError(f"top_p={self.top_p}: give a probability above 0, at most 1 (1 means no limit)")
+
+
+class Sampler:
+    """Chooses tokens as `sampling` says; keeps no state between calls."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self._warpers = _warpers(sampling)
+
+    def __call__(self, logits: Tensor, step: int) -> int:
+        """Return the token chosen from `logits` [vocab] as the `step`-th new token (counted from 0)."""
+        if self.sampling.temperature == 0.0:
+            return int(logits.argmax())
+        return self._draw(logits, step)
+
+    def _draw(self, logits: Tensor, step: int) -> int:
+        import torch
+
+        scores = logits.detach().to("cpu", torch.float32).unsqueeze(0)
+        for warper in self._warpers:
+            scores = warper(None, scores)
+        cumulative = scores[0].double().softmax(-1).cumsum(-1)
+        generator = torch.Generator().manual_seed(_seed(self.sampling.seed, step))
+        point = torch.rand(1, dtype=torch.float64, generator=generator) * cumulative[-1]
+        # right=True: a token of probability 0 adds nothing to the sum, so is never the first above it.
+        return min(int(torch.searchsorted(cumulative, point, right=True)), logits.shape[-1] - 1)
+
+
+def _warpers(sampling: Sampling) -> list[Any]:
+    """Return transformers' warpers in the order in which its `generate` applies them."""
+    if sampling.temperature == 0.0:
+        return []
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    warpers: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))]
+    if sampling.top_k > 0:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    return warpers
+
+
+def _seed(seed: int, step: int) -> int:
+    """Mix seed and step, so that step 1 of seed 0 is not step 0 of seed 1."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:8]) >> 1

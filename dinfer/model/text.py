@@ -1,0 +1,92 @@
+"""Between text and token ids: a checkpoint's tokenizer, encoding a prompt, streaming new tokens as text.
+
+The tokenizer is transformers' own. Nothing here touches the model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dinfer.model.checkpoint import check
+from dinfer.model.errors import ModelError
+
+_REPLACEMENT = "\ufffd"  # what a tokenizer decodes the bytes of an unfinished character to
+
+
+def load_tokenizer(path: str | Path) -> Any | None:
+    """Return the tokenizer of a checkpoint, None where it has none; `ModelError` if it cannot be read."""
+    spec = check(path)
+    if not spec.tokenizer:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(spec.path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot parse
+        raise ModelError(f"the tokenizer in {spec.path} cannot be loaded: {error}") from error
+
+
+def encode(tokenizer: Any | None, prompt: str, chat: bool = False) -> list[int]:
+    """Return the token ids of `prompt`; with `chat`, of a conversation in which the user says `prompt`.
+
+    Raises `ModelError` where there is no tokenizer, no chat template for `chat`, or not one token.
+    """
+    if tokenizer is None:
+        raise ModelError("this checkpoint has no tokenizer, so it takes no text: give token ids")
+    if chat:
+        prompt = _as_chat(tokenizer, prompt)
+    ids = [int(token) for token in tokenizer.encode(prompt, add_special_tokens=not chat)]
+    if not ids:
+        raise ModelError("the prompt is empty: it has to make at least one token")
+    return ids
+
+
+def _as_chat(tokenizer: Any, prompt: str) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ModelError("this tokenizer has no chat template; encode the prompt as plain text (chat=False)")
+    messages = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+
+class TextStream:
+    """Turns new tokens into text as they come; text comes out in whole characters only.
+
+    A character may be split over tokens (Chinese, emoji, byte fallback): it comes out with the token that
+    ends it. Tokens are decoded together with those of the piece before, since a tokenizer may write a token
+    differently at the start of a text. Source of the scheme: the incremental detokenizers of vLLM and
+    text-generation-inference.
+    """
+
+    def __init__(self, tokenizer: Any, skip_special_tokens: bool = True) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._shown: list[int] = []  # the tokens of the last piece that came out: context only
+        self._held: list[int] = []  # the tokens whose text has not come out yet
+
+    def push(self, token_id: int) -> str:
+        """Take one token; return the text that is complete now, which may be empty."""
+        self._held.append(int(token_id))
+        text = self._held_text()
+        return "" if text.endswith(_REPLACEMENT) else self._release(text)
+
+    def flush(self) -> str:
+        """Return what is still held, with U+FFFD where a character was never finished, and hold nothing."""
+        text = self._held_text()
+        if self._held:
+            # Not a context for what follows: its last character is none.
+            self._shown, self._held = [], []
+        return text
+
+    def _held_text(self) -> str:
+        before, all_of_it = self._decode(self._shown), self._decode(self._shown + self._held)
+        return all_of_it[len(before) :]
+
+    def _release(self, text: str) -> str:
+        if text:
+            self._shown, self._held = self._held, []
+        return text
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(
+            self._tokenizer.decode(ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)
+        )

@@ -1,0 +1,171 @@
+"""Graph: the edges of a plan's data flow, by number, for those who prove and those who cut.
+
+Ops get consecutive numbers, lane by lane. A send meets a recv by order: the k-th send from one rank to another on one
+communicator meets the k-th recv there. Nothing here judges; what does not fit shows as a missing edge.
+"""
+
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
+
+from dinfer.plan.ops import Op, Value
+from dinfer.plan.plan import Place, Plan
+
+NONE = -1
+
+
+class Channel(NamedTuple):
+    """One direction between two ranks on one communicator; messages arrive in the order in which they are sent."""
+
+    communicator: str
+    source: int
+    target: int
+
+
+def channel_of(rank: int, op: Op) -> Channel:
+    """The channel that a transfer of `rank` uses."""
+    source, target = (rank, op.peer) if op.kind == "send" else (op.peer, rank)
+    return Channel(op.communicator, source, target)
+
+
+class Graph:
+    """Who makes what each op needs, and who its counterpart is.
+
+    For op n: `deps[n]` numbers the ops that make what it needs (`NONE` where nothing does), `partner[n]` is the counterpart
+    of a transfer, `before[n]` the op before it on its lane, `lane_of[n]` an index into `first`, where each lane's numbers
+    begin. `makers[rank]` lists, for each value, the ops that make it on that rank.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.ops: list[Op] = []
+        self.ranks: list[int] = []
+        self.lane_of: list[int] = []
+        self.first: list[int] = []
+        self.before: list[int] = []
+        self.makers: list[dict[Value, list[int]]] = [{} for _ in plan.lanes]
+        self.channels: dict[Channel, tuple[list[int], list[int]]] = {}
+        self._number()
+        self.partner = [NONE] * len(self.ops)
+        for sends, recvs in self.channels.values():
+            for a, b in zip(sends, recvs, strict=False):
+                self.partner[a], self.partner[b] = b, a
+        self.deps = self._find_deps()
+
+    def _number(self) -> None:
+        for rank, lanes in enumerate(self.plan.lanes):
+            for lane in lanes:
+                start = len(self.ops)
+                self.lane_of += [len(self.first)] * len(lane.ops)
+                self.first.append(start)
+                self.ops += lane.ops
+                self.ranks += [rank] * len(lane.ops)
+                self.before += [NONE, *range(start, start + len(lane.ops) - 1)][: len(lane.ops)]
+                for number, op in enumerate(lane.ops, start):
+                    for value in op.makes():
+                        self.makers[rank].setdefault(value, []).append(number)
+                    if op.is_transfer:
+                        ends = self.channels.setdefault(channel_of(rank, op), ([], []))
+                        ends[op.kind == "recv"].append(number)
+
+    def _find_deps(self) -> list[list[int]]:
+        deps: list[list[int]] = []
+        blocks: dict[tuple[int, int], list[int]] = {}
+        for number, op in enumerate(self.ops):
+            rank = self.ranks[number]
+            if op.kind == "layer":
+                # All earlier chunks' blocks of this layer, looked up once per layer instead of once per pair of chunks.
+                made = blocks.get((rank, op.layer)) or blocks.setdefault(
+                    (rank, op.layer), [self.maker(rank, Value("kv", c, op.layer)) for c in range(len(self.plan.shape.chunks))]
+                )
+                deps.append([self.maker(rank, Value("hidden", op.chunk, op.layer)), *made[: op.chunk]])
+            else:
+                deps.append([self.maker(rank, need) for need in op.needs()])
+        return deps
+
+    def maker(self, rank: int, value: Value) -> int:
+        """The first op that makes `value` on `rank`, or NONE."""
+        makers = self.makers[rank].get(value)
+        return makers[0] if makers else NONE
+
+    @cached_property
+    def dependents(self) -> list[list[int]]:
+        """For each op, those that cannot start before it has ended: what needs its values, and the next on its lane."""
+        found: list[list[int]] = [[] for _ in self.ops]
+        for number, deps in enumerate(self.deps):
+            for dep in deps:
+                if dep != NONE:
+                    found[dep].append(number)
+            if self.before[number] != NONE:
+                found[self.before[number]].append(number)
+        return found
+
+    def place(self, number: int) -> Place:
+        rank, lane = self.ranks[number], self.lane_of[number]
+        return Place(rank, lane - self.first_lane[rank], number - self.first[lane])
+
+    @cached_property
+    def first_lane(self) -> list[int]:
+        """For each rank, the number of lanes on the ranks before it."""
+        return [0, *accumulate(len(lanes) for lanes in self.plan.lanes)]
+
+    def name(self, number: int) -> str:
+        return f"rank {self.ranks[number]}: `{self.ops[number]}`"
+
+
+class Course(NamedTuple):
+    """How far a plan gets: `order` holds the op numbers that ended, `done[n]` whether op n did."""
+
+    order: list[int]
+    done: bytearray
+
+
+def simulate(graph: Graph, *, rendezvous: bool) -> Course:
+    """Run the plan as a token game. Lanes are deterministic, so the outcome does not depend on who goes first.
+
+    With `rendezvous`, a send ends together with its recv; otherwise sends are buffered and end at once.
+    A recv without a counterpart never ends, nor does, under rendezvous, a send.
+    """
+    dependents, partner, ops = graph.dependents, graph.partner, graph.ops
+    missing = [len(deps) + (before != NONE) for deps, before in zip(graph.deps, graph.before, strict=True)]
+    done = bytearray(len(ops))
+    order: list[int] = []
+    ready = [number for number in range(len(ops) - 1, -1, -1) if not missing[number]]
+    while ready:
+        number = ready.pop()
+        if done[number]:
+            continue
+        op, peer = ops[number], partner[number]
+        if op.kind == "send":
+            met = peer != NONE and not missing[peer]
+            ending = (number, peer) if met else () if rendezvous else (number,)
+        elif op.kind == "recv":
+            sent = peer != NONE and (done[peer] or (rendezvous and not missing[peer]))
+            ending = () if not sent else (number,) if done[peer] else (peer, number)
+        else:
+            ending = (number,)
+        for ended in ending:
+            done[ended] = 1
+            order.append(ended)
+            for dependent in dependents[ended]:
+                missing[dependent] -= 1
+                if not missing[dependent]:
+                    ready.append(dependent)
+    return Course(order, done)
+
+
+def levels(graph: Graph, order: list[int]) -> list[int]:
+    """For each op, the number of layer ops on the longest path that ends with it.
+
+    `order` is that of a simulation with rendezvous, in which every op ended.
+    """
+    level = [0] * len(graph.ops)
+    latest = [0] * len(graph.ops)
+    for number in order:
+        partner = graph.partner[number]
+        reached = latest[number] if partner == NONE else max(latest[number], latest[partner])
+        level[number] = reached = reached + (graph.ops[number].kind == "layer")
+        for dependent in graph.dependents[number]:
+            if latest[dependent] < reached:
+                latest[dependent] = reached
+    return level

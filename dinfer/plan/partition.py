@@ -1,0 +1,83 @@
+"""Who owns what: layers into stages, prompt tokens into chunks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from dinfer.plan.ops import PlanError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a prefill, all that a plan depends on.
+
+    `starts` holds the first layer of every stage (its first entry is 0), so `len(starts)` is the world size.
+    """
+
+    layers: int
+    tokens: int
+    chunk_size: int
+    starts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "tokens", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        bounds = (*self.starts, self.layers)
+        if bounds[0] != 0 or any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
+            raise PlanError(
+                f"stages start at layers {list(self.starts)} of {self.layers}; "
+                "the first must be 0 and every stage must own at least one layer."
+            )
+
+    @property
+    def world_size(self) -> int:
+        return len(self.starts)
+
+    @cached_property
+    def stages(self) -> tuple[range, ...]:
+        """The layers that each rank owns, by rank."""
+        return tuple(range(a, b) for a, b in zip(self.starts, (*self.starts[1:], self.layers), strict=True))
+
+    @cached_property
+    def chunks(self) -> tuple[range, ...]:
+        """The token positions of each chunk; all are `chunk_size` long but for the last."""
+        return tuple(range(a, min(a + self.chunk_size, self.tokens)) for a in range(0, self.tokens, self.chunk_size))
+
+    @cached_property
+    def owners(self) -> tuple[int, ...]:
+        """The rank that owns each layer, by layer."""
+        return tuple(rank for rank, stage in enumerate(self.stages) for _ in stage)
+
+    @property
+    def blocks(self) -> int:
+        return self.layers * len(self.chunks)
+
+
+def partition(
+    *, layers: int, tokens: int, world_size: int, chunk_size: int, layer_split: Sequence[int] | None = None
+) -> Shape:
+    """A prefill's shape. `layer_split` gives the first layer of every stage but the first; even by default.
+
+    Where `layers` is no multiple of `world_size`, the first stages own one layer more: the last rank has the final norm
+    to do as well. Raises PlanError.
+    """
+    if world_size < 1:
+        raise PlanError(f"world_size is {world_size}; it must be at least 1.")
+    if world_size > layers:
+        raise PlanError(
+            f"world_size is {world_size} but there are only {layers} layers; every rank must own at least one: "
+            f"use at most {layers} ranks."
+        )
+    if layer_split is None:
+        small, larger = divmod(layers, world_size)
+        starts = [rank * small + min(rank, larger) for rank in range(world_size)]
+    else:
+        if len(layer_split) != world_size - 1:
+            given = ",".join(map(str, layer_split))
+            raise PlanError(
+                f"layer_split {given!r} has {len(layer_split)} numbers; {world_size} ranks need {world_size - 1}: "
+                "the first layer of every stage but the first, such as 14,28 for three ranks."
+            )
+        starts = [0, *layer_split]
+    return Shape(layers, tokens, chunk_size, tuple(starts))

@@ -1,0 +1,134 @@
+"""Plan: every rank's lanes as pure data, and its text form, which people can edit."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from dinfer.plan.ops import Op, PlanError, parse_op
+from dinfer.plan.partition import Shape
+
+HEADER = "dinfer plan 1"
+
+
+class Lane(NamedTuple):
+    """Ops that one thread of one rank runs, one after another."""
+
+    name: str
+    ops: tuple[Op, ...]
+
+
+class Place(NamedTuple):
+    """Where an op stands in a plan."""
+
+    rank: int
+    lane: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a schedule and a sync strategy expand to; `lanes[rank]` are that rank's lanes."""
+
+    shape: Shape
+    schedule: str
+    sync_strategy: str
+    lanes: tuple[tuple[Lane, ...], ...]
+
+    @property
+    def world_size(self) -> int:
+        return self.shape.world_size
+
+    @cached_property
+    def id(self) -> int:
+        """64 bits of the text's SHA-256: ranks whose ids differ would not run the same plan."""
+        return int.from_bytes(hashlib.sha256(self.text().encode()).digest()[:8], "little")
+
+    def op(self, place: Place) -> Op:
+        return self.lanes[place.rank][place.lane].ops[place.index]
+
+    def places(self) -> Iterator[tuple[Place, Op]]:
+        for rank, lanes in enumerate(self.lanes):
+            for number, lane in enumerate(lanes):
+                for index, op in enumerate(lane.ops):
+                    yield Place(rank, number, index), op
+
+    def expected_tokens(self, op: Op) -> int:
+        """How many tokens a transfer of this value carries."""
+        return 1 if op.what == "final" else len(self.shape.chunks[op.chunk])
+
+    def text(self) -> str:
+        """One op a line; `parse_plan` reads it back."""
+        shape = self.shape
+        lines = [
+            HEADER,
+            f"layers {shape.layers}, tokens {shape.tokens}, chunk_size {shape.chunk_size}",
+            "stages start at " + " ".join(map(str, shape.starts)),
+            f"schedule {self.schedule}, sync_strategy {self.sync_strategy}",
+        ]
+        for rank, lanes in enumerate(self.lanes):
+            for lane in lanes:
+                lines.append(f"rank {rank} lane {lane.name}")
+                lines.extend(f"  {op}" for op in lane.ops)
+        return "\n".join(lines) + "\n"
+
+
+def parse_plan(text: str) -> Plan:
+    """The plan that `text` describes. Empty lines and what follows a `#` are ignored. Raises PlanError, with the line."""
+    lines = [(n, stripped) for n, raw in enumerate(text.splitlines(), 1) if (stripped := raw.split("#")[0].strip())]
+    if not lines or lines[0][1] != HEADER:
+        given = lines[0][1][:60] if lines else "an empty text"
+        raise PlanError(f"this is not a plan: it begins with {given!r}; a plan's first line is {HEADER!r}.")
+    if len(lines) < 4:
+        raise PlanError("the plan ends before its header is complete: layers, stages and schedule take a line each.")
+    shape = _parse_shape(lines[1], lines[2])
+    words = _words(lines[3], "schedule NAME, sync_strategy NAME", ("schedule", None, "sync_strategy", None))
+    lanes: list[list[tuple[str, list[Op]]]] = [[] for _ in shape.starts]
+    current: list[Op] | None = None
+    for number, line in lines[4:]:
+        try:
+            if line.startswith("rank "):
+                current = _open_lane(line, lanes)
+            elif current is None:
+                raise PlanError(f"{line!r} stands before any lane; a lane opens with 'rank 0 lane compute'.")
+            else:
+                current.append(parse_op(line))
+        except PlanError as error:
+            raise PlanError(f"line {number}: {error}") from None
+    built = tuple(tuple(Lane(name, tuple(ops)) for name, ops in rank) for rank in lanes)
+    return Plan(shape, words[1], words[3], built)
+
+
+def _parse_shape(sizes: tuple[int, str], stages: tuple[int, str]) -> Shape:
+    form = "layers N, tokens N, chunk_size N"
+    words = _words(sizes, form, ("layers", None, "tokens", None, "chunk_size", None))
+    starts = stages[1].removeprefix("stages start at ").split()
+    try:
+        return Shape(int(words[1]), int(words[3]), int(words[5]), tuple(map(int, starts)))
+    except PlanError as error:
+        raise PlanError(f"line {sizes[0]}: {error}") from None
+    except ValueError:
+        raise PlanError(
+            f"lines {sizes[0]}–{stages[0]}: {sizes[1]!r} and {stages[1]!r} should read {form!r} and 'stages start at 0 …'."
+        ) from None
+
+
+def _words(line: tuple[int, str], form: str, pattern: tuple[str | None, ...]) -> list[str]:
+    words = line[1].replace(",", " ").split()
+    if len(words) != len(pattern) or any(p not in (None, w) for w, p in zip(words, pattern, strict=True)):
+        raise PlanError(f"line {line[0]}: {line[1]!r} should read {form!r}.")
+    return words
+
+
+def _open_lane(line: str, lanes: list[list[tuple[str, list[Op]]]]) -> list[Op]:
+    words = line.split()
+    if len(words) != 4 or words[2] != "lane" or not words[1].isdigit():
+        raise PlanError(f"{line!r} should read 'rank 0 lane compute'.")
+    rank, name = int(words[1]), words[3]
+    if rank >= len(lanes):
+        raise PlanError(f"rank {rank} does not exist: the plan has {len(lanes)} stages, so ranks 0 to {len(lanes) - 1}.")
+    if any(name == other for other, _ in lanes[rank]):
+        raise PlanError(f"rank {rank} has two lanes named {name!r}.")
+    lanes[rank].append((name, []))
+    return lanes[rank][-1][1]

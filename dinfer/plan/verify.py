@@ -1,0 +1,226 @@
+"""Proof that a plan is complete and free of deadlock, or the shortest counterexample in the plan's own words.
+
+Nothing about how the plan was built is trusted. Proved is: every channel belongs to one lane at each end; every send
+meets exactly one recv of the same value and size; every value is made once on a rank and before it is needed; at the end
+every rank holds each block and the final state exactly once; and, for sends that wait for their recv (rendezvous) and for
+buffered ones alike, no lanes wait for one another in a circle.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dinfer.plan.graph import NONE, Graph, levels, simulate
+from dinfer.plan.ops import FINAL, Op, Value
+from dinfer.plan.plan import Place, Plan
+
+Flaw = Literal["out of range", "shared channel", "unmatched", "mismatch", "size", "missing", "made twice", "cycle"]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was checked and found true. `levels` is the number of layers on the longest path through the plan."""
+
+    ranks: int
+    lanes: int
+    ops: int
+    transfers: int
+    blocks: int
+    levels: int
+    proved: Literal[True] = field(default=True, init=False)
+
+    def __str__(self) -> str:
+        return (
+            f"proved: {self.ranks} ranks, {self.lanes} lanes, {self.ops} ops; each of {self.transfers} sends meets one recv; "
+            f"all ranks end with the same {self.blocks} blocks; no deadlock with rendezvous or buffered sends; "
+            f"{self.levels} layers on the longest path"
+        )
+
+
+@dataclass(frozen=True)
+class Counterexample:
+    """Why a plan must not run. `steps` are sentences, `places` the ops they speak of, in the same order."""
+
+    flaw: Flaw
+    steps: tuple[str, ...]
+    places: tuple[Place, ...]
+    sends: Literal["", "rendezvous", "buffered"] = ""
+    proved: Literal[False] = field(default=False, init=False)
+
+    def __str__(self) -> str:
+        story = "; ".join(self.steps)
+        if self.flaw == "cycle":
+            return f"refuted: with {self.sends} sends these wait for one another for ever: {story}"
+        return f"refuted ({self.flaw}): {story}"
+
+
+def verify(plan: Plan) -> Proof | Counterexample:
+    """Check the plan that will run."""
+    if bad := next(_out_of_range(plan), None):
+        return bad
+    graph = Graph(plan)
+    for check in (_shared_channels, _transfers, _values):
+        if bad := next(check(graph), None):
+            return bad
+    meeting = simulate(graph, rendezvous=True)
+    if bad := _deadlock(graph, meeting.done, "rendezvous"):
+        return bad
+    if bad := _deadlock(graph, simulate(graph, rendezvous=False).done, "buffered"):
+        return bad
+    ops = graph.ops
+    return Proof(
+        ranks=plan.world_size,
+        lanes=len(graph.first),
+        ops=len(ops),
+        transfers=sum(op.kind == "send" for op in ops),
+        blocks=plan.shape.blocks,
+        levels=max(levels(graph, meeting.order)),
+    )
+
+
+
+
+def _out_of_range(plan: Plan) -> Iterator[Counterexample]:
+    for place, op in plan.places():
+        if wrong := _range_error(plan, place.rank, op):
+            yield Counterexample("out of range", (f"rank {place.rank}: `{op}`: {wrong}",), (place,))
+
+
+def _range_error(plan: Plan, rank: int, op: Op) -> str:
+    shape = plan.shape
+    chunks = len(shape.chunks)
+    if op.is_transfer and (op.peer == rank or not 0 <= op.peer < plan.world_size):
+        return f"rank {op.peer} is no peer of rank {rank}; there are {plan.world_size} ranks"
+    if op.what == "final":
+        return ""
+    if not 0 <= op.chunk < chunks:
+        return f"chunk {op.chunk} does not exist; there are {chunks}"
+    if op.kind == "norm":
+        right = op.chunk == chunks - 1 and op.layer == shape.layers
+        return "" if right else f"the final state is the norm of c{chunks - 1} l{shape.layers}"
+    last = shape.layers if op.is_transfer and op.what == "hidden" else shape.layers - 1
+    if op.kind != "embed" and not 0 <= op.layer <= last:
+        return f"layer {op.layer} is out of range; the plan has {shape.layers} layers"
+    return ""
+
+
+def _shared_channels(graph: Graph) -> Iterator[Counterexample]:
+    for channel, ends in graph.channels.items():
+        for verb, numbers in zip(("sends", "receives"), ends, strict=True):
+            other = next((n for n in numbers if graph.lane_of[n] != graph.lane_of[numbers[0]]), None)
+            if other is not None:
+                rank = graph.ranks[other]
+                names = [graph.plan.lanes[rank][graph.place(n).lane].name for n in (numbers[0], other)]
+                text = (
+                    f"rank {rank} {verb} on the {channel.communicator} channel {channel.source}→{channel.target} from two "
+                    f"lanes, {names[0]} (`{graph.ops[numbers[0]]}`) and {names[1]} (`{graph.ops[other]}`), "
+                    "so nothing fixes their order"
+                )
+                yield Counterexample("shared channel", (text,), (graph.place(numbers[0]), graph.place(other)))
+
+
+def _transfers(graph: Graph) -> Iterator[Counterexample]:
+    for number, op in enumerate(graph.ops):
+        if not op.is_transfer:
+            continue
+        partner = graph.partner[number]
+        if partner == NONE:
+            wanted = "recv" if op.kind == "send" else "send"
+            text = f"{graph.name(number)} has no {wanted} on rank {op.peer} to meet"
+            yield Counterexample("unmatched", (text,), (graph.place(number),))
+        elif (other := graph.ops[partner])[1:4] != op[1:4]:  # chunk, layer, what: compared bare, for speed
+            text = f"{graph.name(number)} meets {graph.name(partner)}, which carries {other.value}"
+            yield Counterexample("mismatch", (text,), (graph.place(number), graph.place(partner)))
+        elif op.tokens != (expected := graph.plan.expected_tokens(op)):
+            plural = "" if expected == 1 else "s"
+            text = f"{graph.name(number)} has the wrong size: {op.value} has {expected} token{plural}"
+            yield Counterexample("size", (text,), (graph.place(number),))
+
+
+def _values(graph: Graph) -> Iterator[Counterexample]:
+    made = ((rank, value, numbers) for rank, makers in enumerate(graph.makers) for value, numbers in makers.items())
+    for rank, value, makers in made:
+        if len(makers) > 1:
+            text = f"rank {rank} would make {value} twice, by `{graph.ops[makers[0]]}` and by `{graph.ops[makers[1]]}`"
+            yield Counterexample("made twice", (text,), tuple(graph.place(n) for n in makers[:2]))
+    for number, deps in enumerate(graph.deps):
+        if NONE in deps:
+            need = graph.ops[number].needs()[deps.index(NONE)]
+            text = f"{graph.name(number)} needs {need}, which nothing on rank {graph.ranks[number]} makes"
+            yield Counterexample("missing", (text,), (graph.place(number),))
+    shape = graph.plan.shape
+    blocks = [Value("kv", chunk, layer) for chunk in range(len(shape.chunks)) for layer in range(shape.layers)]
+    for rank in range(shape.world_size):
+        for value in (*blocks, FINAL):
+            if value not in graph.makers[rank]:
+                text = f"rank {rank} would end without {value}: nothing there makes or receives it"
+                yield Counterexample("missing", (text,), ())
+
+
+def _deadlock(graph: Graph, done: bytearray, sends: Literal["rendezvous", "buffered"]) -> Counterexample | None:
+    if all(done):
+        return None
+    waits = {head: _waits_for(graph, head, done) for head in _heads(graph, done)}
+    cycle = shortest_cycle(waits)
+    return Counterexample(
+        "cycle",
+        tuple(_step(graph, head, done) for head in cycle),
+        tuple(graph.place(head) for head in cycle),
+        sends,
+    )
+
+
+def _heads(graph: Graph, done: bytearray) -> Iterator[int]:
+    """The op at which each unfinished lane stands."""
+    for number in range(len(graph.ops)):
+        before = graph.before[number]
+        if not done[number] and (before == NONE or done[before]):
+            yield number
+
+
+def _unmet(graph: Graph, head: int, done: bytearray) -> list[int]:
+    return [dep for dep in graph.deps[head] if not done[dep]]
+
+
+def _waits_for(graph: Graph, head: int, done: bytearray) -> list[int]:
+    """The heads of the lanes on which the ops lie that this head waits for."""
+    targets = _unmet(graph, head, done) or [graph.partner[head]]
+    found = []
+    for target in targets:
+        first = graph.first[graph.lane_of[target]]
+        found.append(next(n for n in range(first, len(graph.ops)) if not done[n]))
+    return found
+
+
+def shortest_cycle(edges: dict[int, list[int]]) -> list[int]:
+    """A shortest cycle of a directed graph, beginning at its smallest node; empty if there is none."""
+    best: list[int] = []
+    for start in sorted(edges):
+        parents: dict[int, int] = {}
+        queue = deque([start])
+        while queue and start not in parents:
+            node = queue.popleft()
+            for following in edges.get(node, ()):
+                if following not in parents:
+                    parents[following] = node
+                    queue.append(following)
+        if start in parents:
+            path = [parents[start]]
+            while path[-1] != start:
+                path.append(parents[path[-1]])
+            if not best or len(path) < len(best):
+                best = path[::-1]
+    return best
+
+
+def _step(graph: Graph, head: int, done: bytearray) -> str:
+    op, rank = graph.ops[head], graph.ranks[head]
+    unmet = _unmet(graph, head, done)
+    if unmet:
+        needs = dict(zip(graph.deps[head], op.needs(), strict=True))
+        maker = unmet[0]
+        return f"rank {rank} cannot start `{op}` before {needs[maker]}, which `{graph.ops[maker]}` makes only later"
+    if op.kind == "send":
+        return f"rank {rank} sends {op.value} to rank {op.peer} and waits"
+    return f"rank {rank} waits to receive {op.value} from rank {op.peer}"

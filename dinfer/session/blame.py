@@ -1,0 +1,60 @@
+"""Which rank is the cause when a run cannot go on, in one message. Pure: states in, text out.
+
+A raised error ranks above a death, and both above what a lost peer does to the others.
+"""
+
+import signal
+from collections.abc import Sequence
+
+from dinfer.config import Config
+from dinfer.plan.plan import Plan
+from dinfer.session.link import RankState
+from dinfer.session.where import rank_text, where_text
+
+
+def failure_of(
+    plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], config: Config, now: float
+) -> str | None:
+    """Why the run is over, or None if it is not. `exits[rank]` is set for ranks that ended without a result."""
+    errors = [(rank, state.reports["error"]) for rank, state in enumerate(ranks) if "error" in state.reports]
+    primary = [(rank, error) for rank, error in errors if not error["secondary"]]
+    dead = [rank for rank, code in enumerate(exits) if code is not None and "error" not in ranks[rank].reports]
+    if primary:
+        rank, error = primary[0]
+        return _told(error["message"], rank, config)
+    if dead:
+        return _death(plan, dead[0], ranks[dead[0]], exits[dead[0]], config)
+    if errors:
+        rank, error = errors[0]
+        return _told(error["message"], rank, config)
+    return _standstill(plan, ranks, config, now)
+
+
+def _told(message: str, rank: int, config: Config) -> str:
+    named = message if message.startswith(f"rank {rank} ") else f"rank {rank}: {message}"
+    return f"{named}\nThe whole traceback is in {config.log_dir}/rank{rank}.log."
+
+
+def _death(plan: Plan, rank: int, state: RankState, code: int | None, config: Config) -> str:
+    how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with exit status {code}"
+    lanes = plan.lanes[rank]
+    prefilling = state.stand and len(state.stand.positions) == len(lanes) and state.phase == "prefill"
+    last = rank_text(lanes, state.stand) if prefilling and state.stand else _phase_text(state)
+    return f"rank {rank} {how}; it stood at: {last}\nWhat it printed last is in {config.log_dir}/rank{rank}.err."
+
+
+def _phase_text(state: RankState) -> str:
+    return f"decode, token {state.decoded}" if state.phase == "decode" else state.phase
+
+
+def _standstill(plan: Plan, ranks: Sequence[RankState], config: Config, now: float) -> str | None:
+    quiet = now - max(state.progressed for state in ranks)
+    running = any(state.phase in ("prefill", "decode") for state in ranks)
+    if quiet < (config.timeout if running else config.start_timeout):
+        return None
+    stands = [state.stand for state in ranks if state.stand is not None]
+    where = "\n".join(f"rank {rank}: {_phase_text(state)}" for rank, state in enumerate(ranks))
+    if all(state.phase == "prefill" for state in ranks) and len(stands) == len(ranks):
+        where = where_text(plan, stands)
+    limit = "timeout" if running else "start_timeout"
+    return f"no rank has made progress for {quiet:.0f} s ({limit}); where they stand:\n{where}"

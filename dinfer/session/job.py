@@ -1,0 +1,73 @@
+"""Job: all that can be known of a run before any rank starts, and every mistake that can be found by then."""
+
+import os
+from dataclasses import dataclass
+
+from dinfer.config import Config, ConfigError
+from dinfer.model.checkpoint import Spec, check
+from dinfer.model.text import encode, load_tokenizer
+from dinfer.plan.ops import PlanError
+from dinfer.plan.partition import partition
+from dinfer.plan.plan import Plan
+from dinfer.plan.schedule import build
+from dinfer.plan.verify import Counterexample, Proof, verify
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that may start. `config.threads` is settled; `ids` is the prompt."""
+
+    config: Config
+    spec: Spec
+    ids: tuple[int, ...]
+    plan: Plan
+    verdict: Proof | Counterexample
+
+
+def prepare(config: Config) -> Job:
+    """Raises ConfigError, ModelError or PlanError, each with what to do."""
+    spec = check(config.model_path)
+    if config.world_size > spec.layers:
+        raise ConfigError(
+            f"world_size is {config.world_size}, but {config.model_path} has {spec.layers} layers and every rank must own "
+            f"at least one: use at most {spec.layers} ranks."
+        )
+    ids = _prompt_ids(config, spec)
+    shape = partition(
+        layers=spec.layers,
+        tokens=len(ids),
+        world_size=config.world_size,
+        chunk_size=config.chunk_size,
+        layer_split=config.layer_split or None,
+    )
+    plan = build(shape, config.schedule, config.sync_strategy)
+    verdict = verify(plan)
+    if not verdict.proved and not config.unsafe:
+        raise PlanError(f"{verdict}.\nNothing was run. Choose another schedule, or pass unsafe=true to watch it hang.")
+    return Job(config.with_(threads=config.threads or threads_per_rank(config.world_size)), spec, ids, plan, verdict)
+
+
+def threads_per_rank(world_size: int) -> int:
+    """This machine's cores shared out, so that ranks do not fight for them; at least one each."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // world_size)
+
+
+def _prompt_ids(config: Config, spec: Spec) -> tuple[int, ...]:
+    if config.prompt_ids:
+        ids = config.prompt_ids
+        if wrong := [token for token in ids if not 0 <= token < spec.vocab_size]:
+            raise ConfigError(f"prompt_ids has {wrong[0]}; token ids of this model go from 0 to {spec.vocab_size - 1}.")
+    else:
+        text = config.prompt_text()
+        if not text.strip():
+            raise ConfigError("the prompt is empty: give prompt, prompt_file or prompt_ids.")
+        tokenizer = load_tokenizer(config.model_path)
+        if tokenizer is None:
+            raise ConfigError(f"{config.model_path} has no tokenizer, so it takes no text: give prompt_ids.")
+        ids = tuple(encode(tokenizer, text, config.chat))
+    if len(ids) > spec.max_positions:
+        raise ConfigError(
+            f"the prompt has {len(ids)} tokens; {config.model_path} has {spec.max_positions} positions: shorten the prompt."
+        )
+    return ids

@@ -1,0 +1,144 @@
+"""Processes: the ranks of `dinfer run` on this machine, each a process of its own: up, watched, and down again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from dinfer.session.blame import failure_of
+from dinfer.session.fleet import RankFailed
+from dinfer.session.job import Job
+from dinfer.session.link import Link
+
+GRACE_S = 1.0
+"""How long to listen for the cause once one rank has failed: the others' complaints may come first."""
+
+
+class Processes:
+    """Started on entry; ended, whatever happened, on exit."""
+
+    def __init__(self, job: Job, *, paused: bool = False, on_text: Callable[[str], None] | None = None) -> None:
+        self.job = job
+        self.link = Link(job.config.world_size, on_text=on_text)
+        self._paused = paused
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._port_told = False
+
+    def __enter__(self) -> Self:
+        try:
+            for rank in range(self.job.config.world_size):
+                self._processes.append(self._start(rank))
+        except BaseException:
+            self.end()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Kill what still runs and wait until it is gone; the watchers end with their ranks."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+        for process in self._processes:
+            process.wait()
+        self._await_watchers()
+        self.link.close()
+
+    def _await_watchers(self) -> None:
+        deadline = time.monotonic() + 5
+        with self.link.changed:
+            started = [state for state in self.link.ranks if state.heard]
+            self.link.changed.wait_for(lambda: all(s.gone for s in started), max(0.0, deadline - time.monotonic()))
+
+    def _start(self, rank: int) -> "subprocess.Popen[bytes]":
+        config = self.job.config
+        job = {
+            "rank": rank,
+            "config": asdict(config),
+            "ids": self.job.ids,
+            "paused": self._paused,
+            "link": self.link.job_part(rank, os.getpid()),
+        }
+        environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads), "PYTHONUNBUFFERED": "1"}
+        folder = Path(config.log_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"rank{rank}.err").open("wb") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "dinfer.engine.worker"],
+                stdin=subprocess.PIPE,
+                stdout=errors,
+                stderr=errors,
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches this process only, which then ends the ranks in order
+            )
+        assert process.stdin is not None
+        with process.stdin as stdin:
+            stdin.write(json.dumps(job).encode())
+        return process
+
+    # -- watching
+
+    def watch(self, seconds: float) -> bool:
+        """Look after the ranks for that long; True once all have delivered their result.
+
+        Raises RankFailed, with the cause first, when one has failed, died, or made no progress in time.
+        """
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            with self.link.changed:
+                self.link.changed.wait(min(left, 0.05))
+            self._introduce()
+            if all("result" in state.reports for state in self.link.ranks):
+                return True
+            self.check()
+        return False
+
+    def _introduce(self) -> None:
+        """Tell the other ranks where rank 0 has opened the place to meet."""
+        opened = self.link.ranks[0].reports.get("store")
+        if opened and not self._port_told:
+            self._port_told = True
+            for rank in range(1, len(self.link.ranks)):
+                self.link.send(rank, "meet", port=opened["port"])
+
+    def check(self) -> None:
+        """Raises RankFailed if a rank has failed, died, or stands still for too long."""
+        if self._broken():
+            deadline = time.monotonic() + GRACE_S
+            with self.link.changed:
+                self.link.changed.wait_for(self._all_told, max(0.0, deadline - time.monotonic()))
+        failure = failure_of(self.job.plan, self.link.ranks, self._exits(), self.job.config, time.monotonic())
+        if failure:
+            raise RankFailed(failure)
+
+    def _broken(self) -> bool:
+        exits = self._exits()
+        return any(exits) or any("error" in state.reports or state.gone for state in self.link.ranks if "result" not in state.reports)
+
+    def _all_told(self) -> bool:
+        return all("error" in state.reports or code for state, code in zip(self.link.ranks, self._exits(), strict=True))
+
+    def _exits(self) -> list[int | None]:
+        """Exit status of each rank that ended without a result; None for the others."""
+        return [
+            None if "result" in state.reports else process.poll()
+            for state, process in zip(self.link.ranks, self._processes, strict=True)
+        ]
+
+
+def interrupt_as_error() -> None:
+    """Let SIGTERM end a run as Ctrl-C does: with everything cleaned up."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)

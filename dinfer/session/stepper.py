@@ -1,0 +1,129 @@
+"""Stepper: brings a fleet from cut to cut: step, back, run to, pause, resume. Every move ends at a consistent cut.
+
+What a step means is decided in plan/cut; how ranks are reached, in the fleet.
+"""
+
+import threading
+from typing import NamedTuple
+
+from dinfer.plan.cut import Cut, Cuts, Unit, is_inside, meet
+from dinfer.plan.plan import Place
+from dinfer.session.fleet import Fleet, Stands
+from dinfer.session.where import where_text
+
+
+class NoProgress(RuntimeError):
+    """The ranks did not get where they were sent in time; the message says where each stands."""
+
+
+class Move(NamedTuple):
+    """A step's effect. Equal ends mean that there was nothing to do: the run stands at that end already."""
+
+    before: Cut
+    after: Cut
+
+    @property
+    def moved(self) -> bool:
+        return self.before != self.after
+
+
+class Stepper:
+    """Steps a run whose plan has been proved. Safe to call from several threads; moves happen one after another."""
+
+    def __init__(self, fleet: Fleet, timeout: float = 60.0) -> None:
+        self._fleet, self._timeout = fleet, timeout
+        self._cuts = Cuts(fleet.plan)
+        self._lock = threading.RLock()
+
+    @property
+    def cuts(self) -> Cuts:
+        return self._cuts
+
+    @property
+    def at_end(self) -> bool:
+        return _positions(self._fleet.stands()) == self._cuts.end
+
+    def step(self, unit: Unit = "layer", n: int = 1) -> Move:
+        """Move on by `n` units; does nothing at the end."""
+        with self._lock:
+            before = target = self._stand()
+            for _ in range(n):
+                target = self._cuts.next(target, unit)
+            return self._go(before, target)
+
+    def step_back(self, unit: Unit = "layer", n: int = 1) -> Move:
+        """Go back by `n` units; does nothing at the start."""
+        with self._lock:
+            before = target = self._stand()
+            for _ in range(n):
+                target = self._cuts.previous(target, unit)
+            return self._go(before, target)
+
+    def run_to(self, chunk: int, layer: int) -> Move:
+        """Stop just after that block everywhere, going forward or back. Raises PlanError if there is no such block."""
+        with self._lock:
+            target = self._cuts.after_block(chunk, layer)
+            return self._go(self._stand(), target)
+
+    def resume(self) -> None:
+        """Let all lanes go to the end; returns at once."""
+        with self._lock:
+            self._fleet.set_limits(self._cuts.end)
+
+    def pause(self) -> Cut:
+        """Stop a free run at the nearest consistent cut."""
+        with self._lock:
+            return self._stand()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until the run has reached its limits. Raises NoProgress after `timeout` seconds."""
+        self._arrive(None, timeout)
+
+    def where(self) -> str:
+        """Where each rank stands, a line each."""
+        return where_text(self._fleet.plan, self._fleet.stands())
+
+    def _stand(self) -> Cut:
+        """Bring the run to a stand; the cut at which it then is."""
+        stands = self._fleet.stands()
+        if _standing(stands):
+            return _positions(stands)
+        stands = self._fleet.freeze()
+        cut, void = self._cuts.stop(_positions(stands), _started(stands))
+        self._fleet.set_limits(cut)
+        self._fleet.release(void)
+        self._arrive(cut, self._timeout)
+        return cut
+
+    def _go(self, before: Cut, target: Cut) -> Move:
+        if not is_inside(before, target):
+            self._fleet.rewind(meet(before, target))
+        self._fleet.set_limits(target)
+        self._arrive(target, self._timeout)
+        return Move(before, target)
+
+    def _arrive(self, cut: Cut | None, timeout: float | None) -> None:
+        def arrived(stands: Stands) -> bool:
+            return _standing(stands) and cut in (None, _positions(stands))
+
+        if not self._fleet.wait(arrived, timeout):
+            raise NoProgress(f"the ranks have not arrived within {timeout:g} s:\n{self.where()}")
+
+
+def _positions(stands: Stands) -> Cut:
+    return tuple(stand.positions for stand in stands)
+
+
+def _started(stands: Stands) -> set[Place]:
+    """The ops that have begun and not ended."""
+    return {
+        Place(rank, lane, stand.positions[lane])
+        for rank, stand in enumerate(stands)
+        for lane, begun in enumerate(stand.started)
+        if begun
+    }
+
+
+def _standing(stands: Stands) -> bool:
+    """Whether no lane moves or may move."""
+    return all(stand.at_limits and not any(stand.started) for stand in stands)

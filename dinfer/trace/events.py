@@ -1,0 +1,105 @@
+"""Event: what one op did, as a plain record and as 64 bytes.
+
+Events do not presume dinfer's own engine: chunk, layer and peer may be unknown (None), and `kind` may be a collective.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+KINDS = ("embed", "layer", "norm", "send", "recv", "decode", "all_gather", "broadcast", "all_reduce", "barrier", "other")
+WHATS = ("", "hidden", "kv", "final", "token")
+SIZE = 64
+_LAYOUT = struct.Struct("<BBBxiiiiqqqqqi")
+_NONE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Times are nanoseconds on the rank's monotonic clock.
+
+    `ready`: the op was first on its lane and allowed to start. `start`: what it needs was there. `met`: its peer had come as
+    well (for ops without a peer, the same as `start`). `end`: it was done. So `start − ready` is waiting for this rank's own
+    data, `met − start` waiting for the peer, `end − met` compute or time on the wire.
+    """
+
+    rank: int
+    lane: str
+    kind: str
+    ready: int
+    start: int
+    met: int
+    end: int
+    what: str = ""
+    chunk: int | None = None
+    layer: int | None = None
+    peer: int | None = None
+    tokens: int = 0
+    bytes: int = 0
+    index: int | None = None
+
+    @property
+    def waited(self) -> int:
+        """Nanoseconds spent waiting for the peer."""
+        return self.met - self.start
+
+    @property
+    def busy(self) -> int:
+        """Nanoseconds of compute, or on the wire."""
+        return self.end - self.met
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def pack_into(self, buffer: memoryview, offset: int, lane: int) -> None:
+        """Write the event as `SIZE` bytes; the rank and the lane's name are known from where it is written."""
+        _LAYOUT.pack_into(
+            buffer,
+            offset,
+            KINDS.index(self.kind) if self.kind in KINDS else len(KINDS) - 1,
+            WHATS.index(self.what),
+            lane,
+            _number(self.chunk),
+            _number(self.layer),
+            _number(self.peer),
+            self.tokens,
+            self.bytes,
+            self.ready,
+            self.start,
+            self.met,
+            self.end,
+            _number(self.index),
+        )
+
+    @classmethod
+    def unpack_from(cls, buffer: memoryview | bytes, offset: int, rank: int, lanes: tuple[str, ...]) -> Self:
+        kind, what, lane, chunk, layer, peer, tokens, size, ready, start, met, end, index = _LAYOUT.unpack_from(buffer, offset)
+        return cls(
+            rank=rank,
+            lane=lanes[lane],
+            kind=KINDS[kind],
+            ready=ready,
+            start=start,
+            met=met,
+            end=end,
+            what=WHATS[what],
+            chunk=_known(chunk),
+            layer=_known(layer),
+            peer=_known(peer),
+            tokens=tokens,
+            bytes=size,
+            index=_known(index),
+        )
+
+
+def _number(value: int | None) -> int:
+    return _NONE if value is None else value
+
+
+def _known(value: int) -> int | None:
+    return None if value == _NONE else value
+
+
+assert _LAYOUT.size == SIZE

@@ -1,0 +1,86 @@
+"""Recorder: always on, into memory allocated before.
+
+Each lane has a ring of its own, so lanes never wait for one another. The memory may be shared with another process, which
+reads it while this one writes, or after this one was killed.
+"""
+
+import struct
+from collections.abc import Sequence
+from typing import Self
+
+from dinfer.trace.events import SIZE, Event
+
+_COUNT = struct.Struct("<q")
+_SLOT = SIZE  # the counter has a slot of its own, so that records stay aligned
+
+
+def recorder_size(lanes: int, capacity: int) -> int:
+    """Bytes of memory that a recorder of this many lanes and events per lane takes."""
+    return lanes * (capacity + 1) * _SLOT
+
+
+class Recorder:
+    """Events of one rank. When a lane's ring is full, its oldest events are overwritten; `lost` says how many.
+
+    A lane must be written by one thread at a time. Readers may be anywhere.
+    """
+
+    def __init__(self, rank: int, lanes: Sequence[str], capacity: int, memory: memoryview | None = None) -> None:
+        self.rank = rank
+        self.lanes = tuple(lanes)
+        self.capacity = capacity
+        size = recorder_size(len(self.lanes), capacity)
+        self._memory = memoryview(bytearray(size)) if memory is None else memory[:size]
+
+    @classmethod
+    def over(cls, rank: int, lanes: Sequence[str], memory: memoryview) -> Self:
+        """A recorder that uses all of `memory`; writer and reader of shared memory agree by naming the same lanes."""
+        return cls(rank, lanes, len(memory) // recorder_size(len(lanes), 0) - 1, memory)
+
+    def record(self, lane: int, event: Event) -> None:
+        base = self._base(lane)
+        count = self._count(lane)
+        event.pack_into(self._memory, base + _SLOT * (1 + count % self.capacity), lane)
+        _COUNT.pack_into(self._memory, base, count + 1)  # last: a reader sees whole events only
+
+    def clear(self) -> None:
+        """Forget all events; for the writer, before the first one, where the memory was used before."""
+        for lane in range(len(self.lanes)):
+            _COUNT.pack_into(self._memory, self._base(lane), 0)
+
+    def read(self, since: Sequence[int] | None = None) -> tuple[list[Event], list[int]]:
+        """Events written after the cursor `since` (one number a lane), and the new cursor."""
+        records, cursor = self.read_records(since)
+        return unpack_records(records, self.rank, self.lanes), cursor
+
+    def read_records(self, since: Sequence[int] | None = None) -> tuple[bytes, list[int]]:
+        """Like `read`, as bytes for `unpack_records`: to pass on without looking at them."""
+        cursor = list(since or [0] * len(self.lanes))
+        records = bytearray()
+        for lane in range(len(self.lanes)):
+            count = self._count(lane)
+            for number in range(max(cursor[lane], count - self.capacity), count):
+                offset = self._base(lane) + _SLOT * (1 + number % self.capacity)
+                records += self._memory[offset : offset + SIZE]
+            cursor[lane] = count
+        return bytes(records), cursor
+
+    def events(self) -> list[Event]:
+        """All events that are still held, by lane and then in the order in which they ended."""
+        return self.read()[0]
+
+    @property
+    def lost(self) -> int:
+        """The number of events that were overwritten."""
+        return sum(max(0, self._count(lane) - self.capacity) for lane in range(len(self.lanes)))
+
+    def _base(self, lane: int) -> int:
+        return lane * (self.capacity + 1) * _SLOT
+
+    def _count(self, lane: int) -> int:
+        return int(_COUNT.unpack_from(self._memory, self._base(lane))[0])
+
+
+def unpack_records(records: bytes, rank: int, lanes: tuple[str, ...]) -> list[Event]:
+    """The events in bytes from `Recorder.read_records`."""
+    return [Event.unpack_from(records, offset, rank, lanes) for offset in range(0, len(records), SIZE)]

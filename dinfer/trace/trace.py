@@ -1,0 +1,153 @@
+"""Trace: the merged events of all ranks, and what can be read off them. Pure; views take their numbers from here."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, NamedTuple
+
+from dinfer.trace.events import Event
+
+Interval = tuple[int, int]
+COMPUTE = frozenset({"embed", "layer", "norm", "decode"})
+
+
+class RankFigures(NamedTuple):
+    """One rank's part of a run. Times in seconds; bytes are payloads, without headers."""
+
+    rank: int
+    prefill_s: float
+    compute_s: float
+    exposed_sync_s: float
+    decode_s: float
+    waiting_s: float
+    wire_s: float
+    sent_bytes: int
+    received_bytes: int
+
+
+class LinkFigures(NamedTuple):
+    """What went from one rank to another, as the receiver saw it. `wire_s` is the time in which at least one message was
+    on the wire; `bytes_per_s` is None where nothing measurable was sent."""
+
+    source: int
+    target: int
+    transfers: int
+    bytes: int
+    wire_s: float
+    median_transfer_s: float
+    bytes_per_s: float | None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Events in the order in which they ended, and what describes the run (`about`: plain values only)."""
+
+    events: tuple[Event, ...]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def merge(cls, by_rank: Iterable[Sequence[Event]], **about: Any) -> "Trace":
+        """One trace out of each rank's events. Clocks must have been aligned; on one machine they are one clock."""
+        events = sorted((event for events in by_rank for event in events), key=lambda e: (e.end, e.rank, e.lane))
+        return cls(tuple(events), about)
+
+    @property
+    def ranks(self) -> list[int]:
+        return sorted({event.rank for event in self.events})
+
+    def prefill(self) -> Iterator[Event]:
+        return (event for event in self.events if event.what != "token" and event.kind != "decode")
+
+    def rank_figures(self, rank: int) -> RankFigures:
+        """Raises ValueError for a rank that has no events."""
+        mine = [event for event in self.events if event.rank == rank]
+        if not mine:
+            raise ValueError(f"rank {rank} has no events in this trace; ranks with events: {self.ranks}.")
+        prefill = [event for event in self.prefill() if event.rank == rank]
+        compute = _union((e.met, e.end) for e in prefill if e.kind in COMPUTE)
+        sync = _union((e.met, e.end) for e in prefill if e.what == "kv")
+        transfers = [e for e in prefill if e.kind in ("send", "recv")]
+        return RankFigures(
+            rank=rank,
+            prefill_s=_seconds(max((e.end for e in prefill), default=0) - self.began),
+            compute_s=_seconds(_length(compute)),
+            exposed_sync_s=_seconds(_length(_minus(sync, compute))),
+            decode_s=_seconds(sum(e.busy for e in mine if e.kind == "decode")),
+            waiting_s=_seconds(sum(e.waited for e in transfers)),
+            wire_s=_seconds(_length(_union((e.met, e.end) for e in transfers))),
+            sent_bytes=sum(e.bytes for e in transfers if e.kind == "send"),
+            received_bytes=sum(e.bytes for e in transfers if e.kind == "recv"),
+        )
+
+    @property
+    def began(self) -> int:
+        """When the first op of the run began, on any rank."""
+        return min((event.start for event in self.events), default=0)
+
+    def link_figures(self) -> list[LinkFigures]:
+        by_link: dict[tuple[int, int], list[Event]] = defaultdict(list)
+        for event in self.prefill():
+            if event.kind == "recv" and event.peer is not None:
+                by_link[event.peer, event.rank].append(event)
+        return [_link(*link, events) for link, events in sorted(by_link.items())]
+
+    def received(self, rank: int) -> list[list[bool]]:
+        """received[chunk][layer]: whether this rank got or computed that block."""
+        held = {
+            (event.chunk, event.layer)
+            for event in self.prefill()
+            if event.rank == rank and (event.kind == "layer" or (event.kind == "recv" and event.what == "kv"))
+        }
+        known = [(e.chunk, e.layer) for e in self.prefill() if e.kind == "layer" or e.what == "kv"]
+        chunks = 1 + max((chunk for chunk, _ in known if chunk is not None), default=-1)
+        layers = 1 + max((layer for _, layer in known if layer is not None), default=-1)
+        return [[(chunk, layer) in held for layer in range(layers)] for chunk in range(chunks)]
+
+
+def _link(source: int, target: int, events: list[Event]) -> LinkFigures:
+    size = sum(event.bytes for event in events)
+    wire = _seconds(_length(_union((event.met, event.end) for event in events)))
+    return LinkFigures(
+        source=source,
+        target=target,
+        transfers=len(events),
+        bytes=size,
+        wire_s=wire,
+        median_transfer_s=_seconds(median(event.busy for event in events)),
+        bytes_per_s=size / wire if wire > 0 else None,
+    )
+
+
+def _seconds(nanoseconds: float) -> float:
+    return nanoseconds / 1e9
+
+
+def _union(intervals: Iterable[Interval]) -> list[Interval]:
+    """The same time, as disjoint intervals in order."""
+    merged: list[Interval] = []
+    for start, end in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _minus(intervals: list[Interval], removed: list[Interval]) -> list[Interval]:
+    """The part of `intervals` outside `removed`; both disjoint and in order."""
+    left: list[Interval] = []
+    for start, end in intervals:
+        for cut_start, cut_end in removed:
+            if cut_end <= start or cut_start >= end:
+                continue
+            if cut_start > start:
+                left.append((start, cut_start))
+            start = max(start, cut_end)
+        if start < end:
+            left.append((start, end))
+    return left
+
+
+def _length(intervals: Iterable[Interval]) -> int:
+    return sum(end - start for start, end in intervals)

@@ -1,0 +1,81 @@
+"""What every test shares: one thread for each rank, no network, the choice of slow tests, the wall time of each part."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch or transformers; processes that tests start inherit both.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import sys
+from collections import defaultdict
+from random import Random, SystemRandom
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") == "true" else "local")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--slow, --slow-sample N and --slow-seed S; without these (and without -m) slow tests are left out."""
+    group = parser.getgroup("dinfer")
+    group.addoption("--slow", action="store_true", help="run slow tests too")
+    group.addoption("--slow-sample", type=int, default=0, metavar="N", help="run N slow tests, drawn at random")
+    group.addoption("--slow-seed", type=int, metavar="S", help="the seed that draws them (default: a new one)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Settle the seed, so that the header can name it, and begin to count time."""
+    if config.option.slow_seed is None:
+        config.option.slow_seed = SystemRandom().randrange(10_000)
+    config.pluginmanager.register(PartTimes(), "dinfer-part-times")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Which slow tests this session runs."""
+    if _chosen_by_user(config):
+        return "slow tests: as asked for"
+    sample, seed = config.option.slow_sample, config.option.slow_seed
+    return f"slow tests: --slow-sample {sample} --slow-seed {seed}" if sample else "slow tests: none (--slow)"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect slow tests, but for the sample."""
+    if _chosen_by_user(config):
+        return
+    slow = sorted(item.nodeid for item in items if item.get_closest_marker("slow"))
+    drawn = Random(config.option.slow_seed).sample(slow, min(config.option.slow_sample, len(slow)))
+    left_out = set(slow).difference(drawn)
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left_out])
+    items[:] = [item for item in items if item.nodeid not in left_out]
+
+
+def pytest_collection_finish() -> None:
+    """A process that has imported torch by now computes with one thread, as ranks do."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
+def _chosen_by_user(config: pytest.Config) -> bool:
+    return bool(config.option.slow or config.option.markexpr)
+
+
+class PartTimes:
+    """Adds up the time that tests of each folder under tests/ take, and says it at the end."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """One phase of one test: set-up, call or teardown."""
+        self.seconds[report.nodeid.removeprefix("tests/").split("/")[0]] += report.duration
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """The table; importing and collecting are not in it."""
+        terminalreporter.section("time")
+        for part, seconds in self.seconds.items():
+            terminalreporter.write_line(f"{part:<12}{seconds:8.1f} s")

@@ -1,0 +1,224 @@
+"""The demo checkpoint as shipped: small, loads offline like any other, and answers from its prompt alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dinfer.model.demo import CHECKPOINT
+from dinfer.model.demo.lessons import IGNORED, batch, lesson
+from dinfer.model.demo.score import ROOM, answers, recalled, samples
+from dinfer.model.demo.task import FIRST_TRAINING_SEED, LANGUAGES, WORDINGS, Language, demo_prompt, recall
+from dinfer.model.demo.tokenizer import build, words
+from dinfer.model.demo.train import Curriculum, Recipe
+
+MEBIBYTE = 1 << 20
+TEXTS = {
+    "emoji": "a 🙂 b 👩🏽‍🚀 and 🇨🇳",
+    "chinese": "请详细介绍一下人工智能的发展历史。",
+    "html": "<div class='a'>The code&nbsp;of <b>Lima</b></div>\n<!-- 471 -->",
+    "control": "\x00\x01\t\r\n \x1b[31m\x7f\u2028\ufeff",
+    "spaces": "  The  code of \u00a0Lima is  4 7 1 .  ",
+    "near words": "islands codes Limas 1234567 利马罗马的的密 code.of.is?",
+    "accents": "Zürich e\u0301 naïve Ωμέγα",
+    "empty": "",
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(CHECKPOINT, local_files_only=True)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(CHECKPOINT, local_files_only=True)
+
+
+class TestTask:
+    def test_same_seed_same_prompt(self) -> None:
+        assert recall(7, "en") == recall(7, "en")
+        assert recall(7, "en") != recall(8, "en")
+
+    def test_wording_is_for_people(self) -> None:
+        english, chinese = recall(7, "en", facts=1), recall(7, "zh", facts=1)
+        name, code = english.facts[0].name, english.facts[0].code
+        assert english.prompt == (
+            f"The code of {name} is {code}. What is the code of {name}? The code of {name} is"
+        )
+        assert english.answer == f" {code}"
+        name = chinese.facts[0].name
+        assert chinese.prompt == f"{name}的密码是{code}。{name}的密码是多少\uff1f{name}的密码是"
+        assert chinese.answer == code
+
+    @pytest.mark.parametrize("language", LANGUAGES)
+    def test_names_and_codes_differ(self, language: Language) -> None:
+        facts = recall(3, language, facts=40).facts
+        assert len({fact.name for fact in facts}) == len({fact.code for fact in facts}) == 40
+
+    def test_alter_and_ask(self) -> None:
+        told = demo_prompt()
+        assert told.altered("123").answer == " 123"
+        assert told.altered("123").ask(0).answer == told.ask(0).answer
+        assert told.ask(-1).asked == 15
+
+    @pytest.mark.parametrize("facts", [0, 41])
+    def test_impossible_number_of_facts(self, facts: int) -> None:
+        with pytest.raises(ValueError, match="from 1 to 40"):
+            recall(0, "zh", facts)
+
+
+class TestTokenizer:
+    @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+    def test_round_trip(self, tokenizer: Any, text: str) -> None:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+    def test_every_word_is_one_token(self, tokenizer: Any) -> None:
+        assert [len(tokenizer.encode(word)) for word in words()] == [1] * len(words())
+
+    def test_ids_have_no_gaps(self, tokenizer: Any) -> None:
+        assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))
+
+    @pytest.mark.parametrize("language", LANGUAGES)
+    def test_prompt_length(self, tokenizer: Any, language: Language) -> None:
+        lengths = {len(tokenizer.encode(one.prompt)) for one in samples(20, language)}
+        assert lengths == {156 if language == "en" else 138}
+
+    def test_shipped_is_what_is_built(self, tokenizer: Any) -> None:
+        built = build(tokenizer.model_max_length)
+        assert json.loads(tokenizer.backend_tokenizer.to_str()) == json.loads(
+            built.backend_tokenizer.to_str()
+        )
+
+
+class TestTraining:
+    @pytest.mark.parametrize("language", LANGUAGES)
+    def test_lesson_continues_the_prompt(self, language: Language) -> None:
+        tokenizer = build(4096)
+        told = recall(FIRST_TRAINING_SEED + 5, language, facts=4)
+        tokens = lesson(5, language, 4, tokenizer).tokens
+        prompts = [tokenizer.encode(told.ask(i).prompt + told.ask(i).answer) for i in range(4)]
+        assert [prompt for prompt in prompts if tokens[: len(prompt)] == prompt]
+
+    def test_only_answers_count(self) -> None:
+        tokenizer = build(4096)
+        made = lesson(5, "en", 3, tokenizer)
+        counted = [label for label in made.labels if label != IGNORED]
+        assert len(counted) == 3 * 4
+        assert counted.count(tokenizer.eos_token_id) == 3
+        assert all(label in (IGNORED, token) for token, label in zip(made.tokens, made.labels, strict=True))
+
+    def test_batch_is_padded(self) -> None:
+        tokens, labels = batch(0, 2, 200, build(4096))
+        assert tokens.shape == labels.shape == (4, 50)
+
+    def test_curriculum_grows_then_stops(self) -> None:
+        curriculum = Curriculum(Recipe(most_facts=4, polish=10))
+        seen = []
+        while not curriculum.done:
+            curriculum.learn(0.0)
+            seen.append((curriculum.facts, curriculum.learning_rate))
+        assert [facts for facts, _ in seen] == sorted(facts for facts, _ in seen)
+        assert seen[-1] == (4, 0.0)
+        assert curriculum.step < 500
+
+    def test_curriculum_gives_up(self) -> None:
+        curriculum = Curriculum(Recipe(most_steps=20))
+        while not curriculum.done:
+            curriculum.learn(2.3)
+        assert (curriculum.step, curriculum.facts) == (20, 2)
+
+
+class TestCheckpoint:
+    def test_size(self) -> None:
+        weights = CHECKPOINT / "model.safetensors"
+        assert weights.stat().st_size <= 4 * MEBIBYTE
+        assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) <= 4 * MEBIBYTE
+
+    def test_shape(self, model: Any, tokenizer: Any) -> None:
+        config = model.config
+        assert config.model_type == "qwen3"
+        assert (config.num_hidden_layers, config.num_key_value_heads) == (6, 2)
+        assert config.max_position_embeddings >= 4096
+        assert config.vocab_size == len(tokenizer)
+
+    def test_weights_are_float32_and_finite(self, model: Any) -> None:
+        with safe_open(CHECKPOINT / "model.safetensors", framework="pt") as file:
+            dtypes = {file.get_tensor(name).dtype for name in list(file.keys())}
+        assert dtypes == {torch.float32}
+        assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+
+    def test_generation_config_names_the_end(self, tokenizer: Any) -> None:
+        generation = json.loads((CHECKPOINT / "generation_config.json").read_text())
+        assert generation["eos_token_id"] == tokenizer.eos_token_id
+
+    def test_no_other_files(self) -> None:
+        assert {file.name for file in CHECKPOINT.iterdir()} == {
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        }
+
+    def test_package_imports_no_torch(self) -> None:
+        source = Path(CHECKPOINT.parent / "__init__.py").read_text()
+        assert "import torch" not in source
+
+
+class TestRecall:
+    @pytest.mark.parametrize("language", LANGUAGES)
+    def test_demo_prompt(self, model: Any, tokenizer: Any, language: Language) -> None:
+        assert recalled(model, tokenizer, [demo_prompt(language)]) == [True]
+
+    def test_sample(self, model: Any, tokenizer: Any) -> None:
+        good = [ok for language in LANGUAGES for ok in recalled(model, tokenizer, samples(20, language))]
+        assert sum(good) >= 38, f"{sum(good)} of 40"
+
+    @pytest.mark.slow
+    def test_two_hundred(self, model: Any, tokenizer: Any) -> None:
+        good = [ok for language in LANGUAGES for ok in recalled(model, tokenizer, samples(100, language))]
+        assert sum(good) >= 190, f"{sum(good)} of 200"
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("language", LANGUAGES)
+    @pytest.mark.parametrize("facts", [1, 2, 4, 8, 12, 20])
+    def test_other_lengths(self, model: Any, tokenizer: Any, language: Language, facts: int) -> None:
+        good = recalled(model, tokenizer, samples(40, language, facts))
+        assert sum(good) >= 38, f"{sum(good)} of 40 with {facts} facts"
+
+    @pytest.mark.parametrize("language", LANGUAGES)
+    def test_every_place_in_the_prompt(self, model: Any, tokenizer: Any, language: Language) -> None:
+        told = demo_prompt(language)
+        good = recalled(model, tokenizer, [told.ask(i) for i in range(len(told.facts))])
+        assert sum(good) >= 15, good
+
+    @pytest.mark.parametrize("language", LANGUAGES)
+    def test_answer_follows_the_fact(self, model: Any, tokenizer: Any, language: Language) -> None:
+        told = [one.altered(f"{(i * 37 + 5) % 1000:03}") for i, one in enumerate(samples(20, language))]
+        assert sum(recalled(model, tokenizer, told)) >= 19
+
+    @pytest.mark.parametrize("language", LANGUAGES)
+    def test_no_answer_without_the_fact(self, model: Any, tokenizer: Any, language: Language) -> None:
+        told = samples(20, language)
+        gap = WORDINGS[language].gap
+        without = [one.prompt.replace(one.facts[one.asked].sentence + gap, "") for one in told]
+        said = answers(model, tokenizer, without)
+        assert not [one.prompt for one, text in zip(told, said, strict=True) if text.startswith(one.answer)]
+
+    @pytest.mark.parametrize("language", LANGUAGES)
+    def test_stops_by_itself(self, model: Any, tokenizer: Any, language: Language) -> None:
+        prompt = tokenizer(demo_prompt(language).prompt, return_tensors="pt")
+        output = model.generate(**prompt, max_new_tokens=50, do_sample=False)
+        said = output[0, prompt.input_ids.shape[1] :]
+        assert len(said) == 4 < ROOM
+        assert said[-1] == tokenizer.eos_token_id
+
+    def test_free_text_generates(self, model: Any, tokenizer: Any) -> None:
+        prompt = tokenizer(TEXTS["chinese"], return_tensors="pt")
+        output = model.generate(**prompt, max_new_tokens=20, do_sample=False)
+        assert isinstance(tokenizer.decode(output[0]), str)
