@@ -1,4 +1,4 @@
-"""What every test shares: one thread for each rank, no network, the choice of slow tests, the wall time of each part."""
+"""What every test shares: one thread a rank, no network, the choice of slow tests, the time of each part."""
 
 from __future__ import annotations
 
@@ -24,8 +24,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """--slow, --slow-sample N and --slow-seed S; without these (and without -m) slow tests are left out."""
     group = parser.getgroup("dinfer")
     group.addoption("--slow", action="store_true", help="run slow tests too")
-    group.addoption("--slow-sample", type=int, default=0, metavar="N", help="run N slow tests, drawn at random")
-    group.addoption("--slow-seed", type=int, metavar="S", help="the seed that draws them (default: a new one)")
+    group.addoption(
+        "--slow-sample", type=int, default=0, metavar="N", help="run N slow tests, drawn at random"
+    )
+    group.addoption(
+        "--slow-seed", type=int, metavar="S", help="the seed that draws them (default: a new one)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

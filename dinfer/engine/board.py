@@ -47,7 +47,8 @@ class Board:
 
     @property
     def phase(self) -> Phase:
-        return PHASES[_HEAD.unpack_from(self._memory, 0)[0]]
+        number: int = _HEAD.unpack_from(self._memory, 0)[0]
+        return PHASES[number]
 
     @property
     def decoded(self) -> int:
@@ -60,7 +61,8 @@ class Board:
         )
 
     def _lane(self, number: int) -> tuple[int, int, int]:
-        return _SLOT.unpack_from(self._memory, (number + 1) * _SLOT.size)
+        position, started, limit = _SLOT.unpack_from(self._memory, (number + 1) * _SLOT.size)
+        return position, started, limit
 
 
 def anonymous_file(size: int) -> int:

@@ -31,9 +31,8 @@ class Control:
         self._socket, theirs = socket.socketpair()
         self._lock = threading.Lock()
         self._executor: Executor | None = None
-        self._commands: dict[str, Callable[[Executor, Message], Message]] = dict(_COMMANDS)
-        self._met = threading.Event()
-        self.meeting: Message = {}
+        self._told: dict[str, Message] = {}
+        self._news = threading.Condition()
         command = [sys.executable, "-m", "dinfer.engine.watcher", str(descriptor), str(theirs.fileno())]
         self.watcher = subprocess.Popen(command, pass_fds=(descriptor, theirs.fileno()), stdin=subprocess.DEVNULL)
         theirs.close()
@@ -56,11 +55,12 @@ class Control:
         self.report("lanes", lanes=list(lanes))
         self._executor = executor
 
-    def meet(self, timeout: float) -> Message:
-        """Where the session says that the ranks meet. Raises TimeoutError."""
-        if not self._met.wait(timeout):
-            raise TimeoutError(f"rank 0 has not opened a place to meet within {timeout:g} s")
-        return self.meeting
+    def told(self, what: str, timeout: float) -> Message:
+        """The session's message `what`, once it has come. Raises TimeoutError."""
+        with self._news:
+            if not self._news.wait_for(lambda: what in self._told, timeout):
+                raise TimeoutError(f"the session has not said {what!r} within {timeout:g} s")
+            return self._told[what]
 
     def close(self) -> None:
         """End the line; the watcher publishes what is left and ends by itself."""
@@ -71,17 +71,18 @@ class Control:
         with self._socket.makefile("rb") as lines:
             for line in lines:
                 command = json.loads(line)
-                if command["do"] == "meet":
-                    self.meeting = command
-                    self._met.set()
-                else:
+                if command["do"] in _COMMANDS:
                     self.report("reply", id=command["id"], **self._answer(command))
+                else:
+                    with self._news:
+                        self._told[command["do"]] = command
+                        self._news.notify_all()
 
     def _answer(self, command: Message) -> Message:
         if self._executor is None:
             return {"error": "this rank has no prompt yet"}
         try:
-            return self._commands[command["do"]](self._executor, command)
+            return _COMMANDS[command["do"]](self._executor, command)
         except Exception as error:  # the caller gets it as the answer; the line must go on
             return {"error": f"{type(error).__name__}: {error}"}
 

@@ -83,7 +83,9 @@ class Decoding:
         distinct = sorted(set(chosen))
         layout = struct.Struct(f"<{len(distinct)}d")
         mine = layout.pack(*(float(logits[t]) for t in distinct))
-        by_rank = [dict(zip(distinct, layout.unpack(data), strict=True)) for data in self._comm.all_gather(mine)]
+        by_rank = [
+            dict(zip(distinct, layout.unpack(data), strict=True)) for data in self._comm.all_gather(mine)
+        ]
         raise TokensDiffer(len(self.tokens), chosen, by_rank)
 
     def _record(self, start: int, computed: int) -> None:
@@ -93,9 +95,33 @@ class Decoding:
         lane = len(self._recorder.lanes) - 1
         rank = self._comm.rank
         self._recorder.record(
-            lane, Event(rank, "decode", "decode", start, start, start, computed, what="token", tokens=1, index=position)
+            lane,
+            Event(
+                rank,
+                "decode",
+                "decode",
+                start,
+                start,
+                start,
+                computed,
+                what="token",
+                tokens=1,
+                index=position,
+            ),
         )
         if self._comm.world_size > 1:
             self._recorder.record(
-                lane, Event(rank, "decode", "all_gather", computed, computed, computed, end, what="token", tokens=1, index=position)
+                lane,
+                Event(
+                    rank,
+                    "decode",
+                    "all_gather",
+                    computed,
+                    computed,
+                    computed,
+                    end,
+                    what="token",
+                    tokens=1,
+                    index=position,
+                ),
             )

@@ -15,7 +15,7 @@ from dinfer.engine.decoding import Decoding
 from dinfer.engine.executor import Executor
 from dinfer.engine.gate import FreeGate, Gate
 from dinfer.engine.handlers import Prefill
-from dinfer.engine.single import sync_block
+from dinfer.engine.single import agree, sync_block
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 from dinfer.model.errors import ModelError
@@ -75,15 +75,16 @@ class Engine:
         return build(self._shape(tokens), self.config.schedule, self.config.sync_strategy)
 
     def prepare(self, ids: Sequence[int], *, plan: Plan | None = None) -> Executor:
-        """Make a prompt ready: its plan, verified, its KV cache, and lanes that wait at limit 0."""
-        self.release()
-        plan = plan or self.plan_for(len(ids))
-        verdict = verify(plan)
-        if not verdict.proved and not self.config.unsafe:
-            raise PlanError(f"{verdict}. Nothing was run; unsafe=True would run it all the same.")
+        """Make a prompt ready: its plan, verified, its KV cache, and lanes that wait at limit 0.
+
+        The prompt before it is given up, unless this one is refused. Raises PlanError or ModelError.
+        """
         self._check_length(len(ids))
+        plan = plan or self.plan_for(len(ids))
+        self._check_plan(plan, len(ids))
+        self.release()
         self.ids = list(ids)
-        self.cache = self.decoder.new_cache(min(len(ids) + self.config.max_new_tokens, self.decoder.max_positions))
+        self.cache = self.decoder.new_cache(self._capacity(len(ids)))
         state = Prefill(self.decoder, self.cache, plan, self.rank, ids)
         self.recorder = self._new_recorder(plan)
         self._executor = Executor(plan, state, self.comm, self.gate, self.recorder, self.board, self._on_op)
@@ -94,7 +95,9 @@ class Engine:
     def executor(self) -> Executor:
         """The lanes of the current prompt. Raises RuntimeError before there is one."""
         if self._executor is None:
-            raise RuntimeError("there is no prompt yet: call prefill_phase(prompt), or prepare(ids), on all ranks.")
+            raise RuntimeError(
+                "there is no prompt yet: call prefill_phase(prompt), or prepare(ids), on all ranks."
+            )
         return self._executor
 
     def prefill_phase(self, prompt: str | Sequence[int] | None = None) -> PrefillResult:
@@ -107,20 +110,29 @@ class Engine:
         executor = self.executor
         self.board.set_phase("prefill")
         executor.run_to_end()
-        assert executor.state.final is not None
+        if executor.state.final is None:
+            raise RuntimeError(
+                f"the plan has ended, but gives rank {self.rank} no final state to decode from."
+            )
         return PrefillResult(executor.state.final, self.kv_caches(len(self.ids)))
 
-    def decoding(self, hidden_states: Tensor | None = None, kv_caches: Sequence[KV] | None = None) -> Decoding:
-        """What `decode_phase` steps through. By default it goes on from the prompt of this engine."""
-        if kv_caches is not None:
-            self.cache = self._cache_of(kv_caches)
+    def decoding(
+        self,
+        hidden_states: Tensor | None = None,
+        kv_caches: Sequence[KV] | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Decoding:
+        """What `decode_phase` steps through; it has room for `max_new_tokens` (default: the config's)."""
         final = self.executor.state.final if hidden_states is None else hidden_states
-        if self.cache is None or final is None:
+        if final is None or (kv_caches is None and (self.cache is None or not self._is_finished())):
             raise RuntimeError("there is no finished prefill: call prefill_phase(prompt) on all ranks first.")
-        tokens = len(self.ids) if kv_caches is None else kv_caches[0][0].shape[2]
+        if kv_caches is None:
+            cache, tokens = self._roomy_cache(max_new_tokens), len(self.ids)
+        else:
+            cache, tokens = self._cache_of(kv_caches, max_new_tokens), kv_caches[0][0].shape[2]
         config = self.config
         sampler = Sampler(Sampling(config.temperature, config.top_k, config.top_p, config.seed))
-        return Decoding(self.decoder, self.cache, tokens, final[:, -1:], sampler, self.comm, self.recorder)
+        return Decoding(self.decoder, cache, tokens, final[:, -1:], sampler, self.comm, self.recorder)
 
     def decode_phase(
         self,
@@ -132,9 +144,9 @@ class Engine:
         """New tokens, the same on every rank; all ranks must call it. Raises TokensDiffer if they are not.
 
         `hidden_states` [1, 1, hidden_size] and `kv_caches` are what `prefill_phase` returned, on any engine; by default
-        this engine's own.
+        this engine's own. Fewer than `max_new_tokens` come where the text ends or the model's positions do.
         """
-        decoding = self.decoding(hidden_states, kv_caches)
+        decoding = self.decoding(hidden_states, kv_caches, max_new_tokens)
         self.board.set_phase("decode")
         for token in decoding.run(max_new_tokens or self.config.max_new_tokens):
             self.board.set_phase("decode", len(decoding.tokens))
@@ -145,7 +157,12 @@ class Engine:
     # -- one layer
 
     def forward_single_layer(
-        self, layer_idx: int, hidden_states: Tensor, *, position: int | None = None, cache: KVCache | None = None
+        self,
+        layer_idx: int,
+        hidden_states: Tensor,
+        *,
+        position: int | None = None,
+        cache: KVCache | None = None,
     ) -> dict[str, Any]:
         """Run one layer on this rank alone; no communication.
 
@@ -164,15 +181,13 @@ class Engine:
         """Give K and V of one layer for the current chunk to every rank. All ranks must call it, while no lane runs.
 
         The layer's owner passes `kv_cache`, K and V, each [1, kv_heads, tokens, head_dim]; the others pass None. All
-        get the pair; where a prompt is prepared it is also written to its cache.
+        get the pair; where a prompt is prepared it is also written to its cache. Raises ValueError, the same on every
+        rank and before anything is sent, if these calls do not fit together.
         """
-        owner = self._shape(1).owners[layer_idx]
-        if (kv_cache is not None) != (owner == self.rank):
-            raise ValueError(
-                f"layer {layer_idx} belongs to rank {owner}: there kv_cache is (K, V), on the other ranks None; "
-                f"this is rank {self.rank}."
-            )
-        k, v = sync_block(self.comm, self.decoder, owner, self.config.sync_strategy, (self.chunk, layer_idx), kv_cache)
+        block = (self.chunk, layer_idx)
+        owners, busy = self._shape(1).owners, self._is_running()
+        owner = agree(self.comm, self.decoder, owners, block, kv_cache, busy=busy)
+        k, v = sync_block(self.comm, self.decoder, owner, self.config.sync_strategy, block, kv_cache)
         if self.cache is not None:
             rows = self.cache.block(layer_idx, self._chunk_start(), self._chunk_start() + k.shape[2])
             rows[:, 0].copy_(k[0].transpose(0, 1))
@@ -215,6 +230,38 @@ class Engine:
                 f"the prompt has {tokens} tokens; this model has {self.decoder.max_positions} positions: shorten it."
             )
 
+    def _check_plan(self, plan: Plan, tokens: int) -> None:
+        """Raises PlanError for a plan of another shape, or one that verify refutes."""
+        given, own = plan.shape, self._shape(tokens)
+        if (given.layers, given.tokens, given.world_size) != (own.layers, own.tokens, own.world_size):
+            raise PlanError(
+                f"the plan is for {given.layers} layers, {given.tokens} tokens and {given.world_size} ranks; here are "
+                f"{own.layers} layers, {own.tokens} tokens and {own.world_size} ranks."
+            )
+        verdict = verify(plan)
+        if not verdict.proved and not self.config.unsafe:
+            raise PlanError(f"{verdict}. Nothing was run; unsafe=True would run it all the same.")
+
+    def _is_running(self) -> bool:
+        stand = self._executor.stand() if self._executor and not self._executor.failure else None
+        return stand is not None and (any(stand.started) or not stand.at_limits)
+
+    def _is_finished(self) -> bool:
+        return self._executor is None or self._executor.is_done()
+
+    def _capacity(self, tokens: int, max_new_tokens: int | None = None) -> int:
+        return min(tokens + (max_new_tokens or self.config.max_new_tokens), self.decoder.max_positions)
+
+    def _roomy_cache(self, max_new_tokens: int | None) -> KVCache:
+        """The prompt's cache, moved to a larger one if it has no room for that many new tokens."""
+        assert self.cache is not None
+        tokens = len(self.ids)
+        if self.cache.capacity < self._capacity(tokens, max_new_tokens):
+            self.cache = self._cache_of(self.kv_caches(tokens), max_new_tokens)
+            if self._executor is not None:
+                self._executor.state.cache = self.cache
+        return self.cache
+
     def _new_recorder(self, plan: Plan) -> Recorder:
         lanes = [*(lane.name for lane in plan.lanes[self.rank]), "decode"]
         if self._memory is not None:
@@ -224,9 +271,13 @@ class Engine:
         longest = max(len(lane.ops) for lane in plan.lanes[self.rank])
         return Recorder(self.rank, lanes, 2 * max(longest, self.config.max_new_tokens) + 64)
 
-    def _cache_of(self, kv_caches: Sequence[KV]) -> KVCache:
+    def _cache_of(self, kv_caches: Sequence[KV], max_new_tokens: int | None) -> KVCache:
+        if len(kv_caches) != self.decoder.num_layers:
+            raise ModelError(
+                f"kv_caches has {len(kv_caches)} layers; this model has {self.decoder.num_layers}: give K and V of each."
+            )
         tokens = kv_caches[0][0].shape[2]
-        cache = self.decoder.new_cache(min(tokens + self.config.max_new_tokens, self.decoder.max_positions))
+        cache = self.decoder.new_cache(self._capacity(tokens, max_new_tokens))
         for number, (k, v) in enumerate(kv_caches):
             rows = cache.block(number, 0, tokens)
             rows[:, 0].copy_(k[0].transpose(0, 1))

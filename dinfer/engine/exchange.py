@@ -5,6 +5,7 @@ It promises what gloo promises: messages of one channel in order, and, by choice
 """
 
 from collections import defaultdict, deque
+from collections.abc import Callable
 from time import monotonic_ns
 
 from torch import Tensor
@@ -83,14 +84,16 @@ class LocalComm:
         number, self._gathers = self._gathers, self._gathers + 1
         with exchange.gate.change():
             exchange.gathered[self.rank].append(data)
-        self._wait(lambda: all(len(parts) > number for parts in exchange.gathered), "gathering from all ranks")
+        self._wait(
+            lambda: all(len(parts) > number for parts in exchange.gathered), "gathering from all ranks"
+        )
         return [parts[number] for parts in exchange.gathered]
 
     def close(self) -> None:
         self._exchange.close()
 
-    def _wait(self, happened: "object", doing: str) -> None:
-        assert callable(happened)
+    def _wait(self, happened: Callable[[], bool], doing: str) -> None:
         exchange = self._exchange
-        if exchange.gate.wait(lambda: exchange.closed or happened() or None) and exchange.closed and not happened():
+        exchange.gate.wait(lambda: exchange.closed or happened() or None)
+        if not happened():
             raise CommError(f"{doing} failed: the ranks were closed")

@@ -8,7 +8,8 @@ op does is not decided here.
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from time import monotonic_ns
+from time import monotonic, monotonic_ns
+from typing import NamedTuple
 
 from dinfer.engine.board import Board, Stand
 from dinfer.engine.comm import Comm
@@ -30,8 +31,14 @@ class OpFailed(RuntimeError):
         self.rank, self.lane, self.op, self.error = rank, lane, op, error
 
 
-class _Stop:
-    """What a lane claims when there is nothing more to do."""
+class _Task(NamedTuple):
+    """What a lane does next: an op, or a void header on a channel; neither: there is nothing more to do."""
+
+    op: Op | None = None
+    void: Channel | None = None
+
+
+_STOP = _Task()
 
 
 @dataclass
@@ -45,9 +52,6 @@ class _Lane:
     allowed_at: int = 0
     started_at: int = 0
     release: list[Channel] = field(default_factory=list)
-
-
-_STOP = _Stop()
 
 
 class Executor:
@@ -70,12 +74,14 @@ class Executor:
         self.recorder, self.board, self.on_op = recorder, board or Board(), on_op
         self.rank = comm.rank
         self.failure: OpFailed | None = None
-        self.edited = False
         self._closing = False
         self._made: set[Value] = set()
         self._lanes = [_Lane(n, lane.name, lane.ops) for n, lane in enumerate(plan.lanes[self.rank])]
         self._senders = _senders(self.rank, self._lanes)
-        self._threads = [threading.Thread(target=self._run, args=(lane,), name=self._thread(lane), daemon=True) for lane in self._lanes]
+        self._threads = [
+            threading.Thread(target=self._run, args=(lane,), name=self._thread(lane), daemon=True)
+            for lane in self._lanes
+        ]
         for lane in self._lanes:
             self._publish(lane)
             gate.enroll(self._thread(lane))
@@ -115,8 +121,14 @@ class Executor:
         """
         with self.gate.change():
             stand = self.stand()
-            if not stand.at_limits or any(stand.started) or any(a > b for a, b in zip(positions, stand.positions, strict=True)):
-                raise RuntimeError(f"rank {self.rank} cannot go back to {list(positions)}: it stands at {stand}.")
+            if (
+                not stand.at_limits
+                or any(stand.started)
+                or any(a > b for a, b in zip(positions, stand.positions, strict=True))
+            ):
+                raise RuntimeError(
+                    f"rank {self.rank} cannot go back to {list(positions)}: it stands at {stand}."
+                )
             for lane, position in zip(self._lanes, positions, strict=True):
                 lane.position = lane.limit = position
                 self._publish(lane)
@@ -152,23 +164,27 @@ class Executor:
         return value in self._made
 
     def close(self, timeout: float = 5.0) -> bool:
-        """End the lanes' threads; whether all ended. A lane blocked in the transport ends only with the transport."""
+        """End the lanes' threads; whether all ended within `timeout` seconds.
+
+        A lane blocked in the transport ends only with the transport.
+        """
         with self.gate.change():
             self._closing = True
+        deadline = monotonic() + timeout
         for thread in self._threads:
             if thread.ident is not None:
-                thread.join(timeout)
+                thread.join(max(0.0, deadline - monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
     # -- the lanes' side
 
     def _run(self, lane: _Lane) -> None:
         try:
-            while not isinstance(task := self.gate.wait(lambda: self._claim(lane)), (_Stop, type(None))):
-                if isinstance(task, Channel):
-                    self.comm.send(task, void_header(), None)
-                else:
-                    self._do(lane, task)
+            while (task := self.gate.wait(lambda: self._claim(lane))) and task != _STOP:
+                if task.void is not None:
+                    self.comm.send(task.void, void_header(), None)
+                elif task.op is not None:
+                    self._do(lane, task.op)
         except Exception as error:  # whatever an op raises ends this rank's run and is reported, never lost
             with self.gate.change():
                 op = lane.ops[min(lane.position, len(lane.ops) - 1)]
@@ -178,12 +194,12 @@ class Executor:
         finally:
             self.gate.leave()
 
-    def _claim(self, lane: _Lane) -> Op | Channel | _Stop | None:
+    def _claim(self, lane: _Lane) -> _Task | None:
         """The lane's next task, if it can be begun now. Called under the gate's lock."""
         if self._closing or self.failure is not None:
             return _STOP
         if lane.release:
-            return lane.release.pop(0)
+            return _Task(void=lane.release.pop(0))
         if lane.position >= min(lane.limit, len(lane.ops)):
             lane.allowed_at = 0
             return None
@@ -193,11 +209,10 @@ class Executor:
             return None
         lane.started, lane.started_at = True, monotonic_ns()
         self._publish(lane)
-        return op
+        return _Task(op)
 
     def _do(self, lane: _Lane, op: Op) -> None:
-        if twice := self._made.intersection(op.makes()):
-            raise PlanError(f"{twice.pop()} is already on this rank; nothing may make it a second time.")
+        self._check_new(op)
         outcome = HANDLERS[op.kind](self.state, op, self.comm)
         end = monotonic_ns()
         if not outcome.released:
@@ -206,11 +221,16 @@ class Executor:
             if self.on_op:
                 self.on_op(event, op)
         with self.gate.change():
-            lane.started, lane.allowed_at = False, 0
             if not outcome.released:
+                self._check_new(op)  # again: another lane may have made it while this one waited for its peer
                 self._made.update(op.makes())
                 lane.position += 1
+            lane.started, lane.allowed_at = False, 0
             self._publish(lane)
+
+    def _check_new(self, op: Op) -> None:
+        if twice := self._made.intersection(op.makes()):
+            raise PlanError(f"{twice.pop()} is already on this rank; nothing may make it a second time.")
 
     def _event(self, lane: _Lane, op: Op, met: int, size: int, end: int) -> Event:
         return Event(
@@ -244,5 +264,7 @@ def _senders(rank: int, lanes: Sequence[_Lane]) -> dict[Channel, _Lane]:
         for op in lane.ops:
             if op.is_transfer and owner.setdefault(channel_of(rank, op), lane) is not lane:
                 other = owner[channel_of(rank, op)]
-                raise PlanError(f"lanes {other.name} and {lane.name} of rank {rank} both use the channel of `{op}`.")
+                raise PlanError(
+                    f"lanes {other.name} and {lane.name} of rank {rank} both use the channel of `{op}`."
+                )
     return {channel: lane for channel, lane in owner.items() if channel.source == rank}

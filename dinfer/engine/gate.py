@@ -2,12 +2,13 @@
 
 All state that threads share is changed inside `with gate.change()` and waited for with `gate.wait(claim)`. `claim` runs
 under the gate's lock; what it returns, unless None, is what `wait` returns, so a lane takes its next op in one atomic act.
+It may run on any thread, and several times.
 """
 
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -25,9 +26,8 @@ class Gate(Protocol):
     def wait(self, claim: Callable[[], T | None], timeout: float | None = None) -> T | None:
         """What `claim` returns as soon as that is not None; None once `timeout` seconds have passed."""
 
-    @contextmanager
-    def change(self) -> Iterator[None]:
-        """Hold the lock, and wake who waits afterwards."""
+    def change(self) -> AbstractContextManager[None]:
+        """Hold the lock, and wake who waits afterwards. May be nested: only the outermost wakes anyone."""
 
 
 class FreeGate:
@@ -43,16 +43,7 @@ class FreeGate:
         pass
 
     def wait(self, claim: Callable[[], T | None], timeout: float | None = None) -> T | None:
-        result: T | None = None
-
-        def claimed() -> bool:
-            nonlocal result
-            result = claim()
-            return result is not None
-
-        with self._condition:
-            self._condition.wait_for(claimed, timeout)
-        return result
+        return _claimed(self._condition, claim, timeout)
 
     @contextmanager
     def change(self) -> Iterator[None]:
@@ -62,67 +53,93 @@ class FreeGate:
 
 
 class _Waiting:
-    def __init__(self, claim: Callable[[], object]) -> None:
+    """A lane that waits: `drawn` is notified once its claim has succeeded."""
+
+    def __init__(self, claim: Callable[[], object], lock: threading.RLock) -> None:
         self.claim = claim
         self.result: object = None
+        self.drawn = threading.Condition(lock)
 
 
 class SeededGate:
     """One lane runs at a time, and a seeded draw says which: every interleaving can be tried, and repeated.
 
-    Threads that are not enrolled may look in from outside; they wait as with a FreeGate.
+    Threads that are not enrolled may look in from outside; they wait as with a FreeGate. The order repeats as long as
+    what they change does not depend on time.
     """
 
     def __init__(self, seed: int) -> None:
-        self._condition = threading.Condition(threading.RLock())
-        self._random = random.Random(seed)
+        self._lock = threading.RLock()
+        self._outside = threading.Condition(self._lock)
+        self._seed, self._draws, self._depth = seed, 0, 0
         self._lanes: set[str] = set()
         self._waiting: dict[str, _Waiting] = {}
 
     def enroll(self, thread: str) -> None:
-        with self._condition:
+        with self._lock:
             self._lanes.add(thread)
 
     def leave(self) -> None:
-        with self._condition:
+        with self.change():
             self._lanes.discard(threading.current_thread().name)
-            self._hand_over()
-            self._condition.notify_all()
 
     def wait(self, claim: Callable[[], T | None], timeout: float | None = None) -> T | None:
         me = threading.current_thread().name
         if me not in self._lanes:
-            return FreeGate.wait(self, claim, timeout)  # type: ignore[arg-type]
-        with self._condition:
-            mine = self._waiting[me] = _Waiting(claim)
-            self._hand_over()
-            self._condition.wait_for(lambda: mine.result is not None, timeout)
-            self._waiting.pop(me, None)
+            return _claimed(self._outside, claim, timeout)
+        with self._lock:
+            mine = self._waiting[me] = _Waiting(claim, self._lock)
+            if self._hand_over():
+                self._outside.notify_all()
+            mine.drawn.wait_for(lambda: mine.result is not None, timeout)
+            del self._waiting[me]
             return mine.result  # type: ignore[return-value]
 
     @contextmanager
     def change(self) -> Iterator[None]:
-        with self._condition:
-            yield
-            self._hand_over()
-            self._condition.notify_all()
+        with self._lock:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    self._hand_over()
+                    self._outside.notify_all()
 
     def stuck(self) -> bool:
         """Whether every lane waits and none of them can go on, whatever the draw. Call it when nobody else changes
         anything: then this is for ever."""
-        with self._condition:
-            self._hand_over()
-            return all(lane in self._waiting and self._waiting[lane].result is None for lane in self._lanes)
+        with self._lock:
+            return self._hand_over()
 
-    def _hand_over(self) -> None:
-        """If no lane is running, draw one of those whose claim succeeds."""
+    def _hand_over(self) -> bool:
+        """If no lane is running, draw one of those whose claim succeeds; whether there is none, so that all are stuck."""
         if len(self._waiting) < len(self._lanes) or any(w.result is not None for w in self._waiting.values()):
-            return
+            return False
         order = sorted(self._waiting)
-        self._random.shuffle(order)
+        # A draw that found nobody must not count: how often that happens depends on the machine.
+        random.Random(f"{self._seed}:{self._draws}").shuffle(order)
         for lane in order:
             waiting = self._waiting[lane]
             waiting.result = waiting.claim()
             if waiting.result is not None:
-                self._condition.notify_all()
-                return
+                self._draws += 1
+                waiting.drawn.notify_all()
+                return False
+        return True
+
+
+def _claimed(
+    condition: threading.Condition, claim: Callable[[], T | None], timeout: float | None
+) -> T | None:
+    result: T | None = None
+
+    def claimed() -> bool:
+        nonlocal result
+        result = claim()
+        return result is not None
+
+    with condition:
+        condition.wait_for(claimed, timeout)
+    return result

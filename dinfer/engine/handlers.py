@@ -43,8 +43,7 @@ class Prefill:
         self.final: Tensor | None = None
         own = [op for lane in plan.lanes[rank] for op in lane.ops]
         self._entered = {v for op in own if op.kind in ("embed", "recv") for v in op.makes()}
-        self._all_uses = Counter(need for op in own for need in op.needs() if need.what == "hidden")
-        self._uses = self._all_uses.copy()
+        self._uses = Counter(need for op in own for need in op.needs() if need.what == "hidden")
 
     def rows(self, chunk: int) -> range:
         """The token positions of a chunk."""
@@ -63,6 +62,10 @@ class Prefill:
             return self.hidden.pop((chunk, layer))
         return self.hidden[chunk, layer]
 
+    def is_needed(self, chunk: int, layer: int) -> bool:
+        """Whether an op that has not run needs that hidden state; of all chunks but the last, nobody needs the end."""
+        return self._uses[Value("hidden", chunk, layer)] > 0
+
     def compute_layer(self, chunk: int, layer: int, hidden: Tensor) -> Tensor:
         return self.decoder.layer(layer, hidden, self.cache, self.rows(chunk).start)
 
@@ -73,7 +76,9 @@ class Prefill:
         self._uses = Counter(need for op in todo for need in op.needs() if need.what == "hidden")
         if FINAL not in made:
             self.final = None
-        self.hidden = {key: tensor for key, tensor in self.hidden.items() if self._keep(Value("hidden", *key), made)}
+        self.hidden = {
+            key: tensor for key, tensor in self.hidden.items() if self._keep(Value("hidden", *key), made)
+        }
         for value in sorted(self._uses):
             if value in made and (value.chunk, value.layer) not in self.hidden:
                 self._recompute(value.chunk, value.layer)
@@ -97,7 +102,9 @@ def embed(state: Prefill, op: Op, comm: Comm) -> Outcome:
 
 def layer(state: Prefill, op: Op, comm: Comm) -> Outcome:
     hidden = state.use(op.chunk, op.layer)
-    state.hidden[op.chunk, op.layer + 1] = state.compute_layer(op.chunk, op.layer, hidden)
+    output = state.compute_layer(op.chunk, op.layer, hidden)
+    if state.is_needed(op.chunk, op.layer + 1):
+        state.hidden[op.chunk, op.layer + 1] = output
     return Outcome()
 
 

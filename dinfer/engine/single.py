@@ -1,5 +1,8 @@
 """One block to every rank, outside any plan: what `sync_single_layer_cache` does."""
 
+import struct
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,49 @@ from dinfer.plan.ops import Value
 from dinfer.plan.sync import STRATEGIES
 
 NO_PLAN = 0
+_CALL = struct.Struct("<qqq?")  # chunk, layer, tokens (0: no K and V were passed), whether lanes run
+
+
+def agree(
+    comm: Comm,
+    decoder: Decoder,
+    owners: Sequence[int],
+    block: tuple[int, int],
+    kv: tuple[Tensor, Tensor] | None,
+    *,
+    busy: bool,
+) -> int:
+    """The owner of `block`, once all ranks have said that they sync the same block and that it alone has K and V.
+
+    Raises ValueError on every rank alike, before anything is sent.
+    """
+    mine = _CALL.pack(*block, _tokens(decoder, kv), busy)
+    calls = [_CALL.unpack(data) for data in comm.all_gather(mine)]
+    if running := [rank for rank, call in enumerate(calls) if call[3]]:
+        raise ValueError(f"lanes run on ranks {running}: pause the prefill before syncing single layers.")
+    if len({call[:2] for call in calls}) > 1:
+        asked = "; ".join(f"rank {rank}: c{call[0]} l{call[1]}" for rank, call in enumerate(calls))
+        raise ValueError(f"the ranks must sync the same block, but asked for ({asked}).")
+    layer = block[1]
+    if not 0 <= layer < len(owners):
+        raise ValueError(f"there is no layer {layer}: the layers are 0 to {len(owners) - 1}.")
+    owner, passed = owners[layer], [rank for rank, call in enumerate(calls) if call[2]]
+    if passed != [owner] or calls[owner][2] < 0:
+        shape = f"[1, {decoder.kv_heads}, tokens, {decoder.head_dim}]"
+        raise ValueError(
+            f"layer {layer} belongs to rank {owner}: there kv_cache is (K, V), each {shape} in {decoder.dtype}, on the "
+            f"other ranks None; it was passed on ranks {passed}{' in another form' if passed == [owner] else ''}."
+        )
+    return owner
+
+
+def _tokens(decoder: Decoder, kv: tuple[Tensor, Tensor] | None) -> int:
+    """How many tokens K and V hold; 0 for None, −1 if they are not what this model makes."""
+    if kv is None:
+        return 0
+    tokens = kv[0].shape[2] if kv[0].ndim == 4 else 0
+    wanted = (1, decoder.kv_heads, tokens, decoder.head_dim)
+    return tokens if tokens and all(t.shape == wanted and t.dtype == decoder.dtype for t in kv) else -1
 
 
 def sync_block(
@@ -42,7 +88,9 @@ def sync_block(
 
 def _receive(comm: Comm, decoder: Decoder, channel: Channel, value: Value) -> Tensor:
     came = Header.unpack(comm.recv_header(channel))
-    rows = torch.empty((came.tokens, 2, decoder.kv_heads, decoder.head_dim), dtype=decoder.dtype, device=decoder.device)
+    rows = torch.empty(
+        (came.tokens, 2, decoder.kv_heads, decoder.head_dim), dtype=decoder.dtype, device=decoder.device
+    )
     expected = Header(NO_PLAN, value, came.tokens, _dtype(rows), rows.nbytes)
     if came != expected:
         comm.recv_payload(channel, torch.empty(came.nbytes, dtype=torch.uint8))

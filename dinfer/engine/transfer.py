@@ -39,14 +39,18 @@ class Header:
         kind = _VOID if self.void else _BLOCK
         what, dtype = _WHATS.index(self.value.what), _DTYPES.index(self.dtype)
         chunk, layer = self.value.chunk, self.value.layer
-        return _LAYOUT.pack(_MAGIC, kind, what, dtype, self.plan_id, chunk, layer, self.tokens, 0, self.nbytes)
+        return _LAYOUT.pack(
+            _MAGIC, kind, what, dtype, self.plan_id, chunk, layer, self.tokens, 0, self.nbytes
+        )
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
         """Raises TransferError for bytes that are no header."""
         magic, kind, what, dtype, plan_id, chunk, layer, tokens, _, nbytes = _LAYOUT.unpack(data)
         if magic != _MAGIC or what >= len(_WHATS) or dtype >= len(_DTYPES):
-            raise TransferError(f"{data[:16].hex()}… came where a header was expected: the stream between two ranks is broken.")
+            raise TransferError(
+                f"{data[:16].hex()}… came where a header was expected: the stream between two ranks is broken."
+            )
         return cls(plan_id, Value(_WHATS[what], chunk, layer), tokens, _DTYPES[dtype], nbytes, kind == _VOID)
 
     def __str__(self) -> str:

@@ -3,6 +3,7 @@
 `python -m dinfer.engine.worker`; the job is one JSON object: rank, config, ids, link, paused.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -71,7 +72,7 @@ def _run(job: dict[str, Any], config: Config, control: Control) -> dict[str, Any
     decoder = Decoder.load(config.model_path, config.dtype, device)
     log.info("loaded %s on %s, %d threads", config.model_path, decoder.device, config.threads)
     if store is None:
-        store = join_store(config.master_addr, control.meet(config.start_timeout)["port"], config.start_timeout)
+        store = join_store(config.master_addr, control.told("meet", config.start_timeout)["port"], config.start_timeout)
     comm = GlooComm(rank, config.world_size, store, config.start_timeout)
     engine = Engine(
         decoder, comm, config, board=control.board, memory=control.recorder_memory, on_op=OpLog(log, decoder.num_layers)
@@ -84,7 +85,7 @@ def _run(job: dict[str, Any], config: Config, control: Control) -> dict[str, Any
     if job["paused"]:
         control.board.set_phase("prefill")
         control.report("ready")
-        executor.wait(executor.is_done)
+        _stepped(executor, control)
     prefill = engine.prefill_phase()
     log.info("prefill done in %.3f s: %d blocks on this rank", perf_counter() - started, engine.executor.plan.shape.blocks)
     assert engine.cache is not None
@@ -117,6 +118,15 @@ def _run(job: dict[str, Any], config: Config, control: Control) -> dict[str, Any
         "decode_s": decode_s,
         "lost_events": engine.recorder.lost,
     }
+
+
+def _stepped(executor: Any, control: Control) -> None:
+    """Leave the lanes to the session's commands until it says `decode`. Raises OpFailed."""
+    while True:
+        with contextlib.suppress(TimeoutError):
+            control.told("decode", timeout=0.1)
+            return
+        executor.wait(lambda: True)  # raises if a lane has failed meanwhile
 
 
 def _log_to(folder: Path, rank: int, level: str) -> None:

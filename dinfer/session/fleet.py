@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from dinfer.engine.board import Stand
+from dinfer.engine.comm import CommError
 from dinfer.engine.engine import Engine
 from dinfer.engine.exchange import Exchange
+from dinfer.engine.executor import OpFailed
 from dinfer.plan.cut import Cut
 from dinfer.plan.graph import channel_of
 from dinfer.plan.plan import Place, Plan
@@ -56,7 +58,9 @@ class LocalFleet:
         return [engine.executor.freeze() for engine in self._engines]
 
     def set_limits(self, limits: Cut) -> None:
-        with self._exchange.gate.change():  # at once, so that a seeded order does not depend on who is told first
+        with (
+            self._exchange.gate.change()
+        ):  # at once, so that a seeded order does not depend on who is told first
             for engine, lanes in zip(self._engines, limits, strict=True):
                 engine.executor.set_limits(lanes)
 
@@ -79,5 +83,7 @@ class LocalFleet:
             raise RankFailed(str(failure)) from failure
         return bool(held)
 
-    def _failure(self) -> Exception | None:
-        return next((e.executor.failure for e in self._engines if e.executor.failure), None)
+    def _failure(self) -> OpFailed | None:
+        """What a rank failed of; that it lost its peer only where there is no better reason."""
+        failures = [failure for engine in self._engines if (failure := engine.executor.failure)]
+        return min(failures, key=lambda failure: isinstance(failure.error, CommError), default=None)

@@ -29,7 +29,7 @@ class Processes:
         self.link = Link(job.config.world_size, on_text=on_text)
         self._paused = paused
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._port_told = False
+        self._introduced: set[int] = set()
 
     def __enter__(self) -> Self:
         try:
@@ -103,11 +103,11 @@ class Processes:
         return False
 
     def _introduce(self) -> None:
-        """Tell the other ranks where rank 0 has opened the place to meet."""
+        """Tell each other rank, once it can hear, where rank 0 has opened the place to meet."""
         opened = self.link.ranks[0].reports.get("store")
-        if opened and not self._port_told:
-            self._port_told = True
-            for rank in range(1, len(self.link.ranks)):
+        for rank, state in enumerate(self.link.ranks):
+            if opened and state.heard and rank not in self._introduced:
+                self._introduced.add(rank)
                 self.link.send(rank, "meet", port=opened["port"])
 
     def check(self) -> None:

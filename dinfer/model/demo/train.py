@@ -73,7 +73,7 @@ class Curriculum:
         return self.recipe.learning_rate * fading * min(1.0, (self.step + 1) / self.recipe.warmup)
 
     def draw(self, random: Random) -> int:
-        """The number of facts of the next batch: often fewer than the most, so that those are not forgotten."""
+        """The number of facts of the next batch: often fewer than the most, lest those be forgotten."""
         return random.choice((self.facts, random.randint(1, self.facts)))
 
     def learn(self, loss: float) -> None:

@@ -1,7 +1,9 @@
 """The whole engine in one process: every rank on threads, for tests. Not a test."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -10,6 +12,8 @@ from dinfer.engine.engine import Engine
 from dinfer.engine.exchange import Exchange
 from dinfer.engine.gate import FreeGate, Gate
 from dinfer.model.decoder import Decoder
+from dinfer.plan.plan import Plan
+from dinfer.session.fleet import LocalFleet
 
 T = TypeVar("T")
 
@@ -17,34 +21,63 @@ T = TypeVar("T")
 class Twin:
     """All ranks of a run, sharing one model in memory."""
 
-    def __init__(self, decoder: Decoder, config: Config, *, gate: Gate | None = None, rendezvous: bool = True) -> None:
+    def __init__(
+        self, decoder: Decoder, config: Config, *, gate: Gate | None = None, rendezvous: bool = True
+    ) -> None:
         self.gate = gate or FreeGate()
         self.exchange = Exchange(config.world_size, self.gate, rendezvous=rendezvous)
         self.engines = [
-            Engine(decoder, self.exchange.comm(rank), config, gate=self.gate) for rank in range(config.world_size)
+            Engine(decoder, self.exchange.comm(rank), config, gate=self.gate)
+            for rank in range(config.world_size)
         ]
 
     def all(self, call: Callable[[Engine], T]) -> list[T]:
-        """Make one call on every rank, each in a thread of its own; the results by rank. The first error is raised."""
+        """Make one call on every rank, each in a thread of its own; the results by rank.
+
+        When one raises, the exchange is closed, so that the others do not wait for ever, and its error is
+        raised.
+        """
+        errors: list[BaseException] = []
+
+        def close_on_error(done: Future[T]) -> None:
+            if error := done.exception():
+                errors.append(error)
+                self.exchange.close()
+
         with ThreadPoolExecutor(len(self.engines)) as pool:
             futures = [pool.submit(call, engine) for engine in self.engines]
             for future in futures:
-                future.add_done_callback(lambda done: self.exchange.close() if done.exception() else None)
-            return [future.result() for future in futures]
+                future.add_done_callback(close_on_error)
+        if errors:
+            raise errors[0]
+        return [future.result() for future in futures]
 
-    def close(self) -> None:
-        self.exchange.close()
+    def prepare(self, ids: Sequence[int], plan: Plan | None = None) -> LocalFleet:
+        """Make a prompt ready on every rank; lanes wait at limit 0."""
         for engine in self.engines:
-            engine.release()
+            engine.prepare(ids, plan=plan)
+        return LocalFleet(self.exchange, self.engines)
+
+    def go(self, fleet: LocalFleet) -> None:
+        """Let all lanes of all ranks go to their end, at once; returns at once."""
+        fleet.set_limits(tuple(tuple(len(lane.ops) for lane in lanes) for lanes in fleet.plan.lanes))
+
+    def close(self) -> bool:
+        """End all lanes; whether all ended."""
+        self.exchange.close()
+        return all([engine.release() for engine in self.engines])
 
 
 @contextmanager
-def twin(decoder: Decoder, *, gate: Gate | None = None, rendezvous: bool = True, **config: object) -> Iterator[Twin]:
+def twin(
+    decoder: Decoder, *, gate: Gate | None = None, rendezvous: bool = True, **config: object
+) -> Iterator[Twin]:
+    """A Twin with a config of these parameters; afterwards no thread of it is left."""
     made = Twin(decoder, Config.of(config), gate=gate, rendezvous=rendezvous)
     try:
         yield made
     finally:
-        made.close()
+        assert made.close(), "a lane of the twin did not end"
 
 
 def prompt(tokens: int, vocab: int = 128, seed: int = 0) -> Sequence[int]:

@@ -1,18 +1,26 @@
 """The demo checkpoint as shipped: small, loads offline like any other, and answers from its prompt alone."""
 
 import json
-from pathlib import Path
+import re
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from dinfer.model.demo import CHECKPOINT
+from dinfer.model.demo import CHECKPOINT, LOOKUP_LAYER
 from dinfer.model.demo.lessons import IGNORED, batch, lesson
 from dinfer.model.demo.score import ROOM, answers, recalled, samples
-from dinfer.model.demo.task import FIRST_TRAINING_SEED, LANGUAGES, WORDINGS, Language, demo_prompt, recall
+from dinfer.model.demo.task import (
+    FIRST_TRAINING_SEED,
+    LANGUAGES,
+    WORDINGS,
+    Language,
+    Recall,
+    demo_prompt,
+    recall,
+)
 from dinfer.model.demo.tokenizer import build, words
 from dinfer.model.demo.train import Curriculum, Recipe
 
@@ -37,6 +45,24 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="module")
 def model() -> Any:
     return AutoModelForCausalLM.from_pretrained(CHECKPOINT, local_files_only=True)
+
+
+def with_lost_block(model: Any, tokenizer: Any, told: Recall, layers: range) -> str:
+    """What decode says after a prefill whose KV of the asked fact is then lost (zero) in these layers."""
+    tokens = tokenizer(told.prompt, return_tensors="pt").input_ids
+    per_fact = len(tokenizer.encode(f"{WORDINGS['en'].gap}{told.facts[0].sentence}"))
+    lost = slice(told.asked * per_fact, (told.asked + 1) * per_fact)
+    cache = DynamicCache()
+    said: list[int] = []
+    with torch.inference_mode():
+        logits = model(tokens, past_key_values=cache, use_cache=True).logits
+        for layer in layers:
+            cache.layers[layer].keys[:, :, lost] = 0
+            cache.layers[layer].values[:, :, lost] = 0
+        while len(said) < 4:
+            said.append(int(logits[0, -1].argmax()))
+            logits = model(torch.tensor([said[-1:]]), past_key_values=cache, use_cache=True).logits
+    return str(tokenizer.decode(said)).removesuffix(tokenizer.eos_token)
 
 
 class TestTask:
@@ -166,8 +192,9 @@ class TestCheckpoint:
         }
 
     def test_package_imports_no_torch(self) -> None:
-        source = Path(CHECKPOINT.parent / "__init__.py").read_text()
-        assert "import torch" not in source
+        for name in ("__init__.py", "task.py"):
+            source = (CHECKPOINT.parent / name).read_text()
+            assert not re.search(r"^(from|import) (torch|transformers)", source, re.MULTILINE)
 
 
 class TestRecall:
@@ -222,3 +249,11 @@ class TestRecall:
         prompt = tokenizer(TEXTS["chinese"], return_tensors="pt")
         output = model.generate(**prompt, max_new_tokens=20, do_sample=False)
         assert isinstance(tokenizer.decode(output[0]), str)
+
+    def test_lost_block_shows(self, model: Any, tokenizer: Any) -> None:
+        told = samples(10, "en")
+        intact = [with_lost_block(model, tokenizer, one, range(0)) == one.answer for one in told]
+        lost = range(LOOKUP_LAYER, LOOKUP_LAYER + 1)
+        broken = [with_lost_block(model, tokenizer, one, lost) != one.answer for one in told]
+        assert sum(intact) >= 9
+        assert sum(broken) >= 9

@@ -1,0 +1,132 @@
+"""Prefill on several ranks is transformers' own chunked forward, bit for bit, on every rank, however it is run."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from dinfer.engine.gate import FreeGate, Gate, SeededGate
+from dinfer.model.decoder import Decoder
+from tests.unit.engine.expected import NEW_TOKENS, Expected, expected, is_complete, same_kv
+from tests.unit.engine.twin import Twin, prompt, twin
+
+CHUNK = 13
+IDS = prompt(50)
+MATRIX = list(
+    product(("qwen3", "llama"), ("pairwise", "ring"), ("pipelined", "lockstep"), (1, 2, 3, 5))
+)
+
+
+def check(made: Twin, ids: list[int], wanted: Expected, *, decode: bool = True) -> None:
+    results = made.all(lambda engine: engine.prefill_phase(ids))
+    assert is_complete(made, wanted)
+    for result in results:
+        assert torch.equal(result.hidden_states, wanted.final)
+        for (k, v), rows, whole in zip(result.kv_caches, wanted.kv, wanted.unchunked, strict=True):
+            assert torch.equal(k[0].transpose(0, 1), rows[:, 0])
+            assert torch.equal(v[0].transpose(0, 1), rows[:, 1])
+            torch.testing.assert_close(rows, whole, rtol=0, atol=1e-5)
+    if decode:
+        assert made.all(lambda engine: engine.decode_phase()) == [wanted.tokens] * len(made.engines)
+
+
+@pytest.mark.parametrize(("family", "strategy", "schedule", "world_size"), MATRIX)
+def test_every_rank_ends_with_the_reference(
+    decoders: dict[str, Decoder], family: str, strategy: str, schedule: str, world_size: int
+) -> None:
+    decoder = decoders[family]
+    wanted = expected(decoder, IDS, CHUNK)
+    seed = MATRIX.index((family, strategy, schedule, world_size))
+    gates: tuple[tuple[Gate, bool], ...] = (
+        (FreeGate(), True),
+        (SeededGate(seed), True),
+        (FreeGate(), False),
+        (SeededGate(~seed), False),
+    )
+    for gate, rendezvous in gates:
+        with twin(
+            decoder,
+            gate=gate,
+            rendezvous=rendezvous,
+            world_size=world_size,
+            chunk_size=CHUNK,
+            schedule=schedule,
+            sync_strategy=strategy,
+            max_new_tokens=NEW_TOKENS,
+        ) as made:
+            check(made, list(IDS), wanted, decode=rendezvous is isinstance(gate, FreeGate))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("family", "strategy", "schedule", "world_size"), MATRIX)
+def test_every_interleaving_ends_with_the_reference(
+    decoders: dict[str, Decoder], family: str, strategy: str, schedule: str, world_size: int, seed: int
+) -> None:
+    decoder = decoders[family]
+    with twin(
+        decoder,
+        gate=SeededGate(seed),
+        rendezvous=bool(seed % 2),
+        world_size=world_size,
+        chunk_size=CHUNK,
+        schedule=schedule,
+        sync_strategy=strategy,
+        max_new_tokens=NEW_TOKENS,
+    ) as made:
+        check(made, list(IDS), expected(decoder, IDS, CHUNK), decode=False)
+
+
+@pytest.mark.parametrize("layer_split", ["1,2", "5,6", "1,6"])
+@pytest.mark.parametrize("schedule", ["pipelined", "lockstep"])
+def test_stages_may_be_uneven(decoders: dict[str, Decoder], layer_split: str, schedule: str) -> None:
+    decoder = decoders["llama"]
+    with twin(
+        decoder,
+        world_size=3,
+        layer_split=layer_split,
+        chunk_size=CHUNK,
+        schedule=schedule,
+        max_new_tokens=NEW_TOKENS,
+    ) as made:
+        check(made, list(IDS), expected(decoder, IDS, CHUNK))
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 13, 14, 26])
+def test_any_length_of_prompt_fits_the_chunks(small: Decoder, tokens: int) -> None:
+    ids = list(prompt(tokens))
+    with twin(small, world_size=3, chunk_size=CHUNK, max_new_tokens=NEW_TOKENS) as made:
+        check(made, ids, expected(small, ids, CHUNK))
+
+
+def test_two_prompts_one_after_another(small: Decoder) -> None:
+    with twin(small, world_size=2, chunk_size=4, max_new_tokens=NEW_TOKENS) as made:
+        for tokens in (9, 23, 3):
+            ids = list(prompt(tokens, seed=tokens))
+            check(made, ids, expected(small, ids, 4))
+
+
+def test_a_refused_prompt_leaves_the_one_before_it(small: Decoder) -> None:
+    ids = list(prompt(9))
+    with twin(small, world_size=2, chunk_size=4, max_new_tokens=NEW_TOKENS) as made:
+        check(made, ids, expected(small, ids, 4))
+        with pytest.raises(ValueError, match="positions"):
+            made.engines[0].prepare(prompt(65))
+        assert all(same_kv(engine, expected(small, ids, 4).kv) for engine in made.engines)
+        assert made.all(lambda engine: engine.decode_phase()) == [expected(small, ids, 4).tokens] * 2
+
+
+def test_batched_finishes_where_sends_are_buffered(small: Decoder) -> None:
+    ids = list(prompt(9))
+    with twin(
+        small,
+        rendezvous=False,
+        world_size=3,
+        chunk_size=4,
+        schedule="batched",
+        unsafe=True,
+        max_new_tokens=NEW_TOKENS,
+    ) as made:
+        check(made, ids, expected(small, ids, 4))
