@@ -3,6 +3,7 @@
 Every parameter of Config is a flag of `dinfer run` with the same name.
 """
 
+import contextlib
 import inspect
 import json
 import sys
@@ -149,6 +150,37 @@ def verify(
     else:
         print(verdict)
     raise typer.Exit(0 if verdict.proved else 1)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="checkpoint folder; default: random weights, hidden 1024 × 8 layers")] = "",
+    tokens: Annotated[int, typer.Option(help="length of the prompt")] = 2048,
+    chunk_size: Annotated[int, typer.Option(help="tokens per chunk")] = 128,
+    world_size: Annotated[int, typer.Option(help="number of ranks")] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads of each rank")] = 1,
+    repeats: Annotated[int, typer.Option(help="timed rounds, after one to warm up")] = 3,
+    json_path: Annotated[str, typer.Option("--json", help="write the figures to this file")] = "",
+) -> None:
+    """Time pairwise, ring, lockstep, no sync and one process side by side on this machine."""
+    from dinfer.model.checkpoint import check
+    from dinfer.session.bench import Shape, bench as time_variants, random_checkpoint, table
+    from dinfer.session.result import write_json
+
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = model or str(stack.enter_context(random_checkpoint(Shape())))
+            config = Config.of(
+                {"model_path": folder, "world_size": world_size, "chunk_size": chunk_size, "threads": threads}
+            )
+            result = time_variants(config, tokens, check(folder).vocab_size, repeats)
+        except (ConfigError, ModelError, PlanError) as error:
+            _stop(error, BAD_INPUT)
+        except RuntimeError as error:
+            _stop(error, FAILED)
+    print(table(result))
+    if json_path:
+        write_json(result, json_path)
 
 
 def _print_json(given: Plan, verdict: Proof | Counterexample) -> None:

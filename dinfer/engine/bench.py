@@ -1,0 +1,105 @@
+"""The ranks' side of `dinfer bench`: several plans on the same ranks, in turn, so that figures can be compared."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+
+from dinfer.config import Config, Schedule, SyncStrategy
+from dinfer.engine.comm import Comm, GlooComm, join_store, open_store
+from dinfer.engine.engine import Engine
+from dinfer.engine.exchange import Exchange
+from dinfer.engine.gate import FreeGate
+from dinfer.model.decoder import Decoder
+from dinfer.plan.plan import Lane, Plan
+
+START_S = 300.0
+
+
+class Variant(NamedTuple):
+    """One way to run the prompt. `alone`: rank 0 by itself; `sync`: whether blocks are synced at all."""
+
+    name: str
+    schedule: Schedule = "pipelined"
+    sync_strategy: SyncStrategy = "pairwise"
+    alone: bool = False
+    sync: bool = True
+
+
+VARIANTS = (
+    Variant("one process", alone=True),
+    Variant("pipelined, no sync", sync=False),
+    Variant("pipelined, pairwise"),
+    Variant("pipelined, ring", sync_strategy="ring"),
+    Variant("lockstep, pairwise", schedule="lockstep"),
+    Variant("lockstep, ring", schedule="lockstep", sync_strategy="ring"),
+)
+
+
+def without_sync(plan: Plan) -> Plan:
+    """The same plan with no block passed on: what the sync costs is the difference. Not a plan to decode from."""
+    lanes = tuple(
+        tuple(
+            Lane(lane.name, kept)
+            for lane in rank
+            if (kept := tuple(op for op in lane.ops if not (op.is_transfer and op.what == "kv")))
+        )
+        for rank in plan.lanes
+    )
+    return replace(plan, lanes=lanes)
+
+
+def bench_rank(
+    rank: int, config: Config, port: Connection, ids: Sequence[int], variants: Sequence[Variant], repeats: int
+) -> dict[str, list[float]]:
+    """Prefill seconds of each variant, by name, `repeats` times in turn; all ranks make the same calls.
+
+    Rank 0 opens a port and sends its number into `port`; the others receive it there.
+    """
+    torch.set_num_threads(config.threads)
+    if rank == 0:
+        store, opened = open_store(config.master_addr, config.master_port)
+        port.send(opened)
+    else:
+        store = join_store(config.master_addr, port.recv(), START_S)
+    decoder = Decoder.load(config.model_path, config.dtype)
+    comm = GlooComm(rank, config.world_size, store, START_S)
+    seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    for repeat in range(repeats + 1):
+        for variant in variants:
+            took = _time(variant, decoder, comm, config, ids)
+            if repeat:  # the first round warms up
+                seconds[variant.name].append(took)
+    comm.all_gather(b"d")
+    comm.close()
+    return seconds
+
+
+def _time(variant: Variant, decoder: Decoder, comm: Comm, config: Config, ids: Sequence[int]) -> float:
+    settings = config.with_(schedule=variant.schedule, sync_strategy=variant.sync_strategy, unsafe=not variant.sync)
+    if variant.alone:
+        took = _prefill(_alone(decoder, settings), ids, sync=True) if comm.rank == 0 else 0.0
+        comm.all_gather(b"a")
+        return took
+    engine = Engine(decoder, comm, settings)
+    return _prefill(engine, ids, sync=variant.sync)
+
+
+def _alone(decoder: Decoder, config: Config) -> Engine:
+    return Engine(decoder, Exchange(1, FreeGate()).comm(0), config.with_(world_size=1, layer_split=()))
+
+
+def _prefill(engine: Engine, ids: Sequence[int], *, sync: bool) -> float:
+    """Seconds from when all ranks are ready until all are done."""
+    plan = engine.plan_for(len(ids))
+    engine.prepare(ids, plan=plan if sync else without_sync(plan))
+    engine.comm.all_gather(b"s")
+    started = perf_counter()
+    engine.prefill_phase()
+    engine.comm.all_gather(b"e")
+    took = perf_counter() - started
+    engine.release()
+    return took
