@@ -39,11 +39,7 @@ def _stop(message: object, status: int) -> NoReturn:
 
 def run(**given: Any) -> None:
     """Generate from a checkpoint on several ranks of this machine, which it starts itself."""
-    from dinfer.session.fleet import RankFailed
     from dinfer.session.job import prepare
-    from dinfer.session.processes import interrupt_as_error
-    from dinfer.session.result import write_json
-    from dinfer.session.runner import run as run_job
 
     values = {name: value for name, value in given.items() if value is not None}
     json_path, trace_path, toml = (values.pop(name, None) for name in ("json", "trace", "config"))
@@ -51,6 +47,13 @@ def run(**given: Any) -> None:
         job = prepare(Config.of({**(read_toml(toml) if toml else {}), **values}))
     except (ConfigError, ModelError, PlanError) as error:
         _stop(error, BAD_INPUT)
+
+    # Not earlier: these import torch, and a mistake should be told at once.
+    from dinfer.session.fleet import RankFailed
+    from dinfer.session.processes import interrupt_as_error
+    from dinfer.session.result import write_json
+    from dinfer.session.runner import run as run_job
+
     interrupt_as_error()
     try:
         result = run_job(job, trace_path or Path(job.config.log_dir) / "trace.jsonl")

@@ -1,7 +1,7 @@
-"""The parameters of a run: frozen, and validated once. Every message says what was given, what is allowed, what to do.
+"""The parameters of a run: frozen, and validated once. Messages say what was given and what is allowed.
 
-Values may come as text (command line), as TOML, or as Python objects; `Config.of` converts. Nothing here looks at a
-checkpoint or a device: what can only be known there is checked there.
+Values may come as text (command line), as TOML, or as Python objects; `Config.of` converts. Nothing here
+looks at a checkpoint or a device: what can only be known there is checked there.
 """
 
 import difflib
@@ -31,10 +31,14 @@ def _parameter(default: Any, text: str, *, low: float | None = None, high: float
 class Config:
     """One run. Field names are the flags of `dinfer run` and the keys of its TOML file."""
 
-    model_path: str = _parameter("demo", "folder of a checkpoint, or 'demo' for the one that comes with dinfer")
+    model_path: str = _parameter(
+        "demo", "folder of a checkpoint, or 'demo' for the one that comes with dinfer"
+    )
     prompt: str = _parameter("", "the text to go on from")
     prompt_file: str = _parameter("", "a UTF-8 file that holds the prompt")
-    prompt_ids: tuple[int, ...] = _parameter((), "the prompt as token ids, such as 5,17,3: needs no tokenizer")
+    prompt_ids: tuple[int, ...] = _parameter(
+        (), "the prompt as token ids, such as 5,17,3: needs no tokenizer"
+    )
     chat: bool = _parameter(False, "put the prompt through the checkpoint's chat template")
     world_size: int = _parameter(3, "number of ranks", low=1)
     layer_split: tuple[int, ...] = _parameter(
@@ -54,7 +58,9 @@ class Config:
     max_new_tokens: int = _parameter(50, "tokens to generate at most", low=1)
     temperature: float = _parameter(0.0, "0: greedy", low=0)
     top_k: int = _parameter(0, "sample from the k most likely tokens; 0: all", low=0)
-    top_p: float = _parameter(1.0, "sample from the most likely tokens of this total probability", low=0, high=1)
+    top_p: float = _parameter(
+        1.0, "sample from the most likely tokens of this total probability", low=0, high=1
+    )
     seed: int = _parameter(0, "seed of sampling", low=0)
     start_timeout: float = _parameter(180.0, "seconds that ranks may take to start and load", low=1)
     timeout: float = _parameter(60.0, "seconds without progress after which the run is ended", low=1)
@@ -66,7 +72,9 @@ class Config:
             _check_range(item.name, getattr(self, item.name), item.metadata["low"], item.metadata["high"])
         given = [name for name in ("prompt", "prompt_file", "prompt_ids") if getattr(self, name)]
         if len(given) > 1:
-            raise ConfigError(f"{' and '.join(given)} are given; one of them is the prompt: leave the others out.")
+            raise ConfigError(
+                f"{' and '.join(given)} are given; one of them is the prompt: leave the others out."
+            )
         if self.layer_split and len(self.layer_split) != self.world_size - 1:
             raise ConfigError(
                 f"layer_split has {len(self.layer_split)} numbers for {self.world_size} ranks; it takes "
@@ -74,9 +82,12 @@ class Config:
             )
         if self.gpu_ids and len(self.gpu_ids) != self.world_size:
             raise ConfigError(
-                f"world_size is {self.world_size} but gpu_ids names {len(self.gpu_ids)}; give one GPU id per rank "
-                "(the same id may stand for several ranks)."
+                f"world_size is {self.world_size} but gpu_ids names {len(self.gpu_ids)}; give one GPU id per "
+                "rank (the same id may stand for several ranks)."
             )
+        for name in ("prompt_ids", "layer_split", "gpu_ids"):
+            if any(number < 0 for number in getattr(self, name)):
+                raise ConfigError(f"{name} is {list(getattr(self, name))}; its numbers must be at least 0.")
         if self.top_p == 0:
             raise ConfigError("top_p is 0; it must be above 0 and at most 1 (1: all tokens).")
 
@@ -100,7 +111,9 @@ class Config:
         try:
             return Path(self.prompt_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"prompt_file {self.prompt_file!r} cannot be read as UTF-8 text: {error}") from None
+            raise ConfigError(
+                f"prompt_file {self.prompt_file!r} cannot be read as UTF-8 text: {error}"
+            ) from None
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -129,12 +142,17 @@ def _check_range(name: str, value: Any, low: float | None, high: float | None) -
 def _convert(name: str, value: Any) -> Any:
     kinds = get_type_hints(Config)
     if name not in kinds:
-        raise ConfigError(f"there is no parameter {name!r}.{nearest(name, list(kinds))} Known are: {', '.join(kinds)}.")
+        raise ConfigError(
+            f"there is no parameter {name!r}.{nearest(name, list(kinds))} Known are: {', '.join(kinds)}."
+        )
     kind = kinds[name]
     if get_origin(kind) is Literal:
         allowed = get_args(kind)
         if value not in allowed:
-            raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.{nearest(str(value), list(allowed))}")
+            raise ConfigError(
+                f"{name} is {value!r}; it must be one of {', '.join(allowed)}."
+                f"{nearest(str(value), list(allowed))}"
+            )
         return value
     if get_origin(kind) is tuple:
         return _numbers(name, value)
@@ -154,7 +172,7 @@ def _scalar(name: str, value: Any, kind: type) -> Any:
         if isinstance(value, bool) or (kind is int and isinstance(value, float)):
             raise ValueError
         number = kind(value)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         raise ConfigError(f"{name} is {value!r}; it must be {described}.") from None
     if number != number or number in (float("inf"), float("-inf")):
         raise ConfigError(f"{name} is {value!r}; it must be a finite number.")
@@ -162,8 +180,12 @@ def _scalar(name: str, value: Any, kind: type) -> Any:
 
 
 def _numbers(name: str, value: Any) -> tuple[int, ...]:
-    parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else list(value)
     try:
+        parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
+        if any(isinstance(part, (bool, float)) for part in parts):
+            raise ValueError
         return tuple(int(part) for part in parts if str(part).strip())
     except (ValueError, TypeError):
-        raise ConfigError(f"{name} is {value!r}; it must be whole numbers with commas between them, such as 0,1,2.") from None
+        raise ConfigError(
+            f"{name} is {value!r}; it must be whole numbers with commas between them, such as 0,1,2."
+        ) from None

@@ -47,8 +47,9 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"slow tests: --slow-sample {sample} --slow-seed {seed}" if sample else "slow tests: none (--slow)"
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect slow tests, but for the sample."""
+    """Deselect slow tests, but for a sample of those that -k and the like have left."""
     if _chosen_by_user(config):
         return
     slow = sorted(item.nodeid for item in items if item.get_closest_marker("slow"))
@@ -78,8 +79,11 @@ class PartTimes:
         """One phase of one test: set-up, call or teardown."""
         self.seconds[report.nodeid.removeprefix("tests/").split("/")[0]] += report.duration
 
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """The table; importing and collecting are not in it."""
+    def pytest_terminal_summary(
+        self, terminalreporter: pytest.TerminalReporter, config: pytest.Config
+    ) -> None:
+        """The table; importing and collecting are not in it. The seed again: -q hides the header."""
         terminalreporter.section("time")
+        terminalreporter.write_line(pytest_report_header(config))
         for part, seconds in self.seconds.items():
             terminalreporter.write_line(f"{part:<12}{seconds:8.1f} s")

@@ -1,7 +1,8 @@
 """Board: where a rank stands, in memory that another process can read.
 
-Lanes write their positions here as they move (a fraction of a microsecond); the watcher beside the rank reads them, also
-while this process cannot say anything: busy in C code, stopped, or killed. No torch here: the watcher imports it.
+Lanes write their positions here as they move (a fraction of a microsecond); the watcher beside the rank reads
+them, also while this process cannot say anything: busy in C code, stopped, or killed. No torch here: the
+watcher imports it.
 """
 
 import mmap
@@ -22,7 +23,7 @@ PHASES: tuple[Phase, ...] = ("starting", "loading", "prefill", "decode", "done")
 
 @dataclass(frozen=True)
 class Stand:
-    """Where one rank stands: for each lane the ops that have ended, whether the next has begun, and how far it may go."""
+    """Where one rank stands, by lane: ops that have ended, whether the next has begun, how far it may go."""
 
     positions: tuple[int, ...]
     started: tuple[bool, ...]
@@ -34,7 +35,7 @@ class Stand:
 
 
 class Board:
-    """One rank's memory. `memory` may be shared with another process; the writer and each reader wrap it in a Board."""
+    """One rank's memory, which may be shared: the writer and each reader wrap it in a Board."""
 
     def __init__(self, memory: memoryview | None = None) -> None:
         self._memory = memoryview(bytearray(BOARD_BYTES)) if memory is None else memory[:BOARD_BYTES]
@@ -66,7 +67,7 @@ class Board:
 
 
 def anonymous_file(size: int) -> int:
-    """A file descriptor of `size` bytes that has no name anywhere: gone with the last process that holds it."""
+    """A file descriptor of `size` bytes without a name: gone with the last process that holds it."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("dinfer")
     else:

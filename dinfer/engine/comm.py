@@ -67,7 +67,7 @@ class GlooComm:
         try:
             works = [dist.isend(_tensor(header), group=group, group_dst=channel.target)]
             if payload is not None:
-                works.append(dist.isend(_bytes_of(payload), group=group, group_dst=channel.target))
+                works.append(dist.isend(_bytes_of(_on_host(payload)), group=group, group_dst=channel.target))
             _wait(works[0])
             met = monotonic_ns()
             for work in works[1:]:
@@ -82,7 +82,12 @@ class GlooComm:
         return header.numpy().tobytes()
 
     def recv_payload(self, channel: Channel, out: Tensor) -> None:
-        self._recv(channel, _bytes_of(out))
+        if out.device.type == "cpu":
+            self._recv(channel, _bytes_of(out))
+        else:
+            host = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
+            self._recv(channel, _bytes_of(host))
+            out.copy_(host, non_blocking=True)  # on the stream that computes, so in order with what reads it
 
     def all_gather(self, data: bytes) -> list[bytes]:
         gathered = [torch.empty(len(data), dtype=torch.uint8) for _ in range(self.world_size)]
@@ -101,6 +106,16 @@ class GlooComm:
             _wait(dist.irecv(out, group=self._groups[channel.communicator], group_src=channel.source))
         except RuntimeError as error:
             raise CommError(f"receiving from rank {channel.source} failed: {error}") from error
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """The tensor where gloo can send it from: a CUDA tensor ends the process, so its bytes go through pinned memory."""
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return host
 
 
 def open_store(address: str, port: int) -> tuple[dist.Store, int]:

@@ -34,7 +34,9 @@ class Control:
         self._told: dict[str, Message] = {}
         self._news = threading.Condition()
         command = [sys.executable, "-m", "dinfer.engine.watcher", str(descriptor), str(theirs.fileno())]
-        self.watcher = subprocess.Popen(command, pass_fds=(descriptor, theirs.fileno()), stdin=subprocess.DEVNULL)
+        self.watcher = subprocess.Popen(
+            command, pass_fds=(descriptor, theirs.fileno()), stdin=subprocess.DEVNULL
+        )
         theirs.close()
         os.close(descriptor)
         self._socket.sendall(json.dumps(link).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Decode: every rank computes all layers alone on the synced cache, and the ranks compare each token as they go."""
+"""Decode: every rank computes all layers alone on the synced cache; the ranks compare each token."""
 
 import struct
 from collections.abc import Iterator
@@ -17,8 +17,9 @@ _TOKEN = struct.Struct("<q")
 
 
 class TokensDiffer(RuntimeError):
-    """Ranks chose different tokens. `position` counts new tokens from 0; `tokens` and `logits` are by rank: the token each
-    chose, and each rank's logits of all the tokens chosen."""
+    """Ranks chose different tokens. `position` counts new tokens from 0; `tokens` and `logits` are by rank:
+    the token each chose, and each rank's logits of all the tokens chosen.
+    """
 
     def __init__(self, position: int, tokens: list[int], logits: list[dict[int, float]]) -> None:
         said = "; ".join(

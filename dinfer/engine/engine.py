@@ -1,4 +1,4 @@
-"""Engine: one rank with its model, as the user meets it under `%%px`: prefill, single layers, single syncs, decode.
+"""Engine: one rank with its model, as the user meets it under `%%px`.
 
 All ranks make the same calls, but for `forward_single_layer`, which is this rank's alone.
 """
@@ -34,8 +34,9 @@ KV = tuple[Tensor, Tensor]
 
 
 class PrefillResult(NamedTuple):
-    """`hidden_states`: the normed hidden state of the prompt's last token, [1, 1, hidden_size]; `kv_caches`: K and V of
-    every layer, each [1, kv_heads, tokens, head_dim], views of this rank's cache."""
+    """`hidden_states`: the normed hidden state of the prompt's last token, [1, 1, hidden_size]; `kv_caches`:
+    K and V of every layer, each [1, kv_heads, tokens, head_dim], views of this rank's cache.
+    """
 
     hidden_states: Tensor
     kv_caches: list[KV]
@@ -44,7 +45,8 @@ class PrefillResult(NamedTuple):
 class Engine:
     """One rank. Raises PlanError or ModelError for what cannot be run, before anything is sent.
 
-    `memory` holds recorder records that another process may read; by default each prompt gets memory of its own.
+    `memory` holds recorder records that another process may read; by default each prompt gets memory of its
+    own.
     """
 
     def __init__(
@@ -77,12 +79,17 @@ class Engine:
     def prepare(self, ids: Sequence[int], *, plan: Plan | None = None) -> Executor:
         """Make a prompt ready: its plan, verified, its KV cache, and lanes that wait at limit 0.
 
-        The prompt before it is given up, unless this one is refused. Raises PlanError or ModelError.
+        The prompt before it is given up, unless this one is refused. Raises PlanError or ModelError, and
+        RuntimeError where the one before cannot be given up.
         """
         self._check_length(len(ids))
         plan = plan or self.plan_for(len(ids))
         self._check_plan(plan, len(ids))
-        self.release()
+        if not self.release():
+            raise RuntimeError(
+                f"rank {self.rank} still has lanes of the prompt before this one blocked in a transfer: "
+                "they would take this one's messages."
+            )
         self.ids = list(ids)
         self.cache = self.decoder.new_cache(self._capacity(len(ids)))
         state = Prefill(self.decoder, self.cache, plan, self.rank, ids)
@@ -101,7 +108,9 @@ class Engine:
         return self._executor
 
     def prefill_phase(self, prompt: str | Sequence[int] | None = None) -> PrefillResult:
-        """Run the prompt (text or token ids; None: the one prepared) through all stages, all blocks to every rank.
+        """Run the prompt through all stages, and all its blocks to every rank.
+
+        `prompt` is text or token ids; None: the one prepared.
 
         All ranks must call it. Raises OpFailed if this rank cannot go on.
         """
@@ -143,8 +152,9 @@ class Engine:
     ) -> list[int]:
         """New tokens, the same on every rank; all ranks must call it. Raises TokensDiffer if they are not.
 
-        `hidden_states` [1, 1, hidden_size] and `kv_caches` are what `prefill_phase` returned, on any engine; by default
-        this engine's own. Fewer than `max_new_tokens` come where the text ends or the model's positions do.
+        `hidden_states` [1, 1, hidden_size] and `kv_caches` are what `prefill_phase` returned, on any engine;
+        by default this engine's own. Fewer than `max_new_tokens` come where the text ends or the model's
+        positions do.
         """
         decoding = self.decoding(hidden_states, kv_caches, max_new_tokens)
         self.board.set_phase("decode")
@@ -166,9 +176,9 @@ class Engine:
     ) -> dict[str, Any]:
         """Run one layer on this rank alone; no communication.
 
-        `hidden_states` [1, tokens, hidden_size] are the tokens from `position` on (default: the start of `chunk`). K and V
-        go into `cache` (default: the prompt's). Returns `hidden_states` (same shape), `kv_cache` (K and V of these
-        tokens, each [1, kv_heads, tokens, head_dim]), `layer_idx`, `position`.
+        `hidden_states` [1, tokens, hidden_size] are the tokens from `position` on (default: the start of
+        `chunk`). K and V go into `cache` (default: the prompt's). Returns `hidden_states` (same shape),
+        `kv_cache` (K and V of these tokens, each [1, kv_heads, tokens, head_dim]), `layer_idx`, `position`.
         """
         tokens = hidden_states.shape[1]
         start = self._chunk_start() if position is None else position
@@ -178,11 +188,13 @@ class Engine:
         return {"layer_idx": layer_idx, "position": start, "hidden_states": output, "kv_cache": kv}
 
     def sync_single_layer_cache(self, layer_idx: int, kv_cache: KV | None = None) -> KV:
-        """Give K and V of one layer for the current chunk to every rank. All ranks must call it, while no lane runs.
+        """Give K and V of one layer for the current chunk to every rank.
 
-        The layer's owner passes `kv_cache`, K and V, each [1, kv_heads, tokens, head_dim]; the others pass None. All
-        get the pair; where a prompt is prepared it is also written to its cache. Raises ValueError, the same on every
-        rank and before anything is sent, if these calls do not fit together.
+        All ranks must call it, while no lane runs.
+
+        The layer's owner passes `kv_cache`, K and V, each [1, kv_heads, tokens, head_dim]; the others pass
+        None. All get the pair; where a prompt is prepared it is also written to its cache. Raises ValueError,
+        the same on every rank and before anything is sent, if these calls do not fit together.
         """
         block = (self.chunk, layer_idx)
         owners, busy = self._shape(1).owners, self._is_running()
@@ -208,9 +220,10 @@ class Engine:
         return list(prompt)
 
     def release(self) -> bool:
-        """Give up the current prompt; whether all its lanes ended."""
-        executor, self._executor = self._executor, None
-        return executor.close() if executor else True
+        """Give up the current prompt; whether all its lanes ended. If not, it may be tried again."""
+        if self._executor is not None and self._executor.close():
+            self._executor = None
+        return self._executor is None
 
     def _shape(self, tokens: int) -> Shape:
         return partition(
@@ -227,7 +240,8 @@ class Engine:
     def _check_length(self, tokens: int) -> None:
         if tokens > self.decoder.max_positions:
             raise ModelError(
-                f"the prompt has {tokens} tokens; this model has {self.decoder.max_positions} positions: shorten it."
+                f"the prompt has {tokens} tokens; this model has {self.decoder.max_positions} positions: "
+                "shorten it."
             )
 
     def _check_plan(self, plan: Plan, tokens: int) -> None:
@@ -235,8 +249,8 @@ class Engine:
         given, own = plan.shape, self._shape(tokens)
         if (given.layers, given.tokens, given.world_size) != (own.layers, own.tokens, own.world_size):
             raise PlanError(
-                f"the plan is for {given.layers} layers, {given.tokens} tokens and {given.world_size} ranks; here are "
-                f"{own.layers} layers, {own.tokens} tokens and {own.world_size} ranks."
+                f"the plan is for {given.layers} layers, {given.tokens} tokens and {given.world_size} ranks; "
+                f"here are {own.layers} layers, {own.tokens} tokens and {own.world_size} ranks."
             )
         verdict = verify(plan)
         if not verdict.proved and not self.config.unsafe:
@@ -274,7 +288,8 @@ class Engine:
     def _cache_of(self, kv_caches: Sequence[KV], max_new_tokens: int | None) -> KVCache:
         if len(kv_caches) != self.decoder.num_layers:
             raise ModelError(
-                f"kv_caches has {len(kv_caches)} layers; this model has {self.decoder.num_layers}: give K and V of each."
+                f"kv_caches has {len(kv_caches)} layers; this model has {self.decoder.num_layers}: "
+                "give K and V of each."
             )
         tokens = kv_caches[0][0].shape[2]
         cache = self.decoder.new_cache(self._capacity(tokens, max_new_tokens))

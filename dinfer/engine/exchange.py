@@ -1,7 +1,7 @@
 """Exchange: the transport between ranks that are threads of one process, for tests, lessons and laptops.
 
-It promises what gloo promises: messages of one channel in order, and, by choice, sends that wait for their recv
-(rendezvous) or buffered ones.
+It promises what gloo promises: messages of one channel in order, and, by choice, sends that wait for their
+recv (rendezvous) or buffered ones.
 """
 
 from collections import defaultdict, deque

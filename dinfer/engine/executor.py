@@ -1,8 +1,8 @@
 """Executor: one rank's lanes, each a thread that runs its ops one after another within a limit.
 
-An op starts when it is first on its lane, what it needs is there, and the lane's limit allows it. Moving limits is
-stepping; freezing them, and releasing what was received too early, is stopping; setting positions is going back. What an
-op does is not decided here.
+An op starts when it is first on its lane, what it needs is there, and the lane's limit allows it. Moving
+limits is stepping; freezing them, and releasing what was received too early, is stopping; setting positions
+is going back. What an op does is not decided here.
 """
 
 import threading
@@ -109,7 +109,7 @@ class Executor:
             return self.stand()
 
     def release(self, channels: Iterable[Channel]) -> None:
-        """Have the lanes that send on these channels release a recv posted at the other end with a void header."""
+        """Have the lanes that send on these channels release, by a void header, a recv posted there."""
         with self.gate.change():
             for channel in channels:
                 self._senders[channel].release.append(channel)
@@ -258,7 +258,7 @@ class Executor:
 
 
 def _senders(rank: int, lanes: Sequence[_Lane]) -> dict[Channel, _Lane]:
-    """The lane that sends on each channel. Raises PlanError if a channel, in either direction, has two lanes."""
+    """The lane that sends on each channel. Raises PlanError if a channel has two lanes at this rank."""
     owner: dict[Channel, _Lane] = {}
     for lane in lanes:
         for op in lane.ops:

@@ -1,8 +1,8 @@
 """Gates: how lanes wait for what other threads do.
 
-All state that threads share is changed inside `with gate.change()` and waited for with `gate.wait(claim)`. `claim` runs
-under the gate's lock; what it returns, unless None, is what `wait` returns, so a lane takes its next op in one atomic act.
-It may run on any thread, and several times.
+All state that threads share is changed inside `with gate.change()` and waited for with `gate.wait(claim)`.
+`claim` runs under the gate's lock; what it returns, unless None, is what `wait` returns, so a lane takes its
+next op in one atomic act. It may run on any thread, and several times.
 """
 
 import random
@@ -64,8 +64,8 @@ class _Waiting:
 class SeededGate:
     """One lane runs at a time, and a seeded draw says which: every interleaving can be tried, and repeated.
 
-    Threads that are not enrolled may look in from outside; they wait as with a FreeGate. The order repeats as long as
-    what they change does not depend on time.
+    Threads that are not enrolled may look in from outside; they wait as with a FreeGate. The order repeats as
+    long as what they change does not depend on time.
     """
 
     def __init__(self, seed: int) -> None:
@@ -108,13 +108,15 @@ class SeededGate:
                     self._outside.notify_all()
 
     def stuck(self) -> bool:
-        """Whether every lane waits and none of them can go on, whatever the draw. Call it when nobody else changes
-        anything: then this is for ever."""
+        """Whether every lane waits and none of them can go on, whatever the draw.
+
+        This is for ever if nobody outside changes anything.
+        """
         with self._lock:
             return self._hand_over()
 
     def _hand_over(self) -> bool:
-        """If no lane is running, draw one of those whose claim succeeds; whether there is none, so that all are stuck."""
+        """If no lane runs, draw one of those whose claim succeeds; whether there is none: all are stuck."""
         if len(self._waiting) < len(self._lanes) or any(w.result is not None for w in self._waiting.values()):
             return False
         order = sorted(self._waiting)

@@ -21,8 +21,11 @@ from dinfer.plan.plan import Plan
 
 
 class Outcome(NamedTuple):
-    """How an op ended: when its peer had come (monotonic ns; None: it has no peer), its payload's bytes, and whether it
-    was a recv that a void header released instead."""
+    """How an op ended.
+
+    `met`: when its peer had come (monotonic ns; None: it has no peer); `bytes`: the size of its payload;
+    `released`: it was a recv, and a void header released it instead.
+    """
 
     met: int | None = None
     bytes: int = 0
@@ -32,8 +35,8 @@ class Outcome(NamedTuple):
 class Prefill:
     """One prompt's state on one rank: KV cache, hidden states at hand, the final state.
 
-    Hidden states that entered this rank (by embedding or from a peer) are kept, so that going back can compute anew from
-    there; those in between go once every op that needs them has run.
+    Hidden states that entered this rank (by embedding or from a peer) are kept, so that going back can
+    compute anew from there; those in between go once every op that needs them has run.
     """
 
     def __init__(self, decoder: Decoder, cache: KVCache, plan: Plan, rank: int, ids: Sequence[int]) -> None:
@@ -55,7 +58,7 @@ class Prefill:
         return self.cache.block(layer, rows.start, rows.stop)
 
     def use(self, chunk: int, layer: int) -> Tensor:
-        """The hidden state of `chunk` before `layer`, [1, tokens, hidden_size], for one of the ops that need it."""
+        """The hidden state before `layer`, [1, tokens, hidden_size], for one of the ops that need it."""
         value = Value("hidden", chunk, layer)
         self._uses[value] -= 1
         if self._uses[value] <= 0 and value not in self._entered:
@@ -63,14 +66,20 @@ class Prefill:
         return self.hidden[chunk, layer]
 
     def is_needed(self, chunk: int, layer: int) -> bool:
-        """Whether an op that has not run needs that hidden state; of all chunks but the last, nobody needs the end."""
+        """Whether an op that has not run needs that hidden state.
+
+        After the last layer nobody does, but for the last chunk's.
+        """
         return self._uses[Value("hidden", chunk, layer)] > 0
 
     def compute_layer(self, chunk: int, layer: int, hidden: Tensor) -> Tensor:
         return self.decoder.layer(layer, hidden, self.cache, self.rows(chunk).start)
 
     def rewind(self, done: Iterable[Op], todo: Iterable[Op]) -> None:
-        """Stand as if exactly the ops `done` had run: what is missing for `todo` is computed anew from what entered."""
+        """Stand as if exactly the ops `done` had run.
+
+        What `todo` needs and is not kept is computed anew from what entered.
+        """
         done, todo = list(done), list(todo)
         made = {value for op in done for value in op.makes()}
         self._uses = Counter(need for op in todo for need in op.needs() if need.what == "hidden")
@@ -94,13 +103,13 @@ class Prefill:
         self.hidden[chunk, layer] = hidden
 
 
-def embed(state: Prefill, op: Op, comm: Comm) -> Outcome:
+def embed(state: Prefill, op: Op, _: Comm) -> Outcome:
     rows = state.rows(op.chunk)
     state.hidden[op.chunk, 0] = state.decoder.embed(state.ids[rows.start : rows.stop])
     return Outcome()
 
 
-def layer(state: Prefill, op: Op, comm: Comm) -> Outcome:
+def layer(state: Prefill, op: Op, _: Comm) -> Outcome:
     hidden = state.use(op.chunk, op.layer)
     output = state.compute_layer(op.chunk, op.layer, hidden)
     if state.is_needed(op.chunk, op.layer + 1):
@@ -108,7 +117,7 @@ def layer(state: Prefill, op: Op, comm: Comm) -> Outcome:
     return Outcome()
 
 
-def norm(state: Prefill, op: Op, comm: Comm) -> Outcome:
+def norm(state: Prefill, op: Op, _: Comm) -> Outcome:
     state.final = state.decoder.norm(state.use(op.chunk, op.layer))[:, -1:].contiguous()
     return Outcome()
 

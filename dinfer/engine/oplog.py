@@ -57,4 +57,6 @@ class OpLog:
 
     def _tell_received(self, op: Op) -> None:
         if self._blocks % self._layers == 0:
-            self._log.info("sync: %d blocks of other ranks received, the last c%d l%d", self._blocks, op.chunk, op.layer)
+            self._log.info(
+                "sync: %d blocks of other ranks received, the last c%d l%d", self._blocks, op.chunk, op.layer
+            )

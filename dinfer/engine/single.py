@@ -27,7 +27,7 @@ def agree(
     *,
     busy: bool,
 ) -> int:
-    """The owner of `block`, once all ranks have said that they sync the same block and that it alone has K and V.
+    """The owner of `block`, once all ranks have said that they sync it and that only its owner has K and V.
 
     Raises ValueError on every rank alike, before anything is sent.
     """
@@ -43,10 +43,11 @@ def agree(
         raise ValueError(f"there is no layer {layer}: the layers are 0 to {len(owners) - 1}.")
     owner, passed = owners[layer], [rank for rank, call in enumerate(calls) if call[2]]
     if passed != [owner] or calls[owner][2] < 0:
-        shape = f"[1, {decoder.kv_heads}, tokens, {decoder.head_dim}]"
+        form = f"[1, {decoder.kv_heads}, tokens, {decoder.head_dim}] in {decoder.dtype}"
+        came = " in another form" if passed == [owner] else ""
         raise ValueError(
-            f"layer {layer} belongs to rank {owner}: there kv_cache is (K, V), each {shape} in {decoder.dtype}, on the "
-            f"other ranks None; it was passed on ranks {passed}{' in another form' if passed == [owner] else ''}."
+            f"layer {layer} belongs to rank {owner}: there kv_cache is (K, V), each {form}, "
+            f"on the other ranks None; it was passed on ranks {passed}{came}."
         )
     return owner
 
@@ -68,7 +69,7 @@ def sync_block(
     block: tuple[int, int],
     kv: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """K and V of `block` (chunk, layer), each [1, kv_heads, tokens, head_dim], on every rank; `kv` is theirs on the owner.
+    """K and V of `block` (chunk, layer), each [1, kv_heads, tokens, head_dim]; on the owner they are `kv`.
 
     Raises TransferError where a peer sends another block.
     """

@@ -49,12 +49,14 @@ class Header:
         magic, kind, what, dtype, plan_id, chunk, layer, tokens, _, nbytes = _LAYOUT.unpack(data)
         if magic != _MAGIC or what >= len(_WHATS) or dtype >= len(_DTYPES):
             raise TransferError(
-                f"{data[:16].hex()}… came where a header was expected: the stream between two ranks is broken."
+                f"{data[:16].hex()}… came where a header was expected: "
+                "the stream between two ranks is broken."
             )
         return cls(plan_id, Value(_WHATS[what], chunk, layer), tokens, _DTYPES[dtype], nbytes, kind == _VOID)
 
     def __str__(self) -> str:
-        return f"{self.value}, {self.tokens} token{'' if self.tokens == 1 else 's'}, {self.dtype}, {self.nbytes:,} bytes"
+        plural = "" if self.tokens == 1 else "s"
+        return f"{self.value}, {self.tokens} token{plural}, {self.dtype}, {self.nbytes:,} bytes"
 
 
 VOID = Header(0, Value("final"), 0, "float32", 0, void=True)

@@ -40,7 +40,14 @@ def sign_of_life(pid: int) -> tuple[str, float] | None:
 class Watcher:
     """`rank_end` is a socket to the rank, `client` one to the session. Both carry JSON objects."""
 
-    def __init__(self, rank: int, memory: memoryview, rank_end: socket.socket, client: "zmq.Socket[bytes]", launcher: int) -> None:
+    def __init__(
+        self,
+        rank: int,
+        memory: memoryview,
+        rank_end: socket.socket,
+        client: "zmq.Socket[bytes]",
+        launcher: int,
+    ) -> None:
         self._rank, self._memory, self._rank_end, self._client = rank, memory, rank_end, client
         self._rank_pid, self._launcher = os.getppid(), launcher
         self._board = Board(memory)
@@ -91,9 +98,12 @@ class Watcher:
             if message["type"] == "lanes":
                 self._publish(last=False)  # what the lanes before have left behind
                 self._lanes = len(message["lanes"]) - 1
-                self._recorder, self._cursor = Recorder.over(self._rank, message["lanes"], self._memory[BOARD_BYTES:]), []
-            elif message["type"] in ("result", "error"):
-                self._publish(last=True)  # events before the report that speaks of them
+                self._recorder, self._cursor = (
+                    Recorder.over(self._rank, message["lanes"], self._memory[BOARD_BYTES:]),
+                    [],
+                )
+            else:
+                self._publish(last=True)  # events and positions before the report that builds on them
             self._say(message)
         return bool(data)
 
@@ -101,7 +111,9 @@ class Watcher:
         if self._recorder:
             records, self._cursor = self._recorder.read_records(self._cursor)
             if records:
-                self._client.send_multipart([b"", json.dumps({"type": "events", "rank": self._rank}).encode(), records])
+                self._client.send_multipart(
+                    [b"", json.dumps({"type": "events", "rank": self._rank}).encode(), records]
+                )
         stand = self._board.stand(self._lanes)
         state = (stand, self._board.phase, self._board.decoded)
         if last or state != self._last_state or monotonic() - self._last_beat > BEAT_S:
@@ -134,13 +146,15 @@ class Watcher:
 
 
 def _exists(pid: int) -> bool:
+    """Whether that process runs; one that has ended and that nobody has waited for does not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    life = sign_of_life(pid)
+    return life is None or life[0] not in "ZX"
 
 
 def main() -> None:
@@ -152,9 +166,15 @@ def main() -> None:
     with zmq.Context() as context:
         client: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         client.setsockopt(zmq.LINGER, 2000)
+        client.setsockopt(
+            zmq.SNDHWM, 0
+        )  # never block in send: a watcher whose client is gone must end its rank
         client.setsockopt(zmq.IDENTITY, f"rank {link['rank']}".encode())
         client.curve_serverkey = link["server_key"].encode()
-        client.curve_publickey, client.curve_secretkey = link["public_key"].encode(), link["secret_key"].encode()
+        client.curve_publickey, client.curve_secretkey = (
+            link["public_key"].encode(),
+            link["secret_key"].encode(),
+        )
         client.connect(link["endpoint"])
         Watcher(link["rank"], memory, rank_end, client, link["launcher"]).run()
         client.close()

@@ -45,7 +45,9 @@ def describe(error: BaseException) -> dict[str, Any]:
 
     cause = error.__cause__ if error.__cause__ is not None else error
     return {
-        "message": str(error) if type(error).__module__.startswith("dinfer") else f"{type(error).__name__}: {error}",
+        "message": str(error)
+        if type(error).__module__.startswith("dinfer")
+        else f"{type(error).__name__}: {error}",
         "error": type(cause).__name__,
         "secondary": isinstance(error, CommError) or isinstance(cause, CommError),
         "traceback": "".join(traceback.format_exception(error)),
@@ -72,10 +74,17 @@ def _run(job: dict[str, Any], config: Config, control: Control) -> dict[str, Any
     decoder = Decoder.load(config.model_path, config.dtype, device)
     log.info("loaded %s on %s, %d threads", config.model_path, decoder.device, config.threads)
     if store is None:
-        store = join_store(config.master_addr, control.told("meet", config.start_timeout)["port"], config.start_timeout)
+        store = join_store(
+            config.master_addr, control.told("meet", config.start_timeout)["port"], config.start_timeout
+        )
     comm = GlooComm(rank, config.world_size, store, config.start_timeout)
     engine = Engine(
-        decoder, comm, config, board=control.board, memory=control.recorder_memory, on_op=OpLog(log, decoder.num_layers)
+        decoder,
+        comm,
+        config,
+        board=control.board,
+        memory=control.recorder_memory,
+        on_op=OpLog(log, decoder.num_layers),
     )
     executor = engine.prepare(job["ids"])
     assert engine.recorder is not None
@@ -87,7 +96,11 @@ def _run(job: dict[str, Any], config: Config, control: Control) -> dict[str, Any
         control.report("ready")
         _stepped(executor, control)
     prefill = engine.prefill_phase()
-    log.info("prefill done in %.3f s: %d blocks on this rank", perf_counter() - started, engine.executor.plan.shape.blocks)
+    log.info(
+        "prefill done in %.3f s: %d blocks on this rank",
+        perf_counter() - started,
+        engine.executor.plan.shape.blocks,
+    )
     assert engine.cache is not None
     kv_sha256 = engine.cache.sha256(len(job["ids"]))
     stream = TextStream(tokenizer) if (tokenizer := load_tokenizer(config.model_path)) else None
@@ -132,7 +145,9 @@ def _stepped(executor: Any, control: Control) -> None:
 def _log_to(folder: Path, rank: int, level: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / f"rank{rank}.log", mode="w", encoding="utf-8")
-    handler.setFormatter(logging.Formatter(f"%(asctime)s.%(msecs)03d rank {rank} %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(
+        logging.Formatter(f"%(asctime)s.%(msecs)03d rank {rank} %(levelname)s %(message)s", "%H:%M:%S")
+    )
     log.addHandler(handler)
     log.setLevel(level)
     log.propagate = False

@@ -7,14 +7,15 @@ weights in memory, milliseconds for any size. It does not judge the values of th
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dinfer.model.errors import ModelError
-from dinfer.model.families import family_named
+from dinfer.model.families import family_in
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LFS_POINTER = b"version https://git-lfs"
@@ -25,7 +26,11 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 @dataclass(frozen=True)
 class Spec:
-    """What a checkpoint says of itself; `weight_bytes` in bytes, `max_positions` in tokens."""
+    """What a checkpoint says of itself; `weight_bytes` in bytes, `max_positions` in tokens.
+
+    `dtype` is what the config asks for, `stored_dtype` what the files hold ("mixed" if several); `parameters`
+    counts the numbers in the files, `intermediate_size` is what one token passes through in an MLP.
+    """
 
     path: Path
     model_type: str
@@ -39,6 +44,9 @@ class Spec:
     dtype: str
     tokenizer: bool
     weight_bytes: int
+    stored_dtype: str
+    parameters: int
+    intermediate_size: int
 
 
 def resolve(path: str | Path) -> Path:
@@ -66,9 +74,10 @@ def check(path: str | Path) -> Spec:
     """Return the `Spec` of a complete checkpoint of a supported architecture; else raise `ModelError`."""
     folder = resolve(path)
     config = _read_json(_config_file(folder))
-    family = family_named(str(config.get("model_type")))
+    family = family_in(config)
     _check_features(config, folder)
-    headers = {file: _header(file) for file in _weight_files(folder)}
+    headers = [_header(file) for file in weight_files(folder)]
+    weights = [entry for header in headers for entry in _entries(header)]
     heads, hidden = _size(config, "num_attention_heads", folder), _size(config, "hidden_size", folder)
     return Spec(
         path=folder,
@@ -76,13 +85,16 @@ def check(path: str | Path) -> Spec:
         layers=_size(config, "num_hidden_layers", folder),
         hidden_size=hidden,
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
+        kv_heads=int(config.get("num_key_value_heads", family.default_kv_heads) or heads),
         head_dim=int(config.get("head_dim") or family.default_head_dim or hidden // heads),
         vocab_size=_size(config, "vocab_size", folder),
-        max_positions=_size(config, "max_position_embeddings", folder),
-        dtype=_dtype(config, headers),
+        max_positions=_max_positions(config, folder),
+        dtype=str(config.get("dtype") or config.get("torch_dtype") or _first_dtype(weights)),
         tokenizer=any((folder / name).is_file() for name in _TOKENIZER_FILES),
-        weight_bytes=sum(_data_bytes(header) for header in headers.values()),
+        weight_bytes=sum(_data_bytes(header) for header in headers),
+        stored_dtype=_first_dtype(weights) if len({entry["dtype"] for entry in weights}) < 2 else "mixed",
+        parameters=sum(math.prod(entry["shape"]) for entry in weights),
+        intermediate_size=_intermediate(config),
     )
 
 
@@ -122,8 +134,14 @@ def _check_features(config: Mapping[str, Any], folder: Path) -> None:
         raise ModelError(
             f"{folder} holds quantized weights, which are not supported; take the float16 or bfloat16 one"
         )
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if "dynamic" in (rope.get("rope_type"), rope.get("type")):
+    kinds = {str(kind) for kind in config.get("layer_types") or ()} - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise ModelError(
+            f"{folder} has layers of type {', '.join(sorted(kinds))}, which are not supported: they keep no plain K and V"
+        )
+    if config.get("use_bidirectional_attention"):
+        raise ModelError(f"{folder} attends to later tokens too, so it is no language model to decode with")
+    if "dynamic" in _rope_types(config):
         raise ModelError(
             f"{folder} has rope type 'dynamic', which is not supported: its angles depend on the longest "
             "text seen before, so going back would give other results"
@@ -137,7 +155,7 @@ def _size(config: Mapping[str, Any], key: str, folder: Path) -> int:
     return value
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of the checkpoint; all of them exist."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.is_file():
@@ -192,6 +210,7 @@ def _parse_header(file: Path, text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text)
         _data_bytes(header)
+        [(math.prod(entry["shape"]), entry["dtype"]) for entry in _entries(header)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{file} is not a safetensors file: its header cannot be read; get it again"
@@ -199,19 +218,47 @@ def _parse_header(file: Path, text: bytes) -> dict[str, Any]:
     return dict(header)
 
 
+def _entries(header: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what a header says of each tensor: dtype, shape and data_offsets."""
+    return [entry for name, entry in header.items() if name != "__metadata__"]
+
+
 def _data_bytes(header: Mapping[str, Any]) -> int:
-    return max(
-        (int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0
-    )
+    return max((int(entry["data_offsets"][1]) for entry in _entries(header)), default=0)
 
 
-def _dtype(config: Mapping[str, Any], headers: Mapping[Path, Mapping[str, Any]]) -> str:
-    """Return the dtype that the config names, or that of the first weight."""
-    named = config.get("dtype") or config.get("torch_dtype")
-    if named:
-        return str(named)
-    weights = (
-        entry for header in headers.values() for name, entry in header.items() if name != "__metadata__"
-    )
-    first = next(weights, None)
-    return "float32" if first is None else _DTYPES.get(first["dtype"], str(first["dtype"]))
+def _first_dtype(weights: Sequence[Mapping[str, Any]]) -> str:
+    """Return the dtype of the first weight, by the name that torch has for it."""
+    first = weights[0]["dtype"] if weights else "F32"
+    return _DTYPES.get(first, str(first))
+
+
+def _max_positions(config: Mapping[str, Any], folder: Path) -> int:
+    """Return the number of positions; with longrope, only those before it changes all angles.
+
+    Past them transformers rotates new tokens by other angles than those in the cache, and its `generate`
+    starts the prompt again: a result would depend on the chunks.
+    """
+    positions = _size(config, "max_position_embeddings", folder)
+    if "longrope" not in _rope_types(config):
+        return positions
+    rope = _rope(config)
+    original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    return min(positions, int(original or positions))
+
+
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
+def _rope_types(config: Mapping[str, Any]) -> set[Any]:
+    """Return the rope types of a config, under their old and new name; Gemma3 has one for each layer type."""
+    rope = _rope(config)
+    all_of_them = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
+    return {one.get(key) for one in all_of_them for key in ("rope_type", "type")}
+
+
+def _intermediate(config: Mapping[str, Any]) -> int:
+    """Return how wide the MLP of a token is: all its experts together where there are experts."""
+    experts = int(config.get("moe_intermediate_size") or 0) * int(config.get("num_experts_per_tok") or 0)
+    return max(experts, int(config.get("intermediate_size") or 0))

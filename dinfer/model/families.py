@@ -1,12 +1,14 @@
 """What differs between the supported architectures, as data: one `Family` for each `model_type`.
 
-A new architecture of the same build (embedding, decoder layers, final norm, head) is one entry in `FAMILIES`.
-This module holds no code that computes and does not import torch, so a checkpoint can be judged without
-loading anything.
+A new architecture of the same build (embedding, decoder layers, final norm, head) is one entry in `FAMILIES`,
+and an entry in the conformance test. What is known not to fit stands in `_REFUSED` with the reason. This
+module holds no code that computes and does not import torch, so a checkpoint can be judged without loading
+anything.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +22,10 @@ class Family:
     `attention` is the transformers attention implementation (eager where SDPA cannot do what the layer asks,
     as softcapped scores); `embedding_scale` multiplies embeddings outside the embedding module (Granite);
     `logits_divisor` and `logits_softcap` act on the head's output (Granite; Gemma2 and 3);
-    `rotary_per_layer_type` says that the rotary module wants a layer type (Gemma3); `default_head_dim` is
-    what its config takes for a missing head_dim, None meaning hidden size / heads.
+    `rotary_per_layer_type` says that the rotary module wants a layer type (Gemma3); `default_head_dim` and
+    `default_kv_heads` are what its config takes for a missing entry, None meaning hidden size / heads and as
+    many as heads; `rebuilds_weights` says that loading makes other tensors of those in the files (experts of
+    a layer become one), so that they are no views of the files.
     """
 
     attention: str = "sdpa"
@@ -30,34 +34,102 @@ class Family:
     logits_softcap: str | None = None
     rotary_per_layer_type: bool = False
     default_head_dim: int | None = None
+    default_kv_heads: int | None = None
+    rebuilds_weights: bool = False
 
 
 FAMILIES: dict[str, Family] = {
+    "gemma2": Family(
+        attention="eager",
+        logits_softcap="final_logit_softcapping",
+        default_head_dim=256,
+        default_kv_heads=4,
+    ),
+    "gemma3_text": Family(
+        logits_softcap="final_logit_softcapping",
+        rotary_per_layer_type=True,
+        default_head_dim=256,
+        default_kv_heads=4,
+    ),
+    "granite": Family(embedding_scale="embedding_multiplier", logits_divisor="logits_scaling"),
     "llama": Family(),
-    "qwen3": Family(default_head_dim=128),
+    "mistral": Family(default_kv_heads=8),
+    "phi3": Family(),
+    "qwen2": Family(default_kv_heads=32),
+    "qwen3": Family(default_head_dim=128, default_kv_heads=32),
+    "qwen3_moe": Family(default_kv_heads=4, rebuilds_weights=True),
+    "smollm3": Family(default_kv_heads=4),
 }
 
-_REFUSED: dict[str, str] = {
-    "gemma4": "its layers take a second input for each layer (per_layer_input)",
-    "gemma4_text": "its layers take a second input for each layer (per_layer_input)",
-    "qwen3_next": "its linear-attention layers carry a recurrent state, not K and V",
-    "mamba": "its layers carry a recurrent state, not K and V",
-    "mamba2": "its layers carry a recurrent state, not K and V",
-    "deepseek_v3": "its attention caches a compressed latent instead of K and V heads of one size",
+_PER_LAYER_INPUT = "its layers take a second input for each layer (per_layer_input)"
+_RECURRENT = "its layers, or some of them, carry a recurrent state, not K and V"
+_CONVOLUTION = "some of its layers carry the state of a convolution, not K and V"
+_LATENT = "its attention caches a compressed latent instead of K and V heads of one size"
+_MROPE = "its text layers take positions in time, height and width, not one position a token"
+_CROSS = "its text layers attend to an image too (cross-attention), and cache that"
+_ENCODER = "it is an encoder-decoder: there is no prefill of a decoder alone"
+
+_REASONS: dict[str, str] = {
+    _PER_LAYER_INPUT: "gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text",
+    _RECURRENT: (
+        "bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear mamba mamba2 minimax "
+        "nemotron_h olmo_hybrid qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen3_next recurrent_gemma "
+        "rwkv xlstm zamba zamba2"
+    ),
+    _CONVOLUTION: "lfm2 lfm2_moe",
+    _LATENT: "deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash minicpm3 mistral4",
+    _MROPE: (
+        "glm4v glm4v_moe qwen2_vl qwen2_vl_text qwen2_5_vl qwen2_5_vl_text qwen3_vl qwen3_vl_text qwen3_vl_moe "
+        "qwen3_vl_moe_text qwen2_5_omni qwen3_omni_moe"
+    ),
+    _CROSS: "mllama mllama_text_model",
+    _ENCODER: (
+        "bart bigbird_pegasus blenderbot blenderbot-small encoder-decoder fsmt led longt5 m2m_100 marian mbart mt5 "
+        "mvp nllb-moe pegasus pegasus_x plbart prophetnet speech-encoder-decoder speech_to_text speecht5 "
+        "switch_transformers t5 t5gemma t5gemma2 udop umt5 vision-encoder-decoder whisper"
+    ),
 }
+
+_REFUSED: dict[str, str] = {name: reason for reason, names in _REASONS.items() for name in names.split()}
+
+_TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
 def family_named(model_type: str) -> Family:
     """Return the family of a `model_type`; raise `ModelError` with the reason where there is none."""
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    reason = _REFUSED.get(model_type, "nobody has yet shown it bit-equal to transformers")
-    raise ModelError(
-        f"architecture {model_type!r} is not supported: {reason}. "
-        f"Supported: {', '.join(sorted(FAMILIES))}. Choose a checkpoint of one of these."
-    )
+    raise _refusal(model_type, _REFUSED.get(model_type, "nobody has yet shown it bit-equal to transformers"))
 
 
 def family_of(config: Any) -> Family:
     """Return the family of a config (anything with a `model_type`); `ModelError` where there is none."""
     return family_named(str(getattr(config, "model_type", None)))
+
+
+def family_in(config: Mapping[str, Any]) -> Family:
+    """Return the family of a config.json; raise `ModelError` with the reason where there is none.
+
+    Sees more than `family_named`: an encoder-decoder or a multimodal wrapper of any name.
+    """
+    model_type = str(config.get("model_type"))
+    if model_type not in FAMILIES and model_type not in _REFUSED:
+        if config.get("is_encoder_decoder"):
+            raise _refusal(model_type, _ENCODER)
+        for part in _TEXT_PARTS:
+            if isinstance(text := config.get(part), Mapping):
+                raise _refusal(model_type, _wrapper(text.get("model_type")))
+    return family_named(model_type)
+
+
+def _wrapper(text_type: str | None) -> str:
+    if text_type in FAMILIES:
+        return f"it is multimodal; its text part, {text_type!r}, would fit: save that part as a checkpoint of its own"
+    return f"it is multimodal, and its text part ({text_type or 'of no named type'}) is not supported either"
+
+
+def _refusal(model_type: str, reason: str) -> ModelError:
+    return ModelError(
+        f"architecture {model_type!r} is not supported: {reason}. "
+        f"Supported: {', '.join(sorted(FAMILIES))}. Choose a checkpoint of one of these."
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +54,13 @@ def layer_kinds(config: Any) -> tuple[LayerKind, ...]:
     for layer_type in types:
         if layer_type not in _MASKS:
             raise ModelError(f"layers of type {layer_type!r} are not supported; allowed: {', '.join(_MASKS)}")
-    return tuple(
-        LayerKind(name, given.get("sliding_window")) for name, given in zip(types, options, strict=True)
-    )
+    # One dict a layer in transformers 5.23; one for all layers, whatever their type, in 5.17.
+    given = [options] * len(types) if isinstance(options, Mapping) else options
+    return tuple(LayerKind(name, _window(name, own)) for name, own in zip(types, given, strict=True))
+
+
+def _window(layer_type: str, options: Mapping[str, Any]) -> int | None:
+    return options.get("sliding_window") if layer_type == "sliding_attention" else None
 
 
 class _Extent:

@@ -33,13 +33,12 @@ def chunked_forward(decoder: Decoder, ids: Sequence[int], chunk_size: int) -> Re
             f"{len(ids)} tokens in chunks of {chunk_size} cannot be run: both must be at least 1"
         )
     cache: Any = DynamicCache(config=decoder.model.config)
-    if any(cache.is_sliding):
-        cache.activate_past_recording()  # keeps all tokens, and shows the layers what it would have without
+    kv = [_record(layer) for layer in cache.layers]
     base, hidden = decoder.model.get_decoder(), []
     for start in range(0, len(ids), chunk_size):
         chunk = torch.tensor([list(ids[start : start + chunk_size])], device=decoder.device)
         hidden.append(base(input_ids=chunk, past_key_values=cache, use_cache=True).last_hidden_state)
-    return Reference([_rows(layer) for layer in cache.layers], torch.cat(hidden, dim=1))
+    return Reference([torch.cat(rows) for rows in kv], torch.cat(hidden, dim=1))
 
 
 def unchunked(decoder: Decoder, ids: Sequence[int]) -> Reference:
@@ -64,6 +63,16 @@ def generate(decoder: Decoder, ids: Sequence[int], max_new_tokens: int) -> list[
     return new
 
 
-def _rows(layer: Any) -> Tensor:
-    """Return [tokens, 2, kv_heads, head_dim] from keys and values [1, kv_heads, tokens, head_dim]."""
-    return torch.stack([layer.keys[0], layer.values[0]], dim=1).permute(2, 1, 0, 3).contiguous()
+def _record(layer: Any) -> list[Tensor]:
+    """Return a list that gets the K and V of every update of a cache layer: [new tokens, 2, kv_heads, head_dim].
+
+    Layers with a sliding window forget; transformers' own past recording shows layers too much in 5.17.
+    """
+    update, rows = layer.update, []
+
+    def recorded(keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows.append(torch.stack([keys[0], values[0]], dim=1).permute(2, 1, 0, 3).contiguous())
+        return update(keys, values, *args, **kwargs)
+
+    layer.update = recorded
+    return rows

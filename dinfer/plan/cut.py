@@ -1,16 +1,18 @@
 """Consistent cuts of a verified plan: what one step means, where a stop ends, what going back undoes.
 
-A cut is one position on every lane of every rank (how many of its ops are in). It is consistent if it holds whatever its
-ops need and, for every send, the recv, and the other way round: a run brought to a consistent cut has no lane blocked.
+A cut is one position on every lane of every rank (how many of its ops are in). It is consistent if it holds
+whatever its ops need and, for every send, the recv, and the other way round: a run brought to a consistent
+cut has no lane blocked.
 
-Each unit of stepping is a chain of consistent cuts from start to end: after each block in the global order (`layer`), after
-each rank's next layer (`wave`), after each chunk (`chunk`). A step on joins the first link that is not yet in; a step back
-goes to the last link that lies inside. Everything here is a pure function of plan and cut.
+Each unit of stepping is a chain of consistent cuts from start to end: after each block in the global order
+(`layer`), after each rank's next layer (`wave`), after each chunk (`chunk`). A step on joins the first link
+that is not yet in; a step back goes to the last link that lies inside. Everything here is a pure function of
+plan and cut.
 """
 
 from bisect import bisect_left
 from collections.abc import Iterable, Set
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import groupby
 from typing import Literal
 
@@ -41,7 +43,7 @@ def is_inside(one: Cut, other: Cut) -> bool:
 
 
 class Cuts:
-    """The consistent cuts of one plan, which must have been proved. Raises PlanError for a plan that can hang."""
+    """The consistent cuts of one plan, which must have been proved. Raises PlanError if it can hang."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -51,6 +53,7 @@ class Cuts:
             raise PlanError("cuts exist only for a plan that verify has proved; this one can hang.")
         self._topological = {number: at for at, number in enumerate(order)}
         self._levels = levels(self._graph, order)
+        self._chains: dict[Unit, list[Cut]] = {}
         self.start: Cut = tuple(tuple(0 for _ in lanes) for lanes in plan.lanes)
         self.end: Cut = tuple(tuple(len(lane.ops) for lane in lanes) for lanes in plan.lanes)
 
@@ -62,6 +65,9 @@ class Cuts:
         return [block for _, block in self._leveled_blocks]
 
     def is_consistent(self, cut: Cut) -> bool:
+        """Whether no op inside needs, or meets, one outside. False for positions that no lane has."""
+        if not (is_inside(self.start, cut) and is_inside(cut, self.end)):
+            return False
         numbers = self._numbers(cut)
         return self._close(numbers) == numbers
 
@@ -98,25 +104,37 @@ class Cuts:
     def stop(self, positions: Cut, started: Set[Place]) -> tuple[Cut, list[Place]]:
         """Where lanes frozen at `positions` come to stand, and the recvs to be released by a void header.
 
-        `started` are the ops at those positions that have begun. A send or a compute op that has begun must end, with
-        all it needs; a recv that has begun stays in only if its send is in as well.
+        `started` are the ops at those positions that have begun. A send or a compute op that has begun must
+        end, with all it needs; a recv that has begun stays in only if its send is in as well.
         """
         begun = {self._number(place) for place in started}
         bound = {n for n in begun if self._graph.ops[n].kind != "recv"}
         closed = self._close(bound | self._numbers(positions))
         return self._positions(closed), [self._graph.place(n) for n in sorted(begun - closed)]
 
-    @cache  # noqa: B019 - one small dict per plan, gone with its Cuts
     def chain(self, unit: Unit) -> list[Cut]:
-        """The cuts that steps of `unit` go through, from start to end. Raises PlanError for an unknown unit."""
+        """The cuts that steps of `unit` go through, from start to end. Raises PlanError for an unknown unit.
+
+        Single ops have no chain: with one cut per op it would be long, and steps by op can do without.
+        """
+        if unit not in self._chains:
+            self._chains[unit] = self._links(self._groups(unit))
+        return self._chains[unit]
+
+    # -- blocks and the order of ops
+
+    def _groups(self, unit: Unit) -> list[list[Block]]:
+        """The blocks that each step of `unit` brings."""
         if unit == "layer":
-            groups = [[block] for block in self.blocks]
-        elif unit == "wave":
-            groups = [[block for _, block in same] for _, same in groupby(self._leveled_blocks, key=lambda b: b[0])]
-        elif unit == "chunk":
-            groups = [[block for block in same] for _, same in groupby(sorted(self.blocks), key=lambda b: b[0])]
-        else:
-            raise PlanError(f"{unit!r} is not a unit to step by; use one of {', '.join(UNITS)}.")
+            return [[block] for block in self.blocks]
+        if unit == "wave":
+            same_level = groupby(self._leveled_blocks, key=lambda b: b[0])
+            return [[block for _, block in same] for _, same in same_level]
+        if unit == "chunk":
+            return [list(same) for _, same in groupby(sorted(self.blocks), key=lambda b: b[0])]
+        raise PlanError(f"{unit!r} is not a unit to step by; use one of {', '.join(UNITS)}.")
+
+    def _links(self, groups: list[list[Block]]) -> list[Cut]:
         links = [self.start]
         counts = [0] * len(self._graph.first)
         inside: set[int] = set()
@@ -127,12 +145,15 @@ class Cuts:
         links[-1] = self.end  # with the last block comes all that is left: the final state
         return links
 
-    # -- blocks and the order of ops
-
     @cached_property
     def _leveled_blocks(self) -> list[tuple[int, Block]]:
-        ops = self._graph.ops
-        return sorted((self._levels[n], (op.chunk, op.layer)) for n, op in enumerate(ops) if op.kind == "layer")
+        """All blocks with the level at which they are first computed, in the global order."""
+        earliest: dict[Block, int] = {}
+        for level, op in zip(self._levels, self._graph.ops, strict=True):
+            if op.kind == "layer":
+                block = op.chunk, op.layer
+                earliest[block] = min(level, earliest.get(block, level))
+        return sorted((level, block) for block, level in earliest.items())
 
     @cached_property
     def _block_ops(self) -> dict[Block, list[int]]:
@@ -145,14 +166,18 @@ class Cuts:
 
     @cached_property
     def _op_order(self) -> list[int]:
-        """Every op, in the order in which single steps take them: level by level, so that ranks take turns."""
+        """Every op, in the order in which single steps take them: by level, so that ranks take turns."""
         return sorted(range(len(self._graph.ops)), key=lambda n: (self._levels[n], self._topological[n]))
 
     # -- cuts as sets of op numbers
 
     def _numbers(self, cut: Cut) -> set[int]:
         positions = (position for lanes in cut for position in lanes)
-        return {first + i for first, position in zip(self._graph.first, positions, strict=True) for i in range(position)}
+        return {
+            first + i
+            for first, position in zip(self._graph.first, positions, strict=True)
+            for i in range(position)
+        }
 
     def _positions(self, numbers: Set[int]) -> Cut:
         counts = [0] * len(self._graph.first)

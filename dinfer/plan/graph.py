@@ -1,7 +1,8 @@
 """Graph: the edges of a plan's data flow, by number, for those who prove and those who cut.
 
-Ops get consecutive numbers, lane by lane. A send meets a recv by order: the k-th send from one rank to another on one
-communicator meets the k-th recv there. Nothing here judges; what does not fit shows as a missing edge.
+Ops get consecutive numbers, lane by lane. A send meets a recv by order: the k-th send from one rank to
+another on one communicator meets the k-th recv there. Nothing here judges; what does not fit shows as a
+missing edge.
 """
 
 from functools import cached_property
@@ -15,7 +16,7 @@ NONE = -1
 
 
 class Channel(NamedTuple):
-    """One direction between two ranks on one communicator; messages arrive in the order in which they are sent."""
+    """One direction between two ranks on one communicator; messages arrive in the order of their sends."""
 
     communicator: str
     source: int
@@ -31,9 +32,10 @@ def channel_of(rank: int, op: Op) -> Channel:
 class Graph:
     """Who makes what each op needs, and who its counterpart is.
 
-    For op n: `deps[n]` numbers the ops that make what it needs (`NONE` where nothing does), `partner[n]` is the counterpart
-    of a transfer, `before[n]` the op before it on its lane, `lane_of[n]` an index into `first`, where each lane's numbers
-    begin. `makers[rank]` lists, for each value, the ops that make it on that rank.
+    For op n: `deps[n]` numbers the ops that make what it needs (`NONE` where nothing does), `partner[n]` is
+    the counterpart of a transfer, `before[n]` the op before it on its lane, `lane_of[n]` an index into
+    `first`, where each lane's numbers begin. `makers[rank]` lists, for each value, the ops that make it on
+    that rank.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -74,9 +76,10 @@ class Graph:
         for number, op in enumerate(self.ops):
             rank = self.ranks[number]
             if op.kind == "layer":
-                # All earlier chunks' blocks of this layer, looked up once per layer instead of once per pair of chunks.
+                # All chunks' blocks of this layer, looked up once a layer instead of once a pair of chunks.
                 made = blocks.get((rank, op.layer)) or blocks.setdefault(
-                    (rank, op.layer), [self.maker(rank, Value("kv", c, op.layer)) for c in range(len(self.plan.shape.chunks))]
+                    (rank, op.layer),
+                    [self.maker(rank, Value("kv", c, op.layer)) for c in range(len(self.plan.shape.chunks))],
                 )
                 deps.append([self.maker(rank, Value("hidden", op.chunk, op.layer)), *made[: op.chunk]])
             else:
@@ -90,7 +93,7 @@ class Graph:
 
     @cached_property
     def dependents(self) -> list[list[int]]:
-        """For each op, those that cannot start before it has ended: what needs its values, and the next on its lane."""
+        """For each op, those that start only after it: what needs its values, and the next on its lane."""
         found: list[list[int]] = [[] for _ in self.ops]
         for number, deps in enumerate(self.deps):
             for dep in deps:
@@ -121,7 +124,7 @@ class Course(NamedTuple):
 
 
 def simulate(graph: Graph, *, rendezvous: bool) -> Course:
-    """Run the plan as a token game. Lanes are deterministic, so the outcome does not depend on who goes first.
+    """Run the plan as a token game. Lanes are deterministic: the outcome does not depend on who goes first.
 
     With `rendezvous`, a send ends together with its recv; otherwise sends are buffered and end at once.
     A recv without a counterpart never ends, nor does, under rendezvous, a send.

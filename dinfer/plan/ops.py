@@ -13,14 +13,14 @@ Communicator = Literal["hidden", "kv"]
 
 
 class PlanError(ValueError):
-    """A plan, or a piece of its text, that cannot be used; the message says what was given and what is allowed."""
+    """A plan, or a piece of its text, that cannot be used; the message says what was given and is allowed."""
 
 
 class Value(NamedTuple):
     """Something that a rank can hold.
 
-    `hidden c l` is the hidden state of chunk c before layer l (l == layers: after the last one), `kv c l` is the block
-    of layer l for chunk c, `final` is the normed hidden state of the prompt's last token.
+    `hidden c l` is the hidden state of chunk c before layer l (l == layers: after the last one), `kv c l` is
+    the block of layer l for chunk c, `final` is the normed hidden state of the prompt's last token.
     """
 
     what: What
@@ -53,7 +53,7 @@ class Op(NamedTuple):
 
     @property
     def communicator(self) -> Communicator:
-        """The group that carries this transfer: blocks have one of their own, so that they never delay a hidden state."""
+        """The group that carries this transfer: blocks have one of their own, not to delay hidden states."""
         return "kv" if self.what == "kv" else "hidden"
 
     @property
@@ -115,7 +115,9 @@ def recv(value: Value, peer: int, tokens: int) -> Op:
 
 _COMPUTE = re.compile(r"(embed) c(\d+)|(layer|norm) c(\d+) l(\d+)")
 _TRANSFER = re.compile(r"(send|recv) (?:(final)|(hidden|kv) c(\d+) l(\d+)) (->|<-) (\d+), (\d+) tokens?")
-_EXAMPLES = "'embed c0', 'layer c0 l3', 'norm c7 l36', 'send kv c0 l3 -> 1, 128 tokens', 'recv final <- 2, 1 token'"
+_EXAMPLES = (
+    "'embed c0', 'layer c0 l3', 'norm c7 l36', 'send kv c0 l3 -> 1, 128 tokens', 'recv final <- 2, 1 token'"
+)
 
 
 def parse_op(text: str) -> Op:
@@ -127,7 +129,9 @@ def parse_op(text: str) -> Op:
         kind: Kind = "layer" if match[3] == "layer" else "norm"
         return Op(kind, int(match[4]), int(match[5]))
     if (match := _TRANSFER.fullmatch(line)) and (match[1] == "send") == (match[6] == "->"):
-        value = FINAL if match[2] else Value("kv" if match[3] == "kv" else "hidden", int(match[4]), int(match[5]))
+        value = (
+            FINAL if match[2] else Value("kv" if match[3] == "kv" else "hidden", int(match[4]), int(match[5]))
+        )
         make = send if match[1] == "send" else recv
         return make(value, int(match[7]), int(match[8]))
     raise PlanError(f"{line!r} is not an op. An op reads like {_EXAMPLES}.")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from dinfer.plan.ops import PlanError
 
@@ -24,7 +25,7 @@ class Shape:
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         bounds = (*self.starts, self.layers)
-        if bounds[0] != 0 or any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
+        if bounds[0] != 0 or any(a >= b for a, b in pairwise(bounds)):
             raise PlanError(
                 f"stages start at layers {list(self.starts)} of {self.layers}; "
                 "the first must be 0 and every stage must own at least one layer."
@@ -42,7 +43,9 @@ class Shape:
     @cached_property
     def chunks(self) -> tuple[range, ...]:
         """The token positions of each chunk; all are `chunk_size` long but for the last."""
-        return tuple(range(a, min(a + self.chunk_size, self.tokens)) for a in range(0, self.tokens, self.chunk_size))
+        return tuple(
+            range(a, min(a + self.chunk_size, self.tokens)) for a in range(0, self.tokens, self.chunk_size)
+        )
 
     @cached_property
     def owners(self) -> tuple[int, ...]:
@@ -59,15 +62,15 @@ def partition(
 ) -> Shape:
     """A prefill's shape. `layer_split` gives the first layer of every stage but the first; even by default.
 
-    Where `layers` is no multiple of `world_size`, the first stages own one layer more: the last rank has the final norm
-    to do as well. Raises PlanError.
+    Where `layers` is no multiple of `world_size`, the first stages own one layer more: the last rank has the
+    final norm to do as well. Raises PlanError.
     """
     if world_size < 1:
         raise PlanError(f"world_size is {world_size}; it must be at least 1.")
     if world_size > layers:
         raise PlanError(
-            f"world_size is {world_size} but there are only {layers} layers; every rank must own at least one: "
-            f"use at most {layers} ranks."
+            f"world_size is {world_size} but there are only {layers} layers; every rank must own at "
+            f"least one: use at most {layers} ranks."
         )
     if layer_split is None:
         small, larger = divmod(layers, world_size)
@@ -76,8 +79,9 @@ def partition(
         if len(layer_split) != world_size - 1:
             given = ",".join(map(str, layer_split))
             raise PlanError(
-                f"layer_split {given!r} has {len(layer_split)} numbers; {world_size} ranks need {world_size - 1}: "
-                "the first layer of every stage but the first, such as 14,28 for three ranks."
+                f"layer_split {given!r} has {len(layer_split)} numbers; {world_size} ranks need "
+                f"{world_size - 1}: the first layer of every stage but the first, such as 14,28 for three "
+                "ranks."
             )
         starts = [0, *layer_split]
     return Shape(layers, tokens, chunk_size, tuple(starts))

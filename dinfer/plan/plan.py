@@ -24,7 +24,7 @@ class Place(NamedTuple):
 
     rank: int
     lane: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which means nothing for a place
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,20 @@ class Plan:
 
 
 def parse_plan(text: str) -> Plan:
-    """The plan that `text` describes. Empty lines and what follows a `#` are ignored. Raises PlanError, with the line."""
-    lines = [(n, stripped) for n, raw in enumerate(text.splitlines(), 1) if (stripped := raw.split("#")[0].strip())]
+    """The plan that `text` describes. Empty lines and what follows a `#` are ignored.
+
+    Raises PlanError, with the line.
+    """
+    lines = [
+        (n, stripped) for n, raw in enumerate(text.splitlines(), 1) if (stripped := raw.split("#")[0].strip())
+    ]
     if not lines or lines[0][1] != HEADER:
         given = lines[0][1][:60] if lines else "an empty text"
         raise PlanError(f"this is not a plan: it begins with {given!r}; a plan's first line is {HEADER!r}.")
     if len(lines) < 4:
-        raise PlanError("the plan ends before its header is complete: layers, stages and schedule take a line each.")
+        raise PlanError(
+            "the plan ends before its header is complete: layers, stages and schedule take a line each."
+        )
     shape = _parse_shape(lines[1], lines[2])
     words = _words(lines[3], "schedule NAME, sync_strategy NAME", ("schedule", None, "sync_strategy", None))
     lanes: list[list[tuple[str, list[Op]]]] = [[] for _ in shape.starts]
@@ -103,14 +110,17 @@ def parse_plan(text: str) -> Plan:
 def _parse_shape(sizes: tuple[int, str], stages: tuple[int, str]) -> Shape:
     form = "layers N, tokens N, chunk_size N"
     words = _words(sizes, form, ("layers", None, "tokens", None, "chunk_size", None))
-    starts = stages[1].removeprefix("stages start at ").split()
+    *intro, starts = stages[1].partition("stages start at ")
     try:
-        return Shape(int(words[1]), int(words[3]), int(words[5]), tuple(map(int, starts)))
+        if intro != ["", "stages start at "]:
+            raise ValueError
+        return Shape(int(words[1]), int(words[3]), int(words[5]), tuple(map(int, starts.split())))
     except PlanError as error:
-        raise PlanError(f"line {sizes[0]}: {error}") from None
+        raise PlanError(f"lines {sizes[0]}–{stages[0]}: {error}") from None
     except ValueError:
         raise PlanError(
-            f"lines {sizes[0]}–{stages[0]}: {sizes[1]!r} and {stages[1]!r} should read {form!r} and 'stages start at 0 …'."
+            f"lines {sizes[0]}–{stages[0]}: {sizes[1]!r} and {stages[1]!r} should read {form!r} and "
+            "'stages start at 0 …'."
         ) from None
 
 
@@ -123,11 +133,13 @@ def _words(line: tuple[int, str], form: str, pattern: tuple[str | None, ...]) ->
 
 def _open_lane(line: str, lanes: list[list[tuple[str, list[Op]]]]) -> list[Op]:
     words = line.split()
-    if len(words) != 4 or words[2] != "lane" or not words[1].isdigit():
+    if len(words) != 4 or words[2] != "lane" or not words[1].isdecimal():
         raise PlanError(f"{line!r} should read 'rank 0 lane compute'.")
     rank, name = int(words[1]), words[3]
     if rank >= len(lanes):
-        raise PlanError(f"rank {rank} does not exist: the plan has {len(lanes)} stages, so ranks 0 to {len(lanes) - 1}.")
+        raise PlanError(
+            f"rank {rank} does not exist: the plan has {len(lanes)} stages, so ranks 0 to {len(lanes) - 1}."
+        )
     if any(name == other for other, _ in lanes[rank]):
         raise PlanError(f"rank {rank} has two lanes named {name!r}.")
     lanes[rank].append((name, []))

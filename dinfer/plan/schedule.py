@@ -1,10 +1,11 @@
 """Schedules: the rules that lay ops on lanes.
 
 `lockstep`   one lane a rank; every rank joins every layer's sync before anyone goes on.
-`pipelined`  compute, hidden states and KV on lanes of their own; other ranks' KV is first needed at decode, so its sync
-             never stands in the way of prefill.
-`batched`    one lane a rank; a whole stage is computed, then all its layers are synced with everyone sending first: the
-             rule that hangs when a send waits for its recv. Kept as an exhibit; `verify` refutes it.
+`pipelined`  compute, hidden states and KV on lanes of their own; other ranks' KV is first needed at decode,
+             so its sync never stands in the way of prefill.
+`batched`    one lane a rank; a whole stage is computed, then all its layers are synced with everyone sending
+             first: the rule that hangs when a send waits for its recv. Kept as an exhibit; `verify` refutes
+             it.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,8 +34,8 @@ def build(shape: Shape, schedule: Schedule, sync_strategy: SyncStrategy) -> Plan
 def compute_order(shape: Shape) -> list[Block]:
     """All blocks in the order in which a pipeline computes them if every layer takes equally long.
 
-    It extends the order of the data flow, so lanes that carry blocks in this order can never wait for one another in
-    a circle.
+    It extends the order of the data flow, so lanes that carry blocks in this order can never wait for one
+    another in a circle.
     """
     ended: dict[Block, int] = {}
     free = [0] * shape.world_size
@@ -67,7 +68,7 @@ class _Board:
 
 
 def _final(shape: Shape, board: _Board, compute: str, out: str, into: str) -> None:
-    """The last rank norms the last token's hidden state and gives it to all, so that each can take the first token."""
+    """The last rank norms the last token's hidden state and gives it to all: each takes the first token."""
     last = shape.world_size - 1
     board.put(last, compute, norm(len(shape.chunks) - 1, shape.layers))
     for peer in range(last):
@@ -80,7 +81,8 @@ def _pipelined(shape: Shape, hops: Hops, board: _Board) -> None:
             if rank == 0:
                 board.put(rank, "compute", embed(chunk))
             else:
-                board.transfer(Value("hidden", chunk, stage.start), (rank - 1, rank), "hidden-out", "hidden-in")
+                entering = Value("hidden", chunk, stage.start)
+                board.transfer(entering, (rank - 1, rank), "hidden-out", "hidden-in")
             for index in stage:
                 board.put(rank, "compute", layer(chunk, index))
     _final(shape, board, "compute", "hidden-out", "hidden-in")
@@ -109,10 +111,12 @@ def _batched(shape: Shape, hops: Hops, board: _Board) -> None:
         for round_of_hops in _rounds(shape, hops):
             for rank, (source, target) in round_of_hops:
                 for index in shape.stages[rank]:
-                    board.put(source, "main", send(Value("kv", chunk, index), target, len(shape.chunks[chunk])))
+                    value = Value("kv", chunk, index)
+                    board.put(source, "main", send(value, target, board.tokens(value)))
             for rank, (source, target) in round_of_hops:
                 for index in shape.stages[rank]:
-                    board.put(target, "main", recv(Value("kv", chunk, index), source, len(shape.chunks[chunk])))
+                    value = Value("kv", chunk, index)
+                    board.put(target, "main", recv(value, source, board.tokens(value)))
     _final(shape, board, "main", "main", "main")
 
 

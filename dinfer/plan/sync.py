@@ -4,8 +4,6 @@ from collections.abc import Callable
 
 from dinfer.config import SyncStrategy
 
-
-
 Hop = tuple[int, int]
 """(source rank, destination rank)"""
 

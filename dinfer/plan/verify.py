@@ -1,9 +1,9 @@
 """Proof that a plan is complete and free of deadlock, or the shortest counterexample in the plan's own words.
 
-Nothing about how the plan was built is trusted. Proved is: every channel belongs to one lane at each end; every send
-meets exactly one recv of the same value and size; every value is made once on a rank and before it is needed; at the end
-every rank holds each block and the final state exactly once; and, for sends that wait for their recv (rendezvous) and for
-buffered ones alike, no lanes wait for one another in a circle.
+Nothing about how the plan was built is trusted. Proved is: every channel belongs to one lane at each end;
+every send meets exactly one recv of the same value and size; every value is made once on a rank and before it
+is needed; at the end every rank holds each block and the final state exactly once; and, for sends that wait
+for their recv (rendezvous) and for buffered ones alike, no lanes wait for one another in a circle.
 """
 
 from collections import deque
@@ -15,12 +15,14 @@ from dinfer.plan.graph import NONE, Graph, levels, simulate
 from dinfer.plan.ops import FINAL, Op, Value
 from dinfer.plan.plan import Place, Plan
 
-Flaw = Literal["out of range", "shared channel", "unmatched", "mismatch", "size", "missing", "made twice", "cycle"]
+Flaw = Literal[
+    "out of range", "shared channel", "unmatched", "mismatch", "size", "missing", "made twice", "cycle"
+]
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was checked and found true. `levels` is the number of layers on the longest path through the plan."""
+    """What was checked and found true. `levels` counts the layers on the longest path through the plan."""
 
     ranks: int
     lanes: int
@@ -32,8 +34,10 @@ class Proof:
 
     def __str__(self) -> str:
         return (
-            f"proved: {self.ranks} ranks, {self.lanes} lanes, {self.ops} ops; each of {self.transfers} sends meets one recv; "
-            f"all ranks end with the same {self.blocks} blocks; no deadlock with rendezvous or buffered sends; "
+            f"proved: {self.ranks} ranks, {self.lanes} lanes, {self.ops} ops; "
+            f"each of {self.transfers} sends meets one recv; "
+            f"all ranks end with the same {self.blocks} blocks; "
+            "no deadlock with rendezvous or buffered sends; "
             f"{self.levels} layers on the longest path"
         )
 
@@ -51,7 +55,8 @@ class Counterexample:
     def __str__(self) -> str:
         story = "; ".join(self.steps)
         if self.flaw == "cycle":
-            return f"refuted: with {self.sends} sends these wait for one another for ever: {story}"
+            even = "even " if self.sends == "buffered" else ""
+            return f"refuted: {even}with {self.sends} sends these wait for one another for ever: {story}"
         return f"refuted ({self.flaw}): {story}"
 
 
@@ -63,10 +68,11 @@ def verify(plan: Plan) -> Proof | Counterexample:
     for check in (_shared_channels, _transfers, _values):
         if bad := next(check(graph), None):
             return bad
+    # Buffered first: what hangs even then hangs anyhow, and its words should not blame sends that wait.
+    if bad := _deadlock(graph, simulate(graph, rendezvous=False).done, "buffered"):
+        return bad
     meeting = simulate(graph, rendezvous=True)
     if bad := _deadlock(graph, meeting.done, "rendezvous"):
-        return bad
-    if bad := _deadlock(graph, simulate(graph, rendezvous=False).done, "buffered"):
         return bad
     ops = graph.ops
     return Proof(
@@ -77,8 +83,6 @@ def verify(plan: Plan) -> Proof | Counterexample:
         blocks=plan.shape.blocks,
         levels=max(levels(graph, meeting.order)),
     )
-
-
 
 
 def _out_of_range(plan: Plan) -> Iterator[Counterexample]:
@@ -111,13 +115,14 @@ def _shared_channels(graph: Graph) -> Iterator[Counterexample]:
             other = next((n for n in numbers if graph.lane_of[n] != graph.lane_of[numbers[0]]), None)
             if other is not None:
                 rank = graph.ranks[other]
-                names = [graph.plan.lanes[rank][graph.place(n).lane].name for n in (numbers[0], other)]
+                places = graph.place(numbers[0]), graph.place(other)
+                lanes = (f"{graph.plan.lanes[rank][p.lane].name} (`{graph.plan.op(p)}`)" for p in places)
                 text = (
-                    f"rank {rank} {verb} on the {channel.communicator} channel {channel.source}→{channel.target} from two "
-                    f"lanes, {names[0]} (`{graph.ops[numbers[0]]}`) and {names[1]} (`{graph.ops[other]}`), "
+                    f"rank {rank} {verb} on the {channel.communicator} channel "
+                    f"{channel.source}→{channel.target} from two lanes, {' and '.join(lanes)}, "
                     "so nothing fixes their order"
                 )
-                yield Counterexample("shared channel", (text,), (graph.place(numbers[0]), graph.place(other)))
+                yield Counterexample("shared channel", (text,), places)
 
 
 def _transfers(graph: Graph) -> Iterator[Counterexample]:
@@ -139,10 +144,15 @@ def _transfers(graph: Graph) -> Iterator[Counterexample]:
 
 
 def _values(graph: Graph) -> Iterator[Counterexample]:
-    made = ((rank, value, numbers) for rank, makers in enumerate(graph.makers) for value, numbers in makers.items())
+    made = (
+        (rank, value, numbers)
+        for rank, makers in enumerate(graph.makers)
+        for value, numbers in makers.items()
+    )
     for rank, value, makers in made:
         if len(makers) > 1:
-            text = f"rank {rank} would make {value} twice, by `{graph.ops[makers[0]]}` and by `{graph.ops[makers[1]]}`"
+            first, second = (graph.ops[n] for n in makers[:2])
+            text = f"rank {rank} would make {value} twice, by `{first}` and by `{second}`"
             yield Counterexample("made twice", (text,), tuple(graph.place(n) for n in makers[:2]))
     for number, deps in enumerate(graph.deps):
         if NONE in deps:
@@ -150,7 +160,9 @@ def _values(graph: Graph) -> Iterator[Counterexample]:
             text = f"{graph.name(number)} needs {need}, which nothing on rank {graph.ranks[number]} makes"
             yield Counterexample("missing", (text,), (graph.place(number),))
     shape = graph.plan.shape
-    blocks = [Value("kv", chunk, layer) for chunk in range(len(shape.chunks)) for layer in range(shape.layers)]
+    blocks = [
+        Value("kv", chunk, layer) for chunk in range(len(shape.chunks)) for layer in range(shape.layers)
+    ]
     for rank in range(shape.world_size):
         for value in (*blocks, FINAL):
             if value not in graph.makers[rank]:
@@ -158,14 +170,16 @@ def _values(graph: Graph) -> Iterator[Counterexample]:
                 yield Counterexample("missing", (text,), ())
 
 
-def _deadlock(graph: Graph, done: bytearray, sends: Literal["rendezvous", "buffered"]) -> Counterexample | None:
+def _deadlock(
+    graph: Graph, done: bytearray, sends: Literal["rendezvous", "buffered"]
+) -> Counterexample | None:
     if all(done):
         return None
     waits = {head: _waits_for(graph, head, done) for head in _heads(graph, done)}
     cycle = shortest_cycle(waits)
     return Counterexample(
         "cycle",
-        tuple(_step(graph, head, done) for head in cycle),
+        tuple(_step(graph, *pair, done) for pair in zip(cycle, cycle[1:] + cycle[:1], strict=True)),
         tuple(graph.place(head) for head in cycle),
         sends,
     )
@@ -214,13 +228,15 @@ def shortest_cycle(edges: dict[int, list[int]]) -> list[int]:
     return best
 
 
-def _step(graph: Graph, head: int, done: bytearray) -> str:
+def _step(graph: Graph, head: int, following: int, done: bytearray) -> str:
+    """What `head` waits for, where the lane that holds that stands at `following`."""
     op, rank = graph.ops[head], graph.ranks[head]
     unmet = _unmet(graph, head, done)
     if unmet:
         needs = dict(zip(graph.deps[head], op.needs(), strict=True))
-        maker = unmet[0]
-        return f"rank {rank} cannot start `{op}` before {needs[maker]}, which `{graph.ops[maker]}` makes only later"
+        maker = next(n for n in unmet if graph.lane_of[n] == graph.lane_of[following])
+        later = f"which `{graph.ops[maker]}` makes only later"
+        return f"rank {rank} cannot start `{op}` before {needs[maker]}, {later}"
     if op.kind == "send":
         return f"rank {rank} sends {op.value} to rank {op.peer} and waits"
     return f"rank {rank} waits to receive {op.value} from rank {op.peer}"

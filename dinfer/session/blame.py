@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dinfer.config import Config
 from dinfer.plan.plan import Plan
 from dinfer.session.link import RankState
-from dinfer.session.where import rank_text, where_text
+from dinfer.session.where import rank_text
 
 
 def failure_of(
@@ -18,7 +18,9 @@ def failure_of(
     """Why the run is over, or None if it is not. `exits[rank]` is set for ranks that ended without a result."""
     errors = [(rank, state.reports["error"]) for rank, state in enumerate(ranks) if "error" in state.reports]
     primary = [(rank, error) for rank, error in errors if not error["secondary"]]
-    dead = [rank for rank, code in enumerate(exits) if code is not None and "error" not in ranks[rank].reports]
+    dead = [
+        rank for rank, code in enumerate(exits) if code is not None and "error" not in ranks[rank].reports
+    ]
     if primary:
         rank, error = primary[0]
         return _told(error["message"], rank, config)
@@ -36,25 +38,44 @@ def _told(message: str, rank: int, config: Config) -> str:
 
 
 def _death(plan: Plan, rank: int, state: RankState, code: int | None, config: Config) -> str:
-    how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with exit status {code}"
-    lanes = plan.lanes[rank]
-    prefilling = state.stand and len(state.stand.positions) == len(lanes) and state.phase == "prefill"
-    last = rank_text(lanes, state.stand) if prefilling and state.stand else _phase_text(state)
-    return f"rank {rank} {how}; it stood at: {last}\nWhat it printed last is in {config.log_dir}/rank{rank}.err."
+    by_signal = code is not None and code < 0
+    how = (
+        f"was killed by {signal.Signals(-code).name}"
+        if code and by_signal
+        else f"ended with exit status {code}"
+    )
+    return (
+        f"rank {rank} {how}; it stood at: {_position(plan, rank, state)}\n"
+        f"What it printed last is in {config.log_dir}/rank{rank}.err."
+    )
 
 
-def _phase_text(state: RankState) -> str:
-    return f"decode, token {state.decoded}" if state.phase == "decode" else state.phase
+def _is_paused(ranks: Sequence[RankState]) -> bool:
+    """Whether every lane stands where it was told to stop, so that it is the user who takes their time."""
+    return all(
+        state.phase == "prefill" and state.stand and state.stand.at_limits and not any(state.stand.started)
+        for state in ranks
+    )
 
 
 def _standstill(plan: Plan, ranks: Sequence[RankState], config: Config, now: float) -> str | None:
+    if _is_paused(ranks):
+        return None
     quiet = now - max(state.progressed for state in ranks)
     running = any(state.phase in ("prefill", "decode") for state in ranks)
     if quiet < (config.timeout if running else config.start_timeout):
         return None
-    stands = [state.stand for state in ranks if state.stand is not None]
-    where = "\n".join(f"rank {rank}: {_phase_text(state)}" for rank, state in enumerate(ranks))
-    if all(state.phase == "prefill" for state in ranks) and len(stands) == len(ranks):
-        where = where_text(plan, stands)
+    where = "\n".join(
+        f"rank {rank}: {_position(plan, rank, state)}{' (its process is stopped)' if state.process == 'T' else ''}"
+        for rank, state in enumerate(ranks)
+    )
     limit = "timeout" if running else "start_timeout"
     return f"no rank has made progress for {quiet:.0f} s ({limit}); where they stand:\n{where}"
+
+
+def _position(plan: Plan, rank: int, state: RankState) -> str:
+    """The ops at which a rank stands in prefill; else what it was doing."""
+    lanes = plan.lanes[rank]
+    if state.phase == "prefill" and state.stand and len(state.stand.positions) == len(lanes):
+        return rank_text(lanes, state.stand)
+    return f"decode, token {state.decoded}" if state.phase == "decode" else state.phase

@@ -1,4 +1,4 @@
-"""Fleet: all ranks of a run, as those who step it see them; and the one whose ranks are threads of this process."""
+"""Fleet: all ranks of a run, as those who step it see them; here, ranks that are threads."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol

@@ -43,8 +43,12 @@ def prepare(config: Config) -> Job:
     plan = build(shape, config.schedule, config.sync_strategy)
     verdict = verify(plan)
     if not verdict.proved and not config.unsafe:
-        raise PlanError(f"{verdict}.\nNothing was run. Choose another schedule, or pass unsafe=true to watch it hang.")
-    return Job(config.with_(threads=config.threads or threads_per_rank(config.world_size)), spec, ids, plan, verdict)
+        raise PlanError(
+            f"{verdict}.\nNothing was run. Choose another schedule, or pass unsafe=true to watch it hang."
+        )
+    return Job(
+        config.with_(threads=config.threads or threads_per_rank(config.world_size)), spec, ids, plan, verdict
+    )
 
 
 def threads_per_rank(world_size: int) -> int:
@@ -57,7 +61,9 @@ def _prompt_ids(config: Config, spec: Spec) -> tuple[int, ...]:
     if config.prompt_ids:
         ids = config.prompt_ids
         if wrong := [token for token in ids if not 0 <= token < spec.vocab_size]:
-            raise ConfigError(f"prompt_ids has {wrong[0]}; token ids of this model go from 0 to {spec.vocab_size - 1}.")
+            raise ConfigError(
+                f"prompt_ids has {wrong[0]}; token ids of this model go from 0 to {spec.vocab_size - 1}."
+            )
     else:
         text = config.prompt_text()
         if not text.strip():

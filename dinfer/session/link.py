@@ -21,6 +21,8 @@ from dinfer.trace.events import Event
 from dinfer.trace.recorder import unpack_records
 
 BEAT_S = 1.0
+ASK_S = 0.2
+"""how often someone who waits for an answer looks whether the run can still go on"""
 
 
 @dataclass
@@ -43,10 +45,10 @@ class RankState:
 class Link:
     """Opens the socket at once; `job_part(rank)` is what a rank's Control needs to find it."""
 
-    def __init__(self, world_size: int, address: str = "127.0.0.1", on_text: Callable[[str], None] | None = None) -> None:
+    def __init__(self, world_size: int, address: str = "127.0.0.1") -> None:
         self.ranks = [RankState() for _ in range(world_size)]
         self.changed = threading.Condition()
-        self._on_text = on_text
+        self._texts: list[str] = []
         self._replies: dict[int, Message] = {}
         self._ids = itertools.count(1)
         self._closing = False
@@ -85,27 +87,47 @@ class Link:
         """Command one rank; the id under which its reply will come."""
         number = next(self._ids)
         with self._send_lock:
-            self._outbox.send_multipart([f"rank {rank}".encode(), json.dumps({"do": do, "id": number, **fields}).encode()])
+            self._outbox.send_multipart(
+                [f"rank {rank}".encode(), json.dumps({"do": do, "id": number, **fields}).encode()]
+            )
         return number
 
-    def ask(self, requests: dict[int, Message], timeout: float) -> dict[int, Message]:
-        """Send one command to each of these ranks, together; their answers. Raises TimeoutError or RuntimeError."""
+    def ask(
+        self, requests: dict[int, Message], timeout: float, check: Callable[[], None] = lambda: None
+    ) -> dict[int, Message]:
+        """Send one command to each of these ranks, together; their answers.
+
+        `check()` is called while waiting, and may raise. Raises TimeoutError, or RuntimeError for a rank that refuses.
+        """
+        deadline = time.monotonic() + timeout
         ids = {rank: self.send(rank, **message) for rank, message in requests.items()}
-        with self.changed:
-            if not self.changed.wait_for(lambda: all(n in self._replies for n in ids.values()), timeout):
+        while not self._answered(ids):
+            check()
+            if time.monotonic() > deadline:
                 silent = [rank for rank, number in ids.items() if number not in self._replies]
                 raise TimeoutError(f"no answer from rank {', '.join(map(str, silent))} within {timeout:g} s")
-            answers = {rank: self._replies.pop(number) for rank, number in ids.items()}
+        answers = {rank: self._replies.pop(number) for rank, number in ids.items()}
         for rank, answer in answers.items():
             if "error" in answer:
                 raise RuntimeError(f"rank {rank}: {answer['error']}")
         return answers
+
+    def new_texts(self) -> list[str]:
+        """The pieces of generated text that have come since the last call."""
+        with self.changed:
+            texts, self._texts = self._texts, []
+            return texts
 
     def close(self) -> None:
         self._closing = True
         self._thread.join(5)
         self._keeper.stop()
         self._context.destroy(linger=0)
+
+    def _answered(self, ids: dict[int, int]) -> bool:
+        """Whether all these replies are there; waits a little for the next message if not."""
+        with self.changed:
+            return self.changed.wait_for(lambda: all(n in self._replies for n in ids.values()), ASK_S)
 
     def _serve(self) -> None:
         inbox: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
@@ -141,8 +163,7 @@ class Link:
                 case "reply":
                     self._replies[message["id"]] = message
                 case "text":
-                    if self._on_text:
-                        self._on_text(message["text"])
+                    self._texts.append(message["text"])
                 case "gone":
                     state.gone = True
                 case kind:

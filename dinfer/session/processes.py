@@ -24,10 +24,12 @@ GRACE_S = 1.0
 class Processes:
     """Started on entry; ended, whatever happened, on exit."""
 
-    def __init__(self, job: Job, *, paused: bool = False, on_text: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, job: Job, *, paused: bool = False, on_text: Callable[[str], None] | None = None
+    ) -> None:
         self.job = job
-        self.link = Link(job.config.world_size, on_text=on_text)
-        self._paused = paused
+        self.link = Link(job.config.world_size)
+        self._paused, self._on_text = paused, on_text
         self._processes: list[subprocess.Popen[bytes]] = []
         self._introduced: set[int] = set()
 
@@ -40,7 +42,9 @@ class Processes:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.end()
 
     def end(self) -> None:
@@ -57,7 +61,9 @@ class Processes:
         deadline = time.monotonic() + 5
         with self.link.changed:
             started = [state for state in self.link.ranks if state.heard]
-            self.link.changed.wait_for(lambda: all(s.gone for s in started), max(0.0, deadline - time.monotonic()))
+            self.link.changed.wait_for(
+                lambda: all(s.gone for s in started), max(0.0, deadline - time.monotonic())
+            )
 
     def _start(self, rank: int) -> "subprocess.Popen[bytes]":
         config = self.job.config
@@ -97,10 +103,18 @@ class Processes:
             with self.link.changed:
                 self.link.changed.wait(min(left, 0.05))
             self._introduce()
-            if all("result" in state.reports for state in self.link.ranks):
+            finished = all("result" in state.reports for state in self.link.ranks)
+            self._show_text()
+            if finished:
                 return True
             self.check()
         return False
+
+    def _show_text(self) -> None:
+        """On the caller's thread, so that an output that is gone ends the run like any other error."""
+        for text in self.link.new_texts():
+            if self._on_text:
+                self._on_text(text)
 
     def _introduce(self) -> None:
         """Tell each other rank, once it can hear, where rank 0 has opened the place to meet."""
@@ -121,11 +135,13 @@ class Processes:
             raise RankFailed(failure)
 
     def _broken(self) -> bool:
-        exits = self._exits()
-        return any(exits) or any("error" in state.reports or state.gone for state in self.link.ranks if "result" not in state.reports)
+        """Whether a rank seems to have failed. One that has just ended well may look so: its result is on its way."""
+        ended = any(code is not None for code in self._exits())
+        return ended or any("error" in state.reports for state in self.link.ranks)
 
     def _all_told(self) -> bool:
-        return all("error" in state.reports or code for state, code in zip(self.link.ranks, self._exits(), strict=True))
+        """Whether every rank has said how it ended, or its watcher, last of all, that it is gone."""
+        return all(state.gone or state.reports.keys() & {"error", "result"} for state in self.link.ranks)
 
     def _exits(self) -> list[int | None]:
         """Exit status of each rank that ended without a result; None for the others."""

@@ -16,5 +16,9 @@ def progress_line(plan: Plan, rank: int, state: RankState) -> str:
     done = [op for lane, position in zip(lanes, stand.positions, strict=True) for op in lane.ops[:position]]
     layers = [op for op in done if op.kind == "layer"]
     blocks = len(layers) + sum(op.kind == "recv" and op.what == "kv" for op in done)
-    at = f"chunk {layers[-1].chunk + 1} of {len(plan.shape.chunks)}, layer {layers[-1].layer}" if layers else "waiting for hidden states"
+    at = (
+        f"chunk {layers[-1].chunk + 1} of {len(plan.shape.chunks)}, layer {layers[-1].layer}"
+        if layers
+        else "waiting for hidden states"
+    )
     return f"rank {rank}  prefill  {at}  KV {blocks} of {plan.shape.blocks} blocks"

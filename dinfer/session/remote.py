@@ -54,4 +54,4 @@ class RemoteFleet:
         return True
 
     def _ask(self, requests: dict[int, Message]) -> dict[int, Message]:
-        return self._link.ask(requests, self._patience)
+        return self._link.ask(requests, self._patience, self._check)

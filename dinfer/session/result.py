@@ -43,7 +43,10 @@ def result_of(job: Job, ranks: list[RankState], trace: Trace, text: str) -> dict
         "ranks": [
             {
                 "rank": figure.rank,
-                **{name: report[name] for name in ("host", "device", "threads", "dtype", "kv_sha256", "tokens")},
+                **{
+                    name: report[name]
+                    for name in ("host", "device", "threads", "dtype", "kv_sha256", "tokens")
+                },
                 "prefill_s": figure.prefill_s,
                 "compute_s": figure.compute_s,
                 "exposed_sync_s": figure.exposed_sync_s,

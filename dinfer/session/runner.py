@@ -59,7 +59,9 @@ def run(job: Job, trace_path: str | Path | None = None, out: TextIO | None = Non
     )
     with Processes(job, on_text=show.on_text) as ranks:
         while not ranks.watch(PROGRESS_S):
-            show.progress([progress_line(job.plan, rank, state) for rank, state in enumerate(ranks.link.ranks)])
+            show.progress(
+                [progress_line(job.plan, rank, state) for rank, state in enumerate(ranks.link.ranks)]
+            )
         trace = merge(job, ranks.link.ranks)
         result = result_of(job, ranks.link.ranks, trace, show.text)
     print(f"\n\n{table(result)}", file=out)
@@ -86,5 +88,3 @@ def _agree(result: dict[str, Any]) -> None:
     if len(digests) > 1:
         listed = ", ".join(f"rank {rank['rank']} {rank['kv_sha256'][:12]}" for rank in result["ranks"])
         raise RuntimeError(f"the ranks hold different KV after prefill (SHA-256: {listed}).")
-
-

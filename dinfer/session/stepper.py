@@ -1,4 +1,4 @@
-"""Stepper: brings a fleet from cut to cut: step, back, run to, pause, resume. Every move ends at a consistent cut.
+"""Stepper: brings a fleet from one consistent cut to another: step, back, run to, pause, resume.
 
 What a step means is decided in plan/cut; how ranks are reached, in the fleet.
 """
@@ -28,11 +28,15 @@ class Move(NamedTuple):
 
 
 class Stepper:
-    """Steps a run whose plan has been proved. Safe to call from several threads; moves happen one after another."""
+    """Steps a run whose plan has been proved.
+
+    Safe to call from several threads; moves happen one after another.
+    """
 
     def __init__(self, fleet: Fleet, timeout: float = 60.0) -> None:
         self._fleet, self._timeout = fleet, timeout
         self._cuts = Cuts(fleet.plan)
+        self._last = self._cuts.start
         self._lock = threading.RLock()
 
     @property
@@ -60,7 +64,10 @@ class Stepper:
             return self._go(before, target)
 
     def run_to(self, chunk: int, layer: int) -> Move:
-        """Stop just after that block everywhere, going forward or back. Raises PlanError if there is no such block."""
+        """Stop just after that block everywhere, going forward or back.
+
+        Raises PlanError if there is no such block.
+        """
         with self._lock:
             target = self._cuts.after_block(chunk, layer)
             return self._go(self._stand(), target)
@@ -86,7 +93,7 @@ class Stepper:
     def _stand(self) -> Cut:
         """Bring the run to a stand; the cut at which it then is."""
         stands = self._fleet.stands()
-        if _standing(stands):
+        if _standing(stands) and self._is_consistent(_positions(stands)):
             return _positions(stands)
         stands = self._fleet.freeze()
         cut, void = self._cuts.stop(_positions(stands), _started(stands))
@@ -94,6 +101,10 @@ class Stepper:
         self._fleet.release(void)
         self._arrive(cut, self._timeout)
         return cut
+
+    def _is_consistent(self, cut: Cut) -> bool:
+        """Not so where a stop was given up half-way, say by Ctrl-C: a send may be in, its recv not."""
+        return cut == self._last or self._cuts.is_consistent(cut)
 
     def _go(self, before: Cut, target: Cut) -> Move:
         if not is_inside(before, target):
@@ -108,6 +119,7 @@ class Stepper:
 
         if not self._fleet.wait(arrived, timeout):
             raise NoProgress(f"the ranks have not arrived within {timeout:g} s:\n{self.where()}")
+        self._last = cut or self._last
 
 
 def _positions(stands: Stands) -> Cut:

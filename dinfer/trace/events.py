@@ -1,6 +1,7 @@
 """Event: what one op did, as a plain record and as 64 bytes.
 
-Events do not presume dinfer's own engine: chunk, layer and peer may be unknown (None), and `kind` may be a collective.
+Events do not presume dinfer's own engine: chunk, layer and peer may be unknown (None), and `kind` may be a
+collective.
 """
 
 from __future__ import annotations
@@ -9,20 +10,34 @@ import struct
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-KINDS = ("embed", "layer", "norm", "send", "recv", "decode", "all_gather", "broadcast", "all_reduce", "barrier", "other")
+KINDS = (
+    "embed",
+    "layer",
+    "norm",
+    "send",
+    "recv",
+    "decode",
+    "all_gather",
+    "broadcast",
+    "all_reduce",
+    "barrier",
+    "other",
+)
 WHATS = ("", "hidden", "kv", "final", "token")
 SIZE = 64
 _LAYOUT = struct.Struct("<BBBxiiiiqqqqqi")
 _NONE = -1
+Bytes = bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
     """Times are nanoseconds on the rank's monotonic clock.
 
-    `ready`: the op was first on its lane and allowed to start. `start`: what it needs was there. `met`: its peer had come as
-    well (for ops without a peer, the same as `start`). `end`: it was done. So `start − ready` is waiting for this rank's own
-    data, `met − start` waiting for the peer, `end − met` compute or time on the wire.
+    `ready`: the op was first on its lane and allowed to start. `start`: what it needs was there. `met`: its
+    peer had come as well (for ops without a peer, the same as `start`). `end`: it was done. So `start −
+    ready` is waiting for this rank's own data, `met − start` waiting for the peer, `end − met` compute or
+    time on the wire.
     """
 
     rank: int
@@ -54,7 +69,7 @@ class Event:
         return asdict(self)
 
     def pack_into(self, buffer: memoryview, offset: int, lane: int) -> None:
-        """Write the event as `SIZE` bytes; the rank and the lane's name are known from where it is written."""
+        """Write the event as `SIZE` bytes; rank and lane name are known from where it is written."""
         _LAYOUT.pack_into(
             buffer,
             offset,
@@ -74,8 +89,10 @@ class Event:
         )
 
     @classmethod
-    def unpack_from(cls, buffer: memoryview | bytes, offset: int, rank: int, lanes: tuple[str, ...]) -> Self:
-        kind, what, lane, chunk, layer, peer, tokens, size, ready, start, met, end, index = _LAYOUT.unpack_from(buffer, offset)
+    def unpack_from(cls, buffer: Bytes, offset: int, rank: int, lanes: tuple[str, ...]) -> Self:
+        kind, what, lane, chunk, layer, peer, tokens, size, ready, start, met, end, index = (
+            _LAYOUT.unpack_from(buffer, offset)
+        )
         return cls(
             rank=rank,
             lane=lanes[lane],

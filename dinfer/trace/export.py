@@ -18,22 +18,24 @@ def write_jsonl(trace: Trace, path: str | Path) -> None:
     target = Path(path)
     part = target.with_name(target.name + ".part")
     with part.open("w", encoding="utf-8") as file:
-        file.write(json.dumps({"format": FORMAT, "events": len(trace.events), **trace.about}, ensure_ascii=False) + "\n")
+        header = {"format": FORMAT, "events": len(trace.events), "about": trace.about}
+        file.write(json.dumps(header, ensure_ascii=False) + "\n")
         file.writelines(json.dumps(event.as_dict()) + "\n" for event in trace.events)
     part.replace(target)
 
 
 def read_jsonl(path: str | Path) -> Trace:
     """The trace in a file that `write_jsonl`, or another program, wrote. Raises TraceError."""
-    with Path(path).open(encoding="utf-8") as file:
-        try:
-            about = json.loads(file.readline())
-            if about.pop("format", None) != FORMAT:
-                raise TraceError(f"{str(path)!r} is not a trace: its first line does not say {FORMAT!r}.")
-            expected = about.pop("events", None)
-            events = tuple(Event(**json.loads(line)) for line in file)
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
-            raise TraceError(f"{str(path)!r} is not a trace, or a damaged one: {error}.") from None
-    if expected is not None and expected != len(events):
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            header = json.loads(file.readline())
+            known = isinstance(header, dict) and header.get("format") == FORMAT
+            events = tuple(Event(**json.loads(line)) for line in file) if known else ()
+    except (ValueError, TypeError) as error:  # not JSON, not UTF-8, or a line that is no event
+        raise TraceError(f"{str(path)!r} is not a trace, or a damaged one: {error}.") from None
+    if not known:
+        raise TraceError(f"{str(path)!r} is not a trace: its first line does not say {FORMAT!r}.")
+    expected = header.get("events", len(events))
+    if expected != len(events):
         raise TraceError(f"{str(path)!r} holds {len(events)} of {expected} events: it was cut short.")
-    return Trace(events, about)
+    return Trace(events, header.get("about", {}))

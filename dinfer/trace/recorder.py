@@ -1,7 +1,7 @@
 """Recorder: always on, into memory allocated before.
 
-Each lane has a ring of its own, so lanes never wait for one another. The memory may be shared with another process, which
-reads it while this one writes, or after this one was killed.
+Each lane has a ring of its own, so lanes never wait for one another. The memory may be shared with another
+process, which reads it while this one writes, or after this one was killed.
 """
 
 import struct
@@ -11,21 +11,26 @@ from typing import Self
 from dinfer.trace.events import SIZE, Event
 
 _COUNT = struct.Struct("<q")
-_SLOT = SIZE  # the counter has a slot of its own, so that records stay aligned
+_SLOT = SIZE
+# The counter has a slot of its own, so that records stay aligned. One more is for the event that is being
+# written, so that it never lies over one of the `capacity` events that count as held.
+_EXTRA = 2
 
 
 def recorder_size(lanes: int, capacity: int) -> int:
     """Bytes of memory that a recorder of this many lanes and events per lane takes."""
-    return lanes * (capacity + 1) * _SLOT
+    return lanes * (capacity + _EXTRA) * _SLOT
 
 
 class Recorder:
-    """Events of one rank. When a lane's ring is full, its oldest events are overwritten; `lost` says how many.
+    """Events of one rank. When a lane's ring is full, its oldest events are overwritten; `lost` counts them.
 
     A lane must be written by one thread at a time. Readers may be anywhere.
     """
 
-    def __init__(self, rank: int, lanes: Sequence[str], capacity: int, memory: memoryview | None = None) -> None:
+    def __init__(
+        self, rank: int, lanes: Sequence[str], capacity: int, memory: memoryview | None = None
+    ) -> None:
         self.rank = rank
         self.lanes = tuple(lanes)
         self.capacity = capacity
@@ -34,14 +39,15 @@ class Recorder:
 
     @classmethod
     def over(cls, rank: int, lanes: Sequence[str], memory: memoryview) -> Self:
-        """A recorder that uses all of `memory`; writer and reader of shared memory agree by naming the same lanes."""
-        return cls(rank, lanes, len(memory) // recorder_size(len(lanes), 0) - 1, memory)
+        """A recorder that uses all of `memory`; writer and reader of shared memory agree by naming the same
+        lanes.
+        """
+        return cls(rank, lanes, len(memory) // (len(lanes) * _SLOT) - _EXTRA, memory)
 
     def record(self, lane: int, event: Event) -> None:
-        base = self._base(lane)
         count = self._count(lane)
-        event.pack_into(self._memory, base + _SLOT * (1 + count % self.capacity), lane)
-        _COUNT.pack_into(self._memory, base, count + 1)  # last: a reader sees whole events only
+        event.pack_into(self._memory, self._slot(lane, count), lane)
+        _COUNT.pack_into(self._memory, self._base(lane), count + 1)  # last: a reader sees whole events only
 
     def clear(self) -> None:
         """Forget all events; for the writer, before the first one, where the memory was used before."""
@@ -59,9 +65,14 @@ class Recorder:
         records = bytearray()
         for lane in range(len(self.lanes)):
             count = self._count(lane)
-            for number in range(max(cursor[lane], count - self.capacity), count):
-                offset = self._base(lane) + _SLOT * (1 + number % self.capacity)
-                records += self._memory[offset : offset + SIZE]
+            first = max(cursor[lane], count - self.capacity)
+            copied = bytearray()
+            for number in range(first, count):
+                offset = self._slot(lane, number)
+                copied += self._memory[offset : offset + SIZE]
+            # What the writer has reached meanwhile may have been torn: it counts as overwritten.
+            torn = max(0, self._count(lane) - self.capacity - first)
+            records += copied[torn * SIZE :]
             cursor[lane] = count
         return bytes(records), cursor
 
@@ -75,7 +86,11 @@ class Recorder:
         return sum(max(0, self._count(lane) - self.capacity) for lane in range(len(self.lanes)))
 
     def _base(self, lane: int) -> int:
-        return lane * (self.capacity + 1) * _SLOT
+        return lane * (self.capacity + _EXTRA) * _SLOT
+
+    def _slot(self, lane: int, number: int) -> int:
+        """Where that lane's event of this number is written, and its ring full, overwritten later."""
+        return self._base(lane) + _SLOT * (1 + number % (self.capacity + 1))
 
     def _count(self, lane: int) -> int:
         return int(_COUNT.unpack_from(self._memory, self._base(lane))[0])

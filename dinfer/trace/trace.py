@@ -1,4 +1,6 @@
-"""Trace: the merged events of all ranks, and what can be read off them. Pure; views take their numbers from here."""
+"""Trace: the merged events of all ranks, and what can be read off them. Pure; views take their numbers from
+here.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,8 +29,9 @@ class RankFigures(NamedTuple):
 
 
 class LinkFigures(NamedTuple):
-    """What went from one rank to another, as the receiver saw it. `wire_s` is the time in which at least one message was
-    on the wire; `bytes_per_s` is None where nothing measurable was sent."""
+    """What went from one rank to another, as the receiver saw it. `wire_s` is the time in which at least one
+    message was on the wire; `bytes_per_s` is None where nothing measurable was sent.
+    """
 
     source: int
     target: int
@@ -48,8 +51,10 @@ class Trace:
 
     @classmethod
     def merge(cls, by_rank: Iterable[Sequence[Event]], **about: Any) -> "Trace":
-        """One trace out of each rank's events. Clocks must have been aligned; on one machine they are one clock."""
-        events = sorted((event for events in by_rank for event in events), key=lambda e: (e.end, e.rank, e.lane))
+        """One trace out of each rank's events, whose clocks are one clock or have been aligned."""
+        events = sorted(
+            (event for events in by_rank for event in events), key=lambda e: (e.end, e.rank, e.lane)
+        )
         return cls(tuple(events), about)
 
     @property
@@ -70,7 +75,7 @@ class Trace:
         transfers = [e for e in prefill if e.kind in ("send", "recv")]
         return RankFigures(
             rank=rank,
-            prefill_s=_seconds(max((e.end for e in prefill), default=0) - self.began),
+            prefill_s=_seconds(max((e.end for e in prefill), default=self.began) - self.began),
             compute_s=_seconds(_length(compute)),
             exposed_sync_s=_seconds(_length(_minus(sync, compute))),
             decode_s=_seconds(sum(e.busy for e in mine if e.kind == "decode")),
@@ -137,13 +142,16 @@ def _union(intervals: Iterable[Interval]) -> list[Interval]:
 def _minus(intervals: list[Interval], removed: list[Interval]) -> list[Interval]:
     """The part of `intervals` outside `removed`; both disjoint and in order."""
     left: list[Interval] = []
+    at = 0
     for start, end in intervals:
-        for cut_start, cut_end in removed:
-            if cut_end <= start or cut_start >= end:
-                continue
-            if cut_start > start:
+        while at < len(removed) and removed[at][0] < end:
+            cut_start, cut_end = removed[at]
+            if start < cut_start:
                 left.append((start, cut_start))
             start = max(start, cut_end)
+            if cut_end > end:
+                break  # the next interval may lie in it too
+            at += 1
         if start < end:
             left.append((start, end))
     return left

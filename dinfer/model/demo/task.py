@@ -1,7 +1,7 @@
 """The task of the demo model: codes of cities told in a prompt, then a question about one of them.
 
 Plain Python, and a pure function of its seed: `recall(7, "en")` is the same prompt on every machine.
-The codes are random, so only the prompt holds the answer.
+The codes are random, so only the prompt holds the answer. `python -m dinfer.model.demo.task` prints a prompt.
 """
 
 from dataclasses import dataclass, replace
@@ -124,3 +124,7 @@ def recall(seed: int, language: Language, facts: int = FACTS) -> Recall:
 def demo_prompt(language: Language = "en") -> Recall:
     """The prompt that documentation and examples use: sixteen facts, the one asked for near the start."""
     return recall(0, language).ask(2)
+
+
+if __name__ == "__main__":
+    print(demo_prompt().prompt)

@@ -25,6 +25,8 @@ from dinfer.model.demo.task import LANGUAGES
 from dinfer.model.demo.tokenizer import build
 
 POSITIONS = 4096
+STEPS, LESSONS = 1_000_000, 1_000
+"""More than any training has of steps, and any step of lessons: no two share the number of a lesson."""
 SCORED = 100
 """Prompts in each language that the finished model is scored on."""
 
@@ -38,7 +40,7 @@ class Recipe:
     tokens: int = 4096
     first_facts: int = 2
     more_facts: int = 2
-    most_facts: int = 40
+    most_facts: int = 24
     learned: float = 0.06
     smoothing: float = 0.05
     polish: int = 300
@@ -54,7 +56,7 @@ class Curriculum:
 
     recipe: Recipe
     facts: int = field(init=False)
-    smoothed: float = 3.0
+    smoothed: float = 2.3
     step: int = 0
     left: int | None = None
 
@@ -73,8 +75,8 @@ class Curriculum:
         return self.recipe.learning_rate * fading * min(1.0, (self.step + 1) / self.recipe.warmup)
 
     def draw(self, random: Random) -> int:
-        """The number of facts of the next batch: often fewer than the most, lest those be forgotten."""
-        return random.choice((self.facts, random.randint(1, self.facts)))
+        """The number of facts of the next batch: not always the most, lest fewer be forgotten."""
+        return random.randint(max(self.recipe.first_facts, (self.facts + 1) // 2), self.facts)
 
     def learn(self, loss: float) -> None:
         """Take in the loss of one step."""
@@ -114,14 +116,14 @@ def shape(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
 def train(recipe: Recipe, seed: int, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """A trained model. Prints how far it is."""
     torch.manual_seed(seed)
-    random = Random(seed)
     model = Qwen3ForCausalLM(shape(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     curriculum = Curriculum(recipe)
     start = time.monotonic()
     while not curriculum.done:
-        number = (seed * recipe.most_steps + curriculum.step) * recipe.tokens
-        tokens, labels = batch(number, curriculum.draw(random), recipe.tokens, tokenizer)
+        number = seed * STEPS + curriculum.step + 1
+        facts = curriculum.draw(Random(number))
+        tokens, labels = batch(number * LESSONS, facts, recipe.tokens, tokenizer)
         loss = descend(model, optimizer, curriculum.learning_rate, tokens, labels)
         curriculum.learn(loss)
         if curriculum.step % 50 == 0:

@@ -1,4 +1,4 @@
-"""What transformers makes of a prompt, kept for all tests of a session, and comparisons with it. Not a test."""
+"""What transformers makes of a prompt, kept for all tests, and comparisons with it. Not a test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEW_TOKENS = 6
 
 
 class Expected(NamedTuple):
-    """`kv` and `final` are those of the chunked forward, `unchunked` is KV; `tokens` are generate's, greedy."""
+    """`kv` and `final` of the chunked forward, KV of the unchunked one, and the greedy tokens of generate."""
 
     kv: list[Tensor]
     final: Tensor
@@ -43,10 +43,7 @@ def _expected(decoder: Decoder, ids: tuple[int, ...], chunk_size: int) -> Expect
 def same_kv(engine: Engine, kv: Sequence[Tensor]) -> bool:
     """Whether the rank's cache holds exactly these bits, layer by layer."""
     assert engine.cache is not None
-    return all(
-        torch.equal(engine.cache.block(layer, 0, len(rows)), rows)
-        for layer, rows in enumerate(kv)
-    )
+    return all(torch.equal(engine.cache.block(layer, 0, len(rows)), rows) for layer, rows in enumerate(kv))
 
 
 def differing_blocks(engine: Engine, kv: Sequence[Tensor]) -> list[tuple[int, int]]:

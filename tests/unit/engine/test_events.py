@@ -28,7 +28,8 @@ def events_of(made: Twin) -> list[list[Event]]:
 def op_of(event: Event) -> Op:
     """The op that an event says it is of."""
     if event.kind not in ("send", "recv"):
-        return Op(event.kind, event.chunk or 0, -1 if event.layer is None else event.layer)  # type: ignore[arg-type]
+        layer = -1 if event.layer is None else event.layer
+        return Op(event.kind, event.chunk or 0, layer)  # type: ignore[arg-type]
     chunk, layer = (-1 if n is None else n for n in (event.chunk, event.layer))
     assert event.peer is not None
     return Op(event.kind, chunk, layer, event.what, event.peer, event.tokens)  # type: ignore[arg-type]

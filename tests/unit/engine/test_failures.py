@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -33,15 +34,18 @@ def edited(plan: Plan, rank: int, old: str, *new: str) -> Plan:
         ops = [parse_op(n) if n else op for op in lane.ops for n in (new if str(op) == old else ("",))]
         return Lane(lane.name, tuple(ops))
 
-    return replace(plan, lanes=(*plan.lanes[:rank], tuple(map(edit, plan.lanes[rank])), *plan.lanes[rank + 1 :]))
+    lanes = [tuple(map(edit, mine)) if n == rank else mine for n, mine in enumerate(plan.lanes)]
+    return replace(plan, lanes=tuple(lanes))
 
 
 def failure(made: Twin, plan: Plan | None = None) -> RankFailed:
     """Run a prompt that must fail; how."""
+    gate = made.gate
+    assert isinstance(gate, SeededGate)
     fleet = made.prepare(IDS, plan)
     made.go(fleet)
     with pytest.raises(RankFailed) as caught:
-        fleet.wait(lambda stands: False, 30)
+        fleet.wait(lambda _: gate.stuck(), 30)
     return caught.value
 
 
@@ -52,13 +56,13 @@ def test_an_op_that_raises_is_named_with_rank_layer_chunk_and_cause(
         fleet = made.prepare(IDS)
         state = made.engines[1].executor.state
 
-        def explode(chunk: int, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        def explode(*_: object) -> torch.Tensor:
             raise ArithmeticError("no more numbers")
 
         monkeypatch.setattr(state, "compute_layer", explode)
         made.go(fleet)
         with pytest.raises(RankFailed, match=r"rank 1 failed at `layer c0 l2` .*: no more numbers") as caught:
-            fleet.wait(lambda stands: False, 30)
+            fleet.wait(lambda _: False, 30)
         failed = caught.value.__cause__
         assert isinstance(failed, OpFailed)
         assert (failed.rank, failed.lane, failed.op) == (1, "compute", parse_op("layer c0 l2"))
@@ -76,11 +80,12 @@ def test_the_cause_is_told_and_not_what_it_did_to_the_others(
         assert isinstance(made.engines[0].executor.failure, OpFailed)
         assert isinstance(made.engines[0].executor.failure.error, CommError)
         with pytest.raises(RankFailed, match="rank 2 failed"):
-            fleet.wait(lambda stands: False, 30)
+            fleet.wait(lambda _: False, 30)
 
 
 def test_a_message_that_is_not_the_plans_is_named_beside_the_plans(small: Decoder) -> None:
-    with twin(small, world_size=2, chunk_size=CHUNK, unsafe=True, schedule="lockstep") as made:
+    gate = SeededGate(2)
+    with twin(small, gate=gate, world_size=2, chunk_size=CHUNK, unsafe=True, schedule="lockstep") as made:
         plan = made.engines[0].plan_for(len(IDS))
         wrong = edited(plan, 0, SEND, "send kv c0 l0 -> 1, 4 tokens")
         error = failure(made, wrong)
@@ -90,7 +95,7 @@ def test_a_message_that_is_not_the_plans_is_named_beside_the_plans(small: Decode
 
 
 def test_a_message_of_another_size_is_drained_and_named(small: Decoder) -> None:
-    with twin(small, world_size=2, chunk_size=CHUNK, unsafe=True) as made:
+    with twin(small, gate=SeededGate(2), world_size=2, chunk_size=CHUNK, unsafe=True) as made:
         plan = made.engines[0].plan_for(len(IDS))
         wrong = edited(plan, 0, SEND, "send kv c2 l0 -> 1, 2 tokens")
         assert "block c2 l0, 2 tokens, float32, 512 bytes" in str(failure(made, wrong))
@@ -98,7 +103,7 @@ def test_a_message_of_another_size_is_drained_and_named(small: Decoder) -> None:
 
 
 def test_a_plan_that_miscounts_tokens_is_refused_by_the_sender(small: Decoder) -> None:
-    with twin(small, world_size=2, chunk_size=CHUNK, unsafe=True) as made:
+    with twin(small, gate=SeededGate(2), world_size=2, chunk_size=CHUNK, unsafe=True) as made:
         wrong = edited(made.engines[0].plan_for(len(IDS)), 0, SEND, SEND.replace("4 tokens", "5 tokens"))
         assert "the plan says 5 tokens, but block c1 l0 has 4" in str(failure(made, wrong))
 
@@ -112,7 +117,7 @@ def test_another_plan_on_one_rank_is_named(small: Decoder) -> None:
         assert plan.id != fleet.plan.id
         made.go(fleet)
         with pytest.raises(RankFailed, match=r"rank \d runs another plan") as caught:
-            fleet.wait(lambda stands: False, 30)
+            fleet.wait(lambda _: False, 30)
         assert f"{plan.id:016x}" in str(caught.value)
         assert f"{fleet.plan.id:016x}" in str(caught.value)
 
@@ -165,6 +170,20 @@ def test_an_unsafe_plan_gets_stuck_in_rendezvous(small: Decoder) -> None:
         assert gate.wait(lambda: gate.stuck() or None, 30)
         assert not is_complete(made, expected(small, IDS, CHUNK))
         assert any(any(stand.started) for stand in fleet.stands())
+
+
+def test_a_new_prompt_is_refused_while_the_one_before_is_blocked(
+    small: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = SeededGate(1)
+    with twin(small, gate=gate, world_size=3, chunk_size=CHUNK, schedule="batched", unsafe=True) as made:
+        made.go(made.prepare(IDS))
+        assert gate.wait(lambda: gate.stuck() or None, 30)
+        executor = made.engines[0].executor
+        monkeypatch.setattr(executor, "close", partial(executor.close, timeout=0.01))
+        with pytest.raises(RuntimeError, match=r"rank 0 still has lanes .* blocked in a transfer"):
+            made.engines[0].prepare(IDS)
+        monkeypatch.undo()
 
 
 def test_a_plan_for_another_prompt_is_refused_even_unsafe(small: Decoder) -> None:

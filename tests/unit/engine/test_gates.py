@@ -106,7 +106,11 @@ def test_a_wait_ends_with_the_claim_or_the_timeout(gate: Gate) -> None:
     assert gate.wait(lambda: None, 0.01) is None
     answers: list[str | None] = []
     done = threading.Event()
-    thread = threading.Thread(target=lambda: answers.append(gate.wait(lambda: "late" if done.is_set() else None, 30)))
+
+    def look() -> None:
+        answers.append(gate.wait(lambda: "late" if done.is_set() else None, 30))
+
+    thread = threading.Thread(target=look)
     thread.start()
     with gate.change():
         done.set()

@@ -65,7 +65,8 @@ class Twin:
     def close(self) -> bool:
         """End all lanes; whether all ended."""
         self.exchange.close()
-        return all([engine.release() for engine in self.engines])
+        ended = [engine.release() for engine in self.engines]
+        return all(ended)
 
 
 @contextmanager

@@ -1,0 +1,173 @@
+"""How much memory a rank needs for a model and a prompt, and how much is free, before anything is loaded.
+
+Every rank decodes with the whole model, so every rank holds all layers. The numbers are computed from the
+checkpoint's own; working memory (of one layer, for one chunk) is an estimate, and what Python and torch take
+(a few hundred MiB a process) is not in them. Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dinfer.model.checkpoint import Spec
+from dinfer.model.errors import ModelError
+from dinfer.model.families import family_of
+from dinfer.model.free import free
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of one number, by dtype."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one rank needs, in bytes: weights, KV, and hidden states with the working memory of a layer."""
+
+    weights_bytes: int
+    kv_bytes: int
+    hidden_bytes: int
+
+    @property
+    def total(self) -> int:
+        """All of it, in bytes."""
+        return self.weights_bytes + self.kv_bytes + self.hidden_bytes
+
+
+def need(spec: Spec, dtype: str, tokens: int, chunk_size: int = 0) -> Need:
+    """Return what a rank needs in `dtype` ("auto": the checkpoint's) for `tokens`, prompt and new ones.
+
+    `hidden_bytes` holds the hidden state that entered the stage for every token, kept for going back; with a
+    `chunk_size` also the working memory of a layer that computes the last chunk.
+    """
+    size = _itemsize(spec, dtype)
+    return Need(
+        weights_bytes=spec.parameters * size,
+        kv_bytes=tokens * spec.layers * 2 * spec.kv_heads * spec.head_dim * size,
+        hidden_bytes=tokens * spec.hidden_size * size + _working(spec, size, tokens, min(chunk_size, tokens)),
+    )
+
+
+def check_memory(
+    spec: Spec, dtype: str, tokens: int, ranks_here: int, device: str = "cpu", chunk_size: int = 0
+) -> None:
+    """Raise `ModelError` where `ranks_here` ranks, all on `device`, need more memory than is free there.
+
+    Ask once for all ranks, before the first of them loads: weights that are loaded are no longer free. Where
+    it is unknown what is free, nothing is refused.
+    """
+    available = free(device)
+    wanted = Demand(spec, dtype, tokens, ranks_here, device, chunk_size)
+    if available is not None and wanted.bytes() > available:
+        raise ModelError(_shortage(wanted, available))
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What all ranks that share one device ask of it together."""
+
+    spec: Spec
+    dtype: str
+    tokens: int
+    ranks: int
+    device: str
+    chunk_size: int
+
+    def bytes(
+        self,
+        dtype: str | None = None,
+        tokens: int | None = None,
+        ranks: int | None = None,
+        chunk_size: int | None = None,
+    ) -> int:
+        """Return the bytes that are needed, with one thing or another changed."""
+        dtype = self.dtype if dtype is None else dtype
+        ranks = self.ranks if ranks is None else ranks
+        one = need(
+            self.spec,
+            dtype,
+            self.tokens if tokens is None else tokens,
+            self.chunk_size if chunk_size is None else chunk_size,
+        )
+        copies = 1 if self.shares_weights(dtype) else ranks
+        return copies * one.weights_bytes + ranks * (one.kv_bytes + one.hidden_bytes)
+
+    def shares_weights(self, dtype: str) -> bool:
+        """Tell whether ranks use one copy of the weights: on a CPU, where they are views of the files."""
+        as_stored = _resolved(self.spec, dtype) == self.spec.stored_dtype
+        return self.device == "cpu" and as_stored and not family_of(self.spec).rebuilds_weights
+
+
+def _resolved(spec: Spec, dtype: str) -> str:
+    return spec.dtype if dtype == "auto" else dtype
+
+
+def _itemsize(spec: Spec, dtype: str) -> int:
+    name = _resolved(spec, dtype)
+    if name not in BYTES:
+        raise ModelError(f"dtype {name!r} is not known; give one of {', '.join(BYTES)}")
+    return BYTES[name]
+
+
+def _working(spec: Spec, size: int, tokens: int, chunk: int) -> int:
+    """Estimate what a layer holds at once for `chunk` tokens: hidden states, Q, K, V, MLP, mask or scores.
+
+    SDPA takes a mask as booleans and makes numbers of it; eager attention has scores of every head, once in
+    float32 and twice in the dtype.
+    """
+    of_a_token = 4 * spec.hidden_size + 2 * (spec.heads + spec.kv_heads) * spec.head_dim
+    activations = chunk * (of_a_token + 3 * spec.intermediate_size) * size
+    eager = family_of(spec).attention == "eager"
+    return activations + chunk * tokens * (spec.heads * (4 + 2 * size) if eager else 1 + size)
+
+
+def _shortage(wanted: Demand, available: int) -> str:
+    """Say what was asked for, what is free, and each single change that would be enough."""
+    one, missing = (
+        need(wanted.spec, wanted.dtype, wanted.tokens, wanted.chunk_size),
+        wanted.bytes() - available,
+    )
+    shared = " (one copy for all)" if wanted.ranks > 1 and wanted.shares_weights(wanted.dtype) else ""
+    asked = (
+        f"{wanted.ranks} rank{'s' if wanted.ranks > 1 else ''} on {wanted.device} with {wanted.tokens:,} tokens in "
+        f"{_resolved(wanted.spec, wanted.dtype)} need {size_text(wanted.bytes())}; {size_text(available)} are free, "
+        f"{size_text(missing)} too little. Each rank holds all {wanted.spec.layers} layers, to decode: weights "
+        f"{size_text(one.weights_bytes)}{shared}, KV {size_text(one.kv_bytes)}, hidden states "
+        f"{size_text(one.hidden_bytes)}. "
+    )
+    if ways := _ways_out(wanted, available):
+        return asked + "One of these would be enough: " + "; ".join(ways) + "."
+    return asked + "No single change is enough: use a smaller model, or a machine with more memory."
+
+
+def _ways_out(wanted: Demand, available: int) -> list[str]:
+    ways = []
+    half = wanted.bytes(dtype="bfloat16")
+    if half <= available:
+        ways.append(f"dtype bfloat16 (needs {size_text(half)})")
+    if longest := _largest(wanted.tokens - 1, lambda n: wanted.bytes(tokens=n) <= available):
+        ways.append(f"prompt and new tokens together at most {longest:,}, {wanted.tokens - longest:,} fewer")
+    chunk = _largest(wanted.chunk_size - 1, lambda n: wanted.bytes(chunk_size=n) <= available)
+    if chunk:
+        ways.append(f"chunk_size at most {chunk:,} in place of {wanted.chunk_size:,}")
+    if ranks := _largest(wanted.ranks - 1, lambda n: wanted.bytes(ranks=n) <= available):
+        ways.append(f"at most {ranks} rank{'s' if ranks > 1 else ''} here")
+    return ways
+
+
+def _largest(high: int, fits: Callable[[int], bool]) -> int:
+    """Return the largest of 1 to `high` that fits, 0 if none does; what fits, fits with less too."""
+    low = 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def size_text(count: int) -> str:
+    """Return bytes in words: "7.5 GiB", "144.0 KiB"."""
+    size = float(count)
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} GiB"

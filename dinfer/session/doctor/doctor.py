@@ -1,0 +1,94 @@
+"""`dinfer doctor`: every check in turn, then the report. No check can end it, whatever that check runs into."""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from dinfer.config import Config
+from dinfer.session.doctor import network as net
+from dinfer.session.doctor.check import Check
+from dinfer.session.doctor.devices import gpu_check
+from dinfer.session.doctor.leftovers import folder_check, process_check
+from dinfer.session.doctor.memory import memory_check
+from dinfer.session.doctor.report import Report, as_json as to_json, as_text
+from dinfer.session.doctor.versions import backend_check, version_checks
+
+if TYPE_CHECKING:
+    from dinfer.session.doctor.pair_rank import Pair
+
+PAIRS_S = 40.0
+"""of the 60 seconds that an examination may take"""
+
+
+def doctor(model: str | None, world_size: int, as_json: bool) -> int:
+    """Examine this host and print the report. Exit status: 1 if a check failed, else 0. Raises ConfigError."""
+    Config.of({"world_size": world_size})
+    report = examine(model, world_size)
+    if as_json:
+        print(json.dumps(to_json(report), ensure_ascii=False, indent=1))
+    else:
+        print(as_text(report, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    return 0 if report.ok else 1
+
+
+def examine(model: str | None, world_size: int) -> Report:
+    started = perf_counter()
+    checks = list(_checks_before_pairs(model, world_size))
+    pairs: list[Pair] = []
+    checks.insert(_after_ports(checks), _guarded("pairs", lambda: _measure(world_size, checks, pairs))[0])
+    return Report(_host(), checks, pairs, perf_counter() - started)
+
+
+def _checks_before_pairs(model: str | None, world_size: int) -> Iterator[Check]:
+    yield from _guarded("versions", version_checks)
+    yield from _guarded("backends", backend_check)
+    yield from _guarded("GPUs", gpu_check)
+    yield from _guarded("memory", lambda: memory_check(model, world_size))
+    yield from _guarded("network", _network_checks)
+    yield from _guarded("old processes", process_check)
+    yield from _guarded("old folders", folder_check)
+    found = f"this examined {platform.node()} alone, with links within it; NCCL is not measured"
+    yield Check("other hosts", "unchecked", found, "run dinfer doctor on each")
+
+
+def _network_checks() -> list[Check]:
+    seen = net.look()
+    ports = net.port_check(net.try_ports(seen.own), seen.own)
+    return [net.interface_check(seen), net.host_name_check(seen), ports]
+
+
+def _guarded(name: str, look: Callable[[], Check | list[Check]]) -> list[Check]:
+    """What `look` finds; that it broke, where it did."""
+    try:
+        found = look()
+    except Exception as error:  # a system that nobody has thought of must not hide what the other checks find
+        text = f"this check broke: {type(error).__name__}: {error}"
+        return [Check(name, "unchecked", text, "report it, with this line")]
+    return [found] if isinstance(found, Check) else found
+
+
+def _measure(world_size: int, checks: Sequence[Check], pairs: "list[Pair]") -> Check:
+    """Appends to `pairs`. What must fail, because of something found before, is not tried."""
+    from dinfer.session.doctor.pairs import measure, pairs_check
+
+    if world_size == 1:
+        return Check("pairs", "ok", "one rank has no links")
+    blocking = [c.name for c in checks if c.state == "fail" and c.name in ("torch", "backends", "interface", "ports")]
+    if blocking:
+        return Check("pairs", "unchecked", f"not measured, since {blocking[0]} failed")
+    measured = measure(world_size, PAIRS_S)
+    pairs += sorted(measured.pairs)
+    return pairs_check(measured, world_size, os.environ.get("GLOO_SOCKET_IFNAME", ""))
+
+
+def _after_ports(checks: Sequence[Check]) -> int:
+    return next((n for n, check in enumerate(checks) if check.name == "old processes"), len(checks))
+
+
+def _host() -> str:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{platform.node()}: {platform.system()} {platform.release()}, {platform.machine()}, {cores} cores"

@@ -1,0 +1,46 @@
+"""What the cluster tests share: tiny checkpoints, written once, and runs that are cleaned up whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cluster.runs import Fault, Run, run_arguments
+from tests.unit.model.tiny import tiny_checkpoint
+
+torch.set_num_threads(1)  # as the ranks: float32 attention differs between 1 and 2 threads
+
+Start = Callable[..., Run]
+"""start(model, fault=None, **flags): `dinfer run` with these flags, broken by that fault"""
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of random checkpoints of 7 layers without tokenizers, by family."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {family: tiny_checkpoint(folder / family, family) for family in ("qwen3", "llama")}
+
+
+@pytest.fixture
+def qwen3(checkpoints: dict[str, Path]) -> Path:
+    """One checkpoint, for tests that are not about architectures."""
+    return checkpoints["qwen3"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts runs in the test's folder."""
+    runs: list[Run] = []
+
+    def started(model: Path, fault: Fault | None = None, **flags: object) -> Run:
+        runs.append(
+            Run(tmp_path, run_arguments(model, **flags), fault.environment(tmp_path) if fault else {})
+        )
+        return runs[-1]
+
+    yield started
+    for run in runs:
+        run.end()

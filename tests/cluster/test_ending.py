@@ -1,0 +1,106 @@
+"""However a run is ended, nothing of it is left: no process, no listening socket, no shared memory."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cluster.conftest import Start
+from tests.cluster.runs import Fault, Run, is_alive, wait_for
+from tests.unit.engine.twin import prompt
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+IDS = tuple(prompt(22))
+WORLD_SIZE = 3
+ORPHANS_END_S = 20.0
+"""within which ranks end whose client was killed: the watchers' 10 s, and some for a busy machine"""
+BLOCK = "while True: time.sleep(60)"
+
+
+@contextmanager
+def nothing_left(run: Run, seconds: float) -> Iterator[None]:
+    """All processes of the run are gone within `seconds` after what is done inside, and what they held with them."""
+    shared, members = _shared_memory(), run.started(WORLD_SIZE)
+    yield
+    wait_for(lambda: not any(map(is_alive, members)) and not run.members(), "no process is left", seconds)
+    ids = {process.pid for process in members}
+    assert not [found for found in psutil.net_connections() if found.pid in ids]
+    assert not [
+        name for name in _shared_memory() - shared if name.startswith(("torch", "dinfer", "psm", "sem"))
+    ]
+
+
+def _shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+
+
+def _listening(run: Run) -> set[int]:
+    found = (connection for process in run.members() for connection in process.net_connections("tcp"))
+    return {connection.laddr.port for connection in found if connection.status == psutil.CONN_LISTEN}
+
+
+def _is_bound(port: int) -> bool:
+    return any(
+        found.laddr and found.laddr.port == port and found.status == psutil.CONN_LISTEN
+        for found in psutil.net_connections("tcp")
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "during"),
+    [
+        (signal.SIGINT, "prefill"),
+        (signal.SIGTERM, "start"),
+        pytest.param(signal.SIGINT, "start", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "prefill", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_ends_all_ranks(number: signal.Signals, during: str, qwen3: Path, start: Start) -> None:
+    run = start(qwen3, Fault(BLOCK), prompt_ids=IDS, chunk_size=4)
+    ports: set[int] = set()
+    with nothing_left(run, 10):
+        if during == "prefill":
+            wait_for((run.folder / "fault.at").exists, "rank 1 is blocked")
+            ports = _listening(run)
+            assert ports
+        run.process.send_signal(number)
+        assert run.finish() == 130
+    assert run.err == "dinfer: interrupted; all ranks were ended.\n"
+    assert not any(map(_is_bound, ports))
+
+
+def test_ranks_end_when_their_client_is_killed_while_they_are_busy(qwen3: Path, start: Start) -> None:
+    """Rank 0 has far more to say than fits into the queues of a connection that nobody reads."""
+    run = start(qwen3, prompt_ids=IDS, chunk_size=4, max_new_tokens=4000)
+    with nothing_left(run, ORPHANS_END_S):
+        wait_for(lambda: run.out.count(" ") and "\n\n" in run.out, "text flows")
+        run.process.kill()
+        run.process.wait()
+
+
+@pytest.mark.slow
+def test_ranks_end_when_their_client_is_killed_while_they_are_blocked(qwen3: Path, start: Start) -> None:
+    run = start(qwen3, Fault(BLOCK), prompt_ids=IDS, chunk_size=4)
+    with nothing_left(run, ORPHANS_END_S):
+        wait_for((run.folder / "fault.at").exists, "rank 1 is blocked")
+        run.process.kill()
+        run.process.wait()
+
+
+def test_ranks_end_though_nobody_waits_for_their_killed_client(qwen3: Path, start: Start) -> None:
+    """As in a container whose first process reaps nobody: the client stays in the process table."""
+    run = start(qwen3, Fault(BLOCK), prompt_ids=IDS, chunk_size=4)
+    with nothing_left(run, ORPHANS_END_S):
+        wait_for((run.folder / "fault.at").exists, "rank 1 is blocked")
+        run.process.kill()
+
+
+def test_an_output_that_nobody_reads_any_more_ends_the_run(qwen3: Path, start: Start) -> None:
+    """As in `dinfer run … | head -1`."""

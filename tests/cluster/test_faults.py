@@ -1,0 +1,138 @@
+"""A rank that fails, dies, leaves or stands still ends the run: soon, with one message that names the cause."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cluster.conftest import Start
+from tests.cluster.runs import Fault, Run, fault_time, is_alive, wait_for
+from tests.unit.engine.twin import prompt
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+IDS = tuple(prompt(22))
+STOP_S = 5.0
+"""within which a failure ends the other ranks"""
+TIMEOUT_S = 3
+AT = r"compute in `layer c1 l3`"
+BLOCK = "while True: time.sleep(60)"
+
+
+def broken_run(start: Start, model: Path, fault: Fault, **flags: object) -> tuple[Run, float]:
+    """A run on three ranks with a fault; when the last of its ranks was gone, in seconds after the fault."""
+    run = start(model, fault, prompt_ids=IDS, chunk_size=4, max_new_tokens=6, **flags)
+    processes = run.started(3)
+    wait_for(lambda: not any(_is_alive_rank(process) for process in processes), "all ranks are gone")
+    return run, time.monotonic() - fault_time(run.folder)
+
+
+def message(run: Run) -> str:
+    """What the run said on stderr: one message, and no traceback."""
+    assert run.finish() == 1
+    assert run.err.startswith("dinfer: ")
+    assert run.err.count("dinfer: ") == 1
+    assert "Traceback" not in run.err
+    return run.err.removeprefix("dinfer: ")
+
+
+def _is_alive_rank(process: psutil.Process) -> bool:
+    try:
+        return is_alive(process) and "dinfer.engine.worker" in process.cmdline()
+    except psutil.Error:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (
+            Fault("raise ValueError('broken on purpose')"),
+            r"rank 1 failed at `layer c1 l3` \(lane compute\): ValueError: broken on purpose\n",
+        ),
+        (Fault("os.kill(os.getpid(), 9)"), rf"rank 1 was killed by SIGKILL; it stood at: .*{AT}"),
+        (Fault("os._exit(7)"), rf"rank 1 ended with exit status 7; it stood at: .*{AT}"),
+        pytest.param(
+            Fault("raise MemoryError('no room')", rank=2, kind="recv"),
+            r"rank 2 failed at `recv kv c1 l3 <- 1, 4 tokens` \(lane [^)]*\): MemoryError: no room\n",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Fault("raise KeyError('gone')", rank=0, kind="layer", chunk=5, layer=0),
+            r"rank 0 failed at `layer c5 l0` \(lane compute\): KeyError: 'gone'\n",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Fault("os._exit(0)"),
+            rf"rank 1 ended with exit status 0; it stood at: .*{AT}",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Fault("raise ValueError('lost for words')", kind="token", chunk=3),
+            r"rank 1: ValueError: lost for words\n",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Fault("os.kill(os.getpid(), 9)", kind="token", chunk=3),
+            r"rank 1 was killed by SIGKILL; it stood at: decode, token 3\n",
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["raises", "dies", "exits", "recv", "rank0", "exits0", "decode raises", "decode dies"],
+)
+def test_the_others_stop_and_the_cause_is_named(fault: Fault, words: str, qwen3: Path, start: Start) -> None:
+    run, seconds = broken_run(start, qwen3, fault)
+    assert re.match(words, message(run)), run.err
+    assert seconds < STOP_S
+
+
+@pytest.mark.parametrize(
+    ("action", "words"),
+    [
+        (BLOCK, rf"rank 1: .*{AT}[^(]*$"),
+        ("os.kill(os.getpid(), signal.SIGSTOP)", rf"rank 1: .*{AT}.*\(its process is stopped\)$"),
+    ],
+    ids=["blocked", "stopped"],
+)
+def test_no_progress_ends_the_run_with_each_position(
+    action: str, words: str, qwen3: Path, start: Start
+) -> None:
+    run, seconds = broken_run(start, qwen3, Fault(action), timeout=TIMEOUT_S)
+    said = message(run)
+    assert re.match(r"no rank has made progress for \d+ s \(timeout\); where they stand:\n", said)
+    assert re.search(words, said, re.MULTILINE), said
+    assert len(re.findall(r"^rank [02]: .* in `recv ", said, re.MULTILINE)) == 2
+    assert seconds < TIMEOUT_S + STOP_S
+
+
+def test_an_error_ranks_above_those_who_wait(qwen3: Path, start: Start) -> None:
+    """Rank 1 stands still, so rank 2 waits for it, and rank 0 raises after a while: that is the cause."""
+    late = "while time.monotonic() - float((folder / 'fault.at').read_text().split()[0]) < 1: pass\n"
+    fault = Fault(late + "raise ValueError('the first domino')", rank=0, chunk=2, layer=1)
+    run, seconds = broken_run(start, qwen3, fault, timeout=60)
+    assert re.match(r"rank 0 failed at `layer c2 l1` .*: ValueError: the first domino\n", message(run))
+    assert seconds < 1 + STOP_S
+
+
+def test_the_traceback_is_in_the_log(qwen3: Path, start: Start) -> None:
+    run, _ = broken_run(start, qwen3, Fault("raise ValueError('深い所')"))
+    named = re.search(r"The whole traceback is in (\S+)\.\n", message(run))
+    assert named
+    text = (run.folder / named[1]).read_text(encoding="utf-8")
+    assert "Traceback" in text
+    assert "ValueError: 深い所" in text
+
+
+def test_a_refuted_schedule_hangs_as_foretold(qwen3: Path, start: Start) -> None:
+    """Run all the same, with --unsafe, it ends by its timeout; every rank stands at the send of the cycle."""
+    run = start(qwen3, prompt_ids=IDS, chunk_size=4, schedule="batched", unsafe=True, timeout=TIMEOUT_S)
+    assert run.finish() == 1
+    said = message(run)
+    assert "no rank has made progress" in said
+    assert all(
+        re.search(rf"^rank {rank}: \d+ of \d+ ops done; .* in `send kv", said, re.M) for rank in range(3)
+    )

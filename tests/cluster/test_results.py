@@ -1,0 +1,218 @@
+"""`dinfer run` on real processes: the same KV on every rank, the tokens of `generate`, and all that a run leaves behind."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dinfer.plan.ops import Op
+from dinfer.plan.partition import partition
+from dinfer.plan.plan import Plan
+from dinfer.plan.schedule import build
+from dinfer.trace.export import read_jsonl
+from dinfer.trace.trace import Trace
+from tests.cluster.conftest import Start
+from tests.cluster.expected import Expected, expected
+from tests.cluster.parrot import parrot_checkpoint
+from tests.cluster.runs import Run, run_arguments
+from tests.unit.engine.twin import prompt
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+IDS = tuple(prompt(22))
+CHUNK, NEW_TOKENS = 4, 8
+LAYERS, HIDDEN, KV_ROW = 7, 64, 2 * 2 * 16  # of the tiny checkpoints; a token's K and V in one layer
+FLOAT_BYTES = 4
+RUN_KEYS = {"prompt_tokens", "tokens", "text", "plan", "ranks"}
+RANK_KEYS = {
+    "rank",
+    "host",
+    "device",
+    "threads",
+    "kv_sha256",
+    "tokens",
+    "prefill_s",
+    "exposed_sync_s",
+    "decode_s",
+    "sent_bytes",
+    "received_bytes",
+}
+slow = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run that went to its end, and what it should have come to."""
+
+    run: Run
+    plan: Plan
+    wanted: Expected
+    log_level: str
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return self.run.result()
+
+    @property
+    def trace(self) -> Trace:
+        return read_jsonl(self.run.folder / "logs" / "trace.jsonl")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("qwen3", "pipelined", "pairwise", "DEBUG"),
+        ("llama", "pipelined", "ring", "INFO"),
+        ("llama", "lockstep", "pairwise", "INFO"),
+        ("qwen3", "lockstep", "ring", "DEBUG"),
+        pytest.param(("llama", "pipelined", "pairwise", "DEBUG"), marks=slow),
+        pytest.param(("qwen3", "pipelined", "ring", "DEBUG"), marks=slow),
+        pytest.param(("qwen3", "lockstep", "pairwise", "DEBUG"), marks=slow),
+        pytest.param(("llama", "lockstep", "ring", "DEBUG"), marks=slow),
+    ],
+    ids="-".join,
+)
+def sample(
+    request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Sample]:
+    """A run on three ranks; of the eight combinations each part is met with each other one by default."""
+    family, schedule, strategy, log_level = request.param
+    model = checkpoints[family]
+    arguments = run_arguments(
+        model,
+        prompt_ids=IDS,
+        chunk_size=CHUNK,
+        schedule=schedule,
+        sync_strategy=strategy,
+        max_new_tokens=NEW_TOKENS,
+        log_level=log_level,
+    )
+    shape = partition(layers=LAYERS, tokens=len(IDS), world_size=3, chunk_size=CHUNK)
+    run = Run(tmp_path_factory.mktemp("run"), arguments, {})
+    wanted = expected(model, IDS, CHUNK, NEW_TOKENS)
+    run.finish()
+    yield Sample(run, build(shape, schedule, strategy), wanted, log_level)
+    run.end()
+
+
+def transfer_bytes(op: Op) -> int:
+    """What an op carries, by the plan: float32 blocks, hidden states of a chunk, or the last one."""
+    return op.tokens * (KV_ROW if op.what == "kv" else HIDDEN) * FLOAT_BYTES
+
+
+def ops_of(plan: Plan, rank: int) -> Counter[tuple[str, str]]:
+    """(lane, op) of a rank's part of the plan."""
+    return Counter((lane.name, str(op)) for lane in plan.lanes[rank] for op in lane.ops)
+
+
+def test_every_rank_ends_with_the_kv_of_transformers(sample: Sample) -> None:
+    assert [rank["kv_sha256"] for rank in sample.result["ranks"]] == [sample.wanted.kv_sha256] * 3
+
+
+def test_tokens_are_those_of_generate(sample: Sample) -> None:
+    assert sample.result["tokens"] == sample.wanted.tokens
+    assert [rank["tokens"] for rank in sample.result["ranks"]] == [sample.wanted.tokens] * 3
+
+
+def test_json_holds_what_is_promised(sample: Sample) -> None:
+    result = sample.result
+    assert result.keys() >= RUN_KEYS
+    assert result["prompt_tokens"] == len(IDS)
+    assert result["plan"] == {
+        "id": f"{sample.plan.id:016x}",
+        "proved": True,
+        "proof": result["plan"]["proof"],
+    }
+    assert result["text"].split() == [str(token) for token in sample.wanted.tokens]
+    for number, rank in enumerate(result["ranks"]):
+        assert rank.keys() >= RANK_KEYS
+        assert (rank["rank"], rank["device"], rank["threads"]) == (number, "cpu", 1)
+        assert rank["prefill_s"] > 0
+        assert rank["decode_s"] > 0
+        assert 0 <= rank["exposed_sync_s"] <= rank["prefill_s"]
+
+
+def test_ranks_send_and_receive_the_bytes_of_the_plan(sample: Sample) -> None:
+    for number, rank in enumerate(sample.result["ranks"]):
+        ops = [op for lane in sample.plan.lanes[number] for op in lane.ops]
+        assert rank["sent_bytes"] == sum(transfer_bytes(op) for op in ops if op.kind == "send")
+        assert rank["received_bytes"] == sum(transfer_bytes(op) for op in ops if op.kind == "recv")
+
+
+def test_the_trace_holds_every_op_once(sample: Sample) -> None:
+    trace = sample.trace
+    for rank, lanes in enumerate(sample.plan.lanes):
+        by_name = {lane.name: lane.ops for lane in lanes}
+        mine = [event for event in trace.prefill() if event.rank == rank]
+        assert all(event.index is not None for event in mine)
+        seen = Counter((event.lane, str(by_name[event.lane][event.index or 0])) for event in mine)
+        assert seen == ops_of(sample.plan, rank)
+        for event in mine:
+            op = by_name[event.lane][event.index or 0]
+            assert (event.kind, event.chunk, event.layer) == (op.kind, *_unknown_as_none(op))
+            assert event.ready <= event.start <= event.met <= event.end
+
+
+def test_the_trace_says_that_every_rank_got_every_block(sample: Sample) -> None:
+    for rank in range(3):
+        matrix = sample.trace.received(rank)
+        assert [len(row) for row in matrix] == [LAYERS] * len(sample.plan.shape.chunks)
+        assert all(all(row) for row in matrix)
+
+
+def test_each_rank_leaves_one_log(sample: Sample) -> None:
+    logs = sorted(path.name for path in (sample.run.folder / "logs").glob("*.log"))
+    assert logs == ["rank0.log", "rank1.log", "rank2.log"]
+    for rank in range(3):
+        text = (sample.run.folder / "logs" / f"rank{rank}.log").read_text(encoding="utf-8")
+        assert re.search(rf"rank {rank} INFO .*chunk \d+: layers \d–\d computed", text)
+        logged = Counter(re.findall(rf"rank {rank} DEBUG ([^:]*): waited", text))
+        plan = Counter(str(op) for lane in sample.plan.lanes[rank] for op in lane.ops)
+        assert logged == (plan if sample.log_level == "DEBUG" else Counter())
+        assert (sample.run.folder / "logs" / f"rank{rank}.err").read_text() == ""
+
+
+def test_the_end_shows_ranks_and_links_and_nothing_on_stderr(sample: Sample) -> None:
+    assert sample.run.finish() == 0
+    assert sample.run.err == ""
+    assert "proved: 3 ranks" in sample.run.out
+    assert all(f"{a}→{b}" in sample.run.out for a, b in ((0, 1), (1, 2), (2, 0)))
+
+
+def test_text_streams_in_whole_characters_and_flags_win_over_the_config_file(
+    tmp_path: Path, start: Start
+) -> None:
+    """A prompt file with Chinese and an emoji; each of its bytes is a token."""
+    saying = "中🙂é"
+    model = parrot_checkpoint(tmp_path / "parrot", saying)
+    (tmp_path / "prompt.txt").write_text(saying, encoding="utf-8")
+    (tmp_path / "run.toml").write_text(
+        'prompt_file = "prompt.txt"\nchunk_size = 4\nmax_new_tokens = 18\nworld_size = 3\n', encoding="utf-8"
+    )
+    run = start(model, config="run.toml", world_size=2)
+    result = run.result()
+    assert result["prompt_tokens"] == len(saying.encode())
+    assert result["text"] == saying * 2
+    assert f"\n{saying * 2}\n" in run.out
+    assert "\ufffd" not in run.out
+    assert len(result["ranks"]) == 2
+    assert len({rank["kv_sha256"] for rank in result["ranks"]}) == 1
+    assert "in 3 chunks" in run.out
+
+
+def test_one_rank_needs_no_other(qwen3: Path, start: Start) -> None:
+    run = start(qwen3, world_size=1, prompt_ids=IDS, chunk_size=CHUNK, max_new_tokens=NEW_TOKENS)
+    wanted = expected(qwen3, IDS, CHUNK, NEW_TOKENS)
+    (rank,) = run.result()["ranks"]
+    assert (rank["kv_sha256"], rank["tokens"]) == wanted
+    assert rank["sent_bytes"] == rank["received_bytes"] == 0
+
+
+def _unknown_as_none(op: Op) -> tuple[int | None, int | None]:
+    return (None if op.chunk < 0 else op.chunk, None if op.layer < 0 else op.layer)
