@@ -1,4 +1,4 @@
-"""The command line: `dinfer run | plan | verify | bench`. It parses, calls, and turns errors into one message and a status.
+"""The command line. It parses, calls, and turns errors into one message and an exit status.
 
 Every parameter of Config is a flag of `dinfer run` with the same name.
 """
@@ -19,7 +19,8 @@ from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan, parse_plan
 from dinfer.plan.schedule import build
-from dinfer.plan.verify import Counterexample, Proof, verify as verify_plan
+from dinfer.plan.verify import Counterexample, Proof
+from dinfer.plan.verify import verify as verify_plan
 
 app = typer.Typer(
     name="dinfer",
@@ -85,8 +86,8 @@ def _run_signature() -> inspect.Signature:
     return inspect.Signature(options)
 
 
-def _option(name: str, text: str, kind: type, *flags: str) -> inspect.Parameter:
-    annotation = Annotated[kind | None, typer.Option(*flags, help=text, show_default=False)]
+def _option(name: str, text: str, kind: Any, *flags: str) -> inspect.Parameter:
+    annotation: Any = Annotated[kind | None, typer.Option(*flags, help=text, show_default=False)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -103,7 +104,9 @@ def plan(
     chunk_size: Annotated[int, typer.Option(help="tokens per chunk")] = 128,
     sync_strategy: Annotated[str, typer.Option(help="pairwise or ring")] = "pairwise",
     schedule: Annotated[str, typer.Option(help="pipelined, lockstep or batched")] = "pipelined",
-    layer_split: Annotated[str, typer.Option(help="first layer of every stage but the first, such as 14,28")] = "",
+    layer_split: Annotated[
+        str, typer.Option(help="first layer of every stage but the first, such as 14,28")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Print every rank's lanes, one op a line, and the proof. Status 0: proved; 1: refuted; 2: no such plan."""
@@ -138,7 +141,9 @@ def plan(
 
 @app.command()
 def verify(
-    file: Annotated[str, typer.Argument(help="a plan's text, as `dinfer plan` prints it; - reads standard input")],
+    file: Annotated[
+        str, typer.Argument(help="a plan's text, as `dinfer plan` prints it; - reads standard input")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Prove a plan, or print the shortest counterexample. Status 0: proved; 1: refuted; 2: not a plan."""
@@ -157,7 +162,9 @@ def verify(
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Option(help="checkpoint folder; default: random weights, hidden 1024 × 8 layers")] = "",
+    model: Annotated[
+        str, typer.Option(help="checkpoint folder; default: random weights, hidden 1024 × 8 layers")
+    ] = "",
     tokens: Annotated[int, typer.Option(help="length of the prompt")] = 2048,
     chunk_size: Annotated[int, typer.Option(help="tokens per chunk")] = 128,
     world_size: Annotated[int, typer.Option(help="number of ranks")] = 2,
@@ -167,7 +174,8 @@ def bench(
 ) -> None:
     """Time pairwise, ring, lockstep, no sync and one process side by side on this machine."""
     from dinfer.model.checkpoint import check
-    from dinfer.session.bench import Shape, bench as time_variants, random_checkpoint, table
+    from dinfer.session.bench import Shape, random_checkpoint, table
+    from dinfer.session.bench import bench as time_variants
     from dinfer.session.result import write_json
 
     with contextlib.ExitStack() as stack:
@@ -187,11 +195,16 @@ def bench(
 
 
 def _print_json(given: Plan, verdict: Proof | Counterexample) -> None:
-    lanes = [[{"lane": lane.name, "ops": [str(op) for op in lane.ops]} for lane in rank] for rank in given.lanes]
+    lanes = [
+        [{"lane": lane.name, "ops": [str(op) for op in lane.ops]} for lane in rank] for rank in given.lanes
+    ]
     found = {"proved": verdict.proved, "verdict": str(verdict)}
     if isinstance(verdict, Counterexample):
         found |= {"flaw": verdict.flaw, "sends": verdict.sends, "steps": list(verdict.steps)}
-        found["places"] = [{"rank": p.rank, "lane": given.lanes[p.rank][p.lane].name, "index": p.index} for p in verdict.places]
+        found["places"] = [
+            {"rank": p.rank, "lane": given.lanes[p.rank][p.lane].name, "index": p.index}
+            for p in verdict.places
+        ]
     print(json.dumps({**found, "id": f"{given.id:016x}", "ranks": lanes}, ensure_ascii=False, indent=1))
 
 

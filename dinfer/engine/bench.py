@@ -1,4 +1,4 @@
-"""The ranks' side of `dinfer bench`: several plans on the same ranks, in turn, so that figures can be compared."""
+"""The ranks' side of `dinfer bench`: several plans on the same ranks, in turn, so that figures compare."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -40,7 +40,7 @@ VARIANTS = (
 
 
 def without_sync(plan: Plan) -> Plan:
-    """The same plan with no block passed on: what the sync costs is the difference. Not a plan to decode from."""
+    """The same plan with no block passed on: the difference is what sync costs. Nobody can decode from it."""
     lanes = tuple(
         tuple(
             Lane(lane.name, kept)
@@ -79,7 +79,8 @@ def bench_rank(
 
 
 def _time(variant: Variant, decoder: Decoder, comm: Comm, config: Config, ids: Sequence[int]) -> float:
-    settings = config.with_(schedule=variant.schedule, sync_strategy=variant.sync_strategy, unsafe=not variant.sync)
+    schedule, strategy = variant.schedule, variant.sync_strategy
+    settings = config.with_(schedule=schedule, sync_strategy=strategy, unsafe=not variant.sync)
     if variant.alone:
         took = _prefill(_alone(decoder, settings), ids, sync=True) if comm.rank == 0 else 0.0
         comm.all_gather(b"a")

@@ -1,7 +1,7 @@
 """Comm: how ranks exchange messages. The only user of torch.distributed.
 
-A message is a header and, mostly, a payload; messages of one channel arrive in the order in which they are sent. Nothing
-here knows ops or plans.
+A message is a header and, mostly, a payload; messages of one channel arrive in the order in which they are
+sent. Nothing here knows ops or plans.
 """
 
 import contextlib
@@ -13,13 +13,14 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store, TCPStore  # where torch.distributed has them from, with types
 
 from dinfer.engine.transfer import HEADER_BYTES
 from dinfer.plan.graph import Channel
 
 
 class CommError(RuntimeError):
-    """A message could not be sent or received: mostly because the peer is gone, so seldom the cause of a failure."""
+    """A message could not be sent or received; mostly the peer is gone, so this is seldom the cause."""
 
 
 class Comm(Protocol):
@@ -38,22 +39,26 @@ class Comm(Protocol):
         """The payload announced by the last header, into a contiguous tensor of exactly its size."""
 
     def all_gather(self, data: bytes) -> list[bytes]:
-        """Every rank's `data`, by rank. All ranks must call it, from one thread each, with equally many bytes."""
+        """Every rank's `data`, by rank. All ranks call it, from one thread each, with equally many bytes."""
 
     def close(self) -> None:
         """Give up all connections. Blocked calls of other threads need not return."""
 
 
 class GlooComm:
-    """Ranks as processes, on gloo. Hidden states, KV and control have groups of their own: a small message never waits
-    behind a large one of another kind."""
+    """Ranks as processes, on gloo. Hidden states, KV and control have groups of their own: a small message never
+    waits behind a large one of another kind."""
 
-    def __init__(self, rank: int, world_size: int, store: dist.Store, start_timeout: float) -> None:
+    def __init__(self, rank: int, world_size: int, store: Store, start_timeout: float) -> None:
         """Raises CommError where the ranks do not find one another within `start_timeout` seconds."""
         self.rank, self.world_size = rank, world_size
         try:
             dist.init_process_group(
-                "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=start_timeout)
+                "gloo",
+                store=store,
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=start_timeout),
             )
             # A blocked wait must outlast any pause of a debugger; the watch for progress is kept elsewhere.
             groups = [dist.new_group(timeout=timedelta(days=7)) for _ in range(3)]
@@ -109,7 +114,7 @@ class GlooComm:
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """The tensor where gloo can send it from: a CUDA tensor ends the process, so its bytes go through pinned memory."""
+    """The tensor where gloo can send it: a CUDA tensor would end the process, so it goes through pinned memory."""
     if tensor.device.type == "cpu":
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -118,21 +123,21 @@ def _on_host(tensor: Tensor) -> Tensor:
     return host
 
 
-def open_store(address: str, port: int) -> tuple[dist.Store, int]:
-    """A store at which the ranks meet, held by this process, and its port. Port 0, or one in use: a free one is taken."""
+def open_store(address: str, port: int) -> tuple[Store, int]:
+    """A store at which ranks meet, held by this process, and its port: a free one for 0 or a port in use."""
     _prefer_loopback(address)
     for attempt in (port, 0):
         with contextlib.suppress(dist.DistNetworkError):
-            store = dist.TCPStore(address, attempt, is_master=True, wait_for_workers=False)
+            store = TCPStore(address, attempt, is_master=True, wait_for_workers=False)
             return store, store.port
     raise CommError(f"no port can be opened at {address!r}: master_addr must be an address of this machine.")
 
 
-def join_store(address: str, port: int, timeout: float) -> dist.Store:
+def join_store(address: str, port: int, timeout: float) -> Store:
     """The store that rank 0 holds. Raises CommError."""
     _prefer_loopback(address)
     try:
-        return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout))
+        return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout))
     except dist.DistError as error:
         raise CommError(f"rank 0 cannot be reached at {address}:{port}: {error}") from error
 
@@ -156,4 +161,3 @@ def _tensor(data: bytes) -> Tensor:
 def _bytes_of(tensor: Tensor) -> Tensor:
     """The tensor's memory as bytes, without a copy: one code path for every dtype."""
     return tensor.view(-1).view(torch.uint8)
-

@@ -1,7 +1,7 @@
 """Control: a rank's end of the line to its session, through the watcher beside it.
 
-A thread takes commands (limits, freeze, release, rewind) and answers each; reports go out in order. The rank's main thread
-may be busy meanwhile.
+A thread takes commands (limits, freeze, release, rewind) and answers each; reports go out in order. The rank's
+main thread may be busy meanwhile.
 """
 
 import json
@@ -102,7 +102,7 @@ def _limits(executor: Executor, command: Message) -> Message:
     return {}
 
 
-def _freeze(executor: Executor, command: Message) -> Message:
+def _freeze(executor: Executor, _: Message) -> Message:
     return stand_fields(executor.freeze())
 
 

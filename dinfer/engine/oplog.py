@@ -1,5 +1,5 @@
-"""What a rank's log says of ops as they end: at DEBUG each one, at INFO each finished chunk of this rank's stage, with
-what its communication has cost so far."""
+"""What a rank's log says of ops as they end: at DEBUG each one, at INFO each finished chunk of this rank's stage,
+with what its communication has cost so far."""
 
 import logging
 import threading
@@ -40,7 +40,7 @@ class OpLog:
             self._tell_finished(op)
 
     def _tell_finished(self, op: Op) -> None:
-        """A stage's last layer of a chunk is known by its hidden state leaving, or by its being the model's last."""
+        """A chunk is through this stage once its hidden state has left, or after the model's last layer."""
         left = op.kind == "send" and op.what == "hidden"
         if (left or (op.kind == "layer" and op.layer == self._layers - 1)) and op.chunk in self._computed:
             layers = self._computed.pop(op.chunk)

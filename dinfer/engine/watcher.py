@@ -1,8 +1,8 @@
 """Watcher: a small process beside each rank that says where the rank stands when the rank itself cannot.
 
-It reads the rank's board and recorder from shared memory and publishes them, passes commands in and reports out, and goes
-on while the rank is busy in C code, stopped, or killed. It ends with its rank; a rank whose client is gone it ends too.
-No torch here: it starts in a fraction of a second.
+It reads the rank's board and recorder from shared memory and publishes them, passes commands in and reports
+out, and goes on while the rank is busy in C code, stopped, or killed. It ends with its rank; a rank whose client
+is gone it ends too. No torch here: it starts in a fraction of a second.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import zmq
 from dinfer.engine.board import BOARD_BYTES, Board, map_file
 from dinfer.trace.recorder import Recorder
 
-TICK_S = 0.02
+TICK_MS = 20
 BEAT_S = 0.5
 RECORDER_BYTES = 4 << 20
 MEMORY_BYTES = BOARD_BYTES + RECORDER_BYTES
@@ -66,7 +66,7 @@ class Watcher:
         poller.register(self._rank_end, zmq.POLLIN)
         alive = True
         while alive:
-            ready = dict(poller.poll(TICK_S * 1000))
+            ready = dict(poller.poll(TICK_MS))
             if self._client in ready:
                 self._commands()
             if self._rank_end.fileno() in ready:
@@ -158,7 +158,7 @@ def _exists(pid: int) -> bool:
 
 
 def main() -> None:
-    """`python -m dinfer.engine.watcher MEMORY_FD SOCKET_FD`; the first line on the socket says whom to publish to."""
+    """`python -m dinfer.engine.watcher MEMORY_FD SOCKET_FD`; the socket's first line says whom to publish to."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the client; the watcher ends with its rank
     memory = map_file(int(sys.argv[1]), MEMORY_BYTES)
     rank_end = socket.socket(fileno=int(sys.argv[2]))

@@ -120,15 +120,15 @@ class CacheWindow:
         rows[:, 1].copy_(values[0].transpose(0, 1))
         return self.cache.k(layer_idx, stop, self.start), self.cache.v(layer_idx, stop, self.start)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """Return the number of tokens before this window, the same for every layer."""
         return self.position
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
+    def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """Return the position of the first token of this window."""
         return self.position
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:  # noqa: ARG002
         """Return how many tokens a layer sees with `query_length` new ones, and the first one's position."""
         return self.position + query_length - self.start, self.start
 

@@ -137,7 +137,8 @@ def _check_features(config: Mapping[str, Any], folder: Path) -> None:
     kinds = {str(kind) for kind in config.get("layer_types") or ()} - {"full_attention", "sliding_attention"}
     if kinds:
         raise ModelError(
-            f"{folder} has layers of type {', '.join(sorted(kinds))}, which are not supported: they keep no plain K and V"
+            f"{folder} has layers of type {', '.join(sorted(kinds))}, which are not supported: "
+            "they keep no plain K and V"
         )
     if config.get("use_bidirectional_attention"):
         raise ModelError(f"{folder} attends to later tokens too, so it is no language model to decode with")

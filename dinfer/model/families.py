@@ -79,14 +79,15 @@ _REASONS: dict[str, str] = {
     _CONVOLUTION: "lfm2 lfm2_moe",
     _LATENT: "deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash minicpm3 mistral4",
     _MROPE: (
-        "glm4v glm4v_moe qwen2_vl qwen2_vl_text qwen2_5_vl qwen2_5_vl_text qwen3_vl qwen3_vl_text qwen3_vl_moe "
-        "qwen3_vl_moe_text qwen2_5_omni qwen3_omni_moe"
+        "glm4v glm4v_moe qwen2_vl qwen2_vl_text qwen2_5_vl qwen2_5_vl_text qwen3_vl qwen3_vl_text "
+        "qwen3_vl_moe qwen3_vl_moe_text qwen2_5_omni qwen3_omni_moe"
     ),
     _CROSS: "mllama mllama_text_model",
     _ENCODER: (
-        "bart bigbird_pegasus blenderbot blenderbot-small encoder-decoder fsmt led longt5 m2m_100 marian mbart mt5 "
-        "mvp nllb-moe pegasus pegasus_x plbart prophetnet speech-encoder-decoder speech_to_text speecht5 "
-        "switch_transformers t5 t5gemma t5gemma2 udop umt5 vision-encoder-decoder whisper"
+        "bart bigbird_pegasus blenderbot blenderbot-small encoder-decoder fsmt led longt5 m2m_100 marian "
+        "mbart mt5 mvp nllb-moe pegasus pegasus_x plbart prophetnet speech-encoder-decoder speech_to_text speecht5 "
+        "switch_transformers t5 t5gemma t5gemma2 udop umt5 "
+        "vision-encoder-decoder whisper"
     ),
 }
 
@@ -124,7 +125,10 @@ def family_in(config: Mapping[str, Any]) -> Family:
 
 def _wrapper(text_type: str | None) -> str:
     if text_type in FAMILIES:
-        return f"it is multimodal; its text part, {text_type!r}, would fit: save that part as a checkpoint of its own"
+        return (
+            f"it is multimodal; its text part, {text_type!r}, would fit: "
+            "save that part as a checkpoint of its own"
+        )
     return f"it is multimodal, and its text part ({text_type or 'of no named type'}) is not supported either"
 
 

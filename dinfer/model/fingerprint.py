@@ -28,7 +28,7 @@ _CONFIGS = ("config.json", "generation_config.json")
 
 
 def fingerprint(spec: Spec) -> str:
-    """Return 64 hex digits, equal for copies of one checkpoint; raises `ModelError` where files are missing."""
+    """Return 64 hex digits, equal for copies of one checkpoint; `ModelError` where files are missing."""
     digest = hashlib.sha256(b"dinfer checkpoint 1")
     for name in _CONFIGS:
         file = spec.path / name

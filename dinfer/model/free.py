@@ -1,7 +1,8 @@
 """How much memory is free on a device, for someone who is about to load a model.
 
-On a CPU: what the kernel says can be had without swapping, page cache that can be given back included, or what
-this process's cgroups (a container's limit) leave, whichever is less. Nothing here imports torch for a CPU.
+On a CPU: what the kernel says can be had without swapping, page cache that can be given back included, or
+what this process's cgroups (a container's limit) leave, whichever is less. Nothing here imports torch for a
+CPU.
 """
 
 from __future__ import annotations

@@ -122,21 +122,23 @@ def _working(spec: Spec, size: int, tokens: int, chunk: int) -> int:
 
 def _shortage(wanted: Demand, available: int) -> str:
     """Say what was asked for, what is free, and each single change that would be enough."""
-    one, missing = (
-        need(wanted.spec, wanted.dtype, wanted.tokens, wanted.chunk_size),
-        wanted.bytes() - available,
-    )
+    spec, total = wanted.spec, wanted.bytes()
+    one = need(spec, wanted.dtype, wanted.tokens, wanted.chunk_size)
     shared = " (one copy for all)" if wanted.ranks > 1 and wanted.shares_weights(wanted.dtype) else ""
     asked = (
-        f"{wanted.ranks} rank{'s' if wanted.ranks > 1 else ''} on {wanted.device} with {wanted.tokens:,} tokens in "
-        f"{_resolved(wanted.spec, wanted.dtype)} need {size_text(wanted.bytes())}; {size_text(available)} are free, "
-        f"{size_text(missing)} too little. Each rank holds all {wanted.spec.layers} layers, to decode: weights "
-        f"{size_text(one.weights_bytes)}{shared}, KV {size_text(one.kv_bytes)}, hidden states "
-        f"{size_text(one.hidden_bytes)}. "
+        f"{_ranks(wanted.ranks)} on {wanted.device} with {wanted.tokens:,} tokens in "
+        f"{_resolved(spec, wanted.dtype)} need {size_text(total)}; {size_text(available)} are free, "
+        f"{size_text(total - available)} too little. Each rank holds all {spec.layers} layers, to decode: "
+        f"weights {size_text(one.weights_bytes)}{shared}, KV {size_text(one.kv_bytes)}, "
+        f"hidden states {size_text(one.hidden_bytes)}. "
     )
     if ways := _ways_out(wanted, available):
         return asked + "One of these would be enough: " + "; ".join(ways) + "."
     return asked + "No single change is enough: use a smaller model, or a machine with more memory."
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' if count > 1 else ''}"
 
 
 def _ways_out(wanted: Demand, available: int) -> list[str]:
@@ -150,7 +152,7 @@ def _ways_out(wanted: Demand, available: int) -> list[str]:
     if chunk:
         ways.append(f"chunk_size at most {chunk:,} in place of {wanted.chunk_size:,}")
     if ranks := _largest(wanted.ranks - 1, lambda n: wanted.bytes(ranks=n) <= available):
-        ways.append(f"at most {ranks} rank{'s' if ranks > 1 else ''} here")
+        ways.append(f"at most {_ranks(ranks)} here")
     return ways
 
 

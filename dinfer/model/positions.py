@@ -69,10 +69,10 @@ class _Extent:
     def __init__(self, position: int, kind: LayerKind) -> None:
         self._position, self._start = position, first_visible(position, kind.sliding_window)
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
+    def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         return self._position
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:  # noqa: ARG002
         return self._position + query_length - self._start, self._start
 
 

@@ -64,7 +64,7 @@ def generate(decoder: Decoder, ids: Sequence[int], max_new_tokens: int) -> list[
 
 
 def _record(layer: Any) -> list[Tensor]:
-    """Return a list that gets the K and V of every update of a cache layer: [new tokens, 2, kv_heads, head_dim].
+    """Return a list that gets K and V of every update of a cache layer: [new tokens, 2, kv_heads, head_dim].
 
     Layers with a sliding window forget; transformers' own past recording shows layers too much in 5.17.
     """

@@ -83,8 +83,8 @@ def parse_plan(text: str) -> Plan:
         (n, stripped) for n, raw in enumerate(text.splitlines(), 1) if (stripped := raw.split("#")[0].strip())
     ]
     if not lines or lines[0][1] != HEADER:
-        given = lines[0][1][:60] if lines else "an empty text"
-        raise PlanError(f"this is not a plan: it begins with {given!r}; a plan's first line is {HEADER!r}.")
+        given = f"it begins with {lines[0][1][:60]!r}" if lines else "it is empty"
+        raise PlanError(f"this is not a plan: {given}; a plan's first line is {HEADER!r}.")
     if len(lines) < 4:
         raise PlanError(
             "the plan ends before its header is complete: layers, stages and schedule take a line each."

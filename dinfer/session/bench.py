@@ -1,4 +1,4 @@
-"""`dinfer bench`: pairwise, ring, lockstep, no sync and one process, side by side in one run, as medians and ratios."""
+"""`dinfer bench`: pairwise, ring, lockstep, no sync and one process side by side, as medians and ratios."""
 
 import multiprocessing
 import tempfile
@@ -76,7 +76,7 @@ def table(result: dict[str, Any]) -> str:
     one = result["medians"]["one process"]
     lines = [
         f"prefill of {result['tokens']} tokens in chunks of {result['chunk_size']}, {result['world_size']} ranks, "
-        f"{result['threads']} thread each; medians of {result['repeats']}, in turn",
+        f"threads each: {result['threads']}; medians of {result['repeats']}, in turn",
         f"{'':<22}{'seconds':>9}{'min':>9}{'max':>9}{'× one process':>15}",
     ]
     for name, took in result["medians"].items():
@@ -84,19 +84,30 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{name:<22}{took:>9.3f}{min(values):>9.3f}{max(values):>9.3f}{one / took:>15.2f}")
     lines.append(
         f"pipelined pairwise is {result['pipelined_over_one_process']:.2f} × one process and "
-        f"{result['pipelined_over_lockstep']:.2f} × lockstep; its sync costs {result['sync_over_no_sync']:+.1%} over none"
+        f"{result['pipelined_over_lockstep']:.2f} × lockstep; its sync costs {result['sync_over_no_sync']:+.1%}"
     )
     return "\n".join(lines)
 
 
-def _on_ranks(config: Config, ids: Sequence[int], variants: Sequence[Any], repeats: int) -> dict[str, list[float]]:
+def _on_ranks(
+    config: Config, ids: Sequence[int], variants: Sequence[Any], repeats: int
+) -> dict[str, list[float]]:
     context = multiprocessing.get_context("spawn")
     # One pipe to each rank but 0 for the port, one from each rank for its results.
     ports = [context.Pipe(duplex=False) for _ in range(config.world_size)]
     results = [context.Pipe(duplex=False) for _ in range(config.world_size)]
     ranks = [
         context.Process(
-            target=_rank, args=(rank, config, ports[0][1] if rank == 0 else ports[rank][0], results[rank][1], ids, variants, repeats)
+            target=_rank,
+            args=(
+                rank,
+                config,
+                ports[0][1] if rank == 0 else ports[rank][0],
+                results[rank][1],
+                ids,
+                variants,
+                repeats,
+            ),
         )
         for rank in range(config.world_size)
     ]
@@ -106,7 +117,8 @@ def _on_ranks(config: Config, ids: Sequence[int], variants: Sequence[Any], repea
         opened = _receive(ports[0][0], ranks)
         for _, writer in ports[1:]:
             writer.send(opened)
-        return [_receive(reader, ranks) for reader, _ in results][0]
+        seconds: dict[str, list[float]] = [_receive(reader, ranks) for reader, _ in results].pop()
+        return seconds
     finally:
         for rank in ranks:
             rank.kill()
@@ -121,7 +133,13 @@ def _receive(reader: Connection, ranks: Sequence[Any]) -> Any:
 
 
 def _rank(
-    rank: int, config: Config, port: Connection, result: Connection, ids: Sequence[int], variants: Sequence[Any], repeats: int
+    rank: int,
+    config: Config,
+    port: Connection,
+    result: Connection,
+    ids: Sequence[int],
+    variants: Sequence[Any],
+    repeats: int,
 ) -> None:
     from dinfer.engine.bench import bench_rank
 

@@ -1,4 +1,4 @@
-"""Which rank a process is, where another launcher (torchrun, mpirun, srun) has started it. Pure: environment in, place out."""
+"""Which rank a process is, where another launcher (torchrun, mpirun) has started it. Pure."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -26,7 +26,11 @@ class _Launcher(NamedTuple):
 _LAUNCHERS = (
     _Launcher("torchrun", "TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
     _Launcher(
-        "mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"
+        "mpirun",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
     ),
     _Launcher("mpirun", "PMI_RANK", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
     _Launcher("a debugger", "DINFER_JOIN", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -35,16 +39,16 @@ _LAUNCHERS = (
 
 def launched_as(environment: Mapping[str, str]) -> Launched | None:
     """The rank that the environment names, or None where this process was started by hand. Raises ConfigError."""
-    for name, mark, rank, world_size, local_rank in _LAUNCHERS:
-        if mark in environment:
-            local = environment.get(local_rank, environment.get(rank, ""))
-            return Launched(name, *(_number(environment, key, value) for key, value in (
-                (rank, environment.get(rank)), (world_size, environment.get(world_size)), (local_rank, local)
-            )))
+    for known in _LAUNCHERS:
+        if known.mark in environment:
+            rank = _number(known.rank, environment.get(known.rank))
+            world_size = _number(known.world_size, environment.get(known.world_size))
+            local_rank = _number(known.local_rank, environment.get(known.local_rank, str(rank)))
+            return Launched(known.name, rank, world_size, local_rank)
     return None
 
 
-def _number(environment: Mapping[str, str], name: str, value: str | None) -> int:
+def _number(name: str, value: str | None) -> int:
     if value is None or not value.isdigit():
         raise ConfigError(f"{name} is {value!r} in the environment; a launcher sets it to a whole number.")
     return int(value)

@@ -29,8 +29,8 @@ def prepare(config: Config) -> Job:
     spec = check(config.model_path)
     if config.world_size > spec.layers:
         raise ConfigError(
-            f"world_size is {config.world_size}, but {config.model_path} has {spec.layers} layers and every rank must own "
-            f"at least one: use at most {spec.layers} ranks."
+            f"world_size is {config.world_size}, but {config.model_path} has {spec.layers} layers and every rank "
+            f"must own at least one: use at most {spec.layers} ranks."
         )
     ids = _prompt_ids(config, spec)
     shape = partition(
@@ -74,6 +74,7 @@ def _prompt_ids(config: Config, spec: Spec) -> tuple[int, ...]:
         ids = tuple(encode(tokenizer, text, config.chat))
     if len(ids) > spec.max_positions:
         raise ConfigError(
-            f"the prompt has {len(ids)} tokens; {config.model_path} has {spec.max_positions} positions: shorten the prompt."
+            f"the prompt has {len(ids)} tokens; {config.model_path} has {spec.max_positions} positions: "
+            "shorten the prompt."
         )
     return ids

@@ -1,7 +1,8 @@
 """Link: the session's end of the lines to all ranks' watchers.
 
-One ROUTER socket, encrypted and authenticated (CurveZMQ): it accepts nobody who does not hold this session's keys, which
-ranks get with their job. A thread keeps the newest state of each rank; everything else waits on one condition.
+One ROUTER socket, encrypted and authenticated (CurveZMQ): it accepts nobody who does not hold this session's
+keys, which ranks get with their job. A thread keeps the newest state of each rank; everything else waits on one
+condition.
 """
 
 import itertools
@@ -69,7 +70,7 @@ class Link:
         self._thread = threading.Thread(target=self._serve, name="dinfer link", daemon=True)
         self._thread.start()
 
-    def callback(self, domain: str, key: bytes) -> bool:
+    def callback(self, domain: str, key: bytes) -> bool:  # noqa: ARG002 - zmq calls it so
         """Asked by zmq's authenticator: whether this public key may connect."""
         return key == self._rank_public
 

@@ -154,7 +154,7 @@ class Processes:
 def interrupt_as_error() -> None:
     """Let SIGTERM end a run as Ctrl-C does: with everything cleaned up."""
 
-    def stop(number: int, frame: object) -> None:
+    def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)

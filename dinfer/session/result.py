@@ -70,12 +70,7 @@ def table(result: dict[str, Any]) -> str:
     """The figures at the end of a run, one line a rank and one a link."""
     lines = [
         "rank  device   prefill s  compute s  exposed sync s  decode s  waiting s  wire s     sent MB  received MB",
-        *(
-            f"{r['rank']:>4}  {r['device']:<7}  {r['prefill_s']:>9.3f}  {r['compute_s']:>9.3f}  {r['exposed_sync_s']:>14.3f}"
-            f"  {r['decode_s']:>8.3f}  {r['waiting_s']:>9.3f}  {r['wire_s']:>6.3f}  {r['sent_bytes'] / 1e6:>10.3f}"
-            f"  {r['received_bytes'] / 1e6:>11.3f}"
-            for r in result["ranks"]
-        ),
+        *(_rank_line(rank) for rank in result["ranks"]),
     ]
     if result["links"]:
         lines += ["", "link   transfers         MB  median ms     MB/s on the wire"]
@@ -86,3 +81,11 @@ def table(result: dict[str, Any]) -> str:
             f"  {link['median_transfer_s'] * 1e3:>9.2f}  {speed:>19}"
         )
     return "\n".join(lines)
+
+
+def _rank_line(rank: dict[str, Any]) -> str:
+    return (
+        f"{rank['rank']:>4}  {rank['device']:<7}  {rank['prefill_s']:>9.3f}  {rank['compute_s']:>9.3f}"
+        f"  {rank['exposed_sync_s']:>14.3f}  {rank['decode_s']:>8.3f}  {rank['waiting_s']:>9.3f}"
+        f"  {rank['wire_s']:>6.3f}  {rank['sent_bytes'] / 1e6:>10.3f}  {rank['received_bytes'] / 1e6:>11.3f}"
+    )

@@ -52,8 +52,8 @@ def run(job: Job, trace_path: str | Path | None = None, out: TextIO | None = Non
     show = _Show(out)
     shape = job.plan.shape
     print(
-        f"{job.config.model_path}: {len(job.ids)} prompt tokens in {len(shape.chunks)} chunks, {shape.layers} layers on "
-        f"{shape.world_size} ranks, {job.config.threads} thread{'s' if job.config.threads > 1 else ''} each\n"
+        f"{job.config.model_path}: {len(job.ids)} prompt tokens in {len(shape.chunks)} chunks, "
+        f"{shape.layers} layers on {shape.world_size} ranks, threads each: {job.config.threads}\n"
         f"plan ({job.plan.schedule}, {job.plan.sync_strategy}) {job.verdict}",
         file=out,
     )

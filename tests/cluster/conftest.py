@@ -1,4 +1,4 @@
-"""What the cluster tests share: tiny checkpoints, written once, and runs that are cleaned up whatever happens."""
+"""What the cluster tests share: tiny checkpoints, and runs that are cleaned up whatever happens."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ BLOCK = "while True: time.sleep(60)"
 
 @contextmanager
 def nothing_left(run: Run, seconds: float) -> Iterator[None]:
-    """All processes of the run are gone within `seconds` after what is done inside, and what they held with them."""
+    """All processes of the run are gone within `seconds` after what is done inside, and all they held."""
     shared, members = _shared_memory(), run.started(WORLD_SIZE)
     yield
     wait_for(lambda: not any(map(is_alive, members)) and not run.members(), "no process is left", seconds)

@@ -1,4 +1,4 @@
-"""A rank that fails, dies, leaves or stands still ends the run: soon, with one message that names the cause."""
+"""A rank that fails, dies, leaves or stands still ends the run: soon, and with one message."""
 
 from __future__ import annotations
 
@@ -118,6 +118,7 @@ def test_an_error_ranks_above_those_who_wait(qwen3: Path, start: Start) -> None:
     assert seconds < 1 + STOP_S
 
 
+@pytest.mark.slow
 def test_the_traceback_is_in_the_log(qwen3: Path, start: Start) -> None:
     run, _ = broken_run(start, qwen3, Fault("raise ValueError('深い所')"))
     named = re.search(r"The whole traceback is in (\S+)\.\n", message(run))

@@ -1,4 +1,4 @@
-"""`dinfer run` on real processes: the same KV on every rank, the tokens of `generate`, and all that a run leaves behind."""
+"""`dinfer run` on real processes: the KV and tokens of transformers, and all that a run leaves behind."""
 
 from __future__ import annotations
 

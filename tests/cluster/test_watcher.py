@@ -1,4 +1,4 @@
-"""The watcher beside a rank speaks when the rank cannot: in C code that holds the GIL, and after it was killed."""
+"""The watcher speaks when its rank cannot: in C code that holds the GIL, and after it was killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several ranks sharing one GPU, on gloo through pinned memory. Skipped, with a word, where there is no CUDA device."""
+"""Several ranks sharing one GPU, on gloo through pinned memory. Skipped where there is no CUDA device."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_three_ranks_on_one_card_agree_with_transformers_on_it(four_billion: Pat
 
 
 def _equal_up_to_a_near_tie(decoder: Decoder, ids: list[int], tokens: list[int], expected: list[int]) -> None:
-    """bf16 kernels round differently for other chunk lengths: a first difference must lie between near-equal logits."""
+    """bf16 kernels round differently for other chunk lengths: a first difference must be a near-tie."""
     first = next((n for n, (a, b) in enumerate(zip(tokens, expected, strict=True)) if a != b), None)
     if first is None:
         return

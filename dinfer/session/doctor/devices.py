@@ -13,7 +13,7 @@ SMI_S = 10.0
 
 
 class Gpu(NamedTuple):
-    """A GPU that torch can use; sizes in bytes, None where it does not say, as when it hangs or is someone else's."""
+    """A GPU that torch can use; sizes in bytes, None where it does not say, as when it is kept by another."""
 
     name: str
     free: int | None = None
@@ -28,7 +28,7 @@ class Smi(NamedTuple):
 
 
 class Cuda(NamedTuple):
-    """What torch says: the version it was built for ("" for a CPU build), its GPUs, its complaint where it has one."""
+    """What torch says: its version, the CUDA it was built for ("" for none), its GPUs, any complaint."""
 
     torch: str
     built_for: str
@@ -46,10 +46,17 @@ def ask_torch() -> Cuda:
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        count = count_gpus()
     built_for = torch.version.cuda or torch.version.hip or ""
     complaint = str(said[0].message).strip().splitlines()[0] if said else ""
     return Cuda(str(torch.__version__), built_for, [_gpu(index) for index in range(count)], complaint)
+
+
+def count_gpus() -> int:
+    """GPUs that torch can use."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _gpu(index: int) -> Gpu:
@@ -85,7 +92,8 @@ def judge_gpus(cuda: Cuda, smi: Smi | None, visible: str | None) -> Check:
     """No GPU is fine: ranks then run on the CPU. One that torch cannot use is a pity, not a failure."""
     if cuda.gpus:
         driver = f"; driver {smi.driver}" if smi else ""
-        return Check("GPUs", "ok", f"{_listed(cuda.gpus)}{driver}, torch built for CUDA {cuda.built_for}{_hidden(visible)}")
+        found = f"{_listed(cuda.gpus)}{driver}; torch built for CUDA {cuda.built_for}{_hidden(visible)}"
+        return Check("GPUs", "ok", found)
     if smi is None:
         return Check("GPUs", "ok", "none: ranks run on the CPU")
     found = f"{_counted(smi.names)}, but torch {cuda.torch} cannot use it"
@@ -93,7 +101,8 @@ def judge_gpus(cuda: Cuda, smi: Smi | None, visible: str | None) -> Check:
         fix = "install a CUDA build of torch: pytorch.org/get-started"
         return Check("GPUs", "warn", f"{found}: it is a build without CUDA", fix)
     if visible is not None:
-        return Check("GPUs", "warn", f"{found}: CUDA_VISIBLE_DEVICES is {visible!r}", "unset CUDA_VISIBLE_DEVICES")
+        found += f": CUDA_VISIBLE_DEVICES is {visible!r}"
+        return Check("GPUs", "warn", found, "unset CUDA_VISIBLE_DEVICES")
     fix = f"update the NVIDIA driver, now {smi.driver}, to one for CUDA {cuda.built_for}"
     return Check("GPUs", "warn", f"{found}{': ' if cuda.complaint else ''}{cuda.complaint}", fix)
 
@@ -109,7 +118,7 @@ def _memory(gpu: Gpu) -> str:
 
 
 def _hidden(visible: str | None) -> str:
-    return f", CUDA_VISIBLE_DEVICES={visible}" if visible is not None else ""
+    return f"; CUDA_VISIBLE_DEVICES={visible}" if visible is not None else ""
 
 
 def _counted(names: Sequence[str]) -> str:

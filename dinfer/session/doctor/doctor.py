@@ -1,4 +1,4 @@
-"""`dinfer doctor`: every check in turn, then the report. No check can end it, whatever that check runs into."""
+"""`dinfer doctor`: every check in turn, then the report. No check can end it, whatever it runs into."""
 
 import json
 import os
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from dinfer.config import Config
 from dinfer.session.doctor import network as net
 from dinfer.session.doctor.check import Check
-from dinfer.session.doctor.devices import gpu_check
+from dinfer.session.doctor.devices import count_gpus, gpu_check
 from dinfer.session.doctor.leftovers import folder_check, process_check
-from dinfer.session.doctor.memory import memory_check
-from dinfer.session.doctor.report import Report, as_json as to_json, as_text
+from dinfer.session.doctor.memory import memory_checks
+from dinfer.session.doctor.report import Report, as_text, to_json
 from dinfer.session.doctor.versions import backend_check, version_checks
 
 if TYPE_CHECKING:
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 PAIRS_S = 40.0
 """of the 60 seconds that an examination may take"""
+NEEDED_BY_PAIRS = ("torch", "backends", "interface", "ports")
 
 
 def doctor(model: str | None, world_size: int, as_json: bool) -> int:
-    """Examine this host and print the report. Exit status: 1 if a check failed, else 0. Raises ConfigError."""
+    """Examine this host and print the report. The exit status: 1 if a check failed. Raises ConfigError."""
     Config.of({"world_size": world_size})
     report = examine(model, world_size)
     if as_json:
@@ -37,22 +38,26 @@ def doctor(model: str | None, world_size: int, as_json: bool) -> int:
 
 def examine(model: str | None, world_size: int) -> Report:
     started = perf_counter()
-    checks = list(_checks_before_pairs(model, world_size))
+    checks = list(_checks_of_host(model, world_size))
     pairs: list[Pair] = []
-    checks.insert(_after_ports(checks), _guarded("pairs", lambda: _measure(world_size, checks, pairs))[0])
+    checks += _guarded("pairs", lambda: _measure(world_size, checks, pairs))
+    checks += _checks_of_leftovers()
     return Report(_host(), checks, pairs, perf_counter() - started)
 
 
-def _checks_before_pairs(model: str | None, world_size: int) -> Iterator[Check]:
+def _checks_of_host(model: str | None, world_size: int) -> Iterator[Check]:
     yield from _guarded("versions", version_checks)
     yield from _guarded("backends", backend_check)
     yield from _guarded("GPUs", gpu_check)
-    yield from _guarded("memory", lambda: memory_check(model, world_size))
+    yield from _guarded("memory", lambda: memory_checks(model, world_size, count_gpus()))
     yield from _guarded("network", _network_checks)
+
+
+def _checks_of_leftovers() -> Iterator[Check]:
     yield from _guarded("old processes", process_check)
     yield from _guarded("old folders", folder_check)
-    found = f"this examined {platform.node()} alone, with links within it; NCCL is not measured"
-    yield Check("other hosts", "unchecked", found, "run dinfer doctor on each")
+    found = f"links to other hosts, and NCCL: only {platform.node()} and gloo within it were examined"
+    yield Check("other hosts", "unchecked", found, "run dinfer doctor on each host")
 
 
 def _network_checks() -> list[Check]:
@@ -77,16 +82,12 @@ def _measure(world_size: int, checks: Sequence[Check], pairs: "list[Pair]") -> C
 
     if world_size == 1:
         return Check("pairs", "ok", "one rank has no links")
-    blocking = [c.name for c in checks if c.state == "fail" and c.name in ("torch", "backends", "interface", "ports")]
-    if blocking:
-        return Check("pairs", "unchecked", f"not measured, since {blocking[0]} failed")
+    failed = [check.name for check in checks if check.state == "fail" and check.name in NEEDED_BY_PAIRS]
+    if failed:
+        return Check("pairs", "unchecked", f"not measured, since {failed[0]} failed")
     measured = measure(world_size, PAIRS_S)
     pairs += sorted(measured.pairs)
     return pairs_check(measured, world_size, os.environ.get("GLOO_SOCKET_IFNAME", ""))
-
-
-def _after_ports(checks: Sequence[Check]) -> int:
-    return next((n for n, check in enumerate(checks) if check.name == "old processes"), len(checks))
 
 
 def _host() -> str:

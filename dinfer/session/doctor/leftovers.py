@@ -1,10 +1,11 @@
-"""What earlier runs have left behind: ranks and watchers whose client is gone, and folders in the temp folder.
+"""What earlier runs have left behind: ranks and watchers whose client is gone, and old temporary folders.
 
-It names them and the command that removes them; it ends and removes nothing. Only what belongs to this user is looked at.
+It names them and the command that removes them; it ends and removes nothing, and leaves out what is others'.
 """
 
 import os
 import shlex
+import stat
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -27,11 +28,12 @@ class Process:
     parent: int
     command: str
     state: str = "S"
+    mine: bool = True
 
     @property
     def kind(self) -> str:
-        """rank or watcher; "" for what is not dinfer's."""
-        return next((kind for mark, kind in MARKS.items() if mark in self.command), "")
+        """rank or watcher; "" for what is not dinfer's, or not this user's."""
+        return next((kind for mark, kind in MARKS.items() if self.mine and mark in self.command), "")
 
 
 def process_check(proc: Path = Path("/proc")) -> Check:
@@ -54,17 +56,16 @@ def read_processes(proc: Path) -> dict[int, Process]:
 def _read_process(folder: Path) -> Process:
     words = (folder / "stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
     command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    # Others' processes count as parents only.
     mine = folder.stat().st_uid == os.getuid()
-    return Process(int(folder.name), int(words[1]), command if mine else command.replace("dinfer.engine", "…"), words[0])
+    return Process(int(folder.name), int(words[1]), command, words[0], mine)
 
 
 def orphans(processes: Mapping[int, Process]) -> list[Process]:
     """Ranks and watchers without the process that started them, which is always a Python.
 
-    A process whose parent ends gets another: the first one, or the nearest that adopts, such as systemd --user.
+    A process whose parent ends gets another: the first one, or one that adopts, such as systemd --user.
     """
-    return [p for p in processes.values() if p.kind and _is_adopted(processes.get(p.parent))]
+    return [p for _, p in sorted(processes.items()) if p.kind and _is_adopted(processes.get(p.parent))]
 
 
 def _is_adopted(parent: Process | None) -> bool:
@@ -89,13 +90,15 @@ def folder_check() -> Check:
 
 def old_folders(temp: Path, now: float) -> list[tuple[Path, int]]:
     """Folders `dinfer-*` of this user that nothing has touched for OLD_S, and their sizes in bytes."""
-    found = []
-    for folder in sorted(temp.glob("dinfer-*")):
-        with suppress(OSError):
-            about = folder.lstat()
-            if folder.is_dir() and not folder.is_symlink() and about.st_uid == os.getuid() and now - about.st_mtime > OLD_S:
-                found.append((folder, _size(folder)))
-    return found
+    return [(folder, _size(folder)) for folder in sorted(temp.glob("dinfer-*")) if _is_old(folder, now)]
+
+
+def _is_old(folder: Path, now: float) -> bool:
+    try:
+        about = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and now - about.st_mtime > OLD_S
 
 
 def _size(folder: Path) -> int:
@@ -111,4 +114,5 @@ def judge_folders(left: Sequence[tuple[Path, int]]) -> Check:
         return Check("old folders", "ok", f"none in {tempfile.gettempdir()}")
     size = gib(sum(size for _, size in left))
     found = f"{len(left)} of earlier runs in {left[0][0].parent}, {size}"
-    return Check("old folders", "warn", found, "rm -r " + " ".join(shlex.quote(str(folder)) for folder, _ in left))
+    fix = "rm -r " + " ".join(shlex.quote(str(folder)) for folder, _ in left)
+    return Check("old folders", "warn", found, fix)

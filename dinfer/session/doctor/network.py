@@ -52,7 +52,7 @@ def interface_check(network: Network) -> Check:
         return Check("interface", "fail", found, "unset GLOO_SOCKET_IFNAME")
     if not known[name]:
         found = f"{name}, by GLOO_SOCKET_IFNAME, has no IPv4 address that could be read here"
-        return Check("interface", "warn", found, "unset GLOO_SOCKET_IFNAME, unless this interface has an IPv6 address")
+        return Check("interface", "warn", found, "unset GLOO_SOCKET_IFNAME")
     return Check("interface", "ok", f"{name}, {known[name]}: set by GLOO_SOCKET_IFNAME")
 
 
@@ -65,8 +65,9 @@ def host_name_check(network: Network) -> Check:
     if network.own in network.resolved:
         return Check("host name", "ok", f"{network.host} is {network.own}{_interface_of(network)}")
     said = f"resolves to {network.resolved[0]}" if network.resolved else "does not resolve"
-    other = "" if any(_is_loopback(a) for a in network.resolved[:1]) or not network.resolved else f", not {network.own}"
-    found = f"{network.host} {said}{other}: fine for ranks of this host, but those of other hosts would not find it"
+    found = (
+        f"{network.host} {said}: ranks of this host do not mind, but those of other hosts need {network.own}"
+    )
     return Check("host name", "warn", found, f"for runs over several hosts: {_export(network)}")
 
 
@@ -85,7 +86,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def _address(name: str) -> str:
-    """The interface's IPv4 address; "" where it has none or this system does not say (only Linux does this way)."""
+    """The interface's IPv4 address; "" where it has none, or where the system is not Linux."""
     with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
         try:
             answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
@@ -106,14 +107,15 @@ def _own_address() -> str:
 
 
 def _resolve(host: str) -> list[str]:
-    """The host's IPv4 addresses; none where it has no such name, or no name server answers within RESOLVE_S."""
+    """The host's IPv4 addresses; none where no name server answers within RESOLVE_S."""
     found: list[str] = []
 
     def ask() -> None:
         try:
-            found.extend(str(entry[4][0]) for entry in socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM))
+            answers = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
         except OSError:
             return
+        found.extend(str(answer[4][0]) for answer in answers)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
@@ -145,10 +147,12 @@ def port_check(ports: Ports, own: str) -> Check:
     if ports.loopback:
         fix = "let the firewall pass the loopback: sudo iptables -I INPUT -i lo -j ACCEPT"
         return Check("ports", "fail", f"none can be used on {LOOPBACK}: {ports.loopback}", fix)
-    count = f"; {len(ports.span) - len(ports.used):,} of {len(ports.span):,} are free" if ports.span else ""
-    if ports.span and len(ports.span) - len(ports.used) < FEW_PORTS:
-        fix = "sudo sysctl net.ipv4.ip_local_port_range='32768 60999', or end what holds them (ss -tanp)"
-        return Check("ports", "warn", f"few are left{count}, from {ports.span[0]} to {ports.span[-1]}", fix)
+    count = ""
+    if ports.span:
+        free = len(ports.span) - len(ports.used)
+        count = f"; {free:,} of {len(ports.span):,} from {ports.span[0]} to {ports.span[-1]} are free"
+        if free < FEW_PORTS:
+            return Check("ports", "warn", f"few are left{count}", "end what holds them: ss -tanp names it")
     if ports.own:
         fix = f"for runs over several hosts: let the firewall pass connections to {own}"
         return Check("ports", "warn", f"can be opened on {LOOPBACK}{count}; but on {own}: {ports.own}", fix)

@@ -1,7 +1,7 @@
 """A rank of the doctor: it measures the link to each other rank, and answers while others measure.
 
-A header's first 8 bytes say how many bytes of payload follow, or that this link has been measured; each is answered by
-an empty header.
+A header's first 8 bytes say how many bytes of payload follow, which an empty header answers, or that this
+link has been measured.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ Clock = Callable[[], float]
 
 
 class Pair(NamedTuple):
-    """The link from one rank to another: seconds for a small message one way, bytes a second for large ones."""
+    """The link from one rank to another: seconds for a small message, bytes a second for large ones."""
 
     source: int
     target: int
@@ -78,13 +78,14 @@ class Link:
         return median(trips[WARM_UP:]) / 2
 
     def _speed(self, deadline: float, latency: float) -> float:
-        """The median at the largest size that there was time for: a slow link gets no message it would choke on."""
+        """The median at the largest size that there was time for: a slow link gets no message too many."""
         speeds: dict[int, list[float]] = {}
         for size in SIZES:
             if speeds and self._clock() + size / median(speeds[max(speeds)]) > deadline:
                 break
-            took = self._trip(size) - latency  # the answer's way back
-            speeds.setdefault(size, []).append(size / max(took, 1e-9))
+            took = self._trip(size)
+            # Less what the trip takes without a payload; that was not measured at the same moment, so never all.
+            speeds.setdefault(size, []).append(size / max(took - 2 * latency, took / 2))
         return median(speeds[max(speeds)])
 
     def _trip(self, size: int) -> float:

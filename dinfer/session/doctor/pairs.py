@@ -1,4 +1,4 @@
-"""Latency and bandwidth of every ordered pair of ranks: ranks up over gloo on this host, measured, and down again."""
+"""Latency and bandwidth of every ordered pair of ranks, over gloo on this host: ranks up, measured, down."""
 
 import multiprocessing
 import os
@@ -29,7 +29,7 @@ GRACE_S = 1.0
 
 @dataclass
 class Measured:
-    """What came of it. `here`: ranks that have started; `died`: with what they printed last; `errors`: in order."""
+    """What came of it. `here`: ranks that have started; `died`: with their last words."""
 
     pairs: "list[Pair]" = field(default_factory=list)
     here: set[int] = field(default_factory=set)
@@ -142,8 +142,7 @@ def _rank(rank: int, world_size: int, end: Connection, log: Path, seconds: float
     _print_into(log)
     threading.Thread(target=_end_with_client, daemon=True).start()
     try:
-        with closing(end):
-            _measure(rank, world_size, end, seconds)
+        _measure(rank, world_size, end, seconds)
     except Exception as error:
         with suppress(OSError):
             end.send(("error", str(error)))
@@ -195,27 +194,35 @@ def pairs_check(measured: Measured, world_size: int, ifname: str = "") -> Check:
     wanted = world_size * (world_size - 1)
     if measured.died:
         rank, how = next(iter(measured.died.items()))
-        fix = "free memory, then try again" if how.startswith("SIGKILL") else "pip install --force-reinstall torch"
+        fix = "free memory, then run dinfer doctor again"
+        if not how.startswith("SIGKILL"):
+            fix = "pip install --force-reinstall torch"
         return Check("pairs", "fail", f"rank {rank} died of {how}", fix)
     if measured.errors:
-        return Check("pairs", "fail", measured.errors[0], _fix_of_network(ifname))
+        return Check("pairs", "fail", measured.errors[0].splitlines()[0][:400], _fix_of_network(ifname))
     if len(measured.here) < world_size:
         found = f"only {len(measured.here)} of {world_size} ranks started in the time there was"
         return Check("pairs", "unchecked", found, "dinfer doctor --world-size 2")
     if len(measured.pairs) < wanted:
-        found = f"the ranks met, but only {len(measured.pairs)} of {wanted} links were measured in the time there was"
+        found = (
+            f"the ranks started, but only {len(measured.pairs)} of {wanted} links could be measured in time"
+        )
         return Check("pairs", "fail", found, _fix_of_network(ifname))
     return _judge_speed(measured.pairs)
 
 
 def _fix_of_network(ifname: str) -> str:
-    return "unset GLOO_SOCKET_IFNAME" if ifname else "let the firewall pass the loopback: sudo iptables -I INPUT -i lo -j ACCEPT"
+    if ifname:
+        return "unset GLOO_SOCKET_IFNAME"
+    return "let the firewall pass the loopback: sudo iptables -I INPUT -i lo -j ACCEPT"
 
 
 def _judge_speed(pairs: "Sequence[Pair]") -> Check:
     latencies, speeds = [1e3 * pair.latency_s for pair in pairs], [pair.bytes_per_s for pair in pairs]
     slow = [f"{p.source} → {p.target}" for p in pairs if p.bytes_per_s < median(speeds) / SLOW]
-    found = f"{len(pairs)} links over gloo: {significant(min(latencies))} to {significant(max(latencies))} ms, "
+    found = (
+        f"{len(pairs)} links over gloo, {significant(min(latencies))} to {significant(max(latencies))} ms, "
+    )
     found += f"{rate(min(speeds))} to {rate(max(speeds))}"
     if slow:
         fix = "end other work on this host, then run dinfer doctor again"

@@ -19,7 +19,7 @@ class Report:
     """One examination of one host; `host` in words, `seconds` that it took."""
 
     host: str
-    checks: "Sequence[Check]"
+    checks: Sequence[Check]
     pairs: "Sequence[Pair]"
     seconds: float
 
@@ -31,7 +31,7 @@ class Report:
         return [check for check in self.checks if check.state == state]
 
 
-def as_json(report: Report) -> dict[str, Any]:
+def to_json(report: Report) -> dict[str, Any]:
     return {
         "host": report.host,
         "checks": [asdict(check) for check in report.checks],
@@ -55,23 +55,20 @@ def as_text(report: Report, colour: bool = False) -> str:
 def sentence(report: Report) -> str:
     """How things stand, and what to do first."""
     failed, warned, unchecked = (report.having(state) for state in ("fail", "warn", "unchecked"))
-    done = f"{len(report.checks) - len(unchecked)} checks in {report.seconds:.0f} s"
+    made = len(report.checks) - len(unchecked)
+    done = f"{made} check{'' if made == 1 else 's'} in {report.seconds:.0f} s"
+    verdict = "dinfer can run here"
     if failed:
-        verdict = f"dinfer will not run well here: {_names(failed)} failed; apply {_fixes(failed)} and run dinfer doctor again"
-    else:
-        verdict = "dinfer can run here"
-    look = f"; look at {_names(warned)} when you can" if warned else ""
+        it = "it" if len(failed) == 1 else "these"
+        verdict = f"{_names(failed)} failed: fix {it} and run dinfer doctor again"
+    also = f"; worth a look: {_names(warned)}" if warned else ""
     left_out = f"; not checked: {_names(unchecked)}" if unchecked else ""
-    return f"{done}: {verdict}{look}{left_out}."
+    return f"{done}: {verdict}{also}{left_out}."
 
 
 def _names(checks: Sequence[Check]) -> str:
     *some, last = [check.name for check in checks]
     return f"{', '.join(some)} and {last}" if some else last
-
-
-def _fixes(checks: Sequence[Check]) -> str:
-    return "the fix" if len(checks) == 1 else "the fixes, first things first,"
 
 
 def _check_lines(check: Check, name_width: int, colour: bool) -> list[str]:

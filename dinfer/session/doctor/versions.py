@@ -31,7 +31,8 @@ def python_check(version: str, wanted: str) -> Check:
 
     if SpecifierSet(wanted).contains(version, prereleases=True):
         return Check("Python", "ok", f"{version}  ({wanted})")
-    return Check("Python", "fail", f"{version}; dinfer needs {wanted}", f"make a new venv with Python {wanted}")
+    fix = f"make a new venv with Python {wanted}"
+    return Check("Python", "fail", f"{version}; dinfer needs {wanted}", fix)
 
 
 def package_checks(requirements: Sequence[str], version_of: VersionOf) -> list[Check]:
@@ -76,7 +77,7 @@ def backend_check() -> Check:
 
 
 def judge_backends(build: str) -> Check:
-    """`build` is what `torch.__config__.show()` says; it is read so that only engine/comm.py needs torch.distributed."""
+    """`build` is what `torch.__config__.show()` says: only engine/comm.py uses torch.distributed."""
     settings = dict(re.findall(r"\bUSE_(GLOO|NCCL|MPI)=(\w+)", build))
     there = [name.lower() for name in ("GLOO", "NCCL", "MPI") if settings.get(name, "0") in ("1", "ON")]
     absent = [name for name in ("gloo", "nccl", "mpi") if name not in there]

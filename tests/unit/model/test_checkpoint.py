@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dinfer.model.checkpoint import Spec, check, resolve
@@ -35,7 +36,9 @@ def shard(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_spec_of_a_complete_checkpoint(tmp_path: Path, family: str) -> None:
-    path = tiny_checkpoint(tmp_path, family, layers=2, dtype="bfloat16", tokenizer=True)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    sizes = experts if family == "qwen3_moe" else {}
+    path = tiny_checkpoint(tmp_path, family, layers=2, dtype="bfloat16", tokenizer=True, **sizes)
     spec = check(path)
     assert spec == Spec(
         path=path.resolve(),
@@ -50,6 +53,9 @@ def test_spec_of_a_complete_checkpoint(tmp_path: Path, family: str) -> None:
         dtype="bfloat16",
         tokenizer=True,
         weight_bytes=spec.weight_bytes,
+        stored_dtype="bfloat16",
+        parameters=spec.weight_bytes // 2,
+        intermediate_size=128,
     )
     model = AutoModelForCausalLM.from_pretrained(path)
     assert spec.weight_bytes == sum(weight.nbytes for weight in model.parameters())
@@ -57,12 +63,30 @@ def test_spec_of_a_complete_checkpoint(tmp_path: Path, family: str) -> None:
 
 
 def test_missing_entries_are_what_transformers_takes_them_for(tmp_path: Path) -> None:
-    for family, expected in (("llama", 64 // 4), ("qwen3", 128)):
-        path = tiny_checkpoint(tmp_path / family, family, layers=1)
-        edit(path, head_dim=None, num_key_value_heads=None if family == "llama" else 2)
+    for family in sorted(CONFIGS):
+        path = tiny_checkpoint(tmp_path / family, family, layers=1, num_experts=2)
+        edit(path, head_dim=None, num_key_value_heads=None)
         config = CONFIGS[family].from_pretrained(path)
-        assert check(path).head_dim == config.head_dim == expected
+        assert check(path).head_dim == (getattr(config, "head_dim", None) or 64 // 4)
         assert check(path).kv_heads == config.num_key_value_heads
+
+
+def test_positions_end_where_longrope_changes_the_angles(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path, "phi3", layers=1)
+    assert check(path).max_positions == 4096
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    edit(path, rope_parameters=None, rope_scaling={"type": "longrope", **factors})
+    edit(path, original_max_position_embeddings=512)
+    assert check(path).max_positions == 512
+
+
+def test_mixed_dtypes_are_told_from_one(folder: Path) -> None:
+    assert check(folder).stored_dtype == "float32"
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"] = weights["model.norm.weight"].half()
+    save_file(weights, file, metadata={"format": "pt"})
+    assert check(folder).stored_dtype == "mixed"
 
 
 def test_dtype_by_its_old_name_and_from_the_weights(folder: Path) -> None:
@@ -157,7 +181,7 @@ def test_unsupported_architectures(folder: Path, model_type: str | None, reason:
     edit(folder, model_type=model_type)
     with pytest.raises(ModelError, match=reason) as caught:
         check(folder)
-    assert "Supported: llama, qwen3." in str(caught.value)
+    assert "Supported: gemma2, " in str(caught.value)
 
 
 def test_quantized_weights(folder: Path) -> None:
@@ -211,10 +235,13 @@ def test_hub_names_are_looked_up_in_the_local_cache_only(
 def test_light_modules_do_not_import_torch(folder: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = sys.modules['numpy'] = None\n"
-        "import dinfer.model, dinfer.model.families, dinfer.model.sampling\n"
+        "import dinfer.model, dinfer.model.families, dinfer.model.sampling, dinfer.model.memory\n"
         "from dinfer.model.checkpoint import check, resolve\n"
         "dinfer.model.sampling.Sampling(temperature=0.7)\n"
-        f"assert check({str(folder)!r}).layers == 1\n"
+        f"assert (spec := check({str(folder)!r})).layers == 1\n"
+        "from dinfer.model.fingerprint import fingerprint\n"
+        "assert len(fingerprint(spec)) == 64\n"
+        "dinfer.model.memory.check_memory(spec, 'auto', 100, 3)\n"
         "try: resolve('dinfer-tests/there-is-no-such-model')\n"
         "except dinfer.model.errors.ModelError: print('fine')\n"
     )

@@ -52,7 +52,7 @@ def with_lost_block(model: Any, tokenizer: Any, told: Recall, layers: range) -> 
     tokens = tokenizer(told.prompt, return_tensors="pt").input_ids
     per_fact = len(tokenizer.encode(f"{WORDINGS['en'].gap}{told.facts[0].sentence}"))
     lost = slice(told.asked * per_fact, (told.asked + 1) * per_fact)
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     said: list[int] = []
     with torch.inference_mode():
         logits = model(tokens, past_key_values=cache, use_cache=True).logits

@@ -1,64 +1,100 @@
-"""Families: found by name, refused with a reason, and nothing but an entry is needed for a new one."""
+"""Families: found by name, refused by name with a reason, before any weights are read."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import Gemma2Config, Gemma3TextConfig, GraniteConfig
+from transformers import CONFIG_MAPPING, GPT2Config
 
-from dinfer.model import reference
-from dinfer.model.decoder import Decoder
+from dinfer.model.checkpoint import check
 from dinfer.model.errors import ModelError
-from dinfer.model.families import FAMILIES, Family, family_named, family_of
+from dinfer.model.families import FAMILIES, family_in, family_named, family_of
 from tests.unit.model.tiny import CONFIGS, tiny_checkpoint
 
-IDS = [(token * 37 + 11) % 120 for token in range(30)]
-GEMMA = {"sliding_window": 9, "query_pre_attn_scalar": 16, "final_logit_softcapping": 5.0}
 
-# Not in the table yet: each shows that its entry would be enough, and what each field of an entry does.
-CANDIDATES: dict[str, tuple[type[Any], Family, dict[str, Any]]] = {
-    "granite": (
-        GraniteConfig,
-        Family(embedding_scale="embedding_multiplier", logits_divisor="logits_scaling"),
-        {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
-    ),
-    "gemma2": (Gemma2Config, Family(attention="eager", logits_softcap="final_logit_softcapping"), GEMMA),
-    "gemma3_text": (
-        Gemma3TextConfig,
-        Family(logits_softcap="final_logit_softcapping", rotary_per_layer_type=True),
-        GEMMA,
-    ),
-}
+def refused(**config: Any) -> str:
+    """Return why a config.json is refused."""
+    with pytest.raises(ModelError, match="is not supported") as caught:
+        family_in(config)
+    return str(caught.value)
 
 
 def test_families_are_found_by_name_and_by_config() -> None:
     for name, config in CONFIGS.items():
-        assert family_of(config()) is family_named(name) is FAMILIES[name]
+        assert family_of(config()) is family_named(name) is family_in({"model_type": name}) is FAMILIES[name]
 
 
 def test_the_reason_for_a_refusal_is_said() -> None:
-    with pytest.raises(ModelError, match="'mamba' is not supported: its layers carry a recurrent state"):
+    with pytest.raises(
+        ModelError, match="'mamba' is not supported: its layers, or some of them, carry a recurr"
+    ):
         family_named("mamba")
-    with pytest.raises(ModelError, match=r"nobody has yet shown it .* Supported: llama, qwen3\."):
-        family_of(GraniteConfig())
+    with pytest.raises(ModelError, match=r"nobody has yet shown it .* Supported: gemma2, .*, smollm3\."):
+        family_of(GPT2Config())
 
 
-@pytest.mark.parametrize("name", CANDIDATES)
-def test_an_entry_is_enough_for_a_new_family(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("gemma4", "a second input for each layer"),
+        ("gemma3n", "a second input for each layer"),
+        ("qwen3_next", "carry a recurrent state"),
+        ("qwen3_5", "carry a recurrent state"),
+        ("jamba", "carry a recurrent state"),
+        ("granitemoehybrid", "carry a recurrent state"),
+        ("lfm2", "state of a convolution"),
+        ("deepseek_v3", "compressed latent"),
+        ("qwen2_5_vl", "time, height and width"),
+        ("mllama", "cross-attention"),
+        ("t5", "encoder-decoder"),
+        ("bart", "encoder-decoder"),
+        ("whisper", "encoder-decoder"),
+    ],
+)
+def test_what_is_known_not_to_fit_is_refused_before_weights_are_looked_for(
+    tmp_path: Path, model_type: str, reason: str
 ) -> None:
-    config, family, sizes = CANDIDATES[name]
-    monkeypatch.setitem(FAMILIES, name, family)
-    monkeypatch.setitem(CONFIGS, name, config)
-    decoder = Decoder.load(tiny_checkpoint(tmp_path, name, **sizes))
-    cache = decoder.new_cache(len(IDS))
-    chunks = [decoder.norm(decoder.forward(IDS[at : at + 13], cache, at)) for at in range(0, len(IDS), 13)]
-    expected = reference.chunked_forward(decoder, IDS, 13)
-    assert torch.equal(torch.cat(chunks, dim=1), expected.hidden)
-    assert all(torch.equal(cache.tensor(layer), rows) for layer, rows in enumerate(expected.kv))
-    whole = decoder.norm(decoder.forward(IDS, decoder.new_cache(len(IDS)), 0))[:, -1:]
-    logits = decoder.model(torch.tensor([IDS]), logits_to_keep=1).logits[0, 0]
-    assert torch.equal(decoder.logits(whole), logits)
+    config = CONFIG_MAPPING[model_type]()
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"{model_type!r} is not supported: .*{reason}"):
+        check(tmp_path)
+
+
+def test_an_encoder_decoder_of_any_name_is_refused() -> None:
+    assert "encoder-decoder" in refused(model_type="new", is_encoder_decoder=True)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "text"),
+    [("gemma3", "gemma3_text"), ("mistral3", "mistral"), ("llava", "llama"), ("idefics3", "llama")],
+)
+def test_a_wrapper_whose_text_part_would_fit_says_so(tmp_path: Path, wrapper: str, text: str) -> None:
+    CONFIG_MAPPING[wrapper]().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=rf"{wrapper!r} .* multimodal; its text part, {text!r}, would fit"):
+        check(tmp_path)
+
+
+def test_a_wrapper_whose_text_part_does_not_fit_says_so() -> None:
+    assert "its text part (cohere2) is not supported either" in refused(
+        model_type="aya_vision", text_config={"model_type": "cohere2"}
+    )
+    assert "of no named type" in refused(model_type="new", llm_config={})
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"layer_types": ["full_attention", "linear_attention"]}, "has layers of type linear_attention"),
+        ({"use_bidirectional_attention": True}, "attends to later tokens too"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "has rope type 'dynamic'"),
+    ],
+)
+def test_entries_that_no_family_allows(tmp_path: Path, entries: dict[str, Any], message: str) -> None:
+    path = tiny_checkpoint(tmp_path, "gemma3_text", layers=2)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | entries))
+    with pytest.raises(ModelError, match=message):
+        check(path)

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-CONFIGS: dict[str, type[Any]] = {"qwen3": Qwen3Config, "llama": LlamaConfig}
+from dinfer.model.families import FAMILIES
+
+CONFIGS: dict[str, Any] = {name: CONFIG_MAPPING[name] for name in FAMILIES}
 VOCAB = 128
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}\n{% endfor %}"
@@ -28,12 +30,14 @@ def tiny_checkpoint(
     dtype: str = "float32",
     tied: bool = False,
     tokenizer: bool = False,
+    max_shard_size: str = "1GB",
     **config: Any,
 ) -> Path:
     """Write a random checkpoint to `folder` and return it: hidden 64, 4 heads, 2 KV heads of 16.
 
     `tied` shares the embedding with the head; `tokenizer` adds a byte-level tokenizer (vocabulary 259 instead
-    of 128); `config` overrides entries of its config.json. The same arguments give the same bytes.
+    of 128); `max_shard_size` splits the weights over files; `config` overrides entries of its config.json. The
+    same arguments give the same bytes.
     """
     sizes: dict[str, Any] = {
         "vocab_size": len(byte_tokenizer()) if tokenizer else VOCAB,
@@ -50,7 +54,7 @@ def tiny_checkpoint(
         "pad_token_id": None,
     }
     model = random_model(CONFIGS[family](**{**sizes, **config}), seed)
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer:
         byte_tokenizer().save_pretrained(folder)
     return Path(folder)

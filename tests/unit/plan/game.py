@@ -83,9 +83,10 @@ class Game:
         other = "recv" if op.kind == "send" else "send"
         for there in self.at:
             head = self.head(there)
-            if there[0] == op.peer and head is not None and head.kind == other and self.is_ready(there):
-                if channel(there[0], head) == channel(lane[0], op):
-                    return there
+            if there[0] != op.peer or head is None or head.kind != other or not self.is_ready(there):
+                continue
+            if channel(there[0], head) == channel(lane[0], op):
+                return there
         return None
 
     def move(self, lane: Lane) -> None:

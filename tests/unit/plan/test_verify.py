@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import networkx as nx
+import networkx as nx  # type: ignore[import-untyped]
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,8 +69,9 @@ def test_a_good_plan_is_proved() -> None:
 
 def test_a_proof_says_what_was_proved() -> None:
     assert str(verify(parse_plan(GOOD))) == (
-        "proved: 2 ranks, 2 lanes, 21 ops; each of 7 sends meets one recv; all ranks end with the same 4 blocks; "
-        "no deadlock with rendezvous or buffered sends; 4 layers on the longest path"
+        "proved: 2 ranks, 2 lanes, 21 ops; each of 7 sends meets one recv; "
+        "all ranks end with the same 4 blocks; no deadlock with rendezvous or buffered sends; "
+        "4 layers on the longest path"
     )
 
 
@@ -132,27 +133,26 @@ def test_a_lane_that_waits_for_itself() -> None:
 
 
 def test_a_cycle_names_the_need_that_closes_it_and_not_another_one() -> None:
-    # `layer c1 l1` lacks hidden c1 l1 from lane b, which only lacks its send, and block c0 l1 from its own lane.
-    text = GOOD.replace("  layer c0 l1\n  send kv c0 l1 -> 0, 2 tokens\n", "")
-    text = text.replace("  recv hidden c1 l1 <- 0, 1 token\n", "")
-    text = text.replace("  layer c1 l1\n", "  layer c1 l1\n  layer c0 l1\n  send kv c0 l1 -> 0, 2 tokens\n")
-    text = text.replace("  recv hidden c0 l1 <- 0, 2 tokens\n", "")
-    text += "rank 1 lane b\n  recv hidden c0 l1 <- 0, 2 tokens\n  recv hidden c1 l1 <- 0, 1 token\n"
-    verdict = verify(parse_plan(text))
+    # `layer c1 l0` lacks hidden c1 l0, from lane b, as well; but what it waits for in vain is its own lane.
+    lane_a = (Op("layer", 1, 0), Op("layer", 0, 0))
+    lane_b = (Op("embed", 0), Op("norm", 1, 1), Op("embed", 1))
+    verdict = verify(Plan(Shape(1, 2, 1, (0,)), "own", "none", ((Lane("a", lane_a), Lane("b", lane_b)),)))
     assert isinstance(verdict, Counterexample)
     assert verdict.steps == (
-        "rank 1 cannot start `layer c1 l1` before block c0 l1, which `layer c0 l1` makes only later",
+        "rank 0 cannot start `layer c1 l0` before block c0 l0, which `layer c0 l0` makes only later",
     )
 
 
 FLAWS = {
     "no such peer": (
         [("send final -> 0, 1 token", "send final -> 2, 1 token")],
-        "refuted (out of range): rank 1: `send final -> 2, 1 token`: rank 2 is no peer of rank 1; there are 2 ranks",
+        "refuted (out of range): rank 1: `send final -> 2, 1 token`: "
+        "rank 2 is no peer of rank 1; there are 2 ranks",
     ),
     "its own peer": (
         [("send final -> 0, 1 token", "send final -> 1, 1 token")],
-        "refuted (out of range): rank 1: `send final -> 1, 1 token`: rank 1 is no peer of rank 1; there are 2 ranks",
+        "refuted (out of range): rank 1: `send final -> 1, 1 token`: "
+        "rank 1 is no peer of rank 1; there are 2 ranks",
     ),
     "no such chunk": (
         [("embed c1", "embed c2")],
@@ -184,8 +184,8 @@ FLAWS = {
             ("recv kv c1 l0 <- 0, 1 token", ""),
             ("recv kv c0 l0 <- 0, 2 tokens", "recv kv c1 l0 <- 0, 1 token\nrecv kv c0 l0 <- 0, 2 tokens"),
         ],
-        "refuted (mismatch): rank 0: `send kv c0 l0 -> 1, 2 tokens` meets rank 1: `recv kv c1 l0 <- 0, 1 token`, "
-        "which carries block c1 l0",
+        "refuted (mismatch): rank 0: `send kv c0 l0 -> 1, 2 tokens` meets rank 1: "
+        "`recv kv c1 l0 <- 0, 1 token`, which carries block c1 l0",
     ),
     "wrong size of a send": (
         [("send kv c1 l1 -> 0, 1 token", "send kv c1 l1 -> 0, 2 tokens")],
@@ -230,7 +230,8 @@ def test_a_channel_used_from_two_lanes() -> None:
     text = text.replace("  send kv c1 l1 -> 0, 1 token\n", "") + "  send kv c1 l1 -> 0, 1 token\n"
     assert str(verify(parse_plan(text))) == (
         "refuted (shared channel): rank 1 sends on the kv channel 1→0 from two lanes, main "
-        "(`send kv c0 l1 -> 0, 2 tokens`) and side (`send kv c1 l1 -> 0, 1 token`), so nothing fixes their order"
+        "(`send kv c0 l1 -> 0, 2 tokens`) and side (`send kv c1 l1 -> 0, 1 token`), "
+        "so nothing fixes their order"
     )
 
 
@@ -239,7 +240,8 @@ def test_a_channel_received_on_two_lanes() -> None:
     verdict = verify(parse_plan(text + "rank 1 lane side\n  recv kv c1 l0 <- 0, 1 token\n"))
     assert str(verdict) == (
         "refuted (shared channel): rank 1 receives on the kv channel 0→1 from two lanes, main "
-        "(`recv kv c0 l0 <- 0, 2 tokens`) and side (`recv kv c1 l0 <- 0, 1 token`), so nothing fixes their order"
+        "(`recv kv c0 l0 <- 0, 2 tokens`) and side (`recv kv c1 l0 <- 0, 1 token`), "
+        "so nothing fixes their order"
     )
 
 

@@ -1,0 +1,111 @@
+"""One rank's run from loading to result, whoever started its process: meet, prefill, decode, tell."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from dinfer.config import Config
+from dinfer.engine.comm import Comm
+from dinfer.engine.control import Control
+from dinfer.engine.engine import Engine
+from dinfer.engine.executor import Executor
+from dinfer.engine.oplog import OpLog
+from dinfer.model.decoder import Decoder
+from dinfer.model.text import TextStream, load_tokenizer
+
+log = logging.getLogger("dinfer")
+
+
+def run_rank(
+    rank: int,
+    config: Config,
+    ids: Sequence[int],
+    control: Control,
+    meet: Callable[[], Comm],
+    *,
+    paused: bool = False,
+) -> dict[str, Any]:
+    """Load, `meet()` the other ranks, prefill, decode; this rank's part of the result.
+
+    With `paused`, the lanes are left to the session's commands until it says `decode`.
+    """
+    torch.set_num_threads(config.threads)
+    control.board.set_phase("loading")
+    decoder = Decoder.load(config.model_path, config.dtype, device_of(rank, config))
+    log.info("loaded %s on %s, %d threads", config.model_path, decoder.device, config.threads)
+    comm = meet()
+    on_op = OpLog(log, decoder.num_layers)
+    engine = Engine(decoder, comm, config, board=control.board, memory=control.recorder_memory, on_op=on_op)
+    executor = engine.prepare(ids)
+    assert engine.recorder is not None
+    control.attach(executor, engine.recorder.lanes)
+    comm.all_gather(b"r")  # prefill starts together, so that its time is not that of the slowest to load
+    if paused:
+        control.board.set_phase("prefill")
+        control.report("ready")
+        _stepped(executor, control)
+    kv_sha256 = _prefill(engine, len(ids))
+    tokens, decode_s = _decode(engine, control)
+    comm.all_gather(b"d")  # nobody leaves while another still needs it
+    engine.release()
+    comm.close()
+    return {
+        "host": os.uname().nodename,
+        "device": str(decoder.device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(decoder.dtype).removeprefix("torch."),
+        "kv_sha256": kv_sha256,
+        "tokens": tokens,
+        "plan_id": f"{executor.plan.id:016x}",
+        "decode_s": decode_s,
+        "lost_events": engine.recorder.lost,
+    }
+
+
+def device_of(rank: int, config: Config) -> str:
+    """The device that the config gives to a rank."""
+    return f"cuda:{config.gpu_ids[rank]}" if config.gpu_ids else "cpu"
+
+
+def _prefill(engine: Engine, tokens: int) -> str:
+    """Run what is left of prefill; the SHA-256 of this rank's KV."""
+    started = perf_counter()
+    engine.prefill_phase()
+    blocks = engine.executor.plan.shape.blocks
+    log.info("prefill done in %.3f s: %d blocks on this rank", perf_counter() - started, blocks)
+    assert engine.cache is not None
+    return engine.cache.sha256(tokens)
+
+
+def _decode(engine: Engine, control: Control) -> tuple[list[int], float]:
+    """New tokens and the seconds they took; rank 0 streams their text, in whole characters."""
+    tokenizer = load_tokenizer(engine.config.model_path)
+    stream = TextStream(tokenizer) if tokenizer else None
+
+    def show(token: int) -> None:
+        log.debug("token %d", token)
+        if engine.rank == 0:
+            control.report("text", text=stream.push(token) if stream else f"{token} ")
+
+    started = perf_counter()
+    tokens = engine.decode_phase(on_token=show)
+    took = perf_counter() - started
+    if engine.rank == 0 and stream:
+        control.report("text", text=stream.flush())
+    log.info("decode done in %.3f s: %d tokens", took, len(tokens))
+    control.board.set_phase("done", len(tokens))
+    return tokens, took
+
+
+def _stepped(executor: Executor, control: Control) -> None:
+    """Leave the lanes to the session's commands until it says `decode`. Raises OpFailed."""
+    while True:
+        with contextlib.suppress(TimeoutError):
+            control.told("decode", timeout=0.1)
+            return
+        executor.wait(lambda: True)  # raises if a lane has failed meanwhile

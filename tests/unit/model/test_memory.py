@@ -1,0 +1,196 @@
+"""Memory: numbers worked out by hand, what is free on systems of all kinds, and what to change."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dinfer.model import free as free_module
+from dinfer.model import memory
+from dinfer.model.checkpoint import Spec, check
+from dinfer.model.decoder import Decoder
+from dinfer.model.errors import ModelError
+from dinfer.model.free import free
+from dinfer.model.memory import check_memory, need, size_text
+
+GIB = 1024**3
+
+# 36 layers of: q 2560x4096, k and v 2560x1024, o 4096x2560, MLP 3 x 2560x9728, norms 2 x 2560 and 2 x 128;
+# an embedding of 151936x2560, shared with the head; a last norm.
+QWEN3_4B = Spec(
+    path=Path("/nowhere"),
+    model_type="qwen3",
+    layers=36,
+    hidden_size=2560,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    vocab_size=151_936,
+    max_positions=40_960,
+    dtype="bfloat16",
+    tokenizer=True,
+    weight_bytes=8_044_936_192,
+    stored_dtype="bfloat16",
+    parameters=4_022_468_096,
+    intermediate_size=9728,
+)
+
+
+def set_free(monkeypatch: pytest.MonkeyPatch, size: int | None) -> None:
+    """Let `size` bytes be free on every device."""
+    monkeypatch.setattr(memory, "free", lambda _: size)
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, available: int, *args: object, **kwargs: object) -> str:
+    """Return what check_memory says of Qwen3-4B with so much free."""
+    set_free(monkeypatch, available)
+    with pytest.raises(ModelError) as caught:
+        check_memory(QWEN3_4B, *args, **kwargs)  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+def test_qwen3_4b_by_hand() -> None:
+    one_layer = need(QWEN3_4B, "bfloat16", 1).kv_bytes // 36
+    assert one_layer == 2 * 8 * 128 * 2 == 4 * 1024
+    assert need(QWEN3_4B, "auto", 1).kv_bytes == 144 * 1024
+    thousand = need(QWEN3_4B, "bfloat16", 1000)
+    assert thousand.kv_bytes == 147_456_000
+    assert thousand.hidden_bytes == 1000 * 2560 * 2 == 5_120_000
+    assert thousand.weights_bytes == 8_044_936_192
+    assert thousand.total == 8_044_936_192 + 147_456_000 + 5_120_000
+    twice = need(QWEN3_4B, "float32", 1000)
+    assert twice.total == 2 * thousand.total
+
+
+def test_working_memory_of_a_chunk_by_hand() -> None:
+    hidden = need(QWEN3_4B, "bfloat16", 1000, chunk_size=100).hidden_bytes
+    numbers_of_a_token = 4 * 2560 + 2 * 40 * 128 + 3 * 9728
+    assert hidden == 5_120_000 + 100 * numbers_of_a_token * 2 + 100 * 1000 * 3
+    assert need(QWEN3_4B, "auto", 50, 100) == need(QWEN3_4B, "auto", 50, 50), "no chunk exceeds the prompt"
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_need_is_what_a_decoder_takes(tmp_path: Path, family: str) -> None:
+    from tests.unit.model.tiny import tiny_checkpoint
+
+    path = tiny_checkpoint(
+        tmp_path, family, layers=2, **({"num_experts": 4} if family == "qwen3_moe" else {})
+    )
+    for dtype in ("auto", "bfloat16"):
+        decoder, wanted = Decoder.load(path, dtype), need(check(path), dtype, 100)
+        assert wanted.weights_bytes == sum(weight.nbytes for weight in decoder.model.parameters())
+        assert wanted.kv_bytes == decoder.new_cache(100).nbytes
+
+
+def test_an_unknown_dtype_is_refused() -> None:
+    with pytest.raises(ModelError, match="dtype 'int4' is not known; give one of float64, float32"):
+        need(QWEN3_4B, "int4", 1)
+
+
+def test_enough_or_unknown_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    exactly = need(QWEN3_4B, "bfloat16", 1000).total
+    set_free(monkeypatch, exactly)
+    check_memory(QWEN3_4B, "bfloat16", 1000, 1)
+    set_free(monkeypatch, None)
+    check_memory(QWEN3_4B, "bfloat16", 10**9, 8)
+
+
+def test_ranks_on_a_cpu_share_weights_only_where_they_are_views_of_the_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = need(QWEN3_4B, "bfloat16", 1000)
+    set_free(monkeypatch, one.weights_bytes + 3 * (one.kv_bytes + one.hidden_bytes))
+    check_memory(QWEN3_4B, "bfloat16", 1000, 3, "cpu")
+    for dtype, device in (("bfloat16", "cuda:0"), ("float16", "cpu")):
+        with pytest.raises(ModelError, match="at most 1 rank here"):
+            check_memory(QWEN3_4B, dtype, 1000, 3, device)
+
+
+def test_the_refusal_says_what_was_asked_what_is_free_and_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = refusal(monkeypatch, 10 * GIB, "bfloat16", 40_960, 1, "cuda:0")
+    # weights 7.49 + KV 144 KiB x 40,960 = 5.625 + hidden 5 KiB x 40,960 = 0.195
+    assert said.startswith(
+        "1 rank on cuda:0 with 40,960 tokens in bfloat16 need 13.3 GiB; 10.0 GiB are free, 3.3 GiB too little."
+    )
+    assert "weights 7.5 GiB, KV 5.6 GiB, hidden states 200.0 MiB" in said
+    longest = (10 * GIB - 8_044_936_192) // (149 * 1024)
+    assert f"One of these would be enough: prompt and new tokens together at most {longest:,}, " in said
+    assert f"{40_960 - longest:,} fewer." in said
+    assert "dtype" not in said
+    assert "chunk_size" not in said
+
+
+def test_each_single_change_that_helps_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = refusal(monkeypatch, 10 * GIB, "float32", 2000, 1)
+    assert "One of these would be enough: dtype bfloat16 (needs 7.8 GiB)." in said
+    fits = 2 * 8_044_936_192 + 2 * 149 * 1024 * 10_000 + 10 * 1024**2
+    said = refusal(monkeypatch, fits, "float32", 10_000, 1, chunk_size=2000)
+    chunk = 10 * 1024**2 // (49_664 * 4 + 10_000 * 5)
+    assert f"chunk_size at most {chunk} in place of 2,000" in said
+    said = refusal(monkeypatch, 20 * GIB, "bfloat16", 1000, 3, "cuda:0")
+    assert "at most 2 ranks here" in said
+
+
+def test_where_nothing_helps_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = refusal(monkeypatch, GIB, "float32", 1000, 1)
+    assert said.endswith("No single change is enough: use a smaller model, or a machine with more memory.")
+    assert "weights 7.5 GiB (one copy for all)" in refusal(monkeypatch, GIB, "bfloat16", 1000, 2)
+
+
+def test_sizes_in_words() -> None:
+    texts = [size_text(size) for size in (12, 144 * 1024, 5 * 1024**2, 1536 * 1024**3)]
+    assert texts == ["12 bytes", "144.0 KiB", "5.0 MiB", "1,536.0 GiB"]
+
+
+def machine(root: Path, cgroup: str = "", **files: str) -> Path:
+    """Write a /proc and /sys: 1000 kB available, and files under /sys/fs/cgroup ("__" for "/")."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable: 1000 kB\n")
+    (root / "proc/self/cgroup").write_text(cgroup)
+    for name, text in files.items():
+        file = root / "sys/fs/cgroup" / name.replace("__", "/").replace("memory_", "memory.")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return root
+
+
+def test_free_is_what_the_kernel_says(tmp_path: Path) -> None:
+    assert free("cpu", machine(tmp_path)) == 1000 * 1024
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [("max", 1_024_000), ("700000", 700_000 - 500_000 + 40_000), ("400000", 0)]
+)
+def test_a_lower_limit_of_cgroup_v2_counts(tmp_path: Path, limit: str, expected: int) -> None:
+    stat = "anon 460000\ninactive_file 40000\n"
+    files = {"a__memory_max": limit, "a__memory_current": "500000", "a__memory_stat": stat}
+    assert free("cpu", machine(tmp_path, "0::/a/b\n", a__b__memory_max="max", **files)) == expected
+
+
+def test_a_container_sees_the_top_of_cgroup_v1_only(tmp_path: Path) -> None:
+    files = {
+        "memory__memory_limit_in_bytes": "600000\n",
+        "memory__memory_usage_in_bytes": "100000\n",
+        "memory__memory_stat": "total_inactive_file 1000\n",
+    }
+    root = machine(tmp_path, "5:cpu,cpuacct:/x\n4:memory:/docker/abc\n", **files)
+    assert free("cpu", root) == 501_000
+
+
+def test_elsewhere_sysconf_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = {"SC_PHYS_PAGES": 50, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(os, "sysconf", lambda name: pages[name] if name in pages else -1)
+    assert free("cpu", tmp_path) == 50 * 4096
+    monkeypatch.delattr(os, "sysconf")
+    assert free("cpu", tmp_path) is None
+
+
+def test_this_machine_and_a_device_that_is_not_there() -> None:
+    found = free("cpu")
+    assert found is None or found > 0
+    with pytest.raises(ModelError, match="device 'cuda:77' cannot be asked for its free memory"):
+        free_module.free("cuda:77")

@@ -1,0 +1,159 @@
+"""The text form of plans: there and back, and every error with its line."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dinfer.plan.ops import PlanError, embed, layer
+from dinfer.plan.partition import Shape
+from dinfer.plan.plan import HEADER, Lane, Place, Plan, parse_plan
+from dinfer.plan.schedule import build
+from tests.unit.plan.strategies import mutated_plans, plans
+
+HEAD = f"""\
+{HEADER}
+layers 2, tokens 3, chunk_size 2
+stages start at 0 1
+schedule own, sync_strategy none
+"""
+PLAN = Plan(Shape(2, 3, 2, (0, 1)), "own", "none", ((Lane("a", (embed(0), layer(0, 0))),), ()))
+TEXT = HEAD + "rank 0 lane a\n  embed c0\n  layer c0 l0\n"
+
+
+def test_text() -> None:
+    assert PLAN.text() == TEXT
+
+
+@settings(max_examples=60)
+@given(plans(ranks=5))
+def test_text_and_back(plan: Plan) -> None:
+    assert parse_plan(plan.text()) == plan
+
+
+@settings(max_examples=60)
+@given(mutated_plans())
+def test_text_and_back_with_mistakes(plan: Plan) -> None:
+    assert parse_plan(plan.text()) == plan
+
+
+def test_comments_empty_lines_and_indentation_do_not_matter() -> None:
+    text = "# by hand\n\n" + TEXT.replace("  embed c0", "embed   c0  # the first") + "\n# the end"
+    assert parse_plan(text) == PLAN
+
+
+def test_lanes_may_be_empty_and_ranks_may_come_in_any_order() -> None:
+    plan = parse_plan(HEAD + "rank 1 lane x\nrank 0 lane a\nrank 0 lane b\n  embed c0\n")
+    assert plan.lanes == ((Lane("a", ()), Lane("b", (embed(0),))), (Lane("x", ()),))
+    assert [*plan.places()] == [(Place(0, 1, 0), embed(0))]
+    assert plan.op(Place(0, 1, 0)) == embed(0)
+
+
+ERRORS = {
+    "an empty text": (
+        "",
+        f"this is not a plan: it is empty; a plan's first line is {HEADER!r}.",
+    ),
+    "another file": (
+        "import torch\n",
+        f"this is not a plan: it begins with 'import torch'; a plan's first line is {HEADER!r}.",
+    ),
+    "a version to come": (
+        TEXT.replace(HEADER, "dinfer plan 2"),
+        f"this is not a plan: it begins with 'dinfer plan 2'; a plan's first line is {HEADER!r}.",
+    ),
+    "half a header": (
+        f"{HEADER}\nlayers 2, tokens 3, chunk_size 2\n",
+        "the plan ends before its header is complete: layers, stages and schedule take a line each.",
+    ),
+    "sizes": (
+        TEXT.replace("tokens 3", "token 3"),
+        "line 2: 'layers 2, token 3, chunk_size 2' should read 'layers N, tokens N, chunk_size N'.",
+    ),
+    "a size that is no number": (
+        TEXT.replace("tokens 3", "tokens three"),
+        "lines 2–3: 'layers 2, tokens three, chunk_size 2' and 'stages start at 0 1' should read "
+        "'layers N, tokens N, chunk_size N' and 'stages start at 0 …'.",
+    ),
+    "stages without their words": (
+        TEXT.replace("stages start at 0 1", "0 1"),
+        "lines 2–3: 'layers 2, tokens 3, chunk_size 2' and '0 1' should read "
+        "'layers N, tokens N, chunk_size N' and 'stages start at 0 …'.",
+    ),
+    "stages that overlap": (
+        TEXT.replace("at 0 1", "at 0 0"),
+        "lines 2–3: stages start at layers [0, 0] of 2; "
+        "the first must be 0 and every stage must own at least one layer.",
+    ),
+    "no tokens": (TEXT.replace("tokens 3", "tokens 0"), "lines 2–3: tokens is 0; it must be at least 1."),
+    "schedule": (
+        TEXT.replace("schedule own,", "schedules own,"),
+        "line 4: 'schedules own, sync_strategy none' should read 'schedule NAME, sync_strategy NAME'.",
+    ),
+    "an op before any lane": (
+        HEAD + "  embed c0\n",
+        "line 5: 'embed c0' stands before any lane; a lane opens with 'rank 0 lane compute'.",
+    ),
+    "a lane without a name": (
+        HEAD + "rank 0 lane\n",
+        "line 5: 'rank 0 lane' should read 'rank 0 lane compute'.",
+    ),
+    "a rank that is no number": (
+        HEAD + "rank ² lane a\n",
+        "line 5: 'rank ² lane a' should read 'rank 0 lane compute'.",
+    ),
+    "no such rank": (
+        HEAD + "rank 2 lane a\n",
+        "line 5: rank 2 does not exist: the plan has 2 stages, so ranks 0 to 1.",
+    ),
+    "two lanes of one name": (TEXT + "rank 0 lane a\n", "line 8: rank 0 has two lanes named 'a'."),
+    "no op": (
+        TEXT.replace("layer c0 l0", "layer c0"),
+        "line 7: 'layer c0' is not an op. An op reads like 'embed c0', 'layer c0 l3', 'norm c7 l36', "
+        "'send kv c0 l3 -> 1, 128 tokens', 'recv final <- 2, 1 token'.",
+    ),
+    "lines are counted with comments": (
+        "# a\n\n" + HEAD + "# b\nrank 9 lane a\n",
+        "line 8: rank 9 does not exist: the plan has 2 stages, so ranks 0 to 1.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_every_error_says_what_and_where(name: str) -> None:
+    text, message = ERRORS[name]
+    with pytest.raises(PlanError) as caught:
+        parse_plan(text)
+    assert str(caught.value) == message
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_a_damaged_text_is_a_plan_or_a_plan_error(data: st.DataObject) -> None:
+    text = build(Shape(2, 3, 2, (0, 1)), "lockstep", "ring").text()
+    start, stop = sorted(data.draw(st.integers(0, len(text))) for _ in range(2))
+    damaged = text[:start] + data.draw(st.text(max_size=5)) + text[stop:]
+    with suppress(PlanError):
+        assert parse_plan(damaged).world_size > 0
+
+
+def test_the_id_is_that_of_the_text() -> None:
+    plan = build(Shape(2, 3, 2, (0, 1)), "lockstep", "ring")
+    assert plan.id == parse_plan(plan.text()).id
+    assert plan.id != build(Shape(2, 3, 2, (0, 1)), "lockstep", "pairwise").id
+    assert 0 <= plan.id < 2**64
+
+
+def test_the_id_stays_what_it_is() -> None:
+    # Ranks on different machines, or of different versions, compare it.
+    assert PLAN.id == int.from_bytes(bytes.fromhex("9d17eb9e9252a461"), "little")
+
+
+def test_expected_tokens_are_those_of_the_chunk() -> None:
+    plan = build(Shape(2, 3, 2, (0, 1)), "lockstep", "ring")
+    sizes = {str(op.value): plan.expected_tokens(op) for _, op in plan.places() if op.is_transfer}
+    assert sizes["block c0 l1"] == sizes["hidden c0 l1"] == 2
+    assert sizes["block c1 l1"] == sizes["final"] == 1

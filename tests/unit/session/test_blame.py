@@ -1,0 +1,98 @@
+"""Of all that is known of the ranks, the message names the cause."""
+
+from __future__ import annotations
+
+import pytest
+
+from dinfer.config import Config
+from dinfer.engine.board import Stand
+from dinfer.plan.partition import partition
+from dinfer.plan.plan import Plan
+from dinfer.plan.schedule import build
+from dinfer.session.blame import failure_of
+from dinfer.session.link import RankState
+
+CONFIG = Config(world_size=2, timeout=60, start_timeout=180, log_dir="logs")
+NOBODY = (None, None)
+
+
+@pytest.fixture
+def plan() -> Plan:
+    """Two ranks, two chunks, four layers, one lane a rank."""
+    return build(partition(layers=4, tokens=8, world_size=2, chunk_size=4), "lockstep", "pairwise")
+
+
+def at(*positions: int, started: bool = True, limit: int = 99) -> list[RankState]:
+    """Ranks of one lane each in prefill, in the op after so many, last heard to move at time 0."""
+    return [
+        RankState(stand=Stand((n,), (started,), (limit,)), phase="prefill", progressed=0.0) for n in positions
+    ]
+
+
+def error(message: str, secondary: bool = False) -> dict[str, object]:
+    """A rank's report of an error."""
+    return {"message": message, "secondary": secondary}
+
+
+def told(plan: Plan, ranks: list[RankState], exits: tuple[int | None, ...] = NOBODY, now: float = 1.0) -> str:
+    """The message; there must be one."""
+    message = failure_of(plan, ranks, exits, CONFIG, now)
+    assert message is not None
+    return message
+
+
+def test_ranks_that_move_have_not_failed(plan: Plan) -> None:
+    assert failure_of(plan, at(1, 2), NOBODY, CONFIG, now=59) is None
+
+
+def test_an_error_ranks_above_deaths_and_what_it_did_to_others(plan: Plan) -> None:
+    ranks = at(1, 2)
+    ranks[0].reports["error"] = error("rank 0 failed at `x`: CommError: closed", secondary=True)
+    assert told(plan, ranks).startswith("rank 0 failed at `x`: CommError")
+    assert told(plan, ranks, (None, -9)).startswith("rank 1 was killed by SIGKILL; it stood at: 2 of ")
+    ranks[1].reports["error"] = error("ValueError: the cause")
+    message = "rank 1: ValueError: the cause\nThe whole traceback is in logs/rank1.log."
+    assert told(plan, ranks, (-9, 1)) == message
+
+
+def test_a_death_is_told_with_the_last_position(plan: Plan) -> None:
+    text = told(plan, at(1, 2), (None, 7))
+    assert text.startswith("rank 1 ended with exit status 7; it stood at: 2 of ")
+    assert f"in `{plan.lanes[1][0].ops[2]}`" in text
+    assert "logs/rank1.err" in text
+
+
+def test_a_rank_that_leaves_with_status_0_and_no_result_has_failed(plan: Plan) -> None:
+    assert "rank 0 ended with exit status 0; it stood at: loading" in told(
+        plan, [RankState(phase="loading"), RankState()], (0, None)
+    )
+
+
+def test_a_standstill_is_told_with_every_position(plan: Plan) -> None:
+    ranks = at(1, 2)
+    ranks[0].phase, ranks[0].decoded, ranks[1].process = "decode", 3, "T"
+    text = told(plan, ranks, now=61)
+    assert text.startswith("no rank has made progress for 61 s (timeout); where they stand:\n")
+    assert "\nrank 0: decode, token 3\n" in text
+    assert text.endswith(f"in `{plan.lanes[1][0].ops[2]}` (its process is stopped)")
+
+
+def test_starting_has_a_limit_of_its_own(plan: Plan) -> None:
+    ranks = [RankState(phase="loading", progressed=0.0), RankState(progressed=0.0)]
+    assert failure_of(plan, ranks, NOBODY, CONFIG, now=179) is None
+    text = told(plan, ranks, now=181)
+    assert text.endswith("181 s (start_timeout); where they stand:\nrank 0: loading\nrank 1: starting")
+
+
+def test_one_rank_that_moves_is_progress(plan: Plan) -> None:
+    ranks = at(1, 2)
+    ranks[1].progressed = 30.0
+    assert failure_of(plan, ranks, NOBODY, CONFIG, now=80) is None
+
+
+def test_a_user_who_thinks_is_no_standstill(plan: Plan) -> None:
+    """All ranks stand where they were told to stop, for as long as one likes."""
+    ranks = at(2, 2, started=False, limit=2)
+    assert failure_of(plan, ranks, NOBODY, CONFIG, now=10_000) is None
+    ranks[1].stand = Stand((1,), (True,), (2,))
+    assert failure_of(plan, ranks, NOBODY, CONFIG, now=10_000)

@@ -1,0 +1,521 @@
+"""The doctor's judgements on made-up hosts: what is told, at what state, with which fix."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinfer.config import ConfigError
+from dinfer.engine.exchange import Exchange
+from dinfer.engine.gate import FreeGate
+from dinfer.model.checkpoint import check
+from dinfer.plan.graph import Channel
+from dinfer.session.doctor import doctor as whole
+from dinfer.session.doctor.check import Check, gib, rate, significant
+from dinfer.session.doctor.devices import Cuda, Gpu, Smi, judge_gpus, read_smi
+from dinfer.session.doctor.leftovers import (
+    OLD_S,
+    Process,
+    judge_folders,
+    judge_processes,
+    old_folders,
+    orphans,
+    process_check,
+    read_processes,
+)
+from dinfer.session.doctor.memory import Asked, judge_memory, judge_model, memory_checks, no_model_check
+from dinfer.session.doctor.network import (
+    Network,
+    Ports,
+    host_name_check,
+    interface_check,
+    port_check,
+    try_ports,
+)
+from dinfer.session.doctor.pair_rank import END, SIZES, Link, Pair, measure_links
+from dinfer.session.doctor.pairs import Measured, pairs_check
+from dinfer.session.doctor.report import Report, as_text, sentence, to_json
+from dinfer.session.doctor.versions import backend_check, judge_backends, package_checks, python_check
+
+# -- numbers
+
+
+def test_numbers_are_short() -> None:
+    assert [significant(v) for v in (0.0, 0.0123, 0.15, 9.96, 123.4, 1234.5)] == [
+        "0",
+        "0.012",
+        "0.15",
+        "10.0",
+        "123",
+        "1,234",
+    ]
+    assert [rate(v) for v in (1.44e9, 2.5e7, 1200)] == ["1.4 GB/s", "25 MB/s", "1.2 kB/s"]
+    assert [gib(v) for v in (3 << 30, 5 << 20)] == ["3.0 GiB", "5.0 MiB"]
+
+
+# -- versions
+
+
+def installed(versions: Mapping[str, str], name: str) -> str:
+    if name not in versions:
+        raise PackageNotFoundError(name)
+    return versions[name]
+
+
+def packages(**versions: str) -> dict[str, Check]:
+    asked = ["torch>=2.11", "numpy>=2", "pyzmq>=26", 'mypy>=2; extra == "dev"', 'x>=1; python_version < "3"']
+    return {c.name: c for c in package_checks(asked, lambda name: installed(versions, name))}
+
+
+def test_packages_that_are_as_asked_share_a_line_but_for_the_great_ones() -> None:
+    checks = packages(torch="2.13.0+cpu", numpy="2.1", pyzmq="27.0rc1")
+    assert list(checks) == ["torch", "other packages"]
+    assert checks["torch"] == Check("torch", "ok", "2.13.0+cpu  (>=2.11)")
+    assert checks["other packages"].found == "2 more, all as required"
+
+
+def test_a_package_that_is_too_old_or_missing_is_told_by_name() -> None:
+    checks = packages(torch="2.10", numpy="2.1")
+    assert checks["torch"] == Check(
+        "torch", "fail", "2.10; dinfer needs >=2.11", "pip install -U 'torch>=2.11'"
+    )
+    assert checks["pyzmq"].state == "fail"
+    assert checks["pyzmq"].found == "not installed; dinfer needs >=26"
+    assert checks["other packages"].found == "1 more, all as required"
+
+
+def test_python() -> None:
+    assert python_check("3.12.1", ">=3.11").state == "ok"
+    assert python_check("3.10.9", ">=3.11").fix == "make a new venv with Python >=3.11"
+
+
+def test_backends() -> None:
+    assert judge_backends("USE_CUDA=1, USE_GLOO=ON, USE_MPI=OFF, USE_NCCL=1, ").found.startswith(
+        "gloo, nccl; not"
+    )
+    assert judge_backends("USE_GLOO=0, USE_NCCL=ON").state == "fail"
+    assert judge_backends("nothing").state == "unchecked"
+    assert backend_check().state == "ok"
+
+
+# -- GPUs
+
+H200 = Gpu("NVIDIA H200", 139 << 30, 140 << 30)
+
+
+def test_gpus_are_named_with_their_free_memory() -> None:
+    found = judge_gpus(Cuda("2.13", "13.0", [H200, Gpu("NVIDIA A10")]), Smi("580.1", ["NVIDIA H200"]), "0,1")
+    assert found.state == "ok"
+    assert found.found == (
+        "0 NVIDIA H200 (139.0 GiB of 140.0 GiB free), 1 NVIDIA A10 (its memory could not be read); driver 580.1; "
+        "torch built for CUDA 13.0; CUDA_VISIBLE_DEVICES=0,1"
+    )
+
+
+def test_no_gpu_is_fine() -> None:
+    assert judge_gpus(Cuda("2.13+cpu", "", []), None, None) == Check(
+        "GPUs", "ok", "none: ranks run on the CPU"
+    )
+
+
+@pytest.mark.parametrize(
+    ("cuda", "visible", "fix"),
+    [
+        (Cuda("2.13+cpu", "", []), None, "install a CUDA build of torch"),
+        (Cuda("2.13", "13.0", []), "", "unset CUDA_VISIBLE_DEVICES"),
+        (
+            Cuda("2.13", "13.0", [], "driver too old"),
+            None,
+            "update the NVIDIA driver, now 470.1, to one for",
+        ),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_told(cuda: Cuda, visible: str | None, fix: str) -> None:
+    found = judge_gpus(cuda, Smi("470.1", ["A", "B", "A"]), visible)
+    assert (found.state, found.fix[: len(fix)]) == ("warn", fix)
+    assert found.found.startswith("2 × A, 1 × B, but torch 2.13")
+
+
+def test_the_driver_is_read() -> None:
+    assert read_smi("550.5, NVIDIA H200\n550.5, NVIDIA A10, x\n") == Smi(
+        "550.5", ["NVIDIA H200", "NVIDIA A10, x"]
+    )
+    assert read_smi("No devices were found\n") is None
+
+
+# -- the model and memory
+
+
+def test_memory_is_judged_by_what_all_ranks_need() -> None:
+    asked = Asked(check("demo"), 3)
+    needed = asked.demand.bytes()
+    assert judge_memory(asked, needed).state == "ok"
+    assert judge_memory(asked, None).state == "unchecked"
+    assert judge_memory(asked, needed - 1) == Check(
+        "memory",
+        "fail",
+        f"3 ranks need {gib(needed)} for 1,024 tokens; {gib(needed - 1)} are free",
+        "dinfer run --dtype bfloat16",
+    )
+    assert judge_memory(asked, 1000).fix == "use a smaller model, or a host with more memory"
+
+
+def test_fewer_ranks_are_offered_where_they_fit() -> None:
+    asked = Asked(check("demo"), 9)
+    available = min(asked.demand.bytes(ranks=2), asked.demand.bytes(dtype="bfloat16") - 1)
+    assert judge_memory(asked, available).fix == "use fewer ranks here: at most 2"
+
+
+def test_too_little_on_the_gpu_is_no_failure() -> None:
+    found = judge_memory(Asked(check("demo"), 1, "cuda:0"), 5)
+    assert (found.name, found.state) == ("GPU memory", "warn")
+    assert found.found.startswith("a rank needs ")
+
+
+def test_a_model_must_be_there_and_have_a_layer_for_each_rank() -> None:
+    spec = check("demo")
+    assert judge_model(spec, spec.layers).state == "ok"
+    assert (
+        judge_model(spec, spec.layers + 1).fix
+        == f"use at most {spec.layers} ranks: --world-size {spec.layers}"
+    )
+    assert [c.state for c in memory_checks("/no/such/folder", 3, 0)] == ["fail"]
+    assert [c.name for c in memory_checks("demo", 3, 0)] == ["model", "memory"]
+    assert no_model_check(1 << 30).found == "1.0 GiB are free; no model named to compare with"
+    assert no_model_check(None).state == "unchecked"
+
+
+# -- network
+
+INTERFACES = {"lo": "127.0.0.1", "eth0": "10.0.0.5", "ib0": ""}
+
+
+def network(ifname: str = "", resolved: tuple[str, ...] = ("10.0.0.5",), own: str = "10.0.0.5") -> Network:
+    return Network(INTERFACES, ifname, "n1", resolved, own)
+
+
+def test_interface() -> None:
+    assert interface_check(network()).found.startswith("lo, 127.0.0.1")
+    assert interface_check(network("eth0,eth9")).found == "eth0, 10.0.0.5: set by GLOO_SOCKET_IFNAME"
+    assert interface_check(network("ib0")).state == "warn"
+    missing = interface_check(network("eth9"))
+    assert (missing.state, missing.fix) == ("fail", "unset GLOO_SOCKET_IFNAME")
+    assert missing.found == "GLOO_SOCKET_IFNAME is eth9, which this host has not; it has lo, eth0, ib0"
+
+
+@pytest.mark.parametrize("resolved", [("127.0.1.1",), (), ("192.168.7.7",)])
+def test_a_host_name_that_leads_elsewhere_is_told(resolved: tuple[str, ...]) -> None:
+    found = host_name_check(network(resolved=resolved))
+    assert found.state == "warn"
+    assert found.fix == "for runs over several hosts: export GLOO_SOCKET_IFNAME=eth0"
+    assert (resolved[0] if resolved else "does not resolve") in found.found
+    assert "10.0.0.9" in host_name_check(network(resolved=resolved, own="10.0.0.9")).fix
+
+
+def test_a_host_name_that_leads_here() -> None:
+    assert host_name_check(network()).found == "n1 is 10.0.0.5 on eth0"
+    assert host_name_check(network(own="")).state == "ok"
+    assert host_name_check(network("eth0", ())).state == "ok"
+
+
+def test_ports() -> None:
+    good = Ports("", "", range(100, 1100), frozenset({100, 101}))
+    assert port_check(good, "10.0.0.5").found == (
+        "can be opened on 127.0.0.1 and 10.0.0.5; 998 of 1,000 from 100 to 1099 are free"
+    )
+    assert port_check(good._replace(span=None), "").found == "can be opened on 127.0.0.1"
+    assert port_check(good._replace(loopback="refused"), "").state == "fail"
+    assert port_check(good._replace(own="timed out"), "10.0.0.5").state == "warn"
+    few = port_check(good._replace(used=frozenset(range(100, 1050))), "")
+    assert (few.state, few.fix) == ("warn", "end what holds them: ss -tanp names it")
+
+
+def test_the_systems_tables_of_ports_are_read(tmp_path: Path) -> None:
+    (tmp_path / "sys/net/ipv4").mkdir(parents=True)
+    (tmp_path / "net").mkdir()
+    (tmp_path / "sys/net/ipv4/ip_local_port_range").write_text("32768\t60999\n")
+    rows = [
+        "sl local_address rem_address st",
+        "0: 0100007F:8000 00000000:0000 0A",
+        "1: 00000000:0016 00000000:0000 0A",
+    ]
+    (tmp_path / "net/tcp").write_text("\n".join(rows))
+    ports = try_ports("", tmp_path)
+    assert ports == Ports("", "", range(32768, 61000), frozenset({0x8000}))
+    assert try_ports("203.0.113.77", tmp_path / "none").own != ""
+    assert try_ports("", tmp_path / "none").span is None
+
+
+def test_what_this_host_says_can_be_read() -> None:
+    assert [c.name for c in whole._network_checks()] == ["interface", "host name", "ports"]
+
+
+# -- leftovers
+
+WORKER, WATCHER = "python3 -m dinfer.engine.worker", "python3 -m dinfer.engine.watcher 3 4"
+
+
+def left(*processes: Process) -> list[int]:
+    return [p.pid for p in orphans({p.pid: p for p in processes})]
+
+
+def test_ranks_are_left_over_once_their_client_is_gone() -> None:
+    first, adopter = Process(1, 0, "/sbin/init"), Process(5, 1, "/lib/systemd/systemd --user")
+    client = Process(9, 1, "/venv/bin/python /venv/bin/dinfer run")
+    assert left(first, client, Process(10, 9, WORKER), Process(11, 10, WATCHER)) == []
+    assert left(first, adopter, Process(10, 1, WORKER), Process(11, 10, WATCHER), Process(12, 5, WORKER)) == [
+        10,
+        12,
+    ]
+    assert left(Process(10, 9, WORKER), Process(20, 9, "python other.py")) == [10]
+
+
+def test_the_first_process_of_a_container_may_be_the_client() -> None:
+    assert left(Process(1, 0, "python /bin/dinfer run"), Process(10, 1, WORKER)) == []
+    assert left(Process(1, 0, "python /bin/jupyter lab"), Process(10, 1, WORKER)) == [10]
+
+
+def test_others_processes_are_left_out() -> None:
+    assert left(Process(1, 0, "init"), Process(10, 1, WORKER, mine=False)) == []
+
+
+def test_processes_are_read_and_judged(tmp_path: Path) -> None:
+    for pid, parent, state, words in ((1, 0, "S", "init"), (40, 1, "T", WORKER), (41, 1, "S", WATCHER)):
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "stat").write_text(f"{pid} (a) b) {state} {parent} 0 0")
+        (tmp_path / str(pid) / "cmdline").write_bytes("\0".join([*words.split(), ""]).encode())
+    (tmp_path / "77").mkdir()  # one that ended meanwhile
+    (tmp_path / "self").mkdir()
+    assert read_processes(tmp_path)[40] == Process(40, 1, WORKER, "T")
+    found = process_check(tmp_path)
+    assert (found.state, found.fix) == ("warn", "kill -9 40 41")
+    assert found.found == "2 left by runs whose client is gone: rank 40 (stopped), watcher 41"
+
+
+def test_without_leftovers_all_is_well(tmp_path: Path) -> None:
+    assert judge_processes([]).state == "ok"
+    assert judge_processes([Process(7, 1, WORKER)]).fix == "kill 7"
+    assert judge_folders([]).state == "ok"
+    assert process_check(tmp_path).state == "unchecked"
+
+
+def test_old_folders_are_told_with_the_command_that_removes_them(tmp_path: Path) -> None:
+    for name in ("dinfer-a b", "dinfer-new", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "dinfer-file").write_text("x")
+    (tmp_path / "dinfer-a b" / "weights").write_bytes(bytes(1 << 20))
+    now = (tmp_path / "dinfer-new").stat().st_mtime
+    os.utime(tmp_path / "dinfer-a b", (now, now - OLD_S - 1))
+    os.utime(tmp_path / "other", (now, now - OLD_S - 1))
+    found = judge_folders(old_folders(tmp_path, now))
+    assert found.found == f"1 of earlier runs in {tmp_path}, 1.0 MiB"
+    assert found.fix == f"rm -r '{tmp_path}/dinfer-a b'"
+
+
+# -- pairs
+
+
+def grid(world_size: int, **slow: float) -> list[Pair]:
+    pairs = [(a, b) for a in range(world_size) for b in range(world_size) if a != b]
+    return [Pair(a, b, 1.5e-4, slow.get(f"s{a}{b}", 1.5e9)) for a, b in pairs]
+
+
+def judged(measured: Measured, ifname: str = "") -> Check:
+    return pairs_check(measured, 3, ifname)
+
+
+def test_pairs_are_summed_up_and_a_slow_one_is_told() -> None:
+    assert (
+        judged(Measured(grid(3), here={0, 1, 2})).found
+        == "6 links over gloo, 0.15 to 0.15 ms, 1.5 GB/s to 1.5 GB/s"
+    )
+    slow = judged(Measured(grid(3, s02=2e8), here={0, 1, 2}))
+    assert slow.state == "warn"
+    assert slow.found.endswith("less than 1/4 of the median: 0 → 2")
+
+
+@pytest.mark.parametrize(
+    ("measured", "state", "found", "fix"),
+    [
+        (Measured(died={1: "SIGKILL"}, errors=["lost"]), "fail", "rank 1 died of SIGKILL", "free memory"),
+        (Measured(died={2: "status 1: boom"}), "fail", "rank 2 died of status 1: boom", "pip install"),
+        (
+            Measured(errors=["rank 1 could not meet\nmore"]),
+            "fail",
+            "rank 1 could not meet",
+            "let the firewall",
+        ),
+        (Measured(here={0}), "unchecked", "only 1 of 3 ranks started", "dinfer doctor --world-size 2"),
+        (Measured(grid(2), here={0, 1, 2}), "fail", "the ranks started, but only 2 of 6", "let the firewall"),
+    ],
+)
+def test_what_kept_pairs_from_being_measured(measured: Measured, state: str, found: str, fix: str) -> None:
+    check_ = judged(measured)
+    assert (check_.state, check_.found[: len(found)], check_.fix[: len(fix)]) == (state, found, fix)
+
+
+def test_a_chosen_interface_is_the_first_suspect() -> None:
+    assert judged(Measured(errors=["x"]), "eth7").fix == "unset GLOO_SOCKET_IFNAME"
+
+
+def test_every_link_is_measured_by_the_rank_at_its_source() -> None:
+    exchange = Exchange(3, FreeGate())
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda rank: list(measure_links(exchange.comm(rank), 5.0)), range(3)))
+    assert [[(p.source, p.target) for p in pairs] for pairs in found] == [
+        [(0, 1), (0, 2)],
+        [(1, 0), (1, 2)],
+        [(2, 0), (2, 1)],
+    ]
+    assert all(p.latency_s > 0 and p.bytes_per_s > 0 for pairs in found for p in pairs)
+
+
+class SlowLine:
+    """A peer that answers at once, over a line of so many bytes a second, by a clock of its own."""
+
+    rank, world_size = 0, 2
+
+    def __init__(self, speed: float, latency: float) -> None:
+        self.now, self.sent = 0.0, list[int]()
+        self._speed, self._latency = speed, latency
+
+    def send(self, _: Channel, header: bytes, payload: torch.Tensor | None) -> int:
+        size = int.from_bytes(header[:8], "little", signed=True)
+        self.sent.append(size)
+        self.now += self._latency + (payload.nbytes / self._speed if payload is not None else 0)
+        return 0
+
+    def recv_header(self, _: Channel) -> bytes:
+        self.now += self._latency
+        return bytes(64)
+
+    def recv_payload(self, channel: Channel, out: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def all_gather(self, data: bytes) -> list[bytes]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("speed", "largest"), [(1e9, max(SIZES)), (2e6, 1 << 20), (125e3, 1 << 18)])
+def test_a_slow_line_gets_few_bytes_and_is_measured_all_the_same(speed: float, largest: int) -> None:
+    line = SlowLine(speed, latency=0.001)
+    pair = Link(line, 1, clock=lambda: line.now).measure(2.5)
+    assert pair.latency_s == pytest.approx(0.001)
+    assert pair.bytes_per_s == pytest.approx(speed, rel=0.05)
+    assert (max(line.sent), line.sent[-1]) == (largest, END)
+    assert line.now < 5
+
+
+def test_a_line_with_long_delays_gets_few_small_messages() -> None:
+    line = SlowLine(1e9, latency=1.0)
+    assert Link(line, 1, clock=lambda: line.now).measure(2.0).latency_s == 1.0
+    assert line.sent.count(0) == 3
+
+
+# -- the report
+
+OK, WARN = Check("Python", "ok", "3.12"), Check("ports", "warn", "few are left", "end some")
+FAIL, NONE = Check("torch", "fail", "x " * 80, "pip"), Check("GPUs", "unchecked", "no")
+
+
+def test_the_report_reads_as_a_table() -> None:
+    text = as_text(Report("n1: Linux", [OK, WARN, FAIL], grid(2), 12.3))
+    assert text.splitlines()[:5] == [
+        "n1: Linux",
+        "",
+        "ok         Python  3.12",
+        "warn       ports   few are left",
+        "                   → end some",
+    ]
+    assert "from \\ to  rank 0  rank 1      from \\ to  rank 0  rank 1" in text
+    assert "rank 0          –    0.15      rank 0          –   1,500" in text
+    assert all(len(line) <= 110 and line == line.rstrip() for line in text.splitlines())
+    assert text.endswith(
+        "\n3 checks in 12 s: torch failed: fix it and run dinfer doctor again; worth a look: ports."
+    )
+
+
+def test_wide_tables_stand_one_below_the_other() -> None:
+    text = as_text(Report("n1", [OK], grid(8), 1.0))
+    assert "\nbandwidth, MB/s\n" in text
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_a_link_that_was_not_measured_shows_as_a_question() -> None:
+    assert "?" in as_text(Report("n1", [OK], grid(2)[:1], 1.0))
+
+
+def test_the_sentence() -> None:
+    assert sentence(Report("n1", [OK], [], 1.0)) == "1 check in 1 s: dinfer can run here."
+    assert sentence(Report("n1", [OK, NONE], [], 1.0)).endswith("dinfer can run here; not checked: GPUs.")
+    assert "torch and torch failed: fix these" in sentence(Report("n1", [FAIL, FAIL], [], 1.0))
+
+
+def test_states_are_coloured_on_request_only() -> None:
+    report = Report("n1", [FAIL], [], 1.0)
+    assert "\x1b[1;31mfail " in as_text(report, colour=True)
+    assert "\x1b" not in as_text(report)
+
+
+def test_json() -> None:
+    found = json.loads(json.dumps(to_json(Report("n1", [WARN], grid(2), 1.04))))
+    assert found["checks"] == [{"name": "ports", "state": "warn", "found": "few are left", "fix": "end some"}]
+    assert found["pairs"][0] == {"source": 0, "target": 1, "latency_s": 1.5e-4, "bytes_per_s": 1.5e9}
+    assert (found["host"], found["ok"], found["seconds"]) == ("n1", True, 1.0)
+
+
+# -- the whole
+
+
+def test_a_check_that_breaks_hides_nothing_else() -> None:
+    def broken() -> Check:
+        raise OSError("no such thing")
+
+    found = whole._guarded("GPUs", broken)
+    assert found == [
+        Check("GPUs", "unchecked", "this check broke: OSError: no such thing", "report it, with this line")
+    ]
+
+
+def test_pairs_are_not_tried_where_they_must_fail() -> None:
+    found = whole._measure(3, [Check("interface", "fail", "", "")], [])
+    assert (found.state, found.found) == ("unchecked", "not measured, since interface failed")
+    assert whole._measure(1, [], []).found == "one rank has no links"
+
+
+def test_the_exit_status_is_that_of_the_worst_check(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole, "gpu_check", lambda: Check("GPUs", "fail", "on fire", "water"))
+    assert whole.doctor(None, 1, as_json=True) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["ok"]
+    assert [c["name"] for c in found["checks"] if c["state"] == "fail"] == ["GPUs"]
+
+
+def test_warnings_do_not_fail(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole, "gpu_check", lambda: Check("GPUs", "warn", "hot", "wait"))
+    assert whole.doctor("demo", 1, as_json=False) == 0
+    assert "\nwarn       GPUs" in capsys.readouterr().out
+
+
+def test_a_world_size_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ConfigError, match="world_size is 0"):
+        whole.doctor(None, 0, as_json=False)
+
+
+def test_the_doctor_starts_without_torch() -> None:
+    program = "import sys, dinfer.session.doctor.doctor; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0

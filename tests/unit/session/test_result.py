@@ -1,0 +1,76 @@
+"""Trace, JSON and table are made from what the ranks reported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dinfer.config import Config
+from dinfer.model.checkpoint import Spec
+from dinfer.plan.partition import partition
+from dinfer.plan.schedule import build
+from dinfer.plan.verify import verify
+from dinfer.session.job import Job
+from dinfer.session.link import RankState
+from dinfer.session.result import merge, result_of, table, write_json
+from dinfer.trace.events import Event
+
+S = 1_000_000_000
+
+
+@pytest.fixture
+def job() -> Job:
+    """Two layers, two tokens, two ranks."""
+    plan = build(partition(layers=2, tokens=2, world_size=2, chunk_size=4), "lockstep", "pairwise")
+    spec = Spec(Path("m"), "qwen3", 2, 8, 2, 1, 4, 16, 32, "float32", False, 0)
+    return Job(Config(world_size=2, threads=1, model_path="m"), spec, (1, 2), plan, verify(plan))
+
+
+@pytest.fixture
+def ranks() -> list[RankState]:
+    """Rank 0 computes for a second and sends for two; rank 1 receives for two."""
+    said = {"host": "h", "device": "cpu", "threads": 1, "dtype": "float32", "kv_sha256": "ab", "tokens": [4]}
+    result = {"result": {**said, "decode_s": 0.5}}
+    layer = Event(0, "main", "layer", 0, 0, 0, 1 * S, chunk=0, layer=0)
+    send = Event(0, "main", "send", 1 * S, 1 * S, 2 * S, 4 * S, "kv", 0, 0, peer=1, bytes=6_000_000)
+    recv = Event(1, "main", "recv", 0, 0, 2 * S, 4 * S, "kv", 0, 0, peer=0, bytes=6_000_000)
+    return [RankState(events=[layer, send], reports=result), RankState(events=[recv], reports=result)]
+
+
+def result(job: Job, ranks: list[RankState]) -> dict[str, Any]:
+    """What --json would hold."""
+    return result_of(job, ranks, merge(job, ranks), "four")
+
+
+def test_the_trace_holds_all_events_and_describes_the_run(job: Job, ranks: list[RankState]) -> None:
+    trace = merge(job, ranks)
+    assert [event.rank for event in trace.events] == [0, 0, 1]
+    assert trace.about["plan_id"] == f"{job.plan.id:016x}"
+    assert (trace.about["world_size"], trace.about["tokens"], trace.about["stages"]) == (2, 2, [0, 1])
+
+
+def test_the_result_holds_figures_of_every_rank(job: Job, ranks: list[RankState]) -> None:
+    found = result(job, ranks)
+    assert (found["prompt_tokens"], found["tokens"], found["text"]) == (2, [4], "four")
+    assert found["plan"]["proved"]
+    first, second = found["ranks"]
+    assert (first["rank"], first["compute_s"], first["exposed_sync_s"], first["prefill_s"]) == (0, 1, 2, 4)
+    assert (first["sent_bytes"], first["received_bytes"]) == (6_000_000, 0)
+    assert (second["sent_bytes"], second["received_bytes"], second["waiting_s"]) == (0, 6_000_000, 2)
+
+
+def test_the_table_has_a_line_for_each_rank_and_link(job: Job, ranks: list[RankState]) -> None:
+    lines = table(result(job, ranks)).splitlines()
+    assert lines[1].split() == ["0", "cpu", *"4.000 1.000 2.000 0.500 1.000 2.000 6.000 0.000".split()]
+    assert lines[-1].split() == ["0→1", "1", "6.000", "2000.00", "3"]
+
+
+def test_json_is_utf_8_and_reads_back(job: Job, ranks: list[RankState], tmp_path: Path) -> None:
+    found = {**result(job, ranks), "text": "中🙂"}
+    write_json(found, tmp_path / "r.json")
+    text = (tmp_path / "r.json").read_text(encoding="utf-8")
+    assert "中🙂" in text
+    assert json.loads(text) == json.loads(json.dumps(found))

@@ -1,0 +1,31 @@
+"""Reads a recorder in a shared file until all has been written, and prints the numbers that it saw. Not a test.
+
+Run as `python -m tests.unit.trace.reader FILE CAPACITY LAST` from the repository's root.
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from pathlib import Path
+
+from dinfer.trace.recorder import Recorder
+from tests.unit.trace.made import numbered
+
+
+def read_all(path: Path, capacity: int, last: int) -> list[int]:
+    seen: list[int] = []
+    cursor: list[int] | None = None
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory, memoryview(memory) as view:
+        recorder = Recorder(3, ["main"], capacity, view)
+        print("ready", flush=True)
+        while not seen or seen[-1] != last:
+            events, cursor = recorder.read(cursor)
+            assert all(event == numbered(event.end) for event in events), "an event that is not whole"
+            seen += [event.end for event in events]
+        del recorder.__dict__["_memory"]  # a view of the mapping, which could not be closed under it
+    return seen
+
+
+if __name__ == "__main__":
+    print(*read_all(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))

@@ -1,0 +1,125 @@
+"""Traces as files: there and back; what is no trace says so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dinfer.trace.events import Event
+from dinfer.trace.export import FORMAT, TraceError, read_jsonl, write_jsonl
+from dinfer.trace.trace import Trace
+from tests.unit.trace.made import events
+
+TRACE = Trace.merge(
+    [[Event(0, "main", "layer", 1, 2, 2, 3, chunk=0, layer=1)] * 3], model="demo", prompt="你好"
+)
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(alphabet=st.characters(codec="utf-8"), max_size=5),
+    lambda inner: st.lists(inner, max_size=3),
+)
+ABOUT = st.dictionaries(st.sampled_from(["model", "threads", "events", "format", "about"]), PLAIN)
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(events(ranks=3), max_size=5), ABOUT)
+def test_write_and_read(tmp_path: Path, made: list[Event], about: dict[str, object]) -> None:
+    trace = Trace(tuple(made), about)
+    write_jsonl(trace, tmp_path / "trace.jsonl")
+    assert read_jsonl(tmp_path / "trace.jsonl") == trace
+
+
+def test_text_is_written_as_it_reads(tmp_path: Path) -> None:
+    write_jsonl(TRACE, tmp_path / "trace.jsonl")
+    lines = (tmp_path / "trace.jsonl").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == (
+        '{"format": "dinfer trace 1", "events": 3, "about": {"model": "demo", "prompt": "你好"}}'
+    )
+    assert json.loads(lines[1])["layer"] == 1
+    assert len(lines) == 4
+
+
+def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text("what was there before")
+    write_jsonl(TRACE, str(path))
+    assert read_jsonl(str(path)) == TRACE
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_stays_if_writing_fails(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    write_jsonl(TRACE, path)
+    with pytest.raises(TypeError):
+        write_jsonl(Trace((), {"model": object()}), path)
+    assert read_jsonl(path) == TRACE
+
+
+def test_another_programs_trace_needs_only_the_format(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    event = {"rank": 1, "lane": "stream 7", "kind": "all_gather", "ready": 1, "start": 1, "met": 2, "end": 3}
+    path.write_text(json.dumps({"format": FORMAT}) + "\n" + json.dumps(event) + "\n")
+    assert read_jsonl(path) == Trace((Event(1, "stream 7", "all_gather", 1, 1, 2, 3),))
+
+
+def test_a_trace_that_was_cut_short_after_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    write_jsonl(TRACE, path)
+    path.write_text(
+        "".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8"
+    )
+    with pytest.raises(TraceError) as caught:
+        read_jsonl(path)
+    assert str(caught.value) == f"{str(path)!r} holds 2 of 3 events: it was cut short."
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_trace_cut_short_anywhere(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "trace.jsonl"
+    write_jsonl(TRACE, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 2))])  # all but the last line's end
+    with pytest.raises(TraceError, match=r"trace\.jsonl"):
+        read_jsonl(path)
+
+
+FOREIGN = {
+    "empty": b"",
+    "text": b"hello\n",
+    "binary": b"\x80\x02}q\x00(\xff\xfe",
+    "a JSON list": b"[1, 2]\n",
+    "a JSON number": b"1\n",
+    "another JSON lines file": b'{"a": 1}\n{"a": 2}\n',
+    "a version to come": b'{"format": "dinfer trace 2"}\n',
+    "no event": b'{"format": "dinfer trace 1"}\n{"a": 1}\n',
+    "a list for an event": b'{"format": "dinfer trace 1"}\n[1]\n',
+    "half an event": b'{"format": "dinfer trace 1"}\n{"rank": 0}\n',
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_is_no_trace_says_so(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "foreign"
+    path.write_bytes(FOREIGN[name])
+    with pytest.raises(TraceError) as caught:
+        read_jsonl(path)
+    assert str(caught.value).startswith(f"{str(path)!r} is not a trace")
+
+
+def test_another_format_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "foreign"
+    path.write_bytes(FOREIGN["a version to come"])
+    with pytest.raises(TraceError) as caught:
+        read_jsonl(path)
+    assert str(caught.value) == (
+        f"{str(path)!r} is not a trace: its first line does not say 'dinfer trace 1'."
+    )
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_jsonl(tmp_path / "nowhere")
