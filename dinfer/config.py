@@ -58,9 +58,7 @@ class Config:
     max_new_tokens: int = _parameter(50, "tokens to generate at most", low=1)
     temperature: float = _parameter(0.0, "0: greedy", low=0)
     top_k: int = _parameter(0, "sample from the k most likely tokens; 0: all", low=0)
-    top_p: float = _parameter(
-        1.0, "sample from the most likely tokens of this total probability", low=0, high=1
-    )
+    top_p: float = _parameter(1.0, "sample from the most likely tokens of this total probability", high=1)
     seed: int = _parameter(0, "seed of sampling", low=0)
     start_timeout: float = _parameter(180.0, "seconds that ranks may take to start and load", low=1)
     timeout: float = _parameter(60.0, "seconds without progress after which the run is ended", low=1)
@@ -88,8 +86,8 @@ class Config:
         for name in ("prompt_ids", "layer_split", "gpu_ids"):
             if any(number < 0 for number in getattr(self, name)):
                 raise ConfigError(f"{name} is {list(getattr(self, name))}; its numbers must be at least 0.")
-        if self.top_p == 0:
-            raise ConfigError("top_p is 0; it must be above 0 and at most 1 (1: all tokens).")
+        if self.top_p <= 0:
+            raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (1: all tokens).")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
@@ -110,10 +108,11 @@ class Config:
             return self.prompt
         try:
             return Path(self.prompt_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"prompt_file {self.prompt_file!r} cannot be read as UTF-8 text: {error}"
-            ) from None
+        except OSError as error:
+            raise ConfigError(f"prompt_file {self.prompt_file!r} cannot be read: {error.strerror}.") from None
+        except UnicodeDecodeError:
+            message = f"prompt_file {self.prompt_file!r} is not UTF-8 text; save it as UTF-8."
+            raise ConfigError(message) from None
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

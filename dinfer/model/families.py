@@ -85,7 +85,8 @@ _REASONS: dict[str, str] = {
     _CROSS: "mllama mllama_text_model",
     _ENCODER: (
         "bart bigbird_pegasus blenderbot blenderbot-small encoder-decoder fsmt led longt5 m2m_100 marian "
-        "mbart mt5 mvp nllb-moe pegasus pegasus_x plbart prophetnet speech-encoder-decoder speech_to_text speecht5 "
+        "mbart mt5 mvp nllb-moe pegasus pegasus_x plbart prophetnet "
+        "speech-encoder-decoder speech_to_text speecht5 "
         "switch_transformers t5 t5gemma t5gemma2 udop umt5 "
         "vision-encoder-decoder whisper"
     ),

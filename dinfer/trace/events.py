@@ -27,7 +27,7 @@ WHATS = ("", "hidden", "kv", "final", "token")
 SIZE = 64
 _LAYOUT = struct.Struct("<BBBxiiiiqqqqqi")
 _NONE = -1
-Bytes = bytes | memoryview
+Bytes = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,12 @@ def judge_processes(left: Sequence[Process]) -> Check:
     named = ", ".join(f"{p.kind} {p.pid}{' (stopped)' if p.state == 'T' else ''}" for p in left)
     force = "-9 " if any(p.state == "T" for p in left) else ""  # one that is stopped takes no other signal
     fix = f"kill {force}{' '.join(str(p.pid) for p in left)}"
-    return Check("old processes", "warn", f"{len(left)} left by runs whose client is gone: {named}", fix)
+    return Check(
+        "old processes",
+        "warn",
+        f"{len(left)} left by {'a run' if len(left) == 1 else 'runs'} whose client is gone: {named}",
+        fix,
+    )
 
 
 def folder_check() -> Check:

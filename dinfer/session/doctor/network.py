@@ -150,7 +150,7 @@ def port_check(ports: Ports, own: str) -> Check:
     count = ""
     if ports.span:
         free = len(ports.span) - len(ports.used)
-        count = f"; {free:,} of {len(ports.span):,} from {ports.span[0]} to {ports.span[-1]} are free"
+        count = f"; {free:,} of {len(ports.span):,} are free"
         if free < FEW_PORTS:
             return Check("ports", "warn", f"few are left{count}", "end what holds them: ss -tanp names it")
     if ports.own:

@@ -84,7 +84,7 @@ class Link:
             if speeds and self._clock() + size / median(speeds[max(speeds)]) > deadline:
                 break
             took = self._trip(size)
-            # Less what the trip takes without a payload; that was not measured at the same moment, so never all.
+            # Less what a trip takes without payload: never all of it, as that was measured at another moment.
             speeds.setdefault(size, []).append(size / max(took - 2 * latency, took / 2))
         return median(speeds[max(speeds)])
 

@@ -36,7 +36,7 @@ def shard(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_spec_of_a_complete_checkpoint(tmp_path: Path, family: str) -> None:
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    experts: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     sizes = experts if family == "qwen3_moe" else {}
     path = tiny_checkpoint(tmp_path, family, layers=2, dtype="bfloat16", tokenizer=True, **sizes)
     spec = check(path)
@@ -215,7 +215,7 @@ def test_no_such_folder(tmp_path: Path, folder: Path) -> None:
 
 
 def test_hub_names_are_looked_up_in_the_local_cache_only(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
 

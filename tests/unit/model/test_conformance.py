@@ -5,7 +5,6 @@ A new family is one entry here and one in `families.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +60,9 @@ def load(folder: Path, family: str, **options: Any) -> Decoder:
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
-def family_decoder(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Decoder]:
+def family_decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     """A decoder of each family in turn, float32, its head not tied to its embedding."""
-    yield load(tmp_path_factory.mktemp(request.param), request.param)
+    return load(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def check_bit_equal(decoder: Decoder, chunk_size: int = CHUNK) -> None:

@@ -14,6 +14,7 @@ from dinfer.model.decoder import Decoder
 from dinfer.model.errors import ModelError
 from dinfer.model.free import free
 from dinfer.model.memory import check_memory, need, size_text
+from tests.unit.model.tiny import tiny_checkpoint
 
 GIB = 1024**3
 
@@ -73,11 +74,7 @@ def test_working_memory_of_a_chunk_by_hand() -> None:
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 def test_need_is_what_a_decoder_takes(tmp_path: Path, family: str) -> None:
-    from tests.unit.model.tiny import tiny_checkpoint
-
-    path = tiny_checkpoint(
-        tmp_path, family, layers=2, **({"num_experts": 4} if family == "qwen3_moe" else {})
-    )
+    path = tiny_checkpoint(tmp_path, family, layers=2, num_experts=4)
     for dtype in ("auto", "bfloat16"):
         decoder, wanted = Decoder.load(path, dtype), need(check(path), dtype, 100)
         assert wanted.weights_bytes == sum(weight.nbytes for weight in decoder.model.parameters())
@@ -114,7 +111,8 @@ def test_the_refusal_says_what_was_asked_what_is_free_and_what_is_missing(
     said = refusal(monkeypatch, 10 * GIB, "bfloat16", 40_960, 1, "cuda:0")
     # weights 7.49 + KV 144 KiB x 40,960 = 5.625 + hidden 5 KiB x 40,960 = 0.195
     assert said.startswith(
-        "1 rank on cuda:0 with 40,960 tokens in bfloat16 need 13.3 GiB; 10.0 GiB are free, 3.3 GiB too little."
+        "1 rank on cuda:0 with 40,960 tokens in bfloat16 need 13.3 GiB; "
+        "10.0 GiB are free, 3.3 GiB too little."
     )
     assert "weights 7.5 GiB, KV 5.6 GiB, hidden states 200.0 MiB" in said
     longest = (10 * GIB - 8_044_936_192) // (149 * 1024)
@@ -183,7 +181,7 @@ def test_a_container_sees_the_top_of_cgroup_v1_only(tmp_path: Path) -> None:
 
 def test_elsewhere_sysconf_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pages = {"SC_PHYS_PAGES": 50, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(os, "sysconf", lambda name: pages[name] if name in pages else -1)
+    monkeypatch.setattr(os, "sysconf", lambda name: pages.get(name, -1))
     assert free("cpu", tmp_path) == 50 * 4096
     monkeypatch.delattr(os, "sysconf")
     assert free("cpu", tmp_path) is None

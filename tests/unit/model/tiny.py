@@ -36,8 +36,8 @@ def tiny_checkpoint(
     """Write a random checkpoint to `folder` and return it: hidden 64, 4 heads, 2 KV heads of 16.
 
     `tied` shares the embedding with the head; `tokenizer` adds a byte-level tokenizer (vocabulary 259 instead
-    of 128); `max_shard_size` splits the weights over files; `config` overrides entries of its config.json. The
-    same arguments give the same bytes.
+    of 128); `max_shard_size` splits the weights over files; `config` overrides entries of its config.json.
+    The same arguments give the same bytes.
     """
     sizes: dict[str, Any] = {
         "vocab_size": len(byte_tokenizer()) if tokenizer else VOCAB,

@@ -16,14 +16,13 @@ from tests.unit.trace.made import numbered
 def read_all(path: Path, capacity: int, last: int) -> list[int]:
     seen: list[int] = []
     cursor: list[int] | None = None
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory, memoryview(memory) as view:
-        recorder = Recorder(3, ["main"], capacity, view)
-        print("ready", flush=True)
-        while not seen or seen[-1] != last:
-            events, cursor = recorder.read(cursor)
-            assert all(event == numbered(event.end) for event in events), "an event that is not whole"
-            seen += [event.end for event in events]
-        del recorder.__dict__["_memory"]  # a view of the mapping, which could not be closed under it
+    with path.open("r+b") as file:
+        recorder = Recorder(3, ["main"], capacity, memoryview(mmap.mmap(file.fileno(), 0)))
+    print("ready", flush=True)
+    while not seen or seen[-1] != last:
+        events, cursor = recorder.read(cursor)
+        assert all(event == numbered(event.end) for event in events), "an event that is not whole"
+        seen += [event.end for event in events]
     return seen
 
 

@@ -165,14 +165,13 @@ def test_a_reader_in_another_process_sees_whole_events_only(tmp_path: Path, capa
     path = tmp_path / "recorder"
     path.write_bytes(bytes(recorder_size(1, capacity)))
     command = [sys.executable, "-m", "tests.unit.trace.reader", str(path), str(capacity), str(last)]
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory, memoryview(memory) as view:
-        recorder = Recorder(3, ["main"], capacity, view)
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as reader:
-            assert reader.stdout is not None
-            assert reader.stdout.readline() == "ready\n"
-            filled(recorder, range(last + 1))
-            out = reader.stdout.read()
-        del recorder
+    with path.open("r+b") as file:
+        recorder = Recorder(3, ["main"], capacity, memoryview(mmap.mmap(file.fileno(), 0)))
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "ready\n"
+        filled(recorder, range(last + 1))
+        out = reader.stdout.read()
     assert reader.returncode == 0
     seen = [int(word) for word in out.split()]
     assert seen == sorted(set(seen))

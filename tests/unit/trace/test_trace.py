@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -179,7 +179,7 @@ def test_union_is_the_same_time_in_disjoint_intervals(intervals: list[Interval])
     united = _union(intervals)
     assert seconds(united) == seconds(intervals)
     assert _length(united) == len(seconds(intervals))
-    assert all(one[1] < other[0] for one, other in zip(united, united[1:], strict=False))
+    assert all(one[1] < other[0] for one, other in pairwise(united))
 
 
 @given(INTERVALS, INTERVALS)
@@ -204,4 +204,3 @@ def test_figures_use_every_kind_of_compute() -> None:
     kinds = ("embed", "layer", "norm", "send", "recv", "other")
     events = [compute(0, 2 * at, 2 * at + 1, kind=kind) for at, kind in enumerate(kinds)]
     assert Trace.merge([events]).rank_figures(0).compute_s == 3.0
-    assert all(event.busy == S for event, _ in product(events, range(1)))

@@ -1,0 +1,73 @@
+"""Watch: looks after a run's ranks through their link, until all have delivered or one cannot go on."""
+
+import time
+from collections.abc import Callable, Sequence
+
+from dinfer.session.blame import failure_of
+from dinfer.session.fleet import RankFailed
+from dinfer.session.job import Job
+from dinfer.session.link import Link
+
+GRACE_S = 1.0
+"""How long to listen for the cause once one rank has failed: the others' complaints may come first."""
+POLL_S = 0.05
+
+
+class Watch:
+    """`exits()` gives, by rank, the exit status of a process that has ended, or None; who did not start the ranks
+    cannot know it, and learns of their end through their watchers alone."""
+
+    def __init__(
+        self,
+        job: Job,
+        link: Link,
+        exits: Callable[[], Sequence[int | None]] | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> None:
+        self._job, self._link, self._on_text = job, link, on_text
+        self._processes_ended = exits or (lambda: [None] * len(link.ranks))
+
+    def look(self, seconds: float) -> bool:
+        """Look after the ranks for that long; True once all have delivered their result.
+
+        Raises RankFailed, with the cause first, when one has failed, died, or made no progress in time.
+        """
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            with self._link.changed:
+                self._link.changed.wait(min(left, POLL_S))
+            finished = all("result" in state.reports for state in self._link.ranks)
+            self._show_text()
+            if finished:
+                return True
+            self.check()
+        return False
+
+    def check(self) -> None:
+        """Raises RankFailed if a rank has failed, died, or stands still for too long."""
+        if self._broken():
+            with self._link.changed:
+                self._link.changed.wait_for(self._all_told, GRACE_S)
+        exits, now = self._exits(), time.monotonic()
+        if failure := failure_of(self._job.plan, self._link.ranks, exits, self._job.config, now):
+            raise RankFailed(failure)
+
+    def _show_text(self) -> None:
+        """On the caller's thread, so that an output that is gone ends the run like any other error."""
+        for text in self._link.new_texts():
+            if self._on_text:
+                self._on_text(text)
+
+    def _broken(self) -> bool:
+        """Whether a rank seems to have failed. One that has just ended well may look so: its result is on its way."""
+        ended = any(code is not None for code in self._exits())
+        return ended or any("error" in state.reports for state in self._link.ranks)
+
+    def _all_told(self) -> bool:
+        """Whether every rank has said how it ended, or its watcher, last of all, that it is gone."""
+        return all(state.gone or state.reports.keys() & {"error", "result"} for state in self._link.ranks)
+
+    def _exits(self) -> list[int | None]:
+        """Exit status of each rank that ended without a result, as far as known; None for the others."""
+        ranks = zip(self._link.ranks, self._processes_ended(), strict=True)
+        return [None if "result" in state.reports else code for state, code in ranks]

@@ -1,0 +1,268 @@
+"""Config: what it takes, and every message: what was given, what is allowed, what to do."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dinfer.config import Config, ConfigError, nearest, read_toml
+
+PROMPT = "床前明月光，疑是地上霜。🌕"
+
+
+def refused(**values: Any) -> str:
+    """What `Config.of` says to these values."""
+    with pytest.raises(ConfigError) as caught:
+        Config.of(values)
+    return str(caught.value)
+
+
+def test_defaults_are_a_config() -> None:
+    assert Config.of({}) == Config()
+    assert (Config().world_size, Config().schedule, Config().sync_strategy) == (3, "pipelined", "pairwise")
+
+
+def test_every_parameter_explains_itself() -> None:
+    assert all(item.metadata["help"] for item in fields(Config))
+
+
+def test_a_config_is_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Config().world_size = 4  # type: ignore[misc]
+
+
+def test_a_config_can_be_a_key() -> None:
+    assert len({Config(), Config(), Config(world_size=2)}) == 2
+
+
+def test_changes_make_another_config() -> None:
+    config = Config()
+    assert config.with_(world_size="2", gpu_ids="0,0") == Config(world_size=2, gpu_ids=(0, 0))
+    assert config == Config()
+
+
+def test_changes_are_checked() -> None:
+    with pytest.raises(ConfigError, match="chunk_size is 0; it must be at least 1"):
+        Config().with_(chunk_size=0)
+    with pytest.raises(ConfigError, match="there is no parameter 'chunk'"):
+        Config().with_(chunk=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("world_size", "4", 4),
+        ("world_size", " 4 ", 4),
+        ("temperature", "0.7", 0.7),
+        ("temperature", 1, 1.0),
+        ("timeout", "1e3", 1000.0),
+        ("chat", "true", True),
+        ("chat", "Yes", True),
+        ("chat", "1", True),
+        ("chat", 0, False),
+        ("chat", "no", False),
+        ("schedule", "lockstep", "lockstep"),
+        ("model_path", Path("/models/qwen"), "/models/qwen"),
+        ("prompt", "5", "5"),
+        ("prompt_ids", "5,17,3", (5, 17, 3)),
+        ("prompt_ids", " 5 , 17 ", (5, 17)),
+        ("prompt_ids", "", ()),
+        ("prompt_ids", [5, 17], (5, 17)),
+        ("prompt_ids", 5, (5,)),
+        ("prompt_ids", ["5", "17"], (5, 17)),
+    ],
+)
+def test_text_and_objects_become_values(name: str, text: Any, value: object) -> None:
+    converted = getattr(Config.of({name: text}), name)
+    assert (converted, type(converted)) == (value, type(value))
+
+
+@given(st.lists(st.integers(0, 10**6)))
+def test_numbers_as_text_and_back(numbers: list[int]) -> None:
+    assert Config.of({"prompt_ids": ",".join(map(str, numbers))}).prompt_ids == tuple(numbers)
+
+
+def test_a_chinese_prompt_stays_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_text(PROMPT, encoding="utf-8")
+    assert Config(prompt=PROMPT).prompt_text() == PROMPT
+    assert Config(prompt_file=str(path)).prompt_text() == PROMPT
+
+
+MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
+    "below": ({"world_size": 0}, "world_size is 0; it must be at least 1."),
+    "below, as text": ({"chunk_size": "-3"}, "chunk_size is -3; it must be at least 1."),
+    "below, not whole": ({"timeout": 0.5}, "timeout is 0.5; it must be at least 1."),
+    "above": ({"master_port": 65536}, "master_port is 65536; it must be at most 65535."),
+    "above 1": ({"top_p": 1.5}, "top_p is 1.5; it must be at most 1."),
+    "top_p of nothing": ({"top_p": 0}, "top_p is 0.0; it must be above 0 and at most 1 (1: all tokens)."),
+    "negative top_p": ({"top_p": -1}, "top_p is -1.0; it must be above 0 and at most 1 (1: all tokens)."),
+    "not whole": ({"world_size": "three"}, "world_size is 'three'; it must be a whole number."),
+    "a float for a whole number": ({"world_size": 3.0}, "world_size is 3.0; it must be a whole number."),
+    "a truth for a number": ({"world_size": True}, "world_size is True; it must be a whole number."),
+    "no number": ({"temperature": "warm"}, "temperature is 'warm'; it must be a number."),
+    "nothing": ({"temperature": None}, "temperature is None; it must be a number."),
+    "not finite": ({"timeout": "inf"}, "timeout is 'inf'; it must be a finite number."),
+    "not a number at all": ({"temperature": "nan"}, "temperature is 'nan'; it must be a finite number."),
+    "neither true nor false": ({"chat": "maybe"}, "chat is 'maybe'; it must be true or false."),
+    "no text": ({"prompt": 5}, "prompt is 5; it must be text."),
+    "a choice": (
+        {"schedule": "eager"},
+        "schedule is 'eager'; it must be one of pipelined, lockstep, batched.",
+    ),
+    "a choice, nearly": (
+        {"schedule": "pipeline"},
+        "schedule is 'pipeline'; it must be one of pipelined, lockstep, batched. Did you mean pipelined?",
+    ),
+    "a choice of one": ({"backend": "nccl"}, "backend is 'nccl'; it must be one of gloo."),
+    "a choice with a dash": (
+        {"device_mode": "single-node"},
+        "device_mode is 'single-node'; it must be one of single_node. Did you mean single_node?",
+    ),
+    "numbers": (
+        {"gpu_ids": "0,one,2"},
+        "gpu_ids is '0,one,2'; it must be whole numbers with commas between them, such as 0,1,2.",
+    ),
+    "numbers that are not whole": (
+        {"prompt_ids": [1.5]},
+        "prompt_ids is [1.5]; it must be whole numbers with commas between them, such as 0,1,2.",
+    ),
+    "truths for numbers": (
+        {"prompt_ids": [True]},
+        "prompt_ids is [True]; it must be whole numbers with commas between them, such as 0,1,2.",
+    ),
+    "one truth for numbers": (
+        {"prompt_ids": True},
+        "prompt_ids is True; it must be whole numbers with commas between them, such as 0,1,2.",
+    ),
+    "nothing for numbers": (
+        {"prompt_ids": None},
+        "prompt_ids is None; it must be whole numbers with commas between them, such as 0,1,2.",
+    ),
+    "negative numbers": ({"prompt_ids": "5,-1"}, "prompt_ids is [5, -1]; its numbers must be at least 0."),
+    "two prompts": (
+        {"prompt": PROMPT, "prompt_ids": "1,2"},
+        "prompt and prompt_ids are given; one of them is the prompt: leave the others out.",
+    ),
+    "layers for another number of ranks": (
+        {"layer_split": "14"},
+        "layer_split has 1 numbers for 3 ranks; it takes 2: the first layer of every stage but the first.",
+    ),
+    "GPUs for another number of ranks": (
+        {"world_size": 2, "gpu_ids": "0,1,2"},
+        "world_size is 2 but gpu_ids names 3; give one GPU id per rank (the same id may stand for several ranks).",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_messages(name: str) -> None:
+    values, message = MESSAGES[name]
+    assert refused(**values) == message
+
+
+def test_an_unknown_parameter_names_the_nearest_and_all() -> None:
+    known = ", ".join(item.name for item in fields(Config))
+    assert refused(chunk_sise=5) == (
+        f"there is no parameter 'chunk_sise'. Did you mean chunk_size? Known are: {known}."
+    )
+    assert refused(zzz=5) == f"there is no parameter 'zzz'. Known are: {known}."
+
+
+def test_a_flag_is_near_its_field() -> None:
+    assert nearest("chunk-size", ["chunk_size", "seed"]) == " Did you mean chunk_size?"
+    assert nearest("zzz", ["chunk_size", "seed"]) == ""
+
+
+def test_a_number_too_large_for_a_float() -> None:
+    assert refused(temperature=10**400).endswith("it must be a number.")
+
+
+# -- files
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_toml(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        f"""
+        world_size = 2
+        schedule = "lockstep"  # a comment
+        prompt = "{PROMPT}"
+        temperature = 1
+        gpu_ids = [0, 1]
+        chat = true
+        """,
+    )
+    config = Config.from_toml(path)
+    assert config == Config(
+        world_size=2, schedule="lockstep", prompt=PROMPT, temperature=1.0, gpu_ids=(0, 1), chat=True
+    )
+    assert isinstance(config.temperature, float)
+
+
+def test_changes_go_on_top_of_toml(tmp_path: Path) -> None:
+    path = written(tmp_path, 'world_size = 2\nschedule = "lockstep"\n')
+    assert Config.from_toml(str(path), world_size="5") == Config(world_size=5, schedule="lockstep")
+
+
+def test_every_parameter_can_be_written_as_toml(tmp_path: Path) -> None:
+    def toml(value: Any) -> str:
+        return str(list(value)) if isinstance(value, tuple) else repr(value).replace("True", "true")
+
+    lines = [f"{item.name} = {toml(getattr(Config(), item.name))}" for item in fields(Config)]
+    text = "\n".join(lines).replace("False", "false")
+    assert Config.from_toml(written(tmp_path, text)) == Config()
+
+
+def test_unknown_keys_of_toml_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no parameter 'word_size'\. Did you mean world_size\?"):
+        Config.from_toml(written(tmp_path, "word_size = 2"))
+
+
+def test_a_table_is_no_parameter(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no parameter 'run'"):
+        Config.from_toml(written(tmp_path, "[run]\nworld_size = 2"))
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere.toml"
+    with pytest.raises(ConfigError) as caught:
+        read_toml(path)
+    assert str(caught.value) == f"config file {str(path)!r} cannot be read: No such file or directory."
+
+
+@pytest.mark.parametrize("content", [b"world_size 2", b"\xff\xfe", b"a = 1\na = 2"])
+def test_a_file_that_is_not_toml(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        read_toml(path)
+    message = str(caught.value)
+    assert message.startswith(f"config file {str(path)!r} is not valid TOML: ")
+    assert message.endswith(".")
+
+
+def test_a_prompt_file_that_is_not_there(tmp_path: Path) -> None:
+    path = str(tmp_path / "nowhere.txt")
+    with pytest.raises(ConfigError) as caught:
+        Config(prompt_file=path).prompt_text()
+    assert str(caught.value) == (f"prompt_file {path!r} cannot be read: No such file or directory.")
+
+
+def test_a_prompt_file_that_is_not_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(PROMPT.encode("gb18030"))
+    with pytest.raises(ConfigError) as caught:
+        Config(prompt_file=str(path)).prompt_text()
+    assert str(caught.value) == f"prompt_file {str(path)!r} is not UTF-8 text; save it as UTF-8."
