@@ -6,6 +6,7 @@ Every parameter of Config is a flag of `dinfer run` with the same name.
 import contextlib
 import inspect
 import json
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -21,6 +22,7 @@ from dinfer.plan.plan import Plan, parse_plan
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import Counterexample, Proof
 from dinfer.plan.verify import verify as verify_plan
+from dinfer.session.environment import Launched, launched_as
 
 app = typer.Typer(
     name="dinfer",
@@ -39,33 +41,47 @@ def _stop(message: object, status: int) -> NoReturn:
 
 
 def run(**given: Any) -> None:
-    """Generate from a checkpoint on several ranks of this machine, which it starts itself."""
+    """Generate from a checkpoint on several ranks: started here, or as the rank that torchrun or mpirun names."""
     from dinfer.session.job import prepare
-
-    values = {name: value for name, value in given.items() if value is not None}
-    json_path, trace_path, toml = (values.pop(name, None) for name in ("json", "trace", "config"))
-    try:
-        job = prepare(Config.of({**(read_toml(toml) if toml else {}), **values}))
-    except (ConfigError, ModelError, PlanError) as error:
-        _stop(error, BAD_INPUT)
-
-    # Not earlier: these import torch, and a mistake should be told at once.
-    from dinfer.session.fleet import RankFailed
     from dinfer.session.processes import interrupt_as_error
     from dinfer.session.result import write_json
     from dinfer.session.runner import run as run_job
 
-    interrupt_as_error()
+    values = {name: value for name, value in given.items() if value is not None}
+    json_path, trace_path, toml = (values.pop(name, None) for name in ("json", "trace", "config"))
     try:
-        result = run_job(job, trace_path or Path(job.config.log_dir) / "trace.jsonl")
-        if json_path:
+        launched = launched_as(os.environ)
+        config = Config.of(_for_launched({**(read_toml(toml) if toml else {}), **values}, launched))
+        trace_path = trace_path or Path(config.log_dir) / "trace.jsonl"
+        if launched:
+            from dinfer.session.join import join
+
+            result = join(config, launched, trace_path)
+        else:
+            job = prepare(config)
+            interrupt_as_error()
+            result = run_job(job, trace_path)
+        if json_path and result:
             write_json(result, json_path)
-    except RankFailed as error:
-        _stop(error, FAILED)
+    except (ConfigError, ModelError, PlanError) as error:
+        _stop(error, BAD_INPUT)
     except KeyboardInterrupt:
         _stop("interrupted; all ranks were ended.", INTERRUPTED)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # RankFailed is one
         _stop(error, FAILED)
+
+
+def _for_launched(values: dict[str, Any], launched: Launched | None) -> dict[str, Any]:
+    """Under a launcher the number of ranks is the launcher's. Raises ConfigError where it was asked for otherwise."""
+    if launched is None:
+        return values
+    asked = values.get("world_size", launched.world_size)
+    if str(asked) != str(launched.world_size):
+        raise ConfigError(
+            f"world_size is {asked}, but {launched.launcher} has started {launched.world_size} processes: "
+            "leave world_size out, or start as many."
+        )
+    return {**values, "world_size": launched.world_size}
 
 
 def _run_signature() -> inspect.Signature:
@@ -192,6 +208,24 @@ def bench(
     print(table(result))
     if json_path:
         write_json(result, json_path)
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str, typer.Option(help="a checkpoint folder, to compare its memory with what is free")
+    ] = "",
+    world_size: Annotated[int, typer.Option(help="number of ranks to try out together")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Check this machine: versions, devices, network, memory, leftovers. Status 0: fit; 1: something to mend."""
+    from dinfer.session.doctor.doctor import doctor as examine
+
+    try:
+        status = examine(model or None, world_size, as_json)
+    except ConfigError as error:
+        _stop(error, BAD_INPUT)
+    raise typer.Exit(status)
 
 
 def _print_json(given: Plan, verdict: Proof | Counterexample) -> None:

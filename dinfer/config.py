@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 Schedule = Literal["pipelined", "lockstep", "batched"]
 SyncStrategy = Literal["pairwise", "ring"]
-DeviceMode = Literal["single_node"]
+DeviceMode = Literal["single_node", "multi_node"]
 Backend = Literal["gloo"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
@@ -48,7 +48,9 @@ class Config:
     sync_strategy: SyncStrategy = _parameter("pairwise", "who passes a block to whom")
     schedule: Schedule = _parameter("pipelined", "the rule that lays ops on lanes")
     unsafe: bool = _parameter(False, "run even a plan that verify has refuted")
-    device_mode: DeviceMode = _parameter("single_node", "all ranks on this machine")
+    device_mode: DeviceMode = _parameter(
+        "single_node", "single_node: all ranks on this machine; multi_node: one on each"
+    )
     gpu_ids: tuple[int, ...] = _parameter((), "the GPU of each rank, such as 0,1,2; none: the CPU")
     backend: Backend = _parameter("gloo", "torch.distributed backend")
     master_addr: str = _parameter("127.0.0.1", "address at which the ranks meet")

@@ -15,8 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore  # where torch.distributed has them from, with types
 
+from dinfer.engine.interface import interface_towards
 from dinfer.engine.transfer import HEADER_BYTES
 from dinfer.plan.graph import Channel
+
+
+__all__ = ["Comm", "CommError", "GlooComm", "Store", "join_store", "open_store"]
 
 
 class CommError(RuntimeError):
@@ -123,29 +127,39 @@ def _on_host(tensor: Tensor) -> Tensor:
     return host
 
 
-def open_store(address: str, port: int) -> tuple[Store, int]:
-    """A store at which ranks meet, held by this process, and its port: a free one for 0 or a port in use."""
-    _prefer_loopback(address)
-    for attempt in (port, 0):
+def open_store(address: str, port: int, *, exact: bool = False) -> tuple[Store, int]:
+    """A store at which ranks meet, held by this process, and its port: a free one for 0 or a port in use.
+
+    With `exact`, it is that port or CommError.
+    """
+    _choose_interface(address)
+    for attempt in (port,) if exact else (port, 0):
         with contextlib.suppress(dist.DistNetworkError):
             store = TCPStore(address, attempt, is_master=True, wait_for_workers=False)
             return store, store.port
+    if exact:
+        raise CommError(
+            f"port {port} cannot be opened at {address!r}: another process may have it. Choose a free one."
+        )
     raise CommError(f"no port can be opened at {address!r}: master_addr must be an address of this machine.")
 
 
 def join_store(address: str, port: int, timeout: float) -> Store:
     """The store that rank 0 holds. Raises CommError."""
-    _prefer_loopback(address)
+    _choose_interface(address)
     try:
         return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout))
     except dist.DistError as error:
         raise CommError(f"rank 0 cannot be reached at {address}:{port}: {error}") from error
 
 
-def _prefer_loopback(address: str) -> None:
-    """Ranks that meet on loopback talk over it, whatever the host's name resolves to."""
-    if address in ("127.0.0.1", "localhost"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if os.path.isdir("/sys/class/net/lo") else "lo0")
+def _choose_interface(address: str) -> None:
+    """Let gloo talk over the interface that leads to where the ranks meet. Left to itself it goes by what the host's
+    name resolves to, and falls back to loopback without a word, where no other host can reach it."""
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        with contextlib.suppress(OSError):
+            if name := interface_towards(address):
+                os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def _wait(work: dist.Work | None) -> None:

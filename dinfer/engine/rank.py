@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dinfer.config import Config
+from dinfer.engine.agreement import agree, facts_of
 from dinfer.engine.comm import Comm
 from dinfer.engine.control import Control
 from dinfer.engine.engine import Engine
@@ -41,6 +42,7 @@ def run_rank(
     comm = meet()
     on_op = OpLog(log, decoder.num_layers)
     engine = Engine(decoder, comm, config, board=control.board, memory=control.recorder_memory, on_op=on_op)
+    agree(comm, facts_of(config, decoder.spec, engine.plan_for(len(ids)).id))
     executor = engine.prepare(ids)
     assert engine.recorder is not None
     control.attach(executor, engine.recorder.lanes)

@@ -46,10 +46,11 @@ class Watcher:
         memory: memoryview,
         rank_end: socket.socket,
         client: "zmq.Socket[bytes]",
-        launcher: int,
+        link: Message,
     ) -> None:
         self._rank, self._memory, self._rank_end, self._client = rank, memory, rank_end, client
-        self._rank_pid, self._launcher = os.getppid(), launcher
+        self._rank_pid = os.getppid()
+        self._launcher, self._joined = link["launcher"], link["joined"]
         self._board = Board(memory)
         self._recorder: Recorder | None = None
         self._cursor: list[int] = []
@@ -134,7 +135,8 @@ class Watcher:
 
     def _end_orphan(self) -> None:
         """A rank that nobody can command or hear any more is ended."""
-        if monotonic() - self._client_heard > ORPHAN_S and not _exists(self._launcher):
+        silent = monotonic() - self._client_heard > ORPHAN_S
+        if silent and (self._joined or not _exists(self._launcher)):
             self._kill()
 
     def _kill(self) -> None:
@@ -176,7 +178,7 @@ def main() -> None:
             link["secret_key"].encode(),
         )
         client.connect(link["endpoint"])
-        Watcher(link["rank"], memory, rank_end, client, link["launcher"]).run()
+        Watcher(link["rank"], memory, rank_end, client, link).run()
         client.close()
 
 

@@ -11,6 +11,9 @@ from dinfer.plan.plan import Plan
 from dinfer.session.link import RankState
 from dinfer.session.where import rank_text
 
+LOST = 256
+"""Stands for the exit status of a process of which only the end is known."""
+
 
 def failure_of(
     plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], config: Config, now: float
@@ -38,16 +41,19 @@ def _told(message: str, rank: int, config: Config) -> str:
 
 
 def _death(plan: Plan, rank: int, state: RankState, code: int | None, config: Config) -> str:
-    by_signal = code is not None and code < 0
-    how = (
-        f"was killed by {signal.Signals(-code).name}"
-        if code and by_signal
-        else f"ended with exit status {code}"
-    )
+    how = _ending(code)
     return (
         f"rank {rank} {how}; it stood at: {_position(plan, rank, state)}\n"
         f"What it printed last is in {config.log_dir}/rank{rank}.err."
     )
+
+
+def _ending(code: int | None) -> str:
+    if code == LOST:
+        return "is gone: its process ended without a word"
+    if code and code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit status {code}"
 
 
 def _is_paused(ranks: Sequence[RankState]) -> bool:

@@ -1,10 +1,13 @@
 """Job: all that can be known of a run before any rank starts, and every mistake that can be found by then."""
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dinfer.config import Config, ConfigError
 from dinfer.model.checkpoint import Spec, check
+from dinfer.model.memory import check_memory
 from dinfer.model.text import encode, load_tokenizer
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import partition
@@ -24,8 +27,8 @@ class Job:
     verdict: Proof | Counterexample
 
 
-def prepare(config: Config) -> Job:
-    """Raises ConfigError, ModelError or PlanError, each with what to do."""
+def prepare(config: Config, ranks_here: Sequence[int] | None = None) -> Job:
+    """Raises ConfigError, ModelError or PlanError, each with what to do. `ranks_here`: by default all."""
     spec = check(config.model_path)
     if config.world_size > spec.layers:
         raise ConfigError(
@@ -33,6 +36,9 @@ def prepare(config: Config) -> Job:
             f"must own at least one: use at most {spec.layers} ranks."
         )
     ids = _prompt_ids(config, spec)
+    here = list(range(config.world_size)) if ranks_here is None else list(ranks_here)
+    _check_gpus(config, here)
+    _check_memory(config, spec, len(ids), here)
     shape = partition(
         layers=spec.layers,
         tokens=len(ids),
@@ -46,9 +52,32 @@ def prepare(config: Config) -> Job:
         raise PlanError(
             f"{verdict}.\nNothing was run. Choose another schedule, or pass unsafe=true to watch it hang."
         )
-    return Job(
-        config.with_(threads=config.threads or threads_per_rank(config.world_size)), spec, ids, plan, verdict
-    )
+    return Job(config.with_(threads=config.threads or threads_per_rank(len(here))), spec, ids, plan, verdict)
+
+
+def _check_gpus(config: Config, ranks: Sequence[int]) -> None:
+    if not config.gpu_ids:
+        return
+    import torch
+
+    count = torch.cuda.device_count()
+    if missing := sorted({config.gpu_ids[r] for r in ranks if not 0 <= config.gpu_ids[r] < count}):
+        there = (
+            f"GPU ids here go from 0 to {count - 1}"
+            if count
+            else "this machine has no GPU that torch can use"
+        )
+        raise ConfigError(
+            f"gpu_ids names {', '.join(map(str, missing))}, but {there}: change gpu_ids, or leave it out for the CPU."
+        )
+
+
+def _check_memory(config: Config, spec: Spec, tokens: int, ranks: Sequence[int]) -> None:
+    """Every rank holds the whole model, for decode. Raises ModelError where it does not fit."""
+    length = min(tokens + config.max_new_tokens, spec.max_positions)
+    devices = Counter(f"cuda:{config.gpu_ids[r]}" if config.gpu_ids else "cpu" for r in ranks)
+    for device, count in devices.items():
+        check_memory(spec, config.dtype, length, count, device, config.chunk_size)
 
 
 def threads_per_rank(world_size: int) -> int:

@@ -74,7 +74,9 @@ class Link:
         """Asked by zmq's authenticator: whether this public key may connect."""
         return key == self._rank_public
 
-    def job_part(self, rank: int, launcher: int) -> Message:
+    def job_part(self, rank: int, *, launcher: int = 0, joined: bool = False) -> Message:
+        """What a rank needs to find this link. `launcher`: the process without which it should not go on;
+        `joined`: another launcher looks after the process, but a rank that hears nothing from here ends itself."""
         return {
             "rank": rank,
             "endpoint": self.endpoint,
@@ -82,6 +84,7 @@ class Link:
             "public_key": self._rank_public.decode(),
             "secret_key": self._rank_secret.decode(),
             "launcher": launcher,
+            "joined": joined,
         }
 
     def send(self, rank: int, do: str, **fields: Any) -> int:

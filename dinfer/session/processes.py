@@ -1,5 +1,6 @@
 """Processes: the ranks of `dinfer run` on this machine, each a process of its own: up, watched, and down again."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,13 +13,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from dinfer.session.blame import failure_of
-from dinfer.session.fleet import RankFailed
 from dinfer.session.job import Job
 from dinfer.session.link import Link
+from dinfer.session.watch import Watch
 
-GRACE_S = 1.0
-"""How long to listen for the cause once one rank has failed: the others' complaints may come first."""
+EXIT_S = 1.0
+"""how long a process may take to end once it has closed its connections"""
 
 
 class Processes:
@@ -29,7 +29,8 @@ class Processes:
     ) -> None:
         self.job = job
         self.link = Link(job.config.world_size)
-        self._paused, self._on_text = paused, on_text
+        self._paused = paused
+        self._watch = Watch(job, self.link, self._exits, on_text, while_looking=self._introduce)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._introduced: set[int] = set()
 
@@ -72,7 +73,7 @@ class Processes:
             "config": asdict(config),
             "ids": self.job.ids,
             "paused": self._paused,
-            "link": self.link.job_part(rank, os.getpid()),
+            "link": self.link.job_part(rank, launcher=os.getpid()),
         }
         environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads), "PYTHONUNBUFFERED": "1"}
         folder = Path(config.log_dir)
@@ -91,30 +92,13 @@ class Processes:
             stdin.write(json.dumps(job).encode())
         return process
 
-    # -- watching
-
     def watch(self, seconds: float) -> bool:
-        """Look after the ranks for that long; True once all have delivered their result.
+        """Look after the ranks for that long; True once all have delivered their result. Raises RankFailed."""
+        return self._watch.look(seconds)
 
-        Raises RankFailed, with the cause first, when one has failed, died, or made no progress in time.
-        """
-        deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
-            with self.link.changed:
-                self.link.changed.wait(min(left, 0.05))
-            self._introduce()
-            finished = all("result" in state.reports for state in self.link.ranks)
-            self._show_text()
-            if finished:
-                return True
-            self.check()
-        return False
-
-    def _show_text(self) -> None:
-        """On the caller's thread, so that an output that is gone ends the run like any other error."""
-        for text in self.link.new_texts():
-            if self._on_text:
-                self._on_text(text)
+    def check(self) -> None:
+        """Raises RankFailed if a rank cannot go on."""
+        self._watch.check()
 
     def _introduce(self) -> None:
         """Tell each other rank, once it can hear, where rank 0 has opened the place to meet."""
@@ -124,31 +108,17 @@ class Processes:
                 self._introduced.add(rank)
                 self.link.send(rank, "meet", port=opened["port"])
 
-    def check(self) -> None:
-        """Raises RankFailed if a rank has failed, died, or stands still for too long."""
-        if self._broken():
-            deadline = time.monotonic() + GRACE_S
-            with self.link.changed:
-                self.link.changed.wait_for(self._all_told, max(0.0, deadline - time.monotonic()))
-        failure = failure_of(self.job.plan, self.link.ranks, self._exits(), self.job.config, time.monotonic())
-        if failure:
-            raise RankFailed(failure)
-
-    def _broken(self) -> bool:
-        """Whether a rank seems to have failed. One that has just ended well may look so: its result is on its way."""
-        ended = any(code is not None for code in self._exits())
-        return ended or any("error" in state.reports for state in self.link.ranks)
-
-    def _all_told(self) -> bool:
-        """Whether every rank has said how it ended, or its watcher, last of all, that it is gone."""
-        return all(state.gone or state.reports.keys() & {"error", "result"} for state in self.link.ranks)
-
     def _exits(self) -> list[int | None]:
-        """Exit status of each rank that ended without a result; None for the others."""
-        return [
-            None if "result" in state.reports else process.poll()
-            for state, process in zip(self.link.ranks, self._processes, strict=True)
-        ]
+        return [self._exit(rank, process) for rank, process in enumerate(self._processes)]
+
+    def _exit(self, rank: int, process: "subprocess.Popen[bytes]") -> int | None:
+        """Exit status of a rank that has ended. One whose watcher alone says so is about to: that is waited for, or
+        what its death did to the others would be taken for the cause."""
+        state = self.link.ranks[rank]
+        if state.gone and not state.reports.keys() & {"error", "result"}:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(EXIT_S)
+        return process.poll()
 
 
 def interrupt_as_error() -> None:

@@ -1,6 +1,7 @@
 """What a run leaves behind: the merged trace, the figures per rank and link, the JSON, the table at the end."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from dinfer.session.link import RankState
 from dinfer.trace.trace import Trace
 
 
-def merge(job: Job, ranks: list[RankState]) -> Trace:
+def merge(job: Job, ranks: Sequence[RankState]) -> Trace:
     """One trace from what the ranks' watchers have published."""
     shape = job.plan.shape
     return Trace.merge(
@@ -29,7 +30,7 @@ def merge(job: Job, ranks: list[RankState]) -> Trace:
     )
 
 
-def result_of(job: Job, ranks: list[RankState], trace: Trace, text: str) -> dict[str, Any]:
+def result_of(job: Job, ranks: Sequence[RankState], trace: Trace, text: str) -> dict[str, Any]:
     """What `--json` holds. Seconds and bytes are of prefill, but for `decode_s`; `tokens` are the new ones."""
     reports = [state.reports["result"] for state in ranks]
     figures = [trace.rank_figures(rank) for rank in range(len(ranks))]

@@ -2,12 +2,12 @@
 
 import os
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from dinfer.session.job import Job
+from dinfer.session.link import RankState
 from dinfer.session.processes import Processes
 from dinfer.session.progress import progress_line
 from dinfer.session.result import merge, result_of, table
@@ -16,14 +16,22 @@ from dinfer.trace.export import write_jsonl
 PROGRESS_S = 0.5
 
 
-class _Show:
+class Show:
     """Progress on one line per rank, and the generated text, without one tearing the other apart."""
 
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
+    def __init__(self, job: Job, out: TextIO | None = None) -> None:
+        self._job, self._out = job, out or sys.stdout
         self._shown: dict[int, str] = {}
-        self._last = 0.0
         self.text = ""
+
+    def introduce(self) -> None:
+        """What is about to run, and why it cannot hang."""
+        config, plan = self._job.config, self._job.plan
+        self.say(
+            f"{config.model_path}: {len(self._job.ids)} prompt tokens in {len(plan.shape.chunks)} chunks, "
+            f"{plan.shape.layers} layers on {plan.world_size} ranks, threads each: {config.threads}\n"
+            f"plan ({plan.schedule}, {plan.sync_strategy}) {self._job.verdict}"
+        )
 
     def on_text(self, piece: str) -> None:
         if not self.text and piece:
@@ -31,15 +39,16 @@ class _Show:
         self.text += piece
         self._write(piece)
 
-    def progress(self, lines: list[str]) -> None:
+    def progress(self, ranks: Sequence[RankState]) -> None:
         """A line for each rank of which there is news, unless text has begun to flow."""
-        if self.text or time.monotonic() - self._last < PROGRESS_S:
-            return
-        self._last = time.monotonic()
-        for rank, line in enumerate(lines):
-            if self._shown.get(rank) != line:
+        for rank, state in enumerate(ranks):
+            line = progress_line(self._job.plan, rank, state)
+            if not self.text and self._shown.get(rank) != line:
                 self._shown[rank] = line
-                self._write(line + "\n")
+                self.say(line)
+
+    def say(self, line: str) -> None:
+        self._write(f"{line}\n")
 
     def _write(self, text: str) -> None:
         self._out.write(text)
@@ -48,38 +57,36 @@ class _Show:
 
 def run(job: Job, trace_path: str | Path | None = None, out: TextIO | None = None) -> dict[str, Any]:
     """Generate; what the ranks measured (see `result_of`). Raises RankFailed; a KeyboardInterrupt ends all ranks."""
-    out = out or sys.stdout
-    show = _Show(out)
-    shape = job.plan.shape
-    print(
-        f"{job.config.model_path}: {len(job.ids)} prompt tokens in {len(shape.chunks)} chunks, "
-        f"{shape.layers} layers on {shape.world_size} ranks, threads each: {job.config.threads}\n"
-        f"plan ({job.plan.schedule}, {job.plan.sync_strategy}) {job.verdict}",
-        file=out,
-    )
+    show = Show(job, out)
+    show.introduce()
     with Processes(job, on_text=show.on_text) as ranks:
         while not ranks.watch(PROGRESS_S):
-            show.progress(
-                [progress_line(job.plan, rank, state) for rank, state in enumerate(ranks.link.ranks)]
-            )
-        trace = merge(job, ranks.link.ranks)
-        result = result_of(job, ranks.link.ranks, trace, show.text)
-    print(f"\n\n{table(result)}", file=out)
+            show.progress(ranks.link.ranks)
+        return conclude(job, ranks.link.ranks, show, trace_path)
+
+
+def conclude(
+    job: Job, ranks: Sequence[RankState], show: Show, trace_path: str | Path | None
+) -> dict[str, Any]:
+    """Show and keep what the ranks have delivered. Raises RuntimeError if they hold different KV."""
+    trace = merge(job, ranks)
+    result = result_of(job, ranks, trace, show.text)
+    show.say(f"\n\n{table(result)}")
     if trace_path:
-        _keep(trace_path, lambda path: write_jsonl(trace, path), "trace", out)
+        show.say(_keep(trace_path, lambda path: write_jsonl(trace, path), "trace"))
     result["trace"] = str(trace_path) if trace_path else None
     _agree(result)
     return result
 
 
-def _keep(path: str | Path, write: Callable[[Path], None], what: str, out: TextIO) -> None:
-    """Write a file; a run that went well is not lost because the disk is full."""
+def _keep(path: str | Path, write: Callable[[Path], None], what: str) -> str:
+    """Write a file, and say so; a run that went well is not lost because the disk is full."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write(Path(path))
-        print(f"{what}: {path}", file=out)
     except OSError as error:
-        print(f"the {what} could not be written to {path}: {os.strerror(error.errno or 0)}", file=out)
+        return f"the {what} could not be written to {path}: {os.strerror(error.errno or 0)}"
+    return f"{what}: {path}"
 
 
 def _agree(result: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 
-from dinfer.session.blame import failure_of
+from dinfer.session.blame import LOST, failure_of
 from dinfer.session.fleet import RankFailed
 from dinfer.session.job import Job
 from dinfer.session.link import Link
@@ -23,9 +23,10 @@ class Watch:
         link: Link,
         exits: Callable[[], Sequence[int | None]] | None = None,
         on_text: Callable[[str], None] | None = None,
+        while_looking: Callable[[], None] = lambda: None,
     ) -> None:
-        self._job, self._link, self._on_text = job, link, on_text
-        self._processes_ended = exits or (lambda: [None] * len(link.ranks))
+        self._job, self._link, self._on_text, self._while_looking = job, link, on_text, while_looking
+        self._processes_ended = exits or (lambda: [LOST if state.gone else None for state in link.ranks])
 
     def look(self, seconds: float) -> bool:
         """Look after the ranks for that long; True once all have delivered their result.
@@ -36,6 +37,7 @@ class Watch:
         while (left := deadline - time.monotonic()) > 0:
             with self._link.changed:
                 self._link.changed.wait(min(left, POLL_S))
+            self._while_looking()
             finished = all("result" in state.reports for state in self._link.ranks)
             self._show_text()
             if finished:

@@ -4,13 +4,11 @@ Each lane has a ring of its own, so lanes never wait for one another. The memory
 process, which reads it while this one writes, or after this one was killed.
 """
 
-import struct
 from collections.abc import Sequence
 from typing import Self
 
 from dinfer.trace.events import SIZE, Event
 
-_COUNT = struct.Struct("<q")
 _SLOT = SIZE
 # The counter has a slot of its own, so that records stay aligned. One more is for the event that is being
 # written, so that it never lies over one of the `capacity` events that count as held.
@@ -36,6 +34,9 @@ class Recorder:
         self.capacity = capacity
         size = recorder_size(len(self.lanes), capacity)
         self._memory = memoryview(bytearray(size)) if memory is None else memory[:size]
+        # Cast views store a number at once. struct.pack_into would set it to 0 first, and a reader could see that.
+        bases = (self._base(lane) for lane in range(len(self.lanes)))
+        self._counts = [self._memory[base : base + 8].cast("q") for base in bases]
 
     @classmethod
     def over(cls, rank: int, lanes: Sequence[str], memory: memoryview) -> Self:
@@ -47,12 +48,12 @@ class Recorder:
     def record(self, lane: int, event: Event) -> None:
         count = self._count(lane)
         event.pack_into(self._memory, self._slot(lane, count), lane)
-        _COUNT.pack_into(self._memory, self._base(lane), count + 1)  # last: a reader sees whole events only
+        self._counts[lane][0] = count + 1  # last: a reader sees whole events only
 
     def clear(self) -> None:
         """Forget all events; for the writer, before the first one, where the memory was used before."""
         for lane in range(len(self.lanes)):
-            _COUNT.pack_into(self._memory, self._base(lane), 0)
+            self._counts[lane][0] = 0
 
     def read(self, since: Sequence[int] | None = None) -> tuple[list[Event], list[int]]:
         """Events written after the cursor `since` (one number a lane), and the new cursor."""
@@ -93,7 +94,7 @@ class Recorder:
         return self._base(lane) + _SLOT * (1 + number % (self.capacity + 1))
 
     def _count(self, lane: int) -> int:
-        return int(_COUNT.unpack_from(self._memory, self._base(lane))[0])
+        return self._counts[lane][0]
 
 
 def unpack_records(records: bytes, rank: int, lanes: tuple[str, ...]) -> list[Event]:

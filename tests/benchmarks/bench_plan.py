@@ -1,4 +1,4 @@
-"""How long it takes to build and verify a large plan: 8 ranks, 64 chunks, 80 layers; medians of 5, one core.
+"""How long it takes to build and verify a large plan: 8 ranks, 64 chunks, 80 layers; medians of 5, in CPU seconds of one core.
 
 Run as `python tests/benchmarks/bench_plan.py` from the repository's root. Not a test: times are never asserted.
 """
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import process_time
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -24,12 +24,12 @@ SHAPE = partition(layers=80, tokens=64 * 512, world_size=8, chunk_size=512)
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """The median time of one call."""
+    """The median CPU time of one call: what else runs on the machine does not count."""
     times = []
     for _ in range(REPEATS):
-        begun = perf_counter()
+        begun = process_time()
         call()
-        times.append(perf_counter() - begun)
+        times.append(process_time() - begun)
     return median(times)
 
 

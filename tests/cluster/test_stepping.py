@@ -70,7 +70,7 @@ def test_a_walk_back_and_forth_ends_as_if_nothing_had_been(
 def test_a_pause_releases_the_recvs_that_are_posted(
     qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 1 is in a layer that ends only once the pause has begun, and the others wait for what it would send."""
+    """Rank 1 is in a layer that ends only once the pause has begun; the others wait for what it would send."""
     for name, value in _gated_layer(tmp_path).items():
         monkeypatch.setenv(name, value)
     with stepped(qwen3, IDS, tmp_path / "logs", chunk_size=CHUNK, max_new_tokens=NEW_TOKENS) as run:

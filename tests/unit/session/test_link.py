@@ -14,7 +14,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from dinfer.session.link import Link
 
-DEADLINE_S = 30.0
+DEADLINE_S = 30
 REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 REFUSED |= zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_DISCONNECTED
 STATE = {

@@ -9,24 +9,20 @@ from typing import Any
 import pytest
 
 from dinfer.config import Config
-from dinfer.model.checkpoint import Spec
-from dinfer.plan.partition import partition
-from dinfer.plan.schedule import build
-from dinfer.plan.verify import verify
-from dinfer.session.job import Job
+from dinfer.session.job import Job, prepare
 from dinfer.session.link import RankState
 from dinfer.session.result import merge, result_of, table, write_json
 from dinfer.trace.events import Event
+from tests.unit.model.tiny import tiny_checkpoint
 
 S = 1_000_000_000
 
 
-@pytest.fixture
-def job() -> Job:
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Two layers, two tokens, two ranks."""
-    plan = build(partition(layers=2, tokens=2, world_size=2, chunk_size=4), "lockstep", "pairwise")
-    spec = Spec(Path("m"), "qwen3", 2, 8, 2, 1, 4, 16, 32, "float32", False, 0)
-    return Job(Config(world_size=2, threads=1, model_path="m"), spec, (1, 2), plan, verify(plan))
+    model = tiny_checkpoint(tmp_path_factory.mktemp("model"), layers=2)
+    return prepare(Config(world_size=2, threads=1, model_path=str(model), prompt_ids=(1, 2)))
 
 
 @pytest.fixture
@@ -64,7 +60,8 @@ def test_the_result_holds_figures_of_every_rank(job: Job, ranks: list[RankState]
 
 def test_the_table_has_a_line_for_each_rank_and_link(job: Job, ranks: list[RankState]) -> None:
     lines = table(result(job, ranks)).splitlines()
-    assert lines[1].split() == ["0", "cpu", *"4.000 1.000 2.000 0.500 1.000 2.000 6.000 0.000".split()]
+    figures = [4.0, 1.0, 2.0, 0.5, 1.0, 2.0, 6.0, 0.0]
+    assert lines[1].split() == ["0", "cpu", *(f"{figure:.3f}" for figure in figures)]
     assert lines[-1].split() == ["0→1", "1", "6.000", "2000.00", "3"]
 
 

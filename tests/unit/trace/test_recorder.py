@@ -161,7 +161,7 @@ def test_an_event_half_written_lies_over_none_that_is_held() -> None:
 
 @pytest.mark.parametrize("capacity", [2, 64])
 def test_a_reader_in_another_process_sees_whole_events_only(tmp_path: Path, capacity: int) -> None:
-    last = 5000
+    last = 30_000
     path = tmp_path / "recorder"
     path.write_bytes(bytes(recorder_size(1, capacity)))
     command = [sys.executable, "-m", "tests.unit.trace.reader", str(path), str(capacity), str(last)]

@@ -1,0 +1,266 @@
+"""The command line: what it prints, its exit statuses, and one message for each mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from typer.testing import CliRunner
+
+from dinfer.cli import app
+from tests.unit.model.tiny import tiny_checkpoint
+
+SIZES = ("--layers", "5", "--tokens", "10", "--chunk-size", "4")
+PROVED, REFUTED, BAD_INPUT = 0, 1, 2
+
+
+class Answer(NamedTuple):
+    """What a command came to."""
+
+    status: int
+    out: str
+    err: str
+
+
+def dinfer(*arguments: object, stdin: str = "") -> Answer:
+    """Run a command in this process."""
+    result = CliRunner().invoke(app, list(map(str, arguments)), input=stdin)
+    return Answer(result.exit_code, result.stdout, result.stderr)
+
+
+def edited(plan: str, old: str, new: str) -> str:
+    """A plan's text with one thing changed; fails where there is no such thing."""
+    assert old in plan
+    return plan.replace(old, new, 1)
+
+
+# -- plan and verify
+
+
+@pytest.mark.parametrize("schedule", ["pipelined", "lockstep"])
+@pytest.mark.parametrize("strategy", ["pairwise", "ring"])
+def test_a_plan_is_printed_with_its_proof_and_verifies(schedule: str, strategy: str) -> None:
+    plan = dinfer("plan", *SIZES, "--schedule", schedule, "--sync-strategy", strategy)
+    assert plan.status == PROVED
+    assert plan.out.startswith("dinfer plan 1\nlayers 5, tokens 10, chunk_size 4\n")
+    proof = plan.out.splitlines()[-1].removeprefix("# ")
+    assert proof.startswith("proved: 3 ranks")
+    assert dinfer("verify", "-", stdin=plan.out) == Answer(PROVED, f"{proof}\n", "")
+
+
+def test_a_plan_goes_through_a_pipe_into_verify() -> None:
+    command = (
+        f"{sys.executable} -m dinfer.cli plan {' '.join(SIZES)} | {sys.executable} -m dinfer.cli verify -"
+    )
+    piped = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=100, check=False)
+    assert (piped.returncode, piped.stderr) == (PROVED, "")
+    assert piped.stdout.startswith("proved: 3 ranks")
+
+
+def test_a_plan_in_a_file_verifies(tmp_path: Path) -> None:
+    (tmp_path / "a.plan").write_text(dinfer("plan", *SIZES).out, encoding="utf-8")
+    assert dinfer("verify", tmp_path / "a.plan").status == PROVED
+
+
+def test_a_refuted_schedule_has_status_1_and_its_cycle() -> None:
+    plan = dinfer("plan", *SIZES, "--schedule", "batched")
+    assert plan.status == REFUTED
+    assert "# refuted: with rendezvous sends these wait for one another for ever: rank 0 sends" in plan.out
+    verdict = dinfer("verify", "-", stdin=plan.out)
+    assert verdict.status == REFUTED
+    assert f"# {verdict.out}" in plan.out
+
+
+def test_json_holds_plan_and_verdict() -> None:
+    plan = dinfer("plan", *SIZES, "--world-size", "2", "--json")
+    found = json.loads(plan.out)
+    assert (plan.status, found["proved"]) == (PROVED, True)
+    assert found["verdict"].startswith("proved: 2 ranks")
+    lanes = [{lane["lane"]: lane["ops"] for lane in rank} for rank in found["ranks"]]
+    assert "layer c0 l0" in lanes[0]["compute"]
+    assert "layer c0 l4" in lanes[1]["compute"]
+    text = dinfer("plan", *SIZES, "--world-size", "2").out
+    assert json.loads(dinfer("verify", "-", "--json", stdin=text).out) == found
+
+
+def test_json_of_a_refutation_names_the_places() -> None:
+    plan = dinfer("plan", *SIZES, "--schedule", "batched").out
+    verdict = dinfer("verify", "-", "--json", stdin=plan)
+    found = json.loads(verdict.out)
+    assert (verdict.status, found["proved"], found["flaw"], found["sends"]) == (
+        1,
+        False,
+        "cycle",
+        "rendezvous",
+    )
+    assert len(found["steps"]) == len(found["places"]) > 1
+    for step, place in zip(found["steps"], found["places"], strict=True):
+        lane = next(lane for lane in found["ranks"][place["rank"]] if lane["lane"] == place["lane"])
+        assert lane["ops"][place["index"]].startswith("send kv")
+        assert step.startswith(f"rank {place['rank']} sends")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("  send kv c1 l0 -> 1, 4 tokens\n", "", "refuted (mismatch): "),
+        ("  recv kv c2 l2 <- 0, 2 tokens\n", "", "has no recv on rank 1 to meet"),
+        ("send kv c1 l0 -> 1, 4 tokens", "send kv c1 l0 -> 1, 3 tokens", "refuted (size): "),
+        ("send kv c1 l0 -> 1, 4 tokens", "send kv c1 l9 -> 1, 4 tokens", "layer 9 is out of range"),
+        ("  norm c2 l5\n", "", "needs final, which nothing on rank 1 makes"),
+    ],
+)
+def test_an_edited_plan_is_refuted_in_its_own_words(old: str, new: str, words: str) -> None:
+    plan = dinfer("plan", *SIZES, "--world-size", "2", "--schedule", "lockstep").out
+    verdict = dinfer("verify", "-", stdin=edited(plan, old, new))
+    assert verdict.status == REFUTED
+    assert words in verdict.out
+    assert verdict.err == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "this is not a plan: it is empty"),
+        ("hello\n", "this is not a plan: it begins with 'hello'"),
+        ("dinfer plan 1\n", "the plan ends before its header is complete"),
+    ],
+)
+def test_what_is_not_a_plan_has_status_2(text: str, words: str) -> None:
+    answer = dinfer("verify", "-", stdin=text)
+    assert (answer.status, answer.out) == (BAD_INPUT, "")
+    assert words in answer.err
+
+
+def test_a_line_that_is_no_op_is_named_by_its_number() -> None:
+    plan = dinfer("plan", *SIZES).out
+    answer = dinfer("verify", "-", stdin=edited(plan, "  embed c0", "  embrace c0"))
+    assert answer.status == BAD_INPUT
+    assert answer.err.startswith("dinfer: line 6: 'embrace c0' is not an op.")
+
+
+def test_a_plan_file_that_is_not_there_has_status_2(tmp_path: Path) -> None:
+    answer = dinfer("verify", tmp_path / "none.plan")
+    assert (answer.status, answer.err.count("dinfer: ")) == (BAD_INPUT, 1)
+    assert "none.plan" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--schedule", "pipelind"), "Did you mean pipelined?"),
+        (("--sync-strategy", "rng"), "Did you mean ring?"),
+        (("--world-size", "6"), "6"),
+        (("--chunk-size", "0"), "chunk_size is 0; it must be at least 1."),
+        (("--tokens", "0"), "tokens is 0; it must be at least 1."),
+        (("--layer-split", "3"), "layer_split has 1 numbers for 3 ranks"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_has_status_2(flags: Sequence[str], words: str) -> None:
+    answer = dinfer("plan", *SIZES, *flags)
+    assert (answer.status, answer.out) == (BAD_INPUT, "")
+    assert words in answer.err
+
+
+# -- run: mistakes, before any rank starts
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four layers, 32 positions, no tokenizer."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"), layers=4, max_position_embeddings=32)
+
+
+def mistake(folder: Path, *arguments: object) -> str:
+    """The one message with which `dinfer run` refuses; it starts nothing and leaves nothing."""
+    answer = dinfer("run", "--log-dir", folder / "logs", *arguments)
+    assert (answer.status, answer.out) == (BAD_INPUT, "")
+    assert answer.err.startswith("dinfer: ")
+    assert answer.err.count("dinfer: ") == 1
+    assert not (folder / "logs").exists()
+    return answer.err.removeprefix("dinfer: ").rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ((), "the prompt is empty"),
+        (("--prompt-ids", ",".join(["1"] * 33)), "32 positions: shorten the prompt"),
+        (("--prompt-ids", "1,2", "--world-size", "5"), "use at most 4 ranks"),
+        (("--prompt-ids", "1,2", "--schedule", "piplined"), "Did you mean pipelined?"),
+        (("--prompt-ids", "1,2", "--sync-strategy", "pairwize"), "Did you mean pairwise?"),
+        (("--prompt-ids", "1,2", "--chunk-size", "four"), "chunk_size is 'four'; it must be a whole number."),
+        (("--prompt-ids", "1,2", "--prompt", "x"), "prompt and prompt_ids are given"),
+        (("--prompt-file", "/nowhere/prompt.txt"), "prompt_file '/nowhere/prompt.txt' cannot be read"),
+        (("--prompt-ids", "1,2", "--schedule", "batched"), "wait for one another for ever: rank 0 sends"),
+        (("--prompt-ids", "1,2", "--config", "/nowhere/run.toml"), "'/nowhere/run.toml' cannot be read"),
+    ],
+)
+def test_a_mistake_is_told_before_ranks_start(
+    model: Path, tmp_path: Path, flags: Sequence[str], words: str
+) -> None:
+    assert words in mistake(tmp_path, "--model", model, "--chunk-size", "4", *flags)
+
+
+def test_a_config_file_is_judged_like_flags(model: Path, tmp_path: Path) -> None:
+    toml = tmp_path / "run.toml"
+    toml.write_text("prompt_ids = [1, 2]\nchunk_siz = 4\n")
+    assert "there is no parameter 'chunk_siz'. Did you mean chunk_size?" in mistake(
+        tmp_path, "--model", model, "--config", toml
+    )
+    toml.write_text("prompt_ids = \n")
+    assert "is not valid TOML" in mistake(tmp_path, "--model", model, "--config", toml)
+    toml.write_text('schedule = "lockstp"\nprompt_ids = [1, 2]\n')
+    assert "Did you mean lockstep?" in mistake(tmp_path, "--model", model, "--config", toml)
+
+
+def test_a_damaged_checkpoint_is_told_before_ranks_start(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "model", layers=3)
+    config = json.loads((folder / "config.json").read_text())
+    run = (tmp_path, "--prompt-ids", "1,2", "--model")
+    assert "there is no folder" in mistake(*run, tmp_path / "nowhere")
+    assert "has no config.json" in mistake(*run, tmp_path)
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    assert "mamba" in mistake(*run, folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "is cut short" in mistake(*run, folder)
+    weights.unlink()
+    assert "has no weights" in mistake(*run, folder)
+
+
+def test_an_unknown_flag_is_answered_with_the_nearest() -> None:
+    answer = dinfer("run", "--chunk-siz", "4")
+    assert answer.status == BAD_INPUT
+    assert "No such option: --chunk-siz" in answer.err
+    assert "--chunk-size" in answer.err
+
+
+def test_a_mistake_is_told_without_importing_torch(tmp_path: Path) -> None:
+    """So that it takes a fraction of a second."""
+    script = (
+        "import sys, dinfer.cli\n"
+        "try: dinfer.cli.main()\n"
+        "except SystemExit as end: status = end.code\n"
+        "print(status, sorted({'torch', 'transformers', 'zmq'} & sys.modules.keys()))"
+    )
+    command = [sys.executable, "-c", script, "run", "--model", str(tmp_path), "--prompt", "x"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert ran.stdout == "2 []\n"
+
+
+def test_every_parameter_is_a_flag_of_run() -> None:
+    from dataclasses import fields
+
+    from dinfer.config import Config
+
+    shown = dinfer("run", "--help").out
+    assert dinfer("run", "--help").status == 0
+    for item in fields(Config):
+        assert f"--{item.name.replace('_', '-')}"[:20] in shown
