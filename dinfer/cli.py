@@ -42,11 +42,6 @@ def _stop(message: object, status: int) -> NoReturn:
 
 def run(**given: Any) -> None:
     """Generate from a checkpoint on several ranks: started here, or as the rank that torchrun or mpirun names."""
-    from dinfer.session.job import prepare
-    from dinfer.session.processes import interrupt_as_error
-    from dinfer.session.result import write_json
-    from dinfer.session.runner import run as run_job
-
     values = {name: value for name, value in given.items() if value is not None}
     json_path, trace_path, toml = (values.pop(name, None) for name in ("json", "trace", "config"))
     try:
@@ -58,10 +53,10 @@ def run(**given: Any) -> None:
 
             result = join(config, launched, trace_path)
         else:
-            job = prepare(config)
-            interrupt_as_error()
-            result = run_job(job, trace_path)
+            result = _run_here(config, trace_path)
         if json_path and result:
+            from dinfer.session.result import write_json
+
             write_json(result, json_path)
     except (ConfigError, ModelError, PlanError) as error:
         _stop(error, BAD_INPUT)
@@ -69,6 +64,17 @@ def run(**given: Any) -> None:
         _stop("interrupted; all ranks were ended.", INTERRUPTED)
     except (OSError, RuntimeError) as error:  # RankFailed is one
         _stop(error, FAILED)
+
+
+def _run_here(config: Config, trace_path: str | Path) -> dict[str, Any]:
+    from dinfer.session.job import prepare
+
+    job = prepare(config)  # before torch is imported: a mistake is told at once
+    from dinfer.session.processes import interrupt_as_error
+    from dinfer.session.runner import run as run_job
+
+    interrupt_as_error()
+    return run_job(job, trace_path)
 
 
 def _for_launched(values: dict[str, Any], launched: Launched | None) -> dict[str, Any]:

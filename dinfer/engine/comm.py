@@ -19,7 +19,6 @@ from dinfer.engine.interface import interface_towards
 from dinfer.engine.transfer import HEADER_BYTES
 from dinfer.plan.graph import Channel
 
-
 __all__ = ["Comm", "CommError", "GlooComm", "Store", "join_store", "open_store"]
 
 
