@@ -172,7 +172,9 @@ def verify(
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
         parsed = parse_plan(text)
-    except (OSError, UnicodeDecodeError, PlanError) as error:
+    except OSError as error:
+        _stop(f"the plan {file!r} cannot be read: {error.strerror}.", BAD_INPUT)
+    except (UnicodeDecodeError, PlanError) as error:
         _stop(error, BAD_INPUT)
     verdict = verify_plan(parsed)
     if as_json:

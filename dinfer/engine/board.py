@@ -7,15 +7,12 @@ watcher imports it.
 
 import mmap
 import os
-import struct
 import tempfile
 from dataclasses import dataclass
 from typing import Literal
 
-MAX_LANES = 340
-_SLOT = struct.Struct("<qqq")  # position, started, limit
-_HEAD = struct.Struct("<qq")  # phase, tokens decoded
-BOARD_BYTES = 8192
+MAX_LANES = 254  # with the recorder's lane for decode, what one byte of an event can name
+BOARD_BYTES = 8 * (MAX_LANES + 1)
 
 Phase = Literal["starting", "loading", "prefill", "decode", "done"]
 PHASES: tuple[Phase, ...] = ("starting", "loading", "prefill", "decode", "done")
@@ -35,35 +32,37 @@ class Stand:
 
 
 class Board:
-    """One rank's memory, which may be shared: the writer and each reader wrap it in a Board."""
+    """One rank's memory, which may be shared: the writer and each reader wrap it in a Board.
+
+    What belongs together is one 64-bit word, written by one store: a reader never sees half of it. (struct.pack_into
+    would not do: it zeroes the bytes first.) Word 0 holds phase and tokens decoded, word n + 1 lane n.
+    """
 
     def __init__(self, memory: memoryview | None = None) -> None:
-        self._memory = memoryview(bytearray(BOARD_BYTES)) if memory is None else memory[:BOARD_BYTES]
+        shared = memoryview(bytearray(BOARD_BYTES)) if memory is None else memory[:BOARD_BYTES]
+        self._words = shared.cast("q")
 
     def set_phase(self, phase: Phase, decoded: int = 0) -> None:
-        _HEAD.pack_into(self._memory, 0, PHASES.index(phase), decoded)
+        self._words[0] = decoded << 8 | PHASES.index(phase)
 
     def set_lane(self, lane: int, position: int, limit: int, *, started: bool) -> None:
-        _SLOT.pack_into(self._memory, (lane + 1) * _SLOT.size, position, started, limit)
+        self._words[lane + 1] = limit << 32 | position << 1 | started
 
     @property
     def phase(self) -> Phase:
-        number: int = _HEAD.unpack_from(self._memory, 0)[0]
-        return PHASES[number]
+        return PHASES[self._words[0] & 0xFF]
 
     @property
     def decoded(self) -> int:
-        return int(_HEAD.unpack_from(self._memory, 0)[1])
+        return self._words[0] >> 8
 
     def stand(self, lanes: int) -> Stand:
-        rows = [self._lane(number) for number in range(lanes)]
+        words = self._words[1 : lanes + 1].tolist()
         return Stand(
-            tuple(row[0] for row in rows), tuple(bool(row[1]) for row in rows), tuple(row[2] for row in rows)
+            positions=tuple((word & 0xFFFFFFFF) >> 1 for word in words),
+            started=tuple(bool(word & 1) for word in words),
+            limits=tuple(word >> 32 for word in words),
         )
-
-    def _lane(self, number: int) -> tuple[int, int, int]:
-        position, started, limit = _SLOT.unpack_from(self._memory, (number + 1) * _SLOT.size)
-        return position, started, limit
 
 
 def anonymous_file(size: int) -> int:

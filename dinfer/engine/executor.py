@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from time import monotonic, monotonic_ns
 from typing import NamedTuple
 
-from dinfer.engine.board import Board, Stand
+from dinfer.engine.board import MAX_LANES, Board, Stand
 from dinfer.engine.comm import Comm
 from dinfer.engine.gate import Gate
 from dinfer.engine.handlers import HANDLERS, Prefill, void_header
@@ -77,6 +77,10 @@ class Executor:
         self._closing = False
         self._made: set[Value] = set()
         self._lanes = [_Lane(n, lane.name, lane.ops) for n, lane in enumerate(plan.lanes[self.rank])]
+        if len(self._lanes) > MAX_LANES:
+            raise PlanError(
+                f"rank {self.rank} has {len(self._lanes)} lanes; at most {MAX_LANES} can be shown."
+            )
         self._senders = _senders(self.rank, self._lanes)
         self._threads = [
             threading.Thread(target=self._run, args=(lane,), name=self._thread(lane), daemon=True)

@@ -1,6 +1,7 @@
-"""How long a large plan takes to build and verify: 8 ranks, 64 chunks, 80 layers; medians of 5, CPU seconds.
+"""How long it takes to build and verify a large plan: 8 ranks, 64 chunks, 80 layers.
 
-Run as `python tests/benchmarks/bench_plan.py` from the repository's root. Not a test: times are never asserted.
+Medians of 5, in CPU seconds of one core. Run as `python tests/benchmarks/bench_plan.py` from the repository's root.
+Not a test: times are never asserted.
 """
 
 from __future__ import annotations

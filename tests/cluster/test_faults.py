@@ -21,6 +21,8 @@ STOP_S = 5.0
 TIMEOUT_S = 3
 AT = r"compute in `layer c1 l3`"
 BLOCK = "while True: time.sleep(60)"
+# A signal may take effect a little after kill has returned; the op must not go on meanwhile.
+DIE, STOP = (f"os.kill(os.getpid(), signal.{name})\n{BLOCK}" for name in ("SIGKILL", "SIGSTOP"))
 
 
 def broken_run(start: Start, model: Path, fault: Fault, **flags: object) -> tuple[Run, float]:
@@ -54,7 +56,7 @@ def _is_alive_rank(process: psutil.Process) -> bool:
             Fault("raise ValueError('broken on purpose')"),
             r"rank 1 failed at `layer c1 l3` \(lane compute\): ValueError: broken on purpose\n",
         ),
-        (Fault("os.kill(os.getpid(), 9)"), rf"rank 1 was killed by SIGKILL; it stood at: .*{AT}"),
+        (Fault(DIE), rf"rank 1 was killed by SIGKILL; it stood at: .*{AT}"),
         (Fault("os._exit(7)"), rf"rank 1 ended with exit status 7; it stood at: .*{AT}"),
         pytest.param(
             Fault("raise MemoryError('no room')", rank=2, kind="recv"),
@@ -77,7 +79,7 @@ def _is_alive_rank(process: psutil.Process) -> bool:
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            Fault("os.kill(os.getpid(), 9)", kind="token", chunk=3),
+            Fault(DIE, kind="token", chunk=3),
             r"rank 1 was killed by SIGKILL; it stood at: decode, token 3\n",
             marks=pytest.mark.slow,
         ),
@@ -94,7 +96,7 @@ def test_the_others_stop_and_the_cause_is_named(fault: Fault, words: str, qwen3:
     ("action", "words"),
     [
         (BLOCK, rf"rank 1: .*{AT}[^(]*$"),
-        ("os.kill(os.getpid(), signal.SIGSTOP)", rf"rank 1: .*{AT}.*\(its process is stopped\)$"),
+        (STOP, rf"rank 1: .*{AT}.*\(its process is stopped\)$"),
     ],
     ids=["blocked", "stopped"],
 )

@@ -17,7 +17,7 @@ import dinfer
 
 PACKAGE = Path(dinfer.__file__).parent
 FRONT_DOOR = ""  # dinfer/__init__.py: names from all rooms
-ROOMS = ("config", "plan", "trace", "model", "engine", "session", "views", "magics", "cli")
+ROOMS = ("config", "plan", "trace", "model", "engine", "session", "views", "magics", "cli", "__main__")
 FORBIDDEN = {"model": set(ROOMS) - {"model"}, "views": {"engine"}}  # though they stand earlier
 PUBLIC = ["__version__"]
 MAX_LINES = 350
@@ -120,7 +120,7 @@ def in_fresh_python(program: str, *arguments: str) -> None:
 def rooms_open_to(room: str) -> set[str]:
     """The rooms that a room may import from."""
     earlier = set(ROOMS[: ROOMS.index(room) + 1]) - FORBIDDEN.get(room, set())
-    return earlier | {FRONT_DOOR} if room in {"magics", "cli"} else earlier
+    return earlier | {FRONT_DOOR} if room in {"magics", "cli", "__main__"} else earlier
 
 
 def test_every_module_is_in_a_room() -> None:

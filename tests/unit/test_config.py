@@ -122,7 +122,7 @@ MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
     "a choice of one": ({"backend": "nccl"}, "backend is 'nccl'; it must be one of gloo."),
     "a choice with a dash": (
         {"device_mode": "single-node"},
-        "device_mode is 'single-node'; it must be one of single_node. Did you mean single_node?",
+        "device_mode is 'single-node'; it must be one of single_node, multi_node. Did you mean single_node?",
     ),
     "numbers": (
         {"gpu_ids": "0,one,2"},
