@@ -5,6 +5,9 @@ another on one communicator meets the k-th recv there. Nothing here judges; what
 missing edge.
 """
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
@@ -13,6 +16,19 @@ from dinfer.plan.ops import Op, Value
 from dinfer.plan.plan import Place, Plan
 
 NONE = -1
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Keep the garbage collector still: a large graph is many small objects and no cycles, and looking for some in it
+    takes a third of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class Channel(NamedTuple):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dinfer.plan.graph import NONE, Graph, levels, simulate
+from dinfer.plan.graph import NONE, Graph, levels, no_collection, simulate
 from dinfer.plan.ops import FINAL, Op, Value
 from dinfer.plan.plan import Place, Plan
 
@@ -60,6 +60,7 @@ class Counterexample:
         return f"refuted ({self.flaw}): {story}"
 
 
+@no_collection()
 def verify(plan: Plan) -> Proof | Counterexample:
     """Check the plan that will run."""
     if bad := next(_out_of_range(plan), None):
