@@ -62,6 +62,9 @@ def run(**given: Any) -> None:
         _stop(error, BAD_INPUT)
     except KeyboardInterrupt:
         _stop("interrupted; all ranks were ended.", INTERRUPTED)
+    except BrokenPipeError:
+        sys.stdout = sys.stderr  # or closing it at exit would complain once more
+        _stop("standard output was closed, so the run was ended with all its ranks.", FAILED)
     except (OSError, RuntimeError) as error:  # RankFailed is one
         _stop(error, FAILED)
 

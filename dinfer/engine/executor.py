@@ -189,7 +189,7 @@ class Executor:
                     self.comm.send(task.void, void_header(), None)
                 elif task.op is not None:
                     self._do(lane, task.op)
-        except Exception as error:  # whatever an op raises ends this rank's run and is reported, never lost
+        except BaseException as error:  # whatever an op raises, SystemExit too, is reported and never lost
             with self.gate.change():
                 op = lane.ops[min(lane.position, len(lane.ops) - 1)]
                 failed = OpFailed(self.rank, lane.name, op, error)

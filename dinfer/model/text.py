@@ -70,8 +70,8 @@ class TextStream:
         return "" if text.endswith(_REPLACEMENT) else self._release(text)
 
     def flush(self) -> str:
-        """Return what is still held, with U+FFFD where a character was never finished, and hold nothing."""
-        text = self._held_text()
+        """Return what is still held, but for a character that was never finished, and hold nothing."""
+        text = self._held_text().rstrip(_REPLACEMENT)
         if self._held:
             # Not a context for what follows: its last character is none.
             self._shown, self._held = [], []

@@ -27,9 +27,10 @@ class Show:
     def introduce(self) -> None:
         """What is about to run, and why it cannot hang."""
         config, plan = self._job.config, self._job.plan
+        chunks = len(plan.shape.chunks)
         self.say(
-            f"{config.model_path}: {len(self._job.ids)} prompt tokens in {len(plan.shape.chunks)} chunks, "
-            f"{plan.shape.layers} layers on {plan.world_size} ranks, threads each: {config.threads}\n"
+            f"{config.model_path}: {len(self._job.ids)} prompt tokens in {chunks} chunk{'s' * (chunks > 1)}, "
+            f"{plan.shape.layers} layers on {plan.world_size} rank{'s' * (plan.world_size > 1)}, threads each: {config.threads}\n"
             f"plan ({plan.schedule}, {plan.sync_strategy}) {self._job.verdict}"
         )
 
