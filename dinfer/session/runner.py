@@ -30,7 +30,8 @@ class Show:
         chunks = len(plan.shape.chunks)
         self.say(
             f"{config.model_path}: {len(self._job.ids)} prompt tokens in {chunks} chunk{'s' * (chunks > 1)}, "
-            f"{plan.shape.layers} layers on {plan.world_size} rank{'s' * (plan.world_size > 1)}, threads each: {config.threads}\n"
+            f"{plan.shape.layers} layers on {plan.world_size} rank{'s' * (plan.world_size > 1)}, "
+            f"threads each: {config.threads}\n"
             f"plan ({plan.schedule}, {plan.sync_strategy}) {self._job.verdict}"
         )
 
