@@ -30,12 +30,25 @@ def check(made: Twin, ids: list[int], wanted: Expected, *, decode: bool = True) 
         assert made.all(lambda engine: engine.decode_phase()) == [wanted.tokens] * len(made.engines)
 
 
+def prefill(
+    decoder: Decoder,
+    *,
+    gate: Gate | None = None,
+    rendezvous: bool = True,
+    decode: bool = True,
+    **config: object,
+) -> None:
+    with twin(
+        decoder, gate=gate, rendezvous=rendezvous, chunk_size=CHUNK, max_new_tokens=NEW_TOKENS, **config
+    ) as made:
+        check(made, list(IDS), expected(decoder, IDS, CHUNK), decode=decode)
+
+
 @pytest.mark.parametrize(("family", "strategy", "schedule", "world_size"), MATRIX)
 def test_every_rank_ends_with_the_reference(
     decoders: dict[str, Decoder], family: str, strategy: str, schedule: str, world_size: int
 ) -> None:
-    decoder = decoders[family]
-    wanted = expected(decoder, IDS, CHUNK)
+    config = {"world_size": world_size, "schedule": schedule, "sync_strategy": strategy}
     seed = MATRIX.index((family, strategy, schedule, world_size))
     gates: tuple[tuple[Gate, bool], ...] = (
         (FreeGate(), True),
@@ -44,17 +57,8 @@ def test_every_rank_ends_with_the_reference(
         (SeededGate(~seed), False),
     )
     for gate, rendezvous in gates:
-        with twin(
-            decoder,
-            gate=gate,
-            rendezvous=rendezvous,
-            world_size=world_size,
-            chunk_size=CHUNK,
-            schedule=schedule,
-            sync_strategy=strategy,
-            max_new_tokens=NEW_TOKENS,
-        ) as made:
-            check(made, list(IDS), wanted, decode=rendezvous is isinstance(gate, FreeGate))
+        decode = rendezvous is isinstance(gate, FreeGate)
+        prefill(decoders[family], gate=gate, rendezvous=rendezvous, decode=decode, **config)
 
 
 @pytest.mark.slow
@@ -62,34 +66,15 @@ def test_every_rank_ends_with_the_reference(
 def test_every_interleaving_ends_with_the_reference(
     decoders: dict[str, Decoder], family: str, strategy: str, schedule: str, world_size: int
 ) -> None:
-    decoder = decoders[family]
+    config = {"world_size": world_size, "schedule": schedule, "sync_strategy": strategy}
     for seed in range(20):
-        with twin(
-            decoder,
-            gate=SeededGate(seed),
-            rendezvous=bool(seed % 2),
-            world_size=world_size,
-            chunk_size=CHUNK,
-            schedule=schedule,
-            sync_strategy=strategy,
-            max_new_tokens=NEW_TOKENS,
-        ) as made:
-            check(made, list(IDS), expected(decoder, IDS, CHUNK), decode=False)
+        prefill(decoders[family], gate=SeededGate(seed), rendezvous=bool(seed % 2), decode=False, **config)
 
 
 @pytest.mark.parametrize("layer_split", ["1,2", "5,6", "1,6"])
 @pytest.mark.parametrize("schedule", ["pipelined", "lockstep"])
 def test_stages_may_be_uneven(decoders: dict[str, Decoder], layer_split: str, schedule: str) -> None:
-    decoder = decoders["llama"]
-    with twin(
-        decoder,
-        world_size=3,
-        layer_split=layer_split,
-        chunk_size=CHUNK,
-        schedule=schedule,
-        max_new_tokens=NEW_TOKENS,
-    ) as made:
-        check(made, list(IDS), expected(decoder, IDS, CHUNK))
+    prefill(decoders["llama"], world_size=3, layer_split=layer_split, schedule=schedule)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 13, 14, 26])

@@ -17,9 +17,13 @@ from dinfer.plan.ops import PlanError
 from dinfer.plan.plan import Plan
 from dinfer.plan.verify import verify
 from tests.unit.engine.expected import expected, is_complete
-from tests.unit.engine.mutations import CHUNK, TOKENS, mutated_plans, plans
 from tests.unit.engine.twin import prompt, twin
+from tests.unit.plan.strategies import mutated_plans, plans, shapes_of
 
+LAYERS, TOKENS, CHUNK = 3, 5, 2
+SHAPES = st.integers(1, 3).flatmap(
+    lambda world_size: shapes_of(world_size, layers=LAYERS, tokens=TOKENS, chunk_size=CHUNK)
+)
 IDS = list(prompt(TOKENS))
 QUICK = settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow])
 LONG = settings(max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
@@ -50,7 +54,7 @@ def check(decoder: Decoder, plan: Plan, seed: int) -> None:
 
 
 @QUICK
-@given(plan=mutated_plans(), seed=st.integers(0, 99))
+@given(plan=mutated_plans(SHAPES), seed=st.integers(0, 99))
 def test_verify_accepts_a_plan_if_and_only_if_it_runs_through(
     decoders: dict[str, Decoder], plan: Plan, seed: int
 ) -> None:
@@ -58,7 +62,7 @@ def test_verify_accepts_a_plan_if_and_only_if_it_runs_through(
 
 
 @settings(max_examples=15, phases=[Phase.generate])
-@given(plan=plans(), seed=st.integers(0, 99))
+@given(plan=plans(SHAPES), seed=st.integers(0, 99))
 def test_plans_as_they_are_built(decoders: dict[str, Decoder], plan: Plan, seed: int) -> None:
     check(decoders["small"], plan, seed)
     assert verify(plan).proved is (plan.schedule != "batched" or plan.world_size == 1)
@@ -67,7 +71,7 @@ def test_plans_as_they_are_built(decoders: dict[str, Decoder], plan: Plan, seed:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @LONG
-@given(plan=mutated_plans(most=3), seed=st.integers(0, 99))
+@given(plan=mutated_plans(SHAPES, most=3), seed=st.integers(0, 99))
 def test_verify_accepts_a_plan_if_and_only_if_it_runs_through_often(
     decoders: dict[str, Decoder], plan: Plan, seed: int
 ) -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 from hypothesis import strategies as st
 
 from dinfer.config import Schedule
-from dinfer.plan.ops import Op
+from dinfer.plan.graph import NONE, Graph
+from dinfer.plan.ops import Op, Value, embed, recv, send
 from dinfer.plan.partition import Shape
 from dinfer.plan.plan import Lane, Place, Plan
 from dinfer.plan.schedule import SCHEDULES, build
 from dinfer.plan.sync import STRATEGIES
+
+Shapes = st.SearchStrategy[Shape]
+Lanes = list[list[tuple[str, list[Op]]]]
+"""The lanes of a plan, to be edited."""
+Mutation = Callable[[st.DrawFn, Plan, Lanes], None]
 
 SAFE_SCHEDULES: tuple[Schedule, ...] = ("pipelined", "lockstep")
 
@@ -24,132 +31,164 @@ def shapes(
     """Any shape up to these sizes: uneven stages, a shorter last chunk, a prompt shorter than one chunk."""
     world_size = draw(st.integers(1, ranks))
     total = draw(st.integers(world_size, max(layers, world_size)))
-    later = draw(st.permutations(range(1, total)))[: world_size - 1]
     size = draw(st.integers(1, chunk_size))
-    return Shape(total, draw(st.integers(1, size * chunks)), size, (0, *sorted(later)))
+    tokens = draw(st.integers(1, size * chunks))
+    return draw(shapes_of(world_size, layers=total, tokens=tokens, chunk_size=size))
+
+
+def shapes_of(world_size: int, *, layers: int, tokens: int, chunk_size: int) -> Shapes:
+    """Any stages, in a shape that is given but for them."""
+    later = st.permutations(range(1, layers)).map(lambda order: sorted(order[: world_size - 1]))
+    return later.map(lambda starts: Shape(layers, tokens, chunk_size, (0, *starts)))
+
+
+ANY, SMALL = shapes(), shapes(ranks=3, layers=4, chunks=3)
 
 
 @st.composite
-def plans(
-    draw: st.DrawFn,
-    *,
-    schedules: tuple[Schedule, ...] = tuple(SCHEDULES),
-    ranks: int = 4,
-    layers: int = 7,
-    chunks: int = 4,
-) -> Plan:
+def plans(draw: st.DrawFn, of: Shapes = ANY, *, schedules: tuple[Schedule, ...] = tuple(SCHEDULES)) -> Plan:
     """A plan as it is built."""
-    shape = draw(shapes(ranks=ranks, layers=layers, chunks=chunks))
-    return build(shape, draw(st.sampled_from(schedules)), draw(st.sampled_from(tuple(STRATEGIES))))
+    schedule, strategy = draw(st.sampled_from(schedules)), draw(st.sampled_from(tuple(STRATEGIES)))
+    return build(draw(of), schedule, strategy)
 
 
-def safe_plans(*, ranks: int = 4, layers: int = 5, chunks: int = 3) -> st.SearchStrategy[Plan]:
+def safe_plans(*, ranks: int = 4, layers: int = 5) -> st.SearchStrategy[Plan]:
     """Plans that verify proves."""
-    return plans(schedules=SAFE_SCHEDULES, ranks=ranks, layers=layers, chunks=chunks)
+    return plans(shapes(ranks=ranks, layers=layers, chunks=3), schedules=SAFE_SCHEDULES)
 
 
 @st.composite
-def drop(draw: st.DrawFn, plan: Plan) -> Plan:
-    """Without one op."""
-    place = draw(_places(plan))
-    return _edit(plan, place, lambda ops: ops.pop(place.index))
-
-
-@st.composite
-def duplicate(draw: st.DrawFn, plan: Plan) -> Plan:
-    """One op twice in a row."""
-    place = draw(_places(plan))
-    return _edit(plan, place, lambda ops: ops.insert(place.index, ops[place.index]))
-
-
-@st.composite
-def swap(draw: st.DrawFn, plan: Plan) -> Plan:
-    """Two ops of a lane change places."""
-    place = draw(_places(plan))
-    other = draw(st.integers(0, len(plan.lanes[place.rank][place.lane].ops) - 1))
-
-    def exchange(ops: list[Op]) -> None:
-        ops[place.index], ops[other] = ops[other], ops[place.index]
-
-    return _edit(plan, place, exchange)
-
-
-@st.composite
-def move(draw: st.DrawFn, plan: Plan) -> Plan:
-    """One op goes to another place in its lane."""
-    place = draw(_places(plan))
-    target = draw(st.integers(0, len(plan.lanes[place.rank][place.lane].ops) - 1))
-    return _edit(plan, place, lambda ops: ops.insert(target, ops.pop(place.index)))
-
-
-@st.composite
-def retarget(draw: st.DrawFn, plan: Plan) -> Plan:
-    """One transfer has another peer, which may not exist. The plan itself where nothing is transferred."""
-    place = draw(_places(plan, transfers=True))
-    return plan if place is None else _change(plan, place, peer=draw(st.integers(0, plan.world_size)))
-
-
-@st.composite
-def resize(draw: st.DrawFn, plan: Plan) -> Plan:
-    """One transfer has another size. The plan itself where nothing is transferred."""
-    place = draw(_places(plan, transfers=True))
-    return plan if place is None else _change(plan, place, tokens=draw(st.integers(0, 4)))
-
-
-@st.composite
-def rename(draw: st.DrawFn, plan: Plan) -> Plan:
-    """One op is for another chunk or layer, which may not exist."""
-    place = draw(_places(plan))
-    op = plan.op(place)
-    if op.what == "final":
-        return plan
-    chunk = draw(st.integers(0, len(plan.shape.chunks)))
-    layer = op.layer if op.kind == "embed" else draw(st.integers(0, plan.shape.layers + 1))
-    return _change(plan, place, chunk=chunk, layer=layer)
-
-
-def mutations(plan: Plan) -> st.SearchStrategy[Plan]:
-    """`plan` with one edit. Some edits leave it as good as it was."""
-    kinds = (drop, duplicate, swap, move, retarget, resize, rename)
-    return st.one_of([kind(plan) for kind in kinds])
-
-
-@st.composite
-def mutated_plans(draw: st.DrawFn, *, most: int = 2, ranks: int = 3, layers: int = 4) -> Plan:
-    """A plan of any schedule with up to `most` edits; none is possible."""
-    plan = draw(plans(ranks=ranks, layers=layers, chunks=3))
-    for _ in range(draw(st.integers(0, most))):
-        if any(True for _ in plan.places()):
-            plan = draw(mutations(plan))
-    return plan
+def mutated_plans(draw: st.DrawFn, of: Shapes = SMALL, *, most: int = 2) -> Plan:
+    """A plan of any schedule with up to `most` edits; some leave it as good as it was."""
+    return _edited(draw, draw(plans(of)), MUTATIONS, most)
 
 
 @st.composite
 def reordered_plans(draw: st.DrawFn, *, most: int = 3) -> Plan:
     """A plan whose only mistakes are of order: most of those that hang are among them."""
-    plan = draw(plans(ranks=4, layers=5, chunks=2))
-    for _ in range(draw(st.integers(1, most))):
-        plan = draw(st.one_of(swap(plan), move(plan)))
+    return _edited(draw, draw(plans(shapes(layers=5, chunks=2))), (move, swap), most)
+
+
+def _edited(draw: st.DrawFn, plan: Plan, mutations: Sequence[Mutation], most: int) -> Plan:
+    for _ in range(draw(st.integers(1, most), label="edits")):
+        mutate = draw(st.sampled_from(mutations))
+        lanes: Lanes = [[(lane.name, list(lane.ops)) for lane in rank] for rank in plan.lanes]
+        mutate(draw, plan, lanes)
+        plan = replace(plan, lanes=tuple(tuple(Lane(n, tuple(ops)) for n, ops in rank) for rank in lanes))
     return plan
 
 
-def _places(plan: Plan, *, transfers: bool = False) -> st.SearchStrategy[Place]:
-    found = [place for place, op in plan.places() if op.is_transfer or not transfers]
-    return st.sampled_from(found) if found else st.none()  # type: ignore[return-value]
+def _place(draw: st.DrawFn, plan: Plan, *, transfer: bool = False) -> Place | None:
+    found = [place for place, op in plan.places() if op.is_transfer or not transfer]
+    return draw(st.sampled_from(found)) if found else None
 
 
-def _change(plan: Plan, place: Place, **fields: int) -> Plan:
-    def replace_op(ops: list[Op]) -> None:
-        ops[place.index] = ops[place.index]._replace(**fields)  # type: ignore[arg-type]
-
-    return _edit(plan, place, replace_op)
+def _ops(lanes: Lanes, place: Place) -> list[Op]:
+    return lanes[place.rank][place.lane][1]
 
 
-def _edit(plan: Plan, place: Place, edit: Callable[[list[Op]], object]) -> Plan:
-    """`plan` with one lane changed by `edit`."""
-    lanes = [list(rank) for rank in plan.lanes]
-    lane = lanes[place.rank][place.lane]
-    ops = list(lane.ops)
-    edit(ops)
-    lanes[place.rank][place.lane] = Lane(lane.name, tuple(ops))
-    return replace(plan, lanes=tuple(tuple(rank) for rank in lanes))
+def drop(draw: st.DrawFn, plan: Plan, lanes: Lanes) -> None:
+    if place := _place(draw, plan):
+        del _ops(lanes, place)[place.index]
+
+
+def drop_both_ends(draw: st.DrawFn, plan: Plan, lanes: Lanes) -> None:
+    if place := _place(draw, plan, transfer=True):
+        graph = Graph(plan)
+        number = graph.first[graph.first_lane[place.rank] + place.lane] + place.index
+        partner = graph.partner[number]
+        for end in sorted({place, place if partner == NONE else graph.place(partner)}, reverse=True):
+            del _ops(lanes, end)[end.index]
+
+
+def duplicate(draw: st.DrawFn, plan: Plan, lanes: Lanes) -> None:
+    if place := _place(draw, plan):
+        ops = _ops(lanes, place)
+        ops.insert(draw(st.integers(0, len(ops))), plan.op(place))
+
+
+def move(draw: st.DrawFn, plan: Plan, lanes: Lanes) -> None:
+    """To another place on the same lane."""
+    if place := _place(draw, plan):
+        ops = _ops(lanes, place)
+        ops.insert(draw(st.integers(0, len(ops) - 1)), ops.pop(place.index))
+
+
+def swap(draw: st.DrawFn, plan: Plan, lanes: Lanes) -> None:
+    """With another op of the same lane; half of the time with the next."""
+    if place := _place(draw, plan):
+        ops = _ops(lanes, place)
+        last = len(ops) - 1
+        other = draw(st.just(min(place.index + 1, last)) | st.integers(0, last))
+        ops[place.index], ops[other] = ops[other], ops[place.index]
+
+
+def move_to_lane(draw: st.DrawFn, plan: Plan, lanes: Lanes) -> None:
+    """To a lane of any rank."""
+    if place := _place(draw, plan):
+        op = _ops(lanes, place).pop(place.index)
+        rank = draw(st.sampled_from(lanes))
+        ops = draw(st.sampled_from(rank))[1]
+        ops.insert(draw(st.integers(0, len(ops))), op)
+
+
+def merge_lanes(draw: st.DrawFn, _: Plan, lanes: Lanes) -> None:
+    """Two lanes of a rank become one, their ops shuffled together in order."""
+    rank = draw(st.sampled_from(lanes))
+    if len(rank) > 1:
+        first, second = rank[0][1], rank.pop(draw(st.integers(1, len(rank) - 1)))[1]
+        for gap in accumulate(draw(st.lists(st.integers(1, 4), min_size=len(second), max_size=len(second)))):
+            first.insert(gap, second.pop(0))
+
+
+def retarget(draw: st.DrawFn, plan: Plan, lanes: Lanes) -> None:
+    if place := _place(draw, plan, transfer=True):
+        peer = draw(st.integers(0, plan.world_size))
+        _ops(lanes, place)[place.index] = plan.op(place)._replace(peer=peer)
+
+
+def resize(draw: st.DrawFn, plan: Plan, lanes: Lanes) -> None:
+    if place := _place(draw, plan, transfer=True):
+        tokens = draw(st.integers(0, plan.shape.chunk_size + 1))
+        _ops(lanes, place)[place.index] = plan.op(place)._replace(tokens=tokens)
+
+
+def rename(draw: st.DrawFn, plan: Plan, lanes: Lanes) -> None:
+    """Another chunk or layer, out of range too."""
+    if (place := _place(draw, plan)) and (op := plan.op(place)).what != "final":
+        chunk = draw(st.integers(0, len(plan.shape.chunks)))
+        layer = op.layer if op.kind == "embed" else draw(st.integers(0, plan.shape.layers + 1))
+        _ops(lanes, place)[place.index] = op._replace(chunk=chunk, layer=layer)
+
+
+def add_transfer(draw: st.DrawFn, plan: Plan, lanes: Lanes) -> None:
+    """A hidden state for a rank that has no use for it: needless, but not wrong."""
+    source, target = draw(st.permutations(range(plan.world_size)))[:2] if plan.world_size > 1 else (0, 0)
+    value = Value(
+        "hidden", draw(st.integers(0, len(plan.shape.chunks) - 1)), draw(st.integers(0, plan.shape.layers))
+    )
+    tokens = len(plan.shape.chunks[value.chunk])
+    for rank, op in ((source, send(value, target, tokens)), (target, recv(value, source, tokens))):
+        ops = draw(st.sampled_from(lanes[rank]))[1]
+        ops.insert(draw(st.sampled_from((0, len(ops)))), op)
+
+
+def add_embed(draw: st.DrawFn, plan: Plan, lanes: Lanes) -> None:
+    ops = draw(st.sampled_from(draw(st.sampled_from(lanes))))[1]
+    ops.insert(draw(st.integers(0, len(ops))), embed(draw(st.integers(0, len(plan.shape.chunks) - 1))))
+
+
+MUTATIONS: tuple[Mutation, ...] = (
+    drop,
+    drop_both_ends,
+    duplicate,
+    move,
+    swap,
+    move_to_lane,
+    merge_lanes,
+    retarget,
+    resize,
+    rename,
+    add_transfer,
+    add_embed,
+)

@@ -12,7 +12,7 @@ from dinfer.plan.ops import PlanError, embed, layer
 from dinfer.plan.partition import Shape
 from dinfer.plan.plan import HEADER, Lane, Place, Plan, parse_plan
 from dinfer.plan.schedule import build
-from tests.unit.plan.strategies import mutated_plans, plans
+from tests.unit.plan.strategies import mutated_plans, plans, shapes
 
 HEAD = f"""\
 {HEADER}
@@ -29,7 +29,7 @@ def test_text() -> None:
 
 
 @settings(max_examples=60)
-@given(plans(ranks=5))
+@given(plans(shapes(ranks=5)))
 def test_text_and_back(plan: Plan) -> None:
     assert parse_plan(plan.text()) == plan
 

@@ -50,7 +50,7 @@ def test_golden_files_can_be_read_back(path: Path) -> None:
 
 
 @settings(max_examples=60)
-@given(plans(ranks=5))
+@given(plans(shapes(ranks=5)))
 def test_ops_are_what_the_shape_calls_for(plan: Plan) -> None:
     ops = [op for _, op in plan.places()]
     shape, others = plan.shape, plan.world_size - 1
@@ -65,7 +65,7 @@ def test_ops_are_what_the_shape_calls_for(plan: Plan) -> None:
 
 
 @settings(max_examples=60)
-@given(plans(ranks=5))
+@given(plans(shapes(ranks=5)))
 def test_each_rank_computes_the_layers_of_its_stage(plan: Plan) -> None:
     for rank, stage in enumerate(plan.shape.stages):
         computed = [op.layer for lane in plan.lanes[rank] for op in lane.ops if op.kind == "layer"]
@@ -79,7 +79,7 @@ def test_lockstep_and_batched_have_one_lane_a_rank(plan: Plan) -> None:
 
 
 @settings(max_examples=40)
-@given(plans(schedules=("pipelined",), ranks=5))
+@given(plans(shapes(ranks=5), schedules=("pipelined",)))
 def test_pipelined_lanes_carry_one_kind_of_thing(plan: Plan) -> None:
     for lanes in plan.lanes:
         for lane in lanes:
@@ -87,7 +87,7 @@ def test_pipelined_lanes_carry_one_kind_of_thing(plan: Plan) -> None:
 
 
 @settings(max_examples=40)
-@given(plans(schedules=("pipelined",), ranks=5))
+@given(plans(shapes(ranks=5), schedules=("pipelined",)))
 def test_pipelined_kv_lanes_carry_blocks_in_the_global_order(plan: Plan) -> None:
     order = {block: at for at, block in enumerate(compute_order(plan.shape))}
     for lanes in plan.lanes:

@@ -14,7 +14,7 @@ from dinfer.plan.plan import Lane, Plan, parse_plan
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import Counterexample, Proof, shortest_cycle, verify
 from tests.unit.plan.game import Game, finishes, waits
-from tests.unit.plan.strategies import mutated_plans, plans, reordered_plans
+from tests.unit.plan.strategies import mutated_plans, plans, reordered_plans, shapes
 
 # Two ranks, two layers, chunks of two tokens and of one: by hand, so that nothing here depends on a schedule.
 GOOD = """\
@@ -84,7 +84,7 @@ def test_one_to_sixteen_ranks_are_proved(world_size: int, schedule: Schedule, st
 
 
 @settings(max_examples=120)
-@given(plans(ranks=6, layers=9, chunks=5))
+@given(plans(shapes(ranks=6, layers=9, chunks=5)))
 def test_any_shape_is_proved_but_for_batched_on_several_ranks(plan: Plan) -> None:
     verdict = verify(plan)
     assert verdict.proved is (plan.schedule != "batched" or plan.world_size == 1), str(verdict)
