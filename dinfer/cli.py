@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -22,7 +23,7 @@ from dinfer.plan.plan import Plan, parse_plan
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import Counterexample, Proof
 from dinfer.plan.verify import verify as verify_plan
-from dinfer.session.environment import Launched, launched_as
+from dinfer.session.environment import Launched, launched_as, speaks
 
 app = typer.Typer(
     name="dinfer",
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+SILENCE_S = 5.0
 
 
 def _stop(message: object, status: int) -> NoReturn:
@@ -42,7 +44,7 @@ def _stop(message: object, status: int) -> NoReturn:
 
 def run(**given: Any) -> None:
     """Generate from a checkpoint on several ranks: started here, or as the rank that torchrun or mpirun names."""
-    values = {name: value for name, value in given.items() if value is not None}
+    values, launched = {name: value for name, value in given.items() if value is not None}, None
     json_path, trace_path, toml = (values.pop(name, None) for name in ("json", "trace", "config"))
     try:
         launched = launched_as(os.environ)
@@ -59,6 +61,7 @@ def run(**given: Any) -> None:
 
             write_json(result, json_path)
     except (ConfigError, ModelError, PlanError) as error:
+        _leave_it_to_others(launched)
         _stop(error, BAD_INPUT)
     except KeyboardInterrupt:
         _stop("interrupted; all ranks were ended.", INTERRUPTED)
@@ -66,7 +69,15 @@ def run(**given: Any) -> None:
         sys.stdout = sys.stderr  # or closing it at exit would complain once more
         _stop("standard output was closed, so the run was ended with all its ranks.", FAILED)
     except (OSError, RuntimeError) as error:  # RankFailed is one
+        _leave_it_to_others(launched)
         _stop(error, FAILED)
+
+
+def _leave_it_to_others(launched: Launched | None) -> None:
+    """A mistake that all ranks share is told by one. This one ends later: a launcher ends all once one has ended."""
+    if not speaks(launched):
+        time.sleep(SILENCE_S)
+        raise typer.Exit(FAILED)
 
 
 def _run_here(config: Config, trace_path: str | Path) -> dict[str, Any]:

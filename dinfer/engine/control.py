@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dinfer.engine.board import Board, Stand, anonymous_file, map_file
+from dinfer.engine.debugger import undebugged
 from dinfer.engine.executor import Executor
 from dinfer.engine.watcher import MEMORY_BYTES, RECORDER_BYTES
 from dinfer.plan.graph import Channel
@@ -34,9 +35,10 @@ class Control:
         self._told: dict[str, Message] = {}
         self._news = threading.Condition()
         command = [sys.executable, "-m", "dinfer.engine.watcher", str(descriptor), str(theirs.fileno())]
-        self.watcher = subprocess.Popen(
-            command, pass_fds=(descriptor, theirs.fileno()), stdin=subprocess.DEVNULL
-        )
+        with undebugged():
+            self.watcher = subprocess.Popen(
+                command, pass_fds=(descriptor, theirs.fileno()), stdin=subprocess.DEVNULL
+            )
         theirs.close()
         os.close(descriptor)
         self._socket.sendall(json.dumps(link).encode() + b"\n")

@@ -2,6 +2,7 @@
 
 import socket
 import struct
+import sys
 from contextlib import closing
 
 LOOPBACK = "127.0.0.1"
@@ -31,3 +32,49 @@ def interface_towards(host: str) -> str:
     """The name of the interface that leads to `host`, "" where there is no telling. Raises OSError without a way."""
     own = own_address_towards(host)
     return next((name for _, name in socket.if_nameindex() if address_of(name) == own), "")
+
+
+class NoInterface(RuntimeError):
+    """Other hosts cannot be reached as asked; the message says what to do."""
+
+
+def interface_for_peers(address: str, wished: str = "") -> str:
+    """The interface over which this host and others meet at `address`; `wished` where given. Raises NoInterface.
+
+    Never loopback: gloo would take it without a word, and no other host could reach this one.
+    """
+    try:
+        own = own_address_towards(address)
+    except OSError as error:
+        raise NoInterface(
+            f"there is no way to {address} from here ({error.strerror or error}): check --master-addr."
+        ) from None
+    name = wished or interface_towards(address)
+    known = ", ".join(f"{name} {address_of(name) or '-'}" for _, name in socket.if_nameindex())
+    if wished and not address_of(wished):
+        raise NoInterface(f"there is no interface {wished} with an IPv4 address here; there are: {known}.")
+    used = address_of(name) if name else own
+    if used.startswith("127.") or own.startswith("127."):
+        raise NoInterface(
+            f"{address} leads to this machine's loopback, which no other machine can reach: give the address "
+            f"of rank 0's machine in the network that all share. Here there are: {known}."
+        )
+    if not name:
+        raise NoInterface(f"no interface here has the address {own}: name one with --interface ({known}).")
+    return name
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m dinfer.engine.interface ADDRESS [INTERFACE]` prints the interface that gloo is to use."""
+    try:
+        name = interface_for_peers(*arguments)
+    except NoInterface as error:
+        print(f"env/launch: {error}", file=sys.stderr)
+        return 2
+    print(f"env/launch: talking over {name} ({address_of(name)})", file=sys.stderr)
+    print(name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -42,7 +42,7 @@ def run_rank(
     comm = meet()
     on_op = OpLog(log, decoder.num_layers)
     engine = Engine(decoder, comm, config, board=control.board, memory=control.recorder_memory, on_op=on_op)
-    agree(comm, facts_of(config, decoder.spec, engine.plan_for(len(ids)).id))
+    agree(comm, facts_of(config, decoder.spec, ids, engine.plan_for(len(ids)).id))
     executor = engine.prepare(ids)
     assert engine.recorder is not None
     control.attach(executor, engine.recorder.lanes)

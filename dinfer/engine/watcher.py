@@ -161,7 +161,11 @@ def _exists(pid: int) -> bool:
 
 def main() -> None:
     """`python -m dinfer.engine.watcher MEMORY_FD SOCKET_FD`; the socket's first line says whom to publish to."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the client; the watcher ends with its rank
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # may go to the whole process group; the watcher ends with its rank
+        signal.signal(number, signal.SIG_IGN)
     memory = map_file(int(sys.argv[1]), MEMORY_BYTES)
     rank_end = socket.socket(fileno=int(sys.argv[2]))
     link = json.loads(rank_end.makefile("rb", buffering=0).readline())

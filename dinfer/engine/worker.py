@@ -15,6 +15,7 @@ from typing import Any
 
 from dinfer.config import Config
 from dinfer.engine.control import Control
+from dinfer.engine.debugger import listen_for_debugger
 
 log = logging.getLogger("dinfer")
 
@@ -26,6 +27,7 @@ def main() -> int:
     log_to(Path(config.log_dir), job["rank"], config.log_level)
     control = Control(job["link"])
     try:
+        listen_for_debugger(job["rank"])
         result = _run(job, config, control)
     except BaseException as error:
         log.error("this rank failed\n%s", traceback.format_exc())

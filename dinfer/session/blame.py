@@ -13,6 +13,13 @@ from dinfer.session.where import rank_text
 
 LOST = 256
 """Stands for the exit status of a process of which only the end is known."""
+SILENT = 257
+"""The same for one whose watcher has not been heard of for `silence_limit` seconds."""
+
+
+def silence_limit(timeout: float) -> float:
+    """Seconds after which a watcher, which speaks twice a second, is given up; well within the run's `timeout`."""
+    return min(10.0, max(timeout / 2, 3.0))
 
 
 def failure_of(
@@ -26,8 +33,12 @@ def failure_of(
     ]
     if primary:
         rank, error = primary[0]
+        if len(primary) > 1 and len({said["message"] for _, said in primary}) == 1:
+            return str(error["message"])  # what all have found together is no rank's own
         return _told(error["message"], rank, config)
     if dead:
+        if len(dead) > 1 and all(exits[rank] == SILENT for rank in dead) and len(dead) == len(ranks) - 1:
+            return _cut_off(plan, ranks, config)
         return _death(plan, dead[0], ranks[dead[0]], exits[dead[0]], config)
     if errors:
         rank, error = errors[0]
@@ -41,14 +52,24 @@ def _told(message: str, rank: int, config: Config) -> str:
 
 
 def _death(plan: Plan, rank: int, state: RankState, code: int | None, config: Config) -> str:
-    how = _ending(code)
+    stood = f"rank {rank} {_ending(code, config)}; it stood at: {_position(plan, rank, state)}"
+    if code in (LOST, SILENT):
+        return f"{stood}\nIts log is {config.log_dir}/rank{rank}.log on its host; its launcher may know more."
+    return f"{stood}\nWhat it printed last is in {config.log_dir}/rank{rank}.err."
+
+
+def _cut_off(plan: Plan, ranks: Sequence[RankState], config: Config) -> str:
+    where = "\n".join(f"rank {rank}: {_position(plan, rank, state)}" for rank, state in enumerate(ranks))
     return (
-        f"rank {rank} {how}; it stood at: {_position(plan, rank, state)}\n"
-        f"What it printed last is in {config.log_dir}/rank{rank}.err."
+        f"nothing was heard of any other rank for {silence_limit(config.timeout):g} s: "
+        f"rank 0's host may be cut off; where they stood:\n{where}"
     )
 
 
-def _ending(code: int | None) -> str:
+def _ending(code: int | None, config: Config) -> str:
+    if code == SILENT:
+        limit = silence_limit(config.timeout)
+        return f"has not been heard of for {limit:g} s: its host or the network to it may be down"
     if code == LOST:
         return "is gone: its process ended without a word"
     if code and code < 0:

@@ -1,59 +1,120 @@
-"""Join: this process is one rank of a run that another launcher (torchrun, mpirun) has started.
+"""Join: this process is one rank of a run that another launcher (torchrun, mpirun, a debugger) has started.
 
 Rank 0 also keeps the session: it opens the link, watches all ranks, shows progress and text, and writes the
-results. The others find it through the store at which all meet.
+results. It alone speaks; a rank that fails waits until rank 0 has said why, since most launchers end all ranks
+as soon as one has ended.
 """
 
-import json
+import atexit
+import contextlib
 import logging
 import os
 import signal
-import socket
+import sys
 import threading
+import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dinfer.config import Config, ConfigError
-from dinfer.engine.comm import Comm, GlooComm, Store, join_store, open_store
+from dinfer.engine.comm import Comm, GlooComm, Store
 from dinfer.engine.control import Control
+from dinfer.engine.debugger import listen_for_debugger
 from dinfer.engine.interface import own_address_towards
 from dinfer.engine.rank import run_rank
 from dinfer.engine.worker import describe, log_to
-from dinfer.session.environment import Launched
+from dinfer.model.errors import ModelError
+from dinfer.plan.ops import PlanError
+from dinfer.session.environment import DEBUGGER, Launched
 from dinfer.session.job import Job, prepare
 from dinfer.session.link import Link
+from dinfer.session.meeting import Roll, meet
 from dinfer.session.runner import Show, conclude
 from dinfer.session.watch import Watch
 
-LINK_KEY = "dinfer/link"
 FAREWELL_S = 5.0
-"""How long a rank that failed waits for rank 0 to say why before it ends: a launcher that sees it end ends all."""
+"""How long a rank that failed waits for rank 0 to end it, and rank 0 for the others to be gone."""
+LOOK_S = 0.25
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 log = logging.getLogger("dinfer")
 
 
 def join(config: Config, launched: Launched, trace_path: str | Path | None) -> dict[str, Any] | None:
-    """Run this process's rank; the result on rank 0, None on the others. Raises RankFailed."""
-    job = prepare(config, ranks_here=[launched.rank] if config.device_mode == "multi_node" else None)
-    store, address = _meeting_place(config, launched, os.environ)
-    link = None
+    """Run this process's rank; the result on rank 0, None on the others. Raises RankFailed, on rank 0."""
     if launched.rank == 0:
-        link = Link(launched.world_size, _listening_address(address))
-        store.set(
-            LINK_KEY, json.dumps([link.job_part(rank, joined=True) for rank in range(launched.world_size)])
-        )
-    part = json.loads(store.get(LINK_KEY))[launched.rank]
-    log_to(Path(config.log_dir), launched.rank, config.log_level)
-    rank = _Rank(job, launched, store, Control({**part, "launcher": os.getppid()}))
-    rank.start()
-    if link is None:
-        rank.outlast()
-        return None
+        return _lead(config, launched, trace_path)
+    _follow(config, launched)
+    return None
+
+
+def _lead(config: Config, launched: Launched, trace_path: str | Path | None) -> dict[str, Any]:
+    job = _prepare(config, launched)
     try:
-        return _keep_session(job, link, trace_path)
+        store, address = meet(config, launched)
+        roll, show = Roll(store, launched.world_size), Show(job)
+        told = _told_to_end()
+        roll.call(config.start_timeout, show.say, told.is_set)
+        return _run_all(job, launched, store, address, show, told, trace_path)
+    except BaseException as error:
+        # Lanes may be blocked in the transport, and MPI waits for everyone: an ordinary exit might never end.
+        interrupted, mistaken = isinstance(error, KeyboardInterrupt), isinstance(error, ConfigError)
+        atexit.register(os._exit, INTERRUPTED if interrupted else BAD_INPUT if mistaken else FAILED)
+        raise
+
+
+def _run_all(
+    job: Job,
+    launched: Launched,
+    store: Store,
+    address: str,
+    show: Show,
+    told: threading.Event,
+    trace_path: str | Path | None,
+) -> dict[str, Any]:
+    link = Link(launched.world_size, own_address_towards(address))  # loopback where all ranks are on one host
+    try:
+        parts = [link.job_part(rank, joined=True) for rank in range(launched.world_size)]
+        Roll(store, launched.world_size).give_links(parts)
+        rank = _Rank(job, launched, store, _control(parts[0], job.config))
+        rank.start()
+        result = _keep_session(job, link, show, told, trace_path)
+        rank.join()
+        return result
     finally:
         link.close()
+
+
+def _follow(config: Config, launched: Launched) -> None:
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # until there is something to clean up: end at once and in silence
+    try:
+        job, refusal = _prepare(config, launched), ""
+    except (ConfigError, ModelError, PlanError) as error:
+        if launched.launcher == DEBUGGER:
+            raise  # each rank has a console of its own
+        job, refusal = None, str(error)
+    try:
+        store, _ = meet(config, launched)
+        roll = Roll(store, launched.world_size)
+        roll.answer(launched.rank, refusal)
+        part = roll.link_of(launched.rank)
+    except (ConfigError, RuntimeError):
+        atexit.register(os._exit, FAILED)
+        raise
+    assert job  # or rank 0 would not have gone on
+    _Rank(job, launched, store, _control(part, config)).outlast()
+
+
+def _prepare(config: Config, launched: Launched) -> Job:
+    return prepare(config, ranks_here=[launched.rank] if config.device_mode == "multi_node" else None)
+
+
+def _control(part: dict[str, Any], config: Config) -> Control:
+    log_to(Path(config.log_dir), part["rank"], config.log_level)
+    return Control({**part, "launcher": os.getppid()})
 
 
 class _Rank:
@@ -62,111 +123,109 @@ class _Rank:
     def __init__(self, job: Job, launched: Launched, store: Store, control: Control) -> None:
         self._job, self._launched, self._store, self._control = job, launched, store, control
         self._ended = threading.Event()
-        self._failed = False
+        self._error = ""
         self._thread = threading.Thread(target=self._run, name="rank", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
+    def join(self) -> None:
+        """Let the thread end: one that Python has to cut off at its exit, inside torch, would abort the process."""
+        self._thread.join()
+
     def outlast(self) -> None:
-        """Wait for the end of this rank's work; ends the process if that failed."""
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
-        self._ended.wait()
-        if self._failed:
-            os._exit(1)  # lanes may be blocked in the transport, which nothing else undoes
+        """Start, and return when this rank's work is done; the process ends here if that fails."""
+        _on_signal(_interrupt)
+        status = FAILED
+        try:
+            self.start()
+            self._ended.wait()
+            if not self._error:
+                self.join()
+                return
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+            with contextlib.suppress(OSError):
+                self._control.report("told_to_end")
+        self._await_the_end(status)
+
+    def _await_the_end(self, status: int) -> NoReturn:
+        """Rank 0 has this process killed once it knows why the run is over."""
+        _on_signal(_ignore)
+        time.sleep(FAREWELL_S)
+        if self._launched.rank == 1:  # somebody must say it
+            last = self._error or "it was told to end."
+            print(
+                f"dinfer: rank 0, which leads the run, is gone. Rank 1's last word: {last}", file=sys.stderr
+            )
+        os._exit(status)  # lanes may be blocked in the transport, which nothing else undoes
 
     def _run(self) -> None:
         config, rank = self._job.config, self._launched.rank
 
-        def meet() -> Comm:
+        def found() -> Comm:
             return GlooComm(rank, config.world_size, self._store, config.start_timeout)
 
         try:
-            result = run_rank(rank, config, self._job.ids, self._control, meet)
+            listen_for_debugger(rank)
+            result = run_rank(rank, config, self._job.ids, self._control, found)
             self._control.report("result", **result)
-        except BaseException as error:
-            self._failed = True
-            log.error("this rank failed\n%s", traceback.format_exc())
-            self._control.report("error", **describe(error))
-            if rank:
-                threading.Event().wait(FAREWELL_S)
-        finally:
             self._control.close()
+        except BaseException as error:
+            log.error("this rank failed\n%s", traceback.format_exc())
+            self._error = str(error) or type(error).__name__
+            with contextlib.suppress(OSError):
+                self._control.report("error", **describe(error))
+        finally:
             self._ended.set()
 
 
-def _keep_session(job: Job, link: Link, trace_path: str | Path | None) -> dict[str, Any]:
-    show = Show(job)
+def _keep_session(
+    job: Job, link: Link, show: Show, told: threading.Event, trace_path: str | Path | None
+) -> dict[str, Any]:
     show.introduce()
     watch = Watch(job, link, on_text=show.on_text)
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        while not watch.look(0.5):
+        while not watch.look(LOOK_S):
             show.progress(link.ranks)
-    except KeyboardInterrupt:
-        watch.check()  # a launcher that sees one rank end stops all: then that end is the news
-        raise
+            if told.is_set():
+                watch.explain()  # a launcher that sees one rank end stops all: then that end is the news
+                raise KeyboardInterrupt
     finally:
         _end_others(link)
     return conclude(job, link.ranks, show, trace_path)
 
 
 def _end_others(link: Link) -> None:
-    """Ranks that have not delivered by now never will."""
-    late = [rank for rank, state in enumerate(link.ranks) if rank and "result" not in state.reports]
+    """Ranks that have not delivered by now never will. One that is not heard of ends by itself."""
+    late = [
+        rank
+        for rank, state in enumerate(link.ranks)
+        if rank and "result" not in state.reports and state.heard
+    ]
     for rank in late:
         link.send(rank, "kill")
+    reached = [rank for rank in late if time.monotonic() - link.ranks[rank].heard < FAREWELL_S / 2]
     with link.changed:
-        link.changed.wait_for(lambda: all(link.ranks[rank].gone for rank in late), FAREWELL_S)
+        link.changed.wait_for(lambda: all(link.ranks[rank].gone for rank in reached), FAREWELL_S)
+
+
+def _on_signal(do: Callable[..., object]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, do)
+
+
+def _told_to_end() -> threading.Event:
+    """Set by the signals that ask to end: rank 0 asks for the cause first, wherever it is just then."""
+    told = threading.Event()
+    _on_signal(lambda *_: told.set())
+    return told
 
 
 def _interrupt(*_: object) -> None:
+    _on_signal(_ignore)  # a second one must not disturb what the first leads to
     raise KeyboardInterrupt
 
 
-def _meeting_place(config: Config, launched: Launched, environment: Mapping[str, str]) -> tuple[Store, str]:
-    """The store at which all ranks meet, and the address of rank 0's host."""
-    if launched.launcher == "mpirun" and "MASTER_ADDR" not in environment:
-        return _meet_by_mpi(config, launched)
-    address = environment.get("MASTER_ADDR", config.master_addr)
-    port = int(environment.get("MASTER_PORT", config.master_port))
-    if not port:
-        raise ConfigError(
-            "no port to meet at: set MASTER_PORT in the environment, or master_port, to a free one."
-        )
-    if launched.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return open_store(address, port, exact=True)[0], address
-    return join_store(address, port, config.start_timeout), address
-
-
-def _meet_by_mpi(config: Config, launched: Launched) -> tuple[Store, str]:
-    try:
-        from mpi4py import MPI
-    except ImportError:
-        raise ConfigError(
-            "under mpirun the ranks find one another by MPI: pip install 'dinfer[mpi]', "
-            "or set MASTER_ADDR and MASTER_PORT."
-        ) from None
-    if launched.rank == 0:
-        address = "127.0.0.1" if launched.world_size == _ranks_on_this_host(MPI) else _own_address()
-        store, port = open_store(address, config.master_port)
-        MPI.COMM_WORLD.bcast((address, port))
-        return store, address
-    _ranks_on_this_host(MPI)
-    address, port = MPI.COMM_WORLD.bcast(None)
-    return join_store(address, port, config.start_timeout), address
-
-
-def _ranks_on_this_host(mpi: Any) -> int:
-    names: list[str] = mpi.COMM_WORLD.allgather(socket.gethostname())
-    return names.count(socket.gethostname())
-
-
-def _own_address() -> str:
-    """The address at which other hosts reach this one."""
-    return own_address_towards("192.0.2.1")  # reserved for documentation: by the default route, never sent to
-
-
-def _listening_address(address: str) -> str:
-    """Where rank 0 listens to the watchers: on loopback where all ranks are on one host."""
-    return own_address_towards(address)
+def _ignore(*_: object) -> None:
+    pass

@@ -22,6 +22,7 @@ class Show:
     def __init__(self, job: Job, out: TextIO | None = None) -> None:
         self._job, self._out = job, out or sys.stdout
         self._shown: dict[int, str] = {}
+        self._port_told = False
         self.text = ""
 
     def introduce(self) -> None:
@@ -43,11 +44,20 @@ class Show:
 
     def progress(self, ranks: Sequence[RankState]) -> None:
         """A line for each rank of which there is news, unless text has begun to flow."""
+        self._name_port(ranks[0])
         for rank, state in enumerate(ranks):
             line = progress_line(self._job.plan, rank, state)
             if not self.text and self._shown.get(rank) != line:
                 self._shown[rank] = line
                 self.say(line)
+
+    def _name_port(self, first: RankState) -> None:
+        """Say it where the ranks meet at another port than the one asked for."""
+        asked, opened = self._job.config.master_port, first.reports.get("store")
+        if opened and not self._port_told:
+            self._port_told = True
+            if asked and opened["port"] != asked:
+                self.say(f"port {asked} is in use; the ranks meet at {opened['port']} instead.")
 
     def say(self, line: str) -> None:
         self._write(f"{line}\n")

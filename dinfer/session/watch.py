@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 
-from dinfer.session.blame import LOST, failure_of
+from dinfer.session.blame import LOST, SILENT, failure_of, silence_limit
 from dinfer.session.fleet import RankFailed
 from dinfer.session.job import Job
 from dinfer.session.link import Link
@@ -26,7 +26,7 @@ class Watch:
         while_looking: Callable[[], None] = lambda: None,
     ) -> None:
         self._job, self._link, self._on_text, self._while_looking = job, link, on_text, while_looking
-        self._processes_ended = exits or (lambda: [LOST if state.gone else None for state in link.ranks])
+        self._processes_ended = exits or self._lost
 
     def look(self, seconds: float) -> bool:
         """Look after the ranks for that long; True once all have delivered their result.
@@ -54,11 +54,24 @@ class Watch:
         if failure := failure_of(self._job.plan, self._link.ranks, exits, self._job.config, now):
             raise RankFailed(failure)
 
+    def explain(self) -> None:
+        """Once everybody was told to end: raises RankFailed where it was because a rank has failed."""
+        with self._link.changed:
+            self._link.changed.wait_for(self._broken, GRACE_S)
+        self.check()
+
     def _show_text(self) -> None:
         """On the caller's thread, so that an output that is gone ends the run like any other error."""
         for text in self._link.new_texts():
             if self._on_text:
                 self._on_text(text)
+
+    def _lost(self) -> list[int | None]:
+        now, limit = time.monotonic(), silence_limit(self._job.config.timeout)
+        return [
+            LOST if state.gone else SILENT if 0 < state.heard < now - limit else None
+            for state in self._link.ranks
+        ]
 
     def _broken(self) -> bool:
         """Whether a rank seems to have failed. One that has just ended well may look so: its result is on its way."""
@@ -67,9 +80,10 @@ class Watch:
 
     def _all_told(self) -> bool:
         """Whether every rank has said how it ended, or its watcher, last of all, that it is gone."""
-        return all(state.gone or state.reports.keys() & {"error", "result"} for state in self._link.ranks)
+        last = {"error", "result", "told_to_end"}
+        return all(state.gone or state.reports.keys() & last for state in self._link.ranks)
 
     def _exits(self) -> list[int | None]:
-        """Exit status of each rank that ended without a result, as far as known; None for the others."""
+        """Exit status of each rank that ended without a result and of itself, as far as known; None for the others."""
         ranks = zip(self._link.ranks, self._processes_ended(), strict=True)
-        return [None if "result" in state.reports else code for state, code in ranks]
+        return [None if state.reports.keys() & {"result", "told_to_end"} else code for state, code in ranks]

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,9 @@ class Fault:
         return {"PYTHONPATH": f"{home}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)}
 
 
-_FAULT = """import sys
-if "dinfer.engine.worker" in sys.orig_argv:
+_FAULT = """import os, sys
+launched = {"RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"} & os.environ.keys()  # by torchrun, mpirun or a debugger
+if "dinfer.engine.worker" in sys.orig_argv or launched and "dinfer" in sys.orig_argv:
     import ctypes, os, pathlib, signal, time
     folder = pathlib.Path(<folder>)
     def strike():
@@ -107,13 +108,20 @@ def fault_pid(folder: Path) -> int:
 class Run:
     """One `dinfer` process and all that it starts."""
 
-    def __init__(self, folder: Path, arguments: Iterable[object], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        arguments: Iterable[object],
+        environment: Mapping[str, str],
+        program: Sequence[str] = (sys.executable, "-m", "dinfer.cli"),
+    ) -> None:
         self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
         self._mark = uuid.uuid4().hex
         self._stdout, self._stderr = folder / "stdout.txt", folder / "stderr.txt"
         with self._stdout.open("wb") as out, self._stderr.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "dinfer.cli", *map(str, arguments)],
+                [*program, *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,

@@ -1,0 +1,54 @@
+"""Debugger: lets VS Code, or another client of debugpy, attach to a rank. Off unless the environment asks.
+
+DINFER_DEBUGPY=1: rank n listens on 127.0.0.1 at port 5678 + n (another number: at that port + n).
+DINFER_DEBUGPY_WAIT=1: and begins its work only once a client is there.
+"""
+
+import contextlib
+import os
+import sys
+
+FIRST_PORT = 5678
+
+
+def undebugged() -> contextlib.AbstractContextManager[object]:
+    """Processes started inside are not debugged with their parent: a watcher must go on while its rank stands still.
+
+    debugpy rewrites the command of every Python that a debugged process starts; this is its own way round that.
+    """
+    patch = sys.modules.get("_pydev_bundle.pydev_monkey")
+    skip = getattr(patch, "skip_subprocess_arg_patch", contextlib.nullcontext)
+    context: contextlib.AbstractContextManager[object] = skip()
+    return context
+
+
+class DebuggerError(RuntimeError):
+    """The debugger cannot listen; the message says where."""
+
+
+def listen_for_debugger(rank: int) -> None:
+    """Do what the environment asks. Raises DebuggerError."""
+    asked = os.environ.get("DINFER_DEBUGPY", "")
+    if asked in ("", "0"):
+        return
+    if not asked.isdigit():
+        raise DebuggerError(
+            f"DINFER_DEBUGPY is {asked!r}; it must be 1, or the port at which rank 0 listens."
+        )
+    port = (FIRST_PORT if asked == "1" else int(asked)) + rank
+    try:
+        import debugpy
+    except ImportError:
+        raise DebuggerError(
+            "DINFER_DEBUGPY is set, but debugpy is not installed: pip install debugpy"
+        ) from None
+    debugpy.configure(subProcess=False)  # the watcher must go on while its rank stands at a breakpoint
+    try:
+        debugpy.listen(("127.0.0.1", port))
+    except (RuntimeError, OSError) as error:
+        raise DebuggerError(
+            f"the debugger cannot listen at port {port}: {error}. "
+            "Set DINFER_DEBUGPY to the first of as many free ports as there are ranks."
+        ) from None
+    if os.environ.get("DINFER_DEBUGPY_WAIT") == "1":
+        debugpy.wait_for_client()

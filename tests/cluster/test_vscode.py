@@ -1,0 +1,125 @@
+"""VS Code: the entries of .vscode/launch.json, started as it would start them, and a debugger that attaches."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dinfer.engine import handlers
+from tests.cluster.dap import Debugger
+from tests.cluster.runs import Run, run_arguments, wait_for
+from tests.unit.engine.twin import prompt
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+
+ROOT = Path(__file__).parents[2]
+ALL = "Debug Distributed Inference (3 Ranks)"
+Entry = dict[str, Any]
+
+
+def launch_json() -> Entry:
+    """The file; whole lines of it may be comments."""
+    text = (ROOT / ".vscode" / "launch.json").read_text(encoding="utf-8")
+    read: Entry = json.loads(re.sub(r"^\s*//.*$", "", text, flags=re.MULTILINE))
+    return read
+
+
+ENTRIES: dict[str, Entry] = {entry["name"]: entry for entry in launch_json()["configurations"]}
+COMPOUNDS: dict[str, list[str]] = {
+    entry["name"]: entry["configurations"] for entry in launch_json()["compounds"]
+}
+
+
+def free_ports(count: int) -> int:
+    """The first of so many free ports in a row."""
+    for first in range(20000, 60000, 10):
+        with ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    stack.enter_context(closing(socket.create_server(("127.0.0.1", port))))
+            except OSError:
+                continue
+            return first
+    raise AssertionError("no ports are free")
+
+
+@pytest.fixture
+def runs() -> Iterator[list[Run]]:
+    """Runs put here are ended with the test."""
+    started: list[Run] = []
+    yield started
+    for run in started:
+        run.end()
+
+
+def layer_breakpoint() -> dict[str, list[int]]:
+    """The first line inside `handlers.layer`."""
+    return {handlers.__file__: [inspect.getsourcelines(handlers.layer)[1] + 1]}
+
+
+def stop_in_layer(debugger: Debugger, layer: int) -> None:
+    """Wait for the breakpoint in rank 1's first layer; the stack must say so; go on without breakpoints."""
+    stopped = debugger.event("stopped")
+    assert stopped["reason"] == "breakpoint"
+    frames = debugger.ask("stackTrace", threadId=stopped["threadId"])["stackFrames"]
+    assert frames[0]["name"] == "layer"
+    assert Path(frames[0]["source"]["path"]) == Path(handlers.__file__)
+    value = debugger.ask("evaluate", expression="(state.rank, op.layer)", frameId=frames[0]["id"])
+    assert value["result"] == f"(1, {layer})"
+    debugger.ask("setBreakpoints", source={"path": handlers.__file__}, breakpoints=[])
+    debugger.ask("continue", threadId=stopped["threadId"])
+
+
+def test_entries_are_complete() -> None:
+    assert COMPOUNDS[ALL] == ["Rank 0", "Rank 1", "Rank 2"]
+    assert all(name in ENTRIES for names in COMPOUNDS.values() for name in names)
+    ranks = [ENTRIES[name]["env"] for name in COMPOUNDS[ALL]]
+    assert [env.pop("RANK") for env in map(dict, ranks)] == ["0", "1", "2"]
+    assert len({env["MASTER_PORT"] for env in ranks}) == 1
+    assert [ENTRIES[f"Attach to rank {n}"]["connect"]["port"] for n in range(3)] == [5678, 5679, 5680]
+    strategies = [entry["args"] for name, entry in ENTRIES.items() if name.startswith("dinfer run, ")]
+    assert [args[args.index("--sync-strategy") + 1] for args in strategies] == ["pairwise", "ring"]
+
+
+def test_f5_runs_three_ranks_and_a_breakpoint_stops_one(tmp_path: Path, runs: list[Run]) -> None:
+    """Rank 1 under a debugger, the others plain: they wait for it. Ports are changed, for tests side by side."""
+    ports = free_ports(2)
+    for rank, name in enumerate(COMPOUNDS[ALL]):
+        entry = ENTRIES[name]
+        args = [argument.replace("env/", f"{ROOT}/env/") for argument in entry["args"]]
+        debugged = ["-m", "debugpy", "--listen", f"127.0.0.1:{ports + 1}", "--wait-for-client"]
+        program = [sys.executable, *(debugged if rank == 1 else []), "-m", entry["module"]]
+        environment = {**entry["env"], "MASTER_PORT": str(ports)}
+        more = ["--max-new-tokens", "4", "--json", "result.json"]
+        runs.append(Run(tmp_path / str(rank), [*args, *more], environment, program))
+    debugger = Debugger(ports + 1)
+    debugger.attach(layer_breakpoint())
+    stop_in_layer(debugger, layer=2)
+    debugger.close()
+    assert len(runs[0].result()["ranks"]) == 3
+    assert [run.finish(60) for run in runs] == [0, 0, 0]
+
+
+@pytest.mark.slow
+def test_a_debugger_attaches_to_ranks_of_dinfer_run(tmp_path: Path, qwen3: Path, runs: list[Run]) -> None:
+    first = free_ports(3)
+    flags = run_arguments(qwen3, prompt_ids=prompt(22), chunk_size=4, max_new_tokens=4)
+    runs.append(Run(tmp_path, flags, {"DINFER_DEBUGPY": str(first), "DINFER_DEBUGPY_WAIT": "1"}))
+    debuggers = [Debugger(first + rank) for rank in range(3)]
+    for rank in (0, 2):
+        debuggers[rank].attach()
+    debuggers[1].attach(layer_breakpoint())
+    stop_in_layer(debuggers[1], layer=3)
+    assert len(runs[0].result()["ranks"]) == 3
+    for debugger in debuggers:
+        debugger.close()
+    wait_for(lambda: not runs[0].members(), "no process is left", 30)
