@@ -114,7 +114,8 @@ def _listed(ranks: list[int]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    nodes, rank, address, port, seconds = *map(int, arguments[:2]), arguments[2], *map(int, arguments[3:])
+    nodes, rank, address = int(arguments[0]), int(arguments[1]), arguments[2]
+    port, seconds = int(arguments[3]), float(arguments[4])
 
     def say(text: str) -> None:
         print(f"env/launch: machine {rank}: {text}", file=sys.stderr, flush=True)
