@@ -1,0 +1,56 @@
+"""Which interface leads to other hosts: never loopback."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from dinfer.engine import interface
+from dinfer.engine.interface import NoInterface, interface_for_peers, own_address_towards
+
+ADDRESSES = {"lo": "127.0.0.1", "eth0": "10.0.0.5", "wlan0": "192.168.1.5", "down0": ""}
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host with these interfaces, whose own name resolves to loopback."""
+    routes = {"10.0.0.1": "10.0.0.5", "192.168.1.1": "192.168.1.5", "myself": "127.0.1.1"}
+
+    def own(host: str) -> str:
+        if host not in routes:
+            raise OSError(101, "Network is unreachable")
+        return routes[host]
+
+    monkeypatch.setattr(interface, "own_address_towards", own)
+    monkeypatch.setattr(interface, "address_of", lambda name: ADDRESSES.get(name, ""))
+    monkeypatch.setattr(socket, "if_nameindex", lambda: list(enumerate(ADDRESSES, 1)))
+
+
+def test_the_interface_of_the_route_or_the_one_wished_for() -> None:
+    assert interface_for_peers("10.0.0.1") == "eth0"
+    assert interface_for_peers("192.168.1.1") == "wlan0"
+    assert interface_for_peers("10.0.0.1", "wlan0") == "wlan0"
+
+
+@pytest.mark.parametrize(
+    ("address", "wished", "words"),
+    [
+        ("myself", "", "leads to this machine's loopback"),
+        ("10.0.0.1", "lo", "loopback"),
+        (
+            "10.9.9.9",
+            "",
+            "there is no way to 10.9.9.9 from here .Network is unreachable.: check --master-addr",
+        ),
+        ("10.0.0.1", "eth7", "there is no interface eth7"),
+        ("10.0.0.1", "down0", "no interface down0 with an IPv4 address"),
+    ],
+)
+def test_what_others_cannot_reach_is_refused(address: str, wished: str, words: str) -> None:
+    with pytest.raises(NoInterface, match=words):
+        interface_for_peers(address, wished)
+
+
+def test_loopback_is_reached_by_loopback() -> None:
+    assert own_address_towards("127.0.0.1") == "127.0.0.1"  # the real one: imported before it was replaced
