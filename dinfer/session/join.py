@@ -28,6 +28,7 @@ from dinfer.engine.worker import describe, log_to
 from dinfer.model.errors import ModelError
 from dinfer.plan.ops import PlanError
 from dinfer.session.environment import DEBUGGER, Launched
+from dinfer.session.fleet import RankFailed
 from dinfer.session.job import Job, prepare
 from dinfer.session.link import Link
 from dinfer.session.meeting import Roll, meet
@@ -42,7 +43,7 @@ log = logging.getLogger("dinfer")
 
 
 def join(config: Config, launched: Launched, trace_path: str | Path | None) -> dict[str, Any] | None:
-    """Run this process's rank; the result on rank 0, None on the others. Raises RankFailed, on rank 0."""
+    """Run this process's rank; the result on rank 0, None on the others. Where a rank fails, rank 0 says so and exits."""
     if launched.rank == 0:
         return _lead(config, launched, trace_path)
     _follow(config, launched)
@@ -191,6 +192,10 @@ def _keep_session(
             if told.is_set():
                 watch.explain()  # a launcher that sees one rank end stops all: then that end is the news
                 raise KeyboardInterrupt
+    except RankFailed as failure:
+        # Said before the others are ended: MPICH's mpirun kills this process too, as soon as one is killed.
+        print(f"dinfer: {failure}", file=sys.stderr, flush=True)
+        raise SystemExit(FAILED) from None
     finally:
         _end_others(link)
     return conclude(job, link.ranks, show, trace_path)

