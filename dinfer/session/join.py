@@ -43,7 +43,7 @@ log = logging.getLogger("dinfer")
 
 
 def join(config: Config, launched: Launched, trace_path: str | Path | None) -> dict[str, Any] | None:
-    """Run this process's rank; the result on rank 0, None on the others. Where a rank fails, rank 0 says so and exits."""
+    """Run this process's rank; the result on rank 0, else None. Where a rank fails, rank 0 says so and exits."""
     if launched.rank == 0:
         return _lead(config, launched, trace_path)
     _follow(config, launched)
