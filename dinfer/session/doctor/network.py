@@ -1,9 +1,7 @@
 """The interface and the address that gloo will use on this host, and whether ports can be opened there."""
 
-import fcntl
 import os
 import socket
-import struct
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -11,13 +9,12 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple
 
+from dinfer.engine.interface import LOOPBACK, address_of
 from dinfer.session.doctor.check import Check
 
-LOOPBACK = "127.0.0.1"
 RESOLVE_S = 5.0
 CONNECT_S = 3.0
 FEW_PORTS = 100
-_SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
 Interfaces = Mapping[str, str]
 """name → IPv4 address, "" where there is none or it is not known"""
@@ -36,7 +33,7 @@ class Network(NamedTuple):
 def look() -> Network:
     """Takes up to RESOLVE_S seconds where a name server does not answer. Sends nothing else."""
     host = socket.gethostname()
-    interfaces = {name: _address(name) for _, name in socket.if_nameindex()}
+    interfaces = {name: address_of(name) for _, name in socket.if_nameindex()}
     return Network(interfaces, os.environ.get("GLOO_SOCKET_IFNAME", ""), host, _resolve(host), _own_address())
 
 
@@ -83,16 +80,6 @@ def _interface_of(network: Network) -> str:
 
 def _is_loopback(address: str) -> bool:
     return ip_address(address.partition("%")[0]).is_loopback
-
-
-def _address(name: str) -> str:
-    """The interface's IPv4 address; "" where it has none, or where the system is not Linux."""
-    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
-        try:
-            answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-        except OSError:
-            return ""
-    return socket.inet_ntoa(answer[20:24])
 
 
 def _own_address() -> str:
