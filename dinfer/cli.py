@@ -250,6 +250,20 @@ def doctor(
     raise typer.Exit(status)
 
 
+@app.command()
+def clean(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be ended")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """End clusters that dinfer started and whose client is gone, and nothing else. Status 1: one could not be ended."""
+    from dinfer.session.clusters.clean import clean as find_and_end
+    from dinfer.session.clusters.clean import report
+
+    text, status = report(find_and_end(dry_run=dry_run), as_json)
+    print(text)
+    raise typer.Exit(status)
+
+
 def _print_json(given: Plan, verdict: Proof | Counterexample) -> None:
     lanes = [
         [{"lane": lane.name, "ops": [str(op) for op in lane.ops]} for lane in rank] for rank in given.lanes

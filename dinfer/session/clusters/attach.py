@@ -1,0 +1,94 @@
+"""Joins the running cluster of a profile, or starts one."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from dinfer.session.clusters.calls import wait_until
+from dinfer.session.clusters.choice import choose_cluster, choose_engines
+from dinfer.session.clusters.cluster import Cluster
+from dinfer.session.clusters.ending import end_cluster
+from dinfer.session.clusters.errors import ClusterError
+from dinfer.session.clusters.identity import Identity, runs
+from dinfer.session.clusters.known import (
+    Known,
+    engines_to_come,
+    known_clusters,
+    profile_folder,
+)
+from dinfer.session.clusters.record import Record, record_path
+from dinfer.session.clusters.start import start_cluster
+
+DEFAULT_N = 3
+
+
+def attach(
+    n: int | None = None,
+    *,
+    profile: str = "default",
+    cluster_id: str | None = None,
+    start: bool | None = None,
+    timeout: float = 60,
+    engines: str = "dinfer",
+) -> Cluster:
+    """The first `n` engines of a running cluster as ranks (None: all); of one started now if none runs.
+
+    `start=False` never starts one, `start=True` does in any case. `engines` is the launcher of a started one: dinfer,
+    local, mpi or any other of ipyparallel's. Raises ClusterError.
+    """
+    profile_dir = profile_folder(profile)
+    found = None if start else _running(profile_dir, cluster_id)
+    if found is None and (start is False or cluster_id is not None):
+        raise ClusterError(_none_runs(profile_dir, cluster_id, n))
+    cluster = found or start_cluster(profile_dir, n or DEFAULT_N, engines, timeout)
+    mine = cluster.owner() == "me"
+    try:
+        return _join(cluster, n, timeout, started=mine)
+    except BaseException:
+        if found is None:
+            end_cluster(cluster)
+        raise
+
+
+def _running(profile_dir: Path, cluster_id: str | None) -> Known | None:
+    """The cluster to join. One whose client is gone is taken over."""
+    known = known_clusters(profile_dir)
+    if cluster_id is not None:
+        known = [cluster for cluster in known if cluster.cluster_id == cluster_id]
+        return next((cluster for cluster in known if cluster.is_running()), None)
+    found = choose_cluster([(cluster, cluster.owner()) for cluster in known if cluster.is_running()])
+    if found and found.owner() == "nobody":
+        me = Record(found.cluster_id, Identity.of(os.getpid()))
+        me.write(record_path(profile_dir, found.cluster_id))
+    return found
+
+
+def _none_runs(profile_dir: Path, cluster_id: str | None, n: int | None) -> str:
+    cluster = Known(profile_dir, cluster_id or "")
+    stale = " (its files are there, but its controller is gone)" if cluster.client_file.exists() else ""
+    command = f"ipcluster start -n {n or DEFAULT_N} {cluster.flags}".rstrip()
+    return f"no cluster runs as {cluster.name}{stale}. Start one with `{command}`, or leave it to dinfer: start=None."
+
+
+def _join(cluster: Known, n: int | None, timeout: float, *, started: bool) -> Cluster:
+    import ipyparallel
+
+    try:
+        client = ipyparallel.Client(
+            str(cluster.client_file), profile_dir=str(cluster.profile_dir), timeout=min(timeout, 10)
+        )
+    except (OSError, TimeoutError) as error:  # what listens there is something else, or does not answer
+        raise ClusterError(f"the controller of {cluster.name} does not answer: {error}") from error
+    try:
+        wait_until(lambda: _are_there(client, cluster, n), timeout)
+        ids = choose_engines(client.ids, n, cluster)
+        return Cluster(cluster, client, ids, started=started, timeout=timeout)
+    except BaseException:
+        client.close()
+        raise
+
+
+def _are_there(client: Any, cluster: Known, n: int | None) -> bool:
+    """Whether enough engines have registered, or no more are on their way."""
+    to_come = engines_to_come(cluster.description(), runs)
+    return len(client.ids) >= (to_come if n is None else min(n, to_come))

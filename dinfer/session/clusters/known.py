@@ -1,0 +1,135 @@
+"""The clusters that a profile's files speak of, and whether they run. Changes nothing."""
+
+import contextlib
+import json
+import os
+import re
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dinfer.session.clusters.identity import Identity
+from dinfer.session.clusters.record import Record, record_path
+
+Owner = Literal["user", "me", "other", "nobody"]
+"""who started a cluster: somebody by hand; or dinfer, for this process, for one that lives or for one that is gone"""
+ANSWER_S = 2.0
+"""how long a controller may take to accept a connection; one that is gone refuses at once"""
+_CLIENT_FILE = re.compile(r"ipcontroller(?:-(?P<id>.+))?-client\.json")
+
+
+@dataclass(frozen=True)
+class Known:
+    """One cluster, by its files. The stock cluster's `cluster_id` is ""."""
+
+    profile_dir: Path
+    cluster_id: str
+
+    @property
+    def name(self) -> str:
+        """As messages name it."""
+        profile = self.profile_dir.name.removeprefix("profile_")
+        return (
+            f"cluster {self.cluster_id!r} of profile {profile!r}"
+            if self.cluster_id
+            else f"profile {profile!r}"
+        )
+
+    @property
+    def flags(self) -> str:
+        """What names it on the command line of ipcluster and ipengine."""
+        profile = self.profile_dir.name.removeprefix("profile_")
+        flags = [] if profile == "default" else [f"--profile={profile}"]
+        return " ".join(flags + ([f"--cluster-id={self.cluster_id}"] if self.cluster_id else []))
+
+    @property
+    def client_file(self) -> Path:
+        """What a client connects by; it holds the key."""
+        middle = f"-{self.cluster_id}" if self.cluster_id else ""
+        return self.profile_dir / "security" / f"ipcontroller{middle}-client.json"
+
+    @property
+    def cluster_file(self) -> Path:
+        """What ipcluster notes; there is none for a controller started by hand."""
+        return self.profile_dir / "security" / f"cluster-{self.cluster_id}.json"
+
+    def connection(self) -> dict[str, Any]:
+        """The client file's content, {} without one."""
+        return _read_json(self.client_file)
+
+    def description(self) -> dict[str, Any]:
+        """The cluster file's content, {} without one."""
+        return _read_json(self.cluster_file)
+
+    def is_running(self) -> bool:
+        """Whether its controller accepts connections. Behind an ssh tunnel that is not tried: taken for granted."""
+        found = self.connection()
+        if not found or found.get("ssh"):
+            return bool(found)
+        host = str(found["interface"]).rpartition("://")[2]
+        everywhere = host in ("*", "0.0.0.0")
+        addresses = ["127.0.0.1", str(found.get("location") or "")] if everywhere else [host]
+        return any(_accepts(address, int(found["registration"])) for address in addresses if address)
+
+    def owner(self) -> Owner:
+        """Whose it is, by dinfer's record."""
+        try:
+            client = Record.read(record_path(self.profile_dir, self.cluster_id)).client
+        except (OSError, ValueError):
+            return "user"
+        if client == Identity.of(os.getpid()):
+            return "me"
+        return "nobody" if client.state() == "gone" else "other"
+
+
+def known_clusters(profile_dir: Path) -> list[Known]:
+    """Every cluster that has a client file, running or not."""
+    names = sorted(path.name for path in (profile_dir / "security").glob("ipcontroller*-client.json"))
+    matches = [match for name in names if (match := _CLIENT_FILE.fullmatch(name))]
+    return [Known(profile_dir, match["id"] or "") for match in matches]
+
+
+def profile_folder(profile: str) -> Path:
+    """Where ipyparallel keeps a profile; it need not exist."""
+    from IPython.paths import get_ipython_dir
+
+    return Path(get_ipython_dir()) / f"profile_{profile}"
+
+
+def controller_pid(description: Mapping[str, Any]) -> int | None:
+    """The controller's process id, where ipcluster started it as a process of its own."""
+    state = (description.get("controller") or {}).get("state") or {}
+    pid = state.get("pid", -1)
+    return int(pid) if pid > 0 else None
+
+
+def launcher_of(description: Mapping[str, Any]) -> str:
+    """The name of what starts the engines: local, dinfer, mpi, ssh, …; "" where it is not known."""
+    name = str((description.get("engines") or {}).get("class", ""))
+    return "dinfer" if name.endswith("DinferEngineSetLauncher") else name
+
+
+def engines_to_come(description: Mapping[str, Any], is_running: Callable[[int], bool]) -> int:
+    """How many engines should be there by and by: those whose processes run, and of other launchers' all."""
+    return sum(
+        sum(is_running(int(engine["pid"])) for engine in engines["engines"].values())
+        if "engines" in engines
+        else int(engines.get("n", 0))
+        for engines in ((description.get("engines") or {}).get("sets") or {}).values()
+    )
+
+
+def _accepts(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=ANSWER_S):
+        return True
+    return False
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

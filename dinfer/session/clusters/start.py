@@ -1,0 +1,51 @@
+"""Starts a cluster of dinfer's own with ipcluster, which then leaves it to itself: joined like any other."""
+
+import os
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+
+from dinfer.session.clusters.ending import PREFIX, end_cluster
+from dinfer.session.clusters.errors import ClusterError
+from dinfer.session.clusters.identity import Identity
+from dinfer.session.clusters.known import Known
+from dinfer.session.clusters.record import Record, record_path
+
+LAUNCHERS = {"dinfer": "dinfer.session.clusters.launcher.DinferEngineSetLauncher"}
+"""by their class, so that they are found without an entry point"""
+
+
+def start_cluster(profile_dir: Path, n: int, engines: str, timeout: float) -> Known:
+    """Start controller and engines; the engines may still be on their way. Raises ClusterError."""
+    cluster = Known(profile_dir, f"{PREFIX}{os.getpid()}-{secrets.token_hex(3)}")
+    record = Record(cluster.cluster_id, Identity.of(os.getpid()))
+    record.write(
+        record_path(profile_dir, cluster.cluster_id)
+    )  # before: so that `dinfer clean` knows whose it is
+    try:
+        said = _ipcluster(cluster, n, engines, timeout)
+        if said is not None:
+            raise ClusterError(f"no cluster could be started. ipcluster says: {said}")
+    except BaseException:
+        end_cluster(cluster)
+        raise
+    return cluster
+
+
+def _ipcluster(cluster: Known, n: int, engines: str, timeout: float) -> str | None:
+    """None when all went well, else what it said at the end."""
+    command = [
+        *(sys.executable, "-m", "ipyparallel.cluster", "start", f"-n={n}", "--daemonize"),
+        f"--profile-dir={cluster.profile_dir}",
+        f"--cluster-id={cluster.cluster_id}",
+        f"--engines={LAUNCHERS.get(engines, engines)}",
+        "--IPClusterStart.clean_logs=False",  # they are other clusters'
+    ]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"nothing within {timeout:g} s."
+    return None if done.returncode == 0 else "\n".join((done.stdout + done.stderr).splitlines()[-5:])
