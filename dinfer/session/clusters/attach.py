@@ -1,5 +1,6 @@
 """Joins the running cluster of a profile, or starts one."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from dinfer.session.clusters.known import (
     profile_folder,
 )
 from dinfer.session.clusters.record import Record, record_path
-from dinfer.session.clusters.start import start_cluster
+from dinfer.session.clusters.start import last_words, start_cluster
 
 DEFAULT_N = 3
 
@@ -38,29 +39,28 @@ def attach(
     """
     profile_dir = profile_folder(profile)
     found = None if start else _running(profile_dir, cluster_id)
-    if found is None and (start is False or cluster_id is not None):
+    if found:
+        _sign(found)
+        return _join(found, n, timeout)
+    if start is False or cluster_id is not None:
         raise ClusterError(_none_runs(profile_dir, cluster_id, n))
-    cluster = found or start_cluster(profile_dir, n or DEFAULT_N, engines, timeout)
-    mine = cluster.owner() == "me"
-    try:
-        return _join(cluster, n, timeout, started=mine)
-    except BaseException:
-        if found is None:
-            end_cluster(cluster)
-        raise
+    return _join_own(start_cluster(profile_dir, n or DEFAULT_N, engines, timeout), n, timeout)
 
 
 def _running(profile_dir: Path, cluster_id: str | None) -> Known | None:
-    """The cluster to join. One whose client is gone is taken over."""
+    """The cluster to join."""
     known = known_clusters(profile_dir)
     if cluster_id is not None:
         known = [cluster for cluster in known if cluster.cluster_id == cluster_id]
         return next((cluster for cluster in known if cluster.is_running()), None)
-    found = choose_cluster([(cluster, cluster.owner()) for cluster in known if cluster.is_running()])
-    if found and found.owner() == "nobody":
-        me = Record(found.cluster_id, Identity.of(os.getpid()))
-        me.write(record_path(profile_dir, found.cluster_id))
-    return found
+    return choose_cluster([(cluster, cluster.owner()) for cluster in known if cluster.is_running()])
+
+
+def _sign(cluster: Known) -> None:
+    """Have it known that this process uses a cluster that dinfer started; one whose clients are gone is taken over."""
+    path = record_path(cluster.profile_dir, cluster.cluster_id)
+    with contextlib.suppress(OSError, ValueError):  # a user's cluster has no record
+        Record.read(path).with_client(Identity.of(os.getpid())).write(path)
 
 
 def _none_runs(profile_dir: Path, cluster_id: str | None, n: int | None) -> str:
@@ -70,7 +70,20 @@ def _none_runs(profile_dir: Path, cluster_id: str | None, n: int | None) -> str:
     return f"no cluster runs as {cluster.name}{stale}. Start one with `{command}`, or leave it to dinfer: start=None."
 
 
-def _join(cluster: Known, n: int | None, timeout: float, *, started: bool) -> Cluster:
+def _join_own(cluster: Known, n: int | None, timeout: float) -> Cluster:
+    """Join the cluster just started; end it where that fails."""
+    try:
+        return _join(cluster, n, timeout)
+    except ClusterError as error:
+        said = last_words(cluster)
+        end_cluster(cluster)
+        raise ClusterError(f"{error}{said}") from error
+    except BaseException:
+        end_cluster(cluster)
+        raise
+
+
+def _join(cluster: Known, n: int | None, timeout: float) -> Cluster:
     import ipyparallel
 
     try:
@@ -82,7 +95,7 @@ def _join(cluster: Known, n: int | None, timeout: float, *, started: bool) -> Cl
     try:
         wait_until(lambda: _are_there(client, cluster, n), timeout)
         ids = choose_engines(client.ids, n, cluster)
-        return Cluster(cluster, client, ids, started=started, timeout=timeout)
+        return Cluster(cluster, client, ids, started=cluster.owner() == "me", timeout=timeout)
     except BaseException:
         client.close()
         raise

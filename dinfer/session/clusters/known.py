@@ -76,12 +76,12 @@ class Known:
     def owner(self) -> Owner:
         """Whose it is, by dinfer's record."""
         try:
-            client = Record.read(record_path(self.profile_dir, self.cluster_id)).client
+            clients = Record.read(record_path(self.profile_dir, self.cluster_id)).clients
         except (OSError, ValueError):
             return "user"
-        if client == Identity.of(os.getpid()):
+        if clients[:1] == (Identity.of(os.getpid()),):
             return "me"
-        return "nobody" if client.state() == "gone" else "other"
+        return "nobody" if all(client.state() == "gone" for client in clients) else "other"
 
 
 def known_clusters(profile_dir: Path) -> list[Known]:
@@ -116,7 +116,7 @@ def engines_to_come(description: Mapping[str, Any], is_running: Callable[[int], 
     return sum(
         sum(is_running(int(engine["pid"])) for engine in engines["engines"].values())
         if "engines" in engines
-        else int(engines.get("n", 0))
+        else int(engines.get("n", 0)) * (engines.get("pid", -1) < 0 or is_running(engines["pid"]))
         for engines in ((description.get("engines") or {}).get("sets") or {}).values()
     )
 

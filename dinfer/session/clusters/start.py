@@ -19,7 +19,7 @@ LAUNCHERS = {"dinfer": "dinfer.session.clusters.launcher.DinferEngineSetLauncher
 def start_cluster(profile_dir: Path, n: int, engines: str, timeout: float) -> Known:
     """Start controller and engines; the engines may still be on their way. Raises ClusterError."""
     cluster = Known(profile_dir, f"{PREFIX}{os.getpid()}-{secrets.token_hex(3)}")
-    record = Record(cluster.cluster_id, Identity.of(os.getpid()))
+    record = Record(cluster.cluster_id, (Identity.of(os.getpid()),))
     record.write(
         record_path(profile_dir, cluster.cluster_id)
     )  # before: so that `dinfer clean` knows whose it is
@@ -31,6 +31,14 @@ def start_cluster(profile_dir: Path, n: int, engines: str, timeout: float) -> Kn
         end_cluster(cluster)
         raise
     return cluster
+
+
+def last_words(cluster: Known) -> str:
+    """The end of an engine's log, as the end of a message; "" where no engine has said anything."""
+    for path in sorted((cluster.profile_dir / "log").glob(f"ipengine-{cluster.cluster_id}-*.log")):
+        if lines := path.read_text(encoding="utf-8", errors="replace").splitlines()[-3:]:
+            return f" {path.name} ends: {' / '.join(lines)}"
+    return ""
 
 
 def _ipcluster(cluster: Known, n: int, engines: str, timeout: float) -> str | None:
