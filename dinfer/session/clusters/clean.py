@@ -45,15 +45,16 @@ def _treat(path: Path, dry_run: bool) -> Found:
     profile = profile_dir.name.removeprefix("profile_")
     try:
         record = Record.read(path)
+        if not record.cluster_id.startswith(PREFIX):
+            raise ValueError(f"no cluster of dinfer's is called {record.cluster_id!r}")
     except (OSError, ValueError) as error:
         return Found(path.stem, profile, "not ended", f"its record cannot be read: {error}")
-    client, state = record.client, record.client.state()
-    if state != "gone" or not record.cluster_id.startswith(PREFIX):
-        lives = (
-            "lives" if state == "alive" else f"is on {client.host}, as seen from another machine or container"
-        )
-        return Found(record.cluster_id, profile, "left alone", f"its client {client.pid} {lives}")
-    return _end(Known(profile_dir, record.cluster_id), profile, f"its client {client.pid} is gone", dry_run)
+    lives = next((client for client in record.clients if client.state() != "gone"), None)
+    if lives:
+        how = "lives" if lives.state() == "alive" else f"is on {lives.host}, in another container or machine"
+        return Found(record.cluster_id, profile, "left alone", f"its client {lives.pid} {how}")
+    pids = ", ".join(str(client.pid) for client in record.clients)
+    return _end(Known(profile_dir, record.cluster_id), profile, f"its client {pids} is gone", dry_run)
 
 
 def _end(cluster: Known, profile: str, why: str, dry_run: bool) -> Found:
