@@ -9,7 +9,7 @@ from dinfer.session.clusters.calls import wait_until
 from dinfer.session.clusters.choice import choose_cluster, choose_engines
 from dinfer.session.clusters.cluster import Cluster
 from dinfer.session.clusters.ending import end_cluster
-from dinfer.session.clusters.errors import ClusterError
+from dinfer.session.clusters.errors import ClusterError, TooFewEngines
 from dinfer.session.clusters.identity import Identity, runs
 from dinfer.session.clusters.known import (
     Known,
@@ -38,7 +38,7 @@ def attach(
     local, mpi or any other of ipyparallel's. Raises ClusterError.
     """
     profile_dir = profile_folder(profile)
-    found = None if start else _running(profile_dir, cluster_id)
+    found = None if start else _running(profile_dir, cluster_id, timeout)
     if found:
         _sign(found)
         return _join(found, n, timeout)
@@ -47,12 +47,10 @@ def attach(
     return _join_own(start_cluster(profile_dir, n or DEFAULT_N, engines, timeout), n, timeout)
 
 
-def _running(profile_dir: Path, cluster_id: str | None) -> Known | None:
-    """The cluster to join."""
-    known = known_clusters(profile_dir)
-    if cluster_id is not None:
-        known = [cluster for cluster in known if cluster.cluster_id == cluster_id]
-        return next((cluster for cluster in known if cluster.is_running()), None)
+def _running(profile_dir: Path, cluster_id: str | None, timeout: float) -> Known | None:
+    """The cluster to join; one that is just being started is waited for."""
+    known = [cluster for cluster in known_clusters(profile_dir) if cluster_id in (None, cluster.cluster_id)]
+    wait_until(lambda: not any(cluster.is_coming() for cluster in known), timeout)
     return choose_cluster([(cluster, cluster.owner()) for cluster in known if cluster.is_running()])
 
 
@@ -74,10 +72,10 @@ def _join_own(cluster: Known, n: int | None, timeout: float) -> Cluster:
     """Join the cluster just started; end it where that fails."""
     try:
         return _join(cluster, n, timeout)
-    except ClusterError as error:
+    except TooFewEngines as error:
         said = last_words(cluster)
         end_cluster(cluster)
-        raise ClusterError(f"{error}{said}") from error
+        raise ClusterError(f"not all of the {n or DEFAULT_N} engines started came up.{said}") from error
     except BaseException:
         end_cluster(cluster)
         raise
@@ -103,5 +101,5 @@ def _join(cluster: Known, n: int | None, timeout: float) -> Cluster:
 
 def _are_there(client: Any, cluster: Known, n: int | None) -> bool:
     """Whether enough engines have registered, or no more are on their way."""
-    to_come = engines_to_come(cluster.description(), runs)
+    to_come = engines_to_come(cluster.description(), runs, cluster.age_s())
     return len(client.ids) >= (to_come if n is None else min(n, to_come))

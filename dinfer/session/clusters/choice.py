@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dinfer.session.clusters.errors import ClusterError
+from dinfer.session.clusters.errors import ClusterError, TooFewEngines
 from dinfer.session.clusters.known import Known, Owner
 
 
@@ -23,7 +23,7 @@ def choose_cluster(running: Sequence[tuple[Known, Owner]]) -> Known | None:
 
 
 def choose_engines(ids: Sequence[int], n: int | None, cluster: Known) -> list[int]:
-    """The engines of ranks 0, 1, …: the first n, in the order of their ids. Raises ClusterError for too few."""
+    """The engines of ranks 0, 1, …: the first n, in the order of their ids. Raises ClusterError, TooFewEngines."""
     n = len(ids) if n is None else n
     if n < 1 and ids:
         raise ClusterError(f"n is {n}; it must be at least 1.")
@@ -33,7 +33,7 @@ def choose_engines(ids: Sequence[int], n: int | None, cluster: Known) -> list[in
     have = f"{len(ids)} engine{'' if len(ids) == 1 else 's'}{named}" if ids else "no engine"
     more = f"ipcluster engines -n {max(n, 1) - len(ids)} {cluster.flags}".rstrip()
     fewer = f", or ask for n={len(ids)}" if ids else ""
-    raise ClusterError(
+    raise TooFewEngines(
         f"{cluster.name} has {have}, but {max(n, 1)} are asked for. Add some with `{more}`{fewer}, "
         "or have a cluster of your own started with start=True."
     )

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import psutil
-
 from dinfer.session.clusters.calls import Calls, call_expression, submit
 from dinfer.session.clusters.choice import describe
 from dinfer.session.clusters.ending import stop_cluster
@@ -17,7 +15,7 @@ from dinfer.session.clusters.errors import ClusterError
 from dinfer.session.clusters.facts import EngineFacts
 from dinfer.session.clusters.identity import Identity
 from dinfer.session.clusters.introduction import introduce
-from dinfer.session.clusters.known import Known, controller_pid, launcher_of
+from dinfer.session.clusters.known import Known, launcher_of
 from dinfer.session.clusters.px import activate
 from dinfer.session.clusters.revival import revive
 
@@ -34,7 +32,7 @@ class Cluster:
         self.client = client
         self.engine_ids = list(engine_ids)
         self.started_by_us = started
-        self.controller = _controller(known)
+        self.controller = known.controller()
         """the controller's process; None where it is not on this machine"""
         self._location = str(known.connection().get("location") or "127.0.0.1")
         self.facts: list[EngineFacts] = introduce(
@@ -155,12 +153,3 @@ class Cluster:
     def _close_at_exit(self, pid: int) -> None:
         if os.getpid() == pid:  # not in a forked child
             self.close()
-
-
-def _controller(known: Known) -> Identity | None:
-    """The controller's process, where it is on this machine."""
-    pid = controller_pid(known.description())
-    with contextlib.suppress(ProcessLookupError, psutil.Error):
-        if pid is not None and "ipyparallel.controller" in psutil.Process(pid).cmdline():
-            return Identity.of(pid)
-    return None

@@ -5,6 +5,10 @@ class ClusterError(RuntimeError):
     """The cluster is not as asked for; the message says what was found and what to do."""
 
 
+class TooFewEngines(ClusterError):
+    """The cluster has fewer engines than asked for."""
+
+
 class RankError(ClusterError):
     """A call failed on one rank; the message names it."""
 

@@ -2,13 +2,17 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import psutil
 
 from dinfer.session.clusters.identity import Identity
 from dinfer.session.clusters.record import Record, record_path
@@ -17,6 +21,9 @@ Owner = Literal["user", "me", "other", "nobody"]
 """who started a cluster: somebody by hand; or dinfer, for this process, for one that lives or for one that is gone"""
 ANSWER_S = 2.0
 """how long a controller may take to accept a connection; one that is gone refuses at once"""
+STARTING_S = 15.0
+"""how long after its start a cluster may be without engines"""
+_CLUSTER_FILE = re.compile(r"cluster-(?P<id>.*)\.json")
 _CLIENT_FILE = re.compile(r"ipcontroller(?:-(?P<id>.+))?-client\.json")
 
 
@@ -73,6 +80,25 @@ class Known:
         addresses = ["127.0.0.1", str(found.get("location") or "")] if everywhere else [host]
         return any(_accepts(address, int(found["registration"])) for address in addresses if address)
 
+    def controller(self) -> Identity | None:
+        """The controller's process, where ipcluster has started it on this machine and it runs."""
+        pid = controller_pid(self.description())
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            if pid is not None and "ipyparallel.controller" in psutil.Process(pid).cmdline():
+                return Identity.of(pid)
+        return None
+
+    def is_coming(self) -> bool:
+        """Whether its controller has been started but does not accept connections yet."""
+        return not self.is_running() and self.age_s() < STARTING_S and self.controller() is not None
+
+    def age_s(self) -> float:
+        """Seconds since its cluster file was written; without one, very many."""
+        try:
+            return time.time() - self.cluster_file.stat().st_mtime
+        except OSError:
+            return math.inf
+
     def owner(self) -> Owner:
         """Whose it is, by dinfer's record."""
         try:
@@ -85,10 +111,10 @@ class Known:
 
 
 def known_clusters(profile_dir: Path) -> list[Known]:
-    """Every cluster that has a client file, running or not."""
-    names = sorted(path.name for path in (profile_dir / "security").glob("ipcontroller*-client.json"))
-    matches = [match for name in names if (match := _CLIENT_FILE.fullmatch(name))]
-    return [Known(profile_dir, match["id"] or "") for match in matches]
+    """Every cluster that has a client file or a cluster file, running or not."""
+    names = [path.name for path in (profile_dir / "security").glob("*.json")]
+    matches = [_CLIENT_FILE.fullmatch(name) or _CLUSTER_FILE.fullmatch(name) for name in names]
+    return [Known(profile_dir, name) for name in sorted({match["id"] or "" for match in matches if match})]
 
 
 def profile_folder(profile: str) -> Path:
@@ -111,14 +137,23 @@ def launcher_of(description: Mapping[str, Any]) -> str:
     return "dinfer" if name.endswith("DinferEngineSetLauncher") else name
 
 
-def engines_to_come(description: Mapping[str, Any], is_running: Callable[[int], bool]) -> int:
-    """How many engines should be there by and by: those whose processes run, and of other launchers' all."""
-    return sum(
-        sum(is_running(int(engine["pid"])) for engine in engines["engines"].values())
-        if "engines" in engines
-        else int(engines.get("n", 0)) * (engines.get("pid", -1) < 0 or is_running(engines["pid"]))
-        for engines in ((description.get("engines") or {}).get("sets") or {}).values()
-    )
+def engines_to_come(description: Mapping[str, Any], is_running: Callable[[int], bool], age_s: float) -> int:
+    """How many engines should be there by and by, where the cluster file was written `age_s` seconds ago.
+
+    Those whose processes run; of other launchers' all while the launcher runs; and those that ipcluster is about to
+    start, which it does within a second of the controller.
+    """
+    sets = ((description.get("engines") or {}).get("sets") or {}).values()
+    if not sets and age_s < STARTING_S:
+        return int((description.get("cluster") or {}).get("n") or 1)
+    return sum(_of_set(engines, is_running) for engines in sets)
+
+
+def _of_set(engines: Mapping[str, Any], is_running: Callable[[int], bool]) -> int:
+    if "engines" in engines:
+        return sum(is_running(int(engine["pid"])) for engine in engines["engines"].values())
+    pid = int(engines.get("pid", -1))
+    return int(engines.get("n", 0)) if pid < 0 or is_running(pid) else 0
 
 
 def _accepts(host: str, port: int) -> bool:

@@ -36,8 +36,13 @@ def start_cluster(profile_dir: Path, n: int, engines: str, timeout: float) -> Kn
 def last_words(cluster: Known) -> str:
     """The end of an engine's log, as the end of a message; "" where no engine has said anything."""
     for path in sorted((cluster.profile_dir / "log").glob(f"ipengine-{cluster.cluster_id}-*.log")):
-        if lines := path.read_text(encoding="utf-8", errors="replace").splitlines()[-3:]:
-            return f" {path.name} ends: {' / '.join(lines)}"
+        lines = [
+            line
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.strip("- ")
+        ]
+        if lines:
+            return f" {path.name} ends: {' / '.join(lines[-5:])}"
     return ""
 
 

@@ -1,0 +1,318 @@
+"""Real ipyparallel clusters: joined, started, broken and cleaned up."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from dinfer.session.clusters.attach import attach
+from dinfer.session.clusters.clean import clean
+from dinfer.session.clusters.cluster import Cluster
+from dinfer.session.clusters.errors import ClusterError, RankError, RankGone, RankSilent
+from dinfer.session.clusters.record import record_paths
+from tests.cluster.ipclusters import LAUNCHER, IPython, ended, ipython
+from tests.cluster.runs import wait_for
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+CLIENT = """
+import sys, time
+from dinfer.session.clusters.attach import attach
+cluster = attach(1, start=True)
+print("ready", *cluster.call(None, "os:getpid"), cluster.known.cluster_id, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[IPython]:
+    """`ipcluster start -n 3`, as it comes."""
+    with ipython(tmp_path_factory.mktemp("stock")) as place:
+        process = place.ipcluster(3)
+        wait_for(lambda: exists(place) or process.poll() is not None, "ipcluster has begun")
+        yield place
+
+
+@pytest.fixture
+def joined(stock: IPython) -> Iterator[Cluster]:
+    """Three ranks of the stock cluster. Not to be killed without being respawned."""
+    cluster = attach(3, start=False)
+    assert cluster.known.profile_dir == stock.profile_dir
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[IPython]:
+    """An IPYTHONDIR without any cluster."""
+    with ipython(tmp_path) as place:
+        yield place
+
+
+def test_joins_the_running_cluster_and_says_so(joined: Cluster) -> None:
+    assert not joined.started_by_us
+    assert joined.n == 3
+    host = socket.gethostname()
+    assert joined.describe() == f"joined profile 'default' (local engines): ranks 0–2 on {host}"
+    assert [facts.rank for facts in joined.facts] == [0, 1, 2]
+    assert [facts.pid for facts in joined.facts] == joined.call(None, "os:getpid")
+    assert {facts.address for facts in joined.facts} == {"127.0.0.1"}
+    assert joined.controller_pid is not None
+    assert all(joined.alive(rank) for rank in range(3))
+
+
+def test_the_first_engines_are_used_where_there_are_more(stock: IPython) -> None:
+    cluster = attach(2)
+    try:
+        assert cluster.engine_ids == cluster.view.targets == [0, 1]
+        assert cluster.describe().endswith("; engine 2 is not used")
+    finally:
+        cluster.close()
+    assert len(stock.members("ipyparallel.engine")) >= 3
+
+
+@pytest.mark.usefixtures("stock")
+def test_too_few_engines_is_one_error_at_once() -> None:
+    began = time.monotonic()
+    with pytest.raises(
+        ClusterError, match=r"has 3 engines \(0, 1, 2\), but 5 are asked for.*ipcluster engines -n 2"
+    ):
+        attach(5, timeout=60)
+    assert time.monotonic() - began < 30  # did not wait for engines that nobody has started
+
+
+def test_an_engine_with_another_dinfer_is_named(joined: Cluster) -> None:
+    joined.view.client[1].execute(
+        "import dinfer; kept = dinfer.__version__; dinfer.__version__ = '0.0.1'", block=True
+    )
+    try:
+        with pytest.raises(ClusterError, match=r"engine 1 has dinfer 0\.0\.1, not") as caught:
+            attach(3)
+        assert "engine 0" not in str(caught.value)
+    finally:
+        joined.view.client[1].execute("dinfer.__version__ = kept", block=True)
+
+
+def test_errors_name_the_rank(joined: Cluster) -> None:
+    with pytest.raises(RankError, match=r"^rank 2 \(pid \d+ on .*\): FileNotFoundError") as caught:
+        joined.call(2, "os:listdir", "/no/such/folder")
+    assert caught.value.rank == 2
+    assert "Traceback" in caught.value.traceback
+    with pytest.raises(RankError, match="ModuleNotFoundError"):
+        joined.call(None, "no_such_module:function")
+
+
+def test_a_late_rank_is_named_and_the_others_answer(joined: Cluster) -> None:
+    busy = joined.call_async(1, "time:sleep", 2)
+    answers = joined.call(None, "os:getpid", timeout=0.5, check=False)
+    assert [isinstance(answer, RankSilent) for answer in answers] == [False, True, False]
+    assert str(answers[1]).endswith("has not answered within 0.5 s.")
+    assert busy.result(60) == [None]
+
+
+def test_a_killed_rank_comes_back_under_its_id_and_the_others_keep_their_state(joined: Cluster) -> None:
+    joined.view.execute("state = 'kept'", block=True)
+    before = joined.call(None, "os:getpid")
+    sleeping = joined.call_async(None, "time:sleep", 3)
+    os.kill(before[1], signal.SIGSTOP)
+    assert joined.alive(1)  # stopped is not dead
+    joined.kill(1)
+    with pytest.raises(RankGone, match=r"^rank 1 .* ended during a call"):
+        sleeping.result(60)
+    assert not sleeping.done()  # nobody waited for the others
+    assert [joined.alive(rank) for rank in range(3)] == [True, False, True]
+    with pytest.raises(RankGone, match=r"^rank 1 .* has ended"):
+        joined.call(1, "os:getpid")
+
+    joined.respawn(1)
+    after = joined.call(None, "os:getpid")
+    assert [after[0], after[2]] == [before[0], before[2]]
+    assert after[1] == joined.facts[1].pid != before[1]
+    assert joined.view.targets == [0, 1, 2]
+    assert joined.view.apply_sync(eval, "globals().get('state')") == ["kept", None, "kept"]
+    with pytest.raises(ClusterError, match="lives; kill it first"):
+        joined.respawn(0)
+
+
+def test_px_runs_on_ranks(stock: IPython) -> None:
+    code = """
+from dinfer.session.clusters.attach import attach
+cluster = attach(2)
+get_ipython().run_line_magic("px", "print('on', get_ipython().kernel.engine_id)")
+get_ipython().run_line_magic("px", "--targets 1 print('alone', get_ipython().kernel.engine_id)")
+"""
+    process = stock.start("-m", "IPython", "--no-banner", "-c", code)
+    assert process.wait(60) == 0, stock.output(process)
+    said = re.findall(r"(on|alone) (\d)", stock.output(process))
+    assert sorted(said) == [("alone", "1"), ("on", "0"), ("on", "1")]
+
+
+def test_clean_leaves_a_users_cluster_alone(joined: Cluster) -> None:
+    assert clean() == []
+    assert all(joined.alive(rank) for rank in range(3))
+
+
+def test_starts_one_where_none_runs_and_leaves_nothing(place: IPython) -> None:
+    with pytest.raises(ClusterError, match=r"no cluster runs as profile 'default'.*`ipcluster start -n 2`"):
+        attach(2, start=False)
+    cluster = attach(2)
+    assert cluster.started_by_us
+    assert re.match(
+        r"started cluster 'dinfer-\d+-\w+' of profile 'default' \(dinfer engines\)", cluster.describe()
+    )
+    assert cluster.call(None, "os:getenv", "RANK") == ["0", "1"]
+    assert cluster.call(None, "os:getenv", "WORLD_SIZE") == ["2", "2"]
+    again = attach(2)  # the same process joins its own
+    assert again.known == cluster.known
+    assert again.started_by_us
+    again.close(stop=False)
+    assert clean()[0].done == "left alone"
+    assert cluster.alive(0)
+
+    cluster.kill(0)
+    cluster.respawn(0)
+    assert cluster.call(None, "os:getenv", "RANK") == ["0", "1"]
+    pid, controller = cluster.facts[0].pid, cluster.controller_pid
+    assert controller is not None
+    os.kill(controller, signal.SIGKILL)
+    wait_for(lambda: ended([pid]), "the respawned engine ends with its cluster", 20)
+
+    cluster.close()
+    assert place.members() == []
+    assert place.files() == []
+
+
+def test_clean_ends_the_orphan_only(place: IPython) -> None:
+    orphan, living = (place.start("-c", CLIENT) for _ in range(2))
+    clients = (orphan, living)
+    wait_for(
+        lambda: all("ready" in place.output(client) or client.poll() is not None for client in clients),
+        "both clusters are up",
+    )
+    said = [re.search(r"ready (\d+) (\S+)", place.output(client)) for client in clients]
+    assert all(said), [place.output(client) for client in clients]
+    (pid, name), (other_pid, other_name) = (match.groups() for match in said if match)
+    orphan.kill()
+    orphan.wait()
+
+    planned = {found.cluster_id: found.done for found in clean(dry_run=True)}
+    assert planned == {name: "would be ended", other_name: "left alone"}
+    assert not ended([int(pid)])
+    command = [sys.executable, "-m", "dinfer", "clean", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {found["cluster_id"]: found["done"] for found in json.loads(done.stdout)} == {
+        name: "ended",
+        other_name: "left alone",
+    }
+    assert ended([int(pid)])
+    assert not ended([int(other_pid)])
+    assert [path.name for path in record_paths(place.profile_dir)] == [f"dinfer-cluster-{other_name}.json"]
+    assert not [file for file in place.files() if name in file]
+
+
+def test_files_of_a_cluster_that_is_gone_are_told_from_a_running_one(place: IPython) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as free:
+        port = free.getsockname()[1]
+    write_client_file(place, port)
+    began = time.monotonic()
+    with pytest.raises(ClusterError, match="its files are there, but its controller is gone"):
+        attach(2, start=False)
+    assert time.monotonic() - began < 10
+
+
+def test_a_port_that_has_become_somebody_elses_is_one_error(place: IPython) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as other:
+        write_client_file(place, other.getsockname()[1])
+        with pytest.raises(ClusterError, match="the controller of profile 'default' does not answer"):
+            attach(2, start=False, timeout=1)
+
+
+def exists(place: IPython) -> bool:
+    """Whether `ipcluster start` has got as far as its controller; the rest is for `attach` to wait for."""
+    return (place.profile_dir / "security/cluster-.json").exists()
+
+
+def write_client_file(place: IPython, port: int) -> None:
+    """As a controller that was killed leaves it behind."""
+    names = ("registration", "control", "mux", "task", "iopub", "notification", "broadcast")
+    found: dict[str, object] = dict.fromkeys(names, port) | {
+        "interface": "tcp://127.0.0.1",
+        "ssh": "",
+        "key": "0" * 36,
+    }
+    found |= {"task_scheme": "leastload", "location": socket.gethostname(), "curve_serverkey": None}
+    found |= {"pack": "json", "unpack": "json", "signature_scheme": "hmac-sha256"}
+    path = place.profile_dir / "security" / "ipcontroller-client.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(found))
+
+
+@pytest.mark.slow
+def test_ranks_follow_the_order_of_ids(place: IPython) -> None:
+    place.ipcluster(3)
+    wait_for(lambda: exists(place), "ipcluster has begun")
+    first = attach(3, start=False)
+    first.kill(0)
+    wait_for(lambda: not first.alive(0), "rank 0 has ended", 20)
+    second = attach(2, start=False)
+    try:
+        assert second.engine_ids == [1, 2]
+        assert "these are engines 1, 2: ranks follow the order of engine ids" in second.describe()
+        assert second.call(0, "os:getpid") == [first.facts[1].pid]
+    finally:
+        first.close()
+        second.close(stop=True)  # as `ipcluster stop` does
+    wait_for(lambda: not place.members(), "nothing is left", 30)
+
+
+@pytest.mark.slow
+def test_the_launcher_keeps_ids_and_hands_out_gpus(place: IPython, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DINFER_GPU_IDS", "1,0,1")
+    place.ipcluster(3, f"--engines={LAUNCHER}")
+    wait_for(lambda: exists(place), "ipcluster has begun")
+    cluster = attach(3, start=False)
+    try:
+        assert "(dinfer engines)" in cluster.describe()
+        assert cluster.engine_ids == [0, 1, 2]
+        assert cluster.call(None, "os:getenv", "LOCAL_RANK") == ["0", "1", "2"]
+        assert cluster.call(None, "os:getenv", "CUDA_VISIBLE_DEVICES") == ["1", "0", "1"]
+    finally:
+        cluster.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("mpiexec") is None or importlib.util.find_spec("mpi4py") is None,
+    reason="needs mpiexec and mpi4py: apt-get install openmpi-bin, pip install 'dinfer[mpi]'",
+)
+def test_under_mpi_an_engines_id_is_its_rank(place: IPython, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "OMPI_ALLOW_RUN_AS_ROOT",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM",
+        "OMPI_MCA_rmaps_base_oversubscribe",
+    ):
+        monkeypatch.setenv(name, "1")  # Open MPI 4 refuses root, and more ranks than cores
+    monkeypatch.setenv("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")  # and so does 5
+    place.ipcluster(3, "--engines=mpi")
+    wait_for(lambda: exists(place), "ipcluster has begun")
+    cluster = attach(3, start=False)
+    try:
+        assert "(mpi engines)" in cluster.describe()
+        said = cluster.view.apply_sync(eval, "__import__('mpi4py.MPI').MPI.COMM_WORLD.rank")
+        assert said == cluster.engine_ids == [0, 1, 2]
+    finally:
+        cluster.close()
