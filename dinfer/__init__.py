@@ -3,6 +3,31 @@
 config → plan → events → trace → views. Importing this package has no side effects and does not import torch.
 """
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dinfer.session.session import Session
+
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "connect", "load_ipython_extension"]
+
+
+def connect(where: str = "ipyparallel", n: int = 3, **options: Any) -> "Session":
+    """A session with `n` ranks: engines of an ipyparallel cluster, which is joined or started; or, with "threads", all
+    in this process. `options`: profile, cluster_id, start, timeout, patience (see `dinfer.session.connect`)."""
+    from dinfer.session.connect import connect as connected
+
+    def show(session: "Session") -> Any:
+        from dinfer.views.panel import Panel
+
+        return Panel(session.run)
+
+    return connected(where, n, show=show, **options)
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """`%load_ext dinfer`: the `%dinfer` magics."""
+    from dinfer.magics import load
+
+    load(shell)

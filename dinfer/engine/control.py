@@ -1,25 +1,27 @@
 """Control: a rank's end of the line to its session, through the watcher beside it.
 
-A thread takes commands (limits, freeze, release, rewind) and answers each; reports go out in order. The rank's
-main thread may be busy meanwhile.
+A thread takes commands and answers each, slow ones by a thread of their own; reports go out in order. The rank's main
+thread may be busy meanwhile, in a notebook cell say.
 """
 
+import contextlib
+import itertools
 import json
 import os
+import queue
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from typing import Any
 
-from dinfer.engine.board import Board, Stand, anonymous_file, map_file
+from dinfer.engine.board import Board, anonymous_file, map_file
+from dinfer.engine.commands import Command, Message, Table, answer, lane_commands
 from dinfer.engine.debugger import undebugged
 from dinfer.engine.executor import Executor
 from dinfer.engine.watcher import MEMORY_BYTES, RECORDER_BYTES
-from dinfer.plan.graph import Channel
 
-Message = dict[str, Any]
+CLOSING_S = 10.0
 
 
 class Control:
@@ -31,7 +33,9 @@ class Control:
         self.board = Board(self._memory)
         self._socket, theirs = socket.socketpair()
         self._lock = threading.Lock()
-        self._executor: Executor | None = None
+        self._table: Table = {}
+        self._slow: queue.SimpleQueue[tuple[Command, Message] | None] = queue.SimpleQueue()
+        self._questions = itertools.count(1)
         self._told: dict[str, Message] = {}
         self._news = threading.Condition()
         command = [sys.executable, "-m", "dinfer.engine.watcher", str(descriptor), str(theirs.fileno())]
@@ -43,6 +47,7 @@ class Control:
         os.close(descriptor)
         self._socket.sendall(json.dumps(link).encode() + b"\n")
         threading.Thread(target=self._listen, name="control", daemon=True).start()
+        threading.Thread(target=self._work, name="control, slow commands", daemon=True).start()
 
     @property
     def recorder_memory(self) -> memoryview:
@@ -54,10 +59,23 @@ class Control:
         with self._lock:
             self._socket.sendall(line)
 
+    def serve(self, table: Table) -> None:
+        """Answer these commands from now on."""
+        self._table = table
+
     def attach(self, executor: Executor, lanes: tuple[str, ...]) -> None:
         """Let commands move this executor; `lanes` are its recorder's."""
         self.report("lanes", lanes=list(lanes))
-        self._executor = executor
+        self.serve(lane_commands(lambda: executor))
+
+    def ask(self, what: str, timeout: float) -> Message | None:
+        """The session's answer to a question of this rank; None where nobody answers in time."""
+        key = f"answer {next(self._questions)}"
+        try:
+            self.report("ask", what=what, key=key)
+            return self.told(key, timeout)
+        except (OSError, TimeoutError):
+            return None
 
     def told(self, what: str, timeout: float) -> Message:
         """The session's message `what`, once it has come. Raises TimeoutError."""
@@ -68,59 +86,32 @@ class Control:
 
     def close(self) -> None:
         """End the line; the watcher publishes what is left and ends by itself."""
-        self._socket.shutdown(socket.SHUT_WR)
-        self.watcher.wait(10)
+        with contextlib.suppress(OSError):  # it may have ended already
+            self._socket.shutdown(socket.SHUT_WR)
+        self.watcher.wait(CLOSING_S)
 
     def _listen(self) -> None:
         with self._socket.makefile("rb") as lines:
             for line in lines:
-                command = json.loads(line)
-                if command["do"] in _COMMANDS:
-                    self.report("reply", id=command["id"], **self._answer(command))
+                message = json.loads(line)
+                command = self._table.get(message["do"])
+                if command is None:
+                    self._hear(message)
+                elif command.slow:
+                    self._slow.put((command, message))
                 else:
-                    with self._news:
-                        self._told[command["do"]] = command
-                        self._news.notify_all()
+                    self._reply(command, message)
+        self._slow.put(None)
 
-    def _answer(self, command: Message) -> Message:
-        if self._executor is None:
-            return {"error": "this rank has no prompt yet"}
-        try:
-            return _COMMANDS[command["do"]](self._executor, command)
-        except Exception as error:  # the caller gets it as the answer; the line must go on
-            return {"error": f"{type(error).__name__}: {error}"}
+    def _work(self) -> None:
+        while task := self._slow.get():
+            self._reply(*task)
 
+    def _hear(self, message: Message) -> None:
+        with self._news:
+            self._told[message["do"]] = message
+            self._news.notify_all()
 
-def stand_fields(stand: Stand) -> Message:
-    return {"positions": stand.positions, "started": stand.started, "limits": stand.limits}
-
-
-def stand_of(message: Message) -> Stand:
-    return Stand(tuple(message["positions"]), tuple(map(bool, message["started"])), tuple(message["limits"]))
-
-
-def _limits(executor: Executor, command: Message) -> Message:
-    executor.set_limits(command["limits"])
-    return {}
-
-
-def _freeze(executor: Executor, _: Message) -> Message:
-    return stand_fields(executor.freeze())
-
-
-def _release(executor: Executor, command: Message) -> Message:
-    executor.release([Channel(*channel) for channel in command["channels"]])
-    return {}
-
-
-def _rewind(executor: Executor, command: Message) -> Message:
-    executor.rewind(command["positions"])
-    return {}
-
-
-_COMMANDS: dict[str, Callable[[Executor, Message], Message]] = {
-    "limits": _limits,
-    "freeze": _freeze,
-    "release": _release,
-    "rewind": _rewind,
-}
+    def _reply(self, command: Command, message: Message) -> None:
+        with contextlib.suppress(OSError):  # nobody is left to hear it
+            self.report("reply", id=message["id"], **answer(command, message))

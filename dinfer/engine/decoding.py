@@ -45,14 +45,15 @@ class Decoding:
     ) -> None:
         """`final` is the normed hidden state of the prompt's last token, [1, 1, hidden_size]."""
         self.tokens: list[int] = []
-        self._decoder, self._cache, self._prompt_tokens = decoder, cache, prompt_tokens
+        self.cache = cache
+        self._decoder, self._prompt_tokens = decoder, prompt_tokens
         self._final, self._sampler, self._comm, self._recorder = final, sampler, comm, recorder
 
     @property
     def is_done(self) -> bool:
         """Whether the last token ends the text or the cache has no room for another step."""
         ended = bool(self.tokens) and self.tokens[-1] in self._decoder.eos_ids
-        return ended or self._prompt_tokens + len(self.tokens) > self._cache.capacity
+        return ended or self._prompt_tokens + len(self.tokens) > self.cache.capacity
 
     def step(self) -> int:
         """The next token. Raises TokensDiffer if the ranks do not agree on it."""
@@ -66,6 +67,10 @@ class Decoding:
             self._record(start, computed)
         return token
 
+    def back_to(self, tokens: int) -> None:
+        """Forget all new tokens but the first that many; the same ones come again, unless something was edited."""
+        del self.tokens[tokens:]
+
     def run(self, max_new_tokens: int) -> Iterator[int]:
         """Steps until the text ends or `max_new_tokens` were made."""
         while len(self.tokens) < max_new_tokens and not self.is_done:
@@ -73,7 +78,7 @@ class Decoding:
 
     def _forward(self) -> Tensor:
         position = self._prompt_tokens + len(self.tokens) - 1
-        return self._decoder.norm(self._decoder.forward(self.tokens[-1:], self._cache, position))
+        return self._decoder.norm(self._decoder.forward(self.tokens[-1:], self.cache, position))
 
     def _compare(self, token: int, logits: Tensor) -> None:
         if self._comm.world_size == 1:

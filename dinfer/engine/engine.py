@@ -9,23 +9,28 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dinfer.config import Config
+from dinfer.engine.admission import check_length, check_plan
 from dinfer.engine.board import Board
+from dinfer.engine.by_hand import LayerKV, Steps, layer_kv
 from dinfer.engine.comm import Comm
+from dinfer.engine.conditions import Hit
+from dinfer.engine.deadline import Deadline, StillWaiting
 from dinfer.engine.decoding import Decoding
 from dinfer.engine.executor import Executor
 from dinfer.engine.gate import FreeGate, Gate
 from dinfer.engine.handlers import Prefill
+from dinfer.engine.prompt import Prompt, Stands
 from dinfer.engine.single import agree, sync_block
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 from dinfer.model.errors import ModelError
 from dinfer.model.sampling import Sampler, Sampling
 from dinfer.model.text import encode, load_tokenizer
-from dinfer.plan.ops import Op, PlanError
+from dinfer.plan.cut import Unit
+from dinfer.plan.ops import Op
 from dinfer.plan.partition import Shape, partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
-from dinfer.plan.verify import verify
 from dinfer.trace.events import Event
 from dinfer.trace.recorder import Recorder
 
@@ -46,7 +51,8 @@ class Engine:
     """One rank. Raises PlanError or ModelError for what cannot be run, before anything is sent.
 
     `memory` holds recorder records that another process may read; by default each prompt gets memory of its
-    own.
+    own. `deadline` bounds calls that wait for other ranks, in seconds: in a notebook, where some ranks may never make
+    the call. `on_hit` and `others` are `Prompt`'s.
     """
 
     def __init__(
@@ -59,12 +65,16 @@ class Engine:
         board: Board | None = None,
         memory: memoryview | None = None,
         on_op: Callable[[Event, Op], None] | None = None,
+        deadline: float | None = None,
+        on_hit: Hit | None = None,
+        others: Callable[[], Stands] | None = None,
     ) -> None:
         self.decoder, self.comm, self.config = decoder, comm, config
         self.rank, self.world_size = comm.rank, comm.world_size
         self.gate, self.board = gate or FreeGate(), board or Board()
-        self._memory, self._on_op = memory, on_op
-        self._executor: Executor | None = None
+        self._memory, self._on_op, self._on_hit, self._others = memory, on_op, on_hit, others
+        self._deadline = Deadline(comm.rank, deadline)
+        self._prompt: Prompt | None = None
         self.recorder: Recorder | None = None
         self.cache: KVCache | None = None
         self.ids: list[int] = []
@@ -82,9 +92,9 @@ class Engine:
         The prompt before it is given up, unless this one is refused. Raises PlanError or ModelError, and
         RuntimeError where the one before cannot be given up.
         """
-        self._check_length(len(ids))
+        check_length(self.decoder, len(ids))
         plan = plan or self.plan_for(len(ids))
-        self._check_plan(plan, len(ids))
+        check_plan(plan, self._shape(len(ids)), unsafe=self.config.unsafe)
         if not self.release():
             raise RuntimeError(
                 f"rank {self.rank} still has lanes of the prompt before this one blocked in a transfer: "
@@ -94,18 +104,26 @@ class Engine:
         self.cache = self.decoder.new_cache(self._capacity(len(ids)))
         state = Prefill(self.decoder, self.cache, plan, self.rank, ids)
         self.recorder = self._new_recorder(plan)
-        self._executor = Executor(plan, state, self.comm, self.gate, self.recorder, self.board, self._on_op)
-        self._executor.start()
-        return self._executor
+        self._prompt = Prompt(
+            plan, state, self.comm, self.gate, self.recorder, self.board,
+            on_op=self._on_op, on_hit=self._on_hit, others=self._others,
+        )  # fmt: skip
+        self._prompt.executor.start()
+        return self._prompt.executor
+
+    @property
+    def prompt(self) -> Prompt:
+        """The current prompt. Raises RuntimeError before there is one."""
+        if self._prompt is None:
+            raise RuntimeError(
+                "there is no prompt yet: call prefill_phase(prompt), or prepare(ids), on all ranks."
+            )
+        return self._prompt
 
     @property
     def executor(self) -> Executor:
         """The lanes of the current prompt. Raises RuntimeError before there is one."""
-        if self._executor is None:
-            raise RuntimeError(
-                "there is no prompt yet: call prefill_phase(prompt), or prepare(ids), on all ranks."
-            )
-        return self._executor
+        return self.prompt.executor
 
     def prefill_phase(self, prompt: str | Sequence[int] | None = None) -> PrefillResult:
         """Run the prompt through all stages, and all its blocks to every rank.
@@ -118,7 +136,13 @@ class Engine:
             self.prepare(self.encode(prompt))
         executor = self.executor
         self.board.set_phase("prefill")
-        executor.run_to_end()
+        before = None
+        while not executor.run_to_end(self._deadline.seconds):
+            if before == (before := executor.stand()):
+                raise StillWaiting(
+                    f"{self.prompt.waits()}; there was no progress for {self._deadline.seconds:g} s. "
+                    "Call prefill_phase on the other ranks too, then prefill_phase() here to go on."
+                )
         if executor.state.final is None:
             raise RuntimeError(
                 f"the plan has ended, but gives rank {self.rank} no final state to decode from."
@@ -143,6 +167,14 @@ class Engine:
         sampler = Sampler(Sampling(config.temperature, config.top_k, config.top_p, config.seed))
         return Decoding(self.decoder, cache, tokens, final[:, -1:], sampler, self.comm, self.recorder)
 
+    def extend(self, decoding: Decoding, max_new_tokens: int) -> None:
+        """Give a decoding of this engine's prompt room for that many new tokens in all."""
+        capacity = self._capacity(len(self.ids), max_new_tokens)
+        if decoding.cache.capacity < capacity:
+            self._take(decoding.cache.moved(capacity, len(self.ids) + len(decoding.tokens)))
+            assert self.cache is not None
+            decoding.cache = self.cache
+
     def decode_phase(
         self,
         hidden_states: Tensor | None = None,
@@ -157,12 +189,39 @@ class Engine:
         positions do.
         """
         decoding = self.decoding(hidden_states, kv_caches, max_new_tokens)
-        self.board.set_phase("decode")
-        for token in decoding.run(max_new_tokens or self.config.max_new_tokens):
-            self.board.set_phase("decode", len(decoding.tokens))
-            if on_token:
-                on_token(token)
-        return decoding.tokens
+
+        def decode() -> list[int]:
+            self.board.set_phase("decode")
+            for token in decoding.run(max_new_tokens or self.config.max_new_tokens):
+                self.board.set_phase("decode", len(decoding.tokens))
+                if on_token:
+                    on_token(token)
+            return decoding.tokens
+
+        tokens: list[int] = self._deadline.run("decode_phase", decode)
+        return tokens
+
+    # -- by hand
+
+    def step(self, unit: Unit = "wave", timeout: float = 5.0) -> Steps:
+        """Go on by one unit: on all ranks by the same call, or on this one as far as it gets alone.
+
+        Returns after at most `timeout` seconds; what was not reached by then is named, and goes on with the next call.
+        """
+        return self.prompt.step(unit, timeout)
+
+    def where(self) -> str:
+        """Where this rank stands, or whom it waits for."""
+        return self.prompt.waits()
+
+    def kv(self, layer: int) -> LayerKV:
+        """What this rank holds of a layer's KV, as views that may be written to. Raises ValueError."""
+        return layer_kv(self.executor, layer)
+
+    @property
+    def hidden(self) -> dict[tuple[int, int], Tensor]:
+        """Hidden states at hand: [chunk, layer] → [1, tokens, hidden_size] before that layer. May be replaced."""
+        return self.executor.state.hidden
 
     # -- one layer
 
@@ -196,6 +255,12 @@ class Engine:
         None. All get the pair; where a prompt is prepared it is also written to its cache. Raises ValueError,
         the same on every rank and before anything is sent, if these calls do not fit together.
         """
+        k, v = self._deadline.run(
+            f"sync_single_layer_cache({layer_idx}, …)", lambda: self._sync(layer_idx, kv_cache)
+        )
+        return k, v
+
+    def _sync(self, layer_idx: int, kv_cache: KV | None) -> KV:
         block = (self.chunk, layer_idx)
         owners, busy = self._shape(1).owners, self._is_running()
         owner = agree(self.comm, self.decoder, owners, block, kv_cache, busy=busy)
@@ -221,9 +286,9 @@ class Engine:
 
     def release(self) -> bool:
         """Give up the current prompt; whether all its lanes ended. If not, it may be tried again."""
-        if self._executor is not None and self._executor.close():
-            self._executor = None
-        return self._executor is None
+        if self._prompt is not None and self._prompt.executor.close():
+            self._prompt = None
+        return self._prompt is None
 
     def _shape(self, tokens: int) -> Shape:
         return partition(
@@ -237,31 +302,13 @@ class Engine:
     def _chunk_start(self) -> int:
         return self.chunk * self.config.chunk_size
 
-    def _check_length(self, tokens: int) -> None:
-        if tokens > self.decoder.max_positions:
-            raise ModelError(
-                f"the prompt has {tokens} tokens; this model has {self.decoder.max_positions} positions: "
-                "shorten it."
-            )
-
-    def _check_plan(self, plan: Plan, tokens: int) -> None:
-        """Raises PlanError for a plan of another shape, or one that verify refutes."""
-        given, own = plan.shape, self._shape(tokens)
-        if (given.layers, given.tokens, given.world_size) != (own.layers, own.tokens, own.world_size):
-            raise PlanError(
-                f"the plan is for {given.layers} layers, {given.tokens} tokens and {given.world_size} ranks; "
-                f"here are {own.layers} layers, {own.tokens} tokens and {own.world_size} ranks."
-            )
-        verdict = verify(plan)
-        if not verdict.proved and not self.config.unsafe:
-            raise PlanError(f"{verdict}. Nothing was run; unsafe=True would run it all the same.")
-
     def _is_running(self) -> bool:
-        stand = self._executor.stand() if self._executor and not self._executor.failure else None
+        executor = self._prompt.executor if self._prompt else None
+        stand = executor.stand() if executor and not executor.failure else None
         return stand is not None and (any(stand.started) or not stand.at_limits)
 
     def _is_finished(self) -> bool:
-        return self._executor is None or self._executor.is_done()
+        return self._prompt is None or self._prompt.executor.is_done()
 
     def _capacity(self, tokens: int, max_new_tokens: int | None = None) -> int:
         return min(tokens + (max_new_tokens or self.config.max_new_tokens), self.decoder.max_positions)
@@ -269,12 +316,16 @@ class Engine:
     def _roomy_cache(self, max_new_tokens: int | None) -> KVCache:
         """The prompt's cache, moved to a larger one if it has no room for that many new tokens."""
         assert self.cache is not None
-        tokens = len(self.ids)
-        if self.cache.capacity < self._capacity(tokens, max_new_tokens):
-            self.cache = self._cache_of(self.kv_caches(tokens), max_new_tokens)
-            if self._executor is not None:
-                self._executor.state.cache = self.cache
+        capacity = self._capacity(len(self.ids), max_new_tokens)
+        if self.cache.capacity < capacity:
+            self._take(self.cache.moved(capacity, len(self.ids)))
         return self.cache
+
+    def _take(self, cache: KVCache) -> None:
+        self.cache = cache
+        if self._prompt is not None:
+            self._prompt.state.cache = cache
+            self._prompt.edits.note_all()
 
     def _new_recorder(self, plan: Plan) -> Recorder:
         lanes = [*(lane.name for lane in plan.lanes[self.rank]), "decode"]
@@ -291,10 +342,6 @@ class Engine:
                 f"kv_caches has {len(kv_caches)} layers; this model has {self.decoder.num_layers}: "
                 "give K and V of each."
             )
-        tokens = kv_caches[0][0].shape[2]
-        cache = self.decoder.new_cache(self._capacity(tokens, max_new_tokens))
-        for number, (k, v) in enumerate(kv_caches):
-            rows = cache.block(number, 0, tokens)
-            rows[:, 0].copy_(k[0].transpose(0, 1))
-            rows[:, 1].copy_(v[0].transpose(0, 1))
+        cache = self.decoder.new_cache(self._capacity(kv_caches[0][0].shape[2], max_new_tokens))
+        cache.fill(kv_caches)
         return cache

@@ -167,6 +167,13 @@ class Executor:
         """Whether that value has been made on this rank."""
         return value in self._made
 
+    def outlast(self) -> None:
+        """Wait until the lanes are told to end. Raises OpFailed as soon as one has failed."""
+        self.wait(lambda: self._closing)
+
+    def holds_block(self, chunk: int, layer: int) -> bool:
+        return self.holds(Value("kv", chunk, layer))
+
     def close(self, timeout: float = 5.0) -> bool:
         """End the lanes' threads; whether all ended within `timeout` seconds.
 

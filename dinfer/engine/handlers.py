@@ -5,6 +5,7 @@ Nothing here decides when an op runs; the executor does.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from time import monotonic_ns
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dinfer.engine.comm import Comm
+from dinfer.engine.probes import digests
 from dinfer.engine.transfer import VOID, Header, TransferError, check
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
@@ -44,6 +46,8 @@ class Prefill:
         self.ids = list(ids)
         self.hidden: dict[tuple[int, int], Tensor] = {}
         self.final: Tensor | None = None
+        self.digests = False  # whether blocks are sent with digests, which are checked on arrival
+        self.differing: dict[tuple[int, int], str] = {}
         own = [op for lane in plan.lanes[rank] for op in lane.ops]
         self._entered = {v for op in own if op.kind in ("embed", "recv") for v in op.makes()}
         self._uses = Counter(need for op in own for need in op.needs() if need.what == "hidden")
@@ -71,6 +75,14 @@ class Prefill:
         After the last layer nobody does, but for the last chunk's.
         """
         return self._uses[Value("hidden", chunk, layer)] > 0
+
+    def note_difference(self, op: Op, sent: tuple[int, int], arrived: tuple[int, int]) -> None:
+        """Remember a block whose bytes changed on the way from its peer."""
+        changed = [name for name, one, other in zip("KV", sent, arrived, strict=True) if one != other]
+        if changed:
+            self.differing[op.chunk, op.layer] = (
+                f"{' and '.join(changed)} changed on the way from rank {op.peer}"
+            )
 
     def compute_layer(self, chunk: int, layer: int, hidden: Tensor) -> Tensor:
         return self.decoder.layer(layer, hidden, self.cache, self.rows(chunk).start)
@@ -127,7 +139,10 @@ def send(state: Prefill, op: Op, comm: Comm) -> Outcome:
     tokens = payload.shape[0] if op.what == "kv" else payload.shape[1]
     if tokens != op.tokens:
         raise TransferError(f"at `{op}` the plan says {op.tokens} tokens, but {op.value} has {tokens}.")
-    met = comm.send(channel_of(comm.rank, op), _header(state, op, payload).pack(), payload)
+    header = _header(state, op, payload)
+    if state.digests and op.what == "kv":
+        header = replace(header, digests=digests(payload))
+    met = comm.send(channel_of(comm.rank, op), header.pack(), payload)
     return Outcome(met, payload.nbytes)
 
 
@@ -144,6 +159,8 @@ def recv(state: Prefill, op: Op, comm: Comm) -> Outcome:
         comm.recv_payload(channel, torch.empty(came.nbytes, dtype=torch.uint8))  # the channel stays usable
         raise
     comm.recv_payload(channel, place)
+    if state.digests and any(came.digests):
+        state.note_difference(op, came.digests, digests(place))
     if op.what == "hidden":
         state.hidden[op.chunk, op.layer] = place
     elif op.what == "final":

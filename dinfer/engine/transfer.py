@@ -4,13 +4,13 @@ A message longer than its recv would end the process, so nothing is received bef
 """
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from dinfer.plan.ops import Op, Value, What
 
 HEADER_BYTES = 64
-_LAYOUT = struct.Struct("<4sBBBxQiiiiQ24x")
+_LAYOUT = struct.Struct("<4sBBBxQiiiiQQQ8x")
 _MAGIC = b"dinf"
 _WHATS: tuple[What, ...] = ("hidden", "kv", "final")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -25,7 +25,8 @@ class TransferError(RuntimeError):
 class Header:
     """What follows: `nbytes` bytes of `value`, `tokens` long, in `dtype`, by plan `plan_id`.
 
-    A void header announces nothing: it releases a recv that was posted too early.
+    `digests` are those of K and V, where the sender was asked for them. A void header announces nothing: it releases a
+    recv that was posted too early.
     """
 
     plan_id: int
@@ -34,25 +35,27 @@ class Header:
     dtype: str
     nbytes: int
     void: bool = False
+    digests: tuple[int, int] = field(default=(0, 0), compare=False)
 
     def pack(self) -> bytes:
         kind = _VOID if self.void else _BLOCK
         what, dtype = _WHATS.index(self.value.what), _DTYPES.index(self.dtype)
         chunk, layer = self.value.chunk, self.value.layer
         return _LAYOUT.pack(
-            _MAGIC, kind, what, dtype, self.plan_id, chunk, layer, self.tokens, 0, self.nbytes
+            _MAGIC, kind, what, dtype, self.plan_id, chunk, layer, self.tokens, 0, self.nbytes, *self.digests
         )
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
         """Raises TransferError for bytes that are no header."""
-        magic, kind, what, dtype, plan_id, chunk, layer, tokens, _, nbytes = _LAYOUT.unpack(data)
+        magic, kind, what, dtype, plan_id, chunk, layer, tokens, _, nbytes, *digests = _LAYOUT.unpack(data)
         if magic != _MAGIC or what >= len(_WHATS) or dtype >= len(_DTYPES):
             raise TransferError(
                 f"{data[:16].hex()}… came where a header was expected: "
                 "the stream between two ranks is broken."
             )
-        return cls(plan_id, Value(_WHATS[what], chunk, layer), tokens, _DTYPES[dtype], nbytes, kind == _VOID)
+        value = Value(_WHATS[what], chunk, layer)
+        return cls(plan_id, value, tokens, _DTYPES[dtype], nbytes, kind == _VOID, (digests[0], digests[1]))
 
     def __str__(self) -> str:
         plural = "" if self.tokens == 1 else "s"

@@ -2,7 +2,7 @@
 
 It reads the rank's board and recorder from shared memory and publishes them, passes commands in and reports
 out, and goes on while the rank is busy in C code, stopped, or killed. It ends with its rank; a rank whose client
-is gone it ends too. No torch here: it starts in a fraction of a second.
+is gone it ends too, or pauses, as the client has asked. No torch here: it starts in a fraction of a second.
 """
 
 import contextlib
@@ -15,11 +15,15 @@ from time import monotonic
 from typing import Any
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from dinfer.engine.board import BOARD_BYTES, Board, map_file
 from dinfer.trace.recorder import Recorder
 
 TICK_MS = 20
+FAST_TICK_MS = 1
+FAST_FOR_S = 0.25
+"""For so long after a command somebody waits for what it does: ticks are fast."""
 BEAT_S = 0.5
 RECORDER_BYTES = 4 << 20
 MEMORY_BYTES = BOARD_BYTES + RECORDER_BYTES
@@ -51,6 +55,9 @@ class Watcher:
         self._rank, self._memory, self._rank_end, self._client = rank, memory, rank_end, client
         self._rank_pid = os.getppid()
         self._launcher, self._joined = link["launcher"], link["joined"]
+        self._orphan = link.get("orphan")
+        self._lost_client_at: float | None = None
+        self._connection = client.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._board = Board(memory)
         self._recorder: Recorder | None = None
         self._cursor: list[int] = []
@@ -58,7 +65,7 @@ class Watcher:
         self._last_state: object = None
         self._last_beat = 0.0
         self._unread = b""
-        self._client_heard = monotonic()
+        self._client_heard = self._commanded = monotonic()
 
     def run(self) -> None:
         """Until the rank is gone."""
@@ -67,15 +74,17 @@ class Watcher:
         poller.register(self._rank_end, zmq.POLLIN)
         alive = True
         while alive:
-            ready = dict(poller.poll(TICK_MS))
+            fast = monotonic() - self._commanded < FAST_FOR_S
+            ready = dict(poller.poll(FAST_TICK_MS if fast else TICK_MS))
             if self._client in ready:
                 self._commands()
             if self._rank_end.fileno() in ready:
                 alive = self._reports()
             alive = alive and os.getppid() == self._rank_pid
             self._publish(last=not alive)
-            self._end_orphan()
+            self._look_after_orphan()
         self._say({"type": "gone"})
+        self._connection.close()
 
     def _commands(self) -> None:
         while self._client.poll(0):
@@ -84,8 +93,12 @@ class Watcher:
             if json.loads(command)["do"] == "kill":
                 self._kill()
             elif json.loads(command)["do"] != "beat":
-                with contextlib.suppress(OSError):
-                    self._rank_end.sendall(command + b"\n")
+                self._commanded = monotonic()
+                self._pass_on(command)
+
+    def _pass_on(self, command: bytes) -> None:
+        with contextlib.suppress(OSError):
+            self._rank_end.sendall(command + b"\n")
 
     def _reports(self) -> bool:
         """Pass on what the rank says; False once it is gone."""
@@ -133,11 +146,35 @@ class Watcher:
                 }
             )
 
-    def _end_orphan(self) -> None:
-        """A rank that nobody can command or hear any more is ended."""
+    def _look_after_orphan(self) -> None:
+        """A rank that nobody can command or hear any more is ended, or paused, as its client has asked.
+
+        A session's client is gone when its connection is closed and stays so: one that sleeps, a laptop say, keeps it.
+        """
+        if self._orphan:
+            self._note_connection()
+            lost_at = self._lost_client_at
+            if lost_at is not None and monotonic() - lost_at > self._orphan["patience_s"]:
+                self._lost_client_at = None
+                self._leave(self._orphan)
+            return
         silent = monotonic() - self._client_heard > ORPHAN_S
-        if silent and (self._joined or not _exists(self._launcher)):
+        if silent and (self._joined or not exists(self._launcher)):
             self._kill()
+
+    def _note_connection(self) -> None:
+        while self._connection.poll(0):
+            event = recv_monitor_message(self._connection)["event"]
+            self._lost_client_at = monotonic() if event == zmq.EVENT_DISCONNECTED else None
+
+    def _leave(self, orphan: Message) -> None:
+        if orphan["do"] == "pause":
+            self._pass_on(b'{"do": "freeze", "id": 0}')
+            return
+        for pid in orphan["ends"]:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGTERM)
+        self._kill()
 
     def _kill(self) -> None:
         if os.getppid() == self._rank_pid:
@@ -147,7 +184,7 @@ class Watcher:
         self._client.send_multipart([b"", json.dumps({**message, "rank": self._rank}).encode()])
 
 
-def _exists(pid: int) -> bool:
+def exists(pid: int) -> bool:
     """Whether that process runs; one that has ended and that nobody has waited for does not."""
     try:
         os.kill(pid, 0)

@@ -16,6 +16,7 @@ from typing import Any
 from dinfer.config import Config
 from dinfer.engine.control import Control
 from dinfer.engine.debugger import listen_for_debugger
+from dinfer.engine.failure import describe
 
 log = logging.getLogger("dinfer")
 
@@ -37,21 +38,6 @@ def main() -> int:
     control.report("result", **result)
     control.close()
     return 0
-
-
-def describe(error: BaseException) -> dict[str, Any]:
-    """What a session needs to tell causes from consequences: `secondary` is what a lost peer does to others."""
-    from dinfer.engine.comm import CommError
-
-    cause = error.__cause__ if error.__cause__ is not None else error
-    return {
-        "message": str(error)
-        if type(error).__module__.startswith("dinfer")
-        else f"{type(error).__name__}: {error}",
-        "error": type(cause).__name__,
-        "secondary": isinstance(error, CommError) or isinstance(cause, CommError),
-        "traceback": "".join(traceback.format_exception(error)),
-    }
 
 
 def _run(job: dict[str, Any], config: Config, control: Control) -> dict[str, Any]:

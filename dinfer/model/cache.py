@@ -10,6 +10,7 @@ in any order and nothing has to be truncated.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,6 +67,20 @@ class KVCache:
     def v(self, layer: int, stop: int, start: int = 0) -> Tensor:
         """Return V of tokens [start, stop) as attention wants it: a view [1, kv_heads, tokens, head_dim]."""
         return self.block(layer, start, stop)[:, 1].transpose(0, 1).unsqueeze(0)
+
+    def fill(self, kv: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Copy K and V of every layer, each [1, kv_heads, tokens, head_dim], into the first rows."""
+        for number, (k, v) in enumerate(kv):
+            rows = self.block(number, 0, k.shape[2])
+            rows[:, 0].copy_(k[0].transpose(0, 1))
+            rows[:, 1].copy_(v[0].transpose(0, 1))
+
+    def moved(self, capacity: int, tokens: int) -> KVCache:
+        """Return a cache of another capacity that holds the first `tokens` rows of this one."""
+        other = KVCache(self.layers, capacity, self.kv_heads, self.head_dim, self.dtype, self.device)
+        for mine, theirs in zip(self._tensors, other._tensors, strict=True):
+            theirs[:tokens].copy_(mine[:tokens])
+        return other
 
     def sha256(self, tokens: int) -> str:
         """Return the SHA-256 (hex) of the first `tokens` rows: layer by layer, token by token, K then V.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from dinfer.model.positions import Positions, layer_kinds
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+_PAGE = 4096
 _LOADING = threading.Lock()
 """from_pretrained sets process-wide defaults (dtype, init) while it works: one at a time."""
 
@@ -51,13 +52,20 @@ class Decoder:
         self._positions = Positions(config, self._base.rotary_emb, self._family.rotary_per_layer_type)
 
     @classmethod
-    def load(cls, path: str | Path, dtype: str = "auto", device: str = "cpu") -> Decoder:
+    def load(
+        cls,
+        path: str | Path,
+        dtype: str = "auto",
+        device: str = "cpu",
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Decoder:
         """Load a checkpoint folder (or "demo"), weights in `dtype` ("auto": as the checkpoint says).
 
         On a CPU, weights in the dtype of the files are views of the files: ranks of one machine share them,
         and they are read from disk when they are first used. (Weights edited in place are copied first; the
         files stay as they are, and must stay while a rank runs.) Weights of another dtype, and experts, are
         made tensor by tensor. Then they go to `device` one by one, each leaving the CPU as it arrives.
+        `on_progress(bytes done, bytes in all)` is called as they do; on a CPU it has them read from disk at once.
 
         Raises `ModelError` for a checkpoint that is incomplete or not supported, and where weights are
         missing.
@@ -70,7 +78,10 @@ class Decoder:
             # not copy them, bit-equal. Not for CUDA, where that falls back to a slow kernel.
             os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
         with _LOADING, _no_progress_bar(), _one_tensor_at_a_time():
-            return cls(_load_model(spec, dtype).to(device), spec)
+            model = _load_model(spec, dtype)
+            if on_progress:
+                _place(model, torch.device(device), on_progress)
+            return cls(model.to(device), spec)
 
     def new_cache(self, capacity: int) -> KVCache:
         """Return an empty KV cache for `capacity` tokens, in the dtype and on the device of the model."""
@@ -172,6 +183,20 @@ def _load_model(spec: Spec, dtype: str) -> Any:
             f"{spec.path} lacks {len(missing)} weights, the first {missing[0]!r}: get the checkpoint again"
         )
     return model.eval().requires_grad_(False)
+
+
+def _place(model: Any, device: torch.device, on_progress: Callable[[int, int], None]) -> None:
+    """Bring the weights to where they are used, one after another, and say how far that is."""
+    parameters = list(model.parameters())
+    total, done = sum(parameter.nbytes for parameter in parameters), 0
+    for parameter in parameters:
+        on_progress(done, total)
+        done += parameter.nbytes
+        if device.type == "cpu":
+            parameter.view(-1)[:: max(1, _PAGE // parameter.element_size())].sum()  # reads each page
+        else:
+            parameter.data = parameter.data.to(device)
+    on_progress(done, total)
 
 
 @contextlib.contextmanager

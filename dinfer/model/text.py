@@ -5,6 +5,7 @@ The tokenizer is transformers' own. Nothing here touches the model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,12 @@ class TextStream:
         return str(
             self._tokenizer.decode(ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)
         )
+
+
+def texts_of(tokenizer: Any | None, ids: Sequence[int], ranges: Sequence[range]) -> list[str]:
+    """Return the text of each range of `ids`, in whole characters; empty where there is no tokenizer."""
+    if tokenizer is None:
+        return [""] * len(ranges)
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in ids]
+    return ["".join(pieces[rows.start : rows.stop]) for rows in ranges]

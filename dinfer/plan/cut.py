@@ -11,13 +11,13 @@ plan and cut.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Iterator, Set
 from functools import cached_property
 from itertools import groupby
 from typing import Literal
 
 from dinfer.plan.graph import NONE, Graph, levels, simulate
-from dinfer.plan.ops import PlanError
+from dinfer.plan.ops import Op, PlanError
 from dinfer.plan.plan import Place, Plan
 
 Cut = tuple[tuple[int, ...], ...]
@@ -80,6 +80,19 @@ class Cuts:
                 f"layers from 0 to {shape.layers - 1}."
             )
         return self.chain("layer")[self.blocks.index((chunk, layer)) + 1]
+
+    def unmet(self, cut: Cut) -> Iterator[int]:
+        """The numbers of the ops that are not in, in the order in which single steps take them."""
+        inside = self._numbers(cut)
+        return (number for number in self._op_order if number not in inside)
+
+    def rank_and_op(self, number: int) -> tuple[int, Op]:
+        """The op of that number, and its rank."""
+        return self._graph.ranks[number], self._graph.ops[number]
+
+    def after_op(self, number: int) -> Cut:
+        """The smallest consistent cut that holds that op."""
+        return self._positions(self._close((number,)))
 
     def next(self, cut: Cut, unit: Unit) -> Cut:
         """One step on from `cut`; the same cut at the end."""

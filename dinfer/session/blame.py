@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from dinfer.config import Config
 from dinfer.plan.plan import Plan
-from dinfer.session.link import RankState
+from dinfer.session.states import RankState
 from dinfer.session.where import rank_text
 
 LOST = 256
@@ -26,6 +26,11 @@ def failure_of(
     plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], config: Config, now: float
 ) -> str | None:
     """Why the run is over, or None if it is not. `exits[rank]` is set for ranks that ended without a result."""
+    return broken(plan, ranks, exits, config) or _standstill(plan, ranks, config, now)
+
+
+def broken(plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], config: Config) -> str | None:
+    """The same but for a standstill: what has been raised, and who has died."""
     errors = [(rank, state.reports["error"]) for rank, state in enumerate(ranks) if "error" in state.reports]
     primary = [(rank, error) for rank, error in errors if not error["secondary"]]
     dead = [
@@ -43,16 +48,20 @@ def failure_of(
     if errors:
         rank, error = errors[0]
         return _told(error["message"], rank, config)
-    return _standstill(plan, ranks, config, now)
+    return None
 
 
 def _told(message: str, rank: int, config: Config) -> str:
     named = message if message.startswith(f"rank {rank} ") else f"rank {rank}: {message}"
+    if not config.log_dir:
+        return f"{named}\n`session.log` has the whole traceback."
     return f"{named}\nThe whole traceback is in {config.log_dir}/rank{rank}.log."
 
 
 def _death(plan: Plan, rank: int, state: RankState, code: int | None, config: Config) -> str:
     stood = f"rank {rank} {_ending(code, config)}; it stood at: {_position(plan, rank, state)}"
+    if not config.log_dir:
+        return f"{stood}\n`session.recover()` brings it back."
     if code in (LOST, SILENT):
         return f"{stood}\nIts log is {config.log_dir}/rank{rank}.log on its host; its launcher may know more."
     return f"{stood}\nWhat it printed last is in {config.log_dir}/rank{rank}.err."

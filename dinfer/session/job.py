@@ -30,29 +30,55 @@ class Job:
 def prepare(config: Config, ranks_here: Sequence[int] | None = None) -> Job:
     """Raises ConfigError, ModelError or PlanError, each with what to do. `ranks_here`: by default all."""
     spec = check(config.model_path)
+    _check_world_size(config, spec)
+    ids = _prompt_ids(config, spec)
+    here = list(range(config.world_size)) if ranks_here is None else list(ranks_here)
+    _check_gpus(config, here)
+    _check_memory(config, spec, len(ids), here)
+    return _job(config.with_(threads=config.threads or threads_per_rank(len(here))), spec, ids, None)
+
+
+def prepare_loaded(config: Config, plan: Plan | None = None) -> Job:
+    """The same for ranks that hold the checkpoint already: memory and devices have been looked at then. `plan`: the
+    user's own, in place of the one that the config makes."""
+    spec = check(config.model_path)
+    _check_world_size(config, spec)
+    return _job(config, spec, _prompt_ids(config, spec), plan)
+
+
+def check_load(config: Config, ranks_here: Sequence[int]) -> Spec:
+    """What can be known of loading a checkpoint on these ranks, which share this host. Raises as `prepare` does."""
+    spec = check(config.model_path)
+    _check_world_size(config, spec)
+    _check_gpus(config, ranks_here)
+    _check_memory(config, spec, config.max_new_tokens, ranks_here)
+    return spec
+
+
+def _check_world_size(config: Config, spec: Spec) -> None:
     if config.world_size > spec.layers:
         raise ConfigError(
             f"world_size is {config.world_size}, but {config.model_path} has {spec.layers} layers and every rank "
             f"must own at least one: use at most {spec.layers} ranks."
         )
-    ids = _prompt_ids(config, spec)
-    here = list(range(config.world_size)) if ranks_here is None else list(ranks_here)
-    _check_gpus(config, here)
-    _check_memory(config, spec, len(ids), here)
-    shape = partition(
-        layers=spec.layers,
-        tokens=len(ids),
-        world_size=config.world_size,
-        chunk_size=config.chunk_size,
-        layer_split=config.layer_split or None,
-    )
-    plan = build(shape, config.schedule, config.sync_strategy)
+
+
+def _job(config: Config, spec: Spec, ids: tuple[int, ...], plan: Plan | None) -> Job:
+    if plan is None:
+        shape = partition(
+            layers=spec.layers,
+            tokens=len(ids),
+            world_size=config.world_size,
+            chunk_size=config.chunk_size,
+            layer_split=config.layer_split or None,
+        )
+        plan = build(shape, config.schedule, config.sync_strategy)
     verdict = verify(plan)
     if not verdict.proved and not config.unsafe:
         raise PlanError(
             f"{verdict}.\nNothing was run. Choose another schedule, or pass unsafe=true to watch it hang."
         )
-    return Job(config.with_(threads=config.threads or threads_per_rank(len(here))), spec, ids, plan, verdict)
+    return Job(config, spec, ids, plan, verdict)
 
 
 def _check_gpus(config: Config, ranks: Sequence[int]) -> None:

@@ -22,9 +22,10 @@ from dinfer.config import Config, ConfigError
 from dinfer.engine.comm import Comm, GlooComm, Store
 from dinfer.engine.control import Control
 from dinfer.engine.debugger import listen_for_debugger
+from dinfer.engine.failure import describe
 from dinfer.engine.interface import own_address_towards
 from dinfer.engine.rank import run_rank
-from dinfer.engine.worker import describe, log_to
+from dinfer.engine.worker import log_to
 from dinfer.model.errors import ModelError
 from dinfer.plan.ops import PlanError
 from dinfer.session.environment import DEBUGGER, Launched

@@ -13,7 +13,7 @@ from typing import Any
 
 from dinfer.config import Config, ConfigError
 from dinfer.engine.comm import Store, join_store, open_store
-from dinfer.engine.control import Message
+from dinfer.engine.commands import Message
 from dinfer.engine.interface import own_address_towards
 from dinfer.session.environment import MPIRUN, Launched, meeting_of
 

@@ -1,7 +1,7 @@
 """Progress of one rank in one line. Pure: plan and state in, text out."""
 
 from dinfer.plan.plan import Plan
-from dinfer.session.link import RankState
+from dinfer.session.states import RankState
 
 
 def progress_line(plan: Plan, rank: int, state: RankState) -> str:

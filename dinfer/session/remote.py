@@ -3,12 +3,12 @@
 import time
 from collections.abc import Callable, Sequence
 
-from dinfer.engine.control import Message, stand_of
+from dinfer.engine.commands import Message, stand_of
 from dinfer.plan.cut import Cut
 from dinfer.plan.graph import channel_of
 from dinfer.plan.plan import Place, Plan
 from dinfer.session.fleet import RankFailed, Stands
-from dinfer.session.link import Link
+from dinfer.session.states import States
 
 POLL_S = 0.05
 
@@ -17,12 +17,13 @@ class RemoteFleet:
     """`check()` is called while waiting; it raises RankFailed when the run cannot go on. `patience` is the number of
     seconds in which a rank must answer a command."""
 
-    def __init__(self, plan: Plan, link: Link, check: Callable[[], None], patience: float = 30.0) -> None:
-        self.plan, self._link, self._check, self._patience = plan, link, check, patience
+    def __init__(self, plan: Plan, line: States, check: Callable[[], None], patience: float = 30.0) -> None:
+        self.plan, self._line = plan, line
+        self._check, self._patience = check, patience
 
     def stands(self) -> Stands:
-        with self._link.changed:
-            found = [state.stand for state in self._link.ranks]
+        with self._line.changed:
+            found = [state.stand for state in self._line.ranks]
         stands = [stand for stand in found if stand is not None]
         if len(stands) < len(found):
             raise RankFailed("not all ranks have said where they stand yet: wait until they are ready.")
@@ -33,7 +34,7 @@ class RemoteFleet:
         return [stand_of(answers[rank]) for rank in sorted(answers)]
 
     def set_limits(self, limits: Cut) -> None:
-        self._ask({rank: {"do": "limits", "limits": lanes} for rank, lanes in enumerate(limits)})
+        self._ask({rank: {"do": "limits", "cut": limits} for rank in range(len(limits))})
 
     def release(self, recvs: Sequence[Place]) -> None:
         for place in recvs:
@@ -41,17 +42,17 @@ class RemoteFleet:
             self._ask({op.peer: {"do": "release", "channels": [channel_of(place.rank, op)]}})
 
     def rewind(self, cut: Cut) -> None:
-        self._ask({rank: {"do": "rewind", "positions": lanes} for rank, lanes in enumerate(cut)})
+        self._ask({rank: {"do": "rewind", "cut": cut} for rank in range(len(cut))})
 
     def wait(self, until: Callable[[Stands], bool], timeout: float | None) -> bool:
         deadline = None if timeout is None else time.monotonic() + timeout
-        while not until(self.stands()):
+        while True:
+            with self._line.changed:  # held while looking, so that no news between look and wait is missed
+                if self._line.changed.wait_for(lambda: until(self.stands()), POLL_S):
+                    return True
             if deadline is not None and time.monotonic() > deadline:
                 return False
-            with self._link.changed:
-                self._link.changed.wait(POLL_S)
             self._check()
-        return True
 
     def _ask(self, requests: dict[int, Message]) -> dict[int, Message]:
-        return self._link.ask(requests, self._patience, self._check)
+        return self._line.ask(requests, self._patience, self._check)

@@ -7,15 +7,16 @@ from typing import Any
 
 from dinfer import __version__
 from dinfer.session.job import Job
-from dinfer.session.link import RankState
+from dinfer.session.states import RankState
+from dinfer.trace.events import Event
 from dinfer.trace.trace import Trace
 
 
-def merge(job: Job, ranks: Sequence[RankState]) -> Trace:
-    """One trace from what the ranks' watchers have published."""
+def merge(job: Job, by_rank: Sequence[Sequence[Event]]) -> Trace:
+    """One trace from the events that the ranks' watchers have published."""
     shape = job.plan.shape
     return Trace.merge(
-        [state.events for state in ranks],
+        by_rank,
         dinfer=__version__,
         model=job.config.model_path,
         layers=shape.layers,

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dinfer.session.job import Job
-from dinfer.session.link import RankState
 from dinfer.session.processes import Processes
 from dinfer.session.progress import progress_line
 from dinfer.session.result import merge, result_of, table
+from dinfer.session.states import RankState
 from dinfer.trace.export import write_jsonl
 
 PROGRESS_S = 0.5
@@ -81,7 +81,7 @@ def conclude(
     job: Job, ranks: Sequence[RankState], show: Show, trace_path: str | Path | None
 ) -> dict[str, Any]:
     """Show and keep what the ranks have delivered. Raises RuntimeError if they hold different KV."""
-    trace = merge(job, ranks)
+    trace = merge(job, [state.events for state in ranks])
     result = result_of(job, ranks, trace, show.text)
     show.say(f"\n\n{table(result)}")
     if trace_path:

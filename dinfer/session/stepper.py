@@ -17,10 +17,12 @@ class NoProgress(RuntimeError):
 
 
 class Move(NamedTuple):
-    """A step's effect. Equal ends mean that there was nothing to do: the run stands at that end already."""
+    """A step's effect. Equal ends mean that there was nothing to do: the run stands at that end already.
+    `stopped`: somebody paused the run before it had got where it was sent."""
 
     before: Cut
     after: Cut
+    stopped: bool = False
 
     @property
     def moved(self) -> bool:
@@ -38,6 +40,7 @@ class Stepper:
         self._cuts = Cuts(fleet.plan)
         self._last = self._cuts.start
         self._lock = threading.RLock()
+        self._stop = threading.Event()
 
     @property
     def cuts(self) -> Cuts:
@@ -72,15 +75,24 @@ class Stepper:
             target = self._cuts.after_block(chunk, layer)
             return self._go(self._stand(), target)
 
-    def resume(self) -> None:
-        """Let all lanes go to the end; returns at once."""
+    def resume(self, limit: Cut | None = None) -> None:
+        """Let all lanes go to a cut ahead, by default the end; returns at once."""
         with self._lock:
-            self._fleet.set_limits(self._cuts.end)
+            self._fleet.set_limits(limit or self._cuts.end)
 
-    def pause(self) -> Cut:
-        """Stop a free run at the nearest consistent cut."""
-        with self._lock:
-            return self._stand()
+    def pause(self, timeout: float | None = None) -> Cut:
+        """Stop at the nearest consistent cut, also a move that another thread waits for.
+
+        Raises NoProgress after `timeout` seconds (default: those of this stepper); the ranks stop all the same as soon
+        as their ops end.
+        """
+        self._stop.set()
+        try:
+            with self._lock:
+                self._stop.clear()
+                return self._stand(timeout)
+        finally:
+            self._stop.clear()
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the run has reached its limits. Raises NoProgress after `timeout` seconds."""
@@ -90,16 +102,18 @@ class Stepper:
         """Where each rank stands, a line each."""
         return where_text(self._fleet.plan, self._fleet.stands())
 
-    def _stand(self) -> Cut:
-        """Bring the run to a stand; the cut at which it then is."""
-        stands = self._fleet.stands()
-        if _standing(stands) and self._is_consistent(_positions(stands)):
-            return _positions(stands)
+    def _stand(self, timeout: float | None = None) -> Cut:
+        """Bring the run to a stand; the cut at which it then is.
+
+        The ranks themselves are asked: they may have been moved by others than this stepper.
+        """
         stands = self._fleet.freeze()
+        if not any(_started(stands)) and self._is_consistent(_positions(stands)):
+            return _positions(stands)
         cut, void = self._cuts.stop(_positions(stands), _started(stands))
         self._fleet.set_limits(cut)
         self._fleet.release(void)
-        self._arrive(cut, self._timeout)
+        self._arrive(cut, timeout or self._timeout)
         return cut
 
     def _is_consistent(self, cut: Cut) -> bool:
@@ -110,16 +124,25 @@ class Stepper:
         if not is_inside(before, target):
             self._fleet.rewind(meet(before, target))
         self._fleet.set_limits(target)
-        self._arrive(target, self._timeout)
-        return Move(before, target)
+        if self._arrive(target, self._timeout, may_stop=True):
+            return Move(before, target)
+        return Move(before, self._stand(), stopped=True)
 
-    def _arrive(self, cut: Cut | None, timeout: float | None) -> None:
+    def _arrive(self, cut: Cut | None, timeout: float | None, *, may_stop: bool = False) -> bool:
+        """Wait until the ranks are there; False if somebody pauses them first."""
+
         def arrived(stands: Stands) -> bool:
             return _standing(stands) and cut in (None, _positions(stands))
 
-        if not self._fleet.wait(arrived, timeout):
+        def over(stands: Stands) -> bool:
+            return arrived(stands) or (may_stop and self._stop.is_set())
+
+        if not self._fleet.wait(over, timeout):
             raise NoProgress(f"the ranks have not arrived within {timeout:g} s:\n{self.where()}")
+        if not arrived(self._fleet.stands()):
+            return False
         self._last = cut or self._last
+        return True
 
 
 def _positions(stands: Stands) -> Cut:

@@ -10,7 +10,7 @@ from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
 from dinfer.session.blame import failure_of
-from dinfer.session.link import RankState
+from dinfer.session.states import RankState
 
 CONFIG = Config(world_size=2, timeout=60, start_timeout=180, log_dir="logs")
 NOBODY = (None, None)

@@ -10,8 +10,8 @@ import pytest
 
 from dinfer.config import Config
 from dinfer.session.job import Job, prepare
-from dinfer.session.link import RankState
 from dinfer.session.result import merge, result_of, table, write_json
+from dinfer.session.states import RankState
 from dinfer.trace.events import Event
 from tests.unit.model.tiny import tiny_checkpoint
 

@@ -15,7 +15,8 @@ from dinfer.plan.schedule import build
 from dinfer.session.blame import silence_limit
 from dinfer.session.fleet import RankFailed
 from dinfer.session.job import Job
-from dinfer.session.link import Link, RankState
+from dinfer.session.link import Link
+from dinfer.session.states import RankState
 from dinfer.session.watch import Watch
 
 PLAN = build(partition(layers=6, tokens=8, world_size=3, chunk_size=4), "lockstep", "pairwise")

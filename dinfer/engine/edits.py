@@ -1,0 +1,58 @@
+"""Edits: has the user changed a tensor between two steps? Then an uninterrupted run is no measure any more.
+
+torch counts in-place changes of a tensor and all its views (`_version`). What the engine's own ops leave is noted
+after each op; what differs from that at the next step was changed by hand. Bytes that arrive over gloo do not count
+up, so they need no note.
+"""
+
+from torch import Tensor
+
+from dinfer.engine.handlers import Prefill
+from dinfer.plan.ops import Op
+from dinfer.trace.events import Event
+
+Mark = tuple[int, int]
+"""Which tensor, and how often it was changed."""
+
+
+class Edits:
+    """Of one prompt on one rank. Called with every event, on the lanes' threads."""
+
+    def __init__(self, state: Prefill) -> None:
+        self._state = state
+        self.found: list[str] = []
+        self._kv: dict[int, int] = {}
+        self._hidden: dict[tuple[int, int], Mark] = {}
+        self.note_all()
+
+    def __call__(self, _: Event, op: Op) -> None:
+        for value in op.makes():
+            if value.what == "kv":
+                self._kv[value.layer] = self._version(value.layer)
+            elif (hidden := self._state.hidden.get((value.chunk, value.layer))) is not None:
+                self._hidden[value.chunk, value.layer] = _mark(hidden)
+
+    def note_all(self) -> None:
+        """Take what there is now as the engine's own."""
+        self._kv = {layer: self._version(layer) for layer in range(self._state.cache.layers)}
+        self._hidden = {key: _mark(hidden) for key, hidden in self._state.hidden.items()}
+
+    def look(self) -> list[str]:
+        """What has been changed by hand since the engine's last op, in words; for a rank that stands."""
+        changed = [f"KV of layer {n}" for n, version in self._kv.items() if version != self._version(n)]
+        changed += [
+            f"hidden c{chunk} l{layer}"
+            for (chunk, layer), hidden in self._state.hidden.items()
+            if self._hidden.get((chunk, layer)) != _mark(hidden)
+        ]
+        if changed:
+            self.found += [what for what in changed if what not in self.found]
+            self.note_all()
+        return changed
+
+    def _version(self, layer: int) -> int:
+        return self._state.cache.tensor(layer)._version
+
+
+def _mark(tensor: Tensor) -> Mark:
+    return id(tensor), tensor._version

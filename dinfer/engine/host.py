@@ -1,0 +1,263 @@
+"""Host: one rank of a session, which lasts longer than any prompt: checkpoint, group, current prompt.
+
+It is a table of commands; how they arrive is for others: through a watcher from another process, or by a call from the
+same one. Nothing here knows notebooks.
+"""
+
+import threading
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+
+from dinfer.config import Config
+from dinfer.engine.agreement import agree, facts_of
+from dinfer.engine.board import Board, Stand
+from dinfer.engine.comm import Comm
+from dinfer.engine.commands import Command, Message, Table, lane_commands, stand_fields, stand_of
+from dinfer.engine.drain import drain
+from dinfer.engine.engine import Engine
+from dinfer.engine.executor import Executor, OpFailed
+from dinfer.engine.failure import describe
+from dinfer.engine.gate import Gate
+from dinfer.engine.tokens import Tokens
+from dinfer.model.decoder import Decoder
+from dinfer.plan.breakpoints import Breakpoint
+from dinfer.plan.graph import Channel
+from dinfer.plan.ops import Op
+from dinfer.plan.plan import parse_plan
+
+ANSWER_S = 2.0
+
+
+class Line(Protocol):
+    """What a host needs of its connection to the session."""
+
+    def report(self, kind: str, **fields: Any) -> None:
+        """Tell the session something."""
+
+    def ask(self, what: str, timeout: float) -> Message | None:
+        """The session's answer, or None."""
+
+
+class Meet(Protocol):
+    """How this rank comes by its group."""
+
+    def open(self, message: Message) -> Message:
+        """On rank 0: where the others find it, as JSON."""
+
+    def join(self, message: Message) -> Comm:
+        """Meet all others there."""
+
+
+class Host:
+    """`decoder`: weights that are there already, which all ranks of one process share."""
+
+    def __init__(
+        self,
+        rank: int,
+        line: Line,
+        meet: Meet,
+        *,
+        board: Board | None = None,
+        memory: memoryview | None = None,
+        gate: Gate | None = None,
+        decoder: Decoder | None = None,
+        on_engine: Callable[["Host"], None] | None = None,
+    ) -> None:
+        self.rank, self.line = rank, line
+        self.board, self.memory, self.gate = board or Board(), memory, gate
+        self.decoder = decoder
+        self.comm: Comm | None = None
+        self.engine: Engine | None = None
+        self.tokens: Tokens | None = None
+        self._loaded: tuple[str, ...] = ()
+        self._meet, self._on_engine = meet, on_engine
+
+    def table(self) -> Table:
+        return {
+            **lane_commands(self._executor),
+            "limits": Command(self._limits),
+            "rewind": Command(self._rewind, slow=True),
+            "open": Command(self._meet.open, slow=True),
+            "meet": Command(self._join, slow=True),
+            "load": Command(self._load, slow=True),
+            "prepare": Command(self._prepare, slow=True),
+            "breakpoints": Command(self._arm),
+            "decode": Command(self._decode, slow=True),
+            "decode_limit": Command(self._limit_decode),
+            "decode_back": Command(self._decode_back, slow=True),
+            "sha256": Command(self._sha256, slow=True),
+            "drain": Command(self._drain),
+            "leave": Command(self._leave, slow=True),
+        }
+
+    def inherit(self, before: "Host") -> None:
+        """Take over the weights of the host that this one follows, which gives up its prompt and group."""
+        self.share(before)
+        before.close()
+
+    def share(self, other: "Host") -> None:
+        """Use the weights that another host of this process has loaded."""
+        self.decoder, self._loaded = other.decoder, other._loaded
+
+    def stands(self) -> list[Stand | None]:
+        """Where all ranks stand, as the session knows it; empty if it does not answer."""
+        said = self.line.ask("stands", ANSWER_S)
+        return [stand_of(one) if one else None for one in said["stands"]] if said else []
+
+    def close(self) -> None:
+        """Give up prompt and group; whatever is blocked in them stays so."""
+        if self.engine:
+            self.engine.release()
+        if self.comm:
+            self.comm.close()
+        self.engine = self.comm = None
+
+    # -- commands
+
+    def _load(self, message: Message) -> Message:
+        """Load a checkpoint, unless this very one is there; its bytes are reported as they come."""
+        wanted = message["path"], message["dtype"], message["device"]
+        torch.set_num_threads(message["threads"])
+        started = perf_counter()
+        if self._loaded != wanted or self.decoder is None:
+            self.engine = self.decoder = None  # two checkpoints at a time might not fit
+            self._loaded = ()
+            self.board.set_phase("loading")
+            self.decoder = Decoder.load(*wanted, on_progress=self._tell_progress)
+            self._loaded = wanted
+        return {
+            "device": str(self.decoder.device),
+            "dtype": str(self.decoder.dtype).removeprefix("torch."),
+            "seconds": perf_counter() - started,
+        }
+
+    def _tell_progress(self, done: int, total: int) -> None:
+        self.line.report("loading", done=done, total=total)
+
+    def _join(self, message: Message) -> Message:
+        if self.comm:
+            self.comm.close()
+        self.comm = None
+        self.comm = self._meet.join(message)
+        return {}
+
+    def _prepare(self, message: Message) -> Message:
+        if self.decoder is None or self.comm is None:
+            raise RuntimeError(f"rank {self.rank} has no checkpoint yet: session.load(…) first.")
+        config = Config.of(message["config"])
+        if self.engine and not self.engine.release():
+            raise RuntimeError(
+                f"rank {self.rank} has lanes blocked in the run before this one: session.recover() frees them."
+            )
+        self.tokens = None
+        plan = parse_plan(message["plan"]) if message.get("plan") else None
+        self.engine = Engine(
+            self.decoder, self.comm, config, gate=self.gate, board=self.board, memory=self.memory,
+            deadline=config.timeout, on_hit=self._hit, others=self.stands,
+        )  # fmt: skip
+        ids = message["ids"]
+        plan_id = (plan or self.engine.plan_for(len(ids))).id
+        agree(self.comm, facts_of(config, self.decoder.spec, ids, plan_id))
+        executor = self.engine.prepare(ids, plan=plan)
+        self.tokens = Tokens(self.engine)
+        assert self.engine.recorder
+        self.line.report("lanes", lanes=list(self.engine.recorder.lanes))
+        self.board.set_phase("prefill")
+        threading.Thread(
+            target=self._mind, args=(executor,), name="dinfer minds failures", daemon=True
+        ).start()
+        if self._on_engine:
+            self._on_engine(self)
+        return {"plan_id": f"{executor.plan.id:016x}"}
+
+    def _limits(self, message: Message) -> Message:
+        self._tell_edits(self._engine().prompt.go(tuple(map(tuple, message["cut"]))))
+        return {}
+
+    def _rewind(self, message: Message) -> Message:
+        self.tokens = Tokens(self._engine())
+        self.board.set_phase("prefill")
+        self._tell_edits(self._engine().prompt.rewind(tuple(map(tuple, message["cut"]))))
+        return {}
+
+    def _arm(self, message: Message) -> Message:
+        self._engine().prompt.conditions.arm([Breakpoint.of(one) for one in message["breakpoints"]])
+        return {}
+
+    def _decode(self, _: Message) -> Message:
+        engine, tokens = self._engine(), self.tokens
+        assert tokens
+        self._tell_edits(engine.prompt.edits.look())
+        try:
+            return tokens.run(self._tell_token)
+        finally:
+            engine.prompt.edits.note_all()
+
+    def _limit_decode(self, message: Message) -> Message:
+        """To be said before `decode`, and at any time meanwhile."""
+        return {"begun": self.tokens.limit_to(message.get("limit")) if self.tokens else 0}
+
+    def _decode_back(self, message: Message) -> Message:
+        if self.tokens:
+            self.tokens.back_to(message["tokens"])
+            self.board.set_phase("decode", message["tokens"])
+        return {}
+
+    def _sha256(self, message: Message) -> Message:
+        cache = self._engine().cache
+        assert cache
+        return {"sha256": cache.sha256(message["tokens"])}
+
+    def _drain(self, message: Message) -> Message:
+        assert self.comm
+        sends, recvs = ([Channel(*channel) for channel in message[name]] for name in ("sends", "recvs"))
+        drain(self.comm, sends, recvs)
+        return {}
+
+    def _leave(self, _: Message) -> Message:
+        """Give up prompt and group; whether nothing of them is left blocked."""
+        free = self.engine is None or self.engine.release()
+        if free and self.comm:
+            self.comm.close()
+            self.comm = self.engine = None
+        return {"free": free}
+
+    # -- what they share
+
+    def _engine(self) -> Engine:
+        if self.engine is None:
+            raise RuntimeError(f"rank {self.rank} has no prompt yet: session.prefill(…) first.")
+        return self.engine
+
+    def _executor(self) -> Executor:
+        return self._engine().executor
+
+    def _mind(self, executor: Executor) -> None:
+        try:
+            executor.outlast()
+        except OpFailed as failed:
+            self.line.report("error", **describe(failed))
+
+    def _tell_token(self, count: int, token: int, text: str) -> None:
+        self.board.set_phase("decode", count)
+        if self.rank == 0:
+            self.line.report("text", text=text, token=token)
+
+    def _tell_edits(self, edited: list[str]) -> None:
+        if edited:
+            self.line.report("note", note="edited", what=edited)
+
+    def _hit(self, breakpoint: Breakpoint, op: Op, found: str) -> None:
+        """A breakpoint's condition holds: no further op begins here; the session stops the others."""
+        stand = self._executor().freeze()
+        self.line.report(
+            "note",
+            note="hit",
+            breakpoint=breakpoint.as_dict(),
+            op=str(op),
+            found=found,
+            **stand_fields(stand),
+        )

@@ -1,0 +1,91 @@
+"""A rank inside a Jupyter kernel: an ipyparallel engine, where the user's `%%px` cells run too.
+
+The functions here are called by the session in the engine. What they make stays there between runs, and when the
+session's own kernel is restarted.
+"""
+
+import os
+import socket
+import sys
+from typing import Any
+
+from dinfer.engine.comm import Comm, GlooComm, Store, join_store, open_store
+from dinfer.engine.commands import Message
+from dinfer.engine.control import Control
+from dinfer.engine.debugger import FIRST_PORT
+from dinfer.engine.host import Host
+from dinfer.engine.interface import own_address_towards
+
+_current: "Kernel | None" = None
+
+
+class Kernel:
+    """One rank's host, its line to the session, and the names that `%%px` cells find."""
+
+    def __init__(self, link: Message, world_size: int) -> None:
+        self.rank, self.world_size = link["rank"], world_size
+        self.control = Control(link)
+        self.host = Host(
+            self.rank,
+            self.control,
+            GlooMeet(self.rank, world_size),
+            board=self.control.board,
+            memory=self.control.recorder_memory,
+            on_engine=_bind,
+        )
+        self.control.serve(self.host.table())
+
+
+class GlooMeet:
+    """Meets the other ranks at a store that rank 0 opens."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self._rank, self._world_size = rank, world_size
+        self._store: Store | None = None
+
+    def open(self, message: Message) -> Message:
+        self._store, port = open_store(message["address"], message["port"])
+        return {"address": message["address"], "port": port}
+
+    def join(self, message: Message) -> Comm:
+        timeout = message["timeout"]
+        store = self._store if self._rank == 0 else join_store(message["address"], message["port"], timeout)
+        assert store
+        return GlooComm(self._rank, self._world_size, store, timeout)
+
+
+def start(link: Message, world_size: int) -> dict[str, Any]:
+    """Make this process a rank of a session, or hand it to another one: weights that are loaded stay."""
+    global _current
+    before, _current = _current, None
+    kernel = Kernel(link, world_size)
+    if before:
+        kernel.host.inherit(before.host)
+        before.control.close()
+    _current = kernel
+    _bind(kernel.host)
+    return {"host": socket.gethostname(), "pid": os.getpid(), "watcher": kernel.control.watcher.pid}
+
+
+def address_towards(address: str) -> str:
+    """This host's address on the way to another one."""
+    return own_address_towards(address)
+
+
+def listen_for_debugger(port: int = 0) -> int:
+    """Let a client of debugpy attach to this rank; the port. The watcher goes on while it stands at a breakpoint."""
+    import debugpy
+
+    assert _current
+    debugpy.configure(subProcess=False)
+    debugpy.listen(("127.0.0.1", port or FIRST_PORT + _current.rank), in_process_debug_adapter=True)
+    return port or FIRST_PORT + _current.rank
+
+
+def _bind(host: Host) -> None:
+    """Give `%%px` cells their names."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is None or _current is None:
+        return
+    names = {"rank": host.rank, "world_size": _current.world_size, "engine": host.engine}
+    shell.user_ns.update({**names, "model": host.decoder.model if host.decoder else None})

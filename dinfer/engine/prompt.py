@@ -1,0 +1,103 @@
+"""One prompt on one rank: its lanes, the cut it was sent to, the user's edits and breakpoints."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+from dinfer.engine.board import Board, Stand
+from dinfer.engine.by_hand import Steps, op_lines, ops_between
+from dinfer.engine.comm import Comm
+from dinfer.engine.conditions import Conditions, Hit
+from dinfer.engine.edits import Edits
+from dinfer.engine.executor import Executor
+from dinfer.engine.gate import Gate
+from dinfer.engine.handlers import Prefill
+from dinfer.engine.waits import waits_text
+from dinfer.plan.cut import Cut, Cuts, Unit
+from dinfer.plan.ops import Op
+from dinfer.plan.plan import Plan
+from dinfer.trace.events import Event
+from dinfer.trace.recorder import Recorder
+
+Stands = Sequence[Stand | None]
+
+
+class Prompt:
+    """`on_hit` learns of a breakpoint's condition that holds, on the lane's thread; `others` asks where all ranks
+    stand."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        state: Prefill,
+        comm: Comm,
+        gate: Gate,
+        recorder: Recorder,
+        board: Board,
+        *,
+        on_op: Callable[[Event, Op], None] | None = None,
+        on_hit: Hit | None = None,
+        others: Callable[[], Stands] | None = None,
+    ) -> None:
+        self.plan, self.state, self.rank = plan, state, comm.rank
+        self.edits = Edits(state)
+        self.conditions = Conditions(comm.rank, state, on_hit or (lambda *_: None))
+        self._on_op, self._others = on_op, others
+        self.executor = Executor(plan, state, comm, gate, recorder, board, self._after)
+        self.target: Cut = tuple(tuple(0 for _ in lanes) for lanes in plan.lanes)
+
+    @cached_property
+    def cuts(self) -> Cuts:
+        return Cuts(self.plan)
+
+    def go(self, cut: Cut) -> list[str]:
+        """Let this rank's lanes go to its part of a cut; what the user has edited since they stood."""
+        edited = self._look()
+        self.target = cut
+        self.executor.set_limits(cut[self.rank])
+        return edited
+
+    def rewind(self, cut: Cut) -> list[str]:
+        """Go back to a cut; what the user has edited before."""
+        edited = self._look()
+        self.executor.rewind(cut[self.rank])
+        self.edits.note_all()
+        self.target = cut
+        return edited
+
+    def step(self, unit: Unit, timeout: float) -> Steps:
+        """Go on by one unit, as every rank does that makes this call; or, where the step before is not through, go on
+        with that."""
+        before, edited = self.executor.stand().positions, list[str]()
+        if self._has_arrived():
+            edited = self.go(self.cuts.next(self.target, unit))
+        held = self.executor.wait(self._has_arrived, timeout)
+        after = self.executor.stand().positions
+        ops = ops_between(self.executor, before, after)
+        waits = "" if held and ops else self.waits() if not held else self._nothing_to_do()
+        return Steps(self.rank, unit, op_lines(self.state, ops), waits, tuple(edited))
+
+    def waits(self) -> str:
+        """Whom this rank waits for, and where that one stands."""
+        stands = list(self._others()) if self._others else []
+        if len(stands) != self.plan.world_size:
+            stands = [None] * self.plan.world_size
+        stands[self.rank] = self.executor.stand()
+        return waits_text(self.plan, self.rank, stands)
+
+    def _nothing_to_do(self) -> str:
+        if self.executor.is_done():
+            return "prefill is done: there is no further step"
+        return "this step has no op on this rank"
+
+    def _has_arrived(self) -> bool:
+        return self.executor.stand().positions == self.target[self.rank]
+
+    def _look(self) -> list[str]:
+        stand = self.executor.stand()
+        return self.edits.look() if stand.at_limits and not any(stand.started) else []
+
+    def _after(self, event: Event, op: Op) -> None:
+        self.edits(event, op)
+        self.conditions(event, op)
+        if self._on_op:
+            self._on_op(event, op)

@@ -1,0 +1,68 @@
+"""Tokens: decode under a session's control: so many tokens, stop, go on, go back."""
+
+import threading
+from collections.abc import Callable
+
+from dinfer.engine.commands import Message
+from dinfer.engine.decoding import Decoding
+from dinfer.engine.engine import Engine
+from dinfer.model.text import TextStream, load_tokenizer
+
+OnToken = Callable[[int, int, str], None]
+"""called with the number of new tokens, the token, and the text that it completes"""
+
+
+class Tokens:
+    """The new tokens of one prompt on one rank. All ranks must be sent to the same number of tokens."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._decoding: Decoding | None = None
+        self._tokenizer = load_tokenizer(engine.decoder.spec.path)
+        self._lock = threading.Lock()
+        self._limit = self._begun = 0
+        self._stream = self._new_stream()
+
+    def limit_to(self, limit: int | None) -> int:
+        """Stop at that many tokens, None: at once; how many have been begun."""
+        with self._lock:
+            self._limit = self._begun if limit is None else limit
+            return self._begun
+
+    def run(self, on_token: OnToken) -> Message:
+        """Decode until the limit is reached or the text ends."""
+        decoding = self._ready()
+        while self._begin(decoding):
+            token = decoding.step()
+            text = self._stream.push(token) if self._stream else f"{token} "
+            on_token(len(decoding.tokens), token, text)
+        return {"tokens": list(decoding.tokens), "ended": decoding.is_done}
+
+    def back_to(self, tokens: int) -> None:
+        """Forget all but the first that many."""
+        if self._decoding is None:
+            return
+        self._decoding.back_to(tokens)
+        self._begun = self._limit = len(self._decoding.tokens)
+        self._stream = self._new_stream()
+        for token in self._decoding.tokens:
+            if self._stream:
+                self._stream.push(token)
+
+    def _ready(self) -> Decoding:
+        if self._decoding is None:
+            room = max(self._limit, self._engine.config.max_new_tokens)
+            self._decoding = self._engine.decoding(max_new_tokens=room)
+        self._engine.extend(self._decoding, self._limit)
+        return self._decoding
+
+    def _begin(self, decoding: Decoding) -> bool:
+        """Whether to decode one more; if so, it counts as begun: whoever stops one rank must let all come so far."""
+        with self._lock:
+            if len(decoding.tokens) >= self._limit or decoding.is_done:
+                return False
+            self._begun = len(decoding.tokens) + 1
+            return True
+
+    def _new_stream(self) -> TextStream | None:
+        return TextStream(self._tokenizer) if self._tokenizer else None

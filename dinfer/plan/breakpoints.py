@@ -1,0 +1,117 @@
+"""Breakpoints: which ops a run stops after, and the cut at which it then stands.
+
+A breakpoint without a condition is a place in the plan, so it is known beforehand where the run will stop. One with
+a condition (`when`) is judged on the rank, by what the op has made; here it is only read.
+"""
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self, get_args
+
+from dinfer.plan.cut import Cut, Cuts, join
+from dinfer.plan.graph import NONE
+from dinfer.plan.ops import Kind, Op, PlanError
+
+Condition = Literal["", "nan", "inf", "absmax", "digest", "slower"]
+WHENS = "'nan', 'inf', 'absmax > 100', 'digest differs', 'slower than 5 ms'"
+_ABSMAX = re.compile(r"absmax\s*(?:>|above)\s*([0-9.]+(?:e[+-]?\d+)?)", re.IGNORECASE)
+_SLOWER = re.compile(r"slower\s+than\s+([0-9.]+)\s*ms", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Breakpoint:
+    """Ops of this rank, kind, chunk and layer, each None for any; by default layer ops. `bound` belongs to `condition`:
+    the largest absolute value that is still good, or milliseconds."""
+
+    number: int
+    rank: int | None = None
+    op: Kind = "layer"
+    chunk: int | None = None
+    layer: int | None = None
+    condition: Condition = ""
+    bound: float = 0.0
+
+    def matches(self, rank: int, op: Op) -> bool:
+        """Whether it is about this op of this rank."""
+        return (
+            self.op == op.kind
+            and self.rank in (None, rank)
+            and self.chunk in (None, op.chunk)
+            and self.layer in (None, op.layer)
+        )
+
+    @property
+    def when(self) -> str:
+        """The condition as `parse_when` reads it; empty for none."""
+        texts = {
+            "absmax": f"absmax > {self.bound:g}",
+            "slower": f"slower than {self.bound:g} ms",
+            "digest": "digest differs",
+        }
+        return texts.get(self.condition, self.condition)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Self:
+        return cls(**values)
+
+    def __str__(self) -> str:
+        """For example `#1: after layer 7, chunk 2, on rank 1, when absmax > 100`."""
+        where = [f"{self.op} {self.layer}" if self.layer is not None else f"each {self.op}"]
+        where += [f"chunk {self.chunk}"] * (self.chunk is not None)
+        where += [f"on rank {self.rank}"] * (self.rank is not None)
+        where += [f"when {self.when}"] * bool(self.condition)
+        return f"#{self.number}: after {', '.join(where)}"
+
+
+def parse_when(text: str | None) -> tuple[Condition, float]:
+    """The condition that a text names. Raises PlanError."""
+    if not text:
+        return "", 0.0
+    plain = " ".join(text.split())
+    if plain.lower() in ("nan", "inf"):
+        return ("nan" if plain.lower() == "nan" else "inf"), 0.0
+    if plain.lower() == "digest differs":
+        return "digest", 0.0
+    if match := _ABSMAX.fullmatch(plain):
+        return "absmax", float(match[1])
+    if match := _SLOWER.fullmatch(plain):
+        return "slower", float(match[1])
+    raise PlanError(f"when is {text!r}; it must be one of {WHENS}.")
+
+
+def check(breakpoint: Breakpoint, cuts: Cuts) -> None:
+    """Raises PlanError for one that no op of the plan can meet, saying what there is."""
+    if breakpoint.op not in get_args(Kind):
+        raise PlanError(f"op is {breakpoint.op!r}; it must be one of {', '.join(get_args(Kind))}.")
+    if any(breakpoint.matches(place.rank, op) for place, op in cuts.plan.places()):
+        return
+    shape = cuts.plan.shape
+    raise PlanError(
+        f"no op of this run is {str(breakpoint).split(': after ')[1]}: chunks go from 0 to {len(shape.chunks) - 1}, "
+        f"layers from 0 to {shape.layers - 1}, ranks from 0 to {shape.world_size - 1}; layer ops are on the rank that "
+        f"owns the layer (stages start at {', '.join(map(str, shape.starts))})."
+    )
+
+
+def next_stop(cuts: Cuts, cut: Cut, breakpoints: list[Breakpoint]) -> tuple[Cut, list[Breakpoint]]:
+    """How far a run that stands at `cut` may go, and the breakpoints that it then has met; the end, and none.
+
+    After a layer op the run stands as `run_to` would: that block is on every rank, with all blocks before it.
+    """
+    places = [one for one in breakpoints if not one.condition]
+    best, met = cuts.end, list[Breakpoint]()
+    number = next((n for n in cuts.unmet(cut) if _any_match(cuts, n, places)), NONE) if places else NONE
+    if number == NONE:
+        return best, met
+    rank, op = cuts.rank_and_op(number)
+    met = [one for one in places if one.matches(rank, op)]
+    after = cuts.after_block(op.chunk, op.layer) if op.kind == "layer" else cuts.after_op(number)
+    return join(cut, after), met
+
+
+def _any_match(cuts: Cuts, number: int, breakpoints: list[Breakpoint]) -> bool:
+    rank, op = cuts.rank_and_op(number)
+    return any(one.matches(rank, op) for one in breakpoints)

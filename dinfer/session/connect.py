@@ -1,0 +1,56 @@
+"""Connect: from a word to a session: ranks that are engines of a cluster, or threads of this process."""
+
+from dinfer.config import ConfigError
+from dinfer.session.local import LocalRanks
+from dinfer.session.ranks import Ranks
+from dinfer.session.session import Session, Show
+
+WHERES = ("ipyparallel", "threads")
+
+
+def connect(
+    where: str = "ipyparallel",
+    n: int = 3,
+    *,
+    profile: str = "default",
+    cluster_id: str | None = None,
+    start: bool | None = None,
+    timeout: float = 60.0,
+    patience: float = 60.0,
+    show: Show | None = None,
+) -> Session:
+    """A session with `n` ranks, announced in one line.
+
+    "ipyparallel": the engines of a running cluster (`ipcluster start -n 3`) of that profile; where there is none, and
+    `start` is not False, a cluster is started. Engines that were started here end themselves once this process has been
+    gone for `patience` seconds. "threads": all ranks in this process. Raises ConfigError or ClusterError.
+    """
+    if n < 1:
+        raise ConfigError(f"n is {n}; a session has at least 1 rank.")
+    session = Session(_ranks(where, n, profile, cluster_id, start, timeout, patience), show)
+    print(session)
+    return session
+
+
+def _ranks(
+    where: str,
+    n: int,
+    profile: str,
+    cluster_id: str | None,
+    start: bool | None,
+    timeout: float,
+    patience: float,
+) -> Ranks:
+    if where == "threads":
+        return LocalRanks(n)
+    if where != "ipyparallel":
+        raise ConfigError(f"{where!r} is no place for ranks; it must be one of {', '.join(WHERES)}.")
+    from dinfer.session.clusters.attach import attach
+    from dinfer.session.engines import EngineRanks
+
+    cluster = attach(n, profile=profile, cluster_id=cluster_id, start=start, timeout=timeout)
+    try:
+        return EngineRanks(cluster, patience)
+    except BaseException:
+        cluster.close()
+        raise

@@ -1,0 +1,94 @@
+"""Ranks that are ipyparallel engines: a cluster's processes, each with a watcher beside it that speaks for it."""
+
+import socket
+import time
+from typing import Any
+
+from dinfer.engine.commands import Message
+from dinfer.engine.interface import own_address_towards
+from dinfer.session.blame import LOST
+from dinfer.session.clusters.cluster import Cluster
+from dinfer.session.link import Link
+from dinfer.session.ranks import Ranks
+
+START_S = 60.0
+PAUSE_S = 2.0
+"""in a cluster that was joined: how long its client may be gone before the run pauses"""
+SILENT_S = 3.0
+"""a watcher speaks twice a second"""
+
+
+class EngineRanks(Link, Ranks):
+    """`patience`: seconds after which engines of a cluster that dinfer started end themselves without their client."""
+
+    def __init__(self, cluster: Cluster, patience: float) -> None:
+        self.cluster = cluster
+        self._patience = patience
+        addresses = {facts.address for facts in cluster.facts}
+        self._is_one_host = all(facts.process.is_here for facts in cluster.facts)
+        super().__init__(
+            cluster.n, "127.0.0.1" if self._is_one_host else own_address_towards(addresses.pop())
+        )
+        self._start(range(cluster.n))
+
+    def describe(self) -> str:
+        return self.cluster.describe()
+
+    def exits(self) -> list[int | None]:
+        return [None if self.cluster.alive(rank) else LOST for rank in range(self.world_size)]
+
+    def cores(self) -> list[int]:
+        """How many ranks share each rank's host."""
+        hosts = [facts.host for facts in self.cluster.facts]
+        return [hosts.count(host) for host in hosts]
+
+    def meeting(self) -> Message:
+        """Where the ranks' group is to meet."""
+        return {"address": "127.0.0.1" if self._is_one_host else self.cluster.facts[0].address, "port": 0}
+
+    def silent(self) -> list[int]:
+        """Ranks whose process is stopped, or whose watcher has not been heard of lately."""
+        now = time.monotonic()
+        return [
+            rank
+            for rank, state in enumerate(self.ranks)
+            if state.process in ("T", "t") or now - state.heard > SILENT_S
+        ]
+
+    def kill(self, rank: int) -> None:
+        self.cluster.kill(rank)
+
+    def revive(self, rank: int) -> None:
+        """Start an engine again, and the rank in it."""
+        self.cluster.respawn(rank)
+        self.reset(rank)
+        self._start([rank])
+
+    def close(self) -> None:
+        super().close()
+        self.cluster.close()
+
+    def _start(self, ranks: Any) -> None:
+        calls = {
+            rank: self.cluster.call_async(
+                rank, "dinfer.engine.kernel:start", self._part(rank), self.world_size
+            )
+            for rank in ranks
+        }
+        for call in calls.values():
+            call.result(START_S)
+        with self.changed:
+            if not self.changed.wait_for(lambda: all(self.ranks[rank].heard for rank in calls), START_S):
+                silent = [rank for rank in calls if not self.ranks[rank].heard]
+                raise TimeoutError(
+                    f"nothing was heard of rank {', '.join(map(str, silent))} within {START_S:g} s: can its host reach "
+                    f"{self.endpoint} on {socket.gethostname()}?"
+                )
+
+    def _part(self, rank: int) -> Message:
+        """What the rank's watcher needs, and what it does once this process is gone."""
+        controller = self.cluster.controller_pid
+        ends = [controller] if rank == 0 and controller else []
+        end = {"do": "end", "patience_s": self._patience, "ends": ends}
+        pause = {"do": "pause", "patience_s": PAUSE_S, "ends": []}
+        return self.job_part(rank, orphan=end if self.cluster.started_by_us else pause)

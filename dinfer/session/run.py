@@ -1,0 +1,360 @@
+"""Run: one distributed prefill, and the decode after it, as its user holds it: step, go back, stop, ask where it is.
+
+What a step means is the plan's; how ranks are reached, the fleet's. Every action may be called from any thread, a cell
+or a panel's; they happen one after another, but for `pause`, which stops the one that is under way.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from dinfer.engine.commands import Message
+from dinfer.model.text import texts_of
+from dinfer.plan.breakpoints import Breakpoint
+from dinfer.plan.cut import Unit
+from dinfer.plan.ops import Kind, PlanError
+from dinfer.session.action import action, count_of, unit_of
+from dinfer.session.blame import broken
+from dinfer.session.fleet import RankFailed
+from dinfer.session.generation import Generation
+from dinfer.session.job import Job
+from dinfer.session.ranks import Ranks
+from dinfer.session.remote import RemoteFleet
+from dinfer.session.result import merge
+from dinfer.session.said import Breakpoints, Decoded, Moved, Where
+from dinfer.session.standing import Standing, State, state_of_lanes
+from dinfer.session.stepper import Move, NoProgress, Stepper
+from dinfer.session.stops import Stops
+from dinfer.session.where import moved_lines, where_text
+from dinfer.trace.trace import Trace
+
+INTERRUPT_S = 1.5
+"""how long an interrupted call waits for the ranks to stand"""
+POLL_S = 0.05
+TOKEN = "token"
+
+
+class Run:
+    """Made by `session.prefill`. `devices` are the ranks'; `prepare` has them make the prompt ready, all lanes at
+    limit 0. Nothing moves before the first action."""
+
+    def __init__(
+        self,
+        job: Job,
+        line: Ranks,
+        devices: list[str],
+        tokenizer: Any | None,
+        prepare: Callable[[], None],
+    ) -> None:
+        self.job, self.plan, self.config = job, job.plan, job.config
+        self.world_size = job.plan.world_size
+        self.last_call = self.closed = ""
+        self._line, self._devices, self._tokenizer, self._prepare = line, devices, tokenizer, prepare
+        self._fleet = RemoteFleet(job.plan, line, self.check)
+        self._stops = Stops(lambda armed: self._ask_all("breakpoints", breakpoints=armed))
+        self._lock = threading.RLock()
+        self._listeners: list[Callable[[], None]] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._prepare()
+        self._line.new_notes()
+        self.message = self.failure = ""
+        self.edited: list[str] = []
+        self._stepper = Stepper(self._fleet, self.config.timeout) if self.job.verdict.proved else None
+        self._generation = Generation(self._line, self.check, self._tokenizer)
+        self._events = [state.events for state in self._line.ranks]
+
+    @property
+    def tokens(self) -> list[int]:
+        """New tokens so far, the same on every rank."""
+        return list(self._generation.tokens)
+
+    @property
+    def text(self) -> str:
+        """The text of the new tokens, in whole characters."""
+        return self._generation.text
+
+    # -- moving
+
+    @action
+    def step(self, unit: Unit | str = "layer", n: int = 1) -> Moved | Decoded:
+        """Move on by `n` units: "op", "layer", "wave", "chunk", or, after prefill, "token". At the end it does nothing,
+        and says so."""
+        if unit == TOKEN:
+            return self._decode(len(self.tokens) + count_of(n), None)
+        return self._moved(lambda stepper: stepper.step(unit_of(unit), count_of(n)))
+
+    @action
+    def step_back(self, unit: Unit | str = "layer", n: int = 1) -> Moved | Decoded:
+        """Go back by `n` units; what follows then is computed anew. After decode, every unit but "token" goes back into
+        prefill and forgets the new tokens."""
+        if unit == TOKEN:
+            with self._lock:
+                return self._generation.back_to(max(0, len(self.tokens) - count_of(n)))
+        return self._moved(lambda stepper: stepper.step_back(unit_of(unit), count_of(n)))
+
+    @action
+    def run_to(self, chunk: int, layer: int) -> Moved:
+        """Stop just after that block is on every rank, with all blocks before it; forward or back.
+
+        Raises PlanError for a block that there is not.
+        """
+        return self._moved(lambda stepper: stepper.run_to(chunk, layer))
+
+    @action
+    def resume(self) -> None:
+        """Let the ranks go on to the next breakpoint, or the end of prefill. Returns at once; `wait()` waits."""
+        with self._lock:
+            self._resume()
+
+    @action
+    def pause(self) -> Where:
+        """Stop a run, or the action that another thread waits for, at the nearest cut; in decode, after a token."""
+        if self._generation.under_way:
+            self._generation.stop()
+        elif self._stepper is None:
+            self._fleet.freeze()
+        else:
+            self._stops.forget_ahead()
+            self._stepper.pause()
+        return self.where()
+
+    def wait(self, timeout: float | None = None) -> Where:
+        """Wait until the run stands: at a breakpoint, at the end of prefill, or paused. Raises NoProgress after
+        `timeout` seconds, and RankFailed where a rank has failed."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            with self._line.changed:
+                while self._state() in ("running", "decoding"):
+                    if deadline is not None and time.monotonic() > deadline:
+                        raise NoProgress(f"the run does not stand after {timeout:g} s:\n{self.where()}")
+                    self._line.changed.wait(POLL_S)
+                    self.check()
+        except KeyboardInterrupt:
+            self.interrupted()
+            raise
+        self.look()
+        self.check()
+        return self.where()
+
+    def where(self) -> Where:
+        """Where each rank stands, a line each."""
+        standing = self.standing()
+        lines = where_text(self.plan, standing.stands) if standing.stands else "the ranks have not said yet"
+        notes = [standing.message] * bool(standing.message)
+        notes += [f"{len(self.tokens)} new tokens: {self.text!r}"] * bool(self.tokens)
+        notes += [f"edited by hand: {', '.join(self.edited)}"] * bool(self.edited)
+        return Where(standing.state, "\n".join([lines, *notes]))
+
+    def restart(self) -> Where:
+        """Begin anew, paused at the start, with the same breakpoints; also after `session.recover()`."""
+        self.last_call = "run.restart()"
+        if self.closed:
+            raise RuntimeError(f"this run is over: {self.closed}")
+        with self._lock:
+            self._begin()
+            self._stops.arm()
+        self.tell()
+        return self.where()
+
+    # -- breakpoints
+
+    @action
+    def break_at(
+        self,
+        *,
+        layer: int | None = None,
+        chunk: int | None = None,
+        rank: int | None = None,
+        op: Kind | None = None,
+        when: str | None = None,
+    ) -> Breakpoint:
+        """Stop after ops of this layer, chunk and rank, each None for any, and of this kind ("layer" by default).
+
+        `when` has the run stop only where that holds: "nan", "inf", "absmax > 100" (of what the op made), "digest
+        differs" (bytes changed on their way), "slower than 5 ms". Without it, the run stops as `run_to` would: with the
+        block on every rank. Raises PlanError.
+        """
+        with self._lock:
+            cuts = self._stepping().cuts
+            return self._stops.add(cuts, rank=rank, op=op, chunk=chunk, layer=layer, when=when)
+
+    @property
+    def breakpoints(self) -> Breakpoints:
+        """Those that are set; `run.breakpoints.clear()` and `.remove(number)` end them."""
+        return self._stops.view()
+
+    # -- decode
+
+    @action
+    def decode(
+        self, max_new_tokens: int | None = None, on_text: Callable[[str], None] | None = None
+    ) -> Decoded:
+        """Run prefill to its end if need be, then generate that many more tokens, the same on every rank.
+
+        Fewer come where the text ends. `on_text` is called with each piece of text as it comes.
+        """
+        with self._lock:
+            if self._stepper and not self._stepper.at_end:
+                self._stepper.resume()
+                self._stepper.wait(None)
+        more = self.config.max_new_tokens if max_new_tokens is None else count_of(max_new_tokens)
+        return self._decode(len(self.tokens) + more, on_text)
+
+    # -- what there is to see
+
+    @property
+    def trace(self) -> Trace:
+        """The events of all ranks so far."""
+        with self._line.changed:
+            return merge(self.job, self._events)
+
+    def standing(self) -> Standing:
+        """The run at this moment; returns at once."""
+        with self._line.changed:
+            states = list(self._line.ranks)
+            stands = tuple(state.stand for state in states)
+            alive = tuple(not state.gone for state in states)
+        whole = tuple(stand for stand in stands if stand) if len(stands) == len(states) else ()
+        return Standing(
+            whole,
+            self._state(),
+            self.failure or self.closed or self.message,
+            len(self.tokens),
+            self.text,
+            tuple(self._devices),
+            alive,
+            self.last_call,
+        )
+
+    def chunk_labels(self) -> list[str]:
+        """The text of each chunk, in whole characters; empty where there is no tokenizer."""
+        return texts_of(self._tokenizer, self.job.ids, self.plan.shape.chunks)
+
+    def sha256(self) -> list[str]:
+        """SHA-256 of the KV that each rank holds of the prompt, once prefill is done."""
+        answers = self._ask_all("sha256", tokens=len(self.job.ids))
+        return [answers[rank]["sha256"] for rank in range(self.world_size)]
+
+    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Have `callback()` called, on any thread, whenever what `standing()` says may have changed; what is returned
+        ends that."""
+        self._listeners.append(callback)
+        return lambda: self._listeners.remove(callback) if callback in self._listeners else None
+
+    # -- for the session
+
+    def check(self) -> None:
+        """Raises RankFailed if the run cannot go on."""
+        if not self.failure and not self.closed:
+            self.failure = broken(self.plan, self._line.ranks, self._line.exits(), self.config) or ""
+        if self.failure:
+            raise RankFailed(self.failure)
+
+    def look(self) -> None:
+        """Take in what the ranks have noted. Called often, on the session's thread."""
+        if self.closed:
+            return
+        for note in self._line.new_notes():
+            self._take(note)
+        if not self._generation.under_way:
+            self._generation.hear()
+        if self._state() in ("paused", "prefilled"):
+            self.message = self._stops.arrived() or self.message
+        self.tell()
+
+    def begin_action(self, call: str) -> None:
+        """Raises RuntimeError for a run that is over, RankFailed where a rank has failed."""
+        self.last_call = call
+        if self.closed:
+            raise RuntimeError(f"this run is over: {self.closed}")
+        self.check()
+        self.message = ""
+
+    def interrupted(self) -> None:
+        """A keyboard interrupt: the ranks stand at the next cut, mostly before this returns."""
+        try:
+            if self._stepper and not self._generation.under_way:
+                self._stepper.pause(INTERRUPT_S)
+            self.message = "interrupted: the run is paused"
+        except (NoProgress, RankFailed, TimeoutError) as error:
+            self.message = f"interrupted; the ranks stop as soon as their ops end: {error}"
+
+    def tell(self) -> None:
+        """Call those who asked to be told of changes."""
+        for callback in list(self._listeners):
+            callback()
+
+    def fail(self, why: str) -> None:
+        """This run cannot go on, until it is restarted."""
+        self.failure = f"{self.failure}\n{why}".strip()
+        self.tell()
+
+    def close(self, why: str) -> None:
+        """This run is over: another one has taken its place, or the session has ended."""
+        self.closed = self.closed or why
+        self.tell()
+
+    # -- within
+
+    def _moved(self, go: Callable[[Stepper], Move]) -> Moved:
+        with self._lock:
+            stepper = self._stepping()
+            self._stops.forget_ahead()
+            move = go(stepper)
+            if move.after != stepper.cuts.end:
+                self._generation.forget()
+        lines = moved_lines(self.plan, move.before, move.after)
+        return Moved(
+            move.before, move.after, move.stopped, tuple(lines), self._remark(move), tuple(self.edited)
+        )
+
+    def _remark(self, move: Move) -> str:
+        if move.stopped:
+            return self.message or "stopped before it was through"
+        if move.moved:
+            return ""
+        end = move.after == self._stepping().cuts.end
+        return f"nothing to do: the run stands at the {'end of prefill' if end else 'start'}"
+
+    def _resume(self) -> None:
+        if self._stepper is None:
+            self._fleet.set_limits(tuple(tuple(len(lane.ops) for lane in lanes) for lanes in self.plan.lanes))
+            return
+        self._stepper.resume(self._stops.limit(self._stepper.cuts, self._stepper.pause()))
+
+    def _decode(self, limit: int, on_text: Callable[[str], None] | None) -> Decoded:
+        with self._lock:
+            if self._stepper and not self._stepper.at_end:
+                raise PlanError(
+                    f"prefill is not done: run.decode() runs it to its end first.\n{self._stepper.where()}"
+                )
+            return self._generation.go(limit, on_text)
+
+    def _ask_all(self, do: str, **fields: Any) -> dict[int, Message]:
+        requests = {rank: {"do": do, **fields} for rank in range(self.world_size)}
+        return self._line.ask(requests, 30.0, self.check)
+
+    def _take(self, note: Message) -> None:
+        rank = note["rank"]
+        if note["note"] == "edited":
+            self.edited += [f"{what} on rank {rank}" for what in note["what"]]
+        elif note["note"] == "hit" and (said := self._stops.hit(note)):
+            self.message = said
+            self._stepping().pause()
+
+    def _stepping(self) -> Stepper:
+        if self._stepper is None:
+            raise PlanError(
+                "this plan was refuted, so it has no cuts to stop at: resume it, and watch it hang."
+            )
+        return self._stepper
+
+    def _state(self) -> State:
+        if self.failure or self.closed:
+            return "failed" if self.failure else "closed"
+        if self._generation.under_way:
+            return "decoding"
+        return state_of_lanes(self.plan, [state.stand for state in self._line.ranks if state.stand])

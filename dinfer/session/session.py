@@ -1,0 +1,227 @@
+"""Session: what a notebook holds: the ranks, the checkpoint on them, one run after another."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any, Self
+
+from dinfer.config import Config
+from dinfer.engine.commands import Message
+from dinfer.model.checkpoint import Spec
+from dinfer.model.text import load_tokenizer
+from dinfer.plan.plan import Plan, parse_plan
+from dinfer.session.fleet import RankFailed
+from dinfer.session.job import Job, check_load, prepare_loaded, threads_per_rank
+from dinfer.session.loading import Bars
+from dinfer.session.ranks import Ranks
+from dinfer.session.recovery import meet, recover
+from dinfer.session.run import Run
+from dinfer.session.said import Said
+from dinfer.session.sweep import Sweep, sweep
+
+LOOK_S = 0.05
+PREPARE_S = 120.0
+LOAD_S = 3600.0
+Show = Callable[["Session"], Any]
+
+
+class Session(Said):
+    """Made by `dinfer.connect`. `show` makes the panel that `debugger` returns."""
+
+    def __init__(self, ranks: Ranks, show: Show | None = None) -> None:
+        self.ranks, self.world_size = ranks, ranks.world_size
+        self.log: list[str] = []
+        self.spec: Spec | None = None
+        self._show = show
+        self._run: Run | None = None
+        self._config = Config(world_size=self.world_size, log_dir="", prompt_ids=(0,))
+        self._devices = ["cpu"] * self.world_size
+        self._closing = threading.Event()
+        meet(ranks)
+        self._thread = threading.Thread(target=self._look, name="dinfer session", daemon=True)
+        self._thread.start()
+
+    # -- what a user does
+
+    def load(
+        self, model_path: str = "demo", *, dtype: str = "auto", gpu_ids: Sequence[int] = (), threads: int = 0
+    ) -> Self:
+        """Load a checkpoint folder, or "demo", on every rank, for any number of runs; a bar per rank shows how far.
+
+        `gpu_ids`: the GPU of each rank, none for the CPU; `threads`: CPU threads of each rank, 0 for the cores shared
+        out. Raises ConfigError or ModelError before anything is loaded: too little memory, no such GPU, not a model
+        that can be run.
+        """
+        shares = self.ranks.cores()
+        values = {"model_path": model_path, "dtype": dtype, "gpu_ids": tuple(gpu_ids), "log_dir": ""}
+        config = Config.of({**values, "world_size": self.world_size, "prompt_ids": (0,)})
+        config = config.with_(threads=threads or threads_per_rank(max(shares)))
+        self.spec = check_load(config, range(max(shares)))
+        self._end_run("another checkpoint was loaded")
+        self._config = config
+        self._load(range(self.world_size))
+        return self
+
+    def prefill(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        paused: bool = False,
+        plan: Plan | str | None = None,
+        **parameters: Any,
+    ) -> Run:
+        """A run of this prompt, text or token ids; with `paused` it stands before its first op.
+
+        `parameters` are those of `dinfer run`: chunk_size, sync_strategy, schedule, layer_split, max_new_tokens, …
+        `plan`: one of your own, or its text; one that can hang is refused unless `unsafe=True`. Raises ConfigError or
+        PlanError. The run before this one is over then.
+        """
+        if self.spec is None:
+            self.load()
+        given = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_ids": tuple(prompt)}
+        config = self._config.with_(**{"prompt_ids": (), **given, **parameters})
+        if isinstance(plan, str):
+            plan = parse_plan(plan)
+        job = prepare_loaded(config, plan)
+        self._end_run("another run has begun")
+        tokenizer = load_tokenizer(config.model_path)
+        self._run = Run(job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, plan))
+        self._note(f"run: {len(job.ids)} tokens, {job.plan.schedule}, {job.plan.sync_strategy}")
+        if not paused:
+            self._run.resume()
+        return self._run
+
+    def sweep(self, prompts: Sequence[str | Sequence[int]], **parameters: Any) -> Sweep:
+        """Run each prompt with every combination of these parameters, each a list or a single value; a table."""
+        return sweep(self.prefill, prompts, parameters)
+
+    def debugger(self) -> Any:
+        """The panel: the current run as a map, with buttons that step it."""
+        if self._show is None:
+            raise RuntimeError("this session was made without views: use dinfer.connect(…).")
+        return self._show(self)
+
+    def recover(self) -> str:
+        """After a failure: bring back ranks that are lost, free those that are stuck, and let runs start again:
+        `run.restart()` begins this one anew, `session.prefill(…)` another."""
+        said = list[str]()
+        plan = self._run.plan if self._run else None
+        if self._run:
+            self._run.fail("the session has recovered since: run.restart() begins anew")
+        anew = recover(self.ranks, plan, said.append)
+        if self.spec and anew:
+            self._load(anew)
+        said.append(
+            "all ranks have met again; weights stayed where they were" if not anew else "all ranks have met"
+        )
+        self._note("; ".join(said))
+        return "; ".join(said)
+
+    @property
+    def run(self) -> Run:
+        """The current run. Raises RuntimeError before there is one."""
+        if self._run is None:
+            raise RuntimeError("there is no run yet: session.prefill(prompt, paused=True) makes one.")
+        return self._run
+
+    def close(self) -> None:
+        """Part from the ranks: a cluster that dinfer started ends, one that was joined goes on."""
+        if not self._closing.is_set():
+            self._end_run("the session is closed")
+            self._closing.set()
+            self._thread.join(2)
+            self.ranks.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __str__(self) -> str:
+        loaded = (
+            f"{self._config.model_path} on {', '.join(self._devices)}" if self.spec else "no checkpoint yet"
+        )
+        return f"{self.ranks.describe()}; {loaded}; backend {self._config.backend}"
+
+    # -- within
+
+    def _load(self, ranks: Sequence[int]) -> None:
+        config = self._config
+        requests: dict[int, Message] = {
+            rank: {
+                "do": "load",
+                "path": config.model_path,
+                "dtype": config.dtype,
+                "device": f"cuda:{config.gpu_ids[rank]}" if config.gpu_ids else "cpu",
+                "threads": config.threads,
+            }
+            for rank in ranks
+        }
+        with Bars(self.ranks, list(ranks)) as bars:
+            first = min(ranks)
+            answers = self.ranks.ask({first: requests.pop(first)}, LOAD_S, lambda: self._while_loading(bars))
+            self.ranks.share_weights()
+            answers |= self.ranks.ask(requests, LOAD_S, lambda: self._while_loading(bars))
+        for rank, answer in answers.items():
+            self._devices[rank] = answer["device"]
+        self._note(
+            f"loaded {config.model_path} on {', '.join(self._devices)}, threads each: {config.threads}"
+        )
+
+    def _while_loading(self, bars: Bars) -> None:
+        bars.show()
+        self._ensure_whole()
+
+    def _prepare(self, job: Job, plan: Plan | None) -> None:
+        self._ensure_whole()
+        message = {
+            "do": "prepare",
+            "config": asdict(job.config),
+            "ids": list(job.ids),
+            "plan": plan.text() if plan else "",
+        }
+        self.ranks.ask(dict.fromkeys(range(self.world_size), message), PREPARE_S, self._ensure_whole)
+
+    def _ensure_whole(self) -> None:
+        """Raises RankFailed where a rank is lost."""
+        gone = [rank for rank, code in enumerate(self.ranks.exits()) if code is not None]
+        if gone:
+            listed = ", ".join(map(str, gone))
+            raise RankFailed(f"rank {listed} is gone: session.recover() brings it back.")
+
+    def _end_run(self, why: str) -> None:
+        if self._run:
+            self._run.close(why)
+
+    def _note(self, text: str) -> None:
+        self.log.append(f"{time.strftime('%H:%M:%S')} {text}")
+
+    def _look(self) -> None:
+        """The session's thread: hears what ranks say while cells run, or nothing does."""
+        while not self._closing.is_set():
+            with self.ranks.changed:
+                self.ranks.changed.wait(LOOK_S)
+            if self._run:
+                self._look_after(self._run)
+
+    def _look_after(self, run: Run) -> None:
+        failed, message = run.failure, run.message
+        try:
+            run.look()
+            run.check()
+        except RankFailed:
+            pass  # it is told by whatever the user does next, and by views
+        except (RuntimeError, TimeoutError) as error:
+            run.message = str(error)
+        if run.failure and not failed:
+            self._note(run.failure)
+            for rank, state in enumerate(self.ranks.ranks):
+                if error_said := state.reports.get("error"):
+                    self._note(f"rank {rank}:\n{error_said['traceback']}")
+        elif run.message and run.message != message:
+            self._note(run.message)

@@ -1,0 +1,35 @@
+"""Standing: a run at one moment, for those who draw it."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from dinfer.engine.board import Stand
+from dinfer.plan.plan import Plan
+
+State = Literal["starting", "running", "paused", "prefilled", "decoding", "failed", "closed"]
+
+
+class Standing(NamedTuple):
+    """`stands` are by rank, empty until all have said where they stand; `message`: why the run stopped or failed."""
+
+    stands: tuple[Stand, ...]
+    state: State
+    message: str
+    decoded: int
+    text: str
+    devices: tuple[str, ...]
+    alive: tuple[bool, ...]
+    last_call: str
+
+
+def state_of_lanes(plan: Plan, stands: Sequence[Stand]) -> State:
+    """What the lanes' positions and limits say; `stands` are those of all ranks, or fewer at the start."""
+    if len(stands) < plan.world_size:
+        return "starting"
+    if not all(stand.at_limits and not any(stand.started) for stand in stands):
+        return "running"
+    ended = all(
+        stand.positions == tuple(len(lane.ops) for lane in lanes)
+        for stand, lanes in zip(stands, plan.lanes, strict=True)
+    )
+    return "prefilled" if ended else "paused"

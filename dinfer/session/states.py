@@ -1,0 +1,165 @@
+"""What a session knows of its ranks, whichever way it hears of them: the newest state of each, and what they report.
+
+Everything that waits for news waits on one condition.
+"""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from dinfer.engine.board import Stand
+from dinfer.engine.commands import Message, stand_fields, stand_of
+from dinfer.trace.events import Event
+
+ASK_S = 0.2
+"""how often someone who waits for an answer looks whether the run can still go on"""
+
+
+class RankRefused(RuntimeError):
+    """A rank's answer to a command is an error; the message names the rank."""
+
+
+@dataclass
+class RankState:
+    """What is known of one rank. Times are this process's monotonic seconds."""
+
+    stand: Stand | None = None
+    phase: str = "starting"
+    decoded: int = 0
+    process: str | None = None
+    cpu_s: float | None = None
+    heard: float = 0.0
+    progressed: float = field(default_factory=time.monotonic)
+    gone: bool = False
+    lanes: tuple[str, ...] = ()
+    events: list[Event] = field(default_factory=list)
+    reports: dict[str, Message] = field(default_factory=dict)
+    notes: list[Message] = field(default_factory=list)
+
+
+class States:
+    """The ranks of a session and what they say. `send` is the subclass's: how a rank is reached."""
+
+    def __init__(self, world_size: int) -> None:
+        self.ranks = [RankState() for _ in range(world_size)]
+        self.changed = threading.Condition()
+        self._texts: list[str] = []
+        self._replies: dict[int, Message] = {}
+        self._ids = itertools.count(1)
+
+    # -- to the ranks
+
+    def send(self, rank: int, do: str, **fields: Any) -> int:
+        """Command one rank; the id under which its reply will come."""
+        raise NotImplementedError
+
+    def begin(self, requests: dict[int, Message]) -> dict[int, int]:
+        """Send one command to each of these ranks, together; what `finish` takes."""
+        return {rank: self.send(rank, **message) for rank, message in requests.items()}
+
+    def finish(
+        self, ids: dict[int, int], timeout: float, check: Callable[[], None] = lambda: None
+    ) -> dict[int, Message]:
+        """The answers to what was begun.
+
+        `check()` is called while waiting, and may raise. Raises TimeoutError, or RankRefused for a rank that refuses.
+        """
+        deadline = time.monotonic() + timeout
+        try:
+            while not self._answered(ids):
+                check()
+                if time.monotonic() > deadline:
+                    silent = [rank for rank, number in ids.items() if number not in self._replies]
+                    raise TimeoutError(
+                        f"no answer from rank {', '.join(map(str, silent))} within {timeout:g} s"
+                    )
+            answers = {rank: self._replies[number] for rank, number in ids.items()}
+        finally:
+            self._forget(ids)
+        for rank, answer in answers.items():
+            if "error" in answer:
+                text = answer["error"]
+                raise RankRefused(text if text.startswith(f"rank {rank} ") else f"rank {rank}: {text}")
+        return answers
+
+    def ask(
+        self, requests: dict[int, Message], timeout: float, check: Callable[[], None] = lambda: None
+    ) -> dict[int, Message]:
+        """Send one command to each of these ranks, together; their answers. Raises as `finish` does."""
+        return self.finish(self.begin(requests), timeout, check)
+
+    # -- from the ranks
+
+    def take(self, message: Message, events: Callable[[RankState], list[Event]] | None = None) -> None:
+        """Keep what a rank has said."""
+        rank = message["rank"]
+        state = self.ranks[rank]
+        with self.changed:
+            state.heard = time.monotonic()
+            match message["type"]:
+                case "state":
+                    update(state, message)
+                case "events":
+                    assert events
+                    state.events += events(state)
+                case "lanes":
+                    state.lanes, state.events = tuple(message["lanes"]), []
+                    state.reports.pop("error", None)
+                case "reply":
+                    self._replies[message["id"]] = message
+                case "text":
+                    self._texts.append(message["text"])
+                case "note":
+                    state.notes.append(message)
+                case "ask":
+                    self.send(rank, message["key"], stands=self._stands())
+                case "gone":
+                    state.gone = True
+                case kind:
+                    state.reports[kind] = message
+            self.changed.notify_all()
+
+    def new_texts(self) -> list[str]:
+        """The pieces of generated text that have come since the last call."""
+        with self.changed:
+            texts, self._texts = self._texts, []
+            return texts
+
+    def new_notes(self) -> list[Message]:
+        """What ranks have noted since the last call."""
+        with self.changed:
+            notes = [note for state in self.ranks for note in state.notes]
+            for state in self.ranks:
+                state.notes = []
+            return notes
+
+    def reset(self, rank: int) -> None:
+        """Forget a rank, which comes anew."""
+        with self.changed:
+            self.ranks[rank] = RankState()
+            self.changed.notify_all()
+
+    def _stands(self) -> list[Message | None]:
+        return [stand_fields(state.stand) if state.stand else None for state in self.ranks]
+
+    def _answered(self, ids: dict[int, int]) -> bool:
+        """Whether all these replies are there; waits a little for the next message if not."""
+        with self.changed:
+            return self.changed.wait_for(lambda: all(n in self._replies for n in ids.values()), ASK_S)
+
+    def _forget(self, ids: dict[int, int]) -> None:
+        with self.changed:
+            for number in ids.values():
+                self._replies.pop(number, None)
+
+
+def update(state: RankState, message: Message) -> None:
+    """Take over where a rank stands and how its process is."""
+    stand = stand_of(message)
+    if (stand, message["phase"], message["decoded"]) != (state.stand, state.phase, state.decoded):
+        state.progressed = state.heard
+    state.stand, state.phase, state.decoded = stand, message["phase"], message["decoded"]
+    state.process, state.cpu_s = message["process"], message["cpu_s"]
