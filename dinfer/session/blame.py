@@ -51,6 +51,15 @@ def broken(plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], 
     return None
 
 
+def silent_text(plan: Plan, rank: int, state: RankState) -> str:
+    """What to say of a rank that does not answer, though nothing says that it is gone."""
+    why = "its process is stopped" if state.stopped else "its host or the network to it may be down"
+    return (
+        f"rank {rank} does not answer: {why}; it stands at: {_position(plan, rank, state)}\n"
+        "Nothing is lost if it comes back (kill -CONT); `session.recover()` ends it and starts it again."
+    )
+
+
 def _told(message: str, rank: int, config: Config) -> str:
     named = message if message.startswith(f"rank {rank} ") else f"rank {rank}: {message}"
     if not config.log_dir:

@@ -16,6 +16,7 @@ PAUSE_S = 2.0
 """in a cluster that was joined: how long its client may be gone before the run pauses"""
 SILENT_S = 3.0
 """a watcher speaks twice a second"""
+STOPPED_S = 1.0
 
 
 class EngineRanks(Link, Ranks):
@@ -47,12 +48,12 @@ class EngineRanks(Link, Ranks):
         return {"address": "127.0.0.1" if self._is_one_host else self.cluster.facts[0].address, "port": 0}
 
     def silent(self) -> list[int]:
-        """Ranks whose process is stopped, or whose watcher has not been heard of lately."""
+        """Ranks whose process is stopped for a while, or whose watcher has not been heard of lately."""
         now = time.monotonic()
         return [
             rank
             for rank, state in enumerate(self.ranks)
-            if state.process in ("T", "t") or now - state.heard > SILENT_S
+            if now - (state.stopped or now) > STOPPED_S or now - state.heard > SILENT_S
         ]
 
     def kill(self, rank: int) -> None:

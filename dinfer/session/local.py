@@ -132,7 +132,8 @@ class LocalRanks(Ranks):
     def new_prompt(self, rank: int) -> None:
         """A rank has a new recorder, from which nothing has been read."""
         engine = self.hosts[rank].engine
-        assert engine and engine.recorder
+        assert engine is not None
+        assert engine.recorder is not None
         with self.changed:
             self._recorders[rank] = engine.recorder, None
 

@@ -15,7 +15,7 @@ from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Unit
 from dinfer.plan.ops import Kind, PlanError
 from dinfer.session.action import action, count_of, unit_of
-from dinfer.session.blame import broken
+from dinfer.session.blame import broken, silent_text
 from dinfer.session.fleet import RankFailed
 from dinfer.session.generation import Generation
 from dinfer.session.job import Job
@@ -247,11 +247,13 @@ class Run:
     # -- for the session
 
     def check(self) -> None:
-        """Raises RankFailed if the run cannot go on."""
+        """Raises RankFailed if the run cannot go on, or not now."""
         if not self.failure and not self.closed:
             self.failure = broken(self.plan, self._line.ranks, self._line.exits(), self.config) or ""
         if self.failure:
             raise RankFailed(self.failure)
+        if silent := self._line.silent():
+            raise RankFailed(silent_text(self.plan, silent[0], self._line.ranks[silent[0]]))
 
     def look(self) -> None:
         """Take in what the ranks have noted. Called often, on the session's thread."""
@@ -261,7 +263,7 @@ class Run:
             self._take(note)
         if not self._generation.under_way:
             self._generation.hear()
-        if self._state() in ("paused", "prefilled"):
+        if self._state() in ("paused", "done"):
             self.message = self._stops.arrived() or self.message
         self.tell()
 

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 from dinfer.engine.board import Stand
 from dinfer.plan.plan import Plan
 
-State = Literal["starting", "running", "paused", "prefilled", "decoding", "failed", "closed"]
+State = Literal["starting", "running", "paused", "done", "decoding", "failed", "closed"]
 
 
 class Standing(NamedTuple):
@@ -32,4 +32,4 @@ def state_of_lanes(plan: Plan, stands: Sequence[Stand]) -> State:
         stand.positions == tuple(len(lane.ops) for lane in lanes)
         for stand, lanes in zip(stands, plan.lanes, strict=True)
     )
-    return "prefilled" if ended else "paused"
+    return "done" if ended else "paused"

@@ -33,6 +33,8 @@ class RankState:
     cpu_s: float | None = None
     heard: float = 0.0
     progressed: float = field(default_factory=time.monotonic)
+    stopped: float | None = None
+    """since when its process is stopped (SIGSTOP)"""
     gone: bool = False
     lanes: tuple[str, ...] = ()
     events: list[Event] = field(default_factory=list)
@@ -163,3 +165,7 @@ def update(state: RankState, message: Message) -> None:
         state.progressed = state.heard
     state.stand, state.phase, state.decoded = stand, message["phase"], message["decoded"]
     state.process, state.cpu_s = message["process"], message["cpu_s"]
+    if state.process not in ("T", "t"):
+        state.stopped = None
+    elif state.stopped is None:
+        state.stopped = state.heard

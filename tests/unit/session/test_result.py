@@ -38,11 +38,11 @@ def ranks() -> list[RankState]:
 
 def result(job: Job, ranks: list[RankState]) -> dict[str, Any]:
     """What --json would hold."""
-    return result_of(job, ranks, merge(job, ranks), "four")
+    return result_of(job, ranks, merge(job, [state.events for state in ranks]), "four")
 
 
 def test_the_trace_holds_all_events_and_describes_the_run(job: Job, ranks: list[RankState]) -> None:
-    trace = merge(job, ranks)
+    trace = merge(job, [state.events for state in ranks])
     assert [event.rank for event in trace.events] == [0, 0, 1]
     assert trace.about["plan_id"] == f"{job.plan.id:016x}"
     assert (trace.about["world_size"], trace.about["tokens"], trace.about["stages"]) == (2, 2, [0, 1])
