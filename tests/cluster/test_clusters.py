@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -84,14 +83,13 @@ def test_the_first_engines_are_used_where_there_are_more(stock: IPython) -> None
     assert len(stock.members("ipyparallel.engine")) >= 3
 
 
+@pytest.mark.timeout(100)
 @pytest.mark.usefixtures("stock")
-def test_too_few_engines_is_one_error_at_once() -> None:
-    began = time.monotonic()
+def test_too_few_engines_is_one_error_without_waiting_for_more() -> None:
     with pytest.raises(
         ClusterError, match=r"has 3 engines \(0, 1, 2\), but 5 are asked for.*ipcluster engines -n 2"
     ):
-        attach(5, timeout=60)
-    assert time.monotonic() - began < 30  # did not wait for engines that nobody has started
+        attach(5, timeout=600)
 
 
 def test_an_engine_with_another_dinfer_is_named(joined: Cluster) -> None:
@@ -152,7 +150,7 @@ def test_px_runs_on_ranks(stock: IPython) -> None:
 from dinfer.session.clusters.attach import attach
 cluster = attach(2)
 get_ipython().run_line_magic("px", "print('on', get_ipython().kernel.engine_id)")
-get_ipython().run_line_magic("px", "--targets 1 print('alone', get_ipython().kernel.engine_id)")
+get_ipython().run_cell_magic("px", "--targets 1", "print('alone', get_ipython().kernel.engine_id)")
 """
     process = stock.start("-m", "IPython", "--no-banner", "-c", code)
     assert process.wait(60) == 0, stock.output(process)
@@ -228,10 +226,8 @@ def test_files_of_a_cluster_that_is_gone_are_told_from_a_running_one(place: IPyt
     with closing(socket.create_server(("127.0.0.1", 0))) as free:
         port = free.getsockname()[1]
     write_client_file(place, port)
-    began = time.monotonic()
     with pytest.raises(ClusterError, match="its files are there, but its controller is gone"):
-        attach(2, start=False)
-    assert time.monotonic() - began < 10
+        attach(2, start=False, timeout=600)
 
 
 def test_a_port_that_has_become_somebody_elses_is_one_error(place: IPython) -> None:
@@ -267,7 +263,7 @@ def test_ranks_follow_the_order_of_ids(place: IPython) -> None:
     wait_for(lambda: exists(place), "ipcluster has begun")
     first = attach(3, start=False)
     first.kill(0)
-    wait_for(lambda: not first.alive(0), "rank 0 has ended", 20)
+    wait_for(lambda: 0 not in first.client.ids, "the controller knows that engine 0 has ended", 20)
     second = attach(2, start=False)
     try:
         assert second.engine_ids == [1, 2]

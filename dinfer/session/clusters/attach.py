@@ -12,6 +12,7 @@ from dinfer.session.clusters.ending import end_cluster
 from dinfer.session.clusters.errors import ClusterError, TooFewEngines
 from dinfer.session.clusters.identity import Identity, runs
 from dinfer.session.clusters.known import (
+    STARTING_S,
     Known,
     engines_to_come,
     known_clusters,
@@ -101,5 +102,7 @@ def _join(cluster: Known, n: int | None, timeout: float) -> Cluster:
 
 def _are_there(client: Any, cluster: Known, n: int | None) -> bool:
     """Whether enough engines have registered, or no more are on their way."""
+    if cluster.is_being_written() and cluster.age_s() < STARTING_S:
+        return False
     to_come = engines_to_come(cluster.description(), runs, cluster.age_s())
     return len(client.ids) >= (to_come if n is None else min(n, to_come))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from dinfer.session.clusters.calls import Calls, call_expression, submit
+from dinfer.session.clusters.calls import Calls, call_expression, submit, wait_until
 from dinfer.session.clusters.choice import describe
 from dinfer.session.clusters.ending import stop_cluster
 from dinfer.session.clusters.errors import ClusterError
@@ -20,6 +20,8 @@ from dinfer.session.clusters.px import activate
 from dinfer.session.clusters.revival import revive
 
 RESPAWN_S = 60.0
+DEATH_S = 5.0
+"""how long a killed process may take to be gone: one that holds much memory takes a while"""
 
 
 class Cluster:
@@ -107,6 +109,7 @@ class Cluster:
         if process.state() == "alive":
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
+                wait_until(lambda: process.state() == "gone", DEATH_S)
         elif process.state() == "elsewhere" and self._is_registered(
             rank
         ):  # the small process beside it does it

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-import dinfer
+from dinfer import __version__
 from dinfer.session.clusters.calls import Calls, call_expression, source_expression, submit
 from dinfer.session.clusters.facts import (
     VERSIONS,
@@ -20,7 +20,7 @@ def introduce(client: Any, engines: Mapping[int, int], controller: str, timeout:
     Versions come first: an engine that has another dinfer may not know the second question.
     """
     versions = _ask(client, engines, source_expression(VERSIONS, "versions"), timeout)
-    judge_versions({engines[rank]: found for rank, found in versions.items()}, dinfer.__version__)
+    judge_versions({engines[rank]: found for rank, found in versions.items()}, __version__)
     question = call_expression("dinfer.session.clusters.facts:own_facts", [controller])
     own = _ask(client, engines, question, timeout)
     facts = [facts_of(rank, engine_id, versions[rank], own[rank]) for rank, engine_id in engines.items()]

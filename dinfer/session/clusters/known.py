@@ -90,7 +90,13 @@ class Known:
 
     def is_coming(self) -> bool:
         """Whether its controller has been started but does not accept connections yet."""
-        return not self.is_running() and self.age_s() < STARTING_S and self.controller() is not None
+        if self.is_running() or self.age_s() > STARTING_S:
+            return False
+        return self.is_being_written() or self.controller() is not None
+
+    def is_being_written(self) -> bool:
+        """Whether the cluster file is there but not whole: ipcluster writes it in place."""
+        return self.cluster_file.exists() and not self.description()
 
     def age_s(self) -> float:
         """Seconds since its cluster file was written; without one, very many."""

@@ -1,0 +1,209 @@
+"""Which cluster, which engines, and what is said about them: without processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from IPython.core.error import UsageError
+
+from dinfer.session.clusters.choice import choose_cluster, choose_engines, describe
+from dinfer.session.clusters.errors import ClusterError, TooFewEngines
+from dinfer.session.clusters.facts import judge_versions
+from dinfer.session.clusters.known import (
+    STARTING_S,
+    Known,
+    Owner,
+    controller_pid,
+    engines_to_come,
+    known_clusters,
+    launcher_of,
+)
+from dinfer.session.clusters.launcher import rank_environment
+from dinfer.session.clusters.px import target_ids
+
+STOCK = Known(Path("profile_default"), "")
+
+
+def named(cluster_id: str) -> Known:
+    return Known(Path("profile_jetson"), cluster_id)
+
+
+@pytest.mark.parametrize(
+    ("running", "chosen"),
+    [
+        ([], None),
+        ([("", "user")], ""),
+        ([("a", "user")], "a"),
+        ([("", "user"), ("a", "user")], ""),
+        ([("dinfer-1", "nobody"), ("a", "user")], "a"),
+        ([("dinfer-1", "nobody")], "dinfer-1"),
+        ([("dinfer-1", "other")], None),
+        ([("", "user"), ("dinfer-1", "me")], "dinfer-1"),
+        ([("a", "user"), ("b", "user"), ("dinfer-1", "me")], "dinfer-1"),
+    ],
+)
+def test_which_cluster_is_joined(running: list[tuple[str, Owner]], chosen: str | None) -> None:
+    found = choose_cluster([(named(cluster_id), owner) for cluster_id, owner in running])
+    assert (found.cluster_id if found else None) == chosen
+
+
+def test_of_several_the_user_says_which() -> None:
+    with pytest.raises(ClusterError, match=r"'a', 'b'\. Say which: cluster_id='a'"):
+        choose_cluster([(named("a"), "user"), (named("b"), "user")])
+
+
+def test_the_first_engines_in_the_order_of_ids() -> None:
+    assert choose_engines([5, 3, 4], 2, STOCK) == [3, 4]
+    assert choose_engines([5, 3, 4], None, STOCK) == [3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("ids", "n", "message"),
+    [
+        (
+            [0, 2],
+            3,
+            r"profile 'default' has 2 engines \(0, 2\), but 3 .*`ipcluster engines -n 1`, or ask for n=2",
+        ),
+        ([7], 3, r"has 1 engine \(7\), but 3 are asked for. Add some with `ipcluster engines -n 2`"),
+        ([], 3, r"has no engine, but 3 are asked for. Add some with `ipcluster engines -n 3`, or have"),
+        ([], None, r"has no engine, but 1 "),
+    ],
+)
+def test_too_few_engines(ids: list[int], n: int | None, message: str) -> None:
+    with pytest.raises(TooFewEngines, match=message):
+        choose_engines(ids, n, STOCK)
+
+
+def test_no_ranks_are_no_cluster() -> None:
+    with pytest.raises(ClusterError, match="n is 0; it must be at least 1"):
+        choose_engines([0, 1], 0, STOCK)
+
+
+def test_the_command_names_profile_and_cluster() -> None:
+    with pytest.raises(ClusterError, match="engines -n 1 --profile=jetson --cluster-id=a`"):
+        choose_engines([0], 2, named("a"))
+
+
+@pytest.mark.parametrize(
+    ("engines", "unused", "line"),
+    [
+        ([(0, "h"), (1, "h"), (2, "h")], [], "joined profile 'default' (local engines): ranks 0–2 on h"),
+        (
+            [(0, "h")],
+            [1, 2],
+            "joined profile 'default' (local engines): rank 0 on h; engines 1, 2 are not used",
+        ),
+        (
+            [(3, "h"), (4, "g")],
+            [],
+            "joined profile 'default' (local engines): ranks 0–1 on h, g; "
+            "these are engines 3, 4: ranks follow the order of engine ids",
+        ),
+    ],
+)
+def test_one_line_says_what_was_joined(engines: list[tuple[int, str]], unused: list[int], line: str) -> None:
+    assert describe(STOCK, "local", started=False, engines=engines, unused=unused) == line
+
+
+def versions(**different: Any) -> dict[str, Any]:
+    """What an engine like this client says."""
+    import platform
+
+    return {"python": platform.python_version(), "dinfer": "1.0", "torch": "2.0", "cuda": 0, **different}
+
+
+def test_like_engines_are_taken() -> None:
+    judge_versions({0: versions(), 1: versions(torch="3.0")}, "1.0")
+
+
+def test_all_engines_at_fault_are_named_at_once() -> None:
+    engines = {
+        0: versions(),
+        3: versions(python="3.1.4", dinfer="0.9"),
+        4: {**versions(dinfer=""), "no dinfer": "ModuleNotFoundError: No module named 'dinfer'"},
+        5: {**versions(torch=""), "no torch": "ImportError: libcudart.so"},
+    }
+    with pytest.raises(ClusterError) as caught:
+        judge_versions(engines, "1.0")
+    assert str(caught.value).startswith("not all engines can take part: engine 3 runs Python 3.1.4, not 3.")
+    for part in (
+        "engine 3 has dinfer 0.9, not 1.0",
+        "engine 4 has no dinfer (ModuleNotFoundError",
+        "engine 5 has no torch",
+    ):
+        assert part in str(caught.value)
+    assert "engine 0" not in str(caught.value)
+
+
+def cluster_file(sets: dict[str, Any], n: int | None = 3) -> dict[str, Any]:
+    return {
+        "cluster": {"n": n},
+        "controller": {"class": "local", "state": {"pid": 7}},
+        "engines": {"class": "local", "sets": sets},
+    }
+
+
+@pytest.mark.parametrize(
+    ("description", "age_s", "count"),
+    [
+        ({}, 1e9, 0),
+        (cluster_file({}), 1.0, 3),
+        (cluster_file({}, n=None), 1.0, 1),
+        (cluster_file({}), 2 * STARTING_S, 0),
+        (cluster_file({"1": {"n": 2, "engines": {"0": {"pid": 10}, "1": {"pid": 11}}}}), 1.0, 1),
+        (
+            cluster_file({"1": {"n": 4, "pid": 10}, "2": {"n": 2, "pid": 11}, "3": {"n": 1, "pid": -1}}),
+            1.0,
+            5,
+        ),
+    ],
+)
+def test_engines_that_are_on_their_way(description: dict[str, Any], age_s: float, count: int) -> None:
+    assert engines_to_come(description, lambda pid: pid == 10, age_s) == count
+
+
+def test_what_a_cluster_file_says() -> None:
+    assert controller_pid(cluster_file({})) == 7
+    assert controller_pid({}) is None
+    assert launcher_of(cluster_file({})) == "local"
+    assert (
+        launcher_of({"engines": {"class": "dinfer.session.clusters.launcher.DinferEngineSetLauncher"}})
+        == "dinfer"
+    )
+
+
+def test_clusters_are_found_by_their_files(tmp_path: Path) -> None:
+    security = tmp_path / "security"
+    security.mkdir()
+    for name in ("ipcontroller-client.json", "ipcontroller-a-b-client.json", "ipcontroller-a-b-engine.json"):
+        (security / name).write_text("{}")
+    for name in ("cluster-.json", "cluster-c.json", "dinfer-cluster-d.json", "other.json"):
+        (security / name).write_text("{}")
+    assert [known.cluster_id for known in known_clusters(tmp_path)] == ["", "a-b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [("1", 4), ("-1", 5), ("0,2", [3, 5]), ("[1]", [4]), ("[0, 2]", [3, 5]), ("1:", [4, 5]), ("::2", [3, 5])],
+)
+def test_targets_are_ranks(text: str, ids: int | list[int]) -> None:
+    assert target_ids(text, [3, 4, 5]) == ids
+    assert target_ids("all", [3, 4, 5]) == [3, 4, 5]
+
+
+@pytest.mark.parametrize("text", ["3", "x", "0,7", "a:"])
+def test_a_target_that_is_no_rank(text: str) -> None:
+    with pytest.raises(UsageError, match="the ranks are 0 to 2"):
+        target_ids(text, [3, 4, 5])
+
+
+def test_an_engine_knows_its_rank() -> None:
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    assert rank_environment(1, 2, {}) == ranks
+    assert rank_environment(1, 2, {"DINFER_GPU_IDS": "0, 3"}) == {**ranks, "CUDA_VISIBLE_DEVICES": "3"}
+    for wrong in ("0", "0,x", "0,1,2"):
+        with pytest.raises(ValueError, match=r"DINFER_GPU_IDS is .* but 2 engines are started"):
+            rank_environment(1, 2, {"DINFER_GPU_IDS": wrong})

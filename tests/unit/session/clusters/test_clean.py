@@ -1,0 +1,148 @@
+"""Whose a cluster is, and what `dinfer clean` makes of it, with records but without clusters."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dinfer.session.clusters.clean import clean, report
+from dinfer.session.clusters.ending import end_processes, members
+from dinfer.session.clusters.identity import Identity
+from dinfer.session.clusters.known import Known
+from dinfer.session.clusters.record import Record, record_path
+
+ME = Identity.of(os.getpid())
+GONE = replace(ME, started="long ago")  # its process id is now another's
+ELSEWHERE = replace(ME, host="elsewhere")
+AFTER_REBOOT = replace(ME, boot="another")
+IN_A_CONTAINER = replace(ME, space="pid:[1]")
+
+
+def note(profile_dir: Path, cluster_id: str, *clients: Identity) -> Known:
+    """A cluster of which only files are left."""
+    Record(cluster_id, clients).write(record_path(profile_dir, cluster_id))
+    for kind in ("client", "engine"):
+        (profile_dir / "security" / f"ipcontroller-{cluster_id}-{kind}.json").write_text("{}")
+    cluster = Known(profile_dir, cluster_id)
+    cluster.cluster_file.write_text("{}")
+    return cluster
+
+
+def test_a_process_is_known_again() -> None:
+    states = [who.state() for who in (ME, GONE, ELSEWHERE, AFTER_REBOOT, IN_A_CONTAINER)]
+    assert states == ["alive", "gone", "elsewhere", "gone", "elsewhere"]
+    assert ME.is_here
+    assert not ELSEWHERE.is_here
+
+
+def test_a_process_that_nobody_has_waited_for_is_gone() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    identity = Identity.of(process.pid)
+    assert identity.state() == "alive"
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and still in the table of processes
+    assert identity.state() == "gone"
+    process.communicate()
+    with pytest.raises(ProcessLookupError):
+        Identity.of(process.pid)
+
+
+def test_owners(tmp_path: Path) -> None:
+    clients = {"me": [ME, GONE], "other": [GONE, ME], "nobody": [GONE, AFTER_REBOOT]}
+    for owner, those in clients.items():
+        assert note(tmp_path, f"dinfer-{owner}", *those).owner() == owner
+    assert note(tmp_path, "dinfer-far", ELSEWHERE).owner() == "other"
+    assert Known(tmp_path, "").owner() == "user"
+
+
+def test_who_joins_is_noted_and_inherits() -> None:
+    assert Record("dinfer-1", (ELSEWHERE,)).with_client(ME).clients == (ELSEWHERE, ME)
+    assert Record("dinfer-1", (GONE,)).with_client(ME).clients == (ME,)
+    assert Record("dinfer-1", (ME, ELSEWHERE)).with_client(ME).clients == (ME, ELSEWHERE)
+    assert Record("dinfer-1", (ELSEWHERE, ME)).with_client(ME).clients == (ELSEWHERE, ME)
+
+
+def test_files_of_the_dead_are_removed_and_no_others(tmp_path: Path) -> None:
+    dead = note(tmp_path, "dinfer-1-a", GONE)
+    kept = [note(tmp_path, "dinfer-1-ab", ME), note(tmp_path, "dinfer-2", GONE, ELSEWHERE)]
+    (tmp_path / "security" / "cluster-.json").write_text("{}")
+    before = set((tmp_path / "security").iterdir())
+
+    assert [(f.cluster_id, f.done, f.files) for f in clean([tmp_path], dry_run=True)] == [
+        ("dinfer-1-a", "would be ended", 4),
+        ("dinfer-1-ab", "left alone", 0),
+        ("dinfer-2", "left alone", 0),
+    ]
+    assert set((tmp_path / "security").iterdir()) == before
+    found = clean([tmp_path])
+    assert [item.done for item in found] == ["ended", "left alone", "left alone"]
+    assert report(found, as_json=False)[1] == 0
+    gone = {path.name for path in before - set((tmp_path / "security").iterdir())}
+    assert gone == {
+        "cluster-dinfer-1-a.json",
+        "dinfer-cluster-dinfer-1-a.json",
+        "ipcontroller-dinfer-1-a-client.json",
+        "ipcontroller-dinfer-1-a-engine.json",
+    }
+    assert not dead.client_file.exists()
+    assert all(cluster.client_file.exists() for cluster in kept)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"cluster_id": "dinfer-1"}', '{"cluster_id": "", "clients": []}']
+)
+def test_a_record_that_cannot_be_read_ends_nothing(tmp_path: Path, text: str) -> None:
+    path = record_path(tmp_path, "dinfer-1")
+    path.parent.mkdir()
+    path.write_text(text)
+    said, status = report(clean([tmp_path]), as_json=True)
+    assert json.loads(said)[0]["done"] == "not ended"
+    assert status == 1
+    assert path.exists()
+
+
+@pytest.mark.parametrize("cluster_id", ["", "mine", "1700000000-abcd"])
+def test_a_users_cluster_is_never_ended(cluster_id: str) -> None:
+    with pytest.raises(ValueError, match="was not started by dinfer"):
+        end_processes(Known(Path("profile_default"), cluster_id))
+
+
+def test_processes_bear_the_id_and_the_profile(tmp_path: Path) -> None:
+    cluster = Known(tmp_path, "dinfer-test")
+    place = {"IPP_CLUSTER_ID": "dinfer-test", "IPP_PROFILE_DIR": str(tmp_path)}
+    others = [{**place, "IPP_CLUSTER_ID": "dinfer-tes"}, {**place, "IPP_PROFILE_DIR": str(tmp_path.parent)}]
+    started = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(); input()",
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **environment},
+        )
+        for environment in [place, *others]
+    ]
+    try:
+        for process in started:
+            assert process.stdout
+            process.stdout.readline()  # from here on it does not end when asked to
+        assert [process.pid for process in members(cluster)] == [started[0].pid]
+        assert end_processes(cluster) == ([started[0].pid], [])
+        assert [process.poll() for process in started[1:]] == [None, None]
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def test_nothing_to_clean(tmp_path: Path) -> None:
+    assert report(clean([tmp_path]), as_json=False) == ("no cluster that dinfer started", 0)
+    assert report(clean([tmp_path]), as_json=True) == ("[]", 0)
