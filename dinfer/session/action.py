@@ -2,28 +2,62 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from dinfer.plan.cut import UNITS, Unit
 from dinfer.plan.ops import PlanError
 
 
-class Acted(Protocol):
-    """What an action needs of a run."""
+class Acting:
+    """Something on which actions are done, and those who want to know when it may have changed.
 
-    def begin_action(self, call: str) -> None:
-        """Raises where the run is over."""
+    `closed` and `failure` say why no further action is possible, `message` why the last one stopped.
+    """
+
+    def __init__(self) -> None:
+        self.last_call = self.message = self.failure = self.closed = ""
+        self._listeners: list[Callable[[], None]] = []
+
+    def check(self) -> None:
+        """Raises where it cannot go on."""
+        raise NotImplementedError
 
     def interrupted(self) -> None:
-        """A keyboard interrupt has broken the action off."""
+        """A keyboard interrupt has broken an action off."""
+        raise NotImplementedError
+
+    def begin_action(self, call: str) -> None:
+        """Raises RuntimeError for what is over, and as `check` does."""
+        self.last_call = call
+        if self.closed:
+            raise RuntimeError(f"this run is over: {self.closed}")
+        self.check()
+        self.message = ""
+
+    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Have `callback()` called, on any thread, whenever something may have changed; what is returned ends that."""
+        self._listeners.append(callback)
+        return lambda: self._listeners.remove(callback) if callback in self._listeners else None
 
     def tell(self) -> None:
-        """Something may have changed."""
+        """Call those who asked to be told of changes."""
+        for callback in list(self._listeners):
+            callback()
+
+    def fail(self, why: str) -> None:
+        """It cannot go on, until it is begun anew."""
+        self.failure = f"{self.failure}\n{why}".strip()
+        self.tell()
+
+    def close(self, why: str) -> None:
+        """It is over: another one has taken its place, or the session has ended."""
+        self.closed = self.closed or why
+        self.tell()
 
 
 P = ParamSpec("P")
 T = TypeVar("T")
-R = TypeVar("R", bound=Acted)
+R = TypeVar("R", bound=Acting)
 
 
 def action(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R, P], T]:

@@ -14,7 +14,7 @@ from dinfer.model.text import texts_of
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Unit
 from dinfer.plan.ops import Kind, PlanError
-from dinfer.session.action import action, count_of, unit_of
+from dinfer.session.action import Acting, action, count_of, unit_of
 from dinfer.session.blame import broken, silent_text
 from dinfer.session.fleet import RankFailed
 from dinfer.session.generation import Generation
@@ -35,7 +35,7 @@ POLL_S = 0.05
 TOKEN = "token"
 
 
-class Run:
+class Run(Acting):
     """Made by `session.prefill`. `devices` are the ranks'; `prepare` has them make the prompt ready, all lanes at
     limit 0. Nothing moves before the first action."""
 
@@ -47,14 +47,13 @@ class Run:
         tokenizer: Any | None,
         prepare: Callable[[], None],
     ) -> None:
+        super().__init__()
         self.job, self.plan, self.config = job, job.plan, job.config
         self.world_size = job.plan.world_size
-        self.last_call = self.closed = ""
         self._line, self._devices, self._tokenizer, self._prepare = line, devices, tokenizer, prepare
         self._fleet = RemoteFleet(job.plan, line, self.check)
         self._stops = Stops(lambda armed: self._ask_all("breakpoints", breakpoints=armed))
         self._lock = threading.RLock()
-        self._listeners: list[Callable[[], None]] = []
         self._begin()
 
     def _begin(self) -> None:
@@ -198,8 +197,13 @@ class Run:
         """
         with self._lock:
             if self._stepper and not self._stepper.at_end:
-                self._stepper.resume()
+                self._resume()
                 self._stepper.wait(None)
+                if not self._stepper.at_end:
+                    self.look()
+                    return Decoded(
+                        (), "", False, 0, f"prefill is not done: {self.message or 'it was paused'}"
+                    )
         more = self.config.max_new_tokens if max_new_tokens is None else count_of(max_new_tokens)
         return self._decode(len(self.tokens) + more, on_text)
 
@@ -238,12 +242,6 @@ class Run:
         answers = self._ask_all("sha256", tokens=len(self.job.ids))
         return [answers[rank]["sha256"] for rank in range(self.world_size)]
 
-    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Have `callback()` called, on any thread, whenever what `standing()` says may have changed; what is returned
-        ends that."""
-        self._listeners.append(callback)
-        return lambda: self._listeners.remove(callback) if callback in self._listeners else None
-
     # -- for the session
 
     def check(self) -> None:
@@ -267,14 +265,6 @@ class Run:
             self.message = self._stops.arrived() or self.message
         self.tell()
 
-    def begin_action(self, call: str) -> None:
-        """Raises RuntimeError for a run that is over, RankFailed where a rank has failed."""
-        self.last_call = call
-        if self.closed:
-            raise RuntimeError(f"this run is over: {self.closed}")
-        self.check()
-        self.message = ""
-
     def interrupted(self) -> None:
         """A keyboard interrupt: the ranks stand at the next cut, mostly before this returns."""
         try:
@@ -283,21 +273,6 @@ class Run:
             self.message = "interrupted: the run is paused"
         except (NoProgress, RankFailed, TimeoutError) as error:
             self.message = f"interrupted; the ranks stop as soon as their ops end: {error}"
-
-    def tell(self) -> None:
-        """Call those who asked to be told of changes."""
-        for callback in list(self._listeners):
-            callback()
-
-    def fail(self, why: str) -> None:
-        """This run cannot go on, until it is restarted."""
-        self.failure = f"{self.failure}\n{why}".strip()
-        self.tell()
-
-    def close(self, why: str) -> None:
-        """This run is over: another one has taken its place, or the session has ended."""
-        self.closed = self.closed or why
-        self.tell()
 
     # -- within
 
@@ -325,7 +300,11 @@ class Run:
         if self._stepper is None:
             self._fleet.set_limits(tuple(tuple(len(lane.ops) for lane in lanes) for lanes in self.plan.lanes))
             return
-        self._stepper.resume(self._stops.limit(self._stepper.cuts, self._stepper.pause()))
+        limit, met = self._stops.ahead(self._stepper.cuts, self._stepper.pause())
+        self._stepper.resume(limit)
+        self._stops.expect(
+            met
+        )  # not before: whoever looks then would see the run stand, and take it for arrived
 
     def _decode(self, limit: int, on_text: Callable[[str], None] | None) -> Decoded:
         with self._lock:

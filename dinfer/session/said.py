@@ -45,14 +45,18 @@ class Moved(Said):
 
 @dataclass(frozen=True, repr=False)
 class Decoded(Said):
-    """New tokens of one call and their text; `count`: all new tokens so far; `ended`: the text ends here."""
+    """New tokens of one call and their text; `count`: all new tokens so far; `ended`: the text ends here; `remark`: why
+    there are none."""
 
     tokens: tuple[int, ...]
     text: str
     ended: bool
     count: int
+    remark: str = ""
 
     def __str__(self) -> str:
+        if self.remark:
+            return self.remark
         end = ", and the text ends here" if self.ended else ""
         return f"{self.text}\n({len(self.tokens)} new tokens, {self.count} in all{end})"
 

@@ -42,10 +42,13 @@ class Stops:
         self.arm()
         return one
 
-    def limit(self, cuts: Cuts, cut: Cut) -> Cut:
-        """How far a run that stands at `cut` may go on."""
-        limit, self._ahead = next_stop(cuts, cut, list(self._found.values()))
-        return limit
+    def ahead(self, cuts: Cuts, cut: Cut) -> tuple[Cut, list[Breakpoint]]:
+        """How far a run that stands at `cut` may go on, and the breakpoints that it then has met."""
+        return next_stop(cuts, cut, list(self._found.values()))
+
+    def expect(self, breakpoints: list[Breakpoint]) -> None:
+        """The run is on its way to these."""
+        self._ahead = breakpoints
 
     def forget_ahead(self) -> None:
         """The run was sent elsewhere than to the next breakpoint."""

@@ -19,7 +19,7 @@ PACKAGE = Path(dinfer.__file__).parent
 FRONT_DOOR = ""  # dinfer/__init__.py: names from all rooms
 ROOMS = ("config", "plan", "trace", "model", "engine", "session", "views", "magics", "cli", "__main__")
 FORBIDDEN = {"model": set(ROOMS) - {"model"}, "views": {"engine"}}  # though they stand earlier
-PUBLIC = ["__version__"]
+PUBLIC = ["__version__", "connect", "load_ipython_extension"]
 MAX_LINES = 350
 
 

@@ -84,7 +84,7 @@ def test_ranks_that_do_not_arrive_are_told_with_where_they_stand(small: Decoder)
         with pytest.raises(NoProgress, match=r"have not arrived within 0\.01 s") as caught:
             stepper.wait(0.01)
         assert "rank 1: 0 of 17 ops done; main in `recv kv c0 l0 <- 0, 4 tokens`" in str(caught.value)
-        assert "rank 0: 0 of 22 ops done; main stopped before `embed c0`" in str(caught.value)
+        assert "rank 0: 0 of 22 ops done; stands before its first layer, next `embed c0`" in str(caught.value)
         assert stepper.pause() == stepper.cuts.start
 
 

@@ -1,0 +1,32 @@
+"""Sessions whose ranks are threads of the test's process. Not a test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dinfer.session.local import LocalRanks
+from dinfer.session.run import Run
+from dinfer.session.session import Session
+
+
+@contextmanager
+def session_on_threads(world_size: int, model: Path) -> Iterator[Session]:
+    """A session with a checkpoint loaded; closed afterwards."""
+    with Session(LocalRanks(world_size)) as session:
+        yield session.load(str(model), threads=1)
+
+
+def engines(session: Session) -> list[object]:
+    """Each rank's engine of the current run."""
+    assert isinstance(session.ranks, LocalRanks)
+    return [host.engine for host in session.ranks.hosts]
+
+
+def stands_at_a_cut(run: Run) -> bool:
+    """Whether no lane moves, and what has been done makes a consistent cut."""
+    standing = run.standing()
+    assert run._stepper
+    cut = tuple(stand.positions for stand in standing.stands)
+    return standing.state in ("paused", "done") and run._stepper.cuts.is_consistent(cut)
