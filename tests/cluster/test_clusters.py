@@ -196,7 +196,7 @@ def test_starts_one_where_none_runs_and_leaves_nothing(place: IPython) -> None:
 def test_a_start_that_fails_is_one_error_and_leaves_nothing(
     place: IPython, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ClusterError, match="no cluster could be started.*'nosuch' could not be imported"):
+    with pytest.raises(ClusterError, match=r"no cluster could be started\..*'nosuch' could not be imported"):
         attach(1, engines="nosuch")
     monkeypatch.setenv("DINFER_GPU_IDS", "0")
     with pytest.raises(ClusterError, match="DINFER_GPU_IDS is '0', but 2 engines are started"):
