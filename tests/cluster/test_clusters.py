@@ -193,6 +193,18 @@ def test_starts_one_where_none_runs_and_leaves_nothing(place: IPython) -> None:
     assert place.files() == []
 
 
+def test_a_start_that_fails_is_one_error_and_leaves_nothing(
+    place: IPython, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ClusterError, match=r"no cluster could be started\..*'nosuch' could not be imported"):
+        attach(1, engines="nosuch")
+    monkeypatch.setenv("DINFER_GPU_IDS", "0")
+    with pytest.raises(ClusterError, match="DINFER_GPU_IDS is '0', but 2 engines are started"):
+        attach(2)
+    assert place.members() == []
+    assert place.files() == []
+
+
 def test_clean_ends_the_orphan_only(place: IPython) -> None:
     orphan, living = (place.start("-c", CLIENT) for _ in range(2))
     clients = (orphan, living)

@@ -10,6 +10,7 @@ from dinfer.session.clusters.ending import PREFIX, end_cluster
 from dinfer.session.clusters.errors import ClusterError
 from dinfer.session.clusters.identity import Identity
 from dinfer.session.clusters.known import Known
+from dinfer.session.clusters.launcher import rank_environment
 from dinfer.session.clusters.record import Record, record_path
 
 LAUNCHERS = {"dinfer": "dinfer.session.clusters.launcher.DinferEngineSetLauncher"}
@@ -18,6 +19,8 @@ LAUNCHERS = {"dinfer": "dinfer.session.clusters.launcher.DinferEngineSetLauncher
 
 def start_cluster(profile_dir: Path, n: int, engines: str, timeout: float) -> Known:
     """Start controller and engines; the engines may still be on their way. Raises ClusterError."""
+    if engines in LAUNCHERS:
+        _check_gpu_ids(n)  # ipcluster would print a traceback and wait
     cluster = Known(profile_dir, f"{PREFIX}{os.getpid()}-{secrets.token_hex(3)}")
     record = Record(cluster.cluster_id, (Identity.of(os.getpid()),))
     record.write(
@@ -59,6 +62,19 @@ def _ipcluster(cluster: Known, n: int, engines: str, timeout: float) -> str | No
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, check=False
         )
-    except subprocess.TimeoutExpired:
-        return f"nothing within {timeout:g} s."
-    return None if done.returncode == 0 else "\n".join((done.stdout + done.stderr).splitlines()[-5:])
+    except subprocess.TimeoutExpired as late:  # its output is bytes even where text was asked for
+        said = b"".join(part for part in (late.stdout, late.stderr) if isinstance(part, bytes))
+        return f"(not done within {timeout:g} s) {_end_of(said.decode(errors='replace'))}"
+    return None if done.returncode == 0 else _end_of(done.stdout + done.stderr)
+
+
+def _end_of(said: str) -> str:
+    return " / ".join(said.splitlines()[-5:])
+
+
+def _check_gpu_ids(n: int) -> None:
+    """Raises ClusterError where DINFER_GPU_IDS does not fit `n` engines."""
+    try:
+        rank_environment(0, n, os.environ)
+    except ValueError as error:
+        raise ClusterError(str(error)) from None
