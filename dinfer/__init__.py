@@ -28,6 +28,6 @@ def connect(where: str = "ipyparallel", n: int = 3, **options: Any) -> "Session"
 
 def load_ipython_extension(shell: Any) -> None:
     """`%load_ext dinfer`: the `%dinfer` magics."""
-    from dinfer.magics import load
+    from dinfer.magics import load_into
 
-    load(shell)
+    load_into(shell)

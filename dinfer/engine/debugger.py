@@ -1,4 +1,4 @@
-"""Debugger: lets VS Code, or another client of debugpy, attach to a rank. Off unless the environment asks.
+"""Debugger: lets VS Code, or another client of debugpy, attach to a rank. Off unless environment or session ask.
 
 DINFER_DEBUGPY=1: rank n listens on 127.0.0.1 at port 5678 + n (another number: at that port + n).
 DINFER_DEBUGPY_WAIT=1: and begins its work only once a client is there.
@@ -37,18 +37,25 @@ def listen_for_debugger(rank: int) -> None:
         )
     port = (FIRST_PORT if asked == "1" else int(asked)) + rank
     try:
+        listen(port)
+    except DebuggerError as error:
+        raise DebuggerError(
+            f"{error} Set DINFER_DEBUGPY to the first of as many free ports as there are ranks."
+        ) from None
+    if os.environ.get("DINFER_DEBUGPY_WAIT") == "1":
+        import debugpy
+
+        debugpy.wait_for_client()
+
+
+def listen(port: int) -> None:
+    """Let a client attach at 127.0.0.1 and this port. Raises DebuggerError."""
+    try:
         import debugpy
     except ImportError:
-        raise DebuggerError(
-            "DINFER_DEBUGPY is set, but debugpy is not installed: pip install debugpy"
-        ) from None
+        raise DebuggerError("debugpy is not installed: pip install debugpy.") from None
     debugpy.configure(subProcess=False)  # the watcher must go on while its rank stands at a breakpoint
     try:
         debugpy.listen(("127.0.0.1", port))
     except (RuntimeError, OSError) as error:
-        raise DebuggerError(
-            f"the debugger cannot listen at port {port}: {error}. "
-            "Set DINFER_DEBUGPY to the first of as many free ports as there are ranks."
-        ) from None
-    if os.environ.get("DINFER_DEBUGPY_WAIT") == "1":
-        debugpy.wait_for_client()
+        raise DebuggerError(f"the debugger cannot listen at port {port}: {error}.") from None

@@ -12,11 +12,13 @@ from typing import Any
 from dinfer.engine.comm import Comm, GlooComm, Store, join_store, open_store
 from dinfer.engine.commands import Message
 from dinfer.engine.control import Control
-from dinfer.engine.debugger import FIRST_PORT
+from dinfer.engine.debugger import FIRST_PORT, listen
 from dinfer.engine.host import Host
 from dinfer.engine.interface import own_address_towards
 
 _current: "Kernel | None" = None
+_debug_port = 0
+"""where a debugger may attach; 0: nowhere yet"""
 
 
 class Kernel:
@@ -73,13 +75,14 @@ def address_towards(address: str) -> str:
 
 
 def listen_for_debugger(port: int = 0) -> int:
-    """Let a client of debugpy attach to this rank; the port. The watcher goes on while it stands at a breakpoint."""
-    import debugpy
-
+    """Let a client of debugpy attach to this rank; the port, which stays the first one. Raises DebuggerError."""
+    global _debug_port
     assert _current
-    debugpy.configure(subProcess=False)
-    debugpy.listen(("127.0.0.1", port or FIRST_PORT + _current.rank), in_process_debug_adapter=True)
-    return port or FIRST_PORT + _current.rank
+    if not _debug_port:
+        wanted = port or FIRST_PORT + _current.rank
+        listen(wanted)
+        _debug_port = wanted
+    return _debug_port
 
 
 def _bind(host: Host) -> None:

@@ -65,6 +65,10 @@ class EngineRanks(Link, Ranks):
         self.reset(rank)
         self._start([rank])
 
+    def listen_for_debugger(self, rank: int, port: int) -> tuple[str, int]:
+        call = "dinfer.engine.kernel:listen_for_debugger"
+        return self.cluster.facts[rank].host, self.cluster.call(rank, call, port, timeout=START_S)[0]
+
     def close(self) -> None:
         super().close()
         self.cluster.close()

@@ -67,6 +67,11 @@ class LocalRanks(Ranks):
     def revive(self, rank: int) -> None:
         raise RuntimeError(f"rank {rank} is a thread of this process: it cannot have been lost alone.")
 
+    def listen_for_debugger(self, rank: int, port: int) -> tuple[str, int]:  # noqa: ARG002 - see the message
+        raise RuntimeError(
+            f"rank {rank} is a thread of this process: the debugger of your notebook or IDE stops it as any other."
+        )
+
     def free(self) -> None:
         """Wake whoever is blocked in the transport: here, that can be done."""
         self.exchange.close()

@@ -39,6 +39,10 @@ class Ranks(States):
         """Start one rank again under its number."""
         raise NotImplementedError
 
+    def listen_for_debugger(self, rank: int, port: int) -> tuple[str, int]:
+        """Let a client of debugpy attach to one rank: on which host, at which port."""
+        raise NotImplementedError
+
     def free(self) -> None:
         """Wake what is blocked in the transport, where that can be done from here."""
 

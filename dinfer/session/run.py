@@ -22,7 +22,7 @@ from dinfer.session.job import Job
 from dinfer.session.ranks import Ranks
 from dinfer.session.remote import RemoteFleet
 from dinfer.session.result import merge
-from dinfer.session.said import Breakpoints, Decoded, Moved, Where
+from dinfer.session.said import Breakpoints, Decoded, Moved, Said, Where
 from dinfer.session.standing import Standing, State, state_of_lanes
 from dinfer.session.stepper import Move, NoProgress, Stepper
 from dinfer.session.stops import Stops
@@ -35,7 +35,7 @@ POLL_S = 0.05
 TOKEN = "token"
 
 
-class Run(Acting):
+class Run(Acting, Said):
     """Made by `session.prefill`. `devices` are the ranks'; `prepare` has them make the prompt ready, all lanes at
     limit 0. Nothing moves before the first action."""
 
@@ -146,6 +146,11 @@ class Run(Acting):
         notes += [f"{len(self.tokens)} new tokens: {self.text!r}"] * bool(self.tokens)
         notes += [f"edited by hand: {', '.join(self.edited)}"] * bool(self.edited)
         return Where(standing.state, "\n".join([lines, *notes]))
+
+    def __str__(self) -> str:
+        plan, chunks = self.plan, len(self.plan.shape.chunks)
+        head = f"{len(self.job.ids)} tokens in {chunks} chunks, {plan.schedule}, {plan.sync_strategy}"
+        return f"run of {head}: {self.where()}"
 
     def restart(self) -> Where:
         """Begin anew, paused at the start, with the same breakpoints; also after `session.recover()`."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from html import escape
 
+from dinfer.engine.debugger import FIRST_PORT
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Cut
 
@@ -70,6 +71,22 @@ class Where(Said):
 
     def __str__(self) -> str:
         return f"{self.state}\n{self.lines}"
+
+
+@dataclass(frozen=True, repr=False)
+class Listening(Said):
+    """A rank that a client of debugpy may attach to, at this port of its host's 127.0.0.1."""
+
+    rank: int
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return (
+            f"rank {self.rank} listens for a debugger at 127.0.0.1:{self.port} on {self.host}: attach from VS Code "
+            f'("Attach to rank {self.rank}" of .vscode/launch.json has port {FIRST_PORT + self.rank}) or any client of '
+            "debugpy. While it stands at a breakpoint, the other ranks wait at a cut."
+        )
 
 
 class Breakpoints(Said):

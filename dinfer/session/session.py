@@ -7,7 +7,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self
 
-from dinfer.config import Config
+from dinfer.config import Config, ConfigError
 from dinfer.engine.commands import Message
 from dinfer.model.checkpoint import Spec
 from dinfer.model.text import load_tokenizer
@@ -18,7 +18,7 @@ from dinfer.session.loading import Bars
 from dinfer.session.ranks import Ranks
 from dinfer.session.recovery import meet, recover
 from dinfer.session.run import Run
-from dinfer.session.said import Said
+from dinfer.session.said import Listening, Said
 from dinfer.session.sweep import Sweep, sweep
 
 LOOK_S = 0.05
@@ -102,6 +102,15 @@ class Session(Said):
         if self._show is None:
             raise RuntimeError("this session was made without views: use dinfer.connect(…).")
         return self._show(self)
+
+    def listen_for_debugger(self, rank: int, port: int = 0) -> Listening:
+        """Let VS Code, or another client of debugpy, attach to a rank, and say where; by default at 5678 + rank.
+
+        Raises ConfigError for no such rank, RankError where that port is taken or debugpy missing.
+        """
+        if not 0 <= rank < self.world_size:
+            raise ConfigError(f"rank is {rank}; the ranks are 0 to {self.world_size - 1}.")
+        return Listening(rank, *self.ranks.listen_for_debugger(rank, port))
 
     def recover(self) -> str:
         """After a failure: bring back ranks that are lost, free those that are stuck, and let runs start again:

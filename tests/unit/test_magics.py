@@ -1,0 +1,163 @@
+"""`%dinfer` on threads: verbs, their words, and what is said when something is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from IPython.core.error import UsageError
+
+from dinfer import magics
+from dinfer.magics import VERBS, act, split, usage
+from dinfer.session.said import Moved, Where
+
+PROMPT = "The code of Lima is 471. What is the code of Lima? The code of Lima is"
+
+
+@pytest.fixture(scope="module")
+def shell() -> Iterator[Any]:
+    """What the magics need of a shell, with a session of two ranks made by them."""
+    found: Any = SimpleNamespace(user_ns={})
+    act(found, "connect threads -n 2")
+    act(found, "load demo threads=1")
+    yield found
+    act(found, "close")
+
+
+@pytest.fixture
+def begun(shell: Any) -> Any:
+    """The shell with a run that stands at its start."""
+    act(shell, f'prefill "{PROMPT}" chunk_size=8 sync_strategy=ring')
+    return shell
+
+
+def test_verbs_are_listed_one_a_line() -> None:
+    said = str(act(None, "")).splitlines()
+    assert [line.split()[0] for line in said[1:]] == list(VERBS)
+    assert all(len(line.split(None, 1)) == 2 and len(line) < 120 for line in said)
+    assert str(act(None, "help")).splitlines() == said
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_every_verb_explains_itself(name: str) -> None:
+    said = usage(name)
+    assert said.startswith(f"%dinfer {name}")
+    assert str(act(None, f"{name} --help")) == str(act(None, f"help {name}")) == said
+    assert str(magics._doc(VERBS[name])) in said
+
+
+def test_an_unknown_verb_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match=r"knows no 'setp'\. Did you mean step\?"):
+        act(None, "setp layer")
+    with pytest.raises(UsageError, match="Did you mean where"):
+        act(None, "help wher")
+
+
+def test_words() -> None:
+    assert split(r"""load C:\models\x 'two words' when="slower than 5 ms" """) == [
+        "load", r"C:\models\x", "two words", "when=slower than 5 ms",
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match="a quote is not closed"):
+        act(None, "prefill don't")
+
+
+def test_without_a_session_it_says_how_to_get_one() -> None:
+    with pytest.raises(UsageError, match=r"no session yet: %dinfer connect"):
+        act(SimpleNamespace(user_ns={"session": 7}), "where")
+
+
+def test_the_newest_session_serves_where_none_is_called_session(shell: Any) -> None:
+    other = SimpleNamespace(user_ns={"debugged": shell.user_ns["session"], "later": 7})
+    assert str(act(other, "log")).endswith(shell.user_ns["session"].log[-1])
+
+
+def test_a_run_by_verbs_is_the_run_by_calls(begun: Any) -> None:
+    session = begun.user_ns["session"]
+    run = act(begun, "run")
+    assert run is session.run
+    assert (run.config.chunk_size, run.config.sync_strategy, run.config.prompt) == (8, "ring", PROMPT)
+    assert str(run).startswith("run of 21 tokens in 3 chunks, pipelined, ring: paused\nrank 0: 0 of")
+    step = act(begun, "step layer -n 2")
+    assert isinstance(step, Moved)
+    assert session.run.last_call == "run.step('layer', 2)"
+    assert act(begun, "back").after == act(begun, "step op").before
+    act(begun, "to 1 3")
+    assert "c1 l3" in str(act(begun, "where"))
+    assert isinstance(act(begun, "pause"), Where)
+
+
+def test_breakpoints_by_words_and_flags(begun: Any) -> None:
+    assert str(act(begun, "break layer=2 chunk=1")) == "#1: after layer 2, chunk 1"
+    assert str(act(begun, "break --rank 1 op=recv when=digest differs")) == str(
+        begun.user_ns["session"].run.breakpoints[2]
+    )
+    assert str(act(begun, "break when=slower than 9999 ms layer=3")).endswith("when slower than 9999 ms")
+    assert len(act(begun, "breaks")) == 3
+    assert act(begun, "resume") is None
+    assert "stopped at #1" in str(act(begun, "wait 60"))
+    assert [one.number for one in act(begun, "clear 1")] == [2, 3]
+    assert len(act(begun, "clear")) == 0
+
+
+def test_decode_step_by_step_and_restart(begun: Any) -> None:
+    assert act(begun, "decode 2").count == 2
+    assert act(begun, "step token").count == 3
+    assert act(begun, "back token -n 2").count == 1
+    assert "0 of" in str(act(begun, "restart"))
+    assert "stands before its first layer" in str(act(begun, "where"))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("step furlong", "'furlong' is not a unit to step by"),
+        ("step -n 0", "n is 0; it must be at least 1"),
+        ("step -n two", "invalid int value: 'two'"),
+        ("to 99 1", "99"),
+        ("to 1", "required: layer"),
+        ("break layer=99", "layers from 0 to 5"),
+        ("break when=maybe", "it must be one of 'nan'"),
+        ("break colour=red", "unrecognized arguments: colour=red"),
+        ("clear 7", "there is no breakpoint #7"),
+        ("prefill x chunk_size=0", "chunk_size is 0; it must be at least 1"),
+        ("load no/such/folder", "no/such/folder"),
+        ("connect nowhere", "'nowhere' is no place for ranks"),
+        ("debug 1", "rank 1 is a thread of this process"),
+        ("debug 9", "the ranks are 0 to 1"),
+    ],
+)
+def test_errors_are_one_message(begun: Any, line: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        act(begun, line)
+    assert said in str(caught.value)
+    assert caught.value.__suppress_context__ or caught.value.__cause__ is None
+
+
+def test_mistakes_in_dinfer_keep_their_traceback(begun: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VERBS, "where", VERBS["to"])
+    monkeypatch.setattr(type(begun.user_ns["session"].run), "run_to", None)
+    with pytest.raises(TypeError):
+        act(begun, "where 1 1")
+
+
+def test_in_plain_ipython() -> None:
+    lines = [
+        "%load_ext dinfer",
+        "%dinfer connect threads -n 2",
+        "prompt = 'The code of Lima is'",
+        "%dinfer prefill $prompt chunk_size=4",
+        "moved = %dinfer step wave",
+        "print('moved', moved.moved)",
+        "%dinfer where",
+        "%dinfer stop",
+        "%dinfer close",
+    ]
+    command = [sys.executable, "-m", "IPython", "--no-banner", "--colors=NoColor", "-c", "\n".join(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert "moved True" in done.stdout, done.stdout + done.stderr
+    assert "knows no 'stop'. Did you mean" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
