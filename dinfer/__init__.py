@@ -27,7 +27,7 @@ def connect(where: str = "ipyparallel", n: int = 3, **options: Any) -> "Session"
 
 
 def load_ipython_extension(shell: Any) -> None:
-    """`%load_ext dinfer`: the `%dinfer` magics."""
+    """`%load_ext dinfer`: the `%dinfer` magics, and the name `dinfer`."""
     from dinfer.magics import load_into
 
     load_into(shell)

@@ -253,7 +253,8 @@ VERBS: dict[str, Callable[[Call], Any]] = {
 
 
 def load_into(shell: Any) -> None:
-    """Register `%dinfer` with an IPython shell."""
+    """Register `%dinfer` with an IPython shell, and give it the name `dinfer`."""
+    shell.push({"dinfer": dinfer}, interactive=False)
     shell.register_magic_function(lambda line: act(shell, line), "line", "dinfer")
 
 

@@ -44,6 +44,8 @@ class Prompt:
         self._on_op, self._others = on_op, others
         self.executor = Executor(plan, state, comm, gate, recorder, board, self._after)
         self.target: Cut = tuple(tuple(0 for _ in lanes) for lanes in plan.lanes)
+        self._begun: tuple[int, ...] | None = None
+        """where the step by hand began whose end has not been told yet"""
 
     @cached_property
     def cuts(self) -> Cuts:
@@ -52,7 +54,7 @@ class Prompt:
     def go(self, cut: Cut) -> list[str]:
         """Let this rank's lanes go to its part of a cut; what the user has edited since they stood."""
         edited = self._look()
-        self.target = cut
+        self.target, self._begun = cut, None
         self.executor.set_limits(cut[self.rank])
         return edited
 
@@ -61,18 +63,21 @@ class Prompt:
         edited = self._look()
         self.executor.rewind(cut[self.rank])
         self.edits.note_all()
-        self.target = cut
+        self.target, self._begun = cut, None
         return edited
 
     def step(self, unit: Unit, timeout: float) -> Steps:
-        """Go on by one unit, as every rank does that makes this call; or, where the step before is not through, go on
-        with that."""
-        before, edited = self.executor.stand().positions, list[str]()
-        if self._has_arrived():
-            edited = self.go(self.cuts.next(self.target, unit))
+        """Go on by one unit, as every rank does that makes this call; or, where the end of the step before could not be
+        told, tell that."""
+        begun, edited = self._begun, list[str]()
+        if begun is None:
+            begun = self.executor.stand().positions
+            if self._has_arrived():
+                edited = self.go(self.cuts.next(self.target, unit))
+        self._begun = begun
         held = self.executor.wait(self._has_arrived, timeout)
-        after = self.executor.stand().positions
-        ops = ops_between(self.executor, before, after)
+        self._begun = None if held else begun
+        ops = ops_between(self.executor, begun, self.executor.stand().positions)
         waits = "" if held and ops else self.waits() if not held else self._nothing_to_do()
         return Steps(self.rank, unit, op_lines(self.state, ops), waits, tuple(edited))
 

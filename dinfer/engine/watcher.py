@@ -24,7 +24,8 @@ TICK_MS = 20
 FAST_TICK_MS = 1
 FAST_FOR_S = 0.25
 """For so long after a command somebody waits for what it does: ticks are fast."""
-BEAT_S = 0.5
+BEAT_S = 0.08
+"""At least ten times a second it is heard, whatever the rank does."""
 RECORDER_BYTES = 4 << 20
 MEMORY_BYTES = BOARD_BYTES + RECORDER_BYTES
 ORPHAN_S = 10.0

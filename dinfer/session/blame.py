@@ -18,7 +18,7 @@ SILENT = 257
 
 
 def silence_limit(timeout: float) -> float:
-    """Seconds after which a watcher, which speaks twice a second, is given up; well within the run's `timeout`."""
+    """Seconds after which a watcher, which speaks ten times a second, is given up; well within the run's `timeout`."""
     return min(10.0, max(timeout / 2, 3.0))
 
 

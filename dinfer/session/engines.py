@@ -15,7 +15,7 @@ START_S = 60.0
 PAUSE_S = 2.0
 """in a cluster that was joined: how long its client may be gone before the run pauses"""
 SILENT_S = 3.0
-"""a watcher speaks twice a second"""
+"""a watcher speaks ten times a second"""
 STOPPED_S = 1.0
 
 
