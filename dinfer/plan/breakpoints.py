@@ -18,7 +18,7 @@ _ABSMAX = re.compile(r"absmax\s*(?:>|above)\s*([0-9.]+(?:e[+-]?\d+)?)", re.IGNOR
 _SLOWER = re.compile(r"slower\s+than\s+([0-9.]+)\s*ms", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Breakpoint:
     """Ops of this rank, kind, chunk and layer, each None for any; by default layer ops. `bound` belongs to `condition`:
     the largest absolute value that is still good, or milliseconds."""
@@ -64,6 +64,9 @@ class Breakpoint:
         where += [f"on rank {self.rank}"] * (self.rank is not None)
         where += [f"when {self.when}"] * bool(self.condition)
         return f"#{self.number}: after {', '.join(where)}"
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def parse_when(text: str | None) -> tuple[Condition, float]:

@@ -272,6 +272,7 @@ class Run(Acting, Said):
 
     def interrupted(self) -> None:
         """A keyboard interrupt: the ranks stand at the next cut, mostly before this returns."""
+        self._stops.forget_ahead()  # the breakpoint ahead was not met
         try:
             if self._stepper and not self._generation.under_way:
                 self._stepper.pause(INTERRUPT_S)

@@ -33,7 +33,10 @@ class Cell:
         """Keep what one message shows."""
         kind, content = message["msg_type"], message["content"]
         if kind == "stream":
-            self.text += COLOURS.sub("", content["text"])
+            text = COLOURS.sub("", content["text"])
+            self.text += text
+            if text.startswith("UsageError: "):  # which IPython shows in place of an error's message
+                self.error = text.strip()
         elif kind in ("execute_result", "display_data"):
             self.text += COLOURS.sub("", content["data"].get("text/plain", "")) + "\n"
             self.html += [shown for kind, shown in content["data"].items() if kind == "text/html"]
