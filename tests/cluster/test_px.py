@@ -7,17 +7,20 @@ of a loaded machine does not count).
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from statistics import median
 from textwrap import dedent
 from typing import NamedTuple
 
 import pytest
 
+from tests.cluster.dap import Debugger
 from tests.cluster.ipclusters import IPython, ipython
 from tests.cluster.kernels import Kernel, kernel
-from tests.cluster.runs import wait_for
+from tests.cluster.runs import free_ports, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -228,7 +231,7 @@ def test_an_interrupt_before_a_breakpoint_is_not_taken_for_it(notebook: Notebook
     where = notebook.kernel.run("run.where()")
     assert "interrupted" in where
     assert "stopped at" not in where
-    assert "stopped at #1" in notebook.kernel.run("run.decode(5)")
+    assert "prefill is not done: stopped at #" in notebook.kernel.run("run.decode(5)")
 
 
 def interrupt(notebook: Notebook, call: str) -> None:
@@ -293,6 +296,73 @@ def test_ranks_are_heard_while_a_cell_is_busy(notebook: Notebook, cell: str) -> 
     assert notebook.kernel.value("run.standing().stands != before")
     notebook.kernel.run("run.wait(60)")
     notebook.kernel.run(FAST)
+    assert_ends_as_if_undisturbed(notebook)
+
+
+MINE = """
+from dinfer.engine.handlers import HANDLERS
+
+unbroken = HANDLERS["layer"]
+
+
+def look(engine):
+    rank = engine.rank
+    return rank
+
+
+def layer(state, op, comm):
+    rank = state.rank
+    return unbroken(state, op, comm)
+"""
+
+
+def stopped_in(debugger: Debugger, function: str) -> int:
+    """Wait until rank 1 stands at the breakpoint in one of MINE's functions; the thread that does."""
+    stopped = debugger.event("stopped")
+    assert stopped["reason"] == "breakpoint"
+    frame = debugger.ask("stackTrace", threadId=stopped["threadId"])["stackFrames"][0]
+    assert frame["name"] == function
+    expression = "engine.rank" if function == "look" else "(state.rank, op.layer)"
+    value = debugger.ask("evaluate", expression=expression, frameId=frame["id"])["result"]
+    assert value == ("1" if function == "look" else "(1, 2)")
+    thread: int = stopped["threadId"]
+    return thread
+
+
+def test_a_debugger_stops_one_rank_while_the_others_wait_at_a_cut(notebook: Notebook) -> None:
+    run, path = notebook.kernel.run, notebook.place.folder / "mine.py"
+    path.write_text(MINE)
+    lines = [number for number, line in enumerate(MINE.splitlines(), 1) if "    rank = " in line]
+    px(notebook, f"import sys\nsys.path.append({str(path.parent)!r})\nimport mine")
+    taken, port = free_ports(2), 0
+    with closing(socket.create_server(("127.0.0.1", taken))):
+        said = notebook.kernel.fail(f"session.listen_for_debugger(1, {taken})")
+        assert "rank 1 (pid" in said
+        assert f"cannot listen at port {taken}" in said
+    port = taken + 1
+    assert f"127.0.0.1:{port}" in run(f"%dinfer debug 1 --port {port}")
+    assert f"127.0.0.1:{port}" in run("session.listen_for_debugger(rank=1)")
+    debugger = Debugger(port)
+    debugger.attach({str(path): lines})
+
+    run("%%px --noblock --targets 1\nmine.look(engine)")
+    thread = stopped_in(debugger, "look")
+    assert run("run.where()").startswith("paused\nrank 0: 0 of")
+    debugger.ask("continue", threadId=thread)
+
+    px(notebook, "mine.HANDLERS['layer'] = mine.layer", "1")
+    run("run.resume()")
+    thread = stopped_in(debugger, "layer")
+    waits = "layer c0 l2"
+    notebook.kernel.run(f"import time\nwhile {waits!r} not in str(run.where()): time.sleep(0.02)")
+    where = run("run.where()")
+    assert where.startswith("running")
+    assert "rank 0: " in where
+    debugger.ask("setBreakpoints", source={"path": str(path)}, breakpoints=[])
+    debugger.ask("continue", threadId=thread)
+    run("run.wait(60)")
+    debugger.close()
+    px(notebook, "mine.HANDLERS['layer'] = mine.unbroken", "1")
     assert_ends_as_if_undisturbed(notebook)
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import socket
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import pytest
 
 from dinfer.engine import handlers
 from tests.cluster.dap import Debugger
-from tests.cluster.runs import Run, run_arguments, wait_for
+from tests.cluster.runs import Run, free_ports, run_arguments, wait_for
 from tests.unit.engine.twin import prompt
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
@@ -37,19 +35,6 @@ ENTRIES: dict[str, Entry] = {entry["name"]: entry for entry in launch_json()["co
 COMPOUNDS: dict[str, list[str]] = {
     entry["name"]: entry["configurations"] for entry in launch_json()["compounds"]
 }
-
-
-def free_ports(count: int) -> int:
-    """The first of so many free ports in a row."""
-    for first in range(20000, 60000, 10):
-        with ExitStack() as stack:
-            try:
-                for port in range(first, first + count):
-                    stack.enter_context(closing(socket.create_server(("127.0.0.1", port))))
-            except OSError:
-                continue
-            return first
-    raise AssertionError("no ports are free")
 
 
 @pytest.fixture
