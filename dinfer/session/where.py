@@ -1,9 +1,25 @@
 """Where ranks stand, in words. Pure: plan and stands in, text out."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
-from dinfer.engine.board import Stand
 from dinfer.plan.plan import Lane, Plan
+
+
+class Stand(Protocol):
+    """Where one rank stands, by lane; `dinfer.engine.board.Stand` is one. Views know it by this."""
+
+    @property
+    def positions(self) -> Sequence[int]:
+        """Ops that have ended."""
+
+    @property
+    def started(self) -> Sequence[bool]:
+        """Whether the next has begun."""
+
+    @property
+    def limits(self) -> Sequence[int]:
+        """How far it may go."""
 
 
 def where_text(plan: Plan, stands: Sequence[Stand]) -> str:
