@@ -16,7 +16,7 @@ from dinfer.views.still import still_html
 _HERE = Path(__file__).parent
 
 
-class Panel(anywidget.AnyWidget):  # type: ignore[misc]  # ipywidgets has no types
+class Panel(anywidget.AnyWidget):
     """The panel of a run: show it as the last line of a cell.
 
     Several panels may show one run; all follow it, whoever moves it. `close()` takes it off the page and leaves no
@@ -37,7 +37,9 @@ class Panel(anywidget.AnyWidget):  # type: ignore[misc]  # ipywidgets has no typ
         self._run, self._cells = run, CellMap(run.plan)
         self._painter = Painter(self._paint)
         self._worker = Worker("dinfer panel worker", self._painter.touch)
-        self._pauser = Worker("dinfer panel pauser", self._painter.touch)  # never behind a step that takes long
+        self._pauser = Worker(
+            "dinfer panel pauser", self._painter.touch
+        )  # never behind a step that takes long
         super().__init__(board=layout(run.plan, run.chunk_labels()))
         self._paint()
         self.on_msg(self._on_message)
@@ -90,7 +92,7 @@ class Panel(anywidget.AnyWidget):  # type: ignore[misc]  # ipywidgets has no typ
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[Json, Json]:
         """The live view, and a still picture of now for where there is no kernel."""
-        data, metadata = super()._repr_mimebundle_(**kwargs)
+        data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
         still = still_html(self._run.plan, self._run.standing(), self._run.chunk_labels())
         return {**data, "text/html": still}, metadata
 
