@@ -1,10 +1,8 @@
-// The panel in the browser: draws what the kernel sends and says which button was pressed. It knows no more of a run
+// The panel in the browser: shows what the kernel sends and says which button was pressed. It knows no more of a run
 // than panel.py tells: `board` (what does not change), `shown` (what does), `cells` (a byte per layer, chunk, rank).
+// panel.py puts map.js before it: together they are one module.
 
-const STATES = ["not yet", "computing", "here, not everywhere", "in flight to here", "on every rank"];
-const [COMPUTING, HERE, IN_FLIGHT, EVERYWHERE] = [1, 2, 3, 4];
 const KERNEL_SILENT_MS = 700;
-const LEFT = 52, TOP = 18, MAP_HEIGHT = 400;
 
 const BUTTONS = [
   ["◀ back", "step_back", "go back by one unit of the last step"],
@@ -39,6 +37,7 @@ class View {
     this.hint = "";
     this.silent = new Map(); // message → timer that tells that the kernel has not answered
     this.build(el);
+    this.map = new BlockMap(this.canvas, this.root, this.board, () => this.look());
     this.follow();
     this.theme();
     this.update();
@@ -96,7 +95,7 @@ class View {
   }
 
   legend(node) {
-    STATES.forEach((name, state) => {
+    this.board.states.forEach((name, state) => {
       const item = make("span", "", node);
       make("i", "", item).style.background = `var(--dinfer-${state})`;
       item.append(name);
@@ -116,12 +115,10 @@ class View {
     this.model.on("change:cells", this.onState);
     this.model.on("change:selected", this.onSelected);
     this.model.on("msg:custom", this.onAnswer);
-    canvas.onmousemove = (event) => this.point(this.cellAt(event));
+    canvas.onmousemove = (event) => this.point(this.map.cellAt(event));
     canvas.onmouseleave = () => this.point(null);
-    canvas.onclick = (event) => this.select(this.cellAt(event));
+    canvas.onclick = (event) => this.select(this.map.cellAt(event));
     canvas.onkeydown = (event) => this.key(event);
-    this.resized = new ResizeObserver(() => this.draw());
-    this.resized.observe(canvas.parentElement);
     this.themed = new MutationObserver(() => this.theme());
     this.themed.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
     this.preference = window.matchMedia("(prefers-color-scheme: dark)");
@@ -134,7 +131,7 @@ class View {
     this.model.off("change:cells", this.onState);
     this.model.off("change:selected", this.onSelected);
     this.model.off("msg:custom", this.onAnswer);
-    this.resized.disconnect();
+    this.map.close();
     this.themed.disconnect();
     this.preference.removeEventListener("change", this.onPreference);
     this.silent.forEach(clearTimeout);
@@ -145,7 +142,7 @@ class View {
     const dark = said !== undefined ? said === "false"
       : body.classList.contains("vscode-dark") || (!body.classList.contains("vscode-light") && this.preference.matches);
     this.root.classList.toggle("dinfer-dark", dark);
-    this.draw();
+    this.map.draw();
   }
 
   // -- what the user does
@@ -237,7 +234,7 @@ class View {
     this.working.textContent = shown.working.length ? `at work: ${shown.working.join(", ")}${waiting}` : "";
     shown.ranks.forEach((rank, n) => this.updateRank(this.rankLines[n], rank));
     this.describe();
-    this.draw();
+    this.map.draw();
   }
 
   updateRank({ line, device, word, bar, where }, rank) {
@@ -260,6 +257,11 @@ class View {
     return new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
   }
 
+  look() {
+    const selected = this.model.get("selected"), { cut } = this.model.get("shown");
+    return { bytes: this.bytes(), cut, selected, hover: this.hover };
+  }
+
   describe() {
     const cell = this.hover ?? this.model.get("selected");
     this.block.replaceChildren();
@@ -275,137 +277,6 @@ class View {
     make("div", "", this.block, holders(states));
     if (labels[chunk]) make("q", "", this.block, shorten(labels[chunk]));
   }
-
-  // -- the map
-
-  geometry() {
-    const { layers, chunks } = this.board;
-    const width = this.canvas.parentElement.clientWidth;
-    const across = Math.min(64, (width - LEFT - 2) / chunks.length);
-    const down = Math.max(4, Math.min(22, Math.floor(MAP_HEIGHT / layers)));
-    return { width, height: TOP + down * layers + 4, across, down };
-  }
-
-  cellAt(event) {
-    const { across, down } = this.geometry();
-    const chunk = Math.floor((event.offsetX - LEFT) / across), layer = Math.floor((event.offsetY - TOP) / down);
-    const { layers, chunks } = this.board;
-    return layer >= 0 && layer < layers && chunk >= 0 && chunk < chunks.length ? [layer, chunk] : null;
-  }
-
-  draw() {
-    cancelAnimationFrame(this.frame);
-    this.frame = requestAnimationFrame(() => this.drawNow());
-  }
-
-  drawNow() {
-    const shape = this.geometry(), scale = window.devicePixelRatio || 1;
-    const style = getComputedStyle(this.root), bytes = this.bytes();
-    if (shape.width <= 0 || !bytes.length) return;
-    this.colour = (name) => style.getPropertyValue(`--dinfer-${name}`).trim();
-    this.canvas.width = Math.round(shape.width * scale);
-    this.canvas.height = Math.round(shape.height * scale);
-    this.canvas.style.height = `${shape.height}px`;
-    const pen = this.canvas.getContext("2d");
-    pen.scale(scale, scale);
-    pen.font = "10px sans-serif";
-    this.drawCells(pen, shape, bytes);
-    this.drawNames(pen, shape);
-    this.drawStages(pen, shape);
-    this.drawCut(pen, shape);
-    this.frameCell(pen, shape, this.hover, 1);
-    this.frameCell(pen, shape, this.model.get("selected"), 2.5);
-    // For tests: what has just been drawn, and where.
-    Object.assign(this.canvas.dataset, {
-      cells: bytes.join(""), cut: this.model.get("shown").cut.join(" "),
-      geometry: JSON.stringify({ ...shape, left: LEFT, top: TOP }),
-      selected: this.model.get("selected")?.join(" ") ?? "",
-    });
-  }
-
-  drawCells(pen, { across, down }, bytes) {
-    const { layers, chunks, ranks } = this.board, gap = across > 8 && down > 6 ? 1 : 0.5;
-    const colours = STATES.map((_, state) => this.colour(state)), part = (across - gap) / ranks;
-    let n = 0;
-    for (let layer = 0; layer < layers; layer++) {
-      for (let chunk = 0; chunk < chunks.length; chunk++) {
-        const x = LEFT + chunk * across, y = TOP + layer * down;
-        for (let rank = 0; rank < ranks;) {
-          let end = rank + 1; // neighbours alike are one rectangle
-          while (end < ranks && bytes[n + end] === bytes[n + rank]) end++;
-          pen.fillStyle = colours[bytes[n + rank]];
-          pen.fillRect(x + rank * part, y, (end - rank) * part, down - gap);
-          rank = end;
-        }
-        n += ranks;
-      }
-    }
-  }
-
-  drawNames(pen, { across, down }) {
-    const { layers, chunks } = this.board;
-    pen.fillStyle = this.colour("faint");
-    pen.textAlign = "right";
-    pen.textBaseline = "middle";
-    for (let layer = 0; layer < layers; layer += Math.ceil(11 / down)) {
-      pen.fillText(`l${layer}`, LEFT - 5, TOP + (layer + 0.5) * down);
-    }
-    pen.textAlign = "center";
-    for (let chunk = 0; chunk < chunks.length; chunk += Math.ceil(26 / across)) {
-      pen.fillText(`c${chunk}`, LEFT + (chunk + 0.5) * across, TOP - 8);
-    }
-  }
-
-  drawStages(pen, { across, down }) {
-    const { owners, layers, chunks } = this.board;
-    let first = 0;
-    for (let layer = 1; layer <= layers; layer++) {
-      if (layer < layers && owners[layer] === owners[first]) continue;
-      const y = TOP + first * down, high = (layer - first) * down;
-      pen.fillStyle = this.colour("soft");
-      pen.fillRect(4, y, 18, high - 2);
-      pen.save();
-      pen.translate(13, y + high / 2 - 1);
-      pen.rotate(-Math.PI / 2);
-      pen.fillStyle = this.colour("text");
-      pen.textAlign = "center";
-      pen.fillText(high > 44 ? `rank ${owners[first]}` : high > 12 ? `${owners[first]}` : "", 0, 0);
-      pen.restore();
-      if (layer < layers) line(pen, [[LEFT, TOP + layer * down], [LEFT + chunks.length * across, TOP + layer * down]],
-        this.colour("text"), 1, [3, 3]);
-      first = layer;
-    }
-  }
-
-  drawCut(pen, { across, down }) {
-    const points = [[LEFT, TOP]];
-    this.model.get("shown").cut.forEach((depth, chunk) => {
-      points.push([LEFT + chunk * across, TOP + depth * down], [LEFT + (chunk + 1) * across, TOP + depth * down]);
-    });
-    line(pen, points, this.colour("back"), 5);
-    line(pen, points, this.colour("cut"), 2.5);
-  }
-
-  frameCell(pen, { across, down }, cell, wide) {
-    if (!cell) return;
-    const box = [LEFT + cell[1] * across - 1, TOP + cell[0] * down - 1, across + 1, down + 1];
-    pen.lineWidth = wide + 2;
-    pen.strokeStyle = this.colour("back");
-    pen.strokeRect(...box);
-    pen.lineWidth = wide;
-    pen.strokeStyle = this.colour("text");
-    pen.strokeRect(...box);
-  }
-}
-
-function line(pen, points, colour, wide, dash = []) {
-  pen.beginPath();
-  pen.setLineDash(dash);
-  points.forEach(([x, y]) => pen.lineTo(x, y));
-  pen.lineWidth = wide;
-  pen.strokeStyle = colour;
-  pen.stroke();
-  pen.setLineDash([]);
 }
 
 function holders(states) {

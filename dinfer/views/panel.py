@@ -1,4 +1,7 @@
-"""Panel: a run as a live map in a notebook, with the buttons that move it. What it looks like is in panel.js."""
+"""Panel: a run as a live map in a notebook, with the buttons that move it.
+
+The kernel's side: what to show, what a button means. The browser's side is map.js, panel.js and panel.css.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +26,7 @@ class Panel(anywidget.AnyWidget):
     thread, but for an action under way, which ends by itself.
     """
 
-    _esm = (_HERE / "panel.js").read_text(encoding="utf-8")
+    _esm = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in ("map.js", "panel.js"))
     _css = (_HERE / "panel.css").read_text(encoding="utf-8")
 
     board = Dict().tag(sync=True)

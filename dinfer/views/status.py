@@ -5,6 +5,7 @@ from typing import Any
 
 from dinfer.plan.plan import Lane, Plan
 from dinfer.session.where import Stand, rank_text
+from dinfer.views.cells import STATES
 from dinfer.views.protocol import Standing
 
 Json = dict[str, Any]
@@ -21,7 +22,7 @@ def layout(plan: Plan, labels: Sequence[str]) -> Json:
         "owners": list(shape.owners),
         "chunks": [[chunk.start, chunk.stop] for chunk in shape.chunks],
         "labels": list(labels),
-        "plan": f"{plan.schedule}, {plan.sync_strategy}",
+        "states": list(STATES),
     }
 
 

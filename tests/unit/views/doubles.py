@@ -14,10 +14,12 @@ from dinfer.engine.board import Stand
 from dinfer.model.decoder import Decoder
 from dinfer.model.text import load_tokenizer
 from dinfer.plan.cut import Cut, Cuts, Unit
+from dinfer.plan.ops import Op
 from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
 from dinfer.session.stepper import Stepper
+from dinfer.trace.events import Event
 from dinfer.views.protocol import State
 from tests.unit.engine.twin import Twin
 
@@ -128,6 +130,7 @@ class TwinRun:
     def __init__(self, model: str, prompt: str, *, pace: float = 0.0, **config: object) -> None:
         settings = Config.of({"model_path": model, **config})
         tokenizer = load_tokenizer(model)
+        assert tokenizer is not None
         ids = list(tokenizer(prompt)["input_ids"])
         self.twin = Twin(Decoder.load(model), settings)
         self.fleet = self.twin.prepare(ids)
@@ -187,8 +190,12 @@ class TwinRun:
         return do()
 
     def _slow_down(self, pace: float) -> None:
+        def compute(_: Event, op: Op) -> None:
+            if not op.is_transfer:
+                self._closing.wait(pace)
+
         for engine in self.twin.engines:
-            engine.executor.on_op = lambda _, op: op.is_transfer or self._closing.wait(pace)
+            engine.executor.on_op = compute
 
     def _watch(self) -> None:
         seen = self.fleet.stands()
