@@ -13,7 +13,7 @@ from dinfer.views.cells import EVERYWHERE, HERE, STATES, CellMap, States, cut_li
 from dinfer.views.protocol import Standing
 from dinfer.views.status import status
 
-COLOURS = ("#e9edf1", "#f4c430", "#2f7fc1", "#d9702b", "#14385c")
+COLOURS = ("#e9edf1", "#f4c430", "#2672b3", "#e07b39", "#14385c")
 """of each state on white, as in panel.css; each differs from the others in lightness"""
 _LEFT, _TOP = 34, 18
 
@@ -51,14 +51,15 @@ def map_svg(states: States, owners: Sequence[int], labels: Sequence[str]) -> str
     stages = "".join(
         f"M{_LEFT} {_TOP + down * n}H{right}" for n in range(1, layers) if owners[n] != owners[n - 1]
     )
-    steps = "".join(f"V{_TOP + down * depth}h{across}" for depth in cut_line(states))
+    cut = [_TOP + down * depth for depth in cut_line(states)]
+    steps = f"M{_LEFT} {cut[0]}" + "".join(f"V{y}h{across}" for y in cut)
     names = _names(states, across, down, labels)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{max(right + 8, 560)}" height="{bottom + 26}" role="img" '
         'style="background:#fff" font-family="sans-serif" font-size="10">'
         f'<title>blocks by layer and chunk, each split by rank</title>{paths}<path d="{grid}" stroke="#fff"/>'
         f'<path d="{stages}" stroke="#555" stroke-dasharray="3 2"/>'
-        f'<path d="M{_LEFT} {_TOP}{steps}" fill="none" stroke="#b3125b" stroke-width="2.5"/>'
+        f'<path d="{steps}" fill="none" stroke="#b3125b" stroke-width="2.5"/>'
         f"{names}{_legend(bottom + 12)}</svg>"
     )
 

@@ -149,14 +149,10 @@ LARGE = [
     """
 from dinfer.views.panel import Panel
 from dinfer.views.cells import CellMap
-from tests.unit.views.doubles import PaperRun, paper_plan
-run = PaperRun(paper_plan(layers=36, chunks=32, ranks=3), [f"words of chunk {n} " * 3 for n in range(32)])
+from tests.unit.views.doubles import busy_run
+run = busy_run(layers=36, chunks=32, ranks=3, waves=46)
+run.labels = [f"words of chunk {n} " * 3 for n in range(32)]
 run.devices = ["cuda:0", "cuda:1", "cuda:2"]
-for _ in range(46):
-    run.step("wave")
-for _ in range(5):
-    run.step("op")
-run.started = tuple(tuple(int(lane.name == "compute") for lane in lanes) for lanes in run.plan.lanes)
 run.state, run.message = "paused", "breakpoint 1: rank 1 stands before layer c9 l17 (absmax 1843.2 above 1000)"
 """,
     "Panel(run)",

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from dinfer.config import Config
 from dinfer.engine.board import Stand
 from dinfer.model.decoder import Decoder
@@ -20,6 +22,7 @@ from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
 from dinfer.session.stepper import Stepper
 from dinfer.trace.events import Event
+from dinfer.views.cells import STATES, CellMap
 from dinfer.views.protocol import State
 from tests.unit.engine.twin import Twin
 
@@ -122,6 +125,18 @@ class PaperRun:
     def pause(self) -> None:
         self.calls.append("run.pause()")
         self.listeners.tell()
+
+
+def busy_run(layers: int, chunks: int, ranks: int, waves: int) -> PaperRun:
+    """A run on paper that is under way: after some waves, with every state of a cell on its map."""
+    run = PaperRun(paper_plan(layers, chunks, ranks))
+    run.step("wave", waves)
+    run.started = tuple(tuple(int(lane.name == "compute") for lane in lanes) for lanes in run.plan.lanes)
+    cells = CellMap(run.plan)
+    while len(np.unique(cells.states(run.standing().stands))) < len(STATES):
+        assert run.cut != run.cuts.end, "no cut by op has every state"
+        run.step("op")
+    return run
 
 
 class TwinRun:
