@@ -122,8 +122,8 @@ class BlockMap {
       const x = LEFT + chunk * across, y = TOP + depth * down;
       return [[x, y], [x + across, y]];
     });
-    line(pen, points, this.colour("back"), 4.5);
-    line(pen, points, this.colour("cut"), 2.5);
+    line(pen, points, this.colour("back"), 3.5);
+    line(pen, points, this.colour("cut"), 2);
   }
 
   frameCell(pen, { across, down }, cell, wide) {

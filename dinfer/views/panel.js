@@ -82,6 +82,7 @@ class View {
   }
 
   buildRanks() {
+    this.ranks.classList.toggle("dinfer-many", this.board.ranks > 4);
     this.rankLines = Array.from({ length: this.board.ranks }, (_, rank) => {
       const line = make("div", "rank", this.ranks);
       const head = make("div", "", line);
@@ -226,8 +227,11 @@ class View {
     this.banner.classList.toggle("dinfer-alarm", Boolean(alarm));
     this.bannerClose.hidden = !shown.error;
     this.root.querySelector("[data-do=step_back]").title = `run.step_back("${this.unit}")`;
-    this.text.textContent = shown.text;
     this.text.hidden = !shown.text;
+    if (this.text.textContent !== shown.text) {
+      this.text.textContent = shown.text;
+      this.text.scrollTop = this.text.scrollHeight;
+    }
     this.call.textContent = shown.call;
     this.call.hidden = this.copy.hidden = this.call.previousSibling.hidden = !shown.call;
     const waiting = shown.waiting ? `, then ${shown.waiting}` : "";

@@ -4,6 +4,7 @@ The kernel's side: what to show, what a button means. The browser's side is map.
 """
 
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,10 @@ class Panel(anywidget.AnyWidget):
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[Json, Json]:
         """The live view, and a still picture of now for where there is no kernel."""
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
-        still = still_html(self._run.plan, self._run.standing(), self._run.chunk_labels())
+        try:
+            still = still_html(self._run.plan, self._run.standing(), self._run.chunk_labels())
+        except Exception as error:  # the live view must come nevertheless, and has a banner
+            still = escape(f"dinfer: where the run stands cannot be shown: {error}")
         return {**data, "text/html": still}, metadata
 
 

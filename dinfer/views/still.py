@@ -34,7 +34,8 @@ def still_html(plan: Plan, standing: Standing, labels: Sequence[str]) -> str:
         f"<div><div>dinfer: {escape(words)}</div>{map_svg(states, plan.shape.owners, labels)}"
         "<table><thead><tr><th>rank</th><th>device</th><th>state</th><th>blocks held</th><th>position</th></tr>"
         f"</thead><tbody>{rows}</tbody></table>"
-        "<small>A still picture. The live panel needs a running kernel, and ipywidgets and anywidget where the "
+        "<small>A cell's parts are the ranks, left to right; the line, the cut, parts what has been computed from "
+        "what has not. A still picture: the live panel needs a running kernel, and ipywidgets and anywidget where the "
         "Jupyter server runs.</small></div>"
     )
 

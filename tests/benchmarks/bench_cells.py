@@ -1,8 +1,16 @@
-"""How long the panel's map takes: `python -m tests.benchmarks.bench_cells`. Not a test: nothing is asserted."""
+"""How long the panel's map takes, once a plan and at each update.
+
+Means of 100. Run as `python tests/benchmarks/bench_cells.py` from the repository's root. Not a test: times are never
+asserted.
+"""
 
 from __future__ import annotations
 
+import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dinfer.engine.board import Stand
 from dinfer.plan.partition import partition

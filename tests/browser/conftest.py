@@ -22,8 +22,7 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-OpenNotebook = Callable[..., Notebook]
-"""notebook(cells, theme="light")"""
+OpenNotebook = Callable[[list[str]], Notebook]
 Shot = Callable[[str], Path]
 
 
@@ -68,8 +67,7 @@ def page(browser: Browser) -> Iterator[Page]:
 def notebook(page: Page, lab: Lab, request: pytest.FixtureRequest) -> OpenNotebook:
     """Opens notebooks."""
 
-    def opened(cells: list[str], theme: str = "light") -> Notebook:
-        lab.use_theme(theme)
+    def opened(cells: list[str]) -> Notebook:
         name = "".join(letter if letter.isalnum() else "-" for letter in request.node.name)
         return open_notebook(page, lab, name, cells)
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 from playwright.sync_api import Locator, Page
@@ -25,7 +24,9 @@ class Lab:
 
     def __init__(self, home: Path) -> None:
         self.home, self.token = home, secrets.token_hex(16)
-        self._settings("notification", QUIET)
+        settings = home / "settings" / "@jupyterlab" / "apputils-extension"
+        settings.mkdir(parents=True)
+        (settings / "notification.jupyterlab-settings").write_text(json.dumps(QUIET))
         folders = {
             "JUPYTER_CONFIG_DIR": "config",
             "JUPYTER_DATA_DIR": "data",
@@ -61,10 +62,6 @@ class Lab:
         assert self.process.poll() is None, (self.home / "server.log").read_text()
         return f"http://127.0.0.1:{json.loads(said.read_text())['port']}"
 
-    def use_theme(self, theme: str) -> None:
-        """`light` or `dark`, for pages opened from now on."""
-        self._settings("themes", {"theme": f"JupyterLab {theme.title()}"})
-
     def close(self) -> None:
         """End the server, its kernels and what those have started."""
         family = [
@@ -77,11 +74,6 @@ class Lab:
         for process in left:
             process.kill()
         self.process.wait(10)
-
-    def _settings(self, name: str, values: dict[str, Any]) -> None:
-        folder = self.home / "settings" / "@jupyterlab" / "apputils-extension"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.jupyterlab-settings").write_text(json.dumps(values))
 
 
 @dataclass
@@ -104,6 +96,26 @@ class Notebook:
         errors = ["\n".join(output["traceback"]) for output in outputs if output["output_type"] == "error"]
         assert not errors, errors[0]
         return "".join("".join(output.get("text", "")) for output in outputs)
+
+    def start(self, cell: int) -> None:
+        """Have a cell run; returns at once."""
+        self.page.evaluate(
+            """(cell) => {
+                const app = window.jupyterapp;
+                app.shell.currentWidget.content.activeCellIndex = cell;
+                app.commands.execute("notebook:run-cell");
+            }""",
+            cell,
+        )
+
+    def use_theme(self, theme: str) -> None:
+        """Switch JupyterLab to `light` or `dark`."""
+        name = f"JupyterLab {theme.title()}"
+        self.page.evaluate(
+            "(theme) => window.jupyterapp.commands.execute('apputils:change-theme', { theme })", name
+        )
+        light = "true" if theme == "light" else "false"
+        self.page.wait_for_selector(f"body[data-jp-theme-light={light}]", state="attached")
 
     def output(self, cell: int) -> Locator:
         """What the page shows under a cell."""

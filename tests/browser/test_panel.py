@@ -9,11 +9,12 @@ import pytest
 from playwright.sync_api import Locator, expect
 
 from tests.browser.conftest import OpenNotebook, Shot
-from tests.browser.lab import Notebook
+from tests.browser.lab import Lab, Notebook
 
 pytestmark = pytest.mark.browser
 
 SHOW, WHERE, STEP, CLOSE = 1, 2, 3, 4
+WHERE_CELL = "print(''.join(map(str, CellMap(run.plan).states(run.standing().stands).flatten())))"
 THREADS = [
     """
 from dinfer.views.panel import Panel
@@ -23,7 +24,7 @@ prompt = "The code of Lima is 471. The code of Oslo is 306. What is the code of 
 run = TwinRun("demo", prompt, world_size=3, chunk_size=4, pace=0.05)
 """,
     "panel = Panel(run)\npanel",
-    "print(''.join(map(str, CellMap(run.plan).states(run.standing().stands).flatten())))",
+    WHERE_CELL,
     "run.step('chunk');",
     """
 import threading
@@ -156,31 +157,69 @@ run.devices = ["cuda:0", "cuda:1", "cuda:2"]
 run.state, run.message = "paused", "breakpoint 1: rank 1 stands before layer c9 l17 (absmax 1843.2 above 1000)"
 """,
     "Panel(run)",
-    "print(''.join(map(str, CellMap(run.plan).states(run.standing().stands).flatten())))",
+    WHERE_CELL,
 ]
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_a_large_map_is_shown_in_light_and_dark(notebook: OpenNotebook, shot: Shot, theme: str) -> None:
-    book = notebook(LARGE, theme)
-    book.run(0)
-    book.run(SHOW)
-    panel = PanelPage(book)
-    states = panel.agrees()
-    assert set(states) == set("01234")
-    dark = theme == "dark"
-    assert panel.root.evaluate("(root) => root.classList.contains('dinfer-dark')") is dark
+SMALL = """
+from dinfer.views.panel import Panel
+from dinfer.views.cells import CellMap
+from tests.unit.views.doubles import PaperRun, paper_plan
+run = PaperRun(paper_plan())
+panel = Panel(run)
+"""
+
+
+def check_colours(panel: PanelPage, states: str) -> None:
+    """The first cell of each state has the colour that the legend gives it."""
     for state in range(5):
         layer, rest = divmod(states.index(str(state)), 32 * 3)
         chunk, rank = divmod(rest, 3)
         assert panel.colour(layer, chunk, (rank + 0.5) / 3) == legend_colour(panel.root, state), state
+
+
+def test_a_large_map_is_shown_in_light_and_dark(notebook: OpenNotebook, shot: Shot) -> None:
+    book = notebook(LARGE)
+    book.run(0)
+    book.run(SHOW)
+    panel = PanelPage(book)
+    states = panel.agrees()
     book.show(SHOW)
     panel.click(layer=17, chunk=9)
-    box, body = (
-        panel.root.bounding_box(),
-        panel.root.evaluate("(root) => [root.scrollWidth, root.clientWidth]"),
-    )
+    expect(panel.root.locator(".dinfer-block")).to_contain_text("block c9 l17")
+    assert set(states) == set("01234")
+    check_colours(panel, states)
+    box = panel.root.bounding_box()
     assert box
     assert box["height"] < 640
-    assert body[0] <= body[1]
-    shot(f"panel-36x32x3-{theme}")
+    assert panel.root.evaluate("(root) => root.scrollWidth <= root.clientWidth")
+    shot("panel-36x32x3-light")
+    book.use_theme("dark")
+    expect(panel.root).to_have_class("dinfer-panel dinfer-dark")
+    panel.click(layer=10, chunk=20)
+    expect(panel.canvas).to_have_attribute("data-selected", "10 20")  # drawn again, in these colours
+    check_colours(panel, states)
+    shot("panel-36x32x3-dark")
+
+
+def test_a_press_while_a_cell_runs_is_told_to_wait_and_then_done(notebook: OpenNotebook, lab: Lab) -> None:
+    go = lab.home / "go"
+    busy = f"""
+import pathlib, time
+deadline = time.monotonic() + 60
+while not pathlib.Path({str(go)!r}).exists() and time.monotonic() < deadline:
+    time.sleep(0.01)
+"""
+    book = notebook([SMALL, "panel", WHERE_CELL, busy, "other = Panel(run); other"])
+    book.run(0)
+    book.run(SHOW)
+    book.run(4)
+    panel, other = PanelPage(book), PanelPage(book, 4)
+    book.start(3)
+    panel.press("step:wave")
+    expect(panel.root.locator(".dinfer-banner")).to_contain_text("busy with a cell")
+    go.touch()
+    panel.call('run.step("wave")')
+    expect(panel.root.locator(".dinfer-banner")).to_be_hidden()
+    assert "4" in panel.agrees()
+    assert other.agrees() == panel.drawn()

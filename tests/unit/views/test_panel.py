@@ -11,6 +11,7 @@ import pytest
 from dinfer.plan.cut import UNITS
 from dinfer.views.cells import EVERYWHERE, CellMap
 from dinfer.views.panel import Panel
+from dinfer.views.protocol import Run
 from tests.cluster.runs import wait_for
 from tests.unit.views.conftest import panel_threads
 from tests.unit.views.doubles import PaperRun, TwinRun, paper_plan
@@ -19,8 +20,8 @@ from tests.unit.views.doubles import PaperRun, TwinRun, paper_plan
 class Held:
     """A panel and its run, with the messages of a browser."""
 
-    def __init__(self, run: Any) -> None:
-        self.run = run
+    def __init__(self, run: Run) -> None:
+        self.run: Any = run
         self.panel = Panel(run)
         self.sent: list[Any] = []
         self.panel.send = lambda content, **_: self.sent.append(content)
@@ -121,6 +122,8 @@ def test_a_run_that_cannot_be_looked_at_is_said_so(paper: Held, monkeypatch: pyt
         raise RuntimeError("the cluster is gone")
 
     monkeypatch.setattr(paper.run, "standing", fail)
+    bundle, _ = paper.panel._repr_mimebundle_()
+    assert "the cluster is gone" in bundle["text/html"]
     before = paper.panel.cells
     paper.run.listeners.tell()
     paper.see("error", "where the run stands cannot be shown: the cluster is gone")
