@@ -196,6 +196,8 @@ class Engine:
                 self.board.set_phase("decode", len(decoding.tokens))
                 if on_token:
                     on_token(token)
+            if self._prompt is not None:
+                self._prompt.edits.note_all()
             return decoding.tokens
 
         tokens: list[int] = self._deadline.run("decode_phase", decode)
