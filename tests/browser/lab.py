@@ -58,7 +58,11 @@ class Lab:
     def url(self) -> str:
         """Where the server listens, once it does."""
         said = self.home / "runtime" / f"jpserver-{self.process.pid}.json"
-        wait_for(lambda: self.process.poll() is not None or said.exists(), "JupyterLab listens")
+
+        def complete() -> bool:
+            return said.exists() and said.read_text().rstrip().endswith("}")
+
+        wait_for(lambda: self.process.poll() is not None or complete(), "JupyterLab listens")
         assert self.process.poll() is None, (self.home / "server.log").read_text()
         return f"http://127.0.0.1:{json.loads(said.read_text())['port']}"
 

@@ -13,7 +13,7 @@ from tests.browser.lab import Lab, Notebook
 
 pytestmark = pytest.mark.browser
 
-SHOW, WHERE, STEP, CLOSE = 1, 2, 3, 4
+SHOW, WHERE, SLOW, STEP, CLOSE = 1, 2, 3, 4, 5
 WHERE_CELL = "print(''.join(map(str, CellMap(run.plan).states(run.standing().stands).flatten())))"
 THREADS = [
     """
@@ -21,11 +21,12 @@ from dinfer.views.panel import Panel
 from dinfer.views.cells import CellMap
 from tests.unit.views.doubles import TwinRun
 prompt = "The code of Lima is 471. The code of Oslo is 306. What is the code of Lima? The code of Lima is"
-run = TwinRun("demo", prompt, world_size=3, chunk_size=4, pace=0.05)
+run = TwinRun("demo", prompt, world_size=3, chunk_size=4)
 """,
     "panel = Panel(run)\npanel",
     WHERE_CELL,
-    "run.step('chunk');",
+    "run.pace = 1.0",
+    "run.pace = 0.0; run.step('chunk');",
     """
 import threading
 panel.close()
@@ -127,6 +128,7 @@ def test_a_person_steps_goes_back_runs_to_a_block_plays_and_pauses(
     assert panel.colour(5, 5, 0.2) == legend_colour(panel.root, 0)
     shot("panel-light")
 
+    book.run(SLOW)  # so that there is time to press pause
     panel.press("resume")
     expect(panel.root).to_have_attribute("data-state", "running")
     panel.press("pause")

@@ -142,7 +142,7 @@ def busy_run(layers: int, chunks: int, ranks: int, waves: int) -> PaperRun:
 class TwinRun:
     """A run whose ranks are threads of this process. Each compute op takes `pace` seconds more than it needs."""
 
-    def __init__(self, model: str, prompt: str, *, pace: float = 0.0, **config: object) -> None:
+    def __init__(self, model: str, prompt: str, **config: object) -> None:
         settings = Config.of({"model_path": model, **config})
         tokenizer = load_tokenizer(model)
         assert tokenizer is not None
@@ -156,8 +156,9 @@ class TwinRun:
         self.listeners = Listeners()
         self.on_change = self.listeners.on_change
         self._closing = threading.Event()
-        if pace:
-            self._slow_down(pace)
+        self.pace = 0.0
+        for engine in self.twin.engines:
+            engine.executor.on_op = self._linger
         self._watcher = threading.Thread(target=self._watch, name="twin run watcher", daemon=True)
         self._watcher.start()
 
@@ -204,13 +205,9 @@ class TwinRun:
         self.listeners.tell()
         return do()
 
-    def _slow_down(self, pace: float) -> None:
-        def compute(_: Event, op: Op) -> None:
-            if not op.is_transfer:
-                self._closing.wait(pace)
-
-        for engine in self.twin.engines:
-            engine.executor.on_op = compute
+    def _linger(self, _: Event, op: Op) -> None:
+        if not op.is_transfer:
+            self._closing.wait(self.pace)
 
     def _watch(self) -> None:
         seen = self.fleet.stands()
