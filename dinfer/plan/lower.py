@@ -25,7 +25,7 @@ def lower(plan: Plan) -> Plan:
     can hang: it has no such order.
     """
     if all(len(lanes) <= 1 for lanes in plan.lanes):
-        issued = [lanes[0].ops if lanes else () for lanes in plan.lanes]
+        issued = [list(lanes[0].ops if lanes else ()) for lanes in plan.lanes]
     else:
         issued = _shares(plan)
     return replace(plan, lanes=tuple((Lane(ISSUE, tuple(ops)),) for ops in issued))

@@ -1,0 +1,163 @@
+"""Issuer: one rank's part of a lowered plan, issued to streams by one thread and not waited for.
+
+Issuing stops at the limit, and a window ahead of what has run, so that a pause never has much left to end. A second
+thread waits for each op in issue order, checks what came, records its event and moves the position. Stopping differs
+from lanes that are threads: what is issued cannot be taken back, and no void header can release a recv, so all
+that is issued counts as in; the cut is its closure.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from time import monotonic_ns
+from typing import Any, NamedTuple
+
+from dinfer.engine.board import Stand
+from dinfer.engine.execution import Execution
+from dinfer.engine.handlers import HANDLERS, header_at, land, payload_of
+from dinfer.engine.streams import COMPUTE, ENTRY, Issued, Streams
+from dinfer.engine.transfer import Header, check
+from dinfer.plan.graph import Channel, channel_of
+from dinfer.plan.ops import Op, PlanError, Value
+
+WINDOW = 128
+"""ops that may be issued ahead of those that have run: a chunk or two of a stage, with its sync"""
+
+
+class _Pending(NamedTuple):
+    op: Op
+    work: Issued
+    ready: int
+    header: Header | None
+    """of a recv: what must come"""
+
+
+class Issuer(Execution):
+    """Issues one lane. `streams` are this issuer's own: `close` ends them."""
+
+    def __init__(self, *given: Any, streams: Streams, window: int = WINDOW, **named: Any) -> None:
+        super().__init__(*given, **named)
+        if not self.plan.is_lowered:
+            raise PlanError(f"rank {self.rank} issues one lane; this plan has others: lower it first.")
+        self._streams, self._window = streams, window
+        self._lane = self._lanes[0]
+        self._issued = 0
+        self._pending: deque[_Pending] = deque()
+        self._making: dict[Value, Issued] = {}
+        self._thread("issue", self._issue_all)
+        self._thread("completion", self._complete_all)
+
+    def start(self) -> None:
+        self._streams.settle()
+        super().start()
+
+    def freeze(self) -> Stand:
+        """Issue nothing more. All that is issued counts as in, and nothing as begun."""
+        with self.gate.change():
+            self._lane.limit = self._issued
+            self._publish(self._lane)
+            return Stand((self._issued,), (False,), (self._issued,))
+
+    def release(self, channels: Iterable[Channel]) -> None:
+        """Nothing to do: all that is issued counts as in, so no recv is ever posted too early."""
+        if given := list(channels):
+            raise RuntimeError(f"rank {self.rank} has nothing to release on {given}.")
+
+    def rewind(self, positions: Sequence[int]) -> None:
+        with self.gate.change():
+            super().rewind(positions)
+            self._issued = self._lane.position
+        self._streams.settle()
+
+    def close(self, timeout: float = 5.0) -> bool:
+        return super().close(timeout) and self._streams.close(timeout)
+
+    # -- issuing
+
+    def _issue_all(self) -> None:
+        try:
+            while (number := self.gate.wait(self._claim)) is not None and number >= 0:
+                self._issue(self._lane.ops[number])
+        except BaseException as error:  # whatever issuing raises is reported and never lost
+            self._fail(self._lane, self._lane.ops[self._issued], error)
+        finally:
+            self.gate.leave()
+
+    def _claim(self) -> int | None:
+        """The number of the next op, if it can be issued now; −1: there is nothing more to do."""
+        if self._is_over:
+            return -1
+        lane = self._lane
+        if self._issued >= min(lane.limit, len(lane.ops), lane.position + self._window):
+            return None
+        needs = lane.ops[self._issued].needs()
+        return self._issued if all(need in self._made or need in self._making for need in needs) else None
+
+    def _issue(self, op: Op) -> None:
+        self._check_new(op)
+        ready = monotonic_ns()
+        header = header_at(self.state, op) if op.is_transfer else None
+        work = self._give(op, header)
+        with self.gate.change():
+            self._pending.append(_Pending(op, work, ready, header if op.kind == "recv" else None))
+            self._making.update(dict.fromkeys(op.makes(), work))
+            self._issued += 1
+            self._lane.started = True
+            self._publish(self._lane)
+
+    def _give(self, op: Op, header: Header | None) -> Issued:
+        """Hand the op to its stream."""
+        state, after = self.state, self._after(op)
+        if header is None:
+            where = ENTRY if op.kind == "embed" else COMPUTE
+            return self._streams.compute(where, lambda: _run(HANDLERS[op.kind](state, op, self.comm)), after)
+        channel = channel_of(self.rank, op)
+        if op.kind == "send":
+            return self._streams.send(channel, header.pack(), lambda: payload_of(state, op), after)
+        return self._streams.recv(channel, lambda: land(state, op), after)
+
+    def _after(self, op: Op) -> list[Issued]:
+        with self.gate.change():
+            return list({id(w): w for need in op.needs() if (w := self._making.get(need))}.values())
+
+    def _check_new(self, op: Op) -> None:
+        super()._check_new(op)
+        if twice := self._making.keys() & set(op.makes()):
+            raise PlanError(f"{twice.pop()} is already on its way; nothing may make it a second time.")
+
+    # -- completion
+
+    def _complete_all(self) -> None:
+        try:
+            while (pending := self.gate.wait(self._oldest)) is not None and isinstance(pending, _Pending):
+                self._complete(pending)
+        except BaseException as error:
+            self._fail(self._lane, self._lane.ops[self._lane.position], error)
+        finally:
+            self.gate.leave()
+
+    def _oldest(self) -> _Pending | bool | None:
+        if self._pending:
+            return False if self.failure is not None else self._pending[0]
+        return False if self._is_over else None
+
+    def _complete(self, pending: _Pending) -> None:
+        op, lane = pending.op, self._lane
+        times = pending.work.wait()
+        if pending.header is not None:
+            check(Header.unpack(pending.work.header()), pending.header, op)
+        size = 0 if not op.is_transfer else header_at(self.state, op).nbytes
+        start = max(times.start, pending.ready)
+        event = self._event(lane, op, (pending.ready, start, max(times.met, start), times.end), size)
+        self._ended(lane, op, event)
+        with self.gate.change():
+            self._pending.popleft()
+            for value in op.makes():
+                del self._making[value]
+                self._made.add(value)
+            lane.position += 1
+            lane.started = self._issued > lane.position
+            self._publish(lane)
+
+
+def _run(_: object) -> None:
+    """What a compute op returns says nothing on a stream."""
