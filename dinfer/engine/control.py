@@ -15,7 +15,7 @@ from typing import Any
 
 from dinfer.engine.board import Board, Stand, anonymous_file, map_file
 from dinfer.engine.debugger import undebugged
-from dinfer.engine.executor import Executor
+from dinfer.engine.execution import Execution
 from dinfer.engine.watcher import MEMORY_BYTES, RECORDER_BYTES
 from dinfer.plan.graph import Channel
 
@@ -31,7 +31,7 @@ class Control:
         self.board = Board(self._memory)
         self._socket, theirs = socket.socketpair()
         self._lock = threading.Lock()
-        self._executor: Executor | None = None
+        self._executor: Execution | None = None
         self._told: dict[str, Message] = {}
         self._news = threading.Condition()
         command = [sys.executable, "-m", "dinfer.engine.watcher", str(descriptor), str(theirs.fileno())]
@@ -54,7 +54,7 @@ class Control:
         with self._lock:
             self._socket.sendall(line)
 
-    def attach(self, executor: Executor, lanes: tuple[str, ...]) -> None:
+    def attach(self, executor: Execution, lanes: tuple[str, ...]) -> None:
         """Let commands move this executor; `lanes` are its recorder's."""
         self.report("lanes", lanes=list(lanes))
         self._executor = executor
@@ -99,26 +99,26 @@ def stand_of(message: Message) -> Stand:
     return Stand(tuple(message["positions"]), tuple(map(bool, message["started"])), tuple(message["limits"]))
 
 
-def _limits(executor: Executor, command: Message) -> Message:
+def _limits(executor: Execution, command: Message) -> Message:
     executor.set_limits(command["limits"])
     return {}
 
 
-def _freeze(executor: Executor, _: Message) -> Message:
+def _freeze(executor: Execution, _: Message) -> Message:
     return stand_fields(executor.freeze())
 
 
-def _release(executor: Executor, command: Message) -> Message:
+def _release(executor: Execution, command: Message) -> Message:
     executor.release([Channel(*channel) for channel in command["channels"]])
     return {}
 
 
-def _rewind(executor: Executor, command: Message) -> Message:
+def _rewind(executor: Execution, command: Message) -> Message:
     executor.rewind(command["positions"])
     return {}
 
 
-_COMMANDS: dict[str, Callable[[Executor, Message], Message]] = {
+_COMMANDS: dict[str, Callable[[Execution, Message], Message]] = {
     "limits": _limits,
     "freeze": _freeze,
     "release": _release,

@@ -12,15 +12,19 @@ from dinfer.config import Config
 from dinfer.engine.board import Board
 from dinfer.engine.comm import Comm
 from dinfer.engine.decoding import Decoding
+from dinfer.engine.execution import Execution
 from dinfer.engine.executor import Executor
 from dinfer.engine.gate import FreeGate, Gate
 from dinfer.engine.handlers import Prefill
+from dinfer.engine.issuer import Issuer
 from dinfer.engine.single import agree, sync_block
+from dinfer.engine.streams import StreamComm
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 from dinfer.model.errors import ModelError
 from dinfer.model.sampling import Sampler, Sampling
 from dinfer.model.text import encode, load_tokenizer
+from dinfer.plan.lower import lower
 from dinfer.plan.ops import Op, PlanError
 from dinfer.plan.partition import Shape, partition
 from dinfer.plan.plan import Plan
@@ -64,7 +68,7 @@ class Engine:
         self.rank, self.world_size = comm.rank, comm.world_size
         self.gate, self.board = gate or FreeGate(), board or Board()
         self._memory, self._on_op = memory, on_op
-        self._executor: Executor | None = None
+        self._executor: Execution | None = None
         self.recorder: Recorder | None = None
         self.cache: KVCache | None = None
         self.ids: list[int] = []
@@ -74,16 +78,17 @@ class Engine:
 
     def plan_for(self, tokens: int) -> Plan:
         """The plan for a prompt of that many tokens, by this engine's config."""
-        return build(self._shape(tokens), self.config.schedule, self.config.sync_strategy)
+        plan = build(self._shape(tokens), self.config.schedule, self.config.sync_strategy)
+        return self._as_issued(plan)
 
-    def prepare(self, ids: Sequence[int], *, plan: Plan | None = None) -> Executor:
+    def prepare(self, ids: Sequence[int], *, plan: Plan | None = None) -> Execution:
         """Make a prompt ready: its plan, verified, its KV cache, and lanes that wait at limit 0.
 
         The prompt before it is given up, unless this one is refused. Raises PlanError or ModelError, and
         RuntimeError where the one before cannot be given up.
         """
         self._check_length(len(ids))
-        plan = plan or self.plan_for(len(ids))
+        plan = self._as_issued(plan) if plan else self.plan_for(len(ids))
         self._check_plan(plan, len(ids))
         if not self.release():
             raise RuntimeError(
@@ -94,12 +99,12 @@ class Engine:
         self.cache = self.decoder.new_cache(self._capacity(len(ids)))
         state = Prefill(self.decoder, self.cache, plan, self.rank, ids)
         self.recorder = self._new_recorder(plan)
-        self._executor = Executor(plan, state, self.comm, self.gate, self.recorder, self.board, self._on_op)
+        self._executor = self._new_executor(plan, state, self.recorder)
         self._executor.start()
         return self._executor
 
     @property
-    def executor(self) -> Executor:
+    def executor(self) -> Execution:
         """The lanes of the current prompt. Raises RuntimeError before there is one."""
         if self._executor is None:
             raise RuntimeError(
@@ -207,6 +212,17 @@ class Engine:
         return k, v
 
     # -- the rest
+
+    def _as_issued(self, plan: Plan) -> Plan:
+        """The plan as this engine's backend can run it: on NCCL, lowered."""
+        return lower(plan) if self.config.backend == "nccl" and not plan.is_lowered else plan
+
+    def _new_executor(self, plan: Plan, state: Prefill, recorder: Recorder) -> Execution:
+        given = plan, state, self.comm, self.gate, recorder, self.board, self._on_op
+        if self.config.backend != "nccl":
+            return Executor(*given)
+        assert isinstance(self.comm, StreamComm), "this transport takes no work to be run later"
+        return Issuer(*given, streams=self.comm.open_streams())
 
     def kv_caches(self, tokens: int) -> list[KV]:
         """K and V of every layer for the first `tokens` tokens; views of this rank's cache."""

@@ -78,19 +78,26 @@ class Issuer(Execution):
             while (number := self.gate.wait(self._claim)) is not None and number >= 0:
                 self._issue(self._lane.ops[number])
         except BaseException as error:  # whatever issuing raises is reported and never lost
-            self._fail(self._lane, self._lane.ops[self._issued], error)
+            self._fail(self._lane, self._lane.ops[self._issued - 1], error)
         finally:
             self.gate.leave()
 
     def _claim(self) -> int | None:
-        """The number of the next op, if it can be issued now; −1: there is nothing more to do."""
+        """The number of the next op, if it can be issued now; −1: there is nothing more to do.
+
+        It counts as issued from here on: a freeze must not miss one that is on its way to its stream.
+        """
         if self._is_over:
             return -1
         lane = self._lane
         if self._issued >= min(lane.limit, len(lane.ops), lane.position + self._window):
             return None
         needs = lane.ops[self._issued].needs()
-        return self._issued if all(need in self._made or need in self._making for need in needs) else None
+        if not all(need in self._made or need in self._making for need in needs):
+            return None
+        self._issued, lane.started = self._issued + 1, True
+        self._publish(lane)
+        return self._issued - 1
 
     def _issue(self, op: Op) -> None:
         self._check_new(op)
@@ -100,9 +107,6 @@ class Issuer(Execution):
         with self.gate.change():
             self._pending.append(_Pending(op, work, ready, header if op.kind == "recv" else None))
             self._making.update(dict.fromkeys(op.makes(), work))
-            self._issued += 1
-            self._lane.started = True
-            self._publish(self._lane)
 
     def _give(self, op: Op, header: Header | None) -> Issued:
         """Hand the op to its stream."""

@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import monotonic_ns
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -72,10 +72,11 @@ class Streams(Protocol):
         """End the streams, once they have nothing more to run; whether they ended in time."""
 
 
+@runtime_checkable
 class StreamComm(Comm, Protocol):
     """A transport that also takes work to be run later."""
 
-    def open_streams(self, gate: Gate) -> Streams:
+    def open_streams(self) -> Streams:
         """This rank's streams. All ranks must call it, in the same order of calls."""
 
 
@@ -126,6 +127,7 @@ class _Work:
 
 
 _END = object()
+"""what a stream's thread takes for work when there will be none any more"""
 
 
 class LocalStreams:
