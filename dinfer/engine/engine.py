@@ -222,7 +222,7 @@ class Engine:
         if self.config.backend != "nccl":
             return Executor(*given)
         assert isinstance(self.comm, StreamComm), "this transport takes no work to be run later"
-        return Issuer(*given, streams=self.comm.open_streams())
+        return Issuer(*given, streams=self.comm.open_streams(self.decoder.device))
 
     def kv_caches(self, tokens: int) -> list[KV]:
         """K and V of every layer for the first `tokens` tokens; views of this rank's cache."""

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from time import monotonic_ns
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from dinfer.engine.comm import CommError
 from dinfer.engine.gate import Gate
 from dinfer.engine.streams import LocalStreams, Streams
 from dinfer.plan.graph import Channel
-
 
 Order = Literal["pairs", "serial"]
 
@@ -97,7 +97,7 @@ class LocalComm:
         )
         return [parts[number] for parts in exchange.gathered]
 
-    def open_streams(self) -> Streams:
+    def open_streams(self, _: torch.device) -> Streams:
         return LocalStreams(self, self._exchange.gate, serial=self._exchange.streams == "serial")
 
     def close(self) -> None:

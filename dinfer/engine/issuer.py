@@ -50,6 +50,11 @@ class Issuer(Execution):
         self._streams.settle()
         super().start()
 
+    def set_limits(self, limits: Sequence[int]) -> None:
+        if self._issued == self._lane.position:
+            self._streams.settle()  # what users have done meanwhile comes first; and clocks do not drift apart
+        super().set_limits(limits)
+
     def freeze(self) -> Stand:
         """Issue nothing more. All that is issued counts as in, and nothing as begun."""
         with self.gate.change():

@@ -76,8 +76,8 @@ class Streams(Protocol):
 class StreamComm(Comm, Protocol):
     """A transport that also takes work to be run later."""
 
-    def open_streams(self) -> Streams:
-        """This rank's streams. All ranks must call it, in the same order of calls."""
+    def open_streams(self, device: torch.device) -> Streams:
+        """This rank's streams on its device. All ranks must call it, in the same order of calls."""
 
 
 def stream_of(rank: int, where: Where) -> str:

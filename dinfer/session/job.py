@@ -9,16 +9,18 @@ from dinfer.config import Config, ConfigError
 from dinfer.model.checkpoint import Spec, check
 from dinfer.model.memory import check_memory
 from dinfer.model.text import encode, load_tokenizer
+from dinfer.plan.lower import lower
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import Counterexample, Proof, verify
+from dinfer.session.backend import settle_backend
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run that may start. `config.threads` is settled; `ids` is the prompt."""
+    """A run that may start. `config.threads` and `config.backend` are settled; `ids` is the prompt."""
 
     config: Config
     spec: Spec
@@ -38,6 +40,7 @@ def prepare(config: Config, ranks_here: Sequence[int] | None = None) -> Job:
     ids = _prompt_ids(config, spec)
     here = list(range(config.world_size)) if ranks_here is None else list(ranks_here)
     _check_gpus(config, here)
+    config = settle_backend(config)
     _check_memory(config, spec, len(ids), here)
     shape = partition(
         layers=spec.layers,
@@ -47,6 +50,8 @@ def prepare(config: Config, ranks_here: Sequence[int] | None = None) -> Job:
         layer_split=config.layer_split or None,
     )
     plan = build(shape, config.schedule, config.sync_strategy)
+    if config.backend == "nccl":
+        plan = lower(plan)
     verdict = verify(plan)
     if not verdict.proved and not config.unsafe:
         raise PlanError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -46,7 +47,10 @@ def ends_well(decoder: Decoder, plan: Plan, order: Order, seed: int, *, rendezvo
 
 @QUICK
 @given(
-    plan=plans(SHAPES, schedules=SAFE_SCHEDULES), order=ORDERS, seed=st.integers(0, 99), rendezvous=st.booleans()
+    plan=plans(SHAPES, schedules=SAFE_SCHEDULES),
+    order=ORDERS,
+    seed=st.integers(0, 99),
+    rendezvous=st.booleans(),
 )
 def test_lowered_plans_run_through_bit_equal_to_the_reference(
     decoders: dict[str, Decoder], plan: Plan, order: Order, seed: int, rendezvous: bool
@@ -59,7 +63,7 @@ def swapped(plan: Plan, rank: int) -> Plan:
     ops = list(plan.lanes[rank][0].ops)
     pair = next(
         n
-        for n, (a, b) in enumerate(zip(ops, ops[1:], strict=False))
+        for n, (a, b) in enumerate(pairwise(ops))
         if {a.kind, b.kind} == {"send", "recv"} and a.what == b.what == "kv" and a.peer == b.peer
     )
     ops[pair], ops[pair + 1] = ops[pair + 1], ops[pair]
@@ -110,7 +114,7 @@ def test_issuing_takes_one_lane_a_rank(small: Decoder) -> None:
                 engine.comm,
                 engine.gate,
                 executor.recorder,
-                streams=made.exchange.comm(0).open_streams(),
+                streams=made.exchange.comm(0).open_streams(small.device),
             )
 
 
@@ -136,10 +140,12 @@ def test_a_wrong_message_is_told_with_what_was_expected(small: Decoder, broken: 
     wrong = replace(lowered, lanes=((Lane("issue", tuple(ops)),), *lowered.lanes[1:]))
     gate = SeededGate(3)
     config = {"world_size": 2, "chunk_size": CHUNK, "unsafe": True, "backend": "nccl"}
-    with twin(small, gate=gate, **config) as made:
+    with twin(small, gate=gate, rendezvous=True, **config) as made:
         fleet = made.prepare(IDS, wrong)
         made.go(fleet)
-        with pytest.raises(RankFailed, match=r"rank 1 failed at `recv kv .*the plan expects block .*sent block"):
+        with pytest.raises(
+            RankFailed, match=r"rank 1 failed at `recv kv .*the plan expects block .*sent block"
+        ):
             fleet.wait(lambda _: gate.stuck(), 30)
 
 

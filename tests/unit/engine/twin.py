@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dinfer.config import Config
 from dinfer.engine.engine import Engine
@@ -81,7 +81,7 @@ def twin(
     *,
     gate: Gate | None = None,
     rendezvous: bool = True,
-    streams: Order = "pairs",
+    streams: Any = "pairs",  # an Order; `config` may hold anything
     **config: object,
 ) -> Iterator[Twin]:
     """A Twin with a config of these parameters; afterwards no thread of it is left.
