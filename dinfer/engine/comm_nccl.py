@@ -8,8 +8,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import combinations
-from time import monotonic_ns
+from itertools import combinations, cycle
+from time import monotonic_ns, sleep
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,11 @@ from dinfer.engine.transfer import HEADER_BYTES
 from dinfer.plan.graph import Channel
 
 COMMUNICATORS = ("hidden", "kv")
+LAG_S = 0.001
+"""how late the end of an op may be seen, so that several are seen at once: each look takes the interpreter from the
+thread that issues. Times do not depend on it: they are those of CUDA events"""
+HEADERS = 1024
+"""headers under way at most; far more than an issuer's window"""
 _ABORT_ONLY = "2"
 """on an error end the communicator, not the process: the rank must live to say where it stood"""
 
@@ -86,8 +91,14 @@ class _CudaWork:
         self.kept: list[Tensor] = []
         self.came: Tensor | None = None
 
+    @property
+    def is_done(self) -> bool:
+        return bool(self.end.query())  # type: ignore[no-untyped-call]
+
     def wait(self) -> Times:
-        self.end.synchronize()
+        if not self.is_done:
+            sleep(LAG_S)
+            self.end.synchronize()
         self.kept.clear()
         return Times(self._at(self.start), self._at(self.met), self._at(self.end))
 
@@ -109,6 +120,9 @@ class CudaStreams:
     def __init__(self, rank: int, device: torch.device, groups: dict[str, dist.ProcessGroup]) -> None:
         self._rank, self._device, self._groups = rank, device, groups
         self._streams: dict[str, torch.cuda.Stream] = {COMPUTE: torch.cuda.default_stream(device)}
+        # Made once: to pin memory may wait for the device.
+        host = torch.empty((HEADERS, HEADER_BYTES), dtype=torch.uint8, pin_memory=True)
+        self._headers = cycle(zip(host, torch.empty_like(host, device=device), strict=True))
         self.settle()
 
     def compute(self, where: str, work: Callable[[], None], after: Sequence[Issued]) -> Issued:
@@ -122,9 +136,10 @@ class CudaStreams:
     ) -> Issued:
         group, peer = self._groups[channel.communicator], channel.target
         with self._on(channel, after) as issued:
-            host = torch.frombuffer(bytearray(header), dtype=torch.uint8).pin_memory()
-            announced, tensor = host.to(self._device, non_blocking=True), payload()
-            issued.kept = [host, announced, tensor]
+            (host, announced), tensor = next(self._headers), payload()
+            issued.kept = [tensor]
+            host.copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
+            announced.copy_(host, non_blocking=True)
             _give(dist.isend(announced, group=group, group_dst=peer))
             issued.met.record()
             _give(dist.isend(bytes_of(tensor), group=group, group_dst=peer))
@@ -133,9 +148,8 @@ class CudaStreams:
     def recv(self, channel: Channel, place: Callable[[], Tensor], after: Sequence[Issued]) -> Issued:
         group, peer = self._groups[channel.communicator], channel.source
         with self._on(channel, after) as issued:
-            announced = torch.empty(HEADER_BYTES, dtype=torch.uint8, device=self._device)
-            issued.came, tensor = torch.empty(HEADER_BYTES, dtype=torch.uint8, pin_memory=True), place()
-            issued.kept = [announced, tensor]
+            (issued.came, announced), tensor = next(self._headers), place()
+            issued.kept = [tensor]
             _give(dist.irecv(announced, group=group, group_src=peer))
             issued.met.record()
             _give(dist.irecv(bytes_of(tensor), group=group, group_src=peer))
@@ -159,15 +173,16 @@ class CudaStreams:
         """What is done inside is given to that stream, after `after`; the host waits for nothing."""
         name = stream_of(self._rank, where)
         issued = _CudaWork(name, self._zero)
-        with torch.cuda.device(self._device):
-            stream = self._streams.get(name) or self._streams.setdefault(name, torch.cuda.Stream())  # type: ignore[no-untyped-call]
-            with torch.cuda.stream(stream):
-                for other in after:
-                    if isinstance(other, _CudaWork) and other.stream != name:
-                        stream.wait_event(other.end)
-                issued.start.record()
-                yield issued
-                issued.end.record()
+        if name not in self._streams:
+            self._streams[name] = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream = self._streams[name]
+        with torch.cuda.stream(stream):
+            for other in after:
+                if isinstance(other, _CudaWork) and other.stream != name:
+                    stream.wait_event(other.end)
+            issued.start.record()
+            yield issued
+            issued.end.record()
 
 
 def _event() -> torch.cuda.Event:

@@ -187,8 +187,10 @@ class Execution(ABC):
         if twice := self._made.intersection(op.makes()):
             raise PlanError(f"{twice.pop()} is already on this rank; nothing may make it a second time.")
 
-    def _event(self, lane: LaneState, op: Op, times: tuple[int, int, int, int], size: int) -> Event:
-        """`times`: ready, start, met and end, as in Event."""
+    def _event(
+        self, lane: LaneState, op: Op, times: tuple[int, int, int, int], size: int, index: int
+    ) -> Event:
+        """`times`: ready, start, met and end, as in Event; `index`: the op's place on the lane."""
         ready, start, met, end = times
         return Event(
             rank=self.rank,
@@ -204,7 +206,7 @@ class Execution(ABC):
             peer=op.peer if op.is_transfer else None,
             tokens=op.tokens,
             bytes=size,
-            index=lane.position,
+            index=index,
         )
 
     def _publish(self, lane: LaneState) -> None:

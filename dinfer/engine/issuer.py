@@ -8,6 +8,7 @@ that is issued counts as in; the cut is its closure.
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from time import monotonic_ns
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ class _Pending(NamedTuple):
     work: Issued
     ready: int
     header: Header | None
-    """of a recv: what must come"""
+    """of a transfer: what goes before its payload"""
 
 
 class Issuer(Execution):
@@ -109,9 +110,14 @@ class Issuer(Execution):
         ready = monotonic_ns()
         header = header_at(self.state, op) if op.is_transfer else None
         work = self._give(op, header)
-        with self.gate.change():
-            self._pending.append(_Pending(op, work, ready, header if op.kind == "recv" else None))
+        # Waking others takes the interpreter from this thread, op by op: only where one waits for the first pending.
+        with self.gate.hold():
+            is_first = not self._pending
+            self._pending.append(_Pending(op, work, ready, header))
             self._making.update(dict.fromkeys(op.makes(), work))
+        if is_first:
+            with self.gate.change():
+                pass
 
     def _give(self, op: Op, header: Header | None) -> Issued:
         """Hand the op to its stream."""
@@ -125,7 +131,7 @@ class Issuer(Execution):
         return self._streams.recv(channel, lambda: land(state, op), after)
 
     def _after(self, op: Op) -> list[Issued]:
-        with self.gate.change():
+        with self.gate.hold():
             return list({id(w): w for need in op.needs() if (w := self._making.get(need))}.values())
 
     def _check_new(self, op: Op) -> None:
@@ -137,7 +143,7 @@ class Issuer(Execution):
 
     def _complete_all(self) -> None:
         try:
-            while (pending := self.gate.wait(self._oldest)) is not None and isinstance(pending, _Pending):
+            while isinstance(pending := self.gate.wait(self._oldest), _Pending):
                 self._complete(pending)
         except BaseException as error:
             self._fail(self._lane, self._lane.ops[self._lane.position], error)
@@ -149,21 +155,38 @@ class Issuer(Execution):
             return False if self.failure is not None else self._pending[0]
         return False if self._is_over else None
 
-    def _complete(self, pending: _Pending) -> None:
-        op, lane = pending.op, self._lane
-        times = pending.work.wait()
-        if pending.header is not None:
+    def _complete(self, oldest: _Pending) -> None:
+        """Wait for the oldest, and take with it all after it that have run as well."""
+        oldest.work.wait()
+        with self.gate.hold():
+            batch = list(takewhile(lambda pending: pending.work.is_done, self._pending))
+        good = 0
+        try:
+            for pending in batch:
+                self._conclude(pending, self._lane.position + good)
+                good += 1
+        finally:
+            self._move(batch[:good])
+
+    def _conclude(self, pending: _Pending, index: int) -> None:
+        """Check and record one that has run. Raises what it raised, or TransferError."""
+        op, lane, times = pending.op, self._lane, pending.work.wait()
+        if pending.header is not None and op.kind == "recv":
             check(Header.unpack(pending.work.header()), pending.header, op)
-        size = 0 if not op.is_transfer else header_at(self.state, op).nbytes
         start = max(times.start, pending.ready)
-        event = self._event(lane, op, (pending.ready, start, max(times.met, start), times.end), size)
+        size = pending.header.nbytes if pending.header else 0
+        event = self._event(lane, op, (pending.ready, start, max(times.met, start), times.end), size, index)
         self._ended(lane, op, event)
+
+    def _move(self, batch: Sequence[_Pending]) -> None:
+        lane = self._lane
         with self.gate.change():
-            self._pending.popleft()
-            for value in op.makes():
-                del self._making[value]
-                self._made.add(value)
-            lane.position += 1
+            for pending in batch:
+                self._pending.popleft()
+                for value in pending.op.makes():
+                    del self._making[value]
+                    self._made.add(value)
+                lane.position += 1
             lane.started = self._issued > lane.position
             self._publish(lane)
 

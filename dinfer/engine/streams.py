@@ -41,6 +41,10 @@ class Issued(Protocol):
     def stream(self) -> object:
         """Which; work of one stream needs no word to run in order."""
 
+    @property
+    def is_done(self) -> bool:
+        """Whether it has run."""
+
     def wait(self) -> Times:
         """Block until it has run. Raises what it raised."""
 
@@ -98,6 +102,10 @@ class _Work:
         self.started = self.met = self.ended = 0
         self.came = b""
         self.error: BaseException | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self.ended)
 
     @property
     def is_free(self) -> bool:
