@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 Schedule = Literal["pipelined", "lockstep", "batched"]
 SyncStrategy = Literal["pairwise", "ring"]
 DeviceMode = Literal["single_node", "multi_node"]
-Backend = Literal["gloo"]
+Backend = Literal["auto", "gloo", "nccl"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
@@ -52,7 +52,9 @@ class Config:
         "single_node", "single_node: all ranks on this machine; multi_node: one on each"
     )
     gpu_ids: tuple[int, ...] = _parameter((), "the GPU of each rank, such as 0,1,2; none: the CPU")
-    backend: Backend = _parameter("gloo", "torch.distributed backend")
+    backend: Backend = _parameter(
+        "auto", "gloo or nccl; auto: nccl for ranks on one machine that have a GPU each, otherwise gloo"
+    )
     master_addr: str = _parameter("127.0.0.1", "address at which the ranks meet")
     master_port: int = _parameter(0, "port at which the ranks meet; 0: a free one", low=0, high=65535)
     dtype: DType = _parameter("auto", "dtype of weights and KV; auto: the checkpoint's own")

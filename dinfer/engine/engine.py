@@ -4,6 +4,7 @@ All ranks make the same calls, but for `forward_single_layer`, which is this ran
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -16,17 +17,21 @@ from dinfer.engine.comm import Comm
 from dinfer.engine.conditions import Hit
 from dinfer.engine.deadline import Deadline, StillWaiting
 from dinfer.engine.decoding import Decoding
+from dinfer.engine.execution import Execution
 from dinfer.engine.executor import Executor
 from dinfer.engine.gate import FreeGate, Gate
 from dinfer.engine.handlers import Prefill
+from dinfer.engine.issuer import Issuer
 from dinfer.engine.prompt import Prompt, Stands
 from dinfer.engine.single import agree, sync_block
+from dinfer.engine.streams import StreamComm
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 from dinfer.model.errors import ModelError
 from dinfer.model.sampling import Sampler, Sampling
 from dinfer.model.text import encode, load_tokenizer
 from dinfer.plan.cut import Unit
+from dinfer.plan.lower import lower
 from dinfer.plan.ops import Op
 from dinfer.plan.partition import Shape, partition
 from dinfer.plan.plan import Plan
@@ -84,16 +89,17 @@ class Engine:
 
     def plan_for(self, tokens: int) -> Plan:
         """The plan for a prompt of that many tokens, by this engine's config."""
-        return build(self._shape(tokens), self.config.schedule, self.config.sync_strategy)
+        plan = build(self._shape(tokens), self.config.schedule, self.config.sync_strategy)
+        return self._as_issued(plan)
 
-    def prepare(self, ids: Sequence[int], *, plan: Plan | None = None) -> Executor:
+    def prepare(self, ids: Sequence[int], *, plan: Plan | None = None) -> Execution:
         """Make a prompt ready: its plan, verified, its KV cache, and lanes that wait at limit 0.
 
         The prompt before it is given up, unless this one is refused. Raises PlanError or ModelError, and
         RuntimeError where the one before cannot be given up.
         """
         check_length(self.decoder, len(ids))
-        plan = plan or self.plan_for(len(ids))
+        plan = self._as_issued(plan) if plan else self.plan_for(len(ids))
         check_plan(plan, self._shape(len(ids)), unsafe=self.config.unsafe)
         if not self.release():
             raise RuntimeError(
@@ -105,7 +111,7 @@ class Engine:
         state = Prefill(self.decoder, self.cache, plan, self.rank, ids)
         self.recorder = self._new_recorder(plan)
         self._prompt = Prompt(
-            plan, state, self.comm, self.gate, self.recorder, self.board,
+            plan, state, partial(self._new_executor, plan, state, self.recorder),
             on_op=self._on_op, on_hit=self._on_hit, others=self._others,
         )  # fmt: skip
         self._prompt.executor.start()
@@ -121,7 +127,7 @@ class Engine:
         return self._prompt
 
     @property
-    def executor(self) -> Executor:
+    def executor(self) -> Execution:
         """The lanes of the current prompt. Raises RuntimeError before there is one."""
         return self.prompt.executor
 
@@ -274,6 +280,19 @@ class Engine:
         return k, v
 
     # -- the rest
+
+    def _as_issued(self, plan: Plan) -> Plan:
+        """The plan as this engine's backend can run it: on NCCL, lowered."""
+        return lower(plan) if self.config.backend == "nccl" and not plan.is_lowered else plan
+
+    def _new_executor(
+        self, plan: Plan, state: Prefill, recorder: Recorder, on_op: Callable[[Event, Op], None]
+    ) -> Execution:
+        given = plan, state, self.comm, self.gate, recorder, self.board, on_op
+        if self.config.backend != "nccl":
+            return Executor(*given)
+        assert isinstance(self.comm, StreamComm), "this transport takes no work to be run later"
+        return Issuer(*given, streams=self.comm.open_streams(self.decoder.device))
 
     def kv_caches(self, tokens: int) -> list[KV]:
         """K and V of every layer for the first `tokens` tokens; views of this rank's cache."""

@@ -26,6 +26,9 @@ class Gate(Protocol):
     def wait(self, claim: Callable[[], T | None], timeout: float | None = None) -> T | None:
         """What `claim` returns as soon as that is not None; None once `timeout` seconds have passed."""
 
+    def hold(self) -> AbstractContextManager[None]:
+        """Hold the lock for a change that nobody waits for: wakes nobody."""
+
     def change(self) -> AbstractContextManager[None]:
         """Hold the lock, and wake who waits afterwards. May be nested: only the outermost wakes anyone."""
 
@@ -44,6 +47,11 @@ class FreeGate:
 
     def wait(self, claim: Callable[[], T | None], timeout: float | None = None) -> T | None:
         return _claimed(self._condition, claim, timeout)
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        with self._condition:
+            yield
 
     @contextmanager
     def change(self) -> Iterator[None]:
@@ -94,6 +102,11 @@ class SeededGate:
             mine.drawn.wait_for(lambda: mine.result is not None, timeout)
             del self._waiting[me]
             return mine.result  # type: ignore[return-value]
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        with self._lock:
+            yield
 
     @contextmanager
     def change(self) -> Iterator[None]:

@@ -135,11 +135,7 @@ def norm(state: Prefill, op: Op, _: Comm) -> Outcome:
 
 
 def send(state: Prefill, op: Op, comm: Comm) -> Outcome:
-    payload = _payload(state, op)
-    tokens = payload.shape[0] if op.what == "kv" else payload.shape[1]
-    if tokens != op.tokens:
-        raise TransferError(f"at `{op}` the plan says {op.tokens} tokens, but {op.value} has {tokens}.")
-    header = _header(state, op, payload)
+    payload, header = payload_of(state, op), header_at(state, op)
     if state.digests and op.what == "kv":
         header = replace(header, digests=digests(payload))
     met = comm.send(channel_of(comm.rank, op), header.pack(), payload)
@@ -152,19 +148,16 @@ def recv(state: Prefill, op: Op, comm: Comm) -> Outcome:
     met = monotonic_ns()
     if came.void:
         return Outcome(released=True)
-    place = _place(state, op)
     try:
-        check(came, _header(state, op, place), op)
+        check(came, header_at(state, op), op)
     except TransferError:
         comm.recv_payload(channel, torch.empty(came.nbytes, dtype=torch.uint8))  # the channel stays usable
         raise
+    place = _place(state, op)
     comm.recv_payload(channel, place)
     if state.digests and any(came.digests):
         state.note_difference(op, came.digests, digests(place))
-    if op.what == "hidden":
-        state.hidden[op.chunk, op.layer] = place
-    elif op.what == "final":
-        state.final = place
+    _keep(state, op, place)
     return Outcome(met, place.nbytes)
 
 
@@ -180,6 +173,45 @@ HANDLERS: dict[str, Callable[[Prefill, Op, Comm], Outcome]] = {
 def void_header() -> bytes:
     """What releases a recv that was posted too early."""
     return VOID.pack()
+
+
+def payload_of(state: Prefill, op: Op) -> Tensor:
+    """What a send sends, contiguous. Raises TransferError if it is not as long as the plan says."""
+    payload = _payload(state, op)
+    tokens = payload.shape[0] if op.what == "kv" else payload.shape[1]
+    if tokens != op.tokens:
+        raise TransferError(f"at `{op}` the plan says {op.tokens} tokens, but {op.value} has {tokens}.")
+    if payload.nbytes != (
+        expected := header_at(state, op).nbytes
+    ):  # a longer one would end the process that receives
+        raise TransferError(
+            f"at `{op}` {op.value} is {list(payload.shape)} in {payload.dtype}, {payload.nbytes:,} bytes in place of "
+            f"{expected:,}: what was put in its place must have its shape and dtype."
+        )
+    return payload
+
+
+def land(state: Prefill, op: Op) -> Tensor:
+    """Where a recv is to write, made part of the state before it has come: for who orders all reads after it."""
+    place = _place(state, op)
+    _keep(state, op, place)
+    return place
+
+
+def header_at(state: Prefill, op: Op) -> Header:
+    """What a transfer says of itself by the plan; both ends know it before."""
+    decoder = state.decoder
+    width = 2 * decoder.kv_heads * decoder.head_dim if op.what == "kv" else decoder.hidden_size
+    dtype = str(decoder.dtype).removeprefix("torch.")
+    nbytes = state.plan.expected_tokens(op) * width * decoder.dtype.itemsize
+    return Header(state.plan.id, op.value, op.tokens, dtype, nbytes)
+
+
+def _keep(state: Prefill, op: Op, place: Tensor) -> None:
+    if op.what == "hidden":
+        state.hidden[op.chunk, op.layer] = place
+    elif op.what == "final":
+        state.final = place
 
 
 def _payload(state: Prefill, op: Op) -> Tensor:
@@ -198,8 +230,3 @@ def _place(state: Prefill, op: Op) -> Tensor:
     decoder = state.decoder
     tokens = 1 if op.what == "final" else len(state.rows(op.chunk))
     return torch.empty((1, tokens, decoder.hidden_size), dtype=decoder.dtype, device=decoder.device)
-
-
-def _header(state: Prefill, op: Op, tensor: Tensor) -> Header:
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return Header(state.plan.id, op.value, op.tokens, dtype, tensor.nbytes)

@@ -18,7 +18,7 @@ from dinfer.engine.comm import Comm
 from dinfer.engine.commands import Command, Message, Table, lane_commands, stand_fields, stand_of
 from dinfer.engine.drain import drain
 from dinfer.engine.engine import Engine
-from dinfer.engine.executor import Executor, OpFailed
+from dinfer.engine.execution import Execution, OpFailed
 from dinfer.engine.failure import describe
 from dinfer.engine.gate import Gate
 from dinfer.engine.tokens import Tokens
@@ -232,10 +232,10 @@ class Host:
             raise RuntimeError(f"rank {self.rank} has no prompt yet: session.prefill(…) first.")
         return self.engine
 
-    def _executor(self) -> Executor:
+    def _executor(self) -> Execution:
         return self._engine().executor
 
-    def _mind(self, executor: Executor) -> None:
+    def _mind(self, executor: Execution) -> None:
         try:
             executor.outlast()
         except OpFailed as failed:

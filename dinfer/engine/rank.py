@@ -14,7 +14,7 @@ from dinfer.engine.agreement import agree, facts_of
 from dinfer.engine.comm import Comm
 from dinfer.engine.control import Control
 from dinfer.engine.engine import Engine
-from dinfer.engine.executor import Executor
+from dinfer.engine.execution import Execution
 from dinfer.engine.oplog import OpLog
 from dinfer.model.decoder import Decoder
 from dinfer.model.text import TextStream, load_tokenizer
@@ -104,7 +104,7 @@ def _decode(engine: Engine, control: Control) -> tuple[list[int], float]:
     return tokens, took
 
 
-def _stepped(executor: Executor, control: Control) -> None:
+def _stepped(executor: Execution, control: Control) -> None:
     """Leave the lanes to the session's commands until it says `decode`. Raises OpFailed."""
     while True:
         with contextlib.suppress(TimeoutError):

@@ -41,7 +41,8 @@ def main() -> int:
 
 
 def _run(job: dict[str, Any], config: Config, control: Control) -> dict[str, Any]:
-    from dinfer.engine.comm import Comm, GlooComm, join_store, open_store
+    from dinfer.engine.comm import Comm, join_store, open_store
+    from dinfer.engine.comm_nccl import open_comm
     from dinfer.engine.rank import run_rank
 
     rank = job["rank"]
@@ -55,7 +56,7 @@ def _run(job: dict[str, Any], config: Config, control: Control) -> dict[str, Any
         if found is None:
             port = control.told("meet", config.start_timeout)["port"]
             found = join_store(config.master_addr, port, config.start_timeout)
-        return GlooComm(rank, config.world_size, found, config.start_timeout)
+        return open_comm(config.backend, rank, config.world_size, found, config.start_timeout)
 
     return run_rank(rank, config, job["ids"], control, meet, paused=job["paused"])
 

@@ -32,7 +32,7 @@ class Show:
         self.say(
             f"{config.model_path}: {len(self._job.ids)} prompt tokens in {chunks} chunk{'s' * (chunks > 1)}, "
             f"{plan.shape.layers} layers on {plan.world_size} rank{'s' * (plan.world_size > 1)}, "
-            f"threads each: {config.threads}\n"
+            f"threads each: {config.threads}, over {config.backend}\n"
             f"plan ({plan.schedule}, {plan.sync_strategy}) {self._job.verdict}"
         )
 

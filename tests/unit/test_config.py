@@ -119,7 +119,7 @@ MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
         {"schedule": "pipeline"},
         "schedule is 'pipeline'; it must be one of pipelined, lockstep, batched. Did you mean pipelined?",
     ),
-    "a choice of one": ({"backend": "nccl"}, "backend is 'nccl'; it must be one of gloo."),
+    "a choice of one": ({"backend": "mpi"}, "backend is 'mpi'; it must be one of auto, gloo, nccl."),
     "a choice with a dash": (
         {"device_mode": "single-node"},
         "device_mode is 'single-node'; it must be one of single_node, multi_node. Did you mean single_node?",

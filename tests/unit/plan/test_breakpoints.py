@@ -14,7 +14,7 @@ from dinfer.plan.schedule import build
 
 SHAPE = partition(layers=6, tokens=10, world_size=3, chunk_size=4)
 CUTS = {
-    (schedule, strategy): Cuts(build(SHAPE, schedule, strategy))  # type: ignore[arg-type]
+    (schedule, strategy): Cuts(build(SHAPE, schedule, strategy))
     for schedule in ("pipelined", "lockstep")
     for strategy in ("pairwise", "ring")
 }

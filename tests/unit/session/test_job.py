@@ -47,6 +47,19 @@ def test_threads_are_settled(model: Path) -> None:
     assert prepare(config(model, threads=0)).config.threads == threads_per_rank(3) >= 1
 
 
+def test_the_backend_is_settled(model: Path) -> None:
+    job = prepare(config(model))
+    assert job.config.backend == "gloo"
+    assert not job.plan.is_lowered
+
+
+def test_for_nccl_the_plan_is_lowered_and_proved_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinfer.session.job.settle_backend", lambda given: given.with_(backend="nccl"))
+    job = prepare(config(model))
+    assert job.plan.is_lowered
+    assert job.verdict.proved
+
+
 def test_text_is_encoded(talking: Path, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("中文", encoding="utf-8")
     from_file = config(talking, prompt_ids="", prompt_file=tmp_path / "prompt.txt")
