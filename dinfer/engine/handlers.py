@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dinfer.engine.comm import Comm
+from dinfer.engine.ordering import Ordering
 from dinfer.engine.transfer import VOID, Header, TransferError, check
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
@@ -44,6 +45,7 @@ class Prefill:
         self.ids = list(ids)
         self.hidden: dict[tuple[int, int], Tensor] = {}
         self.final: Tensor | None = None
+        self.ordering = Ordering(cache.device)
         own = [op for lane in plan.lanes[rank] for op in lane.ops]
         self._entered = {v for op in own if op.kind in ("embed", "recv") for v in op.makes()}
         self._uses = Counter(need for op in own for need in op.needs() if need.what == "hidden")
@@ -82,6 +84,7 @@ class Prefill:
         """
         done, todo = list(done), list(todo)
         made = {value for op in done for value in op.makes()}
+        self.ordering.forget()
         self._uses = Counter(need for op in todo for need in op.needs() if need.what == "hidden")
         if FINAL not in made:
             self.final = None
@@ -114,6 +117,7 @@ def layer(state: Prefill, op: Op, _: Comm) -> Outcome:
     output = state.compute_layer(op.chunk, op.layer, hidden)
     if state.is_needed(op.chunk, op.layer + 1):
         state.hidden[op.chunk, op.layer + 1] = output
+    state.ordering.launched(op.makes())
     return Outcome()
 
 
@@ -127,7 +131,8 @@ def send(state: Prefill, op: Op, comm: Comm) -> Outcome:
     tokens = payload.shape[0] if op.what == "kv" else payload.shape[1]
     if tokens != op.tokens:
         raise TransferError(f"at `{op}` the plan says {op.tokens} tokens, but {op.value} has {tokens}.")
-    met = comm.send(channel_of(comm.rank, op), _header(state, op, payload).pack(), payload)
+    with state.ordering.reading(op.value):
+        met = comm.send(channel_of(comm.rank, op), _header(state, op, payload).pack(), payload)
     return Outcome(met, payload.nbytes)
 
 
