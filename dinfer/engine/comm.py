@@ -95,7 +95,7 @@ class GlooComm:
         else:
             host = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
             self._recv(channel, bytes_of(host))
-            out.copy_(host, non_blocking=True)  # on the stream that computes, so in order with what reads it
+            out.copy_(host, non_blocking=True)  # on the default stream, so before all that reads it
 
     def all_gather(self, data: bytes) -> list[bytes]:
         gathered = [torch.empty(len(data), dtype=torch.uint8) for _ in range(self.world_size)]
@@ -117,7 +117,8 @@ class GlooComm:
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """The tensor where gloo can send it: a CUDA tensor would end the process, so it goes through pinned memory."""
+    """The tensor where gloo can send it: a CUDA tensor would end the process, so it goes through pinned memory, of
+    which torch keeps a pool. Copied on the current stream: the caller says by it what to wait for."""
     if tensor.device.type == "cpu":
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

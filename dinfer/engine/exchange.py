@@ -60,6 +60,8 @@ class LocalComm:
     def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:
         exchange = self._exchange
         buffered = None if payload is None or exchange.rendezvous else payload.clone()
+        if buffered is not None and buffered.is_cuda:
+            torch.cuda.current_stream(buffered.device).synchronize()  # its receiver copies on another stream
         message = _Message(header, payload if exchange.rendezvous else buffered)
         with exchange.gate.change():
             exchange.queues[channel].append(message)

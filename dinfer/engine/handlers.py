@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dinfer.engine.comm import Comm
+from dinfer.engine.ordering import Ordering
 from dinfer.engine.probes import digests
 from dinfer.engine.transfer import VOID, Header, TransferError, check
 from dinfer.model.cache import KVCache
@@ -48,6 +49,7 @@ class Prefill:
         self.final: Tensor | None = None
         self.digests = False  # whether blocks are sent with digests, which are checked on arrival
         self.differing: dict[tuple[int, int], str] = {}
+        self.ordering = Ordering(cache.device)
         own = [op for lane in plan.lanes[rank] for op in lane.ops]
         self._entered = {v for op in own if op.kind in ("embed", "recv") for v in op.makes()}
         self._uses = Counter(need for op in own for need in op.needs() if need.what == "hidden")
@@ -94,6 +96,7 @@ class Prefill:
         """
         done, todo = list(done), list(todo)
         made = {value for op in done for value in op.makes()}
+        self.ordering.forget()
         self._uses = Counter(need for op in todo for need in op.needs() if need.what == "hidden")
         if FINAL not in made:
             self.final = None
@@ -126,6 +129,7 @@ def layer(state: Prefill, op: Op, _: Comm) -> Outcome:
     output = state.compute_layer(op.chunk, op.layer, hidden)
     if state.is_needed(op.chunk, op.layer + 1):
         state.hidden[op.chunk, op.layer + 1] = output
+    state.ordering.launched(op.makes())
     return Outcome()
 
 
@@ -135,10 +139,11 @@ def norm(state: Prefill, op: Op, _: Comm) -> Outcome:
 
 
 def send(state: Prefill, op: Op, comm: Comm) -> Outcome:
-    payload, header = payload_of(state, op), header_at(state, op)
-    if state.digests and op.what == "kv":
-        header = replace(header, digests=digests(payload))
-    met = comm.send(channel_of(comm.rank, op), header.pack(), payload)
+    with state.ordering.reading(op.value):
+        payload, header = payload_of(state, op), header_at(state, op)
+        if state.digests and op.what == "kv":
+            header = replace(header, digests=digests(payload))
+        met = comm.send(channel_of(comm.rank, op), header.pack(), payload)
     return Outcome(met, payload.nbytes)
 
 

@@ -21,6 +21,7 @@ from dinfer.engine.engine import Engine
 from dinfer.engine.execution import Execution, OpFailed
 from dinfer.engine.failure import describe
 from dinfer.engine.gate import Gate
+from dinfer.engine.rank import warm_up
 from dinfer.engine.tokens import Tokens
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
@@ -159,6 +160,7 @@ class Host:
             deadline=config.timeout, on_hit=self._hit, others=self.stands,
         )  # fmt: skip
         ids = message["ids"]
+        warm_up(self.decoder, config, len(ids))
         plan_id = (plan or self.engine.plan_for(len(ids))).id
         agree(self.comm, facts_of(config, self.decoder.spec, ids, plan_id))
         executor = self.engine.prepare(ids, plan=plan)

@@ -39,6 +39,7 @@ def run_rank(
     control.board.set_phase("loading")
     decoder = Decoder.load(config.model_path, config.dtype, device_of(rank, config))
     log.info("loaded %s on %s, %d threads", config.model_path, decoder.device, config.threads)
+    warm_up(decoder, config, len(ids))
     comm = meet()
     on_op = OpLog(log, decoder.num_layers)
     engine = Engine(decoder, comm, config, board=control.board, memory=control.recorder_memory, on_op=on_op)
@@ -67,6 +68,15 @@ def run_rank(
         "decode_s": decode_s,
         "lost_events": engine.recorder.lost,
     }
+
+
+def warm_up(decoder: Decoder, config: Config, tokens: int) -> None:
+    """Let a GPU load its kernels now, so that the time of a prompt of `tokens` is not that of loading them."""
+    started = perf_counter()
+    chunk = max(1, min(config.chunk_size, tokens, decoder.max_positions))
+    decoder.warm_up(chunk, tokens % chunk or chunk)
+    if decoder.device.type != "cpu":
+        log.info("kernels loaded in %.1f s", perf_counter() - started)
 
 
 def device_of(rank: int, config: Config) -> str:

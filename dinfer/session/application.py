@@ -14,7 +14,7 @@ from dinfer.config import Config, ConfigError
 from dinfer.engine.agreement import agree, facts_of
 from dinfer.engine.comm_nccl import open_comm
 from dinfer.engine.engine import Engine
-from dinfer.engine.rank import device_of
+from dinfer.engine.rank import device_of, warm_up
 from dinfer.model.decoder import Decoder
 from dinfer.session.backend import settle_backend
 from dinfer.session.environment import launched_as
@@ -39,6 +39,7 @@ def open_engine(config: Config) -> Iterator[Engine]:
     config = settle_backend(config.with_(world_size=launched.world_size, threads=threads))
     torch.set_num_threads(threads)
     decoder = Decoder.load(config.model_path, config.dtype, device_of(launched.rank, config))
+    warm_up(decoder, config, config.chunk_size)
     store, _ = meet(config, launched)
     comm = open_comm(config.backend, launched.rank, launched.world_size, store, config.start_timeout)
     engine = Engine(decoder, comm, config)
