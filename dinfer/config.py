@@ -156,7 +156,7 @@ def _convert(name: str, value: Any) -> Any:
             )
         return value
     if get_origin(kind) is tuple:
-        return _numbers(name, value)
+        return whole_numbers(name, value)
     return _scalar(name, value, kind)
 
 
@@ -180,7 +180,8 @@ def _scalar(name: str, value: Any, kind: type) -> Any:
     return number
 
 
-def _numbers(name: str, value: Any) -> tuple[int, ...]:
+def whole_numbers(name: str, value: Any) -> tuple[int, ...]:
+    """The numbers in `0,1,2`, or in a list. Raises ConfigError."""
     try:
         parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
         if any(isinstance(part, (bool, float)) for part in parts):
