@@ -135,13 +135,15 @@ class Engine:
         final = self.executor.state.final if hidden_states is None else hidden_states
         if final is None or (kv_caches is None and (self.cache is None or not self._is_finished())):
             raise RuntimeError("there is no finished prefill: call prefill_phase(prompt) on all ranks first.")
+        shape = self._executor.plan.shape if self._executor and kv_caches is None else None
         if kv_caches is None:
             cache, tokens = self._roomy_cache(max_new_tokens), len(self.ids)
         else:
             cache, tokens = self._cache_of(kv_caches, max_new_tokens), kv_caches[0][0].shape[2]
         config = self.config
         sampler = Sampler(Sampling(config.temperature, config.top_k, config.top_p, config.seed))
-        return Decoding(self.decoder, cache, tokens, final[:, -1:], sampler, self.comm, self.recorder)
+        final = final[:, -1:]
+        return Decoding(self.decoder, cache, tokens, final, sampler, self.comm, self.recorder, shape)
 
     def decode_phase(
         self,

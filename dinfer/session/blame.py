@@ -16,6 +16,11 @@ LOST = 256
 SILENT = 257
 """The same for one whose watcher has not been heard of for `silence_limit` seconds."""
 
+UNASKED = (
+    "If nobody killed it, the kernel did, because memory ran out (see dmesg): lower chunk_size or the length, take "
+    "dtype bfloat16, or fewer ranks on this machine."
+)
+
 
 def silence_limit(timeout: float) -> float:
     """Seconds after which a watcher, which speaks twice a second, is given up; well within the run's `timeout`."""
@@ -55,7 +60,8 @@ def _death(plan: Plan, rank: int, state: RankState, code: int | None, config: Co
     stood = f"rank {rank} {_ending(code, config)}; it stood at: {_position(plan, rank, state)}"
     if code in (LOST, SILENT):
         return f"{stood}\nIts log is {config.log_dir}/rank{rank}.log on its host; its launcher may know more."
-    return f"{stood}\nWhat it printed last is in {config.log_dir}/rank{rank}.err."
+    printed = f"{stood}\nWhat it printed last is in {config.log_dir}/rank{rank}.err."
+    return f"{printed}\n{UNASKED}" if code == -signal.SIGKILL else printed
 
 
 def _cut_off(plan: Plan, ranks: Sequence[RankState], config: Config) -> str:

@@ -1,1 +1,1 @@
-"""Views: figures and what shows them. Figures are pure functions of a trace or of measured figures."""
+"""What people see of a run: the panel and its still picture. Holds a run by a small protocol; no engine, no ranks."""

@@ -60,8 +60,20 @@ def _is_alive_rank(process: psutil.Process) -> bool:
         (Fault("os._exit(7)"), rf"rank 1 ended with exit status 7; it stood at: .*{AT}"),
         pytest.param(
             Fault("raise MemoryError('no room')", rank=2, kind="recv"),
-            r"rank 2 failed at `recv kv c1 l3 <- 1, 4 tokens` \(lane [^)]*\): MemoryError: no room\n",
+            r"rank 2 failed at `recv kv c1 l3 <- 1, 4 tokens` \(lane [^)]*\): MemoryError: no room\n"
+            r"Out of memory on cpu: an unknown amount was asked for",
             marks=pytest.mark.slow,
+        ),
+        (
+            Fault("import torch; torch.empty(1 << 50)"),
+            r"rank 1 failed at `layer c1 l3` \(lane compute\): RuntimeError: .* 4503599627370496 bytes.*\n"
+            r"Out of memory on cpu: 4,194,304.0 GiB was asked for, .* No single change saves the missing .*\n"
+            r"The whole traceback is in ",
+        ),
+        (
+            Fault("sys._getframe(2).f_locals['state'].hidden[1, 3][0, 2] = float('nan')"),
+            r"the logits of new token 0 are not numbers \(NaN\) on all ranks\. The first NaN is in layer 3, chunk 1 "
+            r"\(token 6\) of the KV on all ranks: computed by rank 1; ",
         ),
         pytest.param(
             Fault("raise KeyError('gone')", rank=0, kind="layer", chunk=5, layer=0),
@@ -84,7 +96,18 @@ def _is_alive_rank(process: psutil.Process) -> bool:
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["raises", "dies", "exits", "recv", "rank0", "exits0", "decode raises", "decode dies"],
+    ids=[
+        "raises",
+        "dies",
+        "exits",
+        "recv",
+        "no memory",
+        "NaN",
+        "rank0",
+        "exits0",
+        "decode raises",
+        "decode dies",
+    ],
 )
 def test_the_others_stop_and_the_cause_is_named(fault: Fault, words: str, qwen3: Path, start: Start) -> None:
     run, seconds = broken_run(start, qwen3, fault)

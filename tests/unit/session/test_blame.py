@@ -49,7 +49,9 @@ def test_an_error_ranks_above_deaths_and_what_it_did_to_others(plan: Plan) -> No
     ranks = at(1, 2)
     ranks[0].reports["error"] = error("rank 0 failed at `x`: CommError: closed", secondary=True)
     assert told(plan, ranks).startswith("rank 0 failed at `x`: CommError")
-    assert told(plan, ranks, (None, -9)).startswith("rank 1 was killed by SIGKILL; it stood at: 2 of ")
+    killed = told(plan, ranks, (None, -9))
+    assert killed.startswith("rank 1 was killed by SIGKILL; it stood at: 2 of ")
+    assert "\nIf nobody killed it, the kernel did, because memory ran out" in killed
     ranks[1].reports["error"] = error("ValueError: the cause")
     message = "rank 1: ValueError: the cause\nThe whole traceback is in logs/rank1.log."
     assert told(plan, ranks, (-9, 1)) == message
