@@ -57,9 +57,7 @@ def run(**given: Any) -> None:
         else:
             result = _run_here(config, trace_path)
         if json_path and result:
-            from dinfer.session.result import write_json
-
-            write_json(result, json_path)
+            _keep_json(result, json_path)
     except (ConfigError, ModelError, PlanError) as error:
         _leave_it_to_others(launched)
         _stop(error, BAD_INPUT)
@@ -71,6 +69,15 @@ def run(**given: Any) -> None:
     except (OSError, RuntimeError) as error:  # RankFailed is one
         _leave_it_to_others(launched)
         _stop(error, FAILED)
+
+
+def _keep_json(result: dict[str, Any], path: str) -> None:
+    from dinfer.session.result import write_json
+
+    try:
+        write_json(result, path)
+    except OSError as error:
+        _stop(f"all went well, but the result could not be written to {path}: {error.strerror}.", FAILED)
 
 
 def _leave_it_to_others(launched: Launched | None) -> None:
@@ -218,7 +225,6 @@ def bench(
     from dinfer.model.checkpoint import check
     from dinfer.session import bench as side_by_side
     from dinfer.session import compare as compared
-    from dinfer.session.result import write_json
 
     strategies = compare.split(",") if compare else []
     with contextlib.ExitStack() as stack:
@@ -240,7 +246,7 @@ def bench(
             _stop(error, FAILED)
     print((compared if strategies else side_by_side).table(result))
     if json_path:
-        write_json(result, json_path)
+        _keep_json(result, json_path)
     if plot:
         _draw(result, plot)
 

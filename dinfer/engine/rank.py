@@ -15,6 +15,7 @@ from dinfer.engine.comm import Comm
 from dinfer.engine.control import Control
 from dinfer.engine.engine import Engine
 from dinfer.engine.executor import Executor
+from dinfer.engine.logfile import log_trouble
 from dinfer.engine.oplog import OpLog
 from dinfer.engine.shortage import explained
 from dinfer.model.decoder import Decoder
@@ -81,6 +82,7 @@ def _run(
         "plan_id": f"{executor.plan.id:016x}",
         "decode_s": decode_s,
         "lost_events": engine.recorder.lost,
+        "log_trouble": log_trouble(log),
     }
 
 

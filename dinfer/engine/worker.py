@@ -16,6 +16,7 @@ from typing import Any
 from dinfer.config import Config
 from dinfer.engine.control import Control
 from dinfer.engine.debugger import listen_for_debugger
+from dinfer.engine.logfile import LogFile, log_trouble
 
 log = logging.getLogger("dinfer")
 
@@ -51,6 +52,7 @@ def describe(error: BaseException) -> dict[str, Any]:
         "error": type(cause).__name__,
         "secondary": isinstance(error, CommError) or isinstance(cause, CommError),
         "traceback": "".join(traceback.format_exception(error)),
+        "log_trouble": log_trouble(log),
     }
 
 
@@ -76,7 +78,7 @@ def _run(job: dict[str, Any], config: Config, control: Control) -> dict[str, Any
 
 def log_to(folder: Path, rank: int, level: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank{rank}.log", mode="w", encoding="utf-8")
+    handler = LogFile(folder / f"rank{rank}.log")
     handler.setFormatter(
         logging.Formatter(f"%(asctime)s.%(msecs)03d rank {rank} %(levelname)s %(message)s", "%H:%M:%S")
     )

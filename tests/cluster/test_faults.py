@@ -116,20 +116,29 @@ def test_the_others_stop_and_the_cause_is_named(fault: Fault, words: str, qwen3:
 
 
 @pytest.mark.parametrize(
-    ("action", "words"),
+    ("action", "words", "advice"),
     [
-        (BLOCK, rf"rank 1: .*{AT}[^(]*$"),
-        (STOP, rf"rank 1: .*{AT}.*\(its process is stopped\)$"),
+        (
+            BLOCK,
+            rf"rank 1: .*{AT}[^(]*$",
+            r"^Rank 1 is computing, and the others wait .* raise timeout \(3\)",
+        ),
+        (
+            STOP,
+            rf"rank 1: .*{AT}.*\(its process is stopped\)$",
+            r"^Rank 1 is stopped by a signal .*kill -CONT",
+        ),
     ],
     ids=["blocked", "stopped"],
 )
 def test_no_progress_ends_the_run_with_each_position(
-    action: str, words: str, qwen3: Path, start: Start
+    action: str, words: str, advice: str, qwen3: Path, start: Start
 ) -> None:
     run, seconds = broken_run(start, qwen3, Fault(action), timeout=TIMEOUT_S)
     said = message(run)
     assert re.match(r"no rank has made progress for \d+ s \(timeout\); where they stand:\n", said)
     assert re.search(words, said, re.MULTILINE), said
+    assert re.search(advice, said, re.MULTILINE), said
     assert len(re.findall(r"^rank [02]: .* in `recv ", said, re.MULTILINE)) == 2
     assert seconds < TIMEOUT_S + STOP_S
 
@@ -162,3 +171,4 @@ def test_a_refuted_schedule_hangs_as_foretold(qwen3: Path, start: Start) -> None
     assert all(
         re.search(rf"^rank {rank}: \d+ of \d+ ops done; .* in `send kv", said, re.M) for rank in range(3)
     )
+    assert re.search(r"^Every rank waits for a peer \(rank 0 for rank 1, .*dinfer verify", said, re.MULTILINE)

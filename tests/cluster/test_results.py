@@ -206,6 +206,30 @@ def test_text_streams_in_whole_characters_and_flags_win_over_the_config_file(
     assert "in 3 chunks" in run.out
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+def test_a_full_disk_costs_the_files_but_not_the_run(qwen3: Path, tmp_path: Path, start: Start) -> None:
+    (tmp_path / "logs").mkdir()
+    for name in ("logs/rank1.log", "logs/trace.jsonl", "result.json"):
+        (tmp_path / name).symlink_to("/dev/full")
+    run = start(qwen3, world_size=2, prompt_ids=IDS, chunk_size=CHUNK, max_new_tokens=NEW_TOKENS)
+    assert run.finish() == 1
+    wanted = expected(qwen3, IDS, CHUNK, NEW_TOKENS)
+    assert " ".join(map(str, wanted.tokens)) in run.out
+    assert "the trace could not be written to logs/trace.jsonl: No space left on device" in run.out
+    assert (
+        len(re.findall(r"^the run went on, but \d+ records could not be written to ", run.out, re.MULTILINE))
+        == 1
+    )
+    assert re.search(
+        r"could not be written to \S+/logs/rank1.log: No space left on device$", run.out, re.MULTILINE
+    )
+    assert run.err == (
+        "dinfer: all went well, but the result could not be written to result.json: No space left on device.\n"
+    )
+    assert (tmp_path / "logs" / "rank1.err").read_text() == ""
+    assert "chunk 0: layers" in (tmp_path / "logs" / "rank0.log").read_text(encoding="utf-8")
+
+
 def test_one_rank_needs_no_other(qwen3: Path, start: Start) -> None:
     run = start(qwen3, world_size=1, prompt_ids=IDS, chunk_size=CHUNK, max_new_tokens=NEW_TOKENS)
     wanted = expected(qwen3, IDS, CHUNK, NEW_TOKENS)
