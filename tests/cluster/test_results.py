@@ -209,7 +209,7 @@ def test_text_streams_in_whole_characters_and_flags_win_over_the_config_file(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
 def test_a_full_disk_costs_the_files_but_not_the_run(qwen3: Path, tmp_path: Path, start: Start) -> None:
     (tmp_path / "logs").mkdir()
-    for name in ("logs/rank1.log", "logs/trace.jsonl", "result.json"):
+    for name in ("logs/rank1.log", "logs/trace.jsonl.part", "result.json"):
         (tmp_path / name).symlink_to("/dev/full")
     run = start(qwen3, world_size=2, prompt_ids=IDS, chunk_size=CHUNK, max_new_tokens=NEW_TOKENS)
     assert run.finish() == 1
@@ -226,6 +226,7 @@ def test_a_full_disk_costs_the_files_but_not_the_run(qwen3: Path, tmp_path: Path
     assert run.err == (
         "dinfer: all went well, but the result could not be written to result.json: No space left on device.\n"
     )
+    assert not (tmp_path / "logs" / "trace.jsonl.part").is_symlink()
     assert (tmp_path / "logs" / "rank1.err").read_text() == ""
     assert "chunk 0: layers" in (tmp_path / "logs" / "rank0.log").read_text(encoding="utf-8")
 
