@@ -56,8 +56,6 @@ def run(**given: Any) -> None:
             result = join(config, launched, trace_path)
         else:
             result = _run_here(config, trace_path)
-        if json_path and result:
-            _keep_json(result, json_path)
     except (ConfigError, ModelError, PlanError) as error:
         _leave_it_to_others(launched)
         _stop(error, BAD_INPUT)
@@ -69,6 +67,8 @@ def run(**given: Any) -> None:
     except (OSError, RuntimeError) as error:  # RankFailed is one
         _leave_it_to_others(launched)
         _stop(error, FAILED)
+    if json_path and result:
+        _keep_json(result, json_path)
 
 
 def _keep_json(result: dict[str, Any], path: str) -> None:
