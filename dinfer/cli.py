@@ -5,6 +5,7 @@ Every parameter of Config is a flag of `dinfer run` with the same name.
 
 import contextlib
 import inspect
+import io
 import json
 import os
 import sys
@@ -320,6 +321,11 @@ def _print_json(given: Plan, verdict: Proof | Counterexample) -> None:
 
 def main() -> None:
     """The `dinfer` script. A flag that does not exist is answered with the nearest one that does."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a character that a GBK or ASCII terminal lacks must not end a run
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 

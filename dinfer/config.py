@@ -157,7 +157,8 @@ def _convert(name: str, value: Any) -> Any:
         return value
     if get_origin(kind) is tuple:
         return whole_numbers(name, value)
-    return _scalar(name, value, kind)
+    scalar = _scalar(name, value, kind)
+    return _whole_text(scalar) if name == "prompt" else scalar
 
 
 def _scalar(name: str, value: Any, kind: type) -> Any:
@@ -178,6 +179,14 @@ def _scalar(name: str, value: Any, kind: type) -> Any:
     if number != number or number in (float("inf"), float("-inf")):
         raise ConfigError(f"{name} is {value!r}; it must be a finite number.")
     return number
+
+
+def _whole_text(prompt: str) -> str:
+    """The prompt; where Python has read an argument's bytes as ASCII (in a C locale), as the UTF-8 that they are."""
+    try:
+        return prompt.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise ConfigError(f"prompt is {prompt!r}, which is not UTF-8 text: give it as UTF-8.") from None
 
 
 def whole_numbers(name: str, value: Any) -> tuple[int, ...]:

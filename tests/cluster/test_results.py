@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +20,9 @@ from dinfer.trace.export import read_jsonl
 from dinfer.trace.trace import Trace
 from tests.cluster.conftest import Start
 from tests.cluster.expected import Expected, expected
-from tests.cluster.parrot import parrot_checkpoint
+from tests.cluster.parrot import C_LOCALE, PROMPT, check_parroted
+from tests.cluster.parrot import CHUNK as PARROT_CHUNK
+from tests.cluster.parrot import NEW_TOKENS as PARROT_TOKENS
 from tests.cluster.runs import Run, run_arguments
 from tests.unit.engine.twin import prompt
 
@@ -186,24 +189,23 @@ def test_the_end_shows_ranks_and_links_and_nothing_on_stderr(sample: Sample) -> 
 
 
 def test_text_streams_in_whole_characters_and_flags_win_over_the_config_file(
-    tmp_path: Path, start: Start
+    parrot: Path, tmp_path: Path, start: Start
 ) -> None:
-    """A prompt file with Chinese and an emoji; each of its bytes is a token."""
-    saying = "中🙂é"
-    model = parrot_checkpoint(tmp_path / "parrot", saying)
-    (tmp_path / "prompt.txt").write_text(saying, encoding="utf-8")
-    (tmp_path / "run.toml").write_text(
-        'prompt_file = "prompt.txt"\nchunk_size = 4\nmax_new_tokens = 18\nworld_size = 3\n', encoding="utf-8"
-    )
-    run = start(model, config="run.toml", world_size=2)
-    result = run.result()
-    assert result["prompt_tokens"] == len(saying.encode())
-    assert result["text"] == saying * 2
-    assert f"\n{saying * 2}\n" in run.out
-    assert "\ufffd" not in run.out
-    assert len(result["ranks"]) == 2
-    assert len({rank["kv_sha256"] for rank in result["ranks"]}) == 1
-    assert "in 3 chunks" in run.out
+    """A prompt file in Chinese; each of its bytes is a token."""
+    (tmp_path / "prompt.txt").write_text(PROMPT, encoding="utf-8")
+    values = {
+        "prompt_file": "prompt.txt",
+        "chunk_size": PARROT_CHUNK,
+        "max_new_tokens": PARROT_TOKENS,
+        "world_size": 3,
+    }
+    toml = "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+    (tmp_path / "run.toml").write_text(toml, encoding="utf-8")
+    run = start(parrot, environment=C_LOCALE, config="run.toml", world_size=2)
+    check_parroted(run, parrot)
+    assert run.result()["prompt_tokens"] == len(PROMPT.encode())
+    assert len(run.result()["ranks"]) == 2
+    assert "in 4 chunks" in run.out
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -295,3 +296,14 @@ def test_every_parameter_is_a_flag_of_run() -> None:
     assert dinfer("run", "--help").status == 0
     for item in fields(Config):
         assert f"--{item.name.replace('_', '-')}"[:20] in shown
+
+
+def test_a_terminal_that_lacks_a_character_does_not_end_the_command() -> None:
+    """Python would raise: "✓🙂" is not in GBK, nor "中" in ASCII."""
+    script = "import dinfer.cli, sys; dinfer.cli.app = lambda: print('中✓🙂'); dinfer.cli.main()"
+    for encoding, shown in (("gbk", "中\\u2713\\U0001f642"), ("utf-8", "中✓🙂")):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        ran = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, timeout=100, check=True, env=environment
+        )
+        assert ran.stdout.decode(encoding) == f"{shown}\n"
