@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,10 +235,14 @@ def test_a_full_disk_costs_the_files_but_not_the_run(qwen3: Path, tmp_path: Path
     assert "chunk 0: layers" in (tmp_path / "logs" / "rank0.log").read_text(encoding="utf-8")
 
 
-def test_one_rank_needs_no_other(qwen3: Path, start: Start) -> None:
-    run = start(qwen3, world_size=1, prompt_ids=IDS, chunk_size=CHUNK, max_new_tokens=NEW_TOKENS)
+def test_one_rank_needs_no_other_and_a_port_in_use_is_replaced(qwen3: Path, start: Start) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        flags = {"prompt_ids": IDS, "chunk_size": CHUNK, "max_new_tokens": NEW_TOKENS, "master_port": port}
+        run = start(qwen3, world_size=1, **flags)
+        (rank,) = run.result()["ranks"]
     wanted = expected(qwen3, IDS, CHUNK, NEW_TOKENS)
-    (rank,) = run.result()["ranks"]
+    assert re.search(rf"^port {port} is in use; the ranks meet at \d+ instead\.$", run.out, re.MULTILINE)
     assert (rank["kv_sha256"], rank["tokens"]) == wanted
     assert rank["sent_bytes"] == rank["received_bytes"] == 0
 

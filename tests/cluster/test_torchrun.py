@@ -129,21 +129,27 @@ def test_a_signal_to_torchrun_is_an_interruption(number: signal.Signals, qwen3: 
     assert message(run) == "interrupted; all ranks were ended."
 
 
-def test_ranks_with_different_checkpoints_are_told_apart(qwen3: Path, launch: Launch, tmp_path: Path) -> None:
+def test_ranks_of_other_versions_and_checkpoints_are_told_apart(
+    qwen3: Path, launch: Launch, tmp_path: Path
+) -> None:
     """Each host has its own `checkpoint` folder; here, each rank its own working folder, by a wrapper."""
     mine = tmp_path / "other"
     tiny_checkpoint(mine / "checkpoint", seed=1)
     shutil.copytree(qwen3, tmp_path / "checkpoint")
     (tmp_path / "wrapped.py").write_text(
-        "import os\n"
+        "import os, dinfer\n"
+        "if os.environ['RANK'] == '2':\n"
+        "    dinfer.__version__ = '0.0.9'\n"
+        f"    os.chdir({str(mine)!r})\n"
         "from dinfer.cli import main\n"
-        f"if os.environ['RANK'] == '2': os.chdir({str(mine)!r})\n"
         "main()\n"
     )
     run = launch(Path("checkpoint"), program=(*TORCHRUN[:-2], "wrapped.py"))
     text = message(run)
     assert re.match(
-        r"the ranks do not run the same thing\. checkpoint: ranks 0, 1 \w{16}; rank 2 \w{16}\.", text
+        r"the ranks do not run the same thing\. dinfer: ranks 0, 1 [\d.]+; rank 2 0\.0\.9\. "
+        r"checkpoint: ranks 0, 1 \w{16}; rank 2 \w{16}\.",
+        text,
     )
 
 
