@@ -21,7 +21,12 @@ SAYING = "中好😊é。"
 NEW_TOKENS = 2 * len(SAYING.encode())
 CHUNK = 16
 C_LOCALE = {"LC_ALL": "C", "LANG": "C"}
-FLAGS = {"prompt": PROMPT, "chunk_size": CHUNK, "max_new_tokens": NEW_TOKENS, "log_level": "DEBUG"}
+FLAGS: dict[str, Any] = {
+    "prompt": PROMPT,
+    "chunk_size": CHUNK,
+    "max_new_tokens": NEW_TOKENS,
+    "log_level": "DEBUG",
+}
 
 
 def check_parroted(run: Run, model: Path, logs: str = "logs") -> None:
