@@ -231,7 +231,9 @@ def bench(
     with contextlib.ExitStack() as stack:
         try:
             lengths, chunks = whole_numbers("tokens", tokens), whole_numbers("chunk_size", chunk_size)
-            _check_bench(strategies, lengths, chunks, repeats, plot)
+            compared.check_asked(strategies, lengths, chunks, repeats)
+            if plot:
+                _check_plot(plot, bool(strategies))
             folder = model or str(stack.enter_context(side_by_side.random_checkpoint(side_by_side.Shape())))
             config = Config.of(
                 {"model_path": folder, "world_size": world_size, "chunk_size": chunks[0], "threads": threads}
@@ -252,30 +254,16 @@ def bench(
         _draw(result, plot)
 
 
-def _check_bench(
-    strategies: list[str], lengths: tuple[int, ...], chunks: tuple[int, ...], repeats: int, plot: str
-) -> None:
-    """What would be a pity to learn after minutes of measuring. Raises ConfigError."""
-    from dinfer.session.compare import check_compared
+def _check_plot(path: str, compared: bool) -> None:
+    """Raises ConfigError for a file that could not be written once all is measured."""
+    from dinfer.views.bench import PlotError, check_ending
 
-    for name, numbers in (("tokens", lengths), ("chunk_size", chunks)):
-        if not numbers or min(numbers) < 1:
-            raise ConfigError(f"{name} is {','.join(map(str, numbers))!r}; it must be at least 1.")
-        if len(numbers) > 1 and not strategies:
-            raise ConfigError(
-                f"{name} is {','.join(map(str, numbers))}; several go with --compare pairwise,ring."
-            )
-    if strategies:
-        check_compared(strategies, repeats)
-    if plot and not strategies:
+    if not compared:
         raise ConfigError("plot is for --compare pairwise,ring; without it, --json keeps the figures.")
-    if plot:
-        from dinfer.views.bench import PlotError, check_ending
-
-        try:
-            check_ending(plot)
-        except PlotError as error:
-            raise ConfigError(str(error)) from None
+    try:
+        check_ending(path)
+    except PlotError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _draw(result: dict[str, Any], path: str) -> None:

@@ -15,6 +15,20 @@ from dinfer.session.bench import on_ranks
 DEFAULT = "pairwise"
 
 
+def check_asked(
+    strategies: Sequence[str], tokens: Sequence[int], chunk_sizes: Sequence[int], repeats: int
+) -> None:
+    """Raises ConfigError, before anything is started, for what cannot be timed; no strategies: nothing is compared."""
+    for name, numbers in (("tokens", tokens), ("chunk_size", chunk_sizes)):
+        if not numbers or min(numbers) < 1:
+            raise ConfigError(f"{name} is {','.join(map(str, numbers))!r}; it must be at least 1.")
+        if len(numbers) > 1 and not strategies:
+            given = ",".join(map(str, numbers))
+            raise ConfigError(f"{name} is {given}; several go with --compare pairwise,ring.")
+    if strategies:
+        check_compared(strategies, repeats)
+
+
 def check_compared(strategies: Sequence[str], repeats: int) -> None:
     """Raises ConfigError unless these are two strategies and there are rounds to tell scatter from difference."""
     known = get_args(SyncStrategy)
