@@ -158,8 +158,9 @@ def _convert(name: str, value: Any) -> Any:
             )
         return value
     if get_origin(kind) is tuple:
-        return _numbers(name, value)
-    return _scalar(name, value, kind)
+        return whole_numbers(name, value)
+    scalar = _scalar(name, value, kind)
+    return _whole_text(scalar) if name == "prompt" else scalar
 
 
 def _scalar(name: str, value: Any, kind: type) -> Any:
@@ -182,7 +183,16 @@ def _scalar(name: str, value: Any, kind: type) -> Any:
     return number
 
 
-def _numbers(name: str, value: Any) -> tuple[int, ...]:
+def _whole_text(prompt: str) -> str:
+    """The prompt; where Python has read an argument's bytes as ASCII (in a C locale), as the UTF-8 that they are."""
+    try:
+        return prompt.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise ConfigError(f"prompt is {prompt!r}, which is not UTF-8 text: give it as UTF-8.") from None
+
+
+def whole_numbers(name: str, value: Any) -> tuple[int, ...]:
+    """The numbers in `0,1,2`, or in a list. Raises ConfigError."""
     try:
         parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
         if any(isinstance(part, (bool, float)) for part in parts):

@@ -78,6 +78,11 @@ class Prompt:
         stands[self.rank] = self.executor.stand()
         return waits_text(self.plan, self.rank, stands)
 
+    def is_running(self) -> bool:
+        """Whether a lane moves or may move."""
+        stand = self.executor.stand()
+        return self.executor.failure is None and (any(stand.started) or not stand.at_limits)
+
     def _nothing_to_do(self) -> str:
         if self.executor.is_done():
             return "prefill is done: there is no further step"

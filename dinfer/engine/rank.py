@@ -15,7 +15,9 @@ from dinfer.engine.comm import Comm
 from dinfer.engine.control import Control
 from dinfer.engine.engine import Engine
 from dinfer.engine.execution import Execution
+from dinfer.engine.logfile import log_trouble
 from dinfer.engine.oplog import OpLog
+from dinfer.engine.shortage import explained
 from dinfer.model.decoder import Decoder
 from dinfer.model.text import TextStream, load_tokenizer
 
@@ -33,8 +35,22 @@ def run_rank(
 ) -> dict[str, Any]:
     """Load, `meet()` the other ranks, prefill, decode; this rank's part of the result.
 
-    With `paused`, the lanes are left to the session's commands until it says `decode`.
+    With `paused`, the lanes are left to the session's commands until it says `decode`. Raises OutOfMemory, with what
+    to change, where memory runs out.
     """
+    with explained(config, ids, device_of(rank, config)):
+        return _run(rank, config, ids, control, meet, paused=paused)
+
+
+def _run(
+    rank: int,
+    config: Config,
+    ids: Sequence[int],
+    control: Control,
+    meet: Callable[[], Comm],
+    *,
+    paused: bool,
+) -> dict[str, Any]:
     torch.set_num_threads(config.threads)
     control.board.set_phase("loading")
     decoder = Decoder.load(config.model_path, config.dtype, device_of(rank, config))
@@ -67,6 +83,7 @@ def run_rank(
         "plan_id": f"{executor.plan.id:016x}",
         "decode_s": decode_s,
         "lost_events": engine.recorder.lost,
+        "log_trouble": log_trouble(log),
     }
 
 

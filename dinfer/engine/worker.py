@@ -17,6 +17,7 @@ from dinfer.config import Config
 from dinfer.engine.control import Control
 from dinfer.engine.debugger import listen_for_debugger
 from dinfer.engine.failure import describe
+from dinfer.engine.logfile import LogFile
 
 log = logging.getLogger("dinfer")
 
@@ -63,7 +64,7 @@ def _run(job: dict[str, Any], config: Config, control: Control) -> dict[str, Any
 
 def log_to(folder: Path, rank: int, level: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank{rank}.log", mode="w", encoding="utf-8")
+    handler = LogFile(folder / f"rank{rank}.log")
     handler.setFormatter(
         logging.Formatter(f"%(asctime)s.%(msecs)03d rank {rank} %(levelname)s %(message)s", "%H:%M:%S")
     )

@@ -86,6 +86,8 @@ def conclude(
     show.say(f"\n\n{table(result)}")
     if trace_path:
         show.say(_keep(trace_path, lambda path: write_jsonl(trace, path), "trace"))
+    for trouble in filter(None, (state.reports["result"].get("log_trouble") for state in ranks)):
+        show.say(f"the run went on, but {trouble}")
     result["trace"] = str(trace_path) if trace_path else None
     _agree(result)
     return result

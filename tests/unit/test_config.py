@@ -266,3 +266,12 @@ def test_a_prompt_file_that_is_not_utf_8(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         Config(prompt_file=str(path)).prompt_text()
     assert str(caught.value) == f"prompt_file {str(path)!r} is not UTF-8 text; save it as UTF-8."
+
+
+def test_bytes_that_a_c_locale_has_read_as_ascii_become_text_again() -> None:
+    text = "请详细介绍一下人工智能的发展历史。"
+    read = text.encode().decode("ascii", "surrogateescape")
+    assert Config.of({"prompt": read}).prompt == text
+    assert Config.of({"prompt": text}).prompt == text
+    with pytest.raises(ConfigError, match=r"prompt is .*, which is not UTF-8 text"):
+        Config.of({"prompt": "\udcff"})
