@@ -5,6 +5,7 @@ Every parameter of Config is a flag of `dinfer run` with the same name.
 
 import contextlib
 import inspect
+import io
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from dinfer.config import Config, ConfigError, read_toml
+from dinfer.config import Config, ConfigError, read_toml, whole_numbers
 from dinfer.model.errors import ModelError
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import partition
@@ -56,10 +57,6 @@ def run(**given: Any) -> None:
             result = join(config, launched, trace_path)
         else:
             result = _run_here(config, trace_path)
-        if json_path and result:
-            from dinfer.session.result import write_json
-
-            write_json(result, json_path)
     except (ConfigError, ModelError, PlanError) as error:
         _leave_it_to_others(launched)
         _stop(error, BAD_INPUT)
@@ -71,6 +68,17 @@ def run(**given: Any) -> None:
     except (OSError, RuntimeError) as error:  # RankFailed is one
         _leave_it_to_others(launched)
         _stop(error, FAILED)
+    if json_path and result:
+        _keep_json(result, json_path)
+
+
+def _keep_json(result: dict[str, Any], path: str) -> None:
+    from dinfer.session.result import write_json
+
+    try:
+        write_json(result, path)
+    except OSError as error:
+        _stop(f"all went well, but the result could not be written to {path}: {error.strerror}.", FAILED)
 
 
 def _leave_it_to_others(launched: Launched | None) -> None:
@@ -203,33 +211,68 @@ def bench(
     model: Annotated[
         str, typer.Option(help="checkpoint folder; default: random weights, hidden 1024 × 8 layers")
     ] = "",
-    tokens: Annotated[int, typer.Option(help="length of the prompt")] = 2048,
-    chunk_size: Annotated[int, typer.Option(help="tokens per chunk")] = 128,
+    tokens: Annotated[
+        str, typer.Option(help="length of the prompt; several for --compare: 512,2048")
+    ] = "2048",
+    chunk_size: Annotated[str, typer.Option(help="tokens per chunk; several for --compare: 64,128")] = "128",
     world_size: Annotated[int, typer.Option(help="number of ranks")] = 2,
     threads: Annotated[int, typer.Option(help="CPU threads of each rank")] = 1,
     repeats: Annotated[int, typer.Option(help="timed rounds, after one to warm up")] = 3,
     json_path: Annotated[str, typer.Option("--json", help="write the figures to this file")] = "",
+    compare: Annotated[str, typer.Option(help="two sync strategies, pairwise,ring: which to use?")] = "",
+    plot: Annotated[str, typer.Option(help="with --compare: a plot file, .html, .svg or .png")] = "",
 ) -> None:
-    """Time pairwise, ring, lockstep, no sync and one process side by side on this machine."""
+    """Time pairwise, ring, lockstep, no sync and one process side by side on this machine, or --compare two."""
     from dinfer.model.checkpoint import check
-    from dinfer.session.bench import Shape, random_checkpoint, table
-    from dinfer.session.bench import bench as time_variants
-    from dinfer.session.result import write_json
+    from dinfer.session import bench as side_by_side
+    from dinfer.session import compare as compared
 
+    strategies = compare.split(",") if compare else []
     with contextlib.ExitStack() as stack:
         try:
-            folder = model or str(stack.enter_context(random_checkpoint(Shape())))
+            lengths, chunks = whole_numbers("tokens", tokens), whole_numbers("chunk_size", chunk_size)
+            compared.check_asked(strategies, lengths, chunks, repeats)
+            if plot:
+                _check_plot(plot, bool(strategies))
+            folder = model or str(stack.enter_context(side_by_side.random_checkpoint(side_by_side.Shape())))
             config = Config.of(
-                {"model_path": folder, "world_size": world_size, "chunk_size": chunk_size, "threads": threads}
+                {"model_path": folder, "world_size": world_size, "chunk_size": chunks[0], "threads": threads}
             )
-            result = time_variants(config, tokens, check(folder).vocab_size, repeats)
+            vocabulary = check(folder).vocab_size
+            if strategies:
+                result = compared.compare(config, vocabulary, strategies, lengths, chunks, repeats)
+            else:
+                result = side_by_side.bench(config, lengths[0], vocabulary, repeats)
         except (ConfigError, ModelError, PlanError) as error:
             _stop(error, BAD_INPUT)
         except RuntimeError as error:
             _stop(error, FAILED)
-    print(table(result))
+    print((compared if strategies else side_by_side).table(result))
     if json_path:
-        write_json(result, json_path)
+        _keep_json(result, json_path)
+    if plot:
+        _draw(result, plot)
+
+
+def _check_plot(path: str, compared: bool) -> None:
+    """Raises ConfigError for a file that could not be written once all is measured."""
+    from dinfer.views.bench import PlotError, check_ending
+
+    if not compared:
+        raise ConfigError("plot is for --compare pairwise,ring; without it, --json keeps the figures.")
+    try:
+        check_ending(path)
+    except PlotError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _draw(result: dict[str, Any], path: str) -> None:
+    from dinfer.views.bench import PlotError, figure, write
+
+    try:
+        print(f"plot: {write(figure(result), path)}")
+    except (PlotError, OSError) as error:
+        _stop(error, FAILED)
 
 
 @app.command()
@@ -280,6 +323,11 @@ def _print_json(given: Plan, verdict: Proof | Counterexample) -> None:
 
 def main() -> None:
     """The `dinfer` script. A flag that does not exist is answered with the nearest one that does."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a character that a GBK or ASCII terminal lacks must not end a run
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 Schedule = Literal["pipelined", "lockstep", "batched"]
 SyncStrategy = Literal["pairwise", "ring"]
 DeviceMode = Literal["single_node", "multi_node"]
-Backend = Literal["gloo"]
+Backend = Literal["auto", "gloo", "nccl"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
@@ -52,7 +52,9 @@ class Config:
         "single_node", "single_node: all ranks on this machine; multi_node: one on each"
     )
     gpu_ids: tuple[int, ...] = _parameter((), "the GPU of each rank, such as 0,1,2; none: the CPU")
-    backend: Backend = _parameter("gloo", "torch.distributed backend")
+    backend: Backend = _parameter(
+        "auto", "gloo or nccl; auto: nccl for ranks on one machine that have a GPU each, otherwise gloo"
+    )
     master_addr: str = _parameter("127.0.0.1", "address at which the ranks meet")
     master_port: int = _parameter(0, "port at which the ranks meet; 0: a free one", low=0, high=65535)
     dtype: DType = _parameter("auto", "dtype of weights and KV; auto: the checkpoint's own")
@@ -156,8 +158,9 @@ def _convert(name: str, value: Any) -> Any:
             )
         return value
     if get_origin(kind) is tuple:
-        return _numbers(name, value)
-    return _scalar(name, value, kind)
+        return whole_numbers(name, value)
+    scalar = _scalar(name, value, kind)
+    return _whole_text(scalar) if name == "prompt" else scalar
 
 
 def _scalar(name: str, value: Any, kind: type) -> Any:
@@ -180,7 +183,16 @@ def _scalar(name: str, value: Any, kind: type) -> Any:
     return number
 
 
-def _numbers(name: str, value: Any) -> tuple[int, ...]:
+def _whole_text(prompt: str) -> str:
+    """The prompt; where Python has read an argument's bytes as ASCII (in a C locale), as the UTF-8 that they are."""
+    try:
+        return prompt.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise ConfigError(f"prompt is {prompt!r}, which is not UTF-8 text: give it as UTF-8.") from None
+
+
+def whole_numbers(name: str, value: Any) -> tuple[int, ...]:
+    """The numbers in `0,1,2`, or in a list. Raises ConfigError."""
     try:
         parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
         if any(isinstance(part, (bool, float)) for part in parts):

@@ -1,4 +1,7 @@
-"""The ranks' side of `dinfer bench`: several plans on the same ranks, in turn, so that figures compare."""
+"""The ranks' side of `dinfer bench`: several plans on the same ranks, in turn, so that figures compare.
+
+What the figures say is not judged here.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +18,7 @@ from dinfer.engine.exchange import Exchange
 from dinfer.engine.gate import FreeGate
 from dinfer.model.decoder import Decoder
 from dinfer.plan.plan import Lane, Plan
+from dinfer.trace.trace import Trace
 
 START_S = 300.0
 
@@ -39,6 +43,21 @@ VARIANTS = (
 )
 
 
+class Case(NamedTuple):
+    """A variant with the first `tokens` tokens of the prompt, in chunks of `chunk_size`."""
+
+    variant: Variant
+    tokens: int
+    chunk_size: int
+
+
+class Timed(NamedTuple):
+    """Seconds of one prefill, and those in which this rank moved KV and computed nothing."""
+
+    seconds: float
+    exposed_sync_s: float
+
+
 def without_sync(plan: Plan) -> Plan:
     """The same plan with no block passed on: the difference is what sync costs. Nobody can decode from it."""
     lanes = tuple(
@@ -53,9 +72,9 @@ def without_sync(plan: Plan) -> Plan:
 
 
 def bench_rank(
-    rank: int, config: Config, port: Connection, ids: Sequence[int], variants: Sequence[Variant], repeats: int
-) -> dict[str, list[float]]:
-    """Prefill seconds of each variant, by name, `repeats` times in turn; all ranks make the same calls.
+    rank: int, config: Config, port: Connection, ids: Sequence[int], cases: Sequence[Case], repeats: int
+) -> list[list[Timed]]:
+    """Prefill of each case, `repeats` times in turn; all ranks make the same calls.
 
     Rank 0 opens a port and sends its number into `port`; the others receive it there.
     """
@@ -67,22 +86,28 @@ def bench_rank(
         store = join_store(config.master_addr, port.recv(), START_S)
     decoder = Decoder.load(config.model_path, config.dtype)
     comm = GlooComm(rank, config.world_size, store, START_S)
-    seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    timed: list[list[Timed]] = [[] for _ in cases]
     for repeat in range(repeats + 1):
-        for variant in variants:
-            took = _time(variant, decoder, comm, config, ids)
+        for case, kept in zip(cases, timed, strict=True):
+            took = _time(case, decoder, comm, config, ids[: case.tokens])
             if repeat:  # the first round warms up
-                seconds[variant.name].append(took)
+                kept.append(took)
     comm.all_gather(b"d")
     comm.close()
-    return seconds
+    return timed
 
 
-def _time(variant: Variant, decoder: Decoder, comm: Comm, config: Config, ids: Sequence[int]) -> float:
-    schedule, strategy = variant.schedule, variant.sync_strategy
-    settings = config.with_(schedule=schedule, sync_strategy=strategy, unsafe=not variant.sync)
+def _time(case: Case, decoder: Decoder, comm: Comm, config: Config, ids: Sequence[int]) -> Timed:
+    variant = case.variant
+    settings = config.with_(
+        chunk_size=case.chunk_size,
+        schedule=variant.schedule,
+        sync_strategy=variant.sync_strategy,
+        unsafe=not variant.sync,
+    )
     if variant.alone:
-        took = _prefill(_alone(decoder, settings), ids, sync=True) if comm.rank == 0 else 0.0
+        alone = comm.rank == 0
+        took = _prefill(_alone(decoder, settings), ids, sync=True) if alone else Timed(0.0, 0.0)
         comm.all_gather(b"a")
         return took
     engine = Engine(decoder, comm, settings)
@@ -93,8 +118,8 @@ def _alone(decoder: Decoder, config: Config) -> Engine:
     return Engine(decoder, Exchange(1, FreeGate()).comm(0), config.with_(world_size=1, layer_split=()))
 
 
-def _prefill(engine: Engine, ids: Sequence[int], *, sync: bool) -> float:
-    """Seconds from when all ranks are ready until all are done."""
+def _prefill(engine: Engine, ids: Sequence[int], *, sync: bool) -> Timed:
+    """The time from when all ranks are ready until all are done."""
     plan = engine.plan_for(len(ids))
     engine.prepare(ids, plan=plan if sync else without_sync(plan))
     engine.comm.all_gather(b"s")
@@ -102,5 +127,7 @@ def _prefill(engine: Engine, ids: Sequence[int], *, sync: bool) -> float:
     engine.prefill_phase()
     engine.comm.all_gather(b"e")
     took = perf_counter() - started
+    assert engine.recorder is not None
+    figures = Trace.merge([engine.recorder.events()]).rank_figures(engine.rank)
     engine.release()
-    return took
+    return Timed(took, figures.exposed_sync_s)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from dinfer.engine.conditions import made_by
-from dinfer.engine.executor import Executor
+from dinfer.engine.execution import Execution
 from dinfer.engine.handlers import Prefill
 from dinfer.engine.probes import statistics
 from dinfer.plan.cut import Unit
@@ -59,7 +59,7 @@ class LayerKV:
         return f"{head}\n  K {statistics(self.k)}\n  V {statistics(self.v)}"
 
 
-def ops_between(executor: Executor, before: tuple[int, ...], after: tuple[int, ...]) -> list[Op]:
+def ops_between(executor: Execution, before: tuple[int, ...], after: tuple[int, ...]) -> list[Op]:
     """The rank's ops between two positions, lane by lane."""
     lanes = executor.plan.lanes[executor.rank]
     return [op for lane, one, other in zip(lanes, before, after, strict=True) for op in lane.ops[one:other]]
@@ -74,7 +74,7 @@ def op_lines(state: Prefill, ops: list[Op]) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def layer_kv(executor: Executor, layer: int) -> LayerKV:
+def layer_kv(executor: Execution, layer: int) -> LayerKV:
     """What the rank holds of a layer: the chunks that are here without a gap. Raises ValueError for no such layer."""
     state, shape = executor.state, executor.plan.shape
     if not 0 <= layer < shape.layers:

@@ -19,7 +19,7 @@ from dinfer.engine.interface import interface_towards
 from dinfer.engine.transfer import HEADER_BYTES
 from dinfer.plan.graph import Channel
 
-__all__ = ["Comm", "CommError", "GlooComm", "Store", "join_store", "open_store"]
+__all__ = ["Comm", "CommError", "GlooComm", "Store", "bytes_of", "join_store", "open_store"]
 
 
 class CommError(RuntimeError):
@@ -75,7 +75,7 @@ class GlooComm:
         try:
             works = [dist.isend(_tensor(header), group=group, group_dst=channel.target)]
             if payload is not None:
-                works.append(dist.isend(_bytes_of(_on_host(payload)), group=group, group_dst=channel.target))
+                works.append(dist.isend(bytes_of(_on_host(payload)), group=group, group_dst=channel.target))
             _wait(works[0])
             met = monotonic_ns()
             for work in works[1:]:
@@ -91,11 +91,11 @@ class GlooComm:
 
     def recv_payload(self, channel: Channel, out: Tensor) -> None:
         if out.device.type == "cpu":
-            self._recv(channel, _bytes_of(out))
+            self._recv(channel, bytes_of(out))
         else:
             host = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
-            self._recv(channel, _bytes_of(host))
-            out.copy_(host, non_blocking=True)  # on the stream that computes, so in order with what reads it
+            self._recv(channel, bytes_of(host))
+            out.copy_(host, non_blocking=True)  # on the default stream, so before all that reads it
 
     def all_gather(self, data: bytes) -> list[bytes]:
         gathered = [torch.empty(len(data), dtype=torch.uint8) for _ in range(self.world_size)]
@@ -117,7 +117,8 @@ class GlooComm:
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """The tensor where gloo can send it: a CUDA tensor would end the process, so it goes through pinned memory."""
+    """The tensor where gloo can send it: a CUDA tensor would end the process, so it goes through pinned memory, of
+    which torch keeps a pool. Copied on the current stream: the caller says by it what to wait for."""
     if tensor.device.type == "cpu":
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -171,6 +172,6 @@ def _tensor(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def _bytes_of(tensor: Tensor) -> Tensor:
+def bytes_of(tensor: Tensor) -> Tensor:
     """The tensor's memory as bytes, without a copy: one code path for every dtype."""
     return tensor.view(-1).view(torch.uint8)

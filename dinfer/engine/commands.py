@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dinfer.engine.board import Stand
-from dinfer.engine.executor import Executor
+from dinfer.engine.execution import Execution
 from dinfer.plan.graph import Channel
 
 Message = dict[str, Any]
@@ -46,7 +46,7 @@ def stand_of(message: Message) -> Stand:
     return Stand(tuple(message["positions"]), tuple(map(bool, message["started"])), tuple(message["limits"]))
 
 
-def lane_commands(executor: Callable[[], Executor]) -> Table:
+def lane_commands(executor: Callable[[], Execution]) -> Table:
     """Commands that move the lanes of whatever executor there is just then. `cut` is that of all ranks."""
 
     def limits(message: Message) -> Message:

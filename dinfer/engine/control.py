@@ -18,7 +18,7 @@ from typing import Any
 from dinfer.engine.board import Board, anonymous_file, map_file
 from dinfer.engine.commands import Command, Message, Table, answer, lane_commands
 from dinfer.engine.debugger import undebugged
-from dinfer.engine.executor import Executor
+from dinfer.engine.execution import Execution
 from dinfer.engine.watcher import MEMORY_BYTES, RECORDER_BYTES
 
 CLOSING_S = 10.0
@@ -63,7 +63,7 @@ class Control:
         """Answer these commands from now on."""
         self._table = table
 
-    def attach(self, executor: Executor, lanes: tuple[str, ...]) -> None:
+    def attach(self, executor: Execution, lanes: tuple[str, ...]) -> None:
         """Let commands move this executor; `lanes` are its recorder's."""
         self.report("lanes", lanes=list(lanes))
         self.serve(lane_commands(lambda: executor))

@@ -7,13 +7,18 @@ from time import monotonic_ns
 from torch import Tensor
 
 from dinfer.engine.comm import Comm
+from dinfer.engine.nans import NotANumber, Place, first_nan, has_nan
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 from dinfer.model.sampling import Sampler
+from dinfer.plan.partition import Shape
 from dinfer.trace.events import Event
 from dinfer.trace.recorder import Recorder
 
 _TOKEN = struct.Struct("<q")
+_NO_TOKEN = -1
+"""what a rank says whose logits are NaN"""
+_PLACE = struct.Struct("<qq")
 
 
 class TokensDiffer(RuntimeError):
@@ -42,12 +47,15 @@ class Decoding:
         sampler: Sampler,
         comm: Comm,
         recorder: Recorder | None = None,
+        shape: Shape | None = None,
     ) -> None:
-        """`final` is the normed hidden state of the prompt's last token, [1, 1, hidden_size]."""
+        """`final` is the normed hidden state of the prompt's last token, [1, 1, hidden_size]; `shape` tells which
+        chunk and rank a token and layer of the prompt are of, where that is known."""
         self.tokens: list[int] = []
         self.cache = cache
         self._decoder, self._prompt_tokens = decoder, prompt_tokens
         self._final, self._sampler, self._comm, self._recorder = final, sampler, comm, recorder
+        self._shape = shape
 
     @property
     def is_done(self) -> bool:
@@ -56,10 +64,11 @@ class Decoding:
         return ended or self._prompt_tokens + len(self.tokens) > self.cache.capacity
 
     def step(self) -> int:
-        """The next token. Raises TokensDiffer if the ranks do not agree on it."""
+        """The next token. Raises, on every rank, TokensDiffer if they do not agree on it, and NotANumber if the
+        logits of one of them are NaN."""
         start = monotonic_ns()
         logits = self._decoder.logits(self._final if not self.tokens else self._forward())
-        token = self._sampler(logits, len(self.tokens))
+        token = _NO_TOKEN if has_nan(logits) else self._sampler(logits, len(self.tokens))
         computed = monotonic_ns()
         self._compare(token, logits)
         self.tokens.append(token)
@@ -81,9 +90,11 @@ class Decoding:
         return self._decoder.norm(self._decoder.forward(self.tokens[-1:], self.cache, position))
 
     def _compare(self, token: int, logits: Tensor) -> None:
-        if self._comm.world_size == 1:
-            return
-        chosen = [_TOKEN.unpack(data)[0] for data in self._comm.all_gather(_TOKEN.pack(token))]
+        chosen = [token]
+        if self._comm.world_size > 1:
+            chosen = [_TOKEN.unpack(data)[0] for data in self._comm.all_gather(_TOKEN.pack(token))]
+        if _NO_TOKEN in chosen:
+            raise self._not_a_number([rank for rank, said in enumerate(chosen) if said == _NO_TOKEN])
         if len(set(chosen)) == 1:
             return
         distinct = sorted(set(chosen))
@@ -93,6 +104,15 @@ class Decoding:
             dict(zip(distinct, layout.unpack(data), strict=True)) for data in self._comm.all_gather(mine)
         ]
         raise TokensDiffer(len(self.tokens), chosen, by_rank)
+
+    def _not_a_number(self, ranks: list[int]) -> NotANumber:
+        """All ranks search their KV, and tell one another what they found."""
+        mine = first_nan(self.cache, self._prompt_tokens + len(self.tokens), self._shape)
+        found = [mine]
+        if self._comm.world_size > 1:
+            found = [Place(*_PLACE.unpack(data)) for data in self._comm.all_gather(_PLACE.pack(*mine))]
+        places = {rank: found[rank] for rank in ranks}
+        return NotANumber(len(self.tokens), places, self._comm.world_size, self._shape)
 
     def _record(self, start: int, computed: int) -> None:
         assert self._recorder is not None

@@ -4,19 +4,21 @@ All ranks make the same calls, but for `forward_single_layer`, which is this ran
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from dinfer.config import Config
 from dinfer.engine.admission import check_length, check_plan
+from dinfer.engine.backends import as_issued, execution
 from dinfer.engine.board import Board
 from dinfer.engine.by_hand import LayerKV, Steps, layer_kv
 from dinfer.engine.comm import Comm
 from dinfer.engine.conditions import Hit
 from dinfer.engine.deadline import Deadline, StillWaiting
 from dinfer.engine.decoding import Decoding
-from dinfer.engine.executor import Executor
+from dinfer.engine.execution import Execution
 from dinfer.engine.gate import FreeGate, Gate
 from dinfer.engine.handlers import Prefill
 from dinfer.engine.prompt import Prompt, Stands
@@ -84,16 +86,17 @@ class Engine:
 
     def plan_for(self, tokens: int) -> Plan:
         """The plan for a prompt of that many tokens, by this engine's config."""
-        return build(self._shape(tokens), self.config.schedule, self.config.sync_strategy)
+        plan = build(self._shape(tokens), self.config.schedule, self.config.sync_strategy)
+        return as_issued(plan, self.config.backend)
 
-    def prepare(self, ids: Sequence[int], *, plan: Plan | None = None) -> Executor:
+    def prepare(self, ids: Sequence[int], *, plan: Plan | None = None) -> Execution:
         """Make a prompt ready: its plan, verified, its KV cache, and lanes that wait at limit 0.
 
         The prompt before it is given up, unless this one is refused. Raises PlanError or ModelError, and
         RuntimeError where the one before cannot be given up.
         """
         check_length(self.decoder, len(ids))
-        plan = plan or self.plan_for(len(ids))
+        plan = as_issued(plan, self.config.backend) if plan else self.plan_for(len(ids))
         check_plan(plan, self._shape(len(ids)), unsafe=self.config.unsafe)
         if not self.release():
             raise RuntimeError(
@@ -105,7 +108,7 @@ class Engine:
         state = Prefill(self.decoder, self.cache, plan, self.rank, ids)
         self.recorder = self._new_recorder(plan)
         self._prompt = Prompt(
-            plan, state, self.comm, self.gate, self.recorder, self.board,
+            plan, state, partial(self._execute, plan, state, self.recorder),
             on_op=self._on_op, on_hit=self._on_hit, others=self._others,
         )  # fmt: skip
         self._prompt.executor.start()
@@ -121,7 +124,7 @@ class Engine:
         return self._prompt
 
     @property
-    def executor(self) -> Executor:
+    def executor(self) -> Execution:
         """The lanes of the current prompt. Raises RuntimeError before there is one."""
         return self.prompt.executor
 
@@ -157,15 +160,20 @@ class Engine:
     ) -> Decoding:
         """What `decode_phase` steps through; it has room for `max_new_tokens` (default: the config's)."""
         final = self.executor.state.final if hidden_states is None else hidden_states
-        if final is None or (kv_caches is None and (self.cache is None or not self._is_finished())):
+        if final is None or (
+            kv_caches is None
+            and (self.cache is None or (self._prompt is not None and not self._prompt.executor.is_done()))
+        ):
             raise RuntimeError("there is no finished prefill: call prefill_phase(prompt) on all ranks first.")
+        shape = self._prompt.plan.shape if self._prompt and kv_caches is None else None
         if kv_caches is None:
             cache, tokens = self._roomy_cache(max_new_tokens), len(self.ids)
         else:
             cache, tokens = self._cache_of(kv_caches, max_new_tokens), kv_caches[0][0].shape[2]
         config = self.config
         sampler = Sampler(Sampling(config.temperature, config.top_k, config.top_p, config.seed))
-        return Decoding(self.decoder, cache, tokens, final[:, -1:], sampler, self.comm, self.recorder)
+        final = final[:, -1:]
+        return Decoding(self.decoder, cache, tokens, final, sampler, self.comm, self.recorder, shape)
 
     def extend(self, decoding: Decoding, max_new_tokens: int) -> None:
         """Give a decoding of this engine's prompt room for that many new tokens in all."""
@@ -196,6 +204,8 @@ class Engine:
                 self.board.set_phase("decode", len(decoding.tokens))
                 if on_token:
                     on_token(token)
+            if self._prompt is not None:
+                self._prompt.edits.note_all()
             return decoding.tokens
 
         tokens: list[int] = self._deadline.run("decode_phase", decode)
@@ -262,7 +272,7 @@ class Engine:
 
     def _sync(self, layer_idx: int, kv_cache: KV | None) -> KV:
         block = (self.chunk, layer_idx)
-        owners, busy = self._shape(1).owners, self._is_running()
+        owners, busy = self._shape(1).owners, self._prompt is not None and self._prompt.is_running()
         owner = agree(self.comm, self.decoder, owners, block, kv_cache, busy=busy)
         k, v = sync_block(self.comm, self.decoder, owner, self.config.sync_strategy, block, kv_cache)
         if self.cache is not None:
@@ -272,6 +282,11 @@ class Engine:
         return k, v
 
     # -- the rest
+
+    def _execute(
+        self, plan: Plan, state: Prefill, recorder: Recorder, on_op: Callable[[Event, Op], None]
+    ) -> Execution:
+        return execution(self.config.backend, plan, state, self.comm, self.gate, recorder, self.board, on_op)
 
     def kv_caches(self, tokens: int) -> list[KV]:
         """K and V of every layer for the first `tokens` tokens; views of this rank's cache."""
@@ -301,14 +316,6 @@ class Engine:
 
     def _chunk_start(self) -> int:
         return self.chunk * self.config.chunk_size
-
-    def _is_running(self) -> bool:
-        executor = self._prompt.executor if self._prompt else None
-        stand = executor.stand() if executor and not executor.failure else None
-        return stand is not None and (any(stand.started) or not stand.at_limits)
-
-    def _is_finished(self) -> bool:
-        return self._prompt is None or self._prompt.executor.is_done()
 
     def _capacity(self, tokens: int, max_new_tokens: int | None = None) -> int:
         return min(tokens + (max_new_tokens or self.config.max_new_tokens), self.decoder.max_positions)

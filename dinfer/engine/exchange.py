@@ -1,18 +1,24 @@
 """Exchange: the transport between ranks that are threads of one process, for tests, lessons and laptops.
 
 It promises what gloo promises: messages of one channel in order, and, by choice, sends that wait for their
-recv (rendezvous) or buffered ones.
+recv (rendezvous) or buffered ones. With `streams` it promises no more than NCCL does: what is issued to one peer on
+one communicator runs in issue order ("pairs"), or all of a rank does ("serial"), the worst that CUDA may do.
 """
 
 from collections import defaultdict, deque
 from collections.abc import Callable
 from time import monotonic_ns
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from dinfer.engine.comm import CommError
 from dinfer.engine.gate import Gate
+from dinfer.engine.streams import LocalStreams, Streams
 from dinfer.plan.graph import Channel
+
+Order = Literal["pairs", "serial"]
 
 
 class _Message:
@@ -25,8 +31,10 @@ class _Message:
 class Exchange:
     """What all ranks of one process share."""
 
-    def __init__(self, world_size: int, gate: Gate, *, rendezvous: bool = True) -> None:
-        self.world_size, self.gate, self.rendezvous = world_size, gate, rendezvous
+    def __init__(
+        self, world_size: int, gate: Gate, *, rendezvous: bool = True, streams: Order = "pairs"
+    ) -> None:
+        self.world_size, self.gate, self.rendezvous, self.streams = world_size, gate, rendezvous, streams
         self.queues: dict[Channel, deque[_Message]] = defaultdict(deque)
         self.taken: dict[Channel, _Message] = {}
         self.gathered: list[list[bytes]] = [[] for _ in range(world_size)]
@@ -52,6 +60,8 @@ class LocalComm:
     def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:
         exchange = self._exchange
         buffered = None if payload is None or exchange.rendezvous else payload.clone()
+        if buffered is not None and buffered.is_cuda:
+            torch.cuda.current_stream(buffered.device).synchronize()  # its receiver copies on another stream
         message = _Message(header, payload if exchange.rendezvous else buffered)
         with exchange.gate.change():
             exchange.queues[channel].append(message)
@@ -88,6 +98,9 @@ class LocalComm:
             lambda: all(len(parts) > number for parts in exchange.gathered), "gathering from all ranks"
         )
         return [parts[number] for parts in exchange.gathered]
+
+    def open_streams(self, _: torch.device) -> Streams:
+        return LocalStreams(self, self._exchange.gate, serial=self._exchange.streams == "serial")
 
     def close(self) -> None:
         self._exchange.close()

@@ -1,7 +1,12 @@
 """A rank's failure as what its session needs to tell causes from consequences."""
 
+import logging
 import traceback
 from typing import Any
+
+from dinfer.engine.logfile import log_trouble
+
+log = logging.getLogger("dinfer")
 
 
 def describe(error: BaseException) -> dict[str, Any]:
@@ -16,4 +21,5 @@ def describe(error: BaseException) -> dict[str, Any]:
         "error": type(cause).__name__,
         "secondary": isinstance(error, CommError) or isinstance(cause, CommError),
         "traceback": "".join(traceback.format_exception(error)),
+        "log_trouble": log_trouble(log),
     }

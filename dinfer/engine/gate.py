@@ -26,15 +26,43 @@ class Gate(Protocol):
     def wait(self, claim: Callable[[], T | None], timeout: float | None = None) -> T | None:
         """What `claim` returns as soon as that is not None; None once `timeout` seconds have passed."""
 
+    def hold(self) -> AbstractContextManager[None]:
+        """Hold the lock for a change that nobody waits for: wakes nobody."""
+
     def change(self) -> AbstractContextManager[None]:
         """Hold the lock, and wake who waits afterwards. May be nested: only the outermost wakes anyone."""
 
 
+class _Waiting:
+    """A thread that waits: `drawn` is notified once its claim has succeeded."""
+
+    def __init__(self, claim: Callable[[], object], lock: threading.RLock) -> None:
+        self.claim = claim
+        self.result: object = None
+        self.error: BaseException | None = None
+        self.drawn = threading.Condition(lock)
+
+    def settled(self) -> bool:
+        """Claim, unless that has succeeded; whether it has. What the claim raises is for the thread that waits."""
+        if self.result is None and self.error is None:
+            try:
+                self.result = self.claim()
+            except BaseException as error:
+                self.error = error
+        return self.result is not None or self.error is not None
+
+
 class FreeGate:
-    """Threads run as the machine lets them."""
+    """Threads run as the machine lets them.
+
+    Who changes something looks for those who wait, and wakes only whose claim succeeds: to wake all of a rank's lanes
+    at every op would take the interpreter from the one that computes for longer than a GPU's layer takes to launch.
+    """
 
     def __init__(self) -> None:
-        self._condition = threading.Condition(threading.RLock())
+        self._lock = threading.RLock()
+        self._waiting: list[_Waiting] = []
+        self._depth = 0
 
     def enroll(self, thread: str) -> None:
         pass
@@ -43,22 +71,39 @@ class FreeGate:
         pass
 
     def wait(self, claim: Callable[[], T | None], timeout: float | None = None) -> T | None:
-        return _claimed(self._condition, claim, timeout)
+        with self._lock:
+            mine = _Waiting(claim, self._lock)
+            self._waiting.append(mine)
+            try:
+                mine.drawn.wait_for(mine.settled, timeout)
+            finally:
+                self._waiting.remove(mine)
+            if mine.error is not None:
+                raise mine.error
+            return mine.result  # type: ignore[return-value]
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        with self._lock:
+            yield
 
     @contextmanager
     def change(self) -> Iterator[None]:
-        with self._condition:
-            yield
-            self._condition.notify_all()
+        with self._lock:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    self._wake()
 
-
-class _Waiting:
-    """A lane that waits: `drawn` is notified once its claim has succeeded."""
-
-    def __init__(self, claim: Callable[[], object], lock: threading.RLock) -> None:
-        self.claim = claim
-        self.result: object = None
-        self.drawn = threading.Condition(lock)
+    def _wake(self) -> None:
+        # Ctrl-C reaches the main thread only, and must not end a claim half-way: there, let all look for themselves.
+        is_main = threading.current_thread() is threading.main_thread()
+        for waiting in self._waiting:
+            if is_main or waiting.settled():
+                waiting.drawn.notify()
 
 
 class SeededGate:
@@ -94,6 +139,11 @@ class SeededGate:
             mine.drawn.wait_for(lambda: mine.result is not None, timeout)
             del self._waiting[me]
             return mine.result  # type: ignore[return-value]
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        with self._lock:
+            yield
 
     @contextmanager
     def change(self) -> Iterator[None]:

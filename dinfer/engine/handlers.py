@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dinfer.engine.comm import Comm
+from dinfer.engine.ordering import Ordering
 from dinfer.engine.probes import digests
 from dinfer.engine.transfer import VOID, Header, TransferError, check
 from dinfer.model.cache import KVCache
@@ -48,6 +49,7 @@ class Prefill:
         self.final: Tensor | None = None
         self.digests = False  # whether blocks are sent with digests, which are checked on arrival
         self.differing: dict[tuple[int, int], str] = {}
+        self.ordering = Ordering(cache.device)
         own = [op for lane in plan.lanes[rank] for op in lane.ops]
         self._entered = {v for op in own if op.kind in ("embed", "recv") for v in op.makes()}
         self._uses = Counter(need for op in own for need in op.needs() if need.what == "hidden")
@@ -94,6 +96,7 @@ class Prefill:
         """
         done, todo = list(done), list(todo)
         made = {value for op in done for value in op.makes()}
+        self.ordering.forget()
         self._uses = Counter(need for op in todo for need in op.needs() if need.what == "hidden")
         if FINAL not in made:
             self.final = None
@@ -126,6 +129,7 @@ def layer(state: Prefill, op: Op, _: Comm) -> Outcome:
     output = state.compute_layer(op.chunk, op.layer, hidden)
     if state.is_needed(op.chunk, op.layer + 1):
         state.hidden[op.chunk, op.layer + 1] = output
+    state.ordering.launched(op.makes())
     return Outcome()
 
 
@@ -135,14 +139,11 @@ def norm(state: Prefill, op: Op, _: Comm) -> Outcome:
 
 
 def send(state: Prefill, op: Op, comm: Comm) -> Outcome:
-    payload = _payload(state, op)
-    tokens = payload.shape[0] if op.what == "kv" else payload.shape[1]
-    if tokens != op.tokens:
-        raise TransferError(f"at `{op}` the plan says {op.tokens} tokens, but {op.value} has {tokens}.")
-    header = _header(state, op, payload)
-    if state.digests and op.what == "kv":
-        header = replace(header, digests=digests(payload))
-    met = comm.send(channel_of(comm.rank, op), header.pack(), payload)
+    with state.ordering.reading(op.value):
+        payload, header = payload_of(state, op), header_at(state, op)
+        if state.digests and op.what == "kv":
+            header = replace(header, digests=digests(payload))
+        met = comm.send(channel_of(comm.rank, op), header.pack(), payload)
     return Outcome(met, payload.nbytes)
 
 
@@ -152,19 +153,16 @@ def recv(state: Prefill, op: Op, comm: Comm) -> Outcome:
     met = monotonic_ns()
     if came.void:
         return Outcome(released=True)
-    place = _place(state, op)
     try:
-        check(came, _header(state, op, place), op)
+        check(came, header_at(state, op), op)
     except TransferError:
         comm.recv_payload(channel, torch.empty(came.nbytes, dtype=torch.uint8))  # the channel stays usable
         raise
+    place = _place(state, op)
     comm.recv_payload(channel, place)
     if state.digests and any(came.digests):
         state.note_difference(op, came.digests, digests(place))
-    if op.what == "hidden":
-        state.hidden[op.chunk, op.layer] = place
-    elif op.what == "final":
-        state.final = place
+    _keep(state, op, place)
     return Outcome(met, place.nbytes)
 
 
@@ -180,6 +178,45 @@ HANDLERS: dict[str, Callable[[Prefill, Op, Comm], Outcome]] = {
 def void_header() -> bytes:
     """What releases a recv that was posted too early."""
     return VOID.pack()
+
+
+def payload_of(state: Prefill, op: Op) -> Tensor:
+    """What a send sends, contiguous. Raises TransferError if it is not as long as the plan says."""
+    payload = _payload(state, op)
+    tokens = payload.shape[0] if op.what == "kv" else payload.shape[1]
+    if tokens != op.tokens:
+        raise TransferError(f"at `{op}` the plan says {op.tokens} tokens, but {op.value} has {tokens}.")
+    if payload.nbytes != (
+        expected := header_at(state, op).nbytes
+    ):  # a longer one would end the process that receives
+        raise TransferError(
+            f"at `{op}` {op.value} is {list(payload.shape)} in {payload.dtype}, {payload.nbytes:,} bytes in place of "
+            f"{expected:,}: what was put in its place must have its shape and dtype."
+        )
+    return payload
+
+
+def land(state: Prefill, op: Op) -> Tensor:
+    """Where a recv is to write, made part of the state before it has come: for who orders all reads after it."""
+    place = _place(state, op)
+    _keep(state, op, place)
+    return place
+
+
+def header_at(state: Prefill, op: Op) -> Header:
+    """What a transfer says of itself by the plan; both ends know it before."""
+    decoder = state.decoder
+    width = 2 * decoder.kv_heads * decoder.head_dim if op.what == "kv" else decoder.hidden_size
+    dtype = str(decoder.dtype).removeprefix("torch.")
+    nbytes = state.plan.expected_tokens(op) * width * decoder.dtype.itemsize
+    return Header(state.plan.id, op.value, op.tokens, dtype, nbytes)
+
+
+def _keep(state: Prefill, op: Op, place: Tensor) -> None:
+    if op.what == "hidden":
+        state.hidden[op.chunk, op.layer] = place
+    elif op.what == "final":
+        state.final = place
 
 
 def _payload(state: Prefill, op: Op) -> Tensor:
@@ -198,8 +235,3 @@ def _place(state: Prefill, op: Op) -> Tensor:
     decoder = state.decoder
     tokens = 1 if op.what == "final" else len(state.rows(op.chunk))
     return torch.empty((1, tokens, decoder.hidden_size), dtype=decoder.dtype, device=decoder.device)
-
-
-def _header(state: Prefill, op: Op, tensor: Tensor) -> Header:
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return Header(state.plan.id, op.value, op.tokens, dtype, tensor.nbytes)

@@ -18,9 +18,10 @@ from dinfer.engine.comm import Comm
 from dinfer.engine.commands import Command, Message, Table, lane_commands, stand_fields, stand_of
 from dinfer.engine.drain import drain
 from dinfer.engine.engine import Engine
-from dinfer.engine.executor import Executor, OpFailed
+from dinfer.engine.execution import Execution, OpFailed
 from dinfer.engine.failure import describe
 from dinfer.engine.gate import Gate
+from dinfer.engine.rank import warm_up
 from dinfer.engine.tokens import Tokens
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
@@ -159,6 +160,7 @@ class Host:
             deadline=config.timeout, on_hit=self._hit, others=self.stands,
         )  # fmt: skip
         ids = message["ids"]
+        warm_up(self.decoder, config, len(ids))
         plan_id = (plan or self.engine.plan_for(len(ids))).id
         agree(self.comm, facts_of(config, self.decoder.spec, ids, plan_id))
         executor = self.engine.prepare(ids, plan=plan)
@@ -232,10 +234,10 @@ class Host:
             raise RuntimeError(f"rank {self.rank} has no prompt yet: session.prefill(…) first.")
         return self.engine
 
-    def _executor(self) -> Executor:
+    def _executor(self) -> Execution:
         return self._engine().executor
 
-    def _mind(self, executor: Executor) -> None:
+    def _mind(self, executor: Execution) -> None:
         try:
             executor.outlast()
         except OpFailed as failed:

@@ -9,7 +9,8 @@ import socket
 import sys
 from typing import Any
 
-from dinfer.engine.comm import Comm, GlooComm, Store, join_store, open_store
+from dinfer.engine.comm import Comm, Store, join_store, open_store
+from dinfer.engine.comm_nccl import open_comm
 from dinfer.engine.commands import Message
 from dinfer.engine.control import Control
 from dinfer.engine.debugger import FIRST_PORT, listen
@@ -30,7 +31,7 @@ class Kernel:
         self.host = Host(
             self.rank,
             self.control,
-            GlooMeet(self.rank, world_size),
+            StoreMeet(self.rank, world_size),
             board=self.control.board,
             memory=self.control.recorder_memory,
             on_engine=_bind,
@@ -38,7 +39,7 @@ class Kernel:
         self.control.serve(self.host.table())
 
 
-class GlooMeet:
+class StoreMeet:
     """Meets the other ranks at a store that rank 0 opens."""
 
     def __init__(self, rank: int, world_size: int) -> None:
@@ -53,7 +54,7 @@ class GlooMeet:
         timeout = message["timeout"]
         store = self._store if self._rank == 0 else join_store(message["address"], message["port"], timeout)
         assert store
-        return GlooComm(self._rank, self._world_size, store, timeout)
+        return open_comm(message["backend"], self._rank, self._world_size, store, timeout)
 
 
 def start(link: Message, world_size: int) -> dict[str, Any]:

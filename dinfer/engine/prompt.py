@@ -3,46 +3,40 @@
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
-from dinfer.engine.board import Board, Stand
+from dinfer.engine.board import Stand
 from dinfer.engine.by_hand import Steps, op_lines, ops_between
-from dinfer.engine.comm import Comm
 from dinfer.engine.conditions import Conditions, Hit
 from dinfer.engine.edits import Edits
-from dinfer.engine.executor import Executor
-from dinfer.engine.gate import Gate
+from dinfer.engine.execution import Execution
 from dinfer.engine.handlers import Prefill
 from dinfer.engine.waits import waits_text
 from dinfer.plan.cut import Cut, Cuts, Unit
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
 from dinfer.trace.events import Event
-from dinfer.trace.recorder import Recorder
 
 Stands = Sequence[Stand | None]
 
 
 class Prompt:
-    """`on_hit` learns of a breakpoint's condition that holds, on the lane's thread; `others` asks where all ranks
-    stand."""
+    """`execute` makes what runs the lanes, which tells of every op that has ended. `on_hit` learns of a breakpoint's
+    condition that holds, on the lane's thread; `others` asks where all ranks stand."""
 
     def __init__(
         self,
         plan: Plan,
         state: Prefill,
-        comm: Comm,
-        gate: Gate,
-        recorder: Recorder,
-        board: Board,
+        execute: Callable[[Callable[[Event, Op], None]], Execution],
         *,
         on_op: Callable[[Event, Op], None] | None = None,
         on_hit: Hit | None = None,
         others: Callable[[], Stands] | None = None,
     ) -> None:
-        self.plan, self.state, self.rank = plan, state, comm.rank
+        self.plan, self.state, self.rank = plan, state, state.rank
         self.edits = Edits(state)
-        self.conditions = Conditions(comm.rank, state, on_hit or (lambda *_: None))
+        self.conditions = Conditions(state.rank, state, on_hit or (lambda *_: None))
         self._on_op, self._others = on_op, others
-        self.executor = Executor(plan, state, comm, gate, recorder, board, self._after)
+        self.executor = execute(self._after)
         self.target: Cut = tuple(tuple(0 for _ in lanes) for lanes in plan.lanes)
         self._begun: tuple[int, ...] | None = None
         """where the step by hand began whose end has not been told yet"""
@@ -88,6 +82,11 @@ class Prompt:
             stands = [None] * self.plan.world_size
         stands[self.rank] = self.executor.stand()
         return waits_text(self.plan, self.rank, stands)
+
+    def is_running(self) -> bool:
+        """Whether a lane moves or may move."""
+        stand = self.executor.stand()
+        return self.executor.failure is None and (any(stand.started) or not stand.at_limits)
 
     def _nothing_to_do(self) -> str:
         if self.executor.is_done():

@@ -14,8 +14,10 @@ from dinfer.engine.agreement import agree, facts_of
 from dinfer.engine.comm import Comm
 from dinfer.engine.control import Control
 from dinfer.engine.engine import Engine
-from dinfer.engine.executor import Executor
+from dinfer.engine.execution import Execution
+from dinfer.engine.logfile import log_trouble
 from dinfer.engine.oplog import OpLog
+from dinfer.engine.shortage import explained
 from dinfer.model.decoder import Decoder
 from dinfer.model.text import TextStream, load_tokenizer
 
@@ -33,12 +35,27 @@ def run_rank(
 ) -> dict[str, Any]:
     """Load, `meet()` the other ranks, prefill, decode; this rank's part of the result.
 
-    With `paused`, the lanes are left to the session's commands until it says `decode`.
+    With `paused`, the lanes are left to the session's commands until it says `decode`. Raises OutOfMemory, with what
+    to change, where memory runs out.
     """
+    with explained(config, ids, device_of(rank, config)):
+        return _run(rank, config, ids, control, meet, paused=paused)
+
+
+def _run(
+    rank: int,
+    config: Config,
+    ids: Sequence[int],
+    control: Control,
+    meet: Callable[[], Comm],
+    *,
+    paused: bool,
+) -> dict[str, Any]:
     torch.set_num_threads(config.threads)
     control.board.set_phase("loading")
     decoder = Decoder.load(config.model_path, config.dtype, device_of(rank, config))
     log.info("loaded %s on %s, %d threads", config.model_path, decoder.device, config.threads)
+    warm_up(decoder, config, len(ids))
     comm = meet()
     on_op = OpLog(log, decoder.num_layers)
     engine = Engine(decoder, comm, config, board=control.board, memory=control.recorder_memory, on_op=on_op)
@@ -66,7 +83,17 @@ def run_rank(
         "plan_id": f"{executor.plan.id:016x}",
         "decode_s": decode_s,
         "lost_events": engine.recorder.lost,
+        "log_trouble": log_trouble(log),
     }
+
+
+def warm_up(decoder: Decoder, config: Config, tokens: int) -> None:
+    """Let a GPU load its kernels now, so that the time of a prompt of `tokens` is not that of loading them."""
+    started = perf_counter()
+    chunk = max(1, min(config.chunk_size, tokens, decoder.max_positions))
+    decoder.warm_up(chunk, tokens % chunk or chunk)
+    if decoder.device.type != "cpu":
+        log.info("kernels loaded in %.1f s", perf_counter() - started)
 
 
 def device_of(rank: int, config: Config) -> str:
@@ -104,7 +131,7 @@ def _decode(engine: Engine, control: Control) -> tuple[list[int], float]:
     return tokens, took
 
 
-def _stepped(executor: Executor, control: Control) -> None:
+def _stepped(executor: Execution, control: Control) -> None:
     """Leave the lanes to the session's commands until it says `decode`. Raises OpFailed."""
     while True:
         with contextlib.suppress(TimeoutError):

@@ -7,13 +7,13 @@ from dinfer.plan.ops import Op
 from dinfer.plan.plan import Lane, Plan
 
 
-def at_text(lanes: Sequence[Lane], stand: Stand | None) -> str:
+def at_text(lanes: Sequence[Lane], positions: Sequence[int] | None) -> str:
     """The last layer that a rank has computed, for example `at c0 l1`."""
-    if stand is None:
+    if positions is None:
         return "somewhere unknown"
     done = [
         op
-        for lane, position in zip(lanes, stand.positions, strict=True)
+        for lane, position in zip(lanes, positions, strict=True)
         for op in lane.ops[:position]
         if op.kind == "layer"
     ]
@@ -33,7 +33,7 @@ def waits_text(plan: Plan, rank: int, stands: Sequence[Stand | None]) -> str:
         if position < min(limit, len(lane.ops))
     ]
     if not open_ops:
-        return f"rank {rank} stands {at_text(plan.lanes[rank], mine)}"
+        return f"rank {rank} stands {at_text(plan.lanes[rank], mine.positions)}"
     op, started = min(open_ops, key=_urgency)
     return f"rank {rank} {_waits_for(plan, op, stands) if started and op.is_transfer else _busy(op, started)}"
 
@@ -46,7 +46,8 @@ def _urgency(pair: tuple[Op, bool]) -> tuple[bool, bool, bool]:
 
 def _waits_for(plan: Plan, op: Op, stands: Sequence[Stand | None]) -> str:
     what = f"hidden c{op.chunk} before layer {op.layer}" if op.what == "hidden" else str(op.value)
-    there = f"which stands {at_text(plan.lanes[op.peer], stands[op.peer])}"
+    peer = stands[op.peer]
+    there = f"which stands {at_text(plan.lanes[op.peer], peer.positions if peer else None)}"
     if op.kind == "recv":
         return f"waits for {what} from rank {op.peer}, {there}"
     return f"waits for rank {op.peer} to take {what}, {there}"

@@ -17,6 +17,7 @@ from dinfer.config import Config
 from dinfer.engine.control import Control
 from dinfer.engine.debugger import listen_for_debugger
 from dinfer.engine.failure import describe
+from dinfer.engine.logfile import LogFile
 
 log = logging.getLogger("dinfer")
 
@@ -41,7 +42,8 @@ def main() -> int:
 
 
 def _run(job: dict[str, Any], config: Config, control: Control) -> dict[str, Any]:
-    from dinfer.engine.comm import Comm, GlooComm, join_store, open_store
+    from dinfer.engine.comm import Comm, join_store, open_store
+    from dinfer.engine.comm_nccl import open_comm
     from dinfer.engine.rank import run_rank
 
     rank = job["rank"]
@@ -55,14 +57,14 @@ def _run(job: dict[str, Any], config: Config, control: Control) -> dict[str, Any
         if found is None:
             port = control.told("meet", config.start_timeout)["port"]
             found = join_store(config.master_addr, port, config.start_timeout)
-        return GlooComm(rank, config.world_size, found, config.start_timeout)
+        return open_comm(config.backend, rank, config.world_size, found, config.start_timeout)
 
     return run_rank(rank, config, job["ids"], control, meet, paused=job["paused"])
 
 
 def log_to(folder: Path, rank: int, level: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank{rank}.log", mode="w", encoding="utf-8")
+    handler = LogFile(folder / f"rank{rank}.log")
     handler.setFormatter(
         logging.Formatter(f"%(asctime)s.%(msecs)03d rank {rank} %(levelname)s %(message)s", "%H:%M:%S")
     )

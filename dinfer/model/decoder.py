@@ -77,6 +77,9 @@ class Decoder:
             # transformers reads this at every attention call: masked attention then shares KV heads and does
             # not copy them, bit-equal. Not for CUDA, where that falls back to a slow kernel.
             os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
+        else:
+            # cuDNN plans its attention anew for every length, in every thread: 50 ms for each chunk and new token.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         with _LOADING, _no_progress_bar(), _one_tensor_at_a_time():
             model = _load_model(spec, dtype)
             if on_progress:
@@ -144,6 +147,21 @@ class Decoder:
         for index in range(self.num_layers):
             hidden = self.layer(index, hidden, cache, position)
         return hidden
+
+    def warm_up(self, chunk: int, last: int) -> None:
+        """Have a GPU load what prefill in chunks of `chunk` tokens, the last one of `last`, and decode run on it.
+
+        That takes seconds the first time. On a CPU there is nothing to load. Meanwhile there is a KV cache of two
+        chunks.
+        """
+        if self.device.type == "cpu":
+            return
+        second = min(chunk, self.max_positions - chunk)
+        cache = self.new_cache(second + chunk)
+        for position, tokens in ((0, chunk), (second, chunk), (second, last), (second, 1)):
+            hidden = self.norm(self.forward([0] * tokens, cache, position))
+            self.logits(hidden[:, -1:])
+        torch.cuda.synchronize(self.device)
 
     def _as_ids(self, ids: Tensor | Sequence[int]) -> Tensor:
         tensor = torch.as_tensor(ids, dtype=torch.long)

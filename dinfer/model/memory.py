@@ -137,6 +137,28 @@ def _shortage(wanted: Demand, available: int) -> str:
     return asked + "No single change is enough: use a smaller model, or a machine with more memory."
 
 
+def ways_to_save(one: Demand, asked: int | None, available: int | None) -> str:
+    """Say what one rank had asked for when memory ran out, what was free, and each single change that saves it."""
+    parts = need(one.spec, one.dtype, one.tokens, one.chunk_size)
+    said = "an unknown amount" if asked is None else size_text(asked)
+    known = "" if available is None else f", {size_text(available)} were free"
+    text = (
+        f"Out of memory on {one.device}: {said} was asked for{known}. By calculation this rank needs weights "
+        f"{size_text(parts.weights_bytes)}, KV {size_text(parts.kv_bytes)}, hidden states "
+        f"{size_text(parts.hidden_bytes)}. "
+    )
+    # Memory may be free and still not to be had: a limit of the process, or no piece of it that is large enough.
+    short = asked if asked is None or available is None or available >= asked else asked - available
+    if short is None:
+        return text + "Lower chunk_size, max_new_tokens or the prompt, or take dtype bfloat16."
+    if ways := _ways_out(one, one.bytes() - short):
+        return text + f"One of these would save the missing {size_text(short)}: " + "; ".join(ways) + "."
+    return text + (
+        f"No single change saves the missing {size_text(short)}: lower chunk_size, dtype and length together, or take "
+        "fewer ranks here, or more memory."
+    )
+
+
 def _ranks(count: int) -> str:
     return f"{count} rank{'s' if count > 1 else ''}"
 

@@ -10,6 +10,8 @@ from dinfer.plan.ops import Op, PlanError, parse_op
 from dinfer.plan.partition import Shape
 
 HEADER = "dinfer plan 1"
+ISSUE = "issue"
+"""the one lane of each rank in a lowered plan: its ops are issued in this order and not waited for"""
 
 
 class Lane(NamedTuple):
@@ -44,6 +46,11 @@ class Plan:
     def id(self) -> int:
         """64 bits of the text's SHA-256: ranks whose ids differ would not run the same plan."""
         return int.from_bytes(hashlib.sha256(self.text().encode()).digest()[:8], "little")
+
+    @property
+    def is_lowered(self) -> bool:
+        """Whether each rank has one lane, made for issuing (see plan/lower)."""
+        return all([lane.name for lane in lanes] == [ISSUE] for lanes in self.lanes)
 
     def op(self, place: Place) -> Op:
         return self.lanes[place.rank][place.lane].ops[place.index]

@@ -3,7 +3,8 @@
 Nothing about how the plan was built is trusted. Proved is: every channel belongs to one lane at each end;
 every send meets exactly one recv of the same value and size; every value is made once on a rank and before it
 is needed; at the end every rank holds each block and the final state exactly once; and, for sends that wait
-for their recv (rendezvous) and for buffered ones alike, no lanes wait for one another in a circle.
+for their recv (rendezvous) and for buffered ones alike, no lanes wait for one another in a circle. Of a lowered plan
+(plan/lower) also that on one communicator each pair of ranks issues its transfers in the same order.
 """
 
 from collections import deque
@@ -16,7 +17,15 @@ from dinfer.plan.ops import FINAL, Op, Value
 from dinfer.plan.plan import Place, Plan
 
 Flaw = Literal[
-    "out of range", "shared channel", "unmatched", "mismatch", "size", "missing", "made twice", "cycle"
+    "out of range",
+    "shared channel",
+    "unmatched",
+    "mismatch",
+    "size",
+    "missing",
+    "made twice",
+    "pair order",
+    "cycle",
 ]
 
 
@@ -66,7 +75,7 @@ def verify(plan: Plan) -> Proof | Counterexample:
     if bad := next(_out_of_range(plan), None):
         return bad
     graph = Graph(plan)
-    for check in (_shared_channels, _transfers, _values):
+    for check in (_shared_channels, _transfers, _values, _pair_orders):
         if bad := next(check(graph), None):
             return bad
     # Buffered first: what hangs even then hangs anyhow, and its words should not blame sends that wait.
@@ -169,6 +178,39 @@ def _values(graph: Graph) -> Iterator[Counterexample]:
             if value not in graph.makers[rank]:
                 text = f"rank {rank} would end without {value}: nothing there makes or receives it"
                 yield Counterexample("missing", (text,), ())
+
+
+def _pair_orders(graph: Graph) -> Iterator[Counterexample]:
+    """In a lowered plan, where two ranks issue what they exchange on one communicator in different orders.
+
+    NCCL runs a pair's transfers one after another, both directions together. Lanes that are threads may do so in
+    any order that does not hang.
+    """
+    if not graph.plan.is_lowered:
+        return
+    expected: dict[tuple[int, int, str], deque[int]] = {}
+    for number, op in enumerate(graph.ops):
+        if not op.is_transfer:
+            continue
+        low, high = sorted((graph.ranks[number], op.peer))
+        queue = expected.setdefault((low, high, op.communicator), deque())
+        if graph.ranks[number] == low:
+            queue.append(graph.partner[number])
+        elif (first := queue.popleft()) != number:
+            yield _pair_order(graph, first, number)
+
+
+def _pair_order(graph: Graph, first: int, number: int) -> Counterexample:
+    """`number` is issued by its rank before `first`; their counterparts by the other rank the other way round."""
+    mine, theirs = (number, first), (graph.partner[first], graph.partner[number])
+    steps = tuple(
+        f"rank {graph.ranks[a]} issues `{graph.ops[a]}` before `{graph.ops[b]}`" for a, b in (theirs, mine)
+    )
+    meaning = (
+        f"on the {graph.ops[number].communicator} communicator NCCL runs what two ranks exchange in the order of each "
+        "one's issue, so each waits for the other for ever"
+    )
+    return Counterexample("pair order", (*steps, meaning), tuple(graph.place(n) for n in (*theirs, *mine)))
 
 
 def _deadlock(

@@ -1,5 +1,6 @@
 """What every action on a run has in common, whoever calls it."""
 
+import json
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -79,8 +80,12 @@ def action(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R, P]
 
 
 def _text(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    parts = [repr(value) for value in args] + [f"{key}={value!r}" for key, value in kwargs.items()]
+    parts = [*map(_written, args), *(f"{key}={_written(value)}" for key, value in kwargs.items())]
     return f"run.{name}({', '.join(parts)})"
+
+
+def _written(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def unit_of(name: str) -> Unit:

@@ -12,10 +12,11 @@ import torch
 
 from dinfer.config import Config, ConfigError
 from dinfer.engine.agreement import agree, facts_of
-from dinfer.engine.comm import GlooComm
+from dinfer.engine.comm_nccl import open_comm
 from dinfer.engine.engine import Engine
-from dinfer.engine.rank import device_of
+from dinfer.engine.rank import device_of, warm_up
 from dinfer.model.decoder import Decoder
+from dinfer.session.backend import settle_backend
 from dinfer.session.environment import launched_as
 from dinfer.session.job import threads_per_rank
 from dinfer.session.meeting import meet
@@ -35,11 +36,12 @@ def open_engine(config: Config) -> Iterator[Engine]:
             "open_engine works in a process that torchrun or mpirun has started: torchrun … app.py"
         )
     threads = config.threads or threads_per_rank(launched.world_size)
-    config = config.with_(world_size=launched.world_size, threads=threads)
+    config = settle_backend(config.with_(world_size=launched.world_size, threads=threads))
     torch.set_num_threads(threads)
     decoder = Decoder.load(config.model_path, config.dtype, device_of(launched.rank, config))
+    warm_up(decoder, config, config.chunk_size)
     store, _ = meet(config, launched)
-    comm = GlooComm(launched.rank, launched.world_size, store, config.start_timeout)
+    comm = open_comm(config.backend, launched.rank, launched.world_size, store, config.start_timeout)
     engine = Engine(decoder, comm, config)
     try:
         agree(comm, facts_of(config, decoder.spec, (), engine.plan_for(1).id))

@@ -1,4 +1,7 @@
-"""`dinfer bench`: pairwise, ring, lockstep, no sync and one process side by side, as medians and ratios."""
+"""`dinfer bench`: pairwise, ring, lockstep, no sync and one process side by side, as medians and ratios.
+
+Comparing strategies over prompt lengths and chunk sizes is done beside this, on ranks started here.
+"""
 
 import multiprocessing
 import tempfile
@@ -8,9 +11,12 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dinfer.config import Config
+
+if TYPE_CHECKING:
+    from dinfer.engine.bench import Case, Timed
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,13 @@ def bench(config: Config, tokens: int, vocab_size: int, repeats: int) -> dict[st
 
     Raises RuntimeError if a rank fails.
     """
-    from dinfer.engine.bench import VARIANTS
+    from dinfer.engine.bench import VARIANTS, Case
 
-    ids = [(i * i * 7 + i * 13 + 5) % vocab_size for i in range(tokens)]
-    seconds = _on_ranks(config, ids, VARIANTS, repeats)
+    cases = [Case(variant, tokens, config.chunk_size) for variant in VARIANTS]
+    first = on_ranks(config, vocab_size, cases, repeats)[0]  # which alone timed the variant that runs alone
+    seconds = {
+        case.variant.name: [timed.seconds for timed in took] for case, took in zip(cases, first, strict=True)
+    }
     medians = {name: median(values) for name, values in seconds.items()}
     return {
         "tokens": tokens,
@@ -89,9 +98,11 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _on_ranks(
-    config: Config, ids: Sequence[int], variants: Sequence[Any], repeats: int
-) -> dict[str, list[float]]:
+def on_ranks(
+    config: Config, vocab_size: int, cases: "Sequence[Case]", repeats: int
+) -> "list[list[list[Timed]]]":
+    """What fresh ranks measured, by rank, case and round. Raises RuntimeError if a rank fails."""
+    ids = [(i * i * 7 + i * 13 + 5) % vocab_size for i in range(max(case.tokens for case in cases))]
     context = multiprocessing.get_context("spawn")
     # One pipe to each rank but 0 for the port, one from each rank for its results.
     ports = [context.Pipe(duplex=False) for _ in range(config.world_size)]
@@ -105,7 +116,7 @@ def _on_ranks(
                 ports[0][1] if rank == 0 else ports[rank][0],
                 results[rank][1],
                 ids,
-                variants,
+                cases,
                 repeats,
             ),
         )
@@ -117,8 +128,7 @@ def _on_ranks(
         opened = _receive(ports[0][0], ranks)
         for _, writer in ports[1:]:
             writer.send(opened)
-        by_rank: list[dict[str, list[float]]] = [_receive(reader, ranks) for reader, _ in results]
-        return by_rank[0]  # which alone timed the variant that runs alone
+        return [_receive(reader, ranks) for reader, _ in results]
     finally:
         for rank in ranks:
             rank.kill()
@@ -138,9 +148,9 @@ def _rank(
     port: Connection,
     result: Connection,
     ids: Sequence[int],
-    variants: Sequence[Any],
+    cases: "Sequence[Case]",
     repeats: int,
 ) -> None:
     from dinfer.engine.bench import bench_rank
 
-    result.send(bench_rank(rank, config, port, ids, variants, repeats))
+    result.send(bench_rank(rank, config, port, ids, cases, repeats))

@@ -4,10 +4,12 @@ A raised error ranks above a death, and both above what a lost peer does to the 
 """
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dinfer.config import Config
 from dinfer.plan.plan import Plan
+from dinfer.session.advice import advice
 from dinfer.session.states import RankState
 from dinfer.session.where import rank_text
 
@@ -15,6 +17,11 @@ LOST = 256
 """Stands for the exit status of a process of which only the end is known."""
 SILENT = 257
 """The same for one whose watcher has not been heard of for `silence_limit` seconds."""
+
+UNASKED = (
+    "If nobody killed it, the kernel did, because memory ran out (see dmesg): lower chunk_size or the length, take "
+    "dtype bfloat16, or fewer ranks on this machine."
+)
 
 
 def silence_limit(timeout: float) -> float:
@@ -40,14 +47,14 @@ def broken(plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], 
         rank, error = primary[0]
         if len(primary) > 1 and len({said["message"] for _, said in primary}) == 1:
             return str(error["message"])  # what all have found together is no rank's own
-        return _told(error["message"], rank, config)
+        return _told(error, rank, config)
     if dead:
         if len(dead) > 1 and all(exits[rank] == SILENT for rank in dead) and len(dead) == len(ranks) - 1:
             return _cut_off(plan, ranks, config)
         return _death(plan, dead[0], ranks[dead[0]], exits[dead[0]], config)
     if errors:
         rank, error = errors[0]
-        return _told(error["message"], rank, config)
+        return _told(error, rank, config)
     return None
 
 
@@ -60,8 +67,11 @@ def silent_text(plan: Plan, rank: int, state: RankState) -> str:
     )
 
 
-def _told(message: str, rank: int, config: Config) -> str:
+def _told(error: Mapping[str, Any], rank: int, config: Config) -> str:
+    message = str(error["message"])
     named = message if message.startswith(f"rank {rank} ") else f"rank {rank}: {message}"
+    if trouble := error.get("log_trouble"):
+        return f"{named}\n{trouble}. So the whole traceback is here:\n{error['traceback']}"
     if not config.log_dir:
         return f"{named}\n`session.log` has the whole traceback."
     return f"{named}\nThe whole traceback is in {config.log_dir}/rank{rank}.log."
@@ -73,7 +83,8 @@ def _death(plan: Plan, rank: int, state: RankState, code: int | None, config: Co
         return f"{stood}\n`session.recover()` brings it back."
     if code in (LOST, SILENT):
         return f"{stood}\nIts log is {config.log_dir}/rank{rank}.log on its host; its launcher may know more."
-    return f"{stood}\nWhat it printed last is in {config.log_dir}/rank{rank}.err."
+    printed = f"{stood}\nWhat it printed last is in {config.log_dir}/rank{rank}.err."
+    return f"{printed}\n{UNASKED}" if code == -signal.SIGKILL else printed
 
 
 def _cut_off(plan: Plan, ranks: Sequence[RankState], config: Config) -> str:
@@ -115,7 +126,8 @@ def _standstill(plan: Plan, ranks: Sequence[RankState], config: Config, now: flo
         for rank, state in enumerate(ranks)
     )
     limit = "timeout" if running else "start_timeout"
-    return f"no rank has made progress for {quiet:.0f} s ({limit}); where they stand:\n{where}"
+    told = f"no rank has made progress for {quiet:.0f} s ({limit}); where they stand:\n{where}"
+    return f"{told}\n{advice(plan, ranks, config)}"
 
 
 def _position(plan: Plan, rank: int, state: RankState) -> str:

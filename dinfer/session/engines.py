@@ -33,7 +33,8 @@ class EngineRanks(Link, Ranks):
         self._start(range(cluster.n))
 
     def describe(self) -> str:
-        return self.cluster.describe()
+        gpus = sum({facts.host: facts.cuda for facts in self.cluster.facts}.values())
+        return f"{self.cluster.describe()}; {f'{gpus} GPUs' if gpus else 'no GPU, so CPUs'}"
 
     def exits(self) -> list[int | None]:
         return [None if self.cluster.alive(rank) else LOST for rank in range(self.world_size)]

@@ -9,16 +9,18 @@ from dinfer.config import Config, ConfigError
 from dinfer.model.checkpoint import Spec, check
 from dinfer.model.memory import check_memory
 from dinfer.model.text import encode, load_tokenizer
+from dinfer.plan.lower import lower
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import Counterexample, Proof, verify
+from dinfer.session.backend import settle_backend
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run that may start. `config.threads` is settled; `ids` is the prompt."""
+    """A run that may start. `config.threads` and `config.backend` are settled; `ids` is the prompt."""
 
     config: Config
     spec: Spec
@@ -34,6 +36,7 @@ def prepare(config: Config, ranks_here: Sequence[int] | None = None) -> Job:
     ids = _prompt_ids(config, spec)
     here = list(range(config.world_size)) if ranks_here is None else list(ranks_here)
     _check_gpus(config, here)
+    config = settle_backend(config)
     _check_memory(config, spec, len(ids), here)
     return _job(config.with_(threads=config.threads or threads_per_rank(len(here))), spec, ids, None)
 
@@ -46,13 +49,15 @@ def prepare_loaded(config: Config, plan: Plan | None = None) -> Job:
     return _job(config, spec, _prompt_ids(config, spec), plan)
 
 
-def check_load(config: Config, ranks_here: Sequence[int]) -> Spec:
-    """What can be known of loading a checkpoint on these ranks, which share this host. Raises as `prepare` does."""
+def prepare_load(config: Config, ranks_here: Sequence[int]) -> tuple[Config, Spec]:
+    """What can be known of loading a checkpoint on these ranks, which share this host, with the backend settled. Raises
+    as `prepare` does."""
     spec = check(config.model_path)
     _check_world_size(config, spec)
     _check_gpus(config, ranks_here)
+    config = settle_backend(config)
     _check_memory(config, spec, config.max_new_tokens, ranks_here)
-    return spec
+    return config, spec
 
 
 def _check_world_size(config: Config, spec: Spec) -> None:
@@ -73,6 +78,8 @@ def _job(config: Config, spec: Spec, ids: tuple[int, ...], plan: Plan | None) ->
             layer_split=config.layer_split or None,
         )
         plan = build(shape, config.schedule, config.sync_strategy)
+        if config.backend == "nccl":
+            plan = lower(plan)
     verdict = verify(plan)
     if not verdict.proved and not config.unsafe:
         raise PlanError(

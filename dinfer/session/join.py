@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dinfer.config import Config, ConfigError
-from dinfer.engine.comm import Comm, GlooComm, Store
+from dinfer.engine.comm import Comm, Store
+from dinfer.engine.comm_nccl import open_comm
 from dinfer.engine.control import Control
 from dinfer.engine.debugger import listen_for_debugger
 from dinfer.engine.failure import describe
@@ -166,7 +167,7 @@ class _Rank:
         config, rank = self._job.config, self._launched.rank
 
         def found() -> Comm:
-            return GlooComm(rank, config.world_size, self._store, config.start_timeout)
+            return open_comm(config.backend, rank, config.world_size, self._store, config.start_timeout)
 
         try:
             listen_for_debugger(rank)

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from dinfer.config import Backend
 from dinfer.engine.board import Stand
 from dinfer.engine.commands import Message, stand_of
 from dinfer.plan.graph import Channel, channel_of
@@ -38,7 +39,7 @@ def counterparts(plan: Plan, stands: dict[int, Stand]) -> dict[int, dict[str, li
     return dict(posts)
 
 
-def recover(ranks: Ranks, plan: Plan | None, say: Callable[[str], None]) -> list[int]:
+def recover(ranks: Ranks, plan: Plan | None, backend: Backend, say: Callable[[str], None]) -> list[int]:
     """Bring all ranks to where a run can start; those that were started again, and have no weights.
 
     Raises TimeoutError or RankRefused where that fails.
@@ -53,14 +54,14 @@ def recover(ranks: Ranks, plan: Plan | None, say: Callable[[str], None]) -> list
         say(f"rank {rank} is started again")
         ranks.kill(rank)
         ranks.revive(rank)
-    meet(ranks)
+    meet(ranks, backend)
     return sorted(lost)
 
 
-def meet(ranks: Ranks) -> None:
+def meet(ranks: Ranks, backend: Backend = "gloo") -> None:
     """Let all ranks make a new group. Raises TimeoutError or RankRefused."""
     where = ranks.ask({0: {"do": "open", **ranks.meeting()}}, MEET_S)[0]
-    place = {"address": where["address"], "port": where["port"], "timeout": MEET_S}
+    place = {"address": where["address"], "port": where["port"], "timeout": MEET_S, "backend": backend}
     ranks.ask({rank: {"do": "meet", **place} for rank in range(ranks.world_size)}, MEET_S)
 
 

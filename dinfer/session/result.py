@@ -40,6 +40,7 @@ def result_of(job: Job, ranks: Sequence[RankState], trace: Trace, text: str) -> 
         "tokens": reports[0]["tokens"],
         "text": text,
         "plan": {"id": f"{job.plan.id:016x}", "proved": job.verdict.proved, "proof": str(job.verdict)},
+        "backend": job.config.backend,
         "schedule": job.plan.schedule,
         "sync_strategy": job.plan.sync_strategy,
         "ranks": [

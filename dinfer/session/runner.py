@@ -32,7 +32,7 @@ class Show:
         self.say(
             f"{config.model_path}: {len(self._job.ids)} prompt tokens in {chunks} chunk{'s' * (chunks > 1)}, "
             f"{plan.shape.layers} layers on {plan.world_size} rank{'s' * (plan.world_size > 1)}, "
-            f"threads each: {config.threads}\n"
+            f"threads each: {config.threads}, over {config.backend}\n"
             f"plan ({plan.schedule}, {plan.sync_strategy}) {self._job.verdict}"
         )
 
@@ -86,6 +86,8 @@ def conclude(
     show.say(f"\n\n{table(result)}")
     if trace_path:
         show.say(_keep(trace_path, lambda path: write_jsonl(trace, path), "trace"))
+    for trouble in filter(None, (state.reports["result"].get("log_trouble") for state in ranks)):
+        show.say(f"the run went on, but {trouble}")
     result["trace"] = str(trace_path) if trace_path else None
     _agree(result)
     return result

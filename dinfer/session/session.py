@@ -13,7 +13,7 @@ from dinfer.model.checkpoint import Spec
 from dinfer.model.text import load_tokenizer
 from dinfer.plan.plan import Plan, parse_plan
 from dinfer.session.fleet import RankFailed
-from dinfer.session.job import Job, check_load, prepare_loaded, threads_per_rank
+from dinfer.session.job import Job, prepare_load, prepare_loaded, threads_per_rank
 from dinfer.session.loading import Bars
 from dinfer.session.ranks import Ranks
 from dinfer.session.recovery import meet, recover
@@ -36,7 +36,7 @@ class Session(Said):
         self.spec: Spec | None = None
         self._show = show
         self._run: Run | None = None
-        self._config = Config(world_size=self.world_size, log_dir="", prompt_ids=(0,))
+        self._config = Config(world_size=self.world_size, log_dir="", prompt_ids=(0,), backend="gloo")
         self._devices = ["cpu"] * self.world_size
         self._closing = threading.Event()
         meet(ranks)
@@ -58,8 +58,10 @@ class Session(Said):
         values = {"model_path": model_path, "dtype": dtype, "gpu_ids": tuple(gpu_ids), "log_dir": ""}
         config = Config.of({**values, "world_size": self.world_size, "prompt_ids": (0,)})
         config = config.with_(threads=threads or threads_per_rank(max(shares)))
-        self.spec = check_load(config, range(max(shares)))
+        config, self.spec = prepare_load(config, range(max(shares)))
         self._end_run("another checkpoint was loaded")
+        if config.backend != self._config.backend:
+            meet(self.ranks, config.backend)
         self._config = config
         self._load(range(self.world_size))
         return self
@@ -119,7 +121,7 @@ class Session(Said):
         plan = self._run.plan if self._run else None
         if self._run:
             self._run.fail("the session has recovered since: run.restart() begins anew")
-        anew = recover(self.ranks, plan, said.append)
+        anew = recover(self.ranks, plan, self._config.backend, said.append)
         if self.spec and anew:
             self._load(anew)
         said.append(

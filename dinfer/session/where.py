@@ -2,12 +2,28 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from typing import Protocol
 
-from dinfer.engine.board import Stand
 from dinfer.engine.waits import at_text
 from dinfer.plan.cut import Cut
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Lane, Plan
+
+
+class Stand(Protocol):
+    """Where one rank stands, by lane; `dinfer.engine.board.Stand` is one. Views know it by this."""
+
+    @property
+    def positions(self) -> Sequence[int]:
+        """Ops that have ended."""
+
+    @property
+    def started(self) -> Sequence[bool]:
+        """Whether the next has begun."""
+
+    @property
+    def limits(self) -> Sequence[int]:
+        """How far it may go."""
 
 
 def where_text(plan: Plan, stands: Sequence[Stand]) -> str:
@@ -21,8 +37,8 @@ def rank_text(lanes: Sequence[Lane], stand: Stand) -> str:
     done, total = sum(stand.positions), sum(len(lane.ops) for lane in lanes)
     if done == total:
         return f"all {total} ops done"
-    if stand.at_limits and not any(stand.started):
-        return f"{done} of {total} ops done; stands {at_text(lanes, stand)}, next {_next_text(lanes, stand)}"
+    if tuple(stand.positions) == tuple(stand.limits) and not any(stand.started):
+        return f"{done} of {total} ops done; stands {at_text(lanes, stand.positions)}, next {_next_text(lanes, stand)}"
     open_lanes = [
         _lane_text(lane, stand, n) for n, lane in enumerate(lanes) if stand.positions[n] < len(lane.ops)
     ]

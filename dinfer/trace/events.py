@@ -38,6 +38,10 @@ class Event:
     peer had come as well (for ops without a peer, the same as `start`). `end`: it was done. So `start −
     ready` is waiting for this rank's own data, `met − start` waiting for the peer, `end − met` compute or
     time on the wire.
+
+    On a GPU `end` of a computing op is when all its kernels were launched, not when they had run: to know that,
+    the recorder would have to wait for the device. A send's `end` is when its payload had left; that contains the
+    wait for the kernels that made it.
     """
 
     rank: int

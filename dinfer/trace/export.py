@@ -17,11 +17,15 @@ def write_jsonl(trace: Trace, path: str | Path) -> None:
     """Write the trace; an existing file is replaced only once all is written."""
     target = Path(path)
     part = target.with_name(target.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        header = {"format": FORMAT, "events": len(trace.events), "about": trace.about}
-        file.write(json.dumps(header, ensure_ascii=False) + "\n")
-        file.writelines(json.dumps(event.as_dict()) + "\n" for event in trace.events)
-    part.replace(target)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            header = {"format": FORMAT, "events": len(trace.events), "about": trace.about}
+            file.write(json.dumps(header, ensure_ascii=False) + "\n")
+            file.writelines(json.dumps(event.as_dict()) + "\n" for event in trace.events)
+        part.replace(target)
+    except OSError:
+        part.unlink(missing_ok=True)  # half a trace on a full disk helps nobody
+        raise
 
 
 def read_jsonl(path: str | Path) -> Trace:

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.cluster.parrot import SAYING, parrot_checkpoint
 from tests.cluster.runs import Fault, Run, run_arguments
 from tests.unit.model.tiny import tiny_checkpoint
 
 torch.set_num_threads(1)  # as the ranks: float32 attention differs between 1 and 2 threads
 
 Start = Callable[..., Run]
-"""start(model, fault=None, **flags): `dinfer run` with these flags, broken by that fault"""
+"""start(model, fault=None, environment={}, **flags): `dinfer run` with these flags, broken by that fault"""
 
 
 @pytest.fixture(scope="session")
@@ -30,15 +31,22 @@ def qwen3(checkpoints: dict[str, Path]) -> Path:
     return checkpoints["qwen3"]
 
 
+@pytest.fixture(scope="session")
+def parrot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a tokenizer, three layers, and one thing to say."""
+    return parrot_checkpoint(tmp_path_factory.mktemp("parrot"), SAYING)
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts runs in the test's folder."""
     runs: list[Run] = []
 
-    def started(model: Path, fault: Fault | None = None, **flags: object) -> Run:
-        runs.append(
-            Run(tmp_path, run_arguments(model, **flags), fault.environment(tmp_path) if fault else {})
-        )
+    def started(
+        model: Path, fault: Fault | None = None, environment: dict[str, str] | None = None, **flags: object
+    ) -> Run:
+        more = {**(environment or {}), **(fault.environment(tmp_path) if fault else {})}
+        runs.append(Run(tmp_path, run_arguments(model, **flags), more))
         return runs[-1]
 
     yield started

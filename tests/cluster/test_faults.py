@@ -60,8 +60,20 @@ def _is_alive_rank(process: psutil.Process) -> bool:
         (Fault("os._exit(7)"), rf"rank 1 ended with exit status 7; it stood at: .*{AT}"),
         pytest.param(
             Fault("raise MemoryError('no room')", rank=2, kind="recv"),
-            r"rank 2 failed at `recv kv c1 l3 <- 1, 4 tokens` \(lane [^)]*\): MemoryError: no room\n",
+            r"rank 2 failed at `recv kv c1 l3 <- 1, 4 tokens` \(lane [^)]*\): MemoryError: no room\n"
+            r"Out of memory on cpu: an unknown amount was asked for",
             marks=pytest.mark.slow,
+        ),
+        (
+            Fault("import torch; torch.empty(1 << 50)"),
+            r"rank 1 failed at `layer c1 l3` \(lane compute\): RuntimeError: .* 4503599627370496 bytes.*\n"
+            r"Out of memory on cpu: 4,194,304.0 GiB was asked for, .* No single change saves the missing .*\n"
+            r"The whole traceback is in ",
+        ),
+        (
+            Fault("sys._getframe(2).f_locals['state'].hidden[1, 3][0, 2] = float('nan')"),
+            r"the logits of new token 0 are not numbers \(NaN\) on all ranks\. The first NaN is in layer 3, chunk 1 "
+            r"\(token 6\) of the KV on all ranks: computed by rank 1; ",
         ),
         pytest.param(
             Fault("raise KeyError('gone')", rank=0, kind="layer", chunk=5, layer=0),
@@ -84,7 +96,18 @@ def _is_alive_rank(process: psutil.Process) -> bool:
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["raises", "dies", "exits", "recv", "rank0", "exits0", "decode raises", "decode dies"],
+    ids=[
+        "raises",
+        "dies",
+        "exits",
+        "recv",
+        "no memory",
+        "NaN",
+        "rank0",
+        "exits0",
+        "decode raises",
+        "decode dies",
+    ],
 )
 def test_the_others_stop_and_the_cause_is_named(fault: Fault, words: str, qwen3: Path, start: Start) -> None:
     run, seconds = broken_run(start, qwen3, fault)
@@ -93,20 +116,29 @@ def test_the_others_stop_and_the_cause_is_named(fault: Fault, words: str, qwen3:
 
 
 @pytest.mark.parametrize(
-    ("action", "words"),
+    ("action", "words", "advice"),
     [
-        (BLOCK, rf"rank 1: .*{AT}[^(]*$"),
-        (STOP, rf"rank 1: .*{AT}.*\(its process is stopped\)$"),
+        (
+            BLOCK,
+            rf"rank 1: .*{AT}[^(]*$",
+            r"^Rank 1 is computing, and the others wait .* raise timeout \(3\)",
+        ),
+        (
+            STOP,
+            rf"rank 1: .*{AT}.*\(its process is stopped\)$",
+            r"^Rank 1 is stopped by a signal .*kill -CONT",
+        ),
     ],
     ids=["blocked", "stopped"],
 )
 def test_no_progress_ends_the_run_with_each_position(
-    action: str, words: str, qwen3: Path, start: Start
+    action: str, words: str, advice: str, qwen3: Path, start: Start
 ) -> None:
     run, seconds = broken_run(start, qwen3, Fault(action), timeout=TIMEOUT_S)
     said = message(run)
     assert re.match(r"no rank has made progress for \d+ s \(timeout\); where they stand:\n", said)
     assert re.search(words, said, re.MULTILINE), said
+    assert re.search(advice, said, re.MULTILINE), said
     assert len(re.findall(r"^rank [02]: .* in `recv ", said, re.MULTILINE)) == 2
     assert seconds < TIMEOUT_S + STOP_S
 
@@ -139,3 +171,4 @@ def test_a_refuted_schedule_hangs_as_foretold(qwen3: Path, start: Start) -> None
     assert all(
         re.search(rf"^rank {rank}: \d+ of \d+ ops done; .* in `send kv", said, re.M) for rank in range(3)
     )
+    assert re.search(r"^Every rank waits for a peer \(rank 0 for rank 1, .*dinfer verify", said, re.MULTILINE)

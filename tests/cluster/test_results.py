@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import socket
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,9 @@ from dinfer.trace.export import read_jsonl
 from dinfer.trace.trace import Trace
 from tests.cluster.conftest import Start
 from tests.cluster.expected import Expected, expected
-from tests.cluster.parrot import parrot_checkpoint
+from tests.cluster.parrot import C_LOCALE, PROMPT, check_parroted
+from tests.cluster.parrot import CHUNK as PARROT_CHUNK
+from tests.cluster.parrot import NEW_TOKENS as PARROT_TOKENS
 from tests.cluster.runs import Run, run_arguments
 from tests.unit.engine.twin import prompt
 
@@ -186,30 +191,58 @@ def test_the_end_shows_ranks_and_links_and_nothing_on_stderr(sample: Sample) -> 
 
 
 def test_text_streams_in_whole_characters_and_flags_win_over_the_config_file(
-    tmp_path: Path, start: Start
+    parrot: Path, tmp_path: Path, start: Start
 ) -> None:
-    """A prompt file with Chinese and an emoji; each of its bytes is a token."""
-    saying = "中🙂é"
-    model = parrot_checkpoint(tmp_path / "parrot", saying)
-    (tmp_path / "prompt.txt").write_text(saying, encoding="utf-8")
-    (tmp_path / "run.toml").write_text(
-        'prompt_file = "prompt.txt"\nchunk_size = 4\nmax_new_tokens = 18\nworld_size = 3\n', encoding="utf-8"
-    )
-    run = start(model, config="run.toml", world_size=2)
-    result = run.result()
-    assert result["prompt_tokens"] == len(saying.encode())
-    assert result["text"] == saying * 2
-    assert f"\n{saying * 2}\n" in run.out
-    assert "\ufffd" not in run.out
-    assert len(result["ranks"]) == 2
-    assert len({rank["kv_sha256"] for rank in result["ranks"]}) == 1
-    assert "in 3 chunks" in run.out
+    """A prompt file in Chinese; each of its bytes is a token."""
+    (tmp_path / "prompt.txt").write_text(PROMPT, encoding="utf-8")
+    values = {
+        "prompt_file": "prompt.txt",
+        "chunk_size": PARROT_CHUNK,
+        "max_new_tokens": PARROT_TOKENS,
+        "world_size": 3,
+    }
+    toml = "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+    (tmp_path / "run.toml").write_text(toml, encoding="utf-8")
+    run = start(parrot, environment=C_LOCALE, config="run.toml", world_size=2)
+    check_parroted(run, parrot)
+    assert run.result()["prompt_tokens"] == len(PROMPT.encode())
+    assert len(run.result()["ranks"]) == 2
+    assert "in 4 chunks" in run.out
 
 
-def test_one_rank_needs_no_other(qwen3: Path, start: Start) -> None:
-    run = start(qwen3, world_size=1, prompt_ids=IDS, chunk_size=CHUNK, max_new_tokens=NEW_TOKENS)
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+def test_a_full_disk_costs_the_files_but_not_the_run(qwen3: Path, tmp_path: Path, start: Start) -> None:
+    (tmp_path / "logs").mkdir()
+    for name in ("logs/rank1.log", "logs/trace.jsonl.part", "result.json"):
+        (tmp_path / name).symlink_to("/dev/full")
+    run = start(qwen3, world_size=2, prompt_ids=IDS, chunk_size=CHUNK, max_new_tokens=NEW_TOKENS)
+    assert run.finish() == 1
     wanted = expected(qwen3, IDS, CHUNK, NEW_TOKENS)
-    (rank,) = run.result()["ranks"]
+    assert " ".join(map(str, wanted.tokens)) in run.out
+    assert "the trace could not be written to logs/trace.jsonl: No space left on device" in run.out
+    assert (
+        len(re.findall(r"^the run went on, but \d+ records could not be written to ", run.out, re.MULTILINE))
+        == 1
+    )
+    assert re.search(
+        r"could not be written to \S+/logs/rank1.log: No space left on device$", run.out, re.MULTILINE
+    )
+    assert run.err == (
+        "dinfer: all went well, but the result could not be written to result.json: No space left on device.\n"
+    )
+    assert not (tmp_path / "logs" / "trace.jsonl.part").is_symlink()
+    assert (tmp_path / "logs" / "rank1.err").read_text() == ""
+    assert "chunk 0: layers" in (tmp_path / "logs" / "rank0.log").read_text(encoding="utf-8")
+
+
+def test_one_rank_needs_no_other_and_a_port_in_use_is_replaced(qwen3: Path, start: Start) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        flags = {"prompt_ids": IDS, "chunk_size": CHUNK, "max_new_tokens": NEW_TOKENS, "master_port": port}
+        run = start(qwen3, world_size=1, **flags)
+        (rank,) = run.result()["ranks"]
+    wanted = expected(qwen3, IDS, CHUNK, NEW_TOKENS)
+    assert re.search(rf"^port {port} is in use; the ranks meet at \d+ instead\.$", run.out, re.MULTILINE)
     assert (rank["kv_sha256"], rank["tokens"]) == wanted
     assert rank["sent_bytes"] == rank["received_bytes"] == 0
 

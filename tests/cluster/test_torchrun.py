@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.expected import expected
+from tests.cluster.parrot import C_LOCALE, FLAGS, check_parroted
 from tests.cluster.runs import Fault, Run, fault_time, run_arguments, wait_for
 from tests.unit.engine.twin import prompt
 from tests.unit.model.tiny import tiny_checkpoint
@@ -39,11 +39,17 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
     runs: list[Run] = []
 
     def launched(
-        model: Path, fault: Fault | None = None, program: Sequence[str] = TORCHRUN, **flags: object
+        model: Path,
+        fault: Fault | None = None,
+        program: Sequence[str] = TORCHRUN,
+        environment: dict[str, str] | None = None,
+        **flags: object,
     ) -> Run:
-        environment = fault.environment(tmp_path) if fault else {}
-        flags = {"prompt_ids": IDS, "chunk_size": 4, "max_new_tokens": 6, **flags}
-        runs.append(Run(tmp_path, run_arguments(model, **flags), environment, program))
+        more = {**(environment or {}), **(fault.environment(tmp_path) if fault else {})}
+        flags = (
+            flags if "prompt" in flags else {"prompt_ids": IDS, "chunk_size": 4, "max_new_tokens": 6, **flags}
+        )
+        runs.append(Run(tmp_path, run_arguments(model, **flags), more, program))
         return runs[-1]
 
     yield launched
@@ -64,12 +70,9 @@ def message(run: Run) -> str:
     return said(run)[0]
 
 
-def test_ranks_join_and_agree_with_transformers(qwen3: Path, launch: Launch) -> None:
-    run = launch(qwen3)
-    result = run.result()
-    want = expected(qwen3, IDS, 4, 6)
-    assert [rank["kv_sha256"] for rank in result["ranks"]] == [want.kv_sha256] * 3
-    assert [rank["tokens"] for rank in result["ranks"]] == [want.tokens] * 3
+def test_ranks_join_and_agree_with_transformers(parrot: Path, launch: Launch) -> None:
+    run = launch(parrot, environment=C_LOCALE, **FLAGS)
+    check_parroted(run, parrot)
     assert said(run) == []
     wait_for(lambda: not run.members(), "no process is left", 20)
     assert run.out.count("rank  device") == 1
@@ -126,21 +129,27 @@ def test_a_signal_to_torchrun_is_an_interruption(number: signal.Signals, qwen3: 
     assert message(run) == "interrupted; all ranks were ended."
 
 
-def test_ranks_with_different_checkpoints_are_told_apart(qwen3: Path, launch: Launch, tmp_path: Path) -> None:
+def test_ranks_of_other_versions_and_checkpoints_are_told_apart(
+    qwen3: Path, launch: Launch, tmp_path: Path
+) -> None:
     """Each host has its own `checkpoint` folder; here, each rank its own working folder, by a wrapper."""
     mine = tmp_path / "other"
     tiny_checkpoint(mine / "checkpoint", seed=1)
     shutil.copytree(qwen3, tmp_path / "checkpoint")
     (tmp_path / "wrapped.py").write_text(
-        "import os\n"
+        "import os, dinfer\n"
+        "if os.environ['RANK'] == '2':\n"
+        "    dinfer.__version__ = '0.0.9'\n"
+        f"    os.chdir({str(mine)!r})\n"
         "from dinfer.cli import main\n"
-        f"if os.environ['RANK'] == '2': os.chdir({str(mine)!r})\n"
         "main()\n"
     )
     run = launch(Path("checkpoint"), program=(*TORCHRUN[:-2], "wrapped.py"))
     text = message(run)
     assert re.match(
-        r"the ranks do not run the same thing\. checkpoint: ranks 0, 1 \w{16}; rank 2 \w{16}\.", text
+        r"the ranks do not run the same thing\. dinfer: ranks 0, 1 [\d.]+; rank 2 0\.0\.9\. "
+        r"checkpoint: ranks 0, 1 \w{16}; rank 2 \w{16}\.",
+        text,
     )
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from dinfer.engine import handlers
 from tests.cluster.dap import Debugger
+from tests.cluster.parrot import C_LOCALE, FLAGS, check_parroted
 from tests.cluster.runs import Run, free_ports, run_arguments, wait_for
 from tests.unit.engine.twin import prompt
 
@@ -75,22 +76,24 @@ def test_entries_are_complete() -> None:
     assert [args[args.index("--sync-strategy") + 1] for args in strategies] == ["pairwise", "ring"]
 
 
-def test_f5_runs_three_ranks_and_a_breakpoint_stops_one(tmp_path: Path, runs: list[Run]) -> None:
+def test_f5_runs_three_ranks_and_a_breakpoint_stops_one(
+    tmp_path: Path, parrot: Path, runs: list[Run]
+) -> None:
     """Rank 1 under a debugger, the others plain: they wait for it. Ports are changed, for tests side by side."""
+    flags = run_arguments(parrot, **FLAGS)[1:]
     ports = free_ports(2)
     for rank, name in enumerate(COMPOUNDS[ALL]):
         entry = ENTRIES[name]
         args = [argument.replace("env/", f"{ROOT}/env/") for argument in entry["args"]]
         debugged = ["-m", "debugpy", "--listen", f"127.0.0.1:{ports + 1}", "--wait-for-client"]
         program = [sys.executable, *(debugged if rank == 1 else []), "-m", entry["module"]]
-        environment = {**entry["env"], "MASTER_PORT": str(ports)}
-        more = ["--max-new-tokens", "4", "--json", "result.json"]
-        runs.append(Run(tmp_path / str(rank), [*args, *more], environment, program))
+        environment = {**entry["env"], **C_LOCALE, "MASTER_PORT": str(ports)}
+        runs.append(Run(tmp_path / str(rank), [*args, *flags], environment, program))
     debugger = Debugger(ports + 1)
     debugger.attach(layer_breakpoint())
-    stop_in_layer(debugger, layer=2)
+    stop_in_layer(debugger, layer=1)
     debugger.close()
-    assert len(runs[0].result()["ranks"]) == 3
+    check_parroted(runs[0], parrot)
     assert [run.finish(60) for run in runs] == [0, 0, 0]
 
 

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-TOKENS, NEW = 1000, 16
+TOKENS, NEW, CHUNK = 1000, 16, 128
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_three_ranks_on_one_card_agree_with_transformers_on_it(four_billion: Pat
         model=four_billion,
         prompt_ids=",".join(map(str, ids)),
         gpu_ids="0,0,0",
-        chunk_size=128,
+        chunk_size=CHUNK,
         max_new_tokens=NEW,
         threads=4,
         start_timeout=300,
@@ -78,8 +78,23 @@ def test_three_ranks_on_one_card_agree_with_transformers_on_it(four_billion: Pat
     assert all(rank["tokens"] == result["tokens"] for rank in result["ranks"])
     assert {rank["device"] for rank in result["ranks"]} == {"cuda:0"}
     decoder = Decoder.load(four_billion, device="cuda")
+    kv_sha256, tokens = _alone(decoder, ids)
+    assert result["ranks"][0]["kv_sha256"] == kv_sha256
+    assert result["tokens"] == tokens
     expected = reference.generate(decoder, ids, NEW)
     _equal_up_to_a_near_tie(decoder, ids, result["tokens"], expected)
+
+
+def _alone(decoder: Decoder, ids: list[int]) -> tuple[str, list[int]]:
+    """The SHA-256 of the KV and the new tokens of one process that runs the same chunks."""
+    cache = decoder.new_cache(TOKENS + NEW)
+    for start in range(0, TOKENS, CHUNK):
+        hidden = decoder.forward(ids[start : start + CHUNK], cache, start)
+    kv_sha256, tokens = cache.sha256(TOKENS), list[int]()
+    for position in range(TOKENS, TOKENS + NEW):
+        tokens.append(int(decoder.logits(decoder.norm(hidden)[:, -1:]).argmax()))
+        hidden = decoder.forward(tokens[-1:], cache, position)
+    return kv_sha256, tokens
 
 
 def _equal_up_to_a_near_tie(decoder: Decoder, ids: list[int], tokens: list[int], expected: list[int]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -235,11 +237,41 @@ def test_a_damaged_checkpoint_is_told_before_ranks_start(tmp_path: Path) -> None
     assert "has no weights" in mistake(*run, folder)
 
 
-def test_an_unknown_flag_is_answered_with_the_nearest() -> None:
-    answer = dinfer("run", "--chunk-siz", "4")
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        (("run", "--chunk-siz", "4"), "--chunk-size"),
+        (("run", "--chunksize", "4"), "--chunk-size"),
+        (("run", "--modell", "demo"), "--model"),
+        (("plan", "--layer", "3"), "--layers"),
+        (("bench", "--compar", "pairwise,ring"), "--compare"),
+        (("rnu",), "run"),
+        (("docter",), "doctor"),
+    ],
+)
+def test_an_unknown_flag_or_command_is_answered_with_the_nearest(given: Sequence[str], nearest: str) -> None:
+    answer = dinfer(*given)
+    wrong = given[-2] if given[-2:-1] and given[-2].startswith("--") else given[-1]
     assert answer.status == BAD_INPUT
-    assert "No such option: --chunk-siz" in answer.err
-    assert "--chunk-size" in answer.err
+    assert re.search(rf"No such (option: |command '){wrong}\b.*\W{nearest}\b", answer.err), answer.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--tokens", "512,2048"), "tokens is 512,2048; several go with --compare pairwise,ring."),
+        (("--chunk-size", "0"), "chunk_size is '0'; it must be at least 1."),
+        (("--tokens", "many"), "tokens is 'many'; it must be whole numbers"),
+        (("--plot", "x.html"), "plot is for --compare"),
+        (("--compare", "pairwise,rng"), "compare is 'pairwise,rng'; it must be two different ones"),
+        (("--compare", "pairwise,ring", "--repeats", "1"), "--compare needs at least 2"),
+        (("--compare", "pairwise,ring", "--plot", "x.pdf"), "plot is 'x.pdf'; it must end in .html"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_made_is_told_before_it_starts(flags: Sequence[str], words: str) -> None:
+    answer = dinfer("bench", *flags)
+    assert (answer.status, answer.out) == (BAD_INPUT, "")
+    assert words in answer.err
 
 
 def test_a_mistake_is_told_without_importing_torch(tmp_path: Path) -> None:
@@ -264,3 +296,14 @@ def test_every_parameter_is_a_flag_of_run() -> None:
     assert dinfer("run", "--help").status == 0
     for item in fields(Config):
         assert f"--{item.name.replace('_', '-')}"[:20] in shown
+
+
+def test_a_terminal_that_lacks_a_character_does_not_end_the_command() -> None:
+    """Python would raise: "✓🙂" is not in GBK, nor "中" in ASCII."""
+    script = "import dinfer.cli, sys; dinfer.cli.app = lambda: print('中✓🙂'); dinfer.cli.main()"
+    for encoding, shown in (("gbk", "中\\u2713\\U0001f642"), ("utf-8", "中✓🙂")):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        ran = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, timeout=100, check=True, env=environment
+        )
+        assert ran.stdout.decode(encoding) == f"{shown}\n"

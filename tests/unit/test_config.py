@@ -119,7 +119,7 @@ MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
         {"schedule": "pipeline"},
         "schedule is 'pipeline'; it must be one of pipelined, lockstep, batched. Did you mean pipelined?",
     ),
-    "a choice of one": ({"backend": "nccl"}, "backend is 'nccl'; it must be one of gloo."),
+    "a choice of one": ({"backend": "mpi"}, "backend is 'mpi'; it must be one of auto, gloo, nccl."),
     "a choice with a dash": (
         {"device_mode": "single-node"},
         "device_mode is 'single-node'; it must be one of single_node, multi_node. Did you mean single_node?",
@@ -266,3 +266,12 @@ def test_a_prompt_file_that_is_not_utf_8(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         Config(prompt_file=str(path)).prompt_text()
     assert str(caught.value) == f"prompt_file {str(path)!r} is not UTF-8 text; save it as UTF-8."
+
+
+def test_bytes_that_a_c_locale_has_read_as_ascii_become_text_again() -> None:
+    text = "请详细介绍一下人工智能的发展历史。"
+    read = text.encode().decode("ascii", "surrogateescape")
+    assert Config.of({"prompt": read}).prompt == text
+    assert Config.of({"prompt": text}).prompt == text
+    with pytest.raises(ConfigError, match=r"prompt is .*, which is not UTF-8 text"):
+        Config.of({"prompt": "\udcff"})

@@ -123,3 +123,33 @@ def test_an_error_inside_a_change_leaves_the_gate_usable() -> None:
         with pytest.raises(ZeroDivisionError), gate.change():
             raise ZeroDivisionError
         assert gate.wait(lambda: 1, 1) == 1
+
+
+def test_an_error_in_a_claim_is_raised_where_it_waits() -> None:
+    """Whoever makes the change may run the claim, but is not the one to blame for it."""
+    gate, broken = FreeGate(), threading.Event()
+    errors: list[str] = []
+    waits = threading.Event()
+
+    def claim() -> None:
+        waits.set()
+        if broken.is_set():
+            raise LookupError("broken claim")
+
+    def lane() -> None:
+        try:
+            gate.wait(claim, 30)
+        except LookupError as error:
+            errors.append(str(error))
+
+    def change() -> None:
+        with gate.change():
+            broken.set()
+
+    threads = [threading.Thread(target=lane), threading.Thread(target=change)]
+    threads[0].start()
+    assert waits.wait(30)
+    threads[1].start()
+    for thread in threads:
+        thread.join(30)
+    assert errors == ["broken claim"]

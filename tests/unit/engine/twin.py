@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dinfer.config import Config
 from dinfer.engine.engine import Engine
-from dinfer.engine.exchange import Exchange
+from dinfer.engine.exchange import Exchange, Order
 from dinfer.engine.gate import FreeGate, Gate
 from dinfer.model.decoder import Decoder
 from dinfer.plan.plan import Plan
@@ -22,10 +22,16 @@ class Twin:
     """All ranks of a run, sharing one model in memory."""
 
     def __init__(
-        self, decoder: Decoder, config: Config, *, gate: Gate | None = None, rendezvous: bool = True
+        self,
+        decoder: Decoder,
+        config: Config,
+        *,
+        gate: Gate | None = None,
+        rendezvous: bool = True,
+        streams: Order = "pairs",
     ) -> None:
         self.gate = gate or FreeGate()
-        self.exchange = Exchange(config.world_size, self.gate, rendezvous=rendezvous)
+        self.exchange = Exchange(config.world_size, self.gate, rendezvous=rendezvous, streams=streams)
         self.engines = [
             Engine(decoder, self.exchange.comm(rank), config, gate=self.gate)
             for rank in range(config.world_size)
@@ -71,10 +77,18 @@ class Twin:
 
 @contextmanager
 def twin(
-    decoder: Decoder, *, gate: Gate | None = None, rendezvous: bool = True, **config: object
+    decoder: Decoder,
+    *,
+    gate: Gate | None = None,
+    rendezvous: bool = True,
+    streams: Any = "pairs",  # an Order; `config` may hold anything
+    **config: object,
 ) -> Iterator[Twin]:
-    """A Twin with a config of these parameters; afterwards no thread of it is left."""
-    made = Twin(decoder, Config.of(config), gate=gate, rendezvous=rendezvous)
+    """A Twin with a config of these parameters; afterwards no thread of it is left.
+
+    With `backend="nccl"` its ranks issue to streams, which behave like NCCL's.
+    """
+    made = Twin(decoder, Config.of(config), gate=gate, rendezvous=rendezvous, streams=streams)
     try:
         yield made
     finally:

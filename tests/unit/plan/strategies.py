@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dinfer.config import Schedule
 from dinfer.plan.graph import NONE, Graph
+from dinfer.plan.lower import lower
 from dinfer.plan.ops import Op, Value, embed, recv, send
 from dinfer.plan.partition import Shape
 from dinfer.plan.plan import Lane, Place, Plan
@@ -67,6 +68,13 @@ def mutated_plans(draw: st.DrawFn, of: Shapes = SMALL, *, most: int = 2) -> Plan
 def reordered_plans(draw: st.DrawFn, *, most: int = 3) -> Plan:
     """A plan whose only mistakes are of order: most of those that hang are among them."""
     return _edited(draw, draw(plans(shapes(layers=5, chunks=2))), (move, swap), most)
+
+
+@st.composite
+def reordered_issues(draw: st.DrawFn, *, most: int = 2) -> Plan:
+    """A lowered plan whose only mistakes are of order."""
+    plan = draw(plans(shapes(ranks=3, layers=4, chunks=2), schedules=SAFE_SCHEDULES))
+    return _edited(draw, lower(plan), (move, swap), most)
 
 
 def _edited(draw: st.DrawFn, plan: Plan, mutations: Sequence[Mutation], most: int) -> Plan:

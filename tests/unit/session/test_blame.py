@@ -49,10 +49,25 @@ def test_an_error_ranks_above_deaths_and_what_it_did_to_others(plan: Plan) -> No
     ranks = at(1, 2)
     ranks[0].reports["error"] = error("rank 0 failed at `x`: CommError: closed", secondary=True)
     assert told(plan, ranks).startswith("rank 0 failed at `x`: CommError")
-    assert told(plan, ranks, (None, -9)).startswith("rank 1 was killed by SIGKILL; it stood at: 2 of ")
+    killed = told(plan, ranks, (None, -9))
+    assert killed.startswith("rank 1 was killed by SIGKILL; it stood at: 2 of ")
+    assert "\nIf nobody killed it, the kernel did, because memory ran out" in killed
     ranks[1].reports["error"] = error("ValueError: the cause")
     message = "rank 1: ValueError: the cause\nThe whole traceback is in logs/rank1.log."
     assert told(plan, ranks, (-9, 1)) == message
+
+
+def test_a_traceback_that_no_log_could_take_is_in_the_message(plan: Plan) -> None:
+    ranks = at(1, 2)
+    lost = {
+        "log_trouble": "2 records could not be written to logs/rank1.log: No space left",
+        "traceback": "Traceback …",
+    }
+    ranks[1].reports["error"] = {**error("ValueError: the cause"), **lost}
+    assert told(plan, ranks) == (
+        "rank 1: ValueError: the cause\n2 records could not be written to logs/rank1.log: No space left. So the whole "
+        "traceback is here:\nTraceback …"
+    )
 
 
 def test_a_death_is_told_with_the_last_position(plan: Plan) -> None:
@@ -74,14 +89,17 @@ def test_a_standstill_is_told_with_every_position(plan: Plan) -> None:
     text = told(plan, ranks, now=61)
     assert text.startswith("no rank has made progress for 61 s (timeout); where they stand:\n")
     assert "\nrank 0: decode, token 3\n" in text
-    assert text.endswith(f"in `{plan.lanes[1][0].ops[2]}` (its process is stopped)")
+    assert f"in `{plan.lanes[1][0].ops[2]}` (its process is stopped)\nRank 1 is stopped by a signal" in text
 
 
 def test_starting_has_a_limit_of_its_own(plan: Plan) -> None:
     ranks = [RankState(phase="loading", progressed=0.0), RankState(progressed=0.0)]
     assert failure_of(plan, ranks, NOBODY, CONFIG, now=179) is None
     text = told(plan, ranks, now=181)
-    assert text.endswith("181 s (start_timeout); where they stand:\nrank 0: loading\nrank 1: starting")
+    assert (
+        "181 s (start_timeout); where they stand:\nrank 0: loading\nrank 1: starting\nRanks 0, 1 are still"
+        in text
+    )
 
 
 def test_one_rank_that_moves_is_progress(plan: Plan) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dinfer.config import Config, ConfigError
+from dinfer.model import memory
 from dinfer.model.errors import ModelError
 from dinfer.plan.ops import PlanError
 from dinfer.session.job import prepare, threads_per_rank
@@ -47,6 +49,19 @@ def test_threads_are_settled(model: Path) -> None:
     assert prepare(config(model, threads=0)).config.threads == threads_per_rank(3) >= 1
 
 
+def test_the_backend_is_settled(model: Path) -> None:
+    job = prepare(config(model))
+    assert job.config.backend == "gloo"
+    assert not job.plan.is_lowered
+
+
+def test_for_nccl_the_plan_is_lowered_and_proved_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinfer.session.job.settle_backend", lambda given: given.with_(backend="nccl"))
+    job = prepare(config(model))
+    assert job.plan.is_lowered
+    assert job.verdict.proved
+
+
 def test_text_is_encoded(talking: Path, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("中文", encoding="utf-8")
     from_file = config(talking, prompt_ids="", prompt_file=tmp_path / "prompt.txt")
@@ -69,6 +84,34 @@ def test_text_is_encoded(talking: Path, tmp_path: Path) -> None:
 def test_what_the_checkpoint_cannot_do_is_refused(model: Path, values: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         prepare(config(model, **values))
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (
+            0,
+            r"gpu_ids names 0, 5, but this machine has no GPU that torch can use: change gpu_ids, or leave it out",
+        ),
+        (2, r"gpu_ids names 5, but GPU ids here go from 0 to 1: change gpu_ids"),
+    ],
+)
+def test_gpus_that_are_not_there_are_named(
+    model: Path, monkeypatch: pytest.MonkeyPatch, count: int, words: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(ConfigError, match=words):
+        prepare(config(model, gpu_ids="0,0,5"))
+
+
+def test_what_does_not_fit_into_memory_is_refused_with_what_to_change(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free", lambda _: 100_000)
+    with pytest.raises(
+        ModelError, match=r"3 ranks on cpu with 32 tokens .* 97\.7 KiB are free, .* too little"
+    ):
+        prepare(config(model))
 
 
 def test_a_split_that_leaves_a_rank_without_layers_is_refused(model: Path) -> None:

@@ -106,7 +106,7 @@ class Using(RuleBasedStateMachine):
 
     @rule(n=st.integers(1, 3))
     def decode(self, n: int) -> None:
-        self.run.decode(min(n, NEW_TOKENS - len(self.run.tokens)) or 1)
+        self.run.decode(min(n, max(1, NEW_TOKENS - len(self.run.tokens))))
 
     @rule(n=st.integers(1, 3))
     def take_tokens_back(self, n: int) -> None:

@@ -57,6 +57,7 @@ class Stepping(RuleBasedStateMachine):
         chunk_size=st.sampled_from((3, 4, 16)),
         seed=st.none() | st.integers(0, 999),
         rendezvous=st.booleans(),
+        backend=st.sampled_from(("gloo", "nccl")),
     )
     def prepare(
         self,
@@ -66,6 +67,7 @@ class Stepping(RuleBasedStateMachine):
         chunk_size: int,
         seed: int | None,
         rendezvous: bool,
+        backend: str,
     ) -> None:
         config = Config.of(
             {
@@ -74,6 +76,7 @@ class Stepping(RuleBasedStateMachine):
                 "world_size": world_size,
                 "chunk_size": chunk_size,
                 "max_new_tokens": NEW_TOKENS,
+                "backend": backend,
             }
         )
         self.gate = FreeGate() if seed is None else SeededGate(seed)

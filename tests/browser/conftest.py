@@ -1,0 +1,89 @@
+"""What the browser tests share: one Chromium, one JupyterLab, and notebooks opened in them.
+
+`notebook([cell, …])` opens a notebook of these cells; `shot(name)` keeps a picture of the page in the folder that
+DINFER_SCREENSHOTS names, or in the test's own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
+
+from tests.browser.lab import Lab, Notebook, open_notebook
+
+expect.set_options(timeout=30_000)
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+OpenNotebook = Callable[[list[str]], Notebook]
+Shot = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A Chromium without a window. Skips where there is none."""
+    with sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=_chromium(playwright), args=ARGUMENTS)
+        yield made
+        made.close()
+
+
+def _chromium(playwright: Playwright) -> str:
+    own = playwright.chromium.executable_path
+    found = shutil.which("chromium") or (own if Path(own).exists() else None)
+    if not found:
+        pytest.skip("no Chromium: install the package chromium, or run `playwright install chromium`")
+    return found
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """A JupyterLab server."""
+    made = Lab(tmp_path_factory.mktemp("lab"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page of 1280 × 800. An exception in its scripts fails the test."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    page = context.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    yield page
+    context.close()
+    assert not errors, errors
+
+
+@pytest.fixture
+def notebook(page: Page, lab: Lab, request: pytest.FixtureRequest) -> OpenNotebook:
+    """Opens notebooks."""
+
+    def opened(cells: list[str]) -> Notebook:
+        name = "".join(letter if letter.isalnum() else "-" for letter in request.node.name)
+        return open_notebook(page, lab, name, cells)
+
+    return opened
+
+
+@pytest.fixture
+def shot(page: Page, tmp_path: Path) -> Shot:
+    """Takes pictures of the page."""
+    folder = Path(os.environ.get("DINFER_SCREENSHOTS") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def taken(name: str) -> Path:
+        path = folder / f"{name}.png"
+        page.screenshot(path=path)
+        return path
+
+    return taken

@@ -1,0 +1,63 @@
+"""A log on a full disk: no traceback for each record, no end of the run, and one line at the end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dinfer.engine.logfile import LogFile, log_trouble
+
+Open = Callable[[Path], logging.Logger]
+FULL = Path("/dev/full")
+
+
+@pytest.fixture
+def opened() -> Iterator[Open]:
+    """opened(path): a logger with that file; closed with the test."""
+    log = logging.Logger("test", logging.DEBUG)
+
+    def add(path: Path) -> logging.Logger:
+        log.addHandler(LogFile(path))
+        return log
+
+    yield add
+    for handler in log.handlers:
+        handler.close()
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full, a device that is always full")
+def test_a_full_disk_is_told_once_at_the_end(opened: Open, capsys: pytest.CaptureFixture[str]) -> None:
+    log = opened(FULL)
+    for number in range(3):
+        log.info("record %d", number)
+    assert log_trouble(log) == "3 records could not be written to /dev/full: No space left on device"
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_file_that_cannot_be_opened_is_told_too(
+    opened: Open, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = opened(tmp_path / "gone" / "rank0.log")
+    log.info("lost")
+    assert log_trouble(log).startswith("1 records could not be written to ")
+    assert log_trouble(log).endswith("rank0.log: No such file or directory")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_log_that_is_written_has_no_trouble(opened: Open, tmp_path: Path) -> None:
+    log = opened(tmp_path / "rank0.log")
+    log.info("深い所")
+    assert (tmp_path / "rank0.log").read_text(encoding="utf-8") == "深い所\n"
+    assert log_trouble(log) == ""
+
+
+def test_a_record_that_cannot_be_made_is_a_mistake_and_shown(
+    opened: Open, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = opened(tmp_path / "rank0.log")
+    log.info("%d", "no number")
+    assert "Logging error" in capsys.readouterr().err
+    assert log_trouble(log) == ""

@@ -1,0 +1,105 @@
+"""Breakpoints: what they match, how they read, and where a run that goes on must stop."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dinfer.plan.breakpoints import Breakpoint, check, next_stop, parse_when
+from dinfer.plan.cut import Cuts, is_inside
+from dinfer.plan.ops import PlanError, Value, layer, recv
+from dinfer.plan.partition import partition
+from dinfer.plan.schedule import build
+
+SHAPE = partition(layers=6, tokens=10, world_size=3, chunk_size=4)
+CUTS = {
+    (schedule, strategy): Cuts(build(SHAPE, schedule, strategy))
+    for schedule in ("pipelined", "lockstep")
+    for strategy in ("pairwise", "ring")
+}
+cuts = st.sampled_from(sorted(CUTS)).map(CUTS.__getitem__)
+PIPELINED = CUTS["pipelined", "pairwise"]
+
+
+@pytest.mark.parametrize(
+    ("text", "condition", "bound"),
+    [
+        (None, "", 0.0),
+        ("nan", "nan", 0.0),
+        ("Inf", "inf", 0.0),
+        ("absmax > 100", "absmax", 100.0),
+        ("absmax above 1e3", "absmax", 1000.0),
+        ("digest differs", "digest", 0.0),
+        ("slower than 2.5 ms", "slower", 2.5),
+    ],
+)
+def test_a_condition_is_read(text: str | None, condition: str, bound: float) -> None:
+    assert parse_when(text) == (condition, bound)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "absmax > 100", "digest differs", "slower than 2.5 ms"])
+def test_a_condition_is_written_as_it_is_read(text: str) -> None:
+    assert Breakpoint(1, None, "layer", None, None, *parse_when(text)).when == text
+
+
+@pytest.mark.parametrize("text", ["absmax", "slower than x ms", "when it breaks", "absmax > "])
+def test_another_condition_is_refused_with_what_is_allowed(text: str) -> None:
+    with pytest.raises(PlanError, match=r"when is .*; it must be one of 'nan', 'inf', 'absmax > 100'"):
+        parse_when(text)
+
+
+def test_it_matches_its_ops_only() -> None:
+    one = Breakpoint(1, rank=1, layer=3)
+    assert one.matches(1, layer(0, 3))
+    assert not one.matches(0, layer(0, 3))
+    assert not one.matches(1, layer(0, 2))
+    assert not one.matches(1, recv(Value("kv", 0, 3), 0, 4))
+
+
+def test_it_reads_as_a_sentence_and_comes_back_from_json() -> None:
+    one = Breakpoint(2, 1, "layer", 0, 3, "absmax", 100.0)
+    assert str(one) == "#2: after layer 3, chunk 0, on rank 1, when absmax > 100"
+    assert Breakpoint.of(one.as_dict()) == one
+
+
+def test_one_that_nothing_can_meet_is_refused() -> None:
+    check(Breakpoint(1, layer=5), PIPELINED)
+    with pytest.raises(PlanError, match="chunks go from 0 to 2, layers from 0 to 5"):
+        check(Breakpoint(1, layer=6), PIPELINED)
+    with pytest.raises(PlanError, match="layer ops are on the rank that owns the layer"):
+        check(Breakpoint(1, rank=0, layer=5), PIPELINED)
+    with pytest.raises(PlanError, match="op is 'jump'; it must be one of embed, layer"):
+        check(Breakpoint(1, op="jump"), PIPELINED)  # type: ignore[arg-type]
+
+
+def test_without_breakpoints_a_run_goes_to_the_end() -> None:
+    assert next_stop(PIPELINED, PIPELINED.start, []) == (PIPELINED.end, [])
+    assert next_stop(PIPELINED, PIPELINED.start, [Breakpoint(1, condition="nan")]) == (PIPELINED.end, [])
+
+
+@given(cuts, st.integers(0, 5), st.integers(0, 2))
+def test_after_a_layer_the_run_stands_as_run_to_would(found: Cuts, index: int, chunk: int) -> None:
+    one = Breakpoint(1, layer=index, chunk=chunk)
+    assert next_stop(found, found.start, [one]) == (found.after_block(chunk, index), [one])
+
+
+@given(cuts, st.integers(0, 5), st.sampled_from(("layer", "embed", "norm", "send", "recv")), st.data())
+def test_going_on_meets_every_matching_op_and_ends(
+    found: Cuts, index: int, kind: str, data: st.DataObject
+) -> None:
+    """From stop to stop: each is ahead and consistent, and what was never stopped at does not match."""
+    rank = data.draw(st.none() | st.integers(0, 2))
+    one = Breakpoint(1, rank=rank, op=kind, layer=index if kind in ("layer", "send") else None)  # type: ignore[arg-type]
+    cut, stops = found.start, 0
+    while cut != found.end:
+        ahead = [n for n in found.unmet(cut) if one.matches(*found.rank_and_op(n))]
+        target, met = next_stop(found, cut, [one])
+        assert is_inside(cut, target)
+        assert target != cut
+        assert found.is_consistent(target)
+        assert met == ([one] if ahead else [])
+        if not ahead:
+            assert target == found.end
+        cut, stops = target, stops + 1
+    assert stops <= 60

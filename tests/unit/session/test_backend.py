@@ -1,0 +1,66 @@
+"""NCCL where every rank of one machine has a GPU of its own, gloo otherwise; and what is said where NCCL cannot be."""
+
+from __future__ import annotations
+
+import pytest
+
+from dinfer.config import Config, ConfigError
+from dinfer.session.backend import settle_backend
+
+
+def settled(*, nccl: bool = True, **values: object) -> str:
+    return settle_backend(Config.of({"world_size": 2, **values}), lambda: nccl).backend
+
+
+@pytest.mark.parametrize(
+    ("values", "nccl", "expected"),
+    [
+        ({"gpu_ids": "0,1"}, True, "nccl"),
+        ({"gpu_ids": "0,1"}, False, "gloo"),
+        ({"gpu_ids": "0,0"}, True, "gloo"),
+        ({}, True, "gloo"),
+        ({"gpu_ids": "3", "world_size": 1}, True, "nccl"),
+        ({"gpu_ids": "0,1", "device_mode": "multi_node"}, True, "gloo"),
+        ({"gpu_ids": "0,0", "device_mode": "multi_node", "backend": "nccl"}, True, "nccl"),
+        ({"gpu_ids": "0,1", "backend": "gloo"}, True, "gloo"),
+        ({"gpu_ids": "0,1", "backend": "nccl"}, True, "nccl"),
+    ],
+)
+def test_the_choice(values: dict[str, object], nccl: bool, expected: str) -> None:
+    assert settled(nccl=nccl, **values) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "nccl", "words"),
+    [
+        (
+            {},
+            True,
+            "backend is nccl, but gpu_ids names no GPUs: NCCL takes one a rank. Give gpu_ids, such as 0,1, "
+            "or use backend gloo.",
+        ),
+        (
+            {"gpu_ids": "4,4"},
+            True,
+            "backend is nccl, but ranks 0 and 1 share GPU 4: NCCL takes one rank a GPU. "
+            "Give each rank its own in gpu_ids, or use backend gloo.",
+        ),
+        (
+            {"gpu_ids": "0,1"},
+            False,
+            "backend is nccl, but torch here has no NCCL, or sees no GPU. "
+            "Install a CUDA build of torch for Linux, or use backend gloo.",
+        ),
+    ],
+)
+def test_what_cannot_be_is_told_with_what_to_do(values: dict[str, object], nccl: bool, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        settled(nccl=nccl, backend="nccl", **values)
+    assert str(caught.value) == words
+
+
+def test_without_gpus_nothing_is_asked_of_torch() -> None:
+    def ask() -> bool:
+        raise AssertionError
+
+    assert settle_backend(Config(), ask).backend == "gloo"

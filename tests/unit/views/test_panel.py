@@ -1,0 +1,205 @@
+"""The kernel's side of the panel: what it sends, what its buttons do, that it never waits and hides no error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dinfer.plan.cut import UNITS
+from dinfer.views.cells import EVERYWHERE, CellMap
+from dinfer.views.panel import Panel
+from dinfer.views.protocol import Run
+from tests.cluster.runs import wait_for
+from tests.unit.views.conftest import panel_threads
+from tests.unit.views.doubles import PaperRun, TwinRun, paper_plan
+
+
+class Held:
+    """A panel and its run, with the messages of a browser."""
+
+    def __init__(self, run: Run) -> None:
+        self.run: Any = run
+        self.panel = Panel(run)
+        self.sent: list[Any] = []
+        self.panel.send = lambda content, **_: self.sent.append(content)
+
+    def press(self, do: str, **fields: object) -> None:
+        """What the browser sends for a button."""
+        self.panel._handle_custom_msg({"id": f"{do}", "do": do, **fields}, [])
+
+    def see(self, key: str, value: object) -> None:
+        """Wait until the panel shows that."""
+        wait_for(lambda: self.panel.shown[key] == value, f"{key} is {value}, not {self.panel.shown[key]}", 20)
+
+    def done(self) -> None:
+        """Wait until what was pressed is done and shown, and the map is the run's."""
+        workers = (self.panel._worker, self.panel._pauser)
+        wait_for(lambda: not any(worker.current for worker in workers), "actions end", 20)
+        self.see("working", [])
+        wait_for(lambda: self.panel.cells == self.now(), "the map agrees", 20)
+
+    def now(self) -> bytes:
+        return CellMap(self.run.plan).states(self.run.standing().stands).tobytes()
+
+    def everywhere(self) -> int:
+        """How many blocks the panel shows on every rank."""
+        cells = np.frombuffer(self.panel.cells, np.uint8).reshape(-1, self.run.world_size)
+        return int((cells == EVERYWHERE).all(axis=1).sum())
+
+
+@pytest.fixture
+def paper() -> Iterator[Held]:
+    held = Held(PaperRun(paper_plan()))
+    yield held
+    held.run.open.set()
+    held.panel.close()
+
+
+def test_the_browser_is_told_what_the_run_is(paper: Held) -> None:
+    assert paper.panel.board["owners"] == [0, 0, 1, 1]
+    assert paper.panel.board["chunks"] == [[0, 8], [8, 16], [16, 24]]
+    assert paper.panel.shown["state"] == "paused"
+    assert [rank["state"] for rank in paper.panel.shown["ranks"]] == ["stands", "stands"]
+    assert paper.panel.shown["cut"] == [0, 0, 0]
+
+
+def test_every_button_is_the_call_it_says(paper: Held) -> None:
+    for unit in UNITS:
+        paper.press("step", unit=unit)
+        paper.done()
+        paper.press("step_back", unit=unit)
+        paper.done()
+    for do, fields in {"run_to": {"chunk": 1, "layer": 2}, "resume": {}, "pause": {}, "restart": {}}.items():
+        paper.press(do, **fields)
+        paper.done()
+    expected = [call for unit in UNITS for call in (f'run.step("{unit}")', f'run.step_back("{unit}")')]
+    expected += ["run.run_to(chunk=1, layer=2)", "run.resume()", "run.pause()", "run.restart()"]
+    assert paper.run.calls == expected
+    paper.see("call", "run.restart()")
+
+
+def test_a_press_is_answered_at_once_and_pause_is_not_behind_a_step(paper: Held) -> None:
+    paper.run.open.clear()
+    paper.press("step", unit="chunk")
+    paper.press("step", unit="layer")
+    assert paper.sent == [{"heard": "step"}, {"heard": "step"}]
+    paper.see("working", ['run.step("chunk")'])
+    paper.see("waiting", 'run.step("layer")')
+    paper.press("pause")
+    wait_for(lambda: paper.run.calls == ['run.step("chunk")', "run.pause()"], "pause is called", 10)
+    paper.run.open.set()
+    paper.done()
+    assert paper.run.calls == [
+        'run.step("chunk")',
+        "run.pause()",
+    ]  # what waited was asked for before the pause
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"do": "run_to", "chunk": 9, "layer": 0}, "there is no block c9 l0: chunks go from 0 to 2"),
+        ({"do": "step", "unit": "mile"}, "reload the page"),
+        ({"do": "run_to", "chunk": "0"}, "reload the page"),
+        ({}, "reload the page"),
+    ],
+)
+def test_an_error_stays_until_it_is_dismissed(paper: Held, message: dict[str, Any], words: str) -> None:
+    paper.press(**{"do": "", **message})
+    wait_for(lambda: words in paper.panel.shown["error"], "the error is shown", 10)
+    paper.run.step("layer")
+    paper.done()
+    assert words in paper.panel.shown["error"]
+    paper.press("dismiss")
+    paper.see("error", "")
+
+
+def test_a_run_that_cannot_be_looked_at_is_said_so(paper: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("the cluster is gone")
+
+    monkeypatch.setattr(paper.run, "standing", fail)
+    bundle, _ = paper.panel._repr_mimebundle_()
+    assert "the cluster is gone" in bundle["text/html"]
+    before = paper.panel.cells
+    paper.run.listeners.tell()
+    paper.see("error", "where the run stands cannot be shown: the cluster is gone")
+    assert paper.panel.cells == before
+
+
+def test_failures_lost_ranks_and_text_are_shown(paper: Held) -> None:
+    paper.run.state, paper.run.message, paper.run.alive = (
+        "failed",
+        "rank 1 was killed in layer c0 l2",
+        [True, False],
+    )
+    paper.run.decoded, paper.run.text = 2, "47"
+    paper.run.listeners.tell()
+    paper.see("state", "failed")
+    shown = paper.panel.shown
+    assert (shown["message"], shown["decoded"], shown["text"]) == (
+        "rank 1 was killed in layer c0 l2",
+        2,
+        "47",
+    )
+    assert [rank["state"] for rank in shown["ranks"]] == ["stands", "lost"]
+
+
+def test_panels_of_one_run_agree_and_follow_it_whoever_moves_it(paper: Held) -> None:
+    other = Held(paper.run)
+    paper.press("step", unit="wave")
+    paper.done()
+    other.done()
+    assert other.panel.cells == paper.panel.cells
+    paper.run.run_to(chunk=1, layer=3)
+    paper.done()
+    other.done()
+    assert other.everywhere() == paper.everywhere() > 4
+    other.panel.close()
+    paper.run.step("layer")
+    paper.done()
+    assert len(paper.run.listeners.callbacks) == 1
+
+
+def test_a_closed_panel_is_gone_even_while_a_step_goes_on(paper: Held) -> None:
+    paper.run.open.clear()
+    paper.press("step", unit="layer")
+    paper.see("working", ['run.step("layer")'])
+    paper.panel.close()
+    paper.panel.close()
+    assert paper.run.listeners.callbacks == []
+    assert panel_threads() == ["dinfer panel worker"]
+    paper.run.open.set()
+    wait_for(lambda: not panel_threads(), "the step ends, and the thread with it", 10)
+
+
+def test_an_idle_panel_has_no_thread(paper: Held) -> None:
+    paper.press("step", unit="layer")
+    paper.done()
+    wait_for(lambda: not panel_threads(), "threads end", 10)
+
+
+def test_the_panel_follows_ranks_that_run() -> None:
+    run = TwinRun("demo", "The code of Lima is 471. What is the code of Lima?", world_size=2, chunk_size=4)
+    held = Held(run)
+    try:
+        for n in range(1, 4):
+            held.press("step", unit="layer")
+            held.done()
+            assert held.everywhere() == n
+        held.press("step_back", unit="layer")
+        held.done()
+        assert held.everywhere() == 2
+        held.press("resume")
+        held.see("state", "done")
+        held.done()
+        assert held.everywhere() == run.plan.shape.blocks
+        assert [rank["where"] for rank in held.panel.shown["ranks"]] == [
+            f"all {sum(len(lane.ops) for lane in lanes)} ops done" for lanes in run.plan.lanes
+        ]
+    finally:
+        held.panel.close()
+        assert run.close()

@@ -1,0 +1,98 @@
+"""The still picture: what it shows, that text stays text, that colours can be told apart and are the live ones."""
+
+from __future__ import annotations
+
+import json
+import re
+from html import unescape
+from io import StringIO
+from itertools import combinations
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from nbconvert import HTMLExporter
+
+import dinfer.views
+from dinfer.views.cells import STATES, CellMap
+from dinfer.views.panel import Panel
+from dinfer.views.still import COLOURS, map_svg, still_html
+from tests.unit.views.doubles import PaperRun, busy_run, paper_plan
+
+CSS = (Path(dinfer.views.__file__).parent / "panel.css").read_text(encoding="utf-8")
+NASTY = "</svg><script>alert(1)</script>"
+
+
+def css_colours(theme: str) -> list[str]:
+    """The states' colours in panel.css."""
+    rule = CSS.split(".dinfer-panel.dinfer-dark {" if theme == "dark" else ".dinfer-panel {")[1].split("}")[0]
+    return re.findall(r"--dinfer-\d: (#\w{6});", rule)
+
+
+def lightness(colour: str) -> float:
+    """CIE L* of an sRGB colour: 0 is black, 100 white."""
+    channels = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    y = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return 116 * y ** (1 / 3) - 16 if y > 0.008856 else 903.3 * y
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_states_differ_in_lightness(theme: str) -> None:
+    colours = css_colours(theme)
+    assert len(colours) == len(STATES)
+    assert all(abs(lightness(a) - lightness(b)) >= 10 for a, b in combinations(colours, 2))
+
+
+def test_the_still_picture_has_the_colours_of_the_live_one() -> None:
+    assert css_colours("light") == list(COLOURS)
+
+
+def drawn_area(svg: str) -> dict[str, int]:
+    """How many square pixels the map has in each colour, read back from its paths."""
+    found = dict.fromkeys(COLOURS, 0)
+    for path in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}path"):
+        if (fill := path.get("fill", "")) in found:
+            boxes = re.findall(r"M\d+ \d+h(\d+)v(\d+)h-\d+z", path.get("d", ""))
+            found[fill] += sum(int(wide) * int(high) for wide, high in boxes)
+    return found
+
+
+def test_the_map_has_as_much_of_each_colour_as_the_run_of_each_state() -> None:
+    run = busy_run(layers=6, chunks=5, ranks=3, waves=4)
+    states = CellMap(run.plan).states(run.standing().stands)
+    area = drawn_area(map_svg(states, run.plan.shape.owners, run.labels))
+    cells = {COLOURS[state]: int((states == state).sum()) for state in range(len(STATES))}
+    each = sum(area.values()) / states.size
+    assert area == {colour: count * each for colour, count in cells.items()}
+    assert all(cells.values())
+
+
+def test_text_of_the_run_stays_text() -> None:
+    run = PaperRun(paper_plan(), labels=[NASTY] * 3)
+    run.message, run.devices = NASTY, [NASTY] * 2
+    html = still_html(run.plan, run.standing(), run.labels)
+    assert "<script" not in html
+    assert html.count("&lt;script&gt;") == 3 + 1 + 2
+
+
+def test_a_converted_notebook_shows_the_still_picture() -> None:
+    run = PaperRun(paper_plan())
+    run.step("wave")
+    panel = Panel(run)
+    data, metadata = panel._repr_mimebundle_()
+    panel.close()
+    assert "application/vnd.jupyter.widget-view+json" in data
+    output = {"output_type": "display_data", "data": data, "metadata": metadata}
+    cell = {
+        "cell_type": "code",
+        "id": "a",
+        "source": "",
+        "metadata": {},
+        "execution_count": 1,
+        "outputs": [output],
+    }
+    text = json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [cell]})
+    page, _ = HTMLExporter().from_file(StringIO(text))  # type: ignore[no-untyped-call]
+    assert "<title>blocks by layer and chunk, each split by rank</title>" in page
+    assert 'run.step("wave")' in unescape(page)
