@@ -53,7 +53,7 @@ class Control:
     def recorder_memory(self) -> memoryview:
         return self._memory[len(self._memory) - RECORDER_BYTES :]
 
-    def report(self, kind: str, **fields: Any) -> None:
+    def report(self, kind: str, /, **fields: Any) -> None:
         """Tell the session something; returns once it is on its way."""
         line = json.dumps({"type": kind, **fields}, ensure_ascii=False).encode() + b"\n"
         with self._lock:

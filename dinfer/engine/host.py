@@ -35,7 +35,7 @@ ANSWER_S = 2.0
 class Line(Protocol):
     """What a host needs of its connection to the session."""
 
-    def report(self, kind: str, **fields: Any) -> None:
+    def report(self, kind: str, /, **fields: Any) -> None:
         """Tell the session something."""
 
     def ask(self, what: str, timeout: float) -> Message | None:

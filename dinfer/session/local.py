@@ -165,7 +165,7 @@ class _End:
     def __init__(self, ranks: LocalRanks, rank: int) -> None:
         self._ranks, self._rank = ranks, rank
 
-    def report(self, kind: str, **fields: Any) -> None:
+    def report(self, kind: str, /, **fields: Any) -> None:
         if kind == "lanes":
             self._ranks.new_prompt(self._rank)
         self._ranks.take({"type": kind, "rank": self._rank, **fields})

@@ -93,6 +93,16 @@ def ipython(folder: Path) -> Iterator[IPython]:
             wait_for(lambda: not marked(place.mark), "no process is left", 20)
 
 
+@contextmanager
+def stock_cluster(folder: Path, n: int = 3) -> Iterator[IPython]:
+    """The same with `ipcluster start -n N`, as it comes, which has got as far as its controller."""
+    with ipython(folder) as place:
+        process = place.ipcluster(n)
+        begun = place.profile_dir / "security" / "cluster-.json"
+        wait_for(lambda: begun.exists() or process.poll() is not None, "ipcluster has begun")
+        yield place
+
+
 def ended(pids: Sequence[int]) -> bool:
     """Whether none of these processes lives."""
     return not any(psutil.pid_exists(pid) and is_alive(psutil.Process(pid)) for pid in pids)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.cluster.dap import Debugger
-from tests.cluster.ipclusters import IPython, ipython
+from tests.cluster.ipclusters import IPython, stock_cluster
 from tests.cluster.kernels import Kernel, kernel
 from tests.cluster.runs import free_ports, wait_for
 
@@ -63,10 +63,7 @@ class Notebook(NamedTuple):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[IPython]:
     """`ipcluster start -n 3`, as it comes."""
-    with ipython(tmp_path_factory.mktemp("px")) as place:
-        process = place.ipcluster(3)
-        begun = place.profile_dir / "security" / "cluster-.json"
-        wait_for(lambda: begun.exists() or process.poll() is not None, "ipcluster has begun")
+    with stock_cluster(tmp_path_factory.mktemp("px")) as place:
         yield place
 
 
@@ -159,6 +156,16 @@ def test_tensors_are_read_and_replaced_and_the_run_says_so(notebook: Notebook) -
     assert "edited by hand: KV of layer 2 on rank 1, hidden c0 l3 on rank 1" in where
     notebook.kernel.run("run.decode(2)")
     assert notebook.kernel.value("run.sha256()") != notebook.sha256
+    notebook.kernel.run("run.restart()")
+    assert_ends_as_if_undisturbed(notebook)
+
+
+def test_ranks_that_come_to_different_tokens_say_so_and_go_on(notebook: Notebook) -> None:
+    notebook.kernel.run("run.run_to(chunk=3, layer=5)")
+    px(notebook, "for layer in range(4): engine.kv(layer=layer).v[:] = 0", "2")
+    said = notebook.kernel.fail("run.decode(5)")
+    assert "the ranks' tokens differ, first at new token 1: rank 0 chose" in said
+    assert "rank 2 chose" in said
     notebook.kernel.run("run.restart()")
     assert_ends_as_if_undisturbed(notebook)
 

@@ -83,7 +83,7 @@ def test_a_run_by_verbs_is_the_run_by_calls(begun: Any) -> None:
     assert str(run).startswith("run of 21 tokens in 3 chunks, pipelined, ring: paused\nrank 0: 0 of")
     step = act(begun, "step layer -n 2")
     assert isinstance(step, Moved)
-    assert session.run.last_call == "run.step('layer', 2)"
+    assert session.run.last_call == 'run.step("layer", 2)'
     assert act(begun, "back").after == act(begun, "step op").before
     act(begun, "to 1 3")
     assert "c1 l3" in str(act(begun, "where"))
