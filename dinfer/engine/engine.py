@@ -160,10 +160,8 @@ class Engine:
     ) -> Decoding:
         """What `decode_phase` steps through; it has room for `max_new_tokens` (default: the config's)."""
         final = self.executor.state.final if hidden_states is None else hidden_states
-        if final is None or (
-            kv_caches is None
-            and (self.cache is None or (self._prompt is not None and not self._prompt.executor.is_done()))
-        ):
+        unfinished = self._prompt is not None and not self._prompt.executor.is_done()
+        if final is None or (kv_caches is None and (self.cache is None or unfinished)):
             raise RuntimeError("there is no finished prefill: call prefill_phase(prompt) on all ranks first.")
         shape = self._prompt.plan.shape if self._prompt and kv_caches is None else None
         if kv_caches is None:

@@ -15,7 +15,7 @@ from dinfer.config import Config
 from dinfer.engine.agreement import agree, facts_of
 from dinfer.engine.board import Board, Stand
 from dinfer.engine.comm import Comm
-from dinfer.engine.commands import Command, Message, Table, lane_commands, stand_fields, stand_of
+from dinfer.engine.commands import Command, Message, Table, lane_commands, stand_of
 from dinfer.engine.drain import drain
 from dinfer.engine.engine import Engine
 from dinfer.engine.execution import Execution, OpFailed
@@ -254,12 +254,8 @@ class Host:
 
     def _hit(self, breakpoint: Breakpoint, op: Op, found: str) -> None:
         """A breakpoint's condition holds: no further op begins here; the session stops the others."""
-        stand = self._executor().freeze()
+        target = self._engine().prompt.target
+        self._executor().freeze()
         self.line.report(
-            "note",
-            note="hit",
-            breakpoint=breakpoint.as_dict(),
-            op=str(op),
-            found=found,
-            **stand_fields(stand),
+            "note", note="hit", breakpoint=breakpoint.as_dict(), op=str(op), found=found, target=target
         )

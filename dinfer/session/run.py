@@ -329,8 +329,9 @@ class Run(Acting, Said):
         if note["note"] == "edited":
             self.edited += [f"{what} on rank {rank}" for what in note["what"]]
         elif note["note"] == "hit" and (said := self._stops.hit(note)):
-            self.message = said
-            self._stepping().pause()
+            self.message, before = said, self.message
+            if not self._stepping().pause_on_way_to(tuple(map(tuple, note["target"]))):
+                self.message = before  # the user has sent the ranks elsewhere since
 
     def _stepping(self) -> Stepper:
         if self._stepper is None:

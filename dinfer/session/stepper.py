@@ -11,6 +11,9 @@ from dinfer.plan.plan import Place
 from dinfer.session.fleet import Fleet, Stands
 from dinfer.session.where import where_text
 
+ANY: Cut = ()
+"""stands for every cut that ranks may be on their way to"""
+
 
 class NoProgress(RuntimeError):
     """The ranks did not get where they were sent in time; the message says where each stands."""
@@ -40,7 +43,8 @@ class Stepper:
         self._cuts = Cuts(fleet.plan)
         self._last = self._cuts.start
         self._lock = threading.RLock()
-        self._stop = threading.Event()
+        self._sent = self._cuts.start
+        self._stop: Cut | None = None
 
     @property
     def cuts(self) -> Cuts:
@@ -78,7 +82,7 @@ class Stepper:
     def resume(self, limit: Cut | None = None) -> None:
         """Let all lanes go to a cut ahead, by default the end; returns at once."""
         with self._lock:
-            self._fleet.set_limits(limit or self._cuts.end)
+            self._send(limit or self._cuts.end)
 
     def pause(self, timeout: float | None = None) -> Cut:
         """Stop at the nearest consistent cut, also a move that another thread waits for.
@@ -86,13 +90,21 @@ class Stepper:
         Raises NoProgress after `timeout` seconds (default: those of this stepper); the ranks stop all the same as soon
         as their ops end.
         """
-        self._stop.set()
-        try:
-            with self._lock:
-                self._stop.clear()
-                return self._stand(timeout)
-        finally:
-            self._stop.clear()
+        self._stop = ANY
+        with self._lock:
+            self._stop = None
+            return self._stand(timeout)
+
+    def pause_on_way_to(self, cut: Cut) -> bool:
+        """The same, but only ranks that are still where they were last sent to, this cut; whether they are."""
+        if self._sent == cut:
+            self._stop = cut
+        with self._lock:
+            self._stop = None
+            if self._sent == cut:
+                self._stand()
+                return True
+        return False
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the run has reached its limits. Raises NoProgress after `timeout` seconds."""
@@ -111,10 +123,14 @@ class Stepper:
         if not any(_started(stands)) and self._is_consistent(_positions(stands)):
             return _positions(stands)
         cut, void = self._cuts.stop(_positions(stands), _started(stands))
-        self._fleet.set_limits(cut)
+        self._send(cut)
         self._fleet.release(void)
         self._arrive(cut, timeout or self._timeout)
         return cut
+
+    def _send(self, cut: Cut) -> None:
+        self._fleet.set_limits(cut)
+        self._sent = cut
 
     def _is_consistent(self, cut: Cut) -> bool:
         """Not so where a stop was given up half-way, say by Ctrl-C: a send may be in, its recv not."""
@@ -123,7 +139,7 @@ class Stepper:
     def _go(self, before: Cut, target: Cut) -> Move:
         if not is_inside(before, target):
             self._fleet.rewind(meet(before, target))
-        self._fleet.set_limits(target)
+        self._send(target)
         if self._arrive(target, self._timeout, may_stop=True):
             return Move(before, target)
         return Move(before, self._stand(), stopped=True)
@@ -135,7 +151,7 @@ class Stepper:
             return _standing(stands) and cut in (None, _positions(stands))
 
         def over(stands: Stands) -> bool:
-            return arrived(stands) or (may_stop and self._stop.is_set())
+            return arrived(stands) or (may_stop and self._stop in (ANY, cut))
 
         if not self._fleet.wait(over, timeout):
             raise NoProgress(f"the ranks have not arrived within {timeout:g} s:\n{self.where()}")

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.ipclusters import ipython
+
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 ROOT = Path(__file__).parents[2]
 READMES = ("README.md", "notebooks/zh/README.md")
-LEFT_OUT = ("bash env/test", "bash env/launch", "env/launch")
+LEFT_OUT = ("bash env/test", "bash env/launch", "env/launch", "ipcluster start")
 """this very test run; what needs several machines or has tests of its own"""
 
 
@@ -62,10 +64,20 @@ def test_a_command_runs_as_written(block: str, desk: Path) -> None:
 
 
 def test_the_program_runs_as_written(tmp_path: Path) -> None:
-    (program,) = blocks("README.md", "python")
+    program = next(block for block in blocks("README.md", "python") if "open_engine" in block)
     (tmp_path / "app.py").write_text(program, encoding="utf-8")
     told = run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "app.py"],
         tmp_path,
     )
     assert [line.strip() for line in told.splitlines()][-2:] == ["471", "759"]
+
+
+def test_the_notebook_cell_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cluster runs, so it starts its own, and ends it."""
+    cell = next(block for block in blocks("README.md", "python") if "%load_ext" in block)
+    (tmp_path / "cell.ipy").write_text(f"{cell}\nprint(run.text)\n", encoding="utf-8")
+    with ipython(tmp_path / "ipython"):
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))
+        told = run([sys.executable, "-m", "IPython", "--no-banner", "cell.ipy"], tmp_path)
+    assert told.strip().endswith("471")
