@@ -85,7 +85,7 @@ def _stuck(ranks: Ranks, plan: Plan | None, living: Iterable[int]) -> set[int]:
 def _drain(ranks: Ranks, plan: Plan, stands: dict[int, Stand]) -> None:
     cut = tuple(stands[rank].positions if rank in stands else () for rank in range(plan.world_size))
     for rank in stands:  # so that no lane takes up again what it is released from
-        _try(ranks, rank, FREEZE_S, do="limits", cut=cut)
+        _try(ranks, rank, FREEZE_S, do="limits", cut=cut, stopping=True)
     for rank, channels in counterparts(plan, stands).items():
         _try(ranks, rank, FREEZE_S, do="drain", **channels)
 

@@ -97,14 +97,14 @@ class Stepper:
 
     def pause_on_way_to(self, cut: Cut) -> bool:
         """The same, but only ranks that are still where they were last sent to, this cut; whether they are."""
-        if self._sent == cut:
+        on_way = self._sent == cut
+        if on_way:
             self._stop = cut
-        with self._lock:
+        with self._lock:  # a move that was under way has stood by now
             self._stop = None
             if self._sent == cut:
                 self._stand()
-                return True
-        return False
+        return on_way
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the run has reached its limits. Raises NoProgress after `timeout` seconds."""
@@ -123,13 +123,13 @@ class Stepper:
         if not any(_started(stands)) and self._is_consistent(_positions(stands)):
             return _positions(stands)
         cut, void = self._cuts.stop(_positions(stands), _started(stands))
-        self._send(cut)
+        self._send(cut, stopping=True)
         self._fleet.release(void)
         self._arrive(cut, timeout or self._timeout)
         return cut
 
-    def _send(self, cut: Cut) -> None:
-        self._fleet.set_limits(cut)
+    def _send(self, cut: Cut, *, stopping: bool = False) -> None:
+        self._fleet.set_limits(cut, stopping=stopping)
         self._sent = cut
 
     def _is_consistent(self, cut: Cut) -> bool:

@@ -1,4 +1,4 @@
-"""The notebooks, executed as a person would: on a cluster started with `ipcluster start -n 3`, and what their cells show.
+"""The notebooks, executed as a person would on a cluster started with `ipcluster start -n 3`, and what cells show.
 
 Cells are named by their tags.
 """
