@@ -120,11 +120,11 @@ class Stepper:
         The ranks themselves are asked: they may have been moved by others than this stepper.
         """
         stands = self._fleet.freeze()
-        if not any(_started(stands)) and self._is_consistent(_positions(stands)):
-            return _positions(stands)
-        cut, void = self._cuts.stop(_positions(stands), _started(stands))
-        self._send(cut, stopping=True)
-        self._fleet.release(void)
+        cut, void = _positions(stands), list[Place]()
+        if _started(stands) or not self._is_consistent(cut):
+            cut, void = self._cuts.stop(cut, _started(stands))
+            self._send(cut, stopping=True)
+            self._fleet.release(void)
         self._arrive(cut, timeout or self._timeout)
         return cut
 

@@ -45,7 +45,7 @@ class Page:
 
 def read(path: Path) -> Any:
     """A notebook file, checked against the format."""
-    notebook = nbformat.read(path, as_version=4)
+    notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
     nbformat.validate(notebook)
     return notebook
 
