@@ -129,8 +129,8 @@ class Stepper:
         return cut
 
     def _send(self, cut: Cut, *, stopping: bool = False) -> None:
+        self._sent = cut  # before: a rank may meet a breakpoint while others are still being told
         self._fleet.set_limits(cut, stopping=stopping)
-        self._sent = cut
 
     def _is_consistent(self, cut: Cut) -> bool:
         """Not so where a stop was given up half-way, say by Ctrl-C: a send may be in, its recv not."""
