@@ -36,7 +36,10 @@ class EngineRanks(Link, Ranks):
         return self.cluster.describe()
 
     def exits(self) -> list[int | None]:
-        return [None if self.cluster.alive(rank) else LOST for rank in range(self.world_size)]
+        return [
+            LOST if state.gone or not self.cluster.alive(rank) else None
+            for rank, state in enumerate(self.ranks)
+        ]
 
     def cores(self) -> list[int]:
         """How many ranks share each rank's host."""

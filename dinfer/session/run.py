@@ -15,7 +15,7 @@ from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Unit
 from dinfer.plan.ops import Kind, PlanError
 from dinfer.session.action import action, count_of, unit_of
-from dinfer.session.blame import broken, silent_text
+from dinfer.session.blame import broken, is_certain, silent_text
 from dinfer.session.fleet import RankFailed
 from dinfer.session.generation import Generation
 from dinfer.session.job import Job
@@ -31,6 +31,8 @@ from dinfer.trace.trace import Trace
 
 INTERRUPT_S = 1.5
 """how long an interrupted call waits for the ranks to stand"""
+GRACE_S = 0.5
+"""how long to listen for the cause of a failure, and for the last word of who is gone"""
 POLL_S = 0.05
 TOKEN = "token"
 
@@ -60,7 +62,8 @@ class Run:
     def _begin(self) -> None:
         self._prepare()
         self._line.new_notes()
-        self.message = self.failure = ""
+        self.message = self.failure = self.silence = ""
+        self._broken_at: float | None = None
         self.edited: list[str] = []
         self._stepper = Stepper(self._fleet, self.config.timeout) if self.job.verdict.proved else None
         self._generation = Generation(self._line, self.check, self._tokenizer)
@@ -221,7 +224,7 @@ class Run:
         return Standing(
             whole,
             self._state(),
-            self.failure or self.closed or self.message,
+            self.failure or self.closed or self.silence or self.message,
             len(self.tokens),
             self.text,
             tuple(self._devices),
@@ -249,11 +252,13 @@ class Run:
     def check(self) -> None:
         """Raises RankFailed if the run cannot go on, or not now."""
         if not self.failure and not self.closed:
-            self.failure = broken(self.plan, self._line.ranks, self._line.exits(), self.config) or ""
+            self._look_for_failure()
         if self.failure:
             raise RankFailed(self.failure)
-        if silent := self._line.silent():
-            raise RankFailed(silent_text(self.plan, silent[0], self._line.ranks[silent[0]]))
+        silent = self._line.silent()
+        self.silence = "\n".join(silent_text(self.plan, r, self._line.ranks[r]) for r in silent)
+        if self.silence:
+            raise RankFailed(self.silence)
 
     def look(self) -> None:
         """Take in what the ranks have noted. Called often, on the session's thread."""
@@ -320,6 +325,13 @@ class Run:
             return ""
         end = move.after == self._stepping().cuts.end
         return f"nothing to do: the run stands at the {'end of prefill' if end else 'start'}"
+
+    def _look_for_failure(self) -> None:
+        exits, now = self._line.exits(), time.monotonic()
+        found = broken(self.plan, self._line.ranks, exits, self.config)
+        self._broken_at = (self._broken_at or now) if found else None
+        if self._broken_at and (is_certain(self._line.ranks, exits) or now - self._broken_at > GRACE_S):
+            self.failure = found or ""
 
     def _resume(self) -> None:
         if self._stepper is None:
