@@ -28,6 +28,8 @@ def link() -> Iterator[Link]:
             "double slowly": Command(double, slow=True),
         }
     )
+    with link.changed:  # before, there is nobody to whom a command could be sent
+        assert link.changed.wait_for(lambda: link.ranks[0].heard, ANSWER_S)
     yield link
     control.close()
     link.close()
