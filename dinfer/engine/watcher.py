@@ -56,7 +56,7 @@ class Watcher:
         self._rank_pid = os.getppid()
         self._launcher, self._joined = link["launcher"], link["joined"]
         self._orphan = link.get("orphan")
-        self._lost_client_at: float | None = None
+        self._lost_client_at: float | None = monotonic()  # it may be gone before it was ever reached
         self._connection = client.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._board = Board(memory)
         self._recorder: Recorder | None = None

@@ -110,9 +110,10 @@ def in_decode(run: Run, strike: Strike, random: Random) -> str:
 def while_paused(run: Run, strike: Strike, random: Random) -> str:
     cut = random.randrange(1, 20)
     run.step("layer", cut)
-    place = run.where().text.splitlines()[strike.rank].removeprefix(f"rank {strike.rank}: ")
+    mine = f"rank {strike.rank}: "
+    place = next(line for line in str(run.where()).splitlines() if line.startswith(mine))
     strike.from_outside()
-    return place
+    return place.removeprefix(mine)
 
 
 ATTACKS: dict[str, Attack] = {
