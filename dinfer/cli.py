@@ -200,6 +200,9 @@ def verify(
 
 @app.command()
 def bench(
+    what: Annotated[
+        str, typer.Argument(help="prefill; or session: what stepping, recording and a death take on 3 engines")
+    ] = "prefill",
     model: Annotated[
         str, typer.Option(help="checkpoint folder; default: random weights, hidden 1024 × 8 layers")
     ] = "",
@@ -211,6 +214,8 @@ def bench(
     json_path: Annotated[str, typer.Option("--json", help="write the figures to this file")] = "",
 ) -> None:
     """Time pairwise, ring, lockstep, no sync and one process side by side on this machine."""
+    if what != "prefill":
+        return _bench_session(what, repeats, json_path)
     from dinfer.model.checkpoint import check
     from dinfer.session.bench import Shape, random_checkpoint, table
     from dinfer.session.bench import bench as time_variants
@@ -227,6 +232,22 @@ def bench(
             _stop(error, BAD_INPUT)
         except RuntimeError as error:
             _stop(error, FAILED)
+    print(table(result))
+    if json_path:
+        write_json(result, json_path)
+
+
+def _bench_session(what: str, repeats: int, json_path: str) -> None:
+    """`dinfer bench session`; of the options, --repeats and --json are its own too."""
+    from dinfer.session.bench_session import bench_session, table
+    from dinfer.session.result import write_json
+
+    if what != "session" or repeats < 1:
+        _stop(f"`bench {what} --repeats {repeats}`: bench what? prefill or session, at least once.", BAD_INPUT)
+    try:
+        result = bench_session(repeats, lambda text: print(text, file=sys.stderr))
+    except RuntimeError as error:
+        _stop(error, FAILED)
     print(table(result))
     if json_path:
         write_json(result, json_path)
