@@ -14,7 +14,7 @@ from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Unit
 from dinfer.plan.ops import Kind, PlanError
 from dinfer.session.action import action, count_of, unit_of
-from dinfer.session.blame import broken, silent_text
+from dinfer.session.blame import broken, is_certain, silent_text
 from dinfer.session.fleet import RankFailed
 from dinfer.session.job import Job
 from dinfer.session.ranks import Ranks
@@ -27,6 +27,8 @@ from dinfer.session.where import moved_lines
 
 INTERRUPT_S = 1.5
 """how long an interrupted call waits for the ranks to stand"""
+GRACE_S = 0.5
+"""how long to listen for the cause of a failure, and for the last word of who is gone"""
 POLL_S = 0.05
 TOKEN = "token"
 
@@ -53,6 +55,7 @@ class Run(Sight):
     def _begin(self) -> None:
         self._prepare()
         self._look_anew()
+        self._broken_at: float | None = None
         self._stepper = Stepper(self._fleet, self.config.timeout) if self.job.verdict.proved else None
 
     # -- moving
@@ -183,11 +186,13 @@ class Run(Sight):
     def check(self) -> None:
         """Raises RankFailed if the run cannot go on, or not now."""
         if not self.failure and not self.closed:
-            self.failure = broken(self.plan, self._line.ranks, self._line.exits(), self.config) or ""
+            self._look_for_failure()
         if self.failure:
             raise RankFailed(self.failure)
-        if silent := self._line.silent():
-            raise RankFailed(silent_text(self.plan, silent[0], self._line.ranks[silent[0]]))
+        silent = self._line.silent()
+        self.silence = "\n".join(silent_text(self.plan, r, self._line.ranks[r]) for r in silent)
+        if self.silence:
+            raise RankFailed(self.silence)
 
     def look(self) -> None:
         """Take in what the ranks have noted. Called often, on the session's thread."""
@@ -232,6 +237,13 @@ class Run(Sight):
             return ""
         end = move.after == self._stepping().cuts.end
         return f"nothing to do: the run stands at the {'end of prefill' if end else 'start'}"
+
+    def _look_for_failure(self) -> None:
+        exits, now = self._line.exits(), time.monotonic()
+        found = broken(self.plan, self._line.ranks, exits, self.config)
+        self._broken_at = (self._broken_at or now) if found else None
+        if self._broken_at and (is_certain(self._line.ranks, exits) or now - self._broken_at > GRACE_S):
+            self.failure = found or ""
 
     def _resume(self) -> None:
         if self._stepper is None:

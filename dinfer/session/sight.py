@@ -26,13 +26,15 @@ class Sight(Acting, Said):
         self.job, self.plan, self.config = job, job.plan, job.config
         self.world_size = job.plan.world_size
         self.edited: list[str] = []
+        self.silence = ""
+        """which rank does not answer, while that is so"""
         self._line, self._devices, self._tokenizer = line, devices, tokenizer
         self._generation = Generation(line, self.check, tokenizer)
         self._events: list[list[Event]] = []
 
     def _look_anew(self) -> None:
         self._line.new_notes()
-        self.message = self.failure = ""
+        self.message = self.failure = self.silence = ""
         self.edited = []
         self._generation = Generation(self._line, self.check, self._tokenizer)
         self._events = [state.events for state in self._line.ranks]
@@ -75,7 +77,7 @@ class Sight(Acting, Said):
         return Standing(
             stands if len(stands) == self.world_size else (),
             self._state(),
-            self.failure or self.closed or self.message,
+            self.failure or self.closed or self.silence or self.message,
             len(self.tokens),
             self.text,
             tuple(self._devices),
