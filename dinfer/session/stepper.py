@@ -11,6 +11,7 @@ from dinfer.plan.plan import Place
 from dinfer.session.fleet import Fleet, Stands
 from dinfer.session.where import where_text
 
+LOOK_S = 0.05
 ANY: Cut = ()
 """stands for every cut that ranks may be on their way to"""
 
@@ -97,14 +98,21 @@ class Stepper:
 
     def pause_on_way_to(self, cut: Cut) -> bool:
         """The same, but only ranks that are still where they were last sent to, this cut; whether they are."""
-        on_way = self._sent == cut
-        if on_way:
-            self._stop = cut
-        with self._lock:  # a move that was under way has stood by now
+        if self._sent != cut:
+            return False
+        self._stop = cut
+        try:
+            while not self._lock.acquire(timeout=LOOK_S):
+                if self._sent != cut:  # whoever moved them has brought them to a stand, or sent them on
+                    return True
+            try:
+                if self._sent == cut:
+                    self._stand()
+            finally:
+                self._lock.release()
+        finally:
             self._stop = None
-            if self._sent == cut:
-                self._stand()
-        return on_way
+        return True
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the run has reached its limits. Raises NoProgress after `timeout` seconds."""
