@@ -12,8 +12,6 @@ from dinfer.session.fleet import Fleet, Stands
 from dinfer.session.where import where_text
 
 LOOK_S = 0.05
-ANY: Cut = ()
-"""stands for every cut that ranks may be on their way to"""
 
 
 class NoProgress(RuntimeError):
@@ -45,7 +43,9 @@ class Stepper:
         self._last = self._cuts.start
         self._lock = threading.RLock()
         self._sent = self._cuts.start
-        self._stop: Cut | None = None
+        self._pausing = threading.Event()
+        self._halted: Cut | None = None
+        """on its way to which cut a rank has met a breakpoint"""
 
     @property
     def cuts(self) -> Cuts:
@@ -91,16 +91,16 @@ class Stepper:
         Raises NoProgress after `timeout` seconds (default: those of this stepper); the ranks stop all the same as soon
         as their ops end.
         """
-        self._stop = ANY
+        self._pausing.set()
         with self._lock:
-            self._stop = None
+            self._pausing.clear()
             return self._stand(timeout)
 
     def pause_on_way_to(self, cut: Cut) -> bool:
         """The same, but only ranks that are still where they were last sent to, this cut; whether they are."""
         if self._sent != cut:
             return False
-        self._stop = cut
+        self._halted = cut
         try:
             while not self._lock.acquire(timeout=LOOK_S):
                 if self._sent != cut:  # whoever moved them has brought them to a stand, or sent them on
@@ -111,7 +111,7 @@ class Stepper:
             finally:
                 self._lock.release()
         finally:
-            self._stop = None
+            self._halted = None
         return True
 
     def wait(self, timeout: float | None = None) -> None:
@@ -159,7 +159,7 @@ class Stepper:
             return _standing(stands) and cut in (None, _positions(stands))
 
         def over(stands: Stands) -> bool:
-            return arrived(stands) or (may_stop and self._stop in (ANY, cut))
+            return arrived(stands) or (may_stop and (self._pausing.is_set() or self._halted == cut))
 
         if not self._fleet.wait(over, timeout):
             raise NoProgress(f"the ranks have not arrived within {timeout:g} s:\n{self.where()}")
