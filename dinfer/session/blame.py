@@ -45,7 +45,9 @@ def broken(plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], 
         if len(dead) > 1 and all(exits[rank] == SILENT for rank in dead) and len(dead) == len(ranks) - 1:
             return _cut_off(plan, ranks, config)
         told = [_death(plan, rank, ranks[rank], exits[rank], config) for rank in dead]
-        return told[0] if config.log_dir else "\n".join([*told, "`session.recover()` brings back who is gone."])
+        return (
+            told[0] if config.log_dir else "\n".join([*told, "`session.recover()` brings back who is gone."])
+        )
     if errors:
         rank, error = errors[0]
         return _told(error["message"], rank, config)

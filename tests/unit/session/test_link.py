@@ -95,9 +95,7 @@ def strangers() -> list[dict[str, Any]]:
     ]
 
 
-STRANGERS = pytest.mark.parametrize(
-    "changes", strangers(), ids=["no keys", "other keys", "another server's"]
-)
+STRANGERS = pytest.mark.parametrize("changes", strangers(), ids=["no keys", "other keys", "another server's"])
 
 
 @STRANGERS

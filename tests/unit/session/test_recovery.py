@@ -111,7 +111,9 @@ def test_lanes_of_living_ranks_are_drained(
             drain(twin.exchange.comm(rank), channels["sends"], channels["recvs"])
 
         def only_the_lost_is_waited_for() -> bool:
-            return all(op.peer == lost for engine in living for op in begun_ops(fleet.plan, engine.rank, twin))
+            return all(
+                op.peer == lost for engine in living for op in begun_ops(fleet.plan, engine.rank, twin)
+            )
 
         assert gate.wait(lambda: only_the_lost_is_waited_for() or None, WAIT_S)
     finally:
