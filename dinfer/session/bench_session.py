@@ -53,9 +53,8 @@ def table(result: dict[str, Any]) -> str:
             f"events: {events['per_second']:,.0f} a second heard at full speed, {events['heard']} of {events['ops']}; "
             f"news of a rank every {_ms(events['news'])}, at worst after {_ms(events['longest'])}",
             f"recorder and watcher: prefill {cost['on']:.3f} s with, {cost['off']:.3f} s without, layers of "
-            f"{_ms(cost['layer'])}: {cost['cost']:+.2%}, from {cost['lowest']:+.2%} to {cost['highest']:+.2%} "
-            f"in pairs; CPU time {cost['cpu_cost']:+.2%}, of which watchers {cost['watcher_share']:.2%} "
-            "(target: at most 1 %)",
+            f"{_ms(cost['layer'])}: {cost['cost']:+.2%}, from {cost['lowest']:+.2%} to {cost['highest']:+.2%} in pairs; "
+            f"CPU time {cost['cpu_cost']:+.2%}, of which watchers {cost['watcher_share']:.2%} (target: at most 1 %)",
             f"from kill to name: {_ms(death['median'])}, at worst {_ms(max(death['seconds']))} "
             f"of {len(death['seconds'])} (target: at most 1 s); recovered in {median(death['recovered']):.1f} s",
         ]
@@ -167,7 +166,9 @@ def _recording(
 def _prefill(session: Session, ranks: EngineRanks, *, recording: bool) -> dict[str, float]:
     """The slowest rank's seconds, and the CPU seconds of all."""
     session.prefill(**LARGE, paused=True)
-    said = ranks.cluster.call(None, "dinfer.engine.bench_session:timed_prefill", recording, timeout=CALL_S)
+    said = ranks.cluster.call(
+        None, "dinfer.engine.bench_session:timed_prefill", recording, timeout=CALL_S
+    )
     return {
         "seconds": max(one["seconds"] for one in said),
         "cpu_s": sum(one["cpu_s"] for one in said),
@@ -175,7 +176,9 @@ def _prefill(session: Session, ranks: EngineRanks, *, recording: bool) -> dict[s
     }
 
 
-def _deaths(session: Session, ranks: EngineRanks, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
+def _deaths(
+    session: Session, ranks: EngineRanks, repeats: int, say: Callable[[str], None]
+) -> dict[str, Any]:
     """A rank of a free run is killed, named, brought back."""
     named, recovered = [], []
     for number in range(repeats):

@@ -74,17 +74,17 @@ def _stuck(ranks: Ranks, plan: Plan | None, living: Sequence[int]) -> set[int]:
 
     They leave together: whoever waits in a collective for one that has given it up comes free when that one has left.
     """
-    frozen = _answers(ranks, {rank: {"do": "freeze"} for rank in living}, FREEZE_S)
+    frozen = _answers(ranks, dict.fromkeys(living, {"do": "freeze"}), FREEZE_S)
     if plan:
         _drain(ranks, plan, {rank: stand_of(said) for rank, said in frozen.items() if "positions" in said})
-    left = _answers(ranks, {rank: {"do": "leave"} for rank in living}, LEAVE_S)
+    left = _answers(ranks, dict.fromkeys(living, {"do": "leave"}), LEAVE_S)
     return {rank for rank in living if not left.get(rank, {}).get("free")}
 
 
 def _drain(ranks: Ranks, plan: Plan, frozen: dict[int, Stand]) -> None:
     cut = tuple(frozen[rank].positions if rank in frozen else () for rank in range(plan.world_size))
     # Limits at positions, so that no lane takes up again what it is released from.
-    held = _answers(ranks, {rank: {"do": "limits", "cut": cut} for rank in frozen}, FREEZE_S)
+    held = _answers(ranks, dict.fromkeys(frozen, {"do": "limits", "cut": cut}), FREEZE_S)
     posts = counterparts(plan, _still(ranks, list(held)))
     _answers(ranks, {rank: {"do": "drain", **channels} for rank, channels in posts.items()}, FREEZE_S)
 
@@ -93,11 +93,12 @@ def _still(ranks: Ranks, living: Sequence[int]) -> dict[int, Stand]:
     """Where they stand once transfers between two of them that are under way have ended."""
     deadline = time.monotonic() + FREEZE_S
     with ranks.changed:
-        while time.monotonic() < deadline:
+        found = _stands(ranks, living)
+        while ranks.changed.wait_for(lambda: found != _stands(ranks, living), STILL_S):
             found = _stands(ranks, living)
-            if not ranks.changed.wait_for(lambda then=found: then != _stands(ranks, living), STILL_S):  # type: ignore[misc]
+            if time.monotonic() > deadline:
                 break
-    return _stands(ranks, living)
+    return found
 
 
 def _stands(ranks: Ranks, living: Sequence[int]) -> dict[int, Stand]:

@@ -30,7 +30,7 @@ def test_the_table_names_every_figure_with_its_target() -> None:
         "step: 12.5 ms, of which the layer 1.5 ms: 11.0 ms over it; an empty round trip to the engines 10.0 ms: "
         "1.10 × (target: at most 4)",
         "events: 2,298 a second heard at full speed, 425 of 425; news of a rank every 1.1 ms, at worst after 28.8 ms",
-        "recorder and watcher: prefill 2.010 s with, 2.000 s without, layers of 64.3 ms: +0.50%, from -1.00% to "
+        "recorder and watcher: prefill 2.010 s with, 2.000 s without, layers of 64.3 ms: +0.50%, -1.00% to "
         "+2.00% in pairs; CPU time +0.81%, of which watchers 0.58% (target: at most 1 %)",
         "from kill to name: 60.0 ms, at worst 80.0 ms of 3 (target: at most 1 s); recovered in 8.0 s",
     ]
