@@ -127,7 +127,8 @@ class GlooComm:
         """Raises CommError once this rank has left: the default group, in its place, may be a newer one."""
         if not self._groups:
             raise CommError(f"rank {self.rank} has left the group that it communicates in")
-        return self._groups[channel.communicator]
+        group: dist.ProcessGroup = self._groups[channel.communicator]
+        return group
 
 
 def _on_host(tensor: Tensor) -> Tensor:

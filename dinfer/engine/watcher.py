@@ -23,13 +23,15 @@ from dinfer.trace.recorder import Recorder
 TICK_MS = 40
 """25 times a second: a tick costs about as much CPU as a small op, on every rank"""
 FAST_TICK_MS = 1
-FAST_FOR_S = 0.25
+FAST_FOR_S = 0.1
 """For so long after a command somebody waits for what it does: ticks are fast."""
 BEAT_S = 0.08
 """At least ten times a second it is heard, whatever the rank does."""
 RECORDER_BYTES = 4 << 20
 MEMORY_BYTES = BOARD_BYTES + RECORDER_BYTES
 ORPHAN_S = 10.0
+LIFE_S = 0.5
+"""How often the system is asked how the rank's process is, which takes longer than all the rest of a tick."""
 Message = dict[str, Any]
 
 
@@ -65,6 +67,7 @@ class Watcher:
         self._cursor: list[int] = []
         self._lanes = 0
         self._last_state: object = None
+        self._life_at = 0.0
         self._life: tuple[str, float] | None = None
         self._last_beat = 0.0
         self._unread = b""
@@ -136,9 +139,9 @@ class Watcher:
         beat = monotonic() - self._last_beat > BEAT_S
         if last or beat or state != self._last_state:
             self._last_state = state
-            if last or beat:  # asking the system takes longer than all the rest
-                self._last_beat, self._life = monotonic(), sign_of_life(self._rank_pid)
-            life = self._life
+            if last or beat:
+                self._last_beat = monotonic()
+            life = self._sign_of_life()
             self._say(
                 {
                     "type": "state",
@@ -151,6 +154,11 @@ class Watcher:
                     "cpu_s": life and life[1],
                 }
             )
+
+    def _sign_of_life(self) -> tuple[str, float] | None:
+        if monotonic() - self._life_at > LIFE_S:
+            self._life_at, self._life = monotonic(), sign_of_life(self._rank_pid)
+        return self._life
 
     def _look_after_orphan(self) -> None:
         """A rank that nobody can command or hear any more is ended, or paused, as its client has asked.
