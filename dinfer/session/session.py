@@ -221,18 +221,19 @@ class Session(Said):
                 self._look_after(self._run)
 
     def _look_after(self, run: Run) -> None:
-        failed, message = run.failure, run.message
+        failed = run.failure
         try:
             run.look()
             run.check()
         except RankFailed:
             pass  # it is told by whatever the user does next, and by views
         except (RuntimeError, TimeoutError) as error:
-            run.message = str(error)
+            if str(error) != run.message:
+                run.say(str(error))
+        while run.said:
+            self._note(run.said.pop(0))
         if run.failure and not failed:
             self._note(run.failure)
             for rank, state in enumerate(self.ranks.ranks):
                 if error_said := state.reports.get("error"):
                     self._note(f"rank {rank}:\n{error_said['traceback']}")
-        elif run.message and run.message != message:
-            self._note(run.message)
