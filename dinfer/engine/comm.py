@@ -5,6 +5,7 @@ sent. Nothing here knows ops or plans.
 """
 
 import contextlib
+import gc
 import os
 from datetime import timedelta
 from time import monotonic_ns
@@ -67,11 +68,11 @@ class GlooComm:
             groups = [dist.new_group(timeout=timedelta(days=7)) for _ in range(3)]
         except (RuntimeError, ValueError) as error:
             raise CommError(f"rank {rank} could not meet the other ranks: {error}") from error
-        self._groups = {"hidden": groups[0], "kv": groups[1]}
-        self._control = groups[2]
+        self._groups: dict[str, dist.ProcessGroup] = {"hidden": groups[0], "kv": groups[1]}
+        self._control: dist.ProcessGroup | None = groups[2]
 
     def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:
-        group = self._groups[channel.communicator]
+        group = self._group(channel)
         try:
             works = [dist.isend(_tensor(header), group=group, group_dst=channel.target)]
             if payload is not None:
@@ -98,6 +99,8 @@ class GlooComm:
             out.copy_(host, non_blocking=True)  # on the default stream, so before all that reads it
 
     def all_gather(self, data: bytes) -> list[bytes]:
+        if self._control is None:
+            raise CommError(f"rank {self.rank} has left the group that it communicates in")
         gathered = [torch.empty(len(data), dtype=torch.uint8) for _ in range(self.world_size)]
         try:
             dist.all_gather(gathered, _tensor(data), group=self._control)
@@ -106,14 +109,26 @@ class GlooComm:
         return [part.numpy().tobytes() for part in gathered]
 
     def close(self) -> None:
+        """Also ends, with an error, what other ranks still wait for from this one: their connections close with the
+        last reference to the groups."""
+        self._groups.clear()
+        self._control = None
         if dist.is_initialized():
             dist.destroy_process_group()
+        gc.collect()
 
     def _recv(self, channel: Channel, out: Tensor) -> None:
         try:
-            _wait(dist.irecv(out, group=self._groups[channel.communicator], group_src=channel.source))
+            _wait(dist.irecv(out, group=self._group(channel), group_src=channel.source))
         except RuntimeError as error:
             raise CommError(f"receiving from rank {channel.source} failed: {error}") from error
+
+    def _group(self, channel: Channel) -> dist.ProcessGroup:
+        """Raises CommError once this rank has left: the default group, in its place, may be a newer one."""
+        if not self._groups:
+            raise CommError(f"rank {self.rank} has left the group that it communicates in")
+        group: dist.ProcessGroup = self._groups[channel.communicator]
+        return group
 
 
 def _on_host(tensor: Tensor) -> Tensor:

@@ -32,10 +32,7 @@ def answer(command: Command, message: Message) -> Message:
         return command.function(message)
     except Exception as error:
         own = type(error).__module__.startswith("dinfer")
-        return {
-            "error": str(error) if own else f"{type(error).__name__}: {error}",
-            "kind": type(error).__name__,
-        }
+        return {"error": str(error) if own else f"{type(error).__name__}: {error}"}
 
 
 def stand_fields(stand: Stand) -> Message:

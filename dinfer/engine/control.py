@@ -91,7 +91,7 @@ class Control:
         self.watcher.wait(CLOSING_S)
 
     def _listen(self) -> None:
-        with self._socket.makefile("rb") as lines:
+        with self._socket, self._socket.makefile("rb") as lines:
             for line in lines:
                 message = json.loads(line)
                 command = self._table.get(message["do"])

@@ -274,9 +274,7 @@ class Engine:
         owner = agree(self.comm, self.decoder, owners, block, kv_cache, busy=busy)
         k, v = sync_block(self.comm, self.decoder, owner, self.config.sync_strategy, block, kv_cache)
         if self.cache is not None:
-            rows = self.cache.block(layer_idx, self._chunk_start(), self._chunk_start() + k.shape[2])
-            rows[:, 0].copy_(k[0].transpose(0, 1))
-            rows[:, 1].copy_(v[0].transpose(0, 1))
+            self.cache.write(layer_idx, self._chunk_start(), k, v)
         return k, v
 
     # -- the rest

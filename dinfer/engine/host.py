@@ -176,7 +176,8 @@ class Host:
         return {"plan_id": f"{executor.plan.id:016x}"}
 
     def _limits(self, message: Message) -> Message:
-        self._tell_edits(self._engine().prompt.go(tuple(map(tuple, message["cut"]))))
+        cut = tuple(map(tuple, message["cut"]))
+        self._tell_edits(self._engine().prompt.go(cut, stopping=message["stopping"]))
         return {}
 
     def _rewind(self, message: Message) -> Message:
@@ -253,9 +254,8 @@ class Host:
             self.line.report("note", note="edited", what=edited)
 
     def _hit(self, breakpoint: Breakpoint, op: Op, found: str) -> None:
-        """A breakpoint's condition holds: no further op begins here; the session stops the others."""
-        target = self._engine().prompt.target
-        self._executor().freeze()
-        self.line.report(
-            "note", note="hit", breakpoint=breakpoint.as_dict(), op=str(op), found=found, target=target
-        )
+        """A breakpoint's condition holds: no further op begins here, and the session stops the others."""
+        prompt = self._engine().prompt
+        if prompt.halt():
+            said = {"breakpoint": breakpoint.as_dict(), "op": str(op), "found": found}
+            self.line.report("note", note="hit", target=prompt.target, **said)

@@ -37,6 +37,7 @@ class Prompt:
         self.conditions = Conditions(state.rank, state, on_hit or (lambda *_: None))
         self._on_op, self._others = on_op, others
         self.executor = execute(self._after)
+        self._may_halt = True
         self.target: Cut = tuple(tuple(0 for _ in lanes) for lanes in plan.lanes)
         self._begun: tuple[int, ...] | None = None
         """where the step by hand began whose end has not been told yet"""
@@ -45,12 +46,24 @@ class Prompt:
     def cuts(self) -> Cuts:
         return Cuts(self.plan)
 
-    def go(self, cut: Cut) -> list[str]:
-        """Let this rank's lanes go to its part of a cut; what the user has edited since they stood."""
+    def go(self, cut: Cut, *, stopping: bool = False) -> list[str]:
+        """Let this rank's lanes go to its part of a cut; what the user has edited since they stood.
+
+        `stopping`: they are to get there whatever breakpoints say.
+        """
         edited = self._look()
-        self.target, self._begun = cut, None
-        self.executor.set_limits(cut[self.rank])
+        with self.executor.gate.change():
+            self._may_halt = not stopping
+            self.target, self._begun = cut, None
+            self.executor.set_limits(cut[self.rank])
         return edited
+
+    def halt(self) -> bool:
+        """A breakpoint's condition holds: no further op begins here; whether the lanes may be halted just now."""
+        with self.executor.gate.change():
+            if self._may_halt:
+                self.executor.freeze()
+            return self._may_halt
 
     def rewind(self, cut: Cut) -> list[str]:
         """Go back to a cut; what the user has edited before."""

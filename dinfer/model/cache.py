@@ -71,9 +71,13 @@ class KVCache:
     def fill(self, kv: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Copy K and V of every layer, each [1, kv_heads, tokens, head_dim], into the first rows."""
         for number, (k, v) in enumerate(kv):
-            rows = self.block(number, 0, k.shape[2])
-            rows[:, 0].copy_(k[0].transpose(0, 1))
-            rows[:, 1].copy_(v[0].transpose(0, 1))
+            self.write(number, 0, k, v)
+
+    def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
+        """Copy K and V, each [1, kv_heads, tokens, head_dim], into the rows from `start` on."""
+        rows = self.block(layer, start, start + k.shape[2])
+        rows[:, 0].copy_(k[0].transpose(0, 1))
+        rows[:, 1].copy_(v[0].transpose(0, 1))
 
     def moved(self, capacity: int, tokens: int) -> KVCache:
         """Return a cache of another capacity that holds the first `tokens` rows of this one."""
@@ -124,15 +128,13 @@ class CacheWindow:
     ) -> tuple[Tensor, Tensor]:
         """Write K and V [1, kv_heads, length, head_dim]; return views [1, kv_heads, visible, head_dim]."""
         stop = self.position + self.length
-        rows = self.cache.block(layer_idx, self.position, stop)
-        expected = (1, rows.shape[2], self.length, rows.shape[3])
+        expected = (1, self.cache.kv_heads, self.length, self.cache.head_dim)
         if keys.shape != expected or values.shape != expected:
             raise ModelError(
                 f"layer {layer_idx} made K {tuple(keys.shape)} and V {tuple(values.shape)}; "
                 f"this window takes {expected}"
             )
-        rows[:, 0].copy_(keys[0].transpose(0, 1))
-        rows[:, 1].copy_(values[0].transpose(0, 1))
+        self.cache.write(layer_idx, self.position, keys, values)
         return self.cache.k(layer_idx, stop, self.start), self.cache.v(layer_idx, stop, self.start)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002

@@ -51,11 +51,22 @@ def broken(plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], 
     if dead:
         if len(dead) > 1 and all(exits[rank] == SILENT for rank in dead) and len(dead) == len(ranks) - 1:
             return _cut_off(plan, ranks, config)
-        return _death(plan, dead[0], ranks[dead[0]], exits[dead[0]], config)
+        told = [_death(plan, rank, ranks[rank], exits[rank], config) for rank in dead]
+        return (
+            told[0] if config.log_dir else "\n".join([*told, "`session.recover()` brings back who is gone."])
+        )
     if errors:
         rank, error = errors[0]
         return _told(error, rank, config)
     return None
+
+
+def is_certain(ranks: Sequence[RankState], exits: Sequence[int | None]) -> bool:
+    """Whether more will not be known of a failure: its cause is, and those who died have had their last word, which is
+    where they stood. What a lost peer does to the others is often heard of before."""
+    dead = [rank for rank, code in enumerate(exits) if code is not None]
+    raised = any(not state.reports["error"]["secondary"] for state in ranks if "error" in state.reports)
+    return bool(dead or raised) and all(ranks[rank].gone for rank in dead)
 
 
 def silent_text(plan: Plan, rank: int, state: RankState) -> str:
@@ -80,7 +91,7 @@ def _told(error: Mapping[str, Any], rank: int, config: Config) -> str:
 def _death(plan: Plan, rank: int, state: RankState, code: int | None, config: Config) -> str:
     stood = f"rank {rank} {_ending(code, config)}; it stood at: {_position(plan, rank, state)}"
     if not config.log_dir:
-        return f"{stood}\n`session.recover()` brings it back."
+        return stood
     if code in (LOST, SILENT):
         return f"{stood}\nIts log is {config.log_dir}/rank{rank}.log on its host; its launcher may know more."
     printed = f"{stood}\nWhat it printed last is in {config.log_dir}/rank{rank}.err."

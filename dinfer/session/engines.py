@@ -37,7 +37,10 @@ class EngineRanks(Link, Ranks):
         return f"{self.cluster.describe()}; {f'{gpus} GPUs' if gpus else 'no GPU, so CPUs'}"
 
     def exits(self) -> list[int | None]:
-        return [None if self.cluster.alive(rank) else LOST for rank in range(self.world_size)]
+        return [
+            LOST if state.gone or not self.cluster.alive(rank) else None
+            for rank, state in enumerate(self.ranks)
+        ]
 
     def cores(self) -> list[int]:
         """How many ranks share each rank's host."""

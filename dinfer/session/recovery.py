@@ -4,9 +4,11 @@ Blocked lanes of ranks that live are drained: positions name, for each op that h
 counterpart, and that is posted. A rank that does not come free that way is ended and started again.
 """
 
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 
 from dinfer.config import Backend
 from dinfer.engine.board import Stand
@@ -14,10 +16,13 @@ from dinfer.engine.commands import Message, stand_of
 from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.plan import Plan
 from dinfer.session.ranks import Ranks
+from dinfer.session.states import RankRefused
 
 FREEZE_S = 3.0
 LEAVE_S = 8.0
 MEET_S = 60.0
+STILL_S = 0.1
+"""ranks whose positions are published at least so often, and have not changed, do not move"""
 
 
 def counterparts(plan: Plan, stands: dict[int, Stand]) -> dict[int, dict[str, list[Channel]]]:
@@ -45,17 +50,18 @@ def recover(ranks: Ranks, plan: Plan | None, backend: Backend, say: Callable[[st
     Raises TimeoutError or RankRefused where that fails.
     """
     lost = {rank for rank, code in enumerate(ranks.exits()) if code is not None}
-    lost |= {rank for rank, state in enumerate(ranks.ranks) if state.gone}
     lost |= set(ranks.silent())
-    living = [rank for rank in range(ranks.world_size) if rank not in lost]
-    ranks.free()
-    lost |= _stuck(ranks, plan, living)
-    for rank in sorted(lost):
-        say(f"rank {rank} is started again")
+    for rank in sorted(lost):  # first of all: what waits for them ends with them
         ranks.kill(rank)
+    ranks.free()
+    stuck = _stuck(ranks, plan, [rank for rank in range(ranks.world_size) if rank not in lost])
+    for rank in sorted(stuck):
+        ranks.kill(rank)
+    for rank in sorted(lost | stuck):
+        say(f"rank {rank} {'was stuck and ' if rank in stuck else ''}is started again")
         ranks.revive(rank)
     meet(ranks, backend)
-    return sorted(lost)
+    return sorted(lost | stuck)
 
 
 def meet(ranks: Ranks, backend: Backend = "gloo") -> None:
@@ -65,34 +71,51 @@ def meet(ranks: Ranks, backend: Backend = "gloo") -> None:
     ranks.ask({rank: {"do": "meet", **place} for rank in range(ranks.world_size)}, MEET_S)
 
 
-def _stuck(ranks: Ranks, plan: Plan | None, living: Iterable[int]) -> set[int]:
-    """Have the living give up their run; those that cannot."""
-    stuck = set[int]()
-    stands: dict[int, Stand] = {}
-    for rank in living:
-        answer = _try(ranks, rank, FREEZE_S, do="freeze")
-        if answer is not None and "positions" in answer:
-            stands[rank] = stand_of(answer)
+def _stuck(ranks: Ranks, plan: Plan | None, living: Sequence[int]) -> set[int]:
+    """Have the living give up their run; those that cannot.
+
+    They leave together: whoever waits in a collective for one that has given it up comes free when that one has left.
+    """
+    frozen = _answers(ranks, {key: {"do": "freeze"} for key in living}, FREEZE_S)
     if plan:
-        _drain(ranks, plan, stands)
-    for rank in living:
-        answer = _try(ranks, rank, LEAVE_S, do="leave")
-        if answer is None or not answer.get("free"):
-            stuck.add(rank)
-    return stuck
+        _drain(ranks, plan, {rank: stand_of(said) for rank, said in frozen.items() if "positions" in said})
+    left = _answers(ranks, {key: {"do": "leave"} for key in living}, LEAVE_S)
+    return {rank for rank in living if not left.get(rank, {}).get("free")}
 
 
-def _drain(ranks: Ranks, plan: Plan, stands: dict[int, Stand]) -> None:
-    cut = tuple(stands[rank].positions if rank in stands else () for rank in range(plan.world_size))
-    for rank in stands:  # so that no lane takes up again what it is released from
-        _try(ranks, rank, FREEZE_S, do="limits", cut=cut)
-    for rank, channels in counterparts(plan, stands).items():
-        _try(ranks, rank, FREEZE_S, do="drain", **channels)
+def _drain(ranks: Ranks, plan: Plan, frozen: dict[int, Stand]) -> None:
+    cut = tuple(frozen[rank].positions if rank in frozen else () for rank in range(plan.world_size))
+    # Limits at positions, so that no lane takes up again what it is released from.
+    held = _answers(ranks, {key: {"do": "limits", "cut": cut, "stopping": True} for key in frozen}, FREEZE_S)
+    posts = counterparts(plan, _still(ranks, list(held)))
+    _answers(ranks, {rank: {"do": "drain", **channels} for rank, channels in posts.items()}, FREEZE_S)
 
 
-def _try(ranks: Ranks, rank: int, timeout: float, **message: Any) -> Message | None:
-    """A rank's answer; None where it refuses or does not answer."""
-    try:
-        return ranks.ask({rank: message}, timeout)[rank]
-    except (TimeoutError, RuntimeError):
-        return None
+def _still(ranks: Ranks, living: Sequence[int]) -> dict[int, Stand]:
+    """Where they stand once transfers between two of them that are under way have ended."""
+    deadline = time.monotonic() + FREEZE_S
+    with ranks.changed:
+        before, found = None, _stands(ranks, living)
+        while found != before and time.monotonic() < deadline:
+            ranks.changed.wait_for(partial(_has_moved, ranks, living, found), STILL_S)
+            before, found = found, _stands(ranks, living)
+    return found
+
+
+def _has_moved(ranks: Ranks, living: Sequence[int], before: dict[int, Stand]) -> bool:
+    return _stands(ranks, living) != before
+
+
+def _stands(ranks: Ranks, living: Sequence[int]) -> dict[int, Stand]:
+    return {rank: stand for rank in living if (stand := ranks.ranks[rank].stand) is not None}
+
+
+def _answers(ranks: Ranks, requests: dict[int, Message], timeout: float) -> dict[int, Message]:
+    """What those ranks say that answer and do not refuse; all are asked together."""
+    begun = ranks.begin(requests)
+    deadline = time.monotonic() + timeout
+    answers = dict[int, Message]()
+    for rank, number in begun.items():
+        with suppress(TimeoutError, RankRefused):
+            answers |= ranks.finish({rank: number}, max(0.0, deadline - time.monotonic()))
+    return answers

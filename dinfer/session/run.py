@@ -10,32 +10,30 @@ from collections.abc import Callable
 from typing import Any
 
 from dinfer.engine.commands import Message
-from dinfer.model.text import texts_of
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Unit
 from dinfer.plan.ops import Kind, PlanError
-from dinfer.session.action import Acting, action, count_of, unit_of
-from dinfer.session.blame import broken, silent_text
+from dinfer.session.action import action, count_of, unit_of
+from dinfer.session.blame import broken, is_certain, silent_text
 from dinfer.session.fleet import RankFailed
-from dinfer.session.generation import Generation
 from dinfer.session.job import Job
 from dinfer.session.ranks import Ranks
 from dinfer.session.remote import RemoteFleet
-from dinfer.session.result import merge
-from dinfer.session.said import Breakpoints, Decoded, Moved, Said, Where
-from dinfer.session.standing import Standing, State, state_of_lanes
+from dinfer.session.said import Breakpoints, Decoded, Moved, Where
+from dinfer.session.sight import Sight
 from dinfer.session.stepper import Move, NoProgress, Stepper
 from dinfer.session.stops import Stops
-from dinfer.session.where import moved_lines, where_text
-from dinfer.trace.trace import Trace
+from dinfer.session.where import moved_lines
 
 INTERRUPT_S = 1.5
 """how long an interrupted call waits for the ranks to stand"""
+GRACE_S = 0.5
+"""how long to listen for the cause of a failure, and for the last word of who is gone"""
 POLL_S = 0.05
 TOKEN = "token"
 
 
-class Run(Acting, Said):
+class Run(Sight):
     """Made by `session.prefill`. `devices` are the ranks'; `prepare` has them make the prompt ready, all lanes at
     limit 0. Nothing moves before the first action."""
 
@@ -47,10 +45,8 @@ class Run(Acting, Said):
         tokenizer: Any | None,
         prepare: Callable[[], None],
     ) -> None:
-        super().__init__()
-        self.job, self.plan, self.config = job, job.plan, job.config
-        self.world_size = job.plan.world_size
-        self._line, self._devices, self._tokenizer, self._prepare = line, devices, tokenizer, prepare
+        super().__init__(job, line, devices, tokenizer)
+        self._prepare = prepare
         self._fleet = RemoteFleet(job.plan, line, self.check)
         self._stops = Stops(lambda armed: self._ask_all("breakpoints", breakpoints=armed))
         self._lock = threading.RLock()
@@ -58,22 +54,9 @@ class Run(Acting, Said):
 
     def _begin(self) -> None:
         self._prepare()
-        self._line.new_notes()
-        self.message = self.failure = ""
-        self.edited: list[str] = []
+        self._look_anew()
+        self._broken_at: float | None = None
         self._stepper = Stepper(self._fleet, self.config.timeout) if self.job.verdict.proved else None
-        self._generation = Generation(self._line, self.check, self._tokenizer)
-        self._events = [state.events for state in self._line.ranks]
-
-    @property
-    def tokens(self) -> list[int]:
-        """New tokens so far, the same on every rank."""
-        return list(self._generation.tokens)
-
-    @property
-    def text(self) -> str:
-        """The text of the new tokens, in whole characters."""
-        return self._generation.text
 
     # -- moving
 
@@ -138,20 +121,6 @@ class Run(Acting, Said):
         self.check()
         return self.where()
 
-    def where(self) -> Where:
-        """Where each rank stands, a line each."""
-        standing = self.standing()
-        lines = where_text(self.plan, standing.stands) if standing.stands else "the ranks have not said yet"
-        notes = [standing.message] * bool(standing.message)
-        notes += [f"{len(self.tokens)} new tokens: {self.text!r}"] * bool(self.tokens)
-        notes += [f"edited by hand: {', '.join(self.edited)}"] * bool(self.edited)
-        return Where(standing.state, "\n".join([lines, *notes]))
-
-    def __str__(self) -> str:
-        plan, chunks = self.plan, len(self.plan.shape.chunks)
-        head = f"{len(self.job.ids)} tokens in {chunks} chunks, {plan.schedule}, {plan.sync_strategy}"
-        return f"run of {head}: {self.where()}"
-
     def restart(self) -> Where:
         """Begin anew, paused at the start, with the same breakpoints; also after `session.recover()`."""
         self.last_call = "run.restart()"
@@ -212,51 +181,18 @@ class Run(Acting, Said):
         more = self.config.max_new_tokens if max_new_tokens is None else count_of(max_new_tokens)
         return self._decode(len(self.tokens) + more, on_text)
 
-    # -- what there is to see
-
-    @property
-    def trace(self) -> Trace:
-        """The events of all ranks so far."""
-        with self._line.changed:
-            return merge(self.job, self._events)
-
-    def standing(self) -> Standing:
-        """The run at this moment; returns at once."""
-        with self._line.changed:
-            states = list(self._line.ranks)
-            stands = tuple(state.stand for state in states)
-            alive = tuple(not state.gone for state in states)
-        whole = tuple(stand for stand in stands if stand) if len(stands) == len(states) else ()
-        return Standing(
-            whole,
-            self._state(),
-            self.failure or self.closed or self.message,
-            len(self.tokens),
-            self.text,
-            tuple(self._devices),
-            alive,
-            self.last_call,
-        )
-
-    def chunk_labels(self) -> list[str]:
-        """The text of each chunk, in whole characters; empty where there is no tokenizer."""
-        return texts_of(self._tokenizer, self.job.ids, self.plan.shape.chunks)
-
-    def sha256(self) -> list[str]:
-        """SHA-256 of the KV that each rank holds of the prompt, once prefill is done."""
-        answers = self._ask_all("sha256", tokens=len(self.job.ids))
-        return [answers[rank]["sha256"] for rank in range(self.world_size)]
-
     # -- for the session
 
     def check(self) -> None:
         """Raises RankFailed if the run cannot go on, or not now."""
         if not self.failure and not self.closed:
-            self.failure = broken(self.plan, self._line.ranks, self._line.exits(), self.config) or ""
+            self._look_for_failure()
         if self.failure:
             raise RankFailed(self.failure)
-        if silent := self._line.silent():
-            raise RankFailed(silent_text(self.plan, silent[0], self._line.ranks[silent[0]]))
+        silent = self._line.silent()
+        self.silence = "\n".join(silent_text(self.plan, r, self._line.ranks[r]) for r in silent)
+        if self.silence:
+            raise RankFailed(self.silence)
 
     def look(self) -> None:
         """Take in what the ranks have noted. Called often, on the session's thread."""
@@ -302,6 +238,13 @@ class Run(Acting, Said):
         end = move.after == self._stepping().cuts.end
         return f"nothing to do: the run stands at the {'end of prefill' if end else 'start'}"
 
+    def _look_for_failure(self) -> None:
+        exits, now = self._line.exits(), time.monotonic()
+        found = broken(self.plan, self._line.ranks, exits, self.config)
+        self._broken_at = (self._broken_at or now) if found else None
+        if self._broken_at and (is_certain(self._line.ranks, exits) or now - self._broken_at > GRACE_S):
+            self.failure = found or ""
+
     def _resume(self) -> None:
         if self._stepper is None:
             self._fleet.set_limits(tuple(tuple(len(lane.ops) for lane in lanes) for lanes in self.plan.lanes))
@@ -320,10 +263,6 @@ class Run(Acting, Said):
                 )
             return self._generation.go(limit, on_text)
 
-    def _ask_all(self, do: str, **fields: Any) -> dict[int, Message]:
-        requests = {rank: {"do": do, **fields} for rank in range(self.world_size)}
-        return self._line.ask(requests, 30.0, self.check)
-
     def _take(self, note: Message) -> None:
         rank = note["rank"]
         if note["note"] == "edited":
@@ -341,10 +280,3 @@ class Run(Acting, Said):
                 "this plan was refuted, so it has no cuts to stop at: resume it, and watch it hang."
             )
         return self._stepper
-
-    def _state(self) -> State:
-        if self.failure or self.closed:
-            return "failed" if self.failure else "closed"
-        if self._generation.under_way:
-            return "decoding"
-        return state_of_lanes(self.plan, [state.stand for state in self._line.ranks if state.stand])

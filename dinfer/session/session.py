@@ -38,6 +38,8 @@ class Session(Said):
         self._run: Run | None = None
         self._config = Config(world_size=self.world_size, log_dir="", prompt_ids=(0,), backend="gloo")
         self._devices = ["cpu"] * self.world_size
+        self._bare = set(range(self.world_size))
+        """ranks without weights: also those whose loading was broken off"""
         self._closing = threading.Event()
         meet(ranks)
         self._thread = threading.Thread(target=self._look, name="dinfer session", daemon=True)
@@ -122,8 +124,9 @@ class Session(Said):
         if self._run:
             self._run.fail("the session has recovered since: run.restart() begins anew")
         anew = recover(self.ranks, plan, self._config.backend, said.append)
-        if self.spec and anew:
-            self._load(anew)
+        self._bare |= set(anew)
+        if self.spec and self._bare:
+            self._load(sorted(self._bare))
         said.append(
             "all ranks have met again; weights stayed where they were" if not anew else "all ranks have met"
         )
@@ -178,6 +181,7 @@ class Session(Said):
             answers = self.ranks.ask({first: requests.pop(first)}, LOAD_S, lambda: self._while_loading(bars))
             self.ranks.share_weights()
             answers |= self.ranks.ask(requests, LOAD_S, lambda: self._while_loading(bars))
+        self._bare -= answers.keys()
         for rank, answer in answers.items():
             self._devices[rank] = answer["device"]
         self._note(
@@ -221,7 +225,7 @@ class Session(Said):
                 self._look_after(self._run)
 
     def _look_after(self, run: Run) -> None:
-        failed = run.failure
+        failed, silence = run.failure, run.silence
         try:
             run.look()
             run.check()
@@ -237,3 +241,5 @@ class Session(Said):
             for rank, state in enumerate(self.ranks.ranks):
                 if error_said := state.reports.get("error"):
                     self._note(f"rank {rank}:\n{error_said['traceback']}")
+        elif run.silence != silence:
+            self._note(run.silence or "all ranks answer again")

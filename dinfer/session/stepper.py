@@ -11,8 +11,7 @@ from dinfer.plan.plan import Place
 from dinfer.session.fleet import Fleet, Stands
 from dinfer.session.where import where_text
 
-ANY: Cut = ()
-"""stands for every cut that ranks may be on their way to"""
+LOOK_S = 0.05
 
 
 class NoProgress(RuntimeError):
@@ -44,7 +43,9 @@ class Stepper:
         self._last = self._cuts.start
         self._lock = threading.RLock()
         self._sent = self._cuts.start
-        self._stop: Cut | None = None
+        self._pausing = threading.Event()
+        self._halted: Cut | None = None
+        """on its way to which cut a rank has met a breakpoint"""
 
     @property
     def cuts(self) -> Cuts:
@@ -90,21 +91,28 @@ class Stepper:
         Raises NoProgress after `timeout` seconds (default: those of this stepper); the ranks stop all the same as soon
         as their ops end.
         """
-        self._stop = ANY
+        self._pausing.set()
         with self._lock:
-            self._stop = None
+            self._pausing.clear()
             return self._stand(timeout)
 
     def pause_on_way_to(self, cut: Cut) -> bool:
         """The same, but only ranks that are still where they were last sent to, this cut; whether they are."""
-        if self._sent == cut:
-            self._stop = cut
-        with self._lock:
-            self._stop = None
-            if self._sent == cut:
-                self._stand()
-                return True
-        return False
+        if self._sent != cut:
+            return False
+        self._halted = cut
+        try:
+            while not self._lock.acquire(timeout=LOOK_S):
+                if self._sent != cut:  # whoever moved them has brought them to a stand, or sent them on
+                    return True
+            try:
+                if self._sent == cut:
+                    self._stand()
+            finally:
+                self._lock.release()
+        finally:
+            self._halted = None
+        return True
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the run has reached its limits. Raises NoProgress after `timeout` seconds."""
@@ -120,17 +128,17 @@ class Stepper:
         The ranks themselves are asked: they may have been moved by others than this stepper.
         """
         stands = self._fleet.freeze()
-        if not any(_started(stands)) and self._is_consistent(_positions(stands)):
-            return _positions(stands)
-        cut, void = self._cuts.stop(_positions(stands), _started(stands))
-        self._send(cut)
-        self._fleet.release(void)
+        cut, void = _positions(stands), list[Place]()
+        if _started(stands) or not self._is_consistent(cut):
+            cut, void = self._cuts.stop(cut, _started(stands))
+            self._send(cut, stopping=True)
+            self._fleet.release(void)
         self._arrive(cut, timeout or self._timeout)
         return cut
 
-    def _send(self, cut: Cut) -> None:
-        self._fleet.set_limits(cut)
-        self._sent = cut
+    def _send(self, cut: Cut, *, stopping: bool = False) -> None:
+        self._sent = cut  # before: a rank may meet a breakpoint while others are still being told
+        self._fleet.set_limits(cut, stopping=stopping)
 
     def _is_consistent(self, cut: Cut) -> bool:
         """Not so where a stop was given up half-way, say by Ctrl-C: a send may be in, its recv not."""
@@ -151,7 +159,7 @@ class Stepper:
             return _standing(stands) and cut in (None, _positions(stands))
 
         def over(stands: Stands) -> bool:
-            return arrived(stands) or (may_stop and self._stop in (ANY, cut))
+            return arrived(stands) or (may_stop and (self._pausing.is_set() or self._halted == cut))
 
         if not self._fleet.wait(over, timeout):
             raise NoProgress(f"the ranks have not arrived within {timeout:g} s:\n{self.where()}")

@@ -38,12 +38,12 @@ class IPython:
         self.profile_dir = folder / "profile_default"
         self._started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, *command: object) -> subprocess.Popen[bytes]:
+    def start(self, *command: object, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
         """Start Python with these arguments; output goes to a file in the folder."""
         with (self.folder / f"output{len(self._started)}.txt").open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, *map(str, command)],
-                stdin=subprocess.DEVNULL,
+                stdin=stdin,
                 stdout=output,
                 stderr=output,
                 cwd=self.folder,

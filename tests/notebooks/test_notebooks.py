@@ -1,4 +1,4 @@
-"""The notebooks, executed on a cluster started with `ipcluster start -n 3`, and what their cells show.
+"""The notebooks, executed as a person would on a cluster started with `ipcluster start -n 3`, and what cells show.
 
 Cells are named by their tags.
 """
@@ -45,7 +45,7 @@ class Page:
 
 def read(path: Path) -> Any:
     """A notebook file, checked against the format."""
-    notebook = nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)  # type: ignore[no-untyped-call]
+    notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
     nbformat.validate(notebook)
     return notebook
 

@@ -41,6 +41,28 @@ def link() -> Iterator[Link]:
 @contextmanager
 def caller(link: Link, **changes: Any) -> Iterator[zmq.Socket[bytes]]:
     """A DEALER that calls as rank 0's watcher does, but for `changes` to what it was given; None: without."""
+    with to_call(link, **changes) as dealer:
+        dealer.connect(link.endpoint)
+        yield dealer
+
+
+@contextmanager
+def refused(link: Link, **changes: Any) -> Iterator[None]:
+    """While somebody who has called so, and been refused, goes on trying."""
+    with to_call(link, **changes) as stranger:
+        # Before the call: one that speaks another language is refused once, and does not try again.
+        monitor = stranger.get_monitor_socket(REFUSED)
+        stranger.connect(link.endpoint)
+        say(stranger, {**STATE, "phase": "decode"})
+        assert monitor.poll(DEADLINE_S * 1000), "the stranger was not refused"
+        assert recv_monitor_message(monitor)["event"] & REFUSED
+        yield
+        stranger.disable_monitor()
+        monitor.close()
+
+
+@contextmanager
+def to_call(link: Link, **changes: Any) -> Iterator[zmq.Socket[bytes]]:
     part = {**link.job_part(0, launcher=1), **changes}
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         dealer.setsockopt(zmq.LINGER, 0)
@@ -49,7 +71,6 @@ def caller(link: Link, **changes: Any) -> Iterator[zmq.Socket[bytes]]:
             dealer.curve_serverkey = part["server_key"].encode()
             dealer.curve_publickey = part["public_key"].encode()
             dealer.curve_secretkey = part["secret_key"].encode()
-        dealer.connect(link.endpoint)
         yield dealer
 
 
@@ -74,20 +95,33 @@ def strangers() -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("changes", strangers(), ids=["no keys", "other keys", "another server's"])
+STRANGERS = pytest.mark.parametrize("changes", strangers(), ids=["no keys", "other keys", "another server's"])
+
+
+@STRANGERS
 def test_who_has_not_the_keys_is_never_heard(link: Link, changes: dict[str, Any]) -> None:
-    with caller(link, **changes) as stranger:
-        monitor = stranger.get_monitor_socket(REFUSED)
-        say(stranger, {**STATE, "phase": "decode"})
-        assert monitor.poll(DEADLINE_S * 1000), "the stranger was not refused"
-        assert recv_monitor_message(monitor)["event"] & REFUSED
-        stranger.disable_monitor()
-        monitor.close()
+    with refused(link, **changes):
         assert link.ranks[0].heard == 0
         with caller(link) as watcher:
             say(watcher, STATE)
             assert heard(link, lambda: link.ranks[0].heard > 0)
     assert link.ranks[0].phase == "prefill"
+
+
+@STRANGERS
+def test_who_has_not_the_keys_cannot_take_a_ranks_name(link: Link, changes: dict[str, Any]) -> None:
+    """A rank that is started again takes over its own name; that is for who has the keys."""
+    with caller(link) as watcher:
+        say(watcher, STATE)
+        assert heard(link, lambda: link.ranks[0].heard > 0)
+        with refused(link, **changes):
+            number = link.send(0, "freeze")
+            assert next_command(watcher)["id"] == number
+        with caller(link) as again:
+            say(again, {**STATE, "phase": "decode"})
+            assert heard(link, lambda: link.ranks[0].phase == "decode")
+            number = link.send(0, "freeze")
+            assert next_command(again)["id"] == number
 
 
 def test_states_texts_and_reports_are_kept(link: Link) -> None:

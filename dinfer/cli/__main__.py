@@ -1,0 +1,5 @@
+"""`python -m dinfer.cli`."""
+
+from dinfer.cli import main
+
+main()

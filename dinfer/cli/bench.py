@@ -1,0 +1,118 @@
+"""`dinfer bench`: what prefill and a session take on this machine."""
+
+import contextlib
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from dinfer.cli.root import BAD_INPUT, FAILED, app, keep_json, stop
+from dinfer.config import Config, ConfigError, whole_numbers
+from dinfer.model.errors import ModelError
+from dinfer.plan.ops import PlanError
+
+
+@app.command()
+def bench(
+    what: Annotated[
+        str,
+        typer.Argument(help="prefill; or session: what stepping, recording and a death take on 3 engines"),
+    ] = "prefill",
+    model: Annotated[
+        str, typer.Option(help="checkpoint folder; default: random weights, hidden 1024 × 8 layers")
+    ] = "",
+    tokens: Annotated[
+        str, typer.Option(help="length of the prompt; several for --compare: 512,2048")
+    ] = "2048",
+    chunk_size: Annotated[str, typer.Option(help="tokens per chunk; several for --compare: 64,128")] = "128",
+    world_size: Annotated[int, typer.Option(help="number of ranks")] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads of each rank")] = 1,
+    repeats: Annotated[int, typer.Option(help="timed rounds, after one to warm up")] = 3,
+    json_path: Annotated[str, typer.Option("--json", help="write the figures to this file")] = "",
+    compare: Annotated[str, typer.Option(help="two sync strategies, pairwise,ring: which to use?")] = "",
+    plot: Annotated[str, typer.Option(help="with --compare: a plot file, .html, .svg or .png")] = "",
+) -> None:
+    """Time pairwise, ring, lockstep, no sync and one process side by side on this machine, or --compare two."""
+    if what == "prefill":
+        _bench_prefill(model, tokens, chunk_size, world_size, threads, repeats, json_path, compare, plot)
+    else:
+        _bench_session(what, repeats, json_path)
+
+
+def _bench_prefill(
+    model: str,
+    tokens: str,
+    chunk_size: str,
+    world_size: int,
+    threads: int,
+    repeats: int,
+    json_path: str,
+    compare: str,
+    plot: str,
+) -> None:
+    from dinfer.model.checkpoint import check
+    from dinfer.session import bench as side_by_side
+    from dinfer.session import compare as compared
+
+    strategies = compare.split(",") if compare else []
+    with contextlib.ExitStack() as stack:
+        try:
+            lengths, chunks = whole_numbers("tokens", tokens), whole_numbers("chunk_size", chunk_size)
+            compared.check_asked(strategies, lengths, chunks, repeats)
+            if plot:
+                _check_plot(plot, bool(strategies))
+            folder = model or str(stack.enter_context(side_by_side.random_checkpoint(side_by_side.Shape())))
+            config = Config.of(
+                {"model_path": folder, "world_size": world_size, "chunk_size": chunks[0], "threads": threads}
+            )
+            vocabulary = check(folder).vocab_size
+            if strategies:
+                result = compared.compare(config, vocabulary, strategies, lengths, chunks, repeats)
+            else:
+                result = side_by_side.bench(config, lengths[0], vocabulary, repeats)
+        except (ConfigError, ModelError, PlanError) as error:
+            stop(error, BAD_INPUT)
+        except RuntimeError as error:
+            stop(error, FAILED)
+    print((compared if strategies else side_by_side).table(result))
+    if json_path:
+        keep_json(result, json_path)
+    if plot:
+        _draw(result, plot)
+
+
+def _check_plot(path: str, compared: bool) -> None:
+    """Raises ConfigError for a file that could not be written once all is measured."""
+    from dinfer.views.bench import PlotError, check_ending
+
+    if not compared:
+        raise ConfigError("plot is for --compare pairwise,ring; without it, --json keeps the figures.")
+    try:
+        check_ending(path)
+    except PlotError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _draw(result: dict[str, Any], path: str) -> None:
+    from dinfer.views.bench import PlotError, figure, write
+
+    try:
+        print(f"plot: {write(figure(result), path)}")
+    except (PlotError, OSError) as error:
+        stop(error, FAILED)
+
+
+def _bench_session(what: str, repeats: int, json_path: str) -> None:
+    """`dinfer bench session`; of the options, --repeats and --json are its own too."""
+    from dinfer.session.bench_session import bench_session, table
+    from dinfer.session.result import write_json
+
+    if what != "session" or repeats < 1:
+        stop(f"`bench {what} --repeats {repeats}`: bench what? prefill or session, at least once.", BAD_INPUT)
+    try:
+        result = bench_session(repeats, lambda text: print(text, file=sys.stderr))
+    except RuntimeError as error:
+        stop(error, FAILED)
+    print(table(result))
+    if json_path:
+        write_json(result, json_path)

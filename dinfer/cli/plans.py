@@ -1,0 +1,97 @@
+"""`dinfer plan` and `dinfer verify`: plans as text or JSON, and their proof."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dinfer.cli.root import BAD_INPUT, app, stop
+from dinfer.config import Config, ConfigError
+from dinfer.plan.ops import PlanError
+from dinfer.plan.partition import partition
+from dinfer.plan.plan import Plan, parse_plan
+from dinfer.plan.schedule import build
+from dinfer.plan.verify import Counterexample, Proof
+from dinfer.plan.verify import verify as verify_plan
+
+
+@app.command()
+def plan(
+    layers: Annotated[int, typer.Option(help="decoder layers of the model")],
+    tokens: Annotated[int, typer.Option(help="length of the prompt")],
+    world_size: Annotated[int, typer.Option(help="number of ranks")] = 3,
+    chunk_size: Annotated[int, typer.Option(help="tokens per chunk")] = 128,
+    sync_strategy: Annotated[str, typer.Option(help="pairwise or ring")] = "pairwise",
+    schedule: Annotated[str, typer.Option(help="pipelined, lockstep or batched")] = "pipelined",
+    layer_split: Annotated[
+        str, typer.Option(help="first layer of every stage but the first, such as 14,28")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Print every rank's lanes, one op a line, and the proof. Status 0: proved; 1: refuted; 2: no such plan."""
+    try:
+        config = Config.of(
+            {
+                "world_size": world_size,
+                "chunk_size": chunk_size,
+                "sync_strategy": sync_strategy,
+                "schedule": schedule,
+                "layer_split": layer_split,
+            }
+        )
+        shape = partition(
+            layers=layers,
+            tokens=tokens,
+            world_size=config.world_size,
+            chunk_size=config.chunk_size,
+            layer_split=config.layer_split or None,
+        )
+    except (ConfigError, PlanError) as error:
+        stop(error, BAD_INPUT)
+    built = build(shape, config.schedule, config.sync_strategy)
+    verdict = verify_plan(built)
+    if as_json:
+        _print_json(built, verdict)
+    else:
+        comment = "\n".join(f"# {line}" for line in str(verdict).splitlines())
+        print(f"{built.text()}{comment}")
+    raise typer.Exit(0 if verdict.proved else 1)
+
+
+@app.command()
+def verify(
+    file: Annotated[
+        str, typer.Argument(help="a plan's text, as `dinfer plan` prints it; - reads standard input")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Prove a plan, or print the shortest counterexample. Status 0: proved; 1: refuted; 2: not a plan."""
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        parsed = parse_plan(text)
+    except OSError as error:
+        stop(f"the plan {file!r} cannot be read: {error.strerror}.", BAD_INPUT)
+    except (UnicodeDecodeError, PlanError) as error:
+        stop(error, BAD_INPUT)
+    verdict = verify_plan(parsed)
+    if as_json:
+        _print_json(parsed, verdict)
+    else:
+        print(verdict)
+    raise typer.Exit(0 if verdict.proved else 1)
+
+
+def _print_json(given: Plan, verdict: Proof | Counterexample) -> None:
+    lanes = [
+        [{"lane": lane.name, "ops": [str(op) for op in lane.ops]} for lane in rank] for rank in given.lanes
+    ]
+    found = {"proved": verdict.proved, "verdict": str(verdict)}
+    if isinstance(verdict, Counterexample):
+        found |= {"flaw": verdict.flaw, "sends": verdict.sends, "steps": list(verdict.steps)}
+        found["places"] = [
+            {"rank": p.rank, "lane": given.lanes[p.rank][p.lane].name, "index": p.index}
+            for p in verdict.places
+        ]
+    print(json.dumps({**found, "id": f"{given.id:016x}", "ranks": lanes}, ensure_ascii=False, indent=1))

@@ -1,0 +1,107 @@
+"""`dinfer run`: every parameter of Config is a flag of the same name."""
+
+import inspect
+import os
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, keep_json, stop
+from dinfer.config import Config, ConfigError, read_toml
+from dinfer.model.errors import ModelError
+from dinfer.plan.ops import PlanError
+from dinfer.session.environment import Launched, launched_as, speaks
+
+SILENCE_S = 5.0
+
+
+def run(**given: Any) -> None:
+    """Generate from a checkpoint on several ranks: started here, or as the rank that torchrun or mpirun names."""
+    values, launched = {name: value for name, value in given.items() if value is not None}, None
+    json_path, trace_path, toml = (values.pop(name, None) for name in ("json", "trace", "config"))
+    try:
+        launched = launched_as(os.environ)
+        config = Config.of(_for_launched({**(read_toml(toml) if toml else {}), **values}, launched))
+        trace_path = trace_path or Path(config.log_dir) / "trace.jsonl"
+        if launched:
+            from dinfer.session.join import join
+
+            result = join(config, launched, trace_path)
+        else:
+            result = _run_here(config, trace_path)
+    except (ConfigError, ModelError, PlanError) as error:
+        _leave_it_to_others(launched)
+        stop(error, BAD_INPUT)
+    except KeyboardInterrupt:
+        stop("interrupted; all ranks were ended.", INTERRUPTED)
+    except BrokenPipeError:
+        sys.stdout = sys.stderr  # or closing it at exit would complain once more
+        stop("standard output was closed, so the run was ended with all its ranks.", FAILED)
+    except (OSError, RuntimeError) as error:  # RankFailed is one
+        _leave_it_to_others(launched)
+        stop(error, FAILED)
+    if json_path and result:
+        keep_json(result, json_path)
+
+
+def _leave_it_to_others(launched: Launched | None) -> None:
+    """A mistake that all ranks share is told by one. This one ends later: a launcher ends all once one has ended."""
+    if not speaks(launched):
+        time.sleep(SILENCE_S)
+        raise typer.Exit(FAILED)
+
+
+def _run_here(config: Config, trace_path: str | Path) -> dict[str, Any]:
+    from dinfer.session.job import prepare
+
+    job = prepare(config)  # before torch is imported: a mistake is told at once
+    from dinfer.session.processes import interrupt_as_error
+    from dinfer.session.runner import run as run_job
+
+    interrupt_as_error()
+    return run_job(job, trace_path)
+
+
+def _for_launched(values: dict[str, Any], launched: Launched | None) -> dict[str, Any]:
+    """Under a launcher the number of ranks is the launcher's. Raises ConfigError where it was asked for otherwise."""
+    if launched is None:
+        return values
+    asked = values.get("world_size", launched.world_size)
+    if str(asked) != str(launched.world_size):
+        raise ConfigError(
+            f"world_size is {asked}, but {launched.launcher} has started {launched.world_size} processes: "
+            "leave world_size out, or start as many."
+        )
+    return {**values, "world_size": launched.world_size}
+
+
+def _run_signature() -> inspect.Signature:
+    """Options for `run`: one for each parameter of Config, as text, since Config converts and judges it itself."""
+    options = [
+        _option("config", "a TOML file with any of these parameters; flags win over it", str, "--config"),
+        _option("json", "write the result to this file as JSON", str, "--json"),
+        _option("trace", "write the trace to this file [default: trace.jsonl in log_dir]", str, "--trace"),
+    ]
+    for item in fields(Config):
+        flag = "--" + item.name.replace("_", "-")
+        flags = [flag, "--model"] if item.name == "model_path" else [flag]
+        if isinstance(item.default, bool):
+            flags = [f"{flag}/--no-{flag[2:]}"]
+        shown = ",".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
+        text = item.metadata["help"] + (f" [default: {shown}]" if shown not in ("", False) else "")
+        options.append(_option(item.name, text, bool if isinstance(item.default, bool) else str, *flags))
+    return inspect.Signature(options)
+
+
+def _option(name: str, text: str, kind: Any, *flags: str) -> inspect.Parameter:
+    annotation: Any = Annotated[kind | None, typer.Option(*flags, help=text, show_default=False)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+run.__signature__ = _run_signature()  # type: ignore[attr-defined]
+run.__annotations__ = {p.name: p.annotation for p in _run_signature().parameters.values()}
+app.command()(run)

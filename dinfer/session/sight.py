@@ -1,0 +1,106 @@
+"""Sight: what there is to see of a run, at any moment and whatever the ranks do. Nothing here moves it."""
+
+from typing import Any
+
+from dinfer.engine.commands import Message
+from dinfer.model.text import texts_of
+from dinfer.session.action import Acting
+from dinfer.session.generation import Generation
+from dinfer.session.job import Job
+from dinfer.session.ranks import Ranks
+from dinfer.session.result import merge
+from dinfer.session.said import Said, Where
+from dinfer.session.standing import Standing, State, state_of_lanes
+from dinfer.session.where import where_text
+from dinfer.trace.events import Event
+from dinfer.trace.trace import Trace
+
+ANSWER_S = 30.0
+
+
+class Sight(Acting, Said):
+    """Of one run. `devices` are the ranks'; a run that begins anew calls `_look_anew`."""
+
+    def __init__(self, job: Job, line: Ranks, devices: list[str], tokenizer: Any | None) -> None:
+        super().__init__()
+        self.job, self.plan, self.config = job, job.plan, job.config
+        self.world_size = job.plan.world_size
+        self.edited: list[str] = []
+        self.silence = ""
+        """which rank does not answer, while that is so"""
+        self._line, self._devices, self._tokenizer = line, devices, tokenizer
+        self._generation = Generation(line, self.check, tokenizer)
+        self._events: list[list[Event]] = []
+
+    def _look_anew(self) -> None:
+        self._line.new_notes()
+        self.message = self.failure = self.silence = ""
+        self.edited = []
+        self._generation = Generation(self._line, self.check, self._tokenizer)
+        self._events = [state.events for state in self._line.ranks]
+
+    @property
+    def tokens(self) -> list[int]:
+        """New tokens so far, the same on every rank."""
+        return list(self._generation.tokens)
+
+    @property
+    def text(self) -> str:
+        """The text of the new tokens, in whole characters."""
+        return self._generation.text
+
+    def where(self) -> Where:
+        """Where each rank stands, a line each."""
+        standing = self.standing()
+        lines = where_text(self.plan, standing.stands) if standing.stands else "the ranks have not said yet"
+        notes = [standing.message] * bool(standing.message)
+        notes += [f"{len(self.tokens)} new tokens: {self.text!r}"] * bool(self.tokens)
+        notes += [f"edited by hand: {', '.join(self.edited)}"] * bool(self.edited)
+        return Where(standing.state, "\n".join([lines, *notes]))
+
+    def __str__(self) -> str:
+        plan, chunks = self.plan, len(self.plan.shape.chunks)
+        head = f"{len(self.job.ids)} tokens in {chunks} chunks, {plan.schedule}, {plan.sync_strategy}"
+        return f"run of {head}: {self.where()}"
+
+    @property
+    def trace(self) -> Trace:
+        """The events of all ranks so far."""
+        with self._line.changed:
+            return merge(self.job, self._events)
+
+    def standing(self) -> Standing:
+        """The run at this moment; returns at once."""
+        with self._line.changed:
+            stands = tuple(state.stand for state in self._line.ranks if state.stand)
+            alive = tuple(not state.gone for state in self._line.ranks)
+        return Standing(
+            stands if len(stands) == self.world_size else (),
+            self._state(),
+            self.failure or self.closed or self.silence or self.message,
+            len(self.tokens),
+            self.text,
+            tuple(self._devices),
+            alive,
+            self.last_call,
+        )
+
+    def chunk_labels(self) -> list[str]:
+        """The text of each chunk, in whole characters; empty where there is no tokenizer."""
+        return texts_of(self._tokenizer, self.job.ids, self.plan.shape.chunks)
+
+    def sha256(self) -> list[str]:
+        """SHA-256 of the KV that each rank holds of the prompt, once prefill is done."""
+        answers = self._ask_all("sha256", tokens=len(self.job.ids))
+        return [answers[rank]["sha256"] for rank in range(self.world_size)]
+
+    def _ask_all(self, do: str, **fields: Any) -> dict[int, Message]:
+        requests = {rank: {"do": do, **fields} for rank in range(self.world_size)}
+        return self._line.ask(requests, ANSWER_S, self.check)
+
+    def _state(self) -> State:
+        if self.failure or self.closed:
+            return "failed" if self.failure else "closed"
+        if self._generation.under_way:
+            return "decoding"
+        return state_of_lanes(self.plan, [state.stand for state in self._line.ranks if state.stand])

@@ -1,0 +1,88 @@
+"""The whole session on engines of every launcher: loaded, stepped, decoded, with equal KV."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dinfer
+from dinfer.session.fleet import RankFailed
+from tests.cluster.ipclusters import LAUNCHER, IPython, ipython
+from tests.cluster.runs import wait_for
+from tests.unit.engine.twin import prompt
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+IDS = list(prompt(22))
+OF_MPI = pytest.mark.skipif(
+    shutil.which("mpiexec") is None or importlib.util.find_spec("mpi4py") is None,
+    reason="needs mpiexec and mpi4py: apt-get install openmpi-bin, pip install 'dinfer[mpi]'",
+)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[IPython]:
+    """An IPYTHONDIR without any cluster, where MPI may do what it refuses to root, and on few cores."""
+    for name in (
+        "OMPI_ALLOW_RUN_AS_ROOT",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM",
+        "OMPI_MCA_rmaps_base_oversubscribe",
+    ):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
+    with ipython(tmp_path) as place:
+        yield place
+
+
+@pytest.mark.parametrize(
+    ("engines", "name"),
+    [
+        (LAUNCHER, "dinfer"),
+        pytest.param("mpi", "mpi", marks=[OF_MPI, pytest.mark.slow]),
+    ],
+    ids=["dinfer", "mpi"],
+)
+def test_a_whole_session(
+    place: IPython, qwen3: Path, engines: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the first three engines of four, which it says."""
+    place.ipcluster(4, f"--engines={engines}")
+    wait_for(lambda: (place.profile_dir / "security/cluster-.json").exists(), "ipcluster has begun")
+    with dinfer.connect(n=3, start=False) as session:
+        said = capsys.readouterr().out
+        assert f"joined profile 'default' ({name} engines): ranks 0–2" in said
+        assert "engine 3 is not used" in said
+        session.load(str(qwen3), threads=1)
+        wanted = session.prefill(IDS, chunk_size=4, max_new_tokens=4, paused=True)
+        tokens, kv = wanted.decode().tokens, wanted.sha256()
+        assert len(tokens) == 4
+        assert len(set(kv)) == 1
+        run = session.prefill(IDS, chunk_size=4, max_new_tokens=4, paused=True)
+        for unit in ("op", "layer", "wave", "chunk"):
+            run.step(unit)
+        run.step_back("wave")
+        run.run_to(2, 3)
+        assert run.decode().tokens == tokens
+        assert run.sha256() == kv
+    assert len(place.members("ipyparallel.engine")) >= 4  # a joined cluster stays
+
+
+@OF_MPI
+@pytest.mark.slow
+def test_a_rank_that_dies_under_mpi_is_named(place: IPython, qwen3: Path) -> None:
+    """mpiexec then ends the other ranks too: there is nothing left to bring anybody back to."""
+    place.ipcluster(2, "--engines=mpi")
+    wait_for(lambda: (place.profile_dir / "security/cluster-.json").exists(), "ipcluster has begun")
+    with dinfer.connect(n=2, start=False) as session:
+        session.load(str(qwen3), threads=1)
+        run = session.prefill(IDS, chunk_size=4, paused=True)
+        run.step()
+        session.ranks.kill(1)
+        wait_for(lambda: run.failure, "it is named", 20)
+        assert "rank 1 is gone" in run.failure
+        with pytest.raises(RankFailed, match="is gone"):
+            run.step()

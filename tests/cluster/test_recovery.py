@@ -1,0 +1,260 @@
+"""Ranks that are killed or stopped at any op: named to the op, brought back, and the run comes out as if nothing had
+been."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import pytest
+
+import dinfer
+from dinfer.plan.ops import Op
+from dinfer.session.fleet import RankFailed
+from dinfer.session.run import Run
+from dinfer.session.session import Session
+from tests.cluster.ipclusters import ipython
+from tests.cluster.runs import wait_for
+from tests.cluster.strikes import Signal, Strike
+from tests.unit.engine.twin import prompt
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+IDS = tuple(prompt(22))
+TOKENS = 6
+NAMED_S = 20.0
+"""a bound for tests on a machine that does much else; `dinfer bench session` measures"""
+MOMENTS = ("free run", "step", "decode", "paused")
+SEEDS = range(30)
+Attack = Callable[[Run, Strike, Random], str]
+"""breaks the run's rank; what the message about it must say of its place"""
+
+
+@dataclass
+class Broken:
+    """One trial: what was struck, and what had to be said of it."""
+
+    run: Run
+    rank: int
+    signal: Signal
+    place: str
+    named_s: float
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Iterator[Session]:
+    """A session on `ipcluster start -n 3`, with a checkpoint; every test leaves it able to run."""
+    with ipython(tmp_path_factory.mktemp("recovery")) as place:
+        place.ipcluster(3)
+        wait_for(lambda: (place.profile_dir / "security/cluster-.json").exists(), "ipcluster has begun")
+        with dinfer.connect(n=3, start=False) as session:
+            yield session.load(str(checkpoints["qwen3"]), threads=1)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an uninterrupted run gives."""
+
+    tokens: list[int]
+    sha256: list[str]
+
+
+@pytest.fixture(scope="module")
+def wanted(session: Session) -> Wanted:
+    return outcome(begin(session))
+
+
+def begin(session: Session) -> Run:
+    return session.prefill(IDS, paused=True, chunk_size=4, max_new_tokens=TOKENS)
+
+
+def outcome(run: Run) -> Wanted:
+    run.decode()
+    return Wanted(run.tokens, run.sha256())
+
+
+# -- how a rank is broken
+
+
+def in_a_free_run(run: Run, strike: Strike, random: Random) -> str:
+    op = any_op(run, strike.rank, random)
+    strike.in_op(op)
+    run.resume()
+    return f"in `{op}`"
+
+
+def step_on(run: Run, unit: str) -> None:
+    """Until something stops it."""
+    for _ in range(10_000):
+        run.step(unit)
+
+
+def in_a_step(run: Run, strike: Strike, random: Random) -> str:
+    op = any_op(run, strike.rank, random)
+    strike.in_op(op)
+    unit = random.choice(["op", "layer", "wave", "chunk"])
+    with pytest.raises(RankFailed):
+        step_on(run, unit)
+    return f"in `{op}`"
+
+
+def in_decode(run: Run, strike: Strike, random: Random) -> str:
+    token = random.randrange(1, TOKENS)
+    strike.before_token(token)
+    with pytest.raises(RankFailed):
+        run.decode()
+    return f"decode, token {token}"
+
+
+def while_paused(run: Run, strike: Strike, random: Random) -> str:
+    cut = random.randrange(1, 20)
+    run.step("layer", cut)
+    mine = f"rank {strike.rank}: "
+    place = next(line for line in str(run.where()).splitlines() if line.startswith(mine))
+    strike.from_outside()
+    return place.removeprefix(mine)
+
+
+ATTACKS: dict[str, Attack] = {
+    "free run": in_a_free_run,
+    "step": in_a_step,
+    "decode": in_decode,
+    "paused": while_paused,
+}
+
+
+def any_op(run: Run, rank: int, random: Random) -> Op:
+    return random.choice([op for lane in run.plan.lanes[rank] for op in lane.ops])
+
+
+# -- one trial
+
+
+def broken(session: Session, tmp_path: Path, seed: int, what: Signal | None = None) -> Broken:
+    """Break one rank of a new run; returns once it has been named."""
+    random = Random(seed)
+    rank, moment = seed % 3, MOMENTS[seed // 3 % 4]
+    signals: list[Signal] = ["SIGKILL", "SIGSTOP"]
+    kind: Signal = what if what is not None else random.choice(signals)
+    run = begin(session)
+    strike = Strike(session, rank, kind, tmp_path / "struck")
+    place = ATTACKS[moment](run, strike, random)
+    wait_for(strike.has_struck, f"rank {rank} is struck: {place}", 60)
+    wait_for(lambda: run.failure or run.silence, f"somebody is named: {run.where()}", NAMED_S)
+    named_s = strike.seconds_ago()
+    print(f"\nseed {seed}: rank {rank}, {kind}, {moment}: named {named_s:.2f} s after it")
+    return Broken(run, rank, kind, place, named_s)
+
+
+def check_named(trial: Broken) -> None:
+    """Who, how and where, and nobody else; the user hears it from whatever they do next."""
+    how = "is gone" if trial.signal == "SIGKILL" else "does not answer: its process is stopped"
+    said = trial.run.failure or trial.run.silence
+    first = said.splitlines()[0]
+    assert re.match(rf"rank {trial.rank} {re.escape(how)}", said), said
+    assert trial.place in first, (trial.place, said)
+    with pytest.raises(RankFailed, match=rf"^rank {trial.rank} "):
+        trial.run.step()
+    assert trial.run.standing().message.startswith(f"rank {trial.rank} ")
+
+
+def check_recovered(
+    session: Session, run: Run, ranks: set[int], wanted: Wanted, bare: tuple[int, ...] = ()
+) -> None:
+    """Those ranks come back under their ids; the others keep process and, but for `bare` ones, weights; the run
+    begins anew."""
+    cluster = session.ranks.cluster  # type: ignore[attr-defined]  # its ranks are engines
+    before = {rank: facts.pid for rank, facts in enumerate(cluster.facts)}
+    ids = list(cluster.engine_ids)
+    living = sorted(set(range(3)) - ranks)
+    weights = {rank: weights_of(session, rank) for rank in living if rank not in bare}
+    began = time.monotonic()
+    said = session.recover()
+    print(f"recovered in {time.monotonic() - began:.1f} s: {said}")
+    assert set(map(int, re.findall(r"rank (\d) is started again", said))) == ranks, said
+    assert cluster.engine_ids == ids
+    after = {rank: facts.pid for rank, facts in enumerate(cluster.facts)}
+    assert {rank for rank in range(3) if after[rank] != before[rank]} == ranks
+    assert {rank: weights_of(session, rank) for rank in weights} == weights
+    run.restart()
+    assert outcome(run) == wanted
+
+
+def weights_of(session: Session, rank: int) -> int:
+    """Which object holds them on that rank."""
+    cluster = session.ranks.cluster  # type: ignore[attr-defined]  # its ranks are engines
+    found: list[int] = cluster.call(rank, "builtins:eval", WEIGHTS, timeout=60)
+    return found[0]
+
+
+WEIGHTS = "id(__import__('dinfer.engine.kernel').engine.kernel._current.host.decoder)"
+
+
+def trial(session: Session, wanted: Wanted, tmp_path: Path, seed: int) -> None:
+    found = broken(session, tmp_path, seed)
+    check_named(found)
+    check_recovered(session, found.run, {found.rank}, wanted)
+
+
+@pytest.mark.parametrize("seed", [0, 4, 8])
+def test_a_broken_rank_is_named_and_brought_back(
+    session: Session, wanted: Wanted, tmp_path: Path, seed: int
+) -> None:
+    trial(session, wanted, tmp_path, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_any_rank_may_break_at_any_op(session: Session, wanted: Wanted, tmp_path: Path, seed: int) -> None:
+    trial(session, wanted, tmp_path, seed)
+
+
+def test_two_at_once_of_which_one_is_rank_0(session: Session, wanted: Wanted) -> None:
+    run = begin(session)
+    run.step("layer", 5)
+    for rank in (0, 2):
+        os.kill(pid_of(session, rank), signal.SIGKILL)
+    wait_for(lambda: run.failure, "they are named", NAMED_S)
+    assert re.match(r"rank [02] is gone", run.failure)
+    check_recovered(session, run, {0, 2}, wanted)
+
+
+def test_a_rank_that_breaks_while_it_loads_again(
+    session: Session, wanted: Wanted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begin(session)
+    os.kill(pid_of(session, 0), signal.SIGKILL)
+    os.kill(pid_of(session, 1), signal.SIGKILL)
+    wait_for(lambda: run.failure, "they are named", NAMED_S)
+    load = Session._load
+
+    def broken_load(self: Session, ranks: list[int]) -> None:
+        os.kill(pid_of(session, 0), signal.SIGKILL)
+        load(self, ranks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "_load", broken_load)
+        with pytest.raises(RankFailed, match=r"rank 0 is gone: session.recover\(\) brings it back"):
+            session.recover()
+    check_recovered(session, run, {0}, wanted, bare=(1,))
+
+
+def test_a_stopped_rank_that_goes_on_is_not_lost(session: Session, wanted: Wanted) -> None:
+    run = begin(session)
+    run.step("layer", 3)
+    os.kill(pid_of(session, 1), signal.SIGSTOP)
+    wait_for(lambda: run.silence, "it is named", NAMED_S)
+    os.kill(pid_of(session, 1), signal.SIGCONT)
+    wait_for(lambda: not run.standing().message, "it is heard again", NAMED_S)
+    assert outcome(run) == wanted
+
+
+def pid_of(session: Session, rank: int) -> int:
+    pid: int = session.ranks.cluster.facts[rank].pid  # type: ignore[attr-defined]  # its ranks are engines
+    return pid

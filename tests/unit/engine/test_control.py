@@ -1,0 +1,51 @@
+"""A rank's end of the line: what is refused is an answer too, and the line goes on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from dinfer.engine.commands import Command, Message
+from dinfer.engine.control import Control
+from dinfer.session.link import Link
+from dinfer.session.states import RankRefused
+
+ANSWER_S = 60
+
+
+@pytest.fixture
+def link() -> Iterator[Link]:
+    """A session's line to one rank, which is this process."""
+    link = Link(1)
+    control = Control(link.job_part(0, launcher=os.getpid()))
+    control.serve(
+        {
+            "quick": Command(refuse),
+            "slow": Command(refuse, slow=True),
+            "double": Command(double),
+            "double slowly": Command(double, slow=True),
+        }
+    )
+    with link.changed:  # before, there is nobody to whom a command could be sent
+        assert link.changed.wait_for(lambda: link.ranks[0].heard, ANSWER_S)
+    yield link
+    control.close()
+    link.close()
+
+
+def refuse(message: Message) -> Message:
+    raise ValueError(f"not {message['number']}")
+
+
+def double(message: Message) -> Message:
+    return {"number": 2 * message["number"]}
+
+
+@pytest.mark.parametrize(("refused", "next_one"), [("quick", "double"), ("slow", "double slowly")])
+def test_the_line_goes_on_after_a_command_that_was_refused(link: Link, refused: str, next_one: str) -> None:
+    for number in (3, 4):
+        with pytest.raises(RankRefused, match=rf"^rank 0: ValueError: not {number}$"):
+            link.ask({0: {"do": refused, "number": number}}, ANSWER_S)
+        assert link.ask({0: {"do": next_one, "number": number}}, ANSWER_S)[0]["number"] == 2 * number
