@@ -140,7 +140,7 @@ def run(call: Call) -> Any:
 @argument("unit", nargs="?", default="layer", help="op, layer (the default), wave, chunk or token")
 @argument("-n", type=int, default=1, help="how many")
 def step(call: Call) -> Any:
-    """Move on."""
+    """Move on by ops, layers, waves, chunks or tokens."""
     return call.run.step(call.words.unit, call.words.n)
 
 
@@ -148,7 +148,7 @@ def step(call: Call) -> Any:
 @argument("unit", nargs="?", default="layer", help="op, layer (the default), wave, chunk or token")
 @argument("-n", type=int, default=1, help="how many")
 def back(call: Call) -> Any:
-    """Go back."""
+    """Go back by ops, layers, waves, chunks or tokens."""
     return call.run.step_back(call.words.unit, call.words.n)
 
 

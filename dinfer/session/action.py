@@ -12,11 +12,13 @@ from dinfer.plan.ops import PlanError
 class Acting:
     """Something on which actions are done, and those who want to know when it may have changed.
 
-    `closed` and `failure` say why no further action is possible, `message` why the last one stopped.
+    `closed` and `failure` say why no further action is possible, `message` why the last one stopped; `said` are the
+    messages that nobody has put down yet.
     """
 
     def __init__(self) -> None:
         self.last_call = self.message = self.failure = self.closed = ""
+        self.said: list[str] = []
         self._listeners: list[Callable[[], None]] = []
 
     def check(self) -> None:
@@ -34,6 +36,11 @@ class Acting:
             raise RuntimeError(f"this run is over: {self.closed}")
         self.check()
         self.message = ""
+
+    def say(self, message: str) -> None:
+        """Why the last action stopped, also for the log."""
+        self.message = message
+        self.said.append(message)
 
     def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Have `callback()` called, on any thread, whenever something may have changed; what is returned ends that."""

@@ -202,8 +202,8 @@ class Run(Sight):
             self._take(note)
         if not self._generation.under_way:
             self._generation.hear()
-        if self._state() in ("paused", "done"):
-            self.message = self._stops.arrived() or self.message
+        if self._state() in ("paused", "done") and (met := self._stops.arrived()):
+            self.say(met)
         self.tell()
 
     def interrupted(self) -> None:
@@ -212,9 +212,9 @@ class Run(Sight):
         try:
             if self._stepper and not self._generation.under_way:
                 self._stepper.pause(INTERRUPT_S)
-            self.message = "interrupted: the run is paused"
+            self.say("interrupted: the run is paused")
         except (NoProgress, RankFailed, TimeoutError) as error:
-            self.message = f"interrupted; the ranks stop as soon as their ops end: {error}"
+            self.say(f"interrupted; the ranks stop as soon as their ops end: {error}")
 
     # -- within
 
@@ -269,7 +269,9 @@ class Run(Sight):
             self.edited += [f"{what} on rank {rank}" for what in note["what"]]
         elif note["note"] == "hit" and (said := self._stops.hit(note)):
             self.message, before = said, self.message
-            if not self._stepping().pause_on_way_to(tuple(map(tuple, note["target"]))):
+            if self._stepping().pause_on_way_to(tuple(map(tuple, note["target"]))):
+                self.say(said)
+            else:
                 self.message = before  # the user has sent the ranks elsewhere since
 
     def _stepping(self) -> Stepper:

@@ -225,14 +225,17 @@ class Session(Said):
                 self._look_after(self._run)
 
     def _look_after(self, run: Run) -> None:
-        failed, message, silence = run.failure, run.message, run.silence
+        failed, silence = run.failure, run.silence
         try:
             run.look()
             run.check()
         except RankFailed:
             pass  # it is told by whatever the user does next, and by views
         except (RuntimeError, TimeoutError) as error:
-            run.message = str(error)
+            if str(error) != run.message:
+                run.say(str(error))
+        while run.said:
+            self._note(run.said.pop(0))
         if run.failure and not failed:
             self._note(run.failure)
             for rank, state in enumerate(self.ranks.ranks):
@@ -240,5 +243,3 @@ class Session(Said):
                     self._note(f"rank {rank}:\n{error_said['traceback']}")
         elif run.silence != silence:
             self._note(run.silence or "all ranks answer again")
-        elif run.message and run.message != message:
-            self._note(run.message)
