@@ -113,11 +113,12 @@ class LocalRanks(Ranks):
         """What a board calls when something on it has changed: the state is told at once."""
 
         def moved(board: _Board) -> None:
-            stand = board.stand(max(0, len(self.ranks[rank].lanes) - 1))
-            fields = {**stand_fields(stand), "phase": board.phase, "decoded": board.decoded}
-            with self.changed:
-                self.ranks[rank].heard = time.monotonic()
-                update(self.ranks[rank], {**fields, "process": None, "cpu_s": None})
+            state = self.ranks[rank]
+            with self.changed:  # read inside, so that no older news comes after newer
+                stand = board.stand(max(0, len(state.lanes) - 1))
+                fields = {**stand_fields(stand), "phase": board.phase, "decoded": board.decoded}
+                state.heard = time.monotonic()
+                update(state, {**fields, "process": None, "cpu_s": None})
                 self.changed.notify_all()
 
         return moved

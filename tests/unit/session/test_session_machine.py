@@ -131,7 +131,8 @@ class Using(RuleBasedStateMachine):
         self.run.breakpoints.clear()
         if self.run.tokens:
             self.run.step_back("token", len(self.run.tokens))
-        assert list(self.run.decode(NEW_TOKENS).tokens) == self.wanted.tokens
+        decoded = self.run.decode(NEW_TOKENS)
+        assert list(decoded.tokens) == self.wanted.tokens, f"{decoded}\n{self.run.where()}"
         assert self.run.sha256() == [self.wanted.kv_sha256] * self.run.world_size
 
 
