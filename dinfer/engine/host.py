@@ -177,7 +177,7 @@ class Host:
 
     def _limits(self, message: Message) -> Message:
         cut = tuple(map(tuple, message["cut"]))
-        self._tell_edits(self._engine().prompt.go(cut, stopping=message["stopping"]))
+        self._tell_edits(self._engine().prompt.go(cut, order=message["order"], stopping=message["stopping"]))
         return {}
 
     def _rewind(self, message: Message) -> Message:
@@ -258,4 +258,4 @@ class Host:
         prompt = self._engine().prompt
         if prompt.halt():
             said = {"breakpoint": breakpoint.as_dict(), "op": str(op), "found": found}
-            self.line.report("note", note="hit", target=prompt.target, **said)
+            self.line.report("note", note="hit", order=prompt.order, **said)

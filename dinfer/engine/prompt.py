@@ -37,7 +37,7 @@ class Prompt:
         self.conditions = Conditions(state.rank, state, on_hit or (lambda *_: None))
         self._on_op, self._others = on_op, others
         self.executor = execute(self._after)
-        self._may_halt = True
+        self._may_halt, self.order = True, 0
         self.target: Cut = tuple(tuple(0 for _ in lanes) for lanes in plan.lanes)
         self._begun: tuple[int, ...] | None = None
         """where the step by hand began whose end has not been told yet"""
@@ -46,14 +46,15 @@ class Prompt:
     def cuts(self) -> Cuts:
         return Cuts(self.plan)
 
-    def go(self, cut: Cut, *, stopping: bool = False) -> list[str]:
+    def go(self, cut: Cut, *, order: int | None = None, stopping: bool = False) -> list[str]:
         """Let this rank's lanes go to its part of a cut; what the user has edited since they stood.
 
-        `stopping`: they are to get there whatever breakpoints say.
+        `order`: how the session names this call, by default as the one before; `stopping`: they are to get there whatever breakpoints say.
         """
         edited = self._look()
         with self.executor.gate.change():
             self._may_halt = not stopping
+            self.order = self.order if order is None else order
             self.target, self._begun = cut, None
             self.executor.set_limits(cut[self.rank])
         return edited

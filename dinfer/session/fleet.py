@@ -31,8 +31,9 @@ class Fleet(Protocol):
     def freeze(self) -> Stands:
         """Let no rank start another op; where each stood at its moment."""
 
-    def set_limits(self, limits: Cut, *, stopping: bool = False) -> None:
-        """Let lanes go that far; `stopping`: to come to a stand, so no breakpoint's condition may stop them short."""
+    def set_limits(self, limits: Cut, *, order: int = 0, stopping: bool = False) -> None:
+        """Let lanes go that far. `order` names this call in what ranks say of it; `stopping`: to come to a stand, so no
+        breakpoint's condition may stop them short."""
 
     def release(self, recvs: Sequence[Place]) -> None:
         """Have the peers of these posted recvs release them with a void header."""
@@ -57,7 +58,7 @@ class LocalFleet:
     def freeze(self) -> Stands:
         return [engine.executor.freeze() for engine in self._engines]
 
-    def set_limits(self, limits: Cut, *, stopping: bool = False) -> None:  # noqa: ARG002 - nobody arms conditions
+    def set_limits(self, limits: Cut, *, order: int = 0, stopping: bool = False) -> None:  # noqa: ARG002
         with (
             self._exchange.gate.change()
         ):  # at once, so that a seeded order does not depend on who is told first

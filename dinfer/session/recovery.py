@@ -86,7 +86,9 @@ def _stuck(ranks: Ranks, plan: Plan | None, living: Sequence[int]) -> set[int]:
 def _drain(ranks: Ranks, plan: Plan, frozen: dict[int, Stand]) -> None:
     cut = tuple(frozen[rank].positions if rank in frozen else () for rank in range(plan.world_size))
     # Limits at positions, so that no lane takes up again what it is released from.
-    held = _answers(ranks, {key: {"do": "limits", "cut": cut, "stopping": True} for key in frozen}, FREEZE_S)
+    held = _answers(
+        ranks, {key: {"do": "limits", "cut": cut, "order": 0, "stopping": True} for key in frozen}, FREEZE_S
+    )
     posts = counterparts(plan, _still(ranks, list(held)))
     _answers(ranks, {rank: {"do": "drain", **channels} for rank, channels in posts.items()}, FREEZE_S)
 

@@ -33,8 +33,8 @@ class RemoteFleet:
         answers = self._ask({rank: {"do": "freeze"} for rank in range(self.plan.world_size)})
         return [stand_of(answers[rank]) for rank in sorted(answers)]
 
-    def set_limits(self, limits: Cut, *, stopping: bool = False) -> None:
-        message: Message = {"do": "limits", "cut": limits, "stopping": stopping}
+    def set_limits(self, limits: Cut, *, order: int = 0, stopping: bool = False) -> None:
+        message: Message = {"do": "limits", "cut": limits, "order": order, "stopping": stopping}
         self._ask(dict.fromkeys(range(len(limits)), message))
 
     def release(self, recvs: Sequence[Place]) -> None:

@@ -269,7 +269,7 @@ class Run(Sight):
             self.edited += [f"{what} on rank {rank}" for what in note["what"]]
         elif note["note"] == "hit" and (said := self._stops.hit(note)):
             self.message, before = said, self.message
-            if self._stepping().pause_on_way_to(tuple(map(tuple, note["target"]))):
+            if self._stepping().pause_order(note["order"]):
                 self.say(said)
             else:
                 self.message = before  # the user has sent the ranks elsewhere since

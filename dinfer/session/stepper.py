@@ -42,10 +42,11 @@ class Stepper:
         self._cuts = Cuts(fleet.plan)
         self._last = self._cuts.start
         self._lock = threading.RLock()
-        self._sent = self._cuts.start
+        self._order = 0
+        """counts the orders that were given to the ranks, so that what they say can be told from older news"""
         self._pausing = threading.Event()
-        self._halted: Cut | None = None
-        """on its way to which cut a rank has met a breakpoint"""
+        self._halted = 0
+        """under which order a rank has met a breakpoint"""
 
     @property
     def cuts(self) -> Cuts:
@@ -96,22 +97,19 @@ class Stepper:
             self._pausing.clear()
             return self._stand(timeout)
 
-    def pause_on_way_to(self, cut: Cut) -> bool:
-        """The same, but only ranks that are still where they were last sent to, this cut; whether they are."""
-        if self._sent != cut:
+    def pause_order(self, order: int) -> bool:
+        """The same, but only ranks that still follow that order; whether they do."""
+        if self._order != order:
             return False
-        self._halted = cut
+        self._halted = order
+        while not self._lock.acquire(timeout=LOOK_S):
+            if self._order != order:  # whoever moved them has brought them to a stand, or sent them on
+                return True
         try:
-            while not self._lock.acquire(timeout=LOOK_S):
-                if self._sent != cut:  # whoever moved them has brought them to a stand, or sent them on
-                    return True
-            try:
-                if self._sent == cut:
-                    self._stand()
-            finally:
-                self._lock.release()
+            if self._order == order:
+                self._stand()
         finally:
-            self._halted = None
+            self._lock.release()
         return True
 
     def wait(self, timeout: float | None = None) -> None:
@@ -137,8 +135,8 @@ class Stepper:
         return cut
 
     def _send(self, cut: Cut, *, stopping: bool = False) -> None:
-        self._sent = cut  # before: a rank may meet a breakpoint while others are still being told
-        self._fleet.set_limits(cut, stopping=stopping)
+        self._order += 1  # before: a rank may meet a breakpoint while others are still being told
+        self._fleet.set_limits(cut, order=self._order, stopping=stopping)
 
     def _is_consistent(self, cut: Cut) -> bool:
         """Not so where a stop was given up half-way, say by Ctrl-C: a send may be in, its recv not."""
@@ -159,7 +157,7 @@ class Stepper:
             return _standing(stands) and cut in (None, _positions(stands))
 
         def over(stands: Stands) -> bool:
-            return arrived(stands) or (may_stop and (self._pausing.is_set() or self._halted == cut))
+            return arrived(stands) or (may_stop and (self._pausing.is_set() or self._halted == self._order))
 
         if not self._fleet.wait(over, timeout):
             raise NoProgress(f"the ranks have not arrived within {timeout:g} s:\n{self.where()}")
