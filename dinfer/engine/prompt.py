@@ -49,7 +49,8 @@ class Prompt:
     def go(self, cut: Cut, *, order: int | None = None, stopping: bool = False) -> list[str]:
         """Let this rank's lanes go to its part of a cut; what the user has edited since they stood.
 
-        `order`: how the session names this call, by default as the one before; `stopping`: they are to get there whatever breakpoints say.
+        `order`: how the session names this call, by default as the one before; `stopping`: they are to get there
+        whatever breakpoints say.
         """
         edited = self._look()
         with self.executor.gate.change():
