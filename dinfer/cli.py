@@ -201,8 +201,7 @@ def verify(
 @app.command()
 def bench(
     what: Annotated[
-        str,
-        typer.Argument(help="prefill; or session: what stepping, recording and a death take on 3 engines"),
+        str, typer.Argument(help="prefill; or session: what stepping, recording and a death take on 3 engines")
     ] = "prefill",
     model: Annotated[
         str, typer.Option(help="checkpoint folder; default: random weights, hidden 1024 × 8 layers")
@@ -244,9 +243,7 @@ def _bench_session(what: str, repeats: int, json_path: str) -> None:
     from dinfer.session.result import write_json
 
     if what != "session" or repeats < 1:
-        _stop(
-            f"`bench {what} --repeats {repeats}`: bench what? prefill or session, at least once.", BAD_INPUT
-        )
+        _stop(f"`bench {what} --repeats {repeats}`: bench what? prefill or session, at least once.", BAD_INPUT)
     try:
         result = bench_session(repeats, lambda text: print(text, file=sys.stderr))
     except RuntimeError as error:

@@ -166,7 +166,9 @@ def _recording(
 def _prefill(session: Session, ranks: EngineRanks, *, recording: bool) -> dict[str, float]:
     """The slowest rank's seconds, and the CPU seconds of all."""
     session.prefill(**LARGE, paused=True)
-    said = ranks.cluster.call(None, "dinfer.engine.bench_session:timed_prefill", recording, timeout=CALL_S)
+    said = ranks.cluster.call(
+        None, "dinfer.engine.bench_session:timed_prefill", recording, timeout=CALL_S
+    )
     return {
         "seconds": max(one["seconds"] for one in said),
         "cpu_s": sum(one["cpu_s"] for one in said),
@@ -174,7 +176,9 @@ def _prefill(session: Session, ranks: EngineRanks, *, recording: bool) -> dict[s
     }
 
 
-def _deaths(session: Session, ranks: EngineRanks, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
+def _deaths(
+    session: Session, ranks: EngineRanks, repeats: int, say: Callable[[str], None]
+) -> dict[str, Any]:
     """A rank of a free run is killed, named, brought back."""
     named, recovered = [], []
     for number in range(repeats):
