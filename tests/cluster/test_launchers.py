@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import dinfer
+from dinfer.session.clusters.errors import ClusterError
 from dinfer.session.fleet import RankFailed
 from tests.cluster.ipclusters import LAUNCHER, IPython, ipython
 from tests.cluster.runs import wait_for
@@ -69,6 +70,20 @@ def test_a_whole_session(
         assert run.decode().tokens == tokens
         assert run.sha256() == kv
     assert len(place.members("ipyparallel.engine")) >= 4  # a joined cluster stays
+
+
+@pytest.mark.slow
+def test_when_all_are_killed_ipcluster_ends_and_that_is_said(place: IPython, qwen3: Path) -> None:
+    place.ipcluster(2)
+    wait_for(lambda: (place.profile_dir / "security/cluster-.json").exists(), "ipcluster has begun")
+    with dinfer.connect(n=2, start=False) as session:
+        run = session.load(str(qwen3), threads=1).prefill(IDS, chunk_size=4, paused=True)
+        for rank in (0, 1):
+            session.ranks.kill(rank)
+        wait_for(lambda: run.failure, "they are named", 20)
+        wait_for(lambda: not place.members("ipyparallel.controller"), "the controller ends", 60)
+        with pytest.raises(ClusterError, match="is gone: start the cluster again"):
+            session.recover()
 
 
 @OF_MPI

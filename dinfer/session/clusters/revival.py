@@ -22,7 +22,11 @@ _OF_MPI = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_", "HYDRA_", "HYDI_")
 def revive(cluster: Known, client: Any, facts: EngineFacts, controller: Identity, timeout: float) -> None:
     """Returns once the new engine has registered. It ends by itself when `controller` is gone. Raises ClusterError."""
     engine_id = facts.engine_id
-    if not wait_until(lambda: engine_id not in client.ids, timeout):
+    # A stock ipcluster ends its controller once all engines are gone, and then nobody says that they are.
+    wait_until(lambda: engine_id not in client.ids or controller.state() == "gone", timeout)
+    if controller.state() == "gone":
+        raise ClusterError(f"the controller of {cluster.name} is gone: start the cluster again.")
+    if engine_id in client.ids:
         raise ClusterError(f"the controller still takes engine {engine_id} for alive after {timeout:g} s.")
     pid = _start(cluster, facts, controller)
     try:
