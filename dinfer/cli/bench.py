@@ -51,8 +51,8 @@ def _bench_prefill(
     plot: str,
 ) -> None:
     from dinfer.model.checkpoint import check
-    from dinfer.session import bench as side_by_side
-    from dinfer.session import compare as compared
+    from dinfer.session.benches import bench as side_by_side
+    from dinfer.session.benches import compare as compared
 
     strategies = compare.split(",") if compare else []
     with contextlib.ExitStack() as stack:
@@ -104,7 +104,7 @@ def _draw(result: dict[str, Any], path: str) -> None:
 
 def _bench_session(what: str, repeats: int, json_path: str) -> None:
     """`dinfer bench session`; of the options, --repeats and --json are its own too."""
-    from dinfer.session.bench_session import bench_session, table
+    from dinfer.session.benches.bench_session import bench_session, table
     from dinfer.session.result import write_json
 
     if what != "session" or repeats < 1:

@@ -14,7 +14,7 @@ from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, keep_json, stop
 from dinfer.config import Config, ConfigError, read_toml
 from dinfer.model.errors import ModelError
 from dinfer.plan.ops import PlanError
-from dinfer.session.environment import Launched, launched_as, speaks
+from dinfer.session.launching.environment import Launched, launched_as, speaks
 
 SILENCE_S = 5.0
 
@@ -28,7 +28,7 @@ def run(**given: Any) -> None:
         config = Config.of(_for_launched({**(read_toml(toml) if toml else {}), **values}, launched))
         trace_path = trace_path or Path(config.log_dir) / "trace.jsonl"
         if launched:
-            from dinfer.session.join import join
+            from dinfer.session.launching.join import join
 
             result = join(config, launched, trace_path)
         else:
@@ -59,8 +59,8 @@ def _run_here(config: Config, trace_path: str | Path) -> dict[str, Any]:
     from dinfer.session.job import prepare
 
     job = prepare(config)  # before torch is imported: a mistake is told at once
-    from dinfer.session.processes import interrupt_as_error
-    from dinfer.session.runner import run as run_job
+    from dinfer.session.launching.processes import interrupt_as_error
+    from dinfer.session.launching.runner import run as run_job
 
     interrupt_as_error()
     return run_job(job, trace_path)

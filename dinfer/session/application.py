@@ -17,9 +17,9 @@ from dinfer.engine.engine import Engine
 from dinfer.engine.rank import device_of, warm_up
 from dinfer.model.decoder import Decoder
 from dinfer.session.backend import settle_backend
-from dinfer.session.environment import launched_as
 from dinfer.session.job import threads_per_rank
-from dinfer.session.meeting import meet
+from dinfer.session.launching.environment import launched_as
+from dinfer.session.launching.meeting import meet
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 from dinfer.config import Config
 from dinfer.engine.board import Stand
 from dinfer.session.job import prepare
-from dinfer.session.processes import Processes
+from dinfer.session.launching.processes import Processes
 from dinfer.session.remote import RemoteFleet
 from dinfer.session.stepper import Stepper
 from tests.cluster.runs import wait_for

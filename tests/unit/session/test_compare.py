@@ -8,8 +8,8 @@ import pytest
 
 from dinfer.config import Config, ConfigError
 from dinfer.engine.bench import Timed
-from dinfer.session import compare as room
-from dinfer.session.compare import check_compared, compare, table
+from dinfer.session.benches import compare as room
+from dinfer.session.benches.compare import check_compared, compare, table
 
 NAMES = ["pairwise", "ring"]
 

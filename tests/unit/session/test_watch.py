@@ -15,9 +15,9 @@ from dinfer.plan.schedule import build
 from dinfer.session.blame import silence_limit
 from dinfer.session.fleet import RankFailed
 from dinfer.session.job import Job
+from dinfer.session.launching.watch import Watch
 from dinfer.session.link import Link
 from dinfer.session.states import RankState
-from dinfer.session.watch import Watch
 
 PLAN = build(partition(layers=6, tokens=8, world_size=3, chunk_size=4), "lockstep", "pairwise")
 JOB = cast(Job, SimpleNamespace(plan=PLAN, config=Config(world_size=3, timeout=8, log_dir="logs")))

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any, get_args
 
 from dinfer.config import Config, ConfigError, SyncStrategy
-from dinfer.session.bench import on_ranks
+from dinfer.session.benches.bench import on_ranks
 
 DEFAULT = "pairwise"
 

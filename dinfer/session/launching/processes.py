@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Self
 
 from dinfer.session.job import Job
+from dinfer.session.launching.watch import Watch
 from dinfer.session.link import Link
-from dinfer.session.watch import Watch
 
 EXIT_S = 1.0
 """how long a process may take to end once it has closed its connections"""

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dinfer.session.job import Job
-from dinfer.session.processes import Processes
-from dinfer.session.progress import progress_line
+from dinfer.session.launching.processes import Processes
+from dinfer.session.launching.progress import progress_line
 from dinfer.session.result import merge, result_of, table
 from dinfer.session.states import RankState
 from dinfer.trace.export import write_jsonl

@@ -1,7 +1,7 @@
 """Waiting: machines that env/launch starts wait here until all have come, and say who is missing. No torch.
 
-`python -m dinfer.session.waiting NODES RANK ADDRESS PORT SECONDS`. Machine 0 listens at the port at which torchrun
-will; the others connect and name themselves. Once all are there it lets them go and frees the port.
+`python -m dinfer.session.launching.waiting NODES RANK ADDRESS PORT SECONDS`. Machine 0 listens at the port at which
+torchrun will; the others connect and name themselves. Once all are there it lets them go and frees the port.
 """
 
 import select

@@ -15,7 +15,7 @@ from dinfer.config import Config, ConfigError
 from dinfer.engine.comm import Store, join_store, open_store
 from dinfer.engine.commands import Message
 from dinfer.engine.interface import own_address_towards
-from dinfer.session.environment import MPIRUN, Launched, meeting_of
+from dinfer.session.launching.environment import MPIRUN, Launched, meeting_of
 
 POLL_S = 0.1
 PATIENCE_S = 5.0

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from dinfer.session.bench import Shape, random_checkpoint
+from dinfer.session.benches.bench import Shape, random_checkpoint
 from dinfer.session.clusters.attach import attach
 from dinfer.session.engines import EngineRanks
 from dinfer.session.run import Run
