@@ -1,0 +1,91 @@
+"""Seeded walks of a restless user through a session on a real cluster: whatever they do, the run comes out the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+
+import dinfer
+from dinfer.plan.cut import UNITS
+from dinfer.session.run import Run
+from dinfer.session.session import Session
+from tests.cluster.expected import expected
+from tests.cluster.ipclusters import ipython
+from tests.cluster.runs import wait_for
+from tests.unit.engine.twin import prompt
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+IDS = tuple(prompt(22))
+CHUNK, NEW, LAYERS = 4, 6, 7
+WHENS = (None, "absmax > 0.001", "nan", "slower than 0 ms", "digest differs")
+DEADLINE_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Iterator[Session]:
+    """On `ipcluster start -n 3`, with a checkpoint loaded."""
+    with ipython(tmp_path_factory.mktemp("walk")) as place:
+        place.ipcluster(3)
+        wait_for(lambda: (place.profile_dir / "security/cluster-.json").exists(), "ipcluster has begun")
+        with dinfer.connect(n=3, start=False) as session:
+            yield session.load(str(checkpoints["qwen3"]), threads=1)
+
+
+def act(run: Run, random: Random) -> str:
+    """One thing that a user may do; its name."""
+    name = random.choice(
+        ["step", "back", "to", "break", "clear", "wait", "pause", "decode", "token back", "restart"]
+    )
+    match name:
+        case "step":
+            run.step(random.choice(UNITS), random.randint(1, 3))
+        case "back":
+            run.step_back(random.choice(UNITS), random.randint(1, 3))
+        case "to":
+            run.run_to(random.randrange(len(run.plan.shape.chunks)), random.randrange(LAYERS))
+        case "break":
+            run.break_at(layer=random.choice([None, 2, 5]), when=random.choice(WHENS))
+        case "clear":
+            run.breakpoints.clear()
+        case "wait":
+            run.resume()
+            run.wait(DEADLINE_S)
+        case "pause":
+            run.resume()
+            run.pause()
+        case "decode":
+            run.decode(random.randint(1, 2))
+        case "token back":
+            run.step_back("token", random.randint(1, 3))
+        case "restart":
+            run.restart()
+    return name
+
+
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 12))]
+)
+def test_a_walk_ends_as_an_uninterrupted_run(
+    session: Session, checkpoints: dict[str, Path], seed: int
+) -> None:
+    random = Random(seed)
+    strategy, schedule = random.choice(["pairwise", "ring"]), random.choice(["pipelined", "lockstep"])
+    run = session.prefill(
+        IDS, paused=True, chunk_size=CHUNK, sync_strategy=strategy, schedule=schedule, max_new_tokens=NEW
+    )
+    wanted = expected(checkpoints["qwen3"], IDS, CHUNK, NEW)
+    for _ in range(40):
+        name = act(run, random)
+        assert run.standing().state in ("paused", "done"), name
+        tokens = run.tokens[:NEW]
+        assert tokens == wanted.tokens[: len(tokens)]
+    run.breakpoints.clear()
+    if run.tokens:
+        run.step_back("token", len(run.tokens))
+    assert list(run.decode(NEW).tokens) == wanted.tokens
+    assert run.sha256() == [wanted.kv_sha256] * 3
+    assert run.edited == []
