@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+import dinfer
+from dinfer.session.session import Session
 from tests.cluster.runs import MARK, is_alive, wait_for
 
 LAUNCHER = "dinfer.session.clusters.launcher.DinferEngineSetLauncher"
@@ -101,6 +103,13 @@ def stock_cluster(folder: Path, n: int = 3) -> Iterator[IPython]:
         begun = place.profile_dir / "security" / "cluster-.json"
         wait_for(lambda: begun.exists() or process.poll() is not None, "ipcluster has begun")
         yield place
+
+
+@contextmanager
+def stock_session(folder: Path, model: Path) -> Iterator[Session]:
+    """A session on such a cluster, with a checkpoint loaded."""
+    with stock_cluster(folder), dinfer.connect(n=3, start=False) as session:
+        yield session.load(str(model), threads=1)
 
 
 def ended(pids: Sequence[int]) -> bool:

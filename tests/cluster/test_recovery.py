@@ -14,12 +14,11 @@ from random import Random
 
 import pytest
 
-import dinfer
 from dinfer.plan.ops import Op
 from dinfer.session.fleet import RankFailed
 from dinfer.session.run import Run
 from dinfer.session.session import Session
-from tests.cluster.ipclusters import ipython
+from tests.cluster.ipclusters import stock_session
 from tests.cluster.runs import wait_for
 from tests.cluster.strikes import Signal, Strike
 from tests.unit.engine.twin import prompt
@@ -50,11 +49,8 @@ class Broken:
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Iterator[Session]:
     """A session on `ipcluster start -n 3`, with a checkpoint; every test leaves it able to run."""
-    with ipython(tmp_path_factory.mktemp("recovery")) as place:
-        place.ipcluster(3)
-        wait_for(lambda: (place.profile_dir / "security/cluster-.json").exists(), "ipcluster has begun")
-        with dinfer.connect(n=3, start=False) as session:
-            yield session.load(str(checkpoints["qwen3"]), threads=1)
+    with stock_session(tmp_path_factory.mktemp("recovery"), checkpoints["qwen3"]) as made:
+        yield made
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,11 @@ from random import Random
 
 import pytest
 
-import dinfer
 from dinfer.plan.cut import UNITS
 from dinfer.session.run import Run
 from dinfer.session.session import Session
 from tests.cluster.expected import expected
-from tests.cluster.ipclusters import ipython
-from tests.cluster.runs import wait_for
+from tests.cluster.ipclusters import stock_session
 from tests.unit.engine.twin import prompt
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -28,11 +26,8 @@ DEADLINE_S = 60.0
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Iterator[Session]:
     """On `ipcluster start -n 3`, with a checkpoint loaded."""
-    with ipython(tmp_path_factory.mktemp("walk")) as place:
-        place.ipcluster(3)
-        wait_for(lambda: (place.profile_dir / "security/cluster-.json").exists(), "ipcluster has begun")
-        with dinfer.connect(n=3, start=False) as session:
-            yield session.load(str(checkpoints["qwen3"]), threads=1)
+    with stock_session(tmp_path_factory.mktemp("walk"), checkpoints["qwen3"]) as made:
+        yield made
 
 
 def act(run: Run, random: Random) -> str:
