@@ -96,19 +96,20 @@ def ipython(folder: Path) -> Iterator[IPython]:
 
 
 @contextmanager
-def stock_cluster(folder: Path, n: int = 3) -> Iterator[IPython]:
+def stock_cluster(folder: Path, n: int = 3, *flags: str) -> Iterator[IPython]:
     """The same with `ipcluster start -n N`, as it comes, which has got as far as its controller."""
     with ipython(folder) as place:
-        process = place.ipcluster(n)
+        process = place.ipcluster(n, *flags)
         begun = place.profile_dir / "security" / "cluster-.json"
-        wait_for(lambda: begun.exists() or process.poll() is not None, "ipcluster has begun")
+        wait_for(lambda: begun.exists() or process.poll(), "ipcluster has begun")
         yield place
 
 
 @contextmanager
 def stock_session(folder: Path, model: Path) -> Iterator[Session]:
-    """A session on such a cluster, with a checkpoint loaded."""
-    with stock_cluster(folder), dinfer.connect(n=3, start=False) as session:
+    """A session on such a cluster, with a checkpoint loaded. In the background: in the foreground `ipcluster` watches the
+    engines that it has started, and ends all once the last of them is gone, whoever has taken their places."""
+    with stock_cluster(folder, 3, "--daemonize"), dinfer.connect(n=3, start=False) as session:
         yield session.load(str(model), threads=1)
 
 
