@@ -107,8 +107,11 @@ def stock_cluster(folder: Path, n: int = 3, *flags: str) -> Iterator[IPython]:
 
 @contextmanager
 def stock_session(folder: Path, model: Path) -> Iterator[Session]:
-    """A session on such a cluster, with a checkpoint loaded. In the background: in the foreground `ipcluster` watches the
-    engines that it has started, and ends all once the last of them is gone, whoever has taken their places."""
+    """A session on such a cluster, with a checkpoint loaded.
+
+    In the background: in the foreground `ipcluster` watches the engines that it has started, and ends all once the last
+    of them is gone, whoever has taken their places.
+    """
     with stock_cluster(folder, 3, "--daemonize"), dinfer.connect(n=3, start=False) as session:
         yield session.load(str(model), threads=1)
 
