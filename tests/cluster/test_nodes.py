@@ -83,6 +83,7 @@ def test_a_host_that_is_cut_off_is_named(nodes: Nodes, tmp_path: Path, rank: int
     fault = Fault(BLOCK, rank=1)
     first, *_ = [nodes.launch(n, fault, timeout=TIMEOUT_S) for n in range(3)]
     wait_for((tmp_path / "fault.at").exists, "rank 1 is in a layer")
+    wait_for(lambda: f"rank {rank}  prefill" in first.out, "rank 0 has heard where the rank stands")
     nodes.hosts[rank].cut_off()
     cut = time.monotonic()
     named = re.compile(rf"^dinfer: rank {rank} has not been heard of for .*stood at: \d+ of", re.MULTILINE)
