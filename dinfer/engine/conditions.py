@@ -28,7 +28,6 @@ class Conditions:
     def arm(self, breakpoints: Sequence[Breakpoint]) -> None:
         """Look out for these, and for nothing else."""
         self._armed = tuple(one for one in breakpoints if one.condition)
-        self._state.digests = any(one.condition == "digest" for one in self._armed)
 
     def __call__(self, event: Event, op: Op) -> None:
         for one in self._armed:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from dinfer.engine.comm import Comm
+from dinfer.engine.faults import Faults
+from dinfer.engine.ledger import Ledger
 from dinfer.engine.ordering import Ordering
-from dinfer.engine.probes import digests
+from dinfer.engine.probes import as_numbers
 from dinfer.engine.transfer import VOID, Header, TransferError, check
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
@@ -47,7 +49,7 @@ class Prefill:
         self.ids = list(ids)
         self.hidden: dict[tuple[int, int], Tensor] = {}
         self.final: Tensor | None = None
-        self.digests = False  # whether blocks are sent with digests, which are checked on arrival
+        self.ledger, self.faults = Ledger(), Faults()
         self.differing: dict[tuple[int, int], str] = {}
         self.ordering = Ordering(cache.device)
         own = [op for lane in plan.lanes[rank] for op in lane.ops]
@@ -78,10 +80,12 @@ class Prefill:
         """
         return self._uses[Value("hidden", chunk, layer)] > 0
 
-    def note_difference(self, op: Op, sent: tuple[int, int], arrived: tuple[int, int]) -> None:
-        """Remember a block whose bytes changed on the way from its peer."""
-        changed = [name for name, one, other in zip("KV", sent, arrived, strict=True) if one != other]
-        if changed:
+    def note_arrival(self, op: Op, announced: tuple[int, int], block: Tensor) -> None:
+        """Put down what has arrived, and whether its bytes are those that were announced."""
+        entry = self.ledger.arrived((op.chunk, op.layer), block, announced)
+        if entry is not None and not entry.is_as_made:
+            sent = zip("KV", announced, as_numbers(entry.digests), strict=True)
+            changed = [name for name, one, other in sent if one != other]
             self.differing[op.chunk, op.layer] = (
                 f"{' and '.join(changed)} changed on the way from rank {op.peer}"
             )
@@ -100,6 +104,7 @@ class Prefill:
         self._uses = Counter(need for op in todo for need in op.needs() if need.what == "hidden")
         if FINAL not in made:
             self.final = None
+        self.ledger.keep({(value.chunk, value.layer) for value in made if value.what == "kv"})
         self.hidden = {
             key: tensor for key, tensor in self.hidden.items() if self._keep(Value("hidden", *key), made)
         }
@@ -127,6 +132,10 @@ def embed(state: Prefill, op: Op, _: Comm) -> Outcome:
 def layer(state: Prefill, op: Op, _: Comm) -> Outcome:
     hidden = state.use(op.chunk, op.layer)
     output = state.compute_layer(op.chunk, op.layer, hidden)
+    block = state.block(op.chunk, op.layer)
+    state.faults.computed(op, block)
+    state.ledger.made((op.chunk, op.layer), block)
+    state.faults.in_memory(op, block)
     if state.is_needed(op.chunk, op.layer + 1):
         state.hidden[op.chunk, op.layer + 1] = output
     state.ordering.launched(op.makes())
@@ -141,8 +150,8 @@ def norm(state: Prefill, op: Op, _: Comm) -> Outcome:
 def send(state: Prefill, op: Op, comm: Comm) -> Outcome:
     with state.ordering.reading(op.value):
         payload, header = payload_of(state, op), header_at(state, op)
-        if state.digests and op.what == "kv":
-            header = replace(header, digests=digests(payload))
+        if op.what == "kv":
+            header = replace(header, digests=state.ledger.announce((op.chunk, op.layer)))
         met = comm.send(channel_of(comm.rank, op), header.pack(), payload)
     return Outcome(met, payload.nbytes)
 
@@ -160,8 +169,10 @@ def recv(state: Prefill, op: Op, comm: Comm) -> Outcome:
         raise
     place = _place(state, op)
     comm.recv_payload(channel, place)
-    if state.digests and any(came.digests):
-        state.note_difference(op, came.digests, digests(place))
+    if op.what == "kv":
+        state.faults.on_wire(op, place)
+        state.note_arrival(op, came.digests, place)
+        state.faults.in_memory(op, place)
     _keep(state, op, place)
     return Outcome(met, place.nbytes)
 

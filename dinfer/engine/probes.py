@@ -1,29 +1,62 @@
-"""Probes: a tensor as a few numbers, computed where it lives."""
+"""Probes: a tensor as a few numbers, computed where it lives, without waiting for its device.
+
+A row is what one token and one head of K, or of V, hold: `head_dim` values. Its digest depends on every bit of it and
+on their order, and on nothing else: equal rows have equal digests wherever they lie, so swapped, shifted and repeated
+rows can be told as that. A block's digests, of K and of V, depend on every row and on where in the block it lies.
+"""
 
 import torch
 from torch import Tensor
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_STEP = -7046029254386353131  # 2^64 / golden ratio, as a signed number: odd, so no multiple of it repeats
+_STEP = -7046029254386353131  # 2^64 / golden ratio, as a signed number: multiples of it do not repeat
+_MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
+"""of splitmix64's finaliser (Steele, Lea and Flood 2014), as signed numbers"""
 _MASK = (1 << 64) - 1
+_INTEGERS = ((8, torch.int64), (4, torch.int32), (2, torch.int16))
 
 
-def digest(tensor: Tensor) -> int:
-    """64 bits that depend on every bit of the tensor and on the order of its values; 0 is never returned.
+def row_digests(block: Tensor) -> Tensor:
+    """Of a block [tokens, 2, kv_heads, head_dim]: the digest of each row, int64 [tokens, 2, kv_heads].
 
-    A sum of the values' bits, each times an odd number of its own (a multilinear hash, modulo 2^64): two tensors
-    that differ by chance agree with a probability of at most 2^-48 for 2-byte values. It is no defence against
+    The same on every device. A row is read as 64-bit words; each is added to a number of its place, mixed by
+    splitmix64's finaliser, which maps no two words to one, and the words' sum modulo 2^64 is the digest. So rows that
+    differ in one word never agree, and others agree with a probability of about 2^-64. It is no defence against
     somebody who wants them to agree.
     """
-    bits = tensor.contiguous().view(-1).view(_INTEGERS[tensor.element_size()]).to(torch.int64)
-    weights = torch.arange(1, bits.numel() + 1, device=bits.device, dtype=torch.int64) * _STEP
-    mixed = (bits ^ (bits >> 7)) * (weights | 1)
-    return (int(mixed.sum()) & _MASK) or 1
+    return _mixed_sum(_words(block))
 
 
-def digests(block: Tensor) -> tuple[int, int]:
-    """Those of K and of V of a block, [tokens, 2, kv_heads, head_dim]."""
-    return digest(block[:, 0]), digest(block[:, 1])
+def block_digests(rows: Tensor) -> Tensor:
+    """From a block's row digests [tokens, 2, kv_heads]: those of K and of V, int64 [2]."""
+    return _mixed_sum(rows.transpose(0, 1).reshape(2, -1))
+
+
+def as_numbers(digests: Tensor) -> tuple[int, int]:
+    """A block's digests on the host, as numbers without a sign. Waits for the device."""
+    k, v = digests.tolist()
+    return k & _MASK, v & _MASK
+
+
+def _words(block: Tensor) -> Tensor:
+    """The rows' bytes as the largest integers that they divide into: int64 [tokens, 2, kv_heads, words]."""
+    width = block.shape[-1] * block.element_size()
+    dtype = next(dtype for size, dtype in _INTEGERS if width % size == 0)
+    return block.contiguous().view(dtype).to(torch.int64)
+
+
+def _mixed_sum(words: Tensor) -> Tensor:
+    places = torch.arange(1, words.shape[-1] + 1, device=words.device, dtype=torch.int64) * _STEP
+    mixed = words + places
+    for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
+        mixed ^= _shifted(mixed, shift)
+        mixed *= multiplier
+    mixed ^= _shifted(mixed, 31)
+    return mixed.sum(-1)
+
+
+def _shifted(words: Tensor, bits: int) -> Tensor:
+    """Shifted right, zeros coming in: torch shifts signed numbers only, and copies the sign."""
+    return (words >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def statistics(tensor: Tensor) -> str:

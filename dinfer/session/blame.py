@@ -10,8 +10,8 @@ from typing import Any
 from dinfer.config import Config
 from dinfer.plan.plan import Plan
 from dinfer.session.advice import advice
+from dinfer.session.runs.where import rank_text
 from dinfer.session.states import RankState
-from dinfer.session.where import rank_text
 
 LOST = 256
 """Stands for the exit status of a process of which only the end is known."""

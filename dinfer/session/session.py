@@ -12,14 +12,14 @@ from dinfer.engine.commands import Message
 from dinfer.model.checkpoint import Spec
 from dinfer.model.text import load_tokenizer
 from dinfer.plan.plan import Plan, parse_plan
-from dinfer.session.fleet import RankFailed
 from dinfer.session.job import Job, prepare_load, prepare_loaded, threads_per_rank
 from dinfer.session.loading import Bars
 from dinfer.session.ranks import Ranks
 from dinfer.session.recovery import meet, recover
-from dinfer.session.run import Run
+from dinfer.session.runs.fleet import RankFailed
+from dinfer.session.runs.run import Run
+from dinfer.session.runs.sweep import Sweep, sweep
 from dinfer.session.said import Listening, Said
-from dinfer.session.sweep import Sweep, sweep
 
 LOOK_S = 0.05
 PREPARE_S = 120.0

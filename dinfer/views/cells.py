@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
-from dinfer.session.where import Stand
+from dinfer.session.runs.where import Stand
 
 NOT_YET, COMPUTING, HERE, IN_FLIGHT, EVERYWHERE = range(5)
 STATES = ("not yet", "computing", "here, not everywhere", "in flight to here", "on every rank")

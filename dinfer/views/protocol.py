@@ -5,7 +5,7 @@ from typing import Literal, Protocol
 
 from dinfer.plan.cut import Unit
 from dinfer.plan.plan import Plan
-from dinfer.session.where import Stand
+from dinfer.session.runs.where import Stand
 
 State = Literal["starting", "paused", "running", "decoding", "done", "failed", "closed"]
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dinfer.plan.plan import Lane, Plan
-from dinfer.session.where import Stand, rank_text
+from dinfer.session.runs.where import Stand, rank_text
 from dinfer.views.cells import STATES
 from dinfer.views.protocol import Standing
 

@@ -12,8 +12,8 @@ from dinfer.config import Config
 from dinfer.engine.board import Stand
 from dinfer.session.job import prepare
 from dinfer.session.launching.processes import Processes
-from dinfer.session.remote import RemoteFleet
-from dinfer.session.stepper import Stepper
+from dinfer.session.runs.remote import RemoteFleet
+from dinfer.session.runs.stepper import Stepper
 from tests.cluster.runs import wait_for
 
 

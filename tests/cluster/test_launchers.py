@@ -11,7 +11,7 @@ import pytest
 
 import dinfer
 from dinfer.session.clusters.errors import ClusterError
-from dinfer.session.fleet import RankFailed
+from dinfer.session.runs.fleet import RankFailed
 from tests.cluster.ipclusters import LAUNCHER, IPython, ipython
 from tests.cluster.runs import wait_for
 from tests.unit.engine.twin import prompt

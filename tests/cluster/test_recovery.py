@@ -15,8 +15,8 @@ from random import Random
 import pytest
 
 from dinfer.plan.ops import Op
-from dinfer.session.fleet import RankFailed
-from dinfer.session.run import Run
+from dinfer.session.runs.fleet import RankFailed
+from dinfer.session.runs.run import Run
 from dinfer.session.session import Session
 from tests.cluster.ipclusters import stock_session
 from tests.cluster.runs import wait_for

@@ -13,7 +13,7 @@ from typing import Any
 from dinfer.session.benches.bench import Shape, random_checkpoint
 from dinfer.session.clusters.attach import attach
 from dinfer.session.engines import EngineRanks
-from dinfer.session.run import Run
+from dinfer.session.runs.run import Run
 from dinfer.session.session import Session
 
 N = 3

@@ -29,13 +29,13 @@ from dinfer.engine.rank import run_rank
 from dinfer.engine.worker import log_to
 from dinfer.model.errors import ModelError
 from dinfer.plan.ops import PlanError
-from dinfer.session.fleet import RankFailed
 from dinfer.session.job import Job, prepare
 from dinfer.session.launching.environment import DEBUGGER, Launched
 from dinfer.session.launching.meeting import Roll, meet
 from dinfer.session.launching.runner import Show, conclude
 from dinfer.session.launching.watch import Watch
 from dinfer.session.link import Link
+from dinfer.session.runs.fleet import RankFailed
 
 FAREWELL_S = 5.0
 """How long a rank that failed waits for rank 0 to end it, and rank 0 for the others to be gone."""

@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from dinfer.session.blame import LOST, SILENT, failure_of, silence_limit
-from dinfer.session.fleet import RankFailed
 from dinfer.session.job import Job
 from dinfer.session.link import Link
+from dinfer.session.runs.fleet import RankFailed
 
 GRACE_S = 1.0
 """How long to listen for the cause once one rank has failed: the others' complaints may come first."""

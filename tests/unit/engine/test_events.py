@@ -10,7 +10,7 @@ from dinfer.engine.gate import Gate, SeededGate
 from dinfer.model.decoder import Decoder
 from dinfer.plan.graph import channel_of
 from dinfer.plan.ops import Op
-from dinfer.session.stepper import Stepper
+from dinfer.session.runs.stepper import Stepper
 from dinfer.trace.events import Event
 from dinfer.trace.trace import Trace
 from tests.unit.engine.twin import Twin, prompt, twin

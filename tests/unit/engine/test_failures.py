@@ -18,7 +18,7 @@ from dinfer.model.decoder import Decoder
 from dinfer.plan.graph import Channel
 from dinfer.plan.ops import PlanError, Value, parse_op
 from dinfer.plan.plan import Lane, Plan, parse_plan
-from dinfer.session.fleet import RankFailed
+from dinfer.session.runs.fleet import RankFailed
 from tests.unit.engine.expected import expected, is_complete
 from tests.unit.engine.twin import Twin, prompt, twin
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dinfer.engine.probes import digest, digests, statistics
+from dinfer.engine.probes import as_numbers, block_digests, row_digests, statistics
 
 BLOCK = torch.randn(16, 2, 4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -17,34 +17,50 @@ def flipped(block: torch.Tensor, at: int, bit: int) -> torch.Tensor:
     return copy
 
 
+def digests(block: torch.Tensor) -> tuple[int, int]:
+    """Those of K and of V."""
+    return as_numbers(block_digests(row_digests(block)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_equal_bytes_have_equal_digests_whatever_the_strides(dtype: torch.dtype) -> None:
     block = BLOCK.to(dtype)
-    assert digest(block) == digest(block.clone())
-    assert digest(block[:, 0]) == digest(block[:, 0].contiguous())
-    assert 0 < digest(block) < 1 << 64
+    assert digests(block) == digests(block.clone())
+    assert digests(block[:, :, :2]) == digests(block[:, :, :2].contiguous())
+    assert all(0 < number < 1 << 64 for number in digests(block))
 
 
-def test_every_single_flipped_bit_is_seen() -> None:
-    whole = digest(BLOCK)
+def test_every_single_flipped_bit_is_seen_in_its_row_alone() -> None:
+    rows = row_digests(BLOCK)
     generator = torch.Generator().manual_seed(1)
     for _ in range(300):
         at = int(torch.randint(BLOCK.numel(), (1,), generator=generator))
         bit = int(torch.randint(31, (1,), generator=generator))
-        assert digest(flipped(BLOCK, at, bit)) != whole
+        differing = (row_digests(flipped(BLOCK, at, bit)) != rows).view(-1)
+        assert differing.nonzero().tolist() == [[at // BLOCK.shape[-1]]]
+
+
+def test_two_flipped_signs_do_not_cancel() -> None:
+    both = flipped(flipped(BLOCK, 1, 31), 3, 31)
+    assert digests(both)[0] != digests(BLOCK)[0]
 
 
 def test_order_is_seen_tokens_heads_and_k_for_v() -> None:
-    whole = digest(BLOCK)
-    assert digest(BLOCK.flip(0)) != whole
-    assert digest(BLOCK.flip(2)) != whole
-    assert digests(BLOCK) != digests(BLOCK.flip(1))
-    assert digests(BLOCK) == tuple(reversed(digests(BLOCK.flip(1))))
+    whole = digests(BLOCK)
+    assert digests(BLOCK.flip(0)) != whole
+    assert digests(BLOCK.flip(2)) != whole
+    assert digests(BLOCK.flip(3)) != whole
+    assert digests(BLOCK.flip(1)) == (whole[1], whole[0])
+
+
+def test_equal_rows_have_equal_digests_wherever_they_lie() -> None:
+    assert torch.equal(row_digests(BLOCK.flip(0)), row_digests(BLOCK).flip(0))
+    assert torch.equal(row_digests(BLOCK.flip(1)), row_digests(BLOCK).flip(1))
 
 
 def test_the_sign_of_zero_is_seen() -> None:
-    zero = torch.zeros(8)
-    assert digest(zero) != digest(-zero)
+    zero = torch.zeros(1, 2, 1, 8)
+    assert digests(zero) != digests(-zero)
 
 
 def test_statistics_count_what_is_no_number() -> None:

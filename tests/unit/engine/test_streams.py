@@ -20,8 +20,8 @@ from dinfer.plan.partition import partition
 from dinfer.plan.plan import Lane, Plan
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import verify
-from dinfer.session.fleet import RankFailed
-from dinfer.session.stepper import Stepper
+from dinfer.session.runs.fleet import RankFailed
+from dinfer.session.runs.stepper import Stepper
 from tests.unit.engine.expected import differing_blocks, expected, is_complete
 from tests.unit.engine.twin import prompt, twin
 from tests.unit.plan.strategies import SAFE_SCHEDULES, plans, shapes_of

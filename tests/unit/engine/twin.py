@@ -13,7 +13,7 @@ from dinfer.engine.exchange import Exchange, Order
 from dinfer.engine.gate import FreeGate, Gate
 from dinfer.model.decoder import Decoder
 from dinfer.plan.plan import Plan
-from dinfer.session.fleet import LocalFleet
+from dinfer.session.runs.fleet import LocalFleet
 
 T = TypeVar("T")
 

@@ -14,9 +14,9 @@ from dinfer.plan.cut import Cuts
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
-from dinfer.session.fleet import LocalFleet, RankFailed
-from dinfer.session.stepper import NoProgress, Stepper
-from dinfer.session.where import rank_text, where_text
+from dinfer.session.runs.fleet import LocalFleet, RankFailed
+from dinfer.session.runs.stepper import NoProgress, Stepper
+from dinfer.session.runs.where import rank_text, where_text
 from tests.unit.engine.expected import expected, is_complete
 from tests.unit.engine.twin import Twin, prompt, twin
 

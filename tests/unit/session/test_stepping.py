@@ -23,7 +23,7 @@ from dinfer.config import Config
 from dinfer.engine.gate import FreeGate, SeededGate
 from dinfer.model.decoder import Decoder
 from dinfer.plan.cut import UNITS, Cut, Unit, is_inside
-from dinfer.session.stepper import Move, Stepper
+from dinfer.session.runs.stepper import Move, Stepper
 from tests.unit.engine.expected import (
     NEW_TOKENS,
     differing_blocks,

@@ -13,10 +13,10 @@ from dinfer.engine.board import Stand
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.session.blame import silence_limit
-from dinfer.session.fleet import RankFailed
 from dinfer.session.job import Job
 from dinfer.session.launching.watch import Watch
 from dinfer.session.link import Link
+from dinfer.session.runs.fleet import RankFailed
 from dinfer.session.states import RankState
 
 PLAN = build(partition(layers=6, tokens=8, world_size=3, chunk_size=4), "lockstep", "pairwise")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dinfer.session.local import LocalRanks
-from dinfer.session.run import Run
+from dinfer.session.runs.run import Run
 from dinfer.session.session import Session
 
 

@@ -20,7 +20,7 @@ from dinfer.plan.ops import Op
 from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
-from dinfer.session.stepper import Stepper
+from dinfer.session.runs.stepper import Stepper
 from dinfer.trace.events import Event
 from dinfer.views.cells import STATES, CellMap
 from dinfer.views.protocol import State

@@ -4,14 +4,14 @@ from typing import Any
 
 from dinfer.engine.commands import Message
 from dinfer.model.text import texts_of
-from dinfer.session.action import Acting
-from dinfer.session.generation import Generation
 from dinfer.session.job import Job
 from dinfer.session.ranks import Ranks
 from dinfer.session.result import merge
+from dinfer.session.runs.action import Acting
+from dinfer.session.runs.generation import Generation
+from dinfer.session.runs.standing import Standing, State, state_of_lanes
+from dinfer.session.runs.where import where_text
 from dinfer.session.said import Said, Where
-from dinfer.session.standing import Standing, State, state_of_lanes
-from dinfer.session.where import where_text
 from dinfer.trace.events import Event
 from dinfer.trace.trace import Trace
 

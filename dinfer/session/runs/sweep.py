@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from dinfer.session.run import Run
+from dinfer.session.runs.run import Run
 from dinfer.session.said import Said
 
 

@@ -13,17 +13,17 @@ from dinfer.engine.commands import Message
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Unit
 from dinfer.plan.ops import Kind, PlanError
-from dinfer.session.action import action, count_of, unit_of
 from dinfer.session.blame import broken, is_certain, silent_text
-from dinfer.session.fleet import RankFailed
 from dinfer.session.job import Job
 from dinfer.session.ranks import Ranks
-from dinfer.session.remote import RemoteFleet
+from dinfer.session.runs.action import action, count_of, unit_of
+from dinfer.session.runs.fleet import RankFailed
+from dinfer.session.runs.remote import RemoteFleet
+from dinfer.session.runs.sight import Sight
+from dinfer.session.runs.stepper import Move, NoProgress, Stepper
+from dinfer.session.runs.stops import Stops
+from dinfer.session.runs.where import moved_lines
 from dinfer.session.said import Breakpoints, Decoded, Moved, Where
-from dinfer.session.sight import Sight
-from dinfer.session.stepper import Move, NoProgress, Stepper
-from dinfer.session.stops import Stops
-from dinfer.session.where import moved_lines
 
 INTERRUPT_S = 1.5
 """how long an interrupted call waits for the ranks to stand"""

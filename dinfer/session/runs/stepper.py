@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from dinfer.plan.cut import Cut, Cuts, Unit, is_inside, meet
 from dinfer.plan.plan import Place
-from dinfer.session.fleet import Fleet, Stands
-from dinfer.session.where import where_text
+from dinfer.session.runs.fleet import Fleet, Stands
+from dinfer.session.runs.where import where_text
 
 LOOK_S = 0.05
 

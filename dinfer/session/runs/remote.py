@@ -7,7 +7,7 @@ from dinfer.engine.commands import Message, stand_of
 from dinfer.plan.cut import Cut
 from dinfer.plan.graph import channel_of
 from dinfer.plan.plan import Place, Plan
-from dinfer.session.fleet import RankFailed, Stands
+from dinfer.session.runs.fleet import RankFailed, Stands
 from dinfer.session.states import States
 
 POLL_S = 0.05

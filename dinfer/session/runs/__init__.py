@@ -1,0 +1,1 @@
+"""Runs: one prefill and decode as its user holds it; how it is stepped, stopped, seen."""
