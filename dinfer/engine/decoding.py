@@ -7,6 +7,7 @@ from time import monotonic_ns
 from torch import Tensor
 
 from dinfer.engine.comm import Comm
+from dinfer.engine.handlers import Prefill
 from dinfer.engine.nans import NotANumber, Place, first_nan, has_nan
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
@@ -48,11 +49,15 @@ class Decoding:
         comm: Comm,
         recorder: Recorder | None = None,
         shape: Shape | None = None,
+        state: Prefill | None = None,
     ) -> None:
         """`final` is the normed hidden state of the prompt's last token, [1, 1, hidden_size]; `shape` tells which
-        chunk and rank a token and layer of the prompt are of, where that is known."""
+        chunk and rank a token and layer of the prompt are of, where that is known; `state`: whose cache this is, where
+        faults may strike."""
         self.tokens: list[int] = []
         self.cache = cache
+        self._state = state
+        self._held: list[int] = []
         self._decoder, self._prompt_tokens = decoder, prompt_tokens
         self._final, self._sampler, self._comm, self._recorder = final, sampler, comm, recorder
         self._shape = shape
@@ -60,34 +65,48 @@ class Decoding:
     @property
     def is_done(self) -> bool:
         """Whether the last token ends the text or the cache has no room for another step."""
-        ended = bool(self.tokens) and self.tokens[-1] in self._decoder.eos_ids
-        return ended or self._prompt_tokens + len(self.tokens) > self.cache.capacity
+        if not self.tokens:
+            return False
+        step = 2 if self._state and self._state.faults.repeats else 1
+        extra = max(self._state.extra.values(), default=0) if self._state else 0
+        room = min(self.cache.capacity - extra, self._decoder.max_positions)
+        return self.tokens[-1] in self._decoder.eos_ids or self.rows + step > room
+
+    @property
+    def rows(self) -> int:
+        """How many rows a layer holds: those of the prompt and of every new token but the last, which has none yet.
+        (Where a fault has appended rows to one layer, that one holds more.)"""
+        return self._held[-1] if self._held else self._prompt_tokens
 
     def step(self) -> int:
         """The next token. Raises, on every rank, TokensDiffer if they do not agree on it, and NotANumber if the
         logits of one of them are NaN."""
         start = monotonic_ns()
-        logits = self._decoder.logits(self._final if not self.tokens else self._forward())
+        new, hidden = (self._prompt_tokens, self._final) if not self.tokens else self._forward()
+        logits = self._decoder.logits(hidden)
         token = _NO_TOKEN if has_nan(logits) else self._sampler(logits, len(self.tokens))
         computed = monotonic_ns()
         self._compare(token, logits)
         self.tokens.append(token)
+        self._held.append(new)
         if self._recorder:
             self._record(start, computed)
         return token
 
     def back_to(self, tokens: int) -> None:
         """Forget all new tokens but the first that many; the same ones come again, unless something was edited."""
-        del self.tokens[tokens:]
+        del self.tokens[tokens:], self._held[tokens:]
 
     def run(self, max_new_tokens: int) -> Iterator[int]:
         """Steps until the text ends or `max_new_tokens` were made."""
         while len(self.tokens) < max_new_tokens and not self.is_done:
             yield self.step()
 
-    def _forward(self) -> Tensor:
-        position = self._prompt_tokens + len(self.tokens) - 1
-        return self._decoder.norm(self._decoder.forward(self.tokens[-1:], self.cache, position))
+    def _forward(self) -> tuple[int, Tensor]:
+        """How many rows there are then, and the normed hidden state of the last token."""
+        row, state = self.rows, self._state
+        hidden = self._decoder.forward(self.tokens[-1:], self.cache, row, state.extra if state else None)
+        return row + (state.faults.new_row(row) if state else 1), self._decoder.norm(hidden)
 
     def _compare(self, token: int, logits: Tensor) -> None:
         chosen = [token]
@@ -107,7 +126,7 @@ class Decoding:
 
     def _not_a_number(self, ranks: list[int]) -> NotANumber:
         """All ranks search their KV, and tell one another what they found."""
-        mine = first_nan(self.cache, self._prompt_tokens + len(self.tokens), self._shape)
+        mine = first_nan(self.cache, self.rows + bool(self.tokens), self._shape)
         found = [mine]
         if self._comm.world_size > 1:
             found = [Place(*_PLACE.unpack(data)) for data in self._comm.all_gather(_PLACE.pack(*mine))]

@@ -28,9 +28,13 @@ class Edits:
     def __call__(self, _: Event, op: Op) -> None:
         for value in op.makes():
             if value.what == "kv":
-                self._kv[value.layer] = self._version(value.layer)
+                self.note(value.layer)
             elif (hidden := self._state.hidden.get((value.chunk, value.layer))) is not None:
                 self._hidden[value.chunk, value.layer] = _mark(hidden)
+
+    def note(self, layer: int) -> None:
+        """Take the KV of a layer as the engine's own."""
+        self._kv[layer] = self._version(layer)
 
     def note_all(self) -> None:
         """Take what there is now as the engine's own."""

@@ -19,16 +19,18 @@ from dinfer.engine.conditions import Hit
 from dinfer.engine.deadline import Deadline, StillWaiting
 from dinfer.engine.decoding import Decoding
 from dinfer.engine.execution import Execution
+from dinfer.engine.faults import Tell
 from dinfer.engine.gate import FreeGate, Gate
 from dinfer.engine.handlers import Prefill
 from dinfer.engine.prompt import Prompt, Stands
+from dinfer.engine.room import cache_of, capacity
 from dinfer.engine.single import agree, sync_block
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
-from dinfer.model.errors import ModelError
 from dinfer.model.sampling import Sampler, Sampling
 from dinfer.model.text import encode, load_tokenizer
 from dinfer.plan.cut import Unit
+from dinfer.plan.faults import Fault
 from dinfer.plan.ops import Op
 from dinfer.plan.partition import Shape, partition
 from dinfer.plan.plan import Plan
@@ -163,23 +165,42 @@ class Engine:
         unfinished = self._prompt is not None and not self._prompt.executor.is_done()
         if final is None or (kv_caches is None and (self.cache is None or unfinished)):
             raise RuntimeError("there is no finished prefill: call prefill_phase(prompt) on all ranks first.")
-        shape = self._prompt.plan.shape if self._prompt and kv_caches is None else None
-        if kv_caches is None:
-            cache, tokens = self._roomy_cache(max_new_tokens), len(self.ids)
-        else:
-            cache, tokens = self._cache_of(kv_caches, max_new_tokens), kv_caches[0][0].shape[2]
+        state = self._prompt.state if self._prompt and kv_caches is None else None
         config = self.config
+        if kv_caches is None:
+            tokens = len(self.ids)
+            cache = self.make_room(self._capacity(tokens, max_new_tokens))
+        else:
+            tokens = kv_caches[0][0].shape[2]
+            cache = cache_of(self.decoder, kv_caches, max_new_tokens or config.max_new_tokens)
+        shape = state.plan.shape if state else None
         sampler = Sampler(Sampling(config.temperature, config.top_k, config.top_p, config.seed))
         final = final[:, -1:]
-        return Decoding(self.decoder, cache, tokens, final, sampler, self.comm, self.recorder, shape)
+        return Decoding(self.decoder, cache, tokens, final, sampler, self.comm, self.recorder, shape, state)
 
     def extend(self, decoding: Decoding, max_new_tokens: int) -> None:
         """Give a decoding of this engine's prompt room for that many new tokens in all."""
-        capacity = self._capacity(len(self.ids), max_new_tokens)
-        if decoding.cache.capacity < capacity:
-            self._take(decoding.cache.moved(capacity, len(self.ids) + len(decoding.tokens)))
-            assert self.cache is not None
-            decoding.cache = self.cache
+        decoding.cache = self.make_room(self._capacity(len(self.ids), max_new_tokens))
+
+    def arm(self, faults: Sequence[Fault], tell: Tell) -> list[str]:
+        """Have these faults, and no others, strike on this rank, which stands; what was edited by hand before."""
+        prompt, armed = self.prompt, self.prompt.state.faults
+        edited, room = prompt.look(), armed.room
+        armed.arm(faults, tell)
+        self.make_room(prompt.state.cache.capacity + armed.room - room)
+        armed.strike_what_is_here(prompt.executor.holds_block)
+        prompt.edits.note_all()
+        return edited
+
+    def make_room(self, capacity: int) -> KVCache:
+        """The prompt's cache, moved to a larger one if it has less than that many rows."""
+        assert self.cache is not None
+        if self.cache.capacity < capacity:
+            self.cache = self.cache.moved(capacity, self.cache.capacity)
+            if self._prompt is not None:
+                self._prompt.state.cache = self.cache
+                self._prompt.edits.note_all()
+        return self.cache
 
     def decode_phase(
         self,
@@ -314,21 +335,8 @@ class Engine:
         return self.chunk * self.config.chunk_size
 
     def _capacity(self, tokens: int, max_new_tokens: int | None = None) -> int:
-        return min(tokens + (max_new_tokens or self.config.max_new_tokens), self.decoder.max_positions)
-
-    def _roomy_cache(self, max_new_tokens: int | None) -> KVCache:
-        """The prompt's cache, moved to a larger one if it has no room for that many new tokens."""
-        assert self.cache is not None
-        capacity = self._capacity(len(self.ids), max_new_tokens)
-        if self.cache.capacity < capacity:
-            self._take(self.cache.moved(capacity, len(self.ids)))
-        return self.cache
-
-    def _take(self, cache: KVCache) -> None:
-        self.cache = cache
-        if self._prompt is not None:
-            self._prompt.state.cache = cache
-            self._prompt.edits.note_all()
+        faults = self._prompt.state.faults if self._prompt else None
+        return capacity(self.decoder, tokens, max_new_tokens or self.config.max_new_tokens, faults)
 
     def _new_recorder(self, plan: Plan) -> Recorder:
         lanes = [*(lane.name for lane in plan.lanes[self.rank]), "decode"]
@@ -338,13 +346,3 @@ class Engine:
             return recorder
         longest = max(len(lane.ops) for lane in plan.lanes[self.rank])
         return Recorder(self.rank, lanes, 2 * max(longest, self.config.max_new_tokens) + 64)
-
-    def _cache_of(self, kv_caches: Sequence[KV], max_new_tokens: int | None) -> KVCache:
-        if len(kv_caches) != self.decoder.num_layers:
-            raise ModelError(
-                f"kv_caches has {len(kv_caches)} layers; this model has {self.decoder.num_layers}: "
-                "give K and V of each."
-            )
-        cache = self.decoder.new_cache(self._capacity(kv_caches[0][0].shape[2], max_new_tokens))
-        cache.fill(kv_caches)
-        return cache

@@ -1,19 +1,227 @@
-"""Faults: what a user breaks on purpose, and where in a block's life it breaks."""
+"""Faults: those armed on one rank, and the moments at which they strike.
+
+What a kind does to a block is breakage's. Three happen otherwise: rows appended twice move what is behind them, wrong
+positions are given to the layer itself, and a repeated row is made in decode.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
+from dinfer.engine.breakage import BREAKS, Scene, differing
+from dinfer.plan.faults import Fault
 from dinfer.plan.ops import Op
+
+if TYPE_CHECKING:
+    from dinfer.engine.handlers import Prefill
+
+
+class Strike(NamedTuple):
+    """Fault `number` has struck: how many values it has changed, and in words."""
+
+    number: int
+    changed: int
+    found: str
+
+
+class Appended(NamedTuple):
+    """Rows of a layer that are there twice: `rows` of them from `start` on were put in by fault `number`."""
+
+    number: int
+    layer: int
+    start: int
+    rows: int
+
+
+Tell = Callable[[Strike], None]
 
 
 class Faults:
     """Those armed on one rank. Called by the ops that make a block, on the lanes' threads, with the block's place in
-    the cache, [tokens, 2, kv_heads, head_dim]."""
+    the cache, [tokens, 2, kv_heads, head_dim]. `ops`: all of this rank."""
+
+    def __init__(self, state: "Prefill", ops: Iterable[Op]) -> None:
+        self._state = state
+        self._armed: tuple[Fault, ...] = ()
+        self._tell: Tell = lambda _: None
+        self._struck: set[int] = set()
+        self._appended: list[Appended] = []
+        self._right: dict[tuple[int, int], Tensor] = {}
+        """blocks that a layer op has made with the right positions, to be compared with the wrong ones"""
+        self._left = _by_layer(ops)
+        self._lock = threading.Lock()
+
+    # -- from the session
+
+    def arm(self, faults: Sequence[Fault], tell: Tell) -> None:
+        """Have these, and no others, strike; `tell` learns of each strike, on any thread."""
+        self._tell = tell
+        self._armed = tuple(one for one in faults if one.rank in (None, self._state.rank))
+
+    def strike_what_is_here(self, holds: Callable[[int, int], bool]) -> None:
+        """Those in memory, of blocks that are here already (`holds(chunk, layer)`): on a rank that stands."""
+        for one in self._armed:
+            if one.where != "memory" or one.number in self._struck:
+                continue
+            if one.kind == "append_twice":
+                self._append_where_due(one)
+            elif holds(one.chunk, one.layer):
+                self._strike(one, self._rows(one.chunk, one.layer))
+
+    @property
+    def room(self) -> int:
+        """How many rows more than its tokens some layer holds, or will."""
+        here = Counter[int]()
+        for appended in self._appended:
+            here[appended.layer] += appended.rows
+        for one in self._armed:
+            if one.kind == "append_twice" and one.number not in self._struck:
+                here[one.layer] += len(self._state.rows(one.chunk))
+        return max(here.values(), default=0)
+
+    # -- from the ops
 
     def computed(self, op: Op, block: Tensor) -> None:
         """The layer op has written its block, and nobody has looked at it."""
+        self._strike_all("compute", op, block)
 
     def on_wire(self, op: Op, block: Tensor) -> None:
         """The recv has written its block, and nobody has looked at it."""
+        self._strike_all("wire", op, block)
 
     def in_memory(self, op: Op, block: Tensor) -> None:
         """The block is here and its digests are taken."""
+        self._strike_all("memory", op, block)
+
+    def ended(self, op: Op) -> bool:
+        """An op is through; whether rows of its layer have moved since.
+
+        They do once no op of this rank will read or write that layer any more: what is sent is what was made.
+        """
+        if not _is_of_kv(op):
+            return False
+        with self._lock:
+            self._left[op.layer] -= 1
+            if self._left[op.layer]:
+                return False
+        waiting = [one for one in self._armed if one.kind == "append_twice" and one.layer == op.layer]
+        due = [one for one in waiting if one.number not in self._struck]
+        for one in due:
+            self._append_where_due(one)
+        return bool(due)
+
+    def shift(self, chunk: int, layer: int) -> int:
+        """By how much the positions are wrong that the layer is given."""
+        return int(any(one.kind == "positions" and one.is_at(chunk, layer) for one in self._armed))
+
+    def note_right(self, chunk: int, layer: int, block: Tensor) -> None:
+        """What the layer makes of the right positions."""
+        self._right[chunk, layer] = block.clone()
+
+    def rewound(self, holds: Callable[[int, int], bool], todo: Iterable[Op]) -> None:
+        """The rank has gone back, `todo` is ahead of it: what strikes blocks made anew will strike again."""
+        self._left = _by_layer(todo)
+        for appended in self._appended[::-1]:
+            if self._left[appended.layer]:
+                self._take_out(appended)
+        here = {one.number for one in self._appended}
+        self._struck = {
+            one.number
+            for one in self._armed
+            if one.number in self._struck
+            and (one.number in here if one.kind == "append_twice" else holds(one.chunk, one.layer))
+        }
+
+    # -- from decode
+
+    @property
+    def repeats(self) -> bool:
+        """Whether each new row is appended twice."""
+        return any(one.kind == "repeat_row" for one in self._armed)
+
+    def new_row(self, row: int) -> int:
+        """Decode has written a new row at `row` of every layer; how many rows that are."""
+        found = [one for one in self._armed if one.kind == "repeat_row"]
+        if not found:
+            return 1
+        changed = 0
+        for layer in range(self._state.cache.layers):
+            at = row + self._state.extra.get(layer, 0)
+            rows = self._state.cache.block(layer, at, at + 2)
+            changed += differing(rows[:1], rows[1:])
+            rows[1] = rows[0]
+        for one in found:
+            if one.number not in self._struck:
+                self._say(one, changed, f"row {row} of every layer is there twice, and so is each after it")
+        return 2
+
+    # -- within
+
+    def _strike_all(self, where: str, op: Op, block: Tensor) -> None:
+        for one in self._armed:
+            if one.where == where and one.is_at(op.chunk, op.layer) and one.kind != "append_twice":
+                self._strike(one, block)
+
+    def _strike(self, fault: Fault, block: Tensor) -> None:
+        rows = self._state.rows(fault.chunk)
+        if fault.kind == "positions":
+            before = self._right.pop((fault.chunk, fault.layer))
+        else:
+            before = block.clone()
+            row = 0 if fault.token is None else fault.token - rows.start
+            stale = self._rows(fault.chunk - 1, fault.layer) if fault.chunk else None
+            BREAKS[fault.kind](fault, Scene(block, row, stale))
+        changed = differing(before, block)
+        self._say(fault, changed, f"{changed:,} of {block.numel():,} values changed")
+
+    def _append_where_due(self, fault: Fault) -> None:
+        """Rows of the block again, right behind it; all that was there moves back."""
+        if self._left[fault.layer]:
+            return
+        rows = len(self._state.rows(fault.chunk))
+        start = self._stop(fault.chunk, fault.layer)
+        buffer = self._state.cache.tensor(fault.layer)
+        before = buffer.clone()
+        buffer[start + rows :] = before[start:-rows]
+        buffer[start : start + rows] = before[start - rows : start]
+        self._appended.append(Appended(fault.number, fault.layer, start, rows))
+        extra = self._state.extra[fault.layer] = self._state.extra.get(fault.layer, 0) + rows
+        held = self._state.plan.shape.tokens + extra
+        found = f"rank {self._state.rank} now holds {held} rows of the prompt in layer {fault.layer}"
+        self._say(fault, differing(before, buffer), found)
+
+    def _take_out(self, appended: Appended) -> None:
+        buffer = self._state.cache.tensor(appended.layer)
+        buffer[appended.start : -appended.rows] = buffer[appended.start + appended.rows :].clone()
+        self._appended.remove(appended)
+        self._state.extra[appended.layer] -= appended.rows
+        if not self._state.extra[appended.layer]:
+            del self._state.extra[appended.layer]
+
+    def _rows(self, chunk: int, layer: int) -> Tensor:
+        """The block where it lies now, behind rows that were appended before it."""
+        stop = self._stop(chunk, layer)
+        return self._state.cache.block(layer, stop - len(self._state.rows(chunk)), stop)
+
+    def _stop(self, chunk: int, layer: int) -> int:
+        stop = self._state.rows(chunk).stop
+        for one in self._appended:
+            if one.layer == layer and one.start < stop:
+                stop += one.rows
+        return stop
+
+    def _say(self, fault: Fault, changed: int, found: str) -> None:
+        self._struck.add(fault.number)
+        self._tell(Strike(fault.number, changed, found if changed else "struck, but changed no byte"))
+
+
+def _is_of_kv(op: Op) -> bool:
+    return op.kind == "layer" or (op.is_transfer and op.what == "kv")
+
+
+def _by_layer(ops: Iterable[Op]) -> Counter[int]:
+    """How many of the ops read or write each layer's blocks."""
+    return Counter(op.layer for op in ops if _is_of_kv(op))

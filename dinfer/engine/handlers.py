@@ -49,10 +49,13 @@ class Prefill:
         self.ids = list(ids)
         self.hidden: dict[tuple[int, int], Tensor] = {}
         self.final: Tensor | None = None
-        self.ledger, self.faults = Ledger(), Faults()
+        self.ledger = Ledger()
         self.differing: dict[tuple[int, int], str] = {}
         self.ordering = Ordering(cache.device)
         own = [op for lane in plan.lanes[rank] for op in lane.ops]
+        self.faults = Faults(self, own)
+        self.extra: dict[int, int] = {}
+        """by layer, rows that are here beside the prompt's own: see engine/faults"""
         self._entered = {v for op in own if op.kind in ("embed", "recv") for v in op.makes()}
         self._uses = Counter(need for op in own for need in op.needs() if need.what == "hidden")
 
@@ -91,7 +94,12 @@ class Prefill:
             )
 
     def compute_layer(self, chunk: int, layer: int, hidden: Tensor) -> Tensor:
-        return self.decoder.layer(layer, hidden, self.cache, self.rows(chunk).start)
+        position, shift = self.rows(chunk).start, self.faults.shift(chunk, layer)
+        output = self.decoder.layer(layer, hidden, self.cache, position)
+        if shift:
+            self.faults.note_right(chunk, layer, self.block(chunk, layer))
+            output = self.decoder.layer(layer, hidden, self.cache, position, shift)
+        return output
 
     def rewind(self, done: Iterable[Op], todo: Iterable[Op]) -> None:
         """Stand as if exactly the ops `done` had run.
@@ -105,6 +113,7 @@ class Prefill:
         if FINAL not in made:
             self.final = None
         self.ledger.keep({(value.chunk, value.layer) for value in made if value.what == "kv"})
+        self.faults.rewound(lambda chunk, layer: Value("kv", chunk, layer) in made, todo)
         self.hidden = {
             key: tensor for key, tensor in self.hidden.items() if self._keep(Value("hidden", *key), made)
         }
@@ -119,7 +128,10 @@ class Prefill:
         entry = max(known for c, known in self.hidden if c == chunk and known < layer)
         hidden = self.hidden[chunk, entry]
         for index in range(entry, layer):
+            block = self.block(chunk, index)
+            as_it_is = block.clone()
             hidden = self.compute_layer(chunk, index, hidden)
+            block.copy_(as_it_is)  # it may have been changed since it was made, by a fault or by hand
         self.hidden[chunk, layer] = hidden
 
 

@@ -13,6 +13,7 @@ import torch
 
 from dinfer.config import Config
 from dinfer.engine.agreement import agree, facts_of
+from dinfer.engine.arming import fault_commands
 from dinfer.engine.board import Board, Stand
 from dinfer.engine.comm import Comm
 from dinfer.engine.commands import Command, Message, Table, lane_commands, stand_of
@@ -79,6 +80,7 @@ class Host:
     def table(self) -> Table:
         return {
             **lane_commands(self._executor),
+            **fault_commands(self._engine, self.line.report, self._tell_edits),
             "limits": Command(self._limits),
             "rewind": Command(self._rewind, slow=True),
             "open": Command(self._meet.open, slow=True),

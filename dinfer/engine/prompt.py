@@ -52,7 +52,7 @@ class Prompt:
         `order`: how the session names this call, by default as the one before; `stopping`: they are to get there
         whatever breakpoints say.
         """
-        edited = self._look()
+        edited = self.look()
         with self.executor.gate.change():
             self._may_halt = not stopping
             self.order = self.order if order is None else order
@@ -69,7 +69,7 @@ class Prompt:
 
     def rewind(self, cut: Cut) -> list[str]:
         """Go back to a cut; what the user has edited before."""
-        edited = self._look()
+        edited = self.look()
         self.executor.rewind(cut[self.rank])
         self.edits.note_all()
         self.target, self._begun = cut, None
@@ -103,6 +103,11 @@ class Prompt:
         stand = self.executor.stand()
         return self.executor.failure is None and (any(stand.started) or not stand.at_limits)
 
+    def look(self) -> list[str]:
+        """What the user has edited since the lanes stood, if they do."""
+        stand = self.executor.stand()
+        return self.edits.look() if stand.at_limits and not any(stand.started) else []
+
     def _nothing_to_do(self) -> str:
         if self.executor.is_done():
             return "prefill is done: there is no further step"
@@ -111,12 +116,10 @@ class Prompt:
     def _has_arrived(self) -> bool:
         return self.executor.stand().positions == self.target[self.rank]
 
-    def _look(self) -> list[str]:
-        stand = self.executor.stand()
-        return self.edits.look() if stand.at_limits and not any(stand.started) else []
-
     def _after(self, event: Event, op: Op) -> None:
         self.edits(event, op)
+        if self.state.faults.ended(op):
+            self.edits.note(op.layer)
         self.conditions(event, op)
         if self._on_op:
             self._on_op(event, op)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +99,19 @@ class Decoder:
         return hidden if scale is None else hidden * getattr(self.model.config, scale)
 
     @torch.no_grad()
-    def layer(self, index: int, hidden: Tensor, cache: KVCache, position: int) -> Tensor:
+    def layer(self, index: int, hidden: Tensor, cache: KVCache, position: int, shift: int = 0) -> Tensor:
         """Run decoder layer `index` on `hidden` [1, T, hidden_size], the tokens [position, position + T).
 
         Writes their K and V into `cache` and returns the next hidden state, same shape. Attention sees tokens
-        before `position + T` only; those before `position` must be in `cache` for this layer already.
+        before `position + T` only; those before `position` must be in `cache` for this layer already. `shift` is
+        added to the positions that the layer is told of, not to where it writes and what it sees.
         """
         self._check_layer(index, hidden)
         kind = self._kinds[index]
         window = CacheWindow(cache, position, hidden.shape[1], kind.sliding_window)
         placement = self._positions.of(kind, position, hidden)
+        if shift:
+            placement = replace(self._positions.of(kind, position + shift, hidden), mask=placement.mask)
         output: Tensor = self._base.layers[index](
             hidden,
             attention_mask=placement.mask,
@@ -141,11 +145,23 @@ class Decoder:
         return logits[0, 0].float()
 
     @torch.no_grad()
-    def forward(self, ids: Tensor | Sequence[int], cache: KVCache, position: int) -> Tensor:
-        """Run `embed` and all layers on `ids` [T] at `position`; return [1, T, hidden_size] before `norm`."""
+    def forward(
+        self,
+        ids: Tensor | Sequence[int],
+        cache: KVCache,
+        position: int,
+        extra: Mapping[int, int] | None = None,
+    ) -> Tensor:
+        """Run `embed` and all layers on `ids` [T] at `position`; return [1, T, hidden_size] before `norm`.
+
+        `extra`: by layer, rows that `cache` holds before them beside those of the tokens before `position`.
+        """
         hidden = self.embed(ids)
         for index in range(self.num_layers):
-            hidden = self.layer(index, hidden, cache, position)
+            if extra and (more := extra.get(index, 0)):
+                hidden = self.layer(index, hidden, cache, position + more, -more)
+            else:
+                hidden = self.layer(index, hidden, cache, position)
         return hidden
 
     def warm_up(self, chunk: int, last: int) -> None:
