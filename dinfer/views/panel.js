@@ -55,6 +55,7 @@ class View {
     this.bannerText = make("span", "", this.banner);
     this.bannerClose = make("button", "", this.banner, "dismiss");
     this.bannerClose.onclick = () => this.send({ do: "dismiss" });
+    this.faults = make("div", "faults", this.root);
     const body = make("div", "body", this.root);
     const map = make("div", "map", body);
     this.canvas = make("canvas", "", map);
@@ -226,6 +227,8 @@ class View {
     this.banner.hidden = !this.bannerText.textContent;
     this.banner.classList.toggle("dinfer-alarm", Boolean(alarm));
     this.bannerClose.hidden = !shown.error;
+    this.faults.textContent = shown.faults.join("\n");
+    this.faults.hidden = !shown.faults.length;
     this.root.querySelector("[data-do=step_back]").title = `run.step_back("${this.unit}")`;
     this.text.hidden = !shown.text;
     if (this.text.textContent !== shown.text) {

@@ -45,6 +45,10 @@ class Standing(Protocol):
     def last_call(self) -> str:
         """The Python call of the last action, whoever made it."""
 
+    @property
+    def faults(self) -> Sequence[str]:
+        """A line for each fault that is armed: what it breaks on purpose, and whether it has struck."""
+
 
 class Run(Protocol):
     """A run that can be looked at and moved. Safe to call from any thread."""

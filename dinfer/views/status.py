@@ -35,6 +35,7 @@ def status(plan: Plan, standing: Standing) -> Json:
         "call": standing.last_call,
         "decoded": standing.decoded,
         "text": standing.text[-MAX_TEXT:],
+        "faults": list(standing.faults),
         "ranks": [_rank(*rank) for rank in ranks],
     }
 

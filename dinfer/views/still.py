@@ -29,7 +29,7 @@ def still_html(plan: Plan, standing: Standing, labels: Sequence[str]) -> str:
         f"<td style='text-align:left'>{escape(line['where'])}</td></tr>"
         for rank, line in enumerate(shown["ranks"])
     )
-    words = "; ".join(filter(None, (shown["state"], shown["message"], shown["call"])))
+    words = "; ".join(filter(None, (shown["state"], shown["message"], *shown["faults"], shown["call"])))
     return (
         f"<div><div>dinfer: {escape(words)}</div>{map_svg(states, plan.shape.owners, labels)}"
         "<table><thead><tr><th>rank</th><th>device</th><th>state</th><th>blocks held</th><th>position</th></tr>"

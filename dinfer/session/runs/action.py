@@ -1,6 +1,7 @@
 """What every action on a run has in common, whoever calls it."""
 
 import json
+import threading
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -20,9 +21,15 @@ class Acting:
         self.last_call = self.message = self.failure = self.closed = ""
         self.said: list[str] = []
         self._listeners: list[Callable[[], None]] = []
+        self._lock = threading.RLock()
+        """held by an action while it is under way"""
 
     def check(self) -> None:
         """Raises where it cannot go on."""
+        raise NotImplementedError
+
+    def look(self) -> None:
+        """Take in what has been said meanwhile."""
         raise NotImplementedError
 
     def interrupted(self) -> None:

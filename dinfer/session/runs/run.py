@@ -4,7 +4,6 @@ What a step means is the plan's; how ranks are reached, the fleet's. Every actio
 or a panel's; they happen one after another, but for `pause`, which stops the one that is under way.
 """
 
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +16,9 @@ from dinfer.session.blame import broken, is_certain, silent_text
 from dinfer.session.job import Job
 from dinfer.session.ranks import Ranks
 from dinfer.session.runs.action import action, count_of, unit_of
+from dinfer.session.runs.breaking import Breaking
 from dinfer.session.runs.fleet import RankFailed
 from dinfer.session.runs.remote import RemoteFleet
-from dinfer.session.runs.sight import Sight
 from dinfer.session.runs.stepper import Move, NoProgress, Stepper
 from dinfer.session.runs.stops import Stops
 from dinfer.session.runs.where import moved_lines
@@ -33,7 +32,7 @@ POLL_S = 0.05
 TOKEN = "token"
 
 
-class Run(Sight):
+class Run(Breaking):
     """Made by `session.prefill`. `devices` are the ranks'; `prepare` has them make the prompt ready, all lanes at
     limit 0. Nothing moves before the first action."""
 
@@ -49,7 +48,6 @@ class Run(Sight):
         self._prepare = prepare
         self._fleet = RemoteFleet(job.plan, line, self.check)
         self._stops = Stops(lambda armed: self._ask_all("breakpoints", breakpoints=armed))
-        self._lock = threading.RLock()
         self._begin()
 
     def _begin(self) -> None:
@@ -122,13 +120,15 @@ class Run(Sight):
         return self.where()
 
     def restart(self) -> Where:
-        """Begin anew, paused at the start, with the same breakpoints; also after `session.recover()`."""
+        """Begin anew, paused at the start, with the same breakpoints and faults; also after `session.recover()`."""
         self.last_call = "run.restart()"
         if self.closed:
             raise RuntimeError(f"this run is over: {self.closed}")
         with self._lock:
             self._begin()
             self._stops.arm()
+            if self._armed:
+                self._armed.arm()
         self.tell()
         return self.where()
 
@@ -267,6 +267,8 @@ class Run(Sight):
         rank = note["rank"]
         if note["note"] == "edited":
             self.edited += [f"{what} on rank {rank}" for what in note["what"]]
+        elif note["note"] == "fault":
+            self.said += self._armed.struck(note)
         elif note["note"] == "hit" and (said := self._stops.hit(note)):
             self.message, before = said, self.message
             if self._stepping().pause_order(note["order"]):

@@ -8,6 +8,7 @@ from dinfer.session.job import Job
 from dinfer.session.ranks import Ranks
 from dinfer.session.result import merge
 from dinfer.session.runs.action import Acting
+from dinfer.session.runs.armed import Armed
 from dinfer.session.runs.generation import Generation
 from dinfer.session.runs.standing import Standing, State, state_of_lanes
 from dinfer.session.runs.where import where_text
@@ -31,11 +32,13 @@ class Sight(Acting, Said):
         self._line, self._devices, self._tokenizer = line, devices, tokenizer
         self._generation = Generation(line, self.check, tokenizer)
         self._events: list[list[Event]] = []
+        self._armed = Armed(lambda faults: self._ask_all("faults", faults=faults), self.say)
 
     def _look_anew(self) -> None:
         self._line.new_notes()
         self.message = self.failure = self.silence = ""
         self.edited = []
+        self._armed.begin_anew()
         self._generation = Generation(self._line, self.check, self._tokenizer)
         self._events = [state.events for state in self._line.ranks]
 
@@ -56,6 +59,7 @@ class Sight(Acting, Said):
         notes = [standing.message] * bool(standing.message)
         notes += [f"{len(self.tokens)} new tokens: {self.text!r}"] * bool(self.tokens)
         notes += [f"edited by hand: {', '.join(self.edited)}"] * bool(self.edited)
+        notes += standing.faults
         return Where(standing.state, "\n".join([lines, *notes]))
 
     def __str__(self) -> str:
@@ -83,6 +87,7 @@ class Sight(Acting, Said):
             tuple(self._devices),
             alive,
             self.last_call,
+            tuple(map(str, self._armed)),
         )
 
     def chunk_labels(self) -> list[str]:

@@ -20,6 +20,8 @@ class Standing(NamedTuple):
     devices: tuple[str, ...]
     alive: tuple[bool, ...]
     last_call: str
+    faults: tuple[str, ...] = ()
+    """a line for each that is armed"""
 
 
 def state_of_lanes(plan: Plan, stands: Sequence[Stand]) -> State:

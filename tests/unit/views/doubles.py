@@ -39,6 +39,7 @@ class Moment:
     message: str = ""
     decoded: int = 0
     text: str = ""
+    faults: Sequence[str] = ()
 
 
 class Listeners:
@@ -76,6 +77,7 @@ class PaperRun:
         self.calls: list[str] = []
         self.state: State = "paused"
         self.message, self.decoded, self.text = "", 0, ""
+        self.faults: list[str] = []
         self.devices = ["cpu"] * plan.world_size
         self.alive = [True] * plan.world_size
         self.listeners = Listeners()
@@ -91,7 +93,15 @@ class PaperRun:
         ]
         last = self.calls[-1] if self.calls else ""
         return Moment(
-            stands, self.state, self.devices, self.alive, last, self.message, self.decoded, self.text
+            stands,
+            self.state,
+            self.devices,
+            self.alive,
+            last,
+            self.message,
+            self.decoded,
+            self.text,
+            self.faults,
         )
 
     def move(self, call: str, cut: Cut) -> None:
