@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from IPython.core.error import UsageError
 
-from dinfer import magics
-from dinfer.magics import VERBS, act, split, usage
+from dinfer.magics import line as magics
+from dinfer.magics.line import VERBS, act, split, usage
 from dinfer.session.said import Moved, Where
 
 PROMPT = "The code of Lima is 471. What is the code of Lima? The code of Lima is"
@@ -103,6 +103,23 @@ def test_breakpoints_by_words_and_flags(begun: Any) -> None:
     assert len(act(begun, "clear")) == 0
 
 
+def test_faults_by_words_and_flags(begun: Any) -> None:
+    run = begun.user_ns["session"].run
+    line = "inject bitflip rank=1 layer=2 chunk=1 tensor=K head=0 token=9 where=memory"
+    assert str(act(begun, line)) == (
+        "armed: #1 bitflip in K of block c1 l2 on rank 1, head 0, token 9, in memory"
+    )
+    assert run.last_call.startswith('run.inject("bitflip", rank=1, layer=2, chunk=1, tensor="K"')
+    assert "swap_kv of block c0 l5 on rank 1" in str(
+        act(begun, "inject --layer 5 --chunk 0 swap_kv --where compute")
+    )
+    assert str(act(begun, "inject repeat_row")) == "armed: #3 repeat_row in decode, on all ranks"
+    assert len(act(begun, "faults")) == 3
+    assert [one.number for one in act(begun, "faults clear 2")] == [1, 3]
+    assert len(act(begun, "faults clear")) == 0
+    assert str(act(begun, "faults")).startswith("no faults")
+
+
 def test_decode_step_by_step_and_restart(begun: Any) -> None:
     assert act(begun, "decode 2").count == 2
     assert act(begun, "step token").count == 3
@@ -123,6 +140,10 @@ def test_decode_step_by_step_and_restart(begun: Any) -> None:
         ("break when=maybe", "it must be one of 'nan'"),
         ("break colour=red", "unrecognized arguments: colour=red"),
         ("clear 7", "there is no breakpoint #7"),
+        ("inject bitflop", "Did you mean bitflip?"),
+        ("inject nan layer=99", "layer is 99; the layers of this run go from 0 to 5"),
+        ("inject", "required: kind"),
+        ("faults clear 7", "there is no fault #7"),
         ("prefill x chunk_size=0", "chunk_size is 0; it must be at least 1"),
         ("load no/such/folder", "no/such/folder"),
         ("connect nowhere", "'nowhere' is no place for ranks"),

@@ -1,0 +1,130 @@
+"""From a line to a call: the table of verbs, and how their words are read.
+
+Nothing is decided here. A new verb is a function under `@magic_arguments()`, and a line in VERBS.
+"""
+# IPython's decorators have no types.
+# mypy: allow-untyped-calls, allow-untyped-decorators
+
+import contextlib
+import difflib
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from IPython.core.error import UsageError
+from IPython.core.magic_arguments import MagicArgumentParser, argument, magic_arguments
+
+import dinfer
+from dinfer.config import Config
+from dinfer.magics import of_faults, of_run, of_session
+from dinfer.magics.call import Call, Text
+
+KEY_VALUE = re.compile(r"([a-z]\w*)=(.*)", re.DOTALL)
+HELP = ("-h", "--help", "-?")
+
+
+@magic_arguments()
+@argument("verb", nargs="?", help="a verb to be explained")
+def help_(call: Call) -> Text:
+    """List the verbs, or explain one."""
+    if call.words.verb:
+        return Text([usage(_name_of(call.words.verb))])
+    width = max(map(len, VERBS)) + 2
+    lines = [f"{name:<{width}}{_doc(verb)}" for name, verb in VERBS.items()]
+    return Text(["%dinfer VERB …; %dinfer VERB --help says more.", *lines])
+
+
+VERBS: dict[str, Callable[[Call], Any]] = {
+    "connect": of_session.connect, "load": of_session.load, "prefill": of_session.prefill,
+    "run": of_run.run, "where": of_run.where, "step": of_run.step, "back": of_run.back, "to": of_run.to,
+    "resume": of_run.resume, "pause": of_run.pause, "wait": of_run.wait,
+    "break": of_run.break_, "breaks": of_run.breaks, "clear": of_run.clear,
+    "decode": of_run.decode, "restart": of_run.restart,
+    "inject": of_faults.inject, "faults": of_faults.faults,
+    "panel": of_session.panel, "log": of_session.log, "recover": of_session.recover,
+    "debug": of_session.debug, "close": of_session.close, "help": help_,
+}  # fmt: skip
+
+
+# -- from a line to a call
+
+
+def load_into(shell: Any) -> None:
+    """Register `%dinfer` with an IPython shell, and give it the name `dinfer`."""
+    shell.push({"dinfer": dinfer}, interactive=False)
+    shell.register_magic_function(lambda line: act(shell, line), "line", "dinfer")
+
+
+def act(shell: Any, line: str) -> Any:
+    """Do what a line says. Raises UsageError, which IPython shows as one message, for whatever goes wrong."""
+    name, *words = split(line) or ["help"]
+    verb = VERBS[_name_of(name)]
+    if any(word in HELP for word in words):
+        return Text([usage(name)])
+    with _one_message():
+        return verb(Call(shell, _parser(verb).parse_args(_as_flags(_parser(verb), words))))
+
+
+def split(line: str) -> list[str]:
+    """The words of a line: quotes hold words together, a backslash is a backslash. Raises UsageError."""
+    words = shlex.shlex(line, posix=True, punctuation_chars=False)
+    words.whitespace_split, words.escape, words.commenters = True, "", ""
+    try:
+        return list(words)
+    except ValueError:
+        raise UsageError(
+            "a quote is not closed: put text that has a ' in it between \", and the reverse."
+        ) from None
+
+
+def usage(name: str) -> str:
+    """How a verb is called."""
+    verb = VERBS[name]
+    parser = _parser(verb)
+    parser.prog = f"dinfer {name}"  # IPython puts the % before it
+    return parser.format_help().replace("::\n\n", "").strip()
+
+
+def _as_flags(parser: MagicArgumentParser, words: list[str]) -> list[str]:
+    """`layer=7` becomes `--layer 7`, where there is such a flag, and else one of the values of `--set`."""
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    plain, named, values = list[str](), list[str](), list[str]()
+    for word in words:
+        found = KEY_VALUE.fullmatch(word)
+        flag = f"--{found[1].replace('_', '-')}" if found else ""
+        if found and flag in flags:
+            named += [flag, found[2]]
+        elif found and "--set" in flags and found[1] in Config.__dataclass_fields__:
+            values.append(word)
+        else:
+            (named if named else plain).append(word)
+    return [*plain, *named, *(["--set", *values] if values else [])]
+
+
+def _name_of(name: str) -> str:
+    """The verb. Raises UsageError, naming the nearest."""
+    if name in VERBS:
+        return name
+    near = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.4)
+    meant = f" Did you mean {near[0]}?" if near else ""
+    raise UsageError(f"%dinfer knows no {name!r}.{meant} The verbs are {', '.join(VERBS)}.")
+
+
+def _parser(verb: Callable[[Call], Any]) -> MagicArgumentParser:
+    parser: MagicArgumentParser = verb.parser  # type: ignore[attr-defined] # made by @magic_arguments
+    return parser
+
+
+def _doc(verb: Callable[[Call], Any]) -> str:
+    return str(_parser(verb).description)
+
+
+@contextlib.contextmanager
+def _one_message() -> Iterator[None]:
+    """dinfer's own errors are told without a traceback; any other is a mistake in dinfer, and keeps it."""
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        text = error.args[0] if isinstance(error, KeyError) else error
+        raise UsageError(str(text)) from None
