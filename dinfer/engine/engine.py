@@ -19,7 +19,7 @@ from dinfer.engine.conditions import Hit
 from dinfer.engine.deadline import Deadline, StillWaiting
 from dinfer.engine.decoding import Decoding
 from dinfer.engine.execution import Execution
-from dinfer.engine.faults import Tell
+from dinfer.engine.faults import OnStrike
 from dinfer.engine.gate import FreeGate, Gate
 from dinfer.engine.handlers import Prefill
 from dinfer.engine.prompt import Prompt, Stands
@@ -182,7 +182,7 @@ class Engine:
         """Give a decoding of this engine's prompt room for that many new tokens in all."""
         decoding.cache = self.make_room(self._capacity(len(self.ids), max_new_tokens))
 
-    def arm(self, faults: Sequence[Fault], tell: Tell) -> list[str]:
+    def arm(self, faults: Sequence[Fault], tell: OnStrike) -> list[str]:
         """Have these faults, and no others, strike on this rank, which stands; what was edited by hand before."""
         prompt, armed = self.prompt, self.prompt.state.faults
         edited, room = prompt.look(), armed.room

@@ -36,7 +36,7 @@ class Appended(NamedTuple):
     rows: int
 
 
-Tell = Callable[[Strike], None]
+OnStrike = Callable[[Strike], None]
 
 
 class Faults:
@@ -46,7 +46,7 @@ class Faults:
     def __init__(self, state: "Prefill", ops: Iterable[Op]) -> None:
         self._state = state
         self._armed: tuple[Fault, ...] = ()
-        self._tell: Tell = lambda _: None
+        self._tell: OnStrike = lambda _: None
         self._struck: set[int] = set()
         self._appended: list[Appended] = []
         self._right: dict[tuple[int, int], Tensor] = {}
@@ -56,7 +56,7 @@ class Faults:
 
     # -- from the session
 
-    def arm(self, faults: Sequence[Fault], tell: Tell) -> None:
+    def arm(self, faults: Sequence[Fault], tell: OnStrike) -> None:
         """Have these, and no others, strike; `tell` learns of each strike, on any thread."""
         self._tell = tell
         self._armed = tuple(one for one in faults if one.rank in (None, self._state.rank))
