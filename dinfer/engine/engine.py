@@ -181,11 +181,8 @@ class Engine:
         return Decoding(self.decoder, cache, tokens, final, sampler, self.comm, self.recorder, shape)
 
     def recheck(self) -> None:
-        """Look whether all rows of the prompt are still what was computed here or came; all ranks must call it. `check_s`
-        is how long it took.
-
-        Raises Corrupted, on all ranks alike, unless on_corruption is "record".
-        """
+        """Look whether all rows of the prompt are still what was computed here or came, in `check_s` seconds. All ranks
+        must call it. Raises Corrupted, on all ranks alike, unless on_corruption is "record"."""
         if self._prompt is not None and self.recorder is not None:
             self.check_s = recheck(self._prompt.state, self.recorder, self.comm)
 
