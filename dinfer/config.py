@@ -15,6 +15,7 @@ Schedule = Literal["pipelined", "lockstep", "batched"]
 SyncStrategy = Literal["pairwise", "ring"]
 DeviceMode = Literal["single_node", "multi_node"]
 Backend = Literal["auto", "gloo", "nccl"]
+OnCorruption = Literal["record", "pause", "fail"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
@@ -64,6 +65,10 @@ class Config:
     top_k: int = _parameter(0, "sample from the k most likely tokens; 0: all", low=0)
     top_p: float = _parameter(1.0, "sample from the most likely tokens of this total probability", high=1)
     seed: int = _parameter(0, "seed of sampling", low=0)
+    digests: bool = _parameter(True, "digest every block, and check it on arrival and before decode")
+    on_corruption: OnCorruption = _parameter(
+        "record", "what to do about a block whose bytes have changed; pause: in a session only"
+    )
     start_timeout: float = _parameter(180.0, "seconds that ranks may take to start and load", low=1)
     timeout: float = _parameter(60.0, "seconds without progress after which the run is ended", low=1)
     log_dir: str = _parameter("dinfer-logs", "folder for one log file per rank")
@@ -90,6 +95,10 @@ class Config:
         for name in ("prompt_ids", "layer_split", "gpu_ids"):
             if any(number < 0 for number in getattr(self, name)):
                 raise ConfigError(f"{name} is {list(getattr(self, name))}; its numbers must be at least 0.")
+        if self.on_corruption != "record" and not self.digests:
+            raise ConfigError(
+                f"on_corruption is {self.on_corruption}, but without digests nothing would be found: leave one out."
+            )
         if self.top_p <= 0:
             raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (1: all tokens).")
 

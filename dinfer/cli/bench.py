@@ -16,7 +16,9 @@ from dinfer.plan.ops import PlanError
 def bench(
     what: Annotated[
         str,
-        typer.Argument(help="prefill; or session: what stepping, recording and a death take on 3 engines"),
+        typer.Argument(
+            help="prefill; digests: prefill with and without; session: stepping, recording, a death on 3 engines"
+        ),
     ] = "prefill",
     model: Annotated[
         str, typer.Option(help="checkpoint folder; default: random weights, hidden 1024 × 8 layers")
@@ -35,6 +37,9 @@ def bench(
     """Time pairwise, ring, lockstep, no sync and one process side by side on this machine, or --compare two."""
     if what == "prefill":
         _bench_prefill(model, tokens, chunk_size, world_size, threads, repeats, json_path, compare, plot)
+    elif what == "digests":
+        values = {"model_path": model, "world_size": world_size, "chunk_size": chunk_size, "threads": threads}
+        _bench_digests(values, tokens, repeats, json_path)
     else:
         _bench_session(what, repeats, json_path)
 
@@ -81,6 +86,30 @@ def _bench_prefill(
         _draw(result, plot)
 
 
+def _bench_digests(values: dict[str, Any], tokens: str, repeats: int, json_path: str) -> None:
+    """`dinfer bench digests`: of the options, all but those of --compare are its own too."""
+    from dinfer.model.checkpoint import check
+    from dinfer.session.benches.bench import random_checkpoint
+    from dinfer.session.benches.digests import SHAPE, bench_digests, table
+
+    with contextlib.ExitStack() as stack:
+        try:
+            if repeats < 1:
+                raise ConfigError(f"repeats is {repeats}; it must be at least 1.")
+            Config.of({**values, "model_path": "demo"})  # before a checkpoint is made
+            folder = values["model_path"] or str(stack.enter_context(random_checkpoint(SHAPE)))
+            config = Config.of({**values, "model_path": folder})
+            (length,) = whole_numbers("tokens", tokens)[:1] or (0,)
+            result = bench_digests(config, length, check(folder).vocab_size, repeats)
+        except (ConfigError, ModelError, PlanError) as error:
+            stop(error, BAD_INPUT)
+        except RuntimeError as error:
+            stop(error, FAILED)
+    print(table(result))
+    if json_path:
+        keep_json(result, json_path)
+
+
 def _check_plot(path: str, compared: bool) -> None:
     """Raises ConfigError for a file that could not be written once all is measured."""
     from dinfer.views.bench import PlotError, check_ending
@@ -108,7 +137,10 @@ def _bench_session(what: str, repeats: int, json_path: str) -> None:
     from dinfer.session.result import write_json
 
     if what != "session" or repeats < 1:
-        stop(f"`bench {what} --repeats {repeats}`: bench what? prefill or session, at least once.", BAD_INPUT)
+        stop(
+            f"`bench {what} --repeats {repeats}`: bench what? prefill, digests or session, at least once.",
+            BAD_INPUT,
+        )
     try:
         result = bench_session(repeats, lambda text: print(text, file=sys.stderr))
     except RuntimeError as error:

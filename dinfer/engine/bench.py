@@ -6,7 +6,7 @@ What the figures say is not judged here.
 from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import NamedTuple
 
 import torch
@@ -24,13 +24,15 @@ START_S = 300.0
 
 
 class Variant(NamedTuple):
-    """One way to run the prompt. `alone`: rank 0 by itself; `sync`: whether blocks are synced at all."""
+    """One way to run the prompt. `alone`: rank 0 by itself; `sync`: whether blocks are synced at all; `digests`:
+    whether blocks are digested, and all rows checked afterwards."""
 
     name: str
     schedule: Schedule = "pipelined"
     sync_strategy: SyncStrategy = "pairwise"
     alone: bool = False
     sync: bool = True
+    digests: bool = True
 
 
 VARIANTS = (
@@ -52,10 +54,13 @@ class Case(NamedTuple):
 
 
 class Timed(NamedTuple):
-    """Seconds of one prefill, and those in which this rank moved KV and computed nothing."""
+    """Seconds of one prefill, and those in which this rank moved KV and computed nothing; the CPU seconds of this rank;
+    and seconds of the check before decode."""
 
     seconds: float
     exposed_sync_s: float
+    cpu_s: float = 0.0
+    check_s: float = 0.0
 
 
 def without_sync(plan: Plan) -> Plan:
@@ -104,6 +109,7 @@ def _time(case: Case, decoder: Decoder, comm: Comm, config: Config, ids: Sequenc
         schedule=variant.schedule,
         sync_strategy=variant.sync_strategy,
         unsafe=not variant.sync,
+        digests=variant.digests,
     )
     if variant.alone:
         alone = comm.rank == 0
@@ -123,11 +129,13 @@ def _prefill(engine: Engine, ids: Sequence[int], *, sync: bool) -> Timed:
     plan = engine.plan_for(len(ids))
     engine.prepare(ids, plan=plan if sync else without_sync(plan))
     engine.comm.all_gather(b"s")
-    started = perf_counter()
+    started, cpu = perf_counter(), process_time()
     engine.prefill_phase()
+    cpu = process_time() - cpu
     engine.comm.all_gather(b"e")
     took = perf_counter() - started
+    engine.recheck()
     assert engine.recorder is not None
     figures = Trace.merge([engine.recorder.events()]).rank_figures(engine.rank)
     engine.release()
-    return Timed(took, figures.exposed_sync_s)
+    return Timed(took, figures.exposed_sync_s, cpu, engine.check_s)

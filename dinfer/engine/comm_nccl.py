@@ -17,8 +17,9 @@ from torch import Tensor
 
 from dinfer.config import Backend
 from dinfer.engine.comm import Comm, CommError, GlooComm, Store, bytes_of
-from dinfer.engine.streams import COMPUTE, Issued, Streams, Times, Where, stream_of
-from dinfer.engine.transfer import HEADER_BYTES
+from dinfer.engine.probes import as_numbers
+from dinfer.engine.streams import COMPUTE, Arrived, Issued, Sign, Streams, Times, Where, stream_of
+from dinfer.engine.transfer import HEADER_BYTES, SIGNED
 from dinfer.plan.graph import Channel
 
 COMMUNICATORS = ("hidden", "kv")
@@ -27,6 +28,8 @@ LAG_S = 0.001
 thread that issues. Times do not depend on it: they are those of CUDA events"""
 HEADERS = 1024
 """headers under way at most; far more than an issuer's window"""
+_FOUND = slice(HEADER_BYTES, HEADER_BYTES + 16)
+"""of a header's place: behind the header, the digests of what has arrived"""
 _ABORT_ONLY = "2"
 """on an error end the communicator, not the process: the rank must live to say where it stood"""
 
@@ -90,6 +93,7 @@ class _CudaWork:
         self.start, self.met, self.end = (_event() for _ in range(3))
         self.kept: list[Tensor] = []
         self.came: Tensor | None = None
+        self.has_digests = False
 
     @property
     def is_done(self) -> bool:
@@ -104,7 +108,13 @@ class _CudaWork:
 
     def header(self) -> bytes:
         assert self.came is not None
-        return self.came.numpy().tobytes()
+        return self.came[:HEADER_BYTES].numpy().tobytes()
+
+    def digests(self) -> tuple[int, int] | None:
+        if not self.has_digests:
+            return None
+        assert self.came is not None
+        return as_numbers(self.came[_FOUND].view(torch.int64))
 
     def _at(self, event: torch.cuda.Event) -> int:
         zero, ns = self._zero
@@ -121,7 +131,7 @@ class CudaStreams:
         self._rank, self._device, self._groups = rank, device, groups
         self._streams: dict[str, torch.cuda.Stream] = {COMPUTE: torch.cuda.default_stream(device)}
         # Made once: to pin memory may wait for the device.
-        host = torch.empty((HEADERS, HEADER_BYTES), dtype=torch.uint8, pin_memory=True)
+        host = torch.empty((HEADERS, _FOUND.stop), dtype=torch.uint8, pin_memory=True)
         self._headers = cycle(zip(host, torch.empty_like(host, device=device), strict=True))
         self.settle()
 
@@ -132,27 +142,48 @@ class CudaStreams:
         return issued
 
     def send(
-        self, channel: Channel, header: bytes, payload: Callable[[], Tensor], after: Sequence[Issued]
+        self,
+        channel: Channel,
+        header: bytes,
+        payload: Callable[[], Tensor],
+        after: Sequence[Issued],
+        sign: Sign | None = None,
     ) -> Issued:
         group, peer = self._groups[channel.communicator], channel.target
         with self._on(channel, after) as issued:
             (host, announced), tensor = next(self._headers), payload()
             issued.kept = [tensor]
-            host.copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
+            host[:HEADER_BYTES].copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
             announced.copy_(host, non_blocking=True)
-            _give(dist.isend(announced, group=group, group_dst=peer))
+            if sign:
+                # Of a block that this rank computed it is on the device: the host never sees it.
+                announced[SIGNED].view(torch.int64).copy_(sign(), non_blocking=True)
+            _give(dist.isend(announced[:HEADER_BYTES], group=group, group_dst=peer))
             issued.met.record()
             _give(dist.isend(bytes_of(tensor), group=group, group_dst=peer))
         return issued
 
-    def recv(self, channel: Channel, place: Callable[[], Tensor], after: Sequence[Issued]) -> Issued:
+    def recv(
+        self,
+        channel: Channel,
+        place: Callable[[], Tensor],
+        after: Sequence[Issued],
+        arrived: Arrived | None = None,
+    ) -> Issued:
         group, peer = self._groups[channel.communicator], channel.source
         with self._on(channel, after) as issued:
             (issued.came, announced), tensor = next(self._headers), place()
             issued.kept = [tensor]
-            _give(dist.irecv(announced, group=group, group_src=peer))
+            _give(dist.irecv(announced[:HEADER_BYTES], group=group, group_src=peer))
             issued.met.record()
             _give(dist.irecv(bytes_of(tensor), group=group, group_src=peer))
+            # A copy of the signature: the header's place is used again by others, the ledger keeps it.
+            if (
+                arrived
+                and (found := arrived(announced[SIGNED].view(torch.int64).clone(), tensor)) is not None
+            ):
+                announced[_FOUND].view(torch.int64).copy_(found)
+                issued.has_digests = True
             issued.came.copy_(announced, non_blocking=True)
         return issued
 

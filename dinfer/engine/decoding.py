@@ -1,7 +1,7 @@
 """Decode: every rank computes all layers alone on the synced cache; the ranks compare each token."""
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from time import monotonic_ns
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from dinfer.engine.handlers import Prefill
 from dinfer.engine.nans import NotANumber, Place, first_nan, has_nan
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
+from dinfer.model.errors import ModelError
 from dinfer.model.sampling import Sampler
 from dinfer.plan.partition import Shape
 from dinfer.trace.events import Event
@@ -170,3 +171,14 @@ class Decoding:
                     index=position,
                 ),
             )
+
+
+def cache_of(decoder: Decoder, kv_caches: Sequence[tuple[Tensor, Tensor]], capacity: int) -> KVCache:
+    """A cache that holds K and V of every layer, each [1, kv_heads, tokens, head_dim]. Raises ModelError."""
+    if len(kv_caches) != decoder.num_layers:
+        raise ModelError(
+            f"kv_caches has {len(kv_caches)} layers; this model has {decoder.num_layers}: give K and V of each."
+        )
+    cache = decoder.new_cache(capacity)
+    cache.fill(kv_caches)
+    return cache

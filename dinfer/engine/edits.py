@@ -2,7 +2,8 @@
 
 torch counts in-place changes of a tensor and all its views (`_version`). What the engine's own ops leave is noted
 after each op; what differs from that at the next step was changed by hand. Bytes that arrive over gloo do not count
-up, so they need no note.
+up, so they need no note. Blocks that were changed by hand are entered into the ledger anew, as what they are now. Of KV
+the layer is known, not the rows: a fault of memory in the same layer since the last step is taken for part of the edit.
 """
 
 from torch import Tensor
@@ -23,6 +24,7 @@ class Edits:
         self.found: list[str] = []
         self._kv: dict[int, int] = {}
         self._hidden: dict[tuple[int, int], Mark] = {}
+        self._unsaid: list[str] = []
         self.note_all()
 
     def __call__(self, _: Event, op: Op) -> None:
@@ -42,17 +44,25 @@ class Edits:
         self._hidden = {key: _mark(hidden) for key, hidden in self._state.hidden.items()}
 
     def look(self) -> list[str]:
-        """What has been changed by hand since the engine's last op, in words; for a rank that stands."""
-        changed = [f"KV of layer {n}" for n, version in self._kv.items() if version != self._version(n)]
+        """What has been changed by hand since it was last asked, in words; for a rank that stands."""
+        self.enter()
+        said, self._unsaid = self._unsaid, []
+        return said
+
+    def enter(self) -> None:
+        """Take in what has been changed by hand since the engine's last op."""
+        layers = [n for n, version in self._kv.items() if version != self._version(n)]
+        changed = [f"KV of layer {n}" for n in layers]
         changed += [
             f"hidden c{chunk} l{layer}"
             for (chunk, layer), hidden in self._state.hidden.items()
             if self._hidden.get((chunk, layer)) != _mark(hidden)
         ]
         if changed:
+            self._state.take_edits(layers)
             self.found += [what for what in changed if what not in self.found]
+            self._unsaid += changed
             self.note_all()
-        return changed
 
     def _version(self, layer: int) -> int:
         return self._state.cache.tensor(layer)._version

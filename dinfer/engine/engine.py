@@ -16,14 +16,16 @@ from dinfer.engine.board import Board
 from dinfer.engine.by_hand import LayerKV, Steps, layer_kv
 from dinfer.engine.comm import Comm
 from dinfer.engine.conditions import Hit
+from dinfer.engine.corruption import Alarm, Tell
 from dinfer.engine.deadline import Deadline, StillWaiting
-from dinfer.engine.decoding import Decoding
+from dinfer.engine.decoding import Decoding, cache_of
 from dinfer.engine.execution import Execution
 from dinfer.engine.faults import OnStrike
 from dinfer.engine.gate import FreeGate, Gate
 from dinfer.engine.handlers import Prefill
-from dinfer.engine.prompt import Prompt, Stands
-from dinfer.engine.room import cache_of, capacity
+from dinfer.engine.prompt import Prompt, Stands, recorder_for
+from dinfer.engine.recheck import recheck
+from dinfer.engine.room import capacity
 from dinfer.engine.single import agree, sync_block
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
@@ -56,7 +58,7 @@ class Engine:
 
     `memory` holds recorder records that another process may read; by default each prompt gets memory of its
     own. `deadline` bounds calls that wait for other ranks, in seconds: in a notebook, where some ranks may never make
-    the call. `on_hit` and `others` are `Prompt`'s.
+    the call. `on_hit` and `others` are `Prompt`'s; `on_corrupt` is told of blocks whose bytes have changed.
     """
 
     def __init__(
@@ -72,12 +74,14 @@ class Engine:
         deadline: float | None = None,
         on_hit: Hit | None = None,
         others: Callable[[], Stands] | None = None,
+        on_corrupt: Tell | None = None,
     ) -> None:
         self.decoder, self.comm, self.config = decoder, comm, config
         self.rank, self.world_size = comm.rank, comm.world_size
         self.gate, self.board = gate or FreeGate(), board or Board()
         self._memory, self._on_op, self._on_hit, self._others = memory, on_op, on_hit, others
         self._deadline = Deadline(comm.rank, deadline)
+        self._alarm, self.check_s = Alarm(config.on_corruption, on_corrupt), 0.0
         self._prompt: Prompt | None = None
         self.recorder: Recorder | None = None
         self.cache: KVCache | None = None
@@ -107,8 +111,10 @@ class Engine:
             )
         self.ids = list(ids)
         self.cache = self.decoder.new_cache(self._capacity(len(ids)))
-        state = Prefill(self.decoder, self.cache, plan, self.rank, ids)
-        self.recorder = self._new_recorder(plan)
+        state = Prefill(
+            self.decoder, self.cache, plan, self.rank, ids, digests=self.config.digests, alarm=self._alarm
+        )
+        self.recorder = recorder_for(plan, self.rank, self.config.max_new_tokens, self._memory)
         self._prompt = Prompt(
             plan, state, partial(self._execute, plan, state, self.recorder),
             on_op=self._on_op, on_hit=self._on_hit, others=self._others,
@@ -140,6 +146,7 @@ class Engine:
         if prompt is not None:
             self.prepare(self.encode(prompt))
         executor = self.executor
+        self.prompt.enter_edits()
         self.board.set_phase("prefill")
         before = None
         while not executor.run_to_end(self._deadline.seconds):
@@ -171,12 +178,18 @@ class Engine:
             tokens = len(self.ids)
             cache = self.make_room(self._capacity(tokens, max_new_tokens))
         else:
-            tokens = kv_caches[0][0].shape[2]
-            cache = cache_of(self.decoder, kv_caches, max_new_tokens or config.max_new_tokens)
+            tokens = kv_caches[0][0].shape[2] if kv_caches else 0
+            cache = cache_of(self.decoder, kv_caches, self._capacity(tokens, max_new_tokens))
         shape = state.plan.shape if state else None
         sampler = Sampler(Sampling(config.temperature, config.top_k, config.top_p, config.seed))
         final = final[:, -1:]
         return Decoding(self.decoder, cache, tokens, final, sampler, self.comm, self.recorder, shape, state)
+
+    def recheck(self) -> None:
+        """Look whether all rows of the prompt are still what was computed here or came, in `check_s` seconds. All ranks
+        must call it. Raises Corrupted, on all ranks alike, unless on_corruption is "record"."""
+        if self._prompt is not None and self.recorder is not None:
+            self.check_s = recheck(self._prompt.state, self.recorder, self.comm)
 
     def extend(self, decoding: Decoding, max_new_tokens: int) -> None:
         """Give a decoding of this engine's prompt room for that many new tokens in all."""
@@ -213,11 +226,15 @@ class Engine:
 
         `hidden_states` [1, 1, hidden_size] and `kv_caches` are what `prefill_phase` returned, on any engine;
         by default this engine's own. Fewer than `max_new_tokens` come where the text ends or the model's
-        positions do.
+        positions do. Of this engine's own KV all rows are checked first, as by `recheck`.
         """
+        if self._prompt is not None:
+            self._prompt.enter_edits()
         decoding = self.decoding(hidden_states, kv_caches, max_new_tokens)
 
         def decode() -> list[int]:
+            if kv_caches is None:
+                self.recheck()
             self.board.set_phase("decode")
             for token in decoding.run(max_new_tokens or self.config.max_new_tokens):
                 self.board.set_phase("decode", len(decoding.tokens))
@@ -337,12 +354,3 @@ class Engine:
     def _capacity(self, tokens: int, max_new_tokens: int | None = None) -> int:
         faults = self._prompt.state.faults if self._prompt else None
         return capacity(self.decoder, tokens, max_new_tokens or self.config.max_new_tokens, faults)
-
-    def _new_recorder(self, plan: Plan) -> Recorder:
-        lanes = [*(lane.name for lane in plan.lanes[self.rank]), "decode"]
-        if self._memory is not None:
-            recorder = Recorder.over(self.rank, lanes, self._memory)
-            recorder.clear()
-            return recorder
-        longest = max(len(lane.ops) for lane in plan.lanes[self.rank])
-        return Recorder(self.rank, lanes, 2 * max(longest, self.config.max_new_tokens) + 64)

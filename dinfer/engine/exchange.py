@@ -85,6 +85,8 @@ class LocalComm:
     def recv_payload(self, channel: Channel, out: Tensor) -> None:
         message = self._exchange.taken.pop(channel)
         assert message.payload is not None
+        if out.is_cuda:  # who sends may have launched it only just
+            torch.cuda.current_stream(out.device).wait_stream(torch.cuda.default_stream(out.device))
         out.view(-1).copy_(message.payload.reshape(-1).view(out.dtype))
         with self._exchange.gate.change():
             message.received = True

@@ -7,11 +7,12 @@ build on it: lanes as threads (executor), or one lane issued to streams (issuer)
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic
 
 from dinfer.engine.board import MAX_LANES, Board, Stand
 from dinfer.engine.comm import Comm
+from dinfer.engine.corruption import Corruption
 from dinfer.engine.gate import Gate
 from dinfer.engine.handlers import Prefill
 from dinfer.plan.graph import Channel
@@ -185,8 +186,14 @@ class Execution(ABC):
             failed.__cause__ = error
             self.failure = self.failure or failed
 
-    def _ended(self, lane: LaneState, op: Op, event: Event) -> None:
+    def _ended(self, lane: LaneState, op: Op, event: Event, corrupt: Corruption | None = None) -> None:
+        """Raises Corrupted where the run is to fail by what was found."""
         self.recorder.record(lane.number, event)
+        if corrupt:
+            at = event.end
+            found = replace(event, kind="corrupt", ready=at, start=at, met=at, index=None)
+            self.recorder.record(lane.number, found)
+            self.state.alarm(corrupt)
         if self.on_op:
             self.on_op(event, op)
 

@@ -4,8 +4,7 @@ Nothing here decides when an op runs; the executor does.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Sequence
 from time import monotonic_ns
 from typing import NamedTuple
 
@@ -13,11 +12,12 @@ import torch
 from torch import Tensor
 
 from dinfer.engine.comm import Comm
+from dinfer.engine.corruption import Alarm, Corruption
 from dinfer.engine.faults import Faults
-from dinfer.engine.ledger import Ledger
+from dinfer.engine.ledger import UNKNOWN, Ledger
 from dinfer.engine.ordering import Ordering
 from dinfer.engine.probes import as_numbers
-from dinfer.engine.transfer import VOID, Header, TransferError, check
+from dinfer.engine.transfer import VOID, Header, TransferError, check, signature_of, signed
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 from dinfer.plan.graph import channel_of
@@ -29,27 +29,41 @@ class Outcome(NamedTuple):
     """How an op ended.
 
     `met`: when its peer had come (monotonic ns; None: it has no peer); `bytes`: the size of its payload;
-    `released`: it was a recv, and a void header released it instead.
+    `released`: it was a recv, and a void header released it instead; `corrupt`: what has arrived is not what was
+    announced.
     """
 
     met: int | None = None
     bytes: int = 0
     released: bool = False
+    corrupt: Corruption | None = None
 
 
 class Prefill:
     """One prompt's state on one rank: KV cache, hidden states at hand, the final state.
 
     Hidden states that entered this rank (by embedding or from a peer) are kept, so that going back can
-    compute anew from there; those in between go once every op that needs them has run.
+    compute anew from there; those in between go once every op that needs them has run. `digests`: keep a ledger;
+    `alarm` is told of blocks that are not what they were.
     """
 
-    def __init__(self, decoder: Decoder, cache: KVCache, plan: Plan, rank: int, ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        plan: Plan,
+        rank: int,
+        ids: Sequence[int],
+        *,
+        digests: bool = True,
+        alarm: Alarm | None = None,
+    ) -> None:
         self.decoder, self.cache, self.plan, self.rank = decoder, cache, plan, rank
         self.ids = list(ids)
         self.hidden: dict[tuple[int, int], Tensor] = {}
         self.final: Tensor | None = None
-        self.ledger = Ledger()
+        self.ledger = Ledger(rank, on=digests)
+        self.alarm = alarm or Alarm()
         self.differing: dict[tuple[int, int], str] = {}
         self.ordering = Ordering(cache.device)
         own = [op for lane in plan.lanes[rank] for op in lane.ops]
@@ -83,15 +97,31 @@ class Prefill:
         """
         return self._uses[Value("hidden", chunk, layer)] > 0
 
-    def note_arrival(self, op: Op, announced: tuple[int, int], block: Tensor) -> None:
-        """Put down what has arrived, and whether its bytes are those that were announced."""
-        entry = self.ledger.arrived((op.chunk, op.layer), block, announced)
-        if entry is not None and not entry.is_as_made:
-            sent = zip("KV", announced, as_numbers(entry.digests), strict=True)
-            changed = [name for name, one, other in sent if one != other]
-            self.differing[op.chunk, op.layer] = (
-                f"{' and '.join(changed)} changed on the way from rank {op.peer}"
-            )
+    def take_in(self, op: Op, announced: Tensor, block: Tensor) -> Tensor | None:
+        """Put down what has arrived; its digests, int64 [2], where the signature `announced` is."""
+        self.faults.on_wire(op, block)
+        found = self.ledger.arrived((op.chunk, op.layer), block, announced)
+        self.faults.in_memory(op, block)
+        return found
+
+    def judge(self, op: Op, came: Header, found: tuple[int, int] | None) -> Corruption | None:
+        """Whether what has arrived, with these digests, is what its header announced."""
+        self.differing.pop((op.chunk, op.layer), None)
+        if found is None or came.digests in (UNKNOWN, found):
+            return None
+        changed = [name for name, one, other in zip("KV", came.digests, found, strict=True) if one != other]
+        first = came.changed - 1 if came.changed else None
+        corrupt = Corruption(
+            self.rank, op.chunk, op.layer, " and ".join(changed), came.nbytes, op.peer, first
+        )
+        self.differing[op.chunk, op.layer] = corrupt.what
+        return corrupt
+
+    def take_edits(self, layers: Collection[int]) -> None:
+        """The user may have changed KV of these layers, or hidden states, on the device's default stream."""
+        self.ordering.forget()
+        for chunk, layer in [key for key in self.ledger.entries if key[1] in layers]:
+            self.ledger.edited((chunk, layer), self.block(chunk, layer))
 
     def compute_layer(self, chunk: int, layer: int, hidden: Tensor) -> Tensor:
         position, shift = self.rows(chunk).start, self.faults.shift(chunk, layer)
@@ -161,17 +191,17 @@ def norm(state: Prefill, op: Op, _: Comm) -> Outcome:
 
 def send(state: Prefill, op: Op, comm: Comm) -> Outcome:
     with state.ordering.reading(op.value):
-        payload, header = payload_of(state, op), header_at(state, op)
+        payload, header = payload_of(state, op), header_at(state, op).pack()
         if op.what == "kv":
-            header = replace(header, digests=state.ledger.announce((op.chunk, op.layer)))
-        met = comm.send(channel_of(comm.rank, op), header.pack(), payload)
+            header = signed(header, state.ledger.signature((op.chunk, op.layer)))
+        met = comm.send(channel_of(comm.rank, op), header, payload)
     return Outcome(met, payload.nbytes)
 
 
 def recv(state: Prefill, op: Op, comm: Comm) -> Outcome:
     channel = channel_of(comm.rank, op)
-    came = Header.unpack(comm.recv_header(channel))
-    met = monotonic_ns()
+    data = comm.recv_header(channel)
+    came, met = Header.unpack(data), monotonic_ns()
     if came.void:
         return Outcome(released=True)
     try:
@@ -179,14 +209,16 @@ def recv(state: Prefill, op: Op, comm: Comm) -> Outcome:
     except TransferError:
         comm.recv_payload(channel, torch.empty(came.nbytes, dtype=torch.uint8))  # the channel stays usable
         raise
-    place = _place(state, op)
-    comm.recv_payload(channel, place)
+    place, corrupt = _place(state, op), None
     if op.what == "kv":
-        state.faults.on_wire(op, place)
-        state.note_arrival(op, came.digests, place)
-        state.faults.in_memory(op, place)
-    _keep(state, op, place)
-    return Outcome(met, place.nbytes)
+        with state.ordering.receiving(op.makes()):
+            comm.recv_payload(channel, place)
+            found = state.take_in(op, signature_of(data), place)
+        corrupt = state.judge(op, came, None if found is None else as_numbers(found))
+    else:
+        comm.recv_payload(channel, place)
+        _keep(state, op, place)
+    return Outcome(met, place.nbytes, corrupt=corrupt)
 
 
 HANDLERS: dict[str, Callable[[Prefill, Op, Comm], Outcome]] = {

@@ -17,6 +17,7 @@ from dinfer.engine.arming import fault_commands
 from dinfer.engine.board import Board, Stand
 from dinfer.engine.comm import Comm
 from dinfer.engine.commands import Command, Message, Table, lane_commands, stand_of
+from dinfer.engine.corruption import Corruption
 from dinfer.engine.drain import drain
 from dinfer.engine.engine import Engine
 from dinfer.engine.execution import Execution, OpFailed
@@ -159,7 +160,7 @@ class Host:
         plan = parse_plan(message["plan"]) if message.get("plan") else None
         self.engine = Engine(
             self.decoder, self.comm, config, gate=self.gate, board=self.board, memory=self.memory,
-            deadline=config.timeout, on_hit=self._hit, others=self.stands,
+            deadline=config.timeout, on_hit=self._hit, others=self.stands, on_corrupt=self._tell_corrupt,
         )  # fmt: skip
         ids = message["ids"]
         warm_up(self.decoder, config, len(ids))
@@ -261,3 +262,11 @@ class Host:
         if prompt.halt():
             said = {"breakpoint": breakpoint.as_dict(), "op": str(op), "found": found}
             self.line.report("note", note="hit", order=prompt.order, **said)
+
+    def _tell_corrupt(self, found: Corruption) -> None:
+        """A block's bytes have changed. On the way, and where the run is to pause: no further op begins here, and the
+        session stops the others; before decode, all ranks refuse to begin."""
+        engine, order = self._engine(), None
+        if engine.config.on_corruption == "pause" and found.peer is not None and engine.prompt.halt():
+            order = engine.prompt.order
+        self.line.report("note", note="corrupt", order=order, found=found.as_dict())

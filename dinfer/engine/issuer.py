@@ -8,6 +8,7 @@ that is issued counts as in; the cut is its closure.
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import takewhile
 from time import monotonic_ns
 from typing import Any, NamedTuple
@@ -126,9 +127,12 @@ class Issuer(Execution):
             where = ENTRY if op.kind == "embed" else COMPUTE
             return self._streams.compute(where, lambda: _run(HANDLERS[op.kind](state, op, self.comm)), after)
         channel = channel_of(self.rank, op)
+        is_block, key = op.what == "kv" and state.ledger.on, (op.chunk, op.layer)
         if op.kind == "send":
-            return self._streams.send(channel, header.pack(), lambda: payload_of(state, op), after)
-        return self._streams.recv(channel, lambda: land(state, op), after)
+            sign = (lambda: state.ledger.signature(key)) if is_block else None
+            return self._streams.send(channel, header.pack(), lambda: payload_of(state, op), after, sign)
+        arrived = partial(state.take_in, op) if is_block else None
+        return self._streams.recv(channel, lambda: land(state, op), after, arrived)
 
     def _after(self, op: Op) -> list[Issued]:
         with self.gate.hold():
@@ -170,13 +174,15 @@ class Issuer(Execution):
 
     def _conclude(self, pending: _Pending, index: int) -> None:
         """Check and record one that has run. Raises what it raised, or TransferError."""
-        op, lane, times = pending.op, self._lane, pending.work.wait()
+        op, lane, times, corrupt = pending.op, self._lane, pending.work.wait(), None
         if pending.header is not None and op.kind == "recv":
-            check(Header.unpack(pending.work.header()), pending.header, op)
+            came = Header.unpack(pending.work.header())
+            check(came, pending.header, op)
+            corrupt = self.state.judge(op, came, pending.work.digests()) if op.what == "kv" else None
         start = max(times.start, pending.ready)
         size = pending.header.nbytes if pending.header else 0
         event = self._event(lane, op, (pending.ready, start, max(times.met, start), times.end), size, index)
-        self._ended(lane, op, event)
+        self._ended(lane, op, event, corrupt)
 
     def _move(self, batch: Sequence[_Pending]) -> None:
         lane = self._lane

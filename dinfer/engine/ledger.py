@@ -2,12 +2,14 @@
 
 The rank that computes a block digests it once; its digests travel in every header that announces the block, however
 many hops it takes, and are compared with those of what has arrived. So a block whose bytes change is told from one
-that was computed so, and the first place where they changed can be named.
+that was computed so, and the first place where they changed can be named. Nothing here waits for a device, but for
+`edited` and `changed`, and what is compared with a signature that lies on the host.
 """
 
 from collections.abc import Collection
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from dinfer.engine.probes import as_numbers, block_digests, row_digests
@@ -21,13 +23,19 @@ UNKNOWN: Digests = (0, 0)
 
 
 class Entry(NamedTuple):
-    """`rows`: the digest of each row, int64 [tokens, 2, kv_heads]; `digests`: the block's, int64 [2]; both of the
-    bytes as they were computed or arrived here, where they live. `announced`: what the header said, those of who
-    computed it."""
+    """`rows`: the digest of each row, int64 [tokens, 2, kv_heads]; `digests`: the block's, int64 [2]; both of the bytes
+    as they were computed or arrived here, or as the user has left them (`edited`), where they live. `signature`: of a
+    block that has arrived, what its header said and what headers pass on, int64 [3]: see transfer."""
 
     rows: Tensor
     digests: Tensor
-    announced: Digests | None = None
+    signature: Tensor | None = None
+    edited: bool = False
+
+    @property
+    def announced(self) -> Digests | None:
+        """The digests of who computed the block, if another rank did. Waits for the device."""
+        return None if self.signature is None else as_numbers(self.signature[:2])
 
     @property
     def is_as_made(self) -> bool:
@@ -36,36 +44,69 @@ class Entry(NamedTuple):
 
 
 class Ledger:
-    """Of one prompt on one rank; every lane writes its own blocks. With `on` False nothing is kept."""
+    """Of one prompt on one rank; every lane writes its own blocks. With `on` False nothing is kept.
 
-    def __init__(self, *, on: bool = True) -> None:
-        self.on = on
+    `told`: blocks whose rows are known to have changed in memory since.
+    """
+
+    def __init__(self, rank: int, *, on: bool = True) -> None:
+        self.rank, self.on = rank, on
         self.entries: dict[Key, Entry] = {}
+        self.told: set[Key] = set()
 
     def made(self, key: Key, block: Tensor) -> None:
         """This rank has computed the block, [tokens, 2, kv_heads, head_dim]."""
         if self.on:
-            self.entries[key] = _entry(block, None)
+            self._enter(key, _entry(block))
 
-    def arrived(self, key: Key, block: Tensor, announced: Digests) -> Entry | None:
-        """The block has come from a peer, announced with these digests."""
+    def arrived(self, key: Key, block: Tensor, announced: Tensor) -> Tensor | None:
+        """The block has come from a peer, announced with this signature: its digests, where the signature is."""
         if not self.on:
             return None
-        entry = self.entries[key] = _entry(block, announced)
-        return entry
+        entry = _entry(block)
+        found = entry.digests.to(announced.device)
+        self._enter(key, entry._replace(signature=_passed_on(announced, found, self.rank)))
+        return found
 
-    def announce(self, key: Key) -> Digests:
-        """What a header says of the block: the digests of who computed it, whatever has become of it since."""
+    def edited(self, key: Key, block: Tensor) -> None:
+        """The user may have changed the block: if so, its bytes are by intent what they are now."""
+        before = self.entries.get(key)
+        if before is None:
+            return
+        entry = _entry(block)
+        if not torch.equal(entry.rows, before.rows):
+            self._enter(key, entry._replace(edited=True))
+
+    def signature(self, key: Key) -> Tensor:
+        """What a header says of the block, int64 [3]: the digests of who computed it, whatever has become of it since.
+        Where the block lives, or where its own header lay."""
         entry = self.entries.get(key)
         if entry is None:
-            return UNKNOWN
-        return entry.announced or as_numbers(entry.digests)
+            return torch.zeros(3, dtype=torch.int64)
+        if entry.signature is not None:
+            return entry.signature
+        return torch.cat([entry.digests, torch.zeros_like(entry.digests[:1])])
 
     def keep(self, keys: Collection[Key]) -> None:
         """Only these blocks are still here."""
         self.entries = {key: entry for key, entry in self.entries.items() if key in keys}
+        self.told &= set(keys)
+
+    def changed(self, key: Key, block: Tensor) -> Tensor:
+        """The rows that are not what they were when they came to be here, as bool [tokens, 2, kv_heads]."""
+        return row_digests(block) != self.entries[key].rows
+
+    def _enter(self, key: Key, entry: Entry) -> None:
+        self.entries[key] = entry
+        self.told.discard(key)
 
 
-def _entry(block: Tensor, announced: Digests | None) -> Entry:
+def _entry(block: Tensor) -> Entry:
     rows = row_digests(block)
-    return Entry(rows, block_digests(rows), announced)
+    return Entry(rows, block_digests(rows))
+
+
+def _passed_on(announced: Tensor, found: Tensor, rank: int) -> Tensor:
+    """The signature for the next hop: it names the first rank at which other bytes have arrived."""
+    differs = (announced[:2] != found).any() & (announced[:2] != 0).any() & (announced[2] == 0)
+    return torch.cat([announced[:2], torch.where(differs, rank + 1, announced[2:])])

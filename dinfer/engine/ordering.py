@@ -2,7 +2,8 @@
 
 Lanes launch everything on the device's default stream, so whoever reads there comes after all that was launched before.
 A send copies to the host on a stream of its own, behind the kernels that made its value and nothing launched since:
-the hidden state that the next rank waits for must not wait for this rank's next chunk.
+the hidden state that the next rank waits for must not wait for this rank's next chunk. A block is received on such a
+stream too: so its lane can look at what has come without waiting for this rank's layers.
 """
 
 import threading
@@ -21,6 +22,8 @@ class Ordering:
         self._device = device if device.type == "cuda" else None
         self._made: dict[Value, torch.cuda.Event] = {}
         self._of_thread = threading.local()
+        self._since = self._mark() if self._device else None
+        """what was launched before it by others than ops comes before whatever ops write"""
 
     def launched(self, values: Iterable[Value]) -> None:
         """All kernels that make these values are on the current stream."""
@@ -39,9 +42,25 @@ class Ordering:
         with torch.cuda.stream(stream):
             yield
 
+    @contextmanager
+    def receiving(self, values: Iterable[Value]) -> Iterator[None]:
+        """Inside, the current stream is one of this thread's own, which writes these values, parts of the cache; all
+        that is launched on the default stream afterwards comes behind it."""
+        if self._device is None:
+            yield
+            return
+        stream = self._stream()
+        if self._since:
+            stream.wait_event(self._since)
+        with torch.cuda.stream(stream):
+            yield
+            self.launched(values)
+        torch.cuda.default_stream(self._device).wait_stream(stream)
+
     def forget(self) -> None:
-        """Values may be made anew by others than ops."""
+        """Values may have been made anew, on the default stream, by others than ops."""
         self._made.clear()
+        self._since = self._mark() if self._device else None
 
     def _mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -14,6 +14,7 @@ from dinfer.plan.cut import Cut, Cuts, Unit
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
 from dinfer.trace.events import Event
+from dinfer.trace.recorder import Recorder
 
 Stands = Sequence[Stand | None]
 
@@ -116,6 +117,12 @@ class Prompt:
     def _has_arrived(self) -> bool:
         return self.executor.stand().positions == self.target[self.rank]
 
+    def enter_edits(self) -> None:
+        """Take in what the user has edited, if this rank stands."""
+        stand = self.executor.stand()
+        if stand.at_limits and not any(stand.started):
+            self.edits.enter()
+
     def _after(self, event: Event, op: Op) -> None:
         self.edits(event, op)
         if self.state.faults.ended(op):
@@ -123,3 +130,14 @@ class Prompt:
         self.conditions(event, op)
         if self._on_op:
             self._on_op(event, op)
+
+
+def recorder_for(plan: Plan, rank: int, max_new_tokens: int, memory: memoryview | None) -> Recorder:
+    """A rank's recorder, with a lane for decode behind the plan's: over `memory`, or with memory of its own."""
+    lanes = [*(lane.name for lane in plan.lanes[rank]), "decode"]
+    if memory is not None:
+        recorder = Recorder.over(rank, lanes, memory)
+        recorder.clear()
+        return recorder
+    longest = max(len(lane.ops) for lane in plan.lanes[rank])
+    return Recorder(rank, lanes, 2 * max(longest, max_new_tokens) + 64)

@@ -58,7 +58,10 @@ def _run(
     warm_up(decoder, config, len(ids))
     comm = meet()
     on_op = OpLog(log, decoder.num_layers)
-    engine = Engine(decoder, comm, config, board=control.board, memory=control.recorder_memory, on_op=on_op)
+    engine = Engine(
+        decoder, comm, config, board=control.board, memory=control.recorder_memory, on_op=on_op,
+        on_corrupt=lambda found: control.report("note", note="corrupt", order=None, found=found.as_dict()),
+    )  # fmt: skip
     agree(comm, facts_of(config, decoder.spec, ids, engine.plan_for(len(ids)).id))
     executor = engine.prepare(ids)
     assert engine.recorder is not None
@@ -123,7 +126,7 @@ def _decode(engine: Engine, control: Control) -> tuple[list[int], float]:
 
     started = perf_counter()
     tokens = engine.decode_phase(on_token=show)
-    took = perf_counter() - started
+    took = perf_counter() - started - engine.check_s
     if engine.rank == 0 and stream:
         control.report("text", text=stream.flush())
     log.info("decode done in %.3f s: %d tokens", took, len(tokens))

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dinfer.engine.comm import Comm, CommError
 from dinfer.engine.gate import Gate
-from dinfer.engine.transfer import Header
+from dinfer.engine.probes import as_numbers
+from dinfer.engine.transfer import Header, signature_of, signed
 from dinfer.plan.graph import Channel
 
 COMPUTE, ENTRY = "compute", "entry"
@@ -51,6 +52,15 @@ class Issued(Protocol):
     def header(self) -> bytes:
         """Of a recv that has run: the header that came."""
 
+    def digests(self) -> tuple[int, int] | None:
+        """Of a recv that has run: what its `arrived` has returned."""
+
+
+Sign = Callable[[], Tensor]
+"""asked on the stream for a header's signature, int64 [3]"""
+Arrived = Callable[[Tensor, Tensor], Tensor | None]
+"""called on the stream with the signature that came and the payload; a block's digests, int64 [2], or None"""
+
 
 class Streams(Protocol):
     """One rank's streams. `after`: work, mostly of other streams, that must have run before.
@@ -62,11 +72,22 @@ class Streams(Protocol):
         """Run `work` on a stream of this rank's own."""
 
     def send(
-        self, channel: Channel, header: bytes, payload: Callable[[], Tensor], after: Sequence[Issued]
+        self,
+        channel: Channel,
+        header: bytes,
+        payload: Callable[[], Tensor],
+        after: Sequence[Issued],
+        sign: Sign | None = None,
     ) -> Issued:
-        """Send a header and then the payload, a contiguous tensor asked for on the stream."""
+        """Send a header, signed if need be, and then the payload, a contiguous tensor asked for on the stream."""
 
-    def recv(self, channel: Channel, place: Callable[[], Tensor], after: Sequence[Issued]) -> Issued:
+    def recv(
+        self,
+        channel: Channel,
+        place: Callable[[], Tensor],
+        after: Sequence[Issued],
+        arrived: Arrived | None = None,
+    ) -> Issued:
         """Receive a header, and the payload into a contiguous tensor, made on the stream."""
 
     def settle(self) -> None:
@@ -101,6 +122,7 @@ class _Work:
         self._gate, self.stream, self.run, self._after = gate, stream, run, after
         self.started = self.met = self.ended = 0
         self.came = b""
+        self.found: Tensor | None = None
         self.error: BaseException | None = None
 
     @property
@@ -120,6 +142,9 @@ class _Work:
 
     def header(self) -> bytes:
         return self.came
+
+    def digests(self) -> tuple[int, int] | None:
+        return None if self.found is None else as_numbers(self.found)
 
     def do(self) -> None:
         self.started = monotonic_ns()
@@ -152,20 +177,33 @@ class LocalStreams:
         return self._issue(where, lambda _: work(), after)
 
     def send(
-        self, channel: Channel, header: bytes, payload: Callable[[], Tensor], after: Sequence[Issued]
+        self,
+        channel: Channel,
+        header: bytes,
+        payload: Callable[[], Tensor],
+        after: Sequence[Issued],
+        sign: Sign | None = None,
     ) -> Issued:
         def run(work: _Work) -> None:
-            work.met = self._comm.send(channel, header, payload())
+            work.met = self._comm.send(channel, signed(header, sign()) if sign else header, payload())
 
         return self._issue(channel, run, after)
 
-    def recv(self, channel: Channel, place: Callable[[], Tensor], after: Sequence[Issued]) -> Issued:
+    def recv(
+        self,
+        channel: Channel,
+        place: Callable[[], Tensor],
+        after: Sequence[Issued],
+        arrived: Arrived | None = None,
+    ) -> Issued:
         def run(work: _Work) -> None:
             work.came = self._comm.recv_header(channel)
             work.met, out = monotonic_ns(), place()
             announced = Header.unpack(work.came).nbytes
             fits = announced == out.nbytes  # what does not is drained; who checks the header will say so
             self._comm.recv_payload(channel, out if fits else torch.empty(announced, dtype=torch.uint8))
+            if arrived and fits:
+                work.found = arrived(signature_of(work.came), out)
 
         return self._issue(channel, run, after)
 

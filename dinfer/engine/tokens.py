@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 
 from dinfer.engine.commands import Message
+from dinfer.engine.corruption import Corrupted
 from dinfer.engine.decoding import Decoding
 from dinfer.engine.engine import Engine
 from dinfer.model.text import TextStream, load_tokenizer
@@ -30,8 +31,14 @@ class Tokens:
             return self._begun
 
     def run(self, on_token: OnToken) -> Message:
-        """Decode until the limit is reached or the text ends."""
-        decoding = self._ready()
+        """Decode until the limit is reached or the text ends; not where the run is to pause for changed bytes: then
+        `remark` says so."""
+        try:
+            decoding = self._ready()
+        except Corrupted as found:
+            if self._engine.config.on_corruption == "fail":
+                raise
+            return {"tokens": [], "ended": False, "remark": str(found)}
         while self._begin(decoding):
             token = decoding.step()
             text = self._stream.push(token) if self._stream else f"{token} "
@@ -52,7 +59,9 @@ class Tokens:
     def _ready(self) -> Decoding:
         if self._decoding is None:
             room = max(self._limit, self._engine.config.max_new_tokens)
-            self._decoding = self._engine.decoding(max_new_tokens=room)
+            decoding = self._engine.decoding(max_new_tokens=room)
+            self._engine.recheck()
+            self._decoding = decoding
         self._engine.extend(self._decoding, self._limit)
         return self._decoding
 

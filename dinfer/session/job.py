@@ -31,6 +31,11 @@ class Job:
 
 def prepare(config: Config, ranks_here: Sequence[int] | None = None) -> Job:
     """Raises ConfigError, ModelError or PlanError, each with what to do. `ranks_here`: by default all."""
+    if config.on_corruption == "pause":
+        raise ConfigError(
+            "on_corruption is pause, but nobody is there to go on with a run without a session: use record or fail, or "
+            'session.prefill(…, on_corruption="pause") in a notebook.'
+        )
     spec = check(config.model_path)
     _check_world_size(config, spec)
     ids = _prompt_ids(config, spec)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dinfer import __version__
+from dinfer.engine.corruption import Corruption
 from dinfer.session.job import Job
 from dinfer.session.states import RankState
 from dinfer.trace.events import Event
@@ -53,6 +54,7 @@ def result_of(job: Job, ranks: Sequence[RankState], trace: Trace, text: str) -> 
                 "prefill_s": figure.prefill_s,
                 "compute_s": figure.compute_s,
                 "exposed_sync_s": figure.exposed_sync_s,
+                "check_s": figure.check_s,
                 "decode_s": report["decode_s"],
                 "waiting_s": figure.waiting_s,
                 "wire_s": figure.wire_s,
@@ -62,7 +64,15 @@ def result_of(job: Job, ranks: Sequence[RankState], trace: Trace, text: str) -> 
             for figure, report in zip(figures, reports, strict=True)
         ],
         "links": [link._asdict() for link in trace.link_figures()],
+        "corrupt": [{**one.as_dict(), "text": str(one)} for one in corrupt_blocks(ranks)],
     }
+
+
+def corrupt_blocks(ranks: Sequence[RankState]) -> list[Corruption]:
+    """Blocks whose bytes have changed, as ranks have noted them."""
+    return [
+        Corruption.of(note["found"]) for state in ranks for note in state.notes if note["note"] == "corrupt"
+    ]
 
 
 def write_json(result: dict[str, Any], path: str | Path) -> None:

@@ -1,12 +1,20 @@
 """What actions return: values with a text for consoles and an HTML form that survives a notebook without its kernel."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from dinfer.engine.debugger import FIRST_PORT
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Cut
+
+SHOWN = 3
+
+
+def listed(sentences: Sequence[str]) -> str:
+    """The first few of them, and how many more there are."""
+    more = [f"and {len(sentences) - SHOWN} more"] * (len(sentences) > SHOWN)
+    return "; ".join([*sentences[:SHOWN], *more])
 
 
 class Said:

@@ -22,7 +22,11 @@ KINDS = (
     "all_reduce",
     "barrier",
     "other",
+    "check",
+    "corrupt",
 )
+"""their numbers stay: new ones come last. "check": all blocks were looked at before decode; "corrupt": a block has
+changed, on its way from `peer` or, without one, in memory"""
 WHATS = ("", "hidden", "kv", "final", "token")
 SIZE = 64
 _LAYOUT = struct.Struct("<BBBxiiiiqqqqqi")
@@ -77,7 +81,7 @@ class Event:
         _LAYOUT.pack_into(
             buffer,
             offset,
-            KINDS.index(self.kind) if self.kind in KINDS else len(KINDS) - 1,
+            KINDS.index(self.kind) if self.kind in KINDS else KINDS.index("other"),
             WHATS.index(self.what),
             lane,
             _number(self.chunk),

@@ -12,10 +12,13 @@ from dinfer.trace.events import Event
 
 Interval = tuple[int, int]
 COMPUTE = frozenset({"embed", "layer", "norm", "decode"})
+CHECKING = frozenset({"check", "corrupt"})
+"""what is said of blocks; apart from prefill"""
 
 
 class RankFigures(NamedTuple):
-    """One rank's part of a run. Times in seconds; bytes are payloads, without headers."""
+    """One rank's part of a run. Times in seconds; bytes are payloads, without headers. `check_s`: the check of all
+    blocks before decode, which is no part of the others."""
 
     rank: int
     prefill_s: float
@@ -26,6 +29,7 @@ class RankFigures(NamedTuple):
     wire_s: float
     sent_bytes: int
     received_bytes: int
+    check_s: float = 0.0
 
 
 class LinkFigures(NamedTuple):
@@ -62,7 +66,8 @@ class Trace:
         return sorted({event.rank for event in self.events})
 
     def prefill(self) -> Iterator[Event]:
-        return (event for event in self.events if event.what != "token" and event.kind != "decode")
+        apart = {"decode", *CHECKING}
+        return (event for event in self.events if event.what != "token" and event.kind not in apart)
 
     def rank_figures(self, rank: int) -> RankFigures:
         """Raises ValueError for a rank that has no events."""
@@ -83,6 +88,7 @@ class Trace:
             wire_s=_seconds(_length(_union((e.met, e.end) for e in transfers))),
             sent_bytes=sum(e.bytes for e in transfers if e.kind == "send"),
             received_bytes=sum(e.bytes for e in transfers if e.kind == "recv"),
+            check_s=_seconds(sum(e.busy for e in mine if e.kind == "check")),
         )
 
     @property

@@ -10,6 +10,7 @@ from dinfer.session.job import Job
 from dinfer.session.launching.processes import Processes
 from dinfer.session.launching.progress import progress_line
 from dinfer.session.result import merge, result_of, table
+from dinfer.session.said import listed
 from dinfer.session.states import RankState
 from dinfer.trace.export import write_jsonl
 
@@ -89,7 +90,10 @@ def conclude(
     for trouble in filter(None, (state.reports["result"].get("log_trouble") for state in ranks)):
         show.say(f"the run went on, but {trouble}")
     result["trace"] = str(trace_path) if trace_path else None
-    _agree(result)
+    if found := result["corrupt"]:  # which the user chose to record, and go on
+        show.say(f"warning: {listed([one['text'] for one in found])}")
+    else:
+        _agree(result)
     return result
 
 

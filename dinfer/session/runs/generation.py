@@ -19,6 +19,7 @@ class Generation:
         self.text = ""
         self.ended = self.under_way = False
         self._line, self._check, self._tokenizer = line, check, tokenizer
+        self._remark = ""
 
     def go(self, limit: int, on_text: Callable[[str], None] | None) -> Decoded:
         """Decode until there are `limit` new tokens or the text ends; a keyboard interrupt stops it after a token."""
@@ -34,7 +35,9 @@ class Generation:
             raise
         finally:
             self.under_way = False
-        return Decoded(tuple(self.tokens[before:]), self.text[seen:], self.ended, len(self.tokens))
+        return Decoded(
+            tuple(self.tokens[before:]), self.text[seen:], self.ended, len(self.tokens), self._remark
+        )
 
     def stop(self) -> None:
         """Let every rank come to the token that the furthest has begun: all are needed for it."""
@@ -69,6 +72,7 @@ class Generation:
         answers = self._line.finish(begun, float("inf"), meanwhile)
         meanwhile()
         self._take(answers[0]["tokens"], ended=answers[0]["ended"])
+        self._remark = answers[0].get("remark", "")
 
     def _take(self, tokens: list[int], *, ended: bool) -> None:
         """These are the tokens now, with their text in whole characters."""

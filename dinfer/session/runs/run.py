@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dinfer.engine.commands import Message
+from dinfer.engine.corruption import Corruption
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Unit
 from dinfer.plan.ops import Kind, PlanError
@@ -20,7 +21,7 @@ from dinfer.session.runs.breaking import Breaking
 from dinfer.session.runs.fleet import RankFailed
 from dinfer.session.runs.remote import RemoteFleet
 from dinfer.session.runs.stepper import Move, NoProgress, Stepper
-from dinfer.session.runs.stops import Stops
+from dinfer.session.runs.stops import Stops, check_digests
 from dinfer.session.runs.where import moved_lines
 from dinfer.session.said import Breakpoints, Decoded, Moved, Where
 
@@ -152,6 +153,7 @@ class Run(Breaking):
         """
         with self._lock:
             cuts = self._stepping().cuts
+            check_digests(when, self.config)
             return self._stops.add(cuts, rank=rank, op=op, chunk=chunk, layer=layer, when=when)
 
     @property
@@ -270,11 +272,21 @@ class Run(Breaking):
         elif note["note"] == "fault":
             self.said += self._armed.struck(note)
         elif note["note"] == "hit" and (said := self._stops.hit(note)):
-            self.message, before = said, self.message
-            if self._stepping().pause_order(note["order"]):
-                self.say(said)
-            else:
-                self.message = before  # the user has sent the ranks elsewhere since
+            self._stopped(said, note["order"])
+        elif note["note"] == "corrupt":
+            found = Corruption.of(note["found"])
+            self.corrupt.append(found)
+            if note["order"] is None or not self._stopped(f"stopped: {found}", note["order"]):
+                self.say(str(found))
+
+    def _stopped(self, said: str, order: int) -> bool:
+        """A rank has halted under that order: stop the others, unless the user has sent them elsewhere since."""
+        self.message, before = said, self.message
+        if self._stepper and self._stepper.pause_order(order):
+            self.say(said)
+            return True
+        self.message = before
+        return False
 
     def _stepping(self) -> Stepper:
         if self._stepper is None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from dinfer.engine.commands import Message
+from dinfer.engine.corruption import Corruption
 from dinfer.model.text import texts_of
 from dinfer.session.job import Job
 from dinfer.session.ranks import Ranks
@@ -12,7 +13,7 @@ from dinfer.session.runs.armed import Armed
 from dinfer.session.runs.generation import Generation
 from dinfer.session.runs.standing import Standing, State, state_of_lanes
 from dinfer.session.runs.where import where_text
-from dinfer.session.said import Said, Where
+from dinfer.session.said import Said, Where, listed
 from dinfer.trace.events import Event
 from dinfer.trace.trace import Trace
 
@@ -27,6 +28,8 @@ class Sight(Acting, Said):
         self.job, self.plan, self.config = job, job.plan, job.config
         self.world_size = job.plan.world_size
         self.edited: list[str] = []
+        self.corrupt: list[Corruption] = []
+        """blocks whose bytes have changed, in the order in which they were found"""
         self.silence = ""
         """which rank does not answer, while that is so"""
         self._line, self._devices, self._tokenizer = line, devices, tokenizer
@@ -37,7 +40,7 @@ class Sight(Acting, Said):
     def _look_anew(self) -> None:
         self._line.new_notes()
         self.message = self.failure = self.silence = ""
-        self.edited = []
+        self.edited, self.corrupt = [], []
         self._armed.begin_anew()
         self._generation = Generation(self._line, self.check, self._tokenizer)
         self._events = [state.events for state in self._line.ranks]
@@ -59,6 +62,8 @@ class Sight(Acting, Said):
         notes = [standing.message] * bool(standing.message)
         notes += [f"{len(self.tokens)} new tokens: {self.text!r}"] * bool(self.tokens)
         notes += [f"edited by hand: {', '.join(self.edited)}"] * bool(self.edited)
+        unsaid = [text for text in map(str, self.corrupt) if text not in standing.message]
+        notes += [f"changed bytes: {listed(unsaid)}"] * bool(unsaid)
         notes += standing.faults
         return Where(standing.state, "\n".join([lines, *notes]))
 

@@ -3,11 +3,18 @@
 from collections.abc import Callable
 from typing import Any
 
+from dinfer.config import Config
 from dinfer.engine.commands import Message
 from dinfer.plan.breakpoints import Breakpoint, check, next_stop, parse_when
 from dinfer.plan.cut import Cut, Cuts
-from dinfer.plan.ops import Kind
+from dinfer.plan.ops import Kind, PlanError
 from dinfer.session.said import Breakpoints
+
+
+def check_digests(when: str | None, config: Config) -> None:
+    """Raises PlanError for a condition on digests where none are taken."""
+    if parse_when(when)[0] == "digest" and not config.digests:
+        raise PlanError(f"when is {when!r}, but this run has digests=False: start it with digests=True.")
 
 
 class Stops:

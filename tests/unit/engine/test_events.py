@@ -136,7 +136,8 @@ def test_decode_records_each_token_and_its_comparison(small: Decoder) -> None:
         made.all(lambda engine: engine.decode_phase())
         for events in events_of(made):
             tokens = [(event.kind, event.index) for event in events if event.lane == "decode"]
-            assert tokens == [(kind, n) for n in range(3) for kind in ("decode", "all_gather")]
+            made_each = [(kind, n) for n in range(3) for kind in ("decode", "all_gather")]
+            assert tokens == [("check", None), *made_each]
 
 
 def test_every_op_is_told_once_it_has_ended(small: Decoder) -> None:

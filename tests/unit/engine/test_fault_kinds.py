@@ -112,6 +112,20 @@ def test_a_fault_breaks_just_what_it_says(
                 check(made, decoder, one, ranks_hit(one, made.engines[0].executor.plan))
 
 
+@pytest.mark.parametrize("streams", ["pairs", "serial"])
+@pytest.mark.parametrize(("kind", "where"), GIVEN)
+def test_a_fault_breaks_the_same_where_ops_are_issued_to_streams(
+    small: Decoder, kind: str, where: str, streams: str
+) -> None:
+    for rank in (1,) if where == "compute" else (2, 0):
+        with ranks(small, backend="nccl", streams=streams, sync_strategy="ring") as (made, stepper, strikes):
+            one = fault(small, kind, where=where, rank=rank)
+            arm(made, strikes, one)
+            finish(stepper)
+            assert [strike.number for strike in strikes] == [1]
+            check(made, small, one, ranks_hit(one, made.engines[0].executor.plan))
+
+
 @pytest.mark.parametrize("kind", IN_PLACE)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_in_memory_of_a_block_that_is_there_it_strikes_at_once_and_once(
