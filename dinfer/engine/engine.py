@@ -20,7 +20,6 @@ from dinfer.engine.corruption import Alarm, Tell
 from dinfer.engine.deadline import Deadline, StillWaiting
 from dinfer.engine.decoding import Decoding, cache_of
 from dinfer.engine.execution import Execution
-from dinfer.engine.faults import OnStrike
 from dinfer.engine.gate import FreeGate, Gate
 from dinfer.engine.handlers import Prefill
 from dinfer.engine.prompt import Prompt, Stands, recorder_for
@@ -32,7 +31,6 @@ from dinfer.model.decoder import Decoder
 from dinfer.model.sampling import Sampler, Sampling
 from dinfer.model.text import encode, load_tokenizer
 from dinfer.plan.cut import Unit
-from dinfer.plan.faults import Fault
 from dinfer.plan.ops import Op
 from dinfer.plan.partition import Shape, partition
 from dinfer.plan.plan import Plan
@@ -194,16 +192,6 @@ class Engine:
     def extend(self, decoding: Decoding, max_new_tokens: int) -> None:
         """Give a decoding of this engine's prompt room for that many new tokens in all."""
         decoding.cache = self.make_room(self._capacity(len(self.ids), max_new_tokens))
-
-    def arm(self, faults: Sequence[Fault], tell: OnStrike) -> list[str]:
-        """Have these faults, and no others, strike on this rank, which stands; what was edited by hand before."""
-        prompt, armed = self.prompt, self.prompt.state.faults
-        edited, room = prompt.look(), armed.room
-        armed.arm(faults, tell)
-        self.make_room(prompt.state.cache.capacity + armed.room - room)
-        armed.strike_what_is_here(prompt.executor.holds_block)
-        prompt.edits.note_all()
-        return edited
 
     def make_room(self, capacity: int) -> KVCache:
         """The prompt's cache, moved to a larger one if it has less than that many rows."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from dinfer.engine.arming import arm
 from dinfer.engine.breakage import order_of
 from dinfer.engine.decoding import TokensDiffer
 from dinfer.engine.engine import Engine
@@ -54,10 +55,10 @@ def ranks(decoder: Decoder, **config: Any) -> Iterator[tuple[Twin, Stepper, list
         yield made, Stepper(made.prepare(IDS), timeout=30), []
 
 
-def arm(made: Twin, strikes: list[Strike], *faults: Fault) -> None:
+def arm_all(made: Twin, strikes: list[Strike], *faults: Fault) -> None:
     """On every rank, as a session does."""
     for engine in made.engines:
-        engine.arm(faults, strikes.append)
+        arm(engine, faults, strikes.append)
 
 
 def fault(decoder: Decoder, kind: str, number: int = 1, **given: Any) -> Fault:
@@ -105,7 +106,7 @@ def test_a_fault_breaks_just_what_it_says(
         for rank in (1,) if where == "compute" else (2, 0) if where == "wire" else (2, 0, 1):
             with ranks(decoder, schedule=schedule, sync_strategy=strategy) as (made, stepper, strikes):
                 one = fault(decoder, kind, where=where, rank=rank)
-                arm(made, strikes, one)
+                arm_all(made, strikes, one)
                 finish(stepper)
                 assert [strike.number for strike in strikes] == [1]
                 assert strikes[0].changed > 0
@@ -135,7 +136,7 @@ def test_in_memory_of_a_block_that_is_there_it_strikes_at_once_and_once(
         finish(stepper)
         one = fault(small, kind, rank=rank)
         for _ in range(2):
-            arm(made, strikes, one)
+            arm_all(made, strikes, one)
             check(made, small, one, {rank})
         assert len(strikes) == 1
         assert all(engine.executor.state.ledger.entries for engine in made.engines)
@@ -143,7 +144,7 @@ def test_in_memory_of_a_block_that_is_there_it_strikes_at_once_and_once(
 
 def test_the_ledger_holds_what_a_block_was_before_memory_changed_and_after_all_else(small: Decoder) -> None:
     with ranks(small, sync_strategy="ring") as (made, stepper, strikes):
-        arm(
+        arm_all(
             made,
             strikes,
             fault(small, "zero", 1, rank=2),
@@ -159,7 +160,7 @@ def test_the_defaults_are_the_first_value_and_a_bit_of_the_middle_of_the_mantiss
     with ranks(small) as (made, stepper, strikes):
         one = fault_of(1, "bitflip", SHAPE, sizes_of(expected(small, IDS, CHUNK).kv), layer=1, chunk=1)
         assert (one.rank, one.tensor, one.head, one.token, one.where) == (2, "K", 0, 4, "memory")
-        arm(made, strikes, one)
+        arm_all(made, strikes, one)
         finish(stepper)
         check(made, small, one, {2})
         assert strikes == [Strike(1, 1, "1 of 256 values changed")]
@@ -168,22 +169,22 @@ def test_the_defaults_are_the_first_value_and_a_bit_of_the_middle_of_the_mantiss
 @pytest.mark.parametrize("kind", [*IN_PLACE, "append_twice"])
 def test_what_a_fault_changes_is_not_taken_for_an_edit_by_hand(small: Decoder, kind: str) -> None:
     with ranks(small, sync_strategy="ring") as (made, stepper, strikes):
-        arm(made, strikes, fault(small, kind, 1))
+        arm_all(made, strikes, fault(small, kind, 1))
         finish(stepper)
         assert [engine.prompt.look() for engine in made.engines] == [[], [], []]
-        arm(made, strikes, fault(small, kind, 1), fault(small, kind, 2, rank=0))
+        arm_all(made, strikes, fault(small, kind, 1), fault(small, kind, 2, rank=0))
         assert [engine.prompt.look() for engine in made.engines] == [[], [], []]
         assert [strike.number for strike in strikes] == [1, 2]
         for engine in made.engines:
             engine.executor.state.block(0, 0).zero_()
-        assert [engine.arm((), strikes.append) for engine in made.engines] == [["KV of layer 0"]] * 3
+        assert [arm(engine, (), strikes.append) for engine in made.engines] == [["KV of layer 0"]] * 3
 
 
 @pytest.mark.parametrize("bit", [0, 22, 31])
 def test_any_bit_may_flip(small: Decoder, bit: int) -> None:
     with ranks(small) as (made, stepper, strikes):
         one = fault(small, "bitflip", bit=bit, rank=2)
-        arm(made, strikes, one)
+        arm_all(made, strikes, one)
         finish(stepper)
         check(made, small, one, {2})
 
@@ -191,7 +192,9 @@ def test_any_bit_may_flip(small: Decoder, bit: int) -> None:
 def test_a_fault_that_changes_nothing_says_so(small: Decoder) -> None:
     with ranks(small) as (made, stepper, strikes):
         finish(stepper)
-        arm(made, strikes, fault(small, "zero", 1), fault(small, "zero", 2), fault(small, "lost", 3, rank=0))
+        arm_all(
+            made, strikes, fault(small, "zero", 1), fault(small, "zero", 2), fault(small, "lost", 3, rank=0)
+        )
         assert [strike.changed > 0 for strike in strikes if strike.number != 3] == [True, False]
         assert strikes[-1].found if strikes[-1].number == 2 else True
         assert [strike.found for strike in strikes if not strike.changed] == ["struck, but changed no byte"]
@@ -212,13 +215,13 @@ def test_it_strikes_again_when_its_block_is_made_again_and_not_once_it_is_disarm
 ) -> None:
     with ranks(small, sync_strategy="ring") as (made, stepper, strikes):
         one = fault(small, "zero", where=where, rank=1 if where == "compute" else 2)
-        arm(made, strikes, one)
+        arm_all(made, strikes, one)
         finish(stepper)
         stepper.run_to(0, 2)
         finish(stepper)
         assert len(strikes) == 2
         check(made, small, one, ranks_hit(one, stepper._fleet.plan))
-        arm(made, strikes)
+        arm_all(made, strikes)
         check(made, small, one, ranks_hit(one, stepper._fleet.plan))
         stepper.run_to(0, 2)
         finish(stepper)
@@ -232,7 +235,7 @@ def test_going_back_to_after_a_block_leaves_its_bytes(small: Decoder) -> None:
         one = fault_of(
             1, "zero", Shape(3, 10, 4, (0,)), sizes_of(expected(small, IDS, CHUNK).kv), layer=0, token=9
         )
-        arm(made, strikes, one)
+        arm_all(made, strikes, one)
         stepper.step_back("op")  # the hidden state after layer 0 is computed anew
         wrong = wrong_blocks(made.engines[0], small)
         wanted = broken_block(one, expected(small, IDS, CHUNK).kv[0], SHAPE.chunks)
@@ -247,7 +250,7 @@ def test_going_back_to_after_a_block_leaves_its_bytes(small: Decoder) -> None:
 def test_wrong_positions_turn_keys_and_leave_values(small: Decoder, backend: str) -> None:
     with ranks(small, backend=backend) as (made, stepper, strikes):
         one = fault(small, "positions")
-        arm(made, strikes, one)
+        arm_all(made, strikes, one)
         finish(stepper)
         assert [strike.number for strike in strikes] == [1]
         assert strikes[0].changed > 0
@@ -287,7 +290,7 @@ def test_rows_appended_twice_move_those_behind_on_that_rank_alone(
         one = fault(small, "append_twice", rank=rank)
         if not early:
             finish(stepper)
-        arm(made, strikes, one)
+        arm_all(made, strikes, one)
         finish(stepper)
         clean = expected(small, IDS, CHUNK).kv[1]
         for engine in made.engines:
@@ -306,7 +309,7 @@ def test_going_back_takes_the_rows_out_and_they_come_again(small: Decoder) -> No
         faults = [
             fault(small, "append_twice", n, chunk=chunk, rank=2) for n, chunk in ((1, 1), (2, 0), (3, 1))
         ]
-        arm(made, strikes, *faults)
+        arm_all(made, strikes, *faults)
         clean = expected(small, IDS, CHUNK).kv[1]
         wanted = torch.cat([clean[:4], clean[:4], clean[4:8], clean[4:8], clean[4:8], clean[8:]])
         for times in (1, 2):
@@ -317,7 +320,7 @@ def test_going_back_takes_the_rows_out_and_they_come_again(small: Decoder) -> No
             stepper.run_to(1, 2)
             assert made.engines[2].executor.state.extra == {}
             assert torch.equal(layer_rows(made.engines[2], 1, 8), clean[:8])
-        arm(made, strikes)
+        arm_all(made, strikes)
         finish(stepper)
         assert wrong_blocks(made.engines[2], small) == {}
 
@@ -329,7 +332,7 @@ def test_decode_goes_on_behind_all_rows_that_are_held(small: Decoder) -> None:
         one = fault_of(
             1, "append_twice", shape, sizes_of(expected(small, IDS, 16).kv), layer=1, chunk=0, rank=0
         )
-        arm(made, strikes, one)
+        arm_all(made, strikes, one)
         finish(stepper)
         assert strikes[0].found == "rank 0 now holds 20 rows of the prompt in layer 1"
         decodings = [engine.decoding() for engine in made.engines]
@@ -351,7 +354,7 @@ def test_decode_goes_on_behind_all_rows_that_are_held(small: Decoder) -> None:
 def test_a_repeated_row_is_there_twice_on_all_ranks_alike(small: Decoder) -> None:
     with ranks(small, max_new_tokens=5) as (made, stepper, strikes):
         finish(stepper)
-        arm(made, strikes, fault(small, "repeat_row"))
+        arm_all(made, strikes, fault(small, "repeat_row"))
         decodings = [engine.decoding() for engine in made.engines]
         tokens = made.all(lambda engine: list(decodings[engine.rank].run(5)))
         assert tokens[0] == tokens[1] == tokens[2] != expected(small, IDS, CHUNK).tokens[:5]
@@ -386,12 +389,12 @@ def test_taking_tokens_back_takes_their_rows_back(small: Decoder) -> None:
         clean = [decoding.step() for _ in range(5)]
         decoding.back_to(2)
         assert decoding.rows == 11
-        arm(made, strikes, fault(small, "repeat_row"))
+        arm_all(made, strikes, fault(small, "repeat_row"))
         decoding.cache = made.engines[0].make_room(30)
         again = [decoding.step() for _ in range(3)]
         assert decoding.rows == 17
         decoding.back_to(2)
-        arm(made, strikes)
+        arm_all(made, strikes)
         assert [decoding.step() for _ in range(3)] == clean[2:]
         assert again[0] == clean[2], "its row was not there yet when it was chosen"
 
@@ -399,7 +402,7 @@ def test_taking_tokens_back_takes_their_rows_back(small: Decoder) -> None:
 def test_it_ends_where_the_rows_do(small: Decoder) -> None:
     with ranks(small, world_size=1, max_new_tokens=200) as (made, stepper, strikes):
         finish(stepper)
-        arm(made, strikes, fault(small, "repeat_row"))
+        arm_all(made, strikes, fault(small, "repeat_row"))
         decoding = made.engines[0].decoding()
         while not decoding.is_done:
             decoding.step()
