@@ -275,3 +275,13 @@ def test_bytes_that_a_c_locale_has_read_as_ascii_become_text_again() -> None:
     assert Config.of({"prompt": text}).prompt == text
     with pytest.raises(ConfigError, match=r"prompt is .*, which is not UTF-8 text"):
         Config.of({"prompt": "\udcff"})
+
+
+@pytest.mark.parametrize("policy", ["pause", "fail"])
+def test_what_to_do_about_changed_bytes_takes_digests(policy: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"on_corruption is {policy}, but without digests nothing would be found"
+    ):
+        Config.of({"digests": "no", "on_corruption": policy})
+    assert Config.of({"on_corruption": policy}).digests
+    assert not Config.of({"digests": "no"}).digests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 
 from dinfer.config import Config
+from dinfer.engine.corruption import Corruption
 from dinfer.session.job import Job, prepare
+from dinfer.session.launching.runner import Show, conclude
 from dinfer.session.result import merge, result_of, table, write_json
 from dinfer.session.states import RankState
 from dinfer.trace.events import Event
@@ -46,6 +49,35 @@ def test_the_trace_holds_all_events_and_describes_the_run(job: Job, ranks: list[
     assert [event.rank for event in trace.events] == [0, 0, 1]
     assert trace.about["plan_id"] == f"{job.plan.id:016x}"
     assert (trace.about["world_size"], trace.about["tokens"], trace.about["stages"]) == (2, 2, [0, 1])
+
+
+def note(rank: int) -> dict[str, Any]:
+    """What a rank says of a block that came to it changed."""
+    found = Corruption(rank, 0, 1, "V", 64, peer=0)
+    return {"type": "note", "rank": rank, "note": "corrupt", "order": None, "found": found.as_dict()}
+
+
+def test_changed_blocks_are_in_the_result_in_words_and_as_fields(job: Job, ranks: list[RankState]) -> None:
+    assert result(job, ranks)["corrupt"] == []
+    ranks[1].notes += [{"note": "edited", "what": []}, note(1)]
+    (found,) = result(job, ranks)["corrupt"]
+    assert found["text"] == "rank 1: V of block c0 l1 changed on the way from rank 0"
+    assert (found["rank"], found["chunk"], found["layer"], found["peer"]) == (1, 0, 1, 0)
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_what_the_user_chose_to_record_is_a_warning_at_the_end_and_no_error(
+    job: Job, ranks: list[RankState]
+) -> None:
+    said = {**ranks[0].reports["result"], "kv_sha256": "cd"}
+    ranks[1].reports = {"result": said}
+    out = io.StringIO()
+    with pytest.raises(RuntimeError, match="the ranks hold different KV after prefill"):
+        conclude(job, ranks, Show(job, out), None)
+    ranks[1].notes = [note(1)] * 5
+    assert len(conclude(job, ranks, Show(job, out), None)["corrupt"]) == 5
+    assert out.getvalue().endswith("; and 2 more\n")
+    assert "warning: rank 1: V of block c0 l1 changed on the way from rank 0; " in out.getvalue()
 
 
 def test_the_result_holds_figures_of_every_rank(job: Job, ranks: list[RankState]) -> None:

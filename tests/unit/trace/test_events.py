@@ -59,3 +59,14 @@ def test_waiting_and_being_busy() -> None:
 def test_as_dict_builds_the_same_event() -> None:
     event = Event(0, "compute", "recv", 1, 2, 3, 4, "kv", 1, None, 2, 8, 4096, 5)
     assert Event(**event.as_dict()) == event
+
+
+def test_the_numbers_of_kinds_stay() -> None:
+    """Records and traces of before hold them."""
+    assert KINDS[:11] == (
+        "embed", "layer", "norm", "send", "recv", "decode",
+        "all_gather", "broadcast", "all_reduce", "barrier", "other",
+    )  # fmt: skip
+    buffer = memoryview(bytearray(SIZE))
+    Event(0, "main", "reduce_scatter", 0, 0, 0, 0).pack_into(buffer, 0, 0)
+    assert Event.unpack_from(buffer, 0, 0, ("main",)).kind == "other"

@@ -204,3 +204,12 @@ def test_figures_use_every_kind_of_compute() -> None:
     kinds = ("embed", "layer", "norm", "send", "recv", "other")
     events = [compute(0, 2 * at, 2 * at + 1, kind=kind) for at, kind in enumerate(kinds)]
     assert Trace.merge([events]).rank_figures(0).compute_s == 3.0
+
+
+def test_the_check_before_decode_and_what_it_finds_are_no_part_of_prefill() -> None:
+    layer = Event(0, "main", "layer", 0, 0, 0, 2 * S, chunk=0, layer=0)
+    found = Event(0, "main", "corrupt", 3 * S, 3 * S, 3 * S, 3 * S, "kv", 0, 0, peer=1, bytes=64)
+    check = Event(0, "decode", "check", 4 * S, 4 * S, 4 * S, 9 * S, bytes=64)
+    figures = Trace.merge([[layer, found, check]]).rank_figures(0)
+    assert (figures.prefill_s, figures.exposed_sync_s, figures.check_s) == (2.0, 0.0, 5.0)
+    assert figures == Trace.merge([[layer]]).rank_figures(0)._replace(check_s=5.0)
