@@ -121,7 +121,7 @@ def test_a_fault_breaks_the_same_where_ops_are_issued_to_streams(
     for rank in (1,) if where == "compute" else (2, 0):
         with ranks(small, backend="nccl", streams=streams, sync_strategy="ring") as (made, stepper, strikes):
             one = fault(small, kind, where=where, rank=rank)
-            arm(made, strikes, one)
+            arm_all(made, strikes, one)
             finish(stepper)
             assert [strike.number for strike in strikes] == [1]
             check(made, small, one, ranks_hit(one, made.engines[0].executor.plan))

@@ -163,7 +163,7 @@ def test_decode_fails_for_changed_memory_until_it_is_computed_anew(session: Sess
             RankRefused, match=r"rank 0: K of block c2 l0 changed in memory .*on_corruption is fail"
         ):
             run.decode(2)
-    run.run_to(chunk=1, layer=2)
+    run.run_to(chunk=0, layer=2)  # at which block c2 l0 is not there
     assert len(run.decode(2).tokens) == 2
 
 
