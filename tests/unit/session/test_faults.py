@@ -329,4 +329,4 @@ def test_faults_drawn_at_random_break_what_is_expected_of_them(model: Path) -> N
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(10))
 def test_a_thousand_faults_drawn_at_random_break_what_is_expected_of_them(model: Path, seed: int) -> None:
-    assert len(at_random(model, seed=100 + seed, count=100)) > 25
+    assert len(at_random(model, seed=100 + seed, count=100)) >= 20  # of 29 kinds in places
