@@ -94,13 +94,17 @@ def _bench_digests(values: dict[str, Any], tokens: str, repeats: int, json_path:
 
     with contextlib.ExitStack() as stack:
         try:
+            lengths = whole_numbers("tokens", tokens)
             if repeats < 1:
                 raise ConfigError(f"repeats is {repeats}; it must be at least 1.")
+            if len(lengths) != 1 or lengths[0] < 1:
+                raise ConfigError(
+                    f"tokens is {tokens!r}; for bench digests it must be one number, at least 1."
+                )
             Config.of({**values, "model_path": "demo"})  # before a checkpoint is made
             folder = values["model_path"] or str(stack.enter_context(random_checkpoint(SHAPE)))
             config = Config.of({**values, "model_path": folder})
-            (length,) = whole_numbers("tokens", tokens)[:1] or (0,)
-            result = bench_digests(config, length, check(folder).vocab_size, repeats)
+            result = bench_digests(config, lengths[0], check(folder).vocab_size, repeats)
         except (ConfigError, ModelError, PlanError) as error:
             stop(error, BAD_INPUT)
         except RuntimeError as error:

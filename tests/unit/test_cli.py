@@ -265,6 +265,9 @@ def test_an_unknown_flag_or_command_is_answered_with_the_nearest(given: Sequence
         (("--plot", "x.html"), "plot is for --compare"),
         (("--compare", "pairwise,rng"), "compare is 'pairwise,rng'; it must be two different ones"),
         (("--compare", "pairwise,ring", "--repeats", "1"), "--compare needs at least 2"),
+        (("digests", "--tokens", "512,1024"), "for bench digests it must be one number, at least 1"),
+        (("digests", "--repeats", "0"), "repeats is 0; it must be at least 1"),
+        (("digests", "--world-size", "0"), "world_size is 0; it must be at least 1"),
         (("--compare", "pairwise,ring", "--plot", "x.pdf"), "plot is 'x.pdf'; it must end in .html"),
     ],
 )
