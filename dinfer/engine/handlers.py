@@ -51,6 +51,8 @@ class Prefill:
         self.final: Tensor | None = None
         self.ledger, self.faults = Ledger(), Faults()
         self.differing: dict[tuple[int, int], str] = {}
+        self.extra: dict[int, int] = {}
+        """by layer: how many rows it holds beyond those that the plan made, where something is wrong"""
         self.ordering = Ordering(cache.device)
         own = [op for lane in plan.lanes[rank] for op in lane.ops]
         self._entered = {v for op in own if op.kind in ("embed", "recv") for v in op.makes()}
