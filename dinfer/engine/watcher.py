@@ -128,7 +128,7 @@ class Watcher:
         return bool(data)
 
     def _whole_lines(self, since: int) -> list[bytes]:
-        """Those that have come to their end; nothing ends before `since`, so a long line is not read again and again."""
+        """Those that have come to their end. Nothing ends before `since`: a long line is not read again and again."""
         end = self._unread.rfind(b"\n", since) + 1
         lines = bytes(self._unread[:end]).split(b"\n")[:-1]
         del self._unread[:end]
