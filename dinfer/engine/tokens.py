@@ -23,6 +23,11 @@ class Tokens:
         self._limit = self._begun = 0
         self._stream = self._new_stream()
 
+    @property
+    def rows(self) -> int:
+        """How many new tokens have K and V: all but the last."""
+        return max(0, len(self._decoding.tokens) - 1) if self._decoding else 0
+
     def limit_to(self, limit: int | None) -> int:
         """Stop at that many tokens, None: at once; how many have been begun."""
         with self._lock:

@@ -19,10 +19,11 @@ from dinfer.plan.plan import Plan
 @dataclass(frozen=True)
 class Subject:
     """What a source is of. `ids`: the prompt, then the new tokens; `texts`: of each of them, in whole characters;
-    `checkpoint`: its fingerprint; `name` and `standing`: which run it is, and where it stands, for people."""
+    `checkpoint`: its fingerprint; `name`: which run it is, for people; `standing`: by rank, the op of a lane of its that
+    is not done, nothing for one that is through."""
 
     name: str
-    standing: str
+    standing: tuple[str, ...]
     plan: Plan
     ids: tuple[int, ...]
     texts: tuple[str, ...]
@@ -84,8 +85,8 @@ class Source(Protocol):
         """Of the bytes as they are now in these places: int64 [layers, spans, 2] for each rank. Places that a rank does
         not hold do not count."""
 
-    def noted(self, ranks: Sequence[int]) -> list[dict[Key, Noted]]:
-        """What the ranks' ledgers say, by chunk and layer; empty where none is kept."""
+    def noted(self, ranks: Sequence[int], layers: Sequence[int]) -> list[dict[Key, Noted]]:
+        """What the ranks' ledgers say of blocks of these layers, by chunk and layer; empty where none is kept."""
 
     def noted_rows(self, rank: int, chunk: int, layer: int) -> Tensor | None:
         """The rows' digests when the block was computed or had arrived, int64 [tokens, 2, kv_heads]; None where no
