@@ -55,9 +55,10 @@ def hidden_before(
     cache: KVCache,
     position: int,
 ) -> Tensor | None:
-    """Return the hidden state of a chunk before `layer`, [1, tokens, hidden_size], from the nearest one `known` by chunk
-    and layer; None where there is none. The chunk's tokens begin at `position`, and earlier ones' K and V are read from
-    `cache`.
+    """Return the hidden state of a chunk before `layer`, [1, tokens, hidden_size], None where it cannot be had.
+
+    It is computed from the nearest one `known` by chunk and layer. The chunk's tokens begin at `position`; earlier ones'
+    K and V are read from `cache`.
     """
     before = [index for of, index in known if of == chunk and index <= layer]
     if not before:
@@ -70,9 +71,9 @@ def hidden_before(
 
 @torch.no_grad()
 def attention(decoder: Decoder, layer: int, hidden: Tensor, cache: KVCache, position: int) -> Attention:
-    """Return what tokens from `position` on, with the hidden state [1, tokens, hidden_size] before `layer`, attend to of
-    the rows that `cache` holds of them and of earlier tokens. Raises `ModelError` for a layer whose attention does not
-    tell.
+    """Return what tokens from `position` on attend to, of the rows that `cache` holds of them and of earlier ones.
+
+    `hidden` [1, tokens, hidden_size] is theirs before `layer`. Raises `ModelError` where the attention does not tell.
     """
     stop = position + hidden.shape[1]
     found = list[Tensor]()

@@ -18,9 +18,11 @@ from dinfer.plan.plan import Plan
 
 @dataclass(frozen=True)
 class Subject:
-    """What a source is of. `ids`: the prompt, then the new tokens; `texts`: of each of them, in whole characters;
-    `checkpoint`: its fingerprint; `name`: which run it is, for people; `standing`: by rank, the op of a lane of its that
-    is not done, nothing for one that is through."""
+    """What a source is of.
+
+    `ids`: the prompt, then the new tokens; `texts`: of each of them, in whole characters; `checkpoint`: its
+    fingerprint; `name`: which run it is, for people; `standing`: by rank, where that stands, nothing if at its end.
+    """
 
     name: str
     standing: tuple[str, ...]
