@@ -57,8 +57,8 @@ def hidden_before(
 ) -> Tensor | None:
     """Return the hidden state of a chunk before `layer`, [1, tokens, hidden_size], None where it cannot be had.
 
-    It is computed from the nearest one `known` by chunk and layer. The chunk's tokens begin at `position`; earlier ones'
-    K and V are read from `cache`.
+    It is computed from the nearest one `known` by chunk and layer. The chunk's tokens begin at `position`; K and V of
+    earlier ones are read from `cache`.
     """
     before = [index for of, index in known if of == chunk and index <= layer]
     if not before:

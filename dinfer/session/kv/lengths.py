@@ -13,7 +13,7 @@ from dinfer.session.kv.words import are, keys_of, places_of, places_text, span_t
 
 def repeats(got: Tensor, want: Tensor) -> list[Finding]:
     """Of a layer's rows `got`, where `want` should be, longer or shorter than that: which repeat earlier ones, which
-    stand elsewhere, which are no row of `want`, which of its rows are missing."""
+    stand elsewhere, which of those behind its end are no row of it, which of its rows are missing."""
     mine, right = keys_of(got), keys_of(want)
     seen, rightful = dict[bytes, int](), places_of(right)
     sources = list[tuple[str, int]]()
@@ -25,7 +25,7 @@ def repeats(got: Tensor, want: Tensor) -> list[Finding]:
         else:
             sources.append(("none", place))
         seen.setdefault(key, place)
-    found = [_run_finding(got, run) for run in _runs(sources)]
+    found = [_run_finding(got, run, len(right)) for run in _runs(sources)]
     return [one for one in found if one] + _missing(got, right, set(mine))
 
 
@@ -58,13 +58,15 @@ def _runs(sources: Sequence[tuple[str, int]]) -> list[_Run]:
     return runs
 
 
-def _run_finding(got: Tensor, run: _Run) -> Finding | None:
+def _run_finding(got: Tensor, run: _Run, right: int) -> Finding | None:
     cells = torch.zeros(got.shape, dtype=torch.bool)
     cells[run.start : run.stop] = True
     here, there = span_text(run.start, run.stop), span_text(run.source, run.source + run.stop - run.start)
     one = run.stop - run.start == 1
     if run.what == "repeat":
-        return Finding("repeated", f"{here} {'repeats' if one else 'repeat'} {there}", cells)
+        return Finding("repeated", f"{here} {'repeats' if one else 'repeat'} {there}", cells, run.source)
+    if run.what == "none" and run.start < right:  # other values, which are looked at in their place
+        return None
     if run.what == "none":
         return Finding("extra", f"{here} {'is no row' if one else 'are no rows'} of the others", cells)
     if run.source == run.start:

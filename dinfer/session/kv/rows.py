@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from dinfer.session.kv.words import (
-    KV,
     are,
     concerned,
     keys_of,
@@ -32,11 +31,13 @@ Kind = Literal[
 
 
 class Finding(NamedTuple):
-    """What has become of some rows: `cells` [places, 2, heads] are those concerned, of the tensors that were given."""
+    """What has become of some rows: `cells` [places, 2, heads] are those concerned, of the tensors that were given;
+    `source`: the first place of the rows that they repeat, where they do."""
 
     kind: Kind
     text: str
     cells: Tensor
+    source: int | None = None
 
 
 class Found(NamedTuple):
@@ -47,11 +48,17 @@ class Found(NamedTuple):
 
 
 def identify(
-    got: Tensor, want: Tensor, start: int, before: Callable[[], tuple[int, Tensor]], zero: int
+    got: Tensor,
+    want: Tensor,
+    start: int,
+    before: Callable[[], tuple[int, Tensor]],
+    zero: int,
+    known: Tensor | None = None,
 ) -> Found:
     """What the rows `got` are, in the places from `start` on where `want` should be; both are of one length.
 
-    `before()`: the first place and the right rows of the block before; `zero`: the digest of a row of zeros.
+    `before()`: the first place and the right rows of the block before; `zero`: the digest of a row of zeros; `known`:
+    cells that need no explanation any more.
     """
     looks: list[Callable[[Tensor], list[Finding]]] = [
         lambda left: _empty(got, left, zero, start),
@@ -59,7 +66,7 @@ def identify(
         lambda left: _swapped(got, want, left, start),
         lambda left: _heads(got, want, left, start),
     ]
-    found, left = list[Finding](), got != want
+    found, left = list[Finding](), (got != want) & (True if known is None else ~known)
     for look in looks:
         for finding in look(left) if left.any() else []:
             found.append(finding)
@@ -125,8 +132,12 @@ def _move(
     if not mine:
         return None
     if len(past) and all(n < len(past) and rows[n] == past[n] for n in mine):
-        stale = f"{rows_text(mine, start)} {'holds' if len(mine) == 1 else 'hold'} what {rows_text(mine, at)} should hold"
-        return "stale", f"stale, {stale}, a block before", mine
+        hold = "holds" if len(mine) == 1 else "hold"
+        return (
+            "stale",
+            f"stale: {rows_text(mine, start)} {hold} {rows_text(mine, at)} of the chunk before",
+            mine,
+        )
     if Counter(rows[n] for n in mine) == Counter(right[n] for n in mine):
         return "permuted", f"{rows_text(mine, start)} {are(mine)} in another order", mine
     sources = [_nearest(rows, n, known, known_past, start, at) for n in mine]
@@ -168,7 +179,6 @@ def _swapped(got: Tensor, want: Tensor, left: Tensor, start: int) -> list[Findin
     cells = left & (got == want.flip(1))
     if not cells.any():
         return []
-    tensors = [KV[n] for n in (0, 1) if cells[:, n].any()]
     held = ["K holds V's rows"] * bool(cells[:, 0].any()) + ["V holds K's rows"] * bool(cells[:, 1].any())
     text = " and ".join(held)
     return [Finding("swapped", f"swapped: {text} in {tokens_text(cells, start)}", cells)]
