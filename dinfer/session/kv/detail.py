@@ -179,8 +179,8 @@ def _difference(
 ) -> Difference:
     subject = case.side.source.subject
     return Difference(
-        rank=case.side.rank, layer=case.layer, chunk=chunk_of(subject, case.span), tensor=tensor, head=head, token=token,
-        dim=dim, values=(values[0], values[1]) if values else None, op=case.origin.op,
+        rank=case.side.rank, layer=case.layer, chunk=chunk_of(subject, case.span), tensor=tensor, head=head,
+        token=token, dim=dim, values=(values[0], values[1]) if values else None, op=case.origin.op,
         kind=kind,  # type: ignore[arg-type] # a Finding's, or the default
         where=case.origin.where, rows=rows, count=count, name=case.side.name, label=label, note=note,
         came=case.origin.text, hops=case.hops, dtype=subject.dtype,

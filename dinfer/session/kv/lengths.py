@@ -26,7 +26,7 @@ def repeats(got: Tensor, want: Tensor) -> list[Finding]:
             sources.append(("none", place))
         seen.setdefault(key, place)
     found = [_run_finding(got, run, len(right)) for run in _runs(sources)]
-    return [one for one in found if one] + _missing(got, right, set(mine))
+    return [one for one in found if one] + _missing(got, right, set(mine), sources)
 
 
 class _Run(NamedTuple):
@@ -75,7 +75,11 @@ def _run_finding(got: Tensor, run: _Run, right: int) -> Finding | None:
     return Finding("shifted", f"{here} should be {there}: shifted, {by} {way}", cells)
 
 
-def _missing(got: Tensor, right: Sequence[bytes], mine: set[bytes]) -> list[Finding]:
-    gone = [place for place, key in enumerate(right) if key not in mine]
+def _missing(
+    got: Tensor, right: Sequence[bytes], mine: set[bytes], sources: Sequence[tuple[str, int]]
+) -> list[Finding]:
+    """Right rows that are nowhere, but for those in whose place are other values."""
+    other = {place for place, (what, _) in enumerate(sources) if what == "none"}
+    gone = [place for place, key in enumerate(right) if key not in mine and place not in other]
     cells = torch.zeros(got.shape, dtype=torch.bool)
     return [Finding("missing", f"{places_text(gone)} of the others {are(gone)} missing", cells)] * bool(gone)
