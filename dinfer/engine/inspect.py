@@ -43,9 +43,11 @@ def inspect_commands(host: Host) -> Table:
         "kv_noted_rows": found.noted_rows,
         "kv_rows": found.rows,
         "kv_values": found.values,
+        "kv_part": found.part,
         "kv_summary": found.summary,
         "hidden_held": found.hidden_held,
         "hidden": found.hidden,
+        "hidden_summary": found.hidden_summary,
         "attention": found.attention,
         "piece": found.piece,
     }
@@ -106,6 +108,14 @@ class Inspection:
         held = self._block(message["layer"], 0, self._held_rows(message["layer"]))
         return self._answer(held[torch.tensor(message["places"], dtype=torch.long, device=held.device)])
 
+    def part(self, message: Message) -> Message:
+        """K or V of these heads and places: [heads, places, head_dim]."""
+        held = self._block(message["layer"], 0, self._held_rows(message["layer"]))[:, message["tensor"]]
+        heads, places = (
+            torch.tensor(message[name], dtype=torch.long, device=held.device) for name in ("heads", "places")
+        )
+        return self._answer(held.transpose(0, 1)[heads[:, None], places])
+
     def summary(self, message: Message) -> Message:
         """K and V of these places, by head, in a few numbers each."""
         return per_head(self._block(message["layer"], message["start"], message["stop"]))
@@ -124,6 +134,10 @@ class Inspection:
         """Before a layer: [tokens, hidden_size]; computed anew where it is not at hand."""
         return self._answer(self._hidden(message["chunk"], message["layer"]))
 
+    def hidden_summary(self, message: Message) -> Message:
+        """The same in a few numbers, as of one head."""
+        return per_head(self._hidden(message["chunk"], message["layer"])[:, None, None])
+
     def attention(self, message: Message) -> Message:
         """The weights of these heads, [heads, queries, keys], and the first key's token."""
         chunk, layer, state = message["chunk"], message["layer"], self._engine.prompt.state
@@ -131,8 +145,8 @@ class Inspection:
         found = attention(
             self._engine.decoder, layer, self._hidden(chunk, layer)[None], state.cache, rows.start
         )
-        heads = message["heads"] or list(range(found.weights.shape[0]))
-        return {**self._answer(found.weights[heads]), "first_key": found.first_key, "heads": heads}
+        weights = found.weights[message["heads"]] if message["heads"] else found.weights
+        return {**self._answer(weights), "first_key": found.first_key}
 
     # -- pieces
 

@@ -103,8 +103,8 @@ def check_comparable(one: Source, other: Source) -> None:
     if a.dtype != b.dtype:
         mine, theirs = (str(s.dtype).removeprefix("torch.") for s in (a, b))
         raise PlanError(
-            f"{names} hold {mine} and {theirs}: every value differs in its bits. Load both in one dtype, or see what the "
-            'dtype does with run.compare("reference", dtype=…).'
+            f"{names} hold {mine} and {theirs}: every value differs in its bits. Load both in one dtype, or "
+            'see what the dtype does with run.compare("reference", dtype=…).'
         )
 
 
@@ -307,6 +307,4 @@ def _all_of(ranks: Sequence[int]) -> str:
 
 
 def _stands(source: Source) -> str:
-    standing = source.subject.standing
-    first = next(((rank, text) for rank, text in enumerate(standing) if text), None)
-    return f"rank {first[0]} stands {first[1]}" if first else "the run is at its end"
+    return f"the run stands {source.subject.stands}"

@@ -15,16 +15,16 @@ ANSWER_S = 120.0
 
 
 class Line:
-    """`check()` is called while waiting; it raises where no answer can come."""
+    """`check(ranks)` is called while these are waited for; it raises where no answer can come."""
 
-    def __init__(self, ranks: Ranks, check: Callable[[], None]) -> None:
+    def __init__(self, ranks: Ranks, check: Callable[[Sequence[int]], None]) -> None:
         self._ranks, self._check = ranks, check
         self.bytes_moved = 0
 
     def ask(self, ranks: Sequence[int], do: str, **fields: Any) -> list[Message]:
         """Each rank's answer, in their order. Raises as Ranks.ask does."""
         request = {"do": do, **fields}
-        answers = self._ranks.ask(dict.fromkeys(ranks, request), ANSWER_S, self._check)
+        answers = self._ranks.ask(dict.fromkeys(ranks, request), ANSWER_S, lambda: self._check(ranks))
         self.bytes_moved += len(ranks) * _size(request) + sum(map(_size, answers.values()))
         return [answers[rank] for rank in ranks]
 

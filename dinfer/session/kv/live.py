@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from dinfer.engine.commands import Message
 from dinfer.engine.ledger import Digests, Key
 from dinfer.engine.probes import as_numbers
 from dinfer.session.kv.line import Line
@@ -53,6 +54,33 @@ class Live(Source):
 
     def values(self, rank: int, layer: int, places: Sequence[int]) -> Tensor:
         return self.line.tensors([rank], "kv_values", layer=layer, places=list(places))[0]
+
+    # -- what only ranks can tell
+
+    def summary(self, rank: int, layer: int, places: range) -> Message:
+        """K and V of these places by head: see engine/summaries."""
+        return self.line.ask([rank], "kv_summary", layer=layer, start=places.start, stop=places.stop)[0]
+
+    def part(self, rank: int, layer: int, tensor: int, heads: Sequence[int], places: Sequence[int]) -> Tensor:
+        """K (0) or V (1) of some heads, [heads, places, head_dim]."""
+        some = {"tensor": tensor, "heads": list(heads), "places": list(places)}
+        return self.line.tensors([rank], "kv_part", layer=layer, **some)[0]
+
+    def hidden_first(self, rank: int) -> dict[int, int]:
+        """By chunk, the first layer before which a rank has its hidden state."""
+        return dict(self.line.ask([rank], "hidden_held")[0]["first"])
+
+    def hidden_summary(self, rank: int, chunk: int, layer: int) -> Message:
+        return self.line.ask([rank], "hidden_summary", chunk=chunk, layer=layer)[0]
+
+    def hidden(self, rank: int, chunk: int, layer: int) -> Tensor:
+        """Before a layer, [tokens, hidden_size]."""
+        return self.line.tensors([rank], "hidden", chunk=chunk, layer=layer)[0]
+
+    def attention(self, rank: int, chunk: int, layer: int, heads: Sequence[int]) -> tuple[Tensor, int]:
+        """The weights of these heads, none for all, [heads, queries, keys], and the first key's token."""
+        answer = self.line.ask([rank], "attention", chunk=chunk, layer=layer, heads=list(heads))[0]
+        return self.line.tensor(rank, answer), answer["first_key"]
 
 
 def _noted(came: Digests, announced: Sequence[int]) -> Noted:

@@ -45,6 +45,12 @@ class Subject:
         return (*self.plan.shape.chunks, *([new] if new else []))
 
     @property
+    def stands(self) -> str:
+        """Where the run stands, for example `at c1 l2 on rank 0, before its first layer on rank 1`."""
+        places = [f"{text} on rank {rank}" for rank, text in enumerate(self.standing) if text]
+        return ", ".join(places) or "at its end"
+
+    @property
     def row_nbytes(self) -> int:
         """The bytes of one row: K and V of one token in one layer, all heads."""
         return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
