@@ -6,18 +6,16 @@ its ledger tells; without one, those that most ranks hold, the owner's if no mor
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from torch import Tensor
-
-from dinfer.engine.ledger import Digests, Key
-from dinfer.engine.probes import as_numbers
 from dinfer.plan.ops import PlanError
-from dinfer.session.kv.detail import Case, Details, Side, chunk_of
+from dinfer.session.kv.among import Among
+from dinfer.session.kv.between import cases_between, common_spans, good_other
+from dinfer.session.kv.detail import Details
 from dinfer.session.kv.difference import Diff, Difference
-from dinfer.session.kv.origin import Origin, Way, truth
+from dinfer.session.kv.origin import Way
 from dinfer.session.kv.overlong import Overlong
-from dinfer.session.kv.source import Held, Noted, Source
+from dinfer.session.kv.sides import Selection, blocks_of, shared_of
+from dinfer.session.kv.source import Source
 from dinfer.session.kv.verdict import Compared, equal_text, unequal_text
 
 VALUES = 256
@@ -26,30 +24,14 @@ _CLASS = {"missing": 0, "extra": 0, "repeated": 0, "shifted": 0, "value": 2}
 """rows too many or too few come first, then rows that are others, then values"""
 
 
-class Selection(NamedTuple):
-    """What to compare; `spans` are indices into the subject's."""
-
-    ranks: tuple[int, ...]
-    layers: tuple[int, ...]
-    spans: tuple[int, ...]
-
-
-class Blocks(NamedTuple):
-    """What one side holds of the selection, and its digests by (span, layer), of those that are there."""
-
-    side: Side
-    held: Held
-    now: dict[Key, Digests]
-
-
 def diff_ranks(source: Source, chosen: Selection, values: int | None = VALUES) -> Diff:
     """Between the ranks of one source."""
     before = source.bytes_moved
-    blocks = _blocks(source, chosen, [f"rank {rank}" for rank in chosen.ranks], source.subject.spans)
-    shared = _shared(blocks, chosen, len(blocks))
+    blocks = blocks_of(source, chosen, [f"rank {rank}" for rank in chosen.ranks], source.subject.spans)
+    shared = shared_of(blocks, chosen, len(blocks))
     if not shared:
         raise PlanError(f"no block is on {_all_of(chosen.ranks)} yet; {_stands(source)}.")
-    found = _Ranks(source, chosen, blocks)
+    found = Among(source, chosen, blocks)
     overlong = Overlong(source.subject, [(one.side, one.held) for one in blocks], chosen.layers, found.way)
     differences = overlong.differences(found.good_side)
     details = Details(values, overlong.known)
@@ -64,20 +46,20 @@ def diff_sources(one: Source, other: Source, chosen: Selection, values: int | No
     check_comparable(one, other)
     before = one.bytes_moved + other.bytes_moved
     theirs = [rank if rank in other.ranks else min(other.ranks) for rank in chosen.ranks]
-    spans = _common_spans(one, other)
-    mine = _blocks(one, chosen, [f"rank {rank} of {one.subject.name}" for rank in chosen.ranks], spans)
+    spans = common_spans(one, other)
+    mine = blocks_of(one, chosen, [f"rank {rank} of {one.subject.name}" for rank in chosen.ranks], spans)
     names = [f"rank {rank} of {other.subject.name}" for rank in theirs]
-    right = _blocks(other, chosen._replace(ranks=tuple(theirs)), names, spans, by_rows=True)
-    shared = _shared([*mine, *right], chosen, len(mine) + len(right))
+    right = blocks_of(other, chosen._replace(ranks=tuple(theirs)), names, spans, by_rows=True)
+    shared = shared_of([*mine, *right], chosen, len(mine) + len(right))
     if not shared:
         raise PlanError(
             f"{one.subject.name} and {other.subject.name} have no block in common; {_stands(one)}."
         )
     overlong = Overlong(one.subject, [(b.side, b.held) for b in mine], chosen.layers, Way(one.subject.plan))
     by_name = {a.side.name: b for a, b in zip(mine, right, strict=True)}
-    differences = overlong.differences(lambda side, layer: _good_other(by_name[side.name], layer))
+    differences = overlong.differences(lambda side, layer: good_other(by_name[side.name], layer))
     details = Details(values, overlong.known)
-    for case in _cases_between(one, other, mine, right, shared, spans):
+    for case in cases_between(one, other, mine, right, shared, spans):
         differences += details.of(case)
     compared = Compared(
         one.subject, chosen.ranks, chosen.layers, tuple(shared), len(one.ranks), other.subject.name
@@ -106,188 +88,6 @@ def check_comparable(one: Source, other: Source) -> None:
             f"{names} hold {mine} and {theirs}: every value differs in its bits. Load both in one dtype, or "
             'see what the dtype does with run.compare("reference", dtype=…).'
         )
-
-
-# -- between ranks
-
-
-class _Ranks:
-    """The wrong blocks among the ranks of one source."""
-
-    def __init__(self, source: Source, chosen: Selection, blocks: Sequence[Blocks]) -> None:
-        self._source, self._chosen, self._blocks = source, chosen, blocks
-        self.way = Way(source.subject.plan)
-        self._owners = source.subject.plan.shape.owners
-        self._noted = dict(zip(chosen.ranks, source.noted(chosen.ranks, chosen.layers), strict=True))
-        self._others: dict[int, tuple[dict[int, dict[Key, Noted]], list[Blocks]]] = {}
-
-    def cases(self, shared: Sequence[Key]) -> list[Case]:
-        return [case for span, layer in shared for case in self._of_block(span, layer)]
-
-    def good_side(self, side: Side, layer: int) -> Side | None:
-        """Another rank whose layer is of the right length."""
-        for one in self._blocks:
-            if one.side.rank != side.rank and one.held.rows[layer] == expected_rows(
-                self._source, one.held, layer
-            ):
-                return one.side
-        return None
-
-    def _of_block(self, span: int, layer: int) -> list[Case]:
-        right = self._right(span, layer)
-        wrong = [one for one in self._blocks if one.now[span, layer] != right]
-        if not wrong:
-            return []
-        noted, everybody = self._all(layer)
-        here = {one.side.rank: one.now[span, layer] for one in everybody if (span, layer) in one.now}
-        known = {rank: said[span, layer] for rank, said in noted.items() if (span, layer) in said}
-        good = next((one.side for one in everybody if here.get(one.side.rank) == right), None)
-        return [self._case(one.side, good, span, layer, known, here) for one in wrong]
-
-    def _case(
-        self,
-        side: Side,
-        good: Side | None,
-        span: int,
-        layer: int,
-        noted: dict[int, Noted],
-        now: dict[int, Digests],
-    ) -> Case:
-        subject, rank = self._source.subject, side.rank
-        if chunk_of(subject, span) is None:
-            origin, hops = Origin(rank, "compute", "decode", "computed there in decode"), 0
-        else:
-            origin = self.way.origin(rank, span, layer, noted, now)
-            hops = self.way.hops(rank, span, layer)
-        return Case(side, good, self._owners[layer], layer, span, subject.spans[span], origin, hops)
-
-    def _right(self, span: int, layer: int) -> Digests:
-        owner = self._owners[layer]
-        noted = {rank: said[span, layer] for rank, said in self._noted.items() if (span, layer) in said}
-        if (known := truth(noted, owner)) is not None:
-            return known
-        found = [one.now[span, layer] for one in self._blocks]
-        owners = [one.now[span, layer] for one in self._blocks if one.side.rank == owner]
-        return max([*owners, *found], key=lambda digests: found.count(digests))
-
-    def _all(self, layer: int) -> tuple[dict[int, dict[Key, Noted]], list[Blocks]]:
-        """What the ledgers of all ranks say of a layer, and what all ranks hold of it."""
-        if layer not in self._others:
-            ranks = tuple(self._source.ranks)
-            noted = dict(zip(ranks, self._source.noted(ranks, [layer]), strict=True))
-            chosen = Selection(ranks, (layer,), self._chosen.spans)
-            names = [f"rank {rank}" for rank in ranks]
-            self._others[layer] = noted, _blocks(self._source, chosen, names, self._source.subject.spans)
-        return self._others[layer]
-
-
-# -- between sources
-
-
-def _cases_between(
-    one: Source, other: Source, mine: Sequence[Blocks], right: Sequence[Blocks], shared: Sequence[Key],
-    spans: Sequence[range],
-) -> list[Case]:  # fmt: skip
-    origins = _Origins(one), _Origins(other)
-    owners = one.subject.plan.shape.owners
-    return [
-        Case(a.side, b.side, owners[layer], layer, span, spans[span], _between(origins, a, b, span, layer), 0)
-        for span, layer in shared
-        for a, b in zip(mine, right, strict=True)
-        if a.now[span, layer] != b.now[span, layer]
-    ]
-
-
-class _Origins:
-    """Whether a source's bytes changed after they were computed, by its own ledgers."""
-
-    def __init__(self, source: Source) -> None:
-        self._source, self.way = source, Way(source.subject.plan)
-        self._found: dict[int, tuple[dict[int, dict[Key, Noted]], list[Blocks]]] = {}
-
-    def of(self, rank: int, span: int, layer: int) -> Origin | None:
-        subject, ranks = self._source.subject, tuple(self._source.ranks)
-        if chunk_of(subject, span) is None or layer not in range(subject.plan.shape.layers):
-            return None
-        if layer not in self._found:
-            noted = dict(zip(ranks, self._source.noted(ranks, [layer]), strict=True))
-            chosen = Selection(ranks, (layer,), tuple(range(len(subject.plan.shape.chunks))))
-            self._found[layer] = noted, _blocks(self._source, chosen, [""] * len(ranks), subject.spans)
-        noted, blocks = self._found[layer]
-        known = {one: said[span, layer] for one, said in noted.items() if (span, layer) in said}
-        now = {one.side.rank: one.now[span, layer] for one in blocks if (span, layer) in one.now}
-        right = truth(known, subject.plan.shape.owners[layer])
-        if right is None or now.get(rank) == right:
-            return None
-        return self.way.origin(rank, span, layer, known, now)
-
-
-def _between(origins: tuple[_Origins, _Origins], a: Blocks, b: Blocks, span: int, layer: int) -> Origin:
-    mine, theirs = origins
-    if found := mine.of(a.side.rank, span, layer):
-        return found
-    subject, other = a.side.source.subject, b.side.source.subject
-    same_chunks = subject.plan.shape.chunks == other.plan.shape.chunks
-    if same_chunks and (found := theirs.of(b.side.rank, span, layer)):
-        return found._replace(text=f"in {other.name}: {found.text}")
-    if chunk_of(subject, span) is None:
-        return Origin(a.side.rank, "compute", "decode", "computed in decode")
-    owner = mine.way.path(a.side.rank, span, layer)[0]
-    return Origin(owner, "compute", f"layer c{span} l{layer}", "it was computed so, or no ledger tells")
-
-
-def _common_spans(one: Source, other: Source) -> tuple[range, ...]:
-    """The first one's, of the tokens that both have: new ones as far as they are the same."""
-    pairs = enumerate(zip(one.subject.ids, other.subject.ids, strict=False))
-    same = next((n for n, (a, b) in pairs if a != b), min(len(one.subject.ids), len(other.subject.ids)))
-    last = min(max(same, len(one.subject.prompt)), one.subject.spans[-1].stop, other.subject.spans[-1].stop)
-    return tuple(range(span.start, min(span.stop, last)) for span in one.subject.spans)
-
-
-def _good_other(blocks: Blocks, layer: int) -> Side | None:
-    right = expected_rows(blocks.side.source, blocks.held, layer)
-    return blocks.side if blocks.held.rows[layer] == right else None
-
-
-# -- both
-
-
-def _blocks(
-    source: Source, chosen: Selection, names: Sequence[str], spans: Sequence[range], *, by_rows: bool = False
-) -> list[Blocks]:
-    """What each rank holds. `by_rows`: the spans are another source's: those whose rows are there count."""
-    held = source.held(chosen.ranks)
-    digests = source.digests(chosen.ranks, chosen.layers, [spans[n] for n in chosen.spans])
-    found = []
-    for rank, name, has, numbers in zip(chosen.ranks, names, held, digests, strict=True):
-        now = {
-            (span, layer): _numbers(numbers[i, j])
-            for i, layer in enumerate(chosen.layers)
-            for j, span in enumerate(chosen.spans)
-            if spans[span]
-            and (
-                span < has.spans[layer]
-                if not by_rows
-                else spans[span].stop <= expected_rows(source, has, layer)
-            )
-        }
-        found.append(Blocks(Side(source, rank, name), has, now))
-    return found
-
-
-def _numbers(digests: Tensor) -> Digests:
-    return as_numbers(digests)
-
-
-def expected_rows(source: Source, held: Held, layer: int) -> int:
-    """How many rows the spans have that a rank holds of a layer."""
-    return source.subject.spans[held.spans[layer] - 1].stop if held.spans[layer] else 0
-
-
-def _shared(blocks: Sequence[Blocks], chosen: Selection, count: int) -> list[Key]:
-    """The blocks that all sides hold, in the order in which they are computed."""
-    keys = [(span, layer) for span in chosen.spans for layer in chosen.layers]
-    return [key for key in keys if sum(key in one.now for one in blocks) == count]
 
 
 def _made(compared: Compared, differences: list[Difference], details: Details, moved: int) -> Diff:
