@@ -186,6 +186,24 @@ def where(call: Call) -> Any:
 
 
 @magic_arguments()
+@argument("layer", nargs="?", type=int, help="the layer; none: all")
+@argument("--chunk", type=int)
+@argument("--rank", type=int)
+def kv(call: Call) -> Any:
+    """What KV the ranks hold: kv 5 rank=1 chunk=0."""
+    return call.run.kv(**vars(call.words))
+
+
+@magic_arguments()
+@argument("layer", nargs="?", type=int, help="the layer; none: all")
+@argument("--chunk", type=int)
+@argument("--ranks", type=lambda word: [int(one) for one in word.split(",")], help="such as 0,2; none: all")
+def diff(call: Call) -> Any:
+    """Where the ranks' KV differs: diff, diff 5 chunk=1 ranks=0,2."""
+    return call.run.kv(layer=call.words.layer, chunk=call.words.chunk).diff(ranks=call.words.ranks)
+
+
+@magic_arguments()
 @argument("--layer", type=int)
 @argument("--chunk", type=int)
 @argument("--rank", type=int)
@@ -242,10 +260,10 @@ def help_(call: Call) -> Text:
 
 
 VERBS: dict[str, Callable[[Call], Any]] = {
-    "connect": connect, "load": load, "prefill": prefill, "run": run, "where": where,
-    "step": step, "back": back, "to": to, "resume": resume, "pause": pause, "wait": wait,
-    "break": break_, "breaks": breaks, "clear": clear, "decode": decode, "restart": restart,
-    "panel": panel, "log": log, "recover": recover, "debug": debug, "close": close, "help": help_,
+    "connect": connect, "load": load, "prefill": prefill, "run": run, "where": where, "step": step, "back": back,
+    "to": to, "resume": resume, "pause": pause, "wait": wait, "break": break_, "breaks": breaks, "clear": clear,
+    "decode": decode, "restart": restart, "kv": kv, "diff": diff, "panel": panel, "log": log, "recover": recover,
+    "debug": debug, "close": close, "help": help_,
 }  # fmt: skip
 
 
