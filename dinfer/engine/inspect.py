@@ -69,7 +69,7 @@ class Inspection:
         layers = range(self._engine.decoder.num_layers)
         spans = [self._chunks(layer) for layer in layers]
         whole = len(self._engine.prompt.plan.shape.chunks)
-        new = bool(self._new_rows)
+        new = bool(self._host.tokens and len(self._host.tokens.tokens) > 1)
         return {
             "spans": [count + (new and count == whole) for count in spans],
             "rows": [self._held_rows(layer) for layer in layers],
@@ -183,11 +183,6 @@ class Inspection:
             raise RuntimeError(f"rank {self._host.rank} has no prompt yet: session.prefill(…) first.")
         return self._host.engine
 
-    @property
-    def _new_rows(self) -> int:
-        """How many new tokens have K and V."""
-        return self._host.tokens.rows if self._host.tokens else 0
-
     def _chunks(self, layer: int) -> int:
         executor = self._engine.executor
         chunks = range(len(executor.plan.shape.chunks))
@@ -196,8 +191,9 @@ class Inspection:
     def _held_rows(self, layer: int) -> int:
         prompt, chunks = self._engine.prompt, self._chunks(layer)
         made = prompt.plan.shape.chunks[chunks - 1].stop if chunks else 0
-        new = self._new_rows if chunks == len(prompt.plan.shape.chunks) else 0
-        return min(prompt.state.cache.capacity, made + new + prompt.state.extra.get(layer, 0))
+        if chunks == len(prompt.plan.shape.chunks) and self._host.tokens:
+            made = self._host.tokens.rows or made
+        return min(prompt.state.cache.capacity, made + prompt.state.extra.get(layer, 0))
 
     def _block(self, layer: int, start: int, stop: int) -> Tensor:
         stop = min(stop, self._held_rows(layer))

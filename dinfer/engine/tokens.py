@@ -24,9 +24,14 @@ class Tokens:
         self._stream = self._new_stream()
 
     @property
+    def tokens(self) -> list[int]:
+        """The new tokens so far."""
+        return list(self._decoding.tokens) if self._decoding else []
+
+    @property
     def rows(self) -> int:
-        """How many new tokens have K and V: all but the last."""
-        return max(0, len(self._decoding.tokens) - 1) if self._decoding else 0
+        """How many rows of KV there are with those of new tokens; 0: there are no new tokens."""
+        return self._decoding.rows if self._decoding and self._decoding.tokens else 0
 
     def limit_to(self, limit: int | None) -> int:
         """Stop at that many tokens, None: at once; how many have been begun."""
