@@ -84,8 +84,9 @@ class Inspection:
         return self._answer(torch.stack(of_layers))
 
     def noted(self, message: Message) -> Message:
-        """What the ledger says of the blocks of these layers: chunk, layer, then four numbers each."""
-        asked, said = set(message["layers"]), list[list[int]]()
+        """What the ledger says of the blocks of these layers: their digests, int64 [blocks, 2]; of each, chunk, layer and,
+        where it differs, what was announced; those that the user has edited."""
+        asked, said, edited = set(message["layers"]), list[list[int]](), list[list[int]]()
         came = list[Tensor]()
         for (chunk, layer), entry in sorted(self._engine.prompt.state.ledger.entries.items()):
             if layer in asked:
@@ -93,7 +94,9 @@ class Inspection:
                 differs = announced not in (None, (0, 0), as_numbers(entry.digests))
                 came.append(entry.digests)
                 said.append([chunk, layer, *(announced if differs and announced else ())])
-        return {**self._answer(torch.stack(came) if came else torch.zeros(0, 2)), "blocks": said}
+                edited += [[chunk, layer]] * getattr(entry, "edited", False)
+        digests = torch.stack(came) if came else torch.zeros(0, 2, dtype=torch.int64)
+        return {**self._answer(digests), "blocks": said, "edited": edited}
 
     def noted_rows(self, message: Message) -> Message:
         entry = self._engine.prompt.state.ledger.entries.get((message["chunk"], message["layer"]))

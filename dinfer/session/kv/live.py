@@ -42,7 +42,10 @@ class Live(Source):
         for rank, answer in zip(ranks, self.line.ask(ranks, "kv_noted", layers=list(layers)), strict=True):
             digests = self.line.tensor(rank, answer)
             blocks = zip(answer["blocks"], digests, strict=True)
-            found.append({(one[0], one[1]): _noted(as_numbers(came), one[2:]) for one, came in blocks})
+            noted = {(one[0], one[1]): _noted(as_numbers(came), one[2:]) for one, came in blocks}
+            for chunk, of_layer in answer["edited"]:
+                noted[chunk, of_layer] = noted[chunk, of_layer]._replace(edited=True)
+            found.append(noted)
         return found
 
     def noted_rows(self, rank: int, chunk: int, layer: int) -> Tensor | None:

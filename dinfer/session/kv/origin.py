@@ -74,17 +74,21 @@ class Way:
         if right is None or any(one not in noted for one in path):
             return Origin(rank, "", self.op(rank, chunk, layer), came)
         for source, one in zip([None, *path], path, strict=False):
+            if noted[one].edited and noted[one].came != right:
+                return self._at(one, True, rank, chunk, layer, "edited by hand")
             if source is not None and noted[one].came != right:
                 changed_before = now.get(source) == noted[one].came
                 return self._at(source if changed_before else one, changed_before, rank, chunk, layer)
         return self._at(rank, True, rank, chunk, layer)
 
-    def _at(self, at: int, in_memory: bool, rank: int, chunk: int, layer: int) -> Origin:
+    def _at(
+        self, at: int, in_memory: bool, rank: int, chunk: int, layer: int, how: str = "changed afterwards"
+    ) -> Origin:
         op, came = self.op(at, chunk, layer), self.came(rank, chunk, layer)
         if in_memory:
-            text = f"{came}, changed afterwards in its memory"
+            text = f"{came}, {how} in its memory"
             if at != rank:
-                text = f"{came}; it changed in rank {at}'s memory before it was passed on"
+                text = f"{came}; {how} in rank {at}'s memory, before it was passed on"
             return Origin(at, "memory", f"after `{op}` in rank {at}'s memory", text)
         hop = f"{self.peer(at, chunk, layer)}→{at}"
         text = f"{came}, where it changed on the wire" if at == rank else f"{came}; it changed at hop {hop}"
@@ -96,5 +100,6 @@ def truth(noted: Mapping[int, Noted], owner: int) -> Digests | None:
 
     The owner's own word counts where nobody else has one: its ledger follows what its user edits, headers do not.
     """
-    said = [one.announced for rank, one in noted.items() if rank != owner and one.announced != UNKNOWN]
+    others = [one for rank, one in noted.items() if rank != owner and not one.edited]
+    said = [one.announced for one in others if one.announced != UNKNOWN]
     return max(said, key=said.count) if said else noted[owner].came if owner in noted else None

@@ -66,10 +66,12 @@ class Held(NamedTuple):
 
 class Noted(NamedTuple):
     """What one rank's ledger says of a block: `came`, its digests when it was computed or had arrived there;
-    `announced`, what its header said of it: the digests of who computed it; where it was computed, as `came`."""
+    `announced`, what its header said of it: the digests of who computed it; where it was computed, as `came`. `edited`:
+    its user has changed it there since, and both are of what that has left."""
 
     came: Digests
     announced: Digests
+    edited: bool = False
 
 
 class Source(Protocol):

@@ -156,6 +156,23 @@ def test_without_a_ledger_the_majority_is_right(data: st.DataObject, source: Hel
     assert found.first.where == ("" if at.chunk < len(source.subject.plan.shape.chunks) else "compute")
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("by_owner", [True, False])
+def test_what_was_edited_by_hand_is_told_as_that(world_size: int, by_owner: bool) -> None:
+    source = HeldHere(plan_of(world_size=world_size))
+    owner = source.subject.plan.shape.owners[1]
+    rank = owner if by_owner else (owner + 1) % world_size
+    source.kv[rank][1][2, 1, 0, 3] = 8
+    source.note(rank, 0, 1, None)
+    rows, noted = source.ledgers[rank][0, 1]
+    source.ledgers[rank][0, 1] = rows, noted._replace(edited=True)
+    found = diff(source)
+    assert [(one.rank, one.token, one.dim, one.where) for one in found.differences] == [
+        (rank, 2, 3, "memory")
+    ]
+    assert "edited by hand in its memory" in found.verdict
+
+
 def test_without_a_ledger_the_owner_is_right_between_two() -> None:
     source = HeldHere(plan_of(world_size=2), ledger=False)
     owner = source.subject.plan.shape.owners[1]
