@@ -84,8 +84,8 @@ class Inspection:
         return self._answer(torch.stack(of_layers))
 
     def noted(self, message: Message) -> Message:
-        """What the ledger says of the blocks of these layers: their digests, int64 [blocks, 2]; of each, chunk, layer and,
-        where it differs, what was announced; those that the user has edited."""
+        """What the ledger says of the blocks of these layers: digests, int64 [blocks, 2]; of each, chunk and layer and,
+        where it differs, what was announced; and which the user has edited."""
         asked, said, edited = set(message["layers"]), list[list[int]](), list[list[int]]()
         came = list[Tensor]()
         for (chunk, layer), entry in sorted(self._engine.prompt.state.ledger.entries.items()):
