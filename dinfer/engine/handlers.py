@@ -65,11 +65,11 @@ class Prefill:
         self.ledger = Ledger(rank, on=digests)
         self.alarm = alarm or Alarm()
         self.differing: dict[tuple[int, int], str] = {}
+        self.extra: dict[int, int] = {}
+        """by layer: how many rows it holds beyond those that the plan made, where something is wrong"""
         self.ordering = Ordering(cache.device)
         own = [op for lane in plan.lanes[rank] for op in lane.ops]
         self.faults = Faults(self, own)
-        self.extra: dict[int, int] = {}
-        """by layer, rows that are here beside the prompt's own: see engine/faults"""
         self._entered = {v for op in own if op.kind in ("embed", "recv") for v in op.makes()}
         self._uses = Counter(need for op in own for need in op.needs() if need.what == "hidden")
 

@@ -23,6 +23,7 @@ from dinfer.engine.engine import Engine
 from dinfer.engine.execution import Execution, OpFailed
 from dinfer.engine.failure import describe
 from dinfer.engine.gate import Gate
+from dinfer.engine.inspect import inspect_commands
 from dinfer.engine.rank import warm_up
 from dinfer.engine.tokens import Tokens
 from dinfer.model.decoder import Decoder
@@ -82,6 +83,7 @@ class Host:
         return {
             **lane_commands(self._executor),
             **fault_commands(self._engine, self.line.report, self._tell_edits),
+            **inspect_commands(self),
             "limits": Command(self._limits),
             "rewind": Command(self._rewind, slow=True),
             "open": Command(self._meet.open, slow=True),

@@ -127,11 +127,13 @@ class Issuer(Execution):
             where = ENTRY if op.kind == "embed" else COMPUTE
             return self._streams.compute(where, lambda: _run(HANDLERS[op.kind](state, op, self.comm)), after)
         channel = channel_of(self.rank, op)
-        is_block, key = op.what == "kv" and state.ledger.on, (op.chunk, op.layer)
         if op.kind == "send":
-            sign = (lambda: state.ledger.signature(key)) if is_block else None
+            is_signed = op.what == "kv" and state.ledger.on
+            sign = (lambda: state.ledger.signature((op.chunk, op.layer))) if is_signed else None
             return self._streams.send(channel, header.pack(), lambda: payload_of(state, op), after, sign)
-        arrived = partial(state.take_in, op) if is_block else None
+        arrived = (
+            partial(state.take_in, op) if op.what == "kv" else None
+        )  # also without digests: faults strike there
         return self._streams.recv(channel, lambda: land(state, op), after, arrived)
 
     def _after(self, op: Op) -> list[Issued]:

@@ -70,7 +70,7 @@ class Watcher:
         self._life_at = 0.0
         self._life: tuple[str, float] | None = None
         self._last_beat = 0.0
-        self._unread = b""
+        self._unread = bytearray()
         self._client_heard = self._commanded = monotonic()
 
     def run(self) -> None:
@@ -112,8 +112,8 @@ class Watcher:
             data = self._rank_end.recv(1 << 16)
         except OSError:
             return False
-        *lines, self._unread = (self._unread + data).split(b"\n")
-        for line in lines:
+        self._unread += data
+        for line in self._whole_lines(since=len(self._unread) - len(data)):
             message = json.loads(line)
             if message["type"] == "lanes":
                 self._publish(last=False)  # what the lanes before have left behind
@@ -126,6 +126,13 @@ class Watcher:
                 self._publish(last=True)  # events and positions before the report that builds on them
             self._say(message)
         return bool(data)
+
+    def _whole_lines(self, since: int) -> list[bytes]:
+        """Those that have come to their end. Nothing ends before `since`: a long line is not read again and again."""
+        end = self._unread.rfind(b"\n", since) + 1
+        lines = bytes(self._unread[:end]).split(b"\n")[:-1]
+        del self._unread[:end]
+        return lines
 
     def _publish(self, *, last: bool) -> None:
         if self._recorder:

@@ -17,7 +17,7 @@ from IPython.core.magic_arguments import MagicArgumentParser, argument, magic_ar
 
 import dinfer
 from dinfer.config import Config
-from dinfer.magics import of_faults, of_run, of_session
+from dinfer.magics import of_faults, of_kv, of_run, of_session
 from dinfer.magics.call import Call, Text
 
 KEY_VALUE = re.compile(r"([a-z]\w*)=(.*)", re.DOTALL)
@@ -41,6 +41,7 @@ VERBS: dict[str, Callable[[Call], Any]] = {
     "resume": of_run.resume, "pause": of_run.pause, "wait": of_run.wait,
     "break": of_run.break_, "breaks": of_run.breaks, "clear": of_run.clear,
     "decode": of_run.decode, "restart": of_run.restart,
+    "kv": of_kv.kv, "diff": of_kv.diff,
     "inject": of_faults.inject, "faults": of_faults.faults,
     "panel": of_session.panel, "log": of_session.log, "recover": of_session.recover,
     "debug": of_session.debug, "close": of_session.close, "help": help_,

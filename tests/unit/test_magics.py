@@ -182,3 +182,12 @@ def test_in_plain_ipython() -> None:
     assert "moved True" in done.stdout, done.stdout + done.stderr
     assert "knows no 'stop'. Did you mean" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_kv_is_looked_at_and_compared(begun: Any) -> None:
+    act(begun, "decode 1")
+    assert "layer 5 (of rank 1), tokens: rank 1 holds" in str(act(begun, "kv 5 rank=1"))
+    assert str(act(begun, "diff")).startswith("both ranks hold the same 6 × ")
+    assert str(act(begun, "diff 5 chunk=1 ranks=0,1")) == "both ranks hold the same 1 × 1 blocks, bit for bit"
+    with pytest.raises(UsageError, match="there is no layer 9"):
+        act(begun, "kv 9")

@@ -19,6 +19,7 @@ from dinfer.session.ranks import Ranks
 from dinfer.session.runs.action import action, count_of, unit_of
 from dinfer.session.runs.breaking import Breaking
 from dinfer.session.runs.fleet import RankFailed
+from dinfer.session.runs.inspecting import Inspecting
 from dinfer.session.runs.remote import RemoteFleet
 from dinfer.session.runs.stepper import Move, NoProgress, Stepper
 from dinfer.session.runs.stops import Stops, check_digests
@@ -33,7 +34,7 @@ POLL_S = 0.05
 TOKEN = "token"
 
 
-class Run(Breaking):
+class Run(Breaking, Inspecting):
     """Made by `session.prefill`. `devices` are the ranks'; `prepare` has them make the prompt ready, all lanes at
     limit 0. Nothing moves before the first action."""
 

@@ -1,0 +1,27 @@
+"""Verbs that look at the KV: each parses its words, makes one call, and returns what that returns."""
+# IPython's decorators have no types.
+# mypy: allow-untyped-calls, allow-untyped-decorators
+
+from typing import Any
+
+from IPython.core.magic_arguments import argument, magic_arguments
+
+from dinfer.magics.call import Call
+
+
+@magic_arguments()
+@argument("layer", nargs="?", type=int, help="the layer; none: all")
+@argument("--chunk", type=int)
+@argument("--rank", type=int)
+def kv(call: Call) -> Any:
+    """What KV the ranks hold: kv 5 rank=1 chunk=0."""
+    return call.run.kv(**vars(call.words))
+
+
+@magic_arguments()
+@argument("layer", nargs="?", type=int, help="the layer; none: all")
+@argument("--chunk", type=int)
+@argument("--ranks", type=lambda word: [int(one) for one in word.split(",")], help="such as 0,2; none: all")
+def diff(call: Call) -> Any:
+    """Where the ranks' KV differs: diff, diff 5 chunk=1 ranks=0,2."""
+    return call.run.kv(layer=call.words.layer, chunk=call.words.chunk).diff(ranks=call.words.ranks)

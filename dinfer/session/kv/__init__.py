@@ -1,0 +1,1 @@
+"""KV as a session sees it: what is held, where it differs, and how that came about."""

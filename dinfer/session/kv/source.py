@@ -1,0 +1,109 @@
+"""Source: whatever holds KV by rank and layer, and how it is read: a run's ranks, a saved folder, a reference.
+
+A place is a row's index in a layer's cache: where all is well, the token that it is of. Digests are those of
+`engine/probes`: of a row int64 [2, kv_heads], of a block int64 [2], the first index K and V. Nothing here compares.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dinfer.engine.ledger import Digests, Key
+from dinfer.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a source is of.
+
+    `ids`: the prompt, then the new tokens; `texts`: of each of them, in whole characters; `checkpoint`: its
+    fingerprint; `name`: which run it is, for people; `standing`: by rank, where that stands, nothing if at its end.
+    """
+
+    name: str
+    standing: tuple[str, ...]
+    plan: Plan
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    checkpoint: str
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.ids[: self.plan.shape.tokens]
+
+    @cached_property
+    def spans(self) -> tuple[range, ...]:
+        """The tokens of each chunk and then, where there are any, the new ones that have K and V: all but the last."""
+        new = range(self.plan.shape.tokens, len(self.ids) - 1)
+        return (*self.plan.shape.chunks, *([new] if new else []))
+
+    @property
+    def stands(self) -> str:
+        """Where the run stands, for example `at c1 l2 on rank 0, before its first layer on rank 1`."""
+        places = [f"{text} on rank {rank}" for rank, text in enumerate(self.standing) if text]
+        return ", ".join(places) or "at its end"
+
+    @property
+    def row_nbytes(self) -> int:
+        """The bytes of one row: K and V of one token in one layer, all heads."""
+        return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class Held(NamedTuple):
+    """What one rank holds, by layer: `spans`: how many of the subject's spans are there, counted from the first on;
+    `rows`: how many rows, which may be more than these spans have, or fewer, where something is wrong."""
+
+    spans: tuple[int, ...]
+    rows: tuple[int, ...]
+
+
+class Noted(NamedTuple):
+    """What one rank's ledger says of a block: `came`, its digests when it was computed or had arrived there;
+    `announced`, what its header said of it: the digests of who computed it; where it was computed, as `came`. `edited`:
+    its user has changed it there since, and both are of what that has left."""
+
+    came: Digests
+    announced: Digests
+    edited: bool = False
+
+
+class Source(Protocol):
+    """Calls for several ranks ask them together, and answer in their order. `chunk` counts the plan's chunks."""
+
+    @property
+    def subject(self) -> Subject: ...
+
+    @property
+    def ranks(self) -> Sequence[int]:
+        """Those that it has something of."""
+
+    @property
+    def bytes_moved(self) -> int:
+        """How much has been fetched so far, requests included."""
+
+    def held(self, ranks: Sequence[int]) -> list[Held]:
+        """What these ranks hold."""
+
+    def digests(self, ranks: Sequence[int], layers: Sequence[int], spans: Sequence[range]) -> list[Tensor]:
+        """Of the bytes as they are now in these places: int64 [layers, spans, 2] for each rank. Places that a rank does
+        not hold do not count."""
+
+    def noted(self, ranks: Sequence[int], layers: Sequence[int]) -> list[dict[Key, Noted]]:
+        """What the ranks' ledgers say of blocks of these layers, by chunk and layer; empty where none is kept."""
+
+    def noted_rows(self, rank: int, chunk: int, layer: int) -> Tensor | None:
+        """The rows' digests when the block was computed or had arrived, int64 [tokens, 2, kv_heads]; None where no
+        ledger has them."""
+
+    def rows(self, rank: int, layer: int, places: range) -> Tensor:
+        """The rows' digests as they are now, int64 [places, 2, kv_heads]; fewer places where the rank holds fewer."""
+
+    def values(self, rank: int, layer: int, places: Sequence[int]) -> Tensor:
+        """The rows themselves, on the CPU: [places, 2, kv_heads, head_dim]. All places must be held."""

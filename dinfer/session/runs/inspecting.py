@@ -1,0 +1,109 @@
+"""Inspecting: what a run's ranks hold and compute: KV, hidden states, attention. Nothing here moves or changes it."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+
+from dinfer.engine.waits import at_text
+from dinfer.model.fingerprint import fingerprint
+from dinfer.model.text import texts_of
+from dinfer.session.blame import silent_text
+from dinfer.session.kv.line import Line
+from dinfer.session.kv.live import Live
+from dinfer.session.kv.source import Subject
+from dinfer.session.kv.states import Attention, Hidden, attention_of, hidden_of
+from dinfer.session.kv.view import KV, kv_of
+from dinfer.session.runs.fleet import RankFailed
+from dinfer.session.runs.sight import Sight
+
+POLL_S = 0.05
+
+
+class Inspecting(Sight):
+    """Of one run, also one that has failed, as far as its ranks live."""
+
+    def kv(self, *, layer: int | None = None, chunk: int | None = None, rank: int | None = None) -> KV:
+        """The KV that the ranks hold, of a layer, a chunk, a rank, each None for all; first waits until the run stands.
+
+        Shown, it says who holds what, and of one layer each head in a few numbers. `.k[head, tokens]` and `.v[head,
+        tokens]` fetch values, [heads, tokens, head_dim], indexed as a tensor is; `.diff()` finds where ranks differ.
+        Raises PlanError for what there is not, or not yet.
+        """
+        return kv_of(self.source, layer=layer, chunk=chunk, rank=rank)
+
+    def hidden(self, *, chunk: int, layer: int) -> Hidden:
+        """The hidden state of a chunk before a layer, or after the last (`layer` is then how many there are).
+
+        It is that of the rank that owns the layer, which computes it anew where it is not at hand. `[tokens, dims]`
+        fetches values. Raises PlanError for what there is not, or not yet.
+        """
+        return hidden_of(self.source, chunk, layer)
+
+    def attention(self, *, layer: int, chunk: int, head: int | None = None) -> Attention:
+        """What a chunk's tokens attend to in a layer, over themselves and earlier ones: computed anew on the rank that
+        owns the layer, from its hidden state and the KV that is there. Raises PlanError."""
+        return attention_of(self.source, layer, chunk, head)
+
+    def source(self) -> Live:
+        """What the ranks hold just now, once the run stands. Raises RuntimeError for a run that is over."""
+        self._settle()
+        return Live(self._subject(), Line(self._line, self._check_there))
+
+    def _subject(self) -> Subject:
+        spec, dtype = self.job.spec, self.config.dtype
+        ids = (*self.job.ids, *self.tokens)
+        return Subject(
+            name="this run",
+            standing=self._standing_texts(),
+            plan=self.plan,
+            ids=ids,
+            texts=self._texts(ids),
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            dtype=getattr(torch, spec.dtype if dtype == "auto" else dtype),
+            checkpoint=self._fingerprint,
+        )
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.job.spec)
+
+    @cached_property
+    def _known_texts(self) -> dict[tuple[int, ...], tuple[str, ...]]:
+        return {}
+
+    def _texts(self, ids: tuple[int, ...]) -> tuple[str, ...]:
+        """Of each token; what was made last is kept."""
+        if ids not in self._known_texts:
+            self._known_texts.clear()
+            ranges = [range(n, n + 1) for n in range(len(ids))]
+            self._known_texts[ids] = tuple(texts_of(self._tokenizer, ids, ranges))
+        return self._known_texts[ids]
+
+    def _standing_texts(self) -> tuple[str, ...]:
+        stands, lanes = self.standing().stands, self.plan.lanes
+        return tuple(
+            at_text(lanes[rank], stand.positions)
+            if any(at < len(lane.ops) for lane, at in zip(lanes[rank], stand.positions, strict=True))
+            else ""
+            for rank, stand in enumerate(stands)
+        )
+
+    def _settle(self) -> None:
+        """Wait until nothing moves."""
+        if self.closed:
+            raise RuntimeError(f"this run is over, and its ranks hold its KV no more: {self.closed}")
+        while self._state() in ("starting", "running", "decoding"):
+            with self._line.changed:
+                self._line.changed.wait(POLL_S)
+            self.check()
+
+    def _check_there(self, ranks: Sequence[int]) -> None:
+        """Raises RankFailed where one of these cannot answer."""
+        exits = self._line.exits()
+        gone = [rank for rank in ranks if exits[rank] is not None]
+        silent = [silent_text(self.plan, r, self._line.ranks[r]) for r in self._line.silent() if r in ranks]
+        if gone or silent:
+            lost = [f"rank {rank} is gone: its KV is lost" for rank in gone]
+            raise RankFailed("\n".join([*lost, *silent]))
