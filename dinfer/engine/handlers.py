@@ -51,6 +51,8 @@ class Prefill:
         self.final: Tensor | None = None
         self.ledger, self.faults = Ledger(), Faults()
         self.differing: dict[tuple[int, int], str] = {}
+        self.extra: dict[int, int] = {}
+        """by layer, how many rows are held beyond those of its blocks and new tokens: appended twice"""
         self.ordering = Ordering(cache.device)
         own = [op for lane in plan.lanes[rank] for op in lane.ops]
         self._entered = {v for op in own if op.kind in ("embed", "recv") for v in op.makes()}

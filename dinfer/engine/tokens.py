@@ -23,6 +23,11 @@ class Tokens:
         self._limit = self._begun = 0
         self._stream = self._new_stream()
 
+    @property
+    def tokens(self) -> list[int]:
+        """The new tokens so far."""
+        return list(self._decoding.tokens) if self._decoding else []
+
     def limit_to(self, limit: int | None) -> int:
         """Stop at that many tokens, None: at once; how many have been begun."""
         with self._lock:
