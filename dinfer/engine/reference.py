@@ -61,6 +61,7 @@ class References:
             "held": [holding.rows_held(layer) for layer in range(holding.layers)],
             "due": [holding.rows_due(layer) for layer in range(holding.layers)],
             "tokens": holding.tokens,
+            "dtype": _name(holding.cache.dtype),
             **self._leave(blocks + hidden),
         }
 
@@ -152,7 +153,7 @@ def _then(entry: Entry | None) -> list[Any]:
 @contextmanager
 def _in_dtype(decoder: Decoder, dtype: str, tokens: int, piece: int) -> Iterator[Decoder]:
     """The model in a dtype: the rank's own, or the same checkpoint once more. Raises ModelError for lack of memory."""
-    own = str(decoder.dtype).removeprefix("torch.")
+    own = _name(decoder.dtype)
     _check_memory(decoder, dtype, tokens, piece, again=dtype != own)
     if dtype == own:
         yield decoder
@@ -175,6 +176,10 @@ def _check_memory(decoder: Decoder, dtype: str, tokens: int, piece: int, *, agai
             f"the reference needs {size_text(total)} on {decoder.device} ({said}); {size_text(available)} are free: "
             f"{advice}."
         )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _settle(device: torch.device) -> None:

@@ -40,9 +40,11 @@ class Measure(NamedTuple):
 
 @dataclass
 class Held:
-    """What one rank holds. `now`, `made`, `announced`: digests of K and V; `hidden`: those of hidden states kept."""
+    """What one rank holds, in which dtype. Digests of K and V as they are `now`, as they were `then`, when they had
+    been computed or had come, and as they were `announced`; `hidden`: those of the hidden states that are kept."""
 
     rank: int
+    dtype: str
     held: list[int]
     due: list[int]
     tokens: list[int]
@@ -53,7 +55,7 @@ class Held:
 
     @classmethod
     def of(cls, rank: int, said: Message) -> "Held":
-        held = cls(rank, said["held"], said["due"], said["tokens"])
+        held = cls(rank, said["dtype"], said["held"], said["due"], said["tokens"])
         for name, chunk, layer, *rest in said["items"]:
             if name == "hidden":
                 held.hidden[chunk, layer] = rest[0]
@@ -82,13 +84,13 @@ class Examined:
 
     @classmethod
     def of(cls, rank: int, said: Message) -> "Examined":
-        plain = (said[name] for name in ("exact", "rows", "threads", "seconds", "device"))
-        found = cls(rank, *plain, [Choice(*one) for one in said["choices"]])
+        plain = {name: said[name] for name in ("exact", "rows", "threads", "seconds", "device")}
+        found = cls(rank=rank, **plain, choices=[Choice(*one) for one in said["choices"]])
         for name, *rest in said["items"]:
             found._take(name, rest)
         return found
 
-    def _take(self, name: str, rest: Sequence[Any]) -> None:
+    def _take(self, name: str, rest: list[Any]) -> None:
         match name:
             case "kv":
                 self.blocks[rest[0], rest[1]] = tuple(rest[2])

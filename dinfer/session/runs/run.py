@@ -17,9 +17,9 @@ from dinfer.session.blame import broken, is_certain, silent_text
 from dinfer.session.job import Job
 from dinfer.session.ranks import Ranks
 from dinfer.session.runs.action import action, count_of, unit_of
+from dinfer.session.runs.comparing import Comparing
 from dinfer.session.runs.fleet import RankFailed
 from dinfer.session.runs.remote import RemoteFleet
-from dinfer.session.runs.sight import Sight
 from dinfer.session.runs.stepper import Move, NoProgress, Stepper
 from dinfer.session.runs.stops import Stops
 from dinfer.session.runs.where import moved_lines
@@ -33,7 +33,7 @@ POLL_S = 0.05
 TOKEN = "token"
 
 
-class Run(Sight):
+class Run(Comparing):
     """Made by `session.prefill`. `devices` are the ranks'; `prepare` has them make the prompt ready, all lanes at
     limit 0. Nothing moves before the first action."""
 
