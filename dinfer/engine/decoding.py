@@ -63,6 +63,11 @@ class Decoding:
         ended = bool(self.tokens) and self.tokens[-1] in self._decoder.eos_ids
         return ended or self._prompt_tokens + len(self.tokens) > self.cache.capacity
 
+    @property
+    def rows(self) -> int:
+        """How many rows a layer holds: those of the prompt and of every new token but the last, which has none yet."""
+        return self._prompt_tokens + max(0, len(self.tokens) - 1)
+
     def step(self) -> int:
         """The next token. Raises, on every rank, TokensDiffer if they do not agree on it, and NotANumber if the
         logits of one of them are NaN."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dinfer.engine.execution import Execution
 from dinfer.engine.placement import Row
-from dinfer.engine.probes import block_digests, row_digests
+from dinfer.engine.probes import as_numbers, block_digests, row_digests
 from dinfer.model.cache import KVCache
 
 Key = tuple[int, int]
@@ -19,11 +19,12 @@ Key = tuple[int, int]
 
 
 class Holding:
-    """`tokens` are the new tokens: the last of them has no rows, for it has not been fed yet."""
+    """`tokens` are the new tokens: the last of them has no rows, for it has not been fed yet. `rows`: how many rows
+    decode has left in a layer; 0: there are no new tokens."""
 
-    def __init__(self, executor: Execution, tokens: Sequence[int]) -> None:
+    def __init__(self, executor: Execution, tokens: Sequence[int], rows: int = 0) -> None:
         self._executor, self.state = executor, executor.state
-        self.tokens = list(tokens)
+        self.tokens, self._rows = list(tokens), rows
         self.layers = self.cache.layers
 
     @property
@@ -75,7 +76,8 @@ class Holding:
 
     def rows_held(self, layer: int) -> int:
         """How many there are: more, where rows have been appended twice."""
-        return min(self.rows_due(layer) + self.state.extra.get(layer, 0), self.cache.capacity)
+        rows = max(self.rows_due(layer), self._rows) + self.state.extra.get(layer, 0)
+        return min(rows, self.cache.capacity)
 
     def row_digests(self, layer: int) -> list[Row]:
         return as_rows(row_digests(self.cache.block(layer, 0, self.rows_held(layer))))
@@ -83,7 +85,7 @@ class Holding:
     def digests(self) -> dict[Key, tuple[int, int]]:
         """Of every block, K and V: of its bytes as they are now. Waits for the device."""
         found = [block_digests(row_digests(self.block(*key))) for key in self.keys]
-        return dict(zip(self.keys, map(tuple, _listed(found)), strict=True))  # type: ignore[arg-type]
+        return {key: as_numbers(digests) for key, digests in zip(self.keys, _on_host(found), strict=True)}
 
     def hidden_digests(self) -> dict[Key, int]:
         """Of the hidden states that are kept here, by chunk and layer that they enter; the final one's layer is the
@@ -91,9 +93,8 @@ class Holding:
         kept = dict(self.state.hidden)
         if self.state.final is not None:
             kept[self.prompt_chunks - 1, self.layers + 1] = self.state.final
-        return dict(
-            zip(kept, (n for (n,) in _listed([hidden_digest(one) for one in kept.values()])), strict=True)
-        )
+        found = _on_host([hidden_digest(one) for one in kept.values()])
+        return {key: int(digest) for key, digest in zip(kept, found, strict=True)}
 
 
 def hidden_digest(hidden: Tensor) -> Tensor:
@@ -113,5 +114,6 @@ def empty_digest(cache: KVCache) -> int:
     return int(row_digests(zeros)[0, 0, 0])
 
 
-def _listed(digests: list[Tensor]) -> list[list[int]]:
-    return torch.stack(digests).tolist() if digests else []
+def _on_host(digests: list[Tensor]) -> list[Tensor]:
+    """Brought over together."""
+    return list(torch.stack(digests).cpu()) if digests else []

@@ -57,21 +57,18 @@ class Measured(NamedTuple):
 def measure(mine: Tensor, theirs: Tensor, row: int = 0) -> Measured:
     """Compare two tensors of one shape; the first dimension counts rows from `row` on."""
     changed = _changed(mine, theirs)
+    count = int(changed.sum())
     one, other = mine.double(), theirs.double()
+    numbers = other.abs().nan_to_num(nan=0.0, posinf=0.0)
+    scale, nans = float(numbers.max()), (int(one.isnan().sum()), int(other.isnan().sum()))
+    if not count:
+        return Measured(0.0, 0.0, scale, _at(one, other, 0, row), 0, None, nans)
     apart = torch.where(changed, (one - other).abs(), 0.0).nan_to_num(nan=torch.inf)
     size = torch.maximum(one.abs(), other.abs())
     relative = torch.where(apart > 0, apart / size, 0.0).nan_to_num(nan=torch.inf)
-    count = int(changed.sum())
-    numbers = other.abs().nan_to_num(nan=0.0, posinf=0.0)
-    return Measured(
-        float(apart.max()),
-        float(relative.max()),
-        float(numbers.max()),
-        _at(one, other, int(apart.argmax()), row),
-        count,
-        _at(one, other, int(changed.int().argmax()), row) if count else None,
-        (int(one.isnan().sum()), int(other.isnan().sum())),
-    )
+    largest = _at(one, other, int(apart.argmax()), row)
+    first = _at(one, other, int(changed.int().argmax()), row)
+    return Measured(float(apart.max()), float(relative.max()), scale, largest, count, first, nans)
 
 
 def _changed(mine: Tensor, theirs: Tensor) -> Tensor:

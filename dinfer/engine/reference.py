@@ -108,8 +108,9 @@ class References:
     def _holding(self) -> Holding:
         if self._host.engine is None:
             raise RuntimeError("there is no prompt yet: session.prefill(…) first.")
-        tokens = self._host.tokens.tokens if self._host.tokens else []
-        return Holding(self._host.engine.executor, tokens)
+        tokens = self._host.tokens
+        executor = self._host.engine.executor
+        return Holding(executor, tokens.tokens, tokens.rows) if tokens else Holding(executor, [])
 
     def _leave(self, items: list[Any]) -> Message:
         self._items = items

@@ -28,6 +28,11 @@ class Tokens:
         """The new tokens so far."""
         return list(self._decoding.tokens) if self._decoding else []
 
+    @property
+    def rows(self) -> int:
+        """How many rows of KV there are with those of new tokens; 0: there are no new tokens."""
+        return self._decoding.rows if self._decoding and self._decoding.tokens else 0
+
     def limit_to(self, limit: int | None) -> int:
         """Stop at that many tokens, None: at once; how many have been begun."""
         with self._lock:

@@ -85,9 +85,9 @@ class Forward:
     def _hooks(self) -> Iterator[None]:
         base, thread = self._decoder.model.get_decoder(), threading.get_ident()
 
-        def before(layer: int, _: Any, args: Any, named: Any) -> None:
+        def before(layer: int, _: Any, args: tuple[Tensor, ...]) -> None:
             if threading.get_ident() == thread and not self._looking:
-                self._show("hidden", layer, args[0] if args else named["hidden_states"])
+                self._show("hidden", layer, args[0])
 
         def after(_: Any, __: Any, output: Tensor) -> None:
             if threading.get_ident() == thread and not self._looking:
@@ -95,8 +95,7 @@ class Forward:
 
         modules = [*base.layers, base.norm]
         hooks = [
-            module.register_forward_pre_hook(partial(before, index), with_kwargs=True)
-            for index, module in enumerate(modules)
+            module.register_forward_pre_hook(partial(before, index)) for index, module in enumerate(modules)
         ]
         hooks.append(base.norm.register_forward_hook(after))
         try:

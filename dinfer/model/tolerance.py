@@ -13,9 +13,10 @@ UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, 
 ROUNDINGS = 16
 """So often a value is rounded in a layer on its longest way: norm (2), projection, head norm (2), rotation (2), scores,
 softmax (2), weighted sum, projection, residual; and after the MLP's product once more projection and residual."""
-CONFIDENCE = 8.0
-"""How many standard deviations of a random walk of roundings still count as rounding. 6 leave out one value in 10^9;
-values of one tensor are made of the same inputs, so their errors go together and reach further."""
+CONFIDENCE = 4.0
+"""How many times what a random walk of roundings comes to still counts as rounding: a rounding is at most u, which is
+√3 standard deviations of one, so that 4 are 7 of the sum's. 6 leave out one value in 10^9; one more is for values of
+one tensor being made of the same inputs, so that their errors go together."""
 
 
 def tolerance(one: str, other: str, layer: int, width: int) -> float:

@@ -77,12 +77,10 @@ class Comparison(Said):
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        told = [self.verdict, self._what(), self._extent()]
-        told += [self._growth()] * (not self.case.measure.exact)
-        told += [self._choices()] * bool(self.case.first_examined.choices)
-        told += [f"edited by hand: {', '.join(self.edited)}"] * bool(self.edited)
-        told += [self.table()] * (not self.equal)
-        return "\n".join(told)
+        edited = f"edited by hand: {', '.join(self.edited)}" if self.edited else ""
+        table = "" if self.equal else self.table()
+        told = [self.verdict, self._what(), self._extent(), self._growth(), self._choices(), edited, table]
+        return "\n".join(line for line in told if line)
 
     @property
     def verdict(self) -> str:
@@ -137,6 +135,8 @@ class Comparison(Said):
         )
 
     def _growth(self) -> str:
+        if self.case.measure.exact:
+            return ""
         parts = []
         for name in TENSORS:
             shares = [max(_known(rows, f"{name}_share")) for _, rows in self._by_layer()]
@@ -145,6 +145,8 @@ class Comparison(Said):
         return f"from layer {layers[0]} to {layers[-1]}, as a share of the largest value: {', '.join(parts)}"
 
     def _choices(self) -> str:
+        if not self.case.first_examined.choices:
+            return ""
         one, *others = self.case.first_examined.choices
         more = f", and {len(others)} more" if others else ""
         return (
