@@ -34,8 +34,11 @@ def tolerance(one: str, other: str, layer: int, width: int) -> float:
     The measure is the largest value of the block and not each value: sums cancel, and a small value inherits the
     error of the large ones that it is made of.
 
-    It is no proof. A model whose attention hangs on near-ties makes more of an error than that, and a fault smaller
-    than that is not seen: only equal chunks and dtypes, where nothing may differ, leave no room for either.
+    It is no proof. Where a near-tie decides (which experts a router takes, a sharp attention) a rounding becomes more
+    than that, and a fault smaller than that is not seen: only equal chunks and dtypes, where nothing may differ, leave
+    no room for either. Of ten families with random weights and 4 layers, right computations used at most 0.21 of it in
+    other chunks and 0.81 in another dtype; the demo checkpoint 0.05 and 0.18. With 24 random layers Gemma3 and
+    Qwen3-MoE went beyond it in another dtype.
     """
     u = max(UNIT_ROUNDOFF[one], UNIT_ROUNDOFF[other])
     return CONFIDENCE * sqrt(layer + 1) * (sqrt(ROUNDINGS) * u + sqrt(width) * UNIT_ROUNDOFF["float32"])

@@ -71,14 +71,24 @@ class Case:
         held = self.helds[rank].now.get((chunk, layer))
         return held and held["KV".index(tensor)]
 
+    def _reference_digest(self, key: Key) -> int | None:
+        chunk, layer, tensor = key
+        if tensor in HIDDEN:
+            return self.first_examined.hidden.get((chunk, layer))
+        wanted = self.first_examined.blocks.get((chunk, layer))
+        return wanted and wanted["KV".index(tensor)]
+
     def _is_right(self, rank: int, key: Key) -> bool | None:
         """Whether the rank holds what the reference has; None: it does not hold it."""
         found = self.measured(rank, key)
         if found is not None:
             return self.measure.share(key[1], found) <= 1
-        if self._digest(rank, key) is None:
+        digest = self._digest(rank, key)
+        if digest is None:
             return None
-        # It was not asked, because it holds what the first one holds or, where they are equal, the reference has.
+        if self.measure.exact:  # it was not asked, because it holds what the reference has
+            return digest == self._reference_digest(key)
+        # or because it holds what the first one holds
         first = self.first_examined.measured.get(key)
         return first is None or self.measure.share(key[1], first) <= 1
 
@@ -107,9 +117,8 @@ class Case:
         if owner is None or tensor in HIDDEN:
             return None
         made = self.helds[owner].then.get((chunk, layer))
-        wanted = self.first_examined.blocks.get((chunk, layer))
-        index = "KV".index(tensor)
-        return made[index] == wanted[index] if made and wanted else None
+        wanted = self._reference_digest(key)
+        return made["KV".index(tensor)] == wanted if made and wanted is not None else None
 
     def _misplaced(self, rank: int, key: Key) -> Misplaced | None:
         """A finding about rows of that block."""

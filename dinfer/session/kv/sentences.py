@@ -15,10 +15,10 @@ class Words:
         self._plan, self._world_size, self._texts = plan, world_size, list(texts)
 
     def who(self, ranks: Iterable[int]) -> str:
-        """ "rank 2", "ranks 0, 1", "all 3 ranks"."""
+        """ "rank 2", "ranks 0, 1", "both ranks", "all 3 ranks"."""
         ranks = list(ranks)
         if len(ranks) == self._world_size > 1:
-            return f"all {len(ranks)} ranks"
+            return f"all {len(ranks)} ranks" if len(ranks) > 2 else "both ranks"
         return f"rank{'s' * (len(ranks) != 1)} {', '.join(map(str, ranks))}"
 
     def verb(self, stem: str, case: Case) -> str:
