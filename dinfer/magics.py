@@ -225,6 +225,16 @@ def decode(call: Call) -> Any:
 
 
 @magic_arguments()
+@argument("what", nargs="?", default="reference", help="with what: reference, transformers' own forward")
+@argument("--unchunked", action="store_true", help="the prompt at once, not in the run's chunks")
+@argument("--dtype", help="float32, bfloat16 or float16; the run's own by default")
+def compare(call: Call) -> Any:
+    """Compare what the ranks hold with transformers' own forward."""
+    words = call.words
+    return call.run.compare(words.what, chunked=not words.unchunked, dtype=words.dtype)
+
+
+@magic_arguments()
 def restart(call: Call) -> Any:
     """Begin the run anew, paused at its start."""
     return call.run.restart()
@@ -244,7 +254,7 @@ def help_(call: Call) -> Text:
 VERBS: dict[str, Callable[[Call], Any]] = {
     "connect": connect, "load": load, "prefill": prefill, "run": run, "where": where,
     "step": step, "back": back, "to": to, "resume": resume, "pause": pause, "wait": wait,
-    "break": break_, "breaks": breaks, "clear": clear, "decode": decode, "restart": restart,
+    "break": break_, "breaks": breaks, "clear": clear, "decode": decode, "compare": compare, "restart": restart,
     "panel": panel, "log": log, "recover": recover, "debug": debug, "close": close, "help": help_,
 }  # fmt: skip
 
