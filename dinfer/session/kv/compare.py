@@ -128,7 +128,8 @@ class Comparison(Said):
         tokens = len(self.case.helds[self.case.first_examined.rank].tokens)
         new = f" and {tokens} new token{'s' * (tokens != 1)}, fed one by one" if tokens else ""
         if len(blocks) == shape.blocks:
-            return f"compared: {shape.layers} layers × {len(shape.chunks)} chunks{new}"
+            plural = "s" * (len(shape.chunks) != 1)
+            return f"compared: {shape.layers} layers × {len(shape.chunks)} chunk{plural}{new}"
         return (
             f"compared so far: {len(blocks)} of {shape.layers} × {len(shape.chunks)} blocks; the run stands half-way, "
             "and the others are not computed yet"

@@ -149,7 +149,9 @@ class Case:
             n for n, (held, due) in enumerate(zip(wrong[0].held, wrong[0].due, strict=True)) if held != due
         )
         found = self.by_rank(rank) or self.first_examined
-        rows = next((one for one in found.misplaced.get(layer, []) if one.kind == "repeated"), None)
+        rows = next(
+            (one for one in found.misplaced.get(layer, []) if one.kind in ("repeated", "stale")), None
+        )
         token = rows.start if rows else wrong[0].due[layer]
         chunk = self.chunk_of(rows.source if rows else token - 1)
         right = tuple(one.rank for one in self.helds if one not in wrong)

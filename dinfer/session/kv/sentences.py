@@ -59,7 +59,8 @@ def _placement(case: Case, one: Deviation, words: Words) -> str:
     held = case.helds[one.rank]
     if held.held[one.layer] == held.due[one.layer]:
         named = rows_text(one.rows) if one.rows else "rows lie wrongly"
-        return f"placement is wrong: on {words.who(one.ranks)}, layer {one.layer}, {words.chunk(one.chunk)}: {named}"
+        place = f"on {words.who(one.ranks)}, layer {one.layer}, {words.chunk(one.chunk)}"
+        return f"placement is wrong: {place}: {named}" + f"; {one.then}" * bool(one.then)
     wrong = [n for n, (have, due) in enumerate(zip(held.held, held.due, strict=True)) if have != due]
     layers = "every layer" if len(wrong) == len(held.held) else f"layer {', '.join(map(str, wrong))}"
     verb = "hold" if len(one.ranks) > 1 else "holds"

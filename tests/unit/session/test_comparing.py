@@ -294,7 +294,8 @@ def test_rows_that_lie_wrongly(
     )
     assert found.first.ranks == ((0, 1, 2) if everywhere else (2,))
     who = "all 3 ranks" if everywhere else "rank 2"
-    assert first_line(found) == f"placement is wrong: on {who}, layer 2, chunk 1: {said}"
+    then = "" if everywhere else "; it changed in rank 2's memory after it had come"
+    assert first_line(found) == f"placement is wrong: on {who}, layer 2, chunk 1: {said}{then}"
 
 
 def test_a_stale_block(done: Run, sessions: Callable[..., Session]) -> None:
@@ -305,6 +306,21 @@ def test_a_stale_block(done: Run, sessions: Callable[..., Session]) -> None:
     assert found.first.rows
     assert (found.kind, found.first.rows.kind, found.first.ranks) == ("placement", "stale", (0,))
     assert "layer 3, chunk 2: rows 16–23 repeat rows 8–15" in first_line(found)
+
+
+def test_rows_of_a_block_appended_twice_just_before_the_next(sessions: Callable[..., Session]) -> None:
+    """They then fill the place of the next block, which is none that holds an earlier one's."""
+    run = sessions().prefill(IDS, chunk_size=8)
+    run.wait(60)
+    state = states(sessions())[1]
+    state.cache = state.cache.moved(40, 26)
+    rows = state.cache.block(2, 0, 34)
+    rows.copy_(rows[[*range(16), *range(8, 16), *range(16, 26)]])
+    state.extra[2] = 8
+    assert first_line(run.compare()) == (
+        "placement is wrong: rank 1 holds 34 rows of layer 2, ranks 0, 2 and the reference 26; "
+        "rows 16–23 repeat rows 8–15"
+    )
 
 
 def append_again(state: Prefill, layer: int, rows: int) -> None:
