@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
 
+import torch
+
 from dinfer.engine.board import MAX_LANES, Board, Stand
 from dinfer.engine.comm import Comm
 from dinfer.engine.corruption import Corruption
@@ -172,7 +174,14 @@ class Execution(ABC):
 
     def _thread(self, name: str, run: Callable[[], None]) -> None:
         """One more thread of this rank, enrolled at the gate, to be started by `start`."""
-        thread = threading.Thread(target=run, name=f"rank {self.rank} {name}", daemon=True)
+
+        def settled() -> None:
+            # Each thread has its own count and takes over torch's only when torch needs it: a matrix product that comes
+            # before that would run on all cores, with other last bits than on the threads that were asked for.
+            torch.get_num_threads()
+            run()
+
+        thread = threading.Thread(target=settled, name=f"rank {self.rank} {name}", daemon=True)
         self._threads.append(thread)
         self.gate.enroll(thread.name)
 

@@ -25,6 +25,7 @@ from dinfer.engine.failure import describe
 from dinfer.engine.gate import Gate
 from dinfer.engine.inspect import inspect_commands
 from dinfer.engine.rank import warm_up
+from dinfer.engine.reference import reference_commands
 from dinfer.engine.tokens import Tokens
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
@@ -97,6 +98,7 @@ class Host:
             "sha256": Command(self._sha256, slow=True),
             "drain": Command(self._drain),
             "leave": Command(self._leave, slow=True),
+            **reference_commands(self),
         }
 
     def inherit(self, before: "Host") -> None:

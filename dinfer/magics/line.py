@@ -41,7 +41,7 @@ VERBS: dict[str, Callable[[Call], Any]] = {
     "resume": of_run.resume, "pause": of_run.pause, "wait": of_run.wait,
     "break": of_run.break_, "breaks": of_run.breaks, "clear": of_run.clear,
     "decode": of_run.decode, "restart": of_run.restart,
-    "kv": of_kv.kv, "diff": of_kv.diff,
+    "kv": of_kv.kv, "diff": of_kv.diff, "compare": of_kv.compare,
     "inject": of_faults.inject, "faults": of_faults.faults,
     "panel": of_session.panel, "log": of_session.log, "recover": of_session.recover,
     "debug": of_session.debug, "close": of_session.close, "help": help_,

@@ -25,3 +25,13 @@ def kv(call: Call) -> Any:
 def diff(call: Call) -> Any:
     """Where the ranks' KV differs: diff, diff 5 chunk=1 ranks=0,2."""
     return call.run.kv(layer=call.words.layer, chunk=call.words.chunk).diff(ranks=call.words.ranks)
+
+
+@magic_arguments()
+@argument("what", nargs="?", default="reference", help="with what: reference, transformers' own forward")
+@argument("--unchunked", action="store_true", help="the prompt at once, not in the run's chunks")
+@argument("--dtype", help="float32, bfloat16 or float16; the run's own by default")
+def compare(call: Call) -> Any:
+    """Compare what the ranks hold with transformers' own forward."""
+    words = call.words
+    return call.run.compare(words.what, chunked=not words.unchunked, dtype=words.dtype)

@@ -7,7 +7,10 @@ it with the thread count of the ranks: float32 attention differs between 1 and 2
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,19 +28,94 @@ class Reference(NamedTuple):
     hidden: Tensor
 
 
-@torch.no_grad()
+See = Callable[[str, int, Tensor], None]
+"""called with ("hidden", layer, [1, tokens, hidden_size]) before each layer, and after the last with the number of
+layers; and with ("kv", layer, [tokens, 2, kv_heads, head_dim]) as a layer hands them to its cache"""
+
+
+class Fed(NamedTuple):
+    """`hidden`: normed, [1, tokens, hidden_size]; `logits`: of the last token, float32 [vocab_size]."""
+
+    hidden: Tensor
+    logits: Tensor
+
+
+class Forward:
+    """transformers' forward of the whole model, fed piece by piece, which shows what it makes as it makes it.
+
+    Only its own KV lasts longer than a piece. The model is not changed but for hooks, which are there while a piece
+    is fed and look at the feeding thread's calls alone: ranks that are threads of one process share the modules.
+    """
+
+    def __init__(self, decoder: Decoder, see: See) -> None:
+        self._decoder, self._see = decoder, see
+        self._cache = DynamicCache(config=decoder.model.config)
+        layers: list[Any] = self._cache.layers
+        for index, layer in enumerate(layers):
+            layer.update = partial(self._update, index, layer.update)
+        self._normed: Tensor | None = None
+        self._looking = False
+
+    @torch.no_grad()
+    def feed(self, ids: Sequence[int]) -> Fed:
+        """Run the tokens that follow those fed before. Raises what `see` raises."""
+        piece = torch.tensor([list(ids)], device=self._decoder.device)
+        with self._hooks():
+            output = self._decoder.model(
+                input_ids=piece, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            )
+        assert self._normed is not None
+        return Fed(self._normed, output.logits[0, 0].float())
+
+    def _update(self, layer: int, update: Any, keys: Tensor, values: Tensor, *args: Any, **named: Any) -> Any:
+        """What a layer hands to its cache. Layers with a sliding window forget; transformers' own past recording shows
+        layers too much in 5.17."""
+        rows = torch.stack([keys[0], values[0]], dim=1).permute(2, 1, 0, 3).contiguous()
+        self._show("kv", layer, rows)
+        return update(keys, values, *args, **named)
+
+    def _show(self, what: str, layer: int, tensor: Tensor) -> None:
+        self._looking = True
+        try:
+            self._see(what, layer, tensor)  # it may run layers of this very model, which are not to be shown
+        finally:
+            self._looking = False
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        base, thread = self._decoder.model.get_decoder(), threading.get_ident()
+
+        def before(layer: int, _: Any, args: tuple[Tensor, ...]) -> None:
+            if threading.get_ident() == thread and not self._looking:
+                self._show("hidden", layer, args[0])
+
+        def after(_: Any, __: Any, output: Tensor) -> None:
+            if threading.get_ident() == thread and not self._looking:
+                self._normed = output
+
+        modules = [*base.layers, base.norm]
+        hooks = [
+            module.register_forward_pre_hook(partial(before, index)) for index, module in enumerate(modules)
+        ]
+        hooks.append(base.norm.register_forward_hook(after))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
 def chunked_forward(decoder: Decoder, ids: Sequence[int], chunk_size: int) -> Reference:
     """Run transformers' forward on `ids`, `chunk_size` tokens at a time, and return KV and hidden states."""
     if chunk_size < 1 or not ids:
         raise ModelError(
             f"{len(ids)} tokens in chunks of {chunk_size} cannot be run: both must be at least 1"
         )
-    cache: Any = DynamicCache(config=decoder.model.config)
-    kv = [_record(layer) for layer in cache.layers]
-    base, hidden = decoder.model.get_decoder(), []
-    for start in range(0, len(ids), chunk_size):
-        chunk = torch.tensor([list(ids[start : start + chunk_size])], device=decoder.device)
-        hidden.append(base(input_ids=chunk, past_key_values=cache, use_cache=True).last_hidden_state)
+    kv: list[list[Tensor]] = [[] for _ in range(decoder.num_layers)]
+    forward = Forward(decoder, lambda what, layer, rows: kv[layer].append(rows) if what == "kv" else None)
+    hidden = [
+        forward.feed(ids[start : start + chunk_size]).hidden for start in range(0, len(ids), chunk_size)
+    ]
     return Reference([torch.cat(rows) for rows in kv], torch.cat(hidden, dim=1))
 
 
@@ -61,18 +139,3 @@ def generate(decoder: Decoder, ids: Sequence[int], max_new_tokens: int) -> list[
     output = model.generate(prompt, attention_mask=torch.ones_like(prompt))
     new: list[int] = output[0, len(ids) :].tolist()
     return new
-
-
-def _record(layer: Any) -> list[Tensor]:
-    """Return a list that gets K and V of every update of a cache layer: [new tokens, 2, kv_heads, head_dim].
-
-    Layers with a sliding window forget; transformers' own past recording shows layers too much in 5.17.
-    """
-    update, rows = layer.update, []
-
-    def recorded(keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
-        rows.append(torch.stack([keys[0], values[0]], dim=1).permute(2, 1, 0, 3).contiguous())
-        return update(keys, values, *args, **kwargs)
-
-    layer.update = recorded
-    return rows

@@ -128,9 +128,18 @@ def test_decode_step_by_step_and_restart(begun: Any) -> None:
     assert "stands before its first layer" in str(act(begun, "where"))
 
 
+def test_compare(begun: Any) -> None:
+    act(begun, "step layer -n 2")
+    assert act(begun, "compare").equal
+    assert act(begun, "compare reference --unchunked dtype=bfloat16").within_tolerance
+    assert begun.user_ns["session"].run.last_call.endswith('chunked=False, dtype="bfloat16")')
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
+        ("compare", "prefill has not begun"),
+        ("compare apples", "'apples' cannot be compared with"),
         ("step furlong", "'furlong' is not a unit to step by"),
         ("step -n 0", "n is 0; it must be at least 1"),
         ("step -n two", "invalid int value: 'two'"),

@@ -18,6 +18,7 @@ from dinfer.session.job import Job
 from dinfer.session.ranks import Ranks
 from dinfer.session.runs.action import action, count_of, unit_of
 from dinfer.session.runs.breaking import Breaking
+from dinfer.session.runs.comparing import Comparing
 from dinfer.session.runs.fleet import RankFailed
 from dinfer.session.runs.inspecting import Inspecting
 from dinfer.session.runs.remote import RemoteFleet
@@ -34,7 +35,7 @@ POLL_S = 0.05
 TOKEN = "token"
 
 
-class Run(Breaking, Inspecting):
+class Run(Breaking, Comparing, Inspecting):
     """Made by `session.prefill`. `devices` are the ranks'; `prepare` has them make the prompt ready, all lanes at
     limit 0. Nothing moves before the first action."""
 

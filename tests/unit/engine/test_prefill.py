@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from itertools import product
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from dinfer.engine.gate import FreeGate, Gate, SeededGate
 from dinfer.model.decoder import Decoder
-from tests.unit.engine.expected import NEW_TOKENS, Expected, expected, is_complete, same_kv
+from tests.unit.engine.expected import NEW_TOKENS, Expected, expected, is_complete, lane_threads, same_kv
 from tests.unit.engine.twin import Twin, prompt, twin
 
 CHUNK = 13
@@ -113,3 +114,24 @@ def test_batched_finishes_where_sends_are_buffered(small: Decoder) -> None:
         max_new_tokens=NEW_TOKENS,
     ) as made:
         check(made, ids, expected(small, ids, 4))
+
+
+def test_every_lane_asks_for_torchs_thread_count_first(
+    small: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its first matrix products may run on all cores, with other last bits."""
+    asked, count = list[str](), torch.get_num_threads
+
+    def get_num_threads() -> int:
+        asked.append(threading.current_thread().name)
+        return count()
+
+    monkeypatch.setattr(torch, "get_num_threads", get_num_threads)
+    for backend in ("gloo", "nccl"):
+        asked.clear()
+        with twin(small, world_size=2, chunk_size=4, backend=backend) as made:
+            made.prepare(list(prompt(10)))
+            lanes = lane_threads()
+            made.all(lambda engine: engine.prefill_phase())
+        assert lanes
+        assert set(lanes) <= set(asked)

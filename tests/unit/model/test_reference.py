@@ -32,6 +32,44 @@ def test_the_last_chunk_may_be_short(decoder: Decoder) -> None:
     assert {len(rows) for rows in kv} == {len(IDS)}
 
 
+def test_it_shows_what_it_makes_in_order_and_leaves_no_hook(decoder: Decoder) -> None:
+    seen: list[tuple[str, int, torch.Tensor]] = []
+    forward = reference.Forward(decoder, lambda *what: seen.append(what))
+    output = decoder.model(torch.tensor([IDS]), output_hidden_states=True, logits_to_keep=1)
+    modules = [*decoder.model.get_decoder().layers, decoder.model.get_decoder().norm]
+    hooks = [(len(module._forward_pre_hooks), len(module._forward_hooks)) for module in modules]
+    fed = forward.feed(IDS)
+    layers = decoder.num_layers
+    order = [(what, layer) for layer in range(layers) for what in ("hidden", "kv")]
+    assert [(what, layer) for what, layer, _ in seen] == [*order, ("hidden", layers)]
+    hidden = [tensor for what, _, tensor in seen if what == "hidden"]
+    assert all(torch.equal(a, b) for a, b in zip(hidden[:-1], output.hidden_states[:-1], strict=True))
+    assert torch.equal(decoder.norm(hidden[-1]), fed.hidden)
+    assert torch.equal(fed.logits, output.logits[0, -1])
+    assert hooks == [(len(module._forward_pre_hooks), len(module._forward_hooks)) for module in modules]
+
+
+def test_what_looks_may_run_layers_itself(llama: Decoder) -> None:
+    seen: list[str] = []
+
+    def see(what: str, layer: int, tensor: torch.Tensor) -> None:
+        seen.append(what)
+        if what == "hidden" and layer < llama.num_layers:
+            llama.layer(layer, tensor, llama.new_cache(len(IDS)), 0)
+
+    assert torch.equal(reference.Forward(llama, see).feed(IDS).hidden, reference.unchunked(llama, IDS).hidden)
+    assert len(seen) == 2 * llama.num_layers + 1
+
+
+def test_what_looks_may_end_it(llama: Decoder) -> None:
+    def see(what: str, layer: int, tensor: torch.Tensor) -> None:
+        raise RuntimeError(f"{what} {layer} {list(tensor.shape)}")
+
+    with pytest.raises(RuntimeError, match=r"hidden 0 \[1, 8, 64\]"):
+        reference.Forward(llama, see).feed(IDS)
+    assert not any(module._forward_pre_hooks for module in llama.model.get_decoder().layers)
+
+
 @pytest.mark.parametrize(("ids", "chunk_size"), [([], 4), (IDS, 0)])
 def test_nothing_to_run_is_refused(llama: Decoder, ids: list[int], chunk_size: int) -> None:
     with pytest.raises(ModelError, match="both must be at least 1"):

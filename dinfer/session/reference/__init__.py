@@ -1,0 +1,1 @@
+"""What the ranks hold beside transformers' own forward of the same checkpoint, and what the difference comes from."""
