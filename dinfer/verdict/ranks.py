@@ -26,27 +26,9 @@ class Ranks:
         signs, lanes = self.signs[rank], self.plan.lanes[rank]
         return signs.phase in ALIVE and len(signs.positions) == len(lanes)
 
-    # -- what is going on inside a rank
-
     def busy(self, rank: int, text: str, still: float, typical: float, frame: Frame | None) -> Root:
-        """Of something that should end by itself."""
-        signs, since = self.signs[rank], times_text(still, typical)
-        at = f", at {frame}" if frame else ""
-        if still < stuck_after(typical):
-            return Root("moving", rank, f"{text}{at}")
-        if signs.cpu_moves or (signs.cpu_moves is None and signs.process == "R"):
-            return Root("computing", rank, f"{text} and still computing ({since}){at}")
-        if signs.answers is False:
-            held = "in C code that holds the interpreter (the GIL)"
-            return Root("stuck in C", rank, f"{text} and stuck {held} ({since}){at}")
-        if frame is None:
-            return Root("stuck", rank, f"{text} and stuck, nobody knows at which line ({since})")
-        where = "C" if frame.native else "Python"
-        return Root(
-            "stuck in C" if frame.native else "stuck in Python",
-            rank,
-            f"{text} and stuck in {where} ({since}){at}",
-        )
+        """What is to be said of something that should end by itself."""
+        return busy(rank, self.signs[rank], text, still, typical, frame)
 
     def main_op(self, rank: int) -> Op | None:
         """The op to name a rank by: what it computes, else the first that it is in, else the next."""
@@ -97,3 +79,24 @@ class Ranks:
     def still(self, place: Place) -> float:
         signs = self.signs[place.rank]
         return signs.still_s[place.lane] if signs.still_s else signs.quiet_s
+
+
+def busy(rank: int, signs: Signs, text: str, still: float, typical: float, frame: Frame | None) -> Root:
+    """What is to be said of something that should end by itself and has been under way for `still` seconds."""
+    since = times_text(still, typical)
+    at = f", at {frame}" if frame else ""
+    if still < stuck_after(typical):
+        return Root("moving", rank, f"{text}{at}")
+    if signs.cpu_moves or (signs.cpu_moves is None and signs.process == "R"):
+        return Root("computing", rank, f"{text} and still computing ({since}){at}")
+    if signs.answers is False:
+        held = "in C code that holds the interpreter (the GIL)"
+        return Root("stuck in C", rank, f"{text} and stuck {held} ({since}){at}")
+    if frame is None:
+        return Root("stuck", rank, f"{text} and stuck, nobody knows at which line ({since})")
+    where = "C" if frame.native else "Python"
+    return Root(
+        "stuck in C" if frame.native else "stuck in Python",
+        rank,
+        f"{text} and stuck in {where} ({since}){at}",
+    )

@@ -1,5 +1,6 @@
 """The graph of who waits for whom: its nodes, and what is wrong at those that wait for nobody."""
 
+from math import inf
 from typing import Literal, NamedTuple
 
 from dinfer.plan.ops import Op
@@ -81,7 +82,8 @@ class Wait(NamedTuple):
     what: str = ""
 
     def __str__(self) -> str:
-        since = f", for {self.still_s:.1f} s" if self.still_s >= 0.05 and self.on else ""
+        told = f", for {self.still_s:.1f} s" if self.still_s < inf else ", till the record ends"
+        since = told if self.still_s >= 0.05 and self.on else ""
         return f"{self.text}{f' ({self.detail})' if self.detail else ''}{since}"
 
 

@@ -1,6 +1,7 @@
 """What ops and ranks do, in words that all of dinfer shares."""
 
 from collections.abc import Iterable, Sequence
+from math import inf
 
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Lane
@@ -50,7 +51,9 @@ def ranks_text(ranks: Iterable[int]) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """`0.3 s`, `12 s`, `4 ms`."""
+    """`0.3 s`, `12 s`, `4 ms`; infinite: for all that is known."""
+    if seconds == inf:
+        return "till the record ends"
     if seconds < 0.1:
         return f"{seconds * 1e3:.3g} ms"
     return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
