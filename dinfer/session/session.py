@@ -11,7 +11,8 @@ from dinfer.config import Config, ConfigError
 from dinfer.engine.commands import Message
 from dinfer.model.checkpoint import Spec
 from dinfer.model.text import load_tokenizer
-from dinfer.plan.plan import Plan, parse_plan
+from dinfer.plan.own import OwnSchedule
+from dinfer.plan.plan import Plan
 from dinfer.session.job import Job, prepare_load, prepare_loaded, threads_per_rank
 from dinfer.session.loading import Bars
 from dinfer.session.ranks import Ranks
@@ -73,25 +74,25 @@ class Session(Said):
         prompt: str | Sequence[int],
         *,
         paused: bool = False,
-        plan: Plan | str | None = None,
+        plan: Plan | str | OwnSchedule | None = None,
         **parameters: Any,
     ) -> Run:
         """A run of this prompt, text or token ids; with `paused` it stands before its first op.
 
         `parameters` are those of `dinfer run`: chunk_size, sync_strategy, schedule, layer_split, max_new_tokens, …
-        `plan`: one of your own, or its text; one that can hang is refused unless `unsafe=True`. Raises ConfigError or
-        PlanError. The run before this one is over then.
+        `plan`: one of your own, its text, or a function of config and shape that makes it or its lanes (see plan/own);
+        one that can hang is refused unless `unsafe=True`. Raises ConfigError or PlanError. The run before this one is
+        over then.
         """
         if self.spec is None:
             self.load()
         given = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_ids": tuple(prompt)}
         config = self._config.with_(**{"prompt_ids": (), **given, **parameters})
-        if isinstance(plan, str):
-            plan = parse_plan(plan)
         job = prepare_loaded(config, plan)
+        own = None if plan is None else job.plan
         self._end_run("another run has begun")
         tokenizer = load_tokenizer(config.model_path)
-        self._run = Run(job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, plan))
+        self._run = Run(job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, own))
         self._note(f"run: {len(job.ids)} tokens, {job.plan.schedule}, {job.plan.sync_strategy}")
         if not paused:
             self._run.resume()
