@@ -186,6 +186,12 @@ def where(call: Call) -> Any:
 
 
 @magic_arguments()
+def why(call: Call) -> Any:
+    """Why the run does not move: who waits for whom, and who is to blame."""
+    return call.run.verdict()
+
+
+@magic_arguments()
 @argument("--layer", type=int)
 @argument("--chunk", type=int)
 @argument("--rank", type=int)
@@ -242,7 +248,7 @@ def help_(call: Call) -> Text:
 
 
 VERBS: dict[str, Callable[[Call], Any]] = {
-    "connect": connect, "load": load, "prefill": prefill, "run": run, "where": where,
+    "connect": connect, "load": load, "prefill": prefill, "run": run, "where": where, "why": why,
     "step": step, "back": back, "to": to, "resume": resume, "pause": pause, "wait": wait,
     "break": break_, "breaks": breaks, "clear": clear, "decode": decode, "restart": restart,
     "panel": panel, "log": log, "recover": recover, "debug": debug, "close": close, "help": help_,

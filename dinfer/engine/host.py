@@ -22,6 +22,7 @@ from dinfer.engine.execution import Execution, OpFailed
 from dinfer.engine.failure import describe
 from dinfer.engine.gate import Gate
 from dinfer.engine.rank import warm_up
+from dinfer.engine.stacks import stacks
 from dinfer.engine.tokens import Tokens
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
@@ -92,6 +93,7 @@ class Host:
             "sha256": Command(self._sha256, slow=True),
             "drain": Command(self._drain),
             "leave": Command(self._leave, slow=True),
+            "stacks": Command(lambda _: stacks(self.rank, alone=self.memory is not None)),
         }
 
     def inherit(self, before: "Host") -> None:

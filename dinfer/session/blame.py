@@ -89,7 +89,7 @@ def _told(error: Mapping[str, Any], rank: int, config: Config) -> str:
 
 
 def _death(plan: Plan, rank: int, state: RankState, code: int | None, config: Config) -> str:
-    stood = f"rank {rank} {_ending(code, config)}; it stood at: {_position(plan, rank, state)}"
+    stood = f"rank {rank} {ending(code, config)}; it stood at: {_position(plan, rank, state)}"
     if not config.log_dir:
         return stood
     if code in (LOST, SILENT):
@@ -106,7 +106,8 @@ def _cut_off(plan: Plan, ranks: Sequence[RankState], config: Config) -> str:
     )
 
 
-def _ending(code: int | None, config: Config) -> str:
+def ending(code: int | None, config: Config) -> str:
+    """How a process has ended, by its exit status, as it is said after `rank N`."""
     if code == SILENT:
         limit = silence_limit(config.timeout)
         return f"has not been heard of for {limit:g} s: its host or the network to it may be down"

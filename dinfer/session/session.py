@@ -17,6 +17,7 @@ from dinfer.session.job import Job, prepare_load, prepare_loaded, threads_per_ra
 from dinfer.session.loading import Bars
 from dinfer.session.ranks import Ranks
 from dinfer.session.recovery import meet, recover
+from dinfer.session.runs.explaining import Hung
 from dinfer.session.runs.fleet import RankFailed
 from dinfer.session.runs.run import Run
 from dinfer.session.runs.sweep import Sweep, sweep
@@ -193,7 +194,8 @@ class Session(Said):
         bars.show()
         self._ensure_whole()
 
-    def _prepare(self, job: Job, plan: Plan | None) -> None:
+    def _prepare(self, job: Job, plan: Plan | None) -> dict[int, int]:
+        """Have all ranks make a prompt ready; the id of each one's plan."""
         self._ensure_whole()
         message = {
             "do": "prepare",
@@ -201,7 +203,10 @@ class Session(Said):
             "ids": list(job.ids),
             "plan": plan.text() if plan else "",
         }
-        self.ranks.ask(dict.fromkeys(range(self.world_size), message), PREPARE_S, self._ensure_whole)
+        answers = self.ranks.ask(
+            dict.fromkeys(range(self.world_size), message), PREPARE_S, self._ensure_whole
+        )
+        return {rank: int(answer["plan_id"], 16) for rank, answer in answers.items()}
 
     def _ensure_whole(self) -> None:
         """Raises RankFailed where a rank is lost."""
@@ -226,11 +231,11 @@ class Session(Said):
                 self._look_after(self._run)
 
     def _look_after(self, run: Run) -> None:
-        failed, silence = run.failure, run.silence
+        failed, silence, hang = run.failure, run.silence, run.hang
         try:
             run.look()
             run.check()
-        except RankFailed:
+        except (RankFailed, Hung):
             pass  # it is told by whatever the user does next, and by views
         except (RuntimeError, TimeoutError) as error:
             if str(error) != run.message:
@@ -244,3 +249,5 @@ class Session(Said):
                     self._note(f"rank {rank}:\n{error_said['traceback']}")
         elif run.silence != silence:
             self._note(run.silence or "all ranks answer again")
+        elif run.hang != hang:
+            self._note(str(run.told) if run.told else "the run moves again")

@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from dinfer.plan.graph import Graph
 from dinfer.plan.plan import Plan
 from dinfer.verdict.judge import ABOUT_LINKS, judge
 from dinfer.verdict.planned import Planned
+from dinfer.verdict.ranks import Ranks
 from dinfer.verdict.signs import Signs, Sizes
 from dinfer.verdict.slow import slow
 from dinfer.verdict.verdict import Verdict
@@ -14,11 +16,18 @@ UNKNOWN = Sizes()
 
 
 def explain(
-    plan: Plan, signs: Sequence[Signs], sizes: Sizes = UNKNOWN, stacks: Mapping[int, str] | None = None
+    plan: Plan,
+    signs: Sequence[Signs],
+    sizes: Sizes = UNKNOWN,
+    stacks: Mapping[int, str] | None = None,
+    *,
+    graph: Graph | None = None,
+    ahead_s: float = 0.0,
 ) -> Verdict:
     """Why the run does not move, or that it does. `signs` are by rank, as many as the plan has; `stacks`, texts to go
-    with it, are by rank."""
-    found = judge(Planned(plan, signs, sizes).waits())
+    with it, are by rank. `graph`: the plan's, for who asks often; `ahead_s`: what will be stuck in so many seconds, if
+    nothing changes, counts as stuck."""
+    found = judge(Planned(Ranks(plan, signs, graph or Graph(plan), ahead_s), sizes).waits())
     if found.kind == "moving" and (root := slow(plan, signs)):
         told = root.text if root.kind in ABOUT_LINKS else f"rank {root.rank} {root.text}"
         found = replace(found, kind=root.kind, sentence=told, ranks=(root.rank,), peer=root.peer)

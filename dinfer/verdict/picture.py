@@ -48,7 +48,7 @@ def drawing(title: str, boxes: Sequence[Box], arrows: Sequence[Arrow]) -> str:
 def _radii(count: int) -> Point:
     if count < 2:
         return 0.0, 0.0
-    return max(120.0, 34.0 * count), max(70.0, 18.0 * count)
+    return max(170.0, 44.0 * count), max(80.0, 24.0 * count)
 
 
 def _place(number: int, count: int, middle: Point, radii: Point) -> Point:

@@ -1,23 +1,23 @@
 """From a plan and the ranks' signs of life to the graph of who waits for whom. Nothing here judges the graph."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from dinfer.plan.graph import NONE
 from dinfer.plan.ops import Op
-from dinfer.plan.plan import Place, Plan
+from dinfer.plan.plan import Place
 from dinfer.verdict.headers import has_passed, mismatch
 from dinfer.verdict.ranks import Ranks
 from dinfer.verdict.signs import Signs, Sizes
-from dinfer.verdict.waits import RANK, Node, Root, Wait, Waits, stuck_after
+from dinfer.verdict.waits import RANK, Node, Root, Wait, Waits
 from dinfer.verdict.words import link_text, times_text, value_text, waits_for_text
 
 
 class Planned:
     """Every lane that has not got to its end, or every rank as a whole that is not in prefill, as a `Wait`."""
 
-    def __init__(self, plan: Plan, signs: Sequence[Signs], sizes: Sizes) -> None:
-        self.ranks = Ranks(plan, signs)
-        self.plan, self.graph, self.signs, self.sizes = plan, self.ranks.graph, self.ranks.signs, sizes
+    def __init__(self, ranks: Ranks, sizes: Sizes) -> None:
+        self.ranks, self.plan, self.graph, self.signs = ranks, ranks.plan, ranks.graph, ranks.signs
+        self.sizes = sizes
         self._broken = {rank: root for rank in self.signs if (root := self._broken_by(rank))}
 
     def waits(self) -> Waits:
@@ -144,7 +144,7 @@ class Planned:
         """Its counterpart has ended, and it has not."""
         assert wait.op
         peer, other = place.rank, self.plan.op(place)
-        if wait.still_s < stuck_after(self.ranks.median(wait.node.rank, wait.op)):
+        if not self.ranks.is_ripe(wait.still_s, self.ranks.median(wait.node.rank, wait.op)):
             return wait._replace(root=Root("moving", peer, f"has just ended `{other}`"))
         if peer in self._broken:
             return wait._replace(on=(Node(peer),))
@@ -183,7 +183,7 @@ class Planned:
                 return wait._replace(root=root)
         source, target = (node.rank, op.peer) if op.kind == "send" else (op.peer, node.rank)
         both = f"the link {source}→{target} has been carrying {wait.what} for {times_text(still, typical)}"
-        if still < stuck_after(typical):
+        if not self.ranks.is_ripe(still, typical):
             return wait._replace(root=Root("moving", source, both, target))
         if any(self.signs[r].cpu_moves and self.ranks.computing(r) is None for r in (source, target)):
             return wait._replace(root=Root("slow link", source, f"{both}, and CPU time moves", target))

@@ -18,8 +18,8 @@ ALIVE = ("prefill", "decode", "done")
 class Ranks:
     """Of one plan, and signs of life by rank."""
 
-    def __init__(self, plan: Plan, signs: Sequence[Signs]) -> None:
-        self.plan, self.graph = plan, Graph(plan)
+    def __init__(self, plan: Plan, signs: Sequence[Signs], graph: Graph, ahead_s: float = 0.0) -> None:
+        self.plan, self.graph, self.ahead_s = plan, graph, ahead_s
         self.signs = dict(enumerate(signs))
 
     def has_lanes(self, rank: int) -> bool:
@@ -28,7 +28,13 @@ class Ranks:
 
     def busy(self, rank: int, text: str, still: float, typical: float, frame: Frame | None) -> Root:
         """What is to be said of something that should end by itself."""
+        if not self.is_ripe(still, typical):
+            return Root("moving", rank, f"{text}, at {frame}" if frame else text)
         return busy(rank, self.signs[rank], text, still, typical, frame)
+
+    def is_ripe(self, still: float, typical: float) -> bool:
+        """Whether something that has not moved for so long counts as stuck, unless it computes."""
+        return still + self.ahead_s >= stuck_after(typical)
 
     def main_op(self, rank: int) -> Op | None:
         """The op to name a rank by: what it computes, else the first that it is in, else the next."""
@@ -56,7 +62,11 @@ class Ranks:
         return median([found for its in self.signs.values() if (found := its.medians.get(op.kind))] or [0.0])
 
     def frame(self, node: Node) -> Frame | None:
-        return self.signs[node.rank].frames.get(self.plan.lanes[node.rank][node.lane].name)
+        """Where the lane's thread stands; of a rank that was dumped only the kind of op is known."""
+        signs, lane = self.signs[node.rank], self.plan.lanes[node.rank][node.lane]
+        at = signs.positions[node.lane]
+        kind = lane.ops[at].kind if at < len(lane.ops) else ""
+        return signs.frames.get(lane.name) or (signs.frames.get(kind) if signs.answers is False else None)
 
     def is_past(self, rank: int) -> bool:
         signs = self.signs[rank]
@@ -82,11 +92,11 @@ class Ranks:
 
 
 def busy(rank: int, signs: Signs, text: str, still: float, typical: float, frame: Frame | None) -> Root:
-    """What is to be said of something that should end by itself and has been under way for `still` seconds."""
+    """What is to be said of something that should end by itself, and has been under way for too long."""
     since = times_text(still, typical)
     at = f", at {frame}" if frame else ""
-    if still < stuck_after(typical):
-        return Root("moving", rank, f"{text}{at}")
+    if frame and frame.held:
+        return Root("held", rank, f"{text} and stands at a debugger's breakpoint{at}")
     if signs.cpu_moves or (signs.cpu_moves is None and signs.process == "R"):
         return Root("computing", rank, f"{text} and still computing ({since}){at}")
     if signs.answers is False:

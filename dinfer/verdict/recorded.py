@@ -180,6 +180,8 @@ class Recorded:
     def _busy(self, rank: int, text: str, still: float) -> Root:
         signs = self._signs.get(rank, NOBODY)
         frame = next((frame for frame in signs.frames.values() if not frame.waits), None)
+        if still < STUCK_S:
+            return Root("moving", rank, text)
         return busy(rank, signs, text, still, 0.0, frame)
 
     def _ripe(self, wait: Wait, root: Root) -> Root:

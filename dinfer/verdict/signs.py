@@ -15,7 +15,7 @@ STOPPED = ("T", "t")
 
 class Frame(NamedTuple):
     """Where a thread's Python stands. `native`: the line has called into C; `waits`: it waits in dinfer's own transport
-    or at a gate, as it should."""
+    or at a gate, as it should; `held`: a debugger holds it."""
 
     file: str
     line: int
@@ -23,6 +23,7 @@ class Frame(NamedTuple):
     text: str = ""
     native: bool = False
     waits: bool = False
+    held: bool = False
 
     def __str__(self) -> str:
         """For example `time.sleep(60)` in forward (model.py:12)."""
