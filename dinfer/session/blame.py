@@ -69,6 +69,11 @@ def is_certain(ranks: Sequence[RankState], exits: Sequence[int | None]) -> bool:
     return bool(dead or raised) and all(ranks[rank].gone for rank in dead)
 
 
+def is_about_a_message(ranks: Sequence[RankState]) -> bool:
+    """Whether a rank has got a message that was not the one expected."""
+    return any(state.reports["error"].get("came") for state in ranks if "error" in state.reports)
+
+
 def silent_text(plan: Plan, rank: int, state: RankState) -> str:
     """What to say of a rank that does not answer, though nothing says that it is gone."""
     why = "its process is stopped" if state.stopped else "its host or the network to it may be down"

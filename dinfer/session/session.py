@@ -42,6 +42,7 @@ class Session(Said):
         self._devices = ["cpu"] * self.world_size
         self._bare = set(range(self.world_size))
         """ranks without weights: also those whose loading was broken off"""
+        self._noted: tuple[Run | None, str, str, str] = (None, "", "", "")
         self._closing = threading.Event()
         meet(ranks)
         self._thread = threading.Thread(target=self._look, name="dinfer session", daemon=True)
@@ -231,7 +232,6 @@ class Session(Said):
                 self._look_after(self._run)
 
     def _look_after(self, run: Run) -> None:
-        failed, silence, hang = run.failure, run.silence, run.hang
         try:
             run.look()
             run.check()
@@ -242,12 +242,21 @@ class Session(Said):
                 run.say(str(error))
         while run.said:
             self._note(run.said.pop(0))
-        if run.failure and not failed:
+        self._note_trouble(run)
+
+    def _note_trouble(self, run: Run) -> None:
+        """Put down what is new of failure, silence and standing still, whoever has found it."""
+        before, self._noted = self._noted, (run, run.failure, run.silence, run.hang)
+        failure, silence, hang = before[1:] if before[0] is run else ("", "", "")
+        if run.failure and not failure:
             self._note(run.failure)
             for rank, state in enumerate(self.ranks.ranks):
                 if error_said := state.reports.get("error"):
                     self._note(f"rank {rank}:\n{error_said['traceback']}")
         elif run.silence != silence:
             self._note(run.silence or "all ranks answer again")
-        elif run.hang != hang:
-            self._note(str(run.told) if run.told else "the run moves again")
+        elif run.hang != hang and not run.failure:
+            told = run.told
+            self._note(str(told) if told else "the run moves again")
+            for rank, stack in told.stacks.items() if told else ():
+                self._note(f"rank {rank} stands at:\n{stack}")

@@ -13,7 +13,7 @@ from dinfer.engine.commands import Message
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Unit
 from dinfer.plan.ops import Kind, PlanError
-from dinfer.session.blame import broken, is_certain, silent_text
+from dinfer.session.blame import broken, is_about_a_message, is_certain, silent_text
 from dinfer.session.job import Job
 from dinfer.session.ranks import Ranks
 from dinfer.session.runs.action import action, count_of, unit_of
@@ -245,7 +245,10 @@ class Run(Explaining):
         exits, now = self._line.exits(), time.monotonic()
         found = broken(self.plan, self._line.ranks, exits, self.config)
         self._broken_at = (self._broken_at or now) if found else None
-        if self._broken_at and (is_certain(self._line.ranks, exits) or now - self._broken_at > GRACE_S):
+        grace = 0.0 if is_certain(self._line.ranks, exits) else GRACE_S
+        if is_about_a_message(self._line.ranks):  # who is to blame shows in where its sender comes to stand
+            grace = GRACE_S
+        if self._broken_at and now - self._broken_at >= grace:
             self.failure = self._failed(found or "")
 
     def _resume(self) -> None:
