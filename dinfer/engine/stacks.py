@@ -25,7 +25,7 @@ DUMP_SIGNAL = getattr(signal, "SIGUSR2", None)
 DEEPEST = 40
 LONGEST = 100
 _OWN = Path(__file__).parent
-_TRANSPORT = ("comm.py", "comm_nccl.py", "exchange.py", "gate.py", "streams.py")
+TRANSPORT = ("comm.py", "comm_nccl.py", "exchange.py", "gate.py", "streams.py")
 _INTERPRETER = frozenset(
     (
         "time", "_thread", "_queue", "select", "_socket", "posix", "nt", "_io", "builtins", "_asyncio",
@@ -33,6 +33,8 @@ _INTERPRETER = frozenset(
     )
 )  # fmt: skip
 """modules in C that are Python's own ways of waiting: a thread in one of these is still stuck in Python"""
+_FOREIGN = frozenset(("ctypes", "_ctypes", "cffi", "_cffi_backend"))
+"""ways into C code: what is called through them is that"""
 Message = dict[str, Any]
 
 
@@ -55,7 +57,7 @@ def _described(top: FrameType) -> Message:
     return {
         "frames": [_frame(frame) for frame in frames],
         "native": _calls_c(top),
-        "waits": any(file.parent == _OWN and file.name in _TRANSPORT for file in files),
+        "waits": any(file.parent == _OWN and file.name in TRANSPORT for file in files),
         "held": any("pydevd" in file.name or "_pydevd_bundle" in file.parts for file in files[:8]),
     }
 
@@ -75,13 +77,32 @@ def _frame(frame: FrameType) -> list[object]:
 def _calls_c(frame: FrameType) -> bool:
     """Whether the innermost line has called into C code that is not Python's own; False where that cannot be told."""
     try:
-        called = _resolve(_call_under_way(frame), frame)
+        named = _call_under_way(frame)
+        try:
+            called = _resolve(named, frame)
+        except (AttributeError, KeyError, ValueError):
+            return _home(_resolve(_root(named), frame)) in _FOREIGN
     except (SyntaxError, AttributeError, KeyError, ValueError, TypeError, StopIteration):
         return False
-    module = getattr(called, "__module__", None) or type(getattr(called, "__self__", called)).__module__
-    if isinstance(getattr(called, "__self__", None), ModuleType):
-        module = called.__self__.__name__  # type: ignore[attr-defined]
-    return not hasattr(called, "__code__") and not inspect.isclass(called) and module not in _INTERPRETER
+    return (
+        not hasattr(called, "__code__") and not inspect.isclass(called) and _home(called) not in _INTERPRETER
+    )
+
+
+def _home(of: object) -> str:
+    """The module, or outermost package, that something comes from."""
+    owner = getattr(of, "__self__", of)
+    if isinstance(owner, ModuleType):
+        return owner.__name__.partition(".")[0]
+    module = getattr(of, "__module__", None) or type(owner).__module__
+    return str(module).partition(".")[0]
+
+
+def _root(named: ast.expr) -> ast.expr:
+    """What an expression begins with: of `ctypes.CDLL(None).usleep`, `ctypes`."""
+    while isinstance(named, ast.Attribute | ast.Call | ast.Subscript):
+        named = named.func if isinstance(named, ast.Call) else named.value
+    return named
 
 
 def _call_under_way(frame: FrameType) -> ast.expr:

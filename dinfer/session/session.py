@@ -124,9 +124,10 @@ class Session(Said):
         `run.restart()` begins this one anew, `session.prefill(…)` another."""
         said = list[str]()
         plan = self._run.plan if self._run else None
+        stuck = self._run.stuck_ranks() if self._run else ()
         if self._run:
             self._run.fail("the session has recovered since: run.restart() begins anew")
-        anew = recover(self.ranks, plan, self._config.backend, said.append)
+        anew = recover(self.ranks, plan, self._config.backend, said.append, stuck)
         self._bare |= set(anew)
         if self.spec and self._bare:
             self._load(sorted(self._bare))

@@ -92,12 +92,23 @@ class Planned:
         op = self.plan.lanes[rank][lane].ops[signs.positions[lane]]
         still = signs.still_s[lane] if signs.still_s else signs.quiet_s
         node = Node(rank, lane)
+        if signs.answers is False and op.is_transfer and signs.started[lane]:
+            return self._mute(node, op, still)
         if not signs.started[lane]:
             return self._unstarted(node, op, still)
         if op.is_transfer:
             return self._transfer(node, op, still)
         text = f"is in `{op}`"
         root = self.ranks.busy(rank, text, still, self.ranks.median(rank, op), self.ranks.frame(node))
+        return Wait(node, text, still, root=root, op=op)
+
+    def _mute(self, node: Node, op: Op, still: float) -> Wait:
+        """Of a rank whose Python does not answer: transfers may be over, and its threads cannot say so."""
+        text = f"is in `{op}`, and its Python does not answer"
+        busy = self.ranks.computing(node.rank)
+        if busy is not None:
+            return Wait(node, text, still, (busy,), op=op, what="its own Python")
+        root = self.ranks.busy(node.rank, f"is in `{op}`", still, self.ranks.median(node.rank, op), None)
         return Wait(node, text, still, root=root, op=op)
 
     def _unstarted(self, node: Node, op: Op, still: float) -> Wait:
@@ -185,7 +196,10 @@ class Planned:
         both = f"the link {source}→{target} has been carrying {wait.what} for {times_text(still, typical)}"
         if not self.ranks.is_ripe(still, typical):
             return wait._replace(root=Root("moving", source, both, target))
-        if any(self.signs[r].cpu_moves and self.ranks.computing(r) is None for r in (source, target)):
+        moves = [rank for rank in (source, target) if self.signs[rank].cpu_moves]
+        if any(self.ranks.computing(rank) for rank in moves):  # that CPU time says nothing of the link
+            return wait._replace(root=Root("moving", source, both, target))
+        if moves:
             return wait._replace(root=Root("slow link", source, f"{both}, and CPU time moves", target))
         return wait._replace(root=Root("stalled link", source, f"{both}: both ends are there", target))
 

@@ -7,7 +7,7 @@ from dinfer.plan.graph import Graph
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Place, Plan
 from dinfer.verdict.headers import has_passed
-from dinfer.verdict.signs import Frame, Signs
+from dinfer.verdict.signs import BUSY, Frame, Signs
 from dinfer.verdict.waits import Node, Root, stuck_after
 from dinfer.verdict.words import times_text
 
@@ -62,11 +62,11 @@ class Ranks:
         return median([found for its in self.signs.values() if (found := its.medians.get(op.kind))] or [0.0])
 
     def frame(self, node: Node) -> Frame | None:
-        """Where the lane's thread stands; of a rank that was dumped only the kind of op is known."""
+        """Where the lane's thread stands; of a rank that was dumped only the thread is known that is busy."""
         signs, lane = self.signs[node.rank], self.plan.lanes[node.rank][node.lane]
-        at = signs.positions[node.lane]
-        kind = lane.ops[at].kind if at < len(lane.ops) else ""
-        return signs.frames.get(lane.name) or (signs.frames.get(kind) if signs.answers is False else None)
+        if signs.answers is False and node == self.computing(node.rank):
+            return signs.frames.get(BUSY)
+        return signs.frames.get(lane.name)
 
     def is_past(self, rank: int) -> bool:
         signs = self.signs[rank]

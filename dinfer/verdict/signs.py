@@ -11,6 +11,8 @@ from dinfer.plan.ops import Op, Value
 
 STOPPED = ("T", "t")
 """letters of a process that a signal or a debugger has stopped"""
+BUSY = "busy"
+"""in place of a lane's name: the thread of a rank, which does not answer, that is in an op and not in the transport"""
 
 
 class Frame(NamedTuple):

@@ -11,8 +11,8 @@ from dinfer.verdict.words import ranks_text, seconds_text
 
 SLOW_RANK = 1.6
 """times what the other ranks take for a layer"""
-SLOW_LINK = 3.0
-LEAST_LINK_S = 1e-3
+SLOW_LINK = 4.0
+LEAST_LINK_S = 10e-3
 """what takes less holds nobody up"""
 Key = TypeVar("Key")
 

@@ -8,12 +8,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from dinfer.engine.commands import Message
+from dinfer.engine.stacks import TRANSPORT
 from dinfer.session.ranks import Ranks
 from dinfer.session.states import RankRefused
-from dinfer.verdict.signs import Frame
+from dinfer.verdict.signs import BUSY, Frame
 
 ANSWER_S = 0.5
 DUMP_ANSWER_S = 1.0
+LANES = ("executor.py", "issuer.py")
+"""where the threads of lanes begin"""
 _FILE = re.compile(r'  File "(.*)", line (\d+) in (.*)')
 
 
@@ -61,20 +64,20 @@ def _as_asked(rank: int, message: Message) -> Stacks:
 
 
 def as_dumped(text: str) -> Stacks:
-    """What faulthandler has written. The thread of an op is known by the handler that it is in; which lane it is, is
-    not said, so that frames are named by the kind of op."""
+    """What faulthandler has written, which does not say which thread is which lane's."""
     frames = {}
     for thread in text.split("\n\n"):
         found = [(file, int(line), name) for file, line, name in _FILE.findall(thread)]
-        if kind := _handler(found):
+        if _is_in_op(file for file, _, _ in found):
             file, line, name = found[0]
-            frames[kind] = Frame(file, line, name, linecache.getline(file, line).strip(), native=True)
+            frames[BUSY] = Frame(file, line, name, linecache.getline(file, line).strip(), native=True)
     return Stacks(frames, text.strip(), False)
 
 
-def _handler(frames: Iterable[tuple[str, int, str]]) -> str:
-    """The kind of op that a thread is in."""
-    return next((name for file, _, name in frames if file.endswith("engine/handlers.py")), "")
+def _is_in_op(files: Iterable[str]) -> bool:
+    """Whether a thread runs an op, and does not wait in the transport or at a gate."""
+    names = {file.rpartition("dinfer/engine/")[2] for file in files if "dinfer/engine/" in file}
+    return bool(names & set(LANES)) and not names & set(TRANSPORT)
 
 
 def _lane(rank: int, thread: str) -> str:

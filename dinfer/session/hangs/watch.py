@@ -21,15 +21,16 @@ from dinfer.verdict.verdict import Verdict
 
 LOOK_S = 0.1
 JUDGE_S = 0.25
-ASK_S = 0.5
+ASK_S = 1.0
+"""how old stacks may be: CPU time, too, takes so long to tell"""
 OPEN_S = 0.9
 """a lane that waits less than this is not looked at"""
 SUSPECT_AHEAD_S = 1.5
 """How long before something counts as stuck the ranks are asked for their stacks: CPU time takes a second to tell."""
 AHEAD_S = 0.5
 """A verdict is to be out within 5 s, which is just when a lane becomes stuck: it is judged as it will be then."""
-QUIET = ("moving", "done", "paused", "held", "slow rank")
-"""kinds that are not told unasked"""
+QUIET = ("moving", "done", "paused", "held")
+"""kinds that are not told unasked; who is slow in a run that moves is not even looked for"""
 
 
 class Watch:
@@ -69,7 +70,7 @@ class Watch:
                 self._track.look(self._line.ranks, time.monotonic())
             if is_moving:
                 self._ask(ended)
-            fresh = self._explain(decoding, ended, AHEAD_S)
+            fresh = self._explain(decoding, ended, AHEAD_S, tell_slow=True)
             told = self.found
         same = told and (told.kind, told.ranks) == (fresh.kind, fresh.ranks)
         return replace(fresh, sentence=told.sentence) if told and same else fresh
@@ -89,19 +90,29 @@ class Watch:
 
     def _ask(self, ended: Mapping[int, str]) -> None:
         """Where the threads of all ranks stand that can say so, or be dumped."""
-        self._asked_at = time.monotonic()
         states = self._line.ranks
         living = [rank for rank, state in enumerate(states) if rank not in ended and state.stopped is None]
         self._stacks = gather(self._line, living)
+        self._asked_at = time.monotonic()
         for rank, stacks in self._stacks.items():
             if stacks.cpu_s is not None and states[rank].cpu_s is None:
                 self._track.note_cpu(rank, self._asked_at, stacks.cpu_s)
 
-    def _explain(self, decoding: bool, ended: Mapping[int, str], ahead_s: float) -> Verdict:
+    def _explain(
+        self, decoding: bool, ended: Mapping[int, str], ahead_s: float, *, tell_slow: bool = False
+    ) -> Verdict:
         self._graph = self._graph or Graph(self._plan)
         stacks = {rank: its.text for rank, its in self._stacks.items() if its.text}
         signs = self._signs(decoding, ended)
-        return explain(self._plan, signs, self._sizes, stacks, graph=self._graph, ahead_s=ahead_s)
+        return explain(
+            self._plan,
+            signs,
+            self._sizes,
+            stacks,
+            graph=self._graph,
+            ahead_s=ahead_s,
+            tell_slow=tell_slow,
+        )
 
     def _signs(self, decoding: bool, ended: Mapping[int, str]) -> Sequence[Signs]:
         with self._line.changed:

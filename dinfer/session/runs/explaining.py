@@ -14,6 +14,8 @@ ABOUT_MESSAGES: tuple[Kind, ...] = (
 )  # fmt: skip
 """what an exception that a message has caused is told as: whoever raised it is not to blame"""
 
+STUCK: tuple[Kind, ...] = ("stuck in Python", "stuck in C", "stuck")
+
 
 class Hung(NoProgress):
     """The run does not go on by itself. `verdict` says why."""
@@ -49,6 +51,10 @@ class Explaining(Sight):
     def hang(self) -> str:
         """Its sentence."""
         return self.told.sentence if self.told else ""
+
+    def stuck_ranks(self) -> tuple[int, ...]:
+        """Those that were told to be in an op that does not end."""
+        return self.told.ranks if self.told and self.told.kind in STUCK else ()
 
     def watch(self) -> None:
         """Look whether the run has stopped moving; `hang` says so."""

@@ -57,7 +57,7 @@ def test_a_line_and_its_median_are_in_the_sentence() -> None:
     )
     held = "stuck in C code that holds the interpreter (the GIL) (60 s), at forward (model.py:14)"
     frame = Frame("/models/model.py", 14, "forward")
-    assert held in told(stuck(frames={"compute": frame}, answers=False), "stuck in C", 1)
+    assert held in told(stuck(frames={"busy": frame}, answers=False), "stuck in C", 1)
     assert "stuck, nobody knows at which line" in told(stuck(), "stuck", 1)
 
 
@@ -236,6 +236,20 @@ def test_a_rank_that_cannot_take_part_is_not_a_link_that_stalls() -> None:
     game.play()
     mute = changed(signs_of(game), 0, answers=False)
     assert "is in `layer c1 l0` and stuck in C code that holds" in told(mute, "stuck in C", 0)
+
+
+def test_what_a_mute_rank_has_sent_may_have_come() -> None:
+    """Its threads cannot say so while the interpreter is held."""
+    game = frozen_at(1, "layer c1 l2")
+    lane = next(n for n, lane in enumerate(PLAN.lanes[1]) if lane.name == "kv-out:0")
+    there = next(n for n, lane in enumerate(PLAN.lanes[0]) if lane.name == "kv-in:1")
+    signs = changed(signs_of(game), 1, answers=False)
+    back = list(signs[1].positions)
+    back[lane] -= 1  # it has ended at rank 0, and is not told to have ended here
+    started = [*signs[1].started[:lane], True, *signs[1].started[lane + 1 :]]
+    assert signs[0].positions[there] > back[lane]
+    signs = changed(signs, 1, positions=tuple(back), started=tuple(started))
+    assert "is in `layer c1 l2` and stuck in C code that holds" in told(signs, "stuck in C", 1)
 
 
 def test_a_message_that_is_on_its_way_is_not_lost() -> None:

@@ -6,6 +6,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,10 @@ def begin(session: Session, **parameters: Any) -> Run:
     return session.prefill(IDS, chunk_size=4, **parameters)
 
 
+def is_logged(session: Session, words: str) -> bool:
+    return any(words in line for line in session.log)
+
+
 def check_told(session: Session, run: Run, sentence: str) -> None:
     """`verdict()`, `%dinfer why`, the panel's banner, `where()` and the log say the same sentence."""
     assert run.verdict().sentence == sentence
@@ -69,7 +74,7 @@ def check_told(session: Session, run: Run, sentence: str) -> None:
     assert str(why(Call(shell, None))).splitlines()[0] == sentence  # type: ignore[arg-type]
     assert run.standing().message.splitlines()[0] == sentence
     assert sentence in str(run.where())
-    wait_for(lambda: any(sentence in line for line in session.log), "the log says it", 5)
+    wait_for(partial(is_logged, session, sentence), "the log says it", 5)
 
 
 def test_a_circle_is_told_by_itself_and_ends_whoever_waits(session: Session) -> None:
@@ -116,7 +121,7 @@ def test_a_rank_that_waits_in_python_is_told_with_its_line(
     assert set(verdict.stacks) == {0, 1, 2}
     check_told(session, run, verdict.sentence)
     for rank in range(3):
-        wait_for(lambda rank=rank: any(f"rank {rank} stands at:" in line for line in session.log), "stacks", 5)
+        wait_for(partial(is_logged, session, f"rank {rank} stands at:"), "its stacks are logged", 5)
     with pytest.raises(Hung):
         run.wait(5)
     door.open()
