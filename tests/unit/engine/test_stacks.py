@@ -28,8 +28,8 @@ C = ctypes.CDLL(None)
 def standing_in(
     call: Callable[[], object], function: str, end: Callable[[], object] = lambda: None
 ) -> Iterator[dict[str, Any]]:
-    """What is said of a thread of rank 7 that is in this call, once its innermost line is in that function. `end()` lets
-    it go."""
+    """What is said of a thread of rank 7 that is in this call, once its innermost line is in that function. `end()`
+    lets it go."""
     thread = threading.Thread(target=call, name="rank 7 compute", daemon=True)
     thread.start()
 
