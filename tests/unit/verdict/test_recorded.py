@@ -1,4 +1,4 @@
-"""Verdicts from events alone: records of other programs, and of this one without its plan."""
+"""Verdicts from events alone: files written by hand, as other programs might, and the naive game without its plan."""
 
 from __future__ import annotations
 
