@@ -15,6 +15,7 @@ from dinfer.plan.plan import Plan, parse_plan
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import Counterexample, Proof
 from dinfer.plan.verify import verify as verify_plan
+from dinfer.verdict.proof import cycle_text
 
 
 @app.command()
@@ -55,7 +56,7 @@ def plan(
     if as_json:
         _print_json(built, verdict)
     else:
-        comment = "\n".join(f"# {line}" for line in str(verdict).splitlines())
+        comment = "\n".join(f"# {line}" for line in _told(verdict).splitlines())
         print(f"{built.text()}{comment}")
     raise typer.Exit(0 if verdict.proved else 1)
 
@@ -79,8 +80,14 @@ def verify(
     if as_json:
         _print_json(parsed, verdict)
     else:
-        print(verdict)
+        print(_told(verdict))
     raise typer.Exit(0 if verdict.proved else 1)
+
+
+def _told(verdict: Proof | Counterexample) -> str:
+    """The verdict in words, and a circle as a drawing too."""
+    drawn = cycle_text(verdict) if isinstance(verdict, Counterexample) else ""
+    return f"{verdict}\n{drawn}".strip()
 
 
 def _print_json(given: Plan, verdict: Proof | Counterexample) -> None:

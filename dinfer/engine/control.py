@@ -19,6 +19,7 @@ from dinfer.engine.board import Board, anonymous_file, map_file
 from dinfer.engine.commands import Command, Message, Table, answer, lane_commands
 from dinfer.engine.debugger import undebugged
 from dinfer.engine.execution import Execution
+from dinfer.engine.stacks import dump_into
 from dinfer.engine.watcher import MEMORY_BYTES, RECORDER_BYTES
 
 CLOSING_S = 10.0
@@ -39,13 +40,15 @@ class Control:
         self._told: dict[str, Message] = {}
         self._news = threading.Condition()
         command = [sys.executable, "-m", "dinfer.engine.watcher", str(descriptor), str(theirs.fileno())]
+        dump = anonymous_file(0)  # stays open: a signal may come at any time
+        can_dump = dump_into(dump)
         with undebugged():
             self.watcher = subprocess.Popen(
-                command, pass_fds=(descriptor, theirs.fileno()), stdin=subprocess.DEVNULL
+                command, pass_fds=(descriptor, theirs.fileno(), dump), stdin=subprocess.DEVNULL
             )
         theirs.close()
         os.close(descriptor)
-        self._socket.sendall(json.dumps(link).encode() + b"\n")
+        self._socket.sendall(json.dumps({**link, "dump": dump if can_dump else None}).encode() + b"\n")
         threading.Thread(target=self._listen, name="control", daemon=True).start()
         threading.Thread(target=self._work, name="control, slow commands", daemon=True).start()
 

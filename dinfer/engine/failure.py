@@ -2,16 +2,22 @@
 
 import logging
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dinfer.engine.logfile import log_trouble
+
+if TYPE_CHECKING:
+    from dinfer.engine.transfer import Header
 
 log = logging.getLogger("dinfer")
 
 
 def describe(error: BaseException) -> dict[str, Any]:
-    """What a session needs to tell causes from consequences: `secondary` is what a lost peer does to others."""
+    """What a session needs to tell causes from consequences: `secondary` is what a lost peer does to others; `cause` is
+    the original error, `op` and `lane` where it was raised, `came` the message because of which, where there is one."""
     from dinfer.engine.comm import CommError
+    from dinfer.engine.execution import OpFailed
+    from dinfer.engine.transfer import TransferError
 
     cause = error.__cause__ if error.__cause__ is not None else error
     return {
@@ -22,4 +28,17 @@ def describe(error: BaseException) -> dict[str, Any]:
         "secondary": isinstance(error, CommError) or isinstance(cause, CommError),
         "traceback": "".join(traceback.format_exception(error)),
         "log_trouble": log_trouble(log),
+        "cause": f"{type(cause).__name__}: {cause}",
+        "op": str(error.op) if isinstance(error, OpFailed) else "",
+        "lane": error.lane if isinstance(error, OpFailed) else "",
+        "came": _came(cause.came) if isinstance(cause, TransferError) and cause.came else None,
+    }
+
+
+def _came(header: "Header") -> dict[str, Any]:
+    return {
+        "value": list(header.value),
+        "tokens": header.tokens,
+        "nbytes": header.nbytes,
+        "plan_id": header.plan_id,
     }

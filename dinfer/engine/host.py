@@ -26,6 +26,7 @@ from dinfer.engine.gate import Gate
 from dinfer.engine.inspect import inspect_commands
 from dinfer.engine.rank import warm_up
 from dinfer.engine.reference import reference_commands
+from dinfer.engine.stacks import stacks
 from dinfer.engine.tokens import Tokens
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
@@ -99,6 +100,7 @@ class Host:
             "drain": Command(self._drain),
             "leave": Command(self._leave, slow=True),
             **reference_commands(self),
+            "stacks": Command(lambda _: stacks(self.rank, alone=self.memory is not None)),
         }
 
     def inherit(self, before: "Host") -> None:

@@ -24,7 +24,11 @@ _VOID, _BLOCK = 0, 1
 
 
 class TransferError(RuntimeError):
-    """A message is not the one that the plan has at this place."""
+    """A message is not the one that the plan has at this place. `came`: what it said of itself, if it was a header."""
+
+    def __init__(self, message: str, came: "Header | None" = None) -> None:
+        super().__init__(message)
+        self.came = came
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,11 @@ def check(came: Header, expected: Header, op: Op) -> None:
     if came.plan_id != expected.plan_id:
         raise TransferError(
             f"rank {op.peer} runs another plan (id {came.plan_id:016x}, here {expected.plan_id:016x}): "
-            f"at `{op}` it sent {came}."
+            f"at `{op}` it sent {came}.",
+            came,
         )
     if came != expected:
-        raise TransferError(f"at `{op}` the plan expects {expected}; rank {op.peer} sent {came}.")
+        raise TransferError(f"at `{op}` the plan expects {expected}; rank {op.peer} sent {came}.", came)
 
 
 assert _LAYOUT.size == SIGNED.stop == HEADER_BYTES

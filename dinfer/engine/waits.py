@@ -4,20 +4,8 @@ from collections.abc import Sequence
 
 from dinfer.engine.board import Stand
 from dinfer.plan.ops import Op
-from dinfer.plan.plan import Lane, Plan
-
-
-def at_text(lanes: Sequence[Lane], positions: Sequence[int] | None) -> str:
-    """The last layer that a rank has computed, for example `at c0 l1`."""
-    if positions is None:
-        return "somewhere unknown"
-    done = [
-        op
-        for lane, position in zip(lanes, positions, strict=True)
-        for op in lane.ops[:position]
-        if op.kind == "layer"
-    ]
-    return f"at c{done[-1].chunk} l{done[-1].layer}" if done else "before its first layer"
+from dinfer.plan.plan import Plan
+from dinfer.verdict.words import at_text, waits_for_text
 
 
 def waits_text(plan: Plan, rank: int, stands: Sequence[Stand | None]) -> str:
@@ -45,12 +33,9 @@ def _urgency(pair: tuple[Op, bool]) -> tuple[bool, bool, bool]:
 
 
 def _waits_for(plan: Plan, op: Op, stands: Sequence[Stand | None]) -> str:
-    what = f"hidden c{op.chunk} before layer {op.layer}" if op.what == "hidden" else str(op.value)
     peer = stands[op.peer]
-    there = f"which stands {at_text(plan.lanes[op.peer], peer.positions if peer else None)}"
-    if op.kind == "recv":
-        return f"waits for {what} from rank {op.peer}, {there}"
-    return f"waits for rank {op.peer} to take {what}, {there}"
+    there = at_text(plan.lanes[op.peer], peer.positions if peer else None)
+    return f"{waits_for_text(op)}, which stands {there}"
 
 
 def _busy(op: Op, started: bool) -> str:

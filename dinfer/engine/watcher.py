@@ -18,6 +18,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from dinfer.engine.board import BOARD_BYTES, Board, map_file
+from dinfer.engine.stacks import dump_of
 from dinfer.trace.recorder import Recorder
 
 TICK_MS = 40
@@ -32,6 +33,8 @@ MEMORY_BYTES = BOARD_BYTES + RECORDER_BYTES
 ORPHAN_S = 10.0
 LIFE_S = 0.5
 """How often the system is asked how the rank's process is, which takes longer than all the rest of a tick."""
+DUMP_S = 0.3
+"""How long a rank may take to write where its threads stand; meanwhile nothing is published."""
 Message = dict[str, Any]
 
 
@@ -60,6 +63,7 @@ class Watcher:
         self._rank_pid = os.getppid()
         self._launcher, self._joined = link["launcher"], link["joined"]
         self._orphan = link.get("orphan")
+        self._dump: int | None = link["dump"]
         self._lost_client_at: float | None = monotonic()  # it may be gone before it was ever reached
         self._connection = client.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._board = Board(memory)
@@ -96,9 +100,13 @@ class Watcher:
         while self._client.poll(0):
             command = self._client.recv()
             self._client_heard = monotonic()
-            if json.loads(command)["do"] == "kill":
+            message = json.loads(command)
+            if message["do"] == "kill":
                 self._kill()
-            elif json.loads(command)["do"] != "beat":
+            elif message["do"] == "dump":
+                text = "" if self._dump is None else dump_of(self._rank_pid, self._dump, DUMP_S)
+                self._say({"type": "reply", "id": message["id"], "text": text})
+            elif message["do"] != "beat":
                 self._commanded = monotonic()
                 self._pass_on(command)
 

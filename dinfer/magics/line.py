@@ -37,7 +37,8 @@ def help_(call: Call) -> Text:
 
 VERBS: dict[str, Callable[[Call], Any]] = {
     "connect": of_session.connect, "load": of_session.load, "prefill": of_session.prefill,
-    "run": of_run.run, "where": of_run.where, "step": of_run.step, "back": of_run.back, "to": of_run.to,
+    "run": of_run.run, "where": of_run.where, "why": of_run.why,
+    "step": of_run.step, "back": of_run.back, "to": of_run.to,
     "resume": of_run.resume, "pause": of_run.pause, "wait": of_run.wait,
     "break": of_run.break_, "breaks": of_run.breaks, "clear": of_run.clear,
     "decode": of_run.decode, "restart": of_run.restart,

@@ -65,6 +65,12 @@ def where(call: Call) -> Any:
 
 
 @magic_arguments()
+def why(call: Call) -> Any:
+    """Why the run does not move: who waits for whom, and who is to blame."""
+    return call.run.verdict()
+
+
+@magic_arguments()
 @argument("--layer", type=int)
 @argument("--chunk", type=int)
 @argument("--rank", type=int)

@@ -69,6 +69,11 @@ def is_certain(ranks: Sequence[RankState], exits: Sequence[int | None]) -> bool:
     return bool(dead or raised) and all(ranks[rank].gone for rank in dead)
 
 
+def is_about_a_message(ranks: Sequence[RankState]) -> bool:
+    """Whether a rank has got a message that was not the one expected."""
+    return any(state.reports["error"].get("came") for state in ranks if "error" in state.reports)
+
+
 def silent_text(plan: Plan, rank: int, state: RankState) -> str:
     """What to say of a rank that does not answer, though nothing says that it is gone."""
     why = "its process is stopped" if state.stopped else "its host or the network to it may be down"
@@ -89,7 +94,7 @@ def _told(error: Mapping[str, Any], rank: int, config: Config) -> str:
 
 
 def _death(plan: Plan, rank: int, state: RankState, code: int | None, config: Config) -> str:
-    stood = f"rank {rank} {_ending(code, config)}; it stood at: {_position(plan, rank, state)}"
+    stood = f"rank {rank} {ending(code, config)}; it stood at: {_position(plan, rank, state)}"
     if not config.log_dir:
         return stood
     if code in (LOST, SILENT):
@@ -106,7 +111,8 @@ def _cut_off(plan: Plan, ranks: Sequence[RankState], config: Config) -> str:
     )
 
 
-def _ending(code: int | None, config: Config) -> str:
+def ending(code: int | None, config: Config) -> str:
+    """How a process has ended, by its exit status, as it is said after `rank N`."""
     if code == SILENT:
         limit = silence_limit(config.timeout)
         return f"has not been heard of for {limit:g} s: its host or the network to it may be down"

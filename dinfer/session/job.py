@@ -10,12 +10,13 @@ from dinfer.model.checkpoint import Spec, check
 from dinfer.model.memory import check_memory
 from dinfer.model.text import encode, load_tokenizer
 from dinfer.plan.lower import lower
-from dinfer.plan.ops import PlanError
+from dinfer.plan.own import OwnSchedule, own_plan
 from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import Counterexample, Proof, verify
 from dinfer.session.backend import settle_backend
+from dinfer.session.refusal import PlanRefused
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ def prepare(config: Config, ranks_here: Sequence[int] | None = None) -> Job:
     return _job(config.with_(threads=config.threads or threads_per_rank(len(here))), spec, ids, None)
 
 
-def prepare_loaded(config: Config, plan: Plan | None = None) -> Job:
+def prepare_loaded(config: Config, plan: Plan | str | OwnSchedule | None = None) -> Job:
     """The same for ranks that hold the checkpoint already: memory and devices have been looked at then. `plan`: the
-    user's own, in place of the one that the config makes."""
+    user's own, its text, or a function that makes it, in place of the one that the config makes."""
     spec = check(config.model_path)
     _check_world_size(config, spec)
     return _job(config, spec, _prompt_ids(config, spec), plan)
@@ -73,23 +74,24 @@ def _check_world_size(config: Config, spec: Spec) -> None:
         )
 
 
-def _job(config: Config, spec: Spec, ids: tuple[int, ...], plan: Plan | None) -> Job:
-    if plan is None:
-        shape = partition(
-            layers=spec.layers,
-            tokens=len(ids),
-            world_size=config.world_size,
-            chunk_size=config.chunk_size,
-            layer_split=config.layer_split or None,
-        )
+def _job(config: Config, spec: Spec, ids: tuple[int, ...], own: Plan | str | OwnSchedule | None) -> Job:
+    shape = partition(
+        layers=spec.layers,
+        tokens=len(ids),
+        world_size=config.world_size,
+        chunk_size=config.chunk_size,
+        layer_split=config.layer_split or None,
+    )
+    if own is not None:
+        plan = own_plan(own, config, shape)
+    else:
         plan = build(shape, config.schedule, config.sync_strategy)
         if config.backend == "nccl":
             plan = lower(plan)
     verdict = verify(plan)
     if not verdict.proved and not config.unsafe:
-        raise PlanError(
-            f"{verdict}.\nNothing was run. Choose another schedule, or pass unsafe=true to watch it hang."
-        )
+        assert isinstance(verdict, Counterexample)
+        raise PlanRefused(plan, verdict)
     return Job(config, spec, ids, plan, verdict)
 
 

@@ -25,6 +25,8 @@ PUMP_S = 0.05
 class LocalRanks(Ranks):
     """Hosts in this process, and what they say."""
 
+    can_kill = False
+
     def __init__(self, world_size: int) -> None:
         super().__init__(world_size)
         self.gate = FreeGate()

@@ -7,6 +7,9 @@ from dinfer.session.states import States
 class Ranks(States):
     """Those who started the ranks, or joined them, implement this."""
 
+    can_kill = True
+    """whether a rank can be ended and started again alone"""
+
     @property
     def world_size(self) -> int:
         return len(self.ranks)

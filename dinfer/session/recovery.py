@@ -6,7 +6,7 @@ counterpart, and that is posted. A rank that does not come free that way is ende
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -44,19 +44,29 @@ def counterparts(plan: Plan, stands: dict[int, Stand]) -> dict[int, dict[str, li
     return dict(posts)
 
 
-def recover(ranks: Ranks, plan: Plan | None, backend: Backend, say: Callable[[str], None]) -> list[int]:
+def recover(
+    ranks: Ranks,
+    plan: Plan | None,
+    backend: Backend,
+    say: Callable[[str], None],
+    known_stuck: Collection[int] = (),
+) -> list[int]:
     """Bring all ranks to where a run can start; those that were started again, and have no weights.
+
+    `known_stuck`: those in an op that does not end, which need not be asked to come free.
 
     Raises TimeoutError or RankRefused where that fails.
     """
     lost = {rank for rank, code in enumerate(ranks.exits()) if code is not None}
     lost |= set(ranks.silent())
-    for rank in sorted(lost):  # first of all: what waits for them ends with them
+    known = {rank for rank in known_stuck if rank not in lost and ranks.can_kill}
+    for rank in sorted(lost | known):  # first of all: what waits for them ends with them
         ranks.kill(rank)
     ranks.free()
-    stuck = _stuck(ranks, plan, [rank for rank in range(ranks.world_size) if rank not in lost])
+    stuck = _stuck(ranks, plan, [rank for rank in range(ranks.world_size) if rank not in lost | known])
     for rank in sorted(stuck):
         ranks.kill(rank)
+    stuck |= known
     for rank in sorted(lost | stuck):
         say(f"rank {rank} {'was stuck and ' if rank in stuck else ''}is started again")
         ranks.revive(rank)

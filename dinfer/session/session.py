@@ -11,11 +11,13 @@ from dinfer.config import Config, ConfigError
 from dinfer.engine.commands import Message
 from dinfer.model.checkpoint import Spec
 from dinfer.model.text import load_tokenizer
-from dinfer.plan.plan import Plan, parse_plan
+from dinfer.plan.own import OwnSchedule
+from dinfer.plan.plan import Plan
 from dinfer.session.job import Job, prepare_load, prepare_loaded, threads_per_rank
 from dinfer.session.loading import Bars
 from dinfer.session.ranks import Ranks
 from dinfer.session.recovery import meet, recover
+from dinfer.session.runs.explaining import Hung
 from dinfer.session.runs.fleet import RankFailed
 from dinfer.session.runs.run import Run
 from dinfer.session.runs.sweep import Sweep, sweep
@@ -40,6 +42,7 @@ class Session(Said):
         self._devices = ["cpu"] * self.world_size
         self._bare = set(range(self.world_size))
         """ranks without weights: also those whose loading was broken off"""
+        self._noted: tuple[Run | None, str, str, str] = (None, "", "", "")
         self._closing = threading.Event()
         meet(ranks)
         self._thread = threading.Thread(target=self._look, name="dinfer session", daemon=True)
@@ -73,25 +76,25 @@ class Session(Said):
         prompt: str | Sequence[int],
         *,
         paused: bool = False,
-        plan: Plan | str | None = None,
+        plan: Plan | str | OwnSchedule | None = None,
         **parameters: Any,
     ) -> Run:
         """A run of this prompt, text or token ids; with `paused` it stands before its first op.
 
         `parameters` are those of `dinfer run`: chunk_size, sync_strategy, schedule, layer_split, max_new_tokens, …
-        `plan`: one of your own, or its text; one that can hang is refused unless `unsafe=True`. Raises ConfigError or
-        PlanError. The run before this one is over then.
+        `plan`: one of your own, its text, or a function of config and shape that makes it or its lanes (see plan/own);
+        one that can hang is refused unless `unsafe=True`. Raises ConfigError or PlanError. The run before this one is
+        over then.
         """
         if self.spec is None:
             self.load()
         given = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_ids": tuple(prompt)}
         config = self._config.with_(**{"prompt_ids": (), **given, **parameters})
-        if isinstance(plan, str):
-            plan = parse_plan(plan)
         job = prepare_loaded(config, plan)
+        own = None if plan is None else job.plan
         self._end_run("another run has begun")
         tokenizer = load_tokenizer(config.model_path)
-        self._run = Run(job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, plan))
+        self._run = Run(job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, own))
         self._note(f"run: {len(job.ids)} tokens, {job.plan.schedule}, {job.plan.sync_strategy}")
         if not paused:
             self._run.resume()
@@ -121,9 +124,10 @@ class Session(Said):
         `run.restart()` begins this one anew, `session.prefill(…)` another."""
         said = list[str]()
         plan = self._run.plan if self._run else None
+        stuck = self._run.stuck_ranks() if self._run else ()
         if self._run:
             self._run.fail("the session has recovered since: run.restart() begins anew")
-        anew = recover(self.ranks, plan, self._config.backend, said.append)
+        anew = recover(self.ranks, plan, self._config.backend, said.append, stuck)
         self._bare |= set(anew)
         if self.spec and self._bare:
             self._load(sorted(self._bare))
@@ -192,7 +196,8 @@ class Session(Said):
         bars.show()
         self._ensure_whole()
 
-    def _prepare(self, job: Job, plan: Plan | None) -> None:
+    def _prepare(self, job: Job, plan: Plan | None) -> dict[int, int]:
+        """Have all ranks make a prompt ready; the id of each one's plan."""
         self._ensure_whole()
         message = {
             "do": "prepare",
@@ -200,7 +205,10 @@ class Session(Said):
             "ids": list(job.ids),
             "plan": plan.text() if plan else "",
         }
-        self.ranks.ask(dict.fromkeys(range(self.world_size), message), PREPARE_S, self._ensure_whole)
+        answers = self.ranks.ask(
+            dict.fromkeys(range(self.world_size), message), PREPARE_S, self._ensure_whole
+        )
+        return {rank: int(answer["plan_id"], 16) for rank, answer in answers.items()}
 
     def _ensure_whole(self) -> None:
         """Raises RankFailed where a rank is lost."""
@@ -225,21 +233,31 @@ class Session(Said):
                 self._look_after(self._run)
 
     def _look_after(self, run: Run) -> None:
-        failed, silence = run.failure, run.silence
         try:
             run.look()
             run.check()
-        except RankFailed:
+        except (RankFailed, Hung):
             pass  # it is told by whatever the user does next, and by views
         except (RuntimeError, TimeoutError) as error:
             if str(error) != run.message:
                 run.say(str(error))
         while run.said:
             self._note(run.said.pop(0))
-        if run.failure and not failed:
+        self._note_trouble(run)
+
+    def _note_trouble(self, run: Run) -> None:
+        """Put down what is new of failure, silence and standing still, whoever has found it."""
+        before, self._noted = self._noted, (run, run.failure, run.silence, run.hang)
+        failure, silence, hang = before[1:] if before[0] is run else ("", "", "")
+        if run.failure and not failure:
             self._note(run.failure)
             for rank, state in enumerate(self.ranks.ranks):
                 if error_said := state.reports.get("error"):
                     self._note(f"rank {rank}:\n{error_said['traceback']}")
         elif run.silence != silence:
             self._note(run.silence or "all ranks answer again")
+        elif run.hang != hang and not run.failure:
+            told = run.told
+            self._note(str(told) if told else "the run moves again")
+            for rank, stack in told.stacks.items() if told else ():
+                self._note(f"rank {rank} stands at:\n{stack}")

@@ -17,8 +17,24 @@ import dinfer
 
 PACKAGE = Path(dinfer.__file__).parent
 FRONT_DOOR = ""  # dinfer/__init__.py: names from all rooms
-ROOMS = ("config", "plan", "trace", "model", "engine", "session", "views", "magics", "cli", "__main__")
-FORBIDDEN = {"model": set(ROOMS) - {"model"}, "views": {"engine"}}  # though they stand earlier
+ROOMS = (
+    "config",
+    "plan",
+    "trace",
+    "verdict",
+    "model",
+    "engine",
+    "session",
+    "views",
+    "magics",
+    "cli",
+    "__main__",
+)
+FORBIDDEN = {
+    "model": set(ROOMS) - {"model"},
+    "verdict": {"config"},
+    "views": {"engine"},
+}  # though they stand earlier
 PUBLIC = ["__version__", "connect", "load_ipython_extension"]
 MAX_LINES = 350
 
@@ -153,8 +169,8 @@ def test_no_import_cycles() -> None:
     assert nx.is_directed_acyclic_graph(graph), nx.find_cycle(graph)
 
 
-def test_plan_trace_and_config_work_without_torch() -> None:
-    modules = [module for module in MODULES if room_of(module) in {"plan", "trace", "config"}]
+def test_plan_trace_verdict_and_config_work_without_torch() -> None:
+    modules = [module for module in MODULES if room_of(module) in {"plan", "trace", "config", "verdict"}]
     program = """
 import importlib, sys
 
@@ -200,11 +216,11 @@ def test_only_comm_talks_to_torch_distributed() -> None:
     assert others == []
 
 
-def test_plan_uses_the_standard_library_only() -> None:
+def test_plan_and_verdict_use_the_standard_library_only() -> None:
     wrong = [
         f"{module}:{imported.line} imports {imported.name}"
         for module in MODULES
-        if room_of(module) == "plan"
+        if room_of(module) in {"plan", "verdict"}
         for imported in imports_of(module)
         if imported.name.split(".")[0] not in {*sys.stdlib_module_names, "dinfer"}
     ]

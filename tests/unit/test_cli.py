@@ -75,7 +75,9 @@ def test_a_refuted_schedule_has_status_1_and_its_cycle() -> None:
     assert "# refuted: with rendezvous sends these wait for one another for ever: rank 0 sends" in plan.out
     verdict = dinfer("verify", "-", stdin=plan.out)
     assert verdict.status == REFUTED
-    assert f"# {verdict.out}" in plan.out
+    lines = verdict.out.splitlines()
+    assert "\n".join(f"# {line}" for line in lines) in plan.out
+    assert (lines[1][:2], lines[-1][:2]) == ("┌▶", "└─")
 
 
 def test_json_holds_plan_and_verdict() -> None:

@@ -5,7 +5,6 @@ from functools import cached_property
 
 import torch
 
-from dinfer.engine.waits import at_text
 from dinfer.model.fingerprint import fingerprint
 from dinfer.model.text import texts_of
 from dinfer.session.blame import silent_text
@@ -16,6 +15,7 @@ from dinfer.session.kv.states import Attention, Hidden, attention_of, hidden_of
 from dinfer.session.kv.view import KV, kv_of
 from dinfer.session.runs.fleet import RankFailed
 from dinfer.session.runs.sight import Sight
+from dinfer.verdict.words import at_text
 
 POLL_S = 0.05
 

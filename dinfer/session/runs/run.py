@@ -13,12 +13,13 @@ from dinfer.engine.corruption import Corruption
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Unit
 from dinfer.plan.ops import Kind, PlanError
-from dinfer.session.blame import broken, is_certain, silent_text
+from dinfer.session.blame import broken, is_about_a_message, is_certain, silent_text
 from dinfer.session.job import Job
 from dinfer.session.ranks import Ranks
 from dinfer.session.runs.action import action, count_of, unit_of
 from dinfer.session.runs.breaking import Breaking
 from dinfer.session.runs.comparing import Comparing
+from dinfer.session.runs.explaining import Explaining
 from dinfer.session.runs.fleet import RankFailed
 from dinfer.session.runs.inspecting import Inspecting
 from dinfer.session.runs.remote import RemoteFleet
@@ -35,9 +36,9 @@ POLL_S = 0.05
 TOKEN = "token"
 
 
-class Run(Breaking, Comparing, Inspecting):
+class Run(Breaking, Comparing, Explaining, Inspecting):
     """Made by `session.prefill`. `devices` are the ranks'; `prepare` has them make the prompt ready, all lanes at
-    limit 0. Nothing moves before the first action."""
+    limit 0, and gives the id of each one's plan. Nothing moves before the first action."""
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class Run(Breaking, Comparing, Inspecting):
         line: Ranks,
         devices: list[str],
         tokenizer: Any | None,
-        prepare: Callable[[], None],
+        prepare: Callable[[], dict[int, int]],
     ) -> None:
         super().__init__(job, line, devices, tokenizer)
         self._prepare = prepare
@@ -54,8 +55,9 @@ class Run(Breaking, Comparing, Inspecting):
         self._begin()
 
     def _begin(self) -> None:
-        self._prepare()
+        plan_ids = self._prepare()
         self._look_anew()
+        self._watch.plan_ids = plan_ids
         self._broken_at: float | None = None
         self._stepper = Stepper(self._fleet, self.config.timeout) if self.job.verdict.proved else None
 
@@ -188,7 +190,7 @@ class Run(Breaking, Comparing, Inspecting):
     # -- for the session
 
     def check(self) -> None:
-        """Raises RankFailed if the run cannot go on, or not now."""
+        """Raises RankFailed if the run cannot go on, or not now, and Hung where it stands still."""
         if not self.failure and not self.closed:
             self._look_for_failure()
         if self.failure:
@@ -197,6 +199,7 @@ class Run(Breaking, Comparing, Inspecting):
         self.silence = "\n".join(silent_text(self.plan, r, self._line.ranks[r]) for r in silent)
         if self.silence:
             raise RankFailed(self.silence)
+        self.check_moving()
 
     def look(self) -> None:
         """Take in what the ranks have noted. Called often, on the session's thread."""
@@ -208,6 +211,7 @@ class Run(Breaking, Comparing, Inspecting):
             self._generation.hear()
         if self._state() in ("paused", "done") and (met := self._stops.arrived()):
             self.say(met)
+        self.watch()
         self.tell()
 
     def interrupted(self) -> None:
@@ -246,8 +250,11 @@ class Run(Breaking, Comparing, Inspecting):
         exits, now = self._line.exits(), time.monotonic()
         found = broken(self.plan, self._line.ranks, exits, self.config)
         self._broken_at = (self._broken_at or now) if found else None
-        if self._broken_at and (is_certain(self._line.ranks, exits) or now - self._broken_at > GRACE_S):
-            self.failure = found or ""
+        grace = 0.0 if is_certain(self._line.ranks, exits) else GRACE_S
+        if is_about_a_message(self._line.ranks):  # who is to blame shows in where its sender comes to stand
+            grace = GRACE_S
+        if self._broken_at and now - self._broken_at >= grace:
+            self.failure = self._failed(found or "")
 
     def _resume(self) -> None:
         if self._stepper is None:

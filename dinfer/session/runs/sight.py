@@ -46,6 +46,11 @@ class Sight(Acting, Said):
         self._events = [state.events for state in self._line.ranks]
 
     @property
+    def hang(self) -> str:
+        """Why the run does not move, where that is known."""
+        return ""
+
+    @property
     def tokens(self) -> list[int]:
         """New tokens so far, the same on every rank."""
         return list(self._generation.tokens)
@@ -86,7 +91,7 @@ class Sight(Acting, Said):
         return Standing(
             stands if len(stands) == self.world_size else (),
             self._state(),
-            self.failure or self.closed or self.silence or self.message,
+            self.failure or self.closed or self.silence or self.hang or self.message,
             len(self.tokens),
             self.text,
             tuple(self._devices),

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Protocol
 
-from dinfer.engine.waits import at_text
 from dinfer.plan.cut import Cut
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Lane, Plan
+from dinfer.verdict.words import at_text
 
 
 class Stand(Protocol):

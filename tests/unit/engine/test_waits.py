@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dinfer.engine.board import Stand
-from dinfer.engine.waits import at_text, waits_text
+from dinfer.engine.waits import waits_text
 from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
+from dinfer.verdict.words import at_text
 
 SHAPE = partition(layers=4, tokens=8, world_size=2, chunk_size=4)
 

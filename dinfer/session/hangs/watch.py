@@ -1,0 +1,140 @@
+"""Watch: looks after a run that moves, and says why it does not. All that runs while nothing is wrong is cheap.
+
+A lane that has not moved for a second is looked at with what is known; only if that gives a reason to suspect somebody
+are the ranks asked where their threads stand, and only a suspicion that this confirms is told.
+"""
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from dinfer.plan.graph import Graph
+from dinfer.session.hangs.gather import signs_of, sizes_of
+from dinfer.session.hangs.stacks import Stacks, gather
+from dinfer.session.hangs.track import Track
+from dinfer.session.job import Job
+from dinfer.session.ranks import Ranks
+from dinfer.verdict.explain import explain
+from dinfer.verdict.signs import Signs
+from dinfer.verdict.verdict import Verdict
+
+LOOK_S = 0.1
+JUDGE_S = 0.25
+ASK_S = 1.0
+"""how old stacks may be: CPU time, too, takes so long to tell"""
+OPEN_S = 0.9
+"""a lane that waits less than this is not looked at"""
+SUSPECT_AHEAD_S = 1.5
+"""How long before something counts as stuck the ranks are asked for their stacks: CPU time takes a second to tell."""
+AHEAD_S = 0.5
+"""A verdict is to be out within 5 s, which is just when a lane becomes stuck: it is judged as it will be then."""
+QUIET = ("moving", "done", "paused", "held")
+"""kinds that are not told unasked; who is slow in a run that moves is not even looked for"""
+
+
+class Watch:
+    """Of one run. `look` is called often, on one thread; `judge` on any."""
+
+    def __init__(self, job: Job, line: Ranks) -> None:
+        self._job, self._line, self._plan = job, line, job.plan
+        self._sizes = sizes_of(job)
+        self._graph: Graph | None = None
+        self._track = Track(line.world_size)
+        self._stacks: dict[int, Stacks] = {}
+        self._lock = threading.RLock()
+        self._looked_at = self._judged_at = self._asked_at = 0.0
+        self.plan_ids: Mapping[int, int] = {}
+        self.found: Verdict | None = None
+        """what has been told and holds"""
+
+    def look(self, *, decoding: bool, ended: Mapping[int, str]) -> None:
+        """See whether there is something to tell; `found` is that."""
+        now = time.monotonic()
+        if now - self._looked_at < LOOK_S:
+            return
+        self._looked_at = now
+        with self._line.changed:
+            self._track.look(self._line.ranks, now)
+            quiet = [now - state.progressed for state in self._line.ranks] if decoding else []
+        if max(self._track.longest_s(now), *quiet, 0.0) < OPEN_S:
+            self._forget()
+        elif now - self._judged_at >= JUDGE_S:
+            self._judged_at = now
+            self._look_closely(decoding, ended)
+
+    def judge(self, *, decoding: bool, ended: Mapping[int, str], is_moving: bool) -> Verdict:
+        """The verdict as things are now. `is_moving`: the run is meant to move, so that the ranks are to be asked."""
+        with self._lock:
+            with self._line.changed:
+                self._track.look(self._line.ranks, time.monotonic())
+            if is_moving:
+                self._ask(ended)
+            fresh = self._explain(decoding, ended, AHEAD_S, tell_slow=True)
+            told = self.found
+        same = told and (told.kind, told.ranks) == (fresh.kind, fresh.ranks)
+        return replace(fresh, sentence=told.sentence) if told and same else fresh
+
+    def _look_closely(self, decoding: bool, ended: Mapping[int, str]) -> None:
+        with self._lock:
+            if self._explain(decoding, ended, SUSPECT_AHEAD_S).kind in QUIET:
+                self._forget()
+                return
+            if time.monotonic() - self._asked_at >= ASK_S:
+                self._ask(ended)
+            verdict = self._explain(decoding, ended, AHEAD_S)
+            if verdict.kind in QUIET:
+                self.found = None
+            elif self._is_known(verdict.ranks) and not self._is_told(verdict):
+                self.found = verdict
+
+    def _ask(self, ended: Mapping[int, str]) -> None:
+        """Where the threads of all ranks stand that can say so, or be dumped."""
+        states = self._line.ranks
+        living = [rank for rank, state in enumerate(states) if rank not in ended and state.stopped is None]
+        self._stacks = gather(self._line, living)
+        self._asked_at = time.monotonic()
+        for rank, stacks in self._stacks.items():
+            if stacks.cpu_s is not None and states[rank].cpu_s is None:
+                self._track.note_cpu(rank, self._asked_at, stacks.cpu_s)
+
+    def _explain(
+        self, decoding: bool, ended: Mapping[int, str], ahead_s: float, *, tell_slow: bool = False
+    ) -> Verdict:
+        self._graph = self._graph or Graph(self._plan)
+        stacks = {rank: its.text for rank, its in self._stacks.items() if its.text}
+        signs = self._signs(decoding, ended)
+        return explain(
+            self._plan,
+            signs,
+            self._sizes,
+            stacks,
+            graph=self._graph,
+            ahead_s=ahead_s,
+            tell_slow=tell_slow,
+        )
+
+    def _signs(self, decoding: bool, ended: Mapping[int, str]) -> Sequence[Signs]:
+        with self._line.changed:
+            signs = signs_of(self._plan, self._line.ranks, ended, self._track, self._stacks, time.monotonic())
+        if not decoding:  # between two calls of decode nobody is to make a token
+            signs = [replace(its, phase="done") if its.phase == "decode" else its for its in signs]
+        if len(set(self.plan_ids.values())) > 1:
+            signs = [replace(its, plan_id=self.plan_ids.get(rank)) for rank, its in enumerate(signs)]
+        return signs
+
+    def _is_known(self, ranks: Sequence[int]) -> bool:
+        """Whether the CPU time of these has been heard of for long enough to tell whether it moves, if it can be."""
+        return not any(
+            self._track.cpu_moves(rank) is None
+            and (stacks := self._stacks.get(rank))
+            and stacks.cpu_s is not None
+            for rank in ranks
+        )
+
+    def _is_told(self, verdict: Verdict) -> bool:
+        return self.found is not None and (self.found.kind, self.found.ranks) == (verdict.kind, verdict.ranks)
+
+    def _forget(self) -> None:
+        self.found = None
+        self._stacks = {}

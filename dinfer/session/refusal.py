@@ -1,0 +1,37 @@
+"""A plan that was refused because it can hang: the error that a user gets, with the circle drawn."""
+
+import sys
+from html import escape
+
+from dinfer.plan.ops import PlanError
+from dinfer.plan.plan import Plan
+from dinfer.plan.verify import Counterexample
+from dinfer.verdict.proof import counterexample_svg, cycle_text
+
+WAY_OUT = "Nothing was run. Choose another schedule, or pass unsafe=true to watch it hang."
+
+
+class PlanRefused(PlanError):
+    """`counterexample` says why. In a notebook the error comes with a drawing; `error.svg()` is that drawing."""
+
+    def __init__(self, plan: Plan, counterexample: Counterexample) -> None:
+        drawn = cycle_text(counterexample)
+        super().__init__("\n".join(filter(None, (f"{counterexample}.", drawn, WAY_OUT))))
+        self.plan, self.counterexample = plan, counterexample
+
+    def svg(self) -> str:
+        """The ops that the counterexample speaks of, and what each waits for."""
+        return counterexample_svg(self.plan, self.counterexample)
+
+    def _repr_svg_(self) -> str:
+        return self.svg()
+
+    def _repr_html_(self) -> str:
+        return f'<div><pre style="white-space:pre-wrap">{escape(str(self))}</pre>{self.svg()}</div>'
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of a traceback: the message, and, in a notebook, the drawing after it."""
+        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+        if shell is not None and hasattr(shell, "kernel"):
+            shell.display_pub.publish({"image/svg+xml": self.svg(), "text/plain": ""})
+        return [f"PlanRefused: {self}"]

@@ -1,0 +1,69 @@
+"""What a message that was not the one expected says of who went wrong, and how."""
+
+from dinfer.plan.graph import Channel, Graph, channel_of
+from dinfer.plan.ops import Op, parse_op
+from dinfer.plan.plan import Place
+from dinfer.verdict.signs import Came, Raised, Signs
+from dinfer.verdict.waits import Kind, Root
+
+
+def mismatch(graph: Graph, signs: dict[int, Signs], rank: int, raised: Raised) -> Root:
+    """The root of an exception that a message has caused on `rank`. `raised.came` and `raised.op` must be known."""
+    came, op = raised.came, parse_op(raised.op)
+    assert came
+    told = f"at `{op}` rank {rank} got {came.value}, {came.tokens} tokens"
+    if came.plan_id != graph.plan.id:
+        return Root("another plan", op.peer, f"runs another plan (id {came.plan_id:016x}): {told}", rank)
+    if came.value == op.value:
+        return Root(
+            "other size", op.peer, f"sent {op.value} in another size: {told}, {came.nbytes:,} bytes", rank
+        )
+    kind, culprit, text = _order(graph, signs, rank, op, came)
+    return Root(kind, culprit, f"{text}: {told}", op.peer if culprit == rank else rank)
+
+
+def _order(graph: Graph, signs: dict[int, Signs], rank: int, op: Op, came: Came) -> tuple[Kind, int, str]:
+    """Which rule of order was broken, by whom, and how that is said."""
+    channel = channel_of(rank, op)
+    sends, recvs = graph.channels.get(channel, ([], []))
+    expected = _index(graph, recvs, op)
+    number = next((n for n, send in enumerate(sends) if graph.ops[send].value == came.value), None)
+    if number is None or expected is None:
+        return _astray(graph, channel, came)
+    if expected > _passed(graph, signs[rank], recvs):
+        return "out of order", rank, f"receives {op.value} before what comes first"
+    if number < expected:
+        if _is_empty(graph, signs[rank], recvs[number]):
+            return "never received", rank, f"has passed `{graph.ops[recvs[number]]}` and not received it"
+        return "sent twice", op.peer, f"sent {came.value} twice"
+    skipped = _is_empty(graph, signs[op.peer], sends[expected])
+    if skipped or _passed(graph, signs[op.peer], sends) > number:
+        return "never sent", op.peer, f"has passed `{graph.ops[sends[expected]]}` and not sent it"
+    return "out of order", op.peer, f"sent {came.value} before {op.value}"
+
+
+def _astray(graph: Graph, channel: Channel, came: Came) -> tuple[Kind, int, str]:
+    """The channel does not carry that value at all."""
+    for other, (sends, _) in graph.channels.items():
+        if other.source == channel.source and any(graph.ops[send].value == came.value for send in sends):
+            text = f"sent {came.value} to rank {channel.target} in place of rank {other.target}"
+            return "wrong peer", channel.source, text
+    return "out of order", channel.source, f"sent {came.value}, which the plan has nowhere on this link"
+
+
+def _index(graph: Graph, numbers: list[int], op: Op) -> int | None:
+    return next((n for n, number in enumerate(numbers) if graph.ops[number] == op), None)
+
+
+def _passed(graph: Graph, signs: Signs, numbers: list[int]) -> int:
+    """How many of these ops, which are on one lane of the rank, have ended."""
+    return sum(has_passed(signs, graph.place(number)) for number in numbers)
+
+
+def has_passed(signs: Signs, place: Place) -> bool:
+    return place.lane < len(signs.positions) and signs.positions[place.lane] > place.index
+
+
+def _is_empty(graph: Graph, signs: Signs, number: int) -> bool:
+    place = graph.place(number)
+    return (place.lane, place.index) in signs.empty

@@ -1,0 +1,158 @@
+"""From the graph of who waits for whom to the one who is to blame. Pure; where the graph comes from is for others."""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple, get_args
+
+from dinfer.plan.verify import shortest_cycle
+from dinfer.verdict.verdict import Verdict
+from dinfer.verdict.waits import CYCLE_S, Kind, Node, Root, Wait, Waits
+from dinfer.verdict.words import ranks_text
+
+ORDER: dict[Kind, int] = {kind: number for number, kind in enumerate(get_args(Kind))}
+ABOUT_LINKS = ("stalled link", "slow link")
+"""kinds whose text is a sentence by itself"""
+
+
+class _Cause(NamedTuple):
+    """Something that others may wait for, where it lies, and every node that waits for it, with the next on its way."""
+
+    root: Root
+    nodes: tuple[Node, ...]
+    waiting: dict[Node, Node]
+
+    def ranks(self) -> set[int]:
+        return {node.rank for node in self.waiting} | {node.rank for node in self.nodes}
+
+
+def judge(waits: Waits) -> Verdict:
+    """The worst of what is wrong; among equals, what most wait for."""
+    causes = [*_cycle(waits), *_roots(waits)]
+    if not causes:
+        return Verdict("done", "the run is done", waits=waits)
+    first = min(causes, key=lambda cause: (ORDER[cause.root.kind], -len(cause.ranks()), cause.root.rank))
+    kind = first.root.kind
+    if kind in ("moving", "done", "held"):
+        return _quiet(waits, first)
+    chain = _chain(waits, first)
+    culprits = tuple(sorted({n.rank for n in first.nodes})) if kind == "cycle" else (first.root.rank,)
+    blocked = tuple(sorted(first.ranks() - set(culprits)))
+    return Verdict(
+        kind,
+        _sentence(first, blocked),
+        culprits,
+        first.root.peer,
+        blocked,
+        chain,
+        _lines(waits, chain),
+        waits,
+    )
+
+
+def _quiet(waits: Waits, cause: _Cause) -> Verdict:
+    """Nothing is wrong."""
+    root, waiting = cause.root, tuple(sorted(cause.ranks() - {cause.root.rank}))
+    if root.kind == "held" and waiting:
+        chain = _chain(waits, cause)
+        text = _sentence(cause, waiting)
+        return Verdict("held", text, (root.rank,), None, waiting, chain, _lines(waits, chain), waits)
+    kind: Kind = "paused" if root.kind == "held" else root.kind
+    said = {"moving": "the run moves", "paused": "the run stands where it was told to stop"}
+    return Verdict(kind, said.get(kind, "the run is done"), lines=_lines(waits, ()), waits=waits)
+
+
+def _roots(waits: Waits) -> list[_Cause]:
+    """One cause for each node that waits for nobody; the two ends of a link, and all lanes of a rank that have the same
+    root, are one."""
+    by_root: dict[tuple[Kind, int, int | None], list[Node]] = {}
+    for node, wait in waits.items():
+        if wait.root:
+            by_root.setdefault((wait.root.kind, wait.root.rank, wait.root.peer), []).append(node)
+    causes = []
+    for nodes in by_root.values():
+        nodes.sort(key=lambda node: -waits[node].still_s)
+        root = waits[nodes[0]].root
+        assert root
+        causes.append(_Cause(root, tuple(nodes), _waiting(waits, nodes)))
+    return causes
+
+
+def _cycle(waits: Waits) -> list[_Cause]:
+    numbers = {node: number for number, node in enumerate(sorted(waits))}
+    nodes = list(numbers)
+    edges = {numbers[n]: [numbers[to] for to in waits[n].on if to in numbers] for n in nodes}
+    cycle = tuple(nodes[number] for number in shortest_cycle(edges))
+    if not cycle or min(waits[node].still_s for node in cycle) < CYCLE_S:
+        return []
+    root = Root("cycle", cycle[0].rank, "; ".join(f"rank {n.rank} {waits[n].text}" for n in cycle))
+    return [_Cause(root, cycle, _waiting(waits, cycle))]
+
+
+def _waiting(waits: Waits, roots: Sequence[Node]) -> dict[Node, Node]:
+    """Every node that waits, over however many others, for one of these, with the next on the shortest way there."""
+    back: dict[Node, list[Node]] = {}
+    for node, wait in waits.items():
+        for to in wait.on:
+            back.setdefault(to, []).append(node)
+    found: dict[Node, Node] = {}
+    queue = deque(roots)
+    while queue:
+        node = queue.popleft()
+        for before in back.get(node, ()):
+            if before not in found and before not in roots:
+                found[before] = node
+                queue.append(before)
+    return found
+
+
+def _chain(waits: Waits, cause: _Cause) -> tuple[Wait, ...]:
+    """From the rank that is farthest from the root, on the shortest way; of a cycle, the cycle."""
+    if cause.root.kind == "cycle":
+        return tuple(waits[node] for node in cause.nodes)
+    paths = [_path(node, cause) for node in sorted(cause.waiting)] or [[cause.nodes[0]]]
+    longest = max(paths, key=lambda path: (len({node.rank for node in path}), len(path)))
+    return tuple(waits[node] for node in longest)
+
+
+def _path(node: Node, cause: _Cause) -> list[Node]:
+    path = [node]
+    while path[-1] in cause.waiting:
+        path.append(cause.waiting[path[-1]])
+    return path
+
+
+def _sentence(cause: _Cause, blocked: Sequence[int]) -> str:
+    root = cause.root
+    if root.kind == "cycle":
+        text = f"these wait for one another for ever: {root.text}"
+    else:
+        text = root.text if root.kind in ABOUT_LINKS else f"rank {root.rank} {root.text}"
+    if not blocked:
+        return text
+    waits = "waits" if len(blocked) == 1 else "wait"
+    whom = {"cycle": "them"}.get(root.kind, "it")
+    return f"{text}; {ranks_text(blocked)} {waits} for {whom}"
+
+
+def _lines(waits: Waits, chain: Sequence[Wait]) -> tuple[str, ...]:
+    """What each rank does: of its lanes the one on the chain, else the one that holds up the most."""
+    lines = []
+    for rank in sorted({node.rank for node in waits}):
+        mine = [wait for node, wait in waits.items() if node.rank == rank]
+        main = min(mine, key=lambda wait: (wait not in chain, *_urgency(wait)))
+        others = sum(bool(wait.on) for wait in mine if wait is not main)
+        more = f"; {others} more of its lanes wait{'s' * (others == 1)}" if others else ""
+        lines.append(f"rank {rank}: {main}{more}")
+    return tuple(lines)
+
+
+def _urgency(wait: Wait) -> tuple[bool, bool, bool, bool]:
+    op, root = wait.op, wait.root
+    idle = root is not None and root.kind in ("held", "done")
+    is_transfer = op is not None and op.is_transfer and bool(wait.on)
+    return (
+        idle,
+        not is_transfer and root is None,
+        op is not None and op.what == "kv",
+        op is not None and op.kind != "recv",
+    )

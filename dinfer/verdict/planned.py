@@ -1,0 +1,227 @@
+"""From a plan and the ranks' signs of life to the graph of who waits for whom. Nothing here judges the graph."""
+
+from collections.abc import Iterator
+
+from dinfer.plan.graph import NONE
+from dinfer.plan.ops import Op
+from dinfer.plan.plan import Place
+from dinfer.verdict.headers import has_passed, mismatch
+from dinfer.verdict.ranks import Ranks
+from dinfer.verdict.signs import Signs, Sizes
+from dinfer.verdict.waits import RANK, Node, Root, Wait, Waits
+from dinfer.verdict.words import link_text, times_text, value_text, waits_for_text
+
+
+class Planned:
+    """Every lane that has not got to its end, or every rank as a whole that is not in prefill, as a `Wait`."""
+
+    def __init__(self, ranks: Ranks, sizes: Sizes) -> None:
+        self.ranks, self.plan, self.graph, self.signs = ranks, ranks.plan, ranks.graph, ranks.signs
+        self.sizes = sizes
+        self._broken = {rank: root for rank in self.signs if (root := self._broken_by(rank))}
+
+    def waits(self) -> Waits:
+        found: Waits = {}
+        for rank in self.signs:
+            for wait in self._of_rank(rank):
+                found[wait.node] = wait
+        return found
+
+    # -- ranks as a whole
+
+    def _of_rank(self, rank: int) -> Iterator[Wait]:
+        signs = self.signs[rank]
+        if root := self._broken.get(rank):
+            op = self.ranks.main_op(rank)
+            yield Wait(Node(rank), root.text, signs.quiet_s, root=root, op=op)
+        elif not self.ranks.has_lanes(rank):
+            yield self._without_lanes(rank)
+        else:
+            lanes = self.plan.lanes[rank]
+            left = [n for n, lane in enumerate(lanes) if signs.positions[n] < len(lane.ops)]
+            yield from (self._of_lane(rank, lane) for lane in left)
+            if not left:
+                yield self._past_lanes(rank)
+
+    def _broken_by(self, rank: int) -> Root | None:
+        """What is wrong with a rank whatever its lanes do."""
+        signs = self.signs[rank]
+        stood = f" in `{op}`" if (op := self.ranks.main_op(rank)) else f" ({signs.phase})"
+        if signs.raised and not signs.raised.secondary:
+            if signs.raised.came and signs.raised.op:
+                return mismatch(self.graph, self.signs, rank, signs.raised)
+            return Root("exception", rank, _raised_text(signs))
+        if signs.ended:
+            return Root("dead", rank, f"{signs.ended}; it stood{stood}")
+        if signs.is_stopped:
+            return Root("stopped", rank, f"is stopped by a signal or a debugger{stood}")
+        if signs.plan_id is not None and signs.plan_id != self.plan.id:
+            ids = f"id {signs.plan_id:016x}, the others' is {self.plan.id:016x}"
+            return Root("another plan", rank, f"runs another plan ({ids})")
+        if signs.raised:
+            return Root("lost peer", rank, f"lost its connection: {signs.raised.message}")
+        return None
+
+    def _without_lanes(self, rank: int) -> Wait:
+        signs = self.signs[rank]
+        text = f"is {signs.phase}"
+        root = self.ranks.busy(rank, text, signs.quiet_s, 0.0, next(iter(signs.frames.values()), None))
+        return Wait(Node(rank), text, signs.quiet_s, root=root)
+
+    def _past_lanes(self, rank: int) -> Wait:
+        """Prefill is done here. In decode every rank compares each token with all others."""
+        signs = self.signs[rank]
+        if signs.phase != "decode":
+            return Wait(Node(rank), "has done all its ops", signs.quiet_s, root=Root("done", rank, "is done"))
+        behind = [other for other, its in self.signs.items() if _token(its) < _token(signs)]
+        frame = signs.frames.get("decode")
+        if not behind and frame and frame.waits:
+            behind = [o for o, its in self.signs.items() if o != rank and not _waits(its)]
+        if behind:
+            text = f"waits for token {signs.decoded} of {', '.join(f'rank {other}' for other in behind)}"
+            on = tuple(self._node(other) for other in behind)
+            return Wait(Node(rank), text, signs.quiet_s, on, what=f"token {signs.decoded}")
+        text = f"computes token {signs.decoded}"
+        root = self.ranks.busy(rank, text, signs.quiet_s, signs.medians.get("decode", 0.0), frame)
+        return Wait(Node(rank), text, signs.quiet_s, root=root)
+
+    # -- lanes
+
+    def _of_lane(self, rank: int, lane: int) -> Wait:
+        signs = self.signs[rank]
+        op = self.plan.lanes[rank][lane].ops[signs.positions[lane]]
+        still = signs.still_s[lane] if signs.still_s else signs.quiet_s
+        node = Node(rank, lane)
+        if signs.answers is False and op.is_transfer and signs.started[lane]:
+            return self._mute(node, op, still)
+        if not signs.started[lane]:
+            return self._unstarted(node, op, still)
+        if op.is_transfer:
+            return self._transfer(node, op, still)
+        text = f"is in `{op}`"
+        root = self.ranks.busy(rank, text, still, self.ranks.median(rank, op), self.ranks.frame(node))
+        return Wait(node, text, still, root=root, op=op)
+
+    def _mute(self, node: Node, op: Op, still: float) -> Wait:
+        """Of a rank whose Python does not answer: transfers may be over, and its threads cannot say so."""
+        text = f"is in `{op}`, and its Python does not answer"
+        busy = self.ranks.computing(node.rank)
+        if busy is not None:
+            return Wait(node, text, still, (busy,), op=op, what="its own Python")
+        root = self.ranks.busy(node.rank, f"is in `{op}`", still, self.ranks.median(node.rank, op), None)
+        return Wait(node, text, still, root=root, op=op)
+
+    def _unstarted(self, node: Node, op: Op, still: float) -> Wait:
+        signs = self.signs[node.rank]
+        if signs.positions[node.lane] >= signs.limits[node.lane]:
+            text = f"stands before `{op}`, where it was told to stop"
+            return Wait(node, text, still, root=Root("held", node.rank, text), op=op)
+        number = self.ranks.number(node)
+        needs = dict(zip(op.needs(), self.graph.deps[number], strict=True))
+        unmet = {n: maker for n, maker in needs.items() if maker == NONE or not self.ranks.is_done(maker)}
+        if not unmet:
+            text = f"could begin `{op}`"
+            root = self.ranks.busy(node.rank, text, still, 0.0, self.ranks.frame(node))
+            return Wait(node, text, still, root=root, op=op)
+        need, maker = min(unmet.items(), key=lambda item: item[1] != NONE)
+        text = f"cannot begin `{op}` before {need} is here"
+        if maker == NONE:
+            root = Root("never sent", node.rank, f"{text}, which nothing makes", None)
+            return Wait(node, text, still, root=root, op=op)
+        places = (self.graph.place(maker) for maker in unmet.values())
+        on = dict.fromkeys(Node(place.rank, place.lane) for place in places)
+        return Wait(node, text, still, tuple(on), op=op, what=str(need))
+
+    def _transfer(self, node: Node, op: Op, still: float) -> Wait:
+        text, what = waits_for_text(op), value_text(op)
+        detail = link_text(node.rank, op, self.sizes)
+        wait = Wait(node, text, still, op=op, detail=detail, what=what)
+        partner = self.graph.partner[self.ranks.number(node)]
+        if partner == NONE:
+            lacks = f"sends {what} to rank {op.peer}, which nowhere receives it"
+            if op.kind == "recv":
+                lacks = f"waits for {what}, which rank {op.peer} nowhere sends"
+            kind = "never received" if op.kind == "send" else "never sent"
+            return wait._replace(root=Root(kind, node.rank, lacks, op.peer))  # type: ignore[arg-type]
+        place = self.graph.place(partner)
+        if has_passed(self.signs[op.peer], place):
+            return self._passed_by(wait, place)
+        other = self._node(op.peer, place.lane)
+        if other.lane == RANK or not self.ranks.is_at(place):
+            return wait._replace(on=(other,))
+        return self._met(wait, place)
+
+    def _passed_by(self, wait: Wait, place: Place) -> Wait:
+        """Its counterpart has ended, and it has not."""
+        assert wait.op
+        peer, other = place.rank, self.plan.op(place)
+        if not self.ranks.is_ripe(wait.still_s, self.ranks.median(wait.node.rank, wait.op)):
+            return wait._replace(root=Root("moving", peer, f"has just ended `{other}`"))
+        if peer in self._broken:
+            return wait._replace(on=(Node(peer),))
+        if wait.op.kind == "send":
+            text = f"has passed `{other}` and not received it"
+            return wait._replace(root=Root("never received", peer, text, wait.node.rank))
+        if stalled := next(self._stalled(wait.node.rank, peer), None):
+            return wait._replace(on=(stalled,))
+        return wait._replace(
+            root=Root("never sent", peer, f"has passed `{other}` and not sent it", wait.node.rank)
+        )
+
+    def _stalled(self, rank: int, peer: int) -> Iterator[Node]:
+        """Lanes of `rank` in another transfer with that peer of which both ends are there."""
+        signs = self.signs[rank]
+        for number, lane in enumerate(self.plan.lanes[rank]):
+            if signs.positions[number] < len(lane.ops) and signs.started[number]:
+                partner = self.graph.partner[self.ranks.number(Node(rank, number))]
+                if lane.ops[signs.positions[number]].peer == peer and partner != NONE:
+                    yield from [Node(rank, number)] * self.ranks.is_at(self.graph.place(partner))
+
+    def _met(self, wait: Wait, place: Place) -> Wait:
+        """Both ends are there: the fault is in a rank that cannot take part, or on the link between them."""
+        assert wait.op
+        node, op = wait.node, wait.op
+        still = min(wait.still_s, self.ranks.still(place))
+        typical = self.ranks.median(node.rank, op)
+        for end in (node, Node(place.rank, place.lane)):
+            signs, frame = self.signs[end.rank], self.ranks.frame(end)
+            if signs.answers is False or (frame is not None and not frame.waits):
+                busy = self.ranks.computing(end.rank)
+                if busy is not None and signs.answers is False:
+                    return wait._replace(on=(busy,))
+                at = f"is in `{op if end == node else self.plan.op(place)}`"
+                root = self.ranks.busy(end.rank, at, still, typical, frame)
+                return wait._replace(root=root)
+        source, target = (node.rank, op.peer) if op.kind == "send" else (op.peer, node.rank)
+        both = f"the link {source}→{target} has been carrying {wait.what} for {times_text(still, typical)}"
+        if not self.ranks.is_ripe(still, typical):
+            return wait._replace(root=Root("moving", source, both, target))
+        moves = [rank for rank in (source, target) if self.signs[rank].cpu_moves]
+        if any(self.ranks.computing(rank) for rank in moves):  # that CPU time says nothing of the link
+            return wait._replace(root=Root("moving", source, both, target))
+        if moves:
+            return wait._replace(root=Root("slow link", source, f"{both}, and CPU time moves", target))
+        return wait._replace(root=Root("stalled link", source, f"{both}: both ends are there", target))
+
+    def _node(self, rank: int, lane: int = RANK) -> Node:
+        """The node that stands for a lane: the rank's own where it is taken as a whole."""
+        whole = rank in self._broken or not self.ranks.has_lanes(rank) or self.ranks.is_past(rank)
+        return Node(rank) if whole or lane == RANK else Node(rank, lane)
+
+
+def _token(signs: Signs) -> int:
+    """How many tokens it has decoded; a rank that has not begun is behind all."""
+    return signs.decoded if signs.phase == "decode" else -1 if signs.phase != "done" else 1 << 30
+
+
+def _waits(signs: Signs) -> bool:
+    frame = signs.frames.get("decode")
+    return frame is not None and frame.waits
+
+
+def _raised_text(signs: Signs) -> str:
+    assert signs.raised
+    raised = signs.raised
+    at = f" at `{raised.op}`" if raised.op else ""
+    handler = "" if signs.ended else " and now waits in its own handler"
+    return f"raised {raised.message}{at}{handler}"

@@ -1,0 +1,75 @@
+"""Verdict: why a run does not move, or that it does: one sentence, a line per rank, and who waits for whom."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from html import escape
+
+from dinfer.verdict.picture import Arrow, Box, drawing
+from dinfer.verdict.waits import HUNG, Kind, Node, Wait, Waits
+
+
+@dataclass(frozen=True, repr=False)
+class Verdict:
+    """`rank`: the culprit, if it is one rank; `peer`: the other end, where it is about a message or a link; `ranks`:
+    all culprits. `chain` leads from a rank that waits to the root; `lines` are by rank; `waits` is the whole graph."""
+
+    kind: Kind
+    sentence: str
+    ranks: tuple[int, ...] = ()
+    peer: int | None = None
+    blocked: tuple[int, ...] = ()
+    chain: tuple[Wait, ...] = ()
+    lines: tuple[str, ...] = ()
+    waits: Waits = field(default_factory=dict, compare=False)
+    stacks: Mapping[int, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def rank(self) -> int | None:
+        return self.ranks[0] if self.ranks else None
+
+    @property
+    def is_hung(self) -> bool:
+        """Whether the run does not go on by itself."""
+        return self.kind in HUNG
+
+    def __str__(self) -> str:
+        lines = [self.sentence, *(f"  {line}" for line in self.lines)]
+        if len(self.chain) > 1:
+            lines.append(f"chain: {'; '.join(_told(wait) for wait in self.chain)}")
+        for rank in self.ranks:
+            if stack := self.stacks.get(rank):
+                lines += [f"rank {rank}'s Python:", *(f"  {line}" for line in stack.splitlines())]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def svg(self) -> str:
+        """The ranks that wait, the culprits, and what each waits for, as a small picture."""
+        shown = {node: wait for node, wait in self.waits.items() if self._is_shown(node, wait)}
+        ranks = sorted({node.rank for node in shown} | {to.rank for w in shown.values() for to in w.on})
+        boxes = [Box(rank, f"rank {rank}", self._label(rank), rank in self.ranks) for rank in ranks]
+        arrows = {
+            (node.rank, to.rank): Arrow(node.rank, to.rank, wait.what or wait.text)
+            for node, wait in shown.items()
+            for to in wait.on
+            if to.rank != node.rank
+        }
+        return drawing(self.sentence, boxes, list(arrows.values()))
+
+    def _repr_html_(self) -> str:
+        text = f'<pre style="margin:0;white-space:pre-wrap">{escape(str(self))}</pre>'
+        return f"<div>{text}{self.svg() if self.is_hung else ''}</div>"
+
+    def _is_shown(self, node: Node, wait: Wait) -> bool:
+        return bool(wait.on) or (wait.root is not None and node.rank in self.ranks)
+
+    def _label(self, rank: int) -> str:
+        """In a word: the op at which the rank stands."""
+        found = [wait for node, wait in self.waits.items() if node.rank == rank]
+        found.sort(key=lambda wait: (wait.root is None or wait.root.kind != self.kind, not wait.on))
+        return str(found[0].op or found[0].text) if found else ""
+
+
+def _told(wait: Wait) -> str:
+    return f"rank {wait.node.rank} {wait.text}"

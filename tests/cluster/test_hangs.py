@@ -1,0 +1,183 @@
+"""Real engines whose runs stop moving, each for another reason: named unasked, with its line, and got over."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dinfer.session.runs.run import Run
+from dinfer.session.session import Session
+from dinfer.verdict.verdict import Verdict
+from tests.cluster.ipclusters import stock_session
+from tests.cluster.runs import wait_for
+from tests.unit.engine.twin import prompt
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+IDS = tuple(prompt(22))
+TOLD_S = 30.0
+"""a bound for tests on a machine that does much else; what it took is printed"""
+
+_ARM = """
+import ctypes, os, pathlib, signal, time
+from dinfer.engine import handlers
+def broken(state, op, comm, unbroken=handlers.HANDLERS[{kind!r}]):
+    if str(op) == {op!r}:
+        handlers.HANDLERS[{kind!r}] = unbroken
+        path = pathlib.Path({path!r})
+        path.with_suffix(".part").write_text(str(time.monotonic()))
+        path.with_suffix(".part").rename(path)
+        {action}
+    return unbroken(state, op, comm)
+handlers.HANDLERS[{kind!r}] = broken
+"""
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Iterator[Session]:
+    """A session on `ipcluster start -n 3`, with a checkpoint; every test leaves it able to run."""
+    with stock_session(tmp_path_factory.mktemp("hangs"), checkpoints["qwen3"]) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def mended(session: Session) -> Iterator[None]:
+    """A test that fails leaves its mark on no other."""
+    yield
+    if session.run.failure or session.run.silence or session.run.told:
+        session.recover()
+
+
+def begin(session: Session, **parameters: Any) -> Run:
+    return session.prefill(IDS, paused=True, chunk_size=4, max_new_tokens=4, **parameters)
+
+
+def arm(session: Session, rank: int, op: str, action: str, path: Path) -> None:
+    """Have that rank do this, once, when it comes to that op."""
+    source = path.with_name("fault.py")  # a file, so that the line that is stuck can be read
+    source.write_text(_ARM.format(kind=op.split()[0], op=op, action=action, path=str(path)), encoding="utf-8")
+    run = f"exec(compile(open({str(source)!r}).read(), {str(source)!r}, 'exec'), {{}})"
+    cluster = session.ranks.cluster  # type: ignore[attr-defined]  # its ranks are engines
+    cluster.call(rank, "builtins:exec", run, {}, timeout=60)
+
+
+def told(session: Session, run: Run, path: Path | None = None) -> Verdict:
+    """The verdict, once somebody has said it unasked."""
+    before = time.monotonic()
+    wait_for(lambda: run.hang or run.failure or run.silence, f"it is told: {run.where()}", TOLD_S)
+    took = time.monotonic() - (float(path.read_text()) if path else before)
+    verdict = run.verdict()
+    print(f"\n{verdict.kind}, {took:.2f} s after it: {verdict.sentence}")
+    assert run.standing().message.splitlines()[0] == verdict.sentence
+    wait_for(lambda: any(verdict.sentence in line for line in session.log), "the log says it", 10)
+    return verdict
+
+
+def check_goes_on(session: Session) -> None:
+    began = time.monotonic()
+    said = session.recover()
+    print(f"recovered in {time.monotonic() - began:.1f} s: {said}")
+    run = begin(session)
+    run.decode()
+    assert len(set(run.sha256())) == 1
+
+
+def test_a_circle_of_blocking_sends(session: Session) -> None:
+    run = begin(session, schedule="batched", unsafe=True)
+    run.resume()
+    verdict = told(session, run)
+    assert (verdict.kind, verdict.ranks) == ("cycle", (0, 1, 2))
+    assert all("comm.py" in verdict.stacks[rank] for rank in range(3))
+    check_goes_on(session)
+
+
+OP = "layer c2 l3"  # of rank 1
+
+
+def test_a_sleep_in_python(session: Session, tmp_path: Path) -> None:
+    run = begin(session)
+    arm(session, 1, OP, "time.sleep(600)", tmp_path / "struck")
+    run.resume()
+    verdict = told(session, run, tmp_path / "struck")
+    assert (verdict.kind, verdict.rank, verdict.blocked) == ("stuck in Python", 1, (0, 2)), verdict
+    assert f"rank 1 is in `{OP}` and stuck in Python (" in verdict.sentence
+    assert "at `time.sleep(600)` in broken (fault.py:" in verdict.sentence
+    assert set(verdict.stacks) == {0, 1, 2}
+    check_goes_on(session)
+
+
+def test_a_c_call_that_lets_others_go_on(session: Session, tmp_path: Path) -> None:
+    run = begin(session)
+    arm(session, 1, OP, "ctypes.CDLL(None).usleep(600_000_000)", tmp_path / "struck")
+    run.resume()
+    verdict = told(session, run, tmp_path / "struck")
+    assert (verdict.kind, verdict.rank) == ("stuck in C", 1), verdict
+    check_goes_on(session)
+
+
+def test_a_c_call_that_holds_the_interpreter(session: Session, tmp_path: Path) -> None:
+    """The rank cannot say anything; its stacks come all the same."""
+    run = begin(session)
+    arm(session, 1, OP, "ctypes.PyDLL(None).usleep(600_000_000)", tmp_path / "struck")
+    run.resume()
+    verdict = told(session, run, tmp_path / "struck")
+    assert (verdict.kind, verdict.rank) == ("stuck in C", 1), verdict
+    assert "holds the interpreter (the GIL)" in verdict.sentence
+    assert "in broken (fault.py:" in verdict.sentence
+    assert "in broken" in verdict.stacks[1]
+    check_goes_on(session)
+
+
+def test_an_exception_in_a_layer(session: Session, tmp_path: Path) -> None:
+    run = begin(session)
+    arm(session, 1, OP, "raise RuntimeError('boom')", tmp_path / "struck")
+    run.resume()
+    verdict = told(session, run, tmp_path / "struck")
+    assert (verdict.kind, verdict.rank) == ("exception", 1)
+    assert "RuntimeError: boom" in verdict.sentence
+    assert f"`{OP}`" in verdict.sentence
+    check_goes_on(session)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGSTOP, "stopped"), (signal.SIGKILL, "dead")])
+def test_a_rank_that_is_stopped_or_killed(
+    session: Session, tmp_path: Path, number: signal.Signals, kind: str
+) -> None:
+    run = begin(session)
+    arm(session, 1, OP, f"os.kill(os.getpid(), {int(number)}); time.sleep(600)", tmp_path / "struck")
+    run.resume()
+    verdict = told(session, run, tmp_path / "struck")
+    assert (verdict.kind, verdict.rank) == (kind, 1), verdict
+    assert f"in `{OP}`" in verdict.sentence
+    check_goes_on(session)
+
+
+def test_a_rank_that_only_takes_long(session: Session, tmp_path: Path) -> None:
+    """CPU time moves: it is called slow, and nothing is raised."""
+    run = begin(session)
+    arm(
+        session,
+        1,
+        OP,
+        "end = time.monotonic() + 8\n        while time.monotonic() < end: pass",
+        tmp_path / "struck",
+    )
+    run.resume()
+    wait_for(lambda: run.hang, f"it is told: {run.where()}", TOLD_S)
+    verdict = run.verdict()
+    assert (verdict.kind, verdict.rank, verdict.is_hung) == ("computing", 1, False), verdict
+    assert run.wait(60).state == "done"
+
+
+def test_watching_a_run_that_moves_raises_no_alarm(session: Session) -> None:
+    for _ in range(5):
+        run = begin(session)
+        run.resume()
+        run.wait(60)
+        assert run.verdict().kind == "done"
+        assert run.hang == ""

@@ -1,0 +1,64 @@
+"""Since when each lane has not moved, and whether CPU time moves."""
+
+from __future__ import annotations
+
+from dinfer.engine.board import Stand
+from dinfer.session.hangs.track import Track
+from dinfer.session.states import RankState
+
+
+def at(positions: tuple[int, ...], started: tuple[bool, ...], now: float, limit: int = 9) -> RankState:
+    """A rank that was heard of at that moment."""
+    return RankState(stand=Stand(positions, started, (limit,) * len(positions)), progressed=now)
+
+
+def test_each_lane_has_its_own_time() -> None:
+    track = Track(1)
+    track.look([at((0, 0), (True, False), 10.0)], 10.0)
+    track.look([at((0, 1), (True, False), 12.0)], 12.1)
+    assert track.still_s(0, 15.0) == (5.0, 3.0)
+    track.look([at((0, 1), (True, True), 13.0)], 13.0)
+    assert track.still_s(0, 15.0) == (5.0, 2.0)
+    assert track.longest_s(15.0) == 5.0
+
+
+def test_news_that_say_the_same_change_nothing() -> None:
+    track = Track(1)
+    for now in (1.0, 2.0, 3.0):
+        track.look([at((4,), (True,), 1.0)], now)
+    assert track.still_s(0, 3.0) == (2.0,)
+
+
+def test_a_lane_that_is_let_go_begins_anew() -> None:
+    """It has stood for an hour where it was told to: that is no hour in which it was stuck."""
+    track = Track(1)
+    track.look([at((4,), (False,), 1.0, limit=4)], 1.0)
+    assert track.longest_s(3600.0) == 0.0
+    track.look([at((4,), (False,), 3600.0, limit=9)], 3600.0)
+    assert track.still_s(0, 3601.0) == (1.0,)
+
+
+def test_another_run_has_other_lanes() -> None:
+    track = Track(1)
+    track.look([at((4, 5, 6), (True,) * 3, 1.0)], 1.0)
+    track.look([at((0,), (True,), 5.0)], 5.0)
+    assert track.still_s(0, 6.0) == (1.0,)
+    assert Track(2).still_s(1, 6.0) == ()
+
+
+def cpu(track: Track, samples: dict[float, float]) -> bool | None:
+    for now, seconds in samples.items():
+        track.look([RankState(cpu_s=seconds)], now)
+    return track.cpu_moves(0)
+
+
+def test_cpu_time_takes_a_second_to_tell() -> None:
+    assert cpu(Track(1), {}) is None
+    assert cpu(Track(1), {0.0: 1.0, 0.5: 1.0}) is None
+    assert cpu(Track(1), {0.0: 1.0, 0.5: 1.0, 1.0: 1.0}) is False
+    assert cpu(Track(1), {0.0: 1.0, 0.5: 1.4, 1.0: 1.9}) is True
+    assert cpu(Track(1), {0.0: 1.0, 1.0: 1.02}) is False  # what an idle engine uses
+
+
+def test_what_was_long_ago_does_not_count() -> None:
+    assert cpu(Track(1), {n / 2: min(n / 2, 2.0) for n in range(20)}) is False
