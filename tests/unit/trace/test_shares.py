@@ -60,13 +60,8 @@ def test_shares_of_all_ranks() -> None:
 
 def test_a_link_is_told_by_its_exposed_time_and_who_was_late() -> None:
     (link,) = shares(TRACE).links
-    assert link == (
-        0,
-        1,
-        5.0,
-        2.0,
-        1,
-    )  # on the wire 2 of rank 0 and 3 of rank 1; 2 of rank 0 waiting for rank 1
+    # on the wire 2 of rank 0 and 3 of rank 1; 2 of rank 0 waiting for rank 1
+    assert link == LinkShare(0, 1, wire_s=5.0, wait_s=2.0, late=1)
     assert link.exposed_s == 7.0
 
 
