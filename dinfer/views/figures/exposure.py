@@ -9,6 +9,8 @@ from dinfer.trace.shares import Share, shares
 from dinfer.trace.trace import Trace
 from dinfer.views.figures.style import BUBBLE, COMPUTE, WAIT, WIRE, styled
 
+STRIPES = {"fgcolor": WIRE, "fgopacity": 1, "solidity": 0.25, "size": 9}
+
 
 def exposure(trace: Trace, *, dark: bool = False) -> go.Figure:
     """A bar a rank, in parts of its prefill."""
@@ -35,7 +37,7 @@ def _bar(found: list[Share], name: str, take: Any, colour: str, pattern: str) ->
         textangle=0,
         customdata=seconds,
         hovertemplate=f"%{{y}}: {name}, %{{x:.1f}} % (%{{customdata:.3f}} s)<extra></extra>",
-        marker={"color": colour, "pattern": {"shape": pattern, "fgcolor": WIRE, "solidity": 0.35, "size": 8}},
+        marker={"color": colour, "pattern": {"shape": pattern, "fillmode": "overlay", **STRIPES}},
     )
 
 

@@ -21,6 +21,8 @@ from dinfer.views.figures.style import BUBBLE, COMPUTE, WAIT, WIRE, styled
 COLOURS = {"open": BUBBLE, "bubble": BUBBLE, "wait": WAIT, "transfer": WIRE, "compute": COMPUTE}
 """in the order in which they are drawn; `open`: a recv to which nothing has been sent, as a thin line"""
 THIN = 0.2
+BRIDGED = 25
+"""how much coarser the thin lines are, which lie under all others"""
 FINE = 4000
 """into how many parts the time is divided: two ops that lie in one part are not told apart"""
 MOST_ROWS = 42
@@ -85,7 +87,10 @@ def pieces(trace: Trace) -> Pieces:
         found["bubble"][first] = [Piece(start - began, end - began, IDLE) for start, end in share.bubble]
     fine = max((event.end - began for event in trace.prefill()), default=0) // FINE
     return {
-        colour: {row: joined(some, fine) for row, some in by_row.items()} for colour, by_row in found.items()
+        colour: {
+            row: joined(some, fine * (BRIDGED if colour == "open" else 1)) for row, some in by_row.items()
+        }
+        for colour, by_row in found.items()
     }
 
 
@@ -153,9 +158,10 @@ def _line(colour: str, by_row: dict[Row, list[Piece]], rows: Sequence[Row], heig
     x, y, texts = list[float](), list[float](), list[str]()
     for row, some in by_row.items():
         for piece in some:
-            x += [piece.start / 1e9, (piece.start + piece.end) / 2e9, piece.end / 1e9, np.nan]
-            y += [numbers[row]] * 3 + [np.nan]
-            texts += ["", _hover(colour, piece), "", ""]
+            hover = _hover(colour, piece)
+            x += [piece.start / 1e9, piece.end / 1e9, np.nan]
+            y += [numbers[row]] * 2 + [np.nan]
+            texts += [hover, hover, ""]
     return go.Scatter(
         name=colour,
         mode="lines",

@@ -21,7 +21,8 @@ FONT = "system-ui, sans-serif"
 def styled(figure: go.Figure, *, dark: bool, height: int, **layout: Any) -> go.Figure:
     """The figure with dinfer's template, which has no title of its own: the page has it."""
     legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "xanchor": "left"}
-    figure.update_layout(template=template(dark=dark), height=height, legend=legend)
+    figure.layout.template = template(dark=dark)  # in place of plotly's own, not on top of it
+    figure.update_layout(height=height, legend=legend)
     return figure.update_layout(**layout)
 
 
