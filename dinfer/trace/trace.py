@@ -5,6 +5,7 @@ here.
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -89,6 +90,14 @@ class Trace:
     def began(self) -> int:
         """When the first op of the run began, on any rank."""
         return min((event.start for event in self.events), default=0)
+
+    def export(self, form: str = "jsonl", path: str | Path | None = None) -> Path:
+        """Write the trace to a file: "jsonl", an event a line; "perfetto", for ui.perfetto.dev and chrome://tracing. By
+        default `trace.jsonl` or `trace.perfetto.json` here. Raises TraceError for another form, OSError.
+        """
+        from dinfer.trace.export import export
+
+        return export(self, form, path)
 
     def link_figures(self) -> list[LinkFigures]:
         by_link: dict[tuple[int, int], list[Event]] = defaultdict(list)

@@ -19,7 +19,7 @@ from dinfer.session.ranks import Ranks
 from dinfer.session.runs.action import action, count_of, unit_of
 from dinfer.session.runs.fleet import RankFailed
 from dinfer.session.runs.remote import RemoteFleet
-from dinfer.session.runs.sight import Sight
+from dinfer.session.runs.reporting import Reporting
 from dinfer.session.runs.stepper import Move, NoProgress, Stepper
 from dinfer.session.runs.stops import Stops
 from dinfer.session.runs.where import moved_lines
@@ -33,7 +33,7 @@ POLL_S = 0.05
 TOKEN = "token"
 
 
-class Run(Sight):
+class Run(Reporting):
     """Made by `session.prefill`. `devices` are the ranks'; `prepare` has them make the prompt ready, all lanes at
     limit 0. Nothing moves before the first action."""
 
@@ -158,6 +158,9 @@ class Run(Sight):
     def breakpoints(self) -> Breakpoints:
         """Those that are set; `run.breakpoints.clear()` and `.remove(number)` end them."""
         return self._stops.view()
+
+    def breakpoints_set(self) -> Breakpoints:
+        return self.breakpoints
 
     # -- decode
 
