@@ -19,7 +19,7 @@ def report(
 ) -> None:
     """Write a report that opens without network or kernel. Status 0: written; 1: not written; 2: not a trace."""
     try:
-        found = [(Path(path).name, read_traces(path)) for path in traces]
+        found = [(Path(path).stem, read_traces(path)) for path in traces]
     except OSError as error:
         stop(f"the trace {error.filename!r} cannot be read: {error.strerror}.", BAD_INPUT)
     except TraceError as error:

@@ -66,6 +66,8 @@ class Findings:
     hits: tuple[str, ...] = ()
     faults: tuple[str, ...] = ()
     edited: tuple[str, ...] = ()
+    corrupt: tuple[str, ...] = ()
+    """blocks whose bytes have changed on their way or in memory"""
     log: tuple[str, ...] = ()
     commands: dict[str, str] = field(default_factory=dict)
     """what gives this run again, by where it is typed"""
@@ -91,7 +93,7 @@ class Findings:
         return cls(**known)
 
 
-_TUPLES = {"breakpoints", "hits", "faults", "edited", "log", "others", "chunk_texts"}
+_TUPLES = {"breakpoints", "hits", "faults", "edited", "corrupt", "log", "others", "chunk_texts"}
 
 
 def findings_of(trace: Trace) -> Findings:

@@ -32,14 +32,14 @@ def verdict(first: Mapping[str, Any], second: Mapping[str, Any], names: tuple[st
     """Which of two runs was faster, in one sentence; or why their times say nothing."""
     if different := [name for name in SAME if first[name] != second[name]]:
         listed = "; ".join(f"{name} {first[name]} and {second[name]}" for name in different)
-        return f"these are runs of different things, whose times cannot be compared: {listed}"
+        return f"These are runs of different things, whose times cannot be compared: {listed}."
     times = first["prefill_s"], second["prefill_s"]
     if min(times) <= 0:
-        return "one of these runs has no prefill in its trace"
+        return "One of these runs has no prefill in its trace."
     fast, slow = (0, 1) if times[0] <= times[1] else (1, 0)
     factor = times[slow] / times[fast]
     told = f"{names[fast]} took {times[fast]:.3g} s and {names[slow]} {times[slow]:.3g} s"
     if factor < 1.05:
-        return f"{told}: no difference that one run each can tell"
-    exposed = [f"{names[n]} {(first, second)[n]['exposed']:.0%}" for n in (fast, slow)]
-    return f"{told}, {factor:.2f} × as long; exposed communication: {exposed[0]}, {exposed[1]}"
+        return f"{told}: no difference that one run each can tell."
+    exposed = [f"{names[n]} {(first, second)[n]['exposed'] * 100:.0f} %" for n in (fast, slow)]
+    return f"{told}, {factor:.2f} × as long; exposed communication: {exposed[0]}, {exposed[1]}."

@@ -34,6 +34,7 @@ def template(*, dark: bool) -> dict[str, Any]:
         "linecolor": grid,
         "zerolinecolor": grid,
         "automargin": True,
+        "ticks": "",
         "title": {"standoff": 6},
     }
     return {

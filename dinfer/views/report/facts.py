@@ -103,7 +103,7 @@ def layer_table(trace: Trace) -> Table:
 
 
 def rank_table(findings: Findings) -> Table:
-    """Where each rank ran, and what it holds."""
+    """Where each rank ran, and what it holds; columns of which nothing is known are left out."""
     rows = [
         [
             str(rank.rank),
@@ -117,7 +117,8 @@ def rank_table(findings: Findings) -> Table:
         for rank in findings.ranks
     ]
     heads = ["rank", "device", "host", "dtype", "threads", "KV, SHA-256", "new tokens"]
-    return Table(heads, rows, wide=len(heads))
+    known = [column for column in range(len(heads)) if any(row[column] for row in rows)]
+    return Table([heads[n] for n in known], [[row[n] for n in known] for row in rows], wide=len(known))
 
 
 def compared_table(summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
@@ -141,8 +142,8 @@ def compared_table(summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
             str(one["schedule"]),
             str(one["chunk_size"]),
             f"{one['prefill_s']:.3f}",
-            f"{one['exposed']:.1%}",
-            f"{one['bubble']:.1%}",
+            f"{100 * one['exposed']:.1f} %",
+            f"{100 * one['bubble']:.1f} %",
             f"{one['bytes'] / 1e6:,.3f}",
             *("–" if one[key] is None else milliseconds(one[key]) for key in ("p50_s", "p99_s")),
         ]

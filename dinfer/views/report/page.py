@@ -215,9 +215,8 @@ def _comparison(
         return None
     found = [summary(trace) for trace in traces]
     last = len(traces) - 1
-    said = verdict(found[0], found[last], (names[0], names[last]))
     return {
-        "sentence": f"{said[:1].upper()}{said[1:]}.",
+        "sentence": verdict(found[0], found[last], (names[0], names[last])),
         "table": facts.compared_table(list(zip(names, found, strict=True))),
         "sentences": [(run.name, run.sentence) for run in runs],
     }

@@ -22,6 +22,9 @@ def _parts(findings: Findings, found: Shares) -> Iterator[str]:
         yield f"{count} {'fault was' if count == 1 else 'faults were'} armed on purpose"
     if findings.edited:
         yield "values were edited by hand"
+    if findings.corrupt:
+        count = len(findings.corrupt)
+        yield f"bytes of {count} block{'s' * (count > 1)} changed"
     yield kv_part(findings)
     yield from _tokens_part(findings)
     yield exposed_part(found)
