@@ -4,6 +4,7 @@ Whoever ran it fills in what it knows; None, or nothing, means not known, and a 
 prompt, the text that came of it and environment variables are there only where someone has asked for them.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Self
@@ -78,8 +79,9 @@ class Findings:
     environment: dict[str, str] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """Plain values, as JSON has them: lists, no tuples."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return plain
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:

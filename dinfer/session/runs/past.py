@@ -3,7 +3,7 @@
 from typing import Any
 
 from dinfer.session.job import Job
-from dinfer.session.runs.sight import Sight
+from dinfer.session.runs.reporting import Reporting
 from dinfer.trace.summary import summary
 
 
@@ -13,11 +13,11 @@ class Past:
     def __init__(self) -> None:
         self._found: list[tuple[Job, dict[str, Any]]] = []
 
-    def note(self, run: Sight) -> None:
+    def note(self, run: Reporting) -> None:
         """Keep the figures of a run that has ended its prefill with nothing wrong."""
         if run.standing().state == "done" and not run.edited:
             name = f"run {len(self._found) + 1} of this session"
-            self._found.append((run.job, {"name": name, **summary(run.trace)}))
+            self._found.append((run.job, {"name": name, **summary(run.whole_trace())}))
 
     def of(self, job: Job) -> list[dict[str, Any]]:
         """Those of the same prompt and checkpoint, in the order in which they ran."""

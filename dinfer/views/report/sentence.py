@@ -92,4 +92,4 @@ def percent(part: float) -> str:
     """7 %, with one digit more where there is little."""
     if 0 < part < 0.001:
         return "less than 0.1 %"
-    return f"{100 * part:.1f} %" if part < 0.01 else f"{100 * part:.0f} %"
+    return f"{100 * part:.1f} %" if 0 < part < 0.01 else f"{100 * part:.0f} %"
