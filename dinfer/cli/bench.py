@@ -16,7 +16,9 @@ from dinfer.plan.ops import PlanError
 def bench(
     what: Annotated[
         str,
-        typer.Argument(help="prefill; or session: what stepping, recording and a death take on 3 engines"),
+        typer.Argument(
+            help="prefill; session: stepping, recording, a death on 3 engines; views: figures and the report"
+        ),
     ] = "prefill",
     model: Annotated[
         str, typer.Option(help="checkpoint folder; default: random weights, hidden 1024 × 8 layers")
@@ -35,8 +37,20 @@ def bench(
     """Time pairwise, ring, lockstep, no sync and one process side by side on this machine, or --compare two."""
     if what == "prefill":
         _bench_prefill(model, tokens, chunk_size, world_size, threads, repeats, json_path, compare, plot)
+    elif what == "views" and repeats >= 1:
+        _bench_views(repeats, json_path)
     else:
         _bench_session(what, repeats, json_path)
+
+
+def _bench_views(repeats: int, json_path: str) -> None:
+    """`dinfer bench views`; of the options, --repeats and --json are its own too."""
+    from dinfer.views.bench_views import bench_views, table
+
+    result = bench_views(repeats, lambda text: print(text, file=sys.stderr))
+    print(table(result))
+    if json_path:
+        keep_json(result, json_path)
 
 
 def _bench_prefill(
@@ -108,7 +122,10 @@ def _bench_session(what: str, repeats: int, json_path: str) -> None:
     from dinfer.session.result import write_json
 
     if what != "session" or repeats < 1:
-        stop(f"`bench {what} --repeats {repeats}`: bench what? prefill or session, at least once.", BAD_INPUT)
+        stop(
+            f"`bench {what} --repeats {repeats}`: bench what? prefill, session or views, at least once.",
+            BAD_INPUT,
+        )
     try:
         result = bench_session(repeats, lambda text: print(text, file=sys.stderr))
     except RuntimeError as error:

@@ -5,6 +5,7 @@ here.
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -86,7 +87,7 @@ class Trace:
             received_bytes=sum(e.bytes for e in transfers if e.kind == "recv"),
         )
 
-    @property
+    @cached_property
     def began(self) -> int:
         """When the first op of the run began, on any rank."""
         return min((event.start for event in self.events), default=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -161,3 +162,13 @@ def test_in_plain_ipython() -> None:
     assert "moved True" in done.stdout, done.stdout + done.stderr
     assert "knows no 'stop'. Did you mean" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_report_is_written_and_its_place_told(begun: Any, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    assert str(act(begun, f'report "{path}"')) == f"report: {path}"
+    page = path.read_text(encoding="utf-8")
+    assert "The run is not at the end of its prefill" in page
+    assert "Lima" not in page
+    act(begun, f'report "{path}" --prompt')
+    assert "Lima" in path.read_text(encoding="utf-8")
