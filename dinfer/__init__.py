@@ -6,7 +6,10 @@ config → plan → events → trace → views. Importing this package has no si
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dinfer.session.session import Session
+    from dinfer.trace.trace import Trace
 
 __version__ = "0.1.0"
 
@@ -23,7 +26,12 @@ def connect(where: str = "ipyparallel", n: int = 3, **options: Any) -> "Session"
 
         return Panel(session.run)
 
-    return connected(where, n, show=show, **options)
+    def write(trace: "Trace", path: "Path") -> "Path":
+        from dinfer.views.report.page import write_report
+
+        return write_report([trace], path)
+
+    return connected(where, n, show=show, write=write, **options)
 
 
 def load_ipython_extension(shell: Any) -> None:

@@ -17,7 +17,7 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="prefill; digests: prefill with and without; session: stepping, recording, a death on 3 engines"
+            help="prefill; digests: with and without; session: stepping, recording, a death; views: figures, report"
         ),
     ] = "prefill",
     model: Annotated[
@@ -40,8 +40,20 @@ def bench(
     elif what == "digests":
         values = {"model_path": model, "world_size": world_size, "chunk_size": chunk_size, "threads": threads}
         _bench_digests(values, tokens, repeats, json_path)
+    elif what == "views" and repeats >= 1:
+        _bench_views(repeats, json_path)
     else:
         _bench_session(what, repeats, json_path)
+
+
+def _bench_views(repeats: int, json_path: str) -> None:
+    """`dinfer bench views`; of the options, --repeats and --json are its own too."""
+    from dinfer.views.bench_views import bench_views, table
+
+    result = bench_views(repeats, lambda text: print(text, file=sys.stderr))
+    print(table(result))
+    if json_path:
+        keep_json(result, json_path)
 
 
 def _bench_prefill(
@@ -142,7 +154,7 @@ def _bench_session(what: str, repeats: int, json_path: str) -> None:
 
     if what != "session" or repeats < 1:
         stop(
-            f"`bench {what} --repeats {repeats}`: bench what? prefill, digests or session, at least once.",
+            f"`bench {what} --repeats {repeats}`: bench what? prefill, digests, session or views, at least once.",
             BAD_INPUT,
         )
     try:

@@ -66,6 +66,17 @@ def panel(call: Call) -> Any:
 
 
 @magic_arguments()
+@argument("path", nargs="?", default="report.html", help="the file to write (report.html)")
+@argument("--prompt", action="store_true", help="with the prompt and the text that came of it")
+@argument("--environment", action="store_true", help="with this process's environment variables")
+def report(call: Call) -> Text:
+    """Write what is known of the current run to one HTML file."""
+    words = call.words
+    path = call.run.report(words.path, prompt=words.prompt, environment=words.environment)
+    return Text([f"report: {path}"])
+
+
+@magic_arguments()
 @argument("rank", type=int, help="the rank to attach to")
 @argument("--port", type=int, default=0, help="where it listens; by default 5678 + rank")
 def debug(call: Call) -> Any:

@@ -3,6 +3,7 @@
 from dinfer.config import ConfigError
 from dinfer.session.local import LocalRanks
 from dinfer.session.ranks import Ranks
+from dinfer.session.runs.reporting import Write
 from dinfer.session.session import Session, Show
 
 WHERES = ("ipyparallel", "threads")
@@ -18,6 +19,7 @@ def connect(
     timeout: float = 60.0,
     patience: float = 60.0,
     show: Show | None = None,
+    write: Write | None = None,
 ) -> Session:
     """A session with `n` ranks, announced in one line.
 
@@ -27,7 +29,7 @@ def connect(
     """
     if n < 1:
         raise ConfigError(f"n is {n}; a session has at least 1 rank.")
-    session = Session(_ranks(where, n, profile, cluster_id, start, timeout, patience), show)
+    session = Session(_ranks(where, n, profile, cluster_id, start, timeout, patience), show, write)
     print(session)
     return session
 

@@ -19,6 +19,8 @@ from dinfer.session.ranks import Ranks
 from dinfer.session.recovery import meet, recover
 from dinfer.session.runs.explaining import Hung
 from dinfer.session.runs.fleet import RankFailed
+from dinfer.session.runs.past import Past
+from dinfer.session.runs.reporting import Reporter, Write
 from dinfer.session.runs.run import Run
 from dinfer.session.runs.sweep import Sweep, sweep
 from dinfer.session.said import Listening, Said
@@ -30,13 +32,14 @@ Show = Callable[["Session"], Any]
 
 
 class Session(Said):
-    """Made by `dinfer.connect`. `show` makes the panel that `debugger` returns."""
+    """Made by `dinfer.connect`. `show` makes the panel that `debugger` returns, `write` the reports of runs."""
 
-    def __init__(self, ranks: Ranks, show: Show | None = None) -> None:
+    def __init__(self, ranks: Ranks, show: Show | None = None, write: Write | None = None) -> None:
         self.ranks, self.world_size = ranks, ranks.world_size
         self.log: list[str] = []
         self.spec: Spec | None = None
-        self._show = show
+        self._show, self._write = show, write
+        self._past = Past()
         self._run: Run | None = None
         self._config = Config(world_size=self.world_size, log_dir="", prompt_ids=(0,), backend="gloo")
         self._devices = ["cpu"] * self.world_size
@@ -95,6 +98,8 @@ class Session(Said):
         self._end_run("another run has begun")
         tokenizer = load_tokenizer(config.model_path)
         self._run = Run(job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, own))
+        if self._write:
+            self._run.reporter = Reporter(self._write, self.log, lambda: self._past.of(job))
         self._note(f"run: {len(job.ids)} tokens, {job.plan.schedule}, {job.plan.sync_strategy}")
         if not paused:
             self._run.resume()
@@ -219,6 +224,7 @@ class Session(Said):
 
     def _end_run(self, why: str) -> None:
         if self._run:
+            self._past.note(self._run)
             self._run.close(why)
 
     def _note(self, text: str) -> None:

@@ -1,9 +1,12 @@
-"""Traces as files: JSON lines, one event a line after a first line that describes the run."""
+"""Traces as files: JSON lines, one event a line after a first line that describes the run; and for Perfetto."""
 
 import json
+from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 
 from dinfer.trace.events import Event
+from dinfer.trace.perfetto import trace_events
 from dinfer.trace.trace import Trace
 
 FORMAT = "dinfer trace 1"
@@ -13,15 +16,41 @@ class TraceError(ValueError):
     """A file that is not a trace, or only part of one."""
 
 
+def export(trace: Trace, form: str, path: str | Path | None = None) -> Path:
+    """Write the trace in one of FORMS; where it is. Raises TraceError for another form, OSError."""
+    if form not in FORMS:
+        raise TraceError(f"a trace cannot be exported as {form!r}; it must be one of {', '.join(FORMS)}.")
+    name, write = FORMS[form]
+    target = Path(path or name)
+    write(trace, target)
+    return target
+
+
 def write_jsonl(trace: Trace, path: str | Path) -> None:
     """Write the trace; an existing file is replaced only once all is written."""
+    header = {"format": FORMAT, "events": len(trace.events), "about": trace.about}
+    lines = (json.dumps(event.as_dict()) + "\n" for event in trace.events)
+    _write(path, chain([json.dumps(header, ensure_ascii=False) + "\n"], lines))
+
+
+def write_perfetto(trace: Trace, path: str | Path) -> None:
+    """Write the trace as trace-event JSON, replacing a file only once all is written."""
+    _write(path, [json.dumps(trace_events(trace), ensure_ascii=False)])
+
+
+FORMS: dict[str, tuple[str, Callable[[Trace, Path], None]]] = {
+    "jsonl": ("trace.jsonl", write_jsonl),
+    "perfetto": ("trace.perfetto.json", write_perfetto),
+}
+"""by name: the file's default name, and what writes it"""
+
+
+def _write(path: str | Path, pieces: Iterable[str]) -> None:
     target = Path(path)
     part = target.with_name(target.name + ".part")
     try:
         with part.open("w", encoding="utf-8") as file:
-            header = {"format": FORMAT, "events": len(trace.events), "about": trace.about}
-            file.write(json.dumps(header, ensure_ascii=False) + "\n")
-            file.writelines(json.dumps(event.as_dict()) + "\n" for event in trace.events)
+            file.writelines(pieces)
         part.replace(target)
     except OSError:
         part.unlink(missing_ok=True)  # half a trace on a full disk helps nobody

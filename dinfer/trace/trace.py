@@ -5,12 +5,14 @@ here.
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 from dinfer.trace.events import Event
+from dinfer.trace.intervals import length, minus, union
 
-Interval = tuple[int, int]
 COMPUTE = frozenset({"embed", "layer", "norm", "decode"})
 CHECKING = frozenset({"check", "corrupt"})
 """what is said of blocks; apart from prefill"""
@@ -75,26 +77,34 @@ class Trace:
         if not mine:
             raise ValueError(f"rank {rank} has no events in this trace; ranks with events: {self.ranks}.")
         prefill = [event for event in self.prefill() if event.rank == rank]
-        compute = _union((e.met, e.end) for e in prefill if e.kind in COMPUTE)
-        sync = _union((e.met, e.end) for e in prefill if e.what == "kv")
+        compute = union((e.met, e.end) for e in prefill if e.kind in COMPUTE)
+        sync = union((e.met, e.end) for e in prefill if e.what == "kv")
         transfers = [e for e in prefill if e.kind in ("send", "recv")]
         return RankFigures(
             rank=rank,
             prefill_s=_seconds(max((e.end for e in prefill), default=self.began) - self.began),
-            compute_s=_seconds(_length(compute)),
-            exposed_sync_s=_seconds(_length(_minus(sync, compute))),
+            compute_s=_seconds(length(compute)),
+            exposed_sync_s=_seconds(length(minus(sync, compute))),
             decode_s=_seconds(sum(e.busy for e in mine if e.kind == "decode")),
             waiting_s=_seconds(sum(e.waited for e in transfers)),
-            wire_s=_seconds(_length(_union((e.met, e.end) for e in transfers))),
+            wire_s=_seconds(length(union((e.met, e.end) for e in transfers))),
             sent_bytes=sum(e.bytes for e in transfers if e.kind == "send"),
             received_bytes=sum(e.bytes for e in transfers if e.kind == "recv"),
             check_s=_seconds(sum(e.busy for e in mine if e.kind == "check")),
         )
 
-    @property
+    @cached_property
     def began(self) -> int:
         """When the first op of the run began, on any rank."""
         return min((event.start for event in self.events), default=0)
+
+    def export(self, form: str = "jsonl", path: str | Path | None = None) -> Path:
+        """Write the trace to a file: "jsonl", an event a line; "perfetto", for ui.perfetto.dev and chrome://tracing. By
+        default `trace.jsonl` or `trace.perfetto.json` here. Raises TraceError for another form, OSError.
+        """
+        from dinfer.trace.export import export
+
+        return export(self, form, path)
 
     def link_figures(self) -> list[LinkFigures]:
         by_link: dict[tuple[int, int], list[Event]] = defaultdict(list)
@@ -118,7 +128,7 @@ class Trace:
 
 def _link(source: int, target: int, events: list[Event]) -> LinkFigures:
     size = sum(event.bytes for event in events)
-    wire = _seconds(_length(_union((event.met, event.end) for event in events)))
+    wire = _seconds(length(union((event.met, event.end) for event in events)))
     return LinkFigures(
         source=source,
         target=target,
@@ -132,36 +142,3 @@ def _link(source: int, target: int, events: list[Event]) -> LinkFigures:
 
 def _seconds(nanoseconds: float) -> float:
     return nanoseconds / 1e9
-
-
-def _union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same time, as disjoint intervals in order."""
-    merged: list[Interval] = []
-    for start, end in sorted(intervals):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return merged
-
-
-def _minus(intervals: list[Interval], removed: list[Interval]) -> list[Interval]:
-    """The part of `intervals` outside `removed`; both disjoint and in order."""
-    left: list[Interval] = []
-    at = 0
-    for start, end in intervals:
-        while at < len(removed) and removed[at][0] < end:
-            cut_start, cut_end = removed[at]
-            if start < cut_start:
-                left.append((start, cut_start))
-            start = max(start, cut_end)
-            if cut_end > end:
-                break  # the next interval may lie in it too
-            at += 1
-        if start < end:
-            left.append((start, end))
-    return left
-
-
-def _length(intervals: Iterable[Interval]) -> int:
-    return sum(end - start for start, end in intervals)

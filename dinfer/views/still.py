@@ -58,9 +58,10 @@ def map_svg(states: States, owners: Sequence[int], labels: Sequence[str]) -> str
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{max(right + 8, 560)}" height="{bottom + 26}" role="img" '
         'style="background:#fff" font-family="sans-serif" font-size="10">'
-        f'<title>blocks by layer and chunk, each split by rank</title>{paths}<path d="{grid}" stroke="#fff"/>'
+        f"<title>blocks by layer and chunk, each split by rank</title>{paths}"
+        f'<path class="grid" d="{grid}" stroke="#fff"/>'
         f'<path d="{stages}" stroke="#555" stroke-dasharray="3 2"/>'
-        f'<path d="{steps}" fill="none" stroke="#b3125b" stroke-width="2.5"/>'
+        f'<path class="cut" d="{steps}" fill="none" stroke="#b3125b" stroke-width="2.5"/>'
         f"{names}{_legend(bottom + 12)}</svg>"
     )
 
@@ -74,7 +75,7 @@ def _path(states: States, state: int, part: int, down: int) -> str:
         for begin, end in edges.reshape(-1, 2).tolist():
             wide = (end - begin) * part
             pieces.append(f"M{_LEFT + begin * part} {_TOP + layer * down}h{wide}v{down}h-{wide}z")
-    return f'<path d="{"".join(pieces)}" fill="{COLOURS[state]}"/>' if pieces else ""
+    return f'<path class="s{state}" d="{"".join(pieces)}" fill="{COLOURS[state]}"/>' if pieces else ""
 
 
 def _names(states: States, across: int, down: int, labels: Sequence[str]) -> str:
@@ -95,7 +96,9 @@ def _legend(y: int) -> str:
     """One line under the map."""
     pieces, x = [], _LEFT
     for state, name in enumerate(STATES):
-        pieces.append(f'<rect x="{x}" y="{y}" width="10" height="10" fill="{COLOURS[state]}" stroke="#999"/>')
+        pieces.append(
+            f'<rect class="s{state}" x="{x}" y="{y}" width="10" height="10" fill="{COLOURS[state]}" stroke="#999"/>'
+        )
         pieces.append(f'<text x="{x + 14}" y="{y + 9}" fill="#333">{name}</text>')
         x += 26 + 6 * len(name)
     return "".join(pieces)

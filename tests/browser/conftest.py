@@ -76,13 +76,19 @@ def notebook(page: Page, lab: Lab, request: pytest.FixtureRequest) -> OpenNotebo
 
 
 @pytest.fixture
-def shot(page: Page, tmp_path: Path) -> Shot:
-    """Takes pictures of the page."""
+def screenshots(tmp_path: Path) -> Path:
+    """Where pictures are kept."""
     folder = Path(os.environ.get("DINFER_SCREENSHOTS") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def shot(page: Page, screenshots: Path) -> Shot:
+    """Takes pictures of the page."""
 
     def taken(name: str) -> Path:
-        path = folder / f"{name}.png"
+        path = screenshots / f"{name}.png"
         page.screenshot(path=path)
         return path
 

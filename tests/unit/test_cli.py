@@ -15,6 +15,11 @@ import pytest
 from typer.testing import CliRunner
 
 from dinfer.cli import app
+from dinfer.plan.partition import partition
+from dinfer.plan.schedule import build
+from dinfer.trace.export import write_jsonl
+from dinfer.trace.paper import paper_trace
+from dinfer.trace.trace import Trace
 from tests.unit.model.tiny import tiny_checkpoint
 
 SIZES = ("--layers", "5", "--tokens", "10", "--chunk-size", "4")
@@ -312,3 +317,38 @@ def test_a_terminal_that_lacks_a_character_does_not_end_the_command() -> None:
             [sys.executable, "-c", script], capture_output=True, timeout=100, check=True, env=environment
         )
         assert ran.stdout.decode(encoding) == f"{shown}\n"
+
+
+# -- report
+
+
+def test_a_trace_becomes_a_report_and_two_are_compared(tmp_path: Path) -> None:
+    for strategy in ("pairwise", "ring"):
+        plan = build(partition(layers=4, tokens=16, world_size=2, chunk_size=8), "pipelined", strategy)
+        write_jsonl(paper_trace(plan), tmp_path / f"{strategy}.jsonl")
+    one, two = tmp_path / "one.html", tmp_path / "two.html"
+    assert dinfer("report", tmp_path / "ring.jsonl", "-o", one) == Answer(0, f"report: {one}\n", "")
+    assert "Whether the ranks hold the same KV was not checked;" in one.read_text(encoding="utf-8")
+    assert dinfer("report", tmp_path / "pairwise.jsonl", one, "-o", two).status == 0
+    assert re.search(r'<h1 id="verdict">(pairwise|one) took', two.read_text(encoding="utf-8"))
+
+
+def test_what_is_no_trace_becomes_no_report(tmp_path: Path) -> None:
+    (tmp_path / "no.jsonl").write_text("no\n")
+    (tmp_path / "no.html").write_text("<p>no</p>")
+    for given, words in (
+        ("no.jsonl", "is not a trace"),
+        ("no.html", "holds no trace"),
+        ("none", "cannot be read"),
+    ):
+        answer = dinfer("report", tmp_path / given, "-o", tmp_path / "report.html")
+        assert (answer.status, answer.out) == (BAD_INPUT, "")
+        assert words in answer.err
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_report_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    write_jsonl(Trace(()), tmp_path / "trace.jsonl")
+    answer = dinfer("report", tmp_path / "trace.jsonl", "-o", tmp_path / "nowhere" / "report.html")
+    assert answer.status == 1
+    assert "could not be written" in answer.err

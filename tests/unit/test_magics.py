@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -200,3 +201,13 @@ def test_kv_is_looked_at_and_compared(begun: Any) -> None:
     assert str(act(begun, "diff 5 chunk=1 ranks=0,1")) == "both ranks hold the same 1 × 1 blocks, bit for bit"
     with pytest.raises(UsageError, match="there is no layer 9"):
         act(begun, "kv 9")
+
+
+def test_a_report_is_written_and_its_place_told(begun: Any, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    assert str(act(begun, f'report "{path}"')) == f"report: {path}"
+    page = path.read_text(encoding="utf-8")
+    assert "The run is not at the end of its prefill" in page
+    assert "Lima" not in page
+    act(begun, f'report "{path}" --prompt')
+    assert "Lima" in path.read_text(encoding="utf-8")

@@ -1,18 +1,17 @@
 """`dinfer bench session`: what a session costs, and how soon it tells, on engines started for it."""
 
 import os
-import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from dinfer.session.benches.bench import Shape, random_checkpoint
 from dinfer.session.clusters.attach import attach
 from dinfer.session.engines import EngineRanks
+from dinfer.session.machine import processor
 from dinfer.session.runs.run import Run
 from dinfer.session.session import Session
 
@@ -30,7 +29,7 @@ def bench_session(repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
     with _session() as (session, ranks):
         say(session.ranks.describe())
         session.load("demo", threads=1)
-        result = {"machine": _machine(), "n": N, "repeats": repeats}
+        result = {"machine": f"{processor()}, {os.cpu_count()} cores", "n": N, "repeats": repeats}
         result["step"] = _steps(session, ranks)
         say("steps are timed")
         result["events"] = _events(session, repeats)
@@ -200,12 +199,3 @@ def _seconds(call: Callable[[], Any]) -> float:
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
-
-
-def _machine() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"

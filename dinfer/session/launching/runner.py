@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from dinfer.session.finding import findings_of_result
 from dinfer.session.job import Job
 from dinfer.session.launching.processes import Processes
 from dinfer.session.launching.progress import progress_line
@@ -13,6 +14,7 @@ from dinfer.session.result import merge, result_of, table
 from dinfer.session.said import listed
 from dinfer.session.states import RankState
 from dinfer.trace.export import write_jsonl
+from dinfer.trace.findings import with_findings
 
 PROGRESS_S = 0.5
 
@@ -84,6 +86,7 @@ def conclude(
     """Show and keep what the ranks have delivered. Raises RuntimeError if they hold different KV."""
     trace = merge(job, [state.events for state in ranks])
     result = result_of(job, ranks, trace, show.text)
+    trace = with_findings(trace, findings_of_result(job, result))
     show.say(f"\n\n{table(result)}")
     if trace_path:
         show.say(_keep(trace_path, lambda path: write_jsonl(trace, path), "trace"))

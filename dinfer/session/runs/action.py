@@ -14,12 +14,13 @@ class Acting:
     """Something on which actions are done, and those who want to know when it may have changed.
 
     `closed` and `failure` say why no further action is possible, `message` why the last one stopped; `said` are the
-    messages that nobody has put down yet.
+    messages that nobody has put down yet, `story` all of them.
     """
 
     def __init__(self) -> None:
         self.last_call = self.message = self.failure = self.closed = ""
         self.said: list[str] = []
+        self.story: list[str] = []
         self._listeners: list[Callable[[], None]] = []
         self._lock = threading.RLock()
         """held by an action while it is under way"""
@@ -48,6 +49,7 @@ class Acting:
         """Why the last action stopped, also for the log."""
         self.message = message
         self.said.append(message)
+        self.story.append(message)
 
     def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Have `callback()` called, on any thread, whenever something may have changed; what is returned ends that."""

@@ -16,6 +16,8 @@ class Generation:
 
     def __init__(self, line: States, check: Callable[[], None], tokenizer: Any | None) -> None:
         self.tokens: list[int] = []
+        self.by_rank: dict[int, list[int]] = {}
+        """what each rank said that it has, after the last decode"""
         self.text = ""
         self.ended = self.under_way = False
         self._line, self._check, self._tokenizer = line, check, tokenizer
@@ -73,11 +75,12 @@ class Generation:
         meanwhile()
         self._take(answers[0]["tokens"], ended=answers[0]["ended"])
         self._remark = answers[0].get("remark", "")
+        self.by_rank = {rank: answer["tokens"] for rank, answer in answers.items()}
 
     def _take(self, tokens: list[int], *, ended: bool) -> None:
         """These are the tokens now, with their text in whole characters."""
         self._line.new_texts()
-        self.tokens, self.ended = list(tokens), ended
+        self.tokens, self.ended, self.by_rank = list(tokens), ended, {}
         stream = TextStream(self._tokenizer) if self._tokenizer else None
         pieces = [stream.push(token) if stream else f"{token} " for token in self.tokens]
         self.text = "".join(pieces) + (stream.flush() if stream and ended else "")

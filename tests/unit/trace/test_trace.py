@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from random import Random
 
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dinfer.trace.events import Event
-from dinfer.trace.trace import Interval, LinkFigures, RankFigures, Trace, _length, _minus, _union
+from dinfer.trace.trace import LinkFigures, RankFigures, Trace
 
 S = 10**9
 
@@ -161,43 +160,6 @@ def test_merge_does_not_depend_on_who_comes_first(random: Random) -> None:
     for part in parts:
         random.shuffle(part)
     assert Trace.merge(parts, model="demo") == TRACE
-
-
-# -- intervals, compared with sets of seconds
-
-INTERVALS = st.lists(
-    st.tuples(st.integers(0, 30), st.integers(0, 30)).map(lambda ab: (min(ab), max(ab))), max_size=8
-)
-
-
-def seconds(intervals: list[Interval]) -> set[int]:
-    return {second for start, end in intervals for second in range(start, end)}
-
-
-@given(INTERVALS)
-def test_union_is_the_same_time_in_disjoint_intervals(intervals: list[Interval]) -> None:
-    united = _union(intervals)
-    assert seconds(united) == seconds(intervals)
-    assert _length(united) == len(seconds(intervals))
-    assert all(one[1] < other[0] for one, other in pairwise(united))
-
-
-@given(INTERVALS, INTERVALS)
-def test_minus_is_what_lies_in_one_and_not_in_the_other(one: list[Interval], other: list[Interval]) -> None:
-    left = _minus(_union(one), _union(other))
-    assert seconds(left) == seconds(one) - seconds(other)
-    assert _length(left) == len(seconds(left))
-
-
-def test_minus_by_hand() -> None:
-    cases = {
-        ((0, 10),): [(0, 2), (4, 6), (8, 10)],
-        ((3, 5),): [(4, 5)],
-        ((2, 4),): [],
-        ((0, 3), (3, 9)): [(0, 2), (4, 6), (8, 9)],
-    }
-    for intervals, expected in cases.items():
-        assert seconds(_minus(list(intervals), [(2, 4), (6, 8)])) == seconds(expected)
 
 
 def test_figures_use_every_kind_of_compute() -> None:

@@ -201,7 +201,7 @@ def test_an_exception_is_told_as_the_failure_is(session: Session, monkeypatch: p
     assert (verdict.kind, verdict.rank) == ("exception", 1)
     assert "RuntimeError: boom" in verdict.sentence
     assert "`layer c1 l3`" in verdict.sentence
-    assert verdict.blocked == (0, 2)
+    wait_for(lambda: run.verdict().blocked == (0, 2), "the others wait", 20)
     check_told(session, run, verdict.sentence)
 
 

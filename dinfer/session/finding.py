@@ -1,0 +1,59 @@
+"""Finding: what a session knows of a run, as the plain data that its report needs. No ranks are asked here."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from dinfer.config import Config
+from dinfer.plan.lower import lower
+from dinfer.plan.ops import PlanError
+from dinfer.plan.plan import Plan
+from dinfer.plan.schedule import build
+from dinfer.session.job import Job
+from dinfer.session.machine import machine, versions
+from dinfer.session.reproduce import commands, parameters
+from dinfer.trace.findings import Findings, RankFinding
+
+
+def findings_of_job(job: Job, *, prompt: bool = False) -> Findings:
+    """What is known before it runs; the prompt only where asked for."""
+    return Findings(
+        parameters=parameters(job.config),
+        versions=versions(),
+        machine=machine(),
+        proved=job.verdict.proved,
+        proof=str(job.verdict),
+        plan="" if _can_be_built(job.plan, job.config) else job.plan.text(),
+        commands=commands(job.config, prompt=prompt),
+        prompt=job.config.prompt_text() or _numbers(job.ids) if prompt else None,
+    )
+
+
+def findings_of_result(job: Job, result: dict[str, Any]) -> Findings:
+    """What `dinfer run` knows in the end."""
+    ranks = tuple(
+        RankFinding(
+            rank=one["rank"],
+            device=one["device"],
+            host=one["host"],
+            dtype=one["dtype"],
+            threads=one["threads"],
+            kv_sha256=one["kv_sha256"],
+            tokens=tuple(one["tokens"]),
+        )
+        for one in result["ranks"]
+    )
+    return replace(findings_of_job(job), state="done", ranks=ranks)
+
+
+def _can_be_built(plan: Plan, config: Config) -> bool:
+    """Whether shape, schedule and strategy say all of it: it was not edited."""
+    try:
+        made = build(plan.shape, config.schedule, config.sync_strategy)
+        return plan.id in (made.id, lower(made).id)
+    except PlanError:
+        return False
+
+
+def _numbers(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, ids))

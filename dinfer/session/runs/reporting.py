@@ -1,0 +1,146 @@
+"""Reporting: a run as one HTML file. What it looks like is for views, which a session is given; here, what is known."""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dinfer.plan.ops import PlanError
+from dinfer.session.finding import findings_of_job
+from dinfer.session.kv.finding import kv_finding
+from dinfer.session.kv.live import Live
+from dinfer.session.runs.fleet import RankFailed
+from dinfer.session.runs.inspecting import Inspecting
+from dinfer.session.runs.stepper import NoProgress
+from dinfer.session.states import RankRefused
+from dinfer.trace.findings import Findings, KvFinding, RankFinding, with_findings
+from dinfer.trace.trace import Trace
+
+WAIT_S = 0.2
+LATE_S = 2.0
+"""how long news of what has been done may take"""
+Write = Callable[[Trace, Path], Path]
+"""of views: write a report of that run to that file; where it went"""
+
+
+class Reporter(NamedTuple):
+    """What a session lends its run for reports: `others` gives the figures of earlier runs of the same prompt."""
+
+    write: Write
+    log: Sequence[str]
+    others: Callable[[], Sequence[dict[str, Any]]]
+
+
+class Reporting(Inspecting):
+    """Of one run."""
+
+    reporter: Reporter | None = None
+
+    def report(
+        self, path: str | Path = "report.html", *, prompt: bool = False, environment: bool = False
+    ) -> Path:
+        """Write what is known of the run to one HTML file that needs neither network nor kernel; where it is.
+
+        It first waits until the run stands. With `prompt` it holds the prompt and the text that came of it, with
+        `environment` this process's environment variables: look for secrets in them before you pass it on.
+        """
+        if self.reporter is None:
+            raise RuntimeError("this session was made without views: use dinfer.connect(…).")
+        self._until_it_stands()
+        found = self.findings(prompt=prompt, environment=environment)
+        return self.reporter.write(with_findings(self.whole_trace(), found), Path(path))
+
+    def whole_trace(self) -> Trace:
+        """The trace of a run that stands, once the events of what its lanes did last have come, or after a while."""
+        deadline = time.monotonic() + LATE_S
+        with self._line.changed:
+            while not self._is_whole() and time.monotonic() < deadline:
+                self._line.changed.wait(WAIT_S)
+        return self.trace
+
+    def _is_whole(self) -> bool:
+        """Whether each lane's newest event is that of the op before which it stands."""
+        if self.failure:
+            return True  # no more will come
+        for rank, stand in enumerate(self.standing().stands):
+            newest = {event.lane: event.index for event in self._events[rank]}
+            for lane, position in zip(self.plan.lanes[rank], stand.positions, strict=True):
+                if position and newest.get(lane.name) != position - 1:
+                    return False
+        return True
+
+    def findings(self, *, prompt: bool = False, environment: bool = False) -> Findings:
+        """What is known of it now, beside its events."""
+        standing = self.standing()
+        return replace(
+            findings_of_job(self.job, prompt=prompt),
+            made=time.strftime("%Y-%m-%d %H:%M"),
+            state=standing.state,
+            failure=self.failure or self.silence or self.hang,
+            positions=tuple(stand.positions for stand in standing.stands),
+            ranks=self._rank_findings(),
+            message=standing.message,
+            breakpoints=tuple(map(str, self.breakpoints_set())),
+            hits=tuple(self.story),
+            kv=self._kv_finding(labels=prompt),
+            faults=standing.faults,
+            edited=tuple(self.edited),
+            corrupt=tuple(map(str, self.corrupt)),
+            log=tuple(self.reporter.log) if self.reporter else (),
+            others=tuple(self.reporter.others()) if self.reporter else (),
+            text=self.text if prompt else None,
+            chunk_texts=tuple(self.chunk_labels()) if prompt else (),
+            environment=dict(sorted(os.environ.items())) if environment else None,
+        )
+
+    def breakpoints_set(self) -> Iterable[object]:
+        """Those that are set now."""
+        raise NotImplementedError
+
+    def _rank_findings(self) -> tuple[RankFinding, ...]:
+        digests, tokens = self._digests(), self._generation.by_rank
+        return tuple(
+            RankFinding(
+                rank=rank,
+                device=self._devices[rank],
+                threads=self.config.threads,
+                kv_sha256=digests[rank],
+                tokens=tuple(tokens[rank]) if rank in tokens else None,
+                error=state.reports["error"]["traceback"] if "error" in state.reports else "",
+            )
+            for rank, state in enumerate(self._line.ranks)
+        )
+
+    def _kv_finding(self, *, labels: bool) -> KvFinding | None:
+        """None where nothing can be compared, or the ranks do not answer. `labels`: with the text of tokens."""
+        with suppress(
+            RankFailed, RankRefused, TimeoutError, PlanError
+        ):  # the report says that it was not compared
+            if self._state() in ("paused", "done"):
+                now = self.source()
+                return kv_finding(now if labels else Live(replace(now.subject, texts=()), now.line))
+        return None
+
+    def _digests(self) -> list[str]:
+        """Of each rank's KV; empty where prefill is not done or a rank does not answer."""
+        with suppress(RankFailed, RankRefused, TimeoutError):  # the report says that it was not checked
+            if self._state() == "done":
+                return self.sha256()
+        return [""] * self.world_size
+
+    def _until_it_stands(self) -> None:
+        """Also when it has failed or hangs: that above all is to be reported."""
+        with self._line.changed:
+            while self._state() in ("running", "decoding") and not self.silence and self._goes_on():
+                self._line.changed.wait(WAIT_S)
+                self.look()
+
+    def _goes_on(self) -> bool:
+        try:
+            self.check()
+        except (RankFailed, NoProgress):
+            return False
+        return True

@@ -1,0 +1,65 @@
+"""Traces inside a web page, as JSON that no browser runs, and out of it again; a column a field, to be short."""
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from dinfer.trace.events import Event
+from dinfer.trace.export import TraceError, read_jsonl
+from dinfer.trace.trace import Trace
+
+FORMAT = "dinfer trace in columns 1"
+ELEMENT = "dinfer-trace"
+"""the start of the element's id; a number follows"""
+_FIELDS = [item.name for item in fields(Event)]
+_TIMES = ("ready", "start", "met", "end")
+_WORDS = ("lane", "kind", "what")
+_FOUND = re.compile(rf'<script type="application/json" id="{ELEMENT}-\d+">(.*?)</script>', re.DOTALL)
+
+
+def script_json(value: Any) -> str:
+    """JSON that may stand inside a script element: it holds nothing that could end it."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def as_columns(trace: Trace) -> dict[str, Any]:
+    """The trace as plain values. Times count from when the run began; words are numbers of a list."""
+    began = min((event.ready for event in trace.events), default=0)
+    columns: dict[str, Any] = {name: [getattr(event, name) for event in trace.events] for name in _FIELDS}
+    for name in _TIMES:
+        columns[name] = [time - began for time in columns[name]]
+    words = {name: sorted(set(columns[name])) for name in _WORDS}
+    for name in _WORDS:
+        numbers = {word: number for number, word in enumerate(words[name])}
+        columns[name] = [numbers[word] for word in columns[name]]
+    return {"format": FORMAT, "about": trace.about, "began": began, "words": words, "columns": columns}
+
+
+def of_columns(values: dict[str, Any]) -> Trace:
+    """The inverse of `as_columns`."""
+    columns = dict(values["columns"])
+    for name in _TIMES:
+        columns[name] = [time + values["began"] for time in columns[name]]
+    for name in _WORDS:
+        columns[name] = [values["words"][name][number] for number in columns[name]]
+    rows = zip(*(columns[name] for name in _FIELDS), strict=True)
+    return Trace(tuple(Event(**dict(zip(_FIELDS, row, strict=True))) for row in rows), values["about"])
+
+
+def read_traces(path: str | Path) -> list[Trace]:
+    """The traces of a report, or the one of a trace file. Raises TraceError, and OSError for a file not there."""
+    if Path(path).suffix.lower() not in (".html", ".htm"):
+        return [read_jsonl(path)]
+    try:
+        found = [json.loads(text) for text in _FOUND.findall(Path(path).read_text(encoding="utf-8"))]
+        traces = [of_columns(values) for values in found if values["format"] == FORMAT]
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise TraceError(f"{str(path)!r} holds a damaged trace: {type(error).__name__}: {error}.") from None
+    if not traces:
+        raise TraceError(f"{str(path)!r} holds no trace: it is no report of dinfer, or of another version.")
+    return traces

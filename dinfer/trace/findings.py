@@ -1,0 +1,126 @@
+"""Findings: what is known of a run beside its events, as plain data that travels in the trace's `about`.
+
+Whoever ran it fills in what it knows; None, or nothing, means not known, and a report says so or leaves it out. The
+prompt, the text that came of it and environment variables are there only where someone has asked for them.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, Self
+
+from dinfer.trace.trace import Trace
+
+KEY = "findings"
+"""the place in a trace's `about`"""
+Block = Literal["same", "differs", "missing", "not compared"]
+
+
+@dataclass(frozen=True)
+class RankFinding:
+    """One rank. `kv_sha256`: of the KV that it holds of the prompt; `tokens`: the new ones that it generated."""
+
+    rank: int
+    device: str = ""
+    host: str = ""
+    dtype: str = ""
+    threads: int = 0
+    kv_sha256: str = ""
+    tokens: tuple[int, ...] | None = None
+    error: str = ""
+    log: str = ""
+    """the last lines"""
+
+
+@dataclass(frozen=True)
+class KvFinding:
+    """What comparing the KV of all ranks has shown. `grid[rank][layer]`; `differences`: the first or greatest, each a
+    row of a table, all with the same keys."""
+
+    equal: bool
+    sentence: str
+    grid: tuple[tuple[Block, ...], ...] = ()
+    differences: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Findings:
+    """`positions[rank][lane]`: where the lanes stood; `others`: other runs of the same prompt, as
+    `trace.summary.summary` gives them; `plan`: the plan's text, where it is one that the user has made."""
+
+    made: str = ""
+    """when, as text"""
+    state: str = ""
+    failure: str = ""
+    """why it failed, or does not move"""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, str] = field(default_factory=dict)
+    proved: bool | None = None
+    proof: str = ""
+    plan: str = ""
+    positions: tuple[tuple[int, ...], ...] = ()
+    ranks: tuple[RankFinding, ...] = ()
+    kv: KvFinding | None = None
+    message: str = ""
+    breakpoints: tuple[str, ...] = ()
+    hits: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
+    edited: tuple[str, ...] = ()
+    corrupt: tuple[str, ...] = ()
+    """blocks whose bytes have changed on their way or in memory"""
+    log: tuple[str, ...] = ()
+    commands: dict[str, str] = field(default_factory=dict)
+    """what gives this run again, by where it is typed"""
+    others: tuple[dict[str, Any], ...] = ()
+    prompt: str | None = None
+    text: str | None = None
+    chunk_texts: tuple[str, ...] = ()
+    environment: dict[str, str] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON has them: lists, no tuples."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return plain
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """From plain values; what a later version has added is left out."""
+        known = _known(cls, values)
+        for name in _TUPLES & known.keys():
+            known[name] = tuple(known[name])
+        known["positions"] = tuple(map(tuple, known.get("positions", ())))
+        known["ranks"] = tuple(_rank(rank) for rank in known.get("ranks", ()))
+        known["kv"] = _kv(known["kv"]) if known.get("kv") else None
+        return cls(**known)
+
+
+_TUPLES = {"breakpoints", "hits", "faults", "edited", "corrupt", "log", "others", "chunk_texts"}
+
+
+def findings_of(trace: Trace) -> Findings:
+    """What the trace says of its run."""
+    return Findings.of(trace.about.get(KEY, {}))
+
+
+def with_findings(trace: Trace, findings: Findings) -> Trace:
+    """The trace with these findings in it."""
+    return replace(trace, about={**trace.about, KEY: findings.as_dict()})
+
+
+def _known(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    names = {item.name for item in fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _rank(values: Mapping[str, Any]) -> RankFinding:
+    known = _known(RankFinding, values)
+    if known.get("tokens") is not None:
+        known["tokens"] = tuple(known["tokens"])
+    return RankFinding(**known)
+
+
+def _kv(values: Mapping[str, Any]) -> KvFinding:
+    known = _known(KvFinding, values)
+    grid = tuple(map(tuple, known.get("grid", ())))
+    return KvFinding(**{**known, "grid": grid, "differences": tuple(known.get("differences", ()))})

@@ -1,0 +1,44 @@
+"""Intervals of time: disjoint (start, end) pairs in order, joined, cut and measured. Plain integers, no events."""
+
+from collections.abc import Iterable
+
+Interval = tuple[int, int]
+
+
+def union(intervals: Iterable[Interval]) -> list[Interval]:
+    """The same time, as disjoint intervals in order."""
+    merged: list[Interval] = []
+    for start, end in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def minus(intervals: list[Interval], removed: list[Interval]) -> list[Interval]:
+    """The part of `intervals` outside `removed`; both disjoint and in order."""
+    left: list[Interval] = []
+    at = 0
+    for start, end in intervals:
+        while at < len(removed) and removed[at][0] < end:
+            cut_start, cut_end = removed[at]
+            if start < cut_start:
+                left.append((start, cut_start))
+            start = max(start, cut_end)
+            if cut_end > end:
+                break  # the next interval may lie in it too
+            at += 1
+        if start < end:
+            left.append((start, end))
+    return left
+
+
+def common(intervals: list[Interval], others: list[Interval]) -> list[Interval]:
+    """The time that lies in both; both disjoint and in order."""
+    return minus(intervals, minus(intervals, others))
+
+
+def length(intervals: Iterable[Interval]) -> int:
+    """How much time that is."""
+    return sum(end - start for start, end in intervals)

@@ -1,0 +1,139 @@
+"""Shares: what each rank's prefill went into: computing, data on the wire, data waiting for a peer, or nothing. Pure.
+
+Of two things at once the first counts: computing hides communication. Time in which no rank had an op to do, because
+someone had stopped the run, counts for nothing.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from dinfer.trace.intervals import Interval, common, length, minus, union
+from dinfer.trace.pauses import pauses
+from dinfer.trace.trace import COMPUTE, Trace
+from dinfer.trace.transfers import Link, Transfer, by_link, transfers
+
+COLLECTIVES = frozenset({"all_gather", "broadcast", "all_reduce", "barrier"})
+
+
+class Share(NamedTuple):
+    """One rank's prefill, as disjoint intervals of the trace's clock, which together are all of it.
+
+    `compute`: it computed. Else, `wire`: data came or went. Else, `wait`: data lay ready, at this rank or for it, and
+    one side had not come. Else, `bubble`: it had nothing to do until another rank had computed something. `hidden`:
+    data on the wire while it computed; part of `compute`.
+    """
+
+    rank: int
+    compute: list[Interval]
+    wire: list[Interval]
+    wait: list[Interval]
+    bubble: list[Interval]
+    hidden: list[Interval]
+
+    @property
+    def prefill_s(self) -> float:
+        return sum(_seconds(part) for part in (self.compute, self.wire, self.wait, self.bubble))
+
+    @property
+    def exposed_s(self) -> float:
+        """Seconds of communication in which it computed nothing."""
+        return _seconds(self.wire) + _seconds(self.wait)
+
+    @property
+    def communication_s(self) -> float:
+        """Seconds of communication, exposed or not."""
+        return self.exposed_s + _seconds(self.hidden)
+
+
+class LinkShare(NamedTuple):
+    """How long a link's two ranks computed nothing for it, together; `late`: the rank that was mostly waited for."""
+
+    source: int
+    target: int
+    wire_s: float
+    wait_s: float
+    late: int | None
+
+    @property
+    def exposed_s(self) -> float:
+        return self.wire_s + self.wait_s
+
+
+class Shares(NamedTuple):
+    """Of all ranks, and of all links, the most exposed first."""
+
+    ranks: list[Share]
+    links: list[LinkShare]
+
+    @property
+    def exposed(self) -> float:
+        """The part of prefill that was exposed communication, over all ranks."""
+        return _part(sum(rank.exposed_s for rank in self.ranks), sum(rank.prefill_s for rank in self.ranks))
+
+    @property
+    def bubble(self) -> float:
+        """The part of prefill in which ranks waited for others to compute."""
+        bubble = sum(_seconds(rank.bubble) for rank in self.ranks)
+        return _part(bubble, sum(rank.prefill_s for rank in self.ranks))
+
+    @property
+    def exposed_communication(self) -> float:
+        """The part of communication that no computing hid."""
+        exposed = sum(rank.exposed_s for rank in self.ranks)
+        return _part(exposed, sum(rank.communication_s for rank in self.ranks))
+
+
+def shares(trace: Trace) -> Shares:
+    """What prefill went into."""
+    found = transfers(trace)
+    stopped = pauses(trace)
+    ranks = [_share(trace, rank, found, stopped) for rank in trace.ranks]
+    ranks = [share for share in ranks if share.prefill_s > 0]
+    exposed = {share.rank: (share.wire, share.wait) for share in ranks}
+    links = [_link_share(link, of_link, exposed) for link, of_link in by_link(found).items()]
+    return Shares(ranks, sorted(links, key=lambda link: -link.exposed_s))
+
+
+def _share(trace: Trace, rank: int, found: list[Transfer], stopped: list[Interval]) -> Share:
+    mine = [event for event in trace.prefill() if event.rank == rank]
+    began, ended = trace.began, max((event.end for event in mine), default=trace.began)
+    prefill = minus([(began, ended)], stopped)
+    computing = union((event.met, event.end) for event in mine if event.kind in COMPUTE)
+    of_rank = [one for one in found if rank in one.link]
+    together = [event for event in mine if event.kind in COLLECTIVES]
+    moving = union([*((t.met, t.end) for t in of_rank), *((e.met, e.end) for e in together)])
+    ready = union([*((t.offered, t.met) for t in of_rank), *((e.start, e.met) for e in together)])
+    compute, rest = common(prefill, computing), minus(prefill, computing)
+    wire, rest = common(rest, moving), minus(rest, moving)
+    wait, bubble = common(rest, ready), minus(rest, ready)
+    return Share(rank, compute, wire, wait, bubble, common(compute, moving))
+
+
+def _link_share(
+    link: Link, found: list[Transfer], exposed: dict[int, tuple[list[Interval], list[Interval]]]
+) -> LinkShare:
+    moving = union((one.met, one.end) for one in found)
+    ready = union((one.offered, one.met) for one in found)
+    ends = [exposed[rank] for rank in link if rank in exposed]
+    return LinkShare(
+        *link,
+        wire_s=sum(_seconds(common(wire, moving)) for wire, _ in ends),
+        wait_s=sum(_seconds(common(wait, ready)) for _, wait in ends),
+        late=_latest(found),
+    )
+
+
+def _latest(found: Iterable[Transfer]) -> int | None:
+    """The rank that the transfers of one link have waited for longest."""
+    waited: dict[int | None, int] = {}
+    for one in found:
+        waited[one.late] = waited.get(one.late, 0) + one.waited
+    return max(waited, key=lambda rank: waited[rank]) if any(waited.values()) else None
+
+
+def _seconds(intervals: Iterable[Interval]) -> float:
+    return length(intervals) / 1e9
+
+
+def _part(some: float, all_of_it: float) -> float:
+    return some / all_of_it if all_of_it > 0 else 0.0

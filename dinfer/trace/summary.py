@@ -1,0 +1,45 @@
+"""Summary: a run in one row of figures, to be set beside other runs. Pure."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dinfer.trace.shares import shares
+from dinfer.trace.trace import Trace
+from dinfer.trace.transfers import spread, transfers
+
+SAME = ("model", "layers", "tokens", "world_size")
+"""what runs must have in common to be compared in time"""
+
+
+def summary(trace: Trace) -> dict[str, Any]:
+    """Prefill of all ranks, in seconds, parts of 1 and bytes; None where nothing was sent."""
+    found, sent = shares(trace), transfers(trace)
+    latency = spread(one.latency for one in sent) if sent else None
+    return {
+        **{name: trace.about.get(name) for name in (*SAME, "sync_strategy", "schedule", "chunk_size")},
+        "prefill_s": max((rank.prefill_s for rank in found.ranks), default=0.0),
+        "exposed": found.exposed,
+        "bubble": found.bubble,
+        "exposed_communication": found.exposed_communication,
+        "bytes": sum(one.bytes for one in sent),
+        "transfers": len(sent),
+        "p50_s": latency and latency.p50,
+        "p99_s": latency and latency.p99,
+    }
+
+
+def verdict(first: Mapping[str, Any], second: Mapping[str, Any], names: tuple[str, str]) -> str:
+    """Which of two runs was faster, in one sentence; or why their times say nothing."""
+    if different := [name for name in SAME if first[name] != second[name]]:
+        listed = "; ".join(f"{name} {first[name]} and {second[name]}" for name in different)
+        return f"These are runs of different things, whose times cannot be compared: {listed}."
+    times = first["prefill_s"], second["prefill_s"]
+    if min(times) <= 0:
+        return "One of these runs has no prefill in its trace."
+    fast, slow = (0, 1) if times[0] <= times[1] else (1, 0)
+    factor = times[slow] / times[fast]
+    told = f"{names[fast]} took {times[fast]:.3g} s and {names[slow]} {times[slow]:.3g} s"
+    if factor < 1.05:
+        return f"{told}: no difference that one run each can tell."
+    exposed = [f"{names[n]} {(first, second)[n]['exposed'] * 100:.0f} %" for n in (fast, slow)]
+    return f"{told}, {factor:.2f} × as long; exposed communication: {exposed[0]}, {exposed[1]}."

@@ -1,0 +1,142 @@
+"""Transfers: what went over each link, a send and its recv put together; and how long that took, in percentiles. Pure.
+
+Where only one end is in the trace, what that end saw stands for both.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from math import ceil
+from typing import NamedTuple
+
+from dinfer.trace.events import Event
+from dinfer.trace.trace import Trace
+
+Link = tuple[int, int]
+"""(source rank, target rank)"""
+
+
+class Transfer(NamedTuple):
+    """One message. Times are nanoseconds of the trace's clock.
+
+    `offered`: the payload was there and its send had begun. `met`: the other side had come as well. `end`: the receiver
+    had it. Each difference is of times that one rank took. `late`: the rank that came last, where that is known.
+    """
+
+    source: int
+    target: int
+    what: str
+    chunk: int | None
+    layer: int | None
+    bytes: int
+    offered: int
+    met: int
+    end: int
+    late: int | None
+
+    @property
+    def link(self) -> Link:
+        return self.source, self.target
+
+    @property
+    def waited(self) -> int:
+        """Nanoseconds between there being something to send and both sides being there."""
+        return self.met - self.offered
+
+    @property
+    def wire(self) -> int:
+        """Nanoseconds on the wire."""
+        return self.end - self.met
+
+    @property
+    def latency(self) -> int:
+        return self.end - self.offered
+
+
+class Spread(NamedTuple):
+    """Percentiles of durations, in seconds."""
+
+    number: int
+    p50: float
+    p90: float
+    p99: float
+    longest: float
+
+
+def transfers(trace: Trace) -> list[Transfer]:
+    """All messages of prefill whose two ranks are known, in the order in which they arrived.
+
+    The nth send of a block on a link belongs to its nth recv: after going back, a block travels again.
+    """
+    sends: dict[tuple[object, ...], list[Event]] = defaultdict(list)
+    recvs: dict[tuple[object, ...], list[Event]] = defaultdict(list)
+    for event in trace.prefill():
+        if event.peer is None:
+            continue
+        if event.kind == "send":
+            sends[event.rank, event.peer, event.what, event.chunk, event.layer].append(event)
+        elif event.kind == "recv":
+            recvs[event.peer, event.rank, event.what, event.chunk, event.layer].append(event)
+    found = [
+        _transfer(_at(sends[key], n), _at(recvs[key], n))
+        for key in {**sends, **recvs}
+        for n in range(max(len(sends[key]), len(recvs[key])))
+    ]
+    return sorted(found, key=lambda one: (one.end, one.source, one.target))
+
+
+def _at(events: Sequence[Event], number: int) -> Event | None:
+    return events[number] if number < len(events) else None
+
+
+def _transfer(send: Event | None, recv: Event | None) -> Transfer:
+    seen = recv or send
+    assert seen is not None
+    assert seen.peer is not None
+    source, target = (seen.peer, seen.rank) if seen.kind == "recv" else (seen.rank, seen.peer)
+    waited = (send or seen).waited
+    late = None
+    if send and recv:
+        late = source if send.start > recv.start else target
+    return Transfer(
+        source=source,
+        target=target,
+        what=seen.what,
+        chunk=seen.chunk,
+        layer=seen.layer,
+        bytes=seen.bytes,
+        offered=seen.met - waited,
+        met=seen.met,
+        end=seen.end,
+        late=late,
+    )
+
+
+def by_link(found: Iterable[Transfer]) -> dict[Link, list[Transfer]]:
+    """The transfers of each link, by link in order."""
+    links: dict[Link, list[Transfer]] = defaultdict(list)
+    for one in found:
+        links[one.link].append(one)
+    return dict(sorted(links.items()))
+
+
+def by_link_and_layer(found: Iterable[Transfer]) -> dict[tuple[Link, int], list[Transfer]]:
+    """Those whose layer is known, by link and layer in order."""
+    layers: dict[tuple[Link, int], list[Transfer]] = defaultdict(list)
+    for one in found:
+        if one.layer is not None:
+            layers[one.link, one.layer].append(one)
+    return dict(sorted(layers.items()))
+
+
+def spread(nanoseconds: Iterable[int]) -> Spread:
+    """Their percentiles. Raises ValueError where there are none."""
+    ordered = sorted(nanoseconds)
+    if not ordered:
+        raise ValueError("no durations, so no percentiles")
+    p50, p90, p99 = (percentile(ordered, share) / 1e9 for share in (0.5, 0.9, 0.99))
+    return Spread(len(ordered), p50, p90, p99, ordered[-1] / 1e9)
+
+
+def percentile(ordered: Sequence[int], share: float) -> int:
+    """The smallest value that at least this share of them does not exceed (nearest rank)."""
+    return ordered[max(0, ceil(share * len(ordered)) - 1)]

@@ -1,0 +1,196 @@
+"""Gantt: what each lane did when: compute, wait, transfer; and bubbles, in which there was nothing to do.
+
+One line with gaps for each of these, however many ops there are; ops too short to be seen apart are one piece.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import plotly.graph_objects as go
+
+from dinfer.trace.events import Event
+from dinfer.trace.pauses import without_pauses
+from dinfer.trace.shares import COLLECTIVES, shares
+from dinfer.trace.trace import COMPUTE as COMPUTING
+from dinfer.trace.trace import Trace
+from dinfer.trace.transfers import transfers
+from dinfer.views.figures.style import BUBBLE, COMPUTE, WAIT, WIRE, styled
+
+COLOURS = {"open": BUBBLE, "bubble": BUBBLE, "wait": WAIT, "transfer": WIRE, "compute": COMPUTE}
+"""in the order in which they are drawn; `open`: a recv to which nothing has been sent, as a thin line"""
+THIN = 0.2
+BRIDGED = 25
+"""how much coarser the thin lines are, which lie under all others"""
+FINE = 4000
+"""into how many parts the time is divided: two ops that lie in one part are not told apart"""
+MOST_ROWS = 42
+IDLE = "nothing to do until another rank has computed"
+
+
+class Piece(NamedTuple):
+    """A coloured stretch of one row. Nanoseconds since the run began."""
+
+    start: int
+    end: int
+    text: str
+    ops: int = 1
+
+
+Row = tuple[int, str]
+"""(rank, lane)"""
+Pieces = dict[str, dict[Row, list[Piece]]]
+"""by colour and row"""
+Offered = dict[tuple[object, ...], int]
+
+
+def gantt(trace: Trace, *, dark: bool = False) -> go.Figure:
+    """Lanes over time, pauses left out; with many ranks, lanes of one kind share a row."""
+    trace = without_pauses(trace)
+    rows = rows_of(trace)
+    found = pieces(trace)
+    height = max(9, min(20, 620 // max(1, len(rows))))
+    figure = go.Figure([_line(colour, found[colour], rows, height) for colour in COLOURS])
+    ends = [event.end - trace.began for event in trace.prefill()]
+    figure.update_xaxes(title={"text": "seconds since the run began"}, range=[0, max(ends, default=0) / 1e9])
+    figure.update_yaxes(
+        tickvals=list(range(len(rows))),
+        ticktext=[f"rank {rank} {lane}" for rank, lane in rows],
+        range=[len(rows) - 0.4, -0.6],
+        showgrid=False,
+        zeroline=False,
+        tickfont={"size": min(12, height)},
+    )
+    return styled(figure, dark=dark, height=105 + height * len(rows), legend_traceorder="reversed")
+
+
+def rows_of(trace: Trace) -> list[Row]:
+    """A row for each lane, a rank's compute first; where those are too many, one for each kind of lane."""
+    lanes = sorted({(event.rank, event.lane) for event in trace.prefill()}, key=_order)
+    if len(lanes) <= MOST_ROWS:
+        return lanes
+    return sorted({(rank, _kind(lane)) for rank, lane in lanes}, key=_order)
+
+
+def pieces(trace: Trace) -> Pieces:
+    """What to draw, with what cannot be told apart put together."""
+    rows, began, offered = rows_of(trace), trace.began, _offered(trace)
+    found: Pieces = {colour: defaultdict(list) for colour in COLOURS}
+    for event in trace.prefill():
+        own = (event.rank, event.lane)
+        row = own if own in rows else (event.rank, _kind(event.lane))
+        for colour, start, end in _parts(event, offered):
+            found[colour][row].append(Piece(start - began, end - began, op_text(event)))
+    for share in shares(trace).ranks:
+        first = next(row for row in rows if row[0] == share.rank)
+        found["bubble"][first] = [Piece(start - began, end - began, IDLE) for start, end in share.bubble]
+    fine = max((event.end - began for event in trace.prefill()), default=0) // FINE
+    return {
+        colour: {
+            row: joined(some, fine * (BRIDGED if colour == "open" else 1)) for row, some in by_row.items()
+        }
+        for colour, by_row in found.items()
+    }
+
+
+def joined(some: Iterable[Piece], fine: int) -> list[Piece]:
+    """Neighbours shorter than `fine` that lie closer than `fine`, as one."""
+    found: list[Piece] = []
+    for piece in sorted(some):
+        last = found[-1] if found else None
+        if (
+            last
+            and piece.end - piece.start < fine
+            and piece.start - last.end < fine
+            and _is_short(last, fine)
+        ):
+            ops = last.ops + piece.ops
+            text = f"{last.text.split(' … ')[0]} … {piece.text}"
+            found[-1] = Piece(last.start, max(last.end, piece.end), text, ops)
+        else:
+            found.append(piece)
+    return found
+
+
+def op_text(event: Event) -> str:
+    """For example `send kv c3 l5 → 1`, as far as it is known."""
+    arrow = "→" if event.kind == "send" else "←"
+    words = [
+        event.kind,
+        event.what,
+        f"c{event.chunk}" * (event.chunk is not None),
+        f"l{event.layer}" * (event.layer is not None),
+        f"{arrow} {event.peer}" * (event.peer is not None),
+    ]
+    return " ".join(filter(None, words))
+
+
+def _parts(event: Event, offered: Offered) -> Iterator[tuple[str, int, int]]:
+    if event.kind in COMPUTING:
+        yield "compute", event.met, event.end
+        return
+    if event.kind in ("send", "recv") or event.kind in COLLECTIVES:
+        begun = max(event.start, offered.get(_key(event), event.start))
+        if begun > event.start:
+            yield "open", event.start, begun
+        if event.met > begun:
+            yield "wait", begun, event.met
+    yield "transfer", event.met, event.end
+
+
+def _offered(trace: Trace) -> Offered:
+    """For each recv, from when on there was something to receive."""
+    return {(*one.link, one.what, one.chunk, one.layer, one.end): one.offered for one in transfers(trace)}
+
+
+def _key(event: Event) -> tuple[object, ...]:
+    return (event.peer, event.rank, event.what, event.chunk, event.layer, event.end)
+
+
+def _is_short(piece: Piece, fine: int) -> bool:
+    """One op that is short, or several that were."""
+    return piece.ops > 1 or piece.end - piece.start < fine
+
+
+def _line(colour: str, by_row: dict[Row, list[Piece]], rows: Sequence[Row], height: int) -> go.Scatter:
+    numbers = {row: number for number, row in enumerate(rows)}
+    x, y, texts = list[float](), list[float](), list[str]()
+    for row, some in by_row.items():
+        for piece in some:
+            hover = _hover(colour, piece)
+            x += [piece.start / 1e9, piece.end / 1e9, np.nan]
+            y += [numbers[row]] * 2 + [np.nan]
+            texts += [hover, hover, ""]
+    return go.Scatter(
+        name=colour,
+        mode="lines",
+        line={
+            "color": COLOURS[colour],
+            "width": height * (THIN if colour == "open" else 0.75),
+            "simplify": False,
+        },
+        showlegend=colour != "open",
+        legendgroup="bubble" if colour == "open" else colour,
+        x=np.array(x, np.float32),
+        y=np.array(y, np.float32),
+        text=texts,
+        hovertemplate="%{text}<extra></extra>",
+        connectgaps=False,
+    )
+
+
+def _hover(colour: str, piece: Piece) -> str:
+    several = f"{piece.ops} ops: " if piece.ops > 1 else ""
+    word = "nothing sent yet," if colour == "open" else f"{colour},"
+    return f"{several}{piece.text}<br>{word} {(piece.end - piece.start) / 1e6:.3g} ms"
+
+
+def _kind(lane: str) -> str:
+    """kv-out:1 → kv; hidden-in → hidden."""
+    return lane.partition(":")[0].partition("-")[0]
+
+
+def _order(row: Row) -> tuple[int, bool, str]:
+    rank, lane = row
+    return rank, lane != "compute", lane

@@ -1,0 +1,179 @@
+"""Latency: how long transfers took, by link: over time, as a distribution, by layer."""
+
+from collections.abc import Callable, Sequence
+from math import ceil, floor, log10
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+from plotly.subplots import make_subplots
+
+from dinfer.trace.pauses import without_pauses
+from dinfer.trace.trace import Trace
+from dinfer.trace.transfers import (
+    Link,
+    Spread,
+    Transfer,
+    by_link,
+    by_link_and_layer,
+    percentile,
+    spread,
+    transfers,
+)
+from dinfer.views.figures.style import SCALE, link_marker, link_name, styled
+
+PER_LINK = 400
+"""points of one link in one plot; beyond that, the slowest of every few"""
+STEPS = 200
+SHORTEST_MS = 0.001
+PARTS: tuple[tuple[str, Callable[[Transfer], int]], ...] = (
+    ("on the wire", lambda one: one.wire),
+    ("waiting for the peer", lambda one: one.waited),
+)
+
+
+def latency(trace: Trace, *, dark: bool = False) -> go.Figure:
+    """Each transfer as two points over the time at which it arrived, pauses left out: on the wire, and waiting for the
+    peer."""
+    trace = without_pauses(trace)
+    links = by_link(transfers(trace))
+    figure = make_subplots(
+        2, 1, shared_xaxes=True, vertical_spacing=0.09, row_titles=[name for name, _ in PARTS]
+    )
+    for link, found in links.items():
+        for row, (name, take) in enumerate(PARTS, 1):
+            figure.add_trace(_points(trace.began, list(links), link, found, name, take), row, 1)
+    for row, (_, take) in enumerate(PARTS, 1):
+        figure.update_yaxes(log_ms(_all(links, take)), row=row, col=1)
+    figure.update_xaxes(range=[0, _seconds_of(trace) * 1.01])
+    figure.update_xaxes(title={"text": "seconds since the run began"}, row=2, col=1)
+    return styled(figure, dark=dark, height=470)
+
+
+def distribution(trace: Trace, *, dark: bool = False) -> go.Figure:
+    """For each link, which part of its transfers took no longer than so many milliseconds."""
+    links = by_link(transfers(trace))
+    names = [name for name, _ in PARTS]
+    figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04, column_titles=names)
+    for link, found in links.items():
+        for column, (name, take) in enumerate(PARTS, 1):
+            figure.add_trace(_steps(list(links), link, found, name, take), 1, column)
+    for column, (_, take) in enumerate(PARTS, 1):
+        figure.update_xaxes(log_ms(_all(links, take)), row=1, col=column)
+    figure.update_yaxes(title={"text": "transfers"}, ticksuffix=" %", row=1, col=1)
+    return styled(figure, dark=dark, height=350, margin={"t": 80}, legend_y=1.1)
+
+
+def layers(trace: Trace, *, dark: bool = False) -> go.Figure:
+    """The 99th percentile of latency, waiting and wire together, of each link and layer."""
+    found = {
+        key: spread(one.latency for one in some) for key, some in by_link_and_layer(transfers(trace)).items()
+    }
+    links = sorted({link for link, _ in found})
+    numbers = sorted({layer for _, layer in found})
+    grid = [[found.get((link, layer)) for layer in numbers] for link in links]
+    heat = go.Heatmap(
+        x=[f"l{number}" for number in numbers],
+        y=[link_name(link) for link in links],
+        z=[[cell and cell.p99 * 1e3 for cell in row] for row in grid],
+        text=[[_cell_text(cell) for cell in row] for row in grid],
+        hovertemplate="%{y} %{x}: %{text}<extra></extra>",
+        colorscale=SCALE,
+        colorbar={"title": {"text": "p99, ms"}},
+        xgap=1,
+        ygap=1,
+    )
+    figure = go.Figure(heat)
+    figure.update_xaxes(showgrid=False, type="category")
+    figure.update_yaxes(showgrid=False, autorange="reversed", type="category")
+    return styled(figure, dark=dark, height=110 + 22 * max(4, len(links)), margin={"t": 15})
+
+
+def _points(
+    began: int,
+    links: Sequence[Link],
+    link: Link,
+    found: list[Transfer],
+    part: str,
+    take: Callable[[Transfer], int],
+) -> go.Scatter:
+    shown = slowest(found, take, PER_LINK)
+    return go.Scatter(
+        name=link_name(link),
+        legendgroup=link_name(link),
+        showlegend=take is PARTS[0][1],
+        mode="markers",
+        marker=link_marker(links, link),
+        x=np.array([(one.end - began) / 1e9 for one in shown], np.float32),
+        y=_milliseconds([take(one) for one in shown]),
+        text=[transfer_text(one) for one in shown],
+        hovertemplate=f"%{{text}}<br>%{{y:.3~f}} ms {part}<extra></extra>",
+    )
+
+
+def _steps(
+    links: Sequence[Link], link: Link, found: list[Transfer], part: str, take: Callable[[Transfer], int]
+) -> go.Scatter:
+    ordered = sorted(map(take, found))
+    shares = np.linspace(0, 1, min(STEPS, len(ordered)) + 1)[1:]
+    return go.Scatter(
+        name=link_name(link),
+        legendgroup=link_name(link),
+        showlegend=take is PARTS[0][1],
+        mode="lines",
+        line={"color": link_marker(links, link)["color"], "shape": "hv"},
+        x=_milliseconds([percentile(ordered, share) for share in shares.tolist()]),
+        y=(shares * 100).astype(np.float32),
+        hovertemplate=f"%{{y:.0f}} % took at most %{{x:.3~f}} ms {part}<extra>{link_name(link)}</extra>",
+    )
+
+
+def slowest(found: list[Transfer], take: Callable[[Transfer], int], most: int) -> list[Transfer]:
+    """The transfers, or where there are more than `most`, the slowest of every few in a row: none that stands out is
+    lost."""
+    step = -(-len(found) // most)
+    return [max(found[at : at + step], key=take) for at in range(0, len(found), max(1, step))]
+
+
+def transfer_text(one: Transfer) -> str:
+    """For example `0→1 kv c3 l5, 65,536 bytes`."""
+    names = [one.what, f"c{one.chunk}" * (one.chunk is not None), f"l{one.layer}" * (one.layer is not None)]
+    return f"{link_name(one.link)} {' '.join(filter(None, names))}, {one.bytes:,} bytes"
+
+
+def _all(links: dict[Link, list[Transfer]], take: Callable[[Transfer], int]) -> NDArray[np.float32]:
+    return _milliseconds([take(one) for found in links.values() for one in found])
+
+
+def _seconds_of(trace: Trace) -> float:
+    return (max((event.end for event in trace.prefill()), default=0) - trace.began) / 1e9
+
+
+def log_ms(values: NDArray[np.float32]) -> dict[str, Any]:
+    """A logarithmic axis of milliseconds that holds these values and at least a decade, with few labels."""
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.1, 1.0)
+    first, last = floor(log10(low)), ceil(log10(max(high, low * 10)))
+    marks = (1, 2, 5) if last - first <= 2 else (1,)
+    ticks = [mark * 10.0**power for power in range(first, last + 1) for mark in marks]
+    names = [f"≤ {SHORTEST_MS:g}" if tick == SHORTEST_MS else f"{tick:g}" for tick in ticks]
+    room = 0.04 * (last - first)
+    return {
+        "type": "log",
+        "title": {"text": "ms"},
+        "tickvals": ticks,
+        "ticktext": names,
+        "range": [log10(low) - room, max(log10(high), log10(low) + 1) + room],
+    }
+
+
+def _milliseconds(nanoseconds: list[int]) -> NDArray[np.float32]:
+    """For a logarithmic axis, which has no place for 0: at least a microsecond."""
+    return np.maximum(np.array(nanoseconds, np.float64) / 1e6, SHORTEST_MS).astype(np.float32)
+
+
+def _cell_text(cell: Spread | None) -> str:
+    if cell is None:
+        return "no transfers"
+    p50, p90, p99, longest = (f"{seconds * 1e3:.3g}" for seconds in cell[1:])
+    return f"p50 {p50}, p90 {p90}, p99 {p99}, longest {longest} ms, {cell.number} transfers"

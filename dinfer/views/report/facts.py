@@ -1,0 +1,180 @@
+"""Facts of a report, drawn from a trace and its findings: plan and map, tables of links, runs side by side. Pure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dinfer.plan.lower import lower
+from dinfer.plan.ops import PlanError
+from dinfer.plan.partition import Shape
+from dinfer.plan.plan import Plan, parse_plan
+from dinfer.plan.schedule import build
+from dinfer.trace.findings import Findings
+from dinfer.trace.trace import Trace
+from dinfer.trace.transfers import Transfer, by_link, by_link_and_layer, spread, transfers
+from dinfer.views.cells import EVERYWHERE, HERE, IN_FLIGHT, NOT_YET, CellMap, States
+from dinfer.views.figures.style import link_name
+
+Row = Sequence[str]
+
+
+class Table(NamedTuple):
+    """Rows of text under heads; `wide`: the columns that hold text rather than numbers."""
+
+    heads: Row
+    rows: Sequence[Row]
+    wide: int = 1
+
+
+class At(NamedTuple):
+    """Where a rank stood."""
+
+    positions: Sequence[int]
+    started: Sequence[bool]
+    limits: Sequence[int]
+
+
+def plan_of(trace: Trace, findings: Findings) -> Plan | None:
+    """The plan of the run: the one that findings hold, or the one that its shape makes, if that is the same one."""
+    about = trace.about
+    if findings.plan:
+        return parse_plan(findings.plan)
+    try:
+        shape = Shape(about["layers"], about["tokens"], about["chunk_size"], tuple(about["stages"]))
+        made = build(shape, about["schedule"], about["sync_strategy"])
+    except (KeyError, TypeError, PlanError):
+        return None
+    wanted = about.get("plan_id")
+    if f"{made.id:016x}" == wanted:
+        return made
+    return _lowered(made, wanted)
+
+
+def _lowered(made: Plan, wanted: str | None) -> Plan | None:
+    """The form that is issued to NCCL, if it is that."""
+    try:
+        lowered = lower(made)
+    except PlanError:
+        return None
+    return lowered if f"{lowered.id:016x}" == wanted else None
+
+
+def owners_of(trace: Trace, plan: Plan | None) -> Sequence[int]:
+    """The rank that owns each layer: by plan, else whoever computed it."""
+    if plan:
+        return plan.shape.owners
+    computed = {event.layer: event.rank for event in trace.prefill() if event.kind == "layer"}
+    layers = 1 + max((layer for layer in computed if layer is not None), default=-1)
+    return [computed.get(layer, 0) for layer in range(layers)]
+
+
+def map_states(trace: Trace, findings: Findings, plan: Plan | None) -> States | None:
+    """What each rank held of each block in the end; None where the trace knows of no blocks."""
+    if plan and findings.positions:
+        at = [At(lanes, (False,) * len(lanes), lanes) for lanes in findings.positions]
+        return CellMap(plan).states(at)
+    held = np.array([trace.received(rank) for rank in trace.ranks], bool)
+    if not held.size:
+        return None
+    held = held.transpose(2, 1, 0)
+    states = np.where(held.any(axis=2, keepdims=True), IN_FLIGHT, NOT_YET).repeat(held.shape[2], axis=2)
+    states[held] = HERE
+    states[held.all(axis=2)] = EVERYWHERE
+    return states.astype(np.uint8)
+
+
+def link_table(trace: Trace) -> Table:
+    """Latency of each link in milliseconds: on the wire and waiting apart, in percentiles."""
+    heads = ["link", "transfers", "MB"]
+    for part in ("wire", "waiting"):
+        heads += [f"{part} {name}" for name in ("p50", "p90", "p99", "longest")]
+    rows = [[link_name(link), *_link_row(found)] for link, found in by_link(transfers(trace)).items()]
+    return Table(heads, rows)
+
+
+def layer_table(trace: Trace) -> Table:
+    """Latency of each link and layer, waiting and wire together."""
+    rows = []
+    for (link, layer), found in by_link_and_layer(transfers(trace)).items():
+        times = spread(one.latency for one in found)
+        rows.append([link_name(link), str(layer), str(times.number), *map(milliseconds, times[1:])])
+    return Table(["link", "layer", "transfers", "p50, ms", "p90, ms", "p99, ms", "longest, ms"], rows)
+
+
+def rank_table(findings: Findings) -> Table:
+    """Where each rank ran, and what it holds; columns of which nothing is known are left out."""
+    rows = [
+        [
+            str(rank.rank),
+            rank.device,
+            rank.host,
+            rank.dtype,
+            str(rank.threads or ""),
+            rank.kv_sha256[:16] or "not checked",
+            "" if rank.tokens is None else str(len(rank.tokens)),
+        ]
+        for rank in findings.ranks
+    ]
+    heads = ["rank", "device", "host", "dtype", "threads", "KV, SHA-256", "new tokens"]
+    known = [column for column in range(len(heads)) if any(row[column] for row in rows)]
+    return Table([heads[n] for n in known], [[row[n] for n in known] for row in rows], wide=len(known))
+
+
+def compared_table(summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    """Runs in rows."""
+    heads = [
+        "run",
+        "strategy",
+        "schedule",
+        "chunk size",
+        "prefill, s",
+        "exposed",
+        "bubble",
+        "MB sent",
+        "p50, ms",
+        "p99, ms",
+    ]
+    rows = [
+        [
+            name,
+            str(one["sync_strategy"]),
+            str(one["schedule"]),
+            str(one["chunk_size"]),
+            f"{one['prefill_s']:.3f}",
+            f"{100 * one['exposed']:.1f} %",
+            f"{100 * one['bubble']:.1f} %",
+            f"{one['bytes'] / 1e6:,.3f}",
+            *("–" if one[key] is None else milliseconds(one[key]) for key in ("p50_s", "p99_s")),
+        ]
+        for name, one in summaries
+    ]
+    return Table(heads, rows, wide=3)
+
+
+def difference_table(findings: Findings) -> Table | None:
+    """The differences in KV, as whoever compared them has described them."""
+    found = findings.kv.differences if findings.kv else ()
+    if not found:
+        return None
+    heads = list(found[0])
+    return Table(heads, [[str(one.get(head, "")) for head in heads] for one in found], wide=len(heads))
+
+
+def pairs(values: Mapping[str, Any]) -> Table:
+    """Names and values."""
+    return Table(["", ""], [[name, _shown(value)] for name, value in values.items()], wide=2)
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.3f}"
+
+
+def _link_row(found: Sequence[Transfer]) -> Row:
+    wire, waited = spread(one.wire for one in found), spread(one.waited for one in found)
+    megabytes = sum(one.bytes for one in found) / 1e6
+    return [str(len(found)), f"{megabytes:,.3f}", *map(milliseconds, (*wire[1:], *waited[1:]))]
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

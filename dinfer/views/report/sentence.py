@@ -1,0 +1,95 @@
+"""The first sentence of a report: what a person should know of a run; what is not known is said so, or left out."""
+
+from collections.abc import Iterator, Sequence
+
+from dinfer.trace.findings import Findings, RankFinding
+from dinfer.trace.shares import LinkShare, Shares
+
+
+def sentence(findings: Findings, found: Shares) -> str:
+    """One sentence, its parts joined by semicolons."""
+    text = "; ".join(_parts(findings, found))
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _parts(findings: Findings, found: Shares) -> Iterator[str]:
+    if findings.failure:
+        yield f"the run failed: {findings.failure.splitlines()[0].rstrip('.')}"
+    elif findings.state in ("paused", "running", "starting"):
+        yield "the run is not at the end of its prefill"
+    if findings.faults:
+        count = len(findings.faults)
+        yield f"{count} {'fault was' if count == 1 else 'faults were'} armed on purpose"
+    if findings.edited:
+        yield "values were edited by hand"
+    if findings.corrupt:
+        count = len(findings.corrupt)
+        yield f"bytes of {count} block{'s' * (count > 1)} changed"
+    yield kv_part(findings)
+    yield from _tokens_part(findings)
+    yield exposed_part(found)
+
+
+def kv_part(findings: Findings) -> str:
+    """Whether the ranks hold the same KV: by comparison, else by their digests."""
+    if findings.kv:
+        return _inside(findings.kv.sentence.rstrip("."))
+    digests = [rank.kv_sha256 for rank in findings.ranks]
+    if not digests or not all(digests):
+        return "whether the ranks hold the same KV was not checked"
+    if len(digests) == 1:
+        return "there is one rank, and so one KV"
+    if len(set(digests)) == 1:
+        return f"all {len(digests)} ranks hold the same KV"
+    return f"{_others(findings.ranks, digests)} other KV than rank {findings.ranks[0].rank}"
+
+
+def _tokens_part(findings: Findings) -> Iterator[str]:
+    """Whether the ranks generated the same tokens; nothing where there was no decode."""
+    tokens = [rank.tokens for rank in findings.ranks]
+    if not any(tokens) or None in tokens:
+        return
+    greedy = "greedy tokens" if findings.parameters.get("temperature") == 0 else "tokens"
+    if len(set(tokens)) == 1:
+        yield f"{greedy} agree"
+    else:
+        yield f"{greedy} differ between ranks"
+
+
+def _others(ranks: Sequence[RankFinding], values: Sequence[object]) -> str:
+    """The ranks whose value is not the first one's, and their verb."""
+    others = [str(rank.rank) for rank, value in zip(ranks, values, strict=True) if value != values[0]]
+    return f"rank {others[0]} holds" if len(others) == 1 else f"ranks {', '.join(others)} hold"
+
+
+def exposed_part(found: Shares) -> str:
+    """How much of prefill was exposed communication, and where most of it was."""
+    if not found.ranks:
+        return "the trace holds no prefill"
+    if not found.links:
+        return "nothing was sent between ranks"
+    if found.exposed == 0:
+        return "no communication of prefill was exposed"
+    first = found.links[0]
+    total = sum(link.exposed_s for link in found.links)
+    most = "most of it" if first.exposed_s > total / 2 else "the largest part of it"
+    return f"{percent(found.exposed)} of prefill was exposed communication, {most} {_where(first)}"
+
+
+def _inside(text: str) -> str:
+    """A sentence as part of another: it begins small, unless with an abbreviation."""
+    return text[:1].lower() + text[1:] if text[1:2].islower() else text
+
+
+def _where(link: LinkShare) -> str:
+    name = f"link {link.source}→{link.target}"
+    if link.wait_s > link.wire_s and link.late is not None:
+        return f"waiting for rank {link.late} on {name}"
+    return f"waiting on {name}" if link.wait_s > link.wire_s else f"on the wire of {name}"
+
+
+def percent(part: float) -> str:
+    """7 %, with one digit more where there is little."""
+    if 0 < part < 0.001:
+        return "less than 0.1 %"
+    return f"{100 * part:.1f} %" if 0 < part < 0.01 else f"{100 * part:.0f} %"

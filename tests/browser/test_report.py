@@ -1,0 +1,169 @@
+"""The report as a person opens it: from disk, in a real Chromium without any network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, Request, Route
+
+from dinfer.trace.trace import Trace
+from dinfer.views.report.page import FIGURES, write_report
+from tests.cluster.runs import wait_for
+from tests.unit.views.reports import HOSTILE, told
+from tests.unit.views.traces import on_paper, recorded
+
+pytestmark = pytest.mark.browser
+
+SCHEMES = ("light", "dark")
+
+
+@dataclass
+class Opened:
+    """A report on a page, and what the browser had to say."""
+
+    page: Page
+    path: Path
+    said: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """Wait until no figure is being drawn."""
+        self.until("document.body.dataset.busy === 'false'")
+
+    def until(self, expression: str) -> None:
+        """Wait until that holds on the page. Playwright's own way has the page evaluate text: refused."""
+        wait_for(lambda: bool(self.page.evaluate(expression)), expression)
+
+    def read_through(self) -> None:
+        """Scroll from top to bottom, as a reader does, until every figure is drawn."""
+        figures = self.page.locator(".drawn")
+        for number in range(figures.count()):
+            figures.nth(number).scroll_into_view_if_needed()
+            self.until(f"document.body.dataset.drawn > {number}")
+        self.settle()
+
+    def is_clean(self) -> None:
+        """Fails where anything was asked for but the file itself, or the console has spoken."""
+        assert self.asked == [self.path.as_uri()]
+        assert self.said == []
+
+
+Open = Callable[..., Opened]
+
+
+@pytest.fixture
+def open_report(browser: Browser, tmp_path: Path) -> Iterator[Open]:
+    """Writes a report and opens it in a context of its own that is offline and refuses every request but the file."""
+    contexts: list[BrowserContext] = []
+
+    def opened(*traces: Trace, scheme: Literal["light", "dark"] = "light") -> Opened:
+        path = write_report(traces, tmp_path / f"report-{len(contexts)}.html")
+        context = browser.new_context(
+            viewport={"width": 1280, "height": 800}, color_scheme=scheme, offline=True
+        )
+        contexts.append(context)
+        found = Opened(context.new_page(), path)
+
+        def on_request(route: Route, request: Request) -> None:
+            found.asked.append(request.url)
+            if request.url == path.as_uri():
+                route.continue_()
+            else:
+                route.abort()
+
+        context.route("**/*", on_request)
+        found.page.on("console", lambda message: found.said.append(message.text))
+        found.page.on("pageerror", lambda error: found.said.append(str(error)))
+        found.page.goto(path.as_uri())
+        found.settle()
+        return found
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", ["recorded", "36x32x3"])
+def test_it_opens_from_disk_with_all_figures_and_nothing_from_outside(
+    open_report: Open, name: str, scheme: Literal["light", "dark"], screenshots: Path
+) -> None:
+    report = open_report(told(recorded() if name == "recorded" else on_paper()), scheme=scheme)
+    verdict = report.page.locator("#verdict")
+    assert "greedy tokens agree" in verdict.inner_text()
+    assert verdict.bounding_box()["y"] < 100  # type: ignore[index]
+    report.read_through()
+    assert report.page.locator(".drawn svg.main-svg").count() >= len(FIGURES)
+    assert report.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    report.is_clean()
+    keep(report.page, screenshots, f"report-{name}-{scheme}")
+
+
+def keep(page: Page, folder: Path, name: str) -> None:
+    """Pictures of a whole page, a window's height each."""
+    height = page.evaluate("document.documentElement.scrollHeight")
+    for number, top in enumerate(range(0, height, 780)):
+        page.evaluate("(top) => window.scrollTo(0, top)", top)
+        page.screenshot(path=folder / f"{name}-{number}.png")
+
+
+def test_figures_follow_light_and_dark(open_report: Open) -> None:
+    report = open_report(told(on_paper(4, 2, 2)))
+    colour = "getComputedStyle(document.querySelector('#run0-exposure .xtick text')).fill"
+    light = report.page.evaluate(colour)
+    report.page.emulate_media(color_scheme="dark")
+    report.until(f"{colour} !== {light!r}")
+    report.settle()
+    assert report.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 27)"
+    report.is_clean()
+
+
+def test_what_a_run_said_does_not_run(open_report: Open) -> None:
+    report = open_report(told(on_paper(4, 2, 2), HOSTILE), told(on_paper(4, 2, 2, "ring"), HOSTILE))
+    report.read_through()
+    assert report.page.title() != "pwned"
+    assert report.page.locator("img").count() == 0
+    assert HOSTILE in report.page.locator("#run0 pre").first.inner_text()
+    report.is_clean()
+
+
+def test_a_script_that_came_in_would_be_stopped(open_report: Open) -> None:
+    """The policy alone holds: an element put into the page by hand runs nothing and fetches nothing."""
+    report = open_report(told(on_paper(4, 2, 2)))
+    report.page.evaluate(
+        """() => {
+            const script = document.createElement("script");
+            script.textContent = "document.title = 'pwned'";
+            const image = document.createElement("img");
+            image.src = "https://example.org/x.png";
+            document.body.append(script, image);
+        }"""
+    )
+    report.until("document.querySelector('img').complete")
+    assert report.page.title() != "pwned"
+    assert report.asked == [report.path.as_uri()]
+    assert any("Content Security Policy" in said for said in report.said)
+
+
+def test_a_gantt_can_be_zoomed_and_told_by_hovering(open_report: Open) -> None:
+    report = open_report(told(recorded()))
+    report.read_through()
+    plot = report.page.locator("#run0-gantt .nsewdrag").first
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    assert box
+    shown = "document.querySelector('#run0-gantt').layout.xaxis.range[1]"
+    before = report.page.evaluate(shown)
+    mouse = report.page.mouse
+    mouse.move(box["x"] + 100, box["y"] + 20)
+    mouse.down()
+    mouse.move(box["x"] + 300, box["y"] + 24, steps=5)
+    mouse.up()
+    report.until(f"{shown} < {before} / 2")
+    mouse.dblclick(box["x"] + 200, box["y"] + 20)
+    report.until(f"Math.abs({shown} - {before}) < 1e-9")
+    report.is_clean()

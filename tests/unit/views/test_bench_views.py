@@ -1,0 +1,38 @@
+"""`dinfer bench views`: what it says; the times themselves are nobody's to assert."""
+
+from __future__ import annotations
+
+import pytest
+
+from dinfer.views import bench_views
+from dinfer.views.bench_views import table
+from dinfer.views.report.page import FIGURES
+
+
+def test_a_machine_without_a_browser_is_told_that_opening_was_not_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench_views, "_opened", lambda *_: None)
+    monkeypatch.setattr(bench_views, "LAYERS", 6)
+    said: list[str] = []
+    result = bench_views.bench_views(1, said.append)
+    lines = table(result).splitlines()
+    assert said == ["figures are timed", "the report is written"]
+    assert [line.split()[0] for line in lines[1:-2]] == list(FIGURES)
+    assert 4_000_000 < result["report"]["bytes"] < 10_000_000
+    assert lines[-1] == f"opening: {bench_views.NEEDED}"
+
+
+def test_opening_is_told_in_its_three_parts() -> None:
+    opened = {"seen_ms": 100.0, "drawn_ms": 1500.0, "all_ms": 3000.0}
+    result = {
+        "machine": {"processor": "P", "cores": "2"},
+        "events": 5925,
+        "repeats": 3,
+        "figures": {"gantt": {"ms": 100.0, "bytes": 1_000_000}},
+        "report": {"write_ms": 500.0, "bytes": 6_500_000, "open": opened},
+    }
+    *_, report, opening = table(result).splitlines()
+    assert report == "report: written in 500 ms, 6.50 MB (target: at most 10 MB)"
+    assert "after 100 ms" in opening
+    assert "after 1500 ms (target: at most 2,000 ms), every figure after 3000 ms" in opening

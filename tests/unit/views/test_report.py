@@ -1,0 +1,289 @@
+"""The report: its first sentence, the page as a golden file, what may not be in it, and its size."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dinfer import __version__
+from dinfer.plan.lower import lower
+from dinfer.plan.partition import partition
+from dinfer.plan.plan import Plan
+from dinfer.plan.schedule import build
+from dinfer.trace.embedded import read_traces
+from dinfer.trace.events import Event
+from dinfer.trace.findings import Findings, KvFinding, RankFinding, findings_of, with_findings
+from dinfer.trace.paper import paper_trace
+from dinfer.trace.shares import LinkShare, Share, Shares, shares
+from dinfer.trace.summary import summary
+from dinfer.trace.trace import Trace
+from dinfer.views.cells import EVERYWHERE, NOT_YET
+from dinfer.views.report import facts
+from dinfer.views.report.page import report_html, write_report
+from dinfer.views.report.sentence import percent, sentence
+from tests.unit.views.reports import HOSTILE, told
+from tests.unit.views.traces import on_paper, recorded
+
+GOLDEN = Path(__file__).with_name("golden") / "report.html"
+NO_PLOTLY = "/* plotly */"
+
+
+def small(strategy: str = "pairwise") -> Trace:
+    return on_paper(4, 2, 2, strategy)
+
+
+# -- the first sentence
+
+
+def exposed(wire: float = 0.0, wait: float = 0.0, late: int | None = None, ranks: int = 3) -> Shares:
+    """Three ranks that computed for 100 s each but for what one link took of rank 1."""
+    spent = [(int(wire), int(wait)) if rank == 1 else (0, 0) for rank in range(ranks)]
+    found = [
+        Share(rank, [(0, (100 - a - b) * 10**9)], [(0, a * 10**9)], [(0, b * 10**9)], [], [])
+        for rank, (a, b) in enumerate(spent)
+    ]
+    return Shares(found, [LinkShare(0, 1, wire, wait, late), LinkShare(1, 2, 0.0, 0.0, None)])
+
+
+def ranks(
+    *digests: str, tokens: tuple[tuple[int, ...] | None, ...] = (None, None, None)
+) -> tuple[RankFinding, ...]:
+    return tuple(
+        RankFinding(n, kv_sha256=digest, tokens=mine)
+        for n, (digest, mine) in enumerate(zip(digests, tokens, strict=False))
+    )
+
+
+SAME = ranks("a", "a", "a", tokens=((1, 2),) * 3)
+SENTENCES: list[tuple[Findings, Shares, str]] = [
+    (
+        Findings(ranks=SAME, parameters={"temperature": 0.0}),
+        exposed(wire=8, wait=13, late=0),
+        "All 3 ranks hold the same KV; greedy tokens agree; 7 % of prefill was exposed communication, most of it "
+        "waiting for rank 0 on link 0→1.",
+    ),
+    (
+        Findings(ranks=ranks("a", "a", "b", tokens=((1,), (1,), (2,)))),
+        exposed(wire=30),
+        "Rank 2 holds other KV than rank 0; tokens differ between ranks; 10 % of prefill was exposed communication, "
+        "most of it on the wire of link 0→1.",
+    ),
+    (
+        Findings(),
+        exposed(),
+        "Whether the ranks hold the same KV was not checked; no communication of prefill was exposed.",
+    ),
+    (
+        Findings(state="failed", failure="rank 1 failed.\nmore", faults=("f",), ranks=ranks("a", "b", "b")),
+        Shares([], []),
+        "The run failed: rank 1 failed; 1 fault was armed on purpose; ranks 1, 2 hold other KV than rank 0; the "
+        "trace holds no prefill.",
+    ),
+    (
+        Findings(state="paused", edited=("x",), corrupt=("c", "d"), kv=KvFinding(False, "Rank 2 differs.")),
+        exposed(wait=20),
+        "The run is not at the end of its prefill; values were edited by hand; bytes of 2 blocks changed; rank 2 "
+        "differs; 7 % of prefill was exposed communication, most of it waiting on link 0→1.",
+    ),
+    (
+        Findings(ranks=(RankFinding(0, kv_sha256="a"),)),
+        Shares([Share(0, [(0, 10)], [], [], [], [])], []),
+        "There is one rank, and so one KV; nothing was sent between ranks.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("findings", "found", "said"), SENTENCES)
+def test_the_first_sentence(findings: Findings, found: Shares, said: str) -> None:
+    assert sentence(findings, found) == said
+
+
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        (0.07, "7 %"),
+        (0.0714, "7 %"),
+        (0.004, "0.4 %"),
+        (0.0004, "less than 0.1 %"),
+        (0, "0 %"),
+        (1, "100 %"),
+    ],
+)
+def test_percent(part: float, text: str) -> None:
+    assert percent(part) == text
+
+
+# -- the page
+
+
+def plain(page: str) -> str:
+    """The page without what would make a golden file unreadable: data, figures, the text of scripts and styles."""
+    page = re.sub(r'(<script type="application/json"[^>]*>).*?(</script>)', r"\1…\2", page, flags=re.DOTALL)
+    page = page.replace(f"dinfer {__version__}", "dinfer …")
+    page = re.sub(r"'sha256-[^']+'", "'sha256-…'", page.replace("&#39;", "'"))
+    return re.sub(r"(<script>|<style>).*?(</script>|</style>)", r"\1…\2", page, flags=re.DOTALL)
+
+
+def test_the_page_is_as_it_was(request: pytest.FixtureRequest) -> None:
+    """To make the file anew: delete it and run this test, which then fails once, and read what it has written."""
+    page = plain(report_html([told(small())], plotly=NO_PLOTLY))
+    if not GOLDEN.exists():
+        GOLDEN.write_text(page, encoding="utf-8")
+        pytest.fail(f"{GOLDEN.name} was made anew by {request.node.name}")
+    assert page == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_the_page_is_the_same_each_time() -> None:
+    traces = [told(small()), told(small("ring"))]
+    assert report_html(traces) == report_html(traces)
+
+
+class Elements(HTMLParser):
+    """Every element with its attributes, and every text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+@pytest.mark.parametrize("make", [lambda: [told(small(), HOSTILE)], lambda: [told(small(), HOSTILE)] * 2])
+def test_what_a_run_said_stays_text(make: Callable[[], list[Trace]]) -> None:
+    """No element comes from it: there are as many of each as where the same places hold harmless words."""
+    hostile = Elements(report_html(make(), plotly=NO_PLOTLY))
+    harmless = Elements(report_html([told(small()) for _ in make()], plotly=NO_PLOTLY))
+    assert [tag for tag, _ in hostile.found] == [tag for tag, _ in harmless.found]
+    assert sum(HOSTILE in text for text in hostile.texts) > 15
+    assert not [
+        attributes for _, attributes in hostile.found if any(name.startswith("on") for name in attributes)
+    ]
+
+
+def test_nothing_comes_from_outside_and_only_its_own_scripts_run() -> None:
+    page = report_html([told(small())])
+    elements = Elements(page)
+    sources = [a.get("src") or a.get("href") or "" for _, a in elements.found]
+    assert all(not source or source.startswith(("#", "data:,")) for source in sources)
+    (policy,) = [a["content"] or "" for tag, a in elements.found if tag == "meta" and "http-equiv" in a]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "http" not in policy
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    assert re.findall(r"'sha256-([^']+)'", policy) == hashes
+    assert "unsafe-inline" not in policy.split("style-src")[0]
+    assert "unsafe-eval" not in policy
+
+
+def test_a_large_run_fits_into_ten_megabytes_and_comes_back_whole(tmp_path: Path) -> None:
+    path = write_report([told(on_paper())], tmp_path / "report.html")
+    assert path.stat().st_size < 10_000_000
+    (back,) = read_traces(path)
+    assert back == told(on_paper())
+
+
+def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_report([small()], tmp_path / "report.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_bare_trace_says_what_is_not_known() -> None:
+    page = report_html([Trace((Event(0, "main", "other", 0, 0, 0, 10**9),))], plotly=NO_PLOTLY)
+    for words in (
+        "was not checked",
+        "The plan is not known",
+        "Nothing was sent between ranks",
+        "Not compared",
+    ):
+        assert words in page
+
+
+def test_several_runs_are_set_side_by_side() -> None:
+    page = report_html([small(), small("ring")], plotly=NO_PLOTLY)
+    assert re.search(r'<h1 id="verdict">(pairwise|ring) took [\d.]+ s and ', page)
+    assert page.count('<main id="run') == 2
+    assert len(set(re.findall(r' id="([^"]+)"', page))) == len(re.findall(r' id="([^"]+)"', page))
+
+
+def test_runs_alike_are_numbered_and_names_win() -> None:
+    assert "<h2>run 2: pairwise</h2>" in report_html([small(), small()], plotly=NO_PLOTLY)
+    assert "<h2>after</h2>" in report_html([small(), small()], ["before", "after"], plotly=NO_PLOTLY)
+
+
+def test_earlier_runs_and_pauses_are_told() -> None:
+    other = {**summary(small("ring")), "name": "run 1 of this session"}
+    trace = with_findings(recorded(), replace(findings_of(recorded()), others=(other,)))
+    assert "run 1 of this session" in report_html([trace], plotly=NO_PLOTLY)
+    times = ("ready", "start", "met", "end")
+    later = [replace(e, **{name: getattr(e, name) + 10**10 for name in times}) for e in small().events]
+    stopped = Trace((*small().events, *later), small().about)
+    assert "The run was stopped for 10." in report_html([stopped], plotly=NO_PLOTLY)
+
+
+# -- plan and map
+
+
+def plan(schedule: Any = "pipelined") -> Plan:
+    return build(partition(layers=4, tokens=16, world_size=2, chunk_size=8), schedule, "pairwise")
+
+
+@pytest.mark.parametrize(
+    "made", [plan(), plan("lockstep"), lower(plan())], ids=["pipelined", "lockstep", "lowered"]
+)
+def test_the_plan_is_found_again_by_its_id(made: Plan) -> None:
+    assert facts.plan_of(paper_trace(made), Findings()) == made
+
+
+def test_a_plan_that_is_another_is_not_made_up() -> None:
+    trace = paper_trace(plan())
+    assert facts.plan_of(replace(trace, about={**trace.about, "plan_id": "00"}), Findings()) is None
+    assert facts.plan_of(Trace(()), Findings()) is None
+    edited = plan().text().replace("lane compute", "lane mine")
+    found = facts.plan_of(trace, Findings(plan=edited))
+    assert found
+    assert found.text() == edited
+
+
+def test_the_map_shows_where_the_run_stood_not_what_it_once_held() -> None:
+    trace, made = paper_trace(plan()), plan()
+    ended = facts.map_states(trace, Findings(), made)
+    assert ended is not None
+    assert set(np.unique(ended)) == {EVERYWHERE}
+    start = tuple((0,) * len(lanes) for lanes in made.lanes)
+    back = facts.map_states(trace, Findings(positions=start), made)
+    assert back is not None
+    assert set(np.unique(back)) == {NOT_YET}
+    assert facts.map_states(Trace(()), Findings(), None) is None
+
+
+def test_owners_without_a_plan_are_those_who_computed() -> None:
+    trace = paper_trace(plan())
+    assert list(facts.owners_of(trace, None)) == list(facts.owners_of(trace, plan())) == [0, 0, 1, 1]
+
+
+def test_columns_of_which_nothing_is_known_are_left_out() -> None:
+    table = facts.rank_table(Findings(ranks=ranks("a", "a")))
+    assert table.heads == ["rank", "KV, SHA-256"]
+    assert table.rows == [["0", "a"], ["1", "a"]]
+
+
+def test_shares_of_a_recorded_run_are_told_on_its_page() -> None:
+    page = report_html([recorded()], plotly=NO_PLOTLY)
+    assert f"{percent(shares(recorded()).exposed)} of prefill was exposed communication and" in page
