@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
-from dinfer.engine.commands import Command, Message, Table, stand_fields
 from dinfer.engine.engine import Engine
 from dinfer.engine.faults import OnStrike, Strike
+from dinfer.engine.hosting.commands import Command, Message, Table, stand_fields
 from dinfer.plan.faults import Fault
 
 

@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 from dinfer.config import Backend
 from dinfer.engine.board import Board
-from dinfer.engine.comm import Comm
 from dinfer.engine.execution import Execution
 from dinfer.engine.executor import Executor
 from dinfer.engine.gate import Gate
 from dinfer.engine.handlers import Prefill
 from dinfer.engine.issuer import Issuer
-from dinfer.engine.streams import StreamComm
+from dinfer.engine.transport.comm import Comm
+from dinfer.engine.transport.streams import StreamComm
 from dinfer.plan.lower import lower
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan

@@ -6,9 +6,9 @@ from time import monotonic_ns
 
 from torch import Tensor
 
-from dinfer.engine.comm import Comm
 from dinfer.engine.handlers import Prefill
 from dinfer.engine.nans import NotANumber, Place, first_nan, has_nan
+from dinfer.engine.transport.comm import Comm
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 from dinfer.model.errors import ModelError

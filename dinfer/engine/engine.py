@@ -14,10 +14,8 @@ from dinfer.engine.admission import check_length, check_plan
 from dinfer.engine.backends import as_issued, execution
 from dinfer.engine.board import Board
 from dinfer.engine.by_hand import LayerKV, Steps, layer_kv
-from dinfer.engine.comm import Comm
 from dinfer.engine.conditions import Hit
 from dinfer.engine.corruption import Alarm, Tell
-from dinfer.engine.deadline import Deadline, StillWaiting
 from dinfer.engine.decoding import Decoding, cache_of
 from dinfer.engine.execution import Execution
 from dinfer.engine.gate import FreeGate, Gate
@@ -26,6 +24,8 @@ from dinfer.engine.prompt import Prompt, Stands, recorder_for
 from dinfer.engine.recheck import recheck
 from dinfer.engine.room import capacity
 from dinfer.engine.single import agree, sync_block
+from dinfer.engine.transport.comm import Comm
+from dinfer.engine.transport.deadline import Deadline, StillWaiting
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 from dinfer.model.sampling import Sampler, Sampling

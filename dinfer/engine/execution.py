@@ -13,10 +13,10 @@ from time import monotonic
 import torch
 
 from dinfer.engine.board import MAX_LANES, Board, Stand
-from dinfer.engine.comm import Comm
 from dinfer.engine.corruption import Corruption
 from dinfer.engine.gate import Gate
 from dinfer.engine.handlers import Prefill
+from dinfer.engine.transport.comm import Comm
 from dinfer.plan.graph import Channel
 from dinfer.plan.ops import Op, PlanError, Value
 from dinfer.plan.plan import Plan

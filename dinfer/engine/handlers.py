@@ -11,13 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dinfer.engine.comm import Comm
 from dinfer.engine.corruption import Alarm, Corruption
 from dinfer.engine.faults import Faults
 from dinfer.engine.ledger import UNKNOWN, Ledger
-from dinfer.engine.ordering import Ordering
 from dinfer.engine.probes import as_numbers
-from dinfer.engine.transfer import VOID, Header, TransferError, check, signature_of, signed
+from dinfer.engine.transport.comm import Comm
+from dinfer.engine.transport.ordering import Ordering
+from dinfer.engine.transport.transfer import VOID, Header, TransferError, check, signature_of, signed
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 from dinfer.plan.graph import channel_of

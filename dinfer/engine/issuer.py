@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from dinfer.engine.board import Stand
 from dinfer.engine.execution import Execution
 from dinfer.engine.handlers import HANDLERS, header_at, land, payload_of
-from dinfer.engine.streams import COMPUTE, ENTRY, Issued, Streams
-from dinfer.engine.transfer import Header, check
+from dinfer.engine.transport.streams import COMPUTE, ENTRY, Issued, Streams
+from dinfer.engine.transport.transfer import Header, check
 from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op, PlanError, Value
 

@@ -9,10 +9,10 @@ from time import monotonic_ns
 import torch
 from torch import Tensor
 
-from dinfer.engine.comm import Comm
 from dinfer.engine.corruption import Corrupted, Corruption
 from dinfer.engine.handlers import Prefill
 from dinfer.engine.ledger import Key
+from dinfer.engine.transport.comm import Comm
 from dinfer.trace.events import Event
 from dinfer.trace.recorder import Recorder
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dinfer.config import SyncStrategy
-from dinfer.engine.comm import Comm
-from dinfer.engine.transfer import Header, TransferError
+from dinfer.engine.transport.comm import Comm
+from dinfer.engine.transport.transfer import Header, TransferError
 from dinfer.model.decoder import Decoder
 from dinfer.plan.graph import Channel
 from dinfer.plan.ops import Value

@@ -3,10 +3,10 @@
 import threading
 from collections.abc import Callable
 
-from dinfer.engine.commands import Message
 from dinfer.engine.corruption import Corrupted
 from dinfer.engine.decoding import Decoding
 from dinfer.engine.engine import Engine
+from dinfer.engine.hosting.commands import Message
 from dinfer.model.text import TextStream, load_tokenizer
 
 OnToken = Callable[[int, int, str], None]

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import torch
 
 from dinfer.config import Config, ConfigError
-from dinfer.engine.agreement import agree, facts_of
-from dinfer.engine.comm_nccl import open_comm
 from dinfer.engine.engine import Engine
-from dinfer.engine.rank import device_of, warm_up
+from dinfer.engine.hosting.agreement import agree, facts_of
+from dinfer.engine.hosting.rank import device_of, warm_up
+from dinfer.engine.transport.comm_nccl import open_comm
 from dinfer.model.decoder import Decoder
 from dinfer.session.backend import settle_backend
 from dinfer.session.job import threads_per_rank

@@ -9,7 +9,7 @@ from dinfer.config import Config, ConfigError
 
 
 def has_nccl() -> bool:
-    from dinfer.engine.comm_nccl import has_nccl as found
+    from dinfer.engine.transport.comm_nccl import has_nccl as found
 
     return found()
 

@@ -4,8 +4,8 @@ import socket
 import time
 from typing import Any
 
-from dinfer.engine.commands import Message
-from dinfer.engine.interface import own_address_towards
+from dinfer.engine.hosting.commands import Message
+from dinfer.engine.transport.interface import own_address_towards
 from dinfer.session.blame import LOST
 from dinfer.session.clusters.cluster import Cluster
 from dinfer.session.link import Link
@@ -70,7 +70,7 @@ class EngineRanks(Link, Ranks):
         self._start([rank])
 
     def listen_for_debugger(self, rank: int, port: int) -> tuple[str, int]:
-        call = "dinfer.engine.kernel:listen_for_debugger"
+        call = "dinfer.engine.hosting.kernel:listen_for_debugger"
         return self.cluster.facts[rank].host, self.cluster.call(rank, call, port, timeout=START_S)[0]
 
     def close(self) -> None:
@@ -80,7 +80,7 @@ class EngineRanks(Link, Ranks):
     def _start(self, ranks: Any) -> None:
         calls = {
             rank: self.cluster.call_async(
-                rank, "dinfer.engine.kernel:start", self._part(rank), self.world_size
+                rank, "dinfer.engine.hosting.kernel:start", self._part(rank), self.world_size
             )
             for rank in ranks
         }

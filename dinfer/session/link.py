@@ -13,7 +13,7 @@ from typing import Any
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from dinfer.engine.commands import Message
+from dinfer.engine.hosting.commands import Message
 from dinfer.session.states import States
 from dinfer.trace.recorder import unpack_records
 

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from dinfer.engine.board import BOARD_BYTES, Board, Phase
-from dinfer.engine.comm import Comm
-from dinfer.engine.commands import Message, answer, stand_fields
-from dinfer.engine.exchange import Exchange
 from dinfer.engine.gate import FreeGate
-from dinfer.engine.host import Host
+from dinfer.engine.hosting.commands import Message, answer, stand_fields
+from dinfer.engine.hosting.host import Host
+from dinfer.engine.transport.comm import Comm
+from dinfer.engine.transport.exchange import Exchange
 from dinfer.session.ranks import Ranks
 from dinfer.session.states import update
 from dinfer.trace.recorder import Recorder

@@ -1,6 +1,6 @@
 """Ranks: what a session needs of the processes, or threads, that are its ranks, beside what they say of themselves."""
 
-from dinfer.engine.commands import Message
+from dinfer.engine.hosting.commands import Message
 from dinfer.session.states import States
 
 

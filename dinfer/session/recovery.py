@@ -12,7 +12,7 @@ from functools import partial
 
 from dinfer.config import Backend
 from dinfer.engine.board import Stand
-from dinfer.engine.commands import Message, stand_of
+from dinfer.engine.hosting.commands import Message, stand_of
 from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.plan import Plan
 from dinfer.session.ranks import Ranks

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from dinfer.engine.debugger import FIRST_PORT
+from dinfer.engine.hosting.debugger import FIRST_PORT
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Cut
 

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from dinfer.config import Config, ConfigError
-from dinfer.engine.commands import Message
+from dinfer.engine.hosting.commands import Message
 from dinfer.model.checkpoint import Spec
 from dinfer.model.text import load_tokenizer
 from dinfer.plan.own import OwnSchedule

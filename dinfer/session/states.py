@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dinfer.engine.board import Stand
-from dinfer.engine.commands import Message, stand_fields, stand_of
+from dinfer.engine.hosting.commands import Message, stand_fields, stand_of
 from dinfer.trace.events import Event
 
 ASK_S = 0.2

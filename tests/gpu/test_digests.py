@@ -19,9 +19,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from dinfer.config import Config
 from dinfer.engine.corruption import Alarm, Corruption
 from dinfer.engine.engine import Engine
-from dinfer.engine.exchange import Exchange
 from dinfer.engine.gate import FreeGate
 from dinfer.engine.probes import as_numbers, block_digests, row_digests
+from dinfer.engine.transport.exchange import Exchange
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import Op
 from tests.unit.engine.twin import Twin, prompt, twin

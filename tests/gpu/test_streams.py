@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dinfer.engine.engine import Engine
-from dinfer.engine.ordering import Ordering
+from dinfer.engine.transport.ordering import Ordering
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import Value
 from dinfer.trace.events import Event

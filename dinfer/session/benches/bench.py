@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dinfer.config import Config
 
 if TYPE_CHECKING:
-    from dinfer.engine.bench import Case, Timed
+    from dinfer.engine.hosting.bench import Case, Timed
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def bench(config: Config, tokens: int, vocab_size: int, repeats: int) -> dict[st
 
     Raises RuntimeError if a rank fails.
     """
-    from dinfer.engine.bench import VARIANTS, Case
+    from dinfer.engine.hosting.bench import VARIANTS, Case
 
     cases = [Case(variant, tokens, config.chunk_size) for variant in VARIANTS]
     first = on_ranks(config, vocab_size, cases, repeats)[0]  # which alone timed the variant that runs alone
@@ -151,6 +151,6 @@ def _rank(
     cases: "Sequence[Case]",
     repeats: int,
 ) -> None:
-    from dinfer.engine.bench import bench_rank
+    from dinfer.engine.hosting.bench import bench_rank
 
     result.send(bench_rank(rank, config, port, ids, cases, repeats))

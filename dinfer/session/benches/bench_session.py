@@ -165,7 +165,9 @@ def _recording(
 def _prefill(session: Session, ranks: EngineRanks, *, recording: bool) -> dict[str, float]:
     """The slowest rank's seconds, and the CPU seconds of all."""
     session.prefill(**LARGE, paused=True)
-    said = ranks.cluster.call(None, "dinfer.engine.bench_session:timed_prefill", recording, timeout=CALL_S)
+    said = ranks.cluster.call(
+        None, "dinfer.engine.hosting.bench_session:timed_prefill", recording, timeout=CALL_S
+    )
     return {
         "seconds": max(one["seconds"] for one in said),
         "cpu_s": sum(one["cpu_s"] for one in said),

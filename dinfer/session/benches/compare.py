@@ -55,7 +55,7 @@ def compare(
 
     Raises ConfigError, or RuntimeError if a rank fails.
     """
-    from dinfer.engine.bench import Case, Variant
+    from dinfer.engine.hosting.bench import Case, Variant
 
     check_compared(strategies, repeats)
     variants = [Variant(name, sync_strategy=name) for name in strategies]  # type: ignore[arg-type] # checked above

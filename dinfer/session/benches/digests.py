@@ -11,7 +11,7 @@ from dinfer.config import Config
 from dinfer.session.benches.bench import Shape, on_ranks
 
 if TYPE_CHECKING:
-    from dinfer.engine.bench import Timed
+    from dinfer.engine.hosting.bench import Timed
 
 SHAPE = Shape(hidden_size=2560, layers=4, heads=32, kv_heads=8, head_dim=128, intermediate_size=9728)
 """Qwen3-4B's, with few layers, so that it fits into any machine"""
@@ -20,7 +20,7 @@ TARGET = 0.02
 
 def bench_digests(config: Config, tokens: int, vocab_size: int, repeats: int) -> dict[str, Any]:
     """Seconds of `repeats` pairs of rounds, and what they say. Raises ConfigError, or RuntimeError if a rank fails."""
-    from dinfer.engine.bench import Case, Variant
+    from dinfer.engine.hosting.bench import Case, Variant
 
     variants = Variant("digests"), Variant("no digests", digests=False)
     cases = [Case(variant, tokens, config.chunk_size) for variant in variants]

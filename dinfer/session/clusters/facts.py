@@ -111,7 +111,7 @@ def _minor(version: str) -> str:
 
 
 def _address(controller: str) -> str:
-    from dinfer.engine.interface import own_address_towards
+    from dinfer.engine.transport.interface import own_address_towards
 
     try:
         return own_address_towards(controller)

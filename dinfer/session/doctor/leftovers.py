@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dinfer.session.doctor.check import Check, gib
 
-MARKS = {"dinfer.engine.worker": "rank", "dinfer.engine.watcher": "watcher"}
+MARKS = {"dinfer.engine.hosting.worker": "rank", "dinfer.engine.hosting.watcher": "watcher"}
 OLD_S = 3600.0
 """a folder untouched for that long belongs to no run that still starts"""
 

@@ -9,7 +9,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple
 
-from dinfer.engine.interface import LOOPBACK, address_of
+from dinfer.engine.transport.interface import LOOPBACK, address_of
 from dinfer.session.doctor.check import Check
 
 RESOLVE_S = 5.0

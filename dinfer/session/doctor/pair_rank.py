@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from dinfer.engine.comm import Comm
-from dinfer.engine.transfer import HEADER_BYTES
+from dinfer.engine.transport.comm import Comm
+from dinfer.engine.transport.transfer import HEADER_BYTES
 from dinfer.plan.graph import Channel
 
 PINGS = 20

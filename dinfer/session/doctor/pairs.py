@@ -152,7 +152,7 @@ def _rank(rank: int, world_size: int, end: Connection, log: Path, seconds: float
 def _measure(rank: int, world_size: int, end: Connection, seconds: float) -> None:
     import torch
 
-    from dinfer.engine.comm import GlooComm, join_store, open_store
+    from dinfer.engine.transport.comm import GlooComm, join_store, open_store
     from dinfer.session.doctor.pair_rank import measure_links
 
     torch.set_num_threads(1)

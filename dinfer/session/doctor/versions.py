@@ -77,7 +77,7 @@ def backend_check() -> Check:
 
 
 def judge_backends(build: str) -> Check:
-    """`build` is what `torch.__config__.show()` says: only engine/comm.py uses torch.distributed."""
+    """`build` is what `torch.__config__.show()` says: only engine/transport/comm.py uses torch.distributed."""
     settings = dict(re.findall(r"\bUSE_(GLOO|NCCL|MPI)=(\w+)", build))
     there = [name.lower() for name in ("GLOO", "NCCL", "MPI") if settings.get(name, "0") in ("1", "ON")]
     absent = [name for name in ("gloo", "nccl", "mpi") if name not in there]

@@ -5,7 +5,7 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
-from dinfer.engine.commands import Message
+from dinfer.engine.hosting.commands import Message
 from dinfer.plan.ops import Value
 from dinfer.plan.plan import Plan
 from dinfer.session.hangs.stacks import Stacks

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from dinfer.engine.commands import Message
-from dinfer.engine.stacks import TRANSPORT
+from dinfer.engine.hosting.commands import Message
+from dinfer.engine.hosting.stacks import TRANSPORT
 from dinfer.session.ranks import Ranks
 from dinfer.session.states import RankRefused
 from dinfer.verdict.signs import BUSY, Frame

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinfer.engine.commands import Message
+from dinfer.engine.hosting.commands import Message
 from dinfer.session.ranks import Ranks
 
 ANSWER_S = 120.0

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dinfer.engine.commands import Message
+from dinfer.engine.hosting.commands import Message
 from dinfer.engine.ledger import Digests, Key
 from dinfer.engine.probes import as_numbers
 from dinfer.session.kv.line import Line

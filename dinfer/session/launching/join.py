@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dinfer.config import Config, ConfigError
-from dinfer.engine.comm import Comm, Store
-from dinfer.engine.comm_nccl import open_comm
-from dinfer.engine.control import Control
-from dinfer.engine.debugger import listen_for_debugger
-from dinfer.engine.failure import describe
-from dinfer.engine.interface import own_address_towards
-from dinfer.engine.rank import run_rank
-from dinfer.engine.worker import log_to
+from dinfer.engine.hosting.control import Control
+from dinfer.engine.hosting.debugger import listen_for_debugger
+from dinfer.engine.hosting.failure import describe
+from dinfer.engine.hosting.rank import run_rank
+from dinfer.engine.hosting.worker import log_to
+from dinfer.engine.transport.comm import Comm, Store
+from dinfer.engine.transport.comm_nccl import open_comm
+from dinfer.engine.transport.interface import own_address_towards
 from dinfer.model.errors import ModelError
 from dinfer.plan.ops import PlanError
 from dinfer.session.job import Job, prepare

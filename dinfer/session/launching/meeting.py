@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from dinfer.config import Config, ConfigError
-from dinfer.engine.comm import Store, join_store, open_store
-from dinfer.engine.commands import Message
-from dinfer.engine.interface import own_address_towards
+from dinfer.engine.hosting.commands import Message
+from dinfer.engine.transport.comm import Store, join_store, open_store
+from dinfer.engine.transport.interface import own_address_towards
 from dinfer.session.launching.environment import MPIRUN, Launched, meeting_of
 
 POLL_S = 0.1

@@ -80,7 +80,7 @@ class Processes:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"rank{rank}.err").open("wb") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-m", "dinfer.engine.worker"],
+                [sys.executable, "-m", "dinfer.engine.hosting.worker"],
                 stdin=subprocess.PIPE,
                 stdout=errors,
                 stderr=errors,

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-from dinfer.engine.examination import FINAL
-from dinfer.engine.measure import Measured
+from dinfer.engine.inspection.examination import FINAL
+from dinfer.engine.inspection.measure import Measured
 from dinfer.model.tolerance import CONFIDENCE, ROUNDINGS, UNIT_ROUNDOFF
 from dinfer.session.reference.cause import Kind
 from dinfer.session.reference.judging import Case, Deviation

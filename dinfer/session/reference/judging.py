@@ -6,8 +6,8 @@ Lengths and the identity of rows come before values; then what a run computes fi
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dinfer.engine.measure import Measured, Spot
-from dinfer.engine.placement import Misplaced
+from dinfer.engine.inspection.measure import Measured, Spot
+from dinfer.engine.inspection.placement import Misplaced
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
 from dinfer.session.reference.cause import Evidence, Kind, counts, kind_of

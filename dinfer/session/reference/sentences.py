@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from dinfer.engine.placement import Misplaced
+from dinfer.engine.inspection.placement import Misplaced
 from dinfer.plan.plan import Plan
 from dinfer.session.reference.judging import Case, Deviation
 from dinfer.session.reference.told import HIDDEN

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from dinfer.engine.commands import Message
-from dinfer.engine.examination import FINAL, Choice
-from dinfer.engine.measure import Measured
-from dinfer.engine.placement import Misplaced
+from dinfer.engine.hosting.commands import Message
+from dinfer.engine.inspection.examination import FINAL, Choice
+from dinfer.engine.inspection.measure import Measured
+from dinfer.engine.inspection.placement import Misplaced
 from dinfer.model.tolerance import tolerance
 
 Block = tuple[int, int]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dinfer.engine.commands import Message
+from dinfer.engine.hosting.commands import Message
 from dinfer.plan.faults import Fault
 from dinfer.session.said import Said
 

@@ -1,6 +1,6 @@
 """Breaking: a user breaks something on purpose, to see whether, where and how it shows."""
 
-from dinfer.engine.commands import stand_of
+from dinfer.engine.hosting.commands import stand_of
 from dinfer.plan.faults import KINDS, Fault, Sizes, fault_of
 from dinfer.plan.ops import PlanError, Value
 from dinfer.session.runs.action import action

@@ -4,7 +4,7 @@ import contextlib
 import threading
 from typing import Any
 
-from dinfer.engine.commands import Message
+from dinfer.engine.hosting.commands import Message
 from dinfer.model.text import texts_of
 from dinfer.plan.ops import PlanError
 from dinfer.session.reference.compare import Comparison

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from dinfer.engine.board import Stand
-from dinfer.engine.comm import CommError
 from dinfer.engine.engine import Engine
-from dinfer.engine.exchange import Exchange
 from dinfer.engine.executor import OpFailed
+from dinfer.engine.transport.comm import CommError
+from dinfer.engine.transport.exchange import Exchange
 from dinfer.plan.cut import Cut
 from dinfer.plan.graph import channel_of
 from dinfer.plan.plan import Place, Plan

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from dinfer.engine.commands import Message
+from dinfer.engine.hosting.commands import Message
 from dinfer.model.text import TextStream
 from dinfer.session.said import Decoded
 from dinfer.session.states import States

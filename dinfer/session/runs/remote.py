@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 
-from dinfer.engine.commands import Message, stand_of
+from dinfer.engine.hosting.commands import Message, stand_of
 from dinfer.plan.cut import Cut
 from dinfer.plan.graph import channel_of
 from dinfer.plan.plan import Place, Plan

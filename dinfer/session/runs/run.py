@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from dinfer.engine.commands import Message
 from dinfer.engine.corruption import Corruption
+from dinfer.engine.hosting.commands import Message
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Unit
 from dinfer.plan.ops import Kind, PlanError

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from dinfer.engine.commands import Message
 from dinfer.engine.corruption import Corruption
+from dinfer.engine.hosting.commands import Message
 from dinfer.model.text import texts_of
 from dinfer.session.job import Job
 from dinfer.session.ranks import Ranks

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dinfer.config import Config
-from dinfer.engine.commands import Message
+from dinfer.engine.hosting.commands import Message
 from dinfer.plan.breakpoints import Breakpoint, check, next_stop, parse_when
 from dinfer.plan.cut import Cut, Cuts
 from dinfer.plan.ops import Kind, PlanError

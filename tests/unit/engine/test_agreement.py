@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from dinfer.config import Config
-from dinfer.engine.agreement import RanksDisagree, agree, facts_of
-from dinfer.engine.exchange import Exchange
 from dinfer.engine.gate import FreeGate
+from dinfer.engine.hosting.agreement import RanksDisagree, agree, facts_of
+from dinfer.engine.transport.exchange import Exchange
 from dinfer.model.checkpoint import check
 from tests.unit.model.tiny import tiny_checkpoint
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from dinfer.engine.commands import Command, Message
-from dinfer.engine.control import Control
+from dinfer.engine.hosting.commands import Command, Message
+from dinfer.engine.hosting.control import Control
 from dinfer.session.link import Link
 from dinfer.session.states import RankRefused
 

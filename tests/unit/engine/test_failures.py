@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from dinfer.engine.comm import CommError
 from dinfer.engine.decoding import TokensDiffer
 from dinfer.engine.executor import OpFailed
 from dinfer.engine.gate import SeededGate
-from dinfer.engine.transfer import HEADER_BYTES, Header, TransferError
+from dinfer.engine.transport.comm import CommError
+from dinfer.engine.transport.transfer import HEADER_BYTES, Header, TransferError
 from dinfer.model.decoder import Decoder
 from dinfer.plan.graph import Channel
 from dinfer.plan.ops import PlanError, Value, parse_op

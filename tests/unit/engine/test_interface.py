@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
-from dinfer.engine import interface
-from dinfer.engine.interface import NoInterface, interface_for_peers, own_address_towards
+from dinfer.engine.transport import interface
+from dinfer.engine.transport.interface import NoInterface, interface_for_peers, own_address_towards
 
 ADDRESSES = {"lo": "127.0.0.1", "eth0": "10.0.0.5", "wlan0": "192.168.1.5", "down0": ""}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dinfer.engine.logfile import LogFile, log_trouble
+from dinfer.engine.hosting.logfile import LogFile, log_trouble
 
 Open = Callable[[Path], logging.Logger]
 FULL = Path("/dev/full")

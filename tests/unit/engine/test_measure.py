@@ -8,7 +8,7 @@ from math import inf, isnan, nan
 import pytest
 import torch
 
-from dinfer.engine.measure import Measured, Spot, measure
+from dinfer.engine.inspection.measure import Measured, Spot, measure
 
 
 def test_equal_tensors_differ_in_nothing() -> None:

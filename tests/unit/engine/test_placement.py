@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dinfer.engine.placement import Misplaced, Row, misplaced
+from dinfer.engine.inspection.placement import Misplaced, Row, misplaced
 
 EMPTY = -1
 BLOCKS = [range(0, 4), range(4, 8), range(8, 12)]

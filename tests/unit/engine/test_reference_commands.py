@@ -12,9 +12,9 @@ import torch
 
 from dinfer.engine.engine import Engine
 from dinfer.engine.handlers import Prefill
-from dinfer.engine.holding import Holding
-from dinfer.engine.reference import References, Stopped, reference_commands
-from dinfer.engine.replay import Replay
+from dinfer.engine.inspection.holding import Holding
+from dinfer.engine.inspection.reference import References, Stopped, reference_commands
+from dinfer.engine.inspection.replay import Replay
 from dinfer.engine.tokens import Tokens
 from dinfer.model.decoder import Decoder
 from tests.unit.engine.twin import Twin, prompt, twin
@@ -111,7 +111,7 @@ def test_a_replay_says_where_the_run_has_not_come_to(small: Decoder) -> None:
 
 
 def test_pages(made: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinfer.engine.reference.PAGE_BYTES", 300)
+    monkeypatch.setattr("dinfer.engine.inspection.reference.PAGE_BYTES", 300)
     table = reference_commands(host(made.engines[0]))
     said = table["reference"].function(REQUEST)
     assert 0 < len(said["items"]) < said["count"]
@@ -127,7 +127,7 @@ def test_pages(made: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_can_be_stopped(made: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
     references = References(host(made.engines[0]))
-    monkeypatch.setattr("dinfer.engine.reference._settle", lambda _: references.stop({}))
+    monkeypatch.setattr("dinfer.engine.inspection.reference._settle", lambda _: references.stop({}))
     with pytest.raises(Stopped, match="interrupted"):
         references.run(REQUEST)
 

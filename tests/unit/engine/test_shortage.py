@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dinfer.config import Config
-from dinfer.engine.shortage import OutOfMemory, asked_bytes, explained, is_shortage
+from dinfer.engine.hosting.shortage import OutOfMemory, asked_bytes, explained, is_shortage
 from dinfer.model.decoder import Decoder
 from tests.unit.engine.twin import prompt, twin
 

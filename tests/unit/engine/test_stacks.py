@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dinfer.engine.board import anonymous_file
-from dinfer.engine.stacks import DUMP_SIGNAL, dump_into, dump_of, stacks
+from dinfer.engine.hosting.stacks import DUMP_SIGNAL, dump_into, dump_of, stacks
 from dinfer.session.hangs.stacks import as_dumped
 from dinfer.verdict.signs import BUSY
 from tests.cluster.runs import wait_for
@@ -98,7 +98,7 @@ def test_threads_of_other_ranks_are_left_out_unless_the_process_is_the_ranks_own
 
 HOLDS = """
 import ctypes, os, sys
-from dinfer.engine.stacks import dump_into
+from dinfer.engine.hosting.stacks import dump_into
 assert dump_into(int(sys.argv[1]))
 def holds():
     ctypes.PyDLL(None).usleep(60_000_000)

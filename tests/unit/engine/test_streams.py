@@ -10,9 +10,9 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from dinfer.engine.exchange import Order
 from dinfer.engine.gate import SeededGate
 from dinfer.engine.issuer import Issuer
+from dinfer.engine.transport.exchange import Order
 from dinfer.model.decoder import Decoder
 from dinfer.plan.lower import lower
 from dinfer.plan.ops import PlanError

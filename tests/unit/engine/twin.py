@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from dinfer.config import Config
 from dinfer.engine.engine import Engine
-from dinfer.engine.exchange import Exchange, Order
 from dinfer.engine.gate import FreeGate, Gate
+from dinfer.engine.transport.exchange import Exchange, Order
 from dinfer.model.decoder import Decoder
 from dinfer.plan.plan import Plan
 from dinfer.session.runs.fleet import LocalFleet

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dinfer.config import Config
-from dinfer.engine.bench import Timed
+from dinfer.engine.hosting.bench import Timed
 from dinfer.session.benches.digests import bench_digests, figures, table
 from tests.unit.model.tiny import tiny_checkpoint
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dinfer.config import Config, ConfigError
-from dinfer.engine.bench import Timed
+from dinfer.engine.hosting.bench import Timed
 from dinfer.session.benches import compare as room
 from dinfer.session.benches.compare import check_compared, compare, table
 

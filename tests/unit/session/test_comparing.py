@@ -428,7 +428,7 @@ def test_what_is_not_known(done: Run, given: dict[str, Any], said: str) -> None:
 
 
 def test_too_little_memory_is_said_before(done: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinfer.engine.reference.free", lambda _: 1000)
+    monkeypatch.setattr("dinfer.engine.inspection.reference.free", lambda _: 1000)
     with pytest.raises(
         RankRefused, match=r"the reference needs .* 1000 bytes are free: compare a shorter prompt"
     ):
@@ -440,7 +440,7 @@ def test_too_little_memory_is_said_before(done: Run, monkeypatch: pytest.MonkeyP
 
 
 def test_long_answers_come_in_pages(done: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinfer.engine.reference.PAGE_BYTES", 700)
+    monkeypatch.setattr("dinfer.engine.inspection.reference.PAGE_BYTES", 700)
     assert done.compare().equal
     assert done.compare(chunked=False).within_tolerance
 

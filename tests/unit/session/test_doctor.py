@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from dinfer.config import ConfigError
-from dinfer.engine.exchange import Exchange
 from dinfer.engine.gate import FreeGate
+from dinfer.engine.transport.exchange import Exchange
 from dinfer.model.checkpoint import check
 from dinfer.plan.graph import Channel
 from dinfer.session.doctor import doctor as whole
@@ -261,7 +261,7 @@ def test_what_this_host_says_can_be_read() -> None:
 
 # -- leftovers
 
-WORKER, WATCHER = "python3 -m dinfer.engine.worker", "python3 -m dinfer.engine.watcher 3 4"
+WORKER, WATCHER = "python3 -m dinfer.engine.hosting.worker", "python3 -m dinfer.engine.hosting.watcher 3 4"
 
 
 def left(*processes: Process) -> list[int]:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from dinfer.config import Config
 from dinfer.engine.board import Stand
-from dinfer.engine.drain import drain
 from dinfer.engine.gate import SeededGate
+from dinfer.engine.transport.drain import drain
 from dinfer.model.decoder import Decoder
 from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op

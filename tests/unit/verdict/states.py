@@ -14,7 +14,7 @@ from tests.unit.plan.game import Game, Lane
 LONG_S = 60.0
 SLEEPS = Frame("/models/model.py", 12, "forward", "time.sleep(60)")
 CALLS_C = Frame("/models/model.py", 14, "forward", "library.wait()", native=True)
-WAITS = Frame("/dinfer/engine/comm.py", 80, "send", "work.wait()", waits=True)
+WAITS = Frame("/dinfer/engine/transport/comm.py", 80, "send", "work.wait()", waits=True)
 
 
 def lockstep(world_size: int = 2) -> Plan:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinfer.engine import inspect
-from dinfer.engine.commands import Message
 from dinfer.engine.engine import Engine
+from dinfer.engine.hosting.commands import Message
+from dinfer.engine.inspection import inspect
 from dinfer.model.cache import KVCache
 from dinfer.plan.ops import PlanError
 from dinfer.session.kv import view

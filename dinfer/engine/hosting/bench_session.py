@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from time import perf_counter, process_time
 from typing import Any
 
-from dinfer.engine import kernel
+from dinfer.engine.hosting import kernel
 from dinfer.trace.events import Event
 
 

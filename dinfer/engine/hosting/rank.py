@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from dinfer.config import Config
-from dinfer.engine.agreement import agree, facts_of
-from dinfer.engine.comm import Comm
-from dinfer.engine.control import Control
 from dinfer.engine.engine import Engine
 from dinfer.engine.execution import Execution
-from dinfer.engine.logfile import log_trouble
-from dinfer.engine.oplog import OpLog
-from dinfer.engine.shortage import explained
+from dinfer.engine.hosting.agreement import agree, facts_of
+from dinfer.engine.hosting.control import Control
+from dinfer.engine.hosting.logfile import log_trouble
+from dinfer.engine.hosting.oplog import OpLog
+from dinfer.engine.hosting.shortage import explained
+from dinfer.engine.transport.comm import Comm
 from dinfer.model.decoder import Decoder
 from dinfer.model.text import TextStream, load_tokenizer
 

@@ -6,7 +6,7 @@ the run has computed it, in memory of its own: the run's KV is read and never wr
 
 from torch import Tensor
 
-from dinfer.engine.holding import Holding
+from dinfer.engine.inspection.holding import Holding
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 
 from dinfer.config import Config, Schedule, SyncStrategy
-from dinfer.engine.comm import Comm, GlooComm, join_store, open_store
 from dinfer.engine.engine import Engine
-from dinfer.engine.exchange import Exchange
 from dinfer.engine.gate import FreeGate
+from dinfer.engine.transport.comm import Comm, GlooComm, join_store, open_store
+from dinfer.engine.transport.exchange import Exchange
 from dinfer.model.decoder import Decoder
 from dinfer.plan.plan import Lane, Plan
 from dinfer.trace.trace import Trace

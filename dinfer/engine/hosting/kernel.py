@@ -9,13 +9,13 @@ import socket
 import sys
 from typing import Any
 
-from dinfer.engine.comm import Comm, Store, join_store, open_store
-from dinfer.engine.comm_nccl import open_comm
-from dinfer.engine.commands import Message
-from dinfer.engine.control import Control
-from dinfer.engine.debugger import FIRST_PORT, listen
-from dinfer.engine.host import Host
-from dinfer.engine.interface import own_address_towards
+from dinfer.engine.hosting.commands import Message
+from dinfer.engine.hosting.control import Control
+from dinfer.engine.hosting.debugger import FIRST_PORT, listen
+from dinfer.engine.hosting.host import Host
+from dinfer.engine.transport.comm import Comm, Store, join_store, open_store
+from dinfer.engine.transport.comm_nccl import open_comm
+from dinfer.engine.transport.interface import own_address_towards
 
 _current: "Kernel | None" = None
 _debug_port = 0

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 import torch
 
-from dinfer.engine.commands import Command, Message, Table
 from dinfer.engine.engine import Engine
-from dinfer.engine.examination import Examination
-from dinfer.engine.holding import Holding
+from dinfer.engine.hosting.commands import Command, Message, Table
+from dinfer.engine.inspection.examination import Examination
+from dinfer.engine.inspection.holding import Holding
 from dinfer.engine.ledger import Entry
 from dinfer.engine.probes import as_numbers
 from dinfer.engine.tokens import Tokens

@@ -15,10 +15,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from dinfer.engine.comm import Comm, CommError
 from dinfer.engine.gate import Gate
 from dinfer.engine.probes import as_numbers
-from dinfer.engine.transfer import Header, signature_of, signed
+from dinfer.engine.transport.comm import Comm, CommError
+from dinfer.engine.transport.transfer import Header, signature_of, signed
 from dinfer.plan.graph import Channel
 
 COMPUTE, ENTRY = "compute", "entry"

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore  # where torch.distributed has them from, with types
 
-from dinfer.engine.interface import interface_towards
-from dinfer.engine.transfer import HEADER_BYTES
+from dinfer.engine.transport.interface import interface_towards
+from dinfer.engine.transport.transfer import HEADER_BYTES
 from dinfer.plan.graph import Channel
 
 __all__ = ["Comm", "CommError", "GlooComm", "Store", "bytes_of", "join_store", "open_store"]

@@ -65,7 +65,7 @@ def interface_for_peers(address: str, wished: str = "") -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m dinfer.engine.interface ADDRESS [INTERFACE]` prints the interface that gloo is to use."""
+    """`python -m dinfer.engine.transport.interface ADDRESS [INTERFACE]` prints the interface that gloo is to use."""
     try:
         name = interface_for_peers(*arguments)
     except NoInterface as error:

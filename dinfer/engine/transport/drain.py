@@ -10,9 +10,9 @@ from contextlib import suppress
 
 import torch
 
-from dinfer.engine.comm import Comm, CommError
 from dinfer.engine.handlers import void_header
-from dinfer.engine.transfer import Header, TransferError
+from dinfer.engine.transport.comm import Comm, CommError
+from dinfer.engine.transport.transfer import Header, TransferError
 from dinfer.plan.graph import Channel
 
 

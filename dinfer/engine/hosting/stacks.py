@@ -24,7 +24,7 @@ from typing import Any
 DUMP_SIGNAL = getattr(signal, "SIGUSR2", None)
 DEEPEST = 40
 LONGEST = 100
-_OWN = Path(__file__).parent
+_ENGINE = Path(__file__).parent.parent
 TRANSPORT = ("comm.py", "comm_nccl.py", "exchange.py", "gate.py", "streams.py")
 _INTERPRETER = frozenset(
     (
@@ -57,7 +57,7 @@ def _described(top: FrameType) -> Message:
     return {
         "frames": [_frame(frame) for frame in frames],
         "native": _calls_c(top),
-        "waits": any(file.parent == _OWN and file.name in TRANSPORT for file in files),
+        "waits": any(_ENGINE in file.parents and file.name in TRANSPORT for file in files),
         "held": any("pydevd" in file.name or "_pydevd_bundle" in file.parts for file in files[:8]),
     }
 

@@ -12,22 +12,22 @@ from typing import Any, Protocol
 import torch
 
 from dinfer.config import Config
-from dinfer.engine.agreement import agree, facts_of
 from dinfer.engine.arming import fault_commands
 from dinfer.engine.board import Board, Stand
-from dinfer.engine.comm import Comm
-from dinfer.engine.commands import Command, Message, Table, lane_commands, stand_of
 from dinfer.engine.corruption import Corruption
-from dinfer.engine.drain import drain
 from dinfer.engine.engine import Engine
 from dinfer.engine.execution import Execution, OpFailed
-from dinfer.engine.failure import describe
 from dinfer.engine.gate import Gate
-from dinfer.engine.inspect import inspect_commands
-from dinfer.engine.rank import warm_up
-from dinfer.engine.reference import reference_commands
-from dinfer.engine.stacks import stacks
+from dinfer.engine.hosting.agreement import agree, facts_of
+from dinfer.engine.hosting.commands import Command, Message, Table, lane_commands, stand_of
+from dinfer.engine.hosting.failure import describe
+from dinfer.engine.hosting.rank import warm_up
+from dinfer.engine.hosting.stacks import stacks
+from dinfer.engine.inspection.inspect import inspect_commands
+from dinfer.engine.inspection.reference import reference_commands
 from dinfer.engine.tokens import Tokens
+from dinfer.engine.transport.comm import Comm
+from dinfer.engine.transport.drain import drain
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.graph import Channel

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dinfer.engine.commands import Command, Message, Table
 from dinfer.engine.engine import Engine
+from dinfer.engine.hosting.commands import Command, Message, Table
+from dinfer.engine.inspection.summaries import per_head
 from dinfer.engine.probes import as_numbers, block_digests, row_digests
-from dinfer.engine.summaries import per_head
 from dinfer.engine.tokens import Tokens
 from dinfer.model.attention import attention, hidden_before
 

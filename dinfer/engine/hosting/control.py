@@ -16,11 +16,11 @@ import threading
 from typing import Any
 
 from dinfer.engine.board import Board, anonymous_file, map_file
-from dinfer.engine.commands import Command, Message, Table, answer, lane_commands
-from dinfer.engine.debugger import undebugged
 from dinfer.engine.execution import Execution
-from dinfer.engine.stacks import dump_into
-from dinfer.engine.watcher import MEMORY_BYTES, RECORDER_BYTES
+from dinfer.engine.hosting.commands import Command, Message, Table, answer, lane_commands
+from dinfer.engine.hosting.debugger import undebugged
+from dinfer.engine.hosting.stacks import dump_into
+from dinfer.engine.hosting.watcher import MEMORY_BYTES, RECORDER_BYTES
 
 CLOSING_S = 10.0
 
@@ -39,7 +39,13 @@ class Control:
         self._questions = itertools.count(1)
         self._told: dict[str, Message] = {}
         self._news = threading.Condition()
-        command = [sys.executable, "-m", "dinfer.engine.watcher", str(descriptor), str(theirs.fileno())]
+        command = [
+            sys.executable,
+            "-m",
+            "dinfer.engine.hosting.watcher",
+            str(descriptor),
+            str(theirs.fileno()),
+        ]
         dump = anonymous_file(0)  # stays open: a signal may come at any time
         can_dump = dump_into(dump)
         with undebugged():

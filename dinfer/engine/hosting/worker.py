@@ -1,6 +1,6 @@
 """Worker: the process of one rank in `dinfer run`; it takes its job from standard input and reports by Control.
 
-`python -m dinfer.engine.worker`; the job is one JSON object: rank, config, ids, link, paused.
+`python -m dinfer.engine.hosting.worker`; the job is one JSON object: rank, config, ids, link, paused.
 """
 
 import json
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from dinfer.config import Config
-from dinfer.engine.control import Control
-from dinfer.engine.debugger import listen_for_debugger
-from dinfer.engine.failure import describe
-from dinfer.engine.logfile import LogFile
+from dinfer.engine.hosting.control import Control
+from dinfer.engine.hosting.debugger import listen_for_debugger
+from dinfer.engine.hosting.failure import describe
+from dinfer.engine.hosting.logfile import LogFile
 
 log = logging.getLogger("dinfer")
 
@@ -42,9 +42,9 @@ def main() -> int:
 
 
 def _run(job: dict[str, Any], config: Config, control: Control) -> dict[str, Any]:
-    from dinfer.engine.comm import Comm, join_store, open_store
-    from dinfer.engine.comm_nccl import open_comm
-    from dinfer.engine.rank import run_rank
+    from dinfer.engine.hosting.rank import run_rank
+    from dinfer.engine.transport.comm import Comm, join_store, open_store
+    from dinfer.engine.transport.comm_nccl import open_comm
 
     rank = job["rank"]
     store = None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dinfer.engine.execution import Execution
-from dinfer.engine.placement import Row
+from dinfer.engine.inspection.placement import Row
 from dinfer.engine.probes import as_numbers, block_digests, row_digests
 from dinfer.model.cache import KVCache
 

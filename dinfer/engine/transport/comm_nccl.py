@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dinfer.config import Backend
-from dinfer.engine.comm import Comm, CommError, GlooComm, Store, bytes_of
 from dinfer.engine.probes import as_numbers
-from dinfer.engine.streams import COMPUTE, Arrived, Issued, Sign, Streams, Times, Where, stream_of
-from dinfer.engine.transfer import HEADER_BYTES, SIGNED
+from dinfer.engine.transport.comm import Comm, CommError, GlooComm, Store, bytes_of
+from dinfer.engine.transport.streams import COMPUTE, Arrived, Issued, Sign, Streams, Times, Where, stream_of
+from dinfer.engine.transport.transfer import HEADER_BYTES, SIGNED
 from dinfer.plan.graph import Channel
 
 COMMUNICATORS = ("hidden", "kv")

@@ -4,10 +4,10 @@ import logging
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from dinfer.engine.logfile import log_trouble
+from dinfer.engine.hosting.logfile import log_trouble
 
 if TYPE_CHECKING:
-    from dinfer.engine.transfer import Header
+    from dinfer.engine.transport.transfer import Header
 
 log = logging.getLogger("dinfer")
 
@@ -15,9 +15,9 @@ log = logging.getLogger("dinfer")
 def describe(error: BaseException) -> dict[str, Any]:
     """What a session needs to tell causes from consequences: `secondary` is what a lost peer does to others; `cause` is
     the original error, `op` and `lane` where it was raised, `came` the message because of which, where there is one."""
-    from dinfer.engine.comm import CommError
     from dinfer.engine.execution import OpFailed
-    from dinfer.engine.transfer import TransferError
+    from dinfer.engine.transport.comm import CommError
+    from dinfer.engine.transport.transfer import TransferError
 
     cause = error.__cause__ if error.__cause__ is not None else error
     return {

@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dinfer.engine.comm import CommError
 from dinfer.engine.gate import Gate
-from dinfer.engine.streams import LocalStreams, Streams
+from dinfer.engine.transport.comm import CommError
+from dinfer.engine.transport.streams import LocalStreams, Streams
 from dinfer.plan.graph import Channel
 
 Order = Literal["pairs", "serial"]

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dinfer.engine.holding import Holding, Key, as_rows, empty_digest, hidden_digest
-from dinfer.engine.measure import Measured, measure
-from dinfer.engine.placement import Misplaced, Row, misplaced
+from dinfer.engine.inspection.holding import Holding, Key, as_rows, empty_digest, hidden_digest
+from dinfer.engine.inspection.measure import Measured, measure
+from dinfer.engine.inspection.placement import Misplaced, Row, misplaced
+from dinfer.engine.inspection.replay import Replay
 from dinfer.engine.probes import as_numbers, block_digests, row_digests
-from dinfer.engine.replay import Replay
 from dinfer.model.decoder import Decoder
 from dinfer.model.reference import Forward
 from dinfer.model.sampling import Sampler

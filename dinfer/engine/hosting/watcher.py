@@ -18,7 +18,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from dinfer.engine.board import BOARD_BYTES, Board, map_file
-from dinfer.engine.stacks import dump_of
+from dinfer.engine.hosting.stacks import dump_of
 from dinfer.trace.recorder import Recorder
 
 TICK_MS = 40
@@ -226,7 +226,7 @@ def exists(pid: int) -> bool:
 
 
 def main() -> None:
-    """`python -m dinfer.engine.watcher MEMORY_FD SOCKET_FD`; the socket's first line says whom to publish to."""
+    """`python -m dinfer.engine.hosting.watcher MEMORY_FD SOCKET_FD`; the socket's first line says where."""
     for number in (
         signal.SIGINT,
         signal.SIGTERM,

@@ -9,7 +9,7 @@ import transformers
 
 from dinfer import __version__
 from dinfer.config import Config
-from dinfer.engine.comm import Comm
+from dinfer.engine.transport.comm import Comm
 from dinfer.model.checkpoint import Spec
 from dinfer.model.fingerprint import fingerprint
 
