@@ -17,9 +17,8 @@ undone before anybody looked; dtype and shape, which a header says beside it.
 import torch
 from torch import Tensor
 
-_STEP = -7046029254386353131  # 2^64 / golden ratio, as a signed number: multiples of it do not repeat
-_MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
-"""of splitmix64's finaliser (Steele, Lea and Flood 2014), as signed numbers"""
+from dinfer.engine.mixing import mixed_sum
+
 _MASK = (1 << 64) - 1
 _INTEGERS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.int8))
 
@@ -27,16 +26,14 @@ _INTEGERS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.int
 def row_digests(block: Tensor) -> Tensor:
     """Of a block [tokens, 2, kv_heads, head_dim]: the digest of each row, int64 [tokens, 2, kv_heads].
 
-    The same on every device. A row is read as 64-bit words (or as the largest that it divides into); each is added to
-    a number of its place, mixed by splitmix64's finaliser, which maps no two words to one, and the words' sum modulo
-    2^64 is the digest.
+    The same on every device. A row is read as 64-bit words, or as the largest that it divides into: see mixing.
     """
-    return _mixed_sum(_words(block))
+    return mixed_sum(_words(block))
 
 
 def block_digests(rows: Tensor) -> Tensor:
     """From a block's row digests [tokens, 2, kv_heads]: those of K and of V, int64 [2]."""
-    return _mixed_sum(rows.transpose(0, 1).reshape(2, -1))
+    return mixed_sum(rows, first=0)
 
 
 def as_numbers(digests: Tensor) -> tuple[int, int]:
@@ -50,24 +47,6 @@ def _words(block: Tensor) -> Tensor:
     width = block.shape[-1] * block.element_size()
     dtype = next(dtype for size, dtype in _INTEGERS if width % size == 0)
     return block.contiguous().view(dtype).to(torch.int64)
-
-
-def _mixed_sum(words: Tensor) -> Tensor:
-    places = torch.arange(1, words.shape[-1] + 1, device=words.device, dtype=torch.int64) * _STEP
-    mixed = words + places
-    shifted = torch.empty_like(
-        mixed
-    )  # one for all rounds: new memory for each would cost a fifth of the time
-    for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
-        mixed ^= _shift(mixed, shift, shifted)
-        mixed *= multiplier
-    mixed ^= _shift(mixed, 31, shifted)
-    return mixed.sum(-1)
-
-
-def _shift(words: Tensor, bits: int, out: Tensor) -> Tensor:
-    """Shifted right, zeros coming in: torch shifts signed numbers only, and copies the sign."""
-    return torch.bitwise_right_shift(words, bits, out=out).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def statistics(tensor: Tensor) -> str:

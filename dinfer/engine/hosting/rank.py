@@ -17,6 +17,7 @@ from dinfer.engine.hosting.control import Control
 from dinfer.engine.hosting.logfile import log_trouble
 from dinfer.engine.hosting.oplog import OpLog
 from dinfer.engine.hosting.shortage import explained
+from dinfer.engine.probes import block_digests, row_digests
 from dinfer.engine.transport.comm import Comm
 from dinfer.model.decoder import Decoder
 from dinfer.model.text import TextStream, load_tokenizer
@@ -95,6 +96,8 @@ def warm_up(decoder: Decoder, config: Config, tokens: int) -> None:
     started = perf_counter()
     chunk = max(1, min(config.chunk_size, tokens, decoder.max_positions))
     decoder.warm_up(chunk, tokens % chunk or chunk)
+    if config.digests and decoder.device.type != "cpu":
+        block_digests(row_digests(decoder.new_cache(chunk).block(0, 0, chunk)))
     if decoder.device.type != "cpu":
         log.info("kernels loaded in %.1f s", perf_counter() - started)
 
