@@ -37,6 +37,7 @@ def help_(call: Call) -> Text:
 
 VERBS: dict[str, Callable[[Call], Any]] = {
     "connect": of_session.connect, "load": of_session.load, "prefill": of_session.prefill,
+    "sweep": of_session.sweep,
     "run": of_run.run, "where": of_run.where, "why": of_run.why,
     "step": of_run.step, "back": of_run.back, "to": of_run.to,
     "resume": of_run.resume, "pause": of_run.pause, "wait": of_run.wait,

@@ -47,6 +47,21 @@ def prefill(call: Call) -> Any:
 
 
 @magic_arguments()
+@argument("prompts", nargs="+", help="texts, each between quotation marks, or $name for that of a variable")
+@argument(
+    "--set",
+    nargs="+",
+    default=[],
+    metavar="KEY=VALUE,…",
+    help="chunk_size=8,16 sync_strategy=pairwise,ring …",
+)
+def sweep(call: Call) -> Any:
+    """Run every prompt with every combination of these parameters; a table."""
+    chosen = dict(word.split("=", 1) for word in call.words.set)
+    return call.session.sweep(call.words.prompts, **{name: some.split(",") for name, some in chosen.items()})
+
+
+@magic_arguments()
 def recover(call: Call) -> Text:
     """After a failure: bring lost ranks back and free those that are stuck."""
     return Text([call.session.recover()])

@@ -211,3 +211,11 @@ def test_a_report_is_written_and_its_place_told(begun: Any, tmp_path: Path) -> N
     assert "Lima" not in page
     act(begun, f'report "{path}" --prompt')
     assert "Lima" in path.read_text(encoding="utf-8")
+
+
+def test_a_sweep_is_a_table(shell: Any) -> None:
+    found = act(shell, f'sweep "{PROMPT}" sync_strategy=pairwise,ring chunk_size=8 max_new_tokens=3')
+    assert [(row["sync_strategy"], row["text"].strip()) for row in found.rows] == [
+        ("pairwise", "471"),
+        ("ring", "471"),
+    ]

@@ -11,13 +11,19 @@ from tqdm.auto import tqdm
 from dinfer.session.runs.run import Run
 from dinfer.session.said import Said
 
+FIGURES = (
+    "tokens", "prefill_s", "compute_s", "exposed_sync_s", "waiting_s", "kv_equal", "text", "error",
+)  # fmt: skip
+"""columns, behind the prompt and the parameters"""
+
 
 @dataclass(frozen=True, repr=False)
 class Sweep(Said):
     """`rows` are one a run, each from column to value; `pandas.DataFrame(sweep.rows)` makes a DataFrame of it, and so
-    does `sweep.dataframe()`."""
+    does `sweep.dataframe()`. `left`: how many runs were not begun, since the kernel was interrupted."""
 
     rows: tuple[dict[str, Any], ...]
+    left: int = 0
 
     def dataframe(self) -> Any:
         """The rows as a pandas DataFrame. Raises ImportError where there is no pandas."""
@@ -27,40 +33,53 @@ class Sweep(Said):
 
     def __str__(self) -> str:
         if not self.rows:
-            return "no runs"
+            return "no runs" + self._left_text()
         cells = [list(self.rows[0]), *([_cell(value) for value in row.values()] for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells) + self._left_text()
 
     def _repr_html_(self) -> str:
         def line(tag: str, values: Sequence[str]) -> str:
             return f"<tr>{''.join(f'<{tag}>{escape(value)}</{tag}>' for value in values)}</tr>"
 
         body = "".join(line("td", [_cell(value) for value in row.values()]) for row in self.rows)
-        return f"<table>{line('th', list(self.rows[0]) if self.rows else [])}{body}</table>"
+        left = escape(self._left_text().strip())
+        return f"<table>{line('th', list(self.rows[0]) if self.rows else [])}{body}</table>{left}"
+
+    def _left_text(self) -> str:
+        return f"\ninterrupted: {self.left} more runs were not begun" if self.left else ""
 
 
 def sweep(
     prefill: Callable[..., Run], prompts: Sequence[str | Sequence[int]], parameters: Mapping[str, Any]
 ) -> Sweep:
-    """Run every prompt with every combination of parameters, whose values are lists or single values."""
+    """Run every prompt with every combination of parameters, whose values are lists or single values. A run that cannot
+    be, or fails, is a row that says why; the others go on as far as the session lets them."""
     names = list(parameters)
     choices = [value if isinstance(value, list) else [value] for value in parameters.values()]
     combinations = list(itertools.product(prompts, *choices))
-    rows = []
-    for prompt, *values in tqdm(combinations, desc="runs", unit="run"):
-        chosen = dict(zip(names, values, strict=True))
+    rows = list[dict[str, Any]]()
+    try:
+        for prompt, *values in tqdm(combinations, desc="runs", unit="run"):
+            rows.append(_row(prefill, prompt, dict(zip(names, values, strict=True))))
+    except KeyboardInterrupt:  # what has been measured is not lost
+        pass
+    return Sweep(tuple(rows), len(combinations) - len(rows))
+
+
+def _row(prefill: Callable[..., Run], prompt: str | Sequence[int], chosen: dict[str, Any]) -> dict[str, Any]:
+    name = prompt if isinstance(prompt, str) else f"{len(prompt)} token ids"
+    try:
         run = prefill(prompt, **chosen)
-        decoded = run.decode()
-        rows.append(_row(prompt, chosen, run, decoded.text))
-    return Sweep(tuple(rows))
+        figures = _figures(run, run.decode().text)
+    except (RuntimeError, ValueError) as error:
+        figures = dict.fromkeys(FIGURES) | {"error": str(error).partition("\n")[0]}
+    return {"prompt": name, **chosen, **figures}
 
 
-def _row(prompt: str | Sequence[int], chosen: Mapping[str, Any], run: Run, text: str) -> dict[str, Any]:
+def _figures(run: Run, text: str) -> dict[str, Any]:
     figures = [run.trace.rank_figures(rank) for rank in range(run.world_size)]
     return {
-        "prompt": prompt if isinstance(prompt, str) else f"{len(prompt)} token ids",
-        **chosen,
         "tokens": len(run.job.ids),
         "prefill_s": max(figure.prefill_s for figure in figures),
         "compute_s": max(figure.compute_s for figure in figures),
@@ -68,9 +87,12 @@ def _row(prompt: str | Sequence[int], chosen: Mapping[str, Any], run: Run, text:
         "waiting_s": max(figure.waiting_s for figure in figures),
         "kv_equal": len(set(run.sha256())) == 1,
         "text": text,
+        "error": "",
     }
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
     text = f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
     return text if len(text) <= 40 else f"{text[:39]}…"

@@ -1,0 +1,73 @@
+"""Sweeps on threads: every combination is a row, also one that cannot be; an interrupt keeps what there is."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dinfer.session.local import LocalRanks
+from dinfer.session.runs.sweep import FIGURES, Sweep
+from dinfer.session.session import Session
+
+PROMPTS = ["The code of Lima is 471. The code of Lima is", "The code of Oslo is 306. The code of Oslo is"]
+
+
+@pytest.fixture
+def session() -> Iterator[Session]:
+    """Two ranks with the demo model."""
+    with Session(LocalRanks(2)) as made:
+        yield made.load("demo", threads=1)
+
+
+def test_every_combination_is_a_row(session: Session) -> None:
+    sweep = session.sweep(PROMPTS, sync_strategy=["pairwise", "ring"], chunk_size=[8, 16], max_new_tokens=3)
+    named = [(row["prompt"], row["sync_strategy"], row["chunk_size"]) for row in sweep.rows]
+    assert named == [
+        (text, way, size) for text in PROMPTS for way in ("pairwise", "ring") for size in (8, 16)
+    ]
+    assert all(row["kv_equal"] and row["prefill_s"] > 0 and not row["error"] for row in sweep.rows)
+    for text, answer in zip(PROMPTS, ("471", "306"), strict=True):
+        assert {row["text"].strip()[:3] for row in sweep.rows if row["prompt"] == text} == {answer}
+    lines = str(sweep).splitlines()
+    assert len(lines) == 9
+    assert lines[0].split() == ["prompt", "sync_strategy", "chunk_size", "max_new_tokens", *FIGURES]
+
+
+def test_a_run_that_cannot_be_is_a_row_that_says_why(session: Session) -> None:
+    sweep = session.sweep(PROMPTS[:1], schedule=["pipelined", "batched"], chunk_size=8, max_new_tokens=1)
+    good, refused = sweep.rows
+    assert (good["error"], good["kv_equal"]) == ("", True)
+    assert "rank 0 sends" in refused["error"]
+    assert refused["kv_equal"] is None
+    assert list(good) == list(refused)
+    assert "–" in str(sweep)
+
+
+def test_an_interrupt_keeps_what_has_been_measured(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Any] = []
+    prefill = session.prefill
+
+    def interrupted(*given: Any, **chosen: Any) -> Any:
+        begun.append(chosen)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        return prefill(*given, **chosen)
+
+    monkeypatch.setattr(session, "prefill", interrupted)
+    sweep = session.sweep(PROMPTS, chunk_size=[8, 16], max_new_tokens=1)
+    assert (len(sweep.rows), sweep.left) == (1, 3)
+    assert str(sweep).endswith("interrupted: 3 more runs were not begun")
+    assert "3 more runs" in sweep._repr_html_()
+
+
+def test_nothing_to_run() -> None:
+    assert str(Sweep(())) == "no runs"
+
+
+def test_a_dataframe_is_made_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=tuple))
+    assert Sweep(({"prompt": "a"},)).dataframe() == ({"prompt": "a"},)
