@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from dinfer.session.saved.saved import Saved
     from dinfer.session.session import Session
     from dinfer.trace.trace import Trace
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "connect", "load_ipython_extension"]
+__all__ = ["__version__", "connect", "load_ipython_extension", "open"]
 
 
 def connect(where: str = "ipyparallel", n: int = 3, **options: Any) -> "Session":
@@ -26,12 +27,15 @@ def connect(where: str = "ipyparallel", n: int = 3, **options: Any) -> "Session"
 
         return Panel(session.run)
 
-    def write(trace: "Trace", path: "Path") -> "Path":
-        from dinfer.views.report.page import write_report
+    return connected(where, n, show=show, write=_write, **options)
 
-        return write_report([trace], path)
 
-    return connected(where, n, show=show, write=write, **options)
+def open(path: "str | Path") -> "Saved":
+    """A run that `run.save` has written to a folder, or `run.report` to a file, without a cluster: its trace, plan,
+    verdict, KV; `.diff(…)` compares it with another, saved or live. Raises SavedError."""
+    from dinfer.session.saved.saved import open_saved
+
+    return open_saved(path, _write)
 
 
 def load_ipython_extension(shell: Any) -> None:
@@ -39,3 +43,9 @@ def load_ipython_extension(shell: Any) -> None:
     from dinfer.magics import load_into
 
     load_into(shell)
+
+
+def _write(trace: "Trace", path: "Path") -> "Path":
+    from dinfer.views.report.page import write_report
+
+    return write_report([trace], path)

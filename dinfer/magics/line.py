@@ -45,8 +45,8 @@ VERBS: dict[str, Callable[[Call], Any]] = {
     "decode": of_run.decode, "restart": of_run.restart,
     "kv": of_kv.kv, "diff": of_kv.diff, "compare": of_kv.compare,
     "inject": of_faults.inject, "faults": of_faults.faults,
-    "panel": of_session.panel, "report": of_session.report, "log": of_session.log, "recover": of_session.recover,
-    "debug": of_session.debug, "close": of_session.close, "help": help_,
+    "panel": of_session.panel, "report": of_session.report, "save": of_session.save, "log": of_session.log,
+    "recover": of_session.recover, "debug": of_session.debug, "close": of_session.close, "help": help_,
 }  # fmt: skip
 
 

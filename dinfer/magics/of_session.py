@@ -11,6 +11,11 @@ from dinfer.magics.call import Call, Text
 from dinfer.session.session import Session
 
 
+def _layers(word: str) -> bool | list[int]:
+    """Of which layers to save values."""
+    return word == "all" if word in ("all", "none") else [int(one) for one in word.split(",")]
+
+
 @magic_arguments()
 @argument("where", nargs="?", default="ipyparallel", help="ipyparallel (the default) or threads")
 @argument("-n", type=int, default=3, help="how many ranks")
@@ -89,6 +94,18 @@ def report(call: Call) -> Text:
     words = call.words
     path = call.run.report(words.path, prompt=words.prompt, environment=words.environment)
     return Text([f"report: {path}"])
+
+
+@magic_arguments()
+@argument("folder", help="where to save it")
+@argument("--kv", type=_layers, default=True, help="all (the default), none, or layers such as 0,1")
+@argument("--no-hidden", action="store_true", help="without the hidden states that entered each rank")
+@argument("--prompt", action="store_true", help="with the text of the prompt and of new tokens")
+def save(call: Call) -> Text:
+    """Save the current run to a folder, for dinfer.open."""
+    words = call.words
+    path = call.run.save(words.folder, kv=words.kv, hidden=not words.no_hidden, prompt=words.prompt)
+    return Text([f"saved: {path}"])
 
 
 @magic_arguments()

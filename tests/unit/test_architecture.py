@@ -35,7 +35,7 @@ FORBIDDEN = {
     "verdict": {"config"},
     "views": {"engine"},
 }  # though they stand earlier
-PUBLIC = ["__version__", "connect", "load_ipython_extension"]
+PUBLIC = ["__version__", "connect", "load_ipython_extension", "open"]
 MAX_LINES = 350
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from IPython.core.error import UsageError
 
+import dinfer
 from dinfer.magics import line as magics
 from dinfer.magics.line import VERBS, act, split, usage
 from dinfer.session.said import Moved, Where
@@ -219,3 +220,18 @@ def test_a_sweep_is_a_table(shell: Any) -> None:
         ("pairwise", "471"),
         ("ring", "471"),
     ]
+
+
+def test_a_run_is_saved_and_its_place_told(begun: Any, tmp_path: Path) -> None:
+    act(begun, "step chunk")
+    folder = tmp_path / "one"
+    assert str(act(begun, f'save "{folder}" kv=0,2')) == f"saved: {folder}"
+    saved = dinfer.open(folder)
+    assert "values of layers 0, 2, hidden states" in str(saved)
+    assert saved.source().subject.texts == ()
+    act(begun, f'save "{folder}" kv=none --no-hidden --prompt')
+    assert str(dinfer.open(folder)).splitlines()[1] == "ranks 0–1: digests alone"
+    act(begun, f'save "{folder}"')
+    assert "values of layers 0–5" in str(dinfer.open(folder))
+    with pytest.raises(UsageError, match="kv names layer 9"):
+        act(begun, f'save "{folder}" kv=9')

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from dinfer.plan.graph import Graph
+from dinfer.session.hangs.evidence import Evidence
 from dinfer.session.hangs.gather import signs_of, sizes_of
 from dinfer.session.hangs.stacks import Stacks, gather
 from dinfer.session.hangs.track import Track
@@ -74,6 +75,12 @@ class Watch:
             told = self.found
         same = told and (told.kind, told.ranks) == (fresh.kind, fresh.ranks)
         return replace(fresh, sentence=told.sentence) if told and same else fresh
+
+    def evidence(self, *, decoding: bool, ended: Mapping[int, str], told: str) -> Evidence:
+        """What is known now, to be judged elsewhere; `told`: the sentence that it has led to."""
+        with self._lock:
+            stacks = {rank: its.text for rank, its in self._stacks.items() if its.text}
+            return Evidence(tuple(self._signs(decoding, ended)), self._sizes, stacks, AHEAD_S, told)
 
     def _look_closely(self, decoding: bool, ended: Mapping[int, str]) -> None:
         with self._lock:

@@ -111,14 +111,14 @@ class Details:
         self.rows += int(left.sum())
         tokens = [places.start + n for n in concerned(left)]
         fetched = tokens if self._left is None else tokens[: self._left]
-        if case.right is None:
+        if not _has_values(case):
             fetched = []
         if self._left is not None:
             self._left -= len(fetched)
         found = self._fetched(case, fetched, left[[token - places.start for token in fetched]])
         rest = left.clone()
         rest[[token - places.start for token in fetched]] = False
-        if case.right is not None:
+        if _has_values(case):
             self.unfetched += int(rest.sum())
         return found + self._by_digest(case, places, rest)
 
@@ -150,10 +150,7 @@ class Details:
             if rows:
                 token, head = places.start + rows[0][0], rows[0][1]
                 note = f"and {len(rows) - 1} rows more of this block" if len(rows) > 1 else ""
-                if case.right is None:
-                    note = "; ".join(
-                        [note] * bool(note) + ['no rank holds what was computed: run.compare("reference")']
-                    )
+                note = "; ".join(filter(None, [note, _why_no_values(case)]))
                 found.append(
                     _difference(
                         case, token, tensor=_NAMES[tensor], head=head, rows=len(rows), note=note,
@@ -185,6 +182,17 @@ def _difference(
         where=case.origin.where, rows=rows, count=count, name=case.side.name, label=label, note=note,
         came=case.origin.text, hops=case.hops, dtype=subject.dtype,
     )  # fmt: skip
+
+
+def _has_values(case: Case) -> bool:
+    sides = [case.side, case.right]
+    return all(side is not None and side.source.has_values(case.layer) for side in sides)
+
+
+def _why_no_values(case: Case) -> str:
+    if case.right is None:
+        return 'no rank holds what was computed: run.compare("reference")'
+    return "" if _has_values(case) else "its values were not saved"
 
 
 def chunk_of(subject: Subject, span: int) -> int | None:

@@ -8,10 +8,10 @@ from dinfer.engine.hosting.commands import Message
 from dinfer.engine.ledger import Digests, Key
 from dinfer.engine.probes import as_numbers
 from dinfer.session.kv.line import Line
-from dinfer.session.kv.source import Held, Noted, Source, Subject
+from dinfer.session.kv.source import Held, Noted, Shown, Subject
 
 
-class Live(Source):
+class Live(Shown):
     """Of ranks that stand."""
 
     def __init__(self, subject: Subject, line: Line) -> None:
@@ -58,16 +58,14 @@ class Live(Source):
     def values(self, rank: int, layer: int, places: Sequence[int]) -> Tensor:
         return self.line.tensors([rank], "kv_values", layer=layer, places=list(places))[0]
 
-    # -- what only ranks can tell
-
     def summary(self, rank: int, layer: int, places: range) -> Message:
-        """K and V of these places by head: see engine/summaries."""
         return self.line.ask([rank], "kv_summary", layer=layer, start=places.start, stop=places.stop)[0]
 
     def part(self, rank: int, layer: int, tensor: int, heads: Sequence[int], places: Sequence[int]) -> Tensor:
-        """K (0) or V (1) of some heads, [heads, places, head_dim]."""
         some = {"tensor": tensor, "heads": list(heads), "places": list(places)}
         return self.line.tensors([rank], "kv_part", layer=layer, **some)[0]
+
+    # -- what only ranks can tell
 
     def hidden_first(self, rank: int) -> dict[int, int]:
         """By chunk, the first layer before which a rank has its hidden state."""

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from dinfer.engine.hosting.commands import Message
 from dinfer.engine.ledger import Digests, Key
 from dinfer.plan.plan import Plan
 
@@ -107,3 +108,17 @@ class Source(Protocol):
 
     def values(self, rank: int, layer: int, places: Sequence[int]) -> Tensor:
         """The rows themselves, on the CPU: [places, 2, kv_heads, head_dim]. All places must be held."""
+
+    def has_values(self, layer: int) -> bool:  # noqa: ARG002 - of most there are
+        """Whether there are values of a layer, beside digests."""
+        return True
+
+
+class Shown(Source, Protocol):
+    """A source that can be looked at, too."""
+
+    def summary(self, rank: int, layer: int, places: range) -> Message:
+        """K and V of these places by head: see engine/inspection/summaries."""
+
+    def part(self, rank: int, layer: int, tensor: int, heads: Sequence[int], places: Sequence[int]) -> Tensor:
+        """K (0) or V (1) of some heads, [heads, places, head_dim]."""

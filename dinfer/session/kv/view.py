@@ -8,9 +8,8 @@ import torch
 from dinfer.plan.ops import PlanError
 from dinfer.session.kv.diff import VALUES, diff_ranks, diff_sources
 from dinfer.session.kv.difference import Diff, Table, number_text
-from dinfer.session.kv.live import Live
 from dinfer.session.kv.sides import Selection
-from dinfer.session.kv.source import Source, Subject
+from dinfer.session.kv.source import Shown, Source, Subject
 from dinfer.session.kv.words import numbers_text
 from dinfer.session.said import Said
 
@@ -31,7 +30,7 @@ class KV(Said):
     """Some of what ranks hold. `source()` is asked anew for each look: a run may have moved."""
 
     def __init__(
-        self, source: Callable[[], Live], layers: Sequence[int], spans: Sequence[int], rank: int | None
+        self, source: Callable[[], Shown], layers: Sequence[int], spans: Sequence[int], rank: int | None
     ) -> None:
         self.source = source
         self._layers, self._spans, self._rank = tuple(layers), tuple(spans), rank
@@ -51,7 +50,7 @@ class KV(Said):
         """
         source = self.source()
         subject = source.subject
-        chosen = tuple(_ranks(subject, ranks if ranks is not None else self._own_ranks(subject)))
+        chosen = tuple(_ranks(subject, ranks if ranks is not None else self._own_ranks(source)))
         spans = self._spans or tuple(range(len(subject.spans)))
         selection = Selection(chosen, self._layers, spans)
         if other is None:
@@ -84,7 +83,7 @@ class KV(Said):
 
     def __str__(self) -> str:
         source = self.source()
-        subject, ranks = source.subject, self._own_ranks(source.subject)
+        subject, ranks = source.subject, self._own_ranks(source)
         held = source.held(ranks)
         lines = [_shape_text(subject)]
         for layer in self._layers:
@@ -122,17 +121,21 @@ class KV(Said):
 
     def _one_rank(self) -> int:
         """The rank that was asked for, or the one that owns the layer."""
-        return self.source().subject.plan.shape.owners[self._layers[0]] if self._rank is None else self._rank
+        if self._rank is not None:
+            return self._rank
+        source = self.source()
+        owner = source.subject.plan.shape.owners[self._layers[0]]
+        return owner if owner in source.ranks else min(source.ranks)
 
-    def _own_ranks(self, subject: Subject) -> list[int]:
-        return list(range(subject.plan.world_size)) if self._rank is None else [self._rank]
+    def _own_ranks(self, source: Source) -> list[int]:
+        return list(source.ranks) if self._rank is None else [self._rank]
 
 
 class Part(Said):
     """K or V of a layer on one rank; `places`: the rows that can be had, by default tokens. Values travel when they are
     asked for, by head and token as in a tensor [heads, tokens, head_dim]; they come to the CPU."""
 
-    def __init__(self, source: Live, rank: int, layer: int, tensor: int, places: range) -> None:
+    def __init__(self, source: Shown, rank: int, layer: int, tensor: int, places: range) -> None:
         self._source, self._rank, self._layer, self._tensor = source, rank, layer, tensor
         self.places = places
 
@@ -162,12 +165,12 @@ class Part(Said):
         )
 
 
-def kv_of(source: Callable[[], Live], *, layer: int | None, chunk: int | None, rank: int | None) -> KV:
+def kv_of(source: Callable[[], Shown], *, layer: int | None, chunk: int | None, rank: int | None) -> KV:
     """What `run.kv` returns. Raises PlanError for what there is not, or not yet."""
     now = source()
     shape = now.subject.plan.shape
     layers = range(shape.layers) if layer is None else [within("layer", layer, shape.layers)]
-    ranks = range(shape.world_size) if rank is None else [within("rank", rank, shape.world_size)]
+    ranks = now.ranks if rank is None else [within("rank", rank, shape.world_size)]
     if chunk is not None:
         within("chunk", chunk, len(shape.chunks))
         for has in layers:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from dinfer.session.blame import ending
+from dinfer.session.hangs.evidence import Evidence
 from dinfer.session.hangs.watch import Watch
 from dinfer.session.runs.sight import Sight
 from dinfer.session.runs.stepper import NoProgress
@@ -41,6 +42,11 @@ class Explaining(Sight):
         found = self._judge(is_moving=is_moving)
         told = (self.failure or self.silence).partition("\n")[0]
         return replace(found, sentence=told) if told else found
+
+    def evidence(self) -> Evidence:
+        """What the verdict is made of now."""
+        told = self.verdict().sentence
+        return self._watch.evidence(decoding=self._generation.under_way, ended=self._ended(), told=told)
 
     @property
     def told(self) -> Verdict | None:

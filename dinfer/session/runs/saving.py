@@ -1,0 +1,68 @@
+"""Saving: a run as a folder: what its ranks hold, where they stand, and what they have done."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from dinfer.session.hangs.stacks import answers
+from dinfer.session.kv.line import Line
+from dinfer.session.kv.live import Live
+from dinfer.session.reproduce import parameters
+from dinfer.session.runs.explaining import Explaining
+from dinfer.session.runs.reporting import Reporting
+from dinfer.session.saved.folder import check_free
+from dinfer.session.saved.writing import Content, chosen_layers, write
+from dinfer.trace.findings import with_findings
+
+ANSWER_S = 5.0
+"""for a rank of a run that has failed or hangs to say that it can be asked"""
+
+
+class Saving(Explaining, Reporting):
+    """Of one run."""
+
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        kv: bool | Sequence[int] = True,
+        hidden: bool = True,
+        prompt: bool = False,
+    ) -> Path:
+        """Save the run to a folder, which `dinfer.open` opens without a cluster or a checkpoint; where it is.
+
+        First it waits until the run stands; one that hangs or has failed is saved as far as its ranks answer. There
+        will be the plan, the trace, the verdict, token ids and the digests of all rows; with `kv` the values of all
+        layers, or of those in a list; with `hidden` the hidden states that have entered each rank; with `prompt` its
+        text and that of new tokens (which a tokenizer makes of the ids, too). A saved run that is there is replaced.
+        Raises SavedError where something else is, and RuntimeError for a run that is over.
+        """
+        layers = chosen_layers(kv, self.plan.shape.layers)
+        check_free(Path(folder).expanduser().resolve())
+        self._until_it_stands()
+        evidence = self.evidence()
+        source, ranks = self._reachable()
+        trace = with_findings(self.whole_trace(), self.findings(prompt=prompt))
+        content = Content(source, ranks, trace, evidence, self._told(), layers, hidden, prompt)
+        return write(content, folder)
+
+    def _reachable(self) -> tuple[Live, tuple[int, ...]]:
+        """The ranks that can be asked what they hold."""
+        if self.closed or self._state() in ("paused", "done"):
+            return self.source(), tuple(range(self.world_size))
+        silent, exits = self._line.silent(), self._line.exits()
+        there = [rank for rank in range(self.world_size) if exits[rank] is None and rank not in silent]
+        said = answers(self._line, {rank: {"do": "kv_held"} for rank in there}, ANSWER_S)
+        return Live(self._subject(), Line(self._line, self._check_there)), tuple(sorted(said))
+
+    def _told(self) -> dict[str, object]:
+        standing = self.standing()
+        return {
+            "made": time.strftime("%Y-%m-%d %H:%M"),
+            "state": standing.state,
+            "positions": [list(stand.positions) for stand in standing.stands],
+            "edited": list(self.edited),
+            "faults": list(standing.faults),
+            "parameters": parameters(self.config),
+            "checkpoint": {"path": str(self.job.spec.path), "fingerprint": self._fingerprint},
+        }

@@ -1,0 +1,66 @@
+"""Description: what a saved run consists of, for who writes other programs; it is written into each."""
+
+from dinfer.session.saved.format import DIGESTS, FORMAT, HIDDEN, LEDGER_COLUMNS, PLAN, RUN, TRACE, VERSION
+
+DESCRIPTION = f"""# A saved run of dinfer, version {VERSION}
+
+`dinfer.open("folder")` opens it, without a cluster or a checkpoint. Everything is text, JSON or safetensors.
+Another program may write one, too: what may be left out is said below.
+
+*Ranks* and *layers* count from 0. A *chunk* is a run of prompt tokens, as `{PLAN}` says. The *spans* are the
+chunks and then, where there are new tokens, all of those but the last, which has no K and V. A *block* is K and
+V of one layer for one chunk. A *row* is K or V of one token and one KV head. A *place* is an index in a layer's
+cache: the token's, and more of them where rows were appended twice.
+
+## {RUN}
+
+* `format`, `version`: "{FORMAT}" and {VERSION}. `made`, `dinfer`: when, and by which version of dinfer, as
+  text.
+* `ids`, `tokens`: token ids of the prompt, and of the new tokens.
+* `texts`: of each of both its text in whole characters; null: not told. (A tokenizer makes it of the ids.)
+* `kv`: `heads`, `head_dim`, `dtype` (such as "bfloat16"), and `layers`, those whose values are here.
+* `hidden`: whether `{HIDDEN}` is here.
+* `checkpoint`: `path`, and `fingerprint`, any text: only runs where it is equal are compared.
+* `parameters`: what the run was given, but for its prompt. May be left out.
+* `state`: "paused", "done", "failed", "running" or "decoding"; in the last two cases it hung. May be left out.
+* `standing`: by rank, where it stood, in words; "" at its end.
+* `positions`: by rank and lane of the plan, how many ops were done. May be left out.
+* `edited`, `faults`: what was changed by hand, and which faults were armed, in words. May be left out.
+* `ranks`: of each rank that could be asked its `rank` and, by layer, `spans`, how many of the spans it held,
+  counted from the first, and `rows`, how many places.
+* `evidence`: what was known of the ranks' doings when it was saved, of which `verdict()` is made. May be left
+  out.
+* `files`: the SHA-256 of files, in hex. Those that are not named are not checked.
+
+## {PLAN} and {TRACE}
+
+The plan, as `dinfer plan` prints it. The trace, as JSON lines: the first says the `format`, how many `events`
+follow, and `about` the run what is known beside, findings among it; then an event a line, its times in
+nanoseconds.
+
+## {DIGESTS}
+
+The digest of a row is 64 bits, here as int64, that depend on all of its bytes and their order: see
+dinfer/engine/probes.py.
+
+* `rank0.layer5.rows`, int64 [places, 2, heads]: of the rows as they are; K, then V. A rank without it holds the
+  same as the layer's *first holder*: the rank that owns the layer or, where that is not in `ranks`, the first
+  that is.
+* `rank0.ledger`, int64 [blocks, {LEDGER_COLUMNS}]: what the rank had noted of a block when it was computed or
+  came: chunk, layer, 1 if it was edited by hand since, the digests of K and V as they came, and as who computed
+  it had announced them. May be left out.
+* `rank0.layer5.chunk1.came`, int64 [tokens, 2, heads]: of the block's rows as it came, where they have changed
+  since. May be left out.
+
+## kv.layer5.safetensors
+
+A file for each layer of `kv.layers`.
+
+* `rank0.rows8`, of the run's dtype, [places, 2, heads, head_dim]: the rows from place 8 to the end of the span
+  that begins there, or as many as the rank holds of it; behind the last span, all that there are. A rank
+  without it holds the same there as the layer's first holder.
+
+## {HIDDEN}
+
+* `rank1.chunk2.layer4`, [tokens, hidden_size]: of chunk 2, what entered rank 1, whose first layer is 4.
+"""

@@ -1,0 +1,48 @@
+"""Evidence as plain data and back: nothing of it is lost, and it leads to the same verdict."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dinfer.plan.ops import Value
+from dinfer.plan.partition import partition
+from dinfer.plan.schedule import build
+from dinfer.session.hangs.evidence import Evidence
+from dinfer.verdict.explain import explain
+from dinfer.verdict.signs import Came, Frame, Raised, Signs, Sizes
+
+PLAN = build(partition(layers=4, tokens=8, world_size=2, chunk_size=4), "lockstep", "pairwise")
+FULL = Signs(
+    positions=(1, 2), started=(True, False), limits=(3, 4), still_s=(0.5, 7.25), quiet_s=1.5, phase="decode",
+    decoded=3, process="S", cpu_moves=True, answers=False, ended="was killed",
+    raised=Raised("no", "layer c0 l1", "main", True, Came(Value("kv", 0, 1), 4, 512, 1 << 63)), plan_id=(1 << 64) - 1,
+    frames={"main": Frame("model.py", 12, "forward", "x()", native=True, waits=True, held=True)},
+    medians={"layer": 0.25}, links={1: 0.125}, empty=frozenset({(0, 2), (1, 5)}),
+)  # fmt: skip
+
+
+def plain(evidence: Evidence) -> Evidence:
+    """There and back, through JSON."""
+    return Evidence.of(json.loads(json.dumps(evidence.as_dict())))
+
+
+@pytest.mark.parametrize("signs", [FULL, Signs()], ids=["all", "nothing"])
+def test_nothing_is_lost(signs: Signs) -> None:
+    evidence = Evidence((signs, Signs()), Sizes(512, 64), {0: "stack"}, 0.5, "told")
+    assert plain(evidence) == evidence
+
+
+def test_it_is_judged_as_it_was() -> None:
+    signs = (
+        Signs(positions=(1,), started=(True,), limits=(9,), still_s=(20.0,), quiet_s=20.0),
+        Signs(
+            positions=(0,), started=(False,), limits=(9,), still_s=(20.0,), quiet_s=20.0, ended="was killed"
+        ),
+    )
+    evidence = Evidence(signs, Sizes(512, 64), {})
+    found = plain(evidence).judge(PLAN)
+    assert found == explain(PLAN, signs, Sizes(512, 64))
+    assert (found.kind, found.rank) == ("dead", 1)
+    assert plain(Evidence(signs, Sizes(), {}, told="as told")).judge(PLAN).sentence == "as told"
