@@ -15,9 +15,11 @@ from random import Random, SystemRandom
 import pytest
 from hypothesis import settings
 
-settings.register_profile("local", deadline=None)
-settings.register_profile("ci", deadline=None, derandomize=True)
-settings.load_profile("ci" if os.environ.get("CI") == "true" else "local")
+# How many examples a property gets is settled here, but where a test needs a number of its own; CI draws the same ones
+# each time.
+settings.register_profile("local", deadline=None, max_examples=40)
+settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
+settings.register_profile("thorough", deadline=None, max_examples=300)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,7 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Settle the seed, so that the header can name it, and begin to count time."""
+    """Settle how thorough to be, and the seed, so that the header can name it; begin to count time."""
+    quick = "ci" if os.environ.get("CI") == "true" else "local"
+    settings.load_profile("thorough" if config.option.slow else quick)
     if config.option.slow_seed is None:
         config.option.slow_seed = SystemRandom().randrange(10_000)
     config.pluginmanager.register(PartTimes(), "dinfer-part-times")

@@ -76,6 +76,7 @@ def test_a_signal_ends_all_ranks(number: signal.Signals, during: str, qwen3: Pat
     assert not any(map(_is_bound, ports))
 
 
+@pytest.mark.slow
 def test_ranks_end_when_their_client_is_killed_while_they_are_busy(qwen3: Path, start: Start) -> None:
     """Rank 0 has far more to say than fits into the queues of a connection that nobody reads."""
     run = start(qwen3, prompt_ids=IDS, chunk_size=4, max_new_tokens=4000)

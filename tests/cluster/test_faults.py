@@ -57,23 +57,29 @@ def _is_alive_rank(process: psutil.Process) -> bool:
             r"rank 1 failed at `layer c1 l3` \(lane compute\): ValueError: broken on purpose\n",
         ),
         (Fault(DIE), rf"rank 1 was killed by SIGKILL; it stood at: .*{AT}"),
-        (Fault("os._exit(7)"), rf"rank 1 ended with exit status 7; it stood at: .*{AT}"),
+        pytest.param(
+            Fault("os._exit(7)"),
+            rf"rank 1 ended with exit status 7; it stood at: .*{AT}",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             Fault("raise MemoryError('no room')", rank=2, kind="recv"),
             r"rank 2 failed at `recv kv c1 l3 <- 1, 4 tokens` \(lane [^)]*\): MemoryError: no room\n"
             r"Out of memory on cpu: an unknown amount was asked for",
             marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             Fault("import torch; torch.empty(1 << 50)"),
             r"rank 1 failed at `layer c1 l3` \(lane compute\): RuntimeError: .* 4503599627370496 bytes.*\n"
             r"Out of memory on cpu: 4,194,304.0 GiB was asked for, .* No single change saves the missing .*\n"
             r"The whole traceback is in ",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             Fault("sys._getframe(2).f_locals['state'].hidden[1, 3][0, 2] = float('nan')"),
             r"the logits of new token 0 are not numbers \(NaN\) on all ranks\. The first NaN is in layer 3, chunk 1 "
             r"\(token 6\) of the KV on all ranks: computed by rank 1; ",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             Fault("raise KeyError('gone')", rank=0, kind="layer", chunk=5, layer=0),
@@ -123,10 +129,11 @@ def test_the_others_stop_and_the_cause_is_named(fault: Fault, words: str, qwen3:
             rf"rank 1: .*{AT}[^(]*$",
             r"^Rank 1 is computing, and the others wait .* raise timeout \(3\)",
         ),
-        (
+        pytest.param(
             STOP,
             rf"rank 1: .*{AT}.*\(its process is stopped\)$",
             r"^Rank 1 is stopped by a signal .*kill -CONT",
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["blocked", "stopped"],

@@ -111,6 +111,7 @@ def test_a_sleep_in_python(session: Session, tmp_path: Path) -> None:
     check_goes_on(session)
 
 
+@pytest.mark.slow
 def test_a_c_call_that_lets_others_go_on(session: Session, tmp_path: Path) -> None:
     run = begin(session)
     arm(session, 1, OP, "ctypes.CDLL(None).usleep(600_000_000)", tmp_path / "struck")
@@ -133,6 +134,7 @@ def test_a_c_call_that_holds_the_interpreter(session: Session, tmp_path: Path) -
     check_goes_on(session)
 
 
+@pytest.mark.slow
 def test_an_exception_in_a_layer(session: Session, tmp_path: Path) -> None:
     run = begin(session)
     arm(session, 1, OP, "raise RuntimeError('boom')", tmp_path / "struck")
@@ -144,7 +146,10 @@ def test_an_exception_in_a_layer(session: Session, tmp_path: Path) -> None:
     check_goes_on(session)
 
 
-@pytest.mark.parametrize(("number", "kind"), [(signal.SIGSTOP, "stopped"), (signal.SIGKILL, "dead")])
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(signal.SIGSTOP, "stopped"), pytest.param(signal.SIGKILL, "dead", marks=pytest.mark.slow)],
+)
 def test_a_rank_that_is_stopped_or_killed(
     session: Session, tmp_path: Path, number: signal.Signals, kind: str
 ) -> None:

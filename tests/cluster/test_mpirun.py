@@ -123,6 +123,7 @@ def test_a_port_in_use_is_one_error(launch: Launch, tmp_path: Path) -> None:
     assert [text.startswith(f"port {port} cannot be opened") for text in said(run)] == [True], run.err
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_is_named(launch: Launch) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as probe:
         port = str(probe.getsockname()[1])

@@ -198,7 +198,7 @@ def trial(session: Session, wanted: Wanted, tmp_path: Path, seed: int) -> None:
     check_recovered(session, found.run, {found.rank}, wanted)
 
 
-@pytest.mark.parametrize("seed", [0, 4, 8])
+@pytest.mark.parametrize("seed", [0, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_broken_rank_is_named_and_brought_back(
     session: Session, wanted: Wanted, tmp_path: Path, seed: int
 ) -> None:

@@ -25,7 +25,7 @@ SHAPES = st.integers(1, 3).flatmap(
     lambda world_size: shapes_of(world_size, layers=LAYERS, tokens=TOKENS, chunk_size=CHUNK)
 )
 IDS = list(prompt(TOKENS))
-QUICK = settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 LONG = settings(max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
 
 

@@ -77,6 +77,7 @@ def test_weights_in_the_dtype_of_the_files_are_held_once_and_shared(checkpoint: 
     assert found["anonymous"] < ALLOWANCE, "none of it is this process's own"
 
 
+@pytest.mark.slow  # half a GiB
 def test_converted_weights_are_held_once_beside_the_page_cache(checkpoint: Path) -> None:
     found = measured(checkpoint, "float32")
     assert found["weights"] > 360 * MIB

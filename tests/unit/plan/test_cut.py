@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dinfer.plan.cut import UNITS, Cut, Cuts, is_inside, join, meet
@@ -37,7 +37,6 @@ def stopped_games(draw: st.DrawFn) -> tuple[Game, set[Place]]:
 # -- cuts as sets
 
 
-@settings(max_examples=60)
 @given(safe_plans(), SEEDS, SEEDS, SEEDS)
 def test_join_and_meet_are_a_lattice(plan: Plan, first: int, second: int, third: int) -> None:
     a, b, c = (random_positions(plan, seed) for seed in (first, second, third))
@@ -50,7 +49,6 @@ def test_join_and_meet_are_a_lattice(plan: Plan, first: int, second: int, third:
     assert is_inside(a, b) is (join(a, b) == b) is (meet(a, b) == a)
 
 
-@settings(max_examples=60)
 @given(safe_plans(ranks=3), SEEDS, SEEDS)
 def test_join_and_meet_of_consistent_cuts_are_consistent(plan: Plan, first: int, second: int) -> None:
     cuts = Cuts(plan)
@@ -59,7 +57,6 @@ def test_join_and_meet_of_consistent_cuts_are_consistent(plan: Plan, first: int,
     assert cuts.is_consistent(join(one, other))
 
 
-@settings(max_examples=100)
 @given(safe_plans(ranks=3), SEEDS)
 def test_is_consistent_says_what_the_definition_says(plan: Plan, seed: int) -> None:
     cuts = Cuts(plan)
@@ -89,7 +86,6 @@ def test_a_plan_that_can_hang_has_no_cuts() -> None:
 # -- steps
 
 
-@settings(max_examples=60)
 @given(safe_plans(), st.sampled_from(CHAINS))
 def test_links_are_consistent_and_grow_from_start_to_end(plan: Plan, unit: Any) -> None:
     cuts = Cuts(plan)
@@ -99,7 +95,6 @@ def test_links_are_consistent_and_grow_from_start_to_end(plan: Plan, unit: Any) 
     assert all(is_inside(a, b) and a != b for a, b in pairwise(chain))
 
 
-@settings(max_examples=60)
 @given(safe_plans(ranks=3, layers=4), st.sampled_from(UNITS))
 def test_steps_on_go_along_the_chain_and_steps_back_undo_them(plan: Plan, unit: Any) -> None:
     cuts = Cuts(plan)
@@ -119,7 +114,6 @@ def test_past_either_end_a_step_does_nothing(unit: Any) -> None:
     assert cuts.previous(cuts.start, unit) == cuts.start
 
 
-@settings(max_examples=60)
 @given(stopped_games(), st.sampled_from(UNITS))
 def test_steps_from_anywhere_get_on_and_back(stopped: tuple[Game, set[Place]], unit: Any) -> None:
     game, begun = stopped
@@ -134,7 +128,6 @@ def test_steps_from_anywhere_get_on_and_back(stopped: tuple[Game, set[Place]], u
     assert (back == here) is (here == cuts.start)
 
 
-@settings(max_examples=40)
 @given(safe_plans(ranks=3))
 def test_a_step_by_op_is_one_op_or_one_transfer(plan: Plan) -> None:
     cuts = Cuts(plan)
@@ -217,7 +210,6 @@ def test_ops_in_a_pipeline_take_turns() -> None:
     assert {"layer c0 l1"} in steps[4:]
 
 
-@settings(max_examples=60)
 @given(safe_plans(), st.data())
 def test_after_a_block_every_rank_holds_it_and_all_before_it(plan: Plan, data: st.DataObject) -> None:
     cuts = Cuts(plan)
@@ -227,7 +219,6 @@ def test_after_a_block_every_rank_holds_it_and_all_before_it(plan: Plan, data: s
     assert all(held >= wanted for held in held_by_rank(plan, cut))
 
 
-@settings(max_examples=60)
 @given(safe_plans(), st.data())
 def test_after_a_chunk_every_rank_holds_all_its_blocks(plan: Plan, data: st.DataObject) -> None:
     chunk = data.draw(st.integers(0, len(plan.shape.chunks) - 1))
@@ -236,7 +227,6 @@ def test_after_a_chunk_every_rank_holds_all_its_blocks(plan: Plan, data: st.Data
     assert all(held >= wanted for held in held_by_rank(plan, cut))
 
 
-@settings(max_examples=60)
 @given(safe_plans())
 def test_a_wave_brings_each_rank_one_layer_at_most(plan: Plan) -> None:
     for before, after in pairwise(Cuts(plan).chain("wave")):
@@ -265,7 +255,6 @@ def test_a_block_that_two_ranks_compute_is_one_block() -> None:
 # -- stopping
 
 
-@settings(max_examples=200)
 @given(stopped_games())
 def test_a_stop_takes_in_all_that_has_begun_but_recvs_without_send(stopped: tuple[Game, set[Place]]) -> None:
     game, begun = stopped
@@ -279,7 +268,6 @@ def test_a_stop_takes_in_all_that_has_begun_but_recvs_without_send(stopped: tupl
     assert len(set(void)) == len(void)
 
 
-@settings(max_examples=100)
 @given(stopped_games())
 def test_a_stop_goes_no_further_than_it_must(stopped: tuple[Game, set[Place]]) -> None:
     game, begun = stopped
@@ -288,7 +276,6 @@ def test_a_stop_goes_no_further_than_it_must(stopped: tuple[Game, set[Place]]) -
     assert inside(cut) == closed(game.plan, inside(game.positions) | bound)
 
 
-@settings(max_examples=100)
 @given(stopped_games())
 def test_lanes_limited_to_the_stop_arrive_there(stopped: tuple[Game, set[Place]]) -> None:
     game, begun = stopped
@@ -298,7 +285,6 @@ def test_lanes_limited_to_the_stop_arrive_there(stopped: tuple[Game, set[Place]]
     assert not any(game.queues.values())
 
 
-@settings(max_examples=60)
 @given(stopped_games(), SEEDS, MODES)
 def test_a_run_goes_on_from_where_it_stopped(
     stopped: tuple[Game, set[Place]], seed: int, rendezvous: bool
@@ -310,7 +296,6 @@ def test_a_run_goes_on_from_where_it_stopped(
     assert again.is_complete()
 
 
-@settings(max_examples=40)
 @given(safe_plans(ranks=3), SEEDS, MODES, st.sampled_from(CHAINS))
 def test_a_step_never_blocks(plan: Plan, seed: int, rendezvous: bool, unit: Any) -> None:
     for before, after in pairwise(Cuts(plan).chain(unit)):

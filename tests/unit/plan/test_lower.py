@@ -11,7 +11,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from hypothesis import event, given, settings
+from hypothesis import event, given
 
 from dinfer.plan.graph import channel_of
 from dinfer.plan.lower import lower
@@ -36,7 +36,6 @@ def test_golden() -> None:
     assert parse_plan(text).is_lowered
 
 
-@settings(max_examples=80)
 @given(plans(EIGHT, schedules=SAFE_SCHEDULES))
 def test_what_is_proved_is_proved_lowered(plan: Plan) -> None:
     lowered = lower(plan)
@@ -45,7 +44,6 @@ def test_what_is_proved_is_proved_lowered(plan: Plan) -> None:
     assert lower(lowered) == lowered
 
 
-@settings(max_examples=25)
 @given(plans(shapes(ranks=8, layers=8, chunks=2), schedules=("batched",)))
 def test_batched_stays_refuted(plan: Plan) -> None:
     verdict = verify(lower(plan))
@@ -54,7 +52,6 @@ def test_batched_stays_refuted(plan: Plan) -> None:
         assert verdict.flaw in ("pair order", "cycle")
 
 
-@settings(max_examples=60)
 @given(plans(EIGHT, schedules=SAFE_SCHEDULES))
 def test_every_lane_keeps_its_ops_in_their_order(plan: Plan) -> None:
     for lanes, (issue,) in zip(plan.lanes, lower(plan).lanes, strict=True):
@@ -63,7 +60,6 @@ def test_every_lane_keeps_its_ops_in_their_order(plan: Plan) -> None:
             assert [op for op in issue.ops if op in set(lane.ops)] == list(lane.ops)
 
 
-@settings(max_examples=60)
 @given(plans(EIGHT, schedules=SAFE_SCHEDULES))
 def test_each_pair_issues_in_one_order_on_each_communicator(plan: Plan) -> None:
     lowered = lower(plan)
@@ -80,7 +76,6 @@ def test_each_pair_issues_in_one_order_on_each_communicator(plan: Plan) -> None:
             assert orders[0] == orders[1]
 
 
-@settings(max_examples=40)
 @given(plans(shapes(ranks=5, layers=7), schedules=("pipelined",)))
 def test_blocks_go_a_chunk_behind_hidden_states(plan: Plan) -> None:
     """A rank issues none of its own blocks before the chunk's hidden state has been issued on its way."""
@@ -124,7 +119,6 @@ def test_a_pair_that_issues_in_two_orders_is_told_in_words() -> None:
     assert other_lane.flaw == "cycle"
 
 
-@settings(max_examples=150)
 @given(reordered_issues())
 def test_a_lowered_plan_is_proved_if_and_only_if_it_runs_serially(plan: Plan) -> None:
     verdict = verify(plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dinfer.plan.ops import PlanError, embed, layer
@@ -28,13 +28,11 @@ def test_text() -> None:
     assert PLAN.text() == TEXT
 
 
-@settings(max_examples=60)
 @given(plans(shapes(ranks=5)))
 def test_text_and_back(plan: Plan) -> None:
     assert parse_plan(plan.text()) == plan
 
 
-@settings(max_examples=60)
 @given(mutated_plans())
 def test_text_and_back_with_mistakes(plan: Plan) -> None:
     assert parse_plan(plan.text()) == plan
@@ -130,7 +128,6 @@ def test_every_error_says_what_and_where(name: str) -> None:
     assert str(caught.value) == message
 
 
-@settings(max_examples=200)
 @given(st.data())
 def test_a_damaged_text_is_a_plan_or_a_plan_error(data: st.DataObject) -> None:
     text = build(Shape(2, 3, 2, (0, 1)), "lockstep", "ring").text()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from dinfer.config import Schedule, SyncStrategy
 from dinfer.plan.cut import Cuts
@@ -49,7 +49,6 @@ def test_golden_files_can_be_read_back(path: Path) -> None:
     assert parse_plan(text).text() == text
 
 
-@settings(max_examples=60)
 @given(plans(shapes(ranks=5)))
 def test_ops_are_what_the_shape_calls_for(plan: Plan) -> None:
     ops = [op for _, op in plan.places()]
@@ -64,7 +63,6 @@ def test_ops_are_what_the_shape_calls_for(plan: Plan) -> None:
         assert count(ops, kind, "final") == others
 
 
-@settings(max_examples=60)
 @given(plans(shapes(ranks=5)))
 def test_each_rank_computes_the_layers_of_its_stage(plan: Plan) -> None:
     for rank, stage in enumerate(plan.shape.stages):
@@ -72,13 +70,11 @@ def test_each_rank_computes_the_layers_of_its_stage(plan: Plan) -> None:
         assert computed == [*stage] * len(plan.shape.chunks)
 
 
-@settings(max_examples=40)
 @given(plans(schedules=("lockstep", "batched")))
 def test_lockstep_and_batched_have_one_lane_a_rank(plan: Plan) -> None:
     assert [[lane.name for lane in lanes] for lanes in plan.lanes] == [["main"]] * plan.world_size
 
 
-@settings(max_examples=40)
 @given(plans(shapes(ranks=5), schedules=("pipelined",)))
 def test_pipelined_lanes_carry_one_kind_of_thing(plan: Plan) -> None:
     for lanes in plan.lanes:
@@ -86,7 +82,6 @@ def test_pipelined_lanes_carry_one_kind_of_thing(plan: Plan) -> None:
             assert all(lane_of(op) == lane.name for op in lane.ops), lane.name
 
 
-@settings(max_examples=40)
 @given(plans(shapes(ranks=5), schedules=("pipelined",)))
 def test_pipelined_kv_lanes_carry_blocks_in_the_global_order(plan: Plan) -> None:
     order = {block: at for at, block in enumerate(compute_order(plan.shape))}
@@ -106,7 +101,6 @@ def test_the_global_order_extends_the_data_flow(shape: Shape) -> None:
         assert order.get((chunk - 1, index), -1) < at
 
 
-@settings(max_examples=40)
 @given(safe_plans())
 def test_the_order_of_pipelined_plans_and_that_of_their_cuts_are_one(plan: Plan) -> None:
     if plan.schedule == "pipelined":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import networkx as nx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dinfer.config import Schedule, SyncStrategy
@@ -83,7 +83,6 @@ def test_one_to_sixteen_ranks_are_proved(world_size: int, schedule: Schedule, st
     assert verify(build(shape, schedule, strategy)).proved
 
 
-@settings(max_examples=120)
 @given(plans(shapes(ranks=6, layers=9, chunks=5)))
 def test_any_shape_is_proved_but_for_batched_on_several_ranks(plan: Plan) -> None:
     verdict = verify(plan)
@@ -258,7 +257,6 @@ def test_a_plan_without_ops_is_refuted() -> None:
     )
 
 
-@settings(max_examples=400)
 @given(mutated_plans(), st.integers(0, 99))
 def test_verify_agrees_with_the_naive_game(plan: Plan, seed: int) -> None:
     ways = {
@@ -272,7 +270,6 @@ def test_verify_agrees_with_the_naive_game(plan: Plan, seed: int) -> None:
         assert ways["buffered"] is (verdict.sends == "rendezvous")
 
 
-@settings(max_examples=150)
 @given(reordered_plans(), st.integers(0, 99))
 def test_the_cycle_is_one_of_waiting_lanes_and_none_is_shorter(plan: Plan, seed: int) -> None:
     verdict = verify(plan)
@@ -288,7 +285,6 @@ def test_the_cycle_is_one_of_waiting_lanes_and_none_is_shorter(plan: Plan, seed:
     assert len(lanes) == min(map(len, nx.simple_cycles(graph)))
 
 
-@settings(max_examples=150)
 @given(st.dictionaries(st.integers(0, 7), st.lists(st.integers(0, 7), max_size=3, unique=True)))
 def test_shortest_cycle_against_all_cycles(edges: dict[int, list[int]]) -> None:
     graph = nx.DiGraph([(node, other) for node, others in edges.items() for other in others])

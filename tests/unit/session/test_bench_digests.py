@@ -34,6 +34,7 @@ def test_the_table_says_cost_target_and_the_check_apart() -> None:
     assert "the check before decode, apart: 0.200 s, 10.00% of prefill" in text
 
 
+@pytest.mark.slow
 def test_it_runs_with_and_without_in_turn(tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "model", layers=2)
     config = Config(model_path=str(model), world_size=2, chunk_size=8, threads=1)

@@ -6,7 +6,7 @@ from collections import Counter
 from contextlib import suppress
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dinfer.config import Config
@@ -38,7 +38,6 @@ def broken_games(draw: st.DrawFn) -> tuple[Game, set[int]]:
     return game, draw(st.sets(st.integers(0, plan.world_size - 1)))
 
 
-@settings(max_examples=300)
 @given(broken_games())
 def test_every_transfer_between_living_ranks_meets_exactly_one_end(broken: tuple[Game, set[int]]) -> None:
     game, living = broken
@@ -71,7 +70,6 @@ def stands(game: Game, begun: set[Place], living: set[int]) -> dict[int, Stand]:
     }
 
 
-@settings(max_examples=60)
 @given(
     st.sampled_from(("pipelined", "lockstep")),
     st.sampled_from(("pairwise", "ring")),

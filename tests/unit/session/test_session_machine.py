@@ -146,7 +146,7 @@ def machine(sessions: dict[int, Session], model: Path, examples: int, steps: int
 
 
 def test_a_session_may_be_used_in_any_way(sessions: dict[int, Session], model: Path) -> None:
-    machine(sessions, model, 40, 12)
+    machine(sessions, model, 20, 12)
 
 
 @pytest.mark.slow

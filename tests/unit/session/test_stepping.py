@@ -197,7 +197,7 @@ QUIET = [HealthCheck.too_slow]
 def test_a_run_may_be_stepped_in_any_way(decoders: dict[str, Decoder]) -> None:
     run_state_machine_as_test(
         partial(Stepping, decoders["small"]),  # type: ignore[arg-type]  # any callable will do
-        settings=settings(max_examples=60, stateful_step_count=12, suppress_health_check=QUIET),
+        settings=settings(max_examples=25, stateful_step_count=12, suppress_health_check=QUIET),
     )
 
 

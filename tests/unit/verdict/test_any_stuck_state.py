@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import networkx as nx
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dinfer.plan.graph import channel_of
@@ -32,7 +32,6 @@ def places(draw: st.DrawFn, *, transfer: bool = False, compute: bool = False) ->
 
 
 @given(plan=reordered_plans() | plans(schedules=("batched",)), seed=SEEDS)
-@settings(max_examples=150)
 def test_ranks_that_wait_for_one_another_in_a_circle(plan: Plan, seed: int) -> None:
     proof = verify(plan)
     assume(isinstance(proof, Counterexample) and proof.flaw == "cycle")
@@ -48,7 +47,6 @@ def test_ranks_that_wait_for_one_another_in_a_circle(plan: Plan, seed: int) -> N
 
 
 @given(chosen=places(), seed=SEEDS, what=st.sampled_from(["Python", "C", "GIL", "nothing"]))
-@settings(max_examples=200)
 def test_a_lane_that_is_stuck_in_an_op(chosen: tuple[Plan, Place], seed: int, what: str) -> None:
     """Whatever the op, computing or a transfer, and whoever waits for it."""
     plan, place = chosen
@@ -75,7 +73,6 @@ def test_a_lane_that_is_stuck_in_an_op(chosen: tuple[Plan, Place], seed: int, wh
 
 
 @given(plan=safe_plans(), seed=SEEDS, moves=st.integers(0, 60), data=st.data())
-@settings(max_examples=200)
 def test_a_rank_that_is_lost_or_stopped_or_has_raised(
     plan: Plan, seed: int, moves: int, data: st.DataObject
 ) -> None:
@@ -101,7 +98,6 @@ def test_a_rank_that_is_lost_or_stopped_or_has_raised(
 
 
 @given(chosen=places(transfer=True), seed=SEEDS)
-@settings(max_examples=200)
 def test_a_message_that_is_never_sent(chosen: tuple[Plan, Place], seed: int) -> None:
     """Its rank goes on as if it were. The next message of the link, if one comes, is not the one expected."""
     plan, place = chosen
@@ -151,7 +147,6 @@ def blocked_ranks(game: Game) -> set[int]:
     still=st.floats(0, 0.9),
     medians=st.floats(0, 2),
 )
-@settings(max_examples=200)
 def test_no_alarm_while_it_moves(plan: Plan, seed: int, moves: int, still: float, medians: float) -> None:
     game = Game(plan, rendezvous=True, seed=seed)
     game.play(moves)
@@ -164,7 +159,6 @@ def test_no_alarm_while_it_moves(plan: Plan, seed: int, moves: int, still: float
 
 
 @given(plan=safe_plans(), seed=SEEDS, moves=st.integers(0, 100), still=st.floats(0, 1e4))
-@settings(max_examples=100)
 def test_no_alarm_while_cpu_time_moves(plan: Plan, seed: int, moves: int, still: float) -> None:
     """Ops that take for ever are called that, and never hung."""
     game = Game(plan, rendezvous=True, seed=seed)
@@ -176,7 +170,6 @@ def test_no_alarm_while_cpu_time_moves(plan: Plan, seed: int, moves: int, still:
 
 
 @given(plan=safe_plans(), seed=SEEDS, data=st.data())
-@settings(max_examples=100)
 def test_who_was_told_to_stop_is_not_stuck(plan: Plan, seed: int, data: st.DataObject) -> None:
     """Limits that are no consistent cut, as where one rank alone is stepped."""
     limits = tuple(tuple(data.draw(st.integers(0, len(lane.ops))) for lane in rank) for rank in plan.lanes)

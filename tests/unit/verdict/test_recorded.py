@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dinfer.plan.plan import Plan
@@ -91,7 +91,6 @@ def as_events(game: Game) -> list[Event]:
 
 
 @given(plan=plans(schedules=("batched",)), seed=st.integers(0, 99))
-@settings(max_examples=60)
 def test_without_the_plan_a_circle_is_the_same(plan: Plan, seed: int) -> None:
     game = Game(plan, rendezvous=True, seed=seed)
     game.play()

@@ -134,14 +134,14 @@ def test_a_call_into_c_is_told_as_that(session: Session, monkeypatch: pytest.Mon
     c = ctypes.CDLL(None)
 
     def nap(*_: object) -> None:
-        c.usleep(6_000_000)  # lets other threads go on
+        c.usleep(4_000_000)  # lets other threads go on
 
     broken(monkeypatch, 2, "layer c0 l5", nap)
     run = begin(session)
     wait_for(lambda: run.hang, f"it is told: {run.where()}", 20)
     verdict = run.verdict()
     assert (verdict.kind, verdict.rank) == ("stuck in C", 2), verdict
-    assert "`c.usleep(6_000_000)" in verdict.sentence
+    assert "`c.usleep(4_000_000)" in verdict.sentence
     wait_for(lambda: run.standing().state == "done", "it goes on by itself", 20)
 
 
