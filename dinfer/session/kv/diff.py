@@ -37,7 +37,9 @@ def diff_ranks(source: Source, chosen: Selection, values: int | None = VALUES) -
     details = Details(values, overlong.known)
     for case in found.cases(shared):
         differences += details.of(case)
-    compared = Compared(source.subject, chosen.ranks, chosen.layers, tuple(shared), len(source.ranks), "")
+    compared = Compared(
+        source.subject, chosen.ranks, chosen.layers, tuple(shared), source.subject.plan.world_size, ""
+    )
     return _made(compared, differences, details, source.bytes_moved - before)
 
 
@@ -62,7 +64,12 @@ def diff_sources(one: Source, other: Source, chosen: Selection, values: int | No
     for case in cases_between(one, other, mine, right, shared, spans):
         differences += details.of(case)
     compared = Compared(
-        one.subject, chosen.ranks, chosen.layers, tuple(shared), len(one.ranks), other.subject.name
+        one.subject,
+        chosen.ranks,
+        chosen.layers,
+        tuple(shared),
+        one.subject.plan.world_size,
+        other.subject.name,
     )
     return _made(compared, differences, details, one.bytes_moved + other.bytes_moved - before)
 

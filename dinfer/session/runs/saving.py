@@ -48,10 +48,10 @@ class Saving(Explaining, Reporting):
 
     def _reachable(self) -> tuple[Live, tuple[int, ...]]:
         """The ranks that can be asked what they hold."""
-        if self.closed or self._state() in ("paused", "done"):
-            return self.source(), tuple(range(self.world_size))
         silent, exits = self._line.silent(), self._line.exits()
         there = [rank for rank in range(self.world_size) if exits[rank] is None and rank not in silent]
+        if self.closed or (self._state() in ("paused", "done") and len(there) == self.world_size):
+            return self.source(), tuple(there)
         said = answers(self._line, {rank: {"do": "kv_held"} for rank in there}, ANSWER_S)
         return Live(self._subject(), Line(self._line, self._check_there)), tuple(sorted(said))
 

@@ -1,6 +1,7 @@
 """Description: what a saved run consists of, for who writes other programs; it is written into each."""
 
 from dinfer.session.saved.format import DIGESTS, FORMAT, HIDDEN, LEDGER_COLUMNS, PLAN, RUN, TRACE, VERSION
+from dinfer.trace.export import FORMAT as TRACE_FORMAT
 
 DESCRIPTION = f"""# A saved run of dinfer, version {VERSION}
 
@@ -28,20 +29,26 @@ cache: the token's, and more of them where rows were appended twice.
 * `edited`, `faults`: what was changed by hand, and which faults were armed, in words. May be left out.
 * `ranks`: of each rank that could be asked its `rank` and, by layer, `spans`, how many of the spans it held,
   counted from the first, and `rows`, how many places.
-* `evidence`: what was known of the ranks' doings when it was saved, of which `verdict()` is made. May be left
-  out.
+* `evidence`: what was known of the ranks' doings when it was saved, of which `verdict()` is made: `signs`, by
+  rank, with the fields of `Signs` in dinfer/verdict/signs.py; `sizes`, the bytes of one token's K and V of a
+  layer and of its hidden state; `stacks`, by rank, as text; `ahead_s`, 0 will do; `told`, the verdict's
+  sentence. May be left out.
 * `files`: the SHA-256 of files, in hex. Those that are not named are not checked.
 
 ## {PLAN} and {TRACE}
 
-The plan, as `dinfer plan` prints it. The trace, as JSON lines: the first says the `format`, how many `events`
-follow, and `about` the run what is known beside, findings among it; then an event a line, its times in
-nanoseconds.
+The plan, as `dinfer plan` prints it. The trace, as JSON lines: the first says `format` ("{TRACE_FORMAT}"), how
+many `events` follow, and `about` the run what is known beside, findings among it. Then a line for each event,
+with `rank`, `lane`, `kind`, `ready`, `start`, `met` and `end`, in nanoseconds, and as far as they are known
+`what`, `chunk`, `layer`, `peer`, `tokens`, `bytes`, `index` (on its lane): see dinfer/trace/events.py.
 
 ## {DIGESTS}
 
-The digest of a row is 64 bits, here as int64, that depend on all of its bytes and their order: see
-dinfer/engine/probes.py.
+The digest of a row is 64 bits, here as int64. The row's bytes are read as little-endian signed integers of 8
+bytes, or of 4, 2 or 1, the largest that they divide into. The n-th of them, counted from 1, has n ×
+0x9e3779b97f4a7c15 added and is then mixed: x ^= x >> 30, x *= 0xbf58476d1ce4e5b9, x ^= x >> 27, x *=
+0x94d049bb133111eb, x ^= x >> 31. Their sum is the digest. All of it is modulo 2^64, and >> shifts in zeros. The
+digest of a block's K, or V, is made in the same way of its rows' digests, token by token and head by head.
 
 * `rank0.layer5.rows`, int64 [places, 2, heads]: of the rows as they are; K, then V. A rank without it holds the
   same as the layer's *first holder*: the rank that owns the layer or, where that is not in `ranks`, the first

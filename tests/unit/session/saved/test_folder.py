@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 
 import dinfer
-from dinfer.engine.probes import row_digests
 from dinfer.session.runs.run import Run
 from dinfer.session.saved import writing
 from dinfer.session.saved.description import DESCRIPTION
@@ -167,8 +167,26 @@ def test_what_fails_midway_leaves_all_as_it_was(
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
 
 
+def digest(row: bytes) -> int:
+    """Of a row whose bytes make 64-bit words, as the description says it, in plain Python."""
+    total = 0
+    for n, (word,) in enumerate(struct.iter_unpack("<q", row), 1):
+        mixed = (word + n * 0x9E3779B97F4A7C15) % 2**64
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            mixed = (mixed ^ mixed >> shift) * factor % 2**64
+        total += mixed ^ mixed >> 31
+    total %= 2**64
+    return total - 2**64 if total >> 63 else total
+
+
+def row_digests(rows: torch.Tensor) -> torch.Tensor:
+    """Of [places, 2, heads, head_dim]."""
+    found = [digest(row.numpy().tobytes()) for row in rows.flatten(0, 2)]
+    return torch.tensor(found).reshape(rows.shape[:3])
+
+
 def test_others_can_write_one_by_its_description(tmp_path: Path) -> None:
-    """Only what must be there, by hand; rank 1 is said to differ in the second block of layer 2."""
+    """Only what must be there, by hand; one rank holds another value in layer 2."""
     plan = plan_of(layers=3, tokens=10, world_size=2, chunk_size=4)
     right = HeldHere(plan)
     folder = tmp_path / "made"

@@ -235,6 +235,9 @@ def test_ranks_that_cannot_be_asked(
     monkeypatch.setattr(run, "_reachable", lambda: (run.source(), (1, 2)))
     cache(session, 2).tensor(0)[3, 1, 0, 0] += 1
     saved = dinfer.open(run.save(tmp_path / "saved"))
+    assert str(dinfer.open(tmp_path / "saved").kv(layer=1).diff()).startswith(
+        "ranks 1 and 2 hold the same 1 × 5"
+    )
     [mine], [live] = saved.diff().differences, run.kv().diff(ranks=(1, 2)).differences
     assert located((mine,))[0][:-2] == located((live,))[0][:-2]  # without all ledgers, not when it changed
     assert torch.equal(saved.kv(layer=0).k[:], run.kv(layer=0, rank=1).k[:])
