@@ -81,13 +81,20 @@ class IPython:
 
 
 @contextmanager
-def ipython(folder: Path) -> Iterator[IPython]:
-    """While it lasts, this process and what it starts use that folder as IPYTHONDIR."""
-    place = IPython(folder)
+def within(place: IPython) -> Iterator[None]:
+    """While it lasts, this process and what it starts use that place's folder as IPYTHONDIR."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("IPYTHONDIR", str(folder))
+        patch.setenv("IPYTHONDIR", str(place.folder))
         patch.setenv(MARK, place.mark)
         patch.setenv("IPP_NONINTERACTIVE", "1")
+        yield
+
+
+@contextmanager
+def ipython(folder: Path) -> Iterator[IPython]:
+    """A place; this process is within it, and at its end nothing of it lives."""
+    place = IPython(folder)
+    with within(place):
         try:
             yield place
         finally:

@@ -6,76 +6,22 @@ Cells are named by their tags.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
-from tests.cluster.ipclusters import stock_cluster
-from tests.cluster.kernels import COLOURS
+from tests.cluster.ipclusters import IPython
+from tests.notebooks.pages import NOTEBOOKS, Page, executed, read
 
 pytestmark = [pytest.mark.cluster, pytest.mark.notebook, pytest.mark.timeout(300)]
 
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-STEPPING, KV = NOTEBOOKS / "01-stepping.ipynb", NOTEBOOKS / "02-kv.ipynb"
-CELL_S = 120
-
-
-class Page:
-    """A notebook after its execution: what is shown under each cell that has a tag."""
-
-    def __init__(self, notebook: Any) -> None:
-        self.outputs = {tag: cell.outputs for cell in notebook.cells for tag in cell.metadata.get("tags", ())}
-
-    def text(self, tag: str) -> str:
-        """The text under a cell."""
-        parts = [
-            output.text if output.output_type == "stream" else output.get("data", {}).get("text/plain", "")
-            for output in self.outputs[tag]
-        ]
-        return COLOURS.sub("", "\n".join(parts))
-
-    def html(self, tag: str) -> str:
-        """Its HTML, which is what a page made by nbconvert shows."""
-        return "\n".join(output.get("data", {}).get("text/html", "") for output in self.outputs[tag])
-
-
-def read(path: Path) -> Any:
-    """A notebook file, checked against the format."""
-    notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
-    nbformat.validate(notebook)
-    return notebook
-
-
-def executed(path: Path) -> Page:
-    """A notebook, from its first cell to its last; a cell that fails ends it."""
-    notebook = read(path)
-    NotebookClient(notebook, timeout=CELL_S, kernel_name="python3").execute()
-    return Page(notebook)
+STEPPING = NOTEBOOKS / "01-stepping.ipynb"
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The one that all notebooks join, one after another; what they put aside goes to a folder of its own."""
-    folder = tmp_path_factory.mktemp("cluster")
-    with stock_cluster(folder), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", str(folder))
-        yield
-
-
-@pytest.fixture(scope="module")
-def stepping(cluster: None) -> Page:  # noqa: ARG001
-    """01-stepping."""
-    return executed(STEPPING)
-
-
-@pytest.fixture(scope="module")
-def kv(cluster: None) -> Page:  # noqa: ARG001
-    """02-kv."""
-    return executed(KV)
+def stepping(engines: IPython) -> Page:
+    """01-stepping, executed from its first cell to its last; a cell that fails ends it."""
+    return executed(read(STEPPING), engines.folder)
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.rglob("*.ipynb")), ids=lambda path: path.name)
@@ -128,11 +74,10 @@ def test_cells_show(stepping: Page, tag: str, lines: list[str]) -> None:
         assert line in text
 
 
-@pytest.mark.parametrize("path", [STEPPING, KV], ids=lambda path: path.name)
-def test_every_cell_that_shows_something_is_looked_at(path: Path) -> None:
+def test_every_cell_that_shows_something_is_looked_at(stepping: Page) -> None:
     """A tag is there to be checked: all of them are named in this file."""
     here = Path(__file__).read_text(encoding="utf-8")
-    assert [tag for tag in Page(read(path)).outputs if f'"{tag}"' not in here] == []
+    assert [tag for tag in stepping.outputs if f'"{tag}"' not in here] == []
 
 
 def test_the_edit_shows_in_digests_and_is_gone_after_a_restart(stepping: Page) -> None:
@@ -151,60 +96,3 @@ def test_what_is_returned_has_an_html_form(stepping: Page) -> None:
     assert "stands at c0 l1" in stepping.html("where")
     assert "<pre" in stepping.html("prefill")
     assert stepping.text("close") == ""
-
-
-# -- 02-kv
-
-
-@pytest.mark.parametrize(
-    ("tag", "lines"),
-    [
-        ("begin", ["joined profile 'default' (local engines): ranks 0–2 on ", "demo on cpu, cpu, cpu"]),
-        ("right", [" 471\n(4 new tokens"]),
-        ("held", ["layer 5 (of rank 2), tokens: rank 0 holds 33, rank 1 holds 33, rank 2 holds 33"]),
-        ("equal", ["all 3 ranks hold the same 6 × 4 blocks, and rows of 3 new tokens, bit for bit", " bytes moved"]),
-        ("layer", ["layer 1 (of rank 0)", "head  min", "K, head 0, token 3 'Lima': "]),
-        ("values", ["Lima tensor(["]),
-        ("inject", ["armed: #1 stale in V of block c1 l1 on rank 0, in memory"]),
-        ("reference", ["placement is wrong: on all 3 ranks, layer 1, chunk 1: rows 8–15 (V) repeat rows 0–7",
-            "it changed in rank 0's memory after it had been computed"]),
-        ("block", ["rank 0, layer 1, chunk 1: V: stale: rows 8–15 hold rows 0–7 of the chunk before",
-            "changed afterwards in its memory"]),
-        ("same", ["True"]),
-        ("told", ["changed bytes: ", "V of block c1 l1 changed on the way from rank 0", "hit: #1 stale"]),
-        ("mended", [" 471\n(4 new tokens"]),
-        ("received", ["rank 0 received 100%", "rank 1 received 100%", "rank 2 received 100%"]),
-        ("repeated", [
-            "placement is wrong: all 3 ranks hold 34 rows of every layer, the reference 32; row 31 repeats row 30"]),
-        ("too-many", ["all 3 ranks hold 34 tokens of layers 0–5, it should be 32; row 31 repeats row 30"]),
-        ("ring", ["this run and saved run 'good' hold the same 6 × 4 blocks, and rows of 3 new tokens, bit for bit"]),
-        ("changed", [" 471\n(4 new tokens"]),
-        ("folders", ["rank 0 of saved run 'changed' differs at layer 3, K, head 0, token 16",
-            "it changed at hop 1→2", "recv kv c2 l3 <- 1", "more: .table(None) shows all"]),
-        ("opened", ["saved run 'changed': 30 tokens in 4 chunks, pipelined, ring: done, 4 new tokens",
-            "hit: #1 cast in K", "the run is done"]),
-        ("files", ["FORMAT.md", "kv.layer5.safetensors", "run.json"]),
-    ],
-)  # fmt: skip
-def test_kv_cells_show(kv: Page, tag: str, lines: list[str]) -> None:
-    text = kv.text(tag)
-    for line in lines:
-        assert line in text
-
-
-def test_an_equal_diff_moves_little(kv: Page) -> None:
-    [moved] = re.findall(r"([\d,]+) bytes moved", kv.text("equal"))
-    assert int(moved.replace(",", "")) < 33 * 6 * 512 / 5
-
-
-def test_the_stale_block_makes_the_answer_wrong_on_all_ranks_alike(kv: Page) -> None:
-    assert re.match(r" \d", kv.text("wrong"))
-    assert not kv.text("wrong").startswith(" 471")
-    assert kv.text("agree").count("'") == 2
-
-
-def test_the_real_faults_are_named_in_the_first_line(kv: Page) -> None:
-    twice = "rank 0 holds 52 tokens of layer 0, the others 26; rows 26–51 repeat rows 0–25"
-    assert kv.text("twice").strip().splitlines()[0] == twice
-    assert kv.text("text").count("'") == 2
-    assert not kv.text("text").startswith(" 471")
