@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from dinfer.plan.ops import PlanError
 from dinfer.session.finding import findings_of_job
 from dinfer.session.kv.finding import kv_finding
+from dinfer.session.kv.line import Line
 from dinfer.session.kv.live import Live
 from dinfer.session.runs.fleet import RankFailed
 from dinfer.session.runs.inspecting import Inspecting
@@ -99,6 +100,14 @@ class Reporting(Inspecting):
     def breakpoints_set(self) -> Iterable[object]:
         """Those that are set now."""
         raise NotImplementedError
+
+    def last_source(self) -> Live:
+        """What the ranks hold once the run stands, or where it has failed or hangs. Raises RuntimeError for a run that
+        is over."""
+        if self.closed:
+            return self.source()
+        self._until_it_stands()
+        return Live(self._subject(), Line(self._line, self._check_there))
 
     def _rank_findings(self) -> tuple[RankFinding, ...]:
         digests, tokens = self._digests(), self._generation.by_rank

@@ -22,7 +22,7 @@ from dinfer.session.runs.comparing import Comparing
 from dinfer.session.runs.explaining import Explaining
 from dinfer.session.runs.fleet import RankFailed
 from dinfer.session.runs.remote import RemoteFleet
-from dinfer.session.runs.reporting import Reporting
+from dinfer.session.runs.replaying import Replaying
 from dinfer.session.runs.stepper import Move, NoProgress, Stepper
 from dinfer.session.runs.stops import Stops, check_digests
 from dinfer.session.runs.where import moved_lines
@@ -36,7 +36,7 @@ POLL_S = 0.05
 TOKEN = "token"
 
 
-class Run(Breaking, Comparing, Explaining, Reporting):
+class Run(Breaking, Comparing, Explaining, Replaying):
     """Made by `session.prefill`. `devices` are the ranks'; `prepare` has them make the prompt ready, all lanes at
     limit 0, and gives the id of each one's plan. Nothing moves before the first action."""
 
