@@ -9,9 +9,11 @@ from dinfer.model.fingerprint import fingerprint
 from dinfer.session.replaying.recorded import Recorded, RecordError
 
 
-def decoder_of(recorded: Recorded, model_path: str = "", device: str = "") -> Decoder:
-    """The recorded run's checkpoint, loaded here. Raises RecordError."""
-    path = model_path or recorded.config.model_path
+def decoder_of(
+    recorded: Recorded, model_path: str = "", device: str = "", given: Decoder | None = None
+) -> Decoder:
+    """The recorded run's checkpoint, loaded here, unless it is `given`. Raises RecordError."""
+    path = str(given.spec.path) if given else model_path or recorded.config.model_path
     try:
         found = fingerprint(check(path))
     except ModelError as error:
@@ -23,10 +25,13 @@ def decoder_of(recorded: Recorded, model_path: str = "", device: str = "") -> De
             f"{path} is another checkpoint than the run's: its fingerprint is {found[:16]}…, the run's "
             f"{recorded.checkpoint[:16]}…. Give replay(…, model_path=…) the same one."
         )
-    decoder = Decoder.load(path, recorded.config.dtype, device or _device_like(recorded.device))
+    decoder = given or Decoder.load(path, recorded.dtype, device or _device_like(recorded.device))
     dtype = str(decoder.dtype).removeprefix("torch.")
     if dtype != recorded.dtype:
-        raise RecordError(f"the run computed in {recorded.dtype}, but {path} loads here in {dtype}.")
+        raise RecordError(
+            f"the run computed in {recorded.dtype}, but the weights that were given are {dtype}: leave decoder out, "
+            "and they are loaded as the run's were."
+        )
     return decoder
 
 

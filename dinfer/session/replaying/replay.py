@@ -21,7 +21,7 @@ from dinfer.plan.ops import Op
 from dinfer.session.replaying.checkpoint import decoder_of
 from dinfer.session.replaying.peers import Peers
 from dinfer.session.replaying.recorded import Recorded, RecordError, check_rank, check_states
-from dinfer.session.replaying.told import SHOWN, Went, differs_text, ended_text
+from dinfer.session.replaying.told import SHOWN, Went, differs_text, ended_text, late_edits
 from dinfer.session.replaying.way import Positions, Way, is_inside, lower
 from dinfer.session.runs.action import count_of, unit_of
 from dinfer.session.runs.where import moved_lines, rank_text
@@ -38,12 +38,20 @@ class Replay(Said):
     it is sent. Raises RecordError where the record does not do.
     """
 
-    def __init__(self, recorded: Recorded, *, model_path: str = "", device: str = "") -> None:
+    def __init__(
+        self,
+        recorded: Recorded,
+        *,
+        model_path: str = "",
+        device: str = "",
+        decoder: Decoder | None = None,
+    ) -> None:
         check_rank(recorded.rank, recorded.plan)
         check_states(recorded)
         self.recorded, self.rank, self.plan = recorded, recorded.rank, recorded.plan
-        self.notes: list[str] = [f"in the run, and not here: fault {fault}" for fault in recorded.faults]
-        self.decoder: Decoder = decoder_of(recorded, model_path, device)
+        self.notes = [f"in the run, and not here: fault {fault}" for fault in recorded.faults]
+        self.notes += late_edits(recorded)
+        self.decoder: Decoder = decoder_of(recorded, model_path, device, decoder)
         self._way = Way(recorded.plan, recorded.rank, recorded.reach)
         self._peers = Peers(recorded)
         torch.set_num_threads(recorded.config.threads or torch.get_num_threads())
@@ -80,8 +88,8 @@ class Replay(Said):
         return self.where()
 
     def decode(self, max_new_tokens: int | None = None) -> Decoded:
-        """Run prefill to its end if need be, then that many of the recorded tokens, by default all that are left; and
-        where the run failed in decode, the token in which it did.
+        """Run prefill to its end if need be, then decode that many of the recorded tokens, by default all left.
+        Asked for more, it also makes the token that follows: the one in which a run has failed that failed in decode.
 
         Raises RecordError where prefill was not done in the run, or a token comes out otherwise than there, and what
         decode raises.
@@ -89,15 +97,14 @@ class Replay(Said):
         self._go(self._way.reach)
         if not self.engine.executor.is_done():
             raise RecordError(f"the run had not ended prefill: {self._ended()}")
-        before, last = len(self.tokens), len(self.recorded.tokens) + bool(self.recorded.failure)
-        wanted = last if max_new_tokens is None else min(last, before + count_of(max_new_tokens))
+        before, recorded = len(self.tokens), len(self.recorded.tokens)
+        wanted = recorded if max_new_tokens is None else min(recorded + 1, before + count_of(max_new_tokens))
         self._tokens.limit_to(max(before, wanted))
         said = self._tokens.run(self._took)
         new = self.tokens[before:]
-        remark = "" if new else f"no more than {before} new tokens were recorded"
-        return Decoded(
-            tuple(new), "".join(self._texts[before:]), bool(said["ended"]), before + len(new), remark
-        )
+        remark = "" if new else f"no more than {recorded} new tokens were recorded"
+        text = "".join(self._texts[before:])
+        return Decoded(tuple(new), text, bool(said["ended"]), before + len(new), remark)
 
     # -- looking
 
@@ -189,6 +196,9 @@ class Replay(Said):
                 break
             self._forward(edit.positions)
             self._apply(self._applied)
+        self._forward(
+            lower(target, self.recorded.positions)
+        )  # all that had ended, before what may fail again
         self._forward(target)
         if target != self._way.reach or before != target:
             self._forget_tokens()
@@ -266,7 +276,7 @@ class Replay(Said):
         self._texts.append(text)
         tokens, number = self.recorded.tokens, count - 1
         if number == len(tokens):
-            self._note(f"new token {number}, in which the run failed, came out here: {token}")
+            self._note(f"new token {number}, which was not recorded, is {token} here")
         elif token != tokens[number]:
             self._note(f"new token {number} is {token} here; in the run it was {tokens[number]}")
             raise RecordError(f"this replay of rank {self.rank} is not the run: {listed(self.notes)}")

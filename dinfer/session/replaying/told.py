@@ -43,6 +43,22 @@ def ended_text(recorded: Recorded) -> str:
     return f"the record ends here: rank {recorded.rank} stood {' and '.join(stood)}{failed}"
 
 
+def late_edits(recorded: Recorded) -> list[str]:
+    """Of hidden states that entered the rank and were edited once its layer had computed with them: what they had been
+    is nowhere, so what was made of them before comes out otherwise."""
+    found = []
+    for edit in recorded.edits:
+        lanes = zip(recorded.plan.lanes[recorded.rank], edit.positions, strict=True)
+        used = {(op.chunk, op.layer) for lane, at in lanes for op in lane.ops[:at] if op.kind == "layer"}
+        found += [
+            f"hidden c{chunk} l{layer} was edited by hand after `layer c{chunk} l{layer}` had computed with it, and "
+            "what it was before is not recorded"
+            for chunk, layer in edit.hidden
+            if (chunk, layer) in recorded.hidden and (chunk, layer) in used
+        ]
+    return found
+
+
 def differs_text(op: Op) -> str:
     """Of a block whose bytes are not those that the rank's ledger told of in the run."""
     block = f"block c{op.chunk} l{op.layer}"

@@ -1,4 +1,4 @@
-"""Thirty recorded runs: each rank alone gives the same hidden states, KV and tokens, bit for bit, stepped as one likes."""
+"""Thirty recorded runs: each rank alone gives the same hidden states, KV and tokens, bit for bit, however stepped."""
 
 from __future__ import annotations
 

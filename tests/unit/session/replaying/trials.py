@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from dinfer.engine.engine import Engine
+from dinfer.model.decoder import Decoder
 from dinfer.session.local import LocalRanks
 from dinfer.session.replaying.replay import Replay
 from dinfer.session.runs.run import Run
 from dinfer.session.session import Session
 from tests.unit.engine.twin import prompt
 from tests.unit.model.tiny import tiny_checkpoint
-from tests.unit.session.threads import session_on_threads
 
 FAMILIES = ("qwen3", "llama", "gemma2", "qwen3_moe")
 UNITS = ("op", "layer", "wave", "chunk")
@@ -25,7 +25,9 @@ WAYS = ("stepped", "paused", "decoded")
 
 @cache
 def checkpoint(folder: Path, family: str) -> Path:
-    return tiny_checkpoint(folder / family, family, layers=5)
+    return tiny_checkpoint(
+        folder / family, family, layers=5, dtype="bfloat16" if family == "llama" else "float32"
+    )
 
 
 def replayed_trial(seed: int, folder: Path) -> str:
@@ -41,12 +43,14 @@ def replayed_trial(seed: int, folder: Path) -> str:
         "max_new_tokens": 5,
     }
     ids = prompt(draw.randrange(6, 24), seed=seed)
-    with session_on_threads(world_size, checkpoint(folder, draw.choice(FAMILIES))) as session:
-        session.load(session._config.model_path, dtype=dtype, threads=1)
+    path = str(checkpoint(folder, draw.choice(FAMILIES)))
+    with Session(LocalRanks(world_size)) as session:
+        session.load(path, dtype=dtype, threads=1)
         run = session.prefill(ids, paused=True, **parameters)
         moved_somewhere(run, way, draw)
+        decoder = Decoder.load(run.config.model_path, dtype)
         for rank in range(world_size):
-            check_alone(session, run, rank, draw)
+            check_alone(session, run, rank, draw, decoder)
     return f"{world_size} ranks, {way}, {dtype}, {len(ids)} tokens, {parameters}"
 
 
@@ -65,9 +69,9 @@ def moved_somewhere(run: Run, way: str, draw: Random) -> None:
             run.step_back(draw.choice(UNITS), draw.randrange(1, 3))
 
 
-def check_alone(session: Session, run: Run, rank: int, draw: Random) -> None:
+def check_alone(session: Session, run: Run, rank: int, draw: Random, decoder: Decoder) -> None:
     """The rank, stepped on and back at will, ends as it stood, to the bit, and goes there again from further back."""
-    with run.replay(rank) as replay:
+    with run.replay(rank, decoder=decoder) as replay:
         for _ in range(draw.randrange(4)):
             replay.step(draw.choice(UNITS), draw.randrange(1, 4))
             replay.step_back(draw.choice(UNITS))
