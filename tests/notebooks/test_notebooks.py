@@ -8,55 +8,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from tests.cluster.ipclusters import stock_cluster
-from tests.cluster.kernels import COLOURS
+from tests.notebooks.pages import NOTEBOOKS, Page, executed, read
 
 pytestmark = [pytest.mark.cluster, pytest.mark.notebook, pytest.mark.timeout(300)]
 
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 STEPPING = NOTEBOOKS / "01-stepping.ipynb"
-CELL_S = 120
-
-
-class Page:
-    """A notebook after its execution: what is shown under each cell that has a tag."""
-
-    def __init__(self, notebook: Any) -> None:
-        self.outputs = {tag: cell.outputs for cell in notebook.cells for tag in cell.metadata.get("tags", ())}
-
-    def text(self, tag: str) -> str:
-        """The text under a cell."""
-        parts = [
-            output.text if output.output_type == "stream" else output.get("data", {}).get("text/plain", "")
-            for output in self.outputs[tag]
-        ]
-        return COLOURS.sub("", "\n".join(parts))
-
-    def html(self, tag: str) -> str:
-        """Its HTML, which is what a page made by nbconvert shows."""
-        return "\n".join(output.get("data", {}).get("text/html", "") for output in self.outputs[tag])
-
-
-def read(path: Path) -> Any:
-    """A notebook file, checked against the format."""
-    notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
-    nbformat.validate(notebook)
-    return notebook
 
 
 @pytest.fixture(scope="module")
 def stepping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     """01-stepping, executed from its first cell to its last; a cell that fails ends it."""
-    notebook = read(STEPPING)
     with stock_cluster(tmp_path_factory.mktemp("stepping")):
-        NotebookClient(notebook, timeout=CELL_S, kernel_name="python3").execute()
-        yield Page(notebook)
+        yield executed(read(STEPPING))
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.rglob("*.ipynb")), ids=lambda path: path.name)
