@@ -17,13 +17,28 @@ from tests.notebooks.pages import NOTEBOOKS, Page, executed, read
 pytestmark = [pytest.mark.cluster, pytest.mark.notebook, pytest.mark.timeout(300)]
 
 STEPPING = NOTEBOOKS / "01-stepping.ipynb"
+DEADLOCK = NOTEBOOKS / "04-deadlock.ipynb"
+CHOICE = 'where = "ipyparallel"'
+CIRCLE = (
+    "rank 0 sends block c0 l0 to rank 1 and waits; rank 1 sends block c0 l2 to rank 2 and waits; rank 2 sends block "
+    "c0 l4 to rank 0 and waits"
+)
+HANGS = (
+    "these wait for one another for ever: rank 0 waits for rank 1 to take block c0 l0; rank 1 waits for rank 2 to take "
+    "block c0 l2; rank 2 waits for rank 0 to take block c0 l4"
+)
 
 
 @pytest.fixture(scope="module")
-def stepping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    """01-stepping, executed from its first cell to its last; a cell that fails ends it."""
-    with stock_cluster(tmp_path_factory.mktemp("stepping")):
-        yield executed(read(STEPPING))
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One for all notebooks, which come to it one after another."""
+    with stock_cluster(tmp_path_factory.mktemp("notebooks")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def stepping(cluster: None) -> Page:  # noqa: ARG001 - it is there
+    return executed(read(STEPPING))
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.rglob("*.ipynb")), ids=lambda path: path.name)
@@ -98,3 +113,80 @@ def test_what_is_returned_has_an_html_form(stepping: Page) -> None:
     assert "stands at c0 l1" in stepping.html("where")
     assert "<pre" in stepping.html("prefill")
     assert stepping.text("close") == ""
+
+
+# -- 04-deadlock
+
+DEADLOCK_SHOWS: dict[str, list[str]] = {
+    "connect": ["demo on cpu, cpu, cpu"],
+    "plan": ["schedule batched", "  send kv c0 l0 -> 1, 30 tokens\n", "rank 2 lane main"],
+    "proof": [f"refuted: with rendezvous sends these wait for one another for ever: {CIRCLE}"],
+    "refused": [f"PlanRefused: refuted: with rendezvous sends these wait for one another for ever: {CIRCLE}", "\n┌▶ "],
+    "hangs": [HANGS],
+    "verdict": [HANGS, "rank 0's Python:", "met = comm.send("],
+    "compare": [
+        f"rank {rank}: guessed …; proved `{op}`; stands in `{op}`\n"
+        for rank, op in enumerate(
+            (
+                "send kv c0 l0 -> 1, 30 tokens",
+                "send kv c0 l2 -> 2, 30 tokens",
+                "send kv c0 l4 -> 0, 30 tokens",
+            )
+        )
+    ],
+    "half": ["refuted: ", "rank 0 sends block c0 l0 to rank 2", "rank 1 sends block c0 l2 to rank 0 and waits"],
+    "mended": ["proved: 3 ranks, 3 lanes, 40 ops", "no deadlock with rendezvous or buffered sends"],
+    "recover": ["all ranks have met again; weights stayed where they were"],
+    "runs": ["done\nrank 0: all 13 ops done"],
+    "answer": [" 471\n(4 new tokens"],
+    "rule": ["done\nrank 0: all 49 ops done", " 471\n(4 new tokens"],
+    "schedules": ["lockstep, ring, chunks of 4: cannot hang", "batched, pairwise, chunks of 32: can hang"],
+    "equal": ["rank by rank the same KV: True"],
+    "close": [],
+}  # fmt: skip
+
+
+def on_threads() -> Page:
+    """The notebook with its one variable changed."""
+    notebook = read(DEADLOCK)
+    [cell] = [cell for cell in notebook.cells if CHOICE in cell.source]
+    cell.source = cell.source.replace(CHOICE, 'where = "threads"')
+    return executed(notebook)
+
+
+@pytest.fixture(scope="module", params=["cluster", pytest.param("threads", marks=pytest.mark.slow)])
+def deadlock(request: pytest.FixtureRequest) -> Page:
+    """04-deadlock, executed on a cluster or, with its one variable changed, on threads."""
+    if request.param == "threads":
+        return on_threads()
+    request.getfixturevalue("cluster")
+    return executed(read(DEADLOCK))
+
+
+@pytest.mark.parametrize("tag", DEADLOCK_SHOWS)
+def test_cells_of_deadlock_show(deadlock: Page, tag: str) -> None:
+    text = deadlock.text(tag)
+    for line in DEADLOCK_SHOWS[tag]:
+        assert line in text
+
+
+def test_every_cell_of_deadlock_is_looked_at(deadlock: Page) -> None:
+    assert set(deadlock.outputs) - {"raises-exception"} == set(DEADLOCK_SHOWS)
+
+
+def test_only_the_rule_that_hangs_can_hang(deadlock: Page) -> None:
+    lines = deadlock.text("schedules").split("\n")
+    told = [line for line in lines if line]
+    assert len(told) == 18
+    assert all(line.endswith(": can hang") == line.startswith("batched") for line in told)
+
+
+def test_circle_and_hang_are_drawn_once(deadlock: Page) -> None:
+    drawings = [output.data for output in deadlock.outputs["refused"] if output.output_type == "display_data"]
+    assert ["image/svg+xml" in data for data in drawings] == [True]
+    assert deadlock.html("verdict").count("<svg") == 1
+
+
+def test_the_reader_s_guess_is_left_to_the_reader() -> None:
+    [cell] = [cell for cell in read(DEADLOCK).cells if cell.source.startswith("guess = ")]
+    assert cell.source.count('"…"') == 3
