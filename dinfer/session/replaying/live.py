@@ -44,7 +44,7 @@ def recorded_of(run: Reporting, rank: int) -> Recorded:
         block=lambda chunk, layer: blocks[chunk, layer],
         noted=source.noted([rank], range(run.plan.shape.layers))[0],
         edits=_edits(line, rank, notes["edits"]),
-        faults=run.standing().faults,
+        faults=tuple(one.fault for one in run.struck() if any(strike[0] == rank for strike in one.strikes)),
         failure=run.failure,
     )
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from dinfer.config import Config
 from dinfer.engine.edits import Edit
 from dinfer.engine.ledger import Key
+from dinfer.plan.faults import Fault
 from dinfer.plan.ops import Op, PlanError
 from dinfer.plan.plan import Plan
 from dinfer.session.kv.source import Noted
@@ -30,7 +31,7 @@ class Recorded:
     of the prompt's last token, [1, 1, hidden_size], if another rank made it. `block(chunk, layer)`, [tokens, 2,
     kv_heads, head_dim], gives blocks that came from other ranks, and raises KeyError for one that was not recorded.
     `noted`: what this rank's ledger said of blocks, also its own. `edits`: what the user had changed here by hand, in
-    order; `faults`: those that were armed, in words; `failure`: how the run failed, if it did.
+    order; `faults`: those that were armed and have struck here; `failure`: how the run failed, if it did.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Recorded:
     block: Callable[[int, int], Tensor]
     noted: Mapping[Key, Noted]
     edits: tuple[Edit, ...] = ()
-    faults: tuple[str, ...] = ()
+    faults: tuple[Fault, ...] = ()
     failure: str = ""
 
     @property
@@ -59,6 +60,17 @@ class Recorded:
         return tuple(
             at + (begun and at < len(lane.ops) and not lane.ops[at].is_transfer)
             for lane, at, begun in zip(lanes, self.positions, self.begun, strict=True)
+        )
+
+    @property
+    def faults_again(self) -> tuple[Fault, ...]:
+        """Those that must strike again: what they have done to blocks that came is in what was recorded of them."""
+        owners = self.plan.shape.owners
+        return tuple(
+            fault
+            for fault in self.faults
+            if fault.kind == "repeat_row"
+            or (fault.kind != "append_twice" and owners[fault.layer] == self.rank)
         )
 
     def payload(self, op: Op) -> Tensor:

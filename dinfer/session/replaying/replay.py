@@ -21,7 +21,7 @@ from dinfer.plan.ops import Op
 from dinfer.session.replaying.checkpoint import decoder_of
 from dinfer.session.replaying.peers import Peers
 from dinfer.session.replaying.recorded import Recorded, RecordError, check_rank, check_states
-from dinfer.session.replaying.told import SHOWN, Went, differs_text, ended_text, late_edits
+from dinfer.session.replaying.told import SHOWN, Went, differs_text, ended_text, late_edits, left_out
 from dinfer.session.replaying.way import Positions, Way, is_inside, lower
 from dinfer.session.runs.action import count_of, unit_of
 from dinfer.session.runs.where import moved_lines, rank_text
@@ -49,8 +49,7 @@ class Replay(Said):
         check_rank(recorded.rank, recorded.plan)
         check_states(recorded)
         self.recorded, self.rank, self.plan = recorded, recorded.rank, recorded.plan
-        self.notes = [f"in the run, and not here: fault {fault}" for fault in recorded.faults]
-        self.notes += late_edits(recorded)
+        self.notes = [*late_edits(recorded), *left_out(recorded)]
         self.decoder: Decoder = decoder_of(recorded, model_path, device, decoder)
         self._way = Way(recorded.plan, recorded.rank, recorded.reach)
         self._peers = Peers(recorded)
@@ -167,6 +166,7 @@ class Replay(Said):
     def _begin(self) -> None:
         executor = self.engine.prepare(self.recorded.ids, plan=self.plan)
         self._peers.positions = lambda: executor.stand().positions
+        self.engine.prompt.state.faults.arm(self.recorded.faults_again, lambda _: None)
         self._applied = 0
         self._forget_tokens()
 

@@ -59,6 +59,11 @@ def late_edits(recorded: Recorded) -> list[str]:
     return found
 
 
+def left_out(recorded: Recorded) -> list[str]:
+    """Of faults that cannot be repeated."""
+    return [f"in the run, and not here: fault {one}" for one in recorded.faults if one.kind == "append_twice"]
+
+
 def differs_text(op: Op) -> str:
     """Of a block whose bytes are not those that the rank's ledger told of in the run."""
     block = f"block c{op.chunk} l{op.layer}"

@@ -13,6 +13,7 @@ from dinfer.session.finding import findings_of_job
 from dinfer.session.kv.finding import kv_finding
 from dinfer.session.kv.line import Line
 from dinfer.session.kv.live import Live
+from dinfer.session.runs.armed import Injected
 from dinfer.session.runs.fleet import RankFailed
 from dinfer.session.runs.inspecting import Inspecting
 from dinfer.session.runs.stepper import NoProgress
@@ -108,6 +109,10 @@ class Reporting(Inspecting):
             return self.source()
         self._until_it_stands()
         return Live(self._subject(), Line(self._line, self._check_there))
+
+    def struck(self) -> list[Injected]:
+        """The faults that are armed and have struck."""
+        return [one for one in self._armed if one.has_struck]
 
     def _rank_findings(self) -> tuple[RankFinding, ...]:
         digests, tokens = self._digests(), self._generation.by_rank

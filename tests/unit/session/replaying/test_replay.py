@@ -276,13 +276,39 @@ def test_another_token_ends_it(session: Session, decoder: Decoder) -> None:
         replay.decode()
 
 
-def test_faults_that_were_armed_are_named(session: Session, decoder: Decoder) -> None:
+@pytest.mark.parametrize(("where", "rank"), [("compute", None), ("memory", 1)])
+def test_a_fault_that_struck_strikes_again(
+    session: Session, decoder: Decoder, where: str, rank: int | None
+) -> None:
     run = begin(session)
-    run.inject("bitflip", rank=1, layer=2, chunk=0)
-    run.step("chunk")
+    run.inject("bitflip", layer=3, chunk=0, where=where, rank=rank, bit=22)
+    run.resume()
+    run.wait(60)
+    assert run.faults[1].has_struck
     with run.replay(1, decoder=decoder) as replay:
-        assert replay.notes[0].startswith("in the run, and not here: fault hit: #1 bitflip")
-    run.faults.clear()
+        replay.resume()
+        check_same(replay, engine_of(session, 1), [])
+
+
+def test_a_fault_on_the_way_is_found_again(session: Session, decoder: Decoder) -> None:
+    run = begin(session)
+    run.inject("zero", layer=0, chunk=1, where="wire", rank=1)
+    run.resume()
+    run.wait(60)
+    with run.replay(1, decoder=decoder) as replay:
+        replay.resume()
+        assert replay.notes == [f"as in the run: {run.corrupt[0]}"]
+
+
+def test_a_fault_that_cannot_be_repeated_is_named(session: Session, decoder: Decoder) -> None:
+    run = begin(session)
+    run.inject("append_twice", layer=0, chunk=0, rank=1)
+    run.resume()
+    run.wait(60)
+    with run.replay(1, decoder=decoder) as replay:
+        assert replay.notes[0].startswith(
+            "in the run, and not here: fault #1 append_twice of block c0 l0 on rank 1"
+        )
 
 
 # -- what cannot be replayed
