@@ -18,7 +18,7 @@ from dinfer.session.session import Session
 from tests.unit.engine.twin import prompt
 from tests.unit.model.tiny import tiny_checkpoint
 
-FAMILIES = ("qwen3", "llama", "gemma2", "qwen3_moe")
+FAMILIES = ("qwen3", "llama", "gemma2", "mistral")
 UNITS = ("op", "layer", "wave", "chunk")
 WAYS = ("stepped", "paused", "decoded")
 
