@@ -34,7 +34,7 @@ class Prompt:
         others: Callable[[], Stands] | None = None,
     ) -> None:
         self.plan, self.state, self.rank = plan, state, state.rank
-        self.edits = Edits(state)
+        self.edits = Edits(state, lambda: self.executor.stand().positions)
         self.conditions = Conditions(state.rank, state, on_hit or (lambda *_: None))
         self._on_op, self._others = on_op, others
         self.executor = execute(self._after)
@@ -72,7 +72,7 @@ class Prompt:
         """Go back to a cut; what the user has edited before."""
         edited = self.look()
         self.executor.rewind(cut[self.rank])
-        self.edits.note_all()
+        self.edits.rewound()
         self.target, self._begun = cut, None
         return edited
 

@@ -18,6 +18,7 @@ class PlanRefused(PlanError):
         drawn = cycle_text(counterexample)
         super().__init__("\n".join(filter(None, (f"{counterexample}.", drawn, WAY_OUT))))
         self.plan, self.counterexample = plan, counterexample
+        self._drawn = False
 
     def svg(self) -> str:
         """The ops that the counterexample speaks of, and what each waits for."""
@@ -30,8 +31,10 @@ class PlanRefused(PlanError):
         return f'<div><pre style="white-space:pre-wrap">{escape(str(self))}</pre>{self.svg()}</div>'
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython shows in place of a traceback: the message, and, in a notebook, the drawing after it."""
+        """What IPython shows in place of a traceback: the message, and, in a notebook, the drawing with it, once: some
+        of its versions ask twice."""
         shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-        if shell is not None and hasattr(shell, "kernel"):
+        if shell is not None and hasattr(shell, "kernel") and not self._drawn:
+            self._drawn = True
             shell.display_pub.publish({"image/svg+xml": self.svg(), "text/plain": ""})
         return [f"PlanRefused: {self}"]

@@ -186,3 +186,26 @@ def test_watching_a_run_that_moves_raises_no_alarm(session: Session) -> None:
         run.wait(60)
         assert run.verdict().kind == "done"
         assert run.hang == ""
+
+
+def test_a_rank_alone_in_this_process_is_the_rank_of_the_cluster(session: Session) -> None:
+    run = begin(session)
+    run.decode(3)
+    digests, decoder = run.sha256(), None
+    for rank in range(3):
+        with run.replay(rank, decoder=decoder) as replay:
+            decoder = replay.decoder
+            replay.run_to(chunk=2, layer=1)
+            replay.step_back("chunk")
+            assert list(replay.decode().tokens) == run.tokens
+            assert replay.notes == []
+            assert replay.engine.cache
+            assert replay.engine.cache.sha256(len(IDS)) == digests[rank]
+
+
+def test_a_rank_that_hangs_is_replayed_to_its_send(session: Session) -> None:
+    run = session.prefill(IDS, chunk_size=4, schedule="batched", unsafe=True)
+    told(session, run)
+    with run.replay(1) as replay:
+        assert "rank 1 stood in `send kv c0 l" in str(replay.resume())
+        assert replay.notes == []

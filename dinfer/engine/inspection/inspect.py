@@ -49,6 +49,10 @@ def inspect_commands(host: Host) -> Table:
         "hidden": found.hidden,
         "hidden_summary": found.hidden_summary,
         "attention": found.attention,
+        "record_kv": found.record_kv,
+        "record_final": found.record_final,
+        "record_notes": found.record_notes,
+        "record_edit": found.record_edit,
         "piece": found.piece,
     }
     return {name: Command(function, slow=True) for name, function in table.items()}
@@ -150,6 +154,34 @@ class Inspection:
         )
         weights = found.weights[message["heads"]] if message["heads"] else found.weights
         return {**self._answer(weights), "first_key": found.first_key}
+
+    # -- what a replay needs beside that
+
+    def record_kv(self, message: Message) -> Message:
+        """Blocks of one layer, one after another: [tokens, 2, kv_heads, head_dim]."""
+        state = self._engine.prompt.state
+        return self._answer(torch.cat([state.block(chunk, message["layer"]) for chunk in message["chunks"]]))
+
+    def record_final(self, _: Message) -> Message:
+        """The normed hidden state of the prompt's last token: [1, 1, hidden_size]."""
+        final = self._engine.prompt.state.final
+        return {"none": True} if final is None else self._answer(final)
+
+    def record_notes(self, _: Message) -> Message:
+        """This rank's new tokens, and each edit: where the lanes stood, and the chunk and layer of what was changed."""
+        return {
+            "tokens": self._host.tokens.tokens if self._host.tokens else [],
+            "edits": [
+                {"positions": edit.positions, "kv": list(edit.kv), "hidden": list(edit.hidden)}
+                for edit in self._engine.prompt.edits.history
+            ],
+        }
+
+    def record_edit(self, message: Message) -> Message:
+        """A tensor ("kv" or "hidden") as the edit of that number has left it."""
+        edit = self._engine.prompt.edits.history[message["number"]]
+        tensors = edit.kv if message["what"] == "kv" else edit.hidden
+        return self._answer(tensors[message["chunk"], message["layer"]])
 
     # -- pieces
 

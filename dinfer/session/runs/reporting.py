@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 from dinfer.plan.ops import PlanError
 from dinfer.session.finding import findings_of_job
 from dinfer.session.kv.finding import kv_finding
+from dinfer.session.kv.line import Line
 from dinfer.session.kv.live import Live
+from dinfer.session.runs.armed import Injected
 from dinfer.session.runs.fleet import RankFailed
 from dinfer.session.runs.inspecting import Inspecting
 from dinfer.session.runs.stepper import NoProgress
@@ -99,6 +101,18 @@ class Reporting(Inspecting):
     def breakpoints_set(self) -> Iterable[object]:
         """Those that are set now."""
         raise NotImplementedError
+
+    def last_source(self) -> Live:
+        """What the ranks hold once the run stands, or where it has failed or hangs. Raises RuntimeError for a run that
+        is over."""
+        if self.closed:
+            return self.source()
+        self._until_it_stands()
+        return Live(self._subject(), Line(self._line, self._check_there))
+
+    def struck(self) -> list[Injected]:
+        """The faults that are armed and have struck."""
+        return [one for one in self._armed if one.has_struck]
 
     def _rank_findings(self) -> tuple[RankFinding, ...]:
         digests, tokens = self._digests(), self._generation.by_rank

@@ -21,6 +21,7 @@ from dinfer.session.runs.breaking import Breaking
 from dinfer.session.runs.comparing import Comparing
 from dinfer.session.runs.fleet import RankFailed
 from dinfer.session.runs.remote import RemoteFleet
+from dinfer.session.runs.replaying import Replaying
 from dinfer.session.runs.saving import Saving
 from dinfer.session.runs.stepper import Move, NoProgress, Stepper
 from dinfer.session.runs.stops import Stops, check_digests
@@ -35,7 +36,7 @@ POLL_S = 0.05
 TOKEN = "token"
 
 
-class Run(Breaking, Comparing, Saving):
+class Run(Breaking, Comparing, Replaying, Saving):
     """Made by `session.prefill`. `devices` are the ranks'; `prepare` has them make the prompt ready, all lanes at
     limit 0, and gives the id of each one's plan. Nothing moves before the first action."""
 

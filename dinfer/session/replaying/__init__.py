@@ -1,0 +1,1 @@
+"""Replaying: one rank of a run alone, without its peers, from what was recorded of it."""

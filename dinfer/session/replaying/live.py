@@ -1,0 +1,74 @@
+"""What a run's ranks hold just now, or when they failed, as a record of one of them."""
+
+import torch
+from torch import Tensor
+
+from dinfer.engine.edits import Edit
+from dinfer.engine.hosting.commands import Message
+from dinfer.engine.ledger import Key
+from dinfer.session.kv.line import Line
+from dinfer.session.kv.live import Live
+from dinfer.session.replaying.recorded import Recorded, arrived, check_rank, entered
+from dinfer.session.runs.reporting import Reporting
+
+
+def recorded_of(run: Reporting, rank: int) -> Recorded:
+    """Of a run that stands, has failed or hangs; first waits until it does. Raises PlanError for no such rank,
+    and RankFailed where it is gone."""
+    check_rank(rank, run.plan)
+    source = run.last_source()
+    stand, line = run.standing().stands[rank], source.line
+    came = entered(run.plan, rank, stand.positions)
+    hidden = {
+        (op.chunk, op.layer): source.hidden(rank, op.chunk, op.layer)[None]
+        for op in came
+        if op.what == "hidden"
+    }
+    blocks = _blocks(source, rank, [(op.chunk, op.layer) for op in arrived(run.plan, rank, stand.positions)])
+    has_final = any(op.what == "final" for op in came)
+    notes = line.ask([rank], "record_notes")[0]
+    return Recorded(
+        name=source.subject.name,
+        config=run.config,
+        checkpoint=source.subject.checkpoint,
+        dtype=str(source.subject.dtype).removeprefix("torch."),
+        device=run.standing().devices[rank],
+        plan=run.plan,
+        ids=run.job.ids,
+        tokens=tuple(notes["tokens"]),
+        rank=rank,
+        positions=tuple(stand.positions),
+        begun=tuple(stand.started),
+        hidden=hidden,
+        final=line.tensors([rank], "record_final")[0] if has_final else None,
+        block=lambda chunk, layer: blocks[chunk, layer],
+        noted=source.noted([rank], range(run.plan.shape.layers))[0],
+        edits=_edits(line, rank, notes["edits"]),
+        faults=tuple(one.fault for one in run.struck() if any(strike[0] == rank for strike in one.strikes)),
+        failure=run.failure,
+    )
+
+
+def _blocks(source: Live, rank: int, keys: list[Key]) -> dict[Key, Tensor]:
+    """A request for each layer."""
+    chunks, found = source.subject.plan.shape.chunks, dict[Key, Tensor]()
+    for layer in sorted({layer for _, layer in keys}):
+        here = [chunk for chunk, of in sorted(keys) if of == layer]
+        rows = source.line.tensors([rank], "record_kv", layer=layer, chunks=here)[0]
+        pieces = torch.split(rows, [len(chunks[chunk]) for chunk in here])
+        found |= {(chunk, layer): piece for chunk, piece in zip(here, pieces, strict=True)}
+    return found
+
+
+def _edits(line: Line, rank: int, said: list[Message]) -> tuple[Edit, ...]:
+    def tensors(number: int, what: str, keys: list[list[int]]) -> dict[Key, Tensor]:
+        fields = {"number": number, "what": what}
+        return {
+            (chunk, layer): line.tensors([rank], "record_edit", chunk=chunk, layer=layer, **fields)[0]
+            for chunk, layer in keys
+        }
+
+    return tuple(
+        Edit(tuple(one["positions"]), tensors(n, "kv", one["kv"]), tensors(n, "hidden", one["hidden"]))
+        for n, one in enumerate(said)
+    )

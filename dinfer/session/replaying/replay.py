@@ -1,0 +1,282 @@
+"""Replay: one rank of a run alone, stepped as a run is, from what was recorded of it, up to where it stood.
+
+The ordinary engine runs; what its peers sent comes from the record. Every block is compared with what the rank's ledger
+said of it in the run, and every new token with the run's: where they differ, the replay says so.
+"""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from dinfer.engine.by_hand import LayerKV, op_lines, ops_between
+from dinfer.engine.corruption import Corruption
+from dinfer.engine.engine import Engine
+from dinfer.engine.probes import as_numbers
+from dinfer.engine.tokens import Tokens
+from dinfer.model.decoder import Decoder
+from dinfer.plan.cut import Unit
+from dinfer.plan.ops import Op
+from dinfer.session.replaying.checkpoint import decoder_of
+from dinfer.session.replaying.peers import Peers
+from dinfer.session.replaying.recorded import Recorded, RecordError, check_rank, check_states
+from dinfer.session.replaying.told import SHOWN, Went, differs_text, ended_text, late_edits, left_out
+from dinfer.session.replaying.way import Positions, Way, is_inside, lower
+from dinfer.session.runs.action import count_of, unit_of
+from dinfer.session.runs.where import moved_lines, rank_text
+from dinfer.session.said import Decoded, Said, Where, listed
+from dinfer.trace.events import Event
+
+TOKEN = "token"
+
+
+class Replay(Said):
+    """`engine` is the rank's engine, as under `%%px`; `notes` say where this is not the run bit for bit.
+
+    An op that raises does so here, with its own error as the cause; what is called next begins anew and goes to where
+    it is sent. Raises RecordError where the record does not do.
+    """
+
+    def __init__(
+        self,
+        recorded: Recorded,
+        *,
+        model_path: str = "",
+        device: str = "",
+        decoder: Decoder | None = None,
+    ) -> None:
+        check_rank(recorded.rank, recorded.plan)
+        check_states(recorded)
+        self.recorded, self.rank, self.plan = recorded, recorded.rank, recorded.plan
+        self.notes = [*late_edits(recorded), *left_out(recorded)]
+        self.decoder: Decoder = decoder_of(recorded, model_path, device, decoder)
+        self._way = Way(recorded.plan, recorded.rank, recorded.reach)
+        self._peers = Peers(recorded)
+        torch.set_num_threads(recorded.config.threads or torch.get_num_threads())
+        self.engine = self._new_engine()
+        self._begin()
+
+    # -- moving
+
+    def step(self, unit: Unit | str = "layer", n: int = 1) -> Went | Decoded:
+        """Move on by `n` units, as a run does: to the next of its cuts in which this rank does something."""
+        if unit == TOKEN:
+            return self.decode(count_of(n))
+        return self._go(self._repeated(self._way.next, unit_of(unit), count_of(n)))
+
+    def step_back(self, unit: Unit | str = "layer", n: int = 1) -> Went | Decoded:
+        """Go back by `n` units; what follows is computed anew."""
+        if unit == TOKEN:
+            self._tokens.back_to(max(0, len(self.tokens) - count_of(n)))
+            del self._texts[len(self.tokens) :]
+            return Decoded((), "", False, len(self.tokens))
+        return self._go(self._repeated(self._way.previous, unit_of(unit), count_of(n)))
+
+    def run_to(self, chunk: int, layer: int) -> Went:
+        """Stop where this rank does in a run that stands just after that block; forward or back."""
+        return self._go(self._way.after_block(chunk, layer))
+
+    def resume(self) -> Went:
+        """Go to where the rank stood in the run; returns when it is there."""
+        return self._go(self._way.reach)
+
+    def restart(self) -> Where:
+        """Begin anew, before the first op."""
+        self._begin()
+        return self.where()
+
+    def decode(self, max_new_tokens: int | None = None) -> Decoded:
+        """Run prefill to its end if need be, then decode that many of the recorded tokens, by default all left.
+        Asked for more, it also makes the token that follows: the one in which a run has failed that failed in decode.
+
+        Raises RecordError where prefill was not done in the run, or a token comes out otherwise than there, and what
+        decode raises.
+        """
+        self._go(self._way.reach)
+        if not self.engine.executor.is_done():
+            raise RecordError(f"the run had not ended prefill: {self._ended()}")
+        before, recorded = len(self.tokens), len(self.recorded.tokens)
+        wanted = recorded if max_new_tokens is None else min(recorded + 1, before + count_of(max_new_tokens))
+        self._tokens.limit_to(max(before, wanted))
+        said = self._tokens.run(self._took)
+        new = self.tokens[before:]
+        remark = "" if new else f"no more than {recorded} new tokens were recorded"
+        text = "".join(self._texts[before:])
+        return Decoded(tuple(new), text, bool(said["ended"]), before + len(new), remark)
+
+    # -- looking
+
+    @property
+    def tokens(self) -> list[int]:
+        """New tokens so far."""
+        return self._tokens.tokens
+
+    @property
+    def text(self) -> str:
+        """Their text."""
+        return "".join(self._texts)
+
+    @property
+    def hidden(self) -> dict[tuple[int, int], torch.Tensor]:
+        """Hidden states at hand: [chunk, layer] → [1, tokens, hidden_size] before that layer."""
+        return self.engine.hidden
+
+    @property
+    def at_end(self) -> bool:
+        """Whether it stands where the rank did."""
+        return self._positions() == self._way.reach
+
+    def kv(self, layer: int) -> LayerKV:
+        """What the rank holds of a layer's KV here. Raises ValueError."""
+        return self.engine.kv(layer)
+
+    def where(self) -> Where:
+        """Where it stands, and what is not as in the run."""
+        failure, stand = self.engine.executor.failure, self.engine.executor.stand()
+        state = "failed" if failure else "done" if self.engine.executor.is_done() else "paused"
+        lines = [f"rank {self.rank}: {rank_text(self.plan.lanes[self.rank], stand)}"]
+        lines += [str(failure)] * bool(failure) + [self._ended()] * (self.at_end and not failure)
+        lines += [f"{len(self.tokens)} new tokens: {self.text!r}"] * bool(self.tokens)
+        lines += [f"not as in the run: {listed(self.notes)}"] * bool(self.notes)
+        return Where(state, "\n".join(lines))
+
+    def __str__(self) -> str:
+        return f"replay of rank {self.rank} of {self.recorded.name}: {self.where()}"
+
+    def close(self) -> None:
+        """End its threads."""
+        self.engine.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- within
+
+    def _new_engine(self) -> Engine:
+        """Whatever the plan was, it has run: and here nobody waits for anybody."""
+        config = self.recorded.config.with_(unsafe=True, backend="gloo", on_corruption="record")
+        return Engine(self.decoder, self._peers, config, on_op=self._compare, on_corrupt=self._note_corrupt)
+
+    def _begin(self) -> None:
+        executor = self.engine.prepare(self.recorded.ids, plan=self.plan)
+        self._peers.positions = lambda: executor.stand().positions
+        self.engine.prompt.state.faults.arm(self.recorded.faults_again, lambda _: None)
+        self._applied = 0
+        self._forget_tokens()
+
+    def _forget_tokens(self) -> None:
+        self._tokens, self._texts = Tokens(self.engine), list[str]()
+
+    def _positions(self) -> Positions:
+        return self.engine.executor.stand().positions
+
+    def _repeated(self, step: Callable[[Positions, Unit], Positions], unit: Unit, n: int) -> Positions:
+        target = self._positions()
+        for _ in range(n):
+            target = step(target, unit)
+        return target
+
+    def _go(self, target: Positions) -> Went:
+        """Forward or back. Raises OpFailed where an op raises."""
+        before, executor = self._positions(), self.engine.executor
+        executor.wait(
+            lambda: not any(executor.stand().started)
+        ) if executor.failure is None else self._begin()
+        edited = list(self.engine.prompt.look())
+        if not is_inside(self._positions(), target):
+            self._back(target)
+        for edit in self.recorded.edits[self._applied :]:
+            if not is_inside(edit.positions, target):
+                break
+            self._forward(edit.positions)
+            self._apply(self._applied)
+        self._forward(
+            lower(target, self.recorded.positions)
+        )  # all that had ended, before what may fail again
+        self._forward(target)
+        if target != self._way.reach or before != target:
+            self._forget_tokens()
+        return self._told(before, target, edited)
+
+    def _back(self, target: Positions) -> None:
+        """Edits that came later than `target` must not be seen there: then all begins anew."""
+        if any(not is_inside(edit.positions, target) for edit in self.recorded.edits[: self._applied]):
+            self._begin()
+        else:
+            self.engine.prompt.rewind(self._cut(lower(self._positions(), target)))
+
+    def _forward(self, target: Positions) -> None:
+        prompt, executor = self.engine.prompt, self.engine.executor
+        prompt.go(self._cut(target))
+        try:
+            executor.wait(lambda: executor.stand().positions == target)
+        except KeyboardInterrupt:
+            executor.freeze()
+            raise
+
+    def _apply(self, number: int) -> None:
+        """What the user had changed by hand when the rank stood here."""
+        state = self.engine.prompt.state
+        for key, block in self.recorded.edits[number].kv.items():
+            state.block(*key).copy_(block)
+        for key, hidden in self.recorded.edits[number].hidden.items():
+            state.hidden[key] = hidden.to(self.decoder.device)
+        self.engine.prompt.look()
+        self._applied = number + 1
+
+    def _cut(self, mine: Positions) -> tuple[Positions, ...]:
+        """A cut of all ranks, of which only this one is looked at."""
+        starts = [tuple(0 for _ in lanes) for lanes in self.plan.lanes]
+        return tuple(mine if rank == self.rank else start for rank, start in enumerate(starts))
+
+    def _told(self, before: Positions, after: Positions, edited: list[str]) -> Went:
+        ops = ops_between(self.engine.executor, before, after)
+        if ops and len(ops) <= SHOWN and is_inside(before, after):
+            lines = tuple(f"rank {self.rank}: {line}" for line in op_lines(self.engine.prompt.state, ops))
+        else:
+            lines = (moved_lines(self.plan, self._cut(before), self._cut(after))[self.rank],)
+        remark = (
+            self._ended()
+            if self.at_end
+            else ""
+            if before != after
+            else "nothing to do: it stands at the start"
+        )
+        return Went(self.rank, before, after, lines, remark, tuple(edited))
+
+    def _ended(self) -> str:
+        return ended_text(self.recorded)
+
+    # -- comparing with the run
+
+    def _compare(self, _: Event, op: Op) -> None:
+        for value in op.makes():
+            key = value.chunk, value.layer
+            noted, entry = self.recorded.noted.get(key), self.engine.prompt.state.ledger.entries.get(key)
+            if value.what != "kv" or noted is None or entry is None:
+                continue
+            if as_numbers(entry.digests) != noted.came and not (noted.edited and op.kind == "layer"):
+                self._note(differs_text(op))
+
+    def _note_corrupt(self, found: Corruption) -> None:
+        self._note(f"as in the run: {found}")
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _took(self, count: int, token: int, text: str) -> None:
+        """Raises RecordError where the run had another one."""
+        self._texts.append(text)
+        tokens, number = self.recorded.tokens, count - 1
+        if number == len(tokens):
+            self._note(f"new token {number}, which was not recorded, is {token} here")
+        elif token != tokens[number]:
+            self._note(f"new token {number} is {token} here; in the run it was {tokens[number]}")
+            raise RecordError(f"this replay of rank {self.rank} is not the run: {listed(self.notes)}")
