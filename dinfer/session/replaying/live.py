@@ -8,7 +8,7 @@ from dinfer.engine.hosting.commands import Message
 from dinfer.engine.ledger import Key
 from dinfer.session.kv.line import Line
 from dinfer.session.kv.live import Live
-from dinfer.session.replaying.recorded import Recorded, arrived, check_rank, entered
+from dinfer.session.replaying.recorded import Own, Recorded, arrived, check_rank, entered
 from dinfer.session.runs.reporting import Reporting
 
 
@@ -17,7 +17,7 @@ def recorded_of(run: Reporting, rank: int) -> Recorded:
     and RankFailed where it is gone."""
     check_rank(rank, run.plan)
     source = run.last_source()
-    stand, line = run.standing().stands[rank], source.line
+    stand = run.standing().stands[rank]
     came = entered(run.plan, rank, stand.positions)
     hidden = {
         (op.chunk, op.layer): source.hidden(rank, op.chunk, op.layer)[None]
@@ -25,27 +25,42 @@ def recorded_of(run: Reporting, rank: int) -> Recorded:
         if op.what == "hidden"
     }
     blocks = _blocks(source, rank, [(op.chunk, op.layer) for op in arrived(run.plan, rank, stand.positions)])
-    has_final = any(op.what == "final" for op in came)
-    notes = line.ask([rank], "record_notes")[0]
+    own = own_of(run, source, rank)
     return Recorded(
         name=source.subject.name,
         config=run.config,
         checkpoint=source.subject.checkpoint,
         dtype=str(source.subject.dtype).removeprefix("torch."),
-        device=run.standing().devices[rank],
+        device=own.device,
         plan=run.plan,
         ids=run.job.ids,
-        tokens=tuple(notes["tokens"]),
+        tokens=own.tokens,
         rank=rank,
         positions=tuple(stand.positions),
-        begun=tuple(stand.started),
+        begun=own.begun,
         hidden=hidden,
-        final=line.tensors([rank], "record_final")[0] if has_final else None,
+        final=own.final,
         block=lambda chunk, layer: blocks[chunk, layer],
         noted=source.noted([rank], range(run.plan.shape.layers))[0],
+        edits=own.edits,
+        faults=own.faults,
+        failure=run.failure,
+    )
+
+
+def own_of(run: Reporting, source: Live, rank: int) -> Own:
+    """What a rank that can be asked knows of its own doings."""
+    standing, line = run.standing(), source.line
+    stand = standing.stands[rank]
+    has_final = any(op.what == "final" for op in entered(run.plan, rank, stand.positions))
+    notes = line.ask([rank], "record_notes")[0]
+    return Own(
+        device=standing.devices[rank],
+        tokens=tuple(notes["tokens"]),
+        begun=tuple(stand.started),
+        final=line.tensors([rank], "record_final")[0] if has_final else None,
         edits=_edits(line, rank, notes["edits"]),
         faults=tuple(one.fault for one in run.struck() if any(strike[0] == rank for strike in one.strikes)),
-        failure=run.failure,
     )
 
 

@@ -20,6 +20,18 @@ class RecordError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Own:
+    """What a rank knows of its own doings, beside what it holds. The fields are those of Recorded."""
+
+    device: str
+    tokens: tuple[int, ...]
+    begun: tuple[bool, ...]
+    final: Tensor | None
+    edits: tuple[Edit, ...] = ()
+    faults: tuple[Fault, ...] = ()
+
+
+@dataclass(frozen=True)
 class Recorded:
     """One rank of a run.
 

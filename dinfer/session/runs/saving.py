@@ -7,6 +7,7 @@ from pathlib import Path
 from dinfer.session.hangs.stacks import answers
 from dinfer.session.kv.line import Line
 from dinfer.session.kv.live import Live
+from dinfer.session.replaying.live import own_of
 from dinfer.session.reproduce import parameters
 from dinfer.session.runs.explaining import Explaining
 from dinfer.session.runs.reporting import Reporting
@@ -33,8 +34,8 @@ class Saving(Explaining, Reporting):
 
         First it waits until the run stands; one that hangs or has failed is saved as far as its ranks answer. There
         will be the plan, the trace, the verdict, token ids and the digests of all rows; with `kv` the values of all
-        layers, or of those in a list; with `hidden` the hidden states that have entered each rank; with `prompt` its
-        text and that of new tokens (which a tokenizer makes of the ids, too). A saved run that is there is replaced.
+        layers, or of those in a list; with `hidden` what has entered each rank, for replays; with `prompt` its text and
+        that of new tokens (which a tokenizer makes of the ids, too). A saved run that is there is replaced.
         Raises SavedError where something else is, and RuntimeError for a run that is over.
         """
         layers = chosen_layers(kv, self.plan.shape.layers)
@@ -43,7 +44,10 @@ class Saving(Explaining, Reporting):
         evidence = self.evidence()
         source, ranks = self._reachable()
         trace = with_findings(self.whole_trace(), self.findings(prompt=prompt))
-        content = Content(source, ranks, trace, evidence, self._told(), layers, hidden, prompt)
+        own = (
+            {rank: own_of(self, source, rank) for rank in ranks} if hidden and self.standing().stands else {}
+        )
+        content = Content(source, ranks, trace, evidence, self._told(), layers, hidden, prompt, own)
         return write(content, folder)
 
     def _reachable(self) -> tuple[Live, tuple[int, ...]]:

@@ -29,6 +29,10 @@ cache: the token's, and more of them where rows were appended twice.
 * `edited`, `faults`: what was changed by hand, and which faults were armed, in words. May be left out.
 * `ranks`: of each rank that could be asked its `rank` and, by layer, `spans`, how many of the spans it held,
   counted from the first, and `rows`, how many places.
+* `own`: by rank, what a replay of it alone needs beside: its `device`; the new `tokens` that it made; by lane of
+  the plan, whether the next op had `begun`; whether a `final` state had come to it; its user's `edits`, each the
+  `positions` of its lanes and [chunk, layer] of `kv` and `hidden`; the `faults` that struck there, with the
+  fields of `Fault` in dinfer/plan/faults.py. May be left out; so may `positions`: nothing can be replayed then.
 * `evidence`: what was known of the ranks' doings when it was saved, of which `verdict()` is made: `signs`, by
   rank, with the fields of `Signs` in dinfer/verdict/signs.py; `sizes`, the bytes of one token's K and V of a
   layer and of its hidden state; `stacks`, by rank, as text; `ahead_s`, 0 will do; `told`, the verdict's
@@ -70,4 +74,7 @@ A file for each layer of `kv.layers`.
 ## {HIDDEN}
 
 * `rank1.chunk2.layer4`, [tokens, hidden_size]: of chunk 2, what entered rank 1, whose first layer is 4.
+* `rank0.final`, [1, 1, hidden_size]: the normed state of the prompt's last token, where it came from another rank.
+* `rank1.edit0.kv.chunk1.layer4`, [tokens, 2, heads, head_dim], `rank1.edit0.hidden.chunk1.layer4`, [1, tokens,
+  hidden_size]: what the user of rank 1 had left.
 """

@@ -42,5 +42,14 @@ def piece_name(rank: int, start: int) -> str:
     return f"rank{rank}.rows{start}"
 
 
+def final_name(rank: int) -> str:
+    return f"rank{rank}.final"
+
+
+def edit_name(rank: int, number: int, what: str, chunk: int, layer: int) -> str:
+    """Of a block ("kv") or a hidden state ("hidden") that the user has left otherwise."""
+    return f"rank{rank}.edit{number}.{what}.chunk{chunk}.layer{layer}"
+
+
 def hidden_name(rank: int, chunk: int, layer: int) -> str:
     return f"rank{rank}.chunk{chunk}.layer{layer}"

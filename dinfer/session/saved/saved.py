@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import PlanError
 from dinfer.plan.plan import Plan
 from dinfer.session.hangs.evidence import Evidence
@@ -14,6 +15,7 @@ from dinfer.session.kv.difference import Diff
 from dinfer.session.kv.source import Source
 from dinfer.session.kv.view import KV, Other, kv_of
 from dinfer.session.kv.words import numbers_text
+from dinfer.session.replaying.replay import Replay
 from dinfer.session.said import Said
 from dinfer.session.saved.format import DIGESTS, HIDDEN, SavedError, hidden_name
 from dinfer.session.saved.reading import (
@@ -24,6 +26,7 @@ from dinfer.session.saved.reading import (
     read_source,
     read_trace,
 )
+from dinfer.session.saved.record import read_record
 from dinfer.session.saved.source import SavedSource
 from dinfer.session.saved.tensors import Tensors
 from dinfer.trace.embedded import read_traces
@@ -75,6 +78,19 @@ class Saved(Said):
         """Why the run did not move, or that it did; worked out anew from where it stood."""
         raise self._lacks("signs of life to work a verdict out from")
 
+    def replay(
+        self,
+        rank: int,  # noqa: ARG002 - of a folder
+        *,
+        model_path: str = "",  # noqa: ARG002
+        device: str = "",  # noqa: ARG002
+        decoder: Decoder | None = None,  # noqa: ARG002
+    ) -> Replay:
+        """One rank of the run alone, without its peers, up to where it stood: see `run.replay`. It needs the run's
+        checkpoint: `model_path` says where that lies here. Raises PlanError for no such rank, SavedError and
+        RecordError for what was not saved, and for another checkpoint."""
+        raise self._lacks("hidden states to replay a rank from")
+
     def report(self, path: str | Path = "report.html") -> Path:
         """Write it to one HTML file; where it is."""
         if self._write is None:
@@ -124,6 +140,12 @@ class SavedFolder(Saved):
                 f"no hidden state of chunk {chunk} had entered rank {rank}: {_chunks_text(there)} had."
             )
         return state
+
+    def replay(
+        self, rank: int, *, model_path: str = "", device: str = "", decoder: Decoder | None = None
+    ) -> Replay:
+        recorded = read_record(self.path, self.about, self._source, rank, self.findings.failure)
+        return Replay(recorded, model_path=model_path, device=device, decoder=decoder)
 
     def verdict(self) -> Verdict:
         with damage_told(self.path):

@@ -16,6 +16,7 @@ from dinfer import __version__
 from dinfer.session.hangs.evidence import Evidence
 from dinfer.session.kv.live import Live
 from dinfer.session.kv.view import say_size
+from dinfer.session.replaying.recorded import Own
 from dinfer.session.saved.description import DESCRIPTION
 from dinfer.session.saved.folder import check_free, replacing
 from dinfer.session.saved.format import (
@@ -30,6 +31,7 @@ from dinfer.session.saved.format import (
     SavedError,
     kv_file,
 )
+from dinfer.session.saved.own import own_tensors, own_values
 from dinfer.session.saved.taking import Taken, size_of, take_digests, take_hidden, take_layer
 from dinfer.trace.trace import Trace
 
@@ -40,7 +42,8 @@ CHECKED = (PLAN, TRACE, DIGESTS, HIDDEN)
 @dataclass(frozen=True)
 class Content:
     """What to save. `source` is asked of these `ranks`; `told`: what the session knows, as plain values; `layers`: of
-    which to save values; `texts`: whether to save those of tokens."""
+    which to save values; `texts`: whether to save those of tokens; `own`: by rank, for replays, where hidden states are
+    to be saved."""
 
     source: Live
     ranks: tuple[int, ...]
@@ -50,6 +53,7 @@ class Content:
     layers: tuple[int, ...]
     hidden: bool
     texts: bool
+    own: Mapping[int, Own]
 
 
 def write(content: Content, path: str | Path) -> Path:
@@ -69,7 +73,10 @@ def write(content: Content, path: str | Path) -> Path:
         for layer in content.layers:
             _write_tensors(folder / kv_file(layer), take_layer(source, taken, layer))
         if content.hidden:
-            _write_tensors(folder / HIDDEN, take_hidden(source, content.ranks))
+            states = take_hidden(source, content.ranks)
+            for rank, own in content.own.items():
+                states |= own_tensors(rank, own)
+            _write_tensors(folder / HIDDEN, states)
         about = {**_about(content, taken), "files": _sums(folder)}
         (folder / RUN).write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return Path(path)
@@ -94,6 +101,7 @@ def _about(content: Content, taken: Taken) -> dict[str, Any]:
         "hidden": content.hidden,
         "standing": list(subject.standing),
         "ranks": [{"rank": rank, **held._asdict()} for rank, held in taken.held.items()],
+        "own": {str(rank): own_values(own) for rank, own in content.own.items()},
         "evidence": content.evidence.as_dict(),
         **content.told,
     }

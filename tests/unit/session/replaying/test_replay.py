@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from dinfer.session.replaying.replay import Replay
 from dinfer.session.runs.fleet import RankFailed
 from dinfer.session.runs.run import Run
 from dinfer.session.said import Decoded
+from dinfer.session.saved.saved import Saved, open_saved
 from dinfer.session.session import Session
 from dinfer.session.states import RankRefused
 from tests.cluster.runs import wait_for
@@ -32,6 +33,7 @@ from tests.unit.session.threads import session_on_threads
 
 IDS = prompt(10)
 """in chunks of 4: three; layers 0–2, 3–4 and 5–6 are those of ranks 0, 1 and 2"""
+Kept = Callable[[Run], Run | Saved]
 BROKEN = "the logits are on fire"
 
 
@@ -62,6 +64,14 @@ def recorded(session: Session) -> Recorded:
     run = begin(session, paused=False)
     run.wait(60)
     return recorded_of(run, 1)
+
+
+@pytest.fixture(params=["live", "saved"])
+def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Kept:
+    """What a rank of a run is replayed from: the run itself, or a folder."""
+    if request.param == "live":
+        return lambda run: run
+    return lambda run: open_saved(run.save(tmp_path / "saved"))
 
 
 def settle(run: Run) -> None:
@@ -95,14 +105,15 @@ class Breaks:
 
 
 def test_a_failure_in_a_layer_comes_again_at_the_same_op(
-    session: Session, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+    session: Session, decoder: Decoder, monkeypatch: pytest.MonkeyPatch, kept: Kept
 ) -> None:
     Breaks(begin(session), monkeypatch)
     run = begin(session, paused=False)
     with pytest.raises(RankFailed, match=BROKEN):
         run.wait(60)
     settle(run)
-    with run.replay(1, decoder=decoder) as replay:
+    keeper = kept(run)
+    with keeper.replay(1, decoder=decoder) as replay:
         with pytest.raises(
             OpFailed, match=rf"rank 1 failed at `layer c1 l3`.*ArithmeticError: {BROKEN}"
         ) as caught:
@@ -117,7 +128,7 @@ def test_a_failure_in_a_layer_comes_again_at_the_same_op(
             replay.step("op", 20)
         assert "`layer c1 l3`" in str(replay.where())
     for rank in (0, 2):
-        with run.replay(rank, decoder=decoder) as replay:
+        with keeper.replay(rank, decoder=decoder) as replay:
             said = str(replay.resume())
             assert replay.at_end
             assert f"the record ends here: rank {rank} stood" in said
@@ -146,11 +157,12 @@ def test_a_failure_in_decode_comes_again_in_the_same_token(
         assert replay.decode(1).tokens == replay.recorded.tokens[1:2]
 
 
-def test_a_refuted_plan_is_replayed_to_where_it_hung(session: Session, decoder: Decoder) -> None:
+def test_a_refuted_plan_is_replayed_to_where_it_hung(session: Session, decoder: Decoder, kept: Kept) -> None:
     run = begin(session, schedule="batched", unsafe=True)
     run.resume()
     wait_for(lambda: run.hang, "it hangs", 60)
-    with run.replay(1, decoder=decoder) as replay:
+    keeper = kept(run)
+    with keeper.replay(1, decoder=decoder) as replay:
         with pytest.raises(PlanError, match="refuted"):
             replay.step("layer")
         replay.step("op", 3)
@@ -162,7 +174,7 @@ def test_a_refuted_plan_is_replayed_to_where_it_hung(session: Session, decoder: 
 # -- edits
 
 
-def test_what_was_edited_by_hand_is_edited_again(session: Session, decoder: Decoder) -> None:
+def test_what_was_edited_by_hand_is_edited_again(session: Session, decoder: Decoder, kept: Kept) -> None:
     run = begin(session)
     engine = engine_of(session, 1)
     while (1, 3) not in engine.hidden:
@@ -175,7 +187,8 @@ def test_what_was_edited_by_hand_is_edited_again(session: Session, decoder: Deco
     run.step_back("layer")
     run.decode(3)
     assert len(run.edited) == 3
-    with run.replay(1, decoder=decoder) as replay:
+    keeper = kept(run)
+    with keeper.replay(1, decoder=decoder) as replay:
         replay.decode()
         check_same(replay, engine, run.tokens)
         replay.run_to(chunk=0, layer=2)

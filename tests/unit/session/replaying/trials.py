@@ -14,6 +14,7 @@ from dinfer.model.decoder import Decoder
 from dinfer.session.local import LocalRanks
 from dinfer.session.replaying.replay import Replay
 from dinfer.session.runs.run import Run
+from dinfer.session.saved.saved import open_saved
 from dinfer.session.session import Session
 from tests.unit.engine.twin import prompt
 from tests.unit.model.tiny import tiny_checkpoint
@@ -31,7 +32,7 @@ def checkpoint(folder: Path, family: str) -> Path:
 
 
 def replayed_trial(seed: int, folder: Path) -> str:
-    """One run that stands somewhere, and each of its ranks alone: what was drawn."""
+    """One run that stands somewhere, and each of its ranks alone, every second time from a folder: what was drawn."""
     draw = Random(seed)
     world_size, way = draw.randrange(1, 5), WAYS[seed % 3]
     dtype = draw.choice(["float32", "bfloat16"])
@@ -49,8 +50,10 @@ def replayed_trial(seed: int, folder: Path) -> str:
         run = session.prefill(ids, paused=True, **parameters)
         moved_somewhere(run, way, draw)
         decoder = Decoder.load(run.config.model_path, dtype)
+        kept = open_saved(run.save(folder / f"saved{seed}")) if seed % 2 else run
         for rank in range(world_size):
-            check_alone(session, run, rank, draw, decoder)
+            with kept.replay(rank, decoder=decoder) as replay:
+                check_alone(replay, engine_of(session, rank), run.tokens, draw)
     return f"{world_size} ranks, {way}, {dtype}, {len(ids)} tokens, {parameters}"
 
 
@@ -69,17 +72,16 @@ def moved_somewhere(run: Run, way: str, draw: Random) -> None:
             run.step_back(draw.choice(UNITS), draw.randrange(1, 3))
 
 
-def check_alone(session: Session, run: Run, rank: int, draw: Random, decoder: Decoder) -> None:
+def check_alone(replay: Replay, ran: Engine, tokens: list[int], draw: Random) -> None:
     """The rank, stepped on and back at will, ends as it stood, to the bit, and goes there again from further back."""
-    with run.replay(rank, decoder=decoder) as replay:
-        for _ in range(draw.randrange(4)):
-            replay.step(draw.choice(UNITS), draw.randrange(1, 4))
-            replay.step_back(draw.choice(UNITS))
-        arrive(replay)
-        check_same(replay, engine_of(session, rank), run.tokens)
-        replay.step_back(draw.choice(UNITS), draw.randrange(1, 4))
-        arrive(replay)
-        check_same(replay, engine_of(session, rank), run.tokens)
+    for _ in range(draw.randrange(4)):
+        replay.step(draw.choice(UNITS), draw.randrange(1, 4))
+        replay.step_back(draw.choice(UNITS))
+    arrive(replay)
+    check_same(replay, ran, tokens)
+    replay.step_back(draw.choice(UNITS), draw.randrange(1, 4))
+    arrive(replay)
+    check_same(replay, ran, tokens)
 
 
 def arrive(replay: Replay) -> None:

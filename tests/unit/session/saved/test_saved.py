@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 import dinfer
+from dinfer.engine.execution import OpFailed
 from dinfer.plan.ops import PlanError
 from dinfer.session.kv.difference import Difference
 from dinfer.session.runs.run import Run
@@ -289,3 +290,32 @@ def test_a_run_that_is_over_cannot_be_saved(session: Session, run: Run, tmp_path
     with pytest.raises(RuntimeError, match="this run is over"):
         run.save(tmp_path / "over")
     assert not list(tmp_path.iterdir())
+
+
+# -- replayed
+
+
+def test_a_rank_is_replayed_from_a_folder(run: Run, tmp_path: Path) -> None:
+    saved = dinfer.open(run.save(tmp_path / "run"))
+    with saved.replay(1) as replay:
+        replay.decode()
+        assert replay.tokens == run.tokens
+        assert replay.notes == []
+        assert torch.equal(replay.kv(3).k, saved.kv(layer=3, rank=1).k[:, :TOKENS])
+    with pytest.raises(PlanError, match="rank is 3; the ranks of this run are 0 to 2"):
+        saved.replay(3)
+
+
+def test_what_was_not_saved_cannot_be_replayed(run: Run, folder: Path, tmp_path: Path) -> None:
+    without = dinfer.open(run.save(tmp_path / "without", hidden=False))
+    with pytest.raises(SavedError, match="nothing to replay rank 1 from: it was saved with hidden=False"):
+        without.replay(1)
+    partly = dinfer.open(run.save(tmp_path / "partly", kv=[0]))
+    with (
+        partly.replay(2) as replay,
+        pytest.raises(OpFailed, match="block c0 l2 was not recorded on rank 2"),
+    ):
+        replay.resume()
+    (folder / "hidden.safetensors").write_bytes(b"no")
+    with pytest.raises(SavedError, match=r"hidden\.safetensors is not what was written"):
+        dinfer.open(folder).replay(1)
