@@ -14,6 +14,7 @@ from random import Random
 
 import pytest
 
+import dinfer
 from dinfer.plan.ops import Op
 from dinfer.session.runs.fleet import RankFailed
 from dinfer.session.runs.run import Run
@@ -160,6 +161,14 @@ def check_named(trial: Broken) -> None:
     assert trial.run.standing().message.startswith(f"rank {trial.rank} ")
 
 
+def check_saved(trial: Broken, folder: Path) -> None:
+    """It can be saved as far as its ranks answer; opened, it says the same of the one that does not."""
+    saved = dinfer.open(trial.run.save(folder))
+    assert saved.verdict().sentence == trial.run.verdict().sentence
+    assert saved.verdict().rank == trial.rank
+    assert set(saved.source().ranks) == {0, 1, 2} - {trial.rank}
+
+
 def check_recovered(
     session: Session, run: Run, ranks: set[int], wanted: Wanted, bare: tuple[int, ...] = ()
 ) -> None:
@@ -189,12 +198,13 @@ def weights_of(session: Session, rank: int) -> int:
     return found[0]
 
 
-WEIGHTS = "id(__import__('dinfer.engine.hosting.kernel').engine.kernel._current.host.decoder)"
+WEIGHTS = "id(__import__('dinfer.engine.hosting.kernel').engine.hosting.kernel._current.host.decoder)"
 
 
 def trial(session: Session, wanted: Wanted, tmp_path: Path, seed: int) -> None:
     found = broken(session, tmp_path, seed)
     check_named(found)
+    check_saved(found, tmp_path / "saved")
     check_recovered(session, found.run, {found.rank}, wanted)
 
 
