@@ -28,16 +28,27 @@ class Sweep(Said):
     def __str__(self) -> str:
         if not self.rows:
             return "no runs"
-        cells = [list(self.rows[0]), *([_cell(value) for value in row.values()] for row in self.rows)]
+        above, cells = self._shown()
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+        return "\n".join([above, *lines] if above else lines)
 
     def _repr_html_(self) -> str:
         def line(tag: str, values: Sequence[str]) -> str:
             return f"<tr>{''.join(f'<{tag}>{escape(value)}</{tag}>' for value in values)}</tr>"
 
-        body = "".join(line("td", [_cell(value) for value in row.values()]) for row in self.rows)
-        return f"<table>{line('th', list(self.rows[0]) if self.rows else [])}{body}</table>"
+        if not self.rows:
+            return "no runs"
+        above, (head, *body) = self._shown()
+        table = "".join(line("td", row) for row in body)
+        return f"<div>{escape(above)}</div><table>{line('th', head)}{table}</table>"
+
+    def _shown(self) -> tuple[str, list[list[str]]]:
+        """What stands above the table, and its lines: a prompt that all runs share would only make it wider."""
+        is_one = len({row["prompt"] for row in self.rows}) == 1
+        names = [name for name in self.rows[0] if name != "prompt" or not is_one]
+        cells = [names, *([_cell(row[name]) for name in names] for row in self.rows)]
+        return f"prompt: {_cell(self.rows[0]['prompt'])}" if is_one else "", cells
 
 
 def sweep(
