@@ -185,7 +185,12 @@ def headless(home: Path, name: str) -> int:
     notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
     about = {"metadata": {"path": str(path.parent)}}
     client = NotebookClient(
-        notebook, timeout=CELL_S, kernel_name="python3", resources=about, on_cell_start=say_heading
+        notebook,
+        timeout=CELL_S,
+        kernel_name="python3",
+        resources=about,
+        on_cell_start=say_heading,
+        extra_arguments=["--log-level=ERROR"],
     )
     try:
         client.execute()

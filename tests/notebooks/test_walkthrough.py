@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import dinfer
+from dinfer.trace.embedded import read_traces
 from dinfer.trace.export import read_jsonl
 from tests.cluster.ipclusters import IPython
 from tests.notebooks.pages import NOTEBOOKS, Page, executed, read
@@ -60,7 +60,10 @@ SILENT = {"panel", "slow", "fast", "slow-layer", "healed", "close"}
 """cells that show no words"""
 
 
-@pytest.fixture(scope="module", params=[WALKTHROUGH, CHINESE], ids=["en", "zh"])
+# tests/cluster/test_demo.py has the Chinese one run in any case.
+@pytest.fixture(
+    scope="module", params=[WALKTHROUGH, pytest.param(CHINESE, marks=pytest.mark.slow)], ids=["en", "zh"]
+)
 def walk(request: pytest.FixtureRequest, engines: IPython) -> Page:
     """The walkthrough."""
     return executed(read(request.param), engines.folder)
@@ -96,7 +99,7 @@ def test_the_walkthrough_shows_what_it_tells(walk: Page, engines: IPython) -> No
     check_plots(walk)
     assert "471" in walk.text("decode") or "759" in walk.text("decode")
     assert "<svg" in walk.html("panel")
-    [trace] = dinfer.open(engines.folder / "report.html")
+    [trace] = read_traces(engines.folder / "report.html")
     assert {event.rank for event in trace.events} == {0, 1, 2}
 
 
@@ -160,4 +163,4 @@ def test_what_is_exported_can_be_read(latency: Page, engines: IPython) -> None:
     trace = read_jsonl(engines.folder / "trace.jsonl")
     assert trace.about["sync_strategy"] == "ring"
     assert json.loads((engines.folder / "trace.perfetto.json").read_text())["traceEvents"]
-    assert dinfer.open(engines.folder / "latency.html")
+    assert read_traces(engines.folder / "latency.html")

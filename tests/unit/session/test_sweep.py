@@ -34,7 +34,7 @@ def test_every_combination_is_a_row(session: Session) -> None:
         assert {row["text"].strip()[:3] for row in sweep.rows if row["prompt"] == text} == {answer}
     lines = str(sweep).splitlines()
     assert len(lines) == 9
-    assert lines[0].split() == ["prompt", "sync_strategy", "chunk_size", "max_new_tokens", *FIGURES]
+    assert lines[0].split() == ["prompt", "sync_strategy", "chunk_size", "max_new_tokens", *FIGURES[:-1]]
 
 
 def test_a_run_that_cannot_be_is_a_row_that_says_why(session: Session) -> None:
@@ -62,6 +62,40 @@ def test_an_interrupt_keeps_what_has_been_measured(session: Session, monkeypatch
     assert (len(sweep.rows), sweep.left) == (1, 3)
     assert str(sweep).endswith("interrupted: 3 more runs were not begun")
     assert "3 more runs" in sweep._repr_html_()
+
+
+# -- as a table
+
+
+def row(prompt: str, **more: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "sync_strategy": "ring", "prefill_s": 0.123456, **more}
+
+
+def test_one_prompt_stands_above_the_table() -> None:
+    text = str(Sweep((row("of Lima", chunk_size=8), row("of Lima", chunk_size=16))))
+    assert text.splitlines() == [
+        "prompt: of Lima",
+        "sync_strategy  prefill_s  chunk_size",
+        "ring           0.1235     8",
+        "ring           0.1235     16",
+    ]
+
+
+def test_several_prompts_have_a_column() -> None:
+    text = str(Sweep((row("of Lima"), row("of\n  Oslo"))))
+    assert text.splitlines() == [
+        "prompt   sync_strategy  prefill_s",
+        "of Lima  ring           0.1235",
+        "of Oslo  ring           0.1235",
+    ]
+
+
+def test_a_prompt_stays_text() -> None:
+    for rows in ((row("<script>"),), (row("<script>"), row("<b>"))):
+        html = Sweep(rows)._repr_html_()
+        assert "&lt;script&gt;" in html
+        assert "<script>" not in html
+        assert "<th>sync_strategy</th>" in html
 
 
 def test_nothing_to_run() -> None:
