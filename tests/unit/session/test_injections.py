@@ -1,0 +1,174 @@
+"""Every fault that changes bytes is found and named exactly, and nothing else is: drawn at random, on threads.
+
+Each is drawn from a seed of its own, which a failure names: `repeat(sessions, seed)` of that one does it again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from dinfer.session.runs.run import Run
+from dinfer.session.session import Session
+from tests.cluster.runs import wait_for
+from tests.unit.model.tiny import tiny_checkpoint
+from tests.unit.session.injections import (
+    DTYPES,
+    WORLD_SIZES,
+    Injection,
+    random_fault,
+    random_prompt,
+    random_setup,
+)
+from tests.unit.session.proof import CAUSES, Truth, named
+from tests.unit.session.test_faults import snapshot
+from tests.unit.session.threads import session_on_threads
+
+LAYERS = 4
+DEADLINE_S = 60.0
+Sessions = dict[tuple[int, str], Session]
+"""by world size and dtype"""
+Trial = Callable[[Sessions, int], str]
+"""does what a seed draws; what that was"""
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> None:
+    """Here sessions, and the lanes of their last run, outlast a test."""
+
+
+@pytest.fixture(scope="module")
+def sessions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sessions]:
+    """Of each world size and dtype; three KV heads, so that a shift by one is none by two."""
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3}
+    model = tiny_checkpoint(tmp_path_factory.mktemp("injections") / "model", layers=LAYERS, **heads)
+    with ExitStack() as stack:
+        made = {}
+        for world_size in WORLD_SIZES:
+            for dtype in DTYPES:
+                session = stack.enter_context(session_on_threads(world_size, model))
+                made[world_size, dtype] = session.load(str(model), dtype=dtype, threads=1)
+        yield made
+
+
+def finish(run: Run) -> None:
+    run.resume()
+    assert run.wait(DEADLINE_S).state == "done"
+
+
+def drawn_run(sessions: Sessions, random: Random) -> tuple[Session, Run]:
+    """Paused at its start."""
+    setup = random_setup(random, LAYERS)
+    session = sessions[setup.world_size, setup.dtype]
+    return session, session.prefill(random_prompt(random), paused=True, **setup.parameters)
+
+
+def walk(run: Run, random: Random) -> None:
+    """To some place in prefill."""
+    run.run_to(random.randrange(len(run.plan.shape.chunks)), random.randrange(LAYERS))
+    run.step("op", random.randint(1, 5))
+
+
+# -- faults
+
+
+def injection(sessions: Sessions, seed: int) -> str:
+    """One in prefill, struck before, while or after its block is made."""
+    random = Random(seed)
+    session, run = drawn_run(sessions, random)
+    finish(run)
+    before = snapshot(session, len(run.job.ids))
+    moment = random.choice(("start", "start", "start", "middle", "end", "end"))
+    if moment != "end":
+        run.restart()
+    if moment == "middle":
+        walk(run, random)
+    injected = random_fault(random, run, wheres=("memory",) if moment == "middle" else ("memory", "wire", "compute"))
+    run.inject(**injected.arguments)
+    finish(run)
+    (strike,) = run.faults[1].strikes
+    if not strike[1]:
+        assert strike[2] == "struck, but changed no byte"
+        assert run.kv().diff().equal
+        return "changed nothing"
+    truth = Truth(injected, run.plan, before, snapshot(session, len(run.job.ids)))
+    if injected.is_shared:
+        check_shared(run, injected, truth)
+    else:
+        check_named(run, injected, truth)
+    return f"{injected.kind} {injected.where}"
+
+
+def check_named(run: Run, injected: Injection, truth: Truth) -> None:
+    """Ranks differ, and a diff says where, how and since when."""
+    found = run.kv().diff()
+    told = named(found)
+    assert set(told) == truth.named()
+    assert len(told) == len(set(told))
+    assert told[0].rank == injected.rank  # where it began comes first
+    for one in found.differences:
+        assert (one.values is None) == (one.dim is None)
+
+
+def check_shared(run: Run, injected: Injection, truth: Truth) -> None:
+    """Ranks agree, and the reference tells."""
+    assert run.kv().diff().equal
+    assert not run.corrupt
+    found, owner = run.compare("reference"), injected.rank
+    first = found.first
+    assert first
+    spot = truth.spot()
+    assert (found.kind, first.layer, first.chunk) == (CAUSES[injected.kind], injected.layer, injected.chunk)
+    assert (first.tensor, first.token, first.head, first.dim) == spot
+    assert (first.owner, first.op) == (owner, f"layer c{injected.chunk} l{injected.layer}")
+    assert first.ranks == tuple(range(run.world_size))
+    line = str(found).splitlines()[0]
+    assert f"layer {injected.layer}, chunk {injected.chunk}" in line
+
+
+def clean(sessions: Sessions, seed: int) -> str:
+    """One without a fault, sometimes stepped about in: nothing is said of it."""
+    random = Random(seed)
+    session, run = drawn_run(sessions, random)
+    if random.random() < 0.3:
+        walk(run, random)
+        assert run.compare("reference").equal
+        run.step_back("op", random.randint(1, 3))
+    finish(run)
+    if random.random() < 0.5:
+        run.decode(random.randint(1, 3))
+    found = run.kv().diff()
+    assert found.equal, str(found)
+    assert "bit for bit" in found.verdict
+    compared = run.compare("reference")
+    assert compared.equal, str(compared)
+    assert not run.corrupt
+    assert "corrupt" not in {event.kind for event in run.trace.events}
+    assert not run.message
+    return f"{run.world_size} ranks, {run.config.dtype}, {run.config.sync_strategy}, {run.config.schedule}"
+
+
+# -- how many
+
+
+def tried(trial: Trial, sessions: Sessions, seeds: range) -> Counter[str]:
+    """Each seed's; fails with all those that were wrong."""
+    seen, wrong = Counter[str](), list[str]()
+    for seed in seeds:
+        try:
+            seen[trial(sessions, seed)] += 1
+        except AssertionError as error:
+            wrong.append(f"seed {seed}: {error}")
+    print(f"\n{trial.__name__}, seeds {seeds.start} to {seeds.stop - 1}: {dict(sorted(seen.items()))}; wrong: {len(wrong)}")
+    assert not wrong, "\n\n".join(wrong)
+    return seen
+
+
+def test_some(sessions: Sessions) -> None:
+    tried(injection, sessions, range(60))
+    tried(clean, sessions, range(60))
