@@ -9,11 +9,13 @@ zeros was zeroed or never came (both are "empty"). Not a test.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+from dinfer.engine.corruption import Corruption
 from dinfer.plan.plan import Plan
 from dinfer.plan.sync import STRATEGIES
 from dinfer.session.kv.difference import Diff
@@ -71,6 +73,7 @@ class Truth:
     def __init__(self, injected: Injection, plan: Plan, before: Rows, after: Rows) -> None:
         self._injected, self._plan = injected, plan
         self._rows = plan.shape.chunks[injected.chunk]
+        self._itemsize = before[0][0].element_size()
         self._changed = [self._of_rank(*both) for both in zip(before, after, strict=True)]
 
     @property
@@ -94,14 +97,42 @@ class Truth:
     @property
     def op(self) -> str:
         """At which the bytes became others."""
-        one, plan = self._injected, self._plan
-        hops = STRATEGIES[plan.sync_strategy](plan.shape.owners[one.layer], plan.world_size)  # type: ignore[index]
-        sources = {target: source for source, target in hops}
+        one, sources = self._injected, self._sources()
         block = f"c{one.chunk} l{one.layer}"
         op = f"recv kv {block} <- {sources[one.rank]}" if one.rank in sources else f"layer {block}"
         return op if one.where == "wire" else f"after `{op}` in rank {one.rank}'s memory"
 
+    def arrived(self) -> list[Corruption]:
+        """What ranks say when a block comes that is not what was computed: each names the first that got it so."""
+        one, sources = self._injected, self._sources()
+        wrong = [rank for rank in self.ranks if one.where == "wire" or rank != one.rank]
+        found = []
+        for rank in wrong:
+            first = rank
+            while sources[first] in wrong:
+                first = sources[first]
+            said = self._corruption(rank)
+            found.append(replace(said, peer=sources[rank], first=None if first == rank else first))
+        return found
+
+    def in_memory(self) -> Corruption:
+        """What the fault's own rank says before decode."""
+        cells = np.argwhere(self._changed[self._injected.rank].any(-1))
+        token, head = self._rows.start + int(cells[0][0]), int(cells[0][2])
+        return replace(self._corruption(self._injected.rank), rows=len(cells), token=token, head=head)
+
     # -- within
+
+    def _sources(self) -> dict[int, int]:
+        """By rank, from whom it gets the block."""
+        plan, owner = self._plan, self._plan.shape.owners[self._injected.layer]
+        hops = STRATEGIES[plan.sync_strategy](owner, plan.world_size)  # type: ignore[index]
+        return {target: source for source, target in hops}
+
+    def _corruption(self, rank: int) -> Corruption:
+        one, changed = self._injected, self._changed[rank]
+        tensors = " and ".join(name for part, name in enumerate("KV") if changed[:, part].any())
+        return Corruption(rank, one.chunk, one.layer, tensors, changed.size * self._itemsize)
 
     def _of_rank(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> np.ndarray:
         """Which values of the block differ: [tokens, 2, kv_heads, head_dim]."""

@@ -13,6 +13,7 @@ from random import Random
 
 import pytest
 
+from dinfer.plan.faults import Where
 from dinfer.session.runs.run import Run
 from dinfer.session.session import Session
 from tests.cluster.runs import wait_for
@@ -31,6 +32,7 @@ from tests.unit.session.threads import session_on_threads
 
 LAYERS = 4
 DEADLINE_S = 60.0
+WHERES: tuple[Where, ...] = ("memory", "wire", "compute")
 Sessions = dict[tuple[int, str], Session]
 """by world size and dtype"""
 Trial = Callable[[Sessions, int], str]
@@ -78,9 +80,11 @@ def walk(run: Run, random: Random) -> None:
 
 
 def injection(sessions: Sessions, seed: int) -> str:
-    """One in prefill, struck before, while or after its block is made."""
+    """One that strikes before its block is made, or while the run stands somewhere, or after prefill; or in decode."""
     random = Random(seed)
     session, run = drawn_run(sessions, random)
+    if random.random() < 0.04:
+        return repeated_rows(run, random)
     finish(run)
     before = snapshot(session, len(run.job.ids))
     moment = random.choice(("start", "start", "start", "middle", "end", "end"))
@@ -88,19 +92,23 @@ def injection(sessions: Sessions, seed: int) -> str:
         run.restart()
     if moment == "middle":
         walk(run, random)
-    injected = random_fault(random, run, wheres=("memory",) if moment == "middle" else ("memory", "wire", "compute"))
+    injected = random_fault(random, run, wheres=("memory",) if moment == "middle" else WHERES)
     run.inject(**injected.arguments)
     finish(run)
-    (strike,) = run.faults[1].strikes
-    if not strike[1]:
-        assert strike[2] == "struck, but changed no byte"
+    ((_, changed, said),) = run.faults[1].strikes
+    if not changed:
+        assert said == "struck, but changed no byte"
         assert run.kv().diff().equal
         return "changed nothing"
     truth = Truth(injected, run.plan, before, snapshot(session, len(run.job.ids)))
     if injected.is_shared:
         check_shared(run, injected, truth)
-    else:
-        check_named(run, injected, truth)
+        return f"{injected.kind} compute"
+    check_named(run, injected, truth)
+    check_compared(run, injected, truth)
+    spoils_decode = injected.rank == run.plan.shape.owners[injected.layer] and moment != "end"
+    if injected.kind != "append_twice":
+        check_told(run, injected, truth, decode=not spoils_decode)
     return f"{injected.kind} {injected.where}"
 
 
@@ -108,27 +116,78 @@ def check_named(run: Run, injected: Injection, truth: Truth) -> None:
     """Ranks differ, and a diff says where, how and since when."""
     found = run.kv().diff()
     told = named(found)
-    assert set(told) == truth.named()
-    assert len(told) == len(set(told))
+    assert sorted(told, key=str) == sorted(truth.named(), key=str)
     assert told[0].rank == injected.rank  # where it began comes first
+    for text in (f"rank {injected.rank}", f"layer {injected.layer}", *hop_text(injected)):
+        assert text in found.verdict
     for one in found.differences:
         assert (one.values is None) == (one.dim is None)
+
+
+def hop_text(injected: Injection) -> list[str]:
+    """On the wire: which hop."""
+    return ["hop {}→{} in chunk {}".format(*injected.hop, injected.chunk)] if injected.hop else []
+
+
+def check_compared(run: Run, injected: Injection, truth: Truth) -> None:
+    """The reference tells a wrong wire or memory from a wrong computation."""
+    found = run.compare("reference")
+    first = found.first
+    assert first
+    assert (first.layer, first.chunk, first.rank) == (injected.layer, injected.chunk, injected.rank)
+    if injected.kind == "append_twice":
+        assert found.kind == "placement"
+        return
+    assert found.kind == ("placement" if CAUSES[injected.kind] == "placement" else "wire")
+    assert (first.tensor, first.token, first.head, first.dim) == truth.spot()
+    assert list(first.ranks) == truth.ranks
 
 
 def check_shared(run: Run, injected: Injection, truth: Truth) -> None:
     """Ranks agree, and the reference tells."""
     assert run.kv().diff().equal
     assert not run.corrupt
-    found, owner = run.compare("reference"), injected.rank
+    found = run.compare("reference")
     first = found.first
     assert first
-    spot = truth.spot()
     assert (found.kind, first.layer, first.chunk) == (CAUSES[injected.kind], injected.layer, injected.chunk)
-    assert (first.tensor, first.token, first.head, first.dim) == spot
-    assert (first.owner, first.op) == (owner, f"layer c{injected.chunk} l{injected.layer}")
+    assert (first.tensor, first.token, first.head, first.dim) == truth.spot()
+    assert (first.owner, first.op) == (injected.rank, f"layer c{injected.chunk} l{injected.layer}")
     assert first.ranks == tuple(range(run.world_size))
-    line = str(found).splitlines()[0]
-    assert f"layer {injected.layer}, chunk {injected.chunk}" in line
+    assert f"layer {injected.layer}, chunk {injected.chunk}" in str(found).splitlines()[0]
+
+
+def check_told(run: Run, injected: Injection, truth: Truth, *, decode: bool) -> None:
+    """Ranks have said so while the run went: of what came to them, and, before decode, of what is in memory."""
+    said = truth.arrived()
+    if decode:
+        run.decode(1)
+        said += [truth.in_memory()] * (injected.where == "memory")
+    wait_for(lambda: len(run.corrupt) >= len(said), "the news has come", DEADLINE_S)
+    assert sorted(map(repr, run.corrupt)) == sorted(map(repr, said))
+
+
+def repeated_rows(run: Run, random: Random) -> str:
+    """All ranks alike append each new row twice."""
+    if random.random() < 0.5:
+        finish(run)
+    run.inject("repeat_row")
+    new = len(run.decode(random.randint(2, 5)).tokens) - 1
+    rows, ranks = run.plan.shape.tokens, range(run.world_size)
+    who = f"all {len(ranks)} ranks hold {rows + 2 * new}"
+    repeats = f"row {rows + 1} repeats row {rows}"
+    found = run.kv().diff()
+    assert {(one.rank, one.layer) for one in found.differences} == {(r, n) for r in ranks for n in range(LAYERS)}
+    assert {(one.chunk, one.token, one.kind, one.where, one.op, one.rows) for one in found.differences} == {
+        (None, rows + 1, "repeated", "compute", "decode", new)
+    }
+    assert found.verdict.startswith(f"{who} tokens of layers 0–3, it should be {rows + new}; {repeats}")
+    compared = run.compare("reference")
+    everyone = "both ranks hold" if len(ranks) == 2 else f"all {len(ranks)} ranks hold"
+    assert str(compared).splitlines()[0] == (
+        f"placement is wrong: {everyone} {rows + 2 * new} rows of every layer, the reference {rows + new}; {repeats}"
+    )
+    return "repeat_row decode"
 
 
 def clean(sessions: Sessions, seed: int) -> str:
