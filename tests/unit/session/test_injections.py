@@ -67,7 +67,7 @@ def drawn_run(sessions: Sessions, random: Random) -> tuple[Session, Run]:
     """Paused at its start."""
     setup = random_setup(random, LAYERS)
     session = sessions[setup.world_size, setup.dtype]
-    return session, session.prefill(random_prompt(random), paused=True, **setup.parameters)
+    return session, session.prefill(random_prompt(random, random.choice((4, 128))), paused=True, **setup.parameters)
 
 
 def walk(run: Run, random: Random) -> None:
@@ -87,7 +87,7 @@ def injection(sessions: Sessions, seed: int) -> str:
         return repeated_rows(run, random)
     finish(run)
     before = snapshot(session, len(run.job.ids))
-    moment = random.choice(("start", "start", "start", "middle", "end", "end"))
+    moment = random.choice(("start", "start", "start", "start", "middle", "end"))
     if moment != "end":
         run.restart()
     if moment == "middle":
