@@ -29,9 +29,9 @@ def misplaced(
 ) -> list[Misplaced]:
     """Name the rows of `mine` that are not those of `wanted`, in order; neighbours of one kind are one finding.
 
-    `empty` is the digest of a row of zeros; `blocks` are the rows that came together. Where the number of rows is right,
-    a block is named only if that explains all of it: in a block of other values, single rows may be those of a neighbour
-    by chance, as K of the first layer is for equal tokens at shifted positions.
+    `empty` is the digest of a row of zeros; `blocks` are the rows that came together. Where their number is right, a
+    block is named only if that explains all of it: in a block of other values, single rows may be a neighbour's by
+    chance, as K of the first layer is for equal tokens at shifted positions.
     """
     search, found = _Search(mine, wanted, empty), list[Misplaced]()
     for index in range(len(mine)):
@@ -60,7 +60,11 @@ class _View:
     def name(self, index: int) -> list[Misplaced]:
         """Where else this very thing is held before, or should be."""
         row, near = self._mine[index], index - self._shift
-        if self._shift and near >= 0 and (self._repeats(index, near) or [row] == self._wanted[near : near + 1]):
+        if (
+            self._shift
+            and near >= 0
+            and (self._repeats(index, near) or [row] == self._wanted[near : near + 1])
+        ):
             source = near
         else:
             held, source = self._held[row], self._right.get(row, index)
@@ -70,7 +74,6 @@ class _View:
         self._shift = index - source
         repeats = source < index and self._mine[source] == row
         return [Misplaced(index, index + 1, "repeated" if repeats else "shifted", self._tensors, source)]
-
 
     def _repeats(self, index: int, source: int) -> bool:
         """Whether a row is another one again. Rows that should be equal, and have changed alike, are not."""

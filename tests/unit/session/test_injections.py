@@ -1,6 +1,6 @@
 """Every fault that changes bytes is found and named exactly, and nothing else is: drawn at random, on threads.
 
-Each is drawn from a seed of its own, which a failure names: `repeat(sessions, seed)` of that one does it again.
+Each is drawn from a seed of its own, and a failure names the call that does it again.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from random import Random
 
 import pytest
@@ -32,6 +31,7 @@ from tests.unit.session.threads import session_on_threads
 
 LAYERS = 4
 DEADLINE_S = 60.0
+BATCHES, SIZE = 20, 50
 WHERES: tuple[Where, ...] = ("memory", "wire", "compute")
 Sessions = dict[tuple[int, str], Session]
 """by world size and dtype"""
@@ -67,7 +67,9 @@ def drawn_run(sessions: Sessions, random: Random) -> tuple[Session, Run]:
     """Paused at its start."""
     setup = random_setup(random, LAYERS)
     session = sessions[setup.world_size, setup.dtype]
-    return session, session.prefill(random_prompt(random, random.choice((4, 128))), paused=True, **setup.parameters)
+    return session, session.prefill(
+        random_prompt(random, random.choice((4, 128))), paused=True, **setup.parameters
+    )
 
 
 def walk(run: Run, random: Random) -> None:
@@ -177,7 +179,9 @@ def repeated_rows(run: Run, random: Random) -> str:
     who = f"all {len(ranks)} ranks hold {rows + 2 * new}"
     repeats = f"row {rows + 1} repeats row {rows}"
     found = run.kv().diff()
-    assert {(one.rank, one.layer) for one in found.differences} == {(r, n) for r in ranks for n in range(LAYERS)}
+    assert {(one.rank, one.layer) for one in found.differences} == {
+        (r, n) for r in ranks for n in range(LAYERS)
+    }
     assert {(one.chunk, one.token, one.kind, one.where, one.op, one.rows) for one in found.differences} == {
         (None, rows + 1, "repeated", "compute", "decode", new)
     }
@@ -193,7 +197,7 @@ def repeated_rows(run: Run, random: Random) -> str:
 def clean(sessions: Sessions, seed: int) -> str:
     """One without a fault, sometimes stepped about in: nothing is said of it."""
     random = Random(seed)
-    session, run = drawn_run(sessions, random)
+    _, run = drawn_run(sessions, random)
     if random.random() < 0.3:
         walk(run, random)
         assert run.compare("reference").equal
@@ -216,18 +220,38 @@ def clean(sessions: Sessions, seed: int) -> str:
 
 
 def tried(trial: Trial, sessions: Sessions, seeds: range) -> Counter[str]:
-    """Each seed's; fails with all those that were wrong."""
+    """What the seeds drew. Fails with all those that went wrong."""
     seen, wrong = Counter[str](), list[str]()
     for seed in seeds:
         try:
             seen[trial(sessions, seed)] += 1
         except AssertionError as error:
-            wrong.append(f"seed {seed}: {error}")
-    print(f"\n{trial.__name__}, seeds {seeds.start} to {seeds.stop - 1}: {dict(sorted(seen.items()))}; wrong: {len(wrong)}")
+            wrong.append(f"{trial.__name__}(sessions, {seed}): {error}")
+    drawn = ", ".join(f"{count} {what}" for what, count in sorted(seen.items()))
+    print(
+        f"\n{trial.__name__}, seeds {seeds.start}–{seeds.stop - 1}: {len(wrong)} wrong; as it must be: {drawn}"
+    )
     assert not wrong, "\n\n".join(wrong)
     return seen
 
 
-def test_some(sessions: Sessions) -> None:
-    tried(injection, sessions, range(60))
-    tried(clean, sessions, range(60))
+def test_faults_are_found_and_named_exactly(sessions: Sessions) -> None:
+    assert len(tried(injection, sessions, range(25))) > 10
+
+
+def test_clean_runs_give_no_alarm(sessions: Sessions) -> None:
+    assert len(tried(clean, sessions, range(25))) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_a_thousand_faults_are_found_and_named_exactly(sessions: Sessions, batch: int) -> None:
+    assert len(tried(injection, sessions, range(batch * SIZE, (batch + 1) * SIZE))) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_a_thousand_clean_runs_give_no_alarm(sessions: Sessions, batch: int) -> None:
+    assert len(tried(clean, sessions, range(batch * SIZE, (batch + 1) * SIZE))) > 10
