@@ -25,7 +25,7 @@ from tests.unit.session.injections import (
     random_prompt,
     random_setup,
 )
-from tests.unit.session.proof import CAUSES, Truth, named
+from tests.unit.session.proof import CAUSES, Rows, Truth, named
 from tests.unit.session.test_faults import snapshot
 from tests.unit.session.threads import session_on_threads
 
@@ -74,7 +74,7 @@ def drawn_run(sessions: Sessions, random: Random) -> tuple[Session, Run]:
 
 def walk(run: Run, random: Random) -> None:
     """To some place in prefill."""
-    run.run_to(random.randrange(len(run.plan.shape.chunks)), random.randrange(LAYERS))
+    run.run_to(random.randrange(len(run.plan.shape.chunks)), random.randrange(run.plan.shape.layers))
     run.step("op", random.randint(1, 5))
 
 
@@ -82,13 +82,21 @@ def walk(run: Run, random: Random) -> None:
 
 
 def injection(sessions: Sessions, seed: int) -> str:
-    """One that strikes before its block is made, or while the run stands somewhere, or after prefill; or in decode."""
+    """A fault on threads."""
     random = Random(seed)
     session, run = drawn_run(sessions, random)
+    return broken(run, random, lambda run: snapshot(session, len(run.job.ids)))
+
+
+def broken(run: Run, random: Random, held: Callable[[Run], Rows]) -> str:
+    """A fault that strikes before its block is made, or while the run stands somewhere, or after prefill; or in decode.
+
+    `run` stands at its start, `held(run)` is what its ranks hold of the prompt.
+    """
     if random.random() < 0.04:
         return repeated_rows(run, random)
     finish(run)
-    before = snapshot(session, len(run.job.ids))
+    before = held(run)
     moment = random.choice(("start", "start", "start", "start", "middle", "end"))
     if moment != "end":
         run.restart()
@@ -97,12 +105,13 @@ def injection(sessions: Sessions, seed: int) -> str:
     injected = random_fault(random, run, wheres=("memory",) if moment == "middle" else WHERES)
     run.inject(**injected.arguments)
     finish(run)
+    wait_for(lambda: run.faults[1].strikes, "the fault has struck", DEADLINE_S)
     ((_, changed, said),) = run.faults[1].strikes
     if not changed:
         assert said == "struck, but changed no byte"
         assert run.kv().diff().equal
         return "changed nothing"
-    truth = Truth(injected, run.plan, before, snapshot(session, len(run.job.ids)))
+    truth = Truth(injected, run.plan, before, held(run))
     if injected.is_shared:
         check_shared(run, injected, truth)
         return f"{injected.kind} compute"
@@ -175,17 +184,17 @@ def repeated_rows(run: Run, random: Random) -> str:
         finish(run)
     run.inject("repeat_row")
     new = len(run.decode(random.randint(2, 5)).tokens) - 1
-    rows, ranks = run.plan.shape.tokens, range(run.world_size)
+    rows, layers, ranks = run.plan.shape.tokens, range(run.plan.shape.layers), range(run.world_size)
     who = f"all {len(ranks)} ranks hold {rows + 2 * new}"
     repeats = f"row {rows + 1} repeats row {rows}"
     found = run.kv().diff()
-    assert {(one.rank, one.layer) for one in found.differences} == {
-        (r, n) for r in ranks for n in range(LAYERS)
-    }
+    assert {(one.rank, one.layer) for one in found.differences} == {(r, n) for r in ranks for n in layers}
     assert {(one.chunk, one.token, one.kind, one.where, one.op, one.rows) for one in found.differences} == {
         (None, rows + 1, "repeated", "compute", "decode", new)
     }
-    assert found.verdict.startswith(f"{who} tokens of layers 0–3, it should be {rows + new}; {repeats}")
+    assert found.verdict.startswith(
+        f"{who} tokens of layers 0–{layers[-1]}, it should be {rows + new}; {repeats}"
+    )
     compared = run.compare("reference")
     everyone = "both ranks hold" if len(ranks) == 2 else f"all {len(ranks)} ranks hold"
     assert str(compared).splitlines()[0] == (
