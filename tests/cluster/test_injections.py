@@ -18,6 +18,7 @@ from tests.cluster.expected import expected
 from tests.cluster.ipclusters import stock_session
 from tests.cluster.runs import wait_for
 from tests.unit.engine.twin import prompt
+from tests.unit.model.tiny import tiny_checkpoint
 from tests.unit.session.injections import random_prompt, random_setup
 from tests.unit.session.test_injections import broken, finish
 
@@ -104,6 +105,27 @@ def test_sixty_faults_are_found_and_named_exactly(
     try:
         first = 100 + 10 * batch + 30 * (dtype == "bfloat16")
         assert len(drawn(session, range(first, first + 10))) > 5
+    finally:
+        session.load(str(checkpoints["qwen3"]), threads=1)
+
+
+# -- what a diff moves
+
+
+def test_a_diff_of_equal_caches_moves_under_a_twentieth_of_one(
+    session: Session, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """At Qwen3-4B's KV shape: eight heads of 128, in bf16."""
+    shape = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128}
+    session.load(str(tiny_checkpoint(tmp_path, layers=4, dtype="bfloat16", **shape)), threads=1)
+    try:
+        run = session.prefill(prompt(512), chunk_size=128)
+        run.wait(DEADLINE_S)
+        found = run.kv().diff()
+        share = found.bytes_moved / (512 * 4 * run.source().subject.row_nbytes)
+        print(f"\n{found.bytes_moved:,} bytes, {share:.3%} of one rank's cache")
+        assert found.equal
+        assert 0 < share < 0.05
     finally:
         session.load(str(checkpoints["qwen3"]), threads=1)
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dinfer.engine.corruption import Corruption
@@ -29,11 +30,6 @@ KINDS = {
     "swap_kv": "swapped", "permute": "permuted", "head_shift": "heads",
 }  # fmt: skip
 """as which a diff names faults that change a block in its place"""
-CAUSES = {
-    **dict.fromkeys(("bitflip", "nan", "zero", "cast", "positions"), "compute"),
-    **dict.fromkeys(("lost", "stale", "swap_kv", "permute", "head_shift"), "placement"),
-}
-"""what a comparison says of faults in compute: rows that are other rows are wrongly placed, however they came there"""
 
 
 class Named(NamedTuple):
@@ -74,12 +70,24 @@ class Truth:
         self._injected, self._plan = injected, plan
         self._rows = plan.shape.chunks[injected.chunk]
         self._itemsize = before[0][0].element_size()
+        layer = injected.layer
+        rows, next_rows = self._rows, slice(self._rows.start + 1, self._rows.stop + 1)
+        after_block = after[injected.rank][layer][rows.start : rows.stop]
+        self._is_shifted = torch.equal(after_block, before[injected.rank][layer][next_rows])
         self._changed = [self._of_rank(*both) for both in zip(before, after, strict=True)]
 
     @property
     def ranks(self) -> list[int]:
         """Those whose block is not that of the clean run."""
         return [rank for rank, changed in enumerate(self._changed) if changed.any()]
+
+    @property
+    def cause(self) -> str:
+        """What a comparison says of it in compute: rows that are other rows are wrongly placed, whatever put them
+        there. Positions off by one make equal tokens' rows in the first layer the next ones': the same bytes."""
+        kind = self._injected.kind
+        is_placed = kind in ("lost", "stale", "swap_kv", "permute", "head_shift")
+        return "placement" if is_placed or (kind == "positions" and self._is_shifted) else "compute"
 
     def named(self) -> set[Named]:
         """The differences between ranks, of a fault in memory or on the wire."""

@@ -25,7 +25,7 @@ from tests.unit.session.injections import (
     random_prompt,
     random_setup,
 )
-from tests.unit.session.proof import CAUSES, Rows, Truth, named
+from tests.unit.session.proof import Rows, Truth, named
 from tests.unit.session.test_faults import snapshot
 from tests.unit.session.threads import session_on_threads
 
@@ -149,7 +149,7 @@ def check_compared(run: Run, injected: Injection, truth: Truth) -> None:
     if injected.kind == "append_twice":
         assert found.kind == "placement"
         return
-    assert found.kind == ("placement" if CAUSES[injected.kind] == "placement" else "wire")
+    assert found.kind == ("placement" if truth.cause == "placement" else "wire")
     assert (first.tensor, first.token, first.head, first.dim) == truth.spot()
     assert list(first.ranks) == truth.ranks
 
@@ -161,7 +161,7 @@ def check_shared(run: Run, injected: Injection, truth: Truth) -> None:
     found = run.compare("reference")
     first = found.first
     assert first
-    assert (found.kind, first.layer, first.chunk) == (CAUSES[injected.kind], injected.layer, injected.chunk)
+    assert (found.kind, first.layer, first.chunk) == (truth.cause, injected.layer, injected.chunk)
     assert (first.tensor, first.token, first.head, first.dim) == truth.spot()
     assert (first.owner, first.op) == (injected.rank, f"layer c{injected.chunk} l{injected.layer}")
     assert first.ranks == tuple(range(run.world_size))
