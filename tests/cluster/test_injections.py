@@ -116,7 +116,7 @@ def test_a_diff_of_equal_caches_moves_under_a_twentieth_of_one(
     session: Session, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     """At Qwen3-4B's KV shape: eight heads of 128, in bf16."""
-    shape = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128}
+    shape: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128}
     session.load(str(tiny_checkpoint(tmp_path, layers=4, dtype="bfloat16", **shape)), threads=1)
     try:
         run = session.prefill(prompt(512), chunk_size=128)

@@ -46,7 +46,7 @@ class Named(NamedTuple):
     where: str
     op: str
     rows: int
-    count: int | None
+    changed: int | None
 
 
 class Spot(NamedTuple):
@@ -60,7 +60,13 @@ class Spot(NamedTuple):
 
 def named(diff: Diff) -> list[Named]:
     """All that a diff says."""
-    return [Named(*(getattr(one, name) for name in Named._fields)) for one in diff.differences]
+    return [
+        Named(
+            one.rank, one.layer, one.chunk, one.tensor, one.head, one.token, one.dim, one.kind, one.where, one.op,
+            one.rows, one.count,
+        )
+        for one in diff.differences
+    ]  # fmt: skip
 
 
 class Truth:

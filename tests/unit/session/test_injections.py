@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,7 @@ def no_thread_is_left() -> None:
 @pytest.fixture(scope="module")
 def sessions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sessions]:
     """Of each world size and dtype; three KV heads, so that a shift by one is none by two."""
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 3}
+    heads: dict[str, Any] = {"num_attention_heads": 6, "num_key_value_heads": 3}
     model = tiny_checkpoint(tmp_path_factory.mktemp("injections") / "model", layers=LAYERS, **heads)
     with ExitStack() as stack:
         made = {}
@@ -248,8 +249,9 @@ def test_faults_are_found_and_named_exactly(sessions: Sessions) -> None:
     assert len(tried(injection, sessions, range(25))) > 10
 
 
-def test_clean_runs_give_no_alarm(sessions: Sessions) -> None:
+def test_clean_runs_give_no_alarm(sessions: Sessions, caplog: pytest.LogCaptureFixture) -> None:
     assert len(tried(clean, sessions, range(25))) > 10
+    assert caplog.messages == []
 
 
 @pytest.mark.slow
@@ -262,5 +264,8 @@ def test_a_thousand_faults_are_found_and_named_exactly(sessions: Sessions, batch
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("batch", range(BATCHES))
-def test_a_thousand_clean_runs_give_no_alarm(sessions: Sessions, batch: int) -> None:
+def test_a_thousand_clean_runs_give_no_alarm(
+    sessions: Sessions, batch: int, caplog: pytest.LogCaptureFixture
+) -> None:
     assert len(tried(clean, sessions, range(batch * SIZE, (batch + 1) * SIZE))) > 10
+    assert caplog.messages == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from tests.unit.model.tiny import tiny_checkpoint
 from tests.unit.session.threads import session_on_threads
 
 LAYERS = 4
-SHAPE = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128}
+SHAPE: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128}
 """4 KiB a token and layer in bf16, as Qwen3-4B"""
 MOST = 0.05
 
