@@ -29,7 +29,9 @@ def misplaced(
 ) -> list[Misplaced]:
     """Name the rows of `mine` that are not those of `wanted`, in order; neighbours of one kind are one finding.
 
-    `empty` is the digest of a row of zeros; `blocks` are the rows that came together.
+    `empty` is the digest of a row of zeros; `blocks` are the rows that came together. Where their number is right, a
+    block is named only if that explains all of it: in a block of other values, single rows may be a neighbour's by
+    chance, as K of the first layer is for equal tokens at shifted positions.
     """
     search, found = _Search(mine, wanted, empty), list[Misplaced]()
     for index in range(len(mine)):
@@ -39,7 +41,10 @@ def misplaced(
                 found.append(one)
             else:
                 found[before] = found[before]._replace(stop=index + 1)
-    return [_settled(one, blocks) for one in _permuted(sorted(found), blocks)]
+    found = [_settled(one, blocks) for one in _permuted(sorted(found), blocks)]
+    if len(mine) != len(wanted):
+        return found
+    return [one for one in found if _explains_all(one, found, mine, wanted, blocks)]
 
 
 class _View:
@@ -58,17 +63,23 @@ class _View:
         if (
             self._shift
             and near >= 0
-            and row in (*self._mine[near : near + 1], *self._wanted[near : near + 1])
+            and (self._repeats(index, near) or [row] == self._wanted[near : near + 1])
         ):
             source = near
         else:
-            source = min(self._held[row], self._right.get(row, index))
-            source = self._right.get(row, index) if source == index else source
+            held, source = self._held[row], self._right.get(row, index)
+            source = min(held, source) if self._repeats(index, held) else source
         if source == index:
             return []
         self._shift = index - source
         repeats = source < index and self._mine[source] == row
         return [Misplaced(index, index + 1, "repeated" if repeats else "shifted", self._tensors, source)]
+
+    def _repeats(self, index: int, source: int) -> bool:
+        """Whether a row is another one again. Rows that should be equal, and have changed alike, are not."""
+        held, right = (of[source : source + 1] for of in (self._mine, self._wanted))
+        alike = bool(right) and right == self._wanted[index : index + 1] and held != right
+        return source != index and held == [self._mine[index]] and not alike
 
 
 class _Search:
@@ -134,6 +145,19 @@ def _permuted(found: list[Misplaced], blocks: Sequence[range]) -> list[Misplaced
                 whole = Misplaced(rows[0], rows[-1] + 1, "permuted", tensors)
                 found = sorted([*(one for one in found if one not in inside), whole])
     return found
+
+
+def _explains_all(
+    one: Misplaced, found: Sequence[Misplaced], mine: Sequence[Row], wanted: Sequence[Row], blocks: Sequence[range]
+) -> bool:  # fmt: skip
+    """Whether no row of its blocks and tensors differs that no finding names."""
+    places = [n for block in blocks if one.start < block.stop and one.stop > block.start for n in block]
+    for part, name in enumerate("KV"):
+        named = {n for other in found if name in other.tensors for n in range(other.start, other.stop)}
+        differ = {n for n in places if n < len(mine) and mine[n][part] != wanted[n][part]}
+        if name in one.tensors and not differ <= named:
+            return False
+    return True
 
 
 def _settled(one: Misplaced, blocks: Sequence[range]) -> Misplaced:

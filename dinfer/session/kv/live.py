@@ -1,6 +1,7 @@
 """Live: the KV that a run's ranks hold just now, as a Source."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -16,6 +17,10 @@ class Live(Shown):
 
     def __init__(self, subject: Subject, line: Line) -> None:
         self._subject, self.line = subject, line
+
+    def called(self, name: str) -> "Live":
+        """The same under another name, to be told from another run."""
+        return Live(replace(self._subject, name=name), self.line)
 
     @property
     def subject(self) -> Subject:

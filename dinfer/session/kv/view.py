@@ -1,6 +1,7 @@
 """View: KV as its user looks at it: who holds what, each head in a few numbers, values on demand."""
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, Protocol
 
 import torch
@@ -56,6 +57,8 @@ class KV(Said):
         if other is None:
             return diff_ranks(source, selection, values)
         theirs = other.source() if hasattr(other, "source") else other
+        if isinstance(theirs, Live):
+            theirs = theirs.called("the other run")
         return diff_sources(source, theirs, selection, values)
 
     @property
@@ -190,6 +193,8 @@ def check_computed(source: Source, chunk: int, layer: int, ranks: Sequence[int])
 
 def within(name: str, value: int, count: int) -> int:
     """Raises PlanError for a number that there is not."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise PlanError(f"{name} is {value!r}; it must be a whole number from 0 to {count - 1}.")
     if not 0 <= value < count:
         raise PlanError(f"there is no {name} {value}: the {name}s are 0 to {count - 1}.")
     return value

@@ -53,3 +53,22 @@ def test_a_row_found_nowhere_is_not_named() -> None:
 )  # fmt: skip
 def test_each_kind_is_named(mine: list[Row], found: list[tuple[object, ...]]) -> None:
     assert [tuple(one) for one in named(mine)] == found
+
+
+def test_equal_rows_that_have_changed_alike_repeat_nothing() -> None:
+    """V of the first layer is the same for equal tokens, before and after a cast."""
+    right = [*RIGHT[:5], (RIGHT[5][0], RIGHT[1][1]), *RIGHT[6:]]
+    mine = [(k, (7, 7, 7)) if n in (1, 5) else (k, v) for n, (k, v) in enumerate(right)]
+    assert misplaced(mine, right, EMPTY, BLOCKS) == []
+    elsewhere = [(k, RIGHT[3][1]) if n in (1, 5) else (k, v) for n, (k, v) in enumerate(right)]
+    assert [one[:3] for one in misplaced(elsewhere, right, EMPTY, BLOCKS)] == [
+        (1, 2, "shifted"),
+        (5, 6, "repeated"),
+    ]
+
+
+def test_a_block_of_other_values_is_not_named_by_rows_that_are_a_neighbours_by_chance() -> None:
+    """K of equal tokens at shifted positions."""
+    mine = [*RIGHT[:4], row(77), RIGHT[6], RIGHT[7], row(88), *RIGHT[8:]]
+    assert named(mine) == []
+    assert [one[:3] for one in named([*mine[:8], RIGHT[9], RIGHT[8], *mine[10:]])] == [(8, 10, "permuted")]
