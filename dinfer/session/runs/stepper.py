@@ -64,6 +64,12 @@ class Stepper:
                 target = self._cuts.next(target, unit)
             return self._go(before, target)
 
+    def step_towards(self, limit: Cut, unit: Unit) -> Move:
+        """Move on by one unit, but not past `limit`."""
+        with self._lock:
+            before = self._stand()
+            return self._go(before, meet(self._cuts.next(before, unit), limit))
+
     def step_back(self, unit: Unit = "layer", n: int = 1) -> Move:
         """Go back by `n` units; does nothing at the start."""
         with self._lock:
