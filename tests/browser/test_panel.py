@@ -41,7 +41,7 @@ class PanelPage:
     def __init__(self, notebook: Notebook, cell: int = SHOW) -> None:
         self.notebook = notebook
         self.root = notebook.output(cell).locator(".dinfer-panel")
-        self.canvas = self.root.locator("canvas")
+        self.canvas = self.root.get_by_label("map of blocks")
 
     def press(self, action: str) -> None:
         """Press a button, by its data-do."""
@@ -49,7 +49,7 @@ class PanelPage:
 
     def call(self, text: str) -> None:
         """Wait until the last call reads so and nothing is at work."""
-        expect(self.root.locator(".dinfer-call code")).to_have_text(text)
+        expect(self.root.locator(".dinfer-last code")).to_have_text(text)
         expect(self.root.locator(".dinfer-working")).to_have_text("")
 
     def drawn(self) -> str:

@@ -62,7 +62,7 @@ def test_the_browser_is_told_what_the_run_is(paper: Held) -> None:
     assert paper.panel.board["owners"] == [0, 0, 1, 1]
     assert paper.panel.board["chunks"] == [[0, 8], [8, 16], [16, 24]]
     assert paper.panel.shown["state"] == "paused"
-    assert [rank["state"] for rank in paper.panel.shown["ranks"]] == ["stands", "stands"]
+    assert [rank["state"] for rank in paper.panel.shown["ranks"]] == ["paused", "paused"]
     assert paper.panel.shown["cut"] == [0, 0, 0]
 
 
@@ -145,7 +145,7 @@ def test_failures_lost_ranks_and_text_are_shown(paper: Held) -> None:
         2,
         "47",
     )
-    assert [rank["state"] for rank in shown["ranks"]] == ["stands", "lost"]
+    assert [rank["state"] for rank in shown["ranks"]] == ["paused", "lost"]
 
 
 def test_panels_of_one_run_agree_and_follow_it_whoever_moves_it(paper: Held) -> None:
