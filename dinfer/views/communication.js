@@ -2,12 +2,13 @@
 // can upload anything.
 
 const TITLES = { latency: "latency", distribution: "distribution", matrix: "rank × rank", gantt: "lanes", exposure: "exposed" };
+const MOST_PIXELS = 410;
 const EXPLAINED = {
-  latency: "each transfer as it arrives, by link: time on the wire, and waiting for the peer before that",
-  distribution: "which part of a link's transfers took no longer than so many milliseconds",
+  latency: "each transfer as it arrives: on the wire, and waiting for the peer",
+  distribution: "which part of a link's transfers took no longer",
   matrix: "bytes, bandwidth and latency from each rank to each other",
-  gantt: "what each lane did when: compute, wait, transfer; bubbles, in which there was nothing to do",
-  exposure: "what each rank's prefill went into: communication is exposed where no computing hides it",
+  gantt: "what each lane did when; bubble: there was nothing to do",
+  exposure: "communication is exposed where no computing hides it",
 };
 
 class Communication {
@@ -20,8 +21,8 @@ class Communication {
       button.onclick = () => this.choose(figure);
       return button;
     });
+    this.about = make("span", "faint about", bar);
     this.said = make("span", "faint", bar);
-    this.about = make("div", "faint", parent);
     this.place = make("div", "figure", parent);
     this.resized = new ResizeObserver(() => this.drawn && globalThis.dinferPlotly.Plots.resize(this.drawn));
     this.resized.observe(this.place);
@@ -87,7 +88,9 @@ class Communication {
       const { data, layout } = JSON.parse(json);
       const paper = getComputedStyle(this.root).getPropertyValue("--dinfer-back").trim();
       const shown = { ...layout, autosize: true, paper_bgcolor: paper, plot_bgcolor: paper,
-        height: Math.min(layout.height ?? 400, 430), uirevision: name };
+        height: Math.min(layout.height ?? MOST_PIXELS, MOST_PIXELS), uirevision: name };
+      layout.annotations?.forEach((one) => { one.font = { size: 12 }; });
+      shown.margin = { t: 34, ...layout.margin };
       this.drawn = this.place;
       await globalThis.dinferPlotly.react(this.place, data, shown, globalThis.dinferPlotlyConfig);
       this.place.dataset.name = name;

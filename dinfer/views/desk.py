@@ -32,6 +32,7 @@ class Worker:
         self.current: Action | None = None
         self.waiting: Action | None = None
         self.error = self.answer = ""
+        self.done = 0
 
     def ask(self, action: Action) -> None:
         """Have it done; returns at once. The error and the answer of an action before are taken as read."""
@@ -60,7 +61,7 @@ class Worker:
         while action:
             answer, error = _done(action)
             with self._lock:
-                self.error, self.answer = error, answer
+                self.error, self.answer, self.done = error, answer, self.done + 1
                 # What was asked for before the failure was known may not be wanted any more.
                 self.current = action = None if error else self.waiting
                 self.waiting = None

@@ -144,7 +144,7 @@ class Inspector {
     make("i", "", ramp);
     make("span", "", ramp, `+${top}`);
     if (head.show === "a-b") {
-      make("div", "", this.colours, head.differ ? `${head.differ.toLocaleString()} values differ` : "no value differs");
+      make("div", "", this.colours, differing(head.differ));
     }
     if (marks) make("div", "nan", this.colours, `${marks}: ringed`);
     this.summary.replaceChildren();
@@ -201,14 +201,18 @@ class Inspector {
   write([head, token, dim], text, lines) {
     this.hover.replaceChildren();
     const first = make("div", "", this.hover);
-    make("b", "", first, `head ${head} · token ${token} · dim ${dim}`);
-    if (text.trim()) make("q", "", first, ` ${shorten(text)}`);
+    make("b", "", first, `head ${head} · token ${token} · dim ${dim} `);
+    if (text.trim()) make("q", "", first, shorten(text));
     for (const [name, number] of lines) {
       const row = make("div", "value", this.hover);
       make("span", "faint", row, name);
       make("code", "", row, number);
     }
   }
+}
+
+function differing(count) {
+  return count ? `${count.toLocaleString()} value${count === 1 ? " differs" : "s differ"}` : "no value differs";
 }
 
 function fill(select, options) {

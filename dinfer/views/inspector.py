@@ -216,7 +216,10 @@ def _rows(heads: list[int], shown: Values) -> list[list[str]]:
 
 
 def _share(part: float) -> str:
-    return "0" if part == 0 else f"{100 * part:.2g} %"
+    """At least what is not nothing is not told as nothing, and what is not all not as all."""
+    if part in (0, 1):
+        return f"{100 * part:.0f} %"
+    return f"{min(99.9, max(0.1, 100 * part)):.1f} %"
 
 
 def _within(number: Any, count: int) -> int:

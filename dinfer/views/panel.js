@@ -272,7 +272,7 @@ class View {
     if (!shown.ranks) return;
     const tokens = shown.decoded ? ` · ${shown.decoded} token${shown.decoded === 1 ? "" : "s"}` : "";
     this.state.textContent = `${shown.state}${tokens}`;
-    this.root.dataset.state = shown.state;
+    Object.assign(this.root.dataset, { state: shown.state, done: shown.done });
     const alarm = shown.error || (shown.state === "failed" && shown.message);
     const verdict = this.more ? shown.verdict : "";
     const said = verdict.startsWith(shown.message) ? verdict : shown.message;

@@ -105,6 +105,7 @@ class Panel(anywidget.AnyWidget):
             "waiting": waiting.call if waiting else "",
             "error": "\n".join(worker.error for worker in self._workers if worker.error),
             "answer": self._worker.answer,
+            "done": sum(worker.done for worker in self._workers),
         }
 
     def _on_message(self, _: object, message: Json, __: object) -> None:

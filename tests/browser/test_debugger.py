@@ -59,6 +59,9 @@ class Debugger(PanelPage):
         heatmap.hover(position={"x": x, "y": y})
 
 
+TOP = "document.querySelector('.dinfer-panel').scrollIntoView()"
+
+
 def number(text: str) -> float:
     return float(text.replace("−", "-"))
 
@@ -71,7 +74,7 @@ def test_a_person_stops_at_a_breakpoint_breaks_a_block_and_finds_it(
     book.run(SHOW)
     panel = Debugger(book)
     assert set(panel.agrees()) == {"0"}
-    book.show(SHOW)
+    page.evaluate(TOP)
 
     x, y = panel.spot(LAYER, CHUNK)
     panel.canvas.dblclick(position={"x": x, "y": y})
@@ -92,13 +95,15 @@ def test_a_person_stops_at_a_breakpoint_breaks_a_block_and_finds_it(
     expect(panel.root.locator(".dinfer-banner")).to_contain_text(f"rank {RANK} differs at layer {LAYER}")
     assert panel.agrees()[at : at + 3] == "44s"
     panel.click(LAYER, CHUNK)
+    page.evaluate(TOP)
     shot("debugger-fault-light")
 
     a, b, difference = map(float, book.run(PARTS).split())
+    page.evaluate(TOP)
     assert difference != 0
     panel.open("KV")
     panel.root.locator('[data-show="a-b"]').click()
-    expect(panel.root.locator(".dinfer-scale")).to_contain_text("1 values differ")
+    expect(panel.root.locator(".dinfer-scale")).to_contain_text("1 value differs")
     expect(panel.root.locator(".dinfer-verdict")).to_contain_text(f"rank {RANK} differs at layer {LAYER}")
     panel.point_at_value(0, 5, 7)
     values = panel.root.locator(".dinfer-value code")
