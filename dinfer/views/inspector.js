@@ -95,6 +95,7 @@ class Inspector {
     if (!this.shown) return;
     this.shows.forEach((button) => button.classList.toggle("dinfer-on", button.dataset.show === this.want.show));
     if (anew) this.have = "";
+    if (!this.head && !this.error) this.judge({ text: "The picture comes once the run stands.", equal: true });
     this.send({ do: "inspect", view: this.name, ...this.want, have: this.have });
   }
 

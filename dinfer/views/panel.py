@@ -74,7 +74,6 @@ class Panel(anywidget.AnyWidget):
 
     def _paint(self) -> None:
         """Send the run as it is now; the only place that does."""
-        self._inspector.touch()
         self._communication.touch()
         actions = self._actions()
         try:
@@ -83,6 +82,7 @@ class Panel(anywidget.AnyWidget):
             if seen == self._painted:
                 return
             self._painted = seen
+            self._inspector.touch()
             states = self._cells.states(standing.stands)
             shown = {
                 **status(self._run.plan, standing),
