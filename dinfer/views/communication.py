@@ -8,6 +8,7 @@ than it asks. plotly's script is plotly's own, sent once to each page, and never
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
@@ -24,12 +25,14 @@ from dinfer.views.protocol import Run
 
 Json = dict[str, Any]
 Send = Callable[..., object]
-PERIOD_S = 0.1
+PERIOD_S, REST = 0.1, 2.0
 EVENTS = 6000
 """the newest that figures are drawn of"""
+POINTS = 100
+"""of one link: few enough for a browser to draw them several times a second"""
 VIEWS = 8
 FIGURES: dict[str, Callable[..., go.Figure]] = {
-    "latency": latency,
+    "latency": partial(latency, per_link=POINTS),
     "distribution": distribution,
     "matrix": matrix,
     "gantt": gantt,
@@ -84,7 +87,7 @@ class Communication:
     def __init__(self, run: Run, send: Send) -> None:
         self._send = send
         self._ring = Ring(run)
-        self._painter = Painter(self._serve, "figures", PERIOD_S)
+        self._painter = Painter(self._serve, "figures", PERIOD_S, REST)
         self._lock = threading.Lock()
         self._wants: dict[str, Want] = {}
         self._not_before = 0.0

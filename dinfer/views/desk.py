@@ -10,8 +10,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 PERIOD_S = 0.05
-REST = 1.0
-"""after what took long to paint, so much as long nothing is painted: the kernel stays free"""
 
 
 class Action(NamedTuple):
@@ -69,10 +67,16 @@ class Worker:
 
 
 class Painter:
-    """Calls `paint` soon after each `touch`, at most once in `period` seconds, and once more after the last."""
+    """Calls `paint` soon after each `touch`, at most once in `period` seconds, and once more after the last.
 
-    def __init__(self, paint: Callable[[], None], name: str = "painter", period: float = PERIOD_S) -> None:
-        self._paint, self._name, self._period = paint, f"dinfer panel {name}", period
+    After what took long to paint nothing is painted for `rest` times as long: the kernel stays free.
+    """
+
+    def __init__(
+        self, paint: Callable[[], None], name: str = "painter", period: float = PERIOD_S, rest: float = 1.0
+    ) -> None:
+        self._paint, self._name = paint, f"dinfer panel {name}"
+        self._period, self._rest = period, rest
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._dirty = False
@@ -98,7 +102,7 @@ class Painter:
         while self._take():
             began = time.monotonic()
             self._paint()
-            self._closing.wait(max(self._period, REST * (time.monotonic() - began)))
+            self._closing.wait(max(self._period, self._rest * (time.monotonic() - began)))
 
     def _take(self) -> bool:
         """Whether there is something to paint; if not, this thread is over."""

@@ -19,7 +19,7 @@ class Inspector {
     const ranks = Array.from({ length: this.board.ranks }, (_, rank) => [rank, `rank ${rank}`]);
     this.layer = this.choice(bar, "layer", layers, Number);
     this.choice(bar, "tensor", [["K", "K"], ["V", "V"]], String);
-    this.head = this.choice(bar, "head", [["", "all heads"]], (value) => (value === "" ? null : Number(value)));
+    this.headField = this.choice(bar, "head", [["", "all heads"]], (value) => (value === "" ? null : Number(value)));
     make("span", "gap", bar);
     make("span", "faint", bar, "A");
     this.choice(bar, "a", ranks, Number);
@@ -118,13 +118,13 @@ class Inspector {
       this.describe(head);
       if (this.pointed) this.point(this.pointed, true);
     }
-    this.ask();
+    requestAnimationFrame(() => this.ask()); // once it has been drawn
   }
 
   listHeads(count) {
     this.headOptions = count;
-    fill(this.head, [["", "all heads"], ...Array.from({ length: count }, (_, head) => [head, `head ${head}`])]);
-    this.head.value = this.want.head ?? "";
+    fill(this.headField, [["", "all heads"], ...Array.from({ length: count }, (_, head) => [head, `head ${head}`])]);
+    this.headField.value = this.want.head ?? "";
   }
 
   judge({ text, equal }) {

@@ -12,12 +12,12 @@ import anywidget
 from traitlets import Bytes, Dict
 
 from dinfer.views.actions import action_of, edit_of
-from dinfer.views.cells import CellMap, cut_line, marked
+from dinfer.views.cells import CellMap
 from dinfer.views.communication import FIGURES, Communication
 from dinfer.views.desk import Action, Painter, Worker
 from dinfer.views.inspector import Inspector
 from dinfer.views.protocol import Run
-from dinfer.views.status import Json, breakpoints, layout, marks_text, status
+from dinfer.views.status import Json, breakpoints, layout, moment
 from dinfer.views.still import still_html
 
 _HERE = Path(__file__).parent
@@ -83,14 +83,8 @@ class Panel(anywidget.AnyWidget):
                 return
             self._painted = seen
             self._inspector.touch()
-            states = self._cells.states(standing.stands)
-            shown = {
-                **status(self._run.plan, standing),
-                "cut": cut_line(states),
-                "breakpoints": stops,
-                **actions,
-            }
-            drawn, marks = marked(states, standing.marks).tobytes(), marks_text(standing.marks)
+            shown, drawn, marks = moment(self._run.plan, self._cells, standing)
+            shown |= {"breakpoints": stops, **actions}
         except Exception as error:  # there is nobody else to tell
             trouble = f"where the run stands cannot be shown: {error}"
             shown, drawn, marks = {**self.shown, **actions, "error": trouble}, self.cells, self.marks
@@ -140,7 +134,8 @@ class Panel(anywidget.AnyWidget):
         """The live view, and a still picture of now for where there is no kernel."""
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
         try:
-            still = still_html(self._run.plan, self._run.standing(), self._run.chunk_labels())
+            events, _ = self._run.events_since([])
+            still = still_html(self._run.plan, self._run.standing(), self._run.chunk_labels(), events)
         except Exception as error:  # the live view must come nevertheless, and has a banner
             still = escape(f"dinfer: where the run stands cannot be shown: {error}")
         return {**data, "text/html": still}, metadata

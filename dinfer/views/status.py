@@ -7,7 +7,7 @@ from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.plan import Lane, Plan
 from dinfer.session.runs.marks import Mark
 from dinfer.session.runs.where import Stand, rank_text
-from dinfer.views.cells import MARKS, STATES
+from dinfer.views.cells import MARKS, STATES, CellMap, cut_line, marked
 from dinfer.views.protocol import Standing
 
 Json = dict[str, Any]
@@ -48,6 +48,13 @@ def status(plan: Plan, standing: Standing) -> Json:
         "verdict": standing.verdict,
         "ranks": [_rank(*rank) for rank in ranks],
     }
+
+
+def moment(plan: Plan, cells: CellMap, standing: Standing) -> tuple[Json, bytes, Json]:
+    """All that a panel shows of a run at one moment: what changes, the map's bytes, what is known of blocks."""
+    states = cells.states(standing.stands)
+    shown = {**status(plan, standing), "cut": cut_line(states)}
+    return shown, marked(states, standing.marks).tobytes(), marks_text(standing.marks)
 
 
 def breakpoints(found: Iterable[Breakpoint]) -> list[Json]:

@@ -10,6 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinfer.plan.plan import Plan
+from dinfer.trace.events import Event
+from dinfer.trace.trace import Trace
+from dinfer.trace.transfers import Transfer, by_link, spread, transfers
 from dinfer.views.cells import (
     ARMED,
     BASE,
@@ -23,6 +26,8 @@ from dinfer.views.cells import (
     cut_line,
     marked,
 )
+from dinfer.views.figures.matrix import short
+from dinfer.views.figures.style import link_name
 from dinfer.views.protocol import Standing
 from dinfer.views.status import status
 
@@ -34,8 +39,8 @@ LISTED = 20
 _LEFT, _TOP = 34, 18
 
 
-def still_html(plan: Plan, standing: Standing, labels: Sequence[str]) -> str:
-    """The map as SVG, and what each rank does and holds as a table."""
+def still_html(plan: Plan, standing: Standing, labels: Sequence[str], events: Sequence[Event] = ()) -> str:
+    """The map as SVG, and what each rank does and holds, and what went over each link, as tables."""
     bare = CellMap(plan).states(standing.stands)
     states = marked(bare, standing.marks)
     shown = status(plan, standing)
@@ -51,11 +56,33 @@ def still_html(plan: Plan, standing: Standing, labels: Sequence[str]) -> str:
     return (
         f"<div><div>dinfer: {escape(words)}</div>{map_svg(states, plan.shape.owners, labels)}"
         "<table><thead><tr><th>rank</th><th>device</th><th>state</th><th>blocks held</th><th>position</th></tr>"
-        f"</thead><tbody>{rows}</tbody></table>{f'<ul>{known}</ul>' if known else ''}"
+        f"</thead><tbody>{rows}</tbody></table>{f'<ul>{known}</ul>' if known else ''}{_links(events)}"
         "<small>A cell's parts are the ranks, left to right; the line, the cut, parts what has been computed from "
         "what has not. A still picture: the live panel needs a running kernel, and ipywidgets and anywidget where the "
         "Jupyter server runs.</small></div>"
     )
+
+
+def _links(events: Sequence[Event]) -> str:
+    """A line for each link over which something went."""
+    found = by_link(transfers(Trace.merge([events])))
+    if not found:
+        return ""
+    rows = "".join(
+        f"<tr><td>{link_name(link)}</td><td>{len(some)}</td><td>{sum(one.bytes for one in some) / 1e6:.3g}</td>"
+        + "".join(f"<td>{short(number * 1e3)}</td>" for number in _latencies(some))
+        + "</tr>"
+        for link, some in found.items()
+    )
+    return (
+        "<table><thead><tr><th>link</th><th>transfers</th><th>MB</th><th>wire, median ms</th><th>99th</th>"
+        f"<th>waiting for the peer, median ms</th><th>99th</th></tr></thead><tbody>{rows}</tbody></table>"
+    )
+
+
+def _latencies(some: Sequence[Transfer]) -> tuple[float, ...]:
+    wire, waited = spread(one.wire for one in some), spread(one.waited for one in some)
+    return wire.p50, wire.p99, waited.p50, waited.p99
 
 
 def map_svg(states: States, owners: Sequence[int], labels: Sequence[str]) -> str:

@@ -138,4 +138,5 @@ def test_a_person_stops_at_a_breakpoint_breaks_a_block_and_finds_it(
     shot("debugger-kv-dark")
     panel.open("map")
     shot("debugger-map-dark")
+    book.use_theme("light")  # the lab keeps it for the tests that follow
     book.run(CLOSE)
