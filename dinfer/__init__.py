@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from dinfer.session.runs.run import Run
     from dinfer.session.saved.saved import Saved
     from dinfer.session.session import Session
     from dinfer.trace.trace import Trace
@@ -22,10 +23,10 @@ def connect(where: str = "ipyparallel", n: int = 3, **options: Any) -> "Session"
     in this process. `options`: profile, cluster_id, start, timeout, patience (see `dinfer.session.connect`)."""
     from dinfer.session.connect import connect as connected
 
-    def show(session: "Session") -> Any:
+    def show(run: "Run") -> Any:
         from dinfer.views.panel import Panel
 
-        return Panel(session.run)
+        return Panel(run)
 
     return connected(where, n, show=show, write=_write, **options)
 

@@ -28,7 +28,7 @@ from dinfer.session.said import Listening, Said
 LOOK_S = 0.05
 PREPARE_S = 120.0
 LOAD_S = 3600.0
-Show = Callable[["Session"], Any]
+Show = Callable[[Run], Any]
 
 
 class Session(Said):
@@ -98,6 +98,7 @@ class Session(Said):
         self._end_run("another run has begun")
         tokenizer = load_tokenizer(config.model_path)
         self._run = Run(job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, own))
+        self._run.show = self._show
         if self._write:
             self._run.reporter = Reporter(self._write, self.log, lambda: self._past.of(job))
         self._note(f"run: {len(job.ids)} tokens, {job.plan.schedule}, {job.plan.sync_strategy}")
@@ -113,7 +114,7 @@ class Session(Said):
         """The panel: the current run as a map, with buttons that step it."""
         if self._show is None:
             raise RuntimeError("this session was made without views: use dinfer.connect(…).")
-        return self._show(self)
+        return self._show(self.run)
 
     def listen_for_debugger(self, rank: int, port: int = 0) -> Listening:
         """Let VS Code, or another client of debugpy, attach to a rank, and say where; by default at 5678 + rank.

@@ -31,6 +31,8 @@ class RankState:
     decoded: int = 0
     process: str | None = None
     cpu_s: float | None = None
+    memory: int | None = None
+    """bytes that its process has in this host's memory"""
     heard: float = 0.0
     progressed: float = field(default_factory=time.monotonic)
     stopped: float | None = None
@@ -165,6 +167,7 @@ def update(state: RankState, message: Message) -> None:
         state.progressed = state.heard
     state.stand, state.phase, state.decoded = stand, message["phase"], message["decoded"]
     state.process, state.cpu_s = message["process"], message["cpu_s"]
+    state.memory = message.get("memory")
     if state.process not in ("T", "t"):
         state.stopped = None
     elif state.stopped is None:

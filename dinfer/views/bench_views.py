@@ -1,7 +1,8 @@
-"""`dinfer bench views`: what views take: figures to make, the report to write, its size, and how long it takes to open.
+"""`dinfer bench views`: what views take: figures to make, the report to write, its size, and how long it takes to open;
+and what an update of the live ones takes.
 
-The run is one on paper, 36 layers × 32 chunks × 3 ranks. Opening is timed in a Chromium that playwright drives, where
-both are there, offline; else it is said that it was not.
+The run is one on paper, 36 layers × 32 chunks × 3 ranks. What a browser does is timed in a Chromium that playwright
+drives, where both are there, offline; else it is said that it was not.
 """
 
 import shutil
@@ -17,9 +18,11 @@ from dinfer.plan.schedule import build
 from dinfer.session.machine import machine
 from dinfer.trace.paper import paper_trace
 from dinfer.trace.trace import Trace
+from dinfer.views.bench_live import MAPS, browser_rates, kernel_costs
 from dinfer.views.report.page import FIGURES, write_report
 
 LAYERS, CHUNKS, RANKS = 36, 32, 3
+LARGE_MAP = "map " + " × ".join(map(str, MAPS[-1]))
 MARKS = "performance.getEntriesByName('{name}').at(-1).startTime"
 NEEDED = "not timed: that needs playwright (pip install playwright) and a Chromium"
 
@@ -34,12 +37,16 @@ def bench_views(repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
         path = Path(folder) / "report.html"
         written = _milliseconds(lambda: write_report([trace], path), repeats)
         say("the report is written")
+        live = kernel_costs(trace, lambda call: _milliseconds(call, repeats))
+        say("live views are timed")
+        opened, rates = _in_browser(path, trace, repeats) or (None, None)
         return {
             "machine": machine(),
             "events": len(trace.events),
             "repeats": repeats,
             "figures": figures,
-            "report": {"write_ms": written, "bytes": path.stat().st_size, "open": _opened(path, repeats)},
+            "report": {"write_ms": written, "bytes": path.stat().st_size, "open": opened},
+            "live": {"kernel": live, "browser": rates},
         }
 
 
@@ -57,14 +64,26 @@ def table(result: dict[str, Any]) -> str:
     ]
     opened = report["open"]
     if opened is None:
-        return "\n".join([*lines, f"opening: {NEEDED}"])
+        return "\n".join([*lines, f"opening: {NEEDED}", *_live(result["live"])])
     return "\n".join(
         [
             *lines,
             f"opening: first sentence on the page after {opened['seen_ms']:.0f} ms, all that is in the window after "
             f"{opened['drawn_ms']:.0f} ms (target: at most 2,000 ms), every figure after {opened['all_ms']:.0f} ms",
+            *_live(result["live"]),
         ]
     )
+
+
+def _live(live: dict[str, Any]) -> list[str]:
+    """A line for each live view: an update in the kernel, and how often a browser can draw one."""
+    rates = live["browser"] or {}
+    found = []
+    for name, one in live["kernel"].items():
+        drawn = [rate for view, rate in rates.items() if name.startswith(view)]
+        rate = f", drawn {drawn[0]:.0f} times a second" if drawn and name != LARGE_MAP else ""
+        found.append(f"live: {name}: {one['ms']:.1f} ms in the kernel, {one['bytes'] / 1e6:.2f} MB{rate}")
+    return found if rates else [*found, f"drawing: {NEEDED}"]
 
 
 def _figure(trace: Trace, draw: Callable[..., Any], repeats: int) -> dict[str, float]:
@@ -82,8 +101,9 @@ def _milliseconds(call: Callable[[], object], repeats: int) -> float:
     return median(times)
 
 
-def _opened(path: Path, repeats: int) -> dict[str, float] | None:
-    """Medians over fresh browser contexts; None where there is no browser."""
+def _in_browser(path: Path, trace: Trace, repeats: int) -> tuple[dict[str, float], dict[str, float]] | None:
+    """How long the report takes to open, medians over fresh contexts, and how often live views can be drawn; None where
+    there is no browser."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
@@ -95,8 +115,9 @@ def _opened(path: Path, repeats: int) -> dict[str, float] | None:
             return None
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         rounds = [_open_once(browser, path) for _ in range(repeats + 1)][1:]
+        rates = browser_rates(browser, trace)
         browser.close()
-    return {name: median(one[name] for one in rounds) for name in rounds[0]}
+    return {name: median(one[name] for one in rounds) for name in rounds[0]}, rates
 
 
 def _open_once(browser: Any, path: Path) -> dict[str, float]:

@@ -10,19 +10,28 @@ A cell is one block (layer, chunk) as one rank sees it:
 
 So the parts of a cell tell who holds a block (2, 4) and who waits for it (3), and a cell is of one colour before its
 block is computed and once it is everywhere.
+
+Two marks may be on it besides: DIFFERS, where the rank holds the block and its bytes are known to be wrong, and ARMED,
+where a fault is to strike, or has struck.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
+from dinfer.session.runs.marks import Mark
 from dinfer.session.runs.where import Stand
 
 NOT_YET, COMPUTING, HERE, IN_FLIGHT, EVERYWHERE = range(5)
 STATES = ("not yet", "computing", "here, not everywhere", "in flight to here", "on every rank")
+
+DIFFERS, ARMED = 8, 16
+BASE = 7
+"""the bits of a cell that are its state without marks"""
+MARKS = ("differs or corrupt", "a fault is armed")
 
 States = NDArray[np.uint8]
 """[layers, chunks, ranks]"""
@@ -61,6 +70,18 @@ class CellMap:
         states[held] = HERE
         states[held.all(axis=2)] = EVERYWHERE
         return states.astype(np.uint8)
+
+
+def marked(states: States, marks: Iterable[Mark]) -> States:
+    """The same with what is known of single blocks."""
+    found = states.copy()
+    for mark in marks:
+        at = (mark.layer, mark.chunk, mark.rank)
+        if mark.kind == "armed":
+            found[at] |= ARMED
+        elif states[at] in (HERE, EVERYWHERE):
+            found[at] |= DIFFERS
+    return found
 
 
 def cut_line(states: States) -> list[int]:

@@ -5,6 +5,7 @@ only while there is something to do: an idle panel, or a closed one, has none.
 """
 
 import threading
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,10 +13,11 @@ PERIOD_S = 0.05
 
 
 class Action(NamedTuple):
-    """Something to do, and the Python call that it is."""
+    """Something to do, and the Python call that it is. `asks`: what it returns is the answer to a question."""
 
     call: str
     do: Callable[[], object]
+    asks: bool = False
 
 
 class Worker:
@@ -27,14 +29,15 @@ class Worker:
         self._closed = False
         self.current: Action | None = None
         self.waiting: Action | None = None
-        self.error = ""
+        self.error = self.answer = ""
+        self.done = 0
 
     def ask(self, action: Action) -> None:
-        """Have it done; returns at once. The error of an action before is taken as read."""
+        """Have it done; returns at once. The error and the answer of an action before are taken as read."""
         with self._lock:
             if self._closed:
                 return
-            self.error = ""
+            self.error = self.answer = ""
             if self.current:
                 self.waiting = action
             else:
@@ -43,9 +46,9 @@ class Worker:
         self._on_change()
 
     def forget(self) -> None:
-        """Drop the action that waits, and the error shown."""
+        """Drop the action that waits, and what is shown of those before."""
         with self._lock:
-            self.waiting, self.error = None, ""
+            self.waiting, self.error, self.answer = None, "", ""
 
     def close(self) -> None:
         """Begin nothing more. An action under way ends by itself, and its thread with it."""
@@ -54,9 +57,9 @@ class Worker:
 
     def _work(self, action: Action | None) -> None:
         while action:
-            error = _error_of(action)
+            answer, error = _done(action)
             with self._lock:
-                self.error = error
+                self.error, self.answer, self.done = error, answer, self.done + 1
                 # What was asked for before the failure was known may not be wanted any more.
                 self.current = action = None if error else self.waiting
                 self.waiting = None
@@ -64,10 +67,16 @@ class Worker:
 
 
 class Painter:
-    """Calls `paint` soon after each `touch`, at most once in PERIOD_S, and once more after the last."""
+    """Calls `paint` soon after each `touch`, at most once in `period` seconds, and once more after the last.
 
-    def __init__(self, paint: Callable[[], None]) -> None:
-        self._paint = paint
+    After what took long to paint nothing is painted for `rest` times as long: the kernel stays free.
+    """
+
+    def __init__(
+        self, paint: Callable[[], None], name: str = "painter", period: float = PERIOD_S, rest: float = 1.0
+    ) -> None:
+        self._paint, self._name = paint, f"dinfer panel {name}"
+        self._period, self._rest = period, rest
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._dirty = False
@@ -78,21 +87,22 @@ class Painter:
         with self._lock:
             self._dirty = True
             if self._thread is None and not self._closing.is_set():
-                self._thread = threading.Thread(target=self._loop, name="dinfer panel painter", daemon=True)
+                self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
                 self._thread.start()
 
-    def close(self) -> None:
-        """Paint no more; waits for a picture that is being painted."""
+    def close(self, *, wait: bool = True) -> None:
+        """Paint no more; waits for a picture that is being painted, unless that may wait for ranks."""
         self._closing.set()
         with self._lock:
             thread = self._thread
-        if thread and thread is not threading.current_thread():
+        if wait and thread and thread is not threading.current_thread():
             thread.join()
 
     def _loop(self) -> None:
         while self._take():
+            began = time.monotonic()
             self._paint()
-            self._closing.wait(PERIOD_S)
+            self._closing.wait(max(self._period, self._rest * (time.monotonic() - began)))
 
     def _take(self) -> bool:
         """Whether there is something to paint; if not, this thread is over."""
@@ -104,9 +114,10 @@ class Painter:
             return wanted
 
 
-def _error_of(action: Action) -> str:
+def _done(action: Action) -> tuple[str, str]:
+    """What it has answered, and what has gone wrong."""
     try:
-        action.do()
+        found = action.do()
     except BaseException as error:  # shown to the user, whatever it is: there is nobody else to catch it
-        return f"{action.call}: {str(error) or type(error).__name__}"
-    return ""
+        return "", f"{action.call}: {str(error) or type(error).__name__}"
+    return str(found) if action.asks else "", ""

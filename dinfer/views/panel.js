@@ -1,30 +1,8 @@
 // The panel in the browser: shows what the kernel sends and says which button was pressed. It knows no more of a run
-// than panel.py tells: `board` (what does not change), `shown` (what does), `cells` (a byte per layer, chunk, rank).
-// panel.py puts map.js before it: together they are one module.
+// than panel.py tells: `board` (what does not change), `shown` (what does), `cells` (a byte per layer, chunk, rank), `marks`.
+// panel.py puts the other scripts before it: together they are one module.
 
 const KERNEL_SILENT_MS = 700;
-
-const BUTTONS = [
-  ["◀ back", "step_back", "go back by one unit of the last step"],
-  ["op", "step:op", 'run.step("op")'],
-  ["layer", "step:layer", 'run.step("layer")'],
-  ["wave", "step:wave", 'run.step("wave")'],
-  ["chunk", "step:chunk", 'run.step("chunk")'],
-  null,
-  ["▶ play", "resume", "run.resume()"],
-  ["❚❚ pause", "pause", "run.pause()"],
-  ["run to block", "run_to", "run.run_to(chunk=…, layer=…): stop just after the selected block is everywhere"],
-  null,
-  ["restart", "restart", "run.restart()"],
-];
-
-function make(tag, name, parent, text = "") {
-  const node = document.createElement(tag);
-  if (name) node.className = name.split(" ").map((part) => `dinfer-${part}`).join(" ");
-  if (text) node.textContent = text;
-  parent?.append(node);
-  return node;
-}
 
 class View {
   constructor(model, el) {
@@ -36,6 +14,7 @@ class View {
     this.hover = null;
     this.hint = "";
     this.silent = new Map(); // message → timer that tells that the kernel has not answered
+    this.tab = "map";
     this.build(el);
     this.map = new BlockMap(this.canvas, this.root, this.board, () => this.look());
     this.follow();
@@ -47,16 +26,62 @@ class View {
 
   build(el) {
     this.root = make("div", "panel", el);
+    this.root.tabIndex = -1; // a click anywhere gives it the keys
+    this.root.dataset.lmSuppressShortcuts = "true"; // JupyterLab's own keys stay out of it
     const bar = make("div", "bar", this.root);
     for (const button of BUTTONS) button ? this.button(bar, ...button) : make("span", "gap", bar);
+    this.pace = make("select", "", bar);
+    fill(this.pace, PACES);
+    this.pace.title = "how fast ▶ play goes";
+    this.pace.setAttribute("aria-label", "speed of play");
+    bar.querySelector("[data-do=pause]").before(this.pace);
     this.state = make("span", "state", bar);
     this.banner = make("div", "banner", this.root);
     this.banner.setAttribute("role", "status");
     this.bannerText = make("span", "", this.banner);
+    this.bannerMore = make("button", "", this.banner, "more");
+    this.bannerMore.onclick = () => { this.more = !this.more; this.update(); };
     this.bannerClose = make("button", "", this.banner, "dismiss");
     this.bannerClose.onclick = () => this.send({ do: "dismiss" });
     this.faults = make("div", "faults", this.root);
-    const body = make("div", "body", this.root);
+    this.faultLines = make("span", "", this.faults);
+    const disarm = make("button", "", this.faults, "disarm");
+    Object.assign(disarm, { title: "run.faults.clear()", onclick: () => this.send({ do: "clear_faults" }) });
+    this.tabs = make("div", "tabs", this.root);
+    this.tabs.setAttribute("role", "tablist");
+    this.pages = Object.fromEntries(TABS.map((name) => [name, this.page(name)]));
+    make("span", "keys", this.tabs, "keys ⓘ").title = KEYS;
+    this.buildMap(make("div", "body", this.pages.map));
+    const send = (message) => this.send(message);
+    this.inspector = new Inspector(this.pages.KV, this.root, this.board, this.name, send);
+    this.communication = new Communication(this.pages.communication, this.root, this.board, this.name, send);
+    const call = make("div", "call last", this.root);
+    this.call = copyable(call, "last call");
+    this.working = make("span", "working", call);
+    this.open("map");
+  }
+
+  page(name) {
+    const button = make("button", "", this.tabs, name), page = make("div", "page", this.root);
+    button.dataset.tab = name;
+    button.setAttribute("role", "tab");
+    button.onclick = () => this.open(name);
+    return page;
+  }
+
+  open(name) {
+    this.tab = name;
+    for (const tab of TABS) this.pages[tab].hidden = tab !== name;
+    this.tabs.querySelectorAll("[data-tab]").forEach((button) => {
+      button.classList.toggle("dinfer-on", button.dataset.tab === name);
+      button.setAttribute("aria-selected", button.dataset.tab === name);
+    });
+    const [opened, closed] = name === "KV" ? [this.inspector, this.communication] : [this.communication, this.inspector];
+    closed.close();
+    name === "map" ? opened.close() : opened.open();
+  }
+
+  buildMap(body) {
     const map = make("div", "map", body);
     this.canvas = make("canvas", "", map);
     this.canvas.tabIndex = 0;
@@ -64,20 +89,15 @@ class View {
     this.legend(make("div", "legend", map));
     const side = make("div", "side", body);
     this.block = make("div", "block", side);
+    this.stops = new BreakpointList(side, this.board, (message) => this.send(message));
     this.text = make("div", "text", side);
     this.ranks = make("div", "ranks", side);
     this.buildRanks();
-    const call = make("div", "call", this.root);
-    make("span", "", call, "last call");
-    this.call = make("code", "", call);
-    this.copy = make("button", "", call, "copy");
-    this.copy.onclick = () => this.copyCall();
-    this.working = make("span", "working", call);
   }
 
-  button(bar, text, action, title) {
+  button(bar, text, action, title, key) {
     const button = make("button", "", bar, text);
-    button.title = title;
+    button.title = key ? `${title}  [${key}]` : title;
     button.dataset.do = action;
     button.onclick = () => this.press(action);
   }
@@ -88,7 +108,7 @@ class View {
       const line = make("div", "rank", this.ranks);
       const head = make("div", "", line);
       make("b", "", head, `rank ${rank}`);
-      const device = make("span", "", head);
+      const device = make("span", "faint", head);
       const word = make("span", "word", head);
       const bar = make("progress", "", line);
       const where = make("div", "where", line);
@@ -102,25 +122,35 @@ class View {
       make("i", "", item).style.background = `var(--dinfer-${state})`;
       item.append(name);
     });
+    ["differs", "armed"].forEach((name, n) => {
+      const item = make("span", "", node);
+      make("i", name, item);
+      item.append(this.board.marks[n]);
+    });
     const item = make("span", "", node);
     make("i", "line", item);
     item.append("the cut");
+    const stop = make("span", "", node);
+    make("i", "stop", stop);
+    stop.append("breakpoint");
     make("span", "", node, `a cell's parts are ranks 0–${this.board.ranks - 1}, left to right`);
   }
 
   follow() {
     const canvas = this.canvas;
     this.onState = () => this.update();
-    this.onAnswer = (message) => this.heard(message.heard);
+    this.onAnswer = (message, buffers) => this.hear(message, buffers);
     this.onSelected = () => this.update();
     this.model.on("change:shown", this.onState);
     this.model.on("change:cells", this.onState);
+    this.model.on("change:marks", this.onState);
     this.model.on("change:selected", this.onSelected);
     this.model.on("msg:custom", this.onAnswer);
     canvas.onmousemove = (event) => this.point(this.map.cellAt(event));
     canvas.onmouseleave = () => this.point(null);
     canvas.onclick = (event) => this.select(this.map.cellAt(event));
-    canvas.onkeydown = (event) => this.key(event);
+    canvas.ondblclick = (event) => this.toggleBreakpoint(this.map.cellAt(event));
+    this.root.onkeydown = (event) => this.key(event);
     this.themed = new MutationObserver(() => this.theme());
     this.themed.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
     this.preference = window.matchMedia("(prefers-color-scheme: dark)");
@@ -131,9 +161,12 @@ class View {
   close() {
     this.model.off("change:shown", this.onState);
     this.model.off("change:cells", this.onState);
+    this.model.off("change:marks", this.onState);
     this.model.off("change:selected", this.onSelected);
     this.model.off("msg:custom", this.onAnswer);
     this.map.close();
+    this.inspector.remove();
+    this.communication.remove();
     this.themed.disconnect();
     this.preference.removeEventListener("change", this.onPreference);
     this.silent.forEach(clearTimeout);
@@ -145,6 +178,8 @@ class View {
       : body.classList.contains("vscode-dark") || (!body.classList.contains("vscode-light") && this.preference.matches);
     this.root.classList.toggle("dinfer-dark", dark);
     this.map.draw();
+    this.inspector.map.draw();
+    this.communication.theme();
   }
 
   // -- what the user does
@@ -157,6 +192,8 @@ class View {
     if (verb === "run_to") {
       if (block) this.send({ do: verb, layer: block[0], chunk: block[1] });
       else this.hint = "Click a block of the map first: the run then goes to where that block is everywhere.";
+    } else if (verb === "resume" && this.pace.value) {
+      this.send({ do: "play", unit: this.unit, per_second: Number(this.pace.value) });
     } else {
       this.send({ do: verb, unit: this.unit });
     }
@@ -172,11 +209,18 @@ class View {
     this.model.send({ ...message, id });
   }
 
+  hear(message, buffers) {
+    if (message.heard) this.heard(message.heard);
+    this.inspector.hear(message, buffers);
+    this.communication.hear(message, buffers);
+  }
+
   heard(id) {
     if (!this.silent.has(id)) return;
     clearTimeout(this.silent.get(id));
     this.silent.delete(id);
-    if (this.silent.size === 0 && this.hint.startsWith("The kernel")) this.hint = "";
+    if (this.silent.size || !this.hint.startsWith("The kernel")) return;
+    this.hint = "";
     this.update();
   }
 
@@ -190,28 +234,35 @@ class View {
     if (!cell) return;
     this.hint = "";
     this.model.set("selected", cell); // not saved: the kernel has no use for it, other views of this panel do
+    this.inspector.look(cell[0]);
     this.update();
   }
 
-  key(event) {
-    const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
-    if (!step) return;
-    event.preventDefault();
-    event.stopPropagation();
-    const [layer, chunk] = this.model.get("selected") ?? [0, 0];
-    const within = (value, count) => Math.max(0, Math.min(count - 1, value));
-    this.select([within(layer + step[0], this.board.layers), within(chunk + step[1], this.board.chunks.length)]);
+  toggleBreakpoint(cell) {
+    if (!cell) return;
+    const [layer, chunk] = cell;
+    const here = this.model.get("shown").breakpoints.find((one) => one.layer === layer && one.chunk === chunk);
+    this.send(here ? { do: "remove_breakpoint", number: here.number } : { do: "break_at", layer, chunk });
   }
 
-  async copyCall() {
-    try {
-      await navigator.clipboard.writeText(this.call.textContent);
-      this.copy.textContent = "copied";
-    } catch {
-      window.getSelection().selectAllChildren(this.call); // no clipboard here: Ctrl-C does it
-      this.copy.textContent = "selected";
-    }
-    setTimeout(() => { this.copy.textContent = "copy"; }, 1200);
+  key(event) {
+    if (event.target.closest("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key === "Enter" && event.target.closest("button, summary")) return;
+    const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
+    const button = BUTTONS.find((one) => one && one[3] && one[3] === event.key);
+    if (step) this.moveSelection(...step);
+    else if (button) this.press(button[1]);
+    else if (event.key === "Enter") this.toggleBreakpoint(this.model.get("selected"));
+    else if (TABS[event.key - 1]) this.open(TABS[event.key - 1]);
+    else return;
+    event.preventDefault();
+    event.stopPropagation();
+  }
+
+  moveSelection(down, right) {
+    const [layer, chunk] = this.model.get("selected") ?? [0, 0];
+    const within = (value, count) => Math.max(0, Math.min(count - 1, value));
+    this.select([within(layer + down, this.board.layers), within(chunk + right, this.board.chunks.length)]);
   }
 
   // -- what the kernel says
@@ -221,13 +272,17 @@ class View {
     if (!shown.ranks) return;
     const tokens = shown.decoded ? ` · ${shown.decoded} token${shown.decoded === 1 ? "" : "s"}` : "";
     this.state.textContent = `${shown.state}${tokens}`;
-    this.root.dataset.state = shown.state;
+    Object.assign(this.root.dataset, { state: shown.state, done: shown.done });
     const alarm = shown.error || (shown.state === "failed" && shown.message);
-    this.bannerText.textContent = [shown.error, shown.message, this.hint].filter(Boolean).join("\n");
+    const verdict = this.more ? shown.verdict : "";
+    const said = verdict.startsWith(shown.message) ? verdict : shown.message;
+    this.bannerText.textContent = [shown.error, said, shown.answer, this.hint].filter(Boolean).join("\n");
     this.banner.hidden = !this.bannerText.textContent;
-    this.banner.classList.toggle("dinfer-alarm", Boolean(alarm));
-    this.bannerClose.hidden = !shown.error;
-    this.faults.textContent = shown.faults.join("\n");
+    this.banner.classList.toggle("dinfer-alarm", Boolean(alarm || shown.verdict));
+    this.bannerClose.hidden = !shown.error && !shown.answer;
+    this.bannerMore.hidden = !shown.verdict;
+    this.bannerMore.textContent = this.more ? "less" : "more";
+    this.faultLines.textContent = shown.faults.join("\n");
     this.faults.hidden = !shown.faults.length;
     this.root.querySelector("[data-do=step_back]").title = `run.step_back("${this.unit}")`;
     this.text.hidden = !shown.text;
@@ -235,8 +290,8 @@ class View {
       this.text.textContent = shown.text;
       this.text.scrollTop = this.text.scrollHeight;
     }
-    this.call.textContent = shown.call;
-    this.call.hidden = this.copy.hidden = this.call.previousSibling.hidden = !shown.call;
+    this.call(shown.call);
+    this.stops.show(shown.breakpoints);
     const waiting = shown.waiting ? `, then ${shown.waiting}` : "";
     this.working.textContent = shown.working.length ? `at work: ${shown.working.join(", ")}${waiting}` : "";
     shown.ranks.forEach((rank, n) => this.updateRank(this.rankLines[n], rank));
@@ -245,7 +300,8 @@ class View {
   }
 
   updateRank({ line, device, word, bar, where }, rank) {
-    device.textContent = rank.device;
+    const tokens = rank.tokens ? `${rank.tokens} new token${rank.tokens === 1 ? "" : "s"}` : "";
+    device.textContent = [rank.device, rank.memory, tokens].filter(Boolean).join(" · ");
     word.textContent = rank.state;
     line.classList.toggle("dinfer-lost", rank.state === "lost");
     bar.max = rank.total;
@@ -266,7 +322,7 @@ class View {
 
   look() {
     const selected = this.model.get("selected"), { cut } = this.model.get("shown");
-    return { bytes: this.bytes(), cut, selected, hover: this.hover };
+    return { bytes: this.bytes(), cut, breakpoints: this.model.get("shown").breakpoints, selected, hover: this.hover };
   }
 
   describe() {
@@ -281,7 +337,8 @@ class View {
     const line = make("div", "", this.block);
     make("b", "", line, `block c${chunk} l${layer}`);
     line.append(` · tokens ${begin}–${end - 1} · owner rank ${owners[layer]}${this.hover ? "" : " · selected"}`);
-    make("div", "", this.block, holders(states));
+    make("div", "", this.block, holders(states.map((byte) => byte & BASE)));
+    for (const text of this.model.get("marks")[`${layer} ${chunk}`] ?? []) make("div", "mark", this.block, text);
     if (labels[chunk]) make("q", "", this.block, shorten(labels[chunk]));
   }
 }
@@ -294,10 +351,6 @@ function holders(states) {
   if (!held.length) return "not computed yet";
   if (!waits.length) return "on every rank";
   return `held by ${named(held)}; ${named(waits)} wait${waits.length > 1 ? "" : "s"} for it`;
-}
-
-function shorten(text) {
-  return text.length > 90 ? `${text.slice(0, 90)}…` : text;
 }
 
 function render({ model, el }) {

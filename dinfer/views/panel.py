@@ -1,6 +1,6 @@
 """Panel: a run as a live map in a notebook, with the buttons that move it.
 
-The kernel's side: what to show, what a button means. The browser's side is map.js, panel.js and panel.css.
+The kernel's side: what to show, and who does what a browser asks for. The browser's side is SCRIPTS and panel.css.
 """
 
 from collections.abc import Callable
@@ -11,13 +11,18 @@ from typing import Any
 import anywidget
 from traitlets import Bytes, Dict
 
-from dinfer.views.cells import CellMap, cut_line
+from dinfer.views.actions import action_of, edit_of
+from dinfer.views.cells import CellMap
+from dinfer.views.communication import FIGURES, Communication
 from dinfer.views.desk import Action, Painter, Worker
+from dinfer.views.inspector import Inspector
 from dinfer.views.protocol import Run
-from dinfer.views.status import Json, layout, status
+from dinfer.views.status import Json, breakpoints, layout, moment
 from dinfer.views.still import still_html
 
 _HERE = Path(__file__).parent
+SCRIPTS = ("map.js", "heatmap.js", "inspector.js", "communication.js", "controls.js", "panel.js")
+"""together they are one module"""
 
 
 class Panel(anywidget.AnyWidget):
@@ -27,7 +32,7 @@ class Panel(anywidget.AnyWidget):
     thread, but for an action under way, which ends by itself.
     """
 
-    _esm = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in ("map.js", "panel.js"))
+    _esm = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
     _css = (_HERE / "panel.css").read_text(encoding="utf-8")
 
     board = Dict().tag(sync=True)
@@ -36,15 +41,20 @@ class Panel(anywidget.AnyWidget):
     """what does: see `status.status`; with it the cut, the actions under way and errors"""
     cells = Bytes().tag(sync=True)
     """a byte for each (layer, chunk, rank): see `cells`"""
+    marks = Dict().tag(sync=True)
+    """what is known of single blocks, in words: see `status.marks_text`"""
 
     def __init__(self, run: Run) -> None:
         self._run, self._cells = run, CellMap(run.plan)
         self._painter = Painter(self._paint)
         self._worker = Worker("dinfer panel worker", self._painter.touch)
-        self._pauser = Worker(
-            "dinfer panel pauser", self._painter.touch
-        )  # never behind a step that takes long
-        super().__init__(board=layout(run.plan, run.chunk_labels()))
+        # Neither is ever behind a step that takes long.
+        self._pauser = Worker("dinfer panel pauser", self._painter.touch)
+        self._editor = Worker("dinfer panel editor", self._painter.touch)
+        self._workers = (self._pauser, self._editor, self._worker)
+        self._inspector, self._communication = Inspector(run, self._tell), Communication(run, self._tell)
+        self._painted: object = None
+        super().__init__(board={**layout(run.plan, run.chunk_labels()), "figures": list(FIGURES)})
         self._paint()
         self.on_msg(self._on_message)
         self._unsubscribe: Callable[[], None] | None = run.on_change(self._painter.touch)
@@ -55,71 +65,77 @@ class Panel(anywidget.AnyWidget):
         if self._unsubscribe:
             self._unsubscribe()
             self._unsubscribe = None
-            self._worker.close()
-            self._pauser.close()
+            for worker in self._workers:
+                worker.close()
+            self._inspector.close()
+            self._communication.close()
             self._painter.close()
         super().close()
 
     def _paint(self) -> None:
         """Send the run as it is now; the only place that does."""
+        self._communication.touch()
+        actions = self._actions()
         try:
-            standing = self._run.standing()
-            states = self._cells.states(standing.stands)
-            shown = {**status(self._run.plan, standing), "cut": cut_line(states), **self._actions()}
-            drawn = states.tobytes()
+            standing, stops = self._run.standing(), breakpoints(self._run.breakpoints)
+            seen = (standing, stops, actions)
+            if seen == self._painted:
+                return
+            self._painted = seen
+            self._inspector.touch()
+            shown, drawn, marks = moment(self._run.plan, self._cells, standing)
+            shown |= {"breakpoints": stops, **actions}
         except Exception as error:  # there is nobody else to tell
             trouble = f"where the run stands cannot be shown: {error}"
-            shown, drawn = {**self.shown, **self._actions(), "error": trouble}, self.cells
+            shown, drawn, marks = {**self.shown, **actions, "error": trouble}, self.cells, self.marks
+            self._painted = None
         with self.hold_sync():
-            self.shown, self.cells = shown, drawn
+            self.shown, self.cells, self.marks = shown, drawn, marks
 
     def _actions(self) -> Json:
-        workers = (self._pauser, self._worker)
         waiting = self._worker.waiting
         return {
-            "working": [action.call for worker in workers if (action := worker.current)],
+            "working": [action.call for worker in self._workers if (action := worker.current)],
             "waiting": waiting.call if waiting else "",
-            "error": "\n".join(worker.error for worker in workers if worker.error),
+            "error": "\n".join(worker.error for worker in self._workers if worker.error),
+            "answer": self._worker.answer,
+            "done": sum(worker.done for worker in self._workers),
         }
 
     def _on_message(self, _: object, message: Json, __: object) -> None:
         """A button was pressed. Answered at once, so that the browser knows that the kernel listens."""
         self.send({"heard": message.get("id")})
-        if message.get("do") in ("pause", "dismiss"):  # what waits was asked for before, and so is void
-            self._worker.forget()
-            self._pauser.forget()
-        if message.get("do") == "pause":
+        do = message.get("do")
+        looks = {
+            "inspect": self._inspector.ask,
+            "value": self._inspector.value,
+            "figure": self._communication.ask,
+            "plotly": self._communication.script,
+        }
+        if do in looks:
+            looks[do](message)
+            return
+        if do in ("pause", "dismiss"):  # what waits was asked for before, and so is void
+            for worker in self._workers:
+                worker.forget()
+        if do == "pause":
             self._pauser.ask(Action("run.pause()", self._run.pause))
-        elif message.get("do") != "dismiss":
+        elif edit := edit_of(self._run, message):
+            self._editor.ask(edit)
+        elif do != "dismiss":
             self._worker.ask(action_of(self._run, message))
         self._painter.touch()
+
+    def _tell(self, content: Json, buffers: list[bytes] | None = None) -> None:
+        """To all browsers that show this panel."""
+        self.send(content, buffers)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[Json, Json]:
         """The live view, and a still picture of now for where there is no kernel."""
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
         try:
-            still = still_html(self._run.plan, self._run.standing(), self._run.chunk_labels())
+            events, _ = self._run.events_since([])
+            still = still_html(self._run.plan, self._run.standing(), self._run.chunk_labels(), events)
         except Exception as error:  # the live view must come nevertheless, and has a banner
             still = escape(f"dinfer: where the run stands cannot be shown: {error}")
         return {**data, "text/html": still}, metadata
-
-
-def action_of(run: Run, message: Json) -> Action:
-    """What a button asks for, as the Python call that it is."""
-    match message:
-        case {"do": "step", "unit": ("op" | "layer" | "wave" | "chunk") as unit}:
-            return Action(f'run.step("{unit}")', lambda: run.step(unit))
-        case {"do": "step_back", "unit": ("op" | "layer" | "wave" | "chunk") as unit}:
-            return Action(f'run.step_back("{unit}")', lambda: run.step_back(unit))
-        case {"do": "run_to", "chunk": int(chunk), "layer": int(layer)}:
-            call = f"run.run_to(chunk={chunk}, layer={layer})"
-            return Action(call, lambda: run.run_to(chunk=chunk, layer=layer))
-        case {"do": "resume"}:
-            return Action("run.resume()", run.resume)
-        case {"do": "restart"}:
-            return Action("run.restart()", run.restart)
-    return Action("panel", lambda: _refuse(message))
-
-
-def _refuse(message: Json) -> None:
-    raise ValueError(f"the browser asked for {message}, which is nothing that a panel does: reload the page.")

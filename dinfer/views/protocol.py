@@ -5,7 +5,12 @@ from typing import Literal, Protocol
 
 from dinfer.plan.cut import Unit
 from dinfer.plan.plan import Plan
+from dinfer.session.kv.difference import Diff
+from dinfer.session.kv.live import Live
+from dinfer.session.runs.marks import Mark
 from dinfer.session.runs.where import Stand
+from dinfer.session.said import Breakpoints
+from dinfer.trace.events import Event
 
 State = Literal["starting", "paused", "running", "decoding", "done", "failed", "closed"]
 
@@ -49,6 +54,39 @@ class Standing(Protocol):
     def faults(self) -> Sequence[str]:
         """A line for each fault that is armed: what it breaks on purpose, and whether it has struck."""
 
+    @property
+    def marks(self) -> Sequence[Mark]:
+        """What is known of single blocks."""
+
+    @property
+    def memory(self) -> Sequence[int | None]:
+        """Bytes that each rank's process has in its host's memory; None where it has none of its own."""
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """How many new tokens each rank has."""
+
+    @property
+    def verdict(self) -> str:
+        """Why the run does not move, at length, once that was told."""
+
+
+class Disarmed(Protocol):
+    """What ends faults."""
+
+    def clear(self) -> None:
+        """Disarm all."""
+
+
+class Kv(Protocol):
+    """The KV of a run that stands."""
+
+    def source(self) -> Live:
+        """Where values come from."""
+
+    def diff(self) -> Diff:
+        """Where the ranks differ."""
+
 
 class Run(Protocol):
     """A run that can be looked at and moved. Safe to call from any thread."""
@@ -70,6 +108,17 @@ class Run(Protocol):
     def chunk_labels(self) -> Sequence[str]:
         """The text of each chunk's tokens; empty where it is not known."""
 
+    def events_since(self, read: Sequence[int]) -> tuple[list[Event], list[int]]:
+        """The events after those that have been `read`, nothing at first, and what to give next time; at once."""
+
+    @property
+    def breakpoints(self) -> Breakpoints:
+        """Those that are set, by number."""
+
+    @property
+    def faults(self) -> Disarmed:
+        """Those that are armed."""
+
     # Each of these may take long, and raises exceptions whose message is meant for people.
 
     def step(self, unit: Unit, n: int = 1) -> object:
@@ -77,6 +126,9 @@ class Run(Protocol):
 
     def step_back(self, unit: Unit, n: int = 1) -> object:
         """Go back by `n` units."""
+
+    def play(self, unit: Unit, per_second: float) -> object:
+        """Step by units at that pace until a breakpoint, the end, or a pause."""
 
     def run_to(self, *, chunk: int, layer: int) -> object:
         """Stop just after that block is everywhere."""
@@ -89,3 +141,12 @@ class Run(Protocol):
 
     def restart(self) -> object:
         """Begin again."""
+
+    def break_at(self, *, layer: int | None, chunk: int | None, rank: int | None, when: str | None) -> object:
+        """Set a breakpoint; None for any."""
+
+    def verdict(self) -> object:
+        """Why it does not move."""
+
+    def kv(self, *, layer: int | None = None) -> Kv:
+        """What the ranks hold, of one layer or all; waits until the run stands."""

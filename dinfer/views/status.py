@@ -1,16 +1,21 @@
 """Status: all that the panel shows beside the map, as JSON. Pure: a run's plan and standing in, dicts out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.plan import Lane, Plan
+from dinfer.session.runs.marks import Mark
 from dinfer.session.runs.where import Stand, rank_text
-from dinfer.views.cells import STATES
+from dinfer.views.cells import MARKS, STATES, CellMap, cut_line, marked
 from dinfer.views.protocol import Standing
 
 Json = dict[str, Any]
 MAX_TEXT = 2000
 """how much of the generated text goes to the browser with each update"""
+
+
+MAX_MARKS = 300
 
 
 def layout(plan: Plan, labels: Sequence[str]) -> Json:
@@ -23,12 +28,16 @@ def layout(plan: Plan, labels: Sequence[str]) -> Json:
         "chunks": [[chunk.start, chunk.stop] for chunk in shape.chunks],
         "labels": list(labels),
         "states": list(STATES),
+        "marks": list(MARKS),
     }
 
 
 def status(plan: Plan, standing: Standing) -> Json:
     """What changes."""
-    ranks = zip(plan.lanes, standing.stands, standing.devices, standing.alive, strict=True)
+    count = plan.world_size
+    memory = [*standing.memory, *[None] * count][:count]
+    tokens = [*standing.tokens, *[0] * count][:count]
+    ranks = zip(plan.lanes, standing.stands, standing.devices, standing.alive, memory, tokens, strict=True)
     return {
         "state": standing.state,
         "message": standing.message,
@@ -36,13 +45,38 @@ def status(plan: Plan, standing: Standing) -> Json:
         "decoded": standing.decoded,
         "text": standing.text[-MAX_TEXT:],
         "faults": list(standing.faults),
+        "verdict": standing.verdict,
         "ranks": [_rank(*rank) for rank in ranks],
     }
 
 
-def _rank(lanes: Sequence[Lane], stand: Stand, device: str, alive: bool) -> Json:
+def moment(plan: Plan, cells: CellMap, standing: Standing) -> tuple[Json, bytes, Json]:
+    """All that a panel shows of a run at one moment: what changes, the map's bytes, what is known of blocks."""
+    states = cells.states(standing.stands)
+    shown = {**status(plan, standing), "cut": cut_line(states)}
+    return shown, marked(states, standing.marks).tobytes(), marks_text(standing.marks)
+
+
+def breakpoints(found: Iterable[Breakpoint]) -> list[Json]:
+    """For the list, and for the map."""
+    return [{"number": one.number, "text": str(one), "layer": one.layer, "chunk": one.chunk} for one in found]
+
+
+def marks_text(marks: Sequence[Mark]) -> Json:
+    """By block, what is known of it, of at most so many."""
+    found: dict[str, list[str]] = {}
+    for mark in marks[:MAX_MARKS]:
+        found.setdefault(f"{mark.layer} {mark.chunk}", []).append(mark.text)
+    return found
+
+
+def _rank(
+    lanes: Sequence[Lane], stand: Stand, device: str, alive: bool, memory: int | None, tokens: int
+) -> Json:
     return {
         "device": device,
+        "memory": "" if memory is None else f"{memory / (1 << 30):.2f} GiB",
+        "tokens": tokens,
         "state": rank_state(lanes, stand) if alive else "lost",
         "done": sum(stand.positions),
         "total": sum(len(lane.ops) for lane in lanes),
@@ -51,11 +85,14 @@ def _rank(lanes: Sequence[Lane], stand: Stand, device: str, alive: bool) -> Json
 
 
 def rank_state(lanes: Sequence[Lane], stand: Stand) -> str:
-    """One word for what a living rank does; `waiting` is for data, so a transfer under way counts as that."""
+    """What a living rank does, in a few words; waiting is for data, so a transfer under way counts as that."""
     if all(position == len(lane.ops) for lane, position in zip(lanes, stand.positions, strict=True)):
         return "done"
     begun = [lane.ops[stand.positions[n]] for n, lane in enumerate(lanes) if stand.started[n]]
     if any(not op.is_transfer for op in begun):
         return "computing"
-    standing = not begun and list(stand.positions) == list(stand.limits)
-    return "stands" if standing else "waiting"
+    if not begun and list(stand.positions) == list(stand.limits):
+        return "paused"
+    peers = sorted({op.peer for op in begun if op.peer >= 0})
+    whom = f" for rank{'s' * (len(peers) > 1)} {', '.join(map(str, peers))}" if peers else ""
+    return f"waiting{whom}"

@@ -7,22 +7,44 @@ from collections.abc import Sequence
 from html import escape
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dinfer.plan.plan import Plan
-from dinfer.views.cells import EVERYWHERE, HERE, STATES, CellMap, States, cut_line
+from dinfer.trace.events import Event
+from dinfer.trace.trace import Trace
+from dinfer.trace.transfers import Transfer, by_link, spread, transfers
+from dinfer.views.cells import (
+    ARMED,
+    BASE,
+    DIFFERS,
+    EVERYWHERE,
+    HERE,
+    MARKS,
+    STATES,
+    CellMap,
+    States,
+    cut_line,
+    marked,
+)
+from dinfer.views.figures.matrix import short
+from dinfer.views.figures.style import link_name
 from dinfer.views.protocol import Standing
 from dinfer.views.status import status
 
 COLOURS = ("#e9edf1", "#f4c430", "#2672b3", "#e07b39", "#14385c")
 """of each state on white, as in panel.css; each differs from the others in lightness"""
+MARK_COLOURS = ("#d81b60", "#7b3fa0")
+"""of each mark"""
+LISTED = 20
 _LEFT, _TOP = 34, 18
 
 
-def still_html(plan: Plan, standing: Standing, labels: Sequence[str]) -> str:
-    """The map as SVG, and what each rank does and holds as a table."""
-    states = CellMap(plan).states(standing.stands)
+def still_html(plan: Plan, standing: Standing, labels: Sequence[str], events: Sequence[Event] = ()) -> str:
+    """The map as SVG, and what each rank does and holds, and what went over each link, as tables."""
+    bare = CellMap(plan).states(standing.stands)
+    states = marked(bare, standing.marks)
     shown = status(plan, standing)
-    held = np.isin(states, (HERE, EVERYWHERE)).sum(axis=(0, 1))
+    held = np.isin(bare, (HERE, EVERYWHERE)).sum(axis=(0, 1))
     rows = "".join(
         f"<tr><td>{rank}</td><td>{escape(line['device'])}</td><td>{line['state']}</td>"
         f"<td>{held[rank]} of {plan.shape.blocks}</td>"
@@ -30,14 +52,37 @@ def still_html(plan: Plan, standing: Standing, labels: Sequence[str]) -> str:
         for rank, line in enumerate(shown["ranks"])
     )
     words = "; ".join(filter(None, (shown["state"], shown["message"], *shown["faults"], shown["call"])))
+    known = "".join(f"<li>{escape(mark.text)}</li>" for mark in standing.marks[:LISTED])
     return (
         f"<div><div>dinfer: {escape(words)}</div>{map_svg(states, plan.shape.owners, labels)}"
         "<table><thead><tr><th>rank</th><th>device</th><th>state</th><th>blocks held</th><th>position</th></tr>"
-        f"</thead><tbody>{rows}</tbody></table>"
+        f"</thead><tbody>{rows}</tbody></table>{f'<ul>{known}</ul>' if known else ''}{_links(events)}"
         "<small>A cell's parts are the ranks, left to right; the line, the cut, parts what has been computed from "
         "what has not. A still picture: the live panel needs a running kernel, and ipywidgets and anywidget where the "
         "Jupyter server runs.</small></div>"
     )
+
+
+def _links(events: Sequence[Event]) -> str:
+    """A line for each link over which something went."""
+    found = by_link(transfers(Trace.merge([events])))
+    if not found:
+        return ""
+    rows = "".join(
+        f"<tr><td>{link_name(link)}</td><td>{len(some)}</td><td>{sum(one.bytes for one in some) / 1e6:.3g}</td>"
+        + "".join(f"<td>{short(number * 1e3)}</td>" for number in _latencies(some))
+        + "</tr>"
+        for link, some in found.items()
+    )
+    return (
+        "<table><thead><tr><th>link</th><th>transfers</th><th>MB</th><th>wire, median ms</th><th>99th</th>"
+        f"<th>waiting for the peer, median ms</th><th>99th</th></tr></thead><tbody>{rows}</tbody></table>"
+    )
+
+
+def _latencies(some: Sequence[Transfer]) -> tuple[float, ...]:
+    wire, waited = spread(one.wire for one in some), spread(one.waited for one in some)
+    return wire.p50, wire.p99, waited.p50, waited.p99
 
 
 def map_svg(states: States, owners: Sequence[int], labels: Sequence[str]) -> str:
@@ -46,36 +91,45 @@ def map_svg(states: States, owners: Sequence[int], labels: Sequence[str]) -> str
     part = max(2, min(16, 640 // (chunks * ranks)))
     across, down = part * ranks, max(4, min(18, 360 // layers))
     right, bottom = _LEFT + across * chunks, _TOP + down * layers
-    paths = "".join(_path(states, state, part, down) for state in range(len(STATES)))
+    bare = (states & BASE).astype(np.uint8)
+    shown = [n for n, mark in enumerate((DIFFERS, ARMED)) if (states & mark).any()]
+    paths = "".join(
+        _path(bare == state, f"s{state}", COLOURS[state], part, down) for state in range(len(STATES))
+    )
+    paths += _path((states & DIFFERS) > 0, "differs", MARK_COLOURS[0], part, down)
+    paths += _path((states & ARMED) > 0, "armed", MARK_COLOURS[1], part, down, high=max(2, down // 3))
     grid = "".join(f"M{_LEFT + across * c} {_TOP}V{bottom}" for c in range(chunks + 1))
     grid += "".join(f"M{_LEFT} {_TOP + down * n}H{right}" for n in range(layers + 1))
     stages = "".join(
         f"M{_LEFT} {_TOP + down * n}H{right}" for n in range(1, layers) if owners[n] != owners[n - 1]
     )
-    cut = [_TOP + down * depth for depth in cut_line(states)]
+    cut = [_TOP + down * depth for depth in cut_line(bare)]
     steps = f"M{_LEFT} {cut[0]}" + "".join(f"V{y}h{across}" for y in cut)
     names = _names(states, across, down, labels)
+    wide = max(right + 8, 800 if shown else 560)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{max(right + 8, 560)}" height="{bottom + 26}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{bottom + 26}" role="img" '
         'style="background:#fff" font-family="sans-serif" font-size="10">'
         f"<title>blocks by layer and chunk, each split by rank</title>{paths}"
         f'<path class="grid" d="{grid}" stroke="#fff"/>'
         f'<path d="{stages}" stroke="#555" stroke-dasharray="3 2"/>'
         f'<path class="cut" d="{steps}" fill="none" stroke="#b3125b" stroke-width="2.5"/>'
-        f"{names}{_legend(bottom + 12)}</svg>"
+        f"{names}{_legend(bottom + 12, shown)}</svg>"
     )
 
 
-def _path(states: States, state: int, part: int, down: int) -> str:
-    """All cells of one state as one path; neighbours in a row are one rectangle."""
-    rows = states.reshape(states.shape[0], -1) == state
+def _path(
+    which: NDArray[np.bool_], name: str, colour: str, part: int, down: int, high: int | None = None
+) -> str:
+    """All these cells as one path, or the upper part of each; neighbours in a row are one rectangle."""
+    rows = which.reshape(which.shape[0], -1)
     pieces = []
     for layer, row in enumerate(rows):
         edges = np.flatnonzero(np.diff(row, prepend=False, append=False))
         for begin, end in edges.reshape(-1, 2).tolist():
             wide = (end - begin) * part
-            pieces.append(f"M{_LEFT + begin * part} {_TOP + layer * down}h{wide}v{down}h-{wide}z")
-    return f'<path class="s{state}" d="{"".join(pieces)}" fill="{COLOURS[state]}"/>' if pieces else ""
+            pieces.append(f"M{_LEFT + begin * part} {_TOP + layer * down}h{wide}v{high or down}h-{wide}z")
+    return f'<path class="{name}" d="{"".join(pieces)}" fill="{colour}"/>' if pieces else ""
 
 
 def _names(states: States, across: int, down: int, labels: Sequence[str]) -> str:
@@ -92,12 +146,14 @@ def _names(states: States, across: int, down: int, labels: Sequence[str]) -> str
     return f'<g fill="#333">{tops}{lefts}</g>'
 
 
-def _legend(y: int) -> str:
-    """One line under the map."""
+def _legend(y: int, marks: Sequence[int]) -> str:
+    """One line under the map, with those of the marks that are on it."""
     pieces, x = [], _LEFT
-    for state, name in enumerate(STATES):
+    items = [(f"s{state}", name, COLOURS[state]) for state, name in enumerate(STATES)]
+    items += [(("differs", "armed")[n], MARKS[n], MARK_COLOURS[n]) for n in marks]
+    for which, name, colour in items:
         pieces.append(
-            f'<rect class="s{state}" x="{x}" y="{y}" width="10" height="10" fill="{COLOURS[state]}" stroke="#999"/>'
+            f'<rect class="{which}" x="{x}" y="{y}" width="10" height="10" fill="{colour}" stroke="#999"/>'
         )
         pieces.append(f'<text x="{x + 14}" y="{y + 9}" fill="#333">{name}</text>')
         x += 26 + 6 * len(name)

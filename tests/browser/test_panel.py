@@ -41,15 +41,19 @@ class PanelPage:
     def __init__(self, notebook: Notebook, cell: int = SHOW) -> None:
         self.notebook = notebook
         self.root = notebook.output(cell).locator(".dinfer-panel")
-        self.canvas = self.root.locator("canvas")
+        self.canvas = self.root.get_by_label("map of blocks")
+        self.done = ""
+        """how many actions were done when the last button was pressed"""
 
     def press(self, action: str) -> None:
         """Press a button, by its data-do."""
+        self.done = self.root.get_attribute("data-done") or "0"
         self.root.locator(f'button[data-do="{action}"]').click()
 
     def call(self, text: str) -> None:
-        """Wait until the last call reads so and nothing is at work."""
-        expect(self.root.locator(".dinfer-call code")).to_have_text(text)
+        """Wait until what was pressed is done, the last call reads so and nothing is at work."""
+        expect(self.root).not_to_have_attribute("data-done", self.done)
+        expect(self.root.locator(".dinfer-last code")).to_have_text(text)
         expect(self.root.locator(".dinfer-working")).to_have_text("")
 
     def drawn(self) -> str:

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -38,14 +38,23 @@ DUMP_S = 0.3
 Message = dict[str, Any]
 
 
-def sign_of_life(pid: int) -> tuple[str, float] | None:
-    """A process's state letter and CPU seconds, from /proc (Linux); None where there is no telling."""
+class Life(NamedTuple):
+    """A process's state letter, CPU seconds and bytes in memory."""
+
+    state: str
+    cpu_s: float
+    memory: int
+
+
+def sign_of_life(pid: int) -> Life | None:
+    """From /proc (Linux); None where there is no telling."""
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
             words = file.read().rpartition(")")[2].split()
     except OSError:
         return None
-    return words[0], (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+    cpu_s = (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+    return Life(words[0], cpu_s, int(words[21]) * os.sysconf("SC_PAGE_SIZE"))
 
 
 class Watcher:
@@ -72,7 +81,7 @@ class Watcher:
         self._lanes = 0
         self._last_state: object = None
         self._life_at = 0.0
-        self._life: tuple[str, float] | None = None
+        self._life: Life | None = None
         self._last_beat = 0.0
         self._unread = bytearray()
         self._client_heard = self._commanded = monotonic()
@@ -165,12 +174,13 @@ class Watcher:
                     "positions": stand.positions,
                     "started": stand.started,
                     "limits": stand.limits,
-                    "process": life and life[0],
-                    "cpu_s": life and life[1],
+                    "process": life and life.state,
+                    "cpu_s": life and life.cpu_s,
+                    "memory": life and life.memory,
                 }
             )
 
-    def _sign_of_life(self) -> tuple[str, float] | None:
+    def _sign_of_life(self) -> Life | None:
         if monotonic() - self._life_at > LIFE_S:
             self._life_at, self._life = monotonic(), sign_of_life(self._rank_pid)
         return self._life
@@ -222,7 +232,7 @@ def exists(pid: int) -> bool:
     except PermissionError:
         pass
     life = sign_of_life(pid)
-    return life is None or life[0] not in "ZX"
+    return life is None or life.state not in "ZX"
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ LARGE = 64 << 20
 CORNER = 4
 """values shown of a row, and tokens"""
 Index = int | slice
+Note = Callable[[Diff, Selection], None]
 
 
 class Other(Protocol):
@@ -31,9 +32,14 @@ class KV(Said):
     """Some of what ranks hold. `source()` is asked anew for each look: a run may have moved."""
 
     def __init__(
-        self, source: Callable[[], Shown], layers: Sequence[int], spans: Sequence[int], rank: int | None
+        self,
+        source: Callable[[], Shown],
+        layers: Sequence[int],
+        spans: Sequence[int],
+        rank: int | None,
+        note: "Note | None" = None,
     ) -> None:
-        self.source = source
+        self.source, self._note = source, note
         self._layers, self._spans, self._rank = tuple(layers), tuple(spans), rank
 
     def diff(
@@ -55,7 +61,10 @@ class KV(Said):
         spans = self._spans or tuple(range(len(subject.spans)))
         selection = Selection(chosen, self._layers, spans)
         if other is None:
-            return diff_ranks(source, selection, values)
+            found = diff_ranks(source, selection, values)
+            if self._note:
+                self._note(found, selection)
+            return found
         theirs = other.source() if hasattr(other, "source") else other
         if isinstance(theirs, Live):
             theirs = theirs.called("the other run")
@@ -168,8 +177,16 @@ class Part(Said):
         )
 
 
-def kv_of(source: Callable[[], Shown], *, layer: int | None, chunk: int | None, rank: int | None) -> KV:
-    """What `run.kv` returns. Raises PlanError for what there is not, or not yet."""
+def kv_of(
+    source: Callable[[], Shown],
+    *,
+    layer: int | None,
+    chunk: int | None,
+    rank: int | None,
+    note: Note | None = None,
+) -> KV:
+    """What `run.kv` returns; `note` is told what comparing ranks finds. Raises PlanError for what there is not, or not
+    yet."""
     now = source()
     shape = now.subject.plan.shape
     layers = range(shape.layers) if layer is None else [within("layer", layer, shape.layers)]
@@ -178,7 +195,7 @@ def kv_of(source: Callable[[], Shown], *, layer: int | None, chunk: int | None, 
         within("chunk", chunk, len(shape.chunks))
         for has in layers:
             check_computed(now, chunk, has, list(ranks))
-    return KV(source, list(layers), () if chunk is None else (chunk,), rank)
+    return KV(source, list(layers), () if chunk is None else (chunk,), rank, note)
 
 
 def check_computed(source: Source, chunk: int, layer: int, ranks: Sequence[int]) -> None:

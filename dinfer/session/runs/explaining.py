@@ -58,6 +58,10 @@ class Explaining(Sight):
         """Its sentence."""
         return self.told.sentence if self.told else ""
 
+    def why(self) -> str:
+        """All of it, as text."""
+        return str(self.told) if self.told else ""
+
     def stuck_ranks(self) -> tuple[int, ...]:
         """Those that were told to be in an op that does not end."""
         return self.told.ranks if self.told and self.told.kind in STUCK else ()

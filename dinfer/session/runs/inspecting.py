@@ -8,8 +8,10 @@ import torch
 from dinfer.model.fingerprint import fingerprint
 from dinfer.model.text import texts_of
 from dinfer.session.blame import silent_text
+from dinfer.session.kv.difference import Diff
 from dinfer.session.kv.line import Line
 from dinfer.session.kv.live import Live
+from dinfer.session.kv.sides import Selection
 from dinfer.session.kv.source import Subject
 from dinfer.session.kv.states import Attention, Hidden, attention_of, hidden_of
 from dinfer.session.kv.view import KV, kv_of
@@ -30,7 +32,7 @@ class Inspecting(Sight):
         tokens]` fetch values, [heads, tokens, head_dim], indexed as a tensor is; `.diff()` finds where ranks differ.
         Raises PlanError for what there is not, or not yet.
         """
-        return kv_of(self.source, layer=layer, chunk=chunk, rank=rank)
+        return kv_of(self.source, layer=layer, chunk=chunk, rank=rank, note=self._compared)
 
     def hidden(self, *, chunk: int, layer: int) -> Hidden:
         """The hidden state of a chunk before a layer, or after the last (`layer` is then how many there are).
@@ -49,6 +51,10 @@ class Inspecting(Sight):
         """What the ranks hold just now, once the run stands. Raises RuntimeError for a run that is over."""
         self._settle()
         return Live(self._subject(), Line(self._line, self._check_there))
+
+    def _compared(self, found: Diff, chosen: Selection) -> None:
+        self._marks.note_diff(found, chosen)
+        self.tell()
 
     def _subject(self) -> Subject:
         spec, dtype = self.job.spec, self.config.dtype

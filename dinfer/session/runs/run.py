@@ -4,8 +4,10 @@ What a step means is the plan's; how ranks are reached, the fleet's. Every actio
 or a panel's; they happen one after another, but for `pause`, which stops the one that is under way.
 """
 
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from dinfer.engine.corruption import Corruption
@@ -20,6 +22,7 @@ from dinfer.session.runs.action import action, count_of, unit_of
 from dinfer.session.runs.breaking import Breaking
 from dinfer.session.runs.comparing import Comparing
 from dinfer.session.runs.fleet import RankFailed
+from dinfer.session.runs.playing import pace_of, play_on
 from dinfer.session.runs.remote import RemoteFleet
 from dinfer.session.runs.replaying import Replaying
 from dinfer.session.runs.saving import Saving
@@ -52,6 +55,7 @@ class Run(Breaking, Comparing, Replaying, Saving):
         self._prepare = prepare
         self._fleet = RemoteFleet(job.plan, line, self.check)
         self._stops = Stops(lambda armed: self._ask_all("breakpoints", breakpoints=armed))
+        self._playing = threading.Event()
         self._begin()
 
     def _begin(self) -> None:
@@ -81,6 +85,18 @@ class Run(Breaking, Comparing, Replaying, Saving):
         return self._moved(lambda stepper: stepper.step_back(unit_of(unit), count_of(n)))
 
     @action
+    def play(self, unit: Unit | str = "layer", per_second: float = 2.0) -> Moved:
+        """Step by units at that pace, to the next breakpoint or the end of prefill, or until `pause()`. Raises
+        PlanError for a pace that is none."""
+        pace, of = pace_of(per_second), unit_of(unit)
+        self._playing.clear()
+        first = last = self._moved(lambda stepper: play_on(stepper, self._stops, of))
+        while last.moved and not last.stopped and not self._playing.wait(1 / pace):
+            last = self._moved(lambda stepper: play_on(stepper, self._stops, of))
+        lines = tuple(moved_lines(self.plan, first.before, last.after))
+        return replace(last, before=first.before, lines=lines)
+
+    @action
     def run_to(self, chunk: int, layer: int) -> Moved:
         """Stop just after that block is on every rank, with all blocks before it; forward or back.
 
@@ -97,6 +113,7 @@ class Run(Breaking, Comparing, Replaying, Saving):
     @action
     def pause(self) -> Where:
         """Stop a run, or the action that another thread waits for, at the nearest cut; in decode, after a token."""
+        self._playing.set()
         if self._generation.under_way:
             self._generation.stop()
         elif self._stepper is None:
@@ -234,6 +251,7 @@ class Run(Breaking, Comparing, Replaying, Saving):
             stepper = self._stepping()
             self._stops.forget_ahead()
             move = go(stepper)
+            self._marks.went(self.plan, move.before, move.after)
             if move.after != stepper.cuts.end:
                 self._generation.forget()
         lines = moved_lines(self.plan, move.before, move.after)
@@ -288,6 +306,7 @@ class Run(Breaking, Comparing, Replaying, Saving):
         elif note["note"] == "corrupt":
             found = Corruption.of(note["found"])
             self.corrupt.append(found)
+            self._marks.note_corrupt(found)
             if note["order"] is None or not self._stopped(f"stopped: {found}", note["order"]):
                 self.say(str(found))
 

@@ -1,5 +1,7 @@
 """Sight: what there is to see of a run, at any moment and whatever the ranks do. Nothing here moves it."""
 
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dinfer.engine.corruption import Corruption
@@ -11,6 +13,7 @@ from dinfer.session.result import merge
 from dinfer.session.runs.action import Acting
 from dinfer.session.runs.armed import Armed
 from dinfer.session.runs.generation import Generation
+from dinfer.session.runs.marks import Marks
 from dinfer.session.runs.standing import Standing, State, state_of_lanes
 from dinfer.session.runs.where import where_text
 from dinfer.session.said import Said, Where, listed
@@ -21,7 +24,10 @@ ANSWER_S = 30.0
 
 
 class Sight(Acting, Said):
-    """Of one run. `devices` are the ranks'; a run that begins anew calls `_look_anew`."""
+    """Of one run. `devices` are the ranks'; a run that begins anew calls `_look_anew`. `show`, which a session has from
+    views, makes the panel that a run is as the last line of a cell."""
+
+    show: Callable[[Any], Any] | None = None
 
     def __init__(self, job: Job, line: Ranks, devices: list[str], tokenizer: Any | None) -> None:
         super().__init__()
@@ -35,19 +41,25 @@ class Sight(Acting, Said):
         self._line, self._devices, self._tokenizer = line, devices, tokenizer
         self._generation = Generation(line, self.check, tokenizer)
         self._events: list[list[Event]] = []
+        self._marks, self._begun = Marks(), 0
         self._armed = Armed(lambda faults: self._ask_all("faults", faults=faults), self.say)
 
     def _look_anew(self) -> None:
         self._line.new_notes()
         self.message = self.failure = self.silence = ""
-        self.edited, self.corrupt = [], []
+        self.edited, self.corrupt, self._marks = [], [], Marks()
         self._armed.begin_anew()
         self._generation = Generation(self._line, self.check, self._tokenizer)
         self._events = [state.events for state in self._line.ranks]
+        self._begun += 1
 
     @property
     def hang(self) -> str:
         """Why the run does not move, where that is known."""
+        return ""
+
+    def why(self) -> str:
+        """The same at length."""
         return ""
 
     @property
@@ -77,17 +89,33 @@ class Sight(Acting, Said):
         head = f"{len(self.job.ids)} tokens in {chunks} chunks, {plan.schedule}, {plan.sync_strategy}"
         return f"run of {head}: {self.where()}"
 
+    def _repr_mimebundle_(self, **_: Any) -> Any:
+        """Where there is a browser to show it, the panel; elsewhere nothing beside the text."""
+        if self.show is None or self.closed or not _in_notebook():
+            return {}
+        return self.show(self)._repr_mimebundle_()
+
     @property
     def trace(self) -> Trace:
         """The events of all ranks so far."""
         with self._line.changed:
             return merge(self.job, self._events)
 
+    def events_since(self, read: Sequence[int]) -> tuple[list[Event], list[int]]:
+        """The events after those that have been `read`, and what has been read then: how often the run has begun anew,
+        and how many events of each rank. Of a run that has begun anew, all of them."""
+        with self._line.changed:
+            first = read[1:] if read and read[0] == self._begun else [0] * self.world_size
+            found = [e for n, events in zip(first, self._events, strict=True) for e in events[n:]]
+            return found, [self._begun, *map(len, self._events)]
+
     def standing(self) -> Standing:
         """The run at this moment; returns at once."""
         with self._line.changed:
             stands = tuple(state.stand for state in self._line.ranks if state.stand)
             alive = tuple(not state.gone for state in self._line.ranks)
+            memory = tuple(state.memory for state in self._line.ranks)
+            tokens = tuple(state.decoded for state in self._line.ranks)
         return Standing(
             stands if len(stands) == self.world_size else (),
             self._state(),
@@ -98,6 +126,10 @@ class Sight(Acting, Said):
             alive,
             self.last_call,
             tuple(map(str, self._armed)),
+            self._marks.of(self._armed),
+            memory,
+            tokens,
+            self.why(),
         )
 
     def chunk_labels(self) -> list[str]:
@@ -119,3 +151,9 @@ class Sight(Acting, Said):
         if self._generation.under_way:
             return "decoding"
         return state_of_lanes(self.plan, [state.stand for state in self._line.ranks if state.stand])
+
+
+def _in_notebook() -> bool:
+    """Whether this process is a kernel."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return hasattr(shell, "kernel")

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 from dinfer.engine.board import Stand
 from dinfer.plan.plan import Plan
+from dinfer.session.runs.marks import Mark
 
 State = Literal["starting", "running", "paused", "done", "decoding", "failed", "closed"]
 
@@ -22,6 +23,14 @@ class Standing(NamedTuple):
     last_call: str
     faults: tuple[str, ...] = ()
     """a line for each that is armed"""
+    marks: tuple[Mark, ...] = ()
+    """what is known of single blocks"""
+    memory: tuple[int | None, ...] = ()
+    """bytes that each rank's process has in its host's memory; None where it has none of its own"""
+    tokens: tuple[int, ...] = ()
+    """how many new tokens each rank has"""
+    verdict: str = ""
+    """why the run does not move, at length, once that was told"""
 
 
 def state_of_lanes(plan: Plan, stands: Sequence[Stand]) -> State:

@@ -64,6 +64,15 @@ class Stepper:
                 target = self._cuts.next(target, unit)
             return self._go(before, target)
 
+    def step_towards(self, limit: Cut, unit: Unit) -> Move:
+        """Move on by one unit, but not past `limit`."""
+        with self._lock:
+            before = self._stand()
+            target = self._cuts.next(before, unit)
+            while meet(target, limit) == before != limit:  # what is left of this unit lies past the limit
+                target = self._cuts.next(target, unit)
+            return self._go(before, meet(target, limit))
+
     def step_back(self, unit: Unit = "layer", n: int = 1) -> Move:
         """Go back by `n` units; does nothing at the start."""
         with self._lock:

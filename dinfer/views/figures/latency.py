@@ -33,9 +33,9 @@ PARTS: tuple[tuple[str, Callable[[Transfer], int]], ...] = (
 )
 
 
-def latency(trace: Trace, *, dark: bool = False) -> go.Figure:
+def latency(trace: Trace, *, dark: bool = False, per_link: int = PER_LINK) -> go.Figure:
     """Each transfer as two points over the time at which it arrived, pauses left out: on the wire, and waiting for the
-    peer."""
+    peer; of each link no more than `per_link`, the slowest of every few."""
     trace = without_pauses(trace)
     links = by_link(transfers(trace))
     figure = make_subplots(
@@ -43,7 +43,9 @@ def latency(trace: Trace, *, dark: bool = False) -> go.Figure:
     )
     for link, found in links.items():
         for row, (name, take) in enumerate(PARTS, 1):
-            figure.add_trace(_points(trace.began, list(links), link, found, name, take), row, 1)
+            figure.add_trace(
+                _points(trace.began, list(links), link, slowest(found, take, per_link), name, take), row, 1
+            )
     for row, (_, take) in enumerate(PARTS, 1):
         figure.update_yaxes(log_ms(_all(links, take)), row=row, col=1)
     figure.update_xaxes(range=[0, _seconds_of(trace) * 1.01])
@@ -94,11 +96,10 @@ def _points(
     began: int,
     links: Sequence[Link],
     link: Link,
-    found: list[Transfer],
+    shown: list[Transfer],
     part: str,
     take: Callable[[Transfer], int],
 ) -> go.Scatter:
-    shown = slowest(found, take, PER_LINK)
     return go.Scatter(
         name=link_name(link),
         legendgroup=link_name(link),

@@ -15,15 +15,18 @@ from dinfer.config import Config
 from dinfer.engine.board import Stand
 from dinfer.model.decoder import Decoder
 from dinfer.model.text import load_tokenizer
+from dinfer.plan.breakpoints import Breakpoint, parse_when
 from dinfer.plan.cut import Cut, Cuts, Unit
-from dinfer.plan.ops import Op
+from dinfer.plan.ops import Op, PlanError
 from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
+from dinfer.session.runs.marks import Mark
 from dinfer.session.runs.stepper import Stepper
+from dinfer.session.said import Breakpoints
 from dinfer.trace.events import Event
 from dinfer.views.cells import STATES, CellMap
-from dinfer.views.protocol import State
+from dinfer.views.protocol import Kv, State
 from tests.unit.engine.twin import Twin
 
 
@@ -40,6 +43,20 @@ class Moment:
     decoded: int = 0
     text: str = ""
     faults: Sequence[str] = ()
+    marks: Sequence[Mark] = ()
+    memory: Sequence[int | None] = ()
+    tokens: Sequence[int] = ()
+    verdict: str = ""
+
+
+class Faults:
+    """Lines of faults."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def clear(self) -> None:
+        self.lines.clear()
 
 
 class Listeners:
@@ -57,16 +74,43 @@ class Listeners:
             callback()
 
 
+class Bare:
+    """What no run here has: KV, events, ranks that hang."""
+
+    def __init__(self) -> None:
+        self.listeners = Listeners()
+        self.on_change = self.listeners.on_change
+        self.faults = Faults()
+        self.found: dict[int, Breakpoint] = {}
+        self.breakpoints = Breakpoints(self.found, self.listeners.tell)
+        self.events: list[Event] = []
+
+    def break_at(self, *, layer: int | None, chunk: int | None, rank: int | None, when: str | None) -> None:
+        number = len(self.found) + 1
+        self.found[number] = Breakpoint(number, rank, "layer", chunk, layer, *parse_when(when))
+        self.listeners.tell()
+
+    def verdict(self) -> str:
+        return "the run moves"
+
+    def kv(self, *, layer: int | None = None) -> Kv:
+        raise PlanError(f"this run holds no KV of layer {layer}.")
+
+    def events_since(self, read: Sequence[int]) -> tuple[list[Event], list[int]]:
+        return self.events[read[1] if read else 0 :], [0, len(self.events)]
+
+
 def paper_plan(layers: int = 4, chunks: int = 3, ranks: int = 2) -> Plan:
     """A pipelined pairwise plan of that size."""
     shape = partition(layers=layers, tokens=chunks * 8, world_size=ranks, chunk_size=8)
     return build(shape, "pipelined", "pairwise")
 
 
-class PaperRun:
+class PaperRun(Bare):
     """Steps on paper: no ranks, positions jump from cut to cut. While `open` is cleared, a step does not return."""
 
     def __init__(self, plan: Plan, labels: Sequence[str] = ()) -> None:
+        super().__init__()
         self.plan, self.world_size = plan, plan.world_size
         self.labels = list(labels) or [""] * len(plan.shape.chunks)
         self.cuts = Cuts(plan)
@@ -77,11 +121,10 @@ class PaperRun:
         self.calls: list[str] = []
         self.state: State = "paused"
         self.message, self.decoded, self.text = "", 0, ""
-        self.faults: list[str] = []
+        self.marks: list[Mark] = []
+        self.why = ""
         self.devices = ["cpu"] * plan.world_size
         self.alive = [True] * plan.world_size
-        self.listeners = Listeners()
-        self.on_change = self.listeners.on_change
 
     def chunk_labels(self) -> list[str]:
         return self.labels
@@ -101,7 +144,9 @@ class PaperRun:
             self.message,
             self.decoded,
             self.text,
-            self.faults,
+            self.faults.lines,
+            list(self.marks),
+            verdict=self.why,
         )
 
     def move(self, call: str, cut: Cut) -> None:
@@ -122,6 +167,9 @@ class PaperRun:
         for _ in range(n):
             cut = self.cuts.previous(cut, unit)
         self.move(f'run.step_back("{unit}")', cut)
+
+    def play(self, unit: Unit, per_second: float) -> None:
+        self.move(f'run.play("{unit}", per_second={per_second:g})', self.cuts.next(self.cut, unit))
 
     def run_to(self, *, chunk: int, layer: int) -> None:
         self.move(f"run.run_to(chunk={chunk}, layer={layer})", self.cuts.after_block(chunk, layer))
@@ -149,10 +197,11 @@ def busy_run(layers: int, chunks: int, ranks: int, waves: int) -> PaperRun:
     return run
 
 
-class TwinRun:
+class TwinRun(Bare):
     """A run whose ranks are threads of this process. Each compute op takes `pace` seconds more than it needs."""
 
     def __init__(self, model: str, prompt: str, **config: object) -> None:
+        super().__init__()
         settings = Config.of({"model_path": model, **config})
         tokenizer = load_tokenizer(model)
         assert tokenizer is not None
@@ -163,8 +212,6 @@ class TwinRun:
         self.labels = [tokenizer.decode(ids[chunk.start : chunk.stop]) for chunk in self.plan.shape.chunks]
         self.stepper = Stepper(self.fleet, timeout=30)
         self.last_call = ""
-        self.listeners = Listeners()
-        self.on_change = self.listeners.on_change
         self._closing = threading.Event()
         self.pace = 0.0
         for engine in self.twin.engines:
@@ -188,6 +235,9 @@ class TwinRun:
 
     def step_back(self, unit: Unit, n: int = 1) -> object:
         return self._said(f'run.step_back("{unit}")', lambda: self.stepper.step_back(unit, n))
+
+    def play(self, unit: Unit, per_second: float) -> object:  # noqa: ARG002 - as fast as it goes
+        return self.step(unit)
 
     def run_to(self, *, chunk: int, layer: int) -> object:
         call = f"run.run_to(chunk={chunk}, layer={layer})"

@@ -12,15 +12,18 @@ from dinfer.views.report.page import FIGURES
 def test_a_machine_without_a_browser_is_told_that_opening_was_not_timed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bench_views, "_opened", lambda *_: None)
+    monkeypatch.setattr(bench_views, "_in_browser", lambda *_: None)
     monkeypatch.setattr(bench_views, "LAYERS", 6)
     said: list[str] = []
     result = bench_views.bench_views(1, said.append)
     lines = table(result).splitlines()
-    assert said == ["figures are timed", "the report is written"]
-    assert [line.split()[0] for line in lines[1:-2]] == list(FIGURES)
+    assert said == ["figures are timed", "the report is written", "live views are timed"]
+    assert [line.split()[0] for line in lines[1 : 1 + len(FIGURES)]] == list(FIGURES)
+    live = [line for line in lines if line.startswith("live: ")]
+    assert [line.split()[1] for line in live] == ["map", "map", "inspector", "latency"]
     assert 4_000_000 < result["report"]["bytes"] < 10_000_000
-    assert lines[-1] == f"opening: {bench_views.NEEDED}"
+    assert f"opening: {bench_views.NEEDED}" in lines
+    assert lines[-1] == f"drawing: {bench_views.NEEDED}"
 
 
 def test_opening_is_told_in_its_three_parts() -> None:
@@ -31,8 +34,17 @@ def test_opening_is_told_in_its_three_parts() -> None:
         "repeats": 3,
         "figures": {"gantt": {"ms": 100.0, "bytes": 1_000_000}},
         "report": {"write_ms": 500.0, "bytes": 6_500_000, "open": opened},
+        "live": {
+            "kernel": {
+                "map 36 × 32 × 3": {"ms": 2.0, "bytes": 5000},
+                "inspector": {"ms": 15.0, "bytes": 2_000_000},
+            },
+            "browser": {"map": 60.0, "inspector": 25.0},
+        },
     }
-    *_, report, opening = table(result).splitlines()
+    *_, report, opening, shown, inspector = table(result).splitlines()
+    assert shown == "live: map 36 × 32 × 3: 2.0 ms in the kernel, 0.01 MB, drawn 60 times a second"
+    assert inspector == "live: inspector: 15.0 ms in the kernel, 2.00 MB, drawn 25 times a second"
     assert report == "report: written in 500 ms, 6.50 MB (target: at most 10 MB)"
     assert "after 100 ms" in opening
     assert "after 1500 ms (target: at most 2,000 ms), every figure after 3000 ms" in opening

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dinfer.plan.cut import UNITS
-from dinfer.views.cells import EVERYWHERE, CellMap
+from dinfer.session.runs.marks import Mark
+from dinfer.views.cells import ARMED, DIFFERS, EVERYWHERE, CellMap
 from dinfer.views.panel import Panel
 from dinfer.views.protocol import Run
 from tests.cluster.runs import wait_for
@@ -36,7 +37,7 @@ class Held:
 
     def done(self) -> None:
         """Wait until what was pressed is done and shown, and the map is the run's."""
-        workers = (self.panel._worker, self.panel._pauser)
+        workers = self.panel._workers
         wait_for(lambda: not any(worker.current for worker in workers), "actions end", 20)
         self.see("working", [])
         wait_for(lambda: self.panel.cells == self.now(), "the map agrees", 20)
@@ -62,7 +63,7 @@ def test_the_browser_is_told_what_the_run_is(paper: Held) -> None:
     assert paper.panel.board["owners"] == [0, 0, 1, 1]
     assert paper.panel.board["chunks"] == [[0, 8], [8, 16], [16, 24]]
     assert paper.panel.shown["state"] == "paused"
-    assert [rank["state"] for rank in paper.panel.shown["ranks"]] == ["stands", "stands"]
+    assert [rank["state"] for rank in paper.panel.shown["ranks"]] == ["paused", "paused"]
     assert paper.panel.shown["cut"] == [0, 0, 0]
 
 
@@ -96,6 +97,57 @@ def test_a_press_is_answered_at_once_and_pause_is_not_behind_a_step(paper: Held)
         'run.step("chunk")',
         "run.pause()",
     ]  # what waited was asked for before the pause
+
+
+def test_breakpoints_and_faults_are_changed_while_a_step_goes_on(paper: Held) -> None:
+    paper.run.open.clear()
+    paper.press("step", unit="chunk")
+    paper.see("working", ['run.step("chunk")'])
+    paper.press("break_at", layer=2, chunk=1, when="")
+    paper.see("breakpoints", [{"number": 1, "text": "#1: after layer 2, chunk 1", "layer": 2, "chunk": 1}])
+    paper.press("remove_breakpoint", number=1)
+    paper.see("breakpoints", [])
+    paper.run.faults.lines.append("armed: #1 bitflip")
+    paper.press("clear_faults")
+    paper.see("faults", [])
+    paper.run.open.set()
+    paper.done()
+
+
+def test_what_is_asked_for_is_answered_and_dismissed(paper: Held) -> None:
+    paper.press("why")
+    paper.see("answer", "the run moves")
+    paper.press("dismiss")
+    paper.see("answer", "")
+    paper.press("diff")
+    paper.see("error", "run.kv().diff(): this run holds no KV of layer None.")
+
+
+def test_play_has_a_pace(paper: Held) -> None:
+    paper.press("play", unit="wave", per_second=2.5)
+    paper.done()
+    assert paper.run.calls == ['run.play("wave", per_second=2.5)']
+    assert paper.everywhere() > 0
+
+
+def test_cells_turn_where_something_is_known(paper: Held) -> None:
+    paper.press("step", unit="chunk")
+    paper.done()
+    paper.run.marks = [
+        Mark(1, 0, 2, "differs", "rank 1 differs at layer 2"),
+        Mark(0, 2, 3, "armed", "armed: #1 lost"),
+        Mark(0, 2, 3, "corrupt", "not there yet, so nothing to see"),
+    ]
+    paper.run.listeners.tell()
+    wait_for(lambda: bool(paper.panel.marks), "marks are shown", 10)
+    cells = np.frombuffer(paper.panel.cells, np.uint8).reshape(4, 3, 2)
+    assert cells[2, 0].tolist() == [EVERYWHERE, EVERYWHERE | DIFFERS]
+    assert cells[3, 2].tolist() == [ARMED, 0]
+    assert paper.panel.marks["2 0"] == ["rank 1 differs at layer 2"]
+    still = paper.panel._repr_mimebundle_()[0]["text/html"]
+    assert 'class="differs"' in still
+    assert 'class="armed"' in still
+    assert "rank 1 differs at layer 2" in still
 
 
 @pytest.mark.parametrize(
@@ -145,7 +197,7 @@ def test_failures_lost_ranks_and_text_are_shown(paper: Held) -> None:
         2,
         "47",
     )
-    assert [rank["state"] for rank in shown["ranks"]] == ["stands", "lost"]
+    assert [rank["state"] for rank in shown["ranks"]] == ["paused", "lost"]
 
 
 def test_panels_of_one_run_agree_and_follow_it_whoever_moves_it(paper: Held) -> None:

@@ -14,10 +14,12 @@ import pytest
 from nbconvert import HTMLExporter
 
 import dinfer.views
+from dinfer.trace.transfers import by_link, transfers
 from dinfer.views.cells import STATES, CellMap
 from dinfer.views.panel import Panel
 from dinfer.views.still import COLOURS, map_svg, still_html
 from tests.unit.views.doubles import PaperRun, busy_run, paper_plan
+from tests.unit.views.traces import on_paper
 
 CSS = (Path(dinfer.views.__file__).parent / "panel.css").read_text(encoding="utf-8")
 NASTY = "</svg><script>alert(1)</script>"
@@ -96,3 +98,15 @@ def test_a_converted_notebook_shows_the_still_picture() -> None:
     page, _ = HTMLExporter().from_file(StringIO(text))  # type: ignore[no-untyped-call]
     assert "<title>blocks by layer and chunk, each split by rank</title>" in page
     assert 'run.step("wave")' in unescape(page)
+
+
+def test_what_went_over_each_link_is_a_table() -> None:
+    run = PaperRun(paper_plan())
+    run.events = list(on_paper(4, 3, 2).events)
+    still = Panel(run)._repr_mimebundle_()[0]["text/html"]
+    found = by_link(transfers(on_paper(4, 3, 2)))
+    assert list(found) == [(0, 1), (1, 0)]
+    for (source, target), some in found.items():
+        megabytes = sum(one.bytes for one in some) / 1e6
+        assert f"<tr><td>{source}→{target}</td><td>{len(some)}</td><td>{megabytes:.3g}</td>" in still
+    assert "99th" not in still_html(run.plan, run.standing(), run.labels)

@@ -1,0 +1,64 @@
+"""Actions: what a button of the panel asks for, as the Python call that it is."""
+
+from typing import Any
+
+from dinfer.views.desk import Action
+from dinfer.views.protocol import Run
+
+Json = dict[str, Any]
+PLACES = ("layer", "chunk", "rank")
+
+
+def action_of(run: Run, message: Json) -> Action:
+    """Whatever moves the run, or asks it something."""
+    match message:
+        case {"do": "step", "unit": ("op" | "layer" | "wave" | "chunk") as unit}:
+            return Action(f'run.step("{unit}")', lambda: run.step(unit))
+        case {"do": "step_back", "unit": ("op" | "layer" | "wave" | "chunk") as unit}:
+            return Action(f'run.step_back("{unit}")', lambda: run.step_back(unit))
+        case {"do": "play", "unit": ("op" | "layer" | "wave" | "chunk") as unit, "per_second": pace} if (
+            isinstance(pace, int | float)
+        ):
+            return Action(f'run.play("{unit}", per_second={pace:g})', lambda: run.play(unit, per_second=pace))
+        case {"do": "run_to", "chunk": int(chunk), "layer": int(layer)}:
+            call = f"run.run_to(chunk={chunk}, layer={layer})"
+            return Action(call, lambda: run.run_to(chunk=chunk, layer=layer))
+        case {"do": "resume"}:
+            return Action("run.resume()", run.resume)
+        case {"do": "restart"}:
+            return Action("run.restart()", run.restart)
+        case {"do": "diff"}:
+            return Action("run.kv().diff()", lambda: run.kv().diff(), asks=True)
+        case {"do": "why"}:
+            return Action("run.verdict()", run.verdict, asks=True)
+    return Action("panel", lambda: _refuse(message))
+
+
+def edit_of(run: Run, message: Json) -> Action | None:
+    """Whatever changes breakpoints and faults, which need not wait for a step; None for anything else."""
+    match message:
+        case {"do": "break_at"}:
+            return _break_at(run, message)
+        case {"do": "remove_breakpoint", "number": int(number)}:
+            return Action(f"run.breakpoints.remove({number})", lambda: run.breakpoints.remove(number))
+        case {"do": "clear_breakpoints"}:
+            return Action("run.breakpoints.clear()", lambda: run.breakpoints.clear())
+        case {"do": "clear_faults"}:
+            return Action("run.faults.clear()", lambda: run.faults.clear())
+    return None
+
+
+def _break_at(run: Run, message: Json) -> Action:
+    """At layer, chunk and rank, each left out for any, `when` a condition holds."""
+    places = {name: message[name] for name in PLACES if isinstance(message.get(name), int)}
+    when = str(message.get("when") or "") or None
+    said = [f"{name}={number}" for name, number in places.items()] + [f"when={when!r}"] * bool(when)
+    layer, chunk, rank = (places.get(name) for name in PLACES)
+    return Action(
+        f"run.break_at({', '.join(said)})",
+        lambda: run.break_at(layer=layer, chunk=chunk, rank=rank, when=when),
+    )
+
+
+def _refuse(message: Json) -> None:
+    raise ValueError(f"the browser asked for {message}, which is nothing that a panel does: reload the page.")

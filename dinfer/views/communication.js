@@ -1,0 +1,102 @@
+// Live figures of the links: plotly's own script, which the kernel sends once, draws what the kernel makes. Nothing here
+// can upload anything.
+
+const TITLES = { latency: "latency", distribution: "distribution", matrix: "rank × rank", gantt: "lanes", exposure: "exposed" };
+const MOST_PIXELS = 410;
+const EXPLAINED = {
+  latency: "each transfer as it arrives: on the wire, and waiting for the peer",
+  distribution: "which part of a link's transfers took no longer",
+  matrix: "bytes, bandwidth and latency from each rank to each other",
+  gantt: "what each lane did when; bubble: there was nothing to do",
+  exposure: "communication is exposed where no computing hides it",
+};
+
+class Communication {
+  constructor(parent, root, board, name, send) {
+    Object.assign(this, { root, name, send, have: -1, figure: board.figures[0] });
+    const bar = make("div", "fields", parent);
+    this.tabs = board.figures.map((figure) => {
+      const button = make("button", "", bar, TITLES[figure] ?? figure);
+      button.dataset.figure = figure;
+      button.onclick = () => this.choose(figure);
+      return button;
+    });
+    this.about = make("span", "faint about", bar);
+    this.said = make("span", "faint", bar);
+    this.place = make("div", "figure", parent);
+    this.resized = new ResizeObserver(() => this.drawn && globalThis.dinferPlotly.Plots.resize(this.drawn));
+    this.resized.observe(this.place);
+  }
+
+  open() {
+    this.shown = true;
+    if (globalThis.dinferPlotly) this.choose(this.figure);
+    else this.send({ do: "plotly", view: this.name });
+  }
+
+  close() {
+    this.shown = false;
+  }
+
+  remove() {
+    this.resized.disconnect();
+    if (this.drawn) globalThis.dinferPlotly.purge(this.drawn);
+  }
+
+  choose(figure) {
+    this.figure = figure;
+    this.have = -1;
+    this.tabs.forEach((button) => button.classList.toggle("dinfer-on", button.dataset.figure === figure));
+    this.about.textContent = EXPLAINED[figure] ?? "";
+    this.ask();
+  }
+
+  theme() {
+    this.have = -1;
+    this.ask();
+  }
+
+  ask() {
+    const ready = this.shown && globalThis.dinferPlotly;
+    if (ready) this.send({ do: "figure", view: this.name, name: this.figure, have: this.have, dark: this.isDark() });
+  }
+
+  isDark() {
+    return this.root.classList.contains("dinfer-dark");
+  }
+
+  hear(message, buffers) {
+    if (message.plotly === this.name) this.learn(message.config, buffers[0]);
+    if (message.figure?.view === this.name && message.figure.name === this.figure) this.take(message.figure);
+  }
+
+  // plotly as a script would put itself into window, or into the page's loader of modules: here it is given one of its own.
+  learn(config, buffer) {
+    const text = new TextDecoder().decode(new Uint8Array(buffer.buffer, buffer.byteOffset, buffer.byteLength));
+    const module = { exports: {} };
+    new Function("module", "exports", "define", text)(module, module.exports, undefined);
+    globalThis.dinferPlotly = module.exports.react ? module.exports : globalThis.Plotly;
+    globalThis.dinferPlotlyConfig = config;
+    this.choose(this.figure);
+  }
+
+  async take({ seen, said, json, error, name }) {
+    this.have = seen;
+    this.said.textContent = said;
+    if (error) this.said.textContent = error;
+    if (json) {
+      const { data, layout } = JSON.parse(json);
+      const paper = getComputedStyle(this.root).getPropertyValue("--dinfer-back").trim();
+      const shown = { ...layout, autosize: true, paper_bgcolor: paper, plot_bgcolor: paper,
+        height: Math.min(layout.height ?? MOST_PIXELS, MOST_PIXELS), uirevision: name };
+      layout.annotations?.forEach((one) => { one.font = { size: 12 }; });
+      shown.margin = { t: 34, ...layout.margin };
+      this.drawn = this.place;
+      await globalThis.dinferPlotly.react(this.place, data, shown, globalThis.dinferPlotlyConfig);
+      this.place.dataset.name = name;
+      this.place.dataset.points = data.reduce((sum, { x }) => sum + (x?.length ?? x?._inputArray?.length ?? 0), 0);
+    }
+    this.place.dataset.seen = seen;
+    this.ask();
+  }
+}

@@ -1,0 +1,148 @@
+"""Communication: live figures of what goes over the links, for browsers that ask for them.
+
+Events go into a ring, and figures are drawn of what is in it: however long a run is looked at, memory and the time that
+a figure takes stay bounded. As with the inspector, a browser is answered once there is something new, and no sooner
+than it asks. plotly's script is plotly's own, sent once to each page, and never into the notebook file.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import plotly.graph_objects as go
+
+from dinfer.trace.events import Event
+from dinfer.trace.trace import CHECKING, Trace
+from dinfer.views.bench import HTML_CONFIG
+from dinfer.views.desk import Painter
+from dinfer.views.figures.exposure import exposure
+from dinfer.views.figures.gantt import gantt
+from dinfer.views.figures.latency import distribution, latency
+from dinfer.views.figures.matrix import matrix
+from dinfer.views.protocol import Run
+
+Json = dict[str, Any]
+Send = Callable[..., object]
+PERIOD_S, REST = 0.1, 2.0
+EVENTS = 6000
+"""the newest that figures are drawn of"""
+POINTS = 100
+"""of one link: few enough for a browser to draw them several times a second"""
+VIEWS = 8
+FIGURES: dict[str, Callable[..., go.Figure]] = {
+    "latency": partial(latency, per_link=POINTS),
+    "distribution": distribution,
+    "matrix": matrix,
+    "gantt": gantt,
+    "exposure": exposure,
+}
+
+
+class Want(NamedTuple):
+    """What one browser looks at; `have`: how many events it has seen."""
+
+    view: str
+    name: str
+    dark: bool
+    have: int
+
+
+class Ring:
+    """The newest events of prefill, and how many there have been."""
+
+    def __init__(self, run: Run, most: int = EVENTS) -> None:
+        self._run, self._most = run, most
+        self._events: deque[Event] = deque(maxlen=most)
+        self._read: list[int] = []
+        self.seen = 0
+
+    def read(self) -> None:
+        """Take in what is new; a run that has begun anew begins anew here too."""
+        found, read = self._run.events_since(self._read)
+        if self._read and read[0] != self._read[0]:
+            self._events.clear()
+        self._read = read
+        new = sorted(_of_prefill(found), key=lambda event: event.end)
+        self._events.extend(new)
+        self.seen += len(new)
+
+    def trace(self) -> Trace:
+        """What is here."""
+        return Trace.merge([list(self._events)])
+
+    @property
+    def said(self) -> str:
+        """Of what figures are drawn."""
+        here = len(self._events)
+        if not here:
+            return "nothing has run yet: press play, or step"
+        return f"{here:,} events" if here < self._most else f"the newest {here:,} events"
+
+
+class Communication:
+    """Of one panel. `send(content, buffers)` speaks to all its browsers."""
+
+    def __init__(self, run: Run, send: Send) -> None:
+        self._send = send
+        self._ring = Ring(run)
+        self._painter = Painter(self._serve, "figures", PERIOD_S, REST)
+        self._lock = threading.Lock()
+        self._wants: dict[str, Want] = {}
+        self._not_before = 0.0
+
+    def ask(self, message: Json) -> None:
+        """A browser has drawn what it had. Returns at once."""
+        name, have = str(message.get("name")), message.get("have")
+        if name not in FIGURES:
+            return
+        view = str(message.get("view"))
+        with self._lock:
+            self._wants.pop(view, None)
+            self._wants[view] = Want(
+                view, name, bool(message.get("dark")), have if isinstance(have, int) else -1
+            )
+            while len(self._wants) > VIEWS:
+                del self._wants[next(iter(self._wants))]
+        self._painter.touch()
+
+    def touch(self) -> None:
+        """There may be new events."""
+        if self._wants:
+            self._painter.touch()
+
+    def script(self, message: Json) -> None:
+        """Send plotly, once for each page."""
+        from plotly.offline import get_plotlyjs
+
+        self._send({"plotly": message.get("view"), "config": HTML_CONFIG}, [get_plotlyjs().encode()])
+
+    def close(self) -> None:
+        """Draw no more."""
+        self._painter.close()
+
+    def _serve(self) -> None:
+        self._ring.read()
+        for want in list(self._wants.values()):
+            if want.have == self._ring.seen:
+                continue
+            with self._lock:
+                if self._wants.get(want.view) != want:
+                    continue
+                del self._wants[want.view]
+            self._send({"figure": self._drawn(want)})
+
+    def _drawn(self, want: Want) -> Json:
+        head = {"view": want.view, "name": want.name, "seen": self._ring.seen, "said": self._ring.said}
+        if not self._ring.seen:
+            return head
+        try:
+            return {**head, "json": FIGURES[want.name](self._ring.trace(), dark=want.dark).to_json()}
+        except Exception as error:  # there is nobody else to tell
+            return {**head, "error": f"{type(error).__name__}: {error}"}
+
+
+def _of_prefill(events: Iterable[Event]) -> list[Event]:
+    apart = {"decode", *CHECKING}
+    return [event for event in events if event.what != "token" and event.kind not in apart]

@@ -1,0 +1,97 @@
+// What moves the run: buttons, keys, breakpoints. Each says which Python call it is.
+
+const BUTTONS = [
+  ["◀ back", "step_back", "go back by one unit of the last step", "b"],
+  ["op", "step:op", 'run.step("op")', "o"],
+  ["layer", "step:layer", 'run.step("layer")', "l"],
+  ["wave", "step:wave", 'run.step("wave")', "w"],
+  ["chunk", "step:chunk", 'run.step("chunk")', "c"],
+  null,
+  ["▶ play", "resume", "run.resume(), or run.play(…) at a pace", "p"],
+  ["❚❚ pause", "pause", "run.pause()", "s"],
+  ["run to block", "run_to", "run.run_to(chunk=…, layer=…): stop just after the selected block is everywhere", "r"],
+  ["restart", "restart", "run.restart()", ""],
+  null,
+  ["compare ranks", "diff", "run.kv().diff(): where the ranks' KV differs; the map shows it", "d"],
+  ["why?", "why", "run.verdict(): why the run does not move", "y"],
+];
+const PACES = [["", "full speed"], ["1", "1 a second"], ["2", "2 a second"], ["5", "5 a second"], ["10", "10 a second"]];
+const KEYS = "Keys, while the panel has the focus: o l w c step, b back, p play, s pause, r run to the selected block, d compare "
+  + "ranks, y why, Enter or double-click sets or removes a breakpoint at a block, arrows move the selection, 1 2 3 the tabs.";
+const TABS = ["map", "KV", "communication"];
+const WHENS = ["nan", "inf", "absmax > 100", "digest differs", "slower than 5 ms"];
+
+function make(tag, name, parent, text = "") {
+  const node = document.createElement(tag);
+  if (name) node.className = name.split(" ").map((part) => `dinfer-${part}`).join(" ");
+  if (text) node.textContent = text;
+  parent?.append(node);
+  return node;
+}
+
+// A call that can be copied; what this returns shows another one.
+function copyable(parent, title) {
+  if (title) make("span", "faint", parent, title);
+  const code = make("code", "", parent), button = make("button", "", parent, "copy");
+  button.onclick = async () => {
+    try {
+      await navigator.clipboard.writeText(code.textContent);
+      button.textContent = "copied";
+    } catch {
+      window.getSelection().selectAllChildren(code); // no clipboard here: Ctrl-C does it
+      button.textContent = "selected";
+    }
+    setTimeout(() => { button.textContent = "copy"; }, 1200);
+  };
+  return (call) => {
+    code.textContent = call;
+    code.hidden = button.hidden = !call;
+  };
+}
+
+function shorten(text) {
+  return text.length > 90 ? `${text.slice(0, 90)}…` : text;
+}
+
+// The list of breakpoints: see, remove, add.
+class BreakpointList {
+  constructor(parent, board, send) {
+    Object.assign(this, { send, drawn: "" });
+    this.box = make("details", "stops", parent);
+    this.title = make("summary", "", this.box, "breakpoints");
+    this.list = make("div", "list", this.box);
+    const form = make("form", "fields", this.box);
+    const most = { layer: board.owners.length, chunk: board.chunks.length, rank: board.ranks };
+    this.fields = Object.keys(most).map((name) => {
+      const input = make("input", "", form);
+      Object.assign(input, { type: "number", name, min: 0, max: most[name] - 1, placeholder: name, title: `${name}; empty for any` });
+      return input;
+    });
+    this.when = make("input", "when", form);
+    Object.assign(this.when, { name: "when", placeholder: "when …", title: `empty, or one of: ${WHENS.join(", ")}` });
+    make("button", "", form, "add").title = "run.break_at(layer=…, chunk=…, rank=…, when=…)";
+    form.onsubmit = (event) => this.add(event);
+  }
+
+  add(event) {
+    event.preventDefault();
+    const places = this.fields.filter((field) => field.value !== "").map((field) => [field.name, Number(field.value)]);
+    this.send({ do: "break_at", ...Object.fromEntries(places), when: this.when.value.trim() });
+  }
+
+  show(breakpoints) {
+    const text = JSON.stringify(breakpoints);
+    if (text === this.drawn) return;
+    this.drawn = text;
+    this.title.textContent = breakpoints.length ? `breakpoints (${breakpoints.length})` : "breakpoints";
+    if (breakpoints.length) this.box.open = true;
+    this.list.replaceChildren();
+    for (const { number, text: said } of breakpoints) {
+      const line = make("div", "", this.list);
+      make("span", "", line, said);
+      const remove = make("button", "", line, "×");
+      Object.assign(remove, { title: `run.breakpoints.remove(${number})`, onclick: () => this.send({ do: "remove_breakpoint", number }) });
+      remove.setAttribute("aria-label", `remove breakpoint ${number}`);
+    }
+  }
+}

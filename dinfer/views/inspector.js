@@ -1,0 +1,222 @@
+// The KV inspector: which layer, head and ranks to look at, the heatmap, and what is known of what it shows. It asks the
+// kernel for a picture and says which one it has; the kernel answers once there is another.
+
+const SHOWS = [["a", "rank A"], ["b", "rank B"], ["a-b", "A − B"]];
+const COLUMNS = ["head", "min", "max", "mean", "NaN, Inf", "zeros"];
+
+class Inspector {
+  // `send(message)` speaks to the kernel.
+  constructor(parent, root, board, name, send) {
+    Object.assign(this, { board, name, send, have: "", asking: null });
+    this.want = { layer: 0, tensor: "K", head: null, a: 0, b: board.ranks - 1, show: "a", scale: "robust" };
+    this.build(parent);
+    this.map = new Heatmap(this.picture, root, (place) => this.point(place));
+  }
+
+  build(parent) {
+    const bar = make("div", "fields", parent);
+    const layers = this.board.owners.map((_, layer) => [layer, `layer ${layer}`]);
+    const ranks = Array.from({ length: this.board.ranks }, (_, rank) => [rank, `rank ${rank}`]);
+    this.layer = this.choice(bar, "layer", layers, Number);
+    this.choice(bar, "tensor", [["K", "K"], ["V", "V"]], String);
+    this.headField = this.choice(bar, "head", [["", "all heads"]], (value) => (value === "" ? null : Number(value)));
+    make("span", "gap", bar);
+    make("span", "faint", bar, "A");
+    this.choice(bar, "a", ranks, Number);
+    make("span", "faint", bar, "B");
+    this.choice(bar, "b", ranks, Number).value = this.want.b;
+    this.shows = SHOWS.map(([show, text]) => {
+      const button = make("button", "", bar, text);
+      button.dataset.show = show;
+      button.onclick = () => this.change("show", show);
+      return button;
+    });
+    make("span", "gap", bar);
+    make("span", "faint", bar, "scale");
+    this.choice(bar, "scale", [["robust", "robust"], ["full", "full"], ["own", "± …"]], String);
+    this.own = make("input", "", bar);
+    Object.assign(this.own, { type: "number", min: 0, step: "any", value: 1, hidden: true, title: "the value at the end of the colours" });
+    this.own.onchange = () => this.change("scale", Number(this.own.value));
+    for (const [text, title, act] of [["+", "zoom in", () => this.map.zoomBy(0.5)], ["−", "zoom out", () => this.map.zoomBy(2)],
+      ["all", "see all", () => this.map.zoomTo(null)]]) {
+      const button = make("button", "", bar, text);
+      Object.assign(button, { title, onclick: act });
+    }
+    const body = make("div", "body", parent);
+    this.picture = make("div", "map", body);
+    const side = make("div", "side", body);
+    this.hover = make("div", "spot", side);
+    this.verdict = make("div", "verdict", side);
+    this.colours = make("div", "scale", side);
+    this.summary = make("div", "summary", side);
+    this.callText = make("div", "call", parent);
+    this.call = copyable(this.callText, "");
+    this.tell(null);
+  }
+
+  choice(bar, name, options, read) {
+    const select = make("select", "", bar);
+    select.dataset.field = name;
+    select.setAttribute("aria-label", name);
+    fill(select, options);
+    select.onchange = () => this.change(name, read(select.value));
+    return select;
+  }
+
+  change(name, value) {
+    if (name === "scale") {
+      this.own.hidden = typeof value === "string" && value !== "own";
+      this.want.scale = value === "own" ? Number(this.own.value) : value;
+    } else this.want[name] = value;
+    this.ask(true);
+  }
+
+  // Look at another layer, as the map's selection does.
+  look(layer) {
+    if (layer === this.want.layer) return;
+    this.layer.value = layer;
+    this.change("layer", layer);
+  }
+
+  open() {
+    this.shown = true;
+    this.ask(true);
+  }
+
+  close() {
+    this.shown = false;
+  }
+
+  remove() {
+    this.map.close();
+  }
+
+  ask(anew = false) {
+    if (!this.shown) return;
+    this.shows.forEach((button) => button.classList.toggle("dinfer-on", button.dataset.show === this.want.show));
+    if (anew) this.have = "";
+    if (!this.head && !this.error) this.judge({ text: "The picture comes once the run stands.", equal: true });
+    this.send({ do: "inspect", view: this.name, ...this.want, have: this.have });
+  }
+
+  hear(message, buffers) {
+    const { kv, kv_diff: diff, value } = message;
+    if (kv?.view === this.name) this.take(kv, buffers[0]);
+    if (diff?.view === this.name) this.judge(diff);
+    if (value?.view === this.name) this.tell(value);
+  }
+
+  take(head, buffer) {
+    this.have = head.stamp;
+    this.error = head.error ?? "";
+    if (head.error) this.judge({ text: head.error, equal: false });
+    else {
+      const codes = new Uint8Array(buffer.buffer, buffer.byteOffset, buffer.byteLength);
+      this.head = Object.assign(head, { codes });
+      if (this.headOptions !== head.all_heads) this.listHeads(head.all_heads);
+      this.map.show(head, codes);
+      this.describe(head);
+      if (this.pointed) this.point(this.pointed, true);
+    }
+    requestAnimationFrame(() => this.ask()); // once it has been drawn
+  }
+
+  listHeads(count) {
+    this.headOptions = count;
+    fill(this.headField, [["", "all heads"], ...Array.from({ length: count }, (_, head) => [head, `head ${head}`])]);
+    this.headField.value = this.want.head ?? "";
+  }
+
+  judge({ text, equal }) {
+    this.verdict.textContent = text;
+    this.verdict.classList.toggle("dinfer-alarm", !equal);
+  }
+
+  describe(head) {
+    const what = { a: `rank ${head.a}`, b: `rank ${head.b}`, "a-b": `rank ${head.a} − rank ${head.b}` }[head.show];
+    const held = head.a === head.b ? `rank ${head.a} holds ${head.held[0]} tokens`
+      : `rank ${head.a} holds ${head.held[0]} tokens, rank ${head.b} ${head.held[1]}`;
+    const marks = [head.nan && `${head.nan} NaN`, head.inf && `${head.inf} Inf`].filter(Boolean).join(", ");
+    this.colours.replaceChildren();
+    make("div", "", this.colours, `${head.tensor} of layer ${head.layer}, ${what}, ${head.dtype}; ${held}`);
+    const ramp = make("div", "ramp", this.colours);
+    const top = Number(head.top.toPrecision(3));
+    make("span", "", ramp, `−${top}`);
+    make("i", "", ramp);
+    make("span", "", ramp, `+${top}`);
+    if (head.show === "a-b") {
+      make("div", "", this.colours, differing(head.differ));
+    }
+    if (marks) make("div", "nan", this.colours, `${marks}: ringed`);
+    this.summary.replaceChildren();
+    const table = make("table", "", this.summary);
+    const first = make("tr", "", table);
+    COLUMNS.forEach((name) => make("th", "", first, name));
+    for (const row of head.summary) {
+      const cells = make("tr", "", table);
+      row.forEach((text) => make("td", "", cells, text));
+    }
+    this.call(head.call);
+  }
+
+  // -- values
+
+  point(place, anew = false) {
+    if (!anew && String(place) === String(this.pointed)) return;
+    this.pointed = place;
+    if (!place) return this.tell(null);
+    this.about(place);
+    if (!this.asking) this.askValue();
+  }
+
+  askValue() {
+    const [head, token, dim] = this.asking = this.pointed;
+    this.send({ do: "value", view: this.name, head, token, dim });
+  }
+
+  // Until the exact values have come: what the colour says.
+  about([head, token, dim]) {
+    const { heads, tokens, dims, codes, top, show } = this.head;
+    const code = codes[(heads.indexOf(head) * tokens + token) * dims + dim];
+    const about = code === MISSING_CODE ? "not here" : code === NAN_CODE ? "NaN" : code === PLUS_INF ? "Inf"
+      : code === MINUS_INF ? "−Inf" : `about ${(((code - ZERO_CODE) / 125) * top).toPrecision(2)}`;
+    this.write([head, token, dim], "", [[{ a: "A", b: "B", "a-b": "A − B" }[show], about]]);
+  }
+
+  tell(value) {
+    const asked = this.asking;
+    this.asking = null;
+    if (!value) {
+      this.hover.replaceChildren();
+      make("span", "", this.hover, "Point at a value to read it exactly. Drag to zoom in, double-click to see all.");
+      return;
+    }
+    if (String(value.at) !== String(this.pointed)) {
+      if (asked && this.pointed) this.askValue();
+      return;
+    }
+    this.write(value.at, value.text, [[`A, rank ${this.head.a}`, value.a], [`B, rank ${this.head.b}`, value.b],
+      ["A − B", value.difference]]);
+  }
+
+  write([head, token, dim], text, lines) {
+    this.hover.replaceChildren();
+    const first = make("div", "", this.hover);
+    make("b", "", first, `head ${head} · token ${token} · dim ${dim} `);
+    if (text.trim()) make("q", "", first, shorten(text));
+    for (const [name, number] of lines) {
+      const row = make("div", "value", this.hover);
+      make("span", "faint", row, name);
+      make("code", "", row, number);
+    }
+  }
+}
+
+function differing(count) {
+  return count ? `${count.toLocaleString()} value${count === 1 ? " differs" : "s differ"}` : "no value differs";
+}
+
+function fill(select, options) {
+  select.replaceChildren();
+  for (const [value, text] of options) Object.assign(make("option", "", select, text), { value });
+}

@@ -1,0 +1,80 @@
+"""Quantise: values as bytes for a heatmap whose colours go both ways from zero. Pure: numpy in, numpy out.
+
+A byte is a value's place between −scale and +scale, in 250 steps around ZERO; what lies outside is at the end. Four
+bytes are none: NaN, the infinities, and what is not there at all.
+"""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+NAN, ZERO, STEPS = 0, 126, 125
+PLUS_INF, MINUS_INF, MISSING = 252, 253, 255
+FAINTEST = 20
+"""of a difference, however small, so that it is seen"""
+SAMPLE = 200_000
+ROBUST = 99.5
+LISTED = 60
+
+Values = NDArray[np.floating]
+"""[heads, tokens, dims]"""
+Scale = Literal["robust", "full"] | float
+
+
+class Quantised(NamedTuple):
+    """`scale`: the value at the end of the colours; `special`: (head, token, dim) of the first few NaN and Inf."""
+
+    codes: NDArray[np.uint8]
+    scale: float
+    nan: int
+    inf: int
+    special: list[list[int]]
+
+
+def quantise(values: Values, scale: Scale = "robust", *, difference: bool = False) -> Quantised:
+    """`difference`: whatever is not zero is seen not to be zero."""
+    top = scale_of(values, scale)
+    finite = np.isfinite(values)
+    whole = bool(finite.all())
+    steps = np.clip(
+        np.rint((values if whole else np.where(finite, values, 0)) * (STEPS / top)), -STEPS, STEPS
+    )
+    if difference:
+        faint = (values != 0) & (np.abs(steps) < FAINTEST)
+        steps[faint] = np.copysign(FAINTEST, values[faint])
+    codes = (steps + ZERO).astype(np.uint8)
+    if whole:
+        return Quantised(codes, top, 0, 0, [])
+    nan = np.isnan(values)
+    codes[nan] = NAN
+    codes[~finite & ~nan] = np.where(values[~finite & ~nan] > 0, PLUS_INF, MINUS_INF)
+    count = int(nan.sum())
+    return Quantised(codes, top, count, int((~finite).sum()) - count, np.argwhere(~finite)[:LISTED].tolist())
+
+
+def scale_of(values: Values, scale: Scale) -> float:
+    """The value at the end of the colours: "robust" leaves out the few largest, "full" none."""
+    if isinstance(scale, int | float):
+        return float(scale) if np.isfinite(scale) and scale > 0 else 1.0
+    flat = values.reshape(-1)
+    if scale == "robust":
+        some = np.abs(flat[:: max(1, flat.size // SAMPLE)])
+        some = some[np.isfinite(some)]
+        top = float(np.percentile(some, ROBUST)) if some.size else 0.0
+        if top > 0:
+            return top
+    size = np.abs(flat)
+    top = float(np.max(size, initial=0.0, where=np.isfinite(size)))
+    return top or 1.0
+
+
+def figures(values: Values) -> list[list[float]]:
+    """By head: smallest, largest, mean, and the shares of NaN or Inf and of zeros."""
+    found = []
+    for head in values:
+        finite = head[np.isfinite(head)]
+        some = (finite.min(), finite.max(), finite.mean(dtype=np.float64)) if finite.size else (np.nan,) * 3
+        count = max(1, head.size)
+        found.append([*map(float, some), (head.size - finite.size) / count, float((head == 0).sum() / count)])
+    return found

@@ -1,0 +1,121 @@
+"""Live figures: bounded, drawn when a browser asks and there is something new, and without a way to upload."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from dinfer.trace.events import Event
+from dinfer.views.communication import FIGURES, Communication, Ring
+from tests.cluster.runs import wait_for
+from tests.unit.views.doubles import PaperRun, paper_plan
+from tests.unit.views.traces import on_paper, recorded
+
+
+class Browser:
+    """What a browser would ask and hear."""
+
+    def __init__(self, events: list[Event]) -> None:
+        self.run = PaperRun(paper_plan())
+        self.run.events = events
+        self.heard: list[tuple[Any, Any]] = []
+        self.live = Communication(
+            self.run, lambda content, buffers=None: self.heard.append((content, buffers))
+        )
+
+    def figure(self, name: str, have: int = -1) -> dict[str, Any]:
+        before = len(self.heard)
+        self.live.ask({"view": "me", "name": name, "have": have, "dark": False})
+        wait_for(lambda: len(self.heard) > before, "a figure", 20)
+        found: dict[str, Any] = self.heard[-1][0]["figure"]
+        return found
+
+
+@pytest.fixture
+def browser() -> Iterator[Browser]:
+    made = Browser(list(on_paper(4, 3, 3).events))
+    yield made
+    made.live.close()
+
+
+@pytest.mark.parametrize("name", list(FIGURES))
+def test_every_figure_is_that_of_the_trace(browser: Browser, name: str) -> None:
+    found = browser.figure(name)
+    assert json.loads(found["json"]) == json.loads(FIGURES[name](on_paper(4, 3, 3), dark=False).to_json())
+    assert found["said"] == f"{len(browser.run.events):,} events"
+
+
+def test_before_anything_has_run_that_is_said() -> None:
+    browser = Browser([])
+    found = browser.figure("latency")
+    assert "json" not in found
+    assert found["said"].startswith("nothing has run yet")
+    browser.live.close()
+
+
+def test_the_next_figure_comes_once_there_are_new_events(browser: Browser) -> None:
+    seen = browser.figure("latency")["seen"]
+    browser.live.ask({"view": "me", "name": "latency", "have": seen, "dark": False})
+    browser.live.touch()
+    browser.run.events = [*browser.run.events, *on_paper(4, 3, 3).events]
+    browser.live.touch()
+    wait_for(lambda: len(browser.heard) == 2, "one more figure", 20)
+    assert browser.heard[-1][0]["figure"]["seen"] == 2 * seen
+
+
+def test_the_ring_keeps_the_newest_and_no_more() -> None:
+    run = PaperRun(paper_plan())
+    ring = Ring(run, most=50)
+    events = sorted(on_paper(4, 3, 3).events, key=lambda event: event.end)
+    for end in range(10, len(events) + 1, 10):
+        run.events = events[:end]
+        ring.read()
+    assert len(ring.trace().events) == 50
+    assert ring.said == "the newest 50 events"
+    assert ring.seen == len(run.events)
+    assert min(event.end for event in ring.trace().events) >= events[ring.seen - 50].end
+
+
+def test_decode_and_checks_do_not_push_transfers_out() -> None:
+    run = PaperRun(paper_plan())
+    run.events = list(recorded().events)
+    ring = Ring(run)
+    ring.read()
+    assert {event.kind for event in ring.trace().events}.isdisjoint({"decode", "check", "corrupt"})
+    assert len(ring.trace().events) == len(list(recorded().prefill()))
+
+
+def test_a_run_that_begins_anew_begins_anew_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = PaperRun(paper_plan())
+    run.events = list(on_paper(4, 3, 3).events)
+    ring = Ring(run)
+    ring.read()
+    few = run.events[:7]
+    monkeypatch.setattr(run, "events_since", lambda _: (few, [1, 7]))
+    ring.read()
+    assert len(ring.trace().events) == 7
+
+
+def test_plotly_is_sent_once_it_is_asked_for_and_has_nowhere_to_upload(browser: Browser) -> None:
+    browser.live.script({"view": "me"})
+    content, buffers = browser.heard[-1]
+    assert content["config"]["showSendToCloud"] is False
+    assert content["config"]["plotlyServerURL"] == ""
+    assert len(buffers[0]) > 1_000_000
+
+
+def test_a_figure_that_cannot_be_drawn_is_said_so(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no such colour")
+
+    monkeypatch.setitem(FIGURES, "latency", fail)
+    assert browser.figure("latency")["error"] == "ValueError: no such colour"
+
+
+def test_figures_that_there_are_not_are_not_drawn(browser: Browser) -> None:
+    browser.live.ask({"view": "me", "name": "horoscope", "have": -1})
+    assert browser.figure("matrix")["name"] == "matrix"
+    assert len(browser.heard) == 1
