@@ -9,7 +9,7 @@ from itertools import groupby
 
 import numpy as np
 
-from dinfer.session.kv.live import Live
+from dinfer.session.kv.source import Shown
 from dinfer.views.quantise import Values
 
 LIMIT = 96 << 20
@@ -25,7 +25,7 @@ class Blocks:
         self._limit, self._bytes = limit, 0
         self._kept: OrderedDict[Key, Values] = OrderedDict()
 
-    def of(self, source: Live, ranks: Sequence[int], layer: int, tensor: int) -> list[Values]:
+    def of(self, source: Shown, ranks: Sequence[int], layer: int, tensor: int) -> list[Values]:
         """K (0) or V (1) of a layer as each rank holds it just now, [heads, tokens, dims], from the first token on."""
         subject = source.subject
         spans = [span for span in subject.spans if span]
@@ -39,7 +39,7 @@ class Blocks:
             found.append(self._whole(source, rank, keys))
         return found
 
-    def _whole(self, source: Live, rank: int, keys: Sequence[Key]) -> Values:
+    def _whole(self, source: Shown, rank: int, keys: Sequence[Key]) -> Values:
         here = {key: self._kept[key] for key in keys if key in self._kept}
         absent = {key for key in keys if key not in here}
         for missing, some in groupby(keys, absent.__contains__):
@@ -59,7 +59,7 @@ class Blocks:
             self._bytes -= self._kept.popitem(last=False)[1].nbytes
 
 
-def _fetched(source: Live, rank: int, keys: list[Key]) -> dict[Key, Values]:
+def _fetched(source: Shown, rank: int, keys: list[Key]) -> dict[Key, Values]:
     layer, tensor, first, *_ = keys[0]
     places = range(first, keys[-1][2] + keys[-1][3])
     part = source.part(rank, layer, tensor, range(source.subject.kv_heads), places)

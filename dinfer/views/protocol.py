@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 from dinfer.plan.cut import Unit
 from dinfer.plan.plan import Plan
 from dinfer.session.kv.difference import Diff
-from dinfer.session.kv.live import Live
+from dinfer.session.kv.source import Shown
 from dinfer.session.runs.marks import Mark
 from dinfer.session.runs.where import Stand
 from dinfer.session.said import Breakpoints
@@ -81,7 +81,7 @@ class Disarmed(Protocol):
 class Kv(Protocol):
     """The KV of a run that stands."""
 
-    def source(self) -> Live:
+    def source(self) -> Shown:
         """Where values come from."""
 
     def diff(self) -> Diff:

@@ -9,6 +9,7 @@ import torch
 from dinfer.plan.ops import PlanError
 from dinfer.session.kv.diff import VALUES, diff_ranks, diff_sources
 from dinfer.session.kv.difference import Diff, Table, number_text
+from dinfer.session.kv.live import Live
 from dinfer.session.kv.sides import Selection
 from dinfer.session.kv.source import Shown, Source, Subject
 from dinfer.session.kv.words import numbers_text
