@@ -12,6 +12,9 @@ def mismatch(graph: Graph, signs: dict[int, Signs], rank: int, raised: Raised) -
     came, op = raised.came, parse_op(raised.op)
     assert came
     told = f"at `{op}` rank {rank} got {came.value}, {came.tokens} tokens"
+    if came.here not in (0, graph.plan.id):
+        text = f"runs another plan (id {came.here:016x}): {told} by the others' plan"
+        return Root("another plan", rank, text, op.peer)
     if came.plan_id != graph.plan.id:
         return Root("another plan", op.peer, f"runs another plan (id {came.plan_id:016x}): {told}", rank)
     if came.value == op.value:

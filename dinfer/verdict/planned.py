@@ -159,6 +159,15 @@ class Planned:
             return wait._replace(root=Root("moving", peer, f"has just ended `{other}`"))
         if peer in self._broken:
             return wait._replace(on=(Node(peer),))
+        if wait.op.kind == "send" and (place.lane, place.index) in self.signs[peer].full:
+            return wait._replace(
+                root=Root(
+                    "sent twice",
+                    wait.node.rank,
+                    f"sends {wait.what} once more, though rank {peer} has it",
+                    peer,
+                )
+            )
         if wait.op.kind == "send":
             text = f"has passed `{other}` and not received it"
             return wait._replace(root=Root("never received", peer, text, wait.node.rank))
