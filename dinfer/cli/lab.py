@@ -11,15 +11,15 @@ from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, keep_json, stop
 @app.command()
 def lab(
     sample: Annotated[
-        int, typer.Option(help="so many cells, spread over the faults; 0: the whole matrix")
-    ] = 0,
+        int | None, typer.Option(help="so many cells, spread over the faults; default: the whole matrix")
+    ] = None,
     seed: Annotated[int, typer.Option(help="which cells, and in which order")] = 0,
+    slow_runs: Annotated[
+        int, typer.Option(help="so many runs more that are slow, and move: is an alarm raised?")
+    ] = 0,
     json_path: Annotated[str, typer.Option("--json", help="write what was found to this file")] = "",
     join: Annotated[
-        bool,
-        typer.Option(
-            "--join", help="use the cluster of 3 that runs; its engines are killed and brought back"
-        ),
+        bool, typer.Option("--join", help="use the cluster of 3 that runs; its engines are killed on purpose")
     ] = False,
 ) -> None:
     """Run communication faults on a real cluster and judge what is said of them. Status 0: all right; 1: something not;
@@ -28,23 +28,25 @@ def lab(
     from dinfer.session.lab.lab import run_lab
     from dinfer.session.lab.score import Score
 
-    if sample < 0:
-        stop(
-            f"sample is {sample}; it must be 0, for the whole matrix, or the number of cells to run.",
-            BAD_INPUT,
-        )
-    cells = cells_of(seed, sample or None)
+    for name, count in (("sample", sample or 0), ("slow_runs", slow_runs)):
+        if count < 0:
+            stop(f"{name} is {count}; it must be 0 or more.", BAD_INPUT)
+    cells = cells_of(seed, sample)
     score, status = Score(seed, len(cells)), FAILED
     try:
-        run_lab(cells, score, lambda text: print(text, file=sys.stderr, flush=True), join=join)
+        run_lab(cells, score, _say, slow_runs=slow_runs, join=join)
         status = 0 if score.all_right else FAILED
     except KeyboardInterrupt:
         status = INTERRUPTED
-        print("dinfer: interrupted; what was found so far:", file=sys.stderr)
+        _say("dinfer: interrupted; what was found so far:")
     except (RuntimeError, TimeoutError) as error:
-        print(f"dinfer: the lab cannot go on: {error}", file=sys.stderr)
+        _say(f"dinfer: the lab cannot go on: {error}")
     _tell(score.table(), score.as_dict(), json_path)
     raise typer.Exit(status)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _tell(table: str, found: dict[str, object], json_path: str) -> None:

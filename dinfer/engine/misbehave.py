@@ -1,4 +1,4 @@
-"""Misbehave: a rank does something wrong at one op, on a session's word, so that the fault lab can see what is said of it.
+"""Misbehave: a rank does something wrong at one op, on a session's word: the fault lab then sees what is said of it.
 
 These are faults of communication and of processes; faults in values are `faults`. Armed, they stand in front of the
 functions that carry out ops, which are one table for all ranks of a process; disarmed, nothing of them is left.

@@ -49,6 +49,7 @@ class Longer(Wire):
     """Sends one token more than there is."""
 
     def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:
+        assert payload is not None
         said = Header.unpack(header)
         longer = said.nbytes // said.tokens * (said.tokens + 1)
         changed = replace(said, tokens=said.tokens + 1, nbytes=longer)

@@ -1,5 +1,7 @@
 """From a cell to what each rank is told to do wrong, and what it takes to make a run that is long enough to see it."""
 
+import random
+
 from dinfer.engine.hosting.commands import Message
 from dinfer.plan.graph import Graph
 from dinfer.plan.ops import Op
@@ -11,6 +13,8 @@ SLOW_PACE_S = 0.04
 SLOW_WIRE_S = 0.06
 TIMES = {"slow rank 2x": 2.2, "slow rank 10x": 10.0}
 """how many times longer; somewhat over 2, as the layer itself is not slowed"""
+SLOWED_S = (0.02, 0.05, 0.1)
+SLOWED_TIMES = (1, 10)
 ACTS: dict[str, Message] = {
     "skip a send": {"act": "skip"},
     "skip a recv": {"act": "skip"},
@@ -44,6 +48,20 @@ def orders(graph: Graph, cell: Cell | None) -> dict[int, list[Message]]:
     assert op
     rank, order = _order(graph, cell, op)
     found[rank].append({"do": "misbehave", **order})
+    return found
+
+
+def slowed(seed: int, ranks: int) -> dict[int, list[Message]]:
+    """By rank, orders for a run that moves, slowly: each rank's layers 1 to 10 times as slow as could be, by the seed;
+    some compute meanwhile, the others sleep; in some runs blocks are slow to come as well."""
+    draw = random.Random(seed)
+    base = draw.choice(SLOWED_S)
+    found = {
+        rank: [pace(base * draw.uniform(*SLOWED_TIMES), spin=draw.random() < 0.3)] for rank in range(ranks)
+    }
+    if draw.random() < 0.3:
+        wire = {"act": "slow wire", "of": "recv", "with": [draw.uniform(*SLOWED_TIMES) * SLOWED_S[0]]}
+        found[draw.randrange(ranks)].append({"do": "misbehave", **wire})
     return found
 
 

@@ -16,7 +16,7 @@ from dinfer.session.runs.run import Run
 from dinfer.session.session import Session
 
 ANSWER_S = 10.0
-TOLD_S = 30.0
+TOLD_S = 40.0
 """What has not been told by then is told by nobody."""
 POLL_S = 0.01
 ASK_S = 0.25
@@ -39,7 +39,7 @@ def try_cell(session: Session, cell: Cell) -> Result:
     arm(session.ranks, orders(graph, cell))
     resumed = time.monotonic()
     run.resume()
-    told = ask(run, graph, cell) if RULES[cell.fault].is_slow else hear(run)
+    told = ask(run, graph) if RULES[cell.fault].is_slow else hear(run)
     seconds = told.at - _since(session.ranks, cell, resumed, told.at) if told.kind else None
     recovered = clear(session, run)
     return Result(cell, expected(graph, cell), told.kind, told.rank, told.sentence, seconds, recovered)
@@ -83,7 +83,7 @@ def hear(run: Run) -> Told:
     return Told("", None, "", time.monotonic())
 
 
-def ask(run: Run, graph: Graph, cell: Cell) -> Told:
+def ask(run: Run, graph: Graph) -> Told:
     """What is said when asked, from when a third of the ops are done; what is said unasked comes before that."""
     told, asked = Told("", None, "", time.monotonic()), 0.0
     while run.standing().state == "running" and not (run.hang or run.failure or run.silence):
@@ -103,7 +103,7 @@ def clear(session: Session, run: Run) -> float:
     if run.failure or run.silence or run.told or run.standing().state != "done":
         session.recover()
     ranks = session.ranks
-    ranks.ask(dict.fromkeys(range(ranks.world_size), {"do": "behave"}), ANSWER_S)
+    ranks.ask({rank: {"do": "behave"} for rank in range(ranks.world_size)}, ANSWER_S)
     return time.monotonic() - began
 
 
