@@ -6,6 +6,7 @@ from dinfer.plan.graph import Graph, channel_of
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
 from dinfer.verdict.waits import Kind
+from dinfer.verdict.words import value_text
 
 ANY_OP = ("layer", "recv kv", "send kv")
 SENDS = ("send kv", "send hidden")
@@ -64,15 +65,16 @@ class Cell(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What the verdict must say. `op`: what its sentence must name, "" for none in particular."""
+    """What the verdict must say. `op`: what its sentence must name, "" for none in particular; `also`: what it may name
+    in its place, which is what the op carries."""
 
     kind: Kind
     rank: int
     op: str = ""
-    value: str = ""
+    also: tuple[str, ...] = ()
 
     def is_met_by(self, kind: str, rank: int | None, sentence: str) -> bool:
-        named = not self.op or f"`{self.op}`" in sentence or self.value in sentence
+        named = not self.op or f"`{self.op}`" in sentence or any(text in sentence for text in self.also)
         return (kind, rank) == (self.kind, self.rank) and named
 
 
@@ -139,7 +141,7 @@ def expected(graph: Graph, cell: Cell) -> Expected:
         cell.fault == "stall in C with the GIL" and op.is_transfer
     )  # it is in several, and cannot say in which
     told = "" if kind in LEAVES_THE_OP_OUT or mute else str(op)
-    return Expected(kind, cell.rank, told, str(op.value) if told and op.is_transfer else told)
+    return Expected(kind, cell.rank, told, (str(op.value), value_text(op)) if told and op.is_transfer else ())
 
 
 def markdown() -> str:

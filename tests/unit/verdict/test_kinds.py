@@ -295,6 +295,32 @@ def test_a_message_that_is_sent_again_and_not_awaited() -> None:
     assert said.startswith("rank 0 sends block c1 l1 once more, though rank 1 has it")
 
 
+def misdirected(last: str) -> list[Signs]:
+    """Rank 0 was to send block c0 l1 to rank 1, which waits for it, and has sent it to rank 2, which has it. Now it
+    sends rank 2's own; who gets it again is as `last` says."""
+    plan = lockstep(3)
+    first, own = "send kv c0 l1 -> 1, 4 tokens", "send kv c0 l1 -> 2, 4 tokens"
+    game = FaultyGame(plan, seed=0, dropped=place_of(plan, 0, first), frozen={place_of(plan, 0, own)})
+    game.play()
+    signs, got = signs_of(game), place_of(plan, 2, "recv kv c0 l1 <- 0, 4 tokens")
+    signs = changed(signs, 2, positions=(got.index + 1,), full=frozenset({(0, got.index)}))
+    if last == "rank 2 again":
+        came = Came(Value("kv", 0, 1), 4, 99, plan.id)
+        raised = Raised("TransferError: …", "recv kv c1 l0 <- 0, 4 tokens", "main", came=came)
+        place = place_of(plan, 2, raised.op)
+        signs = changed(signs, 2, raised=raised, positions=(place.index,))
+        signs = changed(signs, 0, positions=(place_of(plan, 0, own).index + 1,))
+    elif last == "nobody yet":
+        signs = changed(signs, 0, still_s=(1.0,))
+    return signs
+
+
+@pytest.mark.parametrize("last", ["rank 2 again", "nobody", "nobody yet"])
+def test_a_message_that_another_rank_got(last: str) -> None:
+    said = told(misdirected(last), "wrong peer", 0, lockstep(3))
+    assert said.startswith("rank 0 sent block c0 l1 to rank 2 in place of rank 1")
+
+
 def test_a_plan_that_lacks_the_other_end() -> None:
     text = lockstep().text()
     for line in ("  send kv c1 l1 -> 1, 4 tokens\n", "  recv kv c1 l1 <- 0, 4 tokens\n"):

@@ -56,7 +56,8 @@ def test_some_faults_need_more_than_their_op() -> None:
 def test_what_must_be_said() -> None:
     graph = graph_of("pairwise", "lockstep")
     said = expected(graph, cell("skip a recv", 2, 1))
-    assert said == Expected("never received", 2, "recv kv c0 l1 <- 0, 4 tokens", "block c0 l1")
+    block = ("block c0 l1", "block c0 l1")
+    assert said == Expected("never received", 2, "recv kv c0 l1 <- 0, 4 tokens", block)
     assert said.is_met_by(
         "never received", 2, "rank 2 has passed `recv kv c0 l1 <- 0, 4 tokens` and not received it"
     )
@@ -67,6 +68,7 @@ def test_what_must_be_said() -> None:
     assert expected(graph, cell("exception", 0, 1)).op == "layer c0 l1"
     gil = "stall in C with the GIL"
     assert (expected(graph, cell(gil, 0, 1)).op, expected(graph, cell(gil, 0, 2)).op) == ("layer c0 l1", "")
+    assert expected(graph, cell("duplicate", 0, 2)).also == ("hidden c0 l2", "hidden c0 before layer 2")
     assert expected(graph, cell("SIGKILL", 0, 1)) == Expected("dead", 0)
     assert expected(graph, cell("wrong peer", 0, 1)).kind == "wrong peer"
     assert (

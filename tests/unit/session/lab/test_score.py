@@ -8,7 +8,7 @@ from dinfer.session.lab.expected import Cell, Expected
 from dinfer.session.lab.score import Result, Score
 
 CELL = Cell("exception", 1, 3, 0, "ring", "lockstep")
-WANTED = Expected("exception", 1, "layer c0 l3", "layer c0 l3")
+WANTED = Expected("exception", 1, "layer c0 l3")
 RIGHT = Result(CELL, WANTED, "exception", 1, "rank 1 raised boom at `layer c0 l3`", 0.25, 1.0)
 WRONG = Result(CELL, WANTED, "dead", 2, "rank 2 is gone", 6.0)
 NOTHING = Result(CELL, WANTED, "", None, "", None)
