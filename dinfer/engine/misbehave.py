@@ -7,6 +7,7 @@ functions that carry out ops, which are one table for all ranks of a process; di
 import ctypes
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,8 @@ from dinfer.plan.graph import channel_of
 from dinfer.plan.ops import Op, parse_op
 
 FOREVER_S = 3600
+APART_S, POSTED_S = 10.0, 0.05
+"""how long to wait for another lane to come to its op, and for what it sends to be on its way"""
 Handler = Callable[[Prefill, Op, Comm], Outcome]
 Act = Callable[[Handler, Prefill, Op, Comm, Message], Outcome]
 _WHOLE = dict(HANDLERS)
@@ -45,19 +48,18 @@ def misbehave_commands(rank: int, report: Callable[..., None]) -> Table:
 
 
 def arm(rank: int, order: Message, struck: Callable[[Op], None]) -> None:
-    """Have this rank do `order["act"]` at the ops that it is about: those in `ops`, texts, or, from the first of `ops`
-    on, all of kind `of`, of that peer where one is named. What more an act needs is in the order too."""
+    """Have this rank do `order["act"]` at the ops that it is about: those in `ops`, texts, or all of kind `of`, of that
+    peer where one is named. What more an act needs is in the order too."""
     act = ACTS[order["act"]]
     kind = order.get("of") or order["ops"][0].split()[0]
-    behind, begun, told = HANDLERS[kind], not order.get("ops"), False
+    behind, begun = HANDLERS[kind], threading.Event()
+    order = {**order, "begun": begun}
 
     def handler(state: Prefill, op: Op, comm: Comm) -> Outcome:
-        nonlocal begun, told
-        begun = begun or str(op) == order["ops"][0]
-        if state.rank != rank or not _is_meant(order, op, begun=begun):
+        if state.rank != rank or not _is_meant(order, op):
             return behind(state, op, comm)
-        if not told:
-            told = True
+        if not begun.is_set() and ("of" in order or str(op) == order["ops"][0]):
+            begun.set()
             struck(op)
         return act(behind, state, op, comm, order)
 
@@ -69,9 +71,9 @@ def disarm() -> None:
     HANDLERS.update(_WHOLE)
 
 
-def _is_meant(order: Message, op: Op, *, begun: bool) -> bool:
+def _is_meant(order: Message, op: Op) -> bool:
     if "of" in order:
-        return begun and order.get("peer") in (None, op.peer)
+        return order.get("peer") in (None, op.peer)
     return str(op) in order["ops"]
 
 
@@ -97,6 +99,16 @@ def _with(
 ) -> Outcome:
     """The op itself, over a transport that is broken."""
     return handler(state, op, wire(comm, *order.get("with", ())))
+
+
+def _elsewhere(handler: Handler, state: Prefill, op: Op, comm: Comm, order: Message) -> Outcome:
+    """The first op's message goes to another rank; the second op, which is to send that rank the same, comes after it:
+    header and payload of two messages on one channel must not mix, which would end who receives them."""
+    if str(op) == order["ops"][0]:
+        return handler(state, op, Elsewhere(comm, *order["with"]))
+    order["begun"].wait(APART_S)
+    time.sleep(POSTED_S)
+    return handler(state, op, comm)
 
 
 def _another_plan(handler: Handler, state: Prefill, op: Op, comm: Comm, _: Message) -> Outcome:
@@ -155,7 +167,7 @@ ACTS: dict[str, Act] = {
     "reorder": _reorder,
     "longer": partial(_with, Longer),
     "twice": partial(_with, Twice),
-    "elsewhere": partial(_with, Elsewhere),
+    "elsewhere": _elsewhere,
     "another plan": _another_plan,
     "raise": _raise,
     "pace": _pace,

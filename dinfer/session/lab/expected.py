@@ -102,9 +102,10 @@ def _can_strike(graph: Graph, cell: Cell, op: Op) -> bool:
 
 
 def following(graph: Graph, rank: int, op: Op) -> Op | None:
-    """The next send on the same channel."""
-    sends = [graph.ops[number] for number in graph.channels[channel_of(rank, op)][0]]
-    after = sends[sends.index(op) + 1 :]
+    """The next send on the same channel; None where it is the last, or that rank does not send it."""
+    numbers, _ = graph.channels.get(channel_of(rank, op), ([], []))
+    sends = [graph.ops[number] for number in numbers]
+    after = sends[sends.index(op) + 1 :] if op in sends else []
     return after[0] if after else None
 
 
@@ -126,7 +127,7 @@ def _listens(plan: Plan, cell: Cell, op: Op) -> bool:
 def _listens_later(graph: Graph, cell: Cell, op: Op) -> bool:
     """Whether it takes more of it after this very value."""
     own = op._replace(peer=third(graph.plan, cell.rank, op))
-    return own in graph.ops and following(graph, cell.rank, own) is not None
+    return following(graph, cell.rank, own) is not None
 
 
 def expected(graph: Graph, cell: Cell) -> Expected:

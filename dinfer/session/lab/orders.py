@@ -69,7 +69,10 @@ def _order(graph: Graph, cell: Cell, op: Op) -> tuple[int, Message]:
     if cell.fault == "reorder two":
         return cell.rank, {"act": "reorder", "ops": [str(op), str(following(graph, cell.rank, op))]}
     if cell.fault == "wrong peer":
-        return cell.rank, {"act": "elsewhere", "ops": [str(op)], "with": [third(graph.plan, cell.rank, op)]}
+        other = third(graph.plan, cell.rank, op)
+        own = op._replace(peer=other)
+        ops = [str(op)] + [str(own)] * (following(graph, cell.rank, own) is not None)
+        return cell.rank, {"act": "elsewhere", "ops": ops, "with": [other]}
     if cell.fault == "slow link":
         return op.peer, {"act": "slow wire", "of": "recv", "peer": cell.rank, "with": [SLOW_WIRE_S]}
     if cell.fault == "link cut":
