@@ -1,7 +1,9 @@
 """What a message that was not the one expected says of who went wrong, and how."""
 
+from collections.abc import Mapping
+
 from dinfer.plan.graph import Channel, Graph, channel_of
-from dinfer.plan.ops import Op, parse_op
+from dinfer.plan.ops import Op, Value, parse_op
 from dinfer.plan.plan import Place
 from dinfer.verdict.signs import Came, Raised, Signs
 from dinfer.verdict.waits import Kind, Root
@@ -12,6 +14,9 @@ def mismatch(graph: Graph, signs: dict[int, Signs], rank: int, raised: Raised) -
     came, op = raised.came, parse_op(raised.op)
     assert came
     told = f"at `{op}` rank {rank} got {came.value}, {came.tokens} tokens"
+    if came.here not in (0, graph.plan.id):
+        text = f"runs another plan (id {came.here:016x}): {told} by the others' plan"
+        return Root("another plan", rank, text, op.peer)
     if came.plan_id != graph.plan.id:
         return Root("another plan", op.peer, f"runs another plan (id {came.plan_id:016x}): {told}", rank)
     if came.value == op.value:
@@ -35,11 +40,30 @@ def _order(graph: Graph, signs: dict[int, Signs], rank: int, op: Op, came: Came)
     if number < expected:
         if _is_empty(graph, signs[rank], recvs[number]):
             return "never received", rank, f"has passed `{graph.ops[recvs[number]]}` and not received it"
+        robbed = who_lacks(graph, signs, channel, came.value)
+        if robbed is not None:
+            return "wrong peer", op.peer, f"sent {came.value} to rank {rank} in place of rank {robbed}"
         return "sent twice", op.peer, f"sent {came.value} twice"
     skipped = _is_empty(graph, signs[op.peer], sends[expected])
     if skipped or _passed(graph, signs[op.peer], sends) > number:
         return "never sent", op.peer, f"has passed `{graph.ops[sends[expected]]}` and not sent it"
     return "out of order", op.peer, f"sent {came.value} before {op.value}"
+
+
+def who_lacks(graph: Graph, signs: Mapping[int, Signs], channel: Channel, value: Value) -> int | None:
+    """The rank that should have got this from the channel's source, which has sent it, and has not; where one rank got
+    it twice, the second was that one's."""
+    for other, (sends, recvs) in graph.channels.items():
+        if other._replace(target=channel.target) == channel != other:
+            for send, recv in zip(sends, recvs, strict=False):
+                sent = has_passed(signs[other.source], graph.place(send))
+                if (
+                    sent
+                    and graph.ops[send].value == value
+                    and not has_passed(signs[other.target], graph.place(recv))
+                ):
+                    return other.target
+    return None
 
 
 def _astray(graph: Graph, channel: Channel, came: Came) -> tuple[Kind, int, str]:

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from dinfer.plan.graph import NONE
+from dinfer.plan.graph import NONE, channel_of
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Place
-from dinfer.verdict.headers import has_passed, mismatch
+from dinfer.verdict.headers import has_passed, mismatch, who_lacks
 from dinfer.verdict.ranks import Ranks
 from dinfer.verdict.signs import Signs, Sizes
 from dinfer.verdict.waits import RANK, Node, Root, Wait, Waits
@@ -159,14 +159,41 @@ class Planned:
             return wait._replace(root=Root("moving", peer, f"has just ended `{other}`"))
         if peer in self._broken:
             return wait._replace(on=(Node(peer),))
+        if wait.op.kind == "send" and (place.lane, place.index) in self.signs[peer].full:
+            return wait._replace(root=self._again(wait.node.rank, wait.op, wait.what))
         if wait.op.kind == "send":
             text = f"has passed `{other}` and not received it"
             return wait._replace(root=Root("never received", peer, text, wait.node.rank))
         if stalled := next(self._stalled(wait.node.rank, peer), None):
             return wait._replace(on=(stalled,))
+        if (got := self._who_got(peer, wait.op)) is not None:
+            text = f"sent {wait.what} to rank {got} in place of rank {wait.node.rank}"
+            return wait._replace(root=Root("wrong peer", peer, text, wait.node.rank))
         return wait._replace(
             root=Root("never sent", peer, f"has passed `{other}` and not sent it", wait.node.rank)
         )
+
+    def _who_got(self, rank: int, op: Op) -> int | None:
+        """Another rank to which `rank` is sending what this op carries, and which has it already."""
+        for number, lane in enumerate(self.plan.lanes[rank]):
+            at, signs = self.signs[rank].positions[number], self.signs[rank]
+            if at < len(lane.ops) and signs.started[number]:
+                other = lane.ops[at]
+                partner = self.graph.partner[self.ranks.number(Node(rank, number))]
+                if (other.kind, other.value) == ("send", op.value) and partner != NONE:
+                    place = self.graph.place(partner)
+                    if (place.lane, place.index) in self.signs[other.peer].full:
+                        return other.peer
+        return None
+
+    def _again(self, rank: int, op: Op, what: str) -> Root:
+        """A send that nobody awaits, as the peer has what it carries."""
+        robbed = who_lacks(self.graph, self.signs, channel_of(rank, op), op.value)
+        if robbed is not None:
+            return Root(
+                "wrong peer", rank, f"sent {what} to rank {op.peer} in place of rank {robbed}", robbed
+            )
+        return Root("sent twice", rank, f"sends {what} once more, though rank {op.peer} has it", op.peer)
 
     def _stalled(self, rank: int, peer: int) -> Iterator[Node]:
         """Lanes of `rank` in another transfer with that peer of which both ends are there."""

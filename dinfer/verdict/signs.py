@@ -34,12 +34,14 @@ class Frame(NamedTuple):
 
 
 class Came(NamedTuple):
-    """What a message said of itself that was not the one expected."""
+    """What a message said of itself that was not the one expected. `here`: the id of the plan of who got it, where
+    that is known."""
 
     value: Value
     tokens: int
     nbytes: int
     plan_id: int
+    here: int = 0
 
 
 class Raised(NamedTuple):
@@ -60,7 +62,7 @@ class Signs:
     `ended`: how its process ended, "" while it lives. `cpu_moves`: whether its CPU time has moved lately; `answers`:
     whether its Python has answered when asked lately; None: not known. `frames` are by lane name, `medians` seconds by
     op kind, `links` those of a block from each rank. `empty`: (lane, index) of transfers that have ended though no
-    bytes moved.
+    bytes moved; `full`: of recvs that are known to have ended with theirs.
     """
 
     positions: tuple[int, ...] = ()
@@ -80,6 +82,7 @@ class Signs:
     medians: Mapping[str, float] = field(default_factory=dict)
     links: Mapping[int, float] = field(default_factory=dict)
     empty: frozenset[tuple[int, int]] = frozenset()
+    full: frozenset[tuple[int, int]] = frozenset()
 
     @property
     def is_stopped(self) -> bool:

@@ -31,14 +31,15 @@ def describe(error: BaseException) -> dict[str, Any]:
         "cause": f"{type(cause).__name__}: {cause}",
         "op": str(error.op) if isinstance(error, OpFailed) else "",
         "lane": error.lane if isinstance(error, OpFailed) else "",
-        "came": _came(cause.came) if isinstance(cause, TransferError) and cause.came else None,
+        "came": _came(cause.came, cause.here) if isinstance(cause, TransferError) and cause.came else None,
     }
 
 
-def _came(header: "Header") -> dict[str, Any]:
+def _came(header: "Header", here: int) -> dict[str, Any]:
     return {
         "value": list(header.value),
         "tokens": header.tokens,
         "nbytes": header.nbytes,
         "plan_id": header.plan_id,
+        "here": here,
     }

@@ -25,6 +25,7 @@ from dinfer.engine.hosting.rank import warm_up
 from dinfer.engine.hosting.stacks import stacks
 from dinfer.engine.inspection.inspect import inspect_commands
 from dinfer.engine.inspection.reference import reference_commands
+from dinfer.engine.misbehave import misbehave_commands
 from dinfer.engine.tokens import Tokens
 from dinfer.engine.transport.comm import Comm
 from dinfer.engine.transport.drain import drain
@@ -86,6 +87,7 @@ class Host:
             **lane_commands(self._executor),
             **fault_commands(self._engine, self.line.report, self._tell_edits),
             **inspect_commands(self),
+            **misbehave_commands(self.rank, self.line.report),
             "limits": Command(self._limits),
             "rewind": Command(self._rewind, slow=True),
             "open": Command(self._meet.open, slow=True),

@@ -24,11 +24,12 @@ _VOID, _BLOCK = 0, 1
 
 
 class TransferError(RuntimeError):
-    """A message is not the one that the plan has at this place. `came`: what it said of itself, if it was a header."""
+    """A message is not the one that the plan has at this place. `came`: what it said of itself, if it was a header;
+    `here`: the id of the plan by which something else was expected."""
 
-    def __init__(self, message: str, came: "Header | None" = None) -> None:
+    def __init__(self, message: str, came: "Header | None" = None, here: int = 0) -> None:
         super().__init__(message)
-        self.came = came
+        self.came, self.here = came, here
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,12 @@ def check(came: Header, expected: Header, op: Op) -> None:
             f"rank {op.peer} runs another plan (id {came.plan_id:016x}, here {expected.plan_id:016x}): "
             f"at `{op}` it sent {came}.",
             came,
+            expected.plan_id,
         )
     if came != expected:
-        raise TransferError(f"at `{op}` the plan expects {expected}; rank {op.peer} sent {came}.", came)
+        raise TransferError(
+            f"at `{op}` the plan expects {expected}; rank {op.peer} sent {came}.", came, expected.plan_id
+        )
 
 
 assert _LAYOUT.size == SIGNED.stop == HEADER_BYTES

@@ -64,7 +64,8 @@ def _signs(
         frames=stacks.frames,
         medians=medians,
         links=_links(state.events),
-        empty=_empty(plan, rank, state.events),
+        empty=_ended(plan, rank, state.events, ("send", "recv"), full=False),
+        full=_ended(plan, rank, state.events, ("recv",), full=True),
     )
 
 
@@ -88,7 +89,9 @@ def _raised(error: Message | None) -> Raised | None:
 
 
 def _came(came: dict[str, Any] | None) -> Came | None:
-    return Came(Value(*came["value"]), came["tokens"], came["nbytes"], came["plan_id"]) if came else None
+    if not came:
+        return None
+    return Came(Value(*came["value"]), came["tokens"], came["nbytes"], came["plan_id"], came["here"])
 
 
 def _medians(events: Sequence[Event]) -> dict[str, float]:
@@ -108,10 +111,12 @@ def _links(events: Sequence[Event]) -> dict[int, float]:
     return {source: median(busy) / 1e9 for source, busy in by_source.items()}
 
 
-def _empty(plan: Plan, rank: int, events: Sequence[Event]) -> frozenset[tuple[int, int]]:
-    """Transfers that have ended without a byte."""
+def _ended(
+    plan: Plan, rank: int, events: Sequence[Event], kinds: tuple[str, ...], *, full: bool
+) -> frozenset[tuple[int, int]]:
+    """Transfers that have ended, with their bytes or without one."""
     lanes = {lane.name: number for number, lane in enumerate(plan.lanes[rank])}
     found = (
-        e for e in events if e.kind in ("send", "recv") and not e.bytes and e.tokens and e.index is not None
+        e for e in events if e.kind in kinds and bool(e.bytes) == full and e.tokens and e.index is not None
     )
     return frozenset((lanes[e.lane], e.index) for e in found if e.lane in lanes and e.index is not None)

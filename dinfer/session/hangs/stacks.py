@@ -76,7 +76,7 @@ def as_dumped(text: str) -> Stacks:
 
 def _is_in_op(files: Iterable[str]) -> bool:
     """Whether a thread runs an op, and does not wait in the transport or at a gate."""
-    names = {file.rpartition("dinfer/engine/")[2] for file in files if "dinfer/engine/" in file}
+    names = {file.rpartition("/")[2] for file in files if "/dinfer/engine/" in file}
     return bool(names & set(LANES)) and not names & set(TRANSPORT)
 
 

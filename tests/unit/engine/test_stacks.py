@@ -154,6 +154,12 @@ Thread 0x00007f1 (most recent call first):
   File "/x/dinfer/engine/gate.py", line 80 in wait
   File "/x/dinfer/engine/executor.py", line 70 in _run
 
+Thread 0x00007f4 (most recent call first):
+  File "/usr/lib/torch/distributed/distributed_c10d.py", line 700 in wait
+  File "/x/dinfer/engine/transport/comm.py", line 120 in send
+  File "/x/dinfer/engine/handlers.py", line 190 in send
+  File "/x/dinfer/engine/executor.py", line 101 in _do
+
 Thread 0x00007f2 (most recent call first):
   File "/models/own.py", line 12 in forward
   File "/x/dinfer/engine/handlers.py", line 130 in layer

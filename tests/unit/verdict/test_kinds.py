@@ -156,6 +156,17 @@ def test_a_message_of_another_plan() -> None:
     assert said.startswith("rank 0 runs another plan (id 0000000000000007)")
 
 
+def test_who_gets_a_message_by_another_plan_than_its_own() -> None:
+    """It is the one that differs from the others, and not its sender."""
+    signs = got(BLOCKS[1], "kv c0 l0")
+    raised = signs[1].raised
+    assert raised
+    assert raised.came
+    other = raised._replace(came=raised.came._replace(here=7))
+    said = told(changed(signs, 1, raised=other), "another plan", 1, lockstep())
+    assert said.startswith("rank 1 runs another plan (id 0000000000000007)")
+
+
 def test_a_message_that_comes_again() -> None:
     said = told(got(BLOCKS[1], "kv c0 l0"), "sent twice", 0, lockstep())
     assert said.startswith("rank 0 sent block c0 l0 twice: at `recv kv c0 l1")
@@ -270,6 +281,44 @@ def test_a_recv_that_was_left_out_for_good() -> None:
     assert said.startswith(
         "rank 1 has passed `recv kv c1 l1 <- 0, 4 tokens` and not received it; rank 0 waits for it"
     )
+
+
+def test_a_message_that_is_sent_again_and_not_awaited() -> None:
+    """As a recv that was left out, but for its event: its bytes have come."""
+    game = frozen_at(0, "send kv c1 l1 -> 1, 4 tokens")
+    number = [lane.name for lane in PLAN.lanes[1]].index("kv-in:0")
+    signs = signs_of(game)
+    positions = list(signs[1].positions)
+    positions[number] += 1
+    full = frozenset({(number, positions[number] - 1)})
+    said = told(changed(signs, 1, positions=tuple(positions), full=full), "sent twice", 0)
+    assert said.startswith("rank 0 sends block c1 l1 once more, though rank 1 has it")
+
+
+def misdirected(last: str) -> list[Signs]:
+    """Rank 0 was to send block c0 l1 to rank 1, which waits for it, and has sent it to rank 2, which has it. Now it
+    sends rank 2's own; who gets it again is as `last` says."""
+    plan = lockstep(3)
+    first, own = "send kv c0 l1 -> 1, 4 tokens", "send kv c0 l1 -> 2, 4 tokens"
+    game = FaultyGame(plan, seed=0, dropped=place_of(plan, 0, first), frozen={place_of(plan, 0, own)})
+    game.play()
+    signs, got = signs_of(game), place_of(plan, 2, "recv kv c0 l1 <- 0, 4 tokens")
+    signs = changed(signs, 2, positions=(got.index + 1,), full=frozenset({(0, got.index)}))
+    if last == "rank 2 again":
+        came = Came(Value("kv", 0, 1), 4, 99, plan.id)
+        raised = Raised("TransferError: …", "recv kv c1 l0 <- 0, 4 tokens", "main", came=came)
+        place = place_of(plan, 2, raised.op)
+        signs = changed(signs, 2, raised=raised, positions=(place.index,))
+        signs = changed(signs, 0, positions=(place_of(plan, 0, own).index + 1,))
+    elif last == "nobody yet":
+        signs = changed(signs, 0, still_s=(1.0,))
+    return signs
+
+
+@pytest.mark.parametrize("last", ["rank 2 again", "nobody", "nobody yet"])
+def test_a_message_that_another_rank_got(last: str) -> None:
+    said = told(misdirected(last), "wrong peer", 0, lockstep(3))
+    assert said.startswith("rank 0 sent block c0 l1 to rank 2 in place of rank 1")
 
 
 def test_a_plan_that_lacks_the_other_end() -> None:

@@ -1,0 +1,80 @@
+"""From a cell to what each rank is told to do wrong, and what it takes to make a run that is long enough to see it."""
+
+import random
+
+from dinfer.engine.hosting.commands import Message
+from dinfer.plan.graph import Graph
+from dinfer.plan.ops import Op
+from dinfer.session.lab.expected import Cell, following, target, third
+
+PACE_S = 0.02
+"""that every layer op takes longer: ranks then run at about the same speed, whatever else the machine does"""
+SLOW_PACE_S = 0.04
+SLOW_WIRE_S = 0.06
+TIMES = {"slow rank 2x": 2.2, "slow rank 10x": 10.0}
+"""how many times longer; somewhat over 2, as the layer itself is not slowed"""
+SLOWED_S = (0.02, 0.05, 0.1)
+SLOWED_TIMES = (1, 10)
+ACTS: dict[str, Message] = {
+    "skip a send": {"act": "skip"},
+    "skip a recv": {"act": "skip"},
+    "wrong size": {"act": "longer"},
+    "duplicate": {"act": "twice"},
+    "another plan": {"act": "another plan"},
+    "exception": {"act": "raise"},
+    "stall in Python": {"act": "stall"},
+    "stall in C": {"act": "stall in C"},
+    "stall in C with the GIL": {"act": "stall with GIL"},
+    "SIGSTOP": {"act": "signal", "signal": "SIGSTOP"},
+    "SIGKILL": {"act": "signal", "signal": "SIGKILL"},
+}
+"""what strikes at its op on its rank, and needs to know nothing else"""
+
+
+def pace(seconds: float = PACE_S, *, spin: bool = False) -> Message:
+    return {"do": "misbehave", "act": "pace", "of": "layer", "seconds": seconds, "spin": spin}
+
+
+def orders(graph: Graph, cell: Cell | None) -> dict[int, list[Message]]:
+    """By rank, commands in order; without a cell, those of a run in which nothing is wrong."""
+    ranks = range(graph.plan.world_size)
+    if cell is None:
+        return {rank: [pace()] for rank in ranks}
+    if cell.fault in TIMES:
+        slow = pace(SLOW_PACE_S * TIMES[cell.fault])
+        return {rank: [slow if rank == cell.rank else pace(SLOW_PACE_S)] for rank in ranks}
+    found = {rank: [pace()] for rank in ranks}
+    op = target(graph, cell)
+    assert op
+    rank, order = _order(graph, cell, op)
+    found[rank].append({"do": "misbehave", **order})
+    return found
+
+
+def slowed(seed: int, ranks: int) -> dict[int, list[Message]]:
+    """By rank, orders for a run that moves, slowly: each rank's layers 1 to 10 times as slow as could be, by the seed;
+    some compute meanwhile, the others sleep; in some runs blocks are slow to come as well."""
+    draw = random.Random(seed)
+    base = draw.choice(SLOWED_S)
+    found = {
+        rank: [pace(base * draw.uniform(*SLOWED_TIMES), spin=draw.random() < 0.3)] for rank in range(ranks)
+    }
+    if draw.random() < 0.3:
+        wire = {"act": "slow wire", "of": "recv", "with": [draw.uniform(*SLOWED_TIMES) * SLOWED_S[0]]}
+        found[draw.randrange(ranks)].append({"do": "misbehave", **wire})
+    return found
+
+
+def _order(graph: Graph, cell: Cell, op: Op) -> tuple[int, Message]:
+    if cell.fault == "reorder two":
+        return cell.rank, {"act": "reorder", "ops": [str(op), str(following(graph, cell.rank, op))]}
+    if cell.fault == "wrong peer":
+        other = third(graph.plan, cell.rank, op)
+        own = op._replace(peer=other)
+        ops = [str(op)] + [str(own)] * (following(graph, cell.rank, own) is not None)
+        return cell.rank, {"act": "elsewhere", "ops": ops, "with": [other]}
+    if cell.fault == "slow link":
+        return op.peer, {"act": "slow wire", "of": "recv", "peer": cell.rank, "with": [SLOW_WIRE_S]}
+    if cell.fault == "link cut":
+        return op.peer, {"act": "cut", "ops": [str(op._replace(kind="recv", peer=cell.rank))]}
+    return cell.rank, {**ACTS[cell.fault], "ops": [str(op)]}
