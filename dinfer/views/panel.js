@@ -91,8 +91,7 @@ class View {
     this.block = make("div", "block", side);
     this.stops = new BreakpointList(side, this.board, (message) => this.send(message));
     this.text = make("div", "text", side);
-    this.ranks = make("div", "ranks", side);
-    this.buildRanks();
+    this.ranks = new RankList(side, this.board);
   }
 
   button(bar, text, action, title, key) {
@@ -100,20 +99,6 @@ class View {
     button.title = key ? `${title}  [${key}]` : title;
     button.dataset.do = action;
     button.onclick = () => this.press(action);
-  }
-
-  buildRanks() {
-    this.ranks.classList.toggle("dinfer-many", this.board.ranks > 4);
-    this.rankLines = Array.from({ length: this.board.ranks }, (_, rank) => {
-      const line = make("div", "rank", this.ranks);
-      const head = make("div", "", line);
-      make("b", "", head, `rank ${rank}`);
-      const device = make("span", "faint", head);
-      const word = make("span", "word", head);
-      const bar = make("progress", "", line);
-      const where = make("div", "where", line);
-      return { line, device, word, bar, where };
-    });
   }
 
   legend(node) {
@@ -294,19 +279,9 @@ class View {
     this.stops.show(shown.breakpoints);
     const waiting = shown.waiting ? `, then ${shown.waiting}` : "";
     this.working.textContent = shown.working.length ? `at work: ${shown.working.join(", ")}${waiting}` : "";
-    shown.ranks.forEach((rank, n) => this.updateRank(this.rankLines[n], rank));
+    this.ranks.show(shown.ranks);
     this.describe();
     this.map.draw();
-  }
-
-  updateRank({ line, device, word, bar, where }, rank) {
-    const tokens = rank.tokens ? `${rank.tokens} new token${rank.tokens === 1 ? "" : "s"}` : "";
-    device.textContent = [rank.device, rank.memory, tokens].filter(Boolean).join(" · ");
-    word.textContent = rank.state;
-    line.classList.toggle("dinfer-lost", rank.state === "lost");
-    bar.max = rank.total;
-    bar.value = rank.done;
-    where.textContent = where.title = rank.where;
   }
 
   cellStates(layer, chunk) {
@@ -341,16 +316,6 @@ class View {
     for (const text of this.model.get("marks")[`${layer} ${chunk}`] ?? []) make("div", "mark", this.block, text);
     if (labels[chunk]) make("q", "", this.block, shorten(labels[chunk]));
   }
-}
-
-function holders(states) {
-  const ranks = (wanted) => states.flatMap((state, rank) => (wanted.includes(state) ? [rank] : []));
-  const held = ranks([HERE, EVERYWHERE]), waits = ranks([IN_FLIGHT]), computing = ranks([COMPUTING]);
-  const named = (list) => `rank${list.length > 1 ? "s" : ""} ${list.join(", ")}`;
-  if (computing.length) return `${named(computing)} computes it`;
-  if (!held.length) return "not computed yet";
-  if (!waits.length) return "on every rank";
-  return `held by ${named(held)}; ${named(waits)} wait${waits.length > 1 ? "" : "s"} for it`;
 }
 
 function render({ model, el }) {

@@ -21,7 +21,7 @@ from dinfer.views.status import Json, breakpoints, layout, moment
 from dinfer.views.still import still_html
 
 _HERE = Path(__file__).parent
-SCRIPTS = ("map.js", "heatmap.js", "inspector.js", "communication.js", "controls.js", "panel.js")
+SCRIPTS = ("map.js", "heatmap.js", "inspector.js", "communication.js", "controls.js", "ranks.js", "panel.js")
 """together they are one module"""
 
 

@@ -37,9 +37,10 @@ def quantise(values: Values, scale: Scale = "robust", *, difference: bool = Fals
     top = scale_of(values, scale)
     finite = np.isfinite(values)
     whole = bool(finite.all())
-    steps = np.clip(
-        np.rint((values if whole else np.where(finite, values, 0)) * (STEPS / top)), -STEPS, STEPS
-    )
+    with np.errstate(over="ignore"):  # what is far outside the scale is at its end
+        steps = np.clip(
+            np.rint((values if whole else np.where(finite, values, 0)) / top * STEPS), -STEPS, STEPS
+        )
     if difference:
         faint = (values != 0) & (np.abs(steps) < FAINTEST)
         steps[faint] = np.copysign(FAINTEST, values[faint])

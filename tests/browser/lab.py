@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -64,7 +66,9 @@ class Lab:
 
         wait_for(lambda: self.process.poll() is not None or complete(), "JupyterLab listens")
         assert self.process.poll() is None, (self.home / "server.log").read_text()
-        return f"http://127.0.0.1:{json.loads(said.read_text())['port']}"
+        port = json.loads(said.read_text())["port"]
+        wait_for(lambda: _listens(port), "JupyterLab answers")  # the file is there a little before that
+        return f"http://127.0.0.1:{port}"
 
     def close(self) -> None:
         """End the server, its kernels and what those have started."""
@@ -78,6 +82,12 @@ class Lab:
         for process in left:
             process.kill()
         self.process.wait(10)
+
+
+def _listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
 
 
 @dataclass

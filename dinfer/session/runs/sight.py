@@ -90,10 +90,11 @@ class Sight(Acting, Said):
         return f"run of {head}: {self.where()}"
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
-        """Where there is a browser to show it, the panel; elsewhere nothing beside the text."""
+        """Where there is a browser to show it, the panel beside the text; elsewhere the text alone."""
         if self.show is None or self.closed or not _in_notebook():
             return {}
-        return self.show(self)._repr_mimebundle_()
+        data, metadata = self.show(self)._repr_mimebundle_()
+        return {**data, "text/plain": str(self)}, metadata
 
     @property
     def trace(self) -> Trace:

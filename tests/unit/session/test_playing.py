@@ -149,14 +149,14 @@ def test_a_run_is_its_panel_in_a_notebook_and_its_text_elsewhere(
     import IPython
 
     class Shown:
-        def _repr_mimebundle_(self) -> dict[str, Any]:
-            return {"text/html": "a panel"}
+        def _repr_mimebundle_(self) -> tuple[dict[str, Any], dict[str, Any]]:
+            return {"text/html": "a panel", "text/plain": "Panel(…)"}, {}
 
     assert run._repr_mimebundle_() == {}
     run.show = lambda _: Shown()
     monkeypatch.setattr(IPython, "get_ipython", lambda: None)
     assert run._repr_mimebundle_() == {}
     monkeypatch.setattr(IPython, "get_ipython", Kernel)
-    assert run._repr_mimebundle_() == {"text/html": "a panel"}
+    assert run._repr_mimebundle_() == ({"text/html": "a panel", "text/plain": str(run)}, {})
     run.close("another run has begun")
     assert run._repr_mimebundle_() == {}
