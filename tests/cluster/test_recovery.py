@@ -189,7 +189,7 @@ def weights_of(session: Session, rank: int) -> int:
     return found[0]
 
 
-WEIGHTS = "id(__import__('dinfer.engine.hosting.kernel').engine.kernel._current.host.decoder)"
+WEIGHTS = "id(__import__('dinfer.engine.hosting.kernel').engine.hosting.kernel._current.host.decoder)"
 
 
 def trial(session: Session, wanted: Wanted, tmp_path: Path, seed: int) -> None:
