@@ -3,16 +3,20 @@
 It belongs to its cluster, not to who started it: nobody's child, and ended when the controller is gone.
 """
 
+import importlib
 import json
 import os
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from dinfer.session.clusters.identity import Identity
 
 LOOK_S = 1.0
+RANK = "dinfer.engine.hosting.kernel"
+"""what an engine imports to become a rank: most of the time that it takes to come back"""
 
 
 def main() -> None:
@@ -44,10 +48,17 @@ def _end_with(controller: Identity) -> None:
 
 
 def _be_engine(arguments: list[str]) -> None:
-    from ipyparallel.engine.app import main as engine
+    from ipyparallel.engine.app import IPEngine
+
+    class Engine(IPEngine):  # type: ignore[misc]  # it has no types
+        """Imports what it will need as a rank while the hub waits for its first heartbeat, up to three seconds."""
+
+        def start_heartbeat(self, *given: Any, **named: Any) -> None:
+            super().start_heartbeat(*given, **named)
+            self.loop.add_callback(importlib.import_module, RANK)
 
     sys.argv = ["ipengine", *arguments]
-    engine()
+    Engine.launch_instance()
 
 
 if __name__ == "__main__":

@@ -22,20 +22,22 @@ from dinfer.session.replaying.checkpoint import decoder_of
 from dinfer.session.replaying.peers import Peers
 from dinfer.session.replaying.recorded import Recorded, RecordError, check_rank, check_states
 from dinfer.session.replaying.told import SHOWN, Went, differs_text, ended_text, late_edits, left_out
-from dinfer.session.replaying.way import Positions, Way, is_inside, lower
+from dinfer.session.replaying.way import Positions, Way, is_inside, lower, upper
 from dinfer.session.runs.action import count_of, unit_of
 from dinfer.session.runs.where import moved_lines, rank_text
 from dinfer.session.said import Decoded, Said, Where, listed
 from dinfer.trace.events import Event
 
 TOKEN = "token"
+CLOSED = "this replay is closed: replay the rank again"
 
 
 class Replay(Said):
     """`engine` is the rank's engine, as under `%%px`; `notes` say where this is not the run bit for bit.
 
     An op that raises does so here, with its own error as the cause; what is called next begins anew and goes to where
-    it is sent. Raises RecordError where the record does not do.
+    it is sent. This process then computes on as many CPU threads as the rank did. Raises RecordError where the record
+    does not do.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Replay(Said):
     ) -> None:
         check_rank(recorded.rank, recorded.plan)
         check_states(recorded)
+        self._closed = False
         self.recorded, self.rank, self.plan = recorded, recorded.rank, recorded.plan
         self.notes = [*late_edits(recorded), *left_out(recorded)]
         self.decoder: Decoder = decoder_of(recorded, model_path, device, decoder)
@@ -133,6 +136,8 @@ class Replay(Said):
 
     def where(self) -> Where:
         """Where it stands, and what is not as in the run."""
+        if self._closed:
+            return Where("closed", f"rank {self.rank}: {CLOSED}")
         failure, stand = self.engine.executor.failure, self.engine.executor.stand()
         state = "failed" if failure else "done" if self.engine.executor.is_done() else "paused"
         lines = [f"rank {self.rank}: {rank_text(self.plan.lanes[self.rank], stand)}"]
@@ -146,6 +151,7 @@ class Replay(Said):
 
     def close(self) -> None:
         """End its threads."""
+        self._closed = True
         self.engine.release()
 
     def __enter__(self) -> Self:
@@ -174,6 +180,8 @@ class Replay(Said):
         self._tokens, self._texts = Tokens(self.engine), list[str]()
 
     def _positions(self) -> Positions:
+        if self._closed:
+            raise RuntimeError(CLOSED)
         return self.engine.executor.stand().positions
 
     def _repeated(self, step: Callable[[Positions, Unit], Positions], unit: Unit, n: int) -> Positions:
@@ -185,9 +193,10 @@ class Replay(Said):
     def _go(self, target: Positions) -> Went:
         """Forward or back. Raises OpFailed where an op raises."""
         before, executor = self._positions(), self.engine.executor
-        executor.wait(
-            lambda: not any(executor.stand().started)
-        ) if executor.failure is None else self._begin()
+        if executor.failure is None:
+            executor.wait(lambda: not any(executor.stand().started))
+        else:
+            self._begin()
         edited = list(self.engine.prompt.look())
         if not is_inside(self._positions(), target):
             self._back(target)
@@ -196,9 +205,7 @@ class Replay(Said):
                 break
             self._forward(edit.positions)
             self._apply(self._applied)
-        self._forward(
-            lower(target, self.recorded.positions)
-        )  # all that had ended, before what may fail again
+        self._forward(lower(target, self.recorded.positions))  # before what had not ended, and may fail again
         self._forward(target)
         if target != self._way.reach or before != target:
             self._forget_tokens()
@@ -212,7 +219,9 @@ class Replay(Said):
             self.engine.prompt.rewind(self._cut(lower(self._positions(), target)))
 
     def _forward(self, target: Positions) -> None:
+        """To there on every lane that is not further yet."""
         prompt, executor = self.engine.prompt, self.engine.executor
+        target = upper(target, self._positions())
         prompt.go(self._cut(target))
         try:
             executor.wait(lambda: executor.stand().positions == target)
@@ -226,7 +235,7 @@ class Replay(Said):
         for key, block in self.recorded.edits[number].kv.items():
             state.block(*key).copy_(block)
         for key, hidden in self.recorded.edits[number].hidden.items():
-            state.hidden[key] = hidden.to(self.decoder.device)
+            state.hidden[key] = hidden.to(self.decoder.device, copy=True)
         self.engine.prompt.look()
         self._applied = number + 1
 

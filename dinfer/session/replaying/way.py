@@ -21,6 +21,10 @@ def lower(one: Positions, other: Positions) -> Positions:
     return tuple(map(min, one, other))
 
 
+def upper(one: Positions, other: Positions) -> Positions:
+    return tuple(map(max, one, other))
+
+
 class Way:
     """Of one rank, from its start to `reach`."""
 
@@ -33,7 +37,7 @@ class Way:
         """One step on; the same positions at the end."""
         chain = self.chain(unit)
         ahead = bisect_left(chain, True, key=lambda link: not is_inside(link, at))
-        return tuple(map(max, at, chain[ahead])) if ahead < len(chain) else at
+        return upper(at, chain[ahead]) if ahead < len(chain) else at
 
     def previous(self, at: Positions, unit: Unit) -> Positions:
         """One step back; the same positions at the start."""

@@ -136,6 +136,24 @@ def test_a_failure_in_a_layer_comes_again_at_the_same_op(
             check_same(replay, engine_of(session, rank), [])
 
 
+def test_an_op_that_failed_there_and_not_here_is_the_last(
+    session: Session, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        Breaks(begin(session), patch)
+        run = begin(session, paused=False)
+        with pytest.raises(RankFailed, match=BROKEN):
+            run.wait(60)
+        settle(run)
+    with run.replay(1, decoder=decoder) as replay:
+        assert "the record ends here: rank 1 stood in `layer c1 l3`" in str(replay.resume())
+        assert (1, 3) in replay.engine.executor.state.ledger.entries
+        assert not replay.resume().moved
+        assert not replay.step("chunk").moved  # type: ignore[union-attr]  # not of tokens
+        replay.step_back("op")
+        assert replay.resume().moved
+
+
 def test_a_failure_in_decode_comes_again_in_the_same_token(
     session: Session, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +255,9 @@ def test_what_it_says(session: Session, decoder: Decoder) -> None:
         assert replay.tokens == []
         replay.restart()
         assert not any(replay.engine.executor.stand().positions)
+    assert replay.where().state == "closed"
+    with pytest.raises(RuntimeError, match="this replay is closed"):
+        replay.step()
 
 
 def test_no_tokens_are_decoded_of_a_run_that_had_none(session: Session, decoder: Decoder) -> None:
