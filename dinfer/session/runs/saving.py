@@ -43,8 +43,10 @@ class Saving(Explaining, Reporting):
         evidence = self.evidence()
         source, ranks = self._reachable()
         trace = with_findings(self.whole_trace(), self.findings(prompt=prompt))
-        content = Content(source, ranks, trace, evidence, self._told(), layers, hidden, prompt)
-        return write(content, folder)
+        held = (
+            (layers, hidden) if ranks else ((), False)
+        )  # in decode, a rank that waits for another does not answer
+        return write(Content(source, ranks, trace, evidence, self._told(), *held, prompt), folder)
 
     def _reachable(self) -> tuple[Live, tuple[int, ...]]:
         """The ranks that can be asked what they hold."""
