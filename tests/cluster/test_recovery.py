@@ -166,7 +166,10 @@ def check_saved(trial: Broken, folder: Path) -> None:
     saved = dinfer.open(trial.run.save(folder))
     assert saved.verdict().sentence == trial.run.verdict().sentence
     assert saved.verdict().rank == trial.rank
-    assert set(saved.source().ranks) == {0, 1, 2} - {trial.rank}
+    if trial.signal == "SIGSTOP" and trial.place.startswith("decode"):  # the others wait for its token
+        assert "no KV: no rank could be asked" in str(saved)
+    else:
+        assert set(saved.source().ranks) == {0, 1, 2} - {trial.rank}
 
 
 def check_recovered(

@@ -8,6 +8,7 @@ from dinfer.session.hangs.stacks import answers
 from dinfer.session.kv.line import Line
 from dinfer.session.kv.live import Live
 from dinfer.session.replaying.live import own_of
+from dinfer.session.replaying.recorded import Own
 from dinfer.session.reproduce import parameters
 from dinfer.session.runs.explaining import Explaining
 from dinfer.session.runs.reporting import Reporting
@@ -44,11 +45,15 @@ class Saving(Explaining, Reporting):
         evidence = self.evidence()
         source, ranks = self._reachable()
         trace = with_findings(self.whole_trace(), self.findings(prompt=prompt))
-        own = (
-            {rank: own_of(self, source, rank) for rank in ranks} if hidden and self.standing().stands else {}
+        if not ranks:  # in decode, a rank that waits for another does not answer
+            layers, hidden = (), False
+        own = self._own(source, ranks) if hidden else {}
+        return write(
+            Content(source, ranks, trace, evidence, self._told(), layers, hidden, prompt, own), folder
         )
-        content = Content(source, ranks, trace, evidence, self._told(), layers, hidden, prompt, own)
-        return write(content, folder)
+
+    def _own(self, source: Live, ranks: Sequence[int]) -> dict[int, Own]:
+        return {rank: own_of(self, source, rank) for rank in ranks} if self.standing().stands else {}
 
     def _reachable(self) -> tuple[Live, tuple[int, ...]]:
         """The ranks that can be asked what they hold."""

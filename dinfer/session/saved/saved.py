@@ -38,6 +38,7 @@ from dinfer.verdict.verdict import Verdict
 Write = Callable[[Trace, Path], Path]
 MOVING = ("running", "decoding")
 """states of a run that is saved though it did not stand: it hung"""
+_OTHERS = ": a folder that run.save has written does"
 
 
 class Saved(Said):
@@ -55,11 +56,11 @@ class Saved(Said):
     @property
     def plan(self) -> Plan:
         """What every rank was to do."""
-        raise self._lacks("plan")
+        raise self._lacks(f"plan{_OTHERS}")
 
     def source(self) -> SavedSource:
         """Its KV, for comparisons."""
-        raise self._lacks("KV")
+        raise self._lacks(f"KV{_OTHERS}")
 
     def kv(self, *, layer: int | None = None, chunk: int | None = None, rank: int | None = None) -> KV:
         """The KV that the ranks held, as `run.kv` gives it. Raises PlanError for what there was not, SavedError for
@@ -72,11 +73,11 @@ class Saved(Said):
 
     def hidden(self, *, rank: int, chunk: int) -> Tensor:  # noqa: ARG002 - of a folder
         """The hidden state of a chunk that entered a rank, [tokens, hidden_size]. Raises SavedError."""
-        raise self._lacks("hidden states")
+        raise self._lacks(f"hidden states{_OTHERS}")
 
     def verdict(self) -> Verdict:
         """Why the run did not move, or that it did; worked out anew from where it stood."""
-        raise self._lacks("signs of life to work a verdict out from")
+        raise self._lacks(f"signs of life to work a verdict out from{_OTHERS}")
 
     def replay(
         self,
@@ -101,9 +102,7 @@ class Saved(Said):
         return f"{self.path.name}: a trace of {len(self.trace.events)} events, {self.findings.state or 'no state'}"
 
     def _lacks(self, what: str) -> SavedError:
-        return SavedError(
-            f"{str(self.path)!r} holds a trace and findings, and no {what}: a folder that run.save has written does."
-        )
+        return SavedError(f"{str(self.path)!r} holds a trace and findings, and no {what}.")
 
 
 class SavedFolder(Saved):
@@ -121,6 +120,8 @@ class SavedFolder(Saved):
         return self._plan
 
     def source(self) -> SavedSource:
+        if not self._source.ranks:
+            raise self._lacks("KV, since no rank could be asked when it was saved")
         return self._source
 
     def hidden(self, *, rank: int, chunk: int) -> Tensor:
@@ -161,7 +162,9 @@ class SavedFolder(Saved):
         lines = [
             f"{subject.name}: {plan.shape.tokens} tokens in {chunks} chunks, {plan.schedule}, {plan.sync_strategy}: "
             f"{self._state_text()}{f', {new} new tokens' * bool(new)}",
-            f"ranks {ranks or 'none'}: {self._source.holds}{', hidden states' * bool(self.about.get('hidden'))}",
+            f"ranks {ranks}: {self._source.holds}{', hidden states' * bool(self.about.get('hidden'))}"
+            if ranks
+            else "no KV: no rank could be asked when it was saved",
             *[f"it stood {subject.stands}"] * any(subject.standing),
             *[self.findings.failure.partition("\n")[0]] * bool(self.findings.failure),
             *[f"edited by hand: {', '.join(self.about.get('edited', ()))}"] * bool(self.about.get("edited")),

@@ -248,6 +248,17 @@ def test_ranks_that_cannot_be_asked(
     assert "ranks 1–2: " in str(saved)
 
 
+def test_no_rank_can_be_asked(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_reachable", lambda: (run.source(), ()))
+    saved = dinfer.open(run.save(tmp_path / "saved"))
+    assert saved.verdict() == run.verdict()
+    assert saved.plan == run.plan
+    assert "no KV: no rank could be asked when it was saved" in str(saved)
+    for asked in (saved.kv, saved.diff, lambda: run.kv().diff(saved)):
+        with pytest.raises(SavedError, match="and no KV, since no rank could be asked when it was saved"):
+            asked()
+
+
 def test_why_a_run_hangs_is_worked_out_anew(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
