@@ -94,5 +94,6 @@ def test_the_panel_is_live_and_leaves_a_picture(stepping: Page) -> None:
 
 def test_what_is_returned_has_an_html_form(stepping: Page) -> None:
     assert "stands at c0 l1" in stepping.html("where")
-    assert "<pre" in stepping.html("prefill")
+    assert "<pre" in stepping.html("where")
+    assert "<svg" in stepping.html("prefill")  # a run is its panel, whose still picture this is
     assert stepping.text("close") == ""
