@@ -155,12 +155,14 @@ def test_who_computes_is_not_called_hung(session: Session, monkeypatch: pytest.M
 
     broken(monkeypatch, 1, "layer c1 l3", spin)
     run = begin(session)
-    wait_for(lambda: run.hang, f"it is told: {run.where()}", 20)
-    verdict = run.verdict()
-    assert (verdict.kind, verdict.rank, verdict.is_hung) == ("computing", 1, False)
-    assert "and still computing (" in run.hang
-    run.check_moving()
-    door.open()
+    try:
+        wait_for(lambda: run.hang, f"it is told: {run.where()}", 20)
+        verdict = run.verdict()
+        assert (verdict.kind, verdict.rank, verdict.is_hung) == ("computing", 1, False)
+        assert "and still computing (" in run.hang
+        run.check_moving()
+    finally:
+        door.open()  # or the tests after this one would find its thread
     assert run.wait(20).state == "done"
 
 
