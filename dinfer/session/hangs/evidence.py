@@ -11,6 +11,9 @@ from dinfer.verdict.explain import explain
 from dinfer.verdict.signs import Came, Frame, Raised, Signs, Sizes
 from dinfer.verdict.verdict import Verdict
 
+SETS = ("empty", "full")
+"""fields of Signs that are sets of (lane, index)"""
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -29,7 +32,7 @@ class Evidence:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as JSON has them."""
-        signs = [{**asdict(its), "empty": sorted(its.empty)} for its in self.signs]
+        signs = [{**asdict(its), **{name: sorted(getattr(its, name)) for name in SETS}} for its in self.signs]
         plain: dict[str, Any] = json.loads(json.dumps({**asdict(self), "signs": signs}))
         return plain
 
@@ -43,14 +46,15 @@ class Evidence:
 
 def _signs(values: Mapping[str, Any]) -> Signs:
     lists = {name: tuple(values[name]) for name in ("positions", "started", "limits", "still_s")}
+    sets = {name: frozenset((lane, index) for lane, index in values.get(name, ())) for name in SETS}
     return Signs(
         **{
             **values,
             **lists,
+            **sets,
             "raised": _raised(values["raised"]) if values["raised"] else None,
             "frames": {lane: Frame(*frame) for lane, frame in values["frames"].items()},
             "links": {int(source): seconds for source, seconds in values["links"].items()},
-            "empty": frozenset((lane, index) for lane, index in values["empty"]),
         }
     )
 

@@ -67,7 +67,7 @@ class KV(Said):
                 self._note(found, selection)
             return found
         theirs = other.source() if hasattr(other, "source") else other
-        if isinstance(theirs, Live):
+        if isinstance(source, Live) and isinstance(theirs, Live):  # both call themselves this run
             theirs = theirs.called("the other run")
         return diff_sources(source, theirs, selection, values)
 

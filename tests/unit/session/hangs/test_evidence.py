@@ -20,6 +20,7 @@ FULL = Signs(
     raised=Raised("no", "layer c0 l1", "main", True, Came(Value("kv", 0, 1), 4, 512, 1 << 63)), plan_id=(1 << 64) - 1,
     frames={"main": Frame("model.py", 12, "forward", "x()", native=True, waits=True, held=True)},
     medians={"layer": 0.25}, links={1: 0.125}, empty=frozenset({(0, 2), (1, 5)}),
+ full=frozenset({(1, 2)}),
 )  # fmt: skip
 
 
