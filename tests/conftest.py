@@ -38,8 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Settle how thorough to be, and the seed, so that the header can name it; begin to count time."""
     quick = "ci" if os.environ.get("CI") == "true" else "local"
     settings.load_profile("thorough" if config.option.slow else quick)
-    if config.option.slow_seed is None:
-        config.option.slow_seed = SystemRandom().randrange(10_000)
+    if (
+        config.option.slow_seed is None
+    ):  # the processes among which pytest-xdist shares out tests must draw the same
+        seed = os.environ.setdefault("DINFER_SLOW_SEED", str(SystemRandom().randrange(10_000)))
+        config.option.slow_seed = int(seed)
     config.pluginmanager.register(PartTimes(), "dinfer-part-times")
 
 
