@@ -29,15 +29,9 @@ def silence_limit(timeout: float) -> float:
     return min(10.0, max(timeout / 2, 3.0))
 
 
-def failure_of(
-    plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], config: Config, now: float
-) -> str | None:
-    """Why the run is over, or None if it is not. `exits[rank]` is set for ranks that ended without a result."""
-    return broken(plan, ranks, exits, config) or _standstill(plan, ranks, config, now)
-
-
 def broken(plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], config: Config) -> str | None:
-    """The same but for a standstill: what has been raised, and who has died."""
+    """What has been raised, and who has died; None if nothing. `exits[rank]` is set for ranks that ended without a
+    result."""
     errors = [(rank, state.reports["error"]) for rank, state in enumerate(ranks) if "error" in state.reports]
     primary = [(rank, error) for rank, error in errors if not error["secondary"]]
     dead = [
@@ -131,7 +125,8 @@ def _is_paused(ranks: Sequence[RankState]) -> bool:
     )
 
 
-def _standstill(plan: Plan, ranks: Sequence[RankState], config: Config, now: float) -> str | None:
+def standstill(plan: Plan, ranks: Sequence[RankState], config: Config, now: float) -> str | None:
+    """Where all stand, if nothing has moved for so long that the run is over."""
     if _is_paused(ranks):
         return None
     quiet = now - max(state.progressed for state in ranks)

@@ -175,6 +175,9 @@ def test_a_refuted_schedule_hangs_as_foretold(qwen3: Path, start: Start) -> None
     assert run.finish() == 1
     said = message(run)
     assert "no rank has made progress" in said
+    circle = "these wait for one another for ever: rank 0 waits for rank 1 to take block c0 l0"
+    assert f"no progress: {circle}" in run.out  # told long before
+    assert f"\n{circle}" in said
     assert all(
         re.search(rf"^rank {rank}: \d+ of \d+ ops done; .* in `send kv", said, re.M) for rank in range(3)
     )

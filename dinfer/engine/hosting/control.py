@@ -19,7 +19,7 @@ from dinfer.engine.board import Board, anonymous_file, map_file
 from dinfer.engine.execution import Execution
 from dinfer.engine.hosting.commands import Command, Message, Table, answer, lane_commands
 from dinfer.engine.hosting.debugger import undebugged
-from dinfer.engine.hosting.stacks import dump_into
+from dinfer.engine.hosting.stacks import dump_into, stacks
 from dinfer.engine.hosting.watcher import MEMORY_BYTES, RECORDER_BYTES
 
 CLOSING_S = 10.0
@@ -73,9 +73,11 @@ class Control:
         self._table = table
 
     def attach(self, executor: Execution, lanes: tuple[str, ...]) -> None:
-        """Let commands move this executor; `lanes` are its recorder's."""
+        """Let commands move this executor; `lanes` are its recorder's. Called on the thread that is to decode."""
         self.report("lanes", lanes=list(lanes))
-        self.serve(lane_commands(lambda: executor))
+        rank, decoding = executor.rank, threading.current_thread().name
+        told = Command(lambda _: stacks(rank, alone=True, decoding=decoding))
+        self.serve({**lane_commands(lambda: executor), "stacks": told})
 
     def ask(self, what: str, timeout: float) -> Message | None:
         """The session's answer to a question of this rank; None where nobody answers in time."""

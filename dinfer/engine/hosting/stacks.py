@@ -38,14 +38,16 @@ _FOREIGN = frozenset(("ctypes", "_ctypes", "cffi", "_cffi_backend"))
 Message = dict[str, Any]
 
 
-def stacks(rank: int, *, alone: bool) -> Message:
-    """Every thread of a rank; `alone`: its process is its own, so that all threads in it are."""
+def stacks(rank: int, *, alone: bool, decoding: str = "") -> Message:
+    """Every thread of a rank; `alone`: its process is its own, so that all threads in it are; `decoding`: the name of
+    the one that decodes, where it has another than a session's ranks give it."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     mine = (f"rank {rank} ", f"dinfer rank {rank}_")
     found = []
     for ident, frame in sys._current_frames().items():
         name = names.get(ident, f"thread {ident}")
         if ident != threading.get_ident() and (alone or name.startswith(mine)):
+            name = "decode" if name == decoding else name
             found.append({"name": name, "cpu_s": _cpu_s(ident), **_described(frame)})
     return {"threads": found}
 

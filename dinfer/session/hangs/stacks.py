@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 
 from dinfer.engine.hosting.commands import Message
 from dinfer.engine.hosting.stacks import TRANSPORT
-from dinfer.session.ranks import Ranks
-from dinfer.session.states import RankRefused
+from dinfer.session.states import RankRefused, States
 from dinfer.verdict.signs import BUSY, Frame
 
 ANSWER_S = 0.5
@@ -31,7 +30,7 @@ class Stacks:
     cpu_s: float | None = None
 
 
-def gather(ranks: Ranks, which: Sequence[int]) -> dict[int, Stacks]:
+def gather(ranks: States, which: Sequence[int]) -> dict[int, Stacks]:
     """Ask these ranks, together; those that are mute are dumped. Takes 1.5 s at most, mostly a few milliseconds."""
     said = answers(ranks, {rank: {"do": "stacks"} for rank in which}, ANSWER_S)
     found = {rank: _as_asked(rank, message) for rank, message in said.items()}
@@ -42,7 +41,7 @@ def gather(ranks: Ranks, which: Sequence[int]) -> dict[int, Stacks]:
     return found
 
 
-def answers(ranks: Ranks, requests: dict[int, Message], timeout: float) -> dict[int, Message]:
+def answers(ranks: States, requests: dict[int, Message], timeout: float) -> dict[int, Message]:
     """What those ranks say that answer in time and do not refuse; all are asked together."""
     begun = ranks.begin(requests)
     deadline = time.monotonic() + timeout

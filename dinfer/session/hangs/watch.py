@@ -15,7 +15,7 @@ from dinfer.session.hangs.gather import signs_of, sizes_of
 from dinfer.session.hangs.stacks import Stacks, gather
 from dinfer.session.hangs.track import Track
 from dinfer.session.job import Job
-from dinfer.session.ranks import Ranks
+from dinfer.session.states import States
 from dinfer.verdict.explain import explain
 from dinfer.verdict.signs import Signs
 from dinfer.verdict.verdict import Verdict
@@ -37,11 +37,11 @@ QUIET = ("moving", "done", "paused", "held")
 class Watch:
     """Of one run. `look` is called often, on one thread; `judge` on any."""
 
-    def __init__(self, job: Job, line: Ranks) -> None:
+    def __init__(self, job: Job, line: States) -> None:
         self._job, self._line, self._plan = job, line, job.plan
         self._sizes = sizes_of(job)
         self._graph: Graph | None = None
-        self._track = Track(line.world_size)
+        self._track = Track(len(line.ranks))
         self._stacks: dict[int, Stacks] = {}
         self._lock = threading.RLock()
         self._looked_at = self._judged_at = self._asked_at = 0.0

@@ -187,7 +187,7 @@ def _keep_session(
     job: Job, link: Link, show: Show, told: threading.Event, trace_path: str | Path | None
 ) -> dict[str, Any]:
     show.introduce()
-    watch = Watch(job, link, on_text=show.on_text)
+    watch = Watch(job, link, on_text=show.on_text, on_hang=show.warn)
     try:
         while not watch.look(LOOK_S):
             show.progress(link.ranks)

@@ -25,12 +25,19 @@ class Processes:
     """Started on entry; ended, whatever happened, on exit."""
 
     def __init__(
-        self, job: Job, *, paused: bool = False, on_text: Callable[[str], None] | None = None
+        self,
+        job: Job,
+        *,
+        paused: bool = False,
+        on_text: Callable[[str], None] | None = None,
+        on_hang: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.job = job
         self.link = Link(job.config.world_size)
         self._paused = paused
-        self._watch = Watch(job, self.link, self._exits, on_text, while_looking=self._introduce)
+        self._watch = Watch(
+            job, self.link, self._exits, on_text, while_looking=self._introduce, on_hang=on_hang
+        )
         self._processes: list[subprocess.Popen[bytes]] = []
         self._introduced: set[int] = set()
 

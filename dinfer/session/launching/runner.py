@@ -65,6 +65,10 @@ class Show:
     def say(self, line: str) -> None:
         self._write(f"{line}\n")
 
+    def warn(self, verdict: str) -> None:
+        """Why the run does not move: at once, not only when its timeout ends it."""
+        self.say("\n" * bool(self.text) + f"no progress: {verdict}")
+
     def _write(self, text: str) -> None:
         self._out.write(text)
         self._out.flush()
@@ -74,7 +78,7 @@ def run(job: Job, trace_path: str | Path | None = None, out: TextIO | None = Non
     """Generate; what the ranks measured (see `result_of`). Raises RankFailed; a KeyboardInterrupt ends all ranks."""
     show = Show(job, out)
     show.introduce()
-    with Processes(job, on_text=show.on_text) as ranks:
+    with Processes(job, on_text=show.on_text, on_hang=show.warn) as ranks:
         while not ranks.watch(PROGRESS_S):
             show.progress(ranks.link.ranks)
         return conclude(job, ranks.link.ranks, show, trace_path)

@@ -1,9 +1,13 @@
-"""Watch: looks after a run's ranks through their link, until all have delivered or one cannot go on."""
+"""Watch: looks after a run's ranks through their link, until all have delivered or one cannot go on.
+
+A run that does not move is explained long before its timeout ends it.
+"""
 
 import time
 from collections.abc import Callable, Sequence
 
-from dinfer.session.blame import LOST, SILENT, failure_of, silence_limit
+from dinfer.session.blame import LOST, SILENT, broken, ending, silence_limit, standstill
+from dinfer.session.hangs import watch as hangs
 from dinfer.session.job import Job
 from dinfer.session.link import Link
 from dinfer.session.runs.fleet import RankFailed
@@ -24,9 +28,12 @@ class Watch:
         exits: Callable[[], Sequence[int | None]] | None = None,
         on_text: Callable[[str], None] | None = None,
         while_looking: Callable[[], None] = lambda: None,
+        on_hang: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """`on_hang` is told why the run does not move, once it is known, and again when there is another reason."""
         self._job, self._link, self._on_text, self._while_looking = job, link, on_text, while_looking
         self._processes_ended = exits or self._lost
+        self._hangs, self._on_hang, self._told = hangs.Watch(job, link), on_hang, ""
 
     def look(self, seconds: float) -> bool:
         """Look after the ranks for that long; True once all have delivered their result.
@@ -43,16 +50,32 @@ class Watch:
             if finished:
                 return True
             self.check()
+            self._look_whether_it_hangs()
         return False
+
+    def _look_whether_it_hangs(self) -> None:
+        ended = {
+            rank: ending(code, self._job.config)
+            for rank, code in enumerate(self._exits())
+            if code is not None
+        }
+        decoding = any(state.phase == "decode" for state in self._link.ranks)
+        self._hangs.look(decoding=decoding, ended=ended)
+        said = self._hangs.found.sentence if self._hangs.found else ""
+        if said and said != self._told:
+            self._on_hang(said)
+        self._told = said
 
     def check(self) -> None:
         """Raises RankFailed if a rank has failed, died, or stands still for too long."""
         if self._broken():
             with self._link.changed:
                 self._link.changed.wait_for(self._all_told, GRACE_S)
-        exits, now = self._exits(), time.monotonic()
-        if failure := failure_of(self._job.plan, self._link.ranks, exits, self._job.config, now):
+        plan, ranks, config = self._job.plan, self._link.ranks, self._job.config
+        if failure := broken(plan, ranks, self._exits(), config):
             raise RankFailed(failure)
+        if failure := standstill(plan, ranks, config, time.monotonic()):
+            raise RankFailed("\n".join(filter(None, [failure, self._told])))
 
     def explain(self) -> None:
         """Once everybody was told to end: raises RankFailed where it was because a rank has failed."""

@@ -9,7 +9,7 @@ from dinfer.engine.board import Stand
 from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
-from dinfer.session.blame import failure_of
+from dinfer.session.blame import broken, standstill
 from dinfer.session.states import RankState
 
 CONFIG = Config(world_size=2, timeout=60, start_timeout=180, log_dir="logs")
@@ -34,15 +34,22 @@ def error(message: str, secondary: bool = False) -> dict[str, object]:
     return {"message": message, "secondary": secondary}
 
 
+def said(
+    plan: Plan, ranks: list[RankState], exits: tuple[int | None, ...] = NOBODY, now: float = 1.0
+) -> str | None:
+    """Why the run is over, if it is."""
+    return broken(plan, ranks, exits, CONFIG) or standstill(plan, ranks, CONFIG, now)
+
+
 def told(plan: Plan, ranks: list[RankState], exits: tuple[int | None, ...] = NOBODY, now: float = 1.0) -> str:
     """The message; there must be one."""
-    message = failure_of(plan, ranks, exits, CONFIG, now)
+    message = said(plan, ranks, exits, now)
     assert message is not None
     return message
 
 
 def test_ranks_that_move_have_not_failed(plan: Plan) -> None:
-    assert failure_of(plan, at(1, 2), NOBODY, CONFIG, now=59) is None
+    assert said(plan, at(1, 2), now=59) is None
 
 
 def test_an_error_ranks_above_deaths_and_what_it_did_to_others(plan: Plan) -> None:
@@ -94,7 +101,7 @@ def test_a_standstill_is_told_with_every_position(plan: Plan) -> None:
 
 def test_starting_has_a_limit_of_its_own(plan: Plan) -> None:
     ranks = [RankState(phase="loading", progressed=0.0), RankState(progressed=0.0)]
-    assert failure_of(plan, ranks, NOBODY, CONFIG, now=179) is None
+    assert said(plan, ranks, now=179) is None
     text = told(plan, ranks, now=181)
     assert (
         "181 s (start_timeout); where they stand:\nrank 0: loading\nrank 1: starting\nRanks 0, 1 are still"
@@ -105,12 +112,12 @@ def test_starting_has_a_limit_of_its_own(plan: Plan) -> None:
 def test_one_rank_that_moves_is_progress(plan: Plan) -> None:
     ranks = at(1, 2)
     ranks[1].progressed = 30.0
-    assert failure_of(plan, ranks, NOBODY, CONFIG, now=80) is None
+    assert said(plan, ranks, now=80) is None
 
 
 def test_a_user_who_thinks_is_no_standstill(plan: Plan) -> None:
     """All ranks stand where they were told to stop, for as long as one likes."""
     ranks = at(2, 2, started=False, limit=2)
-    assert failure_of(plan, ranks, NOBODY, CONFIG, now=10_000) is None
+    assert said(plan, ranks, now=10_000) is None
     ranks[1].stand = Stand((1,), (True,), (2,))
-    assert failure_of(plan, ranks, NOBODY, CONFIG, now=10_000)
+    assert said(plan, ranks, now=10_000)

@@ -20,7 +20,8 @@ from dinfer.session.runs.fleet import RankFailed
 from dinfer.session.states import RankState
 
 PLAN = build(partition(layers=6, tokens=8, world_size=3, chunk_size=4), "lockstep", "pairwise")
-JOB = cast(Job, SimpleNamespace(plan=PLAN, config=Config(world_size=3, timeout=8, log_dir="logs")))
+SPEC = SimpleNamespace(kv_heads=1, head_dim=4, hidden_size=8, dtype="float32")
+JOB = cast(Job, SimpleNamespace(plan=PLAN, config=Config(world_size=3, timeout=8, log_dir="logs"), spec=SPEC))
 
 
 class QuietLink:
