@@ -15,6 +15,7 @@ import pytest
 from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
 
 from tests.browser.lab import Lab, Notebook, open_notebook
+from tests.cluster.ipclusters import ipython
 
 expect.set_options(timeout=30_000)
 ARGUMENTS = [
@@ -50,6 +51,16 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     made = Lab(tmp_path_factory.mktemp("lab"))
     yield made
     made.close()
+
+
+@pytest.fixture
+def ipcluster(lab: Lab) -> Iterator[None]:
+    """`ipcluster start -n 3`, in the folder that the lab's kernels use."""
+    folder = lab.home / "ipython"
+    folder.mkdir(exist_ok=True)
+    with ipython(folder) as place:
+        place.ipcluster(3)
+        yield
 
 
 @pytest.fixture

@@ -159,8 +159,13 @@ def write_notebook(path: Path, cells: list[str]) -> None:
 
 
 def open_notebook(page: Page, lab: Lab, name: str, cells: list[str]) -> Notebook:
-    """Open a new notebook in JupyterLab, with the side bar shut; returns once its kernel is idle."""
+    """Open a new notebook of these cells."""
     write_notebook(lab.home / "notebooks" / f"{name}.ipynb", cells)
+    return open_file(page, lab, name)
+
+
+def open_file(page: Page, lab: Lab, name: str) -> Notebook:
+    """Open a notebook of the lab's folder in JupyterLab, with the side bar shut; returns once its kernel is idle."""
     page.goto(f"{lab.url()}/lab/workspaces/{name}/tree/{name}.ipynb?token={lab.token}")
     page.wait_for_function(
         """() => {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -68,7 +69,7 @@ def number(text: str) -> float:
 
 
 def test_a_person_stops_at_a_breakpoint_breaks_a_block_and_finds_it(
-    notebook: OpenNotebook, page: Page, shot: Shot
+    notebook: OpenNotebook, page: Page, shot: Shot, screenshots: Path
 ) -> None:
     book = notebook(CELLS)
     book.run(CONNECT)
@@ -106,6 +107,7 @@ def test_a_person_stops_at_a_breakpoint_breaks_a_block_and_finds_it(
     panel.click(LAYER, CHUNK)
     page.evaluate(TOP)
     shot("debugger-fault-light")
+    panel.root.screenshot(path=screenshots / "panel.png")  # the README's
 
     a, b, difference = map(float, book.run(PARTS).split())
     page.evaluate(TOP)

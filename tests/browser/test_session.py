@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from playwright.sync_api import expect
 
 from tests.browser.conftest import OpenNotebook, Shot
-from tests.browser.lab import Lab
 from tests.browser.test_panel import PanelPage, blocks_done
-from tests.cluster.ipclusters import ipython
 
 pytestmark = [pytest.mark.browser, pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -32,16 +28,6 @@ print(''.join(map(str, CellMap(run.plan).states(run.standing().stands).flatten()
     'print(run.step("wave"))',
     "session.close()",
 ]
-
-
-@pytest.fixture
-def ipcluster(lab: Lab) -> Iterator[None]:
-    """`ipcluster start -n 3`, in the folder that the lab's kernels use."""
-    folder = lab.home / "ipython"
-    folder.mkdir(exist_ok=True)
-    with ipython(folder) as place:
-        place.ipcluster(3)
-        yield
 
 
 @pytest.mark.usefixtures("ipcluster")
