@@ -22,6 +22,10 @@ settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True
 settings.register_profile("thorough", deadline=None, max_examples=300)
 
 
+SHORT_S = 500
+"""a test that may take longer is drawn into no sample: it would be all that CI has time for"""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """--slow, --slow-sample N and --slow-seed S; without these (and without -m) slow tests are left out."""
     group = parser.getgroup("dinfer")
@@ -59,9 +63,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Deselect slow tests, but for a sample of those that -k and the like have left."""
     if _chosen_by_user(config):
         return
-    slow = sorted(item.nodeid for item in items if item.get_closest_marker("slow"))
-    drawn = Random(config.option.slow_seed).sample(slow, min(config.option.slow_sample, len(slow)))
-    left_out = set(slow).difference(drawn)
+    slow = {item.nodeid: item for item in items if item.get_closest_marker("slow")}
+    short = sorted(name for name, item in slow.items() if _longest_s(item) <= SHORT_S)
+    drawn = Random(config.option.slow_seed).sample(short, min(config.option.slow_sample, len(short)))
+    left_out = slow.keys() - drawn
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left_out])
     items[:] = [item for item in items if item.nodeid not in left_out]
 
@@ -70,6 +75,12 @@ def pytest_collection_finish() -> None:
     """A process that has imported torch by now computes with one thread, as ranks do."""
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
+
+
+def _longest_s(item: pytest.Item) -> float:
+    """How long the test may take."""
+    limit = item.get_closest_marker("timeout")
+    return float(limit.args[0]) if limit else 0.0
 
 
 def _chosen_by_user(config: pytest.Config) -> bool:

@@ -324,7 +324,7 @@ def test_what_was_not_saved_cannot_be_replayed(run: Run, folder: Path, tmp_path:
     partly = dinfer.open(run.save(tmp_path / "partly", kv=[0]))
     with (
         partly.replay(2) as replay,
-        pytest.raises(OpFailed, match="block c0 l[12] was not recorded on rank 2"),
+        pytest.raises(OpFailed, match=r"block c0 l[12] was not recorded on rank 2"),
     ):
         replay.resume()
     (folder / "hidden.safetensors").write_bytes(b"no")
