@@ -81,6 +81,7 @@ def run(job: Job, trace_path: str | Path | None = None, out: TextIO | None = Non
     with Processes(job, on_text=show.on_text, on_hang=show.warn) as ranks:
         while not ranks.watch(PROGRESS_S):
             show.progress(ranks.link.ranks)
+        show.progress(ranks.link.ranks)  # also of a run that was over before it was looked at
         return conclude(job, ranks.link.ranks, show, trace_path)
 
 
