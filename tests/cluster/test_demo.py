@@ -109,6 +109,7 @@ def test_it_runs_without_a_browser_and_says_where_its_report_is(demos: list[Demo
     wait_for(demo.is_gone, "nothing of it runs", 10)
 
 
+@pytest.mark.slow
 def test_an_interruption_while_engines_start_leaves_nothing(demos: list[Demo], tmp_path: Path) -> None:
     demos.append(demo := Demo(tmp_path, "--headless"))
     wait_for(lambda: "starting 3 engines" in demo.text and len(marked(demo.mark)) > 1, "it has begun")

@@ -99,6 +99,7 @@ def test_a_circle_of_blocking_sends(session: Session) -> None:
 OP = "layer c2 l3"  # of rank 1
 
 
+@pytest.mark.slow
 def test_a_sleep_in_python(session: Session, tmp_path: Path) -> None:
     run = begin(session)
     arm(session, 1, OP, "time.sleep(600)", tmp_path / "struck")

@@ -211,7 +211,7 @@ def trial(session: Session, wanted: Wanted, tmp_path: Path, seed: int) -> None:
     check_recovered(session, found.run, {found.rank}, wanted)
 
 
-@pytest.mark.parametrize("seed", [0, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (4, 8))])
 def test_a_broken_rank_is_named_and_brought_back(
     session: Session, wanted: Wanted, tmp_path: Path, seed: int
 ) -> None:
@@ -234,6 +234,7 @@ def test_two_at_once_of_which_one_is_rank_0(session: Session, wanted: Wanted) ->
     check_recovered(session, run, {0, 2}, wanted)
 
 
+@pytest.mark.slow
 def test_a_rank_that_breaks_while_it_loads_again(
     session: Session, wanted: Wanted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
