@@ -35,7 +35,8 @@ QUIET = ("moving", "done", "paused", "held")
 
 
 class Watch:
-    """Of one run. `look` is called often, on one thread; `judge` on any."""
+    """Of one run. `look` is called often; it and `judge` on any thread, also one that holds `line.changed`, but for a
+    `judge` of a run that is meant to move."""
 
     def __init__(self, job: Job, line: States) -> None:
         self._job, self._line, self._plan = job, line, job.plan
@@ -43,7 +44,8 @@ class Watch:
         self._graph: Graph | None = None
         self._track = Track(len(line.ranks))
         self._stacks: dict[int, Stacks] = {}
-        self._lock = threading.RLock()
+        self._asking = threading.Lock()
+        """Held by who asks the ranks, and so waits for `line.changed`: whoever may hold that must not wait for this."""
         self._looked_at = self._judged_at = self._asked_at = 0.0
         self.plan_ids: Mapping[int, int] = {}
         self.found: Verdict | None = None
@@ -66,56 +68,54 @@ class Watch:
 
     def judge(self, *, decoding: bool, ended: Mapping[int, str], is_moving: bool) -> Verdict:
         """The verdict as things are now. `is_moving`: the run is meant to move, so that the ranks are to be asked."""
-        with self._lock:
-            with self._line.changed:
-                self._track.look(self._line.ranks, time.monotonic())
-            if is_moving:
+        with self._line.changed:
+            self._track.look(self._line.ranks, time.monotonic())
+        if is_moving:
+            with self._asking:
                 self._ask(ended)
-            fresh = self._explain(decoding, ended, AHEAD_S, tell_slow=True)
-            told = self.found
+        fresh, told = self._explain(decoding, ended, AHEAD_S, tell_slow=True), self.found
         same = told and (told.kind, told.ranks) == (fresh.kind, fresh.ranks)
         return replace(fresh, sentence=told.sentence) if told and same else fresh
 
     def evidence(self, *, decoding: bool, ended: Mapping[int, str], told: str) -> Evidence:
         """What is known now, to be judged elsewhere; `told`: the sentence that it has led to."""
-        with self._lock:
-            stacks = {rank: its.text for rank, its in self._stacks.items() if its.text}
-            return Evidence(tuple(self._signs(decoding, ended)), self._sizes, stacks, AHEAD_S, told)
+        return Evidence(tuple(self._signs(decoding, ended)), self._sizes, self._texts(), AHEAD_S, told)
 
     def _look_closely(self, decoding: bool, ended: Mapping[int, str]) -> None:
-        with self._lock:
-            if self._explain(decoding, ended, SUSPECT_AHEAD_S).kind in QUIET:
-                self._forget()
-                return
-            if time.monotonic() - self._asked_at >= ASK_S:
+        if self._explain(decoding, ended, SUSPECT_AHEAD_S).kind in QUIET:
+            self._forget()
+            return
+        if time.monotonic() - self._asked_at >= ASK_S and self._asking.acquire(blocking=False):
+            try:
                 self._ask(ended)
-            verdict = self._explain(decoding, ended, AHEAD_S)
-            if verdict.kind in QUIET:
-                self.found = None
-            elif self._is_known(verdict.ranks) and not self._is_told(verdict):
-                self.found = verdict
+            finally:
+                self._asking.release()
+        verdict = self._explain(decoding, ended, AHEAD_S)
+        if verdict.kind in QUIET:
+            self.found = None
+        elif self._is_known(verdict.ranks) and not self._is_told(verdict):
+            self.found = verdict
 
     def _ask(self, ended: Mapping[int, str]) -> None:
         """Where the threads of all ranks stand that can say so, or be dumped."""
         states = self._line.ranks
         living = [rank for rank, state in enumerate(states) if rank not in ended and state.stopped is None]
-        self._stacks = gather(self._line, living)
+        found = self._stacks = gather(self._line, living)
         self._asked_at = time.monotonic()
-        for rank, stacks in self._stacks.items():
-            if stacks.cpu_s is not None and states[rank].cpu_s is None:
-                self._track.note_cpu(rank, self._asked_at, stacks.cpu_s)
+        with self._line.changed:
+            for rank, stacks in found.items():
+                if stacks.cpu_s is not None and states[rank].cpu_s is None:
+                    self._track.note_cpu(rank, self._asked_at, stacks.cpu_s)
 
     def _explain(
         self, decoding: bool, ended: Mapping[int, str], ahead_s: float, *, tell_slow: bool = False
     ) -> Verdict:
         self._graph = self._graph or Graph(self._plan)
-        stacks = {rank: its.text for rank, its in self._stacks.items() if its.text}
-        signs = self._signs(decoding, ended)
         return explain(
             self._plan,
-            signs,
+            self._signs(decoding, ended),
             self._sizes,
-            stacks,
+            self._texts(),
             graph=self._graph,
             ahead_s=ahead_s,
             tell_slow=tell_slow,
@@ -129,6 +129,9 @@ class Watch:
         if len(set(self.plan_ids.values())) > 1:
             signs = [replace(its, plan_id=self.plan_ids.get(rank)) for rank, its in enumerate(signs)]
         return signs
+
+    def _texts(self) -> dict[int, str]:
+        return {rank: its.text for rank, its in self._stacks.items() if its.text}
 
     def _is_known(self, ranks: Sequence[int]) -> bool:
         """Whether the CPU time of these has been heard of for long enough to tell whether it moves, if it can be."""

@@ -236,3 +236,28 @@ def test_a_run_that_moves_stands_or_is_done_has_no_verdict(session: Session) -> 
     assert (run.verdict().kind, str(run.verdict()).splitlines()[0]) == ("done", "the run is done")
     run.decode(2)
     assert run.verdict().kind == "done"
+
+
+def test_who_holds_the_line_may_judge_while_another_asks(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks the ranks waits for the line, as whoever waits for the run does while it judges a failure."""
+    run = begin(session, paused=True)
+    asks, held = threading.Event(), threading.Event()
+
+    def gather(*_: object) -> dict[int, Any]:
+        asks.set()
+        assert held.wait(10)
+        with run._line.changed:
+            return {}
+
+    monkeypatch.setattr("dinfer.session.hangs.watch.gather", gather)
+    asking = threading.Thread(target=run._judge, kwargs={"is_moving": True})
+    asking.start()
+    assert asks.wait(10)
+    with run._line.changed:
+        held.set()
+        assert run._judge(is_moving=False)
+        run.watch()
+    asking.join(10)
+    assert not asking.is_alive()
