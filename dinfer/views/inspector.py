@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dinfer.plan.ops import PlanError
 from dinfer.session.kv.difference import number_text
 from dinfer.session.kv.source import Subject
 from dinfer.views.blocks import Blocks
@@ -147,7 +148,7 @@ class Inspector:
             try:
                 diff = self._run.kv(layer=layer).diff()
                 self._diff = (key, diff.verdict, diff.equal)
-            except Exception as error:
+            except PlanError as error:  # there is nothing to compare yet
                 self._diff = (key, str(error), True)
         return self._diff[1:]
 
