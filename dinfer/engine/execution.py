@@ -21,6 +21,7 @@ from dinfer.plan.graph import Channel
 from dinfer.plan.ops import Op, PlanError, Value
 from dinfer.plan.plan import Plan
 from dinfer.trace.events import Event
+from dinfer.trace.of_plan import event_of
 from dinfer.trace.recorder import Recorder
 
 
@@ -214,23 +215,7 @@ class Execution(ABC):
         self, lane: LaneState, op: Op, times: tuple[int, int, int, int], size: int, index: int
     ) -> Event:
         """`times`: ready, start, met and end, as in Event; `index`: the op's place on the lane."""
-        ready, start, met, end = times
-        return Event(
-            rank=self.rank,
-            lane=lane.name,
-            kind=op.kind,
-            ready=ready,
-            start=start,
-            met=met,
-            end=end,
-            what=op.what if op.is_transfer else "",
-            chunk=None if op.chunk < 0 else op.chunk,
-            layer=None if op.layer < 0 else op.layer,
-            peer=op.peer if op.is_transfer else None,
-            tokens=op.tokens,
-            bytes=size,
-            index=index,
-        )
+        return event_of(op, self.rank, lane.name, index, times, size)
 
     def _publish(self, lane: LaneState) -> None:
         self.board.set_lane(lane.number, lane.position, lane.limit, started=lane.started)

@@ -30,6 +30,12 @@ class Said:
         return f'<pre style="margin:0;white-space:pre-wrap">{escape(str(self))}</pre>'
 
 
+def moved_text(lines: Sequence[str], remark: str, edited: Sequence[str]) -> str:
+    """What a call that moves says: what was done, why it ended, and what the user had changed."""
+    found = [*lines, *[remark] * bool(remark)]
+    return "\n".join([*found, *[f"edited by hand: {', '.join(edited)}"] * bool(edited)])
+
+
 @dataclass(frozen=True, repr=False)
 class Moved(Said):
     """What a step did: the cuts before and after, and a line a rank. `stopped`: a breakpoint or a pause ended it."""
@@ -46,10 +52,7 @@ class Moved(Said):
         return self.before != self.after
 
     def __str__(self) -> str:
-        lines = list(self.lines) if self.moved else []
-        lines += [self.remark] * bool(self.remark)
-        lines += [f"edited by hand: {', '.join(self.edited)}"] * bool(self.edited)
-        return "\n".join(lines)
+        return moved_text(self.lines if self.moved else (), self.remark, self.edited)
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,6 +11,7 @@ from dinfer.plan.graph import NONE, Graph, simulate
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
 from dinfer.trace.events import Event
+from dinfer.trace.of_plan import event_of
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import Link
 
@@ -98,19 +99,6 @@ class _Clock:
 
     def _event(self, number: int, met: int, end: int) -> Event:
         op, place = self._graph.ops[number], self._graph.place(number)
-        return Event(
-            rank=place.rank,
-            lane=self._graph.plan.lanes[place.rank][place.lane].name,
-            kind=op.kind,
-            ready=self._before(number),
-            start=self._start(number),
-            met=met,
-            end=end,
-            what=op.what if op.is_transfer else "",
-            chunk=None if op.chunk < 0 else op.chunk,
-            layer=None if op.layer < 0 else op.layer,
-            peer=op.peer if op.is_transfer else None,
-            tokens=op.tokens,
-            bytes=self._bytes(op),
-            index=place.index,
-        )
+        lane = self._graph.plan.lanes[place.rank][place.lane].name
+        times = self._before(number), self._start(number), met, end
+        return event_of(op, place.rank, lane, place.index, times, self._bytes(op))

@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from dinfer.engine.hosting.commands import Message
-from dinfer.session.clusters.attach import attach
 from dinfer.session.clusters.errors import ClusterError
-from dinfer.session.engines import EngineRanks
+from dinfer.session.connect import connect
 from dinfer.session.lab.cells import SCHEDULES, STRATEGIES, N, graph_of
 from dinfer.session.lab.expected import Cell
 from dinfer.session.lab.orders import orders, slowed
@@ -15,7 +14,6 @@ from dinfer.session.lab.score import Score, told
 from dinfer.session.lab.trial import try_cell, try_clean
 from dinfer.session.session import Session
 
-PATIENCE_S = 60.0
 CLEAN_EVERY = 5
 """cells between two runs in which nothing is wrong"""
 Say = Callable[[str], None]
@@ -69,13 +67,7 @@ def _clean(
 
 @contextmanager
 def lab_session(*, join: bool = False) -> Iterator[Session]:
-    cluster = attach(N, start=not join)
-    try:
-        ranks = EngineRanks(cluster, PATIENCE_S)
-    except BaseException:
-        cluster.close()
-        raise
-    session = Session(ranks)
+    session = connect("ipyparallel", N, start=not join)
     try:
         session.load("demo", threads=1)
         yield session

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from dinfer.plan.ops import Op
 from dinfer.session.replaying.recorded import Recorded
-from dinfer.session.said import Said
+from dinfer.session.said import Said, moved_text
 
 SHOWN = 12
 """ops that are told one by one"""
@@ -26,10 +26,7 @@ class Went(Said):
         return self.before != self.after
 
     def __str__(self) -> str:
-        lines = list(self.lines) if self.moved else []
-        lines += [self.remark] * bool(self.remark)
-        lines += [f"edited by hand: {', '.join(self.edited)}"] * bool(self.edited)
-        return "\n".join(lines)
+        return moved_text(self.lines if self.moved else (), self.remark, self.edited)
 
 
 def ended_text(recorded: Recorded) -> str:
