@@ -60,14 +60,18 @@ class Show:
         if opened and not self._port_told:
             self._port_told = True
             if asked and opened["port"] != asked:
-                self.say(f"port {asked} is in use; the ranks meet at {opened['port']} instead.")
+                self._interject(f"port {asked} is in use; the ranks meet at {opened['port']} instead.")
 
     def say(self, line: str) -> None:
         self._write(f"{line}\n")
 
     def warn(self, verdict: str) -> None:
         """Why the run does not move: at once, not only when its timeout ends it."""
-        self.say("\n" * bool(self.text) + f"no progress: {verdict}")
+        self._interject(f"no progress: {verdict}")
+
+    def _interject(self, line: str) -> None:
+        """A line of its own, also amid the text."""
+        self.say("\n" * bool(self.text) + line)
 
     def _write(self, text: str) -> None:
         self._out.write(text)

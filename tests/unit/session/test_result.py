@@ -80,6 +80,20 @@ def test_what_the_user_chose_to_record_is_a_warning_at_the_end_and_no_error(
     assert "warning: rank 1: V of block c0 l1 changed on the way from rank 0; " in out.getvalue()
 
 
+@pytest.mark.parametrize("text", ["", "471."])
+def test_another_port_is_said_on_a_line_of_its_own_also_after_text_has_begun(
+    tmp_path: Path, ranks: list[RankState], text: str
+) -> None:
+    """A short run may be over before its ranks' reports are looked at."""
+    model = tiny_checkpoint(tmp_path, layers=2)
+    config = Config(world_size=2, threads=1, model_path=str(model), prompt_ids=(1, 2), master_port=29500)
+    show = Show(prepare(config), out := io.StringIO())
+    show.on_text(text)
+    ranks[0].reports["store"] = {"port": 40001}
+    show.progress(ranks)
+    assert "port 29500 is in use; the ranks meet at 40001 instead." in out.getvalue().splitlines()
+
+
 def test_the_result_holds_figures_of_every_rank(job: Job, ranks: list[RankState]) -> None:
     found = result(job, ranks)
     assert (found["prompt_tokens"], found["tokens"], found["text"]) == (2, [4], "four")
