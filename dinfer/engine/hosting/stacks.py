@@ -33,6 +33,8 @@ _INTERPRETER = frozenset(
     )
 )  # fmt: skip
 """modules in C that are Python's own ways of waiting: a thread in one of these is still stuck in Python"""
+_STANDARD = Path(threading.__file__).parent
+_PACKAGES = frozenset(("site-packages", "dist-packages"))
 _FOREIGN = frozenset(("ctypes", "_ctypes", "cffi", "_cffi_backend"))
 """ways into C code: what is called through them is that"""
 Message = dict[str, Any]
@@ -53,15 +55,21 @@ def stacks(rank: int, *, alone: bool, decoding: str = "") -> Message:
 
 
 def _described(top: FrameType) -> Message:
-    """The frames, the innermost first: [file, line, function, text]."""
+    """The frames, the innermost first: [file, line, function, text]. `at`: the number of the one that says most."""
     frames = list(islice(_outwards(top), DEEPEST))
     files = [Path(frame.f_code.co_filename) for frame in frames]
     return {
         "frames": [_frame(frame) for frame in frames],
+        "at": next((number for number, file in enumerate(files) if not _is_standard(file)), 0),
         "native": _calls_c(top),
         "waits": any(_ENGINE in file.parents and file.name in TRANSPORT for file in files),
         "held": any("pydevd" in file.name or "_pydevd_bundle" in file.parts for file in files[:8]),
     }
+
+
+def _is_standard(file: Path) -> bool:
+    """Whether it is of Python's own library: who waits there does so for whoever has called it."""
+    return _STANDARD in file.parents and not _PACKAGES & set(file.parts)
 
 
 def _outwards(frame: FrameType | None) -> Iterator[FrameType]:

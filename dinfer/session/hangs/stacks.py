@@ -87,7 +87,7 @@ def _lane(rank: int, thread: str) -> str:
 
 
 def _frame(thread: Message) -> Frame:
-    file, line, function, text = thread["frames"][0]
+    file, line, function, text = thread["frames"][thread["at"]]
     return Frame(file, line, function, text, thread["native"], thread["waits"], thread["held"])
 
 

@@ -65,6 +65,17 @@ def test_a_line_that_waits_in_python_is_no_c() -> None:
         assert said["native"] is False
 
 
+def test_who_waits_in_the_standard_library_stands_where_it_was_called() -> None:
+    done = threading.Event()
+
+    def waits() -> None:
+        done.wait()
+
+    with standing_in(waits, "wait", done.set) as said:
+        assert said["frames"][0][3] == "waiter.acquire()"
+        assert said["frames"][said["at"]][2:] == ["waits", "done.wait()"]
+
+
 def naps() -> None:
     time.sleep(1)
 

@@ -116,7 +116,7 @@ def test_a_rank_that_waits_in_python_is_told_with_its_line(
     assert (verdict.kind, verdict.rank) == ("stuck in Python", 1), verdict
     assert verdict.sentence.startswith("rank 1 is in `layer c1 l3` and stuck in Python (")
     assert "× its median" in verdict.sentence
-    assert "threading.py" in verdict.sentence
+    assert "at `self._event.wait()` in wait_here (test_on_threads.py:" in verdict.sentence
     assert "in wait_here" in verdict.stacks[1]
     assert set(verdict.stacks) == {0, 1, 2}
     check_told(session, run, verdict.sentence)
