@@ -20,7 +20,8 @@ log.addHandler(
 class Corruption:
     """Block `chunk`, `layer` of `bytes` bytes, found on `rank` to be changed in `tensors` ("K", "V" or "K and V").
 
-    On its way from `peer`, or, with None, in memory since it was computed or came. `first`: the rank that saw it
+    When it came from `peer` (its digests tell of the computed bytes, so that they may have changed in the memory of
+    `peer` too), or, with None, in memory since it was computed or came. `first`: the rank that saw it
     changed before this one, which passed it on. In memory, `rows` rows have changed, the first of them that of `token`
     (of the prompt) and `head`.
     """
@@ -42,7 +43,7 @@ class Corruption:
         if self.peer is None:
             return f"{self.tensors} changed in memory"
         if self.first is None:
-            return f"{self.tensors} changed on the way from rank {self.peer}"
+            return f"{self.tensors} came changed from rank {self.peer}, on the way or before it was sent"
         return (
             f"{self.tensors} came changed from rank {self.peer}: rank {self.first} was the first to get it so"
         )

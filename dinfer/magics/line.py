@@ -1,4 +1,4 @@
-"""From a line to a call: the table of verbs, and how their words are read.
+"""From a line to a call: the table of verbs.
 
 Nothing is decided here. A new verb is a function under `@magic_arguments()`, and a line in VERBS.
 """
@@ -7,20 +7,18 @@ Nothing is decided here. A new verb is a function under `@magic_arguments()`, an
 
 import contextlib
 import difflib
-import re
-import shlex
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from IPython.core.error import UsageError
+from IPython.core.magic import no_var_expand
 from IPython.core.magic_arguments import MagicArgumentParser, argument, magic_arguments
 
 import dinfer
-from dinfer.config import Config
 from dinfer.magics import of_faults, of_kv, of_run, of_session
 from dinfer.magics.call import Call, Text
+from dinfer.magics.words import read, split
 
-KEY_VALUE = re.compile(r"([a-z]\w*)=(.*)", re.DOTALL)
 HELP = ("-h", "--help", "-?")
 
 
@@ -56,7 +54,12 @@ VERBS: dict[str, Callable[[Call], Any]] = {
 def load_into(shell: Any) -> None:
     """Register `%dinfer` with an IPython shell, and give it the name `dinfer`."""
     shell.push({"dinfer": dinfer}, interactive=False)
-    shell.register_magic_function(lambda line: act(shell, line), "line", "dinfer")
+
+    @no_var_expand  # IPython would put a variable's text into the line, to be split and read as words
+    def line_magic(line: str) -> Any:
+        return act(shell, line)
+
+    shell.register_magic_function(line_magic, "line", "dinfer")
 
 
 def act(shell: Any, line: str) -> Any:
@@ -66,19 +69,7 @@ def act(shell: Any, line: str) -> Any:
     if any(word in HELP for word in words):
         return Text([usage(name)])
     with _one_message():
-        return verb(Call(shell, _parser(verb).parse_args(_as_flags(_parser(verb), words))))
-
-
-def split(line: str) -> list[str]:
-    """The words of a line: quotes hold words together, a backslash is a backslash. Raises UsageError."""
-    words = shlex.shlex(line, posix=True, punctuation_chars=False)
-    words.whitespace_split, words.escape, words.commenters = True, "", ""
-    try:
-        return list(words)
-    except ValueError:
-        raise UsageError(
-            "a quote is not closed: put text that has a ' in it between \", and the reverse."
-        ) from None
+        return verb(Call(shell, read(_parser(verb), words, getattr(shell, "user_ns", {}))))
 
 
 def usage(name: str) -> str:
@@ -87,22 +78,6 @@ def usage(name: str) -> str:
     parser = _parser(verb)
     parser.prog = f"dinfer {name}"  # IPython puts the % before it
     return parser.format_help().replace("::\n\n", "").strip()
-
-
-def _as_flags(parser: MagicArgumentParser, words: list[str]) -> list[str]:
-    """`layer=7` becomes `--layer 7`, where there is such a flag, and else one of the values of `--set`."""
-    flags = {flag for action in parser._actions for flag in action.option_strings}
-    plain, named, values = list[str](), list[str](), list[str]()
-    for word in words:
-        found = KEY_VALUE.fullmatch(word)
-        flag = f"--{found[1].replace('_', '-')}" if found else ""
-        if found and flag in flags:
-            named += [flag, found[2]]
-        elif found and "--set" in flags and found[1] in Config.__dataclass_fields__:
-            values.append(word)
-        else:
-            (named if named else plain).append(word)
-    return [*plain, *named, *(["--set", *values] if values else [])]
 
 
 def _name_of(name: str) -> str:

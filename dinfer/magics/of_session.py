@@ -41,7 +41,7 @@ def load(call: Call) -> Session:
 
 
 @magic_arguments()
-@argument("prompt", nargs="+", help="the text, or $name for that of a variable")
+@argument("prompt", nargs="+", help="the text, or $name for that of a variable, as it is")
 @argument("--free", action="store_true", help="run at once, instead of standing before the first op")
 @argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="chunk_size=8 schedule=lockstep …")
 def prefill(call: Call) -> Any:
@@ -52,7 +52,9 @@ def prefill(call: Call) -> Any:
 
 
 @magic_arguments()
-@argument("prompts", nargs="+", help="texts, each between quotation marks, or $name for that of a variable")
+@argument(
+    "prompts", nargs="+", help="texts, each between quotation marks, or $name for that, or all, of a variable"
+)
 @argument(
     "--set",
     nargs="+",

@@ -50,6 +50,20 @@ class Breakpoint:
         }
         return texts.get(self.condition, self.condition)
 
+    @property
+    def call(self) -> str:
+        """What sets it in a run, for example `run.break_at(chunk=2, layer=7)`."""
+        op, when = (None if self.op == "layer" else self.op), self.when or None
+        given: dict[str, object] = {
+            "rank": self.rank,
+            "op": op,
+            "chunk": self.chunk,
+            "layer": self.layer,
+            "when": when,
+        }
+        listed = [f"{name}={value!r}" for name, value in given.items() if value is not None]
+        return f"run.break_at({', '.join(listed)})"
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 

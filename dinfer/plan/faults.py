@@ -86,6 +86,13 @@ class Fault:
     def of(cls, values: dict[str, Any]) -> Self:
         return cls(**values)
 
+    @property
+    def call(self) -> str:
+        """What arms it in a run, for example `run.inject("bitflip", rank=2, chunk=1, layer=7, …)`."""
+        block = () if self.kind == "repeat_row" else ("rank", "chunk", "layer")
+        given = [f"{name}={getattr(self, name)!r}" for name in (*block, *KINDS[self.kind].details, "where")]
+        return f"run.inject({', '.join([repr(self.kind), *(text for text in given if not text.endswith('=None'))])})"
+
     def __str__(self) -> str:
         """For example `#1 bitflip in K of block c1 l7 on rank 2, head 3, token 141, in memory`."""
         if self.kind == "repeat_row":

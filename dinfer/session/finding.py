@@ -11,20 +11,21 @@ from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
 from dinfer.session.job import Job
 from dinfer.session.machine import machine, versions
-from dinfer.session.reproduce import commands, parameters
+from dinfer.session.reproduce import Done, commands, parameters
 from dinfer.trace.findings import Findings, RankFinding
 
 
-def findings_of_job(job: Job, *, prompt: bool = False) -> Findings:
-    """What is known before it runs; the prompt only where asked for."""
+def findings_of_job(job: Job, done: Done, *, prompt: bool = False) -> Findings:
+    """What is known of its parameters, and of what was done to it; the prompt only where asked for."""
+    own = not _can_be_built(job.plan, job.config)
     return Findings(
         parameters=parameters(job.config),
         versions=versions(),
         machine=machine(),
         proved=job.verdict.proved,
         proof=str(job.verdict),
-        plan="" if _can_be_built(job.plan, job.config) else job.plan.text(),
-        commands=commands(job.config, prompt=prompt),
+        plan=job.plan.text() if own else "",
+        commands=commands(job.config, replace(done, own_plan=own), prompt=prompt),
         prompt=job.config.prompt_text() or _numbers(job.ids) if prompt else None,
     )
 
@@ -43,7 +44,7 @@ def findings_of_result(job: Job, result: dict[str, Any]) -> Findings:
         )
         for one in result["ranks"]
     )
-    return replace(findings_of_job(job), state="done", ranks=ranks)
+    return replace(findings_of_job(job, Done(new_tokens=len(result["tokens"]))), state="done", ranks=ranks)
 
 
 def _can_be_built(plan: Plan, config: Config) -> bool:

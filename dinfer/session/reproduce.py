@@ -1,7 +1,9 @@
-"""Reproduce: the commands that give a run again, from its parameters. The prompt is there only where asked for."""
+"""Reproduce: the commands that give a run again, from its parameters and what was done to it. The prompt is there only
+where asked for."""
 
 import shlex
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from dinfer.config import Config
@@ -20,9 +22,25 @@ NOT_OF_THE_RUN = {
 HIDDEN = "…"
 
 
-def commands(config: Config, *, prompt: bool) -> dict[str, str]:
+@dataclass(frozen=True)
+class Done:
+    """What was done to a run beside giving it its parameters: `faults` and `breakpoints` as calls; how many new tokens
+    there are; whether its plan was the user's own, and whether something was edited by hand, which no call repeats."""
+
+    faults: Sequence[str] = ()
+    breakpoints: Sequence[str] = ()
+    new_tokens: int = 0
+    own_plan: bool = False
+    edited: bool = False
+
+
+def commands(config: Config, done: Done, *, prompt: bool) -> dict[str, str]:
     """What to type, by place."""
-    return {"In a terminal": _shell(config, prompt), "In a notebook": _notebook(config, prompt)}
+    notebook = {"In a notebook": _notebook(config, done, prompt)}
+    if done.own_plan:  # which only a session takes
+        return notebook
+    less = ", without what was broken or edited" * bool(done.faults or done.edited)
+    return {f"In a terminal{less}": _shell(config, prompt), **notebook}
 
 
 def parameters(config: Config) -> dict[str, Any]:
@@ -45,21 +63,30 @@ def _shell(config: Config, prompt: bool) -> str:
     return shlex.join([*words, f"--{name.replace('_', '-')}", said])
 
 
-def _notebook(config: Config, prompt: bool) -> str:
+def _notebook(config: Config, done: Done, prompt: bool) -> str:
     chosen = _chosen(config)
     world_size = chosen.pop("world_size")
     load = {name: value for name, value in chosen.items() if name in LOADED and name != "model_path"}
-    run = {name: value for name, value in chosen.items() if name not in LOADED and name != "backend"}
+    left_out = {*LOADED, "backend"} | ({"schedule", "sync_strategy"} if done.own_plan else set())
+    run = [f"{name}={value!r}" for name, value in chosen.items() if name not in left_out]
+    calls = [*done.faults, *done.breakpoints]
+    run += ["plan=Path('plan.txt').read_text()"] * done.own_plan + ["paused=True"] * bool(calls)
     given = _prompt(config, prompt)[1]
-    prefill = ", ".join([repr(given), *(f"{name}={value!r}" for name, value in run.items())])
+    prefill = ", ".join([repr(given), *run])
+    moves = ["run.resume()"] * bool(calls) + ["run.wait()"]
+    moves += [f"run.decode({done.new_tokens})"] * bool(done.new_tokens and not done.breakpoints)
     loaded = ", ".join([repr(config.model_path), *(f"{name}={value!r}" for name, value in load.items())])
     return "\n".join(
         [
+            *["from pathlib import Path"] * done.own_plan,
             "import dinfer",
             f"session = dinfer.connect(n={world_size})",
             f"session.load({loaded})",
+            *["# plan.txt: the text of the plan, which is in this report"] * done.own_plan,
             f"run = session.prefill({prefill})",
-            f"run.wait(); run.decode({config.max_new_tokens})",
+            *calls,
+            "; ".join(moves),
+            *["# what was edited by hand is not repeated by this"] * done.edited,
         ]
     )
 

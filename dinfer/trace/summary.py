@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dinfer.trace.findings import findings_of
 from dinfer.trace.shares import shares
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import spread, transfers
@@ -11,12 +12,18 @@ SAME = ("model", "layers", "tokens", "world_size")
 """what runs must have in common to be compared in time"""
 
 
+ENDED = ("", "done", "decoding")
+"""states of a run, or none known, that is through its prefill"""
+
+
 def summary(trace: Trace) -> dict[str, Any]:
-    """Prefill of all ranks, in seconds, parts of 1 and bytes; None where nothing was sent."""
-    found, sent = shares(trace), transfers(trace)
+    """Prefill of all ranks, in seconds, parts of 1 and bytes; None where nothing was sent. `ended`: whether it came to
+    its end, as far as is known; the times of one that hung or stands half-way are no times of a prefill."""
+    found, sent, known = shares(trace), transfers(trace), findings_of(trace)
     latency = spread(one.latency for one in sent) if sent else None
     return {
         **{name: trace.about.get(name) for name in (*SAME, "sync_strategy", "schedule", "chunk_size")},
+        "ended": not known.failure and known.state in ENDED,
         "prefill_s": max((rank.prefill_s for rank in found.ranks), default=0.0),
         "exposed": found.exposed,
         "bubble": found.bubble,
@@ -33,6 +40,9 @@ def verdict(first: Mapping[str, Any], second: Mapping[str, Any], names: tuple[st
     if different := [name for name in SAME if first[name] != second[name]]:
         listed = "; ".join(f"{name} {first[name]} and {second[name]}" for name in different)
         return f"These are runs of different things, whose times cannot be compared: {listed}."
+    if unended := [name for name, one in zip(names, (first, second), strict=True) if not one["ended"]]:
+        listed = f"{' and '.join(unended)} did not come to the end of {'its' if len(unended) == 1 else 'their'} prefill"
+        return f"{listed}: there are no times to compare."
     times = first["prefill_s"], second["prefill_s"]
     if min(times) <= 0:
         return "One of these runs has no prefill in its trace."

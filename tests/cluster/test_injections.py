@@ -35,7 +35,7 @@ WIRE: dict[str, Any] = {
     "token": 6,
     "where": "wire",
 }
-SENTENCE = "rank 2: K of block c1 l1 changed on the way from rank 1"
+SENTENCE = "rank 2: K of block c1 l1 came changed from rank 1, on the way or before it was sent"
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def test_every_cell_that_shows_something_is_looked_at() -> None:
         ("block", ["rank 0, layer 1, chunk 1: V: stale: rows 8–15 hold rows 0–7 of the chunk before",
             "changed afterwards in its memory"]),
         ("same", ["True"]),
-        ("told", ["changed bytes: ", "V of block c1 l1 changed on the way from rank 0", "hit: #1 stale"]),
+        ("told", ["changed bytes: ", "V of block c1 l1 came changed from rank 0", "hit: #1 stale"]),
         ("mended", [" 471\n(4 new tokens"]),
         ("received", ["rank 0 received 100%", "rank 1 received 100%", "rank 2 received 100%"]),
         ("repeated", [

@@ -14,7 +14,8 @@ from IPython.core.error import UsageError
 
 import dinfer
 from dinfer.magics import line as magics
-from dinfer.magics.line import VERBS, act, split, usage
+from dinfer.magics.line import VERBS, act, usage
+from dinfer.magics.words import split
 from dinfer.session.said import Moved, Where
 
 PROMPT = "The code of Lima is 471. What is the code of Lima? The code of Lima is"
@@ -90,6 +91,61 @@ def test_a_run_by_verbs_is_the_run_by_calls(begun: Any) -> None:
     act(begun, "to 1 3")
     assert "c1 l3" in str(act(begun, "where"))
     assert isinstance(act(begun, "pause"), Where)
+
+
+def test_a_variable_s_text_is_taken_as_it_is(begun: Any) -> None:
+    text = '--free What is Lima\'s  code and chunk_size=3?\n"yes"'
+    begun.user_ns |= {"text": text, "size": 4, "way": "ring"}
+    act(begun, "prefill $text chunk_size=$size sync_strategy=$way")
+    config = begun.user_ns["session"].run.config
+    assert (config.prompt, config.chunk_size, config.sync_strategy) == (text, 4, "ring")
+    assert begun.user_ns["session"].run.standing().state == "paused"
+    act(begun, "prefill 5 $ are left")
+    assert begun.user_ns["session"].run.config.prompt == "5 $ are left"
+
+
+def test_a_sweep_takes_a_variable_as_one_prompt_or_several(begun: Any) -> None:
+    begun.user_ns |= {"text": "What is it? x=1", "texts": ["The code", "of Lima is"], "sizes": [4, 8]}
+    swept = act(begun, "sweep $text $texts chunk_size=$sizes max_new_tokens=1")
+    found = [(row["prompt"], row["chunk_size"]) for row in swept.rows]
+    assert found == [
+        (text, size) for text in ("What is it? x=1", "The code", "of Lima is") for size in ("4", "8")
+    ]
+
+
+def test_ipython_leaves_variables_to_it() -> None:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell: Any = InteractiveShell()  # type: ignore[no-untyped-call]
+    magics.load_into(shell)
+    shell.user_ns["text"] = "a  'word"
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(magics, "act", lambda _, line: said.append(line))
+        shell.run_cell("%dinfer prefill $text {text}")
+    assert said == ["prefill $text {text}"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("chunksize=4", "no parameter 'chunksize'. Did you mean chunk_size"),
+        ("sync_stratagy=ring", "sync_strategy"),
+    ],
+)
+def test_a_misspelt_parameter_is_no_prompt(begun: Any, words: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        act(begun, f"prefill What is {words}")
+
+
+def test_what_has_no_flag_may_be_named_too(begun: Any) -> None:
+    act(begun, "to layer=3 chunk=1")
+    there = begun.user_ns["session"].run.standing().stands
+    act(begun, "step unit=chunk")
+    act(begun, "to 1 layer=3")
+    assert begun.user_ns["session"].run.standing().stands == there
+    act(begun, "prefill prompt='a b' chunk_size=2")
+    assert begun.user_ns["session"].run.config.prompt == "a b"
 
 
 def test_breakpoints_by_words_and_flags(begun: Any) -> None:

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.ops import PlanError
 from dinfer.session.finding import findings_of_job
 from dinfer.session.kv.finding import kv_finding
 from dinfer.session.kv.line import Line
 from dinfer.session.kv.live import Live
+from dinfer.session.reproduce import Done
 from dinfer.session.runs.armed import Injected
 from dinfer.session.runs.fleet import RankFailed
 from dinfer.session.runs.inspecting import Inspecting
@@ -77,8 +79,14 @@ class Reporting(Inspecting):
     def findings(self, *, prompt: bool = False, environment: bool = False) -> Findings:
         """What is known of it now, beside its events."""
         standing = self.standing()
+        done = Done(
+            [one.fault.call for one in self._armed],
+            [one.call for one in self.breakpoints_set()],
+            len(self.tokens),
+            edited=bool(self.edited),
+        )
         return replace(
-            findings_of_job(self.job, prompt=prompt),
+            findings_of_job(self.job, done, prompt=prompt),
             made=time.strftime("%Y-%m-%d %H:%M"),
             state=standing.state,
             failure=self.failure or self.silence or self.hang,
@@ -98,7 +106,7 @@ class Reporting(Inspecting):
             environment=dict(sorted(os.environ.items())) if environment else None,
         )
 
-    def breakpoints_set(self) -> Iterable[object]:
+    def breakpoints_set(self) -> Iterable[Breakpoint]:
         """Those that are set now."""
         raise NotImplementedError
 

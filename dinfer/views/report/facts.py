@@ -141,9 +141,11 @@ def compared_table(summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
             str(one["sync_strategy"]),
             str(one["schedule"]),
             str(one["chunk_size"]),
-            f"{one['prefill_s']:.3f}",
-            f"{100 * one['exposed']:.1f} %",
-            f"{100 * one['bubble']:.1f} %",
+            *(
+                [f"{one['prefill_s']:.3f}", *(f"{100 * one[key]:.1f} %" for key in ("exposed", "bubble"))]
+                if one.get("ended", True)
+                else ["not ended", "–", "–"]
+            ),
             f"{one['bytes'] / 1e6:,.3f}",
             *("–" if one[key] is None else milliseconds(one[key]) for key in ("p50_s", "p99_s")),
         ]

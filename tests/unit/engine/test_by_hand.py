@@ -156,4 +156,7 @@ def test_bytes_that_change_on_their_way_are_seen_by_their_digest(
 
         monkeypatch.setattr(type(engines[1].comm), "recv_payload", corrupting)
         made.all(lambda engine: engine.executor.run_to_end(30))
-    assert hits[0] == "7: recv kv c0 l0 <- 0, 4 tokens: V changed on the way from rank 0"
+    assert (
+        hits[0]
+        == "7: recv kv c0 l0 <- 0, 4 tokens: V came changed from rank 0, on the way or before it was sent"
+    )

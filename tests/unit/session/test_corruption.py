@@ -28,7 +28,7 @@ from tests.unit.session.threads import engines, session_on_threads, stands_at_a_
 
 IDS = tuple(prompt(10))
 DEADLINE_S = 30.0
-SENTENCE = "rank 2: K of block c1 l0 changed on the way from rank 0"
+SENTENCE = "rank 2: K of block c1 l0 came changed from rank 0, on the way or before it was sent"
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import dinfer
 from dinfer.config import Config
 from dinfer.session.local import LocalRanks
 from dinfer.session.machine import machine, versions
-from dinfer.session.reproduce import commands, parameters
+from dinfer.session.reproduce import Done, commands, parameters
 from dinfer.session.runs.run import Run
 from dinfer.session.session import Session
 from dinfer.trace.findings import Findings, findings_of
@@ -176,7 +177,7 @@ def test_commands_have_what_differs_from_the_default() -> None:
         unsafe=True,
         log_dir="x",
     )
-    told = commands(config, prompt=False)
+    told = commands(config, Done(new_tokens=50), prompt=False)
     assert told["In a terminal"] == (
         "dinfer run --model-path 'my model' --world-size 3 --layer-split 1,2 --chunk-size 128 --sync-strategy pairwise "
         "--schedule lockstep --unsafe --prompt '…'"
@@ -191,6 +192,59 @@ def test_commands_have_what_differs_from_the_default() -> None:
     ]
 
 
+def again(session: Session, command: str, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The run that the command for a notebook makes, in this session."""
+    monkeypatch.setattr(dinfer, "connect", lambda **_: session)
+    space: dict[str, Any] = {}
+    exec(command, space)
+    run = space["run"]
+    assert isinstance(run, Run)
+    return run
+
+
+def test_faults_and_tokens_come_again(
+    session: Session, written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = session.prefill(PROMPT, chunk_size=8, paused=True)
+    run.inject("bitflip", layer=1, chunk=1, tensor="V", head=1, token=9, dim=3, bit=20, where="wire")
+    run.inject("permute", layer=0, chunk=0, seed=4)
+    run.resume()
+    run.wait(60)
+    run.decode(3)
+    run.report(prompt=True)
+    assert next(iter(written.findings.commands)) == "In a terminal, without what was broken or edited"
+    sums, tokens, armed = run.sha256(), run.tokens, [str(one.fault) for one in run.faults]
+    assert len(set(sums)) > 1
+    other = again(session, written.findings.commands["In a notebook"], monkeypatch)
+    assert (other.sha256(), other.tokens) == (sums, tokens)
+    assert [str(one.fault) for one in other.faults] == armed
+
+
+def test_breakpoints_and_a_plan_of_the_user_s_own_come_again(
+    session: Session, written: Written, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    edited = session.prefill(PROMPT, chunk_size=8, paused=True, schedule="lockstep").plan.text()
+    run = session.prefill(PROMPT, plan=edited.replace("lane main", "lane mine"), paused=True)
+    run.break_at(layer=2, chunk=1)
+    run.break_at(rank=0, op="send", when="absmax > 1e9")
+    run.resume()
+    run.wait(60)
+    run.report(prompt=True)
+    assert list(written.findings.commands) == ["In a notebook"]
+    cut = [stand.positions for stand in run.standing().stands]
+    (tmp_path / "plan.txt").write_text(written.findings.plan)
+    monkeypatch.chdir(tmp_path)
+    other = again(session, written.findings.commands["In a notebook"], monkeypatch)
+    assert other.plan.text() == run.plan.text()
+    assert [stand.positions for stand in other.standing().stands] == cut
+    assert [*map(str, other.breakpoints)] == [*map(str, run.breakpoints)]
+
+
+def test_edits_are_said_not_to_come_again() -> None:
+    told = commands(Config(prompt=PROMPT), Done(edited=True), prompt=False)
+    assert told["In a notebook"].splitlines()[-1] == "# what was edited by hand is not repeated by this"
+
+
 @pytest.mark.parametrize(
     "prompt", [{"prompt": "it's; $(rm x)"}, {"prompt_ids": (5, 6)}, {"prompt_file": "p.txt"}]
 )
@@ -203,7 +257,7 @@ def test_commands_give_the_same_config_again(
     config = Config.of(
         {**prompt, "world_size": 2, "dtype": "float32", "gpu_ids": (0, 1), "temperature": 0.5, "chat": True}
     )
-    told = commands(config, prompt=True)
+    told = commands(config, Done(), prompt=True)
     seen: list[Config] = []
     monkeypatch.setattr(run, "_run_here", lambda config, _: seen.append(config))
     ran = CliRunner().invoke(app, shlex.split(told["In a terminal"])[1:])

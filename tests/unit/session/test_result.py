@@ -61,7 +61,9 @@ def test_changed_blocks_are_in_the_result_in_words_and_as_fields(job: Job, ranks
     assert result(job, ranks)["corrupt"] == []
     ranks[1].notes += [{"note": "edited", "what": []}, note(1)]
     (found,) = result(job, ranks)["corrupt"]
-    assert found["text"] == "rank 1: V of block c0 l1 changed on the way from rank 0"
+    assert (
+        found["text"] == "rank 1: V of block c0 l1 came changed from rank 0, on the way or before it was sent"
+    )
     assert (found["rank"], found["chunk"], found["layer"], found["peer"]) == (1, 0, 1, 0)
     assert json.loads(json.dumps(found)) == found
 
@@ -77,7 +79,10 @@ def test_what_the_user_chose_to_record_is_a_warning_at_the_end_and_no_error(
     ranks[1].notes = [note(1)] * 5
     assert len(conclude(job, ranks, Show(job, out), None)["corrupt"]) == 5
     assert out.getvalue().endswith("; and 2 more\n")
-    assert "warning: rank 1: V of block c0 l1 changed on the way from rank 0; " in out.getvalue()
+    assert (
+        "warning: rank 1: V of block c0 l1 came changed from rank 0, on the way or before it was sent; "
+        in out.getvalue()
+    )
 
 
 @pytest.mark.parametrize("text", ["", "471."])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
+from dinfer.trace.findings import Findings, with_findings
 from dinfer.trace.paper import Machine, paper_trace
 from dinfer.trace.shares import shares
 from dinfer.trace.summary import summary, verdict
@@ -17,6 +19,11 @@ from dinfer.trace.trace import Trace
 def run(strategy: str = "pairwise", slow: float = 1.0, tokens: int = 40) -> Trace:
     plan = build(partition(layers=6, tokens=tokens, world_size=3, chunk_size=8), "lockstep", strategy)  # type: ignore[arg-type]
     return paper_trace(plan, Machine(slow={(0, 1): slow}))
+
+
+def stopped(trace: Trace, **known: Any) -> Trace:
+    """With what is known of how it ended."""
+    return with_findings(trace, Findings(**known))
 
 
 def test_a_row_of_figures() -> None:
@@ -50,6 +57,17 @@ def test_a_run_without_transfers() -> None:
         (run(), run(), "no difference that one run each can tell"),
         (run(), run(tokens=48), "^These are runs of different things, .*: tokens 40 and 48"),
         (Trace((), run().about), run(), "no prefill in its trace"),
+        (
+            run(),
+            stopped(run(), failure="rank 1 is gone"),
+            "^B did not come to the end of its prefill: there are no",
+        ),
+        (
+            stopped(run(), state="paused"),
+            stopped(run(), state="running"),
+            "^A and B did not come to the end of their",
+        ),
+        (stopped(run(), state="done"), run(), "no difference that one run each can tell"),
     ],
 )
 def test_which_of_two_was_faster(first: Trace, second: Trace, said: str) -> None:

@@ -85,14 +85,13 @@ SENTENCES: list[tuple[Findings, Shares, str]] = [
     (
         Findings(state="failed", failure="rank 1 failed.\nmore", faults=("f",), ranks=ranks("a", "b", "b")),
         Shares([], []),
-        "The run failed: rank 1 failed; 1 fault was armed on purpose; ranks 1, 2 hold other KV than rank 0; the "
-        "trace holds no prefill.",
+        "The run failed: rank 1 failed; 1 fault was armed on purpose; ranks 1, 2 hold other KV than rank 0.",
     ),
     (
         Findings(state="paused", edited=("x",), corrupt=("c", "d"), kv=KvFinding(False, "Rank 2 differs.")),
         exposed(wait=20),
-        "The run is not at the end of its prefill; values were edited by hand; bytes of 2 blocks changed; rank 2 "
-        "differs; 7 % of prefill was exposed communication, most of it waiting on link 0→1.",
+        "The run is not at the end of its prefill; values were edited by hand; changed bytes were found 2 times; "
+        "rank 2 differs; 7 % of prefill was exposed communication, most of it waiting on link 0→1.",
     ),
     (
         Findings(ranks=(RankFinding(0, kv_sha256="a"),)),

@@ -1,0 +1,99 @@
+"""The words of a line: how they are split, what stands for a variable, and which flag or value each of them is."""
+
+import difflib
+import re
+import shlex
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+from IPython.core.error import UsageError
+from IPython.core.magic_arguments import MagicArgumentParser
+
+from dinfer.config import Config
+
+KEY_VALUE = re.compile(r"([a-z]\w*)=(.*)", re.DOTALL)
+_VARIABLE = re.compile(r"(\w+=)?\$([A-Za-z_]\w*)")
+Names = Mapping[str, Any]
+
+
+def split(line: str) -> list[str]:
+    """The words of a line: quotes hold words together, a backslash is a backslash. Raises UsageError."""
+    words = shlex.shlex(line, posix=True, punctuation_chars=False)
+    words.whitespace_split, words.escape, words.commenters = True, "", ""
+    try:
+        return list(words)
+    except ValueError:
+        raise UsageError(
+            "a quote is not closed: put text that has a ' in it between \", and the reverse."
+        ) from None
+
+
+def read(parser: MagicArgumentParser, words: list[str], names: Names) -> Namespace:
+    """What the words say. `$name` is the value of a variable, whole: text keeps its spaces and quotes, and is never
+    taken for a flag. Raises UsageError."""
+    written = [_in_line(word, names) for word in words]
+    found: Namespace = parser.parse_args(as_flags(parser, written))
+    for name, value in vars(found).items():
+        if isinstance(value, list):
+            setattr(found, name, [one for word in value for one in _texts(word, names)])
+        elif isinstance(value, str):
+            setattr(found, name, " ".join(_texts(value, names)))
+    return found
+
+
+def as_flags(parser: MagicArgumentParser, words: list[str]) -> list[str]:
+    """`layer=7` becomes `--layer 7` where there is such a flag, the value of that name where there is one without a
+    flag, and else one of the values of `--set`. Raises UsageError for a misspelt one."""
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    places = {action.dest: "" for action in parser._actions if not action.option_strings}
+    plain, named, values = list[str](), list[str](), list[str]()
+    for word in words:
+        found = KEY_VALUE.fullmatch(word)
+        flag = f"--{found[1].replace('_', '-')}" if found else ""
+        if found and flag in flags:
+            named += [flag, found[2]]
+        elif found and found[1] in places:
+            places[found[1]] = found[2]
+        elif found and "--set" in flags and found[1] in Config.__dataclass_fields__:
+            values.append(word)
+        else:
+            if found and "--set" in flags:
+                _check_spelling(found[1])
+            (named if named else plain).append(word)
+    return [*_in_place(places, plain), *named, *(["--set", *values] if values else [])]
+
+
+def _in_place(places: Mapping[str, str], plain: list[str]) -> list[str]:
+    """Words without a flag, in the order in which they are looked for: those that were named where they belong."""
+    rest = iter(plain)
+    found = [named or next(rest, "") for named in places.values()] if any(places.values()) else []
+    return [*(word for word in found if word), *rest]
+
+
+def _check_spelling(name: str) -> None:
+    """Raises UsageError for what was meant to be a parameter, and would be taken for words of the prompt."""
+    if near := difflib.get_close_matches(name, Config.__dataclass_fields__, n=1, cutoff=0.8):
+        raise UsageError(
+            f"there is no parameter {name!r}. Did you mean {near[0]}? Text with a = in it goes into a variable: $text."
+        )
+
+
+def _in_line(word: str, names: Names) -> str:
+    """A variable that holds no text is written where it stands: a number is a number's word."""
+    found = _VARIABLE.fullmatch(word)
+    if not found or found[2] not in names or isinstance(names[found[2]], str | list | tuple):
+        return word
+    return f"{found[1] or ''}{names[found[2]]}"
+
+
+def _texts(word: object, names: Names) -> list[Any]:
+    """What a word stands for once it is known whose it is: a variable's text, or each of its texts."""
+    found = _VARIABLE.fullmatch(word) if isinstance(word, str) else None
+    if not found or found[2] not in names:
+        return [word]
+    value = names[found[2]]
+    if found[1]:
+        listed = value if isinstance(value, list | tuple) else [value]
+        return [f"{found[1]}{','.join(map(str, listed))}"]
+    return list(map(str, value)) if isinstance(value, list | tuple) else [str(value)]
