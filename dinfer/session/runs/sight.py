@@ -108,7 +108,11 @@ class Sight(Acting, Said):
         with self._line.changed:
             first = read[1:] if read and read[0] == self._begun else [0] * self.world_size
             found = [e for n, events in zip(first, self._events, strict=True) for e in events[n:]]
-            return found, [self._begun, *map(len, self._events)]
+            return found, self.events_heard()
+
+    def events_heard(self) -> list[int]:
+        """How often the run has begun anew, and how many events of each rank have come since."""
+        return [self._begun, *map(len, self._events)]
 
     def standing(self) -> Standing:
         """The run at this moment; returns at once."""
