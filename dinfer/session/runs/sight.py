@@ -120,6 +120,7 @@ class Sight(Acting, Said):
             stands = tuple(state.stand for state in self._line.ranks if state.stand)
             alive = tuple(not state.gone for state in self._line.ranks)
             memory = tuple(state.memory for state in self._line.ranks)
+            device_memory = tuple(state.device_memory for state in self._line.ranks)
             tokens = tuple(state.decoded for state in self._line.ranks)
         return Standing(
             stands if len(stands) == self.world_size else (),
@@ -135,6 +136,7 @@ class Sight(Acting, Said):
             memory,
             tokens,
             self.why(),
+            device_memory,
         )
 
     def chunk_labels(self) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dinfer.engine.board import DeviceMemory
 from dinfer.plan.cut import UNITS
 from dinfer.session.runs.marks import Mark
 from dinfer.views.cells import ARMED, DIFFERS, EVERYWHERE, CellMap
@@ -198,6 +199,21 @@ def test_failures_lost_ranks_and_text_are_shown(paper: Held) -> None:
         "47",
     )
     assert [rank["state"] for rank in shown["ranks"]] == ["paused", "lost"]
+
+
+def test_memory_is_the_host_s_and_for_a_gpu_rank_the_gpu_s_too(paper: Held) -> None:
+    assert [rank["memory"] for rank in paper.panel.shown["ranks"]] == ["", ""]
+    paper.run.memory = [3 << 29, 3 << 29]
+    paper.run.device_memory = [None, DeviceMemory(15 << 29, 8 << 30, 80 << 30)]
+    paper.run.listeners.tell()
+    wait_for(lambda: paper.panel.shown["ranks"][0]["memory"], "memory is shown", 10)
+    cpu, gpu = paper.panel.shown["ranks"]
+    assert (cpu["memory"], cpu["about_memory"]) == ("1.50 GiB", "")
+    assert gpu["memory"] == "7.50 of 80 GiB · host 1.50 GiB"
+    assert "torch keeps 8.00" in gpu["about_memory"]
+    paper.run.memory = [3 << 29, None]
+    paper.run.listeners.tell()
+    wait_for(lambda: paper.panel.shown["ranks"][1]["memory"] == "7.50 of 80 GiB", "without a host's", 10)
 
 
 def test_panels_of_one_run_agree_and_follow_it_whoever_moves_it(paper: Held) -> None:
