@@ -12,7 +12,7 @@ from tests.unit.views.traces import on_paper
 def test_a_figure_is_data_without_script_or_upload() -> None:
     figure = latency(on_paper(6, 4))
     bundle = Shown(figure)._repr_mimebundle_()
-    assert set(bundle) == {MIME, "text/plain"}
+    assert set(bundle) == {MIME, "image/svg+xml", "text/plain"}
     assert bundle[MIME]["config"]["showSendToCloud"] is False
     assert bundle[MIME]["config"]["plotlyServerURL"] == ""
     assert len(bundle[MIME]["data"]) == len(figure.data) > 0
