@@ -11,14 +11,16 @@ from typing import Any
 import anywidget
 from traitlets import Bytes, Dict
 
+from dinfer.plan.ops import PlanError
 from dinfer.views.actions import action_of, edit_of
 from dinfer.views.cells import CellMap
 from dinfer.views.communication import FIGURES, Communication
 from dinfer.views.desk import Action, Painter, Worker
 from dinfer.views.inspector import Inspector
-from dinfer.views.protocol import Run
+from dinfer.views.protocol import Run, Standing
 from dinfer.views.status import Json, breakpoints, layout, moment
 from dinfer.views.still import still_html
+from dinfer.views.still_kv import still_kv
 
 _HERE = Path(__file__).parent
 SCRIPTS = ("map.js", "heatmap.js", "inspector.js", "communication.js", "controls.js", "ranks.js", "panel.js")
@@ -135,7 +137,17 @@ class Panel(anywidget.AnyWidget):
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
         try:
             events, _ = self._run.events_since([])
-            still = still_html(self._run.plan, self._run.standing(), self._run.chunk_labels(), events)
+            standing = self._run.standing()
+            kv = self._still_kv(standing)
+            still = still_html(self._run.plan, standing, self._run.chunk_labels(), events, kv)
         except Exception as error:  # the live view must come nevertheless, and has a banner
             still = escape(f"dinfer: where the run stands cannot be shown: {error}")
         return {**data, "text/html": still}, metadata
+
+    def _still_kv(self, standing: Standing) -> str:
+        try:
+            return still_kv(self._run, standing)
+        except PlanError:  # there is nothing to show
+            return ""
+        except Exception as error:  # the rest of the picture must come nevertheless
+            return f"<div>{escape(f'KV cannot be shown: {error}')}</div>"
