@@ -30,6 +30,7 @@ from dinfer.views.figures.latency import latency
 from dinfer.views.figures.matrix import short
 from dinfer.views.figures.picture import svg
 from dinfer.views.figures.style import link_name
+from dinfer.views.frame import INSTALL
 from dinfer.views.protocol import Standing
 from dinfer.views.status import Json, status
 
@@ -59,8 +60,8 @@ def still_html(
         "<div><small>A cell's parts are the ranks, left to right; the line, the cut, parts what has been computed from "
         "what has not.</small></div>"
         f"{_ranks(shown['ranks'], held.tolist(), plan.shape.blocks)}{f'<ul>{known}</ul>' if known else ''}"
-        f"{kv}{_links(events)}<div><small>A still picture: the live panel needs a running kernel, and ipywidgets and "
-        "anywidget where the Jupyter server runs.</small></div></div>"
+        f"{kv}{_links(events)}<div><small>A still picture: the live panel needs a running kernel, and "
+        f"<code>{INSTALL}</code> in the environment of the Jupyter server.</small></div></div>"
     )
 
 
