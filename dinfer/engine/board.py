@@ -9,13 +9,23 @@ import mmap
 import os
 import tempfile
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 MAX_LANES = 254  # with the recorder's lane for decode, what one byte of an event can name
-BOARD_BYTES = 8 * (MAX_LANES + 1)
+_MEMORY = MAX_LANES + 1
+"""the first of the words for device memory"""
+BOARD_BYTES = 8 * (_MEMORY + 3)
 
 Phase = Literal["starting", "loading", "prefill", "decode", "done"]
 PHASES: tuple[Phase, ...] = ("starting", "loading", "prefill", "decode", "done")
+
+
+class DeviceMemory(NamedTuple):
+    """Bytes of one GPU: those that a rank's tensors have, those that its torch keeps for tensors, and all of them."""
+
+    allocated: int
+    reserved: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,8 @@ class Board:
     """One rank's memory, which may be shared: the writer and each reader wrap it in a Board.
 
     What belongs together is one 64-bit word, written by one store: a reader never sees half of it. (struct.pack_into
-    would not do: it zeroes the bytes first.) Word 0 holds phase and tokens decoded, word n + 1 lane n.
+    would not do: it zeroes the bytes first.) Word 0 holds phase and tokens decoded, word n + 1 lane n, and the last
+    three device memory.
     """
 
     def __init__(self, memory: memoryview | None = None) -> None:
@@ -47,6 +58,16 @@ class Board:
 
     def set_lane(self, lane: int, position: int, limit: int, *, started: bool) -> None:
         self._words[lane + 1] = limit << 32 | position << 1 | started
+
+    def set_device_memory(self, memory: DeviceMemory | None) -> None:
+        for n, count in enumerate(memory or (0, 0, 0)):
+            self._words[_MEMORY + n] = count
+
+    @property
+    def device_memory(self) -> DeviceMemory | None:
+        """None for a rank that has no GPU."""
+        found = DeviceMemory(*self._words[_MEMORY:].tolist())
+        return found if found.total else None
 
     @property
     def phase(self) -> Phase:

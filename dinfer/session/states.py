@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from dinfer.engine.board import Stand
+from dinfer.engine.board import DeviceMemory, Stand
 from dinfer.engine.hosting.commands import Message, stand_fields, stand_of
 from dinfer.trace.events import Event
 
@@ -32,7 +32,9 @@ class RankState:
     process: str | None = None
     cpu_s: float | None = None
     memory: int | None = None
-    """bytes that its process has in this host's memory"""
+    """bytes that its process has in its host's memory"""
+    device_memory: DeviceMemory | None = None
+    """and in that of its GPU"""
     heard: float = 0.0
     progressed: float = field(default_factory=time.monotonic)
     stopped: float | None = None
@@ -168,6 +170,8 @@ def update(state: RankState, message: Message) -> None:
     state.stand, state.phase, state.decoded = stand, message["phase"], message["decoded"]
     state.process, state.cpu_s = message["process"], message["cpu_s"]
     state.memory = message.get("memory")
+    on_device = message.get("device_memory")
+    state.device_memory = on_device and DeviceMemory(*on_device)
     if state.process not in ("T", "t"):
         state.stopped = None
     elif state.stopped is None:

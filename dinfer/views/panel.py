@@ -9,17 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import anywidget
+from ipywidgets import VBox
 from traitlets import Bytes, Dict
 
+from dinfer.plan.ops import PlanError
 from dinfer.views.actions import action_of, edit_of
 from dinfer.views.cells import CellMap
 from dinfer.views.communication import FIGURES, Communication
 from dinfer.views.desk import Action, Painter, Worker
+from dinfer.views.frame import framed, unframe
 from dinfer.views.inspector import Inspector
-from dinfer.views.protocol import Run
+from dinfer.views.protocol import Run, Standing
 from dinfer.views.status import Json, breakpoints, layout, moment
 from dinfer.views.still import still_html
+from dinfer.views.still_kv import still_kv
 
+VIEW = "application/vnd.jupyter.widget-view+json"
 _HERE = Path(__file__).parent
 SCRIPTS = ("map.js", "heatmap.js", "inspector.js", "communication.js", "controls.js", "ranks.js", "panel.js")
 """together they are one module"""
@@ -54,6 +59,7 @@ class Panel(anywidget.AnyWidget):
         self._workers = (self._pauser, self._editor, self._worker)
         self._inspector, self._communication = Inspector(run, self._tell), Communication(run, self._tell)
         self._painted: object = None
+        self._frame: VBox | None = None
         super().__init__(board={**layout(run.plan, run.chunk_labels()), "figures": list(FIGURES)})
         self._paint()
         self.on_msg(self._on_message)
@@ -70,6 +76,8 @@ class Panel(anywidget.AnyWidget):
             self._inspector.close()
             self._communication.close()
             self._painter.close()
+            if self._frame:
+                unframe(self._frame)
         super().close()
 
     def _paint(self) -> None:
@@ -133,9 +141,22 @@ class Panel(anywidget.AnyWidget):
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[Json, Json]:
         """The live view, and a still picture of now for where there is no kernel."""
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
+        if VIEW in data:
+            self._frame = self._frame or framed(self)
+            data = {**data, VIEW: {**data[VIEW], "model_id": self._frame.model_id}}
         try:
             events, _ = self._run.events_since([])
-            still = still_html(self._run.plan, self._run.standing(), self._run.chunk_labels(), events)
+            standing = self._run.standing()
+            kv = self._still_kv(standing)
+            still = still_html(self._run.plan, standing, self._run.chunk_labels(), events, kv)
         except Exception as error:  # the live view must come nevertheless, and has a banner
             still = escape(f"dinfer: where the run stands cannot be shown: {error}")
         return {**data, "text/html": still}, metadata
+
+    def _still_kv(self, standing: Standing) -> str:
+        try:
+            return still_kv(self._run, standing)
+        except PlanError:  # there is nothing to show
+            return ""
+        except Exception as error:  # the rest of the picture must come nevertheless
+            return f"<div>{escape(f'KV cannot be shown: {error}')}</div>"

@@ -63,6 +63,10 @@ class Standing(Protocol):
         """Bytes that each rank's process has in its host's memory; None where it has none of its own."""
 
     @property
+    def device_memory(self) -> Sequence[tuple[int, int, int] | None]:
+        """Bytes of its GPU that each rank's tensors have, that its torch keeps, and all; None where it has no GPU."""
+
+    @property
     def tokens(self) -> Sequence[int]:
         """How many new tokens each rank has."""
 

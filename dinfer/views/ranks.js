@@ -23,6 +23,7 @@ class RankList {
   showOne({ line, device, word, bar, where }, rank) {
     const tokens = rank.tokens ? `${rank.tokens} new token${rank.tokens === 1 ? "" : "s"}` : "";
     device.textContent = [rank.device, rank.memory, tokens].filter(Boolean).join(" · ");
+    device.title = rank.about_memory;
     word.textContent = rank.state;
     line.classList.toggle("dinfer-lost", rank.state === "lost");
     bar.max = rank.total;

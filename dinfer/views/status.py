@@ -11,6 +11,8 @@ from dinfer.views.cells import MARKS, STATES, CellMap, cut_line, marked
 from dinfer.views.protocol import Standing
 
 Json = dict[str, Any]
+DeviceMemory = tuple[int, int, int]
+"""bytes of a GPU: in tensors, kept by torch, all"""
 MAX_TEXT = 2000
 """how much of the generated text goes to the browser with each update"""
 
@@ -36,8 +38,10 @@ def status(plan: Plan, standing: Standing) -> Json:
     """What changes."""
     count = plan.world_size
     memory = [*standing.memory, *[None] * count][:count]
+    on_device = [*standing.device_memory, *[None] * count][:count]
     tokens = [*standing.tokens, *[0] * count][:count]
-    ranks = zip(plan.lanes, standing.stands, standing.devices, standing.alive, memory, tokens, strict=True)
+    devices = zip(standing.devices, memory, on_device, strict=True)
+    ranks = zip(plan.lanes, standing.stands, standing.alive, tokens, devices, strict=True)
     return {
         "state": standing.state,
         "message": standing.message,
@@ -71,17 +75,47 @@ def marks_text(marks: Sequence[Mark]) -> Json:
 
 
 def _rank(
-    lanes: Sequence[Lane], stand: Stand, device: str, alive: bool, memory: int | None, tokens: int
+    lanes: Sequence[Lane],
+    stand: Stand,
+    alive: bool,
+    tokens: int,
+    device: tuple[str, int | None, DeviceMemory | None],
 ) -> Json:
+    name, memory, on_device = device
     return {
-        "device": device,
-        "memory": "" if memory is None else f"{memory / (1 << 30):.2f} GiB",
+        "device": name,
+        "memory": memory_text(memory, on_device),
+        "about_memory": about_memory(on_device),
         "tokens": tokens,
         "state": rank_state(lanes, stand) if alive else "lost",
         "done": sum(stand.positions),
         "total": sum(len(lane.ops) for lane in lanes),
         "where": rank_text(lanes, stand),
     }
+
+
+def memory_text(memory: int | None, on_device: DeviceMemory | None) -> str:
+    """What a rank has of its host's memory, and of its GPU's."""
+    host = "" if memory is None else f"{_gib(memory)} GiB"
+    if on_device is None:
+        return host
+    gpu = f"{_gib(on_device[0])} of {on_device[2] / (1 << 30):.0f} GiB"
+    return f"{gpu} · host {host}" if host else gpu
+
+
+def about_memory(on_device: DeviceMemory | None) -> str:
+    """The GPU's part at length."""
+    if on_device is None:
+        return ""
+    allocated, reserved, total = map(_gib, on_device)
+    return (
+        f"this rank's tensors have {allocated} GiB of the GPU's {total}; torch keeps {reserved} for this rank (other "
+        "processes, and CUDA itself, have more)"
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / (1 << 30):.2f}"
 
 
 def rank_state(lanes: Sequence[Lane], stand: Stand) -> str:

@@ -26,46 +26,69 @@ from dinfer.views.cells import (
     cut_line,
     marked,
 )
+from dinfer.views.figures.latency import latency
 from dinfer.views.figures.matrix import short
+from dinfer.views.figures.picture import svg
 from dinfer.views.figures.style import link_name
+from dinfer.views.frame import INSTALL
 from dinfer.views.protocol import Standing
-from dinfer.views.status import status
+from dinfer.views.status import Json, status
 
 COLOURS = ("#e9edf1", "#f4c430", "#2672b3", "#e07b39", "#14385c")
 """of each state on white, as in panel.css; each differs from the others in lightness"""
 MARK_COLOURS = ("#d81b60", "#7b3fa0")
 """of each mark"""
 LISTED = 20
+POINTS = 100
+"""of one link"""
 _LEFT, _TOP = 34, 18
 
 
-def still_html(plan: Plan, standing: Standing, labels: Sequence[str], events: Sequence[Event] = ()) -> str:
-    """The map as SVG, and what each rank does and holds, and what went over each link, as tables."""
+def still_html(
+    plan: Plan, standing: Standing, labels: Sequence[str], events: Sequence[Event] = (), kv: str = ""
+) -> str:
+    """The map as SVG; what each rank does and holds as a table; what went over each link as a table and a picture;
+    `kv`: HTML of what ranks hold."""
     bare = CellMap(plan).states(standing.stands)
     states = marked(bare, standing.marks)
     shown = status(plan, standing)
     held = np.isin(bare, (HERE, EVERYWHERE)).sum(axis=(0, 1))
-    rows = "".join(
-        f"<tr><td>{rank}</td><td>{escape(line['device'])}</td><td>{line['state']}</td>"
-        f"<td>{held[rank]} of {plan.shape.blocks}</td>"
-        f"<td style='text-align:left'>{escape(line['where'])}</td></tr>"
-        for rank, line in enumerate(shown["ranks"])
-    )
     words = "; ".join(filter(None, (shown["state"], shown["message"], *shown["faults"], shown["call"])))
     known = "".join(f"<li>{escape(mark.text)}</li>" for mark in standing.marks[:LISTED])
     return (
         f"<div><div>dinfer: {escape(words)}</div>{map_svg(states, plan.shape.owners, labels)}"
-        "<table><thead><tr><th>rank</th><th>device</th><th>state</th><th>blocks held</th><th>position</th></tr>"
-        f"</thead><tbody>{rows}</tbody></table>{f'<ul>{known}</ul>' if known else ''}{_links(events)}"
-        "<small>A cell's parts are the ranks, left to right; the line, the cut, parts what has been computed from "
-        "what has not. A still picture: the live panel needs a running kernel, and ipywidgets and anywidget where the "
-        "Jupyter server runs.</small></div>"
+        "<div><small>A cell's parts are the ranks, left to right; the line, the cut, parts what has been computed from "
+        "what has not.</small></div>"
+        f"{_ranks(shown['ranks'], held.tolist(), plan.shape.blocks)}{f'<ul>{known}</ul>' if known else ''}"
+        f"{kv}{_links(events)}<div><small>A still picture: the live panel needs a running kernel, and "
+        f"<code>{INSTALL}</code> in the environment of the Jupyter server.</small></div></div>"
     )
 
 
+def _ranks(lines: Sequence[Json], held: Sequence[int], blocks: int) -> str:
+    """A line for each rank."""
+    columns = {
+        "rank": [str(rank) for rank in range(len(lines))],
+        "device": [escape(line["device"]) for line in lines],
+        "memory": [line["memory"] for line in lines],
+        "state": [line["state"] for line in lines],
+        "blocks held": [f"{has} of {blocks}" for has in held],
+        "new tokens": [str(line["tokens"]) for line in lines],
+        "position": [escape(line["where"]) for line in lines],
+    }
+    shown = {name: cells for name, cells in columns.items() if any(cells)}
+    head = "".join(f"<th>{name}</th>" for name in shown)
+    rows = "".join(
+        f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells[:-1])}<td style='text-align:left'>{cells[-1]}</td></tr>"
+        for cells in zip(*shown.values(), strict=True)
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
 def _links(events: Sequence[Event]) -> str:
-    """A line for each link over which something went."""
-    found = by_link(transfers(Trace.merge([events])))
+    """A line for each link over which something went, and when that was."""
+    trace = Trace.merge([events])
+    found = by_link(transfers(trace))
     if not found:
         return ""
     rows = "".join(
@@ -77,6 +100,7 @@ def _links(events: Sequence[Event]) -> str:
     return (
         "<table><thead><tr><th>link</th><th>transfers</th><th>MB</th><th>wire, median ms</th><th>99th</th>"
         f"<th>waiting for the peer, median ms</th><th>99th</th></tr></thead><tbody>{rows}</tbody></table>"
+        f"{svg(latency(trace, per_link=POINTS))}"
     )
 
 

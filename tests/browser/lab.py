@@ -9,6 +9,7 @@ import secrets
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +23,18 @@ QUIET = {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": Tru
 
 
 class Lab:
-    """A server of its own, with its folders in `home`; ends with everything it has started."""
+    """A server of its own, with its folders in `home`; ends with everything it has started. It lacks the `disabled`
+    extensions."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, disabled: Sequence[str] = ()) -> None:
         self.home, self.token = home, secrets.token_hex(16)
         settings = home / "settings" / "@jupyterlab" / "apputils-extension"
         settings.mkdir(parents=True)
         (settings / "notification.jupyterlab-settings").write_text(json.dumps(QUIET))
+        without = home / "config" / "labconfig"
+        without.mkdir(parents=True)
+        page = {"disabledExtensions": dict.fromkeys(disabled, True)}
+        (without / "page_config.json").write_text(json.dumps(page))
         folders = {
             "JUPYTER_CONFIG_DIR": "config",
             "JUPYTER_DATA_DIR": "data",

@@ -21,6 +21,7 @@ from dinfer.engine.gate import Gate
 from dinfer.engine.hosting.agreement import agree, facts_of
 from dinfer.engine.hosting.commands import Command, Message, Table, lane_commands, stand_of
 from dinfer.engine.hosting.failure import describe
+from dinfer.engine.hosting.gauge import Gauge
 from dinfer.engine.hosting.rank import warm_up
 from dinfer.engine.hosting.stacks import stacks
 from dinfer.engine.inspection.inspect import inspect_commands
@@ -80,6 +81,7 @@ class Host:
         self.engine: Engine | None = None
         self.tokens: Tokens | None = None
         self._loaded: tuple[str, ...] = ()
+        self._gauge: Gauge | None = None
         self._meet, self._on_engine = meet, on_engine
 
     def table(self) -> Table:
@@ -126,6 +128,7 @@ class Host:
         if self.comm:
             self.comm.close()
         self.engine = self.comm = None
+        self._measure(None)
 
     # -- commands
 
@@ -140,11 +143,19 @@ class Host:
             self.board.set_phase("loading")
             self.decoder = Decoder.load(*wanted, on_progress=self._tell_progress)
             self._loaded = wanted
+        self._measure(self.decoder.device)
         return {
             "device": str(self.decoder.device),
             "dtype": str(self.decoder.dtype).removeprefix("torch."),
             "seconds": perf_counter() - started,
         }
+
+    def _measure(self, device: torch.device | None) -> None:
+        """Have what this rank has of that device on the board, if it is a GPU and this process is the rank's alone."""
+        if self._gauge:
+            self._gauge.close()
+        is_own = self.memory is not None and device is not None and device.type == "cuda"
+        self._gauge = Gauge(self.board, device) if device and is_own else None
 
     def _tell_progress(self, done: int, total: int) -> None:
         self.line.report("loading", done=done, total=total)

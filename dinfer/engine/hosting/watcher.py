@@ -177,6 +177,7 @@ class Watcher:
                     "process": life and life.state,
                     "cpu_s": life and life.cpu_s,
                     "memory": life and life.memory,
+                    "device_memory": self._board.device_memory,
                 }
             )
 

@@ -22,6 +22,7 @@ class Acting:
         self.said: list[str] = []
         self.story: list[str] = []
         self._listeners: list[Callable[[], None]] = []
+        self._seen: object = None
         self._lock = threading.RLock()
         """held by an action while it is under way"""
 
@@ -60,6 +61,13 @@ class Acting:
         """Call those who asked to be told of changes."""
         for callback in list(self._listeners):
             callback()
+
+    def tell_of_news(self, look: Callable[[], object]) -> None:
+        """Call them where what `look()` gives is not what it gave the last time: at rest, nobody is told anything."""
+        seen = look() if self._listeners else None
+        if seen != self._seen:
+            self._seen = seen
+            self.tell()
 
     def fail(self, why: str) -> None:
         """It cannot go on, until it is begun anew."""

@@ -232,7 +232,7 @@ class Run(Breaking, Comparing, Replaying, Saving):
         if self._state() in ("paused", "done") and (met := self._stops.arrived()):
             self.say(met)
         self.watch()
-        self.tell()
+        self.tell_of_news(lambda: (self.standing(), self.events_heard(), tuple(self.breakpoints)))
 
     def interrupted(self) -> None:
         """A keyboard interrupt: the ranks stand at the next cut, mostly before this returns."""

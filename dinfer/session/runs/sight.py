@@ -108,7 +108,11 @@ class Sight(Acting, Said):
         with self._line.changed:
             first = read[1:] if read and read[0] == self._begun else [0] * self.world_size
             found = [e for n, events in zip(first, self._events, strict=True) for e in events[n:]]
-            return found, [self._begun, *map(len, self._events)]
+            return found, self.events_heard()
+
+    def events_heard(self) -> list[int]:
+        """How often the run has begun anew, and how many events of each rank have come since."""
+        return [self._begun, *map(len, self._events)]
 
     def standing(self) -> Standing:
         """The run at this moment; returns at once."""
@@ -116,6 +120,7 @@ class Sight(Acting, Said):
             stands = tuple(state.stand for state in self._line.ranks if state.stand)
             alive = tuple(not state.gone for state in self._line.ranks)
             memory = tuple(state.memory for state in self._line.ranks)
+            device_memory = tuple(state.device_memory for state in self._line.ranks)
             tokens = tuple(state.decoded for state in self._line.ranks)
         return Standing(
             stands if len(stands) == self.world_size else (),
@@ -131,6 +136,7 @@ class Sight(Acting, Said):
             memory,
             tokens,
             self.why(),
+            device_memory,
         )
 
     def chunk_labels(self) -> list[str]:

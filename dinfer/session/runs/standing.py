@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from dinfer.engine.board import Stand
+from dinfer.engine.board import DeviceMemory, Stand
 from dinfer.plan.plan import Plan
 from dinfer.session.runs.marks import Mark
 
@@ -31,6 +31,8 @@ class Standing(NamedTuple):
     """how many new tokens each rank has"""
     verdict: str = ""
     """why the run does not move, at length, once that was told"""
+    device_memory: tuple[DeviceMemory | None, ...] = ()
+    """what each rank's process has of its GPU; None where it has none of its own"""
 
 
 def state_of_lanes(plan: Plan, stands: Sequence[Stand]) -> State:

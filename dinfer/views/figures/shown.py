@@ -1,7 +1,8 @@
-"""Shown: a figure under a cell of a notebook, as data that JupyterLab, Notebook 7 and VS Code draw themselves.
+"""Shown: a figure under a cell of a notebook, as data that JupyterLab, Notebook 7 and VS Code draw themselves, and as a
+still picture for where nothing does.
 
 plotly's own way puts five megabytes of script under each cell, with a button that sends the data to a cloud. This is a
-few kilobytes, and has no such button. Where nothing draws it, its title is all that is left.
+few kilobytes, and has no such button.
 """
 
 import json
@@ -10,6 +11,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from dinfer.views.bench import HTML_CONFIG
+from dinfer.views.figures.picture import svg
 
 MIME = "application/vnd.plotly.v1+json"
 
@@ -21,7 +23,8 @@ class Shown:
         self.figure = figure
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        return {MIME: {**json.loads(self.figure.to_json()), "config": HTML_CONFIG}, "text/plain": repr(self)}
+        data = {**json.loads(self.figure.to_json()), "config": HTML_CONFIG}
+        return {MIME: data, "image/svg+xml": svg(self.figure), "text/plain": repr(self)}
 
     def __repr__(self) -> str:
         drawn = len(self.figure.data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from dinfer.engine.board import BOARD_BYTES, MAX_LANES, Board, Stand, anonymous_file, map_file
+from dinfer.engine.board import BOARD_BYTES, MAX_LANES, Board, DeviceMemory, Stand, anonymous_file, map_file
 
 WRITER = """
 import sys
@@ -25,6 +25,17 @@ def test_what_is_written_is_read() -> None:
     assert (board.phase, board.decoded) == ("decode", 12)
     assert board.stand(2) == Stand((5, 0), (True, False), (9, 0))
     assert board.stand(MAX_LANES).limits[-1] == board.stand(MAX_LANES).positions[-1] == 2**31 - 1
+
+
+def test_device_memory_is_there_once_a_rank_has_a_gpu_and_touches_no_lane() -> None:
+    board = Board()
+    board.set_lane(MAX_LANES - 1, 3, 4, started=True)
+    assert board.device_memory is None
+    board.set_device_memory(DeviceMemory(5 << 40, 6 << 40, 7 << 40))
+    assert board.device_memory == (5 << 40, 6 << 40, 7 << 40)
+    assert board.stand(MAX_LANES).positions[-1] == 3
+    board.set_device_memory(None)
+    assert board.device_memory is None
 
 
 def test_another_process_sees_only_what_was_written() -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dinfer.config import Config
-from dinfer.engine.board import Stand
+from dinfer.engine.board import DeviceMemory, Stand
 from dinfer.model.decoder import Decoder
 from dinfer.model.text import load_tokenizer
 from dinfer.plan.breakpoints import Breakpoint, parse_when
@@ -47,6 +47,7 @@ class Moment:
     memory: Sequence[int | None] = ()
     tokens: Sequence[int] = ()
     verdict: str = ""
+    device_memory: Sequence[DeviceMemory | None] = ()
 
 
 class Faults:
@@ -125,6 +126,8 @@ class PaperRun(Bare):
         self.why = ""
         self.devices = ["cpu"] * plan.world_size
         self.alive = [True] * plan.world_size
+        self.memory: list[int | None] = []
+        self.device_memory: list[DeviceMemory | None] = []
 
     def chunk_labels(self) -> list[str]:
         return self.labels
@@ -146,7 +149,9 @@ class PaperRun(Bare):
             self.text,
             self.faults.lines,
             list(self.marks),
+            memory=list(self.memory),
             verdict=self.why,
+            device_memory=list(self.device_memory),
         )
 
     def move(self, call: str, cut: Cut) -> None:

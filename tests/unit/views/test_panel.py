@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from anywidget._util import enable_custom_widget_manager_once
+from ipywidgets.widgets.widget import _instances
 
+from dinfer.engine.board import DeviceMemory
 from dinfer.plan.cut import UNITS
 from dinfer.session.runs.marks import Mark
 from dinfer.views.cells import ARMED, DIFFERS, EVERYWHERE, CellMap
-from dinfer.views.panel import Panel
+from dinfer.views.frame import INSTALL
+from dinfer.views.panel import VIEW, Panel
 from dinfer.views.protocol import Run
 from tests.cluster.runs import wait_for
 from tests.unit.views.conftest import panel_threads
@@ -200,6 +206,21 @@ def test_failures_lost_ranks_and_text_are_shown(paper: Held) -> None:
     assert [rank["state"] for rank in shown["ranks"]] == ["paused", "lost"]
 
 
+def test_memory_is_the_host_s_and_for_a_gpu_rank_the_gpu_s_too(paper: Held) -> None:
+    assert [rank["memory"] for rank in paper.panel.shown["ranks"]] == ["", ""]
+    paper.run.memory = [3 << 29, 3 << 29]
+    paper.run.device_memory = [None, DeviceMemory(15 << 29, 8 << 30, 80 << 30)]
+    paper.run.listeners.tell()
+    wait_for(lambda: paper.panel.shown["ranks"][0]["memory"], "memory is shown", 10)
+    cpu, gpu = paper.panel.shown["ranks"]
+    assert (cpu["memory"], cpu["about_memory"]) == ("1.50 GiB", "")
+    assert gpu["memory"] == "7.50 of 80 GiB · host 1.50 GiB"
+    assert "torch keeps 8.00" in gpu["about_memory"]
+    paper.run.memory = [3 << 29, None]
+    paper.run.listeners.tell()
+    wait_for(lambda: paper.panel.shown["ranks"][1]["memory"] == "7.50 of 80 GiB", "without a host's", 10)
+
+
 def test_panels_of_one_run_agree_and_follow_it_whoever_moves_it(paper: Held) -> None:
     other = Held(paper.run)
     paper.press("step", unit="wave")
@@ -255,3 +276,42 @@ def test_the_panel_follows_ranks_that_run() -> None:
     finally:
         held.panel.close()
         assert run.close()
+
+
+def widgets() -> set[str]:
+    """The model ids of all widgets that this process has."""
+    return set(_instances)
+
+
+def test_a_hint_stands_beside_the_panel_and_goes_with_it() -> None:
+    before = widgets()
+    held = Held(PaperRun(paper_plan()))
+    first, second = (held.panel._repr_mimebundle_()[0][VIEW]["model_id"] for _ in range(2))
+    assert first == second
+    shown, hint = _instances[first].children
+    assert shown is held.panel
+    assert INSTALL in hint.value
+    assert "dinfer-hint" in hint._dom_classes
+    assert ".dinfer-hint { display: none !important; }" in str(held.panel._css)
+    held.panel.close()
+    left = {type(_instances[one]).__name__ for one in widgets() - before}
+    assert left.isdisjoint({"Panel", "VBox", "HTML"})
+
+
+def test_colab_is_told_to_load_other_people_s_widgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """anywidget does so; this is what a cell needs of it. Colab's own module is made up here."""
+    calls = list[str]()
+    colab = ModuleType("google.colab.output")
+    colab.enable_custom_widget_manager = lambda: calls.append("enabled")  # type: ignore[attr-defined]
+    colab._widgets = SimpleNamespace(_installed_url="https://colab.example/manager.js")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "google.colab.output", colab)
+    enable_custom_widget_manager_once.cache_clear()
+    held = Held(PaperRun(paper_plan()))
+    data, metadata = held.panel._repr_mimebundle_()
+    held.panel.close()
+    enable_custom_widget_manager_once.cache_clear()
+    assert calls == ["enabled"]
+    assert VIEW in data
+    assert metadata == {
+        VIEW: {"colab": {"custom_widget_manager": {"url": "https://colab.example/manager.js"}}}
+    }

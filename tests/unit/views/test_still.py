@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
 from html import unescape
-from io import StringIO
 from itertools import combinations
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from nbconvert import HTMLExporter
 
 import dinfer.views
+from dinfer.engine.board import DeviceMemory
 from dinfer.trace.transfers import by_link, transfers
 from dinfer.views.cells import STATES, CellMap
+from dinfer.views.figures.latency import latency
+from dinfer.views.figures.picture import svg
 from dinfer.views.panel import Panel
 from dinfer.views.still import COLOURS, map_svg, still_html
+from tests.unit.views.converted import converted
 from tests.unit.views.doubles import PaperRun, busy_run, paper_plan
 from tests.unit.views.traces import on_paper
 
@@ -85,22 +86,22 @@ def test_a_converted_notebook_shows_the_still_picture() -> None:
     data, metadata = panel._repr_mimebundle_()
     panel.close()
     assert "application/vnd.jupyter.widget-view+json" in data
-    output = {"output_type": "display_data", "data": data, "metadata": metadata}
-    cell = {
-        "cell_type": "code",
-        "id": "a",
-        "source": "",
-        "metadata": {},
-        "execution_count": 1,
-        "outputs": [output],
-    }
-    text = json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [cell]})
-    page, _ = HTMLExporter().from_file(StringIO(text))  # type: ignore[no-untyped-call]
+    page = converted(data, metadata)
     assert "<title>blocks by layer and chunk, each split by rank</title>" in page
     assert 'run.step("wave")' in unescape(page)
 
 
-def test_what_went_over_each_link_is_a_table() -> None:
+def test_ranks_are_a_table_with_what_they_hold_in_memory() -> None:
+    run = PaperRun(paper_plan())
+    assert "<th>memory</th>" not in still_html(run.plan, run.standing(), run.labels)
+    run.memory, run.device_memory = [1 << 30, 1 << 30], [None, DeviceMemory(1 << 29, 1 << 30, 80 << 30)]
+    still = still_html(run.plan, run.standing(), run.labels)
+    assert "<th>memory</th><th>state</th><th>blocks held</th><th>new tokens</th>" in still
+    assert "<tr><td>0</td><td>cpu</td><td>1.00 GiB</td><td>paused</td><td>0 of 12</td><td>0</td>" in still
+    assert "<td>0.50 of 80 GiB · host 1.00 GiB</td>" in still
+
+
+def test_what_went_over_each_link_is_a_table_and_a_picture() -> None:
     run = PaperRun(paper_plan())
     run.events = list(on_paper(4, 3, 2).events)
     still = Panel(run)._repr_mimebundle_()[0]["text/html"]
@@ -109,4 +110,5 @@ def test_what_went_over_each_link_is_a_table() -> None:
     for (source, target), some in found.items():
         megabytes = sum(one.bytes for one in some) / 1e6
         assert f"<tr><td>{source}→{target}</td><td>{len(some)}</td><td>{megabytes:.3g}</td>" in still
+    assert svg(latency(on_paper(4, 3, 2))) in still
     assert "99th" not in still_html(run.plan, run.standing(), run.labels)

@@ -1,0 +1,177 @@
+"""Still KV: one layer's K or V as a picture that needs no kernel: what the inspector leaves in a saved notebook.
+
+Where ranks are known to differ, it is their difference there; else the deepest layer that is computed. Of a long prompt
+only some tokens in a row are fetched, so that no panel waits long for its picture.
+"""
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinfer.session.kv.source import Shown
+from dinfer.views.inspector import Fetched, Want, picture
+from dinfer.views.png import data_uri, png
+from dinfer.views.protocol import Run, Standing
+from dinfer.views.quantise import MINUS_INF, MISSING, NAN, PLUS_INF, STEPS, ZERO
+
+TOKENS = 512
+"""in a row, that are shown"""
+ROWS = 256
+COARSE = 8
+"""steps of colour that are told apart by nobody: with fewer colours, the file is smaller"""
+NO_NUMBER = 255
+WIDE, HIGH = 720, 300
+LOW_END, MIDDLE, HIGH_END = (33, 102, 172), (247, 247, 247), (179, 88, 6)
+NOT_FINITE, NOT_HERE = (0, 0, 0), (214, 218, 223)
+"""colours as in heatmap.js, on white"""
+Json = dict[str, Any]
+Codes = NDArray[np.uint8]
+
+
+class Choice(NamedTuple):
+    """What to show: a layer, of rank `a`, or how that differs from rank `b`; `near`: a token that should be on it."""
+
+    layer: int
+    a: int
+    b: int
+    near: int
+
+    @property
+    def show(self) -> str:
+        return "a" if self.a == self.b else "a-b"
+
+
+def still_kv(run: Run, standing: Standing) -> str:
+    """As HTML; empty where the run moves or nothing is computed."""
+    if standing.state not in ("paused", "done") or not _computed(run, standing):
+        return ""
+    source = run.kv().source()
+    choice = chosen(run, standing, source)
+    rows = max(held.rows[choice.layer] for held in source.held([choice.a, choice.b]))
+    window = around(choice.near, rows)
+    made = [_picture(source, choice, tensor, window) for tensor in ((0, 1) if choice.show == "a-b" else (0,))]
+    head, codes = max(made, key=lambda one: one[0]["differ"])  # of K and V that which differs more
+    return _html(head, codes, choice, window, rows)
+
+
+def chosen(run: Run, standing: Standing, source: Shown) -> Choice:
+    """The first block that is known to differ, else the deepest layer that its owner has, and its newest tokens."""
+    shape = run.plan.shape
+    for mark in standing.marks:
+        if mark.kind != "armed":
+            owner = shape.owners[mark.layer]
+            other = owner if owner != mark.rank else (owner + 1) % shape.world_size
+            return Choice(mark.layer, other, mark.rank, shape.chunks[mark.chunk].start)
+    held = source.held(range(shape.world_size))
+    layer = max(n for n, owner in enumerate(shape.owners) if held[owner].rows[n])
+    return Choice(layer, shape.owners[layer], shape.owners[layer], held[shape.owners[layer]].rows[layer])
+
+
+def around(token: int, rows: int) -> range:
+    """At most so many tokens in a row, that one among them."""
+    start = max(0, min(token - TOKENS // 2, rows - TOKENS))
+    return range(start, min(rows, start + TOKENS))
+
+
+def _computed(run: Run, standing: Standing) -> bool:
+    """Whether any layer of any chunk is."""
+    return any(
+        op.kind == "layer"
+        for lanes, stand in zip(run.plan.lanes, standing.stands, strict=True)
+        for lane, position in zip(lanes, stand.positions, strict=True)
+        for op in lane.ops[:position]
+    )
+
+
+def _picture(source: Shown, choice: Choice, tensor: int, window: range) -> tuple[Json, Codes]:
+    """What the inspector would show, and its bytes, [heads, tokens, dims]."""
+    ranks = list(dict.fromkeys((choice.a, choice.b)))
+    values = [_values(source, rank, choice.layer, tensor, window) for rank in ranks]
+    want = Want("", choice.layer, tensor, None, choice.a, choice.b, choice.show, "robust", "")
+    head, drawn = picture(want, Fetched(source.subject, values[0], values[-1]))
+    shape = (len(head["heads"]), head["tokens"], head["dims"])
+    return head, np.frombuffer(drawn, np.uint8).reshape(shape)
+
+
+def _values(source: Shown, rank: int, layer: int, tensor: int, window: range) -> NDArray[np.floating]:
+    places = range(window.start, min(window.stop, source.held([rank])[0].rows[layer]))
+    heads = range(source.subject.kv_heads)
+    part = source.part(rank, layer, tensor, heads, places)
+    found: NDArray[np.floating] = (part if part.element_size() > 4 else part.float()).numpy()
+    return found
+
+
+def shrunk(codes: Codes, rows: int = ROWS) -> Codes:
+    """Tokens from left to right, the dims of all heads from top to bottom in so many rows, or a few more; of
+    values that share a pixel, that which is furthest from zero."""
+    heads, tokens, dims = codes.shape
+    every = min(dims, -(-heads * dims // rows))
+    missing = -dims % every
+    keys = _order()[codes].astype(np.uint16) << 8 | codes
+    keys = np.pad(keys, ((0, 0), (0, 0), (0, missing)), constant_values=MISSING)
+    most: Codes = (keys.reshape(heads, tokens, -1, every).max(axis=3) & 0xFF).astype(np.uint8)
+    return most.transpose(0, 2, 1).reshape(-1, tokens)
+
+
+def coarse(codes: Codes) -> Codes:
+    """With fewer colours; what is not zero stays so if it could be seen."""
+    order = _order()[codes]
+    steps = np.rint((codes.astype(np.int16) - ZERO) / COARSE) * COARSE
+    is_value = (order > 0) & (order < NO_NUMBER)
+    kept: Codes = np.where(is_value, ZERO + np.clip(steps, -STEPS, STEPS), codes).astype(np.uint8)
+    return kept
+
+
+def palette() -> Codes:
+    """A colour for each byte of quantise, [256, 3]."""
+    found = np.empty((256, 3), np.uint8)
+    for code in range(256):
+        part = max(-1.0, min(1.0, (code - ZERO) / STEPS))
+        end = LOW_END if part < 0 else HIGH_END
+        found[code] = [round(zero + (far - zero) * abs(part)) for zero, far in zip(MIDDLE, end, strict=True)]
+    found[[NAN, PLUS_INF, MINUS_INF]] = NOT_FINITE
+    found[MISSING] = NOT_HERE
+    return found
+
+
+def _order() -> Codes:
+    """How remarkable each byte is: 0 for what is not there."""
+    found = 1 + np.abs(np.arange(256) - ZERO)
+    found[[NAN, PLUS_INF, MINUS_INF]] = NO_NUMBER
+    found[MISSING] = 0
+    return found.astype(np.uint8)
+
+
+def _html(head: Json, codes: Codes, choice: Choice, window: range, rows: int) -> str:
+    source = data_uri(png(coarse(shrunk(codes)), palette()))
+    text = escape(_caption(head, choice, window, rows))
+    size = f"width:{WIDE}px;max-width:100%;height:{HIGH}px;image-rendering:pixelated;border:1px solid #bdbdbd"
+    return (
+        f'<div style="margin-top:8px"><div>{text}</div><img class="kv" alt="{text}" style="{size}" src="{source}">'
+        f"<div><code>{escape(head['call'])}</code></div></div>"
+    )
+
+
+def _caption(head: Json, choice: Choice, window: range, rows: int) -> str:
+    what = {"a": f"rank {choice.a}", "a-b": f"rank {choice.a} − rank {choice.b}"}[choice.show]
+    top = f"{head['top']:.3g}"
+    parts = [
+        f"{head['tensor']} of layer {choice.layer}, {what}, {head['dtype']}",
+        f"tokens {window.start}–{window.stop - 1} of {rows} from left to right",
+        f"the {head['dims']} dims of {_heads(head['heads'])} from top to bottom",
+        f"−{top} is blue, 0 white, +{top} brown",
+    ]
+    parts += [_values_text(head["differ"])] * (choice.show == "a-b")
+    parts += [f"black: {head['nan']} NaN, {head['inf']} Inf"] * bool(head["nan"] or head["inf"])
+    return "; ".join(parts)
+
+
+def _values_text(count: int) -> str:
+    return "1 value differs" if count == 1 else f"{count:,} values differ"
+
+
+def _heads(heads: Sequence[int]) -> str:
+    return "head 0" if len(heads) == 1 else f"heads 0–{len(heads) - 1}"
