@@ -49,6 +49,17 @@ function copyable(parent, title) {
   };
 }
 
+// A key pressed in the panel is the panel's; one with Ctrl, Alt or Meta stays JupyterLab's. Its shortcuts look at the very
+// element that has the focus, and Notebook 7 hears a key before the panel can. What this returns ends it.
+function keepKeys(root) {
+  const mark = (event) => {
+    if (!root.contains(event.target)) return;
+    event.target.toggleAttribute("data-lm-suppress-shortcuts", !(event.ctrlKey || event.metaKey || event.altKey));
+  };
+  window.addEventListener("keydown", mark, true);
+  return () => window.removeEventListener("keydown", mark, true);
+}
+
 function shorten(text) {
   return text.length > 90 ? `${text.slice(0, 90)}…` : text;
 }

@@ -27,7 +27,6 @@ class View {
   build(el) {
     this.root = make("div", "panel", el);
     this.root.tabIndex = -1; // a click anywhere gives it the keys
-    this.root.dataset.lmSuppressShortcuts = "true"; // JupyterLab's own keys stay out of it
     const bar = make("div", "bar", this.root);
     for (const button of BUTTONS) button ? this.button(bar, ...button) : make("span", "gap", bar);
     this.pace = make("select", "", bar);
@@ -136,6 +135,7 @@ class View {
     canvas.onclick = (event) => this.select(this.map.cellAt(event));
     canvas.ondblclick = (event) => this.toggleBreakpoint(this.map.cellAt(event));
     this.root.onkeydown = (event) => this.key(event);
+    this.releaseKeys = keepKeys(this.root);
     this.themed = new MutationObserver(() => this.theme());
     this.themed.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
     this.preference = window.matchMedia("(prefers-color-scheme: dark)");
@@ -149,6 +149,7 @@ class View {
     this.model.off("change:marks", this.onState);
     this.model.off("change:selected", this.onSelected);
     this.model.off("msg:custom", this.onAnswer);
+    this.releaseKeys();
     this.map.close();
     this.inspector.remove();
     this.communication.remove();
