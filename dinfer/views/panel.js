@@ -268,6 +268,7 @@ class View {
     this.bannerClose.hidden = !shown.error && !shown.answer;
     this.bannerMore.hidden = !shown.verdict;
     this.bannerMore.textContent = this.more ? "less" : "more";
+    this.banner.classList.toggle("dinfer-unfolded", Boolean(verdict));
     this.faultLines.textContent = shown.faults.join("\n");
     this.faults.hidden = !shown.faults.length;
     this.root.querySelector("[data-do=step_back]").title = `run.step_back("${this.unit}")`;
