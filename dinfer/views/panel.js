@@ -3,6 +3,7 @@
 // panel.py puts the other scripts before it: together they are one module.
 
 const KERNEL_SILENT_MS = 700;
+const LOST = "disconnected: the kernel was restarted. This is a still picture; run the cell again for a live panel.";
 
 class View {
   constructor(model, el) {
@@ -125,11 +126,13 @@ class View {
     this.onState = () => this.update();
     this.onAnswer = (message, buffers) => this.hear(message, buffers);
     this.onSelected = () => this.update();
+    this.onLost = () => this.lose();
     this.model.on("change:shown", this.onState);
     this.model.on("change:cells", this.onState);
     this.model.on("change:marks", this.onState);
     this.model.on("change:selected", this.onSelected);
     this.model.on("msg:custom", this.onAnswer);
+    this.model.on("comm_live_update", this.onLost); // ipywidgets says so once its kernel restarts
     canvas.onmousemove = (event) => this.point(this.map.cellAt(event));
     canvas.onmouseleave = () => this.point(null);
     canvas.onclick = (event) => this.select(this.map.cellAt(event));
@@ -149,6 +152,7 @@ class View {
     this.model.off("change:marks", this.onState);
     this.model.off("change:selected", this.onSelected);
     this.model.off("msg:custom", this.onAnswer);
+    this.model.off("comm_live_update", this.onLost);
     this.releaseKeys();
     this.map.close();
     this.inspector.remove();
@@ -156,6 +160,14 @@ class View {
     this.themed.disconnect();
     this.preference.removeEventListener("change", this.onPreference);
     this.silent.forEach(clearTimeout);
+  }
+
+  // There is nobody to speak to any more, and there never will be.
+  lose() {
+    this.lost = true;
+    this.silent.forEach(clearTimeout);
+    this.root.classList.add("dinfer-gone");
+    this.update();
   }
 
   theme() {
@@ -187,6 +199,7 @@ class View {
   }
 
   send(message) {
+    if (this.lost) return;
     const id = `${this.name}:${this.asked++}`;
     this.silent.set(id, setTimeout(() => {
       this.hint = "The kernel has not answered yet: it is busy with a cell, or gone. What was pressed waits for it.";
@@ -259,10 +272,10 @@ class View {
     const tokens = shown.decoded ? ` · ${shown.decoded} token${shown.decoded === 1 ? "" : "s"}` : "";
     this.state.textContent = `${shown.state}${tokens}`;
     Object.assign(this.root.dataset, { state: shown.state, done: shown.done });
-    const alarm = shown.error || (shown.state === "failed" && shown.message);
+    const alarm = this.lost || shown.error || (shown.state === "failed" && shown.message);
     const verdict = this.more ? shown.verdict : "";
     const said = verdict.startsWith(shown.message) ? verdict : shown.message;
-    this.bannerText.textContent = [shown.error, said, shown.answer, this.hint].filter(Boolean).join("\n");
+    this.bannerText.textContent = [this.lost && LOST, shown.error, said, shown.answer, this.hint].filter(Boolean).join("\n");
     this.banner.hidden = !this.bannerText.textContent;
     this.banner.classList.toggle("dinfer-alarm", Boolean(alarm || shown.verdict));
     this.bannerClose.hidden = !shown.error && !shown.answer;
