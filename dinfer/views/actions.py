@@ -49,15 +49,20 @@ def edit_of(run: Run, message: Json) -> Action | None:
 
 
 def _break_at(run: Run, message: Json) -> Action:
-    """At layer, chunk and rank, each left out for any, `when` a condition holds."""
-    places = {name: message[name] for name in PLACES if isinstance(message.get(name), int)}
-    when = str(message.get("when") or "") or None
-    said = [f"{name}={number}" for name, number in places.items()] + [f"when={when!r}"] * bool(when)
-    layer, chunk, rank = (places.get(name) for name in PLACES)
-    return Action(
-        f"run.break_at({', '.join(said)})",
-        lambda: run.break_at(layer=layer, chunk=chunk, rank=rank, when=when),
-    )
+    """At layer, chunk and rank, each left out for any, `when` a condition holds; in the place of one, with `instead`,
+    which stays where the new one is refused."""
+    given = {name: message[name] for name in PLACES if isinstance(message.get(name), int)}
+    given |= {"when": str(message["when"])} if message.get("when") else {}
+    call = f"run.break_at({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+    instead = message.get("instead")
+    if not isinstance(instead, int):
+        return Action(call, lambda: run.break_at(**given))
+
+    def change() -> None:
+        run.break_at(**given)
+        run.breakpoints.remove(instead)
+
+    return Action(f"{call}; run.breakpoints.remove({instead})", change)
 
 
 def _refuse(message: Json) -> None:

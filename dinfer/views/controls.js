@@ -49,14 +49,25 @@ function copyable(parent, title) {
   };
 }
 
+// A key pressed in the panel is the panel's; one with Ctrl, Alt or Meta stays JupyterLab's. Its shortcuts look at the very
+// element that has the focus, and Notebook 7 hears a key before the panel can. What this returns ends it.
+function keepKeys(root) {
+  const mark = (event) => {
+    if (!root.contains(event.target)) return;
+    event.target.toggleAttribute("data-lm-suppress-shortcuts", !(event.ctrlKey || event.metaKey || event.altKey));
+  };
+  window.addEventListener("keydown", mark, true);
+  return () => window.removeEventListener("keydown", mark, true);
+}
+
 function shorten(text) {
   return text.length > 90 ? `${text.slice(0, 90)}…` : text;
 }
 
-// The list of breakpoints: see, remove, add.
+// The list of breakpoints: see, remove, change, add.
 class BreakpointList {
   constructor(parent, board, send) {
-    Object.assign(this, { send, drawn: "" });
+    Object.assign(this, { send, drawn: "", instead: null, sent: null });
     this.box = make("details", "stops", parent);
     this.title = make("summary", "", this.box, "breakpoints");
     this.list = make("div", "list", this.box);
@@ -69,14 +80,27 @@ class BreakpointList {
     });
     this.when = make("input", "when", form);
     Object.assign(this.when, { name: "when", placeholder: "when …", title: `empty, or one of: ${WHENS.join(", ")}` });
-    make("button", "", form, "add").title = "run.break_at(layer=…, chunk=…, rank=…, when=…)";
+    this.submit = make("button", "", form);
     form.onsubmit = (event) => this.add(event);
+    this.edit(null);
+  }
+
+  // What the form is about: a new one, or the one that is to be changed.
+  edit(one) {
+    this.instead = one?.number ?? null;
+    this.sent = null;
+    for (const field of this.fields) field.value = one?.[field.name] ?? "";
+    this.when.value = one?.when ?? "";
+    this.submit.textContent = one ? `change #${one.number}` : "add";
+    this.submit.title = `run.break_at(layer=…, chunk=…, rank=…, when=…)${one ? `; run.breakpoints.remove(${one.number})` : ""}`;
+    if (one) this.when.focus();
   }
 
   add(event) {
     event.preventDefault();
     const places = this.fields.filter((field) => field.value !== "").map((field) => [field.name, Number(field.value)]);
-    this.send({ do: "break_at", ...Object.fromEntries(places), when: this.when.value.trim() });
+    this.sent = this.numbers;
+    this.send({ do: "break_at", ...Object.fromEntries(places), when: this.when.value.trim(), instead: this.instead });
   }
 
   show(breakpoints) {
@@ -85,13 +109,21 @@ class BreakpointList {
     this.drawn = text;
     this.title.textContent = breakpoints.length ? `breakpoints (${breakpoints.length})` : "breakpoints";
     if (breakpoints.length) this.box.open = true;
+    this.numbers = breakpoints.map(({ number }) => number);
+    const isNew = this.sent && this.numbers.some((number) => !this.sent.includes(number)); // what was sent is there
+    if (isNew || (this.instead !== null && !this.numbers.includes(this.instead))) this.edit(null);
     this.list.replaceChildren();
-    for (const { number, text: said } of breakpoints) {
-      const line = make("div", "", this.list);
-      make("span", "", line, said);
-      const remove = make("button", "", line, "×");
-      Object.assign(remove, { title: `run.breakpoints.remove(${number})`, onclick: () => this.send({ do: "remove_breakpoint", number }) });
-      remove.setAttribute("aria-label", `remove breakpoint ${number}`);
+    for (const one of breakpoints) {
+      const { number } = one, line = make("div", "", this.list);
+      make("span", "", line, one.text);
+      if (one.plain) this.button(line, "✎", `change breakpoint ${number}`, "change it", () => this.edit(one));
+      this.button(line, "×", `remove breakpoint ${number}`, `run.breakpoints.remove(${number})`,
+        () => this.send({ do: "remove_breakpoint", number }));
     }
+  }
+
+  button(line, text, label, title, onclick) {
+    const button = Object.assign(make("button", "", line, text), { title, onclick });
+    button.setAttribute("aria-label", label);
   }
 }

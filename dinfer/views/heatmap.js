@@ -22,7 +22,10 @@ class Heatmap {
     this.resized.observe(parent);
     this.canvas.onmousemove = (event) => this.move(event);
     this.canvas.onmouseleave = () => this.leave();
-    this.canvas.onmousedown = (event) => { this.drag = this.place(event); };
+    this.canvas.onpointerdown = (event) => {
+      this.canvas.setPointerCapture(event.pointerId); // a drag goes on, and ends, beyond the edge too
+      this.drag = this.place(event);
+    };
     this.canvas.onmouseup = (event) => this.drop(event);
     this.canvas.ondblclick = () => this.zoomTo(null);
     this.canvas.onkeydown = (event) => this.key(event);
@@ -217,7 +220,7 @@ class Heatmap {
       const at = x(start);
       if (at < MARGIN.left - 1 || at > MARGIN.left + wide || start >= tokens) return;
       line(pen, [[at, MARGIN.top - 5], [at, MARGIN.top + high]], this.colour("faint"), 0.4);
-      if (at < free) return;
+      if (at < free || at + 20 > MARGIN.left + wide) return;
       pen.fillText(`c${chunk}`, at + 2, 7);
       free = at + 26;
     });

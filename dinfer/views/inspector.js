@@ -134,8 +134,10 @@ class Inspector {
 
   describe(head) {
     const what = { a: `rank ${head.a}`, b: `rank ${head.b}`, "a-b": `rank ${head.a} − rank ${head.b}` }[head.show];
-    const held = head.a === head.b ? `rank ${head.a} holds ${head.held[0]} tokens`
-      : `rank ${head.a} holds ${head.held[0]} tokens, rank ${head.b} ${head.held[1]}`;
+    const [a, b] = head.held.map((count) => `${count} token${count === 1 ? "" : "s"}`);
+    const held = head.a === head.b ? `rank ${head.a} holds ${a}`
+      : a === b ? `ranks ${head.a} and ${head.b} hold ${a} each`
+        : `rank ${head.a} holds ${a}, rank ${head.b} holds ${b}`;
     const marks = [head.nan && `${head.nan} NaN`, head.inf && `${head.inf} Inf`].filter(Boolean).join(", ");
     this.colours.replaceChildren();
     make("div", "", this.colours, `${head.tensor} of layer ${head.layer}, ${what}, ${head.dtype}; ${held}`);

@@ -3,6 +3,7 @@
 // panel.py puts the other scripts before it: together they are one module.
 
 const KERNEL_SILENT_MS = 700;
+const LOST = "disconnected: the kernel was restarted. This is a still picture; run the cell again for a live panel.";
 
 class View {
   constructor(model, el) {
@@ -27,7 +28,6 @@ class View {
   build(el) {
     this.root = make("div", "panel", el);
     this.root.tabIndex = -1; // a click anywhere gives it the keys
-    this.root.dataset.lmSuppressShortcuts = "true"; // JupyterLab's own keys stay out of it
     const bar = make("div", "bar", this.root);
     for (const button of BUTTONS) button ? this.button(bar, ...button) : make("span", "gap", bar);
     this.pace = make("select", "", bar);
@@ -126,16 +126,19 @@ class View {
     this.onState = () => this.update();
     this.onAnswer = (message, buffers) => this.hear(message, buffers);
     this.onSelected = () => this.update();
+    this.onLost = () => this.lose();
     this.model.on("change:shown", this.onState);
     this.model.on("change:cells", this.onState);
     this.model.on("change:marks", this.onState);
     this.model.on("change:selected", this.onSelected);
     this.model.on("msg:custom", this.onAnswer);
+    this.model.on("comm_live_update", this.onLost); // ipywidgets says so once its kernel restarts
     canvas.onmousemove = (event) => this.point(this.map.cellAt(event));
     canvas.onmouseleave = () => this.point(null);
     canvas.onclick = (event) => this.select(this.map.cellAt(event));
     canvas.ondblclick = (event) => this.toggleBreakpoint(this.map.cellAt(event));
     this.root.onkeydown = (event) => this.key(event);
+    this.releaseKeys = keepKeys(this.root);
     this.themed = new MutationObserver(() => this.theme());
     this.themed.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
     this.preference = window.matchMedia("(prefers-color-scheme: dark)");
@@ -149,12 +152,22 @@ class View {
     this.model.off("change:marks", this.onState);
     this.model.off("change:selected", this.onSelected);
     this.model.off("msg:custom", this.onAnswer);
+    this.model.off("comm_live_update", this.onLost);
+    this.releaseKeys();
     this.map.close();
     this.inspector.remove();
     this.communication.remove();
     this.themed.disconnect();
     this.preference.removeEventListener("change", this.onPreference);
     this.silent.forEach(clearTimeout);
+  }
+
+  // There is nobody to speak to any more, and there never will be.
+  lose() {
+    this.lost = true;
+    this.silent.forEach(clearTimeout);
+    this.root.classList.add("dinfer-gone");
+    this.update();
   }
 
   theme() {
@@ -186,6 +199,7 @@ class View {
   }
 
   send(message) {
+    if (this.lost) return;
     const id = `${this.name}:${this.asked++}`;
     this.silent.set(id, setTimeout(() => {
       this.hint = "The kernel has not answered yet: it is busy with a cell, or gone. What was pressed waits for it.";
@@ -258,15 +272,16 @@ class View {
     const tokens = shown.decoded ? ` · ${shown.decoded} token${shown.decoded === 1 ? "" : "s"}` : "";
     this.state.textContent = `${shown.state}${tokens}`;
     Object.assign(this.root.dataset, { state: shown.state, done: shown.done });
-    const alarm = shown.error || (shown.state === "failed" && shown.message);
+    const alarm = this.lost || shown.error || (shown.state === "failed" && shown.message);
     const verdict = this.more ? shown.verdict : "";
     const said = verdict.startsWith(shown.message) ? verdict : shown.message;
-    this.bannerText.textContent = [shown.error, said, shown.answer, this.hint].filter(Boolean).join("\n");
+    this.bannerText.textContent = [this.lost && LOST, shown.error, said, shown.answer, this.hint].filter(Boolean).join("\n");
     this.banner.hidden = !this.bannerText.textContent;
     this.banner.classList.toggle("dinfer-alarm", Boolean(alarm || shown.verdict));
     this.bannerClose.hidden = !shown.error && !shown.answer;
     this.bannerMore.hidden = !shown.verdict;
     this.bannerMore.textContent = this.more ? "less" : "more";
+    this.banner.classList.toggle("dinfer-unfolded", Boolean(verdict));
     this.faultLines.textContent = shown.faults.join("\n");
     this.faults.hidden = !shown.faults.length;
     this.root.querySelector("[data-do=step_back]").title = `run.step_back("${this.unit}")`;

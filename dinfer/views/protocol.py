@@ -146,7 +146,14 @@ class Run(Protocol):
     def restart(self) -> object:
         """Begin again."""
 
-    def break_at(self, *, layer: int | None, chunk: int | None, rank: int | None, when: str | None) -> object:
+    def break_at(
+        self,
+        *,
+        layer: int | None = None,
+        chunk: int | None = None,
+        rank: int | None = None,
+        when: str | None = None,
+    ) -> object:
         """Set a breakpoint; None for any."""
 
     def verdict(self) -> object:

@@ -62,8 +62,19 @@ def moment(plan: Plan, cells: CellMap, standing: Standing) -> tuple[Json, bytes,
 
 
 def breakpoints(found: Iterable[Breakpoint]) -> list[Json]:
-    """For the list, and for the map."""
-    return [{"number": one.number, "text": str(one), "layer": one.layer, "chunk": one.chunk} for one in found]
+    """For the list, and for the map; `plain`: the panel's form can say all that there is to it."""
+    return [
+        {
+            "number": one.number,
+            "text": str(one),
+            "layer": one.layer,
+            "chunk": one.chunk,
+            "rank": one.rank,
+            "when": one.when,
+            "plain": one.op == ("recv" if one.condition == "digest" else "layer"),
+        }
+        for one in found
+    ]
 
 
 def marks_text(marks: Sequence[Mark]) -> Json:

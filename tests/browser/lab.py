@@ -1,4 +1,4 @@
-"""A real JupyterLab on loopback and a notebook in it, as a browser sees them. Not a test."""
+"""A real JupyterLab, or Notebook 7, on loopback and a notebook in it, as a browser sees them. Not a test."""
 
 from __future__ import annotations
 
@@ -19,15 +19,21 @@ from playwright.sync_api import Locator, Page
 from tests.cluster.runs import wait_for
 
 ROOT = Path(__file__).parents[2]
+APPS = {
+    "jupyterlab": ("LabApp", "lab/workspaces/{name}/tree/{name}.ipynb"),
+    "notebook": ("JupyterNotebookApp", "notebooks/{name}.ipynb"),
+}
+"""what can be started: the class that its settings are of, and where it shows a notebook"""
 QUIET = {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}
 
 
 class Lab:
-    """A server of its own, with its folders in `home`; ends with everything it has started. It lacks the `disabled`
-    extensions."""
+    """A server of its own, with its folders in `home`; ends with everything it has started. `app` is one of APPS; it
+    lacks the `disabled` extensions."""
 
-    def __init__(self, home: Path, disabled: Sequence[str] = ()) -> None:
+    def __init__(self, home: Path, app: str = "jupyterlab", disabled: Sequence[str] = ()) -> None:
         self.home, self.token = home, secrets.token_hex(16)
+        self.app, (settings_of, self._place) = app, APPS[app]
         settings = home / "settings" / "@jupyterlab" / "apputils-extension"
         settings.mkdir(parents=True)
         (settings / "notification.jupyterlab-settings").write_text(json.dumps(QUIET))
@@ -49,14 +55,15 @@ class Lab:
         with (home / "server.log").open("w") as log:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"),
+                    *(sys.executable, "-m", app, "--no-browser", "--allow-root"),
                     *(
                         "--ServerApp.ip=127.0.0.1",
                         "--ServerApp.port=0",
                         f"--IdentityProvider.token={self.token}",
                     ),
                     f"--ServerApp.root_dir={home / 'notebooks'}",
-                    *("--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly"),
+                    f"--{settings_of}.expose_app_in_browser=True",
+                    "--LabApp.extension_manager=readonly",
                 ],
                 env=environment,
                 stdout=log,
@@ -70,11 +77,15 @@ class Lab:
         def complete() -> bool:
             return said.exists() and said.read_text().rstrip().endswith("}")
 
-        wait_for(lambda: self.process.poll() is not None or complete(), "JupyterLab listens")
+        wait_for(lambda: self.process.poll() is not None or complete(), f"{self.app} listens")
         assert self.process.poll() is None, (self.home / "server.log").read_text()
         port = json.loads(said.read_text())["port"]
-        wait_for(lambda: _listens(port), "JupyterLab answers")  # the file is there a little before that
+        wait_for(lambda: _listens(port), f"{self.app} answers")  # the file is there a little before that
         return f"http://127.0.0.1:{port}"
+
+    def address(self, name: str) -> str:
+        """Where a notebook of its folder is shown."""
+        return f"{self.url()}/{self._place.format(name=name)}?token={self.token}"
 
     def close(self) -> None:
         """End the server, its kernels and what those have started."""
@@ -171,8 +182,8 @@ def open_notebook(page: Page, lab: Lab, name: str, cells: list[str]) -> Notebook
 
 
 def open_file(page: Page, lab: Lab, name: str) -> Notebook:
-    """Open a notebook of the lab's folder in JupyterLab, with the side bar shut; returns once its kernel is idle."""
-    page.goto(f"{lab.url()}/lab/workspaces/{name}/tree/{name}.ipynb?token={lab.token}")
+    """Open a notebook of the lab's folder, with the side bar shut; returns once its kernel is idle."""
+    page.goto(lab.address(name))
     page.wait_for_function(
         """() => {
             const kernel = window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel;

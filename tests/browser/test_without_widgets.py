@@ -18,7 +18,7 @@ MANAGER, ANYWIDGET = "@jupyter-widgets/jupyterlab-manager", "anywidget"
 
 @pytest.mark.parametrize("extension", [MANAGER, ANYWIDGET])
 def test_the_cell_says_what_to_install(page: Page, shot: Shot, tmp_path: Path, extension: str) -> None:
-    lab = Lab(tmp_path, [extension])
+    lab = Lab(tmp_path, disabled=[extension])
     try:
         book = open_notebook(page, lab, "panel", [SMALL, "panel"])
         book.run(0)

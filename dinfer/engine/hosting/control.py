@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+from functools import cache
 from typing import Any
 
 from dinfer.engine.board import Board, anonymous_file, map_file
@@ -23,6 +24,13 @@ from dinfer.engine.hosting.stacks import dump_into, stacks
 from dinfer.engine.hosting.watcher import MEMORY_BYTES, RECORDER_BYTES
 
 CLOSING_S = 10.0
+
+
+@cache
+def _dump_file() -> int:
+    """Where this process writes its stacks, for one session after the other: open for good, as a signal may come at any
+    time."""
+    return anonymous_file(0)
 
 
 class Control:
@@ -46,7 +54,7 @@ class Control:
             str(descriptor),
             str(theirs.fileno()),
         ]
-        dump = anonymous_file(0)  # stays open: a signal may come at any time
+        dump = _dump_file()
         can_dump = dump_into(dump)
         with undebugged():
             self.watcher = subprocess.Popen(

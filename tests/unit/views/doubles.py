@@ -86,8 +86,15 @@ class Bare:
         self.breakpoints = Breakpoints(self.found, self.listeners.tell)
         self.events: list[Event] = []
 
-    def break_at(self, *, layer: int | None, chunk: int | None, rank: int | None, when: str | None) -> None:
-        number = len(self.found) + 1
+    def break_at(
+        self,
+        *,
+        layer: int | None = None,
+        chunk: int | None = None,
+        rank: int | None = None,
+        when: str | None = None,
+    ) -> None:
+        number = max(self.found, default=0) + 1
         self.found[number] = Breakpoint(number, rank, "layer", chunk, layer, *parse_when(when))
         self.listeners.tell()
 

@@ -13,6 +13,7 @@ from anywidget._util import enable_custom_widget_manager_once
 from ipywidgets.widgets.widget import _instances
 
 from dinfer.engine.board import DeviceMemory
+from dinfer.plan.breakpoints import WHENS
 from dinfer.plan.cut import UNITS
 from dinfer.session.runs.marks import Mark
 from dinfer.views.cells import ARMED, DIFFERS, EVERYWHERE, CellMap
@@ -110,7 +111,8 @@ def test_breakpoints_and_faults_are_changed_while_a_step_goes_on(paper: Held) ->
     paper.press("step", unit="chunk")
     paper.see("working", ['run.step("chunk")'])
     paper.press("break_at", layer=2, chunk=1, when="")
-    paper.see("breakpoints", [{"number": 1, "text": "#1: after layer 2, chunk 1", "layer": 2, "chunk": 1}])
+    shown = {"number": 1, "text": "#1: after layer 2, chunk 1", "layer": 2, "chunk": 1, "rank": None}
+    paper.see("breakpoints", [{**shown, "when": "", "plain": True}])
     paper.press("remove_breakpoint", number=1)
     paper.see("breakpoints", [])
     paper.run.faults.lines.append("armed: #1 bitflip")
@@ -118,6 +120,21 @@ def test_breakpoints_and_faults_are_changed_while_a_step_goes_on(paper: Held) ->
     paper.see("faults", [])
     paper.run.open.set()
     paper.done()
+
+
+def test_a_breakpoint_is_changed_unless_the_new_one_is_refused(paper: Held) -> None:
+    def listed() -> list[str]:
+        return [one["text"] for one in paper.panel.shown["breakpoints"]]
+
+    paper.press("break_at", layer=2, when="")
+    wait_for(lambda: listed() == ["#1: after layer 2"], "it is set", 10)
+    paper.press("break_at", layer=2, when="nun", instead=1)
+    call = "run.break_at(layer=2, when='nun'); run.breakpoints.remove(1)"
+    paper.see("error", f"{call}: when is 'nun'; it must be one of {WHENS}.")
+    assert listed() == ["#1: after layer 2"]
+    paper.press("break_at", layer=2, when="nan", instead=1)
+    wait_for(lambda: listed() == ["#2: after layer 2, when nan"], "the new one is there alone", 10)
+    paper.see("error", "")
 
 
 def test_what_is_asked_for_is_answered_and_dismissed(paper: Held) -> None:
