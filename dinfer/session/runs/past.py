@@ -17,7 +17,7 @@ class Past:
         """Keep the figures of a run that has ended its prefill with nothing wrong."""
         if run.standing().state == "done" and not run.edited:
             name = f"run {len(self._found) + 1} of this session"
-            self._found.append((run.job, {"name": name, **summary(run.whole_trace())}))
+            self._found.append((run.job, {"name": name, **summary(run.trace)}))
 
     def of(self, job: Job) -> list[dict[str, Any]]:
         """Those of the same prompt and checkpoint, in the order in which they ran."""

@@ -24,8 +24,6 @@ from dinfer.trace.findings import Findings, KvFinding, RankFinding, with_finding
 from dinfer.trace.trace import Trace
 
 WAIT_S = 0.2
-LATE_S = 2.0
-"""how long news of what has been done may take"""
 Write = Callable[[Trace, Path], Path]
 """of views: write a report of that run to that file; where it went"""
 
@@ -55,26 +53,7 @@ class Reporting(Inspecting):
             raise RuntimeError("this session was made without views: use dinfer.connect(…).")
         self._until_it_stands()
         found = self.findings(prompt=prompt, environment=environment)
-        return self.reporter.write(with_findings(self.whole_trace(), found), Path(path))
-
-    def whole_trace(self) -> Trace:
-        """The trace of a run that stands, once the events of what its lanes did last have come, or after a while."""
-        deadline = time.monotonic() + LATE_S
-        with self._line.changed:
-            while not self._is_whole() and time.monotonic() < deadline:
-                self._line.changed.wait(WAIT_S)
-        return self.trace
-
-    def _is_whole(self) -> bool:
-        """Whether each lane's newest event is that of the op before which it stands."""
-        if self.failure:
-            return True  # no more will come
-        for rank, stand in enumerate(self.standing().stands):
-            newest = {event.lane: event.index for event in self._events[rank]}
-            for lane, position in zip(self.plan.lanes[rank], stand.positions, strict=True):
-                if position and newest.get(lane.name) != position - 1:
-                    return False
-        return True
+        return self.reporter.write(with_findings(self.trace, found), Path(path))
 
     def findings(self, *, prompt: bool = False, environment: bool = False) -> Findings:
         """What is known of it now, beside its events."""
@@ -155,10 +134,10 @@ class Reporting(Inspecting):
 
     def _until_it_stands(self) -> None:
         """Also when it has failed or hangs: that above all is to be reported."""
-        with self._line.changed:
-            while self._state() in ("running", "decoding") and not self.silence and self._goes_on():
+        while self._state() in ("running", "decoding") and not self.silence and self._goes_on():
+            with self._line.changed:
                 self._line.changed.wait(WAIT_S)
-                self.look()
+            self.look()  # which may wait for another thread that moves the run, and that one for news of ranks
 
     def _goes_on(self) -> bool:
         try:

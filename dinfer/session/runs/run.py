@@ -252,6 +252,7 @@ class Run(Breaking, Comparing, Replaying, Saving):
             self._stops.forget_ahead()
             move = go(stepper)
             self._marks.went(self.plan, move.before, move.after)
+            self._went(move.before, move.after)
             if move.after != stepper.cuts.end:
                 self._generation.forget()
         lines = moved_lines(self.plan, move.before, move.after)

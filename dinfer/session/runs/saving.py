@@ -44,7 +44,7 @@ class Saving(Explaining, Reporting):
         self._until_it_stands()
         evidence = self.evidence()
         source, ranks = self._reachable()
-        trace = with_findings(self.whole_trace(), self.findings(prompt=prompt))
+        trace = with_findings(self.trace, self.findings(prompt=prompt))
         if not ranks:  # in decode, a rank that waits for another does not answer
             layers, hidden = (), False
         own = self._own(source, ranks) if hidden else {}

@@ -1,12 +1,14 @@
 """Sight: what there is to see of a run, at any moment and whatever the ranks do. Nothing here moves it."""
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from dinfer.engine.corruption import Corruption
 from dinfer.engine.hosting.commands import Message
 from dinfer.model.text import texts_of
+from dinfer.plan.cut import Cut, is_inside, meet
 from dinfer.session.job import Job
 from dinfer.session.ranks import Ranks
 from dinfer.session.result import merge
@@ -21,6 +23,9 @@ from dinfer.trace.events import Event
 from dinfer.trace.trace import Trace
 
 ANSWER_S = 30.0
+WAIT_S = 0.2
+LATE_S = 2.0
+"""how long news of what has been done may take"""
 
 
 class Sight(Acting, Said):
@@ -42,6 +47,8 @@ class Sight(Acting, Said):
         self._generation = Generation(line, self.check, tokenizer)
         self._events: list[list[Event]] = []
         self._marks, self._begun = Marks(), 0
+        self._back: tuple[list[int], Cut] = [], ()
+        """how many events there were when the run last went back, and to where"""
         self._armed = Armed(lambda faults: self._ask_all("faults", faults=faults), self.say)
 
     def _look_anew(self) -> None:
@@ -51,6 +58,7 @@ class Sight(Acting, Said):
         self._armed.begin_anew()
         self._generation = Generation(self._line, self.check, self._tokenizer)
         self._events = [state.events for state in self._line.ranks]
+        self._back = [0] * self.world_size, tuple((0,) * len(lanes) for lanes in self.plan.lanes)
         self._begun += 1
 
     @property
@@ -98,9 +106,32 @@ class Sight(Acting, Said):
 
     @property
     def trace(self) -> Trace:
-        """The events of all ranks so far."""
+        """The events of all ranks so far; of a run that stands, all of them."""
+        deadline = time.monotonic() + LATE_S
         with self._line.changed:
+            while (
+                self._state() in ("paused", "done") and not self._is_whole() and time.monotonic() < deadline
+            ):
+                self._line.changed.wait(WAIT_S)
             return merge(self.job, self._events)
+
+    def _is_whole(self) -> bool:
+        """Whether the newest event of each lane, since the run went back, is that of the op before which it stands."""
+        heard, cut = self._back
+        for rank, stand in enumerate(self.standing().stands):
+            newest = {event.lane: event.index for event in self._events[rank][heard[rank] :]}
+            lanes = zip(self.plan.lanes[rank], stand.positions, cut[rank], strict=True)
+            if any(
+                position > first and newest.get(lane.name) != position - 1 for lane, position, first in lanes
+            ):
+                return False
+        return True
+
+    def _went(self, before: Cut, after: Cut) -> None:
+        """Ops behind a cut that the run has gone back to will be done again, and told of again."""
+        if not is_inside(before, after):
+            with self._line.changed:
+                self._back = list(map(len, self._events)), meet(before, after)
 
     def events_since(self, read: Sequence[int]) -> tuple[list[Event], list[int]]:
         """The events after those that have been `read`, and what has been read then: how often the run has begun anew,

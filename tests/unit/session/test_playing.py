@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dinfer.plan.ops import PlanError
+from dinfer.session.runs import sight
 from dinfer.session.runs.run import Run
 from dinfer.session.session import Session
 from dinfer.trace.events import Event
@@ -123,7 +124,7 @@ def test_events_come_once_and_all_of_them_after_a_restart(run: Run) -> None:
     found, read = list[Event](), list[int]()
     for _ in range(4):
         run.step("wave")
-        run.whole_trace()
+        assert run.trace.events  # waits for those of the step
         new, read = run.events_since(read)
         found += new
     assert len(found) == len(set(found)) == len(run.trace.events)
@@ -131,10 +132,36 @@ def test_events_come_once_and_all_of_them_after_a_restart(run: Run) -> None:
     assert run.events_since(read) == ([], read)
     run.restart()
     run.run_to(chunk=2, layer=5)  # as many as before, and more
-    run.whole_trace()
+    assert run.trace.events
     new, after = run.events_since(read)
     assert len(new) == len(run.trace.events)
     assert after[0] != read[0]
+
+
+def test_the_trace_of_a_run_that_stands_has_what_was_done_last(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it came there: none waits for events that will not come, either."""
+    monkeypatch.setattr(sight, "LATE_S", 1000.0)
+    ops = sum(len(lane.ops) for lanes in run.plan.lanes for lane in lanes)
+    for _ in range(5):
+        run.restart()
+        run.resume()
+        run.wait(60)
+        assert len(run.trace.events) == ops
+    run.step_back("chunk")
+    assert len(run.trace.events) == ops
+    run.step("layer")
+    run.step_back("layer", 4)
+    run.run_to(chunk=1, layer=4)
+    again = len(run.trace.events) - ops
+    assert again > 0
+    run.resume()
+    run.wait(60)
+    assert len(run.trace.events) - ops > again
+    newest = {(event.rank, event.lane): event.index for event in run.trace.events}
+    for rank, lanes in enumerate(run.plan.lanes):
+        assert all(newest[rank, lane.name] == len(lane.ops) - 1 for lane in lanes if lane.ops)
 
 
 class Kernel:

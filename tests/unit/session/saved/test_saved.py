@@ -62,7 +62,7 @@ def test_it_needs_neither_ranks_nor_checkpoint(tmp_path: Path) -> None:
         run = done(session)
         run.decode(3)
         run.save(tmp_path / "saved", prompt=True)
-        verdict, shown, trace, tokens = run.verdict(), str(run.kv(layer=1)), run.whole_trace(), run.tokens
+        verdict, shown, trace, tokens = run.verdict(), str(run.kv(layer=1)), run.trace, run.tokens
         values = {(r, n): run.kv(layer=n, rank=r).v[:] for r in (0, 1) for n in range(LAYERS)}
         plan = run.plan
     shutil.rmtree(model)
