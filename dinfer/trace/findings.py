@@ -69,6 +69,8 @@ class Findings:
     edited: tuple[str, ...] = ()
     corrupt: tuple[str, ...] = ()
     """blocks whose bytes have changed on their way or in memory"""
+    marks: tuple[tuple[Any, ...], ...] = ()
+    """what is known of single blocks: rank, chunk, layer, kind ("armed", "differs", "corrupt") and words"""
     log: tuple[str, ...] = ()
     commands: dict[str, str] = field(default_factory=dict)
     """what gives this run again, by where it is typed"""
@@ -90,6 +92,7 @@ class Findings:
         for name in _TUPLES & known.keys():
             known[name] = tuple(known[name])
         known["positions"] = tuple(map(tuple, known.get("positions", ())))
+        known["marks"] = tuple(map(tuple, known.get("marks", ())))
         known["ranks"] = tuple(_rank(rank) for rank in known.get("ranks", ()))
         known["kv"] = _kv(known["kv"]) if known.get("kv") else None
         return cls(**known)

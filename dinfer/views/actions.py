@@ -1,5 +1,6 @@
 """Actions: what a button of the panel asks for, as the Python call that it is."""
 
+from collections.abc import Callable
 from typing import Any
 
 from dinfer.views.desk import Action
@@ -28,9 +29,9 @@ def action_of(run: Run, message: Json) -> Action:
         case {"do": "restart"}:
             return Action("run.restart()", run.restart)
         case {"do": "diff"}:
-            return Action("run.kv().diff()", lambda: run.kv().diff(), asks=True)
+            return _noted(run, "run.kv().diff()", lambda: run.kv().diff(), asks=True)
         case {"do": "why"}:
-            return Action("run.verdict()", run.verdict, asks=True)
+            return _noted(run, "run.verdict()", run.verdict, asks=True)
     return Action("panel", lambda: _refuse(message))
 
 
@@ -40,12 +41,22 @@ def edit_of(run: Run, message: Json) -> Action | None:
         case {"do": "break_at"}:
             return _break_at(run, message)
         case {"do": "remove_breakpoint", "number": int(number)}:
-            return Action(f"run.breakpoints.remove({number})", lambda: run.breakpoints.remove(number))
+            return _noted(run, f"run.breakpoints.remove({number})", lambda: run.breakpoints.remove(number))
         case {"do": "clear_breakpoints"}:
-            return Action("run.breakpoints.clear()", lambda: run.breakpoints.clear())
+            return _noted(run, "run.breakpoints.clear()", lambda: run.breakpoints.clear())
         case {"do": "clear_faults"}:
-            return Action("run.faults.clear()", lambda: run.faults.clear())
+            return _noted(run, "run.faults.clear()", lambda: run.faults.clear())
     return None
+
+
+def _noted(run: Run, call: str, do: Callable[[], object], *, asks: bool = False) -> Action:
+    """What is no action of the run, and is its last call all the same, once it is done."""
+
+    def done() -> object:
+        run.last_call = call
+        return do()
+
+    return Action(call, done, asks)
 
 
 def _break_at(run: Run, message: Json) -> Action:

@@ -24,8 +24,14 @@ class Communication {
     this.about = make("span", "faint about", bar);
     this.said = make("span", "faint", bar);
     this.place = make("div", "figure", parent);
-    this.resized = new ResizeObserver(() => this.drawn && globalThis.dinferPlotly.Plots.resize(this.drawn));
+    this.resized = new ResizeObserver(() => this.drawn && this.fit());
     this.resized.observe(this.place);
+  }
+
+  // The width of its place, and its own height, which plotly's own resizing would take from it.
+  fit() {
+    const width = this.place.clientWidth;
+    if (width) globalThis.dinferPlotly.relayout(this.drawn, { width });
   }
 
   open() {

@@ -18,7 +18,7 @@ from dinfer.views.cells import CellMap
 from dinfer.views.communication import FIGURES, Communication
 from dinfer.views.desk import Action, Painter, Worker
 from dinfer.views.frame import framed, unframe
-from dinfer.views.inspector import Inspector
+from dinfer.views.inspector import Inspector, stamp_of
 from dinfer.views.protocol import Run, Standing
 from dinfer.views.status import Json, breakpoints, layout, moment
 from dinfer.views.still import still_html
@@ -28,6 +28,7 @@ VIEW = "application/vnd.jupyter.widget-view+json"
 _HERE = Path(__file__).parent
 SCRIPTS = ("map.js", "heatmap.js", "inspector.js", "communication.js", "controls.js", "ranks.js", "panel.js")
 """together they are one module"""
+MOVING = ("starting", "running", "decoding")
 
 
 class Panel(anywidget.AnyWidget):
@@ -59,6 +60,8 @@ class Panel(anywidget.AnyWidget):
         self._workers = (self._pauser, self._editor, self._worker)
         self._inspector, self._communication = Inspector(run, self._tell), Communication(run, self._tell)
         self._painted: object = None
+        self._answered = 0, ""
+        """how many actions had been done when the last one was, and what the run was then"""
         self._frame: VBox | None = None
         super().__init__(board={**layout(run.plan, run.chunk_labels()), "figures": list(FIGURES)})
         self._paint()
@@ -86,6 +89,7 @@ class Panel(anywidget.AnyWidget):
         actions = self._actions()
         try:
             standing, stops = self._run.standing(), breakpoints(self._run.breakpoints)
+            actions["answer"] = self._answer(standing)
             seen = (standing, stops, actions)
             if seen == self._painted:
                 return
@@ -106,9 +110,15 @@ class Panel(anywidget.AnyWidget):
             "working": [action.call for worker in self._workers if (action := worker.current)],
             "waiting": waiting.call if waiting else "",
             "error": "\n".join(worker.error for worker in self._workers if worker.error),
-            "answer": self._worker.answer,
             "done": sum(worker.done for worker in self._workers),
         }
+
+    def _answer(self, standing: Standing) -> str:
+        """What the last action has answered; nothing once the run is not what it was asked of, unless it moved then."""
+        now = "" if standing.state in MOVING else stamp_of(standing)
+        if self._answered[0] != self._worker.done:
+            self._answered = self._worker.done, now
+        return self._worker.answer if self._answered[1] in ("", now) else ""
 
     def _on_message(self, _: object, message: Json, __: object) -> None:
         """A button was pressed. Answered at once, so that the browser knows that the kernel listens."""

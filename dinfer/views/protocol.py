@@ -93,7 +93,9 @@ class Kv(Protocol):
 
 
 class Run(Protocol):
-    """A run that can be looked at and moved. Safe to call from any thread."""
+    """A run that can be looked at and moved. Safe to call from any thread. `last_call` is what `standing()` says."""
+
+    last_call: str
 
     @property
     def plan(self) -> Plan:

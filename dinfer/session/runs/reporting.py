@@ -78,6 +78,7 @@ class Reporting(Inspecting):
             faults=standing.faults,
             edited=tuple(self.edited),
             corrupt=tuple(map(str, self.corrupt)),
+            marks=tuple(tuple(mark) for mark in standing.marks),
             log=tuple(self.reporter.log) if self.reporter else (),
             others=tuple(self.reporter.others()) if self.reporter else (),
             text=self.text if prompt else None,

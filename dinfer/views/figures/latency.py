@@ -21,7 +21,7 @@ from dinfer.trace.transfers import (
     spread,
     transfers,
 )
-from dinfer.views.figures.style import SCALE, link_marker, link_name, styled
+from dinfer.views.figures.style import SCALE, link_line, link_marker, link_name, styled
 
 PER_LINK = 400
 """points of one link in one plot; beyond that, the slowest of every few"""
@@ -64,6 +64,7 @@ def distribution(trace: Trace, *, dark: bool = False) -> go.Figure:
     for column, (_, take) in enumerate(PARTS, 1):
         figure.update_xaxes(log_ms(_all(links, take)), row=1, col=column)
     figure.update_yaxes(title={"text": "transfers"}, ticksuffix=" %", row=1, col=1)
+    figure.update_yaxes(range=[-1, 101])
     return styled(figure, dark=dark, height=350, margin={"t": 80}, legend_y=1.1)
 
 
@@ -116,15 +117,17 @@ def _points(
 def _steps(
     links: Sequence[Link], link: Link, found: list[Transfer], part: str, take: Callable[[Transfer], int]
 ) -> go.Scatter:
+    """From nothing up to all of them, so that a single transfer is a line as well."""
     ordered = sorted(map(take, found))
-    shares = np.linspace(0, 1, min(STEPS, len(ordered)) + 1)[1:]
+    shares = np.linspace(0, 1, min(STEPS, len(ordered)) + 1)
+    values = [ordered[0], *(percentile(ordered, share) for share in shares[1:].tolist())]
     return go.Scatter(
         name=link_name(link),
         legendgroup=link_name(link),
         showlegend=take is PARTS[0][1],
         mode="lines",
-        line={"color": link_marker(links, link)["color"], "shape": "hv"},
-        x=_milliseconds([percentile(ordered, share) for share in shares.tolist()]),
+        line={**link_line(links, link), "shape": "hv"},
+        x=_milliseconds(values),
         y=(shares * 100).astype(np.float32),
         hovertemplate=f"%{{y:.0f}} % took at most %{{x:.3~f}} ms {part}<extra>{link_name(link)}</extra>",
     )

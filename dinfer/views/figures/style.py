@@ -14,6 +14,7 @@ COMPUTE, WIRE, WAIT, BUBBLE = "#0072B2", "#E69F00", "#CC79A7", "#999999"
 """what a rank does: computing, data on the wire, waiting for a peer, nothing to do"""
 LINKS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SCALE = "Cividis"
 FONT = "system-ui, sans-serif"
 
@@ -54,6 +55,12 @@ def template(*, dark: bool) -> dict[str, Any]:
 
 def link_name(link: Link) -> str:
     return f"{link[0]}→{link[1]}"
+
+
+def link_line(links: Sequence[Link], link: Link) -> dict[str, Any]:
+    """The same for lines: past six, the dashes tell apart."""
+    number = list(links).index(link)
+    return {"color": LINKS[number % len(LINKS)], "dash": DASHES[number // len(LINKS) % len(DASHES)]}
 
 
 def link_marker(links: Sequence[Link], link: Link) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import Shape
 from dinfer.plan.plan import Plan, parse_plan
 from dinfer.plan.schedule import build
+from dinfer.session.runs.marks import Mark
 from dinfer.trace.findings import Findings
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import Transfer, by_link, by_link_and_layer, spread, transfers
@@ -82,6 +83,16 @@ def map_states(trace: Trace, findings: Findings, plan: Plan | None) -> States | 
     states[held] = HERE
     states[held.all(axis=2)] = EVERYWHERE
     return states.astype(np.uint8)
+
+
+def marks_of(findings: Findings) -> list[Mark]:
+    """What is known of single blocks: what the run was shown with, and where its KV was found to differ."""
+    found = [Mark(*mark) for mark in findings.marks]
+    for one in findings.kv.differences if findings.kv else ():
+        rank, chunk, layer = (one.get(name) for name in ("rank", "chunk", "layer"))
+        if isinstance(rank, int) and isinstance(chunk, int) and isinstance(layer, int):
+            found.append(Mark(rank, chunk, layer, "differs", ""))
+    return found
 
 
 def link_table(trace: Trace) -> Table:

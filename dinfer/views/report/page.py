@@ -26,6 +26,7 @@ from dinfer.trace.shares import Shares, shares
 from dinfer.trace.summary import summary, verdict
 from dinfer.trace.trace import Trace
 from dinfer.views.bench import HTML_CONFIG
+from dinfer.views.cells import marked
 from dinfer.views.figures.exposure import exposure
 from dinfer.views.figures.gantt import gantt
 from dinfer.views.figures.latency import distribution, latency, layers
@@ -190,7 +191,8 @@ def _map(trace: Trace, findings: Findings, plan: Plan | None) -> Markup | None:
     if states is None:
         return None
     labels = list(findings.chunk_texts) or [""] * states.shape[1]
-    return Markup(map_svg(states, facts.owners_of(trace, plan), labels))
+    shown = marked(states, facts.marks_of(findings))
+    return Markup(map_svg(shown, facts.owners_of(trace, plan), labels))
 
 
 def _tables(trace: Trace, findings: Findings, name: str) -> dict[str, facts.Table | None]:

@@ -130,7 +130,7 @@ class PaperRun(Bare):
         self.state: State = "paused"
         self.message, self.decoded, self.text = "", 0, ""
         self.marks: list[Mark] = []
-        self.why = ""
+        self.why = self.last_call = ""
         self.devices = ["cpu"] * plan.world_size
         self.alive = [True] * plan.world_size
         self.memory: list[int | None] = []

@@ -146,6 +146,29 @@ def test_what_is_asked_for_is_answered_and_dismissed(paper: Held) -> None:
     paper.see("error", "run.kv().diff(): this run holds no KV of layer None.")
 
 
+def test_an_answer_is_gone_once_the_run_is_not_what_was_asked(paper: Held) -> None:
+    """A cell that moves the run makes it old; of a run that moves by itself, it stays to be read."""
+    paper.press("why")
+    paper.see("answer", "the run moves")
+    paper.run.step("wave")
+    paper.see("answer", "")
+    paper.run.state = "running"
+    paper.press("why")
+    paper.see("answer", "the run moves")
+    done = paper.panel.shown["done"]
+    paper.run.step("wave")
+    wait_for(lambda: paper.panel.shown["call"] == 'run.step("wave")', "it is painted", 10)
+    assert (paper.panel.shown["answer"], paper.panel.shown["done"]) == ("the run moves", done)
+
+
+def test_every_button_is_the_last_call(paper: Held) -> None:
+    paper.press("why")
+    paper.see("answer", "the run moves")
+    assert paper.run.last_call == "run.verdict()"
+    paper.press("clear_breakpoints")
+    wait_for(lambda: paper.run.last_call == "run.breakpoints.clear()", "it is done", 10)
+
+
 def test_play_has_a_pace(paper: Held) -> None:
     paper.press("play", unit="wave", per_second=2.5)
     paper.done()
