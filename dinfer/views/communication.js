@@ -46,7 +46,21 @@ class Communication {
 
   remove() {
     this.resized.disconnect();
+    this.wipe();
+  }
+
+  wipe() {
     if (this.drawn) globalThis.dinferPlotly.purge(this.drawn);
+    this.place.replaceChildren();
+    this.drawn = null;
+  }
+
+  // Where a figure is drawn: each in an element of its own. Redrawn over one another, plotly keeps nodes of each for ever.
+  plotOf(name) {
+    if (this.drawn && this.place.dataset.name === name) return this.drawn;
+    this.wipe();
+    this.drawn = make("div", "", this.place);
+    return this.drawn;
   }
 
   choose(figure) {
@@ -97,8 +111,7 @@ class Communication {
         height: Math.min(layout.height ?? MOST_PIXELS, MOST_PIXELS), uirevision: name };
       layout.annotations?.forEach((one) => { one.font = { size: 12 }; });
       shown.margin = { t: 34, ...layout.margin };
-      this.drawn = this.place;
-      await globalThis.dinferPlotly.react(this.place, data, shown, globalThis.dinferPlotlyConfig);
+      await globalThis.dinferPlotly.react(this.plotOf(name), data, shown, globalThis.dinferPlotlyConfig);
       this.place.dataset.name = name;
       this.place.dataset.points = data.reduce((sum, { x }) => sum + (x?.length ?? x?._inputArray?.length ?? 0), 0);
     }
