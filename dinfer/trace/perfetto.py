@@ -8,12 +8,10 @@ from typing import Any
 
 from dinfer.trace.events import Event
 from dinfer.trace.trace import COMPUTE, Trace
-from dinfer.trace.transfers import Transfer, transfers
+from dinfer.trace.transfers import pairs
 
 Json = dict[str, Any]
 Threads = dict[tuple[int, str], int]
-End = tuple[int, str, int | None, str, int | None, int | None]
-"""rank, kind, peer, what, chunk, layer"""
 
 
 def trace_events(trace: Trace) -> Json:
@@ -21,10 +19,17 @@ def trace_events(trace: Trace) -> Json:
     began = min((event.ready for event in trace.events), default=0)
     lanes = sorted({(event.rank, event.lane) for event in trace.events}, key=_order)
     threads = {lane: number for number, lane in enumerate(lanes, 1)}
+    arrows = _arrows(trace)
     events = [
         *_names(threads),
-        *(slice_ for event in trace.events for slice_ in _slices(event, threads, began)),
-        *_arrows(trace, threads, began),
+        *(
+            one
+            for event in trace.events
+            for one in (
+                *_slices(event, threads, began),
+                *_arrow(event, arrows.get(id(event)), threads, began),
+            )
+        ),
     ]
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": trace.about}
 
@@ -72,31 +77,35 @@ def _complete(name: str, category: str, start: int, long: int, where: Json, argu
     return {"name": name, "cat": category, "ph": "X", **times, **where, "args": arguments}
 
 
-def _arrows(trace: Trace, threads: Threads, began: int) -> Iterator[Json]:
-    """From each send to its recv: a flow starts inside the one's slice and ends inside the other's."""
-    lanes = {(e.rank, e.kind, e.peer, e.what, e.chunk, e.layer): e.lane for e in trace.prefill()}
-    for number, one in enumerate(transfers(trace)):
-        ends = [lanes.get(key) for key in _ends(one)]
-        if ends[0] is None or ends[1] is None:
-            continue
-        for phase, rank, lane, time in (
-            ("s", one.source, ends[0], one.met),
-            ("f", one.target, ends[1], one.end),
-        ):
-            where = {"pid": rank, "tid": threads[rank, lane], "ts": (time - began) / 1e3}
-            yield {
-                "name": one.what or "transfer",
-                "cat": "flow",
-                "ph": phase,
-                "id": number,
-                "bp": "e",
-                **where,
-            }
+def _arrows(trace: Trace) -> dict[int, tuple[str, int]]:
+    """By the id of an event, whether an arrow starts or ends there, and its number: from each send to its recv."""
+    found = dict[int, tuple[str, int]]()
+    for number, (send, recv) in enumerate(pairs(trace)):
+        if send and recv:
+            found[id(send)], found[id(recv)] = ("s", number), ("f", number)
+    return found
 
 
-def _ends(one: Transfer) -> list[End]:
-    of_block = (one.what, one.chunk, one.layer)
-    return [(one.source, "send", one.target, *of_block), (one.target, "recv", one.source, *of_block)]
+def _arrow(event: Event, end: tuple[str, int] | None, threads: Threads, began: int) -> Iterator[Json]:
+    """One end of an arrow, to be written just behind its slice.
+
+    A reader gives it to the slice that has begun last on its thread by then, in the order of times and then of the
+    file: so it must come before whatever begins where this slice ends.
+    """
+    if end is None:
+        return
+    phase, number = end
+    time = event.met if phase == "s" else max(event.met, event.end - 1)
+    yield {
+        "name": event.what or "transfer",
+        "cat": "flow",
+        "ph": phase,
+        "id": number,
+        "bp": "e",
+        "pid": event.rank,
+        "tid": threads[event.rank, event.lane],
+        "ts": (time - began) / 1e3,
+    }
 
 
 def _order(lane: tuple[int, str]) -> tuple[int, bool, str]:

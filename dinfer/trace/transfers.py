@@ -63,7 +63,13 @@ class Spread(NamedTuple):
 
 
 def transfers(trace: Trace) -> list[Transfer]:
-    """All messages of prefill whose two ranks are known, in the order in which they arrived.
+    """All messages of prefill whose two ranks are known, in the order in which they arrived."""
+    found = [_transfer(send, recv) for send, recv in pairs(trace)]
+    return sorted(found, key=lambda one: (one.end, one.source, one.target))
+
+
+def pairs(trace: Trace) -> list[tuple[Event | None, Event | None]]:
+    """The send and the recv of each of these messages, as far as they are in the trace.
 
     The nth send of a block on a link belongs to its nth recv: after going back, a block travels again.
     """
@@ -76,12 +82,11 @@ def transfers(trace: Trace) -> list[Transfer]:
             sends[event.rank, event.peer, event.what, event.chunk, event.layer].append(event)
         elif event.kind == "recv":
             recvs[event.peer, event.rank, event.what, event.chunk, event.layer].append(event)
-    found = [
-        _transfer(_at(sends[key], n), _at(recvs[key], n))
+    return [
+        (_at(sends[key], n), _at(recvs[key], n))
         for key in {**sends, **recvs}
         for n in range(max(len(sends[key]), len(recvs[key])))
     ]
-    return sorted(found, key=lambda one: (one.end, one.source, one.target))
 
 
 def _at(events: Sequence[Event], number: int) -> Event | None:

@@ -1,7 +1,6 @@
 """Traces for Perfetto, checked against what the trace-event format asks of each kind of event.
 
-Perfetto's own trace processor is a binary that its Python package fetches from the network when it is first used, so it
-is no part of these tests.
+With Perfetto's own trace processor: test_perfetto_processor.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def check(made: dict[str, Any]) -> None:
             assert one["dur"] >= 0
         if one["ph"] in "sf":
             flows[one["id"]].append(one["ph"])
-    assert all(phases == ["s", "f"] for phases in flows.values())
+    assert all(sorted(phases) == ["f", "s"] for phases in flows.values())
 
 
 def slices(made: dict[str, Any]) -> list[dict[str, Any]]:
@@ -79,6 +78,52 @@ def test_an_arrow_begins_in_its_send_and_ends_in_its_recv() -> None:
             kind = "send" if arrow["ph"] == "s" else "recv"
             spans = by_thread[arrow["pid"], arrow["tid"]]
             assert any(a - 1e-6 <= arrow["ts"] <= b + 1e-6 and name == kind for a, b, name in spans), arrow
+
+
+def bound(made: dict[str, Any]) -> dict[int, dict[str, str]]:
+    """By arrow, the slices at its ends as Perfetto's trace processor finds them: of each thread the one that has begun
+    last, by time and then by place in the file."""
+    begun: dict[tuple[int, int], str] = {}
+    found: dict[int, dict[str, str]] = defaultdict(dict)
+    timed = [one for one in made["traceEvents"] if one["ph"] != "M"]
+    for one in sorted(timed, key=lambda one: round(one["ts"] * 1000)):
+        thread = (one["pid"], one["tid"])
+        if one["ph"] == "X":
+            begun[thread] = one["name"]
+        else:
+            found[one["id"]][one["ph"]] = begun[thread]
+    return found
+
+
+@pytest.mark.parametrize(("schedule", "strategy"), [("pipelined", "pairwise"), ("lockstep", "ring")])
+def test_an_arrow_is_bound_to_its_own_slices_where_ops_follow_at_once(schedule: str, strategy: str) -> None:
+    shape = partition(layers=6, tokens=32, world_size=3, chunk_size=8)
+    trace = paper_trace(build(shape, schedule, strategy))  # type: ignore[arg-type]
+    found = bound(trace_events(trace))
+    assert len(found) == len(transfers(trace))
+    wrong = [ends for ends in found.values() if ends["s"].split()[1:] != ends["f"].split()[1:]]
+    assert wrong == []
+    assert {(ends["s"].split()[0], ends["f"].split()[0]) for ends in found.values()} == {("send", "recv")}
+
+
+def test_a_block_that_travels_twice_has_two_arrows() -> None:
+    events = [
+        Event(rank, "main", kind, 10 * n, 10 * n, 10 * n, 10 * n + 10, "kv", 0, 1, 1 - rank)
+        for n in range(2)
+        for rank, kind in ((0, "send"), (1, "recv"))
+    ]
+    made = trace_events(Trace.merge([events]))
+    ends = [(one["id"], one["ph"], one["ts"]) for one in made["traceEvents"] if one["ph"] in "sf"]
+    assert sorted(ends) == [(0, "f", 0.009), (0, "s", 0.0), (1, "f", 0.019), (1, "s", 0.01)]
+
+
+def test_no_two_slices_of_a_thread_overlap() -> None:
+    made = trace_events(paper_trace(PLAN))
+    ends: dict[tuple[int, int], int] = {}
+    for one in sorted(slices(made), key=lambda one: (one["ts"], one["ts"] + one["dur"])):
+        thread, start = (one["pid"], one["tid"]), round(one["ts"] * 1000)
+        assert start >= ends.get(thread, 0), one
+        ends[thread] = start + round(one["dur"] * 1000)
 
 
 def test_a_wait_and_an_op_by_hand() -> None:
