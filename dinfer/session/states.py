@@ -89,6 +89,12 @@ class States:
                 raise RankRefused(text if text.startswith(f"rank {rank} ") else f"rank {rank}: {text}")
         return answers
 
+    def collect(self, ids: dict[int, int]) -> dict[int, Message]:
+        """The answers that have come to what was begun, without waiting; who has answered is taken out of `ids`."""
+        with self.changed:
+            come = [rank for rank, number in ids.items() if number in self._replies]
+            return {rank: self._replies.pop(ids.pop(rank)) for rank in come}
+
     def ask(
         self, requests: dict[int, Message], timeout: float, check: Callable[[], None] = lambda: None
     ) -> dict[int, Message]:

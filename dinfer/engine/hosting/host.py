@@ -22,7 +22,7 @@ from dinfer.engine.hosting.agreement import agree, facts_of
 from dinfer.engine.hosting.commands import Command, Message, Table, lane_commands, stand_of
 from dinfer.engine.hosting.failure import describe
 from dinfer.engine.hosting.rank import warm_up
-from dinfer.engine.hosting.stacks import stacks
+from dinfer.engine.hosting.stacks import stacks, thread_names
 from dinfer.engine.inspection.inspect import inspect_commands
 from dinfer.engine.inspection.reference import reference_commands
 from dinfer.engine.misbehave import misbehave_commands
@@ -177,7 +177,7 @@ class Host:
         executor = self.engine.prepare(ids, plan=plan)
         self.tokens = Tokens(self.engine)
         assert self.engine.recorder
-        self.line.report("lanes", lanes=list(self.engine.recorder.lanes))
+        self.line.report("lanes", lanes=list(self.engine.recorder.lanes), threads=thread_names())
         self.board.set_phase("prefill")
         threading.Thread(
             target=self._mind, args=(executor,), name="dinfer minds failures", daemon=True
