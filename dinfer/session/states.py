@@ -31,6 +31,8 @@ class RankState:
     decoded: int = 0
     process: str | None = None
     cpu_s: float | None = None
+    wants_cpu: float = 0.0
+    """for how much of the last seconds one of its threads was ready to run, of 1"""
     memory: int | None = None
     """bytes that its process has in this host's memory"""
     heard: float = 0.0
@@ -173,6 +175,7 @@ def update(state: RankState, message: Message) -> None:
         state.progressed = state.heard
     state.stand, state.phase, state.decoded = stand, message["phase"], message["decoded"]
     state.process, state.cpu_s = message["process"], message["cpu_s"]
+    state.wants_cpu = message.get("wants_cpu", 0.0)
     state.memory = message.get("memory")
     if state.process not in ("T", "t"):
         state.stopped = None

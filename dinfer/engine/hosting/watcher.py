@@ -20,6 +20,7 @@ from zmq.utils.monitor import recv_monitor_message
 from dinfer.engine.board import BOARD_BYTES, Board, map_file
 from dinfer.engine.hosting import spying
 from dinfer.engine.hosting.stacks import dump_of, named
+from dinfer.engine.hosting.wanting import Wanting
 from dinfer.trace.recorder import Recorder
 
 TICK_MS = 40
@@ -85,6 +86,7 @@ class Watcher:
         self._last_state: object = None
         self._life_at = 0.0
         self._life: Life | None = None
+        self._wanting, self._wants_cpu = Wanting(self._rank_pid), 0.0
         self._last_beat = 0.0
         self._unread = bytearray()
         self._client_heard = self._commanded = monotonic()
@@ -201,6 +203,7 @@ class Watcher:
                     "limits": stand.limits,
                     "process": life and life.state,
                     "cpu_s": life and life.cpu_s,
+                    "wants_cpu": self._wants_cpu,
                     "memory": life and life.memory,
                 }
             )
@@ -208,6 +211,7 @@ class Watcher:
     def _sign_of_life(self) -> Life | None:
         if monotonic() - self._life_at > LIFE_S:
             before, self._life_at, self._life = self._life, monotonic(), sign_of_life(self._rank_pid)
+            self._wants_cpu = self._wanting.look()
             if self._life and before and self._looks and self._life.state == "t":  # py-spy's doing
                 self._life = self._life._replace(state=before.state)
         return self._life

@@ -35,8 +35,10 @@ def holding() -> Iterator[subprocess.Popen[bytes]]:
     with subprocess.Popen([sys.executable, "-c", HOLDS], stdout=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stdout.readline() == b"begun\n"
-        yield process
-        process.kill()
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def seen(spy: str, pid: int, *, stopped: bool = False) -> list[dict[str, Any]]:
