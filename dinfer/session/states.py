@@ -31,6 +31,8 @@ class RankState:
     decoded: int = 0
     process: str | None = None
     cpu_s: float | None = None
+    wants_cpu: float = 0.0
+    """for how much of the last seconds one of its threads was ready to run, of 1"""
     memory: int | None = None
     """bytes that its process has in its host's memory"""
     device_memory: DeviceMemory | None = None
@@ -90,6 +92,12 @@ class States:
                 text = answer["error"]
                 raise RankRefused(text if text.startswith(f"rank {rank} ") else f"rank {rank}: {text}")
         return answers
+
+    def collect(self, ids: dict[int, int]) -> dict[int, Message]:
+        """The answers that have come to what was begun, without waiting; who has answered is taken out of `ids`."""
+        with self.changed:
+            come = [rank for rank, number in ids.items() if number in self._replies]
+            return {rank: self._replies.pop(ids.pop(rank)) for rank in come}
 
     def ask(
         self, requests: dict[int, Message], timeout: float, check: Callable[[], None] = lambda: None
@@ -169,6 +177,7 @@ def update(state: RankState, message: Message) -> None:
         state.progressed = state.heard
     state.stand, state.phase, state.decoded = stand, message["phase"], message["decoded"]
     state.process, state.cpu_s = message["process"], message["cpu_s"]
+    state.wants_cpu = message.get("wants_cpu", 0.0)
     state.memory = message.get("memory")
     on_device = message.get("device_memory")
     state.device_memory = on_device and DeviceMemory(*on_device)

@@ -7,7 +7,7 @@ from dinfer.plan.ops import Op
 from dinfer.plan.plan import Place
 from dinfer.verdict.headers import has_passed, mismatch, who_lacks
 from dinfer.verdict.ranks import Ranks
-from dinfer.verdict.signs import Signs, Sizes
+from dinfer.verdict.signs import BUSY, Signs, Sizes
 from dinfer.verdict.waits import RANK, Node, Root, Wait, Waits
 from dinfer.verdict.words import link_text, times_text, value_text, waits_for_text
 
@@ -74,7 +74,7 @@ class Planned:
         if signs.phase != "decode":
             return Wait(Node(rank), "has done all its ops", signs.quiet_s, root=Root("done", rank, "is done"))
         behind = [other for other, its in self.signs.items() if _token(its) < _token(signs)]
-        frame = signs.frames.get("decode")
+        frame = signs.frames.get("decode") or signs.frames.get(BUSY)
         if not behind and frame and frame.waits:
             behind = [o for o, its in self.signs.items() if o != rank and not _waits(its)]
         if behind:
@@ -92,7 +92,7 @@ class Planned:
         op = self.plan.lanes[rank][lane].ops[signs.positions[lane]]
         still = signs.still_s[lane] if signs.still_s else signs.quiet_s
         node = Node(rank, lane)
-        if signs.answers is False and op.is_transfer and signs.started[lane]:
+        if signs.answers is False and signs.started[lane]:
             return self._mute(node, op, still)
         if not signs.started[lane]:
             return self._unstarted(node, op, still)
@@ -105,10 +105,13 @@ class Planned:
     def _mute(self, node: Node, op: Op, still: float) -> Wait:
         """Of a rank whose Python does not answer: transfers may be over, and its threads cannot say so."""
         text = f"is in `{op}`, and its Python does not answer"
-        busy = self.ranks.computing(node.rank)
-        if busy is not None:
-            return Wait(node, text, still, (busy,), op=op, what="its own Python")
-        root = self.ranks.busy(node.rank, f"is in `{op}`", still, self.ranks.median(node.rank, op), None)
+        holder = self.ranks.holder(node.rank)
+        if holder is not None and holder != node:
+            return Wait(node, text, still, (holder,), op=op, what="its own Python")
+        others = any(at for n, at in enumerate(self.signs[node.rank].started) if n != node.lane)
+        text = f"is in `{op}`" + " or another of its transfers" * (others and holder is None)
+        frame = self.ranks.frame(node)
+        root = self.ranks.busy(node.rank, text, still, self.ranks.median(node.rank, op), frame)
         return Wait(node, text, still, root=root, op=op)
 
     def _unstarted(self, node: Node, op: Op, still: float) -> Wait:
@@ -119,6 +122,10 @@ class Planned:
         number = self.ranks.number(node)
         needs = dict(zip(op.needs(), self.graph.deps[number], strict=True))
         unmet = {n: maker for n, maker in needs.items() if maker == NONE or not self.ranks.is_done(maker)}
+        holder = self.ranks.holder(node.rank) if signs.answers is False else None
+        if not unmet and holder is not None:
+            text = f"could begin `{op}`, and its Python does not answer"
+            return Wait(node, text, still, (holder,), op=op, what="its own Python")
         if not unmet:
             text = f"could begin `{op}`"
             root = self.ranks.busy(node.rank, text, still, 0.0, self.ranks.frame(node))
@@ -213,9 +220,9 @@ class Planned:
         for end in (node, Node(place.rank, place.lane)):
             signs, frame = self.signs[end.rank], self.ranks.frame(end)
             if signs.answers is False or (frame is not None and not frame.waits):
-                busy = self.ranks.computing(end.rank)
-                if busy is not None and signs.answers is False:
-                    return wait._replace(on=(busy,))
+                holder = self.ranks.holder(end.rank)
+                if holder is not None and signs.answers is False:
+                    return wait._replace(on=(holder,))
                 at = f"is in `{op if end == node else self.plan.op(place)}`"
                 root = self.ranks.busy(end.rank, at, still, typical, frame)
                 return wait._replace(root=root)

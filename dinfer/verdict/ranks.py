@@ -46,6 +46,18 @@ class Ranks:
         heads.sort(key=lambda head: (not head[1], head[0].is_transfer, head[0].what == "kv"))
         return heads[0][0] if heads else None
 
+    def holder(self, rank: int) -> Node | None:
+        """The lane that keeps a rank from answering; where nobody knows which, the one that computes."""
+        signs = self.signs[rank]
+        for number, lane in enumerate(self.plan.lanes[rank]):
+            if (
+                lane.name == signs.holder
+                and signs.started[number]
+                and signs.positions[number] < len(lane.ops)
+            ):
+                return Node(rank, number)
+        return self.computing(rank)
+
     def computing(self, rank: int) -> Node | None:
         """The lane of a rank that is in an op which is no transfer."""
         signs = self.signs[rank]
@@ -64,7 +76,7 @@ class Ranks:
     def frame(self, node: Node) -> Frame | None:
         """Where the lane's thread stands; of a rank that was dumped only the thread is known that is busy."""
         signs, lane = self.signs[node.rank], self.plan.lanes[node.rank][node.lane]
-        if signs.answers is False and node == self.computing(node.rank):
+        if signs.answers is False and node == self.holder(node.rank):
             return signs.frames.get(BUSY)
         return signs.frames.get(lane.name)
 
@@ -94,7 +106,8 @@ class Ranks:
 def busy(rank: int, signs: Signs, text: str, still: float, typical: float, frame: Frame | None) -> Root:
     """What is to be said of something that should end by itself, and has been under way for too long."""
     since = times_text(still, typical)
-    at = f", at {frame}" if frame else ""
+    at = f", in {frame.c}" if frame and frame.c else ""
+    at += f", at {frame}" if frame else ""
     if frame and frame.held:
         return Root("held", rank, f"{text} and stands at a debugger's breakpoint{at}")
     if signs.cpu_moves or (signs.cpu_moves is None and signs.process == "R"):

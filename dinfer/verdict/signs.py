@@ -17,7 +17,7 @@ BUSY = "busy"
 
 class Frame(NamedTuple):
     """Where a thread's Python stands. `native`: the line has called into C; `waits`: it waits in dinfer's own transport
-    or at a gate, as it should; `held`: a debugger holds it."""
+    or at a gate, as it should; `held`: a debugger holds it; `c`: the C functions in which it is, if known."""
 
     file: str
     line: int
@@ -26,6 +26,7 @@ class Frame(NamedTuple):
     native: bool = False
     waits: bool = False
     held: bool = False
+    c: str = ""
 
     def __str__(self) -> str:
         """For example `time.sleep(60)` in forward (model.py:12)."""
@@ -62,7 +63,8 @@ class Signs:
     `ended`: how its process ended, "" while it lives. `cpu_moves`: whether its CPU time has moved lately; `answers`:
     whether its Python has answered when asked lately; None: not known. `frames` are by lane name, `medians` seconds by
     op kind, `links` those of a block from each rank. `empty`: (lane, index) of transfers that have ended though no
-    bytes moved; `full`: of recvs that are known to have ended with theirs.
+    bytes moved; `full`: of recvs that are known to have ended with theirs. `holder`: the lane whose thread keeps a rank
+    that does not answer from doing so, where that is known.
     """
 
     positions: tuple[int, ...] = ()
@@ -79,6 +81,7 @@ class Signs:
     raised: Raised | None = None
     plan_id: int | None = None
     frames: Mapping[str, Frame] = field(default_factory=dict)
+    holder: str = ""
     medians: Mapping[str, float] = field(default_factory=dict)
     links: Mapping[int, float] = field(default_factory=dict)
     empty: frozenset[tuple[int, int]] = frozenset()

@@ -20,7 +20,8 @@ from dinfer.engine.board import Board, anonymous_file, map_file
 from dinfer.engine.execution import Execution
 from dinfer.engine.hosting.commands import Command, Message, Table, answer, lane_commands
 from dinfer.engine.hosting.debugger import undebugged
-from dinfer.engine.hosting.stacks import dump_into, stacks
+from dinfer.engine.hosting.spying import let_look
+from dinfer.engine.hosting.stacks import dump_into, stacks, thread_names
 from dinfer.engine.hosting.watcher import MEMORY_BYTES, RECORDER_BYTES
 
 CLOSING_S = 10.0
@@ -60,6 +61,7 @@ class Control:
             self.watcher = subprocess.Popen(
                 command, pass_fds=(descriptor, theirs.fileno(), dump), stdin=subprocess.DEVNULL
             )
+        let_look(self.watcher.pid)
         theirs.close()
         os.close(descriptor)
         self._socket.sendall(json.dumps({**link, "dump": dump if can_dump else None}).encode() + b"\n")
@@ -82,7 +84,7 @@ class Control:
 
     def attach(self, executor: Execution, lanes: tuple[str, ...]) -> None:
         """Let commands move this executor; `lanes` are its recorder's. Called on the thread that is to decode."""
-        self.report("lanes", lanes=list(lanes))
+        self.report("lanes", lanes=list(lanes), threads=thread_names())
         rank, decoding = executor.rank, threading.current_thread().name
         told = Command(lambda _: stacks(rank, alone=True, decoding=decoding))
         self.serve({**lane_commands(lambda: executor), "stacks": told})

@@ -23,7 +23,7 @@ from dinfer.engine.hosting.commands import Command, Message, Table, lane_command
 from dinfer.engine.hosting.failure import describe
 from dinfer.engine.hosting.gauge import Gauge
 from dinfer.engine.hosting.rank import warm_up
-from dinfer.engine.hosting.stacks import stacks
+from dinfer.engine.hosting.stacks import stacks, thread_names
 from dinfer.engine.inspection.inspect import inspect_commands
 from dinfer.engine.inspection.reference import reference_commands
 from dinfer.engine.misbehave import misbehave_commands
@@ -188,7 +188,7 @@ class Host:
         executor = self.engine.prepare(ids, plan=plan)
         self.tokens = Tokens(self.engine)
         assert self.engine.recorder
-        self.line.report("lanes", lanes=list(self.engine.recorder.lanes))
+        self.line.report("lanes", lanes=list(self.engine.recorder.lanes), threads=thread_names())
         self.board.set_phase("prefill")
         threading.Thread(
             target=self._mind, args=(executor,), name="dinfer minds failures", daemon=True

@@ -11,11 +11,12 @@ import faulthandler
 import inspect
 import linecache
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -37,6 +38,7 @@ _STANDARD = Path(threading.__file__).parent
 _PACKAGES = frozenset(("site-packages", "dist-packages"))
 _FOREIGN = frozenset(("ctypes", "_ctypes", "cffi", "_cffi_backend"))
 """ways into C code: what is called through them is that"""
+_HEAD = re.compile(r"hread (0x[0-9a-f]+)(?: \[.*?\])?(?= \(most)")
 Message = dict[str, Any]
 
 
@@ -159,6 +161,22 @@ def _cpu_s(ident: int) -> float | None:
 
 
 # -- by a signal
+
+
+def thread_names() -> list[tuple[int | None, str]]:
+    """Of all threads of this process, by what a dump calls them."""
+    return [(thread.ident, thread.name) for thread in threading.enumerate()]
+
+
+def named(dump: str, threads: Iterable[tuple[int, str]]) -> str:
+    """The dump with these threads' names in it, after their numbers: faulthandler has none, or short ones."""
+    names = dict(threads)
+
+    def with_name(found: re.Match[str]) -> str:
+        name = names.get(int(found[1], 16))
+        return f"{found[0].partition(' [')[0]} [{name}]" if name else found[0]
+
+    return _HEAD.sub(with_name, dump)
 
 
 def dump_into(descriptor: int) -> bool:

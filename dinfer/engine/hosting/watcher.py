@@ -18,7 +18,9 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from dinfer.engine.board import BOARD_BYTES, Board, map_file
-from dinfer.engine.hosting.stacks import dump_of
+from dinfer.engine.hosting import spying
+from dinfer.engine.hosting.stacks import dump_of, named
+from dinfer.engine.hosting.wanting import Wanting
 from dinfer.trace.recorder import Recorder
 
 TICK_MS = 40
@@ -79,9 +81,12 @@ class Watcher:
         self._recorder: Recorder | None = None
         self._cursor: list[int] = []
         self._lanes = 0
+        self._threads: list[tuple[int, str]] = []
+        self._looks: list[tuple[int, spying.Look]] = []
         self._last_state: object = None
         self._life_at = 0.0
         self._life: Life | None = None
+        self._wanting, self._wants_cpu = Wanting(self._rank_pid), 0.0
         self._last_beat = 0.0
         self._unread = bytearray()
         self._client_heard = self._commanded = monotonic()
@@ -101,7 +106,10 @@ class Watcher:
                 alive = self._reports()
             alive = alive and os.getppid() == self._rank_pid
             self._publish(last=not alive)
+            self._tell_seen()
             self._look_after_orphan()
+        for _, look in self._looks:
+            look.end()
         self._say({"type": "gone"})
         self._connection.close()
 
@@ -114,10 +122,28 @@ class Watcher:
                 self._kill()
             elif message["do"] == "dump":
                 text = "" if self._dump is None else dump_of(self._rank_pid, self._dump, DUMP_S)
-                self._say({"type": "reply", "id": message["id"], "text": text})
+                self._say({"type": "reply", "id": message["id"], "text": named(text, self._threads)})
+            elif message["do"] == "spy":
+                self._spy(message["id"])
             elif message["do"] != "beat":
                 self._commanded = monotonic()
                 self._pass_on(command)
+
+    def _spy(self, number: int) -> None:
+        """Have py-spy look, if it is there; what it sees is told once it has ended."""
+        life = sign_of_life(self._rank_pid)
+        if spy := spying.program():
+            stopped = life is not None and life.state in "Tt"
+            self._looks.append((number, spying.Look(spy, self._rank_pid, stopped=stopped)))
+        else:
+            self._say({"type": "reply", "id": number, "threads": []})
+
+    def _tell_seen(self) -> None:
+        for one in list(self._looks):
+            number, look = one
+            if (threads := look.threads()) is not None:
+                self._looks.remove(one)
+                self._say({"type": "reply", "id": number, "threads": threads})
 
     def _pass_on(self, command: bytes) -> None:
         with contextlib.suppress(OSError):
@@ -135,6 +161,7 @@ class Watcher:
             if message["type"] == "lanes":
                 self._publish(last=False)  # what the lanes before have left behind
                 self._lanes = len(message["lanes"]) - 1
+                self._threads = [(ident, name) for ident, name in message["threads"]]
                 self._recorder, self._cursor = (
                     Recorder.over(self._rank, message["lanes"], self._memory[BOARD_BYTES:]),
                     [],
@@ -176,6 +203,7 @@ class Watcher:
                     "limits": stand.limits,
                     "process": life and life.state,
                     "cpu_s": life and life.cpu_s,
+                    "wants_cpu": self._wants_cpu,
                     "memory": life and life.memory,
                     "device_memory": self._board.device_memory,
                 }
@@ -183,7 +211,10 @@ class Watcher:
 
     def _sign_of_life(self) -> Life | None:
         if monotonic() - self._life_at > LIFE_S:
-            self._life_at, self._life = monotonic(), sign_of_life(self._rank_pid)
+            before, self._life_at, self._life = self._life, monotonic(), sign_of_life(self._rank_pid)
+            self._wants_cpu = self._wanting.look()
+            if self._life and before and self._looks and self._life.state == "t":  # py-spy's doing
+                self._life = self._life._replace(state=before.state)
         return self._life
 
     def _look_after_orphan(self) -> None:

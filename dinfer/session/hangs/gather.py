@@ -62,6 +62,7 @@ def _signs(
         ended=ended,
         raised=_raised(state.reports.get("error")),
         frames=stacks.frames,
+        holder=stacks.holder,
         medians=medians,
         links=_links(state.events),
         empty=_ended(plan, rank, state.events, ("send", "recv"), full=False),

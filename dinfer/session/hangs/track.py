@@ -11,6 +11,8 @@ CPU_LEAST_S = 0.9
 """CPU time is heard of twice a second, in hundredths"""
 CPU_SHARE = 0.1
 """of one core: a rank that waits uses less, also where it is asked for its stacks"""
+CPU_WANTED = 0.5
+"""of the time: one that wants the CPU for more computes, however little it gets; one that waits is seldom seen to"""
 
 
 class _Rank:
@@ -18,6 +20,7 @@ class _Rank:
         self.stand: Stand | None = None
         self.since: list[float] = []
         self.cpu: deque[tuple[float, float]] = deque()
+        self.wants_cpu = 0.0
 
 
 class Track:
@@ -30,6 +33,7 @@ class Track:
         for rank, state in zip(self._ranks, states, strict=True):
             if state.stand is not rank.stand and state.stand is not None:
                 self._moved(rank, state.stand, state.progressed)
+            rank.wants_cpu = state.wants_cpu
             if state.cpu_s is not None:
                 _note(rank.cpu, now, state.cpu_s)
 
@@ -42,7 +46,9 @@ class Track:
         return tuple(now - since for since in self._ranks[rank].since)
 
     def cpu_moves(self, rank: int) -> bool | None:
-        """Whether its CPU time has moved lately; None while that is not known."""
+        """Whether its CPU time has moved lately, or would have on a machine that does less; None: not known yet."""
+        if self._ranks[rank].wants_cpu > CPU_WANTED:
+            return True
         samples = self._ranks[rank].cpu
         if not samples or samples[-1][0] - samples[0][0] < CPU_LEAST_S:
             return None

@@ -12,6 +12,7 @@ from dataclasses import replace
 from dinfer.plan.graph import Graph
 from dinfer.session.hangs.evidence import Evidence
 from dinfer.session.hangs.gather import signs_of, sizes_of
+from dinfer.session.hangs.spied import Spied
 from dinfer.session.hangs.stacks import Stacks, gather
 from dinfer.session.hangs.track import Track
 from dinfer.session.job import Job
@@ -28,10 +29,13 @@ OPEN_S = 0.9
 """a lane that waits less than this is not looked at"""
 SUSPECT_AHEAD_S = 1.5
 """How long before something counts as stuck the ranks are asked for their stacks: CPU time takes a second to tell."""
-AHEAD_S = 0.5
-"""A verdict is to be out within 5 s, which is just when a lane becomes stuck: it is judged as it will be then."""
+AHEAD_S, LEAST_AHEAD_S = 0.5, 0.3
+"""A verdict is to be out within 5 s, which is just when a lane becomes stuck: it is judged as it will be then; a little
+later where py-spy is about to say more."""
 QUIET = ("moving", "done", "paused", "held")
 """kinds that are not told unasked; who is slow in a run that moves is not even looked for"""
+SPIED = ("stuck in C", "stopped")
+"""kinds of which py-spy knows more than the rank itself: nobody else is stopped for its look"""
 
 
 class Watch:
@@ -43,9 +47,13 @@ class Watch:
         self._sizes = sizes_of(job)
         self._graph: Graph | None = None
         self._track = Track(len(line.ranks))
+        self._asked: dict[int, Stacks] = {}
         self._stacks: dict[int, Stacks] = {}
+        """what they have said, and what was seen besides"""
+        self._spied = Spied(line)
         self._asking = threading.Lock()
         """Held by who asks the ranks, and so waits for `line.changed`: whoever may hold that must not wait for this."""
+        self._told_with = frozenset[int]()
         self._looked_at = self._judged_at = self._asked_at = 0.0
         self.plan_ids: Mapping[int, int] = {}
         self.found: Verdict | None = None
@@ -70,9 +78,13 @@ class Watch:
         """The verdict as things are now. `is_moving`: the run is meant to move, so that the ranks are to be asked."""
         with self._line.changed:
             self._track.look(self._line.ranks, time.monotonic())
-        if is_moving:
-            with self._asking:
-                self._ask(ended)
+        if self._asking.acquire(blocking=is_moving):
+            try:
+                if is_moving:
+                    self._ask(ended)
+                self._spy(self._explain(decoding, ended, SUSPECT_AHEAD_S))
+            finally:
+                self._asking.release()
         fresh, told = self._explain(decoding, ended, AHEAD_S, tell_slow=True), self.found
         same = told and (told.kind, told.ranks) == (fresh.kind, fresh.ranks)
         return replace(fresh, sentence=told.sentence) if told and same else fresh
@@ -82,30 +94,44 @@ class Watch:
         return Evidence(tuple(self._signs(decoding, ended)), self._sizes, self._texts(), AHEAD_S, told)
 
     def _look_closely(self, decoding: bool, ended: Mapping[int, str]) -> None:
-        if self._explain(decoding, ended, SUSPECT_AHEAD_S).kind in QUIET:
+        suspicion = self._explain(decoding, ended, SUSPECT_AHEAD_S)
+        if suspicion.kind in QUIET:
             self._forget()
             return
-        if time.monotonic() - self._asked_at >= ASK_S and self._asking.acquire(blocking=False):
+        if self._asking.acquire(blocking=False):
             try:
-                self._ask(ended)
+                if time.monotonic() - self._asked_at >= ASK_S:
+                    self._ask(ended)
+                self._spy(suspicion)
             finally:
                 self._asking.release()
-        verdict = self._explain(decoding, ended, AHEAD_S)
+        is_seen = self._spied.looks_at(suspicion.ranks)
+        verdict = self._explain(decoding, ended, LEAST_AHEAD_S if is_seen else AHEAD_S)
         if verdict.kind in QUIET:
             self.found = None
         elif self._is_known(verdict.ranks) and not self._is_told(verdict):
-            self.found = verdict
+            self.found, self._told_with = verdict, self._spied.ranks
 
     def _ask(self, ended: Mapping[int, str]) -> None:
         """Where the threads of all ranks stand that can say so, or be dumped."""
         states = self._line.ranks
         living = [rank for rank, state in enumerate(states) if rank not in ended and state.stopped is None]
-        found = self._stacks = gather(self._line, living)
+        seen = self._spied.looks_at(living)  # they cannot answer meanwhile
+        found = gather(self._line, [rank for rank in living if rank not in seen])
+        self._asked = {rank: its for rank, its in self._asked.items() if rank in seen} | found
+        self._stacks = self._spied.added_to(self._asked)
         self._asked_at = time.monotonic()
         with self._line.changed:
             for rank, stacks in found.items():
                 if stacks.cpu_s is not None and states[rank].cpu_s is None:
                     self._track.note_cpu(rank, self._asked_at, stacks.cpu_s)
+
+    def _spy(self, suspicion: Verdict) -> None:
+        """Have py-spy look at who can be seen by nothing else, and take what it has seen."""
+        mute = {rank for rank, its in self._asked.items() if its.answers is False}
+        self._spied.begin(rank for rank in suspicion.ranks if suspicion.kind in SPIED or rank in mute)
+        if self._spied.collect():
+            self._stacks = self._spied.added_to(self._asked)
 
     def _explain(
         self, decoding: bool, ended: Mapping[int, str], ahead_s: float, *, tell_slow: bool = False
@@ -143,8 +169,12 @@ class Watch:
         )
 
     def _is_told(self, verdict: Verdict) -> bool:
-        return self.found is not None and (self.found.kind, self.found.ranks) == (verdict.kind, verdict.ranks)
+        """It is told again when py-spy, which may take long, has seen more since."""
+        found = self.found
+        is_same = found is not None and (found.kind, found.ranks) == (verdict.kind, verdict.ranks)
+        return is_same and self._told_with == self._spied.ranks
 
     def _forget(self) -> None:
         self.found = None
-        self._stacks = {}
+        self._asked = self._stacks = {}
+        self._spied.forget()

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dinfer.engine.board import anonymous_file
-from dinfer.engine.hosting.stacks import DUMP_SIGNAL, dump_into, dump_of, stacks
+from dinfer.engine.hosting.stacks import DUMP_SIGNAL, dump_into, dump_of, named, stacks, thread_names
 from dinfer.session.hangs.stacks import as_dumped
 from dinfer.verdict.signs import BUSY
 from tests.cluster.runs import wait_for
@@ -182,8 +182,24 @@ Current thread 0x00007f3 (most recent call first):
 
 
 def test_the_thread_that_is_in_an_op_is_found_in_a_dump() -> None:
-    found = as_dumped(DUMP)
-    assert (found.answers, found.text) == (False, DUMP.strip())
+    found = as_dumped(1, DUMP)
+    assert (found.answers, found.text, found.holder) == (False, DUMP.strip(), "")
     frame = found.frames[BUSY]
     assert (frame.file, frame.line, frame.function) == ("/models/own.py", 12, "forward")
-    assert as_dumped("").frames == {}
+    assert as_dumped(1, "").frames == {}
+
+
+def test_threads_are_named_in_a_dump_and_tell_the_lane() -> None:
+    names = {0x7F1: "rank 1 kv-in:0", 0x7F2: "rank 1 compute"}
+    text = named(DUMP, names.items())
+    assert text.splitlines()[0] == "Thread 0x00007f1 [rank 1 kv-in:0] (most recent call first):"
+    assert named(text, names.items()) == text  # as newer Pythons write it, which cut names
+    assert as_dumped(1, text).holder == "compute"
+    more = text.replace(
+        "engine/transport/comm.py", "engine/handlers.py"
+    )  # now two lanes may hold the interpreter
+    assert as_dumped(1, more).holder == ""
+
+
+def test_names_are_those_of_the_threads_that_run() -> None:
+    assert (threading.get_ident(), threading.current_thread().name) in thread_names()

@@ -57,8 +57,7 @@ def test_a_lane_that_is_stuck_in_an_op(chosen: tuple[Plan, Place], seed: int, wh
     for rank, lanes in enumerate(plan.lanes):
         signs = changed(signs, rank, answers=True, frames={lane.name: WAITS for lane in lanes})
     if what == "GIL":
-        assume(not op.is_transfer)
-        signs = changed(signs, place.rank, answers=False, frames={})
+        signs = changed(signs, place.rank, answers=False, frames={}, holder=name)
     elif what == "nothing":
         assume(not op.is_transfer)
         signs = changed(signs, place.rank, answers=True, frames={})

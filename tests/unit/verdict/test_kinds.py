@@ -249,6 +249,36 @@ def test_a_rank_that_cannot_take_part_is_not_a_link_that_stalls() -> None:
     assert "is in `layer c1 l0` and stuck in C code that holds" in told(mute, "stuck in C", 0)
 
 
+def test_the_op_that_holds_a_ranks_interpreter_is_named_whatever_its_other_lanes_are_in() -> None:
+    game = FaultyGame(PLAN, seed=0, frozen={place_of(PLAN, 0, SEND), place_of(PLAN, 0, "layer c1 l0")})
+    game.play()
+    lane = PLAN.lanes[0][place_of(PLAN, 0, SEND).lane].name
+    frame = SLEEPS._replace(native=True, c="usleep → clock_nanosleep")
+    mute = changed(signs_of(game), 0, answers=False, holder=lane, frames={"busy": frame})
+    said = told(mute, "stuck in C", 0)
+    assert said.startswith(f"rank 0 is in `{SEND}` and stuck in C code that holds the interpreter (the GIL)")
+    assert f", in usleep → clock_nanosleep, at {frame}" in said
+
+
+def test_of_several_transfers_that_may_hold_a_ranks_interpreter_none_is_blamed() -> None:
+    other = SEND.replace("-> 1", "-> 2")
+    game = FaultyGame(PLAN, seed=0, frozen={place_of(PLAN, 0, SEND), place_of(PLAN, 0, other)})
+    game.play()
+    mute = changed(signs_of(game), 0, answers=False)
+    assert sum(mute[0].started) > 1
+    assert "` or another of its transfers and stuck in C code that holds" in told(mute, "stuck in C", 0)
+
+
+def test_what_a_mute_rank_could_begin_waits_for_its_interpreter() -> None:
+    game = frozen_at(1, "layer c1 l2")
+    signs, compute = signs_of(game), place_of(PLAN, 1, "layer c1 l2").lane
+    lane = next(n for n, at in enumerate(signs[1].started) if n != compute and at)
+    started = [at and n != lane for n, at in enumerate(signs[1].started)]
+    still = [600.0 if n == lane else 60.0 for n in range(len(started))]  # the one that has stood longest
+    mute = changed(signs, 1, answers=False, started=tuple(started), still_s=tuple(still))
+    assert "is in `layer c1 l2` and stuck in C code that holds" in told(mute, "stuck in C", 1)
+
+
 def test_what_a_mute_rank_has_sent_may_have_come() -> None:
     """Its threads cannot say so while the interpreter is held."""
     game = frozen_at(1, "layer c1 l2")

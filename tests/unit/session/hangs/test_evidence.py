@@ -18,7 +18,8 @@ FULL = Signs(
     positions=(1, 2), started=(True, False), limits=(3, 4), still_s=(0.5, 7.25), quiet_s=1.5, phase="decode",
     decoded=3, process="S", cpu_moves=True, answers=False, ended="was killed",
     raised=Raised("no", "layer c0 l1", "main", True, Came(Value("kv", 0, 1), 4, 512, 1 << 63)), plan_id=(1 << 64) - 1,
-    frames={"main": Frame("model.py", 12, "forward", "x()", native=True, waits=True, held=True)},
+    frames={"main": Frame("model.py", 12, "forward", "x()", native=True, waits=True, held=True, c="usleep")},
+    holder="main",
     medians={"layer": 0.25}, links={1: 0.125}, empty=frozenset({(0, 2), (1, 5)}),
  full=frozenset({(1, 2)}),
 )  # fmt: skip

@@ -60,5 +60,14 @@ def test_cpu_time_takes_a_second_to_tell() -> None:
     assert cpu(Track(1), {0.0: 1.0, 1.0: 1.02}) is False  # what an idle engine uses
 
 
+def test_who_wants_the_cpu_and_gets_none_is_not_still() -> None:
+    track = Track(1)
+    for now in (0.0, 1.0, 2.0):
+        track.look([RankState(cpu_s=1.0, wants_cpu=0.625)], now)
+    assert track.cpu_moves(0) is True
+    track.look([RankState(cpu_s=1.0, wants_cpu=0.5)], 2.5)
+    assert track.cpu_moves(0) is False
+
+
 def test_what_was_long_ago_does_not_count() -> None:
     assert cpu(Track(1), {n / 2: min(n / 2, 2.0) for n in range(20)}) is False
