@@ -379,6 +379,8 @@ def test_slow_ranks_and_links_are_called_slow() -> None:
         told(signs, "slow link", 0)
         == "the link 0→2 is slow, 9.0 ×: a block takes 90 ms where others take 10 ms"
     )
+    signs = changed(signs, 0, links={1: 0.01, 2: 0.05})
+    assert told(signs, "slow link", 0).endswith("where others take 10 ms, and 50 ms the other way")
 
 
 @pytest.mark.parametrize("limit", [0, 1])
