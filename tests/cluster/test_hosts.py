@@ -13,17 +13,13 @@ import pytest
 
 from dinfer.session.clusters.start import Place
 from dinfer.session.connect import connect
-from dinfer.session.lab.hosts import Network, do, hosts, why_not
+from dinfer.session.lab.hosts import Network, do, hosts
+from tests.cluster.hosted import needs_hosts
 from tests.cluster.ipclusters import ipython
 from tests.cluster.runs import wait_for
 from tests.unit.engine.twin import prompt
 
-WHY_NOT = why_not()
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT),
-]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300), needs_hosts]
 
 IDS = list(prompt(22))
 ECHO = """

@@ -10,15 +10,15 @@ import pytest
 from dinfer.session.engines import EngineRanks
 from dinfer.session.lab.cells import cells_of
 from dinfer.session.lab.expected import Cell
-from dinfer.session.lab.hosts import hosts, why_not
+from dinfer.session.lab.hosts import hosts
 from dinfer.session.lab.lab import lab_session, run_cells, run_slowly
 from dinfer.session.lab.score import Score
 from dinfer.session.session import Session
+from tests.cluster.hosted import needs_hosts
 from tests.cluster.ipclusters import ipython
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
-WHY_NOT = why_not()
 SEED, QUICK_SEED = 0, 2
 """Of the latter the first three slow runs take 2 s each."""
 ABOUT_MESSAGES = ("skip a send", "skip a recv", "reorder two", "wrong size", "duplicate", "another plan")
@@ -62,7 +62,7 @@ def test_two_hundred_slow_runs_raise_no_alarm(session: Session) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+@needs_hosts
 def test_links_that_break_in_the_network(tmp_path: Path) -> None:
     """And a rank that dies on a host, comes back there."""
     cells = [

@@ -11,17 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dinfer.session.lab.hosts import Network, hosts, why_not
+from dinfer.session.lab.hosts import Network, hosts
+from tests.cluster.hosted import needs_hosts
 from tests.cluster.parrot import C_LOCALE, FLAGS, check_parroted
 from tests.cluster.runs import Fault, Run, run_arguments, wait_for
 from tests.unit.engine.twin import prompt
 
-WHY_NOT = why_not()
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.timeout(500),
-    pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT),
-]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(500), needs_hosts]
 
 IDS = tuple(prompt(22))
 LAUNCH = str(Path(__file__).parents[2] / "env" / "launch")

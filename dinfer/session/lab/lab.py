@@ -90,7 +90,7 @@ def _network(links: str, join: bool, score: Score, say: Say) -> Iterator[Network
     why = "the cluster was joined" if join else why_not() if links != "transport" else "as asked"
     if links == "namespaces" and why:
         raise ConfigError(f"links cannot be broken in network namespaces: {why}.")
-    score.links = "transport" if why else "network namespaces"
+    score.links = "transport" if why else "namespaces"
     say(f"links: in the transport ({why})" if why else "links: network namespaces")
     with nullcontext() if why else hosts(N) as network:
         yield network

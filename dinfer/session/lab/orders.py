@@ -5,12 +5,13 @@ import random
 from dinfer.engine.hosting.commands import Message
 from dinfer.plan.graph import Graph
 from dinfer.plan.ops import Op
-from dinfer.session.lab.expected import Cell, following, target, third
+from dinfer.session.lab.expected import RULES, Cell, following, target, third
 from dinfer.session.lab.hosts import Network
 
 PACE_S = 0.02
 """that every layer op takes longer: ranks then run at about the same speed, whatever else the machine does"""
 SLOW_PACE_S = 0.04
+"""the same where it is to be told who is slow: a busy machine must not make a rank that"""
 SLOW_WIRE_S = 0.06
 SLOW_BITS_PER_S = 250_000
 """of a wire between hosts: a block then takes about as long"""
@@ -47,7 +48,8 @@ def orders(graph: Graph, cell: Cell | None, network: Network | None = None) -> d
     if cell.fault in TIMES:
         slow = pace(SLOW_PACE_S * TIMES[cell.fault])
         return {rank: [slow if rank == cell.rank else pace(SLOW_PACE_S)] for rank in ranks}
-    found = {rank: [pace()] for rank in ranks}
+    seconds = SLOW_PACE_S if RULES[cell.fault].is_slow else PACE_S
+    found = {rank: [pace(seconds)] for rank in ranks}
     op = target(graph, cell)
     assert op
     rank, order = _of_network(network, cell, op) or _order(graph, cell, op)

@@ -139,4 +139,4 @@ def test_what_links_are_broken_in_is_said_first(
     assert told == [said]
     in_network = said == "links: network namespaces"
     assert given == [network if in_network else None]
-    assert score.as_dict()["links"] == ("network namespaces" if in_network else "transport")
+    assert score.as_dict()["links"] == ("namespaces" if in_network else "transport")

@@ -122,7 +122,8 @@ def test_links_break_in_the_network_where_there_is_one(fault: str) -> None:
     assert op
     broken = network.cut(1, op.peer) if fault == "link cut" else network.slow(1, op.peer, SLOW_BITS_PER_S)
     order = {"do": "misbehave", "act": "command", "ops": [str(op)], "command": broken}
-    assert orders(graph, given, network) == {0: [pace()], 1: [pace(), order], 2: [pace()]}
+    paced = pace(0.04 if fault == "slow link" else 0.02)
+    assert orders(graph, given, network) == {0: [paced], 1: [paced, order], 2: [paced]}
     other = given._replace(fault="skip a send")
     assert orders(graph, other, network) == orders(graph, other)
 
