@@ -23,8 +23,8 @@ RANGES = ("10.77.0.0/16", "198.19.0.0/16")
 """of which a part that no route leads to is taken: private, and reserved for tests of networks"""
 DEFAULT_ROUTE_BITS = 7
 """A route to so much of all addresses, or more, leads to wherever no other does."""
-BURST, QUEUE = 2_000, 50_000_000
-"""bytes that a slow wire lets through at once, a packet; and that wait before it, none of which are dropped"""
+BURST, QUEUE = 1_600, 50_000_000
+"""bytes that a slow wire lets through at once: no more than the largest packet; and that wait before it, undropped"""
 COMMAND_S, REMOVAL_S, KILLED_S = 30.0, 30.0, 10.0
 ORPHANS_S = 120.0
 """how long what runs on the hosts may take to end itself once who has made them is gone without a word"""

@@ -14,7 +14,7 @@ SLOW_PACE_S = 0.04
 """the same where it is to be told who is slow: a busy machine must not make a rank that"""
 SLOW_WIRE_S = 0.06
 SLOW_BITS_PER_S = 250_000
-"""of a wire between hosts: a block then takes about as long"""
+"""of a wire between hosts: a block of the demo model, 2 KiB, then takes about as long"""
 TIMES = {"slow rank 2x": 2.2, "slow rank 10x": 10.0}
 """how many times longer; somewhat over 2, as the layer itself is not slowed"""
 SLOWED_S = (0.02, 0.05, 0.1)
