@@ -21,9 +21,17 @@ def lab(
     join: Annotated[
         bool, typer.Option("--join", help="use the cluster of 3 that runs; its engines are killed on purpose")
     ] = False,
+    links: Annotated[
+        str,
+        typer.Option(
+            help="where links are cut and slowed: namespaces (of the network, needs root), transport, or auto: "
+            "namespaces where this machine allows"
+        ),
+    ] = "auto",
 ) -> None:
     """Run communication faults on a real cluster and judge what is said of them. Status 0: all right; 1: something not;
     2: no such lab."""
+    from dinfer.config import ConfigError
     from dinfer.session.lab.cells import cells_of
     from dinfer.session.lab.lab import run_lab
     from dinfer.session.lab.score import Score
@@ -34,8 +42,10 @@ def lab(
     cells = cells_of(seed, sample)
     score, status = Score(seed, len(cells)), FAILED
     try:
-        run_lab(cells, score, _say, slow_runs=slow_runs, join=join)
+        run_lab(cells, score, _say, slow_runs=slow_runs, join=join, links=links)
         status = 0 if score.all_right else FAILED
+    except ConfigError as error:
+        stop(str(error), BAD_INPUT)
     except KeyboardInterrupt:
         status = INTERRUPTED
         _say("dinfer: interrupted; what was found so far:")

@@ -7,6 +7,7 @@ functions that carry out ops, which are one table for all ranks of a process; di
 import ctypes
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -117,6 +118,14 @@ def _another_plan(handler: Handler, state: Prefill, op: Op, comm: Comm, _: Messa
     return handler(state, op, comm)
 
 
+def _command(handler: Handler, state: Prefill, op: Op, comm: Comm, order: Message) -> Outcome:
+    """The op, after a command that does something to this host's network."""
+    subprocess.run(
+        order["command"], stdin=subprocess.DEVNULL, capture_output=True, timeout=APART_S, check=True
+    )
+    return handler(state, op, comm)
+
+
 # -- ops
 
 
@@ -177,4 +186,5 @@ ACTS: dict[str, Act] = {
     "signal": _signal,
     "slow wire": partial(_with, Slow),
     "cut": partial(_with, Cut),
+    "command": _command,
 }

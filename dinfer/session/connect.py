@@ -1,10 +1,15 @@
 """Connect: from a word to a session: ranks that are engines of a cluster, or threads of this process."""
 
+from typing import TYPE_CHECKING
+
 from dinfer.config import ConfigError
 from dinfer.session.local import LocalRanks
 from dinfer.session.ranks import Ranks
 from dinfer.session.runs.reporting import Write
 from dinfer.session.session import Session, Show
+
+if TYPE_CHECKING:
+    from dinfer.session.clusters.start import Place
 
 WHERES = ("ipyparallel", "threads")
 
@@ -18,6 +23,7 @@ def connect(
     start: bool | None = None,
     timeout: float = 60.0,
     patience: float = 60.0,
+    place: "Place | None" = None,
     show: Show | None = None,
     write: Write | None = None,
 ) -> Session:
@@ -25,11 +31,12 @@ def connect(
 
     "ipyparallel": the engines of a running cluster (`ipcluster start -n 3`) of that profile; where there is none, and
     `start` is not False, a cluster is started. Engines that were started here end themselves once this process has been
-    gone for `patience` seconds. "threads": all ranks in this process. Raises ConfigError or ClusterError.
+    gone for `patience` seconds. "threads": all ranks in this process. `place`: where the processes of a cluster that is
+    started are to be. Raises ConfigError or ClusterError.
     """
     if n < 1:
         raise ConfigError(f"n is {n}; a session has at least 1 rank.")
-    session = Session(_ranks(where, n, profile, cluster_id, start, timeout, patience), show, write)
+    session = Session(_ranks(where, n, profile, cluster_id, start, timeout, patience, place), show, write)
     print(session)
     return session
 
@@ -42,15 +49,19 @@ def _ranks(
     start: bool | None,
     timeout: float,
     patience: float,
+    place: "Place | None",
 ) -> Ranks:
     if where == "threads":
         return LocalRanks(n)
     if where != "ipyparallel":
         raise ConfigError(f"{where!r} is no place for ranks; it must be one of {', '.join(WHERES)}.")
     from dinfer.session.clusters.attach import attach
+    from dinfer.session.clusters.start import HERE
     from dinfer.session.engines import EngineRanks
 
-    cluster = attach(n, profile=profile, cluster_id=cluster_id, start=start, timeout=timeout)
+    cluster = attach(
+        n, profile=profile, cluster_id=cluster_id, start=start, timeout=timeout, place=place or HERE
+    )
     try:
         return EngineRanks(cluster, patience)
     except BaseException:

@@ -5,9 +5,10 @@ import time
 from typing import Any
 
 from dinfer.engine.hosting.commands import Message
-from dinfer.engine.transport.interface import own_address_towards
+from dinfer.engine.transport.interface import LOOPBACK, own_address_towards
 from dinfer.session.blame import LOST
 from dinfer.session.clusters.cluster import Cluster
+from dinfer.session.clusters.facts import own_loopback
 from dinfer.session.link import Link
 from dinfer.session.ranks import Ranks
 
@@ -25,12 +26,11 @@ class EngineRanks(Link, Ranks):
     def __init__(self, cluster: Cluster, patience: float) -> None:
         self.cluster = cluster
         self._patience = patience
-        addresses = {facts.address for facts in cluster.facts}
-        self._is_one_host = all(facts.process.is_here for facts in cluster.facts)
-        super().__init__(
-            cluster.n, "127.0.0.1" if self._is_one_host else own_address_towards(addresses.pop())
-        )
+        here = own_loopback()
+        away = [facts.address for facts in cluster.facts if facts.loopback != here]
+        super().__init__(cluster.n, own_address_towards(away[0]) if away else LOOPBACK)
         self._start(range(cluster.n))
+        self._meet_at = self._address_for_all()
 
     def describe(self) -> str:
         gpus = sum({facts.host: facts.cuda for facts in self.cluster.facts}.values())
@@ -49,7 +49,7 @@ class EngineRanks(Link, Ranks):
 
     def meeting(self) -> Message:
         """Where the ranks' group is to meet."""
-        return {"address": "127.0.0.1" if self._is_one_host else self.cluster.facts[0].address, "port": 0}
+        return {"address": self._meet_at, "port": 0}
 
     def silent(self) -> list[int]:
         """Ranks whose process is stopped for a while, or whose watcher has not been heard of lately."""
@@ -76,6 +76,17 @@ class EngineRanks(Link, Ranks):
     def close(self) -> None:
         super().close()
         self.cluster.close()
+
+    def _address_for_all(self) -> str:
+        """Rank 0's address, as the others reach it."""
+        first, *others = self.cluster.facts
+        away = [facts.address for facts in others if facts.loopback != first.loopback]
+        if not away:
+            return LOOPBACK
+        # An engine beside the controller may see no more of it than loopback, to which no other host gets.
+        outside = [address for address in away if not address.startswith("127.")]
+        call = "dinfer.engine.hosting.kernel:address_towards"
+        return str(self.cluster.call(0, call, outside[0], timeout=START_S)[0]) if outside else first.address
 
     def _start(self, ranks: Any) -> None:
         calls = {

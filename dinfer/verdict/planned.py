@@ -226,6 +226,7 @@ class Planned:
                 at = f"is in `{op if end == node else self.plan.op(place)}`"
                 root = self.ranks.busy(end.rank, at, still, typical, frame)
                 return wait._replace(root=root)
+        wait = wait._replace(still_s=still)  # that of the link: one end may have waited for the other before
         source, target = (node.rank, op.peer) if op.kind == "send" else (op.peer, node.rank)
         both = f"the link {source}→{target} has been carrying {wait.what} for {times_text(still, typical)}"
         if not self.ranks.is_ripe(still, typical):

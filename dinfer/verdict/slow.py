@@ -29,6 +29,9 @@ def slow(plan: Plan, signs: Sequence[Signs]) -> Root | None:
     if found_link and links[found_link[0]] > LEAST_LINK_S:
         (source, target), times, usual = found_link
         took = f"a block takes {seconds_text(links[source, target])} where others take {seconds_text(usual)}"
+        back = links.get((target, source), 0.0)
+        if back >= SLOW_LINK * usual:  # each message is asked for in the other direction
+            took += f", and {seconds_text(back)} the other way"
         return Root("slow link", source, f"the link {source}→{target} is slow, {times:.1f} ×: {took}", target)
     return None
 

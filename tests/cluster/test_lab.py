@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from dinfer.session.engines import EngineRanks
 from dinfer.session.lab.cells import cells_of
+from dinfer.session.lab.expected import Cell
+from dinfer.session.lab.hosts import hosts
 from dinfer.session.lab.lab import lab_session, run_cells, run_slowly
 from dinfer.session.lab.score import Score
 from dinfer.session.session import Session
+from tests.cluster.hosted import needs_hosts
 from tests.cluster.ipclusters import ipython
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -54,3 +59,21 @@ def test_more_of_the_matrix(session: Session) -> None:
 @pytest.mark.timeout(3600)
 def test_two_hundred_slow_runs_raise_no_alarm(session: Session) -> None:
     check(session, 0, slow_runs=200)
+
+
+@pytest.mark.slow
+@needs_hosts
+def test_links_that_break_in_the_network(tmp_path: Path) -> None:
+    """And a rank that dies on a host, comes back there."""
+    cells = [
+        Cell("link cut", 0, 1, 1, "ring", "lockstep"),
+        Cell("slow link", 2, 4, 0, "ring", "pipelined"),
+        Cell("SIGKILL", 1, 2, 1, "pairwise", "pipelined"),
+        Cell("link cut", 1, 3, 2, "pairwise", "pipelined"),
+    ]
+    score = Score(SEED, len(cells))
+    with ipython(tmp_path), hosts(3) as network, lab_session(network=network) as session:
+        assert isinstance(session.ranks, EngineRanks)
+        assert len({facts.network for facts in session.ranks.cluster.facts}) == 3
+        run_cells(session, cells, score, print, network)
+    assert score.all_right, score.table()

@@ -11,17 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.nodes import Host, hosts, why_not
+from dinfer.session.lab.hosts import Network, hosts
+from tests.cluster.hosted import needs_hosts
 from tests.cluster.parrot import C_LOCALE, FLAGS, check_parroted
 from tests.cluster.runs import Fault, Run, run_arguments, wait_for
 from tests.unit.engine.twin import prompt
 
-WHY_NOT = why_not()
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.timeout(500),
-    pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT),
-]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(500), needs_hosts]
 
 IDS = tuple(prompt(22))
 LAUNCH = str(Path(__file__).parents[2] / "env" / "launch")
@@ -32,14 +28,14 @@ BLOCK = "while True: time.sleep(60)"
 class Nodes:
     """Three hosts, and what env/launch runs on them."""
 
-    def __init__(self, made: list[Host], folder: Path, model: Path) -> None:
-        self.hosts, self._folder, self.model = made, folder, model
+    def __init__(self, network: Network, folder: Path, model: Path) -> None:
+        self.network, self._folder, self.model = network, folder, model
         self.runs: dict[int, Run] = {}
 
     def launch(self, rank: int, fault: Fault | None = None, **flags: object) -> Run:
         """env/launch on the host of that rank, in a folder of its own."""
-        master = self.hosts[0].address
-        program = self.hosts[rank].inside(
+        master = self.network.hosts[0].address
+        program = self.network.hosts[rank].inside(
             LAUNCH, "--nodes", "3", "--node-rank", str(rank), "--master-addr", master, "--"
         )
         if "prompt" not in flags:
@@ -57,8 +53,8 @@ class Nodes:
 @pytest.fixture
 def nodes(tmp_path: Path, qwen3: Path) -> Iterator[Nodes]:
     """Three hosts that share no file but the checkpoint."""
-    with hosts(3) as made:
-        nodes = Nodes(made, tmp_path, qwen3)
+    with hosts(3) as network:
+        nodes = Nodes(network, tmp_path, qwen3)
         yield nodes
         for run in nodes.runs.values():
             run.end()
@@ -71,7 +67,7 @@ def test_three_hosts_get_what_one_gets(nodes: Nodes, parrot: Path) -> None:
     nodes.launch(1, **FLAGS)
     check_parroted(first, parrot)
     assert [nodes.runs[rank].finish() for rank in range(3)] == [0, 0, 0]
-    assert "talking over eth0 (10.77.0.3)" in last.err
+    assert f"talking over eth0 ({nodes.network.hosts[2].address})" in last.err
     assert not nodes.runs[1].out
     assert not last.out
     wait_for(lambda: not nodes.members(), "no process is left", 20)
@@ -84,7 +80,7 @@ def test_a_host_that_is_cut_off_is_named(nodes: Nodes, tmp_path: Path, rank: int
     first, *_ = [nodes.launch(n, fault, timeout=TIMEOUT_S) for n in range(3)]
     wait_for((tmp_path / "fault.at").exists, "rank 1 is in a layer")
     wait_for(lambda: f"rank {rank}  prefill" in first.out, "rank 0 has heard where the rank stands")
-    nodes.hosts[rank].cut_off()
+    nodes.network.cut_off(rank)
     cut = time.monotonic()
     named = re.compile(rf"^dinfer: rank {rank} has not been heard of for .*stood at: \d+ of", re.MULTILINE)
     wait_for(lambda: named.search(first.err), "the rank is named", TIMEOUT_S)
@@ -98,7 +94,7 @@ def test_a_host_that_is_cut_off_is_named(nodes: Nodes, tmp_path: Path, rank: int
 def test_rank_0_being_cut_off_ends_all(nodes: Nodes, tmp_path: Path) -> None:
     first, *_ = [nodes.launch(n, Fault(BLOCK), timeout=TIMEOUT_S) for n in range(3)]
     wait_for((tmp_path / "fault.at").exists, "rank 1 is in a layer")
-    nodes.hosts[0].cut_off()
+    nodes.network.cut_off(0)
     wait_for(lambda: "rank 0's host may be cut off" in first.err, "rank 0 says so", TIMEOUT_S)
     wait_for(lambda: not nodes.members(), "no process is left on any host", 60)
 

@@ -20,6 +20,10 @@ from dinfer.engine.transport.interface import interface_towards
 from dinfer.engine.transport.transfer import HEADER_BYTES
 from dinfer.plan.graph import Channel
 
+INTERFACE = "GLOO_SOCKET_IFNAME"
+_chosen = ""
+"""the interface that was chosen here, for where the ranks met last"""
+
 __all__ = ["Comm", "CommError", "GlooComm", "Store", "bytes_of", "join_store", "open_store"]
 
 
@@ -171,10 +175,12 @@ def join_store(address: str, port: int, timeout: float) -> Store:
 def _choose_interface(address: str) -> None:
     """Let gloo talk over the interface that leads to where the ranks meet. Left to itself it goes by what the host's
     name resolves to, and falls back to loopback without a word, where no other host can reach it."""
-    if "GLOO_SOCKET_IFNAME" not in os.environ:
-        with contextlib.suppress(OSError):
-            if name := interface_towards(address):
-                os.environ["GLOO_SOCKET_IFNAME"] = name
+    global _chosen
+    if os.environ.get(INTERFACE, _chosen) != _chosen:
+        return  # it was chosen by the user
+    with contextlib.suppress(OSError):
+        if name := interface_towards(address):
+            os.environ[INTERFACE] = _chosen = name
 
 
 def _wait(work: dist.Work | None) -> None:

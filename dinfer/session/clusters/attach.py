@@ -19,7 +19,7 @@ from dinfer.session.clusters.known import (
     profile_folder,
 )
 from dinfer.session.clusters.record import Record, record_path
-from dinfer.session.clusters.start import last_words, start_cluster
+from dinfer.session.clusters.start import HERE, Place, last_words, start_cluster
 
 DEFAULT_N = 3
 
@@ -32,11 +32,12 @@ def attach(
     start: bool | None = None,
     timeout: float = 60,
     engines: str = "dinfer",
+    place: Place = HERE,
 ) -> Cluster:
     """The first `n` engines of a running cluster as ranks (None: all); of one started now if none runs.
 
     `start=False` never starts one, `start=True` does in any case. `engines` is the launcher of a started one: dinfer,
-    local, mpi or any other of ipyparallel's. Raises ClusterError.
+    local, mpi or any other of ipyparallel's; `place` is where its processes are to be. Raises ClusterError.
     """
     profile_dir = profile_folder(profile)
     found = None if start else _running(profile_dir, cluster_id, timeout)
@@ -45,7 +46,7 @@ def attach(
         return _join(found, n, timeout)
     if start is False or cluster_id is not None:
         raise ClusterError(_none_runs(profile_dir, cluster_id, n))
-    return _join_own(start_cluster(profile_dir, n or DEFAULT_N, engines, timeout), n, timeout)
+    return _join_own(start_cluster(profile_dir, n or DEFAULT_N, engines, timeout, place), n, timeout)
 
 
 def _running(profile_dir: Path, cluster_id: str | None, timeout: float) -> Known | None:

@@ -5,7 +5,6 @@ import contextlib
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from dinfer.session.clusters.calls import Calls, call_expression, submit, wait_until
@@ -123,8 +122,7 @@ class Cluster:
         engine_id, facts = self.engine_ids[rank], self.facts[rank]
         revive(self.known, self.client, facts, self._controller_for(rank), timeout)
         self._uuids[rank] = self.client._engines[engine_id]
-        new = introduce(self.client, {rank: engine_id}, self._location, timeout)[0]
-        self.facts[rank] = replace(new, address=facts.address)
+        self.facts[rank] = introduce(self.client, {rank: engine_id}, self._location, timeout)[0]
 
     def _controller_for(self, rank: int) -> Identity:
         """The controller that a new engine is to live with. Raises ClusterError where there can be no new engine."""

@@ -4,8 +4,8 @@ import os
 import platform
 import socket
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dinfer.session.clusters.errors import ClusterError
@@ -46,13 +46,20 @@ class EngineFacts:
     cores: int
     """that it may run on"""
     address: str
-    """where ranks reach it: loopback while all are on one machine"""
+    """at which the controller's host, and so others, reach it"""
+    network: str
+    """which network stack, "" where the system does not say: a container, or a namespace, has its own, and loopback"""
     executable: str
     folder: str
     """its working directory"""
     process: Identity = field(repr=False)
     environment: Mapping[str, str] = field(repr=False)
     """as it was started with, for one that takes its place"""
+
+    @property
+    def loopback(self) -> tuple[str, str, str]:
+        """Engines for which this is the same reach one another on loopback, where no other machine can reach them."""
+        return self.process.host, self.process.boot, self.network
 
 
 def own_facts(controller: str) -> dict[str, Any]:
@@ -63,6 +70,7 @@ def own_facts(controller: str) -> dict[str, Any]:
         "pid": os.getpid(),
         "cores": cores,
         "address": _address(controller),
+        "network": _network(),
         "executable": sys.executable,
         "folder": os.getcwd(),
         "process": asdict(Identity.of(os.getpid())),
@@ -70,16 +78,16 @@ def own_facts(controller: str) -> dict[str, Any]:
     }
 
 
+def own_loopback() -> tuple[str, str, str]:
+    """This process's, as `EngineFacts.loopback`."""
+    own = Identity.of(os.getpid())
+    return own.host, own.boot, _network()
+
+
 def facts_of(rank: int, engine_id: int, versions: Mapping[str, Any], own: Mapping[str, Any]) -> EngineFacts:
     """One rank's facts from its two answers."""
     known = {name: versions[name] for name in ("python", "dinfer", "torch", "cuda")}
     return EngineFacts(rank, engine_id, **{**known, **own, "process": Identity(**own["process"])})
-
-
-def at_loopback_if_together(facts: Sequence[EngineFacts]) -> list[EngineFacts]:
-    """Ranks of one machine meet on its loopback, where no other machine can reach them."""
-    together = len({(f.process.host, f.process.boot) for f in facts}) == 1
-    return [replace(f, address="127.0.0.1") for f in facts] if together else list(facts)
 
 
 def judge_versions(engines: Mapping[int, Mapping[str, Any]], dinfer: str) -> None:
@@ -117,3 +125,10 @@ def _address(controller: str) -> str:
         return own_address_towards(controller)
     except OSError:
         return socket.gethostname()
+
+
+def _network() -> str:
+    try:
+        return os.readlink("/proc/self/ns/net")
+    except OSError:
+        return ""

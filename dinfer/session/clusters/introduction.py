@@ -8,7 +8,6 @@ from dinfer.session.clusters.calls import Calls, call_expression, source_express
 from dinfer.session.clusters.facts import (
     VERSIONS,
     EngineFacts,
-    at_loopback_if_together,
     facts_of,
     judge_versions,
 )
@@ -23,8 +22,7 @@ def introduce(client: Any, engines: Mapping[int, int], controller: str, timeout:
     judge_versions({engines[rank]: found for rank, found in versions.items()}, __version__)
     question = call_expression("dinfer.session.clusters.facts:own_facts", [controller])
     own = _ask(client, engines, question, timeout)
-    facts = [facts_of(rank, engine_id, versions[rank], own[rank]) for rank, engine_id in engines.items()]
-    return at_loopback_if_together(facts)
+    return [facts_of(rank, engine_id, versions[rank], own[rank]) for rank, engine_id in engines.items()]
 
 
 def _ask(client: Any, engines: Mapping[int, int], expression: str, timeout: float) -> dict[int, Any]:

@@ -1,5 +1,6 @@
 """`ipcluster start -n 3 --engines=dinfer`: local engines whose id is their rank, and who know it from the start."""
 
+import json
 import os
 from collections.abc import Mapping
 
@@ -7,6 +8,9 @@ from ipyparallel.cluster.launcher import LocalEngineLauncher, LocalEngineSetLaun
 
 GPU_IDS = "DINFER_GPU_IDS"
 """the GPU of each rank, such as 0,1,2: its engine then sees that one only. Not set: every engine sees them all"""
+BEHIND = "DINFER_ENGINES_BEHIND"
+"""JSON: by rank, the command behind which its engine is started, such as ["ip", "netns", "exec", "one"], which must
+become the engine's process. Not set: none"""
 
 
 def rank_environment(rank: int, world_size: int, environment: Mapping[str, str]) -> dict[str, str]:
@@ -23,6 +27,12 @@ def rank_environment(rank: int, world_size: int, environment: Mapping[str, str])
     return {**names, "CUDA_VISIBLE_DEVICES": ids[rank]}
 
 
+def command_before(rank: int, environment: Mapping[str, str]) -> list[str]:
+    """What stands before an engine's own command."""
+    behind: list[list[str]] = json.loads(environment.get(BEHIND) or "[]")
+    return behind[rank] if rank < len(behind) else []
+
+
 class DinferEngineLauncher(LocalEngineLauncher):  # type: ignore[misc]
     """One engine; its set has given it its place as identifier."""
 
@@ -32,7 +42,8 @@ class DinferEngineLauncher(LocalEngineLauncher):  # type: ignore[misc]
 
     def find_args(self) -> list[str]:
         """Asks for an id: else engines are numbered as they happen to register, and on from there after a restart."""
-        return [*super().find_args(), f"--IPEngine.id={self.identifier}"]
+        before = command_before(int(self.identifier), os.environ)
+        return [*before, *super().find_args(), f"--IPEngine.id={self.identifier}"]
 
 
 class DinferEngineSetLauncher(LocalEngineSetLauncher):  # type: ignore[misc]

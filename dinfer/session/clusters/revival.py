@@ -1,4 +1,4 @@
-"""Starts an engine in the place of one that has ended: same id, interpreter, folder and environment."""
+"""Starts an engine in the place of one that has ended: same id, network, interpreter, folder and environment."""
 
 import contextlib
 import json
@@ -14,6 +14,7 @@ from dinfer.session.clusters.errors import ClusterError
 from dinfer.session.clusters.facts import EngineFacts
 from dinfer.session.clusters.identity import Identity, runs
 from dinfer.session.clusters.known import Known
+from dinfer.session.clusters.launcher import command_before
 
 _OF_MPI = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_", "HYDRA_", "HYDI_")
 """what mpiexec has told the engine: no longer true, for the new one is not its child"""
@@ -46,6 +47,7 @@ def _start(cluster: Known, facts: EngineFacts, controller: Identity) -> int:
     """The new process's id."""
     environment = {name: value for name, value in facts.environment.items() if not name.startswith(_OF_MPI)}
     command = [
+        *command_before(facts.engine_id, facts.environment),
         *(facts.executable, "-m", "dinfer.session.clusters.engine"),
         *(str(_log(cluster, facts.engine_id)), json.dumps(asdict(controller))),
         f"--profile-dir={cluster.profile_dir}",

@@ -1,24 +1,41 @@
 """Starts a cluster of dinfer's own with ipcluster, which then leaves it to itself: joined like any other."""
 
+import json
 import os
 import secrets
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from dinfer.session.clusters.ending import PREFIX, end_cluster
 from dinfer.session.clusters.errors import ClusterError
 from dinfer.session.clusters.identity import Identity
 from dinfer.session.clusters.known import Known
-from dinfer.session.clusters.launcher import rank_environment
+from dinfer.session.clusters.launcher import BEHIND, rank_environment
 from dinfer.session.clusters.record import Record, record_path
 
 LAUNCHERS = {"dinfer": "dinfer.session.clusters.launcher.DinferEngineSetLauncher"}
 """by their class, so that they are found without an entry point"""
 
 
-def start_cluster(profile_dir: Path, n: int, engines: str, timeout: float) -> Known:
-    """Start controller and engines; the engines may still be on their way. Raises ClusterError."""
+class Place(NamedTuple):
+    """Where the processes of a cluster are to be. `address`: of this machine, at which its controller listens, "" for
+    loopback; `behind`: by rank, the command behind which the engine is started (see launcher), () for none."""
+
+    address: str = ""
+    behind: Sequence[Sequence[str]] = ()
+
+
+HERE = Place()
+
+
+def start_cluster(profile_dir: Path, n: int, engines: str, timeout: float, place: Place = HERE) -> Known:
+    """Start controller and engines; the engines may still be on their way. Raises ClusterError.
+
+    Engines are put behind something by the launcher `dinfer` alone.
+    """
     if engines in LAUNCHERS:
         _check_gpu_ids(n)  # ipcluster would print a traceback and wait
     cluster = Known(profile_dir, f"{PREFIX}{os.getpid()}-{secrets.token_hex(3)}")
@@ -27,7 +44,7 @@ def start_cluster(profile_dir: Path, n: int, engines: str, timeout: float) -> Kn
         record_path(profile_dir, cluster.cluster_id)
     )  # before: so that `dinfer clean` knows whose it is
     try:
-        said = _ipcluster(cluster, n, engines, timeout)
+        said = _ipcluster(cluster, n, engines, timeout, place)
         if said is not None:
             raise ClusterError(f"no cluster could be started. ipcluster says: {said}")
     except BaseException:
@@ -49,7 +66,7 @@ def last_words(cluster: Known) -> str:
     return ""
 
 
-def _ipcluster(cluster: Known, n: int, engines: str, timeout: float) -> str | None:
+def _ipcluster(cluster: Known, n: int, engines: str, timeout: float, place: Place) -> str | None:
     """None when all went well, else what it said at the end."""
     command = [
         *(sys.executable, "-m", "ipyparallel.cluster", "start", f"-n={n}", "--daemonize"),
@@ -58,9 +75,18 @@ def _ipcluster(cluster: Known, n: int, engines: str, timeout: float) -> str | No
         f"--engines={LAUNCHERS.get(engines, engines)}",
         "--IPClusterStart.clean_logs=False",  # they are other clusters'
     ]
+    if place.address:
+        command += [f"--ip={place.address}", f"--location={place.address}"]
+    environment = {**os.environ, BEHIND: json.dumps(place.behind)} if place.behind else None
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, check=False
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment,
+            check=False,
         )
     except subprocess.TimeoutExpired as late:  # its output is bytes even where text was asked for
         said = b"".join(part for part in (late.stdout, late.stderr) if isinstance(part, bytes))

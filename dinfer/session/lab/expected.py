@@ -66,16 +66,17 @@ class Cell(NamedTuple):
 
 class Expected(NamedTuple):
     """What the verdict must say. `op`: what its sentence must name, "" for none in particular; `also`: what it may name
-    in its place, which is what the op carries."""
+    in its place, which is what the op carries; `or_rank`: who may be named in the place of `rank`."""
 
     kind: Kind
     rank: int
     op: str = ""
     also: tuple[str, ...] = ()
+    or_rank: int | None = None
 
     def is_met_by(self, kind: str, rank: int | None, sentence: str) -> bool:
         named = not self.op or f"`{self.op}`" in sentence or any(text in sentence for text in self.also)
-        return (kind, rank) == (self.kind, self.rank) and named
+        return kind == self.kind and rank is not None and rank in (self.rank, self.or_rank) and named
 
 
 def target(graph: Graph, cell: Cell) -> Op | None:
@@ -130,8 +131,9 @@ def _listens_later(graph: Graph, cell: Cell, op: Op) -> bool:
     return following(graph, cell.rank, own) is not None
 
 
-def expected(graph: Graph, cell: Cell) -> Expected:
-    """What must be said of a cell that is possible."""
+def expected(graph: Graph, cell: Cell, *, in_network: bool = False) -> Expected:
+    """What must be said of a cell that is possible. `in_network`: its link, if it is about one, is broken there, under
+    every transfer between the two ranks."""
     op, kind = target(graph, cell), RULES[cell.fault].kind
     assert op
     if cell.fault == "wrong peer" and not _listens(graph.plan, cell, op):
@@ -142,7 +144,19 @@ def expected(graph: Graph, cell: Cell) -> Expected:
         cell.fault == "stall in C with the GIL" and op.is_transfer
     )  # it is in several, and cannot say in which
     told = "" if kind in LEAVES_THE_OP_OUT or mute else str(op)
-    return Expected(kind, cell.rank, told, (str(op.value), value_text(op)) if told and op.is_transfer else ())
+    also = (str(op.value), value_text(op)) if told and op.is_transfer else ()
+    found = Expected(kind, cell.rank, told, also)
+    return _in_network(graph, cell, op, found) if in_network else found
+
+
+def _in_network(graph: Graph, cell: Cell, op: Op, found: Expected) -> Expected:
+    """A link that is cut stops all transfers that are on it, of which any may be named. One that is slow one way is so
+    the other way too, where it carries blocks there: each is asked for against its direction."""
+    if cell.fault == "link cut":
+        return found._replace(also=(*found.also, f"the link {cell.rank}→{op.peer} "))
+    channel = channel_of(cell.rank, op)
+    back = channel._replace(source=channel.target, target=channel.source)
+    return found._replace(or_rank=op.peer) if cell.fault == "slow link" and back in graph.channels else found
 
 
 def markdown() -> str:

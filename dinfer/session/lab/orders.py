@@ -5,12 +5,16 @@ import random
 from dinfer.engine.hosting.commands import Message
 from dinfer.plan.graph import Graph
 from dinfer.plan.ops import Op
-from dinfer.session.lab.expected import Cell, following, target, third
+from dinfer.session.lab.expected import RULES, Cell, following, target, third
+from dinfer.session.lab.hosts import Network
 
 PACE_S = 0.02
 """that every layer op takes longer: ranks then run at about the same speed, whatever else the machine does"""
 SLOW_PACE_S = 0.04
+"""the same where it is to be told who is slow: a busy machine must not make a rank that"""
 SLOW_WIRE_S = 0.06
+SLOW_BITS_PER_S = 250_000
+"""of a wire between hosts: a block of the demo model, 2 KiB, then takes about as long"""
 TIMES = {"slow rank 2x": 2.2, "slow rank 10x": 10.0}
 """how many times longer; somewhat over 2, as the layer itself is not slowed"""
 SLOWED_S = (0.02, 0.05, 0.1)
@@ -35,18 +39,20 @@ def pace(seconds: float = PACE_S, *, spin: bool = False) -> Message:
     return {"do": "misbehave", "act": "pace", "of": "layer", "seconds": seconds, "spin": spin}
 
 
-def orders(graph: Graph, cell: Cell | None) -> dict[int, list[Message]]:
-    """By rank, commands in order; without a cell, those of a run in which nothing is wrong."""
+def orders(graph: Graph, cell: Cell | None, network: Network | None = None) -> dict[int, list[Message]]:
+    """By rank, commands in order; without a cell, those of a run in which nothing is wrong. `network`: what to break
+    links in, by number of rank; None: links break in the transport."""
     ranks = range(graph.plan.world_size)
     if cell is None:
         return {rank: [pace()] for rank in ranks}
     if cell.fault in TIMES:
         slow = pace(SLOW_PACE_S * TIMES[cell.fault])
         return {rank: [slow if rank == cell.rank else pace(SLOW_PACE_S)] for rank in ranks}
-    found = {rank: [pace()] for rank in ranks}
+    seconds = SLOW_PACE_S if RULES[cell.fault].is_slow else PACE_S
+    found = {rank: [pace(seconds)] for rank in ranks}
     op = target(graph, cell)
     assert op
-    rank, order = _order(graph, cell, op)
+    rank, order = _of_network(network, cell, op) or _order(graph, cell, op)
     found[rank].append({"do": "misbehave", **order})
     return found
 
@@ -63,6 +69,17 @@ def slowed(seed: int, ranks: int) -> dict[int, list[Message]]:
         wire = {"act": "slow wire", "of": "recv", "with": [draw.uniform(*SLOWED_TIMES) * SLOWED_S[0]]}
         found[draw.randrange(ranks)].append({"do": "misbehave", **wire})
     return found
+
+
+def _of_network(network: Network | None, cell: Cell, op: Op) -> tuple[int, Message] | None:
+    """What is done to the wire between two ranks, by the one that is about to send over it; None: it stays whole."""
+    if network and cell.fault == "slow link":
+        command = network.slow(cell.rank, op.peer, SLOW_BITS_PER_S)
+    elif network and cell.fault == "link cut":
+        command = network.cut(cell.rank, op.peer)
+    else:
+        return None
+    return cell.rank, {"act": "command", "ops": [str(op)], "command": command}
 
 
 def _order(graph: Graph, cell: Cell, op: Op) -> tuple[int, Message]:

@@ -51,13 +51,15 @@ class Result:
 
 @dataclass
 class Score:
-    """All that was found so far. `planned`: how many cells there were to be; `alarms`: what was said of clean runs."""
+    """All that was found so far. `planned`: how many cells there were to be; `alarms`: what was said of clean runs;
+    `links`: what links were broken in, "" before that is known."""
 
     seed: int
     planned: int
     results: list[Result] = field(default_factory=list)
     clean_runs: int = 0
     alarms: list[str] = field(default_factory=list)
+    links: str = ""
 
     @property
     def all_right(self) -> bool:
@@ -71,6 +73,7 @@ class Score:
             "clean_runs": self.clean_runs,
             "false_alarms": len(self.alarms),
             "alarms": self.alarms,
+            "links": self.links,
             "seed": self.seed,
         }
 

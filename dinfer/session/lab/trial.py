@@ -9,6 +9,7 @@ from dinfer.plan.graph import Graph
 from dinfer.plan.plan import Plan
 from dinfer.session.lab.cells import CHUNK_SIZE, TOKENS, graph_of
 from dinfer.session.lab.expected import RULES, Cell, expected
+from dinfer.session.lab.hosts import Network
 from dinfer.session.lab.orders import orders
 from dinfer.session.lab.score import Result
 from dinfer.session.ranks import Ranks
@@ -32,17 +33,22 @@ class Told(NamedTuple):
     at: float
 
 
-def try_cell(session: Session, cell: Cell) -> Result:
-    """Run one cell, leave the ranks able to run the next."""
+def try_cell(session: Session, cell: Cell, network: Network | None = None) -> Result:
+    """Run one cell, leave the ranks able to run the next. `network`: what links are broken in, and then whole again."""
     graph = graph_of(cell.strategy, cell.schedule)
     run = begin(session, cell.strategy, cell.schedule)
-    arm(session.ranks, orders(graph, cell))
+    arm(session.ranks, orders(graph, cell, network))
     resumed = time.monotonic()
     run.resume()
-    told = ask(run, graph) if RULES[cell.fault].is_slow else hear(run)
+    try:
+        told = ask(run, graph) if RULES[cell.fault].is_slow else hear(run)
+    finally:
+        if network:
+            network.mend()
     seconds = told.at - _since(session.ranks, cell, resumed, told.at) if told.kind else None
     recovered = clear(session, run)
-    return Result(cell, expected(graph, cell), told.kind, told.rank, told.sentence, seconds, recovered)
+    wanted = expected(graph, cell, in_network=network is not None)
+    return Result(cell, wanted, told.kind, told.rank, told.sentence, seconds, recovered)
 
 
 def try_clean(session: Session, strategy: str, schedule: str, given: Mapping[int, Sequence[Message]]) -> str:

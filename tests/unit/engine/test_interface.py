@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
 
-from dinfer.engine.transport import interface
+from dinfer.engine.transport import comm, interface
 from dinfer.engine.transport.interface import NoInterface, interface_for_peers, own_address_towards
 
 ADDRESSES = {"lo": "127.0.0.1", "eth0": "10.0.0.5", "wlan0": "192.168.1.5", "down0": ""}
@@ -54,3 +55,17 @@ def test_what_others_cannot_reach_is_refused(address: str, wished: str, words: s
 
 def test_loopback_is_reached_by_loopback() -> None:
     assert own_address_towards("127.0.0.1") == "127.0.0.1"  # the real one: imported before it was replaced
+
+
+def test_gloo_talks_over_the_interface_to_where_the_ranks_meet_now_unless_the_user_has_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(comm, "_chosen", "")
+    monkeypatch.setenv(comm.INTERFACE, "")
+    monkeypatch.delenv(comm.INTERFACE)
+    for address, name in (("10.0.0.1", "eth0"), ("192.168.1.1", "wlan0"), ("10.9.9.9", "wlan0")):
+        comm._choose_interface(address)
+        assert os.environ[comm.INTERFACE] == name
+    monkeypatch.setenv(comm.INTERFACE, "eth7")
+    comm._choose_interface("10.0.0.1")
+    assert os.environ[comm.INTERFACE] == "eth7"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,6 +86,17 @@ def test_a_recv_that_is_left_out_and_a_message_to_another_rank(small: Decoder) -
     order = {"act": "elsewhere", "ops": [SEND], "with": [2]}
     with begun(small, 0, order, ranks=3) as (made, fleet, _):
         assert "rank 0 sent block c1 l0" in outcome(made, fleet)
+
+
+def test_a_command_is_run_before_the_op(small: Decoder, tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    order = {"act": "command", "ops": [SEND], "command": ["touch", str(done)]}
+    with begun(small, 0, order) as (made, fleet, struck):
+        assert outcome(made, fleet) == "done"
+        assert [str(op) for op in struck] == [SEND]
+        assert done.exists()
+    with begun(small, 0, {**order, "command": ["false"]}) as (made, fleet, _):
+        assert "CalledProcessError" in outcome(made, fleet)
 
 
 def test_a_cut_link_carries_nothing_and_says_nothing(small: Decoder) -> None:

@@ -238,6 +238,20 @@ def test_a_link_that_stalls() -> None:
     assert "and CPU time moves" in told(changed(both_there(), 1, cpu_moves=True), "slow link", 0)
 
 
+def test_of_all_that_a_link_carries_it_is_told_what_it_has_carried_longest() -> None:
+    """However long one end had waited for the other before."""
+    sends = (SEND, "send hidden c0 l2 -> 1, 4 tokens")
+    game = FaultyGame(PLAN, seed=0, frozen={place_of(PLAN, 0, op) for op in sends})
+    game.play()
+    signs, lanes = signs_of(game, 58.0), [[lane.name for lane in PLAN.lanes[rank]] for rank in (0, 1)]
+    still = [60.0 if name == "kv-out:1" else 58.0 for name in lanes[0]]
+    signs = changed(signs, 0, still_s=tuple(still))
+    signs = changed(signs, 1, still_s=tuple(60.0 if name == "kv-in:0" else 70.0 for name in lanes[1]))
+    assert told(signs, "stalled link", 0).startswith("the link 0→1 has been carrying block c0 l0 for 60 s")
+    signs = changed(signs, 0, still_s=tuple(118.0 - s for s in still))
+    assert "hidden c0 before layer 2 for 60 s" in told(signs, "stalled link", 0)
+
+
 def test_a_rank_that_cannot_take_part_is_not_a_link_that_stalls() -> None:
     """Its Python may be stuck in the send itself, or in C code elsewhere that lets no other thread of it go on."""
     frames = {lane.name: WAITS for lane in PLAN.lanes[0]}
@@ -409,6 +423,8 @@ def test_slow_ranks_and_links_are_called_slow() -> None:
         told(signs, "slow link", 0)
         == "the link 0→2 is slow, 9.0 ×: a block takes 90 ms where others take 10 ms"
     )
+    signs = changed(signs, 0, links={1: 0.01, 2: 0.05})
+    assert told(signs, "slow link", 0).endswith("where others take 10 ms, and 50 ms the other way")
 
 
 @pytest.mark.parametrize("limit", [0, 1])

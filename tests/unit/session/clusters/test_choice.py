@@ -20,7 +20,7 @@ from dinfer.session.clusters.known import (
     known_clusters,
     launcher_of,
 )
-from dinfer.session.clusters.launcher import rank_environment
+from dinfer.session.clusters.launcher import BEHIND, command_before, rank_environment
 from dinfer.session.clusters.px import target_ids
 
 STOCK = Known(Path("profile_default"), "")
@@ -207,3 +207,9 @@ def test_an_engine_knows_its_rank() -> None:
     for wrong in ("0", "0,x", "0,1,2"):
         with pytest.raises(ValueError, match=r"DINFER_GPU_IDS is .* but 2 engines are started"):
             rank_environment(1, 2, {"DINFER_GPU_IDS": wrong})
+
+
+def test_each_engine_may_be_started_behind_a_command_of_its_own() -> None:
+    given = {BEHIND: '[["ip", "netns", "exec", "one"], []]'}
+    assert [command_before(rank, given) for rank in range(3)] == [["ip", "netns", "exec", "one"], [], []]
+    assert command_before(0, {}) == command_before(0, {BEHIND: ""}) == []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import pytest
 from typer.testing import CliRunner
 
 from dinfer.cli import app
+from dinfer.session.clusters.errors import ClusterError
 from dinfer.session.lab import lab
 from dinfer.session.lab.cells import cells_of, graph_of
 from dinfer.session.lab.expected import Cell, expected
+from dinfer.session.lab.hosts import Network
 from dinfer.session.lab.score import Result, Score
+from dinfer.session.session import Session
 
 
 def right(cell: Cell) -> Result:
@@ -31,8 +35,11 @@ def command(
 ) -> Any:
     """The command with a lab in place of the real one, which ends after two cells if there is an `end`."""
 
-    def run_lab(cells: Sequence[Cell], score: Score, say: Any, *, slow_runs: int, join: bool) -> None:
-        say(f"joined {join}")
+    def run_lab(
+        cells: Sequence[Cell], score: Score, say: Any, *, slow_runs: int, join: bool, links: str
+    ) -> None:
+        say(f"joined {join}, links {links}")
+        score.links = links
         score.clean_runs = 1 + slow_runs
         score.results += map(made, cells[:2] if end else cells)
         if end:
@@ -45,11 +52,12 @@ def command(
 def test_all_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "lab.json"
     done = command(monkeypatch, "--sample", 5, "--seed", 3, "--json", path, "--slow-runs", 2)
-    assert (done.exit_code, done.stderr) == (0, "joined False\n")
+    assert (done.exit_code, done.stderr) == (0, "joined False, links auto\n")
     assert "clean runs: 3, false alarms: 0" in done.stdout
     found = json.loads(path.read_text(encoding="utf-8"))
     assert [cell["fault"] for cell in found["cells"]] == [cell.fault for cell in cells_of(3, 5)]
     assert (found["seed"], found["clean_runs"], found["false_alarms"]) == (3, 3, 0)
+    assert found["links"] == "auto"
     assert {"processor", "cores"} <= set(found["machine"])
     assert {"Python", "torch"} <= set(found["versions"])
     assert set(found["cells"][0]) >= {
@@ -80,3 +88,55 @@ def test_a_number_that_is_none(monkeypatch: pytest.MonkeyPatch, flag: str, name:
     done = command(monkeypatch, flag, -1)
     assert done.exit_code == 2
     assert done.stderr == f"dinfer: {name} is -1; it must be 0 or more.\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ["--links", "cables"],
+            "dinfer: links is 'cables'; it must be one of auto, namespaces, transport.\n",
+        ),
+        (
+            ["--links", "namespaces", "--join"],
+            "dinfer: links cannot be broken in network namespaces: the cluster was joined.\n",
+        ),
+    ],
+)
+def test_links_that_there_are_not(flags: list[str], words: str) -> None:
+    done = CliRunner().invoke(app, ["lab", *flags])
+    assert (done.exit_code, done.stderr) == (2, words)
+
+
+@pytest.mark.parametrize(
+    ("links", "join", "why", "said"),
+    [
+        ("auto", False, "needs root", "links: in the transport (needs root)"),
+        ("auto", True, "", "links: in the transport (the cluster was joined)"),
+        ("transport", False, "", "links: in the transport (as asked)"),
+        ("auto", False, "", "links: network namespaces"),
+        ("namespaces", False, "", "links: network namespaces"),
+    ],
+)
+def test_what_links_are_broken_in_is_said_first(
+    monkeypatch: pytest.MonkeyPatch, links: str, join: bool, why: str, said: str
+) -> None:
+    """And known to the JSON, and to the session."""
+    network, given = Network("hub", (), "10.77.0.1"), list[Network | None]()
+
+    @contextmanager
+    def lab_session(*, join: bool, network: Network | None) -> Iterator[Session]:
+        given.append(network)
+        raise ClusterError(f"no cluster, join {join}")
+        yield
+
+    monkeypatch.setattr(lab, "why_not", lambda: why)
+    monkeypatch.setattr(lab, "hosts", lambda count: nullcontext(network if count == 3 else None))
+    monkeypatch.setattr(lab, "lab_session", lab_session)
+    score, told = Score(0, 0), list[str]()
+    with pytest.raises(ClusterError, match=f"join {join}"):
+        lab.run_lab([], score, told.append, join=join, links=links)
+    assert told == [said]
+    in_network = said == "links: network namespaces"
+    assert given == [network if in_network else None]
+    assert score.as_dict()["links"] == ("namespaces" if in_network else "transport")

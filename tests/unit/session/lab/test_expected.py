@@ -14,7 +14,8 @@ from dinfer.plan.graph import channel_of
 from dinfer.plan.ops import parse_op
 from dinfer.session.lab.cells import LAYERS, TOKENS, graph_of, possible_cells
 from dinfer.session.lab.expected import RULES, Cell, Expected, expected, following, markdown, target, third
-from dinfer.session.lab.orders import ACTS, orders, slowed
+from dinfer.session.lab.hosts import Network
+from dinfer.session.lab.orders import ACTS, SLOW_BITS_PER_S, orders, pace, slowed
 from dinfer.session.lab.trial import IDS
 from dinfer.verdict.waits import HUNG, Kind
 
@@ -77,6 +78,24 @@ def test_what_must_be_said() -> None:
     )
 
 
+def test_what_must_be_said_of_a_link_that_is_broken_in_the_network() -> None:
+    both_ways, one_way = graph_of("pairwise", "lockstep"), graph_of("ring", "lockstep")
+    cut = expected(both_ways, cell("link cut", 1, 3), in_network=True)
+    assert cut.op == "send kv c0 l3 -> 2, 4 tokens"
+    assert cut.is_met_by("stalled link", 1, "the link 1→2 has been carrying block c0 l3 for 5 s")
+    assert cut.is_met_by("stalled link", 1, "the link 1→2 has been carrying hidden c0 before layer 4 for 5 s")
+    assert not cut.is_met_by("stalled link", 2, "the link 2→1 has been carrying block c0 l4 for 5 s")
+    assert not cut.is_met_by("stalled link", 1, "the link 1→0 has been carrying block c0 l2 for 5 s")
+    slow = expected(both_ways, cell("slow link", 1, 2), in_network=True)
+    assert [slow.is_met_by("slow link", rank, "") for rank in (None, 0, 1, 2)] == [False, False, True, True]
+    slow = expected(one_way, cell("slow link", 1, 2, strategy="ring"), in_network=True)
+    assert [slow.is_met_by("slow link", rank, "") for rank in (None, 0, 1, 2)] == [False, False, True, False]
+    for fault in set(RULES) - {"link cut", "slow link"}:
+        given = next(it for it in possible_cells() if (it.fault, it.strategy) == (fault, "pairwise"))
+        graph = graph_of(given.strategy, given.schedule)
+        assert expected(graph, given, in_network=True) == expected(graph, given)
+
+
 def test_who_is_slow_is_not_hung_and_all_else_is() -> None:
     assert {rule.kind for rule in RULES.values()} <= set(get_args(Kind))
     assert all((rule.kind in HUNG) != rule.is_slow for rule in RULES.values())
@@ -90,6 +109,23 @@ def test_every_cell_that_is_possible_gives_orders_that_ranks_can_follow() -> Non
             for message in messages:
                 assert message["act"] in misbehave.ACTS
                 assert set(message.get("ops", ())) <= mine, (given, message)
+
+
+@pytest.mark.parametrize("fault", ["link cut", "slow link"])
+def test_links_break_in_the_network_where_there_is_one(fault: str) -> None:
+    """By the rank that sends over it, when it comes to its op; other ranks only keep their pace."""
+    graph, network = graph_of("pairwise", "pipelined"), Network("hub", (), "10.77.0.1")
+    given = next(
+        it for it in possible_cells() if it.fault == fault and it.rank == 1 and it.strategy == "pairwise"
+    )
+    op = target(graph, given)
+    assert op
+    broken = network.cut(1, op.peer) if fault == "link cut" else network.slow(1, op.peer, SLOW_BITS_PER_S)
+    order = {"do": "misbehave", "act": "command", "ops": [str(op)], "command": broken}
+    paced = pace(0.04 if fault == "slow link" else 0.02)
+    assert orders(graph, given, network) == {0: [paced], 1: [paced, order], 2: [paced]}
+    other = given._replace(fault="skip a send")
+    assert orders(graph, other, network) == orders(graph, other)
 
 
 @pytest.mark.parametrize("fault", sorted(set(RULES) - set(ACTS)))

@@ -51,7 +51,7 @@ def test_a_death_is_to_be_told_within_a_second_and_all_else_within_five() -> Non
 
 
 def test_the_json() -> None:
-    said = json.loads(json.dumps(Score(7, 1, [RIGHT], 1).as_dict()))
+    said = json.loads(json.dumps(Score(7, 1, [RIGHT], 1, links="transport").as_dict()))
     assert said == {
         "cells": [
             {
@@ -61,5 +61,5 @@ def test_the_json() -> None:
                 "correct": True, "seconds": 0.25, "in_time": True, "recovered_s": 1.0,
             }
         ],
-        "planned": 1, "clean_runs": 1, "false_alarms": 0, "alarms": [], "seed": 7,
+        "planned": 1, "clean_runs": 1, "false_alarms": 0, "alarms": [], "links": "transport", "seed": 7,
     }  # fmt: skip
