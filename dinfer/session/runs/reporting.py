@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from dinfer.plan.ops import PlanError
 from dinfer.session.finding import findings_of_job
 from dinfer.session.kv.finding import kv_finding
-from dinfer.session.kv.line import Line
 from dinfer.session.kv.live import Live
 from dinfer.session.runs.armed import Injected
 from dinfer.session.runs.fleet import RankFailed
@@ -108,7 +107,7 @@ class Reporting(Inspecting):
         if self.closed:
             return self.source()
         self._until_it_stands()
-        return Live(self._subject(), Line(self._line, self._check_there))
+        return self._live()
 
     def struck(self) -> list[Injected]:
         """The faults that are armed and have struck."""
