@@ -57,6 +57,7 @@ class Lab:
                     ),
                     f"--ServerApp.root_dir={home / 'notebooks'}",
                     *("--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly"),
+                    "--JupyterNotebookApp.expose_app_in_browser=True",
                 ],
                 env=environment,
                 stdout=log,
@@ -173,6 +174,21 @@ def open_notebook(page: Page, lab: Lab, name: str, cells: list[str]) -> Notebook
 def open_file(page: Page, lab: Lab, name: str) -> Notebook:
     """Open a notebook of the lab's folder in JupyterLab, with the side bar shut; returns once its kernel is idle."""
     page.goto(f"{lab.url()}/lab/workspaces/{name}/tree/{name}.ipynb?token={lab.token}")
+    _await_kernel(page)
+    page.evaluate("window.jupyterapp.shell.collapseLeft()")
+    return Notebook(page)
+
+
+def open_in_notebook_7(page: Page, lab: Lab, name: str, cells: list[str]) -> Notebook:
+    """Open a new notebook of these cells in Jupyter Notebook 7, which the same server serves."""
+    write_notebook(lab.home / "notebooks" / f"{name}.ipynb", cells)
+    page.goto(f"{lab.url()}/notebooks/{name}.ipynb?token={lab.token}")
+    _await_kernel(page)
+    return Notebook(page)
+
+
+def _await_kernel(page: Page) -> None:
+    """Until the notebook's kernel is idle."""
     page.wait_for_function(
         """() => {
             const kernel = window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel;
@@ -180,5 +196,3 @@ def open_file(page: Page, lab: Lab, name: str) -> Notebook:
         }""",
         timeout=60_000,
     )
-    page.evaluate("window.jupyterapp.shell.collapseLeft()")
-    return Notebook(page)
