@@ -33,6 +33,9 @@ def bench(
     json_path: Annotated[str, typer.Option("--json", help="write the figures to this file")] = "",
     compare: Annotated[str, typer.Option(help="two sync strategies, pairwise,ring: which to use?")] = "",
     plot: Annotated[str, typer.Option(help="with --compare: a plot file, .html, .svg or .png")] = "",
+    engines: Annotated[
+        bool, typer.Option("--engines", help="views: the inspector on three engines, too")
+    ] = False,
 ) -> None:
     """Time pairwise, ring, lockstep, no sync and one process side by side on this machine, or --compare two."""
     if what == "prefill":
@@ -41,16 +44,19 @@ def bench(
         values = {"model_path": model, "world_size": world_size, "chunk_size": chunk_size, "threads": threads}
         _bench_digests(values, tokens, repeats, json_path)
     elif what == "views" and repeats >= 1:
-        _bench_views(repeats, json_path)
+        _bench_views(repeats, json_path, engines=engines)
     else:
         _bench_session(what, repeats, json_path)
 
 
-def _bench_views(repeats: int, json_path: str) -> None:
+def _bench_views(repeats: int, json_path: str, *, engines: bool) -> None:
     """`dinfer bench views`; of the options, --repeats and --json are its own too."""
     from dinfer.views.bench_views import bench_views, table
 
-    result = bench_views(repeats, lambda text: print(text, file=sys.stderr))
+    try:
+        result = bench_views(repeats, lambda text: print(text, file=sys.stderr), engines=engines)
+    except RuntimeError as error:
+        stop(error, FAILED)
     print(table(result))
     if json_path:
         keep_json(result, json_path)

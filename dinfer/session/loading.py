@@ -1,14 +1,14 @@
 """Bars: how far each rank has loaded, while it does."""
 
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from tqdm.auto import tqdm
 
+from dinfer.session.closing import Closing
 from dinfer.session.ranks import Ranks
 
 
-class Bars:
+class Bars(Closing):
     """One bar a rank, from what ranks report of their bytes."""
 
     def __init__(self, line: Ranks, ranks: list[int]) -> None:
@@ -29,12 +29,8 @@ class Bars:
         self._bars[rank] = bar = tqdm(total=total, desc=f"rank {rank}", unit="B", unit_scale=True)
         return bar
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Show the last, and end them."""
         self.show()
         for bar in self._bars.values():
             bar.close()

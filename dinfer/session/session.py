@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from types import TracebackType
 from typing import Any, Self
 
 from dinfer.config import Config, ConfigError
@@ -13,6 +12,7 @@ from dinfer.model.checkpoint import Spec
 from dinfer.model.text import load_tokenizer
 from dinfer.plan.own import OwnSchedule
 from dinfer.plan.plan import Plan
+from dinfer.session.closing import Closing
 from dinfer.session.job import Job, prepare_load, prepare_loaded, threads_per_rank
 from dinfer.session.loading import Bars
 from dinfer.session.ranks import Ranks
@@ -31,7 +31,7 @@ LOAD_S = 3600.0
 Show = Callable[[Run], Any]
 
 
-class Session(Said):
+class Session(Said, Closing):
     """Made by `dinfer.connect`. `show` makes the panel that `debugger` returns, `write` the reports of runs."""
 
     def __init__(self, ranks: Ranks, show: Show | None = None, write: Write | None = None) -> None:
@@ -157,14 +157,6 @@ class Session(Said):
             self._closing.set()
             self._thread.join(2)
             self.ranks.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __str__(self) -> str:
         loaded = (

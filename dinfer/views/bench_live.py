@@ -129,8 +129,8 @@ PAGE = """async (given) => {
   const fire = (name, ...parts) => (handlers[name] ?? []).forEach((handler) => handler(...parts));
   const codes = new DataView(bytes(given.codes).buffer);
   const answers = {
-    inspect: ({ view }) => {
-      const kv = { ...given.head, view, stamp: String(counts.inspector++) };
+    inspect: ({ view, question }) => {
+      const kv = { ...given.head, view, question, stamp: String(counts.inspector++) };
       fire("msg:custom", { kv }, [codes]);
     },
     figure: ({ view, name }) => {

@@ -7,7 +7,7 @@ const COLUMNS = ["head", "min", "max", "mean", "NaN, Inf", "zeros"];
 class Inspector {
   // `send(message)` speaks to the kernel.
   constructor(parent, root, board, name, send) {
-    Object.assign(this, { board, name, send, have: "", asking: null });
+    Object.assign(this, { board, name, send, have: "", asking: null, question: 0 });
     this.want = { layer: 0, tensor: "K", head: null, a: 0, b: board.ranks - 1, show: "a", scale: "robust" };
     this.build(parent);
     this.map = new Heatmap(this.picture, root, (place) => this.point(place));
@@ -94,15 +94,19 @@ class Inspector {
   ask(anew = false) {
     if (!this.shown) return;
     this.shows.forEach((button) => button.classList.toggle("dinfer-on", button.dataset.show === this.want.show));
-    if (anew) this.have = "";
+    if (anew) {
+      this.have = "";
+      this.question++;
+    }
     if (!this.head && !this.error) this.judge({ text: "The picture comes once the run stands.", equal: true });
-    this.send({ do: "inspect", view: this.name, ...this.want, have: this.have });
+    this.send({ do: "inspect", view: this.name, ...this.want, have: this.have, question: this.question });
   }
 
   hear(message, buffers) {
     const { kv, kv_diff: diff, value } = message;
-    if (kv?.view === this.name) this.take(kv, buffers[0]);
-    if (diff?.view === this.name) this.judge(diff);
+    const isOurs = (answer) => answer?.view === this.name && answer.question === this.question; // not of one before
+    if (isOurs(kv)) this.take(kv, buffers[0]);
+    if (isOurs(diff)) this.judge(diff);
     if (value?.view === this.name) this.tell(value);
   }
 

@@ -26,7 +26,8 @@ VIEWS = 8
 
 
 class Want(NamedTuple):
-    """What one browser looks at. `head` None: all; `show`: "a", "b" or "a-b"; `have`: the stamp of what it shows."""
+    """What one browser looks at. `head` None: all; `show`: "a", "b" or "a-b"; `have`: the stamp of what it shows;
+    `question`: the browser's number of what it asks for, by which it knows the answers."""
 
     view: str
     layer: int
@@ -37,6 +38,7 @@ class Want(NamedTuple):
     show: str
     scale: Scale
     have: str
+    question: int = 0
 
     @classmethod
     def of(cls, run: Run, message: Json) -> "Want":
@@ -53,6 +55,7 @@ class Want(NamedTuple):
             message["show"] if message.get("show") in ("b", "a-b") else "a",
             scale if isinstance(scale, int | float) else "full" if scale == "full" else "robust",
             str(message.get("have")),
+            message["question"] if isinstance(message.get("question"), int) else 0,
         )
 
     @property
@@ -123,14 +126,15 @@ class Inspector:
             self._answer(want, stamp)
 
     def _answer(self, want: Want, stamp: str) -> None:
+        to = {"view": want.view, "question": want.question}
         try:
             head, codes = self._picture(want)
-            self._send({"kv": {**head, "view": want.view, "stamp": stamp}}, [codes])
+            self._send({"kv": {**head, **to, "stamp": stamp}}, [codes])
             text, equal = self._compared(want.layer, stamp)
         except Exception as error:  # there is nobody else to tell
-            self._send({"kv": {"view": want.view, "stamp": stamp, "error": str(error)}})
+            self._send({"kv": {**to, "stamp": stamp, "error": str(error)}})
             return
-        self._send({"kv_diff": {"view": want.view, "text": text, "equal": equal}})
+        self._send({"kv_diff": {**to, "text": text, "equal": equal}})
 
     def _picture(self, want: Want) -> tuple[Json, bytes]:
         source = self._run.kv(layer=want.layer).source()

@@ -10,10 +10,11 @@ from playwright.sync_api import Page, expect
 from tests.browser.conftest import OpenNotebook, Shot
 from tests.browser.lab import Lab
 from tests.browser.test_debugger import CELLS, CLOSE, CONNECT, SHOW, TOP, Debugger
+from tests.browser.test_figures import FIGURE
 
 pytestmark = pytest.mark.browser
 
-SAY_WHERE = len(CELLS)
+SAY_WHERE, DRAW = len(CELLS), len(CELLS) + 1
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 def test_a_person_steps_and_looks_in_notebook_7(
     notebook: OpenNotebook, page: Page, shot: Shot, console_errors: list[str]
 ) -> None:
-    book = notebook([*CELLS, "print(run.where())"])
+    book = notebook([*CELLS, "print(run.where())", FIGURE])
     book.run(CONNECT)
     book.run(SHOW)
     panel = Debugger(book)
@@ -58,6 +59,8 @@ def test_a_person_steps_and_looks_in_notebook_7(
     expect(figure).to_have_attribute("data-name", "latency")
     expect(figure.locator(".point").first).to_be_attached()
     shot("notebook7-latency-light")
+    book.run(DRAW)
+    expect(book.output(DRAW).locator(".js-plotly-plot .main-svg").first).to_be_visible()
     book.use_theme("dark")
     expect(figure.locator(".main-svg").first).to_have_css("background-color", "rgb(17, 17, 17)")
     shot("notebook7-latency-dark")

@@ -26,7 +26,7 @@ LARGE: dict[str, Any] = {"prompt": [5 + n % 1000 for n in range(1024)], "chunk_s
 
 def bench_session(repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
     """All figures, in seconds. Raises ClusterError, ConfigError or RuntimeError."""
-    with _session() as (session, ranks):
+    with session_on_engines() as (session, ranks):
         say(session.ranks.describe())
         session.load("demo", threads=1)
         result = {"machine": f"{processor()}, {os.cpu_count()} cores", "n": N, "repeats": repeats}
@@ -65,7 +65,8 @@ def _ms(seconds: float) -> str:
 
 
 @contextmanager
-def _session() -> Iterator[tuple[Session, EngineRanks]]:
+def session_on_engines() -> Iterator[tuple[Session, EngineRanks]]:
+    """A session on N engines of a cluster that is started for it, and ended."""
     cluster = attach(N, start=True)
     try:
         ranks = EngineRanks(cluster, PATIENCE_S)

@@ -5,8 +5,6 @@ said of it in the run, and every new token with the run's: where they differ, th
 """
 
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
 import torch
 
@@ -18,6 +16,7 @@ from dinfer.engine.tokens import Tokens
 from dinfer.model.decoder import Decoder
 from dinfer.plan.cut import Unit
 from dinfer.plan.ops import Op
+from dinfer.session.closing import Closing
 from dinfer.session.replaying.checkpoint import decoder_of
 from dinfer.session.replaying.peers import Peers
 from dinfer.session.replaying.recorded import Recorded, RecordError, check_rank, check_states
@@ -32,7 +31,7 @@ TOKEN = "token"
 CLOSED = "this replay is closed: replay the rank again"
 
 
-class Replay(Said):
+class Replay(Said, Closing):
     """`engine` is the rank's engine, as under `%%px`; `notes` say where this is not the run bit for bit.
 
     An op that raises does so here, with its own error as the cause; what is called next begins anew and goes to where
@@ -153,14 +152,6 @@ class Replay(Said):
         """End its threads."""
         self._closed = True
         self.engine.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # -- within
 

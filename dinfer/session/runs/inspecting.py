@@ -50,6 +50,10 @@ class Inspecting(Sight):
     def source(self) -> Live:
         """What the ranks hold just now, once the run stands. Raises RuntimeError for a run that is over."""
         self._settle()
+        return self._live()
+
+    def _live(self) -> Live:
+        """The same, also of a run that moves or has failed: as far as its ranks answer."""
         return Live(self._subject(), Line(self._line, self._check_there))
 
     def _compared(self, found: Diff, chosen: Selection) -> None:

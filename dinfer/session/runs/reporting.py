@@ -12,7 +12,6 @@ from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.ops import PlanError
 from dinfer.session.finding import findings_of_job
 from dinfer.session.kv.finding import kv_finding
-from dinfer.session.kv.line import Line
 from dinfer.session.kv.live import Live
 from dinfer.session.reproduce import Done
 from dinfer.session.runs.armed import Injected
@@ -96,7 +95,7 @@ class Reporting(Inspecting):
         if self.closed:
             return self.source()
         self._until_it_stands()
-        return Live(self._subject(), Line(self._line, self._check_there))
+        return self._live()
 
     def struck(self) -> list[Injected]:
         """The faults that are armed and have struck."""

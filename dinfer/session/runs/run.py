@@ -225,8 +225,7 @@ class Run(Breaking, Comparing, Replaying, Saving):
         """Take in what the ranks have noted. Called often, on the session's thread."""
         if self.closed:
             return
-        for note in self._line.new_notes():
-            self._take(note)
+        self._hear()
         if not self._generation.under_way:
             self._generation.hear()
         if self._state() in ("paused", "done") and (met := self._stops.arrived()):
@@ -289,12 +288,19 @@ class Run(Breaking, Comparing, Replaying, Saving):
         )  # not before: whoever looks then would see the run stand, and take it for arrived
 
     def _decode(self, limit: int, on_text: Callable[[str], None] | None) -> Decoded:
-        with self._lock:
-            if self._stepper and not self._stepper.at_end:
-                raise PlanError(
-                    f"prefill is not done: run.decode() runs it to its end first.\n{self._stepper.where()}"
-                )
-            return self._generation.go(limit, on_text)
+        try:
+            with self._lock:
+                if self._stepper and not self._stepper.at_end:
+                    raise PlanError(
+                        f"prefill is not done: run.decode() runs it to its end first.\n{self._stepper.where()}"
+                    )
+                return self._generation.go(limit, on_text)
+        finally:
+            self._hear()  # what ranks have found before they answered is known when this returns
+
+    def _hear(self) -> None:
+        for note in self._line.new_notes():
+            self._take(note)
 
     def _take(self, note: Message) -> None:
         rank = note["rank"]

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinfer.session.hangs.stacks import answers
-from dinfer.session.kv.line import Line
 from dinfer.session.kv.live import Live
 from dinfer.session.replaying.live import own_of
 from dinfer.session.replaying.recorded import Own
@@ -41,9 +40,7 @@ class Saving(Explaining, Reporting):
         """
         layers = chosen_layers(kv, self.plan.shape.layers)
         check_free(Path(folder).expanduser().resolve())
-        self._until_it_stands()
-        evidence = self.evidence()
-        source, ranks = self._reachable()
+        source, evidence, ranks = self.last_source(), self.evidence(), self._reachable()
         trace = with_findings(self.trace, self.findings(prompt=prompt))
         if not ranks:  # in decode, a rank that waits for another does not answer
             layers, hidden = (), False
@@ -55,14 +52,13 @@ class Saving(Explaining, Reporting):
     def _own(self, source: Live, ranks: Sequence[int]) -> dict[int, Own]:
         return {rank: own_of(self, source, rank) for rank in ranks} if self.standing().stands else {}
 
-    def _reachable(self) -> tuple[Live, tuple[int, ...]]:
+    def _reachable(self) -> tuple[int, ...]:
         """The ranks that can be asked what they hold."""
         silent, exits = self._line.silent(), self._line.exits()
         there = [rank for rank in range(self.world_size) if exits[rank] is None and rank not in silent]
-        if self.closed or (self._state() in ("paused", "done") and len(there) == self.world_size):
-            return self.source(), tuple(there)
-        said = answers(self._line, {rank: {"do": "kv_held"} for rank in there}, ANSWER_S)
-        return Live(self._subject(), Line(self._line, self._check_there)), tuple(sorted(said))
+        if self._state() in ("paused", "done") and len(there) == self.world_size:
+            return tuple(there)
+        return tuple(sorted(answers(self._line, {rank: {"do": "kv_held"} for rank in there}, ANSWER_S)))
 
     def _told(self) -> dict[str, object]:
         standing = self.standing()

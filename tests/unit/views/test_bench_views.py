@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from dinfer.views import bench_views
+from dinfer.views import bench_fetch, bench_views
 from dinfer.views.bench_views import table
 from dinfer.views.report.page import FIGURES
+from tests.unit.session.threads import session_on_threads
+from tests.unit.views.traces import PROMPT
 
 
 def test_a_machine_without_a_browser_is_told_that_opening_was_not_timed(
@@ -42,9 +46,31 @@ def test_opening_is_told_in_its_three_parts() -> None:
             "browser": {"map": 60.0, "inspector": 25.0},
         },
     }
+    fetch = {"first": 95.4, "difference": 210.0, "again": 28.0, "bytes": 8_388_608}
+    *_, fetched_line = table({**result, "fetch": fetch}).splitlines()
+    assert fetched_line == (
+        "inspector, K of a layer (8 × 2048 × 128) from one of three engines: 95 ms from question to picture, 8.4 MB; "
+        "A − B with a rank that holds the same 210 ms; again, unchanged, 28 ms"
+    )
     *_, report, opening, shown, inspector = table(result).splitlines()
     assert shown == "live: map 36 × 32 × 3: 2.0 ms in the kernel, 0.01 MB, drawn 60 times a second"
     assert inspector == "live: inspector: 15.0 ms in the kernel, 2.00 MB, drawn 25 times a second"
     assert report == "report: written in 500 ms, 6.50 MB (target: at most 10 MB)"
     assert "after 100 ms" in opening
     assert "after 1500 ms (target: at most 2,000 ms), every figure after 3000 ms" in opening
+
+
+def test_a_fetch_is_timed_to_its_picture_and_an_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    with session_on_threads(3, Path("demo")) as session:
+        run = session.prefill(PROMPT, chunk_size=4)
+        run.wait()
+        costs = bench_fetch.fetched(run, 2)
+        assert costs["bytes"] == run.kv(layer=0).k[:].nbytes
+        assert all(costs[name] > 0 for name in ("first", "difference", "again"))
+
+        def lost(**_: object) -> None:
+            raise RuntimeError("rank 1 is gone")
+
+        monkeypatch.setattr(run, "kv", lost)
+        with pytest.raises(RuntimeError, match="rank 1 is gone"):
+            bench_fetch.fetched(run, 1)

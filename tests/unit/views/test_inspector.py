@@ -169,3 +169,19 @@ def test_an_error_is_told(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> 
     browser.ask()
     wait_for(lambda: bool(browser.of("kv")), "an answer", 10)
     assert browser.of("kv")[0][0]["error"] == "rank 1 is gone: its KV is lost"
+
+
+def test_answers_bear_the_number_of_their_question(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
+    browser.run.run_to(chunk=1, layer=5)
+    assert browser.picture(question=7)[0]["question"] == 7
+    browser.verdict()
+    assert browser.of("kv_diff")[-1][0]["question"] == 7
+
+    def lost(**_: object) -> None:
+        raise RuntimeError("rank 1 is gone")
+
+    monkeypatch.setattr(browser.run, "kv", lost)
+    before = len(browser.of("kv"))
+    browser.ask(question=8)
+    wait_for(lambda: len(browser.of("kv")) > before, "an answer", 10)
+    assert browser.of("kv")[-1][0]["question"] == 8
