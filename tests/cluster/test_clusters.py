@@ -21,6 +21,7 @@ from dinfer.session.clusters.attach import attach
 from dinfer.session.clusters.clean import clean
 from dinfer.session.clusters.cluster import Cluster
 from dinfer.session.clusters.errors import ClusterError, RankError, RankGone, RankSilent
+from dinfer.session.clusters.facts import own_loopback
 from dinfer.session.clusters.record import record_paths
 from tests.cluster.ipclusters import LAUNCHER, IPython, ended, ipython
 from tests.cluster.runs import wait_for
@@ -68,7 +69,7 @@ def test_joins_the_running_cluster_and_says_so(joined: Cluster) -> None:
     assert joined.describe() == f"joined profile 'default' (local engines): ranks 0–2 on {host}"
     assert [facts.rank for facts in joined.facts] == [0, 1, 2]
     assert [facts.pid for facts in joined.facts] == joined.call(None, "os:getpid")
-    assert {facts.address for facts in joined.facts} == {"127.0.0.1"}
+    assert {facts.loopback for facts in joined.facts} == {own_loopback()}
     assert joined.controller_pid is not None
     assert all(joined.alive(rank) for rank in range(3))
 
