@@ -108,8 +108,9 @@ class Planned:
         holder = self.ranks.holder(node.rank)
         if holder is not None and holder != node:
             return Wait(node, text, still, (holder,), op=op, what="its own Python")
-        others = any(at for n, at in enumerate(self.signs[node.rank].started) if n != node.lane)
-        text = f"is in `{op}`" + " or another of its transfers" * (others and holder is None)
+        signs = self.signs[node.rank]
+        is_one = signs.holder or sum(signs.started) == 1
+        text = f"is in `{op}`" + ("" if is_one else ", or another of its ops,")
         frame = self.ranks.frame(node)
         root = self.ranks.busy(node.rank, text, still, self.ranks.median(node.rank, op), frame)
         return Wait(node, text, still, root=root, op=op)

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from time import monotonic
@@ -63,7 +64,7 @@ class Look:
     def threads(self) -> list[Message] | None:
         """What it has seen; None while it looks; empty where it sees nothing, whatever the reason."""
         late = monotonic() > self._until
-        if self._process.poll() is None and not late:
+        if self._process and self._process.poll() is None and not late:
             return None
         found = read(self.end())
         if found or late or not self._ways:
@@ -73,8 +74,9 @@ class Look:
 
     def end(self) -> str:
         """Look no longer; what was written."""
-        self._process.kill()
-        self._process.wait()
+        if self._process:
+            self._process.kill()
+            self._process.wait()
         size = os.fstat(self._output).st_size
         written = os.pread(self._output, size, 0).decode(errors="replace")
         os.close(self._output)
@@ -84,7 +86,9 @@ class Look:
         self._output = anonymous_file(0)
         command = [*self._command, self._ways.pop(0)]
         nothing = subprocess.DEVNULL
-        self._process = subprocess.Popen(command, stdin=nothing, stdout=self._output, stderr=nothing)
+        self._process: subprocess.Popen[bytes] | None = None
+        with suppress(OSError):  # it is no program, or there is no memory for one more
+            self._process = subprocess.Popen(command, stdin=nothing, stdout=self._output, stderr=nothing)
 
 
 def read(written: str) -> list[Message]:

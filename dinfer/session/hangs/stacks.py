@@ -67,15 +67,17 @@ def _as_asked(rank: int, message: Message) -> Stacks:
 
 
 def as_dumped(rank: int, text: str) -> Stacks:
-    """What faulthandler has written, which does not say which thread holds the interpreter."""
-    frames, lanes = {}, []
+    """What faulthandler has written, which does not say which of several threads holds the interpreter."""
+    busy = []
     for thread in text.split("\n\n"):
         found = [(file, int(line), name) for file, line, name in _FILE.findall(thread)]
         if _is_in_op(file for file, _, _ in found):
             file, line, name = found[0]
-            frames[BUSY] = Frame(file, line, name, linecache.getline(file, line).strip(), native=True)
-            lanes.append(head[1] if (head := _NAME.search(thread)) else "")
-    return Stacks(frames, text.strip(), False, holder=_lane(rank, lanes[0]) if len(lanes) == 1 else "")
+            head = _NAME.search(thread)
+            frame = Frame(file, line, name, linecache.getline(file, line).strip(), native=True)
+            busy.append((_lane(rank, head[1]) if head else "", frame))
+    holder, frames = (busy[0][0], {BUSY: busy[0][1]}) if len(busy) == 1 else ("", {})
+    return Stacks(frames, text.strip(), False, holder=holder)
 
 
 def as_spied(rank: int, threads: Sequence[Message], known: Stacks) -> Stacks | None:

@@ -29,7 +29,7 @@ OPEN_S = 0.9
 """a lane that waits less than this is not looked at"""
 SUSPECT_AHEAD_S = 1.5
 """How long before something counts as stuck the ranks are asked for their stacks: CPU time takes a second to tell."""
-AHEAD_S, LEAST_AHEAD_S = 0.5, 0.3
+AHEAD_S, LEAST_AHEAD_S = 0.5, 0.4
 """A verdict is to be out within 5 s, which is just when a lane becomes stuck: it is judged as it will be then; a little
 later where py-spy is about to say more."""
 QUIET = ("moving", "done", "paused", "held")

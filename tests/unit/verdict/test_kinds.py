@@ -259,7 +259,7 @@ def test_a_rank_that_cannot_take_part_is_not_a_link_that_stalls() -> None:
     assert "is in `send kv c0 l0 -> 1, 4 tokens` and stuck in Python" in told(in_send, "stuck in Python", 0)
     game = FaultyGame(PLAN, seed=0, frozen={place_of(PLAN, 0, SEND), place_of(PLAN, 0, "layer c1 l0")})
     game.play()
-    mute = changed(signs_of(game), 0, answers=False)
+    mute = changed(signs_of(game), 0, answers=False, holder="compute")
     assert "is in `layer c1 l0` and stuck in C code that holds" in told(mute, "stuck in C", 0)
 
 
@@ -274,13 +274,13 @@ def test_the_op_that_holds_a_ranks_interpreter_is_named_whatever_its_other_lanes
     assert f", in usleep → clock_nanosleep, at {frame}" in said
 
 
-def test_of_several_transfers_that_may_hold_a_ranks_interpreter_none_is_blamed() -> None:
+def test_of_several_ops_that_may_hold_a_ranks_interpreter_none_is_blamed() -> None:
     other = SEND.replace("-> 1", "-> 2")
     game = FaultyGame(PLAN, seed=0, frozen={place_of(PLAN, 0, SEND), place_of(PLAN, 0, other)})
     game.play()
     mute = changed(signs_of(game), 0, answers=False)
     assert sum(mute[0].started) > 1
-    assert "` or another of its transfers and stuck in C code that holds" in told(mute, "stuck in C", 0)
+    assert "`, or another of its ops, and stuck in C code that holds" in told(mute, "stuck in C", 0)
 
 
 def test_what_a_mute_rank_could_begin_waits_for_its_interpreter() -> None:
@@ -289,7 +289,7 @@ def test_what_a_mute_rank_could_begin_waits_for_its_interpreter() -> None:
     lane = next(n for n, at in enumerate(signs[1].started) if n != compute and at)
     started = [at and n != lane for n, at in enumerate(signs[1].started)]
     still = [600.0 if n == lane else 60.0 for n in range(len(started))]  # the one that has stood longest
-    mute = changed(signs, 1, answers=False, started=tuple(started), still_s=tuple(still))
+    mute = changed(signs, 1, answers=False, holder="compute", started=tuple(started), still_s=tuple(still))
     assert "is in `layer c1 l2` and stuck in C code that holds" in told(mute, "stuck in C", 1)
 
 
@@ -298,7 +298,7 @@ def test_what_a_mute_rank_has_sent_may_have_come() -> None:
     game = frozen_at(1, "layer c1 l2")
     lane = next(n for n, lane in enumerate(PLAN.lanes[1]) if lane.name == "kv-out:0")
     there = next(n for n, lane in enumerate(PLAN.lanes[0]) if lane.name == "kv-in:1")
-    signs = changed(signs_of(game), 1, answers=False)
+    signs = changed(signs_of(game), 1, answers=False, holder="compute")
     back = list(signs[1].positions)
     back[lane] -= 1  # it has ended at rank 0, and is not told to have ended here
     started = [*signs[1].started[:lane], True, *signs[1].started[lane + 1 :]]
