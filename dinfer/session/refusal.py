@@ -8,7 +8,7 @@ from dinfer.plan.plan import Plan
 from dinfer.plan.verify import Counterexample
 from dinfer.verdict.proof import counterexample_svg, cycle_text
 
-WAY_OUT = "Nothing was run. Choose another schedule, or pass unsafe=true to watch it hang."
+WAY_OUT = "Nothing was run. Choose another schedule, or pass unsafe=True (--unsafe) to watch it hang."
 
 
 class PlanRefused(PlanError):

@@ -111,6 +111,7 @@ class Communication {
         height: Math.min(layout.height ?? MOST_PIXELS, MOST_PIXELS), uirevision: name };
       layout.annotations?.forEach((one) => { one.font = { size: 12 }; });
       shown.margin = { t: 34, ...layout.margin };
+      this.place.style.minHeight = `${shown.height}px`; // that of a figure not yet drawn is in panel.css
       await globalThis.dinferPlotly.react(this.plotOf(name), data, shown, globalThis.dinferPlotlyConfig);
       this.place.dataset.name = name;
       this.place.dataset.points = data.reduce((sum, { x }) => sum + (x?.length ?? x?._inputArray?.length ?? 0), 0);

@@ -140,7 +140,7 @@ class Inspector {
     const what = { a: `rank ${head.a}`, b: `rank ${head.b}`, "a-b": `rank ${head.a} − rank ${head.b}` }[head.show];
     const [a, b] = head.held.map((count) => `${count} token${count === 1 ? "" : "s"}`);
     const held = head.a === head.b ? `rank ${head.a} holds ${a}`
-      : a === b ? `ranks ${head.a} and ${head.b} hold ${a} each`
+      : a === b ? `ranks ${head.a} and ${head.b} both hold ${a}`
         : `rank ${head.a} holds ${a}, rank ${head.b} holds ${b}`;
     const marks = [head.nan && `${head.nan} NaN`, head.inf && `${head.inf} Inf`].filter(Boolean).join(", ");
     this.colours.replaceChildren();

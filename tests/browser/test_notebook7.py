@@ -52,7 +52,7 @@ def test_a_person_steps_and_looks_in_notebook_7(
     shot("notebook7-map-light")
 
     panel.open("KV")
-    expect(panel.root.locator(".dinfer-scale")).to_contain_text("ranks 0 and 2 hold 4 tokens each")
+    expect(panel.root.locator(".dinfer-scale")).to_contain_text("ranks 0 and 2 both hold 4 tokens")
     shot("notebook7-kv-light")
     panel.open("communication")
     figure = panel.root.locator(".dinfer-figure")

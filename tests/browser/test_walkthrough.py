@@ -17,7 +17,7 @@ from tests.browser.offline import open_offline
 pytestmark = [pytest.mark.browser, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-LOOKED_AT = {"panel", "differ", "slow-latency", "sweep", "refused", "verdict"}
+LOOKED_AT = {"panel", "differ", "exposure", "latency", "sweep", "refused", "verdict"}
 """tags of cells of which a picture is kept"""
 
 

@@ -37,7 +37,8 @@ class Exchange:
         self.world_size, self.gate, self.rendezvous, self.streams = world_size, gate, rendezvous, streams
         self.queues: dict[Channel, deque[_Message]] = defaultdict(deque)
         self.taken: dict[Channel, _Message] = {}
-        self.gathered: list[list[bytes]] = [[] for _ in range(world_size)]
+        self.gathered: dict[int, dict[int, bytes]] = defaultdict(dict)
+        """what is being gathered: by its number and by rank"""
         self.closed = False
 
     def comm(self, rank: int) -> "LocalComm":
@@ -95,11 +96,12 @@ class LocalComm:
         exchange = self._exchange
         number, self._gathers = self._gathers, self._gathers + 1
         with exchange.gate.change():
-            exchange.gathered[self.rank].append(data)
-        self._wait(
-            lambda: all(len(parts) > number for parts in exchange.gathered), "gathering from all ranks"
-        )
-        return [parts[number] for parts in exchange.gathered]
+            parts = exchange.gathered[number]
+            parts[self.rank] = data
+        self._wait(lambda: len(parts) == self.world_size, "gathering from all ranks")
+        with exchange.gate.change():
+            exchange.gathered.pop(number, None)  # by the first to come here; all have hold of it by now
+        return [parts[rank] for rank in range(self.world_size)]
 
     def open_streams(self, _: torch.device) -> Streams:
         return LocalStreams(self, self._exchange.gate, serial=self._exchange.streams == "serial")

@@ -65,7 +65,7 @@ def distribution(trace: Trace, *, dark: bool = False) -> go.Figure:
         figure.update_xaxes(log_ms(_all(links, take)), row=1, col=column)
     figure.update_yaxes(title={"text": "transfers"}, ticksuffix=" %", row=1, col=1)
     figure.update_yaxes(range=[-1, 101])
-    return styled(figure, dark=dark, height=350, margin={"t": 80}, legend_y=1.1)
+    return styled(figure, dark=dark, height=350, margin={"t": 64}, legend_y=1.1)
 
 
 def layers(trace: Trace, *, dark: bool = False) -> go.Figure:

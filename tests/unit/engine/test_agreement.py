@@ -75,3 +75,16 @@ def test_facts_see_weights_flags_and_prompt_but_not_where_things_lie(tmp_path: P
 def different(one: Facts, other: Facts) -> set[str]:
     """The names whose values differ."""
     return {name for name in one if one[name] != other[name]}
+
+
+def test_ranks_gather_in_order_and_nothing_of_it_stays() -> None:
+    exchange = Exchange(3, FreeGate())
+
+    def gathers(rank: int) -> list[list[bytes]]:
+        comm = exchange.comm(rank)
+        return [comm.all_gather(bytes([rank, n])) for n in range(50)]
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(gathers, range(3)))
+    assert found == [[[bytes([rank, n]) for rank in range(3)] for n in range(50)]] * 3
+    assert not exchange.gathered

@@ -124,7 +124,7 @@ def test_a_refuted_schedule_is_told_with_its_cycle(model: Path) -> None:
         prepare(config(model, schedule="batched"))
     story = str(caught.value)
     assert "wait for one another for ever: rank 0 sends block c0 l0 to rank 1 and waits" in story
-    assert story.endswith("Choose another schedule, or pass unsafe=true to watch it hang.")
+    assert story.endswith("Choose another schedule, or pass unsafe=True (--unsafe) to watch it hang.")
     assert not prepare(config(model, schedule="batched", unsafe=True)).verdict.proved
 
 
