@@ -1,7 +1,6 @@
 """Comparing: a run beside transformers' own forward. Ranks compute and compare; only numbers come here."""
 
 import contextlib
-import threading
 from typing import Any
 
 from dinfer.engine.hosting.commands import Message
@@ -11,16 +10,14 @@ from dinfer.session.reference.compare import Comparison
 from dinfer.session.reference.judging import Case
 from dinfer.session.reference.told import Examined, Held, Measure, holds_most, to_be_examined
 from dinfer.session.runs.action import action
-from dinfer.session.runs.sight import Sight
+from dinfer.session.runs.holding import Holding
 from dinfer.session.said import Where
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class Comparing(Sight):
+class Comparing(Holding):
     """Part of a run."""
-
-    _lock: threading.RLock
 
     def wait(self, timeout: float | None = None) -> Where:
         """Wait until the run stands."""
@@ -42,7 +39,8 @@ class Comparing(Sight):
         """
         _check(what, dtype)
         self.wait()
-        with self._lock:
+        with self.hold():  # it may have been sent on since
+            self.check()
             helds = self._held()
             own = helds[0].dtype
             wanted = dtype or own
