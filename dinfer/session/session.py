@@ -246,7 +246,7 @@ class Session(Said):
         except (RankFailed, Hung):
             pass  # it is told by whatever the user does next, and by views
         except (RuntimeError, TimeoutError) as error:
-            if str(error) != run.message:
+            if str(error) != run.message and not run.closed:
                 run.say(str(error))
         while run.said:
             self._note(run.said.pop(0))

@@ -100,7 +100,8 @@ class Inspecting(Holding):
         )
 
     def _check_there(self, ranks: Sequence[int]) -> None:
-        """Raises RankFailed where one of these cannot answer."""
+        """Raises RankFailed where one of these cannot answer, RunOver where the run is about to be over."""
+        self.check_looking()
         exits = self._line.exits()
         gone = [rank for rank in ranks if exits[rank] is not None]
         silent = [silent_text(self.plan, r, self._line.ranks[r]) for r in self._line.silent() if r in ranks]
