@@ -237,7 +237,15 @@ class Session(Said):
             with self.ranks.changed:
                 self.ranks.changed.wait(LOOK_S)
             if self._run:
-                self._look_after(self._run)
+                try:
+                    self._look_after(self._run)
+                except Exception as error:  # this thread is the only one that looks after the run
+                    self._note_once(f"looking after the run raised {error!r}")
+
+    def _note_once(self, text: str) -> None:
+        """Not again and again, as what happens many times a second would be."""
+        if not any(line.endswith(f" {text}") for line in self.log):
+            self._note(text)
 
     def _look_after(self, run: Run) -> None:
         try:

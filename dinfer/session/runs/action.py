@@ -22,6 +22,8 @@ class Acting:
         self.said: list[str] = []
         self.story: list[str] = []
         self._listeners: list[Callable[[], None]] = []
+        self._broken: list[Callable[[], None]] = []
+        """those whose errors have been told"""
         self._lock = threading.RLock()
         """held by an action while it is under way"""
 
@@ -59,7 +61,15 @@ class Acting:
     def tell(self) -> None:
         """Call those who asked to be told of changes."""
         for callback in list(self._listeners):
-            callback()
+            try:
+                callback()
+            except Exception as error:  # a listener's mistake is not the run's, nor the other listeners'
+                self._note_broken(callback, error)
+
+    def _note_broken(self, callback: Callable[[], None], error: Exception) -> None:
+        if callback not in self._broken:
+            self._broken.append(callback)
+            self.said.append(f"{callback!r}, given to run.on_change, raised {error!r}; told once")
 
     def fail(self, why: str) -> None:
         """It cannot go on, until it is begun anew."""
