@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Callable
 from functools import wraps
+from numbers import Integral
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from dinfer.plan.cut import UNITS, Unit
@@ -122,8 +123,8 @@ def unit_of(name: str) -> Unit:
     raise PlanError(f"{name!r} is not a unit to step by; use one of {', '.join(UNITS)}, token.")
 
 
-def count_of(n: int) -> int:
+def count_of(n: int, name: str = "n") -> int:
     """A number of steps or tokens. Raises PlanError."""
-    if n < 1:
-        raise PlanError(f"n is {n}; it must be at least 1.")
+    if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
+        raise PlanError(f"{name} is {n!r}; it must be a whole number, at least 1.")
     return n

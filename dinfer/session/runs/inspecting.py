@@ -14,7 +14,7 @@ from dinfer.session.kv.live import Live
 from dinfer.session.kv.sides import Selection
 from dinfer.session.kv.source import Subject
 from dinfer.session.kv.states import Attention, Hidden, attention_of, hidden_of
-from dinfer.session.kv.view import KV, kv_of
+from dinfer.session.kv.view import KV, kv_of, within
 from dinfer.session.runs.fleet import RankFailed
 from dinfer.session.runs.holding import Holding
 from dinfer.verdict.words import at_text
@@ -47,6 +47,8 @@ class Inspecting(Holding):
     def attention(self, *, layer: int, chunk: int, head: int | None = None) -> Attention:
         """What a chunk's tokens attend to in a layer, over themselves and earlier ones: computed anew on the rank that
         owns the layer, from its hidden state and the KV that is there. Raises PlanError."""
+        if head is not None:
+            within("head", head, self.job.spec.heads)
         with self.hold():
             return attention_of(self.source, layer, chunk, head)
 

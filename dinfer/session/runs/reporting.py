@@ -55,7 +55,7 @@ class Reporting(Inspecting):
             raise RuntimeError("this session was made without views: use dinfer.connect(…).")
         self._until_it_stands()
         found = self.findings(prompt=prompt, environment=environment)
-        return self.reporter.write(with_findings(self.whole_trace(), found), Path(path))
+        return self.reporter.write(with_findings(self.whole_trace(), found), Path(path).expanduser())
 
     def whole_trace(self) -> Trace:
         """The trace of a run that stands, once the events of what its lanes did last have come, or after a while."""

@@ -190,6 +190,11 @@ class Run(Breaking, Comparing, Replaying, Saving):
 
         Fewer come where the text ends. `on_text` is called with each piece of text as it comes.
         """
+        more = (
+            self.config.max_new_tokens
+            if max_new_tokens is None
+            else count_of(max_new_tokens, "max_new_tokens")
+        )
         with self._lock:
             if self._stepper and not self._stepper.at_end:
                 self._resume()
@@ -199,7 +204,6 @@ class Run(Breaking, Comparing, Replaying, Saving):
                     return Decoded(
                         (), "", False, 0, f"prefill is not done: {self.message or 'it was paused'}"
                     )
-        more = self.config.max_new_tokens if max_new_tokens is None else count_of(max_new_tokens)
         return self._decode(len(self.tokens) + more, on_text)
 
     # -- for the session
