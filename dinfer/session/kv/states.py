@@ -19,9 +19,12 @@ TOP = 5
 
 
 class Hidden(Said):
-    """The hidden state of a chunk before a layer, [tokens, hidden_size]: `[tokens, dims]` fetches it, to the CPU."""
+    """The hidden state of a chunk before a layer, [tokens, hidden_size]: `[tokens, dims]` fetches it, to the CPU, and
+    raises PlanError where the run has gone back before it meanwhile."""
 
-    def __init__(self, source: Live, rank: int, chunk: int, layer: int, hold: Hold = nullcontext) -> None:
+    def __init__(
+        self, source: Callable[[], Live], rank: int, chunk: int, layer: int, hold: Hold = nullcontext
+    ) -> None:
         self._source, self.rank, self.chunk, self.layer = source, rank, chunk, layer
         self._hold = hold
 
@@ -29,7 +32,7 @@ class Hidden(Said):
     def values(self) -> Tensor:
         """[tokens, hidden_size], on the CPU; fetched once."""
         with self._hold():
-            return self._source.hidden(self.rank, self.chunk, self.layer)
+            return self._there().hidden(self.rank, self.chunk, self.layer)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -41,13 +44,19 @@ class Hidden(Said):
 
     def __str__(self) -> str:
         with self._hold():
-            said = self._source.hidden_summary(self.rank, self.chunk, self.layer)
+            source = self._there()
+            said = source.hidden_summary(self.rank, self.chunk, self.layer)
         names = ("min", "max", "mean", "absmax", "nan", "inf", "zeros")
         figures = ", ".join(f"{name} {said[name][0][0]:.4g}".replace("-", "−") for name in names)
-        tokens = self._source.subject.spans[self.chunk]
-        dtype = str(self._source.subject.dtype).removeprefix("torch.")
+        tokens = source.subject.spans[self.chunk]
+        dtype = str(source.subject.dtype).removeprefix("torch.")
         at = f"hidden c{self.chunk} l{self.layer} on rank {self.rank}"
         return f"{at}: {dtype}, tokens {tokens.start}–{tokens.stop - 1}; {figures}"
+
+    def _there(self) -> Live:
+        now = self._source()
+        _check_hidden(now, self.rank, self.chunk, self.layer)
+        return now
 
 
 class Attention(Said):
@@ -105,7 +114,7 @@ def hidden_of(source: Callable[[], Live], chunk: int, layer: int, hold: Hold = n
     within("layer", layer, shape.layers + 1)
     rank = shape.owners[min(layer, shape.layers - 1)]
     _check_hidden(now, rank, chunk, layer)
-    return Hidden(now, rank, chunk, layer, hold)
+    return Hidden(source, rank, chunk, layer, hold)
 
 
 def attention_of(source: Callable[[], Live], layer: int, chunk: int, head: int | None) -> Attention:

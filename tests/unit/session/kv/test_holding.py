@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dinfer.plan.ops import PlanError
 from dinfer.session.kv.live import Live
 from dinfer.session.runs.run import Run
 from dinfer.session.session import Session
@@ -91,6 +92,14 @@ def test_a_hidden_state_that_was_there_when_asked_for_is_there_when_fetched(
     assert waits == [True]
     assert found.shape == (8, run.job.spec.hidden_size)
     thread.join(DEADLINE_S)
+
+
+def test_a_hidden_state_that_the_run_has_gone_back_before_is_not_there(run: Run) -> None:
+    found = run.hidden(chunk=4, layer=1)
+    run.run_to(chunk=1, layer=0)
+    for look in (lambda: found[0], lambda: str(found)):
+        with pytest.raises(PlanError, match="of chunk 4 before layer 1 is not computed yet; the run stands"):
+            look()
 
 
 def test_a_run_that_is_sent_on_before_it_is_compared_is_waited_for(
