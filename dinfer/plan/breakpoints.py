@@ -14,8 +14,8 @@ from dinfer.plan.ops import Kind, Op, PlanError
 
 Condition = Literal["", "nan", "inf", "absmax", "digest", "slower"]
 WHENS = "'nan', 'inf', 'absmax > 100', 'digest differs', 'slower than 5 ms'"
-_ABSMAX = re.compile(r"absmax\s*(?:>|above)\s*([0-9.]+(?:e[+-]?\d+)?)", re.IGNORECASE)
-_SLOWER = re.compile(r"slower\s+than\s+([0-9.]+)\s*ms", re.IGNORECASE)
+_ABSMAX = re.compile(r"absmax\s*(?:>|above)\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", re.IGNORECASE)
+_SLOWER = re.compile(r"slower\s+than\s+(\d+\.?\d*|\.\d+)\s*ms", re.IGNORECASE)
 
 
 @dataclass(frozen=True, repr=False)

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Self
 
@@ -24,6 +24,7 @@ from dinfer.session.runs.reporting import Reporter, Write
 from dinfer.session.runs.run import Run
 from dinfer.session.runs.sweep import Sweep, sweep
 from dinfer.session.said import Listening, Said
+from dinfer.session.settled import without_settled
 
 LOOK_S = 0.05
 PREPARE_S = 120.0
@@ -84,20 +85,22 @@ class Session(Said, Closing):
     ) -> Run:
         """A run of this prompt, text or token ids; with `paused` it stands before its first op.
 
-        `parameters` are those of `dinfer run`: chunk_size, sync_strategy, schedule, layer_split, max_new_tokens, …
+        `parameters` are those of `dinfer run`: chunk_size, sync_strategy, schedule, layer_split, max_new_tokens, …;
+        those that `load` settles for all runs, such as dtype, are refused where they differ.
         `plan`: one of your own, its text, or a function of config and shape that makes it or its lanes (see plan/own);
         one that can hang is refused unless `unsafe=True`. Raises ConfigError or PlanError. The run before this one is
         over then.
         """
         if self.spec is None:
             self.load()
-        given = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_ids": tuple(prompt)}
-        config = self._config.with_(**{"prompt_ids": (), **given, **parameters})
+        assert self.spec
+        own = without_settled(parameters, self._config, self.spec)
+        config = self._config.with_(**{"prompt_ids": (), **_prompt(prompt), **own})
         job = prepare_loaded(config, plan)
-        own = None if plan is None else job.plan
+        own_plan = None if plan is None else job.plan
         self._end_run("another run has begun")
         tokenizer = load_tokenizer(config.model_path)
-        self._run = Run(job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, own))
+        self._run = Run(job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, own_plan))
         self._run.show = self._show
         if self._write:
             self._run.reporter = Reporter(self._write, self.log, lambda: self._past.of(job))
@@ -106,8 +109,9 @@ class Session(Said, Closing):
             self._run.resume()
         return self._run
 
-    def sweep(self, prompts: Sequence[str | Sequence[int]], **parameters: Any) -> Sweep:
-        """Run each prompt with every combination of these parameters, each a list or a single value; a table."""
+    def sweep(self, prompts: str | Sequence[str | Sequence[int]] | Sequence[int], **parameters: Any) -> Sweep:
+        """Run each prompt, or the one, with every combination of these parameters, each a list or a single value; a
+        table."""
         return sweep(self.prefill, prompts, parameters)
 
     def debugger(self) -> Any:
@@ -229,7 +233,15 @@ class Session(Said, Closing):
             with self.ranks.changed:
                 self.ranks.changed.wait(LOOK_S)
             if self._run:
-                self._look_after(self._run)
+                try:
+                    self._look_after(self._run)
+                except Exception as error:  # this thread is the only one that looks after the run
+                    self._note_once(f"looking after the run raised {error!r}")
+
+    def _note_once(self, text: str) -> None:
+        """Not again and again, as what happens many times a second would be."""
+        if not any(line.endswith(f" {text}") for line in self.log):
+            self._note(text)
 
     def _look_after(self, run: Run) -> None:
         try:
@@ -238,7 +250,7 @@ class Session(Said, Closing):
         except (RankFailed, Hung):
             pass  # it is told by whatever the user does next, and by views
         except (RuntimeError, TimeoutError) as error:
-            if str(error) != run.message:
+            if str(error) != run.message and not run.closed:
                 run.say(str(error))
         while run.said:
             self._note(run.said.pop(0))
@@ -260,3 +272,12 @@ class Session(Said, Closing):
             self._note(str(told) if told else "the run moves again")
             for rank, stack in told.stacks.items() if told else ():
                 self._note(f"rank {rank} stands at:\n{stack}")
+
+
+def _prompt(given: object) -> dict[str, Any]:
+    """A prompt as a parameter. Raises ConfigError for what is none."""
+    if isinstance(given, str):
+        return {"prompt": given}
+    if isinstance(given, Iterable) and not isinstance(given, bytes):
+        return {"prompt_ids": tuple(given)}
+    raise ConfigError(f"prompt is {given!r}; it must be text, or a list of token ids such as [5, 17, 3].")

@@ -138,6 +138,8 @@ class Host:
         torch.set_num_threads(message["threads"])
         started = perf_counter()
         if self._loaded != wanted or self.decoder is None:
+            if self.engine:
+                self.engine.release()  # its lanes end, so that nothing of it holds the weights
             self.engine = self.decoder = None  # two checkpoints at a time might not fit
             self._loaded = ()
             self.board.set_phase("loading")

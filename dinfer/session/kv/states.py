@@ -1,6 +1,7 @@
 """States: hidden states between layers and attention weights, as their user looks at them."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from dinfer.plan.ops import PlanError
 from dinfer.session.kv.live import Live
 from dinfer.session.kv.source import Subject
-from dinfer.session.kv.view import check_computed, say_size, within
+from dinfer.session.kv.view import Hold, check_computed, say_size, within
 from dinfer.session.said import Said
 
 TOP = 5
@@ -18,15 +19,20 @@ TOP = 5
 
 
 class Hidden(Said):
-    """The hidden state of a chunk before a layer, [tokens, hidden_size]: `[tokens, dims]` fetches it, to the CPU."""
+    """The hidden state of a chunk before a layer, [tokens, hidden_size]: `[tokens, dims]` fetches it, to the CPU, and
+    raises PlanError where the run has gone back before it meanwhile."""
 
-    def __init__(self, source: Live, rank: int, chunk: int, layer: int) -> None:
+    def __init__(
+        self, source: Callable[[], Live], rank: int, chunk: int, layer: int, hold: Hold = nullcontext
+    ) -> None:
         self._source, self.rank, self.chunk, self.layer = source, rank, chunk, layer
+        self._hold = hold
 
     @cached_property
     def values(self) -> Tensor:
         """[tokens, hidden_size], on the CPU; fetched once."""
-        return self._source.hidden(self.rank, self.chunk, self.layer)
+        with self._hold():
+            return self._there().hidden(self.rank, self.chunk, self.layer)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -37,13 +43,20 @@ class Hidden(Said):
         return found
 
     def __str__(self) -> str:
-        said = self._source.hidden_summary(self.rank, self.chunk, self.layer)
+        with self._hold():
+            source = self._there()
+            said = source.hidden_summary(self.rank, self.chunk, self.layer)
         names = ("min", "max", "mean", "absmax", "nan", "inf", "zeros")
         figures = ", ".join(f"{name} {said[name][0][0]:.4g}".replace("-", "−") for name in names)
-        tokens = self._source.subject.spans[self.chunk]
-        dtype = str(self._source.subject.dtype).removeprefix("torch.")
+        tokens = source.subject.spans[self.chunk]
+        dtype = str(source.subject.dtype).removeprefix("torch.")
         at = f"hidden c{self.chunk} l{self.layer} on rank {self.rank}"
         return f"{at}: {dtype}, tokens {tokens.start}–{tokens.stop - 1}; {figures}"
+
+    def _there(self) -> Live:
+        now = self._source()
+        _check_hidden(now, self.rank, self.chunk, self.layer)
+        return now
 
 
 class Attention(Said):
@@ -93,15 +106,15 @@ class Attention(Said):
         return f" {text!r}" if text else ""
 
 
-def hidden_of(source: Callable[[], Live], chunk: int, layer: int) -> Hidden:
-    """What `run.hidden` returns."""
+def hidden_of(source: Callable[[], Live], chunk: int, layer: int, hold: Hold = nullcontext) -> Hidden:
+    """What `run.hidden` returns; `hold` keeps the run from moving while its ranks are asked."""
     now = source()
     shape = now.subject.plan.shape
     within("chunk", chunk, len(shape.chunks))
     within("layer", layer, shape.layers + 1)
     rank = shape.owners[min(layer, shape.layers - 1)]
     _check_hidden(now, rank, chunk, layer)
-    return Hidden(now, rank, chunk, layer)
+    return Hidden(source, rank, chunk, layer, hold)
 
 
 def attention_of(source: Callable[[], Live], layer: int, chunk: int, head: int | None) -> Attention:

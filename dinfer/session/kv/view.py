@@ -1,6 +1,7 @@
 """View: KV as its user looks at it: who holds what, each head in a few numbers, values on demand."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ CORNER = 4
 """values shown of a row, and tokens"""
 Index = int | slice
 Note = Callable[[Diff, Selection], None]
+Hold = Callable[[], AbstractContextManager[None]]
 
 
 class Other(Protocol):
@@ -30,7 +32,8 @@ class Other(Protocol):
 
 
 class KV(Said):
-    """Some of what ranks hold. `source()` is asked anew for each look: a run may have moved."""
+    """Some of what ranks hold. `source()` is asked anew for each look: a run may have moved; while one lasts, `hold()`
+    keeps it standing."""
 
     def __init__(
         self,
@@ -39,8 +42,9 @@ class KV(Said):
         spans: Sequence[int],
         rank: int | None,
         note: "Note | None" = None,
+        hold: "Hold" = nullcontext,
     ) -> None:
-        self.source, self._note = source, note
+        self.source, self._note, self._hold = source, note, hold
         self._layers, self._spans, self._rank = tuple(layers), tuple(spans), rank
 
     def diff(
@@ -56,6 +60,10 @@ class KV(Said):
         `ranks`: which to compare, by default all; `values`: of how many tokens' rows to fetch the values, None: of all
         that differ. Raises PlanError for ranks that there are not, and for a run of another prompt, model or dtype.
         """
+        with self._hold():
+            return self._diff(other, ranks, values)
+
+    def _diff(self, other: "Other | Source | None", ranks: Sequence[int] | None, values: int | None) -> Diff:
         source = self.source()
         subject = source.subject
         chosen = tuple(_ranks(subject, ranks if ranks is not None else self._own_ranks(source)))
@@ -83,6 +91,10 @@ class KV(Said):
 
     def summary(self) -> Table:
         """Each head of one layer in a few numbers: of the rank that was asked for, or the one that owns the layer."""
+        with self._hold():
+            return self._summary()
+
+    def _summary(self) -> Table:
         layer, rank = self._one_layer(), self._one_rank()
         source = self.source()
         figures = source.summary(rank, layer, _places(source, self._spans, rank, layer))
@@ -95,6 +107,10 @@ class KV(Said):
         return Table(("", "head", *names), lines)
 
     def __str__(self) -> str:
+        with self._hold():
+            return self._text()
+
+    def _text(self) -> str:
         source = self.source()
         subject, ranks = source.subject, self._own_ranks(source)
         held = source.held(ranks)
@@ -124,8 +140,9 @@ class KV(Said):
         return lines
 
     def _part(self, tensor: int) -> "Part":
-        source, layer, rank = self.source(), self._one_layer(), self._one_rank()
-        return Part(source, rank, layer, tensor, _places(source, self._spans, rank, layer))
+        with self._hold():
+            source, layer, rank = self.source(), self._one_layer(), self._one_rank()
+            return Part(source, rank, layer, tensor, _places(source, self._spans, rank, layer))
 
     def _one_layer(self) -> int:
         if len(self._layers) != 1:
@@ -185,9 +202,10 @@ def kv_of(
     chunk: int | None,
     rank: int | None,
     note: Note | None = None,
+    hold: Hold = nullcontext,
 ) -> KV:
-    """What `run.kv` returns; `note` is told what comparing ranks finds. Raises PlanError for what there is not, or not
-    yet."""
+    """What `run.kv` returns; `note` is told what comparing ranks finds, `hold` keeps the run from moving meanwhile.
+    Raises PlanError for what there is not, or not yet."""
     now = source()
     shape = now.subject.plan.shape
     layers = range(shape.layers) if layer is None else [within("layer", layer, shape.layers)]
@@ -196,7 +214,7 @@ def kv_of(
         within("chunk", chunk, len(shape.chunks))
         for has in layers:
             check_computed(now, chunk, has, list(ranks))
-    return KV(source, list(layers), () if chunk is None else (chunk,), rank, note)
+    return KV(source, list(layers), () if chunk is None else (chunk,), rank, note, hold)
 
 
 def check_computed(source: Source, chunk: int, layer: int, ranks: Sequence[int]) -> None:

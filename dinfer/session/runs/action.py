@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Callable
 from functools import wraps
+from numbers import Integral
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from dinfer.plan.cut import UNITS, Unit
@@ -23,6 +24,8 @@ class Acting:
         self.story: list[str] = []
         self._listeners: list[Callable[[], None]] = []
         self._seen: object = None
+        self._broken: list[Callable[[], None]] = []
+        """those whose errors have been told"""
         self._lock = threading.RLock()
         """held by an action while it is under way"""
 
@@ -60,7 +63,15 @@ class Acting:
     def tell(self) -> None:
         """Call those who asked to be told of changes."""
         for callback in list(self._listeners):
-            callback()
+            try:
+                callback()
+            except Exception as error:  # a listener's mistake is not the run's, nor the other listeners'
+                self._note_broken(callback, error)
+
+    def _note_broken(self, callback: Callable[[], None], error: Exception) -> None:
+        if callback not in self._broken:
+            self._broken.append(callback)
+            self.said.append(f"{callback!r}, given to run.on_change, raised {error!r}; told once")
 
     def tell_of_news(self, look: Callable[[], object]) -> None:
         """Call them where what `look()` gives is not what it gave the last time: at rest, nobody is told anything."""
@@ -120,8 +131,8 @@ def unit_of(name: str) -> Unit:
     raise PlanError(f"{name!r} is not a unit to step by; use one of {', '.join(UNITS)}, token.")
 
 
-def count_of(n: int) -> int:
+def count_of(n: int, name: str = "n") -> int:
     """A number of steps or tokens. Raises PlanError."""
-    if n < 1:
-        raise PlanError(f"n is {n}; it must be at least 1.")
+    if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
+        raise PlanError(f"{name} is {n!r}; it must be a whole number, at least 1.")
     return n

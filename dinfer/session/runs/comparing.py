@@ -1,7 +1,6 @@
 """Comparing: a run beside transformers' own forward. Ranks compute and compare; only numbers come here."""
 
 import contextlib
-import threading
 from typing import Any
 
 from dinfer.engine.hosting.commands import Message
@@ -11,16 +10,15 @@ from dinfer.session.reference.compare import Comparison
 from dinfer.session.reference.judging import Case
 from dinfer.session.reference.told import Examined, Held, Measure, holds_most, to_be_examined
 from dinfer.session.runs.action import action
-from dinfer.session.runs.sight import Sight
+from dinfer.session.runs.holding import Holding
+from dinfer.session.runs.lent import RunOver
 from dinfer.session.said import Where
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class Comparing(Sight):
+class Comparing(Holding):
     """Part of a run."""
-
-    _lock: threading.RLock
 
     def wait(self, timeout: float | None = None) -> Where:
         """Wait until the run stands."""
@@ -42,7 +40,8 @@ class Comparing(Sight):
         """
         _check(what, dtype)
         self.wait()
-        with self._lock:
+        with self.hold():  # it may have been sent on since
+            self.check()
             helds = self._held()
             own = helds[0].dtype
             wanted = dtype or own
@@ -76,16 +75,20 @@ class Comparing(Sight):
     def _pages(self, requests: dict[int, Message]) -> dict[int, Message]:
         """The answers, each with all its items; however long they take, as long as the ranks live."""
         try:
-            answers = self._line.ask(requests, float("inf"), self.check)
-        except KeyboardInterrupt:
+            answers = self._line.ask(requests, float("inf"), self._check_goes_on)
+        except (KeyboardInterrupt, RunOver):
             with contextlib.suppress(Exception):
                 self._ask_all("reference_stop")
             raise
         for rank, said in answers.items():
             while len(said["items"]) < said["count"]:
                 page = {rank: {"do": "reference_page", "start": len(said["items"])}}
-                said["items"] += self._line.ask(page, 30.0, self.check)[rank]["items"]
+                said["items"] += self._line.ask(page, 30.0, self._check_goes_on)[rank]["items"]
         return answers
+
+    def _check_goes_on(self) -> None:
+        self.check_looking()
+        self.check()
 
     def _token_texts(self, helds: list[Held]) -> list[str]:
         ids = [*self.job.ids, *max((one.tokens for one in helds), key=len)]

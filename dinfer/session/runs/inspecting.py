@@ -14,15 +14,13 @@ from dinfer.session.kv.live import Live
 from dinfer.session.kv.sides import Selection
 from dinfer.session.kv.source import Subject
 from dinfer.session.kv.states import Attention, Hidden, attention_of, hidden_of
-from dinfer.session.kv.view import KV, kv_of
+from dinfer.session.kv.view import KV, kv_of, within
 from dinfer.session.runs.fleet import RankFailed
-from dinfer.session.runs.sight import Sight
+from dinfer.session.runs.holding import Holding
 from dinfer.verdict.words import at_text
 
-POLL_S = 0.05
 
-
-class Inspecting(Sight):
+class Inspecting(Holding):
     """Of one run, also one that has failed, as far as its ranks live."""
 
     def kv(self, *, layer: int | None = None, chunk: int | None = None, rank: int | None = None) -> KV:
@@ -32,7 +30,10 @@ class Inspecting(Sight):
         tokens]` fetch values, [heads, tokens, head_dim], indexed as a tensor is; `.diff()` finds where ranks differ.
         Raises PlanError for what there is not, or not yet.
         """
-        return kv_of(self.source, layer=layer, chunk=chunk, rank=rank, note=self._compared)
+        with self.hold():
+            return kv_of(
+                self.source, layer=layer, chunk=chunk, rank=rank, note=self._compared, hold=self.hold
+            )
 
     def hidden(self, *, chunk: int, layer: int) -> Hidden:
         """The hidden state of a chunk before a layer, or after the last (`layer` is then how many there are).
@@ -40,12 +41,16 @@ class Inspecting(Sight):
         It is that of the rank that owns the layer, which computes it anew where it is not at hand. `[tokens, dims]`
         fetches values. Raises PlanError for what there is not, or not yet.
         """
-        return hidden_of(self.source, chunk, layer)
+        with self.hold():
+            return hidden_of(self.source, chunk, layer, self.hold)
 
     def attention(self, *, layer: int, chunk: int, head: int | None = None) -> Attention:
         """What a chunk's tokens attend to in a layer, over themselves and earlier ones: computed anew on the rank that
         owns the layer, from its hidden state and the KV that is there. Raises PlanError."""
-        return attention_of(self.source, layer, chunk, head)
+        if head is not None:
+            within("head", head, self.job.spec.heads)
+        with self.hold():
+            return attention_of(self.source, layer, chunk, head)
 
     def source(self) -> Live:
         """What the ranks hold just now, once the run stands. Raises RuntimeError for a run that is over."""
@@ -100,17 +105,9 @@ class Inspecting(Sight):
             for rank, stand in enumerate(stands)
         )
 
-    def _settle(self) -> None:
-        """Wait until nothing moves."""
-        if self.closed:
-            raise RuntimeError(f"this run is over, and its ranks hold its KV no more: {self.closed}")
-        while self._state() in ("starting", "running", "decoding"):
-            with self._line.changed:
-                self._line.changed.wait(POLL_S)
-            self.check()
-
     def _check_there(self, ranks: Sequence[int]) -> None:
-        """Raises RankFailed where one of these cannot answer."""
+        """Raises RankFailed where one of these cannot answer, RunOver where the run is about to be over."""
+        self.check_looking()
         exits = self._line.exits()
         gone = [rank for rank in ranks if exits[rank] is not None]
         silent = [silent_text(self.plan, r, self._line.ranks[r]) for r in self._line.silent() if r in ranks]

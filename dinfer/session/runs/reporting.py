@@ -52,7 +52,7 @@ class Reporting(Inspecting):
             raise RuntimeError("this session was made without views: use dinfer.connect(…).")
         self._until_it_stands()
         found = self.findings(prompt=prompt, environment=environment)
-        return self.reporter.write(with_findings(self.trace, found), Path(path))
+        return self.reporter.write(with_findings(self.trace, found), Path(path).expanduser())
 
     def findings(self, *, prompt: bool = False, environment: bool = False) -> Findings:
         """What is known of it now, beside its events."""

@@ -53,7 +53,7 @@ class Run(Breaking, Comparing, Replaying, Saving):
     ) -> None:
         super().__init__(job, line, devices, tokenizer)
         self._prepare = prepare
-        self._fleet = RemoteFleet(job.plan, line, self.check)
+        self._fleet = RemoteFleet(job.plan, self._line, self.check)
         self._stops = Stops(lambda armed: self._ask_all("breakpoints", breakpoints=armed))
         self._playing = threading.Event()
         self._begin()
@@ -113,14 +113,7 @@ class Run(Breaking, Comparing, Replaying, Saving):
     @action
     def pause(self) -> Where:
         """Stop a run, or the action that another thread waits for, at the nearest cut; in decode, after a token."""
-        self._playing.set()
-        if self._generation.under_way:
-            self._generation.stop()
-        elif self._stepper is None:
-            self._fleet.freeze()
-        else:
-            self._stops.forget_ahead()
-            self._stepper.pause()
+        self._pause()
         return self.where()
 
     def wait(self, timeout: float | None = None) -> Where:
@@ -142,11 +135,13 @@ class Run(Breaking, Comparing, Replaying, Saving):
         return self.where()
 
     def restart(self) -> Where:
-        """Begin anew, paused at the start, with the same breakpoints and faults; also after `session.recover()`."""
-        self.last_call = "run.restart()"
-        if self.closed:
-            raise RuntimeError(f"this run is over: {self.closed}")
-        with self._lock:
+        """Begin anew, paused at the start, with the same breakpoints and faults; also after `session.recover()`. What
+        is under way is stopped first."""
+        with self.halted():
+            self.last_call = "run.restart()"
+            if self.closed:
+                raise RuntimeError(f"this run is over: {self.closed}")
+            self._stops.forget_ahead()
             self._begin()
             self._stops.arm()
             if self._armed:
@@ -195,6 +190,11 @@ class Run(Breaking, Comparing, Replaying, Saving):
 
         Fewer come where the text ends. `on_text` is called with each piece of text as it comes.
         """
+        more = (
+            self.config.max_new_tokens
+            if max_new_tokens is None
+            else count_of(max_new_tokens, "max_new_tokens")
+        )
         with self._lock:
             if self._stepper and not self._stepper.at_end:
                 self._resume()
@@ -204,7 +204,6 @@ class Run(Breaking, Comparing, Replaying, Saving):
                     return Decoded(
                         (), "", False, 0, f"prefill is not done: {self.message or 'it was paused'}"
                     )
-        more = self.config.max_new_tokens if max_new_tokens is None else count_of(max_new_tokens)
         return self._decode(len(self.tokens) + more, on_text)
 
     # -- for the session
@@ -244,6 +243,16 @@ class Run(Breaking, Comparing, Replaying, Saving):
             self.say(f"interrupted; the ranks stop as soon as their ops end: {error}")
 
     # -- within
+
+    def _pause(self) -> None:
+        self._playing.set()
+        if self._generation.under_way:
+            self._generation.stop()
+        elif self._stepper is None:
+            self._fleet.freeze()
+        else:
+            self._stops.forget_ahead()
+            self._stepper.pause()
 
     def _moved(self, go: Callable[[Stepper], Move]) -> Moved:
         with self._lock:

@@ -15,6 +15,7 @@ from dinfer.session.result import merge
 from dinfer.session.runs.action import Acting
 from dinfer.session.runs.armed import Armed
 from dinfer.session.runs.generation import Generation
+from dinfer.session.runs.lent import Lent
 from dinfer.session.runs.marks import Marks
 from dinfer.session.runs.standing import Standing, State, state_of_lanes
 from dinfer.session.runs.where import where_text
@@ -43,8 +44,8 @@ class Sight(Acting, Said):
         """blocks whose bytes have changed, in the order in which they were found"""
         self.silence = ""
         """which rank does not answer, while that is so"""
-        self._line, self._devices, self._tokenizer = line, devices, tokenizer
-        self._generation = Generation(line, self.check, tokenizer)
+        self._line, self._devices, self._tokenizer = Lent(line), devices, tokenizer
+        self._generation = Generation(self._line, self.check, tokenizer)
         self._events: list[list[Event]] = []
         self._marks, self._begun = Marks(), 0
         self._back: tuple[list[int], Cut] = [], ()

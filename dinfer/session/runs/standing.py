@@ -8,6 +8,7 @@ from dinfer.plan.plan import Plan
 from dinfer.session.runs.marks import Mark
 
 State = Literal["starting", "running", "paused", "done", "decoding", "failed", "closed"]
+MOVING: tuple[State, ...] = ("starting", "running", "decoding")
 
 
 class Standing(NamedTuple):

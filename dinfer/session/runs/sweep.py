@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from numbers import Integral
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -64,11 +65,13 @@ class Sweep(Said):
 
 
 def sweep(
-    prefill: Callable[..., Run], prompts: Sequence[str | Sequence[int]], parameters: Mapping[str, Any]
+    prefill: Callable[..., Run],
+    prompts: str | Sequence[str | Sequence[int]] | Sequence[int],
+    parameters: Mapping[str, Any],
 ) -> Sweep:
     """Run every prompt with every combination of parameters, whose values are lists or single values. A run that cannot
     be, or fails, is a row that says why; the others go on as far as the session lets them."""
-    names = list(parameters)
+    names, prompts = list(parameters), _prompts(prompts)
     choices = [value if isinstance(value, list) else [value] for value in parameters.values()]
     combinations = list(itertools.product(prompts, *choices))
     rows = list[dict[str, Any]]()
@@ -80,12 +83,20 @@ def sweep(
     return Sweep(tuple(rows), len(combinations) - len(rows))
 
 
+def _prompts(given: str | Sequence[str | Sequence[int]] | Sequence[int]) -> Sequence[str | Sequence[int]]:
+    """Text, or the token ids of one prompt, are one prompt."""
+    if isinstance(given, str):
+        return [given]
+    several = list[Any](given)
+    return [several] if several and all(isinstance(one, Integral) for one in several) else several
+
+
 def _row(prefill: Callable[..., Run], prompt: str | Sequence[int], chosen: dict[str, Any]) -> dict[str, Any]:
-    name = prompt if isinstance(prompt, str) else f"{len(prompt)} token ids"
+    name = f"{len(prompt)} token ids" if isinstance(prompt, (list, tuple)) else str(prompt)
     try:
         run = prefill(prompt, **chosen)
         figures = _figures(run, run.decode().text)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TimeoutError) as error:
         figures = dict.fromkeys(FIGURES) | {"error": str(error).partition("\n")[0]}
     return {"prompt": name, **chosen, **figures}
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def write(content: Content, path: str | Path) -> Path:
             _write_tensors(folder / HIDDEN, states)
         about = {**_about(content, taken), "files": _sums(folder)}
         (folder / RUN).write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    return Path(path)
+    return Path(path).expanduser()
 
 
 def _about(content: Content, taken: Taken) -> dict[str, Any]:
@@ -129,6 +129,10 @@ def chosen_layers(kv: bool | Sequence[int], count: int) -> tuple[int, ...]:
     """Which layers' values to save. Raises SavedError for one that there is not."""
     if isinstance(kv, bool):
         return tuple(range(count)) if kv else ()
+    if isinstance(kv, str) or not isinstance(kv, Iterable):
+        raise SavedError(
+            f"kv is {kv!r}; it must be True, False, or a list of layers, such as kv=[0, {count - 1}]."
+        )
     if wrong := [layer for layer in kv if layer not in range(count)]:
         raise SavedError(
             f"kv names layer {wrong[0]}; the layers are 0 to {count - 1}: name some of them, or say True or False."

@@ -43,7 +43,10 @@ def test_a_condition_is_written_as_it_is_read(text: str) -> None:
     assert Breakpoint(1, None, "layer", None, None, *parse_when(text)).when == text
 
 
-@pytest.mark.parametrize("text", ["absmax", "slower than x ms", "when it breaks", "absmax > "])
+@pytest.mark.parametrize(
+    "text",
+    ["absmax", "slower than x ms", "when it breaks", "absmax > ", "absmax > 1.2.3", "slower than . ms"],
+)
 def test_another_condition_is_refused_with_what_is_allowed(text: str) -> None:
     with pytest.raises(PlanError, match=r"when is .*; it must be one of 'nan', 'inf', 'absmax > 100'"):
         parse_when(text)

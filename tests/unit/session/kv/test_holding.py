@@ -1,0 +1,123 @@
+"""A run that is looked at stands still meanwhile, whoever wants to move it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dinfer.plan.ops import PlanError
+from dinfer.session.kv.live import Live
+from dinfer.session.runs.run import Run
+from dinfer.session.session import Session
+from tests.unit.model.tiny import tiny_checkpoint
+from tests.unit.session.threads import session_on_threads
+
+LAYERS = 3
+DEADLINE_S = 30.0
+MEANWHILE_S = 0.5
+"""by then a step that may begin has ended"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three layers."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("holding") / "model", layers=LAYERS)
+
+
+@pytest.fixture
+def session(model: Path) -> Iterator[Session]:
+    """Two ranks on threads."""
+    with session_on_threads(2, model) as session:
+        yield session
+
+
+@pytest.fixture
+def run(session: Session) -> Run:
+    """A run of 40 tokens in 5 chunks that stands in its last one."""
+    run = session.prefill([1 + n for n in range(40)], chunk_size=8, paused=True)
+    run.run_to(chunk=4, layer=1)
+    return run
+
+
+def goes_back_within(
+    name: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> tuple[threading.Thread, list[bool]]:
+    """A thread that takes the run back as soon as the ranks are asked for this, and whether that had to wait."""
+    waits = list[bool]()
+    thread = threading.Thread(target=run.step_back, args=("chunk", 2))
+    ask: Callable[..., Any] = getattr(Live, name)
+
+    def asked(self: Live, *given: Any) -> Any:
+        found = ask(self, *given)
+        if thread.ident is None:
+            thread.start()
+            thread.join(MEANWHILE_S)
+            waits.append(thread.is_alive())
+        return found
+
+    monkeypatch.setattr(Live, name, asked)
+    return thread, waits
+
+
+def test_a_diff_is_of_one_moment(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [stand.positions for stand in run.standing().stands]
+    thread, waits = goes_back_within("held", run, monkeypatch)
+    found = run.kv().diff()
+    thread.join(DEADLINE_S)
+    assert waits == [True]
+    assert found.equal, found.verdict
+    assert not run.standing().marks
+    assert [stand.positions for stand in run.standing().stands] != before, "the step came after the diff"
+
+
+@pytest.mark.parametrize("name", ["held", "summary"])
+def test_a_layer_is_shown_as_of_one_moment(run: Run, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    thread, waits = goes_back_within(name, run, monkeypatch)
+    shown = str(run.kv(layer=0))
+    thread.join(DEADLINE_S)
+    assert "rank 0 holds 40, rank 1 holds 40" in shown
+    assert "K, head 0, token 0" in shown
+    assert waits == [True]
+
+
+def test_a_hidden_state_that_was_there_when_asked_for_is_there_when_fetched(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread, waits = goes_back_within("hidden_first", run, monkeypatch)
+    found = run.hidden(chunk=4, layer=1)
+    assert waits == [True]
+    assert found.shape == (8, run.job.spec.hidden_size)
+    thread.join(DEADLINE_S)
+
+
+def test_a_hidden_state_that_the_run_has_gone_back_before_is_not_there(run: Run) -> None:
+    found = run.hidden(chunk=4, layer=1)
+    run.run_to(chunk=1, layer=0)
+    for look in (lambda: found[0], lambda: str(found)):
+        with pytest.raises(PlanError, match="of chunk 4 before layer 1 is not computed yet; the run stands"):
+            look()
+
+
+def test_a_run_that_is_sent_on_before_it_is_compared_is_waited_for(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = list[str]()
+    wait, held = run.wait, run._held
+
+    def wait_and_resume() -> object:
+        found = wait()
+        run.resume()
+        return found
+
+    def noted() -> Any:
+        states.append(run.standing().state)
+        return held()
+
+    monkeypatch.setattr(run, "wait", wait_and_resume)
+    monkeypatch.setattr(run, "_held", noted)
+    assert run.compare("reference").equal
+    assert states == ["done"]

@@ -1,0 +1,70 @@
+"""What a listener raises is put down, and stops neither the run nor those who look after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dinfer.session.runs.run import Run
+from dinfer.session.session import Session
+from tests.unit.model.tiny import tiny_checkpoint
+from tests.unit.session.threads import session_on_threads
+
+DEADLINE_S = 30.0
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Iterator[Session]:
+    """Two ranks on threads."""
+    with session_on_threads(2, tiny_checkpoint(tmp_path / "model", layers=2)) as session:
+        yield session
+
+
+@pytest.fixture
+def run(session: Session) -> Run:
+    """A run of 8 tokens in 2 chunks that stands at its start."""
+    return session.prefill(list(range(1, 9)), chunk_size=4, paused=True)
+
+
+def logged(session: Session, text: str) -> int:
+    """How often the log has it, once it has it at all."""
+    changed = session.ranks.changed
+    with changed:
+        assert changed.wait_for(lambda: any(text in line for line in session.log), DEADLINE_S)
+    return sum(text in line for line in session.log)
+
+
+def test_a_listener_that_raises_is_told_once_and_the_others_hear(session: Session, run: Run) -> None:
+    heard, calls = list[int](), list[int]()
+
+    def broken() -> None:
+        calls.append(1)
+        raise ValueError("the widget is gone")
+
+    run.on_change(broken)
+    run.on_change(lambda: heard.append(1))
+    run.step("layer")
+    run.step("layer")
+    assert logged(session, "the widget is gone") == 1
+    assert len(calls) > 1
+    assert heard
+    assert session._thread.is_alive()
+
+
+def test_whatever_looking_after_a_run_raises_is_put_down(
+    session: Session, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look() -> None:
+        raise ValueError("nobody has thought of this")
+
+    monkeypatch.setattr(run, "look", look)
+    run.step("layer")
+    assert logged(session, "nobody has thought of this") == 1
+    monkeypatch.undo()
+    run.break_at(layer=1)
+    run.resume()
+    assert "stopped at #1" in str(run.wait(DEADLINE_S))
+    assert logged(session, "stopped at #1")
+    assert session._thread.is_alive()
