@@ -20,8 +20,9 @@ class Tokens:
         self._engine = engine
         self._decoding: Decoding | None = None
         self._tokenizer = load_tokenizer(engine.decoder.spec.path)
-        self._lock = threading.Lock()
+        self._told = threading.Condition()
         self._limit = self._begun = 0
+        self._held = False
         self._stream = self._new_stream()
 
     @property
@@ -35,9 +36,15 @@ class Tokens:
         return self._decoding.rows if self._decoding and self._decoding.tokens else 0
 
     def limit_to(self, limit: int | None) -> int:
-        """Stop at that many tokens, None: at once; how many have been begun."""
-        with self._lock:
-            self._limit = self._begun if limit is None else limit
+        """Stop at that many tokens; None: begin no other until a limit is told. How many have been begun.
+
+        To stop, all ranks are held first, and then let go to what the furthest has begun: one that had returned by then
+        would be missing there.
+        """
+        with self._told:
+            self._held = limit is None
+            self._limit = self._limit if limit is None else limit
+            self._told.notify_all()
             return self._begun
 
     def run(self, on_token: OnToken) -> Message:
@@ -77,7 +84,8 @@ class Tokens:
 
     def _begin(self, decoding: Decoding) -> bool:
         """Whether to decode one more; if so, it counts as begun: whoever stops one rank must let all come so far."""
-        with self._lock:
+        with self._told:
+            self._told.wait_for(lambda: not self._held)
             if len(decoding.tokens) >= self._limit or decoding.is_done:
                 return False
             self._begun = len(decoding.tokens) + 1

@@ -52,6 +52,8 @@ class States:
         self.changed = threading.Condition()
         self._texts: list[str] = []
         self._replies: dict[int, Message] = {}
+        self._awaited, self._unwanted = set[int](), set[int]()
+        """the numbers of replies: those that somebody waits for, and those to come for which nobody does"""
         self._ids = itertools.count(1)
 
     # -- to the ranks
@@ -62,7 +64,10 @@ class States:
 
     def begin(self, requests: dict[int, Message]) -> dict[int, int]:
         """Send one command to each of these ranks, together; what `finish` takes."""
-        return {rank: self.send(rank, **message) for rank, message in requests.items()}
+        ids = {rank: self.send(rank, **message) for rank, message in requests.items()}
+        with self.changed:
+            self._awaited.update(ids.values())
+        return ids
 
     def finish(
         self, ids: dict[int, int], timeout: float, check: Callable[[], None] = lambda: None
@@ -70,6 +75,7 @@ class States:
         """The answers to what was begun.
 
         `check()` is called while waiting, and may raise. Raises TimeoutError, or RankRefused for a rank that refuses.
+        After a KeyboardInterrupt it may be called again: who does not must `forget`.
         """
         deadline = time.monotonic() + timeout
         try:
@@ -81,8 +87,12 @@ class States:
                         f"no answer from rank {', '.join(map(str, silent))} within {timeout:g} s"
                     )
             answers = {rank: self._replies[number] for rank, number in ids.items()}
-        finally:
-            self._forget(ids)
+        except KeyboardInterrupt:  # what has come so far does not come again
+            raise
+        except BaseException:
+            self.forget(ids)
+            raise
+        self.forget(ids)
         for rank, answer in answers.items():
             if "error" in answer:
                 text = answer["error"]
@@ -93,7 +103,19 @@ class States:
         self, requests: dict[int, Message], timeout: float, check: Callable[[], None] = lambda: None
     ) -> dict[int, Message]:
         """Send one command to each of these ranks, together; their answers. Raises as `finish` does."""
-        return self.finish(self.begin(requests), timeout, check)
+        begun = self.begin(requests)
+        try:
+            return self.finish(begun, timeout, check)
+        finally:
+            self.forget(begun)
+
+    def forget(self, ids: dict[int, int]) -> None:
+        """Nobody waits for these replies any more; those that are still to come are dropped."""
+        with self.changed:
+            for number in self._awaited.intersection(ids.values()):
+                self._awaited.discard(number)
+                if self._replies.pop(number, None) is None:
+                    self._unwanted.add(number)
 
     # -- from the ranks
 
@@ -113,7 +135,10 @@ class States:
                     state.lanes, state.events = tuple(message["lanes"]), []
                     state.reports.pop("error", None)
                 case "reply":
-                    self._replies[message["id"]] = message
+                    if message["id"] in self._unwanted:
+                        self._unwanted.discard(message["id"])
+                    else:
+                        self._replies[message["id"]] = message
                 case "text":
                     self._texts.append(message["text"])
                 case "note":
@@ -153,11 +178,6 @@ class States:
         """Whether all these replies are there; waits a little for the next message if not."""
         with self.changed:
             return self.changed.wait_for(lambda: all(n in self._replies for n in ids.values()), ASK_S)
-
-    def _forget(self, ids: dict[int, int]) -> None:
-        with self.changed:
-            for number in ids.values():
-                self._replies.pop(number, None)
 
 
 def update(state: RankState, message: Message) -> None:

@@ -121,6 +121,8 @@ class Host:
 
     def close(self) -> None:
         """Give up prompt and group; whatever is blocked in them stays so."""
+        if self.tokens:
+            self.tokens.limit_to(0)
         if self.engine:
             self.engine.release()
         if self.comm:

@@ -1,5 +1,6 @@
 """Generation: the new tokens of a run, made by all ranks together, so many at a time; stopped, and taken back."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -22,11 +23,14 @@ class Generation:
         self.ended = self.under_way = False
         self._line, self._check, self._tokenizer = line, check, tokenizer
         self._remark = ""
+        self._telling = threading.Lock()
+        """held while the ranks are told how far to go: what two threads tell must not mix"""
 
     def go(self, limit: int, on_text: Callable[[str], None] | None) -> Decoded:
         """Decode until there are `limit` new tokens or the text ends; a keyboard interrupt stops it after a token."""
         before, seen = len(self.tokens), len(self.text)
-        self._ask("decode_limit", limit=limit)
+        with self._telling:
+            self._ask("decode_limit", limit=limit)
         begun = self._line.begin({rank: {"do": "decode"} for rank in range(len(self._line.ranks))})
         self.under_way = True
         try:
@@ -37,17 +41,20 @@ class Generation:
             raise
         finally:
             self.under_way = False
+            self._line.forget(begun)
         return Decoded(
             tuple(self.tokens[before:]), self.text[seen:], self.ended, len(self.tokens), self._remark
         )
 
     def stop(self) -> None:
         """Let every rank come to the token that the furthest has begun: all are needed for it."""
-        answers = self._ask("decode_limit")
-        self._ask("decode_limit", limit=max(answer["begun"] for answer in answers.values()))
+        with self._telling:
+            held = self._ask("decode_limit")
+            self._ask("decode_limit", limit=max(answer["begun"] for answer in held.values()))
 
     def back_to(self, tokens: int) -> Decoded:
         """Forget all but the first that many new tokens."""
+        self.stop()  # an interrupted call may have left ranks held
         self._ask("decode_back", tokens=tokens)
         self._take(self.tokens[:tokens], ended=False)
         return Decoded((), "", False, tokens)
