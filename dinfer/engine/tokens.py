@@ -13,6 +13,14 @@ OnToken = Callable[[int, int, str], None]
 """called with the number of new tokens, the token, and the text that it completes"""
 
 
+class TokenFailed(RuntimeError):
+    """One rank cannot make a token, for which the others wait. The original error is the cause."""
+
+    def __init__(self, rank: int, token: int, error: BaseException) -> None:
+        super().__init__(f"rank {rank} failed at new token {token}: {type(error).__name__}: {error}")
+        self.__cause__ = error
+
+
 class Tokens:
     """The new tokens of one prompt on one rank. All ranks must be sent to the same number of tokens."""
 

@@ -14,6 +14,8 @@ from dinfer.engine.board import Stand
 from dinfer.engine.hosting.commands import Message, stand_fields, stand_of
 from dinfer.trace.events import Event
 
+REFUSED_S = 0.5
+"""how long to listen for the others once a rank has refused: they may wait for it for ever"""
 ASK_S = 0.2
 """how often someone who waits for an answer looks whether the run can still go on"""
 
@@ -74,19 +76,22 @@ class States:
     ) -> dict[int, Message]:
         """The answers to what was begun.
 
-        `check()` is called while waiting, and may raise. Raises TimeoutError, or RankRefused for a rank that refuses.
+        `check()` is called while waiting, and may raise. Raises TimeoutError, or RankRefused for a rank that refuses,
+        though others may not have answered: they wait for it, perhaps.
         After a KeyboardInterrupt it may be called again: who does not must `forget`.
         """
-        deadline = time.monotonic() + timeout
+        deadline, refused_at = time.monotonic() + timeout, float("inf")
         try:
-            while not self._answered(ids):
+            while not self._answered(ids) and time.monotonic() - refused_at < REFUSED_S:
                 check()
-                if time.monotonic() > deadline:
-                    silent = [rank for rank, number in ids.items() if number not in self._replies]
+                if any("error" in answer for answer in self._answers(ids).values()):
+                    refused_at = min(refused_at, time.monotonic())
+                elif time.monotonic() > deadline:
+                    silent = ids.keys() - self._answers(ids).keys()
                     raise TimeoutError(
-                        f"no answer from rank {', '.join(map(str, silent))} within {timeout:g} s"
+                        f"no answer from rank {', '.join(map(str, sorted(silent)))} within {timeout:g} s"
                     )
-            answers = {rank: self._replies[number] for rank, number in ids.items()}
+            answers = self._answers(ids)
         except KeyboardInterrupt:  # what has come so far does not come again
             raise
         except BaseException:
@@ -173,6 +178,11 @@ class States:
 
     def _stands(self) -> list[Message | None]:
         return [stand_fields(state.stand) if state.stand else None for state in self.ranks]
+
+    def _answers(self, ids: dict[int, int]) -> dict[int, Message]:
+        """Those that are there, by rank."""
+        with self.changed:
+            return {rank: self._replies[number] for rank, number in ids.items() if number in self._replies}
 
     def _answered(self, ids: dict[int, int]) -> bool:
         """Whether all these replies are there; waits a little for the next message if not."""

@@ -73,7 +73,11 @@ class Planned:
         signs = self.signs[rank]
         if signs.phase != "decode":
             return Wait(Node(rank), "has done all its ops", signs.quiet_s, root=Root("done", rank, "is done"))
-        behind = [other for other, its in self.signs.items() if _token(its) < _token(signs)]
+        behind = [
+            other
+            for other, its in self.signs.items()
+            if _token(its) < _token(signs) + (other in self._broken and other != rank)
+        ]
         frame = signs.frames.get("decode")
         if not behind and frame and frame.waits:
             behind = [o for o, its in self.signs.items() if o != rank and not _waits(its)]

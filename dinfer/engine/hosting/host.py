@@ -14,7 +14,8 @@ import torch
 from dinfer.config import Config
 from dinfer.engine.arming import fault_commands
 from dinfer.engine.board import Board, Stand
-from dinfer.engine.corruption import Corruption
+from dinfer.engine.corruption import Corrupted, Corruption
+from dinfer.engine.decoding import TokensDiffer
 from dinfer.engine.engine import Engine
 from dinfer.engine.execution import Execution, OpFailed
 from dinfer.engine.gate import Gate
@@ -26,7 +27,8 @@ from dinfer.engine.hosting.stacks import stacks
 from dinfer.engine.inspection.inspect import inspect_commands
 from dinfer.engine.inspection.reference import reference_commands
 from dinfer.engine.misbehave import misbehave_commands
-from dinfer.engine.tokens import Tokens
+from dinfer.engine.nans import NotANumber
+from dinfer.engine.tokens import TokenFailed, Tokens
 from dinfer.engine.transport.comm import Comm
 from dinfer.engine.transport.drain import drain
 from dinfer.model.decoder import Decoder
@@ -36,6 +38,8 @@ from dinfer.plan.ops import Op
 from dinfer.plan.plan import parse_plan
 
 ANSWER_S = 2.0
+FOUND_TOGETHER = (Corrupted, NotANumber, TokensDiffer)
+"""what decode raises on all ranks alike, so that nobody waits for anybody"""
 
 
 class Line(Protocol):
@@ -80,6 +84,8 @@ class Host:
         self.engine: Engine | None = None
         self.tokens: Tokens | None = None
         self._loaded: tuple[str, ...] = ()
+        self._out_of_step = False
+        """whether others may wait in the group for a token that this rank has not made"""
         self._meet, self._on_engine = meet, on_engine
 
     def table(self) -> Table:
@@ -155,12 +161,16 @@ class Host:
         if self.comm:
             self.comm.close()
         self.comm = None
-        self.comm = self._meet.join(message)
+        self.comm, self._out_of_step = self._meet.join(message), False
         return {}
 
     def _prepare(self, message: Message) -> Message:
         if self.decoder is None or self.comm is None:
             raise RuntimeError(f"rank {self.rank} has no checkpoint yet: session.load(…) first.")
+        if self._out_of_step:  # what is said in the group now, they would take for that token
+            raise RuntimeError(
+                f"rank {self.rank} has failed in decode, where others may wait for it: session.recover() frees them."
+            )
         config = Config.of(message["config"])
         if self.engine and not self.engine.release():
             raise RuntimeError(
@@ -206,9 +216,16 @@ class Host:
     def _decode(self, _: Message) -> Message:
         engine, tokens = self._engine(), self.tokens
         assert tokens
-        self._tell_edits(engine.prompt.edits.look())
         try:
+            self._tell_edits(engine.prompt.edits.look())
             return tokens.run(self._tell_token)
+        except FOUND_TOGETHER:
+            raise
+        except Exception as error:
+            self._out_of_step = True
+            failed = TokenFailed(self.rank, len(tokens.tokens), error)
+            self.line.report("error", **describe(failed))
+            raise failed from error
         finally:
             engine.prompt.edits.note_all()
 

@@ -7,7 +7,7 @@ from typing import Any
 from dinfer.engine.hosting.commands import Message
 from dinfer.model.text import TextStream
 from dinfer.session.said import Decoded
-from dinfer.session.states import States
+from dinfer.session.states import RankRefused, States
 
 ANSWER_S = 30.0
 
@@ -20,7 +20,8 @@ class Generation:
         self.by_rank: dict[int, list[int]] = {}
         """what each rank said that it has, after the last decode"""
         self.text = ""
-        self.ended = self.under_way = False
+        self.ended = self.under_way = self.unfinished = False
+        """`unfinished`: a call was broken off by an error, and ranks may still wait for a token"""
         self._line, self._check, self._tokenizer = line, check, tokenizer
         self._remark = ""
         self._telling = threading.Lock()
@@ -32,7 +33,7 @@ class Generation:
         with self._telling:
             self._ask("decode_limit", limit=limit)
         begun = self._line.begin({rank: {"do": "decode"} for rank in range(len(self._line.ranks))})
-        self.under_way = True
+        self.under_way = self.unfinished = True
         try:
             self._finish(begun, on_text)
         except KeyboardInterrupt:
@@ -78,10 +79,14 @@ class Generation:
                 piece, shown = self.text[shown:], len(self.text)
                 on_text(piece)
 
-        answers = self._line.finish(begun, float("inf"), meanwhile)
+        try:
+            answers = self._line.finish(begun, float("inf"), meanwhile)
+        except RankRefused:
+            self._check()  # it says so better where this is the run's failure
+            raise
         meanwhile()
         self._take(answers[0]["tokens"], ended=answers[0]["ended"])
-        self._remark = answers[0].get("remark", "")
+        self.unfinished, self._remark = False, answers[0].get("remark", "")
         self.by_rank = {rank: answer["tokens"] for rank, answer in answers.items()}
 
     def _take(self, tokens: list[int], *, ended: bool) -> None:

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 
+from dinfer.engine.decoding import Decoding
 from dinfer.engine.hosting.host import Host
 from dinfer.engine.tokens import Tokens
 from dinfer.session.local import LocalRanks
+from dinfer.session.runs.fleet import RankFailed
 from dinfer.session.runs.run import Run
 from dinfer.session.session import Session
+from dinfer.session.states import RankRefused
 from tests.cluster.runs import wait_for
 from tests.unit.engine.twin import prompt
 from tests.unit.model.tiny import tiny_checkpoint
@@ -155,3 +158,50 @@ def test_an_answer_that_nobody_waits_for_any_more_is_dropped(session: Session) -
     door.set()
     wait_for(lambda: not states._unwanted, "the answers have come", WAIT_S)
     assert not states._replies
+
+
+def test_a_refusal_is_told_though_another_rank_never_answers(session: Session) -> None:
+    door, states = threading.Event(), session.ranks
+    assert isinstance(states, LocalRanks)
+    states._slow[1].submit(door.wait, WAIT_S)
+    try:
+        with pytest.raises(RankRefused, match="rank 0 has no prompt yet"):
+            states.ask({rank: {"do": "sha256", "tokens": 1} for rank in (0, 1)}, 3.0)
+    finally:
+        door.set()
+
+
+def test_an_error_of_one_rank_in_decode_is_the_runs_failure(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = decoded(session, 6)
+    wanted = run.tokens
+    run.step_back("token", 4)
+    step = Decoding.step
+
+    def broken(self: Decoding) -> int:
+        if self._comm.rank == 1 and len(self.tokens) == 3:
+            raise MemoryError("on rank 1 only")
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoding, "step", broken)
+        sentence = "rank 1 failed at new token 3: MemoryError: on rank 1 only"
+        with pytest.raises(RankFailed, match=f"^{sentence}"):
+            run.decode(4)
+    assert run.standing().state == "failed"
+    assert run.standing().message.startswith(sentence)
+    verdict = run.verdict()
+    assert (verdict.kind, verdict.rank, verdict.blocked) == ("exception", 1, (0, 2)), verdict
+    assert verdict.sentence == sentence
+    for words in (sentence, "rank 1:\nTraceback"):
+        wait_for(partial(is_logged, session, words), "the log says it", WAIT_S)
+    with pytest.raises(RankRefused, match=r"rank 1 has failed in decode.*: session\.recover\(\) frees them"):
+        run.restart()
+    assert session.recover().startswith("all ranks have met again")
+    run.restart()
+    assert list(run.decode(6).tokens) == wanted
+
+
+def is_logged(session: Session, words: str) -> bool:
+    return any(words in line for line in session.log)
