@@ -221,9 +221,9 @@ class Engine:
         decoding = self.decoding(hidden_states, kv_caches, max_new_tokens)
 
         def decode() -> list[int]:
+            self.board.set_phase("decode")
             if kv_caches is None:
                 self.recheck()
-            self.board.set_phase("decode")
             for token in decoding.run(max_new_tokens or self.config.max_new_tokens):
                 self.board.set_phase("decode", len(decoding.tokens))
                 if on_token:

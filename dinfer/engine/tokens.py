@@ -58,6 +58,7 @@ class Tokens:
     def run(self, on_token: OnToken) -> Message:
         """Decode until the limit is reached or the text ends; not where the run is to pause for changed bytes: then
         `remark` says so."""
+        self._engine.board.set_phase("decode", len(self.tokens))  # from now on others may wait for this rank
         try:
             decoding = self._ready()
         except Corrupted as found:

@@ -69,7 +69,7 @@ class Explaining(Sight):
     def watch(self) -> None:
         """Look whether the run has stopped moving; `hang` says so."""
         if self.failure or self.silence or self._state() not in ("running", "decoding"):
-            self._watch.found = None
+            self._watch.rest(decoding=self._is_decoding())
         else:
             self._watch.look(decoding=self._is_decoding(), ended=self._ended())
 
