@@ -322,9 +322,10 @@ class Engine:
         return list(prompt)
 
     def release(self) -> bool:
-        """Give up the current prompt; whether all its lanes ended. If not, it may be tried again."""
+        """Give up the current prompt, with its KV; whether all its lanes ended. If not, it may be tried again."""
         if self._prompt is not None and self._prompt.executor.close():
-            self._prompt = None
+            self._prompt.state.give_up()
+            self._prompt = self.cache = None
         return self._prompt is None
 
     def _shape(self, tokens: int) -> Shape:
