@@ -4,6 +4,7 @@ It is a table of commands; how they arrive is for others: through a watcher from
 same one. Nothing here knows notebooks.
 """
 
+import gc
 import threading
 from collections.abc import Callable
 from time import perf_counter
@@ -98,6 +99,7 @@ class Host:
             "rewind": Command(self._rewind, slow=True),
             "open": Command(self._meet.open, slow=True),
             "meet": Command(self._join, slow=True),
+            "unload": Command(self._unload, slow=True),
             "load": Command(self._load, slow=True),
             "prepare": Command(self._prepare, slow=True),
             "breakpoints": Command(self._arm),
@@ -133,21 +135,34 @@ class Host:
             self.engine.release()
         if self.comm:
             self.comm.close()
-        self.engine = self.comm = None
+        self.engine = self.comm = self.tokens = None
 
     # -- commands
 
+    def _unload(self, message: Message) -> Message:
+        """Give up prompt and weights, unless these are the ones named: two checkpoints at a time might not fit."""
+        if self._loaded == _checkpoint(message):
+            return {}
+        self.decoder, self._loaded = None, ()
+        try:
+            self._give_up()
+        finally:
+            self._tell_names()
+            gc.collect()  # prompt and lanes know each other
+        return {}
+
     def _load(self, message: Message) -> Message:
-        """Load a checkpoint, unless this very one is there; its bytes are reported as they come."""
-        wanted = message["path"], message["dtype"], message["device"]
+        """Load a checkpoint, unless this very one is there; its bytes are reported as they come. Ranks of one process
+        share theirs: first all of them must `unload`."""
+        wanted = _checkpoint(message)
         torch.set_num_threads(message["threads"])
         started = perf_counter()
         if self._loaded != wanted or self.decoder is None:
-            self.engine = self.decoder = None  # two checkpoints at a time might not fit
-            self._loaded = ()
+            self._unload(message)
             self.board.set_phase("loading")
             self.decoder = Decoder.load(*wanted, on_progress=self._tell_progress)
             self._loaded = wanted
+            self._tell_names()
         return {
             "device": str(self.decoder.device),
             "dtype": str(self.decoder.dtype).removeprefix("torch."),
@@ -172,11 +187,7 @@ class Host:
                 f"rank {self.rank} has failed in decode, where others may wait for it: session.recover() frees them."
             )
         config = Config.of(message["config"])
-        if self.engine and not self.engine.release():
-            raise RuntimeError(
-                f"rank {self.rank} has lanes blocked in the run before this one: session.recover() frees them."
-            )
-        self.tokens = None
+        self._give_up()
         plan = parse_plan(message["plan"]) if message.get("plan") else None
         self.engine = Engine(
             self.decoder, self.comm, config, gate=self.gate, board=self.board, memory=self.memory,
@@ -194,8 +205,7 @@ class Host:
         threading.Thread(
             target=self._mind, args=(executor,), name="dinfer minds failures", daemon=True
         ).start()
-        if self._on_engine:
-            self._on_engine(self)
+        self._tell_names()
         return {"plan_id": f"{executor.plan.id:016x}"}
 
     def _limits(self, message: Message) -> Message:
@@ -255,10 +265,23 @@ class Host:
         free = self.engine is None or self.engine.release()
         if free and self.comm:
             self.comm.close()
-            self.comm = self.engine = None
+            self.comm = self.engine = self.tokens = None
         return {"free": free}
 
     # -- what they share
+
+    def _give_up(self) -> None:
+        """The prompt there is, with its KV. Raises RuntimeError where lanes of it are blocked."""
+        if self.engine and not self.engine.release():
+            raise RuntimeError(
+                f"rank {self.rank} has lanes blocked in the run before this one: session.recover() frees them."
+            )
+        self.engine = self.tokens = None
+
+    def _tell_names(self) -> None:
+        """Engine or weights are others now."""
+        if self._on_engine:
+            self._on_engine(self)
 
     def _engine(self) -> Engine:
         if self.engine is None:
@@ -297,3 +320,7 @@ class Host:
         if engine.config.on_corruption == "pause" and found.peer is not None and engine.prompt.halt():
             order = engine.prompt.order
         self.line.report("note", note="corrupt", order=order, found=found.as_dict())
+
+
+def _checkpoint(message: Message) -> tuple[str, str, str]:
+    return message["path"], message["dtype"], message["device"]
