@@ -221,9 +221,9 @@ class Engine:
         decoding = self.decoding(hidden_states, kv_caches, max_new_tokens)
 
         def decode() -> list[int]:
+            self.board.set_phase("decode")
             if kv_caches is None:
                 self.recheck()
-            self.board.set_phase("decode")
             for token in decoding.run(max_new_tokens or self.config.max_new_tokens):
                 self.board.set_phase("decode", len(decoding.tokens))
                 if on_token:
@@ -322,9 +322,10 @@ class Engine:
         return list(prompt)
 
     def release(self) -> bool:
-        """Give up the current prompt; whether all its lanes ended. If not, it may be tried again."""
+        """Give up the current prompt, with its KV; whether all its lanes ended. If not, it may be tried again."""
         if self._prompt is not None and self._prompt.executor.close():
-            self._prompt = None
+            self._prompt.state.give_up()
+            self._prompt = self.cache = None
         return self._prompt is None
 
     def _shape(self, tokens: int) -> Shape:

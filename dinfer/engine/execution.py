@@ -167,7 +167,7 @@ class Execution(ABC):
             self._closing = True
         deadline = monotonic() + timeout
         for thread in self._threads:
-            if thread.ident is not None:
+            if thread.ident is not None and thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 

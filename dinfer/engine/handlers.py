@@ -73,6 +73,10 @@ class Prefill:
         self._entered = {v for op in own if op.kind in ("embed", "recv") for v in op.makes()}
         self._uses = Counter(need for op in own for need in op.needs() if need.what == "hidden")
 
+    def give_up(self) -> None:
+        """Let go of what takes memory: whoever still knows this prompt must not keep the next one from its KV."""
+        self.cache, self.hidden, self.final = self.decoder.new_cache(1), {}, None
+
     def rows(self, chunk: int) -> range:
         """The token positions of a chunk."""
         return self.plan.shape.chunks[chunk]

@@ -13,6 +13,14 @@ OnToken = Callable[[int, int, str], None]
 """called with the number of new tokens, the token, and the text that it completes"""
 
 
+class TokenFailed(RuntimeError):
+    """One rank cannot make a token, for which the others wait. The original error is the cause."""
+
+    def __init__(self, rank: int, token: int, error: BaseException) -> None:
+        super().__init__(f"rank {rank} failed at new token {token}: {type(error).__name__}: {error}")
+        self.__cause__ = error
+
+
 class Tokens:
     """The new tokens of one prompt on one rank. All ranks must be sent to the same number of tokens."""
 
@@ -20,8 +28,9 @@ class Tokens:
         self._engine = engine
         self._decoding: Decoding | None = None
         self._tokenizer = load_tokenizer(engine.decoder.spec.path)
-        self._lock = threading.Lock()
+        self._told = threading.Condition()
         self._limit = self._begun = 0
+        self._held = False
         self._stream = self._new_stream()
 
     @property
@@ -35,14 +44,21 @@ class Tokens:
         return self._decoding.rows if self._decoding and self._decoding.tokens else 0
 
     def limit_to(self, limit: int | None) -> int:
-        """Stop at that many tokens, None: at once; how many have been begun."""
-        with self._lock:
-            self._limit = self._begun if limit is None else limit
+        """Stop at that many tokens; None: begin no other until a limit is told. How many have been begun.
+
+        To stop, all ranks are held first, and then let go to what the furthest has begun: one that had returned by then
+        would be missing there.
+        """
+        with self._told:
+            self._held = limit is None
+            self._limit = self._limit if limit is None else limit
+            self._told.notify_all()
             return self._begun
 
     def run(self, on_token: OnToken) -> Message:
         """Decode until the limit is reached or the text ends; not where the run is to pause for changed bytes: then
         `remark` says so."""
+        self._engine.board.set_phase("decode", len(self.tokens))  # from now on others may wait for this rank
         try:
             decoding = self._ready()
         except Corrupted as found:
@@ -77,7 +93,8 @@ class Tokens:
 
     def _begin(self, decoding: Decoding) -> bool:
         """Whether to decode one more; if so, it counts as begun: whoever stops one rank must let all come so far."""
-        with self._lock:
+        with self._told:
+            self._told.wait_for(lambda: not self._held)
             if len(decoding.tokens) >= self._limit or decoding.is_done:
                 return False
             self._begun = len(decoding.tokens) + 1

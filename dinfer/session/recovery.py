@@ -86,6 +86,7 @@ def _stuck(ranks: Ranks, plan: Plan | None, living: Sequence[int]) -> set[int]:
 
     They leave together: whoever waits in a collective for one that has given it up comes free when that one has left.
     """
+    _answers(ranks, {key: {"do": "decode_limit", "limit": 0} for key in living}, FREEZE_S)  # also who is held
     frozen = _answers(ranks, {key: {"do": "freeze"} for key in living}, FREEZE_S)
     if plan:
         _drain(ranks, plan, {rank: stand_of(said) for rank, said in frozen.items() if "positions" in said})

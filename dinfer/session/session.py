@@ -182,6 +182,9 @@ class Session(Said, Closing):
             }
             for rank in ranks
         }
+        self._bare |= set(ranks)  # also where it is refused half-way
+        unload = {rank: {**request, "do": "unload"} for rank, request in requests.items()}
+        self.ranks.ask(unload, PREPARE_S, self._ensure_whole)
         with Bars(self.ranks, list(ranks)) as bars:
             first = min(ranks)
             answers = self.ranks.ask({first: requests.pop(first)}, LOAD_S, lambda: self._while_loading(bars))

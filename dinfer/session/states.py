@@ -14,6 +14,8 @@ from dinfer.engine.board import DeviceMemory, Stand
 from dinfer.engine.hosting.commands import Message, stand_fields, stand_of
 from dinfer.trace.events import Event
 
+REFUSED_S = 0.5
+"""how long to listen for the others once a rank has refused: they may wait for it for ever"""
 ASK_S = 0.2
 """how often someone who waits for an answer looks whether the run can still go on"""
 
@@ -56,6 +58,8 @@ class States:
         self.changed = threading.Condition()
         self._texts: list[str] = []
         self._replies: dict[int, Message] = {}
+        self._awaited, self._unwanted = set[int](), set[int]()
+        """the numbers of replies: those that somebody waits for, and those to come for which nobody does"""
         self._ids = itertools.count(1)
 
     # -- to the ranks
@@ -66,27 +70,38 @@ class States:
 
     def begin(self, requests: dict[int, Message]) -> dict[int, int]:
         """Send one command to each of these ranks, together; what `finish` takes."""
-        return {rank: self.send(rank, **message) for rank, message in requests.items()}
+        ids = {rank: self.send(rank, **message) for rank, message in requests.items()}
+        with self.changed:
+            self._awaited.update(ids.values())
+        return ids
 
     def finish(
         self, ids: dict[int, int], timeout: float, check: Callable[[], None] = lambda: None
     ) -> dict[int, Message]:
         """The answers to what was begun.
 
-        `check()` is called while waiting, and may raise. Raises TimeoutError, or RankRefused for a rank that refuses.
+        `check()` is called while waiting, and may raise. Raises TimeoutError, or RankRefused for a rank that refuses,
+        though others may not have answered: they wait for it, perhaps.
+        After a KeyboardInterrupt it may be called again: who does not must `forget`.
         """
-        deadline = time.monotonic() + timeout
+        deadline, refused_at = time.monotonic() + timeout, float("inf")
         try:
-            while not self._answered(ids):
+            while not self._answered(ids) and time.monotonic() - refused_at < REFUSED_S:
                 check()
-                if time.monotonic() > deadline:
-                    silent = [rank for rank, number in ids.items() if number not in self._replies]
+                if any("error" in answer for answer in self._answers(ids).values()):
+                    refused_at = min(refused_at, time.monotonic())
+                elif time.monotonic() > deadline:
+                    silent = ids.keys() - self._answers(ids).keys()
                     raise TimeoutError(
-                        f"no answer from rank {', '.join(map(str, silent))} within {timeout:g} s"
+                        f"no answer from rank {', '.join(map(str, sorted(silent)))} within {timeout:g} s"
                     )
-            answers = {rank: self._replies[number] for rank, number in ids.items()}
-        finally:
-            self._forget(ids)
+            answers = self._answers(ids)
+        except KeyboardInterrupt:  # what has come so far does not come again
+            raise
+        except BaseException:
+            self.forget(ids)
+            raise
+        self.forget(ids)
         for rank, answer in answers.items():
             if "error" in answer:
                 text = answer["error"]
@@ -103,7 +118,19 @@ class States:
         self, requests: dict[int, Message], timeout: float, check: Callable[[], None] = lambda: None
     ) -> dict[int, Message]:
         """Send one command to each of these ranks, together; their answers. Raises as `finish` does."""
-        return self.finish(self.begin(requests), timeout, check)
+        begun = self.begin(requests)
+        try:
+            return self.finish(begun, timeout, check)
+        finally:
+            self.forget(begun)
+
+    def forget(self, ids: dict[int, int]) -> None:
+        """Nobody waits for these replies any more; those that are still to come are dropped."""
+        with self.changed:
+            for number in self._awaited.intersection(ids.values()):
+                self._awaited.discard(number)
+                if self._replies.pop(number, None) is None:
+                    self._unwanted.add(number)
 
     # -- from the ranks
 
@@ -123,7 +150,10 @@ class States:
                     state.lanes, state.events = tuple(message["lanes"]), []
                     state.reports.pop("error", None)
                 case "reply":
-                    self._replies[message["id"]] = message
+                    if message["id"] in self._unwanted:
+                        self._unwanted.discard(message["id"])
+                    else:
+                        self._replies[message["id"]] = message
                 case "text":
                     self._texts.append(message["text"])
                 case "note":
@@ -159,15 +189,15 @@ class States:
     def _stands(self) -> list[Message | None]:
         return [stand_fields(state.stand) if state.stand else None for state in self.ranks]
 
+    def _answers(self, ids: dict[int, int]) -> dict[int, Message]:
+        """Those that are there, by rank."""
+        with self.changed:
+            return {rank: self._replies[number] for rank, number in ids.items() if number in self._replies}
+
     def _answered(self, ids: dict[int, int]) -> bool:
         """Whether all these replies are there; waits a little for the next message if not."""
         with self.changed:
             return self.changed.wait_for(lambda: all(n in self._replies for n in ids.values()), ASK_S)
-
-    def _forget(self, ids: dict[int, int]) -> None:
-        with self.changed:
-            for number in ids.values():
-                self._replies.pop(number, None)
 
 
 def update(state: RankState, message: Message) -> None:

@@ -71,9 +71,17 @@ class Planned:
     def _past_lanes(self, rank: int) -> Wait:
         """Prefill is done here. In decode every rank compares each token with all others."""
         signs = self.signs[rank]
+        if signs.phase == "prefill" and any(its.phase == "decode" for its in self.signs.values()):
+            text, frame = "has not begun to decode", signs.frames.get("decode")
+            root = self.ranks.busy(rank, text, signs.quiet_s, 0.0, frame)
+            return Wait(Node(rank), text, signs.quiet_s, root=root)
         if signs.phase != "decode":
             return Wait(Node(rank), "has done all its ops", signs.quiet_s, root=Root("done", rank, "is done"))
-        behind = [other for other, its in self.signs.items() if _token(its) < _token(signs)]
+        behind = [
+            other
+            for other, its in self.signs.items()
+            if _token(its) < _token(signs) + (other in self._broken and other != rank)
+        ]
         frame = signs.frames.get("decode") or signs.frames.get(BUSY)
         if not behind and frame and frame.waits:
             behind = [o for o, its in self.signs.items() if o != rank and not _waits(its)]

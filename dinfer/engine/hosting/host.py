@@ -4,6 +4,7 @@ It is a table of commands; how they arrive is for others: through a watcher from
 same one. Nothing here knows notebooks.
 """
 
+import gc
 import threading
 from collections.abc import Callable
 from time import perf_counter
@@ -14,7 +15,8 @@ import torch
 from dinfer.config import Config
 from dinfer.engine.arming import fault_commands
 from dinfer.engine.board import Board, Stand
-from dinfer.engine.corruption import Corruption
+from dinfer.engine.corruption import Corrupted, Corruption
+from dinfer.engine.decoding import TokensDiffer
 from dinfer.engine.engine import Engine
 from dinfer.engine.execution import Execution, OpFailed
 from dinfer.engine.gate import Gate
@@ -27,7 +29,8 @@ from dinfer.engine.hosting.stacks import stacks, thread_names
 from dinfer.engine.inspection.inspect import inspect_commands
 from dinfer.engine.inspection.reference import reference_commands
 from dinfer.engine.misbehave import misbehave_commands
-from dinfer.engine.tokens import Tokens
+from dinfer.engine.nans import NotANumber
+from dinfer.engine.tokens import TokenFailed, Tokens
 from dinfer.engine.transport.comm import Comm
 from dinfer.engine.transport.drain import drain
 from dinfer.model.decoder import Decoder
@@ -37,6 +40,8 @@ from dinfer.plan.ops import Op
 from dinfer.plan.plan import parse_plan
 
 ANSWER_S = 2.0
+FOUND_TOGETHER = (Corrupted, NotANumber, TokensDiffer)
+"""what decode raises on all ranks alike, so that nobody waits for anybody"""
 
 
 class Line(Protocol):
@@ -82,6 +87,8 @@ class Host:
         self.tokens: Tokens | None = None
         self._loaded: tuple[str, ...] = ()
         self._gauge: Gauge | None = None
+        self._out_of_step = False
+        """whether others may wait in the group for a token that this rank has not made"""
         self._meet, self._on_engine = meet, on_engine
 
     def table(self) -> Table:
@@ -94,6 +101,7 @@ class Host:
             "rewind": Command(self._rewind, slow=True),
             "open": Command(self._meet.open, slow=True),
             "meet": Command(self._join, slow=True),
+            "unload": Command(self._unload, slow=True),
             "load": Command(self._load, slow=True),
             "prepare": Command(self._prepare, slow=True),
             "breakpoints": Command(self._arm),
@@ -123,28 +131,41 @@ class Host:
 
     def close(self) -> None:
         """Give up prompt and group; whatever is blocked in them stays so."""
+        if self.tokens:
+            self.tokens.limit_to(0)
         if self.engine:
             self.engine.release()
         if self.comm:
             self.comm.close()
-        self.engine = self.comm = None
+        self.engine = self.comm = self.tokens = None
         self._measure(None)
 
     # -- commands
 
+    def _unload(self, message: Message) -> Message:
+        """Give up prompt and weights, unless these are the ones named: two checkpoints at a time might not fit."""
+        if self._loaded == _checkpoint(message):
+            return {}
+        self.decoder, self._loaded = None, ()
+        try:
+            self._give_up()
+        finally:
+            self._tell_names()
+            gc.collect()  # prompt and lanes know each other
+        return {}
+
     def _load(self, message: Message) -> Message:
-        """Load a checkpoint, unless this very one is there; its bytes are reported as they come."""
-        wanted = message["path"], message["dtype"], message["device"]
+        """Load a checkpoint, unless this very one is there; its bytes are reported as they come. Ranks of one process
+        share theirs: first all of them must `unload`."""
+        wanted = _checkpoint(message)
         torch.set_num_threads(message["threads"])
         started = perf_counter()
         if self._loaded != wanted or self.decoder is None:
-            if self.engine:
-                self.engine.release()  # its lanes end, so that nothing of it holds the weights
-            self.engine = self.decoder = None  # two checkpoints at a time might not fit
-            self._loaded = ()
+            self._unload(message)
             self.board.set_phase("loading")
             self.decoder = Decoder.load(*wanted, on_progress=self._tell_progress)
             self._loaded = wanted
+            self._tell_names()
         self._measure(self.decoder.device)
         return {
             "device": str(self.decoder.device),
@@ -166,18 +187,18 @@ class Host:
         if self.comm:
             self.comm.close()
         self.comm = None
-        self.comm = self._meet.join(message)
+        self.comm, self._out_of_step = self._meet.join(message), False
         return {}
 
     def _prepare(self, message: Message) -> Message:
         if self.decoder is None or self.comm is None:
             raise RuntimeError(f"rank {self.rank} has no checkpoint yet: session.load(…) first.")
-        config = Config.of(message["config"])
-        if self.engine and not self.engine.release():
+        if self._out_of_step:  # what is said in the group now, they would take for that token
             raise RuntimeError(
-                f"rank {self.rank} has lanes blocked in the run before this one: session.recover() frees them."
+                f"rank {self.rank} has failed in decode, where others may wait for it: session.recover() frees them."
             )
-        self.tokens = None
+        config = Config.of(message["config"])
+        self._give_up()
         plan = parse_plan(message["plan"]) if message.get("plan") else None
         self.engine = Engine(
             self.decoder, self.comm, config, gate=self.gate, board=self.board, memory=self.memory,
@@ -195,8 +216,7 @@ class Host:
         threading.Thread(
             target=self._mind, args=(executor,), name="dinfer minds failures", daemon=True
         ).start()
-        if self._on_engine:
-            self._on_engine(self)
+        self._tell_names()
         return {"plan_id": f"{executor.plan.id:016x}"}
 
     def _limits(self, message: Message) -> Message:
@@ -217,9 +237,16 @@ class Host:
     def _decode(self, _: Message) -> Message:
         engine, tokens = self._engine(), self.tokens
         assert tokens
-        self._tell_edits(engine.prompt.edits.look())
         try:
+            self._tell_edits(engine.prompt.edits.look())
             return tokens.run(self._tell_token)
+        except FOUND_TOGETHER:
+            raise
+        except Exception as error:
+            self._out_of_step = True
+            failed = TokenFailed(self.rank, len(tokens.tokens), error)
+            self.line.report("error", **describe(failed))
+            raise failed from error
         finally:
             engine.prompt.edits.note_all()
 
@@ -249,10 +276,23 @@ class Host:
         free = self.engine is None or self.engine.release()
         if free and self.comm:
             self.comm.close()
-            self.comm = self.engine = None
+            self.comm = self.engine = self.tokens = None
         return {"free": free}
 
     # -- what they share
+
+    def _give_up(self) -> None:
+        """The prompt there is, with its KV. Raises RuntimeError where lanes of it are blocked."""
+        if self.engine and not self.engine.release():
+            raise RuntimeError(
+                f"rank {self.rank} has lanes blocked in the run before this one: session.recover() frees them."
+            )
+        self.engine = self.tokens = None
+
+    def _tell_names(self) -> None:
+        """Engine or weights are others now."""
+        if self._on_engine:
+            self._on_engine(self)
 
     def _engine(self) -> Engine:
         if self.engine is None:
@@ -291,3 +331,7 @@ class Host:
         if engine.config.on_corruption == "pause" and found.peer is not None and engine.prompt.halt():
             order = engine.prompt.order
         self.line.report("note", note="corrupt", order=order, found=found.as_dict())
+
+
+def _checkpoint(message: Message) -> tuple[str, str, str]:
+    return message["path"], message["dtype"], message["device"]

@@ -55,6 +55,8 @@ class Watch:
         """Held by who asks the ranks, and so waits for `line.changed`: whoever may hold that must not wait for this."""
         self._told_with = frozenset[int]()
         self._looked_at = self._judged_at = self._asked_at = 0.0
+        self._decoding_since: float | None = None
+        """as far as it was looked; before, no token was to be made, and it was the user who took their time"""
         self.plan_ids: Mapping[int, int] = {}
         self.found: Verdict | None = None
         """what has been told and holds"""
@@ -65,14 +67,21 @@ class Watch:
         if now - self._looked_at < LOOK_S:
             return
         self._looked_at = now
+        since = self._decodes_since(now) if decoding else now
         with self._line.changed:
             self._track.look(self._line.ranks, now)
-            quiet = [now - state.progressed for state in self._line.ranks] if decoding else []
+            quiet = [now - max(state.progressed, since) for state in self._line.ranks]
         if max(self._track.longest_s(now), *quiet, 0.0) < OPEN_S:
             self._forget()
         elif now - self._judged_at >= JUDGE_S:
             self._judged_at = now
             self._look_closely(decoding, ended)
+
+    def rest(self, *, decoding: bool) -> None:
+        """The run is not meant to move, or cannot."""
+        self.found = None
+        if not decoding:
+            self._decoding_since = None
 
     def judge(self, *, decoding: bool, ended: Mapping[int, str], is_moving: bool) -> Verdict:
         """The verdict as things are now. `is_moving`: the run is meant to move, so that the ranks are to be asked."""
@@ -149,12 +158,21 @@ class Watch:
 
     def _signs(self, decoding: bool, ended: Mapping[int, str]) -> Sequence[Signs]:
         with self._line.changed:
-            signs = signs_of(self._plan, self._line.ranks, ended, self._track, self._stacks, time.monotonic())
-        if not decoding:  # between two calls of decode nobody is to make a token
+            now = time.monotonic()
+            signs = signs_of(self._plan, self._line.ranks, ended, self._track, self._stacks, now)
+        if decoding:
+            longest = now - self._decodes_since(now)
+            signs = [replace(its, quiet_s=min(its.quiet_s, longest)) for its in signs]
+        else:  # between two calls of decode nobody is to make a token
             signs = [replace(its, phase="done") if its.phase == "decode" else its for its in signs]
         if len(set(self.plan_ids.values())) > 1:
             signs = [replace(its, plan_id=self.plan_ids.get(rank)) for rank, its in enumerate(signs)]
         return signs
+
+    def _decodes_since(self, now: float) -> float:
+        if self._decoding_since is None:
+            self._decoding_since = now
+        return self._decoding_since
 
     def _texts(self) -> dict[int, str]:
         return {rank: its.text for rank, its in self._stacks.items() if its.text}

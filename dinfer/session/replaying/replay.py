@@ -4,6 +4,7 @@ The ordinary engine runs; what its peers sent comes from the record. Every block
 said of it in the run, and every new token with the run's: where they differ, the replay says so.
 """
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -156,9 +157,24 @@ class Replay(Said, Closing):
     # -- within
 
     def _new_engine(self) -> Engine:
-        """Whatever the plan was, it has run: and here nobody waits for anybody."""
+        """Whatever the plan was, it has run: and here nobody waits for anybody. It ends with this replay, which it
+        therefore knows weakly."""
         config = self.recorded.config.with_(unsafe=True, backend="gloo", on_corruption="record")
-        return Engine(self.decoder, self._peers, config, on_op=self._compare, on_corrupt=self._note_corrupt)
+        compare, note = weakref.WeakMethod(self._compare), weakref.WeakMethod(self._note_corrupt)
+
+        def on_op(event: Event, op: Op) -> None:
+            if found := compare():
+                found(event, op)
+
+        def on_corrupt(corrupt: Corruption) -> None:
+            if found := note():
+                found(corrupt)
+
+        engine = Engine(self.decoder, self._peers, config, on_op=on_op, on_corrupt=on_corrupt)
+        weakref.finalize(
+            self, engine.release
+        ).atexit = False  # nobody may close it, and its threads hold it all
+        return engine
 
     def _begin(self) -> None:
         executor = self.engine.prepare(self.recorded.ids, plan=self.plan)

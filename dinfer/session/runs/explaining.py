@@ -46,7 +46,7 @@ class Explaining(Sight):
     def evidence(self) -> Evidence:
         """What the verdict is made of now."""
         told = self.verdict().sentence
-        return self._watch.evidence(decoding=self._generation.under_way, ended=self._ended(), told=told)
+        return self._watch.evidence(decoding=self._is_decoding(), ended=self._ended(), told=told)
 
     @property
     def told(self) -> Verdict | None:
@@ -69,9 +69,9 @@ class Explaining(Sight):
     def watch(self) -> None:
         """Look whether the run has stopped moving; `hang` says so."""
         if self.failure or self.silence or self._state() not in ("running", "decoding"):
-            self._watch.found = None
+            self._watch.rest(decoding=self._is_decoding())
         else:
-            self._watch.look(decoding=self._generation.under_way, ended=self._ended())
+            self._watch.look(decoding=self._is_decoding(), ended=self._ended())
 
     def check_moving(self) -> None:
         """Raises Hung where the watch has found that the run does not go on by itself."""
@@ -80,9 +80,11 @@ class Explaining(Sight):
             raise Hung(found)
 
     def _judge(self, *, is_moving: bool) -> Verdict:
-        return self._watch.judge(
-            decoding=self._generation.under_way, ended=self._ended(), is_moving=is_moving
-        )
+        return self._watch.judge(decoding=self._is_decoding(), ended=self._ended(), is_moving=is_moving)
+
+    def _is_decoding(self) -> bool:
+        """Whether the ranks are to make tokens, or were when the run failed: those that wait for one still do."""
+        return self._generation.under_way or bool(self.failure and self._generation.unfinished)
 
     def _failed(self, found: str) -> str:
         """What to say of a failure: of one that a message has caused, first who has sent that."""

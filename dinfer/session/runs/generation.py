@@ -1,12 +1,13 @@
 """Generation: the new tokens of a run, made by all ranks together, so many at a time; stopped, and taken back."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from dinfer.engine.hosting.commands import Message
 from dinfer.model.text import TextStream
 from dinfer.session.said import Decoded
-from dinfer.session.states import States
+from dinfer.session.states import RankRefused, States
 
 ANSWER_S = 30.0
 
@@ -19,16 +20,20 @@ class Generation:
         self.by_rank: dict[int, list[int]] = {}
         """what each rank said that it has, after the last decode"""
         self.text = ""
-        self.ended = self.under_way = False
+        self.ended = self.under_way = self.unfinished = False
+        """`unfinished`: a call was broken off by an error, and ranks may still wait for a token"""
         self._line, self._check, self._tokenizer = line, check, tokenizer
         self._remark = ""
+        self._telling = threading.Lock()
+        """held while the ranks are told how far to go: what two threads tell must not mix"""
 
     def go(self, limit: int, on_text: Callable[[str], None] | None) -> Decoded:
         """Decode until there are `limit` new tokens or the text ends; a keyboard interrupt stops it after a token."""
         before, seen = len(self.tokens), len(self.text)
-        self._ask("decode_limit", limit=limit)
+        with self._telling:
+            self._ask("decode_limit", limit=limit)
         begun = self._line.begin({rank: {"do": "decode"} for rank in range(len(self._line.ranks))})
-        self.under_way = True
+        self.under_way = self.unfinished = True
         try:
             self._finish(begun, on_text)
         except KeyboardInterrupt:
@@ -37,17 +42,20 @@ class Generation:
             raise
         finally:
             self.under_way = False
+            self._line.forget(begun)
         return Decoded(
             tuple(self.tokens[before:]), self.text[seen:], self.ended, len(self.tokens), self._remark
         )
 
     def stop(self) -> None:
         """Let every rank come to the token that the furthest has begun: all are needed for it."""
-        answers = self._ask("decode_limit")
-        self._ask("decode_limit", limit=max(answer["begun"] for answer in answers.values()))
+        with self._telling:
+            held = self._ask("decode_limit")
+            self._ask("decode_limit", limit=max(answer["begun"] for answer in held.values()))
 
     def back_to(self, tokens: int) -> Decoded:
         """Forget all but the first that many new tokens."""
+        self.stop()  # an interrupted call may have left ranks held
         self._ask("decode_back", tokens=tokens)
         self._take(self.tokens[:tokens], ended=False)
         return Decoded((), "", False, tokens)
@@ -71,10 +79,14 @@ class Generation:
                 piece, shown = self.text[shown:], len(self.text)
                 on_text(piece)
 
-        answers = self._line.finish(begun, float("inf"), meanwhile)
+        try:
+            answers = self._line.finish(begun, float("inf"), meanwhile)
+        except RankRefused:
+            self._check()  # it says so better where this is the run's failure
+            raise
         meanwhile()
         self._take(answers[0]["tokens"], ended=answers[0]["ended"])
-        self._remark = answers[0].get("remark", "")
+        self.unfinished, self._remark = False, answers[0].get("remark", "")
         self.by_rank = {rank: answer["tokens"] for rank, answer in answers.items()}
 
     def _take(self, tokens: list[int], *, ended: bool) -> None:

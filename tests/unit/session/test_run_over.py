@@ -203,7 +203,7 @@ def test_it_tells_where_its_own_ranks_stood(session: Session) -> None:
     old = begin(session, schedule="lockstep")
     old.step("chunk")
     before = str(old.where()).splitlines()[1:3]
-    stands, events = old.standing().stands, old.whole_trace().events
+    stands, events = old.standing().stands, old.trace.events
     new = begin(session)
     new.resume()
     new.wait(DEADLINE_S)

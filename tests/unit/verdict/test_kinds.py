@@ -395,6 +395,10 @@ def test_ranks_that_load_and_ranks_that_decode() -> None:
     assert told(changed(alike, 1, frames={"decode": SLEEPS}), "stuck in Python", 1).endswith(
         "ranks 0 and 2 wait for it"
     )
+    absent = changed(signs, 1, phase="prefill", decoded=0, frames={"decode": SLEEPS})
+    assert told(absent, "stuck in Python", 1).startswith("rank 1 has not begun to decode and stuck in Python")
+    failed = changed(signs, 1, raised=Raised("MemoryError: full"))
+    assert told(failed, "exception", 1).endswith("; ranks 0 and 2 wait for it")
     loading = changed(stuck(), 2, phase="loading", positions=(), quiet_s=1.0)
     assert told(changed(loading, 1, cpu_moves=True), "computing", 1)
     assert told(signs_at_end(done), "done", None) == "the run is done"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from dinfer.engine import handlers
+from dinfer.engine.decoding import Decoding
 from dinfer.engine.handlers import HANDLERS, Outcome
 from dinfer.magics.line import act
 from dinfer.session.runs.explaining import Hung
@@ -207,17 +208,56 @@ def test_an_exception_is_told_as_the_failure_is(session: Session, monkeypatch: p
     check_told(session, run, verdict.sentence)
 
 
-def test_a_token_that_one_rank_does_not_make(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinfer.engine.decoding import Decoding
-
+def closed_at_token(monkeypatch: pytest.MonkeyPatch, rank: int, token: int) -> Door:
+    """That rank does not make that new token before the door is opened."""
     door, unbroken = Door(), Decoding.step
 
     def step(self: Decoding) -> int:
-        if self._comm.rank == 1 and len(self.tokens) == 2:
+        if self._comm.rank == rank and len(self.tokens) == token:
             door.wait_here()
         return unbroken(self)
 
     monkeypatch.setattr(Decoding, "step", step)
+    return door
+
+
+def test_the_first_token_that_one_rank_does_not_make(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door = closed_at_token(monkeypatch, 1, 0)
+    run = begin(session, max_new_tokens=4)
+    run.wait(20)
+    decode = threading.Thread(target=partial(pytest.raises, Hung, run.decode), daemon=True)
+    decode.start()
+    try:
+        wait_for(lambda: run.hang, f"it is told: {run.where()}", 20)
+        assert run.hang.startswith("rank 1 computes token 0 and stuck in Python (")
+        assert run.hang.endswith("ranks 0 and 2 wait for it")
+    finally:
+        door.open()
+        decode.join(20)
+
+
+def test_the_time_between_two_decodes_is_no_ranks_standing_still(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, pause_s = begin(session, max_new_tokens=8), 1000.0
+    run.decode(2)
+    with run._line.changed:
+        for state in run._line.ranks:
+            state.progressed -= pause_s  # the user reads
+    wait_for(lambda: run._watch._decoding_since is None, "it was seen that nobody decodes", 5)
+    door = closed_at_token(monkeypatch, 1, 2)
+    with pytest.raises(Hung) as caught:
+        run.decode(2)
+    door.open()
+    waits = caught.value.verdict.waits
+    assert waits
+    assert max(wait.still_s for wait in waits.values()) < pause_s, caught.value
+
+
+def test_a_token_that_one_rank_does_not_make(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    door = closed_at_token(monkeypatch, 1, 2)
     run = begin(session, max_new_tokens=4)
     run.wait(20)
     with pytest.raises(Hung) as caught:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +26,6 @@ from dinfer.session.runs.run import Run
 from dinfer.session.said import Decoded
 from dinfer.session.saved.saved import Saved, open_saved
 from dinfer.session.session import Session
-from dinfer.session.states import RankRefused
 from tests.cluster.runs import wait_for
 from tests.unit.engine.twin import prompt
 from tests.unit.model.tiny import tiny_checkpoint
@@ -165,7 +166,7 @@ def test_a_failure_in_decode_comes_again_in_the_same_token(
         return forward(self, ids, cache, position, *rest)
 
     monkeypatch.setattr(Decoder, "forward", broken)
-    with pytest.raises(RankRefused, match=BROKEN):
+    with pytest.raises(RankFailed, match=f"new token 3: ArithmeticError: {BROKEN}"):
         run.decode(4)
     with run.replay(1, decoder=decoder) as replay:
         assert len(replay.decode().tokens) == 3
@@ -343,6 +344,18 @@ def test_a_fault_that_cannot_be_repeated_is_named(session: Session, decoder: Dec
         assert replay.notes[0].startswith(
             "in the run, and not here: fault #1 append_twice of block c0 l0 on rank 1"
         )
+
+
+def test_one_that_is_dropped_gives_up_its_threads_weights_and_kv(recorded: Recorded, model: Path) -> None:
+    replay = Replay(recorded, decoder=Decoder.load(model))
+    replay.step("layer")
+    held = [weakref.ref(replay.decoder.model), weakref.ref(replay.engine.cache)]
+    threads = list(replay.engine.executor._threads)
+    assert all(thread.is_alive() for thread in threads)
+    del replay
+    gc.collect()
+    assert not any(thread.is_alive() for thread in threads)
+    assert [one() for one in held] == [None, None]
 
 
 # -- what cannot be replayed
