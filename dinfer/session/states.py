@@ -111,7 +111,8 @@ class States:
     def collect(self, ids: dict[int, int]) -> dict[int, Message]:
         """The answers that have come to what was begun, without waiting; who has answered is taken out of `ids`."""
         with self.changed:
-            come = [rank for rank, number in ids.items() if number in self._replies]
+            come = {rank: number for rank, number in ids.items() if number in self._replies}
+            self._awaited.difference_update(come.values())
             return {rank: self._replies.pop(ids.pop(rank)) for rank in come}
 
     def ask(

@@ -199,7 +199,7 @@ def test_compare(begun: Any) -> None:
         ("compare", "prefill has not begun"),
         ("compare apples", "'apples' cannot be compared with"),
         ("step furlong", "'furlong' is not a unit to step by"),
-        ("step -n 0", "n is 0; it must be at least 1"),
+        ("step -n 0", "n is 0; it must be a whole number, at least 1"),
         ("step -n two", "invalid int value: 'two'"),
         ("to 99 1", "99"),
         ("to 1", "required: layer"),

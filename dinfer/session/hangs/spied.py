@@ -24,7 +24,8 @@ class Spied:
         """Have these looked at that are not yet."""
         states = self._ranks.ranks
         new = [rank for rank in which if rank not in {*self._begun, *self._seen} and states[rank].process]
-        self._begun |= self._ranks.begin({rank: {"do": "spy"} for rank in new})
+        if new:  # a run that is over may ask nothing
+            self._begun |= self._ranks.begin({rank: {"do": "spy"} for rank in new})
 
     def looks_at(self, which: Iterable[int]) -> set[int]:
         """Those of these that are being looked at, and so may have been stopped for it."""
@@ -50,5 +51,5 @@ class Spied:
         return found
 
     def forget(self) -> None:
-        self._ranks.collect(self._begun)
+        self._ranks.forget(self._begun)
         self._begun, self._seen = {}, {}

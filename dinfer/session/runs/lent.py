@@ -59,6 +59,12 @@ class Lent(Ranks):
         self._check_lent()
         return answers
 
+    def collect(self, ids: dict[int, int]) -> dict[int, Message]:
+        return self._lender.collect(ids)
+
+    def forget(self, ids: dict[int, int]) -> None:
+        self._lender.forget(ids)
+
     def new_texts(self) -> list[str]:
         return [] if self._why else self._lender.new_texts()
 
