@@ -126,7 +126,7 @@ def test_a_rank_that_stands_still_is_named_and_freed(
     print(verdict)
     assert (verdict.kind, verdict.rank) == ("stuck in Python", 1)
     assert "door.wait()" in verdict.sentence
-    run.wait(60)
+    wait_for(lambda: run.standing().state == "done", "it goes on", 60)
     assert run.kv().diff().equal
 
 

@@ -86,6 +86,7 @@ class Host:
         self.engine: Engine | None = None
         self.tokens: Tokens | None = None
         self._loaded: tuple[str, ...] = ()
+        self._had_weights = False
         self._gauge: Gauge | None = None
         self._out_of_step = False
         """whether others may wait in the group for a token that this rank has not made"""
@@ -122,7 +123,7 @@ class Host:
 
     def share(self, other: "Host") -> None:
         """Use the weights that another host of this process has loaded."""
-        self.decoder, self._loaded = other.decoder, other._loaded
+        self.decoder, self._loaded, self._had_weights = other.decoder, other._loaded, True
 
     def stands(self) -> list[Stand | None]:
         """Where all ranks stand, as the session knows it; empty if it does not answer."""
@@ -144,7 +145,7 @@ class Host:
 
     def _unload(self, message: Message) -> Message:
         """Give up prompt and weights, unless these are the ones named: two checkpoints at a time might not fit."""
-        if self._loaded == _checkpoint(message):
+        if not self._had_weights or self._loaded == _checkpoint(message):
             return {}
         self.decoder, self._loaded = None, ()
         try:
@@ -164,7 +165,7 @@ class Host:
             self._unload(message)
             self.board.set_phase("loading")
             self.decoder = Decoder.load(*wanted, on_progress=self._tell_progress)
-            self._loaded = wanted
+            self._loaded, self._had_weights = wanted, True
             self._tell_names()
         self._measure(self.decoder.device)
         return {
