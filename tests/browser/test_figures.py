@@ -7,7 +7,7 @@ from playwright.sync_api import expect
 
 from tests.browser.conftest import OpenNotebook
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]  # test_notebook7 sees one drawn, too
 
 FIGURE = """
 from dinfer.views.figures.latency import latency

@@ -14,7 +14,7 @@ from tests.browser.lab import Notebook
 from tests.browser.test_debugger import CELLS as DEBUGGER
 from tests.browser.test_debugger import CONNECT, SHOW, TOP, WHERE, Debugger, number
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 BREAKPOINTS, VALUES, CLOSE, HANG, HUNG = 3, 4, 5, 6, 7
 CELLS = [

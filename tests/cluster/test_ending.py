@@ -57,7 +57,7 @@ def _is_bound(port: int) -> bool:
     ("number", "during"),
     [
         (signal.SIGINT, "prefill"),
-        (signal.SIGTERM, "start"),
+        pytest.param(signal.SIGTERM, "start", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, "start", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, "prefill", marks=pytest.mark.slow),
     ],

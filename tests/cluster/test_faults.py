@@ -56,7 +56,9 @@ def _is_alive_rank(process: psutil.Process) -> bool:
             Fault("raise ValueError('broken on purpose')"),
             r"rank 1 failed at `layer c1 l3` \(lane compute\): ValueError: broken on purpose\n",
         ),
-        (Fault(DIE), rf"rank 1 was killed by SIGKILL; it stood at: .*{AT}"),
+        pytest.param(
+            Fault(DIE), rf"rank 1 was killed by SIGKILL; it stood at: .*{AT}", marks=pytest.mark.slow
+        ),
         pytest.param(
             Fault("os._exit(7)"),
             rf"rank 1 ended with exit status 7; it stood at: .*{AT}",
@@ -124,10 +126,11 @@ def test_the_others_stop_and_the_cause_is_named(fault: Fault, words: str, qwen3:
 @pytest.mark.parametrize(
     ("action", "words", "advice"),
     [
-        (
+        pytest.param(
             BLOCK,
             rf"rank 1: .*{AT}[^(]*$",
             r"^Rank 1 is computing, and the others wait .* raise timeout \(3\)",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             STOP,

@@ -139,7 +139,7 @@ def test_a_rank_that_steps_alone_says_whom_it_waits_for_and_goes_on_later(notebo
     again = px(notebook, "engine.step()", "1")
     assert "rank 1: one wave, 5 ops\n  recv hidden c0 l2 <- 0, 8 tokens" in again
     assert "layer c0 l2   K" in again
-    assert notebook.kernel.run("run.where()").startswith("paused")  # all at one cut again
+    wait_for(lambda: notebook.kernel.run("run.where()").startswith("paused"), "all at one cut again")
     assert_ends_as_if_undisturbed(notebook)
 
 

@@ -129,6 +129,7 @@ def test_a_signal_to_torchrun_is_an_interruption(number: signal.Signals, qwen3: 
     assert message(run) == "interrupted; all ranks were ended."
 
 
+@pytest.mark.slow
 def test_ranks_of_other_versions_and_checkpoints_are_told_apart(
     qwen3: Path, launch: Launch, tmp_path: Path
 ) -> None:
