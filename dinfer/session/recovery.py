@@ -7,16 +7,15 @@ counterpart, and that is posted. A rank that does not come free that way is ende
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from functools import partial
 
 from dinfer.config import Backend
 from dinfer.engine.board import Stand
-from dinfer.engine.hosting.commands import Message, stand_of
+from dinfer.engine.hosting.commands import stand_of
 from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.plan import Plan
+from dinfer.session.hangs.stacks import answers
 from dinfer.session.ranks import Ranks
-from dinfer.session.states import RankRefused
 
 FREEZE_S = 3.0
 LEAVE_S = 8.0
@@ -86,22 +85,22 @@ def _stuck(ranks: Ranks, plan: Plan | None, living: Sequence[int]) -> set[int]:
 
     They leave together: whoever waits in a collective for one that has given it up comes free when that one has left.
     """
-    _answers(ranks, {key: {"do": "decode_limit", "limit": 0} for key in living}, FREEZE_S)  # also who is held
-    frozen = _answers(ranks, {key: {"do": "freeze"} for key in living}, FREEZE_S)
+    answers(ranks, {key: {"do": "decode_limit", "limit": 0} for key in living}, FREEZE_S)  # also who is held
+    frozen = answers(ranks, {key: {"do": "freeze"} for key in living}, FREEZE_S)
     if plan:
         _drain(ranks, plan, {rank: stand_of(said) for rank, said in frozen.items() if "positions" in said})
-    left = _answers(ranks, {key: {"do": "leave"} for key in living}, LEAVE_S)
+    left = answers(ranks, {key: {"do": "leave"} for key in living}, LEAVE_S)
     return {rank for rank in living if not left.get(rank, {}).get("free")}
 
 
 def _drain(ranks: Ranks, plan: Plan, frozen: dict[int, Stand]) -> None:
     cut = tuple(frozen[rank].positions if rank in frozen else () for rank in range(plan.world_size))
     # Limits at positions, so that no lane takes up again what it is released from.
-    held = _answers(
+    held = answers(
         ranks, {key: {"do": "limits", "cut": cut, "order": 0, "stopping": True} for key in frozen}, FREEZE_S
     )
     posts = counterparts(plan, _still(ranks, list(held)))
-    _answers(ranks, {rank: {"do": "drain", **channels} for rank, channels in posts.items()}, FREEZE_S)
+    answers(ranks, {rank: {"do": "drain", **channels} for rank, channels in posts.items()}, FREEZE_S)
 
 
 def _still(ranks: Ranks, living: Sequence[int]) -> dict[int, Stand]:
@@ -121,14 +120,3 @@ def _has_moved(ranks: Ranks, living: Sequence[int], before: dict[int, Stand]) ->
 
 def _stands(ranks: Ranks, living: Sequence[int]) -> dict[int, Stand]:
     return {rank: stand for rank in living if (stand := ranks.ranks[rank].stand) is not None}
-
-
-def _answers(ranks: Ranks, requests: dict[int, Message], timeout: float) -> dict[int, Message]:
-    """What those ranks say that answer and do not refuse; all are asked together."""
-    begun = ranks.begin(requests)
-    deadline = time.monotonic() + timeout
-    answers = dict[int, Message]()
-    for rank, number in begun.items():
-        with suppress(TimeoutError, RankRefused):
-            answers |= ranks.finish({rank: number}, max(0.0, deadline - time.monotonic()))
-    return answers

@@ -13,6 +13,7 @@ from ipywidgets import VBox
 from traitlets import Bytes, Dict
 
 from dinfer.plan.ops import PlanError
+from dinfer.session.runs.standing import MOVING
 from dinfer.views.actions import action_of, edit_of
 from dinfer.views.cells import CellMap
 from dinfer.views.communication import FIGURES, Communication
@@ -28,7 +29,6 @@ VIEW = "application/vnd.jupyter.widget-view+json"
 _HERE = Path(__file__).parent
 SCRIPTS = ("map.js", "heatmap.js", "inspector.js", "communication.js", "controls.js", "ranks.js", "panel.js")
 """together they are one module"""
-MOVING = ("starting", "running", "decoding")
 
 
 class Panel(anywidget.AnyWidget):

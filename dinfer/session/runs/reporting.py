@@ -17,12 +17,12 @@ from dinfer.session.reproduce import Done
 from dinfer.session.runs.armed import Injected
 from dinfer.session.runs.fleet import RankFailed
 from dinfer.session.runs.inspecting import Inspecting
+from dinfer.session.runs.sight import WAIT_S
 from dinfer.session.runs.stepper import NoProgress
 from dinfer.session.states import RankRefused
 from dinfer.trace.findings import Findings, KvFinding, RankFinding, with_findings
 from dinfer.trace.trace import Trace
 
-WAIT_S = 0.2
 Write = Callable[[Trace, Path], Path]
 """of views: write a report of that run to that file; where it went"""
 
