@@ -11,13 +11,13 @@ from dinfer.session.clusters.cluster import Cluster
 from dinfer.session.clusters.facts import own_loopback
 from dinfer.session.link import Link
 from dinfer.session.ranks import Ranks
+from dinfer.session.states import STOPPED_S
 
 START_S = 60.0
 PAUSE_S = 2.0
 """in a cluster that was joined: how long its client may be gone before the run pauses"""
 SILENT_S = 3.0
 """a watcher speaks ten times a second"""
-STOPPED_S = 1.0
 
 
 class EngineRanks(Link, Ranks):

@@ -62,10 +62,8 @@ def recover(
     for rank in sorted(lost | known):  # first of all: what waits for them ends with them
         ranks.kill(rank)
     ranks.free()
-    stuck = _stuck(ranks, plan, [rank for rank in range(ranks.world_size) if rank not in lost | known])
-    for rank in sorted(stuck):
-        ranks.kill(rank)
-    stuck |= known
+    living = [rank for rank in range(ranks.world_size) if rank not in lost | known]
+    stuck = known | _end_the_stuck(ranks, plan, living)
     for rank in sorted(lost | stuck):
         say(f"rank {rank} {'was stuck and ' if rank in stuck else ''}is started again")
         ranks.revive(rank)
@@ -80,17 +78,27 @@ def meet(ranks: Ranks, backend: Backend = "gloo") -> None:
     ranks.ask({rank: {"do": "meet", **place} for rank in range(ranks.world_size)}, MEET_S)
 
 
-def _stuck(ranks: Ranks, plan: Plan | None, living: Sequence[int]) -> set[int]:
-    """Have the living give up their run; those that cannot.
+def _end_the_stuck(ranks: Ranks, plan: Plan | None, living: Sequence[int]) -> set[int]:
+    """Have the living give up their run; those that could not, which are ended.
 
-    They leave together: whoever waits in a collective for one that has given it up comes free when that one has left.
+    Who is mute is stopped, or held by something that has the interpreter: it is ended, and asked for nothing more.
+    The others leave together: whoever waits in a collective for one that has given it up comes free when that one has
+    left.
     """
-    answers(ranks, {key: {"do": "decode_limit", "limit": 0} for key in living}, FREEZE_S)  # also who is held
-    frozen = answers(ranks, {key: {"do": "freeze"} for key in living}, FREEZE_S)
+    heard = answers(
+        ranks, {key: {"do": "decode_limit", "limit": 0} for key in living}, FREEZE_S
+    )  # also who is held
+    mute = set(living) - set(heard)
+    for rank in sorted(mute):
+        ranks.kill(rank)
+    frozen = answers(ranks, {key: {"do": "freeze"} for key in heard}, FREEZE_S)
     if plan:
         _drain(ranks, plan, {rank: stand_of(said) for rank, said in frozen.items() if "positions" in said})
-    left = answers(ranks, {key: {"do": "leave"} for key in living}, LEAVE_S)
-    return {rank for rank in living if not left.get(rank, {}).get("free")}
+    left = answers(ranks, {key: {"do": "leave"} for key in heard}, LEAVE_S)
+    held = {rank for rank in heard if not left.get(rank, {}).get("free")}
+    for rank in sorted(held):
+        ranks.kill(rank)
+    return mute | held
 
 
 def _drain(ranks: Ranks, plan: Plan, frozen: dict[int, Stand]) -> None:

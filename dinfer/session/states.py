@@ -14,6 +14,8 @@ from dinfer.engine.board import DeviceMemory, Stand
 from dinfer.engine.hosting.commands import Message, stand_fields, stand_of
 from dinfer.trace.events import Event
 
+STOPPED_S = 0.9
+"""how long a rank's process has been stopped before anybody calls it so: a debugger may stop it in passing"""
 REFUSED_S = 0.5
 """how long to listen for the others once a rank has refused: they may wait for it for ever"""
 ASK_S = 0.2

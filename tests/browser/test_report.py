@@ -12,6 +12,7 @@ from playwright.sync_api import Browser, BrowserContext, Page
 from dinfer.trace.trace import Trace
 from dinfer.views.report.page import FIGURES, write_report
 from tests.browser.offline import Opened, open_offline
+from tests.cluster.runs import wait_for
 from tests.unit.views.reports import HOSTILE, told
 from tests.unit.views.traces import on_paper, recorded
 
@@ -116,6 +117,10 @@ def test_a_gantt_can_be_zoomed_and_told_by_hovering(open_report: Open) -> None:
     mouse.move(box["x"] + 300, box["y"] + 24, steps=5)
     mouse.up()
     report.until(f"{shown} < {before} / 2")
-    mouse.dblclick(box["x"] + 200, box["y"] + 20)
-    report.until(f"Math.abs({shown} - {before}) < 1e-9")
+
+    def clicked_twice() -> bool:
+        mouse.dblclick(box["x"] + 200, box["y"] + 20)
+        return bool(report.page.evaluate(f"Math.abs({shown} - {before}) < 1e-9"))
+
+    wait_for(clicked_twice, "the whole Gantt again")  # a busy page may take two clicks for two that are apart
     report.is_clean()

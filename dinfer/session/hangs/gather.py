@@ -11,13 +11,12 @@ from dinfer.plan.plan import Plan
 from dinfer.session.hangs.stacks import Stacks
 from dinfer.session.hangs.track import Track
 from dinfer.session.job import Job
-from dinfer.session.states import RankState
+from dinfer.session.states import STOPPED_S, RankState
 from dinfer.trace.events import Event
 from dinfer.verdict.signs import Came, Raised, Signs, Sizes
 
 RECENT = 2000
 """events of a rank from which medians are taken"""
-STOPPED_S = 0.9
 BYTES = {"float32": 4, "float64": 8}
 
 
