@@ -101,4 +101,5 @@ class Link(States):
 
     def _take(self, frames: list[bytes]) -> None:
         message = json.loads(frames[2])
-        self.take(message, lambda state: unpack_records(frames[3], message["rank"], state.lanes))
+        rank = message["rank"]
+        self.take(message, unpack_records(frames[3], rank, self.ranks[rank].lanes) if frames[3:] else ())

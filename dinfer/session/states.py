@@ -6,7 +6,7 @@ Everything that waits for news waits on one condition.
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,18 +137,16 @@ class States:
 
     # -- from the ranks
 
-    def take(self, message: Message, events: Callable[[RankState], list[Event]] | None = None) -> None:
-        """Keep what a rank has said."""
+    def take(self, message: Message, events: Sequence[Event] = ()) -> None:
+        """Keep what a rank has said, and which ops have ended since it spoke last."""
         rank = message["rank"]
         state = self.ranks[rank]
         with self.changed:
             state.heard = time.monotonic()
+            state.events += events
             match message["type"]:
                 case "state":
                     update(state, message)
-                case "events":
-                    assert events
-                    state.events += events(state)
                 case "lanes":
                     state.lanes, state.events = tuple(message["lanes"]), []
                     state.reports.pop("error", None)

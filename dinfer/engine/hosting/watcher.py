@@ -23,12 +23,12 @@ from dinfer.engine.hosting.stacks import dump_of, named
 from dinfer.engine.hosting.wanting import Wanting
 from dinfer.trace.recorder import Recorder
 
-TICK_MS = 40
-"""25 times a second: a tick costs about as much CPU as a small op, on every rank"""
+TICK_MS = 80
+"""A tick costs about as much CPU as a small op, on every rank."""
 FAST_TICK_MS = 1
 FAST_FOR_S = 0.1
 """For so long after a command somebody waits for what it does: ticks are fast."""
-BEAT_S = 0.08
+BEAT_S = 0.07
 """At least ten times a second it is heard, whatever the rank does."""
 RECORDER_BYTES = 4 << 20
 MEMORY_BYTES = BOARD_BYTES + RECORDER_BYTES
@@ -179,35 +179,32 @@ class Watcher:
         return lines
 
     def _publish(self, *, last: bool) -> None:
+        """What is new, as one message: each costs the rank's core, and wakes the session's process."""
+        records = b""
         if self._recorder:
             records, self._cursor = self._recorder.read_records(self._cursor)
-            if records:
-                self._client.send_multipart(
-                    [b"", json.dumps({"type": "events", "rank": self._rank}).encode(), records]
-                )
         stand = self._board.stand(self._lanes)
         state = (stand, self._board.phase, self._board.decoded)
         beat = monotonic() - self._last_beat > BEAT_S
-        if last or beat or state != self._last_state:
+        if last or beat or records or state != self._last_state:
             self._last_state = state
             if last or beat:
                 self._last_beat = monotonic()
             life = self._sign_of_life()
-            self._say(
-                {
-                    "type": "state",
-                    "phase": self._board.phase,
-                    "decoded": self._board.decoded,
-                    "positions": stand.positions,
-                    "started": stand.started,
-                    "limits": stand.limits,
-                    "process": life and life.state,
-                    "cpu_s": life and life.cpu_s,
-                    "wants_cpu": self._wants_cpu,
-                    "memory": life and life.memory,
-                    "device_memory": self._board.device_memory,
-                }
-            )
+            message = {
+                "type": "state",
+                "phase": self._board.phase,
+                "decoded": self._board.decoded,
+                "positions": stand.positions,
+                "started": stand.started,
+                "limits": stand.limits,
+                "process": life and life.state,
+                "cpu_s": life and life.cpu_s,
+                "wants_cpu": self._wants_cpu,
+                "memory": life and life.memory,
+                "device_memory": self._board.device_memory,
+            }
+            self._say(message, *[records] if records else ())
 
     def _sign_of_life(self) -> Life | None:
         if monotonic() - self._life_at > LIFE_S:
@@ -251,8 +248,8 @@ class Watcher:
         if os.getppid() == self._rank_pid:
             os.kill(self._rank_pid, signal.SIGKILL)
 
-    def _say(self, message: Message) -> None:
-        self._client.send_multipart([b"", json.dumps({**message, "rank": self._rank}).encode()])
+    def _say(self, message: Message, *frames: bytes) -> None:
+        self._client.send_multipart([b"", json.dumps({**message, "rank": self._rank}).encode(), *frames])
 
 
 def exists(pid: int) -> bool:

@@ -4,6 +4,7 @@ import os
 import socket
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal, Self
 
@@ -60,7 +61,10 @@ def _start_of(pid: int) -> str | None:
 
 def _start_by_proc(pid: int) -> str | None:
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+        with open(
+            f"/proc/{pid}/stat", encoding="ascii", errors="replace"
+        ) as file:  # many times a second: no Path
+            text = file.read()
     except OSError:
         return None
     words = text.rpartition(")")[2].split()
@@ -77,6 +81,7 @@ def _start_by_psutil(pid: int) -> str | None:
         return None
 
 
+@cache  # the same as long as this process runs
 def _boot() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
