@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from dinfer.engine.board import BOARD_BYTES, Board, map_file
+from dinfer.engine.board import BOARD_BYTES, Board, Stand, map_file
 from dinfer.engine.hosting import spying
 from dinfer.engine.hosting.stacks import dump_of, named
 from dinfer.engine.hosting.wanting import Wanting
@@ -86,6 +86,7 @@ class Watcher:
         self._last_state: object = None
         self._life_at = 0.0
         self._life: Life | None = None
+        self._under_way = set[tuple[int, int]]()
         self._wanting, self._wants_cpu = Wanting(self._rank_pid), 0.0
         self._last_beat = 0.0
         self._unread = bytearray()
@@ -190,7 +191,7 @@ class Watcher:
             self._last_state = state
             if last or beat:
                 self._last_beat = monotonic()
-            life = self._sign_of_life()
+            life = self._sign_of_life(stand)
             message = {
                 "type": "state",
                 "phase": self._board.phase,
@@ -206,13 +207,24 @@ class Watcher:
             }
             self._say(message, *[records] if records else ())
 
-    def _sign_of_life(self) -> Life | None:
+    def _sign_of_life(self, stand: Stand) -> Life | None:
         if monotonic() - self._life_at > LIFE_S:
             before, self._life_at, self._life = self._life, monotonic(), sign_of_life(self._rank_pid)
-            self._wants_cpu = self._wanting.look()
+            # What its threads want counts while something takes long, and takes as long to ask as all the rest.
+            under_way = self._under_way_at(stand)
+            is_long = bool(under_way & self._under_way)
+            self._wanting = self._wanting if is_long else Wanting(self._rank_pid)
+            self._wants_cpu = self._wanting.look() if is_long else 0.0
+            self._under_way = under_way
             if self._life and before and self._looks and self._life.state == "t":  # py-spy's doing
                 self._life = self._life._replace(state=before.state)
         return self._life
+
+    def _under_way_at(self, stand: Stand) -> set[tuple[int, int]]:
+        """The ops that have begun, by lane and index, and the token that is being made."""
+        lanes = zip(stand.positions, stand.started, strict=True)
+        ops = {(lane, position) for lane, (position, started) in enumerate(lanes) if started}
+        return ops | ({(-1, self._board.decoded)} if self._board.phase == "decode" else set())
 
     def _look_after_orphan(self) -> None:
         """A rank that nobody can command or hear any more is ended, or paused, as its client has asked.
