@@ -1,7 +1,8 @@
 """View: KV as its user looks at it: who holds what, each head in a few numbers, values on demand."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from numbers import Integral
 from typing import Any, Protocol
 
@@ -23,6 +24,8 @@ CORNER = 4
 Index = int | slice
 Note = Callable[[Diff, Selection], None]
 Hold = Callable[[], AbstractContextManager[None]]
+_TAKING_TWO = threading.Lock()
+"""held by who takes two runs, lest two who take the same two wait for each other for ever"""
 
 
 class Other(Protocol):
@@ -60,8 +63,19 @@ class KV(Said):
         `ranks`: which to compare, by default all; `values`: of how many tokens' rows to fetch the values, None: of all
         that differ. Raises PlanError for ranks that there are not, and for a run of another prompt, model or dtype.
         """
-        with self._hold():
+        with self._both_held(other):
             return self._diff(other, ranks, values)
+
+    @contextmanager
+    def _both_held(self, other: object) -> Iterator[None]:
+        """Keep this run standing, and the other, where it is one that can move."""
+        theirs: Hold | None = getattr(other, "hold", None)
+        with ExitStack() as held:
+            with _TAKING_TWO if theirs else nullcontext():
+                held.enter_context(self._hold())
+                if theirs:
+                    held.enter_context(theirs())
+            yield
 
     def _diff(self, other: "Other | Source | None", ranks: Sequence[int] | None, values: int | None) -> Diff:
         source = self.source()
@@ -142,7 +156,7 @@ class KV(Said):
     def _part(self, tensor: int) -> "Part":
         with self._hold():
             source, layer, rank = self.source(), self._one_layer(), self._one_rank()
-            return Part(source, rank, layer, tensor, _places(source, self._spans, rank, layer))
+            return Part(source, rank, layer, tensor, _places(source, self._spans, rank, layer), self._hold)
 
     def _one_layer(self) -> int:
         if len(self._layers) != 1:
@@ -165,9 +179,11 @@ class Part(Said):
     """K or V of a layer on one rank; `places`: the rows that can be had, by default tokens. Values travel when they are
     asked for, by head and token as in a tensor [heads, tokens, head_dim]; they come to the CPU."""
 
-    def __init__(self, source: Shown, rank: int, layer: int, tensor: int, places: range) -> None:
+    def __init__(
+        self, source: Shown, rank: int, layer: int, tensor: int, places: range, hold: "Hold" = nullcontext
+    ) -> None:
         self._source, self._rank, self._layer, self._tensor = source, rank, layer, tensor
-        self.places = places
+        self.places, self._hold = places, hold
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -175,17 +191,28 @@ class Part(Said):
         return subject.kv_heads, len(self.places), subject.head_dim
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        """As a tensor's: ints, slices or lists; a third index picks from head_dim. Raises IndexError."""
+        """As a tensor's: ints, slices or lists; a third index picks from head_dim. Raises IndexError, also for rows
+        that the run has gone back before."""
         given: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
         head, token, *rest = [*given, slice(None)][: max(2, len(given))]
         heads, tokens = _picked(head, self.shape[0], "head"), _picked(token, self.shape[1], "token")
         size = len(heads) * len(tokens) * self._source.subject.head_dim * self._source.subject.dtype.itemsize
         say_size(size, "a slice of heads or tokens, such as .k[0, :100], takes less")
         places = [self.places[n] for n in tokens]
-        found = self._source.part(self._rank, self._layer, self._tensor, heads, places)
+        with self._hold():
+            self._check_held(places)
+            found = self._source.part(self._rank, self._layer, self._tensor, heads, places)
         found = found[:, 0] if isinstance(token, int) else found
         found = found[0] if isinstance(head, int) else found
         return found[(..., *rest)] if rest else found
+
+    def _check_held(self, places: Sequence[int]) -> None:
+        rows = self._source.held([self._rank])[0].rows[self._layer]
+        if max(places, default=-1) >= rows:
+            raise IndexError(
+                f"rank {self._rank} now holds {rows} tokens of layer {self._layer}, fewer than when this was made: the "
+                f"run has gone back. run.kv(layer={self._layer}) says what is there."
+            )
 
     def __str__(self) -> str:
         name, (heads, tokens, dims) = "KV"[self._tensor], self.shape

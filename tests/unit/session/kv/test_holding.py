@@ -38,6 +38,10 @@ def session(model: Path) -> Iterator[Session]:
 @pytest.fixture
 def run(session: Session) -> Run:
     """A run of 40 tokens in 5 chunks that stands in its last one."""
+    return in_its_last_chunk(session)
+
+
+def in_its_last_chunk(session: Session) -> Run:
     run = session.prefill([1 + n for n in range(40)], chunk_size=8, paused=True)
     run.run_to(chunk=4, layer=1)
     return run
@@ -101,6 +105,27 @@ def test_a_hidden_state_that_the_run_has_gone_back_before_is_not_there(run: Run)
     for look in (lambda: found[0], lambda: str(found)):
         with pytest.raises(PlanError, match="of chunk 4 before layer 1 is not computed yet; the run stands"):
             look()
+
+
+def test_values_that_the_run_has_gone_back_before_are_not_there(run: Run) -> None:
+    keys = run.kv(layer=0).k
+    assert keys[0, -1].shape == keys[0, 0].shape
+    run.run_to(chunk=1, layer=0)
+    with pytest.raises(IndexError, match="of layer 0, fewer than when this was made: the run has gone back"):
+        keys[0, -1]
+    assert keys[0, 0].numel() > 0
+
+
+def test_both_runs_stand_while_they_are_compared(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with session_on_threads(2, model) as session:
+        other = in_its_last_chunk(session)
+        thread, waits = goes_back_within("held", other, monkeypatch)
+        found = run.kv().diff(other)
+        thread.join(DEADLINE_S)
+    assert waits == [True]
+    assert found.equal, found.verdict
 
 
 def test_a_run_that_is_sent_on_before_it_is_compared_is_waited_for(
