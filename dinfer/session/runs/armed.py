@@ -98,9 +98,13 @@ class Armed(Said):
         return [f"fault {one.fault}: {note['found']}"]
 
     def _disarm(self, gone: list[Injected]) -> None:
-        for one in gone:
-            del self._found[one.number]
-        self.arm()
+        before, numbers = self._found, {one.number for one in gone}
+        self._found = {number: one for number, one in before.items() if number not in numbers}
+        try:
+            self.arm()
+        except BaseException:  # of a run that is over, say
+            self._found = before
+            raise
         if changed := [f"#{one.number}" for one in gone if any(strike[1] for strike in one.strikes)]:
             self._say(
                 f"disarmed; what {', '.join(changed)} changed stays changed until run.restart(), or until the run goes "

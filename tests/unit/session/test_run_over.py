@@ -146,12 +146,14 @@ def test_a_breakpoint_ahead_is_not_met_by_beginning_anew(session: Session) -> No
 
 def test_faults_and_breakpoints_of_the_run_after_it_stay(session: Session) -> None:
     old = begin(session)
+    old.inject("zero", layer=1, chunk=1)
     new = begin(session)
     new.inject("bitflip", layer=1, chunk=1, rank=1)
     new.break_at(layer=1, when="absmax > 0")
     for call in (old.faults.clear, old.breakpoints.clear, old.sha256):
         with pytest.raises(RunOver, match=r"this run is over.*another run has begun"):
             call()
+    assert len(old.faults) == 1, "it is a list of what was armed, and nothing was disarmed"
     new.resume()
     assert "stopped at #1" in str(new.wait(DEADLINE_S))
     new.breakpoints.clear()
