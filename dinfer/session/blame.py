@@ -18,6 +18,10 @@ LOST = 256
 SILENT = 257
 """The same for one whose watcher has not been heard of for `silence_limit` seconds."""
 
+HANDED_ON = (
+    "another session has joined these engines since, so this one and its runs are over: go on with that one, or join "
+    "again with dinfer.connect(…)."
+)
 UNASKED = (
     "If nobody killed it, the kernel did, because memory ran out (see dmesg): lower chunk_size or the length, take "
     "dtype bfloat16, or fewer ranks on this machine."
@@ -32,6 +36,8 @@ def silence_limit(timeout: float) -> float:
 def broken(plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], config: Config) -> str | None:
     """What has been raised, and who has died; None if nothing. `exits[rank]` is set for ranks that ended without a
     result."""
+    if any("handed_on" in state.reports for state in ranks):
+        return HANDED_ON
     errors = [(rank, state.reports["error"]) for rank, state in enumerate(ranks) if "error" in state.reports]
     primary = [(rank, error) for rank, error in errors if not error["secondary"]]
     dead = [

@@ -12,6 +12,7 @@ from dinfer.model.checkpoint import Spec
 from dinfer.model.text import load_tokenizer
 from dinfer.plan.own import OwnSchedule
 from dinfer.plan.plan import Plan
+from dinfer.session.blame import HANDED_ON
 from dinfer.session.closing import Closing
 from dinfer.session.job import Job, prepare_load, prepare_loaded, threads_per_rank
 from dinfer.session.loading import Bars
@@ -30,6 +31,10 @@ LOOK_S = 0.05
 PREPARE_S = 120.0
 LOAD_S = 3600.0
 Show = Callable[[Run], Any]
+
+
+class SessionOver(RuntimeError):
+    """This session can do nothing more; the message says why, and what to do."""
 
 
 class Session(Said, Closing):
@@ -63,6 +68,7 @@ class Session(Said, Closing):
         out. Raises ConfigError or ModelError before anything is loaded: too little memory, no such GPU, not a model
         that can be run.
         """
+        self._check_open()
         shares = self.ranks.cores()
         values = {"model_path": model_path, "dtype": dtype, "gpu_ids": tuple(gpu_ids), "log_dir": ""}
         config = Config.of({**values, "world_size": self.world_size, "prompt_ids": (0,)})
@@ -91,6 +97,7 @@ class Session(Said, Closing):
         one that can hang is refused unless `unsafe=True`. Raises ConfigError or PlanError. The run before this one is
         over then.
         """
+        self._check_open()
         if self.spec is None:
             self.load()
         assert self.spec
@@ -116,6 +123,7 @@ class Session(Said, Closing):
 
     def debugger(self) -> Any:
         """The panel: the current run as a map, with buttons that step it."""
+        self._check_open()
         if self._show is None:
             raise RuntimeError("this session was made without views: use dinfer.connect(…).")
         return self._show(self.run)
@@ -125,6 +133,7 @@ class Session(Said, Closing):
 
         Raises ConfigError for no such rank, RankError where that port is taken or debugpy missing.
         """
+        self._check_open()
         if not 0 <= rank < self.world_size:
             raise ConfigError(f"rank is {rank}; the ranks are 0 to {self.world_size - 1}.")
         return Listening(rank, *self.ranks.listen_for_debugger(rank, port))
@@ -132,6 +141,7 @@ class Session(Said, Closing):
     def recover(self) -> str:
         """After a failure: bring back ranks that are lost, free those that are stuck, and let runs start again:
         `run.restart()` begins this one anew, `session.prefill(…)` another."""
+        self._check_open()
         said = list[str]()
         plan = self._run.plan if self._run else None
         stuck = self._run.stuck_ranks() if self._run else ()
@@ -169,6 +179,13 @@ class Session(Said, Closing):
         return f"{self.ranks.describe()}; {loaded}; backend {self._config.backend}"
 
     # -- within
+
+    def _check_open(self) -> None:
+        """Raises SessionOver. What is asked of engines that another session has joined would harm that one."""
+        if self._closing.is_set():
+            raise SessionOver("this session is closed: dinfer.connect(…) makes another.")
+        if self.ranks.handed_on:
+            raise SessionOver(HANDED_ON)
 
     def _load(self, ranks: Sequence[int]) -> None:
         config = self._config

@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ipyparallel.error import RemoteError
 
 import dinfer
 from dinfer.session.clusters.errors import ClusterError
 from dinfer.session.runs.fleet import RankFailed
+from dinfer.session.runs.run import Run
+from dinfer.session.session import Session, SessionOver
 from tests.cluster.ipclusters import LAUNCHER, IPython, ipython
 from tests.cluster.runs import wait_for
 from tests.unit.engine.twin import prompt
@@ -69,7 +72,27 @@ def test_a_whole_session(
         run.run_to(2, 3)
         assert run.decode().tokens == tokens
         assert run.sha256() == kv
+        with dinfer.connect(n=3, start=False) as newer:
+            check_that_it_is_over(session, run)
+            with pytest.raises(RemoteError, match="there is no run, so nothing has 'step'"):
+                newer.ranks.cluster.client[0].execute("engine.step()", block=True)  # type: ignore[attr-defined]
+            newer.load(str(qwen3), threads=1)
+            again = newer.prefill(IDS, chunk_size=4, max_new_tokens=4, paused=True)
+            assert again.decode().tokens == tokens
+    with pytest.raises(SessionOver, match="this session is closed"):
+        newer.prefill(IDS)
     assert len(place.members("ipyparallel.engine")) >= 4  # a joined cluster stays
+
+
+def check_that_it_is_over(session: Session, run: Run) -> None:
+    """Another session has joined its engines: nobody is called dead, and none of them is killed to be recovered."""
+    wait_for(lambda: run.failure, "it has heard of that")
+    with pytest.raises(RankFailed, match="another session has joined these engines") as caught:
+        run.step("op")
+    assert "gone" not in str(caught.value)
+    for call in (session.recover, session.load, lambda: session.prefill(IDS)):
+        with pytest.raises(SessionOver, match="another session has joined these engines"):
+            call()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ The functions here are called by the session in the engine. What they make stays
 session's own kernel is restarted.
 """
 
+import contextlib
 import os
 import socket
 import sys
@@ -39,6 +40,21 @@ class Kernel:
         self.control.serve(self.host.table())
 
 
+class _NoEngine:
+    """What a `%%px` cell finds before there is a run, or once it is over."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"there is no run, so nothing has {name!r}: session.prefill(prompt, paused=True) begins one"
+        )
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return "no engine while there is no run: session.prefill(…, paused=True) begins one"
+
+
 class StoreMeet:
     """Meets the other ranks at a store that rank 0 opens."""
 
@@ -64,6 +80,8 @@ def start(link: Message, world_size: int) -> dict[str, Any]:
     kernel = Kernel(link, world_size)
     if before:
         kernel.host.inherit(before.host)
+        with contextlib.suppress(OSError):  # its watcher may have ended already
+            before.control.report("handed_on")
         before.control.close()
     _current = kernel
     _bind(kernel.host)
@@ -91,5 +109,5 @@ def _bind(host: Host) -> None:
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is None or _current is None:
         return
-    names = {"rank": host.rank, "world_size": _current.world_size, "engine": host.engine}
+    names = {"rank": host.rank, "world_size": _current.world_size, "engine": host.engine or _NoEngine()}
     shell.user_ns.update({**names, "model": host.decoder.model if host.decoder else None})
