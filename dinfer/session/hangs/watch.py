@@ -85,8 +85,6 @@ class Watch:
 
     def judge(self, *, decoding: bool, ended: Mapping[int, str], is_moving: bool) -> Verdict:
         """The verdict as things are now. `is_moving`: the run is meant to move, so that the ranks are to be asked."""
-        with self._line.changed:
-            self._track.look(self._line.ranks, time.monotonic())
         if self._asking.acquire(blocking=is_moving):
             try:
                 if is_moving:
@@ -159,6 +157,7 @@ class Watch:
     def _signs(self, decoding: bool, ended: Mapping[int, str]) -> Sequence[Signs]:
         with self._line.changed:
             now = time.monotonic()
+            self._track.look(self._line.ranks, now)  # what has moved while ranks were asked is not stuck
             signs = signs_of(self._plan, self._line.ranks, ended, self._track, self._stacks, now)
         if decoding:
             longest = now - self._decodes_since(now)
