@@ -179,4 +179,5 @@ def check_over(book: Notebook, panel: Debugger, shot: Shot) -> None:
     book.run(BREAK)  # the kernel has heard by then what was sent before
     expect(said).to_have_text(over)
     assert panel.root.get_attribute("data-done") == done
+    book.page.evaluate(TOP)
     shot("debugger-over-light")
