@@ -107,6 +107,9 @@ def test_a_kernel_is_restarted_with_a_panel_open_and_joins_its_engines_again(
         assert panel.live() == ALWAYS
         panel.canvas.press("l")
         panel.open("KV")
+        expect(panel.root.locator(".dinfer-verdict")).to_contain_text(
+            "disconnected: the kernel was restarted"
+        )
         panel.open("map")
         panel.click(layer=3, chunk=1)
         expect(panel.root.locator(".dinfer-block")).to_contain_text("block c1 l3")
