@@ -74,7 +74,7 @@ class Session(Said, Closing):
         config = Config.of({**values, "world_size": self.world_size, "prompt_ids": (0,)})
         config = config.with_(threads=threads or threads_per_rank(max(shares)))
         config, self.spec = prepare_load(config, range(max(shares)))
-        self._end_run("another checkpoint was loaded")
+        self._end_run("another checkpoint was loaded; session.prefill(…) begins a run of it")
         if config.backend != self._config.backend:
             meet(self.ranks, config.backend)
         self._config = config
@@ -105,7 +105,7 @@ class Session(Said, Closing):
         config = self._config.with_(**{"prompt_ids": (), **_prompt(prompt), **own})
         job = prepare_loaded(config, plan)
         own_plan = None if plan is None else job.plan
-        self._end_run("another run has begun")
+        self._end_run("another run has begun; session.debugger() shows it")
         tokenizer = load_tokenizer(config.model_path)
         self._run = Run(job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, own_plan))
         self._run.show = self._show
@@ -167,7 +167,7 @@ class Session(Said, Closing):
     def close(self) -> None:
         """Part from the ranks: a cluster that dinfer started ends, one that was joined goes on."""
         if not self._closing.is_set():
-            self._end_run("the session is closed")
+            self._end_run("the session is closed; dinfer.connect(…) opens another")
             self._closing.set()
             self._thread.join(2)
             self.ranks.close()

@@ -19,6 +19,10 @@ const PACES = [["", "full speed"], ["1", "1 a second"], ["2", "2 a second"], ["5
 const KEYS = "Keys, while the panel has the focus: o l w c step, b back, p play, s pause, r run to the selected block, d compare "
   + "ranks, y why, Enter or double-click sets or removes a breakpoint at a block, arrows move the selection, 1 2 3 the tabs.";
 const TABS = ["map", "KV", "communication"];
+// What can do nothing: of a run that is over, and without a kernel.
+const NEED_RANKS = ".dinfer-bar :is(button, select), .dinfer-stops :is(button, input), "
+  + ".dinfer-faults button, [data-field], [data-show]";
+const NEED_KERNEL = "[data-do=dismiss], [data-figure]";
 const WHENS = ["nan", "inf", "absmax > 100", "digest differs", "slower than 5 ms"];
 
 function make(tag, name, parent, text = "") {

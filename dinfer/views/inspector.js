@@ -35,6 +35,7 @@ class Inspector {
     make("span", "faint", bar, "scale");
     this.choice(bar, "scale", [["robust", "robust"], ["full", "full"], ["own", "± …"]], String);
     this.own = make("input", "", bar);
+    this.own.dataset.field = "own";
     Object.assign(this.own, { type: "number", min: 0, step: "any", value: 1, hidden: true, title: "the value at the end of the colours" });
     this.own.onchange = () => this.change("scale", Number(this.own.value));
     for (const [text, title, act] of [["+", "zoom in", () => this.map.zoomBy(0.5)], ["−", "zoom out", () => this.map.zoomBy(2)],
@@ -73,7 +74,7 @@ class Inspector {
 
   // Look at another layer, as the map's selection does.
   look(layer) {
-    if (layer === this.want.layer) return;
+    if (this.ended || layer === this.want.layer) return;
     this.layer.value = layer;
     this.change("layer", layer);
   }
@@ -91,8 +92,14 @@ class Inspector {
     this.map.close();
   }
 
+  // Nobody answers any more: what is seen stays, and where that is nothing, `why` is said.
+  end(why) {
+    this.ended = why;
+    if (!this.head) this.judge({ text: why, equal: true });
+  }
+
   ask(anew = false) {
-    if (!this.shown) return;
+    if (!this.shown || this.ended) return;
     this.shows.forEach((button) => button.classList.toggle("dinfer-on", button.dataset.show === this.want.show));
     if (anew) {
       this.have = "";

@@ -217,3 +217,17 @@ function fitted(pen, text, wide) {
   while (shown && pen.measureText(`${shown}…`).width > wide) shown = shown.slice(0, -1);
   return shown && `${shown}…`;
 }
+
+// What the colours and signs mean.
+function drawLegend(node, board) {
+  const item = (text, name, colour = "") => {
+    const one = make("span", "", node);
+    make("i", name, one).style.background = colour;
+    one.append(text);
+  };
+  board.states.forEach((name, state) => item(name, "", `var(--dinfer-${state})`));
+  ["differs", "armed"].forEach((name, n) => item(board.marks[n], name));
+  item("the cut", "line");
+  item("breakpoint", "stop");
+  make("span", "", node, `a cell's parts are ranks 0–${board.ranks - 1}, left to right`);
+}

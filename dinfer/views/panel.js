@@ -13,6 +13,7 @@ class View {
     this.asked = 0;
     this.unit = "layer";
     this.hover = null;
+    this.resting = this.mouse = ""; // where the mouse was when a key moved the selection, and where it is
     this.hint = "";
     this.silent = new Map(); // message → timer that tells that the kernel has not answered
     this.tab = "map";
@@ -35,14 +36,7 @@ class View {
     this.pace.title = "how fast ▶ play goes";
     this.pace.setAttribute("aria-label", "speed of play");
     bar.querySelector("[data-do=pause]").before(this.pace);
-    this.state = make("span", "state", bar);
-    this.banner = make("div", "banner", this.root);
-    this.banner.setAttribute("role", "status");
-    this.bannerText = make("span", "", this.banner);
-    this.bannerMore = make("button", "", this.banner, "more");
-    this.bannerMore.onclick = () => { this.more = !this.more; this.update(); };
-    this.bannerClose = make("button", "", this.banner, "dismiss");
-    this.bannerClose.onclick = () => this.send({ do: "dismiss" });
+    this.banner = new Banner(this.root, (message) => this.send(message), () => this.update());
     this.faults = make("div", "faults", this.root);
     this.faultLines = make("span", "", this.faults);
     const disarm = make("button", "", this.faults, "disarm");
@@ -50,6 +44,7 @@ class View {
     this.tabs = make("div", "tabs", this.root);
     this.tabs.setAttribute("role", "tablist");
     this.pages = Object.fromEntries(TABS.map((name) => [name, this.page(name)]));
+    this.state = make("span", "state", this.tabs);
     make("span", "keys", this.tabs, "keys ⓘ").title = KEYS;
     this.buildMap(make("div", "body", this.pages.map));
     const send = (message) => this.send(message);
@@ -71,7 +66,9 @@ class View {
 
   open(name) {
     this.tab = name;
-    for (const tab of TABS) this.pages[tab].hidden = tab !== name;
+    this.keepFocus(() => {
+      for (const tab of TABS) this.pages[tab].hidden = tab !== name;
+    });
     this.tabs.querySelectorAll("[data-tab]").forEach((button) => {
       button.classList.toggle("dinfer-on", button.dataset.tab === name);
       button.setAttribute("aria-selected", button.dataset.tab === name);
@@ -81,12 +78,21 @@ class View {
     name === "map" ? opened.close() : opened.open();
   }
 
+  // Where what has the focus goes away, the panel has it: its keys work on.
+  keepFocus(change) {
+    const focused = document.activeElement, had = this.root.contains(focused);
+    change();
+    if (had && (!this.root.contains(focused) || focused.disabled || focused.closest("[hidden]"))) {
+      this.root.focus({ preventScroll: true });
+    }
+  }
+
   buildMap(body) {
     const map = make("div", "map", body);
     this.canvas = make("canvas", "", map);
     this.canvas.tabIndex = 0;
     this.canvas.setAttribute("aria-label", "map of blocks by layer and chunk; arrow keys move the selection");
-    this.legend(make("div", "legend", map));
+    drawLegend(make("div", "legend", map), this.board);
     const side = make("div", "side", body);
     this.block = make("div", "block", side);
     this.stops = new BreakpointList(side, this.board, (message) => this.send(message));
@@ -101,29 +107,9 @@ class View {
     button.onclick = () => this.press(action);
   }
 
-  legend(node) {
-    this.board.states.forEach((name, state) => {
-      const item = make("span", "", node);
-      make("i", "", item).style.background = `var(--dinfer-${state})`;
-      item.append(name);
-    });
-    ["differs", "armed"].forEach((name, n) => {
-      const item = make("span", "", node);
-      make("i", name, item);
-      item.append(this.board.marks[n]);
-    });
-    const item = make("span", "", node);
-    make("i", "line", item);
-    item.append("the cut");
-    const stop = make("span", "", node);
-    make("i", "stop", stop);
-    stop.append("breakpoint");
-    make("span", "", node, `a cell's parts are ranks 0–${this.board.ranks - 1}, left to right`);
-  }
-
   follow() {
     const canvas = this.canvas;
-    this.onState = () => this.update();
+    this.onState = () => this.keepFocus(() => this.update());
     this.onAnswer = (message, buffers) => this.hear(message, buffers);
     this.onSelected = () => this.update();
     this.onLost = () => this.lose();
@@ -133,7 +119,7 @@ class View {
     this.model.on("change:selected", this.onSelected);
     this.model.on("msg:custom", this.onAnswer);
     this.model.on("comm_live_update", this.onLost); // ipywidgets says so once its kernel restarts
-    canvas.onmousemove = (event) => this.point(this.map.cellAt(event));
+    canvas.onmousemove = (event) => this.move(event);
     canvas.onmouseleave = () => this.point(null);
     canvas.onclick = (event) => this.select(this.map.cellAt(event));
     canvas.ondblclick = (event) => this.toggleBreakpoint(this.map.cellAt(event));
@@ -165,9 +151,19 @@ class View {
   // There is nobody to speak to any more, and there never will be.
   lose() {
     this.lost = true;
+    this.hint = "";
     this.silent.forEach(clearTimeout);
-    this.root.classList.add("dinfer-gone");
-    this.update();
+    this.keepFocus(() => this.update());
+  }
+
+  get ended() {
+    return this.lost ? LOST : this.model.get("shown").over;
+  }
+
+  // What cannot work any more is seen to: whatever needs ranks and, without a kernel, whatever asks it.
+  disable() {
+    this.root.querySelectorAll(this.lost ? `${NEED_RANKS}, ${NEED_KERNEL}` : NEED_RANKS).forEach((one) => { one.disabled = true; });
+    this.inspector.end(this.ended);
   }
 
   theme() {
@@ -183,6 +179,7 @@ class View {
   // -- what the user does
 
   press(action) {
+    if (this.ended) return;
     const [verb, unit] = action.split(":");
     const block = this.model.get("selected");
     this.hint = "";
@@ -223,6 +220,14 @@ class View {
     this.update();
   }
 
+  // A page that moves under a mouse at rest says so as well: that is not the mouse's move.
+  move(event) {
+    this.mouse = `${event.screenX} ${event.screenY}`;
+    if (this.mouse === this.resting) return;
+    this.resting = "";
+    this.point(this.map.cellAt(event));
+  }
+
   point(cell) {
     if (String(cell) === String(this.hover)) return;
     this.hover = cell;
@@ -238,7 +243,7 @@ class View {
   }
 
   toggleBreakpoint(cell) {
-    if (!cell) return;
+    if (!cell || this.ended) return;
     const [layer, chunk] = cell;
     const here = this.model.get("shown").breakpoints.find((one) => one.layer === layer && one.chunk === chunk);
     this.send(here ? { do: "remove_breakpoint", number: here.number } : { do: "break_at", layer, chunk });
@@ -259,6 +264,8 @@ class View {
   }
 
   moveSelection(down, right) {
+    this.hover = null; // the keys' last move is what is described, until the mouse moves
+    this.resting = this.mouse;
     const [layer, chunk] = this.model.get("selected") ?? [0, 0];
     const within = (value, count) => Math.max(0, Math.min(count - 1, value));
     this.select([within(layer + down, this.board.layers), within(chunk + right, this.board.chunks.length)]);
@@ -272,16 +279,7 @@ class View {
     const tokens = shown.decoded ? ` · ${shown.decoded} token${shown.decoded === 1 ? "" : "s"}` : "";
     this.state.textContent = `${shown.state}${tokens}`;
     Object.assign(this.root.dataset, { state: shown.state, done: shown.done });
-    const alarm = this.lost || shown.error || (shown.state === "failed" && shown.message);
-    const verdict = this.more ? shown.verdict : "";
-    const said = verdict.startsWith(shown.message) ? verdict : shown.message;
-    this.bannerText.textContent = [this.lost && LOST, shown.error, said, shown.answer, this.hint].filter(Boolean).join("\n");
-    this.banner.hidden = !this.bannerText.textContent;
-    this.banner.classList.toggle("dinfer-alarm", Boolean(alarm || shown.verdict));
-    this.bannerClose.hidden = !shown.error && !shown.answer;
-    this.bannerMore.hidden = !shown.verdict;
-    this.bannerMore.textContent = this.more ? "less" : "more";
-    this.banner.classList.toggle("dinfer-unfolded", Boolean(verdict));
+    this.banner.show(shown, this.ended, this.lost, this.hint);
     this.faultLines.textContent = shown.faults.join("\n");
     this.faults.hidden = !shown.faults.length;
     this.root.querySelector("[data-do=step_back]").title = `run.step_back("${this.unit}")`;
@@ -297,6 +295,7 @@ class View {
     this.ranks.show(shown.ranks);
     this.describe();
     this.map.draw();
+    if (this.ended) this.disable();
   }
 
   cellStates(layer, chunk) {

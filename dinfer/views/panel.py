@@ -27,7 +27,16 @@ from dinfer.views.still_kv import still_kv
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 _HERE = Path(__file__).parent
-SCRIPTS = ("map.js", "heatmap.js", "inspector.js", "communication.js", "controls.js", "ranks.js", "panel.js")
+SCRIPTS = (
+    "map.js",
+    "heatmap.js",
+    "inspector.js",
+    "communication.js",
+    "controls.js",
+    "banner.js",
+    "ranks.js",
+    "panel.js",
+)
 """together they are one module"""
 
 
@@ -90,6 +99,8 @@ class Panel(anywidget.AnyWidget):
         try:
             standing, stops = self._run.standing(), breakpoints(self._run.breakpoints)
             actions["answer"] = self._answer(standing)
+            if standing.over:
+                actions["error"] = ""  # what was pressed as the run ended was refused for that very reason
             seen = (standing, stops, actions)
             if seen == self._painted:
                 return

@@ -74,6 +74,10 @@ class Standing(Protocol):
     def verdict(self) -> str:
         """Why the run does not move, at length, once that was told."""
 
+    @property
+    def over(self) -> str:
+        """Why nothing moves this run any more, and what to do, once that is so."""
+
 
 class Disarmed(Protocol):
     """What ends faults."""

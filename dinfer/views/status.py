@@ -44,13 +44,14 @@ def status(plan: Plan, standing: Standing) -> Json:
     ranks = zip(plan.lanes, standing.stands, standing.alive, tokens, devices, strict=True)
     return {
         "state": standing.state,
-        "message": standing.message,
+        "message": "" if standing.message == standing.over else standing.message,
         "call": standing.last_call,
         "decoded": standing.decoded,
         "text": standing.text[-MAX_TEXT:],
         "faults": list(standing.faults),
         "verdict": standing.verdict,
-        "ranks": [_rank(*rank) for rank in ranks],
+        "over": standing.over and f"this run is over: {standing.over}",
+        "ranks": [_rank(*rank, over=bool(standing.over)) for rank in ranks],
     }
 
 
@@ -91,6 +92,8 @@ def _rank(
     alive: bool,
     tokens: int,
     device: tuple[str, int | None, DeviceMemory | None],
+    *,
+    over: bool,
 ) -> Json:
     name, memory, on_device = device
     return {
@@ -98,7 +101,7 @@ def _rank(
         "memory": memory_text(memory, on_device),
         "about_memory": about_memory(on_device),
         "tokens": tokens,
-        "state": rank_state(lanes, stand) if alive else "lost",
+        "state": "lost" if not alive else "over" if over else rank_state(lanes, stand),
         "done": sum(stand.positions),
         "total": sum(len(lane.ops) for lane in lanes),
         "where": rank_text(lanes, stand),

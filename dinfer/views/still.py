@@ -53,7 +53,9 @@ def still_html(
     states = marked(bare, standing.marks)
     shown = status(plan, standing)
     held = np.isin(bare, (HERE, EVERYWHERE)).sum(axis=(0, 1))
-    words = "; ".join(filter(None, (shown["state"], shown["message"], *shown["faults"], shown["call"])))
+    words = "; ".join(
+        filter(None, (shown["state"], shown["over"], shown["message"], *shown["faults"], shown["call"]))
+    )
     known = "".join(f"<li>{escape(mark.text)}</li>" for mark in standing.marks[:LISTED])
     return (
         f"<div><div>dinfer: {escape(words)}</div>{map_svg(states, plan.shape.owners, labels)}"

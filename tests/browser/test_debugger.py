@@ -9,11 +9,12 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import OpenNotebook, Shot
+from tests.browser.lab import Notebook
 from tests.browser.test_panel import PanelPage
 
 pytestmark = pytest.mark.browser
 
-CONNECT, SHOW, WHERE, BREAK, INJECT, PARTS, CLOSE = range(7)
+CONNECT, SHOW, WHERE, BREAK, INJECT, PARTS, NEXT, CLOSE = range(8)
 LAYER, CHUNK, RANK = 3, 1, 2
 CELLS = [
     """
@@ -33,6 +34,7 @@ print("".join("0123456789abcdefghijklmnopqrstuv"[state] for state in states))
     "print(run.breakpoints)",
     f'run.inject("bitflip", rank={RANK}, layer={LAYER}, chunk={CHUNK}, head=0, token=5, dim=7, where="memory");',
     f"a, b = (float(run.kv(layer={LAYER}, rank=rank).k[0, 5, 7]) for rank in (0, {RANK})); print(a, b, a - b)",
+    "run = session.prefill(prompt, chunk_size=4, paused=True)",
     "session.close()",
 ]
 
@@ -60,7 +62,14 @@ class Debugger(PanelPage):
         y = view["top"] + (head * view["dims"] + dim + 0.5 - view["y"]) / view["high"] * view["down"]
         heatmap.hover(position={"x": x, "y": y})
 
+    def live(self) -> set[str]:
+        """What the buttons say that can be pressed, hidden ones too, but not those that plotly draws."""
+        return set(self.root.locator("button:enabled:not(.dinfer-figure *)").all_text_contents())
 
+
+ALWAYS = {"map", "KV", "communication", "copy", "more", "+", "−", "all"}
+"""buttons that need neither ranks nor kernel"""
+FIGURE_NAMES = {"latency", "distribution", "rank × rank", "lanes", "exposed"}
 TOP = "document.querySelector('.dinfer-panel').scrollIntoView()"
 
 
@@ -150,4 +159,25 @@ def test_a_person_stops_at_a_breakpoint_breaks_a_block_and_finds_it(
     panel.open("map")
     shot("debugger-map-dark")
     book.use_theme("light")  # the lab keeps it for the tests that follow
+    check_over(book, panel, shot)
     book.run(CLOSE)
+
+
+def check_over(book: Notebook, panel: Debugger, shot: Shot) -> None:
+    """Another run begins: what moved this one is seen to do nothing, and one line says why and what to do."""
+    assert {"layer", "✎", "×", "add", "disarm"} <= panel.live()
+    book.run(NEXT)
+    over = "this run is over: another run has begun; session.debugger() shows it"
+    said = panel.root.locator(".dinfer-banner > span")
+    expect(said).to_have_text(over)
+    expect(panel.root.locator(".dinfer-rank .dinfer-word")).to_have_text(["over"] * 3)
+    assert panel.live() == {*ALWAYS, "dismiss", *FIGURE_NAMES}
+    expect(panel.root.locator(".dinfer-bar select, .dinfer-stops input").locator(":enabled")).to_have_count(0)
+    done = panel.root.get_attribute("data-done")
+    for key in ("l", "Enter", "d"):
+        panel.canvas.press(key)
+    book.run(BREAK)  # the kernel has heard by then what was sent before
+    expect(said).to_have_text(over)
+    assert panel.root.get_attribute("data-done") == done
+    book.page.evaluate(TOP)
+    shot("debugger-over-light")

@@ -7,8 +7,8 @@ from playwright.sync_api import expect
 
 from tests.browser.conftest import OpenNotebook, Shot
 from tests.browser.lab import Notebook
+from tests.browser.test_debugger import ALWAYS, CONNECT, SHOW, WHERE, Debugger
 from tests.browser.test_debugger import CELLS as DEBUGGER
-from tests.browser.test_debugger import CONNECT, SHOW, WHERE, Debugger
 from tests.browser.test_session import CELLS as SESSION
 from tests.cluster.test_leaks import Held, check_held, held
 
@@ -91,6 +91,9 @@ def test_a_kernel_is_restarted_with_a_panel_open_and_joins_its_engines_again(
         panel.press("step:layer")
         panel.call('run.step("layer")')
         shown = panel.agrees()
+        x, y = panel.spot(2, 2)
+        panel.canvas.dblclick(position={"x": x, "y": y})
+        expect(panel.root.get_by_text("✎")).to_be_enabled()
         engines = [int(pid) for pid in book.run(PIDS).split()]
         if number < 2:  # an engine's first group is the first that it has ever had
             base = [held(pid) for pid in engines]
@@ -101,8 +104,12 @@ def test_a_kernel_is_restarted_with_a_panel_open_and_joins_its_engines_again(
         panel.open("map")
         restart(book)
         expect(panel.root.locator(".dinfer-banner")).to_contain_text("disconnected: the kernel was restarted")
-        panel.press("step:layer")
+        assert panel.live() == ALWAYS
+        panel.canvas.press("l")
         panel.open("KV")
+        expect(panel.root.locator(".dinfer-verdict")).to_contain_text(
+            "disconnected: the kernel was restarted"
+        )
         panel.open("map")
         panel.click(layer=3, chunk=1)
         expect(panel.root.locator(".dinfer-block")).to_contain_text("block c1 l3")

@@ -131,6 +131,7 @@ def test_a_person_steps_goes_back_runs_to_a_block_plays_and_pauses(
     assert panel.colour(3, 2, 0.2) == legend_colour(panel.root, 4)
     assert panel.colour(5, 5, 0.2) == legend_colour(panel.root, 0)
     shot("panel-light")
+    use_keys(panel)
 
     book.run(SLOW)  # so that there is time to press pause
     panel.press("resume")
@@ -150,6 +151,47 @@ def test_a_person_steps_goes_back_runs_to_a_block_plays_and_pauses(
     assert blocks_done(panel.agrees()) == 0
     assert book.run(CLOSE).strip() == "[] True"
     expect(panel.root).to_have_count(0)
+
+
+def use_keys(panel: PanelPage) -> None:
+    """With the mouse at rest on a block: arrows, tabs and what moves the run."""
+    keys = panel.notebook.page.keyboard
+    block = panel.root.locator(".dinfer-block")
+    panel.click(layer=3, chunk=2)
+    keys.press("ArrowDown")
+    expect(block).to_contain_text("block c2 l4 ")
+    expect(block).to_contain_text("selected")
+    x, y = panel.spot(0, 0)
+    panel.canvas.hover(position={"x": x, "y": y})
+    expect(block).to_contain_text("block c0 l0 ")
+    for tab in ("2", "3"):
+        keys.press(tab)
+        expect(panel.canvas).to_be_hidden()
+        keys.press("1")
+        expect(panel.canvas).to_be_visible()
+    keys.press("2")
+    panel.done = panel.root.get_attribute("data-done") or ""
+    keys.press("b")
+    panel.call('run.step_back("layer")')
+    keys.press("1")
+
+
+def check_side_bar(panel: PanelPage, shot: Shot) -> None:
+    """The buttons are one row beside JupyterLab's side bar, which is open when it starts."""
+    page = panel.notebook.page
+    wide = panel.root.evaluate("(root) => root.clientWidth")
+    page.evaluate("window.jupyterapp.shell.expandLeft()")
+    page.wait_for_function(
+        "(wide) => document.querySelector('.dinfer-panel').clientWidth < wide - 200", arg=wide
+    )
+    buttons = panel.root.locator(".dinfer-bar > :not(.dinfer-gap)")
+    places = buttons.evaluate_all("(all) => all.map((one) => one.getBoundingClientRect().toJSON())")
+    assert max(place["top"] for place in places) < min(place["bottom"] for place in places)
+    assert max(place["right"] for place in places) <= 1280
+    assert buttons.last.evaluate("(one) => parseFloat(getComputedStyle(one).fontSize)") >= 13
+    shot("panel-side-bar-light")
+    page.evaluate("window.jupyterapp.shell.collapseLeft()")
+    page.wait_for_function("(wide) => document.querySelector('.dinfer-panel').clientWidth === wide", arg=wide)
 
 
 LARGE = [
@@ -191,6 +233,7 @@ def test_a_large_map_is_shown_in_light_and_dark(notebook: OpenNotebook, shot: Sh
     panel = PanelPage(book)
     states = panel.agrees()
     book.show(SHOW)
+    check_side_bar(panel, shot)
     panel.click(layer=17, chunk=9)
     expect(panel.root.locator(".dinfer-block")).to_contain_text("block c9 l17")
     assert set(states) == set("01234")

@@ -169,6 +169,7 @@ class Sight(Acting, Said):
             tokens,
             self.why(),
             device_memory,
+            self.closed,
         )
 
     def chunk_labels(self) -> list[str]:

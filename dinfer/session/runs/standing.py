@@ -34,6 +34,8 @@ class Standing(NamedTuple):
     """why the run does not move, at length, once that was told"""
     device_memory: tuple[DeviceMemory | None, ...] = ()
     """what each rank's process has of its GPU; None where it has none of its own"""
+    over: str = ""
+    """why nothing moves this run any more, and what to do, once that is so"""
 
 
 def state_of_lanes(plan: Plan, stands: Sequence[Stand]) -> State:

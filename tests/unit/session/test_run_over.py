@@ -33,6 +33,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("over") / "model", layers=LAYERS)
 
 
+BEGUN = "another run has begun; session.debugger() shows it"
+
+
 @pytest.fixture
 def session(model: Path) -> Iterator[Session]:
     """Two ranks on threads."""
@@ -211,7 +214,9 @@ def test_it_tells_where_its_own_ranks_stood(session: Session) -> None:
     new.wait(DEADLINE_S)
     assert old.standing().stands == stands
     assert old.standing().state == "closed"
-    assert str(old.where()).splitlines()[1:] == [*before, "another run has begun"]
+    assert old.standing().over == BEGUN
+    assert new.standing().over == ""
+    assert str(old.where()).splitlines()[1:] == [*before, BEGUN]
     assert before[0] in str(old)
     assert old.trace.events == events
     assert old.findings().positions == tuple(stand.positions for stand in stands)
@@ -245,5 +250,5 @@ def test_a_comparison_that_takes_long_is_broken_off_where_another_run_begins(ses
     assert asked.wait(DEADLINE_S)
     new = begin(session)
     thread.join(DEADLINE_S)
-    assert said == ["this run is over, and its ranks hold its KV no more: another run has begun"]
+    assert said == [f"this run is over, and its ranks hold its KV no more: {BEGUN}"]
     assert new.standing().state == "paused"

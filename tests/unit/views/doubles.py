@@ -48,6 +48,7 @@ class Moment:
     tokens: Sequence[int] = ()
     verdict: str = ""
     device_memory: Sequence[DeviceMemory | None] = ()
+    over: str = ""
 
 
 class Faults:
@@ -130,7 +131,7 @@ class PaperRun(Bare):
         self.state: State = "paused"
         self.message, self.decoded, self.text = "", 0, ""
         self.marks: list[Mark] = []
-        self.why = self.last_call = ""
+        self.why = self.last_call = self.over = ""
         self.devices = ["cpu"] * plan.world_size
         self.alive = [True] * plan.world_size
         self.memory: list[int | None] = []
@@ -159,6 +160,7 @@ class PaperRun(Bare):
             memory=list(self.memory),
             verdict=self.why,
             device_memory=list(self.device_memory),
+            over=self.over,
         )
 
     def move(self, call: str, cut: Cut) -> None:

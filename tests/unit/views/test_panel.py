@@ -246,6 +246,26 @@ def test_failures_lost_ranks_and_text_are_shown(paper: Held) -> None:
     assert [rank["state"] for rank in shown["ranks"]] == ["paused", "lost"]
 
 
+def test_a_run_that_is_over_says_so_once_and_what_to_do(paper: Held) -> None:
+    begun = "another run has begun; session.debugger() shows it"
+    paper.run.state, paper.run.message, paper.run.over = "closed", begun, begun
+    paper.run.listeners.tell()
+    paper.see("over", f"this run is over: {begun}")
+    assert paper.panel.shown["message"] == ""
+    assert [rank["state"] for rank in paper.panel.shown["ranks"]] == ["over", "over"]
+    paper.press(
+        "run_to", chunk=9, layer=0
+    )  # pressed as the run ended: an error that needs no words of its own
+    paper.see("done", 1)
+    assert paper.panel.shown["error"] == ""
+    still = paper.panel._repr_mimebundle_()[0]["text/html"]
+    assert still.count(f"this run is over: {begun}") == still.count(begun) == 1
+    paper.run.state, paper.run.message, paper.run.alive = "failed", "rank 1 was killed", [True, False]
+    paper.run.listeners.tell()
+    paper.see("message", "rank 1 was killed")
+    assert [rank["state"] for rank in paper.panel.shown["ranks"]] == ["over", "lost"]
+
+
 def test_memory_is_the_host_s_and_for_a_gpu_rank_the_gpu_s_too(paper: Held) -> None:
     assert [rank["memory"] for rank in paper.panel.shown["ranks"]] == ["", ""]
     paper.run.memory = [3 << 29, 3 << 29]
