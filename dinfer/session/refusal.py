@@ -31,10 +31,10 @@ class PlanRefused(PlanError):
         return f'<div><pre style="white-space:pre-wrap">{escape(str(self))}</pre>{self.svg()}</div>'
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython shows in place of a traceback: the message, and, in a notebook, the drawing with it, once: some
-        of its versions ask twice."""
+        """As of any error of dinfer's, and, in a notebook, with the drawing, once: some versions of IPython ask
+        twice."""
         shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
         if shell is not None and hasattr(shell, "kernel") and not self._drawn:
             self._drawn = True
             shell.display_pub.publish({"image/svg+xml": self.svg(), "text/plain": ""})
-        return [f"PlanRefused: {self}"]
+        return super()._render_traceback_()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from html import escape
 
 from dinfer.engine.hosting.debugger import FIRST_PORT
+from dinfer.errors import NoSuch
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Cut
 
@@ -114,7 +115,7 @@ class Breakpoints(Said):
 
     def __getitem__(self, number: int) -> Breakpoint:
         if number not in self._found:
-            raise KeyError(f"there is no breakpoint #{number}; there are: {self}")
+            raise NoSuch(f"there is no breakpoint #{number}; there are: {self}")
         return self._found[number]
 
     def remove(self, number: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from dinfer.config import Config, ConfigError
 from dinfer.engine.hosting.commands import Message
+from dinfer.errors import NotPossible
 from dinfer.model.checkpoint import Spec
 from dinfer.model.text import load_tokenizer
 from dinfer.plan.own import OwnSchedule
@@ -117,7 +118,7 @@ class Session(Said, Closing):
     def debugger(self) -> Any:
         """The panel: the current run as a map, with buttons that step it."""
         if self._show is None:
-            raise RuntimeError("this session was made without views: use dinfer.connect(…).")
+            raise NotPossible("this session was made without views: use dinfer.connect(…).")
         return self._show(self.run)
 
     def listen_for_debugger(self, rank: int, port: int = 0) -> Listening:
@@ -151,7 +152,7 @@ class Session(Said, Closing):
     def run(self) -> Run:
         """The current run. Raises RuntimeError before there is one."""
         if self._run is None:
-            raise RuntimeError("there is no run yet: session.prefill(prompt, paused=True) makes one.")
+            raise NotPossible("there is no run yet: session.prefill(prompt, paused=True) makes one.")
         return self._run
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from dinfer.errors import NoSuch
 from dinfer.plan.ops import PlanError
 from dinfer.session.kv.diff import VALUES, diff_ranks, diff_sources
 from dinfer.session.kv.difference import Diff, Table, number_text
@@ -209,7 +210,7 @@ class Part(Said):
     def _check_held(self, places: Sequence[int]) -> None:
         rows = self._source.held([self._rank])[0].rows[self._layer]
         if max(places, default=-1) >= rows:
-            raise IndexError(
+            raise NoSuch(
                 f"rank {self._rank} now holds {rows} tokens of layer {self._layer}, fewer than when this was made: the "
                 f"run has gone back. run.kv(layer={self._layer}) says what is there."
             )
@@ -292,7 +293,7 @@ def _picked(index: Any, size: int, what: str) -> list[int]:
         return [index % size]
     if isinstance(index, (list, range)):
         return [_picked(one, size, what)[0] for one in index]
-    raise IndexError(f"there is no {what} {index!r}: there are {size}, 0 to {size - 1}.")
+    raise NoSuch(f"there is no {what} {index!r}: there are {size}, 0 to {size - 1}.")
 
 
 def _shape_text(subject: Subject) -> str:

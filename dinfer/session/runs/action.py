@@ -7,6 +7,7 @@ from functools import wraps
 from numbers import Integral
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from dinfer.errors import NotPossible
 from dinfer.plan.cut import UNITS, Unit
 from dinfer.plan.ops import PlanError
 
@@ -45,7 +46,7 @@ class Acting:
         """Raises RuntimeError for what is over, and as `check` does."""
         self.last_call = call
         if self.closed:
-            raise RuntimeError(f"this run is over: {self.closed}")
+            raise NotPossible(f"this run is over: {self.closed}")
         self.check()
         self.message = ""
 
