@@ -1,12 +1,12 @@
 """A plan that was refused because it can hang: the error that a user gets, with the circle drawn."""
 
 import sys
-from html import escape
 
 from dinfer.plan.ops import PlanError
 from dinfer.plan.plan import Plan
 from dinfer.plan.verify import Counterexample
 from dinfer.verdict.proof import counterexample_svg, cycle_text
+from dinfer.verdict.words import html_text
 
 WAY_OUT = "Nothing was run. Choose another schedule, or pass unsafe=True (--unsafe) to watch it hang."
 
@@ -28,7 +28,7 @@ class PlanRefused(PlanError):
         return self.svg()
 
     def _repr_html_(self) -> str:
-        return f'<div><pre style="white-space:pre-wrap">{escape(str(self))}</pre>{self.svg()}</div>'
+        return f"<div>{html_text(str(self))}{self.svg()}</div>"
 
     def _render_traceback_(self) -> list[str]:
         """As of any error of dinfer's, and, in a notebook, with the drawing, once: some versions of IPython ask

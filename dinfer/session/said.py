@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 
 from dinfer.engine.hosting.debugger import FIRST_PORT
 from dinfer.errors import NoSuch
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Cut
+from dinfer.verdict.words import html_text
 
 SHOWN = 3
 
@@ -28,7 +28,7 @@ class Said:
         return str(self)
 
     def _repr_html_(self) -> str:
-        return f'<pre style="margin:0;white-space:pre-wrap">{escape(str(self))}</pre>'
+        return html_text(str(self))
 
 
 def moved_text(lines: Sequence[str], remark: str, edited: Sequence[str]) -> str:
