@@ -18,7 +18,7 @@ class DinferError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         """What IPython prints in place of its own traceback, as the parts that it joins."""
-        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+        shell = ipython()
         if shell is None:
             return [f"{type(self).__name__}: {_with_causes(self)}"]
         formatter: Any = shell.InteractiveTB
@@ -32,6 +32,11 @@ class DinferError(Exception):
         )
         formatter.tb = self.__traceback__  # what %debug enters
         return own
+
+
+def ipython() -> Any | None:
+    """The IPython shell of this process, if it is run by one."""
+    return sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
 
 
 class NotPossible(DinferError, RuntimeError):

@@ -1,7 +1,6 @@
 """A plan that was refused because it can hang: the error that a user gets, with the circle drawn."""
 
-import sys
-
+from dinfer.errors import ipython
 from dinfer.plan.ops import PlanError
 from dinfer.plan.plan import Plan
 from dinfer.plan.verify import Counterexample
@@ -33,7 +32,7 @@ class PlanRefused(PlanError):
     def _render_traceback_(self) -> list[str]:
         """As of any error of dinfer's, and, in a notebook, with the drawing, once: some versions of IPython ask
         twice."""
-        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+        shell = ipython()
         if shell is not None and hasattr(shell, "kernel") and not self._drawn:
             self._drawn = True
             shell.display_pub.publish({"image/svg+xml": self.svg(), "text/plain": ""})

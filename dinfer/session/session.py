@@ -24,7 +24,7 @@ from dinfer.session.runs.past import Past
 from dinfer.session.runs.reporting import Reporter, Write
 from dinfer.session.runs.run import Run
 from dinfer.session.runs.sweep import Sweep, sweep
-from dinfer.session.said import Listening, Said
+from dinfer.session.said import Announced, Listening, SaidText
 from dinfer.session.settled import without_settled
 
 LOOK_S = 0.05
@@ -33,7 +33,7 @@ LOAD_S = 3600.0
 Show = Callable[[Run], Any]
 
 
-class Session(Said, Closing):
+class Session(Announced, Closing):
     """Made by `dinfer.connect`. `show` makes the panel that `debugger` returns, `write` the reports of runs."""
 
     def __init__(self, ranks: Ranks, show: Show | None = None, write: Write | None = None) -> None:
@@ -130,7 +130,7 @@ class Session(Said, Closing):
             raise ConfigError(f"rank is {rank}; the ranks are 0 to {self.world_size - 1}.")
         return Listening(rank, *self.ranks.listen_for_debugger(rank, port))
 
-    def recover(self) -> str:
+    def recover(self) -> SaidText:
         """After a failure: bring back ranks that are lost, free those that are stuck, and let runs start again:
         `run.restart()` begins this one anew, `session.prefill(…)` another."""
         said = list[str]()
@@ -145,8 +145,9 @@ class Session(Said, Closing):
         said.append(
             "all ranks have met again; weights stayed where they were" if not anew else "all ranks have met"
         )
-        self._note("; ".join(said))
-        return "; ".join(said)
+        text = SaidText("; ".join(said))
+        self._note(text)
+        return text
 
     @property
     def run(self) -> Run:
