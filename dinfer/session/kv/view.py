@@ -3,13 +3,13 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from numbers import Integral
 from typing import Any, Protocol
 
 import torch
 
 from dinfer.errors import NoSuch
 from dinfer.plan.ops import PlanError
+from dinfer.plan.partition import within
 from dinfer.session.kv.diff import VALUES, diff_ranks, diff_sources
 from dinfer.session.kv.difference import Diff, Table, number_text
 from dinfer.session.kv.live import Live
@@ -253,15 +253,6 @@ def check_computed(source: Source, chunk: int, layer: int, ranks: Sequence[int])
         raise PlanError(
             f"chunk {chunk} of layer {layer} {what} yet{on}; the run stands {source.subject.stands}."
         )
-
-
-def within(name: str, value: int, count: int) -> int:
-    """Raises PlanError for a number that there is not."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise PlanError(f"{name} is {value!r}; it must be a whole number from 0 to {count - 1}.")
-    if not 0 <= value < count:
-        raise PlanError(f"there is no {name} {value}: the {name}s are 0 to {count - 1}.")
-    return value
 
 
 def say_size(size: int, advice: str) -> None:

@@ -1,6 +1,7 @@
 """What every action on a run has in common, whoever calls it."""
 
 import json
+import re
 import threading
 from collections.abc import Callable
 from functools import wraps
@@ -92,6 +93,7 @@ class Acting:
         self.tell()
 
 
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
 P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R", bound=Acting)
@@ -129,7 +131,8 @@ def unit_of(name: str) -> Unit:
     for unit in UNITS:
         if unit == name:
             return unit
-    raise PlanError(f"{name!r} is not a unit to step by; use one of {', '.join(UNITS)}, token.")
+    hint = " A number of steps is n, 1 or more." if _NUMBER.fullmatch(str(name)) else ""
+    raise PlanError(f"{name!r} is not a unit to step by; use one of {', '.join(UNITS)}, token.{hint}")
 
 
 def count_of(n: int, name: str = "n") -> int:
