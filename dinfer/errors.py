@@ -9,6 +9,8 @@ from types import TracebackType
 from typing import Any
 
 PACKAGE = __name__.split(".")[0]
+LINES = 2
+"""of a cell: the one that failed and the one before it (with 1, IPython shows none of a cell of a notebook)"""
 
 
 class DinferError(Exception):
@@ -28,7 +30,7 @@ class DinferError(Exception):
         # In place of the error, one that has no chain of causes: each of them would be shown with all of its frames.
         stand_in = Exception(_with_causes(self))
         own: list[str] = formatter.structured_traceback(
-            type(self), stand_in, _own(self.__traceback__), context=1
+            type(self), stand_in, _own(self.__traceback__), context=LINES
         )
         formatter.tb = self.__traceback__  # what %debug enters
         return own
