@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
+from dinfer.errors import DinferError
+
 Schedule = Literal["pipelined", "lockstep", "batched"]
 SyncStrategy = Literal["pairwise", "ring"]
 DeviceMode = Literal["single_node", "multi_node"]
@@ -20,7 +22,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
 
-class ConfigError(ValueError):
+class ConfigError(DinferError, ValueError):
     """A parameter, or two that do not go together; the message says what to do."""
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from dinfer.config import OnCorruption
+from dinfer.errors import DinferError
 
 log = logging.getLogger("dinfer")
 log.addHandler(
@@ -65,7 +66,7 @@ class Corruption:
         return f"{named}{rest}{rows if self.rows else ''}"
 
 
-class Corrupted(RuntimeError):
+class Corrupted(DinferError, RuntimeError):
     """A block's bytes have changed, and the run was to fail or to pause then."""
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from dinfer.engine.handlers import Prefill
 from dinfer.engine.nans import NotANumber, Place, first_nan, has_nan
 from dinfer.engine.transport.comm import Comm
+from dinfer.errors import DinferError
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 from dinfer.model.errors import ModelError
@@ -23,7 +24,7 @@ _NO_TOKEN = -1
 _PLACE = struct.Struct("<qq")
 
 
-class TokensDiffer(RuntimeError):
+class TokensDiffer(DinferError, RuntimeError):
     """Ranks chose different tokens. `position` counts new tokens from 0; `tokens` and `logits` are by rank:
     the token each chose, and each rank's logits of all the tokens chosen.
     """

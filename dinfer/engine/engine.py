@@ -26,6 +26,7 @@ from dinfer.engine.room import capacity
 from dinfer.engine.single import agree, sync_block
 from dinfer.engine.transport.comm import Comm
 from dinfer.engine.transport.deadline import Deadline, StillWaiting
+from dinfer.errors import NotPossible
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 from dinfer.model.sampling import Sampler, Sampling
@@ -103,7 +104,7 @@ class Engine:
         plan = as_issued(plan, self.config.backend) if plan else self.plan_for(len(ids))
         check_plan(plan, self._shape(len(ids)), unsafe=self.config.unsafe)
         if not self.release():
-            raise RuntimeError(
+            raise NotPossible(
                 f"rank {self.rank} still has lanes of the prompt before this one blocked in a transfer: "
                 "they would take this one's messages."
             )
@@ -124,7 +125,7 @@ class Engine:
     def prompt(self) -> Prompt:
         """The current prompt. Raises RuntimeError before there is one."""
         if self._prompt is None:
-            raise RuntimeError(
+            raise NotPossible(
                 "there is no prompt yet: call prefill_phase(prompt), or prepare(ids), on all ranks."
             )
         return self._prompt
@@ -154,7 +155,7 @@ class Engine:
                     "Call prefill_phase on the other ranks too, then prefill_phase() here to go on."
                 )
         if executor.state.final is None:
-            raise RuntimeError(
+            raise NotPossible(
                 f"the plan has ended, but gives rank {self.rank} no final state to decode from."
             )
         return PrefillResult(executor.state.final, self.kv_caches(len(self.ids)))
@@ -169,7 +170,7 @@ class Engine:
         final = self.executor.state.final if hidden_states is None else hidden_states
         unfinished = self._prompt is not None and not self._prompt.executor.is_done()
         if final is None or (kv_caches is None and (self.cache is None or unfinished)):
-            raise RuntimeError("there is no finished prefill: call prefill_phase(prompt) on all ranks first.")
+            raise NotPossible("there is no finished prefill: call prefill_phase(prompt) on all ranks first.")
         state = self._prompt.state if self._prompt and kv_caches is None else None
         config = self.config
         if kv_caches is None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dinfer.errors import DinferError
 from dinfer.model.cache import KVCache
 from dinfer.plan.partition import Shape
 
@@ -23,7 +24,7 @@ NOWHERE = Place(-1, -1)
 """every K and V is a number"""
 
 
-class NotANumber(RuntimeError):
+class NotANumber(DinferError, RuntimeError):
     """The logits are NaN, on the ranks of `places`: where the first NaN of each one's KV is."""
 
     def __init__(self, position: int, places: dict[int, Place], world_size: int, shape: Shape | None) -> None:

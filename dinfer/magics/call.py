@@ -3,6 +3,7 @@
 from argparse import Namespace
 from typing import Any, NamedTuple
 
+from dinfer.errors import NotPossible
 from dinfer.session.said import Said
 from dinfer.session.session import Session
 
@@ -30,7 +31,7 @@ class Call(NamedTuple):
         for value in (names.get("session"), *reversed(list(names.values()))):
             if isinstance(value, Session):
                 return value
-        raise RuntimeError("there is no session yet: %dinfer connect, or session = dinfer.connect(n=3).")
+        raise NotPossible("there is no session yet: %dinfer connect, or session = dinfer.connect(n=3).")
 
     @property
     def run(self) -> Any:

@@ -7,18 +7,19 @@ from typing import Any
 from IPython.core.magic_arguments import argument, magic_arguments
 
 from dinfer.magics.call import Call
+from dinfer.magics.words import number_or_word
 
 
 @magic_arguments()
 @argument("kind", help="bitflip, nan, zero, stale, swap_kv, permute, lost, append_twice, head_shift, cast, …")
-@argument("--rank", type=int)
-@argument("--layer", type=int)
-@argument("--chunk", type=int)
+@argument("--rank", type=number_or_word)
+@argument("--layer", type=number_or_word)
+@argument("--chunk", type=number_or_word)
 @argument("--tensor", help="K or V")
-@argument("--head", type=int)
-@argument("--token", type=int, help="a position in the prompt")
-@argument("--dim", type=int)
-@argument("--bit", type=int)
+@argument("--head", type=number_or_word)
+@argument("--token", type=number_or_word, help="a position in the prompt")
+@argument("--dim", type=number_or_word)
+@argument("--bit", type=number_or_word)
 @argument("--where", help="memory, wire or compute")
 @argument("--dtype", help="through which to cast")
 @argument("--seed", type=int, help="of permute")

@@ -7,20 +7,21 @@ from typing import Any
 from IPython.core.magic_arguments import argument, magic_arguments
 
 from dinfer.magics.call import Call
+from dinfer.magics.words import number_or_word
 
 
 @magic_arguments()
-@argument("layer", nargs="?", type=int, help="the layer; none: all")
-@argument("--chunk", type=int)
-@argument("--rank", type=int)
+@argument("layer", nargs="?", type=number_or_word, help="the layer; none: all")
+@argument("--chunk", type=number_or_word)
+@argument("--rank", type=number_or_word)
 def kv(call: Call) -> Any:
     """What KV the ranks hold: kv 5 rank=1 chunk=0."""
     return call.run.kv(**vars(call.words))
 
 
 @magic_arguments()
-@argument("layer", nargs="?", type=int, help="the layer; none: all")
-@argument("--chunk", type=int)
+@argument("layer", nargs="?", type=number_or_word, help="the layer; none: all")
+@argument("--chunk", type=number_or_word)
 @argument("--ranks", type=lambda word: [int(one) for one in word.split(",")], help="such as 0,2; none: all")
 def diff(call: Call) -> Any:
     """Where the ranks' KV differs: diff, diff 5 chunk=1 ranks=0,2."""

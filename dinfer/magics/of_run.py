@@ -7,6 +7,7 @@ from typing import Any
 from IPython.core.magic_arguments import argument, magic_arguments
 
 from dinfer.magics.call import Call
+from dinfer.magics.words import number_or_word
 
 
 @magic_arguments()
@@ -17,7 +18,7 @@ def run(call: Call) -> Any:
 
 @magic_arguments()
 @argument("unit", nargs="?", default="layer", help="op, layer (the default), wave, chunk or token")
-@argument("-n", type=int, default=1, help="how many")
+@argument("-n", type=number_or_word, default=1, help="how many")
 def step(call: Call) -> Any:
     """Move on by ops, layers, waves, chunks or tokens."""
     return call.run.step(call.words.unit, call.words.n)
@@ -25,7 +26,7 @@ def step(call: Call) -> Any:
 
 @magic_arguments()
 @argument("unit", nargs="?", default="layer", help="op, layer (the default), wave, chunk or token")
-@argument("-n", type=int, default=1, help="how many")
+@argument("-n", type=number_or_word, default=1, help="how many")
 def back(call: Call) -> Any:
     """Go back by ops, layers, waves, chunks or tokens."""
     return call.run.step_back(call.words.unit, call.words.n)
@@ -71,9 +72,9 @@ def why(call: Call) -> Any:
 
 
 @magic_arguments()
-@argument("--layer", type=int)
-@argument("--chunk", type=int)
-@argument("--rank", type=int)
+@argument("--layer", type=number_or_word)
+@argument("--chunk", type=number_or_word)
+@argument("--rank", type=number_or_word)
 @argument("--op", help="layer (the default), embed, send, recv or norm")
 @argument("--when", nargs="+", metavar="CONDITION", help="nan, inf, absmax > 100, digest differs, …")
 def break_(call: Call) -> Any:

@@ -69,9 +69,9 @@ def sweep(call: Call) -> Any:
 
 
 @magic_arguments()
-def recover(call: Call) -> Text:
+def recover(call: Call) -> Any:
     """After a failure: bring lost ranks back and free those that are stuck."""
-    return Text([call.session.recover()])
+    return call.session.recover()
 
 
 @magic_arguments()

@@ -3,7 +3,7 @@
 import difflib
 import re
 import shlex
-from argparse import Namespace
+from argparse import ArgumentError, ArgumentTypeError, Namespace
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,13 +33,49 @@ def read(parser: MagicArgumentParser, words: list[str], names: Names) -> Namespa
     """What the words say. `$name` is the value of a variable, whole: text keeps its spaces and quotes, and is never
     taken for a flag. Raises UsageError."""
     written = [_in_line(word, names) for word in words]
-    found: Namespace = parser.parse_args(as_flags(parser, written))
+    found = _parsed(parser, as_flags(parser, written))
     for name, value in vars(found).items():
         if isinstance(value, list):
             setattr(found, name, [one for word in value for one in _texts(word, names)])
         elif isinstance(value, str):
             setattr(found, name, " ".join(_texts(value, names)))
     return found
+
+
+def number_or_word(word: str) -> int | str:
+    """A whole number, or the word as it is, for a call that says what it must be."""
+    try:
+        return int(word)
+    except ValueError:
+        return word
+
+
+def _parsed(parser: MagicArgumentParser, words: list[str]) -> Namespace:
+    """Raises UsageError, of a number that is none in the words of the calls."""
+    parser.exit_on_error = False
+    parser.register("type", int, _whole)
+    parser.register("type", float, _real)
+    try:
+        found: Namespace = parser.parse_args(words)
+    except ArgumentError as error:
+        name = (error.argument_name or "").split("/")[-1].lstrip("-").replace("-", "_")
+        said = str(error.message)
+        raise UsageError(f"{name} {said}" if said.startswith("is '") else str(error)) from None
+    return found
+
+
+def _whole(word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise ArgumentTypeError(f"is {word!r}; it must be a whole number.") from None
+
+
+def _real(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        raise ArgumentTypeError(f"is {word!r}; it must be a number.") from None
 
 
 def as_flags(parser: MagicArgumentParser, words: list[str]) -> list[str]:

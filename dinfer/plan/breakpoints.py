@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, get_args
 from dinfer.plan.cut import Cut, Cuts, join
 from dinfer.plan.graph import NONE
 from dinfer.plan.ops import Kind, Op, PlanError
+from dinfer.plan.partition import within
 
 Condition = Literal["", "nan", "inf", "absmax", "digest", "slower"]
 WHENS = "'nan', 'inf', 'absmax > 100', 'digest differs', 'slower than 5 ms'"
@@ -106,10 +107,13 @@ def check(breakpoint: Breakpoint, cuts: Cuts) -> None:
     if any(breakpoint.matches(place.rank, op) for place, op in cuts.plan.places()):
         return
     shape = cuts.plan.shape
+    counts = {"chunk": len(shape.chunks), "layer": shape.layers, "rank": shape.world_size}
+    for name, count in counts.items():
+        if (value := getattr(breakpoint, name)) is not None:
+            within(name, value, count)
     raise PlanError(
-        f"no op of this run is {str(breakpoint).split(': after ')[1]}: chunks go from 0 to {len(shape.chunks) - 1}, "
-        f"layers from 0 to {shape.layers - 1}, ranks from 0 to {shape.world_size - 1}; layer ops are on the rank that "
-        f"owns the layer (stages start at {', '.join(map(str, shape.starts))})."
+        f"no op of this run is {str(breakpoint).split(': after ')[1]}: layer ops are on the rank that owns the layer "
+        f"(stages start at {', '.join(map(str, shape.starts))})."
     )
 
 

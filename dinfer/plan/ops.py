@@ -7,12 +7,14 @@ Nothing here knows how an op is carried out.
 import re
 from typing import Literal, NamedTuple
 
+from dinfer.errors import DinferError
+
 Kind = Literal["embed", "layer", "norm", "send", "recv"]
 What = Literal["hidden", "kv", "final"]
 Communicator = Literal["hidden", "kv"]
 
 
-class PlanError(ValueError):
+class PlanError(DinferError, ValueError):
     """A plan, or a piece of its text, that cannot be used; the message says what was given and is allowed."""
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from numbers import Integral
 
 from dinfer.plan.ops import PlanError
 
@@ -85,3 +86,12 @@ def partition(
             )
         starts = [0, *layer_split]
     return Shape(layers, tokens, chunk_size, tuple(starts))
+
+
+def within(name: str, value: int, count: int) -> int:
+    """Raises PlanError for a number that there is not."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise PlanError(f"{name} is {value!r}; it must be a whole number from 0 to {count - 1}.")
+    if not 0 <= value < count:
+        raise PlanError(f"there is no {name} {value}: the {name}s are 0 to {count - 1}.")
+    return value

@@ -37,7 +37,7 @@ def connect(
     if n < 1:
         raise ConfigError(f"n is {n}; a session has at least 1 rank.")
     session = Session(_ranks(where, n, profile, cluster_id, start, timeout, patience, place), show, write)
-    print(session)
+    session.announce()
     return session
 
 

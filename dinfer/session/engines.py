@@ -6,6 +6,7 @@ from typing import Any
 
 from dinfer.engine.hosting.commands import Message
 from dinfer.engine.transport.interface import LOOPBACK, own_address_towards
+from dinfer.errors import NoAnswer
 from dinfer.session.blame import LOST
 from dinfer.session.clusters.cluster import Cluster
 from dinfer.session.clusters.facts import own_loopback
@@ -100,7 +101,7 @@ class EngineRanks(Link, Ranks):
         with self.changed:
             if not self.changed.wait_for(lambda: all(self.ranks[rank].heard for rank in calls), START_S):
                 silent = [rank for rank in calls if not self.ranks[rank].heard]
-                raise TimeoutError(
+                raise NoAnswer(
                     f"nothing was heard of rank {', '.join(map(str, silent))} within {START_S:g} s: can its host reach "
                     f"{self.endpoint} on {socket.gethostname()}?"
                 )

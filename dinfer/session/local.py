@@ -15,6 +15,7 @@ from dinfer.engine.hosting.commands import Message, answer, stand_fields
 from dinfer.engine.hosting.host import Host
 from dinfer.engine.transport.comm import Comm
 from dinfer.engine.transport.exchange import Exchange
+from dinfer.errors import NotPossible
 from dinfer.session.ranks import Ranks
 from dinfer.session.states import update
 from dinfer.trace.recorder import Recorder
@@ -64,13 +65,13 @@ class LocalRanks(Ranks):
         return []
 
     def kill(self, rank: int) -> None:
-        raise RuntimeError(f"rank {rank} is a thread of this process and cannot be killed alone.")
+        raise NotPossible(f"rank {rank} is a thread of this process and cannot be killed alone.")
 
     def revive(self, rank: int) -> None:
-        raise RuntimeError(f"rank {rank} is a thread of this process: it cannot have been lost alone.")
+        raise NotPossible(f"rank {rank} is a thread of this process: it cannot have been lost alone.")
 
     def listen_for_debugger(self, rank: int, port: int) -> tuple[str, int]:  # noqa: ARG002 - see the message
-        raise RuntimeError(
+        raise NotPossible(
             f"rank {rank} is a thread of this process: the debugger of your notebook or IDE stops it as any other."
         )
 

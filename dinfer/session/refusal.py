@@ -1,12 +1,11 @@
 """A plan that was refused because it can hang: the error that a user gets, with the circle drawn."""
 
-import sys
-from html import escape
-
+from dinfer.errors import ipython
 from dinfer.plan.ops import PlanError
 from dinfer.plan.plan import Plan
 from dinfer.plan.verify import Counterexample
 from dinfer.verdict.proof import counterexample_svg, cycle_text
+from dinfer.verdict.words import html_text
 
 WAY_OUT = "Nothing was run. Choose another schedule, or pass unsafe=True (--unsafe) to watch it hang."
 
@@ -28,13 +27,13 @@ class PlanRefused(PlanError):
         return self.svg()
 
     def _repr_html_(self) -> str:
-        return f'<div><pre style="white-space:pre-wrap">{escape(str(self))}</pre>{self.svg()}</div>'
+        return f"<div>{html_text(str(self))}{self.svg()}</div>"
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython shows in place of a traceback: the message, and, in a notebook, the drawing with it, once: some
-        of its versions ask twice."""
-        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+        """As of any error of dinfer's, and, in a notebook, with the drawing, once: some versions of IPython ask
+        twice."""
+        shell = ipython()
         if shell is not None and hasattr(shell, "kernel") and not self._drawn:
             self._drawn = True
             shell.display_pub.publish({"image/svg+xml": self.svg(), "text/plain": ""})
-        return [f"PlanRefused: {self}"]
+        return super()._render_traceback_()

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 
 from dinfer.engine.hosting.debugger import FIRST_PORT
+from dinfer.errors import NoSuch, ipython
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Cut
+from dinfer.verdict.words import html_text
 
 SHOWN = 3
 
@@ -27,7 +28,36 @@ class Said:
         return str(self)
 
     def _repr_html_(self) -> str:
-        return f'<pre style="margin:0;white-space:pre-wrap">{escape(str(self))}</pre>'
+        return html_text(str(self))
+
+
+class SaidText(str, Said):
+    """A text that is shown as it is, without quotation marks."""
+
+    __slots__ = ()
+    __str__, __repr__ = str.__str__, str.__str__
+
+
+class Announced(Said):
+    """Something that says what it is as soon as it is made, and is not shown a second time under the same cell."""
+
+    _announced: tuple[int | None, str] | None = None
+
+    def announce(self) -> None:
+        """Print its text."""
+        print(self)
+        self._announced = _cell(), str(self)
+
+    def _ipython_display_(self) -> None:
+        """Called by IPython to show it; NotImplementedError has it shown as everything else."""
+        if self._announced != (_cell(), str(self)):
+            raise NotImplementedError
+
+
+def _cell() -> int | None:
+    """The number of the cell that runs, if this is IPython."""
+    shell = ipython()
+    return shell.execution_count if shell else None
 
 
 def moved_text(lines: Sequence[str], remark: str, edited: Sequence[str]) -> str:
@@ -114,7 +144,7 @@ class Breakpoints(Said):
 
     def __getitem__(self, number: int) -> Breakpoint:
         if number not in self._found:
-            raise KeyError(f"there is no breakpoint #{number}; there are: {self}")
+            raise NoSuch(f"there is no breakpoint #{number}; there are: {self}")
         return self._found[number]
 
     def remove(self, number: int) -> None:

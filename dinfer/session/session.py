@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from dinfer.config import Config, ConfigError
 from dinfer.engine.hosting.commands import Message
+from dinfer.errors import DinferError, NotPossible
 from dinfer.model.checkpoint import Spec
 from dinfer.model.text import load_tokenizer
 from dinfer.plan.own import OwnSchedule
@@ -24,7 +25,7 @@ from dinfer.session.runs.past import Past
 from dinfer.session.runs.reporting import Reporter, Write
 from dinfer.session.runs.run import Run
 from dinfer.session.runs.sweep import Sweep, sweep
-from dinfer.session.said import Listening, Said
+from dinfer.session.said import Announced, Listening, SaidText
 from dinfer.session.settled import without_settled
 
 LOOK_S = 0.05
@@ -33,11 +34,11 @@ LOAD_S = 3600.0
 Show = Callable[[Run], Any]
 
 
-class SessionOver(RuntimeError):
+class SessionOver(DinferError, RuntimeError):
     """This session can do nothing more; the message says why, and what to do."""
 
 
-class Session(Said, Closing):
+class Session(Announced, Closing):
     """Made by `dinfer.connect`. `show` makes the panel that `debugger` returns, `write` the reports of runs."""
 
     def __init__(self, ranks: Ranks, show: Show | None = None, write: Write | None = None) -> None:
@@ -125,7 +126,7 @@ class Session(Said, Closing):
         """The panel: the current run as a map, with buttons that step it."""
         self._check_open()
         if self._show is None:
-            raise RuntimeError("this session was made without views: use dinfer.connect(…).")
+            raise NotPossible("this session was made without views: use dinfer.connect(…).")
         return self._show(self.run)
 
     def listen_for_debugger(self, rank: int, port: int = 0) -> Listening:
@@ -138,7 +139,7 @@ class Session(Said, Closing):
             raise ConfigError(f"rank is {rank}; the ranks are 0 to {self.world_size - 1}.")
         return Listening(rank, *self.ranks.listen_for_debugger(rank, port))
 
-    def recover(self) -> str:
+    def recover(self) -> SaidText:
         """After a failure: bring back ranks that are lost, free those that are stuck, and let runs start again:
         `run.restart()` begins this one anew, `session.prefill(…)` another."""
         self._check_open()
@@ -154,14 +155,15 @@ class Session(Said, Closing):
         said.append(
             "all ranks have met again; weights stayed where they were" if not anew else "all ranks have met"
         )
-        self._note("; ".join(said))
-        return "; ".join(said)
+        text = SaidText("; ".join(said))
+        self._note(text)
+        return text
 
     @property
     def run(self) -> Run:
         """The current run. Raises RuntimeError before there is one."""
         if self._run is None:
-            raise RuntimeError("there is no run yet: session.prefill(prompt, paused=True) makes one.")
+            raise NotPossible("there is no run yet: session.prefill(prompt, paused=True) makes one.")
         return self._run
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from dinfer.engine.board import DeviceMemory, Stand
 from dinfer.engine.hosting.commands import Message, stand_fields, stand_of
+from dinfer.errors import DinferError, NoAnswer
 from dinfer.trace.events import Event
 
 STOPPED_S = 0.9
@@ -22,7 +23,7 @@ ASK_S = 0.2
 """how often someone who waits for an answer looks whether the run can still go on"""
 
 
-class RankRefused(RuntimeError):
+class RankRefused(DinferError, RuntimeError):
     """A rank's answer to a command is an error; the message names the rank."""
 
 
@@ -99,7 +100,7 @@ class States:
                     refused_at = min(refused_at, time.monotonic())
                 elif time.monotonic() > deadline:
                     silent = ids.keys() - self._answers(ids).keys()
-                    raise TimeoutError(
+                    raise NoAnswer(
                         f"no answer from rank {', '.join(map(str, sorted(silent)))} within {timeout:g} s"
                     )
             answers = self._answers(ids)

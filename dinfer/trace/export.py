@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
 
+from dinfer.errors import DinferError
 from dinfer.trace.events import Event
 from dinfer.trace.perfetto import trace_events
 from dinfer.trace.trace import Trace
@@ -12,7 +13,7 @@ from dinfer.trace.trace import Trace
 FORMAT = "dinfer trace 1"
 
 
-class TraceError(ValueError):
+class TraceError(DinferError, ValueError):
     """A file that is not a trace, or only part of one."""
 
 

@@ -35,9 +35,17 @@ class Share(NamedTuple):
         return sum(_seconds(part) for part in (self.compute, self.wire, self.wait, self.bubble))
 
     @property
+    def wire_s(self) -> float:
+        return _seconds(self.wire)
+
+    @property
+    def wait_s(self) -> float:
+        return _seconds(self.wait)
+
+    @property
     def exposed_s(self) -> float:
         """Seconds of communication in which it computed nothing."""
-        return _seconds(self.wire) + _seconds(self.wait)
+        return self.wire_s + self.wait_s
 
     @property
     def communication_s(self) -> float:
@@ -64,6 +72,16 @@ class Shares(NamedTuple):
 
     ranks: list[Share]
     links: list[LinkShare]
+
+    @property
+    def wire_s(self) -> float:
+        """Seconds of it on the wire, over all ranks."""
+        return sum(rank.wire_s for rank in self.ranks)
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds of waiting for a peer, over all ranks."""
+        return sum(rank.wait_s for rank in self.ranks)
 
     @property
     def exposed(self) -> float:

@@ -149,9 +149,11 @@ def _lines(waits: Waits, chain: Sequence[Wait]) -> tuple[str, ...]:
 def _urgency(wait: Wait) -> tuple[bool, bool, bool, bool]:
     op, root = wait.op, wait.root
     idle = root is not None and root.kind in ("held", "done")
+    if idle:  # what it computes next is what `where()` names, else the first of its lanes
+        return (True, op is not None and op.is_transfer, False, False)
     is_transfer = op is not None and op.is_transfer and bool(wait.on)
     return (
-        idle,
+        False,
         not is_transfer and root is None,
         op is not None and op.what == "kv",
         op is not None and op.kind != "recv",

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from html import escape
 
 from dinfer.verdict.picture import Arrow, Box, drawing
 from dinfer.verdict.waits import HUNG, Kind, Node, Wait, Waits
+from dinfer.verdict.words import html_text
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,8 +58,7 @@ class Verdict:
         return drawing(self.sentence, boxes, list(arrows.values()))
 
     def _repr_html_(self) -> str:
-        text = f'<pre style="margin:0;white-space:pre-wrap">{escape(str(self))}</pre>'
-        return f"<div>{text}{self.svg() if self.is_hung else ''}</div>"
+        return f"<div>{html_text(str(self))}{self.svg() if self.is_hung else ''}</div>"
 
     def _is_shown(self, node: Node, wait: Wait) -> bool:
         return bool(wait.on) or (wait.root is not None and node.rank in self.ranks)

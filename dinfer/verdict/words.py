@@ -1,11 +1,19 @@
 """What ops and ranks do, in words that all of dinfer shares."""
 
 from collections.abc import Iterable, Sequence
+from html import escape
 from math import inf
 
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Lane
 from dinfer.verdict.signs import Sizes
+
+
+def html_text(text: str) -> str:
+    """A text as HTML: its lines and spaces as they are, long lines broken between words, where a notebook's own style
+    for texts would break inside `block c2 l1`."""
+    style = "margin:0;white-space:pre-wrap;word-break:normal;overflow-wrap:break-word"
+    return f'<pre style="{style}">{escape(text)}</pre>'
 
 
 def at_text(lanes: Sequence[Lane], positions: Sequence[int] | None) -> str:

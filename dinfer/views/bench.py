@@ -7,12 +7,14 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from dinfer.errors import DinferError
+
 HTML_CONFIG = {"showSendToCloud": False, "plotlyServerURL": "", "displaylogo": False}
 """no button that uploads the figure"""
 ENDINGS = (".html", ".svg", ".png")
 
 
-class PlotError(ValueError):
+class PlotError(DinferError, ValueError):
     """A plot file that cannot be written; the message says what would do."""
 
 

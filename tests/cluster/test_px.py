@@ -217,8 +217,8 @@ def test_verbs(notebook: Notebook) -> None:
     run = notebook.kernel.run
     assert "step " in run("%dinfer")
     assert "%dinfer step [-n N] [unit]" in run("%dinfer step --help")
-    assert "rank 0: computed c0 l0" in run("%dinfer step layer")
-    assert "rank 0: undid computed c0 l0" in run("%dinfer back")
+    assert "rank 0: embed c0, computed c0 l0" in run("%dinfer step layer")
+    assert "rank 0: undid embed c0, computed c0 l0" in run("%dinfer back")
     assert run("%dinfer break layer=3 chunk=1").strip() == "#1: after layer 3, chunk 1"
     run("%dinfer resume")
     assert "stopped at #1" in run("%dinfer wait")

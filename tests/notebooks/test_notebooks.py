@@ -63,7 +63,7 @@ def test_begins_with_a_session(stepping: Page) -> None:
         ("token", ["4 in all, and the text ends here"]),
         ("token-back", ["4 in all, and the text ends here"]),
         ("moved", ["rank 0: computed c0 l0, c0 l1"]),
-        ("magic", ["rank 0: computed c1 l0, c1 l1"]),
+        ("magic", ["rank 0: embed c1, computed c1 l0, c1 l1"]),
         ("verbs", ["%dinfer VERB", "step ", "break "]),
         ("log", ["loaded demo", "stopped at #1", "stopped at #2", "all ranks have met again"]),
     ],

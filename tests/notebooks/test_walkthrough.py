@@ -23,7 +23,7 @@ PLOT = "application/vnd.plotly.v1+json"
 CIRCLE = "rank 0 waits for rank 1 to take block c0 l0; rank 1 waits for rank 2 to take block c0 l2; rank 2 waits for"
 SHOWN: dict[str, list[str]] = {
     "connect": ["joined profile 'default' (local engines): ranks 0–2 on ", "demo on cpu, cpu, cpu"],
-    "prefill": ["rank 0: computed c0 l0, embed c0, sent block c0 l0 to 1", "rank 2: received block c0 l0 from 0"],
+    "prefill": ["rank 0: embed c0, computed c0 l0, sent block c0 l0 to 1", "rank 2: received block c0 l0 from 0"],
     "chunk": ["rank 2: computed c0 l4, c0 l5"],
     "where": ["paused", "stands at c0 l1", "stands at c0 l5"],
     "to": ["rank 1: computed c1 l2, c1 l3"],

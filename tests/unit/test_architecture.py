@@ -18,6 +18,7 @@ import dinfer
 PACKAGE = Path(dinfer.__file__).parent
 FRONT_DOOR = ""  # dinfer/__init__.py: names from all rooms
 ROOMS = (
+    "errors",
     "config",
     "plan",
     "trace",
@@ -31,7 +32,7 @@ ROOMS = (
     "__main__",
 )
 FORBIDDEN = {
-    "model": set(ROOMS) - {"model"},
+    "model": set(ROOMS) - {"errors", "model"},
     "verdict": {"config"},
     "views": {"engine"},
 }  # though they stand earlier

@@ -10,6 +10,7 @@ import transformers
 from dinfer import __version__
 from dinfer.config import Config
 from dinfer.engine.transport.comm import Comm
+from dinfer.errors import DinferError
 from dinfer.model.checkpoint import Spec
 from dinfer.model.fingerprint import fingerprint
 
@@ -30,7 +31,7 @@ _OWN = frozenset(
 """What may differ from rank to rank: where things lie on its host. The prompt is compared as token ids."""
 
 
-class RanksDisagree(RuntimeError):
+class RanksDisagree(DinferError, RuntimeError):
     """Ranks were started with different parameters, versions or checkpoints."""
 
 

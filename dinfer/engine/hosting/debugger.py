@@ -8,6 +8,8 @@ import contextlib
 import os
 import sys
 
+from dinfer.errors import DinferError
+
 FIRST_PORT = 5678
 
 
@@ -22,7 +24,7 @@ def undebugged() -> contextlib.AbstractContextManager[object]:
     return context
 
 
-class DebuggerError(RuntimeError):
+class DebuggerError(DinferError, RuntimeError):
     """The debugger cannot listen; the message says where."""
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from dinfer.config import Config
+from dinfer.errors import DinferError
 from dinfer.model.checkpoint import check
 from dinfer.model.errors import ModelError
 from dinfer.model.free import free
@@ -21,7 +22,7 @@ _UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _SIGNS = ("DefaultCPUAllocator: can't allocate", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemory(DinferError, RuntimeError):
     """A rank asked for memory that was not there."""
 
 

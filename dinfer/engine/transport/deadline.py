@@ -9,8 +9,10 @@ from collections.abc import Callable
 from concurrent.futures import Future, TimeoutError
 from typing import Any
 
+from dinfer.errors import DinferError
 
-class StillWaiting(RuntimeError):
+
+class StillWaiting(DinferError, RuntimeError):
     """A call has not ended within its deadline; it can be repeated."""
 
 

@@ -1,7 +1,9 @@
 """What can go wrong with a cluster, as one message each."""
 
+from dinfer.errors import DinferError
 
-class ClusterError(RuntimeError):
+
+class ClusterError(DinferError, RuntimeError):
     """The cluster is not as asked for; the message says what was found and what to do."""
 
 

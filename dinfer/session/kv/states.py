@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dinfer.plan.ops import PlanError
+from dinfer.plan.partition import within
 from dinfer.session.kv.live import Live
 from dinfer.session.kv.source import Subject
-from dinfer.session.kv.view import Hold, check_computed, say_size, within
+from dinfer.session.kv.view import Hold, check_computed, say_size
 from dinfer.session.said import Said
 
 TOP = 5

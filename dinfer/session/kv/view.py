@@ -3,12 +3,13 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from numbers import Integral
 from typing import Any, Protocol
 
 import torch
 
+from dinfer.errors import NoSuch
 from dinfer.plan.ops import PlanError
+from dinfer.plan.partition import within
 from dinfer.session.kv.diff import VALUES, diff_ranks, diff_sources
 from dinfer.session.kv.difference import Diff, Table, number_text
 from dinfer.session.kv.live import Live
@@ -209,7 +210,7 @@ class Part(Said):
     def _check_held(self, places: Sequence[int]) -> None:
         rows = self._source.held([self._rank])[0].rows[self._layer]
         if max(places, default=-1) >= rows:
-            raise IndexError(
+            raise NoSuch(
                 f"rank {self._rank} now holds {rows} tokens of layer {self._layer}, fewer than when this was made: the "
                 f"run has gone back. run.kv(layer={self._layer}) says what is there."
             )
@@ -254,15 +255,6 @@ def check_computed(source: Source, chunk: int, layer: int, ranks: Sequence[int])
         )
 
 
-def within(name: str, value: int, count: int) -> int:
-    """Raises PlanError for a number that there is not."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise PlanError(f"{name} is {value!r}; it must be a whole number from 0 to {count - 1}.")
-    if not 0 <= value < count:
-        raise PlanError(f"there is no {name} {value}: the {name}s are 0 to {count - 1}.")
-    return value
-
-
 def say_size(size: int, advice: str) -> None:
     """Say how much is about to move, if it is much."""
     if size > LARGE:
@@ -292,7 +284,7 @@ def _picked(index: Any, size: int, what: str) -> list[int]:
         return [index % size]
     if isinstance(index, (list, range)):
         return [_picked(one, size, what)[0] for one in index]
-    raise IndexError(f"there is no {what} {index!r}: there are {size}, 0 to {size - 1}.")
+    raise NoSuch(f"there is no {what} {index!r}: there are {size}, 0 to {size - 1}.")
 
 
 def _shape_text(subject: Subject) -> str:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network
 from itertools import combinations
 
+from dinfer.errors import DinferError
+
 RANGES = ("10.77.0.0/16", "198.19.0.0/16")
 """of which a part that no route leads to is taken: private, and reserved for tests of networks"""
 DEFAULT_ROUTE_BITS = 7
@@ -76,7 +78,7 @@ class Network:
             do("ip", "-n", self.hub, "link", "set", plug, "down")
 
 
-class HostsError(RuntimeError):
+class HostsError(DinferError, RuntimeError):
     """Hosts cannot be made, or not be used; the message says why."""
 
 

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
+from dinfer.errors import DinferError
+
 PATIENCE_S = 5.0
 """how long to wait in silence"""
 RETRY_S = 0.2
@@ -18,7 +20,7 @@ HELLO, GO = "dinfer machine", b"go\n"
 Say = Callable[[str], None]
 
 
-class NotAllCame(RuntimeError):
+class NotAllCame(DinferError, RuntimeError):
     """Who is missing, or what is in the way."""
 
 

@@ -9,13 +9,14 @@ from torch import Tensor
 from dinfer.config import Config
 from dinfer.engine.edits import Edit
 from dinfer.engine.ledger import Key
+from dinfer.errors import DinferError
 from dinfer.plan.faults import Fault
 from dinfer.plan.ops import Op, PlanError
 from dinfer.plan.plan import Plan
 from dinfer.session.kv.source import Noted
 
 
-class RecordError(RuntimeError):
+class RecordError(DinferError, RuntimeError):
     """A rank cannot be replayed, or not from there on: what was recorded does not do, or does not fit."""
 
 

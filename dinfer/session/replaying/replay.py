@@ -14,6 +14,7 @@ from dinfer.engine.corruption import Corruption
 from dinfer.engine.engine import Engine
 from dinfer.engine.probes import as_numbers
 from dinfer.engine.tokens import Tokens
+from dinfer.errors import NotPossible
 from dinfer.model.decoder import Decoder
 from dinfer.plan.cut import Unit
 from dinfer.plan.ops import Op
@@ -188,7 +189,7 @@ class Replay(Said, Closing):
 
     def _positions(self) -> Positions:
         if self._closed:
-            raise RuntimeError(CLOSED)
+            raise NotPossible(CLOSED)
         return self.engine.executor.stand().positions
 
     def _repeated(self, step: Callable[[Positions, Unit], Positions], unit: Unit, n: int) -> Positions:

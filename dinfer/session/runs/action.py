@@ -1,12 +1,14 @@
 """What every action on a run has in common, whoever calls it."""
 
 import json
+import re
 import threading
 from collections.abc import Callable
 from functools import wraps
 from numbers import Integral
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from dinfer.errors import NotPossible
 from dinfer.plan.cut import UNITS, Unit
 from dinfer.plan.ops import PlanError
 
@@ -45,7 +47,7 @@ class Acting:
         """Raises RuntimeError for what is over, and as `check` does."""
         self.last_call = call
         if self.closed:
-            raise RuntimeError(f"this run is over: {self.closed}")
+            raise NotPossible(f"this run is over: {self.closed}")
         self.check()
         self.message = ""
 
@@ -91,6 +93,7 @@ class Acting:
         self.tell()
 
 
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
 P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R", bound=Acting)
@@ -128,7 +131,8 @@ def unit_of(name: str) -> Unit:
     for unit in UNITS:
         if unit == name:
             return unit
-    raise PlanError(f"{name!r} is not a unit to step by; use one of {', '.join(UNITS)}, token.")
+    hint = " A number of steps is n, 1 or more." if _NUMBER.fullmatch(str(name)) else ""
+    raise PlanError(f"{name!r} is not a unit to step by; use one of {', '.join(UNITS)}, token.{hint}")
 
 
 def count_of(n: int, name: str = "n") -> int:

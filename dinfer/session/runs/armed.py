@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dinfer.engine.hosting.commands import Message
+from dinfer.errors import NoSuch
 from dinfer.plan.faults import Fault
 from dinfer.session.said import Said
 
@@ -49,7 +50,7 @@ class Armed(Said):
 
     def __getitem__(self, number: int) -> Injected:
         if number not in self._found:
-            raise KeyError(f"there is no fault #{number}; there are: {self}")
+            raise NoSuch(f"there is no fault #{number}; there are: {self}")
         return self._found[number]
 
     def __str__(self) -> str:

@@ -8,6 +8,7 @@ from dinfer.engine.engine import Engine
 from dinfer.engine.executor import OpFailed
 from dinfer.engine.transport.comm import CommError
 from dinfer.engine.transport.exchange import Exchange
+from dinfer.errors import DinferError
 from dinfer.plan.cut import Cut
 from dinfer.plan.graph import channel_of
 from dinfer.plan.plan import Place, Plan
@@ -16,7 +17,7 @@ Stands = list[Stand]
 """where each rank stands, by rank"""
 
 
-class RankFailed(RuntimeError):
+class RankFailed(DinferError, RuntimeError):
     """A rank raised or died. The message names rank, op, layer, chunk and the original error."""
 
 

@@ -7,6 +7,7 @@ import torch
 
 from dinfer.model.fingerprint import fingerprint
 from dinfer.model.text import texts_of
+from dinfer.plan.partition import within
 from dinfer.session.blame import silent_text
 from dinfer.session.kv.difference import Diff
 from dinfer.session.kv.line import Line
@@ -14,7 +15,7 @@ from dinfer.session.kv.live import Live
 from dinfer.session.kv.sides import Selection
 from dinfer.session.kv.source import Subject
 from dinfer.session.kv.states import Attention, Hidden, attention_of, hidden_of
-from dinfer.session.kv.view import KV, kv_of, within
+from dinfer.session.kv.view import KV, kv_of
 from dinfer.session.runs.fleet import RankFailed
 from dinfer.session.runs.holding import Holding
 from dinfer.verdict.words import at_text

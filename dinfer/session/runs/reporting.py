@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dinfer.errors import NotPossible
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.ops import PlanError
 from dinfer.session.finding import findings_of_job
@@ -49,7 +50,7 @@ class Reporting(Inspecting):
         `environment` this process's environment variables: look for secrets in them before you pass it on.
         """
         if self.reporter is None:
-            raise RuntimeError("this session was made without views: use dinfer.connect(…).")
+            raise NotPossible("this session was made without views: use dinfer.connect(…).")
         self._until_it_stands()
         found = self.findings(prompt=prompt, environment=environment)
         return self.reporter.write(with_findings(self.trace, found), Path(path).expanduser())

@@ -12,6 +12,7 @@ from typing import Any
 
 from dinfer.engine.corruption import Corruption
 from dinfer.engine.hosting.commands import Message
+from dinfer.errors import NotPossible
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Unit
 from dinfer.plan.ops import Kind, PlanError
@@ -140,7 +141,7 @@ class Run(Breaking, Comparing, Replaying, Saving):
         with self.halted():
             self.last_call = "run.restart()"
             if self.closed:
-                raise RuntimeError(f"this run is over: {self.closed}")
+                raise NotPossible(f"this run is over: {self.closed}")
             self._stops.forget_ahead()
             self._begin()
             self._stops.arm()

@@ -6,6 +6,7 @@ What a step means is decided in plan/cut; how ranks are reached, in the fleet.
 import threading
 from typing import NamedTuple
 
+from dinfer.errors import DinferError
 from dinfer.plan.cut import Cut, Cuts, Unit, is_inside, meet
 from dinfer.plan.plan import Place
 from dinfer.session.runs.fleet import Fleet, Stands
@@ -14,7 +15,7 @@ from dinfer.session.runs.where import where_text
 LOOK_S = 0.05
 
 
-class NoProgress(RuntimeError):
+class NoProgress(DinferError, RuntimeError):
     """The ranks did not get where they were sent in time; the message says where each stands."""
 
 

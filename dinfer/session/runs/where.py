@@ -75,8 +75,10 @@ def _moved(lanes: Sequence[Lane], before: Sequence[int], after: Sequence[int]) -
 
 def _ops_text(ops: Sequence[Op]) -> str:
     layers = [f"c{op.chunk} l{op.layer}" for op in ops if op.kind == "layer"]
-    parts = [f"computed {_few(layers)}"] * bool(layers)
-    parts += [f"{op}" for op in ops if op.kind in ("embed", "norm")] if len(ops) < 12 else []
+    ends = [op for op in ops if op.kind in ("embed", "norm")] if len(ops) < 12 else []
+    parts = [f"{op}" for op in ends if op.kind == "embed"]
+    parts += [f"computed {_few(layers)}"] * bool(layers)
+    parts += [f"{op}" for op in ends if op.kind == "norm"]
     for verb, kind, arrow in (("sent", "send", "to"), ("received", "recv", "from")):
         transfers = sorted((op for op in ops if op.kind == kind), key=lambda op: op.peer)
         for peer, same in groupby(transfers, key=lambda op: op.peer):

@@ -2,6 +2,8 @@
 
 import re
 
+from dinfer.errors import DinferError
+
 FORMAT, VERSION = "dinfer-run", 1
 RUN, DESCRIBED, PLAN, TRACE = "run.json", "FORMAT.md", "plan.txt", "trace.jsonl"
 DIGESTS, HIDDEN = "digests.safetensors", "hidden.safetensors"
@@ -10,7 +12,7 @@ LEDGER_COLUMNS = 7
 _KV_FILE = re.compile(r"kv\.layer\d+\.safetensors")
 
 
-class SavedError(ValueError):
+class SavedError(DinferError, ValueError):
     """A folder that is no saved run, is damaged, or cannot be written; or something that one does not hold."""
 
 

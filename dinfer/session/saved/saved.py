@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dinfer.errors import NotPossible
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import PlanError
 from dinfer.plan.plan import Plan
@@ -95,7 +96,7 @@ class Saved(Said):
     def report(self, path: str | Path = "report.html") -> Path:
         """Write it to one HTML file; where it is."""
         if self._write is None:
-            raise RuntimeError("this was opened without views: use dinfer.open(…).")
+            raise NotPossible("this was opened without views: use dinfer.open(…).")
         return self._write(self.trace, Path(path))
 
     def __str__(self) -> str:

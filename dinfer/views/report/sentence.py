@@ -73,10 +73,7 @@ def exposed_part(found: Shares) -> str:
         return "nothing was sent between ranks"
     if found.exposed == 0:
         return "no communication of prefill was exposed"
-    first = found.links[0]
-    total = sum(link.exposed_s for link in found.links)
-    most = "most of it" if first.exposed_s > total / 2 else "the largest part of it"
-    return f"{percent(found.exposed)} of prefill was exposed communication, {most} {_where(first)}"
+    return f"{percent(found.exposed)} of prefill was exposed communication, most of it {_where(found)}"
 
 
 def _inside(text: str) -> str:
@@ -84,11 +81,25 @@ def _inside(text: str) -> str:
     return text[:1].lower() + text[1:] if text[1:2].islower() else text
 
 
-def _where(link: LinkShare) -> str:
+def _where(found: Shares) -> str:
+    """Of waiting and the wire what is more over all ranks, as their figure shows it, and the link with most of that."""
+    waits = found.wait_s > found.wire_s
+    kind, seconds = ("waiting", _wait_s) if waits else ("on the wire", _wire_s)
+    link = max(found.links, key=seconds)
+    if not seconds(link):
+        return kind
     name = f"link {link.source}→{link.target}"
-    if link.wait_s > link.wire_s and link.late is not None:
-        return f"waiting for rank {link.late} on {name}"
-    return f"waiting on {name}" if link.wait_s > link.wire_s else f"on the wire of {name}"
+    whom = f"for rank {link.late} on {name}" if link.late is not None else f"on {name}"
+    alone = seconds(link) == sum(map(seconds, found.links))
+    return f"{kind}{'' if alone else ', above all'} {whom if waits else f'of {name}'}"
+
+
+def _wait_s(link: LinkShare) -> float:
+    return link.wait_s
+
+
+def _wire_s(link: LinkShare) -> float:
+    return link.wire_s
 
 
 def percent(part: float) -> str:

@@ -68,8 +68,14 @@ def test_it_reads_as_a_sentence_and_comes_back_from_json() -> None:
 
 def test_one_that_nothing_can_meet_is_refused() -> None:
     check(Breakpoint(1, layer=5), PIPELINED)
-    with pytest.raises(PlanError, match="chunks go from 0 to 2, layers from 0 to 5"):
+    with pytest.raises(PlanError, match=r"^there is no layer 6: the layers are 0 to 5\.$"):
         check(Breakpoint(1, layer=6), PIPELINED)
+    with pytest.raises(PlanError, match=r"^there is no chunk -1: the chunks are 0 to 2\.$"):
+        check(Breakpoint(1, chunk=-1), PIPELINED)
+    with pytest.raises(PlanError, match=r"^there is no rank 3: the ranks are 0 to 2\.$"):
+        check(Breakpoint(1, layer=1, rank=3), PIPELINED)
+    with pytest.raises(PlanError, match=r"^layer is 'x'; it must be a whole number from 0 to 5\.$"):
+        check(Breakpoint(1, layer="x"), PIPELINED)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="layer ops are on the rank that owns the layer"):
         check(Breakpoint(1, rank=0, layer=5), PIPELINED)
     with pytest.raises(PlanError, match="op is 'jump'; it must be one of embed, layer"):

@@ -138,7 +138,9 @@ def test_a_session_of_threads_recovers_too(moment: str, capsys: pytest.CaptureFi
             run.resume()
         else:
             run.decode(1)
-        assert session.recover().endswith("all ranks have met again; weights stayed where they were")
+        said = session.recover()
+        assert said.endswith("all ranks have met again; weights stayed where they were")
+        assert repr(said) == said
         run.restart()
         run.decode(2)
         assert (run.tokens, run.sha256()) == wanted

@@ -92,7 +92,8 @@ def test_the_drawing_has_a_box_for_each_op_and_an_arrow_for_what_it_waits_for() 
     assert error.svg() in error._repr_html_()
 
 
-def test_a_notebook_shows_the_message_and_not_a_traceback() -> None:
+def test_without_a_shell_it_is_shown_as_its_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("IPython.get_ipython", lambda: None)
     error = refused()
     assert error._render_traceback_() == [f"PlanRefused: {error}"]
 

@@ -16,7 +16,7 @@ from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.session.runs.fleet import LocalFleet, RankFailed
 from dinfer.session.runs.stepper import NoProgress, Stepper
-from dinfer.session.runs.where import rank_text, where_text
+from dinfer.session.runs.where import moved_lines, rank_text, where_text
 from tests.unit.engine.expected import expected, is_complete
 from tests.unit.engine.twin import Twin, prompt, twin
 
@@ -131,6 +131,17 @@ def test_moves_of_several_threads_happen_one_after_another(small: Decoder) -> No
         chain = Cuts(stepper.cuts.plan).chain("layer")
         assert sorted((move.before, move.after) for move in moves if move.moved) == list(pairwise(chain))
         assert sum(not move.moved for move in moves) == 12 - (len(chain) - 1)
+
+
+def test_what_was_done_is_told_in_its_order() -> None:
+    plan = build(partition(layers=2, tokens=4, world_size=2, chunk_size=4), "pipelined", "pairwise")
+    cuts = Cuts(plan)
+    first, last = moved_lines(plan, cuts.start, cuts.end)
+    assert first.startswith("rank 0: embed c0, computed c0 l0, sent ")
+    assert last.startswith("rank 1: computed c0 l1, norm c0 l2, sent ")
+    assert moved_lines(plan, cuts.end, cuts.start)[0].startswith(
+        "rank 0: undid embed c0, computed c0 l0, sent "
+    )
 
 
 def test_where_says_how_much_is_done_and_where_each_open_lane_stands() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from dinfer.plan.cut import UNITS, Cuts, Unit
 from dinfer.plan.ops import Value, parse_op
 from dinfer.plan.plan import Place, Plan, parse_plan
+from dinfer.session.runs.where import where_text
 from dinfer.verdict.explain import explain
 from dinfer.verdict.signs import Came, Frame, Raised, Signs, Sizes
 from dinfer.verdict.verdict import Verdict
@@ -444,6 +448,21 @@ def test_a_rank_that_steps_alone_waits_for_one_that_was_not_told_to_go(limit: in
     )
     both = [signs[0], Signs((0,), (False,), (0,), (60.0,), 60.0)]
     assert told(both, "paused", None, plan) == "the run stands where it was told to stop"
+
+
+@pytest.mark.parametrize("plan", [PLAN, lockstep()], ids=["pipelined", "lockstep"])
+@pytest.mark.parametrize("unit", UNITS)
+def test_of_a_paused_run_every_rank_s_line_names_the_op_that_where_names(plan: Plan, unit: Unit) -> None:
+    cuts = Cuts(plan)
+    cut = cuts.start
+    while cut != cuts.end:
+        signs = [Signs(at, (False,) * len(at), at, (0.0,) * len(at), 0.0) for at in cut]
+        named = re.findall(r"^rank (\d): .* next (`.*`)$", where_text(plan, signs), re.MULTILINE)
+        assert len(named) >= 1
+        lines = explain(plan, signs, SIZES).lines
+        for rank, op in named:
+            assert lines[int(rank)] == f"rank {rank}: stands before {op}, where it was told to stop"
+        cut = cuts.next(cut, unit)
 
 
 def test_sizes_are_of_the_op() -> None:

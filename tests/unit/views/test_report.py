@@ -29,7 +29,7 @@ from dinfer.trace.trace import Trace
 from dinfer.views.cells import EVERYWHERE, NOT_YET
 from dinfer.views.report import facts
 from dinfer.views.report.page import report_html, write_report
-from dinfer.views.report.sentence import percent, sentence
+from dinfer.views.report.sentence import exposed_part, percent, sentence
 from tests.unit.views.reports import HOSTILE, told
 from tests.unit.views.traces import on_paper, recorded
 
@@ -104,6 +104,30 @@ SENTENCES: list[tuple[Findings, Shares, str]] = [
 @pytest.mark.parametrize(("findings", "found", "said"), SENTENCES)
 def test_the_first_sentence(findings: Findings, found: Shares, said: str) -> None:
     assert sentence(findings, found) == said
+
+
+@pytest.mark.parametrize(
+    ("links", "most"),
+    [
+        # Waiting on link 0→2 is the largest single part, and yet most is on the wire.
+        (
+            [LinkShare(0, 2, 5, 20, 0), LinkShare(0, 1, 18, 4, 1), LinkShare(1, 2, 14, 2, 1)],
+            "on the wire, above all of link 0→1",
+        ),
+        (
+            [LinkShare(0, 1, 25, 4, 1), LinkShare(0, 2, 2, 20, 0), LinkShare(1, 2, 2, 18, 1)],
+            "waiting, above all for rank 0 on link 0→2",
+        ),
+        ([LinkShare(0, 1, 9, 0, None), LinkShare(1, 2, 0, 4, 2)], "on the wire of link 0→1"),
+        ([LinkShare(0, 1, 9, 0, None), LinkShare(1, 2, 0, 14, None)], "waiting on link 1→2"),
+    ],
+)
+def test_what_is_most_over_all_is_said_before_the_link(links: list[LinkShare], most: str) -> None:
+    wire, wait = (
+        int(10**9 * sum(part)) for part in zip(*((one.wire_s, one.wait_s) for one in links), strict=True)
+    )
+    share = Share(0, [(0, 10**11)], [(0, wire)], [(0, wait)], [], [])
+    assert exposed_part(Shares([share], links)).endswith(f"exposed communication, most of it {most}")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,66 @@
+"""What calls return, as a notebook shows it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+
+import dinfer
+from dinfer.session.said import Moved, Said, SaidText, Where
+from dinfer.verdict.verdict import Verdict
+
+LINE = "rank 0: received block c2 l1 from <2>"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [Moved(((0,),), ((1,),), False, (LINE,)), Where("paused", LINE), Verdict("paused", LINE)],
+    ids=lambda said: type(said).__name__,
+)
+def test_its_html_is_its_text_escaped_and_breaks_between_words(said: Said | Verdict) -> None:
+    html = said._repr_html_()
+    assert str(said).replace("<", "&lt;").replace(">", "&gt;") in html
+    for rule in ("white-space:pre-wrap", "overflow-wrap:break-word", "word-break:normal"):
+        assert rule in html
+
+
+@pytest.fixture
+def shell() -> Iterator[Any]:
+    """An IPython shell that knows dinfer."""
+    made = InteractiveShell.instance()
+    made.user_ns["dinfer"] = dinfer
+    yield made
+    if "session" in made.user_ns:
+        made.user_ns["session"].close()
+    InteractiveShell.clear_instance()
+
+
+def test_a_text_is_shown_without_quotation_marks_and_stays_a_text(shell: Any) -> None:
+    text = SaidText("all ranks have met again; <2>")
+    shown, _ = shell.display_formatter.format(text)
+    assert shown["text/plain"] == "all ranks have met again; <2>"
+    assert "all ranks have met again; &lt;2&gt;" in shown["text/html"]
+    assert text == "all ranks have met again; <2>"
+    assert text.startswith("all ")
+    assert json.loads(json.dumps([text])) == [text]
+    assert pickle.loads(pickle.dumps(text)) == text
+
+
+def test_a_session_is_told_once_by_the_cell_that_makes_it(
+    shell: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(code: str) -> int:
+        capsys.readouterr()
+        shell.run_cell(code, store_history=True)
+        return capsys.readouterr().out.count("no checkpoint yet")
+
+    assert shown("session = dinfer.connect('threads', 1)\nsession") == 1
+    assert shown("session") == 1
+    assert shown("session.close(); session = dinfer.connect('threads', 1)") == 1
+    assert shown("session.close()\ndinfer.connect('threads', 1)") == 1
+    shell.user_ns["session"] = shell.user_ns["_"]
