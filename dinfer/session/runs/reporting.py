@@ -28,10 +28,11 @@ Write = Callable[[Trace, Path], Path]
 
 
 class Reporter(NamedTuple):
-    """What a session lends its run for reports: `others` gives the figures of earlier runs of the same prompt."""
+    """What a session lends its run for reports: `log` holds the lines of the session's log that are about this run,
+    `others` gives the figures of earlier runs of the same prompt."""
 
     write: Write
-    log: Sequence[str]
+    log: list[str]
     others: Callable[[], Sequence[dict[str, Any]]]
 
 

@@ -140,6 +140,29 @@ def test_a_run_that_failed_is_reported_with_its_error(
     assert [rank.kv_sha256 for rank in found.ranks] == ["", ""]
 
 
+def test_the_log_of_a_run_holds_nothing_of_other_runs(session: Session, written: Written) -> None:
+    first = session.prefill(PROMPT, chunk_size=8, paused=True)
+    first.step("layer")
+    assert session.recover()  # which is told of the run that it ended
+    second = session.prefill("another prompt", chunk_size=4)
+    second.wait(60)
+    second.report()
+    assert [line.split(" ", 1)[1] for line in written.findings.log] == ["run: 14 tokens, pipelined, pairwise"]
+    lines = " ".join(session.log)
+    assert "loaded demo" in lines
+    assert "all ranks have met" in lines
+
+
+def test_what_a_run_was_stopped_by_is_in_its_log(session: Session, written: Written) -> None:
+    run = session.prefill(PROMPT, chunk_size=8, paused=True)
+    run.break_at(layer=2, chunk=1)
+    run.resume()
+    run.wait(60)
+    wait_for(lambda: any("stopped at #1" in line for line in session.log), "the news has come")
+    run.report()
+    assert any("stopped at #1: after layer 2, chunk 1" in line for line in written.findings.log)
+
+
 def test_earlier_runs_of_the_same_prompt_stand_beside(session: Session, written: Written) -> None:
     done(session, sync_strategy="ring")
     session.prefill("another prompt", chunk_size=4).wait(60)

@@ -214,6 +214,18 @@ def test_a_bare_trace_says_what_is_not_known() -> None:
         assert words in page
 
 
+@pytest.mark.parametrize("failure", ["", "rank 1 is gone"])
+def test_the_log_is_folded_away_unless_the_run_failed(failure: str) -> None:
+    log = ("10:00:00 run: 5 tokens", "10:00:01 rank 1 stands at:\n  one\n  two")
+    page = report_html([with_findings(small(), Findings(log=log, failure=failure))], plotly=NO_PLOTLY)
+    [(opened, lines, text)] = re.findall(
+        r'<details( open)?><summary>The session.s log of this run: (\d+) lines</summary><pre class="whole">(.*?)</pre>',
+        page,
+        re.DOTALL,
+    )
+    assert (bool(opened), lines, text) == (bool(failure), "4", "\n".join(log))
+
+
 def test_several_runs_are_set_side_by_side() -> None:
     page = report_html([small(), small("ring")], plotly=NO_PLOTLY)
     assert re.search(r'<h1 id="verdict">(pairwise|ring) took [\d.]+ s and ', page)
