@@ -98,6 +98,20 @@ def test_prompt_text_and_environment_only_where_asked_for(
     assert found.environment["DINFER_SECRET"] == "hush hush"
 
 
+def test_a_report_into_no_folder_is_refused_at_once(
+    session: Session, written: Written, tmp_path: Path
+) -> None:
+    run = session.prefill(PROMPT, chunk_size=8, paused=True)
+    calls: list[object] = []
+    run.findings = calls.append  # type: ignore[assignment]
+    with pytest.raises(FileNotFoundError, match=rf"the folder '{tmp_path}/nowhere' does not exist$"):
+        run.report(tmp_path / "nowhere" / "x.html")
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"file' is no folder$"):
+        run.report(tmp_path / "file" / "x.html")
+    assert (calls, written.traces) == ([], [])
+
+
 def test_a_run_that_stands_midway_says_where_and_why(session: Session, written: Written) -> None:
     run = session.prefill(PROMPT, chunk_size=8, paused=True)
     run.break_at(layer=2, chunk=1)
