@@ -51,8 +51,8 @@ class DemoError(Exception):
 def main() -> int:
     """The exit status: 130 after Ctrl-C, as shells have it, when it interrupts something."""
     arguments = options()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)  # SIGINT too: a shell script's `&` has it ignored
     home = Path(tempfile.mkdtemp(prefix="dinfer-demo.")).resolve()
     try:
         with demo(home) as environment:
@@ -83,7 +83,7 @@ def options() -> Any:
 
 
 def interrupt(*_: object) -> None:
-    """SIGTERM and a closed terminal end it as Ctrl-C does."""
+    """Ctrl-C ends it, and so do SIGTERM and a closed terminal."""
     raise KeyboardInterrupt
 
 

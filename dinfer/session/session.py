@@ -111,8 +111,8 @@ class Session(Announced, Closing):
         self._run = Run(job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, own_plan))
         self._run.show = self._show
         if self._write:
-            self._run.reporter = Reporter(self._write, self.log, lambda: self._past.of(job))
-        self._note(f"run: {len(job.ids)} tokens, {job.plan.schedule}, {job.plan.sync_strategy}")
+            self._run.reporter = Reporter(self._write, [], lambda: self._past.of(job))
+        self._note(f"run: {len(job.ids)} tokens, {job.plan.schedule}, {job.plan.sync_strategy}", self._run)
         if not paused:
             self._run.resume()
         return self._run
@@ -156,7 +156,7 @@ class Session(Announced, Closing):
             "all ranks have met again; weights stayed where they were" if not anew else "all ranks have met"
         )
         text = SaidText("; ".join(said))
-        self._note(text)
+        self._note(text, self._run)
         return text
 
     @property
@@ -246,8 +246,12 @@ class Session(Announced, Closing):
             self._past.note(self._run)
             self._run.close(why)
 
-    def _note(self, text: str) -> None:
-        self.log.append(f"{time.strftime('%H:%M:%S')} {text}")
+    def _note(self, text: str, run: Run | None = None) -> None:
+        """Put it into the log, and into that of the run that it is about."""
+        line = f"{time.strftime('%H:%M:%S')} {text}"
+        self.log.append(line)
+        if run and run.reporter:
+            run.reporter.log.append(line)
 
     def _look(self) -> None:
         """The session's thread: hears what ranks say while cells run, or nothing does."""
@@ -258,12 +262,12 @@ class Session(Announced, Closing):
                 try:
                     self._look_after(self._run)
                 except Exception as error:  # this thread is the only one that looks after the run
-                    self._note_once(f"looking after the run raised {error!r}")
+                    self._note_once(f"looking after the run raised {error!r}", self._run)
 
-    def _note_once(self, text: str) -> None:
+    def _note_once(self, text: str, run: Run) -> None:
         """Not again and again, as what happens many times a second would be."""
         if not any(line.endswith(f" {text}") for line in self.log):
-            self._note(text)
+            self._note(text, run)
 
     def _look_after(self, run: Run) -> None:
         try:
@@ -275,7 +279,7 @@ class Session(Announced, Closing):
             if str(error) != run.message and not run.closed:
                 run.say(str(error))
         while run.said:
-            self._note(run.said.pop(0))
+            self._note(run.said.pop(0), run)
         self._note_trouble(run)
 
     def _note_trouble(self, run: Run) -> None:
@@ -283,17 +287,17 @@ class Session(Announced, Closing):
         before, self._noted = self._noted, (run, run.failure, run.silence, run.hang)
         failure, silence, hang = before[1:] if before[0] is run else ("", "", "")
         if run.failure and not failure:
-            self._note(run.failure)
+            self._note(run.failure, run)
             for rank, state in enumerate(self.ranks.ranks):
                 if error_said := state.reports.get("error"):
-                    self._note(f"rank {rank}:\n{error_said['traceback']}")
+                    self._note(f"rank {rank}:\n{error_said['traceback']}", run)
         elif run.silence != silence:
-            self._note(run.silence or "all ranks answer again")
+            self._note(run.silence or "all ranks answer again", run)
         elif run.hang != hang and not run.failure:
             told = run.told
-            self._note(str(told) if told else "the run moves again")
+            self._note(str(told) if told else "the run moves again", run)
             for rank, stack in told.stacks.items() if told else ():
-                self._note(f"rank {rank} stands at:\n{stack}")
+                self._note(f"rank {rank} stands at:\n{stack}", run)
 
 
 def _prompt(given: object) -> dict[str, Any]:

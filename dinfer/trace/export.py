@@ -1,12 +1,13 @@
 """Traces as files: JSON lines, one event a line after a first line that describes the run; and for Perfetto."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
 from dinfer.errors import DinferError
 from dinfer.trace.events import Event
+from dinfer.trace.files import write_whole
 from dinfer.trace.perfetto import trace_events
 from dinfer.trace.trace import Trace
 
@@ -31,12 +32,12 @@ def write_jsonl(trace: Trace, path: str | Path) -> None:
     """Write the trace; an existing file is replaced only once all is written."""
     header = {"format": FORMAT, "events": len(trace.events), "about": trace.about}
     lines = (json.dumps(event.as_dict()) + "\n" for event in trace.events)
-    _write(path, chain([json.dumps(header, ensure_ascii=False) + "\n"], lines))
+    write_whole(path, chain([json.dumps(header, ensure_ascii=False) + "\n"], lines))
 
 
 def write_perfetto(trace: Trace, path: str | Path) -> None:
     """Write the trace as trace-event JSON, replacing a file only once all is written."""
-    _write(path, [json.dumps(trace_events(trace), ensure_ascii=False)])
+    write_whole(path, [json.dumps(trace_events(trace), ensure_ascii=False)])
 
 
 FORMS: dict[str, tuple[str, Callable[[Trace, Path], None]]] = {
@@ -44,18 +45,6 @@ FORMS: dict[str, tuple[str, Callable[[Trace, Path], None]]] = {
     "perfetto": ("trace.perfetto.json", write_perfetto),
 }
 """by name: the file's default name, and what writes it"""
-
-
-def _write(path: str | Path, pieces: Iterable[str]) -> None:
-    target = Path(path)
-    part = target.with_name(target.name + ".part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.writelines(pieces)
-        part.replace(target)
-    except OSError:
-        part.unlink(missing_ok=True)  # half a trace on a full disk helps nobody
-        raise
 
 
 def read_jsonl(path: str | Path) -> Trace:

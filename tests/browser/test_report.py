@@ -75,6 +75,24 @@ def test_figures_follow_light_and_dark(open_report: Open) -> None:
     report.is_clean()
 
 
+def test_a_long_box_ends_with_a_whole_line(open_report: Open) -> None:
+    report = open_report(told(on_paper(4, 2, 2), "\n".join(f"line {n}" for n in range(60))))
+    box = report.page.locator("h3:text-is('Rank 0') + pre")
+    box.scroll_into_view_if_needed()
+    shown, line = box.evaluate(
+        """(pre) => {
+            const style = getComputedStyle(pre);
+            return [pre.clientHeight - parseFloat(style.paddingTop), parseFloat(style.lineHeight)];
+        }"""
+    )
+    assert (shown, line) == (24 * 17, 17)
+    log = report.page.locator("pre.whole").first
+    assert log.evaluate(
+        "(pre) => { pre.parentElement.open = true; return pre.scrollHeight === pre.clientHeight; }"
+    )
+    report.is_clean()
+
+
 def test_what_a_run_said_does_not_run(open_report: Open) -> None:
     report = open_report(told(on_paper(4, 2, 2), HOSTILE), told(on_paper(4, 2, 2, "ring"), HOSTILE))
     report.read_through()

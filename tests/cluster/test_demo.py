@@ -116,3 +116,16 @@ def test_an_interruption_while_engines_start_leaves_nothing(demos: list[Demo], t
     demo.process.send_signal(signal.SIGTERM)
     assert demo.process.wait(60) == 130
     wait_for(demo.is_gone, "nothing of it runs", 10)
+
+
+def test_sigint_ends_one_that_a_script_started_in_the_background(demos: list[Demo], tmp_path: Path) -> None:
+    """A shell without job control has what it starts with `&` ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        demos.append(demo := Demo(tmp_path, "--headless"))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    wait_for(lambda: "starting 3 engines" in demo.text and len(marked(demo.mark)) > 1, "it has begun")
+    demo.process.send_signal(signal.SIGINT)
+    assert demo.process.wait(60) == 130
+    wait_for(demo.is_gone, "nothing of it runs", 10)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 
 from dinfer.trace.embedded import read_traces
@@ -101,6 +102,20 @@ def test_the_walkthrough_shows_what_it_tells(walk: Page, engines: IPython) -> No
     assert "<svg" in walk.html("panel")
     [trace] = read_traces(engines.folder / "report.html")
     assert {event.rank for event in trace.events} == {0, 1, 2}
+
+
+def test_breakpoints_set_in_the_panel_do_not_stand_in_the_way(engines: IPython) -> None:
+    notebook = read(WALKTHROUGH)
+    numbers = {tag: n for n, cell in enumerate(notebook.cells) for tag in cell.metadata.get("tags", ())}
+    kept = [cell for cell in notebook.cells[: numbers["again"] + 1] if cell.cell_type == "code"]
+    for tag in ("panel", "differ"):  # where a reader may have double-clicked
+        cell = notebook.cells[numbers[tag]]
+        cell.source += "\nrun.break_at(layer=3, chunk=2)\nrun.break_at(layer=5, chunk=2)"
+    notebook.cells = [*kept, nbformat.v4.new_code_cell("session.close()")]  # type: ignore[no-untyped-call]
+    page = executed(notebook, engines.folder)
+    assert "new tokens, " in page.text("decode")
+    assert "bit for bit" in page.text("again")
+    assert "not on all of them" not in page.text("again")
 
 
 def test_the_slowed_link_is_told(walk: Page) -> None:

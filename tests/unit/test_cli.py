@@ -351,4 +351,7 @@ def test_a_report_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     write_jsonl(Trace(()), tmp_path / "trace.jsonl")
     answer = dinfer("report", tmp_path / "trace.jsonl", "-o", tmp_path / "nowhere" / "report.html")
     assert answer.status == 1
-    assert "could not be written" in answer.err
+    assert (
+        f"could not be written to {tmp_path}/nowhere/report.html: the folder '{tmp_path}/nowhere' does not"
+        in (answer.err.replace("\n", " "))
+    )

@@ -21,6 +21,7 @@ from dinfer.session.runs.inspecting import Inspecting
 from dinfer.session.runs.sight import WAIT_S
 from dinfer.session.runs.stepper import NoProgress
 from dinfer.session.states import RankRefused
+from dinfer.trace.files import check_folder
 from dinfer.trace.findings import Findings, KvFinding, RankFinding, with_findings
 from dinfer.trace.trace import Trace
 
@@ -29,10 +30,11 @@ Write = Callable[[Trace, Path], Path]
 
 
 class Reporter(NamedTuple):
-    """What a session lends its run for reports: `others` gives the figures of earlier runs of the same prompt."""
+    """What a session lends its run for reports: `log` holds the lines of the session's log that are about this run,
+    `others` gives the figures of earlier runs of the same prompt."""
 
     write: Write
-    log: Sequence[str]
+    log: list[str]
     others: Callable[[], Sequence[dict[str, Any]]]
 
 
@@ -47,13 +49,16 @@ class Reporting(Inspecting):
         """Write what is known of the run to one HTML file that needs neither network nor kernel; where it is.
 
         It first waits until the run stands. With `prompt` it holds the prompt and the text that came of it, with
-        `environment` this process's environment variables: look for secrets in them before you pass it on.
+        `environment` this process's environment variables: look for secrets in them before you pass it on. Raises
+        OSError, at once where the file's folder does not exist.
         """
         if self.reporter is None:
             raise NotPossible("this session was made without views: use dinfer.connect(…).")
+        target = Path(path).expanduser()
+        check_folder(target)
         self._until_it_stands()
         found = self.findings(prompt=prompt, environment=environment)
-        return self.reporter.write(with_findings(self.trace, found), Path(path).expanduser())
+        return self.reporter.write(with_findings(self.trace, found), target)
 
     def findings(self, *, prompt: bool = False, environment: bool = False) -> Findings:
         """What is known of it now, beside its events."""

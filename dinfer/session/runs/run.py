@@ -202,9 +202,7 @@ class Run(Breaking, Comparing, Replaying, Saving):
                 self._stepper.wait(None)
                 if not self._stepper.at_end:
                     self.look()
-                    return Decoded(
-                        (), "", False, 0, f"prefill is not done: {self.message or 'it was paused'}"
-                    )
+                    return Decoded((), "", False, 0, self._not_done())
         return self._decode(len(self.tokens) + more, on_text)
 
     # -- for the session
@@ -276,6 +274,13 @@ class Run(Breaking, Comparing, Replaying, Saving):
             return ""
         end = move.after == self._stepping().cuts.end
         return f"nothing to do: the run stands at the {'end of prefill' if end else 'start'}"
+
+    def _not_done(self) -> str:
+        clear = "; run.breakpoints.clear() removes all breakpoints" * bool(self.breakpoints)
+        return (
+            f"prefill is not done: {self.message or 'it was paused'}\n"
+            f"run.resume() or run.decode() goes on from there{clear}"
+        )
 
     def _look_for_failure(self) -> None:
         exits, now = self._line.exits(), time.monotonic()

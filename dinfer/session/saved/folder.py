@@ -1,5 +1,6 @@
 """Folder: a folder that is there wholly or not at all, and never in place of something that is not a saved run."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +16,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     SavedError where something is there that is not a saved run."""
     target = Path(path).expanduser().resolve()
     check_free(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     part = _beside(target, "part")
-    part.mkdir()
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise SavedError(f"no folder can be made in {str(target.parent)!r}: {error.strerror}.") from None
     try:
         yield part
         _put(part, target)
@@ -26,7 +29,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def check_free(target: Path) -> None:
-    """Raises SavedError unless nothing is there, or an empty folder, or a saved run."""
+    """Raises SavedError unless nothing is there, or an empty folder, or a saved run, and the folder can be made."""
     if target.exists() and not target.is_dir():
         raise SavedError(f"{str(target)!r} is a file: a run is saved as a folder, so give another name.")
     names = sorted(one.name for one in target.iterdir()) if target.is_dir() else []
@@ -36,6 +39,11 @@ def check_free(target: Path) -> None:
         raise SavedError(
             f"{str(target)!r} holds {found}, and is no saved run that could be replaced: give another folder."
         )
+    there = next(one for one in target.parents if one.exists())  # the root at last
+    if not there.is_dir():
+        raise SavedError(f"{str(there)!r} is a file, so no folder can be made in it: give another name.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise SavedError(f"no folder can be made in {str(there)!r}: you may not write there.")
 
 
 def _put(part: Path, target: Path) -> None:

@@ -12,10 +12,11 @@ import plotly.graph_objects as go
 
 from dinfer.views.figures.axes import Axis, Tick, axis_of, layout_of, ticks_of
 from dinfer.views.figures.marks import fill_of, marks, points, text_at
+from dinfer.views.figures.style import EITHER
 
 WIDTH = 900
 MARGIN = {"l": 60, "r": 20, "t": 50, "b": 45}
-TEXT, GRID, BACK = "#212121", "#e3e6ea", "#ffffff"
+TEXT, GRID, _ = EITHER
 LETTER = 6.2
 """the pixels of a letter, about"""
 LINE = 18
@@ -39,7 +40,8 @@ class Frame(NamedTuple):
 
 
 def svg(figure: go.Figure, width: int = WIDTH) -> str:
-    """The figure, light, as high as its layout says, or higher where its legend takes more than a line."""
+    """The figure on the page's own background, light or dark, as high as its layout says, or higher where its legend
+    takes more than a line."""
     left = _left(figure)
     legend = list(_legend(figure, left, width))
     more = LINE * max((entry.line for entry in legend), default=0)
@@ -52,7 +54,7 @@ def svg(figure: go.Figure, width: int = WIDTH) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'role="img" font-family="system-ui, sans-serif" font-size="12" fill="{TEXT}">'
-        f'<rect width="{width}" height="{height}" fill="{BACK}"/>{back}{drawn}{words}</svg>'
+        f"{back}{drawn}{words}</svg>"
     )
 
 

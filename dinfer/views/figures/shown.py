@@ -2,7 +2,8 @@
 still picture for where nothing does.
 
 plotly's own way puts five megabytes of script under each cell, with a button that sends the data to a cloud. This is a
-few kilobytes, and has no such button.
+few kilobytes, and has no such button. Front ends draw it as it is, whatever their theme, and keep a picture of that: so
+what has dinfer's own light look gets one that is read on light and dark pages alike.
 """
 
 import json
@@ -12,6 +13,7 @@ import plotly.graph_objects as go
 
 from dinfer.views.bench import HTML_CONFIG
 from dinfer.views.figures.picture import svg
+from dinfer.views.figures.style import template
 
 MIME = "application/vnd.plotly.v1+json"
 
@@ -24,6 +26,8 @@ class Shown:
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         data = {**json.loads(self.figure.to_json()), "config": HTML_CONFIG}
+        if data["layout"].get("template") == template(dark=False):
+            data["layout"]["template"] = template(dark=None)
         return {MIME: data, "image/svg+xml": svg(self.figure), "text/plain": repr(self)}
 
     def __repr__(self) -> str:

@@ -1,6 +1,7 @@
 """Style: what all figures look like, in light and dark. Colours are Okabe and Ito's, told apart by the colour-blind.
 
-Each colour stands out from white and from black, so that one figure serves both; only its template differs.
+Each colour stands out from white and from black, so that one figure serves both; only its template differs. A
+third one is for where the page's theme is not known.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,10 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SCALE = "Cividis"
 FONT = "system-ui, sans-serif"
+LIGHT, DARK = ("#212121", "#e3e6ea", "#ffffff"), ("#e8e8e8", "#3a3f45", "#16181b")
+"""text, grid and background"""
+EITHER = ("#7a7a7a", "rgba(128, 128, 128, 0.3)", "rgba(0, 0, 0, 0)")
+"""the same where the page may be light or dark, and change: its background shows, and the text is read on either"""
 
 
 def styled(figure: go.Figure, *, dark: bool, height: int, **layout: Any) -> go.Figure:
@@ -27,9 +32,9 @@ def styled(figure: go.Figure, *, dark: bool, height: int, **layout: Any) -> go.F
     return figure.update_layout(**layout)
 
 
-def template(*, dark: bool) -> dict[str, Any]:
-    """plotly's word for all that a figure does not say itself."""
-    text, grid, back = ("#e8e8e8", "#3a3f45", "#16181b") if dark else ("#212121", "#e3e6ea", "#ffffff")
+def template(*, dark: bool | None) -> dict[str, Any]:
+    """plotly's word for all that a figure does not say itself; with None for `dark`, fit for light and dark pages."""
+    text, grid, back = EITHER if dark is None else DARK if dark else LIGHT
     axis = {
         "gridcolor": grid,
         "linecolor": grid,
@@ -48,6 +53,7 @@ def template(*, dark: bool) -> dict[str, Any]:
             "margin": {"l": 60, "r": 20, "t": 50, "b": 45},
             "hoverlabel": {"font": {"family": FONT, "size": 12}},
             "hovermode": "closest",
+            "modebar": {"bgcolor": "rgba(0, 0, 0, 0)", "color": BUBBLE, "activecolor": text},
             "colorway": list(LINKS),
         }
     }

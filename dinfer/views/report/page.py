@@ -20,6 +20,7 @@ from dinfer import __version__
 from dinfer.plan.plan import Plan
 from dinfer.plan.verify import verify
 from dinfer.trace.embedded import ELEMENT, as_columns, script_json
+from dinfer.trace.files import check_folder, write_whole
 from dinfer.trace.findings import Findings, findings_of
 from dinfer.trace.pauses import pauses
 from dinfer.trace.shares import Shares, shares
@@ -75,15 +76,9 @@ class RunPage(NamedTuple):
 
 def write_report(traces: Sequence[Trace], path: str | Path, names: Sequence[str] = ()) -> Path:
     """Write a report of one run, or of several side by side; where it went. Raises OSError; half a file is not left."""
-    target = Path(path)
-    part = target.with_name(target.name + ".part")
-    try:
-        part.write_text(report_html(traces, names), encoding="utf-8")
-        part.replace(target)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-    return target
+    check_folder(path)  # before anything is drawn
+    write_whole(path, [report_html(traces, names)])
+    return Path(path)
 
 
 def report_html(traces: Sequence[Trace], names: Sequence[str] = (), *, plotly: str | None = None) -> str:

@@ -69,6 +69,21 @@ def begin(call: Callable[[], object]) -> tuple[threading.Thread, list[Any]]:
     return thread, came
 
 
+def test_decode_that_a_breakpoint_ends_says_how_to_go_on(session: Session) -> None:
+    run = session.prefill(IDS, chunk_size=4, paused=True)
+    run.break_at(layer=0, chunk=1)
+    said = run.decode(1)
+    assert said.tokens == ()
+    assert str(said) == (
+        "prefill is not done: stopped at #1: after layer 0, chunk 1\n"
+        "run.resume() or run.decode() goes on from there; run.breakpoints.clear() removes all breakpoints"
+    )
+    assert len(run.decode(1).tokens) == 1
+    run.restart()
+    run.breakpoints.clear()
+    assert len(run.decode(1).tokens) == 1
+
+
 def tokens_by_rank(session: Session) -> list[list[int]]:
     return [host.tokens.tokens for host in hosts(session) if host.tokens]
 

@@ -98,6 +98,20 @@ def test_prompt_text_and_environment_only_where_asked_for(
     assert found.environment["DINFER_SECRET"] == "hush hush"
 
 
+def test_a_report_into_no_folder_is_refused_at_once(
+    session: Session, written: Written, tmp_path: Path
+) -> None:
+    run = session.prefill(PROMPT, chunk_size=8, paused=True)
+    calls: list[object] = []
+    run.findings = calls.append  # type: ignore[assignment]
+    with pytest.raises(FileNotFoundError, match=rf"the folder '{tmp_path}/nowhere' does not exist$"):
+        run.report(tmp_path / "nowhere" / "x.html")
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"file' is no folder$"):
+        run.report(tmp_path / "file" / "x.html")
+    assert (calls, written.traces) == ([], [])
+
+
 def test_a_run_that_stands_midway_says_where_and_why(session: Session, written: Written) -> None:
     run = session.prefill(PROMPT, chunk_size=8, paused=True)
     run.break_at(layer=2, chunk=1)
@@ -138,6 +152,29 @@ def test_a_run_that_failed_is_reported_with_its_error(
     assert "the layer has <b>broken</b>" in found.failure
     assert any("ValueError: the layer has <b>broken</b>" in rank.error for rank in found.ranks)
     assert [rank.kv_sha256 for rank in found.ranks] == ["", ""]
+
+
+def test_the_log_of_a_run_holds_nothing_of_other_runs(session: Session, written: Written) -> None:
+    first = session.prefill(PROMPT, chunk_size=8, paused=True)
+    first.step("layer")
+    assert session.recover()  # which is told of the run that it ended
+    second = session.prefill("another prompt", chunk_size=4)
+    second.wait(60)
+    second.report()
+    assert [line.split(" ", 1)[1] for line in written.findings.log] == ["run: 14 tokens, pipelined, pairwise"]
+    lines = " ".join(session.log)
+    assert "loaded demo" in lines
+    assert "all ranks have met" in lines
+
+
+def test_what_a_run_was_stopped_by_is_in_its_log(session: Session, written: Written) -> None:
+    run = session.prefill(PROMPT, chunk_size=8, paused=True)
+    run.break_at(layer=2, chunk=1)
+    run.resume()
+    run.wait(60)
+    wait_for(lambda: any("stopped at #1" in line for line in session.log), "the news has come")
+    run.report()
+    assert any("stopped at #1: after layer 2, chunk 1" in line for line in written.findings.log)
 
 
 def test_earlier_runs_of_the_same_prompt_stand_beside(session: Session, written: Written) -> None:

@@ -222,7 +222,7 @@ def test_a_large_run_fits_into_ten_megabytes_and_comes_back_whole(tmp_path: Path
 
 def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "report.html").mkdir()
-    with pytest.raises(OSError, match="directory"):
+    with pytest.raises(OSError, match=r"directory: '.*/report\.html'$"):
         write_report([small()], tmp_path / "report.html")
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
@@ -236,6 +236,18 @@ def test_a_bare_trace_says_what_is_not_known() -> None:
         "Not compared",
     ):
         assert words in page
+
+
+@pytest.mark.parametrize("failure", ["", "rank 1 is gone"])
+def test_the_log_is_folded_away_unless_the_run_failed(failure: str) -> None:
+    log = ("10:00:00 run: 5 tokens", "10:00:01 rank 1 stands at:\n  one\n  two")
+    page = report_html([with_findings(small(), Findings(log=log, failure=failure))], plotly=NO_PLOTLY)
+    [(opened, lines, text)] = re.findall(
+        r'<details( open)?><summary>The session.s log of this run: (\d+) lines</summary><pre class="whole">(.*?)</pre>',
+        page,
+        re.DOTALL,
+    )
+    assert (bool(opened), lines, text) == (bool(failure), "4", "\n".join(log))
 
 
 def test_several_runs_are_set_side_by_side() -> None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import re
 from base64 import b64decode
+from typing import Any
+
+import plotly.graph_objects as go
+import pytest
 
 from dinfer.views.figures.latency import latency
 from dinfer.views.figures.picture import svg
 from dinfer.views.figures.shown import MIME, Shown
+from dinfer.views.figures.style import EITHER, template
 from tests.unit.views.converted import converted
 from tests.unit.views.traces import on_paper
 
@@ -29,3 +34,45 @@ def test_a_converted_notebook_shows_the_figure_as_a_picture() -> None:
     page = converted(Shown(figure)._repr_mimebundle_())
     [picture] = re.findall(r'src="data:image/svg\+xml;base64,([^"]*)"', page)
     assert b64decode(picture).decode() == svg(figure)
+
+
+def layout_of(figure: go.Figure) -> dict[str, Any]:
+    """What a front end is told of its looks."""
+    layout: dict[str, Any] = Shown(figure)._repr_mimebundle_()[MIME]["layout"]
+    return layout
+
+
+def test_a_figure_lets_the_page_s_own_background_show() -> None:
+    figure = latency(on_paper(6, 4))
+    looks = layout_of(figure)["template"]["layout"]
+    assert looks["paper_bgcolor"] == looks["plot_bgcolor"] == "rgba(0, 0, 0, 0)"
+    assert figure.layout.paper_bgcolor is None
+    picture = svg(figure)
+    assert not re.search(r'<rect width="\d+" height="\d+"', picture)
+    assert f'fill="{EITHER[0]}"' in picture
+
+
+def test_looks_that_the_user_chose_stay() -> None:
+    assert layout_of(latency(on_paper(6, 4), dark=True))["template"] == template(dark=True)
+    assert layout_of(go.Figure(layout={"template": {"layout": {"title": {"text": "mine"}}}}))["template"] == {
+        "layout": {"title": {"text": "mine"}}
+    }
+    assert (
+        layout_of(latency(on_paper(6, 4)).update_layout(paper_bgcolor="#abcdef"))["paper_bgcolor"]
+        == "#abcdef"
+    )
+
+
+def luminance(colour: str) -> float:
+    """Relative, as WCAG has it."""
+    parts = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+    red, green, blue = (
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    )
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("back", ["#ffffff", "#111111"], ids=["light", "dark"])
+def test_text_is_read_on_jupyterlab_s_backgrounds(back: str) -> None:
+    low, high = sorted((luminance(EITHER[0]), luminance(back)))
+    assert (high + 0.05) / (low + 0.05) > 4

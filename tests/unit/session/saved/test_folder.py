@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import struct
@@ -17,6 +18,7 @@ import dinfer
 from dinfer.session.runs.run import Run
 from dinfer.session.saved import writing
 from dinfer.session.saved.description import DESCRIPTION
+from dinfer.session.saved.folder import replacing
 from dinfer.session.saved.format import SavedError
 from dinfer.trace.export import write_jsonl
 from dinfer.trace.trace import Trace
@@ -145,9 +147,25 @@ def test_a_saved_run_is_replaced_and_nothing_else_is(run: Run, tmp_path: Path) -
         run.save(target)
     with pytest.raises(SavedError, match="is a file: a run is saved as a folder"):
         run.save(target / "notes.txt")
+    with pytest.raises(
+        SavedError, match=r"notes\.txt' is a file, so no folder can be made in it: give another"
+    ):
+        run.save(target / "notes.txt" / "deep" / "two")
     (tmp_path / "empty").mkdir()
     run.save(tmp_path / "empty", kv=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "one"]
+
+
+def test_a_folder_that_the_system_does_not_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "some.part")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with (
+        pytest.raises(SavedError, match=r"no folder can be made in '.*/new': Read-only file system"),
+        replacing(tmp_path / "new" / "one"),
+    ):
+        pass
 
 
 def test_what_fails_midway_leaves_all_as_it_was(
