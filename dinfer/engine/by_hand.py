@@ -14,6 +14,7 @@ from dinfer.engine.handlers import Prefill
 from dinfer.engine.probes import statistics
 from dinfer.plan.cut import Unit
 from dinfer.plan.ops import Op
+from dinfer.plan.partition import within
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,9 @@ def op_lines(state: Prefill, ops: list[Op]) -> tuple[str, ...]:
 
 
 def layer_kv(executor: Execution, layer: int) -> LayerKV:
-    """What the rank holds of a layer: the chunks that are here without a gap. Raises ValueError for no such layer."""
+    """What the rank holds of a layer: the chunks that are here without a gap. Raises PlanError for no such layer."""
     state, shape = executor.state, executor.plan.shape
-    if not 0 <= layer < shape.layers:
-        raise ValueError(f"there is no layer {layer}: the layers are 0 to {shape.layers - 1}.")
+    within("layer", layer, shape.layers)
     chunks = list[int]()
     for chunk in range(len(shape.chunks)):
         if not executor.holds_block(chunk, layer):

@@ -12,6 +12,7 @@ from dinfer.engine.transport.transfer import Header, TransferError
 from dinfer.model.decoder import Decoder
 from dinfer.plan.graph import Channel
 from dinfer.plan.ops import Value
+from dinfer.plan.partition import within
 from dinfer.plan.sync import STRATEGIES
 
 NO_PLAN = 0
@@ -39,8 +40,7 @@ def agree(
         asked = "; ".join(f"rank {rank}: c{call[0]} l{call[1]}" for rank, call in enumerate(calls))
         raise ValueError(f"the ranks must sync the same block, but asked for ({asked}).")
     layer = block[1]
-    if not 0 <= layer < len(owners):
-        raise ValueError(f"there is no layer {layer}: the layers are 0 to {len(owners) - 1}.")
+    within("layer", layer, len(owners))
     owner, passed = owners[layer], [rank for rank, call in enumerate(calls) if call[2]]
     if passed != [owner] or calls[owner][2] < 0:
         form = f"[1, {decoder.kv_heads}, tokens, {decoder.head_dim}] in {decoder.dtype}"

@@ -9,7 +9,7 @@ from dinfer.config import Config
 from dinfer.engine.engine import Engine
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
-from dinfer.plan.ops import Op
+from dinfer.plan.ops import Op, PlanError
 from tests.unit.engine.expected import expected, same_kv
 from tests.unit.engine.twin import Twin, prompt, twin
 
@@ -71,7 +71,7 @@ def test_a_rank_shows_what_it_holds(small: Decoder) -> None:
         assert held.k.shape == (small.kv_heads, 10, small.head_dim)
         wanted = expected(small, IDS, 4).kv[0]
         assert torch.equal(held.v, wanted[:, 1].transpose(0, 1))
-        with pytest.raises(ValueError, match="there is no layer 9: the layers are 0 to 2"):
+        with pytest.raises(PlanError, match="there is no layer 9: the layers are 0 to 2"):
             engines[0].kv(9)
 
 
