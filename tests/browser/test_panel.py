@@ -180,6 +180,8 @@ def check_side_bar(panel: PanelPage, shot: Shot) -> None:
     """The buttons are one row beside JupyterLab's side bar, which is open when it starts."""
     page = panel.notebook.page
     wide = panel.root.evaluate("(root) => root.clientWidth")
+    drawn = panel.canvas.get_attribute("data-geometry")
+    assert drawn
     page.evaluate("window.jupyterapp.shell.expandLeft()")
     page.wait_for_function(
         "(wide) => document.querySelector('.dinfer-panel').clientWidth < wide - 200", arg=wide
@@ -192,6 +194,7 @@ def check_side_bar(panel: PanelPage, shot: Shot) -> None:
     shot("panel-side-bar-light")
     page.evaluate("window.jupyterapp.shell.collapseLeft()")
     page.wait_for_function("(wide) => document.querySelector('.dinfer-panel').clientWidth === wide", arg=wide)
+    expect(panel.canvas).to_have_attribute("data-geometry", drawn)  # a click goes to where cells are then
 
 
 LARGE = [
