@@ -168,10 +168,12 @@ class Planned:
         return self._met(wait, place)
 
     def _passed_by(self, wait: Wait, place: Place) -> Wait:
-        """Its counterpart has ended, and it has not."""
+        """Its counterpart has ended, and it has not: that counts from when both are known to, as the news of one rank
+        may be older than that of the other."""
         assert wait.op
         peer, other = place.rank, self.plan.op(place)
-        if not self.ranks.is_ripe(wait.still_s, self.ranks.median(wait.node.rank, wait.op)):
+        still = min(wait.still_s, self.ranks.still(place))
+        if not self.ranks.is_ripe(still, self.ranks.median(wait.node.rank, wait.op)):
             return wait._replace(root=Root("moving", peer, f"has just ended `{other}`"))
         if peer in self._broken:
             return wait._replace(on=(Node(peer),))

@@ -358,15 +358,25 @@ def misdirected(last: str) -> list[Signs]:
         place = place_of(plan, 2, raised.op)
         signs = changed(signs, 2, raised=raised, positions=(place.index,))
         signs = changed(signs, 0, positions=(place_of(plan, 0, own).index + 1,))
-    elif last == "nobody yet":
-        signs = changed(signs, 0, still_s=(1.0,))
     return signs
 
 
-@pytest.mark.parametrize("last", ["rank 2 again", "nobody", "nobody yet"])
+@pytest.mark.parametrize("last", ["rank 2 again", "nobody"])
 def test_a_message_that_another_rank_got(last: str) -> None:
     said = told(misdirected(last), "wrong peer", 0, lockstep(3))
     assert said.startswith("rank 0 sent block c0 l1 to rank 2 in place of rank 1")
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0, 4.9])
+def test_who_has_just_sent_has_sent(seconds: float) -> None:
+    """The one that waits may have it already: its own news come a little later."""
+    assert told(changed(misdirected("nobody"), 0, still_s=(seconds,)), "moving", None, lockstep(3))
+    skipped = FaultyGame(PLAN, seed=0, dropped=place_of(PLAN, 0, "send kv c1 l1 -> 1, 4 tokens"))
+    skipped.play()
+    signs = signs_of(skipped)
+    assert told(signs, "never sent", 0)
+    signs = changed(signs, 0, still_s=tuple(seconds for _ in signs[0].still_s))
+    assert told(signs, "moving", None)
 
 
 def test_a_plan_that_lacks_the_other_end() -> None:
