@@ -36,7 +36,7 @@ def silence_limit(timeout: float) -> float:
 def broken(plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], config: Config) -> str | None:
     """What has been raised, and who has died; None if nothing. `exits[rank]` is set for ranks that ended without a
     result."""
-    if any("handed_on" in state.reports for state in ranks):
+    if were_handed_on(ranks):
         return HANDED_ON
     errors = [(rank, state.reports["error"]) for rank, state in enumerate(ranks) if "error" in state.reports]
     primary = [(rank, error) for rank, error in errors if not error["secondary"]]
@@ -59,6 +59,11 @@ def broken(plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], 
         rank, error = errors[0]
         return _told(error, rank, config)
     return None
+
+
+def were_handed_on(ranks: Sequence[RankState]) -> bool:
+    """Whether another session has joined these ranks' engines since."""
+    return any("handed_on" in state.reports for state in ranks)
 
 
 def is_certain(ranks: Sequence[RankState], exits: Sequence[int | None]) -> bool:

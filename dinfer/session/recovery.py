@@ -85,9 +85,8 @@ def _end_the_stuck(ranks: Ranks, plan: Plan | None, living: Sequence[int]) -> se
     The others leave together: whoever waits in a collective for one that has given it up comes free when that one has
     left.
     """
-    heard = answers(
-        ranks, {key: {"do": "decode_limit", "limit": 0} for key in living}, FREEZE_S
-    )  # also who is held
+    # The first word is one that frees also who is held between two tokens.
+    heard = answers(ranks, {key: {"do": "decode_limit", "limit": 0} for key in living}, FREEZE_S)
     mute = set(living) - set(heard)
     for rank in sorted(mute):
         ranks.kill(rank)

@@ -13,7 +13,7 @@ from dinfer.model.checkpoint import Spec
 from dinfer.model.text import load_tokenizer
 from dinfer.plan.own import OwnSchedule
 from dinfer.plan.plan import Plan
-from dinfer.session.blame import HANDED_ON
+from dinfer.session.blame import HANDED_ON, were_handed_on
 from dinfer.session.closing import Closing
 from dinfer.session.job import Job, prepare_load, prepare_loaded, threads_per_rank
 from dinfer.session.loading import Bars
@@ -186,7 +186,7 @@ class Session(Announced, Closing):
         """Raises SessionOver. What is asked of engines that another session has joined would harm that one."""
         if self._closing.is_set():
             raise SessionOver("this session is closed: dinfer.connect(…) makes another.")
-        if self.ranks.handed_on:
+        if were_handed_on(self.ranks.ranks):
             raise SessionOver(HANDED_ON)
 
     def _load(self, ranks: Sequence[int]) -> None:

@@ -65,11 +65,6 @@ class States:
         """the numbers of replies: those that somebody waits for, and those to come for which nobody does"""
         self._ids = itertools.count(1)
 
-    @property
-    def handed_on(self) -> bool:
-        """Whether another session has joined these engines since."""
-        return any("handed_on" in state.reports for state in self.ranks)
-
     # -- to the ranks
 
     def send(self, rank: int, do: str, **fields: Any) -> int:

@@ -61,9 +61,8 @@ def _start_of(pid: int) -> str | None:
 
 def _start_by_proc(pid: int) -> str | None:
     try:
-        with open(
-            f"/proc/{pid}/stat", encoding="ascii", errors="replace"
-        ) as file:  # many times a second: no Path
+        # Many times a second: without a Path.
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
             text = file.read()
     except OSError:
         return None
