@@ -5,15 +5,15 @@ config → plan → events → trace → views. Importing this package has no si
 
 from typing import TYPE_CHECKING, Any
 
+from dinfer.version import __version__
+
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from dinfer.session.runs.run import Run
-    from dinfer.session.saved.saved import Saved
+    from dinfer.run.run import Run
+    from dinfer.saved.saved import Saved
     from dinfer.session.session import Session
     from dinfer.trace.trace import Trace
-
-__version__ = "0.1.0"
 
 __all__ = ["__version__", "connect", "load_ipython_extension", "open"]
 
@@ -34,7 +34,7 @@ def connect(where: str = "ipyparallel", n: int = 3, **options: Any) -> "Session"
 def open(path: "str | Path") -> "Saved":
     """A run that `run.save` has written to a folder, or `run.report` to a file, without a cluster: its trace, plan,
     verdict, KV; `.diff(…)` compares it with another, saved or live. Raises SavedError."""
-    from dinfer.session.saved.saved import open_saved
+    from dinfer.saved.saved import open_saved
 
     return open_saved(path, _write)
 

@@ -14,11 +14,17 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 from dinfer.errors import DinferError
 
 Schedule = Literal["pipelined", "lockstep", "batched"]
+
 SyncStrategy = Literal["pairwise", "ring"]
+
 DeviceMode = Literal["single_node", "multi_node"]
+
 Backend = Literal["auto", "gloo", "nccl"]
+
 OnCorruption = Literal["record", "pause", "fail"]
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
 

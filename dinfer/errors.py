@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 PACKAGE = __name__.split(".")[0]
+
 LINES = 2
 """of a cell: the one that failed and the one before it (with 1, IPython shows none of a cell of a notebook)"""
 

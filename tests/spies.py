@@ -6,10 +6,10 @@ import subprocess
 import sys
 from functools import cache
 
-from dinfer.engine.hosting.spying import program
+from dinfer.rank.pyspy import program
 
 ANYBODY = -1
-LETS_ANYBODY_LOOK = f"from dinfer.engine.hosting.spying import let_look; let_look({ANYBODY})\n"
+LETS_ANYBODY_LOOK = f"from dinfer.rank.pyspy import let_look; let_look({ANYBODY})\n"
 NO_SPY = "py-spy is not installed, or may not look at another process here"
 
 

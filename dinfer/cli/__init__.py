@@ -3,10 +3,10 @@
 import io
 import sys
 
-from dinfer.cli import bench, lab, plans, report, run, upkeep
+from dinfer.cli import bench, plans, run, tools
 from dinfer.cli.root import app
 
-__all__ = ["app", "bench", "lab", "main", "plans", "report", "run", "upkeep"]
+__all__ = ["app", "bench", "main", "plans", "run", "tools"]
 
 
 def main() -> None:

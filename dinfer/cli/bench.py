@@ -51,7 +51,7 @@ def bench(
 
 def _bench_views(repeats: int, json_path: str, *, engines: bool) -> None:
     """`dinfer bench views`; of the options, --repeats and --json are its own too."""
-    from dinfer.views.bench_views import bench_views, table
+    from dinfer.bench.views import bench_views, table
 
     try:
         result = bench_views(repeats, lambda text: print(text, file=sys.stderr), engines=engines)
@@ -73,9 +73,9 @@ def _bench_prefill(
     compare: str,
     plot: str,
 ) -> None:
+    from dinfer.bench import prefill as side_by_side
+    from dinfer.bench import strategies as compared
     from dinfer.model.checkpoint import check
-    from dinfer.session.benches import bench as side_by_side
-    from dinfer.session.benches import compare as compared
 
     strategies = compare.split(",") if compare else []
     with contextlib.ExitStack() as stack:
@@ -84,7 +84,9 @@ def _bench_prefill(
             compared.check_asked(strategies, lengths, chunks, repeats)
             if plot:
                 _check_plot(plot, bool(strategies))
-            folder = model or str(stack.enter_context(side_by_side.random_checkpoint(side_by_side.Shape())))
+            folder = model or str(
+                stack.enter_context(side_by_side.random_checkpoint(side_by_side.BenchModel()))
+            )
             config = Config.of(
                 {"model_path": folder, "world_size": world_size, "chunk_size": chunks[0], "threads": threads}
             )
@@ -106,9 +108,9 @@ def _bench_prefill(
 
 def _bench_digests(values: dict[str, Any], tokens: str, repeats: int, json_path: str) -> None:
     """`dinfer bench digests`: of the options, all but those of --compare are its own too."""
+    from dinfer.bench.digests import SHAPE, bench_digests, table
+    from dinfer.bench.prefill import random_checkpoint
     from dinfer.model.checkpoint import check
-    from dinfer.session.benches.bench import random_checkpoint
-    from dinfer.session.benches.digests import SHAPE, bench_digests, table
 
     with contextlib.ExitStack() as stack:
         try:
@@ -134,7 +136,7 @@ def _bench_digests(values: dict[str, Any], tokens: str, repeats: int, json_path:
 
 def _check_plot(path: str, compared: bool) -> None:
     """Raises ConfigError for a file that could not be written once all is measured."""
-    from dinfer.views.bench import PlotError, check_ending
+    from dinfer.bench.figure import PlotError, check_ending
 
     if not compared:
         raise ConfigError("plot is for --compare pairwise,ring; without it, --json keeps the figures.")
@@ -145,7 +147,7 @@ def _check_plot(path: str, compared: bool) -> None:
 
 
 def _draw(result: dict[str, Any], path: str) -> None:
-    from dinfer.views.bench import PlotError, figure, write
+    from dinfer.bench.figure import PlotError, figure, write
 
     try:
         print(f"plot: {write(figure(result), path)}")
@@ -155,8 +157,8 @@ def _draw(result: dict[str, Any], path: str) -> None:
 
 def _bench_session(what: str, repeats: int, json_path: str) -> None:
     """`dinfer bench session`; of the options, --repeats and --json are its own too."""
-    from dinfer.session.benches.bench_session import bench_session, table
-    from dinfer.session.result import write_json
+    from dinfer.bench.session import bench_session, table
+    from dinfer.run.result import write_json
 
     if what != "session" or repeats < 1:
         stop(

@@ -15,7 +15,7 @@ from dinfer.plan.plan import Plan, parse_plan
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import Counterexample, Proof
 from dinfer.plan.verify import verify as verify_plan
-from dinfer.verdict.proof import cycle_text
+from dinfer.verdict.drawing import cycle_text
 
 
 @app.command()

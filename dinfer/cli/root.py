@@ -22,7 +22,7 @@ def stop(message: object, status: int) -> NoReturn:
 
 
 def keep_json(result: dict[str, Any], path: str) -> None:
-    from dinfer.session.result import write_json
+    from dinfer.run.result import write_json
 
     try:
         write_json(result, path)

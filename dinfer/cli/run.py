@@ -12,9 +12,9 @@ import typer
 
 from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, keep_json, stop
 from dinfer.config import Config, ConfigError, read_toml
+from dinfer.launch.meet import Launched, launched_as, speaks
 from dinfer.model.errors import ModelError
 from dinfer.plan.ops import PlanError
-from dinfer.session.launching.environment import Launched, launched_as, speaks
 
 SILENCE_S = 5.0
 
@@ -28,7 +28,7 @@ def run(**given: Any) -> None:
         config = Config.of(_for_launched({**(read_toml(toml) if toml else {}), **values}, launched))
         trace_path = trace_path or Path(config.log_dir) / "trace.jsonl"
         if launched:
-            from dinfer.session.launching.join import join
+            from dinfer.launch.join import join
 
             result = join(config, launched, trace_path)
         else:
@@ -56,11 +56,11 @@ def _leave_it_to_others(launched: Launched | None) -> None:
 
 
 def _run_here(config: Config, trace_path: str | Path) -> dict[str, Any]:
-    from dinfer.session.job import prepare
+    from dinfer.job import prepare
 
     job = prepare(config)  # before torch is imported: a mistake is told at once
-    from dinfer.session.launching.processes import interrupt_as_error
-    from dinfer.session.launching.runner import run as run_job
+    from dinfer.launch.processes import interrupt_as_error
+    from dinfer.launch.runner import run as run_job
 
     interrupt_as_error()
     return run_job(job, trace_path)
@@ -103,5 +103,7 @@ def _option(name: str, text: str, kind: Any, *flags: str) -> inspect.Parameter:
 
 
 run.__signature__ = _run_signature()  # type: ignore[attr-defined]
+
 run.__annotations__ = {p.name: p.annotation for p in _run_signature().parameters.values()}
+
 app.command()(run)

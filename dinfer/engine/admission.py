@@ -1,11 +1,26 @@
 """What a prompt and a plan must be for an engine to take them, said before anything is given up or sent."""
 
+from collections.abc import Callable
+
+from dinfer.config import Backend
+from dinfer.engine.board import Board
+from dinfer.engine.faults import Faults
+from dinfer.engine.lanes import LaneExecutor
+from dinfer.engine.prefill import Prefill
+from dinfer.engine.streams import StreamIssuer
+from dinfer.engine.threads import ThreadExecutor
 from dinfer.model.decoder import Decoder
 from dinfer.model.errors import ModelError
-from dinfer.plan.ops import PlanError
+from dinfer.plan.lower import lower
+from dinfer.plan.ops import Op, PlanError
 from dinfer.plan.partition import Shape
 from dinfer.plan.plan import Plan
 from dinfer.plan.verify import verify
+from dinfer.trace.events import Event
+from dinfer.trace.recorder import Recorder
+from dinfer.transport.gate import Gate
+from dinfer.transport.gloo import Comm
+from dinfer.transport.streams import StreamComm
 
 
 def check_length(decoder: Decoder, tokens: int) -> None:
@@ -27,3 +42,33 @@ def check_plan(plan: Plan, own: Shape, *, unsafe: bool) -> None:
     verdict = verify(plan)
     if not verdict.proved and not unsafe:
         raise PlanError(f"{verdict}. Nothing was run; unsafe=True would run it all the same.")
+
+
+def capacity(decoder: Decoder, tokens: int, new: int, faults: Faults | None = None) -> int:
+    """Rows for a prompt of `tokens` and `new` tokens after it, as far as the model's positions go; and for those that
+    faults add, which have no positions of their own."""
+    rows = tokens + new * (2 if faults and faults.repeats else 1)
+    return min(rows, decoder.max_positions) + (faults.room if faults else 0)
+
+
+def as_issued(plan: Plan, backend: Backend) -> Plan:
+    """The plan as the backend can run it: on NCCL, lowered."""
+    return lower(plan) if backend == "nccl" and not plan.is_lowered else plan
+
+
+def execution(
+    backend: Backend,
+    plan: Plan,
+    state: Prefill,
+    comm: Comm,
+    gate: Gate,
+    recorder: Recorder,
+    board: Board,
+    on_op: Callable[[Event, Op], None],
+) -> LaneExecutor:
+    """What runs this rank's lanes; `on_op` is told of every op that has ended."""
+    given = plan, state, comm, gate, recorder, board, on_op
+    if backend != "nccl":
+        return ThreadExecutor(*given)
+    assert isinstance(comm, StreamComm), "this transport takes no work to be run later"
+    return StreamIssuer(*given, streams=comm.open_streams(state.decoder.device))

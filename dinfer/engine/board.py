@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 MAX_LANES = 254  # with the recorder's lane for decode, what one byte of an event can name
+
 _MEMORY = MAX_LANES + 1
 """the first of the words for device memory"""
+
 BOARD_BYTES = 8 * (_MEMORY + 3)
 
 Phase = Literal["starting", "loading", "prefill", "decode", "done"]
+
 PHASES: tuple[Phase, ...] = ("starting", "loading", "prefill", "decode", "done")
 
 

@@ -4,17 +4,21 @@ Every rank goes to the same next cut if all make the same call. One that steps a
 deadline, whom it waits for; called again once the others have moved, it goes on from there.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from dinfer.engine.board import Stand
 from dinfer.engine.conditions import made_by
-from dinfer.engine.execution import Execution
-from dinfer.engine.handlers import Prefill
-from dinfer.engine.probes import statistics
+from dinfer.engine.lanes import LaneExecutor
+from dinfer.engine.prefill import Prefill
+from dinfer.kv.digests import statistics
 from dinfer.plan.cut import Unit
 from dinfer.plan.ops import Op
 from dinfer.plan.partition import within
+from dinfer.plan.plan import Plan
+from dinfer.verdict.words import at_text, waits_for_text
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class LayerKV:
         return f"{head}\n  K {statistics(self.k)}\n  V {statistics(self.v)}"
 
 
-def ops_between(executor: Execution, before: tuple[int, ...], after: tuple[int, ...]) -> list[Op]:
+def ops_between(executor: LaneExecutor, before: tuple[int, ...], after: tuple[int, ...]) -> list[Op]:
     """The rank's ops between two positions, lane by lane."""
     lanes = executor.plan.lanes[executor.rank]
     return [op for lane, one, other in zip(lanes, before, after, strict=True) for op in lane.ops[one:other]]
@@ -75,7 +79,7 @@ def op_lines(state: Prefill, ops: list[Op]) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def layer_kv(executor: Execution, layer: int) -> LayerKV:
+def layer_kv(executor: LaneExecutor, layer: int) -> LayerKV:
     """What the rank holds of a layer: the chunks that are here without a gap. Raises PlanError for no such layer."""
     state, shape = executor.state, executor.plan.shape
     within("layer", layer, shape.layers)
@@ -89,3 +93,37 @@ def layer_kv(executor: Execution, layer: int) -> LayerKV:
     return LayerKV(
         executor.rank, layer, tuple(chunks), rows[:, 0].transpose(0, 1), rows[:, 1].transpose(0, 1)
     )
+
+
+def waits_text(plan: Plan, rank: int, stands: Sequence[Stand | None]) -> str:
+    """For example `rank 1 waits for hidden c0 before layer 2 from rank 0, which stands at c0 l1`."""
+    mine = stands[rank]
+    if mine is None:
+        return f"rank {rank} has not said where it stands"
+    open_ops = [
+        (lane.ops[position], started)
+        for lane, position, started, limit in zip(
+            plan.lanes[rank], mine.positions, mine.started, mine.limits, strict=True
+        )
+        if position < min(limit, len(lane.ops))
+    ]
+    if not open_ops:
+        return f"rank {rank} stands {at_text(plan.lanes[rank], mine.positions)}"
+    op, started = min(open_ops, key=_urgency)
+    return f"rank {rank} {_waits_for(plan, op, stands) if started and op.is_transfer else _busy(op, started)}"
+
+
+def _urgency(pair: tuple[Op, bool]) -> tuple[bool, bool, bool]:
+    """What holds up the most comes first: a transfer under way, of a hidden state, to be received."""
+    op, started = pair
+    return (not (started and op.is_transfer), op.what == "kv", op.kind != "recv")
+
+
+def _waits_for(plan: Plan, op: Op, stands: Sequence[Stand | None]) -> str:
+    peer = stands[op.peer]
+    there = at_text(plan.lanes[op.peer], peer.positions if peer else None)
+    return f"{waits_for_text(op)}, which stands {there}"
+
+
+def _busy(op: Op, started: bool) -> str:
+    return f"is in `{op}`" if started else f"has what it needs for all but `{op}`"

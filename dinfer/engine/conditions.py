@@ -9,7 +9,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from dinfer.engine.handlers import Prefill
+from dinfer.engine.prefill import Prefill
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.ops import Op
 from dinfer.trace.events import Event

@@ -12,6 +12,7 @@ from dinfer.config import OnCorruption
 from dinfer.errors import DinferError
 
 log = logging.getLogger("dinfer")
+
 log.addHandler(
     logging.NullHandler()
 )  # in a session the note says it: without a log it is not printed as well

@@ -6,9 +6,8 @@ from time import monotonic_ns
 
 from torch import Tensor
 
-from dinfer.engine.handlers import Prefill
-from dinfer.engine.nans import NotANumber, Place, first_nan, has_nan
-from dinfer.engine.transport.comm import Comm
+from dinfer.engine.nan_origin import NanOrigin, NotANumber, first_nan, has_nan
+from dinfer.engine.prefill import Prefill
 from dinfer.errors import DinferError
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
@@ -17,10 +16,13 @@ from dinfer.model.sampling import Sampler
 from dinfer.plan.partition import Shape
 from dinfer.trace.events import Event
 from dinfer.trace.recorder import Recorder
+from dinfer.transport.gloo import Comm
 
 _TOKEN = struct.Struct("<q")
+
 _NO_TOKEN = -1
 """what a rank says whose logits are NaN"""
+
 _PLACE = struct.Struct("<qq")
 
 
@@ -131,7 +133,7 @@ class Decoding:
         mine = first_nan(self.cache, self.rows + bool(self.tokens), self._shape)
         found = [mine]
         if self._comm.world_size > 1:
-            found = [Place(*_PLACE.unpack(data)) for data in self._comm.all_gather(_PLACE.pack(*mine))]
+            found = [NanOrigin(*_PLACE.unpack(data)) for data in self._comm.all_gather(_PLACE.pack(*mine))]
         places = {rank: found[rank] for rank in ranks}
         return NotANumber(len(self.tokens), places, self._comm.world_size, self._shape)
 

@@ -10,22 +10,17 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dinfer.config import Config
-from dinfer.engine.admission import check_length, check_plan
-from dinfer.engine.backends import as_issued, execution
+from dinfer.engine.admission import as_issued, capacity, check_length, check_plan, execution
 from dinfer.engine.board import Board
 from dinfer.engine.by_hand import LayerKV, Steps, layer_kv
 from dinfer.engine.conditions import Hit
 from dinfer.engine.corruption import Alarm, Tell
 from dinfer.engine.decoding import Decoding, cache_of
-from dinfer.engine.execution import Execution
-from dinfer.engine.gate import FreeGate, Gate
-from dinfer.engine.handlers import Prefill
+from dinfer.engine.lanes import LaneExecutor
+from dinfer.engine.prefill import Prefill
 from dinfer.engine.prompt import Prompt, Stands, recorder_for
 from dinfer.engine.recheck import recheck
-from dinfer.engine.room import capacity
-from dinfer.engine.single import agree, sync_block
-from dinfer.engine.transport.comm import Comm
-from dinfer.engine.transport.deadline import Deadline, StillWaiting
+from dinfer.engine.sync_layer import agree, sync_block
 from dinfer.errors import NotPossible
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
@@ -38,6 +33,9 @@ from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
 from dinfer.trace.events import Event
 from dinfer.trace.recorder import Recorder
+from dinfer.transport.deadline import Deadline, StillWaiting
+from dinfer.transport.gate import FreeGate, Gate
+from dinfer.transport.gloo import Comm
 
 KV = tuple[Tensor, Tensor]
 """K and V, each [1, kv_heads, tokens, head_dim]"""
@@ -94,7 +92,7 @@ class Engine:
         plan = build(self._shape(tokens), self.config.schedule, self.config.sync_strategy)
         return as_issued(plan, self.config.backend)
 
-    def prepare(self, ids: Sequence[int], *, plan: Plan | None = None) -> Execution:
+    def prepare(self, ids: Sequence[int], *, plan: Plan | None = None) -> LaneExecutor:
         """Make a prompt ready: its plan, verified, its KV cache, and lanes that wait at limit 0.
 
         The prompt before it is given up, unless this one is refused. Raises PlanError or ModelError, and
@@ -131,7 +129,7 @@ class Engine:
         return self._prompt
 
     @property
-    def executor(self) -> Execution:
+    def executor(self) -> LaneExecutor:
         """The lanes of the current prompt. Raises RuntimeError before there is one."""
         return self.prompt.executor
 
@@ -308,7 +306,7 @@ class Engine:
 
     def _execute(
         self, plan: Plan, state: Prefill, recorder: Recorder, on_op: Callable[[Event, Op], None]
-    ) -> Execution:
+    ) -> LaneExecutor:
         return execution(self.config.backend, plan, state, self.comm, self.gate, recorder, self.board, on_op)
 
     def kv_caches(self, tokens: int) -> list[KV]:

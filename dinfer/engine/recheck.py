@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from dinfer.engine.corruption import Corrupted, Corruption
-from dinfer.engine.handlers import Prefill
-from dinfer.engine.ledger import Key
-from dinfer.engine.transport.comm import Comm
+from dinfer.engine.prefill import Prefill
+from dinfer.kv.ledger import BlockKey
 from dinfer.trace.events import Event
 from dinfer.trace.recorder import Recorder
+from dinfer.transport.gloo import Comm
 
 _BYTES = 512
+
 _WHATS = {
     "fail": "The run ends since on_corruption is fail.",
     "pause": "Decode again to go on with these bytes.",
@@ -55,7 +56,7 @@ def changed_blocks(state: Prefill) -> list[Corruption]:
     return [_found(state, key, rows) for key, rows, flag in zip(blocks, changed, flags, strict=True) if flag]
 
 
-def _found(state: Prefill, key: Key, rows: Tensor) -> Corruption:
+def _found(state: Prefill, key: BlockKey, rows: Tensor) -> Corruption:
     places = rows.nonzero().tolist()  # token of the block, K or V, head; in this order
     names = [name for n, name in enumerate("KV") if any(place[1] == n for place in places)]
     token, _, head = places[0]

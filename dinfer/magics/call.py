@@ -3,12 +3,12 @@
 from argparse import Namespace
 from typing import Any, NamedTuple
 
+from dinfer.display import Displayable
 from dinfer.errors import NotPossible
-from dinfer.session.said import Said
 from dinfer.session.session import Session
 
 
-class Text(Said):
+class Text(Displayable):
     """Lines to be shown."""
 
     def __init__(self, lines: list[str]) -> None:

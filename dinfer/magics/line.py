@@ -2,6 +2,7 @@
 
 Nothing is decided here. A new verb is a function under `@magic_arguments()`, and a line in VERBS.
 """
+
 # IPython's decorators have no types.
 # mypy: allow-untyped-calls, allow-untyped-decorators
 
@@ -15,7 +16,7 @@ from IPython.core.magic import no_var_expand
 from IPython.core.magic_arguments import MagicArgumentParser, argument, magic_arguments
 
 import dinfer
-from dinfer.magics import of_faults, of_kv, of_run, of_session
+from dinfer.magics import verbs
 from dinfer.magics.call import Call, Text
 from dinfer.magics.words import read, split
 
@@ -34,17 +35,17 @@ def help_(call: Call) -> Text:
 
 
 VERBS: dict[str, Callable[[Call], Any]] = {
-    "connect": of_session.connect, "load": of_session.load, "prefill": of_session.prefill,
-    "sweep": of_session.sweep,
-    "run": of_run.run, "where": of_run.where, "why": of_run.why,
-    "step": of_run.step, "back": of_run.back, "to": of_run.to,
-    "resume": of_run.resume, "pause": of_run.pause, "wait": of_run.wait,
-    "break": of_run.break_, "breaks": of_run.breaks, "clear": of_run.clear,
-    "decode": of_run.decode, "restart": of_run.restart,
-    "kv": of_kv.kv, "diff": of_kv.diff, "compare": of_kv.compare,
-    "inject": of_faults.inject, "faults": of_faults.faults,
-    "panel": of_session.panel, "report": of_session.report, "save": of_session.save, "log": of_session.log,
-    "recover": of_session.recover, "debug": of_session.debug, "close": of_session.close, "help": help_,
+    "connect": verbs.connect, "load": verbs.load, "prefill": verbs.prefill,
+    "sweep": verbs.sweep,
+    "run": verbs.run, "where": verbs.where, "why": verbs.why,
+    "step": verbs.step, "back": verbs.back, "to": verbs.to,
+    "resume": verbs.resume, "pause": verbs.pause, "wait": verbs.wait,
+    "break": verbs.break_, "breaks": verbs.breaks, "clear": verbs.clear,
+    "decode": verbs.decode, "restart": verbs.restart,
+    "kv": verbs.kv, "diff": verbs.diff, "compare": verbs.compare,
+    "inject": verbs.inject, "faults": verbs.faults,
+    "panel": verbs.panel, "report": verbs.report, "save": verbs.save, "log": verbs.log,
+    "recover": verbs.recover, "debug": verbs.debug, "close": verbs.close, "help": help_,
 }  # fmt: skip
 
 

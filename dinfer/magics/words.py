@@ -13,7 +13,9 @@ from IPython.core.magic_arguments import MagicArgumentParser
 from dinfer.config import Config
 
 KEY_VALUE = re.compile(r"([a-z]\w*)=(.*)", re.DOTALL)
+
 _VARIABLE = re.compile(r"(\w+=)?\$([A-Za-z_]\w*)")
+
 Names = Mapping[str, Any]
 
 

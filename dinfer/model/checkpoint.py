@@ -18,9 +18,13 @@ from dinfer.model.errors import ModelError
 from dinfer.model.families import family_in
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
 _LFS_POINTER = b"version https://git-lfs"
+
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format
+
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 

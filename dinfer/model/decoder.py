@@ -30,6 +30,7 @@ from dinfer.model.positions import Positions, layer_kinds
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _PAGE = 4096
+
 _LOADING = threading.Lock()
 """from_pretrained sets process-wide defaults (dtype, init) while it works: one at a time."""
 

@@ -62,11 +62,17 @@ FAMILIES: dict[str, Family] = {
 }
 
 _PER_LAYER_INPUT = "its layers take a second input for each layer (per_layer_input)"
+
 _RECURRENT = "its layers, or some of them, carry a recurrent state, not K and V"
+
 _CONVOLUTION = "some of its layers carry the state of a convolution, not K and V"
+
 _LATENT = "its attention caches a compressed latent instead of K and V heads of one size"
+
 _MROPE = "its text layers take positions in time, height and width, not one position a token"
+
 _CROSS = "its text layers attend to an image too (cross-attention), and cache that"
+
 _ENCODER = "it is an encoder-decoder: there is no prefill of a decoder alone"
 
 _REASONS: dict[str, str] = {

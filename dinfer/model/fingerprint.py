@@ -21,6 +21,7 @@ from dinfer.model.checkpoint import Spec, weight_files
 
 SPAN = 64 * 1024
 """Bytes of one sample."""
+
 SPANS = 16
 """Samples of one file."""
 

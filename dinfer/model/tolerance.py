@@ -10,9 +10,11 @@ from math import sqrt
 
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 """The largest relative error of rounding once, by dtype."""
+
 ROUNDINGS = 16
 """So often a value is rounded in a layer on its longest way: norm (2), projection, head norm (2), rotation (2), scores,
 softmax (2), weighted sum, projection, residual; and after the MLP's product once more projection and residual."""
+
 CONFIDENCE = 4.0
 """How many times what a random walk of roundings comes to still counts as rounding: a rounding is at most u, which is
 √3 standard deviations of one, so that 4 are 7 of the sum's. 6 leave out one value in 10^9; one more is for values of

@@ -10,12 +10,15 @@ from typing import Any, Literal, Self, get_args
 
 from dinfer.plan.cut import Cut, Cuts, join
 from dinfer.plan.graph import NONE
-from dinfer.plan.ops import Kind, Op, PlanError
+from dinfer.plan.ops import Op, OpKind, PlanError
 from dinfer.plan.partition import within
 
 Condition = Literal["", "nan", "inf", "absmax", "digest", "slower"]
+
 WHENS = "'nan', 'inf', 'absmax > 100', 'digest differs', 'slower than 5 ms'"
+
 _ABSMAX = re.compile(r"absmax\s*(?:>|above)\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", re.IGNORECASE)
+
 _SLOWER = re.compile(r"slower\s+than\s+(\d+\.?\d*|\.\d+)\s*ms", re.IGNORECASE)
 
 
@@ -26,7 +29,7 @@ class Breakpoint:
 
     number: int
     rank: int | None = None
-    op: Kind = "layer"
+    op: OpKind = "layer"
     chunk: int | None = None
     layer: int | None = None
     condition: Condition = ""
@@ -102,8 +105,8 @@ def parse_when(text: str | None) -> tuple[Condition, float]:
 
 def check(breakpoint: Breakpoint, cuts: Cuts) -> None:
     """Raises PlanError for one that no op of the plan can meet, saying what there is."""
-    if breakpoint.op not in get_args(Kind):
-        raise PlanError(f"op is {breakpoint.op!r}; it must be one of {', '.join(get_args(Kind))}.")
+    if breakpoint.op not in get_args(OpKind):
+        raise PlanError(f"op is {breakpoint.op!r}; it must be one of {', '.join(get_args(OpKind))}.")
     if any(breakpoint.matches(place.rank, op) for place, op in cuts.plan.places()):
         return
     shape = cuts.plan.shape

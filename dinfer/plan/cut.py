@@ -10,20 +10,25 @@ that is not yet in; a step back goes to the last link that lies inside. Everythi
 plan and cut.
 """
 
+import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Set
 from functools import cached_property
 from itertools import groupby
+from numbers import Integral
 from typing import Literal
 
 from dinfer.plan.graph import NONE, Graph, levels, simulate
 from dinfer.plan.ops import Op, PlanError
-from dinfer.plan.plan import Place, Plan
+from dinfer.plan.plan import OpPlace, Plan
 
 Cut = tuple[tuple[int, ...], ...]
 """positions[rank][lane]: the number of ops of that lane that are in"""
+
 Unit = Literal["op", "layer", "wave", "chunk"]
+
 UNITS: tuple[Unit, ...] = ("op", "layer", "wave", "chunk")
+
 Block = tuple[int, int]
 """(chunk, layer)"""
 
@@ -114,7 +119,7 @@ class Cuts:
         at = bisect_left(chain, True, key=lambda link: not is_inside(link, cut) or link == cut)
         return chain[at - 1] if at else cut
 
-    def stop(self, positions: Cut, started: Set[Place]) -> tuple[Cut, list[Place]]:
+    def stop(self, positions: Cut, started: Set[OpPlace]) -> tuple[Cut, list[OpPlace]]:
         """Where lanes frozen at `positions` come to stand, and the recvs to be released by a void header.
 
         `started` are the ops at those positions that have begun. A send or a compute op that has begun must
@@ -202,7 +207,7 @@ class Cuts:
         lanes = iter(counts)
         return tuple(tuple(next(lanes) for _ in rank) for rank in self.plan.lanes)
 
-    def _number(self, place: Place) -> int:
+    def _number(self, place: OpPlace) -> int:
         graph = self._graph
         return graph.first[graph.first_lane[place.rank] + place.lane] + place.index
 
@@ -239,3 +244,22 @@ class Cuts:
                 todo += graph.dependents[number]
                 todo.append(graph.partner[number])
         return left
+
+
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
+
+
+def unit_of(name: str) -> Unit:
+    """The unit of that name. Raises PlanError."""
+    for unit in UNITS:
+        if unit == name:
+            return unit
+    hint = " A number of steps is n, 1 or more." if _NUMBER.fullmatch(str(name)) else ""
+    raise PlanError(f"{name!r} is not a unit to step by; use one of {', '.join(UNITS)}, token.{hint}")
+
+
+def count_of(n: int, name: str = "n") -> int:
+    """A number of steps or tokens. Raises PlanError."""
+    if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
+        raise PlanError(f"{name} is {n!r}; it must be a whole number, at least 1.")
+    return n

@@ -12,10 +12,13 @@ from typing import Any, Literal, NamedTuple, Self
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import Shape
 
-Where = Literal["memory", "wire", "compute"]
+FaultPlace = Literal["memory", "wire", "compute"]
+
 WORDS: dict[str, str] = {"memory": "in memory", "wire": "on the wire", "compute": "in compute"}
+
 _BITS = {"float32": (32, 23), "bfloat16": (16, 7), "float16": (16, 10), "float64": (64, 52)}
 """of a value, and of its mantissa"""
+
 CASTS: dict[str, tuple[str, ...]] = {
     "float64": ("float32", "bfloat16"),
     "float32": ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"),
@@ -25,30 +28,30 @@ CASTS: dict[str, tuple[str, ...]] = {
 """What loses bits of a dtype; the first is taken where none is named."""
 
 
-class Rule(NamedTuple):
+class FaultRule(NamedTuple):
     """Where a kind may strike, first by default; and what it may be told beside its block."""
 
-    wheres: tuple[Where, ...] = ("memory", "wire", "compute")
+    wheres: tuple[FaultPlace, ...] = ("memory", "wire", "compute")
     details: tuple[str, ...] = ()
 
 
-KINDS: dict[str, Rule] = {
-    "bitflip": Rule(details=("tensor", "head", "token", "dim", "bit")),
-    "nan": Rule(details=("tensor", "head", "token", "dim")),
-    "zero": Rule(details=("tensor", "head", "token")),
-    "stale": Rule(details=("tensor",)),
-    "swap_kv": Rule(),
-    "permute": Rule(details=("tensor", "seed")),
-    "lost": Rule(),
-    "append_twice": Rule(("memory",)),
-    "head_shift": Rule(details=("tensor",)),
-    "positions": Rule(("compute",)),
-    "cast": Rule(details=("tensor", "dtype")),
-    "repeat_row": Rule(("compute",)),
+KINDS: dict[str, FaultRule] = {
+    "bitflip": FaultRule(details=("tensor", "head", "token", "dim", "bit")),
+    "nan": FaultRule(details=("tensor", "head", "token", "dim")),
+    "zero": FaultRule(details=("tensor", "head", "token")),
+    "stale": FaultRule(details=("tensor",)),
+    "swap_kv": FaultRule(),
+    "permute": FaultRule(details=("tensor", "seed")),
+    "lost": FaultRule(),
+    "append_twice": FaultRule(("memory",)),
+    "head_shift": FaultRule(details=("tensor",)),
+    "positions": FaultRule(("compute",)),
+    "cast": FaultRule(details=("tensor", "dtype")),
+    "repeat_row": FaultRule(("compute",)),
 }
 
 
-class Sizes(NamedTuple):
+class TokenSizes(NamedTuple):
     """Of what one token holds in one layer."""
 
     kv_heads: int
@@ -108,7 +111,7 @@ class Fault:
         return str(self)
 
 
-def fault_of(number: int, kind: str, shape: Shape, sizes: Sizes, **given: Any) -> Fault:
+def fault_of(number: int, kind: str, shape: Shape, sizes: TokenSizes, **given: Any) -> Fault:
     """The fault that a user asks for, with what was left out (None) filled in. Raises PlanError, saying what was given,
     what is allowed and what to do."""
     said = {name: value for name, value in given.items() if value is not None}
@@ -132,7 +135,7 @@ def middle_bit(dtype: str) -> int:
     return _BITS[dtype][1] // 2
 
 
-def _rule(kind: str) -> Rule:
+def _rule(kind: str) -> FaultRule:
     if kind not in KINDS:
         near = difflib.get_close_matches(str(kind), KINDS, n=1)
         meant = f" Did you mean {near[0]}?" if near else ""
@@ -140,7 +143,7 @@ def _rule(kind: str) -> Rule:
     return KINDS[kind]
 
 
-def _check_names(kind: str, rule: Rule, said: Mapping[str, Any]) -> None:
+def _check_names(kind: str, rule: FaultRule, said: Mapping[str, Any]) -> None:
     allowed = ("where",) if kind == "repeat_row" else ("rank", "layer", "chunk", "where", *rule.details)
     if wrong := [name for name in said if name not in allowed]:
         why = (
@@ -152,7 +155,7 @@ def _check_names(kind: str, rule: Rule, said: Mapping[str, Any]) -> None:
         )
 
 
-def _where(kind: str, rule: Rule, where: Any) -> Where:
+def _where(kind: str, rule: FaultRule, where: Any) -> FaultPlace:
     for allowed in rule.wheres:
         if where in (None, allowed):
             return allowed
@@ -168,7 +171,7 @@ def _within(name: str, value: Any, count: int, of: str = "") -> int:
     return value
 
 
-def _rank(where: Where, shape: Shape, layer: int, rank: Any) -> int:
+def _rank(where: FaultPlace, shape: Shape, layer: int, rank: Any) -> int:
     """By default the owner in compute, and else who receives the block first."""
     owner, ranks = shape.owners[layer], shape.world_size
     if where == "wire" and ranks == 1:
@@ -207,7 +210,7 @@ def _chunk(kind: str, shape: Shape, said: Mapping[str, Any]) -> int:
     return _within("chunk", said["chunk"], len(chunks))
 
 
-def _details(rule: Rule, rows: range, sizes: Sizes, said: Mapping[str, Any]) -> dict[str, Any]:
+def _details(rule: FaultRule, rows: range, sizes: TokenSizes, said: Mapping[str, Any]) -> dict[str, Any]:
     """What the kind takes beside its block, checked; by default the first."""
     found = dict[str, Any]()
     if "tensor" in rule.details:
@@ -239,7 +242,7 @@ def _lower(dtype: Any, own: str) -> str:
     return CASTS[own][0] if dtype is None else str(dtype)
 
 
-def _check_kind(kind: str, chunk: int, shape: Shape, sizes: Sizes) -> None:
+def _check_kind(kind: str, chunk: int, shape: Shape, sizes: TokenSizes) -> None:
     """What one kind cannot do where others can."""
     if kind == "stale" and chunk == 0:
         raise PlanError(

@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from dinfer.plan.ops import Op, Value
-from dinfer.plan.plan import Place, Plan
+from dinfer.plan.plan import OpPlace, Plan
 
 NONE = -1
 
@@ -119,9 +119,9 @@ class Graph:
                 found[self.before[number]].append(number)
         return found
 
-    def place(self, number: int) -> Place:
+    def place(self, number: int) -> OpPlace:
         rank, lane = self.ranks[number], self.lane_of[number]
-        return Place(rank, lane - self.first_lane[rank], number - self.first[lane])
+        return OpPlace(rank, lane - self.first_lane[rank], number - self.first[lane])
 
     @cached_property
     def first_lane(self) -> list[int]:

@@ -13,7 +13,7 @@ from dinfer.plan.graph import NONE, Graph, levels, no_collection, simulate
 from dinfer.plan.ops import Op, PlanError
 from dinfer.plan.plan import ISSUE, Lane, Plan
 
-Key = tuple[int, int, int, int]
+MessageKey = tuple[int, int, int, int]
 
 
 @no_collection()
@@ -42,7 +42,7 @@ def _shares(plan: Plan) -> list[list[Op]]:
     return shares
 
 
-def _keys(graph: Graph, order: list[int]) -> list[Key]:
+def _keys(graph: Graph, order: list[int]) -> list[MessageKey]:
     """When each op would best be issued: hidden states first, then compute, then blocks that are a chunk old.
 
     A stage's layers are a chunk's worth of levels, the time in which every layer takes as long as another.
@@ -56,10 +56,10 @@ def _keys(graph: Graph, order: list[int]) -> list[Key]:
     return found
 
 
-def _global_order(graph: Graph, keys: list[Key]) -> list[int]:
+def _global_order(graph: Graph, keys: list[MessageKey]) -> list[int]:
     """Every op after what it needs and after those before it on its lane; a recv right after its send."""
     missing = [len(deps) + (before != NONE) for deps, before in zip(graph.deps, graph.before, strict=True)]
-    ready: list[tuple[Key, int]] = []
+    ready: list[tuple[MessageKey, int]] = []
     order: list[int] = []
 
     def offer(number: int) -> None:

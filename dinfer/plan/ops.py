@@ -9,8 +9,10 @@ from typing import Literal, NamedTuple
 
 from dinfer.errors import DinferError
 
-Kind = Literal["embed", "layer", "norm", "send", "recv"]
+OpKind = Literal["embed", "layer", "norm", "send", "recv"]
+
 What = Literal["hidden", "kv", "final"]
+
 Communicator = Literal["hidden", "kv"]
 
 
@@ -42,7 +44,7 @@ FINAL = Value("final")
 class Op(NamedTuple):
     """One action of one rank. `peer` and `tokens` are set for `send` and `recv` only."""
 
-    kind: Kind
+    kind: OpKind
     chunk: int
     layer: int = -1
     what: What = "hidden"
@@ -116,7 +118,9 @@ def recv(value: Value, peer: int, tokens: int) -> Op:
 
 
 _COMPUTE = re.compile(r"(embed) c(\d+)|(layer|norm) c(\d+) l(\d+)")
+
 _TRANSFER = re.compile(r"(send|recv) (?:(final)|(hidden|kv) c(\d+) l(\d+)) (->|<-) (\d+), (\d+) tokens?")
+
 _EXAMPLES = (
     "'embed c0', 'layer c0 l3', 'norm c7 l36', 'send kv c0 l3 -> 1, 128 tokens', 'recv final <- 2, 1 token'"
 )
@@ -128,7 +132,7 @@ def parse_op(text: str) -> Op:
     if match := _COMPUTE.fullmatch(line):
         if match[1]:
             return embed(int(match[2]))
-        kind: Kind = "layer" if match[3] == "layer" else "norm"
+        kind: OpKind = "layer" if match[3] == "layer" else "norm"
         return Op(kind, int(match[4]), int(match[5]))
     if (match := _TRANSFER.fullmatch(line)) and (match[1] == "send") == (match[6] == "->"):
         value = (

@@ -10,6 +10,7 @@ from dinfer.plan.ops import Op, PlanError, parse_op
 from dinfer.plan.partition import Shape
 
 HEADER = "dinfer plan 1"
+
 ISSUE = "issue"
 """the one lane of each rank in a lowered plan: its ops are issued in this order and not waited for"""
 
@@ -21,7 +22,7 @@ class Lane(NamedTuple):
     ops: tuple[Op, ...]
 
 
-class Place(NamedTuple):
+class OpPlace(NamedTuple):
     """Where an op stands in a plan."""
 
     rank: int
@@ -52,14 +53,14 @@ class Plan:
         """Whether each rank has one lane, made for issuing (see plan/lower)."""
         return all([lane.name for lane in lanes] == [ISSUE] for lanes in self.lanes)
 
-    def op(self, place: Place) -> Op:
+    def op(self, place: OpPlace) -> Op:
         return self.lanes[place.rank][place.lane].ops[place.index]
 
-    def places(self) -> Iterator[tuple[Place, Op]]:
+    def places(self) -> Iterator[tuple[OpPlace, Op]]:
         for rank, lanes in enumerate(self.lanes):
             for number, lane in enumerate(lanes):
                 for index, op in enumerate(lane.ops):
-                    yield Place(rank, number, index), op
+                    yield OpPlace(rank, number, index), op
 
     def expected_tokens(self, op: Op) -> int:
         """How many tokens a transfer of this value carries."""

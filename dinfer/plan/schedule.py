@@ -14,9 +14,28 @@ from dinfer.config import Schedule, SyncStrategy
 from dinfer.plan.ops import FINAL, Op, PlanError, Value, embed, layer, norm, recv, send
 from dinfer.plan.partition import Shape
 from dinfer.plan.plan import Lane, Plan
-from dinfer.plan.sync import STRATEGIES, Hop
+
+Hop = tuple[int, int]
+"""(source rank, destination rank)"""
+
+
+def pairwise(owner: int, world_size: int) -> list[Hop]:
+    """The owner sends to each other rank itself, beginning with its right-hand neighbour.
+
+    Each starting with another peer keeps owners that sync at the same time off the same link.
+    """
+    return [(owner, (owner + step) % world_size) for step in range(1, world_size)]
+
+
+def ring(owner: int, world_size: int) -> list[Hop]:
+    """Each rank passes the block to its right-hand neighbour, until all have it."""
+    return [((owner + step - 1) % world_size, (owner + step) % world_size) for step in range(1, world_size)]
+
+
+STRATEGIES: dict[SyncStrategy, Callable[[int, int], list[Hop]]] = {"pairwise": pairwise, "ring": ring}
 
 Hops = Callable[[int, int], list[Hop]]
+
 Block = tuple[int, int]
 """(chunk, layer)"""
 
@@ -26,7 +45,7 @@ def build(shape: Shape, schedule: Schedule, sync_strategy: SyncStrategy) -> Plan
     for given, known in ((schedule, SCHEDULES), (sync_strategy, STRATEGIES)):
         if given not in known:
             raise PlanError(f"{given!r} is not one of {', '.join(known)}.")
-    board = _Board(shape)
+    board = _LaneBuilder(shape)
     SCHEDULES[schedule](shape, STRATEGIES[sync_strategy], board)
     return Plan(shape, schedule, sync_strategy, board.lanes())
 
@@ -45,7 +64,7 @@ def compute_order(shape: Shape) -> list[Block]:
     return sorted(ended, key=lambda block: (ended[block], block))
 
 
-class _Board:
+class _LaneBuilder:
     """Lanes being filled. A lane appears with its first op."""
 
     def __init__(self, shape: Shape) -> None:
@@ -67,7 +86,7 @@ class _Board:
         return tuple(tuple(Lane(name, tuple(ops)) for name, ops in rank.items()) for rank in self._lanes)
 
 
-def _final(shape: Shape, board: _Board, compute: str, out: str, into: str) -> None:
+def _final(shape: Shape, board: _LaneBuilder, compute: str, out: str, into: str) -> None:
     """The last rank norms the last token's hidden state and gives it to all: each takes the first token."""
     last = shape.world_size - 1
     board.put(last, compute, norm(len(shape.chunks) - 1, shape.layers))
@@ -75,7 +94,7 @@ def _final(shape: Shape, board: _Board, compute: str, out: str, into: str) -> No
         board.transfer(FINAL, (last, peer), out, into)
 
 
-def _pipelined(shape: Shape, hops: Hops, board: _Board) -> None:
+def _pipelined(shape: Shape, hops: Hops, board: _LaneBuilder) -> None:
     for rank, stage in enumerate(shape.stages):
         for chunk in range(len(shape.chunks)):
             if rank == 0:
@@ -91,7 +110,7 @@ def _pipelined(shape: Shape, hops: Hops, board: _Board) -> None:
             board.transfer(Value("kv", chunk, index), (source, target), f"kv-out:{target}", f"kv-in:{source}")
 
 
-def _lockstep(shape: Shape, hops: Hops, board: _Board) -> None:
+def _lockstep(shape: Shape, hops: Hops, board: _LaneBuilder) -> None:
     for chunk in range(len(shape.chunks)):
         for rank, stage in enumerate(shape.stages):
             _enter_stage(chunk, rank, stage, board)
@@ -102,7 +121,7 @@ def _lockstep(shape: Shape, hops: Hops, board: _Board) -> None:
     _final(shape, board, "main", "main", "main")
 
 
-def _batched(shape: Shape, hops: Hops, board: _Board) -> None:
+def _batched(shape: Shape, hops: Hops, board: _LaneBuilder) -> None:
     for chunk in range(len(shape.chunks)):
         for rank, stage in enumerate(shape.stages):
             _enter_stage(chunk, rank, stage, board)
@@ -120,7 +139,7 @@ def _batched(shape: Shape, hops: Hops, board: _Board) -> None:
     _final(shape, board, "main", "main", "main")
 
 
-def _enter_stage(chunk: int, rank: int, stage: range, board: _Board) -> None:
+def _enter_stage(chunk: int, rank: int, stage: range, board: _LaneBuilder) -> None:
     if rank == 0:
         board.put(rank, "main", embed(chunk))
     else:
@@ -134,7 +153,7 @@ def _rounds(shape: Shape, hops: Hops) -> Iterator[list[tuple[int, Hop]]]:
         yield [(rank, by_owner[rank][number]) for rank in range(shape.world_size)]
 
 
-SCHEDULES: dict[Schedule, Callable[[Shape, Hops, _Board], None]] = {
+SCHEDULES: dict[Schedule, Callable[[Shape, Hops, _LaneBuilder], None]] = {
     "pipelined": _pipelined,
     "lockstep": _lockstep,
     "batched": _batched,

@@ -14,7 +14,7 @@ from typing import Literal
 
 from dinfer.plan.graph import NONE, Graph, levels, no_collection, simulate
 from dinfer.plan.ops import FINAL, Op, Value
-from dinfer.plan.plan import Place, Plan
+from dinfer.plan.plan import OpPlace, Plan
 
 Flaw = Literal[
     "out of range",
@@ -57,7 +57,7 @@ class Counterexample:
 
     flaw: Flaw
     steps: tuple[str, ...]
-    places: tuple[Place, ...]
+    places: tuple[OpPlace, ...]
     sends: Literal["", "rendezvous", "buffered"] = ""
     proved: Literal[False] = field(default=False, init=False)
 

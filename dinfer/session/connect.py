@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING
 
+from dinfer.cluster.ranks import Ranks
+from dinfer.cluster.threads import LocalRanks
 from dinfer.config import ConfigError
-from dinfer.session.local import LocalRanks
-from dinfer.session.ranks import Ranks
-from dinfer.session.runs.reporting import Write
-from dinfer.session.session import Session, Show
+from dinfer.run.report import Write
+from dinfer.session.session import Session, ShowRun
 
 if TYPE_CHECKING:
-    from dinfer.session.clusters.start import Place
+    from dinfer.cluster.ipyparallel.start import ClusterPlace
 
 WHERES = ("ipyparallel", "threads")
 
@@ -23,8 +23,8 @@ def connect(
     start: bool | None = None,
     timeout: float = 60.0,
     patience: float = 60.0,
-    place: "Place | None" = None,
-    show: Show | None = None,
+    place: "ClusterPlace | None" = None,
+    show: ShowRun | None = None,
     write: Write | None = None,
 ) -> Session:
     """A session with `n` ranks, announced in one line.
@@ -49,15 +49,15 @@ def _ranks(
     start: bool | None,
     timeout: float,
     patience: float,
-    place: "Place | None",
+    place: "ClusterPlace | None",
 ) -> Ranks:
     if where == "threads":
         return LocalRanks(n)
     if where != "ipyparallel":
         raise ConfigError(f"{where!r} is no place for ranks; it must be one of {', '.join(WHERES)}.")
-    from dinfer.session.clusters.attach import attach
-    from dinfer.session.clusters.start import HERE
-    from dinfer.session.engines import EngineRanks
+    from dinfer.cluster.engines import EngineRanks
+    from dinfer.cluster.ipyparallel.attach import attach
+    from dinfer.cluster.ipyparallel.start import HERE
 
     cluster = attach(
         n, profile=profile, cluster_id=cluster_id, start=start, timeout=timeout, place=place or HERE

@@ -6,32 +6,33 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Self
 
+from dinfer.cluster.ranks import Ranks
+from dinfer.cluster.recovery import meet, recover
 from dinfer.config import Config, ConfigError
-from dinfer.engine.hosting.commands import Message
+from dinfer.display import Announced, Closing, DisplayableText
 from dinfer.errors import DinferError, NotPossible
+from dinfer.job import Job, prepare_load, prepare_loaded, threads_per_rank, without_settled
+from dinfer.messages import Message
 from dinfer.model.checkpoint import Spec
 from dinfer.model.text import load_tokenizer
-from dinfer.plan.own import OwnSchedule
+from dinfer.plan.custom import OwnSchedule
 from dinfer.plan.plan import Plan
-from dinfer.session.blame import HANDED_ON, were_handed_on
-from dinfer.session.closing import Closing
-from dinfer.session.job import Job, prepare_load, prepare_loaded, threads_per_rank
-from dinfer.session.loading import Bars
-from dinfer.session.ranks import Ranks
-from dinfer.session.recovery import meet, recover
-from dinfer.session.runs.explaining import Hung
-from dinfer.session.runs.fleet import RankFailed
-from dinfer.session.runs.past import Past
-from dinfer.session.runs.reporting import Reporter, Write
-from dinfer.session.runs.run import Run
-from dinfer.session.runs.sweep import Sweep, sweep
-from dinfer.session.said import Announced, Listening, SaidText
-from dinfer.session.settled import without_settled
+from dinfer.run.failure import HANDED_ON, were_handed_on
+from dinfer.run.fleet import RankFailed
+from dinfer.run.hang import Hung
+from dinfer.run.report import Reporter, Write
+from dinfer.run.run import Run
+from dinfer.session.listening import Listening
+from dinfer.session.progress import Bars
+from dinfer.session.sweep import Past, Sweep, sweep
 
 LOOK_S = 0.05
+
 PREPARE_S = 120.0
+
 LOAD_S = 3600.0
-Show = Callable[[Run], Any]
+
+ShowRun = Callable[[Run], Any]
 
 
 class SessionOver(DinferError, RuntimeError):
@@ -41,7 +42,7 @@ class SessionOver(DinferError, RuntimeError):
 class Session(Announced, Closing):
     """Made by `dinfer.connect`. `show` makes the panel that `debugger` returns, `write` the reports of runs."""
 
-    def __init__(self, ranks: Ranks, show: Show | None = None, write: Write | None = None) -> None:
+    def __init__(self, ranks: Ranks, show: ShowRun | None = None, write: Write | None = None) -> None:
         self.ranks, self.world_size = ranks, ranks.world_size
         self.log: list[str] = []
         self.spec: Spec | None = None
@@ -139,7 +140,7 @@ class Session(Announced, Closing):
             raise ConfigError(f"rank is {rank}; the ranks are 0 to {self.world_size - 1}.")
         return Listening(rank, *self.ranks.listen_for_debugger(rank, port))
 
-    def recover(self) -> SaidText:
+    def recover(self) -> DisplayableText:
         """After a failure: bring back ranks that are lost, free those that are stuck, and let runs start again:
         `run.restart()` begins this one anew, `session.prefill(…)` another."""
         self._check_open()
@@ -155,7 +156,7 @@ class Session(Announced, Closing):
         said.append(
             "all ranks have met again; weights stayed where they were" if not anew else "all ranks have met"
         )
-        text = SaidText("; ".join(said))
+        text = DisplayableText("; ".join(said))
         self._note(text, self._run)
         return text
 

@@ -3,20 +3,23 @@
 import json
 import re
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from dinfer.trace.events import Event
-from dinfer.trace.export import TraceError, read_jsonl
 from dinfer.trace.trace import Trace
 
 FORMAT = "dinfer trace in columns 1"
+
 ELEMENT = "dinfer-trace"
 """the start of the element's id; a number follows"""
+
 _FIELDS = [item.name for item in fields(Event)]
+
 _TIMES = ("ready", "start", "met", "end")
+
 _WORDS = ("lane", "kind", "what")
-_FOUND = re.compile(rf'<script type="application/json" id="{ELEMENT}-\d+">(.*?)</script>', re.DOTALL)
+
+_ELEMENTS = re.compile(rf'<script type="application/json" id="{ELEMENT}-\d+">(.*?)</script>', re.DOTALL)
 
 
 def script_json(value: Any) -> str:
@@ -51,15 +54,7 @@ def of_columns(values: dict[str, Any]) -> Trace:
     return Trace(tuple(Event(**dict(zip(_FIELDS, row, strict=True))) for row in rows), values["about"])
 
 
-def read_traces(path: str | Path) -> list[Trace]:
-    """The traces of a report, or the one of a trace file. Raises TraceError, and OSError for a file not there."""
-    if Path(path).suffix.lower() not in (".html", ".htm"):
-        return [read_jsonl(path)]
-    try:
-        found = [json.loads(text) for text in _FOUND.findall(Path(path).read_text(encoding="utf-8"))]
-        traces = [of_columns(values) for values in found if values["format"] == FORMAT]
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise TraceError(f"{str(path)!r} holds a damaged trace: {type(error).__name__}: {error}.") from None
-    if not traces:
-        raise TraceError(f"{str(path)!r} holds no trace: it is no report of dinfer, or of another version.")
-    return traces
+def embedded_traces(page: str) -> list[Trace]:
+    """The traces in a web page. Raises ValueError, TypeError, KeyError or IndexError for a damaged one."""
+    found = [json.loads(text) for text in _ELEMENTS.findall(page)]
+    return [of_columns(values) for values in found if values["format"] == FORMAT]

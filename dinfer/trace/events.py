@@ -7,8 +7,9 @@ collective.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 KINDS = (
     "embed",
@@ -27,10 +28,15 @@ KINDS = (
 )
 """their numbers stay: new ones come last. "check": all blocks were looked at before decode; "corrupt": a block has
 changed, on its way from `peer` or, without one, in memory"""
+
 WHATS = ("", "hidden", "kv", "final", "token")
+
 SIZE = 64
+
 _LAYOUT = struct.Struct("<BBBxiiiiqqqqqi")
+
 _NONE = -1
+
 Bytes = bytes | bytearray | memoryview
 
 
@@ -128,3 +134,24 @@ def _known(value: int) -> int | None:
 
 
 assert _LAYOUT.size == SIZE
+
+
+COMPUTE = frozenset({"embed", "layer", "norm", "decode"})
+CHECKING = frozenset({"check", "corrupt"})
+"""events about blocks, which are no part of prefill"""
+
+
+class EventLog(Protocol):
+    """What a writer needs of a trace: its events, in the order in which they ended, and what describes the run."""
+
+    @property
+    def events(self) -> tuple[Event, ...]: ...
+
+    @property
+    def about(self) -> dict[str, Any]: ...
+
+
+def prefill_events(events: Iterable[Event]) -> Iterator[Event]:
+    """Those of prefill: neither of decode nor about blocks."""
+    apart = {"decode", *CHECKING}
+    return (event for event in events if event.what != "token" and event.kind not in apart)

@@ -13,7 +13,8 @@ from dinfer.trace.trace import Trace
 
 KEY = "findings"
 """the place in a trace's `about`"""
-Block = Literal["same", "differs", "missing", "not compared"]
+
+BlockState = Literal["same", "differs", "missing", "not compared"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class KvFinding:
 
     equal: bool
     sentence: str
-    grid: tuple[tuple[Block, ...], ...] = ()
+    grid: tuple[tuple[BlockState, ...], ...] = ()
     differences: tuple[dict[str, Any], ...] = ()
 
 

@@ -6,15 +6,15 @@ The format is the one that Chromium's developers describe under that name. Times
 from collections.abc import Iterator
 from typing import Any
 
-from dinfer.trace.events import Event
-from dinfer.trace.trace import COMPUTE, Trace
-from dinfer.trace.transfers import pairs
+from dinfer.trace.events import COMPUTE, Event, EventLog
+from dinfer.trace.pairing import pairs
 
 Json = dict[str, Any]
+
 Threads = dict[tuple[int, str], int]
 
 
-def trace_events(trace: Trace) -> Json:
+def trace_events(trace: EventLog) -> Json:
     """The whole file. Time 0 is when the first op was allowed to begin."""
     began = min((event.ready for event in trace.events), default=0)
     lanes = sorted({(event.rank, event.lane) for event in trace.events}, key=_order)
@@ -77,10 +77,10 @@ def _complete(name: str, category: str, start: int, long: int, where: Json, argu
     return {"name": name, "cat": category, "ph": "X", **times, **where, "args": arguments}
 
 
-def _arrows(trace: Trace) -> dict[int, tuple[str, int]]:
+def _arrows(trace: EventLog) -> dict[int, tuple[str, int]]:
     """By the id of an event, whether an arrow starts or ends there, and its number: from each send to its recv."""
     found = dict[int, tuple[str, int]]()
-    for number, (send, recv) in enumerate(pairs(trace)):
+    for number, (send, recv) in enumerate(pairs(trace.events)):
         if send and recv:
             found[id(send)], found[id(recv)] = ("s", number), ("f", number)
     return found

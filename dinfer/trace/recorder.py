@@ -10,6 +10,7 @@ from typing import Self
 from dinfer.trace.events import SIZE, Event
 
 _SLOT = SIZE
+
 # The counter has a slot of its own, so that records stay aligned. One more is for the event that is being
 # written, so that it never lies over one of the `capacity` events that count as held.
 _EXTRA = 2

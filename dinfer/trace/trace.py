@@ -10,12 +10,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from dinfer.trace.events import Event
+from dinfer.trace.events import COMPUTE, Event, prefill_events
+from dinfer.trace.export import export
 from dinfer.trace.intervals import length, minus, union
-
-COMPUTE = frozenset({"embed", "layer", "norm", "decode"})
-CHECKING = frozenset({"check", "corrupt"})
-"""what is said of blocks; apart from prefill"""
 
 
 class RankFigures(NamedTuple):
@@ -68,8 +65,7 @@ class Trace:
         return sorted({event.rank for event in self.events})
 
     def prefill(self) -> Iterator[Event]:
-        apart = {"decode", *CHECKING}
-        return (event for event in self.events if event.what != "token" and event.kind not in apart)
+        return prefill_events(self.events)
 
     def rank_figures(self, rank: int) -> RankFigures:
         """Raises ValueError for a rank that has no events."""
@@ -102,8 +98,6 @@ class Trace:
         """Write the trace to a file: "jsonl", an event a line; "perfetto", for ui.perfetto.dev and chrome://tracing. By
         default `trace.jsonl` or `trace.perfetto.json` here. Raises TraceError for another form, OSError.
         """
-        from dinfer.trace.export import export
-
         return export(self, form, path)
 
     def link_figures(self) -> list[LinkFigures]:

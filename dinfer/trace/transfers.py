@@ -9,6 +9,7 @@ from math import ceil
 from typing import NamedTuple
 
 from dinfer.trace.events import Event
+from dinfer.trace.pairing import pairs
 from dinfer.trace.trace import Trace
 
 Link = tuple[int, int]
@@ -64,33 +65,8 @@ class Spread(NamedTuple):
 
 def transfers(trace: Trace) -> list[Transfer]:
     """All messages of prefill whose two ranks are known, in the order in which they arrived."""
-    found = [_transfer(send, recv) for send, recv in pairs(trace)]
+    found = [_transfer(send, recv) for send, recv in pairs(trace.events)]
     return sorted(found, key=lambda one: (one.end, one.source, one.target))
-
-
-def pairs(trace: Trace) -> list[tuple[Event | None, Event | None]]:
-    """The send and the recv of each of these messages, as far as they are in the trace.
-
-    The nth send of a block on a link belongs to its nth recv: after going back, a block travels again.
-    """
-    sends: dict[tuple[object, ...], list[Event]] = defaultdict(list)
-    recvs: dict[tuple[object, ...], list[Event]] = defaultdict(list)
-    for event in trace.prefill():
-        if event.peer is None:
-            continue
-        if event.kind == "send":
-            sends[event.rank, event.peer, event.what, event.chunk, event.layer].append(event)
-        elif event.kind == "recv":
-            recvs[event.peer, event.rank, event.what, event.chunk, event.layer].append(event)
-    return [
-        (_at(sends[key], n), _at(recvs[key], n))
-        for key in {**sends, **recvs}
-        for n in range(max(len(sends[key]), len(recvs[key])))
-    ]
-
-
-def _at(events: Sequence[Event], number: int) -> Event | None:
-    return events[number] if number < len(events) else None
 
 
 def _transfer(send: Event | None, recv: Event | None) -> Transfer:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 from dinfer.plan.graph import Channel, Graph, channel_of
 from dinfer.plan.ops import Op, Value, parse_op
-from dinfer.plan.plan import Place
+from dinfer.plan.plan import OpPlace
 from dinfer.verdict.signs import Came, Raised, Signs
-from dinfer.verdict.waits import Kind, Root
+from dinfer.verdict.waits import HangKind, Root
 
 
 def mismatch(graph: Graph, signs: dict[int, Signs], rank: int, raised: Raised) -> Root:
@@ -27,7 +27,7 @@ def mismatch(graph: Graph, signs: dict[int, Signs], rank: int, raised: Raised) -
     return Root(kind, culprit, f"{text}: {told}", op.peer if culprit == rank else rank)
 
 
-def _order(graph: Graph, signs: dict[int, Signs], rank: int, op: Op, came: Came) -> tuple[Kind, int, str]:
+def _order(graph: Graph, signs: dict[int, Signs], rank: int, op: Op, came: Came) -> tuple[HangKind, int, str]:
     """Which rule of order was broken, by whom, and how that is said."""
     channel = channel_of(rank, op)
     sends, recvs = graph.channels.get(channel, ([], []))
@@ -66,7 +66,7 @@ def who_lacks(graph: Graph, signs: Mapping[int, Signs], channel: Channel, value:
     return None
 
 
-def _astray(graph: Graph, channel: Channel, came: Came) -> tuple[Kind, int, str]:
+def _astray(graph: Graph, channel: Channel, came: Came) -> tuple[HangKind, int, str]:
     """The channel does not carry that value at all."""
     for other, (sends, _) in graph.channels.items():
         if other.source == channel.source and any(graph.ops[send].value == came.value for send in sends):
@@ -84,7 +84,7 @@ def _passed(graph: Graph, signs: Signs, numbers: list[int]) -> int:
     return sum(has_passed(signs, graph.place(number)) for number in numbers)
 
 
-def has_passed(signs: Signs, place: Place) -> bool:
+def has_passed(signs: Signs, place: OpPlace) -> bool:
     return place.lane < len(signs.positions) and signs.positions[place.lane] > place.index
 
 

@@ -1,15 +1,23 @@
 """From the graph of who waits for whom to the one who is to blame. Pure; where the graph comes from is for others."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, get_args
 
+from dinfer.plan.graph import Graph
+from dinfer.plan.plan import Plan
 from dinfer.plan.verify import shortest_cycle
+from dinfer.verdict.planned import Planned
+from dinfer.verdict.ranks import RankSigns
+from dinfer.verdict.signs import KvBytes, Signs
+from dinfer.verdict.slow import slow
 from dinfer.verdict.verdict import Verdict
-from dinfer.verdict.waits import CYCLE_S, Kind, Node, Root, Wait, Waits
+from dinfer.verdict.waits import CYCLE_S, HangKind, Node, Root, Wait, Waits
 from dinfer.verdict.words import ranks_text
 
-ORDER: dict[Kind, int] = {kind: number for number, kind in enumerate(get_args(Kind))}
+ORDER: dict[HangKind, int] = {kind: number for number, kind in enumerate(get_args(HangKind))}
+
 ABOUT_LINKS = ("stalled link", "slow link")
 """kinds whose text is a sentence by itself"""
 
@@ -56,7 +64,7 @@ def _quiet(waits: Waits, cause: _Cause) -> Verdict:
         chain = _chain(waits, cause)
         text = _sentence(cause, waiting)
         return Verdict("held", text, (root.rank,), None, waiting, chain, _lines(waits, chain), waits)
-    kind: Kind = "paused" if root.kind == "held" else root.kind
+    kind: HangKind = "paused" if root.kind == "held" else root.kind
     said = {"moving": "the run moves", "paused": "the run stands where it was told to stop"}
     return Verdict(kind, said.get(kind, "the run is done"), lines=_lines(waits, ()), waits=waits)
 
@@ -64,7 +72,7 @@ def _quiet(waits: Waits, cause: _Cause) -> Verdict:
 def _roots(waits: Waits) -> list[_Cause]:
     """One cause for each node that waits for nobody; the two ends of a link, and all lanes of a rank that have the same
     root, are one."""
-    by_root: dict[tuple[Kind, int, int | None], list[Node]] = {}
+    by_root: dict[tuple[HangKind, int, int | None], list[Node]] = {}
     for node, wait in waits.items():
         if wait.root:
             by_root.setdefault((wait.root.kind, wait.root.rank, wait.root.peer), []).append(node)
@@ -158,3 +166,26 @@ def _urgency(wait: Wait) -> tuple[bool, bool, bool, bool]:
         op is not None and op.what == "kv",
         op is not None and op.kind != "recv",
     )
+
+
+UNKNOWN = KvBytes()
+
+
+def explain(
+    plan: Plan,
+    signs: Sequence[Signs],
+    sizes: KvBytes = UNKNOWN,
+    stacks: Mapping[int, str] | None = None,
+    *,
+    graph: Graph | None = None,
+    ahead_s: float = 0.0,
+    tell_slow: bool = True,
+) -> Verdict:
+    """Why the run does not move, or that it does. `signs` are by rank, as many as the plan has; `stacks`, texts to go
+    with it, are by rank. `graph`: the plan's, for who asks often; `ahead_s`: what will be stuck in so many seconds, if
+    nothing changes, counts as stuck; `tell_slow`: whether to say of a run that moves who is slow."""
+    found = judge(Planned(RankSigns(plan, signs, graph or Graph(plan), ahead_s), sizes).waits())
+    if tell_slow and found.kind == "moving" and (root := slow(plan, signs)):
+        told = root.text if root.kind in ABOUT_LINKS else f"rank {root.rank} {root.text}"
+        found = replace(found, kind=root.kind, sentence=told, ranks=(root.rank,), peer=root.peer)
+    return replace(found, stacks=dict(stacks or {}))

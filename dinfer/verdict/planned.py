@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 from dinfer.plan.graph import NONE, channel_of
 from dinfer.plan.ops import Op
-from dinfer.plan.plan import Place
+from dinfer.plan.plan import OpPlace
 from dinfer.verdict.headers import has_passed, mismatch, who_lacks
-from dinfer.verdict.ranks import Ranks
-from dinfer.verdict.signs import BUSY, Signs, Sizes
+from dinfer.verdict.ranks import RankSigns
+from dinfer.verdict.signs import BUSY, KvBytes, Signs
 from dinfer.verdict.waits import RANK, Node, Root, Wait, Waits
 from dinfer.verdict.words import link_text, times_text, value_text, waits_for_text
 
@@ -15,7 +15,7 @@ from dinfer.verdict.words import link_text, times_text, value_text, waits_for_te
 class Planned:
     """Every lane that has not got to its end, or every rank as a whole that is not in prefill, as a `Wait`."""
 
-    def __init__(self, ranks: Ranks, sizes: Sizes) -> None:
+    def __init__(self, ranks: RankSigns, sizes: KvBytes) -> None:
         self.ranks, self.plan, self.graph, self.signs = ranks, ranks.plan, ranks.graph, ranks.signs
         self.sizes = sizes
         self._broken = {rank: root for rank in self.signs if (root := self._broken_by(rank))}
@@ -167,7 +167,7 @@ class Planned:
             return wait._replace(on=(other,))
         return self._met(wait, place)
 
-    def _passed_by(self, wait: Wait, place: Place) -> Wait:
+    def _passed_by(self, wait: Wait, place: OpPlace) -> Wait:
         """Its counterpart has ended, and it has not: that counts from when both are known to, as the news of one rank
         may be older than that of the other."""
         assert wait.op
@@ -222,7 +222,7 @@ class Planned:
                 if lane.ops[signs.positions[number]].peer == peer and partner != NONE:
                     yield from [Node(rank, number)] * self.ranks.is_at(self.graph.place(partner))
 
-    def _met(self, wait: Wait, place: Place) -> Wait:
+    def _met(self, wait: Wait, place: OpPlace) -> Wait:
         """Both ends are there: the fault is in a rank that cannot take part, or on the link between them."""
         assert wait.op
         node, op = wait.node, wait.op

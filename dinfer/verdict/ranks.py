@@ -5,9 +5,9 @@ from statistics import median
 
 from dinfer.plan.graph import Graph
 from dinfer.plan.ops import Op
-from dinfer.plan.plan import Place, Plan
+from dinfer.plan.plan import OpPlace, Plan
 from dinfer.verdict.headers import has_passed
-from dinfer.verdict.signs import BUSY, Frame, Signs
+from dinfer.verdict.signs import BUSY, Signs, StackFrame
 from dinfer.verdict.waits import Node, Root, stuck_after
 from dinfer.verdict.words import times_text
 
@@ -15,7 +15,7 @@ ALIVE = ("prefill", "decode", "done")
 """phases in which a rank has its plan"""
 
 
-class Ranks:
+class RankSigns:
     """Of one plan, and signs of life by rank."""
 
     def __init__(self, plan: Plan, signs: Sequence[Signs], graph: Graph, ahead_s: float = 0.0) -> None:
@@ -26,7 +26,7 @@ class Ranks:
         signs, lanes = self.signs[rank], self.plan.lanes[rank]
         return signs.phase in ALIVE and len(signs.positions) == len(lanes)
 
-    def busy(self, rank: int, text: str, still: float, typical: float, frame: Frame | None) -> Root:
+    def busy(self, rank: int, text: str, still: float, typical: float, frame: StackFrame | None) -> Root:
         """What is to be said of something that should end by itself."""
         if not self.is_ripe(still, typical):
             return Root("moving", rank, f"{text}, at {frame}" if frame else text)
@@ -73,7 +73,7 @@ class Ranks:
             return own
         return median([found for its in self.signs.values() if (found := its.medians.get(op.kind))] or [0.0])
 
-    def frame(self, node: Node) -> Frame | None:
+    def frame(self, node: Node) -> StackFrame | None:
         """Where the lane's thread stands; of a rank that was dumped only the thread is known that is busy."""
         signs, lane = self.signs[node.rank], self.plan.lanes[node.rank][node.lane]
         if signs.answers is False and node == self.holder(node.rank):
@@ -93,17 +93,17 @@ class Ranks:
         place = self.graph.place(number)
         return has_passed(self.signs[place.rank], place)
 
-    def is_at(self, place: Place) -> bool:
+    def is_at(self, place: OpPlace) -> bool:
         """Whether the op at this place has begun and not ended."""
         signs = self.signs[place.rank]
         return signs.positions[place.lane] == place.index and signs.started[place.lane]
 
-    def still(self, place: Place) -> float:
+    def still(self, place: OpPlace) -> float:
         signs = self.signs[place.rank]
         return signs.still_s[place.lane] if signs.still_s else signs.quiet_s
 
 
-def busy(rank: int, signs: Signs, text: str, still: float, typical: float, frame: Frame | None) -> Root:
+def busy(rank: int, signs: Signs, text: str, still: float, typical: float, frame: StackFrame | None) -> Root:
     """What is to be said of something that should end by itself, and has been under way for too long."""
     since = times_text(still, typical)
     at = f", in {frame.c}" if frame and frame.c else ""

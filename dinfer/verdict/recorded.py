@@ -13,10 +13,11 @@ from dinfer.verdict.judge import judge
 from dinfer.verdict.ranks import busy
 from dinfer.verdict.signs import Signs
 from dinfer.verdict.verdict import Verdict
-from dinfer.verdict.waits import STUCK_S, Kind, Node, Root, Wait, Waits
+from dinfer.verdict.waits import STUCK_S, HangKind, Node, Root, Wait, Waits
 from dinfer.verdict.words import ranks_text
 
 COLLECTIVES = ("all_gather", "broadcast", "all_reduce", "barrier")
+
 NOBODY = Signs()
 
 
@@ -28,7 +29,7 @@ def explain_events(
     `signs`: what is known of ranks beside; of each, all that has nothing to do with lanes. `now`: nanoseconds on the
     events' clock; None: the record is of a run that did not go on.
     """
-    return judge(Recorded(events, signs or {}, now).waits())
+    return judge(RecordedEvents(events, signs or {}, now).waits())
 
 
 def event_text(event: Event) -> str:
@@ -40,7 +41,7 @@ def event_text(event: Event) -> str:
     return " ".join(filter(None, parts))
 
 
-class Recorded:
+class RecordedEvents:
     """All that was recorded of a run at one moment."""
 
     def __init__(self, events: Iterable[Event], signs: Mapping[int, Signs], now: int | None) -> None:
@@ -110,7 +111,7 @@ class Recorded:
         mine = self._count(rank, event.kind, peer, event.what)
         theirs = self._count(peer, other, rank, event.what)
         if theirs > mine:
-            kind: Kind = "never sent" if event.kind == "recv" else "never received"
+            kind: HangKind = "never sent" if event.kind == "recv" else "never received"
             verb = "sent" if event.kind == "recv" else "received"
             text = f"has ended {theirs} such {other}s, and not {verb} the one of `{event_text(event)}`"
             return wait._replace(root=self._ripe(wait, Root(kind, peer, text, rank)))
@@ -203,7 +204,7 @@ def _is_other_end(one: Event, other: Event) -> bool:
     )
 
 
-def _difference(one: Event, other: Event) -> tuple[Kind, str] | None:
+def _difference(one: Event, other: Event) -> tuple[HangKind, str] | None:
     """What does not fit of two events that meet."""
     told = f"`{event_text(one)}` on rank {one.rank} meets `{event_text(other)}` on rank {other.rank}"
     if one.kind in COLLECTIVES and one.kind != other.kind:

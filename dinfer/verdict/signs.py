@@ -11,11 +11,12 @@ from dinfer.plan.ops import Op, Value
 
 STOPPED = ("T", "t")
 """letters of a process that a signal or a debugger has stopped"""
+
 BUSY = "busy"
 """in place of a lane's name: the thread of a rank, which does not answer, that is in an op and not in the transport"""
 
 
-class Frame(NamedTuple):
+class StackFrame(NamedTuple):
     """Where a thread's Python stands. `native`: the line has called into C; `waits`: it waits in dinfer's own transport
     or at a gate, as it should; `held`: a debugger holds it; `c`: the C functions in which it is, if known."""
 
@@ -80,7 +81,7 @@ class Signs:
     ended: str = ""
     raised: Raised | None = None
     plan_id: int | None = None
-    frames: Mapping[str, Frame] = field(default_factory=dict)
+    frames: Mapping[str, StackFrame] = field(default_factory=dict)
     holder: str = ""
     medians: Mapping[str, float] = field(default_factory=dict)
     links: Mapping[int, float] = field(default_factory=dict)
@@ -92,7 +93,7 @@ class Signs:
         return self.process in STOPPED
 
 
-class Sizes(NamedTuple):
+class KvBytes(NamedTuple):
     """Bytes of one token's K and V of one layer, and of its hidden state; 0: not known."""
 
     kv: int = 0

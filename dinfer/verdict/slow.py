@@ -11,10 +11,13 @@ from dinfer.verdict.words import ranks_text, seconds_text
 
 SLOW_RANK = 1.6
 """times what the other ranks take for a layer"""
+
 SLOW_LINK = 4.0
+
 LEAST_LINK_S = 10e-3
 """what takes less holds nobody up"""
-Key = TypeVar("Key")
+
+GroupT = TypeVar("GroupT")
 
 
 def slow(plan: Plan, signs: Sequence[Signs]) -> Root | None:
@@ -36,7 +39,7 @@ def slow(plan: Plan, signs: Sequence[Signs]) -> Root | None:
     return None
 
 
-def _outlier(values: Mapping[Key, float], times: float) -> tuple[Key, float, float] | None:
+def _outlier(values: Mapping[GroupT, float], times: float) -> tuple[GroupT, float, float] | None:
     """The largest, how many times the median of the others it is, and that; None if it is not so many times."""
     if len(values) < 2:
         return None

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dinfer.verdict.picture import Arrow, Box, drawing
-from dinfer.verdict.waits import HUNG, Kind, Node, Wait, Waits
-from dinfer.verdict.words import html_text
+from dinfer.display import html_text
+from dinfer.verdict.drawing import Arrow, Box, drawing
+from dinfer.verdict.waits import HUNG, HangKind, Node, Wait, Waits
 
 
 @dataclass(frozen=True, repr=False)
@@ -13,7 +13,7 @@ class Verdict:
     """`rank`: the culprit, if it is one rank; `peer`: the other end, where it is about a message or a link; `ranks`:
     all culprits. `chain` leads from a rank that waits to the root; `lines` are by rank; `waits` is the whole graph."""
 
-    kind: Kind
+    kind: HangKind
     sentence: str
     ranks: tuple[int, ...] = ()
     peer: int | None = None

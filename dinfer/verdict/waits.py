@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 from dinfer.plan.ops import Op
 
-Kind = Literal[
+HangKind = Literal[
     "exception",
     "dead",
     "stopped",
@@ -31,7 +31,8 @@ Kind = Literal[
     "done",
 ]
 """what a root may be, the first to be named first"""
-HUNG = frozenset[Kind](
+
+HUNG = frozenset[HangKind](
     (
         "exception", "dead", "stopped", "another plan", "other size", "wrong peer", "sent twice", "out of order",
         "never sent", "never received", "cycle", "stuck in Python", "stuck in C", "stuck", "stalled link", "lost peer",
@@ -40,9 +41,12 @@ HUNG = frozenset[Kind](
 """those with which a run does not go on by itself"""
 
 STUCK_S = 5.0
+
 STUCK_TIMES = 5.0
+
 CYCLE_S = 1.0
 """Positions prove a cycle; ranks may only have been seen at different moments."""
+
 RANK = -1
 """in place of a lane: the rank as a whole"""
 
@@ -62,7 +66,7 @@ class Node(NamedTuple):
 class Root(NamedTuple):
     """What is wrong. `text` says it of rank `rank`, after `rank N`; `peer`: the other rank in it, if there is one."""
 
-    kind: Kind
+    kind: HangKind
     rank: int
     text: str
     peer: int | None = None

@@ -1,19 +1,11 @@
 """What ops and ranks do, in words that all of dinfer shares."""
 
 from collections.abc import Iterable, Sequence
-from html import escape
 from math import inf
 
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Lane
-from dinfer.verdict.signs import Sizes
-
-
-def html_text(text: str) -> str:
-    """A text as HTML: its lines and spaces as they are, long lines broken between words, where a notebook's own style
-    for texts would break inside `block c2 l1`."""
-    style = "margin:0;white-space:pre-wrap;word-break:normal;overflow-wrap:break-word"
-    return f'<pre style="{style}">{escape(text)}</pre>'
+from dinfer.verdict.signs import KvBytes
 
 
 def at_text(lanes: Sequence[Lane], positions: Sequence[int] | None) -> str:
@@ -41,7 +33,7 @@ def waits_for_text(op: Op) -> str:
     return f"waits for rank {op.peer} to take {value_text(op)}"
 
 
-def link_text(rank: int, op: Op, sizes: Sizes) -> str:
+def link_text(rank: int, op: Op, sizes: KvBytes) -> str:
     """How a transfer goes, for example `K and V, 128 tokens, 65,536 bytes, link 0→1 (kv)`."""
     plural = "" if op.tokens == 1 else "s"
     parts = ["K and V"] * (op.what == "kv") + [f"{op.tokens} token{plural}"]

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 from dinfer.views.desk import Action
-from dinfer.views.protocol import Run
+from dinfer.views.protocol import InspectableRun
 
 Json = dict[str, Any]
+
 PLACES = ("layer", "chunk", "rank")
 
 
-def action_of(run: Run, message: Json) -> Action:
+def action_of(run: InspectableRun, message: Json) -> Action:
     """Whatever moves the run, or asks it something."""
     match message:
         case {"do": "step", "unit": ("op" | "layer" | "wave" | "chunk") as unit}:
@@ -35,7 +36,7 @@ def action_of(run: Run, message: Json) -> Action:
     return Action("panel", lambda: _refuse(message))
 
 
-def edit_of(run: Run, message: Json) -> Action | None:
+def edit_of(run: InspectableRun, message: Json) -> Action | None:
     """Whatever changes breakpoints and faults, which need not wait for a step; None for anything else."""
     match message:
         case {"do": "break_at"}:
@@ -49,7 +50,7 @@ def edit_of(run: Run, message: Json) -> Action | None:
     return None
 
 
-def _noted(run: Run, call: str, do: Callable[[], object], *, asks: bool = False) -> Action:
+def _noted(run: InspectableRun, call: str, do: Callable[[], object], *, asks: bool = False) -> Action:
     """What is no action of the run, and is its last call all the same, once it is done."""
 
     def done() -> object:
@@ -59,7 +60,7 @@ def _noted(run: Run, call: str, do: Callable[[], object], *, asks: bool = False)
     return Action(call, done, asks)
 
 
-def _break_at(run: Run, message: Json) -> Action:
+def _break_at(run: InspectableRun, message: Json) -> Action:
     """At layer, chunk and rank, each left out for any, `when` a condition holds; in the place of one, with `instead`,
     which stays where the new one is refused."""
     given = {name: message[name] for name in PLACES if isinstance(message.get(name), int)}

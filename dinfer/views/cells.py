@@ -22,19 +22,23 @@ from numpy.typing import NDArray
 
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
-from dinfer.session.runs.marks import Mark
-from dinfer.session.runs.where import Stand
+from dinfer.run.state import Mark
+from dinfer.verdict.where import RankStand
 
 NOT_YET, COMPUTING, HERE, IN_FLIGHT, EVERYWHERE = range(5)
+
 STATES = ("not yet", "computing", "here, not everywhere", "in flight to here", "on every rank")
 
 DIFFERS, ARMED = 8, 16
+
 BASE = 7
 """the bits of a cell that are its state without marks"""
+
 MARKS = ("differs or corrupt", "a fault is armed")
 
-States = NDArray[np.uint8]
+CellStates = NDArray[np.uint8]
 """[layers, chunks, ranks]"""
+
 _NEVER = np.iinfo(np.int32).max
 
 
@@ -59,7 +63,7 @@ class CellMap:
                 at = (op.layer, op.chunk, rank)
                 self._lane[at], self._index[at], self._computes[at] = lane, index, op.kind == "layer"
 
-    def states(self, stands: Sequence[Stand]) -> States:
+    def states(self, stands: Sequence[RankStand]) -> CellStates:
         """The state of every cell."""
         positions = np.array([n for stand in stands for n in stand.positions], np.int32)[self._lane]
         started = np.array([begun for stand in stands for begun in stand.started], bool)[self._lane]
@@ -72,7 +76,7 @@ class CellMap:
         return states.astype(np.uint8)
 
 
-def marked(states: States, marks: Iterable[Mark]) -> States:
+def marked(states: CellStates, marks: Iterable[Mark]) -> CellStates:
     """The same with what is known of single blocks."""
     found = states.copy()
     for mark in marks:
@@ -84,7 +88,7 @@ def marked(states: States, marks: Iterable[Mark]) -> States:
     return found
 
 
-def cut_line(states: States) -> list[int]:
+def cut_line(states: CellStates) -> list[int]:
     """For each chunk, how many of its layers have been computed.
 
     A chunk's layer needs its layer before and the same layer of all chunks before: what has been computed lies above

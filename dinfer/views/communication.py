@@ -13,24 +13,30 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
-from dinfer.trace.events import Event
-from dinfer.trace.trace import CHECKING, Trace
-from dinfer.views.bench import HTML_CONFIG
+from dinfer.trace.events import CHECKING, Event
+from dinfer.trace.trace import Trace
 from dinfer.views.desk import Painter
 from dinfer.views.figures.exposure import exposure
 from dinfer.views.figures.gantt import gantt
 from dinfer.views.figures.latency import distribution, latency
 from dinfer.views.figures.matrix import matrix
-from dinfer.views.protocol import Run
+from dinfer.views.figures.style import HTML_CONFIG
+from dinfer.views.protocol import InspectableRun
 
 Json = dict[str, Any]
-Send = Callable[..., object]
+
+SendFigure = Callable[..., object]
+
 PERIOD_S, REST = 0.1, 2.0
+
 EVENTS = 6000
 """the newest that figures are drawn of"""
+
 POINTS = 100
 """of one link: few enough for a browser to draw them several times a second"""
+
 VIEWS = 8
+
 FIGURES: dict[str, Callable[..., go.Figure]] = {
     "latency": partial(latency, per_link=POINTS),
     "distribution": distribution,
@@ -40,7 +46,7 @@ FIGURES: dict[str, Callable[..., go.Figure]] = {
 }
 
 
-class Want(NamedTuple):
+class FigureRequest(NamedTuple):
     """What one browser looks at; `have`: how many events it has seen."""
 
     view: str
@@ -52,7 +58,7 @@ class Want(NamedTuple):
 class Ring:
     """The newest events of prefill, and how many there have been."""
 
-    def __init__(self, run: Run, most: int = EVENTS) -> None:
+    def __init__(self, run: InspectableRun, most: int = EVENTS) -> None:
         self._run, self._most = run, most
         self._events: deque[Event] = deque(maxlen=most)
         self._read: list[int] = []
@@ -84,12 +90,12 @@ class Ring:
 class Communication:
     """Of one panel. `send(content, buffers)` speaks to all its browsers."""
 
-    def __init__(self, run: Run, send: Send) -> None:
+    def __init__(self, run: InspectableRun, send: SendFigure) -> None:
         self._send = send
         self._ring = Ring(run)
         self._painter = Painter(self._serve, "figures", PERIOD_S, REST)
         self._lock = threading.Lock()
-        self._wants: dict[str, Want] = {}
+        self._wants: dict[str, FigureRequest] = {}
         self._not_before = 0.0
 
     def ask(self, message: Json) -> None:
@@ -100,7 +106,7 @@ class Communication:
         view = str(message.get("view"))
         with self._lock:
             self._wants.pop(view, None)
-            self._wants[view] = Want(
+            self._wants[view] = FigureRequest(
                 view, name, bool(message.get("dark")), have if isinstance(have, int) else -1
             )
             while len(self._wants) > VIEWS:
@@ -133,7 +139,7 @@ class Communication:
                 del self._wants[want.view]
             self._send({"figure": self._drawn(want)})
 
-    def _drawn(self, want: Want) -> Json:
+    def _drawn(self, want: FigureRequest) -> Json:
         head = {"view": want.view, "name": want.name, "seen": self._ring.seen, "said": self._ring.said}
         if not self._ring.seen:
             return head

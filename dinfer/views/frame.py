@@ -7,6 +7,7 @@ The hint beside it is one of ipywidgets' own widgets, and panel.css, which comes
 import ipywidgets
 
 INSTALL = "pip install ipywidgets anywidget"
+
 HINT = (
     "An error in place of the panel means that this page could not load anywidget: "
     f"<code>{INSTALL}</code> in the environment of the Jupyter server, then load the page again. "

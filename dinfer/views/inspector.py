@@ -5,27 +5,87 @@ nobody looks at, and never more than the browser can draw. Ranks are waited for 
 """
 
 import threading
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dinfer.kv.difference import number_text
+from dinfer.kv.source import Subject, ViewableSource
 from dinfer.plan.ops import PlanError
-from dinfer.session.kv.difference import number_text
-from dinfer.session.kv.source import Subject
-from dinfer.views.blocks import Blocks
 from dinfer.views.desk import Painter
-from dinfer.views.protocol import Run, Standing
+from dinfer.views.protocol import InspectableRun, RunView
 from dinfer.views.quantise import MISSING, Scale, Values, figures, quantise
 
+LIMIT = 96 << 20
+"""bytes that are kept"""
+
+CacheKey = tuple[int, int, int, int, int]
+"""(layer, K or V, first token, tokens, digest)"""
+
+
+class BlockCache:
+    """Of one run. Used by one thread."""
+
+    def __init__(self, limit: int = LIMIT) -> None:
+        self._limit, self._bytes = limit, 0
+        self._kept: OrderedDict[CacheKey, Values] = OrderedDict()
+
+    def of(self, source: ViewableSource, ranks: Sequence[int], layer: int, tensor: int) -> list[Values]:
+        """K (0) or V (1) of a layer as each rank holds it just now, [heads, tokens, dims], from the first token on."""
+        subject = source.subject
+        spans = [span for span in subject.spans if span]
+        found = []
+        digests = source.digests(ranks, [layer], spans)
+        for rank, held, numbers in zip(ranks, source.held(ranks), digests, strict=True):
+            keys = [
+                (layer, tensor, span.start, len(span), int(number))
+                for span, number in zip(spans[: held.spans[layer]], numbers[0, :, tensor], strict=False)
+            ]
+            found.append(self._whole(source, rank, keys))
+        return found
+
+    def _whole(self, source: ViewableSource, rank: int, keys: Sequence[CacheKey]) -> Values:
+        here = {key: self._kept[key] for key in keys if key in self._kept}
+        absent = {key for key in keys if key not in here}
+        for missing, some in groupby(keys, absent.__contains__):
+            if missing:  # neighbours come in one go
+                here |= _fetched(source, rank, list(some))
+        for key in keys:
+            self._keep(key, here[key])
+        empty = np.zeros((source.subject.kv_heads, 0, source.subject.head_dim), np.float32)
+        return np.concatenate([here[key] for key in keys], axis=1) if keys else empty
+
+    def _keep(self, key: CacheKey, values: Values) -> None:
+        if key not in self._kept:
+            self._kept[key] = values
+            self._bytes += values.nbytes
+        self._kept.move_to_end(key)
+        while self._bytes > self._limit:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+
+
+def _fetched(source: ViewableSource, rank: int, keys: list[CacheKey]) -> dict[CacheKey, Values]:
+    layer, tensor, first, *_ = keys[0]
+    places = range(first, keys[-1][2] + keys[-1][3])
+    part = source.part(rank, layer, tensor, range(source.subject.kv_heads), places)
+    values = (part if part.element_size() > 4 else part.float()).numpy()
+    return {key: values[:, key[2] - first : key[2] - first + key[3]].copy() for key in keys}
+
+
 Json = dict[str, Any]
+
 Send = Callable[..., object]
+
 PERIOD_S = 0.1
+
 VIEWS = 8
 """browsers that are remembered; of more, the oldest are forgotten"""
 
 
-class Want(NamedTuple):
+class InspectRequest(NamedTuple):
     """What one browser looks at. `head` None: all; `show`: "a", "b" or "a-b"; `have`: the stamp of what it shows;
     `question`: the browser's number of what it asks for, by which it knows the answers."""
 
@@ -41,7 +101,7 @@ class Want(NamedTuple):
     question: int = 0
 
     @classmethod
-    def of(cls, run: Run, message: Json) -> "Want":
+    def of(cls, run: InspectableRun, message: Json) -> "InspectRequest":
         """Numbers that there are not become the nearest that there are."""
         shape, scale = run.plan.shape, message.get("scale")
         head = message.get("head")
@@ -77,18 +137,18 @@ class Fetched(NamedTuple):
 class Inspector:
     """Of one panel. `send(content, buffers)` speaks to all its browsers."""
 
-    def __init__(self, run: Run, send: Send) -> None:
+    def __init__(self, run: InspectableRun, send: Send) -> None:
         self._run, self._send = run, send
         self._painter = Painter(self._serve, "inspector", PERIOD_S)
         self._lock = threading.Lock()
-        self._wants: dict[str, Want] = {}
+        self._wants: dict[str, InspectRequest] = {}
         self._fetched: dict[str, Fetched] = {}
-        self._blocks = Blocks()
+        self._blocks = BlockCache()
         self._diff = ("", "", True)
 
     def ask(self, message: Json) -> None:
         """A browser wants another picture than it has. Returns at once."""
-        want = Want.of(self._run, message)
+        want = InspectRequest.of(self._run, message)
         with self._lock:
             self._wants.pop(want.view, None)
             self._wants[want.view] = want
@@ -125,7 +185,7 @@ class Inspector:
                 del self._wants[want.view]
             self._answer(want, stamp)
 
-    def _answer(self, want: Want, stamp: str) -> None:
+    def _answer(self, want: InspectRequest, stamp: str) -> None:
         to = {"view": want.view, "question": want.question}
         try:
             head, codes = self._picture(want)
@@ -136,7 +196,7 @@ class Inspector:
             return
         self._send({"kv_diff": {**to, "text": text, "equal": equal}})
 
-    def _picture(self, want: Want) -> tuple[Json, bytes]:
+    def _picture(self, want: InspectRequest) -> tuple[Json, bytes]:
         source = self._run.kv(layer=want.layer).source()
         ranks = [want.a] if want.a == want.b else [want.a, want.b]
         arrays = self._blocks.of(source, ranks, want.layer, want.tensor)
@@ -157,7 +217,7 @@ class Inspector:
         return self._diff[1:]
 
 
-def picture(want: Want, found: Fetched) -> tuple[Json, bytes]:
+def picture(want: InspectRequest, found: Fetched) -> tuple[Json, bytes]:
     """What the browser needs to know, and a byte for each value, [heads, tokens, dims]."""
     heads = list(range(len(found.a))) if want.head is None else [min(want.head, len(found.a) - 1)]
     shown = _shown(want.show, found.a[heads], found.b[heads])
@@ -197,7 +257,7 @@ def exact(found: Fetched, head: int, token: int, dim: int) -> Json:
     }
 
 
-def stamp_of(standing: Standing) -> str:
+def stamp_of(standing: RunView) -> str:
     """What tells one moment's KV from another's."""
     stands = [tuple(stand.positions) for stand in standing.stands]
     return f"{hash((tuple(stands), standing.decoded, tuple(standing.faults), standing.last_call)):x}"

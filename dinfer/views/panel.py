@@ -13,20 +13,22 @@ from ipywidgets import VBox
 from traitlets import Bytes, Dict
 
 from dinfer.plan.ops import PlanError
-from dinfer.session.runs.standing import MOVING
+from dinfer.run.state import MOVING
 from dinfer.views.actions import action_of, edit_of
 from dinfer.views.cells import CellMap
 from dinfer.views.communication import FIGURES, Communication
 from dinfer.views.desk import Action, Painter, Worker
 from dinfer.views.frame import framed, unframe
 from dinfer.views.inspector import Inspector, stamp_of
-from dinfer.views.protocol import Run, Standing
+from dinfer.views.protocol import InspectableRun, RunView
 from dinfer.views.status import Json, breakpoints, layout, moment
 from dinfer.views.still import still_html
 from dinfer.views.still_kv import still_kv
 
 VIEW = "application/vnd.jupyter.widget-view+json"
+
 _HERE = Path(__file__).parent
+
 SCRIPTS = (
     "map.js",
     "heatmap.js",
@@ -59,7 +61,7 @@ class Panel(anywidget.AnyWidget):
     marks = Dict().tag(sync=True)
     """what is known of single blocks, in words: see `status.marks_text`"""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: InspectableRun) -> None:
         self._run, self._cells = run, CellMap(run.plan)
         self._painter = Painter(self._paint)
         self._worker = Worker("dinfer panel worker", self._painter.touch)
@@ -124,7 +126,7 @@ class Panel(anywidget.AnyWidget):
             "done": sum(worker.done for worker in self._workers),
         }
 
-    def _answer(self, standing: Standing) -> str:
+    def _answer(self, standing: RunView) -> str:
         """What the last action has answered; nothing once the run is not what it was asked of, unless it moved then."""
         now = "" if standing.state in MOVING else stamp_of(standing)
         if self._answered[0] != self._worker.done:
@@ -174,7 +176,7 @@ class Panel(anywidget.AnyWidget):
             still = escape(f"dinfer: where the run stands cannot be shown: {error}")
         return {**data, "text/html": still}, metadata
 
-    def _still_kv(self, standing: Standing) -> str:
+    def _still_kv(self, standing: RunView) -> str:
         try:
             return still_kv(self._run, standing)
         except PlanError:  # there is nothing to show

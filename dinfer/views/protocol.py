@@ -3,27 +3,27 @@
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
+from dinfer.kv.difference import Diff
+from dinfer.kv.source import ViewableSource
 from dinfer.plan.cut import Unit
 from dinfer.plan.plan import Plan
-from dinfer.session.kv.difference import Diff
-from dinfer.session.kv.source import Shown
-from dinfer.session.runs.marks import Mark
-from dinfer.session.runs.where import Stand
-from dinfer.session.said import Breakpoints
+from dinfer.results import Breakpoints
+from dinfer.run.state import Mark
 from dinfer.trace.events import Event
+from dinfer.verdict.where import RankStand
 
-State = Literal["starting", "paused", "running", "decoding", "done", "failed", "closed"]
+RunStateName = Literal["starting", "paused", "running", "decoding", "done", "failed", "closed"]
 
 
-class Standing(Protocol):
+class RunView(Protocol):
     """One moment of a run. Everything by rank has an entry for each."""
 
     @property
-    def stands(self) -> Sequence[Stand]:
+    def stands(self) -> Sequence[RankStand]:
         """Where each rank's lanes stand."""
 
     @property
-    def state(self) -> State:
+    def state(self) -> RunStateName:
         """What the run as a whole does."""
 
     @property
@@ -89,14 +89,14 @@ class Disarmed(Protocol):
 class Kv(Protocol):
     """The KV of a run that stands."""
 
-    def source(self) -> Shown:
+    def source(self) -> ViewableSource:
         """Where values come from."""
 
     def diff(self) -> Diff:
         """Where the ranks differ."""
 
 
-class Run(Protocol):
+class InspectableRun(Protocol):
     """A run that can be looked at and moved. Safe to call from any thread. `last_call` is what `standing()` says."""
 
     last_call: str
@@ -109,7 +109,7 @@ class Run(Protocol):
     def world_size(self) -> int:
         """How many ranks there are."""
 
-    def standing(self) -> Standing:
+    def standing(self) -> RunView:
         """The run now; returns at once, whatever the ranks do."""
 
     def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:

@@ -10,15 +10,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 NAN, ZERO, STEPS = 0, 126, 125
+
 PLUS_INF, MINUS_INF, MISSING = 252, 253, 255
+
 FAINTEST = 20
 """of a difference, however small, so that it is seen"""
+
 SAMPLE = 200_000
+
 ROBUST = 99.5
+
 LISTED = 60
 
 Values = NDArray[np.floating]
 """[heads, tokens, dims]"""
+
 Scale = Literal["robust", "full"] | float
 
 

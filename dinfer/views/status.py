@@ -5,14 +5,16 @@ from typing import Any
 
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.plan import Lane, Plan
-from dinfer.session.runs.marks import Mark
-from dinfer.session.runs.where import Stand, rank_text
+from dinfer.run.state import Mark
+from dinfer.verdict.where import RankStand, rank_text
 from dinfer.views.cells import MARKS, STATES, CellMap, cut_line, marked
-from dinfer.views.protocol import Standing
+from dinfer.views.protocol import RunView
 
 Json = dict[str, Any]
-DeviceMemory = tuple[int, int, int]
+
+MemoryTriple = tuple[int, int, int]
 """bytes of a GPU: in tensors, kept by torch, all"""
+
 MAX_TEXT = 2000
 """how much of the generated text goes to the browser with each update"""
 
@@ -34,7 +36,7 @@ def layout(plan: Plan, labels: Sequence[str]) -> Json:
     }
 
 
-def status(plan: Plan, standing: Standing) -> Json:
+def status(plan: Plan, standing: RunView) -> Json:
     """What changes."""
     count = plan.world_size
     memory = [*standing.memory, *[None] * count][:count]
@@ -55,7 +57,7 @@ def status(plan: Plan, standing: Standing) -> Json:
     }
 
 
-def moment(plan: Plan, cells: CellMap, standing: Standing) -> tuple[Json, bytes, Json]:
+def moment(plan: Plan, cells: CellMap, standing: RunView) -> tuple[Json, bytes, Json]:
     """All that a panel shows of a run at one moment: what changes, the map's bytes, what is known of blocks."""
     states = cells.states(standing.stands)
     shown = {**status(plan, standing), "cut": cut_line(states)}
@@ -88,10 +90,10 @@ def marks_text(marks: Sequence[Mark]) -> Json:
 
 def _rank(
     lanes: Sequence[Lane],
-    stand: Stand,
+    stand: RankStand,
     alive: bool,
     tokens: int,
-    device: tuple[str, int | None, DeviceMemory | None],
+    device: tuple[str, int | None, MemoryTriple | None],
     *,
     over: bool,
 ) -> Json:
@@ -108,7 +110,7 @@ def _rank(
     }
 
 
-def memory_text(memory: int | None, on_device: DeviceMemory | None) -> str:
+def memory_text(memory: int | None, on_device: MemoryTriple | None) -> str:
     """What a rank has of its host's memory, and of its GPU's."""
     host = "" if memory is None else f"{_gib(memory)} GiB"
     if on_device is None:
@@ -117,7 +119,7 @@ def memory_text(memory: int | None, on_device: DeviceMemory | None) -> str:
     return f"{gpu} · host {host}" if host else gpu
 
 
-def about_memory(on_device: DeviceMemory | None) -> str:
+def about_memory(on_device: MemoryTriple | None) -> str:
     """The GPU's part at length."""
     if on_device is None:
         return ""
@@ -132,7 +134,7 @@ def _gib(count: int) -> str:
     return f"{count / (1 << 30):.2f}"
 
 
-def rank_state(lanes: Sequence[Lane], stand: Stand) -> str:
+def rank_state(lanes: Sequence[Lane], stand: RankStand) -> str:
     """What a living rank does, in a few words; waiting is for data, so a transfer under way counts as that."""
     if all(position == len(lane.ops) for lane, position in zip(lanes, stand.positions, strict=True)):
         return "done"

@@ -22,30 +22,34 @@ from dinfer.views.cells import (
     MARKS,
     STATES,
     CellMap,
-    States,
+    CellStates,
     cut_line,
     marked,
 )
 from dinfer.views.figures.latency import latency
 from dinfer.views.figures.matrix import short
-from dinfer.views.figures.picture import svg
 from dinfer.views.figures.style import link_name
+from dinfer.views.figures.svg import svg
 from dinfer.views.frame import INSTALL
-from dinfer.views.protocol import Standing
+from dinfer.views.protocol import RunView
 from dinfer.views.status import Json, status
 
 COLOURS = ("#e9edf1", "#f4c430", "#2672b3", "#e07b39", "#14385c")
 """of each state on white, as in panel.css; each differs from the others in lightness"""
+
 MARK_COLOURS = ("#d81b60", "#7b3fa0")
 """of each mark"""
+
 LISTED = 20
+
 POINTS = 100
 """of one link"""
+
 _LEFT, _TOP = 34, 18
 
 
 def still_html(
-    plan: Plan, standing: Standing, labels: Sequence[str], events: Sequence[Event] = (), kv: str = ""
+    plan: Plan, standing: RunView, labels: Sequence[str], events: Sequence[Event] = (), kv: str = ""
 ) -> str:
     """The map as SVG; what each rank does and holds as a table; what went over each link as a table and a picture;
     `kv`: HTML of what ranks hold."""
@@ -111,7 +115,7 @@ def _latencies(some: Sequence[Transfer]) -> tuple[float, ...]:
     return wire.p50, wire.p99, waited.p50, waited.p99
 
 
-def map_svg(states: States, owners: Sequence[int], labels: Sequence[str]) -> str:
+def map_svg(states: CellStates, owners: Sequence[int], labels: Sequence[str]) -> str:
     """Layers × chunks, each cell split by rank; the cut as a line."""
     layers, chunks, ranks = states.shape
     part = max(2, min(16, 640 // (chunks * ranks)))
@@ -158,7 +162,7 @@ def _path(
     return f'<path class="{name}" d="{"".join(pieces)}" fill="{colour}"/>' if pieces else ""
 
 
-def _names(states: States, across: int, down: int, labels: Sequence[str]) -> str:
+def _names(states: CellStates, across: int, down: int, labels: Sequence[str]) -> str:
     layers, chunks, _ = states.shape
     every_chunk, every_layer = -(-24 // across), -(-11 // down)
     tops = "".join(

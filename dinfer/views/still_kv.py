@@ -4,6 +4,9 @@ Where ranks are known to differ, it is their difference there; else the deepest 
 only some tokens in a row are fetched, so that no panel waits long for its picture.
 """
 
+import struct
+import zlib
+from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
 from typing import Any, NamedTuple
@@ -11,27 +14,59 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dinfer.session.kv.source import Shown
-from dinfer.views.inspector import Fetched, Want, picture
-from dinfer.views.png import data_uri, png
-from dinfer.views.protocol import Run, Standing
+from dinfer.kv.source import ViewableSource
+from dinfer.views.inspector import Fetched, InspectRequest, picture
+from dinfer.views.protocol import InspectableRun, RunView
 from dinfer.views.quantise import MINUS_INF, MISSING, NAN, PLUS_INF, STEPS, ZERO
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+BITS, WITH_PALETTE = 8, 3
+
+
+def png(pixels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> bytes:
+    """`pixels`, [rows, columns], are places in the palette, [colours, 3]. See the PNG specification, W3C 2003."""
+    rows, columns = pixels.shape
+    unfiltered = np.concatenate(
+        [np.zeros((rows, 1), np.uint8), pixels], axis=1
+    )  # each row says how it is filtered
+    head = struct.pack(">IIBBBBB", columns, rows, BITS, WITH_PALETTE, 0, 0, 0)
+    parts = ((b"IHDR", head), (b"PLTE", palette.tobytes()), (b"IDAT", zlib.compress(unfiltered.tobytes(), 9)))
+    return SIGNATURE + b"".join(_part(*part) for part in (*parts, (b"IEND", b"")))
+
+
+def data_uri(picture: bytes) -> str:
+    """For an `<img src>`."""
+    return f"data:image/png;base64,{b64encode(picture).decode()}"
+
+
+def _part(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
 
 TOKENS = 512
 """in a row, that are shown"""
+
 ROWS = 256
+
 COARSE = 8
 """steps of colour that are told apart by nobody: with fewer colours, the file is smaller"""
+
 NO_NUMBER = 255
+
 WIDE, HIGH = 720, 300
+
 LOW_END, MIDDLE, HIGH_END = (33, 102, 172), (247, 247, 247), (179, 88, 6)
+
 NOT_FINITE, NOT_HERE = (0, 0, 0), (214, 218, 223)
 """colours as in heatmap.js, on white"""
+
 Json = dict[str, Any]
+
 Codes = NDArray[np.uint8]
 
 
-class Choice(NamedTuple):
+class StillChoice(NamedTuple):
     """What to show: a layer, of rank `a`, or how that differs from rank `b`; `near`: a token that should be on it."""
 
     layer: int
@@ -44,7 +79,7 @@ class Choice(NamedTuple):
         return "a" if self.a == self.b else "a-b"
 
 
-def still_kv(run: Run, standing: Standing) -> str:
+def still_kv(run: InspectableRun, standing: RunView) -> str:
     """As HTML; empty where the run moves or nothing is computed."""
     if standing.state not in ("paused", "done") or not _computed(run, standing):
         return ""
@@ -57,17 +92,17 @@ def still_kv(run: Run, standing: Standing) -> str:
     return _html(head, codes, choice, window, rows)
 
 
-def chosen(run: Run, standing: Standing, source: Shown) -> Choice:
+def chosen(run: InspectableRun, standing: RunView, source: ViewableSource) -> StillChoice:
     """The first block that is known to differ, else the deepest layer that its owner has, and its newest tokens."""
     shape = run.plan.shape
     for mark in standing.marks:
         if mark.kind != "armed":
             owner = shape.owners[mark.layer]
             other = owner if owner != mark.rank else (owner + 1) % shape.world_size
-            return Choice(mark.layer, other, mark.rank, shape.chunks[mark.chunk].start)
+            return StillChoice(mark.layer, other, mark.rank, shape.chunks[mark.chunk].start)
     held = source.held(range(shape.world_size))
     layer = max(n for n, owner in enumerate(shape.owners) if held[owner].rows[n])
-    return Choice(layer, shape.owners[layer], shape.owners[layer], held[shape.owners[layer]].rows[layer])
+    return StillChoice(layer, shape.owners[layer], shape.owners[layer], held[shape.owners[layer]].rows[layer])
 
 
 def around(token: int, rows: int) -> range:
@@ -76,7 +111,7 @@ def around(token: int, rows: int) -> range:
     return range(start, min(rows, start + TOKENS))
 
 
-def _computed(run: Run, standing: Standing) -> bool:
+def _computed(run: InspectableRun, standing: RunView) -> bool:
     """Whether any layer of any chunk is."""
     return any(
         op.kind == "layer"
@@ -86,17 +121,19 @@ def _computed(run: Run, standing: Standing) -> bool:
     )
 
 
-def _picture(source: Shown, choice: Choice, tensor: int, window: range) -> tuple[Json, Codes]:
+def _picture(source: ViewableSource, choice: StillChoice, tensor: int, window: range) -> tuple[Json, Codes]:
     """What the inspector would show, and its bytes, [heads, tokens, dims]."""
     ranks = list(dict.fromkeys((choice.a, choice.b)))
     values = [_values(source, rank, choice.layer, tensor, window) for rank in ranks]
-    want = Want("", choice.layer, tensor, None, choice.a, choice.b, choice.show, "robust", "")
+    want = InspectRequest("", choice.layer, tensor, None, choice.a, choice.b, choice.show, "robust", "")
     head, drawn = picture(want, Fetched(source.subject, values[0], values[-1]))
     shape = (len(head["heads"]), head["tokens"], head["dims"])
     return head, np.frombuffer(drawn, np.uint8).reshape(shape)
 
 
-def _values(source: Shown, rank: int, layer: int, tensor: int, window: range) -> NDArray[np.floating]:
+def _values(
+    source: ViewableSource, rank: int, layer: int, tensor: int, window: range
+) -> NDArray[np.floating]:
     places = range(window.start, min(window.stop, source.held([rank])[0].rows[layer]))
     heads = range(source.subject.kv_heads)
     part = source.part(rank, layer, tensor, heads, places)
@@ -145,7 +182,7 @@ def _order() -> Codes:
     return found.astype(np.uint8)
 
 
-def _html(head: Json, codes: Codes, choice: Choice, window: range, rows: int) -> str:
+def _html(head: Json, codes: Codes, choice: StillChoice, window: range, rows: int) -> str:
     source = data_uri(png(coarse(shrunk(codes)), palette()))
     text = escape(_caption(head, choice, window, rows))
     size = f"width:{WIDE}px;max-width:100%;height:{HIGH}px;image-rendering:pixelated;border:1px solid #bdbdbd"
@@ -155,7 +192,7 @@ def _html(head: Json, codes: Codes, choice: Choice, window: range, rows: int) ->
     )
 
 
-def _caption(head: Json, choice: Choice, window: range, rows: int) -> str:
+def _caption(head: Json, choice: StillChoice, window: range, rows: int) -> str:
     what = {"a": f"rank {choice.a}", "a-b": f"rank {choice.a} − rank {choice.b}"}[choice.show]
     top = f"{head['top']:.3g}"
     parts = [

@@ -12,7 +12,7 @@ from time import perf_counter
 
 from dinfer.config import Config
 from dinfer.engine.engine import Engine
-from dinfer.session.application import open_engine
+from dinfer.launch.application import open_engine
 
 
 def prefill(engine: Engine, ids: list[int]) -> float:

@@ -16,8 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dinfer.plan.cut import Cuts
 from dinfer.plan.partition import partition
-from dinfer.plan.schedule import SCHEDULES, build
-from dinfer.plan.sync import STRATEGIES
+from dinfer.plan.schedule import SCHEDULES, STRATEGIES, build
 from dinfer.plan.verify import verify
 
 REPEATS = 5

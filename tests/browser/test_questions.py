@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page
 
-from dinfer.views.bench_live import half_way, inspected
+from dinfer.bench.views import half_way, inspected
 from dinfer.views.cells import CellMap
 from dinfer.views.communication import FIGURES
 from dinfer.views.inspector import Fetched, picture

@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page
 
 from dinfer.trace.trace import Trace
-from dinfer.views.report.page import FIGURES, write_report
+from dinfer.views.report.page import REPORT_FIGURES, write_report
 from tests.browser.offline import Opened, open_offline
 from tests.cluster.runs import wait_for
 from tests.unit.views.reports import HOSTILE, told
@@ -50,7 +50,7 @@ def test_it_opens_from_disk_with_all_figures_and_nothing_from_outside(
     assert "greedy tokens agree" in verdict.inner_text()
     assert verdict.bounding_box()["y"] < 100  # type: ignore[index]
     report.read_through()
-    assert report.page.locator(".drawn svg.main-svg").count() >= len(FIGURES)
+    assert report.page.locator(".drawn svg.main-svg").count() >= len(REPORT_FIGURES)
     assert report.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     report.is_clean()
     keep(report.page, screenshots, f"report-{name}-{scheme}")

@@ -9,7 +9,7 @@ from tests.browser.conftest import OpenNotebook
 pytestmark = pytest.mark.browser
 
 WORDS = "block c2 l1, " * 60
-CELLS = [f"from dinfer.session.said import Where\nWhere('paused', {WORDS!r})", f"print({WORDS!r})"]
+CELLS = [f"from dinfer.results import Where\nWhere('paused', {WORDS!r})", f"print({WORDS!r})"]
 BROKEN_WORDS = """
 pre => {
     const text = document.createTreeWalker(pre, NodeFilter.SHOW_TEXT), broken = [];

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from dinfer.trace.embedded import read_traces
+from dinfer.trace.read import read_traces
 from tests.browser.conftest import Shot
 from tests.browser.lab import Lab, open_file
 from tests.browser.offline import open_offline

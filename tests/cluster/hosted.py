@@ -2,7 +2,7 @@
 
 import pytest
 
-from dinfer.session.lab.hosts import why_not
+from dinfer.lab.hosts import why_not
 
 WHY_NOT = why_not()
 needs_hosts = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)

@@ -17,7 +17,7 @@ import dinfer
 from dinfer.session.session import Session
 from tests.cluster.runs import MARK, is_alive, wait_for
 
-LAUNCHER = "dinfer.session.clusters.launcher.DinferEngineSetLauncher"
+LAUNCHER = "dinfer.cluster.ipyparallel.launcher.DinferEngineSetLauncher"
 """`--engines=dinfer` without the entry point, which an editable install has only once it is made anew"""
 
 

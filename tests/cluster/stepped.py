@@ -10,10 +10,10 @@ from typing import Any
 
 from dinfer.config import Config
 from dinfer.engine.board import Stand
-from dinfer.session.job import prepare
-from dinfer.session.launching.processes import Processes
-from dinfer.session.runs.remote import RemoteFleet
-from dinfer.session.runs.stepper import Stepper
+from dinfer.job import prepare
+from dinfer.launch.processes import Processes
+from dinfer.run.fleet import RemoteFleet
+from dinfer.run.stepper import Stepper
 from tests.cluster.runs import wait_for
 
 

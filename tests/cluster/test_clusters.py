@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from dinfer.session.clusters.attach import attach
-from dinfer.session.clusters.clean import clean
-from dinfer.session.clusters.cluster import Cluster
-from dinfer.session.clusters.errors import ClusterError, RankError, RankGone, RankSilent
-from dinfer.session.clusters.facts import own_loopback
-from dinfer.session.clusters.record import record_paths
+from dinfer.cluster.ipyparallel.attach import attach
+from dinfer.cluster.ipyparallel.clean import clean
+from dinfer.cluster.ipyparallel.cluster import Cluster
+from dinfer.cluster.ipyparallel.errors import ClusterError, RankError, RankGone, RankSilent
+from dinfer.cluster.ipyparallel.facts import own_loopback
+from dinfer.cluster.ipyparallel.known import record_paths
 from tests.cluster.ipclusters import LAUNCHER, IPython, ended, ipython
 from tests.cluster.runs import wait_for
 
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 CLIENT = """
 import sys, time
-from dinfer.session.clusters.attach import attach
+from dinfer.cluster.ipyparallel.attach import attach
 cluster = attach(1, start=True)
 print("ready", *cluster.call(None, "os:getpid"), cluster.known.cluster_id, flush=True)
 time.sleep(600)
@@ -148,7 +148,7 @@ def test_a_killed_rank_comes_back_under_its_id_and_the_others_keep_their_state(j
 
 def test_px_runs_on_ranks(stock: IPython) -> None:
     code = """
-from dinfer.session.clusters.attach import attach
+from dinfer.cluster.ipyparallel.attach import attach
 cluster = attach(2)
 get_ipython().run_line_magic("px", "print('on', get_ipython().kernel.engine_id)")
 get_ipython().run_cell_magic("px", "--targets 1", "print('alone', get_ipython().kernel.engine_id)")

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from dinfer.session.doctor.doctor import doctor
-from dinfer.session.doctor.pairs import measure, pairs_check
+from dinfer.doctor.doctor import doctor
+from dinfer.doctor.pairs import measure, pairs_check
 
 pytestmark = pytest.mark.cluster
 

@@ -44,7 +44,7 @@ def message(run: Run) -> str:
 
 def _is_alive_rank(process: psutil.Process) -> bool:
     try:
-        return is_alive(process) and "dinfer.engine.hosting.worker" in process.cmdline()
+        return is_alive(process) and "dinfer.rank.worker" in process.cmdline()
     except psutil.Error:
         return False
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dinfer.session.runs.run import Run
+from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.verdict.verdict import Verdict
 from tests.cluster.ipclusters import stock_session

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from dinfer.session.clusters.start import Place
+from dinfer.cluster.ipyparallel.start import ClusterPlace
+from dinfer.lab.hosts import LabNetwork, do, hosts
 from dinfer.session.connect import connect
-from dinfer.session.lab.hosts import Network, do, hosts
 from tests.cluster.hosted import needs_hosts
 from tests.cluster.ipclusters import ipython
 from tests.cluster.runs import wait_for
@@ -39,7 +39,7 @@ for line in sys.stdin:
 """
 MAKE = """
 import sys
-from dinfer.session.lab.hosts import hosts
+from dinfer.lab.hosts import hosts
 with hosts(2) as network:
     print(network.hub, network.address, *(host.namespace for host in network.hosts), flush=True)
     sys.stdin.read()
@@ -51,7 +51,7 @@ def started(*command: str) -> subprocess.Popen[str]:
 
 
 @contextmanager
-def talk(network: Network, one: int, other: int) -> Iterator[subprocess.Popen[str]]:
+def talk(network: LabNetwork, one: int, other: int) -> Iterator[subprocess.Popen[str]]:
     """A connection between two hosts: a line said comes back from the other."""
     there = network.hosts[other]
     with (
@@ -137,7 +137,7 @@ def test_a_session_whose_ranks_are_on_other_hosts(
         wanted = run.decode().tokens, run.sha256()
     with hosts(3) as network, ipython(tmp_path):
         behind = [() if number is None else network.hosts[number].inside() for number in where]
-        with connect("ipyparallel", 3, start=True, place=Place(network.address, behind)) as session:
+        with connect("ipyparallel", 3, start=True, place=ClusterPlace(network.address, behind)) as session:
             run = session.load(str(qwen3), threads=1).prefill(IDS, paused=True, **parameters)
             assert (run.decode().tokens, run.sha256()) == wanted
             session.ranks.kill(2)

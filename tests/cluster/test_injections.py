@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from dinfer.session.runs.fleet import RankFailed
-from dinfer.session.runs.run import Run
+from dinfer.run.fleet import RankFailed
+from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.cluster.expected import expected
 from tests.cluster.ipclusters import stock_session

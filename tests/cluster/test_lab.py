@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from dinfer.session.engines import EngineRanks
-from dinfer.session.lab.cells import cells_of
-from dinfer.session.lab.expected import Cell
-from dinfer.session.lab.hosts import hosts
-from dinfer.session.lab.lab import lab_session, run_cells, run_slowly
-from dinfer.session.lab.score import Score
+from dinfer.cluster.engines import EngineRanks
+from dinfer.lab.cells import cells_of
+from dinfer.lab.expected import Cell
+from dinfer.lab.hosts import hosts
+from dinfer.lab.lab import lab_session, run_cells, run_slowly
+from dinfer.lab.score import Score
 from dinfer.session.session import Session
 from tests.cluster.hosted import needs_hosts
 from tests.cluster.ipclusters import ipython

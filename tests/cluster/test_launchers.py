@@ -11,9 +11,9 @@ import pytest
 from ipyparallel.error import RemoteError
 
 import dinfer
-from dinfer.session.clusters.errors import ClusterError
-from dinfer.session.runs.fleet import RankFailed
-from dinfer.session.runs.run import Run
+from dinfer.cluster.ipyparallel.errors import ClusterError
+from dinfer.run.fleet import RankFailed
+from dinfer.run.run import Run
 from dinfer.session.session import Session, SessionOver
 from tests.cluster.ipclusters import LAUNCHER, IPython, ipython
 from tests.cluster.runs import wait_for

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dinfer.session.lab.hosts import Network, hosts
+from dinfer.lab.hosts import LabNetwork, hosts
 from tests.cluster.hosted import needs_hosts
 from tests.cluster.parrot import C_LOCALE, FLAGS, check_parroted
 from tests.cluster.runs import Fault, Run, run_arguments, wait_for
@@ -28,7 +28,7 @@ BLOCK = "while True: time.sleep(60)"
 class Nodes:
     """Three hosts, and what env/launch runs on them."""
 
-    def __init__(self, network: Network, folder: Path, model: Path) -> None:
+    def __init__(self, network: LabNetwork, folder: Path, model: Path) -> None:
         self.network, self._folder, self.model = network, folder, model
         self.runs: dict[int, Run] = {}
 

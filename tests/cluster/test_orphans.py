@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 import dinfer
-from dinfer.session.clusters.attach import attach
-from dinfer.session.clusters.clean import clean
+from dinfer.cluster.ipyparallel.attach import attach
+from dinfer.cluster.ipyparallel.clean import clean
 from tests.cluster.ipclusters import IPython, ended, ipython
 from tests.cluster.runs import is_alive, wait_for
 from tests.unit.engine.twin import prompt
@@ -45,7 +45,7 @@ print("ready", *pids, flush=True)
 for line in sys.stdin:
     print(run.step(), "stepped", flush=True)
 """
-WHERE = "__import__('dinfer.engine.hosting.kernel').engine.hosting.kernel._current.host.engine.executor"
+WHERE = "__import__('dinfer.rank.kernel').engine.hosting.kernel._current.host.engine.executor"
 PAUSED = f"""(lambda stand: all(
     limit == position + begun
     for position, begun, limit in zip(stand.positions, stand.started, stand.limits)

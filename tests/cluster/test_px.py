@@ -307,7 +307,7 @@ def test_ranks_are_heard_while_a_cell_is_busy(notebook: Notebook, cell: str) -> 
 
 
 MINE = """
-from dinfer.engine.handlers import HANDLERS
+from dinfer.engine.ops import HANDLERS
 
 unbroken = HANDLERS["layer"]
 

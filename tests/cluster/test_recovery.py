@@ -16,8 +16,8 @@ import pytest
 
 import dinfer
 from dinfer.plan.ops import Op
-from dinfer.session.runs.fleet import RankFailed
-from dinfer.session.runs.run import Run
+from dinfer.run.fleet import RankFailed
+from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.cluster.ipclusters import stock_session
 from tests.cluster.runs import wait_for
@@ -201,7 +201,7 @@ def weights_of(session: Session, rank: int) -> int:
     return found[0]
 
 
-WEIGHTS = "id(__import__('dinfer.engine.hosting.kernel').engine.hosting.kernel._current.host.decoder)"
+WEIGHTS = "id(__import__('dinfer.rank.kernel').engine.hosting.kernel._current.host.decoder)"
 
 
 def trial(session: Session, wanted: Wanted, tmp_path: Path, seed: int) -> None:

@@ -18,7 +18,7 @@ from dinfer.plan.ops import Op
 from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
-from dinfer.trace.export import read_jsonl
+from dinfer.trace.read import read_jsonl
 from dinfer.trace.trace import Trace
 from tests.cluster.conftest import Start
 from tests.cluster.expected import Expected, expected

@@ -10,7 +10,7 @@ from random import Random
 import pytest
 
 from dinfer.plan.cut import UNITS
-from dinfer.session.runs.fleet import RankFailed
+from dinfer.run.fleet import RankFailed
 from tests.cluster.expected import expected
 from tests.cluster.runs import Fault, wait_for
 from tests.cluster.stepped import Stepped, stepped

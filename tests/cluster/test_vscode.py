@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dinfer.engine import handlers
+from dinfer.engine import ops
 from tests.cluster.dap import Debugger
 from tests.cluster.parrot import C_LOCALE, FLAGS, check_parroted
 from tests.cluster.runs import Run, free_ports, run_arguments, wait_for
@@ -49,7 +49,7 @@ def runs() -> Iterator[list[Run]]:
 
 def layer_breakpoint() -> dict[str, list[int]]:
     """The first line inside `handlers.layer`."""
-    return {handlers.__file__: [inspect.getsourcelines(handlers.layer)[1] + 1]}
+    return {ops.__file__: [inspect.getsourcelines(ops.layer)[1] + 1]}
 
 
 def stop_in_layer(debugger: Debugger, layer: int) -> None:
@@ -58,10 +58,10 @@ def stop_in_layer(debugger: Debugger, layer: int) -> None:
     assert stopped["reason"] == "breakpoint"
     frames = debugger.ask("stackTrace", threadId=stopped["threadId"])["stackFrames"]
     assert frames[0]["name"] == "layer"
-    assert Path(frames[0]["source"]["path"]) == Path(handlers.__file__)
+    assert Path(frames[0]["source"]["path"]) == Path(ops.__file__)
     value = debugger.ask("evaluate", expression="(state.rank, op.layer)", frameId=frames[0]["id"])
     assert value["result"] == f"(1, {layer})"
-    debugger.ask("setBreakpoints", source={"path": handlers.__file__}, breakpoints=[])
+    debugger.ask("setBreakpoints", source={"path": ops.__file__}, breakpoints=[])
     debugger.ask("continue", threadId=stopped["threadId"])
 
 

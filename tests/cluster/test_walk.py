@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from dinfer.plan.cut import UNITS
-from dinfer.session.runs.run import Run
+from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.cluster.expected import expected
 from tests.cluster.ipclusters import stock_session

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dinfer.session.runs.fleet import RankFailed
+from dinfer.run.fleet import RankFailed
 from tests.cluster.runs import Fault, fault_pid, wait_for
 from tests.cluster.stepped import stepped
 from tests.unit.engine.twin import prompt

@@ -19,11 +19,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from dinfer.config import Config
 from dinfer.engine.corruption import Alarm, Corruption
 from dinfer.engine.engine import Engine
-from dinfer.engine.gate import FreeGate
-from dinfer.engine.probes import as_numbers, block_digests, row_digests
-from dinfer.engine.transport.exchange import Exchange
+from dinfer.kv.digests import as_numbers, block_digests, row_digests
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import Op
+from dinfer.transport.gate import FreeGate
+from dinfer.transport.in_process import Exchange
 from tests.unit.engine.twin import Twin, prompt, twin
 from tests.unit.model.tiny import tiny_checkpoint
 

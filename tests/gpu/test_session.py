@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from dinfer.engine import handlers
+from dinfer.cluster.threads import LocalRanks
+from dinfer.engine import ops
 from dinfer.model.decoder import Decoder
-from dinfer.session.local import LocalRanks
-from dinfer.session.runs.run import Run
-from dinfer.session.saved.saved import open_saved
+from dinfer.run.run import Run
+from dinfer.saved.saved import open_saved
 from dinfer.session.session import Session
 from dinfer.verdict import waits
 from tests.cluster.runs import wait_for
@@ -108,14 +108,14 @@ def test_a_rank_that_stands_still_is_named_and_freed(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(waits, "STUCK_S", 2.0)
-    door, unbroken = threading.Event(), handlers.HANDLERS["layer"]
+    door, unbroken = threading.Event(), ops.HANDLERS["layer"]
 
     def stuck(state: Any, op: Any, comm: Any) -> Any:
         if (state.rank, op.chunk, op.layer) == (1, 1, 3):
             door.wait()
         return unbroken(state, op, comm)
 
-    monkeypatch.setitem(handlers.HANDLERS, "layer", stuck)
+    monkeypatch.setitem(ops.HANDLERS, "layer", stuck)
     run = begin(session)
     run.resume()
     try:

@@ -12,11 +12,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dinfer.engine.engine import Engine
-from dinfer.engine.transport.ordering import Ordering
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import Value
 from dinfer.trace.events import Event
 from dinfer.trace.recorder import Recorder
+from dinfer.transport.cuda_order import Ordering
 from tests.unit.engine.twin import Twin, prompt, twin
 from tests.unit.model.tiny import tiny_checkpoint
 

@@ -10,8 +10,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from dinfer.trace.embedded import read_traces
-from dinfer.trace.export import read_jsonl
+from dinfer.trace.read import read_jsonl, read_traces
 from tests.cluster.ipclusters import IPython
 from tests.notebooks.pages import NOTEBOOKS, Page, executed, read
 

@@ -213,9 +213,7 @@ def test_only_session_talks_to_ipyparallel() -> None:
 
 
 def test_only_comm_talks_to_torch_distributed() -> None:
-    others = [
-        m for m in importers_of("torch.distributed") if not m.startswith("dinfer.engine.transport.comm")
-    ]
+    others = [m for m in importers_of("torch.distributed") if not m.startswith("dinfer.transport.gloo")]
     assert others == []
 
 

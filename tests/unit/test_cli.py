@@ -18,7 +18,7 @@ from dinfer.cli import app
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.trace.export import write_jsonl
-from dinfer.trace.paper import paper_trace
+from dinfer.trace.simulated import paper_trace
 from dinfer.trace.trace import Trace
 from tests.unit.model.tiny import tiny_checkpoint
 

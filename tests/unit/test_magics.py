@@ -16,7 +16,7 @@ import dinfer
 from dinfer.magics import line as magics
 from dinfer.magics.line import VERBS, act, usage
 from dinfer.magics.words import split
-from dinfer.session.said import Moved, Where
+from dinfer.results import Moved, Where
 
 PROMPT = "The code of Lima is 471. What is the code of Lima? The code of Lima is"
 

@@ -14,6 +14,7 @@ from dinfer.model.demo.task import FIRST_TRAINING_SEED, LANGUAGES, WORDINGS, Lan
 
 QUESTIONS = 8
 """At most so many of a lesson's facts are asked for."""
+
 IGNORED = -100
 """The label that transformers leaves out of its loss."""
 

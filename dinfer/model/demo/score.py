@@ -12,6 +12,7 @@ from dinfer.model.demo.task import FACTS, Language, Recall, recall
 
 FIRST_SEED = 1_000_000
 """Where the seeds of prompts for scoring start; no training used them."""
+
 ROOM = 8
 """New tokens at most: three digits, the end, and a few more so that a failure to stop shows."""
 

@@ -11,7 +11,9 @@ from typing import Literal
 Language = Literal["en", "zh"]
 
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
+
 FACTS = 16
+
 FIRST_TRAINING_SEED = 1 << 40
 """Seeds from here on made the training data; prompts for use and for tests come from smaller ones."""
 

@@ -12,8 +12,11 @@ from transformers import PreTrainedTokenizerFast
 from dinfer.model.demo.task import WORDINGS
 
 END = "<|endoftext|>"
+
 PAD = "<|pad|>"
+
 ENGLISH = r" ?[A-Za-z]+"
+
 DIGIT = r" ?[0-9]"
 
 

@@ -25,8 +25,10 @@ from dinfer.model.demo.task import LANGUAGES
 from dinfer.model.demo.tokenizer import build
 
 POSITIONS = 4096
+
 STEPS, LESSONS = 1_000_000, 1_000
 """More than any training has of steps, and any step of lessons: no two share the number of a lesson."""
+
 SCORED = 100
 """Prompts in each language that the finished model is scored on."""
 

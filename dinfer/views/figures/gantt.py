@@ -10,22 +10,26 @@ from typing import NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
+from dinfer.trace.events import COMPUTE as COMPUTING
 from dinfer.trace.events import Event
-from dinfer.trace.pauses import without_pauses
-from dinfer.trace.shares import COLLECTIVES, shares
-from dinfer.trace.trace import COMPUTE as COMPUTING
+from dinfer.trace.shares import COLLECTIVES, shares, without_pauses
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import transfers
 from dinfer.views.figures.style import BUBBLE, COMPUTE, WAIT, WIRE, styled
 
 COLOURS = {"open": BUBBLE, "bubble": BUBBLE, "wait": WAIT, "transfer": WIRE, "compute": COMPUTE}
 """in the order in which they are drawn; `open`: a recv to which nothing has been sent, as a thin line"""
+
 THIN = 0.2
+
 BRIDGED = 25
 """how much coarser the thin lines are, which lie under all others"""
+
 FINE = 4000
 """into how many parts the time is divided: two ops that lie in one part are not told apart"""
+
 MOST_ROWS = 42
+
 IDLE = "nothing to do until another rank has computed"
 
 
@@ -38,10 +42,12 @@ class Piece(NamedTuple):
     ops: int = 1
 
 
-Row = tuple[int, str]
+GanttRow = tuple[int, str]
 """(rank, lane)"""
-Pieces = dict[str, dict[Row, list[Piece]]]
+
+Pieces = dict[str, dict[GanttRow, list[Piece]]]
 """by colour and row"""
+
 Offered = dict[tuple[object, ...], int]
 
 
@@ -65,7 +71,7 @@ def gantt(trace: Trace, *, dark: bool = False) -> go.Figure:
     return styled(figure, dark=dark, height=105 + height * len(rows), legend_traceorder="reversed")
 
 
-def rows_of(trace: Trace) -> list[Row]:
+def rows_of(trace: Trace) -> list[GanttRow]:
     """A row for each lane, a rank's compute first; where those are too many, one for each kind of lane."""
     lanes = sorted({(event.rank, event.lane) for event in trace.prefill()}, key=_order)
     if len(lanes) <= MOST_ROWS:
@@ -153,7 +159,9 @@ def _is_short(piece: Piece, fine: int) -> bool:
     return piece.ops > 1 or piece.end - piece.start < fine
 
 
-def _line(colour: str, by_row: dict[Row, list[Piece]], rows: Sequence[Row], height: int) -> go.Scatter:
+def _line(
+    colour: str, by_row: dict[GanttRow, list[Piece]], rows: Sequence[GanttRow], height: int
+) -> go.Scatter:
     numbers = {row: number for number, row in enumerate(rows)}
     x, y, texts = list[float](), list[float](), list[str]()
     for row, some in by_row.items():
@@ -191,6 +199,6 @@ def _kind(lane: str) -> str:
     return lane.partition(":")[0].partition("-")[0]
 
 
-def _order(row: Row) -> tuple[int, bool, str]:
+def _order(row: GanttRow) -> tuple[int, bool, str]:
     rank, lane = row
     return rank, lane != "compute", lane

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
-from dinfer.trace.pauses import without_pauses
+from dinfer.trace.shares import without_pauses
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import (
     Link,
@@ -25,8 +25,11 @@ from dinfer.views.figures.style import SCALE, link_line, link_marker, link_name,
 
 PER_LINK = 400
 """points of one link in one plot; beyond that, the slowest of every few"""
+
 STEPS = 200
+
 SHORTEST_MS = 0.001
+
 PARTS: tuple[tuple[str, Callable[[Transfer], int]], ...] = (
     ("on the wire", lambda one: one.wire),
     ("waiting for the peer", lambda one: one.waited),

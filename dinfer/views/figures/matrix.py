@@ -10,7 +10,7 @@ from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import Link, Transfer, by_link, spread, transfers
 from dinfer.views.figures.style import SCALE, styled
 
-Measure = Callable[[Sequence[Transfer]], float | None]
+LinkMeasure = Callable[[Sequence[Transfer]], float | None]
 
 
 def matrix(trace: Trace, *, dark: bool = False) -> go.Figure:
@@ -32,7 +32,9 @@ def matrix(trace: Trace, *, dark: bool = False) -> go.Figure:
     return styled(figure, dark=dark, height=150 + 34 * max(4, len(ranks)))
 
 
-def _heat(links: dict[Link, list[Transfer]], ranks: Sequence[int], name: str, measure: Measure) -> go.Heatmap:
+def _heat(
+    links: dict[Link, list[Transfer]], ranks: Sequence[int], name: str, measure: LinkMeasure
+) -> go.Heatmap:
     values = [
         [measure(links[source, target]) if (source, target) in links else None for target in ranks]
         for source in ranks
@@ -65,7 +67,7 @@ def _bandwidth(found: Sequence[Transfer]) -> float | None:
     return sum(one.bytes for one in found) * 1e3 / wire if wire else None
 
 
-MEASURES: tuple[tuple[str, Measure], ...] = (
+MEASURES: tuple[tuple[str, LinkMeasure], ...] = (
     ("MB", lambda found: sum(one.bytes for one in found) / 1e6),
     ("MB/s on the wire", _bandwidth),
     ("ms, median latency", lambda found: spread(one.latency for one in found).p50 * 1e3),

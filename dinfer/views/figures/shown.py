@@ -11,9 +11,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from dinfer.views.bench import HTML_CONFIG
-from dinfer.views.figures.picture import svg
-from dinfer.views.figures.style import template
+from dinfer.views.figures.style import HTML_CONFIG, template
+from dinfer.views.figures.svg import svg
 
 MIME = "application/vnd.plotly.v1+json"
 

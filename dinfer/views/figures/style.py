@@ -13,13 +13,20 @@ from dinfer.trace.transfers import Link
 
 COMPUTE, WIRE, WAIT, BUBBLE = "#0072B2", "#E69F00", "#CC79A7", "#999999"
 """what a rank does: computing, data on the wire, waiting for a peer, nothing to do"""
+
 LINKS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down")
+
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+
 SCALE = "Cividis"
+
 FONT = "system-ui, sans-serif"
+
 LIGHT, DARK = ("#212121", "#e3e6ea", "#ffffff"), ("#e8e8e8", "#3a3f45", "#16181b")
 """text, grid and background"""
+
 EITHER = ("#7a7a7a", "rgba(128, 128, 128, 0.3)", "rgba(0, 0, 0, 0)")
 """the same where the page may be light or dark, and change: its background shows, and the text is read on either"""
 
@@ -79,3 +86,7 @@ def link_marker(links: Sequence[Link], link: Link) -> dict[str, Any]:
         else SYMBOLS[number],
         "size": 5,
     }
+
+
+HTML_CONFIG = {"showSendToCloud": False, "plotlyServerURL": "", "displaylogo": False}
+"""no button that uploads the figure"""

@@ -10,21 +10,21 @@ from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import Shape
 from dinfer.plan.plan import Plan, parse_plan
 from dinfer.plan.schedule import build
-from dinfer.session.runs.marks import Mark
+from dinfer.run.state import Mark
 from dinfer.trace.findings import Findings
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import Transfer, by_link, by_link_and_layer, spread, transfers
-from dinfer.views.cells import EVERYWHERE, HERE, IN_FLIGHT, NOT_YET, CellMap, States
+from dinfer.views.cells import EVERYWHERE, HERE, IN_FLIGHT, NOT_YET, CellMap, CellStates
 from dinfer.views.figures.style import link_name
 
-Row = Sequence[str]
+TableRow = Sequence[str]
 
 
-class Table(NamedTuple):
+class FactTable(NamedTuple):
     """Rows of text under heads; `wide`: the columns that hold text rather than numbers."""
 
-    heads: Row
-    rows: Sequence[Row]
+    heads: TableRow
+    rows: Sequence[TableRow]
     wide: int = 1
 
 
@@ -70,7 +70,7 @@ def owners_of(trace: Trace, plan: Plan | None) -> Sequence[int]:
     return [computed.get(layer, 0) for layer in range(layers)]
 
 
-def map_states(trace: Trace, findings: Findings, plan: Plan | None) -> States | None:
+def map_states(trace: Trace, findings: Findings, plan: Plan | None) -> CellStates | None:
     """What each rank held of each block in the end; None where the trace knows of no blocks."""
     if plan and findings.positions:
         at = [At(lanes, (False,) * len(lanes), lanes) for lanes in findings.positions]
@@ -95,25 +95,25 @@ def marks_of(findings: Findings) -> list[Mark]:
     return found
 
 
-def link_table(trace: Trace) -> Table:
+def link_table(trace: Trace) -> FactTable:
     """Latency of each link in milliseconds: on the wire and waiting apart, in percentiles."""
     heads = ["link", "transfers", "MB"]
     for part in ("wire", "waiting"):
         heads += [f"{part} {name}" for name in ("p50", "p90", "p99", "longest")]
     rows = [[link_name(link), *_link_row(found)] for link, found in by_link(transfers(trace)).items()]
-    return Table(heads, rows)
+    return FactTable(heads, rows)
 
 
-def layer_table(trace: Trace) -> Table:
+def layer_table(trace: Trace) -> FactTable:
     """Latency of each link and layer, waiting and wire together."""
     rows = []
     for (link, layer), found in by_link_and_layer(transfers(trace)).items():
         times = spread(one.latency for one in found)
         rows.append([link_name(link), str(layer), str(times.number), *map(milliseconds, times[1:])])
-    return Table(["link", "layer", "transfers", "p50, ms", "p90, ms", "p99, ms", "longest, ms"], rows)
+    return FactTable(["link", "layer", "transfers", "p50, ms", "p90, ms", "p99, ms", "longest, ms"], rows)
 
 
-def rank_table(findings: Findings) -> Table:
+def rank_table(findings: Findings) -> FactTable:
     """Where each rank ran, and what it holds; columns of which nothing is known are left out."""
     rows = [
         [
@@ -129,10 +129,10 @@ def rank_table(findings: Findings) -> Table:
     ]
     heads = ["rank", "device", "host", "dtype", "threads", "KV, SHA-256", "new tokens"]
     known = [column for column in range(len(heads)) if any(row[column] for row in rows)]
-    return Table([heads[n] for n in known], [[row[n] for n in known] for row in rows], wide=len(known))
+    return FactTable([heads[n] for n in known], [[row[n] for n in known] for row in rows], wide=len(known))
 
 
-def compared_table(summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+def compared_table(summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> FactTable:
     """Runs in rows."""
     heads = [
         "run",
@@ -162,28 +162,28 @@ def compared_table(summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
         ]
         for name, one in summaries
     ]
-    return Table(heads, rows, wide=3)
+    return FactTable(heads, rows, wide=3)
 
 
-def difference_table(findings: Findings) -> Table | None:
+def difference_table(findings: Findings) -> FactTable | None:
     """The differences in KV, as whoever compared them has described them."""
     found = findings.kv.differences if findings.kv else ()
     if not found:
         return None
     heads = list(found[0])
-    return Table(heads, [[str(one.get(head, "")) for head in heads] for one in found], wide=len(heads))
+    return FactTable(heads, [[str(one.get(head, "")) for head in heads] for one in found], wide=len(heads))
 
 
-def pairs(values: Mapping[str, Any]) -> Table:
+def pairs(values: Mapping[str, Any]) -> FactTable:
     """Names and values."""
-    return Table(["", ""], [[name, _shown(value)] for name, value in values.items()], wide=2)
+    return FactTable(["", ""], [[name, _shown(value)] for name, value in values.items()], wide=2)
 
 
 def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:,.3f}"
 
 
-def _link_row(found: Sequence[Transfer]) -> Row:
+def _link_row(found: Sequence[Transfer]) -> TableRow:
     wire, waited = spread(one.wire for one in found), spread(one.waited for one in found)
     megabytes = sum(one.bytes for one in found) / 1e6
     return [str(len(found)), f"{megabytes:,.3f}", *map(milliseconds, (*wire[1:], *waited[1:]))]

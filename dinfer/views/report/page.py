@@ -16,29 +16,28 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from dinfer import __version__
 from dinfer.plan.plan import Plan
 from dinfer.plan.verify import verify
 from dinfer.trace.embedded import ELEMENT, as_columns, script_json
-from dinfer.trace.files import check_folder, write_whole
+from dinfer.trace.export import check_folder, write_whole
 from dinfer.trace.findings import Findings, findings_of
-from dinfer.trace.pauses import pauses
-from dinfer.trace.shares import Shares, shares
+from dinfer.trace.shares import Shares, pauses, shares
 from dinfer.trace.summary import summary, verdict
 from dinfer.trace.trace import Trace
-from dinfer.views.bench import HTML_CONFIG
+from dinfer.version import __version__
 from dinfer.views.cells import marked
 from dinfer.views.figures.exposure import exposure
 from dinfer.views.figures.gantt import gantt
 from dinfer.views.figures.latency import distribution, latency, layers
 from dinfer.views.figures.matrix import matrix
-from dinfer.views.figures.style import template
+from dinfer.views.figures.style import HTML_CONFIG, template
 from dinfer.views.report import facts
 from dinfer.views.report.sentence import percent, sentence
 from dinfer.views.still import map_svg
 
 _HERE = Path(__file__).parent
-FIGURES: dict[str, Callable[..., go.Figure]] = {
+
+REPORT_FIGURES: dict[str, Callable[..., go.Figure]] = {
     "exposure": exposure,
     "gantt": gantt,
     "latency": latency,
@@ -70,7 +69,7 @@ class RunPage(NamedTuple):
     map: Markup | None
     plan: str
     proof: str
-    tables: dict[str, facts.Table | None]
+    tables: dict[str, facts.FactTable | None]
     data: str
 
 
@@ -150,7 +149,7 @@ def _run(trace: Trace, name: str, number: int) -> RunPage:
         findings=findings,
         shares=found,
         paused_s=sum(end - start for start, end in pauses(trace)) / 1e9,
-        figures={key: _figure(f"run{number}-{key}", draw(trace)) for key, draw in FIGURES.items()},
+        figures={key: _figure(f"run{number}-{key}", draw(trace)) for key, draw in REPORT_FIGURES.items()},
         map=_map(trace, findings, plan),
         plan=plan.text() if plan else "",
         proof=findings.proof or (str(verify(plan)) if plan else ""),
@@ -190,7 +189,7 @@ def _map(trace: Trace, findings: Findings, plan: Plan | None) -> Markup | None:
     return Markup(map_svg(shown, facts.owners_of(trace, plan), labels))
 
 
-def _tables(trace: Trace, findings: Findings, name: str) -> dict[str, facts.Table | None]:
+def _tables(trace: Trace, findings: Findings, name: str) -> dict[str, facts.FactTable | None]:
     others = [(str(one.get("name", "earlier")), one) for one in findings.others]
     return {
         "links": facts.link_table(trace),

@@ -8,19 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinfer.engine.breakage import order_of
-from dinfer.plan.faults import Fault, Sizes
+from dinfer.engine.faults import order_of
+from dinfer.plan.faults import Fault, TokenSizes
 from dinfer.plan.plan import Plan
-from dinfer.plan.sync import STRATEGIES
+from dinfer.plan.schedule import STRATEGIES
 
 IN_PLACE = ("bitflip", "nan", "zero", "stale", "swap_kv", "permute", "lost", "head_shift", "cast")
 MIDDLE = {torch.float32: 11, torch.bfloat16: 3, torch.float16: 5}
 _WORDS = {4: np.uint32, 2: np.uint16}
 
 
-def sizes_of(kv: Sequence[Tensor]) -> Sizes:
+def sizes_of(kv: Sequence[Tensor]) -> TokenSizes:
     """Of clean KV, by layer [tokens, 2, kv_heads, head_dim]."""
-    return Sizes(kv[0].shape[2], kv[0].shape[3], str(kv[0].dtype).removeprefix("torch."))
+    return TokenSizes(kv[0].shape[2], kv[0].shape[3], str(kv[0].dtype).removeprefix("torch."))
 
 
 def words(tensor: Tensor) -> np.ndarray:

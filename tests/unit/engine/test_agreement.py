@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from dinfer.config import Config
-from dinfer.engine.gate import FreeGate
-from dinfer.engine.hosting.agreement import RanksDisagree, agree, facts_of
-from dinfer.engine.transport.exchange import Exchange
 from dinfer.model.checkpoint import check
+from dinfer.rank.agreement import RanksDisagree, agree, facts_of
+from dinfer.transport.gate import FreeGate
+from dinfer.transport.in_process import Exchange
 from tests.unit.model.tiny import tiny_checkpoint
 
 Facts = dict[str, str]

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from dinfer.engine.hosting.commands import Command, Message
-from dinfer.engine.hosting.control import Control
-from dinfer.session.link import Link
-from dinfer.session.states import RankRefused
+from dinfer.cluster.link import Link
+from dinfer.cluster.ranks import RankRefused
+from dinfer.messages import Message
+from dinfer.rank.commands import Command
+from dinfer.rank.control import Control
 
 ANSWER_S = 60
 

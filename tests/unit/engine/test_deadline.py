@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from dinfer.engine.transport.deadline import Deadline, StillWaiting
+from dinfer.transport.deadline import Deadline, StillWaiting
 
 
 def test_a_call_in_time_gives_its_result_or_its_error() -> None:

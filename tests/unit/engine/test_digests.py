@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinfer.engine.probes import as_numbers, block_digests, row_digests
+from dinfer.kv.digests import as_numbers, block_digests, row_digests
 
 DTYPES = [
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.float8_e4m3fn,

@@ -6,13 +6,13 @@ from collections import Counter
 
 import pytest
 
-from dinfer.engine.gate import Gate, SeededGate
 from dinfer.model.decoder import Decoder
 from dinfer.plan.graph import channel_of
 from dinfer.plan.ops import Op
-from dinfer.session.runs.stepper import Stepper
+from dinfer.run.stepper import Stepper
 from dinfer.trace.events import Event
 from dinfer.trace.trace import Trace
+from dinfer.transport.gate import Gate, SeededGate
 from tests.unit.engine.twin import Twin, prompt, twin
 
 CHUNK = 4

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from dinfer.engine.decoding import TokensDiffer
-from dinfer.engine.executor import OpFailed
-from dinfer.engine.gate import SeededGate
-from dinfer.engine.transport.comm import CommError
-from dinfer.engine.transport.transfer import HEADER_BYTES, Header, TransferError
+from dinfer.engine.threads import OpFailed
 from dinfer.model.decoder import Decoder
 from dinfer.plan.graph import Channel
 from dinfer.plan.ops import PlanError, Value, parse_op
 from dinfer.plan.plan import Lane, Plan, parse_plan
-from dinfer.session.runs.fleet import RankFailed
+from dinfer.run.fleet import RankFailed
+from dinfer.transport.gate import SeededGate
+from dinfer.transport.gloo import CommError
+from dinfer.transport.header import HEADER_BYTES, Header, TransferError
 from tests.unit.engine.expected import expected, is_complete
 from tests.unit.engine.twin import Twin, prompt, twin
 

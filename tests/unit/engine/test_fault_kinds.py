@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from dinfer.engine.arming import arm
-from dinfer.engine.breakage import order_of
 from dinfer.engine.decoding import TokensDiffer
 from dinfer.engine.engine import Engine
-from dinfer.engine.faults import Strike
+from dinfer.engine.faults import Strike, order_of
 from dinfer.model.decoder import Decoder
 from dinfer.plan.faults import KINDS, Fault, fault_of
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import Shape
-from dinfer.session.runs.stepper import Stepper
+from dinfer.rank.faults import set_faults
+from dinfer.run.stepper import Stepper
 from tests.unit.engine.broken import IN_PLACE, broken_block, in_shadow, ranks_hit, sizes_of, words
 from tests.unit.engine.expected import expected
 from tests.unit.engine.twin import Twin, prompt, twin
@@ -58,7 +57,7 @@ def ranks(decoder: Decoder, **config: Any) -> Iterator[tuple[Twin, Stepper, list
 def arm_all(made: Twin, strikes: list[Strike], *faults: Fault) -> None:
     """On every rank, as a session does."""
     for engine in made.engines:
-        arm(engine, faults, strikes.append)
+        set_faults(engine, faults, strikes.append)
 
 
 def fault(decoder: Decoder, kind: str, number: int = 1, **given: Any) -> Fault:
@@ -177,7 +176,7 @@ def test_what_a_fault_changes_is_not_taken_for_an_edit_by_hand(small: Decoder, k
         assert [strike.number for strike in strikes] == [1, 2]
         for engine in made.engines:
             engine.executor.state.block(0, 0).zero_()
-        assert [arm(engine, (), strikes.append) for engine in made.engines] == [["KV of layer 0"]] * 3
+        assert [set_faults(engine, (), strikes.append) for engine in made.engines] == [["KV of layer 0"]] * 3
 
 
 @pytest.mark.parametrize("bit", [0, 22, 31])

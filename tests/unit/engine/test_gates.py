@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
-from dinfer.engine.gate import FreeGate, Gate, SeededGate
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import Op
+from dinfer.transport.gate import FreeGate, Gate, SeededGate
 from tests.unit.engine.twin import prompt, twin
 
 IDS = list(prompt(10))

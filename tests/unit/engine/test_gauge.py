@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dinfer.engine.hosting import gauge
-from dinfer.engine.hosting.commands import Message
-from dinfer.engine.hosting.control import Control
-from dinfer.engine.hosting.host import Host
-from dinfer.engine.transport.comm import Comm
-from dinfer.session.link import Link
+from dinfer.cluster.link import Link
+from dinfer.messages import Message
+from dinfer.rank import gpu_memory
+from dinfer.rank.control import Control
+from dinfer.rank.service import RankService
+from dinfer.transport.gloo import Comm
 from tests.cluster.runs import wait_for
 
 GPU = torch.device("cuda:1")
@@ -36,14 +36,14 @@ class Rank:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.allocated, self.asked = 1 << 30, list[torch.device]()
-        patch.setattr(gauge, "PERIOD_S", 0.01)
+        patch.setattr(gpu_memory, "PERIOD_S", 0.01)
         patch.setattr(torch.cuda, "memory_allocated", self._allocated)
         patch.setattr(torch.cuda, "memory_reserved", lambda _: 3 << 30)
         patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 << 30))
         self.link = Link(1)
         self.control = Control(self.link.job_part(0, launcher=os.getpid()))
         board, memory = self.control.board, self.control.recorder_memory
-        self.host = Host(0, self.control, Nowhere(), board=board, memory=memory)
+        self.host = RankService(0, self.control, Nowhere(), board=board, memory=memory)
 
     def _allocated(self, device: torch.device) -> int:
         self.asked.append(device)

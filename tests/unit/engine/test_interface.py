@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from dinfer.engine.transport import comm, interface
-from dinfer.engine.transport.interface import NoInterface, interface_for_peers, own_address_towards
+from dinfer.transport import gloo, interface
+from dinfer.transport.interface import NoInterface, interface_for_peers, own_address_towards
 
 ADDRESSES = {"lo": "127.0.0.1", "eth0": "10.0.0.5", "wlan0": "192.168.1.5", "down0": ""}
 
@@ -60,12 +60,12 @@ def test_loopback_is_reached_by_loopback() -> None:
 def test_gloo_talks_over_the_interface_to_where_the_ranks_meet_now_unless_the_user_has_chosen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(comm, "_chosen", "")
-    monkeypatch.setenv(comm.INTERFACE, "")
-    monkeypatch.delenv(comm.INTERFACE)
+    monkeypatch.setattr(gloo, "_chosen", "")
+    monkeypatch.setenv(gloo.INTERFACE, "")
+    monkeypatch.delenv(gloo.INTERFACE)
     for address, name in (("10.0.0.1", "eth0"), ("192.168.1.1", "wlan0"), ("10.9.9.9", "wlan0")):
-        comm._choose_interface(address)
-        assert os.environ[comm.INTERFACE] == name
-    monkeypatch.setenv(comm.INTERFACE, "eth7")
-    comm._choose_interface("10.0.0.1")
-    assert os.environ[comm.INTERFACE] == "eth7"
+        gloo._choose_interface(address)
+        assert os.environ[gloo.INTERFACE] == name
+    monkeypatch.setenv(gloo.INTERFACE, "eth7")
+    gloo._choose_interface("10.0.0.1")
+    assert os.environ[gloo.INTERFACE] == "eth7"

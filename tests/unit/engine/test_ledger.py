@@ -12,14 +12,14 @@ from torch import Tensor
 from dinfer.config import OnCorruption
 from dinfer.engine.corruption import Alarm, Corrupted, Corruption
 from dinfer.engine.engine import Engine
-from dinfer.engine.execution import OpFailed
-from dinfer.engine.ledger import Ledger
-from dinfer.engine.probes import as_numbers, row_digests
+from dinfer.engine.lanes import OpFailed
+from dinfer.kv.digests import as_numbers, row_digests
+from dinfer.kv.ledger import Ledger
 from dinfer.model.decoder import Decoder
 from dinfer.plan.cut import UNITS
 from dinfer.plan.graph import channel_of
 from dinfer.plan.ops import Op
-from dinfer.session.runs.stepper import Stepper
+from dinfer.run.stepper import Stepper
 from tests.unit.engine.expected import expected, is_complete
 from tests.unit.engine.twin import Twin, prompt, twin
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dinfer.engine.hosting.logfile import LogFile, log_trouble
+from dinfer.rank.logs import LogFile, log_trouble
 
 Open = Callable[[Path], logging.Logger]
 FULL = Path("/dev/full")

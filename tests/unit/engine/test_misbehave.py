@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from dinfer.engine import misbehave
-from dinfer.engine.gate import SeededGate
-from dinfer.engine.handlers import HANDLERS
-from dinfer.engine.hosting.commands import answer
+from dinfer.engine.ops import HANDLERS
 from dinfer.model.decoder import Decoder
 from dinfer.plan.graph import channel_of
 from dinfer.plan.ops import Op, parse_op
-from dinfer.session.runs.fleet import LocalFleet, RankFailed
+from dinfer.rank import faults
+from dinfer.rank.commands import answer
+from dinfer.run.fleet import LocalFleet, RankFailed
+from dinfer.transport.gate import SeededGate
 from tests.unit.engine.twin import Twin, prompt, twin
 
 IDS = list(prompt(10))
@@ -29,7 +29,7 @@ RECV = "recv kv c1 l0 <- 0, 4 tokens"
 def whole() -> Iterator[None]:
     before = dict(HANDLERS)
     yield
-    misbehave.disarm()
+    faults.disarm()
     assert before == HANDLERS
 
 
@@ -42,7 +42,7 @@ def begun(
     gate = SeededGate(0)
     with twin(small, world_size=ranks, chunk_size=4, gate=gate, sync_strategy=strategy) as made:
         fleet = made.prepare(IDS)
-        misbehave.arm(rank, order, struck.append)
+        faults.arm(rank, order, struck.append)
         made.go(fleet)
         yield made, fleet, struck
 
@@ -130,7 +130,7 @@ def test_what_is_slow_is_only_slow(small: Decoder, order: dict[str, Any]) -> Non
 
 def test_commands_arm_and_disarm_and_refuse_what_there_is_not() -> None:
     reports: list[dict[str, Any]] = []
-    table = misbehave.misbehave_commands(0, lambda kind, **fields: reports.append({"type": kind, **fields}))
+    table = faults.misbehave_commands(0, lambda kind, **fields: reports.append({"type": kind, **fields}))
     before = dict(HANDLERS)
     assert answer(table["misbehave"], {"act": "skip", "ops": [SEND]}) == {}
     assert HANDLERS["send"] is not before["send"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dinfer.engine.engine import Engine
-from dinfer.engine.nans import NOWHERE, NotANumber, Place, first_nan
+from dinfer.engine.nan_origin import NOWHERE, NanOrigin, NotANumber, first_nan
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 from dinfer.plan.partition import partition
@@ -37,7 +37,7 @@ def put_nan(engine: Engine, layer: int, token: int) -> None:
 def test_a_block_that_is_nan_on_one_rank_only_has_changed_there(small: Decoder) -> None:
     with twin(small, world_size=3, chunk_size=CHUNK) as made:
         error = told(made, lambda engine: put_nan(engine, 1, 5) if engine.rank == 2 else None)
-    assert (error.position, error.places) == (1, {2: Place(5, 1)})
+    assert (error.position, error.places) == (1, {2: NanOrigin(5, 1)})
     assert str(error) == (
         "the logits of new token 1 are not numbers (NaN) on rank 2. The first NaN is in layer 1, chunk 1 (token 5) of "
         "the KV on rank 2: rank 1 computed that block and holds another, so it changed on its way or in memory."
@@ -61,7 +61,7 @@ def test_a_layer_that_makes_nan_is_named_with_its_rank_and_chunk(
     monkeypatch.setattr(Decoder, "layer", spoilt)
     with twin(small, world_size=3, chunk_size=CHUNK) as made:
         error = told(made, lambda _: None)
-    assert error.places == dict.fromkeys(range(3), Place(CHUNK + 2, 2))
+    assert error.places == dict.fromkeys(range(3), NanOrigin(CHUNK + 2, 2))
     assert (
         "NaN) on all ranks. The first NaN is in layer 2, chunk 1 (token 6) of the KV on all ranks: "
         in str(error)
@@ -86,8 +86,8 @@ def test_of_several_the_first_chunk_counts_then_the_first_layer() -> None:
     assert first_nan(cache, 12, shape) == NOWHERE
     for token, layer in ((5, 2), (7, 1), (9, 2), (10, 0)):
         cache.tensor(layer)[token, 1] = float("nan")
-    assert first_nan(cache, 12, shape) == Place(7, 1)
-    assert first_nan(cache, 12, None) == Place(10, 0)
+    assert first_nan(cache, 12, shape) == NanOrigin(7, 1)
+    assert first_nan(cache, 12, None) == NanOrigin(10, 0)
     assert first_nan(cache, 5, shape) == NOWHERE
     cache.tensor(1)[7] = cache.tensor(2)[5] = 0.0
-    assert first_nan(cache, 12, shape) == Place(9, 2)
+    assert first_nan(cache, 12, shape) == NanOrigin(9, 2)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from dinfer.engine.inspection.placement import Misplaced, Row, misplaced
+from dinfer.kv.placement import Misplaced, RowDigests, misplaced
 
 EMPTY = -1
 BLOCKS = [range(0, 4), range(4, 8), range(8, 12)]
 
 
-def row(number: int) -> Row:
+def row(number: int) -> RowDigests:
     """Digests of three heads, all different."""
     return tuple(10 * number + n for n in range(3)), tuple(1000 + 10 * number + n for n in range(3))
 
@@ -18,7 +18,7 @@ def row(number: int) -> Row:
 RIGHT = [row(n) for n in range(12)]
 
 
-def named(mine: list[Row]) -> list[Misplaced]:
+def named(mine: list[RowDigests]) -> list[Misplaced]:
     return misplaced(mine, RIGHT, EMPTY, BLOCKS)
 
 
@@ -51,7 +51,7 @@ def test_a_row_found_nowhere_is_not_named() -> None:
         ([*RIGHT, row(99)], [(12, 13, "extra", "KV", -1)]),
     ],
 )  # fmt: skip
-def test_each_kind_is_named(mine: list[Row], found: list[tuple[object, ...]]) -> None:
+def test_each_kind_is_named(mine: list[RowDigests], found: list[tuple[object, ...]]) -> None:
     assert [tuple(one) for one in named(mine)] == found
 
 

@@ -8,8 +8,8 @@ from itertools import product
 import pytest
 import torch
 
-from dinfer.engine.gate import FreeGate, Gate, SeededGate
 from dinfer.model.decoder import Decoder
+from dinfer.transport.gate import FreeGate, Gate, SeededGate
 from tests.unit.engine.expected import NEW_TOKENS, Expected, expected, is_complete, lane_threads, same_kv
 from tests.unit.engine.twin import Twin, prompt, twin
 

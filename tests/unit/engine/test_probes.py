@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dinfer.engine.probes import as_numbers, block_digests, row_digests, statistics
+from dinfer.kv.digests import as_numbers, block_digests, row_digests, statistics
 
 BLOCK = torch.randn(16, 2, 4, 8, generator=torch.Generator().manual_seed(0))
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from dinfer.engine.engine import Engine
-from dinfer.engine.handlers import Prefill
-from dinfer.engine.inspection.holding import Holding
-from dinfer.engine.inspection.reference import References, Stopped, reference_commands
-from dinfer.engine.inspection.replay import Replay
-from dinfer.engine.tokens import Tokens
+from dinfer.engine.prefill import Prefill
 from dinfer.model.decoder import Decoder
+from dinfer.rank.decode import Tokens
+from dinfer.rank.examine import LayerReplay
+from dinfer.rank.inventory import Inventory
+from dinfer.rank.reference import References, Stopped, reference_commands
 from tests.unit.engine.twin import Twin, prompt, twin
 
 IDS = list(prompt(10))
@@ -88,7 +88,7 @@ def test_a_replay_is_what_the_run_had_and_leaves_its_kv_alone(made: Twin, small:
     state: Prefill = engine.executor.state
     before = [state.cache.tensor(layer).clone() for layer in range(3)]
     versions = [state.cache.tensor(layer)._version for layer in range(3)]
-    replay, cache = Replay(small, Holding(engine.executor, [])), small.new_cache(10)
+    replay, cache = LayerReplay(small, Inventory(engine.executor, [])), small.new_cache(10)
     for chunk, rows in enumerate(state.plan.shape.chunks):
         hidden = small.embed(IDS[rows.start : rows.stop])
         for layer in range(4):
@@ -104,14 +104,14 @@ def test_a_replay_is_what_the_run_had_and_leaves_its_kv_alone(made: Twin, small:
 def test_a_replay_says_where_the_run_has_not_come_to(small: Decoder) -> None:
     with twin(small, world_size=2, chunk_size=4) as begun:
         begun.prepare(IDS)
-        replay = Replay(small, Holding(begun.engines[0].executor, []))
+        replay = LayerReplay(small, Inventory(begun.engines[0].executor, []))
         assert replay.hidden(0, range(4), 0) is not None
         assert replay.hidden(0, range(4), 1) is None
         assert replay.hidden(0, range(4), 2) is None
 
 
 def test_pages(made: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinfer.engine.inspection.reference.PAGE_BYTES", 300)
+    monkeypatch.setattr("dinfer.rank.reference.PAGE_BYTES", 300)
     table = reference_commands(host(made.engines[0]))
     said = table["reference"].function(REQUEST)
     assert 0 < len(said["items"]) < said["count"]
@@ -127,7 +127,7 @@ def test_pages(made: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_can_be_stopped(made: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
     references = References(host(made.engines[0]))
-    monkeypatch.setattr("dinfer.engine.inspection.reference._settle", lambda _: references.stop({}))
+    monkeypatch.setattr("dinfer.rank.reference._settle", lambda _: references.stop({}))
     with pytest.raises(Stopped, match="interrupted"):
         references.run(REQUEST)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dinfer.config import Config
-from dinfer.engine.hosting.shortage import OutOfMemory, asked_bytes, explained, is_shortage
 from dinfer.model.decoder import Decoder
+from dinfer.rank.out_of_memory import OutOfMemory, asked_bytes, explained, is_shortage
 from tests.unit.engine.twin import prompt, twin
 
 CUDA = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB."

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from dinfer.engine.hosting import spying
-from dinfer.engine.hosting.spying import Look, in_c, program
-from dinfer.engine.hosting.watcher import sign_of_life
+from dinfer.rank import pyspy
+from dinfer.rank.pyspy import Look, in_c, program
+from dinfer.rank.watcher import sign_of_life
 from tests.cluster.runs import wait_for
 from tests.spies import LETS_ANYBODY_LOOK, NO_SPY, may_spy
 
@@ -91,7 +91,7 @@ def test_a_stopped_process_is_seen_and_stays_stopped() -> None:
 def test_a_py_spy_that_fails_or_takes_too_long_sees_nothing_and_is_ended(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spying, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(pyspy, "PATIENCE_S", 0.2)
     spy = tmp_path / "py-spy"
     spy.write_text(text, encoding="utf-8")
     spy.chmod(0o755)

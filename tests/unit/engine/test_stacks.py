@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from dinfer.engine.board import anonymous_file
-from dinfer.engine.hosting.stacks import DUMP_SIGNAL, dump_into, dump_of, named, stacks, thread_names
-from dinfer.session.hangs.stacks import as_dumped
+from dinfer.monitor.stacks import as_dumped
+from dinfer.rank.stacks import DUMP_SIGNAL, dump_into, dump_of, named, stacks, thread_names
 from dinfer.verdict.signs import BUSY
 from tests.cluster.runs import wait_for
 
@@ -109,7 +109,7 @@ def test_threads_of_other_ranks_are_left_out_unless_the_process_is_the_ranks_own
 
 HOLDS = """
 import ctypes, os, sys
-from dinfer.engine.hosting.stacks import dump_into
+from dinfer.rank.stacks import dump_into
 assert dump_into(int(sys.argv[1]))
 def holds():
     ctypes.PyDLL(None).usleep(60_000_000)
@@ -162,19 +162,19 @@ def test_a_signal_that_somebody_uses_is_left_alone(monkeypatch: pytest.MonkeyPat
 DUMP = """\
 Thread 0x00007f1 (most recent call first):
   File "/usr/lib/threading.py", line 320 in wait
-  File "/x/dinfer/engine/gate.py", line 80 in wait
-  File "/x/dinfer/engine/executor.py", line 70 in _run
+  File "/x/dinfer/transport/gate.py", line 80 in wait
+  File "/x/dinfer/engine/threads.py", line 70 in _run
 
 Thread 0x00007f4 (most recent call first):
   File "/usr/lib/torch/distributed/distributed_c10d.py", line 700 in wait
-  File "/x/dinfer/engine/transport/comm.py", line 120 in send
-  File "/x/dinfer/engine/handlers.py", line 190 in send
-  File "/x/dinfer/engine/executor.py", line 101 in _do
+  File "/x/dinfer/transport/gloo.py", line 120 in send
+  File "/x/dinfer/engine/ops.py", line 190 in send
+  File "/x/dinfer/engine/threads.py", line 101 in _do
 
 Thread 0x00007f2 (most recent call first):
   File "/models/own.py", line 12 in forward
-  File "/x/dinfer/engine/handlers.py", line 130 in layer
-  File "/x/dinfer/engine/executor.py", line 101 in _do
+  File "/x/dinfer/engine/ops.py", line 130 in layer
+  File "/x/dinfer/engine/threads.py", line 101 in _do
 
 Current thread 0x00007f3 (most recent call first):
   File "/x/ipykernel/app.py", line 1 in main
@@ -195,9 +195,7 @@ def test_threads_are_named_in_a_dump_and_tell_the_lane() -> None:
     assert text.splitlines()[0] == "Thread 0x00007f1 [rank 1 kv-in:0] (most recent call first):"
     assert named(text, names.items()) == text  # as newer Pythons write it, which cut names
     assert as_dumped(1, text).holder == "compute"
-    more = text.replace(
-        "engine/transport/comm.py", "engine/handlers.py"
-    )  # now two lanes may hold the interpreter
+    more = text.replace("transport/gloo.py", "engine/ops.py")  # now two lanes may hold the interpreter
     assert (as_dumped(1, more).holder, as_dumped(1, more).frames) == ("", {})
 
 

@@ -10,9 +10,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from dinfer.engine.gate import SeededGate
-from dinfer.engine.issuer import Issuer
-from dinfer.engine.transport.exchange import Order
+from dinfer.engine.streams import StreamIssuer
 from dinfer.model.decoder import Decoder
 from dinfer.plan.lower import lower
 from dinfer.plan.ops import PlanError
@@ -20,8 +18,10 @@ from dinfer.plan.partition import partition
 from dinfer.plan.plan import Lane, Plan
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import verify
-from dinfer.session.runs.fleet import RankFailed
-from dinfer.session.runs.stepper import Stepper
+from dinfer.run.fleet import RankFailed
+from dinfer.run.stepper import Stepper
+from dinfer.transport.gate import SeededGate
+from dinfer.transport.in_process import Order
 from tests.unit.engine.expected import differing_blocks, expected, is_complete
 from tests.unit.engine.twin import prompt, twin
 from tests.unit.plan.strategies import SAFE_SCHEDULES, plans, shapes_of
@@ -108,7 +108,7 @@ def test_issuing_takes_one_lane_a_rank(small: Decoder) -> None:
         made.prepare(IDS)
         executor = engine.executor
         with pytest.raises(PlanError, match="rank 0 issues one lane; this plan has others"):
-            Issuer(
+            StreamIssuer(
                 executor.plan,
                 executor.state,
                 engine.comm,

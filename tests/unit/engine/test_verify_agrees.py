@@ -11,11 +11,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, event, given, note, settings
 from hypothesis import strategies as st
 
-from dinfer.engine.gate import SeededGate
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import PlanError
 from dinfer.plan.plan import Plan
 from dinfer.plan.verify import verify
+from dinfer.transport.gate import SeededGate
 from tests.unit.engine.expected import expected, is_complete
 from tests.unit.engine.twin import prompt, twin
 from tests.unit.plan.strategies import mutated_plans, plans, shapes_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dinfer.engine.board import Stand
-from dinfer.engine.waits import waits_text
+from dinfer.engine.by_hand import waits_text
 from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build

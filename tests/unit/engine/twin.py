@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 from dinfer.config import Config
 from dinfer.engine.engine import Engine
-from dinfer.engine.gate import FreeGate, Gate
-from dinfer.engine.transport.exchange import Exchange, Order
 from dinfer.model.decoder import Decoder
 from dinfer.plan.plan import Plan
-from dinfer.session.runs.fleet import LocalFleet
+from dinfer.run.fleet import LocalFleet
+from dinfer.transport.gate import FreeGate, Gate
+from dinfer.transport.in_process import Exchange, Order
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from random import Random
 
 from dinfer.plan.cut import Cut
 from dinfer.plan.ops import FINAL, Op, Value
-from dinfer.plan.plan import Place, Plan
+from dinfer.plan.plan import OpPlace, Plan
 
 Lane = tuple[int, int]
 """(rank, lane)"""
@@ -128,10 +128,10 @@ class Game:
             and all(held >= wanted for held in self.held)
         )
 
-    def begun(self) -> set[Place]:
+    def begun(self) -> set[OpPlace]:
         """Some of the ops that may have begun now and not ended."""
         ready = [lane for lane in self.at if self.is_ready(lane)]
-        return {Place(*lane, self.at[lane]) for lane in ready if self.random.random() < 0.6}
+        return {OpPlace(*lane, self.at[lane]) for lane in ready if self.random.random() < 0.6}
 
 
 def finishes(plan: Plan, *, rendezvous: bool, seed: int) -> bool:

@@ -13,9 +13,8 @@ from dinfer.plan.graph import NONE, Graph
 from dinfer.plan.lower import lower
 from dinfer.plan.ops import Op, Value, embed, recv, send
 from dinfer.plan.partition import Shape
-from dinfer.plan.plan import Lane, Place, Plan
-from dinfer.plan.schedule import SCHEDULES, build
-from dinfer.plan.sync import STRATEGIES
+from dinfer.plan.plan import Lane, OpPlace, Plan
+from dinfer.plan.schedule import SCHEDULES, STRATEGIES, build
 
 Shapes = st.SearchStrategy[Shape]
 Lanes = list[list[tuple[str, list[Op]]]]
@@ -86,12 +85,12 @@ def _edited(draw: st.DrawFn, plan: Plan, mutations: Sequence[Mutation], most: in
     return plan
 
 
-def _place(draw: st.DrawFn, plan: Plan, *, transfer: bool = False) -> Place | None:
+def _place(draw: st.DrawFn, plan: Plan, *, transfer: bool = False) -> OpPlace | None:
     found = [place for place, op in plan.places() if op.is_transfer or not transfer]
     return draw(st.sampled_from(found)) if found else None
 
 
-def _ops(lanes: Lanes, place: Place) -> list[Op]:
+def _ops(lanes: Lanes, place: OpPlace) -> list[Op]:
     return lanes[place.rank][place.lane][1]
 
 

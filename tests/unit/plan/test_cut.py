@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dinfer.plan.cut import UNITS, Cut, Cuts, is_inside, join, meet
 from dinfer.plan.ops import Op, PlanError, Value
 from dinfer.plan.partition import Shape
-from dinfer.plan.plan import Lane, Place, Plan
+from dinfer.plan.plan import Lane, OpPlace, Plan
 from dinfer.plan.schedule import build
 from tests.unit.plan.game import Game, channel
 from tests.unit.plan.strategies import safe_plans
@@ -26,7 +26,7 @@ MODES = st.booleans()
 
 
 @st.composite
-def stopped_games(draw: st.DrawFn) -> tuple[Game, set[Place]]:
+def stopped_games(draw: st.DrawFn) -> tuple[Game, set[OpPlace]]:
     """A run somewhere on its way, and the ops that have begun there."""
     plan = draw(safe_plans(ranks=3))
     game = Game(plan, rendezvous=draw(MODES), seed=draw(SEEDS))
@@ -115,7 +115,7 @@ def test_past_either_end_a_step_does_nothing(unit: Any) -> None:
 
 
 @given(stopped_games(), st.sampled_from(UNITS))
-def test_steps_from_anywhere_get_on_and_back(stopped: tuple[Game, set[Place]], unit: Any) -> None:
+def test_steps_from_anywhere_get_on_and_back(stopped: tuple[Game, set[OpPlace]], unit: Any) -> None:
     game, begun = stopped
     cuts = Cuts(game.plan)
     here, _ = cuts.stop(game.positions, begun)
@@ -256,7 +256,9 @@ def test_a_block_that_two_ranks_compute_is_one_block() -> None:
 
 
 @given(stopped_games())
-def test_a_stop_takes_in_all_that_has_begun_but_recvs_without_send(stopped: tuple[Game, set[Place]]) -> None:
+def test_a_stop_takes_in_all_that_has_begun_but_recvs_without_send(
+    stopped: tuple[Game, set[OpPlace]],
+) -> None:
     game, begun = stopped
     cuts = Cuts(game.plan)
     cut, void = cuts.stop(game.positions, begun)
@@ -269,7 +271,7 @@ def test_a_stop_takes_in_all_that_has_begun_but_recvs_without_send(stopped: tupl
 
 
 @given(stopped_games())
-def test_a_stop_goes_no_further_than_it_must(stopped: tuple[Game, set[Place]]) -> None:
+def test_a_stop_goes_no_further_than_it_must(stopped: tuple[Game, set[OpPlace]]) -> None:
     game, begun = stopped
     cut, _ = Cuts(game.plan).stop(game.positions, begun)
     bound = {place for place in begun if game.plan.op(place).kind != "recv"}
@@ -277,7 +279,7 @@ def test_a_stop_goes_no_further_than_it_must(stopped: tuple[Game, set[Place]]) -
 
 
 @given(stopped_games())
-def test_lanes_limited_to_the_stop_arrive_there(stopped: tuple[Game, set[Place]]) -> None:
+def test_lanes_limited_to_the_stop_arrive_there(stopped: tuple[Game, set[OpPlace]]) -> None:
     game, begun = stopped
     game.limits, _ = Cuts(game.plan).stop(game.positions, begun)
     game.play()
@@ -287,7 +289,7 @@ def test_lanes_limited_to_the_stop_arrive_there(stopped: tuple[Game, set[Place]]
 
 @given(stopped_games(), SEEDS, MODES)
 def test_a_run_goes_on_from_where_it_stopped(
-    stopped: tuple[Game, set[Place]], seed: int, rendezvous: bool
+    stopped: tuple[Game, set[OpPlace]], seed: int, rendezvous: bool
 ) -> None:
     game, begun = stopped
     cut, _ = Cuts(game.plan).stop(game.positions, begun)
@@ -306,13 +308,13 @@ def test_a_step_never_blocks(plan: Plan, seed: int, rendezvous: bool, unit: Any)
 
 def test_a_recv_without_its_send_is_released() -> None:
     # Rank 0 computes layer c0 l0; rank 1 has posted the recv of its block.
-    cut, void = Cuts(LOCKSTEP).stop(((1,), (0,)), {Place(0, 0, 1), Place(1, 0, 0)})
+    cut, void = Cuts(LOCKSTEP).stop(((1,), (0,)), {OpPlace(0, 0, 1), OpPlace(1, 0, 0)})
     assert cut == ((2,), (0,))
-    assert void == [Place(1, 0, 0)]
+    assert void == [OpPlace(1, 0, 0)]
 
 
 def test_a_send_that_has_begun_brings_its_recv() -> None:
-    cut, void = Cuts(LOCKSTEP).stop(((2,), (0,)), {Place(0, 0, 2), Place(1, 0, 0)})
+    cut, void = Cuts(LOCKSTEP).stop(((2,), (0,)), {OpPlace(0, 0, 2), OpPlace(1, 0, 0)})
     assert cut == ((3,), (1,))
     assert void == []
 
@@ -324,21 +326,21 @@ def test_a_buffered_send_that_has_ended_brings_its_recv() -> None:
 # -- the same things, said naively
 
 
-def inside(cut: Cut) -> set[Place]:
-    return {Place(r, k, i) for r, lanes in enumerate(cut) for k, at in enumerate(lanes) for i in range(at)}
+def inside(cut: Cut) -> set[OpPlace]:
+    return {OpPlace(r, k, i) for r, lanes in enumerate(cut) for k, at in enumerate(lanes) for i in range(at)}
 
 
-def closed(plan: Plan, places: set[Place]) -> set[Place]:
+def closed(plan: Plan, places: set[OpPlace]) -> set[OpPlace]:
     """The fewest places that hold `places` and all that those need: added until nothing is missing."""
-    ends: dict[Any, tuple[list[Place], list[Place]]] = defaultdict(lambda: ([], []))
-    makers: dict[tuple[int, Value], Place] = {}
+    ends: dict[Any, tuple[list[OpPlace], list[OpPlace]]] = defaultdict(lambda: ([], []))
+    makers: dict[tuple[int, Value], OpPlace] = {}
     for place, op in plan.places():
         makers.update({(place.rank, value): place for value in op.makes()})
         if op.is_transfer:
             ends[channel(place.rank, op)][op.kind == "recv"].append(place)
     partner = {a: b for sends, recvs in ends.values() for a, b in zip(sends, recvs, strict=True)}
     partner |= {b: a for a, b in partner.items()}
-    found: set[Place] = set()
+    found: set[OpPlace] = set()
     todo = set(places)
     while todo:
         found |= todo

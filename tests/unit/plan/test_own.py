@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dinfer.config import Config
+from dinfer.plan.custom import own_plan
 from dinfer.plan.ops import PlanError
-from dinfer.plan.own import own_plan
 from dinfer.plan.partition import Shape, partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build

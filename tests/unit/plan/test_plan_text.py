@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dinfer.plan.ops import PlanError, embed, layer
 from dinfer.plan.partition import Shape
-from dinfer.plan.plan import HEADER, Lane, Place, Plan, parse_plan
+from dinfer.plan.plan import HEADER, Lane, OpPlace, Plan, parse_plan
 from dinfer.plan.schedule import build
 from tests.unit.plan.strategies import mutated_plans, plans, shapes
 
@@ -46,8 +46,8 @@ def test_comments_empty_lines_and_indentation_do_not_matter() -> None:
 def test_lanes_may_be_empty_and_ranks_may_come_in_any_order() -> None:
     plan = parse_plan(HEAD + "rank 1 lane x\nrank 0 lane a\nrank 0 lane b\n  embed c0\n")
     assert plan.lanes == ((Lane("a", ()), Lane("b", (embed(0),))), (Lane("x", ()),))
-    assert [*plan.places()] == [(Place(0, 1, 0), embed(0))]
-    assert plan.op(Place(0, 1, 0)) == embed(0)
+    assert [*plan.places()] == [(OpPlace(0, 1, 0), embed(0))]
+    assert plan.op(OpPlace(0, 1, 0)) == embed(0)
 
 
 ERRORS = {

@@ -18,8 +18,7 @@ from dinfer.plan.cut import Cuts
 from dinfer.plan.ops import Op, PlanError
 from dinfer.plan.partition import Shape, partition
 from dinfer.plan.plan import Plan, parse_plan
-from dinfer.plan.schedule import SCHEDULES, build, compute_order
-from dinfer.plan.sync import STRATEGIES
+from dinfer.plan.schedule import SCHEDULES, STRATEGIES, build, compute_order
 from tests.unit.plan.strategies import plans, safe_plans, shapes
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dinfer.config import SyncStrategy
-from dinfer.plan.sync import STRATEGIES, pairwise, ring
+from dinfer.plan.schedule import STRATEGIES, pairwise, ring
 
 SIZES = [(owner, world_size) for world_size in range(1, 17) for owner in range(world_size)]
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from random import Random
 from typing import Any, NamedTuple
 
-from dinfer.plan.faults import KINDS, Where
+from dinfer.plan.faults import KINDS, FaultPlace
 from dinfer.plan.partition import Shape
 from dinfer.plan.plan import Plan
-from dinfer.plan.sync import STRATEGIES
-from dinfer.session.runs.run import Run
+from dinfer.plan.schedule import STRATEGIES
+from dinfer.run.run import Run
 
 WORLD_SIZES = (2, 3, 4)
 DTYPES = ("float32", "bfloat16")
@@ -40,7 +40,7 @@ class Injection(NamedTuple):
 
     arguments: dict[str, Any]
     kind: str
-    where: Where
+    where: FaultPlace
     rank: int
     chunk: int
     layer: int
@@ -75,7 +75,7 @@ def random_fault(
     random: Random,
     run: Run,
     kinds: tuple[str, ...] = BLOCK_KINDS,
-    wheres: tuple[Where, ...] = ("memory", "wire", "compute"),
+    wheres: tuple[FaultPlace, ...] = ("memory", "wire", "compute"),
 ) -> Injection:
     """One that this run takes now: standing at its start, or, in memory only, at its end."""
     at_end = run.standing().state == "done"

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from dinfer.engine.corruption import Corruption
+from dinfer.kv.difference import Diff
 from dinfer.plan.plan import Plan
-from dinfer.plan.sync import STRATEGIES
-from dinfer.session.kv.difference import Diff
+from dinfer.plan.schedule import STRATEGIES
 from tests.unit.engine.broken import words
 from tests.unit.session.injections import Injection
 

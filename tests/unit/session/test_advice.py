@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from dinfer.cluster.ranks import RankState
 from dinfer.config import Config
 from dinfer.engine.board import Stand
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
-from dinfer.session.advice import advice
-from dinfer.session.states import RankState
+from dinfer.run.failure import advice
 
 CONFIG = Config(world_size=2, timeout=60, start_timeout=180, log_dir="logs")
 PLAN = build(partition(layers=4, tokens=8, world_size=2, chunk_size=4), "lockstep", "pairwise")

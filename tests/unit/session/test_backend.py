@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dinfer.config import Config, ConfigError
-from dinfer.session.backend import settle_backend
+from dinfer.job import settle_backend
 
 
 def settled(*, nccl: bool = True, **values: object) -> str:

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from dinfer.bench.digests import bench_digests, figures, table
+from dinfer.bench.rank import TimedPrefill
 from dinfer.config import Config
-from dinfer.engine.hosting.bench import Timed
-from dinfer.session.benches.digests import bench_digests, figures, table
 from tests.unit.model.tiny import tiny_checkpoint
 
 ROUNDS = [
-    (Timed(1.02, 0, 2.02, 0.1), Timed(1.0, 0, 2.0)),
-    (Timed(2.2, 0, 2.0, 0.3), Timed(2.0, 0, 2.0)),
-    (Timed(1.98, 0, 2.2, 0.2), Timed(2.0, 0, 2.0)),
+    (TimedPrefill(1.02, 0, 2.02, 0.1), TimedPrefill(1.0, 0, 2.0)),
+    (TimedPrefill(2.2, 0, 2.0, 0.3), TimedPrefill(2.0, 0, 2.0)),
+    (TimedPrefill(1.98, 0, 2.2, 0.2), TimedPrefill(2.0, 0, 2.0)),
 ]
 
 

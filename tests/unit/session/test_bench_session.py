@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dinfer.session.benches.bench_session import table
+from dinfer.bench.session import table
 
 RESULT = {
     "machine": "a machine, 2 cores",

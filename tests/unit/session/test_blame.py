@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from dinfer.cluster.ranks import RankState
 from dinfer.config import Config
 from dinfer.engine.board import Stand
 from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
-from dinfer.session.blame import broken, standstill
-from dinfer.session.states import RankState
+from dinfer.run.failure import broken, standstill
 
 CONFIG = Config(world_size=2, timeout=60, start_timeout=180, log_dir="logs")
 NOBODY = (None, None)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from dinfer.bench import strategies as room
+from dinfer.bench.rank import TimedPrefill
+from dinfer.bench.strategies import check_compared, compare, table
 from dinfer.config import Config, ConfigError
-from dinfer.engine.hosting.bench import Timed
-from dinfer.session.benches import compare as room
-from dinfer.session.benches.compare import check_compared, compare, table
 
 NAMES = ["pairwise", "ring"]
 
@@ -17,10 +17,12 @@ NAMES = ["pairwise", "ring"]
 def compared(monkeypatch: pytest.MonkeyPatch, *seconds: list[float]) -> dict[str, Any]:
     """The result for these seconds by case, pairwise and ring in turn; rank 1 is a little slower than rank 0."""
 
-    def on_ranks(_: Config, __: int, cases: list[Any], repeats: int) -> list[list[list[Timed]]]:
+    def on_ranks(_: Config, __: int, cases: list[Any], repeats: int) -> list[list[list[TimedPrefill]]]:
         assert [len(took) for took in seconds] == [repeats] * len(cases)
         assert [case.variant.sync_strategy for case in cases] == NAMES * (len(cases) // 2)
-        return [[[Timed(s + late, s / 10 + late) for s in took] for took in seconds] for late in (-0.01, 0)]
+        return [
+            [[TimedPrefill(s + late, s / 10 + late) for s in took] for took in seconds] for late in (-0.01, 0)
+        ]
 
     monkeypatch.setattr(room, "on_ranks", on_ranks)
     chunks = [16, 32, 64][: len(seconds) // 2]

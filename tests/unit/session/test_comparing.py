@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from dinfer.engine.handlers import Prefill
+from dinfer.cluster.ranks import RankRefused
+from dinfer.cluster.threads import LocalRanks
+from dinfer.engine.prefill import Prefill
+from dinfer.kv.reference.comparison import Comparison
+from dinfer.kv.reference.reports import HeldDigests
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import PlanError
-from dinfer.session.local import LocalRanks
-from dinfer.session.reference.compare import Comparison
-from dinfer.session.reference.told import Held
-from dinfer.session.runs.run import Run
+from dinfer.run.run import Run
 from dinfer.session.session import Session
-from dinfer.session.states import RankRefused
 from tests.unit.engine.twin import prompt
 from tests.unit.model.test_conformance import LAYERS as FAMILY_LAYERS
 from tests.unit.model.test_conformance import TINY
@@ -428,7 +428,7 @@ def test_what_is_not_known(done: Run, given: dict[str, Any], said: str) -> None:
 
 
 def test_too_little_memory_is_said_before(done: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinfer.engine.inspection.reference.free", lambda _: 1000)
+    monkeypatch.setattr("dinfer.rank.reference.free", lambda _: 1000)
     with pytest.raises(
         RankRefused, match=r"the reference needs .* 1000 bytes are free: compare a shorter prompt"
     ):
@@ -440,7 +440,7 @@ def test_too_little_memory_is_said_before(done: Run, monkeypatch: pytest.MonkeyP
 
 
 def test_long_answers_come_in_pages(done: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinfer.engine.inspection.reference.PAGE_BYTES", 700)
+    monkeypatch.setattr("dinfer.rank.reference.PAGE_BYTES", 700)
     assert done.compare().equal
     assert done.compare(chunked=False).within_tolerance
 
@@ -453,7 +453,7 @@ def test_its_html_is_its_text(done: Run) -> None:
 
 def test_held_digests_are_read_as_they_are_told() -> None:
     items = [["kv", 0, 1, [5, 6], [5, 6], None], ["kv", 1, 1, [7, 8], None, None], ["hidden", 0, 0, 9]]
-    held = Held.of(0, {"dtype": "float32", "held": [3], "due": [3], "tokens": [], "items": items})
+    held = HeldDigests.of(0, {"dtype": "float32", "held": [3], "due": [3], "tokens": [], "items": items})
     assert (held.now, held.then, held.hidden) == (
         {(0, 1): (5, 6), (1, 1): (7, 8)},
         {(0, 1): (5, 6)},

@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from dinfer.cluster.ranks import RankRefused
 from dinfer.config import Config, ConfigError
 from dinfer.engine.engine import Engine
+from dinfer.job import prepare
 from dinfer.plan.cut import UNITS
 from dinfer.plan.ops import Op, PlanError
-from dinfer.session.job import prepare
-from dinfer.session.runs.fleet import RankFailed
-from dinfer.session.runs.run import Run
-from dinfer.session.said import Moved
+from dinfer.results import Moved
+from dinfer.run.fleet import RankFailed
+from dinfer.run.run import Run
 from dinfer.session.session import Session
-from dinfer.session.states import RankRefused
 from tests.cluster.runs import wait_for
 from tests.unit.engine.twin import prompt
 from tests.unit.model.tiny import tiny_checkpoint

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
+from dinfer.cluster.ranks import RankRefused
+from dinfer.cluster.threads import LocalRanks
 from dinfer.engine.decoding import Decoding
-from dinfer.engine.hosting.host import Host
-from dinfer.engine.tokens import Tokens
-from dinfer.session.local import LocalRanks
-from dinfer.session.runs.fleet import RankFailed
-from dinfer.session.runs.run import Run
+from dinfer.rank.decode import Tokens
+from dinfer.rank.service import RankService
+from dinfer.run.fleet import RankFailed
+from dinfer.run.run import Run
 from dinfer.session.session import Session
-from dinfer.session.states import RankRefused
 from tests.cluster.runs import wait_for
 from tests.unit.engine.twin import prompt
 from tests.unit.model.tiny import tiny_checkpoint
@@ -42,7 +42,7 @@ def session(model: Path) -> Iterator[Session]:
         yield made
 
 
-def hosts(session: Session) -> list[Host]:
+def hosts(session: Session) -> list[RankService]:
     assert isinstance(session.ranks, LocalRanks)
     return session.ranks.hosts
 

@@ -15,14 +15,10 @@ import pytest
 import torch
 
 from dinfer.config import ConfigError
-from dinfer.engine.gate import FreeGate
-from dinfer.engine.transport.exchange import Exchange
-from dinfer.model.checkpoint import check
-from dinfer.plan.graph import Channel
-from dinfer.session.doctor import doctor as whole
-from dinfer.session.doctor.check import Check, gib, rate, significant
-from dinfer.session.doctor.devices import Cuda, Gpu, Smi, judge_gpus, read_smi
-from dinfer.session.doctor.leftovers import (
+from dinfer.doctor import doctor as whole
+from dinfer.doctor.check import Check, gib, rate, significant
+from dinfer.doctor.devices import Cuda, Gpu, Smi, judge_gpus, read_smi
+from dinfer.doctor.leftovers import (
     OLD_S,
     Process,
     judge_folders,
@@ -32,19 +28,16 @@ from dinfer.session.doctor.leftovers import (
     process_check,
     read_processes,
 )
-from dinfer.session.doctor.memory import Asked, judge_memory, judge_model, memory_checks, no_model_check
-from dinfer.session.doctor.network import (
-    Network,
-    Ports,
-    host_name_check,
-    interface_check,
-    port_check,
-    try_ports,
-)
-from dinfer.session.doctor.pair_rank import END, SIZES, Link, Pair, measure_links
-from dinfer.session.doctor.pairs import Measured, pairs_check
-from dinfer.session.doctor.report import Report, as_text, sentence, to_json
-from dinfer.session.doctor.versions import backend_check, judge_backends, package_checks, python_check
+from dinfer.doctor.memory import Asked, judge_memory, judge_model, memory_checks, no_model_check
+from dinfer.doctor.network import Network, Ports, host_name_check, interface_check, port_check, try_ports
+from dinfer.doctor.pair_rank import END, SIZES, PairEnd, PairSpeed, measure_links
+from dinfer.doctor.pairs import PairsMeasured, pairs_check
+from dinfer.doctor.report import Report, as_text, sentence, to_json
+from dinfer.doctor.versions import backend_check, judge_backends, package_checks, python_check
+from dinfer.model.checkpoint import check
+from dinfer.plan.graph import Channel
+from dinfer.transport.gate import FreeGate
+from dinfer.transport.in_process import Exchange
 
 # -- numbers
 
@@ -261,7 +254,7 @@ def test_what_this_host_says_can_be_read() -> None:
 
 # -- leftovers
 
-WORKER, WATCHER = "python3 -m dinfer.engine.hosting.worker", "python3 -m dinfer.engine.hosting.watcher 3 4"
+WORKER, WATCHER = "python3 -m dinfer.rank.worker", "python3 -m dinfer.rank.watcher 3 4"
 
 
 def left(*processes: Process) -> list[int]:
@@ -324,21 +317,21 @@ def test_old_folders_are_told_with_the_command_that_removes_them(tmp_path: Path)
 # -- pairs
 
 
-def grid(world_size: int, **slow: float) -> list[Pair]:
+def grid(world_size: int, **slow: float) -> list[PairSpeed]:
     pairs = [(a, b) for a in range(world_size) for b in range(world_size) if a != b]
-    return [Pair(a, b, 1.5e-4, slow.get(f"s{a}{b}", 1.5e9)) for a, b in pairs]
+    return [PairSpeed(a, b, 1.5e-4, slow.get(f"s{a}{b}", 1.5e9)) for a, b in pairs]
 
 
-def judged(measured: Measured, ifname: str = "") -> Check:
+def judged(measured: PairsMeasured, ifname: str = "") -> Check:
     return pairs_check(measured, 3, ifname)
 
 
 def test_pairs_are_summed_up_and_a_slow_one_is_told() -> None:
     assert (
-        judged(Measured(grid(3), here={0, 1, 2})).found
+        judged(PairsMeasured(grid(3), here={0, 1, 2})).found
         == "6 links over gloo, 0.15 to 0.15 ms, 1.5 GB/s to 1.5 GB/s"
     )
-    slow = judged(Measured(grid(3, s02=2e8), here={0, 1, 2}))
+    slow = judged(PairsMeasured(grid(3, s02=2e8), here={0, 1, 2}))
     assert slow.state == "warn"
     assert slow.found.endswith("less than 1/4 of the median: 0 → 2")
 
@@ -346,25 +339,37 @@ def test_pairs_are_summed_up_and_a_slow_one_is_told() -> None:
 @pytest.mark.parametrize(
     ("measured", "state", "found", "fix"),
     [
-        (Measured(died={1: "SIGKILL"}, errors=["lost"]), "fail", "rank 1 died of SIGKILL", "free memory"),
-        (Measured(died={2: "status 1: boom"}), "fail", "rank 2 died of status 1: boom", "pip install"),
         (
-            Measured(errors=["rank 1 could not meet\nmore"]),
+            PairsMeasured(died={1: "SIGKILL"}, errors=["lost"]),
+            "fail",
+            "rank 1 died of SIGKILL",
+            "free memory",
+        ),
+        (PairsMeasured(died={2: "status 1: boom"}), "fail", "rank 2 died of status 1: boom", "pip install"),
+        (
+            PairsMeasured(errors=["rank 1 could not meet\nmore"]),
             "fail",
             "rank 1 could not meet",
             "let the firewall",
         ),
-        (Measured(here={0}), "unchecked", "only 1 of 3 ranks started", "dinfer doctor --world-size 2"),
-        (Measured(grid(2), here={0, 1, 2}), "fail", "the ranks started, but only 2 of 6", "let the firewall"),
+        (PairsMeasured(here={0}), "unchecked", "only 1 of 3 ranks started", "dinfer doctor --world-size 2"),
+        (
+            PairsMeasured(grid(2), here={0, 1, 2}),
+            "fail",
+            "the ranks started, but only 2 of 6",
+            "let the firewall",
+        ),
     ],
 )
-def test_what_kept_pairs_from_being_measured(measured: Measured, state: str, found: str, fix: str) -> None:
+def test_what_kept_pairs_from_being_measured(
+    measured: PairsMeasured, state: str, found: str, fix: str
+) -> None:
     check_ = judged(measured)
     assert (check_.state, check_.found[: len(found)], check_.fix[: len(fix)]) == (state, found, fix)
 
 
 def test_a_chosen_interface_is_the_first_suspect() -> None:
-    assert judged(Measured(errors=["x"]), "eth7").fix == "unset GLOO_SOCKET_IFNAME"
+    assert judged(PairsMeasured(errors=["x"]), "eth7").fix == "unset GLOO_SOCKET_IFNAME"
 
 
 def test_every_link_is_measured_by_the_rank_at_its_source() -> None:
@@ -411,7 +416,7 @@ class SlowLine:
 @pytest.mark.parametrize(("speed", "largest"), [(1e9, max(SIZES)), (2e6, 1 << 20), (125e3, 1 << 18)])
 def test_a_slow_line_gets_few_bytes_and_is_measured_all_the_same(speed: float, largest: int) -> None:
     line = SlowLine(speed, latency=0.001)
-    pair = Link(line, 1, clock=lambda: line.now).measure(2.5)
+    pair = PairEnd(line, 1, clock=lambda: line.now).measure(2.5)
     assert pair.latency_s == pytest.approx(0.001)
     assert pair.bytes_per_s == pytest.approx(speed, rel=0.05)
     assert (max(line.sent), line.sent[-1]) == (largest, END)
@@ -420,7 +425,7 @@ def test_a_slow_line_gets_few_bytes_and_is_measured_all_the_same(speed: float, l
 
 def test_a_line_with_long_delays_gets_few_small_messages() -> None:
     line = SlowLine(1e9, latency=1.0)
-    assert Link(line, 1, clock=lambda: line.now).measure(2.0).latency_s == 1.0
+    assert PairEnd(line, 1, clock=lambda: line.now).measure(2.0).latency_s == 1.0
     assert line.sent.count(0) == 3
 
 
@@ -517,5 +522,5 @@ def test_a_world_size_that_cannot_be_is_refused() -> None:
 
 
 def test_the_doctor_starts_without_torch() -> None:
-    program = "import sys, dinfer.session.doctor.doctor; sys.exit('torch' in sys.modules)"
+    program = "import sys, dinfer.doctor.doctor; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dinfer.config import ConfigError
-from dinfer.session.launching.environment import Launched, Meeting, launched_as, meeting_of, speaks
+from dinfer.launch.meet import Launched, Meeting, launched_as, meeting_of, speaks
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}
 OPEN_MPI = {

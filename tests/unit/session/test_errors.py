@@ -15,11 +15,11 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
 import dinfer
+from dinfer.cluster.lease import RunOver
 from dinfer.errors import DinferError, NoSuch
 from dinfer.plan.ops import PlanError
-from dinfer.session.runs.explaining import Hung
-from dinfer.session.runs.fleet import RankFailed
-from dinfer.session.runs.lent import RunOver
+from dinfer.run.fleet import RankFailed
+from dinfer.run.hang import Hung
 from dinfer.session.session import Session
 from tests.unit.engine.twin import prompt
 from tests.unit.model.tiny import tiny_checkpoint
@@ -131,7 +131,7 @@ def test_what_it_was_raised_from_is_told_in_a_line(shell: Shell) -> None:
 
 
 def test_mistakes_in_dinfer_keep_their_frames(begun: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinfer.session.runs.run.unit_of", lambda _: 1 / 0)
+    monkeypatch.setattr("dinfer.run.run.unit_of", lambda _: 1 / 0)
     shown = begun.show('run.step("foo")')
     assert "action.py" in shown
     assert "ZeroDivisionError" in shown

@@ -15,7 +15,7 @@ import torch
 
 from dinfer.engine.engine import Engine
 from dinfer.plan.ops import PlanError
-from dinfer.session.runs.run import Run
+from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.views.status import status
 from dinfer.views.still import still_html

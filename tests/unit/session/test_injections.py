@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from dinfer.plan.faults import Where
-from dinfer.session.local import LocalRanks
-from dinfer.session.runs.run import Run
+from dinfer.cluster.threads import LocalRanks
+from dinfer.plan.faults import FaultPlace
+from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.cluster.runs import wait_for
 from tests.unit.model.tiny import tiny_checkpoint
@@ -33,7 +33,7 @@ from tests.unit.session.test_faults import snapshot
 LAYERS = 4
 DEADLINE_S = 60.0
 BATCHES, SIZE = 20, 50
-WHERES: tuple[Where, ...] = ("memory", "wire", "compute")
+WHERES: tuple[FaultPlace, ...] = ("memory", "wire", "compute")
 Sessions = dict[tuple[int, str], Session]
 """by world size and dtype"""
 Trial = Callable[[Sessions, int], str]

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from dinfer.config import Config, ConfigError
+from dinfer.job import prepare, threads_per_rank
 from dinfer.model import memory
 from dinfer.model.errors import ModelError
 from dinfer.plan.ops import PlanError
-from dinfer.session.job import prepare, threads_per_rank
 from tests.unit.model.tiny import tiny_checkpoint
 
 IDS = "1,2,3,4,5,6,7,8,9,10"
@@ -56,7 +56,7 @@ def test_the_backend_is_settled(model: Path) -> None:
 
 
 def test_for_nccl_the_plan_is_lowered_and_proved_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinfer.session.job.settle_backend", lambda given: given.with_(backend="nccl"))
+    monkeypatch.setattr("dinfer.job.settle_backend", lambda given: given.with_(backend="nccl"))
     job = prepare(config(model))
     assert job.plan.is_lowered
     assert job.verdict.proved

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from dinfer.engine.handlers import HANDLERS, Outcome
-from dinfer.engine.hosting.host import Host
+from dinfer.cluster.ranks import RankRefused
+from dinfer.cluster.threads import LocalRanks
+from dinfer.engine.ops import HANDLERS, Outcome
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
-from dinfer.session.local import LocalRanks
+from dinfer.rank.service import RankService
 from dinfer.session.session import Session
-from dinfer.session.states import RankRefused
 from tests.unit.engine.twin import prompt
 from tests.unit.model.tiny import tiny_checkpoint
 from tests.unit.session.threads import session_on_threads
@@ -37,7 +37,7 @@ def session(model: Path) -> Iterator[Session]:
         yield made
 
 
-def hosts(session: Session) -> list[Host]:
+def hosts(session: Session) -> list[RankService]:
     assert isinstance(session.ranks, LocalRanks)
     return session.ranks.hosts
 

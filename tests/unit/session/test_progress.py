@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dinfer.cluster.ranks import RankState
 from dinfer.engine.board import Stand
+from dinfer.launch.runner import progress_line
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
-from dinfer.session.launching.progress import progress_line
-from dinfer.session.states import RankState
 
 PLAN = build(partition(layers=4, tokens=10, world_size=2, chunk_size=4), "lockstep", "pairwise")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dinfer.session.local import LocalRanks
-from dinfer.session.runs.run import Run
+from dinfer.cluster.threads import LocalRanks
+from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.unit.model.tiny import tiny_checkpoint
 from tests.unit.session.threads import session_on_threads

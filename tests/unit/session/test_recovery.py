@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dinfer.cluster.recovery import counterparts
 from dinfer.config import Config
 from dinfer.engine.board import Stand
-from dinfer.engine.gate import SeededGate
-from dinfer.engine.transport.drain import drain
 from dinfer.model.decoder import Decoder
 from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op
-from dinfer.plan.plan import Place, Plan
+from dinfer.plan.plan import OpPlace, Plan
 from dinfer.session.connect import connect
-from dinfer.session.recovery import counterparts
+from dinfer.transport.drain import drain
+from dinfer.transport.gate import SeededGate
 from tests.unit.engine.twin import Twin, prompt
 from tests.unit.plan.game import Broken, Game
 from tests.unit.plan.strategies import plans, reordered_plans
@@ -58,12 +58,12 @@ def test_every_transfer_between_living_ranks_meets_exactly_one_end(broken: tuple
     assert sends == recvs == Counter(waiting)
 
 
-def stands(game: Game, begun: set[Place], living: set[int]) -> dict[int, Stand]:
+def stands(game: Game, begun: set[OpPlace], living: set[int]) -> dict[int, Stand]:
     """What the ranks that live say of themselves."""
     return {
         rank: Stand(
             game.positions[rank],
-            tuple(Place(rank, lane, at) in begun for lane, at in enumerate(game.positions[rank])),
+            tuple(OpPlace(rank, lane, at) in begun for lane, at in enumerate(game.positions[rank])),
             game.positions[rank],
         )
         for rank in living

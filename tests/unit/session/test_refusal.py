@@ -8,13 +8,13 @@ from xml.etree import ElementTree
 import pytest
 
 from dinfer.config import Config
+from dinfer.job import PlanRefused
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import Shape
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import Counterexample, verify
-from dinfer.session.refusal import PlanRefused
-from dinfer.session.runs.fleet import RankFailed
-from dinfer.verdict.proof import counterexample_svg, cycle_text
+from dinfer.run.fleet import RankFailed
+from dinfer.verdict.drawing import counterexample_svg, cycle_text
 from tests.unit.engine.twin import prompt
 from tests.unit.model.tiny import tiny_checkpoint
 from tests.unit.session.threads import session_on_threads

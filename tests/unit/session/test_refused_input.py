@@ -10,8 +10,8 @@ import pytest
 
 from dinfer.config import ConfigError
 from dinfer.plan.ops import PlanError
-from dinfer.session.runs.run import Run
-from dinfer.session.saved.format import SavedError
+from dinfer.run.run import Run
+from dinfer.saved.format import SavedError
 from dinfer.session.session import Session
 from tests.unit.model.tiny import tiny_checkpoint
 from tests.unit.session.threads import session_on_threads

@@ -11,11 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 import dinfer
+from dinfer.cluster.threads import LocalRanks
 from dinfer.config import Config
-from dinfer.session.local import LocalRanks
-from dinfer.session.machine import machine, versions
-from dinfer.session.reproduce import Done, commands, parameters
-from dinfer.session.runs.run import Run
+from dinfer.run.report import machine, versions
+from dinfer.run.reproduce import Done, commands, parameters
+from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.trace.findings import Findings, findings_of
 from dinfer.trace.trace import Trace

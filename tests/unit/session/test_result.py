@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from dinfer.cluster.ranks import RankState
 from dinfer.config import Config
 from dinfer.engine.corruption import Corruption
-from dinfer.session.job import Job, prepare
-from dinfer.session.launching.runner import Show, conclude
-from dinfer.session.result import merge, result_of, table, write_json
-from dinfer.session.states import RankState
+from dinfer.job import Job, prepare
+from dinfer.launch.runner import ProgressLines, conclude
+from dinfer.run.result import merge, result_of, table, write_json
 from dinfer.trace.events import Event
 from tests.unit.model.tiny import tiny_checkpoint
 
@@ -75,9 +75,9 @@ def test_what_the_user_chose_to_record_is_a_warning_at_the_end_and_no_error(
     ranks[1].reports = {"result": said}
     out = io.StringIO()
     with pytest.raises(RuntimeError, match="the ranks hold different KV after prefill"):
-        conclude(job, ranks, Show(job, out), None)
+        conclude(job, ranks, ProgressLines(job, out), None)
     ranks[1].notes = [note(1)] * 5
-    assert len(conclude(job, ranks, Show(job, out), None)["corrupt"]) == 5
+    assert len(conclude(job, ranks, ProgressLines(job, out), None)["corrupt"]) == 5
     assert out.getvalue().endswith("; and 2 more\n")
     assert (
         "warning: rank 1: V of block c0 l1 came changed from rank 0, on the way or before it was sent; "
@@ -92,7 +92,7 @@ def test_another_port_is_said_on_a_line_of_its_own_also_after_text_has_begun(
     """A short run may be over before its ranks' reports are looked at."""
     model = tiny_checkpoint(tmp_path, layers=2)
     config = Config(world_size=2, threads=1, model_path=str(model), prompt_ids=(1, 2), master_port=29500)
-    show = Show(prepare(config), out := io.StringIO())
+    show = ProgressLines(prepare(config), out := io.StringIO())
     show.on_text(text)
     ranks[0].reports["store"] = {"port": 40001}
     show.progress(ranks)

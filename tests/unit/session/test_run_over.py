@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from dinfer.engine.hosting.commands import Command, Message
-from dinfer.session.kv.live import Live
-from dinfer.session.local import LocalRanks
-from dinfer.session.runs.comparing import Comparing
-from dinfer.session.runs.lent import RunOver
-from dinfer.session.runs.run import Run
+from dinfer.cluster.kv import Live
+from dinfer.cluster.lease import RunOver
+from dinfer.cluster.threads import LocalRanks
+from dinfer.messages import Message
+from dinfer.rank.commands import Command
+from dinfer.run.inspect import Comparing
+from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.unit.engine.expected import lane_threads
 from tests.unit.model.tiny import tiny_checkpoint

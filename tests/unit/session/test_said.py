@@ -11,7 +11,8 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
 import dinfer
-from dinfer.session.said import Moved, Said, SaidText, Where
+from dinfer.display import Displayable, DisplayableText
+from dinfer.results import Moved, Where
 from dinfer.verdict.verdict import Verdict
 
 LINE = "rank 0: received block c2 l1 from <2>"
@@ -22,7 +23,7 @@ LINE = "rank 0: received block c2 l1 from <2>"
     [Moved(((0,),), ((1,),), False, (LINE,)), Where("paused", LINE), Verdict("paused", LINE)],
     ids=lambda said: type(said).__name__,
 )
-def test_its_html_is_its_text_escaped_and_breaks_between_words(said: Said | Verdict) -> None:
+def test_its_html_is_its_text_escaped_and_breaks_between_words(said: Displayable | Verdict) -> None:
     html = said._repr_html_()
     assert str(said).replace("<", "&lt;").replace(">", "&gt;") in html
     for rule in ("white-space:pre-wrap", "overflow-wrap:break-word", "word-break:normal"):
@@ -41,7 +42,7 @@ def shell() -> Iterator[Any]:
 
 
 def test_a_text_is_shown_without_quotation_marks_and_stays_a_text(shell: Any) -> None:
-    text = SaidText("all ranks have met again; <2>")
+    text = DisplayableText("all ranks have met again; <2>")
     shown, _ = shell.display_formatter.format(text)
     assert shown["text/plain"] == "all ranks have met again; <2>"
     assert "all ranks have met again; &lt;2&gt;" in shown["text/html"]

@@ -8,15 +8,15 @@ from itertools import pairwise
 import pytest
 
 from dinfer.engine.board import Stand
-from dinfer.engine.gate import SeededGate
 from dinfer.model.decoder import Decoder
 from dinfer.plan.cut import Cuts
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
-from dinfer.session.runs.fleet import LocalFleet, RankFailed
-from dinfer.session.runs.stepper import NoProgress, Stepper
-from dinfer.session.runs.where import moved_lines, rank_text, where_text
+from dinfer.run.fleet import LocalFleet, RankFailed
+from dinfer.run.stepper import NoProgress, Stepper
+from dinfer.transport.gate import SeededGate
+from dinfer.verdict.where import moved_lines, rank_text, where_text
 from tests.unit.engine.expected import expected, is_complete
 from tests.unit.engine.twin import Twin, prompt, twin
 

@@ -20,10 +20,10 @@ from hypothesis.stateful import (
 )
 
 from dinfer.config import Config
-from dinfer.engine.gate import FreeGate, SeededGate
 from dinfer.model.decoder import Decoder
 from dinfer.plan.cut import UNITS, Cut, Unit, is_inside
-from dinfer.session.runs.stepper import Move, Stepper
+from dinfer.run.stepper import Move, Stepper
+from dinfer.transport.gate import FreeGate, SeededGate
 from tests.unit.engine.expected import (
     NEW_TOKENS,
     differing_blocks,

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from dinfer.session.local import LocalRanks
-from dinfer.session.runs.sweep import FIGURES, Sweep
+from dinfer.cluster.threads import LocalRanks
 from dinfer.session.session import Session
+from dinfer.session.sweep import SWEEP_FIGURES, Sweep
 
 PROMPTS = ["The code of Lima is 471. The code of Lima is", "The code of Oslo is 306. The code of Oslo is"]
 
@@ -34,7 +34,13 @@ def test_every_combination_is_a_row(session: Session) -> None:
         assert {row["text"].strip()[:3] for row in sweep.rows if row["prompt"] == text} == {answer}
     lines = str(sweep).splitlines()
     assert len(lines) == 9
-    assert lines[0].split() == ["prompt", "sync_strategy", "chunk_size", "max_new_tokens", *FIGURES[:-1]]
+    assert lines[0].split() == [
+        "prompt",
+        "sync_strategy",
+        "chunk_size",
+        "max_new_tokens",
+        *SWEEP_FIGURES[:-1],
+    ]
 
 
 def test_a_run_that_cannot_be_is_a_row_that_says_why(session: Session) -> None:

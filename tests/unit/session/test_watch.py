@@ -8,16 +8,16 @@ from typing import Any, cast
 
 import pytest
 
+from dinfer.cluster.link import Link
+from dinfer.cluster.ranks import RankState
 from dinfer.config import Config
 from dinfer.engine.board import Stand
+from dinfer.job import Job
+from dinfer.launch.watch import ProcessWatch
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
-from dinfer.session.blame import silence_limit
-from dinfer.session.job import Job
-from dinfer.session.launching.watch import Watch
-from dinfer.session.link import Link
-from dinfer.session.runs.fleet import RankFailed
-from dinfer.session.states import RankState
+from dinfer.run.failure import silence_limit
+from dinfer.run.fleet import RankFailed
 
 PLAN = build(partition(layers=6, tokens=8, world_size=3, chunk_size=4), "lockstep", "pairwise")
 SPEC = SimpleNamespace(kv_heads=1, head_dim=4, hidden_size=8, dtype="float32")
@@ -52,12 +52,12 @@ def link() -> QuietLink:
 def failure(link: QuietLink) -> str:
     """What the watch says; it must say something."""
     with pytest.raises(RankFailed) as raised:
-        Watch(JOB, cast(Link, link)).explain()
+        ProcessWatch(JOB, cast(Link, link)).explain()
     return str(raised.value)
 
 
 def test_ranks_that_are_heard_of_have_not_failed(link: QuietLink) -> None:
-    Watch(JOB, cast(Link, link)).check()
+    ProcessWatch(JOB, cast(Link, link)).check()
 
 
 def test_a_rank_that_is_gone_is_named(link: QuietLink) -> None:
@@ -75,7 +75,7 @@ def test_only_ranks_that_were_told_to_end_are_no_failure(link: QuietLink) -> Non
     for state in link.ranks[1:]:
         state.gone = True
         state.reports["told_to_end"] = {}
-    Watch(JOB, cast(Link, link)).explain()
+    ProcessWatch(JOB, cast(Link, link)).explain()
 
 
 def test_a_silent_rank_is_named_well_before_the_timeout(link: QuietLink) -> None:
@@ -95,7 +95,7 @@ def test_when_all_others_are_silent_this_host_is_suspected(link: QuietLink) -> N
 
 def test_a_rank_that_has_not_come_yet_is_not_silent(link: QuietLink) -> None:
     link.ranks[1].heard = 0.0
-    Watch(JOB, cast(Link, link)).check()
+    ProcessWatch(JOB, cast(Link, link)).check()
 
 
 def test_what_all_ranks_report_alike_is_no_ranks_own(link: QuietLink) -> None:

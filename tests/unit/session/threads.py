@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dinfer.session.local import LocalRanks
-from dinfer.session.runs.run import Run
+from dinfer.cluster.threads import LocalRanks
+from dinfer.run.run import Run
 from dinfer.session.session import Session
 
 

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinfer.trace.embedded import as_columns, of_columns, read_traces, script_json
+from dinfer.trace.embedded import as_columns, of_columns, script_json
 from dinfer.trace.events import Event
 from dinfer.trace.export import TraceError, write_jsonl
 from dinfer.trace.findings import Findings, KvFinding, RankFinding, findings_of, with_findings
+from dinfer.trace.read import read_traces
 from dinfer.trace.trace import Trace
 from tests.unit.trace.made import events
 

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dinfer.trace.events import Event
-from dinfer.trace.export import FORMAT, TraceError, read_jsonl, write_jsonl
+from dinfer.trace.export import FORMAT, TraceError, write_jsonl
+from dinfer.trace.read import read_jsonl
 from dinfer.trace.trace import Trace
 from tests.unit.trace.made import events
 

@@ -6,9 +6,9 @@ import pytest
 
 from dinfer.plan.graph import NONE, Graph
 from dinfer.plan.partition import partition
-from dinfer.plan.plan import Place, Plan
+from dinfer.plan.plan import OpPlace, Plan
 from dinfer.plan.schedule import build
-from dinfer.trace.paper import Machine, paper_trace
+from dinfer.trace.simulated import Machine, paper_trace
 from dinfer.trace.transfers import by_link, spread, transfers
 
 
@@ -22,7 +22,7 @@ def test_each_op_begins_once_what_it_needs_is_there(schedule: str, strategy: str
     made = plan(schedule, strategy)
     trace, graph = paper_trace(made), Graph(made)
     lanes = [[lane.name for lane in rank] for rank in made.lanes]
-    at = {Place(e.rank, lanes[e.rank].index(e.lane), e.index or 0): e for e in trace.events}
+    at = {OpPlace(e.rank, lanes[e.rank].index(e.lane), e.index or 0): e for e in trace.events}
     assert len(at) == len(trace.events) == len(graph.ops)
     for number in range(len(graph.ops)):
         event = at[graph.place(number)]

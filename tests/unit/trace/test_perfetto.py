@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.trace.events import Event
-from dinfer.trace.export import TraceError, read_jsonl
-from dinfer.trace.paper import paper_trace
+from dinfer.trace.export import TraceError
 from dinfer.trace.perfetto import trace_events
+from dinfer.trace.read import read_jsonl
+from dinfer.trace.simulated import paper_trace
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import transfers
 from tests.unit.trace.made import events

@@ -16,10 +16,10 @@ import pytest
 
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
-from dinfer.trace.paper import paper_trace
+from dinfer.trace.pairing import pairs
 from dinfer.trace.perfetto import op_name
+from dinfer.trace.simulated import paper_trace
 from dinfer.trace.trace import Trace
-from dinfer.trace.transfers import pairs
 
 perfetto = pytest.importorskip(
     "perfetto.trace_processor", reason="the Python package perfetto is not installed: pip install perfetto"
@@ -72,7 +72,7 @@ def test_slices_lie_side_by_side(processor: Any) -> None:
 
 
 def test_arrows_go_from_each_send_to_its_recv(processor: Any, trace: Trace) -> None:
-    sends = [event for event, recv in pairs(trace) if event and recv]
+    sends = [event for event, recv in pairs(trace.events) if event and recv]
     expected = Counter((op_name(one), op_name(one).replace("send", "recv")) for one in sends)
     found = rows(processor, f"select a.name as sent, b.name as came {FLOWS}", "sent", "came")
     assert found == expected

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from dinfer.trace.events import Event
 from dinfer.trace.intervals import Interval, length
-from dinfer.trace.pauses import pauses, without_pauses
-from dinfer.trace.shares import LinkShare, Share, shares
+from dinfer.trace.shares import LinkShare, Share, pauses, shares, without_pauses
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import transfers
 from tests.unit.trace.made import events

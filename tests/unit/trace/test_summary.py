@@ -10,8 +10,8 @@ import pytest
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.trace.findings import Findings, with_findings
-from dinfer.trace.paper import Machine, paper_trace
 from dinfer.trace.shares import shares
+from dinfer.trace.simulated import Machine, paper_trace
 from dinfer.trace.summary import summary, verdict
 from dinfer.trace.trace import Trace
 

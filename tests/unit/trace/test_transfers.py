@@ -8,14 +8,7 @@ from hypothesis import strategies as st
 
 from dinfer.trace.events import Event
 from dinfer.trace.trace import Trace
-from dinfer.trace.transfers import (
-    Transfer,
-    by_link,
-    by_link_and_layer,
-    percentile,
-    spread,
-    transfers,
-)
+from dinfer.trace.transfers import Transfer, by_link, by_link_and_layer, percentile, spread, transfers
 
 S = 10**9
 

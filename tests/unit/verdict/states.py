@@ -6,15 +6,15 @@ from dataclasses import replace
 
 from dinfer.plan.ops import Op
 from dinfer.plan.partition import partition
-from dinfer.plan.plan import Place, Plan
+from dinfer.plan.plan import OpPlace, Plan
 from dinfer.plan.schedule import build
-from dinfer.verdict.signs import Frame, Signs
+from dinfer.verdict.signs import Signs, StackFrame
 from tests.unit.plan.game import Game, Lane
 
 LONG_S = 60.0
-SLEEPS = Frame("/models/model.py", 12, "forward", "time.sleep(60)")
-CALLS_C = Frame("/models/model.py", 14, "forward", "library.wait()", native=True)
-WAITS = Frame("/dinfer/engine/transport/comm.py", 80, "send", "work.wait()", waits=True)
+SLEEPS = StackFrame("/models/model.py", 12, "forward", "time.sleep(60)")
+CALLS_C = StackFrame("/models/model.py", 14, "forward", "library.wait()", native=True)
+WAITS = StackFrame("/dinfer/transport/gloo.py", 80, "send", "work.wait()", waits=True)
 
 
 def lockstep(world_size: int = 2) -> Plan:
@@ -42,8 +42,8 @@ class FaultyGame(Game):
         plan: Plan,
         *,
         seed: int,
-        frozen: set[Place] | None = None,
-        dropped: Place | None = None,
+        frozen: set[OpPlace] | None = None,
+        dropped: OpPlace | None = None,
         rank: int = -1,
     ) -> None:
         super().__init__(plan, rendezvous=True, seed=seed)
@@ -74,10 +74,10 @@ class FaultyGame(Game):
         return None if there is not None and self.is_dropped(there) else there
 
     def is_frozen(self, lane: Lane) -> bool:
-        return lane[0] == self.dead or Place(*lane, self.at[lane]) in self.frozen
+        return lane[0] == self.dead or OpPlace(*lane, self.at[lane]) in self.frozen
 
     def is_dropped(self, lane: Lane) -> bool:
-        return Place(*lane, self.at[lane]) == self.dropped
+        return OpPlace(*lane, self.at[lane]) == self.dropped
 
 
 def signs_of(game: Game, still_s: float = LONG_S) -> list[Signs]:

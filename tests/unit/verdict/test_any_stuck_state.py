@@ -7,9 +7,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dinfer.plan.graph import channel_of
-from dinfer.plan.plan import Place, Plan
+from dinfer.plan.plan import OpPlace, Plan
 from dinfer.plan.verify import Counterexample, verify
-from dinfer.verdict.explain import explain
+from dinfer.verdict.judge import explain
 from dinfer.verdict.signs import Came, Raised, Signs
 from tests.unit.plan.game import Broken, Game, waits
 from tests.unit.plan.strategies import plans, reordered_plans, safe_plans
@@ -19,7 +19,7 @@ SEEDS = st.integers(0, 999)
 
 
 @st.composite
-def places(draw: st.DrawFn, *, transfer: bool = False, compute: bool = False) -> tuple[Plan, Place]:
+def places(draw: st.DrawFn, *, transfer: bool = False, compute: bool = False) -> tuple[Plan, OpPlace]:
     """A plan that verify proves, and one of its ops."""
     plan = draw(safe_plans())
     found = [
@@ -47,7 +47,7 @@ def test_ranks_that_wait_for_one_another_in_a_circle(plan: Plan, seed: int) -> N
 
 
 @given(chosen=places(), seed=SEEDS, what=st.sampled_from(["Python", "C", "GIL", "nothing"]))
-def test_a_lane_that_is_stuck_in_an_op(chosen: tuple[Plan, Place], seed: int, what: str) -> None:
+def test_a_lane_that_is_stuck_in_an_op(chosen: tuple[Plan, OpPlace], seed: int, what: str) -> None:
     """Whatever the op, computing or a transfer, and whoever waits for it."""
     plan, place = chosen
     game = FaultyGame(plan, seed=seed, frozen={place})
@@ -97,7 +97,7 @@ def test_a_rank_that_is_lost_or_stopped_or_has_raised(
 
 
 @given(chosen=places(transfer=True), seed=SEEDS)
-def test_a_message_that_is_never_sent(chosen: tuple[Plan, Place], seed: int) -> None:
+def test_a_message_that_is_never_sent(chosen: tuple[Plan, OpPlace], seed: int) -> None:
     """Its rank goes on as if it were. The next message of the link, if one comes, is not the one expected."""
     plan, place = chosen
     game = FaultyGame(plan, seed=seed, dropped=place)
@@ -112,7 +112,7 @@ def test_a_message_that_is_never_sent(chosen: tuple[Plan, Place], seed: int) -> 
     assert f"`{plan.op(place)}`" in verdict.sentence
 
 
-def received_another(game: FaultyGame, place: Place) -> list[Signs]:
+def received_another(game: FaultyGame, place: OpPlace) -> list[Signs]:
     """The receiver has raised at the recv of the lost message; the sender's next send has ended."""
     plan, op = game.plan, game.plan.op(place)
     channel = channel_of(place.rank, op)

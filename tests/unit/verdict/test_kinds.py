@@ -8,11 +8,11 @@ import pytest
 
 from dinfer.plan.cut import UNITS, Cuts, Unit
 from dinfer.plan.ops import Value, parse_op
-from dinfer.plan.plan import Place, Plan, parse_plan
-from dinfer.session.runs.where import where_text
-from dinfer.verdict.explain import explain
-from dinfer.verdict.signs import Came, Frame, Raised, Signs, Sizes
+from dinfer.plan.plan import OpPlace, Plan, parse_plan
+from dinfer.verdict.judge import explain
+from dinfer.verdict.signs import Came, KvBytes, Raised, Signs, StackFrame
 from dinfer.verdict.verdict import Verdict
+from dinfer.verdict.where import where_text
 from tests.unit.verdict.states import (
     CALLS_C,
     SLEEPS,
@@ -25,10 +25,10 @@ from tests.unit.verdict.states import (
 )
 
 PLAN = pipelined()
-SIZES = Sizes(512, 256)
+SIZES = KvBytes(512, 256)
 
 
-def place_of(plan: Plan, rank: int, op: str) -> Place:
+def place_of(plan: Plan, rank: int, op: str) -> OpPlace:
     return next(place for place, one in plan.places() if place.rank == rank and str(one) == op)
 
 
@@ -60,7 +60,7 @@ def test_a_line_and_its_median_are_in_the_sentence() -> None:
         stuck(frames={"compute": CALLS_C}), "stuck in C", 1
     )
     held = "stuck in C code that holds the interpreter (the GIL) (60 s), at forward (model.py:14)"
-    frame = Frame("/models/model.py", 14, "forward")
+    frame = StackFrame("/models/model.py", 14, "forward")
     assert held in told(stuck(frames={"busy": frame}, answers=False), "stuck in C", 1)
     assert "stuck, nobody knows at which line" in told(stuck(), "stuck", 1)
 

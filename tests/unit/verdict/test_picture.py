@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from xml.etree import ElementTree
 
-from dinfer.verdict.explain import explain
-from dinfer.verdict.picture import Arrow, Box, drawing
+from dinfer.verdict.drawing import Arrow, Box, drawing
+from dinfer.verdict.judge import explain
 from dinfer.verdict.signs import Raised
 from tests.unit.verdict.states import FaultyGame, changed, pipelined, signs_of
 

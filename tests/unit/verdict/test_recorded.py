@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from dinfer.plan.plan import Plan
 from dinfer.trace.events import Event
-from dinfer.trace.export import read_jsonl
-from dinfer.verdict.explain import explain
+from dinfer.trace.read import read_jsonl
+from dinfer.verdict.judge import explain
 from dinfer.verdict.recorded import explain_events
 from dinfer.verdict.signs import Raised, Signs
 from tests.unit.plan.game import Game

@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
-from dinfer.views.bench import PlotError, check_ending, figure, write
+from dinfer.bench.figure import PlotError, check_ending, figure, write
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dinfer.views import bench_fetch, bench_views
-from dinfer.views.bench_views import table
-from dinfer.views.report.page import FIGURES
+from dinfer.bench import views
+from dinfer.bench.views import table
+from dinfer.views.report.page import REPORT_FIGURES
 from tests.unit.session.threads import session_on_threads
 from tests.unit.views.traces import PROMPT
 
@@ -16,18 +16,18 @@ from tests.unit.views.traces import PROMPT
 def test_a_machine_without_a_browser_is_told_that_opening_was_not_timed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bench_views, "_in_browser", lambda *_: None)
-    monkeypatch.setattr(bench_views, "LAYERS", 6)
+    monkeypatch.setattr(views, "_in_browser", lambda *_: None)
+    monkeypatch.setattr(views, "LAYERS", 6)
     said: list[str] = []
-    result = bench_views.bench_views(1, said.append)
+    result = views.bench_views(1, said.append)
     lines = table(result).splitlines()
     assert said == ["figures are timed", "the report is written", "live views are timed"]
-    assert [line.split()[0] for line in lines[1 : 1 + len(FIGURES)]] == list(FIGURES)
+    assert [line.split()[0] for line in lines[1 : 1 + len(REPORT_FIGURES)]] == list(REPORT_FIGURES)
     live = [line for line in lines if line.startswith("live: ")]
     assert [line.split()[1] for line in live] == ["map", "map", "inspector", "latency"]
     assert 4_000_000 < result["report"]["bytes"] < 10_000_000
-    assert f"opening: {bench_views.NEEDED}" in lines
-    assert lines[-1] == f"drawing: {bench_views.NEEDED}"
+    assert f"opening: {views.NEEDED}" in lines
+    assert lines[-1] == f"drawing: {views.NEEDED}"
 
 
 def test_opening_is_told_in_its_three_parts() -> None:
@@ -64,7 +64,7 @@ def test_a_fetch_is_timed_to_its_picture_and_an_error_is_raised(monkeypatch: pyt
     with session_on_threads(3, Path("demo")) as session:
         run = session.prefill(PROMPT, chunk_size=4)
         run.wait()
-        costs = bench_fetch.fetched(run, 2)
+        costs = views.fetched(run, 2)
         assert costs["bytes"] == run.kv(layer=0).k[:].nbytes
         assert all(costs[name] > 0 for name in ("first", "difference", "again"))
 
@@ -73,4 +73,4 @@ def test_a_fetch_is_timed_to_its_picture_and_an_error_is_raised(monkeypatch: pyt
 
         monkeypatch.setattr(run, "kv", lost)
         with pytest.raises(RuntimeError, match="rank 1 is gone"):
-            bench_fetch.fetched(run, 1)
+            views.fetched(run, 1)

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinfer.trace.events import Event
+from dinfer.trace.events import COMPUTE, Event
 from dinfer.trace.shares import shares
-from dinfer.trace.trace import COMPUTE, Trace
+from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import by_link, transfers
 from dinfer.views.figures.exposure import exposure
 from dinfer.views.figures.gantt import MOST_ROWS, Piece, gantt, joined, pieces, rows_of

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dinfer.session.runs.run import Run
+from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.views.inspector import Inspector
 from dinfer.views.quantise import MISSING, ZERO

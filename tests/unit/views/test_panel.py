@@ -15,11 +15,11 @@ from ipywidgets.widgets.widget import _instances
 from dinfer.engine.board import DeviceMemory
 from dinfer.plan.breakpoints import WHENS
 from dinfer.plan.cut import UNITS
-from dinfer.session.runs.marks import Mark
+from dinfer.run.state import Mark
 from dinfer.views.cells import ARMED, DIFFERS, EVERYWHERE, CellMap
 from dinfer.views.frame import INSTALL
 from dinfer.views.panel import VIEW, Panel
-from dinfer.views.protocol import Run
+from dinfer.views.protocol import InspectableRun
 from tests.cluster.runs import wait_for
 from tests.unit.views.conftest import panel_threads
 from tests.unit.views.doubles import PaperRun, TwinRun, paper_plan
@@ -28,7 +28,7 @@ from tests.unit.views.doubles import PaperRun, TwinRun, paper_plan
 class Held:
     """A panel and its run, with the messages of a browser."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: InspectableRun) -> None:
         self.run: Any = run
         self.panel = Panel(run)
         self.sent: list[Any] = []

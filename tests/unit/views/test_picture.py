@@ -15,9 +15,8 @@ from dinfer.trace.trace import Trace
 from dinfer.views.figures.exposure import exposure
 from dinfer.views.figures.gantt import gantt
 from dinfer.views.figures.latency import distribution, latency, layers
-from dinfer.views.figures.marks import BAR
 from dinfer.views.figures.matrix import matrix
-from dinfer.views.figures.picture import WIDTH, svg
+from dinfer.views.figures.svg import BAR, WIDTH, svg
 from tests.unit.views.test_figures import FIGURES, TRACES
 from tests.unit.views.traces import on_paper
 

@@ -19,11 +19,11 @@ from dinfer.plan.lower import lower
 from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
-from dinfer.trace.embedded import read_traces
 from dinfer.trace.events import Event
 from dinfer.trace.findings import Findings, KvFinding, RankFinding, findings_of, with_findings
-from dinfer.trace.paper import paper_trace
+from dinfer.trace.read import read_traces
 from dinfer.trace.shares import LinkShare, Share, Shares, shares
+from dinfer.trace.simulated import paper_trace
 from dinfer.trace.summary import summary
 from dinfer.trace.trace import Trace
 from dinfer.views.cells import EVERYWHERE, NOT_YET

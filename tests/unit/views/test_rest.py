@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dinfer.session.runs.run import Run
+from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.views.cells import CellMap
 from dinfer.views.panel import Panel

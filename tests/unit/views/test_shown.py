@@ -11,9 +11,9 @@ import plotly.graph_objects as go
 import pytest
 
 from dinfer.views.figures.latency import latency
-from dinfer.views.figures.picture import svg
 from dinfer.views.figures.shown import MIME, Shown
 from dinfer.views.figures.style import EITHER, template
+from dinfer.views.figures.svg import svg
 from tests.unit.views.converted import converted
 from tests.unit.views.traces import on_paper
 

@@ -15,7 +15,7 @@ from dinfer.engine.board import DeviceMemory
 from dinfer.trace.transfers import by_link, transfers
 from dinfer.views.cells import STATES, CellMap
 from dinfer.views.figures.latency import latency
-from dinfer.views.figures.picture import svg
+from dinfer.views.figures.svg import svg
 from dinfer.views.panel import Panel
 from dinfer.views.still import COLOURS, map_svg, still_html
 from tests.unit.views.converted import converted

@@ -17,14 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dinfer.views
-from dinfer.session.runs.run import Run
+from dinfer.bench.views import inspected
+from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.views import still_kv
-from dinfer.views.bench_live import inspected
 from dinfer.views.inspector import Fetched, picture
 from dinfer.views.panel import Panel
-from dinfer.views.png import data_uri, png
 from dinfer.views.quantise import MINUS_INF, MISSING, NAN, PLUS_INF, ZERO
+from dinfer.views.still_kv import data_uri, png
 from tests.unit.session.threads import session_on_threads
 from tests.unit.views.converted import converted
 from tests.unit.views.traces import PROMPT

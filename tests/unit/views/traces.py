@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
-from dinfer.trace.paper import Machine, paper_trace
+from dinfer.trace.simulated import Machine, paper_trace
 from dinfer.trace.trace import Trace
 from tests.unit.session.threads import session_on_threads
 

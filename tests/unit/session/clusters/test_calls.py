@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dinfer.session.clusters.calls import Calls, call_expression, source_expression, submit
-from dinfer.session.clusters.errors import RankError, RankGone, RankSilent
+from dinfer.cluster.ipyparallel.calls import Calls, call_expression, source_expression, submit
+from dinfer.cluster.ipyparallel.errors import RankError, RankGone, RankSilent
 
 
 class RemoteError(Exception):

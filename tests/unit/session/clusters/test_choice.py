@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from IPython.core.error import UsageError
 
-from dinfer.session.clusters.choice import choose_cluster, choose_engines, describe
-from dinfer.session.clusters.errors import ClusterError, TooFewEngines
-from dinfer.session.clusters.facts import judge_versions
-from dinfer.session.clusters.known import (
+from dinfer.cluster.ipyparallel.choice import choose_cluster, choose_engines, describe
+from dinfer.cluster.ipyparallel.cluster import target_ids
+from dinfer.cluster.ipyparallel.errors import ClusterError, TooFewEngines
+from dinfer.cluster.ipyparallel.facts import judge_versions
+from dinfer.cluster.ipyparallel.known import (
     STARTING_S,
     Known,
     Owner,
@@ -20,8 +21,7 @@ from dinfer.session.clusters.known import (
     known_clusters,
     launcher_of,
 )
-from dinfer.session.clusters.launcher import BEHIND, command_before, rank_environment
-from dinfer.session.clusters.px import target_ids
+from dinfer.cluster.ipyparallel.launcher import BEHIND, command_before, rank_environment
 
 STOCK = Known(Path("profile_default"), "")
 
@@ -170,7 +170,7 @@ def test_what_a_cluster_file_says() -> None:
     assert controller_pid({}) is None
     assert launcher_of(cluster_file({})) == "local"
     assert (
-        launcher_of({"engines": {"class": "dinfer.session.clusters.launcher.DinferEngineSetLauncher"}})
+        launcher_of({"engines": {"class": "dinfer.cluster.ipyparallel.launcher.DinferEngineSetLauncher"}})
         == "dinfer"
     )
 

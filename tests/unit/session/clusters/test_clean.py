@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from dinfer.session.clusters.clean import clean, report
-from dinfer.session.clusters.ending import end_processes, members
-from dinfer.session.clusters.identity import Identity
-from dinfer.session.clusters.known import Known
-from dinfer.session.clusters.record import Record, record_path
+from dinfer.cluster.ipyparallel.clean import clean, report
+from dinfer.cluster.ipyparallel.ending import end_processes, members
+from dinfer.cluster.ipyparallel.identity import Identity
+from dinfer.cluster.ipyparallel.known import Known, Record, record_path
 
 ME = Identity.of(os.getpid())
 GONE = replace(ME, started="long ago")  # its process id is now another's

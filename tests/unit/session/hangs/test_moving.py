@@ -9,17 +9,17 @@ from typing import cast
 
 import pytest
 
+from dinfer.cluster.ranks import RankState, RankStates
 from dinfer.config import Config
 from dinfer.engine.board import Stand
+from dinfer.job import Job
+from dinfer.monitor import watch
+from dinfer.monitor.signs import CPU_LEAST_S
+from dinfer.monitor.stacks import Stacks
+from dinfer.monitor.watch import HangWatch
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
-from dinfer.session.hangs import watch
-from dinfer.session.hangs.stacks import Stacks
-from dinfer.session.hangs.track import CPU_LEAST_S
-from dinfer.session.hangs.watch import Watch
-from dinfer.session.job import Job
-from dinfer.session.states import RankState, States
-from dinfer.verdict.signs import Frame
+from dinfer.verdict.signs import StackFrame
 
 PLAN = build(partition(layers=6, tokens=8, world_size=3, chunk_size=4), "lockstep", "pairwise")
 SPEC = SimpleNamespace(kv_heads=1, head_dim=4, hidden_size=8, dtype="float32")
@@ -36,20 +36,20 @@ def standing(rank: int, position: int) -> Stand:
 
 @pytest.mark.parametrize("moves", [False, True])
 def test_who_moves_on_while_it_is_asked_is_not_stuck(monkeypatch: pytest.MonkeyPatch, moves: bool) -> None:
-    now, line = time.monotonic(), States(3)
+    now, line = time.monotonic(), RankStates(3)
     for rank, state in enumerate(line.ranks):
         state.stand, state.phase, state.process, state.cpu_s = standing(rank, 0), "prefill", "S", 1.0
         state.heard, state.progressed = now, now - LONG_S
-    watcher = Watch(JOB, line)
+    watcher = HangWatch(JOB, line)
     for rank in range(3):
         watcher._track.note_cpu(rank, now - 2 * CPU_LEAST_S, 1.0)
 
-    def asked(ranks: States, which: Sequence[int]) -> dict[int, Stacks]:
+    def asked(ranks: RankStates, which: Sequence[int]) -> dict[int, Stacks]:
         """Where the ranks' threads stand, which has taken a while."""
         if moves:
             for rank in which:
                 move_on(ranks.ranks[rank], rank)
-        frame = Frame("own.py", 7, "work", "spin()")
+        frame = StackFrame("own.py", 7, "work", "spin()")
         return {
             rank: Stacks({PLAN.lanes[rank][0].name: frame}, "…", answers=True, cpu_s=1.0) for rank in which
         }

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from dinfer.engine import handlers
+from dinfer.engine import ops
 from dinfer.engine.decoding import Decoding
-from dinfer.engine.handlers import HANDLERS, Outcome
+from dinfer.engine.ops import HANDLERS, Outcome
 from dinfer.magics.line import act
-from dinfer.session.runs.explaining import Hung
-from dinfer.session.runs.fleet import RankFailed
-from dinfer.session.runs.run import Run
+from dinfer.run.fleet import RankFailed
+from dinfer.run.hang import Hung
+from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.verdict import waits
 from tests.cluster.runs import wait_for
@@ -57,7 +57,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, rank: int, op: str, action: Action) 
             return found
         return unbroken(state, one, comm)
 
-    monkeypatch.setitem(handlers.HANDLERS, kind, wrapped)
+    monkeypatch.setitem(ops.HANDLERS, kind, wrapped)
 
 
 def begin(session: Session, **parameters: Any) -> Run:
@@ -291,7 +291,7 @@ def test_who_holds_the_line_may_judge_while_another_asks(
         with run._line.changed:
             return {}
 
-    monkeypatch.setattr("dinfer.session.hangs.watch.gather", gather)
+    monkeypatch.setattr("dinfer.monitor.watch.gather", gather)
     asking = threading.Thread(target=run._judge, kwargs={"is_moving": True})
     asking.start()
     assert asks.wait(10)

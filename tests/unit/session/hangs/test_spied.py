@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from dinfer.engine.hosting.spying import Seen, in_c, read
-from dinfer.session.hangs.spied import Spied
-from dinfer.session.hangs.stacks import Stacks, as_dumped, as_spied
-from dinfer.session.states import States
-from dinfer.verdict.signs import BUSY, Frame
+from dinfer.cluster.ranks import RankStates
+from dinfer.monitor.stacks import Spied, Stacks, as_dumped, as_spied
+from dinfer.rank.pyspy import Seen, in_c, read
+from dinfer.verdict.signs import BUSY, StackFrame
 
 RECORDED = Path(__file__).with_name("py-spy.json").read_text(encoding="utf-8")
 """of a process of which one thread sleeps in C and holds the interpreter, and one waits in gloo"""
@@ -55,7 +54,7 @@ def test_c_functions_are_told_without_what_binds_them() -> None:
 
 
 def answered(line: int = 7, *, native: bool = True) -> Stacks:
-    frames = {"compute": Frame(FILE, line, "work", "c.usleep()", native=native)}
+    frames = {"compute": StackFrame(FILE, line, "work", "c.usleep()", native=native)}
     return Stacks(frames, "as asked", answers=True, cpu_s=0.5)
 
 
@@ -80,11 +79,11 @@ def test_what_is_so_no_more_is_not_added() -> None:
 
 DUMP = f"""\
 Thread 0x0007f1 [rank 1 kv-in:0] (most recent call first):
-  File "/x/dinfer/engine/executor.py", line 101 in _do
+  File "/x/dinfer/engine/threads.py", line 101 in _do
 
 Thread 0x0007f2 [rank 1 compute] (most recent call first):
   File "{FILE}", line 7 in work
-  File "/x/dinfer/engine/executor.py", line 101 in _do
+  File "/x/dinfer/engine/threads.py", line 101 in _do
 """
 
 
@@ -110,7 +109,7 @@ def test_of_a_stopped_rank_there_is_a_text() -> None:
     assert "in work" in found.text
 
 
-class Line(States):
+class Line(RankStates):
     """Ranks that are asked, and say what a test has them say."""
 
     def __init__(self) -> None:

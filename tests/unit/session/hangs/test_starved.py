@@ -11,10 +11,10 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from dinfer.engine.hosting.wanting import LOOKS, Wanting
-from dinfer.engine.hosting.watcher import sign_of_life
-from dinfer.session.hangs.track import CPU_LEAST_S, CPU_SHARE, Track
-from dinfer.session.states import RankState
+from dinfer.cluster.ranks import RankState
+from dinfer.monitor.signs import CPU_LEAST_S, CPU_SHARE, Track
+from dinfer.rank.runnable import LOOKS, Wanting
+from dinfer.rank.watcher import sign_of_life
 from tests.cluster.runs import wait_for
 
 SPINS = "print('up', flush=True)\nwhile True: pass"

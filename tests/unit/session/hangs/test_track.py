@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dinfer.cluster.ranks import RankState
 from dinfer.engine.board import Stand
-from dinfer.session.hangs.track import Track
-from dinfer.session.states import RankState
+from dinfer.monitor.signs import Track
 
 
 def at(positions: tuple[int, ...], started: tuple[bool, ...], now: float, limit: int = 9) -> RankState:

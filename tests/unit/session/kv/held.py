@@ -9,13 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dinfer.engine.ledger import Key
-from dinfer.engine.probes import as_numbers, block_digests, row_digests
+from dinfer.kv.digests import as_numbers, block_digests, row_digests
+from dinfer.kv.ledger import BlockKey
+from dinfer.kv.origin import BlockRoute
+from dinfer.kv.source import HeldSpans, Noted, Source, Subject
 from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
-from dinfer.session.kv.origin import Way
-from dinfer.session.kv.source import Held, Noted, Source, Subject
 
 Change = Callable[[Tensor], None]
 """of a block [tokens, 2, heads, dims], in place"""
@@ -48,8 +48,8 @@ class HeldHere(Source):
         ]
         self.kv = {rank: [layer.clone() for layer in made] for rank in range(plan.world_size)}
         self.spans = {rank: [len(self._subject.spans)] * plan.shape.layers for rank in self.kv}
-        self.ledgers: dict[int, dict[Key, tuple[Tensor, Noted]]] = {rank: {} for rank in self.kv}
-        self.way, self.moved, self.fetched = Way(plan), 0, 0
+        self.ledgers: dict[int, dict[BlockKey, tuple[Tensor, Noted]]] = {rank: {} for rank in self.kv}
+        self.way, self.moved, self.fetched = BlockRoute(plan), 0, 0
         for rank in self.kv if ledger else ():
             for layer in range(plan.shape.layers):
                 for chunk in range(len(plan.shape.chunks)):
@@ -102,8 +102,8 @@ class HeldHere(Source):
     def bytes_moved(self) -> int:
         return self.moved
 
-    def held(self, ranks: Sequence[int]) -> list[Held]:
-        return [self._said(Held(tuple(self.spans[r]), tuple(map(len, self.kv[r])))) for r in ranks]
+    def held(self, ranks: Sequence[int]) -> list[HeldSpans]:
+        return [self._said(HeldSpans(tuple(self.spans[r]), tuple(map(len, self.kv[r])))) for r in ranks]
 
     def digests(self, ranks: Sequence[int], layers: Sequence[int], spans: Sequence[range]) -> list[Tensor]:
         return [
@@ -118,7 +118,7 @@ class HeldHere(Source):
             for r in ranks
         ]
 
-    def noted(self, ranks: Sequence[int], layers: Sequence[int]) -> list[dict[Key, Noted]]:
+    def noted(self, ranks: Sequence[int], layers: Sequence[int]) -> list[dict[BlockKey, Noted]]:
         return [{key: said for key, (_, said) in self.ledgers[r].items() if key[1] in layers} for r in ranks]
 
     def noted_rows(self, rank: int, chunk: int, layer: int) -> Tensor | None:
@@ -132,6 +132,6 @@ class HeldHere(Source):
         self.fetched += len(places)
         return self.kv[rank][layer][list(places)]
 
-    def _said(self, held: Held) -> Held:
+    def _said(self, held: HeldSpans) -> HeldSpans:
         self.moved += len(json.dumps(held))
         return held

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from dinfer.session.kv.difference import Diff
-from dinfer.session.runs.run import Run
+from dinfer.kv.difference import Diff
+from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.unit.engine.twin import prompt
 from tests.unit.model.tiny import tiny_checkpoint

@@ -12,11 +12,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dinfer.kv.diff import diff_ranks, diff_sources
+from dinfer.kv.difference import Diff
+from dinfer.kv.source import Selection, Source
 from dinfer.plan.ops import PlanError
-from dinfer.session.kv.diff import diff_ranks, diff_sources
-from dinfer.session.kv.difference import Diff
-from dinfer.session.kv.sides import Selection
-from dinfer.session.kv.source import Source
 from tests.unit.session.kv.held import HeldHere, plan_of
 
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from dinfer.cluster.kv import Live
 from dinfer.plan.ops import PlanError
-from dinfer.session.kv.live import Live
-from dinfer.session.runs.run import Run
+from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.unit.model.tiny import tiny_checkpoint
 from tests.unit.session.threads import session_on_threads

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from dinfer.cluster.threads import LocalRanks
 from dinfer.engine.engine import Engine
-from dinfer.engine.hosting.commands import Message
-from dinfer.engine.inspection import inspect
+from dinfer.kv import view
+from dinfer.messages import Message
 from dinfer.model.cache import KVCache
 from dinfer.plan.ops import PlanError
-from dinfer.session.kv import view
-from dinfer.session.local import LocalRanks
-from dinfer.session.runs.fleet import RankFailed
-from dinfer.session.runs.run import Run
+from dinfer.rank import inspect
+from dinfer.run.fleet import RankFailed
+from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.unit.model.tiny import tiny_checkpoint
 from tests.unit.session.threads import engines, session_on_threads

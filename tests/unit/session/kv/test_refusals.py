@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from dinfer.cluster.threads import LocalRanks
 from dinfer.plan.ops import PlanError
-from dinfer.session.local import LocalRanks
-from dinfer.session.runs.run import Run
+from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.unit.engine.twin import prompt
 from tests.unit.model.tiny import tiny_checkpoint

@@ -12,12 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from dinfer.cli import app
-from dinfer.session.clusters.errors import ClusterError
-from dinfer.session.lab import lab
-from dinfer.session.lab.cells import cells_of, graph_of
-from dinfer.session.lab.expected import Cell, expected
-from dinfer.session.lab.hosts import Network
-from dinfer.session.lab.score import Result, Score
+from dinfer.cluster.ipyparallel.errors import ClusterError
+from dinfer.lab import lab
+from dinfer.lab.cells import cells_of, graph_of
+from dinfer.lab.expected import Cell, expected
+from dinfer.lab.hosts import LabNetwork
+from dinfer.lab.score import Result, Score
 from dinfer.session.session import Session
 
 
@@ -122,10 +122,10 @@ def test_what_links_are_broken_in_is_said_first(
     monkeypatch: pytest.MonkeyPatch, links: str, join: bool, why: str, said: str
 ) -> None:
     """And known to the JSON, and to the session."""
-    network, given = Network("hub", (), "10.77.0.1"), list[Network | None]()
+    network, given = LabNetwork("hub", (), "10.77.0.1"), list[LabNetwork | None]()
 
     @contextmanager
-    def lab_session(*, join: bool, network: Network | None) -> Iterator[Session]:
+    def lab_session(*, join: bool, network: LabNetwork | None) -> Iterator[Session]:
         given.append(network)
         raise ClusterError(f"no cluster, join {join}")
         yield

@@ -7,9 +7,9 @@ from itertools import product
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinfer.session.lab.cells import cells_of, graph_of, possible_cells
-from dinfer.session.lab.covering import covering_array, pairs_of, spread
-from dinfer.session.lab.expected import RULES, target
+from dinfer.lab.cells import cells_of, graph_of, possible_cells
+from dinfer.lab.covering import covering_array, pairs_of, spread
+from dinfer.lab.expected import RULES, target
 
 CELLS = st.lists(
     st.tuples(st.sampled_from("abcd"), st.integers(0, 3), st.booleans()), min_size=1, unique=True

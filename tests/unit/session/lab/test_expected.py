@@ -8,16 +8,16 @@ from typing import get_args
 
 import pytest
 
-from dinfer.engine import misbehave
+from dinfer.lab.cells import LAYERS, TOKENS, graph_of, possible_cells
+from dinfer.lab.expected import RULES, Cell, Expected, expected, following, markdown, target, third
+from dinfer.lab.hosts import LabNetwork
+from dinfer.lab.orders import ACTS, SLOW_BITS_PER_S, orders, pace, slowed
+from dinfer.lab.trial import IDS
 from dinfer.model.checkpoint import check
 from dinfer.plan.graph import channel_of
 from dinfer.plan.ops import parse_op
-from dinfer.session.lab.cells import LAYERS, TOKENS, graph_of, possible_cells
-from dinfer.session.lab.expected import RULES, Cell, Expected, expected, following, markdown, target, third
-from dinfer.session.lab.hosts import Network
-from dinfer.session.lab.orders import ACTS, SLOW_BITS_PER_S, orders, pace, slowed
-from dinfer.session.lab.trial import IDS
-from dinfer.verdict.waits import HUNG, Kind
+from dinfer.rank import faults
+from dinfer.verdict.waits import HUNG, HangKind
 
 README = Path(__file__).parents[4] / "README.md"
 
@@ -97,7 +97,7 @@ def test_what_must_be_said_of_a_link_that_is_broken_in_the_network() -> None:
 
 
 def test_who_is_slow_is_not_hung_and_all_else_is() -> None:
-    assert {rule.kind for rule in RULES.values()} <= set(get_args(Kind))
+    assert {rule.kind for rule in RULES.values()} <= set(get_args(HangKind))
     assert all((rule.kind in HUNG) != rule.is_slow for rule in RULES.values())
 
 
@@ -107,14 +107,14 @@ def test_every_cell_that_is_possible_gives_orders_that_ranks_can_follow() -> Non
         for rank, messages in orders(graph, given).items():
             mine = {str(op) for lane in graph.plan.lanes[rank] for op in lane.ops}
             for message in messages:
-                assert message["act"] in misbehave.ACTS
+                assert message["act"] in faults.ACTS
                 assert set(message.get("ops", ())) <= mine, (given, message)
 
 
 @pytest.mark.parametrize("fault", ["link cut", "slow link"])
 def test_links_break_in_the_network_where_there_is_one(fault: str) -> None:
     """By the rank that sends over it, when it comes to its op; other ranks only keep their pace."""
-    graph, network = graph_of("pairwise", "pipelined"), Network("hub", (), "10.77.0.1")
+    graph, network = graph_of("pairwise", "pipelined"), LabNetwork("hub", (), "10.77.0.1")
     given = next(
         it for it in possible_cells() if it.fault == fault and it.rank == 1 and it.strategy == "pairwise"
     )

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from dinfer.session.lab.hosts import RANGES, HostsError, Network, free_range, why_not
+from dinfer.lab.hosts import RANGES, HostsError, LabNetwork, free_range, why_not
 
 
 def test_addresses_are_those_to_which_no_route_leads() -> None:
@@ -30,7 +30,7 @@ def test_why_there_are_none_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wire_is_the_same_from_both_ends_and_slow_in_one_direction() -> None:
-    network = Network("hub", (), "10.77.0.1")
+    network = LabNetwork("hub", (), "10.77.0.1")
     assert network.cut(0, 2) == network.cut(2, 0) != network.cut(0, 1)
     assert network.slow(0, 2, 1000) != network.slow(2, 0, 1000)
     assert "1000bit" in network.slow(0, 2, 1000)

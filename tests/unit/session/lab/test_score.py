@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from dinfer.session.lab.expected import Cell, Expected
-from dinfer.session.lab.score import Result, Score
+from dinfer.lab.expected import Cell, Expected
+from dinfer.lab.score import Result, Score
 
 CELL = Cell("exception", 1, 3, 0, "ring", "lockstep")
 WANTED = Expected("exception", 1, "layer c0 l3")

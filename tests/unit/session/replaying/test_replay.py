@@ -14,17 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinfer.engine.execution import OpFailed
-from dinfer.engine.inspection.holding import hidden_digest
+from dinfer.engine.lanes import OpFailed
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import PlanError
-from dinfer.session.replaying.live import recorded_of
-from dinfer.session.replaying.recorded import Recorded, RecordError
-from dinfer.session.replaying.replay import Replay
-from dinfer.session.runs.fleet import RankFailed
-from dinfer.session.runs.run import Run
-from dinfer.session.said import Decoded
-from dinfer.session.saved.saved import Saved, open_saved
+from dinfer.rank.inventory import hidden_digest
+from dinfer.results import Decoded
+from dinfer.run.fleet import RankFailed
+from dinfer.run.recorded import recorded_of
+from dinfer.run.run import Run
+from dinfer.saved.replay.record import RankRecord, RecordError
+from dinfer.saved.replay.replay import Replay
+from dinfer.saved.saved import Saved, open_saved
 from dinfer.session.session import Session
 from tests.cluster.runs import wait_for
 from tests.unit.engine.twin import prompt
@@ -60,7 +60,7 @@ def begin(session: Session, **parameters: Any) -> Run:
 
 
 @pytest.fixture
-def recorded(session: Session) -> Recorded:
+def recorded(session: Session) -> RankRecord:
     """Rank 1 of a run that has ended prefill."""
     run = begin(session, paused=False)
     run.wait(60)
@@ -273,7 +273,7 @@ def test_no_tokens_are_decoded_of_a_run_that_had_none(session: Session, decoder:
 
 
 def test_a_changed_hidden_state_shows_in_the_first_block_made_of_it(
-    recorded: Recorded, decoder: Decoder
+    recorded: RankRecord, decoder: Decoder
 ) -> None:
     hidden = {key: one.clone() for key, one in recorded.hidden.items()}
     hidden[1, 3][0, 0, 0] += 1
@@ -283,7 +283,7 @@ def test_a_changed_hidden_state_shows_in_the_first_block_made_of_it(
         assert "not as in the run: block c1 l3" in str(replay.where())
 
 
-def test_a_changed_block_is_told_on_arrival(recorded: Recorded, decoder: Decoder) -> None:
+def test_a_changed_block_is_told_on_arrival(recorded: RankRecord, decoder: Decoder) -> None:
     def block(chunk: int, layer: int) -> Tensor:
         found = recorded.block(chunk, layer).clone()
         if (chunk, layer) == (2, 5):
@@ -347,7 +347,7 @@ def test_a_fault_that_cannot_be_repeated_is_named(session: Session, decoder: Dec
         )
 
 
-def test_one_that_is_dropped_gives_up_its_threads_weights_and_kv(recorded: Recorded, model: Path) -> None:
+def test_one_that_is_dropped_gives_up_its_threads_weights_and_kv(recorded: RankRecord, model: Path) -> None:
     replay = Replay(recorded, decoder=Decoder.load(model))
     replay.step("layer")
     held = [weakref.ref(replay.decoder.model), weakref.ref(replay.engine.cache)]
@@ -362,14 +362,14 @@ def test_one_that_is_dropped_gives_up_its_threads_weights_and_kv(recorded: Recor
 # -- what cannot be replayed
 
 
-def test_there_is_no_such_rank(session: Session, recorded: Recorded) -> None:
+def test_there_is_no_such_rank(session: Session, recorded: RankRecord) -> None:
     with pytest.raises(PlanError, match=r"rank is 3; the ranks of this run are 0 to 2\."):
         session.run.replay(3)
     with pytest.raises(PlanError, match="rank is -1"):
         Replay(replace(recorded, rank=-1))
 
 
-def test_hidden_states_that_were_not_recorded(recorded: Recorded) -> None:
+def test_hidden_states_that_were_not_recorded(recorded: RankRecord) -> None:
     with pytest.raises(
         RecordError,
         match=r"what entered rank 1 was not recorded: final, hidden c0 l3, hidden c1 l3 and 1 more\.",
@@ -377,7 +377,7 @@ def test_hidden_states_that_were_not_recorded(recorded: Recorded) -> None:
         Replay(replace(recorded, hidden={}, final=None))
 
 
-def test_a_block_that_was_not_recorded_ends_it_there(recorded: Recorded, decoder: Decoder) -> None:
+def test_a_block_that_was_not_recorded_ends_it_there(recorded: RankRecord, decoder: Decoder) -> None:
     def block(chunk: int, layer: int) -> Tensor:
         raise KeyError(chunk, layer)
 
@@ -388,7 +388,7 @@ def test_a_block_that_was_not_recorded_ends_it_there(recorded: Recorded, decoder
         replay.resume()
 
 
-def test_another_dtype(recorded: Recorded, model: Path) -> None:
+def test_another_dtype(recorded: RankRecord, model: Path) -> None:
     half = {key: one.to(torch.bfloat16) for key, one in recorded.hidden.items()}
     with pytest.raises(RecordError, match="were recorded in bfloat16, but the run's dtype is float32"):
         Replay(replace(recorded, hidden=half))
@@ -398,7 +398,7 @@ def test_another_dtype(recorded: Recorded, model: Path) -> None:
         Replay(recorded, decoder=Decoder.load(model, "bfloat16"))
 
 
-def test_a_checkpoint_that_is_gone_or_another(recorded: Recorded, model: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_gone_or_another(recorded: RankRecord, model: Path, tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"cannot be read here: .*nowhere.* Give replay\(…, model_path=…\)"):
         Replay(recorded, model_path=str(tmp_path / "nowhere"))
     other = tiny_checkpoint(tmp_path / "other", seed=1, tokenizer=True)

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from dinfer.cluster.threads import LocalRanks
 from dinfer.engine.engine import Engine
 from dinfer.model.decoder import Decoder
-from dinfer.session.local import LocalRanks
-from dinfer.session.replaying.replay import Replay
-from dinfer.session.runs.run import Run
-from dinfer.session.saved.saved import open_saved
+from dinfer.run.run import Run
+from dinfer.saved.replay.replay import Replay
+from dinfer.saved.saved import open_saved
 from dinfer.session.session import Session
 from tests.unit.engine.twin import prompt
 from tests.unit.model.tiny import tiny_checkpoint

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dinfer.session.runs.run import Run
+from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.unit.engine.expected import lane_threads
 from tests.unit.model.tiny import tiny_checkpoint

@@ -6,7 +6,7 @@ from typing import Any
 
 from dinfer.engine.engine import Engine
 from dinfer.model.cache import KVCache
-from dinfer.session.runs.run import Run
+from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.unit.session.threads import engines
 

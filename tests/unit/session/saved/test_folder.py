@@ -15,11 +15,10 @@ import torch
 from safetensors.torch import save_file
 
 import dinfer
-from dinfer.session.runs.run import Run
-from dinfer.session.saved import writing
-from dinfer.session.saved.description import DESCRIPTION
-from dinfer.session.saved.folder import replacing
-from dinfer.session.saved.format import SavedError
+from dinfer.run.run import Run
+from dinfer.saved import write
+from dinfer.saved.format import DESCRIPTION, SavedError
+from dinfer.saved.write import replacing
 from dinfer.trace.export import write_jsonl
 from dinfer.trace.trace import Trace
 from tests.unit.session.kv.held import HeldHere, plan_of
@@ -177,7 +176,7 @@ def test_what_fails_midway_leaves_all_as_it_was(
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writing, "take_hidden", fail)
+    monkeypatch.setattr(write, "take_hidden", fail)
     for name in ("one", "other"):
         with pytest.raises(KeyboardInterrupt):
             run.save(tmp_path / name)

@@ -12,11 +12,11 @@ import torch
 from safetensors import safe_open
 
 import dinfer
-from dinfer.engine.execution import OpFailed
+from dinfer.engine.lanes import OpFailed
+from dinfer.kv.difference import Difference
 from dinfer.plan.ops import PlanError
-from dinfer.session.kv.difference import Difference
-from dinfer.session.runs.run import Run
-from dinfer.session.saved.format import SavedError
+from dinfer.run.run import Run
+from dinfer.saved.format import SavedError
 from dinfer.session.session import Session
 from dinfer.verdict import waits
 from tests.cluster.runs import wait_for

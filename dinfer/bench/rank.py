@@ -1,0 +1,141 @@
+"""The ranks' side of `dinfer bench`: several plans on the same ranks, in turn, so that figures compare.
+
+What the figures say is not judged here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from time import perf_counter, process_time
+from typing import NamedTuple
+
+import torch
+
+from dinfer.config import Config, Schedule, SyncStrategy
+from dinfer.engine.engine import Engine
+from dinfer.model.decoder import Decoder
+from dinfer.plan.plan import Lane, Plan
+from dinfer.trace.trace import Trace
+from dinfer.transport.gate import FreeGate
+from dinfer.transport.gloo import Comm, GlooComm, join_store, open_store
+from dinfer.transport.in_process import Exchange
+
+START_S = 300.0
+
+
+class Variant(NamedTuple):
+    """One way to run the prompt. `alone`: rank 0 by itself; `sync`: whether blocks are synced at all; `digests`:
+    whether blocks are digested, and all rows checked afterwards."""
+
+    name: str
+    schedule: Schedule = "pipelined"
+    sync_strategy: SyncStrategy = "pairwise"
+    alone: bool = False
+    sync: bool = True
+    digests: bool = True
+
+
+VARIANTS = (
+    Variant("one process", alone=True),
+    Variant("pipelined, no sync", sync=False),
+    Variant("pipelined, pairwise"),
+    Variant("pipelined, ring", sync_strategy="ring"),
+    Variant("lockstep, pairwise", schedule="lockstep"),
+    Variant("lockstep, ring", schedule="lockstep", sync_strategy="ring"),
+)
+
+
+class BenchCase(NamedTuple):
+    """A variant with the first `tokens` tokens of the prompt, in chunks of `chunk_size`."""
+
+    variant: Variant
+    tokens: int
+    chunk_size: int
+
+
+class TimedPrefill(NamedTuple):
+    """Seconds of one prefill, and those in which this rank moved KV and computed nothing; the CPU seconds of this rank;
+    and seconds of the check before decode."""
+
+    seconds: float
+    exposed_sync_s: float
+    cpu_s: float = 0.0
+    check_s: float = 0.0
+
+
+def without_sync(plan: Plan) -> Plan:
+    """The same plan with no block passed on: the difference is what sync costs. Nobody can decode from it."""
+    lanes = tuple(
+        tuple(
+            Lane(lane.name, kept)
+            for lane in rank
+            if (kept := tuple(op for op in lane.ops if not (op.is_transfer and op.what == "kv")))
+        )
+        for rank in plan.lanes
+    )
+    return replace(plan, lanes=lanes)
+
+
+def bench_rank(
+    rank: int, config: Config, port: Connection, ids: Sequence[int], cases: Sequence[BenchCase], repeats: int
+) -> list[list[TimedPrefill]]:
+    """Prefill of each case, `repeats` times in turn; all ranks make the same calls.
+
+    Rank 0 opens a port and sends its number into `port`; the others receive it there.
+    """
+    torch.set_num_threads(config.threads)
+    if rank == 0:
+        store, opened = open_store(config.master_addr, config.master_port)
+        port.send(opened)
+    else:
+        store = join_store(config.master_addr, port.recv(), START_S)
+    decoder = Decoder.load(config.model_path, config.dtype)
+    comm = GlooComm(rank, config.world_size, store, START_S)
+    timed: list[list[TimedPrefill]] = [[] for _ in cases]
+    for repeat in range(repeats + 1):
+        for case, kept in zip(cases, timed, strict=True):
+            took = _time(case, decoder, comm, config, ids[: case.tokens])
+            if repeat:  # the first round warms up
+                kept.append(took)
+    comm.all_gather(b"d")
+    comm.close()
+    return timed
+
+
+def _time(case: BenchCase, decoder: Decoder, comm: Comm, config: Config, ids: Sequence[int]) -> TimedPrefill:
+    variant = case.variant
+    settings = config.with_(
+        chunk_size=case.chunk_size,
+        schedule=variant.schedule,
+        sync_strategy=variant.sync_strategy,
+        unsafe=not variant.sync,
+        digests=variant.digests,
+    )
+    if variant.alone:
+        alone = comm.rank == 0
+        took = _prefill(_alone(decoder, settings), ids, sync=True) if alone else TimedPrefill(0.0, 0.0)
+        comm.all_gather(b"a")
+        return took
+    engine = Engine(decoder, comm, settings)
+    return _prefill(engine, ids, sync=variant.sync)
+
+
+def _alone(decoder: Decoder, config: Config) -> Engine:
+    return Engine(decoder, Exchange(1, FreeGate()).comm(0), config.with_(world_size=1, layer_split=()))
+
+
+def _prefill(engine: Engine, ids: Sequence[int], *, sync: bool) -> TimedPrefill:
+    """The time from when all ranks are ready until all are done."""
+    plan = engine.plan_for(len(ids))
+    engine.prepare(ids, plan=plan if sync else without_sync(plan))
+    engine.comm.all_gather(b"s")
+    started, cpu = perf_counter(), process_time()
+    engine.prefill_phase()
+    cpu = process_time() - cpu
+    engine.comm.all_gather(b"e")
+    took = perf_counter() - started
+    engine.recheck()
+    assert engine.recorder is not None
+    figures = Trace.merge([engine.recorder.events()]).rank_figures(engine.rank)
+    engine.release()
+    return TimedPrefill(took, figures.exposed_sync_s, cpu, engine.check_s)

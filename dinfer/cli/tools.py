@@ -1,0 +1,133 @@
+"""`dinfer doctor` and `dinfer clean`: is this machine fit, and what has been left on it?"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, keep_json, stop
+from dinfer.config import ConfigError
+from dinfer.trace.export import TraceError
+from dinfer.trace.read import read_traces
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str, typer.Option(help="a checkpoint folder, to compare its memory with what is free")
+    ] = "",
+    world_size: Annotated[int, typer.Option(help="number of ranks to try out together")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Check this machine: versions, devices, network, memory, leftovers. Status 0: fit; 1: something to mend."""
+    from dinfer.doctor.doctor import doctor as examine
+
+    try:
+        status = examine(model or None, world_size, as_json)
+    except ConfigError as error:
+        stop(error, BAD_INPUT)
+    raise typer.Exit(status)
+
+
+@app.command()
+def clean(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be ended")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """End clusters that dinfer started and whose client is gone, and nothing else. Status 1: one could not be ended."""
+    from dinfer.cluster.ipyparallel.clean import clean as find_and_end
+    from dinfer.cluster.ipyparallel.clean import report
+
+    text, status = report(find_and_end(dry_run=dry_run), as_json)
+    print(text)
+    raise typer.Exit(status)
+
+
+@app.command()
+def report(
+    traces: Annotated[
+        list[str], typer.Argument(help="what `dinfer run --trace` or a report holds; several are compared")
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="the file to write")] = "report.html",
+) -> None:
+    """Write a report that opens without network or kernel. Status 0: written; 1: not written; 2: not a trace."""
+    try:
+        found = [(Path(path).stem, read_traces(path)) for path in traces]
+    except OSError as error:
+        stop(f"the trace {error.filename!r} cannot be read: {error.strerror}.", BAD_INPUT)
+    except TraceError as error:
+        stop(error, BAD_INPUT)
+    from dinfer.views.report.page import write_report
+
+    runs = [trace for _, some in found for trace in some]
+    names = [
+        name if len(some) == 1 else f"{name}, run {n}"
+        for name, some in found
+        for n in range(1, len(some) + 1)
+    ]
+    if len(set(names)) < len(names):
+        names = [f"{n}: {name}" for n, name in enumerate(names, 1)]
+    try:
+        print(f"report: {write_report(runs, output, names if len(names) > 1 else ())}")
+    except OSError as error:
+        stop(f"the report could not be written to {output}: {error.strerror}.", FAILED)
+
+
+@app.command()
+def lab(
+    sample: Annotated[
+        int | None, typer.Option(help="so many cells, spread over the faults; default: the whole matrix")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="which cells, and in which order")] = 0,
+    slow_runs: Annotated[
+        int, typer.Option(help="so many runs more that are slow, and move: is an alarm raised?")
+    ] = 0,
+    json_path: Annotated[str, typer.Option("--json", help="write what was found to this file")] = "",
+    join: Annotated[
+        bool, typer.Option("--join", help="use the cluster of 3 that runs; its engines are killed on purpose")
+    ] = False,
+    links: Annotated[
+        str,
+        typer.Option(
+            help="where links are cut and slowed: namespaces (of the network, needs root), transport, or auto: "
+            "namespaces where this machine allows"
+        ),
+    ] = "auto",
+) -> None:
+    """Run communication faults on a real cluster and judge what is said of them. Status 0: all right; 1: something not;
+    2: no such lab."""
+    from dinfer.config import ConfigError
+    from dinfer.lab.cells import cells_of
+    from dinfer.lab.lab import run_lab
+    from dinfer.lab.score import Score
+
+    for name, count in (("sample", sample or 0), ("slow_runs", slow_runs)):
+        if count < 0:
+            stop(f"{name} is {count}; it must be 0 or more.", BAD_INPUT)
+    cells = cells_of(seed, sample)
+    score, status = Score(seed, len(cells)), FAILED
+    try:
+        run_lab(cells, score, _say, slow_runs=slow_runs, join=join, links=links)
+        status = 0 if score.all_right else FAILED
+    except ConfigError as error:
+        stop(str(error), BAD_INPUT)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+        _say("dinfer: interrupted; what was found so far:")
+    except (RuntimeError, TimeoutError) as error:
+        _say(f"dinfer: the lab cannot go on: {error}")
+    _tell(score.table(), score.as_dict(), json_path)
+    raise typer.Exit(status)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _tell(table: str, found: dict[str, object], json_path: str) -> None:
+    from dinfer.run.report import machine, versions
+
+    print(table)
+    if json_path:
+        keep_json({**found, "machine": machine(), "versions": versions()}, json_path)

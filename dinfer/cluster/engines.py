@@ -1,0 +1,113 @@
+"""Ranks that are ipyparallel engines: a cluster's processes, each with a watcher beside it that speaks for it."""
+
+import socket
+import time
+from typing import Any
+
+from dinfer.cluster.ipyparallel.cluster import Cluster
+from dinfer.cluster.ipyparallel.facts import own_loopback
+from dinfer.cluster.link import Link
+from dinfer.cluster.ranks import LOST, STOPPED_S, Ranks
+from dinfer.errors import NoAnswer
+from dinfer.messages import Message
+from dinfer.transport.interface import LOOPBACK, own_address_towards
+
+START_S = 60.0
+
+PAUSE_S = 2.0
+"""in a cluster that was joined: how long its client may be gone before the run pauses"""
+
+SILENT_S = 3.0
+"""a watcher speaks ten times a second"""
+
+
+class EngineRanks(Link, Ranks):
+    """`patience`: seconds after which engines of a cluster that dinfer started end themselves without their client."""
+
+    def __init__(self, cluster: Cluster, patience: float) -> None:
+        self.cluster = cluster
+        self._patience = patience
+        here = own_loopback()
+        away = [facts.address for facts in cluster.facts if facts.loopback != here]
+        super().__init__(cluster.n, own_address_towards(away[0]) if away else LOOPBACK)
+        self._start(range(cluster.n))
+        self._meet_at = self._address_for_all()
+
+    def describe(self) -> str:
+        gpus = sum({facts.host: facts.cuda for facts in self.cluster.facts}.values())
+        return f"{self.cluster.describe()}; {f'{gpus} GPUs' if gpus else 'no GPU, so CPUs'}"
+
+    def exits(self) -> list[int | None]:
+        return [
+            LOST if state.gone or not self.cluster.alive(rank) else None
+            for rank, state in enumerate(self.ranks)
+        ]
+
+    def cores(self) -> list[int]:
+        """How many ranks share each rank's host."""
+        hosts = [facts.host for facts in self.cluster.facts]
+        return [hosts.count(host) for host in hosts]
+
+    def meeting(self) -> Message:
+        """Where the ranks' group is to meet."""
+        return {"address": self._meet_at, "port": 0}
+
+    def silent(self) -> list[int]:
+        """Ranks whose process is stopped for a while, or whose watcher has not been heard of lately."""
+        now = time.monotonic()
+        return [
+            rank
+            for rank, state in enumerate(self.ranks)
+            if now - (state.stopped or now) > STOPPED_S or now - state.heard > SILENT_S
+        ]
+
+    def kill(self, rank: int) -> None:
+        self.cluster.kill(rank)
+
+    def revive(self, rank: int) -> None:
+        """Start an engine again, and the rank in it."""
+        self.cluster.respawn(rank)
+        self.reset(rank)
+        self._start([rank])
+
+    def listen_for_debugger(self, rank: int, port: int) -> tuple[str, int]:
+        call = "dinfer.rank.kernel:listen_for_debugger"
+        return self.cluster.facts[rank].host, self.cluster.call(rank, call, port, timeout=START_S)[0]
+
+    def close(self) -> None:
+        super().close()
+        self.cluster.close()
+
+    def _address_for_all(self) -> str:
+        """Rank 0's address, as the others reach it."""
+        first, *others = self.cluster.facts
+        away = [facts.address for facts in others if facts.loopback != first.loopback]
+        if not away:
+            return LOOPBACK
+        # An engine beside the controller may see no more of it than loopback, to which no other host gets.
+        outside = [address for address in away if not address.startswith("127.")]
+        call = "dinfer.rank.kernel:address_towards"
+        return str(self.cluster.call(0, call, outside[0], timeout=START_S)[0]) if outside else first.address
+
+    def _start(self, ranks: Any) -> None:
+        calls = {
+            rank: self.cluster.call_async(rank, "dinfer.rank.kernel:start", self._part(rank), self.world_size)
+            for rank in ranks
+        }
+        for call in calls.values():
+            call.result(START_S)
+        with self.changed:
+            if not self.changed.wait_for(lambda: all(self.ranks[rank].heard for rank in calls), START_S):
+                silent = [rank for rank in calls if not self.ranks[rank].heard]
+                raise NoAnswer(
+                    f"nothing was heard of rank {', '.join(map(str, silent))} within {START_S:g} s: can its host reach "
+                    f"{self.endpoint} on {socket.gethostname()}?"
+                )
+
+    def _part(self, rank: int) -> Message:
+        """What the rank's watcher needs, and what it does once this process is gone."""
+        controller = self.cluster.controller_pid
+        ends = [controller] if rank == 0 and controller else []
+        end = {"do": "end", "patience_s": self._patience, "ends": ends}
+        pause = {"do": "pause", "patience_s": PAUSE_S, "ends": []}
+        return self.job_part(rank, orphan=end if self.cluster.started_by_us else pause)

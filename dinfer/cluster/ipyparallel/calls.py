@@ -1,0 +1,101 @@
+"""Functions called on engines by name, with answers by rank. Never waits for an engine that has ended."""
+
+import json
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, wait
+from typing import Any
+
+from dinfer.cluster.ipyparallel.errors import RankError, RankGone, RankSilent
+
+_submitting = threading.Lock()
+"""ipyparallel's sockets may be used by one thread at a time"""
+
+
+class Calls:
+    """One call in flight on some ranks. `names`: how messages name each rank."""
+
+    def __init__(self, futures: Mapping[int, "Future[Any]"], names: Mapping[int, str]) -> None:
+        self._futures = dict(futures)
+        self._names = names
+
+    def done(self) -> bool:
+        """Whether every rank has answered, or ended."""
+        return all(future.done() for future in self._futures.values())
+
+    def result(self, timeout: float | None = None, check: bool = True) -> list[Any]:
+        """The answers in the order of ranks, after at most `timeout` seconds.
+
+        `check`: the first rank that fails, ends or is late raises at once; else its RankError stands in its place.
+        """
+        wait(
+            self._futures.values(),
+            timeout=timeout,
+            return_when=FIRST_EXCEPTION if check else ALL_COMPLETED,
+        )
+        answers = {rank: self._answer(rank, timeout) for rank in self._futures}
+        failed = [answer for answer in answers.values() if isinstance(answer, RankError)]
+        if check and failed:
+            raise min(failed, key=lambda error: (isinstance(error, RankSilent), error.rank))
+        return list(answers.values())
+
+    def _answer(self, rank: int, timeout: float | None) -> Any:
+        """What the rank said, or what is wrong with it."""
+        future, name = self._futures[rank], self._names[rank]
+        if not future.done():
+            return RankSilent(rank, f"{name} has not answered within {timeout or 0:g} s.")
+        error = future.exception()
+        return future.result() if error is None else as_rank_error(rank, name, error)
+
+
+def as_rank_error(rank: int, name: str, error: BaseException) -> RankError:
+    """An engine's error in one line, with its traceback kept."""
+    if isinstance(error, RankError):
+        return error
+    kind, said = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
+    if kind == "EngineError":  # ipyparallel's word for an engine that ended during a call
+        return RankGone(rank, f"{name} ended during a call.")
+    return RankError(rank, f"{name}: {kind}: {said}", str(getattr(error, "traceback", "") or ""))
+
+
+def submit(client: Any, engine_id: int, expression: str, rank: int, name: str) -> "Future[Any]":
+    """Evaluate a Python expression on one engine. Text and JSON only: pickled code breaks between Python versions."""
+    with _submitting:
+        if engine_id in client.ids:
+            try:
+                future: Future[Any] = client[engine_id].apply_async(eval, expression)
+                return future
+            except (IndexError, KeyError):
+                pass  # it ended just now
+    gone: Future[Any] = Future()
+    gone.set_exception(RankGone(rank, f"{name} has ended."))
+    return gone
+
+
+def call_expression(function: str, args: Sequence[Any]) -> str:
+    """`module:function` and its arguments, which must survive JSON, as an expression. Raises ValueError, TypeError."""
+    module, colon, attribute = function.partition(":")
+    if not (colon and all(part.isidentifier() for part in [*module.split("."), attribute])):
+        raise ValueError(
+            f"function is {function!r}; it must be module:function, such as dinfer.model.free:free_bytes."
+        )
+    text = json.dumps(list(args))
+    return (
+        f"__import__('importlib').import_module({module!r}).{attribute}(*__import__('json').loads({text!r}))"
+    )
+
+
+def source_expression(source: str, function: str) -> str:
+    """The source of a function without arguments, as an expression that calls it and leaves nothing behind."""
+    return f"(lambda names: (exec({source!r}, names), names[{function!r}]())[1])({{}})"
+
+
+def wait_until(condition: Any, timeout: float) -> bool:
+    """Whether it holds within that many seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True

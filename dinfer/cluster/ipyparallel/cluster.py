@@ -1,0 +1,197 @@
+"""A cluster that has been joined: its ranks, called, killed and brought back. Made by `attach`."""
+
+import atexit
+import contextlib
+import os
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+from ipyparallel.client.magics import ParallelMagics
+from IPython.core.error import UsageError
+from IPython.core.getipython import get_ipython
+
+from dinfer.cluster.ipyparallel.calls import Calls, call_expression, submit, wait_until
+from dinfer.cluster.ipyparallel.choice import describe
+from dinfer.cluster.ipyparallel.ending import stop_cluster
+from dinfer.cluster.ipyparallel.errors import ClusterError
+from dinfer.cluster.ipyparallel.facts import EngineFacts, introduce
+from dinfer.cluster.ipyparallel.identity import Identity
+from dinfer.cluster.ipyparallel.known import Known, launcher_of
+from dinfer.cluster.ipyparallel.revival import revive
+
+
+class RankMagics(ParallelMagics):  # type: ignore[misc]
+    """ipyparallel's own magics, with ranks for targets."""
+
+    ids: Sequence[int] = ()
+
+    def _eval_target_str(self, ts: str) -> int | list[int]:
+        return target_ids(ts, self.ids)
+
+
+def target_ids(text: str, ids: Sequence[int]) -> int | list[int]:
+    """`1`, `0,2`, `[0, 2]`, `1:`, `::2` or `all`, in ranks, as engine ids. Raises UsageError."""
+    ranks = list(range(len(ids)))
+    try:
+        if text.strip() == "all":
+            return list(ids)
+        if ":" in text:
+            return [
+                ids[rank] for rank in ranks[slice(*(int(w) if w.strip() else None for w in text.split(":")))]
+            ]
+        wanted = [ranks[int(word)] for word in text.strip("[]() ").split(",") if word.strip()]
+    except (ValueError, IndexError, TypeError):
+        raise UsageError(
+            f"--targets is {text!r}; the ranks are 0 to {len(ids) - 1}: one (1), some (0,2), a slice (1:) or all."
+        ) from None
+    return ids[wanted[0]] if len(wanted) == 1 and "[" not in text else [ids[rank] for rank in wanted]
+
+
+def activate(view: Any, ids: Sequence[int]) -> None:
+    """Make %px, %%px, %pxresult and %pxconfig run on this view; nothing where there is no IPython."""
+    shell = get_ipython()
+    if shell is None:
+        return
+    magics = RankMagics(shell, view)
+    magics.ids = list(ids)
+    shell.magics_manager.register(magics)
+
+
+RESPAWN_S = 60.0
+
+DEATH_S = 5.0
+"""how long a killed process may take to be gone: one that holds much memory takes a while"""
+
+
+class Cluster:
+    """`engine_ids` and `facts` are by rank. `view` covers the ranks and nothing else, and so does %%px."""
+
+    def __init__(
+        self, known: Known, client: Any, engine_ids: Sequence[int], *, started: bool, timeout: float
+    ) -> None:
+        self.known = known
+        self.client = client
+        self.engine_ids = list(engine_ids)
+        self.started_by_us = started
+        self.controller = known.controller()
+        """the controller's process; None where it is not on this machine"""
+        self._location = str(known.connection().get("location") or "127.0.0.1")
+        self.facts: list[EngineFacts] = introduce(
+            client, dict(enumerate(engine_ids)), self._location, timeout
+        )
+        self.view = client[self.engine_ids]
+        self.view.block = True
+        activate(self.view, self.engine_ids)
+        self._uuids = [client._engines[engine_id] for engine_id in self.engine_ids]
+        self._closed = False
+        if started:
+            atexit.register(self._close_at_exit, os.getpid())
+
+    @property
+    def n(self) -> int:
+        """The number of ranks."""
+        return len(self.engine_ids)
+
+    @property
+    def controller_pid(self) -> int | None:
+        """The controller's process id; None where it is not on this machine."""
+        return self.controller.pid if self.controller else None
+
+    def __repr__(self) -> str:
+        return f"<Cluster: {self.describe()}>"
+
+    def describe(self) -> str:
+        """One line: which cluster, joined or started, by what; which ranks, where."""
+        launcher = launcher_of(self.known.description())
+        engines = [(facts.engine_id, facts.host) for facts in self.facts]
+        unused = sorted(set(self.client.ids) - set(self.engine_ids))
+        return describe(self.known, launcher, started=self.started_by_us, engines=engines, unused=unused)
+
+    def name(self, rank: int) -> str:
+        """As messages name it."""
+        engine_id, facts = self.engine_ids[rank], self.facts[rank]
+        as_engine = "" if engine_id == rank else f"engine {engine_id}, "
+        return f"rank {rank} ({as_engine}pid {facts.pid} on {facts.host})"
+
+    def call(
+        self, rank: int | None, function: str, *args: Any, timeout: float | None = None, check: bool = True
+    ) -> list[Any]:
+        """Call `module:function` on one rank or (None) on all; the answers in the order of ranks.
+
+        Arguments must survive JSON. With `check` the first rank that fails, ends or is late raises a RankError at
+        once; without, the error stands in its place.
+        """
+        return self.call_async(rank, function, *args).result(timeout, check)
+
+    def call_async(self, rank: int | None, function: str, *args: Any) -> Calls:
+        """As `call`, without waiting."""
+        ranks = range(self.n) if rank is None else [rank]
+        expression = call_expression(function, args)
+        names = {r: self.name(r) for r in ranks}
+        return Calls({r: self._submit(r, expression) for r in ranks}, names)
+
+    def _submit(self, rank: int, expression: str) -> Any:
+        engine_id = self.engine_ids[rank] if self._is_registered(rank) else -1
+        return submit(self.client, engine_id, expression, rank, self.name(rank))
+
+    def alive(self, rank: int) -> bool:
+        """Whether its engine is registered and, as far as this machine can see, its process there, if stopped."""
+        return self._is_registered(rank) and self.facts[rank].process.state() != "gone"
+
+    def _is_registered(self, rank: int) -> bool:
+        """Another engine under the same id is not this rank until it has been respawned as such."""
+        return bool(self.client._engines.get(self.engine_ids[rank]) == self._uuids[rank])
+
+    def kill(self, rank: int) -> None:
+        """SIGKILL to the engine's process and no other; a stopped one too. No error if it has ended."""
+        process = self.facts[rank].process
+        if process.state() == "alive":
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+                wait_until(lambda: process.state() == "gone", DEATH_S)
+        elif process.state() == "elsewhere" and self._is_registered(
+            rank
+        ):  # the small process beside it does it
+            self.client.send_signal("SIGKILL", targets=self.engine_ids[rank], block=False)
+
+    def respawn(self, rank: int, timeout: float = RESPAWN_S) -> None:
+        """Bring an engine that has ended back under its id, on this machine. The others are not touched.
+
+        Raises ClusterError: it lives; it was elsewhere; the controller is gone; it did not come within `timeout`.
+        """
+        engine_id, facts = self.engine_ids[rank], self.facts[rank]
+        revive(self.known, self.client, facts, self._controller_for(rank), timeout)
+        self._uuids[rank] = self.client._engines[engine_id]
+        self.facts[rank] = introduce(self.client, {rank: engine_id}, self._location, timeout)[0]
+
+    def _controller_for(self, rank: int) -> Identity:
+        """The controller that a new engine is to live with. Raises ClusterError where there can be no new engine."""
+        if self.alive(rank):
+            raise ClusterError(f"{self.name(rank)} lives; kill it first.")
+        if not self.facts[rank].process.is_here or self.controller is None:
+            flags = f"{self.known.flags} --IPEngine.id={self.engine_ids[rank]}".lstrip()
+            raise ClusterError(
+                f"{self.name(rank)} was not on this machine: start it there with `ipengine {flags}`."
+            )
+        if self.controller.state() == "gone":
+            raise ClusterError(f"the controller of {self.known.name} is gone: start the cluster again.")
+        return self.controller
+
+    def close(self, stop: bool | None = None) -> None:
+        """Part from the cluster. One that this process has started ends, unless `stop` is False; a joined one goes on,
+        unless it is True. Engines that were respawned belong to their cluster and end with it.
+
+        Raises ClusterError for processes that could not be ended.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self._close_at_exit)
+        self.client.close()
+        if self.started_by_us if stop is None else stop:
+            stop_cluster(self.known)
+
+    def _close_at_exit(self, pid: int) -> None:
+        if os.getpid() == pid:  # not in a forked child
+            self.close()

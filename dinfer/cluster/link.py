@@ -1,0 +1,105 @@
+"""Link: the session's end of the lines to all ranks' watchers.
+
+One ROUTER socket, encrypted and authenticated (CurveZMQ): it accepts nobody who does not hold this session's
+keys, which ranks get with their job. A thread keeps the newest state of each rank; everything else waits on one
+condition.
+"""
+
+import json
+import threading
+import time
+from typing import Any
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from dinfer.cluster.ranks import RankStates
+from dinfer.messages import Message
+from dinfer.trace.recorder import unpack_records
+
+BEAT_S = 1.0
+
+
+class Link(RankStates):
+    """Opens the socket at once; `job_part(rank)` is what a rank's Control needs to find it."""
+
+    def __init__(self, world_size: int, address: str = "127.0.0.1") -> None:
+        super().__init__(world_size)
+        self._closing = False
+        self._context = zmq.Context()
+        self._public, self._secret = zmq.curve_keypair()
+        self._rank_public, self._rank_secret = zmq.curve_keypair()
+        self._keeper = ThreadAuthenticator(self._context)
+        self._keeper.start()
+        self._keeper.configure_curve_callback(credentials_provider=self)
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a rank that is started again keeps its name
+        self._socket.curve_server = True
+        self._socket.curve_publickey, self._socket.curve_secretkey = self._public, self._secret
+        self.endpoint = f"tcp://{address}:{self._socket.bind_to_random_port(f'tcp://{address}')}"
+        self._outbox: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
+        self._outbox.bind("inproc://outbox")
+        self._send_lock = threading.Lock()
+        self._thread = threading.Thread(target=self._serve, name="dinfer link", daemon=True)
+        self._thread.start()
+
+    def callback(self, domain: str, key: bytes) -> bool:  # noqa: ARG002 - zmq calls it so
+        """Asked by zmq's authenticator: whether this public key may connect."""
+        return key == self._rank_public
+
+    def job_part(
+        self, rank: int, *, launcher: int = 0, joined: bool = False, orphan: Message | None = None
+    ) -> Message:
+        """What a rank needs to find this link. `launcher`: the process without which it should not go on;
+        `joined`: another launcher looks after the process, but a rank that hears nothing from here ends itself;
+        `orphan`: instead of both, what its watcher does once this link is closed for long (see Watcher)."""
+        return {
+            "rank": rank,
+            "endpoint": self.endpoint,
+            "server_key": self._public.decode(),
+            "public_key": self._rank_public.decode(),
+            "secret_key": self._rank_secret.decode(),
+            "launcher": launcher,
+            "joined": joined,
+            "orphan": orphan,
+        }
+
+    def send(self, rank: int, do: str, **fields: Any) -> int:
+        """Command one rank; the id under which its reply will come."""
+        number = next(self._ids)
+        with self._send_lock:
+            self._outbox.send_multipart(
+                [f"rank {rank}".encode(), json.dumps({"do": do, "id": number, **fields}).encode()]
+            )
+        return number
+
+    def close(self) -> None:
+        self._closing = True
+        self._thread.join(5)
+        self._keeper.stop()
+        self._context.destroy(linger=0)
+
+    def _serve(self) -> None:
+        inbox: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
+        inbox.connect("inproc://outbox")
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(inbox, zmq.POLLIN)
+        beat = 0.0
+        while not self._closing:
+            ready = dict(poller.poll(50))
+            if inbox in ready:
+                self._socket.send_multipart(inbox.recv_multipart())
+            if self._socket in ready:
+                self._take(self._socket.recv_multipart())
+            if time.monotonic() - beat > BEAT_S:
+                beat = time.monotonic()
+                for rank in range(len(self.ranks)):
+                    self._socket.send_multipart([f"rank {rank}".encode(), b'{"do": "beat"}'])
+        inbox.close()
+
+    def _take(self, frames: list[bytes]) -> None:
+        message = json.loads(frames[2])
+        rank = message["rank"]
+        self.take(message, unpack_records(frames[3], rank, self.ranks[rank].lanes) if frames[3:] else ())

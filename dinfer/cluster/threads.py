@@ -1,0 +1,198 @@
+"""Ranks that are threads of this process: the same session on any laptop, in lessons and in tests.
+
+They share one checkpoint in memory. Nothing can be killed here, and what blocks the process blocks the session too.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from dinfer.cluster.ranks import Ranks, update
+from dinfer.engine.board import BOARD_BYTES, Board, Phase
+from dinfer.errors import NotPossible
+from dinfer.messages import Message
+from dinfer.rank.commands import answer, stand_fields
+from dinfer.rank.service import RankService
+from dinfer.trace.recorder import Recorder
+from dinfer.transport.gate import FreeGate
+from dinfer.transport.gloo import Comm
+from dinfer.transport.in_process import Exchange
+
+PUMP_S = 0.05
+
+
+class LocalRanks(Ranks):
+    """Hosts in this process, and what they say."""
+
+    can_kill = False
+
+    def __init__(self, world_size: int) -> None:
+        super().__init__(world_size)
+        self.gate = FreeGate()
+        self.exchange = Exchange(world_size, self.gate)
+        self._recorders: dict[int, tuple[Recorder, list[int] | None]] = {}
+        self._closing = threading.Event()
+        self._slow = [ThreadPoolExecutor(1, f"dinfer rank {rank}") for rank in range(world_size)]
+        self.hosts = [
+            RankService(
+                rank,
+                _End(self, rank),
+                _Meeting(self, rank),
+                board=_NotifyingBoard(self._moved(rank)),
+                gate=self.gate,
+            )
+            for rank in range(world_size)
+        ]
+        self._tables = [host.table() for host in self.hosts]
+        self._pump_thread = threading.Thread(target=self._pump, name="dinfer events", daemon=True)
+        self._pump_thread.start()
+
+    # -- what a session needs of its ranks
+
+    def describe(self) -> str:
+        return f"{self.world_size} ranks as threads of this process, which share one checkpoint in memory"
+
+    def exits(self) -> list[int | None]:
+        """Threads end with the process."""
+        return [None] * self.world_size
+
+    def cores(self) -> list[int]:
+        """How many ranks share each rank's host."""
+        return [self.world_size] * self.world_size
+
+    def meeting(self) -> Message:
+        return {"address": "", "port": 0}
+
+    def silent(self) -> list[int]:
+        return []
+
+    def kill(self, rank: int) -> None:
+        raise NotPossible(f"rank {rank} is a thread of this process and cannot be killed alone.")
+
+    def revive(self, rank: int) -> None:
+        raise NotPossible(f"rank {rank} is a thread of this process: it cannot have been lost alone.")
+
+    def listen_for_debugger(self, rank: int, port: int) -> tuple[str, int]:  # noqa: ARG002 - see the message
+        raise NotPossible(
+            f"rank {rank} is a thread of this process: the debugger of your notebook or IDE stops it as any other."
+        )
+
+    def free(self) -> None:
+        """Wake whoever is blocked in the transport: here, that can be done."""
+        self.exchange.close()
+
+    def close(self) -> None:
+        self._closing.set()
+        self.exchange.close()
+        for host in self.hosts:
+            host.close()
+        for pool in self._slow:
+            pool.shutdown(wait=False)
+        self._pump_thread.join(1)
+
+    # -- commands and news
+
+    def send(self, rank: int, do: str, **fields: Any) -> int:
+        number = next(self._ids)
+        command = self._tables[rank].get(do)
+        message = {"do": do, "id": number, **fields}
+        if command is None:
+            raise KeyError(do)
+        if command.slow:
+            self._slow[rank].submit(self._reply, rank, message)
+        else:
+            self._reply(rank, message)
+        return number
+
+    def share_weights(self) -> None:
+        """All ranks use what rank 0 has loaded."""
+        for host in self.hosts[1:]:
+            host.share(self.hosts[0])
+
+    def _reply(self, rank: int, message: Message) -> None:
+        said = answer(self._tables[rank][message["do"]], message)
+        self._read_events()
+        self.take({"type": "reply", "rank": rank, "id": message["id"], **said})
+
+    def _moved(self, rank: int) -> Callable[["_NotifyingBoard"], None]:
+        """What a board calls when something on it has changed: the state is told at once."""
+
+        def moved(board: _NotifyingBoard) -> None:
+            state = self.ranks[rank]
+            with self.changed:  # read inside, so that no older news comes after newer
+                stand = board.stand(max(0, len(state.lanes) - 1))
+                fields = {**stand_fields(stand), "phase": board.phase, "decoded": board.decoded}
+                state.heard = time.monotonic()
+                update(state, {**fields, "process": None, "cpu_s": None})
+                self.changed.notify_all()
+
+        return moved
+
+    def _pump(self) -> None:
+        while not self._closing.wait(PUMP_S):
+            self._read_events()
+
+    def _read_events(self) -> None:
+        with self.changed:
+            for rank, (recorder, cursor) in self._recorders.items():
+                events, new = recorder.read(cursor)
+                self._recorders[rank] = recorder, new
+                self.ranks[rank].events += events
+            self.changed.notify_all()
+
+    def new_prompt(self, rank: int) -> None:
+        """A rank has a new recorder, from which nothing has been read."""
+        engine = self.hosts[rank].engine
+        assert engine is not None
+        assert engine.recorder is not None
+        with self.changed:
+            self._recorders[rank] = engine.recorder, None
+
+
+class _NotifyingBoard(Board):
+    """A board that tells when it changes."""
+
+    def __init__(self, changed: Callable[["_NotifyingBoard"], None]) -> None:
+        super().__init__(memoryview(bytearray(BOARD_BYTES)))
+        self._changed = changed
+
+    def set_phase(self, phase: Phase, decoded: int = 0) -> None:
+        super().set_phase(phase, decoded)
+        self._changed(self)
+
+    def set_lane(self, lane: int, position: int, limit: int, *, started: bool) -> None:
+        super().set_lane(lane, position, limit, started=started)
+        self._changed(self)
+
+
+class _End:
+    """A host's line to the session: a call."""
+
+    def __init__(self, ranks: LocalRanks, rank: int) -> None:
+        self._ranks, self._rank = ranks, rank
+
+    def report(self, kind: str, /, **fields: Any) -> None:
+        if kind == "lanes":
+            self._ranks.new_prompt(self._rank)
+        self._ranks.take({"type": kind, "rank": self._rank, **fields})
+
+    def ask(self, what: str, timeout: float) -> Message | None:  # noqa: ARG002 - the answer is there at once
+        return {what: [stand_fields(s.stand) if s.stand else None for s in self._ranks.ranks]}
+
+
+class _Meeting:
+    """All ranks share the process's exchange; meeting anew makes a new one."""
+
+    def __init__(self, ranks: LocalRanks, rank: int) -> None:
+        self._ranks, self._rank = ranks, rank
+
+    def open(self, message: Message) -> Message:
+        ranks = self._ranks
+        ranks.exchange.close()
+        ranks.exchange = Exchange(ranks.world_size, ranks.gate)
+        return message
+
+    def join(self, message: Message) -> Comm:  # noqa: ARG002 - it is at hand
+        return self._ranks.exchange.comm(self._rank)

@@ -1,0 +1,180 @@
+"""The interface and the address that gloo will use on this host, and whether ports can be opened there."""
+
+import os
+import socket
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from ipaddress import ip_address
+from pathlib import Path
+from typing import NamedTuple
+
+from dinfer.doctor.check import Check
+from dinfer.transport.interface import LOOPBACK, address_of
+
+RESOLVE_S = 5.0
+
+CONNECT_S = 3.0
+
+FEW_PORTS = 100
+
+Interfaces = Mapping[str, str]
+"""name → IPv4 address, "" where there is none or it is not known"""
+
+
+class Network(NamedTuple):
+    """What this host says of its network."""
+
+    interfaces: Interfaces
+    ifname: str  # GLOO_SOCKET_IFNAME, "" where it is not set
+    host: str
+    resolved: Sequence[str]  # what the host's name resolves to
+    own: str  # the address from which this host talks to others, "" where it has none
+
+
+def look() -> Network:
+    """Takes up to RESOLVE_S seconds where a name server does not answer. Sends nothing else."""
+    host = socket.gethostname()
+    interfaces = {name: address_of(name) for _, name in socket.if_nameindex()}
+    return Network(interfaces, os.environ.get("GLOO_SOCKET_IFNAME", ""), host, _resolve(host), _own_address())
+
+
+def interface_check(network: Network) -> Check:
+    """The interface between ranks of this host."""
+    known = network.interfaces
+    name = network.ifname.split(",")[0]  # a list is meant for several devices; the first must do for dinfer
+    if not name:
+        loopback = next((n for n in ("lo", "lo0") if n in known), "the loopback")
+        return Check("interface", "ok", f"{loopback}, {LOOPBACK}: ranks of one host meet there")
+    if name not in known:
+        found = f"GLOO_SOCKET_IFNAME is {name}, which this host has not; it has {', '.join(known)}"
+        return Check("interface", "fail", found, "unset GLOO_SOCKET_IFNAME")
+    if not known[name]:
+        found = f"{name}, by GLOO_SOCKET_IFNAME, has no IPv4 address that could be read here"
+        return Check("interface", "warn", found, "unset GLOO_SOCKET_IFNAME")
+    return Check("interface", "ok", f"{name}, {known[name]}: set by GLOO_SOCKET_IFNAME")
+
+
+def host_name_check(network: Network) -> Check:
+    """The address at which gloo would let ranks of other hosts find this one: it goes by the host's name."""
+    if network.ifname:
+        return Check("host name", "ok", f"{network.host}; gloo goes by GLOO_SOCKET_IFNAME instead")
+    if not network.own:
+        return Check("host name", "ok", f"{network.host}; this host has no network but its loopback")
+    if network.own in network.resolved:
+        return Check("host name", "ok", f"{network.host} is {network.own}{_interface_of(network)}")
+    said = f"resolves to {network.resolved[0]}" if network.resolved else "does not resolve"
+    found = (
+        f"{network.host} {said}: ranks of this host do not mind, but those of other hosts need {network.own}"
+    )
+    return Check("host name", "warn", found, f"for runs over several hosts: {_export(network)}")
+
+
+def _export(network: Network) -> str:
+    name = next((name for name, address in network.interfaces.items() if address == network.own), "")
+    return f"export GLOO_SOCKET_IFNAME={name or f'(the interface of {network.own})'}"
+
+
+def _interface_of(network: Network) -> str:
+    names = [name for name, address in network.interfaces.items() if address == network.own]
+    return f" on {names[0]}" if names else ""
+
+
+def _is_loopback(address: str) -> bool:
+    return ip_address(address.partition("%")[0]).is_loopback
+
+
+def _own_address() -> str:
+    """The address of the route to the world. Connecting a UDP socket sends nothing."""
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        try:
+            probe.connect(("198.51.100.1", 9))  # an address set aside for documentation
+        except OSError:
+            return ""
+        address: str = probe.getsockname()[0]
+    return "" if _is_loopback(address) or address == "0.0.0.0" else address
+
+
+def _resolve(host: str) -> list[str]:
+    """The host's IPv4 addresses; none where no name server answers within RESOLVE_S."""
+    found: list[str] = []
+
+    def ask() -> None:
+        try:
+            answers = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
+        except OSError:
+            return
+        found.extend(str(answer[4][0]) for answer in answers)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(RESOLVE_S)
+    return list(found)
+
+
+# -- ports
+
+
+class Ports(NamedTuple):
+    """What became of opening ports: a reason where it failed, "" where it went well."""
+
+    loopback: str
+    own: str
+    span: range | None  # where the system takes free ports from; None where it does not say
+    used: frozenset[int] = frozenset()
+
+
+def try_ports(own: str, proc: Path = Path("/proc")) -> Ports:
+    """Open a port on the loopback and on the host's own address, and connect to each."""
+    span = _span(proc)
+    used = _used(proc).intersection(span) if span else frozenset()
+    return Ports(_meet(LOOPBACK), _meet(own) if own else "", span, frozenset(used))
+
+
+def port_check(ports: Ports, own: str) -> Check:
+    """Runs take free ports by default (`master_port` 0), so it is these that there must be enough of."""
+    if ports.loopback:
+        fix = "let the firewall pass the loopback: sudo iptables -I INPUT -i lo -j ACCEPT"
+        return Check("ports", "fail", f"none can be used on {LOOPBACK}: {ports.loopback}", fix)
+    count = ""
+    if ports.span:
+        free = len(ports.span) - len(ports.used)
+        count = f"; {free:,} of {len(ports.span):,} are free"
+        if free < FEW_PORTS:
+            return Check("ports", "warn", f"few are left{count}", "end what holds them: ss -tanp names it")
+    if ports.own:
+        fix = f"for runs over several hosts: let the firewall pass connections to {own}"
+        return Check("ports", "warn", f"can be opened on {LOOPBACK}{count}; but on {own}: {ports.own}", fix)
+    where = f"{LOOPBACK} and {own}" if own else LOOPBACK
+    return Check("ports", "ok", f"can be opened on {where}{count}")
+
+
+def _meet(address: str) -> str:
+    """Connect to a port opened at that address. Why it failed, or ""."""
+    try:
+        with socket.create_server((address, 0)) as server:
+            server.settimeout(CONNECT_S)
+            with socket.create_connection(server.getsockname(), timeout=CONNECT_S), server.accept()[0]:
+                return ""
+    except OSError as error:
+        return str(error)
+
+
+def _span(proc: Path) -> range | None:
+    try:
+        low, high = (proc / "sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()
+        return range(int(low), int(high) + 1)
+    except (OSError, ValueError):
+        return None
+
+
+def _used(proc: Path) -> set[int]:
+    """Ports at this end of every TCP socket, from the tables of Linux."""
+    used = set()
+    for name in ("tcp", "tcp6"):
+        try:
+            lines = (proc / "net" / name).read_text(encoding="ascii").splitlines()[1:]
+        except OSError:
+            continue
+        used |= {int(line.split()[1].rpartition(":")[2], 16) for line in lines}
+    return used

@@ -1,0 +1,155 @@
+"""What each kind of op does: a table from op kind to function, and the state of one prefill on one rank.
+
+Nothing here decides when an op runs; the executor does.
+"""
+
+from collections.abc import Callable
+from time import monotonic_ns
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dinfer.engine.corruption import Corruption
+from dinfer.engine.prefill import Prefill
+from dinfer.kv.digests import as_numbers
+from dinfer.plan.graph import channel_of
+from dinfer.plan.ops import Op
+from dinfer.transport.gloo import Comm
+from dinfer.transport.header import Header, TransferError, check, signature_of, signed
+
+
+class Outcome(NamedTuple):
+    """How an op ended.
+
+    `met`: when its peer had come (monotonic ns; None: it has no peer); `bytes`: the size of its payload;
+    `released`: it was a recv, and a void header released it instead; `corrupt`: what has arrived is not what was
+    announced.
+    """
+
+    met: int | None = None
+    bytes: int = 0
+    released: bool = False
+    corrupt: Corruption | None = None
+
+
+def embed(state: Prefill, op: Op, _: Comm) -> Outcome:
+    rows = state.rows(op.chunk)
+    state.hidden[op.chunk, 0] = state.decoder.embed(state.ids[rows.start : rows.stop])
+    return Outcome()
+
+
+def layer(state: Prefill, op: Op, _: Comm) -> Outcome:
+    hidden = state.use(op.chunk, op.layer)
+    output = state.compute_layer(op.chunk, op.layer, hidden)
+    block = state.block(op.chunk, op.layer)
+    state.faults.computed(op, block)
+    state.ledger.made((op.chunk, op.layer), block)
+    state.faults.in_memory(op, block)
+    if state.is_needed(op.chunk, op.layer + 1):
+        state.hidden[op.chunk, op.layer + 1] = output
+    state.ordering.launched(op.makes())
+    return Outcome()
+
+
+def norm(state: Prefill, op: Op, _: Comm) -> Outcome:
+    state.final = state.decoder.norm(state.use(op.chunk, op.layer))[:, -1:].contiguous()
+    return Outcome()
+
+
+def send(state: Prefill, op: Op, comm: Comm) -> Outcome:
+    with state.ordering.reading(op.value):
+        payload, header = payload_of(state, op), header_at(state, op).pack()
+        if op.what == "kv":
+            header = signed(header, state.ledger.signature((op.chunk, op.layer)))
+        met = comm.send(channel_of(comm.rank, op), header, payload)
+    return Outcome(met, payload.nbytes)
+
+
+def recv(state: Prefill, op: Op, comm: Comm) -> Outcome:
+    channel = channel_of(comm.rank, op)
+    data = comm.recv_header(channel)
+    came, met = Header.unpack(data), monotonic_ns()
+    if came.void:
+        return Outcome(released=True)
+    try:
+        check(came, header_at(state, op), op)
+    except TransferError:
+        comm.recv_payload(channel, torch.empty(came.nbytes, dtype=torch.uint8))  # the channel stays usable
+        raise
+    place, corrupt = _place(state, op), None
+    if op.what == "kv":
+        with state.ordering.receiving(op.makes()):
+            comm.recv_payload(channel, place)
+            found = state.take_in(op, signature_of(data), place)
+        corrupt = state.judge(op, came, None if found is None else as_numbers(found))
+    else:
+        comm.recv_payload(channel, place)
+        _keep(state, op, place)
+    return Outcome(met, place.nbytes, corrupt=corrupt)
+
+
+HANDLERS: dict[str, Callable[[Prefill, Op, Comm], Outcome]] = {
+    "embed": embed,
+    "layer": layer,
+    "norm": norm,
+    "send": send,
+    "recv": recv,
+}
+
+
+def payload_of(state: Prefill, op: Op) -> Tensor:
+    """What a send sends, contiguous. Raises TransferError if it is not as long as the plan says."""
+    payload = _payload(state, op)
+    tokens = payload.shape[0] if op.what == "kv" else payload.shape[1]
+    if tokens != op.tokens:
+        raise TransferError(f"at `{op}` the plan says {op.tokens} tokens, but {op.value} has {tokens}.")
+    if payload.nbytes != (
+        expected := header_at(state, op).nbytes
+    ):  # a longer one would end the process that receives
+        raise TransferError(
+            f"at `{op}` {op.value} is {list(payload.shape)} in {payload.dtype}, {payload.nbytes:,} bytes in place of "
+            f"{expected:,}: what was put in its place must have its shape and dtype."
+        )
+    return payload
+
+
+def land(state: Prefill, op: Op) -> Tensor:
+    """Where a recv is to write, made part of the state before it has come: for who orders all reads after it."""
+    place = _place(state, op)
+    _keep(state, op, place)
+    return place
+
+
+def header_at(state: Prefill, op: Op) -> Header:
+    """What a transfer says of itself by the plan; both ends know it before."""
+    decoder = state.decoder
+    width = 2 * decoder.kv_heads * decoder.head_dim if op.what == "kv" else decoder.hidden_size
+    dtype = str(decoder.dtype).removeprefix("torch.")
+    nbytes = state.plan.expected_tokens(op) * width * decoder.dtype.itemsize
+    return Header(state.plan.id, op.value, op.tokens, dtype, nbytes)
+
+
+def _keep(state: Prefill, op: Op, place: Tensor) -> None:
+    if op.what == "hidden":
+        state.hidden[op.chunk, op.layer] = place
+    elif op.what == "final":
+        state.final = place
+
+
+def _payload(state: Prefill, op: Op) -> Tensor:
+    if op.what == "kv":
+        return state.block(op.chunk, op.layer)
+    if op.what == "final":
+        assert state.final is not None
+        return state.final
+    return state.use(op.chunk, op.layer).contiguous()
+
+
+def _place(state: Prefill, op: Op) -> Tensor:
+    """Where a recv writes: blocks in place, hidden states into memory of their own."""
+    if op.what == "kv":
+        return state.block(op.chunk, op.layer)
+    decoder = state.decoder
+    tokens = 1 if op.what == "final" else len(state.rows(op.chunk))
+    return torch.empty((1, tokens, decoder.hidden_size), dtype=decoder.dtype, device=decoder.device)

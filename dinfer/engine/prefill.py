@@ -1,0 +1,146 @@
+"""dinfer.engine.prefill."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+
+from torch import Tensor
+
+from dinfer.engine.corruption import Alarm, Corruption
+from dinfer.engine.faults import Faults
+from dinfer.kv.ledger import UNKNOWN, Ledger
+from dinfer.model.cache import KVCache
+from dinfer.model.decoder import Decoder
+from dinfer.plan.ops import FINAL, Op, Value
+from dinfer.plan.plan import Plan
+from dinfer.transport.cuda_order import Ordering
+from dinfer.transport.header import Header
+
+
+class Prefill:
+    """One prompt's state on one rank: KV cache, hidden states at hand, the final state.
+
+    Hidden states that entered this rank (by embedding or from a peer) are kept, so that going back can
+    compute anew from there; those in between go once every op that needs them has run. `digests`: keep a ledger;
+    `alarm` is told of blocks that are not what they were.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        plan: Plan,
+        rank: int,
+        ids: Sequence[int],
+        *,
+        digests: bool = True,
+        alarm: Alarm | None = None,
+    ) -> None:
+        self.decoder, self.cache, self.plan, self.rank = decoder, cache, plan, rank
+        self.ids = list(ids)
+        self.hidden: dict[tuple[int, int], Tensor] = {}
+        self.final: Tensor | None = None
+        self.ledger = Ledger(rank, on=digests)
+        self.alarm = alarm or Alarm()
+        self.differing: dict[tuple[int, int], str] = {}
+        self.extra: dict[int, int] = {}
+        """by layer: how many rows it holds beyond those that the plan made, where something is wrong"""
+        self.ordering = Ordering(cache.device)
+        own = [op for lane in plan.lanes[rank] for op in lane.ops]
+        self.faults = Faults(self, own)
+        self._entered = {v for op in own if op.kind in ("embed", "recv") for v in op.makes()}
+        self._uses = Counter(need for op in own for need in op.needs() if need.what == "hidden")
+
+    def give_up(self) -> None:
+        """Let go of what takes memory: whoever still knows this prompt must not keep the next one from its KV."""
+        self.cache, self.hidden, self.final = self.decoder.new_cache(1), {}, None
+
+    def rows(self, chunk: int) -> range:
+        """The token positions of a chunk."""
+        return self.plan.shape.chunks[chunk]
+
+    def block(self, chunk: int, layer: int) -> Tensor:
+        """The block's place in the cache, [tokens, 2, kv_heads, head_dim]."""
+        rows = self.rows(chunk)
+        return self.cache.block(layer, rows.start, rows.stop)
+
+    def use(self, chunk: int, layer: int) -> Tensor:
+        """The hidden state before `layer`, [1, tokens, hidden_size], for one of the ops that need it."""
+        value = Value("hidden", chunk, layer)
+        self._uses[value] -= 1
+        if self._uses[value] <= 0 and value not in self._entered:
+            return self.hidden.pop((chunk, layer))
+        return self.hidden[chunk, layer]
+
+    def is_needed(self, chunk: int, layer: int) -> bool:
+        """Whether an op that has not run needs that hidden state.
+
+        After the last layer nobody does, but for the last chunk's.
+        """
+        return self._uses[Value("hidden", chunk, layer)] > 0
+
+    def take_in(self, op: Op, announced: Tensor, block: Tensor) -> Tensor | None:
+        """Put down what has arrived; its digests, int64 [2], where the signature `announced` is."""
+        self.faults.on_wire(op, block)
+        found = self.ledger.arrived((op.chunk, op.layer), block, announced)
+        self.faults.in_memory(op, block)
+        return found
+
+    def judge(self, op: Op, came: Header, found: tuple[int, int] | None) -> Corruption | None:
+        """Whether what has arrived, with these digests, is what its header announced."""
+        self.differing.pop((op.chunk, op.layer), None)
+        if found is None or came.digests in (UNKNOWN, found):
+            return None
+        changed = [name for name, one, other in zip("KV", came.digests, found, strict=True) if one != other]
+        first = came.changed - 1 if came.changed else None
+        corrupt = Corruption(
+            self.rank, op.chunk, op.layer, " and ".join(changed), came.nbytes, op.peer, first
+        )
+        self.differing[op.chunk, op.layer] = corrupt.what
+        return corrupt
+
+    def take_edits(self, layers: Collection[int]) -> None:
+        """The user may have changed KV of these layers, or hidden states, on the device's default stream."""
+        self.ordering.forget()
+        for chunk, layer in [key for key in self.ledger.entries if key[1] in layers]:
+            self.ledger.edited((chunk, layer), self.block(chunk, layer))
+
+    def compute_layer(self, chunk: int, layer: int, hidden: Tensor) -> Tensor:
+        position, shift = self.rows(chunk).start, self.faults.shift(chunk, layer)
+        output = self.decoder.layer(layer, hidden, self.cache, position)
+        if shift:
+            self.faults.note_right(chunk, layer, self.block(chunk, layer))
+            output = self.decoder.layer(layer, hidden, self.cache, position, shift)
+        return output
+
+    def rewind(self, done: Iterable[Op], todo: Iterable[Op]) -> None:
+        """Stand as if exactly the ops `done` had run.
+
+        What `todo` needs and is not kept is computed anew from what entered.
+        """
+        done, todo = list(done), list(todo)
+        made = {value for op in done for value in op.makes()}
+        self.ordering.forget()
+        self._uses = Counter(need for op in todo for need in op.needs() if need.what == "hidden")
+        if FINAL not in made:
+            self.final = None
+        self.ledger.keep({(value.chunk, value.layer) for value in made if value.what == "kv"})
+        self.faults.rewound(lambda chunk, layer: Value("kv", chunk, layer) in made, todo)
+        self.hidden = {
+            key: tensor for key, tensor in self.hidden.items() if self._keep(Value("hidden", *key), made)
+        }
+        for value in sorted(self._uses):
+            if value in made and (value.chunk, value.layer) not in self.hidden:
+                self._recompute(value.chunk, value.layer)
+
+    def _keep(self, value: Value, made: set[Value]) -> bool:
+        return value in made and (value in self._entered or self._uses[value] > 0)
+
+    def _recompute(self, chunk: int, layer: int) -> None:
+        entry = max(known for c, known in self.hidden if c == chunk and known < layer)
+        hidden = self.hidden[chunk, entry]
+        for index in range(entry, layer):
+            block = self.block(chunk, index)
+            as_it_is = block.clone()
+            hidden = self.compute_layer(chunk, index, hidden)
+            block.copy_(as_it_is)  # it may have been changed since it was made, by a fault or by hand
+        self.hidden[chunk, layer] = hidden

@@ -1,0 +1,203 @@
+"""Issuer: one rank's part of a lowered plan, issued to streams by one thread and not waited for.
+
+Issuing stops at the limit, and a window ahead of what has run, so that a pause never has much left to end. A second
+thread waits for each op in issue order, checks what came, records its event and moves the position. Stopping differs
+from lanes that are threads: what is issued cannot be taken back, and no void header can release a recv, so all
+that is issued counts as in; the cut is its closure.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import takewhile
+from time import monotonic_ns
+from typing import Any, NamedTuple
+
+from dinfer.engine.board import Stand
+from dinfer.engine.lanes import LaneExecutor
+from dinfer.engine.ops import HANDLERS, header_at, land, payload_of
+from dinfer.plan.graph import Channel, channel_of
+from dinfer.plan.ops import Op, PlanError, Value
+from dinfer.transport.header import Header, check
+from dinfer.transport.streams import COMPUTE, ENTRY, Issued, Streams
+
+WINDOW = 128
+"""ops that may be issued ahead of those that have run: a chunk or two of a stage, with its sync"""
+
+
+class _Pending(NamedTuple):
+    op: Op
+    work: Issued
+    ready: int
+    header: Header | None
+    """of a transfer: what goes before its payload"""
+
+
+class StreamIssuer(LaneExecutor):
+    """Issues one lane. `streams` are this issuer's own: `close` ends them."""
+
+    def __init__(self, *given: Any, streams: Streams, window: int = WINDOW, **named: Any) -> None:
+        super().__init__(*given, **named)
+        if not self.plan.is_lowered:
+            raise PlanError(f"rank {self.rank} issues one lane; this plan has others: lower it first.")
+        self._streams, self._window = streams, window
+        self._lane = self._lanes[0]
+        self._issued = 0
+        self._pending: deque[_Pending] = deque()
+        self._making: dict[Value, Issued] = {}
+        self._thread("issue", self._issue_all)
+        self._thread("completion", self._complete_all)
+
+    def start(self) -> None:
+        self._streams.settle()
+        super().start()
+
+    def set_limits(self, limits: Sequence[int]) -> None:
+        if self._issued == self._lane.position:
+            self._streams.settle()  # what users have done meanwhile comes first; and clocks do not drift apart
+        super().set_limits(limits)
+
+    def freeze(self) -> Stand:
+        """Issue nothing more. All that is issued counts as in, and nothing as begun."""
+        with self.gate.change():
+            self._lane.limit = self._issued
+            self._publish(self._lane)
+            return Stand((self._issued,), (False,), (self._issued,))
+
+    def release(self, channels: Iterable[Channel]) -> None:
+        """Nothing to do: all that is issued counts as in, so no recv is ever posted too early."""
+        if given := list(channels):
+            raise RuntimeError(f"rank {self.rank} has nothing to release on {given}.")
+
+    def rewind(self, positions: Sequence[int]) -> None:
+        with self.gate.change():
+            super().rewind(positions)
+            self._issued = self._lane.position
+        self._streams.settle()
+
+    def close(self, timeout: float = 5.0) -> bool:
+        return super().close(timeout) and self._streams.close(timeout)
+
+    # -- issuing
+
+    def _issue_all(self) -> None:
+        try:
+            while (number := self.gate.wait(self._claim)) is not None and number >= 0:
+                self._issue(self._lane.ops[number])
+        except BaseException as error:  # whatever issuing raises is reported and never lost
+            self._fail(self._lane, self._lane.ops[self._issued - 1], error)
+        finally:
+            self.gate.leave()
+
+    def _claim(self) -> int | None:
+        """The number of the next op, if it can be issued now; −1: there is nothing more to do.
+
+        It counts as issued from here on: a freeze must not miss one that is on its way to its stream.
+        """
+        if self._is_over:
+            return -1
+        lane = self._lane
+        if self._issued >= min(lane.limit, len(lane.ops), lane.position + self._window):
+            return None
+        needs = lane.ops[self._issued].needs()
+        if not all(need in self._made or need in self._making for need in needs):
+            return None
+        self._issued, lane.started = self._issued + 1, True
+        self._publish(lane)
+        return self._issued - 1
+
+    def _issue(self, op: Op) -> None:
+        self._check_new(op)
+        ready = monotonic_ns()
+        header = header_at(self.state, op) if op.is_transfer else None
+        work = self._give(op, header)
+        # Waking others takes the interpreter from this thread, op by op: only where one waits for the first pending.
+        with self.gate.hold():
+            is_first = not self._pending
+            self._pending.append(_Pending(op, work, ready, header))
+            self._making.update(dict.fromkeys(op.makes(), work))
+        if is_first:
+            with self.gate.change():
+                pass
+
+    def _give(self, op: Op, header: Header | None) -> Issued:
+        """Hand the op to its stream."""
+        state, after = self.state, self._after(op)
+        if header is None:
+            where = ENTRY if op.kind == "embed" else COMPUTE
+            return self._streams.compute(where, lambda: _run(HANDLERS[op.kind](state, op, self.comm)), after)
+        channel = channel_of(self.rank, op)
+        if op.kind == "send":
+            is_signed = op.what == "kv" and state.ledger.on
+            sign = (lambda: state.ledger.signature((op.chunk, op.layer))) if is_signed else None
+            return self._streams.send(channel, header.pack(), lambda: payload_of(state, op), after, sign)
+        arrived = (
+            partial(state.take_in, op) if op.what == "kv" else None
+        )  # also without digests: faults strike there
+        return self._streams.recv(channel, lambda: land(state, op), after, arrived)
+
+    def _after(self, op: Op) -> list[Issued]:
+        with self.gate.hold():
+            return list({id(w): w for need in op.needs() if (w := self._making.get(need))}.values())
+
+    def _check_new(self, op: Op) -> None:
+        super()._check_new(op)
+        if twice := self._making.keys() & set(op.makes()):
+            raise PlanError(f"{twice.pop()} is already on its way; nothing may make it a second time.")
+
+    # -- completion
+
+    def _complete_all(self) -> None:
+        try:
+            while isinstance(pending := self.gate.wait(self._oldest), _Pending):
+                self._complete(pending)
+        except BaseException as error:
+            self._fail(self._lane, self._lane.ops[self._lane.position], error)
+        finally:
+            self.gate.leave()
+
+    def _oldest(self) -> _Pending | bool | None:
+        if self._pending:
+            return False if self.failure is not None else self._pending[0]
+        return False if self._is_over else None
+
+    def _complete(self, oldest: _Pending) -> None:
+        """Wait for the oldest, and take with it all after it that have run as well."""
+        oldest.work.wait()
+        with self.gate.hold():
+            batch = list(takewhile(lambda pending: pending.work.is_done, self._pending))
+        good = 0
+        try:
+            for pending in batch:
+                self._conclude(pending, self._lane.position + good)
+                good += 1
+        finally:
+            self._move(batch[:good])
+
+    def _conclude(self, pending: _Pending, index: int) -> None:
+        """Check and record one that has run. Raises what it raised, or TransferError."""
+        op, lane, times, corrupt = pending.op, self._lane, pending.work.wait(), None
+        if pending.header is not None and op.kind == "recv":
+            came = Header.unpack(pending.work.header())
+            check(came, pending.header, op)
+            corrupt = self.state.judge(op, came, pending.work.digests()) if op.what == "kv" else None
+        start = max(times.start, pending.ready)
+        size = pending.header.nbytes if pending.header else 0
+        event = self._event(lane, op, (pending.ready, start, max(times.met, start), times.end), size, index)
+        self._ended(lane, op, event, corrupt)
+
+    def _move(self, batch: Sequence[_Pending]) -> None:
+        lane = self._lane
+        with self.gate.change():
+            for pending in batch:
+                self._pending.popleft()
+                for value in pending.op.makes():
+                    del self._making[value]
+                    self._made.add(value)
+                lane.position += 1
+            lane.started = self._issued > lane.position
+            self._publish(lane)
+
+
+def _run(_: object) -> None:
+    """What a compute op returns says nothing on a stream."""

@@ -1,0 +1,105 @@
+"""One block to every rank, outside any plan: what `sync_single_layer_cache` does."""
+
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dinfer.config import SyncStrategy
+from dinfer.model.decoder import Decoder
+from dinfer.plan.graph import Channel
+from dinfer.plan.ops import Value
+from dinfer.plan.partition import within
+from dinfer.plan.schedule import STRATEGIES
+from dinfer.transport.gloo import Comm
+from dinfer.transport.header import Header, TransferError
+
+NO_PLAN = 0
+
+_CALL = struct.Struct("<qqq?")  # chunk, layer, tokens (0: no K and V were passed), whether lanes run
+
+
+def agree(
+    comm: Comm,
+    decoder: Decoder,
+    owners: Sequence[int],
+    block: tuple[int, int],
+    kv: tuple[Tensor, Tensor] | None,
+    *,
+    busy: bool,
+) -> int:
+    """The owner of `block`, once all ranks have said that they sync it and that only its owner has K and V.
+
+    Raises ValueError on every rank alike, before anything is sent.
+    """
+    mine = _CALL.pack(*block, _tokens(decoder, kv), busy)
+    calls = [_CALL.unpack(data) for data in comm.all_gather(mine)]
+    if running := [rank for rank, call in enumerate(calls) if call[3]]:
+        raise ValueError(f"lanes run on ranks {running}: pause the prefill before syncing single layers.")
+    if len({call[:2] for call in calls}) > 1:
+        asked = "; ".join(f"rank {rank}: c{call[0]} l{call[1]}" for rank, call in enumerate(calls))
+        raise ValueError(f"the ranks must sync the same block, but asked for ({asked}).")
+    layer = block[1]
+    within("layer", layer, len(owners))
+    owner, passed = owners[layer], [rank for rank, call in enumerate(calls) if call[2]]
+    if passed != [owner] or calls[owner][2] < 0:
+        form = f"[1, {decoder.kv_heads}, tokens, {decoder.head_dim}] in {decoder.dtype}"
+        came = " in another form" if passed == [owner] else ""
+        raise ValueError(
+            f"layer {layer} belongs to rank {owner}: there kv_cache is (K, V), each {form}, "
+            f"on the other ranks None; it was passed on ranks {passed}{came}."
+        )
+    return owner
+
+
+def _tokens(decoder: Decoder, kv: tuple[Tensor, Tensor] | None) -> int:
+    """How many tokens K and V hold; 0 for None, −1 if they are not what this model makes."""
+    if kv is None:
+        return 0
+    tokens = kv[0].shape[2] if kv[0].ndim == 4 else 0
+    wanted = (1, decoder.kv_heads, tokens, decoder.head_dim)
+    return tokens if tokens and all(t.shape == wanted and t.dtype == decoder.dtype for t in kv) else -1
+
+
+def sync_block(
+    comm: Comm,
+    decoder: Decoder,
+    owner: int,
+    strategy: SyncStrategy,
+    block: tuple[int, int],
+    kv: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """K and V of `block` (chunk, layer), each [1, kv_heads, tokens, head_dim]; on the owner they are `kv`.
+
+    Raises TransferError where a peer sends another block.
+    """
+    value = Value("kv", *block)
+    rows = None if kv is None else torch.stack([kv[0][0], kv[1][0]]).permute(2, 0, 1, 3).contiguous()
+    for source, target in STRATEGIES[strategy](owner, comm.world_size):
+        channel = Channel("kv", source, target)
+        if source == comm.rank:
+            assert rows is not None
+            header = Header(NO_PLAN, value, rows.shape[0], _dtype(rows), rows.nbytes)
+            comm.send(channel, header.pack(), rows)
+        elif target == comm.rank:
+            rows = _receive(comm, decoder, channel, value)
+    assert rows is not None
+    return rows[:, 0].transpose(0, 1).unsqueeze(0), rows[:, 1].transpose(0, 1).unsqueeze(0)
+
+
+def _receive(comm: Comm, decoder: Decoder, channel: Channel, value: Value) -> Tensor:
+    came = Header.unpack(comm.recv_header(channel))
+    rows = torch.empty(
+        (came.tokens, 2, decoder.kv_heads, decoder.head_dim), dtype=decoder.dtype, device=decoder.device
+    )
+    expected = Header(NO_PLAN, value, came.tokens, _dtype(rows), rows.nbytes)
+    if came != expected:
+        comm.recv_payload(channel, torch.empty(came.nbytes, dtype=torch.uint8))
+        raise TransferError(f"rank {channel.source} synced {came}; this rank's call is for {expected}.")
+    comm.recv_payload(channel, rows)
+    return rows
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,112 @@
+"""Executor: one rank's lanes, each a thread that runs its ops one after another within a limit.
+
+An op starts when it is first on its lane, what it needs is there, and the lane's limit allows it. Moving
+limits is stepping; freezing them, and releasing what was received too early, is stopping; setting positions
+is going back. What an op does is not decided here.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from time import monotonic_ns
+from typing import Any, NamedTuple
+
+from dinfer.engine.board import Stand
+from dinfer.engine.lanes import LaneExecutor, LaneState, OpFailed
+from dinfer.engine.ops import HANDLERS
+from dinfer.plan.graph import Channel, channel_of
+from dinfer.plan.ops import Op, PlanError
+from dinfer.transport.header import void_header
+
+__all__ = ["OpFailed", "ThreadExecutor"]
+
+
+class _Task(NamedTuple):
+    """What a lane does next: an op, or a void header on a channel; neither: there is nothing more to do."""
+
+    op: Op | None = None
+    void: Channel | None = None
+
+
+_STOP = _Task()
+
+
+class ThreadExecutor(LaneExecutor):
+    """Lanes as threads; transfers block their lane."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._senders = _senders(self.rank, self._lanes)
+        for lane in self._lanes:
+            self._thread(lane.name, partial(self._run, lane))
+
+    def freeze(self) -> Stand:
+        with self.gate.change():
+            for lane in self._lanes:
+                lane.limit = lane.position + lane.started
+                self._publish(lane)
+            return self.stand()
+
+    def release(self, channels: Iterable[Channel]) -> None:
+        with self.gate.change():
+            for channel in channels:
+                self._senders[channel].release.append(channel)
+
+    # -- the lanes' side
+
+    def _run(self, lane: LaneState) -> None:
+        try:
+            while (task := self.gate.wait(lambda: self._claim(lane))) and task != _STOP:
+                if task.void is not None:
+                    self.comm.send(task.void, void_header(), None)
+                elif task.op is not None:
+                    self._do(lane, task.op)
+        except BaseException as error:  # whatever an op raises, SystemExit too, is reported and never lost
+            self._fail(lane, lane.ops[min(lane.position, len(lane.ops) - 1)], error)
+        finally:
+            self.gate.leave()
+
+    def _claim(self, lane: LaneState) -> _Task | None:
+        """The lane's next task, if it can be begun now. Called under the gate's lock."""
+        if self._is_over:
+            return _STOP
+        if lane.release:
+            return _Task(void=lane.release.pop(0))
+        if lane.position >= min(lane.limit, len(lane.ops)):
+            lane.allowed_at = 0
+            return None
+        lane.allowed_at = lane.allowed_at or monotonic_ns()
+        op = lane.ops[lane.position]
+        if not self._made.issuperset(op.needs()):
+            return None
+        lane.started, lane.started_at = True, monotonic_ns()
+        self._publish(lane)
+        return _Task(op)
+
+    def _do(self, lane: LaneState, op: Op) -> None:
+        self._check_new(op)
+        outcome = HANDLERS[op.kind](self.state, op, self.comm)
+        end = monotonic_ns()
+        if not outcome.released:
+            times = lane.allowed_at, lane.started_at, outcome.met or lane.started_at, end
+            event = self._event(lane, op, times, outcome.bytes, lane.position)
+            self._ended(lane, op, event, outcome.corrupt)
+        with self.gate.change():
+            if not outcome.released:
+                self._check_new(op)  # again: another lane may have made it while this one waited for its peer
+                self._made.update(op.makes())
+                lane.position += 1
+            lane.started, lane.allowed_at = False, 0
+            self._publish(lane)
+
+
+def _senders(rank: int, lanes: Sequence[LaneState]) -> dict[Channel, LaneState]:
+    """The lane that sends on each channel. Raises PlanError if a channel has two lanes at this rank."""
+    owner: dict[Channel, LaneState] = {}
+    for lane in lanes:
+        for op in lane.ops:
+            if op.is_transfer and owner.setdefault(channel_of(rank, op), lane) is not lane:
+                other = owner[channel_of(rank, op)]
+                raise PlanError(
+                    f"lanes {other.name} and {lane.name} of rank {rank} both use the channel of `{op}`."
+                )
+    return {channel: lane for channel, lane in owner.items() if channel.source == rank}

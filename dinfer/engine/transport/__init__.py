@@ -1,1 +1,0 @@
-"""How bytes get from rank to rank, and what is said of them on the way."""

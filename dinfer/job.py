@@ -1,0 +1,265 @@
+"""Job: all that can be known of a run before any rank starts, and every mistake that can be found by then."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dinfer.config import Config, ConfigError
+from dinfer.display import html_text
+from dinfer.errors import ipython
+from dinfer.model.checkpoint import Spec, check
+from dinfer.model.memory import check_memory
+from dinfer.model.text import encode, load_tokenizer
+from dinfer.plan.custom import OwnSchedule, own_plan
+from dinfer.plan.lower import lower
+from dinfer.plan.ops import PlanError
+from dinfer.plan.partition import partition
+from dinfer.plan.plan import Plan
+from dinfer.plan.schedule import build
+from dinfer.plan.verify import Counterexample, Proof, verify
+from dinfer.verdict.drawing import counterexample_svg, cycle_text
+
+
+def has_nccl() -> bool:
+    from dinfer.transport.nccl import has_nccl as found
+
+    return found()
+
+
+def settle_backend(config: Config, nccl_is_here: Callable[[], bool] = has_nccl) -> Config:
+    """The config with its backend chosen. Raises ConfigError where it asks for NCCL and cannot have it.
+
+    On several machines each has a network of its own kind, so there gloo is taken unless NCCL is asked for.
+    """
+    if config.backend == "gloo":
+        return config
+    obstacle = _obstacle(config, nccl_is_here)
+    if config.backend == "auto":
+        takes = not obstacle and config.device_mode == "single_node"
+        return config.with_(backend="nccl" if takes else "gloo")
+    if obstacle:
+        raise ConfigError(f"backend is nccl, but {obstacle}, or use backend gloo.")
+    return config
+
+
+def _obstacle(config: Config, nccl_is_here: Callable[[], bool]) -> str:
+    """Why NCCL cannot be had and what to do about it, or nothing."""
+    ids = config.gpu_ids
+    if not ids:
+        example = ",".join(map(str, range(config.world_size)))
+        return f"gpu_ids names no GPUs: NCCL takes one a rank. Give gpu_ids, such as {example}"
+    shared = next((gpu for gpu in ids if ids.count(gpu) > 1), None)
+    if shared is not None and config.device_mode == "single_node":
+        ranks = " and ".join(str(rank) for rank, gpu in enumerate(ids) if gpu == shared)
+        return (
+            f"ranks {ranks} share GPU {shared}: NCCL takes one rank a GPU. Give each rank its own in gpu_ids"
+        )
+    if not nccl_is_here():
+        return "torch here has no NCCL, or sees no GPU. Install a CUDA build of torch for Linux"
+    return ""
+
+
+WAY_OUT = "Nothing was run. Choose another schedule, or pass unsafe=True (--unsafe) to watch it hang."
+
+
+class PlanRefused(PlanError):
+    """`counterexample` says why. In a notebook the error comes with a drawing; `error.svg()` is that drawing."""
+
+    def __init__(self, plan: Plan, counterexample: Counterexample) -> None:
+        drawn = cycle_text(counterexample)
+        super().__init__("\n".join(filter(None, (f"{counterexample}.", drawn, WAY_OUT))))
+        self.plan, self.counterexample = plan, counterexample
+        self._drawn = False
+
+    def svg(self) -> str:
+        """The ops that the counterexample speaks of, and what each waits for."""
+        return counterexample_svg(self.plan, self.counterexample)
+
+    def _repr_svg_(self) -> str:
+        return self.svg()
+
+    def _repr_html_(self) -> str:
+        return f"<div>{html_text(str(self))}{self.svg()}</div>"
+
+    def _render_traceback_(self) -> list[str]:
+        """As of any error of dinfer's, and, in a notebook, with the drawing, once: some versions of IPython ask
+        twice."""
+        shell = ipython()
+        if shell is not None and hasattr(shell, "kernel") and not self._drawn:
+            self._drawn = True
+            shell.display_pub.publish({"image/svg+xml": self.svg(), "text/plain": ""})
+        return super()._render_traceback_()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that may start. `config.threads` and `config.backend` are settled; `ids` is the prompt."""
+
+    config: Config
+    spec: Spec
+    ids: tuple[int, ...]
+    plan: Plan
+    verdict: Proof | Counterexample
+
+
+def prepare(config: Config, ranks_here: Sequence[int] | None = None) -> Job:
+    """Raises ConfigError, ModelError or PlanError, each with what to do. `ranks_here`: by default all."""
+    if config.on_corruption == "pause":
+        raise ConfigError(
+            "on_corruption is pause, but nobody is there to go on with a run without a session: use record or fail, or "
+            'session.prefill(…, on_corruption="pause") in a notebook.'
+        )
+    spec = check(config.model_path)
+    _check_world_size(config, spec)
+    ids = _prompt_ids(config, spec)
+    here = list(range(config.world_size)) if ranks_here is None else list(ranks_here)
+    _check_gpus(config, here)
+    config = settle_backend(config)
+    _check_memory(config, spec, len(ids), here)
+    return _job(config.with_(threads=config.threads or threads_per_rank(len(here))), spec, ids, None)
+
+
+def prepare_loaded(config: Config, plan: Plan | str | OwnSchedule | None = None) -> Job:
+    """The same for ranks that hold the checkpoint already: memory and devices have been looked at then. `plan`: the
+    user's own, its text, or a function that makes it, in place of the one that the config makes."""
+    spec = check(config.model_path)
+    _check_world_size(config, spec)
+    return _job(config, spec, _prompt_ids(config, spec), plan)
+
+
+def prepare_load(config: Config, ranks_here: Sequence[int]) -> tuple[Config, Spec]:
+    """What can be known of loading a checkpoint on these ranks, which share this host, with the backend settled. Raises
+    as `prepare` does."""
+    spec = check(config.model_path)
+    _check_world_size(config, spec)
+    _check_gpus(config, ranks_here)
+    config = settle_backend(config)
+    _check_memory(config, spec, config.max_new_tokens, ranks_here)
+    return config, spec
+
+
+def _check_world_size(config: Config, spec: Spec) -> None:
+    if config.world_size > spec.layers:
+        raise ConfigError(
+            f"world_size is {config.world_size}, but {config.model_path} has {spec.layers} layers and every rank "
+            f"must own at least one: use at most {spec.layers} ranks."
+        )
+
+
+def _job(config: Config, spec: Spec, ids: tuple[int, ...], own: Plan | str | OwnSchedule | None) -> Job:
+    shape = partition(
+        layers=spec.layers,
+        tokens=len(ids),
+        world_size=config.world_size,
+        chunk_size=config.chunk_size,
+        layer_split=config.layer_split or None,
+    )
+    if own is not None:
+        plan = own_plan(own, config, shape)
+    else:
+        plan = build(shape, config.schedule, config.sync_strategy)
+        if config.backend == "nccl":
+            plan = lower(plan)
+    verdict = verify(plan)
+    if not verdict.proved and not config.unsafe:
+        assert isinstance(verdict, Counterexample)
+        raise PlanRefused(plan, verdict)
+    return Job(config, spec, ids, plan, verdict)
+
+
+def _check_gpus(config: Config, ranks: Sequence[int]) -> None:
+    if not config.gpu_ids:
+        return
+    import torch
+
+    count = torch.cuda.device_count()
+    if missing := sorted({config.gpu_ids[r] for r in ranks if not 0 <= config.gpu_ids[r] < count}):
+        there = (
+            f"GPU ids here go from 0 to {count - 1}"
+            if count
+            else "this machine has no GPU that torch can use"
+        )
+        raise ConfigError(
+            f"gpu_ids names {', '.join(map(str, missing))}, but {there}: change gpu_ids, or leave it out for the CPU."
+        )
+
+
+def _check_memory(config: Config, spec: Spec, tokens: int, ranks: Sequence[int]) -> None:
+    """Every rank holds the whole model, for decode. Raises ModelError where it does not fit."""
+    length = min(tokens + config.max_new_tokens, spec.max_positions)
+    devices = Counter(f"cuda:{config.gpu_ids[r]}" if config.gpu_ids else "cpu" for r in ranks)
+    for device, count in devices.items():
+        check_memory(spec, config.dtype, length, count, device, config.chunk_size)
+
+
+def threads_per_rank(world_size: int) -> int:
+    """This machine's cores shared out, so that ranks do not fight for them; at least one each."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // world_size)
+
+
+def _prompt_ids(config: Config, spec: Spec) -> tuple[int, ...]:
+    if config.prompt_ids:
+        ids = config.prompt_ids
+        if wrong := [token for token in ids if not 0 <= token < spec.vocab_size]:
+            raise ConfigError(
+                f"prompt_ids has {wrong[0]}; token ids of this model go from 0 to {spec.vocab_size - 1}."
+            )
+    else:
+        text = config.prompt_text()
+        if not text.strip():
+            raise ConfigError("the prompt is empty: give prompt, prompt_file or prompt_ids.")
+        tokenizer = load_tokenizer(config.model_path)
+        if tokenizer is None:
+            raise ConfigError(f"{config.model_path} has no tokenizer, so it takes no text: give prompt_ids.")
+        ids = tuple(encode(tokenizer, text, config.chat))
+    if len(ids) > spec.max_positions:
+        raise ConfigError(
+            f"the prompt has {len(ids)} tokens; {config.model_path} has {spec.max_positions} positions: "
+            "shorten the prompt."
+        )
+    return ids
+
+
+SETTLED = ("model_path", "dtype", "gpu_ids", "threads", "backend", "world_size")
+
+ANY = {"threads": 0, "backend": "auto"}
+"""what leaves the choice to whoever loads"""
+
+
+def without_settled(given: Mapping[str, Any], loaded: Config, spec: Spec) -> dict[str, Any]:
+    """A run's parameters but for those that were settled before it. Raises ConfigError where one of these is another
+    than was settled: a run cannot change it."""
+    for name in SETTLED:
+        if name not in given:
+            continue
+        bare = {"gpu_ids": (), "layer_split": ()}  # which the number of ranks would have to fit
+        wanted = _value(loaded.with_(**(bare | {name: given[name]})), spec, name)
+        if wanted not in (_value(loaded, spec, name), ANY.get(name)):
+            raise ConfigError(_refusal(name, wanted, _value(loaded, spec, name), loaded))
+    return {name: value for name, value in given.items() if name not in SETTLED}
+
+
+def _value(config: Config, spec: Spec, name: str) -> Any:
+    found = getattr(config, name)
+    return spec.dtype if (name, found) == ("dtype", "auto") else found
+
+
+def _refusal(name: str, wanted: Any, found: Any, loaded: Config) -> str:
+    if name == "world_size":
+        return (
+            f"world_size is {wanted}, but this session has {found} ranks: dinfer.connect(n={wanted}) makes one of "
+            f"{wanted}."
+        )
+    if name == "backend":
+        return (
+            f"backend is {wanted}, but the ranks have met by {found}: session.load(…, gpu_ids=…) sets the GPUs of all "
+            "runs, and the backend with them."
+        )
+    path = "" if name == "model_path" else f"{loaded.model_path!r}, {name}="
+    return (
+        f"{name} is {wanted!r}, but the ranks were loaded with {found!r}, and a run cannot change that: "
+        f"session.load({path}{wanted!r}) sets it for all runs."
+    )

@@ -1,0 +1,234 @@
+"""Difference: what a diff has found, as values with a text for consoles and an HTML form for notebooks."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import Literal, NamedTuple
+
+import torch
+
+from dinfer.display import Displayable
+from dinfer.kv.ledger import BlockKey
+from dinfer.kv.origin import CausePlace
+from dinfer.kv.rows import RowKind, numbers_text
+from dinfer.kv.source import Subject
+
+Tensor = Literal["K", "V"]
+
+SHOWN = 40
+"""lines of a table"""
+
+COLUMNS = ("rank", "layer", "chunk", "tensor", "head", "token", "dim", "values", "kind", "op")
+
+
+@dataclass(frozen=True, repr=False)
+class Difference(Displayable):
+    """One row of one rank that is not what it should be: of K or V, of one token, and one head where not all differ.
+
+    Rows that have become other rows (`kind` is not "value") are one difference together: `token` is then their first,
+    `rows` how many (token, head) they are. `dim` is the first that differs, `values` what is there and what should be,
+    `count` how many values of the row differ; all three None where the values were not fetched, or nobody holds them
+    any more. `chunk` None: new tokens; `token` None: rows too many or too few. `op`: at which the bytes first became
+    others, and `where`: "wire", "memory", "compute"; empty if that is not known.
+    """
+
+    rank: int
+    layer: int
+    chunk: int | None
+    tensor: Tensor | None
+    head: int | None
+    token: int | None
+    dim: int | None
+    values: tuple[float, float] | None
+    op: str
+    kind: RowKind
+    where: CausePlace = ""
+    rows: int = 1
+    count: int | None = None
+    name: str = ""
+    label: str = ""
+    note: str = ""
+    came: str = ""
+    hops: int = 0
+    dtype: torch.dtype = field(default=torch.float32)
+
+    def __str__(self) -> str:
+        parts = [self.note if self.kind != "value" else self._place(), self.came]
+        return "; ".join(part for part in parts if part)
+
+    def _place(self) -> str:
+        where = [f"{self.name} differs at layer {self.layer}", self.tensor or "", self._head(), self._token()]
+        where += [f"dim {self.dim}"] * (self.dim is not None)
+        text = ", ".join(part for part in where if part)
+        if self.values:
+            mine, theirs = (number_text(value, self.dtype) for value in self.values)
+            text += f": {mine} against {theirs}"
+        return text + f" ({self.note})" * bool(self.note)
+
+    def _head(self) -> str:
+        return "" if self.head is None else f"head {self.head}"
+
+    def _token(self) -> str:
+        return "" if self.token is None else f"token {self.token}" + f" ({self.label!r})" * bool(self.label)
+
+    def cells(self) -> tuple[str, ...]:
+        """Its line of a table."""
+        values = ""
+        if self.values:
+            values = " ≠ ".join(number_text(value, self.dtype) for value in self.values)
+        chunk = "new" if self.chunk is None and self.token is not None else self.chunk
+        some = (self.rank, self.layer, chunk, self.tensor, self.head, self.token, self.dim)
+        return (*("" if one is None else str(one) for one in some), values, self.kind, self.op)
+
+
+@dataclass(frozen=True, repr=False)
+class Diff(Displayable):
+    """`verdict`: the first line; `differences`: rows too many or too few first, then rows that are other rows, then
+    values, each in the order in which blocks are computed, and the rank where it began before those that it was passed
+    on to. `rows`: how many rows (token, K or V, head) differ, all of them; `unfetched`: those whose values were not
+    asked for; `bytes_moved`: between the ranks and here."""
+
+    verdict: str
+    differences: tuple[Difference, ...]
+    bytes_moved: int
+    rows: int = 0
+    unfetched: int = 0
+
+    @property
+    def equal(self) -> bool:
+        return not self.differences
+
+    @property
+    def first(self) -> Difference | None:
+        return self.differences[0] if self.differences else None
+
+    def table(self, lines: int | None = SHOWN) -> "Table":
+        """A line for each difference, `lines` at most; None: all."""
+        return Table(COLUMNS, [one.cells() for one in self.differences], lines)
+
+    def __str__(self) -> str:
+        lines = [self.verdict, *self._remarks()]
+        return "\n".join([*lines, "", str(self.table())] if len(self.differences) > 1 else lines)
+
+    def _repr_html_(self) -> str:
+        lines = "<br>".join(map(escape, [self.verdict, *self._remarks()]))
+        table = self.table()._repr_html_() if self.differences else ""
+        return f'<div style="white-space:pre-wrap">{lines}</div>{table}'
+
+    def _remarks(self) -> list[str]:
+        if not self.differences:
+            return []
+        found = [f"{self.rows:,} rows (token, K or V, head) differ"] * (self.rows > 1)
+        found += [
+            f"the values of {self.unfetched:,} of them were not fetched: diff(values=None) fetches all"
+        ] * bool(self.unfetched)
+        return found
+
+
+class Table(Displayable):
+    """Lines of words under a head."""
+
+    def __init__(self, head: Sequence[str], lines: Sequence[Sequence[str]], shown: int | None = None) -> None:
+        self.head, self.lines, self._shown = tuple(head), [tuple(line) for line in lines], shown
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __str__(self) -> str:
+        listed = [self.head, *self.lines[: self._shown]]
+        widths = [max(len(line[n]) for line in listed) for n in range(len(self.head))]
+        text = [
+            "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip()
+            for line in listed
+        ]
+        return "\n".join([*text, *self._more()])
+
+    def _repr_html_(self) -> str:
+        rows = [_html_row(self.head, "th"), *(_html_row(line, "td") for line in self.lines[: self._shown])]
+        more = "".join(f"<div>{escape(one)}</div>" for one in self._more())
+        return f"<table>{''.join(rows)}</table>{more}"
+
+    def _more(self) -> list[str]:
+        left = len(self.lines[self._shown :]) if self._shown is not None else 0
+        return [f"and {left:,} more: .table(None) shows all"] * bool(left)
+
+
+def number_text(value: float, dtype: torch.dtype) -> str:
+    """As few digits as tell it from every other number of that dtype."""
+    if not math.isfinite(value):
+        return str(value).replace("-", "−")
+    exact = torch.tensor(value, dtype=dtype).item()
+    for digits in range(1, 18):
+        text = f"{value:.{digits}g}"
+        if torch.tensor(float(text), dtype=dtype).item() == exact:
+            break
+    return text.replace("-", "−")
+
+
+def _html_row(line: Sequence[str], tag: str) -> str:
+    return f"<tr>{''.join(f'<{tag}>{escape(word)}</{tag}>' for word in line)}</tr>"
+
+
+class Compared(NamedTuple):
+    """What was compared: `blocks` are those that all sides hold, by span and layer; `world_size`: how many ranks there
+    are; `other`: the name of the other source, if there is one."""
+
+    subject: Subject
+    ranks: tuple[int, ...]
+    layers: tuple[int, ...]
+    blocks: tuple[BlockKey, ...]
+    world_size: int
+    other: str
+
+    @property
+    def values(self) -> int:
+        """How many values were compared on each rank."""
+        tokens = sum(len(self.subject.spans[span]) for span, _ in self.blocks)
+        return tokens * 2 * self.subject.kv_heads * self.subject.head_dim
+
+
+def equal_text(compared: Compared) -> str:
+    """For example `all 3 ranks hold the same 36 × 8 blocks, bit for bit`."""
+    blocks, missing = _blocks_text(compared)
+    if compared.other:
+        return f"{compared.subject.name} and {compared.other} hold the same {blocks}, bit for bit{missing}"
+    if len(compared.ranks) == 1:
+        return f"rank {compared.ranks[0]} holds {blocks} as they were made, bit for bit{missing}"
+    return f"{_who(compared)} hold the same {blocks}, bit for bit{missing}"
+
+
+def unequal_text(compared: Compared, differences: Sequence[Difference], values: Mapping[str, int]) -> str:
+    """The first difference in a sentence; of a value, how many of how many differ."""
+    first = differences[0]
+    if first.kind != "value" or first.values is None:
+        return str(first)
+    count = values.get(first.name, 0)
+    some = "at least " if any(one.dim is None and one.name == first.name for one in differences) else ""
+    place, came = str(first).removesuffix(f"; {first.came}"), first.came
+    total = f"{some}{count:,} of {compared.values:,} values"
+    return "; ".join(part for part in (place, total, came) if part)
+
+
+def _blocks_text(compared: Compared) -> tuple[str, str]:
+    """How many blocks, and which of those asked for are not there yet."""
+    chunks = len(compared.subject.plan.shape.chunks)
+    prompt = [key for key in compared.blocks if key[0] < chunks]
+    new = {span for span, _ in compared.blocks if span >= chunks}
+    of_layers, of_chunks = len({layer for _, layer in prompt}), len({span for span, _ in prompt})
+    whole = of_layers * of_chunks == len(prompt)
+    text = f"{of_layers} × {of_chunks} blocks" if whole else f"{len(prompt)} blocks"
+    if new:
+        tokens = len(compared.subject.spans[chunks])
+        text += f", and rows of {tokens} new token{'s' * (tokens > 1)}"
+    asked = len(compared.layers) * chunks
+    if of_chunks < chunks and len(prompt) < asked and not whole:
+        return text, f" ({asked - len(prompt)} are not on all of them yet)"
+    return text, ""
+
+
+def _who(compared: Compared) -> str:
+    ranks = compared.ranks
+    if len(ranks) == compared.world_size:
+        return f"all {len(ranks)} ranks" if len(ranks) > 2 else "both ranks"
+    return f"ranks {numbers_text(ranks) if len(ranks) > 2 else ' and '.join(map(str, ranks))}"

@@ -1,0 +1,122 @@
+"""Mixing: 64-bit words to one number a row, the same on every device; what digests are made of.
+
+Each word is added to a number of its place and mixed by splitmix64's finaliser (Steele, Lea and Flood 2014), which maps
+no two words to one; the sum modulo 2^64 is the result. On CUDA all of a word's mixing is one kernel, where torch's own
+operations would be thirteen: a prefill of small chunks is bound by launches.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from math import prod
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_STEP = -7046029254386353131  # 2^64 / golden ratio, as a signed number: multiples of it do not repeat
+
+_MULTIPLIERS = (
+    -4658895280553007687,
+    -7723592293110705685,
+)  # 0xBF58476D1CE4E5B9 and 0x94D049BB133111EB, signed
+
+_KERNEL = """
+template <typename T> T dinfer_mix(T word, T place) {
+    unsigned long long mixed = static_cast<unsigned long long>(word) + static_cast<unsigned long long>(place);
+    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9ULL;
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EBULL;
+    return static_cast<T>(mixed ^ (mixed >> 31));
+}
+"""
+
+
+def mixed_sum(words: Tensor, *, first: int = -1) -> Tensor:
+    """The sum over the last dimension, and `first` if that is another, of words that are int64, each mixed with its
+    place along these."""
+    dims = sorted({first % words.dim(), words.dim() - 1})
+    sizes = [size if dim in dims else 1 for dim, size in enumerate(words.shape)]
+    count = prod(sizes)
+    places = _places(1 << (count - 1).bit_length(), words.device)[:count].view(sizes)
+    return _mixer(words.device.type)(words, places).sum(dims)
+
+
+@cache
+def _places(count: int, device: torch.device) -> Tensor:
+    """Made once: whoever uses it, on whichever stream, finds it there."""
+    found = torch.arange(1, count + 1, device=device, dtype=torch.int64) * _STEP
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return found
+
+
+@cache
+def _mixer(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
+    if kind != "cuda":
+        return _mix
+    try:
+        fused: Callable[[Tensor, Tensor], Tensor] = torch.cuda.jiterator._create_jit_fn(_KERNEL)
+        one = torch.ones(1, dtype=torch.int64, device=kind)
+        fused(one, one)
+    except (AttributeError, RuntimeError) as error:  # beta in torch; or there is no compiler for kernels here
+        log.info("digests are mixed by torch's own operations, which takes longer: %s", error)
+        return _mix
+    return fused
+
+
+def _mix(words: Tensor, places: Tensor) -> Tensor:
+    mixed = words + places
+    shifted = torch.empty_like(
+        mixed
+    )  # one for all rounds: new memory for each would cost a fifth of the time
+    for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
+        mixed ^= _shift(mixed, shift, shifted)
+        mixed *= multiplier
+    mixed ^= _shift(mixed, 31, shifted)
+    return mixed
+
+
+def _shift(words: Tensor, bits: int, out: Tensor) -> Tensor:
+    """Shifted right, zeros coming in: torch shifts signed numbers only, and copies the sign."""
+    return torch.bitwise_right_shift(words, bits, out=out).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+_MASK = (1 << 64) - 1
+
+_INTEGERS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.int8))
+
+
+def row_digests(block: Tensor) -> Tensor:
+    """Of a block [tokens, 2, kv_heads, head_dim]: the digest of each row, int64 [tokens, 2, kv_heads].
+
+    The same on every device. A row is read as 64-bit words, or as the largest that it divides into: see mixing.
+    """
+    return mixed_sum(_words(block))
+
+
+def block_digests(rows: Tensor) -> Tensor:
+    """From a block's row digests [tokens, 2, kv_heads]: those of K and of V, int64 [2]."""
+    return mixed_sum(rows, first=0)
+
+
+def as_numbers(digests: Tensor) -> tuple[int, int]:
+    """A block's digests on the host, as numbers without a sign. Waits for the device."""
+    k, v = digests.tolist()
+    return k & _MASK, v & _MASK
+
+
+def _words(block: Tensor) -> Tensor:
+    """The rows' bytes as the largest integers that they divide into: int64 [tokens, 2, kv_heads, words]."""
+    width = block.shape[-1] * block.element_size()
+    dtype = next(dtype for size, dtype in _INTEGERS if width % size == 0)
+    return block.contiguous().view(dtype).to(torch.int64)
+
+
+def statistics(tensor: Tensor) -> str:
+    """Shape, range, mean and what is no number, in a line: for people."""
+    values = tensor.detach().float()
+    broken = int((~torch.isfinite(values)).sum())
+    low, high, mean = float(values.min()), float(values.max()), float(values.mean())
+    text = f"{list(tensor.shape)} {low:.4g} … {high:.4g}, mean {mean:.4g}"
+    return f"{text}, {broken} NaN or Inf" if broken else text

@@ -1,0 +1,114 @@
+"""Measure: how one tensor differs from another of the same shape, as a few numbers, computed where they live.
+
+Nothing is judged here: whether a difference is a fault or rounding is for whoever knows what was compared.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+CellIndex = tuple[int, ...]
+
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+
+
+class Spot(NamedTuple):
+    """One value in two tensors: where it is, and what it is in each."""
+
+    at: CellIndex
+    mine: float
+    theirs: float
+
+
+class CellDifference(NamedTuple):
+    """`absolute`: the largest difference, infinite where only one of the two is a number; `relative`: the largest
+    one as a share of the larger of the two values; `scale`: the largest value of theirs; `largest`: where `absolute`
+    is; `changed`: how many values differ, in any bit where both have one dtype; `first`: the first of these; `nans`:
+    how many values are no numbers, in mine and in theirs."""
+
+    absolute: float
+    relative: float
+    scale: float
+    largest: Spot
+    changed: int
+    first: Spot | None
+    nans: tuple[int, int]
+
+    def with_(self, later: "CellDifference") -> "CellDifference":
+        """Of both together; `later` is of rows behind these."""
+        larger = self if self.absolute >= later.absolute else later
+        return CellDifference(
+            larger.absolute,
+            max(self.relative, later.relative),
+            max(self.scale, later.scale),
+            larger.largest,
+            self.changed + later.changed,
+            self.first or later.first,
+            (self.nans[0] + later.nans[0], self.nans[1] + later.nans[1]),
+        )
+
+    @classmethod
+    def of(cls, fields: list[Any]) -> "CellDifference":
+        """From a list, as JSON makes it of one."""
+        absolute, relative, scale, largest, changed, first, nans = fields
+        return cls(absolute, relative, scale, _spot(largest), changed, first and _spot(first), tuple(nans))
+
+
+def measure(mine: Tensor, theirs: Tensor, row: int = 0) -> CellDifference:
+    """Compare two tensors of one shape; the first dimension counts rows from `row` on."""
+    changed = _changed(mine, theirs)
+    count = int(changed.sum())
+    one, other = mine.double(), theirs.double()
+    numbers = other.abs().nan_to_num(nan=0.0, posinf=0.0)
+    scale, nans = float(numbers.max()), (int(one.isnan().sum()), int(other.isnan().sum()))
+    if not count:
+        return CellDifference(0.0, 0.0, scale, _at(one, other, 0, row), 0, None, nans)
+    apart = torch.where(changed, (one - other).abs(), 0.0).nan_to_num(nan=torch.inf)
+    size = torch.maximum(one.abs(), other.abs())
+    relative = torch.where(apart > 0, apart / size, 0.0).nan_to_num(nan=torch.inf)
+    largest = _at(one, other, int(apart.argmax()), row)
+    first = _at(one, other, int(changed.int().argmax()), row)
+    return CellDifference(float(apart.max()), float(relative.max()), scale, largest, count, first, nans)
+
+
+def _changed(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Which values differ: in their bits, where both have the same dtype, so that NaN may equal NaN and 0 is not -0."""
+    if mine.dtype != theirs.dtype:
+        return mine.double() != theirs.double()
+    bits = _BITS[mine.element_size()]
+    return mine.contiguous().view(bits) != theirs.contiguous().view(bits)
+
+
+def _at(mine: Tensor, theirs: Tensor, flat: int, row: int) -> Spot:
+    index = [int(i) for i in torch.unravel_index(torch.tensor(flat), mine.shape)]
+    values = float(mine[tuple(index)]), float(theirs[tuple(index)])
+    return Spot((index[0] + row, *index[1:]), *values)
+
+
+def _spot(fields: list[Any]) -> Spot:
+    index, mine, theirs = fields
+    return Spot(tuple(index), mine, theirs)
+
+
+FIELDS = ("min", "max", "mean", "absmax", "nan", "inf", "zeros")
+"""of K and of V, by head; `zeros`: their share. NaN and Inf are left out of the other figures."""
+
+
+def per_head(block: Tensor) -> dict[str, list[list[float]]]:
+    """Of a block [tokens, 2, kv_heads, head_dim]: each field as [2, kv_heads]; all NaN where there is no number."""
+    values = block.detach().permute(1, 2, 0, 3).flatten(2).float()
+    finite = torch.isfinite(values)
+    counts = finite.sum(-1)
+    figures: dict[str, Any] = {
+        "min": torch.where(finite, values, torch.inf).amin(-1) if values.shape[-1] else counts * torch.nan,
+        "max": torch.where(finite, values, -torch.inf).amax(-1) if values.shape[-1] else counts * torch.nan,
+        "mean": torch.where(finite, values, 0.0).double().sum(-1) / counts,
+        "nan": values.isnan().sum(-1),
+        "inf": values.isinf().sum(-1),
+        "zeros": (values == 0).sum(-1) / max(1, values.shape[-1]),
+    }
+    figures["absmax"] = torch.maximum(figures["max"], -figures["min"])
+    for name in ("min", "max", "mean", "absmax"):
+        figures[name] = torch.where(counts > 0, figures[name], torch.nan)
+    return {name: figures[name].tolist() for name in FIELDS}

@@ -1,0 +1,262 @@
+"""Hosts: network namespaces of this machine, with a wire between every two of them that can be cut, or slowed.
+
+Needs root and iproute2. Of what is outside the namespaces made here nothing changes but for one interface more, over
+which this machine and the hosts reach one another. Nothing here knows ranks.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+from itertools import combinations
+
+from dinfer.errors import DinferError
+
+RANGES = ("10.77.0.0/16", "198.19.0.0/16")
+"""of which a part that no route leads to is taken: private, and reserved for tests of networks"""
+
+DEFAULT_ROUTE_BITS = 7
+"""A route to so much of all addresses, or more, leads to wherever no other does."""
+
+BURST, QUEUE = 1_600, 50_000_000
+"""bytes that a slow wire lets through at once: no more than the largest packet; and that wait before it, undropped"""
+
+COMMAND_S, REMOVAL_S, KILLED_S = 30.0, 30.0, 10.0
+
+ORPHANS_S = 120.0
+"""how long what runs on the hosts may take to end itself once who has made them is gone without a word"""
+
+LOOK_S = 0.1
+
+Argv = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LabHost:
+    """A network namespace. eth0 leads to this machine and has the host's address; a wire leads to each other host."""
+
+    namespace: str
+    address: str
+
+    def inside(self, *command: str) -> Argv:
+        """The command that runs `command` on this host; it becomes that process, which keeps its id."""
+        return ("ip", "netns", "exec", self.namespace, *command)
+
+
+@dataclass(frozen=True)
+class LabNetwork:
+    """`address`: this machine's, as the hosts see it. What is done to a wire is done in `hub`, a namespace that all
+    wires go through: hosts notice nothing but that packets do not come, or come late."""
+
+    hub: str
+    hosts: tuple[LabHost, ...]
+    address: str
+
+    def cut(self, one: int, other: int) -> Argv:
+        """The command that cuts the wire between two hosts: packets vanish, both ways; connections are not closed."""
+        return ("ip", "-n", self.hub, "link", "set", _wire(one, other), "down")
+
+    def slow(self, source: int, target: int, bits_per_s: int) -> Argv:
+        """The command that makes a wire slow, in one direction."""
+        rate = ("tbf", "rate", f"{bits_per_s}bit", "burst", str(BURST), "limit", str(QUEUE))
+        return ("tc", "-n", self.hub, "qdisc", "replace", "dev", _plug(target, source), "root", *rate)
+
+    def mend(self) -> None:
+        """Make all wires whole."""
+        for one, other in combinations(range(len(self.hosts)), 2):
+            do("ip", "-n", self.hub, "link", "set", _wire(one, other), "up")
+            for plug in (_plug(one, other), _plug(other, one)):
+                with suppress(HostsError):  # it is not slow
+                    do("tc", "-n", self.hub, "qdisc", "delete", "dev", plug, "root")
+
+    def cut_off(self, number: int) -> None:
+        """Cut every wire of one host, the one to this machine too."""
+        for plug in (_plug(number), *(_plug(number, n) for n in range(len(self.hosts)) if n != number)):
+            do("ip", "-n", self.hub, "link", "set", plug, "down")
+
+
+class HostsError(DinferError, RuntimeError):
+    """Hosts cannot be made, or not be used; the message says why."""
+
+
+def why_not() -> str:
+    """Why there can be no hosts here; "" if there can: two are made, used and removed."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        return "needs root, to make network namespaces"
+    for tool in ("ip", "tc"):
+        if shutil.which(tool) is None:
+            return f"needs {tool} of iproute2 (apt-get install iproute2), to make network namespaces"
+    try:
+        with hosts(2) as network:
+            do(*network.slow(0, 1, 1_000_000))
+            do(*network.cut(0, 1))
+            network.mend()
+            _check_reached(network)
+    except HostsError as error:
+        return f"network namespaces cannot be used here: {error}"
+    return ""
+
+
+@contextmanager
+def hosts(count: int) -> Iterator[LabNetwork]:
+    """That many hosts, which reach one another and this machine; all is gone at the end, whatever still runs on them
+    too, and also where this process is killed meanwhile. Raises HostsError."""
+    mark = uuid.uuid4().hex[:6]
+    hub, outlet, address, *addresses = f"dinfer-{mark}-hub", f"dinfer-{mark}", *_addresses(count + 1)
+    made = tuple(LabHost(f"dinfer-{mark}-{n}", own) for n, own in enumerate(addresses))
+    with _removal(outlet, [*(host.namespace for host in made), hub]):
+        do("ip", "netns", "add", hub)
+        _bridge(hub, "bridge")
+        for n, host in enumerate(made):
+            do("ip", "netns", "add", host.namespace)
+            do("ip", "-n", host.namespace, "link", "set", "lo", "up")
+            _plug_in(host.namespace, "eth0", hub, _plug(n), "bridge")
+            do("ip", "-n", host.namespace, "address", "add", f"{host.address}/32", "dev", "eth0")
+            do("ip", "-n", host.namespace, "route", "add", address, "dev", "eth0", "src", host.address)
+        for one, other in combinations(range(count), 2):
+            _bridge(hub, _wire(one, other))
+            for near, far in ((one, other), (other, one)):
+                _wire_up(made[near], made[far], hub, near, far)
+        _plug_in("", outlet, hub, "outlet", "bridge")
+        do("ip", "address", "add", f"{address}/24", "dev", outlet)
+        yield LabNetwork(hub, made, address)
+
+
+def do(*command: str) -> str:
+    """What it prints. Raises HostsError."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMMAND_S)
+    except subprocess.CalledProcessError as error:
+        raise HostsError(f"`{' '.join(command)}` says: {error.stderr.strip()}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise HostsError(str(error)) from error
+    return done.stdout
+
+
+def free_range(taken: Sequence[str], first: int = 0) -> IPv4Network:
+    """256 addresses to which none of these routes leads; the search begins at the part `first`. Raises HostsError."""
+    routes = [IPv4Network(route) for route in taken if route[:1].isdigit()]
+    routes = [route for route in routes if route.prefixlen > DEFAULT_ROUTE_BITS]
+    for wide in RANGES:
+        parts = list(IPv4Network(wide).subnets(new_prefix=24))
+        turn = first % len(parts)
+        for part in parts[turn:] + parts[:turn]:
+            if not any(part.overlaps(route) for route in routes):
+                return part
+    raise HostsError(f"routes lead to all of {' and '.join(RANGES)}: no addresses are left for hosts")
+
+
+# -- making
+
+
+def _addresses(count: int) -> list[str]:
+    """The first is this machine's. Two labs that begin at once take different ones: each begins at another part."""
+    routes = json.loads(do("ip", "-4", "-j", "route", "show", "table", "all"))
+    found = free_range([route["dst"] for route in routes], os.getpid()).hosts()
+    own, *others = (str(address) for address, _ in zip(found, range(count), strict=False))
+    return [own, *others]
+
+
+def _bridge(hub: str, name: str) -> None:
+    do("ip", "-n", hub, "link", "add", name, "type", "bridge")
+    do("ip", "-n", hub, "link", "set", name, "up")
+
+
+def _plug_in(namespace: str, interface: str, hub: str, plug: str, bridge: str) -> None:
+    """An interface of a namespace, "" for this machine's own, that leads to a bridge in the hub."""
+    within = ("-n", namespace) if namespace else ()
+    do("ip", *within, "link", "add", interface, "type", "veth", "peer", "name", plug, "netns", hub)
+    do("ip", "-n", hub, "link", "set", plug, "master", bridge, "up")
+    do("ip", *within, "link", "set", interface, "up")
+
+
+def _wire_up(near: LabHost, far: LabHost, hub: str, one: int, other: int) -> None:
+    """One end of the wire between two hosts, and the way over it to the other's address."""
+    interface = f"to{other}"
+    _plug_in(near.namespace, interface, hub, _plug(one, other), _wire(one, other))
+    do("ip", "-n", near.namespace, "route", "add", far.address, "dev", interface, "src", near.address)
+
+
+def _wire(one: int, other: int) -> str:
+    """The bridge between two hosts."""
+    return f"wire{min(one, other)}-{max(one, other)}"
+
+
+def _plug(one: int, other: int | None = None) -> str:
+    """The hub's end of what leads to a host from another, or from this machine."""
+    return f"plug{one}" if other is None else f"plug{one}-{other}"
+
+
+def _check_reached(network: LabNetwork) -> None:
+    """Raises HostsError where a host cannot connect to this machine: a firewall may forbid it."""
+    with socket.create_server((network.address, 0)) as server:
+        port = server.getsockname()[1]
+        program = f"import socket; socket.create_connection(({network.address!r}, {port}), 5)"
+        try:
+            do(*network.hosts[0].inside(sys.executable, "-c", program))
+        except HostsError as error:
+            last = str(error).splitlines()[-1]
+            raise HostsError(f"a host does not reach this machine (a firewall?): {last}") from error
+
+
+# -- removing
+
+
+@contextmanager
+def _removal(outlet: str, namespaces: Sequence[str]) -> Iterator[None]:
+    """A process of its own removes them at the end: it hears of the end in any case, as its input then ends."""
+    command = [sys.executable, "-m", "dinfer.lab.hosts", outlet, *namespaces]
+    null = subprocess.DEVNULL
+    keeper = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=null, stderr=null, start_new_session=True
+    )
+    try:
+        yield
+    finally:
+        with suppress(OSError, subprocess.TimeoutExpired):
+            keeper.communicate(b"now", timeout=REMOVAL_S)
+
+
+def remove(outlet: str, namespaces: Sequence[str], patience_s: float) -> None:
+    """End what runs in these namespaces and is still there after so long, process by process; then remove them all, and
+    this machine's interface to them."""
+    began = time.monotonic()
+    while (found := _inside(namespaces)) and time.monotonic() - began < patience_s + KILLED_S:
+        if time.monotonic() - began >= patience_s:
+            for pid in found:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(LOOK_S)
+    with suppress(HostsError):
+        do("ip", "link", "delete", outlet)
+    for name in namespaces:
+        with suppress(HostsError):
+            do("ip", "netns", "delete", name)
+
+
+def _inside(namespaces: Sequence[str]) -> list[int]:
+    """The ids of processes that run there."""
+    found = list[int]()
+    for name in namespaces:
+        with suppress(HostsError):  # it is not there
+            found += map(int, do("ip", "netns", "pids", name).split())
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m dinfer.lab.hosts INTERFACE NAMESPACE…`: removes them once its input has ended."""
+    outlet, *namespaces = arguments
+    remove(outlet, namespaces, 0.0 if sys.stdin.buffer.read() else ORPHANS_S)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

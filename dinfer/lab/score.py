@@ -1,0 +1,110 @@
+"""What the lab has found, cell by cell, and as a scoreboard. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from dinfer.lab.expected import RULES, Cell, Expected
+
+DEATH_S, HANG_S = 1.0, 5.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one cell. `kind`, `rank`, `sentence`: what was said, "" for nothing; `seconds`: from the last progress of any
+    rank (of a death, and of what is told only when asked: from the fault) until it was."""
+
+    cell: Cell
+    expected: Expected
+    kind: str
+    rank: int | None
+    sentence: str
+    seconds: float | None
+    recovered_s: float = 0.0
+
+    @property
+    def correct(self) -> bool:
+        return self.expected.is_met_by(self.kind, self.rank, self.sentence)
+
+    @property
+    def limit_s(self) -> float:
+        """By when it should have been told."""
+        return DEATH_S if self.expected.kind == "dead" else HANG_S
+
+    @property
+    def in_time(self) -> bool:
+        return self.seconds is not None and (RULES[self.cell.fault].is_slow or self.seconds <= self.limit_s)
+
+    def as_dict(self) -> dict[str, Any]:
+        wanted = {"kind": self.expected.kind, "rank": self.expected.rank, "op": self.expected.op}
+        return {
+            **self.cell._asdict(),
+            "expected": wanted,
+            "named": {"kind": self.kind, "rank": self.rank, "sentence": self.sentence},
+            "correct": self.correct,
+            "seconds": self.seconds,
+            "in_time": self.in_time,
+            "recovered_s": self.recovered_s,
+        }
+
+
+@dataclass
+class Score:
+    """All that was found so far. `planned`: how many cells there were to be; `alarms`: what was said of clean runs;
+    `links`: what links were broken in, "" before that is known."""
+
+    seed: int
+    planned: int
+    results: list[Result] = field(default_factory=list)
+    clean_runs: int = 0
+    alarms: list[str] = field(default_factory=list)
+    links: str = ""
+
+    @property
+    def all_right(self) -> bool:
+        """Whether every verdict was right, none was made of a clean run, and no cell was left out."""
+        return not self.alarms and len(self.results) == self.planned and all(r.correct for r in self.results)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "cells": [result.as_dict() for result in self.results],
+            "planned": self.planned,
+            "clean_runs": self.clean_runs,
+            "false_alarms": len(self.alarms),
+            "alarms": self.alarms,
+            "links": self.links,
+            "seed": self.seed,
+        }
+
+    def table(self) -> str:
+        """A line for each fault, one for all, one for clean runs, and one for each cell that was told wrong."""
+        lines = [f"{'fault':<24}{'cells':>6}{'correct':>9}{'in time':>9}{'median s':>10}{'max s':>8}"]
+        for fault in RULES:
+            if mine := [result for result in self.results if result.cell.fault == fault]:
+                lines.append(_line(fault, mine))
+        lines.append(_line("all", self.results))
+        lines.append(f"clean runs: {self.clean_runs}, false alarms: {len(self.alarms)}")
+        if left := self.planned - len(self.results):
+            lines.append(f"not done: {left} of {self.planned} cells")
+        lines += [f"false alarm: {alarm}" for alarm in self.alarms]
+        lines += [f"wrong: {told(result)}" for result in self.results if not result.correct]
+        return "\n".join(lines)
+
+
+def told(result: Result) -> str:
+    """A cell in a line: what was to be said, and what was."""
+    wanted = f"{result.expected.kind}, rank {result.expected.rank}"
+    seconds = "" if result.seconds is None else f" after {result.seconds:.2f} s"
+    if result.correct:
+        return f"{result.cell}: {wanted}{seconds}"
+    named = f"{result.kind}, rank {result.rank}: {result.sentence}" if result.kind else "nothing"
+    at = f" at `{result.expected.op}`" if result.expected.op else ""
+    return f"{result.cell}: not {wanted}{at}, but {named}{seconds}"
+
+
+def _line(name: str, results: Sequence[Result]) -> str:
+    times = [result.seconds for result in results if result.seconds is not None]
+    right, soon = sum(result.correct for result in results), sum(result.in_time for result in results)
+    shown = f"{median(times):>10.2f}{max(times):>8.2f}" if times else f"{'-':>10}{'-':>8}"
+    return f"{name:<24}{len(results):>6}{right:>9}{soon:>9}{shown}"

@@ -1,0 +1,205 @@
+"""Meeting: how ranks that another launcher has started find one another, and tell rank 0 that they have come.
+
+A rank that cannot take part (no checkpoint on its host, …) says so here, and rank 0 speaks for all.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from dinfer.config import Config, ConfigError
+from dinfer.messages import Message
+from dinfer.transport.gloo import Store, join_store, open_store
+from dinfer.transport.interface import own_address_towards
+
+
+class Launched(NamedTuple):
+    """This process's rank, as its launcher names it."""
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+class Meeting(NamedTuple):
+    """Where the ranks of a launched run meet; `theirs`: the launcher itself holds the store there."""
+
+    address: str
+    port: int
+    theirs: bool
+
+
+class _Launcher(NamedTuple):
+    name: str
+    mark: str
+    rank: str
+    world_size: str
+    local_rank: str
+
+
+TORCHRUN, MPIRUN, DEBUGGER = "torchrun", "mpirun", "a debugger"
+
+_LAUNCHERS = (
+    _Launcher(TORCHRUN, "TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    _Launcher(
+        MPIRUN,
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+    ),
+    _Launcher(MPIRUN, "PMI_RANK", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    _Launcher(DEBUGGER, "DINFER_JOIN", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+)
+
+
+def launched_as(environment: Mapping[str, str]) -> Launched | None:
+    """The rank that the environment names, or None where this process was started by hand. Raises ConfigError."""
+    for known in _LAUNCHERS:
+        if known.mark in environment:
+            rank = _number(known.rank, environment.get(known.rank))
+            world_size = _number(known.world_size, environment.get(known.world_size))
+            local_rank = _number(known.local_rank, environment.get(known.local_rank, str(rank)))
+            if rank >= world_size:
+                raise ConfigError(
+                    f"{known.rank} is {rank} and {known.world_size} is {world_size} in the environment; "
+                    "ranks count from 0."
+                )
+            return Launched(known.name, rank, world_size, local_rank)
+    return None
+
+
+def speaks(launched: Launched | None) -> bool:
+    """Whether this process may print a mistake that others likely share: one on each host, so that it is read once."""
+    return launched is None or launched.launcher == DEBUGGER or launched.local_rank == 0
+
+
+def meeting_of(environment: Mapping[str, str], address: str, port: int) -> Meeting:
+    """Where to meet: as the environment says, else as given. Raises ConfigError where no port is named."""
+    port = _number("MASTER_PORT", environment.get("MASTER_PORT", str(port)))
+    if not 0 < port < 65536:
+        raise ConfigError(
+            "no port to meet at: set MASTER_PORT in the environment, or master_port, to a free one "
+            f"from 1 to 65535; it is {port}."
+        )
+    theirs = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return Meeting(environment.get("MASTER_ADDR", address), port, theirs)
+
+
+def _number(name: str, value: str | None) -> int:
+    if value is None or not (value.isascii() and value.isdigit()):
+        raise ConfigError(f"{name} is {value!r} in the environment; a launcher sets it to a whole number.")
+    return int(value)
+
+
+POLL_S = 0.1
+
+PATIENCE_S = 5.0
+"""how long rank 0 waits for the others before it says who is missing"""
+
+
+def meet(config: Config, launched: Launched) -> tuple[Store, str]:
+    """The store at which all ranks meet, and the address of rank 0's host. Raises ConfigError or CommError."""
+    if launched.launcher == MPIRUN and "MASTER_ADDR" not in os.environ:
+        return _meet_by_mpi(config, launched)
+    address, port, theirs = meeting_of(os.environ, config.master_addr, config.master_port)
+    if launched.rank == 0 and not theirs:
+        return open_store(address, port, exact=True)[0], address
+    return join_store(address, port, config.start_timeout), address
+
+
+class Roll:
+    """What the ranks tell one another before they have a link."""
+
+    def __init__(self, store: Store, world_size: int) -> None:
+        self._store, self._world_size = store, world_size
+        # A launcher that starts ranks again keeps its store, and what was said in it.
+        self._prefix = f"dinfer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+    def answer(self, rank: int, refusal: str = "") -> None:
+        """This rank has come; or cannot take part, and why."""
+        self._store.set(self._key(rank), refusal)
+
+    def give_links(self, parts: list[Message]) -> None:
+        self._store.set(f"{self._prefix}/link", json.dumps(parts))
+
+    def link_of(self, rank: int) -> Message:
+        """What rank 0 gives to this rank; waits for it. Raises RuntimeError where rank 0 does not come."""
+        found: Message = json.loads(self._store.get(f"{self._prefix}/link"))[rank]
+        return found
+
+    def call(self, timeout: float, say: Callable[[str], None], told_to_end: Callable[[], bool]) -> None:
+        """Wait until all others have answered. Raises ConfigError for who refuses, RuntimeError for who is late."""
+        started, said = time.monotonic(), False
+        missing = list(range(1, self._world_size))
+        while True:
+            missing = [rank for rank in missing if not self._has_come(rank)]
+            if not missing:
+                return
+            waited = time.monotonic() - started
+            if waited > timeout:
+                raise RuntimeError(f"{_ranks(missing)} did not come within {timeout:g} s (start_timeout).")
+            if waited > PATIENCE_S and not said:
+                said = True
+                say(f"waiting for {_ranks(missing)}")
+            if told_to_end():
+                raise RuntimeError(f"the launcher ended the run before {_ranks(missing)} had come.")
+            time.sleep(POLL_S)
+
+    def _has_come(self, rank: int) -> bool:
+        if not self._store.check([self._key(rank)]):
+            return False
+        if refusal := self._store.get(self._key(rank)).decode():
+            raise ConfigError(f"rank {rank}: {refusal}")
+        return True
+
+    def _key(self, rank: int) -> str:
+        return f"{self._prefix}/rank {rank}"
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _meet_by_mpi(config: Config, launched: Launched) -> tuple[Store, str]:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # mpi4py without an MPI library is the latter
+        raise ConfigError(
+            f"under mpirun the ranks find one another by mpi4py, which cannot be imported ({error}): "
+            "pip install 'dinfer[mpi]', or set MASTER_ADDR and MASTER_PORT for all ranks (mpirun -x, or -genv)."
+        ) from None
+    if MPI.COMM_WORLD.Get_size() != launched.world_size:
+        raise ConfigError(
+            f"mpirun has started {launched.world_size} processes, but mpi4py sees {MPI.COMM_WORLD.Get_size()}: "
+            "it was built for another MPI than this mpirun's. Reinstall it, or set MASTER_ADDR and MASTER_PORT."
+        )
+    here = _ranks_on_this_host(MPI)
+    if launched.rank == 0:
+        address = "127.0.0.1" if launched.world_size == here else _own_address()
+        try:
+            store, port = open_store(address, config.master_port, exact=bool(config.master_port))
+        except RuntimeError as error:
+            MPI.COMM_WORLD.bcast(("", 0))
+            raise error
+        MPI.COMM_WORLD.bcast((address, port))
+        return store, address
+    address, port = MPI.COMM_WORLD.bcast(None)
+    if not port:
+        threading.Event().wait()  # until mpirun, which sees rank 0 end, ends this one
+    return join_store(address, port, config.start_timeout), address
+
+
+def _ranks_on_this_host(mpi: Any) -> int:
+    names: list[str] = mpi.COMM_WORLD.allgather(socket.gethostname())
+    return names.count(socket.gethostname())
+
+
+def _own_address() -> str:
+    """The address at which other hosts reach this one."""
+    return own_address_towards("192.0.2.1")  # reserved for documentation: by the default route, never sent to

@@ -1,0 +1,148 @@
+"""Runner: one `dinfer run` from start to end: ranks up, progress shown, text streamed, figures gathered, ranks down."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from dinfer.cluster.ranks import RankState
+from dinfer.display import listed
+from dinfer.job import Job
+from dinfer.launch.processes import Processes
+from dinfer.plan.plan import Plan
+from dinfer.run.report import findings_of_result
+from dinfer.run.result import merge, result_of, table
+from dinfer.trace.export import write_jsonl
+from dinfer.trace.findings import with_findings
+
+
+def progress_line(plan: Plan, rank: int, state: RankState) -> str:
+    """For example `rank 1  prefill  chunk 3 of 8, layer 14  KV 120 of 288 blocks`."""
+    if state.phase == "decode":
+        return f"rank {rank}  decode"  # the tokens themselves are shown as they come
+    if state.phase != "prefill" or state.stand is None:
+        return f"rank {rank}  {state.phase}"
+    stand, lanes = state.stand, plan.lanes[rank]
+    if len(stand.positions) != len(lanes):
+        return f"rank {rank}  {state.phase}"
+    done = [op for lane, position in zip(lanes, stand.positions, strict=True) for op in lane.ops[:position]]
+    layers = [op for op in done if op.kind == "layer"]
+    blocks = len(layers) + sum(op.kind == "recv" and op.what == "kv" for op in done)
+    at = (
+        f"chunk {layers[-1].chunk + 1} of {len(plan.shape.chunks)}, layer {layers[-1].layer}"
+        if layers
+        else "waiting for hidden states"
+    )
+    return f"rank {rank}  prefill  {at}  KV {blocks} of {plan.shape.blocks} blocks"
+
+
+PROGRESS_S = 0.5
+
+
+class ProgressLines:
+    """Progress on one line per rank, and the generated text, without one tearing the other apart."""
+
+    def __init__(self, job: Job, out: TextIO | None = None) -> None:
+        self._job, self._out = job, out or sys.stdout
+        self._shown: dict[int, str] = {}
+        self._port_told = False
+        self.text = ""
+
+    def introduce(self) -> None:
+        """What is about to run, and why it cannot hang."""
+        config, plan = self._job.config, self._job.plan
+        chunks = len(plan.shape.chunks)
+        self.say(
+            f"{config.model_path}: {len(self._job.ids)} prompt tokens in {chunks} chunk{'s' * (chunks > 1)}, "
+            f"{plan.shape.layers} layers on {plan.world_size} rank{'s' * (plan.world_size > 1)}, "
+            f"threads each: {config.threads}, over {config.backend}\n"
+            f"plan ({plan.schedule}, {plan.sync_strategy}) {self._job.verdict}"
+        )
+
+    def on_text(self, piece: str) -> None:
+        if not self.text and piece:
+            self._write("\n")
+        self.text += piece
+        self._write(piece)
+
+    def progress(self, ranks: Sequence[RankState]) -> None:
+        """A line for each rank of which there is news, unless text has begun to flow."""
+        self._name_port(ranks[0])
+        for rank, state in enumerate(ranks):
+            line = progress_line(self._job.plan, rank, state)
+            if not self.text and self._shown.get(rank) != line:
+                self._shown[rank] = line
+                self.say(line)
+
+    def _name_port(self, first: RankState) -> None:
+        """Say it where the ranks meet at another port than the one asked for."""
+        asked, opened = self._job.config.master_port, first.reports.get("store")
+        if opened and not self._port_told:
+            self._port_told = True
+            if asked and opened["port"] != asked:
+                self._interject(f"port {asked} is in use; the ranks meet at {opened['port']} instead.")
+
+    def say(self, line: str) -> None:
+        self._write(f"{line}\n")
+
+    def warn(self, verdict: str) -> None:
+        """Why the run does not move: at once, not only when its timeout ends it."""
+        self._interject(f"no progress: {verdict}")
+
+    def _interject(self, line: str) -> None:
+        """A line of its own, also amid the text."""
+        self.say("\n" * bool(self.text) + line)
+
+    def _write(self, text: str) -> None:
+        self._out.write(text)
+        self._out.flush()
+
+
+def run(job: Job, trace_path: str | Path | None = None, out: TextIO | None = None) -> dict[str, Any]:
+    """Generate; what the ranks measured (see `result_of`). Raises RankFailed; a KeyboardInterrupt ends all ranks."""
+    show = ProgressLines(job, out)
+    show.introduce()
+    with Processes(job, on_text=show.on_text, on_hang=show.warn) as ranks:
+        while not ranks.watch(PROGRESS_S):
+            show.progress(ranks.link.ranks)
+        show.progress(ranks.link.ranks)  # also of a run that was over before it was looked at
+        return conclude(job, ranks.link.ranks, show, trace_path)
+
+
+def conclude(
+    job: Job, ranks: Sequence[RankState], show: ProgressLines, trace_path: str | Path | None
+) -> dict[str, Any]:
+    """Show and keep what the ranks have delivered. Raises RuntimeError if they hold different KV."""
+    trace = merge(job, [state.events for state in ranks])
+    result = result_of(job, ranks, trace, show.text)
+    trace = with_findings(trace, findings_of_result(job, result))
+    show.say(f"\n\n{table(result)}")
+    if trace_path:
+        show.say(_keep(trace_path, lambda path: write_jsonl(trace, path), "trace"))
+    for trouble in filter(None, (state.reports["result"].get("log_trouble") for state in ranks)):
+        show.say(f"the run went on, but {trouble}")
+    result["trace"] = str(trace_path) if trace_path else None
+    if found := result["corrupt"]:  # which the user chose to record, and go on
+        show.say(f"warning: {listed([one['text'] for one in found])}")
+    else:
+        _agree(result)
+    return result
+
+
+def _keep(path: str | Path, write: Callable[[Path], None], what: str) -> str:
+    """Write a file, and say so; a run that went well is not lost because the disk is full."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write(Path(path))
+    except OSError as error:
+        return f"the {what} could not be written to {path}: {os.strerror(error.errno or 0)}"
+    return f"{what}: {path}"
+
+
+def _agree(result: dict[str, Any]) -> None:
+    """All ranks must hold the same KV; sync that changed bytes is never passed over."""
+    digests = {rank["kv_sha256"] for rank in result["ranks"]}
+    if len(digests) > 1:
+        listed = ", ".join(f"rank {rank['rank']} {rank['kv_sha256'][:12]}" for rank in result["ranks"])
+        raise RuntimeError(f"the ranks hold different KV after prefill (SHA-256: {listed}).")

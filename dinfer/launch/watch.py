@@ -1,0 +1,114 @@
+"""Watch: looks after a run's ranks through their link, until all have delivered or one cannot go on.
+
+A run that does not move is explained long before its timeout ends it.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+from dinfer.cluster.link import Link
+from dinfer.cluster.ranks import LOST
+from dinfer.job import Job
+from dinfer.monitor import watch as hangs
+from dinfer.run.failure import SILENT, broken, ending, silence_limit, standstill
+from dinfer.run.fleet import RankFailed
+
+GRACE_S = 1.0
+"""How long to listen for the cause once one rank has failed: the others' complaints may come first."""
+
+POLL_S = 0.05
+
+
+class ProcessWatch:
+    """`exits()` gives, by rank, the exit status of a process that has ended, or None; who did not start the ranks
+    cannot know it, and learns of their end through their watchers alone."""
+
+    def __init__(
+        self,
+        job: Job,
+        link: Link,
+        exits: Callable[[], Sequence[int | None]] | None = None,
+        on_text: Callable[[str], None] | None = None,
+        while_looking: Callable[[], None] = lambda: None,
+        on_hang: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`on_hang` is told why the run does not move, once it is known, and again when there is another reason."""
+        self._job, self._link, self._on_text, self._while_looking = job, link, on_text, while_looking
+        self._processes_ended = exits or self._lost
+        self._hangs, self._on_hang, self._told = hangs.HangWatch(job, link), on_hang, ""
+
+    def look(self, seconds: float) -> bool:
+        """Look after the ranks for that long; True once all have delivered their result.
+
+        Raises RankFailed, with the cause first, when one has failed, died, or made no progress in time.
+        """
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            with self._link.changed:
+                self._link.changed.wait(min(left, POLL_S))
+            self._while_looking()
+            finished = all("result" in state.reports for state in self._link.ranks)
+            self._show_text()
+            if finished:
+                return True
+            self.check()
+            self._look_whether_it_hangs()
+        return False
+
+    def _look_whether_it_hangs(self) -> None:
+        ended = {
+            rank: ending(code, self._job.config)
+            for rank, code in enumerate(self._exits())
+            if code is not None
+        }
+        decoding = any(state.phase == "decode" for state in self._link.ranks)
+        self._hangs.look(decoding=decoding, ended=ended)
+        said = self._hangs.found.sentence if self._hangs.found else ""
+        if said and said != self._told:
+            self._on_hang(said)
+        self._told = said
+
+    def check(self) -> None:
+        """Raises RankFailed if a rank has failed, died, or stands still for too long."""
+        if self._broken():
+            with self._link.changed:
+                self._link.changed.wait_for(self._all_told, GRACE_S)
+        plan, ranks, config = self._job.plan, self._link.ranks, self._job.config
+        if failure := broken(plan, ranks, self._exits(), config):
+            raise RankFailed(failure)
+        if failure := standstill(plan, ranks, config, time.monotonic()):
+            raise RankFailed("\n".join(filter(None, [failure, self._told])))
+
+    def explain(self) -> None:
+        """Once everybody was told to end: raises RankFailed where it was because a rank has failed."""
+        with self._link.changed:
+            self._link.changed.wait_for(self._broken, GRACE_S)
+        self.check()
+
+    def _show_text(self) -> None:
+        """On the caller's thread, so that an output that is gone ends the run like any other error."""
+        for text in self._link.new_texts():
+            if self._on_text:
+                self._on_text(text)
+
+    def _lost(self) -> list[int | None]:
+        now, limit = time.monotonic(), silence_limit(self._job.config.timeout)
+        return [
+            LOST if state.gone else SILENT if 0 < state.heard < now - limit else None
+            for state in self._link.ranks
+        ]
+
+    def _broken(self) -> bool:
+        """Whether a rank seems to have failed. One that has just ended well may look so: its result is on its way."""
+        ended = any(code is not None for code in self._exits())
+        return ended or any("error" in state.reports for state in self._link.ranks)
+
+    def _all_told(self) -> bool:
+        """Whether every rank has said how it ended, or its watcher, last of all, that it is gone."""
+        last = {"error", "result", "told_to_end"}
+        return all(state.gone or state.reports.keys() & last for state in self._link.ranks)
+
+    def _exits(self) -> list[int | None]:
+        """Exit status of each rank that ended without a result and of itself, as far as known; None for the others."""
+        ranks = zip(self._link.ranks, self._processes_ended(), strict=True)
+        return [None if state.reports.keys() & {"result", "told_to_end"} else code for state, code in ranks]

@@ -1,0 +1,5 @@
+"""dinfer.messages."""
+
+from typing import Any
+
+Message = dict[str, Any]

@@ -1,0 +1,74 @@
+"""Schedules of a user's own: from what their function returns to a plan, or an error that says where it is none."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dinfer.config import Config
+from dinfer.plan.ops import Op, PlanError, parse_op
+from dinfer.plan.partition import Shape
+from dinfer.plan.plan import Lane, Plan, parse_plan
+
+OwnSchedule = Callable[[Config, Shape], Any]
+"""Called with the run's config and shape. Returns a Plan, a plan's text, or, by rank, a dict from the names of its
+lanes to their ops; an op may be its text: `[{"main": ["embed c0", "layer c0 l0", …]}, …]`."""
+
+FORM = 'a Plan, a plan\'s text, or a list with a dict for each rank, such as {"main": ["embed c0", "layer c0 l0"]}'
+
+
+def own_plan(given: "Plan | str | OwnSchedule", config: Config, shape: Shape) -> Plan:
+    """The plan that a user has given, for a run of this shape. Raises PlanError; what a function raises comes through.
+
+    Whether it can hang, and lacks nothing, is for `verify` to say.
+    """
+    name = getattr(given, "__name__", "own")
+    made = given(config, shape) if callable(given) else given
+    if isinstance(made, str):
+        made = parse_plan(made)
+    if not isinstance(made, Plan):
+        lanes = _lanes(made, shape, f"{name}(…)" if callable(given) else "plan")
+        made = Plan(shape, name if name.isidentifier() else "own", config.sync_strategy, lanes)
+    _check_shape(made.shape, shape)
+    return made
+
+
+def _check_shape(given: Shape, own: Shape) -> None:
+    if (given.layers, given.tokens, given.world_size) != (own.layers, own.tokens, own.world_size):
+        raise PlanError(
+            f"the plan is for {given.layers} layers, {given.tokens} tokens and {given.world_size} ranks; "
+            f"here are {own.layers} layers, {own.tokens} tokens and {own.world_size} ranks."
+        )
+
+
+def _lanes(made: Any, shape: Shape, whose: str) -> tuple[tuple[Lane, ...], ...]:
+    if not isinstance(made, Sequence) or not all(isinstance(rank, Mapping) for rank in made):
+        raise PlanError(f"{whose} gave {_short(made)}; it must give {FORM}.")
+    if len(made) != shape.world_size:
+        raise PlanError(f"{whose} gave lanes for {len(made)} ranks; there are {shape.world_size}.")
+    return tuple(
+        tuple(_lane(rank, name, ops) for name, ops in lanes.items()) for rank, lanes in enumerate(made)
+    )
+
+
+def _lane(rank: int, name: Any, ops: Any) -> Lane:
+    where = f"rank {rank}, lane {name!r}"
+    if not isinstance(name, str) or not name or "#" in name or name.split() != [name]:
+        raise PlanError(f"{where}: a lane's name must be one word, without #.")
+    if isinstance(ops, str) or not isinstance(ops, Sequence):
+        raise PlanError(f"{where}: its ops are {_short(ops)}; they must be a list.")
+    return Lane(name, tuple(_op(f"{where}, op {number}", op) for number, op in enumerate(ops)))
+
+
+def _op(where: str, given: Any) -> Op:
+    if isinstance(given, Op):
+        return given
+    if not isinstance(given, str):
+        raise PlanError(f"{where} is {_short(given)}; it must be an Op or its text, such as 'layer c0 l3'.")
+    try:
+        return parse_op(given)
+    except PlanError as error:
+        raise PlanError(f"{where}: {error}") from None
+
+
+def _short(given: object) -> str:
+    text = repr(given)
+    return text if len(text) <= 60 else f"{text[:59]}…"

@@ -1,0 +1,104 @@
+"""Tokens: decode under a session's control: so many tokens, stop, go on, go back."""
+
+import threading
+from collections.abc import Callable
+
+from dinfer.engine.corruption import Corrupted
+from dinfer.engine.decoding import Decoding
+from dinfer.engine.engine import Engine
+from dinfer.messages import Message
+from dinfer.model.text import TextStream, load_tokenizer
+
+OnToken = Callable[[int, int, str], None]
+"""called with the number of new tokens, the token, and the text that it completes"""
+
+
+class TokenFailed(RuntimeError):
+    """One rank cannot make a token, for which the others wait. The original error is the cause."""
+
+    def __init__(self, rank: int, token: int, error: BaseException) -> None:
+        super().__init__(f"rank {rank} failed at new token {token}: {type(error).__name__}: {error}")
+        self.__cause__ = error
+
+
+class Tokens:
+    """The new tokens of one prompt on one rank. All ranks must be sent to the same number of tokens."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._decoding: Decoding | None = None
+        self._tokenizer = load_tokenizer(engine.decoder.spec.path)
+        self._told = threading.Condition()
+        self._limit = self._begun = 0
+        self._held = False
+        self._stream = self._new_stream()
+
+    @property
+    def tokens(self) -> list[int]:
+        """The new tokens so far."""
+        return list(self._decoding.tokens) if self._decoding else []
+
+    @property
+    def rows(self) -> int:
+        """How many rows of KV there are with those of new tokens; 0: there are no new tokens."""
+        return self._decoding.rows if self._decoding and self._decoding.tokens else 0
+
+    def limit_to(self, limit: int | None) -> int:
+        """Stop at that many tokens; None: begin no other until a limit is told. How many have been begun.
+
+        To stop, all ranks are held first, and then let go to what the furthest has begun: one that had returned by then
+        would be missing there.
+        """
+        with self._told:
+            self._held = limit is None
+            self._limit = self._limit if limit is None else limit
+            self._told.notify_all()
+            return self._begun
+
+    def run(self, on_token: OnToken) -> Message:
+        """Decode until the limit is reached or the text ends; not where the run is to pause for changed bytes: then
+        `remark` says so."""
+        self._engine.board.set_phase("decode", len(self.tokens))  # from now on others may wait for this rank
+        try:
+            decoding = self._ready()
+        except Corrupted as found:
+            if self._engine.config.on_corruption == "fail":
+                raise
+            return {"tokens": [], "ended": False, "remark": str(found)}
+        while self._begin(decoding):
+            token = decoding.step()
+            text = self._stream.push(token) if self._stream else f"{token} "
+            on_token(len(decoding.tokens), token, text)
+        return {"tokens": list(decoding.tokens), "ended": decoding.is_done}
+
+    def back_to(self, tokens: int) -> None:
+        """Forget all but the first that many."""
+        if self._decoding is None:
+            return
+        self._decoding.back_to(tokens)
+        self._begun = self._limit = len(self._decoding.tokens)
+        self._stream = self._new_stream()
+        for token in self._decoding.tokens:
+            if self._stream:
+                self._stream.push(token)
+
+    def _ready(self) -> Decoding:
+        if self._decoding is None:
+            room = max(self._limit, self._engine.config.max_new_tokens)
+            decoding = self._engine.decoding(max_new_tokens=room)
+            self._engine.recheck()
+            self._decoding = decoding
+        self._engine.extend(self._decoding, self._limit)
+        return self._decoding
+
+    def _begin(self, decoding: Decoding) -> bool:
+        """Whether to decode one more; if so, it counts as begun: whoever stops one rank must let all come so far."""
+        with self._told:
+            self._told.wait_for(lambda: not self._held)
+            if len(decoding.tokens) >= self._limit or decoding.is_done:
+                return False
+            self._begun = len(decoding.tokens) + 1
+            return True
+
+    def _new_stream(self) -> TextStream | None:
+        return TextStream(self._tokenizer) if self._tokenizer else None

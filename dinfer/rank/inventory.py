@@ -1,0 +1,119 @@
+"""Holding: what one rank holds of its run just now, block by block, and the digests of that.
+
+The rows of all new tokens count as one further block behind the prompt's chunks. Read only.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dinfer.engine.lanes import LaneExecutor
+from dinfer.kv.digests import as_numbers, block_digests, row_digests
+from dinfer.kv.placement import RowDigests
+from dinfer.model.cache import KVCache
+
+InventoryKey = tuple[int, int]
+"""chunk and layer"""
+
+
+class Inventory:
+    """`tokens` are the new tokens: the last of them has no rows, for it has not been fed yet. `rows`: how many rows
+    decode has left in a layer; 0: there are no new tokens."""
+
+    def __init__(self, executor: LaneExecutor, tokens: Sequence[int], rows: int = 0) -> None:
+        self._executor, self.state = executor, executor.state
+        self.tokens, self._rows = list(tokens), rows
+        self.layers = self.cache.layers
+
+    @property
+    def cache(self) -> KVCache:
+        return self.state.cache
+
+    @cached_property
+    def ids(self) -> list[int]:
+        """All tokens that have rows, and those of the prompt that are to get them."""
+        return [*self.state.ids, *self.tokens[:-1]]
+
+    @cached_property
+    def chunks(self) -> list[range]:
+        """The rows of each chunk, and those of the new tokens."""
+        prompt = self._executor.plan.shape.chunks
+        new = range(prompt[-1].stop, len(self.ids))
+        return [*prompt, new] if new else list(prompt)
+
+    @property
+    def prompt_chunks(self) -> int:
+        return len(self._executor.plan.shape.chunks)
+
+    def holds(self, chunk: int, layer: int) -> bool:
+        return chunk >= self.prompt_chunks or self._executor.holds_block(chunk, layer)
+
+    @cached_property
+    def keys(self) -> list[InventoryKey]:
+        """The blocks that are here."""
+        return [
+            (chunk, layer)
+            for chunk in range(len(self.chunks))
+            for layer in range(self.layers)
+            if self.holds(chunk, layer)
+        ]
+
+    def block(self, chunk: int, layer: int) -> Tensor:
+        """Where the block lies, [tokens, 2, kv_heads, head_dim]."""
+        rows = self.chunks[chunk]
+        return self.cache.block(layer, rows.start, rows.stop)
+
+    def rows_due(self, layer: int) -> int:
+        """How many rows of a layer there should be: those of the chunks that are here without a gap."""
+        here = 0
+        for chunk, rows in enumerate(self.chunks):
+            if not self.holds(chunk, layer):
+                break
+            here = rows.stop
+        return here
+
+    def rows_held(self, layer: int) -> int:
+        """How many there are: more, where rows have been appended twice."""
+        rows = max(self.rows_due(layer), self._rows) + self.state.extra.get(layer, 0)
+        return min(rows, self.cache.capacity)
+
+    def row_digests(self, layer: int) -> list[RowDigests]:
+        return as_rows(row_digests(self.cache.block(layer, 0, self.rows_held(layer))))
+
+    def digests(self) -> dict[InventoryKey, tuple[int, int]]:
+        """Of every block, K and V: of its bytes as they are now. Waits for the device."""
+        found = [block_digests(row_digests(self.block(*key))) for key in self.keys]
+        return {key: as_numbers(digests) for key, digests in zip(self.keys, _on_host(found), strict=True)}
+
+    def hidden_digests(self) -> dict[InventoryKey, int]:
+        """Of the hidden states that are kept here, by chunk and layer that they enter; the final one's layer is the
+        number of layers and one."""
+        kept = dict(self.state.hidden)
+        if self.state.final is not None:
+            kept[self.prompt_chunks - 1, self.layers + 1] = self.state.final
+        found = _on_host([hidden_digest(one) for one in kept.values()])
+        return {key: int(digest) for key, digest in zip(kept, found, strict=True)}
+
+
+def hidden_digest(hidden: Tensor) -> Tensor:
+    """Of a hidden state [1, tokens, hidden_size]: int64 [1]."""
+    rows = row_digests(hidden[0][:, None, None, :])
+    return block_digests(rows.expand(-1, 2, -1))[:1]
+
+
+def as_rows(digests: Tensor) -> list[RowDigests]:
+    """Row digests [tokens, 2, kv_heads] on the host."""
+    return [(tuple(k), tuple(v)) for k, v in digests.tolist()]
+
+
+def empty_digest(cache: KVCache) -> int:
+    """The digest of a row of zeros."""
+    zeros = torch.zeros((1, 2, 1, cache.head_dim), dtype=cache.dtype, device=cache.device)
+    return int(row_digests(zeros)[0, 0, 0])
+
+
+def _on_host(digests: list[Tensor]) -> list[Tensor]:
+    """Brought over together."""
+    return list(torch.stack(digests).cpu()) if digests else []

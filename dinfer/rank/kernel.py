@@ -1,0 +1,114 @@
+"""A rank inside a Jupyter kernel: an ipyparallel engine, where the user's `%%px` cells run too.
+
+The functions here are called by the session in the engine. What they make stays there between runs, and when the
+session's own kernel is restarted.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+from typing import Any
+
+from dinfer.messages import Message
+from dinfer.rank.control import Control
+from dinfer.rank.debugger import FIRST_PORT, listen
+from dinfer.rank.service import RankService
+from dinfer.transport.gloo import Comm, Store, join_store, open_store
+from dinfer.transport.interface import own_address_towards
+from dinfer.transport.nccl import open_comm
+
+_current: "Kernel | None" = None
+
+_debug_port = 0
+"""where a debugger may attach; 0: nowhere yet"""
+
+
+class Kernel:
+    """One rank's host, its line to the session, and the names that `%%px` cells find."""
+
+    def __init__(self, link: Message, world_size: int) -> None:
+        self.rank, self.world_size = link["rank"], world_size
+        self.control = Control(link)
+        self.host = RankService(
+            self.rank,
+            self.control,
+            StoreMeet(self.rank, world_size),
+            board=self.control.board,
+            memory=self.control.recorder_memory,
+            on_engine=_bind,
+        )
+        self.control.serve(self.host.table())
+
+
+class _NoEngine:
+    """What a `%%px` cell finds before there is a run, or once it is over."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"there is no run, so nothing has {name!r}: session.prefill(prompt, paused=True) begins one"
+        )
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return "no engine while there is no run: session.prefill(…, paused=True) begins one"
+
+
+class StoreMeet:
+    """Meets the other ranks at a store that rank 0 opens."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self._rank, self._world_size = rank, world_size
+        self._store: Store | None = None
+
+    def open(self, message: Message) -> Message:
+        self._store, port = open_store(message["address"], message["port"])
+        return {"address": message["address"], "port": port}
+
+    def join(self, message: Message) -> Comm:
+        timeout = message["timeout"]
+        store = self._store if self._rank == 0 else join_store(message["address"], message["port"], timeout)
+        assert store
+        return open_comm(message["backend"], self._rank, self._world_size, store, timeout)
+
+
+def start(link: Message, world_size: int) -> dict[str, Any]:
+    """Make this process a rank of a session, or hand it to another one: weights that are loaded stay."""
+    global _current
+    before, _current = _current, None
+    kernel = Kernel(link, world_size)
+    if before:
+        kernel.host.inherit(before.host)
+        with contextlib.suppress(OSError):  # its watcher may have ended already
+            before.control.report("handed_on")
+        before.control.close()
+    _current = kernel
+    _bind(kernel.host)
+    return {"host": socket.gethostname(), "pid": os.getpid(), "watcher": kernel.control.watcher.pid}
+
+
+def address_towards(address: str) -> str:
+    """This host's address on the way to another one."""
+    return own_address_towards(address)
+
+
+def listen_for_debugger(port: int = 0) -> int:
+    """Let a client of debugpy attach to this rank; the port, which stays the first one. Raises DebuggerError."""
+    global _debug_port
+    assert _current
+    if not _debug_port:
+        wanted = port or FIRST_PORT + _current.rank
+        listen(wanted)
+        _debug_port = wanted
+    return _debug_port
+
+
+def _bind(host: RankService) -> None:
+    """Give `%%px` cells their names."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is None or _current is None:
+        return
+    names = {"rank": host.rank, "world_size": _current.world_size, "engine": host.engine or _NoEngine()}
+    shell.user_ns.update({**names, "model": host.decoder.model if host.decoder else None})

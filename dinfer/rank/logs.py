@@ -1,0 +1,104 @@
+"""A rank's log file that never ends a run: what a full disk swallows is counted, and told once, at the end."""
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+from pathlib import Path
+
+from dinfer.plan.ops import Op
+from dinfer.trace.events import Event
+
+
+class LogFile(logging.FileHandler):
+    """Once records cannot be written, `trouble` says why, and `lost` counts them."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, mode="w", encoding="utf-8", delay=True)
+        self.trouble, self.lost = "", 0
+        with contextlib.suppress(OSError):  # tried again with every record
+            self.stream = self._open()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError as error:  # it cannot be opened
+            self._count(error)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging calls it so
+        """In place of a traceback on stderr for every record."""
+        error = sys.exception()
+        if isinstance(error, OSError):
+            self._count(error)
+        else:
+            super().handleError(record)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # it flushes, and what could not be written still cannot
+            super().close()
+
+    def _count(self, error: OSError) -> None:
+        self.trouble, self.lost = os.strerror(error.errno or 0), self.lost + 1
+
+
+def log_trouble(log: logging.Logger) -> str:
+    """What was lost of a logger's files; "" where nothing was."""
+    files = [handler for handler in log.handlers if isinstance(handler, LogFile) and handler.lost]
+    return "; ".join(
+        f"{file.lost} records could not be written to {file.baseFilename}: {file.trouble}" for file in files
+    )
+
+
+class OpLog:
+    """Called with every event, on the lanes' threads."""
+
+    def __init__(self, log: logging.Logger, layers: int) -> None:
+        self._log, self._layers = log, layers
+        self._lock = threading.Lock()
+        self._computed: dict[int, list[int]] = {}
+        self._blocks = 0
+        self._waited = self._wire = 0
+
+    def __call__(self, event: Event, op: Op) -> None:
+        if self._log.isEnabledFor(logging.DEBUG):
+            self._log.debug(
+                "%s: waited %.2f ms for data, %.2f ms for its peer, took %.2f ms, %d bytes",
+                op,
+                (event.start - event.ready) / 1e6,
+                event.waited / 1e6,
+                event.busy / 1e6,
+                event.bytes,
+            )
+        with self._lock:
+            if op.is_transfer:
+                self._waited += event.waited
+                self._wire += event.busy
+                if op.kind == "recv" and op.what == "kv":
+                    self._blocks += 1
+                    self._tell_received(op)
+            elif op.kind == "layer":
+                self._computed.setdefault(op.chunk, []).append(op.layer)
+            self._tell_finished(op)
+
+    def _tell_finished(self, op: Op) -> None:
+        """A chunk is through this stage once its hidden state has left, or after the model's last layer."""
+        left = op.kind == "send" and op.what == "hidden"
+        if (left or (op.kind == "layer" and op.layer == self._layers - 1)) and op.chunk in self._computed:
+            layers = self._computed.pop(op.chunk)
+            self._log.info(
+                "chunk %d: layers %d–%d computed; %d blocks of other ranks received; communication so far: "
+                "%.3f s waiting for peers, %.3f s on the wire",
+                op.chunk,
+                min(layers),
+                max(layers),
+                self._blocks,
+                self._waited / 1e9,
+                self._wire / 1e9,
+            )
+
+    def _tell_received(self, op: Op) -> None:
+        if self._blocks % self._layers == 0:
+            self._log.info(
+                "sync: %d blocks of other ranks received, the last c%d l%d", self._blocks, op.chunk, op.layer
+            )

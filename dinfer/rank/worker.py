@@ -1,0 +1,78 @@
+"""Worker: the process of one rank in `dinfer run`; it takes its job from standard input and reports by Control.
+
+`python -m dinfer.rank.worker`; the job is one JSON object: rank, config, ids, link, paused.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+from dinfer.config import Config
+from dinfer.rank.control import Control
+from dinfer.rank.debugger import listen_for_debugger
+from dinfer.rank.failure import describe
+from dinfer.rank.logs import LogFile
+
+log = logging.getLogger("dinfer")
+
+
+def main() -> int:
+    job = json.loads(sys.stdin.read())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started the ranks; it ends them
+    config = Config.of(job["config"])
+    log_to(Path(config.log_dir), job["rank"], config.log_level)
+    control = Control(job["link"])
+    try:
+        listen_for_debugger(job["rank"])
+        result = _run(job, config, control)
+    except BaseException as error:
+        log.error("this rank failed\n%s", traceback.format_exc())
+        control.report("error", **describe(error))
+        control.close()
+        os._exit(1)  # lanes may be blocked in the transport, which nothing but the end of the process undoes
+    control.report("result", **result)
+    control.close()
+    return 0
+
+
+def _run(job: dict[str, Any], config: Config, control: Control) -> dict[str, Any]:
+    from dinfer.rank.batch import run_rank
+    from dinfer.transport.gloo import Comm, join_store, open_store
+    from dinfer.transport.nccl import open_comm
+
+    rank = job["rank"]
+    store = None
+    if rank == 0:
+        store, port = open_store(config.master_addr, config.master_port)
+        control.report("store", port=port)
+
+    def meet() -> Comm:
+        found = store
+        if found is None:
+            port = control.told("meet", config.start_timeout)["port"]
+            found = join_store(config.master_addr, port, config.start_timeout)
+        return open_comm(config.backend, rank, config.world_size, found, config.start_timeout)
+
+    return run_rank(rank, config, job["ids"], control, meet, paused=job["paused"])
+
+
+def log_to(folder: Path, rank: int, level: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = LogFile(folder / f"rank{rank}.log")
+    handler.setFormatter(
+        logging.Formatter(f"%(asctime)s.%(msecs)03d rank {rank} %(levelname)s %(message)s", "%H:%M:%S")
+    )
+    log.addHandler(handler)
+    log.setLevel(level)
+    log.propagate = False
+    threading.excepthook = lambda args: log.error("thread %s failed", args.thread, exc_info=args.exc_value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""Format: the names of files and tensors of a saved run, which its writer and its reader share."""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dinfer.engine.prompt import Edit
+from dinfer.errors import DinferError
+from dinfer.kv.ledger import BlockKey
+from dinfer.plan.faults import Fault
+from dinfer.saved.replay.record import Own
+from dinfer.trace.export import FORMAT as TRACE_FORMAT
+
+FORMAT, VERSION = "dinfer-run", 1
+
+RUN, DESCRIBED, PLAN, TRACE = "run.json", "FORMAT.md", "plan.txt", "trace.jsonl"
+
+DIGESTS, HIDDEN = "digests.safetensors", "hidden.safetensors"
+
+LEDGER_COLUMNS = 7
+"""chunk, layer, edited; digests of K and V as they came, then as announced"""
+
+_KV_FILE = re.compile(r"kv\.layer\d+\.safetensors")
+
+
+class SavedError(DinferError, ValueError):
+    """A folder that is no saved run, is damaged, or cannot be written; or something that one does not hold."""
+
+
+def kv_file(layer: int) -> str:
+    return f"kv.layer{layer}.safetensors"
+
+
+def is_part(name: str) -> bool:
+    """Whether a file of this name belongs to a saved run."""
+    return name in (RUN, DESCRIBED, PLAN, TRACE, DIGESTS, HIDDEN) or bool(_KV_FILE.fullmatch(name))
+
+
+def rows_name(rank: int, layer: int) -> str:
+    """Of the rows' digests as they are."""
+    return f"rank{rank}.layer{layer}.rows"
+
+
+def came_name(rank: int, layer: int, chunk: int) -> str:
+    """Of the rows' digests as the block had come, where that was otherwise."""
+    return f"rank{rank}.layer{layer}.chunk{chunk}.came"
+
+
+def ledger_name(rank: int) -> str:
+    return f"rank{rank}.ledger"
+
+
+def piece_name(rank: int, start: int) -> str:
+    """Of values: the rows from one place on."""
+    return f"rank{rank}.rows{start}"
+
+
+def final_name(rank: int) -> str:
+    return f"rank{rank}.final"
+
+
+def edit_name(rank: int, number: int, what: str, chunk: int, layer: int) -> str:
+    """Of a block ("kv") or a hidden state ("hidden") that the user has left otherwise."""
+    return f"rank{rank}.edit{number}.{what}.chunk{chunk}.layer{layer}"
+
+
+def hidden_name(rank: int, chunk: int, layer: int) -> str:
+    return f"rank{rank}.chunk{chunk}.layer{layer}"
+
+
+def sha256_of(path: Path) -> str:
+    """In hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+DESCRIPTION = f"""# A saved run of dinfer, version {VERSION}
+
+`dinfer.open("folder")` opens it, without a cluster or a checkpoint. Everything is text, JSON or safetensors.
+Another program may write one, too: what may be left out is said below.
+
+*Ranks* and *layers* count from 0. A *chunk* is a run of prompt tokens, as `{PLAN}` says. The *spans* are the
+chunks and then, where there are new tokens, all of those but the last, which has no K and V. A *block* is K and
+V of one layer for one chunk. A *row* is K or V of one token and one KV head. A *place* is an index in a layer's
+cache: the token's, and more of them where rows were appended twice.
+
+## {RUN}
+
+* `format`, `version`: "{FORMAT}" and {VERSION}. `made`, `dinfer`: when, and by which version of dinfer, as
+  text.
+* `ids`, `tokens`: token ids of the prompt, and of the new tokens.
+* `texts`: of each of both its text in whole characters; null: not told. (A tokenizer makes it of the ids.)
+* `kv`: `heads`, `head_dim`, `dtype` (such as "bfloat16"), and `layers`, those whose values are here.
+* `hidden`: whether `{HIDDEN}` is here.
+* `checkpoint`: `path`, and `fingerprint`, any text: only runs where it is equal are compared.
+* `parameters`: what the run was given, but for its prompt. May be left out.
+* `state`: "paused", "done", "failed", "running" or "decoding"; in the last two cases it hung. May be left out.
+* `standing`: by rank, where it stood, in words; "" at its end.
+* `positions`: by rank and lane of the plan, how many ops were done. May be left out.
+* `edited`, `faults`: what was changed by hand, and which faults were armed, in words. May be left out.
+* `ranks`: of each rank that could be asked its `rank` and, by layer, `spans`, how many of the spans it held,
+  counted from the first, and `rows`, how many places.
+* `own`: by rank, what a replay of it alone needs beside: its `device`; the new `tokens` that it made; by lane of
+  the plan, whether the next op had `begun`; whether a `final` state had come to it; its user's `edits`, each the
+  `positions` of its lanes and [chunk, layer] of `kv` and `hidden`; the `faults` that struck there, with the
+  fields of `Fault` in dinfer/plan/faults.py. May be left out; so may `positions`: nothing can be replayed then.
+* `evidence`: what was known of the ranks' doings when it was saved, of which `verdict()` is made: `signs`, by
+  rank, with the fields of `Signs` in dinfer/verdict/signs.py; `sizes`, the bytes of one token's K and V of a
+  layer and of its hidden state; `stacks`, by rank, as text; `ahead_s`, 0 will do; `told`, the verdict's
+  sentence. May be left out.
+* `files`: the SHA-256 of files, in hex. Those that are not named are not checked.
+
+## {PLAN} and {TRACE}
+
+The plan, as `dinfer plan` prints it. The trace, as JSON lines: the first says `format` ("{TRACE_FORMAT}"), how
+many `events` follow, and `about` the run what is known beside, findings among it. Then a line for each event,
+with `rank`, `lane`, `kind`, `ready`, `start`, `met` and `end`, in nanoseconds, and as far as they are known
+`what`, `chunk`, `layer`, `peer`, `tokens`, `bytes`, `index` (on its lane): see dinfer/trace/events.py.
+
+## {DIGESTS}
+
+The digest of a row is 64 bits, here as int64. The row's bytes are read as little-endian signed integers of 8
+bytes, or of 4, 2 or 1, the largest that they divide into. The n-th of them, counted from 1, has n ×
+0x9e3779b97f4a7c15 added and is then mixed: x ^= x >> 30, x *= 0xbf58476d1ce4e5b9, x ^= x >> 27, x *=
+0x94d049bb133111eb, x ^= x >> 31. Their sum is the digest. All of it is modulo 2^64, and >> shifts in zeros. The
+digest of a block's K, or V, is made in the same way of its rows' digests, token by token and head by head.
+
+* `rank0.layer5.rows`, int64 [places, 2, heads]: of the rows as they are; K, then V. A rank without it holds the
+  same as the layer's *first holder*: the rank that owns the layer or, where that is not in `ranks`, the first
+  that is.
+* `rank0.ledger`, int64 [blocks, {LEDGER_COLUMNS}]: what the rank had noted of a block when it was computed or
+  came: chunk, layer, 1 if it was edited by hand since, the digests of K and V as they came, and as who computed
+  it had announced them. May be left out.
+* `rank0.layer5.chunk1.came`, int64 [tokens, 2, heads]: of the block's rows as it came, where they have changed
+  since. May be left out.
+
+## kv.layer5.safetensors
+
+A file for each layer of `kv.layers`.
+
+* `rank0.rows8`, of the run's dtype, [places, 2, heads, head_dim]: the rows from place 8 to the end of the span
+  that begins there, or as many as the rank holds of it; behind the last span, all that there are. A rank
+  without it holds the same there as the layer's first holder.
+
+## {HIDDEN}
+
+* `rank1.chunk2.layer4`, [tokens, hidden_size]: of chunk 2, what entered rank 1, whose first layer is 4.
+* `rank0.final`, [1, 1, hidden_size]: the normed state of the prompt's last token, where it came from another rank.
+* `rank1.edit0.kv.chunk1.layer4`, [tokens, 2, heads, head_dim], `rank1.edit0.hidden.chunk1.layer4`, [1, tokens,
+  hidden_size]: what the user of rank 1 had left.
+"""
+
+
+def own_values(own: Own) -> dict[str, Any]:
+    """As plain values."""
+    return {
+        "device": own.device,
+        "tokens": list(own.tokens),
+        "begun": list(own.begun),
+        "final": own.final is not None,
+        "edits": [
+            {
+                "positions": list(edit.positions),
+                "kv": [list(key) for key in edit.kv],
+                "hidden": [list(key) for key in edit.hidden],
+            }
+            for edit in own.edits
+        ],
+        "faults": [fault.as_dict() for fault in own.faults],
+    }
+
+
+def own_tensors(rank: int, own: Own) -> dict[str, Tensor]:
+    """By their names in the file."""
+    found = {} if own.final is None else {final_name(rank): own.final}
+    for number, edit in enumerate(own.edits):
+        for what, tensors in (("kv", edit.kv), ("hidden", edit.hidden)):
+            found |= {edit_name(rank, number, what, *key): tensor for key, tensor in tensors.items()}
+    return found
+
+
+def own_from(values: Mapping[str, Any], rank: int, tensor: Callable[[str], Tensor]) -> Own:
+    """From these values; `tensor` gives one by its name."""
+
+    def edited(number: int, what: str, keys: list[list[int]]) -> dict[BlockKey, Tensor]:
+        return {(chunk, layer): tensor(edit_name(rank, number, what, chunk, layer)) for chunk, layer in keys}
+
+    return Own(
+        device=values["device"],
+        tokens=tuple(values["tokens"]),
+        begun=tuple(values["begun"]),
+        final=tensor(final_name(rank)) if values["final"] else None,
+        edits=tuple(
+            Edit(tuple(one["positions"]), edited(n, "kv", one["kv"]), edited(n, "hidden", one["hidden"]))
+            for n, one in enumerate(values["edits"])
+        ),
+        faults=tuple(map(Fault.of, values["faults"])),
+    )

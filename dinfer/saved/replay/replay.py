@@ -1,0 +1,344 @@
+"""Replay: one rank of a run alone, stepped as a run is, from what was recorded of it, up to where it stood.
+
+The ordinary engine runs; what its peers sent comes from the record. Every block is compared with what the rank's ledger
+said of it in the run, and every new token with the run's: where they differ, the replay says so.
+"""
+
+import weakref
+from collections.abc import Callable
+
+import torch
+
+from dinfer.display import Closing, Displayable, listed
+from dinfer.engine.by_hand import LayerKV, op_lines, ops_between
+from dinfer.engine.corruption import Corruption
+from dinfer.engine.engine import Engine
+from dinfer.errors import NotPossible
+from dinfer.kv.digests import as_numbers
+from dinfer.model.checkpoint import check
+from dinfer.model.decoder import Decoder
+from dinfer.model.errors import ModelError
+from dinfer.model.fingerprint import fingerprint
+from dinfer.plan.cut import Unit, count_of, unit_of
+from dinfer.plan.ops import Op
+from dinfer.rank.decode import Tokens
+from dinfer.results import Decoded, Where
+from dinfer.saved.replay.comm import Peers
+from dinfer.saved.replay.path import LanePositions, ReplayPath, is_inside, lower, upper
+from dinfer.saved.replay.record import (
+    SHOWN,
+    RankRecord,
+    RecordError,
+    Went,
+    check_rank,
+    check_states,
+    differs_text,
+    ended_text,
+    late_edits,
+    left_out,
+)
+from dinfer.trace.events import Event
+from dinfer.verdict.where import moved_lines, rank_text
+
+
+def decoder_of(
+    recorded: RankRecord, model_path: str = "", device: str = "", given: Decoder | None = None
+) -> Decoder:
+    """The recorded run's checkpoint, loaded here, unless it is `given`. Raises RecordError."""
+    path = str(given.spec.path) if given else model_path or recorded.config.model_path
+    try:
+        found = fingerprint(check(path))
+    except ModelError as error:
+        raise RecordError(
+            f"the run's checkpoint cannot be read here: {error} Give replay(…, model_path=…) where it lies."
+        ) from error
+    if found != recorded.checkpoint:
+        raise RecordError(
+            f"{path} is another checkpoint than the run's: its fingerprint is {found[:16]}…, the run's "
+            f"{recorded.checkpoint[:16]}…. Give replay(…, model_path=…) the same one."
+        )
+    decoder = given or Decoder.load(path, recorded.dtype, device or _device_like(recorded.device))
+    dtype = str(decoder.dtype).removeprefix("torch.")
+    if dtype != recorded.dtype:
+        raise RecordError(
+            f"the run computed in {recorded.dtype}, but the weights that were given are {dtype}: leave decoder out, "
+            "and they are loaded as the run's were."
+        )
+    return decoder
+
+
+def _device_like(recorded: str) -> str:
+    return "cuda:0" if recorded.startswith("cuda") and torch.cuda.is_available() else "cpu"
+
+
+TOKEN = "token"
+
+CLOSED = "this replay is closed: replay the rank again"
+
+
+class Replay(Displayable, Closing):
+    """`engine` is the rank's engine, as under `%%px`; `notes` say where this is not the run bit for bit.
+
+    An op that raises does so here, with its own error as the cause; what is called next begins anew and goes to where
+    it is sent. This process then computes on as many CPU threads as the rank did. Raises RecordError where the record
+    does not do.
+    """
+
+    def __init__(
+        self,
+        recorded: RankRecord,
+        *,
+        model_path: str = "",
+        device: str = "",
+        decoder: Decoder | None = None,
+    ) -> None:
+        check_rank(recorded.rank, recorded.plan)
+        check_states(recorded)
+        self._closed = False
+        self.recorded, self.rank, self.plan = recorded, recorded.rank, recorded.plan
+        self.notes = [*late_edits(recorded), *left_out(recorded)]
+        self.decoder: Decoder = decoder_of(recorded, model_path, device, decoder)
+        self._way = ReplayPath(recorded.plan, recorded.rank, recorded.reach)
+        self._peers = Peers(recorded)
+        torch.set_num_threads(recorded.config.threads or torch.get_num_threads())
+        self.engine = self._new_engine()
+        self._begin()
+
+    # -- moving
+
+    def step(self, unit: Unit | str = "layer", n: int = 1) -> Went | Decoded:
+        """Move on by `n` units, as a run does: to the next of its cuts in which this rank does something."""
+        if unit == TOKEN:
+            return self.decode(count_of(n))
+        return self._go(self._repeated(self._way.next, unit_of(unit), count_of(n)))
+
+    def step_back(self, unit: Unit | str = "layer", n: int = 1) -> Went | Decoded:
+        """Go back by `n` units; what follows is computed anew."""
+        if unit == TOKEN:
+            self._tokens.back_to(max(0, len(self.tokens) - count_of(n)))
+            del self._texts[len(self.tokens) :]
+            return Decoded((), "", False, len(self.tokens))
+        return self._go(self._repeated(self._way.previous, unit_of(unit), count_of(n)))
+
+    def run_to(self, chunk: int, layer: int) -> Went:
+        """Stop where this rank does in a run that stands just after that block; forward or back."""
+        return self._go(self._way.after_block(chunk, layer))
+
+    def resume(self) -> Went:
+        """Go to where the rank stood in the run; returns when it is there."""
+        return self._go(self._way.reach)
+
+    def restart(self) -> Where:
+        """Begin anew, before the first op."""
+        self._begin()
+        return self.where()
+
+    def decode(self, max_new_tokens: int | None = None) -> Decoded:
+        """Run prefill to its end if need be, then decode that many of the recorded tokens, by default all left.
+        Asked for more, it also makes the token that follows: the one in which a run has failed that failed in decode.
+
+        Raises RecordError where prefill was not done in the run, or a token comes out otherwise than there, and what
+        decode raises.
+        """
+        self._go(self._way.reach)
+        if not self.engine.executor.is_done():
+            raise RecordError(f"the run had not ended prefill: {self._ended()}")
+        before, recorded = len(self.tokens), len(self.recorded.tokens)
+        wanted = recorded if max_new_tokens is None else min(recorded + 1, before + count_of(max_new_tokens))
+        self._tokens.limit_to(max(before, wanted))
+        said = self._tokens.run(self._took)
+        new = self.tokens[before:]
+        remark = "" if new else f"no more than {recorded} new tokens were recorded"
+        text = "".join(self._texts[before:])
+        return Decoded(tuple(new), text, bool(said["ended"]), before + len(new), remark)
+
+    # -- looking
+
+    @property
+    def tokens(self) -> list[int]:
+        """New tokens so far."""
+        return self._tokens.tokens
+
+    @property
+    def text(self) -> str:
+        """Their text."""
+        return "".join(self._texts)
+
+    @property
+    def hidden(self) -> dict[tuple[int, int], torch.Tensor]:
+        """Hidden states at hand: [chunk, layer] → [1, tokens, hidden_size] before that layer."""
+        return self.engine.hidden
+
+    @property
+    def at_end(self) -> bool:
+        """Whether it stands where the rank did."""
+        return self._positions() == self._way.reach
+
+    def kv(self, layer: int) -> LayerKV:
+        """What the rank holds of a layer's KV here. Raises ValueError."""
+        return self.engine.kv(layer)
+
+    def where(self) -> Where:
+        """Where it stands, and what is not as in the run."""
+        if self._closed:
+            return Where("closed", f"rank {self.rank}: {CLOSED}")
+        failure, stand = self.engine.executor.failure, self.engine.executor.stand()
+        state = "failed" if failure else "done" if self.engine.executor.is_done() else "paused"
+        lines = [f"rank {self.rank}: {rank_text(self.plan.lanes[self.rank], stand)}"]
+        lines += [str(failure)] * bool(failure) + [self._ended()] * (self.at_end and not failure)
+        lines += [f"{len(self.tokens)} new tokens: {self.text!r}"] * bool(self.tokens)
+        lines += [f"not as in the run: {listed(self.notes)}"] * bool(self.notes)
+        return Where(state, "\n".join(lines))
+
+    def __str__(self) -> str:
+        return f"replay of rank {self.rank} of {self.recorded.name}: {self.where()}"
+
+    def close(self) -> None:
+        """End its threads."""
+        self._closed = True
+        self.engine.release()
+
+    # -- within
+
+    def _new_engine(self) -> Engine:
+        """Whatever the plan was, it has run: and here nobody waits for anybody. It ends with this replay, which it
+        therefore knows weakly."""
+        config = self.recorded.config.with_(unsafe=True, backend="gloo", on_corruption="record")
+        compare, note = weakref.WeakMethod(self._compare), weakref.WeakMethod(self._note_corrupt)
+
+        def on_op(event: Event, op: Op) -> None:
+            if found := compare():
+                found(event, op)
+
+        def on_corrupt(corrupt: Corruption) -> None:
+            if found := note():
+                found(corrupt)
+
+        engine = Engine(self.decoder, self._peers, config, on_op=on_op, on_corrupt=on_corrupt)
+        weakref.finalize(
+            self, engine.release
+        ).atexit = False  # nobody may close it, and its threads hold it all
+        return engine
+
+    def _begin(self) -> None:
+        executor = self.engine.prepare(self.recorded.ids, plan=self.plan)
+        self._peers.positions = lambda: executor.stand().positions
+        self.engine.prompt.state.faults.arm(self.recorded.faults_again, lambda _: None)
+        self._applied = 0
+        self._forget_tokens()
+
+    def _forget_tokens(self) -> None:
+        self._tokens, self._texts = Tokens(self.engine), list[str]()
+
+    def _positions(self) -> LanePositions:
+        if self._closed:
+            raise NotPossible(CLOSED)
+        return self.engine.executor.stand().positions
+
+    def _repeated(
+        self, step: Callable[[LanePositions, Unit], LanePositions], unit: Unit, n: int
+    ) -> LanePositions:
+        target = self._positions()
+        for _ in range(n):
+            target = step(target, unit)
+        return target
+
+    def _go(self, target: LanePositions) -> Went:
+        """Forward or back. Raises OpFailed where an op raises."""
+        before, executor = self._positions(), self.engine.executor
+        if executor.failure is None:
+            executor.wait(lambda: not any(executor.stand().started))
+        else:
+            self._begin()
+        edited = list(self.engine.prompt.look())
+        if not is_inside(self._positions(), target):
+            self._back(target)
+        for edit in self.recorded.edits[self._applied :]:
+            if not is_inside(edit.positions, target):
+                break
+            self._forward(edit.positions)
+            self._apply(self._applied)
+        self._forward(lower(target, self.recorded.positions))  # before what had not ended, and may fail again
+        self._forward(target)
+        if target != self._way.reach or before != target:
+            self._forget_tokens()
+        return self._told(before, target, edited)
+
+    def _back(self, target: LanePositions) -> None:
+        """Edits that came later than `target` must not be seen there: then all begins anew."""
+        if any(not is_inside(edit.positions, target) for edit in self.recorded.edits[: self._applied]):
+            self._begin()
+        else:
+            self.engine.prompt.rewind(self._cut(lower(self._positions(), target)))
+
+    def _forward(self, target: LanePositions) -> None:
+        """To there on every lane that is not further yet."""
+        prompt, executor = self.engine.prompt, self.engine.executor
+        target = upper(target, self._positions())
+        prompt.go(self._cut(target))
+        try:
+            executor.wait(lambda: executor.stand().positions == target)
+        except KeyboardInterrupt:
+            executor.freeze()
+            raise
+
+    def _apply(self, number: int) -> None:
+        """What the user had changed by hand when the rank stood here."""
+        state = self.engine.prompt.state
+        for key, block in self.recorded.edits[number].kv.items():
+            state.block(*key).copy_(block)
+        for key, hidden in self.recorded.edits[number].hidden.items():
+            state.hidden[key] = hidden.to(self.decoder.device, copy=True)
+        self.engine.prompt.look()
+        self._applied = number + 1
+
+    def _cut(self, mine: LanePositions) -> tuple[LanePositions, ...]:
+        """A cut of all ranks, of which only this one is looked at."""
+        starts = [tuple(0 for _ in lanes) for lanes in self.plan.lanes]
+        return tuple(mine if rank == self.rank else start for rank, start in enumerate(starts))
+
+    def _told(self, before: LanePositions, after: LanePositions, edited: list[str]) -> Went:
+        ops = ops_between(self.engine.executor, before, after)
+        if ops and len(ops) <= SHOWN and is_inside(before, after):
+            lines = tuple(f"rank {self.rank}: {line}" for line in op_lines(self.engine.prompt.state, ops))
+        else:
+            lines = (moved_lines(self.plan, self._cut(before), self._cut(after))[self.rank],)
+        remark = (
+            self._ended()
+            if self.at_end
+            else ""
+            if before != after
+            else "nothing to do: it stands at the start"
+        )
+        return Went(self.rank, before, after, lines, remark, tuple(edited))
+
+    def _ended(self) -> str:
+        return ended_text(self.recorded)
+
+    # -- comparing with the run
+
+    def _compare(self, _: Event, op: Op) -> None:
+        for value in op.makes():
+            key = value.chunk, value.layer
+            noted, entry = self.recorded.noted.get(key), self.engine.prompt.state.ledger.entries.get(key)
+            if value.what != "kv" or noted is None or entry is None:
+                continue
+            if as_numbers(entry.digests) != noted.came and not (noted.edited and op.kind == "layer"):
+                self._note(differs_text(op))
+
+    def _note_corrupt(self, found: Corruption) -> None:
+        self._note(f"as in the run: {found}")
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _took(self, count: int, token: int, text: str) -> None:
+        """Raises RecordError where the run had another one."""
+        self._texts.append(text)
+        tokens, number = self.recorded.tokens, count - 1
+        if number == len(tokens):
+            self._note(f"new token {number}, which was not recorded, is {token} here")
+        elif token != tokens[number]:
+            self._note(f"new token {number} is {token} here; in the run it was {tokens[number]}")
+            raise RecordError(f"this replay of rank {self.rank} is not the run: {listed(self.notes)}")

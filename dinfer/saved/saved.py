@@ -1,0 +1,206 @@
+"""Saved: a run that was saved, as its user holds it: without a cluster, and without the checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dinfer.display import Displayable
+from dinfer.errors import NotPossible
+from dinfer.kv.diff import VALUES
+from dinfer.kv.difference import Diff
+from dinfer.kv.rows import numbers_text
+from dinfer.kv.source import Source
+from dinfer.kv.view import KV, Other, kv_of
+from dinfer.model.decoder import Decoder
+from dinfer.monitor.signs import HangEvidence
+from dinfer.plan.ops import PlanError
+from dinfer.plan.plan import Plan
+from dinfer.saved.format import DIGESTS, HIDDEN, SavedError, hidden_name
+from dinfer.saved.read import (
+    check_sum,
+    damage_told,
+    read_about,
+    read_plan,
+    read_record,
+    read_source,
+    read_trace,
+)
+from dinfer.saved.replay.replay import Replay
+from dinfer.saved.source import SavedSource, Tensors
+from dinfer.trace.export import TraceError
+from dinfer.trace.findings import Findings, findings_of
+from dinfer.trace.read import read_traces
+from dinfer.trace.trace import Trace
+from dinfer.verdict.verdict import Verdict
+
+Write = Callable[[Trace, Path], Path]
+
+MOVING = ("running", "decoding")
+"""states of a run that is saved though it did not stand: it hung"""
+
+_OTHERS = ": a folder that run.save has written does"
+
+
+class Saved(Displayable):
+    """What every saved run has: `trace`, and `findings`. `path`: where it was read from; `write`: of views, writes
+    reports. This much a report holds; a folder holds more."""
+
+    def __init__(self, path: Path, trace: Trace, write: Write | None = None) -> None:
+        self.path, self.trace, self._write = path, trace, write
+
+    @property
+    def findings(self) -> Findings:
+        """What was known of the run beside its events."""
+        return findings_of(self.trace)
+
+    @property
+    def plan(self) -> Plan:
+        """What every rank was to do."""
+        raise self._lacks(f"plan{_OTHERS}")
+
+    def source(self) -> SavedSource:
+        """Its KV, for comparisons."""
+        raise self._lacks(f"KV{_OTHERS}")
+
+    def kv(self, *, layer: int | None = None, chunk: int | None = None, rank: int | None = None) -> KV:
+        """The KV that the ranks held, as `run.kv` gives it. Raises PlanError for what there was not, SavedError for
+        values that were not saved."""
+        return kv_of(self.source, layer=layer, chunk=chunk, rank=rank)
+
+    def diff(self, other: "Other | Source | None" = None, values: int | None = VALUES) -> Diff:
+        """Where the ranks differed, or where this differs from another run, saved or live: see `KV.diff`."""
+        return self.kv().diff(other, values=values)
+
+    def hidden(self, *, rank: int, chunk: int) -> Tensor:  # noqa: ARG002 - of a folder
+        """The hidden state of a chunk that entered a rank, [tokens, hidden_size]. Raises SavedError."""
+        raise self._lacks(f"hidden states{_OTHERS}")
+
+    def verdict(self) -> Verdict:
+        """Why the run did not move, or that it did; worked out anew from where it stood."""
+        raise self._lacks(f"signs of life to work a verdict out from{_OTHERS}")
+
+    def replay(
+        self,
+        rank: int,  # noqa: ARG002 - of a folder
+        *,
+        model_path: str = "",  # noqa: ARG002
+        device: str = "",  # noqa: ARG002
+        decoder: Decoder | None = None,  # noqa: ARG002
+    ) -> Replay:
+        """One rank of the run alone, without its peers, up to where it stood: see `run.replay`. It needs the run's
+        checkpoint: `model_path` says where that lies here. Raises PlanError for no such rank, SavedError and
+        RecordError for what was not saved, and for another checkpoint."""
+        raise self._lacks("hidden states to replay a rank from")
+
+    def report(self, path: str | Path = "report.html") -> Path:
+        """Write it to one HTML file; where it is."""
+        if self._write is None:
+            raise NotPossible("this was opened without views: use dinfer.open(…).")
+        return self._write(self.trace, Path(path))
+
+    def __str__(self) -> str:
+        return f"{self.path.name}: a trace of {len(self.trace.events)} events, {self.findings.state or 'no state'}"
+
+    def _lacks(self, what: str) -> SavedError:
+        return SavedError(f"{str(self.path)!r} holds a trace and findings, and no {what}.")
+
+
+class SavedFolder(Saved):
+    """A folder, with all that was saved. `about` is what its `run.json` says."""
+
+    def __init__(self, folder: Path, write: Write | None = None) -> None:
+        self.about: dict[str, Any] = read_about(folder)
+        super().__init__(folder, read_trace(folder, self.about), write)
+        self._plan = read_plan(folder, self.about)
+        check_sum(folder, DIGESTS, self.about)
+        self._source = read_source(folder, self.about, self._plan)
+
+    @property
+    def plan(self) -> Plan:
+        return self._plan
+
+    def source(self) -> SavedSource:
+        if not self._source.ranks:
+            raise self._lacks("KV, since no rank could be asked when it was saved")
+        return self._source
+
+    def hidden(self, *, rank: int, chunk: int) -> Tensor:
+        if not self.about.get("hidden"):
+            raise SavedError(
+                f"{self._source.subject.name} holds no hidden states: it was saved with hidden=False."
+            )
+        check_sum(self.path, HIDDEN, self.about)
+        found = Tensors(self.path / HIDDEN)
+        layer = self._first_layer(rank)
+        state = found.get(hidden_name(rank, chunk, layer))
+        if state is None:
+            there = [
+                n for n in range(len(self.plan.shape.chunks)) if hidden_name(rank, n, layer) in found.names
+            ]
+            raise SavedError(
+                f"no hidden state of chunk {chunk} had entered rank {rank}: {_chunks_text(there)} had."
+            )
+        return state
+
+    def replay(
+        self, rank: int, *, model_path: str = "", device: str = "", decoder: Decoder | None = None
+    ) -> Replay:
+        recorded = read_record(self.path, self.about, self._source, rank, self.findings.failure)
+        return Replay(recorded, model_path=model_path, device=device, decoder=decoder)
+
+    def verdict(self) -> Verdict:
+        with damage_told(self.path):
+            said = self.about.get("evidence")
+            if said is None:
+                raise self._lacks("signs of life to work a verdict out from")
+            return HangEvidence.of(said).judge(self.plan)
+
+    def __str__(self) -> str:
+        plan, subject = self.plan, self._source.subject
+        chunks, new = len(plan.shape.chunks), len(self.about["tokens"])
+        ranks = numbers_text(self._source.ranks)
+        lines = [
+            f"{subject.name}: {plan.shape.tokens} tokens in {chunks} chunks, {plan.schedule}, {plan.sync_strategy}: "
+            f"{self._state_text()}{f', {new} new tokens' * bool(new)}",
+            f"ranks {ranks}: {self._source.holds}{', hidden states' * bool(self.about.get('hidden'))}"
+            if ranks
+            else "no KV: no rank could be asked when it was saved",
+            *[f"it stood {subject.stands}"] * any(subject.standing),
+            *[self.findings.failure.partition("\n")[0]] * bool(self.findings.failure),
+            *[f"edited by hand: {', '.join(self.about.get('edited', ()))}"] * bool(self.about.get("edited")),
+            *self.about.get("faults", ()),
+        ]
+        return "\n".join(lines)
+
+    def _state_text(self) -> str:
+        state = self.about.get("state", "")
+        return "hung" if state in MOVING else state
+
+    def _first_layer(self, rank: int) -> int:
+        starts = self.plan.shape.starts
+        if rank not in range(len(starts)):
+            raise PlanError(f"there is no rank {rank}: the ranks are 0 to {len(starts) - 1}.")
+        return starts[rank]
+
+
+def open_saved(path: str | Path, write: Write | None = None) -> Saved:
+    """What `run.save` or `run.report` has written. Raises SavedError for what is neither."""
+    found = Path(path).expanduser()
+    if found.is_dir():
+        return SavedFolder(found.resolve(), write)
+    if not found.exists():
+        raise SavedError(
+            f"there is no {str(path)!r}: give a folder that run.save(…) has written, or a report."
+        )
+    try:
+        return Saved(found, read_traces(found)[0], write)
+    except TraceError as error:
+        raise SavedError(
+            f"{error} dinfer.open takes a folder that run.save(…) has written, or a report."
+        ) from None
+
+
+def _chunks_text(chunks: list[int]) -> str:
+    return f"chunk{'s' * (len(chunks) != 1)} {numbers_text(chunks)}" if chunks else "none"

@@ -1,1 +1,0 @@
-"""ipyparallel clusters: joined or started, and the ranks in them: called, killed, brought back. Knows no models."""

@@ -1,1 +1,0 @@
-"""KV as a session sees it: what is held, where it differs, and how that came about."""

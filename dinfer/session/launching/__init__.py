@@ -1,1 +1,0 @@
-"""Launching: the ranks of `dinfer run` up, watched and down again, started here or by another launcher."""

@@ -1,0 +1,22 @@
+"""dinfer.session.listening."""
+
+from dataclasses import dataclass
+
+from dinfer.display import Displayable
+from dinfer.rank.debugger import FIRST_PORT
+
+
+@dataclass(frozen=True, repr=False)
+class Listening(Displayable):
+    """A rank that a client of debugpy may attach to, at this port of its host's 127.0.0.1."""
+
+    rank: int
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return (
+            f"rank {self.rank} listens for a debugger at 127.0.0.1:{self.port} on {self.host}: attach from VS Code "
+            f'("Attach to rank {self.rank}" of .vscode/launch.json has port {FIRST_PORT + self.rank}) or any client of '
+            "debugpy. While it stands at a breakpoint, the other ranks wait at a cut."
+        )

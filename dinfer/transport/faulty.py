@@ -1,0 +1,87 @@
+"""Faulty transports: a rank's Comm, broken in one way each. For the fault lab; nothing else makes them.
+
+Each stands in front of a real one for the length of one op, and passes on whatever it does not break.
+"""
+
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dinfer.plan.graph import Channel
+from dinfer.transport.gloo import Comm
+from dinfer.transport.header import Header
+
+
+class Wire:
+    """One that is whole."""
+
+    def __init__(self, comm: Comm) -> None:
+        self.comm, self.rank, self.world_size = comm, comm.rank, comm.world_size
+
+    def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:
+        return self.comm.send(channel, header, payload)
+
+    def recv_header(self, channel: Channel) -> bytes:
+        return self.comm.recv_header(channel)
+
+    def recv_payload(self, channel: Channel, out: Tensor) -> None:
+        self.comm.recv_payload(channel, out)
+
+    def all_gather(self, data: bytes) -> list[bytes]:
+        return self.comm.all_gather(data)
+
+    def close(self) -> None:
+        self.comm.close()
+
+
+class Twice(Wire):
+    """Sends every message twice."""
+
+    def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:
+        met = self.comm.send(channel, header, payload)
+        self.comm.send(channel, header, payload)
+        return met
+
+
+class Longer(Wire):
+    """Sends one token more than there is."""
+
+    def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:
+        assert payload is not None
+        said = Header.unpack(header)
+        longer = said.nbytes // said.tokens * (said.tokens + 1)
+        changed = replace(said, tokens=said.tokens + 1, nbytes=longer)
+        return self.comm.send(channel, changed.pack(), torch.zeros(longer, dtype=torch.uint8))
+
+
+class Elsewhere(Wire):
+    """Sends to another rank than it is told to."""
+
+    def __init__(self, comm: Comm, target: int) -> None:
+        super().__init__(comm)
+        self._target = target
+
+    def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:
+        return self.comm.send(channel._replace(target=self._target), header, payload)
+
+
+class Slow(Wire):
+    """Payloads take that many seconds longer to come."""
+
+    def __init__(self, comm: Comm, seconds: float) -> None:
+        super().__init__(comm)
+        self._seconds = seconds
+
+    def recv_payload(self, channel: Channel, out: Tensor) -> None:
+        time.sleep(self._seconds)
+        self.comm.recv_payload(channel, out)
+
+
+class CutWire(Wire):
+    """Nothing comes any more, and nobody says so: it listens where no rank ever speaks."""
+
+    def recv_header(self, channel: Channel) -> bytes:
+        self.comm.all_gather(b"cut")
+        return self.comm.recv_header(channel)

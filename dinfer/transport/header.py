@@ -1,0 +1,120 @@
+"""What a transfer says of itself before its payload: a header of fixed size, checked against the plan.
+
+A message longer than its recv would end the process, so nothing is received before its header.
+"""
+
+import struct
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from dinfer.plan.ops import Op, Value, What
+
+HEADER_BYTES = 64
+
+_LAYOUT = struct.Struct("<4sBBBxQiiiiQQQQ")
+
+SIGNED = slice(40, 64)
+"""of a header: its signature, three 64-bit numbers that may be written where the payload lives: the digests of K and V
+and where they were first seen to differ"""
+
+_MAGIC = b"dinf"
+
+_WHATS: tuple[What, ...] = ("hidden", "kv", "final")
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+_VOID, _BLOCK = 0, 1
+
+
+class TransferError(RuntimeError):
+    """A message is not the one that the plan has at this place. `came`: what it said of itself, if it was a header;
+    `here`: the id of the plan by which something else was expected."""
+
+    def __init__(self, message: str, came: "Header | None" = None, here: int = 0) -> None:
+        super().__init__(message)
+        self.came, self.here = came, here
+
+
+@dataclass(frozen=True)
+class Header:
+    """What follows: `nbytes` bytes of `value`, `tokens` long, in `dtype`, by plan `plan_id`.
+
+    `digests` are those of K and V as they were computed, (0, 0) where nobody took them; `changed`: the first rank that
+    has seen other bytes arrive, plus one, or 0. A void header announces nothing: it releases a recv that was posted too
+    early.
+    """
+
+    plan_id: int
+    value: Value
+    tokens: int
+    dtype: str
+    nbytes: int
+    void: bool = False
+    digests: tuple[int, int] = field(default=(0, 0), compare=False)
+    changed: int = field(default=0, compare=False)
+
+    def pack(self) -> bytes:
+        kind = _VOID if self.void else _BLOCK
+        what, dtype = _WHATS.index(self.value.what), _DTYPES.index(self.dtype)
+        chunk, layer = self.value.chunk, self.value.layer
+        signature = *self.digests, self.changed
+        return _LAYOUT.pack(
+            _MAGIC, kind, what, dtype, self.plan_id, chunk, layer, self.tokens, 0, self.nbytes, *signature
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """Raises TransferError for bytes that are no header."""
+        magic, kind, what, dtype, plan_id, chunk, layer, tokens, _, nbytes, k, v, changed = _LAYOUT.unpack(
+            data
+        )
+        if magic != _MAGIC or what >= len(_WHATS) or dtype >= len(_DTYPES):
+            raise TransferError(
+                f"{data[:16].hex()}… came where a header was expected: "
+                "the stream between two ranks is broken."
+            )
+        value = Value(_WHATS[what], chunk, layer)
+        return cls(plan_id, value, tokens, _DTYPES[dtype], nbytes, kind == _VOID, (k, v), changed)
+
+    def __str__(self) -> str:
+        plural = "" if self.tokens == 1 else "s"
+        return f"{self.value}, {self.tokens} token{plural}, {self.dtype}, {self.nbytes:,} bytes"
+
+
+VOID = Header(0, Value("final"), 0, "float32", 0, void=True)
+
+
+def signature_of(header: bytes) -> Tensor:
+    """The signature in a packed header, int64 [3]."""
+    return torch.frombuffer(bytearray(header[SIGNED]), dtype=torch.int64)
+
+
+def signed(header: bytes, signature: Tensor) -> bytes:
+    """The packed header with this signature, int64 [3]. Waits for the signature's device."""
+    return header[: SIGNED.start] + signature.cpu().numpy().tobytes()
+
+
+def check(came: Header, expected: Header, op: Op) -> None:
+    """Raises TransferError, naming what came and what was expected."""
+    if came.plan_id != expected.plan_id:
+        raise TransferError(
+            f"rank {op.peer} runs another plan (id {came.plan_id:016x}, here {expected.plan_id:016x}): "
+            f"at `{op}` it sent {came}.",
+            came,
+            expected.plan_id,
+        )
+    if came != expected:
+        raise TransferError(
+            f"at `{op}` the plan expects {expected}; rank {op.peer} sent {came}.", came, expected.plan_id
+        )
+
+
+assert _LAYOUT.size == SIGNED.stop == HEADER_BYTES
+
+
+def void_header() -> bytes:
+    """What releases a recv that was posted too early."""
+    return VOID.pack()

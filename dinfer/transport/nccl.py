@@ -1,0 +1,231 @@
+"""NcclComm: ranks as processes with a GPU each. Payloads go from GPU to GPU on NCCL, all else over gloo.
+
+Gloo carries control and what is synced by hand; NCCL what a lowered plan issues. CUDA has no place to report when a
+kernel began but events, so times are those of events, on a clock that is set whenever the streams settle.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import combinations, cycle
+from time import monotonic_ns, sleep
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dinfer.config import Backend
+from dinfer.kv.digests import as_numbers
+from dinfer.plan.graph import Channel
+from dinfer.transport.gloo import Comm, CommError, GlooComm, Store, bytes_of
+from dinfer.transport.header import HEADER_BYTES, SIGNED
+from dinfer.transport.streams import COMPUTE, Arrived, Issued, Sign, StreamPlace, Streams, Times, stream_of
+
+COMMUNICATORS = ("hidden", "kv")
+
+LAG_S = 0.001
+"""how late the end of an op may be seen, so that several are seen at once: each look takes the interpreter from the
+thread that issues. Times do not depend on it: they are those of CUDA events"""
+
+HEADERS = 1024
+"""headers under way at most; far more than an issuer's window"""
+
+_FOUND = slice(HEADER_BYTES, HEADER_BYTES + 16)
+"""of a header's place: behind the header, the digests of what has arrived"""
+
+_ABORT_ONLY = "2"
+"""on an error end the communicator, not the process: the rank must live to say where it stood"""
+
+
+def has_nccl() -> bool:
+    """Whether this torch can use NCCL and a GPU here."""
+    return torch.cuda.is_available() and dist.is_available() and dist.is_nccl_available()
+
+
+def open_comm(backend: Backend, rank: int, world_size: int, store: Store, start_timeout: float) -> Comm:
+    """The transport of a settled backend. Raises CommError where the ranks do not find one another."""
+    kind = NcclComm if backend == "nccl" else GlooComm
+    return kind(rank, world_size, store, start_timeout)
+
+
+class NcclComm(GlooComm):
+    """NCCL groups are made with the first streams: by then the ranks know that they were started alike."""
+
+    def __init__(self, rank: int, world_size: int, store: Store, start_timeout: float) -> None:
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", _ABORT_ONLY)
+        super().__init__(rank, world_size, store, start_timeout)
+        self._nccl: dict[str, dist.ProcessGroup] = {}
+
+    def open_streams(self, device: torch.device) -> Streams:
+        if not self._nccl:
+            self._connect(device)
+        return CudaStreams(self.rank, device, self._nccl)
+
+    def _connect(self, device: torch.device) -> None:
+        """Make the groups, and the connections of every pair: an unbatched first message makes one, and waits for it.
+
+        No `device_id=`: with it, messages of different pairs would be one queue.
+        """
+        try:
+            for name in COMMUNICATORS:
+                group = dist.new_group(backend="nccl", timeout=timedelta(days=7))
+                assert isinstance(group, dist.ProcessGroup)
+                self._nccl[name] = group
+                self._warm_up(group, device)
+        except RuntimeError as error:
+            raise CommError(f"rank {self.rank} could not connect by NCCL: {error}") from error
+
+    def _warm_up(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        word = torch.zeros(1, dtype=torch.uint8, device=device)
+        for low, high in combinations(range(self.world_size), 2):
+            if self.rank in (low, high):
+                peer = high if self.rank == low else low
+                for sender in (low, high):
+                    if sender == self.rank:
+                        _give(dist.isend(word, group=group, group_dst=peer))
+                    else:
+                        _give(dist.irecv(word, group=group, group_src=peer))
+        torch.cuda.synchronize(device)
+
+
+class _CudaWork:
+    """What one stream was given. It holds the tensors of its transfer until that has run."""
+
+    def __init__(self, stream: str, zero: tuple[torch.cuda.Event, int]) -> None:
+        self.stream, self._zero = stream, zero
+        self.start, self.met, self.end = (_event() for _ in range(3))
+        self.kept: list[Tensor] = []
+        self.came: Tensor | None = None
+        self.has_digests = False
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self.end.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> Times:
+        if not self.is_done:
+            sleep(LAG_S)
+            self.end.synchronize()
+        self.kept.clear()
+        return Times(self._at(self.start), self._at(self.met), self._at(self.end))
+
+    def header(self) -> bytes:
+        assert self.came is not None
+        return self.came[:HEADER_BYTES].numpy().tobytes()
+
+    def digests(self) -> tuple[int, int] | None:
+        if not self.has_digests:
+            return None
+        assert self.came is not None
+        return as_numbers(self.came[_FOUND].view(torch.int64))
+
+    def _at(self, event: torch.cuda.Event) -> int:
+        zero, ns = self._zero
+        return ns + int(zero.elapsed_time(event) * 1e6)
+
+
+class CudaStreams:
+    """CUDA streams, and NCCL between them: one stream for each peer on each communicator, as NCCL has.
+
+    Layers run on the device's default stream, so what the user does afterwards is in order with them.
+    """
+
+    def __init__(self, rank: int, device: torch.device, groups: dict[str, dist.ProcessGroup]) -> None:
+        self._rank, self._device, self._groups = rank, device, groups
+        self._streams: dict[str, torch.cuda.Stream] = {COMPUTE: torch.cuda.default_stream(device)}
+        # Made once: to pin memory may wait for the device.
+        host = torch.empty((HEADERS, _FOUND.stop), dtype=torch.uint8, pin_memory=True)
+        self._headers = cycle(zip(host, torch.empty_like(host, device=device), strict=True))
+        self.settle()
+
+    def compute(self, where: str, work: Callable[[], None], after: Sequence[Issued]) -> Issued:
+        with self._on(where, after) as issued:
+            work()
+            issued.met = issued.start
+        return issued
+
+    def send(
+        self,
+        channel: Channel,
+        header: bytes,
+        payload: Callable[[], Tensor],
+        after: Sequence[Issued],
+        sign: Sign | None = None,
+    ) -> Issued:
+        group, peer = self._groups[channel.communicator], channel.target
+        with self._on(channel, after) as issued:
+            (host, announced), tensor = next(self._headers), payload()
+            issued.kept = [tensor]
+            host[:HEADER_BYTES].copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
+            announced.copy_(host, non_blocking=True)
+            if sign:
+                # Of a block that this rank computed it is on the device: the host never sees it.
+                announced[SIGNED].view(torch.int64).copy_(sign(), non_blocking=True)
+            _give(dist.isend(announced[:HEADER_BYTES], group=group, group_dst=peer))
+            issued.met.record()
+            _give(dist.isend(bytes_of(tensor), group=group, group_dst=peer))
+        return issued
+
+    def recv(
+        self,
+        channel: Channel,
+        place: Callable[[], Tensor],
+        after: Sequence[Issued],
+        arrived: Arrived | None = None,
+    ) -> Issued:
+        group, peer = self._groups[channel.communicator], channel.source
+        with self._on(channel, after) as issued:
+            (issued.came, announced), tensor = next(self._headers), place()
+            issued.kept = [tensor]
+            _give(dist.irecv(announced[:HEADER_BYTES], group=group, group_src=peer))
+            issued.met.record()
+            _give(dist.irecv(bytes_of(tensor), group=group, group_src=peer))
+            # A copy of the signature: the header's place is used again by others, the ledger keeps it.
+            if (
+                arrived
+                and (found := arrived(announced[SIGNED].view(torch.int64).clone(), tensor)) is not None
+            ):
+                announced[_FOUND].view(torch.int64).copy_(found)
+                issued.has_digests = True
+            issued.came.copy_(announced, non_blocking=True)
+        return issued
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self._device)
+        with torch.cuda.device(self._device):
+            zero = _event()
+            zero.record()
+            zero.synchronize()
+        self._zero = zero, monotonic_ns()
+
+    def close(self, timeout: float) -> bool:  # noqa: ARG002
+        """Nothing to end: whoever issues waits for all that it has issued."""
+        return True
+
+    @contextmanager
+    def _on(self, where: StreamPlace, after: Sequence[Issued]) -> Iterator[_CudaWork]:
+        """What is done inside is given to that stream, after `after`; the host waits for nothing."""
+        name = stream_of(self._rank, where)
+        issued = _CudaWork(name, self._zero)
+        if name not in self._streams:
+            self._streams[name] = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream = self._streams[name]
+        with torch.cuda.stream(stream):
+            for other in after:
+                if isinstance(other, _CudaWork) and other.stream != name:
+                    stream.wait_event(other.end)
+            issued.start.record()
+            yield issued
+            issued.end.record()
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+
+
+def _give(work: dist.Work | None) -> None:
+    """Let the current stream wait for the transfer. (On NCCL, unlike gloo, the host does not wait.)"""
+    if work is None:
+        raise CommError("this rank is not part of the group that it communicates in")
+    work.wait()

@@ -1,0 +1,250 @@
+"""Streams: where ops are issued to run later, in order; and streams that are threads of one process.
+
+On NCCL the host only issues: kernels and transfers run when the streams that they were given to come to them. What
+is exchanged with one peer on one communicator is one stream, both directions together, so a pending recv blocks a
+later send there. `LocalStreams` behaves like that on threads, over an Exchange: for tests, and to try out plans on
+a laptop. Nothing here knows ops.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from time import monotonic_ns
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from dinfer.kv.digests import as_numbers
+from dinfer.plan.graph import Channel
+from dinfer.transport.gate import Gate
+from dinfer.transport.gloo import Comm, CommError
+from dinfer.transport.header import Header, signature_of, signed
+
+COMPUTE, ENTRY = "compute", "entry"
+"""the streams of one rank alone: layers; and embeddings, which wait for nothing"""
+
+StreamPlace = str | Channel
+"""a stream of this rank's own, or the channel of a transfer"""
+
+
+class Times(NamedTuple):
+    """When issued work started, met its peer, and ended: monotonic ns."""
+
+    start: int
+    met: int
+    end: int
+
+
+class Issued(Protocol):
+    """Work that a stream was given."""
+
+    @property
+    def stream(self) -> object:
+        """Which; work of one stream needs no word to run in order."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has run."""
+
+    def wait(self) -> Times:
+        """Block until it has run. Raises what it raised."""
+
+    def header(self) -> bytes:
+        """Of a recv that has run: the header that came."""
+
+    def digests(self) -> tuple[int, int] | None:
+        """Of a recv that has run: what its `arrived` has returned."""
+
+
+Sign = Callable[[], Tensor]
+"""asked on the stream for a header's signature, int64 [3]"""
+
+Arrived = Callable[[Tensor, Tensor], Tensor | None]
+"""called on the stream with the signature that came and the payload; a block's digests, int64 [2], or None"""
+
+
+class Streams(Protocol):
+    """One rank's streams. `after`: work, mostly of other streams, that must have run before.
+
+    What is given here may run at any later time; tensors must stay as they are until then.
+    """
+
+    def compute(self, where: str, work: Callable[[], None], after: Sequence[Issued]) -> Issued:
+        """Run `work` on a stream of this rank's own."""
+
+    def send(
+        self,
+        channel: Channel,
+        header: bytes,
+        payload: Callable[[], Tensor],
+        after: Sequence[Issued],
+        sign: Sign | None = None,
+    ) -> Issued:
+        """Send a header, signed if need be, and then the payload, a contiguous tensor asked for on the stream."""
+
+    def recv(
+        self,
+        channel: Channel,
+        place: Callable[[], Tensor],
+        after: Sequence[Issued],
+        arrived: Arrived | None = None,
+    ) -> Issued:
+        """Receive a header, and the payload into a contiguous tensor, made on the stream."""
+
+    def settle(self) -> None:
+        """Let no stream run ahead of what the calling thread has done so far on this device."""
+
+    def close(self, timeout: float) -> bool:
+        """End the streams, once they have nothing more to run; whether they ended in time."""
+
+
+@runtime_checkable
+class StreamComm(Comm, Protocol):
+    """A transport that also takes work to be run later."""
+
+    def open_streams(self, device: torch.device) -> Streams:
+        """This rank's streams on its device. All ranks must call it, in the same order of calls."""
+
+
+def stream_of(rank: int, where: StreamPlace) -> str:
+    """The name of the stream: what is exchanged with one peer on one communicator is one, whatever the direction."""
+    if isinstance(where, str):
+        return where
+    peer = where.target if where.source == rank else where.source
+    return f"{where.communicator}:{peer}"
+
+
+class _Work:
+    """One piece of work in a LocalStreams."""
+
+    def __init__(
+        self, gate: Gate, stream: str, run: Callable[["_Work"], None], after: Sequence[Issued]
+    ) -> None:
+        self._gate, self.stream, self.run, self._after = gate, stream, run, after
+        self.started = self.met = self.ended = 0
+        self.came = b""
+        self.found: Tensor | None = None
+        self.error: BaseException | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self.ended)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether all that it waits for has run."""
+        return all(isinstance(other, _Work) and other.ended for other in self._after)
+
+    def wait(self) -> Times:
+        self._gate.wait(lambda: self.ended or None)
+        if self.error is not None:
+            raise self.error
+        return Times(self.started, self.met or self.started, self.ended)
+
+    def header(self) -> bytes:
+        return self.came
+
+    def digests(self) -> tuple[int, int] | None:
+        return None if self.found is None else as_numbers(self.found)
+
+    def do(self) -> None:
+        self.started = monotonic_ns()
+        failed = next((w.error for w in self._after if isinstance(w, _Work) and w.error), None)
+        try:
+            if failed is not None:
+                raise CommError("what this waits for has failed") from failed
+            self.run(self)
+        except BaseException as error:  # raised where the work is waited for
+            self.error = error
+        with self._gate.change():
+            self.ended = monotonic_ns()
+
+
+_END = object()
+"""what a stream's thread takes for work when there will be none any more"""
+
+
+class LocalStreams:
+    """Streams that are threads, with the transfers of a blocking Comm. `serial`: one stream for everything, the worst
+    that CUDA may do."""
+
+    def __init__(self, comm: Comm, gate: Gate, *, serial: bool = False) -> None:
+        self._comm, self._gate, self._serial = comm, gate, serial
+        self._queues: dict[str, deque[_Work]] = {}
+        self._threads: list[threading.Thread] = []
+        self._closing = False
+
+    def compute(self, where: str, work: Callable[[], None], after: Sequence[Issued]) -> Issued:
+        return self._issue(where, lambda _: work(), after)
+
+    def send(
+        self,
+        channel: Channel,
+        header: bytes,
+        payload: Callable[[], Tensor],
+        after: Sequence[Issued],
+        sign: Sign | None = None,
+    ) -> Issued:
+        def run(work: _Work) -> None:
+            work.met = self._comm.send(channel, signed(header, sign()) if sign else header, payload())
+
+        return self._issue(channel, run, after)
+
+    def recv(
+        self,
+        channel: Channel,
+        place: Callable[[], Tensor],
+        after: Sequence[Issued],
+        arrived: Arrived | None = None,
+    ) -> Issued:
+        def run(work: _Work) -> None:
+            work.came = self._comm.recv_header(channel)
+            work.met, out = monotonic_ns(), place()
+            announced = Header.unpack(work.came).nbytes
+            fits = announced == out.nbytes  # what does not is drained; who checks the header will say so
+            self._comm.recv_payload(channel, out if fits else torch.empty(announced, dtype=torch.uint8))
+            if arrived and fits:
+                work.found = arrived(signature_of(work.came), out)
+
+        return self._issue(channel, run, after)
+
+    def settle(self) -> None:
+        pass
+
+    def close(self, timeout: float) -> bool:
+        with self._gate.change():
+            self._closing = True
+        for thread in self._threads:
+            thread.join(timeout)
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _issue(self, where: StreamPlace, run: Callable[[_Work], None], after: Sequence[Issued]) -> Issued:
+        name = "serial" if self._serial else stream_of(self._comm.rank, where)
+        work = _Work(self._gate, name, run, after)
+        with self._gate.change():
+            if name not in self._queues:
+                self._open(name)
+            self._queues[name].append(work)
+        return work
+
+    def _open(self, name: str) -> None:
+        queue = self._queues[name] = deque()
+        thread = threading.Thread(
+            target=self._run, args=(queue,), name=f"rank {self._comm.rank} stream {name}", daemon=True
+        )
+        self._threads.append(thread)
+        self._gate.enroll(thread.name)
+        thread.start()
+
+    def _run(self, queue: deque[_Work]) -> None:
+        def first() -> object:
+            if queue:
+                return queue[0] if queue[0].is_free else None
+            return _END if self._closing else None
+
+        while isinstance(work := self._gate.wait(first), _Work):
+            work.do()
+            with self._gate.change():
+                queue.popleft()
+        self._gate.leave()

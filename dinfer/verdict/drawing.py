@@ -1,0 +1,137 @@
+"""Who waits for whom, as a small SVG. Pure: boxes and arrows in, text out; whatever is in them is escaped."""
+
+from collections.abc import Sequence
+from html import escape
+from math import cos, hypot, pi, sin
+from typing import NamedTuple
+
+from dinfer.plan.plan import Plan
+from dinfer.plan.verify import Counterexample
+
+WIDTH, HEIGHT = 150, 40
+"""of a box"""
+
+MARGIN = 46
+
+LONGEST = 26
+"""characters of a label; the whole text is its tooltip"""
+
+Point = tuple[float, float]
+
+
+class Box(NamedTuple):
+    """A rank: a name, where it stands, and whether it is to blame."""
+
+    key: int
+    name: str
+    text: str
+    is_root: bool = False
+
+
+class Arrow(NamedTuple):
+    """`source` waits for `target`, for that."""
+
+    source: int
+    target: int
+    text: str
+
+
+def drawing(title: str, boxes: Sequence[Box], arrows: Sequence[Arrow]) -> str:
+    """The boxes on an ellipse, the first on top, and clockwise from there."""
+    across, down = _radii(len(boxes))
+    middle = across + WIDTH / 2 + MARGIN, down + HEIGHT / 2 + MARGIN
+    at = {box.key: _place(number, len(boxes), middle, (across, down)) for number, box in enumerate(boxes)}
+    drawn = [_arrow(arrow, at, (arrow.target, arrow.source) in _pairs(arrows)) for arrow in arrows]
+    drawn += [_box(box, at[box.key]) for box in boxes]
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * middle[0]:.0f}" height="{2 * middle[1]:.0f}" role="img" '
+        f'style="background:#fff" font-family="sans-serif" font-size="11"><title>{escape(title)}</title>'
+        '<defs><marker id="dinfer-wait" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" '
+        f'orient="auto"><path d="M0 0L8 4L0 8z" fill="#b3125b"/></marker></defs>{"".join(drawn)}</svg>'
+    )
+
+
+def _radii(count: int) -> Point:
+    if count < 2:
+        return 0.0, 0.0
+    return max(170.0, 44.0 * count), max(80.0, 24.0 * count)
+
+
+def _place(number: int, count: int, middle: Point, radii: Point) -> Point:
+    angle = 2 * pi * number / count - pi / 2
+    return middle[0] + radii[0] * cos(angle), middle[1] + radii[1] * sin(angle)
+
+
+def _pairs(arrows: Sequence[Arrow]) -> set[tuple[int, int]]:
+    return {(arrow.source, arrow.target) for arrow in arrows}
+
+
+def _box(box: Box, at: Point) -> str:
+    x, y = at[0] - WIDTH / 2, at[1] - HEIGHT / 2
+    fill, stroke = ("#fbe3ee", "#b3125b") if box.is_root else ("#eef2f6", "#2672b3")
+    return (
+        f'<g><title>{escape(f"{box.name}: {box.text}")}</title><rect x="{x:.1f}" y="{y:.1f}" width="{WIDTH}" '
+        f'height="{HEIGHT}" rx="6" fill="{fill}" stroke="{stroke}" stroke-width="1.5"/>'
+        f'<text x="{at[0]:.1f}" y="{at[1] - 4:.1f}" text-anchor="middle" font-weight="bold">{escape(box.name)}</text>'
+        f'<text x="{at[0]:.1f}" y="{at[1] + 11:.1f}" text-anchor="middle">{escape(_short(box.text))}</text></g>'
+    )
+
+
+def _arrow(arrow: Arrow, at: dict[int, Point], is_answered: bool) -> str:
+    """From edge to edge of the boxes, bent where there is one back as well."""
+    source, target = at[arrow.source], at[arrow.target]
+    length = hypot(target[0] - source[0], target[1] - source[1]) or 1.0
+    bend = 26.0 if is_answered else 0.0
+    control = (
+        (source[0] + target[0]) / 2 - (target[1] - source[1]) / length * bend,
+        (source[1] + target[1]) / 2 + (target[0] - source[0]) / length * bend,
+    )
+    (x1, y1), (x2, y2) = _edge(source, control), _edge(target, control)
+    x, y = (x1 + x2) / 4 + control[0] / 2, (y1 + y2) / 4 + control[1] / 2
+    return (
+        f'<g><title>{escape(arrow.text)}</title><path d="M{x1:.1f} {y1:.1f}Q{control[0]:.1f} {control[1]:.1f} {x2:.1f} '
+        f'{y2:.1f}" fill="none" stroke="#b3125b" stroke-width="1.5" marker-end="url(#dinfer-wait)"/>'
+        f'<text x="{x:.1f}" y="{y + 3:.1f}" text-anchor="middle" stroke="#fff" stroke-width="4" paint-order="stroke" '
+        f'fill="#333">{escape(_short(arrow.text))}</text></g>'
+    )
+
+
+def _edge(box: Point, towards: Point) -> Point:
+    """Where the line from a box's middle leaves it."""
+    dx, dy = towards[0] - box[0], towards[1] - box[1]
+    scale = max(abs(dx) / (WIDTH / 2 + 3), abs(dy) / (HEIGHT / 2 + 3))
+    return (box[0] + dx / scale, box[1] + dy / scale) if scale > 0 else box
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+
+
+def cycle_text(found: Counterexample) -> str:
+    """The circle in a few lines, for a terminal; empty for what is no circle."""
+    if found.flaw != "cycle":
+        return ""
+    if len(found.steps) == 1:
+        return f"↻ {found.steps[0]}"
+    first, *middle, last = found.steps
+    lines = [f"┌▶ {first}"]
+    for step in middle:
+        lines += ["│     ▼", f"│  {step}"]
+    return "\n".join([*lines, "│     ▼", f"└─ {last}"])
+
+
+def counterexample_svg(plan: Plan, found: Counterexample) -> str:
+    """The ops that it speaks of, and, of a circle, what each waits for; empty where it speaks of no op."""
+    if not found.places:
+        return ""
+    boxes = [
+        Box(number, f"rank {place.rank}", str(plan.op(place)), is_root=True)
+        for number, place in enumerate(found.places)
+    ]
+    arrows = []
+    if found.flaw == "cycle":
+        for number, (place, step) in enumerate(zip(found.places, found.steps, strict=True)):
+            op = plan.op(place)
+            text = str(op.value) if f"{op.value} " in step and op.is_transfer else step
+            arrows.append(Arrow(number, (number + 1) % len(found.places), text))
+    return drawing(str(found), boxes, arrows)
