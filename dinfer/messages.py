@@ -1,4 +1,4 @@
-"""dinfer.messages."""
+"""The messages between session and rank."""
 
 from typing import Any
 

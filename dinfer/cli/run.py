@@ -12,7 +12,7 @@ import typer
 
 from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, keep_json, stop
 from dinfer.config import Config, ConfigError, read_toml
-from dinfer.launch.meet import Launched, launched_as, speaks
+from dinfer.launch.environment import Launched, launched_as, speaks
 from dinfer.model.errors import ModelError
 from dinfer.plan.ops import PlanError
 

@@ -1,4 +1,4 @@
-"""dinfer.engine.prefill."""
+"""The state of one prompt on one rank during prefill: KV cache, hidden states, ledger."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence

@@ -13,7 +13,8 @@ import torch
 from dinfer.config import Config, ConfigError
 from dinfer.engine.engine import Engine
 from dinfer.job import settle_backend, threads_per_rank
-from dinfer.launch.meet import launched_as, meet
+from dinfer.launch.environment import launched_as
+from dinfer.launch.meet import meet
 from dinfer.model.decoder import Decoder
 from dinfer.rank.agreement import agree, facts_of
 from dinfer.rank.batch import device_of, warm_up

@@ -21,7 +21,8 @@ from typing import Any, NoReturn
 from dinfer.cluster.link import Link
 from dinfer.config import Config, ConfigError
 from dinfer.job import Job, prepare
-from dinfer.launch.meet import DEBUGGER, Launched, Roll, meet
+from dinfer.launch.environment import DEBUGGER, Launched
+from dinfer.launch.meet import Roll, meet
 from dinfer.launch.runner import ProgressLines, conclude
 from dinfer.launch.watch import ProcessWatch
 from dinfer.model.errors import ModelError

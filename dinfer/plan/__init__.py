@@ -1,1 +1,4 @@
-"""What every rank will do, as pure data: ops, lanes, schedules, proofs and cuts. Standard library only."""
+"""What every rank will do, as pure data: ops, lanes, schedules, cuts and proofs.
+
+Standard library only. Start at `ops` and `plan`; `schedule` builds plans, `verify` proves or refutes them, `cut` steps.
+"""

@@ -1,1 +1,4 @@
-"""The client: ranks up and down, the run that a user steps, the watch for progress."""
+"""The session: from `dinfer.connect` to the run that it returns.
+
+Imports everything below but `views`, which is handed in. Start at `connect`, then `session`.
+"""

@@ -1,4 +1,4 @@
-"""dinfer.session.listening."""
+"""What is told of each rank while a debugger can attach to it."""
 
 from dataclasses import dataclass
 

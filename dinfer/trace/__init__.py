@@ -1,1 +1,4 @@
-"""What happened: events as plain records, the recorder, the merged trace. No torch."""
+"""What happened: events as plain records, the merged trace, and the figures that are read off it.
+
+Works without torch. Start at `events` and `trace`; `recorder` writes events on a rank, `export` and `read` are files.
+"""

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Playwright, expect, sync_playwright
 
-from tests.browser.lab import Lab, Notebook, open_notebook
-from tests.cluster.ipclusters import ipython
+from tests.support.ipclusters import ipython
+from tests.support.jupyter import Lab, Notebook, open_notebook
 
 expect.set_options(timeout=30_000)
 ARGUMENTS = [

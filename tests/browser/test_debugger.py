@@ -9,8 +9,8 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import OpenNotebook, Shot
-from tests.browser.lab import Notebook
 from tests.browser.test_panel import PanelPage
+from tests.support.jupyter import Notebook
 
 pytestmark = pytest.mark.browser
 

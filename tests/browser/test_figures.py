@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]  # test_notebook7 sees one 
 FIGURE = """
 from dinfer.views.figures.latency import latency
 from dinfer.views.figures.shown import Shown
-from tests.unit.views.traces import on_paper
+from tests.support.traces import on_paper
 Shown(latency(on_paper(4, 3, 2)))
 """
 

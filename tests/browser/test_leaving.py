@@ -6,11 +6,11 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.browser.conftest import OpenNotebook, Shot
-from tests.browser.lab import Notebook
 from tests.browser.test_debugger import ALWAYS, CONNECT, SHOW, WHERE, Debugger
 from tests.browser.test_debugger import CELLS as DEBUGGER
 from tests.browser.test_session import CELLS as SESSION
 from tests.cluster.test_leaks import Held, check_held, held
+from tests.support.jupyter import Notebook
 
 pytestmark = pytest.mark.browser
 

@@ -10,9 +10,9 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from tests.browser.conftest import OpenNotebook, Shot
-from tests.browser.lab import Notebook
 from tests.browser.test_debugger import CELLS as DEBUGGER
 from tests.browser.test_debugger import CONNECT, SHOW, TOP, WHERE, Debugger, number
+from tests.support.jupyter import Notebook
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

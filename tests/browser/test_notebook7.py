@@ -8,9 +8,9 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import OpenNotebook, Shot
-from tests.browser.lab import Lab
 from tests.browser.test_debugger import CELLS, CLOSE, CONNECT, SHOW, TOP, Debugger
 from tests.browser.test_figures import FIGURE
+from tests.support.jupyter import Lab
 
 pytestmark = pytest.mark.browser
 

@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Locator, expect
 
 from tests.browser.conftest import OpenNotebook, Shot
-from tests.browser.lab import Lab, Notebook
+from tests.support.jupyter import Lab, Notebook
 
 pytestmark = pytest.mark.browser
 
@@ -19,7 +19,7 @@ THREADS = [
     """
 from dinfer.views.panel import Panel
 from dinfer.views.cells import CellMap
-from tests.unit.views.doubles import TwinRun
+from tests.support.doubles import TwinRun
 prompt = "The code of Lima is 471. The code of Oslo is 306. What is the code of Lima? The code of Lima is"
 run = TwinRun("demo", prompt, world_size=3, chunk_size=4)
 """,
@@ -201,7 +201,7 @@ LARGE = [
     """
 from dinfer.views.panel import Panel
 from dinfer.views.cells import CellMap
-from tests.unit.views.doubles import busy_run
+from tests.support.doubles import busy_run
 run = busy_run(layers=36, chunks=32, ranks=3, waves=46)
 run.labels = [f"words of chunk {n} " * 3 for n in range(32)]
 run.devices = ["cuda:0", "cuda:1", "cuda:2"]
@@ -215,7 +215,7 @@ run.state, run.message = "paused", "breakpoint 1: rank 1 stands before layer c9 
 SMALL = """
 from dinfer.views.panel import Panel
 from dinfer.views.cells import CellMap
-from tests.unit.views.doubles import PaperRun, paper_plan
+from tests.support.doubles import PaperRun, paper_plan
 run = PaperRun(paper_plan())
 panel = Panel(run)
 """

@@ -11,10 +11,10 @@ from playwright.sync_api import Browser, BrowserContext, Page
 
 from dinfer.trace.trace import Trace
 from dinfer.views.report.page import REPORT_FIGURES, write_report
-from tests.browser.offline import Opened, open_offline
-from tests.cluster.runs import wait_for
-from tests.unit.views.reports import HOSTILE, told
-from tests.unit.views.traces import on_paper, recorded
+from tests.support.offline import Opened, open_offline
+from tests.support.reports import HOSTILE, told
+from tests.support.runs import wait_for
+from tests.support.traces import on_paper, recorded
 
 pytestmark = pytest.mark.browser
 

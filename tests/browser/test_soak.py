@@ -11,10 +11,10 @@ import pytest
 from playwright.sync_api import CDPSession, Locator, Page, expect
 
 from tests.browser.conftest import OpenNotebook, Shot
-from tests.browser.lab import Notebook
 from tests.browser.test_debugger import CELLS as DEBUGGER
 from tests.browser.test_debugger import CONNECT, SHOW, Debugger
-from tests.cluster.runs import wait_for
+from tests.support.jupyter import Notebook
+from tests.support.runs import wait_for
 
 SECONDS = float(os.environ.get("DINFER_SOAK_S", "120"))
 """the first third warms up; what is there then is compared with what is there at the end"""

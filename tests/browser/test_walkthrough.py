@@ -11,8 +11,8 @@ from playwright.sync_api import Browser, Page, expect
 
 from dinfer.trace.read import read_traces
 from tests.browser.conftest import Shot
-from tests.browser.lab import Lab, open_file
-from tests.browser.offline import open_offline
+from tests.support.jupyter import Lab, open_file
+from tests.support.offline import open_offline
 
 pytestmark = [pytest.mark.browser, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 

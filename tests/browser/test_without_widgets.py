@@ -8,8 +8,8 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import Shot
-from tests.browser.lab import Lab, open_notebook
 from tests.browser.test_panel import SMALL
+from tests.support.jupyter import Lab, open_notebook
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cluster.parrot import SAYING, parrot_checkpoint
-from tests.cluster.runs import Fault, Run, run_arguments
-from tests.unit.model.tiny import tiny_checkpoint
+from tests.support.parrot import SAYING, parrot_checkpoint
+from tests.support.runs import Fault, Run, run_arguments
+from tests.support.tiny import tiny_checkpoint
 
 torch.set_num_threads(1)  # as the ranks: float32 attention differs between 1 and 2 threads
 

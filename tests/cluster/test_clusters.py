@@ -23,8 +23,8 @@ from dinfer.cluster.ipyparallel.cluster import Cluster
 from dinfer.cluster.ipyparallel.errors import ClusterError, RankError, RankGone, RankSilent
 from dinfer.cluster.ipyparallel.facts import own_loopback
 from dinfer.cluster.ipyparallel.known import record_paths
-from tests.cluster.ipclusters import LAUNCHER, IPython, ended, ipython
-from tests.cluster.runs import wait_for
+from tests.support.ipclusters import LAUNCHER, IPython, ended, ipython
+from tests.support.runs import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.cluster.ipclusters import marked
-from tests.cluster.runs import MARK, wait_for
+from tests.support.ipclusters import marked
+from tests.support.runs import MARK, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from tests.cluster.conftest import Start
-from tests.cluster.runs import Fault, Run, is_alive, wait_for
-from tests.unit.engine.twin import prompt
+from tests.support.runs import Fault, Run, is_alive, wait_for
+from tests.support.twin import prompt
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

@@ -13,10 +13,10 @@ import pytest
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.verdict.verdict import Verdict
-from tests.cluster.ipclusters import stock_session
-from tests.cluster.runs import wait_for
-from tests.spies import may_spy
-from tests.unit.engine.twin import prompt
+from tests.support.ipclusters import stock_session
+from tests.support.runs import wait_for
+from tests.support.spies import may_spy
+from tests.support.twin import prompt
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

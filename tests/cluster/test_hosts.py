@@ -14,10 +14,10 @@ import pytest
 from dinfer.cluster.ipyparallel.start import ClusterPlace
 from dinfer.lab.hosts import LabNetwork, do, hosts
 from dinfer.session.connect import connect
-from tests.cluster.hosted import needs_hosts
-from tests.cluster.ipclusters import ipython
-from tests.cluster.runs import wait_for
-from tests.unit.engine.twin import prompt
+from tests.support.hosted import needs_hosts
+from tests.support.ipclusters import ipython
+from tests.support.runs import wait_for
+from tests.support.twin import prompt
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300), needs_hosts]
 

@@ -14,13 +14,13 @@ from torch import Tensor
 from dinfer.run.fleet import RankFailed
 from dinfer.run.run import Run
 from dinfer.session.session import Session
-from tests.cluster.expected import expected
-from tests.cluster.ipclusters import stock_session
-from tests.cluster.runs import wait_for
-from tests.unit.engine.twin import prompt
-from tests.unit.model.tiny import tiny_checkpoint
-from tests.unit.session.injections import random_prompt, random_setup
-from tests.unit.session.test_injections import broken, finish
+from tests.support.expected_tokens import expected
+from tests.support.injections import random_prompt, random_setup
+from tests.support.ipclusters import stock_session
+from tests.support.runs import wait_for
+from tests.support.tiny import tiny_checkpoint
+from tests.support.twin import prompt
+from tests.unit.run.test_injections import broken, finish
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

@@ -14,8 +14,8 @@ from dinfer.lab.hosts import hosts
 from dinfer.lab.lab import lab_session, run_cells, run_slowly
 from dinfer.lab.score import Score
 from dinfer.session.session import Session
-from tests.cluster.hosted import needs_hosts
-from tests.cluster.ipclusters import ipython
+from tests.support.hosted import needs_hosts
+from tests.support.ipclusters import ipython
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

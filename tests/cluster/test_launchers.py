@@ -15,9 +15,9 @@ from dinfer.cluster.ipyparallel.errors import ClusterError
 from dinfer.run.fleet import RankFailed
 from dinfer.run.run import Run
 from dinfer.session.session import Session, SessionOver
-from tests.cluster.ipclusters import LAUNCHER, IPython, ipython
-from tests.cluster.runs import wait_for
-from tests.unit.engine.twin import prompt
+from tests.support.ipclusters import LAUNCHER, IPython, ipython
+from tests.support.runs import wait_for
+from tests.support.twin import prompt
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

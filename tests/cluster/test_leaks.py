@@ -9,9 +9,9 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from tests.cluster.ipclusters import IPython, stock_cluster
-from tests.cluster.runs import wait_for
 from tests.cluster.test_orphans import Client
+from tests.support.ipclusters import IPython, stock_cluster
+from tests.support.runs import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.expected import expected
-from tests.cluster.parrot import C_LOCALE, FLAGS, check_parroted
-from tests.cluster.runs import Fault, Run, run_arguments, wait_for
-from tests.unit.engine.twin import prompt
+from tests.support.expected_tokens import expected
+from tests.support.parrot import C_LOCALE, FLAGS, check_parroted
+from tests.support.runs import Fault, Run, run_arguments, wait_for
+from tests.support.twin import prompt
 
 MPIRUN = shutil.which(os.environ.get("DINFER_TEST_MPIRUN", "mpirun"))
 pytestmark = [

@@ -12,10 +12,10 @@ import psutil
 import pytest
 
 from dinfer.lab.hosts import LabNetwork, hosts
-from tests.cluster.hosted import needs_hosts
-from tests.cluster.parrot import C_LOCALE, FLAGS, check_parroted
-from tests.cluster.runs import Fault, Run, run_arguments, wait_for
-from tests.unit.engine.twin import prompt
+from tests.support.hosted import needs_hosts
+from tests.support.parrot import C_LOCALE, FLAGS, check_parroted
+from tests.support.runs import Fault, Run, run_arguments, wait_for
+from tests.support.twin import prompt
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(500), needs_hosts]
 

@@ -16,9 +16,9 @@ import pytest
 import dinfer
 from dinfer.cluster.ipyparallel.attach import attach
 from dinfer.cluster.ipyparallel.clean import clean
-from tests.cluster.ipclusters import IPython, ended, ipython
-from tests.cluster.runs import is_alive, wait_for
-from tests.unit.engine.twin import prompt
+from tests.support.ipclusters import IPython, ended, ipython
+from tests.support.runs import is_alive, wait_for
+from tests.support.twin import prompt
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.cluster.dap import Debugger
-from tests.cluster.ipclusters import IPython, stock_cluster
-from tests.cluster.kernels import Kernel, kernel
-from tests.cluster.runs import free_ports, wait_for
+from tests.support.dap import Debugger
+from tests.support.ipclusters import IPython, stock_cluster
+from tests.support.kernels import Kernel, kernel
+from tests.support.runs import free_ports, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.ipclusters import ipython
+from tests.support.ipclusters import ipython
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 

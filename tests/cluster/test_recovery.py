@@ -19,10 +19,10 @@ from dinfer.plan.ops import Op
 from dinfer.run.fleet import RankFailed
 from dinfer.run.run import Run
 from dinfer.session.session import Session
-from tests.cluster.ipclusters import stock_session
-from tests.cluster.runs import wait_for
-from tests.cluster.strikes import Signal, Strike
-from tests.unit.engine.twin import prompt
+from tests.support.ipclusters import stock_session
+from tests.support.runs import wait_for
+from tests.support.strikes import Signal, Strike
+from tests.support.twin import prompt
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

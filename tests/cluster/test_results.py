@@ -21,12 +21,12 @@ from dinfer.plan.schedule import build
 from dinfer.trace.read import read_jsonl
 from dinfer.trace.trace import Trace
 from tests.cluster.conftest import Start
-from tests.cluster.expected import Expected, expected
-from tests.cluster.parrot import C_LOCALE, PROMPT, check_parroted
-from tests.cluster.parrot import CHUNK as PARROT_CHUNK
-from tests.cluster.parrot import NEW_TOKENS as PARROT_TOKENS
-from tests.cluster.runs import Run, run_arguments
-from tests.unit.engine.twin import prompt
+from tests.support.expected_tokens import Expected, expected
+from tests.support.parrot import C_LOCALE, PROMPT, check_parroted
+from tests.support.parrot import CHUNK as PARROT_CHUNK
+from tests.support.parrot import NEW_TOKENS as PARROT_TOKENS
+from tests.support.runs import Run, run_arguments
+from tests.support.twin import prompt
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

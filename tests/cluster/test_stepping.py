@@ -11,10 +11,10 @@ import pytest
 
 from dinfer.plan.cut import UNITS
 from dinfer.run.fleet import RankFailed
-from tests.cluster.expected import expected
-from tests.cluster.runs import Fault, wait_for
-from tests.cluster.stepped import Stepped, stepped
-from tests.unit.engine.twin import prompt
+from tests.support.expected_tokens import expected
+from tests.support.runs import Fault, wait_for
+from tests.support.stepped import Stepped, stepped
+from tests.support.twin import prompt
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.parrot import C_LOCALE, FLAGS, check_parroted
-from tests.cluster.runs import Fault, Run, fault_time, run_arguments, wait_for
-from tests.unit.engine.twin import prompt
-from tests.unit.model.tiny import tiny_checkpoint
+from tests.support.parrot import C_LOCALE, FLAGS, check_parroted
+from tests.support.runs import Fault, Run, fault_time, run_arguments, wait_for
+from tests.support.tiny import tiny_checkpoint
+from tests.support.twin import prompt
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 

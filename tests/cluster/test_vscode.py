@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from dinfer.engine import ops
-from tests.cluster.dap import Debugger
-from tests.cluster.parrot import C_LOCALE, FLAGS, check_parroted
-from tests.cluster.runs import Run, free_ports, run_arguments, wait_for
-from tests.unit.engine.twin import prompt
+from tests.support.dap import Debugger
+from tests.support.parrot import C_LOCALE, FLAGS, check_parroted
+from tests.support.runs import Run, free_ports, run_arguments, wait_for
+from tests.support.twin import prompt
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 

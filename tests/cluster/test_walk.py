@@ -11,9 +11,9 @@ import pytest
 from dinfer.plan.cut import UNITS
 from dinfer.run.run import Run
 from dinfer.session.session import Session
-from tests.cluster.expected import expected
-from tests.cluster.ipclusters import stock_session
-from tests.unit.engine.twin import prompt
+from tests.support.expected_tokens import expected
+from tests.support.ipclusters import stock_session
+from tests.support.twin import prompt
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from dinfer.run.fleet import RankFailed
-from tests.cluster.runs import Fault, fault_pid, wait_for
-from tests.cluster.stepped import stepped
-from tests.unit.engine.twin import prompt
+from tests.support.runs import Fault, fault_pid, wait_for
+from tests.support.stepped import stepped
+from tests.support.twin import prompt
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

@@ -24,8 +24,8 @@ from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import Op
 from dinfer.transport.gate import FreeGate
 from dinfer.transport.in_process import Exchange
-from tests.unit.engine.twin import Twin, prompt, twin
-from tests.unit.model.tiny import tiny_checkpoint
+from tests.support.tiny import tiny_checkpoint
+from tests.support.twin import Twin, prompt, twin
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,9 +12,9 @@ from dinfer.engine.board import DeviceMemory
 from dinfer.model.memory import need
 from dinfer.session.session import Session
 from dinfer.views.status import status
-from tests.cluster.ipclusters import stock_cluster
-from tests.cluster.runs import wait_for
-from tests.unit.model.tiny import tiny_checkpoint
+from tests.support.ipclusters import stock_cluster
+from tests.support.runs import wait_for
+from tests.support.tiny import tiny_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,

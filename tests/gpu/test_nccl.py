@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cluster.stepped import stepped
 from tests.cluster.test_stepping import act
 from tests.gpu.test_one_card import NEW, TOKENS, _run, four_billion
-from tests.unit.engine.twin import prompt
-from tests.unit.model.tiny import tiny_checkpoint
+from tests.support.stepped import stepped
+from tests.support.tiny import tiny_checkpoint
+from tests.support.twin import prompt
 
 __all__ = ["four_billion"]  # the fixture
 

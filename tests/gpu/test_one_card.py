@@ -12,7 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dinfer.model import reference
 from dinfer.model.decoder import Decoder
-from tests.cluster.runs import Run
+from tests.support.runs import Run
 
 pytestmark = [
     pytest.mark.gpu,

@@ -20,10 +20,10 @@ from dinfer.run.run import Run
 from dinfer.saved.saved import open_saved
 from dinfer.session.session import Session
 from dinfer.verdict import waits
-from tests.cluster.runs import wait_for
-from tests.unit.engine.twin import prompt
-from tests.unit.model.tiny import tiny_checkpoint
-from tests.unit.session.replaying.trials import arrive, check_same, engine_of
+from tests.support.replays import arrive, check_same, engine_of
+from tests.support.runs import wait_for
+from tests.support.tiny import tiny_checkpoint
+from tests.support.twin import prompt
 
 pytestmark = [
     pytest.mark.gpu,

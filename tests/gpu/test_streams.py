@@ -17,8 +17,8 @@ from dinfer.plan.ops import Value
 from dinfer.trace.events import Event
 from dinfer.trace.recorder import Recorder
 from dinfer.transport.cuda_order import Ordering
-from tests.unit.engine.twin import Twin, prompt, twin
-from tests.unit.model.tiny import tiny_checkpoint
+from tests.support.tiny import tiny_checkpoint
+from tests.support.twin import Twin, prompt, twin
 
 pytestmark = [
     pytest.mark.gpu,

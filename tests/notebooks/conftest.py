@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster.ipclusters import IPython, marked, within
-from tests.cluster.runs import wait_for
+from tests.support.ipclusters import IPython, marked, within
+from tests.support.runs import wait_for
 
 
 @pytest.fixture(scope="session")

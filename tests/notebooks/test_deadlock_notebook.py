@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.notebooks.pages import NOTEBOOKS, Page, executed, read
+from tests.support.notebook_pages import NOTEBOOKS, Page, executed, read
 
 pytestmark = [pytest.mark.cluster, pytest.mark.notebook, pytest.mark.timeout(300)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import nbformat
 
-from tests.notebooks.pages import executed
+from tests.support.notebook_pages import executed
 
 CELLS = {
     "begin": """

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.ipclusters import IPython
-from tests.notebooks.pages import NOTEBOOKS, Page, executed, read
+from tests.support.ipclusters import IPython
+from tests.support.notebook_pages import NOTEBOOKS, Page, executed, read
 
 pytestmark = [pytest.mark.cluster, pytest.mark.notebook, pytest.mark.timeout(300)]
 

@@ -11,8 +11,8 @@ import nbformat
 import pytest
 
 from dinfer.trace.read import read_jsonl, read_traces
-from tests.cluster.ipclusters import IPython
-from tests.notebooks.pages import NOTEBOOKS, Page, executed, read
+from tests.support.ipclusters import IPython
+from tests.support.notebook_pages import NOTEBOOKS, Page, executed, read
 
 pytestmark = [pytest.mark.cluster, pytest.mark.notebook, pytest.mark.timeout(300)]
 

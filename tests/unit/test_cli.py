@@ -20,7 +20,7 @@ from dinfer.plan.schedule import build
 from dinfer.trace.export import write_jsonl
 from dinfer.trace.simulated import paper_trace
 from dinfer.trace.trace import Trace
-from tests.unit.model.tiny import tiny_checkpoint
+from tests.support.tiny import tiny_checkpoint
 
 SIZES = ("--layers", "5", "--tokens", "10", "--chunk-size", "4")
 PROVED, REFUTED, BAD_INPUT = 0, 1, 2

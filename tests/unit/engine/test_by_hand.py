@@ -10,8 +10,8 @@ from dinfer.engine.engine import Engine
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.ops import Op, PlanError
-from tests.unit.engine.expected import expected, same_kv
-from tests.unit.engine.twin import Twin, prompt, twin
+from tests.support.expected import expected, same_kv
+from tests.support.twin import Twin, prompt, twin
 
 IDS = list(prompt(10))
 

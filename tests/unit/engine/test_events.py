@@ -13,7 +13,7 @@ from dinfer.run.stepper import Stepper
 from dinfer.trace.events import Event
 from dinfer.trace.trace import Trace
 from dinfer.transport.gate import Gate, SeededGate
-from tests.unit.engine.twin import Twin, prompt, twin
+from tests.support.twin import Twin, prompt, twin
 
 CHUNK = 4
 IDS = list(prompt(10))

@@ -19,8 +19,8 @@ from dinfer.run.fleet import RankFailed
 from dinfer.transport.gate import SeededGate
 from dinfer.transport.gloo import CommError
 from dinfer.transport.header import HEADER_BYTES, Header, TransferError
-from tests.unit.engine.expected import expected, is_complete
-from tests.unit.engine.twin import Twin, prompt, twin
+from tests.support.expected import expected, is_complete
+from tests.support.twin import Twin, prompt, twin
 
 CHUNK = 4
 IDS = list(prompt(10))

@@ -20,10 +20,10 @@ from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import Shape
 from dinfer.rank.faults import set_faults
 from dinfer.run.stepper import Stepper
-from tests.unit.engine.broken import IN_PLACE, broken_block, in_shadow, ranks_hit, sizes_of, words
-from tests.unit.engine.expected import expected
-from tests.unit.engine.twin import Twin, prompt, twin
-from tests.unit.model.tiny import tiny_checkpoint
+from tests.support.broken import IN_PLACE, broken_block, in_shadow, ranks_hit, sizes_of, words
+from tests.support.expected import expected
+from tests.support.tiny import tiny_checkpoint
+from tests.support.twin import Twin, prompt, twin
 
 IDS = list(prompt(10))
 CHUNK = 4

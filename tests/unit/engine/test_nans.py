@@ -12,7 +12,7 @@ from dinfer.engine.nan_origin import NOWHERE, NanOrigin, NotANumber, first_nan
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 from dinfer.plan.partition import partition
-from tests.unit.engine.twin import Twin, prompt, twin
+from tests.support.twin import Twin, prompt, twin
 
 IDS = prompt(10)
 CHUNK = 4

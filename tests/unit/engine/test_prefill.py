@@ -10,8 +10,8 @@ import torch
 
 from dinfer.model.decoder import Decoder
 from dinfer.transport.gate import FreeGate, Gate, SeededGate
-from tests.unit.engine.expected import NEW_TOKENS, Expected, expected, is_complete, lane_threads, same_kv
-from tests.unit.engine.twin import Twin, prompt, twin
+from tests.support.expected import NEW_TOKENS, Expected, expected, is_complete, lane_threads, same_kv
+from tests.support.twin import Twin, prompt, twin
 
 CHUNK = 13
 IDS = prompt(50)

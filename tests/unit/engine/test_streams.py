@@ -22,9 +22,9 @@ from dinfer.run.fleet import RankFailed
 from dinfer.run.stepper import Stepper
 from dinfer.transport.gate import SeededGate
 from dinfer.transport.in_process import Order
-from tests.unit.engine.expected import differing_blocks, expected, is_complete
-from tests.unit.engine.twin import prompt, twin
-from tests.unit.plan.strategies import SAFE_SCHEDULES, plans, shapes_of
+from tests.support.expected import differing_blocks, expected, is_complete
+from tests.support.plan_strategies import SAFE_SCHEDULES, plans, shapes_of
+from tests.support.twin import prompt, twin
 
 LAYERS, TOKENS, CHUNK = 3, 5, 2
 IDS = list(prompt(TOKENS))

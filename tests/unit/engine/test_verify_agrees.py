@@ -16,9 +16,9 @@ from dinfer.plan.ops import PlanError
 from dinfer.plan.plan import Plan
 from dinfer.plan.verify import verify
 from dinfer.transport.gate import SeededGate
-from tests.unit.engine.expected import expected, is_complete
-from tests.unit.engine.twin import prompt, twin
-from tests.unit.plan.strategies import mutated_plans, plans, shapes_of
+from tests.support.expected import expected, is_complete
+from tests.support.plan_strategies import mutated_plans, plans, shapes_of
+from tests.support.twin import prompt, twin
 
 LAYERS, TOKENS, CHUNK = 3, 5, 2
 SHAPES = st.integers(1, 3).flatmap(

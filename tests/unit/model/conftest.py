@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dinfer.model.decoder import Decoder
-from tests.unit.model.tiny import tiny_checkpoint
+from tests.support.tiny import tiny_checkpoint
 
 torch.set_num_threads(1)
 

@@ -10,7 +10,7 @@ import torch
 from dinfer.model.attention import attention, hidden_before
 from dinfer.model.decoder import Decoder
 from dinfer.model.families import FAMILIES
-from tests.unit.model.tiny import tiny_checkpoint
+from tests.support.tiny import tiny_checkpoint
 
 IDS, CHUNK = [7, 3, 99, 3, 20, 64, 5, 81], 4
 

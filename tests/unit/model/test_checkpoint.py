@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from dinfer.model.checkpoint import Spec, check, resolve
 from dinfer.model.errors import ModelError
-from tests.unit.model.tiny import CONFIGS, tiny_checkpoint
+from tests.support.tiny import CONFIGS, tiny_checkpoint
 
 
 def edit(folder: Path, **changes: Any) -> None:

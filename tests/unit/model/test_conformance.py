@@ -15,7 +15,7 @@ from dinfer.model import reference
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 from dinfer.model.families import FAMILIES
-from tests.unit.model.tiny import tiny_checkpoint
+from tests.support.tiny import tiny_checkpoint
 
 PROMPT = [(token * 37 + 11) % 120 for token in range(50)]
 CHUNK, NEW_TOKENS, LAYERS = 13, 12, 4

@@ -15,7 +15,7 @@ from dinfer.model import reference
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 from dinfer.model.errors import ModelError
-from tests.unit.model.tiny import tiny_checkpoint
+from tests.support.tiny import tiny_checkpoint
 
 PROMPT = [(token * 37 + 11) % 120 for token in range(50)]
 

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, GPT2Config
 from dinfer.model.checkpoint import check
 from dinfer.model.errors import ModelError
 from dinfer.model.families import FAMILIES, family_in, family_named, family_of
-from tests.unit.model.tiny import CONFIGS, tiny_checkpoint
+from tests.support.tiny import CONFIGS, tiny_checkpoint
 
 
 def refused(**config: Any) -> str:

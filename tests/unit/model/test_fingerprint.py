@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from dinfer.model.checkpoint import check
 from dinfer.model.fingerprint import SPAN, SPANS, fingerprint, sampled_spans
-from tests.unit.model.tiny import tiny_checkpoint
+from tests.support.tiny import tiny_checkpoint
 
 
 def of(folder: Path) -> str:

@@ -14,7 +14,7 @@ from dinfer.model.decoder import Decoder
 from dinfer.model.errors import ModelError
 from dinfer.model.free import free
 from dinfer.model.memory import Demand, check_memory, need, size_text, ways_to_save
-from tests.unit.model.tiny import tiny_checkpoint
+from tests.support.tiny import tiny_checkpoint
 
 GIB = 1024**3
 

@@ -10,7 +10,7 @@ import torch
 from dinfer.model import reference
 from dinfer.model.decoder import Decoder
 from dinfer.model.errors import ModelError
-from tests.unit.model.tiny import tiny_checkpoint
+from tests.support.tiny import tiny_checkpoint
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dinfer.model.errors import ModelError
 from dinfer.model.text import TextStream, encode, load_tokenizer
-from tests.unit.model.tiny import byte_tokenizer, tiny_checkpoint
+from tests.support.tiny import byte_tokenizer, tiny_checkpoint
 
 TOKENIZER = byte_tokenizer()
 END = TOKENIZER.eos_token_id

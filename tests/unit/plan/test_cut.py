@@ -15,8 +15,8 @@ from dinfer.plan.ops import Op, PlanError, Value
 from dinfer.plan.partition import Shape
 from dinfer.plan.plan import Lane, OpPlace, Plan
 from dinfer.plan.schedule import build
-from tests.unit.plan.game import Game, channel
-from tests.unit.plan.strategies import safe_plans
+from tests.support.plan_game import Game, channel
+from tests.support.plan_strategies import safe_plans
 
 CHAINS = ("layer", "wave", "chunk")
 LOCKSTEP = build(Shape(2, 3, 2, (0, 1)), "lockstep", "pairwise")

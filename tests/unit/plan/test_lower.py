@@ -20,8 +20,8 @@ from dinfer.plan.partition import Shape, partition
 from dinfer.plan.plan import Lane, Plan, parse_plan
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import Counterexample, verify
-from tests.unit.plan.game import finishes
-from tests.unit.plan.strategies import SAFE_SCHEDULES, plans, reordered_issues, shapes
+from tests.support.plan_game import finishes
+from tests.support.plan_strategies import SAFE_SCHEDULES, plans, reordered_issues, shapes
 
 GOLDEN = Path(__file__).parent / "lowered-pipelined-ring.txt"
 EIGHT = shapes(ranks=8, layers=10, chunks=4)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import Shape, partition
-from tests.unit.plan.strategies import shapes
+from tests.support.plan_strategies import shapes
 
 
 def stages(layers: int, world_size: int, *split: int) -> list[tuple[int, int]]:

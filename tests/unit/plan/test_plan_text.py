@@ -12,7 +12,7 @@ from dinfer.plan.ops import PlanError, embed, layer
 from dinfer.plan.partition import Shape
 from dinfer.plan.plan import HEADER, Lane, OpPlace, Plan, parse_plan
 from dinfer.plan.schedule import build
-from tests.unit.plan.strategies import mutated_plans, plans, shapes
+from tests.support.plan_strategies import mutated_plans, plans, shapes
 
 HEAD = f"""\
 {HEADER}

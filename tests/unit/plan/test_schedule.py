@@ -19,7 +19,7 @@ from dinfer.plan.ops import Op, PlanError
 from dinfer.plan.partition import Shape, partition
 from dinfer.plan.plan import Plan, parse_plan
 from dinfer.plan.schedule import SCHEDULES, STRATEGIES, build, compute_order
-from tests.unit.plan.strategies import plans, safe_plans, shapes
+from tests.support.plan_strategies import plans, safe_plans, shapes
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = partition(layers=4, tokens=5, world_size=3, chunk_size=2)

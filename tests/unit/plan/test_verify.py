@@ -13,8 +13,8 @@ from dinfer.plan.partition import Shape, partition
 from dinfer.plan.plan import Lane, Plan, parse_plan
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import Counterexample, Proof, shortest_cycle, verify
-from tests.unit.plan.game import Game, finishes, waits
-from tests.unit.plan.strategies import mutated_plans, plans, reordered_plans, shapes
+from tests.support.plan_game import Game, finishes, waits
+from tests.support.plan_strategies import mutated_plans, plans, reordered_plans, shapes
 
 # Two ranks, two layers, chunks of two tokens and of one: by hand, so that nothing here depends on a schedule.
 GOOD = """\

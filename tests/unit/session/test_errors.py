@@ -21,9 +21,9 @@ from dinfer.plan.ops import PlanError
 from dinfer.run.fleet import RankFailed
 from dinfer.run.hang import Hung
 from dinfer.session.session import Session
-from tests.unit.engine.twin import prompt
-from tests.unit.model.tiny import tiny_checkpoint
-from tests.unit.session.threads import session_on_threads
+from tests.support.threads import session_on_threads
+from tests.support.tiny import tiny_checkpoint
+from tests.support.twin import prompt
 
 IDS = prompt(10)
 FRAMES = ("/dinfer/session/", "/dinfer/plan/", "run.py", "action.py")

@@ -9,8 +9,8 @@ import pytest
 
 from dinfer.run.run import Run
 from dinfer.session.session import Session
-from tests.unit.model.tiny import tiny_checkpoint
-from tests.unit.session.threads import session_on_threads
+from tests.support.threads import session_on_threads
+from tests.support.tiny import tiny_checkpoint
 
 DEADLINE_S = 30.0
 

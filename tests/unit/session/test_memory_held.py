@@ -17,9 +17,9 @@ from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 from dinfer.rank.service import RankService
 from dinfer.session.session import Session
-from tests.unit.engine.twin import prompt
-from tests.unit.model.tiny import tiny_checkpoint
-from tests.unit.session.threads import session_on_threads
+from tests.support.threads import session_on_threads
+from tests.support.tiny import tiny_checkpoint
+from tests.support.twin import prompt
 
 IDS = prompt(10)
 WAIT_S = 60

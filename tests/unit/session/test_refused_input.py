@@ -13,8 +13,8 @@ from dinfer.plan.ops import PlanError
 from dinfer.run.run import Run
 from dinfer.saved.format import SavedError
 from dinfer.session.session import Session
-from tests.unit.model.tiny import tiny_checkpoint
-from tests.unit.session.threads import session_on_threads
+from tests.support.threads import session_on_threads
+from tests.support.tiny import tiny_checkpoint
 
 IDS = list(range(1, 9))
 

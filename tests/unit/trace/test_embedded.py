@@ -15,7 +15,7 @@ from dinfer.trace.export import TraceError, write_jsonl
 from dinfer.trace.findings import Findings, KvFinding, RankFinding, findings_of, with_findings
 from dinfer.trace.read import read_traces
 from dinfer.trace.trace import Trace
-from tests.unit.trace.made import events
+from tests.support.made_events import events
 
 HOSTILE = "</script><script>alert(1)</script><!-- & \u2028 珀斯"
 

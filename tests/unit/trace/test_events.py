@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dinfer.trace.events import KINDS, SIZE, WHATS, Event
-from tests.unit.trace.made import events
+from tests.support.made_events import events
 
 LANES = ("compute", "kv-out:1", "kv-in:1")
 

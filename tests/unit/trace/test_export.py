@@ -13,7 +13,7 @@ from dinfer.trace.events import Event
 from dinfer.trace.export import FORMAT, TraceError, write_jsonl
 from dinfer.trace.read import read_jsonl
 from dinfer.trace.trace import Trace
-from tests.unit.trace.made import events
+from tests.support.made_events import events
 
 TRACE = Trace.merge(
     [[Event(0, "main", "layer", 1, 2, 2, 3, chunk=0, layer=1)] * 3], model="demo", prompt="你好"

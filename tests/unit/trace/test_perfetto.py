@@ -23,7 +23,7 @@ from dinfer.trace.read import read_jsonl
 from dinfer.trace.simulated import paper_trace
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import transfers
-from tests.unit.trace.made import events
+from tests.support.made_events import events
 
 PLAN = build(partition(layers=4, tokens=24, world_size=2, chunk_size=8), "pipelined", "pairwise")
 ASKED = {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dinfer.trace.events import SIZE, Event
 from dinfer.trace.recorder import Recorder, recorder_size, unpack_records
-from tests.unit.trace.made import numbered
+from tests.support.made_events import numbered
 
 LANES = ("main", "side")
 ROOT = Path(__file__).parents[3]
@@ -164,7 +164,7 @@ def test_a_reader_in_another_process_sees_whole_events_only(tmp_path: Path, capa
     last = 30_000
     path = tmp_path / "recorder"
     path.write_bytes(bytes(recorder_size(1, capacity)))
-    command = [sys.executable, "-m", "tests.unit.trace.reader", str(path), str(capacity), str(last)]
+    command = [sys.executable, "-m", "tests.support.perfetto_reader", str(path), str(capacity), str(last)]
     with path.open("r+b") as file:
         recorder = Recorder(3, ["main"], capacity, memoryview(mmap.mmap(file.fileno(), 0)))
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as reader:

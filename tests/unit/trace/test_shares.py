@@ -13,7 +13,7 @@ from dinfer.trace.intervals import Interval, length
 from dinfer.trace.shares import LinkShare, Share, pauses, shares, without_pauses
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import transfers
-from tests.unit.trace.made import events
+from tests.support.made_events import events
 
 S = 10**9
 

@@ -11,9 +11,9 @@ from dinfer.plan.plan import OpPlace, Plan
 from dinfer.plan.verify import Counterexample, verify
 from dinfer.verdict.judge import explain
 from dinfer.verdict.signs import Came, Raised, Signs
-from tests.unit.plan.game import Broken, Game, waits
-from tests.unit.plan.strategies import plans, reordered_plans, safe_plans
-from tests.unit.verdict.states import CALLS_C, SLEEPS, WAITS, FaultyGame, changed, signs_of
+from tests.support.plan_game import Broken, Game, waits
+from tests.support.plan_strategies import plans, reordered_plans, safe_plans
+from tests.support.stuck_states import CALLS_C, SLEEPS, WAITS, FaultyGame, changed, signs_of
 
 SEEDS = st.integers(0, 999)
 

@@ -13,7 +13,7 @@ from dinfer.verdict.judge import explain
 from dinfer.verdict.signs import Came, KvBytes, Raised, Signs, StackFrame
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.where import where_text
-from tests.unit.verdict.states import (
+from tests.support.stuck_states import (
     CALLS_C,
     SLEEPS,
     WAITS,

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 from dinfer.verdict.drawing import Arrow, Box, drawing
 from dinfer.verdict.judge import explain
 from dinfer.verdict.signs import Raised
-from tests.unit.verdict.states import FaultyGame, changed, pipelined, signs_of
+from tests.support.stuck_states import FaultyGame, changed, pipelined, signs_of
 
 NAME = "{http://www.w3.org/2000/svg}"
 EVIL = """<script>alert("1")</script> & ']]>"""

@@ -14,9 +14,9 @@ from dinfer.trace.read import read_jsonl
 from dinfer.verdict.judge import explain
 from dinfer.verdict.recorded import explain_events
 from dinfer.verdict.signs import Raised, Signs
-from tests.unit.plan.game import Game
-from tests.unit.plan.strategies import plans
-from tests.unit.verdict.states import SLEEPS, signs_of
+from tests.support.plan_game import Game
+from tests.support.plan_strategies import plans
+from tests.support.stuck_states import SLEEPS, signs_of
 
 FILES = Path(__file__).parent / "recorded"
 SAID = {

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster.runs import wait_for
+from tests.support.runs import wait_for
 
 
 def panel_threads() -> list[str]:

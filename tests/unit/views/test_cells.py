@@ -13,7 +13,7 @@ from dinfer.plan.cut import Cuts
 from dinfer.plan.ops import Value
 from dinfer.plan.plan import Plan
 from dinfer.views.cells import COMPUTING, EVERYWHERE, HERE, IN_FLIGHT, NOT_YET, CellMap, cut_line
-from tests.unit.plan.strategies import plans, safe_plans
+from tests.support.plan_strategies import plans, safe_plans
 
 
 @st.composite

@@ -10,9 +10,9 @@ import pytest
 
 from dinfer.trace.events import Event
 from dinfer.views.communication import FIGURES, Communication, Ring
-from tests.cluster.runs import wait_for
-from tests.unit.views.doubles import PaperRun, paper_plan
-from tests.unit.views.traces import on_paper, recorded
+from tests.support.doubles import PaperRun, paper_plan
+from tests.support.runs import wait_for
+from tests.support.traces import on_paper, recorded
 
 
 class Browser:

@@ -8,7 +8,7 @@ import pytest
 
 from dinfer.views import desk
 from dinfer.views.desk import Action, Painter, Worker
-from tests.cluster.runs import wait_for
+from tests.support.runs import wait_for
 from tests.unit.views.conftest import panel_threads
 
 

@@ -21,7 +21,7 @@ from dinfer.views.figures.exposure import exposure
 from dinfer.views.figures.gantt import MOST_ROWS, Piece, gantt, joined, pieces, rows_of
 from dinfer.views.figures.latency import PER_LINK, distribution, latency, layers, log_ms, slowest
 from dinfer.views.figures.matrix import matrix, short
-from tests.unit.views.traces import on_paper, recorded
+from tests.support.traces import on_paper, recorded
 
 FIGURES: list[Callable[..., go.Figure]] = [exposure, gantt, latency, distribution, matrix, layers]
 S = 10**9

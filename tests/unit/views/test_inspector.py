@@ -13,9 +13,9 @@ from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.views.inspector import Inspector
 from dinfer.views.quantise import MISSING, ZERO
-from tests.cluster.runs import wait_for
-from tests.unit.session.threads import session_on_threads
-from tests.unit.views.traces import PROMPT
+from tests.support.runs import wait_for
+from tests.support.threads import session_on_threads
+from tests.support.traces import PROMPT
 
 
 @pytest.fixture(scope="module")

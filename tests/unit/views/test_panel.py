@@ -20,9 +20,9 @@ from dinfer.views.cells import ARMED, DIFFERS, EVERYWHERE, CellMap
 from dinfer.views.frame import INSTALL
 from dinfer.views.panel import VIEW, Panel
 from dinfer.views.protocol import InspectableRun
-from tests.cluster.runs import wait_for
+from tests.support.doubles import PaperRun, TwinRun, paper_plan
+from tests.support.runs import wait_for
 from tests.unit.views.conftest import panel_threads
-from tests.unit.views.doubles import PaperRun, TwinRun, paper_plan
 
 
 class Held:

@@ -17,8 +17,8 @@ from dinfer.views.figures.gantt import gantt
 from dinfer.views.figures.latency import distribution, latency, layers
 from dinfer.views.figures.matrix import matrix
 from dinfer.views.figures.svg import BAR, WIDTH, svg
+from tests.support.traces import on_paper
 from tests.unit.views.test_figures import FIGURES, TRACES
-from tests.unit.views.traces import on_paper
 
 NUMBER = r"-?\d+(?:\.\d+)?"
 NAME = "{http://www.w3.org/2000/svg}"

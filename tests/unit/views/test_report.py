@@ -30,8 +30,8 @@ from dinfer.views.cells import EVERYWHERE, NOT_YET
 from dinfer.views.report import facts
 from dinfer.views.report.page import report_html, write_report
 from dinfer.views.report.sentence import exposed_part, percent, sentence
-from tests.unit.views.reports import HOSTILE, told
-from tests.unit.views.traces import on_paper, recorded
+from tests.support.reports import HOSTILE, told
+from tests.support.traces import on_paper, recorded
 
 GOLDEN = Path(__file__).with_name("golden") / "report.html"
 NO_PLOTLY = "/* plotly */"

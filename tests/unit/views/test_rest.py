@@ -13,8 +13,8 @@ from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.views.cells import CellMap
 from dinfer.views.panel import Panel
-from tests.cluster.runs import wait_for
-from tests.unit.session.threads import session_on_threads
+from tests.support.runs import wait_for
+from tests.support.threads import session_on_threads
 from tests.unit.views.conftest import panel_threads
 
 LOOKS = 10

@@ -14,8 +14,8 @@ from dinfer.views.figures.latency import latency
 from dinfer.views.figures.shown import MIME, Shown
 from dinfer.views.figures.style import EITHER, template
 from dinfer.views.figures.svg import svg
-from tests.unit.views.converted import converted
-from tests.unit.views.traces import on_paper
+from tests.support.converted import converted
+from tests.support.traces import on_paper
 
 
 def test_a_figure_is_data_without_script_or_upload() -> None:

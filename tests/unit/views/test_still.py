@@ -18,9 +18,9 @@ from dinfer.views.figures.latency import latency
 from dinfer.views.figures.svg import svg
 from dinfer.views.panel import Panel
 from dinfer.views.still import COLOURS, map_svg, still_html
-from tests.unit.views.converted import converted
-from tests.unit.views.doubles import PaperRun, busy_run, paper_plan
-from tests.unit.views.traces import on_paper
+from tests.support.converted import converted
+from tests.support.doubles import PaperRun, busy_run, paper_plan
+from tests.support.traces import on_paper
 
 CSS = (Path(dinfer.views.__file__).parent / "panel.css").read_text(encoding="utf-8")
 NASTY = "</svg><script>alert(1)</script>"

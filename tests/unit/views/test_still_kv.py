@@ -25,9 +25,9 @@ from dinfer.views.inspector import Fetched, picture
 from dinfer.views.panel import Panel
 from dinfer.views.quantise import MINUS_INF, MISSING, NAN, PLUS_INF, ZERO
 from dinfer.views.still_kv import data_uri, png
-from tests.unit.session.threads import session_on_threads
-from tests.unit.views.converted import converted
-from tests.unit.views.traces import PROMPT
+from tests.support.converted import converted
+from tests.support.threads import session_on_threads
+from tests.support.traces import PROMPT
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 SCRIPT = (Path(dinfer.views.__file__).parent / "heatmap.js").read_text(encoding="utf-8")

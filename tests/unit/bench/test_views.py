@@ -1,0 +1,76 @@
+"""`dinfer bench views`: what it says; the times themselves are nobody's to assert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dinfer.bench import views
+from dinfer.bench.views import table
+from dinfer.views.report.page import REPORT_FIGURES
+from tests.support.threads import session_on_threads
+from tests.support.traces import PROMPT
+
+
+def test_a_machine_without_a_browser_is_told_that_opening_was_not_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(views, "_in_browser", lambda *_: None)
+    monkeypatch.setattr(views, "LAYERS", 6)
+    said: list[str] = []
+    result = views.bench_views(1, said.append)
+    lines = table(result).splitlines()
+    assert said == ["figures are timed", "the report is written", "live views are timed"]
+    assert [line.split()[0] for line in lines[1 : 1 + len(REPORT_FIGURES)]] == list(REPORT_FIGURES)
+    live = [line for line in lines if line.startswith("live: ")]
+    assert [line.split()[1] for line in live] == ["map", "map", "inspector", "latency"]
+    assert 4_000_000 < result["report"]["bytes"] < 10_000_000
+    assert f"opening: {views.NEEDED}" in lines
+    assert lines[-1] == f"drawing: {views.NEEDED}"
+
+
+def test_opening_is_told_in_its_three_parts() -> None:
+    opened = {"seen_ms": 100.0, "drawn_ms": 1500.0, "all_ms": 3000.0}
+    result = {
+        "machine": {"processor": "P", "cores": "2"},
+        "events": 5925,
+        "repeats": 3,
+        "figures": {"gantt": {"ms": 100.0, "bytes": 1_000_000}},
+        "report": {"write_ms": 500.0, "bytes": 6_500_000, "open": opened},
+        "live": {
+            "kernel": {
+                "map 36 × 32 × 3": {"ms": 2.0, "bytes": 5000},
+                "inspector": {"ms": 15.0, "bytes": 2_000_000},
+            },
+            "browser": {"map": 60.0, "inspector": 25.0},
+        },
+    }
+    fetch = {"first": 95.4, "difference": 210.0, "again": 28.0, "bytes": 8_388_608}
+    *_, fetched_line = table({**result, "fetch": fetch}).splitlines()
+    assert fetched_line == (
+        "inspector, K of a layer (8 × 2048 × 128) from one of three engines: 95 ms from question to picture, 8.4 MB; "
+        "A − B with a rank that holds the same 210 ms; again, unchanged, 28 ms"
+    )
+    *_, report, opening, shown, inspector = table(result).splitlines()
+    assert shown == "live: map 36 × 32 × 3: 2.0 ms in the kernel, 0.01 MB, drawn 60 times a second"
+    assert inspector == "live: inspector: 15.0 ms in the kernel, 2.00 MB, drawn 25 times a second"
+    assert report == "report: written in 500 ms, 6.50 MB (target: at most 10 MB)"
+    assert "after 100 ms" in opening
+    assert "after 1500 ms (target: at most 2,000 ms), every figure after 3000 ms" in opening
+
+
+def test_a_fetch_is_timed_to_its_picture_and_an_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    with session_on_threads(3, Path("demo")) as session:
+        run = session.prefill(PROMPT, chunk_size=4)
+        run.wait()
+        costs = views.fetched(run, 2)
+        assert costs["bytes"] == run.kv(layer=0).k[:].nbytes
+        assert all(costs[name] > 0 for name in ("first", "difference", "again"))
+
+        def lost(**_: object) -> None:
+            raise RuntimeError("rank 1 is gone")
+
+        monkeypatch.setattr(run, "kv", lost)
+        with pytest.raises(RuntimeError, match="rank 1 is gone"):
+            views.fetched(run, 1)

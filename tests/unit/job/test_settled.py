@@ -1,0 +1,62 @@
+"""What is settled when a checkpoint is loaded cannot be another for one run; the run before it then goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dinfer.config import ConfigError
+from dinfer.session.session import Session
+from tests.support.threads import session_on_threads
+from tests.support.tiny import tiny_checkpoint
+
+IDS = list(range(1, 9))
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Iterator[Session]:
+    """Two ranks on threads, with a model in float32."""
+    with session_on_threads(2, tiny_checkpoint(tmp_path / "model", layers=2)) as session:
+        yield session
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"dtype": "bfloat16"}, "dtype is 'bfloat16', but the ranks were loaded with 'float32'"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16') sets it for all runs"),
+        ({"threads": 7}, "threads is 7, but the ranks were loaded with 1"),
+        ({"model_path": "/another"}, "session.load('/another') sets it for all runs"),
+        ({"gpu_ids": (0, 1)}, "gpu_ids=(0, 1)) sets it for all runs"),
+        ({"backend": "nccl"}, "backend is nccl, but the ranks have met by gloo"),
+        ({"world_size": 1}, "world_size is 1, but this session has 2 ranks: dinfer.connect(n=1)"),
+    ],
+)
+def test_another_one_is_refused_and_the_run_goes_on(
+    session: Session, given: dict[str, Any], said: str
+) -> None:
+    run = session.prefill(IDS, chunk_size=4, paused=True)
+    with pytest.raises(ConfigError) as refused:
+        session.prefill(IDS, chunk_size=4, **given)
+    assert said in str(refused.value)
+    assert session.run is run
+    assert run.run_to(0, 1).moved
+    (row,) = session.sweep([IDS], chunk_size=4, **given).rows
+    assert said.split("'")[0] in row["error"]
+
+
+def test_the_same_may_be_said_again(session: Session) -> None:
+    same: dict[str, Any] = {
+        "world_size": 2,
+        "threads": 1,
+        "backend": "auto",
+        "dtype": "float32",
+        "gpu_ids": (),
+    }
+    run = session.prefill(IDS, chunk_size=4, **same)
+    run.wait(30)
+    assert run.kv().diff().equal
+    assert run.config.dtype == session._config.dtype

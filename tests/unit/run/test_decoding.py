@@ -1,0 +1,222 @@
+"""Decode in a session whose ranks are threads: stopped and broken off, all ranks come to the same token."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dinfer.cluster.ranks import RankRefused
+from dinfer.cluster.threads import LocalRanks
+from dinfer.engine.decoding import Decoding
+from dinfer.rank.decode import Tokens
+from dinfer.rank.service import RankService
+from dinfer.run.fleet import RankFailed
+from dinfer.run.run import Run
+from dinfer.session.session import Session
+from tests.support.runs import wait_for
+from tests.support.threads import session_on_threads
+from tests.support.tiny import tiny_checkpoint
+from tests.support.twin import prompt
+
+IDS = prompt(10)
+WAIT_S = 30
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint on disk."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def session(model: Path) -> Iterator[Session]:
+    with session_on_threads(3, model) as made:
+        for host in hosts(made):
+            assert host.decoder
+            host.decoder.eos_ids = frozenset()  # no text ends by itself
+        yield made
+
+
+def hosts(session: Session) -> list[RankService]:
+    assert isinstance(session.ranks, LocalRanks)
+    return session.ranks.hosts
+
+
+def decoded(session: Session, tokens: int = 1) -> Run:
+    """A run that has made so many tokens."""
+    run = session.prefill(IDS, chunk_size=4, max_new_tokens=60)
+    run.decode(tokens)
+    return run
+
+
+def begin(call: Callable[[], object]) -> tuple[threading.Thread, list[Any]]:
+    """Have a thread make a call that may not end; what comes of it."""
+    came: list[Any] = []
+
+    def go() -> None:
+        try:
+            came.append(call())
+        except BaseException as error:
+            came.append(error)
+
+    thread = threading.Thread(target=go, daemon=True)
+    thread.start()
+    return thread, came
+
+
+def test_decode_that_a_breakpoint_ends_says_how_to_go_on(session: Session) -> None:
+    run = session.prefill(IDS, chunk_size=4, paused=True)
+    run.break_at(layer=0, chunk=1)
+    said = run.decode(1)
+    assert said.tokens == ()
+    assert str(said) == (
+        "prefill is not done: stopped at #1: after layer 0, chunk 1\n"
+        "run.resume() or run.decode() goes on from there; run.breakpoints.clear() removes all breakpoints"
+    )
+    assert len(run.decode(1).tokens) == 1
+    run.restart()
+    run.breakpoints.clear()
+    assert len(run.decode(1).tokens) == 1
+
+
+def tokens_by_rank(session: Session) -> list[list[int]]:
+    return [host.tokens.tokens for host in hosts(session) if host.tokens]
+
+
+def test_a_pause_between_two_tokens_stops_all_ranks_at_the_same(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 has begun a token when it is told to stop, rank 1 has ended the one before, and asks whether to go on
+    before it hears how far the others are."""
+    run = decoded(session)
+    told, asked, begun = (threading.Event() for _ in range(3))
+    limit_to, may_begin = Tokens.limit_to, Tokens._begin
+
+    def limited(self: Tokens, limit: int | None) -> int:
+        if limit is not None and told.is_set() and self is slow:
+            assert asked.wait(WAIT_S)
+        found = limit_to(self, limit)
+        if limit is None and self is slow:
+            told.set()
+        return found
+
+    def asks(self: Tokens, decoding: Any) -> bool:
+        if self is slow and len(decoding.tokens) == 3:
+            begun.set()
+            assert told.wait(WAIT_S)
+            asked.set()
+        return may_begin(self, decoding)
+
+    slow = hosts(session)[1].tokens
+    assert slow
+    monkeypatch.setattr(Tokens, "limit_to", limited)
+    monkeypatch.setattr(Tokens, "_begin", asks)
+    thread, came = begin(partial(run.decode, 20))
+    assert begun.wait(WAIT_S)
+    wait_for(lambda: hosts(session)[0].tokens._begun == 4, "rank 0 has begun the next", WAIT_S)  # type: ignore[union-attr]
+    run.pause()
+    thread.join(WAIT_S)
+    assert came, "decode has not returned"
+    assert len(came[0].tokens) == 3, came[0]
+    assert tokens_by_rank(session) == [run.tokens] * 3
+    assert len(run.decode(2).tokens) == 2
+
+
+def test_an_interrupt_after_a_rank_has_answered_does_not_lose_its_answer(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = decoded(session)
+    states, door = session.ranks, threading.Event()
+    unbroken, ask, told = Tokens.run, states._answered, threading.Event()
+
+    def late(self: Tokens, on_token: Any) -> Any:
+        said = unbroken(self, on_token)
+        assert self is not hosts(session)[1].tokens or door.wait(WAIT_S)
+        return said
+
+    def answered(ids: dict[int, int]) -> bool:
+        if (
+            len(ids) == 3
+            and ids[0] in states._replies
+            and ids[1] not in states._replies
+            and not told.is_set()
+        ):
+            told.set()
+            raise KeyboardInterrupt
+        if told.is_set():
+            door.set()
+        return ask(ids)
+
+    monkeypatch.setattr(Tokens, "run", late)
+    monkeypatch.setattr(states, "_answered", answered)
+    with pytest.raises(KeyboardInterrupt):
+        run.decode(3)
+    assert len(run.tokens) == 4
+    assert tokens_by_rank(session) == [run.tokens] * 3
+    assert not states._replies
+    assert len(run.decode(2).tokens) == 2
+
+
+def test_an_answer_that_nobody_waits_for_any_more_is_dropped(session: Session) -> None:
+    states, door = session.ranks, threading.Event()
+    assert isinstance(states, LocalRanks)
+    for pool in states._slow:
+        pool.submit(door.wait, WAIT_S)
+    with pytest.raises(TimeoutError, match="no answer from rank 0, 1, 2"):
+        states.ask({rank: {"do": "sha256", "tokens": 1} for rank in range(3)}, 0.0)
+    assert len(states._unwanted) == 3
+    door.set()
+    wait_for(lambda: not states._unwanted, "the answers have come", WAIT_S)
+    assert not states._replies
+
+
+def test_a_refusal_is_told_though_another_rank_never_answers(session: Session) -> None:
+    door, states = threading.Event(), session.ranks
+    assert isinstance(states, LocalRanks)
+    states._slow[1].submit(door.wait, WAIT_S)
+    try:
+        with pytest.raises(RankRefused, match="rank 0 has no prompt yet"):
+            states.ask({rank: {"do": "sha256", "tokens": 1} for rank in (0, 1)}, 3.0)
+    finally:
+        door.set()
+
+
+def test_an_error_of_one_rank_in_decode_is_the_runs_failure(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = decoded(session, 6)
+    wanted = run.tokens
+    run.step_back("token", 4)
+    step = Decoding.step
+
+    def broken(self: Decoding) -> int:
+        if self._comm.rank == 1 and len(self.tokens) == 3:
+            raise MemoryError("on rank 1 only")
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoding, "step", broken)
+        sentence = "rank 1 failed at new token 3: MemoryError: on rank 1 only"
+        with pytest.raises(RankFailed, match=f"^{sentence}"):
+            run.decode(4)
+    assert run.standing().state == "failed"
+    assert run.standing().message.startswith(sentence)
+    verdict = run.verdict()
+    assert (verdict.kind, verdict.rank, verdict.blocked) == ("exception", 1, (0, 2)), verdict
+    assert verdict.sentence == sentence
+    for words in (sentence, "rank 1:\nTraceback"):
+        wait_for(partial(is_logged, session, words), "the log says it", WAIT_S)
+    with pytest.raises(RankRefused, match=r"rank 1 has failed in decode.*: session\.recover\(\) frees them"):
+        run.restart()
+    assert session.recover().startswith("all ranks have met again")
+    run.restart()
+    assert list(run.decode(6).tokens) == wanted
+
+
+def is_logged(session: Session, words: str) -> bool:
+    return any(words in line for line in session.log)

@@ -1,0 +1,124 @@
+"""Trace, JSON and table are made from what the ranks reported."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dinfer.cluster.ranks import RankState
+from dinfer.config import Config
+from dinfer.engine.corruption import Corruption
+from dinfer.job import Job, prepare
+from dinfer.launch.runner import ProgressLines, conclude
+from dinfer.run.result import merge, result_of, table, write_json
+from dinfer.trace.events import Event
+from tests.support.tiny import tiny_checkpoint
+
+S = 1_000_000_000
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Two layers, two tokens, two ranks."""
+    model = tiny_checkpoint(tmp_path_factory.mktemp("model"), layers=2)
+    return prepare(Config(world_size=2, threads=1, model_path=str(model), prompt_ids=(1, 2)))
+
+
+@pytest.fixture
+def ranks() -> list[RankState]:
+    """Rank 0 computes for a second and sends for two; rank 1 receives for two."""
+    said = {"host": "h", "device": "cpu", "threads": 1, "dtype": "float32", "kv_sha256": "ab", "tokens": [4]}
+    result = {"result": {**said, "decode_s": 0.5}}
+    layer = Event(0, "main", "layer", 0, 0, 0, 1 * S, chunk=0, layer=0)
+    send = Event(0, "main", "send", 1 * S, 1 * S, 2 * S, 4 * S, "kv", 0, 0, peer=1, bytes=6_000_000)
+    recv = Event(1, "main", "recv", 0, 0, 2 * S, 4 * S, "kv", 0, 0, peer=0, bytes=6_000_000)
+    return [RankState(events=[layer, send], reports=result), RankState(events=[recv], reports=result)]
+
+
+def result(job: Job, ranks: list[RankState]) -> dict[str, Any]:
+    """What --json would hold."""
+    return result_of(job, ranks, merge(job, [state.events for state in ranks]), "four")
+
+
+def test_the_trace_holds_all_events_and_describes_the_run(job: Job, ranks: list[RankState]) -> None:
+    trace = merge(job, [state.events for state in ranks])
+    assert [event.rank for event in trace.events] == [0, 0, 1]
+    assert trace.about["plan_id"] == f"{job.plan.id:016x}"
+    assert (trace.about["world_size"], trace.about["tokens"], trace.about["stages"]) == (2, 2, [0, 1])
+
+
+def note(rank: int) -> dict[str, Any]:
+    """What a rank says of a block that came to it changed."""
+    found = Corruption(rank, 0, 1, "V", 64, peer=0)
+    return {"type": "note", "rank": rank, "note": "corrupt", "order": None, "found": found.as_dict()}
+
+
+def test_changed_blocks_are_in_the_result_in_words_and_as_fields(job: Job, ranks: list[RankState]) -> None:
+    assert result(job, ranks)["corrupt"] == []
+    ranks[1].notes += [{"note": "edited", "what": []}, note(1)]
+    (found,) = result(job, ranks)["corrupt"]
+    assert (
+        found["text"] == "rank 1: V of block c0 l1 came changed from rank 0, on the way or before it was sent"
+    )
+    assert (found["rank"], found["chunk"], found["layer"], found["peer"]) == (1, 0, 1, 0)
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_what_the_user_chose_to_record_is_a_warning_at_the_end_and_no_error(
+    job: Job, ranks: list[RankState]
+) -> None:
+    said = {**ranks[0].reports["result"], "kv_sha256": "cd"}
+    ranks[1].reports = {"result": said}
+    out = io.StringIO()
+    with pytest.raises(RuntimeError, match="the ranks hold different KV after prefill"):
+        conclude(job, ranks, ProgressLines(job, out), None)
+    ranks[1].notes = [note(1)] * 5
+    assert len(conclude(job, ranks, ProgressLines(job, out), None)["corrupt"]) == 5
+    assert out.getvalue().endswith("; and 2 more\n")
+    assert (
+        "warning: rank 1: V of block c0 l1 came changed from rank 0, on the way or before it was sent; "
+        in out.getvalue()
+    )
+
+
+@pytest.mark.parametrize("text", ["", "471."])
+def test_another_port_is_said_on_a_line_of_its_own_also_after_text_has_begun(
+    tmp_path: Path, ranks: list[RankState], text: str
+) -> None:
+    """A short run may be over before its ranks' reports are looked at."""
+    model = tiny_checkpoint(tmp_path, layers=2)
+    config = Config(world_size=2, threads=1, model_path=str(model), prompt_ids=(1, 2), master_port=29500)
+    show = ProgressLines(prepare(config), out := io.StringIO())
+    show.on_text(text)
+    ranks[0].reports["store"] = {"port": 40001}
+    show.progress(ranks)
+    assert "port 29500 is in use; the ranks meet at 40001 instead." in out.getvalue().splitlines()
+
+
+def test_the_result_holds_figures_of_every_rank(job: Job, ranks: list[RankState]) -> None:
+    found = result(job, ranks)
+    assert (found["prompt_tokens"], found["tokens"], found["text"]) == (2, [4], "four")
+    assert found["plan"]["proved"]
+    first, second = found["ranks"]
+    assert (first["rank"], first["compute_s"], first["exposed_sync_s"], first["prefill_s"]) == (0, 1, 2, 4)
+    assert (first["sent_bytes"], first["received_bytes"]) == (6_000_000, 0)
+    assert (second["sent_bytes"], second["received_bytes"], second["waiting_s"]) == (0, 6_000_000, 2)
+
+
+def test_the_table_has_a_line_for_each_rank_and_link(job: Job, ranks: list[RankState]) -> None:
+    lines = table(result(job, ranks)).splitlines()
+    figures = [4.0, 1.0, 2.0, 0.5, 1.0, 2.0, 6.0, 0.0]
+    assert lines[1].split() == ["0", "cpu", *(f"{figure:.3f}" for figure in figures)]
+    assert lines[-1].split() == ["0→1", "1", "6.000", "2000.00", "3"]
+
+
+def test_json_is_utf_8_and_reads_back(job: Job, ranks: list[RankState], tmp_path: Path) -> None:
+    found = {**result(job, ranks), "text": "中🙂"}
+    write_json(found, tmp_path / "r.json")
+    text = (tmp_path / "r.json").read_text(encoding="utf-8")
+    assert "中🙂" in text
+    assert json.loads(text) == json.loads(json.dumps(found))

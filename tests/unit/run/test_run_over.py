@@ -1,0 +1,255 @@
+"""A run that is over: halted before its ranks are another's, and of those it then neither asks nor changes anything."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dinfer.cluster.kv import Live
+from dinfer.cluster.lease import RunOver
+from dinfer.cluster.threads import LocalRanks
+from dinfer.messages import Message
+from dinfer.rank.commands import Command
+from dinfer.run.inspect import Comparing
+from dinfer.run.run import Run
+from dinfer.session.session import Session
+from tests.support.expected import lane_threads
+from tests.support.threads import session_on_threads
+from tests.support.tiny import tiny_checkpoint
+
+LAYERS = 3
+LONG = [1 + n % 60 for n in range(400)]
+"""a run of it in chunks of 2 takes seconds"""
+SHORT = [1 + n for n in range(24)]
+DEADLINE_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three layers."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("over") / "model", layers=LAYERS)
+
+
+BEGUN = "another run has begun; session.debugger() shows it"
+
+
+@pytest.fixture
+def session(model: Path) -> Iterator[Session]:
+    """Two ranks on threads."""
+    with session_on_threads(2, model) as session:
+        yield session
+
+
+def moving(session: Session) -> Run:
+    """A run that has far to go."""
+    run = session.prefill(LONG, chunk_size=2)
+    assert run.standing().state == "running"
+    return run
+
+
+def begin(session: Session, **parameters: Any) -> Run:
+    return session.prefill(SHORT, chunk_size=8, paused=True, **parameters)
+
+
+# -- what moves is halted first
+
+
+def test_a_run_that_moves_makes_room_for_the_next(session: Session) -> None:
+    old = moving(session)
+    new = session.prefill(SHORT, chunk_size=8)
+    new.wait(DEADLINE_S)
+    assert (new.standing().state, old.standing().state) == ("done", "closed")
+    assert new.kv().diff().equal
+
+
+def test_a_run_that_moves_can_begin_anew(session: Session) -> None:
+    run = moving(session)
+    run.restart()
+    assert run.standing().state == "paused"
+    assert not any(any(stand.positions) for stand in run.standing().stands)
+    run.resume()
+    run.wait(DEADLINE_S)
+    assert run.compare("reference").equal
+
+
+def test_another_checkpoint_is_loaded_while_a_run_moves(session: Session, model: Path) -> None:
+    moving(session)
+    session.load(str(model), dtype="bfloat16", threads=1)
+    assert not [name for name in lane_threads() if name.startswith("rank 0")], "it held the weights"
+    run = begin(session)
+    run.resume()
+    run.wait(DEADLINE_S)
+    assert run.kv().diff().equal
+
+
+def test_decode_ends_after_a_token_where_another_run_begins(session: Session) -> None:
+    old = session.prefill(SHORT, chunk_size=8, max_new_tokens=20_000)
+    said = list[object]()
+
+    def decode() -> None:
+        try:
+            said.append(old.decode())
+        except RuntimeError as error:
+            said.append(error)
+
+    assert isinstance(session.ranks, LocalRanks)
+    for host in session.ranks.hosts:
+        assert host.decoder
+        host.decoder.eos_ids = frozenset()
+    thread = threading.Thread(target=decode)
+    thread.start()
+    with session.ranks.changed:
+        assert session.ranks.changed.wait_for(lambda: session.ranks.ranks[1].decoded > 1, DEADLINE_S)
+    new = begin(session)
+    thread.join(DEADLINE_S)
+    assert len(said) == 1
+    new.resume()
+    new.wait(DEADLINE_S)
+    assert new.kv().diff().equal
+
+
+def test_who_steps_while_another_run_begins_is_told(session: Session) -> None:
+    old = session.prefill(LONG, chunk_size=2, paused=True)
+    said = list[str]()
+    began = threading.Event()
+
+    def step() -> None:
+        try:
+            while True:
+                old.step("layer")
+                began.set()
+        except RuntimeError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    assert began.wait(DEADLINE_S)
+    new = session.prefill(SHORT, chunk_size=8)
+    new.wait(DEADLINE_S)
+    thread.join(DEADLINE_S)
+    assert "this run is over" in said[0]
+    assert new.kv().diff().equal
+
+
+def test_a_breakpoint_ahead_is_not_met_by_beginning_anew(session: Session) -> None:
+    run = session.prefill(LONG, chunk_size=2, paused=True)
+    run.break_at(chunk=190, layer=1)
+    run.resume()
+    run.restart()
+    run.look()
+    assert "stopped at" not in str(run.where())
+    assert not run.story
+
+
+# -- it keeps to itself
+
+
+def test_faults_and_breakpoints_of_the_run_after_it_stay(session: Session) -> None:
+    old = begin(session)
+    old.inject("zero", layer=1, chunk=1)
+    new = begin(session)
+    new.inject("bitflip", layer=1, chunk=1, rank=1)
+    new.break_at(layer=1, when="absmax > 0")
+    for call in (old.faults.clear, old.breakpoints.clear, old.sha256):
+        with pytest.raises(RunOver, match=r"this run is over.*another run has begun"):
+            call()
+    assert len(old.faults) == 1, "it is a list of what was armed, and nothing was disarmed"
+    new.resume()
+    assert "stopped at #1" in str(new.wait(DEADLINE_S))
+    new.breakpoints.clear()
+    new.resume()
+    new.wait(DEADLINE_S)
+    assert new.faults[1].has_struck
+
+
+def test_what_was_looked_at_is_not_fetched_from_the_run_after_it(session: Session) -> None:
+    old = begin(session)
+    old.run_to(1, 1)
+    kv, part, hidden = old.kv(), old.kv(layer=1).k, old.hidden(chunk=0, layer=1)
+    begin(session).run_to(1, 1)
+    looks: tuple[Callable[[], object], ...] = (
+        kv.diff, lambda: part[0, :2], lambda: hidden[0], lambda: str(hidden),
+    )  # fmt: skip
+    for look in looks:
+        with pytest.raises(RuntimeError, match="this run is over, and its ranks hold its KV no more"):
+            look()
+
+
+@pytest.mark.parametrize(("where", "what"), [(Live, "noted"), (Comparing, "_held")])
+def test_whoever_looks_while_another_run_begins_has_seen_the_old_one(
+    session: Session, where: type, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = begin(session)
+    old.run_to(1, 1)
+    ask, new = getattr(where, what), list[Run]()
+    beginning = threading.Thread(target=lambda: new.append(begin(session)))
+
+    def asked(self: Any, *given: Any) -> Any:
+        found = ask(self, *given)
+        if beginning.ident is None:
+            beginning.start()
+            with session.ranks.changed:
+                assert session.ranks.changed.wait_for(lambda: bool(old._ending or old.closed), DEADLINE_S)
+        return found
+
+    monkeypatch.setattr(where, what, asked)
+    assert (old.kv().diff() if where is Live else old.compare("reference")).equal
+    beginning.join(DEADLINE_S)
+    monkeypatch.undo()
+    new[0].resume()
+    new[0].wait(DEADLINE_S)
+    assert new[0].compare("reference").equal
+
+
+def test_it_tells_where_its_own_ranks_stood(session: Session) -> None:
+    old = begin(session, schedule="lockstep")
+    old.step("chunk")
+    before = str(old.where()).splitlines()[1:3]
+    stands, events = old.standing().stands, old.trace.events
+    new = begin(session)
+    new.resume()
+    new.wait(DEADLINE_S)
+    assert old.standing().stands == stands
+    assert old.standing().state == "closed"
+    assert old.standing().over == BEGUN
+    assert new.standing().over == ""
+    assert str(old.where()).splitlines()[1:] == [*before, BEGUN]
+    assert before[0] in str(old)
+    assert old.trace.events == events
+    assert old.findings().positions == tuple(stand.positions for stand in stands)
+    assert "told to stop" in old.verdict().sentence
+
+
+def test_a_comparison_that_takes_long_is_broken_off_where_another_run_begins(session: Session) -> None:
+    old = begin(session)
+    old.run_to(1, 1)
+    asked, stopped, said = threading.Event(), threading.Event(), list[str]()
+
+    def take_long(_: Message) -> Message:
+        asked.set()
+        assert stopped.wait(DEADLINE_S), "nobody has stopped the reference"
+        raise RuntimeError("the reference was stopped")
+
+    def stop(_: Message) -> Message:
+        stopped.set()
+        return {}
+
+    def compare() -> None:
+        with pytest.raises(RunOver) as raised:
+            old.compare("reference")
+        said.append(str(raised.value))
+
+    assert isinstance(session.ranks, LocalRanks)
+    for table in session.ranks._tables:
+        table |= {"reference": Command(take_long, slow=True), "reference_stop": Command(stop)}
+    thread = threading.Thread(target=compare)
+    thread.start()
+    assert asked.wait(DEADLINE_S)
+    new = begin(session)
+    thread.join(DEADLINE_S)
+    assert said == [f"this run is over, and its ranks hold its KV no more: {BEGUN}"]
+    assert new.standing().state == "paused"
