@@ -1,4 +1,4 @@
-"""What the engine tests share: tiny decoders, written and loaded once a session."""
+"""What the unit tests share: tiny decoders, written and loaded once a session."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def small(decoders: Decoders) -> Decoder:
     return decoders["small"]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def no_thread_is_left() -> Iterator[None]:
-    """After every test all lanes have ended."""
+    """After every module all lanes have ended, those of sessions that its tests share too."""
     yield
     assert lane_threads() == []

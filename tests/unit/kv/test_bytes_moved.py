@@ -30,11 +30,6 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
         yield made
 
 
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> None:
-    """Here a session, and the lanes of its last run, outlast a test."""
-
-
 def share(run: Run, found: Diff) -> float:
     """Of the bytes of one rank's cache, though three are compared."""
     subject = run.source().subject

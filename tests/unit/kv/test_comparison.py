@@ -30,11 +30,6 @@ LAYERS, NEW = 4, 5
 IDS = list(prompt(26))
 
 
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> None:
-    """Here sessions, and the lanes of their last run, outlast a test."""
-
-
 @pytest.fixture(scope="module")
 def sessions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Session]]:
     """A session of so many ranks on a checkpoint of that dtype; made once."""

@@ -40,11 +40,6 @@ Trial = Callable[[Sessions, int], str]
 """does what a seed draws; what that was"""
 
 
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> None:
-    """Here sessions, and the lanes of their last run, outlast a test."""
-
-
 @pytest.fixture(scope="module")
 def sessions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sessions]:
     """Of each world size and dtype; three KV heads, so that a shift by one is none by two."""

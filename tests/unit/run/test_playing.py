@@ -21,11 +21,6 @@ PROMPT = list(range(1, 31))
 FAST = 100.0
 
 
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> None:
-    """In place of the check after each test: the module's session keeps its threads."""
-
-
 @pytest.fixture(scope="module")
 def session() -> Iterator[Session]:
     with session_on_threads(3, Path("demo")) as made:
