@@ -12,7 +12,7 @@ from dinfer.errors import ipython
 from dinfer.model.checkpoint import Spec, check
 from dinfer.model.memory import check_memory
 from dinfer.model.text import encode, load_tokenizer
-from dinfer.plan.custom import OwnSchedule, own_plan
+from dinfer.plan.custom import CustomSchedule, custom_plan
 from dinfer.plan.lower import lower
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import partition
@@ -28,7 +28,7 @@ def has_nccl() -> bool:
     return found()
 
 
-def settle_backend(config: Config, nccl_is_here: Callable[[], bool] = has_nccl) -> Config:
+def choose_backend(config: Config, nccl_is_here: Callable[[], bool] = has_nccl) -> Config:
     """The config with its backend chosen. Raises ConfigError where it asks for NCCL and cannot have it.
 
     On several machines each has a network of its own kind, so there gloo is taken unless NCCL is asked for.
@@ -116,12 +116,12 @@ def prepare(config: Config, ranks_here: Sequence[int] | None = None) -> Job:
     ids = _prompt_ids(config, spec)
     here = list(range(config.world_size)) if ranks_here is None else list(ranks_here)
     _check_gpus(config, here)
-    config = settle_backend(config)
+    config = choose_backend(config)
     _check_memory(config, spec, len(ids), here)
     return _job(config.with_(threads=config.threads or threads_per_rank(len(here))), spec, ids, None)
 
 
-def prepare_loaded(config: Config, plan: Plan | str | OwnSchedule | None = None) -> Job:
+def prepare_loaded(config: Config, plan: Plan | str | CustomSchedule | None = None) -> Job:
     """The same for ranks that hold the checkpoint already: memory and devices have been looked at then. `plan`: the
     user's own, its text, or a function that makes it, in place of the one that the config makes."""
     spec = check(config.model_path)
@@ -135,7 +135,7 @@ def prepare_load(config: Config, ranks_here: Sequence[int]) -> tuple[Config, Spe
     spec = check(config.model_path)
     _check_world_size(config, spec)
     _check_gpus(config, ranks_here)
-    config = settle_backend(config)
+    config = choose_backend(config)
     _check_memory(config, spec, config.max_new_tokens, ranks_here)
     return config, spec
 
@@ -148,7 +148,7 @@ def _check_world_size(config: Config, spec: Spec) -> None:
         )
 
 
-def _job(config: Config, spec: Spec, ids: tuple[int, ...], own: Plan | str | OwnSchedule | None) -> Job:
+def _job(config: Config, spec: Spec, ids: tuple[int, ...], own: Plan | str | CustomSchedule | None) -> Job:
     shape = partition(
         layers=spec.layers,
         tokens=len(ids),
@@ -157,7 +157,7 @@ def _job(config: Config, spec: Spec, ids: tuple[int, ...], own: Plan | str | Own
         layer_split=config.layer_split or None,
     )
     if own is not None:
-        plan = own_plan(own, config, shape)
+        plan = custom_plan(own, config, shape)
     else:
         plan = build(shape, config.schedule, config.sync_strategy)
         if config.backend == "nccl":
@@ -223,23 +223,23 @@ def _prompt_ids(config: Config, spec: Spec) -> tuple[int, ...]:
     return ids
 
 
-SETTLED = ("model_path", "dtype", "gpu_ids", "threads", "backend", "world_size")
+FIXED = ("model_path", "dtype", "gpu_ids", "threads", "backend", "world_size")
 
 ANY = {"threads": 0, "backend": "auto"}
 """what leaves the choice to whoever loads"""
 
 
-def without_settled(given: Mapping[str, Any], loaded: Config, spec: Spec) -> dict[str, Any]:
+def without_fixed(given: Mapping[str, Any], loaded: Config, spec: Spec) -> dict[str, Any]:
     """A run's parameters but for those that were settled before it. Raises ConfigError where one of these is another
     than was settled: a run cannot change it."""
-    for name in SETTLED:
+    for name in FIXED:
         if name not in given:
             continue
         bare = {"gpu_ids": (), "layer_split": ()}  # which the number of ranks would have to fit
         wanted = _value(loaded.with_(**(bare | {name: given[name]})), spec, name)
         if wanted not in (_value(loaded, spec, name), ANY.get(name)):
             raise ConfigError(_refusal(name, wanted, _value(loaded, spec, name), loaded))
-    return {name: value for name, value in given.items() if name not in SETTLED}
+    return {name: value for name, value in given.items() if name not in FIXED}
 
 
 def _value(config: Config, spec: Spec, name: str) -> Any:

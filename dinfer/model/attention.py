@@ -27,7 +27,7 @@ class Attention(NamedTuple):
     first_key: int
 
 
-class Aside(KVCache):
+class LayerCopy(KVCache):
     """A copy of the first rows of one layer, so that computing the layer leaves its cache alone.
 
     `keep`: what the layer writes is dropped, so that it sees the rows that are there.
@@ -65,7 +65,7 @@ def hidden_before(
         return None
     hidden = known[chunk, max(before)]
     for index in range(max(before), layer):
-        hidden = decoder.layer(index, hidden, Aside(cache, index, position + hidden.shape[1]), position)
+        hidden = decoder.layer(index, hidden, LayerCopy(cache, index, position + hidden.shape[1]), position)
     return hidden
 
 
@@ -77,7 +77,9 @@ def attention(decoder: Decoder, layer: int, hidden: Tensor, cache: KVCache, posi
     """
     stop = position + hidden.shape[1]
     found = list[Tensor]()
-    _eager(decoder, layer, found.append).layer(layer, hidden, Aside(cache, layer, stop, keep=True), position)
+    _eager(decoder, layer, found.append).layer(
+        layer, hidden, LayerCopy(cache, layer, stop, keep=True), position
+    )
     if not found:
         raise ModelError(f"the attention of layer {layer} returns no weights, so there are none to be shown")
     weights = found[0][0]

@@ -6,13 +6,14 @@ weights in memory, milliseconds for any size. It does not judge the values of th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dinfer.model.errors import ModelError
 from dinfer.model.families import family_in
@@ -24,6 +25,14 @@ _LFS_POINTER = b"version https://git-lfs"
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+_CONFIGS = ("config.json", "generation_config.json")
+
+SPAN = 64 * 1024
+"""Bytes of one sample."""
+
+SPANS = 16
+"""Samples of one file."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -267,3 +276,54 @@ def _intermediate(config: Mapping[str, Any]) -> int:
     """Return how wide the MLP of a token is: all its experts together where there are experts."""
     experts = int(config.get("moe_intermediate_size") or 0) * int(config.get("num_experts_per_tok") or 0)
     return max(experts, int(config.get("intermediate_size") or 0))
+
+
+def fingerprint(spec: Spec) -> str:
+    """Return 64 hex digits by which ranks find out whether they loaded the same checkpoint. Raises `ModelError`.
+
+    It reads samples and takes milliseconds: the configs; the name, size and header of each safetensors file (names,
+    dtypes, shapes and offsets of all weights); and 16 evenly spaced spans of 64 KiB of each file's data. Files of up to
+    1 MiB are read whole.
+
+    It does not see a change between the spans (a flipped bit, an edited row; a training step changes all weights and is
+    seen), the tokenizer, or weights edited after loading. It does not protect against deliberate forgery. The same
+    weights split into other files have another fingerprint.
+    """
+    digest = hashlib.sha256(b"dinfer checkpoint 1")
+    for name in _CONFIGS:
+        file = spec.path / name
+        _add(digest, name.encode(), file.read_bytes() if file.is_file() else b"")
+    for file in weight_files(spec.path):
+        _add(digest, file.name.encode(), *_sampled(file))
+    return digest.hexdigest()
+
+
+def sampled_spans(start: int, size: int) -> list[tuple[int, int]]:
+    """Return what is read, as (from, to), of a file of `size` bytes whose data begins at `start`."""
+    data = size - start
+    if data <= SPANS * SPAN:
+        return [(start, size)]
+    begins = [start + (data - SPAN) * index // (SPANS - 1) for index in range(SPANS)]
+    return [(begin, begin + SPAN) for begin in begins]
+
+
+def _sampled(file: Path) -> Iterator[bytes]:
+    """Yield a file's size, its header, and its samples."""
+    size = file.stat().st_size
+    yield str(size).encode()
+    with file.open("rb", buffering=0) as stream:
+        start = 8 + int.from_bytes(_read(stream, 0, 8), "little")
+        yield _read(stream, 0, start)
+        for begin, end in sampled_spans(start, size):
+            yield _read(stream, begin, end)
+
+
+def _read(stream: BinaryIO, begin: int, end: int) -> bytes:
+    stream.seek(begin)
+    return stream.read(end - begin)
+
+
+def _add(digest: hashlib._Hash, *parts: bytes) -> None:
+    """Add parts with their lengths, so that none can pass for the end of another."""
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)

@@ -20,7 +20,7 @@ BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryNeed:
     """What one rank needs, in bytes: weights, KV, and hidden states with the working memory of a layer."""
 
     weights_bytes: int
@@ -33,14 +33,14 @@ class Need:
         return self.weights_bytes + self.kv_bytes + self.hidden_bytes
 
 
-def need(spec: Spec, dtype: str, tokens: int, chunk_size: int = 0) -> Need:
+def need(spec: Spec, dtype: str, tokens: int, chunk_size: int = 0) -> MemoryNeed:
     """Return what a rank needs in `dtype` ("auto": the checkpoint's) for `tokens`, prompt and new ones.
 
     `hidden_bytes` holds the hidden state that entered the stage for every token, kept for going back; with a
     `chunk_size` also the working memory of a layer that computes the last chunk.
     """
     size = _itemsize(spec, dtype)
-    return Need(
+    return MemoryNeed(
         weights_bytes=spec.parameters * size,
         kv_bytes=tokens * spec.layers * 2 * spec.kv_heads * spec.head_dim * size,
         hidden_bytes=tokens * spec.hidden_size * size + _working(spec, size, tokens, min(chunk_size, tokens)),
@@ -56,13 +56,13 @@ def check_memory(
     it is unknown what is free, nothing is refused.
     """
     available = free(device)
-    wanted = Demand(spec, dtype, tokens, ranks_here, device, chunk_size)
+    wanted = MemoryDemand(spec, dtype, tokens, ranks_here, device, chunk_size)
     if available is not None and wanted.bytes() > available:
         raise ModelError(_shortage(wanted, available))
 
 
 @dataclass(frozen=True)
-class Demand:
+class MemoryDemand:
     """What all ranks that share one device ask of it together."""
 
     spec: Spec
@@ -120,7 +120,7 @@ def _working(spec: Spec, size: int, tokens: int, chunk: int) -> int:
     return activations + chunk * tokens * (spec.heads * (4 + 2 * size) if eager else 1 + size)
 
 
-def _shortage(wanted: Demand, available: int) -> str:
+def _shortage(wanted: MemoryDemand, available: int) -> str:
     """Say what was asked for, what is free, and each single change that would be enough."""
     spec, total = wanted.spec, wanted.bytes()
     one = need(spec, wanted.dtype, wanted.tokens, wanted.chunk_size)
@@ -137,7 +137,7 @@ def _shortage(wanted: Demand, available: int) -> str:
     return asked + "No single change is enough: use a smaller model, or a machine with more memory."
 
 
-def ways_to_save(one: Demand, asked: int | None, available: int | None) -> str:
+def out_of_memory_text(one: MemoryDemand, asked: int | None, available: int | None) -> str:
     """Say what one rank had asked for when memory ran out, what was free, and each single change that saves it."""
     parts = need(one.spec, one.dtype, one.tokens, one.chunk_size)
     said = "an unknown amount" if asked is None else size_text(asked)
@@ -163,7 +163,7 @@ def _ranks(count: int) -> str:
     return f"{count} rank{'s' if count > 1 else ''}"
 
 
-def _ways_out(wanted: Demand, available: int) -> list[str]:
+def _ways_out(wanted: MemoryDemand, available: int) -> list[str]:
     ways = []
     half = wanted.bytes(dtype="bfloat16")
     if half <= available:

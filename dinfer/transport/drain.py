@@ -12,7 +12,7 @@ import torch
 
 from dinfer.plan.graph import Channel
 from dinfer.transport.gloo import Comm, CommError
-from dinfer.transport.header import Header, TransferError, void_header
+from dinfer.transport.header import VOID_HEADER, Header, TransferError
 
 
 def drain(comm: Comm, sends: Sequence[Channel], recvs: Sequence[Channel]) -> None:
@@ -27,7 +27,7 @@ def drain(comm: Comm, sends: Sequence[Channel], recvs: Sequence[Channel]) -> Non
 
 def _send(comm: Comm, channel: Channel) -> None:
     with suppress(CommError):
-        comm.send(channel, void_header(), None)
+        comm.send(channel, VOID_HEADER, None)
 
 
 def _receive(comm: Comm, channel: Channel) -> None:

@@ -14,7 +14,7 @@ from dinfer.transport.gloo import Comm
 from dinfer.transport.header import Header
 
 
-class Wire:
+class FaultyComm:
     """One that is whole."""
 
     def __init__(self, comm: Comm) -> None:
@@ -36,7 +36,7 @@ class Wire:
         self.comm.close()
 
 
-class Twice(Wire):
+class SendsTwice(FaultyComm):
     """Sends every message twice."""
 
     def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:
@@ -45,7 +45,7 @@ class Twice(Wire):
         return met
 
 
-class Longer(Wire):
+class SendsLonger(FaultyComm):
     """Sends one token more than there is."""
 
     def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:
@@ -56,7 +56,7 @@ class Longer(Wire):
         return self.comm.send(channel, changed.pack(), torch.zeros(longer, dtype=torch.uint8))
 
 
-class Elsewhere(Wire):
+class SendsElsewhere(FaultyComm):
     """Sends to another rank than it is told to."""
 
     def __init__(self, comm: Comm, target: int) -> None:
@@ -67,7 +67,7 @@ class Elsewhere(Wire):
         return self.comm.send(channel._replace(target=self._target), header, payload)
 
 
-class Slow(Wire):
+class SlowReceiver(FaultyComm):
     """Payloads take that many seconds longer to come."""
 
     def __init__(self, comm: Comm, seconds: float) -> None:
@@ -79,7 +79,7 @@ class Slow(Wire):
         self.comm.recv_payload(channel, out)
 
 
-class CutWire(Wire):
+class CutLink(FaultyComm):
     """Nothing comes any more, and nobody says so: it listens where no rank ever speaks."""
 
     def recv_header(self, channel: Channel) -> bytes:

@@ -5,7 +5,6 @@ All state that threads share is changed inside `with gate.change()` and waited f
 next op in one atomic act. It may run on any thread, and several times.
 """
 
-import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -104,94 +103,3 @@ class FreeGate:
         for waiting in self._waiting:
             if is_main or waiting.settled():
                 waiting.drawn.notify()
-
-
-class SeededGate:
-    """One lane runs at a time, and a seeded draw says which: every interleaving can be tried, and repeated.
-
-    Threads that are not enrolled may look in from outside; they wait as with a FreeGate. The order repeats as
-    long as what they change does not depend on time.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self._lock = threading.RLock()
-        self._outside = threading.Condition(self._lock)
-        self._seed, self._draws, self._depth = seed, 0, 0
-        self._lanes: set[str] = set()
-        self._waiting: dict[str, _Waiting] = {}
-
-    def enroll(self, thread: str) -> None:
-        with self._lock:
-            self._lanes.add(thread)
-
-    def leave(self) -> None:
-        with self.change():
-            self._lanes.discard(threading.current_thread().name)
-
-    def wait(self, claim: Callable[[], T | None], timeout: float | None = None) -> T | None:
-        me = threading.current_thread().name
-        if me not in self._lanes:
-            return _claimed(self._outside, claim, timeout)
-        with self._lock:
-            mine = self._waiting[me] = _Waiting(claim, self._lock)
-            if self._hand_over():
-                self._outside.notify_all()
-            mine.drawn.wait_for(lambda: mine.result is not None, timeout)
-            del self._waiting[me]
-            return mine.result  # type: ignore[return-value]
-
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        with self._lock:
-            yield
-
-    @contextmanager
-    def change(self) -> Iterator[None]:
-        with self._lock:
-            self._depth += 1
-            try:
-                yield
-            finally:
-                self._depth -= 1
-                if not self._depth:
-                    self._hand_over()
-                    self._outside.notify_all()
-
-    def stuck(self) -> bool:
-        """Whether every lane waits and none of them can go on, whatever the draw.
-
-        This is for ever if nobody outside changes anything.
-        """
-        with self._lock:
-            return self._hand_over()
-
-    def _hand_over(self) -> bool:
-        """If no lane runs, draw one of those whose claim succeeds; whether there is none: all are stuck."""
-        if len(self._waiting) < len(self._lanes) or any(w.result is not None for w in self._waiting.values()):
-            return False
-        order = sorted(self._waiting)
-        # A draw that found nobody must not count: how often that happens depends on the machine.
-        random.Random(f"{self._seed}:{self._draws}").shuffle(order)
-        for lane in order:
-            waiting = self._waiting[lane]
-            waiting.result = waiting.claim()
-            if waiting.result is not None:
-                self._draws += 1
-                waiting.drawn.notify_all()
-                return False
-        return True
-
-
-def _claimed(
-    condition: threading.Condition, claim: Callable[[], T | None], timeout: float | None
-) -> T | None:
-    result: T | None = None
-
-    def claimed() -> bool:
-        nonlocal result
-        result = claim()
-        return result is not None
-
-    with condition:
-        condition.wait_for(claimed, timeout)
-    return result

@@ -84,7 +84,8 @@ class Header:
         return f"{self.value}, {self.tokens} token{plural}, {self.dtype}, {self.nbytes:,} bytes"
 
 
-VOID = Header(0, Value("final"), 0, "float32", 0, void=True)
+VOID_HEADER = Header(0, Value("final"), 0, "float32", 0, void=True).pack()
+"""releases a recv that was posted too early"""
 
 
 def signature_of(header: bytes) -> Tensor:
@@ -113,8 +114,3 @@ def check(came: Header, expected: Header, op: Op) -> None:
 
 
 assert _LAYOUT.size == SIGNED.stop == HEADER_BYTES
-
-
-def void_header() -> bytes:
-    """What releases a recv that was posted too early."""
-    return VOID.pack()

@@ -139,7 +139,7 @@ class CudaStreams:
         self._headers = cycle(zip(host, torch.empty_like(host, device=device), strict=True))
         self.settle()
 
-    def compute(self, where: str, work: Callable[[], None], after: Sequence[Issued]) -> Issued:
+    def compute(self, where: str, work: Callable[[], object], after: Sequence[Issued]) -> Issued:
         with self._on(where, after) as issued:
             work()
             issued.met = issued.start

@@ -70,7 +70,7 @@ class Streams(Protocol):
     What is given here may run at any later time; tensors must stay as they are until then.
     """
 
-    def compute(self, where: str, work: Callable[[], None], after: Sequence[Issued]) -> Issued:
+    def compute(self, where: str, work: Callable[[], object], after: Sequence[Issued]) -> Issued:
         """Run `work` on a stream of this rank's own."""
 
     def send(
@@ -119,7 +119,7 @@ class _Work:
     """One piece of work in a LocalStreams."""
 
     def __init__(
-        self, gate: Gate, stream: str, run: Callable[["_Work"], None], after: Sequence[Issued]
+        self, gate: Gate, stream: str, run: Callable[["_Work"], object], after: Sequence[Issued]
     ) -> None:
         self._gate, self.stream, self.run, self._after = gate, stream, run, after
         self.started = self.met = self.ended = 0
@@ -175,7 +175,7 @@ class LocalStreams:
         self._threads: list[threading.Thread] = []
         self._closing = False
 
-    def compute(self, where: str, work: Callable[[], None], after: Sequence[Issued]) -> Issued:
+    def compute(self, where: str, work: Callable[[], object], after: Sequence[Issued]) -> Issued:
         return self._issue(where, lambda _: work(), after)
 
     def send(
@@ -219,7 +219,7 @@ class LocalStreams:
             thread.join(timeout)
         return not any(thread.is_alive() for thread in self._threads)
 
-    def _issue(self, where: StreamPlace, run: Callable[[_Work], None], after: Sequence[Issued]) -> Issued:
+    def _issue(self, where: StreamPlace, run: Callable[[_Work], object], after: Sequence[Issued]) -> Issued:
         name = "serial" if self._serial else stream_of(self._comm.rank, where)
         work = _Work(self._gate, name, run, after)
         with self._gate.change():

@@ -23,8 +23,8 @@ HANGS = (
 SHOWN: dict[str, list[str]] = {
     "connect": ["demo on cpu, cpu, cpu"],
     "plan": ["schedule batched", "  send kv c0 l0 -> 1, 30 tokens\n", "rank 2 lane main"],
-    "proof": [f"refuted: with rendezvous sends these wait for one another for ever: {CIRCLE}"],
-    "refused": [f"PlanRefused: refuted: with rendezvous sends these wait for one another for ever: {CIRCLE}", "\n┌▶ "],
+    "proof": [f"refuted: deadlock with rendezvous sends: {CIRCLE}"],
+    "refused": [f"PlanRefused: refuted: deadlock with rendezvous sends: {CIRCLE}", "\n┌▶ "],
     "hangs": [HANGS],
     "verdict": [HANGS, "rank 0's Python:", "met = comm.send("],
     "compare": [

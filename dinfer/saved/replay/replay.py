@@ -15,10 +15,9 @@ from dinfer.engine.corruption import Corruption
 from dinfer.engine.engine import Engine
 from dinfer.errors import NotPossible
 from dinfer.kv.digests import as_numbers
-from dinfer.model.checkpoint import check
+from dinfer.model.checkpoint import check, fingerprint
 from dinfer.model.decoder import Decoder
 from dinfer.model.errors import ModelError
-from dinfer.model.fingerprint import fingerprint
 from dinfer.plan.cut import Unit, count_of, unit_of
 from dinfer.plan.ops import Op
 from dinfer.rank.decode import Tokens
@@ -250,7 +249,7 @@ class Replay(Displayable, Closing):
             executor.wait(lambda: not any(executor.stand().started))
         else:
             self._begin()
-        edited = list(self.engine.prompt.look())
+        edited = list(self.engine.prompt.new_edits())
         if not is_inside(self._positions(), target):
             self._back(target)
         for edit in self.recorded.edits[self._applied :]:
@@ -289,7 +288,7 @@ class Replay(Displayable, Closing):
             state.block(*key).copy_(block)
         for key, hidden in self.recorded.edits[number].hidden.items():
             state.hidden[key] = hidden.to(self.decoder.device, copy=True)
-        self.engine.prompt.look()
+        self.engine.prompt.new_edits()
         self._applied = number + 1
 
     def _cut(self, mine: LanePositions) -> tuple[LanePositions, ...]:

@@ -12,7 +12,8 @@ from dinfer.plan.ops import Op
 from dinfer.run.stepper import Stepper
 from dinfer.trace.events import Event
 from dinfer.trace.trace import Trace
-from dinfer.transport.gate import Gate, SeededGate
+from dinfer.transport.gate import Gate
+from tests.support.seeded_gate import SeededGate
 from tests.support.twin import Twin, prompt, twin
 
 CHUNK = 4

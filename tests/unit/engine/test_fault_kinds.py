@@ -170,9 +170,9 @@ def test_what_a_fault_changes_is_not_taken_for_an_edit_by_hand(small: Decoder, k
     with ranks(small, sync_strategy="ring") as (made, stepper, strikes):
         arm_all(made, strikes, fault(small, kind, 1))
         finish(stepper)
-        assert [engine.prompt.look() for engine in made.engines] == [[], [], []]
+        assert [engine.prompt.new_edits() for engine in made.engines] == [[], [], []]
         arm_all(made, strikes, fault(small, kind, 1), fault(small, kind, 2, rank=0))
-        assert [engine.prompt.look() for engine in made.engines] == [[], [], []]
+        assert [engine.prompt.new_edits() for engine in made.engines] == [[], [], []]
         assert [strike.number for strike in strikes] == [1, 2]
         for engine in made.engines:
             engine.executor.state.block(0, 0).zero_()
@@ -389,7 +389,7 @@ def test_taking_tokens_back_takes_their_rows_back(small: Decoder) -> None:
         decoding.back_to(2)
         assert decoding.rows == 11
         arm_all(made, strikes, fault(small, "repeat_row"))
-        decoding.cache = made.engines[0].make_room(30)
+        decoding.cache = made.engines[0].grow_cache(30)
         again = [decoding.step() for _ in range(3)]
         assert decoding.rows == 17
         decoding.back_to(2)
@@ -412,9 +412,9 @@ def test_it_ends_where_the_rows_do(small: Decoder) -> None:
 # -- what cannot be
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("bitflop", {}, r"'bitflop' is no kind of fault\. Did you mean bitflip\? The kinds are bitflip, nan"),
-    ("nan", {"chunk": 0}, r"which layer is nan to break\? Give layer=0 to 2"),
-    ("nan", {"layer": 0}, r"which block is nan to break\? Give chunk=0 to 2 or a token"),
+    ("bitflop", {}, r"unknown kind of fault: 'bitflop'\. Did you mean bitflip\? The kinds are bitflip, nan"),
+    ("nan", {"chunk": 0}, r"nan needs a layer: give layer=0 to 2"),
+    ("nan", {"layer": 0}, r"nan needs a block: give chunk=0 to 2 or a token"),
     ("lost", {"layer": 0}, r"Give chunk=0 to 2\."),
     ("nan", {"layer": 3, "chunk": 0}, "layer is 3; the layers of this run go from 0 to 2"),
     ("nan", {"layer": -1, "chunk": 0}, "layer is -1;"),

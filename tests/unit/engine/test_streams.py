@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from dinfer.engine.streams import StreamIssuer
+from dinfer.engine.streams import StreamExecutor
 from dinfer.model.decoder import Decoder
 from dinfer.plan.lower import lower
 from dinfer.plan.ops import PlanError
@@ -20,10 +20,10 @@ from dinfer.plan.schedule import build
 from dinfer.plan.verify import verify
 from dinfer.run.fleet import RankFailed
 from dinfer.run.stepper import Stepper
-from dinfer.transport.gate import SeededGate
 from dinfer.transport.in_process import Order
 from tests.support.expected import differing_blocks, expected, is_complete
 from tests.support.plan_strategies import SAFE_SCHEDULES, plans, shapes_of
+from tests.support.seeded_gate import SeededGate
 from tests.support.twin import prompt, twin
 
 LAYERS, TOKENS, CHUNK = 3, 5, 2
@@ -107,8 +107,8 @@ def test_issuing_takes_one_lane_a_rank(small: Decoder) -> None:
         engine = made.engines[0]
         made.prepare(IDS)
         executor = engine.executor
-        with pytest.raises(PlanError, match="rank 0 issues one lane; this plan has others"):
-            StreamIssuer(
+        with pytest.raises(PlanError, match="rank 0 can issue one lane only.*lower it first"):
+            StreamExecutor(
                 executor.plan,
                 executor.state,
                 engine.comm,

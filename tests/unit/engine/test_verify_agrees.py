@@ -15,9 +15,9 @@ from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import PlanError
 from dinfer.plan.plan import Plan
 from dinfer.plan.verify import verify
-from dinfer.transport.gate import SeededGate
 from tests.support.expected import expected, is_complete
 from tests.support.plan_strategies import mutated_plans, plans, shapes_of
+from tests.support.seeded_gate import SeededGate
 from tests.support.twin import prompt, twin
 
 LAYERS, TOKENS, CHUNK = 3, 5, 2

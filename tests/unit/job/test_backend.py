@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from dinfer.config import Config, ConfigError
-from dinfer.job import settle_backend
+from dinfer.job import choose_backend
 
 
 def settled(*, nccl: bool = True, **values: object) -> str:
-    return settle_backend(Config.of({"world_size": 2, **values}), lambda: nccl).backend
+    return choose_backend(Config.of({"world_size": 2, **values}), lambda: nccl).backend
 
 
 @pytest.mark.parametrize(
@@ -63,4 +63,4 @@ def test_without_gpus_nothing_is_asked_of_torch() -> None:
     def ask() -> bool:
         raise AssertionError
 
-    assert settle_backend(Config(), ask).backend == "gloo"
+    assert choose_backend(Config(), ask).backend == "gloo"

@@ -56,7 +56,7 @@ def test_the_backend_is_settled(model: Path) -> None:
 
 
 def test_for_nccl_the_plan_is_lowered_and_proved_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinfer.job.settle_backend", lambda given: given.with_(backend="nccl"))
+    monkeypatch.setattr("dinfer.job.choose_backend", lambda given: given.with_(backend="nccl"))
     job = prepare(config(model))
     assert job.plan.is_lowered
     assert job.verdict.proved
@@ -123,7 +123,7 @@ def test_a_refuted_schedule_is_told_with_its_cycle(model: Path) -> None:
     with pytest.raises(PlanError) as caught:
         prepare(config(model, schedule="batched"))
     story = str(caught.value)
-    assert "wait for one another for ever: rank 0 sends block c0 l0 to rank 1 and waits" in story
+    assert "deadlock with rendezvous sends: rank 0 sends block c0 l0 to rank 1 and waits" in story
     assert story.endswith("Choose another schedule, or pass unsafe=True (--unsafe) to watch it hang.")
     assert not prepare(config(model, schedule="batched", unsafe=True)).verdict.proved
 

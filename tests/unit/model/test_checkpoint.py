@@ -239,7 +239,7 @@ def test_light_modules_do_not_import_torch(folder: Path) -> None:
         "from dinfer.model.checkpoint import check, resolve\n"
         "dinfer.model.sampling.Sampling(temperature=0.7)\n"
         f"assert (spec := check({str(folder)!r})).layers == 1\n"
-        "from dinfer.model.fingerprint import fingerprint\n"
+        "from dinfer.model.checkpoint import fingerprint\n"
         "assert len(fingerprint(spec)) == 64\n"
         "dinfer.model.memory.check_memory(spec, 'auto', 100, 3)\n"
         "try: resolve('dinfer-tests/there-is-no-such-model')\n"

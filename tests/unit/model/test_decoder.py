@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dinfer.model import reference
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 from dinfer.model.errors import ModelError
+from tests.support import reference
 from tests.support.tiny import tiny_checkpoint
 
 PROMPT = [(token * 37 + 11) % 120 for token in range(50)]

@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dinfer.model.checkpoint import check
-from dinfer.model.fingerprint import SPAN, SPANS, fingerprint, sampled_spans
+from dinfer.model.checkpoint import SPAN, SPANS, check, fingerprint, sampled_spans
 from tests.support.tiny import tiny_checkpoint
 
 

@@ -13,7 +13,7 @@ from dinfer.model.checkpoint import Spec, check
 from dinfer.model.decoder import Decoder
 from dinfer.model.errors import ModelError
 from dinfer.model.free import free
-from dinfer.model.memory import Demand, check_memory, need, size_text, ways_to_save
+from dinfer.model.memory import MemoryDemand, check_memory, need, out_of_memory_text, size_text
 from tests.support.tiny import tiny_checkpoint
 
 GIB = 1024**3
@@ -195,8 +195,8 @@ def test_this_machine_and_a_device_that_is_not_there() -> None:
 
 
 def test_memory_that_ran_out_is_told_with_what_would_save_it() -> None:
-    one = Demand(QWEN3_4B, "float32", 8000, 1, "cuda:0", 2048)
-    text = ways_to_save(one, asked=2 * GIB, available=GIB // 2)
+    one = MemoryDemand(QWEN3_4B, "float32", 8000, 1, "cuda:0", 2048)
+    text = out_of_memory_text(one, asked=2 * GIB, available=GIB // 2)
     assert text.startswith("Out of memory on cuda:0: 2.0 GiB was asked for, 512.0 MiB were free. ")
     assert "weights 15.0 GiB, KV 2.2 GiB, hidden states " in text
     assert "One of these would save the missing 1.5 GiB: dtype bfloat16 (needs " in text
@@ -210,18 +210,18 @@ def test_memory_that_ran_out_is_told_with_what_would_save_it() -> None:
 
 def test_free_memory_that_is_not_to_be_had_counts_as_missing() -> None:
     """A limit of the process, or no piece large enough: all that was asked for has to be saved."""
-    one = Demand(QWEN3_4B, "bfloat16", 8000, 1, "cpu", 4096)
-    text = ways_to_save(one, asked=100 * 2**20, available=50 * GIB)
+    one = MemoryDemand(QWEN3_4B, "bfloat16", 8000, 1, "cpu", 4096)
+    text = out_of_memory_text(one, asked=100 * 2**20, available=50 * GIB)
     assert "save the missing 100.0 MiB" in text
     assert "chunk_size at most " in text
     assert "dtype" not in text
 
 
 def test_where_nothing_is_enough_or_known_it_says_so() -> None:
-    one = Demand(QWEN3_4B, "bfloat16", 100, 1, "cpu", 100)
-    assert "No single change saves the missing 1,024.0 GiB: lower chunk_size" in ways_to_save(
+    one = MemoryDemand(QWEN3_4B, "bfloat16", 100, 1, "cpu", 100)
+    assert "No single change saves the missing 1,024.0 GiB: lower chunk_size" in out_of_memory_text(
         one, asked=1024 * GIB, available=None
     )
-    text = ways_to_save(one, asked=None, available=GIB)
+    text = out_of_memory_text(one, asked=None, available=GIB)
     assert "an unknown amount was asked for, 1.0 GiB were free" in text
     assert text.endswith("Lower chunk_size, max_new_tokens or the prompt, or take dtype bfloat16.")

@@ -67,7 +67,7 @@ def test_what_is_no_op_says_what_one_looks_like(text: str) -> None:
     with pytest.raises(PlanError) as caught:
         parse_op(text)
     assert str(caught.value) == (
-        f"{text!r} is not an op. An op reads like 'embed c0', 'layer c0 l3', 'norm c7 l36', "
+        f"{text!r} is not an op. Examples of ops: 'embed c0', 'layer c0 l3', 'norm c7 l36', "
         "'send kv c0 l3 -> 1, 128 tokens', 'recv final <- 2, 1 token'."
     )
 

@@ -78,8 +78,7 @@ def test_even_stages_differ_by_one_layer_at_most_and_shrink(layers: int, data: s
         ),
         (
             {"layer_split": (2,)},
-            "layer_split '2' has 1 numbers; 3 ranks need 2: the first layer of every stage but the first, "
-            "such as 14,28 for three ranks.",
+            "layer_split takes 2 numbers for 3 ranks (the first layer of stages 1 and 2); got 1.",
         ),
         (
             {"layer_split": (4, 2)},

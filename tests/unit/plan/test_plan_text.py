@@ -53,15 +53,15 @@ def test_lanes_may_be_empty_and_ranks_may_come_in_any_order() -> None:
 ERRORS = {
     "an empty text": (
         "",
-        f"this is not a plan: it is empty; a plan's first line is {HEADER!r}.",
+        f"this is not a plan: it is empty; the first line of a plan is {HEADER!r}.",
     ),
     "another file": (
         "import torch\n",
-        f"this is not a plan: it begins with 'import torch'; a plan's first line is {HEADER!r}.",
+        f"this is not a plan: it starts with 'import torch'; the first line of a plan is {HEADER!r}.",
     ),
     "a version to come": (
         TEXT.replace(HEADER, "dinfer plan 2"),
-        f"this is not a plan: it begins with 'dinfer plan 2'; a plan's first line is {HEADER!r}.",
+        f"this is not a plan: it starts with 'dinfer plan 2'; the first line of a plan is {HEADER!r}.",
     ),
     "half a header": (
         f"{HEADER}\nlayers 2, tokens 3, chunk_size 2\n",
@@ -93,7 +93,7 @@ ERRORS = {
     ),
     "an op before any lane": (
         HEAD + "  embed c0\n",
-        "line 5: 'embed c0' stands before any lane; a lane opens with 'rank 0 lane compute'.",
+        "line 5: 'embed c0' is before the first lane; a lane starts with 'rank 0 lane compute'.",
     ),
     "a lane without a name": (
         HEAD + "rank 0 lane\n",
@@ -110,7 +110,7 @@ ERRORS = {
     "two lanes of one name": (TEXT + "rank 0 lane a\n", "line 8: rank 0 has two lanes named 'a'."),
     "no op": (
         TEXT.replace("layer c0 l0", "layer c0"),
-        "line 7: 'layer c0' is not an op. An op reads like 'embed c0', 'layer c0 l3', 'norm c7 l36', "
+        "line 7: 'layer c0' is not an op. Examples of ops: 'embed c0', 'layer c0 l3', 'norm c7 l36', "
         "'send kv c0 l3 -> 1, 128 tokens', 'recv final <- 2, 1 token'.",
     ),
     "lines are counted with comments": (

@@ -93,7 +93,7 @@ def test_any_shape_is_proved_but_for_batched_on_several_ranks(plan: Plan) -> Non
 def test_batched_is_refuted_under_rendezvous_in_plain_words(strategy: SyncStrategy) -> None:
     plan = build(partition(layers=4, tokens=5, world_size=3, chunk_size=2), "batched", strategy)
     assert str(verify(plan)) == (
-        "refuted: with rendezvous sends these wait for one another for ever: "
+        "refuted: deadlock with rendezvous sends: "
         "rank 0 sends block c0 l0 to rank 1 and waits; "
         "rank 1 sends block c0 l2 to rank 2 and waits; "
         "rank 2 sends block c0 l3 to rank 0 and waits"
@@ -116,7 +116,7 @@ def test_batched_hangs_with_rendezvous_and_not_with_buffered_sends(
 def test_a_plan_that_hangs_even_with_buffered_sends_does_not_blame_rendezvous() -> None:
     verdict = moved("recv kv c0 l1 <- 1, 2 tokens", before="send hidden c0 l1 -> 1, 2 tokens")
     assert str(verdict) == (
-        "refuted: even with buffered sends these wait for one another for ever: "
+        "refuted: deadlock even with buffered sends: "
         "rank 0 waits to receive block c0 l1 from rank 1; "
         "rank 1 waits to receive hidden c0 l1 from rank 0"
     )
@@ -126,7 +126,7 @@ def test_a_plan_that_hangs_even_with_buffered_sends_does_not_blame_rendezvous() 
 def test_a_lane_that_waits_for_itself() -> None:
     verdict = moved("layer c0 l0", before="embed c0")
     assert verdict.steps == (
-        "rank 0 cannot start `layer c0 l0` before hidden c0 l0, which `embed c0` makes only later",
+        "rank 0 cannot start `layer c0 l0` before hidden c0 l0, which `embed c0` makes later",
     )
     assert [parse_plan(GOOD).lanes[p.rank][p.lane].name for p in verdict.places] == ["main"]
 
@@ -138,7 +138,7 @@ def test_a_cycle_names_the_need_that_closes_it_and_not_another_one() -> None:
     verdict = verify(Plan(Shape(1, 2, 1, (0,)), "own", "none", ((Lane("a", lane_a), Lane("b", lane_b)),)))
     assert isinstance(verdict, Counterexample)
     assert verdict.steps == (
-        "rank 0 cannot start `layer c1 l0` before block c0 l0, which `layer c0 l0` makes only later",
+        "rank 0 cannot start `layer c1 l0` before block c0 l0, which `layer c0 l0` makes later",
     )
 
 
@@ -146,16 +146,16 @@ FLAWS = {
     "no such peer": (
         [("send final -> 0, 1 token", "send final -> 2, 1 token")],
         "refuted (out of range): rank 1: `send final -> 2, 1 token`: "
-        "rank 2 is no peer of rank 1; there are 2 ranks",
+        "rank 2 is no peer of rank 1; the plan has 2 ranks",
     ),
     "its own peer": (
         [("send final -> 0, 1 token", "send final -> 1, 1 token")],
         "refuted (out of range): rank 1: `send final -> 1, 1 token`: "
-        "rank 1 is no peer of rank 1; there are 2 ranks",
+        "rank 1 is no peer of rank 1; the plan has 2 ranks",
     ),
     "no such chunk": (
         [("embed c1", "embed c2")],
-        "refuted (out of range): rank 0: `embed c2`: chunk 2 does not exist; there are 2",
+        "refuted (out of range): rank 0: `embed c2`: chunk 2 is out of range; the plan has 2 chunks",
     ),
     "no such layer": (
         [("layer c1 l1", "layer c1 l2")],
@@ -196,24 +196,24 @@ FLAWS = {
     ),
     "made twice": (
         [("embed c0", "embed c0\nembed c0")],
-        "refuted (made twice): rank 0 would make hidden c0 l0 twice, by `embed c0` and by `embed c0`",
+        "refuted (made twice): rank 0 makes hidden c0 l0 twice, by `embed c0` and by `embed c0`",
     ),
     "received and computed": (
         [("layer c0 l1", "embed c0\nlayer c0 l0\nlayer c0 l1")],
-        "refuted (made twice): rank 1 would make block c0 l0 twice, by `recv kv c0 l0 <- 0, 2 tokens` "
+        "refuted (made twice): rank 1 makes block c0 l0 twice, by `recv kv c0 l0 <- 0, 2 tokens` "
         "and by `layer c0 l0`",
     ),
     "nothing makes it": (
         [("embed c1", "")],
-        "refuted (missing): rank 0: `layer c1 l0` needs hidden c1 l0, which nothing on rank 0 makes",
+        "refuted (missing): rank 0: `layer c1 l0` needs hidden c1 l0, which no op on rank 0 makes",
     ),
     "a block is not synced": (
         [("send kv c1 l1 -> 0, 1 token", ""), ("recv kv c1 l1 <- 1, 1 token", "")],
-        "refuted (missing): rank 0 would end without block c1 l1: nothing there makes or receives it",
+        "refuted (missing): rank 0 ends without block c1 l1: no op there makes or receives it",
     ),
     "the final state is not given": (
         [("send final -> 0, 1 token", ""), ("recv final <- 1, 1 token", "")],
-        "refuted (missing): rank 0 would end without final: nothing there makes or receives it",
+        "refuted (missing): rank 0 ends without final: no op there makes or receives it",
     ),
 }
 
@@ -253,7 +253,7 @@ def test_a_plan_in_which_every_rank_computes_all_needs_no_transfer() -> None:
 def test_a_plan_without_ops_is_refuted() -> None:
     verdict = verify(Plan(Shape(1, 1, 1, (0,)), "none", "none", ((),)))
     assert str(verdict) == (
-        "refuted (missing): rank 0 would end without block c0 l0: nothing there makes or receives it"
+        "refuted (missing): rank 0 ends without block c0 l0: no op there makes or receives it"
     )
 
 

@@ -207,7 +207,7 @@ def test_a_user_who_steps_edits_and_goes_back_is_never_accused(session: Session,
     run.wait(DEADLINE_S)
     for rank in range(3):
         engine = engine_of(session, rank)
-        engine.prompt.enter_edits()
+        engine.prompt.detect_edits()
         assert [key for key in engine.executor.state.ledger.entries if _differs(engine, key)] == []
     assert run.corrupt == []
 

@@ -8,7 +8,8 @@ import pytest
 
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import Op
-from dinfer.transport.gate import FreeGate, Gate, SeededGate
+from dinfer.transport.gate import FreeGate, Gate
+from tests.support.seeded_gate import SeededGate
 from tests.support.twin import prompt, twin
 
 IDS = list(prompt(10))
