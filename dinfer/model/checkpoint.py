@@ -1,7 +1,7 @@
-"""What a checkpoint folder holds, and whether it is whole, judged before anything is loaded.
+"""Checks a checkpoint folder before anything is loaded, and computes its fingerprint.
 
-Reads config.json and the headers of the safetensors files with the standard library alone: no torch, no
-weights in memory, milliseconds for any size. It does not judge the values of the weights.
+It reads config.json and the headers of the safetensors files, with the standard library alone: no torch, no weights in
+memory, milliseconds for any size. It does not check the values of the weights.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _CONFIGS = ("config.json", "generation_config.json")
 
 SPAN = 64 * 1024
-"""Bytes of one sample."""
+"""bytes of one sample"""
 
 SPANS = 16
-"""Samples of one file."""
+"""samples of one file"""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a checkpoint says of itself; `weight_bytes` in bytes, `max_positions` in tokens.
+    """The sizes and dtypes of a checkpoint.
 
-    `dtype` is what the config asks for, `stored_dtype` what the files hold ("mixed" if several); `parameters`
-    counts the numbers in the files, `intermediate_size` is what one token passes through in an MLP.
+    `max_positions`: in tokens; `dtype`: the config's; `stored_dtype`: that of the files ("mixed" if several);
+    `tokenizer`: whether there is one; `weight_bytes` and `parameters`: of all files together; `intermediate_size`: the
+    width of the MLP of one token.
     """
 
     path: Path
@@ -63,9 +64,9 @@ class Spec:
 
 
 def resolve(path: str | Path) -> Path:
-    """Return the folder that `path` names: "demo", a folder, or a Hugging Face id that is in the local cache.
+    """Return the folder of a checkpoint: "demo", a folder, or a Hugging Face id in the local cache.
 
-    Nothing is ever downloaded. Raises `ModelError` where there is no such folder.
+    Never downloads. Raises `ModelError` if there is no such folder.
     """
     if str(path) == "demo":
         from dinfer.model.demo import CHECKPOINT
@@ -79,12 +80,12 @@ def resolve(path: str | Path) -> Path:
     if _HUB_ID.fullmatch(str(path)):
         return _from_hub_cache(str(path))
     raise ModelError(
-        f"there is no folder {folder}; give the folder of a checkpoint, or 'demo' for the built-in model"
+        f"folder {folder} does not exist; give the folder of a checkpoint, or 'demo' for the built-in model"
     )
 
 
 def check(path: str | Path) -> Spec:
-    """Return the `Spec` of a complete checkpoint of a supported architecture; else raise `ModelError`."""
+    """Return the `Spec` of a checkpoint. Raises `ModelError` if it is incomplete or its architecture unsupported."""
     folder = resolve(path)
     config = _read_json(_config_file(folder))
     family = family_in(config)
@@ -118,7 +119,7 @@ def _from_hub_cache(name: str) -> Path:
         return Path(snapshot_download(name, local_files_only=True))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"there is no folder {name!r}, and no model of that name in the local Hugging Face cache. "
+            f"folder {name!r} does not exist, and the local Hugging Face cache has no model of that name. "
             f"dinfer downloads nothing: fetch it first (hf download {name}) or give a checkpoint's folder"
         ) from error
 
@@ -129,23 +130,27 @@ def _config_file(folder: Path) -> Path:
         return file
     there = sorted(entry.name for entry in folder.iterdir())
     listed = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
-    raise ModelError(f"{folder} has no config.json, so it is no checkpoint. It holds: {listed or 'nothing'}")
+    raise ModelError(
+        f"{folder} has no config.json, so it is not a checkpoint. It holds: {listed or 'nothing'}"
+    )
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read as JSON ({error}); get the checkpoint again") from error
+        raise ModelError(f"{file} cannot be read as JSON ({error}); download the checkpoint again") from error
     if not isinstance(value, dict):
-        raise ModelError(f"{file} holds {type(value).__name__}, not a JSON object; get the checkpoint again")
+        raise ModelError(
+            f"{file} holds {type(value).__name__}, not a JSON object; download the checkpoint again"
+        )
     return value
 
 
 def _check_features(config: Mapping[str, Any], folder: Path) -> None:
     if "quantization_config" in config:
         raise ModelError(
-            f"{folder} holds quantized weights, which are not supported; take the float16 or bfloat16 one"
+            f"{folder} holds quantized weights, which are not supported; use the float16 or bfloat16 checkpoint"
         )
     kinds = {str(kind) for kind in config.get("layer_types") or ()} - {"full_attention", "sliding_attention"}
     if kinds:
@@ -154,33 +159,33 @@ def _check_features(config: Mapping[str, Any], folder: Path) -> None:
             "they keep no plain K and V"
         )
     if config.get("use_bidirectional_attention"):
-        raise ModelError(f"{folder} attends to later tokens too, so it is no language model to decode with")
+        raise ModelError(f"{folder} attends to later tokens too, so it cannot decode")
     if "dynamic" in _rope_types(config):
         raise ModelError(
             f"{folder} has rope type 'dynamic', which is not supported: its angles depend on the longest "
-            "text seen before, so going back would give other results"
+            "text so far, so going back would change results"
         )
 
 
 def _size(config: Mapping[str, Any], key: str, folder: Path) -> int:
     value = config.get(key)
     if not isinstance(value, int) or value < 1:
-        raise ModelError(f"{folder}/config.json has {key}={value!r}; it must be a whole number of at least 1")
+        raise ModelError(f"{folder}/config.json has {key}={value!r}; it must be a whole number, at least 1")
     return value
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of the checkpoint; all of them exist."""
+    """Return the safetensors files of a checkpoint. Raises `ModelError` if one is missing."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.is_file():
         if single.is_file():
             return [single]
         raise ModelError(
-            f"{folder} has no weights: neither {single.name} nor {index.name} (other formats are not read)"
+            f"{folder} has no weights: neither {single.name} nor {index.name} (other formats are not supported)"
         )
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{index} names no weights; get the checkpoint again")
+        raise ModelError(f"{index} names no weights; download the checkpoint again")
     files = [folder / name for name in sorted(set(weight_map.values()))]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ModelError(f"{folder} lacks {len(missing)} of {len(files)} weight files: {', '.join(missing)}")
@@ -188,10 +193,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _header(file: Path) -> dict[str, Any]:
-    """Return the header of a safetensors file that is as long as its header says (source: its README).
+    """Return the header of a safetensors file. Raises `ModelError` if the file is shorter than the header says.
 
-    The file is 8 bytes of header length (little endian), the header as JSON, then the data that its offsets
-    describe.
+    The file has 8 bytes of header length (little endian), the header as JSON, then the data at the header's offsets.
+    Source: the README of safetensors.
     """
     actual = file.stat().st_size
     with file.open("rb") as stream:
@@ -211,12 +216,12 @@ def _header(file: Path) -> dict[str, Any]:
 def _check_length(file: Path, actual: int, expected: int, header_length: int) -> None:
     if header_length > _MAX_HEADER:
         raise ModelError(
-            f"{file} is not a safetensors file: its first 8 bytes are no header length; get it again"
+            f"{file} is not a safetensors file: its first 8 bytes are not a header length; download it again"
         )
     if actual < expected:
         raise ModelError(
-            f"{file.name} in {file.parent} is cut short: it has {actual:,} of at least {expected:,} bytes, "
-            f"{expected - actual:,} bytes are missing; get this file again"
+            f"{file.name} in {file.parent} is truncated: it has {actual:,} of at least {expected:,} bytes, "
+            f"{expected - actual:,} bytes are missing; download this file again"
         )
 
 
@@ -227,13 +232,13 @@ def _parse_header(file: Path, text: bytes) -> dict[str, Any]:
         [(math.prod(entry["shape"]), entry["dtype"]) for entry in _entries(header)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"{file} is not a safetensors file: its header cannot be read; get it again"
+            f"{file} is not a safetensors file: its header cannot be read; download it again"
         ) from error
     return dict(header)
 
 
 def _entries(header: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return what a header says of each tensor: dtype, shape and data_offsets."""
+    """Return the header's entries: dtype, shape and data_offsets of each tensor."""
     return [entry for name, entry in header.items() if name != "__metadata__"]
 
 
@@ -242,16 +247,16 @@ def _data_bytes(header: Mapping[str, Any]) -> int:
 
 
 def _first_dtype(weights: Sequence[Mapping[str, Any]]) -> str:
-    """Return the dtype of the first weight, by the name that torch has for it."""
+    """Return the dtype of the first weight, by its torch name."""
     first = weights[0]["dtype"] if weights else "F32"
     return _DTYPES.get(first, str(first))
 
 
 def _max_positions(config: Mapping[str, Any], folder: Path) -> int:
-    """Return the number of positions; with longrope, only those before it changes all angles.
+    """Return the number of positions; with longrope, those before it changes all angles.
 
-    Past them transformers rotates new tokens by other angles than those in the cache, and its `generate`
-    starts the prompt again: a result would depend on the chunks.
+    Beyond them transformers rotates new tokens by other angles than those in the cache, and its `generate` runs the
+    prompt again, so results would depend on the chunks.
     """
     positions = _size(config, "max_position_embeddings", folder)
     if "longrope" not in _rope_types(config):
@@ -266,14 +271,14 @@ def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _rope_types(config: Mapping[str, Any]) -> set[Any]:
-    """Return the rope types of a config, under their old and new name; Gemma3 has one for each layer type."""
+    """Return the rope types of a config, under their old and new key; Gemma3 has one for each layer type."""
     rope = _rope(config)
     all_of_them = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
     return {one.get(key) for one in all_of_them for key in ("rope_type", "type")}
 
 
 def _intermediate(config: Mapping[str, Any]) -> int:
-    """Return how wide the MLP of a token is: all its experts together where there are experts."""
+    """Return the width of the MLP of one token; with experts, of all experts that it passes."""
     experts = int(config.get("moe_intermediate_size") or 0) * int(config.get("num_experts_per_tok") or 0)
     return max(experts, int(config.get("intermediate_size") or 0))
 

@@ -1,7 +1,7 @@
-"""What transformers itself makes of a prompt: the answer that dinfer's own runs are compared with.
+"""The reference: transformers' own forward of the whole model, which dinfer's runs are compared with.
 
-Uses the model's own forward, its `DynamicCache` and `generate`; nothing of dinfer but the loaded weights. Run
-it with the thread count of the ranks: float32 attention differs between 1 and 2 threads.
+It uses the model's own forward and `DynamicCache`, and of dinfer only the loaded weights. Run it with the thread count
+of the ranks: float32 attention differs between 1 and 2 threads.
 """
 
 from __future__ import annotations
@@ -19,22 +19,24 @@ from transformers import DynamicCache
 from dinfer.model.decoder import Decoder
 
 See = Callable[[str, int, Tensor], None]
-"""called with ("hidden", layer, [1, tokens, hidden_size]) before each layer, and after the last with the number of
-layers; and with ("kv", layer, [tokens, 2, kv_heads, head_dim]) as a layer hands them to its cache"""
+"""called with ("hidden", layer, [1, tokens, hidden_size]) before each layer and after the last one (layer: the number
+of layers), and with ("kv", layer, [tokens, 2, kv_heads, head_dim]) when a layer updates its cache"""
 
 
 class PieceOutput(NamedTuple):
-    """`hidden`: normed, [1, tokens, hidden_size]; `logits`: of the last token, float32 [vocab_size]."""
+    """Of one piece of a prompt: `hidden`, normed, [1, tokens, hidden_size], and float32 `logits` [vocab_size] of its
+    last token."""
 
     hidden: Tensor
     logits: Tensor
 
 
 class Forward:
-    """transformers' forward of the whole model, fed piece by piece, which shows what it makes as it makes it.
+    """transformers' forward of the whole model, fed a prompt piece by piece; calls `see` with each tensor as it is
+    made.
 
-    Only its own KV lasts longer than a piece. The model is not changed but for hooks, which are there while a piece
-    is fed and look at the feeding thread's calls alone: ranks that are threads of one process share the modules.
+    Only its KV outlives a piece. Hooks are on the modules while a piece runs, and ignore calls of other threads, since
+    ranks that are threads of one process share the modules.
     """
 
     def __init__(self, decoder: Decoder, see: See) -> None:
@@ -48,7 +50,7 @@ class Forward:
 
     @torch.no_grad()
     def feed(self, ids: Sequence[int]) -> PieceOutput:
-        """Run the tokens that follow those fed before. Raises what `see` raises."""
+        """Run the next tokens of the prompt. Raises what `see` raises."""
         piece = torch.tensor([list(ids)], device=self._decoder.device)
         with self._hooks():
             output = self._decoder.model(
@@ -58,8 +60,8 @@ class Forward:
         return PieceOutput(self._normed, output.logits[0, 0].float())
 
     def _update(self, layer: int, update: Any, keys: Tensor, values: Tensor, *args: Any, **named: Any) -> Any:
-        """What a layer hands to its cache. Layers with a sliding window forget; transformers' own past recording shows
-        layers too much in 5.17."""
+        """Shows what a layer hands to its cache. (Sliding-window layers drop earlier rows, and transformers 5.17 can
+        show layers too many.)"""
         rows = torch.stack([keys[0], values[0]], dim=1).permute(2, 1, 0, 3).contiguous()
         self._show("kv", layer, rows)
         return update(keys, values, *args, **named)
@@ -67,7 +69,7 @@ class Forward:
     def _show(self, what: str, layer: int, tensor: Tensor) -> None:
         self._looking = True
         try:
-            self._see(what, layer, tensor)  # it may run layers of this very model, which are not to be shown
+            self._see(what, layer, tensor)  # `see` may run layers of this model itself: do not show those
         finally:
             self._looking = False
 

@@ -118,8 +118,8 @@ def check(breakpoint: Breakpoint, cuts: Cuts) -> None:
         if (value := getattr(breakpoint, name)) is not None:
             within(name, value, count)
     raise PlanError(
-        f"no op of this run matches {str(breakpoint).split(': after ')[1]}: layer ops run on the rank that owns the layer "
-        f"(stages start at {', '.join(map(str, shape.starts))})."
+        f"no op of this run matches {str(breakpoint).split(': after ')[1]}: layer ops run on the rank that owns the "
+        f"layer (stages start at {', '.join(map(str, shape.starts))})."
     )
 
 

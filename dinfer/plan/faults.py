@@ -119,18 +119,18 @@ def fault_of(number: int, kind: str, shape: Shape, sizes: TokenSizes, **given: A
 
     Raises PlanError; the message names the given value, the allowed ones and what to do.
     """
-    said = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None}
     rule = _rule(kind)
-    _check_names(kind, rule, said)
-    where = _where(kind, rule, said.get("where"))
+    _check_names(kind, rule, given)
+    where = _where(kind, rule, given.get("where"))
     if kind == "repeat_row":
         return Fault(number, kind, where)
-    if "layer" not in said:
+    if "layer" not in given:
         raise PlanError(f"{kind} needs a layer: give layer=0 to {shape.layers - 1}.")
-    layer = _within("layer", said["layer"], shape.layers)
-    rank = _rank(where, shape, layer, said.get("rank"))
-    chunk = _chunk(kind, shape, said)
-    details = _details(rule, shape.chunks[chunk], sizes, said)
+    layer = _within("layer", given["layer"], shape.layers)
+    rank = _rank(where, shape, layer, given.get("rank"))
+    chunk = _chunk(kind, shape, given)
+    details = _details(rule, shape.chunks[chunk], sizes, given)
     _check_kind(kind, chunk, shape, sizes)
     return Fault(number, kind, where, rank, chunk, layer, **details)
 
@@ -148,9 +148,9 @@ def _rule(kind: str) -> FaultRule:
     return KINDS[kind]
 
 
-def _check_names(kind: str, rule: FaultRule, said: Mapping[str, Any]) -> None:
+def _check_names(kind: str, rule: FaultRule, given: Mapping[str, Any]) -> None:
     allowed = ("where",) if kind == "repeat_row" else ("rank", "layer", "chunk", "where", *rule.details)
-    if wrong := [name for name in said if name not in allowed]:
+    if wrong := [name for name in given if name not in allowed]:
         why = "it strikes on all ranks, in decode" if kind == "repeat_row" else "it breaks a whole block"
         why = why if not rule.details else "it has no such parameter"
         raise PlanError(
@@ -195,40 +195,40 @@ def _rank(where: FaultPlace, shape: Shape, layer: int, rank: Any) -> int:
     return int(rank)
 
 
-def _chunk(kind: str, shape: Shape, said: Mapping[str, Any]) -> int:
+def _chunk(kind: str, shape: Shape, given: Mapping[str, Any]) -> int:
     chunks = shape.chunks
-    if "token" in said:
-        token = _within("token", said["token"], shape.tokens, "the prompt's tokens")
+    if "token" in given:
+        token = _within("token", given["token"], shape.tokens, "the prompt's tokens")
         chunk = token // shape.chunk_size
-        if "chunk" in said and _within("chunk", said["chunk"], len(chunks)) != chunk:
-            rows = chunks[said["chunk"]]
+        if "chunk" in given and _within("chunk", given["chunk"], len(chunks)) != chunk:
+            rows = chunks[given["chunk"]]
             raise PlanError(
-                f"token {token} is in chunk {chunk}, not in chunk {said['chunk']} (tokens {rows.start} to {rows.stop - 1}): "
-                "leave chunk out. (A token is a position in the prompt.)"
+                f"token {token} is in chunk {chunk}, not in chunk {given['chunk']} (tokens {rows.start} to "
+                f"{rows.stop - 1}): leave chunk out. (A token is a position in the prompt.)"
             )
         return chunk
-    if "chunk" not in said:
+    if "chunk" not in given:
         also = " or a token" if "token" in KINDS[kind].details else ""
         raise PlanError(f"{kind} needs a block: give chunk=0 to {len(chunks) - 1}{also}.")
-    return _within("chunk", said["chunk"], len(chunks))
+    return _within("chunk", given["chunk"], len(chunks))
 
 
-def _details(rule: FaultRule, rows: range, sizes: TokenSizes, said: Mapping[str, Any]) -> dict[str, Any]:
+def _details(rule: FaultRule, rows: range, sizes: TokenSizes, given: Mapping[str, Any]) -> dict[str, Any]:
     """The kind's parameters beside its block, checked and with defaults."""
     found = dict[str, Any]()
     if "tensor" in rule.details:
-        found["tensor"] = _tensor(said.get("tensor"), one="head" in rule.details)
+        found["tensor"] = _tensor(given.get("tensor"), one="head" in rule.details)
     if "head" in rule.details:
-        found["head"] = _within("head", said.get("head", 0), sizes.kv_heads, "this model's KV heads")
-        found["token"] = said.get("token", rows.start)
-    if "dim" in said:
-        found["dim"] = _within("dim", said["dim"], sizes.head_dim, "the dims of a head")
-    if "bit" in said:
-        found["bit"] = _within("bit", said["bit"], _BITS[sizes.dtype][0], f"the bits of a {sizes.dtype}")
-    if "seed" in said:
-        found["seed"] = _within("seed", said["seed"], 2**63, "seeds")
+        found["head"] = _within("head", given.get("head", 0), sizes.kv_heads, "this model's KV heads")
+        found["token"] = given.get("token", rows.start)
+    if "dim" in given:
+        found["dim"] = _within("dim", given["dim"], sizes.head_dim, "the dims of a head")
+    if "bit" in given:
+        found["bit"] = _within("bit", given["bit"], _BITS[sizes.dtype][0], f"the bits of a {sizes.dtype}")
+    if "seed" in given:
+        found["seed"] = _within("seed", given["seed"], 2**63, "seeds")
     if "dtype" in rule.details:
-        found["dtype"] = _lower(said.get("dtype"), sizes.dtype)
+        found["dtype"] = _lower(given.get("dtype"), sizes.dtype)
     return found
 
 

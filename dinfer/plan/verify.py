@@ -207,8 +207,8 @@ def _pair_order(graph: Graph, first: int, number: int) -> Counterexample:
         f"rank {graph.ranks[a]} issues `{graph.ops[a]}` before `{graph.ops[b]}`" for a, b in (theirs, mine)
     )
     meaning = (
-        f"on the {graph.ops[number].communicator} communicator NCCL runs each rank's transfers with a peer in the order "
-        "in which it issues them, so the two ranks deadlock"
+        f"on the {graph.ops[number].communicator} communicator NCCL runs each rank's transfers with a peer in the "
+        "order in which it issues them, so the two ranks deadlock"
     )
     return Counterexample("pair order", (*steps, meaning), tuple(graph.place(n) for n in (*theirs, *mine)))
 

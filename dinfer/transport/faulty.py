@@ -1,7 +1,4 @@
-"""Faulty transports: a rank's Comm, broken in one way each. For the fault lab; nothing else makes them.
-
-Each stands in front of a real one for the length of one op, and passes on whatever it does not break.
-"""
+"""Faulty transports for the fault lab: each wraps a rank's Comm for one op and breaks one thing."""
 
 import time
 from dataclasses import replace
@@ -15,7 +12,7 @@ from dinfer.transport.header import Header
 
 
 class FaultyComm:
-    """One that is whole."""
+    """The base class: passes everything on to `comm`."""
 
     def __init__(self, comm: Comm) -> None:
         self.comm, self.rank, self.world_size = comm, comm.rank, comm.world_size
@@ -46,18 +43,18 @@ class SendsTwice(FaultyComm):
 
 
 class SendsLonger(FaultyComm):
-    """Sends one token more than there is."""
+    """Sends one token more than the payload has."""
 
     def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:
         assert payload is not None
-        said = Header.unpack(header)
-        longer = said.nbytes // said.tokens * (said.tokens + 1)
-        changed = replace(said, tokens=said.tokens + 1, nbytes=longer)
+        true = Header.unpack(header)
+        longer = true.nbytes // true.tokens * (true.tokens + 1)
+        changed = replace(true, tokens=true.tokens + 1, nbytes=longer)
         return self.comm.send(channel, changed.pack(), torch.zeros(longer, dtype=torch.uint8))
 
 
 class SendsElsewhere(FaultyComm):
-    """Sends to another rank than it is told to."""
+    """Sends to rank `target` instead of the channel's."""
 
     def __init__(self, comm: Comm, target: int) -> None:
         super().__init__(comm)
@@ -68,7 +65,7 @@ class SendsElsewhere(FaultyComm):
 
 
 class SlowReceiver(FaultyComm):
-    """Payloads take that many seconds longer to come."""
+    """Delays each payload by `seconds`."""
 
     def __init__(self, comm: Comm, seconds: float) -> None:
         super().__init__(comm)
@@ -80,7 +77,7 @@ class SlowReceiver(FaultyComm):
 
 
 class CutLink(FaultyComm):
-    """Nothing comes any more, and nobody says so: it listens where no rank ever speaks."""
+    """Receives nothing, without an error: it waits for a gather that no other rank joins."""
 
     def recv_header(self, channel: Channel) -> bytes:
         self.comm.all_gather(b"cut")

@@ -1,8 +1,8 @@
-"""Gates: how lanes wait for what other threads do.
+"""Gate: the lock of the state that threads share, and how they wait for changes to it.
 
-All state that threads share is changed inside `with gate.change()` and waited for with `gate.wait(claim)`.
-`claim` runs under the gate's lock; what it returns, unless None, is what `wait` returns, so a lane takes its
-next op in one atomic act. It may run on any thread, and several times.
+Threads change shared state inside `with gate.change()` and wait with `gate.wait(claim)`. `claim` runs under the lock,
+on any thread and possibly several times; `wait` returns its result once that is not None, so a lane takes its next op
+atomically.
 """
 
 import threading
@@ -14,35 +14,35 @@ T = TypeVar("T")
 
 
 class Gate(Protocol):
-    """What executor and in-process transport need of a gate."""
+    """What executors and the in-process transport use."""
 
     def enroll(self, thread: str) -> None:
-        """The thread of this name is a lane; to be said before it starts."""
+        """Register the thread of this name as a lane, before it starts."""
 
     def leave(self) -> None:
-        """The calling thread is no lane any more."""
+        """Unregister the calling thread."""
 
     def wait(self, claim: Callable[[], T | None], timeout: float | None = None) -> T | None:
-        """What `claim` returns as soon as that is not None; None once `timeout` seconds have passed."""
+        """Return the result of `claim` once that is not None, or None after `timeout` seconds."""
 
     def hold(self) -> AbstractContextManager[None]:
-        """Hold the lock for a change that nobody waits for: wakes nobody."""
+        """Hold the lock for a change that no thread waits for; wakes none."""
 
     def change(self) -> AbstractContextManager[None]:
-        """Hold the lock, and wake who waits afterwards. May be nested: only the outermost wakes anyone."""
+        """Hold the lock for a change, then wake threads whose claim succeeds. If nested, the outermost wakes them."""
 
 
 class _Waiting:
-    """A thread that waits: `drawn` is notified once its claim has succeeded."""
+    """A thread that waits: `woken` is notified once its claim has succeeded."""
 
     def __init__(self, claim: Callable[[], object], lock: threading.RLock) -> None:
         self.claim = claim
         self.result: object = None
         self.error: BaseException | None = None
-        self.drawn = threading.Condition(lock)
+        self.woken = threading.Condition(lock)
 
     def settled(self) -> bool:
-        """Claim, unless that has succeeded; whether it has. What the claim raises is for the thread that waits."""
+        """Try the claim, unless it has succeeded; returns whether it has. The waiting thread raises what it raises."""
         if self.result is None and self.error is None:
             try:
                 self.result = self.claim()
@@ -52,10 +52,10 @@ class _Waiting:
 
 
 class FreeGate:
-    """Threads run as the machine lets them.
+    """A gate at which threads run freely.
 
-    Who changes something looks for those who wait, and wakes only whose claim succeeds: to wake all of a rank's lanes
-    at every op would take the interpreter from the one that computes for longer than a GPU's layer takes to launch.
+    A thread that changes something tries the claims of those that wait and wakes only those that succeed. Waking all of
+    a rank's lanes at every op would take the GIL from the computing lane for longer than a GPU's layer takes to launch.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class FreeGate:
             mine = _Waiting(claim, self._lock)
             self._waiting.append(mine)
             try:
-                mine.drawn.wait_for(mine.settled, timeout)
+                mine.woken.wait_for(mine.settled, timeout)
             finally:
                 self._waiting.remove(mine)
             if mine.error is not None:
@@ -98,8 +98,8 @@ class FreeGate:
                     self._wake()
 
     def _wake(self) -> None:
-        # Ctrl-C reaches the main thread only, and must not end a claim half-way: there, let all look for themselves.
+        # Ctrl-C reaches the main thread only and must not interrupt a claim: from there, wake all to try their own.
         is_main = threading.current_thread() is threading.main_thread()
         for waiting in self._waiting:
             if is_main or waiting.settled():
-                waiting.drawn.notify()
+                waiting.woken.notify()

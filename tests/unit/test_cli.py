@@ -137,7 +137,7 @@ def test_an_edited_plan_is_refuted_in_its_own_words(old: str, new: str, words: s
     [
         ("", "this is not a plan: it is empty"),
         ("hello\n", "this is not a plan: it starts with 'hello'"),
-        ("dinfer plan 1\n", "the plan ends before its header is complete"),
+        ("dinfer plan 1\n", "the plan's header is incomplete"),
     ],
 )
 def test_what_is_not_a_plan_has_status_2(text: str, words: str) -> None:
@@ -232,14 +232,14 @@ def test_a_damaged_checkpoint_is_told_before_ranks_start(tmp_path: Path) -> None
     folder = tiny_checkpoint(tmp_path / "model", layers=3)
     config = json.loads((folder / "config.json").read_text())
     run = (tmp_path, "--prompt-ids", "1,2", "--model")
-    assert "there is no folder" in mistake(*run, tmp_path / "nowhere")
+    assert "nowhere does not exist" in mistake(*run, tmp_path / "nowhere")
     assert "has no config.json" in mistake(*run, tmp_path)
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
     assert "mamba" in mistake(*run, folder)
     (folder / "config.json").write_text(json.dumps(config))
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert "is cut short" in mistake(*run, folder)
+    assert "is truncated" in mistake(*run, folder)
     weights.unlink()
     assert "has no weights" in mistake(*run, folder)
 

@@ -181,7 +181,9 @@ def test_a_new_prompt_is_refused_while_the_one_before_is_blocked(
         assert gate.wait(lambda: gate.stuck() or None, 30)
         executor = made.engines[0].executor
         monkeypatch.setattr(executor, "close", partial(executor.close, timeout=0.01))
-        with pytest.raises(RuntimeError, match=r"rank 0 still has lanes .* blocked in a transfer"):
+        with pytest.raises(
+            RuntimeError, match=r"rank 0: lanes of the previous prompt are still blocked in a transfer"
+        ):
             made.engines[0].prepare(IDS)
         monkeypatch.undo()
 
@@ -206,7 +208,7 @@ def test_bytes_that_are_no_header_are_refused() -> None:
     header = Header(7, Value("kv", 1, 2), 4, "float32", 512)
     assert Header.unpack(header.pack()) == header
     assert len(header.pack()) == HEADER_BYTES
-    with pytest.raises(TransferError, match="where a header was expected"):
+    with pytest.raises(TransferError, match="is not a header: the stream"):
         Header.unpack(b"\0" * HEADER_BYTES)
 
 

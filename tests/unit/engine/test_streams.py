@@ -107,7 +107,7 @@ def test_issuing_takes_one_lane_a_rank(small: Decoder) -> None:
         engine = made.engines[0]
         made.prepare(IDS)
         executor = engine.executor
-        with pytest.raises(PlanError, match="rank 0 can issue one lane only.*lower it first"):
+        with pytest.raises(PlanError, match="rank 0 can issue one lane only"):
             StreamExecutor(
                 executor.plan,
                 executor.state,

@@ -36,19 +36,19 @@ def test_the_choice(values: dict[str, object], nccl: bool, expected: str) -> Non
         (
             {},
             True,
-            "backend is nccl, but gpu_ids names no GPUs: NCCL takes one a rank. Give gpu_ids, such as 0,1, "
+            "backend is nccl, but gpu_ids is empty: NCCL needs one GPU a rank. Give gpu_ids, such as 0,1, "
             "or use backend gloo.",
         ),
         (
             {"gpu_ids": "4,4"},
             True,
-            "backend is nccl, but ranks 0 and 1 share GPU 4: NCCL takes one rank a GPU. "
+            "backend is nccl, but ranks 0 and 1 share GPU 4: NCCL needs one GPU a rank. "
             "Give each rank its own in gpu_ids, or use backend gloo.",
         ),
         (
             {"gpu_ids": "0,1"},
             False,
-            "backend is nccl, but torch here has no NCCL, or sees no GPU. "
+            "backend is nccl, but this torch has no NCCL or finds no GPU. "
             "Install a CUDA build of torch for Linux, or use backend gloo.",
         ),
     ],

@@ -31,7 +31,7 @@ def session(tmp_path: Path) -> Iterator[Session]:
         ({"threads": 7}, "threads is 7, but the ranks were loaded with 1"),
         ({"model_path": "/another"}, "session.load('/another') sets it for all runs"),
         ({"gpu_ids": (0, 1)}, "gpu_ids=(0, 1)) sets it for all runs"),
-        ({"backend": "nccl"}, "backend is nccl, but the ranks have met by gloo"),
+        ({"backend": "nccl"}, "backend is nccl, but the ranks are connected by gloo"),
         ({"world_size": 1}, "world_size is 1, but this session has 2 ranks: dinfer.connect(n=1)"),
     ],
 )

@@ -82,7 +82,7 @@ def test_need_is_what_a_decoder_takes(tmp_path: Path, family: str) -> None:
 
 
 def test_an_unknown_dtype_is_refused() -> None:
-    with pytest.raises(ModelError, match="dtype 'int4' is not known; give one of float64, float32"):
+    with pytest.raises(ModelError, match="dtype 'int4' is unknown; give one of float64, float32"):
         need(QWEN3_4B, "int4", 1)
 
 
@@ -128,7 +128,7 @@ def test_each_single_change_that_helps_is_offered(monkeypatch: pytest.MonkeyPatc
     fits = 2 * 8_044_936_192 + 2 * 149 * 1024 * 10_000 + 10 * 1024**2
     said = refusal(monkeypatch, fits, "float32", 10_000, 1, chunk_size=2000)
     chunk = 10 * 1024**2 // (49_664 * 4 + 10_000 * 5)
-    assert f"chunk_size at most {chunk} in place of 2,000" in said
+    assert f"chunk_size at most {chunk} instead of 2,000" in said
     said = refusal(monkeypatch, 20 * GIB, "bfloat16", 1000, 3, "cuda:0")
     assert "at most 2 ranks here" in said
 
@@ -224,4 +224,4 @@ def test_where_nothing_is_enough_or_known_it_says_so() -> None:
     )
     text = out_of_memory_text(one, asked=None, available=GIB)
     assert "an unknown amount was asked for, 1.0 GiB were free" in text
-    assert text.endswith("Lower chunk_size, max_new_tokens or the prompt, or take dtype bfloat16.")
+    assert text.endswith("Lower chunk_size or max_new_tokens, shorten the prompt, or use dtype bfloat16.")

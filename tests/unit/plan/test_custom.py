@@ -47,10 +47,10 @@ OTHER = partition(layers=4, tokens=9, world_size=2, chunk_size=4)
     [
         (
             None,
-            r"wrong\(…\) gave None; it must give a Plan, a plan's text, or a list with a dict for each rank",
+            r"wrong\(…\) returned None; it must return a Plan, a plan's text, or a list with a dict for each rank",
         ),
-        ([["embed c0"]], r"gave \[\['embed c0'\]\]; it must give"),
-        ([{}], "gave lanes for 1 ranks; there are 2"),
+        ([["embed c0"]], r"returned \[\['embed c0'\]\]; it must return"),
+        ([{}], "has lanes for 1 ranks; this run has 2"),
         ([{"a b": []}, {}], "rank 0, lane 'a b': a lane's name must be one word"),
         ([{}, {3: []}], "rank 1, lane 3: a lane's name must be one word"),
         ([{"main": "embed c0"}, {}], "rank 0, lane 'main': its ops are 'embed c0'; they must be a list"),

@@ -111,8 +111,8 @@ def test_a_pair_that_issues_in_two_orders_is_told_in_words() -> None:
     assert str(verdict) == (
         "refuted (pair order): rank 0 issues `recv kv c0 l1 <- 1, 2 tokens` before "
         "`send kv c0 l0 -> 1, 2 tokens`; rank 1 issues `recv kv c0 l0 <- 0, 2 tokens` before "
-        "`send kv c0 l1 -> 0, 2 tokens`; on the kv communicator NCCL runs what two ranks exchange in the order of "
-        "each one's issue, so each waits for the other for ever"
+        "`send kv c0 l1 -> 0, 2 tokens`; on the kv communicator NCCL runs each rank's transfers with a peer in the "
+        "order in which it issues them, so the two ranks deadlock"
     )
     other_lane = verify(parse_plan(swapped.replace("lane issue", "lane main")))
     assert isinstance(other_lane, Counterexample)

@@ -65,7 +65,7 @@ ERRORS = {
     ),
     "half a header": (
         f"{HEADER}\nlayers 2, tokens 3, chunk_size 2\n",
-        "the plan ends before its header is complete: layers, stages and schedule take a line each.",
+        "the plan's header is incomplete: after the first line come one line each for layers, stages and schedule.",
     ),
     "sizes": (
         TEXT.replace("tokens 3", "token 3"),

@@ -136,8 +136,8 @@ def test_one_rank_only_computes(schedule: Schedule) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("eager", "ring"), "'eager' is not one of pipelined, lockstep, batched."),
-        (("lockstep", "tree"), "'tree' is not one of pairwise, ring."),
+        (("eager", "ring"), "'eager' is unknown; it must be one of pipelined, lockstep, batched."),
+        (("lockstep", "tree"), "'tree' is unknown; it must be one of pairwise, ring."),
     ],
 )
 def test_unknown_names(names: tuple[str, str], message: str) -> None:

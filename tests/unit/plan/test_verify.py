@@ -230,7 +230,7 @@ def test_a_channel_used_from_two_lanes() -> None:
     assert str(verify(parse_plan(text))) == (
         "refuted (shared channel): rank 1 sends on the kv channel 1→0 from two lanes, main "
         "(`send kv c0 l1 -> 0, 2 tokens`) and side (`send kv c1 l1 -> 0, 1 token`), "
-        "so nothing fixes their order"
+        "so their order is not fixed"
     )
 
 
@@ -240,7 +240,7 @@ def test_a_channel_received_on_two_lanes() -> None:
     assert str(verdict) == (
         "refuted (shared channel): rank 1 receives on the kv channel 0→1 from two lanes, main "
         "(`recv kv c0 l0 <- 0, 2 tokens`) and side (`recv kv c1 l0 <- 0, 1 token`), "
-        "so nothing fixes their order"
+        "so their order is not fixed"
     )
 
 
