@@ -203,8 +203,21 @@ class LaneExecutor(ABC):
             failed.__cause__ = error
             self.failure = self.failure or failed
 
-    def _ended(self, lane: LaneState, op: Op, event: Event, corrupt: Corruption | None = None) -> None:
-        """Record the op's event and call `on_op`. Raises Corrupted if `corrupt` is set and `on_corruption` is fail."""
+    def _record(
+        self,
+        lane: LaneState,
+        op: Op,
+        times: tuple[int, int, int, int],
+        size: int,
+        index: int,
+        corrupt: Corruption | None,
+    ) -> None:
+        """Record the event of an op that has ended, and call `on_op`.
+
+        `times`: ready, start, met and end, as in `Event`; `size`: bytes; `index`: the op's place on its lane. Raises
+        Corrupted if `corrupt` is set and `on_corruption` is fail.
+        """
+        event = event_of(op, self.rank, lane.name, index, times, size)
         self.recorder.record(lane.number, event)
         if corrupt:
             at = event.end
@@ -218,12 +231,6 @@ class LaneExecutor(ABC):
         """Raises PlanError if the op makes a value that is here already."""
         if twice := self._made.intersection(op.makes()):
             raise PlanError(f"{twice.pop()} is already on this rank; no op may make it a second time.")
-
-    def _event(
-        self, lane: LaneState, op: Op, times: tuple[int, int, int, int], size: int, index: int
-    ) -> Event:
-        """`times`: ready, start, met and end, as in `Event`; `index`: the op's place on the lane."""
-        return event_of(op, self.rank, lane.name, index, times, size)
 
     def _publish(self, lane: LaneState) -> None:
         self.board.set_lane(lane.number, lane.position, lane.limit, started=lane.started)

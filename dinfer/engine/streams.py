@@ -204,8 +204,7 @@ class StreamExecutor(LaneExecutor):
             corrupt = self.state.check_digests(op, came, pending.work.digests()) if op.what == "kv" else None
         start = max(times.start, pending.ready)
         size = pending.header.nbytes if pending.header else 0
-        event = self._event(lane, op, (pending.ready, start, max(times.met, start), times.end), size, index)
-        self._ended(lane, op, event, corrupt)
+        self._record(lane, op, (pending.ready, start, max(times.met, start), times.end), size, index, corrupt)
 
     def _move(self, batch: Sequence[_Pending]) -> None:
         lane = self._lane

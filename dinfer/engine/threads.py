@@ -101,8 +101,7 @@ class ThreadExecutor(LaneExecutor):
         end = monotonic_ns()
         if not outcome.released:
             times = lane.allowed_at, lane.started_at, outcome.met or lane.started_at, end
-            event = self._event(lane, op, times, outcome.bytes, lane.position)
-            self._ended(lane, op, event, outcome.corrupt)
+            self._record(lane, op, times, outcome.bytes, lane.position, outcome.corrupt)
         with self.gate.change():
             if not outcome.released:
                 self._check_new(op)  # again: another lane may have made it while this one waited

@@ -105,21 +105,37 @@ class KVCache:
             )
 
 
-class CacheWindow:
+class VisibleTokens:
+    """The part of `transformers.Cache` that mask functions use: tokens before `position`, and the first visible one."""
+
+    def __init__(self, position: int, sliding_window: int | None = None) -> None:
+        self.position = position
+        self.start = 0 if sliding_window is None else max(0, position - sliding_window + 1)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+        """Return the position of the first new token."""
+        return self.position
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:  # noqa: ARG002
+        """Return how many tokens a layer sees with `query_length` new ones, and the position of the first."""
+        return self.position + query_length - self.start, self.start
+
+
+class CacheWindow(VisibleTokens):
     """The `past_key_values` of a decoder layer that computes tokens [position, position + length).
 
     `update` writes K and V of these tokens into the cache and returns views of the tokens that they attend to: [0,
     position + length), or, with a sliding window, the last `sliding_window - 1` before `position` and these, as
     transformers' DynamicCache does. Other rows of the cache stay invisible. It has the part of the interface of
-    `transformers.Cache` that decoder layers and mask functions use.
+    `transformers.Cache` that decoder layers use.
     """
 
     is_compileable = False
 
     def __init__(self, cache: KVCache, position: int, length: int, sliding_window: int | None = None) -> None:
         cache._check_rows(position, position + length)
-        self.cache, self.position, self.length = cache, position, length
-        self.start = first_visible(position, sliding_window)
+        super().__init__(position, sliding_window)
+        self.cache, self.length = cache, length
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -138,16 +154,3 @@ class CacheWindow:
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """Return the number of tokens before this window, the same for every layer."""
         return self.position
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002
-        """Return the position of the first token of this window."""
-        return self.position
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:  # noqa: ARG002
-        """Return how many tokens a layer sees with `query_length` new ones, and the position of the first."""
-        return self.position + query_length - self.start, self.start
-
-
-def first_visible(position: int, sliding_window: int | None) -> int:
-    """Return the first token that a token at `position` attends to: 0, or `sliding_window - 1` before it."""
-    return 0 if sliding_window is None else max(0, position - sliding_window + 1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from dinfer.model.cache import first_visible
+from dinfer.model.cache import VisibleTokens
 from dinfer.model.errors import ModelError
 
 KEPT = 8
@@ -64,19 +64,6 @@ def _window(layer_type: str, options: Mapping[str, Any]) -> int | None:
     return options.get("sliding_window") if layer_type == "sliding_attention" else None
 
 
-class _Extent:
-    """The part of a cache that transformers' mask functions use: tokens before, and the first visible one."""
-
-    def __init__(self, position: int, kind: LayerKind) -> None:
-        self._position, self._start = position, first_visible(position, kind.sliding_window)
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002
-        return self._position
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:  # noqa: ARG002
-        return self._position + query_length - self._start, self._start
-
-
 class Positions:
     """Makes and keeps the `Placement` of token ranges. Thread-safe."""
 
@@ -104,7 +91,7 @@ class Positions:
             config=self._config,
             inputs_embeds=hidden,
             attention_mask=None,
-            past_key_values=_Extent(position, kind),
+            past_key_values=VisibleTokens(position, kind.sliding_window),
             position_ids=ids,
             layer_idx=0,
         )
