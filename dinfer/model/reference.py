@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from dinfer.model.decoder import Decoder
 
-See = Callable[[str, int, Tensor], None]
+OnTensor = Callable[[str, int, Tensor], None]
 """called with ("hidden", layer, [1, tokens, hidden_size]) before each layer and after the last one (layer: the number
 of layers), and with ("kv", layer, [tokens, 2, kv_heads, head_dim]) when a layer updates its cache"""
 
@@ -39,7 +39,7 @@ class Forward:
     ranks that are threads of one process share the modules.
     """
 
-    def __init__(self, decoder: Decoder, see: See) -> None:
+    def __init__(self, decoder: Decoder, see: OnTensor) -> None:
         self._decoder, self._see = decoder, see
         self._cache = DynamicCache(config=decoder.model.config)
         layers: list[Any] = self._cache.layers

@@ -15,7 +15,7 @@ from dinfer.plan.partition import within
 
 Condition = Literal["", "nan", "inf", "absmax", "digest", "slower"]
 
-WHENS = "'nan', 'inf', 'absmax > 100', 'digest differs', 'slower than 5 ms'"
+CONDITION_FORMS = "'nan', 'inf', 'absmax > 100', 'digest differs', 'slower than 5 ms'"
 
 _ABSMAX = re.compile(r"absmax\s*(?:>|above)\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", re.IGNORECASE)
 
@@ -103,7 +103,7 @@ def parse_when(text: str | None) -> tuple[Condition, float]:
         return "absmax", float(match[1])
     if match := _SLOWER.fullmatch(plain):
         return "slower", float(match[1])
-    raise PlanError(f"when is {text!r}; it must be one of {WHENS}.")
+    raise PlanError(f"when is {text!r}; it must be one of {CONDITION_FORMS}.")
 
 
 def check(breakpoint: Breakpoint, cuts: Cuts) -> None:

@@ -19,6 +19,7 @@ from typing import Literal
 
 from dinfer.plan.graph import NONE, Graph, levels, simulate
 from dinfer.plan.ops import Op, PlanError
+from dinfer.plan.partition import Block
 from dinfer.plan.plan import OpPlace, Plan
 
 Cut = tuple[tuple[int, ...], ...]
@@ -27,9 +28,6 @@ Cut = tuple[tuple[int, ...], ...]
 Unit = Literal["op", "layer", "wave", "chunk"]
 
 UNITS: tuple[Unit, ...] = ("op", "layer", "wave", "chunk")
-
-Block = tuple[int, int]
-"""(chunk, layer)"""
 
 
 def meet(one: Cut, other: Cut) -> Cut:

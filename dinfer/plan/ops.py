@@ -10,7 +10,7 @@ from dinfer.errors import DinferError
 
 OpKind = Literal["embed", "layer", "norm", "send", "recv"]
 
-What = Literal["hidden", "kv", "final"]
+ValueKind = Literal["hidden", "kv", "final"]
 
 Communicator = Literal["hidden", "kv"]
 
@@ -26,7 +26,7 @@ class Value(NamedTuple):
     for a chunk; final: the normed hidden state of the prompt's last token.
     """
 
-    what: What
+    what: ValueKind
     chunk: int = -1
     layer: int = -1
 
@@ -46,7 +46,7 @@ class Op(NamedTuple):
     kind: OpKind
     chunk: int
     layer: int = -1
-    what: What = "hidden"
+    what: ValueKind = "hidden"
     peer: int = -1
     tokens: int = 0
 

@@ -9,6 +9,9 @@ from numbers import Integral
 from dinfer.config import layer_split_error
 from dinfer.plan.ops import PlanError
 
+Block = tuple[int, int]
+"""(chunk, layer)"""
+
 
 @dataclass(frozen=True)
 class Shape:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from dinfer.config import Schedule, SyncStrategy
 from dinfer.plan.ops import FINAL, Op, PlanError, Value, embed, layer, norm, recv, send
-from dinfer.plan.partition import Shape
+from dinfer.plan.partition import Block, Shape
 from dinfer.plan.plan import Lane, Plan
 
 Hop = tuple[int, int]
@@ -34,9 +34,6 @@ def ring(owner: int, world_size: int) -> list[Hop]:
 STRATEGIES: dict[SyncStrategy, Callable[[int, int], list[Hop]]] = {"pairwise": pairwise, "ring": ring}
 
 Hops = Callable[[int, int], list[Hop]]
-
-Block = tuple[int, int]
-"""(chunk, layer)"""
 
 
 def build(shape: Shape, schedule: Schedule, sync_strategy: SyncStrategy) -> Plan:

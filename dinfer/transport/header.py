@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dinfer.plan.ops import Op, Value, What
+from dinfer.plan.ops import Op, Value, ValueKind
 
 HEADER_BYTES = 64
 
@@ -22,7 +22,7 @@ on the payload's device"""
 
 _MAGIC = b"dinf"
 
-_WHATS: tuple[What, ...] = ("hidden", "kv", "final")
+_WHATS: tuple[ValueKind, ...] = ("hidden", "kv", "final")
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 

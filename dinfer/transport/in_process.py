@@ -18,7 +18,7 @@ from dinfer.transport.gate import Gate
 from dinfer.transport.gloo import CommError
 from dinfer.transport.streams import LocalStreams, Streams
 
-Order = Literal["pairs", "serial"]
+StreamOrder = Literal["pairs", "serial"]
 
 
 class _Message:
@@ -32,7 +32,7 @@ class Exchange:
     """The queues that all ranks of one process share."""
 
     def __init__(
-        self, world_size: int, gate: Gate, *, rendezvous: bool = True, streams: Order = "pairs"
+        self, world_size: int, gate: Gate, *, rendezvous: bool = True, streams: StreamOrder = "pairs"
     ) -> None:
         self.world_size, self.gate, self.rendezvous, self.streams = world_size, gate, rendezvous, streams
         self.queues: dict[Channel, deque[_Message]] = defaultdict(deque)

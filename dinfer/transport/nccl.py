@@ -19,7 +19,7 @@ from dinfer.kv.digests import as_numbers
 from dinfer.plan.graph import Channel
 from dinfer.transport.gloo import Comm, CommError, GlooComm, Store, bytes_of, wait_for
 from dinfer.transport.header import HEADER_BYTES, SIGNED
-from dinfer.transport.streams import COMPUTE, Arrived, Issued, Sign, StreamPlace, Streams, Times, stream_of
+from dinfer.transport.streams import COMPUTE, Issued, OnArrival, Sign, StreamPlace, Streams, Times, stream_of
 
 COMMUNICATORS = ("hidden", "kv")
 
@@ -172,7 +172,7 @@ class CudaStreams:
         channel: Channel,
         place: Callable[[], Tensor],
         after: Sequence[Issued],
-        arrived: Arrived | None = None,
+        arrived: OnArrival | None = None,
     ) -> Issued:
         group, peer = self._groups[channel.communicator], channel.source
         with self._on(channel, after) as issued:

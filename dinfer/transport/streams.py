@@ -59,7 +59,7 @@ class Issued(Protocol):
 Sign = Callable[[], Tensor]
 """called on the stream; returns a header's signature, int64 [3]"""
 
-Arrived = Callable[[Tensor, Tensor], Tensor | None]
+OnArrival = Callable[[Tensor, Tensor], Tensor | None]
 """called on the stream with the received signature, int64 [3], and payload; returns the block's digests, int64 [2], or
 None"""
 
@@ -88,7 +88,7 @@ class Streams(Protocol):
         channel: Channel,
         place: Callable[[], Tensor],
         after: Sequence[Issued],
-        arrived: Arrived | None = None,
+        arrived: OnArrival | None = None,
     ) -> Issued:
         """Receive a header, and then the payload into the contiguous tensor that `place` returns."""
 
@@ -196,7 +196,7 @@ class LocalStreams:
         channel: Channel,
         place: Callable[[], Tensor],
         after: Sequence[Issued],
-        arrived: Arrived | None = None,
+        arrived: OnArrival | None = None,
     ) -> Issued:
         def run(work: _Work) -> None:
             work.came = self._comm.recv_header(channel)

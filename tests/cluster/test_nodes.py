@@ -67,7 +67,7 @@ def test_three_hosts_get_what_one_gets(nodes: Nodes, parrot: Path) -> None:
     nodes.launch(1, **FLAGS)
     check_parroted(first, parrot)
     assert [nodes.runs[rank].finish() for rank in range(3)] == [0, 0, 0]
-    assert f"using interface eth0 ({nodes.network.hosts[2].address})" in last.err
+    assert f"talking over eth0 ({nodes.network.hosts[2].address})" in last.err
     assert not nodes.runs[1].out
     assert not last.out
     wait_for(lambda: not nodes.members(), "no process is left", 20)

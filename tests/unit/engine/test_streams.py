@@ -20,7 +20,7 @@ from dinfer.plan.schedule import build
 from dinfer.plan.verify import verify
 from dinfer.run.fleet import RankFailed
 from dinfer.run.stepper import Stepper
-from dinfer.transport.in_process import Order
+from dinfer.transport.in_process import StreamOrder
 from tests.support.expected import differing_blocks, expected, is_complete
 from tests.support.plan_strategies import SAFE_SCHEDULES, plans, shapes_of
 from tests.support.seeded_gate import SeededGate
@@ -35,7 +35,9 @@ ORDERS = st.sampled_from(("pairs", "serial"))
 QUICK = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], phases=[Phase.generate])
 
 
-def ends_well(decoder: Decoder, plan: Plan, order: Order, seed: int, *, rendezvous: bool = True) -> bool:
+def ends_well(
+    decoder: Decoder, plan: Plan, order: StreamOrder, seed: int, *, rendezvous: bool = True
+) -> bool:
     """Whether it runs through on streams: False where it stands still for ever."""
     gate = SeededGate(seed)
     config = {"world_size": plan.world_size, "chunk_size": CHUNK, "unsafe": True, "backend": "nccl"}
@@ -53,7 +55,7 @@ def ends_well(decoder: Decoder, plan: Plan, order: Order, seed: int, *, rendezvo
     rendezvous=st.booleans(),
 )
 def test_lowered_plans_run_through_bit_equal_to_the_reference(
-    decoders: dict[str, Decoder], plan: Plan, order: Order, seed: int, rendezvous: bool
+    decoders: dict[str, Decoder], plan: Plan, order: StreamOrder, seed: int, rendezvous: bool
 ) -> None:
     assert ends_well(decoders["small"], lower(plan), order, seed, rendezvous=rendezvous)
 
@@ -81,7 +83,7 @@ def broken() -> Plan:
 
 @pytest.mark.parametrize("order", ["pairs", "serial"])
 def test_an_order_that_differs_between_the_ranks_of_a_pair_hangs(
-    small: Decoder, broken: Plan, order: Order
+    small: Decoder, broken: Plan, order: StreamOrder
 ) -> None:
     verdict = verify(broken)
     assert not verdict.proved
@@ -151,7 +153,9 @@ def test_a_wrong_message_is_told_with_what_was_expected(small: Decoder, broken: 
 
 @pytest.mark.parametrize("order", ["pairs", "serial"])
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_an_issued_run_is_paused_stepped_and_taken_back(small: Decoder, order: Order, seed: int) -> None:
+def test_an_issued_run_is_paused_stepped_and_taken_back(
+    small: Decoder, order: StreamOrder, seed: int
+) -> None:
     wanted = expected(small, IDS, CHUNK)
     with twin(
         small, gate=SeededGate(seed), streams=order, world_size=3, chunk_size=CHUNK, backend="nccl"
