@@ -12,7 +12,8 @@ from dinfer.plan.ops import Op
 from dinfer.plan.partition import Shape, partition
 from dinfer.plan.plan import Lane, Plan, parse_plan
 from dinfer.plan.schedule import build
-from dinfer.plan.verify import Counterexample, Proof, shortest_cycle, verify
+from dinfer.plan.verify import Counterexample, Flaw, Proof, shortest_cycle, verify
+from tests.support.facts import has_facts
 from tests.support.plan_game import Game, finishes, waits
 from tests.support.plan_strategies import mutated_plans, plans, reordered_plans, shapes
 
@@ -142,86 +143,92 @@ def test_a_cycle_names_the_need_that_closes_it_and_not_another_one() -> None:
     )
 
 
-FLAWS = {
-    "no such peer": (
+FLAWS: dict[str, tuple[list[tuple[str, str]], Flaw, str]] = {
+    "unknown peer": (
         [("send final -> 0, 1 token", "send final -> 2, 1 token")],
-        "refuted (out of range): rank 1: `send final -> 2, 1 token`: "
-        "rank 2 is no peer of rank 1; the plan has 2 ranks",
+        "out of range",
+        "rank 1 … `send final -> 2, 1 token` … rank 2 … 2 ranks",
     ),
     "its own peer": (
         [("send final -> 0, 1 token", "send final -> 1, 1 token")],
-        "refuted (out of range): rank 1: `send final -> 1, 1 token`: "
-        "rank 1 is no peer of rank 1; the plan has 2 ranks",
+        "out of range",
+        "rank 1 … `send final -> 1, 1 token` … 2 ranks",
     ),
-    "no such chunk": (
-        [("embed c1", "embed c2")],
-        "refuted (out of range): rank 0: `embed c2`: chunk 2 is out of range; the plan has 2 chunks",
-    ),
-    "no such layer": (
+    "unknown chunk": ([("embed c1", "embed c2")], "out of range", "rank 0 … `embed c2` … chunk 2 … 2 chunks"),
+    "unknown layer": (
         [("layer c1 l1", "layer c1 l2")],
-        "refuted (out of range): rank 1: `layer c1 l2`: layer 2 is out of range; the plan has 2 layers",
+        "out of range",
+        "rank 1 … `layer c1 l2` … layer 2 … 2 layers",
     ),
-    "no such block": (
+    "unknown block": (
         [("send kv c1 l1 -> 0, 1 token", "send kv c1 l2 -> 0, 1 token")],
-        "refuted (out of range): rank 1: `send kv c1 l2 -> 0, 1 token`: layer 2 is out of range; "
-        "the plan has 2 layers",
+        "out of range",
+        "rank 1 … `send kv c1 l2 -> 0, 1 token` … layer 2 … 2 layers",
     ),
     "norm of another state": (
         [("norm c1 l2", "norm c1 l1")],
-        "refuted (out of range): rank 1: `norm c1 l1`: the final state is the norm of c1 l2",
+        "out of range",
+        "rank 1 … `norm c1 l1` … c1 l2",
     ),
     "send without recv": (
         [("recv final <- 1, 1 token", "")],
-        "refuted (unmatched): rank 1: `send final -> 0, 1 token` has no recv on rank 0 to meet",
+        "unmatched",
+        "rank 1 … `send final -> 0, 1 token` … no recv on rank 0",
     ),
     "recv without send": (
         [("send final -> 0, 1 token", "")],
-        "refuted (unmatched): rank 0: `recv final <- 1, 1 token` has no send on rank 1 to meet",
+        "unmatched",
+        "rank 0 … `recv final <- 1, 1 token` … no send on rank 1",
     ),
     "blocks in another order": (
         [
             ("recv kv c1 l0 <- 0, 1 token", ""),
             ("recv kv c0 l0 <- 0, 2 tokens", "recv kv c1 l0 <- 0, 1 token\nrecv kv c0 l0 <- 0, 2 tokens"),
         ],
-        "refuted (mismatch): rank 0: `send kv c0 l0 -> 1, 2 tokens` meets rank 1: "
-        "`recv kv c1 l0 <- 0, 1 token`, which carries block c1 l0",
+        "mismatch",
+        "rank 0 … `send kv c0 l0 -> 1, 2 tokens` … rank 1 … `recv kv c1 l0 <- 0, 1 token` … block c1 l0",
     ),
     "wrong size of a send": (
         [("send kv c1 l1 -> 0, 1 token", "send kv c1 l1 -> 0, 2 tokens")],
-        "refuted (size): rank 1: `send kv c1 l1 -> 0, 2 tokens` has the wrong size: block c1 l1 has 1 token",
+        "size",
+        "rank 1 … `send kv c1 l1 -> 0, 2 tokens` … block c1 l1 has 1 token",
     ),
     "wrong size of a recv": (
         [("recv kv c0 l1 <- 1, 2 tokens", "recv kv c0 l1 <- 1, 1 token")],
-        "refuted (size): rank 0: `recv kv c0 l1 <- 1, 1 token` has the wrong size: block c0 l1 has 2 tokens",
+        "size",
+        "rank 0 … `recv kv c0 l1 <- 1, 1 token` … block c0 l1 has 2 tokens",
     ),
     "made twice": (
         [("embed c0", "embed c0\nembed c0")],
-        "refuted (made twice): rank 0 makes hidden c0 l0 twice, by `embed c0` and by `embed c0`",
+        "made twice",
+        "rank 0 makes hidden c0 l0 twice … `embed c0` … `embed c0`",
     ),
     "received and computed": (
         [("layer c0 l1", "embed c0\nlayer c0 l0\nlayer c0 l1")],
-        "refuted (made twice): rank 1 makes block c0 l0 twice, by `recv kv c0 l0 <- 0, 2 tokens` "
-        "and by `layer c0 l0`",
+        "made twice",
+        "rank 1 makes block c0 l0 twice … `recv kv c0 l0 <- 0, 2 tokens` … `layer c0 l0`",
     ),
-    "nothing makes it": (
-        [("embed c1", "")],
-        "refuted (missing): rank 0: `layer c1 l0` needs hidden c1 l0, which no op on rank 0 makes",
-    ),
+    "no op makes it": ([("embed c1", "")], "missing", "rank 0 … `layer c1 l0` needs hidden c1 l0"),
     "a block is not synced": (
         [("send kv c1 l1 -> 0, 1 token", ""), ("recv kv c1 l1 <- 1, 1 token", "")],
-        "refuted (missing): rank 0 ends without block c1 l1: no op there makes or receives it",
+        "missing",
+        "rank 0 ends without block c1 l1",
     ),
-    "the final state is not given": (
+    "the final state is not sent": (
         [("send final -> 0, 1 token", ""), ("recv final <- 1, 1 token", "")],
-        "refuted (missing): rank 0 ends without final: no op there makes or receives it",
+        "missing",
+        "rank 0 ends without final",
     ),
 }
 
 
 @pytest.mark.parametrize("name", FLAWS)
-def test_each_flaw_in_its_own_words(name: str) -> None:
-    edits, words = FLAWS[name]
-    assert str(edited(*edits)) == words
+def test_each_flaw_names_rank_and_op(name: str) -> None:
+    edits, flaw, facts = FLAWS[name]
+    verdict = edited(*edits)
+    assert isinstance(verdict, Counterexample)
+    assert verdict.flaw == flaw
+    assert has_facts(str(verdict), f"refuted ({flaw}): {facts}"), str(verdict)
 
 
 def test_a_channel_used_from_two_lanes() -> None:
@@ -237,11 +244,10 @@ def test_a_channel_used_from_two_lanes() -> None:
 def test_a_channel_received_on_two_lanes() -> None:
     text = GOOD.replace("  recv kv c1 l0 <- 0, 1 token\n", "")
     verdict = verify(parse_plan(text + "rank 1 lane side\n  recv kv c1 l0 <- 0, 1 token\n"))
-    assert str(verdict) == (
-        "refuted (shared channel): rank 1 receives on the kv channel 0→1 from two lanes, main "
-        "(`recv kv c0 l0 <- 0, 2 tokens`) and side (`recv kv c1 l0 <- 0, 1 token`), "
-        "so their order is not fixed"
+    facts = (
+        "rank 1 receives … 0→1 … main … `recv kv c0 l0 <- 0, 2 tokens` … side … `recv kv c1 l0 <- 0, 1 token`"
     )
+    assert has_facts(str(verdict), f"refuted (shared channel) … {facts}"), str(verdict)
 
 
 def test_a_plan_in_which_every_rank_computes_all_needs_no_transfer() -> None:
@@ -252,8 +258,8 @@ def test_a_plan_in_which_every_rank_computes_all_needs_no_transfer() -> None:
 
 def test_a_plan_without_ops_is_refuted() -> None:
     verdict = verify(Plan(Shape(1, 1, 1, (0,)), "none", "none", ((),)))
-    assert str(verdict) == (
-        "refuted (missing): rank 0 ends without block c0 l0: no op there makes or receives it"
+    assert (
+        str(verdict) == "refuted (missing): rank 0 ends without block c0 l0: no op there makes or receives it"
     )
 
 
