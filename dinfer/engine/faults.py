@@ -262,7 +262,7 @@ class Faults:
         for one in found:
             if one.number not in self._struck:
                 self._report(
-                    one, changed, f"row {row} of every layer is there twice, and so is each later row"
+                    one, changed, f"row {row} of every layer is there twice, and so is each after it"
                 )
         return 2
 

@@ -35,7 +35,7 @@ SHOWN: dict[str, list[str]] = {
     "again": ["all 3 ranks hold the same 6 × ", "bit for bit"],
     "sweep": ["sync_strategy", "exposed_sync_s", "pairwise ", "ring "],
     "links": ["0→1: ", "0→2: ", " bytes, a transfer "],
-    "refused": ["refuted: with rendezvous sends these wait for one another for ever", "┌▶ rank 0 sends block c0 l0"],
+    "refused": ["refuted: deadlock with rendezvous sends", "┌▶ rank 0 sends block c0 l0"],
     "hang": [f"these wait for one another for ever: {CIRCLE}"],
     "verdict": ["cycle (0, 1, 2)", "rank 0: waits for rank 1 to take block c0 l0 (K and V, 8 tokens, 4,096 bytes, "],
     "recover": ["all ranks have met again; weights stayed where they were"],

@@ -203,9 +203,9 @@ def test_compare(begun: Any) -> None:
         ("step -n two", "n is 'two'; it must be a whole number, at least 1."),
         (
             "step -5",
-            "'-5' is not a unit to step by; use one of op, layer, wave, chunk, token. A number of steps is n, ",
+            "'-5' is not a unit to step by; use one of op, layer, wave, chunk, token. The number of steps is n, ",
         ),
-        ("back 0", "A number of steps is n, 1 or more."),
+        ("back 0", "The number of steps is n, at least 1."),
         ("to x 1", "chunk is 'x'; it must be a whole number."),
         ("wait soon", "timeout is 'soon'; it must be a number."),
         ("clear first", "NUMBER is 'first'; it must be a whole number."),
