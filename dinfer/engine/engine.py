@@ -124,7 +124,7 @@ class Engine:
         )
         self.recorder = recorder_for(plan, self.rank, self.config.max_new_tokens, self._memory)
         self._prompt = Prompt(
-            plan, state, self._executor, on_op=self._on_op, on_hit=self._on_hit, all_stands=self._all_stands
+            state, self._executor, on_op=self._on_op, on_hit=self._on_hit, all_stands=self._all_stands
         )
         self._prompt.executor.start()
         return self._prompt.executor
@@ -328,10 +328,10 @@ class Engine:
         assert self.recorder is not None
         comm, gate, recorder, board = self.comm, self.gate, self.recorder, self.board
         if self.config.backend != "nccl":
-            return ThreadExecutor(state.plan, state, comm, gate, recorder, board, on_op)
+            return ThreadExecutor(state, comm, gate, recorder, board, on_op)
         assert isinstance(comm, StreamComm), "NCCL needs a transport with streams"
         streams = comm.open_streams(self.decoder.device)
-        return StreamExecutor(state.plan, state, comm, gate, recorder, board, on_op, streams=streams)
+        return StreamExecutor(state, comm, gate, recorder, board, on_op, streams=streams)
 
     def kv_caches(self, tokens: int) -> list[KV]:
         """K and V of every layer for the first `tokens` tokens, each [1, kv_heads, tokens, head_dim]: views."""

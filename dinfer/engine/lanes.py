@@ -17,7 +17,6 @@ from dinfer.engine.corruption import Corruption
 from dinfer.engine.prefill import Prefill
 from dinfer.plan.graph import Channel
 from dinfer.plan.ops import Op, PlanError, Value
-from dinfer.plan.plan import Plan
 from dinfer.trace.events import Event
 from dinfer.trace.of_plan import event_of
 from dinfer.trace.recorder import Recorder
@@ -62,7 +61,6 @@ class LaneExecutor(ABC):
 
     def __init__(
         self,
-        plan: Plan,
         state: Prefill,
         comm: Comm,
         gate: Gate,
@@ -70,13 +68,13 @@ class LaneExecutor(ABC):
         board: Board | None = None,
         on_op: Callable[[Event, Op], None] | None = None,
     ) -> None:
-        self.plan, self.state, self.comm, self.gate = plan, state, comm, gate
+        self.plan, self.state, self.comm, self.gate = state.plan, state, comm, gate
         self.recorder, self.board, self.on_op = recorder, board or Board(), on_op
         self.rank = comm.rank
         self.failure: OpFailed | None = None
         self._closing = False
         self._made: set[Value] = set()
-        self._lanes = [LaneState(n, lane.name, lane.ops) for n, lane in enumerate(plan.lanes[self.rank])]
+        self._lanes = [LaneState(n, lane.name, lane.ops) for n, lane in enumerate(self.plan.lanes[self.rank])]
         if len(self._lanes) > MAX_LANES:
             raise PlanError(
                 f"rank {self.rank} has {len(self._lanes)} lanes; a plan may have at most {MAX_LANES} a rank."

@@ -80,9 +80,8 @@ class Edits:
         changed = [f"KV of layer {n}" for n in layers]
         changed += [f"hidden c{chunk} l{layer}" for chunk, layer in states]
         if changed:
-            self._keep(
-                layers, states
-            )  # while the ledger still has the old digests, by which blocks count as edited
+            # Before record_edits: by the ledger's old digests, _keep finds the edited blocks.
+            self._keep(layers, states)
             self._state.record_edits(layers)
             self.found += [what for what in changed if what not in self.found]
             self._unreported += changed
@@ -131,7 +130,6 @@ class Prompt:
 
     def __init__(
         self,
-        plan: Plan,
         state: Prefill,
         execute: Callable[[Prefill, Callable[[Event, Op], None]], LaneExecutor],
         *,
@@ -139,13 +137,13 @@ class Prompt:
         on_hit: Hit | None = None,
         all_stands: Callable[[], Stands] | None = None,
     ) -> None:
-        self.plan, self.state, self.rank = plan, state, state.rank
+        self.plan, self.state, self.rank = state.plan, state, state.rank
         self.edits = Edits(state, lambda: self.executor.stand().positions)
         self.conditions = Conditions(state.rank, state, on_hit or (lambda *_: None))
         self._on_op, self._all_stands = on_op, all_stands
         self.executor = execute(state, self._after_op)
         self._may_halt, self.order = True, 0
-        self.target: Cut = tuple(tuple(0 for _ in lanes) for lanes in plan.lanes)
+        self.target: Cut = tuple(tuple(0 for _ in lanes) for lanes in self.plan.lanes)
         self._begun: tuple[int, ...] | None = None
         """the positions at which an `engine.step` began that has not ended yet"""
 

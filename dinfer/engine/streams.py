@@ -19,7 +19,6 @@ from dinfer.engine.ops import HANDLERS, header_at, land, payload_of
 from dinfer.engine.prefill import Prefill
 from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op, PlanError, Value
-from dinfer.plan.plan import Plan
 from dinfer.trace.events import Event
 from dinfer.trace.recorder import Recorder
 from dinfer.transport.gate import Gate
@@ -44,7 +43,6 @@ class StreamExecutor(LaneExecutor):
 
     def __init__(
         self,
-        plan: Plan,
         state: Prefill,
         comm: Comm,
         gate: Gate,
@@ -55,8 +53,8 @@ class StreamExecutor(LaneExecutor):
         streams: Streams,
         window: int = WINDOW,
     ) -> None:
-        super().__init__(plan, state, comm, gate, recorder, board, on_op)
-        if not plan.is_lowered:
+        super().__init__(state, comm, gate, recorder, board, on_op)
+        if not self.plan.is_lowered:
             raise PlanError(
                 f"rank {self.rank} can issue one lane only; this plan has several: lower it first."
             )

@@ -16,7 +16,6 @@ from dinfer.engine.ops import HANDLERS
 from dinfer.engine.prefill import Prefill
 from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op, PlanError
-from dinfer.plan.plan import Plan
 from dinfer.trace.events import Event
 from dinfer.trace.recorder import Recorder
 from dinfer.transport.gate import Gate
@@ -39,7 +38,6 @@ class ThreadExecutor(LaneExecutor):
 
     def __init__(
         self,
-        plan: Plan,
         state: Prefill,
         comm: Comm,
         gate: Gate,
@@ -47,7 +45,7 @@ class ThreadExecutor(LaneExecutor):
         board: Board | None = None,
         on_op: Callable[[Event, Op], None] | None = None,
     ) -> None:
-        super().__init__(plan, state, comm, gate, recorder, board, on_op)
+        super().__init__(state, comm, gate, recorder, board, on_op)
         self._senders = _senders(self.rank, self._lanes)
         for lane in self._lanes:
             self._add_thread(lane.name, partial(self._run, lane))

@@ -111,7 +111,6 @@ def test_issuing_takes_one_lane_a_rank(small: Decoder) -> None:
         executor = engine.executor
         with pytest.raises(PlanError, match="rank 0 can issue one lane only"):
             StreamExecutor(
-                executor.plan,
                 executor.state,
                 engine.comm,
                 engine.gate,
