@@ -1,4 +1,4 @@
-"""Config: what it takes, and every message: what was given, what is allowed, what to do."""
+"""Config: what it accepts, and every error: the given value, the allowed ones, the remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whom a rank waits for, in words."""
+"""The text that says which rank a rank waits for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every op leaves exactly one event, whose times and sizes can be believed."""
+"""Every op records exactly one event, with correct times and sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong on a rank is named: where, at which op, and why."""
+"""Errors on a rank name the rank, the op and the cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kind of fault, in every place: exactly the bytes that it is said to break, on exactly the ranks that get it."""
+"""Every kind of fault in every place breaks exactly the right bytes on exactly the right ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that issue to streams: lowered plans run through where NCCL would, and what breaks a pair's order hangs."""
+"""Ranks that issue to streams: lowered plans run to the end, and plans that break a pair's order hang, as on NCCL."""
 
 from __future__ import annotations
 

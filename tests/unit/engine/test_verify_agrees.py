@@ -1,4 +1,4 @@
-"""`verify` is right about plans with mistakes: what it accepts runs through, what it refutes does not.
+"""`verify` is right about faulty plans: those that it accepts run to the end, those that it refutes do not.
 
 The judge is the engine itself, run without asking verify: a plan runs through if, with sends that wait and
 with buffered ones, every lane of every rank ends and every rank has the reference's KV and final state, bit

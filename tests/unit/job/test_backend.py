@@ -1,4 +1,4 @@
-"""NCCL where every rank of one machine has a GPU of its own, gloo otherwise; and what is said where NCCL cannot be."""
+"""auto is NCCL if every rank of one machine has its own GPU, else gloo; and the errors of an impossible NCCL."""
 
 from __future__ import annotations
 

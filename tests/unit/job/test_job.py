@@ -1,4 +1,4 @@
-"""Every mistake that can be found before a rank starts is found then, and told with what to do."""
+"""Errors that can be found before a rank starts are found then, and say what to do."""
 
 from __future__ import annotations
 

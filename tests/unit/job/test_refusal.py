@@ -1,4 +1,4 @@
-"""A plan that can hang, as its user meets it: refused with a drawing, mended by hand, or run all the same."""
+"""A plan that can hang: refused with a drawing, repaired by hand, or run with unsafe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints judged before they are loaded: what is read from a good one, each way one can be wrong."""
+"""Checks before loading: the sizes of a good checkpoint, and each error of a bad one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo checkpoint as shipped: small, loads offline like any other, and answers from its prompt alone."""
+"""The shipped demo checkpoint: small, loads offline like any other, and answers from its prompt alone."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Families: found by name, refused by name with a reason, before any weights are read."""
+"""Families: supported and refused by name, with a reason, before any weights are read."""
 
 from __future__ import annotations
 

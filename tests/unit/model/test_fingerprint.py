@@ -1,4 +1,4 @@
-"""Fingerprints: equal for copies, different for what ranks must not differ in; and what they cannot see."""
+"""Fingerprints: equal for copies, different for other checkpoints, and the changes that they miss."""
 
 from __future__ import annotations
 

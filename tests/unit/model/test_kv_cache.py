@@ -1,4 +1,4 @@
-"""The KV cache: blocks that go on the wire as they are, windows that show what they should, digests."""
+"""The KV cache: contiguous blocks, windows with the visible tokens, digests."""
 
 from __future__ import annotations
 

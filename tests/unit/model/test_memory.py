@@ -1,4 +1,4 @@
-"""Memory: numbers worked out by hand, what is free on systems of all kinds, and what to change."""
+"""Memory: needs computed by hand, free memory on several systems, and the remedies in messages."""
 
 from __future__ import annotations
 

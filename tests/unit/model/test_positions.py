@@ -1,4 +1,4 @@
-"""Masks and rotary embeddings are made once for layers of a kind, and forgotten in order."""
+"""Masks and rotary embeddings are made once for layers of a kind; the oldest are dropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference is transformers' own answer and nothing else."""
+"""The reference equals transformers' own forward and generate."""
 
 from __future__ import annotations
 

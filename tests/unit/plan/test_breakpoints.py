@@ -1,4 +1,4 @@
-"""Breakpoints: what they match, how they read, and where a run that goes on must stop."""
+"""Breakpoints: what they match, their text, and where a run stops."""
 
 from __future__ import annotations
 

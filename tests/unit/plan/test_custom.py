@@ -1,4 +1,4 @@
-"""Schedules of a user's own: what a function may return, and what is said where it returns something else."""
+"""Custom schedules: what a function may return, and the errors for anything else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lower: one lane a rank that no order of streams can hang, with the ops and channels of the plan it came from.
+"""lower: one lane a rank with the same ops and channels, which no order of streams can hang.
 
 `DINFER_UPDATE_GOLDEN=1` writes the golden file anew.
 """

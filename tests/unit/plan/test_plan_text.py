@@ -1,4 +1,4 @@
-"""The text form of plans: there and back, and every error with its line."""
+"""The text form of plans: a round trip, and every error with its line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""verify: proofs, every flaw in its exact words, and agreement with a naive simulator."""
+"""verify: proofs, every flaw with rank and op, and agreement with a naive simulator."""
 
 from __future__ import annotations
 

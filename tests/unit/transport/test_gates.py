@@ -1,4 +1,4 @@
-"""Gates: what lanes wait for, in an order that the machine, or a seed, decides."""
+"""Gates: lanes wait for changes, in the order of the machine or of a seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which interface leads to other hosts: never loopback."""
+"""The interface that leads to other hosts is never loopback."""
 
 from __future__ import annotations
 

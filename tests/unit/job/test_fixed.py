@@ -1,4 +1,4 @@
-"""What is settled when a checkpoint is loaded cannot be another for one run; the run before it then goes on."""
+"""A run cannot change what loading has fixed; the previous run then goes on."""
 
 from __future__ import annotations
 
