@@ -171,15 +171,14 @@ def _html_row(line: Sequence[str], tag: str) -> str:
 
 
 class Compared(NamedTuple):
-    """What was compared: `blocks` are those that all sides hold, by span and layer; `world_size`: how many ranks there
-    are; `other`: the name of the other source, if there is one."""
+    """What was compared: `blocks` are those that all sides hold, by span and layer; `other`: the name of the other
+    source, if there is one."""
 
     subject: Subject
     ranks: tuple[int, ...]
     layers: tuple[int, ...]
     blocks: tuple[BlockKey, ...]
-    world_size: int
-    other: str
+    other: str = ""
 
     @property
     def values(self) -> int:
@@ -229,6 +228,6 @@ def _blocks_text(compared: Compared) -> tuple[str, str]:
 
 def _who(compared: Compared) -> str:
     ranks = compared.ranks
-    if len(ranks) == compared.world_size:
+    if len(ranks) == compared.subject.plan.world_size:
         return f"all {len(ranks)} ranks" if len(ranks) > 2 else "both ranks"
     return f"ranks {numbers_text(ranks) if len(ranks) > 2 else ' and '.join(map(str, ranks))}"

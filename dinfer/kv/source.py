@@ -12,7 +12,6 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from dinfer.kv.digests import as_numbers
 from dinfer.kv.ledger import BlockKey, Digests
 from dinfer.messages import Message
 from dinfer.plan.plan import Plan
@@ -45,6 +44,10 @@ class Subject:
         """The tokens of each chunk and then, where there are any, the new ones that have K and V: all but the last."""
         new = range(self.plan.shape.tokens, len(self.ids) - 1)
         return (*self.plan.shape.chunks, *([new] if new else []))
+
+    def label(self, token: int | None) -> str:
+        """The token's text without spaces around it; empty where it is not known."""
+        return "" if token is None or token >= len(self.texts) else self.texts[token].strip()
 
     @property
     def stands(self) -> str:
@@ -166,43 +169,6 @@ class Selection(NamedTuple):
     spans: tuple[int, ...]
 
 
-class HeldBlocks(NamedTuple):
-    """What one side holds of the selection, and its digests by (span, layer), of those that are there."""
-
-    side: Side
-    held: HeldSpans
-    now: dict[BlockKey, Digests]
-
-
-def blocks_of(
-    source: Source, chosen: Selection, names: Sequence[str], spans: Sequence[range], *, by_rows: bool = False
-) -> list[HeldBlocks]:
-    """What each rank holds. `by_rows`: the spans are another source's: those whose rows are there count."""
-    held = source.held(chosen.ranks)
-    digests = source.digests(chosen.ranks, chosen.layers, [spans[n] for n in chosen.spans])
-    found = []
-    for rank, name, has, numbers in zip(chosen.ranks, names, held, digests, strict=True):
-        now = {
-            (span, layer): as_numbers(numbers[i, j])
-            for i, layer in enumerate(chosen.layers)
-            for j, span in enumerate(chosen.spans)
-            if spans[span]
-            and (
-                span < has.spans[layer]
-                if not by_rows
-                else spans[span].stop <= expected_rows(source, has, layer)
-            )
-        }
-        found.append(HeldBlocks(Side(source, rank, name), has, now))
-    return found
-
-
-def expected_rows(source: Source, held: HeldSpans, layer: int) -> int:
-    """How many rows the spans have that a rank holds of a layer."""
-    return source.subject.spans[held.spans[layer] - 1].stop if held.spans[layer] else 0
-
-
-def shared_of(blocks: Sequence[HeldBlocks], chosen: Selection, count: int) -> list[BlockKey]:
-    """The blocks that all sides hold, in the order in which they are computed."""
-    keys = [(span, layer) for span in chosen.spans for layer in chosen.layers]
-    return [key for key in keys if sum(key in one.now for one in blocks) == count]
+def expected_rows(subject: Subject, held: HeldSpans, layer: int) -> int:
+    """How many rows of a layer a rank should have, by the spans that it holds."""
+    return subject.spans[held.spans[layer] - 1].stop if held.spans[layer] else 0

@@ -5,20 +5,19 @@ may run in other chunks or in another dtype than the run did. What a difference 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dinfer.kv.digests import as_numbers, block_digests, row_digests
 from dinfer.kv.measure import CellDifference, measure
-from dinfer.kv.placement import Misplaced, RowDigests, misplaced
 from dinfer.kv.reference.reports import FINAL, TokenChoice
+from dinfer.kv.rows import Misplaced, misplaced_in_blocks, misplaced_rows
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 from dinfer.model.reference import Forward
 from dinfer.model.sampling import Sampler
-from dinfer.rank.inventory import Inventory, InventoryKey, as_rows, empty_digest, hidden_digest
+from dinfer.rank.inventory import Inventory, InventoryKey, hidden_digest, zero_row_digest
 
 
 class LayerReplay:
@@ -117,25 +116,20 @@ class Examination:
         return found
 
     def misplaced(self) -> dict[int, list[Misplaced]]:
-        """By layer, the rows that lie where others should; without exact rows to look for, only where there are too
-        many, and only those that repeat others."""
-        empty, blocks = empty_digest(self._holding.cache), self._holding.chunks
-        found = {}
-        for layer in range(self._holding.layers):
-            due, held = self._holding.rows_due(layer), self._holding.rows_held(layer)
-            if self.exact and (held != due or self._differs(layer)):
-                named = misplaced(self._holding.row_digests(layer), self._wanted(layer)[:due], empty, blocks)
-            elif held != due:
-                named = [
-                    one
-                    for one in misplaced(self._holding.row_digests(layer), [], empty)
-                    if one.kind == "repeated"
-                ]
-            else:
-                named = []
-            if named:
-                found[layer] = named
-        return found
+        """By layer, the rows that lie where others should. Where bits may differ there are no right rows to look for:
+        then only rows that repeat others are named, and only in layers of the wrong length."""
+        layers = range(self._holding.layers)
+        return {layer: found for layer in layers if (found := self._misplaced(layer))}
+
+    def _misplaced(self, layer: int) -> list[Misplaced]:
+        due, held = self._holding.rows_due(layer), self._holding.rows_held(layer)
+        if held == due and not (self.exact and self._differs(layer)):
+            return []
+        got = row_digests(self._holding.cache.block(layer, 0, held)).cpu()
+        want = torch.cat(self._rows[layer])[:due].cpu() if self.exact else got
+        if held != due:
+            return misplaced_rows(got, want)
+        return misplaced_in_blocks(got, want, self._holding.chunks, zero_row_digest(self._holding.cache))
 
     def _pieces(self) -> Sequence[range]:
         prompt = self._holding.chunks[: self._chunks]
@@ -193,13 +187,3 @@ class Examination:
         return any(
             one.changed for (_, at, name), one in self.measured.items() if at == layer and name in "KV"
         )
-
-    def _wanted(self, layer: int) -> list[RowDigests]:
-        return as_rows(torch.cat(self._rows[layer]))
-
-    def items(self) -> list[dict[str, Any]]:
-        """What was measured, in the order in which a run computes it: chunk by chunk, layer by layer, the hidden state
-        that enters before the K and V that are made of it."""
-        order = {"hidden": 0, FINAL: 0, "K": 1, "V": 2}
-        keys = sorted(self.measured, key=lambda key: (key[0], key[1], order[key[2]]))
-        return [{"chunk": c, "layer": n, "tensor": t, "measured": self.measured[c, n, t]} for c, n, t in keys]

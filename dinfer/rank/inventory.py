@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dinfer.engine.lanes import LaneExecutor
 from dinfer.kv.digests import as_numbers, block_digests, row_digests
-from dinfer.kv.placement import RowDigests
 from dinfer.model.cache import KVCache
 
 InventoryKey = tuple[int, int]
@@ -79,9 +78,6 @@ class Inventory:
         rows = max(self.rows_due(layer), self._rows) + self.state.extra.get(layer, 0)
         return min(rows, self.cache.capacity)
 
-    def row_digests(self, layer: int) -> list[RowDigests]:
-        return as_rows(row_digests(self.cache.block(layer, 0, self.rows_held(layer))))
-
     def digests(self) -> dict[InventoryKey, tuple[int, int]]:
         """Of every block, K and V: of its bytes as they are now. Waits for the device."""
         found = [block_digests(row_digests(self.block(*key))) for key in self.keys]
@@ -103,12 +99,7 @@ def hidden_digest(hidden: Tensor) -> Tensor:
     return block_digests(rows.expand(-1, 2, -1))[:1]
 
 
-def as_rows(digests: Tensor) -> list[RowDigests]:
-    """Row digests [tokens, 2, kv_heads] on the host."""
-    return [(tuple(k), tuple(v)) for k, v in digests.tolist()]
-
-
-def empty_digest(cache: KVCache) -> int:
+def zero_row_digest(cache: KVCache) -> int:
     """The digest of a row of zeros."""
     zeros = torch.zeros((1, 2, 1, cache.head_dim), dtype=cache.dtype, device=cache.device)
     return int(row_digests(zeros)[0, 0, 0])

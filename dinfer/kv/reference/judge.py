@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from dinfer.kv.measure import CellDifference, Spot
-from dinfer.kv.placement import Misplaced
+from dinfer.kv.origin import BlockRoute
 from dinfer.kv.reference.reports import HIDDEN, Examined, HeldDigests, TensorKey, ToleranceMeasure, keys_of
+from dinfer.kv.rows import Misplaced
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
 
@@ -67,7 +68,7 @@ class Deviation:
     `rank` holds it, as do all of `ranks`; `owner` computed it by `op`, None where every rank did for itself. `chunk`:
     the number of chunks for new tokens. `tensor`: "K", "V", "hidden", "final" or "token". `head` and `dim` are None
     where there is no such thing; `values` are the rank's and the reference's. `rows`: of rows that lie wrongly.
-    `then`: how the block came to differ, where the rank has noted that.
+    `origin`: how the block came to differ, where the ranks' ledgers say that.
     """
 
     kind: CauseKind
@@ -84,7 +85,7 @@ class Deviation:
     values: tuple[float, float] | None = None
     op: str | None = None
     rows: Misplaced | None = None
-    then: str = ""
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -164,9 +165,8 @@ class ReferenceCase:
         owner = self.owner(chunk, layer)
         if owner is None or tensor in HIDDEN:
             return None
-        made = self.helds[owner].then.get((chunk, layer))
-        wanted = self._reference_digest(key)
-        return made["KV".index(tensor)] == wanted if made and wanted is not None else None
+        made, wanted = self.helds[owner].noted.get((chunk, layer)), self._reference_digest(key)
+        return made.came["KV".index(tensor)] == wanted if made and wanted is not None else None
 
     def _misplaced(self, rank: int, key: TensorKey) -> Misplaced | None:
         """A finding about rows of that block."""
@@ -244,7 +244,7 @@ class ReferenceCase:
             values=(spot.mine, spot.theirs) if spot else None,
             op=self.op_of(chunk, layer if tensor not in HIDDEN else layer - 1),
             rows=self._misplaced(rank, key),
-            then=self._then(rank, key),
+            origin=self._origin(rank, key),
         )  # fmt: skip
 
     def _nearest(self, evidence: TensorEvidence, key: TensorKey) -> int:
@@ -262,21 +262,18 @@ class ReferenceCase:
             return None
         return found.first if self.measure.exact else found.largest
 
-    def _then(self, rank: int, key: TensorKey) -> str:
-        """What the rank's ledger says of how its bytes came to be others."""
+    def _origin(self, rank: int, key: TensorKey) -> str:
+        """How its bytes came to be others, if the rank's ledger has noted that they are."""
         chunk, layer, tensor = key
-        if tensor in HIDDEN:
+        if tensor in HIDDEN or chunk >= len(self.plan.shape.chunks):
             return ""
-        held, index = self.helds[rank], "KV".index(tensor)
-        now, then, announced = (found.get((chunk, layer)) for found in (held.now, held.then, held.announced))
-        if not now or not then:
+        now, noted = self.helds[rank].now.get((chunk, layer)), self.helds[rank].noted.get((chunk, layer))
+        index = "KV".index(tensor)
+        if not now or not noted or noted.announced[index] == noted.came[index] == now[index]:
             return ""
-        if announced and any(announced) and announced[index] != then[index]:
-            return f"it came to rank {rank} other than it was announced"
-        if then[index] != now[index]:
-            came = "computed" if self.owner(chunk, layer) == rank else "come"
-            return f"it changed in rank {rank}'s memory after it had {'been ' * (came == 'computed')}{came}"
-        return ""
+        every_noted = {one.rank: one.noted[chunk, layer] for one in self.helds if (chunk, layer) in one.noted}
+        every_now = {one.rank: one.now[chunk, layer] for one in self.helds if (chunk, layer) in one.now}
+        return BlockRoute(self.plan).origin(rank, chunk, layer, every_noted, every_now).text
 
     def chunk_of(self, token: int) -> int:
         """The chunk of a row; the number of chunks for those of new tokens."""

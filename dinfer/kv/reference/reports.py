@@ -4,8 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from dinfer.kv.ledger import BlockKey, Digests
 from dinfer.kv.measure import CellDifference
-from dinfer.kv.placement import Misplaced
+from dinfer.kv.rows import Misplaced
+from dinfer.kv.source import Noted
 from dinfer.messages import Message
 from dinfer.model.tolerance import tolerance
 
@@ -22,9 +24,6 @@ class TokenChoice(NamedTuple):
     reference: int
     gap: float
 
-
-Block = tuple[int, int]
-"""chunk and layer"""
 
 TensorKey = tuple[int, int, str]
 """chunk, layer and "hidden", "K", "V" or "final": in the order in which a run computes them"""
@@ -55,30 +54,32 @@ class ToleranceMeasure(NamedTuple):
 
 @dataclass
 class HeldDigests:
-    """What one rank holds, in which dtype. Digests of K and V as they are `now`, as they were `then`, when they had
-    been computed or had come, and as they were `announced`; `hidden`: those of the hidden states that are kept."""
+    """What one rank holds: how many rows of each layer (`held`) and how many it should (`due`), the new `tokens`, the
+    digests of blocks as they are `now`, what its ledger has `noted` of them, and those of `hidden` states."""
 
     rank: int
     dtype: str
     held: list[int]
     due: list[int]
     tokens: list[int]
-    now: dict[Block, tuple[int, int]] = field(default_factory=dict)
-    then: dict[Block, tuple[int, int]] = field(default_factory=dict)
-    announced: dict[Block, tuple[int, int]] = field(default_factory=dict)
-    hidden: dict[Block, int] = field(default_factory=dict)
+    now: dict[BlockKey, Digests] = field(default_factory=dict)
+    noted: dict[BlockKey, Noted] = field(default_factory=dict)
+    hidden: dict[BlockKey, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rank: int, said: Message) -> "HeldDigests":
-        held = cls(rank, said["dtype"], said["held"], said["due"], said["tokens"])
-        for name, chunk, layer, *rest in said["items"]:
+    def of(cls, rank: int, answer: Message) -> "HeldDigests":
+        """From a rank's answer to `reference_held`."""
+        found = cls(rank, answer["dtype"], answer["held"], answer["due"], answer["tokens"])
+        for name, chunk, layer, *rest in answer["items"]:
             if name == "hidden":
-                held.hidden[chunk, layer] = rest[0]
+                found.hidden[chunk, layer] = rest[0]
                 continue
-            for where, digests in zip((held.now, held.then, held.announced), rest, strict=True):
-                if digests:
-                    where[chunk, layer] = tuple(digests)
-        return held
+            now, came, announced = (tuple(digests) if digests else None for digests in rest)
+            if now:
+                found.now[chunk, layer] = now
+            if came:
+                found.noted[chunk, layer] = Noted(came, announced if announced and any(announced) else came)
+        return found
 
 
 @dataclass
@@ -92,8 +93,8 @@ class Examined:
     seconds: float
     device: str
     choices: list[TokenChoice]
-    blocks: dict[Block, tuple[int, int]] = field(default_factory=dict)
-    hidden: dict[Block, int] = field(default_factory=dict)
+    blocks: dict[BlockKey, Digests] = field(default_factory=dict)
+    hidden: dict[BlockKey, int] = field(default_factory=dict)
     misplaced: dict[int, list[Misplaced]] = field(default_factory=dict)
     measured: dict[TensorKey, CellDifference] = field(default_factory=dict)
 

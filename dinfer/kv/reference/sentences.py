@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 
-from dinfer.kv.placement import Misplaced
 from dinfer.kv.reference.judge import Deviation, ReferenceCase
 from dinfer.kv.reference.reports import HIDDEN
 from dinfer.plan.plan import Plan
@@ -58,14 +57,14 @@ def sentence(case: ReferenceCase, one: Deviation, words: Words) -> str:
 def _placement(case: ReferenceCase, one: Deviation, words: Words) -> str:
     held = case.helds[one.rank]
     if held.held[one.layer] == held.due[one.layer]:
-        named = rows_text(one.rows) if one.rows else "rows lie wrongly"
+        named = one.rows.text if one.rows else "rows lie wrongly"
         place = f"on {words.who(one.ranks)}, layer {one.layer}, {words.chunk(one.chunk)}"
-        return f"placement is wrong: {place}: {named}" + f"; {one.then}" * bool(one.then)
+        return f"placement is wrong: {place}: {named}" + f"; {one.origin}" * bool(one.origin)
     wrong = [n for n, (have, due) in enumerate(zip(held.held, held.due, strict=True)) if have != due]
     layers = "every layer" if len(wrong) == len(held.held) else f"layer {', '.join(map(str, wrong))}"
     verb = "hold" if len(one.ranks) > 1 else "holds"
     others = f", {words.who(one.right)} and the reference" if one.right else ", the reference"
-    named = f"; {rows_text(one.rows)}" if one.rows else ""
+    named = f"; {one.rows.text}" if one.rows else ""
     return (
         f"placement is wrong: {words.who(one.ranks)} {verb} {held.held[one.layer]} rows of {layers}{others} "
         f"{held.due[one.layer]}{named}"
@@ -74,16 +73,16 @@ def _placement(case: ReferenceCase, one: Deviation, words: Words) -> str:
 
 def _wire(case: ReferenceCase, one: Deviation, words: Words) -> str:
     if not one.right and one.owner is not None and one.tensor not in HIDDEN:
-        why = one.then or "it has changed since, and so it was sent"
+        why = one.origin or "it has changed since, and so it was sent"
         told = f"rank {one.owner} computed what the reference has at `{one.op}`; {why}"
     elif one.tensor in HIDDEN:
         told = "the layer before makes the reference's of the run's own KV: changed in its MLP, or on the way"
     elif one.owner is not None and one.rank != one.owner and one.owner in one.right:
         told = f"rank {one.owner}, which computed it, holds the reference's"
-        told += f"; {one.then}" * bool(one.then)
+        told += f"; {one.origin}" * bool(one.origin)
     else:
         told = f"{words.who(one.right)} {'hold' if len(one.right) > 1 else 'holds'} the reference's"
-        told += f"; {one.then}" * bool(one.then)
+        told += f"; {one.origin}" * bool(one.origin)
     if not case.measure.exact and case.first() and not _is_far(case, one):
         return (
             f"the wire or memory changed bytes: the ranks hold different bytes of layer {one.layer}, "
@@ -126,32 +125,6 @@ def _drift(case: ReferenceCase, one: Deviation, words: Words) -> str:
 def _is_far(case: ReferenceCase, one: Deviation) -> bool:
     found = case.measured(one.rank, (one.chunk, one.layer, one.tensor))
     return found is not None and case.measure.share(one.layer, found) > 1
-
-
-def rows_text(one: Misplaced) -> str:
-    """ "rows 26–51 repeat rows 0–25"."""
-    count = one.stop - one.start
-    rows, plural = _span(one.start, count), count > 1
-    what = "" if one.tensors == "KV" else f" ({one.tensors})"
-    match one.kind:
-        case "repeated" | "stale":
-            verb = "repeat" if plural else "repeats"
-            return f"{rows}{what} {verb} {_span(one.source, count)}"
-        case "shifted":
-            return f"{rows}{what} hold{'s' * (not plural)} what belongs in {_span(one.source, count)}"
-        case "permuted":
-            return f"{rows}{what} are permuted"
-        case "swapped":
-            return f"{rows}{what} hold{'s' * (not plural)} K for V"
-        case "heads":
-            return f"{rows}{what} hold{'s' * (not plural)} each head's values {one.source} further on"
-        case "empty":
-            return f"{rows}{what} {'are' if plural else 'is'} all zero"
-    return f"{rows}{what} {'are' if plural else 'is'} found nowhere"
-
-
-def _span(start: int, count: int) -> str:
-    return f"row {start}" if count == 1 else f"rows {start}–{start + count - 1}"
 
 
 def _number(value: float) -> str:
