@@ -80,14 +80,11 @@ class Noted(NamedTuple):
 
 
 class Source(Protocol):
-    """Calls for several ranks ask them together, and answer in their order. `chunk` counts the plan's chunks."""
+    """`ranks`: those that it has something of. Calls for several ranks ask them together, and answer in their order.
+    `chunk` counts the plan's chunks."""
 
-    @property
-    def subject(self) -> Subject: ...
-
-    @property
-    def ranks(self) -> Sequence[int]:
-        """Those that it has something of."""
+    subject: Subject
+    ranks: Sequence[int]
 
     @property
     def bytes_moved(self) -> int:

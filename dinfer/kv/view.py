@@ -1,8 +1,8 @@
 """View: KV as its user looks at it: who holds what, each head in a few numbers, values on demand."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -28,8 +28,8 @@ Note = Callable[[Diff, Selection], None]
 
 Hold = Callable[[], AbstractContextManager[None]]
 
-_TAKING_TWO = threading.Lock()
-"""held by who takes two runs, lest two who take the same two wait for each other for ever"""
+_HOLDING_TWO = threading.Lock()
+"""prevents a deadlock between A.diff(B) and B.diff(A)"""
 
 
 class Other(Protocol):
@@ -67,35 +67,29 @@ class KV(Displayable):
         `ranks`: which to compare, by default all; `values`: of how many tokens' rows to fetch the values, None: of all
         that differ. Raises PlanError for ranks that there are not, and for a run of another prompt, model or dtype.
         """
-        with self._both_held(other):
-            return self._diff(other, ranks, values)
-
-    @contextmanager
-    def _both_held(self, other: object) -> Iterator[None]:
-        """Keep this run standing, and the other, where it is one that can move."""
-        theirs: Hold | None = getattr(other, "hold", None)
+        hold_other: Hold | None = getattr(other, "hold", None)
         with ExitStack() as held:
-            with _TAKING_TWO if theirs else nullcontext():
+            with _HOLDING_TWO if hold_other else nullcontext():
                 held.enter_context(self._hold())
-                if theirs:
-                    held.enter_context(theirs())
-            yield
-
-    def _diff(self, other: "Other | Source | None", ranks: Sequence[int] | None, values: int | None) -> Diff:
-        source = self.source()
-        subject = source.subject
-        chosen = tuple(_ranks(subject, ranks if ranks is not None else self._own_ranks(source)))
-        spans = self._spans or tuple(range(len(subject.spans)))
-        selection = Selection(chosen, self._layers, spans)
-        if other is None:
-            found = diff_ranks(source, selection, values)
-            if self._note:
-                self._note(found, selection)
-            return found
-        theirs = other.source() if hasattr(other, "source") else other
-        if isinstance(source, LiveSource) and isinstance(theirs, LiveSource):  # both call themselves this run
-            theirs = theirs.called("the other run")
-        return diff_sources(source, theirs, selection, values)
+                if hold_other:
+                    held.enter_context(hold_other())
+            source = self.source()
+            subject = source.subject
+            if ranks is not None:
+                ranks = _known_ranks(subject, ranks)
+            else:
+                ranks = source.ranks if self._rank is None else [self._rank]
+            spans = self._spans or range(len(subject.spans))
+            selection = Selection(tuple(ranks), self._layers, tuple(spans))
+            if other is None:
+                found = diff_ranks(source, selection, values)
+                if self._note:
+                    self._note(found, selection)
+                return found
+            theirs = other.source() if hasattr(other, "source") else other
+            if isinstance(source, LiveSource) and isinstance(theirs, LiveSource):
+                theirs = theirs.called("the other run")  # both call themselves this run
+            return diff_sources(source, theirs, selection, values)
 
     @property
     def k(self) -> "Part":
@@ -270,10 +264,10 @@ def say_size(size: int, advice: str) -> None:
         print(f"dinfer: {size / (1 << 20):,.0f} MiB are fetched; {advice}.", flush=True)
 
 
-def _ranks(subject: Subject, ranks: Sequence[int]) -> list[int]:
+def _known_ranks(subject: Subject, ranks: Sequence[int]) -> list[int]:
     found = sorted({within("rank", rank, subject.plan.world_size) for rank in ranks})
     if not found:
-        raise PlanError("ranks names none: name two at least, such as ranks=(0, 2), or leave it out for all.")
+        raise PlanError("ranks is empty: name at least two, such as ranks=(0, 2), or leave it out for all.")
     return found
 
 

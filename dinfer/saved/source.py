@@ -66,19 +66,12 @@ class SavedSource(ViewableSource):
     def __init__(
         self, folder: Path, subject: Subject, ranks: Sequence[dict[str, Any]], layers: Sequence[int]
     ) -> None:
-        self._folder, self._subject, self._layers = folder, subject, tuple(layers)
+        self.subject, self._folder, self._layers = subject, folder, tuple(layers)
         self._held = {one["rank"]: HeldSpans(tuple(one["spans"]), tuple(one["rows"])) for one in ranks}
+        self.ranks = list(self._held)
         self._digests = Tensors(folder / DIGESTS)
         self._file = lru_cache(lambda layer: Tensors(folder / kv_file(layer)))
         self._rows = lru_cache(KEPT)(self._read_rows)
-
-    @property
-    def subject(self) -> Subject:
-        return self._subject
-
-    @property
-    def ranks(self) -> Sequence[int]:
-        return list(self._held)
 
     @property
     def bytes_moved(self) -> int:
@@ -108,7 +101,7 @@ class SavedSource(ViewableSource):
         if (chunk, layer) not in self._noted(rank, [layer]):
             return None
         came = self._digests.get(came_name(rank, layer, chunk))
-        return self.rows(rank, layer, self._subject.spans[chunk]) if came is None else came
+        return self.rows(rank, layer, self.subject.spans[chunk]) if came is None else came
 
     def rows(self, rank: int, layer: int, places: range) -> Tensor:
         return self._rows(rank, layer)[places.start : places.stop]
@@ -117,12 +110,12 @@ class SavedSource(ViewableSource):
         self._check([rank])
         if not self.has_values(layer):
             raise SavedError(
-                f"{self._subject.name} holds no values of layer {layer}: it was saved with {self.holds}."
+                f"{self.subject.name} holds no values of layer {layer}: it was saved with {self.holds}."
             )
         asked, rows = set(places), self._held[rank].rows[layer]
-        needed = [piece for piece in pieces(self._subject.spans, rows) if not asked.isdisjoint(piece)]
+        needed = [piece for piece in pieces(self.subject.spans, rows) if not asked.isdisjoint(piece)]
         if not needed:
-            return self._piece(rank, layer, pieces(self._subject.spans, rows)[0])[:0]
+            return self._piece(rank, layer, pieces(self.subject.spans, rows)[0])[:0]
         read = torch.cat([self._piece(rank, layer, piece) for piece in needed])
         at = {place: n for n, place in enumerate(place for piece in needed for place in piece)}
         return read[[at[place] for place in places]]
@@ -149,11 +142,11 @@ class SavedSource(ViewableSource):
         if missing := [rank for rank in ranks if rank not in self._held]:
             there = ", ".join(map(str, self._held)) or "no rank"
             raise SavedError(
-                f"{self._subject.name} holds nothing of rank {missing[0]}: it was saved when {there} could be asked."
+                f"{self.subject.name} holds nothing of rank {missing[0]}: it was saved when {there} could be asked."
             )
 
     def _first(self, layer: int) -> int:
-        return first_holder(self._subject.plan, list(self._held), layer)
+        return first_holder(self.subject.plan, list(self._held), layer)
 
     def _noted(self, rank: int, layers: Sequence[int]) -> dict[BlockKey, Noted]:
         ledger = self._digests.get(ledger_name(rank))
@@ -167,10 +160,10 @@ class SavedSource(ViewableSource):
         self._check([rank])
         own = self._digests.get(rows_name(rank, layer))
         found = self._digests.one(rows_name(self._first(layer), layer)) if own is None else own
-        wanted = (self._held[rank].rows[layer], 2, self._subject.kv_heads)
+        wanted = (self._held[rank].rows[layer], 2, self.subject.kv_heads)
         if tuple(found.shape) != wanted:
             raise SavedError(
-                f"{self._subject.name} is damaged: the digests of layer {layer} on rank {rank} are "
+                f"{self.subject.name} is damaged: the digests of layer {layer} on rank {rank} are "
                 f"{tuple(found.shape)}, and should be {wanted}."
             )
         return found
