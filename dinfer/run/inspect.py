@@ -1,8 +1,8 @@
 """Inspecting: what a run's ranks hold and compute: KV, hidden states, attention. Nothing here moves or changes it."""
 
 import contextlib
-from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -68,9 +68,16 @@ class Inspecting(HoldingRun):
 
     def _live(self) -> Live:
         """The same, also of a run that moves or has failed: as far as its ranks answer."""
+        return Live(self._subject(), RankClient(self._line, self._check_there))
+
+    def _compared(self, found: Diff, chosen: Selection) -> None:
+        self._marks.note_diff(found, chosen)
+        self.tell()
+
+    def _subject(self) -> Subject:
         spec, dtype = self.job.spec, self.config.dtype
-        ids = (*self.job.ids, *self._generation.tokens)
-        subject = Subject(
+        ids = (*self.job.ids, *self.tokens)
+        return Subject(
             name="this run",
             standing=self._standing_texts(),
             plan=self.plan,
@@ -81,38 +88,30 @@ class Inspecting(HoldingRun):
             dtype=getattr(torch, spec.dtype if dtype == "auto" else dtype),
             checkpoint=self._fingerprint,
         )
-        return Live(subject, self._client)
-
-    @cached_property
-    def _client(self) -> RankClient:
-        return RankClient(self._line, self._check_there)
-
-    def _compared(self, found: Diff, chosen: Selection) -> None:
-        self._marks.note_diff(found, chosen)
-        self.tell()
 
     @cached_property
     def _fingerprint(self) -> str:
         return fingerprint(self.job.spec)
 
     @cached_property
-    def _texts(self) -> Callable[[tuple[int, ...]], tuple[str, ...]]:
-        """The text of each token of a prompt and what follows it; what was asked for last is kept."""
+    def _known_texts(self) -> dict[tuple[int, ...], tuple[str, ...]]:
+        return {}
 
-        @lru_cache(maxsize=1)
-        def texts(ids: tuple[int, ...]) -> tuple[str, ...]:
-            return tuple(texts_of(self._tokenizer, ids, [range(n, n + 1) for n in range(len(ids))]))
-
-        return texts
+    def _texts(self, ids: tuple[int, ...]) -> tuple[str, ...]:
+        """Of each token; what was made last is kept."""
+        if ids not in self._known_texts:
+            self._known_texts.clear()
+            ranges = [range(n, n + 1) for n in range(len(ids))]
+            self._known_texts[ids] = tuple(texts_of(self._tokenizer, ids, ranges))
+        return self._known_texts[ids]
 
     def _standing_texts(self) -> tuple[str, ...]:
-        ranks, stands = self.plan.lanes, [state.stand for state in self._line.ranks if state.stand]
-        ends = [tuple(len(lane.ops) for lane in lanes) for lanes in ranks]
-        if len(stands) < len(ranks):
-            return ()
+        stands, lanes = self.standing().stands, self.plan.lanes
         return tuple(
-            "" if tuple(stand.positions) == end else at_text(lanes, stand.positions)
-            for lanes, end, stand in zip(ranks, ends, stands, strict=True)
+            at_text(lanes[rank], stand.positions)
+            if any(at < len(lane.ops) for lane, at in zip(lanes[rank], stand.positions, strict=True))
+            else ""
+            for rank, stand in enumerate(stands)
         )
 
     def _check_there(self, ranks: Sequence[int]) -> None:

@@ -123,7 +123,7 @@ class Standing(NamedTuple):
 
 def state_of_lanes(plan: Plan, stands: Sequence[Stand]) -> State:
     """What the lanes' positions and limits say; `stands` are those of all ranks, or fewer at the start."""
-    if len(stands) < len(plan.lanes):
+    if len(stands) < plan.world_size:
         return "starting"
     if not all(stand.at_limits and not any(stand.started) for stand in stands):
         return "running"

@@ -4,8 +4,11 @@ The ordinary engine runs; what its peers sent comes from the record. Every block
 said of it in the run, and every new token with the run's: where they differ, the replay says so.
 """
 
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
@@ -38,7 +41,10 @@ from dinfer.saved.replay.record import (
     left_out,
 )
 from dinfer.trace.events import Event
+from dinfer.transport.gate import FreeGate
 from dinfer.verdict.where import moved_lines, rank_text
+
+T = TypeVar("T")
 
 
 def decoder_of(
@@ -71,6 +77,28 @@ def _device_like(recorded: str) -> str:
     return "cuda:0" if recorded.startswith("cuda") and torch.cuda.is_available() else "cpu"
 
 
+class _ReplayGate(FreeGate):
+    """Knows when all lanes have begun."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._coming: set[str] = set()
+
+    def enroll(self, thread: str) -> None:
+        self._coming.add(thread)
+
+    def wait(self, claim: Callable[[], T | None], timeout: float | None = None) -> T | None:
+        name = threading.current_thread().name
+        if name in self._coming:
+            with self.change():
+                self._coming.discard(name)
+        return super().wait(claim, timeout)
+
+    def wait_for_lanes(self) -> None:
+        """Until every lane waits for its first op."""
+        self.wait(lambda: None if self._coming else True)
+
+
 TOKEN = "token"
 
 CLOSED = "this replay is closed: replay the rank again"
@@ -80,8 +108,8 @@ class Replay(Displayable, Closing):
     """`engine` is the rank's engine, as under `%%px`; `notes` say where this is not the run bit for bit.
 
     An op that raises does so here, with its own error as the cause; what is called next begins anew and goes to where
-    it is sent. This process then computes on as many CPU threads as the rank did. Raises RecordError where the record
-    does not do.
+    it is sent. It computes on as many CPU threads as the rank did, on which the last bits of its values depend; what
+    else this process computes keeps its own number of threads. Raises RecordError where the record does not do.
     """
 
     def __init__(
@@ -100,7 +128,7 @@ class Replay(Displayable, Closing):
         self.decoder: Decoder = decoder_of(recorded, model_path, device, decoder)
         self._way = ReplayPath(recorded.plan, recorded.rank, recorded.reach)
         self._peers = Peers(recorded)
-        torch.set_num_threads(recorded.config.threads or torch.get_num_threads())
+        self._gate = _ReplayGate()
         self.engine = self._new_engine()
         self._begin()
 
@@ -146,11 +174,12 @@ class Replay(Displayable, Closing):
         before, recorded = len(self.tokens), len(self.recorded.tokens)
         wanted = recorded if max_new_tokens is None else min(recorded + 1, before + count_of(max_new_tokens))
         self._tokens.limit_to(max(before, wanted))
-        said = self._tokens.run(self._took)
+        with self._rank_threads():
+            answer = self._tokens.run(self._took)
         new = self.tokens[before:]
         remark = "" if new else f"no more than {recorded} new tokens were recorded"
         text = "".join(self._texts[before:])
-        return Decoded(tuple(new), text, bool(said["ended"]), before + len(new), remark)
+        return Decoded(tuple(new), text, bool(answer["ended"]), before + len(new), remark)
 
     # -- looking
 
@@ -214,14 +243,28 @@ class Replay(Displayable, Closing):
             if found := note():
                 found(corrupt)
 
-        engine = Engine(self.decoder, self._peers, config, on_op=on_op, on_corrupt=on_corrupt)
+        engine = Engine(
+            self.decoder, self._peers, config, on_op=on_op, on_corrupt=on_corrupt, gate=self._gate
+        )
         weakref.finalize(
             self, engine.release
         ).atexit = False  # nobody may close it, and its threads hold it all
         return engine
 
+    @contextmanager
+    def _rank_threads(self) -> Iterator[None]:
+        """Have this thread, and those that begin meanwhile, compute on as many CPU threads as the rank did."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.recorded.config.threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
     def _begin(self) -> None:
-        executor = self.engine.prepare(self.recorded.ids, plan=self.plan)
+        with self._rank_threads():
+            executor = self.engine.prepare(self.recorded.ids, plan=self.plan)
+            self._gate.wait_for_lanes()  # each takes over the number of CPU threads when it begins
         self._peers.positions = lambda: executor.stand().positions
         self.engine.prompt.state.faults.arm(self.recorded.faults_again, lambda _: None)
         self._applied = 0
@@ -269,7 +312,8 @@ class Replay(Displayable, Closing):
         if any(not is_inside(edit.positions, target) for edit in self.recorded.edits[: self._applied]):
             self._begin()
         else:
-            self.engine.prompt.rewind(self._cut(lower(self._positions(), target)))
+            with self._rank_threads():  # it computes hidden states anew
+                self.engine.prompt.rewind(self._cut(lower(self._positions(), target)))
 
     def _forward(self, target: LanePositions) -> None:
         """To there on every lane that is not further yet."""

@@ -408,3 +408,33 @@ def test_a_checkpoint_that_is_gone_or_another(recorded: RankRecord, model: Path,
     with Replay(recorded, model_path=str(copy)) as replay:
         replay.resume()
         assert replay.notes == []
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """This process computes on two CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_it_computes_on_the_ranks_thread_count_and_leaves_this_processes_alone(
+    recorded: RankRecord, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, counts = Decoder.layer, set[int]()
+
+    def counted(*given: Any, **named: Any) -> Tensor:
+        counts.add(torch.get_num_threads())
+        return layer(*given, **named)
+
+    monkeypatch.setattr(Decoder, "layer", counted)
+    record = replace(recorded, config=recorded.config.with_(threads=1))
+    with Replay(record, decoder=decoder) as replay:
+        assert torch.get_num_threads() == 2
+        replay.resume()
+        replay.step_back("layer", 2)
+        replay.resume()
+    assert torch.get_num_threads() == 2
+    assert counts == {1}
