@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from dinfer.engine.prompt import Edit
 from dinfer.errors import DinferError
 from dinfer.kv.ledger import BlockKey
 from dinfer.plan.faults import Fault
+from dinfer.plan.plan import Plan
 from dinfer.saved.replay.record import Own
 from dinfer.trace.export import FORMAT as TRACE_FORMAT
 
@@ -76,6 +77,18 @@ def sha256_of(path: Path) -> str:
     """In hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def first_holder(plan: Plan, ranks: Sequence[int], layer: int) -> int:
+    """The rank that others are said to equal in a layer: its owner, if that is one of these."""
+    owner = plan.shape.owners[layer]
+    return owner if owner in ranks else ranks[0]
+
+
+def pieces(spans: Sequence[range], rows: int) -> list[range]:
+    """A layer's places: those of each span, as far as there are so many, and those behind the last."""
+    parts = [*spans, range(spans[-1].stop, max(rows, spans[-1].stop))]
+    return [range(part.start, min(part.stop, rows)) for part in parts if part.start < min(part.stop, rows)]
 
 
 DESCRIPTION = f"""# A saved run of dinfer, version {VERSION}

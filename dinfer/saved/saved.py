@@ -19,6 +19,8 @@ from dinfer.plan.ops import PlanError
 from dinfer.plan.plan import Plan
 from dinfer.saved.format import DIGESTS, HIDDEN, SavedError, hidden_name
 from dinfer.saved.read import (
+    SavedSource,
+    Tensors,
     check_sum,
     damage_told,
     read_about,
@@ -28,7 +30,6 @@ from dinfer.saved.read import (
     read_trace,
 )
 from dinfer.saved.replay.replay import Replay
-from dinfer.saved.source import SavedSource, Tensors
 from dinfer.trace.export import TraceError
 from dinfer.trace.findings import Findings, findings_of
 from dinfer.trace.read import read_traces

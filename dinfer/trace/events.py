@@ -7,9 +7,12 @@ collective.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, Self
+
+from dinfer.plan.ops import Op
 
 KINDS = (
     "embed",
@@ -155,3 +158,52 @@ def prefill_events(events: Iterable[Event]) -> Iterator[Event]:
     """Those of prefill: neither of decode nor about blocks."""
     apart = {"decode", *CHECKING}
     return (event for event in events if event.what != "token" and event.kind not in apart)
+
+
+def event_of(
+    op: Op, rank: int, lane: str, index: int, times: tuple[int, int, int, int], nbytes: int
+) -> Event:
+    """What an op that has ended leaves. `times`: ready, start, met and end, as in Event; `index`: its place on the
+    lane."""
+    ready, start, met, end = times
+    return Event(
+        rank=rank,
+        lane=lane,
+        kind=op.kind,
+        ready=ready,
+        start=start,
+        met=met,
+        end=end,
+        what=op.what if op.is_transfer else "",
+        chunk=None if op.chunk < 0 else op.chunk,
+        layer=None if op.layer < 0 else op.layer,
+        peer=op.peer if op.is_transfer else None,
+        tokens=op.tokens,
+        bytes=nbytes,
+        index=index,
+    )
+
+
+def pairs(events: Iterable[Event]) -> list[tuple[Event | None, Event | None]]:
+    """The send and the recv of each of these messages, as far as they are there.
+
+    The nth send of a block on a link belongs to its nth recv: after going back, a block travels again.
+    """
+    sends: dict[tuple[object, ...], list[Event]] = defaultdict(list)
+    recvs: dict[tuple[object, ...], list[Event]] = defaultdict(list)
+    for event in prefill_events(events):
+        if event.peer is None:
+            continue
+        if event.kind == "send":
+            sends[event.rank, event.peer, event.what, event.chunk, event.layer].append(event)
+        elif event.kind == "recv":
+            recvs[event.peer, event.rank, event.what, event.chunk, event.layer].append(event)
+    return [
+        (_nth(sends[key], n), _nth(recvs[key], n))
+        for key in {**sends, **recvs}
+        for n in range(max(len(sends[key]), len(recvs[key])))
+    ]
+
+
+def _nth(events: Sequence[Event], number: int) -> Event | None:
+    return events[number] if number < len(events) else None

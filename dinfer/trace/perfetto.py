@@ -6,8 +6,7 @@ The format is the one that Chromium's developers describe under that name. Times
 from collections.abc import Iterator
 from typing import Any
 
-from dinfer.trace.events import COMPUTE, Event, EventLog
-from dinfer.trace.pairing import pairs
+from dinfer.trace.events import COMPUTE, Event, EventLog, pairs
 
 Json = dict[str, Any]
 

@@ -10,8 +10,7 @@ from random import Random
 from dinfer.plan.graph import NONE, Graph, simulate
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
-from dinfer.trace.events import Event
-from dinfer.trace.of_plan import event_of
+from dinfer.trace.events import Event, event_of
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import Link
 

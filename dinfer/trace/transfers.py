@@ -8,8 +8,7 @@ from collections.abc import Iterable, Sequence
 from math import ceil
 from typing import NamedTuple
 
-from dinfer.trace.events import Event
-from dinfer.trace.pairing import pairs
+from dinfer.trace.events import Event, pairs
 from dinfer.trace.trace import Trace
 
 Link = tuple[int, int]

@@ -10,7 +10,7 @@ from math import inf
 
 from dinfer.trace.events import Event
 from dinfer.verdict.judge import judge
-from dinfer.verdict.ranks import busy
+from dinfer.verdict.planned import busy
 from dinfer.verdict.signs import Signs
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.waits import STUCK_S, HangKind, Node, Root, Wait, Waits
