@@ -421,7 +421,7 @@ class _Differences:
             Difference(
                 rank=block.side.rank, layer=block.layer, chunk=chunk_of(subject, block.span),
                 tensor=None if tensor is None else ("K", "V")[tensor], head=head, token=token, op=origin.op,
-                where=origin.where, hops=origin.hops, came=origin.text, name=block.side.name,
+                where=origin.where, hops=origin.hops, origin=origin.text, name=block.side.name,
                 label=subject.label(token), dtype=subject.dtype, **about,
             )
         )  # fmt: skip

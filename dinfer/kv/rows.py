@@ -69,19 +69,18 @@ def misplaced_rows(got: Tensor, want: Tensor) -> list[Misplaced]:
 def misplaced_in_blocks(got: Tensor, want: Tensor, blocks: Sequence[range], zero: int) -> list[Misplaced]:
     """Which of a layer's rows, `got`, are other rows than they should be, `want`; both are of one length.
 
-    `blocks`: the places of each block; `zero` as for `identify`. K or V of a block counts only if other rows of the
-    layer explain all of it: in a block of other values, single rows may be another's by chance, as K of the first layer
-    is for equal tokens at shifted positions.
+    `blocks`: the places of each block; `zero` as for `identify`. Only whole rows count, of all heads, and only where
+    other rows of the layer explain all of K or V of a block: in a block of other values, single rows may be another's
+    by chance, as K of the first layer is for equal tokens at shifted positions.
     """
     found, previous = list[Misplaced](), None
     for block in blocks:
         places = slice(block.start, block.stop)
         nearby = Nearby(0, want, previous)
         findings, left = identify(got[places], want[places], block.start, nearby, zero)
-        unexplained = left.any(2).any(0)
-        found += [
-            _plain(one, block.start) for one in findings if not (one.cells.any(2).any(0) & unexplained).any()
-        ]
+        for one in findings:
+            if not left.any(2).any(0)[one.cells.any(2).any(0)].any() and one.cells[one.cells.any(2)].all():
+                found.append(_plain(one, block.start))
         previous = block.start
     return found
 

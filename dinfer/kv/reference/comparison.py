@@ -4,12 +4,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from dinfer.display import Displayable
 from dinfer.kv.measure import CellDifference
 from dinfer.kv.reference.judge import CauseKind, Deviation, ReferenceCase
 from dinfer.kv.reference.reports import FINAL, HIDDEN
 from dinfer.model.tolerance import CONFIDENCE, ROUNDINGS, UNIT_ROUNDOFF
-from dinfer.plan.plan import Plan
 
 TENSORS = ("hidden", "K", "V")
 
@@ -23,7 +24,7 @@ class Comparison(Displayable):
     ) -> None:
         self.case, self.chunked, self.edited = case, chunked, tuple(edited)
         self.first: Deviation | None = case.first()
-        self._words = _Words(case.plan, len(case.helds), texts)
+        self._words = _Words(case, texts)
 
     @property
     def kind(self) -> CauseKind:
@@ -192,8 +193,10 @@ def _cell(value: float, width: int) -> str:
 class _Words:
     """The names of things in one run. `texts`: of each token."""
 
-    def __init__(self, plan: Plan, world_size: int, texts: Sequence[str]) -> None:
-        self._plan, self._world_size, self._texts = plan, world_size, list(texts)
+    def __init__(self, case: ReferenceCase, texts: Sequence[str]) -> None:
+        self._plan, self._world_size, self._texts = case.plan, len(case.helds), list(texts)
+        one_dtype = case.measure.dtype == case.measure.reference
+        self._dtype: torch.dtype = getattr(torch, case.measure.dtype) if one_dtype else torch.float32
 
     def who(self, ranks: Iterable[int]) -> str:
         """ "rank 2", "ranks 0, 1", "both ranks", "all 3 ranks"."""
@@ -208,25 +211,15 @@ class _Words:
     def chunk(self, chunk: int) -> str:
         return f"chunk {chunk}" if chunk < len(self._plan.shape.chunks) else "the new tokens"
 
-    def token(self, token: int | None) -> str:
-        """ "token 141 ('Lima')"."""
-        if token is None:
-            return ""
-        text = self._texts[token] if token < len(self._texts) else ""
-        return f"token {token}" + (f" ({text!r})" if text else "")
-
     def place(self, one: Deviation) -> str:
-        """ "layer 7, chunk 1, K, head 3, token 141 ('Lima'), dim 17: 0.0312 against -1.75"."""
+        """ "layer 7, chunk 1, K, head 3, token 141 ('Lima'), dim 17: 0.0312 against −1.75"."""
         where = [f"layer {one.layer}", self.chunk(one.chunk), one.tensor]
         if one.tensor in HIDDEN:
             layers = self._plan.shape.layers
             what = f"what enters layer {one.layer}" if one.layer < layers else "what the last layer makes"
             where = [what if one.tensor == "hidden" else "the final hidden state", self.chunk(one.chunk)]
-        where += [f"head {one.head}"] * (one.head is not None)
-        where += [self.token(one.token)] * (one.token is not None)
-        where += [f"dim {one.dim}"] * (one.dim is not None)
-        values = f": {_number(one.values[0])} against {_number(one.values[1])}" if one.values else ""
-        return ", ".join(where) + values
+        label = self._texts[one.token] if one.token is not None and one.token < len(self._texts) else ""
+        return ", ".join(filter(None, [*where, one.value_text(label, self._dtype)]))
 
 
 def _sentence(case: ReferenceCase, one: Deviation, words: _Words) -> str:
@@ -307,7 +300,3 @@ def _drift(case: ReferenceCase, one: Deviation, words: _Words) -> str:
 def _is_far(case: ReferenceCase, one: Deviation) -> bool:
     found = case.measured(one.rank, (one.chunk, one.layer, one.tensor))
     return found is not None and case.measure.share(one.layer, found) > 1
-
-
-def _number(value: float) -> str:
-    return f"{value:.6g}"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from dinfer.kv.difference import KvPlace
 from dinfer.kv.measure import CellDifference, Spot
 from dinfer.kv.origin import BlockRoute
 from dinfer.kv.reference.reports import HIDDEN, Examined, HeldDigests, TensorKey, ToleranceMeasure, keys_of
@@ -61,29 +62,22 @@ def kind_of(evidence: TensorEvidence) -> CauseKind:
     return "wire"
 
 
-@dataclass(frozen=True)
-class Deviation:
+@dataclass(frozen=True, kw_only=True)
+class Deviation(KvPlace):
     """The first thing that is not as the reference has it.
 
-    `rank` holds it, as do all of `ranks`; `owner` computed it by `op`, None where every rank did for itself. `chunk`:
-    the number of chunks for new tokens. `tensor`: "K", "V", "hidden", "final" or "token". `head` and `dim` are None
-    where there is no such thing; `values` are the rank's and the reference's. `rows`: of rows that lie wrongly.
-    `origin`: how the block came to differ, where the ranks' ledgers say that.
+    `rank` holds it, as do all of `ranks`; `right`: the ranks that hold what the reference has; `owner`: the rank that
+    computed it by `op`, None where every rank did for itself. `chunk`: the number of chunks for new tokens; `tensor`:
+    "K", "V", "KV", "hidden", "final" or "token"; `values`: the rank's and the reference's. `rows`: which rows lie in
+    the wrong place; `origin`: how the block came to differ, where the ranks' ledgers say that.
     """
 
     kind: CauseKind
-    rank: int
     ranks: tuple[int, ...]
     right: tuple[int, ...]
     owner: int | None
-    layer: int
     chunk: int
     tensor: str
-    head: int | None = None
-    token: int | None = None
-    dim: int | None = None
-    values: tuple[float, float] | None = None
-    op: str | None = None
     rows: Misplaced | None = None
     origin: str = ""
 
@@ -206,8 +200,8 @@ class ReferenceCase:
         ranks = tuple(one.rank for one in wrong)
         owner = self.owner(chunk, layer)
         return Deviation(
-            "placement", rank, ranks, right, owner, layer, chunk, "KV", token=token, rows=rows,
-            op=self.op_of(chunk, layer),
+            kind="placement", rank=rank, ranks=ranks, right=right, owner=owner, layer=layer, chunk=chunk, tensor="KV",
+            token=token, rows=rows, op=self.op_of(chunk, layer),
         )  # fmt: skip
 
     def _by_value(self) -> Deviation | None:
@@ -226,8 +220,9 @@ class ReferenceCase:
         chunk = len(self.plan.shape.chunks)
         token = self.plan.shape.tokens + one.position
         return Deviation(
-            "compute", 0, ranks, (), None, self.plan.shape.layers, chunk, "token", token=token, values=values
-        )
+            kind="compute", rank=0, ranks=ranks, right=(), owner=None, layer=self.plan.shape.layers, chunk=chunk,
+            tensor="token", token=token, values=values,
+        )  # fmt: skip
 
     def _deviation(self, key: TensorKey, evidence: TensorEvidence) -> Deviation:
         chunk, layer, tensor = key
@@ -236,8 +231,8 @@ class ReferenceCase:
         index = spot.at if spot else ()
         head = index[1] if len(index) == 3 else None
         return Deviation(
-            kind_of(evidence), rank, evidence.differing or (rank,), evidence.right, evidence.owner, layer, chunk,
-            tensor,
+            kind=kind_of(evidence), rank=rank, ranks=evidence.differing or (rank,), right=evidence.right,
+            owner=evidence.owner, layer=layer, chunk=chunk, tensor=tensor,
             head=head,
             token=index[0] if index else None,
             dim=index[-1] if index else None,
@@ -280,11 +275,11 @@ class ReferenceCase:
         chunks = self.plan.shape.chunks
         return next((n for n, rows in enumerate(chunks) if token in rows), len(chunks))
 
-    def op_of(self, chunk: int, layer: int) -> str | None:
+    def op_of(self, chunk: int, layer: int) -> str:
         """The owner's op that computed the block."""
         owner = self.owner(chunk, layer)
         ops = (op for lane in self.plan.lanes[owner] for op in lane.ops) if owner is not None else ()
-        return next((str(op) for op in ops if _computes(op, chunk, layer)), None)
+        return next((str(op) for op in ops if _computes(op, chunk, layer)), "")
 
 
 def _computes(op: Op, chunk: int, layer: int) -> bool:

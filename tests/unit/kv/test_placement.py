@@ -89,3 +89,10 @@ def test_a_block_of_other_values_is_not_named_by_rows_that_are_anothers_by_chanc
     assert named(mine) == []
     mine[[8, 9]] = RIGHT[[9, 8]]
     assert [one[:3] for one in named(mine)] == [(8, 10, "permuted")]
+
+
+def test_a_row_of_one_head_that_is_another_row_is_a_wrong_value() -> None:
+    """A value may be zero for other reasons than that a block never came."""
+    one_head = RIGHT.clone()
+    one_head[5, 0, 1] = EMPTY
+    assert named(one_head) == []
