@@ -27,7 +27,7 @@ class Origin(NamedTuple):
 
 
 class BlockRoute:
-    """How blocks come to ranks, by a plan."""
+    """The routes of blocks to ranks in a plan."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -40,27 +40,27 @@ class BlockRoute:
         }
 
     def peer(self, rank: int, chunk: int, layer: int) -> int | None:
-        """From whom a rank gets that block; None: it computes it."""
+        """The rank from which this one receives the block; None: it computes it."""
         return self._peers.get((rank, chunk, layer))
 
     def hops(self, rank: int, chunk: int, layer: int) -> int:
-        """How many hops away from who computes the block."""
+        """How many hops the block takes to that rank."""
         return len(self.path(rank, chunk, layer)) - 1
 
     def path(self, rank: int, chunk: int, layer: int) -> list[int]:
-        """The ranks that the block passes on its way to this one, who computes it first."""
+        """The ranks that the block passes: the one that computes it first, this one last."""
         found = [rank]
         while (peer := self.peer(found[0], chunk, layer)) is not None and peer not in found:
             found.insert(0, peer)
         return found
 
     def op(self, rank: int, chunk: int, layer: int) -> str:
-        """The op that makes the block on that rank, for example `recv kv c1 l7 <- 1`."""
+        """The op that computes or receives the block on that rank, for example `recv kv c1 l7 <- 1`."""
         peer = self.peer(rank, chunk, layer)
         return f"layer c{chunk} l{layer}" if peer is None else f"recv kv c{chunk} l{layer} <- {peer}"
 
-    def came(self, rank: int, chunk: int, layer: int) -> str:
-        """How the block came to be on that rank, in words."""
+    def arrival(self, rank: int, chunk: int, layer: int) -> str:
+        """How that rank got the block, in words."""
         peer = self.peer(rank, chunk, layer)
         if peer is None:
             return f"computed there in chunk {chunk}"
@@ -73,8 +73,8 @@ class BlockRoute:
         path = self.path(rank, chunk, layer)
         right = truth(noted, path[0])
         if right is None or any(one not in noted for one in path):
-            came = self.came(rank, chunk, layer)
-            return Origin(rank, "", self.op(rank, chunk, layer), came, len(path) - 1)
+            arrival = self.arrival(rank, chunk, layer)
+            return Origin(rank, "", self.op(rank, chunk, layer), arrival, len(path) - 1)
         for source, one in zip([None, *path], path, strict=False):
             if noted[one].edited and noted[one].came != right:
                 return self._changed(one, "memory", rank, chunk, layer, "edited by hand")
@@ -90,7 +90,7 @@ class BlockRoute:
         """The block on `rank`, which changed in the memory of rank `at`, or on the wire to it."""
         op, text, hops = (
             self.op(at, chunk, layer),
-            self.came(rank, chunk, layer),
+            self.arrival(rank, chunk, layer),
             self.hops(rank, chunk, layer),
         )
         if where == "memory":

@@ -1,7 +1,7 @@
-"""Examination: transformers' own forward of a prompt and its new tokens beside what one rank holds of them.
+"""Examine: runs transformers' own forward of a prompt and its new tokens, and compares it with what one rank holds.
 
-Every tensor is compared as soon as the forward has made it, where it lies; what is left of it are numbers. The forward
-may run in other chunks or in another dtype than the run did. What a difference means is not decided here.
+Each tensor is compared on its device as soon as the forward has made it, and only figures are kept. The forward may run
+in other chunks or in another dtype than the run did. What a difference means is decided in `kv.reference`.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from dinfer.rank.inventory import Inventory, InventoryKey, hidden_digest, zero_r
 
 
 class LayerReplay:
-    """Of one rank. Ask for each chunk's layers in order."""
+    """Computes again what entered each layer of one rank's run. Ask for each chunk's layers in order."""
 
     def __init__(self, decoder: Decoder, holding: Inventory) -> None:
         self._decoder, self._holding = decoder, holding
@@ -29,8 +29,8 @@ class LayerReplay:
         self._at: dict[int, Tensor | None] = {}
 
     def hidden(self, chunk: int, rows: range, layer: int) -> Tensor | None:
-        """What entered `layer`, [1, tokens, hidden_size], for these rows of that chunk: the very tensor where it is
-        kept; None where the run has not come so far, or this rank lacks the KV that made it."""
+        """What entered `layer`, [1, tokens, hidden_size], for these rows of that chunk; the rank's own tensor if it is
+        kept. None if the run has not come that far, or this rank lacks the KV to compute it."""
         kept = self._holding.state.hidden.get((chunk, layer))
         if kept is not None:
             self._at[rows.start] = kept
@@ -49,12 +49,12 @@ class LayerReplay:
 
 
 class _Scratch(KVCache):
-    """Room for one layer's rows, whichever layer it is."""
+    """A cache with room for one layer, whichever that is."""
 
     def __init__(self, like: KVCache) -> None:
         super().__init__(1, like.capacity, like.kv_heads, like.head_dim, like.dtype, like.device)
 
-    def tensor(self, layer: int) -> Tensor:  # noqa: ARG002 - one place for all
+    def tensor(self, layer: int) -> Tensor:  # noqa: ARG002 - the same for all
         return self._tensors[0]
 
     def take(self, cache: KVCache, layer: int, rows: int) -> None:
@@ -62,8 +62,9 @@ class _Scratch(KVCache):
 
 
 class Examination:
-    """Of one rank. `reference`: the model that the forward runs; `chunks`: how many of the prompt's it is to run, all
-    of them before the new tokens; `check()` may raise, to end it."""
+    """One forward, compared with one rank. `decoder`: the rank's model; `reference`: the model that the forward runs;
+    `chunks`: how many of the prompt's chunks to run; new tokens follow only after all of them. `check()` is called
+    often and may raise, to stop it."""
 
     def __init__(
         self,
@@ -79,7 +80,7 @@ class Examination:
         self.exact = chunked and reference.dtype == decoder.dtype
         self.measured: dict[tuple[int, int, str], CellDifference] = {}
         self.hidden: dict[InventoryKey, int] = {}
-        """digests of the reference's hidden states, or of this rank's where bits may differ"""
+        """digests of the reference's hidden states, or of this rank's if bits may differ"""
         self.choices: list[TokenChoice] = []
         self._holding, self._sampler, self._check = holding, sampler, check
         self._chunked, self._chunks = chunked, chunks
@@ -89,7 +90,7 @@ class Examination:
         self._piece = range(0)
 
     def run(self) -> None:
-        """Feed the prompt, then one by one the run's new tokens. Raises what `check` raises."""
+        """Feed the prompt, then the run's new tokens one by one. Raises what `check` raises."""
         holding, tokens = self._holding, self._holding.tokens
         for rows in self._pieces():
             self._piece = rows
@@ -101,10 +102,11 @@ class Examination:
                 self._compare_choice(step, tokens[step], fed.logits)
 
     def expected_rows(self) -> int:
+        """How many tokens were fed."""
         return self._piece.stop
 
     def digests(self) -> dict[InventoryKey, tuple[int, int]]:
-        """Of the reference's blocks, where they should be equal bit for bit."""
+        """The digests of the reference's blocks; empty if bits may differ."""
         if not self.exact:
             return {}
         found = {}
@@ -116,8 +118,8 @@ class Examination:
         return found
 
     def misplaced(self) -> dict[int, list[Misplaced]]:
-        """By layer, the rows that lie where others should. Where bits may differ there are no right rows to look for:
-        then only rows that repeat others are named, and only in layers of the wrong length."""
+        """By layer, the rows that lie where others should. If bits may differ, the right rows are unknown: then only
+        rows that repeat others are named, and only in layers of the wrong length."""
         layers = range(self._holding.layers)
         return {layer: found for layer in layers if (found := self._misplaced(layer))}
 
@@ -163,9 +165,9 @@ class Examination:
         mine = self._replay.hidden(chunk, rows, layer)
         if mine is not None:
             self._note((chunk, layer, "hidden"), measure(mine[0], theirs[0], rows.start))
-        told = theirs if self.exact else mine
-        if told is not None and chunk < self._holding.prompt_chunks:
-            self.hidden[chunk, layer] = int(hidden_digest(told))
+        digested = theirs if self.exact else mine
+        if digested is not None and chunk < self._holding.prompt_chunks:
+            self.hidden[chunk, layer] = int(hidden_digest(digested))
 
     def _compare_final(self, theirs: Tensor) -> None:
         mine, chunk = self._holding.state.final, self._holding.prompt_chunks - 1

@@ -1,4 +1,7 @@
-"""Reading: a folder, taken apart and checked; or the trace of a report. What cannot be read is told in one message."""
+"""Read: the parts of a saved folder, checked: its plan, trace, KV as a Source, and records of ranks for replays.
+
+Whatever cannot be read raises a SavedError that names the file.
+"""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -47,25 +50,25 @@ from dinfer.trace.trace import Trace
 
 
 class Tensors:
-    """Of one file, which stays open: nothing is read before it is asked for."""
+    """The tensors of one file, which stays open; each is read when it is asked for."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with _damage_told(path):
+        with _readable(path):
             opened: Any = safe_open(path, framework="pt")  # its methods have no types
             self._file = opened
             self.names = frozenset(opened.keys())
 
     def get(self, name: str) -> Tensor | None:
-        """None where it is not there. Raises SavedError."""
+        """The tensor of that name; None if the file has none. Raises SavedError."""
         if name not in self.names:
             return None
-        with _damage_told(self._path):
+        with _readable(self._path):
             found: Tensor = self._file.get_tensor(name)
         return found
 
     def one(self, name: str) -> Tensor:
-        """The same of a tensor that must be there."""
+        """The same for a tensor that must be there."""
         found = self.get(name)
         if found is None:
             raise SavedError(f"{str(self._path)!r} is damaged: it has no tensor {name}.")
@@ -73,7 +76,8 @@ class Tensors:
 
 
 @contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
+def _readable(path: Path) -> Iterator[None]:
+    """Raises SavedError if the file is missing, or cannot be read meanwhile."""
     if not path.is_file():
         raise SavedError(f"{str(path.parent)!r} is damaged: {path.name} is missing.")
     try:
@@ -83,11 +87,11 @@ def _damage_told(path: Path) -> Iterator[None]:
 
 
 KEPT = 16
-"""layers of ranks whose rows' digests are kept once they were read"""
+"""of how many layers, counted by rank, the row digests are kept in memory"""
 
 
 class SavedSource(ViewableSource):
-    """Of a folder, and what its `ranks` and `layers` say: see format. Raises SavedError for what it does not hold."""
+    """The KV in a folder; `ranks` and `layers` as in its run.json: see format. Raises SavedError for what it lacks."""
 
     def __init__(
         self, folder: Path, subject: Subject, ranks: Sequence[dict[str, Any]], layers: Sequence[int]
@@ -101,7 +105,7 @@ class SavedSource(ViewableSource):
 
     @property
     def bytes_moved(self) -> int:
-        """Nothing moves between ranks."""
+        """0: nothing moves between ranks."""
         return 0
 
     def held(self, ranks: Sequence[int]) -> list[HeldSpans]:
@@ -121,10 +125,10 @@ class SavedSource(ViewableSource):
 
     def noted(self, ranks: Sequence[int], layers: Sequence[int]) -> list[dict[BlockKey, Noted]]:
         self._check(ranks)
-        return [self._noted(rank, layers) for rank in ranks]
+        return [self._notes(rank, layers) for rank in ranks]
 
     def noted_rows(self, rank: int, chunk: int, layer: int) -> Tensor | None:
-        if (chunk, layer) not in self._noted(rank, [layer]):
+        if (chunk, layer) not in self._notes(rank, [layer]):
             return None
         came = self._digests.get(came_name(rank, layer, chunk))
         return self.rows(rank, layer, self.subject.spans[chunk]) if came is None else came
@@ -157,9 +161,9 @@ class SavedSource(ViewableSource):
 
     @property
     def holds(self) -> str:
-        """Which values there are, in words."""
+        """Which values the folder has, in words."""
         if not self._layers:
-            return "digests alone"
+            return "only digests"
         return f"values of layer{'s' * (len(self._layers) > 1)} {numbers_text(self._layers)}"
 
     # -- within
@@ -168,13 +172,13 @@ class SavedSource(ViewableSource):
         if missing := [rank for rank in ranks if rank not in self._held]:
             there = ", ".join(map(str, self._held)) or "no rank"
             raise SavedError(
-                f"{self.subject.name} holds nothing of rank {missing[0]}: it was saved when {there} could be asked."
+                f"{self.subject.name} has nothing of rank {missing[0]}: when it was saved, {there} answered."
             )
 
     def _first(self, layer: int) -> int:
         return first_holder(self.subject.plan, list(self._held), layer)
 
-    def _noted(self, rank: int, layers: Sequence[int]) -> dict[BlockKey, Noted]:
+    def _notes(self, rank: int, layers: Sequence[int]) -> dict[BlockKey, Noted]:
         ledger = self._digests.get(ledger_name(rank))
         lines = [] if ledger is None else [line for line in ledger if int(line[1]) in layers]
         return {
@@ -201,7 +205,7 @@ class SavedSource(ViewableSource):
         if not torch.equal(row_digests(found), self.rows(rank, layer, piece)):
             raise SavedError(
                 f"{str(self._folder / kv_file(layer))!r} is damaged: rows {piece.start}–{piece.stop - 1} of rank "
-                f"{rank} are not what their digests say."
+                f"{rank} do not match their digests."
             )
         return found
 
@@ -210,7 +214,7 @@ class SavedSource(ViewableSource):
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """What `run.json` says. Raises SavedError where this is no saved run, or one of a newer format."""
+    """What `run.json` says. Raises SavedError for a folder that is no saved run, and for a newer format."""
     path = folder / RUN
     if not path.is_file():
         raise SavedError(f"{str(folder)!r} is no saved run: it has no {RUN}. run.save(folder) makes one.")
@@ -248,7 +252,7 @@ def read_trace(folder: Path, about: dict[str, Any]) -> Trace:
 
 
 def read_source(folder: Path, about: dict[str, Any], plan: Plan) -> SavedSource:
-    with damage_told(folder):
+    with well_formed(folder):
         kv, texts = about["kv"], about.get("texts")
         subject = Subject(
             name=f"saved run {folder.name!r}",
@@ -267,17 +271,17 @@ def read_source(folder: Path, about: dict[str, Any], plan: Plan) -> SavedSource:
 
 
 def check_sum(folder: Path, name: str, about: dict[str, Any]) -> None:
-    """Raises SavedError where a file is missing, or is not the one that was written."""
+    """Raises SavedError if the file is missing, or is not the one that was written."""
     if not (folder / name).is_file():
         raise SavedError(f"{str(folder)!r} is damaged: {name} is missing.")
-    said = about.get("files", {}).get(name)
-    if said is not None and sha256_of(folder / name) != said:
+    expected = about.get("files", {}).get(name)
+    if expected is not None and sha256_of(folder / name) != expected:
         raise SavedError(f"{str(folder)!r} is damaged: {name} is not what was written (its SHA-256 differs).")
 
 
 @contextmanager
-def damage_told(folder: Path) -> Iterator[None]:
-    """What `run.json` lacks, or says in another form."""
+def well_formed(folder: Path) -> Iterator[None]:
+    """Raises SavedError if what is done meanwhile misses something in `run.json`, or finds another form."""
     try:
         yield
     except SavedError:
@@ -297,15 +301,15 @@ def _dtype(name: str) -> torch.dtype:
 def read_record(
     folder: Path, about: dict[str, Any], source: SavedSource, rank: int, failure: str
 ) -> RankRecord:
-    """Of that rank. Raises PlanError for no such rank, SavedError where the folder does not hold what is needed."""
+    """The record of that rank. Raises PlanError for an unknown rank, SavedError if the folder lacks what is needed."""
     subject, plan = source.subject, source.subject.plan
     check_rank(rank, plan)
     if str(rank) not in about.get("own", {}) or not about.get("positions"):
-        there = "it was saved with hidden=False" if not about.get("hidden") else "the rank could not be asked"
+        there = "it was saved with hidden=False" if not about.get("hidden") else "the rank did not answer"
         raise SavedError(f"{subject.name} holds nothing to replay rank {rank} from: {there}.")
     check_sum(folder, HIDDEN, about)
     states = Tensors(folder / HIDDEN)
-    with damage_told(folder):
+    with well_formed(folder):
         own = own_from(about["own"][str(rank)], rank, states.one)
         positions = tuple(about["positions"][rank])
         return RankRecord(
@@ -344,7 +348,7 @@ def _config(about: dict[str, Any], ids: tuple[int, ...]) -> Config:
 
 
 def _block(source: SavedSource, rank: int, chunk: int, layer: int) -> Tensor:
-    """Raises KeyError where its values were not saved."""
+    """Raises KeyError if its values were not saved."""
     if not source.has_values(layer):
         raise KeyError((chunk, layer))
     return source.values(rank, layer, source.subject.spans[chunk])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dinfer.kv.digests import as_numbers, block_digests, row_digests
-from dinfer.kv.ledger import BlockKey
+from dinfer.kv.ledger import UNKNOWN, BlockKey, LedgerEntry
 from dinfer.kv.origin import BlockRoute
 from dinfer.kv.source import HeldSpans, Noted, Source, Subject
 from dinfer.plan.partition import partition
@@ -26,6 +26,11 @@ def plan_of(
 ) -> Plan:
     shape = partition(layers=layers, tokens=tokens, world_size=world_size, chunk_size=chunk_size)
     return build(shape, "pipelined", strategy)  # type: ignore[arg-type]
+
+
+def is_as_made(entry: LedgerEntry) -> bool:
+    """Whether a block's bytes, when it was computed or received, were those that were computed."""
+    return entry.announced in (None, UNKNOWN, as_numbers(entry.digests))
 
 
 class HeldHere(Source):

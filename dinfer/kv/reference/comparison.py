@@ -1,4 +1,4 @@
-"""Comparison: what `run.compare` returns. Its first line is the verdict, in one sentence."""
+"""Comparison: what `run.compare` returns. The first line of its text is the verdict, in one sentence."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -16,8 +16,9 @@ TENSORS = ("hidden", "K", "V")
 
 
 class Comparison(Displayable):
-    """A run beside transformers' own forward of the same checkpoint. `chunked`: in the run's chunks; `edited`: what
-    was changed by hand in the run; `texts`: of each token, prompt and new ones, empty where there is no tokenizer."""
+    """A run compared with transformers' own forward of the same checkpoint. `chunked`: the forward was fed the run's
+    chunks; `edited`: what the user has changed in the run; `texts`: the text of each token, empty without a
+    tokenizer."""
 
     def __init__(
         self, case: ReferenceCase, *, chunked: bool, edited: Sequence[str] = (), texts: Sequence[str] = ()
@@ -28,8 +29,8 @@ class Comparison(Displayable):
 
     @property
     def kind(self) -> CauseKind:
-        """ "equal", "wire" (bytes changed on the wire or in memory), "compute" (they were computed so), "placement"
-        (rows lie where others should), or "drift" (another dtype or other chunks, within tolerance or not)."""
+        """ "equal"; "wire": bytes changed on the wire or in memory; "compute": they were computed wrong; "placement":
+        rows lie where others should; "drift": due to another dtype or other chunks, within tolerance or not."""
         if self.first:
             return self.first.kind
         return "equal" if self.equal else "drift"
@@ -42,18 +43,18 @@ class Comparison(Displayable):
 
     @cached_property
     def within_tolerance(self) -> bool:
-        """Whether no value on any rank lies further from the reference's than rounding explains (bit for bit: at all),
-        and no row lies wrongly."""
+        """Whether every value lies within the tolerance (which is 0 bit for bit), and no row is misplaced."""
         share = self.case.measure.share
         large = any(share(key[1], found) > 1 for key, found in self._measured())
         return not large and not (self.first and (self.case.measure.exact or self.first.kind == "placement"))
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each layer and chunk, of the rank that is furthest from the reference: `K`, `V`, `hidden` are the
-        largest absolute differences, with `_relative` the largest ones as a share of the larger of the two values, with
-        `_share` those of the largest value of the block; `tolerance` is what is allowed of that share. None: nothing
-        there to compare."""
+        """For each layer and chunk, the largest differences on any rank.
+
+        `K`, `V`, `hidden`: absolute; with `_relative`: relative to the larger of the two values; with `_share`:
+        relative to the block's largest value, of which `tolerance` is allowed. None: nothing to compare.
+        """
         found: dict[tuple[int, int], dict[str, Any]] = {}
         for (chunk, layer, tensor), one in self._measured():
             if tensor == FINAL:
@@ -64,7 +65,7 @@ class Comparison(Displayable):
         return [found[key] for key in sorted(found, key=lambda key: (key[1], key[0]))]
 
     def table(self) -> str:
-        """A line a layer: the largest differences of all chunks, and what is tolerated."""
+        """A line for each layer: the largest differences in all chunks, and the tolerance."""
         head = f"{'layer':>5}" + "".join(f"{name + ' abs':>13}{'rel':>11}" for name in TENSORS)
         lines = [f"{head}{'of largest':>12}{'tolerated':>11}"]
         for layer, rows in self._by_layer():
@@ -79,8 +80,8 @@ class Comparison(Displayable):
     def __str__(self) -> str:
         edited = f"edited by hand: {', '.join(self.edited)}" if self.edited else ""
         table = "" if self.equal else self.table()
-        told = [self.verdict, self._what(), self._extent(), self._growth(), self._choices(), edited, table]
-        return "\n".join(line for line in told if line)
+        parts = [self.verdict, self._what(), self._extent(), self._growth(), self._choices(), edited, table]
+        return "\n".join(line for line in parts if line)
 
     @property
     def verdict(self) -> str:
@@ -122,7 +123,7 @@ class Comparison(Displayable):
         )
 
     def _extent(self) -> str:
-        """What was compared, and what is not there yet."""
+        """How much was compared, and whether some is not computed yet."""
         shape = self.case.plan.shape
         blocks = {block for one in self.case.helds for block in one.now if block[0] < len(shape.chunks)}
         tokens = len(self.case.helds[self.case.first_examined.rank].tokens)
@@ -191,7 +192,7 @@ def _cell(value: float, width: int) -> str:
 
 
 class _Words:
-    """The names of things in one run. `texts`: of each token."""
+    """How messages name the ranks, chunks and tokens of one run. `texts`: the text of each token."""
 
     def __init__(self, case: ReferenceCase, texts: Sequence[str]) -> None:
         self._plan, self._world_size, self._texts = case.plan, len(case.helds), list(texts)
@@ -223,16 +224,15 @@ class _Words:
 
 
 def _sentence(case: ReferenceCase, one: Deviation, words: _Words) -> str:
-    """The verdict on a comparison whose first deviation this is."""
-    return {"placement": _placement, "wire": _wire, "compute": _compute, "drift": _drift}[one.kind](
-        case, one, words
-    )
+    """The verdict where this is the first deviation."""
+    texts = {"placement": _placement, "wire": _wire, "compute": _compute, "drift": _drift}
+    return texts[one.kind](case, one, words)
 
 
 def _placement(case: ReferenceCase, one: Deviation, words: _Words) -> str:
     held = case.helds[one.rank]
     if held.held[one.layer] == held.due[one.layer]:
-        named = one.rows.text if one.rows else "rows lie wrongly"
+        named = one.rows.text if one.rows else "its rows lie in the wrong places"
         place = f"on {words.who(one.ranks)}, layer {one.layer}, {words.chunk(one.chunk)}"
         return f"placement is wrong: {place}: {named}" + f"; {one.origin}" * bool(one.origin)
     wrong = [n for n, (have, due) in enumerate(zip(held.held, held.due, strict=True)) if have != due]
@@ -248,23 +248,24 @@ def _placement(case: ReferenceCase, one: Deviation, words: _Words) -> str:
 
 def _wire(case: ReferenceCase, one: Deviation, words: _Words) -> str:
     if not one.right and one.owner is not None and one.tensor not in HIDDEN:
-        why = one.origin or "it has changed since, and so it was sent"
-        told = f"rank {one.owner} computed what the reference has at `{one.op}`; {why}"
+        why = one.origin or "it changed before it was sent"
+        cause = f"rank {one.owner} computed what the reference has at `{one.op}`; {why}"
     elif one.tensor in HIDDEN:
-        told = "the layer before makes the reference's of the run's own KV: changed in its MLP, or on the way"
+        cause = "the layer before, repeated on the run's KV, gives the reference's: changed in its MLP, or on the way"
     elif one.owner is not None and one.rank != one.owner and one.owner in one.right:
-        told = f"rank {one.owner}, which computed it, holds the reference's"
-        told += f"; {one.origin}" * bool(one.origin)
+        cause = f"rank {one.owner}, which computed it, holds the reference's" + f"; {one.origin}" * bool(
+            one.origin
+        )
     else:
-        told = f"{words.who(one.right)} {'hold' if len(one.right) > 1 else 'holds'} the reference's"
-        told += f"; {one.origin}" * bool(one.origin)
+        cause = f"{words.who(one.right)} {'hold' if len(one.right) > 1 else 'holds'} the reference's"
+        cause += f"; {one.origin}" * bool(one.origin)
     if not case.measure.exact and case.first() and not _is_far(case, one):
         return (
             f"the wire or memory changed bytes: the ranks hold different bytes of layer {one.layer}, "
-            f"{words.chunk(one.chunk)}, {one.tensor}, rank {one.rank} others than rank {one.owner}, though all are "
+            f"{words.chunk(one.chunk)}, {one.tensor}: rank {one.rank} differs from rank {one.owner}, though both are "
             f"within tolerance; run.kv(layer={one.layer}, chunk={one.chunk}).diff() names the value"
         )
-    return f"the wire or memory changed bytes: {words.who(one.ranks)} at {words.place(one)}; {told}"
+    return f"the wire or memory changed bytes: {words.who(one.ranks)} at {words.place(one)}; {cause}"
 
 
 def _compute(case: ReferenceCase, one: Deviation, words: _Words) -> str:
@@ -281,7 +282,7 @@ def _compute(case: ReferenceCase, one: Deviation, words: _Words) -> str:
         by = (
             "every rank computes new tokens for itself"
             if everyone
-            else f"{words.who(one.right)} computed it rightly"
+            else f"{words.who(one.right)} computed it right"
         )
     else:
         by = f"computed so by rank {one.owner} at `{one.op}`"
@@ -293,7 +294,7 @@ def _drift(case: ReferenceCase, one: Deviation, words: _Words) -> str:
     share = case.measure.share(one.layer, found) if found else float("inf")
     return (
         f"beyond tolerance: first at {words.place(one)}, {share:.3g} × what rounding explains; {words.who(one.ranks)} "
-        'alike. run.compare("reference"), in the run\'s own chunks and dtype, tells bit for bit'
+        'alike. run.compare("reference"), in the run\'s own chunks and dtype, compares bit for bit'
     )
 
 

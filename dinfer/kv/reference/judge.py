@@ -1,6 +1,7 @@
-"""Judging: from what ranks have told, the first thing that differs from the reference, where exactly, and of what kind.
+"""Judge: from the ranks' reports, the first thing that differs from the reference, exactly where, and its cause.
 
-Lengths and the identity of rows come before values; then what a run computes first, for the rest may follow from it.
+Wrong lengths and misplaced rows come before values. Among values the one that a run computes first comes first, since
+the others may follow from it.
 """
 
 from collections.abc import Sequence
@@ -21,11 +22,11 @@ CauseKind = Literal["equal", "wire", "compute", "placement", "drift"]
 class TensorEvidence(NamedTuple):
     """What is known of one tensor of one block.
 
-    `exact`: the reference should be equal bit for bit, so that every difference counts; else those beyond tolerance do.
-    `differing`, `right`: the ranks that hold it and differ from the reference, and those that do not. `alike`: all that
-    hold it hold the same bytes. `owner`: the rank that computed it for all; None: every rank did, for itself.
-    `made_right`: whether the owner's bytes were the reference's when it had computed them; None: not known.
-    `misplaced`: what is there belongs elsewhere.
+    `exact`: it should equal the reference bit for bit, so that every difference counts; otherwise those beyond the
+    tolerance do. `differing`, `right`: the ranks that hold it and differ from the reference, and those that hold it and
+    do not. `alike`: all of them hold the same bytes. `owner`: the rank that computed it for all; None: each rank
+    computed it itself. `made_right`: whether the owner's bytes were the reference's when it had computed them; None:
+    unknown. `misplaced`: its rows are other rows.
     """
 
     exact: bool
@@ -38,16 +39,16 @@ class TensorEvidence(NamedTuple):
 
 
 def counts(evidence: TensorEvidence) -> bool:
-    """Whether something is wrong there: it differs from the reference, or the ranks from one another."""
+    """Whether it differs from the reference, or the ranks differ from one another."""
     return bool(evidence.differing) or evidence.misplaced or not evidence.alike
 
 
 def kind_of(evidence: TensorEvidence) -> CauseKind:
-    """Which of the four it is, if `counts`.
+    """The cause; "equal" unless `counts`.
 
-    Rows that lie wrongly are that, however they came there. Bytes that somebody holds rightly, or that were right when
-    they were computed, were changed on the wire or in memory. What nobody has right was computed so, unless another
-    dtype or other chunks, too, may have made it: then, with all ranks alike, it is drift.
+    Misplaced rows are "placement", whatever put them there. If a rank holds the right bytes, or they were right when
+    they were computed, the wire or memory changed them. If no rank holds the right bytes, they were computed wrong; but
+    if all ranks agree and another dtype or other chunks may explain the difference, it is "drift".
     """
     if not counts(evidence):
         return "equal"
@@ -84,7 +85,7 @@ class Deviation(KvPlace):
 
 @dataclass(frozen=True)
 class ReferenceCase:
-    """All that was told, for one plan."""
+    """All reports on one run. `helds`: of every rank; `examined`: of those that ran the reference."""
 
     plan: Plan
     measure: ToleranceMeasure
@@ -105,7 +106,7 @@ class ReferenceCase:
         return found.measured.get(key) if found else None
 
     def _digest(self, rank: int, key: TensorKey) -> int | None:
-        """Of what the rank holds, as it is now."""
+        """Of what the rank holds now."""
         chunk, layer, tensor = key
         if tensor in HIDDEN:
             return self.helds[rank].hidden.get((chunk, layer))
@@ -120,16 +121,16 @@ class ReferenceCase:
         return wanted and wanted["KV".index(tensor)]
 
     def _is_right(self, rank: int, key: TensorKey) -> bool | None:
-        """Whether the rank holds what the reference has; None: it does not hold it."""
+        """Whether the rank holds what the reference has; None: it does not hold the block."""
         found = self.measured(rank, key)
         if found is not None:
             return self.measure.share(key[1], found) <= 1
         digest = self._digest(rank, key)
         if digest is None:
             return None
-        if self.measure.exact:  # it was not asked, because it holds what the reference has
+        if self.measure.exact:  # the rank did not run the reference: it holds the same bytes
             return digest == self._reference_digest(key)
-        # or because it holds what the first one holds
+        # or the same bytes as the first one
         first = self.first_examined.measured.get(key)
         return first is None or self.measure.share(key[1], first) <= 1
 
@@ -148,7 +149,7 @@ class ReferenceCase:
         )
 
     def owner(self, chunk: int, layer: int, tensor: str = "K") -> int | None:
-        """Who computed it; of what enters a layer, who computed the layer before."""
+        """The rank that computed it; for the input of a layer, the one that computed the layer before."""
         shape = self.plan.shape
         if chunk >= len(shape.chunks):
             return None
@@ -163,7 +164,7 @@ class ReferenceCase:
         return made.came["KV".index(tensor)] == wanted if made and wanted is not None else None
 
     def _misplaced(self, rank: int, key: TensorKey) -> Misplaced | None:
-        """A finding about rows of that block."""
+        """The first finding on rows of that block."""
         chunk, layer, tensor = key
         found, rows = self.by_rank(rank), self._rows(chunk)
         for one in found.misplaced.get(layer, []) if found else []:
@@ -179,7 +180,7 @@ class ReferenceCase:
     # -- the first
 
     def first(self) -> Deviation | None:
-        """None: nothing differs, or nothing by more than is tolerated."""
+        """None: nothing differs by more than the tolerance."""
         return self._by_length() or self._by_value() or self._by_choice()
 
     def _by_length(self) -> Deviation | None:
@@ -212,7 +213,7 @@ class ReferenceCase:
         return None
 
     def _by_choice(self) -> Deviation | None:
-        """All that was computed is the same, but another token was chosen."""
+        """Everything computed is the same, but the run chose another token."""
         if not self.measure.exact or not self.first_examined.choices:
             return None
         one, ranks = self.first_examined.choices[0], tuple(range(len(self.helds)))
@@ -243,7 +244,7 @@ class ReferenceCase:
         )  # fmt: skip
 
     def _nearest(self, evidence: TensorEvidence, key: TensorKey) -> int:
-        """Of the ranks that differ, the owner, or the next to which the block came."""
+        """Of the ranks that differ, the owner, or the first one after it."""
         differing = [r for r in evidence.differing if self.measured(r, key)] or list(evidence.differing)
         if not differing:  # all are within tolerance, but not alike
             owned = self._digest(evidence.owner or 0, key)
@@ -258,7 +259,7 @@ class ReferenceCase:
         return found.first if self.measure.exact else found.largest
 
     def _origin(self, rank: int, key: TensorKey) -> str:
-        """How its bytes came to be others, if the rank's ledger has noted that they are."""
+        """How the block came to differ on that rank, if its ledger says that it was right or announced otherwise."""
         chunk, layer, tensor = key
         if tensor in HIDDEN or chunk >= len(self.plan.shape.chunks):
             return ""

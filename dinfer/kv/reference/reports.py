@@ -1,4 +1,4 @@
-"""What ranks tell for a comparison with the reference, by block, tensor and rank."""
+"""Reports: what ranks send for a comparison with the reference, by block and tensor."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +16,8 @@ FINAL = "final"
 
 
 class TokenChoice(NamedTuple):
-    """A new token that the reference would not have chosen after the same tokens; `gap`: by how much its logit for
-    its own is larger."""
+    """A new token that the reference would not have chosen after the same tokens. `position`: the new token's number;
+    `gap`: by how much the logit of the reference's choice is larger."""
 
     position: int
     token: int
@@ -26,13 +26,14 @@ class TokenChoice(NamedTuple):
 
 
 TensorKey = tuple[int, int, str]
-"""chunk, layer and "hidden", "K", "V" or "final": in the order in which a run computes them"""
+"""chunk, layer, and one of: hidden, K, V, final"""
 
 HIDDEN = ("hidden", FINAL)
 
 
 class ToleranceMeasure(NamedTuple):
-    """How far from the reference still is none; `width` as in `tolerance`."""
+    """The tolerance within which values count as equal. `dtype`, `reference`: the dtypes of the run and the reference;
+    `width` as in `model.tolerance.tolerance`."""
 
     exact: bool
     dtype: str
@@ -40,7 +41,7 @@ class ToleranceMeasure(NamedTuple):
     width: int
 
     def share(self, layer: int, found: CellDifference) -> float:
-        """The largest difference as a share of what is tolerated: above 1 it is too large."""
+        """The largest difference as a share of the tolerance; above 1 it is too large."""
         if self.exact:
             return float("inf") if found.changed else 0.0
         allowed = self.of(layer) * found.scale
@@ -49,6 +50,7 @@ class ToleranceMeasure(NamedTuple):
         return found.absolute / allowed if allowed else (float("inf") if found.absolute else 0.0)
 
     def of(self, layer: int) -> float:
+        """The tolerance in a layer, as a share of the block's largest value."""
         return 0.0 if self.exact else tolerance(self.dtype, self.reference, layer, self.width)
 
 
@@ -84,7 +86,11 @@ class HeldDigests:
 
 @dataclass
 class Examined:
-    """What a rank that has run the reference says: how what it holds differs, and the reference's digests."""
+    """What a rank that has run the reference reports: how its own KV differs, and the reference's digests.
+
+    `exact`: every bit should be equal; `rows`: how many tokens were fed; `blocks`, `hidden`: the reference's digests,
+    `hidden` the rank's own where bits may differ; `misplaced`: by layer; `measured`: by tensor.
+    """
 
     rank: int
     exact: bool
@@ -99,14 +105,15 @@ class Examined:
     measured: dict[TensorKey, CellDifference] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rank: int, said: Message) -> "Examined":
-        plain = {name: said[name] for name in ("exact", "rows", "threads", "seconds", "device")}
-        found = cls(rank=rank, **plain, choices=[TokenChoice(*one) for one in said["choices"]])
-        for name, *rest in said["items"]:
-            found._take(name, rest)
+    def of(cls, rank: int, answer: Message) -> "Examined":
+        """From a rank's answer to `reference`."""
+        plain = {name: answer[name] for name in ("exact", "rows", "threads", "seconds", "device")}
+        found = cls(rank=rank, **plain, choices=[TokenChoice(*one) for one in answer["choices"]])
+        for name, *rest in answer["items"]:
+            found._add(name, rest)
         return found
 
-    def _take(self, name: str, rest: list[Any]) -> None:
+    def _add(self, name: str, rest: list[Any]) -> None:
         match name:
             case "kv":
                 self.blocks[rest[0], rest[1]] = tuple(rest[2])
@@ -119,12 +126,12 @@ class Examined:
 
 
 def holds_most(helds: Sequence[HeldDigests]) -> int:
-    """The rank to run the reference: most of what there is can be compared on it."""
+    """The rank on which most blocks can be compared: it runs the reference first."""
     return max(helds, key=lambda one: (len(one.now), -one.rank)).rank
 
 
 def to_be_examined(helds: Sequence[HeldDigests], first: Examined) -> list[int]:
-    """The ranks that hold something of which `first` does not say how it differs from the reference."""
+    """The ranks that must run the reference too: they hold other bytes than `first`, or than the reference."""
     known = helds[first.rank]
     found = []
     for one in helds:
@@ -137,13 +144,13 @@ def to_be_examined(helds: Sequence[HeldDigests], first: Examined) -> list[int]:
 
 
 def order_of(key: TensorKey) -> tuple[int, int, int]:
-    """Sorts as a run computes: of all that one fault has made wrong, what it hit comes first."""
+    """A sort key for the order in which a run computes: what a fault hit comes before what it made wrong."""
     chunk, layer, tensor = key
     return chunk, layer, ("hidden", FINAL, "K", "V").index(tensor)
 
 
 def keys_of(helds: Sequence[HeldDigests], examined: Sequence[Examined]) -> Iterator[TensorKey]:
-    """All that somebody holds, in order."""
+    """All tensors that a rank holds, in the order in which a run computes them."""
     keys: set[TensorKey] = {(*block, name) for one in helds for block in one.now for name in "KV"}
     keys.update(key for one in examined for key in one.measured)
     yield from sorted(keys, key=order_of)
