@@ -29,8 +29,8 @@ KINDS = (
     "check",
     "corrupt",
 )
-"""their numbers stay: new ones come last. "check": all blocks were looked at before decode; "corrupt": a block has
-changed, on its way from `peer` or, without one, in memory"""
+"""stored by their index, so new ones go last. "check": all blocks were checked before decode; "corrupt": a block has
+changed, on the wire from `peer` or, without a peer, in memory"""
 
 WHATS = ("", "hidden", "kv", "final", "token")
 
@@ -47,14 +47,13 @@ Bytes = bytes | bytearray | memoryview
 class Event:
     """Times are nanoseconds on the rank's monotonic clock.
 
-    `ready`: the op was first on its lane and allowed to start. `start`: what it needs was there. `met`: its
-    peer had come as well (for ops without a peer, the same as `start`). `end`: it was done. So `start −
-    ready` is waiting for this rank's own data, `met − start` waiting for the peer, `end − met` compute or
-    time on the wire.
+    `ready`: the op was first on its lane and allowed to start. `start`: its inputs were there. `met`: its peer had
+    begun as well (for ops without a peer, the same as `start`). `end`: it was done. So `start − ready` is waiting for
+    this rank's own data, `met − start` waiting for the peer, `end − met` compute or time on the wire.
 
-    On a GPU `end` of a computing op is when all its kernels were launched, not when they had run: to know that,
-    the recorder would have to wait for the device. A send's `end` is when its payload had left; that contains the
-    wait for the kernels that made it.
+    On a GPU, `end` of a computing op is when all its kernels were launched, not when they had run: to know that, the
+    recorder would have to wait for the device. A send's `end` is when its payload had left, which includes the wait for
+    the kernels that made it.
     """
 
     rank: int
@@ -86,7 +85,7 @@ class Event:
         return asdict(self)
 
     def pack_into(self, buffer: memoryview, offset: int, lane: int) -> None:
-        """Write the event as `SIZE` bytes; rank and lane name are known from where it is written."""
+        """Write the event as `SIZE` bytes, without its rank and lane name, which the reader knows."""
         _LAYOUT.pack_into(
             buffer,
             offset,
@@ -141,11 +140,11 @@ assert _LAYOUT.size == SIZE
 
 COMPUTE = frozenset({"embed", "layer", "norm", "decode"})
 CHECKING = frozenset({"check", "corrupt"})
-"""events about blocks, which are no part of prefill"""
+"""events about blocks, which are not part of prefill"""
 
 
 class EventLog(Protocol):
-    """What a writer needs of a trace: its events, in the order in which they ended, and what describes the run."""
+    """What writers need of a trace: the events, in the order in which they ended, and a description of the run."""
 
     @property
     def events(self) -> tuple[Event, ...]: ...
@@ -155,7 +154,7 @@ class EventLog(Protocol):
 
 
 def prefill_events(events: Iterable[Event]) -> Iterator[Event]:
-    """Those of prefill: neither of decode nor about blocks."""
+    """The events of prefill, without those of decode and those about blocks."""
     apart = {"decode", *CHECKING}
     return (event for event in events if event.what != "token" and event.kind not in apart)
 
@@ -163,8 +162,8 @@ def prefill_events(events: Iterable[Event]) -> Iterator[Event]:
 def event_of(
     op: Op, rank: int, lane: str, index: int, times: tuple[int, int, int, int], nbytes: int
 ) -> Event:
-    """What an op that has ended leaves. `times`: ready, start, met and end, as in Event; `index`: its place on the
-    lane."""
+    """The event of a plan's op that has ended. `times`: ready, start, met and end, as in Event; `index`: the op's
+    number on its lane."""
     ready, start, met, end = times
     return Event(
         rank=rank,
@@ -185,9 +184,9 @@ def event_of(
 
 
 def pairs(events: Iterable[Event]) -> list[tuple[Event | None, Event | None]]:
-    """The send and the recv of each of these messages, as far as they are there.
+    """The send and the recv of each message of prefill; None for one that is not among the events.
 
-    The nth send of a block on a link belongs to its nth recv: after going back, a block travels again.
+    The nth send of a block on a link belongs to its nth recv: after the run went back, a block travels again.
     """
     sends: dict[tuple[object, ...], list[Event]] = defaultdict(list)
     recvs: dict[tuple[object, ...], list[Event]] = defaultdict(list)
