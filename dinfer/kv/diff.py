@@ -245,13 +245,13 @@ class _WrongBlock(NamedTuple):
 
 
 class _Differences:
-    """Collects differences. `limit`: of how many tokens, of all blocks together, values are fetched; None: of all."""
+    """Collects differences. `limit`: for how many tokens, in all blocks together, values are fetched; None: for all."""
 
     def __init__(self, spans: Sequence[range], route: BlockRoute, limit: int | None) -> None:
         self._spans, self._route, self._limit = spans, route, limit
         self._found: list[Difference] = []
         self._explained: dict[tuple[str, int], Tensor] = {}
-        """by the name of a side and layer, the cells of which the layer's length says what they are"""
+        """by the side's name and the layer, the cells that are explained by its wrong length"""
         self._rows = self._unfetched = 0
         self._values: dict[str, int] = {}
         """how many values are known to differ, by side"""
@@ -268,8 +268,8 @@ class _Differences:
     # -- lengths
 
     def add_lengths(self, sides: Sequence[tuple[_Held, Sequence[_Held]]], layers: Sequence[int]) -> None:
-        """A difference for each layer of a side that is too long or too short; with each side come those among which
-        one of the right length may be."""
+        """Add a difference for each layer of a side that is too long or too short. With each side come others, of which
+        one may hold the layer in its right length."""
         wrong = list[_WrongLength]()
         for one, others in sides:
             for layer in layers:
@@ -304,22 +304,21 @@ class _Differences:
     # -- rows
 
     def add_block(self, side: Side, right: Side | None, span: int, layer: int, origin: Origin) -> None:
-        """The differences of a block that is wrong on one side. `right`: who holds it rightly, if anybody does."""
+        """Add the differences of a block that is wrong on `side`. `right`: a side that holds the right one, if any."""
+        subject = side.source.subject
         got, want = self._rows_of(side, layer, self._spans[span]), None
         if right:
             want = self._rows_of(right, layer, self._spans[span])
-        elif chunk_of(side.source.subject, span) is not None:
-            want = side.source.noted_rows(side.source.subject.plan.shape.owners[layer], span, layer)
+        elif chunk_of(subject, span) is not None:
+            want = side.source.noted_rows(subject.plan.shape.owners[layer], span, layer)
         if want is None:
             block = _WrongBlock(side, right, span, layer, self._spans[span], origin)
-            self._add(block, None, note="nobody holds these rows, and no ledger knows their digests")
+            self._add(block, None, note="no rank holds the right rows, and no ledger has their digests")
             return
         count, start = min(len(got), len(want)), self._spans[span].start
         block = _WrongBlock(side, right, span, layer, range(start, start + count), origin)
         got, want = got[:count], want[:count]
-        zero = int(
-            row_digests(torch.zeros(1, 1, 1, side.source.subject.head_dim, dtype=side.source.subject.dtype))
-        )
+        zero = int(row_digests(torch.zeros(1, 1, 1, subject.head_dim, dtype=subject.dtype)))
         found = identify(got, want, start, lambda: self._nearby(block), zero, self._explained_in(block))
         for finding in found.findings:
             self._add_rows(block, finding)
@@ -334,12 +333,11 @@ class _Differences:
         if not block.span:
             return Nearby(block.places.start, self._rows_of(block.side, block.layer, block.places)[:0], None)
         places = self._spans[block.span - 1]
-        return Nearby(
-            places.start, self._rows_of(block.right or block.side, block.layer, places), places.start
-        )
+        rows = self._rows_of(block.right or block.side, block.layer, places)
+        return Nearby(places.start, rows, places.start)
 
     def _explained_in(self, block: _WrongBlock) -> Tensor | None:
-        """The block's cells that the layer's length has explained already; none behind the layer's end."""
+        """The block's cells that are explained by the layer's wrong length; none after the layer's end."""
         known = self._explained.get((block.side.name, block.layer))
         if known is None:
             return None
@@ -349,7 +347,7 @@ class _Differences:
         return cells
 
     def _add_rows(self, block: _WrongBlock, finding: Finding) -> None:
-        """Rows that are other rows: one difference of K and one of V."""
+        """Add rows that are other rows: one difference of K and one of V."""
         self._rows += int(finding.cells.sum())
         chunk = chunk_of(block.side.source.subject, block.span)
         where = f"layer {block.layer}, {'new tokens' if chunk is None else f'chunk {chunk}'}"
@@ -366,7 +364,7 @@ class _Differences:
     # -- values
 
     def _add_values(self, block: _WrongBlock, left: Tensor) -> None:
-        """Rows of other values: those whose values may be fetched one by one, the others together."""
+        """Add rows of other values: a difference each if their values may be fetched, else one for each tensor."""
         self._rows += int(left.sum())
         sides = [block.side, block.right]
         has_values = all(side is not None and side.source.has_values(block.layer) for side in sides)

@@ -76,11 +76,13 @@ def misplaced_in_blocks(got: Tensor, want: Tensor, blocks: Sequence[range], zero
     found, previous = list[Misplaced](), None
     for block in blocks:
         places = slice(block.start, block.stop)
-        nearby = Nearby(0, want, previous)
-        findings, left = identify(got[places], want[places], block.start, nearby, zero)
-        for one in findings:
-            if not left.any(2).any(0)[one.cells.any(2).any(0)].any() and one.cells[one.cells.any(2)].all():
-                found.append(_plain(one, block.start))
+        findings = identify(got[places], want[places], block.start, Nearby(0, want, previous), zero).findings
+        whole = [one for one in findings if one.cells[one.cells.any(2)].all()]
+        left = got[places] != want[places]
+        for one in whole:
+            left &= ~one.cells
+        unexplained = left.any(2).any(0)
+        found += [_plain(one, block.start) for one in whole if not unexplained[one.cells.any(2).any(0)].any()]
         previous = block.start
     return found
 

@@ -22,8 +22,6 @@ LARGE = 64 << 20
 CORNER = 4
 """how many tokens, and values of each, are shown"""
 
-RowIndex = int | slice
-
 Note = Callable[[Diff, Selection], None]
 
 Hold = Callable[[], AbstractContextManager[None]]
