@@ -1,4 +1,4 @@
-"""Inspect: the commands by which a session reads the KV and hidden states that a rank holds. They change nothing.
+"""Inspect: what a rank tells its session of the KV it holds, computed where the KV lies. Nothing here changes any.
 
 What is larger than a message goes in pieces: the answer holds the first, the session asks for the others by number.
 A place is a row's index in a layer's cache.
@@ -21,14 +21,14 @@ from dinfer.rank.commands import Command, CommandTable
 from dinfer.rank.decode import Tokens
 
 PIECE = 150_000
-"""bytes of a tensor in one answer; as base64 in a JSON line they stay under 256 KiB"""
+"""bytes of one answer; as base64 in a JSON line they stay under 256 KiB"""
 
 KEPT = 4
-"""of how many answers the pieces are kept until they are fetched; the oldest are dropped first"""
+"""answers whose pieces are kept until they are fetched; of one that is given up, the pieces go in time"""
 
 
 class InspectedRank(Protocol):
-    """What the commands need of a rank."""
+    """What is asked: one rank of a session."""
 
     rank: int
     engine: Engine | None
@@ -36,7 +36,7 @@ class InspectedRank(Protocol):
 
 
 def inspect_commands(host: InspectedRank) -> CommandTable:
-    """All of them are slow: they compute on the rank's device, and a session asks them of a rank that stands still."""
+    """They are slow: they compute on the rank's device, and a session asks them of a rank that stands."""
     found = Inspection(host)
     table: dict[str, Callable[[Message], Message]] = {
         "kv_held": found.held,
@@ -61,7 +61,7 @@ def inspect_commands(host: InspectedRank) -> CommandTable:
 
 
 class Inspection:
-    """One rank's answers; the methods are commands."""
+    """Of one rank; its methods are commands."""
 
     def __init__(self, host: InspectedRank) -> None:
         self._host = host
@@ -71,7 +71,7 @@ class Inspection:
     # -- KV
 
     def held(self, _: Message) -> Message:
-        """By layer: how many spans (the prompt's chunks, then the new tokens) are here, and how many rows."""
+        """By layer: how many of the prompt's chunks and then of the new tokens are here, and how many rows."""
         layers = range(self._engine.decoder.num_layers)
         spans = [self._chunks(layer) for layer in layers]
         whole = len(self._engine.prompt.plan.shape.chunks)
@@ -82,7 +82,7 @@ class Inspection:
         }
 
     def digests(self, message: Message) -> Message:
-        """The digests of blocks as they are now: int64 [layers, spans, 2]."""
+        """Those of blocks, as they are now: int64 [layers, spans, 2]."""
         of_layers = [
             torch.stack([block_digests(row_digests(self._block(layer, *span))) for span in message["spans"]])
             for layer in message["layers"]
@@ -90,8 +90,8 @@ class Inspection:
         return self._answer(torch.stack(of_layers))
 
     def noted(self, message: Message) -> Message:
-        """What the ledger says of the blocks of these layers: the digests, int64 [blocks, 2]; for each block, chunk,
-        layer and, if they differ, the announced digests; and which blocks the user has edited."""
+        """What the ledger says of the blocks of these layers: digests, int64 [blocks, 2]; of each, chunk and layer and,
+        where it differs, what was announced; and which the user has edited."""
         asked, said, edited = set(message["layers"]), list[list[int]](), list[list[int]]()
         came = list[Tensor]()
         for (chunk, layer), entry in sorted(self._engine.prompt.state.ledger.entries.items()):
@@ -105,16 +105,15 @@ class Inspection:
         return {**self._answer(digests), "blocks": said, "edited": edited}
 
     def noted_rows(self, message: Message) -> Message:
-        """The row digests of a block in the ledger: int64 [tokens, 2, kv_heads]."""
         entry = self._engine.prompt.state.ledger.entries.get((message["chunk"], message["layer"]))
         return self._answer(entry.rows) if entry else {"none": True}
 
     def rows(self, message: Message) -> Message:
-        """The digests of rows as they are now: int64 [places, 2, kv_heads]."""
+        """Digests of rows, as they are now: int64 [places, 2, kv_heads]."""
         return self._answer(row_digests(self._block(message["layer"], message["start"], message["stop"])))
 
     def values(self, message: Message) -> Message:
-        """The values of the rows in these places: [places, 2, kv_heads, head_dim]."""
+        """The rows in these places: [places, 2, kv_heads, head_dim]."""
         held = self._block(message["layer"], 0, self._held_rows(message["layer"]))
         return self._answer(held[torch.tensor(message["places"], dtype=torch.long, device=held.device)])
 
@@ -127,24 +126,25 @@ class Inspection:
         return self._answer(held.transpose(0, 1)[heads[:, None], places])
 
     def summary(self, message: Message) -> Message:
-        """K and V of these places in figures by head: see `kv.measure.per_head`."""
+        """K and V of these places, by head, in a few numbers each."""
         return per_head(self._block(message["layer"], message["start"], message["stop"]))
 
     # -- what the layers compute
 
     def hidden_held(self, _: Message) -> Message:
-        """By chunk, the first layer whose input is here; the inputs of later layers can be computed from it."""
+        """Hidden states that can be had here: chunk and the first layer before which, from there on to the last of this
+        rank's."""
         first: dict[int, int] = {}
         for chunk, layer in self._engine.prompt.state.hidden:
             first[chunk] = min(layer, first.get(chunk, layer))
         return {"first": sorted(first.items())}
 
     def hidden(self, message: Message) -> Message:
-        """The hidden state before a layer, [tokens, hidden_size]; computed again where it is not kept."""
+        """Before a layer: [tokens, hidden_size]; computed anew where it is not at hand."""
         return self._answer(self._hidden(message["chunk"], message["layer"]))
 
     def hidden_summary(self, message: Message) -> Message:
-        """The same in figures, as of one head."""
+        """The same in a few numbers, as of one head."""
         return per_head(self._hidden(message["chunk"], message["layer"])[:, None, None])
 
     def attention(self, message: Message) -> Message:
@@ -157,7 +157,7 @@ class Inspection:
         weights = found.weights[message["heads"]] if message["heads"] else found.weights
         return {**self._answer(weights), "first_key": found.first_key}
 
-    # -- what else a replay needs
+    # -- what a replay needs beside that
 
     def record_kv(self, message: Message) -> Message:
         """Blocks of one layer, one after another: [tokens, 2, kv_heads, head_dim]."""
@@ -170,7 +170,7 @@ class Inspection:
         return {"none": True} if final is None else self._answer(final)
 
     def record_notes(self, _: Message) -> Message:
-        """This rank's new tokens and, for each edit, the lanes' positions and the chunk and layer of what changed."""
+        """This rank's new tokens, and each edit: where the lanes stood, and the chunk and layer of what was changed."""
         return {
             "tokens": self._host.tokens.tokens if self._host.tokens else [],
             "edits": [
@@ -180,7 +180,7 @@ class Inspection:
         }
 
     def record_edit(self, message: Message) -> Message:
-        """A block or hidden state (`what`: "kv" or "hidden") as the edit of that number has left it."""
+        """A tensor ("kv" or "hidden") as the edit of that number has left it."""
         edit = self._engine.prompt.edits.history[message["number"]]
         tensors = edit.kv if message["what"] == "kv" else edit.hidden
         return self._answer(tensors[message["chunk"], message["layer"]])
@@ -188,10 +188,10 @@ class Inspection:
     # -- pieces
 
     def piece(self, message: Message) -> Message:
-        """The next piece of an answer, from byte `start` on."""
+        """One more piece of an answer, from byte `start` on."""
         data = self._kept.get(message["number"])
         if data is None:
-            raise RuntimeError(f"rank {self._host.rank} no longer keeps that answer: ask again.")
+            raise RuntimeError(f"rank {self._host.rank} has given up that answer: ask again.")
         start = message["start"]
         if start + PIECE >= len(data):
             del self._kept[message["number"]]
@@ -212,7 +212,7 @@ class Inspection:
                 del self._kept[min(self._kept)]
         return said
 
-    # -- what is here
+    # -- what there is
 
     @property
     def _engine(self) -> Engine:

@@ -1,6 +1,6 @@
 """The commands by which a session compares what a rank holds with transformers' own forward, run on that rank.
 
-Answers may be long: a command keeps its answer here, and the session fetches it page by page.
+Answers may be long: a command leaves them here, and the session takes them a page at a time.
 """
 
 import json
@@ -30,7 +30,7 @@ PAGE_BYTES = 128 * 1024
 
 
 class Holder(Protocol):
-    """What the commands need of a rank."""
+    """What there is on a rank."""
 
     decoder: Decoder | None
     engine: Engine | None
@@ -38,11 +38,11 @@ class Holder(Protocol):
 
 
 class Stopped(RuntimeError):
-    """The session has called the comparison off."""
+    """The session does not want the answer any more."""
 
 
 class References:
-    """One rank's answers; the methods are commands."""
+    """Of one rank."""
 
     def __init__(self, host: Holder) -> None:
         self._host = host
@@ -50,12 +50,12 @@ class References:
         self._items: list[Any] = []
 
     def held(self, _: Message) -> Message:
-        """The digests of all blocks and hidden states, now and by the ledger."""
+        """Digests of what is here now, and of what came to be here."""
         holding = self._holding()
-        _wait_for(holding.cache.device)
+        _settle(holding.cache.device)
         ledger = holding.state.ledger.entries
         blocks: list[Any] = [
-            ["kv", *key, list(now), *_by_ledger(ledger.get(key))] for key, now in holding.digests().items()
+            ["kv", *key, list(now), *_then(ledger.get(key))] for key, now in holding.digests().items()
         ]
         hidden = [["hidden", *key, digest] for key, digest in holding.hidden_digests().items()]
         return {
@@ -63,18 +63,18 @@ class References:
             "due": [holding.rows_due(layer) for layer in range(holding.layers)],
             "tokens": holding.tokens,
             "dtype": _name(holding.cache.dtype),
-            **self._keep(blocks + hidden),
+            **self._leave(blocks + hidden),
         }
 
     def run(self, message: Message) -> Message:
-        """Run the forward, and measure how this rank's KV differs from it. Raises ModelError for lack of memory."""
+        """The forward, and how what is here differs from it. Raises ModelError where memory would not do."""
         self._stopped.clear()
         decoder, engine = self._host.decoder, self._host.engine
         holding = self._holding()
         assert decoder is not None
         assert engine is not None
         started = perf_counter()
-        _wait_for(holding.cache.device)
+        _settle(holding.cache.device)
         piece = engine.config.chunk_size if message["chunked"] else len(holding.ids)
         with _in_dtype(decoder, message["dtype"], len(holding.ids), piece) as reference:
             config = engine.config
@@ -91,11 +91,11 @@ class References:
                 "seconds": perf_counter() - started,
                 "device": str(reference.device),
                 "choices": found.choices,
-                **self._keep(_items(found)),
+                **self._leave(_told(found)),
             }
 
     def page(self, message: Message) -> Message:
-        """A page of the last answer, from item `start` on."""
+        """What the last command has left, from an item on."""
         return self._page(message["start"])
 
     def stop(self, _: Message) -> Message:
@@ -113,7 +113,7 @@ class References:
         executor = self._host.engine.executor
         return Inventory(executor, tokens.tokens, tokens.rows) if tokens else Inventory(executor, [])
 
-    def _keep(self, items: list[Any]) -> Message:
+    def _leave(self, items: list[Any]) -> Message:
         self._items = items
         return {"count": len(items), **self._page(0)}
 
@@ -128,7 +128,7 @@ class References:
 
 
 def reference_commands(host: Holder) -> CommandTable:
-    """The commands of `run.compare`: it asks all ranks for `reference_held`, then for `reference` where necessary."""
+    """For `run.compare`. A compare asks for `reference_held` everywhere, then for `reference` where it is needed."""
     references = References(host)
     return {
         "reference_held": Command(references.held, slow=True),
@@ -138,23 +138,23 @@ def reference_commands(host: Holder) -> CommandTable:
     }
 
 
-def _items(found: Examination) -> list[Any]:
-    """All findings, as JSON has them."""
-    items: list[Any] = [["kv", *key, list(digests)] for key, digests in found.digests().items()]
-    items += [["hidden", *key, digest] for key, digest in found.hidden.items()]
-    items += [["rows", layer, *one] for layer, rows in found.misplaced().items() for one in rows]
-    items += [["measured", c, layer, name, *one] for (c, layer, name), one in found.measured.items()]
-    return items
+def _told(found: Examination) -> list[Any]:
+    """All that was found, as JSON takes it."""
+    told: list[Any] = [["kv", *key, list(digests)] for key, digests in found.digests().items()]
+    told += [["hidden", *key, digest] for key, digest in found.hidden.items()]
+    told += [["rows", layer, *one] for layer, rows in found.misplaced().items() for one in rows]
+    told += [["measured", c, layer, name, *one] for (c, layer, name), one in found.measured.items()]
+    return told
 
 
-def _by_ledger(entry: LedgerEntry | None) -> list[Any]:
-    """The block's digests by the ledger, and those that were announced."""
+def _then(entry: LedgerEntry | None) -> list[Any]:
+    """What the block was when it came to be here, and what it was announced as."""
     return [None, None] if entry is None else [as_numbers(entry.digests), entry.announced]
 
 
 @contextmanager
 def _in_dtype(decoder: Decoder, dtype: str, tokens: int, piece: int) -> Iterator[Decoder]:
-    """The model in a dtype: the rank's own, or the checkpoint loaded again. Raises ModelError for lack of memory."""
+    """The model in a dtype: the rank's own, or the same checkpoint once more. Raises ModelError for lack of memory."""
     own = _name(decoder.dtype)
     _check_memory(decoder, dtype, tokens, piece, again=dtype != own)
     if dtype == own:
@@ -170,12 +170,12 @@ def _check_memory(decoder: Decoder, dtype: str, tokens: int, piece: int, *, agai
         parts[f"the weights once more, in {dtype}"] = wanted.weights_bytes
     total, available = sum(parts.values()), free(str(decoder.device))
     if available is not None and total > available:
-        listed = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
+        said = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
         advice = (
             "compare in the run's own dtype" if again else "compare a shorter prompt, or free memory first"
         )
         raise ModelError(
-            f"the reference needs {size_text(total)} on {decoder.device} ({listed}); {size_text(available)} are free: "
+            f"the reference needs {size_text(total)} on {decoder.device} ({said}); {size_text(available)} are free: "
             f"{advice}."
         )
 
@@ -184,7 +184,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _wait_for(device: torch.device) -> None:
-    """Wait for all work that was issued to a GPU."""
+def _settle(device: torch.device) -> None:
+    """Have all that was issued to a GPU be done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

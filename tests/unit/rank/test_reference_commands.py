@@ -127,7 +127,7 @@ def test_pages(made: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_can_be_stopped(made: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
     references = References(host(made.engines[0]))
-    monkeypatch.setattr("dinfer.rank.reference._wait_for", lambda _: references.stop({}))
+    monkeypatch.setattr("dinfer.rank.reference._settle", lambda _: references.stop({}))
     with pytest.raises(Stopped, match="interrupted"):
         references.run(REQUEST)
 
