@@ -48,7 +48,7 @@ def runs() -> Iterator[list[Run]]:
 
 
 def layer_breakpoint() -> dict[str, list[int]]:
-    """The first line inside `handlers.layer`."""
+    """The first line inside `ops.layer`."""
     return {ops.__file__: [inspect.getsourcelines(ops.layer)[1] + 1]}
 
 
