@@ -37,20 +37,11 @@ time.sleep(600)
 """
 
 
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[IPython]:
-    """`ipcluster start -n 3`, as it comes."""
-    with ipython(tmp_path_factory.mktemp("stock")) as place:
-        process = place.ipcluster(3)
-        wait_for(lambda: exists(place) or process.poll() is not None, "ipcluster has begun")
-        yield place
-
-
 @pytest.fixture
-def joined(stock: IPython) -> Iterator[Cluster]:
+def joined(engines: IPython) -> Iterator[Cluster]:
     """Three ranks of the stock cluster. Not to be killed without being respawned."""
     cluster = attach(3, start=False)
-    assert cluster.known.profile_dir == stock.profile_dir
+    assert cluster.known.profile_dir == engines.profile_dir
     yield cluster
     cluster.close()
 
@@ -74,18 +65,18 @@ def test_joins_the_running_cluster_and_says_so(joined: Cluster) -> None:
     assert all(joined.alive(rank) for rank in range(3))
 
 
-def test_the_first_engines_are_used_where_there_are_more(stock: IPython) -> None:
+def test_the_first_engines_are_used_where_there_are_more(engines: IPython) -> None:
     cluster = attach(2)
     try:
         assert cluster.engine_ids == cluster.view.targets == [0, 1]
         assert cluster.describe().endswith("; engine 2 is not used")
     finally:
         cluster.close()
-    assert len(stock.members("ipyparallel.engine")) >= 3
+    assert len(engines.members("ipyparallel.engine")) >= 3
 
 
 @pytest.mark.timeout(100)
-@pytest.mark.usefixtures("stock")
+@pytest.mark.usefixtures("engines")
 def test_too_few_engines_is_one_error_without_waiting_for_more() -> None:
     with pytest.raises(
         ClusterError, match=r"has 3 engines \(0, 1, 2\), but 5 are asked for.*ipcluster engines -n 2"
@@ -146,16 +137,16 @@ def test_a_killed_rank_comes_back_under_its_id_and_the_others_keep_their_state(j
         joined.respawn(0)
 
 
-def test_px_runs_on_ranks(stock: IPython) -> None:
+def test_px_runs_on_ranks(engines: IPython) -> None:
     code = """
 from dinfer.cluster.ipyparallel.attach import attach
 cluster = attach(2)
 get_ipython().run_line_magic("px", "print('on', get_ipython().kernel.engine_id)")
 get_ipython().run_cell_magic("px", "--targets 1", "print('alone', get_ipython().kernel.engine_id)")
 """
-    process = stock.start("-m", "IPython", "--no-banner", "-c", code)
-    assert process.wait(60) == 0, stock.output(process)
-    said = re.findall(r"(on|alone) (\d)", stock.output(process))
+    process = engines.start("-m", "IPython", "--no-banner", "-c", code)
+    assert process.wait(60) == 0, engines.output(process)
+    said = re.findall(r"(on|alone) (\d)", engines.output(process))
     assert sorted(said) == [("alone", "1"), ("on", "0"), ("on", "1")]
 
 

@@ -13,7 +13,6 @@ import pytest
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.verdict.verdict import Verdict
-from tests.support.ipclusters import stock_session
 from tests.support.runs import wait_for
 from tests.support.spies import may_spy
 from tests.support.twin import prompt
@@ -37,13 +36,6 @@ def broken(state, op, comm, unbroken=ops.HANDLERS[{kind!r}]):
     return unbroken(state, op, comm)
 ops.HANDLERS[{kind!r}] = broken
 """
-
-
-@pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Iterator[Session]:
-    """A session on `ipcluster start -n 3`, with a checkpoint; every test leaves it able to run."""
-    with stock_session(tmp_path_factory.mktemp("hangs"), checkpoints["qwen3"]) as made:
-        yield made
 
 
 @pytest.fixture(autouse=True)

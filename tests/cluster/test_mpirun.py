@@ -45,14 +45,14 @@ def program() -> tuple[str, ...]:
 
 
 @pytest.fixture
-def launch(tmp_path: Path, qwen3: Path) -> Iterator[Launch]:
-    """launch(fault=None, environment={}, model=qwen3, **flags): three ranks under mpirun, ended with the test."""
+def launch(tmp_path: Path, model: Path) -> Iterator[Launch]:
+    """launch(fault=None, environment={}, model=model, **flags): three ranks under mpirun, ended with the test."""
     runs: list[Run] = []
 
     def launched(
         fault: Fault | None = None,
         environment: dict[str, str] | None = None,
-        model: Path = qwen3,
+        model: Path = model,
         **flags: object,
     ) -> Run:
         flags = (
@@ -95,12 +95,12 @@ def test_ranks_find_one_another_by_mpi(launch: Launch, parrot: Path) -> None:
 
 
 def test_without_mpi4py_they_meet_where_the_environment_says(
-    launch: Launch, qwen3: Path, tmp_path: Path
+    launch: Launch, model: Path, tmp_path: Path
 ) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as probe:
         port = str(probe.getsockname()[1])
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    assert agrees(launch(environment={**without_mpi4py(tmp_path), **place}), qwen3)
+    assert agrees(launch(environment={**without_mpi4py(tmp_path), **place}), model)
 
 
 def test_without_mpi4py_and_place_one_message_says_what_to_do(launch: Launch, tmp_path: Path) -> None:

@@ -51,10 +51,10 @@ class Nodes:
 
 
 @pytest.fixture
-def nodes(tmp_path: Path, qwen3: Path) -> Iterator[Nodes]:
+def nodes(tmp_path: Path, model: Path) -> Iterator[Nodes]:
     """Three hosts that share no file but the checkpoint."""
     with hosts(3) as network:
-        nodes = Nodes(network, tmp_path, qwen3)
+        nodes = Nodes(network, tmp_path, model)
         yield nodes
         for run in nodes.runs.values():
             run.end()

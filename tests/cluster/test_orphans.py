@@ -87,8 +87,8 @@ class Client:
         os.close(self._input)
 
 
-def test_in_a_cluster_that_dinfer_started_they_end_themselves(place: IPython, qwen3: Path) -> None:
-    client = Client(place, qwen3, start=True)
+def test_in_a_cluster_that_dinfer_started_they_end_themselves(place: IPython, model: Path) -> None:
+    client = Client(place, model, start=True)
     client.step()
     wait_for(lambda: "stepped" in client.said, "a step")
     assert not ended(client.engines[:1])
@@ -100,8 +100,8 @@ def test_in_a_cluster_that_dinfer_started_they_end_themselves(place: IPython, qw
 
 
 @pytest.mark.slow
-def test_a_client_that_sleeps_is_not_gone(place: IPython, qwen3: Path) -> None:
-    client = Client(place, qwen3, start=True)
+def test_a_client_that_sleeps_is_not_gone(place: IPython, model: Path) -> None:
+    client = Client(place, model, start=True)
     os.kill(client.process.pid, signal.SIGSTOP)
     awake = time.monotonic() + 3 * PATIENCE_S
     wait_for(lambda: time.monotonic() > awake, "three times the patience has passed")
@@ -115,10 +115,10 @@ def test_a_client_that_sleeps_is_not_gone(place: IPython, qwen3: Path) -> None:
 
 
 @pytest.mark.slow
-def test_in_a_cluster_that_was_joined_the_run_pauses_and_they_stay(place: IPython, qwen3: Path) -> None:
+def test_in_a_cluster_that_was_joined_the_run_pauses_and_they_stay(place: IPython, model: Path) -> None:
     place.ipcluster(2)
     wait_for(lambda: (place.profile_dir / "security/cluster-.json").exists(), "ipcluster has begun")
-    client = Client(place, qwen3, start=False, slow=SLOW)
+    client = Client(place, model, start=False, slow=SLOW)
     client.kill()
     cluster = attach(2, start=False)
     try:
@@ -131,7 +131,7 @@ def test_in_a_cluster_that_was_joined_the_run_pauses_and_they_stay(place: IPytho
     finally:
         cluster.close()
     with dinfer.connect(n=2, start=False) as session:  # as a kernel that was restarted does
-        session.load(str(qwen3), threads=1)
+        session.load(str(model), threads=1)
         run = session.prefill(IDS, chunk_size=11, max_new_tokens=4, paused=True)
         assert len(run.decode().tokens) == 4
         assert len(set(run.sha256())) == 1

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.support.dap import Debugger
-from tests.support.ipclusters import IPython, stock_cluster
+from tests.support.ipclusters import IPython
 from tests.support.kernels import Kernel, kernel
 from tests.support.runs import free_ports, wait_for
 
@@ -61,21 +61,14 @@ class Notebook(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[IPython]:
-    """`ipcluster start -n 3`, as it comes."""
-    with stock_cluster(tmp_path_factory.mktemp("px")) as place:
-        yield place
-
-
-@pytest.fixture(scope="module")
-def loaded(place: IPython) -> Iterator[Notebook]:
+def loaded(engines: IPython) -> Iterator[Notebook]:
     """A fresh kernel after the first cells of any notebook."""
     with kernel() as found:
         said = found.run("%load_ext dinfer\nsession = dinfer.connect(n=3)")
         assert "joined profile 'default' (local engines): ranks 0–2" in said
         found.run(f"PROMPT = {PROMPT!r}\nsession.load('demo', threads=1)")
         found.run("run = session.prefill(PROMPT, chunk_size=8, max_new_tokens=40, timeout=2)\nrun.decode(5)")
-        yield Notebook(found, place, found.value("run.tokens"), found.value("run.sha256()"))
+        yield Notebook(found, engines, found.value("run.tokens"), found.value("run.sha256()"))
 
 
 @pytest.fixture

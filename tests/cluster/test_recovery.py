@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -19,7 +19,6 @@ from dinfer.plan.ops import Op
 from dinfer.run.fleet import RankFailed
 from dinfer.run.run import Run
 from dinfer.session.session import Session
-from tests.support.ipclusters import stock_session
 from tests.support.runs import wait_for
 from tests.support.strikes import Signal, Strike
 from tests.support.twin import prompt
@@ -45,13 +44,6 @@ class Broken:
     signal: Signal
     place: str
     named_s: float
-
-
-@pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Iterator[Session]:
-    """A session on `ipcluster start -n 3`, with a checkpoint; every test leaves it able to run."""
-    with stock_session(tmp_path_factory.mktemp("recovery"), checkpoints["qwen3"]) as made:
-        yield made
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,9 @@ from dinfer.plan.verify import Counterexample, verify
 from dinfer.run.fleet import RankFailed
 from dinfer.verdict.drawing import counterexample_svg, cycle_text
 from tests.support.threads import session_on_threads
-from tests.support.tiny import tiny_checkpoint
 from tests.support.twin import prompt
 
 IDS = prompt(10)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint on disk."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
 
 
 def swapped(config: Config, shape: Shape) -> list[dict[str, list[str]]]:

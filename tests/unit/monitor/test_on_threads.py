@@ -5,9 +5,8 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,9 +20,8 @@ from dinfer.run.hang import Hung
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.verdict import waits
+from tests.support.fixtures import fresh_session
 from tests.support.runs import wait_for
-from tests.support.threads import session_on_threads
-from tests.support.tiny import tiny_checkpoint
 from tests.support.twin import prompt
 
 IDS = prompt(10)
@@ -31,17 +29,12 @@ STUCK_S = 2.0
 """in place of 5"""
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint on disk."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
+session = fresh_session
 
 
-@pytest.fixture
-def session(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waits, "STUCK_S", STUCK_S)
-    with session_on_threads(3, model) as made:
-        yield made
 
 
 Action = Callable[[Any, Any, Any], Outcome | None]

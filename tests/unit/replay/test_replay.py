@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ from dinfer.saved.replay.record import RankRecord, RecordError
 from dinfer.saved.replay.replay import Replay
 from dinfer.saved.saved import Saved, open_saved
 from dinfer.session.session import Session
+from tests.support.fixtures import fresh_session
 from tests.support.replays import check_same, engine_of
 from tests.support.runs import wait_for
-from tests.support.threads import session_on_threads
 from tests.support.tiny import tiny_checkpoint
 from tests.support.twin import prompt
 
@@ -38,16 +38,8 @@ Kept = Callable[[Run], Run | Saved]
 BROKEN = "the logits are on fire"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint on disk, with a tokenizer."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("model"), tokenizer=True)
-
-
-@pytest.fixture
-def session(model: Path) -> Iterator[Session]:
-    with session_on_threads(3, model) as made:
-        yield made
+MODEL = {"tokenizer": True}
+session = fresh_session
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,28 +17,13 @@ from dinfer.rank.service import RankService
 from dinfer.run.fleet import RankFailed
 from dinfer.run.run import Run
 from dinfer.session.session import Session
+from tests.support.fixtures import fresh_session
 from tests.support.runs import wait_for
-from tests.support.threads import session_on_threads
-from tests.support.tiny import tiny_checkpoint
 from tests.support.twin import prompt
 
 IDS = prompt(10)
 WAIT_S = 30
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint on disk."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def session(model: Path) -> Iterator[Session]:
-    with session_on_threads(3, model) as made:
-        for host in hosts(made):
-            assert host.decoder
-            host.decoder.eos_ids = frozenset()  # no text ends by itself
-        yield made
+session = fresh_session
 
 
 def hosts(session: Session) -> list[RankService]:

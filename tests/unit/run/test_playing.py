@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,16 +13,13 @@ from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.trace.events import Event
 from tests.support.runs import wait_for
-from tests.support.threads import session_on_threads, stands_at_a_cut
+from tests.support.threads import stands_at_a_cut
 
 PROMPT = list(range(1, 31))
 FAST = 100.0
 
 
-@pytest.fixture(scope="module")
-def session() -> Iterator[Session]:
-    with session_on_threads(3, Path("demo")) as made:
-        yield made
+MODEL = "demo"
 
 
 @pytest.fixture

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from dinfer.run.run import Run
 from dinfer.session.session import Session
-from tests.support.threads import session_on_threads
-from tests.support.tiny import tiny_checkpoint
+from tests.support.fixtures import fresh_session
 
 DEADLINE_S = 30.0
 
 
-@pytest.fixture
-def session(tmp_path: Path) -> Iterator[Session]:
-    """Two ranks on threads."""
-    with session_on_threads(2, tiny_checkpoint(tmp_path / "model", layers=2)) as session:
-        yield session
+MODEL = {"layers": 2}
+RANKS = 2
+session = fresh_session
 
 
 @pytest.fixture

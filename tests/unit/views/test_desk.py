@@ -8,8 +8,8 @@ import pytest
 
 from dinfer.views import desk
 from dinfer.views.desk import Action, Painter, Worker
+from tests.support.expected import panel_threads
 from tests.support.runs import wait_for
-from tests.unit.views.conftest import panel_threads
 
 
 class Scene:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,9 @@ from dinfer.session.session import Session
 from dinfer.views.inspector import Inspector
 from dinfer.views.quantise import MISSING, ZERO
 from tests.support.runs import wait_for
-from tests.support.threads import session_on_threads
 from tests.support.traces import PROMPT
 
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[Session]:
-    with session_on_threads(3, Path("demo")) as made:
-        yield made
+MODEL = "demo"
 
 
 class Browser:

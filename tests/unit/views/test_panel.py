@@ -21,8 +21,8 @@ from dinfer.views.frame import INSTALL
 from dinfer.views.panel import VIEW, Panel
 from dinfer.views.protocol import InspectableRun
 from tests.support.doubles import PaperRun, TwinRun, paper_plan
+from tests.support.expected import panel_threads
 from tests.support.runs import wait_for
-from tests.unit.views.conftest import panel_threads
 
 
 class Held:

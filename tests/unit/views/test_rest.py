@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,17 +12,13 @@ from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.views.cells import CellMap
 from dinfer.views.panel import Panel
+from tests.support.expected import panel_threads
 from tests.support.runs import wait_for
-from tests.support.threads import session_on_threads
-from tests.unit.views.conftest import panel_threads
 
 LOOKS = 10
 
 
-@pytest.fixture(scope="module")
-def session() -> Iterator[Session]:
-    with session_on_threads(3, Path("demo")) as made:
-        yield made
+MODEL = "demo"
 
 
 class Counted:
