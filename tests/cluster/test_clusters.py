@@ -178,7 +178,7 @@ def test_starts_one_where_none_runs_and_leaves_nothing(place: IPython) -> None:
     pid, controller = cluster.facts[0].pid, cluster.controller_pid
     assert controller is not None
     os.kill(controller, signal.SIGKILL)
-    wait_for(lambda: ended([pid]), "the respawned engine ends with its cluster", 20)
+    wait_for(lambda: ended([pid]), "the respawned engine ends with its cluster")
 
     cluster.close()
     assert place.members() == []
@@ -267,7 +267,7 @@ def test_ranks_follow_the_order_of_ids(place: IPython) -> None:
     wait_for(lambda: exists(place), "ipcluster has begun")
     first = attach(3, start=False)
     first.kill(0)
-    wait_for(lambda: 0 not in first.client.ids, "the controller knows that engine 0 has ended", 20)
+    wait_for(lambda: 0 not in first.client.ids, "the controller knows that engine 0 has ended")
     second = attach(2, start=False)
     try:
         assert second.engine_ids == [1, 2]
@@ -276,7 +276,7 @@ def test_ranks_follow_the_order_of_ids(place: IPython) -> None:
     finally:
         first.close()
         second.close(stop=True)  # as `ipcluster stop` does
-    wait_for(lambda: not place.members(), "nothing is left", 30)
+    wait_for(lambda: not place.members(), "nothing is left")
 
 
 @pytest.mark.slow

@@ -20,8 +20,6 @@ from tests.support.twin import prompt
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 IDS = tuple(prompt(22))
-TOLD_S = 30.0
-"""a bound for tests on a machine that does much else; what it took is printed"""
 
 _ARM = """
 import ctypes, os, pathlib, signal, time
@@ -62,11 +60,11 @@ def arm(session: Session, rank: int, op: str, action: str, path: Path) -> None:
 def told(session: Session, run: Run, path: Path | None = None) -> Verdict:
     """The verdict, once somebody has said it unasked."""
     before = time.monotonic()
-    wait_for(lambda: run.hang or run.failure or run.silence, f"it is told: {run.where()}", TOLD_S)
+    wait_for(lambda: run.hang or run.failure or run.silence, f"it is told: {run.where()}")
     took = time.monotonic() - (float(path.read_text()) if path else before)
     verdict = run.verdict()
     print(f"\n{verdict.kind}, {took:.2f} s after it: {verdict.sentence}")
-    wait_for(lambda: says_the_same(session, run), "all say the same", 10)
+    wait_for(lambda: says_the_same(session, run), "all say the same")
     return verdict
 
 
@@ -85,7 +83,7 @@ def check_seen(run: Run, sentence: str, stack: str) -> None:
             verdict = run.verdict()
             return sentence in verdict.sentence and stack in verdict.stacks.get(1, "")
 
-        wait_for(is_seen, f"it is seen: {run.verdict()}", TOLD_S)
+        wait_for(is_seen, f"it is seen: {run.verdict()}")
         print(run.verdict().sentence)
 
 
@@ -201,7 +199,7 @@ def test_a_rank_that_only_takes_long(session: Session, tmp_path: Path) -> None:
         tmp_path / "struck",
     )
     run.resume()
-    wait_for(lambda: run.hang, f"it is told: {run.where()}", TOLD_S)
+    wait_for(lambda: run.hang, f"it is told: {run.where()}")
     verdict = run.verdict()
     assert (verdict.kind, verdict.rank, verdict.is_hung) == ("computing", 1, False), verdict
     assert run.wait(60).state == "done"

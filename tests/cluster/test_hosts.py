@@ -121,7 +121,7 @@ def test_nothing_is_left_however_it_ends(how: str) -> None:
                 maker.kill()
             maker.communicate()
             assert (inside.wait(60) == 0) == (how == "killed")  # then what runs may end by itself
-    wait_for(lambda: not any(name in namespaces() for name in (hub, first, second)), "they are gone", 30)
+    wait_for(lambda: not any(name in namespaces() for name in (hub, first, second)), "they are gone")
     assert address not in addresses()
 
 

@@ -128,7 +128,7 @@ def test_what_changed_is_told_while_the_run_goes(session: Session, model: Path) 
     run = begun(session)
     run.inject("bitflip", **WIRE)
     run.run_to(chunk=1, layer=1)
-    wait_for(lambda: [str(one) for one in run.corrupt] == [SENTENCE], "the news has come", DEADLINE_S)
+    wait_for(lambda: [str(one) for one in run.corrupt] == [SENTENCE], "the news has come")
     assert run.standing().state == "paused"
     assert SENTENCE in str(run.where())
     finish(run)
@@ -145,7 +145,7 @@ def test_a_run_pauses_where_bytes_change_and_goes_on(session: Session) -> None:
     run = begun(session, on_corruption="pause")
     run.inject("bitflip", **WIRE)
     run.resume()
-    wait_for(lambda: run.message == f"stopped: {SENTENCE}", "the news has come", DEADLINE_S)
+    wait_for(lambda: run.message == f"stopped: {SENTENCE}", "the news has come")
     run.wait(DEADLINE_S)
     assert run.standing().state == "paused"
     finish(run)

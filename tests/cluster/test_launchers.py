@@ -103,8 +103,8 @@ def test_when_all_are_killed_ipcluster_ends_and_that_is_said(place: IPython, mod
         run = session.load(str(model), threads=1).prefill(IDS, chunk_size=4, paused=True)
         for rank in (0, 1):
             session.ranks.kill(rank)
-        wait_for(lambda: run.failure, "they are named", 20)
-        wait_for(lambda: not place.members("ipyparallel.controller"), "the controller ends", 60)
+        wait_for(lambda: run.failure, "they are named")
+        wait_for(lambda: not place.members("ipyparallel.controller"), "the controller ends")
         with pytest.raises(ClusterError, match="is gone: start the cluster again"):
             session.recover()
 
@@ -120,7 +120,7 @@ def test_a_rank_that_dies_under_mpi_is_named(place: IPython, model: Path) -> Non
         run = session.prefill(IDS, chunk_size=4, paused=True)
         run.step()
         session.ranks.kill(1)
-        wait_for(lambda: run.failure, "it is named", 20)
+        wait_for(lambda: run.failure, "it is named")
         assert "rank 1 is gone" in run.failure
         with pytest.raises(RankFailed, match="is gone"):
             run.step()

@@ -38,7 +38,7 @@ def check_held(engines: Sequence[int], base: Sequence[Held]) -> None:
         pairs = zip(map(held, engines), base, strict=True)
         return all(count <= most for now, before in pairs for count, most in zip(now, before, strict=True))
 
-    wait_for(is_within, f"engines hold no more than {base}", 20)
+    wait_for(is_within, f"engines hold no more than {base}")
 
 
 @pytest.fixture

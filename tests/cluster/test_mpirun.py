@@ -91,7 +91,7 @@ def without_mpi4py(folder: Path) -> dict[str, str]:
 def test_ranks_find_one_another_by_mpi(launch: Launch, parrot: Path) -> None:
     run = launch(environment=C_LOCALE, model=parrot, **FLAGS)
     check_parroted(run, parrot)
-    wait_for(lambda: not run.members(), "no process is left", 20)
+    wait_for(lambda: not run.members(), "no process is left")
 
 
 def test_without_mpi4py_they_meet_where_the_environment_says(
@@ -131,4 +131,4 @@ def test_a_rank_that_raises_is_named(launch: Launch) -> None:
     run = launch(Fault("raise ValueError('broken on purpose')"), place)
     assert run.finish() != 0
     assert said(run) == ["rank 1 failed at `layer c1 l3` (lane compute): ValueError: broken on purpose"]
-    wait_for(lambda: not run.members(), "no process is left", 20)
+    wait_for(lambda: not run.members(), "no process is left")

@@ -93,8 +93,8 @@ def test_in_a_cluster_that_dinfer_started_they_end_themselves(place: IPython, mo
     wait_for(lambda: "stepped" in client.said, "a step")
     assert not ended(client.engines[:1])
     client.kill()
-    wait_for(lambda: ended([*client.engines, client.controller]), "engines and controller end", 60)
-    wait_for(lambda: not place.members(), "nothing is left", 60)
+    wait_for(lambda: ended([*client.engines, client.controller]), "engines and controller end")
+    wait_for(lambda: not place.members(), "nothing is left")
     assert [found.done for found in clean()] == ["ended"]  # only files are left
     assert place.files() == []
 
@@ -111,7 +111,7 @@ def test_a_client_that_sleeps_is_not_gone(place: IPython, model: Path) -> None:
     wait_for(lambda: "stepped" in client.said or client.process.poll() is not None, "the session goes on")
     assert "stepped" in client.said, client.said
     client.kill()
-    wait_for(lambda: not place.members(), "nothing is left", 60)
+    wait_for(lambda: not place.members(), "nothing is left")
 
 
 @pytest.mark.slow

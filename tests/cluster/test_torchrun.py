@@ -65,7 +65,7 @@ def said(run: Run) -> list[str]:
 def message(run: Run) -> str:
     """The one message of a run that failed, once nothing of it is left."""
     assert run.finish() != 0
-    wait_for(lambda: not run.members(), "no process is left", 20)
+    wait_for(lambda: not run.members(), "no process is left")
     assert len(said(run)) == 1, run.err
     return said(run)[0]
 
@@ -74,7 +74,7 @@ def test_ranks_join_and_agree_with_transformers(parrot: Path, launch: Launch) ->
     run = launch(parrot, environment=C_LOCALE, **FLAGS)
     check_parroted(run, parrot)
     assert said(run) == []
-    wait_for(lambda: not run.members(), "no process is left", 20)
+    wait_for(lambda: not run.members(), "no process is left")
     assert run.out.count("rank  device") == 1
 
 

@@ -110,4 +110,4 @@ def test_a_debugger_attaches_to_ranks_of_dinfer_run(tmp_path: Path, model: Path,
     assert len(runs[0].result()["ranks"]) == 3
     for debugger in debuggers:
         debugger.close()
-    wait_for(lambda: not runs[0].members(), "no process is left", 30)
+    wait_for(lambda: not runs[0].members(), "no process is left")

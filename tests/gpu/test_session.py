@@ -109,14 +109,14 @@ def test_a_rank_that_stands_still_is_named_and_freed(
     run = begin(session)
     run.resume()
     try:
-        wait_for(lambda: run.hang, "a verdict", 60)
+        wait_for(lambda: run.hang, "a verdict")
         verdict = run.verdict()
     finally:
         door.set()
     print(verdict)
     assert (verdict.kind, verdict.rank) == ("stuck in Python", 1)
     assert "door.wait()" in verdict.sentence
-    wait_for(lambda: run.standing().state == "done", "it goes on", 60)
+    wait_for(lambda: run.standing().state == "done", "it goes on")
     assert run.kv().diff().equal
 
 

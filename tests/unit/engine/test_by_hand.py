@@ -27,7 +27,7 @@ def test_the_same_call_on_all_ranks_is_one_wave_after_another_to_the_end(small: 
         engines = prepared(made)
         waves = len(engines[0].prompt.cuts.chain("wave")) - 1
         for _ in range(waves):
-            said = made.all(lambda engine: engine.step(timeout=30))
+            said = made.all(lambda engine: engine.step(timeout=60))
             assert {tuple(stand) for stand in (engine.prompt.target for engine in engines)} == {
                 engines[0].prompt.target
             }
@@ -41,7 +41,7 @@ def test_the_same_call_on_all_ranks_is_one_wave_after_another_to_the_end(small: 
 def test_a_step_says_what_was_done_with_shapes(small: Decoder) -> None:
     with twin(small, world_size=1, chunk_size=4) as made:
         (engine,) = prepared(made)
-        text = repr(engine.step(timeout=30))
+        text = repr(engine.step(timeout=60))
         assert text.startswith("rank 0: one wave, 2 ops\n  embed c0   hidden [1, 4, ")
         assert "layer c0 l0   K [4, " in text
 
@@ -55,7 +55,7 @@ def test_alone_a_rank_says_whom_it_waits_for_and_goes_on_once_the_others_have_co
         assert one.prompt.target == one.prompt.cuts.next(one.prompt.cuts.start, "wave")
         said_by_zero = repr(zero.step(timeout=0.05))
         assert said_by_zero.startswith("rank 0 waits for rank 2 to take block c0 l0")
-        two.step(timeout=30)
+        two.step(timeout=60)
         assert one.executor.wait(lambda: one.executor.stand().at_limits, 30)
         made.all(lambda engine: engine.executor.run_to_end(30))
 
@@ -78,13 +78,13 @@ def test_a_rank_shows_what_it_holds(small: Decoder) -> None:
 def test_an_edit_is_noticed_and_computed_on(small: Decoder) -> None:
     with twin(small, world_size=1, chunk_size=4) as made:
         (engine,) = prepared(made)
-        engine.step(timeout=30)
+        engine.step(timeout=60)
         engine.kv(0).k[0, 0, 0] = 5.0
-        assert engine.step(timeout=30).edited == ("KV of layer 0",)
-        assert engine.step(timeout=30).edited == ()
+        assert engine.step(timeout=60).edited == ("KV of layer 0",)
+        assert engine.step(timeout=60).edited == ()
         key = next(iter(engine.hidden))
         engine.hidden[key] = engine.hidden[key] * 2
-        assert engine.step(timeout=30).edited == (f"hidden c{key[0]} l{key[1]}",)
+        assert engine.step(timeout=60).edited == (f"hidden c{key[0]} l{key[1]}",)
         engine.executor.run_to_end(30)
         assert not same_kv(engine, expected(small, IDS, 4).kv)
 

@@ -75,7 +75,7 @@ def settle(run: Run) -> None:
         seen.append(run.standing().stands)
         return len(seen) > 10 and seen[-1] == seen[-10]
 
-    wait_for(is_still, "nothing moves", 10)
+    wait_for(is_still, "nothing moves")
 
 
 # -- a run that failed
@@ -172,7 +172,7 @@ def test_a_failure_in_decode_comes_again_in_the_same_token(
 def test_a_refuted_plan_is_replayed_to_where_it_hung(session: Session, decoder: Decoder, kept: Kept) -> None:
     run = begin(session, schedule="batched", unsafe=True)
     run.resume()
-    wait_for(lambda: run.hang, "it hangs", 60)
+    wait_for(lambda: run.hang, "it hangs")
     keeper = kept(run)
     with keeper.replay(1, decoder=decoder) as replay:
         with pytest.raises(PlanError, match="refuted"):

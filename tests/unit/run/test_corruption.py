@@ -25,7 +25,7 @@ from tests.support.threads import engines, stands_at_a_cut
 from tests.support.twin import prompt
 
 IDS = tuple(prompt(10))
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 SENTENCE = "rank 2: K of block c1 l0 came changed from rank 0, on the way or before it was sent"
 
 

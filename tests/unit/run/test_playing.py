@@ -55,10 +55,10 @@ def test_it_stops_at_a_breakpoint_though_a_step_would_go_past_it_and_goes_on_fro
 def test_pause_and_new_breakpoints_reach_it_between_two_steps(run: Run) -> None:
     player = threading.Thread(target=run.play, args=("op", 5.0))
     player.start()
-    wait_for(lambda: any(any(stand.positions) for stand in run.standing().stands), "it steps", 20)
+    wait_for(lambda: any(any(stand.positions) for stand in run.standing().stands), "it steps")
     assert run.break_at(layer=5, chunk=2).number == 1
     run.pause()
-    player.join(10)
+    player.join(60)
     assert not player.is_alive()
     assert stands_at_a_cut(run)
     assert run.standing().state == "paused"

@@ -24,7 +24,7 @@ LAYERS = 3
 LONG = [1 + n % 60 for n in range(400)]
 """a run of it in chunks of 2 takes seconds"""
 SHORT = [1 + n for n in range(24)]
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 
 
 MODEL = {"layers": LAYERS}

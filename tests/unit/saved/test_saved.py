@@ -273,7 +273,7 @@ def test_why_a_run_hangs_is_worked_out_anew(
 ) -> None:
     monkeypatch.setattr(waits, "STUCK_S", 1.5)
     run = session.prefill(PROMPT, chunk_size=8, schedule="batched", unsafe=True)
-    wait_for(lambda: run.hang, "it is told", 20)
+    wait_for(lambda: run.hang, "it is told")
     saved = dinfer.open(run.save(tmp_path / "hung"))
     found, live = saved.verdict(), run.verdict()
     assert (found.kind, found.ranks, found.sentence) == (live.kind, live.ranks, live.sentence)
@@ -296,7 +296,7 @@ def test_a_run_that_has_failed(session: Session, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(engine.prompt.state, "compute_layer", fail)
     run.resume()
-    wait_for(lambda: run.failure, "it fails", 20)
+    wait_for(lambda: run.failure, "it fails")
     saved = dinfer.open(run.save(tmp_path / "failed"))
     assert saved.verdict().sentence == run.verdict().sentence
     assert saved.verdict().rank == 1

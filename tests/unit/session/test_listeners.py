@@ -8,7 +8,7 @@ from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.support.fixtures import fresh_session
 
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 
 
 MODEL = {"layers": 2}
