@@ -137,10 +137,11 @@ class HangWatch:
         self._stacks = self._spied.added_to(self._asked)
         self._asked_at = time.monotonic()
         self._asks += 1
+        process_s = time.process_time()
         with self._line.changed:
             for rank, stacks in found.items():
                 if stacks.cpu_s is not None and states[rank].cpu_s is None:
-                    self._track.note_cpu(rank, self._asked_at, stacks.cpu_s)
+                    self._track.note_cpu(rank, self._asked_at, stacks.cpu_s, process_s)
 
     def _spy(self, suspicion: Verdict) -> None:
         """Have py-spy look at who can be seen by nothing else, and take what it has seen."""
