@@ -241,8 +241,8 @@ def test_the_time_between_two_decodes_is_no_ranks_standing_still(
 ) -> None:
     run, pause_s = begin(session, max_new_tokens=8), 1000.0
     run.decode(2)
-    with run._line.changed:
-        for state in run._line.ranks:
+    with session.ranks.changed:
+        for state in session.ranks.ranks:
             state.progressed -= pause_s  # the user reads
     wait_for(lambda: run._watch._decoding_since is None, "it was seen that nobody decodes")
     door = closed_at_token(monkeypatch, 1, 2)
@@ -286,14 +286,14 @@ def test_who_holds_the_line_may_judge_while_another_asks(
     def gather(*_: object) -> dict[int, Any]:
         asks.set()
         assert held.wait(DEADLINE_S)
-        with run._line.changed:
+        with session.ranks.changed:
             return {}
 
     monkeypatch.setattr("dinfer.monitor.watch.gather", gather)
     asking = threading.Thread(target=run._judge, kwargs={"is_moving": True})
     asking.start()
     assert asks.wait(DEADLINE_S)
-    with run._line.changed:
+    with session.ranks.changed:
         held.set()
         assert run._judge(is_moving=False)
         run.watch()

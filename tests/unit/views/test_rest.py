@@ -105,11 +105,12 @@ def test_breakpoints_and_faults_that_a_cell_ends_are_gone_from_the_panel(counted
     wait_for(lambda: panel.shown["faults"] == [], "the fault is gone")
 
 
-def test_news_of_events_alone_is_told(counted: Counted) -> None:
+def test_news_of_events_alone_is_told(session: Session, counted: Counted) -> None:
     """Figures are drawn of events, which may come after the positions that go with them."""
     counted.run.step("chunk")
     counted.rest()
     told = counted.told
-    with counted.run._line.changed:
-        counted.run._events[0].append(counted.run._events[0][-1])
+    with session.ranks.changed:
+        events = session.ranks.ranks[0].events
+        events.append(events[-1])
     wait_for(lambda: counted.told > told, "it is told")
