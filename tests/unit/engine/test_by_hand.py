@@ -11,6 +11,7 @@ from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.ops import Op, PlanError
 from tests.support.expected import expected, same_kv
+from tests.support.runs import wait_for
 from tests.support.twin import Twin, prompt, twin
 
 IDS = list(prompt(10))
@@ -49,12 +50,11 @@ def test_a_step_says_what_was_done_with_shapes(small: Decoder) -> None:
 def test_alone_a_rank_says_whom_it_waits_for_and_goes_on_once_the_others_have_come(small: Decoder) -> None:
     with twin(small, world_size=3, chunk_size=4) as made:
         zero, one, two = prepared(made)
-        said = repr(one.step(timeout=0.05))
-        assert said.startswith("rank 1 waits for block c0 l0 from rank 0, which stands somewhere unknown")
-        assert repr(one.step(timeout=0.05)).startswith("rank 1 waits for")
+        waits = "rank 1 waits for block c0 l0 from rank 0, which stands somewhere unknown"
+        wait_for(lambda: repr(one.step(timeout=0.05)).startswith(waits), "rank 1 waits")
         assert one.prompt.target == one.prompt.cuts.next(one.prompt.cuts.start, "wave")
-        said_by_zero = repr(zero.step(timeout=0.05))
-        assert said_by_zero.startswith("rank 0 waits for rank 2 to take block c0 l0")
+        waits_too = "rank 0 waits for rank 2 to take block c0 l0"
+        wait_for(lambda: repr(zero.step(timeout=0.05)).startswith(waits_too), "rank 0 waits")
         two.step(timeout=60)
         assert one.executor.wait(lambda: one.executor.stand().at_limits, 30)
         made.all(lambda engine: engine.executor.run_to_end(30))
