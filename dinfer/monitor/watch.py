@@ -133,6 +133,9 @@ class HangWatch:
         living = [rank for rank, state in enumerate(states) if rank not in ended and state.stopped is None]
         seen = self._spied.looks_at(living)  # they cannot answer meanwhile
         found = gather(self._line, [rank for rank in living if rank not in seen])
+        for rank in found.keys() & self._asked.keys():  # a dump that does not come this time has come before
+            if found[rank].answers is self._asked[rank].answers is False and not found[rank].text:
+                found[rank] = self._asked[rank]
         self._asked = {rank: its for rank, its in self._asked.items() if rank in seen} | found
         self._stacks = self._spied.added_to(self._asked)
         self._asked_at = time.monotonic()

@@ -105,24 +105,33 @@ def test_errors_name_the_rank(joined: Cluster) -> None:
         joined.call(None, "no_such_module:function")
 
 
-def test_a_late_rank_is_named_and_the_others_answer(joined: Cluster) -> None:
-    busy = joined.call_async(1, "time:sleep", 2)
-    answers = joined.call(None, "os:getpid", timeout=0.5, check=False)
+def waits_for(path: Path) -> str:
+    """What ranks run that are busy until there is such a file."""
+    return f"import os, time\nwhile not os.path.exists({str(path)!r}): time.sleep(0.02)"
+
+
+def test_a_late_rank_is_named_and_the_others_answer(joined: Cluster, tmp_path: Path) -> None:
+    busy = joined.call_async(1, "builtins:exec", waits_for(tmp_path / "go"), {})
+    answers = joined.call(None, "os:getpid", timeout=3, check=False)
     assert [isinstance(answer, RankSilent) for answer in answers] == [False, True, False]
-    assert str(answers[1]).endswith("has not answered within 0.5 s.")
+    assert str(answers[1]).endswith("has not answered within 3 s.")
+    (tmp_path / "go").touch()
     assert busy.result(60) == [None]
 
 
-def test_a_killed_rank_comes_back_under_its_id_and_the_others_keep_their_state(joined: Cluster) -> None:
+def test_a_killed_rank_comes_back_under_its_id_and_the_others_keep_their_state(
+    joined: Cluster, tmp_path: Path
+) -> None:
     joined.view.execute("state = 'kept'", block=True)
     before = joined.call(None, "os:getpid")
-    sleeping = joined.call_async(None, "time:sleep", 3)
+    sleeping = joined.call_async(None, "builtins:exec", waits_for(tmp_path / "go"), {})
     os.kill(before[1], signal.SIGSTOP)
     assert joined.alive(1)  # stopped is not dead
     joined.kill(1)
     with pytest.raises(RankGone, match=r"^rank 1 .* ended during a call"):
         sleeping.result(60)
     assert not sleeping.done()  # nobody waited for the others
+    (tmp_path / "go").touch()
     assert [joined.alive(rank) for rank in range(3)] == [True, False, True]
     with pytest.raises(RankGone, match=r"^rank 1 .* has ended"):
         joined.call(1, "os:getpid")

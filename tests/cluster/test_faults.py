@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 IDS = tuple(prompt(22))
 """within which a failure ends the other ranks"""
-TIMEOUT_S = 3
+TIMEOUT_S = 10
 AT = r"compute in `layer c1 l3`"
 BLOCK = "while True: time.sleep(60)"
 # A signal may take effect a little after kill has returned; the op must not go on meanwhile.

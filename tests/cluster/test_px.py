@@ -64,7 +64,7 @@ def loaded(engines: IPython) -> Iterator[Notebook]:
         said = found.run("%load_ext dinfer\nsession = dinfer.connect(n=3)")
         assert "joined profile 'default' (local engines): ranks 0–2" in said
         found.run(f"PROMPT = {PROMPT!r}\nsession.load('demo', threads=1)")
-        found.run("run = session.prefill(PROMPT, chunk_size=8, max_new_tokens=40, timeout=2)\nrun.decode(5)")
+        found.run("run = session.prefill(PROMPT, chunk_size=8, max_new_tokens=40, timeout=8)\nrun.decode(5)")
         yield Notebook(found, engines, found.value("run.tokens"), found.value("run.sha256()"))
 
 
@@ -72,7 +72,7 @@ def loaded(engines: IPython) -> Iterator[Notebook]:
 def notebook(loaded: Notebook) -> Notebook:
     """Its run stands at its start, whatever the test before has done."""
     if not loaded.kernel.value("run is session.run and not run.closed"):
-        loaded.kernel.run("run = session.prefill(PROMPT, chunk_size=8, max_new_tokens=40, timeout=2)")
+        loaded.kernel.run("run = session.prefill(PROMPT, chunk_size=8, max_new_tokens=40, timeout=8)")
     assert loaded.kernel.run("run.breakpoints.clear()\nrun.restart()").startswith("paused")
     return loaded
 
@@ -182,7 +182,7 @@ def test_one_layer_by_hand(notebook: Notebook) -> None:
 
 def test_a_collective_call_that_one_rank_makes_alone_has_a_deadline(notebook: Notebook) -> None:
     said = notebook.kernel.fail(f"%%px --targets 1\n{BY_HAND}")
-    assert "rank 1: sync_single_layer_cache(0, …) has waited 2 s for the other ranks" in said
+    assert "rank 1: sync_single_layer_cache(0, …) has waited 8 s for the other ranks" in said
     assert "call it on the others, then repeat it here" in said
     lines = px(notebook, BY_HAND, "0,2") + px(notebook, BY_HAND, "1")
     synced = {line for line in lines.splitlines() if line.startswith("synced")}

@@ -81,9 +81,10 @@ def test_ranks_join_and_agree_with_transformers(parrot: Path, launch: Launch) ->
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        (
+        pytest.param(
             Fault("raise ValueError('broken on purpose')"),
             r"rank 1 failed at `layer c1 l3` \(lane compute\): ValueError: broken on purpose\n",
+            marks=pytest.mark.slow,
         ),
         (Fault("os.kill(os.getpid(), 9)", rank=2, layer=5), r"rank 2 is gone: .*stood at: .*`layer c1 l5`"),
         pytest.param(
