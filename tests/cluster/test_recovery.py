@@ -221,6 +221,9 @@ def test_two_at_once_of_which_one_is_rank_0(session: Session, wanted: Wanted) ->
         os.kill(pid_of(session, rank), signal.SIGKILL)
     wait_for(lambda: run.failure, "they are named")
     assert re.match(r"rank [02] is gone", run.failure)
+    wait_for(
+        lambda: all(session.ranks.exits()[rank] is not None for rank in (0, 2)), "both are known to be gone"
+    )
     check_recovered(session, run, {0, 2}, wanted)
 
 
