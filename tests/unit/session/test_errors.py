@@ -134,6 +134,7 @@ OWN = {"CommError", "Mischief", "NoInterface", "OpFailed", "Stopped", "TokenFail
 """those that stay within a rank: what they say reaches the user in a RankFailed"""
 
 
+@pytest.mark.filterwarnings("ignore:.* is .* now:DeprecationWarning")  # former import paths
 def test_every_error_for_users_is_one_of_these() -> None:
     modules = [
         importlib.import_module(found.name)
