@@ -179,10 +179,7 @@ def test_a_plan_that_cannot_be_made_has_status_2(flags: Sequence[str], words: st
 # -- run: mistakes, before any rank starts
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four layers, 32 positions, no tokenizer."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("model"), layers=4, max_position_embeddings=32)
+MODEL = {"layers": 4, "max_position_embeddings": 32}
 
 
 def mistake(folder: Path, *arguments: object) -> str:

@@ -25,7 +25,7 @@ from tests.support.twin import Twin, prompt
 
 IDS = list(prompt(10))
 SEEDS = st.integers(0, 9999)
-WAIT_S = 30.0
+WAIT_S = 120.0
 
 
 @st.composite

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +21,12 @@ from dinfer.run.fleet import RankFailed
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.support.threads import engines, session_on_threads
-from tests.support.tiny import tiny_checkpoint
 
 PROMPT = "Lima 是秘鲁的首都, isn't it so?"
 LAYERS, HEADS, DIMS = 4, 2, 16
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four layers, and a tokenizer of bytes."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("kv") / "model", layers=LAYERS, tokenizer=True)
-
-
-@pytest.fixture
-def session(model: Path) -> Iterator[Session]:
-    """Three ranks on threads; stages of 2, 1 and 1 layers."""
-    with session_on_threads(3, model) as session:
-        yield session
+MODEL = {"layers": LAYERS, "tokenizer": True}
 
 
 @pytest.fixture

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dinfer.cluster.threads import LocalRanks
 from dinfer.session.session import Session
 from dinfer.session.sweep import SWEEP_FIGURES, Sweep
 
 PROMPTS = ["The code of Lima is 471. The code of Lima is", "The code of Oslo is 306. The code of Oslo is"]
 
 
-@pytest.fixture
-def session() -> Iterator[Session]:
-    """Two ranks with the demo model."""
-    with Session(LocalRanks(2)) as made:
-        yield made.load("demo", threads=1)
+MODEL = "demo"
+RANKS = 2
 
 
 def test_every_combination_is_a_row(session: Session) -> None:

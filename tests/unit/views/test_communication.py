@@ -29,7 +29,7 @@ class Browser:
     def figure(self, name: str, have: int = -1) -> dict[str, Any]:
         before = len(self.heard)
         self.live.ask({"view": "me", "name": name, "have": have, "dark": False})
-        wait_for(lambda: len(self.heard) > before, "a figure", 20)
+        wait_for(lambda: len(self.heard) > before, "a figure")
         found: dict[str, Any] = self.heard[-1][0]["figure"]
         return found
 
@@ -62,7 +62,7 @@ def test_the_next_figure_comes_once_there_are_new_events(browser: Browser) -> No
     browser.live.touch()
     browser.run.events = [*browser.run.events, *on_paper(4, 3, 3).events]
     browser.live.touch()
-    wait_for(lambda: len(browser.heard) == 2, "one more figure", 20)
+    wait_for(lambda: len(browser.heard) == 2, "one more figure")
     assert browser.heard[-1][0]["figure"]["seen"] == 2 * seen
 
 
