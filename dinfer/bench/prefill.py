@@ -14,6 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from dinfer.config import Config
+from dinfer.display import Table
 
 if TYPE_CHECKING:
     from dinfer.bench.rank import BenchCase, TimedPrefill
@@ -83,19 +84,17 @@ def bench(config: Config, tokens: int, vocab_size: int, repeats: int) -> dict[st
 
 def table(result: dict[str, Any]) -> str:
     one = result["medians"]["one process"]
-    lines = [
-        f"prefill of {result['tokens']} tokens in chunks of {result['chunk_size']}, {result['world_size']} ranks, "
-        f"threads each: {result['threads']}; medians of {result['repeats']}, in turn",
-        f"{'':<22}{'seconds':>9}{'min':>9}{'max':>9}{'× one process':>15}",
+    rows = [
+        [name, *(f"{value:.3f}" for value in (took, min(seconds), max(seconds))), f"{one / took:.2f}"]
+        for (name, took), seconds in zip(result["medians"].items(), result["seconds"].values(), strict=True)
     ]
-    for name, took in result["medians"].items():
-        values = result["seconds"][name]
-        lines.append(f"{name:<22}{took:>9.3f}{min(values):>9.3f}{max(values):>9.3f}{one / took:>15.2f}")
-    lines.append(
+    return (
+        f"prefill of {result['tokens']} tokens in chunks of {result['chunk_size']}, {result['world_size']} ranks, "
+        f"threads each: {result['threads']}; medians of {result['repeats']}, in turn\n"
+        f"{Table(('variant', 'seconds', 'min', 'max', '× one process'), rows)}\n"
         f"pipelined pairwise is {result['pipelined_over_one_process']:.2f} × one process and "
         f"{result['pipelined_over_lockstep']:.2f} × lockstep; its sync costs {result['sync_over_no_sync']:+.1%}"
     )
-    return "\n".join(lines)
 
 
 def on_ranks(

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from dinfer.bench.prefill import on_ranks
 from dinfer.config import Config, ConfigError, SyncStrategy
+from dinfer.display import Table
 
 DEFAULT = "pairwise"
 
@@ -156,16 +157,23 @@ def _sizes(row: dict[str, Any]) -> str:
 def table(result: dict[str, Any]) -> str:
     """Both strategies' seconds, a line for each prompt length and chunk size, and the sentence."""
     first, second = result["strategies"]
-    lines = [
-        f"prefill on {result['world_size']} ranks, threads each: {result['threads']}; seconds, medians of "
-        f"{result['repeats']} in turn (fastest–slowest)",
-        f"{'tokens':>7}{'chunk':>7}  {first:<24}{second:<24}{f'{second} / {first}':>16}  faster",
+    rows = [
+        [
+            row["tokens"],
+            row["chunk_size"],
+            _cell(row, first),
+            _cell(row, second),
+            f"{row['ratio']:.2f}",
+            row["faster"] or "-",
+        ]
+        for row in result["cases"]
     ]
-    for row in result["cases"]:
-        cells = "".join(f"{_cell(row, name):<24}" for name in (first, second))
-        faster = row["faster"] or "-"
-        lines.append(f"{row['tokens']:>7}{row['chunk_size']:>7}  {cells}{row['ratio']:>16.2f}  {faster}")
-    return "\n".join([*lines, result["verdict"]])
+    return (
+        f"prefill on {result['world_size']} ranks, threads each: {result['threads']}; seconds, medians of "
+        f"{result['repeats']} in turn (fastest–slowest)\n"
+        f"{Table(('tokens', 'chunk', first, second, f'{second} / {first}', 'faster'), rows)}\n"
+        f"{result['verdict']}"
+    )
 
 
 def _cell(row: dict[str, Any], name: str) -> str:

@@ -22,6 +22,7 @@ from plotly.offline import get_plotlyjs
 
 from dinfer.bench.prefill import BenchModel, random_checkpoint
 from dinfer.bench.session import session_on_engines
+from dinfer.display import Table
 from dinfer.kv.source import Subject
 from dinfer.plan.cut import Cuts
 from dinfer.plan.partition import partition
@@ -287,9 +288,14 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{host['processor']}, {host['cores']} cores; {LAYERS} layers × {CHUNKS} chunks × {RANKS} ranks, "
         f"{result['events']:,} events; medians of {result['repeats']}",
-        *(
-            f"{name:<14}{one['ms']:>8.0f} ms  {one['bytes'] / 1e6:>6.2f} MB"
-            for name, one in result["figures"].items()
+        str(
+            Table(
+                ("figure", "ms", "MB"),
+                [
+                    [name, f"{it['ms']:.0f}", f"{it['bytes'] / 1e6:.2f}"]
+                    for name, it in result["figures"].items()
+                ],
+            )
         ),
         f"report: written in {report['write_ms']:.0f} ms, {report['bytes'] / 1e6:.2f} MB (target: at most 10 MB)",
     ]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from dinfer.display import Table
 from dinfer.lab.expected import RULES, Cell, Expected
 
 DEATH_S, HANG_S = 1.0, 5.0
@@ -79,11 +80,10 @@ class Score:
 
     def table(self) -> str:
         """A line for each fault, one for all, one for clean runs, and one for each cell that was told wrong."""
-        lines = [f"{'fault':<24}{'cells':>6}{'correct':>9}{'in time':>9}{'median s':>10}{'max s':>8}"]
-        for fault in RULES:
-            if mine := [result for result in self.results if result.cell.fault == fault]:
-                lines.append(_line(fault, mine))
-        lines.append(_line("all", self.results))
+        groups = {fault: [one for one in self.results if one.cell.fault == fault] for fault in RULES}
+        rows = [_row(fault, results) for fault, results in groups.items() if results]
+        columns = ("fault", "cells", "correct", "in time", "median s", "max s")
+        lines = [str(Table(columns, [*rows, _row("all", self.results)]))]
         lines.append(f"clean runs: {self.clean_runs}, false alarms: {len(self.alarms)}")
         if left := self.planned - len(self.results):
             lines.append(f"not done: {left} of {self.planned} cells")
@@ -103,8 +103,8 @@ def told(result: Result) -> str:
     return f"{result.cell}: not {wanted}{at}, but {named}{seconds}"
 
 
-def _line(name: str, results: Sequence[Result]) -> str:
+def _row(name: str, results: Sequence[Result]) -> list[object]:
     times = [result.seconds for result in results if result.seconds is not None]
-    right, soon = sum(result.correct for result in results), sum(result.in_time for result in results)
-    shown = f"{median(times):>10.2f}{max(times):>8.2f}" if times else f"{'-':>10}{'-':>8}"
-    return f"{name:<24}{len(results):>6}{right:>9}{soon:>9}{shown}"
+    correct, in_time = sum(result.correct for result in results), sum(result.in_time for result in results)
+    shown = [f"{median(times):.2f}", f"{max(times):.2f}"] if times else ["-", "-"]
+    return [name, len(results), correct, in_time, *shown]

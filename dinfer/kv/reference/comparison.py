@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-from dinfer.display import Displayable
+from dinfer.display import Displayable, Table
 from dinfer.kv.measure import CellDifference
 from dinfer.kv.reference.judge import CauseKind, Deviation, ReferenceCase
 from dinfer.kv.reference.reports import FINAL
@@ -64,16 +64,18 @@ class Comparison(Displayable):
 
     def table(self) -> str:
         """A line a layer: the largest differences of all chunks, and what is tolerated."""
-        head = f"{'layer':>5}" + "".join(f"{name + ' abs':>13}{'rel':>11}" for name in TENSORS)
-        lines = [f"{head}{'of largest':>12}{'tolerated':>11}"]
+        columns = [
+            "layer",
+            *(word for name in TENSORS for word in (f"{name} abs", "rel")),
+            "of largest",
+            "tolerated",
+        ]
+        lines = []
         for layer, rows in self._by_layer():
-            cells = "".join(
-                _cell(max(_known(rows, name)), 13) + _cell(max(_known(rows, f"{name}_relative")), 11)
-                for name in TENSORS
-            )
-            share = max(max(_known(rows, f"{name}_share")) for name in TENSORS)
-            lines.append(f"{layer:>5}{cells}{_cell(share, 12)}{_cell(rows[0]['tolerance'], 11)}")
-        return "\n".join(lines)
+            numbers = [max(_known(rows, name + kind)) for name in TENSORS for kind in ("", "_relative")]
+            numbers += [max(max(_known(rows, f"{name}_share")) for name in TENSORS), rows[0]["tolerance"]]
+            lines.append([layer, *(f"{number:.2g}" for number in numbers)])
+        return str(Table(columns, lines))
 
     def __str__(self) -> str:
         edited = f"edited by hand: {', '.join(self.edited)}" if self.edited else ""
@@ -183,7 +185,3 @@ def _numbers(tensor: str, one: CellDifference) -> dict[str, float]:
 
 def _known(rows: list[dict[str, Any]], name: str) -> list[float]:
     return [row[name] for row in rows if row[name] is not None] or [0.0]
-
-
-def _cell(value: float, width: int) -> str:
-    return f"{value:>{width}.2g}"
