@@ -1,31 +1,50 @@
-"""What the doctor found, as text for people and as JSON. Pure."""
+"""The result of each check, and the doctor's report as text for people and as JSON. Pure."""
 
+import math
 import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, NamedTuple
 
 from dinfer.display import Table
-from dinfer.doctor.check import Check, CheckState, significant
 
-if TYPE_CHECKING:
-    from dinfer.doctor.pair_rank import PairSpeed
+CheckState = Literal["ok", "warn", "fail", "unchecked"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """`found`: what the check found, or why it could not run; `fix`: what to do about it, "" for nothing."""
+
+    name: str
+    state: CheckState
+    found: str
+    fix: str = ""
+
+
+class PairSpeed(NamedTuple):
+    """The link from one rank to another: latency of a small message, and bandwidth for large ones."""
+
+    source: int
+    target: int
+    latency_s: float
+    bytes_per_s: float
+
 
 WIDTH = 110
 
 STATE_WIDTH = 9
 
-COLOURS = {"ok": "32", "warn": "33", "fail": "1;31", "unchecked": "36"}
+COLOURS: dict[str, str] = {"ok": "32", "warn": "33", "fail": "1;31", "unchecked": "36"}
 
 
 @dataclass(frozen=True)
 class Report:
-    """One examination of one host; `host` in words, `seconds` that it took."""
+    """All checks of one host. `host` describes it; `seconds`: how long the checks took."""
 
     host: str
     checks: Sequence[Check]
-    pairs: "Sequence[PairSpeed]"
+    pairs: Sequence[PairSpeed]
     seconds: float
 
     @property
@@ -47,7 +66,7 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def as_text(report: Report, colour: bool = False) -> str:
-    """A line or more for each check, the pairs as tables, and a sentence."""
+    """The checks, the links between ranks as tables, and a sentence. `colour`: states in ANSI colours."""
     indent = STATE_WIDTH + 4 + max(len(check.name) for check in report.checks)
     rows = [
         (check.state.ljust(STATE_WIDTH), check.name, _found(check, WIDTH - indent)) for check in report.checks
@@ -60,7 +79,7 @@ def as_text(report: Report, colour: bool = False) -> str:
 
 
 def sentence(report: Report) -> str:
-    """How things stand, and what to do first."""
+    """Whether dinfer can run here, and what to do first."""
     failed, warned, unchecked = (report.having(state) for state in ("fail", "warn", "unchecked"))
     made = len(report.checks) - len(unchecked)
     done = f"{made} check{'' if made == 1 else 's'} in {report.seconds:.0f} s"
@@ -88,7 +107,7 @@ def _coloured(state: str) -> str:
     return f"\x1b[{COLOURS[state]}m{state}\x1b[0m"
 
 
-def _pair_tables(pairs: "Sequence[PairSpeed]") -> list[str]:
+def _pair_tables(pairs: Sequence[PairSpeed]) -> list[str]:
     """Rank × rank: latency and bandwidth."""
     latency = {(p.source, p.target): significant(1e3 * p.latency_s) for p in pairs}
     speed = {(p.source, p.target): significant(p.bytes_per_s / 1e6, 3) for p in pairs}
@@ -100,3 +119,25 @@ def _pair_table(title: str, cells: dict[tuple[int, int], str]) -> str:
     columns = ["from \\ to", *(f"rank {rank}" for rank in ranks)]
     rows = [[f"rank {a}", *(cells.get((a, b), "–" if a == b else "?") for b in ranks)] for a in ranks]
     return f"{title}\n{Table(columns, rows)}"
+
+
+# -- numbers as text
+
+
+def gib(size: float) -> str:
+    """Bytes as text, such as 1.5 GiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def significant(value: float, digits: int = 2) -> str:
+    """A positive number for reading: 0.0123 → 0.012, 1234.5 → 1,234."""
+    decimals = max(0, digits - 1 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:,.{decimals}f}"
+
+
+def rate(bytes_per_s: float) -> str:
+    """Bytes a second as text, such as 1.4 GB/s."""
+    for unit, size in (("GB/s", 1e9), ("MB/s", 1e6)):
+        if bytes_per_s >= size:
+            return f"{significant(bytes_per_s / size)} {unit}"
+    return f"{significant(bytes_per_s / 1e3)} kB/s"
