@@ -20,7 +20,7 @@ def free(device: str = "cpu", root: Path = Path("/")) -> int:
     `root`: where /proc and /sys of the cgroups are. Raises `ModelError` for an unknown CUDA device.
     """
     if device == "cpu":
-        return max(0, min(psutil.virtual_memory().available, *_of_cgroups(root)))
+        return max(0, min([psutil.virtual_memory().available, *_of_cgroups(root)]))
     return _of_cuda(device)
 
 
