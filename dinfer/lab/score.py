@@ -1,4 +1,4 @@
-"""What the lab has found, cell by cell, and as a scoreboard. Pure."""
+"""The lab's results, cell by cell and as a scoreboard. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,8 +13,8 @@ DEATH_S, HANG_S = 1.0, 5.0
 
 @dataclass(frozen=True)
 class Result:
-    """Of one cell. `kind`, `rank`, `sentence`: what was said, "" for nothing; `seconds`: from the last progress of any
-    rank (of a death, and of what is told only when asked: from the fault) until it was."""
+    """The result of one cell. `kind`, `rank`, `sentence`: the verdict, `kind` "" for none; `seconds`: from the last
+    progress of any rank (for a death and a verdict on request: from the fault) to the verdict."""
 
     cell: Cell
     expected: Expected
@@ -30,7 +30,7 @@ class Result:
 
     @property
     def limit_s(self) -> float:
-        """By when it should have been told."""
+        """The seconds within which the verdict should come."""
         return DEATH_S if self.expected.kind == "dead" else HANG_S
 
     @property
@@ -52,8 +52,8 @@ class Result:
 
 @dataclass
 class Score:
-    """All that was found so far. `planned`: how many cells there were to be; `alarms`: what was said of clean runs;
-    `links`: what links were broken in, "" before that is known."""
+    """All results so far. `planned`: the number of cells to run; `alarms`: the verdicts on clean runs; `links`: where
+    links were broken, "" before that is decided."""
 
     seed: int
     planned: int
@@ -64,7 +64,7 @@ class Score:
 
     @property
     def all_right(self) -> bool:
-        """Whether every verdict was right, none was made of a clean run, and no cell was left out."""
+        """Whether every verdict was right, no clean run got one, and no cell was left out."""
         return not self.alarms and len(self.results) == self.planned and all(r.correct for r in self.results)
 
     def as_dict(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class Score:
         }
 
     def table(self) -> str:
-        """A line for each fault, one for all, one for clean runs, and one for each cell that was told wrong."""
+        """A row for each fault and one for all; then clean runs, and a line for each wrong verdict."""
         groups = {fault: [one for one in self.results if one.cell.fault == fault] for fault in RULES}
         rows = [_row(fault, results) for fault, results in groups.items() if results]
         columns = ("fault", "cells", "correct", "in time", "median s", "max s")
@@ -93,7 +93,7 @@ class Score:
 
 
 def told(result: Result) -> str:
-    """A cell in a line: what was to be said, and what was."""
+    """A line with the cell, the expected verdict and, if it differs, the verdict."""
     wanted = f"{result.expected.kind}, rank {result.expected.rank}"
     seconds = "" if result.seconds is None else f" after {result.seconds:.2f} s"
     if result.correct:
