@@ -108,8 +108,7 @@ def _bench_prefill(
 
 def _bench_digests(values: dict[str, Any], tokens: str, repeats: int, json_path: str) -> None:
     """`dinfer bench digests`: of the options, all but those of --compare are its own too."""
-    from dinfer.bench.digests import SHAPE, bench_digests, table
-    from dinfer.bench.prefill import random_checkpoint
+    from dinfer.bench.prefill import DIGESTS_MODEL, bench_digests, digests_table, random_checkpoint
     from dinfer.model.checkpoint import check
 
     with contextlib.ExitStack() as stack:
@@ -122,14 +121,14 @@ def _bench_digests(values: dict[str, Any], tokens: str, repeats: int, json_path:
                     f"tokens is {tokens!r}; for bench digests it must be one number, at least 1."
                 )
             Config.of({**values, "model_path": "demo"})  # before a checkpoint is made
-            folder = values["model_path"] or str(stack.enter_context(random_checkpoint(SHAPE)))
+            folder = values["model_path"] or str(stack.enter_context(random_checkpoint(DIGESTS_MODEL)))
             config = Config.of({**values, "model_path": folder})
             result = bench_digests(config, lengths[0], check(folder).vocab_size, repeats)
         except (ConfigError, ModelError, PlanError) as error:
             stop(error, BAD_INPUT)
         except RuntimeError as error:
             stop(error, FAILED)
-    print(table(result))
+    print(digests_table(result))
     if json_path:
         keep_json(result, json_path)
 
