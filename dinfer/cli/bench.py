@@ -1,4 +1,4 @@
-"""`dinfer bench`: what prefill and a session take on this machine."""
+"""`dinfer bench`: times of prefill, sessions and views on this machine."""
 
 import contextlib
 import sys
@@ -17,27 +17,29 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="prefill; digests: with and without; session: stepping, recording, a death; views: figures, report"
+            help="prefill; digests: with and without; session: steps, recording, a death; views: figures, report"
         ),
     ] = "prefill",
     model: Annotated[
         str, typer.Option(help="checkpoint folder; default: random weights, hidden 1024 × 8 layers")
     ] = "",
     tokens: Annotated[
-        str, typer.Option(help="length of the prompt; several for --compare: 512,2048")
+        str, typer.Option(help="length of the prompt; with --compare also several: 512,2048")
     ] = "2048",
-    chunk_size: Annotated[str, typer.Option(help="tokens per chunk; several for --compare: 64,128")] = "128",
+    chunk_size: Annotated[
+        str, typer.Option(help="tokens per chunk; with --compare also several: 64,128")
+    ] = "128",
     world_size: Annotated[int, typer.Option(help="number of ranks")] = 2,
     threads: Annotated[int, typer.Option(help="CPU threads of each rank")] = 1,
-    repeats: Annotated[int, typer.Option(help="timed rounds, after one to warm up")] = 3,
+    repeats: Annotated[int, typer.Option(help="timed rounds, after a warm-up round")] = 3,
     json_path: Annotated[str, typer.Option("--json", help="write the figures to this file")] = "",
-    compare: Annotated[str, typer.Option(help="two sync strategies, pairwise,ring: which to use?")] = "",
+    compare: Annotated[str, typer.Option(help="compare two sync strategies: pairwise,ring")] = "",
     plot: Annotated[str, typer.Option(help="with --compare: a plot file, .html, .svg or .png")] = "",
     engines: Annotated[
-        bool, typer.Option("--engines", help="views: the inspector on three engines, too")
+        bool, typer.Option("--engines", help="views: also time the inspector on three engines")
     ] = False,
 ) -> None:
-    """Time pairwise, ring, lockstep, no sync and one process side by side on this machine, or --compare two."""
+    """Time pairwise, ring, lockstep, no sync and one process on this machine, or --compare two strategies."""
     if what == "prefill":
         _bench_prefill(model, tokens, chunk_size, world_size, threads, repeats, json_path, compare, plot)
     elif what == "digests":
@@ -50,7 +52,7 @@ def bench(
 
 
 def _bench_views(repeats: int, json_path: str, *, engines: bool) -> None:
-    """`dinfer bench views`; of the options, --repeats and --json are its own too."""
+    """`dinfer bench views`, which takes --repeats, --json and --engines."""
     from dinfer.bench.views import bench_views, table
 
     try:
@@ -107,7 +109,7 @@ def _bench_prefill(
 
 
 def _bench_digests(values: dict[str, Any], tokens: str, repeats: int, json_path: str) -> None:
-    """`dinfer bench digests`: of the options, all but those of --compare are its own too."""
+    """`dinfer bench digests`, which takes all options but --compare, --plot and --engines."""
     from dinfer.bench.prefill import DIGESTS_MODEL, bench_digests, digests_table, random_checkpoint
     from dinfer.model.checkpoint import check
 
@@ -117,9 +119,7 @@ def _bench_digests(values: dict[str, Any], tokens: str, repeats: int, json_path:
             if repeats < 1:
                 raise ConfigError(f"repeats is {repeats}; it must be at least 1.")
             if len(lengths) != 1 or lengths[0] < 1:
-                raise ConfigError(
-                    f"tokens is {tokens!r}; for bench digests it must be one number, at least 1."
-                )
+                raise ConfigError(f"tokens is {tokens!r}; bench digests takes one number, at least 1.")
             Config.of({**values, "model_path": "demo"})  # before a checkpoint is made
             folder = values["model_path"] or str(stack.enter_context(random_checkpoint(DIGESTS_MODEL)))
             config = Config.of({**values, "model_path": folder})
@@ -134,11 +134,11 @@ def _bench_digests(values: dict[str, Any], tokens: str, repeats: int, json_path:
 
 
 def _check_plot(path: str, compared: bool) -> None:
-    """Raises ConfigError for a file that could not be written once all is measured."""
+    """Raises ConfigError for a plot file that could not be written."""
     from dinfer.bench.figure import PlotError, check_ending
 
     if not compared:
-        raise ConfigError("plot is for --compare pairwise,ring; without it, --json keeps the figures.")
+        raise ConfigError("plot needs --compare pairwise,ring; without it, --json writes the figures.")
     try:
         check_ending(path)
     except PlotError as error:
@@ -155,13 +155,12 @@ def _draw(result: dict[str, Any], path: str) -> None:
 
 
 def _bench_session(what: str, repeats: int, json_path: str) -> None:
-    """`dinfer bench session`; of the options, --repeats and --json are its own too."""
+    """`dinfer bench session`, which takes --repeats and --json."""
     from dinfer.bench.session import bench_session, table
-    from dinfer.run.result import write_json
 
     if what != "session" or repeats < 1:
         stop(
-            f"`bench {what} --repeats {repeats}`: bench what? prefill, digests, session or views, at least once.",
+            f"`bench {what} --repeats {repeats}`: use prefill, digests, session or views, and at least 1 repeat.",
             BAD_INPUT,
         )
     try:
@@ -170,4 +169,4 @@ def _bench_session(what: str, repeats: int, json_path: str) -> None:
         stop(error, FAILED)
     print(table(result))
     if json_path:
-        write_json(result, json_path)
+        keep_json(result, json_path)

@@ -1,4 +1,4 @@
-"""What all commands share: the app they register with, and how one ends: one message and an exit status."""
+"""Shared by all commands: the app, exit statuses, and ending with a message."""
 
 import sys
 from typing import Any, NoReturn
@@ -17,14 +17,18 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def stop(message: object, status: int) -> NoReturn:
+    """Print a message to standard error and exit."""
     print(f"dinfer: {message}", file=sys.stderr)
     raise typer.Exit(status)
 
 
 def keep_json(result: dict[str, Any], path: str) -> None:
+    """Write a result as JSON, or exit with a message."""
     from dinfer.run.result import write_json
 
     try:
         write_json(result, path)
     except OSError as error:
-        stop(f"all went well, but the result could not be written to {path}: {error.strerror}.", FAILED)
+        stop(
+            f"the command succeeded, but its result could not be written to {path}: {error.strerror}.", FAILED
+        )
