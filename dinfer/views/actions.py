@@ -1,12 +1,9 @@
 """Actions: the Python calls behind the panel's buttons."""
 
 from collections.abc import Callable
-from typing import Any
 
 from dinfer.views.desk import Action
-from dinfer.views.protocol import InspectableRun
-
-Json = dict[str, Any]
+from dinfer.views.protocol import InspectableRun, Json
 
 PLACES = ("layer", "chunk", "rank")
 

@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import plotly.graph_objects as go
 
@@ -21,9 +21,7 @@ from dinfer.views.figures.gantt import gantt
 from dinfer.views.figures.latency import distribution, latency
 from dinfer.views.figures.matrix import matrix
 from dinfer.views.figures.style import HTML_CONFIG
-from dinfer.views.protocol import InspectableRun
-
-Json = dict[str, Any]
+from dinfer.views.protocol import InspectableRun, Json
 
 SendFigure = Callable[..., object]
 

@@ -16,7 +16,7 @@ from dinfer.kv.difference import number_text
 from dinfer.kv.source import Subject, ViewableSource
 from dinfer.plan.ops import PlanError
 from dinfer.views.desk import Painter
-from dinfer.views.protocol import InspectableRun, RunView
+from dinfer.views.protocol import InspectableRun, Json, RunView
 from dinfer.views.quantise import MISSING, Scale, Values, figures, quantise
 
 LIMIT = 96 << 20
@@ -74,8 +74,6 @@ def _fetched(source: ViewableSource, rank: int, keys: list[CacheKey]) -> dict[Ca
     values = (part if part.element_size() > 4 else part.float()).numpy()
     return {key: values[:, key[2] - first : key[2] - first + key[3]].copy() for key in keys}
 
-
-Json = dict[str, Any]
 
 Send = Callable[..., object]
 

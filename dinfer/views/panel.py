@@ -20,8 +20,8 @@ from dinfer.views.cells import CellMap
 from dinfer.views.communication import FIGURES, Communication
 from dinfer.views.desk import Action, Painter, Worker
 from dinfer.views.inspector import Inspector, stamp_of
-from dinfer.views.protocol import InspectableRun, RunView
-from dinfer.views.status import Json, breakpoints, layout, moment
+from dinfer.views.protocol import InspectableRun, Json, RunView
+from dinfer.views.status import breakpoints, layout, moment
 from dinfer.views.still import INSTALL, still_html
 from dinfer.views.still_kv import still_kv
 

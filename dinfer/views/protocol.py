@@ -1,7 +1,7 @@
 """What views need of a run, as protocols, which runs and the doubles of tests satisfy."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from dinfer.kv.difference import Diff
 from dinfer.kv.source import ViewableSource
@@ -11,6 +11,9 @@ from dinfer.results import Breakpoints
 from dinfer.run.state import Mark
 from dinfer.trace.events import Event
 from dinfer.verdict.where import RankStand
+
+Json = dict[str, Any]
+"""messages of browsers and kernel"""
 
 RunStateName = Literal["starting", "paused", "running", "decoding", "done", "failed", "closed"]
 

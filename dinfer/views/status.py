@@ -1,16 +1,13 @@
 """Status: what the panel shows beside the map, as JSON. Pure: from a plan and a moment of its run."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.plan import Lane, Plan
 from dinfer.run.state import Mark
 from dinfer.verdict.where import RankStand, rank_text
 from dinfer.views.cells import MARKS, STATES, CellMap, cut_line, marked
-from dinfer.views.protocol import RunView
-
-Json = dict[str, Any]
+from dinfer.views.protocol import Json, RunView
 
 MemoryTriple = tuple[int, int, int]
 """GPU bytes: in tensors, reserved by torch, total"""

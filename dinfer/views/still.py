@@ -30,8 +30,8 @@ from dinfer.views.figures.latency import latency
 from dinfer.views.figures.matrix import short
 from dinfer.views.figures.style import link_name
 from dinfer.views.figures.svg import svg
-from dinfer.views.protocol import RunView
-from dinfer.views.status import Json, status
+from dinfer.views.protocol import Json, RunView
+from dinfer.views.status import status
 
 INSTALL = "pip install ipywidgets anywidget"
 

@@ -9,14 +9,14 @@ import zlib
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dinfer.kv.source import ViewableSource
 from dinfer.views.inspector import Fetched, InspectRequest, picture
-from dinfer.views.protocol import InspectableRun, RunView
+from dinfer.views.protocol import InspectableRun, Json, RunView
 from dinfer.views.quantise import MINUS_INF, MISSING, NAN, PLUS_INF, STEPS, ZERO
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -60,8 +60,6 @@ LOW_END, MIDDLE, HIGH_END = (33, 102, 172), (247, 247, 247), (179, 88, 6)
 
 NOT_FINITE, NOT_HERE = (0, 0, 0), (214, 218, 223)
 """colours as in heatmap.js, on white"""
-
-Json = dict[str, Any]
 
 Codes = NDArray[np.uint8]
 
