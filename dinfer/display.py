@@ -1,9 +1,9 @@
 """How results look in consoles and notebooks: texts, tables, HTML; and objects that a `with` statement closes."""
 
-import io
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import zip_longest
 from typing import Self
 
 from dinfer.errors import ipython
@@ -64,9 +64,10 @@ NUMBER = re.compile(r"[-+−]?[\d.,]*\d(e[-+]?\d+)?( ?(%|s|ms|MB|kB))?|[-+−]?(
 
 
 class Table(Displayable):
-    """Cells under column names, with as many columns as `columns`; names of "" print no header line.
+    """Cells under column names; names of "" print no header line. A cell may have several lines.
 
-    Its text has no line breaks but those in cells, whatever the width of the console: the layout is rich's.
+    Its text does not depend on the console's width. The widths of cells (中文) are rich's; rich's own Table would take
+    a millisecond per row, which is half a minute for all differences of a large KV, and breaks lines.
     `shown`: how many rows are displayed; None: all.
     """
 
@@ -80,21 +81,11 @@ class Table(Displayable):
         return len(self.rows)
 
     def __str__(self) -> str:
-        # Loaded only here: importing it takes as long as the rest of `import dinfer`.
-        from rich.console import Console
-        from rich.table import Table as RichTable
-        from rich.text import Text
-
-        laid_out = RichTable.grid(padding=(0, 2, 0, 0))
-        laid_out.show_header = any(self.columns)
-        for number, name in enumerate(self.columns):
-            numeric = all(NUMBER.fullmatch(row[number]) for row in self.rows)
-            laid_out.add_column(Text(name), justify="right" if numeric else "left", no_wrap=True)
-        for row in self.rows[: self._shown]:
-            laid_out.add_row(*map(Text, row))
-        out = io.StringIO()
-        Console(file=out, width=1_000_000, color_system=None, force_jupyter=False).print(laid_out)
-        return "\n".join([*(line.rstrip() for line in out.getvalue().splitlines()), *self._more()])
+        rows = [self.columns] * any(self.columns) + self.rows[: self._shown]
+        lines = [line for row in rows for line in zip_longest(*(c.split("\n") for c in row), fillvalue="")]
+        columns = [_aligned(cells, any(self.columns)) for cells in zip(*lines, strict=True)]
+        text = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
+        return "\n".join([*text, *self._more()])
 
     def _repr_html_(self) -> str:
         rows = [_html_row(self.columns, "th")] * any(self.columns)
@@ -104,6 +95,17 @@ class Table(Displayable):
     def _more(self) -> list[str]:
         hidden = len(self.rows[self._shown :]) if self._shown is not None else 0
         return [f"and {hidden:,} more: .table(None) shows all"] * bool(hidden)
+
+
+def _aligned(cells: Sequence[str], has_header: bool) -> list[str]:
+    """Cells of a column, padded to the same width: to the right if all are numbers, the header aside."""
+    from rich.cells import cell_len
+
+    widths = [cell_len(cell) for cell in cells]
+    widest = max(widths)
+    padding = [" " * (widest - width) for width in widths]
+    numeric = all(NUMBER.fullmatch(cell) for cell in cells[has_header:])
+    return [pad + cell if numeric else cell + pad for cell, pad in zip(cells, padding, strict=True)]
 
 
 def _html_row(cells: Sequence[str], tag: str) -> str:
