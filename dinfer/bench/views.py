@@ -151,7 +151,7 @@ PAGE = """async (given) => {
     },
     figure: ({ view, name }) => {
       counts["latency plot"]++;
-      fire("msg:custom", { figure: { view, name, seen: counts["latency plot"], said: "", json: given.figure } }, []);
+      fire("msg:custom", { figure: { view, name, seen: counts["latency plot"], caption: "", json: given.figure } }, []);
     },
   };
   const model = {

@@ -16,7 +16,7 @@ from dinfer.lab.cells import CHUNK_SIZE, SCHEDULES, STRATEGIES, TOKENS, N, graph
 from dinfer.lab.expected import RULES, Cell, expected
 from dinfer.lab.hosts import LabNetwork, hosts, why_not
 from dinfer.lab.orders import orders, slowed
-from dinfer.lab.score import Result, Score, told
+from dinfer.lab.score import Result, Score, result_line
 from dinfer.messages import Message
 from dinfer.plan.graph import Graph
 from dinfer.plan.plan import Plan
@@ -67,9 +67,8 @@ def run_cells(
         score.results.append(found)
         mark = "ok   " if found.correct else "WRONG"
         minutes = (time.monotonic() - began) / 60
-        say(
-            f"{number + 1}/{len(cells)} {mark} {told(found)}; recovered in {found.recovered_s:.1f} s; {minutes:.1f} min"
-        )
+        recovered = f"recovered in {found.recovered_s:.1f} s; {minutes:.1f} min"
+        say(f"{number + 1}/{len(cells)} {mark} {result_line(found)}; {recovered}")
 
 
 def run_slowly(session: Session, count: int, score: Score, say: Say) -> None:

@@ -88,11 +88,11 @@ class Score:
         if left := self.planned - len(self.results):
             lines.append(f"not done: {left} of {self.planned} cells")
         lines += [f"false alarm: {alarm}" for alarm in self.alarms]
-        lines += [f"wrong: {told(result)}" for result in self.results if not result.correct]
+        lines += [f"wrong: {result_line(result)}" for result in self.results if not result.correct]
         return "\n".join(lines)
 
 
-def told(result: Result) -> str:
+def result_line(result: Result) -> str:
     """A line with the cell, the expected verdict and, if it differs, the verdict."""
     wanted = f"{result.expected.kind}, rank {result.expected.rank}"
     seconds = "" if result.seconds is None else f" after {result.seconds:.2f} s"

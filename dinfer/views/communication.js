@@ -22,7 +22,7 @@ class Communication {
       return button;
     });
     this.about = make("span", "faint about", bar);
-    this.said = make("span", "faint", bar);
+    this.caption = make("span", "faint", bar);
     this.place = make("div", "figure", parent);
     this.resized = new ResizeObserver(() => this.drawn && this.fit());
     this.resized.observe(this.place);
@@ -100,10 +100,10 @@ class Communication {
     this.choose(this.figure);
   }
 
-  async take({ seen, said, json, error, name }) {
+  async take({ seen, caption, json, error, name }) {
     this.have = seen;
-    this.said.textContent = said;
-    if (error) this.said.textContent = error;
+    this.caption.textContent = caption;
+    if (error) this.caption.textContent = error;
     if (json) {
       const { data, layout } = JSON.parse(json);
       const paper = getComputedStyle(this.root).getPropertyValue("--dinfer-back").trim();

@@ -77,7 +77,7 @@ class Ring:
         return Trace.merge([list(self._events)])
 
     @property
-    def said(self) -> str:
+    def caption(self) -> str:
         """From which events figures are drawn, in words."""
         here = len(self._events)
         if not here:
@@ -138,7 +138,7 @@ class Communication:
             self._send({"figure": self._drawn(want)})
 
     def _drawn(self, want: FigureRequest) -> Json:
-        head = {"view": want.view, "name": want.name, "seen": self._ring.seen, "said": self._ring.said}
+        head = {"view": want.view, "name": want.name, "seen": self._ring.seen, "caption": self._ring.caption}
         if not self._ring.seen:
             return head
         try:

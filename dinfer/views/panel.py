@@ -69,7 +69,10 @@ class Panel(anywidget.AnyWidget):
         self._pauser = Worker("dinfer panel pauser", self._painter.touch)
         self._editor = Worker("dinfer panel editor", self._painter.touch)
         self._workers = (self._pauser, self._editor, self._worker)
-        self._inspector, self._communication = Inspector(run, self._tell), Communication(run, self._tell)
+        self._inspector, self._communication = (
+            Inspector(run, self._broadcast),
+            Communication(run, self._broadcast),
+        )
         self._painted: object = None
         self._answered = 0, ""
         """the number of actions done when the last one ended, and the stamp of the run then"""
@@ -157,7 +160,7 @@ class Panel(anywidget.AnyWidget):
             self._worker.ask(action_of(self._run, message))
         self._painter.touch()
 
-    def _tell(self, content: Json, buffers: list[bytes] | None = None) -> None:
+    def _broadcast(self, content: Json, buffers: list[bytes] | None = None) -> None:
         """Send to all browsers that show this panel."""
         self.send(content, buffers)
 
