@@ -1,12 +1,11 @@
 """`dinfer doctor`, `clean`, `report` and `lab`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, keep_json, stop
+from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, keep_json, log, stop
 from dinfer.config import ConfigError
 from dinfer.trace.export import TraceError
 from dinfer.trace.read import read_traces
@@ -108,20 +107,16 @@ def lab(
     cells = cells_of(seed, sample)
     score, status = Score(seed, len(cells)), FAILED
     try:
-        run_lab(cells, score, _log, slow_runs=slow_runs, join=join, links=links)
+        run_lab(cells, score, log, slow_runs=slow_runs, join=join, links=links)
         status = 0 if score.all_right else FAILED
     except ConfigError as error:
         stop(str(error), BAD_INPUT)
     except KeyboardInterrupt:
         status = INTERRUPTED
-        _log("dinfer: interrupted; results so far:")
+        log("dinfer: interrupted; results so far:")
     except (RuntimeError, TimeoutError) as error:
-        _log(f"dinfer: the lab cannot continue: {error}")
+        log(f"dinfer: the lab cannot continue: {error}")
     print(score.table())
     if json_path:
         keep_json({**score.as_dict(), "machine": machine(), "versions": versions()}, json_path)
     raise typer.Exit(status)
-
-
-def _log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
