@@ -172,7 +172,7 @@ def _span(proc: Path) -> range | None:
 
 
 def _used_ports() -> set[int]:
-    """The local ports of all TCP sockets; none where the system does not let this user see them (macOS)."""
-    with suppress(psutil.AccessDenied):
+    """The local ports of all TCP sockets; none if this user may not see them (macOS), or the system has no tables."""
+    with suppress(psutil.Error, OSError):
         return {socket.laddr.port for socket in psutil.net_connections("tcp") if socket.laddr}
     return set()
