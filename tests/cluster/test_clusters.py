@@ -78,9 +78,7 @@ def test_the_first_engines_are_used_where_there_are_more(engines: IPython) -> No
 @pytest.mark.timeout(100)
 @pytest.mark.usefixtures("engines")
 def test_too_few_engines_is_one_error_without_waiting_for_more() -> None:
-    with pytest.raises(
-        ClusterError, match=r"has 3 engines \(0, 1, 2\), but 5 are asked for.*ipcluster engines -n 2"
-    ):
+    with pytest.raises(ClusterError, match=r"3 engines \(0, 1, 2\), but 5 .*ipcluster engines -n 2"):
         attach(5, timeout=600)
 
 
@@ -142,7 +140,7 @@ def test_a_killed_rank_comes_back_under_its_id_and_the_others_keep_their_state(
     assert after[1] == joined.facts[1].pid != before[1]
     assert joined.view.targets == [0, 1, 2]
     assert joined.view.apply_sync(eval, "globals().get('state')") == ["kept", None, "kept"]
-    with pytest.raises(ClusterError, match="lives; kill it first"):
+    with pytest.raises(ClusterError, match="kill it first"):
         joined.respawn(0)
 
 
@@ -165,7 +163,7 @@ def test_clean_leaves_a_users_cluster_alone(joined: Cluster) -> None:
 
 
 def test_starts_one_where_none_runs_and_leaves_nothing(place: IPython) -> None:
-    with pytest.raises(ClusterError, match=r"no cluster runs as profile 'default'.*`ipcluster start -n 2`"):
+    with pytest.raises(ClusterError, match=r"profile 'default' .*`ipcluster start -n 2`"):
         attach(2, start=False)
     cluster = attach(2)
     assert cluster.started_by_us
@@ -239,7 +237,7 @@ def test_files_of_a_cluster_that_is_gone_are_told_from_a_running_one(place: IPyt
     with closing(socket.create_server(("127.0.0.1", 0))) as free:
         port = free.getsockname()[1]
     write_client_file(place, port)
-    with pytest.raises(ClusterError, match="its files are there, but its controller is gone"):
+    with pytest.raises(ClusterError, match="its controller has ended"):
         attach(2, start=False, timeout=600)
 
 

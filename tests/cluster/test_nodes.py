@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from dinfer.lab.hosts import LabNetwork, hosts
-from tests.support.hosted import needs_hosts
+from tests.support.hosted import cut_off, needs_hosts
 from tests.support.parrot import C_LOCALE, FLAGS, check_parroted
 from tests.support.runs import Fault, Run, run_arguments, wait_for
 from tests.support.twin import prompt
@@ -79,7 +79,7 @@ def test_a_host_that_is_cut_off_is_named(nodes: Nodes, tmp_path: Path, rank: int
     first, *_ = [nodes.launch(n, fault, timeout=TIMEOUT_S) for n in range(3)]
     wait_for((tmp_path / "fault.at").exists, "rank 1 is in a layer")
     wait_for(lambda: f"rank {rank}  prefill" in first.out, "rank 0 has heard where the rank stands")
-    nodes.network.cut_off(rank)
+    cut_off(nodes.network, rank)
     named = re.compile(rf"^dinfer: rank {rank} has not been heard of for .*stood at: \d+ of", re.MULTILINE)
     wait_for(lambda: named.search(first.err), "the rank is named")
     wait_for(lambda: not nodes.members(), "no process is left on any host")
@@ -91,7 +91,7 @@ def test_a_host_that_is_cut_off_is_named(nodes: Nodes, tmp_path: Path, rank: int
 def test_rank_0_being_cut_off_ends_all(nodes: Nodes, tmp_path: Path) -> None:
     first, *_ = [nodes.launch(n, Fault(BLOCK), timeout=TIMEOUT_S) for n in range(3)]
     wait_for((tmp_path / "fault.at").exists, "rank 1 is in a layer")
-    nodes.network.cut_off(0)
+    cut_off(nodes.network, 0)
     wait_for(lambda: "rank 0's host may be cut off" in first.err, "rank 0 says so")
     wait_for(lambda: not nodes.members(), "no process is left on any host")
 

@@ -139,7 +139,6 @@ def test_a_session_of_threads_recovers_too(moment: str, capsys: pytest.CaptureFi
         else:
             run.decode(1)
         said = session.recover()
-        assert said.endswith("all ranks have met again; weights stayed where they were")
         assert repr(said) == said
         run.restart()
         run.decode(2)

@@ -64,7 +64,7 @@ def test_what_is_shown_says_who_holds_what_and_each_head_in_numbers(session: Ses
     assert "float32, K and V of each layer [2 heads, tokens, 16]; 37 tokens in 5 chunks" in held[0]
     assert held[4] == "layer 3 (of rank 2), tokens: rank 0 holds 8, rank 1 holds 8, rank 2 holds 8"
     summary = run.kv(layer=0, chunk=0).summary()
-    lines = {(line[0], line[1]): dict(zip(summary.head, line, strict=True)) for line in summary.lines}
+    lines = {(line[0], line[1]): dict(zip(summary.columns, line, strict=True)) for line in summary.rows}
     rows = cache(session, 0).tensor(0)[:8]
     assert lines["K", "1"]["nan"] == "1"
     assert lines["V", "0"]["zeros"] == "0.125"
