@@ -2,14 +2,16 @@
 
 import socket
 import time
-from typing import Any
+from collections.abc import Iterable
+
+import msgspec
 
 from dinfer.cluster.ipyparallel.cluster import Cluster
 from dinfer.cluster.ipyparallel.facts import own_loopback
 from dinfer.cluster.link import Link
 from dinfer.cluster.ranks import LOST, STOPPED_S, Ranks
 from dinfer.errors import NoAnswer
-from dinfer.messages import Message
+from dinfer.messages import OrphanRule, RankLink, StoreAddress
 from dinfer.transport.interface import LOOPBACK, own_address_towards
 
 START_S = 60.0
@@ -48,9 +50,9 @@ class EngineRanks(Link, Ranks):
         hosts = [facts.host for facts in self.cluster.facts]
         return [hosts.count(host) for host in hosts]
 
-    def meeting(self) -> Message:
+    def meeting(self) -> StoreAddress:
         """Where the ranks' group is to meet."""
-        return {"address": self._meet_at, "port": 0}
+        return StoreAddress(self._meet_at, 0)
 
     def silent(self) -> list[int]:
         """Ranks whose process is stopped for a while, or whose watcher has not been heard of lately."""
@@ -89,9 +91,11 @@ class EngineRanks(Link, Ranks):
         call = "dinfer.rank.kernel:address_towards"
         return str(self.cluster.call(0, call, outside[0], timeout=START_S)[0]) if outside else first.address
 
-    def _start(self, ranks: Any) -> None:
+    def _start(self, ranks: Iterable[int]) -> None:
         calls = {
-            rank: self.cluster.call_async(rank, "dinfer.rank.kernel:start", self._part(rank), self.world_size)
+            rank: self.cluster.call_async(
+                rank, "dinfer.rank.kernel:start", msgspec.to_builtins(self._part(rank)), self.world_size
+            )
             for rank in ranks
         }
         for call in calls.values():
@@ -104,10 +108,9 @@ class EngineRanks(Link, Ranks):
                     f"{self.endpoint} on {socket.gethostname()}?"
                 )
 
-    def _part(self, rank: int) -> Message:
+    def _part(self, rank: int) -> RankLink:
         """What the rank's watcher needs, and what it does once this process is gone."""
         controller = self.cluster.controller_pid
-        ends = [controller] if rank == 0 and controller else []
-        end = {"do": "end", "patience_s": self._patience, "ends": ends}
-        pause = {"do": "pause", "patience_s": PAUSE_S, "ends": []}
+        ends = (controller,) if rank == 0 and controller else ()
+        end, pause = OrphanRule("end", self._patience, ends), OrphanRule("pause", PAUSE_S)
         return self.job_part(rank, orphan=end if self.cluster.started_by_us else pause)

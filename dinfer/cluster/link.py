@@ -5,7 +5,6 @@ keys, which ranks get with their job. A thread keeps the newest state of each ra
 condition.
 """
 
-import json
 import threading
 import time
 from typing import Any
@@ -14,7 +13,17 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from dinfer.cluster.ranks import RankStates
-from dinfer.messages import Message
+from dinfer.messages import (
+    Beat,
+    Command,
+    Failed,
+    OrphanRule,
+    RankLink,
+    Status,
+    UnknownMessage,
+    pack_command,
+    unpack_report,
+)
 from dinfer.trace.recorder import unpack_records
 
 BEAT_S = 1.0
@@ -49,30 +58,16 @@ class Link(RankStates):
         return key == self._rank_public
 
     def job_part(
-        self, rank: int, *, launcher: int = 0, joined: bool = False, orphan: Message | None = None
-    ) -> Message:
-        """What a rank needs to find this link. `launcher`: the process without which it should not go on;
-        `joined`: another launcher looks after the process, but a rank that hears nothing from here ends itself;
-        `orphan`: instead of both, what its watcher does once this link is closed for long (see Watcher)."""
-        return {
-            "rank": rank,
-            "endpoint": self.endpoint,
-            "server_key": self._public.decode(),
-            "public_key": self._rank_public.decode(),
-            "secret_key": self._rank_secret.decode(),
-            "launcher": launcher,
-            "joined": joined,
-            "orphan": orphan,
-        }
+        self, rank: int, *, launcher: int = 0, joined: bool = False, orphan: OrphanRule | None = None
+    ) -> RankLink:
+        """What a rank needs to find this link; the parameters are RankLink's."""
+        keys = self._public.decode(), self._rank_public.decode(), self._rank_secret.decode()
+        return RankLink(rank, self.endpoint, *keys, launcher=launcher, joined=joined, orphan=orphan)
 
-    def send(self, rank: int, do: str, **fields: Any) -> int:
-        """Command one rank; the id under which its reply will come."""
-        number = next(self._ids)
+    def _send(self, rank: int, command: Command[Any], number: int) -> None:
+        frames = [_name(rank), pack_command(command, number)]
         with self._send_lock:
-            self._outbox.send_multipart(
-                [f"rank {rank}".encode(), json.dumps({"do": do, "id": number, **fields}).encode()]
-            )
-        return number
+            self._outbox.send_multipart(frames)
 
     def close(self) -> None:
         self._closing = True
@@ -86,7 +81,7 @@ class Link(RankStates):
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(inbox, zmq.POLLIN)
-        beat = 0.0
+        beat, beating = 0.0, pack_command(Beat(), 0)
         while not self._closing:
             ready = dict(poller.poll(50))
             if inbox in ready:
@@ -96,10 +91,20 @@ class Link(RankStates):
             if time.monotonic() - beat > BEAT_S:
                 beat = time.monotonic()
                 for rank in range(len(self.ranks)):
-                    self._socket.send_multipart([f"rank {rank}".encode(), b'{"do": "beat"}'])
+                    self._socket.send_multipart([_name(rank), beating])
         inbox.close()
 
     def _take(self, frames: list[bytes]) -> None:
-        message = json.loads(frames[2])
-        rank = message["rank"]
-        self.take(message, unpack_records(frames[3], rank, self.ranks[rank].lanes) if frames[3:] else ())
+        sender, *message = frames
+        rank = int(sender.removeprefix(b"rank "))
+        try:
+            report = unpack_report(message)
+        except UnknownMessage as unknown:
+            report = Failed(f"rank {rank} has another version of dinfer than this session: unknown {unknown}")
+        records = report.records if isinstance(report, Status) else b""
+        self.take(rank, report, unpack_records(records, rank, self.ranks[rank].lanes) if records else ())
+
+
+def _name(rank: int) -> bytes:
+    """By which ZeroMQ knows a rank's watcher."""
+    return f"rank {rank}".encode()

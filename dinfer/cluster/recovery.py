@@ -12,9 +12,9 @@ from functools import partial
 from dinfer.cluster.ranks import Ranks, answers
 from dinfer.config import Backend
 from dinfer.engine.board import Stand
+from dinfer.messages import DrainChannels, Freeze, JoinGroup, LeaveGroup, LimitDecode, OpenStore, SetLimits
 from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.plan import Plan
-from dinfer.rank.commands import stand_of
 
 FREEZE_S = 3.0
 
@@ -75,9 +75,10 @@ def recover(
 
 def meet(ranks: Ranks, backend: Backend = "gloo") -> None:
     """Let all ranks make a new group. Raises TimeoutError or RankRefused."""
-    where = ranks.ask({0: {"do": "open", **ranks.meeting()}}, MEET_S)[0]
-    place = {"address": where["address"], "port": where["port"], "timeout": MEET_S, "backend": backend}
-    ranks.ask({rank: {"do": "meet", **place} for rank in range(ranks.world_size)}, MEET_S)
+    wanted = ranks.meeting()
+    opened = ranks.ask({0: OpenStore(wanted.address, wanted.port)}, MEET_S)[0]
+    command = JoinGroup(opened.address, opened.port, MEET_S, backend)
+    ranks.ask(dict.fromkeys(range(ranks.world_size), command), MEET_S)
 
 
 def _end_the_stuck(ranks: Ranks, plan: Plan | None, living: Sequence[int]) -> set[int]:
@@ -88,15 +89,15 @@ def _end_the_stuck(ranks: Ranks, plan: Plan | None, living: Sequence[int]) -> se
     left.
     """
     # The first word is one that frees also who is held between two tokens.
-    heard = answers(ranks, {key: {"do": "decode_limit", "limit": 0} for key in living}, FREEZE_S)
+    heard = answers(ranks, dict.fromkeys(living, LimitDecode(0)), FREEZE_S)
     mute = set(living) - set(heard)
     for rank in sorted(mute):
         ranks.kill(rank)
-    frozen = answers(ranks, {key: {"do": "freeze"} for key in heard}, FREEZE_S)
+    frozen = answers(ranks, dict.fromkeys(heard, Freeze()), FREEZE_S)
     if plan:
-        _drain(ranks, plan, {rank: stand_of(said) for rank, said in frozen.items() if "positions" in said})
-    left = answers(ranks, {key: {"do": "leave"} for key in heard}, LEAVE_S)
-    held = {rank for rank in heard if not left.get(rank, {}).get("free")}
+        _drain(ranks, plan, frozen)
+    left = answers(ranks, dict.fromkeys(heard, LeaveGroup()), LEAVE_S)
+    held = {rank for rank in heard if rank not in left or not left[rank].free}
     for rank in sorted(held):
         ranks.kill(rank)
     return mute | held
@@ -105,11 +106,10 @@ def _end_the_stuck(ranks: Ranks, plan: Plan | None, living: Sequence[int]) -> se
 def _drain(ranks: Ranks, plan: Plan, frozen: dict[int, Stand]) -> None:
     cut = tuple(frozen[rank].positions if rank in frozen else () for rank in range(plan.world_size))
     # Limits at positions, so that no lane takes up again what it is released from.
-    held = answers(
-        ranks, {key: {"do": "limits", "cut": cut, "order": 0, "stopping": True} for key in frozen}, FREEZE_S
-    )
+    held = answers(ranks, dict.fromkeys(frozen, SetLimits(cut, stopping=True)), FREEZE_S)
     posts = counterparts(plan, _still(ranks, list(held)))
-    answers(ranks, {rank: {"do": "drain", **channels} for rank, channels in posts.items()}, FREEZE_S)
+    drains = {rank: DrainChannels(tuple(own["sends"]), tuple(own["recvs"])) for rank, own in posts.items()}
+    answers(ranks, drains, FREEZE_S)
 
 
 def _still(ranks: Ranks, living: Sequence[int]) -> dict[int, Stand]:

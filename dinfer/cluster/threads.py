@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from dinfer.cluster.ranks import Ranks, update
-from dinfer.engine.board import BOARD_BYTES, Board, Phase
+from dinfer.engine.board import BOARD_BYTES, Board, Phase, Stand
 from dinfer.errors import NotPossible
-from dinfer.messages import Message
-from dinfer.rank.commands import answer, stand_fields
+from dinfer.messages import Command, JoinGroup, Lanes, OpenStore, RankReport, Status, StoreAddress
+from dinfer.rank.commands import answer
 from dinfer.rank.service import RankService
 from dinfer.trace.recorder import Recorder
 from dinfer.transport.gate import FreeGate
@@ -62,8 +62,8 @@ class LocalRanks(Ranks):
         """How many ranks share each rank's host."""
         return [self.world_size] * self.world_size
 
-    def meeting(self) -> Message:
-        return {"address": "", "port": 0}
+    def meeting(self) -> StoreAddress:
+        return StoreAddress("", 0)
 
     def silent(self) -> list[int]:
         return []
@@ -94,27 +94,22 @@ class LocalRanks(Ranks):
 
     # -- commands and news
 
-    def send(self, rank: int, do: str, **fields: Any) -> int:
-        number = next(self._ids)
-        command = self._tables[rank].get(do)
-        message = {"do": do, "id": number, **fields}
-        if command is None:
-            raise KeyError(do)
-        if command.slow:
-            self._slow[rank].submit(self._reply, rank, message)
+    def _send(self, rank: int, command: Command[Any], number: int) -> None:
+        handler = self._tables[rank].get(type(command))
+        if handler and handler.slow:
+            self._slow[rank].submit(self._reply, rank, command, number)
         else:
-            self._reply(rank, message)
-        return number
+            self._reply(rank, command, number)
 
     def share_weights(self) -> None:
         """All ranks use what rank 0 has loaded."""
         for host in self.hosts[1:]:
-            host.share(self.hosts[0])
+            host.weights.share(self.hosts[0].weights)
 
-    def _reply(self, rank: int, message: Message) -> None:
-        said = answer(self._tables[rank][message["do"]], message)
+    def _reply(self, rank: int, command: Command[Any], number: int) -> None:
+        report = answer(self._tables[rank], number, command)
         self._read_events()
-        self.take({"type": "reply", "rank": rank, "id": message["id"], **said})
+        self.take(rank, report)
 
     def _moved(self, rank: int) -> Callable[["_NotifyingBoard"], None]:
         """What a board calls when something on it has changed: the state is told at once."""
@@ -123,9 +118,8 @@ class LocalRanks(Ranks):
             state = self.ranks[rank]
             with self.changed:  # read inside, so that no older news comes after newer
                 stand = board.stand(max(0, len(state.lanes) - 1))
-                fields = {**stand_fields(stand), "phase": board.phase, "decoded": board.decoded}
                 state.heard = time.monotonic()
-                update(state, {**fields, "process": None, "cpu_s": None})
+                update(state, Status(board.phase, board.decoded, stand))
                 self.changed.notify_all()
 
         return moved
@@ -168,18 +162,18 @@ class _NotifyingBoard(Board):
 
 
 class _End:
-    """A host's line to the session: a call."""
+    """A rank's connection to the session: a call."""
 
     def __init__(self, ranks: LocalRanks, rank: int) -> None:
         self._ranks, self._rank = ranks, rank
 
-    def report(self, kind: str, /, **fields: Any) -> None:
-        if kind == "lanes":
+    def report(self, report: RankReport) -> None:
+        if isinstance(report, Lanes):
             self._ranks.new_prompt(self._rank)
-        self._ranks.take({"type": kind, "rank": self._rank, **fields})
+        self._ranks.take(self._rank, report)
 
-    def ask(self, what: str, timeout: float) -> Message | None:  # noqa: ARG002 - the answer is there at once
-        return {what: [stand_fields(s.stand) if s.stand else None for s in self._ranks.ranks]}
+    def ask_stands(self, timeout: float) -> list[Stand | None]:  # noqa: ARG002 - the answer is there at once
+        return [state.stand for state in self._ranks.ranks]
 
 
 class _Meeting:
@@ -188,11 +182,11 @@ class _Meeting:
     def __init__(self, ranks: LocalRanks, rank: int) -> None:
         self._ranks, self._rank = ranks, rank
 
-    def open(self, message: Message) -> Message:
+    def open(self, command: OpenStore) -> StoreAddress:
         ranks = self._ranks
         ranks.exchange.close()
         ranks.exchange = Exchange(ranks.world_size, ranks.gate)
-        return message
+        return StoreAddress(command.address, command.port)
 
-    def join(self, message: Message) -> Comm:  # noqa: ARG002 - it is at hand
+    def join(self, command: JoinGroup) -> Comm:  # noqa: ARG002 - it is at hand
         return self._ranks.exchange.comm(self._rank)

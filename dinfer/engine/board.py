@@ -8,8 +8,10 @@ watcher imports it.
 import mmap
 import os
 import tempfile
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+
+from dinfer.messages import DeviceMemory as DeviceMemory
+from dinfer.messages import Phase as Phase
+from dinfer.messages import Stand as Stand
 
 MAX_LANES = 254  # with the recorder's lane for decode, what one byte of an event can name
 
@@ -18,30 +20,7 @@ _MEMORY = MAX_LANES + 1
 
 BOARD_BYTES = 8 * (_MEMORY + 3)
 
-Phase = Literal["starting", "loading", "prefill", "decode", "done"]
-
 PHASES: tuple[Phase, ...] = ("starting", "loading", "prefill", "decode", "done")
-
-
-class DeviceMemory(NamedTuple):
-    """Bytes of one GPU: those that a rank's tensors have, those that its torch keeps for tensors, and all of them."""
-
-    allocated: int
-    reserved: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Stand:
-    """Where one rank stands, by lane: ops that have ended, whether the next has begun, how far it may go."""
-
-    positions: tuple[int, ...]
-    started: tuple[bool, ...]
-    limits: tuple[int, ...]
-
-    @property
-    def at_limits(self) -> bool:
-        return self.positions == self.limits
 
 
 class Board:

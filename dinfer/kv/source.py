@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dinfer.kv.digests import as_numbers
 from dinfer.kv.ledger import BlockKey, Digests
-from dinfer.messages import Message
+from dinfer.messages import Figures
 from dinfer.plan.plan import Plan
 
 
@@ -118,7 +118,7 @@ class Source(Protocol):
 class ViewableSource(Source, Protocol):
     """A source that can be looked at, too."""
 
-    def summary(self, rank: int, layer: int, places: range) -> Message:
+    def summary(self, rank: int, layer: int, places: range) -> Figures:
         """K and V of these places by head: see `kv.measure`."""
 
     def part(self, rank: int, layer: int, tensor: int, heads: Sequence[int], places: Sequence[int]) -> Tensor:
@@ -135,7 +135,7 @@ class LiveSource(ViewableSource, Protocol):
     def hidden_first(self, rank: int) -> dict[int, int]:
         """By chunk, the first layer before which a rank has its hidden state."""
 
-    def hidden_summary(self, rank: int, chunk: int, layer: int) -> Message:
+    def hidden_summary(self, rank: int, chunk: int, layer: int) -> Figures:
         """Mean, deviation and extremes of the hidden state before a layer."""
 
     def hidden(self, rank: int, chunk: int, layer: int) -> Tensor:

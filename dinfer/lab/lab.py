@@ -13,7 +13,7 @@ from dinfer.lab.hosts import LabNetwork, hosts, why_not
 from dinfer.lab.orders import orders, slowed
 from dinfer.lab.score import Score, told
 from dinfer.lab.trial import try_cell, try_clean
-from dinfer.messages import Message
+from dinfer.messages import Misbehave
 from dinfer.session.connect import connect
 from dinfer.session.session import Session
 
@@ -73,7 +73,7 @@ def run_slowly(session: Session, count: int, score: Score, say: Say) -> None:
 
 
 def _clean(
-    session: Session, number: int, score: Score, say: Say, given: dict[int, list[Message]] | None = None
+    session: Session, number: int, score: Score, say: Say, given: dict[int, list[Misbehave]] | None = None
 ) -> None:
     """Every plan in turn."""
     strategy, schedule = STRATEGIES[number % 2], SCHEDULES[number // 2 % 2]

@@ -10,7 +10,7 @@ from dinfer.lab.expected import RULES, Cell, expected
 from dinfer.lab.hosts import LabNetwork
 from dinfer.lab.orders import orders
 from dinfer.lab.score import Result
-from dinfer.messages import Message
+from dinfer.messages import Behave, Misbehave
 from dinfer.plan.graph import Graph
 from dinfer.plan.plan import Plan
 from dinfer.run.run import Run
@@ -55,7 +55,9 @@ def try_cell(session: Session, cell: Cell, network: LabNetwork | None = None) ->
     return Result(cell, wanted, told.kind, told.rank, told.sentence, seconds, recovered)
 
 
-def try_clean(session: Session, strategy: str, schedule: str, given: Mapping[int, Sequence[Message]]) -> str:
+def try_clean(
+    session: Session, strategy: str, schedule: str, given: Mapping[int, Sequence[Misbehave]]
+) -> str:
     """A run that is to end by itself, slowed as `given`; what was said of it all the same, "" for nothing."""
     run = begin(session, strategy, schedule)
     arm(session.ranks, given)
@@ -72,10 +74,10 @@ def begin(session: Session, strategy: str, schedule: str) -> Run:
     return session.prefill(IDS, paused=True, max_new_tokens=1, **parameters)
 
 
-def arm(ranks: Ranks, given: Mapping[int, Sequence[Message]]) -> None:
+def arm(ranks: Ranks, given: Mapping[int, Sequence[Misbehave]]) -> None:
     """Tell ranks what to do wrong, each its orders in their order."""
     for rank, messages in given.items():
-        ranks.ranks[rank].reports.pop("struck", None)
+        ranks.ranks[rank].struck = None
         for message in messages:
             ranks.ask({rank: message}, ANSWER_S)
 
@@ -113,7 +115,7 @@ def clear(session: Session, run: Run) -> float:
     if run.failure or run.silence or run.told or run.standing().state != "done":
         session.recover()
     ranks = session.ranks
-    ranks.ask({rank: {"do": "behave"} for rank in range(ranks.world_size)}, ANSWER_S)
+    ranks.ask(dict.fromkeys(range(ranks.world_size), Behave()), ANSWER_S)
     return time.monotonic() - began
 
 
@@ -125,7 +127,7 @@ def _share_done(run: Run, plan: Plan) -> float:
 
 def _since(ranks: Ranks, cell: Cell, resumed: float, told_at: float) -> float:
     """When nothing moved any more, or, where that is not the question, when the fault struck."""
-    struck = [state.reports["struck"]["at"] for state in ranks.ranks if "struck" in state.reports]
+    struck = [state.struck.at for state in ranks.ranks if state.struck]
     if RULES[cell.fault].is_slow:
         return resumed
     progressed = [state.progressed for state in ranks.ranks]

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import msgspec
+
 from dinfer.cluster.link import Link
 from dinfer.config import Config, ConfigError
 from dinfer.job import Job, prepare
@@ -25,6 +27,7 @@ from dinfer.launch.environment import DEBUGGER, Launched
 from dinfer.launch.meet import Roll, meet
 from dinfer.launch.runner import ProgressLines, conclude
 from dinfer.launch.watch import ProcessWatch
+from dinfer.messages import KillRank, RankLink, ToldToEnd
 from dinfer.model.errors import ModelError
 from dinfer.plan.ops import PlanError
 from dinfer.rank.batch import run_rank
@@ -118,9 +121,9 @@ def _prepare(config: Config, launched: Launched) -> Job:
     return prepare(config, ranks_here=[launched.rank] if config.device_mode == "multi_node" else None)
 
 
-def _control(part: dict[str, Any], config: Config) -> Control:
-    log_to(Path(config.log_dir), part["rank"], config.log_level)
-    return Control({**part, "launcher": os.getppid()})
+def _control(link: RankLink, config: Config) -> Control:
+    log_to(Path(config.log_dir), link.rank, config.log_level)
+    return Control(msgspec.structs.replace(link, launcher=os.getppid()))
 
 
 class _RankThread:
@@ -152,7 +155,7 @@ class _RankThread:
         except KeyboardInterrupt:
             status = INTERRUPTED
             with contextlib.suppress(OSError):
-                self._control.report("told_to_end")
+                self._control.report(ToldToEnd())
         self._await_the_end(status)
 
     def _await_the_end(self, status: int) -> NoReturn:
@@ -175,13 +178,13 @@ class _RankThread:
         try:
             listen_for_debugger(rank)
             result = run_rank(rank, config, self._job.ids, self._control, found)
-            self._control.report("result", **result)
+            self._control.report(result)
             self._control.close()
         except BaseException as error:
             log.error("this rank failed\n%s", traceback.format_exc())
             self._error = str(error) or type(error).__name__
             with contextlib.suppress(OSError):
-                self._control.report("error", **describe(error))
+                self._control.report(describe(error))
         finally:
             self._ended.set()
 
@@ -208,13 +211,9 @@ def _keep_session(
 
 def _end_others(link: Link) -> None:
     """Ranks that have not delivered by now never will. One that is not heard of ends by itself."""
-    late = [
-        rank
-        for rank, state in enumerate(link.ranks)
-        if rank and "result" not in state.reports and state.heard
-    ]
+    late = [rank for rank, state in enumerate(link.ranks) if rank and state.result is None and state.heard]
     for rank in late:
-        link.send(rank, "kill")
+        link.send(rank, KillRank())
     reached = [rank for rank in late if time.monotonic() - link.ranks[rank].heard < FAREWELL_S / 2]
     with link.changed:
         link.changed.wait_for(lambda: all(link.ranks[rank].gone for rank in reached), FAREWELL_S)

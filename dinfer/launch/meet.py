@@ -3,7 +3,6 @@
 A rank that cannot take part (no checkpoint on its host, …) says so here, and rank 0 speaks for all.
 """
 
-import json
 import os
 import socket
 import threading
@@ -11,9 +10,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from dinfer.config import Config, ConfigError
 from dinfer.launch.environment import MPIRUN, Launched, meeting_of
-from dinfer.messages import Message
+from dinfer.messages import RankLink
 from dinfer.transport.gloo import Store, join_store, open_store
 from dinfer.transport.interface import own_address_towards
 
@@ -45,13 +46,12 @@ class Roll:
         """This rank has come; or cannot take part, and why."""
         self._store.set(self._key(rank), refusal)
 
-    def give_links(self, parts: list[Message]) -> None:
-        self._store.set(f"{self._prefix}/link", json.dumps(parts))
+    def give_links(self, links: list[RankLink]) -> None:
+        self._store.set(f"{self._prefix}/link", msgspec.json.encode(links).decode())
 
-    def link_of(self, rank: int) -> Message:
+    def link_of(self, rank: int) -> RankLink:
         """What rank 0 gives to this rank; waits for it. Raises RuntimeError where rank 0 does not come."""
-        found: Message = json.loads(self._store.get(f"{self._prefix}/link"))[rank]
-        return found
+        return msgspec.json.decode(self._store.get(f"{self._prefix}/link"), type=list[RankLink])[rank]
 
     def call(self, timeout: float, say: Callable[[str], None], told_to_end: Callable[[], bool]) -> None:
         """Wait until all others have answered. Raises ConfigError for who refuses, RuntimeError for who is late."""

@@ -1,7 +1,6 @@
 """Processes: the ranks of `dinfer run` on this machine, each a process of its own: up, watched, and down again."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -12,9 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
+import msgspec
+
 from dinfer.cluster.link import Link
 from dinfer.job import Job
 from dinfer.launch.watch import ProcessWatch
+from dinfer.messages import MeetAt, RankJob
 
 EXIT_S = 1.0
 """how long a process may take to end once it has closed its connections"""
@@ -72,13 +74,8 @@ class Processes:
 
     def _start(self, rank: int) -> "subprocess.Popen[bytes]":
         config = self.job.config
-        job = {
-            "rank": rank,
-            "config": asdict(config),
-            "ids": self.job.ids,
-            "paused": self._paused,
-            "link": self.link.job_part(rank, launcher=os.getpid()),
-        }
+        link = self.link.job_part(rank, launcher=os.getpid())
+        job = RankJob(rank, asdict(config), tuple(self.job.ids), link, paused=self._paused)
         environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads), "PYTHONUNBUFFERED": "1"}
         folder = Path(config.log_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +90,7 @@ class Processes:
             )
         assert process.stdin is not None
         with process.stdin as stdin:
-            stdin.write(json.dumps(job).encode())
+            stdin.write(msgspec.json.encode(job))
         return process
 
     def watch(self, seconds: float) -> bool:
@@ -106,11 +103,11 @@ class Processes:
 
     def _introduce(self) -> None:
         """Tell each other rank, once it can hear, where rank 0 has opened the place to meet."""
-        opened = self.link.ranks[0].reports.get("store")
+        opened = self.link.ranks[0].store
         for rank, state in enumerate(self.link.ranks):
             if opened and state.heard and rank not in self._introduced:
                 self._introduced.add(rank)
-                self.link.send(rank, "meet", port=opened["port"])
+                self.link.send(rank, MeetAt(opened.port))
 
     def _exits(self) -> list[int | None]:
         return [self._exit(rank, process) for rank, process in enumerate(self._processes)]
@@ -119,7 +116,7 @@ class Processes:
         """Exit status of a rank that has ended. One whose watcher alone says so is about to: that is waited for, or
         what its death did to the others would be taken for the cause."""
         state = self.link.ranks[rank]
-        if state.gone and not state.reports.keys() & {"error", "result"}:
+        if state.gone and not (state.error or state.result):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(EXIT_S)
         return process.poll()

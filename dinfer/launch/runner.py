@@ -77,11 +77,11 @@ class ProgressLines:
 
     def _name_port(self, first: RankState) -> None:
         """Say it where the ranks meet at another port than the one asked for."""
-        asked, opened = self._job.config.master_port, first.reports.get("store")
+        asked, opened = self._job.config.master_port, first.store
         if opened and not self._port_told:
             self._port_told = True
-            if asked and opened["port"] != asked:
-                self._interject(f"port {asked} is in use; the ranks meet at {opened['port']} instead.")
+            if asked and opened.port != asked:
+                self._interject(f"port {asked} is in use; the ranks meet at {opened.port} instead.")
 
     def say(self, line: str) -> None:
         self._write(f"{line}\n")
@@ -120,8 +120,9 @@ def conclude(
     show.say(f"\n\n{table(result)}")
     if trace_path:
         show.say(_keep(trace_path, lambda path: write_jsonl(trace, path), "trace"))
-    for trouble in filter(None, (state.reports["result"].get("log_trouble") for state in ranks)):
-        show.say(f"the run went on, but {trouble}")
+    for state in ranks:
+        if state.result and state.result.log_trouble:
+            show.say(f"the run went on, but {state.result.log_trouble}")
     result["trace"] = str(trace_path) if trace_path else None
     if found := result["corrupt"]:  # which the user chose to record, and go on
         show.say(f"warning: {listed([one['text'] for one in found])}")

@@ -47,7 +47,7 @@ class ProcessWatch:
             with self._link.changed:
                 self._link.changed.wait(min(left, POLL_S))
             self._while_looking()
-            finished = all("result" in state.reports for state in self._link.ranks)
+            finished = all(state.result for state in self._link.ranks)
             self._show_text()
             if finished:
                 return True
@@ -101,14 +101,13 @@ class ProcessWatch:
     def _broken(self) -> bool:
         """Whether a rank seems to have failed. One that has just ended well may look so: its result is on its way."""
         ended = any(code is not None for code in self._exits())
-        return ended or any("error" in state.reports for state in self._link.ranks)
+        return ended or any(state.error for state in self._link.ranks)
 
     def _all_told(self) -> bool:
         """Whether every rank has said how it ended, or its watcher, last of all, that it is gone."""
-        last = {"error", "result", "told_to_end"}
-        return all(state.gone or state.reports.keys() & last for state in self._link.ranks)
+        return all(s.gone or s.error or s.result or s.told_to_end for s in self._link.ranks)
 
     def _exits(self) -> list[int | None]:
         """Exit status of each rank that ended without a result and of itself, as far as known; None for the others."""
         ranks = zip(self._link.ranks, self._processes_ended(), strict=True)
-        return [None if state.reports.keys() & {"result", "told_to_end"} else code for state, code in ranks]
+        return [None if state.result or state.told_to_end else code for state, code in ranks]

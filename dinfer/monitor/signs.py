@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from statistics import median
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from dinfer.cluster.ranks import STOPPED_S, RankState
 from dinfer.engine.board import Stand
 from dinfer.job import Job
-from dinfer.messages import Message
+from dinfer.messages import Failed, UnexpectedHeader
 from dinfer.monitor.stacks import Stacks
-from dinfer.plan.ops import Value
+from dinfer.plan.ops import Value, What
 from dinfer.plan.plan import Plan
 from dinfer.trace.events import Event
 from dinfer.verdict.judge import explain
@@ -152,7 +152,7 @@ def _signs(
         cpu_moves=track.cpu_moves(rank),
         answers=stacks.answers,
         ended=ended,
-        raised=_raised(state.reports.get("error")),
+        raised=_raised(state.error),
         frames=stacks.frames,
         holder=stacks.holder,
         medians=medians,
@@ -169,22 +169,17 @@ def _process(state: RankState, now: float) -> str | None:
     return state.process
 
 
-def _raised(error: Message | None) -> Raised | None:
+def _raised(error: Failed | None) -> Raised | None:
     if error is None:
         return None
-    return Raised(
-        error.get("cause") or error["message"],
-        error.get("op", ""),
-        error.get("lane", ""),
-        error["secondary"],
-        _came(error.get("came")),
-    )
+    return Raised(error.cause or error.message, error.op, error.lane, error.secondary, _came(error.came))
 
 
-def _came(came: dict[str, Any] | None) -> Came | None:
-    if not came:
+def _came(came: UnexpectedHeader | None) -> Came | None:
+    if came is None:
         return None
-    return Came(Value(*came["value"]), came["tokens"], came["nbytes"], came["plan_id"], came["here"])
+    what, chunk, layer = came.value
+    return Came(Value(cast(What, what), chunk, layer), came.tokens, came.nbytes, came.plan_id, came.here)
 
 
 def _medians(events: Sequence[Event]) -> dict[str, float]:

@@ -1,14 +1,23 @@
-"""Stacks: where all ranks' threads stand in Python: asked of each rank, dumped by its watcher where it is mute; and in
-C, where py-spy has looked."""
+"""Where all ranks' threads stand: each rank is asked; where it does not answer, its watcher has it dump its stacks; and
+py-spy sees C functions too."""
 
 import linecache
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from dinfer.cluster.ranks import ANSWER_S, RankStates, answers
-from dinfer.messages import Message
-from dinfer.rank.pyspy import Seen, in_c
+from dinfer.cluster.ranks import ANSWER_S, Pending, RankStates, answers
+from dinfer.messages import (
+    DumpStacks,
+    GetStacks,
+    SpiedFrame,
+    SpiedThread,
+    SpiedThreads,
+    SpyOnRank,
+    ThreadStack,
+    ThreadStacks,
+)
+from dinfer.rank.pyspy import in_c
 from dinfer.rank.stacks import TRANSPORT
 from dinfer.verdict.signs import BUSY, StackFrame
 
@@ -35,24 +44,22 @@ class Stacks:
 
 
 def gather(ranks: RankStates, which: Sequence[int]) -> dict[int, Stacks]:
-    """Ask these ranks, together; those that are mute are dumped. Takes 1.5 s at most, mostly a few milliseconds."""
-    said = answers(ranks, {rank: {"do": "stacks"} for rank in which}, ANSWER_S)
-    found = {rank: _as_asked(rank, message) for rank, message in said.items()}
+    """Ask these ranks, together; who does not answer is dumped. Takes at most 1.5 s, mostly a few milliseconds."""
+    said = answers(ranks, dict.fromkeys(which, GetStacks()), ANSWER_S)
+    found = {rank: _as_asked(rank, stacks) for rank, stacks in said.items()}
     mute = [rank for rank in which if rank not in found]
-    dumps = answers(ranks, {rank: {"do": "dump"} for rank in mute}, DUMP_ANSWER_S) if mute else {}
+    dumps = answers(ranks, dict.fromkeys(mute, DumpStacks()), DUMP_ANSWER_S) if mute else {}
     for rank in mute:
-        found[rank] = as_dumped(rank, dumps.get(rank, {}).get("text", ""))
+        found[rank] = as_dumped(rank, dumps[rank].text if rank in dumps else "")
     return found
 
 
-def _as_asked(rank: int, message: Message) -> Stacks:
-    threads = message["threads"]
-    frames = {_lane(rank, thread["name"]): _frame(thread) for thread in threads if thread["frames"]}
-    text = "\n".join(
-        f"{thread['name']}:\n" + "\n".join(_line(*frame) for frame in thread["frames"]) for thread in threads
-    )
-    times = [thread["cpu_s"] for thread in threads]
-    return Stacks(frames, text, True, None if None in times else sum(times))
+def _as_asked(rank: int, stacks: ThreadStacks) -> Stacks:
+    threads = stacks.threads
+    frames = {_lane(rank, thread.name): _frame(thread) for thread in threads if thread.frames}
+    texts = [f"{thread.name}:\n" + "\n".join(_line(*frame) for frame in thread.frames) for thread in threads]
+    times = [thread.cpu_s for thread in threads if thread.cpu_s is not None]
+    return Stacks(frames, "\n".join(texts), True, sum(times) if len(times) == len(threads) else None)
 
 
 def as_dumped(rank: int, text: str) -> Stacks:
@@ -69,14 +76,14 @@ def as_dumped(rank: int, text: str) -> Stacks:
     return Stacks(frames, text.strip(), False, holder=holder)
 
 
-def as_spied(rank: int, threads: Sequence[Message], known: Stacks) -> Stacks | None:
+def as_spied(rank: int, threads: Sequence[SpiedThread], known: Stacks) -> Stacks | None:
     """What is known, and what py-spy has seen a little earlier; None where that is not so any more."""
-    seen = {_lane(rank, thread["name"]): [Seen(*frame) for frame in thread["frames"]] for thread in threads}
+    seen = {_lane(rank, thread.name): thread.frames for thread in threads}
     text = "\n".join(_spied_text(thread) for thread in threads)
     if known.answers is None:  # it is stopped: nobody else can see it
         return replace(known, text=text)
     if not known.answers:
-        holder = next((_lane(rank, thread["name"]) for thread in threads if thread["holds_gil"]), "")
+        holder = next((_lane(rank, thread.name) for thread in threads if thread.holds_gil), "")
         return _held(known, seen, holder, text) if holder else known
     frames = {lane: _with_c(frame, seen.get(lane, ())) for lane, frame in known.frames.items()}
     if None in frames.values():
@@ -84,7 +91,7 @@ def as_spied(rank: int, threads: Sequence[Message], known: Stacks) -> Stacks | N
     return replace(known, text=text, frames={lane: frame for lane, frame in frames.items() if frame})
 
 
-def _held(known: Stacks, seen: Mapping[str, Sequence[Seen]], holder: str, text: str) -> Stacks | None:
+def _held(known: Stacks, seen: Mapping[str, Sequence[SpiedFrame]], holder: str, text: str) -> Stacks | None:
     """Of a mute rank, by the thread that holds its interpreter."""
     file, line, function, source = next(frame for frame in seen[holder] if frame.line is not None)
     assert line is not None
@@ -94,7 +101,7 @@ def _held(known: Stacks, seen: Mapping[str, Sequence[Seen]], holder: str, text: 
     return replace(known, frames={holder: frame, BUSY: frame}, text=text, holder=holder)
 
 
-def _with_c(frame: StackFrame, seen: Sequence[Seen]) -> StackFrame | None:
+def _with_c(frame: StackFrame, seen: Sequence[SpiedFrame]) -> StackFrame | None:
     """A frame that has called into C, with what it has called; None where the thread was seen elsewhere."""
     if not frame.native or not seen:
         return frame
@@ -102,12 +109,12 @@ def _with_c(frame: StackFrame, seen: Sequence[Seen]) -> StackFrame | None:
     return frame._replace(c=in_c(seen)) if (at.file, at.line) == (frame.file, frame.line) else None
 
 
-def _spied_text(thread: Message) -> str:
-    holds = ", which holds the interpreter (the GIL)" if thread["holds_gil"] else ""
-    return f"{thread['name']}{holds}:\n" + "\n".join(_seen_line(Seen(*frame)) for frame in thread["frames"])
+def _spied_text(thread: SpiedThread) -> str:
+    holds = ", which holds the interpreter (the GIL)" if thread.holds_gil else ""
+    return f"{thread.name}{holds}:\n" + "\n".join(map(_seen_line, thread.frames))
 
 
-def _seen_line(seen: Seen) -> str:
+def _seen_line(seen: SpiedFrame) -> str:
     if seen.line is None:
         return f"  in {seen.function} ({seen.file.rpartition('/')[2]})"
     return _line(seen.file, seen.line, seen.function, seen.text)
@@ -126,9 +133,8 @@ def _lane(rank: int, thread: str) -> str:
     return "decode" if is_slow else thread
 
 
-def _frame(thread: Message) -> StackFrame:
-    file, line, function, text = thread["frames"][thread["at"]]
-    return StackFrame(file, line, function, text, thread["native"], thread["waits"], thread["held"])
+def _frame(thread: ThreadStack) -> StackFrame:
+    return StackFrame(*thread.frames[thread.at], thread.native, thread.waits, thread.held)
 
 
 def _line(file: str, line: int, function: str, text: str) -> str:
@@ -140,8 +146,8 @@ class Spied:
 
     def __init__(self, ranks: RankStates) -> None:
         self._ranks = ranks
-        self._begun: dict[int, int] = {}
-        self._seen: dict[int, list[Message]] = {}
+        self._begun = Pending[SpiedThreads]()
+        self._seen: dict[int, tuple[SpiedThread, ...]] = {}
 
     @property
     def ranks(self) -> frozenset[int]:
@@ -153,7 +159,7 @@ class Spied:
         states = self._ranks.ranks
         new = [rank for rank in which if rank not in {*self._begun, *self._seen} and states[rank].process]
         if new:  # a run that is over may ask nothing
-            self._begun |= self._ranks.begin({rank: {"do": "spy"} for rank in new})
+            self._begun.update(self._ranks.begin(dict.fromkeys(new, SpyOnRank())))
 
     def looks_at(self, which: Iterable[int]) -> set[int]:
         """Those of these that are being looked at, and so may have been stopped for it."""
@@ -162,7 +168,7 @@ class Spied:
     def collect(self) -> bool:
         """Whether something new has been seen."""
         come = self._ranks.collect(self._begun)
-        new = {rank: message.get("threads", []) for rank, message in come.items()}
+        new = {rank: answer.threads for rank, answer in come.items()}
         self._seen |= new
         return any(new.values())
 
@@ -180,4 +186,4 @@ class Spied:
 
     def forget(self) -> None:
         self._ranks.forget(self._begun)
-        self._begun, self._seen = {}, {}
+        self._begun, self._seen = Pending[SpiedThreads](), {}

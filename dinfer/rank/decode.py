@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dinfer.engine.corruption import Corrupted
 from dinfer.engine.decoding import Decoding
 from dinfer.engine.engine import Engine
-from dinfer.messages import Message
+from dinfer.messages import NewTokens
 from dinfer.model.text import TextStream, load_tokenizer
 
 OnToken = Callable[[int, int, str], None]
@@ -55,7 +55,7 @@ class Tokens:
             self._told.notify_all()
             return self._begun
 
-    def run(self, on_token: OnToken) -> Message:
+    def run(self, on_token: OnToken) -> NewTokens:
         """Decode until the limit is reached or the text ends; not where the run is to pause for changed bytes: then
         `remark` says so."""
         self._engine.board.set_phase("decode", len(self.tokens))  # from now on others may wait for this rank
@@ -64,12 +64,12 @@ class Tokens:
         except Corrupted as found:
             if self._engine.config.on_corruption == "fail":
                 raise
-            return {"tokens": [], "ended": False, "remark": str(found)}
+            return NewTokens((), False, str(found))
         while self._begin(decoding):
             token = decoding.step()
             text = self._stream.push(token) if self._stream else f"{token} "
             on_token(len(decoding.tokens), token, text)
-        return {"tokens": list(decoding.tokens), "ended": decoding.is_done}
+        return NewTokens(tuple(decoding.tokens), decoding.is_done)
 
     def back_to(self, tokens: int) -> None:
         """Forget all but the first that many."""

@@ -5,12 +5,12 @@ session's own kernel is restarted.
 """
 
 import contextlib
-import os
-import socket
 import sys
 from typing import Any
 
-from dinfer.messages import Message
+import msgspec
+
+from dinfer.messages import HandedOn, JoinGroup, OpenStore, RankLink, StoreAddress
 from dinfer.rank.control import Control
 from dinfer.rank.debugger import FIRST_PORT, listen
 from dinfer.rank.service import RankService
@@ -27,8 +27,8 @@ _debug_port = 0
 class Kernel:
     """One rank's host, its line to the session, and the names that `%%px` cells find."""
 
-    def __init__(self, link: Message, world_size: int) -> None:
-        self.rank, self.world_size = link["rank"], world_size
+    def __init__(self, link: RankLink, world_size: int) -> None:
+        self.rank, self.world_size = link.rank, world_size
         self.control = Control(link)
         self.host = RankService(
             self.rank,
@@ -36,7 +36,7 @@ class Kernel:
             StoreMeet(self.rank, world_size),
             board=self.control.board,
             memory=self.control.recorder_memory,
-            on_engine=_bind,
+            on_change=_bind,
         )
         self.control.serve(self.host.table())
 
@@ -63,30 +63,33 @@ class StoreMeet:
         self._rank, self._world_size = rank, world_size
         self._store: Store | None = None
 
-    def open(self, message: Message) -> Message:
-        self._store, port = open_store(message["address"], message["port"])
-        return {"address": message["address"], "port": port}
+    def open(self, command: OpenStore) -> StoreAddress:
+        self._store, port = open_store(command.address, command.port)
+        return StoreAddress(command.address, port)
 
-    def join(self, message: Message) -> Comm:
-        timeout = message["timeout"]
-        store = self._store if self._rank == 0 else join_store(message["address"], message["port"], timeout)
+    def join(self, command: JoinGroup) -> Comm:
+        timeout = command.timeout
+        store = self._store if self._rank == 0 else join_store(command.address, command.port, timeout)
         assert store
-        return open_comm(message["backend"], self._rank, self._world_size, store, timeout)
+        return open_comm(command.backend, self._rank, self._world_size, store, timeout)
 
 
-def start(link: Message, world_size: int) -> dict[str, Any]:
-    """Make this process a rank of a session, or hand it to another one: weights that are loaded stay."""
+def start(given: dict[str, Any], world_size: int) -> None:
+    """Make this process a rank of a session, or hand it to another one: weights that are loaded stay.
+
+    `given` is a RankLink as builtins: what an engine is called with must survive JSON.
+    """
     global _current
+    link = msgspec.convert(given, RankLink)
     before, _current = _current, None
     kernel = Kernel(link, world_size)
     if before:
         kernel.host.inherit(before.host)
         with contextlib.suppress(OSError):  # its watcher may have ended already
-            before.control.report("handed_on")
+            before.control.report(HandedOn())
         before.control.close()
     _current = kernel
     _bind(kernel.host)
-    return {"host": socket.gethostname(), "pid": os.getpid(), "watcher": kernel.control.watcher.pid}
 
 
 def address_towards(address: str) -> str:

@@ -17,10 +17,11 @@ from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
 from dinfer.engine.board import anonymous_file
-from dinfer.rank.stacks import DEEPEST, LONGEST, Message
+from dinfer.messages import SpiedFrame, SpiedThread
+from dinfer.rank.stacks import DEEPEST, LONGEST
 
 PR_SET_PTRACER = 0x59616D61
 
@@ -33,15 +34,6 @@ _BETWEEN = ("libpython", "python", "_ctypes", "libffi", "_cffi_backend", "ld-lin
 """what lies between a line of Python and the function that it calls: libraries, and functions"""
 
 _BINDINGS = "pybind11::"
-
-
-class Seen(NamedTuple):
-    """One frame. `line` is None of a C function, whose `file` is the library that it is in."""
-
-    file: str
-    line: int | None
-    function: str
-    text: str = ""
 
 
 def let_look(pid: int) -> None:
@@ -65,7 +57,7 @@ class Look:
         self._until = monotonic() + PATIENCE_S
         self._begin()
 
-    def threads(self) -> list[Message] | None:
+    def threads(self) -> list[SpiedThread] | None:
         """What it has seen; None while it looks; empty where it sees nothing, whatever the reason."""
         late = monotonic() > self._until
         if self._process and self._process.poll() is None and not late:
@@ -95,39 +87,36 @@ class Look:
             self._process = subprocess.Popen(command, stdin=nothing, stdout=self._output, stderr=nothing)
 
 
-def read(written: str) -> list[Message]:
-    """Threads from what py-spy has written: `name`, `holds_gil` and `frames`, the innermost first."""
+def read(written: str) -> list[SpiedThread]:
+    """Threads from what py-spy has written; empty for anything but a whole answer."""
     try:
         threads = [_thread(thread) for thread in json.loads(written)]
     except (ValueError, KeyError, TypeError):  # an error's text, or the half of it
         return []
-    return [thread for thread in threads if thread["frames"]]
+    return [thread for thread in threads if thread.frames]
 
 
-def _thread(thread: dict[str, Any]) -> Message:
+def _thread(thread: dict[str, Any]) -> SpiedThread:
     frames = [_seen(frame) for frame in thread["frames"] if not frame["name"].startswith("0x")]
     while frames and frames[-1].line is None:  # how the thread was begun
         frames.pop()
-    return {
-        "name": thread["thread_name"] or f"thread {thread['os_thread_id']}",
-        "holds_gil": thread["owns_gil"],
-        "frames": frames[:DEEPEST],
-    }
+    name = thread["thread_name"] or f"thread {thread['os_thread_id']}"
+    return SpiedThread(name, thread["owns_gil"], tuple(frames[:DEEPEST]))
 
 
-def _seen(frame: dict[str, Any]) -> Seen:
+def _seen(frame: dict[str, Any]) -> SpiedFrame:
     name = _short(frame["name"])
     if frame["module"]:
-        return Seen(frame["module"], None, name)
+        return SpiedFrame(frame["module"], None, name)
     file, line = frame["filename"], frame["line"]
-    return Seen(file, line, name, _short(linecache.getline(file, line).strip()))
+    return SpiedFrame(file, line, name, _short(linecache.getline(file, line).strip()))
 
 
 def _short(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
-def in_c(frames: Sequence[Seen]) -> str:
+def in_c(frames: Sequence[SpiedFrame]) -> str:
     """The C functions in which a thread is, from the one that its Python line has called to the innermost; "" if
     none is known. What Python and bindings put in between is left out."""
     calls = [

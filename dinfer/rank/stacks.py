@@ -20,7 +20,8 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any
+
+from dinfer.messages import StackLine, ThreadStack, ThreadStacks
 
 DUMP_SIGNAL = getattr(signal, "SIGUSR2", None)
 
@@ -50,10 +51,8 @@ _FOREIGN = frozenset(("ctypes", "_ctypes", "cffi", "_cffi_backend"))
 
 _HEAD = re.compile(r"hread (0x[0-9a-f]+)(?: \[.*?\])?(?= \(most)")
 
-Message = dict[str, Any]
 
-
-def stacks(rank: int, *, alone: bool, decoding: str = "") -> Message:
+def stacks(rank: int, *, alone: bool, decoding: str = "") -> ThreadStacks:
     """Every thread of a rank; `alone`: its process is its own, so that all threads in it are; `decoding`: the name of
     the one that decodes, where it has another than a session's ranks give it."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
@@ -63,21 +62,22 @@ def stacks(rank: int, *, alone: bool, decoding: str = "") -> Message:
         name = names.get(ident, f"thread {ident}")
         if ident != threading.get_ident() and (alone or name.startswith(mine)):
             name = "decode" if name == decoding else name
-            found.append({"name": name, "cpu_s": _cpu_s(ident), **_described(frame)})
-    return {"threads": found}
+            found.append(_described(name, ident, frame))
+    return ThreadStacks(tuple(found))
 
 
-def _described(top: FrameType) -> Message:
-    """The frames, the innermost first: [file, line, function, text]. `at`: the number of the one that says most."""
+def _described(name: str, ident: int, top: FrameType) -> ThreadStack:
     frames = list(islice(_outwards(top), DEEPEST))
     files = [Path(frame.f_code.co_filename) for frame in frames]
-    return {
-        "frames": [_frame(frame) for frame in frames],
-        "at": next((number for number, file in enumerate(files) if not _is_standard(file)), 0),
-        "native": _calls_c(top),
-        "waits": any(_is_transport(file) for file in files),
-        "held": any("pydevd" in file.name or "_pydevd_bundle" in file.parts for file in files[:8]),
-    }
+    return ThreadStack(
+        name=name,
+        cpu_s=_cpu_s(ident),
+        frames=tuple(map(_frame, frames)),
+        at=next((number for number, file in enumerate(files) if not _is_standard(file)), 0),
+        native=_calls_c(top),
+        waits=any(_is_transport(file) for file in files),
+        held=any("pydevd" in file.name or "_pydevd_bundle" in file.parts for file in files[:8]),
+    )
 
 
 def _is_transport(file: Path) -> bool:
@@ -95,10 +95,10 @@ def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _frame(frame: FrameType) -> list[object]:
+def _frame(frame: FrameType) -> StackLine:
     file, line = frame.f_code.co_filename, frame.f_lineno or 0
     text = linecache.getline(file, line, frame.f_globals).strip()
-    return [file, line, frame.f_code.co_name, text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"]
+    return file, line, frame.f_code.co_name, text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
 def _calls_c(frame: FrameType) -> bool:
@@ -178,12 +178,12 @@ def _cpu_s(ident: int) -> float | None:
 # -- by a signal
 
 
-def thread_names() -> list[tuple[int | None, str]]:
-    """Of all threads of this process, by what a dump calls them."""
-    return [(thread.ident, thread.name) for thread in threading.enumerate()]
+def thread_names() -> tuple[tuple[int | None, str], ...]:
+    """The number, by which a dump calls it, and name of each thread of this process."""
+    return tuple((thread.ident, thread.name) for thread in threading.enumerate())
 
 
-def named(dump: str, threads: Iterable[tuple[int, str]]) -> str:
+def named(dump: str, threads: Iterable[tuple[int | None, str]]) -> str:
     """The dump with these threads' names in it, after their numbers: faulthandler has none, or short ones."""
     names = dict(threads)
 

@@ -15,7 +15,7 @@ from dinfer.kv.ledger import BlockKey
 from dinfer.kv.measure import per_head
 from dinfer.kv.rows import numbers_text
 from dinfer.kv.source import HeldSpans, Noted, Subject, ViewableSource
-from dinfer.messages import Message
+from dinfer.messages import Figures
 from dinfer.saved.collect import first_holder, pieces
 from dinfer.saved.format import DIGESTS, SavedError, came_name, kv_file, ledger_name, piece_name, rows_name
 
@@ -130,7 +130,7 @@ class SavedSource(ViewableSource):
     def has_values(self, layer: int) -> bool:
         return layer in self._layers
 
-    def summary(self, rank: int, layer: int, places: range) -> Message:
+    def summary(self, rank: int, layer: int, places: range) -> Figures:
         return per_head(self.values(rank, layer, places))
 
     def part(self, rank: int, layer: int, tensor: int, heads: Sequence[int], places: Sequence[int]) -> Tensor:

@@ -45,7 +45,7 @@ print("ready", *pids, flush=True)
 for line in sys.stdin:
     print(run.step(), "stepped", flush=True)
 """
-WHERE = "__import__('dinfer.rank.kernel').engine.hosting.kernel._current.host.engine.executor"
+WHERE = "__import__('dinfer.rank.kernel').rank.kernel._current.host.engine.executor"
 PAUSED = f"""(lambda stand: all(
     limit == position + begun
     for position, begun, limit in zip(stand.positions, stand.started, stand.limits)

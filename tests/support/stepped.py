@@ -12,6 +12,7 @@ from dinfer.config import Config
 from dinfer.engine.board import Stand
 from dinfer.job import prepare
 from dinfer.launch.processes import Processes
+from dinfer.messages import FinishRun
 from dinfer.run.fleet import RemoteFleet
 from dinfer.run.stepper import Stepper
 from tests.support.runs import wait_for
@@ -39,9 +40,10 @@ class Stepped:
         """Let the ranks, whose prefill must be done, go on to their end; what each reports."""
         link = self.processes.link
         for rank in range(len(link.ranks)):
-            link.send(rank, "decode")
+            link.send(rank, FinishRun())
         wait_for(lambda: self.processes.watch(0.2), "all ranks have their result")
-        return [state.reports["result"] for state in link.ranks]
+        results = [state.result for state in link.ranks if state.result]
+        return [{"kv_sha256": result.kv_sha256, "tokens": list(result.tokens)} for result in results]
 
 
 @contextmanager
@@ -53,7 +55,7 @@ def stepped(model: Path, ids: Sequence[int], log_dir: Path, **config: object) ->
 
         def ready() -> bool:
             processes.watch(0.2)
-            return all("ready" in state.reports for state in processes.link.ranks)
+            return all(state.ready for state in processes.link.ranks)
 
         wait_for(ready, "all ranks are ready")
         fleet = RemoteFleet(job.plan, processes.link, processes.check)

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dinfer.kv.measure import CellDifference
 from dinfer.kv.placement import Misplaced
-from dinfer.messages import Message
+from dinfer.messages import HeldReport, ReferenceReport
 from dinfer.model.tolerance import tolerance
 
 FINAL = "final"
@@ -69,15 +69,17 @@ class HeldDigests:
     hidden: dict[Block, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rank: int, said: Message) -> "HeldDigests":
-        held = cls(rank, said["dtype"], said["held"], said["due"], said["tokens"])
-        for name, chunk, layer, *rest in said["items"]:
-            if name == "hidden":
-                held.hidden[chunk, layer] = rest[0]
-                continue
-            for where, digests in zip((held.now, held.then, held.announced), rest, strict=True):
+    def of(cls, rank: int, report: HeldReport) -> "HeldDigests":
+        lists = list(report.held), list(report.due), list(report.tokens)
+        held = cls(rank, report.dtype, *lists, hidden=_by_block(report.hidden))
+        for one in report.blocks:
+            for where, digests in (
+                (held.now, one.now),
+                (held.then, one.then),
+                (held.announced, one.announced),
+            ):
                 if digests:
-                    where[chunk, layer] = tuple(digests)
+                    where[one.chunk, one.layer] = digests
         return held
 
 
@@ -98,23 +100,21 @@ class Examined:
     measured: dict[TensorKey, CellDifference] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rank: int, said: Message) -> "Examined":
-        plain = {name: said[name] for name in ("exact", "rows", "threads", "seconds", "device")}
-        found = cls(rank=rank, **plain, choices=[TokenChoice(*one) for one in said["choices"]])
-        for name, *rest in said["items"]:
-            found._take(name, rest)
+    def of(cls, rank: int, report: ReferenceReport) -> "Examined":
+        found = cls(
+            rank, report.exact, report.rows, report.threads, report.seconds, report.device,
+            choices=[TokenChoice(*one) for one in report.choices],
+            blocks={(one.chunk, one.layer): one.now for one in report.blocks},
+            hidden=_by_block(report.hidden),
+            measured={(c, n, tensor): CellDifference.of(list(its)) for c, n, tensor, its in report.measured},
+        )  # fmt: skip
+        for layer, one in report.misplaced:
+            found.misplaced.setdefault(layer, []).append(Misplaced(*one))
         return found
 
-    def _take(self, name: str, rest: list[Any]) -> None:
-        match name:
-            case "kv":
-                self.blocks[rest[0], rest[1]] = tuple(rest[2])
-            case "hidden":
-                self.hidden[rest[0], rest[1]] = rest[2]
-            case "rows":
-                self.misplaced.setdefault(rest[0], []).append(Misplaced(*rest[1:]))
-            case "measured":
-                self.measured[rest[0], rest[1], rest[2]] = CellDifference.of(rest[3:])
+
+def _by_block(digests: Sequence[tuple[int, int, int]]) -> dict[Block, int]:
+    return {(chunk, layer): digest for chunk, layer, digest in digests}
 
 
 def holds_most(helds: Sequence[HeldDigests]) -> int:

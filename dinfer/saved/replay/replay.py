@@ -150,7 +150,7 @@ class Replay(Displayable, Closing):
         new = self.tokens[before:]
         remark = "" if new else f"no more than {recorded} new tokens were recorded"
         text = "".join(self._texts[before:])
-        return Decoded(tuple(new), text, bool(said["ended"]), before + len(new), remark)
+        return Decoded(tuple(new), text, said.ended, before + len(new), remark)
 
     # -- looking
 
