@@ -576,10 +576,6 @@ class MeetAt(Command[Ok], frozen=True):
     port: int
 
 
-class FinishRun(Command[Ok], frozen=True):
-    """To a paused rank of `dinfer run`: prefill is done, go on to decode. No reply."""
-
-
 class AllStands(Command[Ok], frozen=True):
     """Where all ranks stand, None where that is not known: answers a rank's `AskStands`. No reply."""
 
@@ -759,10 +755,6 @@ class StoreOpened(RankReport, frozen=True):
     port: int
 
 
-class Ready(RankReport, frozen=True):
-    """A paused rank stands before its first op."""
-
-
 class BatchResult(RankReport, frozen=True):
     """The rank is done: what it measured."""
 
@@ -817,7 +809,6 @@ class RankJob(Struct, frozen=True):
     config: dict[str, Any]
     ids: tuple[int, ...]
     link: RankLink
-    paused: bool = False
 
 
 # -- encoding

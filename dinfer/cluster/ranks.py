@@ -23,7 +23,6 @@ from dinfer.messages import (
     Loading,
     Note,
     RankReport,
-    Ready,
     Refused,
     Reply,
     Status,
@@ -81,7 +80,6 @@ class RankState:
     loading: Loading | None = None
     struck: Struck | None = None
     store: StoreOpened | None = None
-    ready: bool = False
     result: BatchResult | None = None
     told_to_end: bool = False
 
@@ -209,8 +207,6 @@ class RankStates:
                     state.struck = report
                 case StoreOpened():
                     state.store = report
-                case Ready():
-                    state.ready = True
                 case BatchResult():
                     state.result = report
                 case ToldToEnd():

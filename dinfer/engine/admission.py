@@ -1,25 +1,17 @@
 """What a prompt and a plan must be for an engine to take them, said before anything is given up or sent."""
 
-from collections.abc import Callable
-
 from dinfer.config import Backend
-from dinfer.engine.board import Board
 from dinfer.engine.faults import Faults
-from dinfer.engine.lanes import LaneExecutor
-from dinfer.engine.prefill import Prefill
+from dinfer.engine.lanes import Execution, LaneExecutor
 from dinfer.engine.streams import StreamIssuer
 from dinfer.engine.threads import ThreadExecutor
 from dinfer.model.decoder import Decoder
 from dinfer.model.errors import ModelError
 from dinfer.plan.lower import lower
-from dinfer.plan.ops import Op, PlanError
+from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import Shape
 from dinfer.plan.plan import Plan
 from dinfer.plan.verify import verify
-from dinfer.trace.events import Event
-from dinfer.trace.recorder import Recorder
-from dinfer.transport.gate import Gate
-from dinfer.transport.gloo import Comm
 from dinfer.transport.streams import StreamComm
 
 
@@ -56,19 +48,9 @@ def as_issued(plan: Plan, backend: Backend) -> Plan:
     return lower(plan) if backend == "nccl" and not plan.is_lowered else plan
 
 
-def execution(
-    backend: Backend,
-    plan: Plan,
-    state: Prefill,
-    comm: Comm,
-    gate: Gate,
-    recorder: Recorder,
-    board: Board,
-    on_op: Callable[[Event, Op], None],
-) -> LaneExecutor:
-    """What runs this rank's lanes; `on_op` is told of every op that has ended."""
-    given = plan, state, comm, gate, recorder, board, on_op
+def executor_for(backend: Backend, given: Execution) -> LaneExecutor:
+    """What runs this rank's lanes: threads, or, on NCCL, one thread that issues to streams."""
     if backend != "nccl":
-        return ThreadExecutor(*given)
-    assert isinstance(comm, StreamComm), "this transport takes no work to be run later"
-    return StreamIssuer(*given, streams=comm.open_streams(state.decoder.device))
+        return ThreadExecutor(given)
+    assert isinstance(given.comm, StreamComm), "this transport takes no work to be run later"
+    return StreamIssuer(given, given.comm.open_streams(given.state.decoder.device))

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dinfer.config import Config
-from dinfer.engine.admission import as_issued, capacity, check_length, check_plan, execution
+from dinfer.engine.admission import as_issued, capacity, check_length, check_plan, executor_for
 from dinfer.engine.board import Board
 from dinfer.engine.by_hand import LayerKV, Steps, layer_kv
 from dinfer.engine.conditions import Hit
 from dinfer.engine.corruption import Alarm, Tell
 from dinfer.engine.decoding import Decoding, cache_of
-from dinfer.engine.lanes import LaneExecutor
+from dinfer.engine.lanes import Execution, LaneExecutor
 from dinfer.engine.prefill import Prefill
 from dinfer.engine.prompt import Prompt, Stands, recorder_for
 from dinfer.engine.recheck import recheck
@@ -307,7 +307,8 @@ class Engine:
     def _execute(
         self, plan: Plan, state: Prefill, recorder: Recorder, on_op: Callable[[Event, Op], None]
     ) -> LaneExecutor:
-        return execution(self.config.backend, plan, state, self.comm, self.gate, recorder, self.board, on_op)
+        given = Execution(plan, state, self.comm, self.gate, recorder, self.board, on_op)
+        return executor_for(self.config.backend, given)
 
     def kv_caches(self, tokens: int) -> list[KV]:
         """K and V of every layer for the first `tokens` tokens; views of this rank's cache."""

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
+from typing import NamedTuple
 
 import torch
 
@@ -49,29 +50,28 @@ class LaneState:
     release: list[Channel] = field(default_factory=list)
 
 
+class Execution(NamedTuple):
+    """What an executor works on. `on_op(event, op)` is called for every op that has ended, on a thread of this rank."""
+
+    plan: Plan
+    state: Prefill
+    comm: Comm
+    gate: Gate
+    recorder: Recorder
+    board: Board
+    on_op: Callable[[Event, Op], None]
+
+
 class LaneExecutor(ABC):
-    """Runs one rank's part of a plan. All limits begin at 0; `set_limits` lets lanes go.
+    """Runs one rank's part of a plan. All limits begin at 0; `set_limits` lets lanes go."""
 
-    `on_op(event, op)` is told of every op that has ended, on a thread of this rank.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        state: Prefill,
-        comm: Comm,
-        gate: Gate,
-        recorder: Recorder,
-        board: Board | None = None,
-        on_op: Callable[[Event, Op], None] | None = None,
-    ) -> None:
-        self.plan, self.state, self.comm, self.gate = plan, state, comm, gate
-        self.recorder, self.board, self.on_op = recorder, board or Board(), on_op
-        self.rank = comm.rank
+    def __init__(self, given: Execution) -> None:
+        self.plan, self.state, self.comm, self.gate, self.recorder, self.board, self.on_op = given
+        self.rank = self.comm.rank
         self.failure: OpFailed | None = None
         self._closing = False
         self._made: set[Value] = set()
-        self._lanes = [LaneState(n, lane.name, lane.ops) for n, lane in enumerate(plan.lanes[self.rank])]
+        self._lanes = [LaneState(n, lane.name, lane.ops) for n, lane in enumerate(self.plan.lanes[self.rank])]
         if len(self._lanes) > MAX_LANES:
             raise PlanError(
                 f"rank {self.rank} has {len(self._lanes)} lanes; at most {MAX_LANES} can be shown."
@@ -204,8 +204,7 @@ class LaneExecutor(ABC):
             found = replace(event, kind="corrupt", ready=at, start=at, met=at, index=None)
             self.recorder.record(lane.number, found)
             self.state.alarm(corrupt)
-        if self.on_op:
-            self.on_op(event, op)
+        self.on_op(event, op)
 
     def _check_new(self, op: Op) -> None:
         if twice := self._made.intersection(op.makes()):

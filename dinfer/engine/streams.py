@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import takewhile
 from time import monotonic_ns
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dinfer.engine.board import Stand
-from dinfer.engine.lanes import LaneExecutor
+from dinfer.engine.lanes import Execution, LaneExecutor
 from dinfer.engine.ops import HANDLERS, header_at, land, payload_of
 from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op, PlanError, Value
@@ -36,8 +36,8 @@ class _Pending(NamedTuple):
 class StreamIssuer(LaneExecutor):
     """Issues one lane. `streams` are this issuer's own: `close` ends them."""
 
-    def __init__(self, *given: Any, streams: Streams, window: int = WINDOW, **named: Any) -> None:
-        super().__init__(*given, **named)
+    def __init__(self, given: Execution, streams: Streams, window: int = WINDOW) -> None:
+        super().__init__(given)
         if not self.plan.is_lowered:
             raise PlanError(f"rank {self.rank} issues one lane; this plan has others: lower it first.")
         self._streams, self._window = streams, window

@@ -8,10 +8,10 @@ is going back. What an op does is not decided here.
 from collections.abc import Iterable, Sequence
 from functools import partial
 from time import monotonic_ns
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dinfer.engine.board import Stand
-from dinfer.engine.lanes import LaneExecutor, LaneState, OpFailed
+from dinfer.engine.lanes import Execution, LaneExecutor, LaneState, OpFailed
 from dinfer.engine.ops import HANDLERS
 from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op, PlanError
@@ -33,8 +33,8 @@ _STOP = _Task()
 class ThreadExecutor(LaneExecutor):
     """Lanes as threads; transfers block their lane."""
 
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named)
+    def __init__(self, given: Execution) -> None:
+        super().__init__(given)
         self._senders = _senders(self.rank, self._lanes)
         for lane in self._lanes:
             self._thread(lane.name, partial(self._run, lane))

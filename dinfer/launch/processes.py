@@ -29,13 +29,11 @@ class Processes:
         self,
         job: Job,
         *,
-        paused: bool = False,
         on_text: Callable[[str], None] | None = None,
         on_hang: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.job = job
         self.link = Link(job.config.world_size)
-        self._paused = paused
         self._watch = ProcessWatch(
             job, self.link, self._exits, on_text, while_looking=self._introduce, on_hang=on_hang
         )
@@ -75,7 +73,7 @@ class Processes:
     def _start(self, rank: int) -> "subprocess.Popen[bytes]":
         config = self.job.config
         link = self.link.job_part(rank, launcher=os.getpid())
-        job = RankJob(rank, asdict(config), tuple(self.job.ids), link, paused=self._paused)
+        job = RankJob(rank, asdict(config), tuple(self.job.ids), link)
         environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads), "PYTHONUNBUFFERED": "1"}
         folder = Path(config.log_dir)
         folder.mkdir(parents=True, exist_ok=True)

@@ -20,8 +20,8 @@ NONE = -1
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Keep the garbage collector still: a large graph is many small objects and no cycles, and looking for some in it
-    takes a third of the time."""
+    """Switch the garbage collector off while a graph is built, in all threads: a graph is many small objects and no
+    cycles, and the collector would take a third of the time to look for some. For fractions of a second only."""
     was_on = gc.isenabled()
     gc.disable()
     try:

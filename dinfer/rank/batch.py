@@ -9,9 +9,8 @@ import torch
 
 from dinfer.config import Config
 from dinfer.engine.engine import Engine
-from dinfer.engine.lanes import LaneExecutor
 from dinfer.kv.digests import block_digests, row_digests
-from dinfer.messages import BatchResult, BlockCorrupt, FinishRun, Ready, TextPiece
+from dinfer.messages import BatchResult, BlockCorrupt, TextPiece
 from dinfer.model.decoder import Decoder
 from dinfer.model.text import TextStream, load_tokenizer
 from dinfer.rank.agreement import agree, facts_of
@@ -29,16 +28,13 @@ def run_rank(
     ids: Sequence[int],
     control: Control,
     meet: Callable[[], Comm],
-    *,
-    paused: bool = False,
 ) -> BatchResult:
     """Load, `meet()` the other ranks, prefill, decode; this rank's part of the result.
 
-    With `paused`, the lanes are left to the session's commands until FinishRun. Raises OutOfMemory, with what
-    to change, where memory runs out.
+    Raises OutOfMemory, with what to change, where memory runs out.
     """
     with explained(config, ids, device_of(rank, config)):
-        return _run(rank, config, ids, control, meet, paused=paused)
+        return _run(rank, config, ids, control, meet)
 
 
 def _run(
@@ -47,8 +43,6 @@ def _run(
     ids: Sequence[int],
     control: Control,
     meet: Callable[[], Comm],
-    *,
-    paused: bool,
 ) -> BatchResult:
     torch.set_num_threads(config.threads)
     control.board.set_phase("loading")
@@ -64,12 +58,8 @@ def _run(
     agree(comm, facts_of(config, decoder.spec, ids, engine.plan_for(len(ids)).id))
     executor = engine.prepare(ids)
     assert engine.recorder is not None
-    control.attach(executor, engine.recorder.lanes)
+    control.attach(rank, engine.recorder.lanes)
     comm.all_gather(b"r")  # prefill starts together, so that its time is not that of the slowest to load
-    if paused:
-        control.board.set_phase("prefill")
-        control.report(Ready())
-        _stepped(executor, control)
     kv_sha256 = _prefill(engine, len(ids))
     tokens, decode_s = _decode(engine, control)
     comm.all_gather(b"d")  # nobody leaves while another still needs it
@@ -133,13 +123,3 @@ def _decode(engine: Engine, control: Control) -> tuple[list[int], float]:
     log.info("decode done in %.3f s: %d tokens", took, len(tokens))
     control.board.set_phase("done", len(tokens))
     return tokens, took
-
-
-def _stepped(executor: LaneExecutor, control: Control) -> None:
-    """Leave the lanes to the session's commands until FinishRun. Raises OpFailed."""
-    while True:
-        try:
-            control.wait_for(FinishRun, timeout=0.1)
-            return
-        except TimeoutError:
-            executor.wait(lambda: True)  # raises if a lane has failed meanwhile

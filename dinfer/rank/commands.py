@@ -1,8 +1,7 @@
 """Command tables: which function of a rank carries out which command.
 
 A quick command is carried out at once, whatever the rank is doing; a slow one (loading, decoding) on a thread of its
-own, where slow ones run one after another. Here are the commands that move the lanes of one executor; others are where
-what they work on is.
+own, where slow ones run one after another. Here are the commands that stop lanes; others are beside what they work on.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,8 +18,6 @@ from dinfer.messages import (
     Refused,
     Release,
     Reply,
-    Rewind,
-    SetLimits,
     Stand,
 )
 from dinfer.plan.graph import Channel
@@ -63,26 +60,6 @@ def answer(table: CommandTable, number: int, command: Command[Any]) -> RankRepor
     except Exception as error:
         own = type(error).__module__.startswith("dinfer")
         return Refused(number, str(error) if own else f"{type(error).__name__}: {error}")
-
-
-def lane_commands(executor: Callable[[], LaneExecutor]) -> list[Handler]:
-    """Commands that move the lanes of the executor that there is at the time. `cut` is that of all ranks."""
-
-    def set_limits(command: SetLimits) -> Ok:
-        lanes = executor()
-        lanes.set_limits(command.cut[lanes.rank])
-        return Ok()
-
-    def rewind(command: Rewind) -> Ok:
-        lanes = executor()
-        lanes.rewind(command.cut[lanes.rank])
-        return Ok()
-
-    return [
-        quick(SetLimits, set_limits),
-        slow(Rewind, rewind),  # it computes hidden states anew
-        *stand_commands(executor),
-    ]
 
 
 def stand_commands(executor: Callable[[], LaneExecutor]) -> list[Handler]:

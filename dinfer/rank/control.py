@@ -12,13 +12,13 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, TypeVar
 
 import msgspec
 
 from dinfer.engine.board import Board, anonymous_file, map_file
-from dinfer.engine.lanes import LaneExecutor
 from dinfer.messages import (
     AllStands,
     AskStands,
@@ -34,7 +34,7 @@ from dinfer.messages import (
     unpack_command,
     unpack_request,
 )
-from dinfer.rank.commands import CommandTable, answer, lane_commands, quick, table_of
+from dinfer.rank.commands import CommandTable, answer, quick, table_of
 from dinfer.rank.debugger import undebugged
 from dinfer.rank.frames import recv_frames, send_frames
 from dinfer.rank.pyspy import let_look
@@ -101,12 +101,12 @@ class Control:
         """Answer these commands from now on."""
         self._table = table
 
-    def attach(self, executor: LaneExecutor, lanes: tuple[str, ...]) -> None:
-        """Let commands move this executor; `lanes` are its recorder's. Called on the thread that is to decode."""
-        self.report(Lanes(lanes, thread_names()))
-        rank, decoding = executor.rank, threading.current_thread().name
-        get_stacks = quick(GetStacks, lambda _: stacks(rank, alone=True, decoding=decoding))
-        self.serve(table_of([*lane_commands(lambda: executor), get_stacks]))
+    def attach(self, rank: int, lanes: Sequence[str]) -> None:
+        """Publish a run of these recorder's lanes, and say where threads stand when asked. Called on the thread that
+        is to decode."""
+        self.report(Lanes(tuple(lanes), thread_names()))
+        decoding = threading.current_thread().name
+        self.serve(table_of([quick(GetStacks, lambda _: stacks(rank, alone=True, decoding=decoding))]))
 
     def ask_stands(self, timeout: float) -> list[Stand | None]:
         """Where the session knows all ranks to stand; empty where it does not answer in time."""

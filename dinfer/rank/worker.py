@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from dinfer.config import Config
-from dinfer.messages import BatchResult, FinishRun, MeetAt, RankJob, StoreOpened
+from dinfer.messages import BatchResult, MeetAt, RankJob, StoreOpened
 from dinfer.rank.control import Control
 from dinfer.rank.debugger import listen_for_debugger
 from dinfer.rank.failure import describe
@@ -28,7 +28,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started the ranks; it ends them
     config = Config.of(job.config)
     log_to(Path(config.log_dir), job.rank, config.log_level)
-    control = Control(job.link, awaited=(MeetAt, FinishRun))
+    control = Control(job.link, awaited=(MeetAt,))
     try:
         listen_for_debugger(job.rank)
         result = _run(job, config, control)
@@ -60,7 +60,7 @@ def _run(job: RankJob, config: Config, control: Control) -> BatchResult:
             found = join_store(config.master_addr, port, config.start_timeout)
         return open_comm(config.backend, rank, config.world_size, found, config.start_timeout)
 
-    return run_rank(rank, config, job.ids, control, meet, paused=job.paused)
+    return run_rank(rank, config, job.ids, control, meet)
 
 
 def log_to(folder: Path, rank: int, level: str) -> None:

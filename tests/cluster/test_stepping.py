@@ -94,7 +94,7 @@ def test_a_rank_that_dies_while_all_stand_is_told_at_the_next_step(qwen3: Path, 
     """And not after the time in which a living rank must answer."""
     with stepped(qwen3, IDS, tmp_path / "logs", chunk_size=CHUNK) as run:
         run.stepper.run_to(1, 3)
-        victim = run.processes._processes[1]
+        victim = run.ranks.processes[1]
         victim.kill()
         victim.wait()
         struck = time.monotonic()
