@@ -1,4 +1,4 @@
-"""Live: the KV that a run's ranks hold now, as a Source."""
+"""The KV that a run's ranks hold now, as a Source; and the client that asks them for it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -71,7 +71,7 @@ class RankClient:
 
 
 class Live(LiveSource):
-    """Of ranks that stand."""
+    """The KV of ranks that stand."""
 
     def __init__(self, subject: Subject, line: RankClient) -> None:
         self._subject, self.line = subject, line
@@ -126,7 +126,7 @@ class Live(LiveSource):
     def part(self, rank: int, layer: int, tensor: int, heads: Sequence[int], places: Sequence[int]) -> Tensor:
         return self.line.tensors([rank], ReadKvPart(layer, tensor, tuple(heads), tuple(places)))[0]
 
-    # -- what only ranks can tell
+    # -- what only ranks know
 
     def hidden_first(self, rank: int) -> dict[int, int]:
         return self.line.ask([rank], ListHidden())[0].first

@@ -1,8 +1,7 @@
-"""Link: the session's end of the lines to all ranks' watchers.
+"""Link: a session's socket to the watchers of all its ranks.
 
-One ROUTER socket, encrypted and authenticated (CurveZMQ): it accepts nobody who does not hold this session's
-keys, which ranks get with their job. A thread keeps the newest state of each rank; everything else waits on one
-condition.
+One ROUTER socket, encrypted and authenticated by CurveZMQ: it accepts only who holds this session's keys, which each
+rank gets with its job. One thread receives all reports; whoever waits for one waits on the condition `changed`.
 """
 
 import threading
@@ -30,7 +29,7 @@ BEAT_S = 1.0
 
 
 class Link(RankStates):
-    """Opens the socket at once; `job_part(rank)` is what a rank's Control needs to find it."""
+    """Opens the socket at once. `job_part(rank)` is what a rank needs to reach it."""
 
     def __init__(self, world_size: int, address: str = "127.0.0.1") -> None:
         super().__init__(world_size)
@@ -54,7 +53,7 @@ class Link(RankStates):
         self._thread.start()
 
     def callback(self, domain: str, key: bytes) -> bool:  # noqa: ARG002 - zmq calls it so
-        """Asked by zmq's authenticator: whether this public key may connect."""
+        """Whether this public key may connect; zmq's authenticator asks."""
         return key == self._rank_public
 
     def job_part(

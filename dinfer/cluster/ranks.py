@@ -267,10 +267,10 @@ def update(state: RankState, status: Status) -> None:
 
 
 class Ranks(RankStates):
-    """Those who started the ranks, or joined them, implement this."""
+    """The interface of both kinds of ranks: engines and threads."""
 
     can_kill = True
-    """whether a rank can be ended and started again alone"""
+    """Whether one rank can be killed and started again."""
 
     @property
     def world_size(self) -> int:
@@ -281,11 +281,11 @@ class Ranks(RankStates):
         raise NotImplementedError
 
     def exits(self) -> list[int | None]:
-        """By rank, an exit status where its process has ended."""
+        """By rank, the exit status of a process that has ended, else None."""
         raise NotImplementedError
 
     def cores(self) -> list[int]:
-        """How many ranks share each rank's host."""
+        """By rank, how many ranks share its host."""
         raise NotImplementedError
 
     def meeting(self) -> StoreAddress:
@@ -293,11 +293,11 @@ class Ranks(RankStates):
         raise NotImplementedError
 
     def silent(self) -> list[int]:
-        """Ranks that do not answer though their process is there."""
+        """Ranks that do not answer, though their process has not ended."""
         raise NotImplementedError
 
     def kill(self, rank: int) -> None:
-        """End one rank's process."""
+        """Kill one rank's process."""
         raise NotImplementedError
 
     def revive(self, rank: int) -> None:
@@ -305,22 +305,22 @@ class Ranks(RankStates):
         raise NotImplementedError
 
     def listen_for_debugger(self, rank: int, port: int) -> tuple[str, int]:
-        """Let a client of debugpy attach to one rank: on which host, at which port."""
+        """Let a client of debugpy attach to one rank. Returns its host and port."""
         raise NotImplementedError
 
     def free(self) -> None:
-        """Wake what is blocked in the transport, where that can be done from here."""
+        """Wake all that is blocked in the transport, where that can be done from here."""
 
     def share_weights(self) -> None:
         """Let ranks of one process use one copy of the weights."""
 
     def close(self) -> None:
-        """Part from the ranks."""
+        """End the session's hold on the ranks; a cluster that it started ends."""
         raise NotImplementedError
 
 
 LOST = 256
-"""Stands for the exit status of a process of which only the end is known."""
+"""Exit status of a process of which it is only known that it has ended."""
 
 ANSWER_S = 0.5
 

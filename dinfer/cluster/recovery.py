@@ -1,7 +1,7 @@
-"""Recovery after a fault: free what is blocked, bring back who is lost, let all meet again. Weights stay on the living.
+"""Recovery after a fault: free blocked ranks, start lost ones again, let all meet. Ranks that live keep their weights.
 
-Blocked lanes of ranks that live are drained: positions name, for each op that has begun and not ended, its
-counterpart, and that is posted. A rank that does not come free that way is ended and started again.
+Blocked lanes of ranks that live are drained: the positions name each op that has begun and not ended, and its
+counterpart is posted. A rank that this does not free is killed and started again.
 """
 
 import time
@@ -23,12 +23,12 @@ LEAVE_S = 8.0
 MEET_S = 60.0
 
 STILL_S = 0.1
-"""ranks whose positions are published at least so often, and have not changed, do not move"""
+"""Positions are published at least this often: where they have not changed, the rank does not move."""
 
 
 def counterparts(plan: Plan, stands: dict[int, Stand]) -> dict[int, dict[str, list[Channel]]]:
-    """By rank, the channels on which it must send or receive so that the living ranks, which are those of `stands`,
-    come free. Pure."""
+    """By rank, the channels on which it must send or receive so that the living ranks, those in `stands`, come free.
+    Pure."""
     posts: dict[int, dict[str, list[Channel]]] = defaultdict(lambda: {"sends": [], "recvs": []})
     begun = [
         (rank, lane.ops[position])
@@ -52,16 +52,16 @@ def recover(
     say: Callable[[str], None],
     known_stuck: Collection[int] = (),
 ) -> list[int]:
-    """Bring all ranks to where a run can start; those that were started again, and have no weights.
+    """Bring all ranks to where a run can start. Returns those that were started again, and so have no weights.
 
-    `known_stuck`: those in an op that does not end, which need not be asked to come free.
+    `known_stuck`: ranks in an op that does not end; they are not asked to come free. `say` gets a line per event.
 
     Raises TimeoutError or RankRefused where that fails.
     """
     lost = {rank for rank, code in enumerate(ranks.exits()) if code is not None}
     lost |= set(ranks.silent())
     known = {rank for rank in known_stuck if rank not in lost and ranks.can_kill}
-    for rank in sorted(lost | known):  # first of all: what waits for them ends with them
+    for rank in sorted(lost | known):  # first, since what waits for them ends with them
         ranks.kill(rank)
     ranks.free()
     living = [rank for rank in range(ranks.world_size) if rank not in lost | known]
@@ -82,13 +82,12 @@ def meet(ranks: Ranks, backend: Backend = "gloo") -> None:
 
 
 def _end_the_stuck(ranks: Ranks, plan: Plan | None, living: Sequence[int]) -> set[int]:
-    """Have the living give up their run; those that could not, which are ended.
+    """Have the living ranks give up their run. Returns those that could not, which are killed.
 
-    Who is mute is stopped, or held by something that has the interpreter: it is ended, and asked for nothing more.
-    The others leave together: whoever waits in a collective for one that has given it up comes free when that one has
-    left.
+    A rank that does not answer is stopped, or its GIL is held: kill it. The others leave together: whoever waits in a
+    collective for a rank that has given it up comes free once that rank has left.
     """
-    # The first word is one that frees also who is held between two tokens.
+    # LimitDecode first: it also frees a rank that is held between two tokens.
     heard = answers(ranks, dict.fromkeys(living, LimitDecode(0)), FREEZE_S)
     mute = set(living) - set(heard)
     for rank in sorted(mute):
@@ -105,7 +104,7 @@ def _end_the_stuck(ranks: Ranks, plan: Plan | None, living: Sequence[int]) -> se
 
 def _drain(ranks: Ranks, plan: Plan, frozen: dict[int, Stand]) -> None:
     cut = tuple(frozen[rank].positions if rank in frozen else () for rank in range(plan.world_size))
-    # Limits at positions, so that no lane takes up again what it is released from.
+    # With limits at their positions, no lane begins again the op that it is released from.
     held = answers(ranks, dict.fromkeys(frozen, SetLimits(cut, stopping=True)), FREEZE_S)
     posts = counterparts(plan, _still(ranks, list(held)))
     drains = {rank: DrainChannels(tuple(own["sends"]), tuple(own["recvs"])) for rank, own in posts.items()}
@@ -113,7 +112,7 @@ def _drain(ranks: Ranks, plan: Plan, frozen: dict[int, Stand]) -> None:
 
 
 def _still(ranks: Ranks, living: Sequence[int]) -> dict[int, Stand]:
-    """Where they stand once transfers between two of them that are under way have ended."""
+    """Where these ranks stand, once the transfers between them that are under way have ended."""
     deadline = time.monotonic() + FREEZE_S
     with ranks.changed:
         before, found = None, _stands(ranks, living)

@@ -1,6 +1,6 @@
-"""Ranks that are threads of this process: the same session on any laptop, in lessons and in tests.
+"""Ranks that are threads of this process: the same session on any laptop, for lessons and tests.
 
-They share one checkpoint in memory. Nothing can be killed here, and what blocks the process blocks the session too.
+They share one checkpoint in memory. A rank cannot be killed here, and what blocks the process blocks the session too.
 """
 
 import threading
@@ -24,7 +24,7 @@ PUMP_S = 0.05
 
 
 class LocalRanks(Ranks):
-    """Hosts in this process, and what they say."""
+    """A RankService for each rank, called directly."""
 
     can_kill = False
 
@@ -55,7 +55,7 @@ class LocalRanks(Ranks):
         return f"{self.world_size} ranks as threads of this process, which share one checkpoint in memory"
 
     def exits(self) -> list[int | None]:
-        """Threads end with the process."""
+        """No rank ends before the process does."""
         return [None] * self.world_size
 
     def cores(self) -> list[int]:
@@ -72,15 +72,15 @@ class LocalRanks(Ranks):
         raise NotPossible(f"rank {rank} is a thread of this process and cannot be killed alone.")
 
     def revive(self, rank: int) -> None:
-        raise NotPossible(f"rank {rank} is a thread of this process: it cannot have been lost alone.")
+        raise NotPossible(f"rank {rank} is a thread of this process: it cannot be lost alone.")
 
     def listen_for_debugger(self, rank: int, port: int) -> tuple[str, int]:  # noqa: ARG002 - see the message
         raise NotPossible(
-            f"rank {rank} is a thread of this process: the debugger of your notebook or IDE stops it as any other."
+            f"rank {rank} is a thread of this process: use the debugger of your notebook or IDE."
         )
 
     def free(self) -> None:
-        """Wake whoever is blocked in the transport: here, that can be done."""
+        """Wake all that is blocked in the transport."""
         self.exchange.close()
 
     def close(self) -> None:
@@ -102,7 +102,7 @@ class LocalRanks(Ranks):
             self._reply(rank, command, number)
 
     def share_weights(self) -> None:
-        """All ranks use what rank 0 has loaded."""
+        """Let all ranks use the weights that rank 0 has loaded."""
         for host in self.hosts[1:]:
             host.weights.share(self.hosts[0].weights)
 
@@ -112,11 +112,11 @@ class LocalRanks(Ranks):
         self.take(rank, report)
 
     def _moved(self, rank: int) -> Callable[["_NotifyingBoard"], None]:
-        """What a board calls when something on it has changed: the state is told at once."""
+        """What a rank's board calls when it changes: takes over its state at once."""
 
         def moved(board: _NotifyingBoard) -> None:
             state = self.ranks[rank]
-            with self.changed:  # read inside, so that no older news comes after newer
+            with self.changed:  # read while held, so that an older state cannot replace a newer one
                 stand = board.stand(max(0, len(state.lanes) - 1))
                 state.heard = time.monotonic()
                 update(state, Status(board.phase, board.decoded, stand))
@@ -137,7 +137,7 @@ class LocalRanks(Ranks):
             self.changed.notify_all()
 
     def new_prompt(self, rank: int) -> None:
-        """A rank has a new recorder, from which nothing has been read."""
+        """Read events from the rank's new recorder from now on."""
         engine = self.hosts[rank].engine
         assert engine is not None
         assert engine.recorder is not None
@@ -146,7 +146,7 @@ class LocalRanks(Ranks):
 
 
 class _NotifyingBoard(Board):
-    """A board that tells when it changes."""
+    """A board that calls back when it changes."""
 
     def __init__(self, changed: Callable[["_NotifyingBoard"], None]) -> None:
         super().__init__(memoryview(bytearray(BOARD_BYTES)))
@@ -172,12 +172,12 @@ class _End:
             self._ranks.new_prompt(self._rank)
         self._ranks.take(self._rank, report)
 
-    def ask_stands(self, timeout: float) -> list[Stand | None]:  # noqa: ARG002 - the answer is there at once
+    def ask_stands(self, timeout: float) -> list[Stand | None]:  # noqa: ARG002 - the answer is at hand
         return [state.stand for state in self._ranks.ranks]
 
 
 class _Meeting:
-    """All ranks share the process's exchange; meeting anew makes a new one."""
+    """All ranks share one exchange; whenever they meet again there is a new one."""
 
     def __init__(self, ranks: LocalRanks, rank: int) -> None:
         self._ranks, self._rank = ranks, rank

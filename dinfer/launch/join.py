@@ -1,8 +1,8 @@
-"""Join: this process is one rank of a run that another launcher (torchrun, mpirun, a debugger) has started.
+"""This process as one rank of a run that another launcher (torchrun, mpirun, a debugger) has started.
 
-Rank 0 also keeps the session: it opens the link, watches all ranks, shows progress and text, and writes the
-results. It alone speaks; a rank that fails waits until rank 0 has said why, since most launchers end all ranks
-as soon as one has ended.
+Rank 0 also holds the session: it opens the link, watches all ranks, shows progress and text, and writes the results.
+Only rank 0 prints. A rank that fails waits until rank 0 has said why, since most launchers end all ranks as soon as one
+has ended.
 """
 
 import atexit
@@ -51,7 +51,7 @@ log = logging.getLogger("dinfer")
 
 
 def join(config: Config, launched: Launched, trace_path: str | Path | None) -> dict[str, Any] | None:
-    """Run this process's rank; the result on rank 0, else None. Where a rank fails, rank 0 says so and exits."""
+    """Run this process's rank. Returns the result on rank 0, else None. If a rank fails, rank 0 says why and exits."""
     if launched.rank == 0:
         return _lead(config, launched, trace_path)
     _follow(config, launched)
@@ -98,7 +98,7 @@ def _run_all(
 def _follow(config: Config, launched: Launched) -> None:
     signal.signal(
         signal.SIGINT, signal.SIG_DFL
-    )  # until there is something to clean up: end at once and in silence
+    )  # as long as there is nothing to clean up: end at once and silently
     try:
         job, refusal = _prepare(config, launched), ""
     except (ConfigError, ModelError, PlanError) as error:
@@ -139,11 +139,11 @@ class _RankThread:
         self._thread.start()
 
     def join(self) -> None:
-        """Let the thread end: one that Python has to cut off at its exit, inside torch, would abort the process."""
+        """Wait for the thread: if Python had to cut it off at exit, inside torch, the process would abort."""
         self._thread.join()
 
     def outlast(self) -> None:
-        """Start, and return when this rank's work is done; the process ends here if that fails."""
+        """Start, and return when this rank is done; if it fails the process ends here."""
         _on_signal(_interrupt)
         status = FAILED
         try:
@@ -159,14 +159,12 @@ class _RankThread:
         self._await_the_end(status)
 
     def _await_the_end(self, status: int) -> NoReturn:
-        """Rank 0 has this process killed once it knows why the run is over."""
+        """Rank 0 has this process killed once it knows why the run has failed."""
         _on_signal(_ignore)
         time.sleep(FAREWELL_S)
-        if self._launched.rank == 1:  # somebody must say it
+        if self._launched.rank == 1:  # one rank must say it
             last = self._error or "it was told to end."
-            print(
-                f"dinfer: rank 0, which leads the run, is gone. Rank 1's last word: {last}", file=sys.stderr
-            )
+            print(f"dinfer: rank 0, which leads the run, is gone. Rank 1: {last}", file=sys.stderr)
         os._exit(status)  # lanes may be blocked in the transport, which nothing else undoes
 
     def _run(self) -> None:
@@ -201,7 +199,7 @@ def _keep_session(
                 watch.explain()  # a launcher that sees one rank end stops all: then that end is the news
                 raise KeyboardInterrupt
     except RankFailed as failure:
-        # Said before the others are ended: MPICH's mpirun kills this process too, as soon as one is killed.
+        # Print before the others are ended: MPICH's mpirun kills this process too, as soon as one is killed.
         print(f"dinfer: {failure}", file=sys.stderr, flush=True)
         raise SystemExit(FAILED) from None
     finally:
@@ -210,7 +208,7 @@ def _keep_session(
 
 
 def _end_others(link: Link) -> None:
-    """Ranks that have not delivered by now never will. One that is not heard of ends by itself."""
+    """Kill ranks that have not delivered by now. One that cannot be reached ends by itself."""
     late = [rank for rank, state in enumerate(link.ranks) if rank and state.result is None and state.heard]
     for rank in late:
         link.send(rank, KillRank())
@@ -225,14 +223,14 @@ def _on_signal(do: Callable[..., object]) -> None:
 
 
 def _told_to_end() -> threading.Event:
-    """Set by the signals that ask to end: rank 0 asks for the cause first, wherever it is just then."""
+    """Set by the signals that ask to end, so that rank 0 can find the cause first."""
     told = threading.Event()
     _on_signal(lambda *_: told.set())
     return told
 
 
 def _interrupt(*_: object) -> None:
-    _on_signal(_ignore)  # a second one must not disturb what the first leads to
+    _on_signal(_ignore)  # a second signal must not disturb the clean-up
     raise KeyboardInterrupt
 
 

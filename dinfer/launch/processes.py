@@ -1,4 +1,4 @@
-"""Processes: the ranks of `dinfer run` on this machine, each a process of its own: up, watched, and down again."""
+"""The ranks of `dinfer run` on this machine, each a process: starts, watches and ends them."""
 
 import contextlib
 import os
@@ -19,11 +19,11 @@ from dinfer.launch.watch import ProcessWatch
 from dinfer.messages import MeetAt, RankJob
 
 EXIT_S = 1.0
-"""how long a process may take to end once it has closed its connections"""
+"""How long a process may take to end once it has closed its connections."""
 
 
 class Processes:
-    """Started on entry; ended, whatever happened, on exit."""
+    """A context: the ranks are started on entry and ended on exit, whatever happens."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class Processes:
         return process
 
     def watch(self, seconds: float) -> bool:
-        """Look after the ranks for that long; True once all have delivered their result. Raises RankFailed."""
+        """Watch the ranks for that long; True once all have delivered their result. Raises RankFailed."""
         return self._watch.look(seconds)
 
     def check(self) -> None:
@@ -100,7 +100,7 @@ class Processes:
         self._watch.check()
 
     def _introduce(self) -> None:
-        """Tell each other rank, once it can hear, where rank 0 has opened the place to meet."""
+        """Send each other rank, once it is connected, the port at which rank 0 waits."""
         opened = self.link.ranks[0].store
         for rank, state in enumerate(self.link.ranks):
             if opened and state.heard and rank not in self._introduced:
@@ -111,8 +111,8 @@ class Processes:
         return [self._exit(rank, process) for rank, process in enumerate(self._processes)]
 
     def _exit(self, rank: int, process: "subprocess.Popen[bytes]") -> int | None:
-        """Exit status of a rank that has ended. One whose watcher alone says so is about to: that is waited for, or
-        what its death did to the others would be taken for the cause."""
+        """Exit status of a rank that has ended. If so far only its watcher says so, wait for the process: or what its
+        death did to the others would be taken for the cause."""
         state = self.link.ranks[rank]
         if state.gone and not (state.error or state.result):
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -121,7 +121,7 @@ class Processes:
 
 
 def interrupt_as_error() -> None:
-    """Let SIGTERM end a run as Ctrl-C does: with everything cleaned up."""
+    """Have SIGTERM end a run as Ctrl-C does, with everything cleaned up."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

@@ -24,7 +24,7 @@ from dinfer.verdict.signs import BUSY, StackFrame
 DUMP_ANSWER_S = 1.0
 
 LANES = frozenset(("engine/threads.py", "engine/streams.py"))
-"""where the threads of lanes begin"""
+"""The files in which the threads of lanes begin."""
 
 _NAME = re.compile(r"hread 0x[0-9a-f]+ \[(.*?)\] \(most")
 
@@ -33,8 +33,9 @@ _FILE = re.compile(r'  File "(.*)", line (\d+) in (.*)')
 
 @dataclass(frozen=True)
 class Stacks:
-    """Of one rank. `frames` are by lane name; `text` is all of it, for people; `answers`: whether the rank itself has
-    said it; `cpu_s`: CPU time of its threads together, where they say it; `holder`: the lane that keeps it mute."""
+    """Of one rank. `frames`: by lane name; `text`: all stacks, for people; `answers`: whether the rank itself has
+    answered, None where it was not asked; `cpu_s`: CPU time of all its threads, where known; `holder`: the lane that
+    holds the GIL, so that the rank cannot answer."""
 
     frames: Mapping[str, StackFrame] = field(default_factory=dict)
     text: str = ""
@@ -63,7 +64,7 @@ def _as_asked(rank: int, stacks: ThreadStacks) -> Stacks:
 
 
 def as_dumped(rank: int, text: str) -> Stacks:
-    """What faulthandler has written, which does not say which of several threads holds the interpreter."""
+    """From faulthandler's text, which does not say which of several threads holds the GIL."""
     busy = []
     for thread in text.split("\n\n"):
         found = [(file, int(line), name) for file, line, name in _FILE.findall(thread)]
@@ -77,10 +78,10 @@ def as_dumped(rank: int, text: str) -> Stacks:
 
 
 def as_spied(rank: int, threads: Sequence[SpiedThread], known: Stacks) -> Stacks | None:
-    """What is known, and what py-spy has seen a little earlier; None where that is not so any more."""
+    """What is known, with what py-spy saw a little earlier; None where the rank has moved since."""
     seen = {_lane(rank, thread.name): thread.frames for thread in threads}
     text = "\n".join(_spied_text(thread) for thread in threads)
-    if known.answers is None:  # it is stopped: nobody else can see it
+    if known.answers is None:  # it is stopped, so only py-spy can see it
         return replace(known, text=text)
     if not known.answers:
         holder = next((_lane(rank, thread.name) for thread in threads if thread.holds_gil), "")
@@ -92,7 +93,7 @@ def as_spied(rank: int, threads: Sequence[SpiedThread], known: Stacks) -> Stacks
 
 
 def _held(known: Stacks, seen: Mapping[str, Sequence[SpiedFrame]], holder: str, text: str) -> Stacks | None:
-    """Of a mute rank, by the thread that holds its interpreter."""
+    """For a rank that does not answer: where the thread that holds its GIL stands."""
     file, line, function, source = next(frame for frame in seen[holder] if frame.line is not None)
     assert line is not None
     if known.text and f'"{file}", line {line} in ' not in known.text:
@@ -102,7 +103,7 @@ def _held(known: Stacks, seen: Mapping[str, Sequence[SpiedFrame]], holder: str, 
 
 
 def _with_c(frame: StackFrame, seen: Sequence[SpiedFrame]) -> StackFrame | None:
-    """A frame that has called into C, with what it has called; None where the thread was seen elsewhere."""
+    """A frame in C, with the C functions that it has called; None where py-spy saw the thread elsewhere."""
     if not frame.native or not seen:
         return frame
     at = next(one for one in seen if one.line is not None)
@@ -121,7 +122,7 @@ def _seen_line(seen: SpiedFrame) -> str:
 
 
 def _is_in_op(files: Iterable[str]) -> bool:
-    """Whether a thread runs an op, and does not wait in the transport or at a gate."""
+    """Whether a thread runs an op and does not wait in the transport or at a gate."""
     places = {file.rpartition("/dinfer/")[2] for file in files}
     return bool(places & LANES) and not places & TRANSPORT
 
@@ -142,7 +143,7 @@ def _line(file: str, line: int, function: str, text: str) -> str:
 
 
 class Spied:
-    """Of the ranks of one session that are processes: each is looked at once, and again when it has moved since."""
+    """What py-spy sees of a session's ranks that are processes: each is read once, and again once it has moved."""
 
     def __init__(self, ranks: RankStates) -> None:
         self._ranks = ranks
@@ -151,18 +152,18 @@ class Spied:
 
     @property
     def ranks(self) -> frozenset[int]:
-        """Of which something has been seen."""
+        """The ranks of which something has been seen."""
         return frozenset(rank for rank, threads in self._seen.items() if threads)
 
     def begin(self, which: Iterable[int]) -> None:
-        """Have these looked at that are not yet."""
+        """Have those of these ranks read that have not been."""
         states = self._ranks.ranks
         new = [rank for rank in which if rank not in {*self._begun, *self._seen} and states[rank].process]
         if new:  # a run that is over may ask nothing
             self._begun.update(self._ranks.begin(dict.fromkeys(new, SpyOnRank())))
 
     def looks_at(self, which: Iterable[int]) -> set[int]:
-        """Those of these that are being looked at, and so may have been stopped for it."""
+        """Those of these ranks that are being read, and so may be stopped meanwhile."""
         return {rank for rank in which if rank in self._begun}
 
     def collect(self) -> bool:
@@ -173,7 +174,7 @@ class Spied:
         return any(new.values())
 
     def added_to(self, stacks: Mapping[int, Stacks]) -> dict[int, Stacks]:
-        """What is known by rank, and what was seen; what is not so any more is forgotten."""
+        """What is known by rank, with what was seen; forgets what was seen of ranks that have moved since."""
         found = dict(stacks)
         for rank, threads in list(self._seen.items()):
             if not threads:  # there is no py-spy, or it may not look

@@ -1,7 +1,7 @@
-"""Examination: transformers' own forward of a prompt and its new tokens beside what one rank holds of them.
+"""Compares transformers' own forward of a prompt and its new tokens with what one rank holds of them.
 
-Every tensor is compared as soon as the forward has made it, where it lies; what is left of it are numbers. The forward
-may run in other chunks or in another dtype than the run did. What a difference means is not decided here.
+Every tensor is compared on its device as soon as the forward has made it, and only numbers are kept. The forward may
+use other chunks or another dtype than the run did. What a difference means is not decided here.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from dinfer.rank.inventory import Inventory, InventoryKey, as_rows, empty_digest
 
 
 class LayerReplay:
-    """Of one rank. Ask for each chunk's layers in order."""
+    """Computes anew the hidden states that a rank has not kept. Ask for each chunk's layers in order."""
 
     def __init__(self, decoder: Decoder, holding: Inventory) -> None:
         self._decoder, self._holding = decoder, holding
@@ -30,8 +30,8 @@ class LayerReplay:
         self._at: dict[int, Tensor | None] = {}
 
     def hidden(self, chunk: int, rows: range, layer: int) -> Tensor | None:
-        """What entered `layer`, [1, tokens, hidden_size], for these rows of that chunk: the very tensor where it is
-        kept; None where the run has not come so far, or this rank lacks the KV that made it."""
+        """What entered `layer`, [1, tokens, hidden_size], for these rows of that chunk: the kept tensor if there is
+        one; None if the run has not come so far, or this rank lacks the KV to compute it from."""
         kept = self._holding.state.hidden.get((chunk, layer))
         if kept is not None:
             self._at[rows.start] = kept

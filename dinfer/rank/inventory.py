@@ -1,4 +1,4 @@
-"""Holding: what one rank holds of its run just now, block by block, and the digests of that.
+"""What one rank holds of its run now, block by block, and digests of it.
 
 The rows of all new tokens count as one further block behind the prompt's chunks. Read only.
 """
@@ -19,8 +19,8 @@ InventoryKey = tuple[int, int]
 
 
 class Inventory:
-    """`tokens` are the new tokens: the last of them has no rows, for it has not been fed yet. `rows`: how many rows
-    decode has left in a layer; 0: there are no new tokens."""
+    """`tokens`: the new tokens, of which the last has no row yet, since it has not been fed; `rows`: rows that decode
+    has left in a layer, 0 if there are no new tokens."""
 
     def __init__(self, executor: LaneExecutor, tokens: Sequence[int], rows: int = 0) -> None:
         self._executor, self.state = executor, executor.state
@@ -33,12 +33,12 @@ class Inventory:
 
     @cached_property
     def ids(self) -> list[int]:
-        """All tokens that have rows, and those of the prompt that are to get them."""
+        """The prompt's tokens, and all new ones that have rows."""
         return [*self.state.ids, *self.tokens[:-1]]
 
     @cached_property
     def chunks(self) -> list[range]:
-        """The rows of each chunk, and those of the new tokens."""
+        """The rows of each chunk, and, last, those of the new tokens."""
         prompt = self._executor.plan.shape.chunks
         new = range(prompt[-1].stop, len(self.ids))
         return [*prompt, new] if new else list(prompt)
@@ -66,7 +66,7 @@ class Inventory:
         return self.cache.block(layer, rows.start, rows.stop)
 
     def rows_due(self, layer: int) -> int:
-        """How many rows of a layer there should be: those of the chunks that are here without a gap."""
+        """How many rows a layer should have: those of the first chunks, up to one that is missing."""
         here = 0
         for chunk, rows in enumerate(self.chunks):
             if not self.holds(chunk, layer):
@@ -75,7 +75,7 @@ class Inventory:
         return here
 
     def rows_held(self, layer: int) -> int:
-        """How many there are: more, where rows have been appended twice."""
+        """How many it has: more, if rows have been appended twice."""
         rows = max(self.rows_due(layer), self._rows) + self.state.extra.get(layer, 0)
         return min(rows, self.cache.capacity)
 
@@ -83,13 +83,13 @@ class Inventory:
         return as_rows(row_digests(self.cache.block(layer, 0, self.rows_held(layer))))
 
     def digests(self) -> dict[InventoryKey, tuple[int, int]]:
-        """Of every block, K and V: of its bytes as they are now. Waits for the device."""
+        """Digests of K and V of every block, as they are now. Waits for the device."""
         found = [block_digests(row_digests(self.block(*key))) for key in self.keys]
         return {key: as_numbers(digests) for key, digests in zip(self.keys, _on_host(found), strict=True)}
 
     def hidden_digests(self) -> dict[InventoryKey, int]:
-        """Of the hidden states that are kept here, by chunk and layer that they enter; the final one's layer is the
-        number of layers and one."""
+        """Digests of the hidden states that are kept here, by chunk and layer that they enter; the final one has the
+        number of layers plus one."""
         kept = dict(self.state.hidden)
         if self.state.final is not None:
             kept[self.prompt_chunks - 1, self.layers + 1] = self.state.final
@@ -98,7 +98,7 @@ class Inventory:
 
 
 def hidden_digest(hidden: Tensor) -> Tensor:
-    """Of a hidden state [1, tokens, hidden_size]: int64 [1]."""
+    """Digest of a hidden state [1, tokens, hidden_size]: int64 [1]."""
     rows = row_digests(hidden[0][:, None, None, :])
     return block_digests(rows.expand(-1, 2, -1))[:1]
 
@@ -115,5 +115,5 @@ def empty_digest(cache: KVCache) -> int:
 
 
 def _on_host(digests: list[Tensor]) -> list[Tensor]:
-    """Brought over together."""
+    """Copy them from the device together."""
     return list(torch.stack(digests).cpu()) if digests else []

@@ -1,7 +1,7 @@
-"""A rank inside a Jupyter kernel: an ipyparallel engine, where the user's `%%px` cells run too.
+"""A rank inside an ipyparallel engine, where the user's `%%px` cells run too.
 
-The functions here are called by the session in the engine. What they make stays there between runs, and when the
-session's own kernel is restarted.
+A session calls these functions in the engine. What they make stays there between runs, and when the session's own
+kernel is restarted.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from dinfer.transport.nccl import open_comm
 _current: "Kernel | None" = None
 
 _debug_port = 0
-"""where a debugger may attach; 0: nowhere yet"""
+"""Where a debugger may attach; 0: nowhere yet."""
 
 
 class Kernel:
-    """One rank's host, its line to the session, and the names that `%%px` cells find."""
+    """One rank's service, its connection to the session, and the names that `%%px` cells find."""
 
     def __init__(self, link: RankLink, world_size: int) -> None:
         self.rank, self.world_size = link.rank, world_size
@@ -42,11 +42,11 @@ class Kernel:
 
 
 class _NoEngine:
-    """What a `%%px` cell finds before there is a run, or once it is over."""
+    """What a `%%px` cell finds as `engine` before there is a run, or once it is over."""
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"there is no run, so nothing has {name!r}: session.prefill(prompt, paused=True) begins one"
+            f"engine has no {name!r} while there is no run: session.prefill(prompt, paused=True) begins one"
         )
 
     def __bool__(self) -> bool:
@@ -98,7 +98,8 @@ def address_towards(address: str) -> str:
 
 
 def listen_for_debugger(port: int = 0) -> int:
-    """Let a client of debugpy attach to this rank; the port, which stays the first one. Raises DebuggerError."""
+    """Let a client of debugpy attach to this rank. Returns the port; a later call returns the same. Raises
+    DebuggerError."""
     global _debug_port
     assert _current
     if not _debug_port:
@@ -109,7 +110,7 @@ def listen_for_debugger(port: int = 0) -> int:
 
 
 def _bind(host: RankService) -> None:
-    """Give `%%px` cells their names."""
+    """Set the names that `%%px` cells find."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is None or _current is None:
         return

@@ -1,8 +1,8 @@
-"""Spying: what py-spy sees of a rank, where it is installed and may look: the C functions that its Python lines have
-called, which thread holds the interpreter, and all that of a stopped process too.
+"""What py-spy sees of a rank, if it is installed and may read it: the C functions that Python lines have called, which
+thread holds the GIL, and the stacks of a stopped process.
 
-It runs beside the watcher, which goes on meanwhile. It stops the rank while it reads it, for a tenth of a second up to
-some seconds on busy cores: only a rank that seems not to move is to be looked at. Nothing here judges.
+It runs beside the watcher, which goes on meanwhile. It stops the rank while it reads it, for a tenth of a second, or
+some seconds on busy cores: so only a rank that seems not to move is to be read. Nothing here judges.
 """
 
 import ctypes
@@ -28,28 +28,28 @@ PR_SET_PTRACER = 0x59616D61
 PATIENCE_S = 5.0
 
 WAYS = ("--native", "--nonblocking")
-"""The second sees Python only, and also where C frames cannot be read, or the process is stopped already."""
+"""The second sees Python only, but also if C frames cannot be read, or the process is stopped already."""
 
 _BETWEEN = ("libpython", "python", "_ctypes", "libffi", "_cffi_backend", "ld-linux")
-"""what lies between a line of Python and the function that it calls: libraries, and functions"""
+"""Libraries that lie between a line of Python and the C function that it calls."""
 
 _BINDINGS = "pybind11::"
 
 
 def let_look(pid: int) -> None:
-    """Let that process and its children look at this one, where the system (Yama) else lets only its parents."""
+    """Let that process and its children read this one; Linux (Yama) by default allows only its parents to."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PTRACER, ctypes.c_ulong(pid), *[ctypes.c_ulong(0)] * 3)
 
 
 def program() -> str | None:
-    """Where py-spy is: beside this Python, or on the path."""
+    """Path of py-spy, beside this Python or on PATH; None if it is missing."""
     beside = Path(sys.executable).with_name("py-spy")
     return str(beside) if os.access(beside, os.X_OK) else shutil.which("py-spy")
 
 
 class Look:
-    """py-spy at work on one process, one way after the other until one succeeds."""
+    """py-spy at work on one process: tries WAYS in order until one succeeds."""
 
     def __init__(self, spy: str, pid: int, *, stopped: bool) -> None:
         self._command = [spy, "dump", "--json", "--pid", str(pid)]
@@ -58,7 +58,7 @@ class Look:
         self._begin()
 
     def threads(self) -> list[SpiedThread] | None:
-        """What it has seen; None while it looks; empty where it sees nothing, whatever the reason."""
+        """What it has seen; None while it is at work; empty if it sees nothing, for whatever reason."""
         late = monotonic() > self._until
         if self._process and self._process.poll() is None and not late:
             return None
@@ -69,7 +69,7 @@ class Look:
         return None
 
     def end(self) -> str:
-        """Look no longer; what was written."""
+        """End it. Returns what it has written."""
         if self._process:
             self._process.kill()
             self._process.wait()
@@ -83,7 +83,7 @@ class Look:
         command = [*self._command, self._ways.pop(0)]
         nothing = subprocess.DEVNULL
         self._process: subprocess.Popen[bytes] | None = None
-        with suppress(OSError):  # it is no program, or there is no memory for one more
+        with suppress(OSError):  # it cannot be executed, or there is no memory for one more process
             self._process = subprocess.Popen(command, stdin=nothing, stdout=self._output, stderr=nothing)
 
 
@@ -117,8 +117,8 @@ def _short(text: str) -> str:
 
 
 def in_c(frames: Sequence[SpiedFrame]) -> str:
-    """The C functions in which a thread is, from the one that its Python line has called to the innermost; "" if
-    none is known. What Python and bindings put in between is left out."""
+    """The C function that the thread's Python line has called, and the innermost one; "" if none is known. Frames of
+    Python itself and of bindings are left out."""
     calls = [
         frame.function
         for frame in takewhile(lambda frame: frame.line is None, frames)

@@ -1,4 +1,4 @@
-"""Worker: the process of one rank in `dinfer run`; it takes its job from standard input and reports by Control.
+"""The process of one rank in `dinfer run`: takes its job from standard input and reports through Control.
 
 `python -m dinfer.rank.worker`; the job is a RankJob as JSON.
 """
@@ -25,7 +25,7 @@ log = logging.getLogger("dinfer")
 
 def main() -> int:
     job = msgspec.json.decode(sys.stdin.buffer.read(), type=RankJob)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started the ranks; it ends them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher, which ends the ranks
     config = Config.of(job.config)
     log_to(Path(config.log_dir), job.rank, config.log_level)
     control = Control(job.link, awaited=(MeetAt,))
@@ -36,7 +36,7 @@ def main() -> int:
         log.error("this rank failed\n%s", traceback.format_exc())
         control.report(describe(error))
         control.close()
-        os._exit(1)  # lanes may be blocked in the transport, which nothing but the end of the process undoes
+        os._exit(1)  # lanes may be blocked in the transport, which only the end of the process undoes
     control.report(result)
     control.close()
     return 0
