@@ -18,8 +18,7 @@ from dinfer.engine.corruption import Corruption
 from dinfer.engine.prefill import Prefill
 from dinfer.plan.graph import Channel
 from dinfer.plan.ops import Op, PlanError, Value
-from dinfer.trace.events import Event
-from dinfer.trace.of_plan import event_of
+from dinfer.trace.events import Event, event_of
 from dinfer.trace.recorder import Recorder
 from dinfer.transport.gate import Gate
 from dinfer.transport.gloo import Comm

@@ -15,7 +15,7 @@ CIRCLE = (
     "c0 l4 to rank 0 and waits"
 )
 HANGS = (
-    "these wait for one another for ever: rank 0 waits for rank 1 to take block c0 l0; rank 1 waits for rank 2 to take "
+    "deadlock: rank 0 waits for rank 1 to take block c0 l0; rank 1 waits for rank 2 to take "
     "block c0 l2; rank 2 waits for rank 0 to take block c0 l4"
 )
 

@@ -36,7 +36,7 @@ SHOWN: dict[str, list[str]] = {
     "sweep": ["sync_strategy", "exposed_sync_s", "pairwise ", "ring "],
     "links": ["0→1: ", "0→2: ", " bytes, a transfer "],
     "refused": ["refuted: deadlock with rendezvous sends", "┌▶ rank 0 sends block c0 l0"],
-    "hang": [f"these wait for one another for ever: {CIRCLE}"],
+    "hang": [f"deadlock: {CIRCLE}"],
     "verdict": ["cycle (0, 1, 2)", "rank 0: waits for rank 1 to take block c0 l0 (K and V, 8 tokens, 4,096 bytes, "],
     "recover": ["all ranks have met again; weights stayed where they were"],
     "report": ["rank 2", "c1 l1", "report.html"],

@@ -304,7 +304,7 @@ def test_a_run_is_saved_and_its_place_told(begun: Any, tmp_path: Path) -> None:
     assert "values of layers 0, 2, hidden states" in str(saved)
     assert saved.source().subject.texts == ()
     act(begun, f'save "{folder}" kv=none --no-hidden --prompt')
-    assert str(dinfer.open(folder)).splitlines()[1] == "ranks 0–1: digests alone"
+    assert str(dinfer.open(folder)).splitlines()[1] == "ranks 0–1: only digests"
     act(begun, f'save "{folder}"')
     assert "values of layers 0–5" in str(dinfer.open(folder))
     with pytest.raises(UsageError, match="kv names layer 9"):
