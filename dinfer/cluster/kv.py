@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinfer.cluster.ranks import Ranks
+from dinfer.cluster.ranks import AskableRanks
 from dinfer.kv.digests import as_numbers
 from dinfer.kv.ledger import BlockKey, Digests
 from dinfer.kv.source import HeldSpans, LiveSource, Noted, Subject
@@ -21,7 +21,7 @@ ANSWER_S = 120.0
 class RankClient:
     """`check(ranks)` is called while these are waited for; it raises where no answer can come."""
 
-    def __init__(self, ranks: Ranks, check: Callable[[Sequence[int]], None]) -> None:
+    def __init__(self, ranks: AskableRanks, check: Callable[[Sequence[int]], None]) -> None:
         self._ranks, self._check = ranks, check
         self.bytes_moved = 0
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from dinfer.engine.board import DeviceMemory, Stand
 from dinfer.errors import DinferError, NoAnswer
@@ -273,13 +273,39 @@ class Ranks(RankStates):
         raise NotImplementedError
 
 
+class AskableRanks(Protocol):
+    """What asking and watching needs of ranks: the session's `Ranks` have it, and a run's `RankLease`."""
+
+    ranks: list[RankState]
+    changed: threading.Condition
+
+    def ask(
+        self, requests: dict[int, Message], timeout: float, check: Callable[[], None] = ...
+    ) -> dict[int, Message]:
+        """See `RankStates.ask`."""
+
+    def begin(self, requests: dict[int, Message]) -> dict[int, int]:
+        """See `RankStates.begin`."""
+
+    def finish(
+        self, ids: dict[int, int], timeout: float, check: Callable[[], None] = ...
+    ) -> dict[int, Message]:
+        """See `RankStates.finish`."""
+
+    def collect(self, ids: dict[int, int]) -> dict[int, Message]:
+        """See `RankStates.collect`."""
+
+    def forget(self, ids: dict[int, int]) -> None:
+        """See `RankStates.forget`."""
+
+
 LOST = 256
 """Stands for the exit status of a process of which only the end is known."""
 
 ANSWER_S = 0.5
 
 
-def answers(ranks: RankStates, requests: dict[int, Message], timeout: float) -> dict[int, Message]:
+def answers(ranks: AskableRanks, requests: dict[int, Message], timeout: float) -> dict[int, Message]:
     """What those ranks say that answer in time and do not refuse; all are asked together."""
     begun = ranks.begin(requests)
     deadline = time.monotonic() + timeout

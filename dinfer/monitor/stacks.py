@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from dinfer.cluster.ranks import ANSWER_S, RankStates, answers
+from dinfer.cluster.ranks import ANSWER_S, AskableRanks, answers
 from dinfer.messages import Message
 from dinfer.rank.pyspy import Seen, in_c
 from dinfer.rank.stacks import TRANSPORT
@@ -34,7 +34,7 @@ class Stacks:
     holder: str = ""
 
 
-def gather(ranks: RankStates, which: Sequence[int]) -> dict[int, Stacks]:
+def gather(ranks: AskableRanks, which: Sequence[int]) -> dict[int, Stacks]:
     """Ask these ranks, together; those that are mute are dumped. Takes 1.5 s at most, mostly a few milliseconds."""
     said = answers(ranks, {rank: {"do": "stacks"} for rank in which}, ANSWER_S)
     found = {rank: _as_asked(rank, message) for rank, message in said.items()}
@@ -138,7 +138,7 @@ def _line(file: str, line: int, function: str, text: str) -> str:
 class Spied:
     """Of the ranks of one session that are processes: each is looked at once, and again when it has moved since."""
 
-    def __init__(self, ranks: RankStates) -> None:
+    def __init__(self, ranks: AskableRanks) -> None:
         self._ranks = ranks
         self._begun: dict[int, int] = {}
         self._seen: dict[int, list[Message]] = {}

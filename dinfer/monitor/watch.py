@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from dinfer.cluster.ranks import RankStates
+from dinfer.cluster.ranks import AskableRanks
 from dinfer.job import Job
 from dinfer.monitor.signs import HangEvidence, Track, signs_of, sizes_of
 from dinfer.monitor.stacks import Spied, Stacks, gather
@@ -46,7 +46,7 @@ class HangWatch:
     """Of one run. `look` is called often; it and `judge` on any thread, also one that holds `line.changed`, but for a
     `judge` of a run that is meant to move."""
 
-    def __init__(self, job: Job, line: RankStates) -> None:
+    def __init__(self, job: Job, line: AskableRanks) -> None:
         self._job, self._line, self._plan = job, line, job.plan
         self._sizes = sizes_of(job)
         self._graph: Graph | None = None

@@ -9,9 +9,15 @@ from typing import Any
 
 from dinfer.cluster.ranks import LOST, RankState
 from dinfer.config import Config
+from dinfer.errors import DinferError
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
 from dinfer.verdict.where import rank_text
+
+
+class RankFailed(DinferError, RuntimeError):
+    """A rank raised or died. The message names rank, op, layer, chunk and the original error."""
+
 
 STOPPED = ("T", "t")
 """states of a process that a signal or a debugger has stopped"""

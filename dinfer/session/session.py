@@ -17,8 +17,7 @@ from dinfer.model.checkpoint import Spec
 from dinfer.model.text import load_tokenizer
 from dinfer.plan.custom import OwnSchedule
 from dinfer.plan.plan import Plan
-from dinfer.run.failure import HANDED_ON, were_handed_on
-from dinfer.run.fleet import RankFailed
+from dinfer.run.failure import HANDED_ON, RankFailed, were_handed_on
 from dinfer.run.hang import Hung
 from dinfer.run.report import Reporter, Write
 from dinfer.run.run import Run

@@ -11,7 +11,6 @@ from tqdm.auto import tqdm
 
 from dinfer.display import Displayable
 from dinfer.job import Job
-from dinfer.run.report import Reporting
 from dinfer.run.run import Run
 from dinfer.trace.summary import summary
 
@@ -131,7 +130,7 @@ class Past:
     def __init__(self) -> None:
         self._found: list[tuple[Job, dict[str, Any]]] = []
 
-    def note(self, run: Reporting) -> None:
+    def note(self, run: Run) -> None:
         """Keep the figures of a run that has ended its prefill with nothing wrong."""
         if run.standing().state == "done" and not run.edited:
             name = f"run {len(self._found) + 1} of this session"

@@ -1,7 +1,7 @@
 """What views need of a run, and nothing more; the session's run has it, and so have the tests' doubles."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 from dinfer.kv.difference import Diff
 from dinfer.kv.source import ViewableSource
@@ -12,8 +12,6 @@ from dinfer.run.state import Mark
 from dinfer.trace.events import Event
 from dinfer.verdict.where import RankStand
 
-RunStateName = Literal["starting", "paused", "running", "decoding", "done", "failed", "closed"]
-
 
 class RunView(Protocol):
     """One moment of a run. Everything by rank has an entry for each."""
@@ -23,8 +21,8 @@ class RunView(Protocol):
         """Where each rank's lanes stand."""
 
     @property
-    def state(self) -> RunStateName:
-        """What the run as a whole does."""
+    def state(self) -> str:
+        """What the run as a whole is doing: a `dinfer.run.state.State`."""
 
     @property
     def message(self) -> str:

@@ -12,8 +12,7 @@ from dinfer.config import Config
 from dinfer.engine.board import Stand
 from dinfer.job import prepare
 from dinfer.launch.processes import Processes
-from dinfer.run.fleet import RemoteFleet
-from dinfer.run.stepper import Stepper
+from dinfer.run.stepper import RemoteFleet, Stepper
 from tests.support.runs import wait_for
 
 

@@ -27,6 +27,5 @@ def engines(session: Session) -> list[object]:
 def stands_at_a_cut(run: Run) -> bool:
     """Whether no lane moves, and what has been done makes a consistent cut."""
     standing = run.standing()
-    assert run._stepper
     cut = tuple(stand.positions for stand in standing.stands)
-    return standing.state in ("paused", "done") and run._stepper.cuts.is_consistent(cut)
+    return standing.state in ("paused", "done") and run._moves.stepper.cuts.is_consistent(cut)

@@ -18,7 +18,7 @@ from dinfer.plan.partition import partition
 from dinfer.plan.plan import Lane, Plan
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import verify
-from dinfer.run.fleet import RankFailed
+from dinfer.run.failure import RankFailed
 from dinfer.run.stepper import Stepper
 from dinfer.transport.gate import SeededGate
 from dinfer.transport.in_process import Order

@@ -15,7 +15,7 @@ from dinfer.cluster.threads import LocalRanks
 from dinfer.engine.decoding import Decoding
 from dinfer.rank.decode import Tokens
 from dinfer.rank.service import RankService
-from dinfer.run.fleet import RankFailed
+from dinfer.run.failure import RankFailed
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.support.runs import wait_for

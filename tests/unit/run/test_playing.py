@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dinfer.plan.ops import PlanError
-from dinfer.run import state
+from dinfer.run import events
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.trace.events import Event
@@ -49,10 +49,9 @@ def test_it_stops_at_a_breakpoint_though_a_step_would_go_past_it_and_goes_on_fro
     moved = run.play("chunk", FAST)
     assert moved.stopped
     wait_for(lambda: "stopped at #1" in run.standing().message, "the breakpoint is named")
-    assert run._stepper
     at = moved.after
     assert at == run.run_to(chunk=1, layer=2).before
-    assert run._stepper.cuts.after_block(1, 2) == at
+    assert run._moves.stepper.cuts.after_block(1, 2) == at
     assert run.play("chunk", FAST).moved
     assert run.standing().state == "done"
 
@@ -137,7 +136,7 @@ def test_the_trace_of_a_run_that_stands_has_what_was_done_last(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However it came there: none waits for events that will not come, either."""
-    monkeypatch.setattr(state, "LATE_S", 1000.0)
+    monkeypatch.setattr(events, "LATE_S", 1000.0)
     ops = sum(len(lane.ops) for lanes in run.plan.lanes for lane in lanes)
     for _ in range(5):
         run.restart()

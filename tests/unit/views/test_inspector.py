@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dinfer.run.run import Run
+from dinfer.run.state import State
 from dinfer.session.session import Session
 from dinfer.views.inspector import Inspector
 from dinfer.views.quantise import MISSING, ZERO
@@ -145,7 +146,7 @@ def test_it_is_answered_once_there_is_something_new_and_fetches_only_that(
 
 
 def test_nothing_is_fetched_while_the_run_moves(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
-    moving = browser.run.standing()._replace(state="running")
+    moving = browser.run.standing()._replace(state=State.RUNNING)
     looked = list[str]()
 
     def standing() -> Any:

@@ -115,6 +115,7 @@ def test_news_of_events_alone_is_told(counted: Counted) -> None:
     counted.run.step("chunk")
     counted.rest()
     told = counted.told
-    with counted.run._line.changed:
-        counted.run._events[0].append(counted.run._events[0][-1])
+    with counted.run._ranks.changed:
+        events = counted.run._events._by_rank[0]
+        events.append(events[-1])
     wait_for(lambda: counted.told > told, "it is told", 20)
