@@ -35,7 +35,7 @@ class Actions:
         that is over, and as `check` does."""
         self.begin(call)
         self._check()
-        self._state.message = ""
+        self._state.replace_message()
         try:
             with self.alone() if alone else nullcontext():
                 yield

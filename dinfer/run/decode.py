@@ -92,7 +92,8 @@ class Generation:
             raise
         meanwhile()
         self._take(answers[0]["tokens"], ended=answers[0]["ended"])
-        self._state.is_token_pending, self._remark = False, answers[0].get("remark", "")
+        self._state.note_tokens()
+        self._remark = answers[0].get("remark", "")
         self.by_rank = {rank: answer["tokens"] for rank, answer in answers.items()}
 
     def _take(self, tokens: list[int], *, ended: bool) -> None:

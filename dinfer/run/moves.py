@@ -2,15 +2,20 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from dinfer.cluster.lease import RankLease
 from dinfer.job import Job
-from dinfer.plan.cut import Unit
+from dinfer.plan.cut import Cut, Unit
 from dinfer.plan.ops import PlanError
+from dinfer.results import Moved
 from dinfer.run.breakpoints import BreakpointTable
+from dinfer.run.decode import Generation
+from dinfer.run.events import RunEvents
 from dinfer.run.failure import RankFailed
 from dinfer.run.state import RunState
 from dinfer.run.stepper import Move, NoProgress, RemoteFleet, Stepper
+from dinfer.verdict.where import moved_lines
 
 INTERRUPT_S = 1.5
 """how long an interrupted call waits for the ranks to stop"""
@@ -28,13 +33,15 @@ class Moves:
         ranks: RankLease,
         state: RunState,
         breakpoints: BreakpointTable,
+        generation: Generation,
+        events: RunEvents,
         check: Callable[[], None],
     ) -> None:
         self._job, self._state, self._breakpoints = job, state, breakpoints
+        self._generation, self._events = generation, events
         self._fleet = RemoteFleet(job.plan, ranks, check)
         self._stepper: Stepper | None = None
-        self._playing = threading.Event()
-        """set by whoever stops a run that plays"""
+        self._stop_playing = threading.Event()
 
     def begin(self) -> None:
         """All ranks stand before their first op."""
@@ -60,27 +67,27 @@ class Moves:
         self._breakpoints.forget_ahead()
         return stepper
 
-    def play(self, unit: Unit) -> Move:
-        """One step, but not past the next breakpoint."""
-        stepper = self.leaving()
-        limit, met = self._breakpoints.ahead(stepper.cuts, stepper.pause())
-        move = stepper.step_towards(limit, unit)
-        if met and move.after == limit:
-            self._breakpoints.expect(met)  # so that `arrived` names them
-            return move._replace(stopped=True)
-        return move
+    def moved(self, move: Move) -> Moved:
+        """A move as its user sees it. What was known of blocks and tokens behind it no longer holds."""
+        self._note(move)
+        return self._as_moved(move.before, move)
 
-    def begin_to_play(self) -> None:
-        """From now on, `pause` ends the playing."""
-        self._playing.clear()
-
-    def plays_on(self, seconds: float) -> bool:
-        """Wait so long between two steps; False at once when somebody pauses."""
-        return not self._playing.wait(seconds)
+    def play(self, unit: Unit, per_second: float, alone: Callable[[], AbstractContextManager[None]]) -> Moved:
+        """Step at that pace, each step `alone()`, until a breakpoint, the end of prefill, or `stop_playing`. Raises
+        PlanError for a pace out of range."""
+        if not 0 < per_second <= FASTEST:
+            raise PlanError(
+                f"per_second is {per_second}; it must be above 0 and at most {FASTEST:g}: run.resume() is the fastest."
+            )
+        self._stop_playing.clear()
+        first = last = self._play(unit, alone)
+        while last.moved and not last.stopped and not self._stop_playing.wait(1 / per_second):
+            last = self._play(unit, alone)
+        return self._as_moved(first.before, last)
 
     def stop_playing(self) -> None:
         """Make no further step."""
-        self._playing.set()
+        self._stop_playing.set()
 
     def resume(self) -> None:
         """Let the ranks go on to the next breakpoint, or the end of prefill; returns at once."""
@@ -110,11 +117,11 @@ class Moves:
     def pause_order(self, order: int, why: str) -> bool:
         """A rank has stopped under that order: stop the others too, and say why; False, and nothing is done, if the
         user has sent the ranks elsewhere since."""
-        self._state.message, before = why, self._state.message  # the move under way returns with this message
+        before = self._state.replace_message(why)  # the move under way returns with it
         if self._stepper and self._stepper.pause_order(order):
             self._state.say(why)
             return True
-        self._state.message = before
+        self._state.replace_message(before)
         return False
 
     def interrupted(self) -> None:
@@ -127,11 +134,38 @@ class Moves:
         except (NoProgress, RankFailed, TimeoutError) as error:
             self._state.say(f"interrupted; the ranks stop as soon as their ops end: {error}")
 
-
-def pace_of(per_second: float) -> float:
-    """Raises PlanError for a pace that is out of range."""
-    if not 0 < per_second <= FASTEST:
-        raise PlanError(
-            f"per_second is {per_second}; it must be above 0 and at most {FASTEST:g}: run.resume() is the fastest."
+    def not_done(self) -> str:
+        """Why decode cannot begin yet, and what to do."""
+        clear = "; run.breakpoints.clear() removes all breakpoints" * bool(self._breakpoints.view())
+        return (
+            f"prefill is not done: {self._state.message or 'it was paused'}\n"
+            f"run.resume() or run.decode() goes on from there{clear}"
         )
-    return per_second
+
+    def _play(self, unit: Unit, alone: Callable[[], AbstractContextManager[None]]) -> Move:
+        """One step, but not past the next breakpoint."""
+        with alone():
+            stepper = self.leaving()
+            limit, met = self._breakpoints.ahead(stepper.cuts, stepper.pause())
+            move = stepper.step_towards(limit, unit)
+            if met and move.after == limit:
+                self._breakpoints.expect(met)  # so that `arrived` names them
+                move = move._replace(stopped=True)
+            self._note(move)
+            return move
+
+    def _note(self, move: Move) -> None:
+        self._state.marks.went(self._job.plan, move.before, move.after)
+        self._events.went(move.before, move.after)
+        if move.after != self.stepper.cuts.end:
+            self._generation.forget()
+
+    def _as_moved(self, before: Cut, move: Move) -> Moved:
+        remark = ""
+        if move.stopped:
+            remark = self._state.message or "stopped before it was through"
+        elif not move.moved:
+            is_end = move.after == self.stepper.cuts.end
+            remark = f"nothing to do: the run stands at the {'end of prefill' if is_end else 'start'}"
+        lines = moved_lines(self._job.plan, before, move.after)
+        return Moved(before, move.after, move.stopped, tuple(lines), remark, tuple(self._state.edited))

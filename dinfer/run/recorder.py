@@ -63,6 +63,7 @@ class RunRecorder:
         with self.ranks.changed:
             known = list(self.ranks.ranks)
             stands, (state, reason) = self.state.stands(), self.state.decide()
+            hang = self.state.hang
             alive = tuple(not one.gone for one in known)
             memory = tuple(one.memory for one in known)
             device_memory = tuple(one.device_memory for one in known)
@@ -80,7 +81,7 @@ class RunRecorder:
             marks=(*self.faults.marks(), *self.state.marks),
             memory=memory,
             tokens=tokens,
-            verdict=str(self.state.hang or ""),
+            verdict=str(hang or ""),
             device_memory=device_memory,
             over=self.state.closed,
         )

@@ -38,17 +38,16 @@ from dinfer.run.failure import RankFailed
 from dinfer.run.faults import Armed, Injected
 from dinfer.run.hang import Health
 from dinfer.run.inspect import RunInspector, check_comparable
-from dinfer.run.moves import Moves, pace_of
+from dinfer.run.moves import Moves
 from dinfer.run.recorder import RunRecorder
 from dinfer.run.report import Reporter, no_views
 from dinfer.run.state import MOVING, RunState, Standing, State, where_of
-from dinfer.run.stepper import Move, NoProgress
+from dinfer.run.stepper import NoProgress
 from dinfer.saved.replay.replay import Replay
 from dinfer.trace.events import Event
 from dinfer.trace.findings import Findings
 from dinfer.trace.trace import Trace
 from dinfer.verdict.verdict import Verdict
-from dinfer.verdict.where import moved_lines
 
 ANSWER_S = 30.0
 
@@ -113,9 +112,9 @@ class Run(Displayable):
             job.config, lambda armed: self._ask_all("breakpoints", breakpoints=armed)
         )
         self._faults = Armed(job, state, lambda faults: self._ask_all("faults", faults=faults))
-        self._moves = Moves(job, lease, state, self._breakpoints, self.check)
         self._generation = Generation(lease, state, self.check, tokenizer)
         self._events = RunEvents(job, lease, state)
+        self._moves = Moves(job, lease, state, self._breakpoints, self._generation, self._events, self.check)
         self._inspector = RunInspector(
             job, lease, state, self._actions, self._generation, self.check, tokenizer
         )
@@ -133,7 +132,7 @@ class Run(Displayable):
         and says so."""
         if unit == TOKEN:
             return self._decode(count_of(n), None)
-        return self._moved(self._moves.leaving().step(unit_of(unit), count_of(n)))
+        return self._moves.moved(self._moves.leaving().step(unit_of(unit), count_of(n)))
 
     @action()
     def step_back(self, unit: Unit | str = "layer", n: int = 1) -> Moved | Decoded:
@@ -141,24 +140,19 @@ class Run(Displayable):
         prefill and forgets the new tokens."""
         if unit == TOKEN:
             return self._generation.back_to(max(0, len(self.tokens) - count_of(n)))
-        return self._moved(self._moves.leaving().step_back(unit_of(unit), count_of(n)))
+        return self._moves.moved(self._moves.leaving().step_back(unit_of(unit), count_of(n)))
 
     @action(alone=False)
     def play(self, unit: Unit | str = "layer", per_second: float = 2.0) -> Moved:
         """Step by units at that pace, to the next breakpoint or the end of prefill, or until `pause()`. Raises
         PlanError for a pace out of range."""
-        pace, of = pace_of(per_second), unit_of(unit)
-        self._moves.begin_to_play()
-        first = last = self._play(of)
-        while last.moved and not last.stopped and self._moves.plays_on(1 / pace):
-            last = self._play(of)
-        return self._as_moved(first.before, last)
+        return self._moves.play(unit_of(unit), per_second, self._actions.alone)
 
     @action()
     def run_to(self, chunk: int, layer: int) -> Moved:
         """Stop just after that block is on every rank, with all blocks before it; forward or back. Raises PlanError for
         an unknown block."""
-        return self._moved(self._moves.leaving().run_to(chunk, layer))
+        return self._moves.moved(self._moves.leaving().run_to(chunk, layer))
 
     @action()
     def resume(self) -> None:
@@ -238,7 +232,7 @@ class Run(Displayable):
         more = default if max_new_tokens is None else count_of(max_new_tokens, "max_new_tokens")
         if not self._moves.finish():
             self.look()
-            return Decoded((), "", False, 0, self._not_done())
+            return Decoded((), "", False, 0, self._moves.not_done())
         return self._decode(more, on_text)
 
     @property
@@ -592,32 +586,6 @@ class Run(Displayable):
     def _interrupted(self) -> None:
         self._moves.interrupted()
 
-    def _play(self, unit: Unit) -> Move:
-        with self._actions.alone():
-            return self._went(self._moves.play(unit))
-
-    def _moved(self, move: Move) -> Moved:
-        """What a move did, for its user."""
-        return self._as_moved(move.before, self._went(move))
-
-    def _went(self, move: Move) -> Move:
-        """Take note of a move: what is known of blocks and tokens behind it no longer holds."""
-        self._state.marks.went(self.plan, move.before, move.after)
-        self._events.went(move.before, move.after)
-        if move.after != self._moves.stepper.cuts.end:
-            self._generation.forget()
-        return move
-
-    def _as_moved(self, before: tuple[tuple[int, ...], ...], move: Move) -> Moved:
-        remark = ""
-        if move.stopped:
-            remark = self.message or "stopped before it was through"
-        elif not move.moved:
-            is_end = move.after == self._moves.stepper.cuts.end
-            remark = f"nothing to do: the run stands at the {'end of prefill' if is_end else 'start'}"
-        lines = moved_lines(self.plan, before, move.after)
-        return Moved(before, move.after, move.stopped, tuple(lines), remark, tuple(self.edited))
-
     def _decode(self, more: int, on_text: Callable[[str], None] | None) -> Decoded:
         try:
             if not self._moves.at_end:
@@ -626,13 +594,6 @@ class Run(Displayable):
             return self._generation.go(len(self.tokens) + more, on_text)
         finally:
             self._hear()  # what ranks have found before they answered is known when this returns
-
-    def _not_done(self) -> str:
-        clear = "; run.breakpoints.clear() removes all breakpoints" * bool(self.breakpoints)
-        return (
-            f"prefill is not done: {self.message or 'it was paused'}\n"
-            f"run.resume() or run.decode() goes on from there{clear}"
-        )
 
     def _hear(self) -> None:
         for note in self._ranks.new_notes():

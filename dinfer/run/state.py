@@ -153,7 +153,7 @@ class RunState:
             """why the run does not move, while that is so"""
             self.is_decoding = False
             self.is_token_pending = False
-            """a call of decode ended with an error, and ranks may still wait for each other's token"""
+            """a call of decode is under way or ended with an error: ranks may wait for each other's token"""
             self.edited: list[str] = []
             """what the user has changed by hand on the ranks"""
             self.corrupt: list[Corruption] = []
@@ -197,6 +197,12 @@ class RunState:
             self.said.append(message)
             self.story.append(message)
 
+    def replace_message(self, message: str = "") -> str:
+        """Set the message, but not for the log; the message until now."""
+        with self._ranks.changed:
+            before, self.message = self.message, message
+            return before
+
     def fail(self, why: str, *, add: bool = False) -> None:
         """The run cannot go on until it is restarted. The first failure stays; `add`: append to it."""
         with self._ranks.changed:
@@ -223,6 +229,11 @@ class RunState:
         with self._ranks.changed:
             self.is_decoding = is_decoding
             self.is_token_pending |= is_decoding
+
+    def note_tokens(self) -> None:
+        """All ranks have the tokens of a call of decode."""
+        with self._ranks.changed:
+            self.is_token_pending = False
 
     def note_edited(self, what: Iterable[str]) -> None:
         """The user has changed this by hand."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,11 +17,15 @@ from dinfer.cluster.ranks import Ranks
 from dinfer.cluster.threads import LocalRanks
 from dinfer.engine.board import Stand
 from dinfer.errors import NotPossible
+from dinfer.job import Job
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.run.action import Actions, call_text
+from dinfer.run.result import merge
 from dinfer.run.state import RunState, State
 from dinfer.session.session import Session
+from dinfer.trace.events import Event
+from dinfer.trace.trace import Trace
 from dinfer.verdict.verdict import Verdict
 from tests.support.threads import session_on_threads
 
@@ -198,13 +202,38 @@ def test_who_waits_for_an_answer_when_the_run_ends_gets_none(lease: RankLease) -
         lease.finish(begun, DEADLINE_S, lambda: lease.give_back("another run has begun"))
 
 
-# -- a step through the code
+# -- events
 
 
 @pytest.fixture(scope="module")
 def session() -> Iterator[Session]:
     with session_on_threads(2, Path("demo")) as made:
         yield made
+
+
+def test_events_are_merged_without_the_lock_that_lanes_take(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = session.prefill(list(range(1, 13)), chunk_size=4, paused=True)
+    run.step("chunk")
+    moved = list[bool]()
+
+    def merged(job: Job, by_rank: Sequence[Sequence[Event]]) -> Trace:
+        def lane() -> None:
+            moved.append(session.ranks.changed.acquire(timeout=DEADLINE_S))
+            session.ranks.changed.release()
+
+        thread = threading.Thread(target=lane)
+        thread.start()
+        thread.join(2 * DEADLINE_S)
+        return merge(job, by_rank)
+
+    monkeypatch.setattr("dinfer.run.events.merge", merged)
+    assert run.trace.events
+    assert moved == [True]
+
+
+# -- a step through the code
 
 
 def chains(call: Callable[[], object]) -> list[list[FrameType]]:
