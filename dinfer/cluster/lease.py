@@ -13,7 +13,8 @@ class RunOver(RankRefused):
 
 
 class RankLease:
-    """An `AskableRanks` that forwards to the `lender`, the session's ranks, until it is given back."""
+    """The `AskableRanks` of a run: its calls go to the `lender`, the session's ranks, until it is given back. After
+    that, asking raises RunOver, nothing new is heard, and `ranks` and `exits` stay as they were."""
 
     def __init__(self, lender: Ranks) -> None:
         self._lender = lender
@@ -42,7 +43,6 @@ class RankLease:
             self.forget(begun)
 
     def begin(self, requests: dict[int, Message]) -> dict[int, int]:
-        """As `Ranks.begin`. Raises RunOver, too."""
         return self._lent.begin(requests)
 
     def finish(
@@ -64,19 +64,15 @@ class RankLease:
         return answers
 
     def collect(self, ids: dict[int, int]) -> dict[int, Message]:
-        """As `Ranks.collect`."""
         return self._lender.collect(ids)
 
     def forget(self, ids: dict[int, int]) -> None:
-        """As `Ranks.forget`."""
         self._lender.forget(ids)
 
     def new_texts(self) -> list[str]:
-        """As `Ranks.new_texts`; nothing once the run is over."""
         return [] if self._why else self._lender.new_texts()
 
     def new_notes(self) -> list[Message]:
-        """As `Ranks.new_notes`; nothing once the run is over."""
         return [] if self._why else self._lender.new_notes()
 
     def exits(self) -> list[int | None]:
@@ -84,7 +80,6 @@ class RankLease:
         return self._exits if self._why else self._lender.exits()
 
     def silent(self) -> list[int]:
-        """As `Ranks.silent`; nobody once the run is over."""
         return [] if self._why else self._lender.silent()
 
     @property

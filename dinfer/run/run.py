@@ -6,7 +6,6 @@ verdict), `inspect` (KV, the reference), `events`, `recorder` (reports, folders,
 and each call of a user goes to the part that does it.
 """
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -19,6 +18,7 @@ from dinfer.cluster.lease import RankLease
 from dinfer.cluster.ranks import RankRefused, Ranks
 from dinfer.display import Displayable
 from dinfer.engine.corruption import Corruption
+from dinfer.errors import ipython
 from dinfer.job import Job
 from dinfer.kv.hidden import AttentionWeights, Hidden
 from dinfer.kv.reference.comparison import Comparison
@@ -549,7 +549,7 @@ class Run(Displayable):
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
         """The panel beside the text in a notebook; elsewhere the text alone."""
-        if self.show is None or self.closed or not _in_notebook():
+        if self.show is None or self.closed or not hasattr(ipython(), "kernel"):
             return {}
         data, metadata = self.show(self)._repr_mimebundle_()
         return {**data, "text/plain": str(self)}, metadata
@@ -612,9 +612,3 @@ class Run(Displayable):
             self._state.note_corrupt(found)
             if note["order"] is None or not self._moves.pause_order(note["order"], f"stopped: {found}"):
                 self.say(str(found))
-
-
-def _in_notebook() -> bool:
-    """Whether this process is a Jupyter kernel."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return hasattr(shell, "kernel")

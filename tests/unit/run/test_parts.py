@@ -15,12 +15,16 @@ import pytest
 from dinfer.cluster.lease import RankLease, RunOver
 from dinfer.cluster.ranks import Ranks
 from dinfer.cluster.threads import LocalRanks
+from dinfer.config import Config
 from dinfer.engine.board import Stand
 from dinfer.errors import NotPossible
 from dinfer.job import Job
+from dinfer.plan.cut import Cuts
+from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.run.action import Actions, call_text
+from dinfer.run.breakpoints import BreakpointTable
 from dinfer.run.result import merge
 from dinfer.run.state import RunState, State
 from dinfer.session.session import Session
@@ -200,6 +204,28 @@ def test_who_waits_for_an_answer_when_the_run_ends_gets_none(lease: RankLease) -
     begun = lease.begin({0: {"do": "stand"}})
     with pytest.raises(RunOver):
         lease.finish(begun, DEADLINE_S, lambda: lease.give_back("another run has begun"))
+
+
+# -- breakpoints
+
+
+def test_breakpoints_arm_conditions_and_know_which_is_met() -> None:
+    armed = list[list[dict[str, Any]]]()
+    table, cuts = BreakpointTable(Config(digests=False), armed.append), Cuts(PLAN)
+    plain = table.add(cuts, rank=None, op=None, chunk=1, layer=0, when=None)
+    with_condition = table.add(cuts, rank=1, op=None, chunk=None, layer=None, when="nan")
+    assert [[one["number"] for one in told] for told in armed] == [[], [2]]
+    limit, met = table.ahead(cuts, cuts.start)
+    assert (limit, met) == (cuts.after_block(1, 0), [plain])
+    table.expect(met)
+    assert table.arrived() == f"stopped at {plain}"
+    assert table.arrived() == ""
+    note = {"breakpoint": with_condition.as_dict(), "rank": 1, "op": "layer c0 l1", "found": "3 NaN"}
+    assert table.hit(note) == f"stopped at {with_condition}: rank 1, `layer c0 l1`: 3 NaN"
+    table.view().remove(2)
+    assert (table.hit(note), armed[-1]) == ("", [])
+    with pytest.raises(PlanError, match="this run has digests=False"):
+        table.add(cuts, rank=None, op=None, chunk=None, layer=None, when="digest differs")
 
 
 # -- events
