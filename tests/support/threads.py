@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dinfer.cluster.threads import LocalRanks
+from dinfer.plan.cut import Cuts
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 
@@ -28,4 +29,4 @@ def stands_at_a_cut(run: Run) -> bool:
     """Whether no lane moves, and what has been done makes a consistent cut."""
     standing = run.standing()
     cut = tuple(stand.positions for stand in standing.stands)
-    return standing.state in ("paused", "done") and run._moves.stepper.cuts.is_consistent(cut)
+    return standing.state in ("paused", "done") and Cuts(run.plan).is_consistent(cut)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dinfer.plan.cut import Cuts
 from dinfer.plan.ops import PlanError
 from dinfer.run import events
 from dinfer.run.run import Run
@@ -51,7 +52,7 @@ def test_it_stops_at_a_breakpoint_though_a_step_would_go_past_it_and_goes_on_fro
     wait_for(lambda: "stopped at #1" in run.standing().message, "the breakpoint is named")
     at = moved.after
     assert at == run.run_to(chunk=1, layer=2).before
-    assert run._moves.stepper.cuts.after_block(1, 2) == at
+    assert Cuts(run.plan).after_block(1, 2) == at
     assert run.play("chunk", FAST).moved
     assert run.standing().state == "done"
 
