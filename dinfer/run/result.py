@@ -80,7 +80,7 @@ def write_json(result: dict[str, Any], path: str | Path) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures as text, one line for each rank and each link."""
+    """The figures at the end of a run, one line a rank and one a link."""
     lines = [
         "rank  device   prefill s  compute s  exposed sync s  decode s  waiting s  wire s     sent MB  received MB",
         *(_rank_line(rank) for rank in result["ranks"]),

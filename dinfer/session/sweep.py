@@ -49,8 +49,8 @@ class Sweep(Displayable):
         return f"<div>{escape(above)}</div>{table}<div>{escape(self._left_text())}</div>"
 
     def _shown(self) -> tuple[str, list[list[str]]]:
-        """The line above the table, and the table's lines, without the columns `prompt` (if all runs share one) and
-        `error` (if there is none)."""
+        """What stands above the table, and its lines. A prompt that all runs share would only make it wider, and so
+        would errors that there are not."""
         if not self.rows:
             return "no runs", [[]]
         is_one, failed = (
