@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dinfer.cluster.threads import LocalRanks
 from dinfer.plan.cut import Cuts
@@ -13,10 +14,10 @@ from dinfer.session.session import Session
 
 
 @contextmanager
-def session_on_threads(world_size: int, model: Path) -> Iterator[Session]:
-    """A session with a checkpoint loaded; closed afterwards."""
+def session_on_threads(world_size: int, model: Path, **load: Any) -> Iterator[Session]:
+    """A session with a checkpoint loaded, with these arguments of `session.load`; closed afterwards."""
     with Session(LocalRanks(world_size)) as session:
-        yield session.load(str(model), threads=1)
+        yield session.load(str(model), threads=1, **load)
 
 
 def engines(session: Session) -> list[object]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from dinfer.config import Config
 from dinfer.engine.engine import Engine
-from dinfer.engine.threads import OpFailed
+from dinfer.engine.lanes import OpFailed
 from dinfer.model.decoder import Decoder
 from dinfer.plan.cut import Cut
 from dinfer.plan.graph import channel_of
@@ -18,7 +18,7 @@ from dinfer.run.failure import RankFailed
 from dinfer.run.stepper import StandList
 from dinfer.transport.gate import FreeGate, Gate
 from dinfer.transport.gloo import CommError
-from dinfer.transport.in_process import Exchange, Order
+from dinfer.transport.in_process import Exchange, StreamOrder
 
 T = TypeVar("T")
 
@@ -78,7 +78,7 @@ class Twin:
         *,
         gate: Gate | None = None,
         rendezvous: bool = True,
-        streams: Order = "pairs",
+        streams: StreamOrder = "pairs",
     ) -> None:
         self.gate = gate or FreeGate()
         self.exchange = Exchange(config.world_size, self.gate, rendezvous=rendezvous, streams=streams)
@@ -131,7 +131,7 @@ def twin(
     *,
     gate: Gate | None = None,
     rendezvous: bool = True,
-    streams: Any = "pairs",  # an Order; `config` may hold anything
+    streams: Any = "pairs",  # a StreamOrder; `config` may hold anything
     **config: object,
 ) -> Iterator[Twin]:
     """A Twin with a config of these parameters; afterwards no thread of it is left.
