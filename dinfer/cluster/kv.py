@@ -7,7 +7,7 @@ from typing import TypeVar
 import safetensors.torch
 from torch import Tensor
 
-from dinfer.cluster.ranks import RankRefused, Ranks
+from dinfer.cluster.ranks import AskableRanks, RankRefused
 from dinfer.kv.digests import as_numbers
 from dinfer.kv.ledger import BlockKey
 from dinfer.kv.source import HeldSpans, LiveSource, Noted, Subject
@@ -40,7 +40,7 @@ A = TypeVar("A", bound=Answer)
 class RankClient:
     """Asks ranks what they hold. `check(ranks)` is called while waiting; it raises where no answer can come."""
 
-    def __init__(self, ranks: Ranks, check: Callable[[Sequence[int]], None]) -> None:
+    def __init__(self, ranks: AskableRanks, check: Callable[[Sequence[int]], None]) -> None:
         self._ranks, self._check = ranks, check
         self.bytes_moved = 0
 

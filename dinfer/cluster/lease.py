@@ -1,5 +1,5 @@
-"""Lent: a session's ranks as one run has them. Once that run is over it asks them nothing more, since they hold another
-run's prompt by then, and it keeps what it saw of them last."""
+"""A session's ranks on loan to one run. When the run is over the ranks hold another run's prompt, so it must not ask
+them anything more; the lease then keeps what was last seen of them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,11 +12,12 @@ A = TypeVar("A", bound=Answer)
 
 
 class RunOver(RankRefused):
-    """A run that is over wants something of ranks that are another's now."""
+    """A run that is over cannot ask the ranks, which another run uses now."""
 
 
-class RankLease(Ranks):
-    """`lender`: the session's. What they say is taken in there."""
+class RankLease:
+    """The `AskableRanks` of a run: its calls go to the `lender`, the session's ranks, until it is given back. After
+    that, asking raises RunOver, nothing new is heard, and `ranks` and `exits` stay as they were."""
 
     def __init__(self, lender: Ranks) -> None:
         self._lender = lender
@@ -25,7 +26,7 @@ class RankLease(Ranks):
         self._exits: list[int | None] = []
 
     def give_back(self, why: str) -> None:
-        """The run is over: `why` is what it is told from now on."""
+        """The run is over; `why` is the reason that later calls raise."""
         if self._why:
             return
         exits = self._lender.exits()
@@ -34,19 +35,24 @@ class RankLease(Ranks):
             self.ranks = [replace(state) for state in self.ranks]
             self._why = why
 
-    def send(self, rank: int, command: Command[Any]) -> None:
-        self._check_lent()
-        self._lender.send(rank, command)
+    def ask(
+        self, requests: Mapping[int, Command[A]], timeout: float, check: Callable[[], None] = lambda: None
+    ) -> dict[int, A]:
+        """As `Ranks.ask`. Raises RunOver, too."""
+        begun = self._lent.begin(requests)
+        try:
+            return self.finish(begun, timeout, check)
+        finally:
+            self.forget(begun)
 
     def begin(self, requests: Mapping[int, Command[A]]) -> Pending[A]:
-        self._check_lent()
-        return self._lender.begin(requests)
+        return self._lent.begin(requests)
 
     def finish(
         self, pending: Pending[A], timeout: float, check: Callable[[], None] = lambda: None
     ) -> dict[int, A]:
-        """As of any ranks. Raises RunOver, too, where the run has come to its end meanwhile: whose answer it then is
-        cannot be told."""
+        """As `Ranks.finish`. Raises RunOver, too, if the run has ended meanwhile: the answers may then be about the
+        next run."""
 
         def meanwhile() -> None:
             self._check_lent()
@@ -73,10 +79,17 @@ class RankLease(Ranks):
         return [] if self._why else self._lender.new_notes()
 
     def exits(self) -> list[int | None]:
+        """As `Ranks.exits`; those at the end of the run once it is over."""
         return self._exits if self._why else self._lender.exits()
 
     def silent(self) -> list[int]:
         return [] if self._why else self._lender.silent()
+
+    @property
+    def _lent(self) -> Ranks:
+        """The lender. Raises RunOver."""
+        self._check_lent()
+        return self._lender
 
     def _check_lent(self) -> None:
         if self._why:
@@ -84,5 +97,5 @@ class RankLease(Ranks):
 
 
 def over_text(why: str) -> str:
-    """What is said of a run that is over to who wants to know what its ranks hold."""
+    """The message of RunOver."""
     return f"this run is over, and its ranks hold its KV no more: {why}"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 from dinfer.engine.board import DeviceMemory, Phase, Stand
 from dinfer.errors import DinferError, NoAnswer
@@ -319,13 +319,37 @@ class Ranks(RankStates):
         raise NotImplementedError
 
 
+class AskableRanks(Protocol):
+    """What asking and watching needs of ranks: the session's `Ranks` have it, and a run's `RankLease`."""
+
+    ranks: list[RankState]
+    changed: threading.Condition
+
+    def ask(
+        self, requests: Mapping[int, Command[A]], timeout: float, check: Callable[[], None] = ...
+    ) -> dict[int, A]:
+        """See `RankStates.ask`."""
+
+    def begin(self, requests: Mapping[int, Command[A]]) -> Pending[A]:
+        """See `RankStates.begin`."""
+
+    def finish(self, pending: Pending[A], timeout: float, check: Callable[[], None] = ...) -> dict[int, A]:
+        """See `RankStates.finish`."""
+
+    def collect(self, pending: Pending[A]) -> dict[int, A]:
+        """See `RankStates.collect`."""
+
+    def forget(self, pending: Pending[Any]) -> None:
+        """See `RankStates.forget`."""
+
+
 LOST = 256
 """Exit status of a process of which it is only known that it has ended."""
 
 ANSWER_S = 0.5
 
 
-def answers(ranks: RankStates, requests: Mapping[int, Command[A]], timeout: float) -> dict[int, A]:
+def answers(ranks: AskableRanks, requests: Mapping[int, Command[A]], timeout: float) -> dict[int, A]:
     """The answers of those ranks that answer in time and do not refuse; all are asked together."""
     begun = ranks.begin(requests)
     deadline = time.monotonic() + timeout

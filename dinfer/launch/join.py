@@ -35,7 +35,7 @@ from dinfer.rank.control import Control
 from dinfer.rank.debugger import listen_for_debugger
 from dinfer.rank.failure import describe
 from dinfer.rank.worker import log_to
-from dinfer.run.fleet import RankFailed
+from dinfer.run.failure import RankFailed
 from dinfer.transport.gloo import Comm, Store
 from dinfer.transport.interface import own_address_towards
 from dinfer.transport.nccl import open_comm

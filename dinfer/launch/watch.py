@@ -10,8 +10,7 @@ from dinfer.cluster.link import Link
 from dinfer.cluster.ranks import LOST
 from dinfer.job import Job
 from dinfer.monitor import watch as hangs
-from dinfer.run.failure import SILENT, broken, ending, silence_limit, standstill
-from dinfer.run.fleet import RankFailed
+from dinfer.run.failure import SILENT, RankFailed, broken, ending, silence_limit, standstill
 
 GRACE_S = 1.0
 """How long to wait for the cause once a rank has failed: what it did to the others may be reported first."""

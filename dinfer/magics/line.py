@@ -1,7 +1,5 @@
-"""From a line to a call: the table of verbs.
-
-Nothing is decided here. A new verb is a function under `@magic_arguments()`, and a line in VERBS.
-"""
+"""The table of verbs, and how a line becomes a call of one. A new verb is a function under `@magic_arguments()`, and a
+line in VERBS."""
 
 # IPython's decorators have no types.
 # mypy: allow-untyped-calls, allow-untyped-decorators
@@ -16,22 +14,23 @@ from IPython.core.magic import no_var_expand
 from IPython.core.magic_arguments import MagicArgumentParser, argument, magic_arguments
 
 import dinfer
+from dinfer.display import DisplayableText
 from dinfer.magics import verbs
-from dinfer.magics.call import Call, Text
+from dinfer.magics.verbs import Call
 from dinfer.magics.words import read, split
 
 HELP = ("-h", "--help", "-?")
 
 
 @magic_arguments()
-@argument("verb", nargs="?", help="a verb to be explained")
-def help_(call: Call) -> Text:
+@argument("verb", nargs="?", help="the verb to explain")
+def help_(call: Call) -> DisplayableText:
     """List the verbs, or explain one."""
     if call.words.verb:
-        return Text([usage(_name_of(call.words.verb))])
+        return DisplayableText(usage(_name_of(call.words.verb)))
     width = max(map(len, VERBS)) + 2
     lines = [f"{name:<{width}}{_doc(verb)}" for name, verb in VERBS.items()]
-    return Text(["%dinfer VERB …; %dinfer VERB --help says more.", *lines])
+    return DisplayableText("\n".join(["%dinfer VERB …; %dinfer VERB --help says more.", *lines]))
 
 
 VERBS: dict[str, Callable[[Call], Any]] = {
@@ -53,10 +52,10 @@ VERBS: dict[str, Callable[[Call], Any]] = {
 
 
 def load_into(shell: Any) -> None:
-    """Register `%dinfer` with an IPython shell, and give it the name `dinfer`."""
+    """Register `%dinfer` with an IPython shell, and import `dinfer` there."""
     shell.push({"dinfer": dinfer}, interactive=False)
 
-    @no_var_expand  # IPython would put a variable's text into the line, to be split and read as words
+    @no_var_expand  # else IPython would put a variable's text into the line, to be split into words
     def line_magic(line: str) -> Any:
         return act(shell, line)
 
@@ -64,17 +63,17 @@ def load_into(shell: Any) -> None:
 
 
 def act(shell: Any, line: str) -> Any:
-    """Do what a line says. Raises UsageError, which IPython shows as one message, for whatever goes wrong."""
+    """Run a line. Raises UsageError, which IPython shows as one message, for every error that is an answer."""
     name, *words = split(line) or ["help"]
     verb = VERBS[_name_of(name)]
     if any(word in HELP for word in words):
-        return Text([usage(name)])
+        return DisplayableText(usage(name))
     with _one_message():
         return verb(Call(shell, read(_parser(verb), words, getattr(shell, "user_ns", {}))))
 
 
 def usage(name: str) -> str:
-    """How a verb is called."""
+    """The usage text of a verb."""
     verb = VERBS[name]
     parser = _parser(verb)
     parser.prog = f"dinfer {name}"  # IPython puts the % before it
@@ -82,7 +81,7 @@ def usage(name: str) -> str:
 
 
 def _name_of(name: str) -> str:
-    """The verb. Raises UsageError, naming the nearest."""
+    """The verb of that name. Raises UsageError, which names the nearest verb."""
     if name in VERBS:
         return name
     near = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.4)
@@ -101,7 +100,7 @@ def _doc(verb: Callable[[Call], Any]) -> str:
 
 @contextlib.contextmanager
 def _one_message() -> Iterator[None]:
-    """dinfer's own errors are told without a traceback; any other is a mistake in dinfer, and keeps it."""
+    """Show dinfer's own errors without a traceback; any other error is a bug in dinfer, and keeps it."""
     try:
         yield
     except (RuntimeError, ValueError, OSError, KeyError) as error:

@@ -1,21 +1,43 @@
-"""Verbs of a run: each parses its words, makes one call, and returns what that returns."""
+"""The verbs of `%dinfer`: each makes one call with its parsed words, and returns its result."""
 
 # IPython's decorators have no types.
 # mypy: allow-untyped-calls, allow-untyped-decorators
 
-from typing import Any
+from argparse import Namespace
+from typing import Any, NamedTuple
 
 from IPython.core.magic_arguments import argument, magic_arguments
 
 import dinfer
-from dinfer.magics.call import Call, Text
+from dinfer.display import DisplayableText
+from dinfer.errors import NotPossible
 from dinfer.magics.words import number_or_word
 from dinfer.session.session import Session
 
 
+class Call(NamedTuple):
+    """The shell and the parsed words of a line."""
+
+    shell: Any
+    words: Namespace
+
+    @property
+    def session(self) -> Session:
+        """The variable `session`, else the newest Session in a variable. Raises NotPossible."""
+        names = self.shell.user_ns
+        for value in (names.get("session"), *reversed(list(names.values()))):
+            if isinstance(value, Session):
+                return value
+        raise NotPossible("there is no session yet: %dinfer connect, or session = dinfer.connect(n=3).")
+
+    @property
+    def run(self) -> Any:
+        return self.session.run
+
+
 @magic_arguments()
 def run(call: Call) -> Any:
-    """What the current run is."""
+    """The current run."""
     return call.run
 
 
@@ -64,7 +86,7 @@ def wait(call: Call) -> Any:
 
 @magic_arguments()
 def where(call: Call) -> Any:
-    """Where each rank stands."""
+    """The position of each rank."""
     return call.run.where()
 
 
@@ -95,9 +117,9 @@ def breaks(call: Call) -> Any:
 
 
 @magic_arguments()
-@argument("numbers", nargs="*", type=int, metavar="NUMBER", help="those to end; none: all")
+@argument("numbers", nargs="*", type=int, metavar="NUMBER", help="those to remove; none: all")
 def clear(call: Call) -> Any:
-    """End breakpoints."""
+    """Remove breakpoints."""
     found = call.run.breakpoints
     for number in call.words.numbers:
         found.remove(number)
@@ -115,7 +137,7 @@ def decode(call: Call) -> Any:
 
 @magic_arguments()
 def restart(call: Call) -> Any:
-    """Begin the run anew, paused at its start."""
+    """Begin the run again, paused at its start."""
     return call.run.restart()
 
 
@@ -152,7 +174,7 @@ def faults(call: Call) -> Any:
 
 
 def _layers(word: str) -> bool | list[int]:
-    """Of which layers to save values."""
+    """The layers whose values to save."""
     return word == "all" if word in ("all", "none") else [int(one) for one in word.split(",")]
 
 
@@ -181,11 +203,11 @@ def load(call: Call) -> Session:
 
 
 @magic_arguments()
-@argument("prompt", nargs="+", help="the text, or $name for that of a variable, as it is")
-@argument("--free", action="store_true", help="run at once, instead of standing before the first op")
+@argument("prompt", nargs="+", help="the text, or $name for the text in a variable")
+@argument("--free", action="store_true", help="run at once, not paused before the first op")
 @argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="chunk_size=8 schedule=lockstep …")
 def prefill(call: Call) -> Any:
-    """Make a run of this prompt, paused before its first op; parameters of `dinfer run` as key=value."""
+    """Begin a run of this prompt, paused before its first op; parameters of `dinfer run` as key=value."""
     parameters = dict(word.split("=", 1) for word in call.words.set)
     prompt = " ".join(call.words.prompt)
     return call.session.prefill(prompt, paused=not call.words.free, **parameters)
@@ -193,7 +215,9 @@ def prefill(call: Call) -> Any:
 
 @magic_arguments()
 @argument(
-    "prompts", nargs="+", help="texts, each between quotation marks, or $name for that, or all, of a variable"
+    "prompts",
+    nargs="+",
+    help="texts, each in quotation marks, or $name for the text, or list of texts, in a variable",
 )
 @argument(
     "--set",
@@ -210,15 +234,15 @@ def sweep(call: Call) -> Any:
 
 @magic_arguments()
 def recover(call: Call) -> Any:
-    """After a failure: bring lost ranks back and free those that are stuck."""
+    """After a failure: restart lost ranks and free stuck ones."""
     return call.session.recover()
 
 
 @magic_arguments()
 @argument("-n", type=int, default=20, help="how many lines, the newest")
-def log(call: Call) -> Text:
+def log(call: Call) -> DisplayableText:
     """What has happened in this session."""
-    return Text(call.session.log[-call.words.n :] if call.words.n > 0 else [])
+    return DisplayableText("\n".join(call.session.log[-call.words.n :] if call.words.n > 0 else []))
 
 
 @magic_arguments()
@@ -231,11 +255,11 @@ def panel(call: Call) -> Any:
 @argument("path", nargs="?", default="report.html", help="the file to write (report.html)")
 @argument("--prompt", action="store_true", help="with the prompt and the text that came of it")
 @argument("--environment", action="store_true", help="with this process's environment variables")
-def report(call: Call) -> Text:
-    """Write what is known of the current run to one HTML file."""
+def report(call: Call) -> DisplayableText:
+    """Write a report of the current run to one HTML file."""
     words = call.words
     path = call.run.report(words.path, prompt=words.prompt, environment=words.environment)
-    return Text([f"report: {path}"])
+    return DisplayableText(f"report: {path}")
 
 
 @magic_arguments()
@@ -243,11 +267,11 @@ def report(call: Call) -> Text:
 @argument("--kv", type=_layers, default=True, help="all (the default), none, or layers such as 0,1")
 @argument("--no-hidden", action="store_true", help="without the hidden states that entered each rank")
 @argument("--prompt", action="store_true", help="with the text of the prompt and of new tokens")
-def save(call: Call) -> Text:
+def save(call: Call) -> DisplayableText:
     """Save the current run to a folder, for dinfer.open."""
     words = call.words
     path = call.run.save(words.folder, kv=words.kv, hidden=not words.no_hidden, prompt=words.prompt)
-    return Text([f"saved: {path}"])
+    return DisplayableText(f"saved: {path}")
 
 
 @magic_arguments()
@@ -260,7 +284,7 @@ def debug(call: Call) -> Any:
 
 @magic_arguments()
 def close(call: Call) -> None:
-    """Part from the ranks."""
+    """Leave the ranks: a cluster that dinfer started ends."""
     call.session.close()
 
 
@@ -269,7 +293,7 @@ def close(call: Call) -> None:
 @argument("--chunk", type=number_or_word)
 @argument("--rank", type=number_or_word)
 def kv(call: Call) -> Any:
-    """What KV the ranks hold: kv 5 rank=1 chunk=0."""
+    """The KV that the ranks hold: kv 5 rank=1 chunk=0."""
     return call.run.kv(**vars(call.words))
 
 

@@ -1,4 +1,4 @@
-"""The words of a line: how they are split, what stands for a variable, and which flag or value each of them is."""
+"""The words of a line: splitting them, replacing variables, finding the flag or value that each word is."""
 
 import difflib
 import re
@@ -20,7 +20,7 @@ Names = Mapping[str, Any]
 
 
 def split(line: str) -> list[str]:
-    """The words of a line: quotes hold words together, a backslash is a backslash. Raises UsageError."""
+    """The words of a line. Quotes hold words together; a backslash has no special meaning. Raises UsageError."""
     words = shlex.shlex(line, posix=True, punctuation_chars=False)
     words.whitespace_split, words.escape, words.commenters = True, "", ""
     try:
@@ -32,8 +32,8 @@ def split(line: str) -> list[str]:
 
 
 def read(parser: MagicArgumentParser, words: list[str], names: Names) -> Namespace:
-    """What the words say. `$name` is the value of a variable, whole: text keeps its spaces and quotes, and is never
-    taken for a flag. Raises UsageError."""
+    """The parsed words. `$name` is the value of a variable as it is: text keeps its spaces and quotes, and is never
+    a flag. Raises UsageError."""
     written = [_in_line(word, names) for word in words]
     found = _parsed(parser, as_flags(parser, written))
     for name, value in vars(found).items():
@@ -45,7 +45,7 @@ def read(parser: MagicArgumentParser, words: list[str], names: Names) -> Namespa
 
 
 def number_or_word(word: str) -> int | str:
-    """A whole number, or the word as it is, for a call that says what it must be."""
+    """A whole number, else the word as it is: the call that gets it refuses it with a better message."""
     try:
         return int(word)
     except ValueError:
@@ -53,7 +53,7 @@ def number_or_word(word: str) -> int | str:
 
 
 def _parsed(parser: MagicArgumentParser, words: list[str]) -> Namespace:
-    """Raises UsageError, of a number that is none in the words of the calls."""
+    """Raises UsageError; for a word that is not a number, with the message of dinfer's own calls."""
     parser.exit_on_error = False
     parser.register("type", int, _whole)
     parser.register("type", float, _real)
@@ -81,8 +81,8 @@ def _real(word: str) -> float:
 
 
 def as_flags(parser: MagicArgumentParser, words: list[str]) -> list[str]:
-    """`layer=7` becomes `--layer 7` where there is such a flag, the value of that name where there is one without a
-    flag, and else one of the values of `--set`. Raises UsageError for a misspelt one."""
+    """`layer=7` becomes `--layer 7` if that flag exists, a positional value if that exists, and else one of the values
+    of `--set`. Raises UsageError for a misspelt name."""
     flags = {flag for action in parser._actions for flag in action.option_strings}
     places = {action.dest: "" for action in parser._actions if not action.option_strings}
     plain, named, values = list[str](), list[str](), list[str]()
@@ -103,14 +103,14 @@ def as_flags(parser: MagicArgumentParser, words: list[str]) -> list[str]:
 
 
 def _in_place(places: Mapping[str, str], plain: list[str]) -> list[str]:
-    """Words without a flag, in the order in which they are looked for: those that were named where they belong."""
+    """The positional words in the parser's order, with named ones in their places."""
     rest = iter(plain)
     found = [named or next(rest, "") for named in places.values()] if any(places.values()) else []
     return [*(word for word in found if word), *rest]
 
 
 def _check_spelling(name: str) -> None:
-    """Raises UsageError for what was meant to be a parameter, and would be taken for words of the prompt."""
+    """Raises UsageError for a misspelt parameter, which would become part of the prompt."""
     if near := difflib.get_close_matches(name, Config.__dataclass_fields__, n=1, cutoff=0.8):
         raise UsageError(
             f"there is no parameter {name!r}. Did you mean {near[0]}? Text with a = in it goes into a variable: $text."
@@ -118,7 +118,7 @@ def _check_spelling(name: str) -> None:
 
 
 def _in_line(word: str, names: Names) -> str:
-    """A variable that holds no text is written where it stands: a number is a number's word."""
+    """A variable that holds no text, such as a number, is replaced by its text at once."""
     found = _VARIABLE.fullmatch(word)
     if not found or found[2] not in names or isinstance(names[found[2]], str | list | tuple):
         return word
@@ -126,7 +126,7 @@ def _in_line(word: str, names: Names) -> str:
 
 
 def _texts(word: object, names: Names) -> list[Any]:
-    """What a word stands for once it is known whose it is: a variable's text, or each of its texts."""
+    """The texts of the variable that a word names, or the word itself."""
     found = _VARIABLE.fullmatch(word) if isinstance(word, str) else None
     if not found or found[2] not in names:
         return [word]

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from dinfer.cluster.ranks import ANSWER_S, Pending, RankRefused, RankState, RankStates, answers
+from dinfer.cluster.ranks import ANSWER_S, AskableRanks, Pending, RankRefused, RankState, answers
 from dinfer.errors import NoAnswer
 from dinfer.messages import (
     DumpStacks,
@@ -52,7 +52,7 @@ class Stacks:
     holder: str = ""
 
 
-def gather(ranks: RankStates, which: Sequence[int]) -> dict[int, Stacks]:
+def gather(ranks: AskableRanks, which: Sequence[int]) -> dict[int, Stacks]:
     """Ask these ranks, together; of one that is mute its watcher requests a dump. Takes a few milliseconds where all
     answer; else as long as the watchers of the mute ranks take, while they are heard."""
     said = answers(ranks, dict.fromkeys(which, GetStacks()), ANSWER_S)
@@ -164,7 +164,7 @@ def _line(file: str, line: int, function: str, text: str) -> str:
 class Spied:
     """What py-spy sees of a session's ranks that are processes: each is read once, and again once it has moved."""
 
-    def __init__(self, ranks: RankStates) -> None:
+    def __init__(self, ranks: AskableRanks) -> None:
         self._ranks = ranks
         self._begun = Pending[SpiedThreads]()
         self._seen: dict[int, tuple[SpiedThread, ...]] = {}

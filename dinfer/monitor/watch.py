@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from dinfer.cluster.ranks import RankStates
+from dinfer.cluster.ranks import AskableRanks
 from dinfer.job import Job
 from dinfer.monitor.signs import HangEvidence, Track, signs_of, sizes_of
 from dinfer.monitor.stacks import Spied, Stacks, gather
@@ -49,7 +49,7 @@ class HangWatch:
     """Of one run. `look` is called often. `look` and `judge` may be called on any thread, also on one that holds
     `ranks.changed`; but not `judge(is_moving=True)`, which waits for answers."""
 
-    def __init__(self, job: Job, ranks: RankStates) -> None:
+    def __init__(self, job: Job, ranks: AskableRanks) -> None:
         self._job, self._ranks, self._plan = job, ranks, job.plan
         self._sizes = sizes_of(job)
         self._graph: Graph | None = None

@@ -1,120 +1,138 @@
-"""What every action on a run has in common, whoever calls it."""
+"""Actions on a run: one after another, whoever calls them; and everybody who wants to hear when the run changes."""
 
 import json
 import threading
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
+from dinfer.cluster.lease import RunOver, over_text
 from dinfer.errors import NotPossible
+from dinfer.run.state import MOVING, RunState
+
+POLL_S = 0.05
 
 
-class Acting:
-    """Something on which actions are done, and those who want to know when it may have changed.
+class Actions:
+    """The lock that an action holds, the text of the last call, the listeners. `check()` raises where the run cannot go
+    on; `interrupted()` is called after a keyboard interrupt."""
 
-    `closed` and `failure` say why no further action is possible, `message` why the last one stopped; `said` are the
-    messages that nobody has put down yet, `story` all of them.
-    """
-
-    def __init__(self) -> None:
-        self.last_call = self.message = self.failure = self.closed = ""
-        self.said: list[str] = []
-        self.story: list[str] = []
+    def __init__(self, state: RunState, check: Callable[[], None], interrupted: Callable[[], None]) -> None:
+        self._state, self._check, self._interrupted = state, check, interrupted
+        self.last_call = ""
+        self._lock = threading.RLock()
         self._listeners: list[Callable[[], None]] = []
         self._seen: object = None
         self._broken: list[Callable[[], None]] = []
-        """those whose errors have been told"""
-        self._lock = threading.RLock()
-        """held by an action while it is under way"""
+        """listeners whose errors are logged already"""
 
-    def check(self) -> None:
-        """Raises where it cannot go on."""
-        raise NotImplementedError
+    # -- who may move the run
 
-    def look(self) -> None:
-        """Take in what has been said meanwhile."""
-        raise NotImplementedError
+    @contextmanager
+    def taken(self, call: str, *, alone: bool = True) -> Iterator[None]:
+        """An action is under way: no other begins until it ends, unless `alone` is False. Raises NotPossible for a run
+        that is over, and as `check` does."""
+        self.begin(call)
+        self._check()
+        self._state.replace_message()
+        try:
+            with self.alone() if alone else nullcontext():
+                yield
+        except KeyboardInterrupt:
+            self._interrupted()
+            raise
+        finally:
+            self.tell()
 
-    def interrupted(self) -> None:
-        """A keyboard interrupt has broken an action off."""
-        raise NotImplementedError
-
-    def begin_action(self, call: str) -> None:
-        """Raises RuntimeError for what is over, and as `check` does."""
+    def begin(self, call: str) -> None:
+        """Remember the call as its user wrote it. Raises NotPossible for a run that is over."""
         self.last_call = call
-        if self.closed:
-            raise NotPossible(f"this run is over: {self.closed}")
-        self.check()
-        self.message = ""
+        if self._state.closed:
+            raise NotPossible(f"this run is over: {self._state.closed}")
 
-    def say(self, message: str) -> None:
-        """Why the last action stopped, also for the log."""
-        self.message = message
-        self.said.append(message)
-        self.story.append(message)
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No action of another thread moves the run meanwhile."""
+        with self._lock:
+            yield
+
+    @contextmanager
+    def halted(self, stop: Callable[[], None], timeout: float = float("inf")) -> Iterator[None]:
+        """Stop what is under way by `stop()`, and let no action begin meanwhile. After `timeout` seconds the action
+        that could not be stopped is no longer waited for."""
+        deadline = time.monotonic() + timeout
+        while not (held := self._lock.acquire(timeout=POLL_S)) and time.monotonic() < deadline:
+            stop()
+        try:
+            stop()
+            yield
+        finally:
+            if held:
+                self._lock.release()
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Wait until the run stands still, and let no action move it meanwhile. Raises RunOver for a run that is over,
+        and as `check` does for one that moves and cannot go on."""
+        self.settle()
+        while not self._held_still():
+            self.settle()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def settle(self) -> None:
+        """Wait until the run stands still. Raises as `hold` does."""
+        while self._state.wait_while(MOVING, POLL_S):
+            self._check()
+        if self._state.closed:
+            raise RunOver(over_text(self._state.closed))
+
+    def check_looking(self) -> None:
+        """Raises RunOver while `close()` waits for the caller to finish."""
+        if self._state.ending:
+            raise RunOver(over_text(self._state.ending))
+
+    def _held_still(self) -> bool:
+        """Take the lock if the run stands still; another action may have begun since it did."""
+        if not self._lock.acquire(timeout=POLL_S):
+            return False
+        if self._state.now not in MOVING:
+            return True
+        self._lock.release()
+        return False
+
+    # -- who hears of changes
 
     def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Have `callback()` called, on any thread, whenever something may have changed; what is returned ends that."""
+        """Call `callback()`, on any thread, whenever the run may have changed; the function returned ends that."""
         self._listeners.append(callback)
         return lambda: self._listeners.remove(callback) if callback in self._listeners else None
 
     def tell(self) -> None:
-        """Call those who asked to be told of changes."""
+        """Call all listeners. An error of one stops neither the run nor the other listeners; it is logged once."""
         for callback in list(self._listeners):
             try:
                 callback()
-            except Exception as error:  # a listener's mistake is not the run's, nor the other listeners'
-                self._note_broken(callback, error)
-
-    def _note_broken(self, callback: Callable[[], None], error: Exception) -> None:
-        if callback not in self._broken:
-            self._broken.append(callback)
-            self.said.append(f"{callback!r}, given to run.on_change, raised {error!r}; told once")
+            except Exception as error:
+                if callback not in self._broken:
+                    self._broken.append(callback)
+                    self._state.said.append(
+                        f"{callback!r}, given to run.on_change, raised {error!r}; later errors of it are not logged"
+                    )
 
     def tell_of_news(self, look: Callable[[], object]) -> None:
-        """Call them where what `look()` gives is not what it gave the last time: at rest, nobody is told anything."""
+        """Call all listeners if `look()` differs from the last time."""
         seen = look() if self._listeners else None
         if seen != self._seen:
             self._seen = seen
             self.tell()
 
-    def fail(self, why: str) -> None:
-        """It cannot go on, until it is begun anew."""
-        self.failure = f"{self.failure}\n{why}".strip()
-        self.tell()
 
-    def close(self, why: str) -> None:
-        """It is over: another one has taken its place, or the session has ended."""
-        self.closed = self.closed or why
-        self.tell()
-
-
-P = ParamSpec("P")
-
-T = TypeVar("T")
-
-R = TypeVar("R", bound=Acting)
-
-
-def action(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R, P], T]:
-    """An action is remembered as its user wrote it, refused on a run that is over, and leaves the run paused at a cut
-    where a keyboard interrupt breaks it off."""
-
-    @wraps(method)
-    def called(run: R, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        run.begin_action(_text(method.__name__, args, kwargs))
-        try:
-            return method(run, *args, **kwargs)
-        except KeyboardInterrupt:
-            run.interrupted()
-            raise
-        finally:
-            run.tell()
-
-    return called
-
-
-def _text(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def call_text(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The call as its user wrote it, for example `run.step("layer", n=2)`."""
     parts = [*map(_written, args), *(f"{key}={_written(value)}" for key, value in kwargs.items())]
     return f"run.{name}({', '.join(parts)})"
 

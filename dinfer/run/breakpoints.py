@@ -1,4 +1,4 @@
-"""Stops: the breakpoints of one run: set, armed on the ranks, met."""
+"""The breakpoints of one run: setting them, arming their conditions on the ranks, noticing that one is met."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,23 +6,16 @@ from typing import Any
 from dinfer.config import Config
 from dinfer.messages import BreakpointHit
 from dinfer.plan.breakpoints import Breakpoint, check, next_stop, parse_when
-from dinfer.plan.cut import Cut, Cuts, Unit
+from dinfer.plan.cut import Cut, Cuts
 from dinfer.plan.ops import OpKind, PlanError
 from dinfer.results import Breakpoints
-from dinfer.run.stepper import Move, Stepper
 
 
-def check_digests(when: str | None, config: Config) -> None:
-    """Raises PlanError for a condition on digests where none are taken."""
-    if parse_when(when)[0] == "digest" and not config.digests:
-        raise PlanError(f"when is {when!r}, but this run has digests=False: start it with digests=True.")
+class BreakpointTable:
+    """`tell` gives the ranks the conditions to look for."""
 
-
-class Stops:
-    """`arm` gives the ranks the conditions to look out for."""
-
-    def __init__(self, arm: Callable[[list[dict[str, Any]]], object]) -> None:
-        self._tell = arm
+    def __init__(self, config: Config, tell: Callable[[list[dict[str, Any]]], object]) -> None:
+        self._config, self._tell = config, tell
         self._found: dict[int, Breakpoint] = {}
         self._count = 0
         self._ahead: list[Breakpoint] = []
@@ -40,8 +33,10 @@ class Stops:
         layer: int | None,
         when: str | None,
     ) -> Breakpoint:
-        """Set one. Raises PlanError where nothing in the plan could meet it."""
+        """Set a breakpoint. Raises PlanError where no op of the plan could meet it."""
         condition, bound = parse_when(when)
+        if condition == "digest" and not self._config.digests:
+            raise PlanError(f"when is {when!r}, but this run has digests=False: start it with digests=True.")
         kind = op or ("recv" if condition == "digest" else "layer")
         one = Breakpoint(self._count + 1, rank, kind, chunk, layer, condition, bound)
         check(one, cuts)
@@ -51,7 +46,7 @@ class Stops:
         return one
 
     def ahead(self, cuts: Cuts, cut: Cut) -> tuple[Cut, list[Breakpoint]]:
-        """How far a run that stands at `cut` may go on, and the breakpoints that it then has met."""
+        """How far a run that stands at `cut` may go on, and the breakpoints that it meets there."""
         return next_stop(cuts, cut, list(self._found.values()))
 
     def expect(self, breakpoints: list[Breakpoint]) -> None:
@@ -59,16 +54,16 @@ class Stops:
         self._ahead = breakpoints
 
     def forget_ahead(self) -> None:
-        """The run was sent elsewhere than to the next breakpoint."""
+        """The run is sent elsewhere than to the next breakpoint."""
         self._ahead = []
 
     def arrived(self) -> str:
-        """What to say of a run that has come to its limit; empty if no breakpoint is there."""
+        """The message for a run that has reached its limit; empty if no breakpoint is there."""
         met, self._ahead = self._ahead, []
         return f"stopped at {'; '.join(map(str, met))}" if met else ""
 
     def hit(self, rank: int, note: BreakpointHit) -> str:
-        """What to say of a condition that a rank has found to hold; empty if it is no longer looked for."""
+        """The message for a condition that a rank reports as met; empty if that breakpoint was removed."""
         one = Breakpoint.of(note.breakpoint)
         if one.number not in self._found:
             return ""
@@ -76,27 +71,5 @@ class Stops:
         return f"stopped at {one}: rank {rank}, `{note.op}`: {note.found}"
 
     def arm(self) -> None:
-        """Have the ranks look out for the conditions that are set now, and for no others."""
+        """Have the ranks look for the conditions that are set now, and for no others."""
         self._tell([one.as_dict() for one in self._found.values() if one.condition])
-
-
-FASTEST = 100.0
-
-
-def pace_of(per_second: float) -> float:
-    """Raises PlanError for a pace that is none."""
-    if not 0 < per_second <= FASTEST:
-        raise PlanError(
-            f"per_second is {per_second}; it must be above 0 and at most {FASTEST:g}: run.resume() is the fastest."
-        )
-    return per_second
-
-
-def play_on(stepper: Stepper, stops: Stops, unit: Unit) -> Move:
-    """One more step, not past the next breakpoint."""
-    limit, met = stops.ahead(stepper.cuts, stepper.pause())
-    move = stepper.step_towards(limit, unit)
-    if met and move.after == limit:
-        stops.expect(met)  # whoever looks next finds that they were met
-        return move._replace(stopped=True)
-    return move

@@ -1,6 +1,6 @@
-"""Which rank is the cause when a run cannot go on, in one message. Pure: states in, text out.
+"""Why a run cannot go on, and which rank is the cause, in one message. Pure: states in, text out.
 
-A raised error ranks above a death, and both above what a lost peer does to the others.
+A rank that raised an error is named before one that died, and both before ranks that only lost their peer.
 """
 
 import signal
@@ -8,17 +8,23 @@ from collections.abc import Sequence
 
 from dinfer.cluster.ranks import LOST, RankState
 from dinfer.config import Config
+from dinfer.errors import DinferError
 from dinfer.messages import Failed
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
 from dinfer.verdict.where import rank_text
 
+
+class RankFailed(DinferError, RuntimeError):
+    """A rank raised or died. The message names rank, op, layer, chunk and the original error."""
+
+
 STOPPED = ("T", "t")
-"""states of a process that a signal or a debugger has stopped"""
+"""process states after SIGSTOP or under a debugger"""
 
 
 def advice(plan: Plan, ranks: Sequence[RankState], config: Config) -> str:
-    """Who should be looked at first: a stopped rank, one that has not loaded, one that computes, else the network."""
+    """What to look at first: a stopped rank, one that has not loaded, one that computes, else the network."""
     if stopped := [rank for rank, state in enumerate(ranks) if state.process in STOPPED]:
         return (
             f"{_ranks(stopped)} stopped by a signal or a debugger: let it go on (kill -CONT, or the debugger's "
@@ -43,7 +49,7 @@ def advice(plan: Plan, ranks: Sequence[RankState], config: Config) -> str:
 
 
 def _waiting(plan: Plan, ranks: Sequence[RankState]) -> str:
-    """Nobody computes: what the ranks wait for has no end of its own."""
+    """No rank computes: all wait for each other."""
     waits = [
         f"rank {rank} for rank {op.peer}"
         for rank, state in enumerate(ranks)
@@ -64,7 +70,7 @@ def _computes(plan: Plan, rank: int, state: RankState) -> bool:
 
 
 def _started(plan: Plan, rank: int, state: RankState) -> list[Op]:
-    """The ops that a rank is in, by lane."""
+    """The ops that a rank has started and not finished."""
     lanes, stand = plan.lanes[rank], state.stand
     if state.phase != "prefill" or stand is None or len(stand.positions) != len(lanes):
         return []
@@ -78,7 +84,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 SILENT = 257
-"""The same for one whose watcher has not been heard of for `silence_limit` seconds."""
+"""Stands for the exit status of a rank whose watcher has been silent for `silence_limit` seconds."""
 
 HANDED_ON = (
     "another session has joined these engines since, so this one and its runs are over: go on with that one, or join "
@@ -92,13 +98,14 @@ UNASKED = (
 
 
 def silence_limit(timeout: float) -> float:
-    """Seconds after which a watcher, which speaks ten times a second, is given up; well within the run's `timeout`."""
+    """Seconds without news of a watcher, which reports ten times a second, after which its rank counts as lost; less
+    than the run's `timeout`."""
     return min(10.0, max(timeout / 2, 3.0))
 
 
 def broken(plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], config: Config) -> str | None:
-    """What has been raised, and who has died; None if nothing. `exits[rank]` is set for ranks that ended without a
-    result."""
+    """The message about errors and dead ranks; None if there are none. `exits[rank]` is set for ranks that ended
+    without a result."""
     if were_handed_on(ranks):
         return HANDED_ON
     errors = [(rank, state.error) for rank, state in enumerate(ranks) if state.error]
@@ -106,8 +113,8 @@ def broken(plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], 
     dead = [rank for rank, code in enumerate(exits) if code is not None and not ranks[rank].error]
     if primary:
         rank, error = primary[0]
-        if len(primary) > 1 and len({said.message for _, said in primary}) == 1:
-            return error.message  # what all have found together is no rank's own
+        if len(primary) > 1 and len({one.message for _, one in primary}) == 1:
+            return error.message  # all ranks have found it together: it is not about this one
         return _told(error, rank, config)
     if dead:
         if len(dead) > 1 and all(exits[rank] == SILENT for rank in dead) and len(dead) == len(ranks) - 1:
@@ -123,25 +130,25 @@ def broken(plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], 
 
 
 def were_handed_on(ranks: Sequence[RankState]) -> bool:
-    """Whether another session has joined these ranks' engines since."""
+    """Whether another session has taken over these ranks' engines."""
     return any(state.handed_on for state in ranks)
 
 
 def is_certain(ranks: Sequence[RankState], exits: Sequence[int | None]) -> bool:
-    """Whether more will not be known of a failure: its cause is, and those who died have had their last word, which is
-    where they stood. What a lost peer does to the others is often heard of before."""
+    """Whether nothing more will be heard of a failure: its cause is known, and dead ranks have reported their last
+    position. Errors of ranks that lost their peer often arrive before."""
     dead = [rank for rank, code in enumerate(exits) if code is not None]
     raised = any(state.error and not state.error.secondary for state in ranks)
     return bool(dead or raised) and all(ranks[rank].gone for rank in dead)
 
 
 def is_about_a_message(ranks: Sequence[RankState]) -> bool:
-    """Whether a rank has got a message that was not the one expected."""
+    """Whether a rank has received a message other than the expected one."""
     return any(state.error and state.error.came for state in ranks)
 
 
 def silent_text(plan: Plan, rank: int, state: RankState) -> str:
-    """What to say of a rank that does not answer, though nothing says that it is gone."""
+    """The message about a rank that does not answer, though its process seems to exist."""
     why = "its process is stopped" if state.stopped else "its host or the network to it may be down"
     return (
         f"rank {rank} does not answer: {why}; it stands at: {_position(plan, rank, state)}\n"
@@ -178,7 +185,7 @@ def _cut_off(plan: Plan, ranks: Sequence[RankState], config: Config) -> str:
 
 
 def ending(code: int | None, config: Config) -> str:
-    """How a process has ended, by its exit status, as it is said after `rank N`."""
+    """How a process has ended, by its exit status; a phrase that follows `rank N`."""
     if code == SILENT:
         limit = silence_limit(config.timeout)
         return f"has not been heard of for {limit:g} s: its host or the network to it may be down"
@@ -190,7 +197,7 @@ def ending(code: int | None, config: Config) -> str:
 
 
 def _is_paused(ranks: Sequence[RankState]) -> bool:
-    """Whether every lane stands where it was told to stop, so that it is the user who takes their time."""
+    """Whether every lane stands at its limit: the user takes their time."""
     return all(
         state.phase == "prefill" and state.stand and state.stand.at_limits and not any(state.stand.started)
         for state in ranks
@@ -198,7 +205,7 @@ def _is_paused(ranks: Sequence[RankState]) -> bool:
 
 
 def standstill(plan: Plan, ranks: Sequence[RankState], config: Config, now: float) -> str | None:
-    """Where all stand, if nothing has moved for so long that the run is over."""
+    """The message about a run in which nothing has moved for `timeout` seconds; None if it is not so."""
     if _is_paused(ranks):
         return None
     quiet = now - max(state.progressed for state in ranks)
@@ -215,7 +222,7 @@ def standstill(plan: Plan, ranks: Sequence[RankState], config: Config, now: floa
 
 
 def _position(plan: Plan, rank: int, state: RankState) -> str:
-    """The ops at which a rank stands in prefill; else what it was doing."""
+    """The ops at which a rank stands in prefill; else its phase."""
     lanes = plan.lanes[rank]
     if state.phase == "prefill" and state.stand and len(state.stand.positions) == len(lanes):
         return rank_text(lanes, state.stand)

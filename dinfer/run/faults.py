@@ -1,16 +1,21 @@
-"""Armed: the faults of one run that are to strike, and what those that have struck have done."""
+"""The faults that a user injects into one run: arming them, what they have done, disarming them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dinfer.display import Displayable
+from dinfer.engine.board import Stand
 from dinfer.errors import NoSuch
+from dinfer.job import Job
 from dinfer.messages import FaultStruck
-from dinfer.plan.faults import Fault
+from dinfer.plan.faults import KINDS, Fault, TokenSizes, fault_of
+from dinfer.plan.ops import PlanError, Value
+from dinfer.plan.plan import Plan
+from dinfer.run.state import Mark, RunState, State, state_of_lanes
 
 
 class Injected(Displayable):
-    """A fault that is armed, and its strikes: (rank, how many values it has changed, in words)."""
+    """An armed fault and its strikes: (rank, number of values changed, description)."""
 
     def __init__(self, fault: Fault) -> None:
         self.fault = fault
@@ -34,11 +39,11 @@ class Injected(Displayable):
 
 
 class Armed(Displayable):
-    """Those of a run, by number: what changes here changes on the ranks. `tell` gives the ranks the full list, `say` is
-    told what a user should know."""
+    """The armed faults of a run, by number; removing one here disarms it on the ranks. `tell` gives the ranks the full
+    list."""
 
-    def __init__(self, tell: Callable[[list[dict[str, Any]]], object], say: Callable[[str], None]) -> None:
-        self._tell, self._say = tell, say
+    def __init__(self, job: Job, state: RunState, tell: Callable[[list[dict[str, Any]]], object]) -> None:
+        self._job, self._state, self._tell = job, state, tell
         self._found: dict[int, Injected] = {}
         self._count = 0
 
@@ -57,21 +62,26 @@ class Armed(Displayable):
         return "\n".join(map(str, self)) or 'no faults: run.inject("bitflip", layer=0, chunk=0) arms one'
 
     def remove(self, number: int) -> None:
-        """Disarm one; bytes that it has changed stay so. Raises KeyError."""
+        """Disarm one; bytes that it has changed stay changed. Raises KeyError."""
         self._disarm([self[number]])
 
     def clear(self) -> None:
-        """Disarm all; bytes that they have changed stay so."""
+        """Disarm all; bytes that they have changed stay changed."""
         self._disarm(list(self))
 
     # -- for the run
 
-    @property
-    def next_number(self) -> int:
-        return self._count + 1
-
-    def add(self, fault: Fault) -> Injected:
-        """Have it strike from now on; it is forgotten where a rank refuses it."""
+    def inject(self, stands: Sequence[Stand], kind: str, **chosen: Any) -> Injected:
+        """Arm a fault of a run whose ranks stand there; it is forgotten if a rank refuses it. Raises PlanError for a
+        run that moves, and for a fault that is not possible."""
+        plan, spec, dtype = self._job.plan, self._job.spec, self._job.config.dtype
+        if state_of_lanes(plan, stands) == State.RUNNING:
+            raise PlanError(
+                "the run is moving, so what a fault meets would be luck: run.pause() first, then run.inject(…)."
+            )
+        sizes = TokenSizes(spec.kv_heads, spec.head_dim, spec.dtype if dtype == "auto" else dtype)
+        fault = fault_of(self._count + 1, kind, plan.shape, sizes, **chosen)
+        _check_in_time(fault, _made(plan, stands))
         self._count = fault.number
         found = self._found[fault.number] = Injected(fault)
         try:
@@ -81,33 +91,64 @@ class Armed(Displayable):
             raise
         return found
 
+    def marks(self) -> Iterator[Mark]:
+        """One for each armed fault that has a block."""
+        for one in self:
+            if one.fault.rank is not None:
+                yield Mark(one.fault.rank, one.fault.chunk, one.fault.layer, "armed", str(one))
+
     def arm(self) -> None:
         """Have the ranks break what is armed now, and nothing else."""
         self._tell([one.fault.as_dict() for one in self])
 
-    def begin_anew(self) -> None:
-        """The run begins again on clean ranks: nothing has struck."""
+    def begin(self) -> None:
+        """The run begins again on clean ranks: no fault has struck."""
         for one in self:
             one.strikes = []
 
-    def struck(self, rank: int, note: FaultStruck) -> list[str]:
-        """What to say of a fault that a rank reports; nothing if it is no longer armed."""
-        if note.number not in self._found:
-            return []
-        one = self._found[note.number]
-        one.strikes.append((rank, note.changed, note.found))
-        return [f"fault {one.fault}: {note.found}"]
+    def struck(self, rank: int, note: FaultStruck) -> None:
+        """A rank reports a strike. That of a fault which is no longer armed is ignored."""
+        if one := self._found.get(note.number):
+            one.strikes.append((rank, note.changed, note.found))
+            self._state.said.append(f"fault {one.fault}: {note.found}")
 
     def _disarm(self, gone: list[Injected]) -> None:
         before, numbers = self._found, {one.number for one in gone}
         self._found = {number: one for number, one in before.items() if number not in numbers}
         try:
             self.arm()
-        except BaseException:  # of a run that is over, say
+        except BaseException:  # the run may be over
             self._found = before
             raise
         if changed := [f"#{one.number}" for one in gone if any(strike[1] for strike in one.strikes)]:
-            self._say(
+            self._state.say(
                 f"disarmed; what {', '.join(changed)} changed stays changed until run.restart(), or until the run goes "
                 "back before it"
             )
+
+
+def _made(plan: Plan, stands: Sequence[Stand]) -> list[set[Value]]:
+    """The values that each rank holds."""
+    return [
+        {
+            value
+            for lane, n in zip(lanes, stand.positions, strict=True)
+            for op in lane.ops[:n]
+            for value in op.makes()
+        }
+        for lanes, stand in zip(plan.lanes, stands, strict=True)
+    ]
+
+
+def _check_in_time(fault: Fault, made: list[set[Value]]) -> None:
+    """Raises PlanError for a fault that strikes before a block is complete, if it is complete already."""
+    if fault.where == "memory" or fault.rank is None:
+        return
+    if Value("kv", fault.chunk, fault.layer) in made[fault.rank]:
+        block = f"block c{fault.chunk} l{fault.layer}"
+        came = "been computed" if fault.where == "compute" else f"arrived on rank {fault.rank}"
+        also = ", or use where='memory'" if "memory" in KINDS[fault.kind].wheres else ""
+        raise PlanError(
+            f"{block} has {came} already: go back before it (run.step_back(…), or run.run_to(…) to a block before it)"
+            f"{also}."
+        )

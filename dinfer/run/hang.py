@@ -1,104 +1,124 @@
-"""Explaining: why a run does not move, told unasked by its watch, and asked for by `run.verdict()`."""
+"""Whether a run can go on: failed ranks, silent ranks, hangs; and the verdict, which says why it does not move."""
 
+import time
+from collections.abc import Mapping
 from dataclasses import replace
 
+from dinfer.cluster.lease import RankLease
+from dinfer.job import Job
 from dinfer.monitor.signs import HangEvidence
 from dinfer.monitor.watch import HangWatch
-from dinfer.run.failure import ending
-from dinfer.run.state import RunState
+from dinfer.run.failure import RankFailed, broken, ending, is_about_a_message, is_certain, silent_text
+from dinfer.run.state import RunState, State
 from dinfer.run.stepper import NoProgress
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.waits import HangKind
 
+GRACE_S = 0.5
+"""how long to wait for the cause of a failure, and for the last report of dead ranks"""
+
 ABOUT_MESSAGES: tuple[HangKind, ...] = (
     "another plan", "other size", "wrong peer", "sent twice", "out of order", "never sent", "never received",
 )  # fmt: skip
-"""what an exception that a message has caused is told as: whoever raised it is not to blame"""
+"""where an exception comes from a wrong message: the rank that raised it is not to blame"""
 
 STUCK: tuple[HangKind, ...] = ("stuck in Python", "stuck in C", "stuck")
 
 
 class Hung(NoProgress):
-    """The run does not go on by itself. `verdict` says why."""
+    """The run cannot go on by itself. `verdict` says why."""
 
     def __init__(self, verdict: Verdict) -> None:
         super().__init__(str(verdict))
         self.verdict = verdict
 
 
-class Explaining(RunState):
-    """A run whose standing still is explained. `watch` is called often, on the session's thread."""
+class Health:
+    """The health of one run. `look` is called often, on the session's thread."""
 
-    _watch: HangWatch
+    def __init__(self, job: Job, ranks: RankLease, state: RunState) -> None:
+        self._job, self._ranks, self._state = job, ranks, state
+        self._broken_at: float | None = None
+        self._watch = HangWatch(job, ranks)
 
-    def _look_anew(self) -> None:
-        super()._look_anew()
-        self._watch = HangWatch(self.job, self._line)
+    def begin(self, plan_ids: Mapping[int, int]) -> None:
+        """The run begins, or begins again, with these ids of each rank's plan."""
+        self._watch = HangWatch(self._job, self._ranks)
+        self._watch.plan_ids = plan_ids
+        self._broken_at = None
 
-    def verdict(self) -> Verdict:
-        """Why the run does not move: who waits for whom, for what, and who is to blame; or that it moves, and whether a
-        rank is slow. Its first sentence is what `where()`, the panel and the log say."""
-        is_moving = not self.failure and self._state() in ("running", "decoding")
-        found = self._judge(is_moving=is_moving)
-        told = (self.failure or self.silence).partition("\n")[0]
-        return replace(found, sentence=told) if told else found
+    def check(self) -> None:
+        """Raises RankFailed where a rank has failed or does not answer, and Hung where the run hangs."""
+        state, ranks = self._state, self._ranks
+        if not state.failure and not state.closed:
+            self._look_for_failure()
+        if state.failure:
+            raise RankFailed(state.failure)
+        silent = [silent_text(self._job.plan, rank, ranks.ranks[rank]) for rank in ranks.silent()]
+        state.note_silence("\n".join(silent))
+        if state.silence:
+            raise RankFailed(state.silence)
+        self.check_moving()
 
-    def evidence(self) -> HangEvidence:
-        """What the verdict is made of now."""
-        told = self.verdict().sentence
-        return self._watch.evidence(decoding=self._is_decoding(), ended=self._ended(), told=told)
+    def check_moving(self) -> None:
+        """Raises Hung where the run hangs."""
+        if (hang := self._state.hang) and hang.is_hung and self._is_moving():
+            raise Hung(hang)
 
-    @property
-    def told(self) -> Verdict | None:
-        """The verdict that was told unasked, while it holds."""
-        return self._watch.found
-
-    @property
-    def hang(self) -> str:
-        """Its sentence."""
-        return self.told.sentence if self.told else ""
-
-    def why(self) -> str:
-        """All of it, as text."""
-        return str(self.told) if self.told else ""
-
-    def stuck_ranks(self) -> tuple[int, ...]:
-        """Those that were told to be in an op that does not end."""
-        return self.told.ranks if self.told and self.told.kind in STUCK else ()
-
-    def watch(self) -> None:
-        """Look whether the run has stopped moving; `hang` says so."""
-        if self.failure or self.silence or self._state() not in ("running", "decoding"):
+    def look(self) -> None:
+        """See whether the run has stopped moving; `RunState.hang` is the verdict then."""
+        if self._state.failure or self._state.silence or not self._is_moving():
             self._watch.rest(decoding=self._is_decoding())
         else:
             self._watch.look(decoding=self._is_decoding(), ended=self._ended())
+        self._state.note_hang(self._watch.found)
 
-    def check_moving(self) -> None:
-        """Raises Hung where the watch has found that the run does not go on by itself."""
-        found = self._watch.found
-        if found and found.is_hung and self._state() in ("running", "decoding"):
-            raise Hung(found)
+    def verdict(self) -> Verdict:
+        """Why the run does not move."""
+        found = self.judge(is_moving=not self._state.failure and self._is_moving())
+        known = (self._state.failure or self._state.silence).partition("\n")[0]
+        return replace(found, sentence=known) if known else found
 
-    def _judge(self, *, is_moving: bool) -> Verdict:
+    def judge(self, *, is_moving: bool) -> Verdict:
+        """The verdict by what is known; `is_moving`: the run is meant to move, so first ask the ranks for their
+        stacks."""
         return self._watch.judge(decoding=self._is_decoding(), ended=self._ended(), is_moving=is_moving)
 
-    def _is_decoding(self) -> bool:
-        """Whether the ranks are to make tokens, or were when the run failed: those that wait for one still do."""
-        return self._generation.under_way or bool(self.failure and self._generation.unfinished)
+    def evidence(self) -> HangEvidence:
+        """The evidence of which the verdict is made."""
+        sentence = self.verdict().sentence
+        return self._watch.evidence(decoding=self._is_decoding(), ended=self._ended(), told=sentence)
 
-    def _failed(self, found: str) -> str:
-        """What to say of a failure: of one that a message has caused, first who has sent that."""
-        verdict = self._judge(is_moving=False)
-        return f"{verdict.sentence}\n{found}" if verdict.kind in ABOUT_MESSAGES else found
+    def stuck_ranks(self) -> tuple[int, ...]:
+        """Ranks in an op that does not end, according to the verdict."""
+        hang = self._state.hang
+        return hang.ranks if hang and hang.kind in STUCK else ()
+
+    def _is_moving(self) -> bool:
+        return self._state.now in (State.RUNNING, State.DECODING)
+
+    def _is_decoding(self) -> bool:
+        """Whether the ranks make tokens, or did when the run failed: some may still wait for one."""
+        return self._state.is_decoding or bool(self._state.failure and self._state.is_token_pending)
+
+    def _look_for_failure(self) -> None:
+        ranks, exits, now = self._ranks.ranks, self._ranks.exits(), time.monotonic()
+        found = broken(self._job.plan, ranks, exits, self._job.config)
+        self._broken_at = (self._broken_at or now) if found else None
+        # Where the sender of a wrong message comes to a stand shows who is to blame.
+        is_final = is_certain(ranks, exits) and not is_about_a_message(ranks)
+        if found and self._broken_at and now - self._broken_at >= (0.0 if is_final else GRACE_S):
+            verdict = self.judge(is_moving=False)
+            self._state.fail(f"{verdict.sentence}\n{found}" if verdict.kind in ABOUT_MESSAGES else found)
 
     def _ended(self) -> dict[int, str]:
-        """How the processes of those have ended that have, or seem to have."""
+        """How the processes of ranks have ended, or seem to have."""
         found = {
-            rank: ending(code, self.config)
-            for rank, code in enumerate(self._line.exits())
+            rank: ending(code, self._job.config)
+            for rank, code in enumerate(self._ranks.exits())
             if code is not None
         }
-        for rank in self._line.silent():
-            if self._line.ranks[rank].stopped is None:
+        for rank in self._ranks.silent():
+            if self._ranks.ranks[rank].stopped is None:
                 found.setdefault(rank, "does not answer: its host or the network to it may be down")
         return found

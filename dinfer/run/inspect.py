@@ -1,14 +1,19 @@
-"""Inspecting: what a run's ranks hold and compute: KV, hidden states, attention. Nothing here moves or changes it."""
+"""What a run's ranks hold and compute: KV, hidden states, attention; and their comparison with transformers.
 
-import contextlib
-from collections.abc import Mapping, Sequence
+Nothing here moves or changes a run.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 
 from dinfer.cluster.kv import Live, RankClient
-from dinfer.cluster.lease import RunOver
+from dinfer.cluster.lease import RankLease, RunOver
+from dinfer.cluster.ranks import RankRefused
+from dinfer.job import Job
 from dinfer.kv.difference import Diff
 from dinfer.kv.hidden import AttentionWeights, Hidden, attention_of, hidden_of
 from dinfer.kv.reference.comparison import Comparison
@@ -16,159 +21,153 @@ from dinfer.kv.reference.judge import ReferenceCase
 from dinfer.kv.reference.reports import Examined, HeldDigests, ToleranceMeasure, holds_most, to_be_examined
 from dinfer.kv.source import Selection, Subject
 from dinfer.kv.view import KV, kv_of
-from dinfer.messages import Answer, Command, DigestHeld, RunReference, StopReference
+from dinfer.messages import Answer, Command, DigestHeld, HashKv, RunReference, StopReference
 from dinfer.model.checkpoint import fingerprint
 from dinfer.model.text import texts_of
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import within
-from dinfer.results import Where
-from dinfer.run.action import action
-from dinfer.run.failure import silent_text
-from dinfer.run.fleet import RankFailed
-from dinfer.run.state import HoldingRun
+from dinfer.run.action import Actions
+from dinfer.run.decode import Generation
+from dinfer.run.failure import RankFailed, silent_text
+from dinfer.run.state import RunState
+from dinfer.run.stepper import NoProgress
 from dinfer.verdict.words import at_text
 
+ANSWER_S = 30.0
+
 A = TypeVar("A", bound=Answer)
-
-
-class Inspecting(HoldingRun):
-    """Of one run, also one that has failed, as far as its ranks live."""
-
-    def kv(self, *, layer: int | None = None, chunk: int | None = None, rank: int | None = None) -> KV:
-        """The KV that the ranks hold, of a layer, a chunk, a rank, each None for all; first waits until the run stands.
-
-        Shown, it says who holds what, and of one layer each head in a few numbers. `.k[head, tokens]` and `.v[head,
-        tokens]` fetch values, [heads, tokens, head_dim], indexed as a tensor is; `.diff()` finds where ranks differ.
-        Raises PlanError for what there is not, or not yet.
-        """
-        with self.hold():
-            return kv_of(
-                self.source, layer=layer, chunk=chunk, rank=rank, note=self._compared, hold=self.hold
-            )
-
-    def hidden(self, *, chunk: int, layer: int) -> Hidden:
-        """The hidden state of a chunk before a layer, or after the last (`layer` is then how many there are).
-
-        It is that of the rank that owns the layer, which computes it anew where it is not at hand. `[tokens, dims]`
-        fetches values. Raises PlanError for what there is not, or not yet.
-        """
-        with self.hold():
-            return hidden_of(self.source, chunk, layer, self.hold)
-
-    def attention(self, *, layer: int, chunk: int, head: int | None = None) -> AttentionWeights:
-        """What a chunk's tokens attend to in a layer, over themselves and earlier ones: computed anew on the rank that
-        owns the layer, from its hidden state and the KV that is there. Raises PlanError."""
-        if head is not None:
-            within("head", head, self.job.spec.heads)
-        with self.hold():
-            return attention_of(self.source, layer, chunk, head)
-
-    def source(self) -> Live:
-        """What the ranks hold just now, once the run stands. Raises RuntimeError for a run that is over."""
-        self._settle()
-        return self._live()
-
-    def _live(self) -> Live:
-        """The same, also of a run that moves or has failed: as far as its ranks answer."""
-        return Live(self._subject(), RankClient(self._line, self._check_there))
-
-    def _compared(self, found: Diff, chosen: Selection) -> None:
-        self._marks.note_diff(found, chosen)
-        self.tell()
-
-    def _subject(self) -> Subject:
-        spec, dtype = self.job.spec, self.config.dtype
-        ids = (*self.job.ids, *self.tokens)
-        return Subject(
-            name="this run",
-            standing=self._standing_texts(),
-            plan=self.plan,
-            ids=ids,
-            texts=self._texts(ids),
-            kv_heads=spec.kv_heads,
-            head_dim=spec.head_dim,
-            dtype=getattr(torch, spec.dtype if dtype == "auto" else dtype),
-            checkpoint=self._fingerprint,
-        )
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        return fingerprint(self.job.spec)
-
-    @cached_property
-    def _known_texts(self) -> dict[tuple[int, ...], tuple[str, ...]]:
-        return {}
-
-    def _texts(self, ids: tuple[int, ...]) -> tuple[str, ...]:
-        """Of each token; what was made last is kept."""
-        if ids not in self._known_texts:
-            self._known_texts.clear()
-            ranges = [range(n, n + 1) for n in range(len(ids))]
-            self._known_texts[ids] = tuple(texts_of(self._tokenizer, ids, ranges))
-        return self._known_texts[ids]
-
-    def _standing_texts(self) -> tuple[str, ...]:
-        stands, lanes = self.standing().stands, self.plan.lanes
-        return tuple(
-            at_text(lanes[rank], stand.positions)
-            if any(at < len(lane.ops) for lane, at in zip(lanes[rank], stand.positions, strict=True))
-            else ""
-            for rank, stand in enumerate(stands)
-        )
-
-    def _check_there(self, ranks: Sequence[int]) -> None:
-        """Raises RankFailed where one of these cannot answer, RunOver where the run is about to be over."""
-        self.check_looking()
-        exits = self._line.exits()
-        gone = [rank for rank in ranks if exits[rank] is not None]
-        silent = [silent_text(self.plan, r, self._line.ranks[r]) for r in self._line.silent() if r in ranks]
-        if gone or silent:
-            lost = [f"rank {rank} is gone: its KV is lost" for rank in gone]
-            raise RankFailed("\n".join([*lost, *silent]))
-
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class Comparing(HoldingRun):
-    """Part of a run."""
+class RunInspector:
+    """Works also on a run that has failed, as far as its ranks answer. `check()` raises where the run cannot go on."""
 
-    def wait(self, timeout: float | None = None) -> Where:
-        """Wait until the run stands."""
-        raise NotImplementedError
+    def __init__(
+        self,
+        job: Job,
+        ranks: RankLease,
+        state: RunState,
+        actions: Actions,
+        generation: Generation,
+        check: Callable[[], None],
+        tokenizer: Any | None,
+    ) -> None:
+        self._job, self._ranks, self._state, self._actions = job, ranks, state, actions
+        self._generation, self._check, self._tokenizer = generation, check, tokenizer
+        self._token_texts: tuple[tuple[int, ...], tuple[str, ...]] = (), ()
 
-    @action
-    def compare(
-        self, what: str = "reference", *, chunked: bool = True, dtype: str | None = None
-    ) -> Comparison:
-        """Compare what the ranks hold with transformers' own forward of the same checkpoint, at the ranks' thread
-        count: K, V and hidden states of every layer and chunk, and every new token fed as the run fed it.
+    def kv(self, *, layer: int | None, chunk: int | None, rank: int | None) -> KV:
+        """See `Run.kv`."""
+        hold = self._actions.hold
+        with hold():
+            return kv_of(self.source, layer=layer, chunk=chunk, rank=rank, note=self._compared, hold=hold)
 
-        As it is, in the run's chunks and dtype, every bit must be the same (on a CPU). `chunked=False` feeds the prompt
-        at once, and `dtype` has the checkpoint loaded in another one; then differences up to a stated tolerance are
-        rounding (`dinfer.model.tolerance`). One rank runs the reference; others only if they hold other bytes. Hidden
-        states that no rank keeps are computed anew from the run's KV, in memory of their own. A run that stands
-        half-way is compared as far as it has come. Raises PlanError where nothing is computed yet or a word is not
-        known, and RankRefused where a second KV, or the weights in `dtype`, do not fit into memory.
-        """
-        _check(what, dtype)
-        self.wait()
-        with self.hold():  # it may have been sent on since
-            self.check()
+    def hidden(self, chunk: int, layer: int) -> Hidden:
+        """See `Run.hidden`."""
+        with self._actions.hold():
+            return hidden_of(self.source, chunk, layer, self._actions.hold)
+
+    def attention(self, layer: int, chunk: int, head: int | None) -> AttentionWeights:
+        """See `Run.attention`."""
+        if head is not None:
+            within("head", head, self._job.spec.heads)
+        with self._actions.hold():
+            return attention_of(self.source, layer, chunk, head)
+
+    def source(self) -> Live:
+        """What the ranks hold, once the run stands still. Raises RunOver for a run that is over."""
+        self._actions.settle()
+        return self.live()
+
+    def live(self) -> Live:
+        """What the ranks hold now, also of a run that moves or has failed, as far as its ranks answer."""
+        return Live(self._subject(), RankClient(self._ranks, self._check_ranks))
+
+    def sha256(self) -> list[str]:
+        """See `Run.sha256`."""
+        ranks = range(self._job.plan.world_size)
+        command = HashKv(len(self._job.ids))
+        answers = self._ranks.ask(dict.fromkeys(ranks, command), ANSWER_S, self._check)
+        return [answers[rank].sha256 for rank in ranks]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The checkpoint's."""
+        return fingerprint(self._job.spec)
+
+    def texts(self, ids: tuple[int, ...]) -> tuple[str, ...]:
+        """The text of each token; those of the last call are kept."""
+        if self._token_texts[0] != ids:
+            ranges = [range(n, n + 1) for n in range(len(ids))]
+            self._token_texts = ids, tuple(texts_of(self._tokenizer, ids, ranges))
+        return self._token_texts[1]
+
+    def chunk_labels(self) -> list[str]:
+        """See `Run.chunk_labels`."""
+        return texts_of(self._tokenizer, self._job.ids, self._job.plan.shape.chunks)
+
+    def _compared(self, found: Diff, chosen: Selection) -> None:
+        self._state.marks.note_diff(found, chosen)
+        self._actions.tell()
+
+    def _subject(self) -> Subject:
+        spec, dtype = self._job.spec, self._job.config.dtype
+        ids = (*self._job.ids, *self._generation.tokens)
+        return Subject(
+            name="this run",
+            standing=self._standing_texts(),
+            plan=self._job.plan,
+            ids=ids,
+            texts=self.texts(ids),
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            dtype=getattr(torch, spec.dtype if dtype == "auto" else dtype),
+            checkpoint=self.fingerprint,
+        )
+
+    def _standing_texts(self) -> tuple[str, ...]:
+        return tuple(
+            at_text(lanes, stand.positions)
+            if any(at < len(lane.ops) for lane, at in zip(lanes, stand.positions, strict=True))
+            else ""
+            for lanes, stand in zip(self._job.plan.lanes, self._state.stands(), strict=False)
+        )
+
+    def _check_ranks(self, asked: Sequence[int]) -> None:
+        """Raises RankFailed where one of these ranks cannot answer, RunOver while `close()` waits."""
+        self._actions.check_looking()
+        exits, ranks = self._ranks.exits(), self._ranks.ranks
+        lost = [f"rank {rank} is gone: its KV is lost" for rank in asked if exits[rank] is not None]
+        silent = [silent_text(self._job.plan, r, ranks[r]) for r in self._ranks.silent() if r in asked]
+        if lost or silent:
+            raise RankFailed("\n".join([*lost, *silent]))
+
+    # -- the reference
+
+    def compare(self, *, chunked: bool, dtype: str | None) -> Comparison:
+        """See `Run.compare`."""
+        with self._actions.hold():
+            self._check()
             helds = self._held()
             own = helds[0].dtype
             wanted = dtype or own
             examined = self._examined(helds, chunked=chunked, dtype=wanted)
-        spec, shape = self.job.spec, self.plan.shape
-        width = max(spec.hidden_size, spec.intermediate_size, shape.tokens)
-        case = ReferenceCase(
-            self.plan, ToleranceMeasure(examined[0].exact, own, wanted, width), helds, examined
+        spec, plan = self._job.spec, self._job.plan
+        width = max(spec.hidden_size, spec.intermediate_size, plan.shape.tokens)
+        measure = ToleranceMeasure(examined[0].exact, own, wanted, width)
+        ids = (*self._job.ids, *max((one.tokens for one in helds), key=len))
+        return Comparison(
+            ReferenceCase(plan, measure, helds, examined),
+            chunked=chunked,
+            edited=self._state.edited,
+            texts=self.texts(ids),
         )
-        return Comparison(case, chunked=chunked, edited=self.edited, texts=self._token_texts(helds))
 
     def _held(self) -> list[HeldDigests]:
-        said = self._reference(dict.fromkeys(range(self.world_size), DigestHeld()))
-        helds = [HeldDigests.of(rank, said[rank]) for rank in range(self.world_size)]
+        ranks = range(self._job.plan.world_size)
+        reports = self._reference(dict.fromkeys(ranks, DigestHeld()))
+        helds = [HeldDigests.of(rank, reports[rank]) for rank in ranks]
         if not any(one.now for one in helds):
             raise PlanError(
                 "nothing to compare: prefill has not begun, no block is computed yet. run.step(), run.run_to(…) or "
@@ -177,35 +176,36 @@ class Comparing(HoldingRun):
         return helds
 
     def _examined(self, helds: list[HeldDigests], *, chunked: bool, dtype: str) -> list[Examined]:
-        """By one rank, and by those that hold other bytes than it."""
-        chunks = 1 + max(
-            chunk for one in helds for chunk, _ in one.now if chunk < len(self.plan.shape.chunks)
-        )
+        """One rank runs the reference, and so do those that hold other bytes than it."""
+        prompt = len(self._job.plan.shape.chunks)
+        chunks = 1 + max(chunk for one in helds for chunk, _ in one.now if chunk < prompt)
         command = RunReference(chunked, dtype, chunks)
         rank = holds_most(helds)
         first = Examined.of(rank, self._reference({rank: command})[rank])
         others = self._reference(dict.fromkeys(to_be_examined(helds, first), command))
-        return [first, *(Examined.of(other, said) for other, said in others.items())]
+        return [first, *(Examined.of(other, answer) for other, answer in others.items())]
 
     def _reference(self, requests: Mapping[int, Command[A]]) -> dict[int, A]:
-        """The answers, however long they take, as long as the ranks live."""
+        """The answers. No time limit: the reference may take long while its rank lives."""
         try:
-            return self._line.ask(requests, float("inf"), self._check_goes_on)
+            return self._ranks.ask(requests, float("inf"), self._check_reference)
         except (KeyboardInterrupt, RunOver):
-            with contextlib.suppress(Exception):
-                self._ask_all(StopReference())
+            self._stop_reference()
             raise
 
-    def _check_goes_on(self) -> None:
-        self.check_looking()
-        self.check()
+    def _stop_reference(self) -> None:
+        """Have the ranks give up the comparison. A rank that cannot be told ends it by itself."""
+        ranks = range(self._job.plan.world_size)
+        with suppress(RankFailed, RankRefused, NoProgress, TimeoutError):
+            self._ranks.ask(dict.fromkeys(ranks, StopReference()), ANSWER_S, self._check)
 
-    def _token_texts(self, helds: list[HeldDigests]) -> list[str]:
-        ids = [*self.job.ids, *max((one.tokens for one in helds), key=len)]
-        return texts_of(self._tokenizer, ids, [range(at, at + 1) for at in range(len(ids))])
+    def _check_reference(self) -> None:
+        self._actions.check_looking()
+        self._check()
 
 
-def _check(what: Any, dtype: Any) -> None:
+def check_comparable(what: Any, dtype: Any) -> None:
+    """Raises PlanError for arguments of `Run.compare` that are not known."""
     if what != "reference":
         raise PlanError(f'{what!r} cannot be compared with; run.compare("reference") is what there is.')
     if dtype is not None and dtype not in DTYPES:

@@ -1,5 +1,4 @@
-"""Reproduce: the commands that give a run again, from its parameters and what was done to it. The prompt is there only
-where asked for."""
+"""The commands that reproduce a run, from its parameters and what was done to it."""
 
 import shlex
 from collections.abc import Sequence
@@ -27,8 +26,9 @@ HIDDEN = "…"
 
 @dataclass(frozen=True)
 class Done:
-    """What was done to a run beside giving it its parameters: `faults` and `breakpoints` as calls; how many new tokens
-    there are; whether its plan was the user's own, and whether something was edited by hand, which no call repeats."""
+    """What was done to a run besides giving it its parameters: `faults` and `breakpoints` as calls; `new_tokens`: their
+    number; `own_plan`: the user has written the plan; `edited`: something was changed by hand, which no call
+    repeats."""
 
     faults: Sequence[str] = ()
     breakpoints: Sequence[str] = ()
@@ -38,16 +38,16 @@ class Done:
 
 
 def commands(config: Config, done: Done, *, prompt: bool) -> dict[str, str]:
-    """What to type, by place."""
+    """What to type, by where; with the prompt only if `prompt`."""
     notebook = {"In a notebook": _notebook(config, done, prompt)}
-    if done.own_plan:  # which only a session takes
+    if done.own_plan:  # only a session accepts it
         return notebook
     less = ", without what was broken or edited" * bool(done.faults or done.edited)
     return {f"In a terminal{less}": _shell(config, prompt), **notebook}
 
 
 def parameters(config: Config) -> dict[str, Any]:
-    """All that a run was given, but for its prompt and what changes nothing in it."""
+    """The parameters of a run, without its prompt and those that do not change the run."""
     return {
         item.name: getattr(config, item.name) for item in fields(config) if item.name not in NOT_OF_THE_RUN
     }
@@ -95,7 +95,7 @@ def _notebook(config: Config, done: Done, prompt: bool) -> str:
 
 
 def _chosen(config: Config) -> dict[str, Any]:
-    """What differs from the default, and what a reader wants to see in any case."""
+    """The parameters that differ from their defaults, and those that a reader always wants to see."""
     always = {"model_path", "world_size", "chunk_size", "sync_strategy", "schedule"}
     return {
         item.name: getattr(config, item.name)
@@ -106,6 +106,6 @@ def _chosen(config: Config) -> dict[str, Any]:
 
 
 def _prompt(config: Config, shown: bool) -> tuple[str, Any]:
-    """The parameter that held the prompt, and the prompt, or a sign that it was left out."""
+    """The parameter that held the prompt, and the prompt, or … if it is not shown."""
     name = next((name for name in PROMPTS if getattr(config, name)), "prompt")
     return name, getattr(config, name) if shown else HIDDEN

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the merged trace, the figures per rank and link, the JSON, the table at the end."""
+"""The result of a run: the merged trace, the figures of each rank and link, as JSON and as a table."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from dinfer.version import __version__
 
 
 def merge(job: Job, by_rank: Sequence[Sequence[Event]]) -> Trace:
-    """One trace from the events that the ranks' watchers have published."""
+    """One trace of all ranks' events."""
     shape = job.plan.shape
     return Trace.merge(
         by_rank,
@@ -35,7 +35,7 @@ def merge(job: Job, by_rank: Sequence[Sequence[Event]]) -> Trace:
 
 
 def result_of(job: Job, ranks: Sequence[RankState], trace: Trace, text: str) -> dict[str, Any]:
-    """What `--json` holds. Seconds and bytes are of prefill, but for `decode_s`; `tokens` are the new ones."""
+    """The content of `--json`. Seconds and bytes are those of prefill, except `decode_s`; `tokens` are the new ones."""
     reports = [state.result for state in ranks if state.result]
     figures = [trace.rank_figures(rank) for rank in range(len(ranks))]
     return {
@@ -73,7 +73,7 @@ def result_of(job: Job, ranks: Sequence[RankState], trace: Trace, text: str) -> 
 
 
 def corrupt_blocks(ranks: Sequence[RankState]) -> list[Corruption]:
-    """Blocks whose bytes have changed, as ranks have noted them."""
+    """The blocks in which ranks have found changed bytes."""
     return [
         Corruption.of(note.found) for state in ranks for note in state.notes if isinstance(note, BlockCorrupt)
     ]

@@ -1,158 +1,214 @@
-"""Run: one distributed prefill, and the decode after it, as its user holds it: step, go back, stop, ask where it is.
+"""Run: one distributed prefill, and the decode after it, as its user holds it.
 
-What a step means is the plan's; how ranks are reached, the fleet's. Every action may be called from any thread, a cell
-or a panel's; they happen one after another, but for `pause`, which stops the one that is under way.
+A Run is made of parts, each in a file of its own: `state` (what it is doing and why), `action` (who may move it, who
+hears of changes), `moves` and `stepper` (from cut to cut), `breakpoints`, `faults`, `decode`, `hang` (failures, the
+verdict), `inspect` (KV, the reference), `events`, `recorder` (reports, folders, replays). Here they are put together,
+and each call of a user goes to the part that does it.
 """
 
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
+from functools import wraps
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from dinfer.cluster.ranks import Ranks
+from dinfer.cluster.kv import Live
+from dinfer.cluster.lease import RankLease
+from dinfer.cluster.ranks import RankRefused, Ranks
+from dinfer.display import Displayable
 from dinfer.engine.corruption import Corruption
-from dinfer.errors import NotPossible
+from dinfer.errors import ipython
 from dinfer.job import Job
-from dinfer.messages import BlockCorrupt, BreakpointHit, Edited, FaultStruck, Note, SetBreakpoints
+from dinfer.kv.hidden import AttentionWeights, Hidden
+from dinfer.kv.reference.comparison import Comparison
+from dinfer.kv.view import KV
+from dinfer.messages import (
+    Answer,
+    BlockCorrupt,
+    BreakpointHit,
+    Command,
+    Edited,
+    FaultStruck,
+    GetStand,
+    Note,
+    SetBreakpoints,
+    SetFaults,
+)
+from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Unit, count_of, unit_of
 from dinfer.plan.ops import OpKind, PlanError
 from dinfer.results import Breakpoints, Decoded, Moved, Where
-from dinfer.run.action import action
-from dinfer.run.breakpoints import Stops, check_digests, pace_of, play_on
-from dinfer.run.failure import broken, is_about_a_message, is_certain, silent_text
-from dinfer.run.fleet import RankFailed, RemoteFleet
-from dinfer.run.inject import Breaking
-from dinfer.run.inspect import Comparing
-from dinfer.run.save import Replaying, Saving
-from dinfer.run.stepper import Move, NoProgress, Stepper
-from dinfer.verdict.where import moved_lines
+from dinfer.run.action import Actions, call_text
+from dinfer.run.breakpoints import BreakpointTable
+from dinfer.run.decode import Generation
+from dinfer.run.events import RunEvents
+from dinfer.run.failure import RankFailed
+from dinfer.run.faults import Armed, Injected
+from dinfer.run.hang import Health
+from dinfer.run.inspect import RunInspector, check_comparable
+from dinfer.run.moves import Moves
+from dinfer.run.recorder import RunRecorder
+from dinfer.run.report import Reporter, no_views
+from dinfer.run.state import MOVING, RunState, Standing, State, where_of
+from dinfer.run.stepper import NoProgress
+from dinfer.saved.replay.replay import Replay
+from dinfer.trace.events import Event
+from dinfer.trace.findings import Findings
+from dinfer.trace.trace import Trace
+from dinfer.verdict.verdict import Verdict
 
-INTERRUPT_S = 1.5
-"""how long an interrupted call waits for the ranks to stand"""
+ANSWER_S = 30.0
 
-GRACE_S = 0.5
-"""how long to listen for the cause of a failure, and for the last word of who is gone"""
+A = TypeVar("A", bound=Answer)
+
+END_S = 10.0
+"""how long a run that is closed waits for the action under way to end"""
 
 POLL_S = 0.05
 
 TOKEN = "token"
 
+P = ParamSpec("P")
 
-class Run(Breaking, Comparing, Replaying, Saving):
-    """Made by `session.prefill`. `devices` are the ranks'; `prepare` has them make the prompt ready, all lanes at
-    limit 0, and gives the id of each one's plan. Nothing moves before the first action."""
+T = TypeVar("T")
+
+RunMethod = Callable[Concatenate["Run", P], T]
+
+
+def action(*, alone: bool = True) -> Callable[[RunMethod[P, T]], RunMethod[P, T]]:
+    """Make a method an action, as `Actions.taken` describes."""
+
+    def decorated(method: RunMethod[P, T]) -> RunMethod[P, T]:
+        name: str = method.__name__
+
+        @wraps(method)
+        def called(run: "Run", /, *args: P.args, **kwargs: P.kwargs) -> T:
+            with run._actions.taken(call_text(name, args, kwargs), alone=alone):
+                return method(run, *args, **kwargs)
+
+        return called
+
+    return decorated
+
+
+class Run(Displayable):
+    """Made by `session.prefill`; it stands before its first op. Actions may be called from any thread: they happen one
+    after another, except `pause`, which stops the one under way.
+
+    `devices` are the ranks'; `prepare()` makes all ranks ready for the prompt, with all lanes at limit 0, and returns
+    the id of each rank's plan. A session sets `show`, which makes the panel that a notebook shows for a run, and
+    `reporter`, which writes reports.
+    """
+
+    show: Callable[[Any], Any] | None = None
+    reporter: Reporter | None = None
 
     def __init__(
         self,
         job: Job,
-        line: Ranks,
+        ranks: Ranks,
         devices: list[str],
         tokenizer: Any | None,
         prepare: Callable[[], dict[int, int]],
     ) -> None:
-        super().__init__(job, line, devices, tokenizer)
+        self.job, self.plan, self.config = job, job.plan, job.config
+        self.world_size = job.plan.world_size
         self._prepare = prepare
-        self._fleet = RemoteFleet(job.plan, self._line, self.check)
-        self._stops = Stops(lambda armed: self._ask_all(SetBreakpoints(tuple(armed))))
-        self._playing = threading.Event()
+        self._ranks = lease = RankLease(ranks)
+        self._state = state = RunState(job.plan, lease)
+        self._health = Health(job, lease, state)
+        self._actions = Actions(state, self.check, self._interrupted)
+        self._breakpoints = BreakpointTable(
+            job.config, lambda armed: self._ask_all(SetBreakpoints(tuple(armed)))
+        )
+        self._faults = Armed(job, state, lambda faults: self._ask_all(SetFaults(tuple(faults))))
+        self._generation = Generation(lease, state, self.check, tokenizer)
+        self._events = RunEvents(job, lease, state)
+        self._moves = Moves(job, lease, state, self._breakpoints, self._generation, self._events, self.check)
+        self._inspector = RunInspector(
+            job, lease, state, self._actions, self._generation, self.check, tokenizer
+        )
+        self._recorder = RunRecorder(
+            job, lease, devices, state, self._actions, self._health, self._breakpoints, self._faults,
+            self._generation, self._events, self._inspector, self.look,
+        )  # fmt: skip
         self._begin()
-
-    def _begin(self) -> None:
-        plan_ids = self._prepare()
-        self._look_anew()
-        self._watch.plan_ids = plan_ids
-        self._broken_at: float | None = None
-        self._stepper = Stepper(self._fleet, self.config.timeout) if self.job.verdict.proved else None
 
     # -- moving
 
-    @action
+    @action()
     def step(self, unit: Unit | str = "layer", n: int = 1) -> Moved | Decoded:
         """Move on by `n` units: "op", "layer", "wave", "chunk", or, after prefill, "token". At the end it does nothing,
         and says so."""
         if unit == TOKEN:
-            return self._decode(len(self.tokens) + count_of(n), None)
-        return self._moved(lambda stepper: stepper.step(unit_of(unit), count_of(n)))
+            return self._decode(count_of(n), None)
+        return self._moves.moved(self._moves.leaving().step(unit_of(unit), count_of(n)))
 
-    @action
+    @action()
     def step_back(self, unit: Unit | str = "layer", n: int = 1) -> Moved | Decoded:
         """Go back by `n` units; what follows then is computed anew. After decode, every unit but "token" goes back into
         prefill and forgets the new tokens."""
         if unit == TOKEN:
-            with self._lock:
-                return self._generation.back_to(max(0, len(self.tokens) - count_of(n)))
-        return self._moved(lambda stepper: stepper.step_back(unit_of(unit), count_of(n)))
+            return self._generation.back_to(max(0, len(self.tokens) - count_of(n)))
+        return self._moves.moved(self._moves.leaving().step_back(unit_of(unit), count_of(n)))
 
-    @action
+    @action(alone=False)
     def play(self, unit: Unit | str = "layer", per_second: float = 2.0) -> Moved:
         """Step by units at that pace, to the next breakpoint or the end of prefill, or until `pause()`. Raises
-        PlanError for a pace that is none."""
-        pace, of = pace_of(per_second), unit_of(unit)
-        self._playing.clear()
-        first = last = self._moved(lambda stepper: play_on(stepper, self._stops, of))
-        while last.moved and not last.stopped and not self._playing.wait(1 / pace):
-            last = self._moved(lambda stepper: play_on(stepper, self._stops, of))
-        lines = tuple(moved_lines(self.plan, first.before, last.after))
-        return replace(last, before=first.before, lines=lines)
+        PlanError for a pace out of range."""
+        return self._moves.play(unit_of(unit), per_second, self._actions.alone)
 
-    @action
+    @action()
     def run_to(self, chunk: int, layer: int) -> Moved:
-        """Stop just after that block is on every rank, with all blocks before it; forward or back.
+        """Stop just after that block is on every rank, with all blocks before it; forward or back. Raises PlanError for
+        an unknown block."""
+        return self._moves.moved(self._moves.leaving().run_to(chunk, layer))
 
-        Raises PlanError for a block that there is not.
-        """
-        return self._moved(lambda stepper: stepper.run_to(chunk, layer))
-
-    @action
+    @action()
     def resume(self) -> None:
         """Let the ranks go on to the next breakpoint, or the end of prefill. Returns at once; `wait()` waits."""
-        with self._lock:
-            self._resume()
+        self._moves.resume()
 
-    @action
+    @action(alone=False)
     def pause(self) -> Where:
-        """Stop a run, or the action that another thread waits for, at the nearest cut; in decode, after a token."""
+        """Stop the run, or the action that another thread waits for, at the nearest cut; in decode, after a token."""
         self._pause()
         return self.where()
 
     def wait(self, timeout: float | None = None) -> Where:
-        """Wait until the run stands: at a breakpoint, at the end of prefill, or paused. Raises NoProgress after
-        `timeout` seconds, and RankFailed where a rank has failed."""
+        """Wait until the run stops: at a breakpoint, at the end of prefill, or paused. Raises NoProgress after
+        `timeout` seconds, RankFailed where a rank has failed, Hung where the run hangs."""
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
-            with self._line.changed:
-                while self._state() in ("running", "decoding"):
-                    if deadline is not None and time.monotonic() > deadline:
-                        raise NoProgress(f"the run does not stand after {timeout:g} s:\n{self.where()}")
-                    self._line.changed.wait(POLL_S)
-                    self.check()
+            while self._state.wait_while((State.RUNNING, State.DECODING), POLL_S):
+                self.check()
+                if deadline is not None and time.monotonic() > deadline:
+                    raise NoProgress(f"the run does not stand after {timeout:g} s:\n{self.where()}")
         except KeyboardInterrupt:
-            self.interrupted()
+            self._interrupted()
             raise
         self.look()
         self.check()
         return self.where()
 
     def restart(self) -> Where:
-        """Begin anew, paused at the start, with the same breakpoints and faults; also after `session.recover()`. What
-        is under way is stopped first."""
-        with self.halted():
-            self.last_call = "run.restart()"
-            if self.closed:
-                raise NotPossible(f"this run is over: {self.closed}")
-            self._stops.forget_ahead()
+        """Begin again, paused at the start, with the same breakpoints and faults; also after `session.recover()`. Stops
+        what is under way first."""
+        with self._actions.halted(self._stop):
+            self._actions.begin("run.restart()")
+            self._breakpoints.forget_ahead()
             self._begin()
-            self._stops.arm()
-            if self._armed:
-                self._armed.arm()
-        self.tell()
+            self._breakpoints.arm()
+            if self._faults:
+                self._faults.arm()
+        self._actions.tell()
         return self.where()
 
     # -- breakpoints
 
-    @action
+    @action()
     def break_at(
         self,
         *,
@@ -168,183 +224,403 @@ class Run(Breaking, Comparing, Replaying, Saving):
         differs" (bytes changed on their way), "slower than 5 ms". Without it, the run stops as `run_to` would: with the
         block on every rank. Raises PlanError.
         """
-        with self._lock:
-            cuts = self._stepping().cuts
-            check_digests(when, self.config)
-            return self._stops.add(cuts, rank=rank, op=op, chunk=chunk, layer=layer, when=when)
+        cuts = self._moves.stepper.cuts
+        return self._breakpoints.add(cuts, rank=rank, op=op, chunk=chunk, layer=layer, when=when)
 
     @property
     def breakpoints(self) -> Breakpoints:
-        """Those that are set; `run.breakpoints.clear()` and `.remove(number)` end them."""
-        return self._stops.view()
-
-    def breakpoints_set(self) -> Breakpoints:
-        return self.breakpoints
+        """The breakpoints that are set; `run.breakpoints.clear()` and `.remove(number)` remove them."""
+        return self._breakpoints.view()
 
     # -- decode
 
-    @action
+    @action()
     def decode(
         self, max_new_tokens: int | None = None, on_text: Callable[[str], None] | None = None
     ) -> Decoded:
-        """Run prefill to its end if need be, then generate that many more tokens, the same on every rank.
+        """Run prefill to its end if need be, then generate up to that many more tokens, the same on every rank; fewer
+        if the text ends. `on_text` is called with each piece of text as it arrives."""
+        default = self.config.max_new_tokens
+        more = default if max_new_tokens is None else count_of(max_new_tokens, "max_new_tokens")
+        if not self._moves.finish():
+            self.look()
+            return Decoded((), "", False, 0, self._moves.not_done())
+        return self._decode(more, on_text)
 
-        Fewer come where the text ends. `on_text` is called with each piece of text as it comes.
+    @property
+    def tokens(self) -> list[int]:
+        """The new tokens so far, the same on every rank."""
+        return list(self._generation.tokens)
+
+    @property
+    def text(self) -> str:
+        """The text of the new tokens, in whole characters."""
+        return self._generation.text
+
+    # -- where it stands, and why
+
+    def where(self) -> Where:
+        """The position of each rank, one line each."""
+        return where_of(self.plan, self.standing(), self._state)
+
+    def standing(self) -> Standing:
+        """The run at this moment; returns at once."""
+        return self._recorder.standing()
+
+    def verdict(self) -> Verdict:
+        """Why the run does not move: who waits for whom, for what, and who is to blame; or that it moves, and whether a
+        rank is slow. Its first sentence is what `where()`, the panel and the log say."""
+        return self._health.verdict()
+
+    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call `callback()`, on any thread, whenever the run may have changed; the function returned ends that."""
+        return self._actions.on_change(callback)
+
+    def chunk_labels(self) -> list[str]:
+        """The text of each chunk, in whole characters; empty where there is no tokenizer."""
+        return self._inspector.chunk_labels()
+
+    # -- what the ranks hold
+
+    def kv(self, *, layer: int | None = None, chunk: int | None = None, rank: int | None = None) -> KV:
+        """The KV that the ranks hold, of a layer, a chunk, a rank, each None for all; first waits until the run stands
+        still.
+
+        Shown, it says which rank holds what, and of one layer each head in a few numbers. `.k[head, tokens]` and
+        `.v[head, tokens]` fetch values, [heads, tokens, head_dim], indexed as a tensor is; `.diff()` finds where ranks
+        differ. Raises PlanError for what does not exist, or not yet.
         """
-        more = (
-            self.config.max_new_tokens
-            if max_new_tokens is None
-            else count_of(max_new_tokens, "max_new_tokens")
-        )
-        with self._lock:
-            if self._stepper and not self._stepper.at_end:
-                self._resume()
-                self._stepper.wait(None)
-                if not self._stepper.at_end:
-                    self.look()
-                    return Decoded((), "", False, 0, self._not_done())
-        return self._decode(len(self.tokens) + more, on_text)
+        return self._inspector.kv(layer=layer, chunk=chunk, rank=rank)
+
+    def hidden(self, *, chunk: int, layer: int) -> Hidden:
+        """The hidden state of a chunk before a layer; `layer` may be the number of layers, for the state after the
+        last.
+
+        It comes from the rank that owns the layer, which recomputes it if it is no longer in memory. `[tokens, dims]`
+        fetches values. Raises PlanError for what does not exist, or not yet.
+        """
+        return self._inspector.hidden(chunk, layer)
+
+    def attention(self, *, layer: int, chunk: int, head: int | None = None) -> AttentionWeights:
+        """The attention weights of a chunk's tokens in a layer, over themselves and all earlier tokens: recomputed on
+        the rank that owns the layer, from its hidden state and the KV that it holds. Raises PlanError."""
+        return self._inspector.attention(layer, chunk, head)
+
+    @action(alone=False)
+    def compare(
+        self, what: str = "reference", *, chunked: bool = True, dtype: str | None = None
+    ) -> Comparison:
+        """Compare what the ranks hold with transformers' own forward of the same checkpoint, at the ranks' thread
+        count: K, V and hidden states of every layer and chunk, and every new token fed as the run fed it.
+
+        By default, in the run's chunks and dtype, every bit must be the same (on a CPU). `chunked=False` feeds the
+        prompt at once, and `dtype` loads the checkpoint in another one; then differences up to a stated tolerance are
+        rounding (`dinfer.model.tolerance`). One rank runs the reference; others only if they hold other bytes. Hidden
+        states that no rank keeps are recomputed from the run's KV, in memory of their own. A run that stands half-way
+        is compared as far as it has come. Raises PlanError where nothing is computed yet or an argument is unknown, and
+        RankRefused where a second KV, or the weights in `dtype`, do not fit into memory.
+        """
+        check_comparable(what, dtype)
+        self.wait()
+        return self._inspector.compare(chunked=chunked, dtype=dtype)
+
+    def sha256(self) -> list[str]:
+        """SHA-256 of the KV that each rank holds of the prompt, once prefill is done."""
+        return self._inspector.sha256()
+
+    def source(self) -> Live:
+        """What the ranks hold, once the run stands still. Raises RunOver for a run that is over."""
+        return self._inspector.source()
+
+    def hold(self) -> AbstractContextManager[None]:
+        """Wait until the run stands still, and let no action move it meanwhile. Raises RunOver for a run that is over,
+        and as `check` does for one that moves and cannot go on."""
+        return self._actions.hold()
+
+    # -- faults
+
+    @action()
+    def inject(
+        self,
+        kind: str,
+        *,
+        rank: int | None = None,
+        layer: int | None = None,
+        chunk: int | None = None,
+        tensor: str | None = None,
+        head: int | None = None,
+        token: int | None = None,
+        dim: int | None = None,
+        bit: int | None = None,
+        where: str | None = None,
+        dtype: str | None = None,
+        seed: int | None = None,
+    ) -> Injected:
+        """Break something on purpose, now or as soon as it exists; for a run that stands still.
+
+        One value of a block: "bitflip", "nan". One row, of a head and token: "zero". A block: "stale" (it holds the
+        rows of the chunk before), "swap_kv", "permute" (its tokens, drawn by `seed`), "lost" (zeros: it never came),
+        "head_shift", "cast" (through `dtype` and back), "append_twice" (its rows again behind it, once all of the layer
+        is there; `rank` then holds more). "positions": the layer gets wrong ones. "repeat_row": decode appends each row
+        twice, on all ranks.
+
+        `where`: "memory": on `rank`, after the block was made or has arrived, at once if it is there; "wire": on its
+        way to `rank`; "compute": on the rank that owns the layer, so that all ranks get it alike. The defaults: the
+        first of these that the kind allows, the rank that receives the block first, and the first value: K, head 0, the
+        chunk's first token, dim 0, a bit in the middle of the mantissa. `token` is a position in the prompt and selects
+        its chunk.
+
+        It strikes again whenever the block is made again, until it is disarmed: `run.faults.clear()`. Raises PlanError
+        for a fault that is not possible.
+        """
+        answers = self._ask_all(GetStand())
+        stands = [answers[rank] for rank in range(self.world_size)]
+        injected = self._faults.inject(
+            stands, kind, rank=rank, layer=layer, chunk=chunk, tensor=tensor, head=head, token=token, dim=dim,
+            bit=bit, where=where, dtype=dtype, seed=seed,
+        )  # fmt: skip
+        self.look()
+        return injected
+
+    @property
+    def faults(self) -> Armed:
+        """The armed faults, and what they have done; `run.faults.clear()` and `.remove(number)` disarm them."""
+        return self._faults
+
+    # -- events, reports, folders, replays
+
+    @property
+    def trace(self) -> Trace:
+        """The events of all ranks so far; of a run that stands still, all of them."""
+        return self._events.trace()
+
+    def events_since(self, read: Sequence[int]) -> tuple[list[Event], list[int]]:
+        """The events after those that have been `read`, [] at first, and the `read` of the next call. All events of a
+        run that has been restarted since."""
+        return self._events.since(read)
+
+    def report(
+        self, path: str | Path = "report.html", *, prompt: bool = False, environment: bool = False
+    ) -> Path:
+        """Write what is known of the run to one HTML file that needs neither network nor kernel; the file's path.
+
+        First waits until the run stands still. With `prompt` the file holds the prompt and the new text, with
+        `environment` this process's environment variables: look for secrets in them before you pass it on. Raises
+        OSError, at once where the file's folder does not exist.
+        """
+        if self.reporter is None:
+            raise no_views()
+        return self._recorder.report(path, self.reporter, prompt=prompt, environment=environment)
+
+    def findings(self) -> Findings:
+        """What a report says of the run, besides its events."""
+        return self._recorder.findings(self.reporter)
+
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        kv: bool | Sequence[int] = True,
+        hidden: bool = True,
+        prompt: bool = False,
+    ) -> Path:
+        """Save the run to a folder, which `dinfer.open` opens without a cluster or a checkpoint; the folder's path.
+
+        First waits until the run stands still; one that hangs or has failed is saved as far as its ranks answer. The
+        folder holds the plan, the trace, the verdict, token ids and the digests of all rows; with `kv` the values of
+        all layers, or of those in a list; with `hidden` what has entered each rank, for replays; with `prompt` its text
+        and that of new tokens (which a tokenizer makes of the ids, too). A saved run that is there is replaced. Raises
+        SavedError where something else is there, and RunOver for a run that is over.
+        """
+        return self._recorder.save(folder, self.reporter, kv=kv, hidden=hidden, prompt=prompt)
+
+    def replay(
+        self, rank: int, *, model_path: str = "", device: str = "", decoder: Decoder | None = None
+    ) -> Replay:
+        """One rank of this run alone, without its peers, in this process: what they sent to it comes from what it holds
+        now. It begins before its first op, is stepped as a run is, and ends at the op at which the rank stands.
+
+        `model_path`: the checkpoint's folder here, if it is another one than the ranks'; `device`: by default a GPU if
+        the rank had one and there is one here, else the CPU; `decoder`: weights that are loaded already, such as those
+        of another replay. The run itself is not changed. Raises PlanError for an unknown rank, RankFailed where it is
+        gone, RecordError for another checkpoint.
+        """
+        record = self._recorder.record_of(rank)
+        return Replay(record, model_path=model_path, device=device, decoder=decoder)
 
     # -- for the session
 
     def check(self) -> None:
-        """Raises RankFailed if the run cannot go on, or not now, and Hung where it stands still."""
-        if not self.failure and not self.closed:
-            self._look_for_failure()
-        if self.failure:
-            raise RankFailed(self.failure)
-        silent = self._line.silent()
-        self.silence = "\n".join(silent_text(self.plan, r, self._line.ranks[r]) for r in silent)
-        if self.silence:
-            raise RankFailed(self.silence)
-        self.check_moving()
+        """Raises RankFailed where a rank has failed or does not answer, and Hung where the run hangs."""
+        self._health.check()
 
     def look(self) -> None:
-        """Take in what the ranks have noted. Called often, on the session's thread."""
+        """Take in what the ranks report. Called often, on the session's thread."""
         if self.closed:
             return
         self._hear()
-        if not self._generation.under_way:
+        if not self._state.is_decoding:
             self._generation.hear()
-        if self._state() in ("paused", "done") and (met := self._stops.arrived()):
+        if self._state.now in (State.PAUSED, State.DONE) and (met := self._breakpoints.arrived()):
             self.say(met)
-        self.watch()
-        self.tell_of_news(lambda: (self.standing(), self.events_heard(), tuple(self.breakpoints)))
+        self._health.look()
+        self._actions.tell_of_news(lambda: (self.standing(), self._events.heard(), tuple(self.breakpoints)))
 
-    def interrupted(self) -> None:
-        """A keyboard interrupt: the ranks stand at the next cut, mostly before this returns."""
-        self._stops.forget_ahead()  # the breakpoint ahead was not met
+    def say(self, message: str) -> None:
+        """Note why the last action stopped, also for the log."""
+        self._state.say(message)
+
+    def fail(self, why: str) -> None:
+        """The run cannot go on until it is restarted."""
+        self._state.fail(why, add=True)
+        self._actions.tell()
+
+    def close(self, why: str) -> None:
+        """The run is over. Its ranks are stopped, as far as that is possible, and not asked anything more; what was
+        last seen of them is kept."""
+        if self.closed:
+            return
+        self._state.ending = why
         try:
-            if self._stepper and not self._generation.under_way:
-                self._stepper.pause(INTERRUPT_S)
-            self.say("interrupted: the run is paused")
-        except (NoProgress, RankFailed, TimeoutError) as error:
-            self.say(f"interrupted; the ranks stop as soon as their ops end: {error}")
+            with self._actions.halted(self._stop, END_S):
+                self._ranks.give_back(why)
+                self._state.close(why)
+                self._actions.tell()
+        finally:
+            self._state.ending = ""
+
+    def stuck_ranks(self) -> tuple[int, ...]:
+        """Ranks in an op that does not end, according to the verdict."""
+        return self._health.stuck_ranks()
+
+    @property
+    def last_call(self) -> str:
+        """The text of the last call, whoever made it."""
+        return self._actions.last_call
+
+    @last_call.setter
+    def last_call(self, call: str) -> None:
+        self._actions.last_call = call
+
+    @property
+    def message(self) -> str:
+        """Why the last action stopped."""
+        return self._state.message
+
+    @property
+    def failure(self) -> str:
+        """Why the run cannot go on until it is restarted; empty while it can."""
+        return self._state.failure
+
+    @property
+    def silence(self) -> str:
+        """Which ranks do not answer; empty while all do."""
+        return self._state.silence
+
+    @property
+    def told(self) -> Verdict | None:
+        """The verdict on a run that hangs; None while it does not."""
+        return self._state.hang
+
+    @property
+    def hang(self) -> str:
+        """The first sentence of that verdict."""
+        return self._state.hang.sentence if self._state.hang else ""
+
+    @property
+    def closed(self) -> str:
+        """Why the run is over; empty while it is not."""
+        return self._state.closed
+
+    @property
+    def edited(self) -> list[str]:
+        """What the user has changed by hand on the ranks."""
+        return self._state.edited
+
+    @property
+    def corrupt(self) -> list[Corruption]:
+        """Blocks whose bytes have changed, in the order of discovery."""
+        return self._state.corrupt
+
+    @property
+    def said(self) -> list[str]:
+        """Messages that the session has not logged yet."""
+        return self._state.said
+
+    @property
+    def story(self) -> list[str]:
+        """All messages."""
+        return self._state.story
+
+    # -- as a notebook shows it
+
+    def __str__(self) -> str:
+        plan, chunks = self.plan, len(self.plan.shape.chunks)
+        head = f"{len(self.job.ids)} tokens in {chunks} chunks, {plan.schedule}, {plan.sync_strategy}"
+        return f"run of {head}: {self.where()}"
+
+    def _repr_mimebundle_(self, **_: Any) -> Any:
+        """The panel beside the text in a notebook; elsewhere the text alone."""
+        if self.show is None or self.closed or not hasattr(ipython(), "kernel"):
+            return {}
+        data, metadata = self.show(self)._repr_mimebundle_()
+        return {**data, "text/plain": str(self)}, metadata
 
     # -- within
 
+    def _begin(self) -> None:
+        plan_ids = self._prepare()
+        self._ranks.new_notes()
+        self._state.begin()
+        self._health.begin(plan_ids)
+        self._faults.begin()
+        self._generation.begin()
+        self._events.begin()
+        self._moves.begin()
+
+    def _ask_all(self, command: Command[A]) -> dict[int, A]:
+        return self._ranks.ask(dict.fromkeys(range(self.world_size), command), ANSWER_S, self.check)
+
     def _pause(self) -> None:
-        self._playing.set()
-        if self._generation.under_way:
+        self._moves.stop_playing()
+        if self._state.is_decoding:
             self._generation.stop()
-        elif self._stepper is None:
-            self._fleet.freeze()
         else:
-            self._stops.forget_ahead()
-            self._stepper.pause()
+            self._moves.pause()
 
-    def _moved(self, go: Callable[[Stepper], Move]) -> Moved:
-        with self._lock:
-            stepper = self._stepping()
-            self._stops.forget_ahead()
-            move = go(stepper)
-            self._marks.went(self.plan, move.before, move.after)
-            self._went(move.before, move.after)
-            if move.after != stepper.cuts.end:
-                self._generation.forget()
-        lines = moved_lines(self.plan, move.before, move.after)
-        return Moved(
-            move.before, move.after, move.stopped, tuple(lines), self._remark(move), tuple(self.edited)
-        )
+    def _stop(self) -> None:
+        """Pause a run that moves. One that has failed or hangs cannot be paused: it is left as it is."""
+        if self._state.now in MOVING:
+            with suppress(RankFailed, RankRefused, NoProgress, TimeoutError):
+                self._pause()
 
-    def _remark(self, move: Move) -> str:
-        if move.stopped:
-            return self.message or "stopped before it was through"
-        if move.moved:
-            return ""
-        end = move.after == self._stepping().cuts.end
-        return f"nothing to do: the run stands at the {'end of prefill' if end else 'start'}"
+    def _interrupted(self) -> None:
+        self._moves.interrupted()
 
-    def _not_done(self) -> str:
-        clear = "; run.breakpoints.clear() removes all breakpoints" * bool(self.breakpoints)
-        return (
-            f"prefill is not done: {self.message or 'it was paused'}\n"
-            f"run.resume() or run.decode() goes on from there{clear}"
-        )
-
-    def _look_for_failure(self) -> None:
-        exits, now = self._line.exits(), time.monotonic()
-        found = broken(self.plan, self._line.ranks, exits, self.config)
-        self._broken_at = (self._broken_at or now) if found else None
-        grace = 0.0 if is_certain(self._line.ranks, exits) else GRACE_S
-        if is_about_a_message(self._line.ranks):  # who is to blame shows in where its sender comes to stand
-            grace = GRACE_S
-        if self._broken_at and now - self._broken_at >= grace:
-            self.failure = self._failed(found or "")
-
-    def _resume(self) -> None:
-        if self._stepper is None:
-            self._fleet.set_limits(tuple(tuple(len(lane.ops) for lane in lanes) for lanes in self.plan.lanes))
-            return
-        limit, met = self._stops.ahead(self._stepper.cuts, self._stepper.pause())
-        self._stepper.resume(limit)
-        self._stops.expect(
-            met
-        )  # not before: whoever looks then would see the run stand, and take it for arrived
-
-    def _decode(self, limit: int, on_text: Callable[[str], None] | None) -> Decoded:
+    def _decode(self, more: int, on_text: Callable[[str], None] | None) -> Decoded:
         try:
-            with self._lock:
-                if self._stepper and not self._stepper.at_end:
-                    raise PlanError(
-                        f"prefill is not done: run.decode() runs it to its end first.\n{self._stepper.where()}"
-                    )
-                return self._generation.go(limit, on_text)
+            if not self._moves.at_end:
+                where = self._moves.stepper.where()
+                raise PlanError(f"prefill is not done: run.decode() runs it to its end first.\n{where}")
+            return self._generation.go(len(self.tokens) + more, on_text)
         finally:
             self._hear()  # what ranks have found before they answered is known when this returns
 
     def _hear(self) -> None:
-        for rank, note in self._line.new_notes():
+        for rank, note in self._ranks.new_notes():
             self._take(rank, note)
 
     def _take(self, rank: int, note: Note) -> None:
         match note:
             case Edited():
-                self.edited += [f"{what} on rank {rank}" for what in note.what]
+                self._state.note_edited(f"{what} on rank {rank}" for what in note.what)
             case FaultStruck():
-                self.said += self._armed.struck(rank, note)
+                self._faults.struck(rank, note)
             case BreakpointHit():
-                if said := self._stops.hit(rank, note):
-                    self._stopped(said, note.order)
+                if why := self._breakpoints.hit(rank, note):
+                    self._moves.pause_order(note.order, why)
             case BlockCorrupt():
                 found = Corruption.of(note.found)
-                self.corrupt.append(found)
-                self._marks.note_corrupt(found)
-                if note.order is None or not self._stopped(f"stopped: {found}", note.order):
+                self._state.note_corrupt(found)
+                if note.order is None or not self._moves.pause_order(note.order, f"stopped: {found}"):
                     self.say(str(found))
-
-    def _stopped(self, said: str, order: int) -> bool:
-        """A rank has halted under that order: stop the others, unless the user has sent them elsewhere since."""
-        self.message, before = said, self.message
-        if self._stepper and self._stepper.pause_order(order):
-            self.say(said)
-            return True
-        self.message = before
-        return False
-
-    def _stepping(self) -> Stepper:
-        if self._stepper is None:
-            raise PlanError(
-                "this plan was refuted, so it has no cuts to stop at: resume it, and watch it hang."
-            )
-        return self._stepper

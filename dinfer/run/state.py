@@ -1,42 +1,45 @@
-"""Sight: what there is to see of a run, at any moment and whatever the ranks do. Nothing here moves it."""
+"""What a run is doing, why, and what is known of it: one state with its reason, decided in one place under one lock."""
 
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from enum import StrEnum
+from typing import Literal, NamedTuple
 
-from dinfer.cluster.lease import RankLease, RunOver, over_text
-from dinfer.cluster.ranks import RankRefused, Ranks
-from dinfer.display import Displayable, listed
+from dinfer.cluster.lease import RankLease
+from dinfer.display import listed
 from dinfer.engine.board import DeviceMemory, Stand
 from dinfer.engine.corruption import Corruption
-from dinfer.job import Job
 from dinfer.kv.difference import Diff
 from dinfer.kv.source import Selection
-from dinfer.messages import Answer, Command, HashKv, SetFaults
-from dinfer.model.text import texts_of
-from dinfer.plan.cut import Cut, is_inside, meet
+from dinfer.plan.cut import Cut
 from dinfer.plan.plan import Plan
 from dinfer.results import Where
-from dinfer.run.action import Acting
-from dinfer.run.decode import Generation
-from dinfer.run.faults import Armed, Injected
-from dinfer.run.fleet import RankFailed
-from dinfer.run.result import merge
-from dinfer.run.stepper import NoProgress
-from dinfer.trace.events import Event
-from dinfer.trace.trace import Trace
+from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.where import where_text
-
-A = TypeVar("A", bound=Answer)
 
 RankBlock = tuple[int, int, int]
 """(rank, chunk, layer)"""
 
 
+class State(StrEnum):
+    """What the run as a whole is doing."""
+
+    STARTING = "starting"
+    """not all ranks have reported a position yet"""
+    RUNNING = "running"
+    PAUSED = "paused"
+    DONE = "done"
+    """prefill is complete"""
+    DECODING = "decoding"
+    FAILED = "failed"
+    CLOSED = "closed"
+    """another run or checkpoint has taken its place, or the session is closed"""
+
+
+MOVING = (State.STARTING, State.RUNNING, State.DECODING)
+
+
 class Mark(NamedTuple):
-    """`text` says what is known, for people."""
+    """Something to show on one block of the map; `text` explains it."""
 
     rank: int
     chunk: int
@@ -46,36 +49,35 @@ class Mark(NamedTuple):
 
 
 class Marks:
-    """Those of one run. What a block is known to hold holds until it is compared anew, or until the run goes back
-    before it."""
+    """What is known of single blocks of one run. A mark stays until the block is compared again, or until the run goes
+    back before it."""
 
     def __init__(self) -> None:
         self._known: dict[RankBlock, Mark] = {}
 
-    def of(self, faults: Iterable[Injected]) -> tuple[Mark, ...]:
-        """All of them, those of armed faults too."""
-        return (*_armed(faults), *self._known.values())
+    def __iter__(self) -> Iterator[Mark]:
+        return iter(list(self._known.values()))
 
     def note_corrupt(self, found: Corruption) -> None:
-        """A rank has found that a block has changed."""
+        """A rank has found changed bytes in a block."""
         block = (found.rank, found.chunk, found.layer)
         self._known[block] = Mark(*block, "corrupt", str(found))
 
     def note_diff(self, found: Diff, chosen: Selection) -> None:
-        """The ranks have been compared: of what was compared, this is what is known now."""
+        """The ranks were compared: replace the marks of all blocks in `chosen` by what was found."""
         known = dict(self._known)
         for block in self._known:
             rank, chunk, layer = block
             if rank in chosen.ranks and chunk in chosen.spans and layer in chosen.layers:
                 del known[block]
-        for one in reversed(found.differences):  # a block is named by its first
+        for one in reversed(found.differences):  # the first difference of a block gives the text
             if one.chunk is not None:
                 block = (one.rank, one.chunk, one.layer)
                 known[block] = Mark(*block, "differs", str(one))
         self._known = known
 
     def went(self, plan: Plan, before: Cut, after: Cut) -> None:
-        """Forget what is known of blocks that are no longer there."""
+        """The run went from one cut to another: forget the marks of blocks that no longer exist."""
         for rank, lanes in enumerate(plan.lanes):
             for lane, was, now in zip(lanes, before[rank], after[rank], strict=True):
                 for op in lane.ops[now:was]:
@@ -83,21 +85,9 @@ class Marks:
                         self._known.pop((rank, op.chunk, op.layer), None)
 
 
-def _armed(faults: Iterable[Injected]) -> Sequence[Mark]:
-    return [
-        Mark(one.fault.rank, one.fault.chunk, one.fault.layer, "armed", str(one))
-        for one in faults
-        if one.fault.rank is not None
-    ]
-
-
-State = Literal["starting", "running", "paused", "done", "decoding", "failed", "closed"]
-
-MOVING: tuple[State, ...] = ("starting", "running", "decoding")
-
-
 class Standing(NamedTuple):
-    """`stands` are by rank, empty until all have said where they stand; `message`: why the run stopped or failed."""
+    """A run at one moment. `stands` are by rank, empty until all ranks have reported; `message`: why the run stopped or
+    failed."""
 
     stands: tuple[Stand, ...]
     state: State
@@ -108,290 +98,164 @@ class Standing(NamedTuple):
     alive: tuple[bool, ...]
     last_call: str
     faults: tuple[str, ...] = ()
-    """a line for each that is armed"""
+    """one line for each armed fault"""
     marks: tuple[Mark, ...] = ()
-    """what is known of single blocks"""
     memory: tuple[int | None, ...] = ()
-    """bytes that each rank's process has in its host's memory; None where it has none of its own"""
+    """bytes of host memory of each rank's process; None where the rank has no process of its own"""
     tokens: tuple[int, ...] = ()
-    """how many new tokens each rank has"""
+    """number of new tokens on each rank"""
     verdict: str = ""
-    """why the run does not move, at length, once that was told"""
+    """the full text of the verdict, while the run hangs"""
     device_memory: tuple[DeviceMemory | None, ...] = ()
-    """what each rank's process has of its GPU; None where it has none of its own"""
+    """GPU memory of each rank's process; None where the rank has no process of its own"""
     over: str = ""
-    """why nothing moves this run any more, and what to do, once that is so"""
+    """why the run is over, and what to do; empty while it can go on"""
 
 
 def state_of_lanes(plan: Plan, stands: Sequence[Stand]) -> State:
-    """What the lanes' positions and limits say; `stands` are those of all ranks, or fewer at the start."""
+    """The state that follows from the lanes' positions and limits; `stands` may lack ranks at the start."""
     if len(stands) < plan.world_size:
-        return "starting"
+        return State.STARTING
     if not all(stand.at_limits and not any(stand.started) for stand in stands):
-        return "running"
+        return State.RUNNING
     ended = all(
         stand.positions == tuple(len(lane.ops) for lane in lanes)
         for stand, lanes in zip(stands, plan.lanes, strict=True)
     )
-    return "done" if ended else "paused"
+    return State.DONE if ended else State.PAUSED
 
 
-ANSWER_S = 30.0
+class RunState:
+    """The state of one run. Every change and every decision takes the ranks' lock, `ranks.changed`."""
 
-WAIT_S = 0.2
+    def __init__(self, plan: Plan, ranks: RankLease) -> None:
+        self._plan, self._ranks = plan, ranks
+        self.closed = ""
+        """why the run is over"""
+        self.ending = ""
+        """why the run is about to be over, while `close()` waits for others to finish"""
+        self.said: list[str] = []
+        """messages that the session has not logged yet"""
+        self.story: list[str] = []
+        """all messages"""
+        self.begin()
 
-LATE_S = 2.0
-"""how long news of what has been done may take"""
-
-
-class RunState(Acting, Displayable):
-    """Of one run. `devices` are the ranks'; a run that begins anew calls `_look_anew`. `show`, which a session has from
-    views, makes the panel that a run is as the last line of a cell."""
-
-    show: Callable[[Any], Any] | None = None
-
-    def __init__(self, job: Job, line: Ranks, devices: list[str], tokenizer: Any | None) -> None:
-        super().__init__()
-        self.job, self.plan, self.config = job, job.plan, job.config
-        self.world_size = job.plan.world_size
-        self.edited: list[str] = []
-        self.corrupt: list[Corruption] = []
-        """blocks whose bytes have changed, in the order in which they were found"""
-        self.silence = ""
-        """which rank does not answer, while that is so"""
-        self._line, self._devices, self._tokenizer = RankLease(line), devices, tokenizer
-        self._generation = Generation(self._line, self.check, tokenizer)
-        self._events: list[list[Event]] = []
-        self._marks, self._begun = Marks(), 0
-        self._back: tuple[list[int], Cut] = [], ()
-        """how many events there were when the run last went back, and to where"""
-        self._armed = Armed(lambda faults: self._ask_all(SetFaults(tuple(faults))), self.say)
-
-    def _look_anew(self) -> None:
-        self._line.new_notes()
-        self.message = self.failure = self.silence = ""
-        self.edited, self.corrupt, self._marks = [], [], Marks()
-        self._armed.begin_anew()
-        self._generation = Generation(self._line, self.check, self._tokenizer)
-        self._events = [state.events for state in self._line.ranks]
-        self._back = [0] * self.world_size, tuple((0,) * len(lanes) for lanes in self.plan.lanes)
-        self._begun += 1
+    def begin(self) -> None:
+        """The run begins, or begins again: forget everything known of it."""
+        with self._ranks.changed:
+            self.message = ""
+            """why the last action stopped"""
+            self.failure = ""
+            """why the run cannot go on until it is restarted"""
+            self.silence = ""
+            """which ranks do not answer, while that is so"""
+            self.hang: Verdict | None = None
+            """why the run does not move, while that is so"""
+            self.is_decoding = False
+            self.is_token_pending = False
+            """a call of decode is under way or ended with an error: ranks may wait for each other's token"""
+            self.edited: list[str] = []
+            """what the user has changed by hand on the ranks"""
+            self.corrupt: list[Corruption] = []
+            """blocks whose bytes have changed, in the order of discovery"""
+            self.marks = Marks()
 
     @property
-    def hang(self) -> str:
-        """Why the run does not move, where that is known."""
-        return ""
+    def now(self) -> State:
+        """The state at this moment."""
+        return self.decide()[0]
 
-    def why(self) -> str:
-        """The same at length."""
-        return ""
+    def decide(self) -> tuple[State, str]:
+        """The state at this moment, and its reason in words."""
+        with self._ranks.changed:
+            hang = self.hang.sentence if self.hang else ""
+            reason = self.failure or self.closed or self.silence or hang or self.message
+            if self.failure or self.closed:
+                return State.FAILED if self.failure else State.CLOSED, reason
+            if self.is_decoding:
+                return State.DECODING, reason
+            return state_of_lanes(self._plan, self._reported()), reason
 
-    @property
-    def tokens(self) -> list[int]:
-        """New tokens so far, the same on every rank."""
-        return list(self._generation.tokens)
+    def stands(self) -> tuple[Stand, ...]:
+        """The position of each rank; empty until all ranks have reported."""
+        with self._ranks.changed:
+            found = self._reported()
+        return found if len(found) == self._plan.world_size else ()
 
-    @property
-    def text(self) -> str:
-        """The text of the new tokens, in whole characters."""
-        return self._generation.text
+    def wait_while(self, states: Sequence[State], seconds: float) -> bool:
+        """Whether the run is in one of these states; if so, waits for news of the ranks, at most so many seconds."""
+        with self._ranks.changed:
+            found = self.now in states
+            if found:
+                self._ranks.changed.wait(seconds)
+            return found
 
-    def where(self) -> Where:
-        """Where each rank stands, a line each."""
-        standing = self.standing()
-        lines = where_text(self.plan, standing.stands) if standing.stands else "the ranks have not said yet"
-        notes = [standing.message] * bool(standing.message)
-        notes += [f"{len(self.tokens)} new tokens: {self.text!r}"] * bool(self.tokens)
-        notes += [f"edited by hand: {', '.join(self.edited)}"] * bool(self.edited)
-        unsaid = [text for text in map(str, self.corrupt) if text not in standing.message]
-        notes += [f"changed bytes: {listed(unsaid)}"] * bool(unsaid)
-        notes += standing.faults
-        return Where(standing.state, "\n".join([lines, *notes]))
+    def say(self, message: str) -> None:
+        """Note why the last action stopped, also for the log."""
+        with self._ranks.changed:
+            self.message = message
+            self.said.append(message)
+            self.story.append(message)
 
-    def __str__(self) -> str:
-        plan, chunks = self.plan, len(self.plan.shape.chunks)
-        head = f"{len(self.job.ids)} tokens in {chunks} chunks, {plan.schedule}, {plan.sync_strategy}"
-        return f"run of {head}: {self.where()}"
+    def replace_message(self, message: str = "") -> str:
+        """Set the message, but not for the log; the message until now."""
+        with self._ranks.changed:
+            before, self.message = self.message, message
+            return before
 
-    def _repr_mimebundle_(self, **_: Any) -> Any:
-        """Where there is a browser to show it, the panel beside the text; elsewhere the text alone."""
-        if self.show is None or self.closed or not _in_notebook():
-            return {}
-        data, metadata = self.show(self)._repr_mimebundle_()
-        return {**data, "text/plain": str(self)}, metadata
-
-    @property
-    def trace(self) -> Trace:
-        """The events of all ranks so far; of a run that stands, all of them."""
-        deadline = time.monotonic() + LATE_S
-        with self._line.changed:
-            while (
-                self._state() in ("paused", "done") and not self._is_whole() and time.monotonic() < deadline
-            ):
-                self._line.changed.wait(WAIT_S)
-            return merge(self.job, self._events)
-
-    def _is_whole(self) -> bool:
-        """Whether the newest event of each lane, since the run went back, is that of the op before which it stands."""
-        heard, cut = self._back
-        for rank, stand in enumerate(self.standing().stands):
-            newest = {event.lane: event.index for event in self._events[rank][heard[rank] :]}
-            lanes = zip(self.plan.lanes[rank], stand.positions, cut[rank], strict=True)
-            if any(
-                position > first and newest.get(lane.name) != position - 1 for lane, position, first in lanes
-            ):
-                return False
-        return True
-
-    def _went(self, before: Cut, after: Cut) -> None:
-        """Ops behind a cut that the run has gone back to will be done again, and told of again."""
-        if not is_inside(before, after):
-            with self._line.changed:
-                self._back = list(map(len, self._events)), meet(before, after)
-
-    def events_since(self, read: Sequence[int]) -> tuple[list[Event], list[int]]:
-        """The events after those that have been `read`, and what has been read then: how often the run has begun anew,
-        and how many events of each rank. Of a run that has begun anew, all of them."""
-        with self._line.changed:
-            first = read[1:] if read and read[0] == self._begun else [0] * self.world_size
-            found = [e for n, events in zip(first, self._events, strict=True) for e in events[n:]]
-            return found, self.events_heard()
-
-    def events_heard(self) -> list[int]:
-        """How often the run has begun anew, and how many events of each rank have come since."""
-        return [self._begun, *map(len, self._events)]
-
-    def standing(self) -> Standing:
-        """The run at this moment; returns at once."""
-        with self._line.changed:
-            stands = tuple(state.stand for state in self._line.ranks if state.stand)
-            alive = tuple(not state.gone for state in self._line.ranks)
-            memory = tuple(state.memory for state in self._line.ranks)
-            device_memory = tuple(state.device_memory for state in self._line.ranks)
-            tokens = tuple(state.decoded for state in self._line.ranks)
-        return Standing(
-            stands if len(stands) == self.world_size else (),
-            self._state(),
-            self.failure or self.closed or self.silence or self.hang or self.message,
-            len(self.tokens),
-            self.text,
-            tuple(self._devices),
-            alive,
-            self.last_call,
-            tuple(map(str, self._armed)),
-            self._marks.of(self._armed),
-            memory,
-            tokens,
-            self.why(),
-            device_memory,
-            self.closed,
-        )
-
-    def chunk_labels(self) -> list[str]:
-        """The text of each chunk, in whole characters; empty where there is no tokenizer."""
-        return texts_of(self._tokenizer, self.job.ids, self.plan.shape.chunks)
-
-    def sha256(self) -> list[str]:
-        """SHA-256 of the KV that each rank holds of the prompt, once prefill is done."""
-        answers = self._ask_all(HashKv(len(self.job.ids)))
-        return [answers[rank].sha256 for rank in range(self.world_size)]
-
-    def _ask_all(self, command: Command[A]) -> dict[int, A]:
-        return self._line.ask(dict.fromkeys(range(self.world_size), command), ANSWER_S, self.check)
-
-    def _state(self) -> State:
-        if self.failure or self.closed:
-            return "failed" if self.failure else "closed"
-        if self._generation.under_way:
-            return "decoding"
-        return state_of_lanes(self.plan, [state.stand for state in self._line.ranks if state.stand])
-
-
-def _in_notebook() -> bool:
-    """Whether this process is a kernel."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return hasattr(shell, "kernel")
-
-
-POLL_S = 0.05
-
-END_S = 10.0
-"""how long a run that ends waits for what is under way to end first"""
-
-
-class HoldingRun(RunState):
-    """Part of a run."""
-
-    _ending = ""
-    """why it is about to be over"""
+    def fail(self, why: str, *, add: bool = False) -> None:
+        """The run cannot go on until it is restarted. The first failure stays; `add`: append to it."""
+        with self._ranks.changed:
+            if add or not self.failure:
+                self.failure = f"{self.failure}\n{why}".strip()
 
     def close(self, why: str) -> None:
-        """It is over. Its ranks are brought to a stand, as far as they can be, and asked no more; what was seen of them
-        last is kept."""
-        if self.closed:
-            return
-        self._ending = why
-        try:
-            with self.halted(END_S):
-                self._line.give_back(why)
-                super().close(why)
-        finally:
-            self._ending = ""
+        """The run is over."""
+        with self._ranks.changed:
+            self.closed = self.closed or why
 
-    @contextmanager
-    def halted(self, timeout: float = float("inf")) -> Iterator[None]:
-        """Stop what is under way, and let no action begin meanwhile. A run that cannot be brought to a stand, since it
-        has failed or hangs, is left as it is; who cannot be stopped is waited for so many seconds."""
-        deadline = time.monotonic() + timeout
-        while not (held := self._lock.acquire(timeout=POLL_S)) and time.monotonic() < deadline:
-            self._stop()
-        try:
-            self._stop()
-            yield
-        finally:
-            if held:
-                self._lock.release()
+    def note_silence(self, silence: str) -> None:
+        """These ranks do not answer; empty: all do."""
+        with self._ranks.changed:
+            self.silence = silence
 
-    def _stop(self) -> None:
-        if self._state() in MOVING:
-            with suppress(RankFailed, RankRefused, NoProgress, TimeoutError):
-                self._pause()
+    def note_hang(self, hang: Verdict | None) -> None:
+        """Why the run does not move; None: it moves, or is not meant to."""
+        with self._ranks.changed:
+            self.hang = hang
 
-    def _pause(self) -> None:
-        """Stop the run, or the action under way, at the nearest cut."""
-        raise NotImplementedError
+    def note_decoding(self, *, is_decoding: bool) -> None:
+        """A call of decode has begun or ended."""
+        with self._ranks.changed:
+            self.is_decoding = is_decoding
+            self.is_token_pending |= is_decoding
 
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Wait until the run stands, and let no action move it meanwhile. Raises RuntimeError for a run that is over,
-        and as `check` does for one that moves and cannot go on."""
-        self._settle()
-        while not self._held_still():
-            self._settle()
-        try:
-            yield
-        finally:
-            self._lock.release()
+    def note_tokens(self) -> None:
+        """All ranks have the tokens of a call of decode."""
+        with self._ranks.changed:
+            self.is_token_pending = False
 
-    def _held_still(self) -> bool:
-        """Take the lock of a run that stands. Another action may have come first, which then is waited for as any."""
-        if not self._lock.acquire(timeout=POLL_S):
-            return False
-        if self._state() not in MOVING:
-            return True
-        self._lock.release()
-        return False
+    def note_edited(self, what: Iterable[str]) -> None:
+        """The user has changed this by hand."""
+        with self._ranks.changed:
+            self.edited.extend(what)
 
-    def _settle(self) -> None:
-        """Wait until nothing moves."""
-        while self._state() in MOVING:
-            with self._line.changed:
-                self._line.changed.wait(POLL_S)
-            self.check()
-        if self.closed:
-            raise RunOver(over_text(self.closed))
+    def note_corrupt(self, found: Corruption) -> None:
+        """A rank has found changed bytes."""
+        with self._ranks.changed:
+            self.corrupt.append(found)
+            self.marks.note_corrupt(found)
 
-    def check_looking(self) -> None:
-        """Raises RunOver where the run is about to be over, which waits for whoever looks at it."""
-        if self._ending:
-            raise RunOver(over_text(self._ending))
+    def _reported(self) -> tuple[Stand, ...]:
+        return tuple(state.stand for state in self._ranks.ranks if state.stand)
+
+
+def where_of(plan: Plan, standing: Standing, state: RunState) -> Where:
+    """The position of each rank, one line each, and whatever else a user should know."""
+    lines = where_text(plan, standing.stands) if standing.stands else "not all ranks have reported yet"
+    notes = [standing.message] * bool(standing.message)
+    notes += [f"{standing.decoded} new tokens: {standing.text!r}"] * bool(standing.decoded)
+    notes += [f"edited by hand: {', '.join(state.edited)}"] * bool(state.edited)
+    unsaid = [text for text in map(str, state.corrupt) if text not in standing.message]
+    notes += [f"changed bytes: {listed(unsaid)}"] * bool(unsaid)
+    return Where(str(standing.state), "\n".join([lines, *notes, *standing.faults]))

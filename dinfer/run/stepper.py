@@ -1,27 +1,107 @@
-"""Stepper: brings a fleet from one consistent cut to another: step, back, run to, pause, resume.
+"""Bring all ranks from one consistent cut to another: step, step back, run to a block, pause, resume.
 
-What a step means is decided in plan/cut; how ranks are reached, in the fleet.
+`dinfer.plan.cut` decides what a step means; a Fleet reaches the ranks. Start at `Stepper`.
 """
 
 import threading
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
+from dinfer.cluster.ranks import AskableRanks
+from dinfer.engine.board import Stand
 from dinfer.errors import DinferError
+from dinfer.messages import Freeze, Release, Rewind, SetLimits
 from dinfer.plan.cut import Cut, Cuts, Unit, is_inside, meet
-from dinfer.plan.plan import OpPlace
-from dinfer.run.fleet import Fleet, StandList
+from dinfer.plan.graph import channel_of
+from dinfer.plan.plan import OpPlace, Plan
+from dinfer.run.failure import RankFailed
 from dinfer.verdict.where import where_text
 
-LOOK_S = 0.05
+POLL_S = 0.05
+
+ANSWER_S = 30.0
+"""time in which a rank must answer a command"""
+
+StandList = list[Stand]
+"""the position of each rank, by rank"""
 
 
 class NoProgress(DinferError, RuntimeError):
-    """The ranks did not get where they were sent in time; the message says where each stands."""
+    """The ranks did not reach their target in time; the message gives the position of each."""
+
+
+class Fleet(Protocol):
+    """What stepping needs of the ranks. Every call is for all of them."""
+
+    plan: Plan
+
+    def stands(self) -> StandList:
+        """The position of each rank."""
+
+    def freeze(self) -> StandList:
+        """Let no rank start another op; the position of each rank when it froze."""
+
+    def set_limits(self, limits: Cut, *, order: int = 0, stopping: bool = False) -> None:
+        """Let lanes go that far. Ranks repeat `order` in their notes; `stopping`: this brings the run to a stand, so no
+        breakpoint condition may stop lanes earlier."""
+
+    def release(self, recvs: Sequence[OpPlace]) -> None:
+        """Have the peers of these posted recvs release them with a void header."""
+
+    def rewind(self, cut: Cut) -> None:
+        """Go back to a cut that all lanes have passed."""
+
+    def wait(self, until: Callable[[StandList], bool], timeout: float | None) -> bool:
+        """Wait until `until(stands)`; False after `timeout` seconds. Raises RankFailed."""
+
+
+class RemoteFleet:
+    """The ranks of a session. `check()` is called while waiting; it raises RankFailed where the run cannot go on."""
+
+    def __init__(self, plan: Plan, ranks: AskableRanks, check: Callable[[], None]) -> None:
+        self.plan, self._ranks, self._check = plan, ranks, check
+
+    def stands(self) -> StandList:
+        with self._ranks.changed:
+            found = [state.stand for state in self._ranks.ranks]
+        stands = [stand for stand in found if stand is not None]
+        if len(stands) < len(found):
+            raise RankFailed("not all ranks have reported a position yet: wait until they are ready.")
+        return stands
+
+    def freeze(self) -> StandList:
+        ranks = range(self.plan.world_size)
+        answers = self._ranks.ask(dict.fromkeys(ranks, Freeze()), ANSWER_S, self._check)
+        return [answers[rank] for rank in ranks]
+
+    def set_limits(self, limits: Cut, *, order: int = 0, stopping: bool = False) -> None:
+        command = SetLimits(limits, order, stopping)
+        self._ranks.ask(dict.fromkeys(range(len(limits)), command), ANSWER_S, self._check)
+
+    def release(self, recvs: Sequence[OpPlace]) -> None:
+        for place in recvs:
+            op = self.plan.op(place)
+            request = Release((channel_of(place.rank, op),))
+            self._ranks.ask({op.peer: request}, ANSWER_S, self._check)
+
+    def rewind(self, cut: Cut) -> None:
+        self._ranks.ask(dict.fromkeys(range(len(cut)), Rewind(cut)), ANSWER_S, self._check)
+
+    def wait(self, until: Callable[[StandList], bool], timeout: float | None) -> bool:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with self._ranks.changed:  # held while looking, so that no news between look and wait is missed
+                if self._ranks.changed.wait_for(lambda: until(self.stands()), POLL_S):
+                    return True
+            if deadline is not None and time.monotonic() > deadline:
+                return False
+            self._check()
 
 
 class Move(NamedTuple):
-    """A step's effect. Equal ends mean that there was nothing to do: the run stands at that end already.
-    `stopped`: somebody paused the run before it had got where it was sent."""
+    """The cuts before and after a move; equal where there was nothing to do, at either end of the run.
+    `stopped`: somebody paused the run before it reached its target."""
 
     before: Cut
     after: Cut
@@ -33,10 +113,7 @@ class Move(NamedTuple):
 
 
 class Stepper:
-    """Steps a run whose plan has been proved.
-
-    Safe to call from several threads; moves happen one after another.
-    """
+    """Steps a run whose plan has been proved. Calls from several threads are served one after another."""
 
     def __init__(self, fleet: Fleet, timeout: float = 60.0) -> None:
         self._fleet, self._timeout = fleet, timeout
@@ -44,10 +121,10 @@ class Stepper:
         self._last = self._cuts.start
         self._lock = threading.RLock()
         self._order = 0
-        """counts the orders that were given to the ranks, so that what they say can be told from older news"""
+        """counts the limits sent to the ranks, so that a note about an earlier order can be ignored"""
         self._pausing = threading.Event()
         self._halted = 0
-        """under which order a rank has met a breakpoint"""
+        """the order under which a rank has met a breakpoint"""
 
     @property
     def cuts(self) -> Cuts:
@@ -83,10 +160,7 @@ class Stepper:
             return self._go(before, target)
 
     def run_to(self, chunk: int, layer: int) -> Move:
-        """Stop just after that block everywhere, going forward or back.
-
-        Raises PlanError if there is no such block.
-        """
+        """Stop just after that block on every rank, forward or back. Raises PlanError for an unknown block."""
         with self._lock:
             target = self._cuts.after_block(chunk, layer)
             return self._go(self._stand(), target)
@@ -108,12 +182,12 @@ class Stepper:
             return self._stand(timeout)
 
     def pause_order(self, order: int) -> bool:
-        """The same, but only ranks that still follow that order; whether they do."""
+        """Pause, but only if the ranks still follow that order; whether they do."""
         if self._order != order:
             return False
         self._halted = order
-        while not self._lock.acquire(timeout=LOOK_S):
-            if self._order != order:  # whoever moved them has brought them to a stand, or sent them on
+        while not self._lock.acquire(timeout=POLL_S):
+            if self._order != order:  # another thread has stopped the ranks, or sent them on
                 return True
         try:
             if self._order == order:
@@ -123,18 +197,16 @@ class Stepper:
         return True
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait until the run has reached its limits. Raises NoProgress after `timeout` seconds."""
+        """Wait until all lanes are at their limits. Raises NoProgress after `timeout` seconds."""
         self._arrive(None, timeout)
 
     def where(self) -> str:
-        """Where each rank stands, a line each."""
+        """The position of each rank, one line each."""
         return where_text(self._fleet.plan, self._fleet.stands())
 
     def _stand(self, timeout: float | None = None) -> Cut:
-        """Bring the run to a stand; the cut at which it then is.
-
-        The ranks themselves are asked: they may have been moved by others than this stepper.
-        """
+        """Stop the run; the cut at which it then stands. The ranks are asked, since a `%%px` cell may have moved
+        them."""
         stands = self._fleet.freeze()
         cut, void = _positions(stands), list[OpPlace]()
         if _started(stands) or not self._is_consistent(cut):
@@ -145,23 +217,24 @@ class Stepper:
         return cut
 
     def _send(self, cut: Cut, *, stopping: bool = False) -> None:
-        self._order += 1  # before: a rank may meet a breakpoint while others are still being told
+        self._order += 1  # first: a rank may meet a breakpoint while others have not heard of this order
         self._fleet.set_limits(cut, order=self._order, stopping=stopping)
 
     def _is_consistent(self, cut: Cut) -> bool:
-        """Not so where a stop was given up half-way, say by Ctrl-C: a send may be in, its recv not."""
+        """False where a stop was interrupted, for example by Ctrl-C: a send may be done and its recv not."""
         return cut == self._last or self._cuts.is_consistent(cut)
 
     def _go(self, before: Cut, target: Cut) -> Move:
         if not is_inside(before, target):
             self._fleet.rewind(meet(before, target))
-        self._send(target)
+        self._order += 1
+        self._fleet.set_limits(target, order=self._order)
         if self._arrive(target, self._timeout, may_stop=True):
             return Move(before, target)
         return Move(before, self._stand(), stopped=True)
 
     def _arrive(self, cut: Cut | None, timeout: float | None, *, may_stop: bool = False) -> bool:
-        """Wait until the ranks are there; False if somebody pauses them first."""
+        """Wait until the ranks are at that cut; False if somebody pauses them first."""
 
         def arrived(stands: StandList) -> bool:
             return _standing(stands) and cut in (None, _positions(stands))
@@ -192,5 +265,5 @@ def _started(stands: StandList) -> set[OpPlace]:
 
 
 def _standing(stands: StandList) -> bool:
-    """Whether no lane moves or may move."""
+    """Whether no lane is in an op or may start one."""
     return all(stand.at_limits and not any(stand.started) for stand in stands)

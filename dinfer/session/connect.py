@@ -1,4 +1,4 @@
-"""Connect: from a word to a session: ranks that are engines of a cluster, or threads of this process."""
+"""Connect: a session whose ranks are engines of an ipyparallel cluster, or threads of this process."""
 
 from typing import TYPE_CHECKING
 
@@ -27,12 +27,12 @@ def connect(
     show: ShowRun | None = None,
     write: Write | None = None,
 ) -> Session:
-    """A session with `n` ranks, announced in one line.
+    """A session with `n` ranks; it prints one line that describes them.
 
-    "ipyparallel": the engines of a running cluster (`ipcluster start -n 3`) of that profile; where there is none, and
-    `start` is not False, a cluster is started. Engines that were started here end themselves once this process has been
-    gone for `patience` seconds. "threads": all ranks in this process. `place`: where the processes of a cluster that is
-    started are to be. Raises ConfigError or ClusterError.
+    "ipyparallel": the engines of a running cluster (`ipcluster start -n 3`) of that profile; if there is none, and
+    `start` is not False, a cluster is started. Engines that were started here end once this process has been gone for
+    `patience` seconds. "threads": all ranks in this process. `place`: where to start the processes of a cluster. Raises
+    ConfigError or ClusterError.
     """
     if n < 1:
         raise ConfigError(f"n is {n}; a session has at least 1 rank.")

@@ -1,4 +1,4 @@
-"""What is told of each rank while a debugger can attach to it."""
+"""Where a debugger can attach to a rank."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from dinfer.rank.debugger import FIRST_PORT
 
 @dataclass(frozen=True, repr=False)
 class Listening(Displayable):
-    """A rank that a client of debugpy may attach to, at this port of its host's 127.0.0.1."""
+    """A rank that waits for a client of debugpy at this port of 127.0.0.1 on its host."""
 
     rank: int
     host: str
@@ -18,5 +18,5 @@ class Listening(Displayable):
         return (
             f"rank {self.rank} listens for a debugger at 127.0.0.1:{self.port} on {self.host}: attach from VS Code "
             f'("Attach to rank {self.rank}" of .vscode/launch.json has port {FIRST_PORT + self.rank}) or any client of '
-            "debugpy. While it stands at a breakpoint, the other ranks wait at a cut."
+            "debugpy. While the rank stands at a breakpoint, the other ranks wait at a cut."
         )

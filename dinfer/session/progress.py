@@ -1,4 +1,4 @@
-"""Bars: how far each rank has loaded, while it does."""
+"""Progress bars of a checkpoint that ranks load."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from dinfer.display import Closing
 
 
 class Bars(Closing):
-    """One bar a rank, from what ranks report of their bytes."""
+    """One bar for each rank that reports bytes."""
 
     def __init__(self, line: Ranks, ranks: list[int]) -> None:
         self._line, self._ranks = line, ranks
@@ -18,7 +18,7 @@ class Bars(Closing):
             line.ranks[rank].loading = None
 
     def show(self) -> None:
-        """Bring the bars to where the ranks are; a rank that has nothing to load has none."""
+        """Update the bars."""
         for rank in self._ranks:
             if said := self._line.ranks[rank].loading:
                 bar = self._bars.get(rank) or self._bar(rank, said.total)
@@ -30,7 +30,7 @@ class Bars(Closing):
         return bar
 
     def close(self) -> None:
-        """Show the last, and end them."""
+        """Update the bars a last time, and end them."""
         self.show()
         for bar in self._bars.values():
             bar.close()

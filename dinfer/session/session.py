@@ -1,4 +1,4 @@
-"""Session: what a notebook holds: the ranks, the checkpoint on them, one run after another."""
+"""Session: the ranks, the checkpoint on them, and one run after another, as a notebook holds them."""
 
 import threading
 import time
@@ -17,10 +17,9 @@ from dinfer.model.checkpoint import Spec
 from dinfer.model.text import load_tokenizer
 from dinfer.plan.custom import CustomSchedule
 from dinfer.plan.plan import Plan
-from dinfer.run.failure import HANDED_ON, were_handed_on
-from dinfer.run.fleet import RankFailed
+from dinfer.run.failure import HANDED_ON, RankFailed, were_handed_on
 from dinfer.run.hang import Hung
-from dinfer.run.report import Reporter, Write
+from dinfer.run.report import Reporter, Write, no_views
 from dinfer.run.run import Run
 from dinfer.session.listening import Listening
 from dinfer.session.progress import Bars
@@ -36,11 +35,11 @@ ShowRun = Callable[[Run], Any]
 
 
 class SessionOver(DinferError, RuntimeError):
-    """This session can do nothing more; the message says why, and what to do."""
+    """This session has ended; the message says why, and what to do."""
 
 
 class Session(Announced, Closing):
-    """Made by `dinfer.connect`. `show` makes the panel that `debugger` returns, `write` the reports of runs."""
+    """Made by `dinfer.connect`. `show(run)` makes the panel that `debugger` returns, `write` the reports of runs."""
 
     def __init__(self, ranks: Ranks, show: ShowRun | None = None, write: Write | None = None) -> None:
         self.ranks, self.world_size = ranks, ranks.world_size
@@ -52,7 +51,7 @@ class Session(Announced, Closing):
         self._config = Config(world_size=self.world_size, log_dir="", prompt_ids=(0,), backend="gloo")
         self._devices = ["cpu"] * self.world_size
         self._bare = set(range(self.world_size))
-        """ranks without weights: also those whose loading was broken off"""
+        """ranks without weights, or with only some of them"""
         self._noted: tuple[Run | None, str, str, str] = (None, "", "", "")
         self._closing = threading.Event()
         meet(ranks)
@@ -64,11 +63,11 @@ class Session(Announced, Closing):
     def load(
         self, model_path: str = "demo", *, dtype: str = "auto", gpu_ids: Sequence[int] = (), threads: int = 0
     ) -> Self:
-        """Load a checkpoint folder, or "demo", on every rank, for any number of runs; a bar per rank shows how far.
+        """Load a checkpoint folder, or "demo", on every rank, for any number of runs; a progress bar for each rank.
 
-        `gpu_ids`: the GPU of each rank, none for the CPU; `threads`: CPU threads of each rank, 0 for the cores shared
-        out. Raises ConfigError or ModelError before anything is loaded: too little memory, no such GPU, not a model
-        that can be run.
+        `gpu_ids`: the GPU of each rank, empty for the CPU; `threads`: CPU threads of each rank, 0 for an equal share of
+        the cores. Raises ConfigError or ModelError before anything is loaded: too little memory, an unknown GPU, an
+        unsupported model.
         """
         self._check_open()
         shares = self.ranks.cores()
@@ -91,13 +90,13 @@ class Session(Announced, Closing):
         plan: Plan | str | CustomSchedule | None = None,
         **parameters: Any,
     ) -> Run:
-        """A run of this prompt, text or token ids; with `paused` it stands before its first op.
+        """A run of this prompt, text or token ids; with `paused` it stands before its first op. The run before it is
+        then over.
 
         `parameters` are those of `dinfer run`: chunk_size, sync_strategy, schedule, layer_split, max_new_tokens, …;
-        those that `load` settles for all runs, such as dtype, are refused where they differ.
-        `plan`: one of your own, its text, or a function of config and shape that makes it or its lanes (see plan/own);
-        one that can hang is refused unless `unsafe=True`. Raises ConfigError or PlanError. The run before this one is
-        over then.
+        those that `load` fixes for all runs, such as dtype, are refused if they differ.
+        `plan`: a plan of your own, its text, or a function of config and shape that makes it or its lanes (see
+        `dinfer.plan.custom`); one that can hang is refused unless `unsafe=True`. Raises ConfigError or PlanError.
         """
         self._check_open()
         if self.spec is None:
@@ -119,21 +118,20 @@ class Session(Announced, Closing):
         return self._run
 
     def sweep(self, prompts: str | Sequence[str | Sequence[int]] | Sequence[int], **parameters: Any) -> Sweep:
-        """Run each prompt, or the one, with every combination of these parameters, each a list or a single value; a
-        table."""
+        """Run each prompt with every combination of these parameters, each a list or a single value; a table."""
         return sweep(self.prefill, prompts, parameters)
 
     def debugger(self) -> Any:
-        """The panel: the current run as a map, with buttons that step it."""
+        """The panel: the current run as a map, with buttons that step it. Raises NotPossible before there is a run."""
         self._check_open()
         if self._show is None:
-            raise NotPossible("this session was made without views: use dinfer.connect(…).")
+            raise no_views()
         return self._show(self.run)
 
     def listen_for_debugger(self, rank: int, port: int = 0) -> Listening:
-        """Let VS Code, or another client of debugpy, attach to a rank, and say where; by default at 5678 + rank.
+        """Let VS Code, or another client of debugpy, attach to a rank, and say where; by default at port 5678 + rank.
 
-        Raises ConfigError for no such rank, RankError where that port is taken or debugpy missing.
+        Raises ConfigError for an unknown rank, RankError if the port is taken or debugpy is missing.
         """
         self._check_open()
         if not 0 <= rank < self.world_size:
@@ -141,8 +139,8 @@ class Session(Announced, Closing):
         return Listening(rank, *self.ranks.listen_for_debugger(rank, port))
 
     def recover(self) -> DisplayableText:
-        """After a failure: bring back ranks that are lost, free those that are stuck, and let runs start again:
-        `run.restart()` begins this one anew, `session.prefill(…)` another."""
+        """After a failure: restart lost ranks and free stuck ones. Then `run.restart()` begins this run again, and
+        `session.prefill(…)` another one."""
         self._check_open()
         said = list[str]()
         plan = self._run.plan if self._run else None
@@ -162,13 +160,13 @@ class Session(Announced, Closing):
 
     @property
     def run(self) -> Run:
-        """The current run. Raises RuntimeError before there is one."""
+        """The current run. Raises NotPossible before there is one."""
         if self._run is None:
             raise NotPossible("there is no run yet: session.prefill(prompt, paused=True) makes one.")
         return self._run
 
     def close(self) -> None:
-        """Part from the ranks: a cluster that dinfer started ends, one that was joined goes on."""
+        """Leave the ranks: a cluster that dinfer started ends, one that was joined goes on."""
         if not self._closing.is_set():
             self._end_run("the session is closed; dinfer.connect(…) opens another")
             self._closing.set()
@@ -184,7 +182,7 @@ class Session(Announced, Closing):
     # -- within
 
     def _check_open(self) -> None:
-        """Raises SessionOver. What is asked of engines that another session has joined would harm that one."""
+        """Raises SessionOver for a closed session, and if another session has joined the engines."""
         if self._closing.is_set():
             raise SessionOver("this session is closed: dinfer.connect(…) makes another.")
         if were_handed_on(self.ranks.ranks):
@@ -215,7 +213,7 @@ class Session(Announced, Closing):
         self._ensure_whole()
 
     def _prepare(self, job: Job, plan: Plan | None) -> dict[int, int]:
-        """Have all ranks make a prompt ready; the id of each one's plan."""
+        """Make all ranks ready for a prompt; the id of each rank's plan."""
         self._ensure_whole()
         command = PreparePrompt(asdict(job.config), tuple(job.ids), plan.text() if plan else "")
         answers = self.ranks.ask(
@@ -224,7 +222,7 @@ class Session(Announced, Closing):
         return {rank: answer.plan_id for rank, answer in answers.items()}
 
     def _ensure_whole(self) -> None:
-        """Raises RankFailed where a rank is lost."""
+        """Raises RankFailed if a rank is lost."""
         gone = [rank for rank, code in enumerate(self.ranks.exits()) if code is not None]
         if gone:
             listed = ", ".join(map(str, gone))
@@ -236,14 +234,14 @@ class Session(Announced, Closing):
             self._run.close(why)
 
     def _note(self, text: str, run: Run | None = None) -> None:
-        """Put it into the log, and into that of the run that it is about."""
+        """Add a line to the log, and to that of the run that it is about."""
         line = f"{time.strftime('%H:%M:%S')} {text}"
         self.log.append(line)
         if run and run.reporter:
             run.reporter.log.append(line)
 
     def _look(self) -> None:
-        """The session's thread: hears what ranks say while cells run, or nothing does."""
+        """The session's thread: takes in what ranks report, also while no cell runs."""
         while not self._closing.is_set():
             with self.ranks.changed:
                 self.ranks.changed.wait(LOOK_S)
@@ -254,7 +252,7 @@ class Session(Announced, Closing):
                     self._note_once(f"looking after the run raised {error!r}", self._run)
 
     def _note_once(self, text: str, run: Run) -> None:
-        """Not again and again, as what happens many times a second would be."""
+        """Log a text that may occur many times a second, but only the first time."""
         if not any(line.endswith(f" {text}") for line in self.log):
             self._note(text, run)
 
@@ -263,7 +261,7 @@ class Session(Announced, Closing):
             run.look()
             run.check()
         except (RankFailed, Hung):
-            pass  # it is told by whatever the user does next, and by views
+            pass  # shown by views, and raised by the next call
         except (RuntimeError, TimeoutError) as error:
             if str(error) != run.message and not run.closed:
                 run.say(str(error))
@@ -272,7 +270,7 @@ class Session(Announced, Closing):
         self._note_trouble(run)
 
     def _note_trouble(self, run: Run) -> None:
-        """Put down what is new of failure, silence and standing still, whoever has found it."""
+        """Log what is new of failure, silence and hang, whoever has found it."""
         before, self._noted = self._noted, (run, run.failure, run.silence, run.hang)
         failure, silence, hang = before[1:] if before[0] is run else ("", "", "")
         if run.failure and not failure:
@@ -283,14 +281,14 @@ class Session(Announced, Closing):
         elif run.silence != silence:
             self._note(run.silence or "all ranks answer again", run)
         elif run.hang != hang and not run.failure:
-            told = run.told
-            self._note(str(told) if told else "the run moves again", run)
-            for rank, stack in told.stacks.items() if told else ():
+            verdict = run.told
+            self._note(str(verdict) if verdict else "the run moves again", run)
+            for rank, stack in verdict.stacks.items() if verdict else ():
                 self._note(f"rank {rank} stands at:\n{stack}", run)
 
 
 def _prompt(given: object) -> dict[str, Any]:
-    """A prompt as a parameter. Raises ConfigError for what is none."""
+    """A prompt as a parameter of Config. Raises ConfigError for what is neither text nor ids."""
     if isinstance(given, str):
         return {"prompt": given}
     if isinstance(given, Iterable) and not isinstance(given, bytes):

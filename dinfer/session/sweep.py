@@ -1,4 +1,4 @@
-"""Sweep: several prompts and parameters, one run after another, as a table."""
+"""Sweep: every prompt with every combination of parameters, one run after another, as a table."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -11,26 +11,25 @@ from tqdm.auto import tqdm
 
 from dinfer.display import Displayable, Table
 from dinfer.job import Job
-from dinfer.run.report import Reporting
 from dinfer.run.run import Run
 from dinfer.trace.summary import summary
 
 SWEEP_FIGURES = (
     "tokens", "prefill_s", "compute_s", "exposed_sync_s", "waiting_s", "kv_equal", "text", "error",
 )  # fmt: skip
-"""columns, behind the prompt and the parameters"""
+"""columns, after the prompt and the parameters"""
 
 
 @dataclass(frozen=True, repr=False)
 class Sweep(Displayable):
-    """`rows` are one a run, each from column to value; `pandas.DataFrame(sweep.rows)` makes a DataFrame of it, and so
-    does `sweep.dataframe()`. `left`: how many runs were not begun, since the kernel was interrupted."""
+    """`rows`: one for each run, from column to value. `left`: number of runs that did not begin because the kernel was
+    interrupted."""
 
     rows: tuple[dict[str, Any], ...]
     left: int = 0
 
     def dataframe(self) -> Any:
-        """The rows as a pandas DataFrame. Raises ImportError where there is no pandas."""
+        """The rows as a pandas DataFrame. Raises ImportError if pandas is not installed."""
         import pandas
 
         return pandas.DataFrame(list(self.rows))
@@ -67,8 +66,8 @@ def sweep(
     prompts: str | Sequence[str | Sequence[int]] | Sequence[int],
     parameters: Mapping[str, Any],
 ) -> Sweep:
-    """Run every prompt with every combination of parameters, whose values are lists or single values. A run that cannot
-    be, or fails, is a row that says why; the others go on as far as the session lets them."""
+    """Run every prompt with every combination of parameters, whose values are lists or single values. A run that is
+    refused, or fails, is a row with the reason; the other runs go on if the session can."""
     names, prompts = list(parameters), _prompts(prompts)
     choices = [value if isinstance(value, list) else [value] for value in parameters.values()]
     combinations = list(itertools.product(prompts, *choices))
@@ -76,13 +75,13 @@ def sweep(
     try:
         for prompt, *values in tqdm(combinations, desc="runs", unit="run"):
             rows.append(_row(prefill, prompt, dict(zip(names, values, strict=True))))
-    except KeyboardInterrupt:  # what has been measured is not lost
+    except KeyboardInterrupt:  # keep what was measured
         pass
     return Sweep(tuple(rows), len(combinations) - len(rows))
 
 
 def _prompts(given: str | Sequence[str | Sequence[int]] | Sequence[int]) -> Sequence[str | Sequence[int]]:
-    """Text, or the token ids of one prompt, are one prompt."""
+    """A list of prompts, also where one was given."""
     if isinstance(given, str):
         return [given]
     several = list[Any](given)
@@ -121,18 +120,18 @@ def _cell(value: Any) -> str:
 
 
 class Past:
-    """Of one session."""
+    """Figures of a session's earlier runs, for reports."""
 
     def __init__(self) -> None:
         self._found: list[tuple[Job, dict[str, Any]]] = []
 
-    def note(self, run: Reporting) -> None:
-        """Keep the figures of a run that has ended its prefill with nothing wrong."""
+    def note(self, run: Run) -> None:
+        """Keep the figures of a run whose prefill is complete, if nothing was edited."""
         if run.standing().state == "done" and not run.edited:
             name = f"run {len(self._found) + 1} of this session"
             self._found.append((run.job, {"name": name, **summary(run.trace)}))
 
     def of(self, job: Job) -> list[dict[str, Any]]:
-        """Those of the same prompt and checkpoint, in the order in which they ran."""
+        """The figures of runs of the same prompt and checkpoint, oldest first."""
         wanted = job.ids, job.config.model_path
         return [figures for past, figures in self._found if (past.ids, past.config.model_path) == wanted]

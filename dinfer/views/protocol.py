@@ -1,7 +1,7 @@
 """What views need of a run, as protocols, which runs and the doubles of tests satisfy."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from dinfer.kv.difference import Diff
 from dinfer.kv.source import ViewableSource
@@ -15,8 +15,6 @@ from dinfer.verdict.where import RankStand
 Json = dict[str, Any]
 """messages of browsers and kernel"""
 
-RunStateName = Literal["starting", "paused", "running", "decoding", "done", "failed", "closed"]
-
 
 class RunView(Protocol):
     """A run at one moment. Sequences by rank have an entry for each rank."""
@@ -26,8 +24,8 @@ class RunView(Protocol):
         """Where each rank's lanes stand."""
 
     @property
-    def state(self) -> RunStateName:
-        """What the run as a whole does."""
+    def state(self) -> str:
+        """What the run as a whole is doing: a `dinfer.run.state.State`."""
 
     @property
     def message(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from dinfer.run.fleet import RankFailed
+from dinfer.run.failure import RankFailed
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.support.expected_tokens import expected

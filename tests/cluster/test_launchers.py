@@ -12,7 +12,7 @@ from ipyparallel.error import RemoteError
 
 import dinfer
 from dinfer.cluster.ipyparallel.errors import ClusterError
-from dinfer.run.fleet import RankFailed
+from dinfer.run.failure import RankFailed
 from dinfer.run.run import Run
 from dinfer.session.session import Session, SessionOver
 from tests.support.ipclusters import LAUNCHER, IPython, ipython

@@ -16,7 +16,7 @@ import pytest
 
 import dinfer
 from dinfer.plan.ops import Op
-from dinfer.run.fleet import RankFailed
+from dinfer.run.failure import RankFailed
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.support.runs import wait_for

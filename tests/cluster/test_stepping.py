@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from dinfer.plan.cut import UNITS
-from dinfer.run.fleet import RankFailed
+from dinfer.run.failure import RankFailed
 from tests.support.expected_tokens import expected
 from tests.support.runs import Fault, wait_for
 from tests.support.stepped import Stepped, stepped

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dinfer.run.fleet import RankFailed
+from dinfer.run.failure import RankFailed
 from tests.support.runs import Fault, fault_pid, wait_for
 from tests.support.stepped import stepped
 from tests.support.twin import prompt

@@ -26,7 +26,7 @@ from dinfer.run.state import Mark
 from dinfer.run.stepper import Stepper
 from dinfer.trace.events import Event
 from dinfer.views.cells import STATES, CellMap
-from dinfer.views.protocol import Kv, RunStateName
+from dinfer.views.protocol import Kv
 from tests.support.twin import Twin
 
 
@@ -35,7 +35,7 @@ class Moment:
     """A Standing."""
 
     stands: Sequence[Stand]
-    state: RunStateName
+    state: str
     devices: Sequence[str]
     alive: Sequence[bool]
     last_call: str
@@ -128,7 +128,7 @@ class PaperRun(Bare):
         self.open = threading.Event()
         self.open.set()
         self.calls: list[str] = []
-        self.state: RunStateName = "paused"
+        self.state: str = "paused"
         self.message, self.decoded, self.text = "", 0, ""
         self.marks: list[Mark] = []
         self.why = self.last_call = self.over = ""
@@ -240,7 +240,7 @@ class TwinRun(Bare):
         stands = self.fleet.stands()
         moving = any(any(stand.started) or not stand.at_limits for stand in stands)
         ended = tuple(stand.positions for stand in stands) == self.stepper.cuts.end
-        state: RunStateName = "done" if ended else "running" if moving else "paused"
+        state: str = "done" if ended else "running" if moving else "paused"
         ranks = self.world_size
         return Moment(stands, state, ["cpu"] * ranks, [True] * ranks, self.last_call)
 

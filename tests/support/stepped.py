@@ -32,8 +32,7 @@ from dinfer.messages import (
     StoreAddress,
 )
 from dinfer.rank.batch import device_of
-from dinfer.run.fleet import RemoteFleet
-from dinfer.run.stepper import Stepper
+from dinfer.run.stepper import RemoteFleet, Stepper
 from tests.support.runs import wait_for
 
 START_S = 120

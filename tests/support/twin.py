@@ -9,13 +9,63 @@ from typing import Any, TypeVar
 
 from dinfer.config import Config
 from dinfer.engine.engine import Engine
+from dinfer.engine.lanes import OpFailed
 from dinfer.model.decoder import Decoder
-from dinfer.plan.plan import Plan
-from dinfer.run.fleet import LocalFleet
+from dinfer.plan.cut import Cut
+from dinfer.plan.graph import channel_of
+from dinfer.plan.plan import OpPlace, Plan
+from dinfer.run.failure import RankFailed
+from dinfer.run.stepper import StandList
 from dinfer.transport.gate import FreeGate, Gate
+from dinfer.transport.gloo import CommError
 from dinfer.transport.in_process import Exchange, StreamOrder
 
 T = TypeVar("T")
+
+
+class LocalFleet:
+    """Ranks that are threads of this process, around one Exchange."""
+
+    def __init__(self, exchange: Exchange, engines: Sequence[Engine]) -> None:
+        self._exchange, self._engines = exchange, engines
+        self.plan = engines[0].executor.plan
+
+    def stands(self) -> StandList:
+        return [engine.executor.stand() for engine in self._engines]
+
+    def freeze(self) -> StandList:
+        return [engine.executor.freeze() for engine in self._engines]
+
+    def set_limits(self, limits: Cut, *, order: int = 0, stopping: bool = False) -> None:  # noqa: ARG002
+        with (
+            self._exchange.gate.change()
+        ):  # all at once, so that a seeded order does not depend on the sequence
+            for engine, lanes in zip(self._engines, limits, strict=True):
+                engine.executor.set_limits(lanes)
+
+    def release(self, recvs: Sequence[OpPlace]) -> None:
+        for place in recvs:
+            op = self.plan.op(place)
+            self._engines[op.peer].executor.release([channel_of(place.rank, op)])
+
+    def rewind(self, cut: Cut) -> None:
+        for engine, lanes in zip(self._engines, cut, strict=True):
+            engine.executor.rewind(lanes)
+
+    def wait(self, until: Callable[[StandList], bool], timeout: float | None) -> bool:
+        def ended() -> bool | None:
+            return True if self._failure() or until(self.stands()) else None
+
+        held = self._exchange.gate.wait(ended, timeout)
+        if failure := self._failure():
+            self._exchange.close()
+            raise RankFailed(str(failure)) from failure
+        return bool(held)
+
+    def _failure(self) -> OpFailed | None:
+        """Why a rank failed; the loss of a peer only if there is no other reason."""
+        failures = [failure for engine in self._engines if (failure := engine.executor.failure)]
+        return min(failures, key=lambda failure: isinstance(failure.error, CommError), default=None)
 
 
 class Twin:

@@ -15,7 +15,7 @@ from dinfer.model.decoder import Decoder
 from dinfer.plan.graph import Channel
 from dinfer.plan.ops import PlanError, Value, parse_op
 from dinfer.plan.plan import Lane, Plan, parse_plan
-from dinfer.run.fleet import RankFailed
+from dinfer.run.failure import RankFailed
 from dinfer.transport.gloo import CommError
 from dinfer.transport.header import HEADER_BYTES, Header, TransferError
 from tests.support.expected import expected, is_complete

@@ -20,7 +20,7 @@ from dinfer.plan.partition import partition
 from dinfer.plan.plan import Lane, Plan
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import verify
-from dinfer.run.fleet import RankFailed
+from dinfer.run.failure import RankFailed
 from dinfer.run.stepper import Stepper
 from dinfer.transport.in_process import StreamOrder
 from tests.support.expected import differing_blocks, expected, is_complete

@@ -13,7 +13,7 @@ from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import Shape
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import Counterexample, verify
-from dinfer.run.fleet import RankFailed
+from dinfer.run.failure import RankFailed
 from dinfer.verdict.drawing import counterexample_svg, cycle_text
 from tests.support.threads import session_on_threads
 from tests.support.twin import prompt

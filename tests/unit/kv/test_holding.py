@@ -124,7 +124,7 @@ def test_a_run_that_is_sent_on_before_it_is_compared_is_waited_for(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states = list[str]()
-    wait, held = run.wait, run._held
+    wait, held = run.wait, run._inspector._held
 
     def wait_and_resume() -> object:
         found = wait()
@@ -136,6 +136,6 @@ def test_a_run_that_is_sent_on_before_it_is_compared_is_waited_for(
         return held()
 
     monkeypatch.setattr(run, "wait", wait_and_resume)
-    monkeypatch.setattr(run, "_held", noted)
+    monkeypatch.setattr(run._inspector, "_held", noted)
     assert run.compare("reference").equal
     assert states == ["done"]

@@ -16,7 +16,7 @@ from dinfer.messages import Command, RankReport, ReadMore, Reply, size_of
 from dinfer.model.cache import KVCache
 from dinfer.plan.ops import PlanError
 from dinfer.rank import inspect
-from dinfer.run.fleet import RankFailed
+from dinfer.run.failure import RankFailed
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.support.threads import engines, session_on_threads

@@ -17,8 +17,7 @@ from dinfer.launch.watch import ProcessWatch
 from dinfer.messages import Failed
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
-from dinfer.run.failure import silence_limit
-from dinfer.run.fleet import RankFailed
+from dinfer.run.failure import RankFailed, silence_limit
 
 PLAN = build(partition(layers=6, tokens=8, world_size=3, chunk_size=4), "lockstep", "pairwise")
 SPEC = SimpleNamespace(kv_heads=1, head_dim=4, hidden_size=8, dtype="float32")

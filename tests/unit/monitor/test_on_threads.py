@@ -15,7 +15,7 @@ from dinfer.engine import ops
 from dinfer.engine.decoding import Decoding
 from dinfer.engine.ops import HANDLERS, Outcome
 from dinfer.magics.line import act
-from dinfer.run.fleet import RankFailed
+from dinfer.run.failure import RankFailed
 from dinfer.run.hang import Hung
 from dinfer.run.run import Run
 from dinfer.session.session import Session
@@ -159,7 +159,7 @@ def test_who_computes_is_not_called_hung(session: Session, monkeypatch: pytest.M
         verdict = run.verdict()
         assert (verdict.kind, verdict.rank, verdict.is_hung) == ("computing", 1, False)
         assert "and still computing (" in run.hang
-        run.check_moving()
+        run._health.check_moving()
     finally:
         door.open()  # or the tests after this one would find its thread
     assert run.wait(DEADLINE_S).state == "done"
@@ -242,7 +242,7 @@ def test_the_time_between_two_decodes_is_no_ranks_standing_still(
     with session.ranks.changed:
         for state in session.ranks.ranks:
             state.progressed -= pause_s  # the user reads
-    wait_for(lambda: run._watch._decoding_since is None, "it was seen that nobody decodes")
+    wait_for(lambda: run._health._watch._decoding_since is None, "it was seen that nobody decodes")
     door = closed_at_token(monkeypatch, 1, 2)
     with pytest.raises(Hung) as caught:
         run.decode(2)
@@ -288,12 +288,12 @@ def test_who_holds_the_line_may_judge_while_another_asks(
             return {}
 
     monkeypatch.setattr("dinfer.monitor.watch.gather", gather)
-    asking = threading.Thread(target=run._judge, kwargs={"is_moving": True})
+    asking = threading.Thread(target=run._health.judge, kwargs={"is_moving": True})
     asking.start()
     assert asks.wait(DEADLINE_S)
     with session.ranks.changed:
         held.set()
-        assert run._judge(is_moving=False)
-        run.watch()
+        assert run._health.judge(is_moving=False)
+        run._health.look()
     asking.join(DEADLINE_S)
     assert not asking.is_alive()

@@ -17,9 +17,9 @@ from dinfer.plan.graph import channel_of
 from dinfer.plan.ops import Op, parse_op
 from dinfer.rank import faults
 from dinfer.rank.commands import answer, table_of
-from dinfer.run.fleet import LocalFleet, RankFailed
+from dinfer.run.failure import RankFailed
 from tests.support.seeded_gate import SeededGate
-from tests.support.twin import Twin, prompt, twin
+from tests.support.twin import LocalFleet, Twin, prompt, twin
 
 IDS = list(prompt(10))
 SEND = "send kv c1 l0 -> 1, 4 tokens"

@@ -19,8 +19,7 @@ from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import PlanError
 from dinfer.rank.inventory import hidden_digest
 from dinfer.results import Decoded
-from dinfer.run.fleet import RankFailed
-from dinfer.run.recorded import recorded_of
+from dinfer.run.failure import RankFailed
 from dinfer.run.run import Run
 from dinfer.saved.replay.record import RankRecord, RecordError
 from dinfer.saved.replay.replay import Replay
@@ -56,7 +55,7 @@ def recorded(session: Session) -> RankRecord:
     """Rank 1 of a run that has ended prefill."""
     run = begin(session, paused=False)
     run.wait(60)
-    return recorded_of(run, 1)
+    return run._recorder.record_of(1)
 
 
 @pytest.fixture(params=["live", "saved"])
@@ -293,7 +292,7 @@ def test_a_changed_block_is_told_on_arrival(recorded: RankRecord, decoder: Decod
 def test_another_token_ends_it(session: Session, decoder: Decoder) -> None:
     run = begin(session)
     run.decode(3)
-    recorded = recorded_of(run, 2)
+    recorded = run._recorder.record_of(2)
     other = (*recorded.tokens[:1], (recorded.tokens[1] + 1) % 100, recorded.tokens[2])
     with (
         Replay(replace(recorded, tokens=other), decoder=decoder) as replay,

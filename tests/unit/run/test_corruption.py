@@ -17,7 +17,7 @@ from dinfer.job import prepare
 from dinfer.plan.cut import UNITS
 from dinfer.plan.ops import Op, PlanError
 from dinfer.results import Moved
-from dinfer.run.fleet import RankFailed
+from dinfer.run.failure import RankFailed
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.support.runs import wait_for

@@ -15,7 +15,7 @@ from dinfer.engine.decoding import Decoding
 from dinfer.messages import HashKv
 from dinfer.rank.decode import Tokens
 from dinfer.rank.service import RankService
-from dinfer.run.fleet import RankFailed
+from dinfer.run.failure import RankFailed
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.support.fixtures import fresh_session

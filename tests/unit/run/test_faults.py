@@ -214,7 +214,7 @@ def test_what_the_plan_does_not_have_is_refused_before_a_rank_hears_of_it(
 ) -> None:
     finish(run)
     told: list[Any] = []
-    monkeypatch.setattr(run._armed, "_tell", told.append)
+    monkeypatch.setattr(run.faults, "_tell", told.append)
     for given, said in (
         ({"layer": 4, "chunk": 0}, "layer is 4; the layers of this run go from 0 to 3"),
         ({"layer": 0, "chunk": 0, "head": 2}, "this model's KV heads go from 0 to 1"),

@@ -9,7 +9,7 @@ import pytest
 
 from dinfer.plan.cut import Cuts
 from dinfer.plan.ops import PlanError
-from dinfer.run import state
+from dinfer.run import events
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.trace.events import Event
@@ -132,7 +132,7 @@ def test_the_trace_of_a_run_that_stands_has_what_was_done_last(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However it came there: none waits for events that will not come, either."""
-    monkeypatch.setattr(state, "LATE_S", 1000.0)
+    monkeypatch.setattr(events, "LATE_S", 1000.0)
     ops = sum(len(lane.ops) for lanes in run.plan.lanes for lane in lanes)
     for _ in range(5):
         run.restart()

@@ -103,7 +103,7 @@ def test_a_report_into_no_folder_is_refused_at_once(
 ) -> None:
     run = session.prefill(PROMPT, chunk_size=8, paused=True)
     calls: list[object] = []
-    run.findings = calls.append  # type: ignore[assignment]
+    run._recorder.findings = calls.append  # type: ignore[assignment]
     with pytest.raises(FileNotFoundError, match=rf"the folder '{tmp_path}/nowhere' does not exist$"):
         run.report(tmp_path / "nowhere" / "x.html")
     (tmp_path / "file").touch()

@@ -14,7 +14,7 @@ from dinfer.cluster.lease import RunOver
 from dinfer.cluster.threads import LocalRanks
 from dinfer.messages import Ok, ReferenceReport, RunReference, StopReference
 from dinfer.rank.commands import quick, slow, table_of
-from dinfer.run.inspect import Comparing
+from dinfer.run.inspect import RunInspector
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.support.expected import lane_threads
@@ -170,7 +170,7 @@ def test_what_was_looked_at_is_not_fetched_from_the_run_after_it(session: Sessio
             look()
 
 
-@pytest.mark.parametrize(("where", "what"), [(Live, "noted"), (Comparing, "_held")])
+@pytest.mark.parametrize(("where", "what"), [(Live, "noted"), (RunInspector, "_held")])
 def test_whoever_looks_while_another_run_begins_has_seen_the_old_one(
     session: Session, where: type, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,7 +184,9 @@ def test_whoever_looks_while_another_run_begins_has_seen_the_old_one(
         if beginning.ident is None:
             beginning.start()
             with session.ranks.changed:
-                assert session.ranks.changed.wait_for(lambda: bool(old._ending or old.closed), DEADLINE_S)
+                assert session.ranks.changed.wait_for(
+                    lambda: bool(old._state.ending or old.closed), DEADLINE_S
+                )
         return found
 
     monkeypatch.setattr(where, what, asked)

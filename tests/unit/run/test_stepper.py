@@ -13,12 +13,12 @@ from dinfer.plan.cut import Cuts
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
-from dinfer.run.fleet import LocalFleet, RankFailed
+from dinfer.run.failure import RankFailed
 from dinfer.run.stepper import NoProgress, Stepper
 from dinfer.verdict.where import moved_lines, rank_text, where_text
 from tests.support.expected import expected, is_complete
 from tests.support.seeded_gate import SeededGate
-from tests.support.twin import Twin, prompt, twin
+from tests.support.twin import LocalFleet, Twin, prompt, twin
 
 CHUNK = 4
 IDS = list(prompt(10))

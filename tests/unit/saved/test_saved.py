@@ -242,7 +242,7 @@ def test_text_only_where_asked_for(session: Session, tmp_path: Path) -> None:
 def test_ranks_that_cannot_be_asked(
     session: Session, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "_reachable", lambda: (1, 2))
+    monkeypatch.setattr(run._recorder, "reachable", lambda: (1, 2))
     cache(session, 2).tensor(0)[3, 1, 0, 0] += 1
     saved = dinfer.open(run.save(tmp_path / "saved"))
     assert str(dinfer.open(tmp_path / "saved").kv(layer=1).diff()).startswith(
@@ -258,7 +258,7 @@ def test_ranks_that_cannot_be_asked(
 
 
 def test_no_rank_can_be_asked(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "_reachable", lambda: ())
+    monkeypatch.setattr(run._recorder, "reachable", lambda: ())
     saved = dinfer.open(run.save(tmp_path / "saved"))
     assert saved.verdict() == run.verdict()
     assert saved.plan == run.plan

@@ -17,13 +17,13 @@ import dinfer
 from dinfer.cluster.lease import RunOver
 from dinfer.errors import DinferError, NoSuch
 from dinfer.plan.ops import PlanError
-from dinfer.run.fleet import RankFailed
+from dinfer.run.failure import RankFailed
 from dinfer.run.hang import Hung
 from dinfer.session.session import Session
 from tests.support.twin import prompt
 
 IDS = prompt(10)
-FRAMES = ("/dinfer/session/", "/dinfer/plan/", "run.py", "action.py")
+FRAMES = ("/dinfer/session/", "/dinfer/plan/", "run.py", "run.py")
 
 
 class Shell:
@@ -77,11 +77,11 @@ def test_a_mistake_is_shown_with_the_user_s_line_alone(begun: Shell, call: str, 
 
 def test_the_whole_traceback_is_there_for_who_asks(begun: Shell) -> None:
     begun.show('run.step("foo")')
-    assert "action.py" not in begun.show("%tb")
-    assert "action.py" in begun.show("%tb verbose")
-    assert "action.py" in begun.show("%tb plain")
+    assert "run.py" not in begun.show("%tb")
+    assert "run.py" in begun.show("%tb verbose")
+    assert "run.py" in begun.show("%tb plain")
     begun.shell.run_line_magic("xmode", "Verbose")
-    assert "action.py" in begun.show('run.step("foo")')
+    assert "run.py" in begun.show('run.step("foo")')
 
 
 def test_debug_enters_the_frames_of_dinfer(begun: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_what_it_was_raised_from_is_told_in_a_line(shell: Shell) -> None:
 def test_mistakes_in_dinfer_keep_their_frames(begun: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dinfer.run.run.unit_of", lambda _: 1 / 0)
     shown = begun.show('run.step("foo")')
-    assert "action.py" in shown
+    assert "run.py" in shown
     assert "ZeroDivisionError" in shown
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dinfer.run.run import Run
+from dinfer.run.state import State
 from dinfer.session.session import Session
 from dinfer.views.inspector import Inspector
 from dinfer.views.quantise import MISSING, ZERO
@@ -117,7 +118,7 @@ def test_it_is_answered_once_there_is_something_new_and_fetches_only_that(
     browser.run.run_to(chunk=1, layer=5)
     head, _ = browser.picture()
     fetched = list[int]()
-    source = browser.run.source
+    source = browser.run._inspector.source
 
     def counted() -> Any:
         live = source()
@@ -127,7 +128,7 @@ def test_it_is_answered_once_there_is_something_new_and_fetches_only_that(
         )
         return live
 
-    monkeypatch.setattr(browser.run, "source", counted)
+    monkeypatch.setattr(browser.run._inspector, "source", counted)
     before = len(browser.of("kv"))
     browser.ask(head["stamp"])
     browser.run.run_to(chunk=2, layer=5)
@@ -139,7 +140,7 @@ def test_it_is_answered_once_there_is_something_new_and_fetches_only_that(
 
 
 def test_nothing_is_fetched_while_the_run_moves(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
-    moving = browser.run.standing()._replace(state="running")
+    moving = browser.run.standing()._replace(state=State.RUNNING)
     looked = list[str]()
 
     def standing() -> Any:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import dinfer.views
 from dinfer.bench.views import inspected
 from dinfer.run.run import Run
+from dinfer.run.state import State
 from dinfer.session.session import Session
 from dinfer.views import still_kv
 from dinfer.views.inspector import Fetched, picture
@@ -164,7 +165,7 @@ def test_nan_is_black_and_counted(run: Run) -> None:
 def test_nothing_is_fetched_before_the_first_layer_or_while_the_run_moves(run: Run) -> None:
     assert still_kv.still_kv(run, run.standing()) == ""
     run.run_to(chunk=0, layer=0)
-    assert still_kv.still_kv(run, run.standing()._replace(state="running")) == ""
+    assert still_kv.still_kv(run, run.standing()._replace(state=State.RUNNING)) == ""
     assert still_kv.still_kv(run, run.standing()) != ""
 
 

@@ -1,0 +1,91 @@
+"""The events of one run as they arrive from its ranks, and their merged trace."""
+
+import time
+from collections.abc import Sequence
+from itertools import islice
+
+from dinfer.cluster.lease import RankLease
+from dinfer.job import Job
+from dinfer.plan.cut import Cut, is_inside, meet
+from dinfer.run.result import merge
+from dinfer.run.state import RunState, State
+from dinfer.trace.events import Event
+from dinfer.trace.trace import Trace
+
+WAIT_S = 0.2
+
+LATE_S = 2.0
+"""how long the events of finished ops may take to arrive"""
+
+
+class RunEvents:
+    """By rank, in the order of arrival."""
+
+    def __init__(self, job: Job, ranks: RankLease, state: RunState) -> None:
+        self._job, self._ranks, self._state = job, ranks, state
+        self._begun = 0
+        """how often the run has begun"""
+        self._by_rank: list[list[Event]] = []
+        self._back: tuple[list[int], Cut] = [], ()
+        """how many events there were when the run last went back, and the cut to which it went"""
+
+    def begin(self) -> None:
+        """The run begins, or begins again."""
+        with self._ranks.changed:
+            self._by_rank = [state.events for state in self._ranks.ranks]
+            self._back = [0] * len(self._by_rank), tuple((0,) * len(lanes) for lanes in self._job.plan.lanes)
+            self._begun += 1
+
+    def went(self, before: Cut, after: Cut) -> None:
+        """The run went from one cut to another: ops behind a cut to which it went back will be done again."""
+        if not is_inside(before, after):
+            with self._ranks.changed:
+                self._back = list(map(len, self._by_rank)), meet(before, after)
+
+    def trace(self) -> Trace:
+        """The events of all ranks so far. Of a run that stands still, first waits for events still on their way."""
+        deadline = time.monotonic() + LATE_S
+        with self._ranks.changed:
+            while (
+                self._state.now in (State.PAUSED, State.DONE)
+                and not self._is_whole()
+                and time.monotonic() < deadline
+            ):
+                self._ranks.changed.wait(WAIT_S)
+            by_rank = [list(events) for events in self._by_rank]
+        return merge(self._job, by_rank)  # without the lock, which every lane of a rank on threads takes
+
+    def since(self, read: Sequence[int]) -> tuple[list[Event], list[int]]:
+        """The events after those that have been `read`, and the new `read`: how often the run has begun, and the number
+        of events of each rank. All events of a run that has begun again."""
+        with self._ranks.changed:
+            is_same = read and read[0] == self._begun
+            first = read[1:] if is_same else [0] * len(self._by_rank)
+            new = [events[n:] for n, events in zip(first, self._by_rank, strict=True)]
+            now = self.heard()
+        return [event for events in new for event in events], now
+
+    def heard(self) -> list[int]:
+        """How often the run has begun, and the number of events of each rank since."""
+        return [self._begun, *map(len, self._by_rank)]
+
+    def _is_whole(self) -> bool:
+        """Whether the newest event of each lane since the run went back is that of the last op that is done."""
+        heard, cut = self._back
+        for rank, stand in enumerate(self._state.stands()):
+            done = {
+                lane.name: position - 1
+                for lane, position, first in zip(
+                    self._job.plan.lanes[rank], stand.positions, cut[rank], strict=True
+                )
+                if position > first
+            }
+            events = self._by_rank[rank]
+            for event in islice(reversed(events), len(events) - heard[rank]):
+                if not done:
+                    break
+                if event.lane in done and done.pop(event.lane) != event.index:
+                    return False
+            if done:
+                return False
+        return True

@@ -1,0 +1,306 @@
+"""What leaves a run: a snapshot of it, a report, a folder, a record of one rank for replay."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dinfer.cluster.kv import Live, RankClient
+from dinfer.cluster.lease import RankLease
+from dinfer.cluster.ranks import RankRefused, answers
+from dinfer.engine.prompt import Edit
+from dinfer.job import Job
+from dinfer.kv.ledger import BlockKey
+from dinfer.messages import EditedBlocks, ListKv, ReadBlocks, ReadEdit, ReadFinalHidden, ReadNotes
+from dinfer.plan.ops import PlanError
+from dinfer.run.action import Actions
+from dinfer.run.breakpoints import BreakpointTable
+from dinfer.run.decode import Generation
+from dinfer.run.events import RunEvents
+from dinfer.run.failure import RankFailed
+from dinfer.run.faults import Armed
+from dinfer.run.hang import Health
+from dinfer.run.inspect import RunInspector
+from dinfer.run.report import Reporter, findings_of_job, kv_finding
+from dinfer.run.reproduce import Done, parameters
+from dinfer.run.state import RunState, Standing, State
+from dinfer.run.stepper import NoProgress
+from dinfer.saved.replay.record import Own, RankRecord, arrived, check_rank, entered
+from dinfer.saved.write import Content, check_free, chosen_layers, write
+from dinfer.trace.export import check_folder
+from dinfer.trace.findings import Findings, KvFinding, RankFinding, with_findings
+
+WAIT_S = 0.2
+
+ANSWER_S = 5.0
+"""for a rank of a run that has failed or hangs to show that it can be asked"""
+
+
+@dataclass
+class RunRecorder:
+    """Reads the other parts of a run. `look()` takes in news of the ranks."""
+
+    job: Job
+    ranks: RankLease
+    devices: Sequence[str]
+    state: RunState
+    actions: Actions
+    health: Health
+    breakpoints: BreakpointTable
+    faults: Armed
+    generation: Generation
+    events: RunEvents
+    inspector: RunInspector
+    look: Callable[[], None]
+
+    def standing(self) -> Standing:
+        """The run at this moment; returns at once."""
+        with self.ranks.changed:
+            known = list(self.ranks.ranks)
+            stands, (state, reason) = self.state.stands(), self.state.decide()
+            hang = self.state.hang
+            alive = tuple(not one.gone for one in known)
+            memory = tuple(one.memory for one in known)
+            device_memory = tuple(one.device_memory for one in known)
+            tokens = tuple(one.decoded for one in known)
+        return Standing(
+            stands,
+            state,
+            reason,
+            decoded=len(self.generation.tokens),
+            text=self.generation.text,
+            devices=tuple(self.devices),
+            alive=alive,
+            last_call=self.actions.last_call,
+            faults=tuple(map(str, self.faults)),
+            marks=(*self.faults.marks(), *self.state.marks),
+            memory=memory,
+            tokens=tokens,
+            verdict=str(hang or ""),
+            device_memory=device_memory,
+            over=self.state.closed,
+        )
+
+    # -- a report
+
+    def report(self, path: str | Path, reporter: Reporter, *, prompt: bool, environment: bool) -> Path:
+        """See `Run.report`."""
+        target = Path(path).expanduser()
+        check_folder(target)
+        self._until_it_stands()
+        found = self.findings(reporter, prompt=prompt, environment=environment)
+        return reporter.write(with_findings(self.events.trace(), found), target)
+
+    def findings(
+        self, reporter: Reporter | None, *, prompt: bool = False, environment: bool = False
+    ) -> Findings:
+        """What is known of the run now, besides its events."""
+        standing, state, breakpoints = self.standing(), self.state, self.breakpoints.view()
+        done = Done(
+            [one.fault.call for one in self.faults],
+            [one.call for one in breakpoints],
+            len(self.generation.tokens),
+            edited=bool(state.edited),
+        )
+        return replace(
+            findings_of_job(self.job, done, prompt=prompt),
+            made=time.strftime("%Y-%m-%d %H:%M"),
+            state=str(standing.state),
+            failure=state.failure or state.silence or (state.hang.sentence if state.hang else ""),
+            positions=tuple(stand.positions for stand in standing.stands),
+            ranks=self._rank_findings(),
+            message=standing.message,
+            breakpoints=tuple(map(str, breakpoints)),
+            hits=tuple(state.story),
+            kv=self._kv_finding(labels=prompt),
+            faults=standing.faults,
+            edited=tuple(state.edited),
+            corrupt=tuple(map(str, state.corrupt)),
+            marks=tuple(tuple(mark) for mark in standing.marks),
+            log=tuple(reporter.log) if reporter else (),
+            others=tuple(reporter.others()) if reporter else (),
+            text=self.generation.text if prompt else None,
+            chunk_texts=tuple(self.inspector.chunk_labels()) if prompt else (),
+            environment=dict(sorted(os.environ.items())) if environment else None,
+        )
+
+    def _rank_findings(self) -> tuple[RankFinding, ...]:
+        digests, tokens = self._digests(), self.generation.by_rank
+        return tuple(
+            RankFinding(
+                rank=rank,
+                device=self.devices[rank],
+                threads=self.job.config.threads,
+                kv_sha256=digests[rank],
+                tokens=tuple(tokens[rank]) if rank in tokens else None,
+                error=state.error.traceback if state.error else "",
+            )
+            for rank, state in enumerate(self.ranks.ranks)
+        )
+
+    def _kv_finding(self, *, labels: bool) -> KvFinding | None:
+        """None where nothing can be compared or ranks do not answer: the report says so. `labels`: with the text of
+        tokens."""
+        with suppress(RankFailed, RankRefused, TimeoutError, PlanError):
+            if self.state.now in (State.PAUSED, State.DONE):
+                now = self.inspector.source()
+                return kv_finding(now if labels else Live(replace(now.subject, texts=()), now.line))
+        return None
+
+    def _digests(self) -> list[str]:
+        """The SHA-256 of each rank's KV; empty where prefill is not done or ranks do not answer: the report says so."""
+        with suppress(RankFailed, RankRefused, TimeoutError):
+            if self.state.now == State.DONE:
+                return self.inspector.sha256()
+        return [""] * self.job.plan.world_size
+
+    def _until_it_stands(self) -> None:
+        """Wait until the run stands still, has failed or hangs."""
+        while (
+            self.state.now in (State.RUNNING, State.DECODING) and not self.state.silence and self._goes_on()
+        ):
+            with self.ranks.changed:
+                self.ranks.changed.wait(WAIT_S)
+            self.look()  # without the lock: it may wait for a thread that moves the run, and that for news of ranks
+
+    def _goes_on(self) -> bool:
+        try:
+            self.health.check()
+        except (RankFailed, NoProgress):
+            return False
+        return True
+
+    # -- a folder
+
+    def save(
+        self,
+        folder: str | Path,
+        reporter: Reporter | None,
+        *,
+        kv: bool | Sequence[int],
+        hidden: bool,
+        prompt: bool,
+    ) -> Path:
+        """See `Run.save`."""
+        layers = chosen_layers(kv, self.job.plan.shape.layers)
+        check_free(Path(folder).expanduser().resolve())
+        source, evidence, ranks = self._last_source(), self.health.evidence(), self.reachable()
+        trace = with_findings(self.events.trace(), self.findings(reporter, prompt=prompt))
+        if not ranks:  # in decode, a rank that waits for another does not answer
+            layers, hidden = (), False
+        has_own = hidden and bool(self.standing().stands)
+        own = {rank: self._own(source, rank) for rank in ranks} if has_own else {}
+        return write(
+            Content(source, ranks, trace, evidence, self._description(), layers, hidden, prompt, own), folder
+        )
+
+    def reachable(self) -> tuple[int, ...]:
+        """The ranks that can be asked what they hold."""
+        silent, exits = self.ranks.silent(), self.ranks.exits()
+        world_size = self.job.plan.world_size
+        there = [rank for rank in range(world_size) if exits[rank] is None and rank not in silent]
+        if self.state.now in (State.PAUSED, State.DONE) and len(there) == world_size:
+            return tuple(there)
+        return tuple(sorted(answers(self.ranks, dict.fromkeys(there, ListKv()), ANSWER_S)))
+
+    def _description(self) -> dict[str, object]:
+        standing = self.standing()
+        return {
+            "made": time.strftime("%Y-%m-%d %H:%M"),
+            "state": str(standing.state),
+            "positions": [list(stand.positions) for stand in standing.stands],
+            "edited": list(self.state.edited),
+            "faults": list(standing.faults),
+            "parameters": parameters(self.job.config),
+            "checkpoint": {"path": str(self.job.spec.path), "fingerprint": self.inspector.fingerprint},
+        }
+
+    def _last_source(self) -> Live:
+        """What the ranks hold once the run stands still, has failed or hangs. Raises RunOver for a run that is over."""
+        if self.state.closed:
+            return self.inspector.source()
+        self._until_it_stands()
+        return self.inspector.live()
+
+    # -- a record of one rank
+
+    def record_of(self, rank: int) -> RankRecord:
+        """A rank of a run that stands still, has failed or hangs; first waits until it does. Raises PlanError for an
+        unknown rank, and RankFailed where it is gone."""
+        plan = self.job.plan
+        check_rank(rank, plan)
+        source = self._last_source()
+        stand = self.standing().stands[rank]
+        came = entered(plan, rank, stand.positions)
+        hidden = {
+            (op.chunk, op.layer): source.hidden(rank, op.chunk, op.layer)[None]
+            for op in came
+            if op.what == "hidden"
+        }
+        blocks = _blocks(source, rank, [(op.chunk, op.layer) for op in arrived(plan, rank, stand.positions)])
+        own = self._own(source, rank)
+        return RankRecord(
+            name=source.subject.name,
+            config=self.job.config,
+            checkpoint=source.subject.checkpoint,
+            dtype=str(source.subject.dtype).removeprefix("torch."),
+            device=own.device,
+            plan=plan,
+            ids=self.job.ids,
+            tokens=own.tokens,
+            rank=rank,
+            positions=tuple(stand.positions),
+            begun=own.begun,
+            hidden=hidden,
+            final=own.final,
+            block=lambda chunk, layer: blocks[chunk, layer],
+            noted=source.noted([rank], range(plan.shape.layers))[0],
+            edits=own.edits,
+            faults=own.faults,
+            failure=self.state.failure,
+        )
+
+    def _own(self, source: Live, rank: int) -> Own:
+        """What only the rank itself knows of its part of the run."""
+        line, stand = source.line, self.standing().stands[rank]
+        has_final = any(op.what == "final" for op in entered(self.job.plan, rank, stand.positions))
+        notes = line.ask([rank], ReadNotes())[0]
+        return Own(
+            device=self.devices[rank],
+            tokens=notes.tokens,
+            begun=tuple(stand.started),
+            final=line.tensors([rank], ReadFinalHidden())[0] if has_final else None,
+            edits=_edits(line, rank, notes.edits),
+            faults=tuple(
+                one.fault for one in self.faults if any(strike[0] == rank for strike in one.strikes)
+            ),
+        )
+
+
+def _blocks(source: Live, rank: int, keys: list[BlockKey]) -> dict[BlockKey, Tensor]:
+    """The KV of these blocks, by one request for each layer."""
+    chunks, found = source.subject.plan.shape.chunks, dict[BlockKey, Tensor]()
+    for layer in sorted({layer for _, layer in keys}):
+        here = tuple(chunk for chunk, of in sorted(keys) if of == layer)
+        rows = source.line.tensors([rank], ReadBlocks(layer, here))[0]
+        pieces = torch.split(rows, [len(chunks[chunk]) for chunk in here])
+        found |= {(chunk, layer): piece for chunk, piece in zip(here, pieces, strict=True)}
+    return found
+
+
+def _edits(line: RankClient, rank: int, edits: Sequence[EditedBlocks]) -> tuple[Edit, ...]:
+    def tensors(
+        number: int, what: Literal["kv", "hidden"], keys: Sequence[BlockKey]
+    ) -> dict[BlockKey, Tensor]:
+        return {key: line.tensors([rank], ReadEdit(number, what, *key))[0] for key in keys}
+
+    return tuple(
+        Edit(one.positions, tensors(n, "kv", one.kv), tensors(n, "hidden", one.hidden))
+        for n, one in enumerate(edits)
+    )
