@@ -1,28 +1,30 @@
-"""Ranks that are ipyparallel engines: a cluster's processes, each with a watcher beside it that speaks for it."""
+"""Ranks that are ipyparallel engines: processes of a cluster, each with a watcher beside it."""
 
 import socket
 import time
-from typing import Any
+from collections.abc import Iterable
+
+import msgspec
 
 from dinfer.cluster.ipyparallel.cluster import Cluster
 from dinfer.cluster.ipyparallel.facts import own_loopback
 from dinfer.cluster.link import Link
 from dinfer.cluster.ranks import LOST, STOPPED_S, Ranks
 from dinfer.errors import NoAnswer
-from dinfer.messages import Message
+from dinfer.messages import OrphanRule, RankLink, StoreAddress
 from dinfer.transport.interface import LOOPBACK, own_address_towards
 
 START_S = 60.0
 
 PAUSE_S = 2.0
-"""in a cluster that was joined: how long its client may be gone before the run pauses"""
+"""In a cluster that was joined: how long the session may be gone before the run pauses."""
 
 SILENT_S = 3.0
-"""a watcher speaks ten times a second"""
+"""A rank whose watcher has not been heard for so long does not answer; watchers report ten times a second."""
 
 
 class EngineRanks(Link, Ranks):
-    """`patience`: seconds after which engines of a cluster that dinfer started end themselves without their client."""
+    """`patience`: seconds without a session after which engines of a cluster that dinfer started end themselves."""
 
     def __init__(self, cluster: Cluster, patience: float) -> None:
         self.cluster = cluster
@@ -48,12 +50,12 @@ class EngineRanks(Link, Ranks):
         hosts = [facts.host for facts in self.cluster.facts]
         return [hosts.count(host) for host in hosts]
 
-    def meeting(self) -> Message:
+    def meeting(self) -> StoreAddress:
         """Where the ranks' group is to meet."""
-        return {"address": self._meet_at, "port": 0}
+        return StoreAddress(self._meet_at, 0)
 
     def silent(self) -> list[int]:
-        """Ranks whose process is stopped for a while, or whose watcher has not been heard of lately."""
+        """Ranks whose process has been stopped for a while, or whose watcher has not been heard lately."""
         now = time.monotonic()
         return [
             rank
@@ -84,14 +86,16 @@ class EngineRanks(Link, Ranks):
         away = [facts.address for facts in others if facts.loopback != first.loopback]
         if not away:
             return LOOPBACK
-        # An engine beside the controller may see no more of it than loopback, to which no other host gets.
+        # An engine beside the controller may know it by its loopback address, which no other host reaches.
         outside = [address for address in away if not address.startswith("127.")]
         call = "dinfer.rank.kernel:address_towards"
         return str(self.cluster.call(0, call, outside[0], timeout=START_S)[0]) if outside else first.address
 
-    def _start(self, ranks: Any) -> None:
+    def _start(self, ranks: Iterable[int]) -> None:
         calls = {
-            rank: self.cluster.call_async(rank, "dinfer.rank.kernel:start", self._part(rank), self.world_size)
+            rank: self.cluster.call_async(
+                rank, "dinfer.rank.kernel:start", msgspec.to_builtins(self._part(rank)), self.world_size
+            )
             for rank in ranks
         }
         for call in calls.values():
@@ -100,14 +104,13 @@ class EngineRanks(Link, Ranks):
             if not self.changed.wait_for(lambda: all(self.ranks[rank].heard for rank in calls), START_S):
                 silent = [rank for rank in calls if not self.ranks[rank].heard]
                 raise NoAnswer(
-                    f"nothing was heard of rank {', '.join(map(str, silent))} within {START_S:g} s: can its host reach "
+                    f"rank {', '.join(map(str, silent))} has not connected within {START_S:g} s: can its host reach "
                     f"{self.endpoint} on {socket.gethostname()}?"
                 )
 
-    def _part(self, rank: int) -> Message:
-        """What the rank's watcher needs, and what it does once this process is gone."""
+    def _part(self, rank: int) -> RankLink:
+        """What the rank needs to reach this session, and what its watcher does once this process is gone."""
         controller = self.cluster.controller_pid
-        ends = [controller] if rank == 0 and controller else []
-        end = {"do": "end", "patience_s": self._patience, "ends": ends}
-        pause = {"do": "pause", "patience_s": PAUSE_S, "ends": []}
+        ends = (controller,) if rank == 0 and controller else ()
+        end, pause = OrphanRule("end", self._patience, ends), OrphanRule("pause", PAUSE_S)
         return self.job_part(rank, orphan=end if self.cluster.started_by_us else pause)

@@ -1,68 +1,77 @@
-"""Live: the KV that a run's ranks hold just now, as a Source."""
+"""The KV that a run's ranks hold now, as a Source; and the client that asks them for it."""
 
-import base64
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
-import torch
+import safetensors.torch
 from torch import Tensor
 
-from dinfer.cluster.ranks import Ranks
+from dinfer.cluster.ranks import RankRefused, Ranks
 from dinfer.kv.digests import as_numbers
-from dinfer.kv.ledger import BlockKey, Digests
+from dinfer.kv.ledger import BlockKey
 from dinfer.kv.source import HeldSpans, LiveSource, Noted, Subject
-from dinfer.messages import Message
+from dinfer.messages import (
+    Answer,
+    Command,
+    DigestKv,
+    DigestRows,
+    Figures,
+    ListHidden,
+    ListKv,
+    ReadAttention,
+    ReadHidden,
+    ReadKvPart,
+    ReadMore,
+    ReadNotedKv,
+    ReadNotedRows,
+    ReadRows,
+    SummarizeHidden,
+    SummarizeKv,
+    TensorData,
+    size_of,
+)
 
 ANSWER_S = 120.0
 
+A = TypeVar("A", bound=Answer)
+
 
 class RankClient:
-    """`check(ranks)` is called while these are waited for; it raises where no answer can come."""
+    """Asks ranks what they hold. `check(ranks)` is called while waiting; it raises where no answer can come."""
 
     def __init__(self, ranks: Ranks, check: Callable[[Sequence[int]], None]) -> None:
         self._ranks, self._check = ranks, check
         self.bytes_moved = 0
 
-    def ask(self, ranks: Sequence[int], do: str, **fields: Any) -> list[Message]:
+    def ask(self, ranks: Sequence[int], command: Command[A]) -> list[A]:
         """Each rank's answer, in their order. Raises as Ranks.ask does."""
-        request = {"do": do, **fields}
-        answers = self._ranks.ask(dict.fromkeys(ranks, request), ANSWER_S, lambda: self._check(ranks))
-        self.bytes_moved += len(ranks) * _size(request) + sum(map(_size, answers.values()))
+        answers = self._ranks.ask(dict.fromkeys(ranks, command), ANSWER_S, lambda: self._check(ranks))
+        self.bytes_moved += len(ranks) * size_of(command) + sum(map(size_of, answers.values()))
         return [answers[rank] for rank in ranks]
 
-    def tensors(self, ranks: Sequence[int], do: str, **fields: Any) -> list[Tensor]:
-        """Each rank's answer where that is one tensor."""
-        answers = self.ask(ranks, do, **fields)
+    def tensors(self, ranks: Sequence[int], command: Command[TensorData]) -> list[Tensor]:
+        """Each rank's tensor, on the CPU. Raises RankRefused where a rank has none."""
+        answers = self.ask(ranks, command)
         return [self.tensor(rank, answer) for rank, answer in zip(ranks, answers, strict=True)]
 
-    def tensor(self, rank: int, answer: Message) -> Tensor:
-        """The tensor that an answer begins, on the CPU, once its other pieces have been fetched."""
-        data = bytearray(base64.b64decode(answer["data"]))
-        dtype: torch.dtype = getattr(torch, answer["dtype"])
-        whole = dtype.itemsize * _product(answer["shape"])
-        while len(data) < whole:
-            piece = self.ask([rank], "piece", number=answer["number"], start=len(data))[0]
-            data += base64.b64decode(piece["data"])
-        if not whole:
-            return torch.zeros(answer["shape"], dtype=dtype)
-        return torch.frombuffer(data, dtype=dtype).reshape(answer["shape"])
+    def tensor(self, rank: int, answer: TensorData) -> Tensor:
+        """The tensor of an answer, on the CPU, once the rest of its bytes has been fetched. Raises RankRefused."""
+        tensor = self.tensor_if_any(rank, answer)
+        if tensor is None:
+            raise RankRefused(f"rank {rank} has no such tensor.")
+        return tensor
 
-
-def _size(message: Message) -> int:
-    return len(json.dumps(message))
-
-
-def _product(shape: Sequence[int]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size
+    def tensor_if_any(self, rank: int, answer: TensorData) -> Tensor | None:
+        """The same; None where the rank has none."""
+        data = bytearray(answer.data)
+        while len(data) < answer.size:
+            data += self.ask([rank], ReadMore(answer.number, len(data)))[0].data
+        return safetensors.torch.load(bytes(data)).get("tensor")
 
 
 class Live(LiveSource):
-    """Of ranks that stand."""
+    """The KV of ranks that stand."""
 
     def __init__(self, subject: Subject, line: RankClient) -> None:
         self.subject, self.line = subject, line
@@ -76,56 +85,51 @@ class Live(LiveSource):
         return self.line.bytes_moved
 
     def held(self, ranks: Sequence[int]) -> list[HeldSpans]:
-        answers = self.line.ask(ranks, "kv_held")
-        return [HeldSpans(tuple(answer["spans"]), tuple(answer["rows"])) for answer in answers]
+        return [HeldSpans(answer.spans, answer.rows) for answer in self.line.ask(ranks, ListKv())]
 
     def digests(self, ranks: Sequence[int], layers: Sequence[int], spans: Sequence[range]) -> list[Tensor]:
-        places = [[span.start, span.stop] for span in spans]
-        return self.line.tensors(ranks, "kv_digests", layers=list(layers), spans=places)
+        places = tuple((span.start, span.stop) for span in spans)
+        return self.line.tensors(ranks, DigestKv(tuple(layers), places))
 
     def noted(self, ranks: Sequence[int], layers: Sequence[int]) -> list[dict[BlockKey, Noted]]:
+        answers = self.line.ask(ranks, ReadNotedKv(tuple(layers)))
         found = list[dict[BlockKey, Noted]]()
-        for rank, answer in zip(ranks, self.line.ask(ranks, "kv_noted", layers=list(layers)), strict=True):
-            digests = self.line.tensor(rank, answer)
-            blocks = zip(answer["blocks"], digests, strict=True)
-            noted = {(one[0], one[1]): _noted(as_numbers(came), one[2:]) for one, came in blocks}
-            for chunk, of_layer in answer["edited"]:
-                noted[chunk, of_layer] = noted[chunk, of_layer]._replace(edited=True)
-            found.append(noted)
+        for rank, answer in zip(ranks, answers, strict=True):
+            digests = map(as_numbers, self.line.tensor(rank, answer))
+            found.append(
+                {
+                    (one.chunk, one.layer): Noted(came, one.announced or came, edited=one.edited)
+                    for one, came in zip(answer.blocks, digests, strict=True)
+                }
+            )
         return found
 
     def noted_rows(self, rank: int, chunk: int, layer: int) -> Tensor | None:
-        answer = self.line.ask([rank], "kv_noted_rows", chunk=chunk, layer=layer)[0]
-        return None if "none" in answer else self.line.tensor(rank, answer)
+        return self.line.tensor_if_any(rank, self.line.ask([rank], ReadNotedRows(chunk, layer))[0])
 
     def rows(self, rank: int, layer: int, places: range) -> Tensor:
-        return self.line.tensors([rank], "kv_rows", layer=layer, start=places.start, stop=places.stop)[0]
+        return self.line.tensors([rank], DigestRows(layer, places.start, places.stop))[0]
 
     def values(self, rank: int, layer: int, places: Sequence[int]) -> Tensor:
-        return self.line.tensors([rank], "kv_values", layer=layer, places=list(places))[0]
+        return self.line.tensors([rank], ReadRows(layer, tuple(places)))[0]
 
-    def summary(self, rank: int, layer: int, places: range) -> Message:
-        return self.line.ask([rank], "kv_summary", layer=layer, start=places.start, stop=places.stop)[0]
+    def summary(self, rank: int, layer: int, places: range) -> Figures:
+        return self.line.ask([rank], SummarizeKv(layer, places.start, places.stop))[0].figures
 
     def part(self, rank: int, layer: int, tensor: int, heads: Sequence[int], places: Sequence[int]) -> Tensor:
-        some = {"tensor": tensor, "heads": list(heads), "places": list(places)}
-        return self.line.tensors([rank], "kv_part", layer=layer, **some)[0]
+        return self.line.tensors([rank], ReadKvPart(layer, tensor, tuple(heads), tuple(places)))[0]
 
-    # -- what only ranks can tell
+    # -- what only ranks know
 
     def hidden_first(self, rank: int) -> dict[int, int]:
-        return dict(self.line.ask([rank], "hidden_held")[0]["first"])
+        return self.line.ask([rank], ListHidden())[0].first
 
-    def hidden_summary(self, rank: int, chunk: int, layer: int) -> Message:
-        return self.line.ask([rank], "hidden_summary", chunk=chunk, layer=layer)[0]
+    def hidden_summary(self, rank: int, chunk: int, layer: int) -> Figures:
+        return self.line.ask([rank], SummarizeHidden(chunk, layer))[0].figures
 
     def hidden(self, rank: int, chunk: int, layer: int) -> Tensor:
-        return self.line.tensors([rank], "hidden", chunk=chunk, layer=layer)[0]
+        return self.line.tensors([rank], ReadHidden(chunk, layer))[0]
 
     def attention(self, rank: int, chunk: int, layer: int, heads: Sequence[int]) -> tuple[Tensor, int]:
-        answer = self.line.ask([rank], "attention", chunk=chunk, layer=layer, heads=list(heads))[0]
-        return self.line.tensor(rank, answer), answer["first_key"]
-
-
-def _noted(came: Digests, announced: Sequence[int]) -> Noted:
-    return Noted(came, (announced[0], announced[1]) if announced else came)
+        answer = self.line.ask([rank], ReadAttention(chunk, layer, tuple(heads)))[0]
+        return self.line.tensor(rank, answer), answer.first_key

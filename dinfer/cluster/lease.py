@@ -1,12 +1,14 @@
 """Lent: a session's ranks as one run has them. Once that run is over it asks them nothing more, since they hold another
 run's prompt by then, and it keeps what it saw of them last."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
-from dinfer.cluster.ranks import RankRefused, Ranks
-from dinfer.messages import Message
+from dinfer.cluster.ranks import Pending, RankRefused, Ranks
+from dinfer.messages import Answer, Command, Note
+
+A = TypeVar("A", bound=Answer)
 
 
 class RunOver(RankRefused):
@@ -29,20 +31,20 @@ class RankLease(Ranks):
         exits = self._lender.exits()
         with self.changed:
             self._exits = exits
-            self.ranks = [replace(state, reports=dict(state.reports)) for state in self.ranks]
+            self.ranks = [replace(state) for state in self.ranks]
             self._why = why
 
-    def send(self, rank: int, do: str, **fields: Any) -> int:
+    def send(self, rank: int, command: Command[Any]) -> None:
         self._check_lent()
-        return self._lender.send(rank, do, **fields)
+        self._lender.send(rank, command)
 
-    def begin(self, requests: dict[int, Message]) -> dict[int, int]:
+    def begin(self, requests: Mapping[int, Command[A]]) -> Pending[A]:
         self._check_lent()
         return self._lender.begin(requests)
 
     def finish(
-        self, ids: dict[int, int], timeout: float, check: Callable[[], None] = lambda: None
-    ) -> dict[int, Message]:
+        self, pending: Pending[A], timeout: float, check: Callable[[], None] = lambda: None
+    ) -> dict[int, A]:
         """As of any ranks. Raises RunOver, too, where the run has come to its end meanwhile: whose answer it then is
         cannot be told."""
 
@@ -51,23 +53,23 @@ class RankLease(Ranks):
             check()
 
         try:
-            answers = self._lender.finish(ids, timeout, meanwhile)
+            answers = self._lender.finish(pending, timeout, meanwhile)
         except RankRefused:
             self._check_lent()
             raise
         self._check_lent()
         return answers
 
-    def collect(self, ids: dict[int, int]) -> dict[int, Message]:
-        return self._lender.collect(ids)
+    def collect(self, pending: Pending[A]) -> dict[int, A]:
+        return self._lender.collect(pending)
 
-    def forget(self, ids: dict[int, int]) -> None:
-        self._lender.forget(ids)
+    def forget(self, pending: Pending[Any]) -> None:
+        self._lender.forget(pending)
 
     def new_texts(self) -> list[str]:
         return [] if self._why else self._lender.new_texts()
 
-    def new_notes(self) -> list[Message]:
+    def new_notes(self) -> list[tuple[int, Note]]:
         return [] if self._why else self._lender.new_notes()
 
     def exits(self) -> list[int | None]:

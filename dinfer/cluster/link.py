@@ -1,11 +1,9 @@
-"""Link: the session's end of the lines to all ranks' watchers.
+"""Link: a session's socket to the watchers of all its ranks.
 
-One ROUTER socket, encrypted and authenticated (CurveZMQ): it accepts nobody who does not hold this session's
-keys, which ranks get with their job. A thread keeps the newest state of each rank; everything else waits on one
-condition.
+One ROUTER socket, encrypted and authenticated by CurveZMQ: it accepts only who holds this session's keys, which each
+rank gets with its job. One thread receives all reports; whoever waits for one waits on the condition `changed`.
 """
 
-import json
 import threading
 import time
 from typing import Any
@@ -14,14 +12,24 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from dinfer.cluster.ranks import RankStates
-from dinfer.messages import Message
+from dinfer.messages import (
+    Beat,
+    Command,
+    Failed,
+    OrphanRule,
+    RankLink,
+    Status,
+    UnknownMessage,
+    pack_command,
+    unpack_report,
+)
 from dinfer.trace.recorder import unpack_records
 
 BEAT_S = 1.0
 
 
 class Link(RankStates):
-    """Opens the socket at once; `job_part(rank)` is what a rank's Control needs to find it."""
+    """Opens the socket at once. `job_part(rank)` is what a rank needs to reach it."""
 
     def __init__(self, world_size: int, address: str = "127.0.0.1") -> None:
         super().__init__(world_size)
@@ -45,34 +53,20 @@ class Link(RankStates):
         self._thread.start()
 
     def callback(self, domain: str, key: bytes) -> bool:  # noqa: ARG002 - zmq calls it so
-        """Asked by zmq's authenticator: whether this public key may connect."""
+        """Whether this public key may connect; zmq's authenticator asks."""
         return key == self._rank_public
 
     def job_part(
-        self, rank: int, *, launcher: int = 0, joined: bool = False, orphan: Message | None = None
-    ) -> Message:
-        """What a rank needs to find this link. `launcher`: the process without which it should not go on;
-        `joined`: another launcher looks after the process, but a rank that hears nothing from here ends itself;
-        `orphan`: instead of both, what its watcher does once this link is closed for long (see Watcher)."""
-        return {
-            "rank": rank,
-            "endpoint": self.endpoint,
-            "server_key": self._public.decode(),
-            "public_key": self._rank_public.decode(),
-            "secret_key": self._rank_secret.decode(),
-            "launcher": launcher,
-            "joined": joined,
-            "orphan": orphan,
-        }
+        self, rank: int, *, launcher: int = 0, joined: bool = False, orphan: OrphanRule | None = None
+    ) -> RankLink:
+        """What a rank needs to find this link; the parameters are RankLink's."""
+        keys = self._public.decode(), self._rank_public.decode(), self._rank_secret.decode()
+        return RankLink(rank, self.endpoint, *keys, launcher=launcher, joined=joined, orphan=orphan)
 
-    def send(self, rank: int, do: str, **fields: Any) -> int:
-        """Command one rank; the id under which its reply will come."""
-        number = next(self._ids)
+    def _send(self, rank: int, command: Command[Any], number: int) -> None:
+        frames = [_name(rank), pack_command(command, number)]
         with self._send_lock:
-            self._outbox.send_multipart(
-                [f"rank {rank}".encode(), json.dumps({"do": do, "id": number, **fields}).encode()]
-            )
-        return number
+            self._outbox.send_multipart(frames)
 
     def close(self) -> None:
         self._closing = True
@@ -86,7 +80,7 @@ class Link(RankStates):
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(inbox, zmq.POLLIN)
-        beat = 0.0
+        beat, beating = 0.0, pack_command(Beat(), 0)
         while not self._closing:
             ready = dict(poller.poll(50))
             if inbox in ready:
@@ -96,10 +90,20 @@ class Link(RankStates):
             if time.monotonic() - beat > BEAT_S:
                 beat = time.monotonic()
                 for rank in range(len(self.ranks)):
-                    self._socket.send_multipart([f"rank {rank}".encode(), b'{"do": "beat"}'])
+                    self._socket.send_multipart([_name(rank), beating])
         inbox.close()
 
     def _take(self, frames: list[bytes]) -> None:
-        message = json.loads(frames[2])
-        rank = message["rank"]
-        self.take(message, unpack_records(frames[3], rank, self.ranks[rank].lanes) if frames[3:] else ())
+        sender, *message = frames
+        rank = int(sender.removeprefix(b"rank "))
+        try:
+            report = unpack_report(message)
+        except UnknownMessage as unknown:
+            report = Failed(f"rank {rank} has another version of dinfer than this session: unknown {unknown}")
+        records = report.records if isinstance(report, Status) else b""
+        self.take(rank, report, unpack_records(records, rank, self.ranks[rank].lanes) if records else ())
+
+
+def _name(rank: int) -> bytes:
+    """By which ZeroMQ knows a rank's watcher."""
+    return f"rank {rank}".encode()

@@ -1,27 +1,49 @@
-"""Ranks: what a session needs of the processes, or threads, that are its ranks, beside what they say of themselves."""
+"""The ranks as a session reaches them, be they processes or threads: commands to them, and what they report."""
 
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
-from dinfer.engine.board import DeviceMemory, Stand
+from dinfer.engine.board import DeviceMemory, Phase, Stand
 from dinfer.errors import DinferError, NoAnswer
-from dinfer.messages import Message
-from dinfer.rank.commands import stand_fields, stand_of
+from dinfer.messages import (
+    AllStands,
+    Answer,
+    AskStands,
+    BatchResult,
+    Command,
+    Failed,
+    Gone,
+    HandedOn,
+    Lanes,
+    Loading,
+    Note,
+    RankReport,
+    Refused,
+    Reply,
+    Status,
+    StoreAddress,
+    StoreOpened,
+    Struck,
+    TextPiece,
+    ToldToEnd,
+)
 from dinfer.trace.events import Event
 
+A = TypeVar("A", bound=Answer)
+
 STOPPED_S = 0.9
-"""how long a rank's process has been stopped before anybody calls it so: a debugger may stop it in passing"""
+"""A process that has been stopped for less is not called stopped: a debugger may stop it in passing."""
 
 REFUSED_S = 0.5
-"""how long to listen for the others once a rank has refused: they may wait for it for ever"""
+"""How long to wait for the others' answers once a rank has refused: they may wait for it forever."""
 
 ASK_S = 0.2
-"""how often someone who waits for an answer looks whether the run can still go on"""
+"""How often whoever waits for an answer checks whether the run can still go on."""
 
 
 class RankRefused(DinferError, RuntimeError):
@@ -33,16 +55,16 @@ class RankState:
     """What is known of one rank. Times are this process's monotonic seconds."""
 
     stand: Stand | None = None
-    phase: str = "starting"
+    phase: Phase = "starting"
     decoded: int = 0
     process: str | None = None
     cpu_s: float | None = None
     wants_cpu: float = 0.0
-    """for how much of the last seconds one of its threads was ready to run, of 1"""
+    """for which share of the last seconds one of its threads was ready to run"""
     memory: int | None = None
-    """bytes that its process has in its host's memory"""
+    """bytes that its process uses of its host's memory"""
     device_memory: DeviceMemory | None = None
-    """and in that of its GPU"""
+    """and of its GPU's"""
     heard: float = 0.0
     progressed: float = field(default_factory=time.monotonic)
     stopped: float | None = None
@@ -50,123 +72,145 @@ class RankState:
     gone: bool = False
     lanes: tuple[str, ...] = ()
     events: list[Event] = field(default_factory=list)
-    reports: dict[str, Message] = field(default_factory=dict)
-    notes: list[Message] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+    error: Failed | None = None
+    """why its run cannot go on"""
+    handed_on: bool = False
+    """another session has taken over its engine"""
+    loading: Loading | None = None
+    struck: Struck | None = None
+    store: StoreOpened | None = None
+    result: BatchResult | None = None
+    told_to_end: bool = False
+
+
+class Pending(dict[int, int], Generic[A]):
+    """Requests that have been sent: by rank, the number under which its answer will come."""
 
 
 class RankStates:
-    """The ranks of a session and what they say. `send` is the subclass's: how a rank is reached."""
+    """The ranks of a session and what they report. How a rank is reached is the subclass's `_send`."""
 
     def __init__(self, world_size: int) -> None:
         self.ranks = [RankState() for _ in range(world_size)]
         self.changed = threading.Condition()
         self._texts: list[str] = []
-        self._replies: dict[int, Message] = {}
-        self._awaited, self._unwanted = set[int](), set[int]()
-        """the numbers of replies: those that somebody waits for, and those to come for which nobody does"""
-        self._ids = itertools.count(1)
+        self._replies: dict[int, Reply | Refused] = {}
+        self._awaited = set[int]()
+        """numbers of requests whose answers somebody waits for; others are dropped"""
+        self._numbers = itertools.count(1)
 
     # -- to the ranks
 
-    def send(self, rank: int, do: str, **fields: Any) -> int:
-        """Command one rank; the id under which its reply will come."""
+    def _send(self, rank: int, command: Command[Any], number: int) -> None:
+        """Send request `number` to one rank; its answer will be passed to `take`."""
         raise NotImplementedError
 
-    def begin(self, requests: dict[int, Message]) -> dict[int, int]:
+    def send(self, rank: int, command: Command[Any]) -> None:
+        """Send one rank a command whose answer nobody waits for."""
+        self._send(rank, command, next(self._numbers))
+
+    def begin(self, requests: Mapping[int, Command[A]]) -> Pending[A]:
         """Send one command to each of these ranks, together; what `finish` takes."""
-        ids = {rank: self.send(rank, **message) for rank, message in requests.items()}
+        pending = Pending[A]((rank, next(self._numbers)) for rank in requests)
         with self.changed:
-            self._awaited.update(ids.values())
-        return ids
+            self._awaited.update(pending.values())
+        for rank, command in requests.items():
+            self._send(rank, command, pending[rank])
+        return pending
 
     def finish(
-        self, ids: dict[int, int], timeout: float, check: Callable[[], None] = lambda: None
-    ) -> dict[int, Message]:
+        self, pending: Pending[A], timeout: float, check: Callable[[], None] = lambda: None
+    ) -> dict[int, A]:
         """The answers to what was begun.
 
-        `check()` is called while waiting, and may raise. Raises TimeoutError, or RankRefused for a rank that refuses,
-        though others may not have answered: they wait for it, perhaps.
-        After a KeyboardInterrupt it may be called again: who does not must `forget`.
+        `check()` is called while waiting, and may raise. Raises NoAnswer after `timeout` seconds, and RankRefused where
+        a rank refuses, though others may not have answered: they may wait for it.
+        After a KeyboardInterrupt it may be called again; who does not must call `forget`.
         """
         deadline, refused_at = time.monotonic() + timeout, float("inf")
         try:
-            while not self._answered(ids) and time.monotonic() - refused_at < REFUSED_S:
+            while not self._is_answered(pending) and time.monotonic() - refused_at < REFUSED_S:
                 check()
-                if any("error" in answer for answer in self._answers(ids).values()):
+                came = self._came(pending)
+                if any(isinstance(reply, Refused) for reply in came.values()):
                     refused_at = min(refused_at, time.monotonic())
                 elif time.monotonic() > deadline:
-                    silent = ids.keys() - self._answers(ids).keys()
-                    raise NoAnswer(
-                        f"no answer from rank {', '.join(map(str, sorted(silent)))} within {timeout:g} s"
-                    )
-            answers = self._answers(ids)
+                    silent = ", ".join(map(str, sorted(pending.keys() - came.keys())))
+                    raise NoAnswer(f"no answer from rank {silent} within {timeout:g} s")
+            came = self._came(pending)
         except KeyboardInterrupt:  # what has come so far does not come again
             raise
         except BaseException:
-            self.forget(ids)
+            self.forget(pending)
             raise
-        self.forget(ids)
-        for rank, answer in answers.items():
-            if "error" in answer:
-                text = answer["error"]
-                raise RankRefused(text if text.startswith(f"rank {rank} ") else f"rank {rank}: {text}")
-        return answers
+        self.forget(pending)
+        return {rank: cast(A, _accepted(rank, reply)) for rank, reply in came.items()}
 
-    def collect(self, ids: dict[int, int]) -> dict[int, Message]:
-        """The answers that have come to what was begun, without waiting; who has answered is taken out of `ids`."""
+    def collect(self, pending: Pending[A]) -> dict[int, A]:
+        """The answers that have come to what was begun, without waiting; who has answered, or refused, is taken out of
+        `pending`."""
         with self.changed:
-            come = {rank: number for rank, number in ids.items() if number in self._replies}
-            self._awaited.difference_update(come.values())
-            return {rank: self._replies.pop(ids.pop(rank)) for rank in come}
+            numbers = {rank: number for rank, number in pending.items() if number in self._replies}
+            self._awaited.difference_update(numbers.values())
+            replies = {rank: self._replies.pop(pending.pop(rank)) for rank in numbers}
+        return {rank: cast(A, reply.answer) for rank, reply in replies.items() if isinstance(reply, Reply)}
 
     def ask(
-        self, requests: dict[int, Message], timeout: float, check: Callable[[], None] = lambda: None
-    ) -> dict[int, Message]:
+        self, requests: Mapping[int, Command[A]], timeout: float, check: Callable[[], None] = lambda: None
+    ) -> dict[int, A]:
         """Send one command to each of these ranks, together; their answers. Raises as `finish` does."""
-        begun = self.begin(requests)
+        pending = self.begin(requests)
         try:
-            return self.finish(begun, timeout, check)
+            return self.finish(pending, timeout, check)
         finally:
-            self.forget(begun)
+            self.forget(pending)
 
-    def forget(self, ids: dict[int, int]) -> None:
-        """Nobody waits for these replies any more; those that are still to come are dropped."""
+    def forget(self, pending: Pending[Any]) -> None:
+        """Nobody waits for these answers any more."""
         with self.changed:
-            for number in self._awaited.intersection(ids.values()):
-                self._awaited.discard(number)
-                if self._replies.pop(number, None) is None:
-                    self._unwanted.add(number)
+            self._awaited.difference_update(pending.values())
+            for number in pending.values():
+                self._replies.pop(number, None)
 
     # -- from the ranks
 
-    def take(self, message: Message, events: Sequence[Event] = ()) -> None:
-        """Keep what a rank has said, and which ops have ended since it spoke last."""
-        rank = message["rank"]
+    def take(self, rank: int, report: RankReport, events: Sequence[Event] = ()) -> None:
+        """Keep what a rank reports, and the ops that have ended since its last report."""
         state = self.ranks[rank]
         with self.changed:
             state.heard = time.monotonic()
             state.events += events
-            match message["type"]:
-                case "state":
-                    update(state, message)
-                case "lanes":
-                    state.lanes, state.events = tuple(message["lanes"]), []
-                    state.reports.pop("error", None)
-                case "reply":
-                    if message["id"] in self._unwanted:
-                        self._unwanted.discard(message["id"])
-                    else:
-                        self._replies[message["id"]] = message
-                case "text":
-                    self._texts.append(message["text"])
-                case "note":
-                    state.notes.append(message)
-                case "ask":
-                    self.send(rank, message["key"], stands=self._stands())
-                case "gone":
+            match report:
+                case Status():
+                    update(state, report)
+                case Lanes():
+                    state.lanes, state.events, state.error = report.lanes, [], None
+                case Reply() | Refused():
+                    if report.number in self._awaited:
+                        self._replies[report.number] = report
+                case TextPiece():
+                    self._texts.append(report.text)
+                case Note():
+                    state.notes.append(report)
+                case AskStands():
+                    self.send(rank, AllStands(report.question, tuple(state.stand for state in self.ranks)))
+                case Gone():
                     state.gone = True
-                case kind:
-                    state.reports[kind] = message
+                case Failed():
+                    state.error = report
+                case HandedOn():
+                    state.handed_on = True
+                case Loading():
+                    state.loading = report
+                case Struck():
+                    state.struck = report
+                case StoreOpened():
+                    state.store = report
+                case BatchResult():
+                    state.result = report
+                case ToldToEnd():
+                    state.told_to_end = True
             self.changed.notify_all()
 
     def new_texts(self) -> list[str]:
@@ -175,45 +219,47 @@ class RankStates:
             texts, self._texts = self._texts, []
             return texts
 
-    def new_notes(self) -> list[Message]:
-        """What ranks have noted since the last call."""
+    def new_notes(self) -> list[tuple[int, Note]]:
+        """What ranks have noted since the last call, each with its rank."""
         with self.changed:
-            notes = [note for state in self.ranks for note in state.notes]
+            notes = [(rank, note) for rank, state in enumerate(self.ranks) for note in state.notes]
             for state in self.ranks:
                 state.notes = []
             return notes
 
     def reset(self, rank: int) -> None:
-        """Forget a rank, which comes anew."""
+        """Forget a rank that is started again."""
         with self.changed:
             self.ranks[rank] = RankState()
             self.changed.notify_all()
 
-    def _stands(self) -> list[Message | None]:
-        return [stand_fields(state.stand) if state.stand else None for state in self.ranks]
-
-    def _answers(self, ids: dict[int, int]) -> dict[int, Message]:
-        """Those that are there, by rank."""
+    def _came(self, pending: Pending[Any]) -> dict[int, Reply | Refused]:
+        """The answers that are there, by rank."""
         with self.changed:
-            return {rank: self._replies[number] for rank, number in ids.items() if number in self._replies}
+            return {
+                rank: self._replies[number] for rank, number in pending.items() if number in self._replies
+            }
 
-    def _answered(self, ids: dict[int, int]) -> bool:
-        """Whether all these replies are there; waits a little for the next message if not."""
+    def _is_answered(self, pending: Pending[Any]) -> bool:
+        """Whether all these answers are there; waits a little for the next report if not."""
         with self.changed:
-            return self.changed.wait_for(lambda: all(n in self._replies for n in ids.values()), ASK_S)
+            return self.changed.wait_for(lambda: all(n in self._replies for n in pending.values()), ASK_S)
 
 
-def update(state: RankState, message: Message) -> None:
+def _accepted(rank: int, reply: Reply | Refused) -> Answer:
+    if isinstance(reply, Reply):
+        return reply.answer
+    named = reply.error.startswith(f"rank {rank} ")
+    raise RankRefused(reply.error if named else f"rank {rank}: {reply.error}")
+
+
+def update(state: RankState, status: Status) -> None:
     """Take over where a rank stands and how its process is."""
-    stand = stand_of(message)
-    if (stand, message["phase"], message["decoded"]) != (state.stand, state.phase, state.decoded):
+    if (status.stand, status.phase, status.decoded) != (state.stand, state.phase, state.decoded):
         state.progressed = state.heard
-    state.stand, state.phase, state.decoded = stand, message["phase"], message["decoded"]
-    state.process, state.cpu_s = message["process"], message["cpu_s"]
-    state.wants_cpu = message.get("wants_cpu", 0.0)
-    state.memory = message.get("memory")
-    on_device = message.get("device_memory")
-    state.device_memory = on_device and DeviceMemory(*on_device)
+    state.stand, state.phase, state.decoded = status.stand, status.phase, status.decoded
+    state.process, state.cpu_s, state.wants_cpu = status.process, status.cpu_s, status.wants_cpu
+    state.memory, state.device_memory = status.memory, status.device_memory
     if state.process not in ("T", "t"):
         state.stopped = None
     elif state.stopped is None:
@@ -221,10 +267,10 @@ def update(state: RankState, message: Message) -> None:
 
 
 class Ranks(RankStates):
-    """Those who started the ranks, or joined them, implement this."""
+    """The interface of both kinds of ranks: engines and threads."""
 
     can_kill = True
-    """whether a rank can be ended and started again alone"""
+    """Whether one rank can be killed and started again."""
 
     @property
     def world_size(self) -> int:
@@ -235,23 +281,23 @@ class Ranks(RankStates):
         raise NotImplementedError
 
     def exits(self) -> list[int | None]:
-        """By rank, an exit status where its process has ended."""
+        """By rank, the exit status of a process that has ended, else None."""
         raise NotImplementedError
 
     def cores(self) -> list[int]:
-        """How many ranks share each rank's host."""
+        """By rank, how many ranks share its host."""
         raise NotImplementedError
 
-    def meeting(self) -> Message:
-        """Where the ranks' group is to meet: address and port."""
+    def meeting(self) -> StoreAddress:
+        """Where the ranks' group is to meet; port 0: any free one."""
         raise NotImplementedError
 
     def silent(self) -> list[int]:
-        """Ranks that do not answer though their process is there."""
+        """Ranks that do not answer, though their process has not ended."""
         raise NotImplementedError
 
     def kill(self, rank: int) -> None:
-        """End one rank's process."""
+        """Kill one rank's process."""
         raise NotImplementedError
 
     def revive(self, rank: int) -> None:
@@ -259,32 +305,33 @@ class Ranks(RankStates):
         raise NotImplementedError
 
     def listen_for_debugger(self, rank: int, port: int) -> tuple[str, int]:
-        """Let a client of debugpy attach to one rank: on which host, at which port."""
+        """Let a client of debugpy attach to one rank. Returns its host and port."""
         raise NotImplementedError
 
     def free(self) -> None:
-        """Wake what is blocked in the transport, where that can be done from here."""
+        """Wake all that is blocked in the transport, where that can be done from here."""
 
     def share_weights(self) -> None:
         """Let ranks of one process use one copy of the weights."""
 
     def close(self) -> None:
-        """Part from the ranks."""
+        """End the session's hold on the ranks; a cluster that it started ends."""
         raise NotImplementedError
 
 
 LOST = 256
-"""Stands for the exit status of a process of which only the end is known."""
+"""Exit status of a process of which it is only known that it has ended."""
 
 ANSWER_S = 0.5
 
 
-def answers(ranks: RankStates, requests: dict[int, Message], timeout: float) -> dict[int, Message]:
-    """What those ranks say that answer in time and do not refuse; all are asked together."""
+def answers(ranks: RankStates, requests: Mapping[int, Command[A]], timeout: float) -> dict[int, A]:
+    """The answers of those ranks that answer in time and do not refuse; all are asked together."""
     begun = ranks.begin(requests)
     deadline = time.monotonic() + timeout
-    found = dict[int, Message]()
+    found = dict[int, A]()
     for rank, number in begun.items():
         with suppress(TimeoutError, RankRefused):
-            found |= ranks.finish({rank: number}, max(0.0, deadline - time.monotonic()))
+            one = Pending[A]({rank: number})
+            found |= ranks.finish(one, max(0.0, deadline - time.monotonic()))
     return found

@@ -1,7 +1,7 @@
-"""Recovery after a fault: free what is blocked, bring back who is lost, let all meet again. Weights stay on the living.
+"""Recovery after a fault: free blocked ranks, start lost ones again, let all meet. Ranks that live keep their weights.
 
-Blocked lanes of ranks that live are drained: positions name, for each op that has begun and not ended, its
-counterpart, and that is posted. A rank that does not come free that way is ended and started again.
+Blocked lanes of ranks that live are drained: the positions name each op that has begun and not ended, and its
+counterpart is posted. A rank that this does not free is killed and started again.
 """
 
 import time
@@ -12,9 +12,9 @@ from functools import partial
 from dinfer.cluster.ranks import Ranks, answers
 from dinfer.config import Backend
 from dinfer.engine.board import Stand
+from dinfer.messages import DrainChannels, Freeze, JoinGroup, LeaveGroup, LimitDecode, OpenStore, SetLimits
 from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.plan import Plan
-from dinfer.rank.commands import stand_of
 
 FREEZE_S = 3.0
 
@@ -23,12 +23,12 @@ LEAVE_S = 8.0
 MEET_S = 60.0
 
 STILL_S = 0.1
-"""ranks whose positions are published at least so often, and have not changed, do not move"""
+"""Positions are published at least this often: where they have not changed, the rank does not move."""
 
 
 def counterparts(plan: Plan, stands: dict[int, Stand]) -> dict[int, dict[str, list[Channel]]]:
-    """By rank, the channels on which it must send or receive so that the living ranks, which are those of `stands`,
-    come free. Pure."""
+    """By rank, the channels on which it must send or receive so that the living ranks, those in `stands`, come free.
+    Pure."""
     posts: dict[int, dict[str, list[Channel]]] = defaultdict(lambda: {"sends": [], "recvs": []})
     begun = [
         (rank, lane.ops[position])
@@ -52,16 +52,16 @@ def recover(
     say: Callable[[str], None],
     known_stuck: Collection[int] = (),
 ) -> list[int]:
-    """Bring all ranks to where a run can start; those that were started again, and have no weights.
+    """Bring all ranks to where a run can start. Returns those that were started again, and so have no weights.
 
-    `known_stuck`: those in an op that does not end, which need not be asked to come free.
+    `known_stuck`: ranks in an op that does not end; they are not asked to come free. `say` gets a line per event.
 
     Raises TimeoutError or RankRefused where that fails.
     """
     lost = {rank for rank, code in enumerate(ranks.exits()) if code is not None}
     lost |= set(ranks.silent())
     known = {rank for rank in known_stuck if rank not in lost and ranks.can_kill}
-    for rank in sorted(lost | known):  # first of all: what waits for them ends with them
+    for rank in sorted(lost | known):  # first, since what waits for them ends with them
         ranks.kill(rank)
     ranks.free()
     living = [rank for rank in range(ranks.world_size) if rank not in lost | known]
@@ -75,28 +75,28 @@ def recover(
 
 def meet(ranks: Ranks, backend: Backend = "gloo") -> None:
     """Let all ranks make a new group. Raises TimeoutError or RankRefused."""
-    where = ranks.ask({0: {"do": "open", **ranks.meeting()}}, MEET_S)[0]
-    place = {"address": where["address"], "port": where["port"], "timeout": MEET_S, "backend": backend}
-    ranks.ask({rank: {"do": "meet", **place} for rank in range(ranks.world_size)}, MEET_S)
+    wanted = ranks.meeting()
+    opened = ranks.ask({0: OpenStore(wanted.address, wanted.port)}, MEET_S)[0]
+    command = JoinGroup(opened.address, opened.port, MEET_S, backend)
+    ranks.ask(dict.fromkeys(range(ranks.world_size), command), MEET_S)
 
 
 def _end_the_stuck(ranks: Ranks, plan: Plan | None, living: Sequence[int]) -> set[int]:
-    """Have the living give up their run; those that could not, which are ended.
+    """Have the living ranks give up their run. Returns those that could not, which are killed.
 
-    Who is mute is stopped, or held by something that has the interpreter: it is ended, and asked for nothing more.
-    The others leave together: whoever waits in a collective for one that has given it up comes free when that one has
-    left.
+    A rank that does not answer is stopped, or its GIL is held: kill it. The others leave together: whoever waits in a
+    collective for a rank that has given it up comes free once that rank has left.
     """
-    # The first word is one that frees also who is held between two tokens.
-    heard = answers(ranks, {key: {"do": "decode_limit", "limit": 0} for key in living}, FREEZE_S)
+    # LimitDecode first: it also frees a rank that is held between two tokens.
+    heard = answers(ranks, dict.fromkeys(living, LimitDecode(0)), FREEZE_S)
     mute = set(living) - set(heard)
     for rank in sorted(mute):
         ranks.kill(rank)
-    frozen = answers(ranks, {key: {"do": "freeze"} for key in heard}, FREEZE_S)
+    frozen = answers(ranks, dict.fromkeys(heard, Freeze()), FREEZE_S)
     if plan:
-        _drain(ranks, plan, {rank: stand_of(said) for rank, said in frozen.items() if "positions" in said})
-    left = answers(ranks, {key: {"do": "leave"} for key in heard}, LEAVE_S)
-    held = {rank for rank in heard if not left.get(rank, {}).get("free")}
+        _drain(ranks, plan, frozen)
+    left = answers(ranks, dict.fromkeys(heard, LeaveGroup()), LEAVE_S)
+    held = {rank for rank in heard if rank not in left or not left[rank].free}
     for rank in sorted(held):
         ranks.kill(rank)
     return mute | held
@@ -104,16 +104,15 @@ def _end_the_stuck(ranks: Ranks, plan: Plan | None, living: Sequence[int]) -> se
 
 def _drain(ranks: Ranks, plan: Plan, frozen: dict[int, Stand]) -> None:
     cut = tuple(frozen[rank].positions if rank in frozen else () for rank in range(plan.world_size))
-    # Limits at positions, so that no lane takes up again what it is released from.
-    held = answers(
-        ranks, {key: {"do": "limits", "cut": cut, "order": 0, "stopping": True} for key in frozen}, FREEZE_S
-    )
+    # With limits at their positions, no lane begins again the op that it is released from.
+    held = answers(ranks, dict.fromkeys(frozen, SetLimits(cut, stopping=True)), FREEZE_S)
     posts = counterparts(plan, _still(ranks, list(held)))
-    answers(ranks, {rank: {"do": "drain", **channels} for rank, channels in posts.items()}, FREEZE_S)
+    drains = {rank: DrainChannels(tuple(own["sends"]), tuple(own["recvs"])) for rank, own in posts.items()}
+    answers(ranks, drains, FREEZE_S)
 
 
 def _still(ranks: Ranks, living: Sequence[int]) -> dict[int, Stand]:
-    """Where they stand once transfers between two of them that are under way have ended."""
+    """Where these ranks stand, once the transfers between them that are under way have ended."""
     deadline = time.monotonic() + FREEZE_S
     with ranks.changed:
         before, found = None, _stands(ranks, living)

@@ -1,6 +1,6 @@
-"""Ranks that are threads of this process: the same session on any laptop, in lessons and in tests.
+"""Ranks that are threads of this process: the same session on any laptop, for lessons and tests.
 
-They share one checkpoint in memory. Nothing can be killed here, and what blocks the process blocks the session too.
+They share one checkpoint in memory. A rank cannot be killed here, and what blocks the process blocks the session too.
 """
 
 import threading
@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from dinfer.cluster.ranks import Ranks, update
-from dinfer.engine.board import BOARD_BYTES, Board, Phase
+from dinfer.engine.board import BOARD_BYTES, Board, Phase, Stand
 from dinfer.errors import NotPossible
-from dinfer.messages import Message
-from dinfer.rank.commands import answer, stand_fields
+from dinfer.messages import Command, JoinGroup, Lanes, OpenStore, RankReport, Status, StoreAddress
+from dinfer.rank.commands import answer
 from dinfer.rank.service import RankService
 from dinfer.trace.recorder import Recorder
 from dinfer.transport.gate import FreeGate
@@ -24,7 +24,7 @@ PUMP_S = 0.05
 
 
 class LocalRanks(Ranks):
-    """Hosts in this process, and what they say."""
+    """A RankService for each rank, called directly."""
 
     can_kill = False
 
@@ -55,15 +55,15 @@ class LocalRanks(Ranks):
         return f"{self.world_size} ranks as threads of this process, which share one checkpoint in memory"
 
     def exits(self) -> list[int | None]:
-        """Threads end with the process."""
+        """No rank ends before the process does."""
         return [None] * self.world_size
 
     def cores(self) -> list[int]:
         """How many ranks share each rank's host."""
         return [self.world_size] * self.world_size
 
-    def meeting(self) -> Message:
-        return {"address": "", "port": 0}
+    def meeting(self) -> StoreAddress:
+        return StoreAddress("", 0)
 
     def silent(self) -> list[int]:
         return []
@@ -72,15 +72,15 @@ class LocalRanks(Ranks):
         raise NotPossible(f"rank {rank} is a thread of this process and cannot be killed alone.")
 
     def revive(self, rank: int) -> None:
-        raise NotPossible(f"rank {rank} is a thread of this process: it cannot have been lost alone.")
+        raise NotPossible(f"rank {rank} is a thread of this process: it cannot be lost alone.")
 
     def listen_for_debugger(self, rank: int, port: int) -> tuple[str, int]:  # noqa: ARG002 - see the message
         raise NotPossible(
-            f"rank {rank} is a thread of this process: the debugger of your notebook or IDE stops it as any other."
+            f"rank {rank} is a thread of this process: use the debugger of your notebook or IDE."
         )
 
     def free(self) -> None:
-        """Wake whoever is blocked in the transport: here, that can be done."""
+        """Wake all that is blocked in the transport."""
         self.exchange.close()
 
     def close(self) -> None:
@@ -94,38 +94,32 @@ class LocalRanks(Ranks):
 
     # -- commands and news
 
-    def send(self, rank: int, do: str, **fields: Any) -> int:
-        number = next(self._ids)
-        command = self._tables[rank].get(do)
-        message = {"do": do, "id": number, **fields}
-        if command is None:
-            raise KeyError(do)
-        if command.slow:
-            self._slow[rank].submit(self._reply, rank, message)
+    def _send(self, rank: int, command: Command[Any], number: int) -> None:
+        handler = self._tables[rank].get(type(command))
+        if handler and handler.slow:
+            self._slow[rank].submit(self._reply, rank, command, number)
         else:
-            self._reply(rank, message)
-        return number
+            self._reply(rank, command, number)
 
     def share_weights(self) -> None:
-        """All ranks use what rank 0 has loaded."""
+        """Let all ranks use the weights that rank 0 has loaded."""
         for host in self.hosts[1:]:
-            host.share(self.hosts[0])
+            host.weights.share(self.hosts[0].weights)
 
-    def _reply(self, rank: int, message: Message) -> None:
-        said = answer(self._tables[rank][message["do"]], message)
+    def _reply(self, rank: int, command: Command[Any], number: int) -> None:
+        report = answer(self._tables[rank], number, command)
         self._read_events()
-        self.take({"type": "reply", "rank": rank, "id": message["id"], **said})
+        self.take(rank, report)
 
     def _moved(self, rank: int) -> Callable[["_NotifyingBoard"], None]:
-        """What a board calls when something on it has changed: the state is told at once."""
+        """What a rank's board calls when it changes: takes over its state at once."""
 
         def moved(board: _NotifyingBoard) -> None:
             state = self.ranks[rank]
-            with self.changed:  # read inside, so that no older news comes after newer
+            with self.changed:  # read while held, so that an older state cannot replace a newer one
                 stand = board.stand(max(0, len(state.lanes) - 1))
-                fields = {**stand_fields(stand), "phase": board.phase, "decoded": board.decoded}
                 state.heard = time.monotonic()
-                update(state, {**fields, "process": None, "cpu_s": None})
+                update(state, Status(board.phase, board.decoded, stand))
                 self.changed.notify_all()
 
         return moved
@@ -143,7 +137,7 @@ class LocalRanks(Ranks):
             self.changed.notify_all()
 
     def new_prompt(self, rank: int) -> None:
-        """A rank has a new recorder, from which nothing has been read."""
+        """Read events from the rank's new recorder from now on."""
         engine = self.hosts[rank].engine
         assert engine is not None
         assert engine.recorder is not None
@@ -152,7 +146,7 @@ class LocalRanks(Ranks):
 
 
 class _NotifyingBoard(Board):
-    """A board that tells when it changes."""
+    """A board that calls back when it changes."""
 
     def __init__(self, changed: Callable[["_NotifyingBoard"], None]) -> None:
         super().__init__(memoryview(bytearray(BOARD_BYTES)))
@@ -168,31 +162,31 @@ class _NotifyingBoard(Board):
 
 
 class _End:
-    """A host's line to the session: a call."""
+    """A rank's connection to the session: a call."""
 
     def __init__(self, ranks: LocalRanks, rank: int) -> None:
         self._ranks, self._rank = ranks, rank
 
-    def report(self, kind: str, /, **fields: Any) -> None:
-        if kind == "lanes":
+    def report(self, report: RankReport) -> None:
+        if isinstance(report, Lanes):
             self._ranks.new_prompt(self._rank)
-        self._ranks.take({"type": kind, "rank": self._rank, **fields})
+        self._ranks.take(self._rank, report)
 
-    def ask(self, what: str, timeout: float) -> Message | None:  # noqa: ARG002 - the answer is there at once
-        return {what: [stand_fields(s.stand) if s.stand else None for s in self._ranks.ranks]}
+    def ask_stands(self, timeout: float) -> list[Stand | None]:  # noqa: ARG002 - the answer is at hand
+        return [state.stand for state in self._ranks.ranks]
 
 
 class _Meeting:
-    """All ranks share the process's exchange; meeting anew makes a new one."""
+    """All ranks share one exchange; whenever they meet again there is a new one."""
 
     def __init__(self, ranks: LocalRanks, rank: int) -> None:
         self._ranks, self._rank = ranks, rank
 
-    def open(self, message: Message) -> Message:
+    def open(self, command: OpenStore) -> StoreAddress:
         ranks = self._ranks
         ranks.exchange.close()
         ranks.exchange = Exchange(ranks.world_size, ranks.gate)
-        return message
+        return StoreAddress(command.address, command.port)
 
-    def join(self, message: Message) -> Comm:  # noqa: ARG002 - it is at hand
+    def join(self, command: JoinGroup) -> Comm:  # noqa: ARG002 - it is at hand
         return self._ranks.exchange.comm(self._rank)

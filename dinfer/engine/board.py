@@ -8,8 +8,10 @@ watcher imports it.
 import mmap
 import os
 import tempfile
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+
+from dinfer.messages import DeviceMemory as DeviceMemory
+from dinfer.messages import Phase as Phase
+from dinfer.messages import Stand as Stand
 
 MAX_LANES = 254  # and the recorder's lane for decode: an event names its lane in one byte
 
@@ -18,31 +20,7 @@ _MEMORY = MAX_LANES + 1
 
 BOARD_BYTES = 8 * (_MEMORY + 3)
 
-Phase = Literal["starting", "loading", "prefill", "decode", "done"]
-
 PHASES: tuple[Phase, ...] = ("starting", "loading", "prefill", "decode", "done")
-
-
-class DeviceMemory(NamedTuple):
-    """Bytes of one GPU: allocated by the rank's tensors, reserved by its torch, and the GPU's total."""
-
-    allocated: int
-    reserved: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Stand:
-    """Where one rank stands, by lane: `positions` (ops that have ended), `started` (the next op has begun),
-    `limits`."""
-
-    positions: tuple[int, ...]
-    started: tuple[bool, ...]
-    limits: tuple[int, ...]
-
-    @property
-    def at_limits(self) -> bool:
-        return self.positions == self.limits
 
 
 class Board:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dinfer.kv.ledger import BlockKey, Digests
-from dinfer.messages import Message
+from dinfer.messages import Figures
 from dinfer.plan.plan import Plan
 
 
@@ -122,7 +122,7 @@ class Source(Protocol):
 class ViewableSource(Source, Protocol):
     """A source that users can look at."""
 
-    def summary(self, rank: int, layer: int, places: range) -> Message:
+    def summary(self, rank: int, layer: int, places: range) -> Figures:
         """K and V of these places in figures by head: see `kv.measure.per_head`."""
 
     def part(self, rank: int, layer: int, tensor: int, heads: Sequence[int], places: Sequence[int]) -> Tensor:
@@ -139,7 +139,7 @@ class LiveSource(ViewableSource, Protocol):
     def hidden_first(self, rank: int) -> dict[int, int]:
         """By chunk, the first layer whose input, a hidden state, the rank has."""
 
-    def hidden_summary(self, rank: int, chunk: int, layer: int) -> Message:
+    def hidden_summary(self, rank: int, chunk: int, layer: int) -> Figures:
         """The hidden state before a layer in figures, as of one head: see `kv.measure.per_head`."""
 
     def hidden(self, rank: int, chunk: int, layer: int) -> Tensor:

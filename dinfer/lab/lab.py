@@ -17,7 +17,7 @@ from dinfer.lab.expected import RULES, Cell, expected
 from dinfer.lab.hosts import LabNetwork, hosts, why_not
 from dinfer.lab.orders import orders, slowed
 from dinfer.lab.score import Result, Score, result_line
-from dinfer.messages import Message
+from dinfer.messages import Behave, Misbehave
 from dinfer.plan.graph import Graph
 from dinfer.plan.plan import Plan
 from dinfer.run.run import Run
@@ -79,7 +79,7 @@ def run_slowly(session: Session, count: int, score: Score, say: Say) -> None:
 
 
 def _clean(
-    session: Session, number: int, score: Score, say: Say, given: dict[int, list[Message]] | None = None
+    session: Session, number: int, score: Score, say: Say, given: dict[int, list[Misbehave]] | None = None
 ) -> None:
     """One run without a fault; `number` selects the plan, each in turn."""
     strategy, schedule = STRATEGIES[number % 2], SCHEDULES[number // 2 % 2]
@@ -160,7 +160,9 @@ def try_cell(session: Session, cell: Cell, network: LabNetwork | None = None) ->
     return Result(cell, wanted, verdict.kind, verdict.rank, verdict.sentence, seconds, recovered)
 
 
-def try_clean(session: Session, strategy: str, schedule: str, given: Mapping[int, Sequence[Message]]) -> str:
+def try_clean(
+    session: Session, strategy: str, schedule: str, given: Mapping[int, Sequence[Misbehave]]
+) -> str:
     """Run to the end, slowed as `given`; returns the verdict, which is a false alarm, or "" for none."""
     run = begin(session, strategy, schedule)
     arm(session.ranks, given)
@@ -177,10 +179,10 @@ def begin(session: Session, strategy: str, schedule: str) -> Run:
     return session.prefill(IDS, paused=True, max_new_tokens=1, **parameters)
 
 
-def arm(ranks: Ranks, given: Mapping[int, Sequence[Message]]) -> None:
+def arm(ranks: Ranks, given: Mapping[int, Sequence[Misbehave]]) -> None:
     """Send each rank its orders."""
     for rank, messages in given.items():
-        ranks.ranks[rank].reports.pop("struck", None)
+        ranks.ranks[rank].struck = None
         for message in messages:
             ranks.ask({rank: message}, ANSWER_S)
 
@@ -218,7 +220,7 @@ def clear(session: Session, run: Run) -> float:
     if run.failure or run.silence or run.told or run.standing().state != "done":
         session.recover()
     ranks = session.ranks
-    ranks.ask({rank: {"do": "behave"} for rank in range(ranks.world_size)}, ANSWER_S)
+    ranks.ask(dict.fromkeys(range(ranks.world_size), Behave()), ANSWER_S)
     return time.monotonic() - began
 
 
@@ -230,7 +232,7 @@ def _share_done(run: Run, plan: Plan) -> float:
 
 def _since(ranks: Ranks, cell: Cell, resumed: float, verdict_at: float) -> float:
     """When the ranks stopped moving; for a death and a slow rank or link, when the fault struck."""
-    struck = [state.reports["struck"]["at"] for state in ranks.ranks if "struck" in state.reports]
+    struck = [state.struck.at for state in ranks.ranks if state.struck]
     if RULES[cell.fault].is_slow:
         return resumed
     progressed = [state.progressed for state in ranks.ranks]

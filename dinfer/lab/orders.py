@@ -2,9 +2,11 @@
 
 import random
 
+from msgspec.structs import replace
+
 from dinfer.lab.expected import RULES, Cell, following, target, third
 from dinfer.lab.hosts import LabNetwork
-from dinfer.messages import Message
+from dinfer.messages import Misbehave
 from dinfer.plan.graph import Graph
 from dinfer.plan.ops import Op
 
@@ -26,27 +28,27 @@ SLOWED_S = (0.02, 0.05, 0.1)
 
 SLOWED_TIMES = (1, 10)
 
-ACTS: dict[str, Message] = {
-    "skip a send": {"act": "skip"},
-    "skip a recv": {"act": "skip"},
-    "wrong size": {"act": "longer"},
-    "duplicate": {"act": "twice"},
-    "another plan": {"act": "another plan"},
-    "exception": {"act": "raise"},
-    "stall in Python": {"act": "stall"},
-    "stall in C": {"act": "stall in C"},
-    "stall in C with the GIL": {"act": "stall with GIL"},
-    "SIGSTOP": {"act": "signal", "signal": "SIGSTOP"},
-    "SIGKILL": {"act": "signal", "signal": "SIGKILL"},
+ACTS: dict[str, Misbehave] = {
+    "skip a send": Misbehave(act="skip"),
+    "skip a recv": Misbehave(act="skip"),
+    "wrong size": Misbehave(act="longer"),
+    "duplicate": Misbehave(act="twice"),
+    "another plan": Misbehave(act="another plan"),
+    "exception": Misbehave(act="raise"),
+    "stall in Python": Misbehave(act="stall"),
+    "stall in C": Misbehave(act="stall in C"),
+    "stall in C with the GIL": Misbehave(act="stall with GIL"),
+    "SIGSTOP": Misbehave(act="signal", signal="SIGSTOP"),
+    "SIGKILL": Misbehave(act="signal", signal="SIGKILL"),
 }
 """misbehaviour that needs no more than the op at which it strikes"""
 
 
-def pace(seconds: float = PACE_S, *, spin: bool = False) -> Message:
-    return {"do": "misbehave", "act": "pace", "of": "layer", "seconds": seconds, "spin": spin}
+def pace(seconds: float = PACE_S, *, spin: bool = False) -> Misbehave:
+    return Misbehave(act="pace", of="layer", seconds=seconds, spin=spin)
 
 
-def orders(graph: Graph, cell: Cell | None, network: LabNetwork | None = None) -> dict[int, list[Message]]:
+def orders(graph: Graph, cell: Cell | None, network: LabNetwork | None = None) -> dict[int, list[Misbehave]]:
     """Commands by rank, in order; without a cell, those of a clean run. `network`: where links are broken, with the
     host of each rank; None: in the transport."""
     ranks = range(graph.plan.world_size)
@@ -60,11 +62,11 @@ def orders(graph: Graph, cell: Cell | None, network: LabNetwork | None = None) -
     op = target(graph, cell)
     assert op
     rank, order = _of_network(network, cell, op) or _order(graph, cell, op)
-    found[rank].append({"do": "misbehave", **order})
+    found[rank].append(order)
     return found
 
 
-def slowed(seed: int, ranks: int) -> dict[int, list[Message]]:
+def slowed(seed: int, ranks: int) -> dict[int, list[Misbehave]]:
     """Commands by rank for a run that is slow but moves. The seed decides: how much each rank's layers are slowed, by a
     factor of 1 to 10; which ranks compute meanwhile and which sleep; and whether a rank also receives slowly."""
     draw = random.Random(seed)
@@ -73,12 +75,12 @@ def slowed(seed: int, ranks: int) -> dict[int, list[Message]]:
         rank: [pace(base * draw.uniform(*SLOWED_TIMES), spin=draw.random() < 0.3)] for rank in range(ranks)
     }
     if draw.random() < 0.3:
-        wire = {"act": "slow wire", "of": "recv", "with": [draw.uniform(*SLOWED_TIMES) * SLOWED_S[0]]}
-        found[draw.randrange(ranks)].append({"do": "misbehave", **wire})
+        wire = Misbehave(act="slow wire", of="recv", wire=(draw.uniform(*SLOWED_TIMES) * SLOWED_S[0],))
+        found[draw.randrange(ranks)].append(wire)
     return found
 
 
-def _of_network(network: LabNetwork | None, cell: Cell, op: Op) -> tuple[int, Message] | None:
+def _of_network(network: LabNetwork | None, cell: Cell, op: Op) -> tuple[int, Misbehave] | None:
     """The command that breaks a wire, run by the rank that is about to send over it; None if no wire is broken."""
     if network and cell.fault == "slow link":
         command = network.slow(cell.rank, op.peer, SLOW_BITS_PER_S)
@@ -86,19 +88,20 @@ def _of_network(network: LabNetwork | None, cell: Cell, op: Op) -> tuple[int, Me
         command = network.cut(cell.rank, op.peer)
     else:
         return None
-    return cell.rank, {"act": "command", "ops": [str(op)], "command": command}
+    return cell.rank, Misbehave(act="command", ops=(str(op),), command=tuple(command))
 
 
-def _order(graph: Graph, cell: Cell, op: Op) -> tuple[int, Message]:
+def _order(graph: Graph, cell: Cell, op: Op) -> tuple[int, Misbehave]:
     if cell.fault == "reorder two":
-        return cell.rank, {"act": "reorder", "ops": [str(op), str(following(graph, cell.rank, op))]}
+        ops = (str(op), str(following(graph, cell.rank, op)))
+        return cell.rank, Misbehave(act="reorder", ops=ops)
     if cell.fault == "wrong peer":
         other = third(graph.plan, cell.rank, op)
         own = op._replace(peer=other)
-        ops = [str(op)] + [str(own)] * (following(graph, cell.rank, own) is not None)
-        return cell.rank, {"act": "elsewhere", "ops": ops, "with": [other]}
+        both = (str(op), str(own)) if following(graph, cell.rank, own) is not None else (str(op),)
+        return cell.rank, Misbehave(act="elsewhere", ops=both, wire=(other,))
     if cell.fault == "slow link":
-        return op.peer, {"act": "slow wire", "of": "recv", "peer": cell.rank, "with": [SLOW_WIRE_S]}
+        return op.peer, Misbehave(act="slow wire", of="recv", peer=cell.rank, wire=(SLOW_WIRE_S,))
     if cell.fault == "link cut":
-        return op.peer, {"act": "cut", "ops": [str(op._replace(kind="recv", peer=cell.rank))]}
-    return cell.rank, {**ACTS[cell.fault], "ops": [str(op)]}
+        return op.peer, Misbehave(act="cut", ops=(str(op._replace(kind="recv", peer=cell.rank)),))
+    return cell.rank, replace(ACTS[cell.fault], ops=(str(op),))

@@ -1,8 +1,8 @@
-"""Join: this process is one rank of a run that another launcher (torchrun, mpirun, a debugger) has started.
+"""This process as one rank of a run that another launcher (torchrun, mpirun, a debugger) has started.
 
-Rank 0 also keeps the session: it opens the link, watches all ranks, shows progress and text, and writes the
-results. It alone speaks; a rank that fails waits until rank 0 has said why, since most launchers end all ranks
-as soon as one has ended.
+Rank 0 also holds the session: it opens the link, watches all ranks, shows progress and text, and writes the results.
+Only rank 0 prints. A rank that fails waits until rank 0 has said why, since most launchers end all ranks as soon as one
+has ended.
 """
 
 import atexit
@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import msgspec
+
 from dinfer.cluster.link import Link
 from dinfer.config import Config, ConfigError
 from dinfer.job import Job, prepare
@@ -25,6 +27,7 @@ from dinfer.launch.environment import DEBUGGER, Launched
 from dinfer.launch.meet import Roll, meet
 from dinfer.launch.runner import ProgressLines, conclude
 from dinfer.launch.watch import ProcessWatch
+from dinfer.messages import KillRank, RankLink, ToldToEnd
 from dinfer.model.errors import ModelError
 from dinfer.plan.ops import PlanError
 from dinfer.rank.batch import run_rank
@@ -48,7 +51,7 @@ log = logging.getLogger("dinfer")
 
 
 def join(config: Config, launched: Launched, trace_path: str | Path | None) -> dict[str, Any] | None:
-    """Run this process's rank; the result on rank 0, else None. Where a rank fails, rank 0 says so and exits."""
+    """Run this process's rank. Returns the result on rank 0, else None. If a rank fails, rank 0 says why and exits."""
     if launched.rank == 0:
         return _lead(config, launched, trace_path)
     _follow(config, launched)
@@ -95,7 +98,7 @@ def _run_all(
 def _follow(config: Config, launched: Launched) -> None:
     signal.signal(
         signal.SIGINT, signal.SIG_DFL
-    )  # until there is something to clean up: end at once and in silence
+    )  # as long as there is nothing to clean up: end at once and silently
     try:
         job, refusal = _prepare(config, launched), ""
     except (ConfigError, ModelError, PlanError) as error:
@@ -118,9 +121,9 @@ def _prepare(config: Config, launched: Launched) -> Job:
     return prepare(config, ranks_here=[launched.rank] if config.device_mode == "multi_node" else None)
 
 
-def _control(part: dict[str, Any], config: Config) -> Control:
-    log_to(Path(config.log_dir), part["rank"], config.log_level)
-    return Control({**part, "launcher": os.getppid()})
+def _control(link: RankLink, config: Config) -> Control:
+    log_to(Path(config.log_dir), link.rank, config.log_level)
+    return Control(msgspec.structs.replace(link, launcher=os.getppid()))
 
 
 class _RankThread:
@@ -136,11 +139,11 @@ class _RankThread:
         self._thread.start()
 
     def join(self) -> None:
-        """Let the thread end: one that Python has to cut off at its exit, inside torch, would abort the process."""
+        """Wait for the thread: if Python had to cut it off at exit, inside torch, the process would abort."""
         self._thread.join()
 
     def outlast(self) -> None:
-        """Start, and return when this rank's work is done; the process ends here if that fails."""
+        """Start, and return when this rank is done; if it fails the process ends here."""
         _on_signal(_interrupt)
         status = FAILED
         try:
@@ -152,18 +155,16 @@ class _RankThread:
         except KeyboardInterrupt:
             status = INTERRUPTED
             with contextlib.suppress(OSError):
-                self._control.report("told_to_end")
+                self._control.report(ToldToEnd())
         self._await_the_end(status)
 
     def _await_the_end(self, status: int) -> NoReturn:
-        """Rank 0 has this process killed once it knows why the run is over."""
+        """Rank 0 has this process killed once it knows why the run has failed."""
         _on_signal(_ignore)
         time.sleep(FAREWELL_S)
-        if self._launched.rank == 1:  # somebody must say it
+        if self._launched.rank == 1:  # one rank must say it
             last = self._error or "it was told to end."
-            print(
-                f"dinfer: rank 0, which leads the run, is gone. Rank 1's last word: {last}", file=sys.stderr
-            )
+            print(f"dinfer: rank 0, which leads the run, is gone. Rank 1: {last}", file=sys.stderr)
         os._exit(status)  # lanes may be blocked in the transport, which nothing else undoes
 
     def _run(self) -> None:
@@ -175,13 +176,13 @@ class _RankThread:
         try:
             listen_for_debugger(rank)
             result = run_rank(rank, config, self._job.ids, self._control, found)
-            self._control.report("result", **result)
+            self._control.report(result)
             self._control.close()
         except BaseException as error:
             log.error("this rank failed\n%s", traceback.format_exc())
             self._error = str(error) or type(error).__name__
             with contextlib.suppress(OSError):
-                self._control.report("error", **describe(error))
+                self._control.report(describe(error))
         finally:
             self._ended.set()
 
@@ -198,7 +199,7 @@ def _keep_session(
                 watch.explain()  # a launcher that sees one rank end stops all: then that end is the news
                 raise KeyboardInterrupt
     except RankFailed as failure:
-        # Said before the others are ended: MPICH's mpirun kills this process too, as soon as one is killed.
+        # Print before the others are ended: MPICH's mpirun kills this process too, as soon as one is killed.
         print(f"dinfer: {failure}", file=sys.stderr, flush=True)
         raise SystemExit(FAILED) from None
     finally:
@@ -207,14 +208,10 @@ def _keep_session(
 
 
 def _end_others(link: Link) -> None:
-    """Ranks that have not delivered by now never will. One that is not heard of ends by itself."""
-    late = [
-        rank
-        for rank, state in enumerate(link.ranks)
-        if rank and "result" not in state.reports and state.heard
-    ]
+    """Kill ranks that have not delivered by now. One that cannot be reached ends by itself."""
+    late = [rank for rank, state in enumerate(link.ranks) if rank and state.result is None and state.heard]
     for rank in late:
-        link.send(rank, "kill")
+        link.send(rank, KillRank())
     reached = [rank for rank in late if time.monotonic() - link.ranks[rank].heard < FAREWELL_S / 2]
     with link.changed:
         link.changed.wait_for(lambda: all(link.ranks[rank].gone for rank in reached), FAREWELL_S)
@@ -226,14 +223,14 @@ def _on_signal(do: Callable[..., object]) -> None:
 
 
 def _told_to_end() -> threading.Event:
-    """Set by the signals that ask to end: rank 0 asks for the cause first, wherever it is just then."""
+    """Set by the signals that ask to end, so that rank 0 can find the cause first."""
     told = threading.Event()
     _on_signal(lambda *_: told.set())
     return told
 
 
 def _interrupt(*_: object) -> None:
-    _on_signal(_ignore)  # a second one must not disturb what the first leads to
+    _on_signal(_ignore)  # a second signal must not disturb the clean-up
     raise KeyboardInterrupt
 
 

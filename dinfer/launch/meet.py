@@ -1,9 +1,8 @@
-"""Meeting: how ranks that another launcher has started find one another, and tell rank 0 that they have come.
+"""How ranks that another launcher has started find one another, and tell rank 0 that they are there.
 
-A rank that cannot take part (no checkpoint on its host, …) says so here, and rank 0 speaks for all.
+A rank that cannot take part (no checkpoint on its host, …) says so here, and rank 0 prints it.
 """
 
-import json
 import os
 import socket
 import threading
@@ -11,16 +10,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from dinfer.config import Config, ConfigError
 from dinfer.launch.environment import MPIRUN, Launched, meeting_of
-from dinfer.messages import Message
+from dinfer.messages import RankLink
 from dinfer.transport.gloo import Store, join_store, open_store
 from dinfer.transport.interface import own_address_towards
 
 POLL_S = 0.1
 
 PATIENCE_S = 5.0
-"""how long rank 0 waits for the others before it says who is missing"""
+"""How long rank 0 waits for the others before it says who is missing."""
 
 
 def meet(config: Config, launched: Launched) -> tuple[Store, str]:
@@ -34,27 +35,26 @@ def meet(config: Config, launched: Launched) -> tuple[Store, str]:
 
 
 class Roll:
-    """What the ranks tell one another before they have a link."""
+    """What the ranks tell one another, through the store, before they have a link."""
 
     def __init__(self, store: Store, world_size: int) -> None:
         self._store, self._world_size = store, world_size
-        # A launcher that starts ranks again keeps its store, and what was said in it.
+        # A launcher that starts ranks again keeps its store, and what is in it.
         self._prefix = f"dinfer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
     def answer(self, rank: int, refusal: str = "") -> None:
-        """This rank has come; or cannot take part, and why."""
+        """This rank is there; `refusal`: why it cannot take part."""
         self._store.set(self._key(rank), refusal)
 
-    def give_links(self, parts: list[Message]) -> None:
-        self._store.set(f"{self._prefix}/link", json.dumps(parts))
+    def give_links(self, links: list[RankLink]) -> None:
+        self._store.set(f"{self._prefix}/link", msgspec.json.encode(links).decode())
 
-    def link_of(self, rank: int) -> Message:
-        """What rank 0 gives to this rank; waits for it. Raises RuntimeError where rank 0 does not come."""
-        found: Message = json.loads(self._store.get(f"{self._prefix}/link"))[rank]
-        return found
+    def link_of(self, rank: int) -> RankLink:
+        """Wait for the link that rank 0 gives to this rank. Raises RuntimeError if rank 0 does not come."""
+        return msgspec.json.decode(self._store.get(f"{self._prefix}/link"), type=list[RankLink])[rank]
 
     def call(self, timeout: float, say: Callable[[str], None], told_to_end: Callable[[], bool]) -> None:
-        """Wait until all others have answered. Raises ConfigError for who refuses, RuntimeError for who is late."""
+        """Wait until all others are there. Raises ConfigError if one refuses, RuntimeError if one is late."""
         started, said = time.monotonic(), False
         missing = list(range(1, self._world_size))
         while True:

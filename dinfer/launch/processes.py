@@ -1,7 +1,6 @@
-"""Processes: the ranks of `dinfer run` on this machine, each a process of its own: up, watched, and down again."""
+"""The ranks of `dinfer run` on this machine, each a process: starts, watches and ends them."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -12,28 +11,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
+import msgspec
+
 from dinfer.cluster.link import Link
 from dinfer.job import Job
 from dinfer.launch.watch import ProcessWatch
+from dinfer.messages import MeetAt, RankJob
 
 EXIT_S = 1.0
-"""how long a process may take to end once it has closed its connections"""
+"""How long a process may take to end once it has closed its connections."""
 
 
 class Processes:
-    """Started on entry; ended, whatever happened, on exit."""
+    """A context: the ranks are started on entry and ended on exit, whatever happens."""
 
     def __init__(
         self,
         job: Job,
         *,
-        paused: bool = False,
         on_text: Callable[[str], None] | None = None,
         on_hang: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.job = job
         self.link = Link(job.config.world_size)
-        self._paused = paused
         self._watch = ProcessWatch(
             job, self.link, self._exits, on_text, while_looking=self._introduce, on_hang=on_hang
         )
@@ -72,13 +72,8 @@ class Processes:
 
     def _start(self, rank: int) -> "subprocess.Popen[bytes]":
         config = self.job.config
-        job = {
-            "rank": rank,
-            "config": asdict(config),
-            "ids": self.job.ids,
-            "paused": self._paused,
-            "link": self.link.job_part(rank, launcher=os.getpid()),
-        }
+        link = self.link.job_part(rank, launcher=os.getpid())
+        job = RankJob(rank, asdict(config), tuple(self.job.ids), link)
         environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads), "PYTHONUNBUFFERED": "1"}
         folder = Path(config.log_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,11 +88,11 @@ class Processes:
             )
         assert process.stdin is not None
         with process.stdin as stdin:
-            stdin.write(json.dumps(job).encode())
+            stdin.write(msgspec.json.encode(job))
         return process
 
     def watch(self, seconds: float) -> bool:
-        """Look after the ranks for that long; True once all have delivered their result. Raises RankFailed."""
+        """Watch the ranks for that long; True once all have delivered their result. Raises RankFailed."""
         return self._watch.look(seconds)
 
     def check(self) -> None:
@@ -105,28 +100,28 @@ class Processes:
         self._watch.check()
 
     def _introduce(self) -> None:
-        """Tell each other rank, once it can hear, where rank 0 has opened the place to meet."""
-        opened = self.link.ranks[0].reports.get("store")
+        """Send each other rank, once it is connected, the port at which rank 0 waits."""
+        opened = self.link.ranks[0].store
         for rank, state in enumerate(self.link.ranks):
             if opened and state.heard and rank not in self._introduced:
                 self._introduced.add(rank)
-                self.link.send(rank, "meet", port=opened["port"])
+                self.link.send(rank, MeetAt(opened.port))
 
     def _exits(self) -> list[int | None]:
         return [self._exit(rank, process) for rank, process in enumerate(self._processes)]
 
     def _exit(self, rank: int, process: "subprocess.Popen[bytes]") -> int | None:
-        """Exit status of a rank that has ended. One whose watcher alone says so is about to: that is waited for, or
-        what its death did to the others would be taken for the cause."""
+        """Exit status of a rank that has ended. If so far only its watcher says so, wait for the process: or what its
+        death did to the others would be taken for the cause."""
         state = self.link.ranks[rank]
-        if state.gone and not state.reports.keys() & {"error", "result"}:
+        if state.gone and not (state.error or state.result):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(EXIT_S)
         return process.poll()
 
 
 def interrupt_as_error() -> None:
-    """Let SIGTERM end a run as Ctrl-C does: with everything cleaned up."""
+    """Have SIGTERM end a run as Ctrl-C does, with everything cleaned up."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Runner: one `dinfer run` from start to end: ranks up, progress shown, text streamed, figures gathered, ranks down."""
+"""One `dinfer run` from start to end: starts ranks, shows progress and text, gathers figures, ends the ranks."""
 
 import os
 import sys
@@ -41,7 +41,7 @@ PROGRESS_S = 0.5
 
 
 class ProgressLines:
-    """Progress on one line per rank, and the generated text, without one tearing the other apart."""
+    """Progress in one line per rank, and the generated text, neither breaking into the other."""
 
     def __init__(self, job: Job, out: TextIO | None = None) -> None:
         self._job, self._out = job, out or sys.stdout
@@ -50,7 +50,7 @@ class ProgressLines:
         self.text = ""
 
     def introduce(self) -> None:
-        """What is about to run, and why it cannot hang."""
+        """Say what is about to run, and why it cannot hang."""
         config, plan = self._job.config, self._job.plan
         chunks = len(plan.shape.chunks)
         self.say(
@@ -67,7 +67,7 @@ class ProgressLines:
         self._write(piece)
 
     def progress(self, ranks: Sequence[RankState]) -> None:
-        """A line for each rank of which there is news, unless text has begun to flow."""
+        """A line for each rank that has moved, unless text has begun to come."""
         self._name_port(ranks[0])
         for rank, state in enumerate(ranks):
             line = progress_line(self._job.plan, rank, state)
@@ -76,22 +76,22 @@ class ProgressLines:
                 self.say(line)
 
     def _name_port(self, first: RankState) -> None:
-        """Say it where the ranks meet at another port than the one asked for."""
-        asked, opened = self._job.config.master_port, first.reports.get("store")
+        """Say so if the ranks meet at another port than the one asked for."""
+        asked, opened = self._job.config.master_port, first.store
         if opened and not self._port_told:
             self._port_told = True
-            if asked and opened["port"] != asked:
-                self._interject(f"port {asked} is in use; the ranks meet at {opened['port']} instead.")
+            if asked and opened.port != asked:
+                self._interject(f"port {asked} is in use; the ranks meet at {opened.port} instead.")
 
     def say(self, line: str) -> None:
         self._write(f"{line}\n")
 
     def warn(self, verdict: str) -> None:
-        """Why the run does not move: at once, not only when its timeout ends it."""
+        """Say why the run does not move: now, not when its timeout ends it."""
         self._interject(f"no progress: {verdict}")
 
     def _interject(self, line: str) -> None:
-        """A line of its own, also amid the text."""
+        """A line of its own, also within the text."""
         self.say("\n" * bool(self.text) + line)
 
     def _write(self, text: str) -> None:
@@ -100,7 +100,7 @@ class ProgressLines:
 
 
 def run(job: Job, trace_path: str | Path | None = None, out: TextIO | None = None) -> dict[str, Any]:
-    """Generate; what the ranks measured (see `result_of`). Raises RankFailed; a KeyboardInterrupt ends all ranks."""
+    """Run the job; what the ranks measured (see `result_of`). Raises RankFailed; a KeyboardInterrupt ends all ranks."""
     show = ProgressLines(job, out)
     show.introduce()
     with Processes(job, on_text=show.on_text, on_hang=show.warn) as ranks:
@@ -113,15 +113,16 @@ def run(job: Job, trace_path: str | Path | None = None, out: TextIO | None = Non
 def conclude(
     job: Job, ranks: Sequence[RankState], show: ProgressLines, trace_path: str | Path | None
 ) -> dict[str, Any]:
-    """Show and keep what the ranks have delivered. Raises RuntimeError if they hold different KV."""
+    """Show and save the ranks' results. Raises RuntimeError if they hold different KV."""
     trace = merge(job, [state.events for state in ranks])
     result = result_of(job, ranks, trace, show.text)
     trace = with_findings(trace, findings_of_result(job, result))
     show.say(f"\n\n{table(result)}")
     if trace_path:
         show.say(_keep(trace_path, lambda path: write_jsonl(trace, path), "trace"))
-    for trouble in filter(None, (state.reports["result"].get("log_trouble") for state in ranks)):
-        show.say(f"the run went on, but {trouble}")
+    for state in ranks:
+        if state.result and state.result.log_trouble:
+            show.say(f"the run went on, but {state.result.log_trouble}")
     result["trace"] = str(trace_path) if trace_path else None
     if found := result["corrupt"]:  # which the user chose to record, and go on
         show.say(f"warning: {listed([one['text'] for one in found])}")
@@ -131,7 +132,7 @@ def conclude(
 
 
 def _keep(path: str | Path, write: Callable[[Path], None], what: str) -> str:
-    """Write a file, and say so; a run that went well is not lost because the disk is full."""
+    """Write a file, and say so. A full disk does not fail a run that went well."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write(Path(path))
@@ -141,7 +142,7 @@ def _keep(path: str | Path, write: Callable[[Path], None], what: str) -> str:
 
 
 def _agree(result: dict[str, Any]) -> None:
-    """All ranks must hold the same KV; sync that changed bytes is never passed over."""
+    """Raises RuntimeError unless all ranks hold the same KV."""
     digests = {rank["kv_sha256"] for rank in result["ranks"]}
     if len(digests) > 1:
         listed = ", ".join(f"rank {rank['rank']} {rank['kv_sha256'][:12]}" for rank in result["ranks"])

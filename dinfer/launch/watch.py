@@ -1,6 +1,6 @@
-"""Watch: looks after a run's ranks through their link, until all have delivered or one cannot go on.
+"""Watches a run's ranks through their link, until all have delivered their result or one cannot go on.
 
-A run that does not move is explained long before its timeout ends it.
+If the run does not move, the reason is told long before its timeout ends it.
 """
 
 import time
@@ -14,14 +14,14 @@ from dinfer.run.failure import SILENT, broken, ending, silence_limit, standstill
 from dinfer.run.fleet import RankFailed
 
 GRACE_S = 1.0
-"""How long to listen for the cause once one rank has failed: the others' complaints may come first."""
+"""How long to wait for the cause once a rank has failed: what it did to the others may be reported first."""
 
 POLL_S = 0.05
 
 
 class ProcessWatch:
-    """`exits()` gives, by rank, the exit status of a process that has ended, or None; who did not start the ranks
-    cannot know it, and learns of their end through their watchers alone."""
+    """`exits()`: by rank, the exit status of a process that has ended, else None. Who did not start the ranks leaves it
+    out, and learns of their end through their watchers."""
 
     def __init__(
         self,
@@ -32,13 +32,13 @@ class ProcessWatch:
         while_looking: Callable[[], None] = lambda: None,
         on_hang: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`on_hang` is told why the run does not move, once it is known, and again when there is another reason."""
+        """`on_hang` is called with why the run does not move, once that is known, and again if the reason changes."""
         self._job, self._link, self._on_text, self._while_looking = job, link, on_text, while_looking
         self._processes_ended = exits or self._lost
         self._hangs, self._on_hang, self._told = hangs.HangWatch(job, link), on_hang, ""
 
     def look(self, seconds: float) -> bool:
-        """Look after the ranks for that long; True once all have delivered their result.
+        """Watch the ranks for that long; True once all have delivered their result.
 
         Raises RankFailed, with the cause first, when one has failed, died, or made no progress in time.
         """
@@ -47,7 +47,7 @@ class ProcessWatch:
             with self._link.changed:
                 self._link.changed.wait(min(left, POLL_S))
             self._while_looking()
-            finished = all("result" in state.reports for state in self._link.ranks)
+            finished = all(state.result for state in self._link.ranks)
             self._show_text()
             if finished:
                 return True
@@ -69,7 +69,7 @@ class ProcessWatch:
         self._told = said
 
     def check(self) -> None:
-        """Raises RankFailed if a rank has failed, died, or stands still for too long."""
+        """Raises RankFailed if a rank has failed or died, or nothing has moved for too long."""
         if self._broken():
             with self._link.changed:
                 self._link.changed.wait_for(self._all_told, GRACE_S)
@@ -80,13 +80,13 @@ class ProcessWatch:
             raise RankFailed("\n".join(filter(None, [failure, self._told])))
 
     def explain(self) -> None:
-        """Once everybody was told to end: raises RankFailed where it was because a rank has failed."""
+        """When the launcher has told all to end: raises RankFailed if that is because a rank has failed."""
         with self._link.changed:
             self._link.changed.wait_for(self._broken, GRACE_S)
         self.check()
 
     def _show_text(self) -> None:
-        """On the caller's thread, so that an output that is gone ends the run like any other error."""
+        """On the caller's thread, so that an output that is closed ends the run like any other error."""
         for text in self._link.new_texts():
             if self._on_text:
                 self._on_text(text)
@@ -99,16 +99,15 @@ class ProcessWatch:
         ]
 
     def _broken(self) -> bool:
-        """Whether a rank seems to have failed. One that has just ended well may look so: its result is on its way."""
+        """Whether a rank seems to have failed, as one does that has just ended well, while its result is on its way."""
         ended = any(code is not None for code in self._exits())
-        return ended or any("error" in state.reports for state in self._link.ranks)
+        return ended or any(state.error for state in self._link.ranks)
 
     def _all_told(self) -> bool:
-        """Whether every rank has said how it ended, or its watcher, last of all, that it is gone."""
-        last = {"error", "result", "told_to_end"}
-        return all(state.gone or state.reports.keys() & last for state in self._link.ranks)
+        """Whether every rank has reported how it ended, or its watcher that it is gone."""
+        return all(s.gone or s.error or s.result or s.told_to_end for s in self._link.ranks)
 
     def _exits(self) -> list[int | None]:
-        """Exit status of each rank that ended without a result and of itself, as far as known; None for the others."""
+        """Exit status of each rank that has ended without a result and untold, as far as known; else None."""
         ranks = zip(self._link.ranks, self._processes_ended(), strict=True)
-        return [None if state.reports.keys() & {"result", "told_to_end"} else code for state, code in ranks]
+        return [None if state.result or state.told_to_end else code for state, code in ranks]

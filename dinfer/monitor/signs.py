@@ -1,4 +1,4 @@
-"""From all that a session has heard of its ranks to the signs of life that a verdict is made of."""
+"""Turns what a session knows of its ranks into the signs of life that a verdict is made of."""
 
 import json
 from collections import deque
@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from statistics import median
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from dinfer.cluster.ranks import STOPPED_S, RankState
 from dinfer.engine.board import Stand
 from dinfer.job import Job
-from dinfer.messages import Message
+from dinfer.messages import Failed, UnexpectedHeader
 from dinfer.monitor.stacks import Stacks
-from dinfer.plan.ops import Value
+from dinfer.plan.ops import Value, ValueKind
 from dinfer.plan.plan import Plan
 from dinfer.trace.events import Event
 from dinfer.verdict.judge import explain
@@ -23,16 +23,16 @@ from dinfer.verdict.verdict import Verdict
 CPU_WINDOW_S = 2.0
 
 CPU_LEAST_S = 0.9
-"""CPU time is heard of twice a second, in hundredths"""
+"""Samples must span so long: CPU time comes twice a second, in hundredths."""
 
 CPU_SHARE = 0.1
-"""of one core: a rank that waits uses less, also where it is asked for its stacks"""
+"""Of one core. A rank that waits uses less, also while it is asked for its stacks."""
 
 PROCESS_SHARE, PROCESS_LEAST_S = 0.2, 0.02
 """of the CPU time of the process whose threads ranks are: on a busy machine all of it may be less than CPU_SHARE"""
 
 CPU_WANTED = 0.5
-"""of the time: one that wants the CPU for more computes, however little it gets; one that waits is seldom seen to"""
+"""Of the time. A rank whose thread is runnable for more computes, however little CPU it gets."""
 
 
 class _RankTrack:
@@ -44,7 +44,7 @@ class _RankTrack:
 
 
 class Track:
-    """Of the ranks of one run. Cheap: called often, also while nothing is wrong."""
+    """How the ranks of one run have moved lately. Cheap, since it is called often while nothing is wrong."""
 
     def __init__(self, world_size: int) -> None:
         self._ranks = [_RankTrack() for _ in range(world_size)]
@@ -62,11 +62,11 @@ class Track:
         _note(self._ranks[rank].cpu, now, cpu_s, process_s)
 
     def still_s(self, rank: int, now: float) -> tuple[float, ...]:
-        """For how long each lane has not moved."""
+        """Seconds for which each lane has not moved."""
         return tuple(now - since for since in self._ranks[rank].since)
 
     def cpu_moves(self, rank: int) -> bool | None:
-        """Whether its CPU time has moved lately, or would have on a machine that does less; None: not known yet."""
+        """Whether its CPU time moves, or would on a less busy machine; None: not known yet."""
         if self._ranks[rank].wants_cpu > CPU_WANTED:
             return True
         samples = self._ranks[rank].cpu
@@ -78,7 +78,7 @@ class Track:
         return used / (end - begin) > CPU_SHARE or is_most
 
     def longest_s(self, now: float) -> float:
-        """For how long the lane has not moved that has begun an op, or may, and has moved least lately."""
+        """The longest time for which a lane has not moved that is in an op, or may begin one."""
         return max((now - since for rank in self._ranks for since in _open(rank)), default=0.0)
 
     def _moved(self, rank: _RankTrack, stand: Stand, at: float) -> None:
@@ -115,7 +115,7 @@ def _note(
 
 
 RECENT = 2000
-"""events of a rank from which medians are taken"""
+"""How many of a rank's last events medians are taken of."""
 
 BYTES = {"float32": 4, "float64": 8}
 
@@ -134,7 +134,7 @@ def signs_of(
     stacks: Mapping[int, Stacks],
     now: float,
 ) -> list[Signs]:
-    """By rank. `ended`: how the processes of those have ended that have."""
+    """By rank. `ended`: how processes have ended, by rank."""
     return [
         _signs(plan, rank, state, ended.get(rank, ""), track, stacks.get(rank, Stacks()), now)
         for rank, state in enumerate(states)
@@ -159,7 +159,7 @@ def _signs(
         cpu_moves=track.cpu_moves(rank),
         answers=stacks.answers,
         ended=ended,
-        raised=_raised(state.reports.get("error")),
+        raised=_raised(state.error),
         frames=stacks.frames,
         holder=stacks.holder,
         medians=medians,
@@ -170,32 +170,27 @@ def _signs(
 
 
 def _process(state: RankState, now: float) -> str | None:
-    """A rank that has only just been stopped is not told as that: a debugger may do so in passing."""
+    """A process that has only just been stopped does not count as stopped: a debugger may stop it in passing."""
     if state.stopped is not None and now - state.stopped < STOPPED_S:
         return None
     return state.process
 
 
-def _raised(error: Message | None) -> Raised | None:
+def _raised(error: Failed | None) -> Raised | None:
     if error is None:
         return None
-    return Raised(
-        error.get("cause") or error["message"],
-        error.get("op", ""),
-        error.get("lane", ""),
-        error["secondary"],
-        _came(error.get("came")),
-    )
+    return Raised(error.cause or error.message, error.op, error.lane, error.secondary, _came(error.came))
 
 
-def _came(came: dict[str, Any] | None) -> Came | None:
-    if not came:
+def _came(came: UnexpectedHeader | None) -> Came | None:
+    if came is None:
         return None
-    return Came(Value(*came["value"]), came["tokens"], came["nbytes"], came["plan_id"], came["here"])
+    what, chunk, layer = came.value
+    return Came(Value(cast(ValueKind, what), chunk, layer), came.tokens, came.nbytes, came.plan_id, came.here)
 
 
 def _medians(events: Sequence[Event]) -> dict[str, float]:
-    """Seconds that an op of each kind takes, without what it waits for its peer."""
+    """Median seconds of an op, by kind, without the time it waits for its peer."""
     by_kind: dict[str, list[int]] = {}
     for event in islice(reversed(events), RECENT):
         by_kind.setdefault(event.kind, []).append(event.busy)
@@ -203,7 +198,7 @@ def _medians(events: Sequence[Event]) -> dict[str, float]:
 
 
 def _links(events: Sequence[Event]) -> dict[int, float]:
-    """Seconds that a block from each rank is on the wire."""
+    """Median seconds that a block is on the wire, by the rank that sent it."""
     by_source: dict[int, list[int]] = {}
     for event in islice(reversed(events), RECENT):
         if event.kind == "recv" and event.what == "kv" and event.peer is not None:
@@ -214,7 +209,7 @@ def _links(events: Sequence[Event]) -> dict[int, float]:
 def _ended(
     plan: Plan, rank: int, events: Sequence[Event], kinds: tuple[str, ...], *, full: bool
 ) -> frozenset[tuple[int, int]]:
-    """Transfers that have ended, with their bytes or without one."""
+    """Transfers that have ended, as (lane, index): with their bytes (`full`), or with none."""
     lanes = {lane.name: number for number, lane in enumerate(plan.lanes[rank])}
     found = (
         e for e in events if e.kind in kinds and bool(e.bytes) == full and e.tokens and e.index is not None
@@ -223,12 +218,13 @@ def _ended(
 
 
 SETS = ("empty", "full")
-"""fields of Signs that are sets of (lane, index)"""
+"""Fields of Signs that are sets of (lane, index)."""
 
 
 @dataclass(frozen=True)
 class HangEvidence:
-    """`signs` are by rank, `stacks` texts; `ahead_s` is `explain`'s; `told`: the sentence that was told of it."""
+    """What a verdict was made of. `signs`: by rank; `stacks`: texts, by rank; `ahead_s`: as in `explain`; `told`: the
+    sentence that users have read."""
 
     signs: tuple[Signs, ...]
     sizes: KvBytes
@@ -237,19 +233,19 @@ class HangEvidence:
     told: str = ""
 
     def judge(self, plan: Plan) -> Verdict:
-        """The verdict that they give."""
+        """The verdict that follows, with the sentence that was told."""
         found = explain(plan, self.signs, self.sizes, self.stacks, ahead_s=self.ahead_s)
         return replace(found, sentence=self.told) if self.told else found
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON has them."""
+        """As JSON values."""
         signs = [{**asdict(its), **{name: sorted(getattr(its, name)) for name in SETS}} for its in self.signs]
         plain: dict[str, Any] = json.loads(json.dumps({**asdict(self), "signs": signs}))
         return plain
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """From plain values. Raises KeyError, TypeError or ValueError where they are none of this."""
+        """From JSON values. Raises KeyError, TypeError or ValueError where they do not describe evidence."""
         stacks = {int(rank): text for rank, text in values["stacks"].items()}
         signs = tuple(map(_signs_of, values["signs"]))
         return cls(signs, KvBytes(*values["sizes"]), stacks, values["ahead_s"], values["told"])

@@ -1,5 +1,5 @@
-"""Stacks: where all ranks' threads stand in Python: asked of each rank, dumped by its watcher where it is mute; and in
-C, where py-spy has looked."""
+"""Where all ranks' threads stand: each rank is asked; where it does not answer, its watcher has it dump its stacks; and
+py-spy sees C functions too."""
 
 import linecache
 import re
@@ -9,10 +9,19 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from dinfer.cluster.ranks import ANSWER_S, RankRefused, RankState, RankStates, answers
+from dinfer.cluster.ranks import ANSWER_S, Pending, RankRefused, RankState, RankStates, answers
 from dinfer.errors import NoAnswer
-from dinfer.messages import Message
-from dinfer.rank.pyspy import Seen, in_c
+from dinfer.messages import (
+    DumpStacks,
+    GetStacks,
+    SpiedFrame,
+    SpiedThread,
+    SpiedThreads,
+    SpyOnRank,
+    ThreadStack,
+    ThreadStacks,
+)
+from dinfer.rank.pyspy import in_c
 from dinfer.rank.stacks import TRANSPORT
 from dinfer.verdict.signs import BUSY, StackFrame
 
@@ -23,7 +32,7 @@ WATCHER_S = 5.0
 """A watcher that has not been heard for so long does not answer."""
 
 LANES = frozenset(("engine/threads.py", "engine/streams.py"))
-"""where the threads of lanes begin"""
+"""The files in which the threads of lanes begin."""
 
 _NAME = re.compile(r"hread 0x[0-9a-f]+ \[(.*?)\] \(most")
 
@@ -32,8 +41,9 @@ _FILE = re.compile(r'  File "(.*)", line (\d+) in (.*)')
 
 @dataclass(frozen=True)
 class Stacks:
-    """Of one rank. `frames` are by lane name; `text` is all of it, for people; `answers`: whether the rank itself has
-    said it; `cpu_s`: CPU time of its threads together, where they say it; `holder`: the lane that keeps it mute."""
+    """Of one rank. `frames`: by lane name; `text`: all stacks, for people; `answers`: whether the rank itself has
+    answered, None where it was not asked; `cpu_s`: CPU time of all its threads, where known; `holder`: the lane that
+    holds the GIL, so that the rank cannot answer."""
 
     frames: Mapping[str, StackFrame] = field(default_factory=dict)
     text: str = ""
@@ -45,13 +55,15 @@ class Stacks:
 def gather(ranks: RankStates, which: Sequence[int]) -> dict[int, Stacks]:
     """Ask these ranks, together; of one that is mute its watcher requests a dump. Takes a few milliseconds where all
     answer; else as long as the watchers of the mute ranks take, while they are heard."""
-    said = answers(ranks, {rank: {"do": "stacks"} for rank in which}, ANSWER_S)
-    found = {rank: _as_asked(rank, message) for rank, message in said.items()}
-    for rank, number in ranks.begin({rank: {"do": "dump"} for rank in which if rank not in found}).items():
+    said = answers(ranks, dict.fromkeys(which, GetStacks()), ANSWER_S)
+    found = {rank: _as_asked(rank, stacks) for rank, stacks in said.items()}
+    mute = [rank for rank in which if rank not in found]
+    begun = {rank: ranks.begin({rank: DumpStacks()}) for rank in mute}
+    for rank, pending in begun.items():
         text = ""
         with suppress(NoAnswer, RankRefused):
-            answer = ranks.finish({rank: number}, DUMP_ANSWER_S, partial(_check_watcher, ranks.ranks[rank]))
-            text = answer[rank]["text"]
+            answer = ranks.finish(pending, DUMP_ANSWER_S, partial(_check_watcher, ranks.ranks[rank]))
+            text = answer[rank].text
         found[rank] = as_dumped(rank, text)
     return found
 
@@ -62,18 +74,16 @@ def _check_watcher(state: RankState) -> None:
         raise NoAnswer("this rank has no watcher, or one that does not answer")
 
 
-def _as_asked(rank: int, message: Message) -> Stacks:
-    threads = message["threads"]
-    frames = {_lane(rank, thread["name"]): _frame(thread) for thread in threads if thread["frames"]}
-    text = "\n".join(
-        f"{thread['name']}:\n" + "\n".join(_line(*frame) for frame in thread["frames"]) for thread in threads
-    )
-    times = [thread["cpu_s"] for thread in threads]
-    return Stacks(frames, text, True, None if None in times else sum(times))
+def _as_asked(rank: int, stacks: ThreadStacks) -> Stacks:
+    threads = stacks.threads
+    frames = {_lane(rank, thread.name): _frame(thread) for thread in threads if thread.frames}
+    texts = [f"{thread.name}:\n" + "\n".join(_line(*frame) for frame in thread.frames) for thread in threads]
+    times = [thread.cpu_s for thread in threads if thread.cpu_s is not None]
+    return Stacks(frames, "\n".join(texts), True, sum(times) if len(times) == len(threads) else None)
 
 
 def as_dumped(rank: int, text: str) -> Stacks:
-    """What faulthandler has written, which does not say which of several threads holds the interpreter."""
+    """From faulthandler's text, which does not say which of several threads holds the GIL."""
     busy = []
     for thread in text.split("\n\n"):
         found = [(file, int(line), name) for file, line, name in _FILE.findall(thread)]
@@ -86,14 +96,14 @@ def as_dumped(rank: int, text: str) -> Stacks:
     return Stacks(frames, text.strip(), False, holder=holder)
 
 
-def as_spied(rank: int, threads: Sequence[Message], known: Stacks) -> Stacks | None:
-    """What is known, and what py-spy has seen a little earlier; None where that is not so any more."""
-    seen = {_lane(rank, thread["name"]): [Seen(*frame) for frame in thread["frames"]] for thread in threads}
+def as_spied(rank: int, threads: Sequence[SpiedThread], known: Stacks) -> Stacks | None:
+    """What is known, with what py-spy saw a little earlier; None where the rank has moved since."""
+    seen = {_lane(rank, thread.name): thread.frames for thread in threads}
     text = "\n".join(_spied_text(thread) for thread in threads)
-    if known.answers is None:  # it is stopped: nobody else can see it
+    if known.answers is None:  # it is stopped, so only py-spy can see it
         return replace(known, text=text)
     if not known.answers:
-        holder = next((_lane(rank, thread["name"]) for thread in threads if thread["holds_gil"]), "")
+        holder = next((_lane(rank, thread.name) for thread in threads if thread.holds_gil), "")
         return _held(known, seen, holder, text) if holder else known
     frames = {lane: _with_c(frame, seen.get(lane, ())) for lane, frame in known.frames.items()}
     if None in frames.values():
@@ -101,8 +111,8 @@ def as_spied(rank: int, threads: Sequence[Message], known: Stacks) -> Stacks | N
     return replace(known, text=text, frames={lane: frame for lane, frame in frames.items() if frame})
 
 
-def _held(known: Stacks, seen: Mapping[str, Sequence[Seen]], holder: str, text: str) -> Stacks | None:
-    """Of a mute rank, by the thread that holds its interpreter."""
+def _held(known: Stacks, seen: Mapping[str, Sequence[SpiedFrame]], holder: str, text: str) -> Stacks | None:
+    """For a rank that does not answer: where the thread that holds its GIL stands."""
     file, line, function, source = next(frame for frame in seen[holder] if frame.line is not None)
     assert line is not None
     if known.text and f'"{file}", line {line} in ' not in known.text:
@@ -111,27 +121,27 @@ def _held(known: Stacks, seen: Mapping[str, Sequence[Seen]], holder: str, text: 
     return replace(known, frames={holder: frame, BUSY: frame}, text=text, holder=holder)
 
 
-def _with_c(frame: StackFrame, seen: Sequence[Seen]) -> StackFrame | None:
-    """A frame that has called into C, with what it has called; None where the thread was seen elsewhere."""
+def _with_c(frame: StackFrame, seen: Sequence[SpiedFrame]) -> StackFrame | None:
+    """A frame in C, with the C functions that it has called; None where py-spy saw the thread elsewhere."""
     if not frame.native or not seen:
         return frame
     at = next(one for one in seen if one.line is not None)
     return frame._replace(c=in_c(seen)) if (at.file, at.line) == (frame.file, frame.line) else None
 
 
-def _spied_text(thread: Message) -> str:
-    holds = ", which holds the interpreter (the GIL)" if thread["holds_gil"] else ""
-    return f"{thread['name']}{holds}:\n" + "\n".join(_seen_line(Seen(*frame)) for frame in thread["frames"])
+def _spied_text(thread: SpiedThread) -> str:
+    holds = ", which holds the interpreter (the GIL)" if thread.holds_gil else ""
+    return f"{thread.name}{holds}:\n" + "\n".join(map(_seen_line, thread.frames))
 
 
-def _seen_line(seen: Seen) -> str:
+def _seen_line(seen: SpiedFrame) -> str:
     if seen.line is None:
         return f"  in {seen.function} ({seen.file.rpartition('/')[2]})"
     return _line(seen.file, seen.line, seen.function, seen.text)
 
 
 def _is_in_op(files: Iterable[str]) -> bool:
-    """Whether a thread runs an op, and does not wait in the transport or at a gate."""
+    """Whether a thread runs an op and does not wait in the transport or at a gate."""
     places = {file.rpartition("/dinfer/")[2] for file in files}
     return bool(places & LANES) and not places & TRANSPORT
 
@@ -143,9 +153,8 @@ def _lane(rank: int, thread: str) -> str:
     return "decode" if is_slow else thread
 
 
-def _frame(thread: Message) -> StackFrame:
-    file, line, function, text = thread["frames"][thread["at"]]
-    return StackFrame(file, line, function, text, thread["native"], thread["waits"], thread["held"])
+def _frame(thread: ThreadStack) -> StackFrame:
+    return StackFrame(*thread.frames[thread.at], thread.native, thread.waits, thread.held)
 
 
 def _line(file: str, line: int, function: str, text: str) -> str:
@@ -153,38 +162,38 @@ def _line(file: str, line: int, function: str, text: str) -> str:
 
 
 class Spied:
-    """Of the ranks of one session that are processes: each is looked at once, and again when it has moved since."""
+    """What py-spy sees of a session's ranks that are processes: each is read once, and again once it has moved."""
 
     def __init__(self, ranks: RankStates) -> None:
         self._ranks = ranks
-        self._begun: dict[int, int] = {}
-        self._seen: dict[int, list[Message]] = {}
+        self._begun = Pending[SpiedThreads]()
+        self._seen: dict[int, tuple[SpiedThread, ...]] = {}
 
     @property
     def ranks(self) -> frozenset[int]:
-        """Of which something has been seen."""
+        """The ranks of which something has been seen."""
         return frozenset(rank for rank, threads in self._seen.items() if threads)
 
     def begin(self, which: Iterable[int]) -> None:
-        """Have these looked at that are not yet."""
+        """Have those of these ranks read that have not been."""
         states = self._ranks.ranks
         new = [rank for rank in which if rank not in {*self._begun, *self._seen} and states[rank].process]
         if new:  # a run that is over may ask nothing
-            self._begun |= self._ranks.begin({rank: {"do": "spy"} for rank in new})
+            self._begun.update(self._ranks.begin(dict.fromkeys(new, SpyOnRank())))
 
     def looks_at(self, which: Iterable[int]) -> set[int]:
-        """Those of these that are being looked at, and so may have been stopped for it."""
+        """Those of these ranks that are being read, and so may be stopped meanwhile."""
         return {rank for rank in which if rank in self._begun}
 
     def collect(self) -> bool:
         """Whether something new has been seen."""
         come = self._ranks.collect(self._begun)
-        new = {rank: message.get("threads", []) for rank, message in come.items()}
+        new = {rank: answer.threads for rank, answer in come.items()}
         self._seen |= new
         return any(new.values())
 
     def added_to(self, stacks: Mapping[int, Stacks]) -> dict[int, Stacks]:
-        """What is known by rank, and what was seen; what is not so any more is forgotten."""
+        """What is known by rank, with what was seen; forgets what was seen of ranks that have moved since."""
         found = dict(stacks)
         for rank, threads in list(self._seen.items()):
             if not threads:  # there is no py-spy, or it may not look
@@ -197,4 +206,4 @@ class Spied:
 
     def forget(self) -> None:
         self._ranks.forget(self._begun)
-        self._begun, self._seen = {}, {}
+        self._begun, self._seen = Pending[SpiedThreads](), {}

@@ -1,7 +1,7 @@
-"""Watch: looks after a run that moves, and says why it does not. All that runs while nothing is wrong is cheap.
+"""HangWatch: notices that a run does not move, and says why. What it does while nothing is wrong is cheap.
 
-A lane that has not moved for a second is looked at with what is known; only if that gives a reason to suspect somebody
-are the ranks asked where their threads stand, and only a suspicion that this confirms is told.
+When a lane has not moved for a second, it judges by what is known already. Only if that raises a suspicion does it ask
+the ranks where their threads stand, and only a suspicion that their answers confirm becomes a verdict.
 """
 
 import threading
@@ -23,62 +23,62 @@ LOOK_S = 0.1
 JUDGE_S = 0.25
 
 ASK_S = 1.0
-"""how old stacks may be: CPU time, too, takes so long to tell"""
+"""How old stacks may be. Whether CPU time moves takes as long to tell."""
 
 OPEN_S = 0.9
-"""a lane that waits less than this is not looked at"""
+"""A lane that has waited less than this is not judged."""
 
 SUSPECT_AHEAD_S = 1.5
-"""How long before something counts as stuck the ranks are asked for their stacks: CPU time takes a second to tell."""
+"""So long before a lane counts as stuck, ranks are asked for their stacks: whether CPU time moves takes a second."""
 
 AHEAD_S, LEAST_AHEAD_S = 0.5, 0.4
-"""A verdict is to be out within 5 s, which is just when a lane becomes stuck: it is judged as it will be then; a little
-later where py-spy is about to say more."""
+"""A lane counts as stuck after 5 s, by when the verdict is due. So it is judged as it will be this much later; a little
+less where py-spy is about to say more."""
 
 QUIET = ("moving", "done", "paused", "held")
-"""kinds that are not told unasked; who is slow in a run that moves is not even looked for"""
+"""Kinds that are told only when asked for."""
 
 ASKS = 2
 """So often a mute rank's stacks are asked for before a verdict is told without them."""
 
 SPIED = ("stuck in C", "stopped")
-"""kinds of which py-spy knows more than the rank itself: nobody else is stopped for its look"""
+"""Kinds about which py-spy knows more than the rank itself. It stops the process that it reads, so no other is read."""
 
 
 class HangWatch:
-    """Of one run. `look` is called often; it and `judge` on any thread, also one that holds `line.changed`, but for a
-    `judge` of a run that is meant to move."""
+    """Of one run. `look` is called often. `look` and `judge` may be called on any thread, also on one that holds
+    `ranks.changed`; but not `judge(is_moving=True)`, which waits for answers."""
 
-    def __init__(self, job: Job, line: RankStates) -> None:
-        self._job, self._line, self._plan = job, line, job.plan
+    def __init__(self, job: Job, ranks: RankStates) -> None:
+        self._job, self._ranks, self._plan = job, ranks, job.plan
         self._sizes = sizes_of(job)
         self._graph: Graph | None = None
-        self._track = Track(len(line.ranks))
+        self._track = Track(len(ranks.ranks))
         self._asked: dict[int, Stacks] = {}
         self._stacks: dict[int, Stacks] = {}
-        """what they have said, and what was seen besides"""
-        self._spied = Spied(line)
+        """what they have answered, and what py-spy has seen"""
+        self._spied = Spied(ranks)
         self._asking = threading.Lock()
-        """Held by who asks the ranks, and so waits for `line.changed`: whoever may hold that must not wait for this."""
+        """Held by whoever asks the ranks, and so waits for `ranks.changed`. Who may hold that must not wait here."""
         self._told_with = frozenset[int]()
         self._looked_at = self._judged_at = self._asked_at = 0.0
         self._asks = 0
         self._decoding_since: float | None = None
-        """as far as it was looked; before, no token was to be made, and it was the user who took their time"""
+        """Since when tokens are to be made. Before, the run waited for its user."""
         self.plan_ids: Mapping[int, int] = {}
         self.found: Verdict | None = None
-        """what has been told and holds"""
+        """The verdict that was told and still holds."""
 
     def look(self, *, decoding: bool, ended: Mapping[int, str]) -> None:
-        """See whether there is something to tell; `found` is that."""
+        """Judge the run if it does not move; sets `found`. `ended`: how processes have ended, by rank."""
         now = time.monotonic()
         if now - self._looked_at < LOOK_S:
             return
         self._looked_at = now
         since = self._decodes_since(now) if decoding else now
-        with self._line.changed:
-            self._track.look(self._line.ranks, now)
-            quiet = [now - max(state.progressed, since) for state in self._line.ranks]
+        with self._ranks.changed:
+            self._track.look(self._ranks.ranks, now)
+            quiet = [now - max(state.progressed, since) for state in self._ranks.ranks]
         if max(self._track.longest_s(now), *quiet, 0.0) < OPEN_S:
             self._forget()
         elif now - self._judged_at >= JUDGE_S:
@@ -86,13 +86,13 @@ class HangWatch:
             self._look_closely(decoding, ended)
 
     def rest(self, *, decoding: bool) -> None:
-        """The run is not meant to move, or cannot."""
+        """Call this instead of `look` while the run is not meant to move, or cannot."""
         self.found = None
         if not decoding:
             self._decoding_since = None
 
     def judge(self, *, decoding: bool, ended: Mapping[int, str], is_moving: bool) -> Verdict:
-        """The verdict as things are now. `is_moving`: the run is meant to move, so that the ranks are to be asked."""
+        """The verdict at this moment. `is_moving`: the run is meant to move, so ask the ranks."""
         if self._asking.acquire(blocking=is_moving):
             try:
                 if is_moving:
@@ -105,7 +105,7 @@ class HangWatch:
         return replace(fresh, sentence=told.sentence) if told and same else fresh
 
     def evidence(self, *, decoding: bool, ended: Mapping[int, str], told: str) -> HangEvidence:
-        """What is known now, to be judged elsewhere; `told`: the sentence that it has led to."""
+        """What is known now, to be judged again later; `told`: the sentence of the verdict that it has led to."""
         return HangEvidence(tuple(self._signs(decoding, ended)), self._sizes, self._texts(), AHEAD_S, told)
 
     def _look_closely(self, decoding: bool, ended: Mapping[int, str]) -> None:
@@ -128,11 +128,11 @@ class HangWatch:
             self.found, self._told_with = verdict, self._spied.ranks
 
     def _ask(self, ended: Mapping[int, str]) -> None:
-        """Where the threads of all ranks stand that can say so, or be dumped."""
-        states = self._line.ranks
+        """Ask all living ranks where their threads stand."""
+        states = self._ranks.ranks
         living = [rank for rank, state in enumerate(states) if rank not in ended and state.stopped is None]
         seen = self._spied.looks_at(living)  # they cannot answer meanwhile
-        found = gather(self._line, [rank for rank in living if rank not in seen])
+        found = gather(self._ranks, [rank for rank in living if rank not in seen])
         for rank in found.keys() & self._asked.keys():  # a dump that does not come this time has come before
             if found[rank].answers is self._asked[rank].answers is False and not found[rank].text:
                 found[rank] = self._asked[rank]
@@ -141,13 +141,13 @@ class HangWatch:
         self._asked_at = time.monotonic()
         self._asks += 1
         process_s = time.process_time()
-        with self._line.changed:
+        with self._ranks.changed:
             for rank, stacks in found.items():
                 if stacks.cpu_s is not None and states[rank].cpu_s is None:
                     self._track.note_cpu(rank, self._asked_at, stacks.cpu_s, process_s)
 
     def _spy(self, suspicion: Verdict) -> None:
-        """Have py-spy look at who can be seen by nothing else, and take what it has seen."""
+        """Have py-spy read the suspects that nothing else can see into, and take what it has seen."""
         mute = {rank for rank, its in self._asked.items() if its.answers is False}
         self._spied.begin(rank for rank in suspicion.ranks if suspicion.kind in SPIED or rank in mute)
         if self._spied.collect():
@@ -168,10 +168,10 @@ class HangWatch:
         )
 
     def _signs(self, decoding: bool, ended: Mapping[int, str]) -> Sequence[Signs]:
-        with self._line.changed:
+        with self._ranks.changed:
             now = time.monotonic()
-            self._track.look(self._line.ranks, now)  # what has moved while ranks were asked is not stuck
-            signs = signs_of(self._plan, self._line.ranks, ended, self._track, self._stacks, now)
+            self._track.look(self._ranks.ranks, now)  # what has moved since the ranks were asked is not stuck
+            signs = signs_of(self._plan, self._ranks.ranks, ended, self._track, self._stacks, now)
         if decoding:
             longest = now - self._decodes_since(now)
             signs = [replace(its, quiet_s=min(its.quiet_s, longest)) for its in signs]
@@ -190,7 +190,7 @@ class HangWatch:
         return {rank: its.text for rank, its in self._stacks.items() if its.text}
 
     def _is_known(self, ranks: Sequence[int]) -> bool:
-        """Whether the CPU time of these has been heard of for long enough to tell whether it moves, if it can be."""
+        """Whether the CPU time of these ranks, where they tell it, is known for long enough to say whether it moves."""
         return not any(
             self._track.cpu_moves(rank) is None
             and (stacks := self._stacks.get(rank))
@@ -209,7 +209,7 @@ class HangWatch:
         return not unseen or (self._asks >= ASKS and not self._spied.looks_at(unseen))
 
     def _is_told(self, verdict: Verdict) -> bool:
-        """It is told again when py-spy, which may take long, has seen more since."""
+        """Whether the same was told before, with no less seen by py-spy, which may take long."""
         found = self.found
         is_same = found is not None and (found.kind, found.ranks) == (verdict.kind, verdict.ranks)
         return is_same and self._told_with == self._spied.ranks

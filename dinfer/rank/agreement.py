@@ -1,4 +1,4 @@
-"""Do all ranks run the same thing? Asked once they have met, before anything is computed."""
+"""Checks that all ranks run the same thing, once they have met and before anything is computed."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ _OWN = frozenset(
         "prompt_ids",
     }
 )
-"""What may differ from rank to rank: where things lie on its host. The prompt is compared as token ids."""
+"""Parameters that may differ from rank to rank, such as paths on its host. The prompt is compared as token ids."""
 
 
 class RanksDisagree(DinferError, RuntimeError):
@@ -37,7 +37,7 @@ class RanksDisagree(DinferError, RuntimeError):
 
 
 def facts_of(config: Config, spec: Spec, ids: Sequence[int], plan_id: int) -> dict[str, str]:
-    """What must be the same on every rank, by name; what follows from others comes last."""
+    """What must be the same on every rank, by name. What follows from others comes last."""
     given = {name: str(value) for name, value in vars(config).items() if name not in _OWN}
     return {
         "dinfer": __version__,
@@ -56,14 +56,14 @@ def agree(comm: Comm, facts: Mapping[str, str]) -> None:
     names = list(dict.fromkeys(name for said in by_rank for name in said))
     different = [name for name in names if len({said.get(name) for said in by_rank}) > 1]
     if different and different != ["plan"]:
-        different = [name for name in different if name != "plan"]  # which only follows from the others
+        different = [name for name in different if name != "plan"]  # it follows from the others
     if different:
         listed = " ".join(f"{name}: {_who_has_what(name, by_rank)}." for name in different)
         raise RanksDisagree(f"the ranks do not run the same thing. {listed} Start all ranks alike.")
 
 
 def _packed(facts: Mapping[str, str]) -> bytes:
-    """Equally many bytes on every rank, whatever is in them: gloo would end a rank that gets more than it expects."""
+    """As many bytes on every rank, whatever they hold: gloo aborts a rank that receives more than it expects."""
     short = {name: value if len(value) <= _LONGEST else _digest(value) for name, value in facts.items()}
     data = json.dumps(short).encode()
     assert len(data) <= _BYTES

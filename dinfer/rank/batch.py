@@ -1,18 +1,16 @@
 """One rank's run from loading to result, whoever started its process: meet, prefill, decode, tell."""
 
-import contextlib
 import logging
 import os
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Any
 
 import torch
 
 from dinfer.config import Config
 from dinfer.engine.engine import Engine
-from dinfer.engine.lanes import LaneExecutor
 from dinfer.kv.digests import block_digests, row_digests
+from dinfer.messages import BatchResult, BlockCorrupt, TextPiece
 from dinfer.model.decoder import Decoder
 from dinfer.model.text import TextStream, load_tokenizer
 from dinfer.rank.agreement import agree, facts_of
@@ -30,16 +28,13 @@ def run_rank(
     ids: Sequence[int],
     control: Control,
     meet: Callable[[], Comm],
-    *,
-    paused: bool = False,
-) -> dict[str, Any]:
+) -> BatchResult:
     """Load, `meet()` the other ranks, prefill, decode; this rank's part of the result.
 
-    With `paused`, the lanes are left to the session's commands until it says `decode`. Raises OutOfMemory, with what
-    to change, where memory runs out.
+    Raises OutOfMemory, with what to change, where memory runs out.
     """
     with explained(config, ids, device_of(rank, config)):
-        return _run(rank, config, ids, control, meet, paused=paused)
+        return _run(rank, config, ids, control, meet)
 
 
 def _run(
@@ -48,9 +43,7 @@ def _run(
     ids: Sequence[int],
     control: Control,
     meet: Callable[[], Comm],
-    *,
-    paused: bool,
-) -> dict[str, Any]:
+) -> BatchResult:
     torch.set_num_threads(config.threads)
     control.board.set_phase("loading")
     decoder = Decoder.load(config.model_path, config.dtype, device_of(rank, config))
@@ -60,34 +53,30 @@ def _run(
     on_op = OpLog(log, decoder.num_layers)
     engine = Engine(
         decoder, comm, config, board=control.board, memory=control.recorder_memory, on_op=on_op,
-        on_corrupt=lambda found: control.report("note", note="corrupt", order=None, found=found.as_dict()),
+        on_corrupt=lambda found: control.report(BlockCorrupt(found.as_dict())),
     )  # fmt: skip
     agree(comm, facts_of(config, decoder.spec, ids, engine.plan_for(len(ids)).id))
     executor = engine.prepare(ids)
     assert engine.recorder is not None
-    control.attach(executor, engine.recorder.lanes)
+    control.attach(rank, engine.recorder.lanes)
     comm.all_gather(b"r")  # prefill starts together, so that its time is not that of the slowest to load
-    if paused:
-        control.board.set_phase("prefill")
-        control.report("ready")
-        _stepped(executor, control)
     kv_sha256 = _prefill(engine, len(ids))
     tokens, decode_s = _decode(engine, control)
     comm.all_gather(b"d")  # nobody leaves while another still needs it
     engine.release()
     comm.close()
-    return {
-        "host": os.uname().nodename,
-        "device": str(decoder.device),
-        "threads": torch.get_num_threads(),
-        "dtype": str(decoder.dtype).removeprefix("torch."),
-        "kv_sha256": kv_sha256,
-        "tokens": tokens,
-        "plan_id": f"{executor.plan.id:016x}",
-        "decode_s": decode_s,
-        "lost_events": engine.recorder.lost,
-        "log_trouble": log_trouble(log),
-    }
+    return BatchResult(
+        host=os.uname().nodename,
+        device=str(decoder.device),
+        threads=torch.get_num_threads(),
+        dtype=str(decoder.dtype).removeprefix("torch."),
+        kv_sha256=kv_sha256,
+        tokens=tuple(tokens),
+        plan_id=executor.plan.id,
+        decode_s=decode_s,
+        lost_events=engine.recorder.lost,
+        log_trouble=log_trouble(log),
+    )
 
 
 def warm_up(decoder: Decoder, config: Config, tokens: int) -> None:
@@ -124,22 +113,13 @@ def _decode(engine: Engine, control: Control) -> tuple[list[int], float]:
     def show(token: int) -> None:
         log.debug("token %d", token)
         if engine.rank == 0:
-            control.report("text", text=stream.push(token) if stream else f"{token} ")
+            control.report(TextPiece(stream.push(token) if stream else f"{token} "))
 
     started = perf_counter()
     tokens = engine.decode_phase(on_token=show)
     took = perf_counter() - started - engine.check_s
     if engine.rank == 0 and stream:
-        control.report("text", text=stream.flush())
+        control.report(TextPiece(stream.flush()))
     log.info("decode done in %.3f s: %d tokens", took, len(tokens))
     control.board.set_phase("done", len(tokens))
     return tokens, took
-
-
-def _stepped(executor: LaneExecutor, control: Control) -> None:
-    """Leave the lanes to the session's commands until it says `decode`. Raises OpFailed."""
-    while True:
-        with contextlib.suppress(TimeoutError):
-            control.told("decode", timeout=0.1)
-            return
-        executor.wait(lambda: True)  # raises if a lane has failed meanwhile

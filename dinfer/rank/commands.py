@@ -1,71 +1,78 @@
-"""Commands: what a session can have a rank do, as a table from name to function.
+"""Command tables: which function of a rank carries out which command.
 
-Messages are JSON objects. A quick command is answered at once, whatever the rank is doing; a slow one (loading,
-decoding) has a thread of its own, where slow ones run one after another. Here is the table, and those commands that
-move the lanes of one executor; the host adds its own.
+A quick command is carried out at once, whatever the rank is doing; a slow one (loading, decoding) on a thread of its
+own, where slow ones run one after another. Here are the commands that stop lanes; others are beside what they work on.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
-from dinfer.engine.board import Stand
 from dinfer.engine.lanes import LaneExecutor
-from dinfer.messages import Message
+from dinfer.messages import (
+    Answer,
+    Command,
+    Freeze,
+    GetStand,
+    Ok,
+    RankReport,
+    Refused,
+    Release,
+    Reply,
+    Stand,
+)
 from dinfer.plan.graph import Channel
 
-Function = Callable[[Message], Message]
+C = TypeVar("C", bound=Command[Any])
 
 
-class Command(NamedTuple):
-    """`slow`: it may wait for files, devices or other ranks."""
+class Handler(NamedTuple):
+    """What carries out commands of one type. `slow`: it may wait for files, devices or other ranks."""
 
-    function: Function
-    slow: bool = False
-
-
-CommandTable = dict[str, Command]
+    kind: type[Command[Any]]
+    function: Callable[[Any], Answer]
+    slow: bool
 
 
-def answer(command: Command, message: Message) -> Message:
-    """What the command says; an error is an answer too: the line to the session must go on."""
+CommandTable = dict[type[Command[Any]], Handler]
+
+
+def quick(kind: type[C], function: Callable[[C], Answer]) -> Handler:
+    """Carry out these commands at once."""
+    return Handler(kind, function, slow=False)
+
+
+def slow(kind: type[C], function: Callable[[C], Answer]) -> Handler:
+    """Carry out these commands on the thread for slow ones."""
+    return Handler(kind, function, slow=True)
+
+
+def table_of(handlers: Iterable[Handler]) -> CommandTable:
+    return {handler.kind: handler for handler in handlers}
+
+
+def answer(table: CommandTable, number: int, command: Command[Any]) -> RankReport:
+    """Carry out request `number`; an error is an answer too, since the session must hear of it."""
+    handler = table.get(type(command))
+    if handler is None:
+        return Refused(number, f"this rank has no command {type(command).__name__}")
     try:
-        return command.function(message)
+        return Reply(number, handler.function(command))
     except Exception as error:
         own = type(error).__module__.startswith("dinfer")
-        return {"error": str(error) if own else f"{type(error).__name__}: {error}"}
+        return Refused(number, str(error) if own else f"{type(error).__name__}: {error}")
 
 
-def stand_fields(stand: Stand) -> Message:
-    return {"positions": stand.positions, "started": stand.started, "limits": stand.limits}
+def stand_commands(executor: Callable[[], LaneExecutor]) -> list[Handler]:
+    """Commands that stop lanes where they are, and let go of what waits for a peer."""
 
+    def freeze(_: Freeze) -> Stand:
+        return executor().freeze()
 
-def stand_of(message: Message) -> Stand:
-    return Stand(tuple(message["positions"]), tuple(map(bool, message["started"])), tuple(message["limits"]))
+    def stand(_: GetStand) -> Stand:
+        return executor().stand()
 
+    def release(command: Release) -> Ok:
+        executor().release([Channel(*channel) for channel in command.channels])
+        return Ok()
 
-def lane_commands(executor: Callable[[], LaneExecutor]) -> CommandTable:
-    """Commands that move the lanes of whatever executor there is just then. `cut` is that of all ranks."""
-
-    def limits(message: Message) -> Message:
-        found = executor()
-        found.set_limits(message["cut"][found.rank])
-        return {}
-
-    def freeze(_: Message) -> Message:
-        return stand_fields(executor().freeze())
-
-    def release(message: Message) -> Message:
-        executor().release([Channel(*channel) for channel in message["channels"]])
-        return {}
-
-    def rewind(message: Message) -> Message:
-        found = executor()
-        found.rewind(message["cut"][found.rank])
-        return {}
-
-    return {
-        "limits": Command(limits),
-        "freeze": Command(freeze),
-        "release": Command(release),
-        "rewind": Command(rewind, slow=True),  # it computes hidden states anew
-    }
+    return [quick(Freeze, freeze), quick(GetStand, stand), quick(Release, release)]

@@ -1,61 +1,78 @@
 """Control: a rank's end of the line to its session, through the watcher beside it.
 
-A thread takes commands and answers each, slow ones by a thread of their own; reports go out in order. The rank's main
+A thread takes commands and answers each, slow ones on a thread of their own; reports go out in order. The rank's main
 thread may be busy meanwhile, in a notebook cell say.
 """
 
 import contextlib
 import itertools
-import json
 import os
 import queue
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from dinfer.engine.board import Board, anonymous_file, map_file
-from dinfer.engine.lanes import LaneExecutor
-from dinfer.messages import Message
-from dinfer.rank.commands import Command, CommandTable, answer, lane_commands
+from dinfer.messages import (
+    AllStands,
+    AskStands,
+    Command,
+    GetStacks,
+    Lanes,
+    RankLink,
+    RankReport,
+    Refused,
+    Stand,
+    UnknownMessage,
+    pack_report,
+    unpack_command,
+    unpack_request,
+)
+from dinfer.rank.commands import CommandTable, answer, quick, table_of
 from dinfer.rank.debugger import undebugged
+from dinfer.rank.frames import recv_frames, send_frames
 from dinfer.rank.pyspy import let_look
 from dinfer.rank.stacks import dump_into, stacks, thread_names
 from dinfer.rank.watcher import MEMORY_BYTES, RECORDER_BYTES
 
 CLOSING_S = 10.0
 
+C = TypeVar("C", bound=Command[Any])
+
 
 @cache
 def _dump_file() -> int:
-    """Where this process writes its stacks, for one session after the other: open for good, as a signal may come at any
+    """Where this process writes its stacks. Open for good, for one session after the other: a signal may come at any
     time."""
     return anonymous_file(0)
 
 
 class Control:
-    """Starts the watcher. `link` says whom to publish to: rank, endpoint, keys, launcher (a process id)."""
+    """Starts the watcher, which connects to the session that `link` names.
 
-    def __init__(self, link: Message) -> None:
+    `awaited`: types of commands that are no requests: whoever calls `wait_for` gets them, and no reply is sent.
+    """
+
+    def __init__(self, link: RankLink, awaited: tuple[type[Command[Any]], ...] = ()) -> None:
         descriptor = anonymous_file(MEMORY_BYTES)
         self._memory = map_file(descriptor, MEMORY_BYTES)
         self.board = Board(self._memory)
         self._socket, theirs = socket.socketpair()
         self._lock = threading.Lock()
         self._table: CommandTable = {}
-        self._slow: queue.SimpleQueue[tuple[Command, Message] | None] = queue.SimpleQueue()
+        self._slow: queue.SimpleQueue[tuple[int, Command[Any]] | None] = queue.SimpleQueue()
         self._questions = itertools.count(1)
-        self._told: dict[str, Message] = {}
+        self._awaited = awaited
+        self._came: dict[object, Command[Any]] = {}
+        """awaited commands by type, and answers to `AskStands` by question"""
         self._news = threading.Condition()
-        command = [
-            sys.executable,
-            "-m",
-            "dinfer.rank.watcher",
-            str(descriptor),
-            str(theirs.fileno()),
-        ]
+        command = [sys.executable, "-m", "dinfer.rank.watcher", str(descriptor), str(theirs.fileno())]
         dump = _dump_file()
         can_dump = dump_into(dump)
         with undebugged():
@@ -65,7 +82,8 @@ class Control:
         let_look(self.watcher.pid)
         theirs.close()
         os.close(descriptor)
-        self._socket.sendall(json.dumps({**link, "dump": dump if can_dump else None}).encode() + b"\n")
+        told = msgspec.structs.replace(link, dump=dump if can_dump else None)
+        send_frames(self._socket, [msgspec.msgpack.encode(told)])
         threading.Thread(target=self._listen, name="control", daemon=True).start()
         threading.Thread(target=self._work, name="control, slow commands", daemon=True).start()
 
@@ -73,38 +91,39 @@ class Control:
     def recorder_memory(self) -> memoryview:
         return self._memory[len(self._memory) - RECORDER_BYTES :]
 
-    def report(self, kind: str, /, **fields: Any) -> None:
-        """Tell the session something; returns once it is on its way."""
-        line = json.dumps({"type": kind, **fields}, ensure_ascii=False).encode() + b"\n"
+    def report(self, report: RankReport) -> None:
+        """Tell the session something; returns once it is on its way. Raises OSError where the watcher has ended."""
+        frames = pack_report(report)
         with self._lock:
-            self._socket.sendall(line)
+            send_frames(self._socket, frames)
 
     def serve(self, table: CommandTable) -> None:
         """Answer these commands from now on."""
         self._table = table
 
-    def attach(self, executor: LaneExecutor, lanes: tuple[str, ...]) -> None:
-        """Let commands move this executor; `lanes` are its recorder's. Called on the thread that is to decode."""
-        self.report("lanes", lanes=list(lanes), threads=thread_names())
-        rank, decoding = executor.rank, threading.current_thread().name
-        told = Command(lambda _: stacks(rank, alone=True, decoding=decoding))
-        self.serve({**lane_commands(lambda: executor), "stacks": told})
+    def attach(self, rank: int, lanes: Sequence[str]) -> None:
+        """Publish a run of these recorder's lanes, and say where threads stand when asked. Called on the thread that
+        is to decode."""
+        self.report(Lanes(tuple(lanes), thread_names()))
+        decoding = threading.current_thread().name
+        self.serve(table_of([quick(GetStacks, lambda _: stacks(rank, alone=True, decoding=decoding))]))
 
-    def ask(self, what: str, timeout: float) -> Message | None:
-        """The session's answer to a question of this rank; None where nobody answers in time."""
-        key = f"answer {next(self._questions)}"
+    def ask_stands(self, timeout: float) -> list[Stand | None]:
+        """Where the session knows all ranks to stand; empty where it does not answer in time."""
+        question = next(self._questions)
         try:
-            self.report("ask", what=what, key=key)
-            return self.told(key, timeout)
+            self.report(AskStands(question))
+            found = self._take(question, timeout)
         except (OSError, TimeoutError):
-            return None
+            return []
+        assert isinstance(found, AllStands)
+        return list(found.stands)
 
-    def told(self, what: str, timeout: float) -> Message:
-        """The session's message `what`, once it has come. Raises TimeoutError."""
-        with self._news:
-            if not self._news.wait_for(lambda: what in self._told, timeout):
-                raise TimeoutError(f"the session has not said {what!r} within {timeout:g} s")
-            return self._told[what]
+    def wait_for(self, kind: type[C], timeout: float) -> C:
+        """The session's command of this type, which must be one of those `awaited`. Raises TimeoutError."""
+        found = self._take(kind, timeout)
+        assert isinstance(found, kind)
+        return found
 
     def close(self) -> None:
         """End the line; the watcher publishes what is left and ends by itself."""
@@ -112,28 +131,44 @@ class Control:
             self._socket.shutdown(socket.SHUT_WR)
         self.watcher.wait(CLOSING_S)
 
+    def _take(self, key: object, timeout: float) -> Command[Any]:
+        with self._news:
+            if not self._news.wait_for(lambda: key in self._came, timeout):
+                raise TimeoutError(f"the session has not sent {key} within {timeout:g} s")
+            return self._came.pop(key)
+
     def _listen(self) -> None:
-        with self._socket, self._socket.makefile("rb") as lines:
-            for line in lines:
-                message = json.loads(line)
-                command = self._table.get(message["do"])
-                if command is None:
-                    self._hear(message)
-                elif command.slow:
-                    self._slow.put((command, message))
-                else:
-                    self._reply(command, message)
+        with self._socket:
+            while frames := recv_frames(self._socket):
+                self._hear(frames[0])
         self._slow.put(None)
+
+    def _hear(self, frame: bytes) -> None:
+        request = unpack_request(frame)
+        try:
+            command = unpack_command(request.command)
+        except UnknownMessage as unknown:
+            self._send(Refused(request.number, str(unknown)))
+            return
+        handler = self._table.get(type(command))
+        if isinstance(command, AllStands):
+            self._note(command.question, command)
+        elif isinstance(command, self._awaited):
+            self._note(type(command), command)
+        elif handler and handler.slow:
+            self._slow.put((request.number, command))
+        else:
+            self._send(answer(self._table, request.number, command))
 
     def _work(self) -> None:
         while task := self._slow.get():
-            self._reply(*task)
+            self._send(answer(self._table, *task))
 
-    def _hear(self, message: Message) -> None:
+    def _note(self, key: object, command: Command[Any]) -> None:
         with self._news:
-            self._told[message["do"]] = message
+            self._came[key] = command
             self._news.notify_all()
 
-    def _reply(self, command: Command, message: Message) -> None:
+    def _send(self, report: RankReport) -> None:
         with contextlib.suppress(OSError):  # nobody is left to hear it
-            self.report("reply", id=message["id"], **answer(command, message))
+            self.report(report)

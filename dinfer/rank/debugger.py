@@ -1,7 +1,7 @@
-"""Debugger: lets VS Code, or another client of debugpy, attach to a rank. Off unless environment or session ask.
+"""Lets VS Code, or another client of debugpy, attach to a rank, if the environment or the session asks for it.
 
 DINFER_DEBUGPY=1: rank n listens on 127.0.0.1 at port 5678 + n (another number: at that port + n).
-DINFER_DEBUGPY_WAIT=1: and begins its work only once a client is there.
+DINFER_DEBUGPY_WAIT=1: it begins its work only once a client has attached.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ FIRST_PORT = 5678
 
 
 def undebugged() -> contextlib.AbstractContextManager[object]:
-    """Processes started inside are not debugged with their parent: a watcher must go on while its rank stands still.
+    """A context in which children are not debugged with their parent: a watcher must run while its rank is stopped.
 
-    debugpy rewrites the command of every Python that a debugged process starts; this is its own way round that.
+    debugpy rewrites the command of every Python that a debugged process starts; this is its own exception from that.
     """
     patch = sys.modules.get("_pydev_bundle.pydev_monkey")
     skip = getattr(patch, "skip_subprocess_arg_patch", contextlib.nullcontext)
@@ -29,7 +29,7 @@ class DebuggerError(DinferError, RuntimeError):
 
 
 def listen_for_debugger(rank: int) -> None:
-    """Do what the environment asks. Raises DebuggerError."""
+    """Listen, and wait, as the environment says. Raises DebuggerError."""
     asked = os.environ.get("DINFER_DEBUGPY", "")
     if asked in ("", "0"):
         return
@@ -56,7 +56,7 @@ def listen(port: int) -> None:
         import debugpy
     except ImportError:
         raise DebuggerError("debugpy is not installed: pip install debugpy.") from None
-    debugpy.configure(subProcess=False)  # the watcher must go on while its rank stands at a breakpoint
+    debugpy.configure(subProcess=False)  # the watcher must run while its rank is at a breakpoint
     try:
         debugpy.listen(("127.0.0.1", port))
     except (RuntimeError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Tokens: decode under a session's control: so many tokens, stop, go on, go back."""
+"""Decode under a session's control: so many tokens, stop, go on, go back."""
 
 import threading
 from collections.abc import Callable
@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dinfer.engine.corruption import Corrupted
 from dinfer.engine.decoding import Decoding
 from dinfer.engine.engine import Engine
-from dinfer.messages import Message
+from dinfer.messages import NewTokens
 from dinfer.model.text import TextStream, load_tokenizer
 
 OnToken = Callable[[int, int, str], None]
-"""called with the number of new tokens, the token, and the text that it completes"""
+"""Called with the number of new tokens, the token, and the text that it completes."""
 
 
 class TokenFailed(RuntimeError):
-    """One rank cannot make a token, for which the others wait. The original error is the cause."""
+    """One rank has failed at a token, for which the others wait. The original error is the cause."""
 
     def __init__(self, rank: int, token: int, error: BaseException) -> None:
         super().__init__(f"rank {rank} failed at new token {token}: {type(error).__name__}: {error}")
@@ -22,7 +22,7 @@ class TokenFailed(RuntimeError):
 
 
 class Tokens:
-    """The new tokens of one prompt on one rank. All ranks must be sent to the same number of tokens."""
+    """The new tokens of one prompt on one rank. All ranks must be given the same limits."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -40,14 +40,14 @@ class Tokens:
 
     @property
     def rows(self) -> int:
-        """How many rows of KV there are with those of new tokens; 0: there are no new tokens."""
+        """Rows of KV, with those of new tokens; 0 if there are no new tokens."""
         return self._decoding.rows if self._decoding and self._decoding.tokens else 0
 
     def limit_to(self, limit: int | None) -> int:
-        """Stop at that many tokens; None: begin no other until a limit is told. How many have been begun.
+        """Stop at that many tokens; None: begin no further one until there is a limit. Returns how many were begun.
 
-        To stop, all ranks are held first, and then let go to what the furthest has begun: one that had returned by then
-        would be missing there.
+        To stop, a session first holds all ranks, then lets them go to what the furthest has begun: all are needed for
+        that token.
         """
         with self._told:
             self._held = limit is None
@@ -55,8 +55,8 @@ class Tokens:
             self._told.notify_all()
             return self._begun
 
-    def run(self, on_token: OnToken) -> Message:
-        """Decode until the limit is reached or the text ends; not where the run is to pause for changed bytes: then
+    def run(self, on_token: OnToken) -> NewTokens:
+        """Decode up to the limit or the end of the text. Does not begin if the run is to pause for changed bytes; then
         `remark` says so."""
         self._engine.board.set_phase("decode", len(self.tokens))  # from now on others may wait for this rank
         try:
@@ -64,12 +64,12 @@ class Tokens:
         except Corrupted as found:
             if self._engine.config.on_corruption == "fail":
                 raise
-            return {"tokens": [], "ended": False, "remark": str(found)}
+            return NewTokens((), False, str(found))
         while self._begin(decoding):
             token = decoding.step()
             text = self._stream.push(token) if self._stream else f"{token} "
             on_token(len(decoding.tokens), token, text)
-        return {"tokens": list(decoding.tokens), "ended": decoding.is_done}
+        return NewTokens(tuple(decoding.tokens), decoding.is_done)
 
     def back_to(self, tokens: int) -> None:
         """Forget all but the first that many."""
@@ -92,7 +92,7 @@ class Tokens:
         return self._decoding
 
     def _begin(self, decoding: Decoding) -> bool:
-        """Whether to decode one more; if so, it counts as begun: whoever stops one rank must let all come so far."""
+        """Whether to decode one more, which then counts as begun: all other ranks must come as far."""
         with self._told:
             self._told.wait_for(lambda: not self._held)
             if len(decoding.tokens) >= self._limit or decoding.is_done:

@@ -1,4 +1,4 @@
-"""Arming: a session's word to a rank about the faults that are to strike there."""
+"""How a session breaks a rank: faults in its KV, for `run.inject`, and misbehaviour, for the fault lab."""
 
 import ctypes
 import os
@@ -11,39 +11,37 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import msgspec
+
 from dinfer.engine.engine import Engine
 from dinfer.engine.faults import OnStrike, Strike
 from dinfer.engine.ops import HANDLERS, Outcome, header_at
 from dinfer.engine.prefill import Prefill
-from dinfer.messages import Message
+from dinfer.messages import Behave, Edited, FaultStruck, Misbehave, Ok, RankReport, SetFaults, Struck
 from dinfer.plan.faults import Fault
 from dinfer.plan.graph import channel_of
 from dinfer.plan.ops import Op, parse_op
-from dinfer.rank.commands import Command, CommandTable, stand_fields
+from dinfer.rank.commands import Handler, quick, slow
 from dinfer.transport.faulty import CutLink, SendsElsewhere, SendsLonger, SendsTwice, SlowReceiver
 from dinfer.transport.gloo import Comm
 
+Send = Callable[[RankReport], None]
 
-def fault_commands(
-    engine: Callable[[], Engine], report: Callable[..., None], tell_edits: Callable[[list[str]], None]
-) -> CommandTable:
-    """`faults`: all that are to strike from now on; `stand`: where the rank stands, without stopping it."""
 
-    def tell(strike: Strike) -> None:
-        report("note", note="fault", **strike._asdict())
+def fault_commands(engine: Callable[[], Engine], report: Send) -> list[Handler]:
+    def strike(found: Strike) -> None:
+        report(FaultStruck(found.number, found.changed, found.found))
 
-    def take(message: Message) -> Message:
-        tell_edits(set_faults(engine(), [Fault.of(one) for one in message["faults"]], tell))
-        return {}
+    def take(command: SetFaults) -> Ok:
+        if edited := set_faults(engine(), [Fault.of(one) for one in command.faults], strike):
+            report(Edited(tuple(edited)))
+        return Ok()
 
-    def stand(_: Message) -> Message:
-        return stand_fields(engine().executor.stand())
-
-    return {"faults": Command(take, slow=True), "stand": Command(stand)}
+    return [slow(SetFaults, take)]
 
 
 def set_faults(engine: Engine, faults: Sequence[Fault], tell: OnStrike) -> list[str]:
-    """Have these faults, and no others, strike on this rank, which stands; what was edited by hand before."""
+    """Have these faults, and no others, strike on this rank, which must stand; what its user had edited before."""
     prompt, armed = engine.prompt, engine.prompt.state.faults
     edited, room = prompt.new_edits(), armed.extra_rows
     armed.arm(faults, tell)
@@ -58,9 +56,17 @@ FOREVER_S = 3600
 APART_S, POSTED_S = 10.0, 0.05
 """how long to wait for another lane to come to its op, and for what it sends to be on its way"""
 
-Handler = Callable[[Prefill, Op, Comm], Outcome]
+RunOp = Callable[[Prefill, Op, Comm], Outcome]
 
-Act = Callable[[Handler, Prefill, Op, Comm, Message], Outcome]
+
+class Order(msgspec.Struct, frozen=True):
+    """What a session has ordered. `begun`: set once it has struck."""
+
+    to: Misbehave
+    begun: threading.Event
+
+
+Act = Callable[[RunOp, Prefill, Op, Comm, Order], Outcome]
 
 _WHOLE = dict(HANDLERS)
 
@@ -69,33 +75,31 @@ class Mischief(RuntimeError):
     """What an op raises where it is told to raise something."""
 
 
-def misbehave_commands(rank: int, report: Callable[..., None]) -> CommandTable:
-    """`misbehave`: one act, from now on; `behave`: none any more. The first strike is reported, with its time."""
+def misbehave_commands(rank: int, report: Send) -> list[Handler]:
+    """The first strike of each order is reported, with its time."""
 
-    def take(message: Message) -> Message:
-        arm(rank, message, lambda op: report("struck", op=str(op), at=time.monotonic()))
-        return {}
+    def take(command: Misbehave) -> Ok:
+        arm(rank, command, lambda op: report(Struck(str(op), time.monotonic())))
+        return Ok()
 
-    def behave(_: Message) -> Message:
+    def behave(_: Behave) -> Ok:
         disarm()
-        return {}
+        return Ok()
 
-    return {"misbehave": Command(take), "behave": Command(behave)}
+    return [quick(Misbehave, take), quick(Behave, behave)]
 
 
-def arm(rank: int, order: Message, struck: Callable[[Op], None]) -> None:
-    """Have this rank do `order["act"]` at the ops that it is about: those in `ops`, texts, or all of kind `of`, of that
-    peer where one is named. What more an act needs is in the order too."""
-    act = ACTS[order["act"]]
-    kind = order.get("of") or order["ops"][0].split()[0]
-    behind, begun = HANDLERS[kind], threading.Event()
-    order = {**order, "begun": begun}
+def arm(rank: int, command: Misbehave, struck: Callable[[Op], None]) -> None:
+    """Have this rank misbehave; `struck` is called when it does so first. Raises KeyError for an unknown act."""
+    act = ACTS[command.act]
+    kind = command.of or command.ops[0].split()[0]
+    behind, order = HANDLERS[kind], Order(command, threading.Event())
 
     def handler(state: Prefill, op: Op, comm: Comm) -> Outcome:
-        if state.rank != rank or not _is_meant(order, op):
+        if state.rank != rank or not _is_meant(command, op):
             return behind(state, op, comm)
-        if not begun.is_set() and ("of" in order or str(op) == order["ops"][0]):
-            begun.set()
+        if not order.begun.is_set() and (command.of or str(op) == command.ops[0]):
+            order.begun.set()
             struck(op)
         return act(behind, state, op, comm, order)
 
@@ -103,14 +107,14 @@ def arm(rank: int, order: Message, struck: Callable[[Op], None]) -> None:
 
 
 def disarm() -> None:
-    """Of all ranks of this process."""
+    """Let all ranks of this process behave again."""
     HANDLERS.update(_WHOLE)
 
 
-def _is_meant(order: Message, op: Op) -> bool:
-    if "of" in order:
-        return order.get("peer") in (None, op.peer)
-    return str(op) in order["ops"]
+def _is_meant(command: Misbehave, op: Op) -> bool:
+    if command.of:
+        return command.peer in (None, op.peer)
+    return str(op) in command.ops
 
 
 # -- messages
@@ -121,9 +125,9 @@ def _skip(*_: Any) -> Outcome:
     return Outcome()
 
 
-def _reorder(_: Handler, state: Prefill, op: Op, comm: Comm, order: Message) -> Outcome:
+def _reorder(_: RunOp, state: Prefill, op: Op, comm: Comm, order: Order) -> Outcome:
     """Of two sends each sends what is the other's, which need not have been computed."""
-    first, second = map(parse_op, order["ops"])
+    first, second = map(parse_op, order.to.ops)
     other = second if op == first else first
     payload = state.block(other.chunk, other.layer)
     met = comm.send(channel_of(comm.rank, op), header_at(state, other).pack(), payload)
@@ -131,52 +135,51 @@ def _reorder(_: Handler, state: Prefill, op: Op, comm: Comm, order: Message) -> 
 
 
 def _with(
-    wire: Callable[..., Comm], handler: Handler, state: Prefill, op: Op, comm: Comm, order: Message
+    wire: Callable[..., Comm], handler: RunOp, state: Prefill, op: Op, comm: Comm, order: Order
 ) -> Outcome:
     """The op itself, over a transport that is broken."""
-    return handler(state, op, wire(comm, *order.get("with", ())))
+    return handler(state, op, wire(comm, *order.to.wire))
 
 
-def _elsewhere(handler: Handler, state: Prefill, op: Op, comm: Comm, order: Message) -> Outcome:
+def _elsewhere(handler: RunOp, state: Prefill, op: Op, comm: Comm, order: Order) -> Outcome:
     """The first op's message goes to another rank; the second op, which is to send that rank the same, comes after it:
     header and payload of two messages on one channel must not mix, which would end who receives them."""
-    if str(op) == order["ops"][0]:
-        return handler(state, op, SendsElsewhere(comm, *order["with"]))
-    order["begun"].wait(APART_S)
+    if str(op) == order.to.ops[0]:
+        return handler(state, op, SendsElsewhere(comm, int(order.to.wire[0])))
+    order.begun.wait(APART_S)
     time.sleep(POSTED_S)
     return handler(state, op, comm)
 
 
-def _another_plan(handler: Handler, state: Prefill, op: Op, comm: Comm, _: Message) -> Outcome:
+def _another_plan(handler: RunOp, state: Prefill, op: Op, comm: Comm, _: Order) -> Outcome:
     """From here on this rank's messages say, and expect, that they are of another plan."""
     state.plan = replace(state.plan, schedule="another")
     return handler(state, op, comm)
 
 
-def _command(handler: Handler, state: Prefill, op: Op, comm: Comm, order: Message) -> Outcome:
+def _command(handler: RunOp, state: Prefill, op: Op, comm: Comm, order: Order) -> Outcome:
     """The op, after a command that does something to this host's network."""
-    subprocess.run(
-        order["command"], stdin=subprocess.DEVNULL, capture_output=True, timeout=APART_S, check=True
-    )
+    command = order.to.command
+    subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=APART_S, check=True)
     return handler(state, op, comm)
 
 
 # -- ops
 
 
-def _raise(_handler: Handler, _state: Prefill, op: Op, *_: Any) -> Outcome:
+def _raise(_handler: RunOp, _state: Prefill, op: Op, *_: Any) -> Outcome:
     raise Mischief(f"made by the lab at `{op}`")
 
 
-def _pace(handler: Handler, state: Prefill, op: Op, comm: Comm, order: Message) -> Outcome:
+def _pace(handler: RunOp, state: Prefill, op: Op, comm: Comm, order: Order) -> Outcome:
     """The op, and so many seconds more; `spin`: with CPU time that moves."""
     outcome = handler(state, op, comm)
-    if order.get("spin"):
-        end = time.monotonic() + order["seconds"]
+    if order.to.spin:
+        end = time.monotonic() + order.to.seconds
         while time.monotonic() < end:
             pass
     else:
-        time.sleep(order["seconds"])
+        time.sleep(order.to.seconds)
     return outcome
 
 
@@ -198,8 +201,8 @@ def _stall_with_gil(*_: Any) -> Outcome:
 # -- processes
 
 
-def _signal(_handler: Handler, _state: Prefill, _op: Op, _comm: Comm, order: Message) -> Outcome:
-    os.kill(os.getpid(), getattr(signal, order["signal"]))
+def _signal(_handler: RunOp, _state: Prefill, _op: Op, _comm: Comm, order: Order) -> Outcome:
+    os.kill(os.getpid(), getattr(signal, order.to.signal))
     time.sleep(
         FOREVER_S
     )  # it may take effect a little after kill has returned; the op must not go on meanwhile

@@ -1,16 +1,16 @@
-"""A rank inside a Jupyter kernel: an ipyparallel engine, where the user's `%%px` cells run too.
+"""A rank inside an ipyparallel engine, where the user's `%%px` cells run too.
 
-The functions here are called by the session in the engine. What they make stays there between runs, and when the
-session's own kernel is restarted.
+A session calls these functions in the engine. What they make stays there between runs, and when the session's own
+kernel is restarted.
 """
 
 import contextlib
-import os
-import socket
 import sys
 from typing import Any
 
-from dinfer.messages import Message
+import msgspec
+
+from dinfer.messages import HandedOn, JoinGroup, OpenStore, RankLink, StoreAddress
 from dinfer.rank.control import Control
 from dinfer.rank.debugger import FIRST_PORT, listen
 from dinfer.rank.service import RankService
@@ -21,14 +21,14 @@ from dinfer.transport.nccl import open_comm
 _current: "Kernel | None" = None
 
 _debug_port = 0
-"""where a debugger may attach; 0: nowhere yet"""
+"""Where a debugger may attach; 0: nowhere yet."""
 
 
 class Kernel:
-    """One rank's host, its line to the session, and the names that `%%px` cells find."""
+    """One rank's service, its connection to the session, and the names that `%%px` cells find."""
 
-    def __init__(self, link: Message, world_size: int) -> None:
-        self.rank, self.world_size = link["rank"], world_size
+    def __init__(self, link: RankLink, world_size: int) -> None:
+        self.rank, self.world_size = link.rank, world_size
         self.control = Control(link)
         self.host = RankService(
             self.rank,
@@ -36,17 +36,17 @@ class Kernel:
             StoreMeet(self.rank, world_size),
             board=self.control.board,
             memory=self.control.recorder_memory,
-            on_engine=_bind,
+            on_change=_bind,
         )
         self.control.serve(self.host.table())
 
 
 class _NoEngine:
-    """What a `%%px` cell finds before there is a run, or once it is over."""
+    """What a `%%px` cell finds as `engine` before there is a run, or once it is over."""
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"there is no run, so nothing has {name!r}: session.prefill(prompt, paused=True) begins one"
+            f"engine has no {name!r} while there is no run: session.prefill(prompt, paused=True) begins one"
         )
 
     def __bool__(self) -> bool:
@@ -63,30 +63,33 @@ class StoreMeet:
         self._rank, self._world_size = rank, world_size
         self._store: Store | None = None
 
-    def open(self, message: Message) -> Message:
-        self._store, port = open_store(message["address"], message["port"])
-        return {"address": message["address"], "port": port}
+    def open(self, command: OpenStore) -> StoreAddress:
+        self._store, port = open_store(command.address, command.port)
+        return StoreAddress(command.address, port)
 
-    def join(self, message: Message) -> Comm:
-        timeout = message["timeout"]
-        store = self._store if self._rank == 0 else join_store(message["address"], message["port"], timeout)
+    def join(self, command: JoinGroup) -> Comm:
+        timeout = command.timeout
+        store = self._store if self._rank == 0 else join_store(command.address, command.port, timeout)
         assert store
-        return open_comm(message["backend"], self._rank, self._world_size, store, timeout)
+        return open_comm(command.backend, self._rank, self._world_size, store, timeout)
 
 
-def start(link: Message, world_size: int) -> dict[str, Any]:
-    """Make this process a rank of a session, or hand it to another one: weights that are loaded stay."""
+def start(given: dict[str, Any], world_size: int) -> None:
+    """Make this process a rank of a session, or hand it to another one: weights that are loaded stay.
+
+    `given` is a RankLink as builtins: what an engine is called with must survive JSON.
+    """
     global _current
+    link = msgspec.convert(given, RankLink)
     before, _current = _current, None
     kernel = Kernel(link, world_size)
     if before:
         kernel.host.inherit(before.host)
         with contextlib.suppress(OSError):  # its watcher may have ended already
-            before.control.report("handed_on")
+            before.control.report(HandedOn())
         before.control.close()
     _current = kernel
     _bind(kernel.host)
-    return {"host": socket.gethostname(), "pid": os.getpid(), "watcher": kernel.control.watcher.pid}
 
 
 def address_towards(address: str) -> str:
@@ -95,7 +98,8 @@ def address_towards(address: str) -> str:
 
 
 def listen_for_debugger(port: int = 0) -> int:
-    """Let a client of debugpy attach to this rank; the port, which stays the first one. Raises DebuggerError."""
+    """Let a client of debugpy attach to this rank. Returns the port; a later call returns the same. Raises
+    DebuggerError."""
     global _debug_port
     assert _current
     if not _debug_port:
@@ -106,7 +110,7 @@ def listen_for_debugger(port: int = 0) -> int:
 
 
 def _bind(host: RankService) -> None:
-    """Give `%%px` cells their names."""
+    """Set the names that `%%px` cells find."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is None or _current is None:
         return

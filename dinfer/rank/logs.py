@@ -1,4 +1,4 @@
-"""A rank's log file that never ends a run: what a full disk swallows is counted, and told once, at the end."""
+"""A rank's log file, which never fails a run: records that a full disk loses are counted, and reported at the end."""
 
 import contextlib
 import logging
@@ -12,12 +12,12 @@ from dinfer.trace.events import Event
 
 
 class LogFile(logging.FileHandler):
-    """Once records cannot be written, `trouble` says why, and `lost` counts them."""
+    """`lost`: how many records could not be written; `trouble`: why."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, mode="w", encoding="utf-8", delay=True)
         self.trouble, self.lost = "", 0
-        with contextlib.suppress(OSError):  # tried again with every record
+        with contextlib.suppress(OSError):  # opened again for every record
             self.stream = self._open()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -27,7 +27,7 @@ class LogFile(logging.FileHandler):
             self._count(error)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging calls it so
-        """In place of a traceback on stderr for every record."""
+        """Count it, instead of printing a traceback for every record."""
         error = sys.exception()
         if isinstance(error, OSError):
             self._count(error)
@@ -35,7 +35,7 @@ class LogFile(logging.FileHandler):
             super().handleError(record)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # it flushes, and what could not be written still cannot
+        with contextlib.suppress(OSError):  # closing flushes what still cannot be written
             super().close()
 
     def _count(self, error: OSError) -> None:
@@ -43,7 +43,7 @@ class LogFile(logging.FileHandler):
 
 
 def log_trouble(log: logging.Logger) -> str:
-    """What was lost of a logger's files; "" where nothing was."""
+    """How many records a logger's files have lost, and why; "" if none."""
     files = [handler for handler in log.handlers if isinstance(handler, LogFile) and handler.lost]
     return "; ".join(
         f"{file.lost} records could not be written to {file.baseFilename}: {file.trouble}" for file in files
@@ -51,7 +51,7 @@ def log_trouble(log: logging.Logger) -> str:
 
 
 class OpLog:
-    """Called with every event, on the lanes' threads."""
+    """Logs each op at level debug, and each finished chunk. Called with every event, on the lanes' threads."""
 
     def __init__(self, log: logging.Logger, layers: int) -> None:
         self._log, self._layers = log, layers
@@ -82,7 +82,7 @@ class OpLog:
             self._tell_finished(op)
 
     def _tell_finished(self, op: Op) -> None:
-        """A chunk is through this stage once its hidden state has left, or after the model's last layer."""
+        """A chunk has passed this stage once its hidden state is sent, or the model's last layer is done."""
         left = op.kind == "send" and op.what == "hidden"
         if (left or (op.kind == "layer" and op.layer == self._layers - 1)) and op.chunk in self._computed:
             layers = self._computed.pop(op.chunk)

@@ -1,6 +1,6 @@
-"""Out of memory while a rank runs: what was asked for, what was free, and which parameter to change by how much.
+"""Explains a lack of memory while a rank runs: what was asked for, what was free, which parameter to change.
 
-What does not fit by calculation is refused before anything loads; this is for what was not foreseen.
+What cannot fit by calculation is refused before anything loads; this is for the rest.
 """
 
 import errno
@@ -25,12 +25,12 @@ _SIGNS = ("DefaultCPUAllocator: can't allocate", "CUDA out of memory", "CUBLAS_S
 
 
 class OutOfMemory(DinferError, RuntimeError):
-    """A rank asked for memory that was not there."""
+    """A rank has run out of memory; the message says what to change."""
 
 
 @contextmanager
 def explained(config: Config, ids: Sequence[int], device: str) -> Iterator[None]:
-    """Raises OutOfMemory, with what to change, for whatever comes of a lack of memory inside."""
+    """Turns an error inside that comes from a lack of memory into OutOfMemory."""
     try:
         yield
     except Exception as error:
@@ -43,7 +43,7 @@ def explained(config: Config, ids: Sequence[int], device: str) -> Iterator[None]
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Whether this error, or the one that it came of, is a lack of memory."""
+    """Whether this error, or its cause, is a lack of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
@@ -54,7 +54,7 @@ def is_shortage(error: BaseException) -> bool:
 
 
 def asked_bytes(text: str) -> int | None:
-    """What torch says that it tried to allocate."""
+    """How many bytes torch says it has tried to allocate."""
     found = _ASKED.search(text)
     return int(float(found[1]) * _UNITS[found[2].lower()]) if found else None
 

@@ -1,8 +1,8 @@
-"""Spying: what py-spy sees of a rank, where it is installed and may look: the C functions that its Python lines have
-called, which thread holds the interpreter, and all that of a stopped process too.
+"""What py-spy sees of a rank, if it is installed and may read it: the C functions that Python lines have called, which
+thread holds the GIL, and the stacks of a stopped process.
 
-It runs beside the watcher, which goes on meanwhile. It stops the rank while it reads it, for a tenth of a second up to
-some seconds on busy cores: only a rank that seems not to move is to be looked at. Nothing here judges.
+It runs beside the watcher, which goes on meanwhile. It stops the rank while it reads it, for a tenth of a second, or
+some seconds on busy cores: so only a rank that seems not to move is to be read. Nothing here judges.
 """
 
 import ctypes
@@ -17,10 +17,11 @@ from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
 from dinfer.engine.board import anonymous_file
-from dinfer.rank.stacks import DEEPEST, LONGEST, Message
+from dinfer.messages import SpiedFrame, SpiedThread
+from dinfer.rank.stacks import DEEPEST, LONGEST
 
 PR_SET_PTRACER = 0x59616D61
 
@@ -28,37 +29,28 @@ PATIENCE_S = 30.0
 """How long py-spy may take: on busy cores it has taken more than 5 s."""
 
 WAYS = ("--native", "--nonblocking")
-"""The second sees Python only, and also where C frames cannot be read, or the process is stopped already."""
+"""The second sees Python only, but also if C frames cannot be read, or the process is stopped already."""
 
 _BETWEEN = ("libpython", "python", "_ctypes", "libffi", "_cffi_backend", "ld-linux")
-"""what lies between a line of Python and the function that it calls: libraries, and functions"""
+"""Libraries that lie between a line of Python and the C function that it calls."""
 
 _BINDINGS = "pybind11::"
 
 
-class Seen(NamedTuple):
-    """One frame. `line` is None of a C function, whose `file` is the library that it is in."""
-
-    file: str
-    line: int | None
-    function: str
-    text: str = ""
-
-
 def let_look(pid: int) -> None:
-    """Let that process and its children look at this one, where the system (Yama) else lets only its parents."""
+    """Let that process and its children read this one; Linux (Yama) by default allows only its parents to."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PTRACER, ctypes.c_ulong(pid), *[ctypes.c_ulong(0)] * 3)
 
 
 def program() -> str | None:
-    """Where py-spy is: beside this Python, or on the path."""
+    """Path of py-spy, beside this Python or on PATH; None if it is missing."""
     beside = Path(sys.executable).with_name("py-spy")
     return str(beside) if os.access(beside, os.X_OK) else shutil.which("py-spy")
 
 
 class Look:
-    """py-spy at work on one process, one way after the other until one succeeds."""
+    """py-spy at work on one process: tries WAYS in order until one succeeds."""
 
     def __init__(self, spy: str, pid: int, *, stopped: bool) -> None:
         self._command = [spy, "dump", "--json", "--pid", str(pid)]
@@ -66,8 +58,8 @@ class Look:
         self._until = monotonic() + PATIENCE_S
         self._begin()
 
-    def threads(self) -> list[Message] | None:
-        """What it has seen; None while it looks; empty where it sees nothing, whatever the reason."""
+    def threads(self) -> list[SpiedThread] | None:
+        """What it has seen; None while it is at work; empty if it sees nothing, for whatever reason."""
         late = monotonic() > self._until
         if self._process and self._process.poll() is None and not late:
             return None
@@ -78,7 +70,7 @@ class Look:
         return None
 
     def end(self) -> str:
-        """Look no longer; what was written."""
+        """End it. Returns what it has written."""
         if self._process:
             self._process.kill()
             self._process.wait()
@@ -92,45 +84,42 @@ class Look:
         command = [*self._command, self._ways.pop(0)]
         nothing = subprocess.DEVNULL
         self._process: subprocess.Popen[bytes] | None = None
-        with suppress(OSError):  # it is no program, or there is no memory for one more
+        with suppress(OSError):  # it cannot be executed, or there is no memory for one more process
             self._process = subprocess.Popen(command, stdin=nothing, stdout=self._output, stderr=nothing)
 
 
-def read(written: str) -> list[Message]:
-    """Threads from what py-spy has written: `name`, `holds_gil` and `frames`, the innermost first."""
+def read(written: str) -> list[SpiedThread]:
+    """Threads from what py-spy has written; empty for anything but a whole answer."""
     try:
         threads = [_thread(thread) for thread in json.loads(written)]
     except (ValueError, KeyError, TypeError):  # an error's text, or the half of it
         return []
-    return [thread for thread in threads if thread["frames"]]
+    return [thread for thread in threads if thread.frames]
 
 
-def _thread(thread: dict[str, Any]) -> Message:
+def _thread(thread: dict[str, Any]) -> SpiedThread:
     frames = [_seen(frame) for frame in thread["frames"] if not frame["name"].startswith("0x")]
     while frames and frames[-1].line is None:  # how the thread was begun
         frames.pop()
-    return {
-        "name": thread["thread_name"] or f"thread {thread['os_thread_id']}",
-        "holds_gil": thread["owns_gil"],
-        "frames": frames[:DEEPEST],
-    }
+    name = thread["thread_name"] or f"thread {thread['os_thread_id']}"
+    return SpiedThread(name, thread["owns_gil"], tuple(frames[:DEEPEST]))
 
 
-def _seen(frame: dict[str, Any]) -> Seen:
+def _seen(frame: dict[str, Any]) -> SpiedFrame:
     name = _short(frame["name"])
     if frame["module"]:
-        return Seen(frame["module"], None, name)
+        return SpiedFrame(frame["module"], None, name)
     file, line = frame["filename"], frame["line"]
-    return Seen(file, line, name, _short(linecache.getline(file, line).strip()))
+    return SpiedFrame(file, line, name, _short(linecache.getline(file, line).strip()))
 
 
 def _short(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
-def in_c(frames: Sequence[Seen]) -> str:
-    """The C functions in which a thread is, from the one that its Python line has called to the innermost; "" if
-    none is known. What Python and bindings put in between is left out."""
+def in_c(frames: Sequence[SpiedFrame]) -> str:
+    """The C function that the thread's Python line has called, and the innermost one; "" if none is known. Frames of
+    Python itself and of bindings are left out."""
     calls = [
         frame.function
         for frame in takewhile(lambda frame: frame.line is None, frames)

@@ -1,155 +1,136 @@
-"""The commands by which a session compares what a rank holds with transformers' own forward, run on that rank.
+"""The commands by which a session compares what a rank holds with transformers' own forward, run on that rank."""
 
-Answers may be long: a command leaves them here, and the session takes them a page at a time.
-"""
-
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from dinfer.engine.engine import Engine
 from dinfer.kv.digests import as_numbers
 from dinfer.kv.ledger import LedgerEntry
-from dinfer.messages import Message
+from dinfer.messages import (
+    DigestHeld,
+    HeldBlock,
+    HeldReport,
+    Ok,
+    ReferenceReport,
+    RunReference,
+    StopReference,
+)
 from dinfer.model.decoder import Decoder
 from dinfer.model.errors import ModelError
 from dinfer.model.free import free
 from dinfer.model.memory import need, size_text
 from dinfer.model.sampling import Sampler, Sampling
-from dinfer.rank.commands import Command, CommandTable
+from dinfer.rank.commands import Handler, quick, slow
 from dinfer.rank.decode import Tokens
 from dinfer.rank.examine import Examination
 from dinfer.rank.inventory import Inventory
-
-PAGE_BYTES = 128 * 1024
 
 
 class Holder(Protocol):
     """What there is on a rank."""
 
-    decoder: Decoder | None
-    engine: Engine | None
-    tokens: Tokens | None
+    @property
+    def decoder(self) -> Decoder | None: ...
+
+    @property
+    def engine(self) -> Engine | None: ...
+
+    @property
+    def tokens(self) -> Tokens | None: ...
 
 
 class Stopped(RuntimeError):
     """The session does not want the answer any more."""
 
 
+def reference_commands(holder: Holder) -> list[Handler]:
+    """For `run.compare`, which sends DigestHeld to all ranks, then RunReference where it is needed."""
+    references = References(holder)
+    return [
+        slow(DigestHeld, references.held),
+        slow(RunReference, references.run),
+        quick(StopReference, references.stop),
+    ]
+
+
 class References:
     """Of one rank."""
 
-    def __init__(self, host: Holder) -> None:
-        self._host = host
+    def __init__(self, holder: Holder) -> None:
+        self._holder = holder
         self._stopped = threading.Event()
-        self._items: list[Any] = []
 
-    def held(self, _: Message) -> Message:
+    def held(self, _: DigestHeld) -> HeldReport:
         """Digests of what is here now, and of what came to be here."""
         holding = self._holding()
         _settle(holding.cache.device)
         ledger = holding.state.ledger.entries
-        blocks: list[Any] = [
-            ["kv", *key, list(now), *_then(ledger.get(key))] for key, now in holding.digests().items()
-        ]
-        hidden = [["hidden", *key, digest] for key, digest in holding.hidden_digests().items()]
-        return {
-            "held": [holding.rows_held(layer) for layer in range(holding.layers)],
-            "due": [holding.rows_due(layer) for layer in range(holding.layers)],
-            "tokens": holding.tokens,
-            "dtype": _name(holding.cache.dtype),
-            **self._leave(blocks + hidden),
-        }
+        return HeldReport(
+            dtype=_name(holding.cache.dtype),
+            held=tuple(holding.rows_held(layer) for layer in range(holding.layers)),
+            due=tuple(holding.rows_due(layer) for layer in range(holding.layers)),
+            tokens=tuple(holding.tokens),
+            blocks=tuple(
+                HeldBlock(*key, now, *_then(ledger.get(key))) for key, now in holding.digests().items()
+            ),
+            hidden=tuple((*key, digest) for key, digest in holding.hidden_digests().items()),
+        )
 
-    def run(self, message: Message) -> Message:
+    def run(self, command: RunReference) -> ReferenceReport:
         """The forward, and how what is here differs from it. Raises ModelError where memory would not do."""
         self._stopped.clear()
-        decoder, engine = self._host.decoder, self._host.engine
+        decoder, engine = self._holder.decoder, self._holder.engine
         holding = self._holding()
         assert decoder is not None
         assert engine is not None
         started = perf_counter()
         _settle(holding.cache.device)
-        piece = engine.config.chunk_size if message["chunked"] else len(holding.ids)
-        with _in_dtype(decoder, message["dtype"], len(holding.ids), piece) as reference:
+        piece = engine.config.chunk_size if command.chunked else len(holding.ids)
+        with _in_dtype(decoder, command.dtype, len(holding.ids), piece) as reference:
             config = engine.config
             sampler = Sampler(Sampling(config.temperature, config.top_k, config.top_p, config.seed))
             found = Examination(
                 decoder, reference, holding, sampler,
-                chunks=message["chunks"], chunked=message["chunked"], check=self._check,
+                chunks=command.chunks, chunked=command.chunked, check=self._check,
             )  # fmt: skip
             found.run()
-            return {
-                "exact": found.exact,
-                "rows": found.expected_rows(),
-                "threads": torch.get_num_threads(),
-                "seconds": perf_counter() - started,
-                "device": str(reference.device),
-                "choices": found.choices,
-                **self._leave(_told(found)),
-            }
+            return ReferenceReport(
+                exact=found.exact,
+                rows=found.expected_rows(),
+                threads=torch.get_num_threads(),
+                seconds=perf_counter() - started,
+                device=str(reference.device),
+                choices=tuple(found.choices),
+                blocks=tuple(HeldBlock(*key, digests) for key, digests in found.digests().items()),
+                hidden=tuple((*key, digest) for key, digest in found.hidden.items()),
+                misplaced=tuple((layer, one) for layer, rows in found.misplaced().items() for one in rows),
+                measured=tuple((*key, one) for key, one in found.measured.items()),
+            )
 
-    def page(self, message: Message) -> Message:
-        """What the last command has left, from an item on."""
-        return self._page(message["start"])
-
-    def stop(self, _: Message) -> Message:
+    def stop(self, _: StopReference) -> Ok:
         self._stopped.set()
-        return {}
+        return Ok()
 
     def _check(self) -> None:
         if self._stopped.is_set():
             raise Stopped("compare was interrupted")
 
     def _holding(self) -> Inventory:
-        if self._host.engine is None:
+        if self._holder.engine is None:
             raise RuntimeError("there is no prompt yet: session.prefill(…) first.")
-        tokens = self._host.tokens
-        executor = self._host.engine.executor
+        tokens = self._holder.tokens
+        executor = self._holder.engine.executor
         return Inventory(executor, tokens.tokens, tokens.rows) if tokens else Inventory(executor, [])
 
-    def _leave(self, items: list[Any]) -> Message:
-        self._items = items
-        return {"count": len(items), **self._page(0)}
 
-    def _page(self, start: int) -> Message:
-        page, size = list[Any](), 0
-        for item in self._items[start:]:
-            size += len(json.dumps(item)) + 2
-            if page and size > PAGE_BYTES:
-                break
-            page.append(item)
-        return {"items": page}
-
-
-def reference_commands(host: Holder) -> CommandTable:
-    """For `run.compare`. A compare asks for `reference_held` everywhere, then for `reference` where it is needed."""
-    references = References(host)
-    return {
-        "reference_held": Command(references.held, slow=True),
-        "reference": Command(references.run, slow=True),
-        "reference_page": Command(references.page),
-        "reference_stop": Command(references.stop),
-    }
-
-
-def _told(found: Examination) -> list[Any]:
-    """All that was found, as JSON takes it."""
-    told: list[Any] = [["kv", *key, list(digests)] for key, digests in found.digests().items()]
-    told += [["hidden", *key, digest] for key, digest in found.hidden.items()]
-    told += [["rows", layer, *one] for layer, rows in found.misplaced().items() for one in rows]
-    told += [["measured", c, layer, name, *one] for (c, layer, name), one in found.measured.items()]
-    return told
-
-
-def _then(entry: LedgerEntry | None) -> list[Any]:
-    """What the block was when it came to be here, and what it was announced as."""
-    return [None, None] if entry is None else [as_numbers(entry.digests), entry.announced]
+def _then(entry: LedgerEntry | None) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+    """The digests of a block when it came to be here, and those that were announced."""
+    return (None, None) if entry is None else (as_numbers(entry.digests), entry.announced)
 
 
 @contextmanager

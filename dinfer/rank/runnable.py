@@ -1,5 +1,7 @@
-"""Wanting: whether a process wants the CPU, also where it gets next to none: on a machine that does too much else, CPU
-time alone does not tell one that computes from one that is stuck.
+"""Whether a process wants the CPU, even if it gets almost none.
+
+On an overloaded machine CPU time alone cannot tell a process that computes from one that is stuck. This reads thread
+states from /proc (Linux): psutil gives the state of a process, but only CPU times of its threads.
 """
 
 import os
@@ -11,18 +13,19 @@ _WINDOW = (1 << LOOKS) - 1
 
 
 class Wanting:
-    """One process's threads, to be looked at now and then (Linux).
+    """Samples the threads of one process.
 
-    One thread must have been ready to run all along: on such a machine any that wakes for a moment waits for its turn.
+    It is one and the same thread that must be runnable: on such a machine any thread that wakes for a moment waits for
+    its turn.
     """
 
     def __init__(self, pid: int) -> None:
         self._tasks = f"/proc/{pid}/task"
         self._ready: dict[str, int] = {}
-        """by thread, a bit for each of the last looks, the newest lowest: whether it ran, or could have"""
+        """By thread, a bit for each of the last samples, the newest lowest: whether it was runnable."""
 
     def look(self) -> float:
-        """At how many of the last looks one and the same thread was ready to run, of 1; 0 where there is no telling."""
+        """Take a sample. Largest share of the last samples in which one thread was runnable; 0 if unknown."""
         before, self._ready = self._ready, {}
         with suppress(OSError):  # it is gone, or this system has no such files
             for thread in os.listdir(self._tasks):
@@ -31,7 +34,7 @@ class Wanting:
         return max((bits.bit_count() for bits in self._ready.values()), default=0) / LOOKS
 
     def _state(self, thread: str) -> str:
-        """Its letter; "" of one that has ended since."""
+        """Its state letter; "" once it has ended."""
         with (
             suppress(OSError),
             open(f"{self._tasks}/{thread}/stat", encoding="ascii", errors="replace") as file,

@@ -1,6 +1,6 @@
-"""Where a rank's threads stand in Python: asked of the rank while it answers, dumped by a signal while it does not.
+"""Where a rank's threads stand in Python: from the rank itself, or, if it does not answer, dumped on a signal.
 
-The signal's handler is C code, so it writes also while other C code holds the interpreter; the watcher sends it and
+The signal's handler is C code, so it works even while other C code holds the GIL; the watcher sends the signal and
 reads what was written. Nothing here judges.
 """
 
@@ -20,7 +20,8 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any
+
+from dinfer.messages import StackLine, ThreadStack, ThreadStacks
 
 DUMP_SIGNAL = getattr(signal, "SIGUSR2", None)
 
@@ -34,7 +35,7 @@ WRITTEN_S = 0.1
 _PACKAGE = Path(__file__).parent.parent
 
 TRANSPORT = frozenset(f"transport/{name}.py" for name in ("gloo", "nccl", "in_process", "gate", "streams"))
-"""the files of dinfer in which a thread waits for a peer, or for its limit"""
+"""Files of dinfer in which a thread waits for a peer, or for its limit."""
 
 _INTERPRETER = frozenset(
     (
@@ -42,23 +43,21 @@ _INTERPRETER = frozenset(
         "_multiprocessing", "_posixsubprocess", "signal", "_signal",
     )
 )  # fmt: skip
-"""modules in C that are Python's own ways of waiting: a thread in one of these is still stuck in Python"""
+"""Modules in C by which Python itself waits: a thread in one of these does not count as in C code."""
 
 _STANDARD = Path(threading.__file__).parent
 
 _PACKAGES = frozenset(("site-packages", "dist-packages"))
 
 _FOREIGN = frozenset(("ctypes", "_ctypes", "cffi", "_cffi_backend"))
-"""ways into C code: what is called through them is that"""
+"""Modules that call C code: what is called through them is C code."""
 
 _HEAD = re.compile(r"hread (0x[0-9a-f]+)(?: \[.*?\])?(?= \(most)")
 
-Message = dict[str, Any]
 
-
-def stacks(rank: int, *, alone: bool, decoding: str = "") -> Message:
-    """Every thread of a rank; `alone`: its process is its own, so that all threads in it are; `decoding`: the name of
-    the one that decodes, where it has another than a session's ranks give it."""
+def stacks(rank: int, *, alone: bool, decoding: str = "") -> ThreadStacks:
+    """Where every thread of a rank stands. `alone`: no other rank is in this process, so all threads are this rank's;
+    `decoding`: the name of the thread that decodes, if it is not the usual one."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     mine = (f"rank {rank} ", f"dinfer rank {rank}_")
     found = []
@@ -66,21 +65,22 @@ def stacks(rank: int, *, alone: bool, decoding: str = "") -> Message:
         name = names.get(ident, f"thread {ident}")
         if ident != threading.get_ident() and (alone or name.startswith(mine)):
             name = "decode" if name == decoding else name
-            found.append({"name": name, "cpu_s": _cpu_s(ident), **_described(frame)})
-    return {"threads": found}
+            found.append(_described(name, ident, frame))
+    return ThreadStacks(tuple(found))
 
 
-def _described(top: FrameType) -> Message:
-    """The frames, the innermost first: [file, line, function, text]. `at`: the number of the one that says most."""
+def _described(name: str, ident: int, top: FrameType) -> ThreadStack:
     frames = list(islice(_outwards(top), DEEPEST))
     files = [Path(frame.f_code.co_filename) for frame in frames]
-    return {
-        "frames": [_frame(frame) for frame in frames],
-        "at": next((number for number, file in enumerate(files) if not _is_standard(file)), 0),
-        "native": _calls_c(top),
-        "waits": any(_is_transport(file) for file in files),
-        "held": any("pydevd" in file.name or "_pydevd_bundle" in file.parts for file in files[:8]),
-    }
+    return ThreadStack(
+        name=name,
+        cpu_s=_cpu_s(ident),
+        frames=tuple(map(_frame, frames)),
+        at=next((number for number, file in enumerate(files) if not _is_standard(file)), 0),
+        native=_calls_c(top),
+        waits=any(_is_transport(file) for file in files),
+        held=any("pydevd" in file.name or "_pydevd_bundle" in file.parts for file in files[:8]),
+    )
 
 
 def _is_transport(file: Path) -> bool:
@@ -88,7 +88,7 @@ def _is_transport(file: Path) -> bool:
 
 
 def _is_standard(file: Path) -> bool:
-    """Whether it is of Python's own library: who waits there does so for whoever has called it."""
+    """Whether it is in Python's standard library: a thread that waits there does so for its caller."""
     return _STANDARD in file.parents and not _PACKAGES & set(file.parts)
 
 
@@ -98,14 +98,14 @@ def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _frame(frame: FrameType) -> list[object]:
+def _frame(frame: FrameType) -> StackLine:
     file, line = frame.f_code.co_filename, frame.f_lineno or 0
     text = linecache.getline(file, line, frame.f_globals).strip()
-    return [file, line, frame.f_code.co_name, text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"]
+    return file, line, frame.f_code.co_name, text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
 def _calls_c(frame: FrameType) -> bool:
-    """Whether the innermost line has called into C code that is not Python's own; False where that cannot be told."""
+    """Whether the innermost line has called into C code other than Python's own; False if unknown."""
     try:
         named = _call_under_way(frame)
         try:
@@ -120,7 +120,7 @@ def _calls_c(frame: FrameType) -> bool:
 
 
 def _home(of: object) -> str:
-    """The module, or outermost package, that something comes from."""
+    """The module, or outermost package, that an object comes from."""
     owner = getattr(of, "__self__", of)
     if isinstance(owner, ModuleType):
         return owner.__name__.partition(".")[0]
@@ -129,14 +129,14 @@ def _home(of: object) -> str:
 
 
 def _root(named: ast.expr) -> ast.expr:
-    """What an expression begins with: of `ctypes.CDLL(None).usleep`, `ctypes`."""
+    """What an expression begins with, such as `ctypes` in `ctypes.CDLL(None).usleep`."""
     while isinstance(named, ast.Attribute | ast.Call | ast.Subscript):
         named = named.func if isinstance(named, ast.Call) else named.value
     return named
 
 
 def _call_under_way(frame: FrameType) -> ast.expr:
-    """What is called by the instruction at which the frame stands. Raises SyntaxError, ValueError or TypeError."""
+    """The callee of the call at which the frame stands. Raises SyntaxError, ValueError or TypeError."""
     first, last, begin, end = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2, None), (None,) * 4)
     if first is None or first != last:
         raise ValueError(first)
@@ -148,7 +148,7 @@ def _call_under_way(frame: FrameType) -> ast.expr:
 
 
 def _resolve(named: ast.expr, frame: FrameType) -> object:
-    """The object that a name, or names with dots, stand for; no code of the user's is run. Raises as its parts do."""
+    """The object that a dotted name stands for, found without running the user's code. Raises as its parts do."""
     if isinstance(named, ast.Name):
         spaces = (frame.f_locals, frame.f_globals, vars(builtins))
         return next(space[named.id] for space in spaces if named.id in space)
@@ -160,7 +160,7 @@ def _resolve(named: ast.expr, frame: FrameType) -> object:
 
 def _attribute(of: object, name: str) -> object:
     found = inspect.getattr_static(of, name)
-    # A method of a type in C is a descriptor, which says of which type it is.
+    # A method of a type in C is a descriptor that names its type.
     owner = getattr(found, "__objclass__", None)
     return _Method(owner.__module__) if owner is not None else found
 
@@ -173,6 +173,8 @@ class _Method:
 
 
 def _cpu_s(ident: int) -> float | None:
+    """CPU seconds of one thread. To the microsecond, where psutil's have hundredths: two samples a moment apart tell
+    whether it moves."""
     with contextlib.suppress(AttributeError, OSError):
         return time.clock_gettime(time.pthread_getcpuclockid(ident))
     return None
@@ -181,13 +183,13 @@ def _cpu_s(ident: int) -> float | None:
 # -- by a signal
 
 
-def thread_names() -> list[tuple[int | None, str]]:
-    """Of all threads of this process, by what a dump calls them."""
-    return [(thread.ident, thread.name) for thread in threading.enumerate()]
+def thread_names() -> tuple[tuple[int | None, str], ...]:
+    """The number, by which a dump calls it, and name of each thread of this process."""
+    return tuple((thread.ident, thread.name) for thread in threading.enumerate())
 
 
-def named(dump: str, threads: Iterable[tuple[int, str]]) -> str:
-    """The dump with these threads' names in it, after their numbers: faulthandler has none, or short ones."""
+def named(dump: str, threads: Iterable[tuple[int | None, str]]) -> str:
+    """The dump with these threads' names behind their numbers; faulthandler writes none, or cuts them short."""
     names = dict(threads)
 
     def with_name(found: re.Match[str]) -> str:
@@ -198,8 +200,8 @@ def named(dump: str, threads: Iterable[tuple[int, str]]) -> str:
 
 
 def dump_into(descriptor: int) -> bool:
-    """From now on the signal has this process write where its threads stand; False, and then it must not be sent, where
-    there is no such signal, or somebody else uses it."""
+    """From now on the signal has this process write where its threads stand. Returns False, and the signal must not be
+    sent, if the system has none, or somebody else uses it."""
     if DUMP_SIGNAL is None or signal.getsignal(DUMP_SIGNAL) != signal.SIG_DFL:
         return False
     faulthandler.register(DUMP_SIGNAL, descriptor, all_threads=True)

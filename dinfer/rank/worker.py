@@ -1,9 +1,8 @@
-"""Worker: the process of one rank in `dinfer run`; it takes its job from standard input and reports by Control.
+"""The process of one rank in `dinfer run`: takes its job from standard input and reports through Control.
 
-`python -m dinfer.rank.worker`; the job is one JSON object: rank, config, ids, link, paused.
+`python -m dinfer.rank.worker`; the job is a RankJob as JSON.
 """
 
-import json
 import logging
 import os
 import signal
@@ -11,9 +10,11 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from dinfer.config import Config
+from dinfer.messages import BatchResult, MeetAt, RankJob, StoreOpened
 from dinfer.rank.control import Control
 from dinfer.rank.debugger import listen_for_debugger
 from dinfer.rank.failure import describe
@@ -23,43 +24,43 @@ log = logging.getLogger("dinfer")
 
 
 def main() -> int:
-    job = json.loads(sys.stdin.read())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started the ranks; it ends them
-    config = Config.of(job["config"])
-    log_to(Path(config.log_dir), job["rank"], config.log_level)
-    control = Control(job["link"])
+    job = msgspec.json.decode(sys.stdin.buffer.read(), type=RankJob)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher, which ends the ranks
+    config = Config.of(job.config)
+    log_to(Path(config.log_dir), job.rank, config.log_level)
+    control = Control(job.link, awaited=(MeetAt,))
     try:
-        listen_for_debugger(job["rank"])
+        listen_for_debugger(job.rank)
         result = _run(job, config, control)
     except BaseException as error:
         log.error("this rank failed\n%s", traceback.format_exc())
-        control.report("error", **describe(error))
+        control.report(describe(error))
         control.close()
-        os._exit(1)  # lanes may be blocked in the transport, which nothing but the end of the process undoes
-    control.report("result", **result)
+        os._exit(1)  # lanes may be blocked in the transport, which only the end of the process undoes
+    control.report(result)
     control.close()
     return 0
 
 
-def _run(job: dict[str, Any], config: Config, control: Control) -> dict[str, Any]:
+def _run(job: RankJob, config: Config, control: Control) -> BatchResult:
     from dinfer.rank.batch import run_rank
     from dinfer.transport.gloo import Comm, join_store, open_store
     from dinfer.transport.nccl import open_comm
 
-    rank = job["rank"]
+    rank = job.rank
     store = None
     if rank == 0:
         store, port = open_store(config.master_addr, config.master_port)
-        control.report("store", port=port)
+        control.report(StoreOpened(port))
 
     def meet() -> Comm:
         found = store
         if found is None:
-            port = control.told("meet", config.start_timeout)["port"]
+            port = control.wait_for(MeetAt, config.start_timeout).port
             found = join_store(config.master_addr, port, config.start_timeout)
         return open_comm(config.backend, rank, config.world_size, found, config.start_timeout)
 
-    return run_rank(rank, config, job["ids"], control, meet, paused=job["paused"])
+    return run_rank(rank, config, job.ids, control, meet)
 
 
 def log_to(folder: Path, rank: int, level: str) -> None:

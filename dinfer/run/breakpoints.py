@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dinfer.config import Config
-from dinfer.messages import Message
+from dinfer.messages import BreakpointHit
 from dinfer.plan.breakpoints import Breakpoint, check, next_stop, parse_when
 from dinfer.plan.cut import Cut, Cuts, Unit
 from dinfer.plan.ops import OpKind, PlanError
@@ -67,13 +67,13 @@ class Stops:
         met, self._ahead = self._ahead, []
         return f"stopped at {'; '.join(map(str, met))}" if met else ""
 
-    def hit(self, note: Message) -> str:
+    def hit(self, rank: int, note: BreakpointHit) -> str:
         """What to say of a condition that a rank has found to hold; empty if it is no longer looked for."""
-        one = Breakpoint.of(note["breakpoint"])
+        one = Breakpoint.of(note.breakpoint)
         if one.number not in self._found:
             return ""
         self._ahead = []
-        return f"stopped at {one}: rank {note['rank']}, `{note['op']}`: {note['found']}"
+        return f"stopped at {one}: rank {rank}, `{note.op}`: {note.found}"
 
     def arm(self) -> None:
         """Have the ranks look out for the conditions that are set now, and for no others."""

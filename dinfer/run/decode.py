@@ -2,12 +2,14 @@
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-from dinfer.cluster.ranks import RankRefused, RankStates
-from dinfer.messages import Message
+from dinfer.cluster.ranks import Pending, RankRefused, RankStates
+from dinfer.messages import Answer, Command, LimitDecode, NewTokens, StartDecode, StepBackDecode
 from dinfer.model.text import TextStream
 from dinfer.results import Decoded
+
+A = TypeVar("A", bound=Answer)
 
 ANSWER_S = 30.0
 
@@ -31,8 +33,8 @@ class Generation:
         """Decode until there are `limit` new tokens or the text ends; a keyboard interrupt stops it after a token."""
         before, seen = len(self.tokens), len(self.text)
         with self._telling:
-            self._ask("decode_limit", limit=limit)
-        begun = self._line.begin({rank: {"do": "decode"} for rank in range(len(self._line.ranks))})
+            self._ask(LimitDecode(limit))
+        begun = self._line.begin(dict.fromkeys(range(len(self._line.ranks)), StartDecode()))
         self.under_way = self.unfinished = True
         try:
             self._finish(begun, on_text)
@@ -50,13 +52,13 @@ class Generation:
     def stop(self) -> None:
         """Let every rank come to the token that the furthest has begun: all are needed for it."""
         with self._telling:
-            held = self._ask("decode_limit")
-            self._ask("decode_limit", limit=max(answer["begun"] for answer in held.values()))
+            held = self._ask(LimitDecode(None))
+            self._ask(LimitDecode(max(answer.begun for answer in held.values())))
 
     def back_to(self, tokens: int) -> Decoded:
         """Forget all but the first that many new tokens."""
         self.stop()  # an interrupted call may have left ranks held
-        self._ask("decode_back", tokens=tokens)
+        self._ask(StepBackDecode(tokens))
         self._take(self.tokens[:tokens], ended=False)
         return Decoded((), "", False, tokens)
 
@@ -68,7 +70,7 @@ class Generation:
         """Take in text that has come meanwhile."""
         self.text += "".join(self._line.new_texts())
 
-    def _finish(self, begun: dict[int, int], on_text: Callable[[str], None] | None) -> None:
+    def _finish(self, begun: Pending[NewTokens], on_text: Callable[[str], None] | None) -> None:
         shown = len(self.text)
 
         def meanwhile() -> None:
@@ -85,9 +87,9 @@ class Generation:
             self._check()  # it says so better where this is the run's failure
             raise
         meanwhile()
-        self._take(answers[0]["tokens"], ended=answers[0]["ended"])
-        self.unfinished, self._remark = False, answers[0].get("remark", "")
-        self.by_rank = {rank: answer["tokens"] for rank, answer in answers.items()}
+        self._take(list(answers[0].tokens), ended=answers[0].ended)
+        self.unfinished, self._remark = False, answers[0].remark
+        self.by_rank = {rank: list(answer.tokens) for rank, answer in answers.items()}
 
     def _take(self, tokens: list[int], *, ended: bool) -> None:
         """These are the tokens now, with their text in whole characters."""
@@ -97,6 +99,6 @@ class Generation:
         pieces = [stream.push(token) if stream else f"{token} " for token in self.tokens]
         self.text = "".join(pieces) + (stream.flush() if stream and ended else "")
 
-    def _ask(self, do: str, **fields: Any) -> dict[int, Message]:
-        requests = {rank: {"do": do, **fields} for rank in range(len(self._line.ranks))}
+    def _ask(self, command: Command[A]) -> dict[int, A]:
+        requests = dict.fromkeys(range(len(self._line.ranks)), command)
         return self._line.ask(requests, ANSWER_S, self._check)

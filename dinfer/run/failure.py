@@ -4,11 +4,11 @@ A raised error ranks above a death, and both above what a lost peer does to the 
 """
 
 import signal
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from dinfer.cluster.ranks import LOST, RankState
 from dinfer.config import Config
+from dinfer.messages import Failed
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
 from dinfer.verdict.where import rank_text
@@ -101,15 +101,13 @@ def broken(plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], 
     result."""
     if were_handed_on(ranks):
         return HANDED_ON
-    errors = [(rank, state.reports["error"]) for rank, state in enumerate(ranks) if "error" in state.reports]
-    primary = [(rank, error) for rank, error in errors if not error["secondary"]]
-    dead = [
-        rank for rank, code in enumerate(exits) if code is not None and "error" not in ranks[rank].reports
-    ]
+    errors = [(rank, state.error) for rank, state in enumerate(ranks) if state.error]
+    primary = [(rank, error) for rank, error in errors if not error.secondary]
+    dead = [rank for rank, code in enumerate(exits) if code is not None and not ranks[rank].error]
     if primary:
         rank, error = primary[0]
-        if len(primary) > 1 and len({said["message"] for _, said in primary}) == 1:
-            return str(error["message"])  # what all have found together is no rank's own
+        if len(primary) > 1 and len({said.message for _, said in primary}) == 1:
+            return error.message  # what all have found together is no rank's own
         return _told(error, rank, config)
     if dead:
         if len(dead) > 1 and all(exits[rank] == SILENT for rank in dead) and len(dead) == len(ranks) - 1:
@@ -126,20 +124,20 @@ def broken(plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], 
 
 def were_handed_on(ranks: Sequence[RankState]) -> bool:
     """Whether another session has joined these ranks' engines since."""
-    return any("handed_on" in state.reports for state in ranks)
+    return any(state.handed_on for state in ranks)
 
 
 def is_certain(ranks: Sequence[RankState], exits: Sequence[int | None]) -> bool:
     """Whether more will not be known of a failure: its cause is, and those who died have had their last word, which is
     where they stood. What a lost peer does to the others is often heard of before."""
     dead = [rank for rank, code in enumerate(exits) if code is not None]
-    raised = any(not state.reports["error"]["secondary"] for state in ranks if "error" in state.reports)
+    raised = any(state.error and not state.error.secondary for state in ranks)
     return bool(dead or raised) and all(ranks[rank].gone for rank in dead)
 
 
 def is_about_a_message(ranks: Sequence[RankState]) -> bool:
     """Whether a rank has got a message that was not the one expected."""
-    return any(state.reports["error"].get("came") for state in ranks if "error" in state.reports)
+    return any(state.error and state.error.came for state in ranks)
 
 
 def silent_text(plan: Plan, rank: int, state: RankState) -> str:
@@ -151,11 +149,11 @@ def silent_text(plan: Plan, rank: int, state: RankState) -> str:
     )
 
 
-def _told(error: Mapping[str, Any], rank: int, config: Config) -> str:
-    message = str(error["message"])
+def _told(error: Failed, rank: int, config: Config) -> str:
+    message = error.message
     named = message if message.startswith(f"rank {rank} ") else f"rank {rank}: {message}"
-    if trouble := error.get("log_trouble"):
-        return f"{named}\n{trouble}. So the whole traceback is here:\n{error['traceback']}"
+    if error.log_trouble:
+        return f"{named}\n{error.log_trouble}. So the whole traceback is here:\n{error.traceback}"
     if not config.log_dir:
         return f"{named}\n`session.log` has the whole traceback."
     return f"{named}\nThe whole traceback is in {config.log_dir}/rank{rank}.log."

@@ -5,7 +5,7 @@ from typing import Any
 
 from dinfer.display import Displayable
 from dinfer.errors import NoSuch
-from dinfer.messages import Message
+from dinfer.messages import FaultStruck
 from dinfer.plan.faults import Fault
 
 
@@ -90,13 +90,13 @@ class Armed(Displayable):
         for one in self:
             one.strikes = []
 
-    def struck(self, note: Message) -> list[str]:
+    def struck(self, rank: int, note: FaultStruck) -> list[str]:
         """What to say of a fault that a rank reports; nothing if it is no longer armed."""
-        if note["number"] not in self._found:
+        if note.number not in self._found:
             return []
-        one = self._found[note["number"]]
-        one.strikes.append((note["rank"], note["changed"], note["found"]))
-        return [f"fault {one.fault}: {note['found']}"]
+        one = self._found[note.number]
+        one.strikes.append((rank, note.changed, note.found))
+        return [f"fault {one.fault}: {note.found}"]
 
     def _disarm(self, gone: list[Injected]) -> None:
         before, numbers = self._found, {one.number for one in gone}

@@ -1,21 +1,22 @@
 """Fleet: all ranks of a run, as those who step it see them; here, ranks that are threads."""
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 from dinfer.cluster.ranks import RankStates
 from dinfer.engine.board import Stand
 from dinfer.engine.engine import Engine
 from dinfer.engine.lanes import OpFailed
 from dinfer.errors import DinferError
-from dinfer.messages import Message
+from dinfer.messages import Answer, Command, Freeze, Release, Rewind, SetLimits
 from dinfer.plan.cut import Cut
 from dinfer.plan.graph import channel_of
 from dinfer.plan.plan import OpPlace, Plan
-from dinfer.rank.commands import stand_of
 from dinfer.transport.gloo import CommError
 from dinfer.transport.in_process import Exchange
+
+A = TypeVar("A", bound=Answer)
 
 StandList = list[Stand]
 """where each rank stands, by rank"""
@@ -117,20 +118,20 @@ class RemoteFleet:
         return stands
 
     def freeze(self) -> StandList:
-        answers = self._ask({rank: {"do": "freeze"} for rank in range(self.plan.world_size)})
-        return [stand_of(answers[rank]) for rank in sorted(answers)]
+        answers = self._ask(dict.fromkeys(range(self.plan.world_size), Freeze()))
+        return [answers[rank] for rank in sorted(answers)]
 
     def set_limits(self, limits: Cut, *, order: int = 0, stopping: bool = False) -> None:
-        message: Message = {"do": "limits", "cut": limits, "order": order, "stopping": stopping}
-        self._ask(dict.fromkeys(range(len(limits)), message))
+        command = SetLimits(limits, order, stopping)
+        self._ask(dict.fromkeys(range(len(limits)), command))
 
     def release(self, recvs: Sequence[OpPlace]) -> None:
         for place in recvs:
             op = self.plan.op(place)
-            self._ask({op.peer: {"do": "release", "channels": [channel_of(place.rank, op)]}})
+            self._ask({op.peer: Release((channel_of(place.rank, op),))})
 
     def rewind(self, cut: Cut) -> None:
-        self._ask({rank: {"do": "rewind", "cut": cut} for rank in range(len(cut))})
+        self._ask(dict.fromkeys(range(len(cut)), Rewind(cut)))
 
     def wait(self, until: Callable[[StandList], bool], timeout: float | None) -> bool:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -142,5 +143,5 @@ class RemoteFleet:
                 return False
             self._check()
 
-    def _ask(self, requests: dict[int, Message]) -> dict[int, Message]:
+    def _ask(self, requests: Mapping[int, Command[A]]) -> dict[int, A]:
         return self._line.ask(requests, self._patience, self._check)

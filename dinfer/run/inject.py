@@ -1,8 +1,8 @@
 """Breaking: a user breaks something on purpose, to see whether, where and how it shows."""
 
+from dinfer.messages import GetStand
 from dinfer.plan.faults import KINDS, Fault, TokenSizes, fault_of
 from dinfer.plan.ops import PlanError, Value
-from dinfer.rank.commands import stand_of
 from dinfer.run.action import action
 from dinfer.run.faults import Armed, Injected
 from dinfer.run.state import RunState, state_of_lanes
@@ -63,8 +63,8 @@ class Breaking(RunState):
 
     def _made(self) -> list[set[Value]]:
         """By rank, what it holds. Raises PlanError for a run that moves."""
-        answers = self._ask_all("stand")
-        stands = [stand_of(answers[rank]) for rank in range(self.world_size)]
+        answers = self._ask_all(GetStand())
+        stands = [answers[rank] for rank in range(self.world_size)]
         if state_of_lanes(self.plan, stands) == "running":
             raise PlanError(
                 "the run is moving, so what a fault meets would be luck: run.pause() first, then run.inject(…)."

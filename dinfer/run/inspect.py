@@ -1,9 +1,9 @@
 """Inspecting: what a run's ranks hold and compute: KV, hidden states, attention. Nothing here moves or changes it."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,7 +16,7 @@ from dinfer.kv.reference.judge import ReferenceCase
 from dinfer.kv.reference.reports import Examined, HeldDigests, ToleranceMeasure, holds_most, to_be_examined
 from dinfer.kv.source import Selection, Subject
 from dinfer.kv.view import KV, kv_of
-from dinfer.messages import Message
+from dinfer.messages import Answer, Command, DigestHeld, RunReference, StopReference
 from dinfer.model.checkpoint import fingerprint
 from dinfer.model.text import texts_of
 from dinfer.plan.ops import PlanError
@@ -27,6 +27,8 @@ from dinfer.run.failure import silent_text
 from dinfer.run.fleet import RankFailed
 from dinfer.run.state import HoldingRun
 from dinfer.verdict.words import at_text
+
+A = TypeVar("A", bound=Answer)
 
 
 class Inspecting(HoldingRun):
@@ -165,7 +167,7 @@ class Comparing(HoldingRun):
         return Comparison(case, chunked=chunked, edited=self.edited, texts=self._token_texts(helds))
 
     def _held(self) -> list[HeldDigests]:
-        said = self._pages({rank: {"do": "reference_held"} for rank in range(self.world_size)})
+        said = self._reference(dict.fromkeys(range(self.world_size), DigestHeld()))
         helds = [HeldDigests.of(rank, said[rank]) for rank in range(self.world_size)]
         if not any(one.now for one in helds):
             raise PlanError(
@@ -179,25 +181,20 @@ class Comparing(HoldingRun):
         chunks = 1 + max(
             chunk for one in helds for chunk, _ in one.now if chunk < len(self.plan.shape.chunks)
         )
-        message = {"do": "reference", "chunked": chunked, "dtype": dtype, "chunks": chunks}
+        command = RunReference(chunked, dtype, chunks)
         rank = holds_most(helds)
-        first = Examined.of(rank, self._pages({rank: message})[rank])
-        others = self._pages(dict.fromkeys(to_be_examined(helds, first), message))
+        first = Examined.of(rank, self._reference({rank: command})[rank])
+        others = self._reference(dict.fromkeys(to_be_examined(helds, first), command))
         return [first, *(Examined.of(other, said) for other, said in others.items())]
 
-    def _pages(self, requests: dict[int, Message]) -> dict[int, Message]:
-        """The answers, each with all its items; however long they take, as long as the ranks live."""
+    def _reference(self, requests: Mapping[int, Command[A]]) -> dict[int, A]:
+        """The answers, however long they take, as long as the ranks live."""
         try:
-            answers = self._line.ask(requests, float("inf"), self._check_goes_on)
+            return self._line.ask(requests, float("inf"), self._check_goes_on)
         except (KeyboardInterrupt, RunOver):
             with contextlib.suppress(Exception):
-                self._ask_all("reference_stop")
+                self._ask_all(StopReference())
             raise
-        for rank, said in answers.items():
-            while len(said["items"]) < said["count"]:
-                page = {rank: {"do": "reference_page", "start": len(said["items"])}}
-                said["items"] += self._line.ask(page, 30.0, self._check_goes_on)[rank]["items"]
-        return answers
 
     def _check_goes_on(self) -> None:
         self.check_looking()

@@ -1,12 +1,15 @@
 """What a run's ranks hold just now, or when they failed, as a record of one of them."""
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from dinfer.cluster.kv import Live, RankClient
 from dinfer.engine.prompt import Edit
 from dinfer.kv.ledger import BlockKey
-from dinfer.messages import Message
+from dinfer.messages import EditedBlocks, ReadBlocks, ReadEdit, ReadFinalHidden, ReadNotes
 from dinfer.run.report import Reporting
 from dinfer.saved.replay.record import Own, RankRecord, arrived, check_rank, entered
 
@@ -52,13 +55,13 @@ def own_of(run: Reporting, source: Live, rank: int) -> Own:
     standing, line = run.standing(), source.line
     stand = standing.stands[rank]
     has_final = any(op.what == "final" for op in entered(run.plan, rank, stand.positions))
-    notes = line.ask([rank], "record_notes")[0]
+    notes = line.ask([rank], ReadNotes())[0]
     return Own(
         device=standing.devices[rank],
-        tokens=tuple(notes["tokens"]),
+        tokens=notes.tokens,
         begun=tuple(stand.started),
-        final=line.tensors([rank], "record_final")[0] if has_final else None,
-        edits=_edits(line, rank, notes["edits"]),
+        final=line.tensors([rank], ReadFinalHidden())[0] if has_final else None,
+        edits=_edits(line, rank, notes.edits),
         faults=tuple(one.fault for one in run.struck() if any(strike[0] == rank for strike in one.strikes)),
     )
 
@@ -67,22 +70,20 @@ def _blocks(source: Live, rank: int, keys: list[BlockKey]) -> dict[BlockKey, Ten
     """A request for each layer."""
     chunks, found = source.subject.plan.shape.chunks, dict[BlockKey, Tensor]()
     for layer in sorted({layer for _, layer in keys}):
-        here = [chunk for chunk, of in sorted(keys) if of == layer]
-        rows = source.line.tensors([rank], "record_kv", layer=layer, chunks=here)[0]
+        here = tuple(chunk for chunk, of in sorted(keys) if of == layer)
+        rows = source.line.tensors([rank], ReadBlocks(layer, here))[0]
         pieces = torch.split(rows, [len(chunks[chunk]) for chunk in here])
         found |= {(chunk, layer): piece for chunk, piece in zip(here, pieces, strict=True)}
     return found
 
 
-def _edits(line: RankClient, rank: int, said: list[Message]) -> tuple[Edit, ...]:
-    def tensors(number: int, what: str, keys: list[list[int]]) -> dict[BlockKey, Tensor]:
-        fields = {"number": number, "what": what}
-        return {
-            (chunk, layer): line.tensors([rank], "record_edit", chunk=chunk, layer=layer, **fields)[0]
-            for chunk, layer in keys
-        }
+def _edits(line: RankClient, rank: int, edits: Sequence[EditedBlocks]) -> tuple[Edit, ...]:
+    def tensors(
+        number: int, what: Literal["kv", "hidden"], keys: Sequence[BlockKey]
+    ) -> dict[BlockKey, Tensor]:
+        return {key: line.tensors([rank], ReadEdit(number, what, *key))[0] for key in keys}
 
     return tuple(
-        Edit(tuple(one["positions"]), tensors(n, "kv", one["kv"]), tensors(n, "hidden", one["hidden"]))
-        for n, one in enumerate(said)
+        Edit(one.positions, tensors(n, "kv", one.kv), tensors(n, "hidden", one.hidden))
+        for n, one in enumerate(edits)
     )

@@ -227,7 +227,7 @@ class Reporting(Inspecting):
                 threads=self.config.threads,
                 kv_sha256=digests[rank],
                 tokens=tuple(tokens[rank]) if rank in tokens else None,
-                error=state.reports["error"]["traceback"] if "error" in state.reports else "",
+                error=state.error.traceback if state.error else "",
             )
             for rank, state in enumerate(self._line.ranks)
         )

@@ -9,6 +9,7 @@ from dinfer.cluster.ranks import RankState
 from dinfer.display import Table
 from dinfer.engine.corruption import Corruption
 from dinfer.job import Job
+from dinfer.messages import BlockCorrupt
 from dinfer.trace.events import Event
 from dinfer.trace.trace import Trace
 from dinfer.version import __version__
@@ -35,11 +36,11 @@ def merge(job: Job, by_rank: Sequence[Sequence[Event]]) -> Trace:
 
 def result_of(job: Job, ranks: Sequence[RankState], trace: Trace, text: str) -> dict[str, Any]:
     """What `--json` holds. Seconds and bytes are of prefill, but for `decode_s`; `tokens` are the new ones."""
-    reports = [state.reports["result"] for state in ranks]
+    reports = [state.result for state in ranks if state.result]
     figures = [trace.rank_figures(rank) for rank in range(len(ranks))]
     return {
         "prompt_tokens": len(job.ids),
-        "tokens": reports[0]["tokens"],
+        "tokens": list(reports[0].tokens),
         "text": text,
         "plan": {"id": f"{job.plan.id:016x}", "proved": job.verdict.proved, "proof": str(job.verdict)},
         "backend": job.config.backend,
@@ -48,15 +49,17 @@ def result_of(job: Job, ranks: Sequence[RankState], trace: Trace, text: str) -> 
         "ranks": [
             {
                 "rank": figure.rank,
-                **{
-                    name: report[name]
-                    for name in ("host", "device", "threads", "dtype", "kv_sha256", "tokens")
-                },
+                "host": report.host,
+                "device": report.device,
+                "threads": report.threads,
+                "dtype": report.dtype,
+                "kv_sha256": report.kv_sha256,
+                "tokens": list(report.tokens),
                 "prefill_s": figure.prefill_s,
                 "compute_s": figure.compute_s,
                 "exposed_sync_s": figure.exposed_sync_s,
                 "check_s": figure.check_s,
-                "decode_s": report["decode_s"],
+                "decode_s": report.decode_s,
                 "waiting_s": figure.waiting_s,
                 "wire_s": figure.wire_s,
                 "sent_bytes": figure.sent_bytes,
@@ -72,7 +75,7 @@ def result_of(job: Job, ranks: Sequence[RankState], trace: Trace, text: str) -> 
 def corrupt_blocks(ranks: Sequence[RankState]) -> list[Corruption]:
     """Blocks whose bytes have changed, as ranks have noted them."""
     return [
-        Corruption.of(note["found"]) for state in ranks for note in state.notes if note["note"] == "corrupt"
+        Corruption.of(note.found) for state in ranks for note in state.notes if isinstance(note, BlockCorrupt)
     ]
 
 

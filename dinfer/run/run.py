@@ -14,7 +14,7 @@ from dinfer.cluster.ranks import Ranks
 from dinfer.engine.corruption import Corruption
 from dinfer.errors import NotPossible
 from dinfer.job import Job
-from dinfer.messages import Message
+from dinfer.messages import BlockCorrupt, BreakpointHit, Edited, FaultStruck, Note, SetBreakpoints
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Unit, count_of, unit_of
 from dinfer.plan.ops import OpKind, PlanError
@@ -55,7 +55,7 @@ class Run(Breaking, Comparing, Replaying, Saving):
         super().__init__(job, line, devices, tokenizer)
         self._prepare = prepare
         self._fleet = RemoteFleet(job.plan, self._line, self.check)
-        self._stops = Stops(lambda armed: self._ask_all("breakpoints", breakpoints=armed))
+        self._stops = Stops(lambda armed: self._ask_all(SetBreakpoints(tuple(armed))))
         self._playing = threading.Event()
         self._begin()
 
@@ -314,23 +314,24 @@ class Run(Breaking, Comparing, Replaying, Saving):
             self._hear()  # what ranks have found before they answered is known when this returns
 
     def _hear(self) -> None:
-        for note in self._line.new_notes():
-            self._take(note)
+        for rank, note in self._line.new_notes():
+            self._take(rank, note)
 
-    def _take(self, note: Message) -> None:
-        rank = note["rank"]
-        if note["note"] == "edited":
-            self.edited += [f"{what} on rank {rank}" for what in note["what"]]
-        elif note["note"] == "fault":
-            self.said += self._armed.struck(note)
-        elif note["note"] == "hit" and (said := self._stops.hit(note)):
-            self._stopped(said, note["order"])
-        elif note["note"] == "corrupt":
-            found = Corruption.of(note["found"])
-            self.corrupt.append(found)
-            self._marks.note_corrupt(found)
-            if note["order"] is None or not self._stopped(f"stopped: {found}", note["order"]):
-                self.say(str(found))
+    def _take(self, rank: int, note: Note) -> None:
+        match note:
+            case Edited():
+                self.edited += [f"{what} on rank {rank}" for what in note.what]
+            case FaultStruck():
+                self.said += self._armed.struck(rank, note)
+            case BreakpointHit():
+                if said := self._stops.hit(rank, note):
+                    self._stopped(said, note.order)
+            case BlockCorrupt():
+                found = Corruption.of(note.found)
+                self.corrupt.append(found)
+                self._marks.note_corrupt(found)
+                if note.order is None or not self._stopped(f"stopped: {found}", note.order):
+                    self.say(str(found))
 
     def _stopped(self, said: str, order: int) -> bool:
         """A rank has halted under that order: stop the others, unless the user has sent them elsewhere since."""

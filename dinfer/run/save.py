@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dinfer.cluster.kv import Live
 from dinfer.cluster.ranks import answers
+from dinfer.messages import ListKv
 from dinfer.model.decoder import Decoder
 from dinfer.run.hang import Explaining
 from dinfer.run.recorded import own_of, recorded_of
@@ -59,7 +60,7 @@ class Saving(Explaining, Reporting):
         there = [rank for rank in range(self.world_size) if exits[rank] is None and rank not in silent]
         if self._state() in ("paused", "done") and len(there) == self.world_size:
             return tuple(there)
-        return tuple(sorted(answers(self._line, {rank: {"do": "kv_held"} for rank in there}, ANSWER_S)))
+        return tuple(sorted(answers(self._line, dict.fromkeys(there, ListKv()), ANSWER_S)))
 
     def _told(self) -> dict[str, object]:
         standing = self.standing()

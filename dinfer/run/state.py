@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from dinfer.cluster.lease import RankLease, RunOver, over_text
 from dinfer.cluster.ranks import RankRefused, Ranks
@@ -14,7 +14,7 @@ from dinfer.engine.corruption import Corruption
 from dinfer.job import Job
 from dinfer.kv.difference import Diff
 from dinfer.kv.source import Selection
-from dinfer.messages import Message
+from dinfer.messages import Answer, Command, HashKv, SetFaults
 from dinfer.model.text import texts_of
 from dinfer.plan.cut import Cut, is_inside, meet
 from dinfer.plan.plan import Plan
@@ -28,6 +28,8 @@ from dinfer.run.stepper import NoProgress
 from dinfer.trace.events import Event
 from dinfer.trace.trace import Trace
 from dinfer.verdict.where import where_text
+
+A = TypeVar("A", bound=Answer)
 
 RankBlock = tuple[int, int, int]
 """(rank, chunk, layer)"""
@@ -163,7 +165,7 @@ class RunState(Acting, Displayable):
         self._marks, self._begun = Marks(), 0
         self._back: tuple[list[int], Cut] = [], ()
         """how many events there were when the run last went back, and to where"""
-        self._armed = Armed(lambda faults: self._ask_all("faults", faults=faults), self.say)
+        self._armed = Armed(lambda faults: self._ask_all(SetFaults(tuple(faults))), self.say)
 
     def _look_anew(self) -> None:
         self._line.new_notes()
@@ -291,12 +293,11 @@ class RunState(Acting, Displayable):
 
     def sha256(self) -> list[str]:
         """SHA-256 of the KV that each rank holds of the prompt, once prefill is done."""
-        answers = self._ask_all("sha256", tokens=len(self.job.ids))
-        return [answers[rank]["sha256"] for rank in range(self.world_size)]
+        answers = self._ask_all(HashKv(len(self.job.ids)))
+        return [answers[rank].sha256 for rank in range(self.world_size)]
 
-    def _ask_all(self, do: str, **fields: Any) -> dict[int, Message]:
-        requests = {rank: {"do": do, **fields} for rank in range(self.world_size)}
-        return self._line.ask(requests, ANSWER_S, self.check)
+    def _ask_all(self, command: Command[A]) -> dict[int, A]:
+        return self._line.ask(dict.fromkeys(range(self.world_size), command), ANSWER_S, self.check)
 
     def _state(self) -> State:
         if self.failure or self.closed:

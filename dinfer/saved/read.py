@@ -20,7 +20,7 @@ from dinfer.kv.ledger import BlockKey
 from dinfer.kv.measure import per_head
 from dinfer.kv.rows import numbers_text
 from dinfer.kv.source import HeldSpans, Noted, Subject, ViewableSource
-from dinfer.messages import Message
+from dinfer.messages import Figures
 from dinfer.plan.ops import PlanError
 from dinfer.plan.plan import Plan, parse_plan
 from dinfer.saved.format import (
@@ -153,7 +153,7 @@ class SavedSource(ViewableSource):
     def has_values(self, layer: int) -> bool:
         return layer in self._layers
 
-    def summary(self, rank: int, layer: int, places: range) -> Message:
+    def summary(self, rank: int, layer: int, places: range) -> Figures:
         return per_head(self.values(rank, layer, places))
 
     def part(self, rank: int, layer: int, tensor: int, heads: Sequence[int], places: Sequence[int]) -> Tensor:

@@ -15,14 +15,14 @@ class Bars(Closing):
         self._line, self._ranks = line, ranks
         self._bars: dict[int, Any] = {}
         for rank in ranks:
-            line.ranks[rank].reports.pop("loading", None)
+            line.ranks[rank].loading = None
 
     def show(self) -> None:
         """Bring the bars to where the ranks are; a rank that has nothing to load has none."""
         for rank in self._ranks:
-            if said := self._line.ranks[rank].reports.get("loading"):
-                bar = self._bars.get(rank) or self._bar(rank, said["total"])
-                bar.n = said["done"]
+            if said := self._line.ranks[rank].loading:
+                bar = self._bars.get(rank) or self._bar(rank, said.total)
+                bar.n = said.done
                 bar.refresh()
 
     def _bar(self, rank: int, total: int) -> Any:

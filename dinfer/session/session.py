@@ -12,7 +12,7 @@ from dinfer.config import Config, ConfigError
 from dinfer.display import Announced, Closing, DisplayableText
 from dinfer.errors import DinferError, NotPossible
 from dinfer.job import Job, prepare_load, prepare_loaded, threads_per_rank, without_fixed
-from dinfer.messages import Message
+from dinfer.messages import LoadModel, PreparePrompt, UnloadModel
 from dinfer.model.checkpoint import Spec
 from dinfer.model.text import load_tokenizer
 from dinfer.plan.custom import CustomSchedule
@@ -192,18 +192,11 @@ class Session(Announced, Closing):
 
     def _load(self, ranks: Sequence[int]) -> None:
         config = self._config
-        requests: dict[int, Message] = {
-            rank: {
-                "do": "load",
-                "path": config.model_path,
-                "dtype": config.dtype,
-                "device": f"cuda:{config.gpu_ids[rank]}" if config.gpu_ids else "cpu",
-                "threads": config.threads,
-            }
-            for rank in ranks
-        }
+        devices = {rank: f"cuda:{config.gpu_ids[rank]}" if config.gpu_ids else "cpu" for rank in ranks}
+        path, dtype = config.model_path, config.dtype
+        requests = {rank: LoadModel(path, dtype, device, config.threads) for rank, device in devices.items()}
         self._bare |= set(ranks)  # also where it is refused half-way
-        unload = {rank: {**request, "do": "unload"} for rank, request in requests.items()}
+        unload = {rank: UnloadModel(path, dtype, device) for rank, device in devices.items()}
         self.ranks.ask(unload, PREPARE_S, self._ensure_whole)
         with Bars(self.ranks, list(ranks)) as bars:
             first = min(ranks)
@@ -212,7 +205,7 @@ class Session(Announced, Closing):
             answers |= self.ranks.ask(requests, LOAD_S, lambda: self._while_loading(bars))
         self._bare -= answers.keys()
         for rank, answer in answers.items():
-            self._devices[rank] = answer["device"]
+            self._devices[rank] = answer.device
         self._note(
             f"loaded {config.model_path} on {', '.join(self._devices)}, threads each: {config.threads}"
         )
@@ -224,16 +217,11 @@ class Session(Announced, Closing):
     def _prepare(self, job: Job, plan: Plan | None) -> dict[int, int]:
         """Have all ranks make a prompt ready; the id of each one's plan."""
         self._ensure_whole()
-        message = {
-            "do": "prepare",
-            "config": asdict(job.config),
-            "ids": list(job.ids),
-            "plan": plan.text() if plan else "",
-        }
+        command = PreparePrompt(asdict(job.config), tuple(job.ids), plan.text() if plan else "")
         answers = self.ranks.ask(
-            dict.fromkeys(range(self.world_size), message), PREPARE_S, self._ensure_whole
+            dict.fromkeys(range(self.world_size), command), PREPARE_S, self._ensure_whole
         )
-        return {rank: int(answer["plan_id"], 16) for rank, answer in answers.items()}
+        return {rank: answer.plan_id for rank, answer in answers.items()}
 
     def _ensure_whole(self) -> None:
         """Raises RankFailed where a rank is lost."""
@@ -290,8 +278,8 @@ class Session(Announced, Closing):
         if run.failure and not failure:
             self._note(run.failure, run)
             for rank, state in enumerate(self.ranks.ranks):
-                if error_said := state.reports.get("error"):
-                    self._note(f"rank {rank}:\n{error_said['traceback']}", run)
+                if state.error:
+                    self._note(f"rank {rank}:\n{state.error.traceback}", run)
         elif run.silence != silence:
             self._note(run.silence or "all ranks answer again", run)
         elif run.hang != hang and not run.failure:

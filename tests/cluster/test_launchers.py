@@ -74,7 +74,7 @@ def test_a_whole_session(
         assert run.sha256() == kv
         with dinfer.connect(n=3, start=False) as newer:
             check_that_it_is_over(session, run)
-            with pytest.raises(RemoteError, match="there is no run, so nothing has 'step'"):
+            with pytest.raises(RemoteError, match="engine has no 'step' while there is no run"):
                 newer.ranks.cluster.client[0].execute("engine.step()", block=True)  # type: ignore[attr-defined]
             newer.load(str(model), threads=1)
             again = newer.prefill(IDS, chunk_size=4, max_new_tokens=4, paused=True)

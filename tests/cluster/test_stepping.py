@@ -92,7 +92,7 @@ def test_a_pause_releases_the_recvs_that_are_posted(
 def test_a_rank_that_dies_while_all_stand_is_told_at_the_next_step(model: Path, tmp_path: Path) -> None:
     with stepped(model, IDS, tmp_path / "logs", chunk_size=CHUNK) as run:
         run.stepper.run_to(1, 3)
-        victim = run.processes._processes[1]
+        victim = run.ranks.processes[1]
         victim.kill()
         victim.wait()
         with pytest.raises(RankFailed, match=r"rank 1 was killed by SIGKILL; it stood at: .*next `"):

@@ -27,7 +27,7 @@ def test_a_rank_that_holds_its_gil_and_is_then_killed_is_known_by_its_position(
     with stepped(model, IDS, tmp_path / "logs", chunk_size=4) as run:
         run.stepper.resume()
         wait_for((tmp_path / "fault.at").exists, "rank 1 is in the layer")
-        state, heard = run.processes.link.ranks[1], set[float]()
+        state, heard = run.ranks.ranks[1], set[float]()
 
         def heard_often() -> bool:
             heard.add(state.heard)

@@ -83,7 +83,7 @@ def test_a_walk_back_and_forth_ends_as_if_nothing_had_been(
 ) -> None:
     config = {"world_size": 2, "gpu_ids": (0, 1), "chunk_size": 4, "max_new_tokens": 6}
     with stepped(tiny, prompt(22), tmp_path / "logs", **config) as run:
-        assert run.processes.job.config.backend == "nccl"
+        assert run.job.config.backend == "nccl"
         random = Random(5)
         for _ in range(40):
             act(run, random)

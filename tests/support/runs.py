@@ -82,7 +82,7 @@ class Fault:
 
 _FAULT = """import os, sys
 launched = {"RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"} & os.environ.keys()  # by torchrun, mpirun or a debugger
-if "dinfer.rank.worker" in sys.orig_argv or launched and "dinfer" in sys.orig_argv:
+if {"dinfer.rank.worker", "stepped rank"} & set(sys.orig_argv) or launched and "dinfer" in sys.orig_argv:
     import ctypes, os, pathlib, signal, time
     folder = pathlib.Path(<folder>)
     def strike():

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dinfer.kv.ledger import BlockKey, Digests
 from dinfer.kv.measure import CellDifference
 from dinfer.kv.rows import Misplaced
 from dinfer.kv.source import Noted
-from dinfer.messages import Message
+from dinfer.messages import HeldReport, ReferenceReport
 from dinfer.model.tolerance import tolerance
 
 FINAL = "final"
@@ -69,18 +69,17 @@ class HeldDigests:
     hidden: dict[BlockKey, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rank: int, answer: Message) -> "HeldDigests":
-        """From a rank's answer to `reference_held`."""
-        found = cls(rank, answer["dtype"], answer["held"], answer["due"], answer["tokens"])
-        for name, chunk, layer, *rest in answer["items"]:
-            if name == "hidden":
-                found.hidden[chunk, layer] = rest[0]
-                continue
-            now, came, announced = (tuple(digests) if digests else None for digests in rest)
-            if now:
-                found.now[chunk, layer] = now
-            if came:
-                found.noted[chunk, layer] = Noted(came, announced if announced and any(announced) else came)
+    def of(cls, rank: int, report: HeldReport) -> "HeldDigests":
+        """From a rank's answer to `DigestHeld`."""
+        lists = list(report.held), list(report.due), list(report.tokens)
+        found = cls(rank, report.dtype, *lists, hidden=_by_block(report.hidden))
+        for one in report.blocks:
+            block = (one.chunk, one.layer)
+            if one.now:
+                found.now[block] = one.now
+            if one.then:
+                announced = one.announced if one.announced and any(one.announced) else one.then
+                found.noted[block] = Noted(one.then, announced)
         return found
 
 
@@ -105,24 +104,21 @@ class Examined:
     measured: dict[TensorKey, CellDifference] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rank: int, answer: Message) -> "Examined":
-        """From a rank's answer to `reference`."""
-        plain = {name: answer[name] for name in ("exact", "rows", "threads", "seconds", "device")}
-        found = cls(rank=rank, **plain, choices=[TokenChoice(*one) for one in answer["choices"]])
-        for name, *rest in answer["items"]:
-            found._add(name, rest)
+    def of(cls, rank: int, report: ReferenceReport) -> "Examined":
+        found = cls(
+            rank, report.exact, report.rows, report.threads, report.seconds, report.device,
+            choices=[TokenChoice(*one) for one in report.choices],
+            blocks={(one.chunk, one.layer): one.now for one in report.blocks},
+            hidden=_by_block(report.hidden),
+            measured={(c, n, tensor): CellDifference.of(list(its)) for c, n, tensor, its in report.measured},
+        )  # fmt: skip
+        for layer, one in report.misplaced:
+            found.misplaced.setdefault(layer, []).append(Misplaced(*one))
         return found
 
-    def _add(self, name: str, rest: list[Any]) -> None:
-        match name:
-            case "kv":
-                self.blocks[rest[0], rest[1]] = tuple(rest[2])
-            case "hidden":
-                self.hidden[rest[0], rest[1]] = rest[2]
-            case "rows":
-                self.misplaced.setdefault(rest[0], []).append(Misplaced(*rest[1:]))
-            case "measured":
-                self.measured[rest[0], rest[1], rest[2]] = CellDifference.of(rest[3:])
+
+def _by_block(digests: Sequence[tuple[int, int, int]]) -> dict[BlockKey, int]:
+    return {(chunk, layer): digest for chunk, layer, digest in digests}
 
 
 def holds_most(helds: Sequence[HeldDigests]) -> int:

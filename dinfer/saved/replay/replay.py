@@ -180,7 +180,7 @@ class Replay(Displayable, Closing):
         new = self.tokens[before:]
         remark = "" if new else _no_tokens_text(recorded)
         text = "".join(self._texts[before:])
-        return Decoded(tuple(new), text, bool(answer["ended"]), before + len(new), remark)
+        return Decoded(tuple(new), text, answer.ended, before + len(new), remark)
 
     # -- looking
 

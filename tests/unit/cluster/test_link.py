@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import zmq
+from msgspec import to_builtins
+from msgspec.msgpack import encode as packb
+from msgspec.structs import replace
 from zmq.utils.monitor import recv_monitor_message
 
 from dinfer.cluster.link import Link
+from dinfer.messages import (
+    Beat,
+    Command,
+    Freeze,
+    Gone,
+    RankReport,
+    Refused,
+    Reply,
+    Rewind,
+    Stand,
+    Status,
+    StoreOpened,
+    TextPiece,
+    pack_report,
+    unpack_command,
+    unpack_request,
+)
 
 DEADLINE_S = 120
 REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 REFUSED |= zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_DISCONNECTED
-STATE = {
-    "type": "state",
-    "rank": 0,
-    "phase": "prefill",
-    "decoded": 0,
-    "positions": [3],
-    "started": [True],
-    "limits": [5],
-    "process": "R",
-    "cpu_s": 0.5,
-}
+STATUS = Status("prefill", 0, Stand((3,), (True,), (5,)), process="R", cpu_s=0.5)
 
 
 @pytest.fixture
@@ -52,7 +61,7 @@ def refused(link: Link, **changes: Any) -> Iterator[None]:
         # Before the call: one that speaks another language is refused once, and does not try again.
         monitor = stranger.get_monitor_socket(REFUSED)
         stranger.connect(link.endpoint)
-        say(stranger, {**STATE, "phase": "decode"})
+        say(stranger, replace(STATUS, phase="decode"))
         assert monitor.poll(DEADLINE_S * 1000), "the stranger was not refused"
         assert recv_monitor_message(monitor)["event"] & REFUSED
         yield
@@ -62,7 +71,7 @@ def refused(link: Link, **changes: Any) -> Iterator[None]:
 
 @contextmanager
 def to_call(link: Link, **changes: Any) -> Iterator[zmq.Socket[bytes]]:
-    part = {**link.job_part(0, launcher=1), **changes}
+    part = {**to_builtins(link.job_part(0, launcher=1)), **changes}
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         dealer.setsockopt(zmq.LINGER, 0)
         dealer.setsockopt(zmq.IDENTITY, b"rank 0")
@@ -73,9 +82,9 @@ def to_call(link: Link, **changes: Any) -> Iterator[zmq.Socket[bytes]]:
         yield dealer
 
 
-def say(dealer: zmq.Socket[bytes], message: dict[str, Any]) -> None:
+def say(dealer: zmq.Socket[bytes], report: RankReport) -> None:
     """What a watcher sends."""
-    dealer.send_multipart([b"", json.dumps(message).encode()])
+    dealer.send_multipart(pack_report(report))
 
 
 def heard(link: Link, condition: Callable[[], bool]) -> bool:
@@ -102,7 +111,7 @@ def test_who_has_not_the_keys_is_never_heard(link: Link, changes: dict[str, Any]
     with refused(link, **changes):
         assert link.ranks[0].heard == 0
         with caller(link) as watcher:
-            say(watcher, STATE)
+            say(watcher, STATUS)
             assert heard(link, lambda: link.ranks[0].heard > 0)
     assert link.ranks[0].phase == "prefill"
 
@@ -111,64 +120,64 @@ def test_who_has_not_the_keys_is_never_heard(link: Link, changes: dict[str, Any]
 def test_who_has_not_the_keys_cannot_take_a_ranks_name(link: Link, changes: dict[str, Any]) -> None:
     """A rank that is started again takes over its own name; that is for who has the keys."""
     with caller(link) as watcher:
-        say(watcher, STATE)
+        say(watcher, STATUS)
         assert heard(link, lambda: link.ranks[0].heard > 0)
         with refused(link, **changes):
-            number = link.send(0, "freeze")
-            assert next_command(watcher)["id"] == number
+            number = link.begin({0: Freeze()})[0]
+            assert next_command(watcher) == (number, Freeze())
         with caller(link) as again:
-            say(again, {**STATE, "phase": "decode"})
+            say(again, replace(STATUS, phase="decode"))
             assert heard(link, lambda: link.ranks[0].phase == "decode")
-            number = link.send(0, "freeze")
-            assert next_command(again)["id"] == number
+            number = link.begin({0: Freeze()})[0]
+            assert next_command(again) == (number, Freeze())
 
 
 def test_states_texts_and_reports_are_kept(link: Link) -> None:
     with caller(link) as watcher:
-        say(watcher, STATE)
-        say(watcher, {"type": "text", "rank": 0, "text": "中"})
-        say(watcher, {"type": "text", "rank": 0, "text": "🙂"})
-        say(watcher, {"type": "store", "rank": 0, "port": 7})
-        say(watcher, {"type": "gone", "rank": 0})
+        say(watcher, STATUS)
+        say(watcher, TextPiece("中"))
+        say(watcher, TextPiece("🙂"))
+        say(watcher, StoreOpened(7))
+        say(watcher, Gone())
         state = link.ranks[0]
         assert heard(link, lambda: state.gone)
     assert state.stand is not None
     assert (state.stand.positions, state.stand.started, state.stand.limits) == ((3,), (True,), (5,))
     assert (state.process, state.cpu_s) == ("R", 0.5)
-    assert state.reports["store"]["port"] == 7
+    assert state.store == StoreOpened(7)
     assert link.new_texts() == ["中", "🙂"]
     assert link.new_texts() == []
 
 
 def test_only_what_moves_counts_as_progress(link: Link) -> None:
     with caller(link) as watcher:
-        say(watcher, STATE)
+        say(watcher, STATUS)
         assert heard(link, lambda: link.ranks[0].heard > 0)
         first, moved = link.ranks[0].heard, link.ranks[0].progressed
-        say(watcher, {**STATE, "cpu_s": 0.7})
+        say(watcher, replace(STATUS, cpu_s=0.7))
         assert heard(link, lambda: link.ranks[0].heard > first)
         assert link.ranks[0].progressed == moved
-        say(watcher, {**STATE, "positions": [4]})
+        say(watcher, replace(STATUS, stand=Stand((4,), (True,), (5,))))
         assert heard(link, lambda: link.ranks[0].progressed > moved)
 
 
 def test_a_command_is_answered(link: Link) -> None:
     with caller(link) as watcher:
-        say(watcher, STATE)
+        say(watcher, STATUS)
         assert heard(link, lambda: link.ranks[0].heard > 0)
-        number = link.send(0, "freeze")
-        command = next_command(watcher)
-        assert (command["do"], command["id"]) == ("freeze", number)
-        say(watcher, {"type": "reply", "rank": 0, "id": number + 1, "limits": [2]})
-        assert link.ask({0: {"do": "freeze"}}, DEADLINE_S)[0]["limits"] == [2]
-        say(watcher, {"type": "reply", "rank": 0, "id": number + 2, "error": "it stands elsewhere"})
+        number = link.begin({0: Freeze()})[0]
+        assert next_command(watcher) == (number, Freeze())
+        asked = link.begin({0: Freeze()}), link.begin({0: Rewind(((0,),))})
+        say(watcher, Reply(number + 1, Stand((0,), (False,), (2,))))
+        say(watcher, Refused(number + 2, "it stands elsewhere"))
+        assert link.finish(asked[0], DEADLINE_S)[0].limits == (2,)
         with pytest.raises(RuntimeError, match="rank 0: it stands elsewhere"):
-            link.ask({0: {"do": "rewind", "positions": [0]}}, DEADLINE_S)
+            link.finish(asked[1], DEADLINE_S)
 
 
 def test_silence_is_told_in_time(link: Link) -> None:
     with pytest.raises(TimeoutError, match=r"no answer from rank 0 within 0\.1 s"):
-        link.ask({0: {"do": "freeze"}}, timeout=0.1)
+        link.ask({0: Freeze()}, timeout=0.1)
 
 
 def test_who_waits_for_a_rank_that_died_learns_it(link: Link) -> None:
@@ -176,13 +185,22 @@ def test_who_waits_for_a_rank_that_died_learns_it(link: Link) -> None:
         raise ChildProcessError("rank 0 was killed")
 
     with pytest.raises(ChildProcessError):
-        link.ask({0: {"do": "freeze"}}, timeout=DEADLINE_S, check=check)
+        link.ask({0: Freeze()}, timeout=DEADLINE_S, check=check)
 
 
-def next_command(watcher: zmq.Socket[bytes]) -> dict[str, Any]:
+def test_a_report_of_another_version_is_told(link: Link) -> None:
+    with caller(link) as watcher:
+        watcher.send_multipart([packb({"type": "Dance"})])
+        assert heard(link, lambda: link.ranks[0].error is not None)
+    assert link.ranks[0].error
+    assert "Dance" in link.ranks[0].error.message
+
+
+def next_command(watcher: zmq.Socket[bytes]) -> tuple[int, Command[Any]]:
     """The next message that is not the session's heartbeat."""
     while watcher.poll(DEADLINE_S * 1000):
-        command: dict[str, Any] = json.loads(watcher.recv())
-        if command["do"] != "beat":
-            return command
+        request = unpack_request(watcher.recv())
+        command = unpack_command(request.command)
+        if command != Beat():
+            return request.number, command
     raise AssertionError("no command came")

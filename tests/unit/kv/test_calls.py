@@ -32,7 +32,7 @@ def calls_before_a_rank(run: Run) -> tuple[list[tuple[str, str]], int]:
         code = frame.f_code
         if event != "call" or depth or not is_of_dinfer(frame):
             return
-        if code.co_name == "send":
+        if code.co_name == "_send":
             depth.append(depth_of(frame))
         elif (called := (code.co_filename.removeprefix(SOURCE), code.co_qualname)) not in passed:
             passed.append(called)

@@ -17,6 +17,7 @@ from dinfer.engine.prefill import Prefill
 from dinfer.kv.reference.comparison import Comparison
 from dinfer.kv.reference.reports import HeldDigests
 from dinfer.kv.source import Noted
+from dinfer.messages import HeldBlock, HeldReport
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import PlanError
 from dinfer.run.run import Run
@@ -433,12 +434,6 @@ def test_too_little_memory_is_said_before(done: Run, monkeypatch: pytest.MonkeyP
         done.compare(dtype="bfloat16")
 
 
-def test_long_answers_come_in_pages(done: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinfer.rank.reference.PAGE_BYTES", 700)
-    assert done.compare().equal
-    assert done.compare(chunked=False).within_tolerance
-
-
 def test_its_html_is_its_text(done: Run) -> None:
     found = done.compare()
     assert escape(str(found)) in found._repr_html_()
@@ -446,9 +441,12 @@ def test_its_html_is_its_text(done: Run) -> None:
 
 
 def test_held_digests_are_read_as_they_are_told() -> None:
-    items = [["kv", 0, 1, [5, 6], [5, 6], None], ["kv", 1, 1, [7, 8], None, None], ["hidden", 0, 0, 9]]
-    items.append(["kv", 2, 1, [1, 2], [1, 2], [3, 2]])
-    held = HeldDigests.of(0, {"dtype": "float32", "held": [3], "due": [3], "tokens": [], "items": items})
+    blocks = (
+        HeldBlock(0, 1, (5, 6), (5, 6)),
+        HeldBlock(1, 1, (7, 8)),
+        HeldBlock(2, 1, (1, 2), (1, 2), (3, 2)),
+    )
+    held = HeldDigests.of(0, HeldReport("float32", (3,), (3,), (), blocks, ((0, 0, 9),)))
     assert held.now == {(0, 1): (5, 6), (1, 1): (7, 8), (2, 1): (1, 2)}
     assert held.noted == {(0, 1): Noted((5, 6), (5, 6)), (2, 1): Noted((1, 2), (3, 2))}
     assert held.hidden == {(0, 0): 9}

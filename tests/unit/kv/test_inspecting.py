@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from dinfer.cluster.threads import LocalRanks
 from dinfer.engine.engine import Engine
 from dinfer.kv import view
-from dinfer.messages import Message
+from dinfer.messages import Command, RankReport, ReadMore, Reply, size_of
 from dinfer.model.cache import KVCache
 from dinfer.plan.ops import PlanError
 from dinfer.rank import inspect
@@ -113,7 +112,7 @@ def test_large_values_come_in_pieces_and_are_announced(
 def engine_keeps_nothing(session: Session) -> bool:
     """Whether no piece is left behind on a rank."""
     assert isinstance(session.ranks, LocalRanks)
-    piece = session.ranks._tables[0]["piece"].function
+    piece = session.ranks._tables[0][ReadMore].function
     kept: dict[int, bytes] = piece.__self__._kept  # type: ignore[attr-defined]
     return not kept
 
@@ -161,22 +160,23 @@ def test_a_diff_of_equal_caches_moves_less_than_a_twentieth(
     run.wait(60)
     sizes = list[int]()
     ranks = session.ranks
-    send, take = ranks.send, ranks.take
+    send, take = ranks._send, ranks.take
 
-    def sent(rank: int, do: str, **fields: Any) -> int:
-        sizes.append(len(json.dumps({"do": do, **fields})))
-        return send(rank, do, **fields)
+    def sent(rank: int, command: Command[Any], number: int) -> None:
+        sizes.append(size_of(command))
+        send(rank, command, number)
 
-    def taken(message: Message, *args: Any) -> None:
-        sizes.append(len(json.dumps(message)))
-        take(message, *args)
+    def taken(rank: int, report: RankReport) -> None:
+        assert isinstance(report, Reply)
+        sizes.append(size_of(report.answer))
+        take(rank, report)
 
-    monkeypatch.setattr(ranks, "send", sent)
+    monkeypatch.setattr(ranks, "_send", sent)
     monkeypatch.setattr(ranks, "take", taken)
     found = run.kv().diff()
     assert str(found) == "all 3 ranks hold the same 4 × 6 blocks, bit for bit"
     one_cache = LAYERS * 240 * 2 * HEADS * DIMS * 4
-    assert found.bytes_moved <= sum(sizes) < found.bytes_moved + 20 * len(sizes)  # ids are not counted
+    assert found.bytes_moved == sum(sizes)  # numbers of requests are not counted
     assert sum(sizes) < one_cache / 20
 
 

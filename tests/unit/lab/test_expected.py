@@ -13,6 +13,7 @@ from dinfer.lab.expected import RULES, Cell, Expected, expected, following, targ
 from dinfer.lab.hosts import LabNetwork
 from dinfer.lab.lab import IDS
 from dinfer.lab.orders import ACTS, SLOW_BITS_PER_S, orders, pace, slowed
+from dinfer.messages import Misbehave
 from dinfer.model.checkpoint import check
 from dinfer.plan.graph import channel_of
 from dinfer.plan.ops import parse_op
@@ -108,8 +109,8 @@ def test_every_cell_that_is_possible_gives_orders_that_ranks_can_follow() -> Non
         for rank, messages in orders(graph, given).items():
             mine = {str(op) for lane in graph.plan.lanes[rank] for op in lane.ops}
             for message in messages:
-                assert message["act"] in faults.ACTS
-                assert set(message.get("ops", ())) <= mine, (given, message)
+                assert message.act in faults.ACTS
+                assert set(message.ops) <= mine, (given, message)
 
 
 @pytest.mark.parametrize("fault", ["link cut", "slow link"])
@@ -122,7 +123,7 @@ def test_links_break_in_the_network_where_there_is_one(fault: str) -> None:
     op = target(graph, given)
     assert op
     broken = network.cut(1, op.peer) if fault == "link cut" else network.slow(1, op.peer, SLOW_BITS_PER_S)
-    order = {"do": "misbehave", "act": "command", "ops": [str(op)], "command": broken}
+    order = Misbehave(act="command", ops=(str(op),), command=tuple(broken))
     paced = pace(0.04 if fault == "slow link" else 0.02)
     assert orders(graph, given, network) == {0: [paced], 1: [paced, order], 2: [paced]}
     other = given._replace(fault="skip a send")
@@ -135,7 +136,7 @@ def test_orders_that_need_the_plan(fault: str) -> None:
     given = next(
         it for it in possible_cells() if it.fault == fault and it.strategy == "pairwise" and it.rank == 1
     )
-    paced = {rank: messages[0]["seconds"] for rank, messages in orders(graph, given).items()}
+    paced = {rank: messages[0].seconds for rank, messages in orders(graph, given).items()}
     more = [(rank, message) for rank, messages in orders(graph, given).items() for message in messages[1:]]
     if fault.startswith("slow rank"):
         assert not more
@@ -144,21 +145,21 @@ def test_orders_that_need_the_plan(fault: str) -> None:
     (rank, message), op = more[0], target(graph, given)
     assert op
     if fault == "reorder two":
-        after = parse_op(message["ops"][1])
+        after = parse_op(message.ops[1])
         assert rank == 1
         assert after == following(graph, 1, op)
         assert channel_of(1, after) == channel_of(1, op)
     elif fault == "wrong peer":
-        assert (rank, message["with"]) == (1, [third(graph.plan, 1, op)])
-        assert message["with"][0] not in (1, op.peer)
+        assert (rank, message.wire) == (1, (third(graph.plan, 1, op),))
+        assert message.wire[0] not in (1, op.peer)
     else:  # the link's other end is told
         assert rank == op.peer
-        assert message.get("peer", 1) == 1
+        assert message.peer in (None, 1)
 
 
 def test_slowed_runs_are_repeatable_and_slow_two_to_ten_times() -> None:
     assert slowed(1, 3) == slowed(1, 3) != slowed(2, 3)
-    seconds = [messages[0]["seconds"] for seed in range(50) for messages in slowed(seed, 3).values()]
+    seconds = [messages[0].seconds for seed in range(50) for messages in slowed(seed, 3).values()]
     assert min(seconds) >= 0.02
     assert max(seconds) <= 1.0
 

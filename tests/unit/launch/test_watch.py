@@ -14,6 +14,7 @@ from dinfer.config import Config
 from dinfer.engine.board import Stand
 from dinfer.job import Job
 from dinfer.launch.watch import ProcessWatch
+from dinfer.messages import Failed
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.run.failure import silence_limit
@@ -67,14 +68,14 @@ def test_a_rank_that_is_gone_is_named(link: QuietLink) -> None:
 
 def test_a_rank_that_was_told_to_end_is_not_the_cause(link: QuietLink) -> None:
     link.ranks[1].gone = link.ranks[2].gone = True
-    link.ranks[1].reports["told_to_end"] = {}
+    link.ranks[1].told_to_end = True
     assert failure(link).startswith("rank 2 ")
 
 
 def test_only_ranks_that_were_told_to_end_are_no_failure(link: QuietLink) -> None:
     for state in link.ranks[1:]:
         state.gone = True
-        state.reports["told_to_end"] = {}
+        state.told_to_end = True
     ProcessWatch(JOB, cast(Link, link)).explain()
 
 
@@ -100,5 +101,5 @@ def test_a_rank_that_has_not_come_yet_is_not_silent(link: QuietLink) -> None:
 
 def test_what_all_ranks_report_alike_is_no_ranks_own(link: QuietLink) -> None:
     for state in link.ranks:
-        state.reports["error"] = {"message": "they differ.", "secondary": False}
+        state.error = Failed("they differ.")
     assert failure(link) == "they differ."

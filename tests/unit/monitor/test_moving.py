@@ -15,6 +15,7 @@ from dinfer.cluster.ranks import ASK_S, RankState, RankStates
 from dinfer.config import Config
 from dinfer.engine.board import Stand
 from dinfer.job import Job
+from dinfer.messages import Command, DumpStacks, Reply, SpiedThreads, SpyOnRank, StackDump
 from dinfer.monitor import stacks, watch
 from dinfer.monitor.signs import CPU_LEAST_S
 from dinfer.monitor.stacks import Stacks
@@ -42,15 +43,14 @@ class Asked(RankStates):
 
     def __init__(self) -> None:
         super().__init__(3)
-        self.sent: list[tuple[int, str]] = []
+        self.sent: list[tuple[int, Command[Any], int]] = []
         now = time.monotonic()
         for rank, state in enumerate(self.ranks):
             state.stand, state.phase, state.process, state.cpu_s = standing(rank, 0), "prefill", "S", 1.0
             state.heard, state.progressed = now, now - LONG_S
 
-    def send(self, rank: int, do: str, **_: Any) -> int:
-        self.sent.append((rank, do))
-        return len(self.sent)
+    def _send(self, rank: int, command: Command[Any], number: int) -> None:
+        self.sent.append((rank, command, number))
 
 
 def watch_over(ranks: Asked) -> HangWatch:
@@ -99,13 +99,13 @@ def test_a_verdict_waits_for_a_stack_that_is_on_its_way(monkeypatch: pytest.Monk
 
     look()
     assert watcher.found is None
-    spied = [number for number, (_, do) in enumerate(ranks.sent, 1) if do == "spy"]
+    spied = [(rank, number) for rank, command, number in ranks.sent if isinstance(command, SpyOnRank)]
     assert spied
     for _ in range(5):
         look()
         assert watcher.found is None
-    for number in spied:
-        ranks.take({"type": "reply", "rank": ranks.sent[number - 1][0], "id": number, "threads": []})
+    for rank, number in spied:
+        ranks.take(rank, Reply(number, SpiedThreads(())))
     wait_for(lambda: look() or watcher.found, "it is told without")  # type: ignore[func-returns-value]
     assert watcher.found
     assert watcher.found.kind == "stuck in C"
@@ -117,16 +117,12 @@ def test_dumps_are_awaited_while_the_watcher_is_heard(monkeypatch: pytest.Monkey
     ranks, text = Asked(), 'File "own.py", line 7 in work'
     monkeypatch.setattr(stacks, "ANSWER_S", 0.0)
     monkeypatch.setattr(stacks, "WATCHER_S", 600.0 if answers else -1.0)
-    send = ranks.send
 
-    def sent(rank: int, do: str, **fields: Any) -> int:
-        number = send(rank, do, **fields)
-        if do == "dump" and answers:
-            message = {"type": "reply", "rank": rank, "id": number, "text": text}
-            Timer(3 * ASK_S, partial(ranks.take, message)).start()
-        return number
+    def sent(rank: int, command: Command[Any], number: int) -> None:
+        if isinstance(command, DumpStacks) and answers:
+            Timer(3 * ASK_S, partial(ranks.take, rank, Reply(number, StackDump(text)))).start()
 
-    monkeypatch.setattr(ranks, "send", sent)
+    monkeypatch.setattr(ranks, "_send", sent)
     found = stacks.gather(ranks, [1])
     assert (found[1].text, found[1].answers) == (text if answers else "", False)
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from dinfer.cluster.ranks import RankStates
+from dinfer.messages import Command, Reply, SpiedFrame, SpiedThread, SpiedThreads, SpyOnRank
 from dinfer.monitor.stacks import Spied, Stacks, as_dumped, as_spied
-from dinfer.rank.pyspy import Seen, in_c, read
+from dinfer.rank.pyspy import in_c, read
 from dinfer.verdict.signs import BUSY, StackFrame
 
 RECORDED = Path(__file__).with_name("py-spy.json").read_text(encoding="utf-8")
@@ -18,17 +20,17 @@ RECORDED = Path(__file__).with_name("py-spy.json").read_text(encoding="utf-8")
 FILE = "/x/dinfer/engine/own.py"
 
 
-def thread(name: str) -> dict[str, Any]:
-    return next(one for one in read(RECORDED) if one["name"] == name)
+def thread(name: str) -> SpiedThread:
+    return next(one for one in read(RECORDED) if one.name == name)
 
 
 def test_what_py_spy_writes_is_read() -> None:
-    assert {one["name"]: one["holds_gil"] for one in read(RECORDED)} == {
+    assert {one.name: one.holds_gil for one in read(RECORDED)} == {
         "MainThread": False,
         "rank 1 compute": True,
         "rank 1 kv-in:0": False,
     }
-    assert [frame[1:3] for frame in thread("rank 1 compute")["frames"]][:8] == [
+    assert [frame[1:3] for frame in thread("rank 1 compute").frames][:8] == [
         (None, "clock_nanosleep"),
         (None, "nanosleep"),
         (None, "usleep"),
@@ -46,11 +48,11 @@ def test_what_it_does_not_write_whole_is_nothing(text: str) -> None:
 
 
 def test_c_functions_are_told_without_what_binds_them() -> None:
-    assert in_c(thread("rank 1 compute")["frames"]) == "usleep → clock_nanosleep"
+    assert in_c(thread("rank 1 compute").frames) == "usleep → clock_nanosleep"
     gloo = "c10d::ProcessGroupGloo::RecvWork::wait → pthread_cond_timedwait"
-    assert in_c(thread("rank 1 kv-in:0")["frames"]) == gloo
-    assert in_c([Seen("/own.so", None, "spin"), Seen(FILE, 7, "work")]) == "spin"
-    assert in_c([Seen(FILE, 7, "work"), Seen("/own.so", None, "spin")]) == ""
+    assert in_c(thread("rank 1 kv-in:0").frames) == gloo
+    assert in_c([SpiedFrame("/own.so", None, "spin"), SpiedFrame(FILE, 7, "work")]) == "spin"
+    assert in_c([SpiedFrame(FILE, 7, "work"), SpiedFrame("/own.so", None, "spin")]) == ""
 
 
 def answered(line: int = 7, *, native: bool = True) -> Stacks:
@@ -98,7 +100,7 @@ def test_who_holds_a_mute_ranks_interpreter_is_told() -> None:
     assert found.frames[BUSY].c == "usleep → clock_nanosleep"
     assert as_spied(1, read(RECORDED), as_dumped(1, DUMP.replace("line 7", "line 9"))) is None
     assert as_spied(1, read(RECORDED), Stacks(answers=False)) == replace(found, cpu_s=None)  # no dump at all
-    free = [{**one, "holds_gil": False} for one in read(RECORDED)]
+    free = [structs.replace(one, holds_gil=False) for one in read(RECORDED)]
     assert as_spied(1, free, dumped) == dumped
 
 
@@ -114,16 +116,17 @@ class Line(RankStates):
 
     def __init__(self) -> None:
         super().__init__(3)
-        self.sent: list[tuple[int, str]] = []
+        self.sent: list[tuple[int, Command[Any], int]] = []
         for state in self.ranks[:2]:  # the third is a thread
             state.process = "S"
 
-    def send(self, rank: int, do: str, **_: Any) -> int:
-        self.sent.append((rank, do))
-        return len(self.sent)
+    def _send(self, rank: int, command: Command[Any], number: int) -> None:
+        self.sent.append((rank, command, number))
 
-    def say(self, number: int, threads: list[Any]) -> None:
-        self.take({"type": "reply", "rank": self.sent[number - 1][0], "id": number, "threads": threads})
+    def say(self, threads: list[SpiedThread]) -> None:
+        """Answer the last request."""
+        rank, _, number = self.sent[-1]
+        self.take(rank, Reply(number, SpiedThreads(tuple(threads))))
 
 
 def test_each_process_is_looked_at_once_until_it_has_moved() -> None:
@@ -131,11 +134,11 @@ def test_each_process_is_looked_at_once_until_it_has_moved() -> None:
     spied = Spied(line)
     for _ in range(2):
         spied.begin([1, 2])
-    assert line.sent == [(1, "spy")]
+    assert [one[:2] for one in line.sent] == [(1, SpyOnRank())]
     assert spied.looks_at(range(3)) == {1}
     assert not spied.collect()
     assert spied.added_to({1: answered()}) == {1: answered()}
-    line.say(1, read(RECORDED))
+    line.say(read(RECORDED))
     assert spied.collect()
     assert spied.ranks == {1}
     assert not spied.collect()
@@ -153,7 +156,7 @@ def test_where_py_spy_sees_nothing_it_is_not_asked_again_and_nothing_changes() -
     line = Line()
     spied = Spied(line)
     spied.begin([0])
-    line.say(1, [])
+    line.say([])
     assert not spied.collect()
     spied.begin([0])
     assert len(line.sent) == 1

@@ -9,8 +9,16 @@ import pytest
 
 from dinfer.cluster.link import Link
 from dinfer.cluster.ranks import RankRefused
-from dinfer.messages import Message
-from dinfer.rank.commands import Command
+from dinfer.messages import (
+    BegunTokens,
+    HashKv,
+    KvHash,
+    LimitDecode,
+    ReadMore,
+    StepBackDecode,
+    TensorData,
+)
+from dinfer.rank.commands import quick, slow, table_of
 from dinfer.rank.control import Control
 
 ANSWER_S = 60
@@ -22,13 +30,13 @@ def link() -> Iterator[Link]:
     link = Link(1)
     control = Control(link.job_part(0, launcher=os.getpid()))
     control.serve(
-        {
-            "quick": Command(refuse),
-            "slow": Command(refuse, slow=True),
-            "double": Command(double),
-            "double slowly": Command(double, slow=True),
-            "repeat": Command(repeat, slow=True),
-        }
+        table_of(
+            [
+                quick(LimitDecode, double),
+                slow(HashKv, double_slowly),
+                slow(ReadMore, repeat),
+            ]
+        )
     )
     with link.changed:  # before, there is nobody to whom a command could be sent
         assert link.changed.wait_for(lambda: link.ranks[0].heard, ANSWER_S)
@@ -37,32 +45,44 @@ def link() -> Iterator[Link]:
     link.close()
 
 
-def refuse(message: Message) -> Message:
-    raise ValueError(f"not {message['number']}")
+def double(command: LimitDecode) -> BegunTokens:
+    if command.limit is None:
+        raise ValueError("not None")
+    return BegunTokens(2 * command.limit)
 
 
-def double(message: Message) -> Message:
-    return {"number": 2 * message["number"]}
+def double_slowly(command: HashKv) -> KvHash:
+    if command.tokens < 0:
+        raise ValueError("not None")
+    return KvHash(str(2 * command.tokens))
 
 
-def repeat(message: Message) -> Message:
-    return {"text": message["text"] * message["times"]}
+def repeat(command: ReadMore) -> TensorData:
+    data = bytes([command.number]) * command.start
+    return TensorData(len(data), command.number, data)
 
 
-@pytest.mark.parametrize(("refused", "next_one"), [("quick", "double"), ("slow", "double slowly")])
-def test_the_line_goes_on_after_a_command_that_was_refused(link: Link, refused: str, next_one: str) -> None:
+def test_the_line_goes_on_after_a_command_that_was_refused(link: Link) -> None:
     for number in (3, 4):
-        with pytest.raises(RankRefused, match=rf"^rank 0: ValueError: not {number}$"):
-            link.ask({0: {"do": refused, "number": number}}, ANSWER_S)
-        assert link.ask({0: {"do": next_one, "number": number}}, ANSWER_S)[0]["number"] == 2 * number
+        with pytest.raises(RankRefused, match=r"^rank 0: ValueError: not None$"):
+            link.ask({0: LimitDecode(None)}, ANSWER_S)
+        assert link.ask({0: LimitDecode(number)}, ANSWER_S)[0].begun == 2 * number
+        with pytest.raises(RankRefused, match=r"^rank 0: ValueError: not None$"):
+            link.ask({0: HashKv(-1)}, ANSWER_S)
+        assert link.ask({0: HashKv(number)}, ANSWER_S)[0].sha256 == str(2 * number)
+
+
+def test_an_unknown_command_is_refused_by_name(link: Link) -> None:
+    with pytest.raises(RankRefused, match="StepBackDecode"):
+        link.ask({0: StepBackDecode(1)}, ANSWER_S)
 
 
 def test_long_answers_come_whole_and_in_order(link: Link) -> None:
-    texts = ["安静\n", "x\r\n", '"'] * 3
     begun = [
-        (text, times, link.begin({0: {"do": "repeat", "text": text, "times": times}}))
-        for times in (1, 30_000)
-        for text in texts
+        (number, times, link.begin({0: ReadMore(number, times)}))
+        for times in (0, 1, 3_000_000)
+        for number in (0, 7, 255)
     ]
-    for text, times, ids in begun:
-        assert link.finish(ids, ANSWER_S)[0]["text"] == text * times
+    for number, times, pending in begun:
+        answer = link.finish(pending, ANSWER_S)[0]
+        assert (answer.size, answer.number, answer.data) == (times, number, bytes([number]) * times)

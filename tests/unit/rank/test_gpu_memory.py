@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dinfer.cluster.link import Link
-from dinfer.messages import Message
+from dinfer.messages import JoinGroup, OpenStore, StoreAddress
 from dinfer.rank import gpu_memory
 from dinfer.rank.control import Control
 from dinfer.rank.service import RankService
@@ -24,10 +24,10 @@ GPU = torch.device("cuda:1")
 class Nowhere:
     """This rank meets nobody."""
 
-    def open(self, message: Message) -> Message:
+    def open(self, command: OpenStore) -> StoreAddress:
         raise NotImplementedError
 
-    def join(self, message: Message) -> Comm:
+    def join(self, command: JoinGroup) -> Comm:
         raise NotImplementedError
 
 
@@ -71,7 +71,7 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rank]:
 
 
 def test_the_session_knows_what_a_rank_has_of_its_gpu(rank: Rank) -> None:
-    rank.host._measure(GPU)
+    rank.host.weights.measure(GPU)
     wait_for(lambda: rank.known() == (1 << 30, 3 << 30, 80 << 30), "it is known")
     rank.allocated = 2 << 30
     wait_for(lambda: rank.known() == (2 << 30, 3 << 30, 80 << 30), "it is known anew")
@@ -79,11 +79,11 @@ def test_the_session_knows_what_a_rank_has_of_its_gpu(rank: Rank) -> None:
 
 
 def test_another_device_takes_its_place_and_the_cpu_has_none(rank: Rank) -> None:
-    rank.host._measure(GPU)
-    rank.host._measure(GPU)
+    rank.host.weights.measure(GPU)
+    rank.host.weights.measure(GPU)
     assert len(rank.gauges()) == 1
     wait_for(rank.known, "it is known")
-    rank.host._measure(torch.device("cpu"))
+    rank.host.weights.measure(torch.device("cpu"))
     assert rank.gauges() == []
     wait_for(lambda: rank.known() is None, "there is no GPU any more")
 
@@ -95,12 +95,12 @@ def test_a_device_that_has_failed_ends_the_gauge_and_nothing_else(
         raise RuntimeError("CUDA error: device-side assert triggered")
 
     monkeypatch.setattr(torch.cuda, "memory_reserved", fail)
-    rank.host._measure(GPU)
+    rank.host.weights.measure(GPU)
     wait_for(lambda: rank.asked and not rank.gauges(), "the gauge has ended")
     assert rank.known() is None
 
 
 def test_a_rank_that_shares_its_process_has_no_memory_of_its_own(rank: Rank) -> None:
-    rank.host.memory = None
-    rank.host._measure(GPU)
+    rank.host.weights.own_process = False
+    rank.host.weights.measure(GPU)
     assert rank.gauges() == []

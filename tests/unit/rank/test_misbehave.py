@@ -6,16 +6,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from dinfer.engine.ops import HANDLERS
+from dinfer.messages import Behave, Misbehave, Ok, RankReport, Refused, Reply
 from dinfer.model.decoder import Decoder
 from dinfer.plan.graph import channel_of
 from dinfer.plan.ops import Op, parse_op
 from dinfer.rank import faults
-from dinfer.rank.commands import answer
+from dinfer.rank.commands import answer, table_of
 from dinfer.run.fleet import LocalFleet, RankFailed
 from tests.support.seeded_gate import SeededGate
 from tests.support.twin import Twin, prompt, twin
@@ -35,7 +36,7 @@ def whole() -> Iterator[None]:
 
 @contextmanager
 def begun(
-    small: Decoder, rank: int, order: dict[str, Any], *, ranks: int = 2, strategy: str = "pairwise"
+    small: Decoder, rank: int, order: Misbehave, *, ranks: int = 2, strategy: str = "pairwise"
 ) -> Iterator[tuple[Twin, LocalFleet, list[Op]]]:
     """A run on which `rank` has that order, let go; and what has struck."""
     struck: list[Op] = []
@@ -66,41 +67,41 @@ def next_send() -> str:
 @pytest.mark.parametrize(
     ("order", "said"),
     [
-        ({"act": "skip", "ops": [SEND]}, f"at `{RECV}` the plan expects block c1 l0, 4 tokens"),
-        ({"act": "longer", "ops": [SEND]}, "rank 0 sent block c1 l0, 5 tokens"),
-        ({"act": "twice", "ops": [SEND]}, "rank 0 sent block c1 l0, 4 tokens"),
-        ({"act": "reorder", "ops": [SEND, next_send()]}, "rank 0 sent block c1 l1, 4 tokens"),
-        ({"act": "another plan", "ops": [SEND]}, "rank 0 runs another plan"),
-        ({"act": "raise", "ops": ["layer c1 l0"]}, "Mischief: made by the lab at `layer c1 l0`"),
+        (Misbehave(act="skip", ops=(SEND,)), f"at `{RECV}` the plan expects block c1 l0, 4 tokens"),
+        (Misbehave(act="longer", ops=(SEND,)), "rank 0 sent block c1 l0, 5 tokens"),
+        (Misbehave(act="twice", ops=(SEND,)), "rank 0 sent block c1 l0, 4 tokens"),
+        (Misbehave(act="reorder", ops=(SEND, next_send())), "rank 0 sent block c1 l1, 4 tokens"),
+        (Misbehave(act="another plan", ops=(SEND,)), "rank 0 runs another plan"),
+        (Misbehave(act="raise", ops=("layer c1 l0",)), "Mischief: made by the lab at `layer c1 l0`"),
     ],
 )
-def test_what_a_rank_does_wrong_at_one_op(small: Decoder, order: dict[str, Any], said: str) -> None:
+def test_what_a_rank_does_wrong_at_one_op(small: Decoder, order: Misbehave, said: str) -> None:
     with begun(small, 0, order) as (made, fleet, struck):
         assert said in outcome(made, fleet)
-        assert [str(op) for op in struck] == order["ops"][:1]
+        assert [str(op) for op in struck] == list(order.ops[:1])
 
 
 def test_a_recv_that_is_left_out_and_a_message_to_another_rank(small: Decoder) -> None:
-    with begun(small, 1, {"act": "skip", "ops": [RECV]}) as (made, fleet, _):
+    with begun(small, 1, Misbehave(act="skip", ops=(RECV,))) as (made, fleet, _):
         assert "sent block c1 l0" in outcome(made, fleet)
-    order = {"act": "elsewhere", "ops": [SEND], "with": [2]}
+    order = Misbehave(act="elsewhere", ops=(SEND,), wire=(2,))
     with begun(small, 0, order, ranks=3) as (made, fleet, _):
         assert "rank 0 sent block c1 l0" in outcome(made, fleet)
 
 
 def test_a_command_is_run_before_the_op(small: Decoder, tmp_path: Path) -> None:
     done = tmp_path / "done"
-    order = {"act": "command", "ops": [SEND], "command": ["touch", str(done)]}
+    order = Misbehave(act="command", ops=(SEND,), command=("touch", str(done)))
     with begun(small, 0, order) as (made, fleet, struck):
         assert outcome(made, fleet) == "done"
         assert [str(op) for op in struck] == [SEND]
         assert done.exists()
-    with begun(small, 0, {**order, "command": ["false"]}) as (made, fleet, _):
+    with begun(small, 0, replace(order, command=("false",))) as (made, fleet, _):
         assert "CalledProcessError" in outcome(made, fleet)
 
 
 def test_a_cut_link_carries_nothing_and_says_nothing(small: Decoder) -> None:
-    with begun(small, 1, {"act": "cut", "ops": [RECV]}) as (made, fleet, struck):
+    with begun(small, 1, Misbehave(act="cut", ops=(RECV,))) as (made, fleet, struck):
         assert outcome(made, fleet) == "stuck"
         assert [str(op) for op in struck] == [RECV]
         plan, stand = fleet.plan, made.engines[0].executor.stand()
@@ -115,12 +116,12 @@ def test_a_cut_link_carries_nothing_and_says_nothing(small: Decoder) -> None:
 @pytest.mark.parametrize(
     "order",
     [
-        {"act": "pace", "of": "layer", "seconds": 0.02},
-        {"act": "pace", "of": "layer", "seconds": 0.02, "spin": True},
-        {"act": "slow wire", "of": "recv", "peer": 1, "with": [0.02]},
+        Misbehave(act="pace", of="layer", seconds=0.02),
+        Misbehave(act="pace", of="layer", seconds=0.02, spin=True),
+        Misbehave(act="slow wire", of="recv", peer=1, wire=(0.02,)),
     ],
 )
-def test_what_is_slow_is_only_slow(small: Decoder, order: dict[str, Any]) -> None:
+def test_what_is_slow_is_only_slow(small: Decoder, order: Misbehave) -> None:
     began = time.monotonic()
     with begun(small, 0, order) as (made, fleet, struck):
         assert outcome(made, fleet) == "done"
@@ -129,12 +130,14 @@ def test_what_is_slow_is_only_slow(small: Decoder, order: dict[str, Any]) -> Non
 
 
 def test_commands_arm_and_disarm_and_refuse_what_there_is_not() -> None:
-    reports: list[dict[str, Any]] = []
-    table = faults.misbehave_commands(0, lambda kind, **fields: reports.append({"type": kind, **fields}))
+    reports: list[RankReport] = []
+    table = table_of(faults.misbehave_commands(0, reports.append))
     before = dict(HANDLERS)
-    assert answer(table["misbehave"], {"act": "skip", "ops": [SEND]}) == {}
+    assert answer(table, 1, Misbehave(act="skip", ops=(SEND,))) == Reply(1, Ok())
     assert HANDLERS["send"] is not before["send"]
-    assert answer(table["behave"], {}) == {}
+    assert answer(table, 2, Behave()) == Reply(2, Ok())
     assert before == HANDLERS
-    assert "error" in answer(table["misbehave"], {"act": "dance", "ops": [SEND]})
+    refused = answer(table, 3, Misbehave(act="dance", ops=(SEND,)))
+    assert isinstance(refused, Refused)
+    assert "dance" in refused.error
     assert reports == []

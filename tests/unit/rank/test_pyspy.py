@@ -9,13 +9,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from dinfer.messages import SpiedThread
 from dinfer.rank import pyspy
+from dinfer.rank.process import sign_of_life
 from dinfer.rank.pyspy import Look, in_c, program
-from dinfer.rank.watcher import sign_of_life
 from tests.support.runs import wait_for
 from tests.support.spies import LETS_ANYBODY_LOOK, NO_SPY, may_spy
 
@@ -41,9 +41,9 @@ def holding() -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
-def seen(spy: str, pid: int, *, stopped: bool = False) -> list[dict[str, Any]]:
+def seen(spy: str, pid: int, *, stopped: bool = False) -> list[SpiedThread]:
     look = Look(spy, pid, stopped=stopped)
-    found: list[dict[str, Any]] = []
+    found: list[SpiedThread] = []
 
     def is_over() -> bool:
         nonlocal found
@@ -62,7 +62,7 @@ def test_a_process_whose_interpreter_is_held_is_seen_down_to_its_c_function() ->
 
         def is_in_c() -> bool:
             threads = seen(str(program()), process.pid)
-            calls[:] = [in_c(thread["frames"]) for thread in threads if thread["holds_gil"]]
+            calls[:] = [in_c(thread.frames) for thread in threads if thread.holds_gil]
             return bool(calls and "usleep" in calls[0])
 
         wait_for(is_in_c, f"the C function is seen: {calls}")
@@ -78,7 +78,7 @@ def test_a_stopped_process_is_seen_and_stays_stopped() -> None:
             functions = [
                 frame.function
                 for thread in seen(str(program()), process.pid, stopped=stopped)
-                for frame in thread["frames"]
+                for frame in thread.frames
             ]
             assert "<module>" in functions
             life = sign_of_life(process.pid)

@@ -11,11 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import pytest
 
 from dinfer.engine.board import anonymous_file
+from dinfer.messages import ThreadStack
 from dinfer.monitor.stacks import as_dumped
 from dinfer.rank.stacks import DUMP_SIGNAL, dump_into, dump_of, named, stacks, thread_names
 from dinfer.verdict.signs import BUSY
@@ -27,7 +27,7 @@ C = ctypes.CDLL(None)
 @contextmanager
 def standing_in(
     call: Callable[[], object], function: str, end: Callable[[], object] = lambda: None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[ThreadStack]:
     """What is said of a thread of rank 7 that makes this call again and again, once its innermost line is in that
     function. `end()` lets it go."""
     left = threading.Event()
@@ -40,9 +40,9 @@ def standing_in(
     thread = threading.Thread(target=calls, name="rank 7 compute", daemon=True)
     thread.start()
 
-    def said() -> dict[str, Any] | None:
-        found = stacks(7, alone=False)["threads"]
-        return next((t for t in found if t["frames"][0][2] == function), None)
+    def said() -> ThreadStack | None:
+        found = stacks(7, alone=False).threads
+        return next((t for t in found if t.frames[0][2] == function), None)
 
     wait_for(said, f"it is in {function}")
     found = said()
@@ -64,13 +64,13 @@ def test_a_line_that_waits_in_python_is_no_c() -> None:
         items.get()
 
     with standing_in(acquires, "acquires", lock.release) as said:
-        assert (said["native"], said["waits"], said["held"]) == (False, False, False)
-        assert said["frames"][0][3] == "lock.acquire()"
-        assert said["cpu_s"] is None or said["cpu_s"] >= 0
+        assert (said.native, said.waits, said.held) == (False, False, False)
+        assert said.frames[0][3] == "lock.acquire()"
+        assert said.cpu_s is None or said.cpu_s >= 0
     with standing_in(gets, "gets", lambda: items.put(1)) as said:
-        assert said["native"] is False
+        assert said.native is False
     with standing_in(lambda: done.wait(), "wait", done.set) as said:
-        assert said["native"] is False
+        assert said.native is False
 
 
 def test_who_waits_in_the_standard_library_stands_where_it_was_called() -> None:
@@ -80,8 +80,8 @@ def test_who_waits_in_the_standard_library_stands_where_it_was_called() -> None:
         done.wait()
 
     with standing_in(waits, "wait", done.set) as said:
-        assert said["frames"][0][3] == "waiter.acquire()"
-        assert said["frames"][said["at"]][2:] == ["waits", "done.wait()"]
+        assert said.frames[0][3] == "waiter.acquire()"
+        assert said.frames[said.at][2:] == ("waits", "done.wait()")
 
 
 def naps() -> None:
@@ -101,16 +101,16 @@ def naps_by_a_library_made_in_passing() -> None:
 )
 def test_a_call_into_a_library_is_told_from_a_sleep(call: Callable[[], None], native: bool) -> None:
     with standing_in(call, call.__name__) as said:
-        assert said["native"] is native
-        assert "sleep(" in said["frames"][0][3]
+        assert said.native is native
+        assert "sleep(" in said.frames[0][3]
 
 
 def test_threads_of_other_ranks_are_left_out_unless_the_process_is_the_ranks_own() -> None:
     done = threading.Event()
     thread = threading.Thread(target=done.wait, name="rank 8 compute")
     thread.start()
-    assert [t["name"] for t in stacks(9, alone=False)["threads"]] == []
-    assert "rank 8 compute" in [t["name"] for t in stacks(9, alone=True)["threads"]]
+    assert [t.name for t in stacks(9, alone=False).threads] == []
+    assert "rank 8 compute" in [t.name for t in stacks(9, alone=True).threads]
     done.set()
     thread.join()
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from dinfer.cluster.ranks import RankRefused
+from dinfer.cluster.ranks import Pending, RankRefused
 from dinfer.cluster.threads import LocalRanks
 from dinfer.engine.decoding import Decoding
+from dinfer.messages import HashKv
 from dinfer.rank.decode import Tokens
 from dinfer.rank.service import RankService
 from dinfer.run.fleet import RankFailed
@@ -116,14 +117,14 @@ def test_an_interrupt_after_a_rank_has_answered_does_not_lose_its_answer(
 ) -> None:
     run = decoded(session)
     states, door = session.ranks, threading.Event()
-    unbroken, ask, told = Tokens.run, states._answered, threading.Event()
+    unbroken, ask, told = Tokens.run, states._is_answered, threading.Event()
 
     def late(self: Tokens, on_token: Any) -> Any:
         said = unbroken(self, on_token)
         assert self is not hosts(session)[1].tokens or door.wait(WAIT_S)
         return said
 
-    def answered(ids: dict[int, int]) -> bool:
+    def answered(ids: Pending[Any]) -> bool:
         if (
             len(ids) == 3
             and ids[0] in states._replies
@@ -137,7 +138,7 @@ def test_an_interrupt_after_a_rank_has_answered_does_not_lose_its_answer(
         return ask(ids)
 
     monkeypatch.setattr(Tokens, "run", late)
-    monkeypatch.setattr(states, "_answered", answered)
+    monkeypatch.setattr(states, "_is_answered", answered)
     with pytest.raises(KeyboardInterrupt):
         run.decode(3)
     assert len(run.tokens) == 4
@@ -152,10 +153,10 @@ def test_an_answer_that_nobody_waits_for_any_more_is_dropped(session: Session) -
     for pool in states._slow:
         pool.submit(door.wait, WAIT_S)
     with pytest.raises(TimeoutError, match="no answer from rank 0, 1, 2"):
-        states.ask({rank: {"do": "sha256", "tokens": 1} for rank in range(3)}, 0.0)
-    assert len(states._unwanted) == 3
+        states.ask(dict.fromkeys(range(3), HashKv(1)), 0.0)
     door.set()
-    wait_for(lambda: not states._unwanted, "the answers have come")
+    for pool in states._slow:  # their answers have come when what was asked later is done
+        pool.submit(lambda: None).result(WAIT_S)
     assert not states._replies
 
 
@@ -165,7 +166,7 @@ def test_a_refusal_is_told_though_another_rank_never_answers(session: Session) -
     states._slow[1].submit(door.wait, WAIT_S)
     try:
         with pytest.raises(RankRefused, match="rank 0 has no prompt yet"):
-            states.ask({rank: {"do": "sha256", "tokens": 1} for rank in (0, 1)}, 3.0)
+            states.ask(dict.fromkeys((0, 1), HashKv(1)), 3.0)
     finally:
         door.set()
 

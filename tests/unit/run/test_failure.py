@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from dinfer.cluster.ranks import RankState
 from dinfer.config import Config
 from dinfer.engine.board import Stand
+from dinfer.messages import Failed
 from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
@@ -29,9 +32,9 @@ def at(*positions: int, started: bool = True, limit: int = 99) -> list[RankState
     ]
 
 
-def error(message: str, secondary: bool = False) -> dict[str, object]:
+def error(message: str, secondary: bool = False) -> Failed:
     """A rank's report of an error."""
-    return {"message": message, "secondary": secondary}
+    return Failed(message, secondary=secondary)
 
 
 def said(
@@ -54,23 +57,23 @@ def test_ranks_that_move_have_not_failed(plan: Plan) -> None:
 
 def test_an_error_ranks_above_deaths_and_what_it_did_to_others(plan: Plan) -> None:
     ranks = at(1, 2)
-    ranks[0].reports["error"] = error("rank 0 failed at `x`: CommError: closed", secondary=True)
+    ranks[0].error = error("rank 0 failed at `x`: CommError: closed", secondary=True)
     assert told(plan, ranks).startswith("rank 0 failed at `x`: CommError")
     killed = told(plan, ranks, (None, -9))
     assert killed.startswith("rank 1 was killed by SIGKILL; it stood at: 2 of ")
     assert "\nIf nobody killed it, the kernel did, because memory ran out" in killed
-    ranks[1].reports["error"] = error("ValueError: the cause")
+    ranks[1].error = error("ValueError: the cause")
     message = "rank 1: ValueError: the cause\nThe whole traceback is in logs/rank1.log."
     assert told(plan, ranks, (-9, 1)) == message
 
 
 def test_a_traceback_that_no_log_could_take_is_in_the_message(plan: Plan) -> None:
     ranks = at(1, 2)
-    lost = {
+    lost: dict[str, Any] = {
         "log_trouble": "2 records could not be written to logs/rank1.log: No space left",
         "traceback": "Traceback …",
     }
-    ranks[1].reports["error"] = {**error("ValueError: the cause"), **lost}
+    ranks[1].error = Failed("ValueError: the cause", **lost)
     assert told(plan, ranks) == (
         "rank 1: ValueError: the cause\n2 records could not be written to logs/rank1.log: No space left. So the whole "
         "traceback is here:\nTraceback …"

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from dinfer.cluster.ranks import RankState
 from dinfer.config import Config
 from dinfer.engine.corruption import Corruption
 from dinfer.job import Job, prepare
 from dinfer.launch.runner import ProgressLines, conclude
+from dinfer.messages import BatchResult, BlockCorrupt, Edited, StoreOpened
 from dinfer.run.result import merge, result_of, table, write_json
 from dinfer.trace.events import Event
 from tests.support.tiny import tiny_checkpoint
@@ -31,12 +33,14 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 @pytest.fixture
 def ranks() -> list[RankState]:
     """Rank 0 computes for a second and sends for two; rank 1 receives for two."""
-    said = {"host": "h", "device": "cpu", "threads": 1, "dtype": "float32", "kv_sha256": "ab", "tokens": [4]}
-    result = {"result": {**said, "decode_s": 0.5}}
+    result = BatchResult(
+        host="h", device="cpu", threads=1, dtype="float32", kv_sha256="ab", tokens=(4,), plan_id=1,
+        decode_s=0.5, lost_events=0, log_trouble="",
+    )  # fmt: skip
     layer = Event(0, "main", "layer", 0, 0, 0, 1 * S, chunk=0, layer=0)
     send = Event(0, "main", "send", 1 * S, 1 * S, 2 * S, 4 * S, "kv", 0, 0, peer=1, bytes=6_000_000)
     recv = Event(1, "main", "recv", 0, 0, 2 * S, 4 * S, "kv", 0, 0, peer=0, bytes=6_000_000)
-    return [RankState(events=[layer, send], reports=result), RankState(events=[recv], reports=result)]
+    return [RankState(events=[layer, send], result=result), RankState(events=[recv], result=result)]
 
 
 def result(job: Job, ranks: list[RankState]) -> dict[str, Any]:
@@ -51,15 +55,14 @@ def test_the_trace_holds_all_events_and_describes_the_run(job: Job, ranks: list[
     assert (trace.about["world_size"], trace.about["tokens"], trace.about["stages"]) == (2, 2, [0, 1])
 
 
-def note(rank: int) -> dict[str, Any]:
+def note(rank: int) -> BlockCorrupt:
     """What a rank says of a block that came to it changed."""
-    found = Corruption(rank, 0, 1, "V", 64, peer=0)
-    return {"type": "note", "rank": rank, "note": "corrupt", "order": None, "found": found.as_dict()}
+    return BlockCorrupt(Corruption(rank, 0, 1, "V", 64, peer=0).as_dict())
 
 
 def test_changed_blocks_are_in_the_result_in_words_and_as_fields(job: Job, ranks: list[RankState]) -> None:
     assert result(job, ranks)["corrupt"] == []
-    ranks[1].notes += [{"note": "edited", "what": []}, note(1)]
+    ranks[1].notes += [Edited(()), note(1)]
     (found,) = result(job, ranks)["corrupt"]
     assert (
         found["text"] == "rank 1: V of block c0 l1 came changed from rank 0, on the way or before it was sent"
@@ -71,8 +74,8 @@ def test_changed_blocks_are_in_the_result_in_words_and_as_fields(job: Job, ranks
 def test_what_the_user_chose_to_record_is_a_warning_at_the_end_and_no_error(
     job: Job, ranks: list[RankState]
 ) -> None:
-    said = {**ranks[0].reports["result"], "kv_sha256": "cd"}
-    ranks[1].reports = {"result": said}
+    assert ranks[0].result
+    ranks[1].result = replace(ranks[0].result, kv_sha256="cd")
     out = io.StringIO()
     with pytest.raises(RuntimeError, match="the ranks hold different KV after prefill"):
         conclude(job, ranks, ProgressLines(job, out), None)
@@ -94,7 +97,7 @@ def test_another_port_is_said_on_a_line_of_its_own_also_after_text_has_begun(
     config = Config(world_size=2, threads=1, model_path=str(model), prompt_ids=(1, 2), master_port=29500)
     show = ProgressLines(prepare(config), out := io.StringIO())
     show.on_text(text)
-    ranks[0].reports["store"] = {"port": 40001}
+    ranks[0].store = StoreOpened(40001)
     show.progress(ranks)
     assert "port 29500 is in use; the ranks meet at 40001 instead." in out.getvalue().splitlines()
 

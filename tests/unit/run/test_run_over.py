@@ -12,8 +12,8 @@ import pytest
 from dinfer.cluster.kv import Live
 from dinfer.cluster.lease import RunOver
 from dinfer.cluster.threads import LocalRanks
-from dinfer.messages import Message
-from dinfer.rank.commands import Command
+from dinfer.messages import Ok, ReferenceReport, RunReference, StopReference
+from dinfer.rank.commands import quick, slow, table_of
 from dinfer.run.inspect import Comparing
 from dinfer.run.run import Run
 from dinfer.session.session import Session
@@ -220,14 +220,14 @@ def test_a_comparison_that_takes_long_is_broken_off_where_another_run_begins(ses
     old.run_to(1, 1)
     asked, stopped, said = threading.Event(), threading.Event(), list[str]()
 
-    def take_long(_: Message) -> Message:
+    def take_long(_: RunReference) -> ReferenceReport:
         asked.set()
         assert stopped.wait(DEADLINE_S), "nobody has stopped the reference"
         raise RuntimeError("the reference was stopped")
 
-    def stop(_: Message) -> Message:
+    def stop(_: StopReference) -> Ok:
         stopped.set()
-        return {}
+        return Ok()
 
     def compare() -> None:
         with pytest.raises(RunOver) as raised:
@@ -236,7 +236,7 @@ def test_a_comparison_that_takes_long_is_broken_off_where_another_run_begins(ses
 
     assert isinstance(session.ranks, LocalRanks)
     for table in session.ranks._tables:
-        table |= {"reference": Command(take_long, slow=True), "reference_stop": Command(stop)}
+        table |= table_of([slow(RunReference, take_long), quick(StopReference, stop)])
     thread = threading.Thread(target=compare)
     thread.start()
     assert asked.wait(DEADLINE_S)

@@ -131,7 +131,7 @@ class Stepping(RuleBasedStateMachine):
         assert self.fleet.wait(lambda _: left[0] <= 0 or self.stepper.at_end, 30)
         self.paused()
         for engine in self.twin.engines:
-            engine.executor.on_op = None
+            engine.executor.on_op = lambda *_: None
 
     @rule()
     def resume_and_pause_at_once(self) -> None:

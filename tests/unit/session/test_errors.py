@@ -130,7 +130,9 @@ def test_without_ipython_it_is_any_exception(monkeypatch: pytest.MonkeyPatch) ->
     assert str(NoSuch("there is no fault #2")) == "there is no fault #2"
 
 
-OWN = {"CommError", "Mischief", "NoInterface", "OpFailed", "Stopped", "TokenFailed", "TransferError"}
+OWN = {
+    "CommError", "Mischief", "NoInterface", "OpFailed", "Stopped", "TokenFailed", "TransferError", "UnknownMessage",
+}  # fmt: skip
 """those that stay within a rank: what they say reaches the user in a RankFailed"""
 
 

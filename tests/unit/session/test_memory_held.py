@@ -45,7 +45,7 @@ def test_another_checkpoint_is_loaded_once_the_one_before_is_gone(
     del run, decoder
     names: list[tuple[object, object]] = []
     for host in hosts(session):
-        host._on_engine = lambda its: names.append((its.engine, its.decoder))
+        host._on_change = lambda its: names.append((its.engine, its.decoder))
     load, alive = Decoder.load, list[bool]()
 
     def loaded(*given: Any, **named: Any) -> Decoder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dinfer.cluster.ranks import RankState
-from dinfer.engine.board import Stand
+from dinfer.engine.board import Phase, Stand
 from dinfer.launch.runner import progress_line
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
@@ -11,7 +11,7 @@ from dinfer.plan.schedule import build
 PLAN = build(partition(layers=4, tokens=10, world_size=2, chunk_size=4), "lockstep", "pairwise")
 
 
-def line(rank: int, position: int, phase: str = "prefill") -> str:
+def line(rank: int, position: int, phase: Phase = "prefill") -> str:
     """The line of a rank whose one lane has that many ops done."""
     return progress_line(PLAN, rank, RankState(stand=Stand((position,), (False,), (99,)), phase=phase))
 
