@@ -221,7 +221,7 @@ def test_clean_ends_the_orphan_only(place: IPython) -> None:
     assert planned == {name: "would be ended", other_name: "left alone"}
     assert not ended([int(pid)])
     command = [sys.executable, "-m", "dinfer", "clean", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr
     assert {found["cluster_id"]: found["done"] for found in json.loads(done.stdout)} == {
         name: "ended",

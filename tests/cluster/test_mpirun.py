@@ -38,7 +38,7 @@ Launch = Callable[..., Run]
 def program() -> tuple[str, ...]:
     """mpirun with three ranks. Open MPI refuses root, and more ranks than cores, unless told not to."""
     assert MPIRUN
-    said = subprocess.run([MPIRUN, "--version"], capture_output=True, text=True, timeout=60, check=False)
+    said = subprocess.run([MPIRUN, "--version"], capture_output=True, text=True, timeout=250, check=False)
     is_open = "Open MPI" in said.stdout or "OpenRTE" in said.stdout
     options = ["--allow-run-as-root", "--oversubscribe"] if is_open else []
     return (MPIRUN, *options, "-n", "3", sys.executable, "-m", "dinfer")

@@ -115,7 +115,7 @@ def test_rank_0_being_cut_off_ends_all(nodes: Nodes, tmp_path: Path) -> None:
 )
 def test_env_launch_says_what_it_needs(arguments: list[str], status: int, words: str) -> None:
     done = subprocess.run(
-        ["bash", LAUNCH, *arguments], capture_output=True, text=True, timeout=60, check=False
+        ["bash", LAUNCH, *arguments], capture_output=True, text=True, timeout=250, check=False
     )
     assert done.returncode == status, done.stderr
     assert re.search(words, done.stdout + done.stderr)

@@ -37,7 +37,7 @@ def in_fresh_python(program: str, *arguments: str) -> None:
     """Run a program in a Python of its own; its output is the failure's message."""
     command = [sys.executable, "-c", program, *arguments]
     done = subprocess.run(
-        command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=250, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -263,7 +263,7 @@ def test_in_plain_ipython() -> None:
         "%dinfer close",
     ]
     command = [sys.executable, "-m", "IPython", "--no-banner", "--colors=NoColor", "-c", "\n".join(lines)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert "moved True" in done.stdout, done.stdout + done.stderr
     assert "knows no 'stop'. Did you mean" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr

@@ -30,7 +30,7 @@ def stub(world: Path, name: str, does: str) -> None:
 def packages(world: Path) -> tuple[str, list[str]]:
     """What the script says, and what apt-get was asked for."""
     ran = subprocess.run(
-        [BASH, str(SCRIPT)], env={"PATH": str(world)}, capture_output=True, text=True, timeout=60, check=True
+        [BASH, str(SCRIPT)], env={"PATH": str(world)}, capture_output=True, text=True, timeout=250, check=True
     )
     assert ran.stdout == ""
     asked = world / "asked"

@@ -550,4 +550,4 @@ def test_a_world_size_that_cannot_be_is_refused() -> None:
 
 def test_the_doctor_starts_without_torch() -> None:
     program = "import sys, dinfer.doctor.doctor; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=250).returncode == 0

@@ -249,6 +249,6 @@ def test_light_modules_do_not_import_torch(folder: Path) -> None:
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[3],
-        timeout=60,
+        timeout=250,
     )
     assert done.stdout == "fine\n", done.stderr

@@ -63,7 +63,7 @@ def measured(folder: Path, dtype: str) -> dict[str, int]:
     """Load and run once in a fresh process; return bytes."""
     command = [sys.executable, "-c", PROGRAM, str(folder), dtype]
     done = subprocess.run(
-        command, check=False, capture_output=True, text=True, cwd=Path(__file__).parents[3], timeout=100
+        command, check=False, capture_output=True, text=True, cwd=Path(__file__).parents[3], timeout=250
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
