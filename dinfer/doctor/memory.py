@@ -7,7 +7,7 @@ from dinfer.doctor.check import Check, gib
 from dinfer.model.checkpoint import Spec, check
 from dinfer.model.errors import ModelError
 from dinfer.model.free import free
-from dinfer.model.memory import Demand
+from dinfer.model.memory import MemoryDemand
 
 TOKENS = 1024
 """prompt and new tokens to ask for, fewer where the model has no room for them"""
@@ -21,9 +21,9 @@ class Asked(NamedTuple):
     device: str = "cpu"
 
     @property
-    def demand(self) -> Demand:
+    def demand(self) -> MemoryDemand:
         tokens = min(TOKENS, self.spec.max_positions)
-        return Demand(self.spec, "auto", tokens, self.ranks, self.device, Config().chunk_size)
+        return MemoryDemand(self.spec, "auto", tokens, self.ranks, self.device, Config().chunk_size)
 
 
 def memory_checks(model: str | None, world_size: int, gpus: int) -> list[Check]:
@@ -77,7 +77,7 @@ def judge_memory(asked: Asked, available: int | None) -> Check:
     return Check(name, "fail" if on_cpu else "warn", found, _way_out(demand, available))
 
 
-def _way_out(demand: Demand, available: int) -> str:
+def _way_out(demand: MemoryDemand, available: int) -> str:
     """The first change that is enough by itself."""
     if demand.bytes(dtype="bfloat16") <= available:
         return "dinfer run --dtype bfloat16"

@@ -13,7 +13,7 @@ from dinfer.engine.board import Stand
 from dinfer.job import Job
 from dinfer.messages import Failed, UnexpectedHeader
 from dinfer.monitor.stacks import Stacks
-from dinfer.plan.ops import Value, What
+from dinfer.plan.ops import Value, ValueKind
 from dinfer.plan.plan import Plan
 from dinfer.trace.events import Event
 from dinfer.verdict.judge import explain
@@ -179,7 +179,7 @@ def _came(came: UnexpectedHeader | None) -> Came | None:
     if came is None:
         return None
     what, chunk, layer = came.value
-    return Came(Value(cast(What, what), chunk, layer), came.tokens, came.nbytes, came.plan_id, came.here)
+    return Came(Value(cast(ValueKind, what), chunk, layer), came.tokens, came.nbytes, came.plan_id, came.here)
 
 
 def _medians(events: Sequence[Event]) -> dict[str, float]:

@@ -17,10 +17,9 @@ import torch
 from dinfer.config import Config
 from dinfer.engine.board import Board, Stand
 from dinfer.engine.corruption import Corrupted, Corruption
-from dinfer.engine.decoding import TokensDiffer
+from dinfer.engine.decoding import NotANumber, TokensDiffer
 from dinfer.engine.engine import Engine
 from dinfer.engine.lanes import LaneExecutor, OpFailed
-from dinfer.engine.nan_origin import NotANumber
 from dinfer.messages import (
     BegunTokens,
     BlockCorrupt,
@@ -270,7 +269,7 @@ class RankService:
         self._give_up_prompt()
         engine = Engine(
             decoder, comm, config, gate=self._gate, board=self.board, memory=self._memory,
-            deadline=config.timeout, on_hit=self._hit, others=self.stands, on_corrupt=self._corrupt,
+            deadline=config.timeout, on_hit=self._hit, all_stands=self.stands, on_corrupt=self._corrupt,
         )  # fmt: skip
         warm_up(decoder, config, len(ids))
         plan = parse_plan(command.plan) if command.plan else engine.plan_for(len(ids))
@@ -317,7 +316,7 @@ class RankService:
         engine, tokens = self._engine(), self.tokens
         assert tokens
         try:
-            self._note_edits(engine.prompt.edits.look())
+            self._note_edits(engine.prompt.edits.report())
             return tokens.run(self._token)
         except FOUND_TOGETHER:
             raise
@@ -327,7 +326,7 @@ class RankService:
             self.session.report(describe(failed))
             raise failed from error
         finally:
-            engine.prompt.edits.note_all()
+            engine.prompt.edits.accept_all()
 
     def _limit_decode(self, command: LimitDecode) -> BegunTokens:
         return BegunTokens(self.tokens.limit_to(command.limit) if self.tokens else 0)
@@ -360,7 +359,7 @@ class RankService:
 
     def _report_failure(self, executor: LaneExecutor) -> None:
         try:
-            executor.outlast()
+            executor.wait_until_closed()
         except OpFailed as failed:
             self.session.report(describe(failed))
 

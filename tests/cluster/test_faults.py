@@ -178,7 +178,7 @@ def test_a_refuted_schedule_hangs_as_foretold(qwen3: Path, start: Start) -> None
     assert run.finish() == 1
     said = message(run)
     assert "no rank has made progress" in said
-    circle = "these wait for one another for ever: rank 0 waits for rank 1 to take block c0 l0"
+    circle = "deadlock: rank 0 waits for rank 1 to take block c0 l0"
     assert f"no progress: {circle}" in run.out  # told long before
     assert f"\n{circle}" in said
     assert all(

@@ -167,4 +167,4 @@ def test_a_rank_that_cannot_take_part_is_named(qwen3: Path, launch: Launch, tmp_
         "main()\n"
     )
     run = launch(qwen3, program=(*TORCHRUN[:-2], "wrapped.py"))
-    assert message(run).startswith("rank 1: there is no folder /nowhere/at/all")
+    assert message(run).startswith("rank 1: folder /nowhere/at/all does not exist")

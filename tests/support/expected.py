@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dinfer.engine.engine import Engine
-from dinfer.model import reference
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import Op
+from tests.support import reference
 from tests.support.twin import Twin
 
 NEW_TOKENS = 6

@@ -77,7 +77,7 @@ def test_a_plan_in_a_file_verifies(tmp_path: Path) -> None:
 def test_a_refuted_schedule_has_status_1_and_its_cycle() -> None:
     plan = dinfer("plan", *SIZES, "--schedule", "batched")
     assert plan.status == REFUTED
-    assert "# refuted: with rendezvous sends these wait for one another for ever: rank 0 sends" in plan.out
+    assert "# refuted: deadlock with rendezvous sends: rank 0 sends" in plan.out
     verdict = dinfer("verify", "-", stdin=plan.out)
     assert verdict.status == REFUTED
     lines = verdict.out.splitlines()
@@ -121,7 +121,7 @@ def test_json_of_a_refutation_names_the_places() -> None:
         ("  recv kv c2 l2 <- 0, 2 tokens\n", "", "has no recv on rank 1 to meet"),
         ("send kv c1 l0 -> 1, 4 tokens", "send kv c1 l0 -> 1, 3 tokens", "refuted (size): "),
         ("send kv c1 l0 -> 1, 4 tokens", "send kv c1 l9 -> 1, 4 tokens", "layer 9 is out of range"),
-        ("  norm c2 l5\n", "", "needs final, which nothing on rank 1 makes"),
+        ("  norm c2 l5\n", "", "needs final, which no op on rank 1 makes"),
     ],
 )
 def test_an_edited_plan_is_refuted_in_its_own_words(old: str, new: str, words: str) -> None:
@@ -136,8 +136,8 @@ def test_an_edited_plan_is_refuted_in_its_own_words(old: str, new: str, words: s
     ("text", "words"),
     [
         ("", "this is not a plan: it is empty"),
-        ("hello\n", "this is not a plan: it begins with 'hello'"),
-        ("dinfer plan 1\n", "the plan ends before its header is complete"),
+        ("hello\n", "this is not a plan: it starts with 'hello'"),
+        ("dinfer plan 1\n", "the plan's header is incomplete"),
     ],
 )
 def test_what_is_not_a_plan_has_status_2(text: str, words: str) -> None:
@@ -167,7 +167,7 @@ def test_a_plan_file_that_is_not_there_has_status_2(tmp_path: Path) -> None:
         (("--world-size", "6"), "6"),
         (("--chunk-size", "0"), "chunk_size is 0; it must be at least 1."),
         (("--tokens", "0"), "tokens is 0; it must be at least 1."),
-        (("--layer-split", "3"), "layer_split has 1 numbers for 3 ranks"),
+        (("--layer-split", "3"), "layer_split takes 2 numbers for 3 ranks"),
     ],
 )
 def test_a_plan_that_cannot_be_made_has_status_2(flags: Sequence[str], words: str) -> None:
@@ -206,7 +206,7 @@ def mistake(folder: Path, *arguments: object) -> str:
         (("--prompt-ids", "1,2", "--chunk-size", "four"), "chunk_size is 'four'; it must be a whole number."),
         (("--prompt-ids", "1,2", "--prompt", "x"), "prompt and prompt_ids are given"),
         (("--prompt-file", "/nowhere/prompt.txt"), "prompt_file '/nowhere/prompt.txt' cannot be read"),
-        (("--prompt-ids", "1,2", "--schedule", "batched"), "wait for one another for ever: rank 0 sends"),
+        (("--prompt-ids", "1,2", "--schedule", "batched"), "deadlock with rendezvous sends: rank 0 sends"),
         (("--prompt-ids", "1,2", "--config", "/nowhere/run.toml"), "'/nowhere/run.toml' cannot be read"),
     ],
 )
@@ -219,7 +219,7 @@ def test_a_mistake_is_told_before_ranks_start(
 def test_a_config_file_is_judged_like_flags(model: Path, tmp_path: Path) -> None:
     toml = tmp_path / "run.toml"
     toml.write_text("prompt_ids = [1, 2]\nchunk_siz = 4\n")
-    assert "there is no parameter 'chunk_siz'. Did you mean chunk_size?" in mistake(
+    assert "unknown parameter 'chunk_siz'. Did you mean chunk_size?" in mistake(
         tmp_path, "--model", model, "--config", toml
     )
     toml.write_text("prompt_ids = \n")
@@ -232,14 +232,14 @@ def test_a_damaged_checkpoint_is_told_before_ranks_start(tmp_path: Path) -> None
     folder = tiny_checkpoint(tmp_path / "model", layers=3)
     config = json.loads((folder / "config.json").read_text())
     run = (tmp_path, "--prompt-ids", "1,2", "--model")
-    assert "there is no folder" in mistake(*run, tmp_path / "nowhere")
+    assert "nowhere does not exist" in mistake(*run, tmp_path / "nowhere")
     assert "has no config.json" in mistake(*run, tmp_path)
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
     assert "mamba" in mistake(*run, folder)
     (folder / "config.json").write_text(json.dumps(config))
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert "is cut short" in mistake(*run, folder)
+    assert "is truncated" in mistake(*run, folder)
     weights.unlink()
     assert "has no weights" in mistake(*run, folder)
 

@@ -18,9 +18,9 @@ from dinfer.plan.ops import Op
 from dinfer.plan.plan import OpPlace, Plan
 from dinfer.session.connect import connect
 from dinfer.transport.drain import drain
-from dinfer.transport.gate import SeededGate
 from tests.support.plan_game import Broken, Game
 from tests.support.plan_strategies import plans, reordered_plans
+from tests.support.seeded_gate import SeededGate
 from tests.support.twin import Twin, prompt
 
 IDS = list(prompt(10))

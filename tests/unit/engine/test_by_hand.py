@@ -1,4 +1,4 @@
-"""Ranks under their users' hands: stepped by the same call or alone, looked into, edited, stopped by conditions."""
+"""engine.step and engine.kv: all ranks or one alone stepped, inspected, edited, and stopped by conditions."""
 
 from __future__ import annotations
 

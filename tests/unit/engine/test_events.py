@@ -1,4 +1,4 @@
-"""Every op leaves exactly one event, whose times and sizes can be believed."""
+"""Every op records exactly one event, with correct times and sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from dinfer.plan.ops import Op
 from dinfer.run.stepper import Stepper
 from dinfer.trace.events import Event
 from dinfer.trace.trace import Trace
-from dinfer.transport.gate import Gate, SeededGate
+from dinfer.transport.gate import Gate
+from tests.support.seeded_gate import SeededGate
 from tests.support.twin import Twin, prompt, twin
 
 CHUNK = 4

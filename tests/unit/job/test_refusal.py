@@ -1,4 +1,4 @@
-"""A plan that can hang, as its user meets it: refused with a drawing, mended by hand, or run all the same."""
+"""A plan that can hang: refused with a drawing, repaired by hand, or run with unsafe."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_schedule_of_ones_own_runs_once_it_cannot_hang(model: Path) -> None:
             session.prefill(IDS, chunk_size=4, plan=swapped, paused=True)
         refused = caught.value
         assert isinstance(refused, PlanError)
-        assert "wait for one another for ever: rank 0 waits to receive" in str(refused)
+        assert "sends: rank 0 waits to receive" in str(refused)
         assert "\n┌▶ rank 0 waits to receive block" in str(refused)
         run = session.prefill(IDS, chunk_size=4, plan=lockstep, paused=True)
         assert run.plan.schedule == "lockstep"

@@ -99,7 +99,7 @@ def test_what_is_not_computed_yet(run: Run) -> None:
 
 def test_ranks_to_compare(run: Run) -> None:
     assert said(lambda: run.kv().diff(ranks=(0, 3))) == "there is no rank 3: the ranks are 0 to 2."
-    assert said(lambda: run.kv().diff(ranks=())).startswith("ranks names none: name two at least")
+    assert said(lambda: run.kv().diff(ranks=())).startswith("ranks is empty: name at least two")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Fingerprints: equal for copies, different for what ranks must not differ in; and what they cannot see."""
+"""Fingerprints: equal for copies, different for other checkpoints, and the changes that they miss."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dinfer.model.checkpoint import check
-from dinfer.model.fingerprint import SPAN, SPANS, fingerprint, sampled_spans
+from dinfer.model.checkpoint import SPAN, SPANS, check, fingerprint, sampled_spans
 from tests.support.tiny import tiny_checkpoint
 
 

@@ -1,4 +1,4 @@
-"""Memory: numbers worked out by hand, what is free on systems of all kinds, and what to change."""
+"""Memory: needs computed by hand, free memory on several systems, and the remedies in messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dinfer.model.checkpoint import Spec, check
 from dinfer.model.decoder import Decoder
 from dinfer.model.errors import ModelError
 from dinfer.model.free import free
-from dinfer.model.memory import Demand, check_memory, need, size_text, ways_to_save
+from dinfer.model.memory import MemoryDemand, check_memory, need, out_of_memory_text, size_text
 from tests.support.tiny import tiny_checkpoint
 
 GIB = 1024**3
@@ -82,7 +82,7 @@ def test_need_is_what_a_decoder_takes(tmp_path: Path, family: str) -> None:
 
 
 def test_an_unknown_dtype_is_refused() -> None:
-    with pytest.raises(ModelError, match="dtype 'int4' is not known; give one of float64, float32"):
+    with pytest.raises(ModelError, match="dtype 'int4' is unknown; give one of float64, float32"):
         need(QWEN3_4B, "int4", 1)
 
 
@@ -128,7 +128,7 @@ def test_each_single_change_that_helps_is_offered(monkeypatch: pytest.MonkeyPatc
     fits = 2 * 8_044_936_192 + 2 * 149 * 1024 * 10_000 + 10 * 1024**2
     said = refusal(monkeypatch, fits, "float32", 10_000, 1, chunk_size=2000)
     chunk = 10 * 1024**2 // (49_664 * 4 + 10_000 * 5)
-    assert f"chunk_size at most {chunk} in place of 2,000" in said
+    assert f"chunk_size at most {chunk} instead of 2,000" in said
     said = refusal(monkeypatch, 20 * GIB, "bfloat16", 1000, 3, "cuda:0")
     assert "at most 2 ranks here" in said
 
@@ -195,8 +195,8 @@ def test_this_machine_and_a_device_that_is_not_there() -> None:
 
 
 def test_memory_that_ran_out_is_told_with_what_would_save_it() -> None:
-    one = Demand(QWEN3_4B, "float32", 8000, 1, "cuda:0", 2048)
-    text = ways_to_save(one, asked=2 * GIB, available=GIB // 2)
+    one = MemoryDemand(QWEN3_4B, "float32", 8000, 1, "cuda:0", 2048)
+    text = out_of_memory_text(one, asked=2 * GIB, available=GIB // 2)
     assert text.startswith("Out of memory on cuda:0: 2.0 GiB was asked for, 512.0 MiB were free. ")
     assert "weights 15.0 GiB, KV 2.2 GiB, hidden states " in text
     assert "One of these would save the missing 1.5 GiB: dtype bfloat16 (needs " in text
@@ -210,18 +210,18 @@ def test_memory_that_ran_out_is_told_with_what_would_save_it() -> None:
 
 def test_free_memory_that_is_not_to_be_had_counts_as_missing() -> None:
     """A limit of the process, or no piece large enough: all that was asked for has to be saved."""
-    one = Demand(QWEN3_4B, "bfloat16", 8000, 1, "cpu", 4096)
-    text = ways_to_save(one, asked=100 * 2**20, available=50 * GIB)
+    one = MemoryDemand(QWEN3_4B, "bfloat16", 8000, 1, "cpu", 4096)
+    text = out_of_memory_text(one, asked=100 * 2**20, available=50 * GIB)
     assert "save the missing 100.0 MiB" in text
     assert "chunk_size at most " in text
     assert "dtype" not in text
 
 
 def test_where_nothing_is_enough_or_known_it_says_so() -> None:
-    one = Demand(QWEN3_4B, "bfloat16", 100, 1, "cpu", 100)
-    assert "No single change saves the missing 1,024.0 GiB: lower chunk_size" in ways_to_save(
+    one = MemoryDemand(QWEN3_4B, "bfloat16", 100, 1, "cpu", 100)
+    assert "No single change saves the missing 1,024.0 GiB: lower chunk_size" in out_of_memory_text(
         one, asked=1024 * GIB, available=None
     )
-    text = ways_to_save(one, asked=None, available=GIB)
+    text = out_of_memory_text(one, asked=None, available=GIB)
     assert "an unknown amount was asked for, 1.0 GiB were free" in text
-    assert text.endswith("Lower chunk_size, max_new_tokens or the prompt, or take dtype bfloat16.")
+    assert text.endswith("Lower chunk_size or max_new_tokens, shorten the prompt, or use dtype bfloat16.")

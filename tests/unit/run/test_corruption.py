@@ -207,7 +207,7 @@ def test_a_user_who_steps_edits_and_goes_back_is_never_accused(session: Session,
     run.wait(DEADLINE_S)
     for rank in range(3):
         engine = engine_of(session, rank)
-        engine.prompt.enter_edits()
+        engine.prompt.detect_edits()
         assert [key for key in engine.executor.state.ledger.entries if _differs(engine, key)] == []
     assert run.corrupt == []
 
@@ -233,6 +233,6 @@ def test_a_breakpoint_on_digests_takes_digests(session: Session) -> None:
 def test_a_run_without_a_session_cannot_pause(model: Path) -> None:
     config = Config(model_path=str(model), prompt_ids=IDS, on_corruption="pause")
     with pytest.raises(
-        ConfigError, match=r"on_corruption is pause, but nobody is there .*: use record or fail"
+        ConfigError, match=r"on_corruption is pause, but only a session .*: use record or fail"
     ):
         prepare(config)

@@ -23,7 +23,7 @@ from dinfer.config import Config
 from dinfer.model.decoder import Decoder
 from dinfer.plan.cut import UNITS, Cut, Unit, is_inside
 from dinfer.run.stepper import Move, Stepper
-from dinfer.transport.gate import FreeGate, SeededGate
+from dinfer.transport.gate import FreeGate
 from tests.support.expected import (
     NEW_TOKENS,
     differing_blocks,
@@ -31,6 +31,7 @@ from tests.support.expected import (
     is_complete,
     lane_threads,
 )
+from tests.support.seeded_gate import SeededGate
 from tests.support.twin import Twin, prompt
 
 IDS = list(prompt(10))

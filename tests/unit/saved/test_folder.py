@@ -127,7 +127,7 @@ def test_a_report_is_opened_as_far_as_it_goes(folder: Path, tmp_path: Path) -> N
         (lambda: report.plan, "plan"),
         (lambda: report.hidden(rank=0, chunk=0), "hidden states"),
     ):
-        with pytest.raises(SavedError, match=rf"report\.html' holds a trace and findings, and no {what}"):
+        with pytest.raises(SavedError, match=rf"report\.html' holds a trace and findings, but no {what}"):
             asked()
 
 
@@ -176,7 +176,7 @@ def test_what_fails_midway_leaves_all_as_it_was(
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(write, "take_hidden", fail)
+    monkeypatch.setattr(write, "hidden_of", fail)
     for name in ("one", "other"):
         with pytest.raises(KeyboardInterrupt):
             run.save(tmp_path / name)

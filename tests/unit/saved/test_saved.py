@@ -41,7 +41,7 @@ def located(found: tuple[Difference, ...]) -> list[tuple[Any, ...]]:
         "count",
         "kind",
         "op",
-        "came",
+        "origin",
     )
     return [tuple(getattr(one, name) for name in names) for one in found]
 
@@ -161,7 +161,7 @@ def test_digests_alone_tell_where(session: Session, run: Run, tmp_path: Path) ->
     ):
         before.kv(layer=1).k[0]
     with pytest.raises(
-        SavedError, match=r"'none' holds no values of layer 1: it was saved with digests alone"
+        SavedError, match=r"'none' holds no values of layer 1: it was saved with only digests"
     ):
         str(none.kv(layer=1))
     assert "layer 1 (of rank 0), tokens: rank 0 holds 40, rank 1 holds 40" in str(none.kv())
@@ -243,7 +243,7 @@ def test_ranks_that_cannot_be_asked(
     assert located((mine,))[0][:-2] == located((live,))[0][:-2]  # without all ledgers, not when it changed
     assert torch.equal(saved.kv(layer=0).k[:], run.kv(layer=0, rank=1).k[:])
     assert saved.diff(run).equal
-    with pytest.raises(SavedError, match="holds nothing of rank 0: it was saved when 1, 2 could be asked"):
+    with pytest.raises(SavedError, match="has nothing of rank 0: when it was saved, 1, 2 answered"):
         saved.kv(layer=0, rank=0).k[:]
     assert "ranks 1–2: " in str(saved)
 
@@ -253,9 +253,9 @@ def test_no_rank_can_be_asked(run: Run, tmp_path: Path, monkeypatch: pytest.Monk
     saved = dinfer.open(run.save(tmp_path / "saved"))
     assert saved.verdict() == run.verdict()
     assert saved.plan == run.plan
-    assert "no KV: no rank could be asked when it was saved" in str(saved)
+    assert "no KV: no rank answered when it was saved" in str(saved)
     for asked in (saved.kv, saved.diff, lambda: run.kv().diff(saved)):
-        with pytest.raises(SavedError, match="and no KV, since no rank could be asked when it was saved"):
+        with pytest.raises(SavedError, match="no KV, since no rank answered when it was saved"):
             asked()
 
 

@@ -1,4 +1,4 @@
-"""Calls that wait for other ranks: bounded, and repeated where they were left."""
+"""Calls that wait for other ranks end at a deadline, and continue when repeated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gates: what lanes wait for, in an order that the machine, or a seed, decides."""
+"""Gates: lanes wait for changes, in the order of the machine or of a seed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import Op
-from dinfer.transport.gate import FreeGate, Gate, SeededGate
+from dinfer.transport.gate import FreeGate, Gate
+from tests.support.seeded_gate import SeededGate
 from tests.support.twin import prompt, twin
 
 IDS = list(prompt(10))

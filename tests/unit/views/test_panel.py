@@ -13,7 +13,7 @@ from anywidget._util import enable_custom_widget_manager_once
 from ipywidgets.widgets.widget import _instances
 
 from dinfer.engine.board import DeviceMemory
-from dinfer.plan.breakpoints import WHENS
+from dinfer.plan.breakpoints import CONDITION_FORMS
 from dinfer.plan.cut import UNITS
 from dinfer.run.state import Mark
 from dinfer.views.cells import ARMED, DIFFERS, EVERYWHERE, CellMap
@@ -130,7 +130,7 @@ def test_a_breakpoint_is_changed_unless_the_new_one_is_refused(paper: Held) -> N
     wait_for(lambda: listed() == ["#1: after layer 2"], "it is set", 10)
     paper.press("break_at", layer=2, when="nun", instead=1)
     call = "run.break_at(layer=2, when='nun'); run.breakpoints.remove(1)"
-    paper.see("error", f"{call}: when is 'nun'; it must be one of {WHENS}.")
+    paper.see("error", f"{call}: when is 'nun'; it must be one of {CONDITION_FORMS}.")
     assert listed() == ["#1: after layer 2"]
     paper.press("break_at", layer=2, when="nan", instead=1)
     wait_for(lambda: listed() == ["#2: after layer 2, when nan"], "the new one is there alone", 10)

@@ -1,4 +1,4 @@
-"""What is settled when a checkpoint is loaded cannot be another for one run; the run before it then goes on."""
+"""A run cannot change what loading has fixed; the previous run then goes on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def session(tmp_path: Path) -> Iterator[Session]:
         ({"threads": 7}, "threads is 7, but the ranks were loaded with 1"),
         ({"model_path": "/another"}, "session.load('/another') sets it for all runs"),
         ({"gpu_ids": (0, 1)}, "gpu_ids=(0, 1)) sets it for all runs"),
-        ({"backend": "nccl"}, "backend is nccl, but the ranks have met by gloo"),
+        ({"backend": "nccl"}, "backend is nccl, but the ranks are connected by gloo"),
         ({"world_size": 1}, "world_size is 1, but this session has 2 ranks: dinfer.connect(n=1)"),
     ],
 )
