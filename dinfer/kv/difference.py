@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from dinfer.display import Displayable
+from dinfer.display import Displayable, Table
 from dinfer.kv.ledger import BlockKey
 from dinfer.kv.origin import CausePlace
 from dinfer.kv.rows import RowKind, numbers_text
@@ -118,7 +118,7 @@ class Diff(Displayable):
     def first(self) -> Difference | None:
         return self.differences[0] if self.differences else None
 
-    def table(self, lines: int | None = SHOWN) -> "Table":
+    def table(self, lines: int | None = SHOWN) -> Table:
         """A line for each difference, `lines` at most; None: all."""
         return Table(COLUMNS, [one.cells() for one in self.differences], lines)
 
@@ -141,34 +141,6 @@ class Diff(Displayable):
         return found
 
 
-class Table(Displayable):
-    """Lines of words under a head."""
-
-    def __init__(self, head: Sequence[str], lines: Sequence[Sequence[str]], shown: int | None = None) -> None:
-        self.head, self.lines, self._shown = tuple(head), [tuple(line) for line in lines], shown
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def __str__(self) -> str:
-        listed = [self.head, *self.lines[: self._shown]]
-        widths = [max(len(line[n]) for line in listed) for n in range(len(self.head))]
-        text = [
-            "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip()
-            for line in listed
-        ]
-        return "\n".join([*text, *self._more()])
-
-    def _repr_html_(self) -> str:
-        rows = [_html_row(self.head, "th"), *(_html_row(line, "td") for line in self.lines[: self._shown])]
-        more = "".join(f"<div>{escape(one)}</div>" for one in self._more())
-        return f"<table>{''.join(rows)}</table>{more}"
-
-    def _more(self) -> list[str]:
-        left = len(self.lines[self._shown :]) if self._shown is not None else 0
-        return [f"and {left:,} more: .table(None) shows all"] * bool(left)
-
-
 def number_text(value: float, dtype: torch.dtype) -> str:
     """As few digits as tell it from every other number of that dtype."""
     if not math.isfinite(value):
@@ -179,10 +151,6 @@ def number_text(value: float, dtype: torch.dtype) -> str:
         if torch.tensor(float(text), dtype=dtype).item() == exact:
             break
     return text.replace("-", "−")
-
-
-def _html_row(line: Sequence[str], tag: str) -> str:
-    return f"<tr>{''.join(f'<{tag}>{escape(word)}</{tag}>' for word in line)}</tr>"
 
 
 class Compared(NamedTuple):

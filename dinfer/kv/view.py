@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import torch
 
-from dinfer.display import Displayable
+from dinfer.display import Displayable, Table
 from dinfer.errors import NoSuch
 from dinfer.kv.diff import VALUES, diff_ranks, diff_sources
-from dinfer.kv.difference import Diff, Table, number_text
+from dinfer.kv.difference import Diff, number_text
 from dinfer.kv.rows import numbers_text
 from dinfer.kv.source import LiveSource, Selection, Source, Subject, ViewableSource
 from dinfer.plan.ops import PlanError

@@ -51,12 +51,13 @@ def _as_chat(tokenizer: Any, prompt: str) -> str:
 
 
 class TextStream:
-    """Turns new tokens into text as they come; text comes out in whole characters only.
+    """Turns new tokens into text as they come, in whole characters only.
 
-    A character may be split over tokens (Chinese, emoji, byte fallback): it comes out with the token that
-    ends it. Tokens are decoded together with those of the piece before, since a tokenizer may write a token
-    differently at the start of a text. Source of the scheme: the incremental detokenizers of vLLM and
-    text-generation-inference.
+    A character may be split over tokens (Chinese, emoji, byte fallback): its text comes with its last token.
+    Tokens are decoded together with those of the piece before, since a tokenizer may write a token differently
+    at the start of a text. The scheme is that of the incremental detokenizers of vLLM and
+    text-generation-inference. `tokenizers.DecodeStream` returns the same pieces, but not what it still holds
+    when the tokens end, and it takes only tokenizers of its own library.
     """
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool = True) -> None:

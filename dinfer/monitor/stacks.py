@@ -3,10 +3,14 @@ py-spy sees C functions too."""
 
 import linecache
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
-from dinfer.cluster.ranks import ANSWER_S, Pending, RankStates, answers
+from dinfer.cluster.ranks import ANSWER_S, Pending, RankRefused, RankState, RankStates, answers
+from dinfer.errors import NoAnswer
 from dinfer.messages import (
     DumpStacks,
     GetStacks,
@@ -14,6 +18,7 @@ from dinfer.messages import (
     SpiedThread,
     SpiedThreads,
     SpyOnRank,
+    StackDump,
     ThreadStack,
     ThreadStacks,
 )
@@ -21,7 +26,11 @@ from dinfer.rank.pyspy import in_c
 from dinfer.rank.stacks import TRANSPORT
 from dinfer.verdict.signs import BUSY, StackFrame
 
-DUMP_ANSWER_S = 1.0
+DUMP_ANSWER_S = 60.0
+"""A rank's watcher answers for a mute rank within about a second, on busy cores later."""
+
+WATCHER_S = 5.0
+"""A watcher that has not been heard for so long does not answer."""
 
 LANES = frozenset(("engine/threads.py", "engine/streams.py"))
 """The files in which the threads of lanes begin."""
@@ -45,14 +54,24 @@ class Stacks:
 
 
 def gather(ranks: RankStates, which: Sequence[int]) -> dict[int, Stacks]:
-    """Ask these ranks, together; who does not answer is dumped. Takes at most 1.5 s, mostly a few milliseconds."""
+    """Ask these ranks, together; of one that does not answer, its watcher requests a dump. Takes a few milliseconds if
+    all answer; else as long as the watchers of the others take, while they are heard."""
     said = answers(ranks, dict.fromkeys(which, GetStacks()), ANSWER_S)
     found = {rank: _as_asked(rank, stacks) for rank, stacks in said.items()}
     mute = [rank for rank in which if rank not in found]
-    dumps = answers(ranks, dict.fromkeys(mute, DumpStacks()), DUMP_ANSWER_S) if mute else {}
-    for rank in mute:
-        found[rank] = as_dumped(rank, dumps[rank].text if rank in dumps else "")
+    for rank, number in ranks.begin(dict.fromkeys(mute, DumpStacks())).items():
+        text, pending = "", Pending[StackDump]({rank: number})
+        with suppress(NoAnswer, RankRefused):
+            check = partial(_check_watcher, ranks.ranks[rank])
+            text = ranks.finish(pending, DUMP_ANSWER_S, check)[rank].text
+        found[rank] = as_dumped(rank, text)
     return found
+
+
+def _check_watcher(state: RankState) -> None:
+    """Raises NoAnswer if nobody answers for a rank that does not itself."""
+    if state.process is None or state.gone or time.monotonic() - state.heard > WATCHER_S:
+        raise NoAnswer("this rank has no watcher, or one that does not answer")
 
 
 def _as_asked(rank: int, stacks: ThreadStacks) -> Stacks:

@@ -118,9 +118,10 @@ def busy(rank: int, signs: Signs, text: str, still: float, typical: float, frame
         return Root("computing", rank, f"{text} and still computing ({since}){at}")
     if signs.answers is False:
         held = "in C code that holds the interpreter (the GIL)"
+        at = at or "; no stack of it could be read"
         return Root("stuck in C", rank, f"{text} and stuck {held} ({since}){at}")
     if frame is None:
-        return Root("stuck", rank, f"{text} and stuck at an unknown line ({since})")
+        return Root("stuck", rank, f"{text} and stuck at an unknown line: no stack of it came ({since})")
     where = "C" if frame.native else "Python"
     return Root(
         "stuck in C" if frame.native else "stuck in Python",

@@ -78,3 +78,8 @@ def is_complete(twin: Twin, wanted: Expected) -> bool:
 def lane_threads() -> list[str]:
     """Names of the lane threads that live in this process."""
     return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("rank "))
+
+
+def panel_threads() -> list[str]:
+    """Names of the threads that panels have now."""
+    return [thread.name for thread in threading.enumerate() if "panel" in thread.name]

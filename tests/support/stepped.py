@@ -62,7 +62,7 @@ class ProcessRanks(Link, Ranks):
             part = msgspec.to_builtins(self.job_part(rank, launcher=os.getpid()))
             process.stdin.write(f"{json.dumps(part)}\n")
             process.stdin.flush()
-        wait_for(lambda: all(state.heard for state in self.ranks), "all ranks are heard", START_S)
+        wait_for(lambda: all(state.heard for state in self.ranks), "all ranks are heard")
 
     def exits(self) -> list[int | None]:
         return [process.poll() for process in self.processes]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dinfer.display import Displayable
+from dinfer.display import Displayable, Table
 from dinfer.kv.measure import CellDifference
 from dinfer.kv.reference.judge import CauseKind, Deviation, ReferenceCase
 from dinfer.kv.reference.reports import FINAL, HIDDEN
@@ -66,16 +66,18 @@ class Comparison(Displayable):
 
     def table(self) -> str:
         """A line for each layer: the largest differences in all chunks, and the tolerance."""
-        head = f"{'layer':>5}" + "".join(f"{name + ' abs':>13}{'rel':>11}" for name in TENSORS)
-        lines = [f"{head}{'of largest':>12}{'tolerated':>11}"]
+        columns = [
+            "layer",
+            *(word for name in TENSORS for word in (f"{name} abs", "rel")),
+            "of largest",
+            "tolerated",
+        ]
+        lines = []
         for layer, rows in self._by_layer():
-            cells = "".join(
-                _cell(max(_known(rows, name)), 13) + _cell(max(_known(rows, f"{name}_relative")), 11)
-                for name in TENSORS
-            )
-            share = max(max(_known(rows, f"{name}_share")) for name in TENSORS)
-            lines.append(f"{layer:>5}{cells}{_cell(share, 12)}{_cell(rows[0]['tolerance'], 11)}")
-        return "\n".join(lines)
+            numbers = [max(_known(rows, name + kind)) for name in TENSORS for kind in ("", "_relative")]
+            numbers += [max(max(_known(rows, f"{name}_share")) for name in TENSORS), rows[0]["tolerance"]]
+            lines.append([layer, *(f"{number:.2g}" for number in numbers)])
+        return str(Table(columns, lines))
 
     def __str__(self) -> str:
         edited = f"edited by hand: {', '.join(self.edited)}" if self.edited else ""
@@ -185,10 +187,6 @@ def _numbers(tensor: str, one: CellDifference) -> dict[str, float]:
 
 def _known(rows: list[dict[str, Any]], name: str) -> list[float]:
     return [row[name] for row in rows if row[name] is not None] or [0.0]
-
-
-def _cell(value: float, width: int) -> str:
-    return f"{value:>{width}.2g}"
 
 
 class _Words:

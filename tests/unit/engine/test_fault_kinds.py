@@ -52,7 +52,7 @@ def ranks(decoder: Decoder, **config: Any) -> Iterator[tuple[Twin, Stepper, list
     """Three ranks that stand before their first op; strikes are put down."""
     given = {"world_size": 3, "chunk_size": CHUNK, "max_new_tokens": 5, **config}
     with twin(decoder, **given) as made:
-        yield made, Stepper(made.prepare(IDS), timeout=30), []
+        yield made, Stepper(made.prepare(IDS), timeout=60), []
 
 
 def arm_all(made: Twin, strikes: list[Strike], *faults: Fault) -> None:
@@ -70,7 +70,7 @@ def fault(decoder: Decoder, kind: str, number: int = 1, **given: Any) -> Fault:
 
 def finish(stepper: Stepper) -> None:
     stepper.resume()
-    stepper.wait(30)
+    stepper.wait(60)
     assert stepper.at_end
 
 

@@ -159,7 +159,7 @@ def test_an_issued_run_is_paused_stepped_and_taken_back(
     with twin(
         small, gate=SeededGate(seed), streams=order, world_size=3, chunk_size=CHUNK, backend="nccl"
     ) as made:
-        stepper = Stepper(made.prepare(IDS), timeout=30)
+        stepper = Stepper(made.prepare(IDS), timeout=60)
         stepper.step("layer", 2)
         stepper.resume()
         cut = stepper.pause()
@@ -169,5 +169,5 @@ def test_an_issued_run_is_paused_stepped_and_taken_back(
         stepper.step("op")
         stepper.run_to(0, 1)
         stepper.resume()
-        stepper.wait(30)
+        stepper.wait(60)
         assert is_complete(made, wanted)

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dinfer.config import ConfigError
 from dinfer.session.session import Session
-from tests.support.threads import session_on_threads
-from tests.support.tiny import tiny_checkpoint
 
 IDS = list(range(1, 9))
 
 
-@pytest.fixture
-def session(tmp_path: Path) -> Iterator[Session]:
-    """Two ranks on threads, with a model in float32."""
-    with session_on_threads(2, tiny_checkpoint(tmp_path / "model", layers=2)) as session:
-        yield session
+MODEL = {"layers": 2}
+RANKS = 2
 
 
 @pytest.mark.parametrize(
@@ -57,6 +50,6 @@ def test_the_same_may_be_said_again(session: Session) -> None:
         "gpu_ids": (),
     }
     run = session.prefill(IDS, chunk_size=4, **same)
-    run.wait(30)
+    run.wait(60)
     assert run.kv().diff().equal
     assert run.config.dtype == session._config.dtype

@@ -19,10 +19,7 @@ from tests.support.tiny import tiny_checkpoint
 IDS = "1,2,3,4,5,6,7,8,9,10"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four layers, 32 positions, no tokenizer, weights in several files."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("model"), layers=4, max_position_embeddings=32)
+MODEL = {"layers": 4, "max_position_embeddings": 32}
 
 
 @pytest.fixture(scope="module")

@@ -16,16 +16,9 @@ from dinfer.plan.verify import Counterexample, verify
 from dinfer.run.fleet import RankFailed
 from dinfer.verdict.drawing import counterexample_svg, cycle_text
 from tests.support.threads import session_on_threads
-from tests.support.tiny import tiny_checkpoint
 from tests.support.twin import prompt
 
 IDS = prompt(10)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint on disk."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
 
 
 def swapped(config: Config, shape: Shape) -> list[dict[str, list[str]]]:
@@ -57,9 +50,9 @@ def test_a_schedule_of_ones_own_runs_once_it_cannot_hang(model: Path) -> None:
         assert run.plan.schedule == "lockstep"
         run.step("layer")
         run.resume()
-        run.wait(30)
+        run.wait(60)
         mine = run.sha256()
-        session.prefill(IDS, chunk_size=4, schedule="pipelined").wait(30)
+        session.prefill(IDS, chunk_size=4, schedule="pipelined").wait(60)
         assert session.run.sha256() == mine
 
 
@@ -70,7 +63,7 @@ def test_unsafe_runs_it_all_the_same(model: Path) -> None:
             run.step()
         session.ranks.free()
         with pytest.raises((RankFailed, RuntimeError)):
-            run.resume() or run.wait(30)
+            run.resume() or run.wait(60)
 
 
 def refused(schedule: str = "batched") -> PlanRefused:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +20,12 @@ from dinfer.run.fleet import RankFailed
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.support.threads import engines, session_on_threads
-from tests.support.tiny import tiny_checkpoint
 
 PROMPT = "Lima 是秘鲁的首都, isn't it so?"
 LAYERS, HEADS, DIMS = 4, 2, 16
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four layers, and a tokenizer of bytes."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("kv") / "model", layers=LAYERS, tokenizer=True)
-
-
-@pytest.fixture
-def session(model: Path) -> Iterator[Session]:
-    """Three ranks on threads; stages of 2, 1 and 1 layers."""
-    with session_on_threads(3, model) as session:
-        yield session
+MODEL = {"layers": LAYERS, "tokenizer": True}
 
 
 @pytest.fixture
@@ -75,7 +63,7 @@ def test_what_is_shown_says_who_holds_what_and_each_head_in_numbers(session: Ses
     assert "float32, K and V of each layer [2 heads, tokens, 16]; 37 tokens in 5 chunks" in held[0]
     assert held[4] == "layer 3 (of rank 2), tokens: rank 0 holds 8, rank 1 holds 8, rank 2 holds 8"
     summary = run.kv(layer=0, chunk=0).summary()
-    lines = {(line[0], line[1]): dict(zip(summary.head, line, strict=True)) for line in summary.lines}
+    lines = {(line[0], line[1]): dict(zip(summary.columns, line, strict=True)) for line in summary.rows}
     rows = cache(session, 0).tensor(0)[:8]
     assert lines["K", "1"]["nan"] == "1"
     assert lines["V", "0"]["zeros"] == "0.125"

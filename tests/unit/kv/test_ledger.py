@@ -260,7 +260,7 @@ def test_no_false_alarm_however_a_run_is_walked(small: Decoder, form: dict[str, 
     wanted = expected(small, IDS, CHUNK)
     with twin(small, world_size=random.randint(2, 3), chunk_size=CHUNK, on_corruption="fail", **form) as made:
         found = heard(made, "fail")
-        stepper = Stepper(made.prepare(IDS), timeout=30)
+        stepper = Stepper(made.prepare(IDS), timeout=60)
         for _ in range(25):
             match random.randrange(4):
                 case 0:
@@ -272,7 +272,7 @@ def test_no_false_alarm_however_a_run_is_walked(small: Decoder, form: dict[str, 
                     stepper.step(random.choice(UNITS), random.randint(1, 2))
             made.all(lambda engine: engine.recheck())
         stepper.resume()
-        stepper.wait(30)
+        stepper.wait(60)
         assert is_complete(made, wanted)
         assert made.all(lambda engine: engine.decode_phase(max_new_tokens=6)) == [wanted.tokens] * len(
             made.engines

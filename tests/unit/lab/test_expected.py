@@ -9,10 +9,10 @@ from typing import get_args
 import pytest
 
 from dinfer.lab.cells import LAYERS, TOKENS, graph_of, possible_cells
-from dinfer.lab.expected import RULES, Cell, Expected, expected, following, markdown, target, third
+from dinfer.lab.expected import RULES, Cell, Expected, expected, following, target, third
 from dinfer.lab.hosts import LabNetwork
+from dinfer.lab.lab import IDS
 from dinfer.lab.orders import ACTS, SLOW_BITS_PER_S, orders, pace, slowed
-from dinfer.lab.trial import IDS
 from dinfer.messages import Misbehave
 from dinfer.model.checkpoint import check
 from dinfer.plan.graph import channel_of
@@ -20,7 +20,8 @@ from dinfer.plan.ops import parse_op
 from dinfer.rank import faults
 from dinfer.verdict.waits import HUNG, HangKind
 
-README = Path(__file__).parents[3] / "README.md"
+ROOT = Path(__file__).parents[3]
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "notebooks").rglob("*.md")]
 
 
 def cell(
@@ -163,8 +164,11 @@ def test_slowed_runs_are_repeatable_and_slow_two_to_ten_times() -> None:
     assert max(seconds) <= 1.0
 
 
-def test_the_readme_has_the_table() -> None:
-    text = README.read_text(encoding="utf-8")
-    found = re.search(r"^\| fault \| told as .*?(?=^(?!\|))", text, re.MULTILINE | re.DOTALL)
-    assert found
-    assert found[0] == markdown()
+def test_the_documentation_has_the_table() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in DOCUMENTS]
+    found = [re.search(r"^\| fault \|.*?(?=^(?!\|))", text, re.MULTILINE | re.DOTALL) for text in texts]
+    (table,) = [match[0] for match in found if match]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    assert {fault.replace(" ×", "x"): (kind.split("`")[1], who) for fault, kind, who in rows} == {
+        fault: (rule.kind, rule.who) for fault, rule in RULES.items()
+    }

@@ -26,9 +26,9 @@ from dinfer.saved.replay.record import RankRecord, RecordError
 from dinfer.saved.replay.replay import Replay
 from dinfer.saved.saved import Saved, open_saved
 from dinfer.session.session import Session
+from tests.support.fixtures import fresh_session
 from tests.support.replays import check_same, engine_of
 from tests.support.runs import wait_for
-from tests.support.threads import session_on_threads
 from tests.support.tiny import tiny_checkpoint
 from tests.support.twin import prompt
 
@@ -38,16 +38,8 @@ Kept = Callable[[Run], Run | Saved]
 BROKEN = "the logits are on fire"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint on disk, with a tokenizer."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("model"), tokenizer=True)
-
-
-@pytest.fixture
-def session(model: Path) -> Iterator[Session]:
-    with session_on_threads(3, model) as made:
-        yield made
+MODEL = {"tokenizer": True}
+session = fresh_session
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +75,7 @@ def settle(run: Run) -> None:
         seen.append(run.standing().stands)
         return len(seen) > 10 and seen[-1] == seen[-10]
 
-    wait_for(is_still, "nothing moves", 10)
+    wait_for(is_still, "nothing moves")
 
 
 # -- a run that failed
@@ -180,7 +172,7 @@ def test_a_failure_in_decode_comes_again_in_the_same_token(
 def test_a_refuted_plan_is_replayed_to_where_it_hung(session: Session, decoder: Decoder, kept: Kept) -> None:
     run = begin(session, schedule="batched", unsafe=True)
     run.resume()
-    wait_for(lambda: run.hang, "it hangs", 60)
+    wait_for(lambda: run.hang, "it hangs")
     keeper = kept(run)
     with keeper.replay(1, decoder=decoder) as replay:
         with pytest.raises(PlanError, match="refuted"):

@@ -84,7 +84,7 @@ class Stepping(RuleBasedStateMachine):
         self.twin = Twin(self.decoder, config, gate=self.gate, rendezvous=rendezvous)
         self.wanted = expected(self.decoder, IDS, chunk_size)
         self.fleet = self.twin.prepare(IDS)
-        self.stepper = Stepper(self.fleet, timeout=30)
+        self.stepper = Stepper(self.fleet, timeout=60)
         self.cuts = self.stepper.cuts
         self.cut: Cut = self.cuts.start
 
@@ -153,7 +153,7 @@ class Stepping(RuleBasedStateMachine):
     @rule()
     def resume_to_the_end(self) -> None:
         self.stepper.resume()
-        self.stepper.wait(30)
+        self.stepper.wait(60)
         self.cut = self.cuts.end
 
     @rule(unit=UNIT)
