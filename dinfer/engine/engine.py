@@ -14,7 +14,7 @@ from dinfer.engine.by_hand import LayerKV, Steps, layer_kv
 from dinfer.engine.conditions import Hit
 from dinfer.engine.corruption import Alarm, CorruptionCallback, recheck
 from dinfer.engine.decoding import Decoding, cache_of
-from dinfer.engine.lanes import LaneExecutor
+from dinfer.engine.lanes import Execution, LaneExecutor
 from dinfer.engine.prefill import Prefill
 from dinfer.engine.prompt import Prompt, Stands, recorder_for
 from dinfer.engine.streams import StreamExecutor
@@ -326,12 +326,11 @@ class Engine:
 
     def _executor(self, state: Prefill, on_op: Callable[[Event, Op], None]) -> LaneExecutor:
         assert self.recorder is not None
-        comm, gate, recorder, board = self.comm, self.gate, self.recorder, self.board
+        given = Execution(state, self.comm, self.gate, self.recorder, self.board, on_op)
         if self.config.backend != "nccl":
-            return ThreadExecutor(state, comm, gate, recorder, board, on_op)
-        assert isinstance(comm, StreamComm), "NCCL needs a transport with streams"
-        streams = comm.open_streams(self.decoder.device)
-        return StreamExecutor(state, comm, gate, recorder, board, on_op, streams=streams)
+            return ThreadExecutor(given)
+        assert isinstance(self.comm, StreamComm), "NCCL needs a transport with streams"
+        return StreamExecutor(given, self.comm.open_streams(self.decoder.device))
 
     def kv_caches(self, tokens: int) -> list[KV]:
         """K and V of every layer for the first `tokens` tokens, each [1, kv_heads, tokens, head_dim]: views."""

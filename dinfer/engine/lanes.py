@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
+from typing import NamedTuple
 
 import torch
 
@@ -51,25 +52,28 @@ class LaneState:
     release: list[Channel] = field(default_factory=list)
 
 
+class Execution(NamedTuple):
+    """What an executor works with. `on_op(event, op)` is called for every op that has ended, on a thread of this
+    rank."""
+
+    state: Prefill
+    comm: Comm
+    gate: Gate
+    recorder: Recorder
+    board: Board
+    on_op: Callable[[Event, Op], None]
+
+
 class LaneExecutor(ABC):
     """Runs one rank's part of a plan. All limits start at 0; `set_limits` lets the lanes run.
 
-    `on_op(event, op)` is called for every op that has ended, on a thread of this rank. Raises PlanError if the plan
-    gives the rank more lanes than a board can show.
+    Raises PlanError if the plan gives the rank more lanes than a board can show.
     """
 
-    def __init__(
-        self,
-        state: Prefill,
-        comm: Comm,
-        gate: Gate,
-        recorder: Recorder,
-        board: Board | None = None,
-        on_op: Callable[[Event, Op], None] | None = None,
-    ) -> None:
-        self.plan, self.state, self.comm, self.gate = state.plan, state, comm, gate
-        self.recorder, self.board, self.on_op = recorder, board or Board(), on_op
-        self.rank = comm.rank
+    def __init__(self, given: Execution) -> None:
+        self.state, self.comm, self.gate, self.recorder, self.board, self.on_op = given
+        self.plan = self.state.plan
+        self.rank = self.comm.rank
         self.failure: OpFailed | None = None
         self._closing = False
         self._made: set[Value] = set()
@@ -221,8 +225,7 @@ class LaneExecutor(ABC):
             found = replace(event, kind="corrupt", ready=at, start=at, met=at, index=None)
             self.recorder.record(lane.number, found)
             self.state.alarm(corrupt)
-        if self.on_op:
-            self.on_op(event, op)
+        self.on_op(event, op)
 
     def _check_new(self, op: Op) -> None:
         """Raises PlanError if the op makes a value that is here already."""

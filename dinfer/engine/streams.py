@@ -7,22 +7,17 @@ closure of that cut.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import takewhile
 from time import monotonic_ns
 from typing import NamedTuple
 
-from dinfer.engine.board import Board, Stand
-from dinfer.engine.lanes import LaneExecutor
+from dinfer.engine.board import Stand
+from dinfer.engine.lanes import Execution, LaneExecutor
 from dinfer.engine.ops import HANDLERS, header_at, land, payload_of
-from dinfer.engine.prefill import Prefill
 from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op, PlanError, Value
-from dinfer.trace.events import Event
-from dinfer.trace.recorder import Recorder
-from dinfer.transport.gate import Gate
-from dinfer.transport.gloo import Comm
 from dinfer.transport.header import Header, check
 from dinfer.transport.streams import COMPUTE, ENTRY, Issued, Streams
 
@@ -41,19 +36,8 @@ class _Pending(NamedTuple):
 class StreamExecutor(LaneExecutor):
     """Issues one lane to `streams`, which `close` ends. Raises PlanError for a plan that is not lowered."""
 
-    def __init__(
-        self,
-        state: Prefill,
-        comm: Comm,
-        gate: Gate,
-        recorder: Recorder,
-        board: Board | None = None,
-        on_op: Callable[[Event, Op], None] | None = None,
-        *,
-        streams: Streams,
-        window: int = WINDOW,
-    ) -> None:
-        super().__init__(state, comm, gate, recorder, board, on_op)
+    def __init__(self, given: Execution, streams: Streams, window: int = WINDOW) -> None:
+        super().__init__(given)
         if not self.plan.is_lowered:
             raise PlanError(
                 f"rank {self.rank} can issue one lane only; this plan has several: lower it first."

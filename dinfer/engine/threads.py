@@ -5,21 +5,16 @@ step is to raise limits; to stop is to freeze them and to release recvs that wer
 positions. `ops` has what an op does.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from time import monotonic_ns
 from typing import NamedTuple
 
-from dinfer.engine.board import Board, Stand
-from dinfer.engine.lanes import LaneExecutor, LaneState
+from dinfer.engine.board import Stand
+from dinfer.engine.lanes import Execution, LaneExecutor, LaneState
 from dinfer.engine.ops import HANDLERS
-from dinfer.engine.prefill import Prefill
 from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op, PlanError
-from dinfer.trace.events import Event
-from dinfer.trace.recorder import Recorder
-from dinfer.transport.gate import Gate
-from dinfer.transport.gloo import Comm
 from dinfer.transport.header import VOID_HEADER
 
 
@@ -36,16 +31,8 @@ _STOP = _Task()
 class ThreadExecutor(LaneExecutor):
     """Runs each lane on a thread; a transfer blocks its lane. Raises PlanError if two lanes share a channel."""
 
-    def __init__(
-        self,
-        state: Prefill,
-        comm: Comm,
-        gate: Gate,
-        recorder: Recorder,
-        board: Board | None = None,
-        on_op: Callable[[Event, Op], None] | None = None,
-    ) -> None:
-        super().__init__(state, comm, gate, recorder, board, on_op)
+    def __init__(self, given: Execution) -> None:
+        super().__init__(given)
         self._senders = _senders(self.rank, self._lanes)
         for lane in self._lanes:
             self._add_thread(lane.name, partial(self._run, lane))

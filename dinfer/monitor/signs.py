@@ -58,7 +58,7 @@ class Track:
                 _note(rank.cpu, now, state.cpu_s)
 
     def note_cpu(self, rank: int, now: float, cpu_s: float, process_s: float = 0.0) -> None:
-        """Note the CPU time of a rank whose status does not tell it: that of its threads, and of their process."""
+        """CPU time of a rank whose reports do not have it: its threads' sum, and that of the process they are in."""
         _note(self._ranks[rank].cpu, now, cpu_s, process_s)
 
     def still_s(self, rank: int, now: float) -> tuple[float, ...]:
@@ -106,7 +106,7 @@ def _open(rank: _RankTrack) -> list[float]:
 def _note(
     samples: deque[tuple[float, float, float]], now: float, cpu_s: float, process_s: float = 0.0
 ) -> None:
-    """Keep at most one sample a tenth of a second, over two seconds."""
+    """At most one sample a tenth of a second, so that those of two seconds are few."""
     if samples and now - samples[-1][0] < 0.1:
         return
     samples.append((now, cpu_s, process_s))

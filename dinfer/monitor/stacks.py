@@ -18,7 +18,6 @@ from dinfer.messages import (
     SpiedThread,
     SpiedThreads,
     SpyOnRank,
-    StackDump,
     ThreadStack,
     ThreadStacks,
 )
@@ -54,22 +53,23 @@ class Stacks:
 
 
 def gather(ranks: RankStates, which: Sequence[int]) -> dict[int, Stacks]:
-    """Ask these ranks, together; of one that does not answer, its watcher requests a dump. Takes a few milliseconds if
-    all answer; else as long as the watchers of the others take, while they are heard."""
+    """Ask these ranks, together; of one that is mute its watcher requests a dump. Takes a few milliseconds where all
+    answer; else as long as the watchers of the mute ranks take, while they are heard."""
     said = answers(ranks, dict.fromkeys(which, GetStacks()), ANSWER_S)
     found = {rank: _as_asked(rank, stacks) for rank, stacks in said.items()}
     mute = [rank for rank in which if rank not in found]
-    for rank, number in ranks.begin(dict.fromkeys(mute, DumpStacks())).items():
-        text, pending = "", Pending[StackDump]({rank: number})
+    begun = {rank: ranks.begin({rank: DumpStacks()}) for rank in mute}
+    for rank, pending in begun.items():
+        text = ""
         with suppress(NoAnswer, RankRefused):
-            check = partial(_check_watcher, ranks.ranks[rank])
-            text = ranks.finish(pending, DUMP_ANSWER_S, check)[rank].text
+            answer = ranks.finish(pending, DUMP_ANSWER_S, partial(_check_watcher, ranks.ranks[rank]))
+            text = answer[rank].text
         found[rank] = as_dumped(rank, text)
     return found
 
 
 def _check_watcher(state: RankState) -> None:
-    """Raises NoAnswer if nobody answers for a rank that does not itself."""
+    """Raises NoAnswer where nobody answers for a rank that is mute."""
     if state.process is None or state.gone or time.monotonic() - state.heard > WATCHER_S:
         raise NoAnswer("this rank has no watcher, or one that does not answer")
 

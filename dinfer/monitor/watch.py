@@ -131,7 +131,7 @@ class HangWatch:
         """Ask all living ranks where their threads stand."""
         states = self._ranks.ranks
         living = [rank for rank, state in enumerate(states) if rank not in ended and state.stopped is None]
-        seen = self._spied.looks_at(living)  # they cannot answer while they are read
+        seen = self._spied.looks_at(living)  # they cannot answer meanwhile
         found = gather(self._ranks, [rank for rank in living if rank not in seen])
         for rank in found.keys() & self._asked.keys():  # a dump that does not come this time has come before
             if found[rank].answers is self._asked[rank].answers is False and not found[rank].text:

@@ -210,7 +210,7 @@ def dump_into(descriptor: int) -> bool:
 
 
 def dump_of(pid: int, descriptor: int, patience_s: float) -> str:
-    """What a process writes when it gets the signal; "" if it is stopped, or writes nothing within that time."""
+    """What a process writes when it gets the signal; "" where it is stopped, or writes nothing within that time."""
     if DUMP_SIGNAL is None:
         return ""
     begin = os.fstat(descriptor).st_size

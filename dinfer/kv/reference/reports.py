@@ -74,10 +74,12 @@ class HeldDigests:
         lists = list(report.held), list(report.due), list(report.tokens)
         found = cls(rank, report.dtype, *lists, hidden=_by_block(report.hidden))
         for one in report.blocks:
-            found.now[one.chunk, one.layer] = one.now
+            block = (one.chunk, one.layer)
+            if one.now:
+                found.now[block] = one.now
             if one.then:
                 announced = one.announced if one.announced and any(one.announced) else one.then
-                found.noted[one.chunk, one.layer] = Noted(one.then, announced)
+                found.noted[block] = Noted(one.then, announced)
         return found
 
 
@@ -103,7 +105,6 @@ class Examined:
 
     @classmethod
     def of(cls, rank: int, report: ReferenceReport) -> "Examined":
-        """From a rank's answer to `RunReference`."""
         found = cls(
             rank, report.exact, report.rows, report.threads, report.seconds, report.device,
             choices=[TokenChoice(*one) for one in report.choices],

@@ -10,6 +10,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from dinfer.engine.board import Board
+from dinfer.engine.lanes import Execution
 from dinfer.engine.streams import StreamExecutor
 from dinfer.model.decoder import Decoder
 from dinfer.plan.lower import lower
@@ -109,14 +111,11 @@ def test_issuing_takes_one_lane_a_rank(small: Decoder) -> None:
         engine = made.engines[0]
         made.prepare(IDS)
         executor = engine.executor
+        given = Execution(
+            executor.state, engine.comm, engine.gate, executor.recorder, Board(), lambda *_: None
+        )
         with pytest.raises(PlanError, match="rank 0 can issue one lane only"):
-            StreamExecutor(
-                executor.state,
-                engine.comm,
-                engine.gate,
-                executor.recorder,
-                streams=made.exchange.comm(0).open_streams(small.device),
-            )
+            StreamExecutor(given, made.exchange.comm(0).open_streams(small.device))
 
 
 def test_two_engines_agree_whether_lanes_are_threads_or_streams(small: Decoder) -> None:
