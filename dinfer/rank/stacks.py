@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 
 from dinfer.messages import StackLine, ThreadStack, ThreadStacks
+from dinfer.rank.process import sign_of_life
 
 DUMP_SIGNAL = getattr(signal, "SIGUSR2", None)
 
@@ -227,7 +228,6 @@ def dump_of(pid: int, descriptor: int, patience_s: float) -> str:
 
 
 def _is_stopped(pid: int) -> bool:
-    """Whether a process is stopped, or has ended, and so writes nothing; False where the system does not say."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "TtZX"
-    return False
+    """Whether a process is stopped, or has ended, and so writes nothing."""
+    life = sign_of_life(pid)
+    return life is None or life.state in "TtZX"
