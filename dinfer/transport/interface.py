@@ -70,9 +70,9 @@ def main(arguments: list[str]) -> int:
     try:
         name = interface_for_peers(*arguments)
     except NoInterface as error:
-        print(f"env/launch: {error}", file=sys.stderr)
+        print(f"dinfer: {error}", file=sys.stderr)
         return 2
-    print(f"env/launch: talking over {name} ({address_of(name)})", file=sys.stderr)
+    print(f"dinfer: talking over {name} ({address_of(name)})", file=sys.stderr)
     print(name)
     return 0
 

@@ -1,4 +1,4 @@
-"""Docstrings as reStructuredText: they are plain text with `code`, lists and indented examples, and mean nothing else."""
+"""Docstrings as reStructuredText: plain text with `code`, lists and indented examples, and no other markup."""
 
 from __future__ import annotations
 

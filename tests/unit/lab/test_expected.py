@@ -1,15 +1,13 @@
-"""The table of faults: where each can strike, what must be said of it, what ranks are told, and the README's copy."""
+"""The table of faults: where each can strike, what must be said of it, and what ranks are told."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from dinfer.lab.cells import LAYERS, TOKENS, graph_of, possible_cells
-from dinfer.lab.expected import RULES, Cell, Expected, expected, following, markdown, target, third
+from dinfer.lab.expected import RULES, Cell, Expected, expected, following, target, third
 from dinfer.lab.hosts import LabNetwork
 from dinfer.lab.orders import ACTS, SLOW_BITS_PER_S, orders, pace, slowed
 from dinfer.lab.trial import IDS
@@ -18,8 +16,6 @@ from dinfer.plan.graph import channel_of
 from dinfer.plan.ops import parse_op
 from dinfer.rank import faults
 from dinfer.verdict.waits import HUNG, HangKind
-
-README = Path(__file__).parents[3] / "README.md"
 
 
 def cell(
@@ -160,10 +156,3 @@ def test_slowed_runs_are_repeatable_and_slow_two_to_ten_times() -> None:
     seconds = [messages[0]["seconds"] for seed in range(50) for messages in slowed(seed, 3).values()]
     assert min(seconds) >= 0.02
     assert max(seconds) <= 1.0
-
-
-def test_the_readme_has_the_table() -> None:
-    text = README.read_text(encoding="utf-8")
-    found = re.search(r"^\| fault \| told as .*?(?=^(?!\|))", text, re.MULTILINE | re.DOTALL)
-    assert found
-    assert found[0] == markdown()

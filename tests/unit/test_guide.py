@@ -1,0 +1,111 @@
+"""README, guide and what describes the project: short, without a broken link, and true where it repeats the code."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from dinfer.lab.expected import markdown
+from dinfer.rank.debugger import FIRST_PORT
+from dinfer.trace.events import KINDS, WHATS, Event
+from dinfer.verdict.waits import HUNG
+from tests.support.guide import GUIDE, PAGES, ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ADDRESS = "https://example.org/owner/dinfer"
+
+
+@pytest.fixture(scope="module")
+def hook() -> ModuleType:
+    """env/docs/readme.py, or as much of it as works without hatchling, which only builds need."""
+    source = ast.parse((ROOT / "env" / "docs" / "readme.py").read_text(encoding="utf-8"))
+    source.body = [
+        node
+        for node in source.body
+        if not isinstance(node, ast.ClassDef) and "hatchling" not in ast.unparse(node)
+    ]
+    module = ModuleType("readme")
+    exec(compile(source, "readme.py", "exec"), module.__dict__)
+    return module
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) <= 1200
+
+
+@pytest.mark.parametrize("address", ["", ADDRESS])
+def test_what_an_index_shows_has_no_relative_link_or_picture(hook: ModuleType, address: str) -> None:
+    shown = hook.for_index(README, address)
+    links = re.findall(r"\]\(([^)]+)\)", shown)
+    assert [link for link in links if not link.startswith("https://")] == []
+    assert ("![" in shown) == bool(address)
+    assert "Why does it hang?" in shown
+    assert (len(links) == len(re.findall(r"\]\(([^)]+)\)", README))) == bool(address)
+
+
+def test_addresses_come_from_pyproject(hook: ModuleType) -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert settings["tool"]["dinfer"]["address"] == ""  # to be set when there is a public one
+    assert hook.urls_of("") == {}
+    assert hook.urls_of(ADDRESS)["Source"] == ADDRESS
+
+
+def test_relative_links_lead_somewhere() -> None:
+    script = [sys.executable, str(ROOT / "env" / "docs" / "links.py")]
+    ran = subprocess.run(script, capture_output=True, text=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stdout) == (0, ""), ran.stderr
+
+
+def test_a_broken_link_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("links", ROOT / "env" / "docs" / "links.py")
+    assert spec
+    assert spec.loader
+    links = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(links)
+    monkeypatch.setattr(links, "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("# A `b` c?\n[1](#a-b-c) [2](#no) [3](none.md) [4](https://x) `[5](no.md)`\n", "utf-8")
+    found = list(links.broken(page))
+    assert found == ["this page has no heading #no", "there is no file none.md"]
+
+
+def test_every_page_of_the_guide_is_in_its_table_of_contents() -> None:
+    index = (GUIDE / "index.md").read_text(encoding="utf-8").splitlines()
+    assert [page.stem for page in GUIDE.glob("*.md") if page.stem not in ("index", *index)] == []
+
+
+def test_pages_are_plain_where_they_are_no_notebooks() -> None:
+    """A page with cells says in its head that it is one, so that it opens as a notebook."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert ("{code-cell}" in text) == text.startswith("---\njupytext:"), page
+
+
+def test_the_fault_lab_page_has_the_table() -> None:
+    text = (GUIDE / "lab.md").read_text(encoding="utf-8")
+    found = re.search(r"^\| fault \| told as .*?(?=^(?!\|))", text, re.MULTILINE | re.DOTALL)
+    assert found
+    assert found[0] == markdown()
+
+
+def test_the_hang_page_names_every_kind() -> None:
+    text = (GUIDE / "hang.md").read_text(encoding="utf-8")
+    assert [kind for kind in HUNG - {"stuck"} if f"`{kind}`" not in text] == []
+
+
+def test_the_formats_page_names_every_field_of_an_event() -> None:
+    text = (GUIDE / "formats.md").read_text(encoding="utf-8")
+    words = [*Event.__dataclass_fields__, *KINDS, *filter(None, WHATS)]
+    assert [word for word in words if f"`{word}`" not in text] == []
+
+
+def test_the_vscode_page_has_the_ports() -> None:
+    assert str(FIRST_PORT) in (GUIDE / "vscode.md").read_text(encoding="utf-8")
