@@ -21,7 +21,7 @@ CELLS = [
     DEBUGGER[SHOW],
     """
 import time
-from dinfer.engine import handlers
+from dinfer.engine import ops
 
 class SlowLink:
     def __init__(self, comm):
@@ -32,11 +32,11 @@ class SlowLink:
         time.sleep(0.15)
         self.comm.recv_payload(channel, out)
 
-recv = handlers.HANDLERS["recv"]
+recv = ops.HANDLERS["recv"]
 def slow_recv(state, op, comm):
     slowed = state.rank == 2 and op.peer == 0
     return recv(state, op, SlowLink(comm) if slowed else comm)
-handlers.HANDLERS["recv"] = slow_recv
+ops.HANDLERS["recv"] = slow_recv
 """,
     "session.close()",
 ]

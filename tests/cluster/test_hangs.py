@@ -26,16 +26,16 @@ TOLD_S = 30.0
 
 _ARM = """
 import ctypes, os, pathlib, signal, time
-from dinfer.engine import handlers
-def broken(state, op, comm, unbroken=handlers.HANDLERS[{kind!r}]):
+from dinfer.engine import ops
+def broken(state, op, comm, unbroken=ops.HANDLERS[{kind!r}]):
     if str(op) == {op!r}:
-        handlers.HANDLERS[{kind!r}] = unbroken
+        ops.HANDLERS[{kind!r}] = unbroken
         path = pathlib.Path({path!r})
         path.with_suffix(".part").write_text(str(time.monotonic()))
         path.with_suffix(".part").rename(path)
         {action}
     return unbroken(state, op, comm)
-handlers.HANDLERS[{kind!r}] = broken
+ops.HANDLERS[{kind!r}] = broken
 """
 
 

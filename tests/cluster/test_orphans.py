@@ -25,12 +25,12 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 PATIENCE_S = 3
 IDS = list(prompt(22))
 SLOW = """
-from dinfer.engine import handlers
-def slow(state, op, comm, unslowed=handlers.HANDLERS["layer"]):
+from dinfer.engine import ops
+def slow(state, op, comm, unslowed=ops.HANDLERS["layer"]):
     import time
     time.sleep(0.5)
     return unslowed(state, op, comm)
-handlers.HANDLERS["layer"] = slow
+ops.HANDLERS["layer"] = slow
 """
 CLIENT = """
 import sys
@@ -45,7 +45,7 @@ print("ready", *pids, flush=True)
 for line in sys.stdin:
     print(run.step(), "stepped", flush=True)
 """
-WHERE = "__import__('dinfer.rank.kernel').engine.hosting.kernel._current.host.engine.executor"
+WHERE = "__import__('dinfer.rank.kernel').rank.kernel._current.host.engine.executor"
 PAUSED = f"""(lambda stand: all(
     limit == position + begun
     for position, begun, limit in zip(stand.positions, stand.started, stand.limits)

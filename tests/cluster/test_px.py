@@ -28,10 +28,10 @@ PROMPT = "The code of Lima is 471. The code of Oslo is 306. What is the code of 
 SLOW = """
 %%px
 import os, pathlib, time
-from dinfer.engine import handlers
+from dinfer.engine import ops
 from dinfer.engine.decoding import Decoding
 if "unbroken" not in globals():
-    unbroken, unbroken_step = handlers.HANDLERS["layer"], Decoding.step
+    unbroken, unbroken_step = ops.HANDLERS["layer"], Decoding.step
 def be_slow():
     pathlib.Path(os.environ["IPYTHONDIR"], "slow").touch()
     time.sleep(delay_s)
@@ -41,11 +41,11 @@ def slow_layer(state, op, comm):
 def slow_token(decoding):
     be_slow()
     return unbroken_step(decoding)
-handlers.HANDLERS["layer"], Decoding.step = slow_layer, slow_token
+ops.HANDLERS["layer"], Decoding.step = slow_layer, slow_token
 """
 FAST = """
 %%px
-handlers.HANDLERS["layer"], Decoding.step = unbroken, unbroken_step
+ops.HANDLERS["layer"], Decoding.step = unbroken, unbroken_step
 """
 INTERRUPT_S = 4.0
 """2 s are promised"""

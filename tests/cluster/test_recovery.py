@@ -201,7 +201,7 @@ def weights_of(session: Session, rank: int) -> int:
     return found[0]
 
 
-WEIGHTS = "id(__import__('dinfer.rank.kernel').engine.hosting.kernel._current.host.decoder)"
+WEIGHTS = "id(__import__('dinfer.rank.kernel').rank.kernel._current.host.decoder)"
 
 
 def trial(session: Session, wanted: Wanted, tmp_path: Path, seed: int) -> None:

@@ -91,13 +91,13 @@ if "dinfer.rank.worker" in sys.orig_argv or launched and "dinfer" in sys.orig_ar
         exec(<action>)
 """
 _OP_FAULT = f"""{_FAULT}
-    from dinfer.engine import handlers
-    unbroken = handlers.HANDLERS[<kind>]
+    from dinfer.engine import ops
+    unbroken = ops.HANDLERS[<kind>]
     def broken(state, op, comm):
         if (state.rank, op.chunk, op.layer) == (<rank>, <chunk>, <layer>):
             strike()
         return unbroken(state, op, comm)
-    handlers.HANDLERS[<kind>] = broken
+    ops.HANDLERS[<kind>] = broken
 """
 _TOKEN_FAULT = f"""{_FAULT}
     from dinfer.engine.decoding import Decoding

@@ -28,12 +28,12 @@ def strike():
         time.sleep(60)
 """
 _IN_OP = """
-from dinfer.engine import handlers
-def broken(state, op, comm, unbroken=handlers.HANDLERS[{kind!r}]):
+from dinfer.engine import ops
+def broken(state, op, comm, unbroken=ops.HANDLERS[{kind!r}]):
     if str(op) == {op!r}:
         strike()
     return unbroken(state, op, comm)
-handlers.HANDLERS[{kind!r}] = broken
+ops.HANDLERS[{kind!r}] = broken
 """
 _BEFORE_TOKEN = """
 from dinfer.engine.decoding import Decoding

@@ -115,3 +115,13 @@ def test_no_type_name_is_defined_twice() -> None:
             if isinstance(node, ast.ClassDef):
                 found[node.name].append(module)
     assert {name: modules for name, modules in found.items() if len(modules) > 1} == {}
+
+
+def test_names_of_older_versions_still_work_and_say_what_they_are_called_now() -> None:
+    with pytest.warns(DeprecationWarning, match="dinfer.engine.ops"):
+        from dinfer.engine import handlers
+    with pytest.warns(DeprecationWarning, match="dinfer.launch.application"):
+        from dinfer.session.application import open_engine
+
+    assert "recv" in handlers.HANDLERS
+    assert open_engine.__module__ == "dinfer.launch.application"
