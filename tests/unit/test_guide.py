@@ -13,7 +13,6 @@ from types import ModuleType
 
 import pytest
 
-from dinfer.lab.expected import markdown
 from dinfer.rank.debugger import FIRST_PORT
 from dinfer.trace.events import KINDS, WHATS, Event
 from dinfer.verdict.waits import HUNG
@@ -87,13 +86,6 @@ def test_pages_are_plain_where_they_are_no_notebooks() -> None:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         assert ("{code-cell}" in text) == text.startswith("---\njupytext:"), page
-
-
-def test_the_fault_lab_page_has_the_table() -> None:
-    text = (GUIDE / "lab.md").read_text(encoding="utf-8")
-    found = re.search(r"^\| fault \| told as .*?(?=^(?!\|))", text, re.MULTILINE | re.DOTALL)
-    assert found
-    assert found[0] == markdown()
 
 
 def test_the_hang_page_names_every_kind() -> None:

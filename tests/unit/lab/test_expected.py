@@ -1,7 +1,9 @@
-"""The table of faults: where each can strike, what must be said of it, and what ranks are told."""
+"""The table of faults: where each can strike, what must be said of it, what ranks are told, and the README's copy."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -16,6 +18,9 @@ from dinfer.plan.graph import channel_of
 from dinfer.plan.ops import parse_op
 from dinfer.rank import faults
 from dinfer.verdict.waits import HUNG, HangKind
+
+ROOT = Path(__file__).parents[3]
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "notebooks").rglob("*.md")]
 
 
 def cell(
@@ -156,3 +161,13 @@ def test_slowed_runs_are_repeatable_and_slow_two_to_ten_times() -> None:
     seconds = [messages[0]["seconds"] for seed in range(50) for messages in slowed(seed, 3).values()]
     assert min(seconds) >= 0.02
     assert max(seconds) <= 1.0
+
+
+def test_the_documentation_has_the_table() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in DOCUMENTS]
+    found = [re.search(r"^\| fault \|.*?(?=^(?!\|))", text, re.MULTILINE | re.DOTALL) for text in texts]
+    (table,) = [match[0] for match in found if match]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    assert {fault.replace(" ×", "x"): (kind.split("`")[1], who) for fault, kind, who in rows} == {
+        fault: (rule.kind, rule.who) for fault, rule in RULES.items()
+    }
