@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -12,14 +13,26 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from typer.main import get_command
 
+from dinfer.cli import app
 from dinfer.rank.debugger import FIRST_PORT
 from dinfer.trace.events import KINDS, WHATS, Event
-from dinfer.verdict.waits import HUNG
+from dinfer.verdict.waits import HUNG, stuck_after
 from tests.support.guide import GUIDE, PAGES, ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ADDRESS = "https://example.org/owner/dinfer"
+
+
+def loaded(name: str) -> ModuleType:
+    """A module of env/docs."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "env" / "docs" / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +77,44 @@ def test_relative_links_lead_somewhere() -> None:
 
 
 def test_a_broken_link_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("links", ROOT / "env" / "docs" / "links.py")
-    assert spec
-    assert spec.loader
-    links = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(links)
+    links = loaded("links")
     monkeypatch.setattr(links, "ROOT", tmp_path)
     page = tmp_path / "page.md"
     page.write_text("# A `b` c?\n[1](#a-b-c) [2](#no) [3](none.md) [4](https://x) `[5](no.md)`\n", "utf-8")
     found = list(links.broken(page))
     assert found == ["this page has no heading #no", "there is no file none.md"]
+
+
+def test_the_reference_is_laid_out_whole(tmp_path: Path) -> None:
+    """Every command with every flag, every module, and the description of saved runs."""
+    script = [sys.executable, str(ROOT / "env" / "docs" / "pages.py"), str(tmp_path)]
+    subprocess.run(script, timeout=100, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    guide = tmp_path / "notebooks" / "guide"
+    commands = (guide / "cli.md").read_text(encoding="utf-8")
+    for name, command in vars(get_command(app))["commands"].items():
+        assert f"## dinfer {name}\n" in commands
+        flags = [flag for it in command.params for flag in it.opts if flag.startswith("--")]
+        assert [flag for flag in flags if f"`{flag}`" not in commands and flag != "--help"] == []
+    described = "\n".join(page.read_text(encoding="utf-8") for page in (guide / "api").glob("*.md"))
+    modules = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "dinfer").rglob("*.py")]
+    named = [".".join(path.parts).removesuffix(".__init__") for path in modules if path.name != "__main__"]
+    assert [name for name in named if f".. automodule:: {name}\n" not in described] == []
+    assert "digests.safetensors" in (guide / "formats.md").read_text(encoding="utf-8")
+
+
+def test_docstrings_become_text_without_other_markup() -> None:
+    docstrings = loaded("docstrings")
+    given = ["Of `*args`, *all*:", "", "* one `a", "  b`", "* two_", "", "    x = 1", "", "And|so on."]
+    assert [line for line in docstrings.as_rst(given) if line] == [
+        r"Of \ ``*args``\ , \*all\*:",
+        r"* one \ ``a b``\ ",
+        r"* two\_",
+        "::",
+        "        x = 1",
+        r"And\|so on.",
+    ]
+    assert docstrings.is_noise(pytest.Item)
+    assert not docstrings.is_noise(stuck_after)
 
 
 def test_every_page_of_the_guide_is_in_its_table_of_contents() -> None:
