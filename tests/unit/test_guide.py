@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import os
 import re
@@ -138,6 +139,12 @@ def test_the_formats_page_names_every_field_of_an_event() -> None:
     text = (GUIDE / "formats.md").read_text(encoding="utf-8")
     words = [*Event.__dataclass_fields__, *KINDS, *filter(None, WHATS)]
     assert [word for word in words if f"`{word}`" not in text] == []
+
+
+def test_the_reference_names_classes_that_are_there() -> None:
+    rows = re.findall(r"\| `(\w+)` \| `([\w.]+)` \|$", (GUIDE / "api.md").read_text("utf-8"), re.MULTILINE)
+    assert len(rows) >= 10
+    assert [row for row in rows if not hasattr(importlib.import_module(row[1]), row[0])] == []
 
 
 def test_the_vscode_page_has_the_ports() -> None:
