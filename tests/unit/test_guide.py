@@ -103,6 +103,15 @@ def test_the_reference_is_laid_out_whole(tmp_path: Path) -> None:
     assert "digests.safetensors" in (guide / "formats.md").read_text(encoding="utf-8")
 
 
+def test_workflows_run_scripts_that_are_there() -> None:
+    yaml = importlib.import_module("yaml")  # it ships no types
+    for path in sorted((ROOT / ".github" / "workflows").glob("*.yml")):
+        jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+        commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+        scripts = [script for command in commands for script in re.findall(r"\benv/\w+", command)]
+        assert [script for script in scripts if not (ROOT / script).is_file()] == [], path
+
+
 def test_docstrings_become_text_without_other_markup() -> None:
     docstrings = loaded("docstrings")
     given = ["Of `*args`, *all*:", "", "* one `a", "  b`", "* two_", "", "    x = 1", "", "And|so on."]
