@@ -34,6 +34,7 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4  # the same anchors as on GitHub, which env/docs/links.py checks
 nb_execution_mode = "cache" if os.environ.get("DINFER_SITE_EXECUTE") == "1" else "off"
 nb_execution_cache_path = os.environ.get("DINFER_SITE_CACHE", "")
+nb_execution_in_temp = True  # reports and saved runs that cells write do not stay
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_merge_streams = True
