@@ -1,6 +1,29 @@
 """dinfer: an interactive debugger for distributed LLM inference.
 
-config → plan → events → trace → views. Importing this package has no side effects and does not import torch.
+A run's config makes a plan; ranks carry out its ops and record events; the merged events are a trace, which views show.
+A call goes session → run → cluster → rank → engine → transport; what happened comes back as events.
+
+The packages are floors of a house, bottom to top. A package imports only from floors below its own (pyproject.toml has
+the contract for import-linter; imports in functions and for types count too):
+
+- `errors`, `messages`, `version`: the base of all errors, the messages between session and rank; standard library only.
+- `config`, `display`: a run's parameters, validated; how values are shown as text and HTML.
+- `plan`, `model`: what will be done: ops, lanes, schedules, proofs; and transformers' layers one by one, without ranks.
+- `results`, `trace`, `kv`: what happened: results of calls, events and figures; whose KV differs, where and since when.
+- `verdict`: why a run does not move: which rank waits for which, and for what.
+- `transport`: bytes from rank to rank: gloo, NCCL, or queues within one process.
+- `job`, `engine`: a run checked before it starts; one rank's part of a plan.
+- `rank`: an engine as a process: commands from the session, the watcher beside it, stacks, memory, faults.
+- `cluster`: the ranks as a session reaches them: engines of ipyparallel or threads; leases and recovery.
+- `monitor`: watches for hangs and gathers the evidence.
+- `saved`: runs as folders, and replay of one rank.
+- `run`: what a user holds: step, break, decode, inspect, inject, report.
+- `session`, `launch`, `views`: notebooks; ranks of the command line; panels, figures and reports.
+- `doctor`, `lab`, `bench`: checks of an installation, the fault lab, measurements.
+- `magics`, `cli`: `%dinfer` and the command `dinfer`.
+
+To read the code, start with `plan.ops` and `plan.plan`, then `engine.engine` and `engine.lanes`, then `run.run`. Each
+package's docstring says where it starts. Importing `dinfer` has no side effects and does not import torch.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,8 +42,11 @@ __all__ = ["__version__", "connect", "load_ipython_extension", "open"]
 
 
 def connect(where: str = "ipyparallel", n: int = 3, **options: Any) -> "Session":
-    """A session with `n` ranks: engines of an ipyparallel cluster, which is joined or started; or, with "threads", all
-    in this process. `options`: profile, cluster_id, start, timeout, patience (see `dinfer.session.connect`)."""
+    """Open a session with `n` ranks.
+
+    `where`: "ipyparallel" joins a running cluster or starts one; "threads" runs all ranks in this process. `options`:
+    profile, cluster_id, start, timeout, patience (see `dinfer.session.connect`).
+    """
     from dinfer.session.connect import connect as connected
 
     def show(run: "Run") -> Any:
@@ -32,15 +58,15 @@ def connect(where: str = "ipyparallel", n: int = 3, **options: Any) -> "Session"
 
 
 def open(path: "str | Path") -> "Saved":
-    """A run that `run.save` has written to a folder, or `run.report` to a file, without a cluster: its trace, plan,
-    verdict, KV; `.diff(…)` compares it with another, saved or live. Raises SavedError."""
+    """Open a run that `run.save` wrote to a folder or `run.report` to a file, without a cluster: its trace, plan,
+    verdict and KV. `.diff(…)` compares it with another run, saved or live. Raises SavedError."""
     from dinfer.saved.saved import open_saved
 
     return open_saved(path, _write)
 
 
 def load_ipython_extension(shell: Any) -> None:
-    """`%load_ext dinfer`: the `%dinfer` magics, and the name `dinfer`."""
+    """Called by `%load_ext dinfer`: defines the `%dinfer` magics and the name `dinfer`."""
     from dinfer.magics import load_into
 
     load_into(shell)

@@ -1,7 +1,7 @@
-"""The parameters of a run: frozen, and validated once. Messages say what was given and what is allowed.
+"""The parameters of a run: frozen, and validated once. Messages name the given value and the allowed ones.
 
-Values may come as text (command line), as TOML, or as Python objects; `Config.of` converts. Nothing here
-looks at a checkpoint or a device: what can only be known there is checked there.
+Values may come as text (command line), from TOML, or as Python objects; `Config.of` converts them. Nothing here reads a
+checkpoint or looks for a device: `job` checks what depends on them.
 """
 
 import difflib
@@ -29,7 +29,7 @@ LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
 
 class ConfigError(DinferError, ValueError):
-    """A parameter, or two that do not go together; the message says what to do."""
+    """A parameter is out of range, or two do not go together; the message says what to do."""
 
 
 def _parameter(default: Any, text: str, *, low: float | None = None, high: float | None = None) -> Any:
@@ -38,48 +38,51 @@ def _parameter(default: Any, text: str, *, low: float | None = None, high: float
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run. Field names are the flags of `dinfer run` and the keys of its TOML file."""
+    """The parameters of one run. Field names are the flags of `dinfer run` and the keys of its TOML file.
 
-    model_path: str = _parameter(
-        "demo", "folder of a checkpoint, or 'demo' for the one that comes with dinfer"
-    )
-    prompt: str = _parameter("", "the text to go on from")
-    prompt_file: str = _parameter("", "a UTF-8 file that holds the prompt")
+    Raises ConfigError for values that are out of range or do not go together.
+    """
+
+    model_path: str = _parameter("demo", "folder of a checkpoint, or 'demo' for the built-in model")
+    prompt: str = _parameter("", "the prompt as text")
+    prompt_file: str = _parameter("", "a UTF-8 file with the prompt")
     prompt_ids: tuple[int, ...] = _parameter(
-        (), "the prompt as token ids, such as 5,17,3: needs no tokenizer"
+        (), "the prompt as token ids, such as 5,17,3; needs no tokenizer"
     )
-    chat: bool = _parameter(False, "put the prompt through the checkpoint's chat template")
+    chat: bool = _parameter(False, "apply the checkpoint's chat template to the prompt")
     world_size: int = _parameter(3, "number of ranks", low=1)
     layer_split: tuple[int, ...] = _parameter(
-        (), "first layer of every stage but the first, such as 14,28 for 3 ranks; even by default"
+        (), "first layer of each stage from the second on, such as 14,28 for 3 ranks; default: even"
     )
     chunk_size: int = _parameter(128, "tokens per chunk of the prompt", low=1)
-    sync_strategy: SyncStrategy = _parameter("pairwise", "who passes a block to whom")
+    sync_strategy: SyncStrategy = _parameter("pairwise", "which rank sends a block to which")
     schedule: Schedule = _parameter("pipelined", "the rule that lays ops on lanes")
-    unsafe: bool = _parameter(False, "run even a plan that verify has refuted")
+    unsafe: bool = _parameter(False, "run a plan even if verify refutes it")
     device_mode: DeviceMode = _parameter(
         "single_node", "single_node: all ranks on this machine; multi_node: one on each"
     )
-    gpu_ids: tuple[int, ...] = _parameter((), "the GPU of each rank, such as 0,1,2; none: the CPU")
+    gpu_ids: tuple[int, ...] = _parameter((), "the GPU of each rank, such as 0,1,2; empty: CPU")
     backend: Backend = _parameter(
-        "auto", "gloo or nccl; auto: nccl for ranks on one machine that have a GPU each, otherwise gloo"
+        "auto", "gloo or nccl; auto: nccl if all ranks are on one machine with a GPU each, else gloo"
     )
     master_addr: str = _parameter("127.0.0.1", "address at which the ranks meet")
-    master_port: int = _parameter(0, "port at which the ranks meet; 0: a free one", low=0, high=65535)
+    master_port: int = _parameter(0, "port at which the ranks meet; 0: any free port", low=0, high=65535)
     dtype: DType = _parameter("auto", "dtype of weights and KV; auto: the checkpoint's own")
-    threads: int = _parameter(0, "CPU threads of each rank; 0: the cores shared out", low=0)
-    max_new_tokens: int = _parameter(50, "tokens to generate at most", low=1)
+    threads: int = _parameter(0, "CPU threads of each rank; 0: the cores divided by the ranks", low=0)
+    max_new_tokens: int = _parameter(50, "most tokens to generate", low=1)
     temperature: float = _parameter(0.0, "0: greedy", low=0)
     top_k: int = _parameter(0, "sample from the k most likely tokens; 0: all", low=0)
     top_p: float = _parameter(1.0, "sample from the most likely tokens of this total probability", high=1)
     seed: int = _parameter(0, "seed of sampling", low=0)
-    digests: bool = _parameter(True, "digest every block, and check it on arrival and before decode")
-    on_corruption: OnCorruption = _parameter(
-        "record", "what to do about a block whose bytes have changed; pause: in a session only"
+    digests: bool = _parameter(
+        True, "compute digests of every block and check them on arrival and before decode"
     )
-    start_timeout: float = _parameter(180.0, "seconds that ranks may take to start and load", low=1)
-    timeout: float = _parameter(60.0, "seconds without progress after which the run is ended", low=1)
-    log_dir: str = _parameter("dinfer-logs", "folder for one log file per rank")
+    on_corruption: OnCorruption = _parameter(
+        "record", "what to do if a block's bytes changed; pause: only in a session"
+    )
+    start_timeout: float = _parameter(180.0, "seconds in which the ranks must start and load", low=1)
+    timeout: float = _parameter(60.0, "seconds without progress after which the run ends", low=1)
+    log_dir: str = _parameter("dinfer-logs", "folder for the log files, one per rank")
     log_level: LogLevel = _parameter("INFO", "DEBUG shows every op")
 
     def __post_init__(self) -> None:
@@ -88,43 +91,41 @@ class Config:
         given = [name for name in ("prompt", "prompt_file", "prompt_ids") if getattr(self, name)]
         if len(given) > 1:
             raise ConfigError(
-                f"{' and '.join(given)} are given; one of them is the prompt: leave the others out."
+                f"{' and '.join(given)} are given, but a run has one prompt: leave the others out."
             )
         if self.layer_split and len(self.layer_split) != self.world_size - 1:
-            raise ConfigError(
-                f"layer_split has {len(self.layer_split)} numbers for {self.world_size} ranks; it takes "
-                f"{self.world_size - 1}: the first layer of every stage but the first."
-            )
+            raise ConfigError(layer_split_error(len(self.layer_split), self.world_size))
         if self.gpu_ids and len(self.gpu_ids) != self.world_size:
             raise ConfigError(
-                f"world_size is {self.world_size} but gpu_ids names {len(self.gpu_ids)}; give one GPU id per "
-                "rank (the same id may stand for several ranks)."
+                f"world_size is {self.world_size} but gpu_ids names {len(self.gpu_ids)}; give one GPU id per rank "
+                "(ranks may share a GPU)."
             )
         for name in ("prompt_ids", "layer_split", "gpu_ids"):
             if any(number < 0 for number in getattr(self, name)):
                 raise ConfigError(f"{name} is {list(getattr(self, name))}; its numbers must be at least 0.")
         if self.on_corruption != "record" and not self.digests:
             raise ConfigError(
-                f"on_corruption is {self.on_corruption}, but without digests nothing would be found: leave one out."
+                f"on_corruption is {self.on_corruption}, but digests is off, so no corruption is detected: change one."
             )
         if self.top_p <= 0:
             raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (1: all tokens).")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """A config from names and values, the values possibly as text. Raises ConfigError."""
+        """A config from parameter names and values; values may be text. Raises ConfigError."""
         return cls(**{name: _convert(name, value) for name, value in values.items()})
 
     @classmethod
     def from_toml(cls, path: str | Path, **changes: Any) -> Self:
-        """The config that a TOML file describes, with `changes` on top of it. Raises ConfigError."""
+        """The config in a TOML file, overridden by `changes`. Raises ConfigError."""
         return cls.of({**read_toml(path), **changes})
 
     def with_(self, **changes: Any) -> Self:
+        """A copy with these parameters changed. Raises ConfigError."""
         return replace(self, **{name: _convert(name, value) for name, value in changes.items()})
 
     def prompt_text(self) -> str:
-        """The prompt, from `prompt` or `prompt_file`. Raises ConfigError."""
+        """The text of `prompt` or `prompt_file`. Raises ConfigError if the file cannot be read."""
         if not self.prompt_file:
             return self.prompt
         try:
@@ -134,6 +135,15 @@ class Config:
         except UnicodeDecodeError:
             message = f"prompt_file {self.prompt_file!r} is not UTF-8 text; save it as UTF-8."
             raise ConfigError(message) from None
+
+
+def layer_split_error(given: int, world_size: int) -> str:
+    """The message for a `layer_split` of `given` numbers where `world_size` ranks need another count."""
+    if world_size == 1:
+        return f"layer_split takes no numbers for 1 rank; got {given}: leave it out."
+    stages = {2: "stage 1", 3: "stages 1 and 2"}.get(world_size, f"stages 1 to {world_size - 1}")
+    count = f"{world_size - 1} number{'s' * (world_size > 2)}"
+    return f"layer_split takes {count} for {world_size} ranks (the first layer of {stages}); got {given}."
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -147,7 +157,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """` Did you mean …?` for a name that is not known, or nothing."""
+    """` Did you mean …?` with the closest known name, or an empty text."""
     close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
     return f" Did you mean {close[0]}?" if close else ""
 
@@ -163,7 +173,7 @@ def _convert(name: str, value: Any) -> Any:
     kinds = get_type_hints(Config)
     if name not in kinds:
         raise ConfigError(
-            f"there is no parameter {name!r}.{nearest(name, list(kinds))} Known are: {', '.join(kinds)}."
+            f"unknown parameter {name!r}.{nearest(name, list(kinds))} The parameters are {', '.join(kinds)}."
         )
     kind = kinds[name]
     if get_origin(kind) is Literal:
@@ -177,7 +187,7 @@ def _convert(name: str, value: Any) -> Any:
     if get_origin(kind) is tuple:
         return whole_numbers(name, value)
     scalar = _scalar(name, value, kind)
-    return _whole_text(scalar) if name == "prompt" else scalar
+    return _utf8_text(scalar) if name == "prompt" else scalar
 
 
 def _scalar(name: str, value: Any, kind: type) -> Any:
@@ -200,8 +210,8 @@ def _scalar(name: str, value: Any, kind: type) -> Any:
     return number
 
 
-def _whole_text(prompt: str) -> str:
-    """The prompt; where Python has read an argument's bytes as ASCII (in a C locale), as the UTF-8 that they are."""
+def _utf8_text(prompt: str) -> str:
+    """The prompt as UTF-8, also if Python has read the argument's bytes as ASCII (in a C locale)."""
     try:
         return prompt.encode("utf-8", "surrogateescape").decode("utf-8")
     except UnicodeError:
@@ -209,7 +219,7 @@ def _whole_text(prompt: str) -> str:
 
 
 def whole_numbers(name: str, value: Any) -> tuple[int, ...]:
-    """The numbers in `0,1,2`, or in a list. Raises ConfigError."""
+    """The whole numbers in a text such as `0,1,2`, or in a list. Raises ConfigError."""
     try:
         parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
         if any(isinstance(part, (bool, float)) for part in parts):

@@ -1,17 +1,19 @@
-"""Closing: what ends at the end of a `with`, whatever happened in it."""
+"""How results look in consoles and notebooks: texts, tables, HTML; and objects that a `with` statement closes."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import zip_longest
 from typing import Self
 
 from dinfer.errors import ipython
 
 
 class Closing:
-    """Something that has to be closed."""
+    """An object that has to be closed; usable in a `with` statement."""
 
     def close(self) -> None:
-        """End it."""
+        """Release what it holds."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:
@@ -22,8 +24,8 @@ class Closing:
 
 
 def html_text(text: str) -> str:
-    """A text as HTML: its lines and spaces as they are, long lines broken between words, where a notebook's own style
-    for texts would break inside `block c2 l1`."""
+    """Text as HTML that keeps lines and spaces. Long lines break between words; a notebook's own style would break
+    inside `block c2 l1`."""
     style = "margin:0;white-space:pre-wrap;word-break:normal;overflow-wrap:break-word"
     return f'<pre style="{style}">{escape(text)}</pre>'
 
@@ -32,13 +34,13 @@ SHOWN = 3
 
 
 def listed(sentences: Sequence[str]) -> str:
-    """The first few of them, and how many more there are."""
+    """The first SHOWN sentences, and how many more there are."""
     more = [f"and {len(sentences) - SHOWN} more"] * (len(sentences) > SHOWN)
     return "; ".join([*sentences[:SHOWN], *more])
 
 
 class Displayable:
-    """Something with a text, which is its HTML form too."""
+    """An object whose `str` is also its repr and, escaped, its HTML form."""
 
     def __str__(self) -> str:
         raise NotImplementedError
@@ -51,29 +53,82 @@ class Displayable:
 
 
 class DisplayableText(str, Displayable):
-    """A text that is shown as it is, without quotation marks."""
+    """A `str` that shells show without quotation marks."""
 
     __slots__ = ()
     __str__, __repr__ = str.__str__, str.__str__
 
 
+NUMBER = re.compile(r"[-+−]?[\d.,]*\d(e[-+]?\d+)?( ?(%|s|ms|MB|kB))?|[-+−]?(nan|inf)|[-–?]?")
+"""cells that are right-aligned where their whole column consists of them"""
+
+
+class Table(Displayable):
+    """Cells under column names; names of "" print no header line. A cell may have several lines.
+
+    Its text does not depend on the console's width. The widths of cells (中文) are rich's; rich's own Table would take
+    a millisecond per row, which is half a minute for all differences of a large KV, and breaks lines.
+    `shown`: how many rows are displayed; None: all.
+    """
+
+    def __init__(
+        self, columns: Sequence[str], rows: Iterable[Sequence[object]], shown: int | None = None
+    ) -> None:
+        self.columns, self._shown = tuple(columns), shown
+        self.rows = [tuple(map(str, row)) for row in rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        rows = [self.columns] * any(self.columns) + self.rows[: self._shown]
+        lines = [line for row in rows for line in zip_longest(*(c.split("\n") for c in row), fillvalue="")]
+        columns = [_aligned(cells, any(self.columns)) for cells in zip(*lines, strict=True)]
+        text = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
+        return "\n".join([*text, *self._more()])
+
+    def _repr_html_(self) -> str:
+        rows = [_html_row(self.columns, "th")] * any(self.columns)
+        rows += [_html_row(row, "td") for row in self.rows[: self._shown]]
+        return f"<table>{''.join(rows)}</table>{''.join(f'<div>{escape(one)}</div>' for one in self._more())}"
+
+    def _more(self) -> list[str]:
+        hidden = len(self.rows[self._shown :]) if self._shown is not None else 0
+        return [f"and {hidden:,} more: .table(None) shows all"] * bool(hidden)
+
+
+def _aligned(cells: Sequence[str], has_header: bool) -> list[str]:
+    """Cells of a column, padded to the same width: to the right if all are numbers, the header aside."""
+    from rich.cells import cell_len
+
+    widths = [cell_len(cell) for cell in cells]
+    widest = max(widths)
+    padding = [" " * (widest - width) for width in widths]
+    numeric = all(NUMBER.fullmatch(cell) for cell in cells[has_header:])
+    return [pad + cell if numeric else cell + pad for cell, pad in zip(cells, padding, strict=True)]
+
+
+def _html_row(cells: Sequence[str], tag: str) -> str:
+    return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+
 class Announced(Displayable):
-    """Something that says what it is as soon as it is made, and is not shown a second time under the same cell."""
+    """An object that prints its text when it is made, and is not displayed a second time under the same cell."""
 
     _announced: tuple[int | None, str] | None = None
 
     def announce(self) -> None:
-        """Print its text."""
+        """Print the text now."""
         print(self)
         self._announced = _cell(), str(self)
 
     def _ipython_display_(self) -> None:
-        """Called by IPython to show it; NotImplementedError has it shown as everything else."""
+        """Called by IPython to display the object; NotImplementedError leaves the display to the other methods."""
         if self._announced != (_cell(), str(self)):
             raise NotImplementedError
 
 
 def _cell() -> int | None:
-    """The number of the cell that runs, if this is IPython."""
+    """The number of the running cell; None outside IPython."""
     shell = ipython()
     return shell.execution_count if shell else None

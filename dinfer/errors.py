@@ -1,7 +1,4 @@
-"""The errors that are answers: to a request that cannot be met, or to how a run stands. What they have in common.
-
-An error that is none of these is a mistake in dinfer, and keeps its traceback everywhere.
-"""
+"""The base of all errors whose message is for the user. Any other error is a bug in dinfer and keeps its traceback."""
 
 import sys
 from collections.abc import Iterator
@@ -11,16 +8,18 @@ from typing import Any
 PACKAGE = __name__.split(".")[0]
 
 LINES = 2
-"""of a cell: the one that failed and the one before it (with 1, IPython shows none of a cell of a notebook)"""
+"""lines of a cell to show: the one that failed and the one before (with 1, IPython shows none in a notebook)"""
 
 
 class DinferError(Exception):
-    """An error whose message is all that its user needs. In IPython it comes with the user's own lines, without the
-    frames of dinfer under them; `%tb verbose` shows those too, `%debug` enters them, and in any mode of `%xmode` but
-    Context they are always shown. Plain Python shows them as of any exception."""
+    """An error whose message is all that the user needs.
+
+    IPython shows it with the user's own lines and without dinfer's frames: `%tb verbose` shows those, `%debug` enters
+    them, and any mode of `%xmode` except Context always shows them. Plain Python shows a full traceback.
+    """
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython prints in place of its own traceback, as the parts that it joins."""
+        """What IPython prints instead of its own traceback, as the parts that it joins."""
         shell = ipython()
         if shell is None:
             return [f"{type(self).__name__}: {_with_causes(self)}"]
@@ -28,7 +27,7 @@ class DinferError(Exception):
         if formatter.mode != "Context":
             whole: list[str] = formatter.structured_traceback(type(self), self, self.__traceback__)
             return whole
-        # In place of the error, one that has no chain of causes: each of them would be shown with all of its frames.
+        # A stand-in without a chain of causes: IPython would show each cause with all of its frames.
         stand_in = Exception(_with_causes(self))
         own: list[str] = formatter.structured_traceback(
             type(self), stand_in, _own(self.__traceback__), context=LINES
@@ -38,26 +37,26 @@ class DinferError(Exception):
 
 
 def ipython() -> Any | None:
-    """The IPython shell of this process, if it is run by one."""
+    """The IPython shell of this process, None without one."""
     return sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
 
 
 class NotPossible(DinferError, RuntimeError):
-    """What was asked for cannot be had as things stand; the message says what is in the way."""
+    """The call is not possible in this state; the message says why."""
 
 
 class NoSuch(DinferError, IndexError, KeyError):
-    """A number or name that there is not; the message says which there are."""
+    """Unknown index or name; the message lists the valid ones."""
 
-    __str__ = Exception.__str__  # KeyError's shows the message between quotation marks
+    __str__ = Exception.__str__  # KeyError's puts the message in quotes
 
 
 class NoAnswer(DinferError, TimeoutError):
-    """Ranks have not answered in time."""
+    """A rank has not answered in time."""
 
 
 def _with_causes(error: BaseException) -> str:
-    """The message, and those of the errors that it was raised from, unless it holds them."""
+    """The message, followed by those of its causes that it does not contain."""
     text = str(error)
     for cause in _causes(error):
         if str(cause) not in text:
@@ -74,7 +73,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _own(found: TracebackType | None) -> TracebackType | None:
-    """The part of a traceback that comes before dinfer's frames."""
+    """The part of a traceback before dinfer's first frame."""
     if found is None or found.tb_frame.f_globals.get("__name__", "").split(".")[0] == PACKAGE:
         return None
     return TracebackType(_own(found.tb_next), found.tb_frame, found.tb_lasti, found.tb_lineno)

@@ -1,4 +1,7 @@
-"""Job: all that can be known of a run before any rank starts, and every mistake that can be found by then."""
+"""Job: a run that is checked before any rank starts: prompt, plan, memory, GPUs and backend.
+
+Also which parameters are fixed once ranks have loaded a checkpoint.
+"""
 
 import os
 from collections import Counter
@@ -12,7 +15,7 @@ from dinfer.errors import ipython
 from dinfer.model.checkpoint import Spec, check
 from dinfer.model.memory import check_memory
 from dinfer.model.text import encode, load_tokenizer
-from dinfer.plan.custom import OwnSchedule, own_plan
+from dinfer.plan.custom import CustomSchedule, custom_plan
 from dinfer.plan.lower import lower
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import partition
@@ -23,58 +26,59 @@ from dinfer.verdict.drawing import counterexample_svg, cycle_text
 
 
 def has_nccl() -> bool:
+    """Whether torch has NCCL and a GPU here. Imports torch."""
     from dinfer.transport.nccl import has_nccl as found
 
     return found()
 
 
-def settle_backend(config: Config, nccl_is_here: Callable[[], bool] = has_nccl) -> Config:
-    """The config with its backend chosen. Raises ConfigError where it asks for NCCL and cannot have it.
+def choose_backend(config: Config, nccl_is_here: Callable[[], bool] = has_nccl) -> Config:
+    """The config with backend gloo or nccl in place of auto. Raises ConfigError if it asks for NCCL in vain.
 
-    On several machines each has a network of its own kind, so there gloo is taken unless NCCL is asked for.
+    For ranks on several machines auto means gloo, since NCCL may not work on the network between them.
     """
     if config.backend == "gloo":
         return config
     obstacle = _obstacle(config, nccl_is_here)
     if config.backend == "auto":
-        takes = not obstacle and config.device_mode == "single_node"
-        return config.with_(backend="nccl" if takes else "gloo")
+        use_nccl = not obstacle and config.device_mode == "single_node"
+        return config.with_(backend="nccl" if use_nccl else "gloo")
     if obstacle:
         raise ConfigError(f"backend is nccl, but {obstacle}, or use backend gloo.")
     return config
 
 
 def _obstacle(config: Config, nccl_is_here: Callable[[], bool]) -> str:
-    """Why NCCL cannot be had and what to do about it, or nothing."""
+    """Why NCCL cannot be used and what to do about it; empty if it can."""
     ids = config.gpu_ids
     if not ids:
         example = ",".join(map(str, range(config.world_size)))
-        return f"gpu_ids names no GPUs: NCCL takes one a rank. Give gpu_ids, such as {example}"
+        return f"gpu_ids is empty: NCCL needs one GPU a rank. Give gpu_ids, such as {example}"
     shared = next((gpu for gpu in ids if ids.count(gpu) > 1), None)
     if shared is not None and config.device_mode == "single_node":
         ranks = " and ".join(str(rank) for rank, gpu in enumerate(ids) if gpu == shared)
         return (
-            f"ranks {ranks} share GPU {shared}: NCCL takes one rank a GPU. Give each rank its own in gpu_ids"
+            f"ranks {ranks} share GPU {shared}: NCCL needs one GPU a rank. Give each rank its own in gpu_ids"
         )
     if not nccl_is_here():
-        return "torch here has no NCCL, or sees no GPU. Install a CUDA build of torch for Linux"
+        return "this torch has no NCCL or finds no GPU. Install a CUDA build of torch for Linux"
     return ""
 
 
-WAY_OUT = "Nothing was run. Choose another schedule, or pass unsafe=True (--unsafe) to watch it hang."
+REMEDY = "Nothing was run. Choose another schedule, or pass unsafe=True (--unsafe) to watch it hang."
 
 
 class PlanRefused(PlanError):
-    """`counterexample` says why. In a notebook the error comes with a drawing; `error.svg()` is that drawing."""
+    """verify refutes the plan: see `counterexample`. A notebook shows the error with the drawing of `error.svg()`."""
 
     def __init__(self, plan: Plan, counterexample: Counterexample) -> None:
         drawn = cycle_text(counterexample)
-        super().__init__("\n".join(filter(None, (f"{counterexample}.", drawn, WAY_OUT))))
+        super().__init__("\n".join(filter(None, (f"{counterexample}.", drawn, REMEDY))))
         self.plan, self.counterexample = plan, counterexample
         self._drawn = False
 
     def svg(self) -> str:
-        """The ops that the counterexample speaks of, and what each waits for."""
+        """A drawing, as SVG, of the counterexample's ops and what each waits for."""
         return counterexample_svg(self.plan, self.counterexample)
 
     def _repr_svg_(self) -> str:
@@ -84,8 +88,8 @@ class PlanRefused(PlanError):
         return f"<div>{html_text(str(self))}{self.svg()}</div>"
 
     def _render_traceback_(self) -> list[str]:
-        """As of any error of dinfer's, and, in a notebook, with the drawing, once: some versions of IPython ask
-        twice."""
+        """As DinferError does; in a notebook, publishes the drawing too, once (some versions of IPython call this
+        twice)."""
         shell = ipython()
         if shell is not None and hasattr(shell, "kernel") and not self._drawn:
             self._drawn = True
@@ -95,7 +99,7 @@ class PlanRefused(PlanError):
 
 @dataclass(frozen=True)
 class Job:
-    """A run that may start. `config.threads` and `config.backend` are settled; `ids` is the prompt."""
+    """A run that may start. `config.threads` and `config.backend` are chosen; `ids` are the prompt's token ids."""
 
     config: Config
     spec: Spec
@@ -105,10 +109,13 @@ class Job:
 
 
 def prepare(config: Config, ranks_here: Sequence[int] | None = None) -> Job:
-    """Raises ConfigError, ModelError or PlanError, each with what to do. `ranks_here`: by default all."""
+    """Check a run of the command line. `ranks_here`: the ranks on this machine, by default all.
+
+    Raises ConfigError, ModelError or PlanError, whose messages say what to do.
+    """
     if config.on_corruption == "pause":
         raise ConfigError(
-            "on_corruption is pause, but nobody is there to go on with a run without a session: use record or fail, or "
+            "on_corruption is pause, but only a session can continue a paused run: use record or fail, or "
             'session.prefill(…, on_corruption="pause") in a notebook.'
         )
     spec = check(config.model_path)
@@ -116,26 +123,28 @@ def prepare(config: Config, ranks_here: Sequence[int] | None = None) -> Job:
     ids = _prompt_ids(config, spec)
     here = list(range(config.world_size)) if ranks_here is None else list(ranks_here)
     _check_gpus(config, here)
-    config = settle_backend(config)
+    config = choose_backend(config)
     _check_memory(config, spec, len(ids), here)
     return _job(config.with_(threads=config.threads or threads_per_rank(len(here))), spec, ids, None)
 
 
-def prepare_loaded(config: Config, plan: Plan | str | OwnSchedule | None = None) -> Job:
-    """The same for ranks that hold the checkpoint already: memory and devices have been looked at then. `plan`: the
-    user's own, its text, or a function that makes it, in place of the one that the config makes."""
+def prepare_loaded(config: Config, plan: Plan | str | CustomSchedule | None = None) -> Job:
+    """Check a run on ranks that have loaded the checkpoint, with memory and GPUs checked at that time.
+
+    `plan`: a plan, its text, or a function that makes it, instead of the config's. Raises as `prepare` does.
+    """
     spec = check(config.model_path)
     _check_world_size(config, spec)
     return _job(config, spec, _prompt_ids(config, spec), plan)
 
 
 def prepare_load(config: Config, ranks_here: Sequence[int]) -> tuple[Config, Spec]:
-    """What can be known of loading a checkpoint on these ranks, which share this host, with the backend settled. Raises
-    as `prepare` does."""
+    """Check whether these ranks of this host can load a checkpoint. Returns the config with its backend chosen, and the
+    checkpoint's spec. Raises as `prepare` does."""
     spec = check(config.model_path)
     _check_world_size(config, spec)
     _check_gpus(config, ranks_here)
-    config = settle_backend(config)
+    config = choose_backend(config)
     _check_memory(config, spec, config.max_new_tokens, ranks_here)
     return config, spec
 
@@ -148,7 +157,7 @@ def _check_world_size(config: Config, spec: Spec) -> None:
         )
 
 
-def _job(config: Config, spec: Spec, ids: tuple[int, ...], own: Plan | str | OwnSchedule | None) -> Job:
+def _job(config: Config, spec: Spec, ids: tuple[int, ...], own: Plan | str | CustomSchedule | None) -> Job:
     shape = partition(
         layers=spec.layers,
         tokens=len(ids),
@@ -157,7 +166,7 @@ def _job(config: Config, spec: Spec, ids: tuple[int, ...], own: Plan | str | Own
         layer_split=config.layer_split or None,
     )
     if own is not None:
-        plan = own_plan(own, config, shape)
+        plan = custom_plan(own, config, shape)
     else:
         plan = build(shape, config.schedule, config.sync_strategy)
         if config.backend == "nccl":
@@ -176,18 +185,14 @@ def _check_gpus(config: Config, ranks: Sequence[int]) -> None:
 
     count = torch.cuda.device_count()
     if missing := sorted({config.gpu_ids[r] for r in ranks if not 0 <= config.gpu_ids[r] < count}):
-        there = (
-            f"GPU ids here go from 0 to {count - 1}"
-            if count
-            else "this machine has no GPU that torch can use"
-        )
+        there = f"GPU ids here go from 0 to {count - 1}" if count else "torch finds no GPU on this machine"
         raise ConfigError(
             f"gpu_ids names {', '.join(map(str, missing))}, but {there}: change gpu_ids, or leave it out for the CPU."
         )
 
 
 def _check_memory(config: Config, spec: Spec, tokens: int, ranks: Sequence[int]) -> None:
-    """Every rank holds the whole model, for decode. Raises ModelError where it does not fit."""
+    """Every rank holds the whole model, for decode. Raises ModelError if it does not fit."""
     length = min(tokens + config.max_new_tokens, spec.max_positions)
     devices = Counter(f"cuda:{config.gpu_ids[r]}" if config.gpu_ids else "cpu" for r in ranks)
     for device, count in devices.items():
@@ -195,7 +200,7 @@ def _check_memory(config: Config, spec: Spec, tokens: int, ranks: Sequence[int])
 
 
 def threads_per_rank(world_size: int) -> int:
-    """This machine's cores shared out, so that ranks do not fight for them; at least one each."""
+    """This machine's cores divided by its ranks, at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // world_size)
 
@@ -213,7 +218,7 @@ def _prompt_ids(config: Config, spec: Spec) -> tuple[int, ...]:
             raise ConfigError("the prompt is empty: give prompt, prompt_file or prompt_ids.")
         tokenizer = load_tokenizer(config.model_path)
         if tokenizer is None:
-            raise ConfigError(f"{config.model_path} has no tokenizer, so it takes no text: give prompt_ids.")
+            raise ConfigError(f"{config.model_path} has no tokenizer: give prompt_ids instead of text.")
         ids = tuple(encode(tokenizer, text, config.chat))
     if len(ids) > spec.max_positions:
         raise ConfigError(
@@ -223,23 +228,24 @@ def _prompt_ids(config: Config, spec: Spec) -> tuple[int, ...]:
     return ids
 
 
-SETTLED = ("model_path", "dtype", "gpu_ids", "threads", "backend", "world_size")
+FIXED = ("model_path", "dtype", "gpu_ids", "threads", "backend", "world_size")
+"""the parameters that loading a checkpoint fixes for all runs"""
 
 ANY = {"threads": 0, "backend": "auto"}
-"""what leaves the choice to whoever loads"""
+"""values that accept whatever was loaded"""
 
 
-def without_settled(given: Mapping[str, Any], loaded: Config, spec: Spec) -> dict[str, Any]:
-    """A run's parameters but for those that were settled before it. Raises ConfigError where one of these is another
-    than was settled: a run cannot change it."""
-    for name in SETTLED:
+def without_fixed(given: Mapping[str, Any], loaded: Config, spec: Spec) -> dict[str, Any]:
+    """A run's parameters without those that loading has fixed. Raises ConfigError if one of these differs from what was
+    loaded: a run cannot change it."""
+    for name in FIXED:
         if name not in given:
             continue
-        bare = {"gpu_ids": (), "layer_split": ()}  # which the number of ranks would have to fit
+        bare = {"gpu_ids": (), "layer_split": ()}  # their lengths would have to fit the world size
         wanted = _value(loaded.with_(**(bare | {name: given[name]})), spec, name)
         if wanted not in (_value(loaded, spec, name), ANY.get(name)):
             raise ConfigError(_refusal(name, wanted, _value(loaded, spec, name), loaded))
-    return {name: value for name, value in given.items() if name not in SETTLED}
+    return {name: value for name, value in given.items() if name not in FIXED}
 
 
 def _value(config: Config, spec: Spec, name: str) -> Any:
@@ -250,16 +256,16 @@ def _value(config: Config, spec: Spec, name: str) -> Any:
 def _refusal(name: str, wanted: Any, found: Any, loaded: Config) -> str:
     if name == "world_size":
         return (
-            f"world_size is {wanted}, but this session has {found} ranks: dinfer.connect(n={wanted}) makes one of "
-            f"{wanted}."
+            f"world_size is {wanted}, but this session has {found} ranks: dinfer.connect(n={wanted}) opens one "
+            f"of {wanted}."
         )
     if name == "backend":
         return (
-            f"backend is {wanted}, but the ranks have met by {found}: session.load(…, gpu_ids=…) sets the GPUs of all "
-            "runs, and the backend with them."
+            f"backend is {wanted}, but the ranks are connected by {found}: session.load(…, gpu_ids=…) sets the GPUs "
+            "and with them the backend of all runs."
         )
     path = "" if name == "model_path" else f"{loaded.model_path!r}, {name}="
     return (
-        f"{name} is {wanted!r}, but the ranks were loaded with {found!r}, and a run cannot change that: "
+        f"{name} is {wanted!r}, but the ranks were loaded with {found!r}, which a run cannot change: "
         f"session.load({path}{wanted!r}) sets it for all runs."
     )

@@ -1,4 +1,4 @@
-"""What actions return: values with a text for consoles and an HTML form that survives a notebook without its kernel."""
+"""Results of a run's actions: values with a text for consoles, and HTML that stays in a saved notebook."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,15 @@ from dinfer.plan.cut import Cut
 
 
 def moved_text(lines: Sequence[str], remark: str, edited: Sequence[str]) -> str:
-    """What a call that moves says: what was done, why it ended, and what the user had changed."""
+    """The text of a call that moves a run: what was done, why it ended, and what the user has edited."""
     found = [*lines, *[remark] * bool(remark)]
     return "\n".join([*found, *[f"edited by hand: {', '.join(edited)}"] * bool(edited)])
 
 
 @dataclass(frozen=True, repr=False)
 class Moved(Displayable):
-    """What a step did: the cuts before and after, and a line a rank. `stopped`: a breakpoint or a pause ended it."""
+    """The result of a step: the cuts before and after, and a line per rank. `stopped`: a breakpoint or a pause ended
+    it."""
 
     before: Cut
     after: Cut
@@ -36,8 +37,8 @@ class Moved(Displayable):
 
 @dataclass(frozen=True, repr=False)
 class Decoded(Displayable):
-    """New tokens of one call and their text; `count`: all new tokens so far; `ended`: the text ends here; `remark`: why
-    there are none."""
+    """The new tokens of a call and their text. `count`: all new tokens so far; `ended`: whether generation has ended;
+    `remark`: why there are no tokens."""
 
     tokens: tuple[int, ...]
     text: str
@@ -54,7 +55,7 @@ class Decoded(Displayable):
 
 @dataclass(frozen=True, repr=False)
 class Where(Displayable):
-    """Where the ranks stand. `state` is the run's, `lines` a line a rank and what else is to be said."""
+    """Where the ranks stand. `state`: the run's; `lines`: a line per rank, and further facts."""
 
     state: str
     lines: str
@@ -64,7 +65,7 @@ class Where(Displayable):
 
 
 class Breakpoints(Displayable):
-    """The breakpoints of a run, by number; a view: what changes here changes there."""
+    """The breakpoints of a run, by number. Changes take effect in the run."""
 
     def __init__(self, found: dict[int, Breakpoint], changed: Callable[[], None]) -> None:
         self._found, self._changed = found, changed
@@ -77,16 +78,16 @@ class Breakpoints(Displayable):
 
     def __getitem__(self, number: int) -> Breakpoint:
         if number not in self._found:
-            raise NoSuch(f"there is no breakpoint #{number}; there are: {self}")
+            raise NoSuch(f"there is no breakpoint #{number}; known breakpoints: {self}")
         return self._found[number]
 
     def remove(self, number: int) -> None:
-        """End one. Raises KeyError."""
+        """Remove a breakpoint. Raises NoSuch, a KeyError."""
         del self._found[self[number].number]
         self._changed()
 
     def clear(self) -> None:
-        """End all."""
+        """Remove all breakpoints."""
         self._found.clear()
         self._changed()
 

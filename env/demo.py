@@ -1,8 +1,7 @@
-"""What `env/demo` does once there is a .venv: three engines and JupyterLab on the walkthrough, or its execution.
+"""The part of `env/demo` after .venv exists: three engines, and JupyterLab on the walkthrough or its execution.
 
-Everything lives in a new folder, copies of the notebooks too, so that neither a user's own clusters and settings nor
-the notebooks here are touched. However it ends, short of SIGKILL, all processes that it has started are ended; the
-folder stays.
+All files, including copies of the notebooks, are in a new folder, so that the user's clusters and settings and the
+notebooks here stay unchanged. Unless killed by SIGKILL, it ends all processes that it has started; the folder stays.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 MARK = "DINFER_DEMO"
-"""an environment variable that all processes of one demo inherit, and by which they are found"""
+"""an environment variable that all processes of one demo inherit, by which `marked` finds them"""
 RANKS = 3
 START_S = 120.0
 END_S = 10.0
@@ -45,14 +44,14 @@ FOLDERS = {
 
 
 class DemoError(Exception):
-    """Something did not start; the message says what, and where to read more."""
+    """A process did not start; the message names it and its log."""
 
 
 def main() -> int:
-    """The exit status: 130 after Ctrl-C, as shells have it, when it interrupts something."""
+    """Run the demo. Returns the exit status: 130 after Ctrl-C, as in shells."""
     arguments = options()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)  # SIGINT too: a shell script's `&` has it ignored
+        signal.signal(number, interrupt)  # SIGINT too: in a shell script, `&` makes a process ignore it
     home = Path(tempfile.mkdtemp(prefix="dinfer-demo.")).resolve()
     try:
         with demo(home) as environment:
@@ -69,12 +68,12 @@ def main() -> int:
 
 
 def options() -> Any:
-    """What was asked for."""
+    """The parsed command line."""
     parser = argparse.ArgumentParser(
         prog="env/demo", description="The walkthrough, on three ranks of this machine."
     )
     parser.add_argument("--headless", action="store_true", help="run the walkthrough and write its report")
-    parser.add_argument("--no-browser", action="store_true", help="only say the URL")
+    parser.add_argument("--no-browser", action="store_true", help="only print the URL")
     parser.add_argument(
         "--chinese", dest="notebook", action="store_const", const="zh/00-walkthrough.ipynb",
         default="00-walkthrough.ipynb", help="the walkthrough in Chinese",
@@ -83,13 +82,13 @@ def options() -> Any:
 
 
 def interrupt(*_: object) -> None:
-    """Ctrl-C ends it, and so do SIGTERM and a closed terminal."""
+    """Handle SIGTERM and SIGHUP like Ctrl-C."""
     raise KeyboardInterrupt
 
 
 @contextmanager
 def demo(home: Path) -> Iterator[dict[str, str]]:
-    """The environment of a demo in that folder, with three engines; at its end nothing of it runs."""
+    """Start three engines in that folder; yields the demo's environment. Ends all of the demo's processes."""
     mark = secrets.token_hex(8)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     os.environ.update({name: str(home / folder) for name, folder in FOLDERS.items()}, PATH=path)
@@ -106,12 +105,12 @@ def demo(home: Path) -> Iterator[dict[str, str]]:
         yield dict(os.environ)
     finally:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # ending takes seconds and must not be broken off
+            signal.signal(number, signal.SIG_IGN)  # ending takes seconds and must not be interrupted
         end(mark)
 
 
 def started(home: Path, name: str, *arguments: str) -> subprocess.Popen[bytes]:
-    """A process of its own session, so that a terminal's Ctrl-C reaches this one alone; output goes to a file."""
+    """Start a process that logs to a file, in a session of its own, so that Ctrl-C reaches this process alone."""
     with (home / f"{name}.log").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, *arguments],
@@ -126,25 +125,25 @@ def started(home: Path, name: str, *arguments: str) -> subprocess.Popen[bytes]:
 def wait_until(
     condition: Callable[[], object], process: subprocess.Popen[bytes], name: str, home: Path
 ) -> None:
-    """Raises DemoError where the process ends before that holds, or it takes too long."""
+    """Wait until the condition holds. Raises DemoError if the process ends first or after START_S seconds."""
     deadline = time.monotonic() + START_S
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
-            raise DemoError(f"{name} did not start; what it said is in {home / name}.log.")
+            raise DemoError(f"{name} did not start; its log is {home / name}.log.")
         time.sleep(0.1)
 
 
 def lab(home: Path, environment: dict[str, str], arguments: Any) -> int:
-    """JupyterLab on the walkthrough, until it ends or is ended."""
+    """Run JupyterLab on the walkthrough until it ends. Returns its exit status."""
     token = secrets.token_hex(16)
     server = started(
         home, "jupyterlab", "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
         f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={home / 'notebooks'}",
         "--LabApp.extension_manager=readonly",
     )  # fmt: skip
-    said = home / "runtime" / f"jpserver-{server.pid}.json"
-    wait_until(lambda: answers(said, token), server, "jupyterlab", home)
-    url = f"{address(said)}lab/tree/{arguments.notebook}?token={token}"
+    info = home / "runtime" / f"jpserver-{server.pid}.json"
+    wait_until(lambda: answers(info, token), server, "jupyterlab", home)
+    url = f"{address(info)}lab/tree/{arguments.notebook}?token={token}"
     print(f"\nThe walkthrough is open at\n\n    {url}\n\nNotebooks and reports are in {home / 'notebooks'}.")
     print("Ctrl-C ends it, and the engines.", flush=True)
     if not arguments.no_browser and has_browser(environment):
@@ -152,17 +151,17 @@ def lab(home: Path, environment: dict[str, str], arguments: Any) -> int:
     return server.wait()
 
 
-def address(said: Path) -> str:
-    """Where the server listens, by the file that it writes; "" before that is whole."""
+def address(info: Path) -> str:
+    """The server's URL from the file that it writes; "" before that is complete."""
     with suppress(OSError, ValueError):
-        url: str = json.loads(said.read_text(encoding="utf-8"))["url"]
+        url: str = json.loads(info.read_text(encoding="utf-8"))["url"]
         return url
     return ""
 
 
-def answers(said: Path, token: str) -> bool:
-    """Whether the server does what it is there for."""
-    url = address(said)
+def answers(info: Path, token: str) -> bool:
+    """Whether the server answers requests."""
+    url = address(info)
     if not url:
         return False
     with suppress(OSError), urllib.request.urlopen(f"{url}api/status?token={token}", timeout=5) as answer:
@@ -171,12 +170,12 @@ def answers(said: Path, token: str) -> bool:
 
 
 def has_browser(environment: dict[str, str]) -> bool:
-    """Whether there is a screen to show one on: a browser in this terminal would take the terminal."""
+    """Whether there is a screen for a browser. (A browser in this terminal would take over the terminal.)"""
     return sys.platform == "darwin" or bool(environment.get("DISPLAY") or environment.get("WAYLAND_DISPLAY"))
 
 
 def headless(home: Path, name: str) -> int:
-    """Execute the walkthrough where its copy lies, and keep what it showed."""
+    """Execute the copy of the walkthrough and save it with its outputs."""
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
@@ -203,14 +202,14 @@ def headless(home: Path, name: str) -> int:
 
 
 def say_heading(cell: Any, **_: object) -> None:
-    """What the notebook has come to."""
+    """Print a notebook's heading when its execution reaches it."""
     line = cell.source.partition("\n")[0]
     if cell.cell_type == "markdown" and line.startswith("#"):
         print(line.lstrip("# "), flush=True)
 
 
 def end(mark: str) -> None:
-    """End all that bear the mark: first politely, so that servers end their kernels and clusters their engines."""
+    """End the marked processes: first by SIGTERM, so that servers end their kernels and clusters their engines."""
     for process in marked(mark):
         with suppress(psutil.Error):
             process.terminate()
@@ -224,7 +223,7 @@ def end(mark: str) -> None:
 
 
 def marked(mark: str) -> list[psutil.Process]:
-    """The processes that live and bear this mark, but for this one."""
+    """The running processes with this mark, except this one."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):

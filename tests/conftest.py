@@ -1,4 +1,7 @@
-"""What every test shares: one thread a rank, no network, the choice of slow tests, the time of each part."""
+"""What every test shares: one thread a rank, no network, the choice of slow tests, the time of each part.
+
+Fixtures are in tests/support/fixtures.py; only those of the browser tests stand beside them, since they need a browser.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from random import Random, SystemRandom
 
 import pytest
 from hypothesis import settings
+
+pytest_plugins = ["tests.support.fixtures"]
 
 # How many examples a property gets is settled here, but where a test needs a number of its own; CI draws the same ones
 # each time.

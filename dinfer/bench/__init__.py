@@ -1,5 +1,5 @@
-"""`dinfer bench`: prefill variants, sync strategies, digests, sessions and views, timed side by side.
+"""`dinfer bench`: times of prefill variants, sync strategies, digests, sessions and views.
 
-A leaf: only `cli` imports it, and it may use everything below. Start at `prefill`, the plain `dinfer bench`; `rank` is
-the part that runs inside each timed process.
+A leaf: only `cli` imports it, and it may import everything but other leaves. Start at `prefill`, the plain `dinfer
+bench`; `rank` runs inside each timed process.
 """

@@ -1,4 +1,4 @@
-"""The figure of `dinfer bench --compare`: measured figures in, a plotly figure out; and figures as files."""
+"""The plot of `dinfer bench --compare`: a plotly figure of its result, and figures as files."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,12 @@ ENDINGS = (".html", ".svg", ".png")
 
 
 class PlotError(DinferError, ValueError):
-    """A plot file that cannot be written; the message says what would do."""
+    """A plot file that cannot be written; the message says what to do."""
 
 
 def figure(result: Mapping[str, Any]) -> go.Figure:
-    """Median seconds of each strategy by prompt length and chunk size; the whiskers reach from the fastest to the
-    slowest round."""
+    """Median seconds of each strategy by prompt length and chunk size, with whiskers from the fastest to the slowest
+    round."""
     cases = result["cases"]
     sizes = [[f"{case['tokens']:,} tokens" for case in cases], [f"by {case['chunk_size']}" for case in cases]]
     bars = [_bars(name, sizes, cases) for name in result["strategies"]]
@@ -35,21 +35,21 @@ def figure(result: Mapping[str, Any]) -> go.Figure:
 
 
 def check_ending(path: str | Path) -> None:
-    """Raises PlotError, before anything is measured, for a file that could not be written afterwards."""
+    """Raises PlotError for a file that could not be written; called before anything is measured."""
     ending = Path(path).suffix.lower()
     if ending not in ENDINGS:
         raise PlotError(f"plot is {str(path)!r}; it must end in {', '.join(ENDINGS)}.")
     if ending != ".html" and importlib.util.find_spec("kaleido") is None:
         raise PlotError(
-            f"plot is {str(path)!r}, and drawing {ending} needs the package kaleido (pip install kaleido) and a Chrome "
-            "or Chromium; give a file that ends in .html, which needs neither."
+            f"plot is {str(path)!r}; drawing {ending} needs the package kaleido (pip install kaleido) and Chrome or "
+            "Chromium. A file that ends in .html needs neither."
         )
 
 
 def write(shown: go.Figure, path: str | Path) -> Path:
-    """Write the figure; where it went. HTML holds all it needs and loads nothing.
+    """Write the figure; returns the path. HTML files are self-contained.
 
-    Raises PlotError, with the figure kept as HTML beside it, where a picture cannot be drawn; OSError.
+    Raises PlotError if a picture cannot be drawn, after writing the figure as HTML instead; OSError.
     """
     path = Path(path)
     if path.suffix.lower() == ".html":
@@ -57,10 +57,10 @@ def write(shown: go.Figure, path: str | Path) -> Path:
         return path
     try:
         drawn = shown.to_image(format=path.suffix.lower()[1:], width=900, height=520)
-    except Exception as error:  # kaleido and the browser below it raise many things
+    except Exception as error:  # whatever kaleido and its browser raise
         instead = write(shown, path.with_suffix(".html"))
         raise PlotError(
-            f"{path} could not be drawn: that needs a Chrome or Chromium that runs here "
+            f"{path} could not be drawn, which needs a working Chrome or Chromium "
             f"({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'}). "
             f"The plot is in {instead}."
         ) from error
@@ -85,7 +85,7 @@ def _bars(name: str, sizes: Sequence[Sequence[str]], cases: Sequence[Mapping[str
 
 
 def _wrapped(text: str, width: int = 110) -> str:
-    """The text with line breaks as plotly wants them."""
+    """The text with plotly's line breaks."""
     lines = [""]
     for word in text.split():
         if len(lines[-1]) + len(word) > width:

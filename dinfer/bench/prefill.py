@@ -1,6 +1,6 @@
-"""`dinfer bench`: pairwise, ring, lockstep, no sync and one process side by side, as medians and ratios.
+"""`dinfer bench` and `dinfer bench digests`: variants of prefill, timed in turn on the same ranks.
 
-Comparing strategies over prompt lengths and chunk sizes is done beside this, on ranks started here.
+The ranks are started here, also for comparing strategies (`strategies`); they run `rank`.
 """
 
 import multiprocessing
@@ -14,6 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from dinfer.config import Config
+from dinfer.display import Table
 
 if TYPE_CHECKING:
     from dinfer.bench.rank import BenchCase, TimedPrefill
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BenchModel:
-    """A random Qwen3 to time: its sizes as in config.json; float32."""
+    """The shape of a random float32 Qwen3 to time, as in config.json."""
 
     hidden_size: int = 1024
     layers: int = 8
@@ -34,7 +35,7 @@ class BenchModel:
 
 @contextmanager
 def random_checkpoint(shape: BenchModel) -> Iterator[Path]:
-    """A checkpoint of that shape with random weights, in a folder that is removed afterwards."""
+    """A checkpoint of that shape with random weights, in a temporary folder."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -55,14 +56,14 @@ def random_checkpoint(shape: BenchModel) -> Iterator[Path]:
 
 
 def bench(config: Config, tokens: int, vocab_size: int, repeats: int) -> dict[str, Any]:
-    """Time every variant on fresh ranks; seconds by variant, their medians, and what the medians say.
+    """Time every variant on new ranks. Returns seconds by variant, their medians, and ratios of these.
 
     Raises RuntimeError if a rank fails.
     """
     from dinfer.bench.rank import VARIANTS, BenchCase
 
     cases = [BenchCase(variant, tokens, config.chunk_size) for variant in VARIANTS]
-    first = on_ranks(config, vocab_size, cases, repeats)[0]  # which alone timed the variant that runs alone
+    first = on_ranks(config, vocab_size, cases, repeats)[0]  # rank 0 also timed "one process"
     seconds = {
         case.variant.name: [timed.seconds for timed in took] for case, took in zip(cases, first, strict=True)
     }
@@ -83,28 +84,26 @@ def bench(config: Config, tokens: int, vocab_size: int, repeats: int) -> dict[st
 
 def table(result: dict[str, Any]) -> str:
     one = result["medians"]["one process"]
-    lines = [
-        f"prefill of {result['tokens']} tokens in chunks of {result['chunk_size']}, {result['world_size']} ranks, "
-        f"threads each: {result['threads']}; medians of {result['repeats']}, in turn",
-        f"{'':<22}{'seconds':>9}{'min':>9}{'max':>9}{'× one process':>15}",
+    rows = [
+        [name, *(f"{value:.3f}" for value in (took, min(seconds), max(seconds))), f"{one / took:.2f}"]
+        for (name, took), seconds in zip(result["medians"].items(), result["seconds"].values(), strict=True)
     ]
-    for name, took in result["medians"].items():
-        values = result["seconds"][name]
-        lines.append(f"{name:<22}{took:>9.3f}{min(values):>9.3f}{max(values):>9.3f}{one / took:>15.2f}")
-    lines.append(
+    return (
+        f"prefill of {result['tokens']} tokens in chunks of {result['chunk_size']}, {result['world_size']} ranks, "
+        f"threads each: {result['threads']}; medians of {result['repeats']}, in turn\n"
+        f"{Table(('variant', 'seconds', 'min', 'max', '× one process'), rows)}\n"
         f"pipelined pairwise is {result['pipelined_over_one_process']:.2f} × one process and "
         f"{result['pipelined_over_lockstep']:.2f} × lockstep; its sync costs {result['sync_over_no_sync']:+.1%}"
     )
-    return "\n".join(lines)
 
 
 def on_ranks(
     config: Config, vocab_size: int, cases: "Sequence[BenchCase]", repeats: int
 ) -> "list[list[list[TimedPrefill]]]":
-    """What fresh ranks measured, by rank, case and round. Raises RuntimeError if a rank fails."""
+    """Start ranks and time all cases; by rank, case and round. Raises RuntimeError if a rank fails."""
     ids = [(i * i * 7 + i * 13 + 5) % vocab_size for i in range(max(case.tokens for case in cases))]
     context = multiprocessing.get_context("spawn")
-    # One pipe to each rank but 0 for the port, one from each rank for its results.
+    # Rank 0 sends its port through the first pipe of `ports`; the others receive it through theirs.
     ports = [context.Pipe(duplex=False) for _ in range(config.world_size)]
     results = [context.Pipe(duplex=False) for _ in range(config.world_size)]
     ranks = [
@@ -138,7 +137,7 @@ def on_ranks(
 def _receive(reader: Connection, ranks: Sequence[Any]) -> Any:
     while not reader.poll(0.2):
         if dead := [n for n, rank in enumerate(ranks) if rank.exitcode not in (None, 0)]:
-            raise RuntimeError(f"rank {dead[0]} of the benchmark failed; what it printed says why.")
+            raise RuntimeError(f"rank {dead[0]} of the benchmark failed; see its output.")
     return reader.recv()
 
 
@@ -154,3 +153,78 @@ def _rank(
     from dinfer.bench.rank import bench_rank
 
     result.send(bench_rank(rank, config, port, ids, cases, repeats))
+
+
+# -- dinfer bench digests: prefill with digests of all blocks and without, and the check before decode
+
+DIGESTS_MODEL = BenchModel(
+    hidden_size=2560, layers=4, heads=32, kv_heads=8, head_dim=128, intermediate_size=9728
+)
+"""Qwen3-4B with few layers, so that it fits into any machine"""
+
+DIGESTS_TARGET = 0.02
+
+
+def bench_digests(config: Config, tokens: int, vocab_size: int, repeats: int) -> dict[str, Any]:
+    """Time `repeats` pairs of rounds, with digests and without.
+
+    Wall time is what a user notices; the ranks' CPU time varies less on a busy machine. Raises ConfigError, and
+    RuntimeError if a rank fails.
+    """
+    from dinfer.bench.rank import BenchCase, Variant
+
+    variants = Variant("digests"), Variant("no digests", digests=False)
+    cases = [BenchCase(variant, tokens, config.chunk_size) for variant in variants]
+    on, off = zip(*on_ranks(config, vocab_size, cases, repeats), strict=True)
+    rounds = [
+        (_slowest(pair[0]), _slowest(pair[1]))
+        for pair in zip(zip(*on, strict=True), zip(*off, strict=True), strict=True)
+    ]
+    about = {"tokens": tokens, "chunk_size": config.chunk_size, "world_size": config.world_size}
+    return {**about, "threads": config.threads, "repeats": repeats, **digest_figures(rounds)}
+
+
+def digest_figures(rounds: "list[tuple[TimedPrefill, TimedPrefill]]") -> dict[str, Any]:
+    """Medians of rounds with and without digests; costs as parts of prefill without, by pair of rounds."""
+    costs = [on.seconds / off.seconds - 1 for on, off in rounds]
+    cpu = [on.cpu_s / off.cpu_s - 1 for on, off in rounds]
+    off_s, check_s = median(off.seconds for _, off in rounds), median(on.check_s for on, _ in rounds)
+    return {
+        "seconds": {"on": [on.seconds for on, _ in rounds], "off": [off.seconds for _, off in rounds]},
+        "cpu_s": {"on": [on.cpu_s for on, _ in rounds], "off": [off.cpu_s for _, off in rounds]},
+        "check_s": [on.check_s for on, _ in rounds],
+        "median_on": median(on.seconds for on, _ in rounds),
+        "median_off": off_s,
+        "cost": median(costs),
+        "costs": [min(costs), max(costs)],
+        "cpu_cost": median(cpu),
+        "cpu_costs": [min(cpu), max(cpu)],
+        "check_share": check_s / off_s,
+    }
+
+
+def digests_table(result: dict[str, Any]) -> str:
+    check = median(result["check_s"])
+    return "\n".join(
+        [
+            f"prefill of {result['tokens']} tokens in chunks of {result['chunk_size']}, {result['world_size']} ranks, "
+            f"threads each: {result['threads']}; medians of {result['repeats']} pairs, in turn",
+            f"wall time: {result['median_on']:.3f} s with digests, {result['median_off']:.3f} s without: "
+            f"{_cost_text(result, 'cost')} (target: at most {DIGESTS_TARGET:.0%})",
+            f"CPU time of the ranks: {_cost_text(result, 'cpu_cost')}",
+            f"the check before decode, not included: {check:.3f} s, {result['check_share']:.2%} of prefill",
+        ]
+    )
+
+
+def _cost_text(result: dict[str, Any], name: str) -> str:
+    low, high = result[f"{name}s"]
+    return f"{result[name]:+.2%}, {low:+.2%} to {high:+.2%} in pairs"
+
+
+def _slowest(ranks: "tuple[TimedPrefill, ...]") -> "TimedPrefill":
+    """One round: the times of the slowest rank, and the CPU seconds of all ranks."""
+    slowest = max(ranks, key=lambda timed: timed.seconds)
+    return slowest._replace(
+        cpu_s=sum(timed.cpu_s for timed in ranks), check_s=max(timed.check_s for timed in ranks)
+    )

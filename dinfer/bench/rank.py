@@ -1,7 +1,4 @@
-"""The ranks' side of `dinfer bench`: several plans on the same ranks, in turn, so that figures compare.
-
-What the figures say is not judged here.
-"""
+"""What each rank of `dinfer bench` runs: several plans in turn on the same ranks, so that times can be compared."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,8 +21,8 @@ START_S = 300.0
 
 
 class Variant(NamedTuple):
-    """One way to run the prompt. `alone`: rank 0 by itself; `sync`: whether blocks are synced at all; `digests`:
-    whether blocks are digested, and all rows checked afterwards."""
+    """A way to run prefill. `alone`: on rank 0 only; `sync`: whether blocks are synced; `digests`: whether blocks get
+    digests, which are checked afterwards."""
 
     name: str
     schedule: Schedule = "pipelined"
@@ -46,7 +43,7 @@ VARIANTS = (
 
 
 class BenchCase(NamedTuple):
-    """A variant with the first `tokens` tokens of the prompt, in chunks of `chunk_size`."""
+    """A variant on the first `tokens` tokens of the prompt, in chunks of `chunk_size` tokens."""
 
     variant: Variant
     tokens: int
@@ -54,8 +51,8 @@ class BenchCase(NamedTuple):
 
 
 class TimedPrefill(NamedTuple):
-    """Seconds of one prefill, and those in which this rank moved KV and computed nothing; the CPU seconds of this rank;
-    and seconds of the check before decode."""
+    """One prefill of one rank: its seconds; those in which the rank moved KV but computed nothing; its CPU seconds; and
+    the seconds of the check before decode."""
 
     seconds: float
     exposed_sync_s: float
@@ -64,7 +61,7 @@ class TimedPrefill(NamedTuple):
 
 
 def without_sync(plan: Plan) -> Plan:
-    """The same plan with no block passed on: the difference is what sync costs. Nobody can decode from it."""
+    """The plan without KV transfers, for the cost of sync. Its KV is not enough to decode."""
     lanes = tuple(
         tuple(
             Lane(lane.name, kept)
@@ -79,9 +76,10 @@ def without_sync(plan: Plan) -> Plan:
 def bench_rank(
     rank: int, config: Config, port: Connection, ids: Sequence[int], cases: Sequence[BenchCase], repeats: int
 ) -> list[list[TimedPrefill]]:
-    """Prefill of each case, `repeats` times in turn; all ranks make the same calls.
+    """Time prefill of all cases in turn, `repeats` times; all ranks make the same calls. Returns times by case and
+    round.
 
-    Rank 0 opens a port and sends its number into `port`; the others receive it there.
+    Through `port`, rank 0 sends the port at which the ranks meet, and the others receive it.
     """
     torch.set_num_threads(config.threads)
     if rank == 0:
@@ -125,7 +123,7 @@ def _alone(decoder: Decoder, config: Config) -> Engine:
 
 
 def _prefill(engine: Engine, ids: Sequence[int], *, sync: bool) -> TimedPrefill:
-    """The time from when all ranks are ready until all are done."""
+    """Time prefill from when all ranks are ready until all are done."""
     plan = engine.plan_for(len(ids))
     engine.prepare(ids, plan=plan if sync else without_sync(plan))
     engine.comm.all_gather(b"s")

@@ -1,4 +1,4 @@
-"""`dinfer bench session`: what a session costs, and how soon it tells, on engines started for it."""
+"""`dinfer bench session`: the overhead and latencies of a session, on engines started for it."""
 
 import os
 import signal
@@ -54,14 +54,14 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{result['machine']}; {result['n']} engines, one thread each",
-            f"step: {_ms(step['step'])}, of which the layer {_ms(step['layer'])}: {_ms(step['latency'])} over it; an "
+            f"step: {_ms(step['step'])}, of which the layer {_ms(step['layer'])}: {_ms(step['latency'])} on top; an "
             f"empty round trip to the engines {_ms(step['round_trip'])}: {step['ratio']:.2f} × (target: at most 4)",
-            f"events: {events['per_second']:,.0f} a second heard at full speed, {events['heard']} of {events['ops']}; "
-            f"news of a rank every {_ms(events['news'])}, at worst after {_ms(events['longest'])}",
+            f"events: {events['per_second']:,.0f} a second, received {events['heard']} of {events['ops']}; "
+            f"a message of each rank every {_ms(events['news'])}, at most {_ms(events['longest'])} apart",
             f"recorder and watcher: prefill {cost['on']:.3f} s with, {cost['off']:.3f} s without, layers of "
             f"{_ms(cost['layer'])}: {cost['cost']:+.2%}, {cost['lowest']:+.2%} to {cost['highest']:+.2%} in pairs; "
             f"CPU time {cost['cpu_cost']:+.2%}, of which watchers {cost['watcher_share']:.2%} (target: at most 1 %)",
-            f"from kill to name: {_ms(death['median'])}, at worst {_ms(max(death['seconds']))} "
+            f"from kill to report: {_ms(death['median'])}, at worst {_ms(max(death['seconds']))} "
             f"of {len(death['seconds'])} (target: at most 1 s); recovered in {median(death['recovered']):.1f} s",
         ]
     )
@@ -73,7 +73,7 @@ def _ms(seconds: float) -> str:
 
 @contextmanager
 def session_on_engines() -> Iterator[tuple[Session, EngineRanks]]:
-    """A session on N engines of a cluster that is started for it, and ended."""
+    """A session on N engines of a cluster that is started for it and ended afterwards."""
     cluster = attach(N, start=True)
     try:
         ranks = EngineRanks(cluster, PATIENCE_S)
@@ -85,7 +85,7 @@ def session_on_engines() -> Iterator[tuple[Session, EngineRanks]]:
 
 
 def _steps(session: Session, ranks: EngineRanks) -> dict[str, float]:
-    """A step by one layer and an empty round trip, in turn."""
+    """Steps by one layer and empty round trips, in turn."""
     run = session.prefill(**SMALL, paused=True)
     view = ranks.cluster.view
     trips, steps = [], []
@@ -106,7 +106,7 @@ def _steps(session: Session, ranks: EngineRanks) -> dict[str, float]:
 
 
 def _events(session: Session, repeats: int) -> dict[str, float]:
-    """Free runs at full speed: how many events come, and how far apart news of a rank are."""
+    """Runs at full speed: events received per second, and seconds between two messages of a rank."""
     rates, gaps = list[float](), list[float]()
     for _ in range(repeats):
         run = session.prefill(**SMALL, paused=True)
@@ -125,7 +125,7 @@ def _events(session: Session, repeats: int) -> dict[str, float]:
 
 
 def _gaps(session: Session, run: Run, until: Callable[[], bool]) -> list[float]:
-    """Seconds between one message of a rank and its next, while the run runs."""
+    """Seconds between two messages of a rank while the run is running."""
     last = [state.heard for state in session.ranks.ranks]
     found = list[float]()
     with session.ranks.changed:
@@ -141,7 +141,7 @@ def _gaps(session: Session, run: Run, until: Callable[[], bool]) -> list[float]:
 def _recording(
     session: Session, ranks: EngineRanks, repeats: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Prefill with recorder and watcher and without, in turn, after one round to warm up."""
+    """Prefill with recorder and watcher and without, in turn, after one warm-up round."""
     rounds, layer = [], 0.0
     for number in range(repeats + 1):
         if number % 2:
@@ -171,18 +171,18 @@ def _recording(
 
 
 def _prefill(session: Session, ranks: EngineRanks, *, recording: bool) -> dict[str, float]:
-    """The slowest rank's seconds, and the CPU seconds of all."""
+    """The seconds of the slowest rank, and the CPU seconds of all ranks."""
     session.prefill(**LARGE, paused=True)
-    said = ranks.cluster.call(None, "dinfer.bench.session:timed_prefill", recording, timeout=CALL_S)
+    answers = ranks.cluster.call(None, "dinfer.bench.session:timed_prefill", recording, timeout=CALL_S)
     return {
-        "seconds": max(one["seconds"] for one in said),
-        "cpu_s": sum(one["cpu_s"] for one in said),
-        "watcher_cpu_s": sum(one["watcher_cpu_s"] for one in said),
+        "seconds": max(one["seconds"] for one in answers),
+        "cpu_s": sum(one["cpu_s"] for one in answers),
+        "watcher_cpu_s": sum(one["watcher_cpu_s"] for one in answers),
     }
 
 
 def _deaths(session: Session, ranks: EngineRanks, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """A rank of a free run is killed, named, brought back."""
+    """Kill a rank of a running run, and recover."""
     named, recovered = [], []
     for number in range(repeats):
         run = session.prefill(**SMALL, paused=True)
@@ -199,7 +199,7 @@ def _kill(ranks: EngineRanks, run: Run, rank: int) -> None:
     deadline = time.monotonic() + 60
     while not run.failure:
         if time.monotonic() > deadline:
-            raise RuntimeError(f"rank {rank} was killed, and nobody has said so within 60 s")
+            raise RuntimeError(f"rank {rank} was killed, but no failure was reported within 60 s")
         time.sleep(0.001)
 
 
@@ -210,16 +210,16 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 class _Nothing:
-    """A recorder that keeps nothing."""
+    """A recorder that keeps no event."""
 
     def record(self, lane: int, event: Event) -> None:
         pass
 
 
 def timed_prefill(recording: bool) -> dict[str, Any]:
-    """Run the prompt that all ranks have prepared; all make this call. Seconds, and CPU seconds of rank and watcher.
+    """Runs on every rank: prefill of the prepared prompt. Returns seconds, and CPU seconds of rank and watcher.
 
-    Without `recording` no event is kept, and the watcher is stopped meanwhile.
+    Without `recording`, no event is kept and the watcher is stopped meanwhile.
     """
     current = kernel._current
     assert current

@@ -1,7 +1,7 @@
 """`dinfer bench --compare`: two sync strategies over prompt lengths and chunk sizes, and which of them to use.
 
-All cases run on the same ranks, in turn. A difference counts only where it is beyond the scatter: where the
-slowest round of one strategy was faster than the fastest round of the other. Nothing here draws.
+All cases run on the same ranks, in turn. A difference counts only if the slowest round of one strategy was faster than
+the fastest round of the other. `figure` draws the result.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from dinfer.bench.prefill import on_ranks
 from dinfer.config import Config, ConfigError, SyncStrategy
+from dinfer.display import Table
 
 DEFAULT = "pairwise"
 
@@ -18,28 +19,28 @@ DEFAULT = "pairwise"
 def check_asked(
     strategies: Sequence[str], tokens: Sequence[int], chunk_sizes: Sequence[int], repeats: int
 ) -> None:
-    """Raises ConfigError, before anything is started, for what cannot be timed; no strategies: nothing is compared."""
+    """Raises ConfigError for cases that cannot be timed; without strategies, nothing is compared."""
     for name, numbers in (("tokens", tokens), ("chunk_size", chunk_sizes)):
         if not numbers or min(numbers) < 1:
             raise ConfigError(f"{name} is {','.join(map(str, numbers))!r}; it must be at least 1.")
         if len(numbers) > 1 and not strategies:
             given = ",".join(map(str, numbers))
-            raise ConfigError(f"{name} is {given}; several go with --compare pairwise,ring.")
+            raise ConfigError(f"{name} is {given}; several values need --compare pairwise,ring.")
     if strategies:
         check_compared(strategies, repeats)
 
 
 def check_compared(strategies: Sequence[str], repeats: int) -> None:
-    """Raises ConfigError unless these are two strategies and there are rounds to tell scatter from difference."""
+    """Raises ConfigError unless these are two strategies and at least two rounds."""
     known = get_args(SyncStrategy)
     if len(set(strategies)) != 2 or len(strategies) != 2 or not set(strategies) <= set(known):
         raise ConfigError(
-            f"compare is {','.join(strategies)!r}; it must be two different ones of {', '.join(known)}, such as "
+            f"compare is {','.join(strategies)!r}; it must be two of {', '.join(known)}, such as "
             f"{','.join(known[:2])}."
         )
     if repeats < 2:
         raise ConfigError(
-            f"repeats is {repeats}; to tell a difference from scatter, --compare needs at least 2, better 5."
+            f"repeats is {repeats}; --compare needs at least 2 to judge differences by their scatter, better 5."
         )
 
 
@@ -77,7 +78,7 @@ def compare(
 
 
 def _row(sizes: tuple[int, int], measured: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
-    """One prompt length and chunk size. `ratio`: the second strategy's median over the first's."""
+    """The result for one prompt length and chunk size. `ratio`: the second strategy's median over the first's."""
     seconds = {name: [took for took, _ in rounds] for name, rounds in measured.items()}
     medians = {name: median(took) for name, took in seconds.items()}
     first, second = medians
@@ -93,7 +94,7 @@ def _row(sizes: tuple[int, int], measured: dict[str, list[tuple[float, float]]])
 
 
 def _faster(seconds: dict[str, list[float]]) -> str | None:
-    """The strategy whose every round was faster than every round of the other, if there is one."""
+    """The strategy of which every round was faster than every round of the other, if any."""
     first, second = seconds
     if max(seconds[first]) < min(seconds[second]):
         return first
@@ -109,17 +110,17 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
         parts = [
             f"{name} for {_listed([r for r in rows if r['faster'] == name])}" for name in sorted(winners)
         ]
-        return f"It depends: use {'; '.join(parts)}; elsewhere the rounds of the two overlap."
+        return f"It depends: use {'; '.join(parts)}; otherwise their rounds overlap."
     (name,) = winners
     won = [row for row in rows if row["faster"] == name]
     (other,) = set(rows[0]["medians"]) - {name}
     best = min(won, key=lambda row: _share(row, name))
     sync = best["exposed_sync_s"]
-    rest = "" if len(won) == len(rows) else "; elsewhere the rounds of the two overlap"
+    rest = "" if len(won) == len(rows) else "; otherwise their rounds overlap"
     return (
         f"Use {name}: for {_listed(won)} it took {_span([_share(row, name) for row in won])} × the time of {other} "
-        f"(medians), every round of it faster than any of {other}, and at {_sizes(best)} a rank moved KV and computed "
-        f"nothing for {sync[name]:.3f} s against {sync[other]:.3f} s{rest}."
+        f"(medians), and each of its rounds was faster than any of {other}. At {_sizes(best)}, a rank spent "
+        f"{sync[name]:.3f} s moving KV without computing, against {sync[other]:.3f} s{rest}."
     )
 
 
@@ -130,12 +131,12 @@ def _no_difference(rows: Sequence[dict[str, Any]]) -> str:
     ratios = _span([row["ratio"] for row in rows])
     return (
         f"No difference beyond the scatter: {second} took {ratios} × the time of {first} "
-        f"(medians), and {where} rounds of the two overlap; keep {keep}, the default."
+        f"(medians), and {where} their rounds overlap. Keep {keep}, the default."
     )
 
 
 def _share(row: dict[str, Any], name: str) -> float:
-    """What the strategy took of the other's time."""
+    """The strategy's median over the other's."""
     (other,) = set(row["medians"]) - {name}
     return float(row["medians"][name] / row["medians"][other])
 
@@ -154,18 +155,25 @@ def _sizes(row: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Both strategies' seconds, a line for each prompt length and chunk size, and the sentence."""
+    """The seconds of both strategies, a row for each prompt length and chunk size, and the verdict."""
     first, second = result["strategies"]
-    lines = [
-        f"prefill on {result['world_size']} ranks, threads each: {result['threads']}; seconds, medians of "
-        f"{result['repeats']} in turn (fastest–slowest)",
-        f"{'tokens':>7}{'chunk':>7}  {first:<24}{second:<24}{f'{second} / {first}':>16}  faster",
+    rows = [
+        [
+            row["tokens"],
+            row["chunk_size"],
+            _cell(row, first),
+            _cell(row, second),
+            f"{row['ratio']:.2f}",
+            row["faster"] or "-",
+        ]
+        for row in result["cases"]
     ]
-    for row in result["cases"]:
-        cells = "".join(f"{_cell(row, name):<24}" for name in (first, second))
-        faster = row["faster"] or "-"
-        lines.append(f"{row['tokens']:>7}{row['chunk_size']:>7}  {cells}{row['ratio']:>16.2f}  {faster}")
-    return "\n".join([*lines, result["verdict"]])
+    return (
+        f"prefill on {result['world_size']} ranks, threads each: {result['threads']}; seconds, medians of "
+        f"{result['repeats']} in turn (fastest–slowest)\n"
+        f"{Table(('tokens', 'chunk', first, second, f'{second} / {first}', 'faster'), rows)}\n"
+        f"{result['verdict']}"
+    )
 
 
 def _cell(row: dict[str, Any], name: str) -> str:

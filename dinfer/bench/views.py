@@ -1,8 +1,7 @@
-"""`dinfer bench views`: what views take: figures to make, the report to write, its size, and how long it takes to open;
-and what an update of the live ones takes.
+"""`dinfer bench views`: times and sizes of figures, of the report (to write and to open), and of updates of live views.
 
-The run is one on paper, 36 layers × 32 chunks × 3 ranks. What a browser does is timed in a Chromium that playwright
-drives, where both are there, offline; else it is said that it was not.
+The run is simulated: 36 layers × 32 chunks × 3 ranks. Browser times are measured offline in a Chromium that playwright
+drives; without these two, the result says that they were not measured.
 """
 
 import base64
@@ -22,6 +21,7 @@ from plotly.offline import get_plotlyjs
 
 from dinfer.bench.prefill import BenchModel, random_checkpoint
 from dinfer.bench.session import session_on_engines
+from dinfer.display import Table
 from dinfer.kv.source import Subject
 from dinfer.plan.cut import Cuts
 from dinfer.plan.partition import partition
@@ -47,11 +47,11 @@ HEADS, TOKENS, DIMS = 8, 2048, 128
 SECONDS = 2.0
 
 Timer = Callable[[Callable[[], object]], float]
-"""milliseconds that a call takes"""
+"""times a call, in milliseconds"""
 
 
 class CutStand(NamedTuple):
-    """A rank that stands at a cut."""
+    """Where a rank stands, at a cut."""
 
     positions: tuple[int, ...]
     started: tuple[bool, ...]
@@ -59,7 +59,7 @@ class CutStand(NamedTuple):
 
 
 def kernel_costs(trace: Trace, timed: Timer) -> dict[str, dict[str, float]]:
-    """Milliseconds and bytes of one update."""
+    """Milliseconds and bytes of one update of each live view, in the kernel."""
     found = {}
     for size in MAPS:
         plan, standing = half_way(*size)
@@ -83,7 +83,7 @@ def kernel_costs(trace: Trace, timed: Timer) -> dict[str, dict[str, float]]:
 
 
 def browser_rates(browser: Any, trace: Trace) -> dict[str, float]:
-    """Updates a second that a page draws."""
+    """Updates per second that a page draws, by view."""
     page = browser.new_page(viewport={"width": 1280, "height": 800})
     page.set_content("<div id=place></div>")
     page.add_script_tag(content=get_plotlyjs())
@@ -117,7 +117,7 @@ def browser_rates(browser: Any, trace: Trace) -> dict[str, float]:
 
 
 def half_way(layers: int, chunks: int, ranks: int) -> tuple[Plan, Standing]:
-    """A run of that size that stands in its middle."""
+    """A run of that size, halfway through prefill."""
     shape = partition(layers=layers, tokens=chunks * 128, world_size=ranks, chunk_size=128)
     plan = build(shape, "pipelined", "pairwise")
     cut = Cuts(plan).after_block(chunks // 2, layers // 2)
@@ -151,7 +151,7 @@ PAGE = """async (given) => {
     },
     figure: ({ view, name }) => {
       counts["latency plot"]++;
-      fire("msg:custom", { figure: { view, name, seen: counts["latency plot"], said: "", json: given.figure } }, []);
+      fire("msg:custom", { figure: { view, name, seen: counts["latency plot"], caption: "", json: given.figure } }, []);
     },
   };
   const model = {
@@ -187,13 +187,13 @@ PAGE = """async (given) => {
 }"""
 
 SHAPE = BenchModel(layers=3, kv_heads=HEADS, head_dim=DIMS)
-"""a layer for each engine; that of the others does not change what one layer's KV is"""
+"""a layer for each engine, of which one is inspected"""
 
 ANSWER_S = 60.0
 
 
 def fetch_costs(repeats: int, say: Callable[[str], None]) -> dict[str, float]:
-    """On three engines started for it. Raises ClusterError, ConfigError or RuntimeError."""
+    """Times of the inspector on three engines, started for it. Raises ClusterError, ConfigError or RuntimeError."""
     with session_on_engines() as (session, _), random_checkpoint(SHAPE) as folder:
         session.load(str(folder), threads=1)
         run = session.prefill([5 + n % 1000 for n in range(TOKENS)], chunk_size=128)
@@ -204,8 +204,8 @@ def fetch_costs(repeats: int, say: Callable[[str], None]) -> dict[str, float]:
 
 
 def fetched(run: Run, repeats: int) -> dict[str, float]:
-    """Milliseconds to the picture of the first layer, medians, and the bytes of its values: `first`, when nothing of it
-    is here; `difference`, with that of a rank that holds the same; `again`, when nothing has changed."""
+    """Median milliseconds to the picture of the first layer, and the bytes of its values. `first`: nothing is cached;
+    `difference`: minus the KV of a rank that holds the same; `again`: nothing has changed."""
     times: dict[str, list[float]] = {"first": [], "difference": [], "again": []}
     last = run.world_size - 1
     for _ in range(repeats + 1):
@@ -219,14 +219,14 @@ def fetched(run: Run, repeats: int) -> dict[str, float]:
 
 
 class _Asked:
-    """One browser."""
+    """An inspector with one browser, which asks for pictures."""
 
     def __init__(self, run: Run) -> None:
         self._heard: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.inspector = Inspector(run, lambda content, _=None: self._heard.put(content))
 
     def seconds(self, rank: int, show: str) -> float:
-        """Until the picture is sent; returns once the comparison after it is told, too."""
+        """Seconds until the picture is sent. Returns after the comparison that follows."""
         began = time.perf_counter()
         self.inspector.ask({"view": "bench", "layer": 0, "tensor": "K", "a": rank, "b": 0, "show": show})
         head = self._heard.get(timeout=ANSWER_S)["kv"]
@@ -237,11 +237,11 @@ class _Asked:
         return took
 
 
-def line(costs: dict[str, float]) -> str:
-    """What was measured, for people."""
+def fetch_line(costs: dict[str, float]) -> str:
+    """The times of the inspector as a sentence."""
     return (
         f"inspector, K of a layer ({HEADS} × {TOKENS} × {DIMS}) from one of three engines: {costs['first']:.0f} ms "
-        f"from question to picture, {costs['bytes'] / 1e6:.1f} MB; A − B with a rank that holds the same "
+        f"from request to picture, {costs['bytes'] / 1e6:.1f} MB; A − B with a rank that holds the same "
         f"{costs['difference']:.0f} ms; again, unchanged, {costs['again']:.0f} ms"
     )
 
@@ -252,12 +252,12 @@ LARGE_MAP = "map " + " × ".join(map(str, MAPS[-1]))
 
 MARKS = "performance.getEntriesByName('{name}').at(-1).startTime"
 
-NEEDED = "not timed: that needs playwright (pip install playwright) and a Chromium"
+NEEDED = "not timed: this needs playwright (pip install playwright) and Chromium"
 
 
 def bench_views(repeats: int, say: Callable[[str], None], *, engines: bool = False) -> dict[str, Any]:
-    """All figures: milliseconds as medians of so many rounds, bytes. `engines`: also what three engines take to
-    give the inspector a layer."""
+    """All figures: milliseconds as medians of `repeats` rounds, and bytes. `engines`: also time the inspector on three
+    engines."""
     shape = partition(layers=LAYERS, tokens=CHUNKS * 128, world_size=RANKS, chunk_size=128)
     trace = paper_trace(build(shape, "pipelined", "pairwise"))
     figures = {name: _figure(trace, draw, repeats) for name, draw in REPORT_FIGURES.items()}
@@ -282,25 +282,30 @@ def bench_views(repeats: int, say: Callable[[str], None], *, engines: bool = Fal
 
 
 def table(result: dict[str, Any]) -> str:
-    """What was measured, for people."""
+    """The result as text."""
     report, host = result["report"], result["machine"]
     lines = [
         f"{host['processor']}, {host['cores']} cores; {LAYERS} layers × {CHUNKS} chunks × {RANKS} ranks, "
         f"{result['events']:,} events; medians of {result['repeats']}",
-        *(
-            f"{name:<14}{one['ms']:>8.0f} ms  {one['bytes'] / 1e6:>6.2f} MB"
-            for name, one in result["figures"].items()
+        str(
+            Table(
+                ("figure", "ms", "MB"),
+                [
+                    [name, f"{it['ms']:.0f}", f"{it['bytes'] / 1e6:.2f}"]
+                    for name, it in result["figures"].items()
+                ],
+            )
         ),
         f"report: written in {report['write_ms']:.0f} ms, {report['bytes'] / 1e6:.2f} MB (target: at most 10 MB)",
     ]
     opened, after = report["open"], _live(result["live"])
-    after += [line(result["fetch"])] if result.get("fetch") else []
+    after += [fetch_line(result["fetch"])] if result.get("fetch") else []
     if opened is None:
         return "\n".join([*lines, f"opening: {NEEDED}", *after])
     return "\n".join(
         [
             *lines,
-            f"opening: first sentence on the page after {opened['seen_ms']:.0f} ms, all that is in the window after "
+            f"opening: first sentence after {opened['seen_ms']:.0f} ms, everything in the window after "
             f"{opened['drawn_ms']:.0f} ms (target: at most 2,000 ms), every figure after {opened['all_ms']:.0f} ms",
             *after,
         ]
@@ -308,7 +313,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _live(live: dict[str, Any]) -> list[str]:
-    """A line for each live view: an update in the kernel, and how often a browser can draw one."""
+    """A line for each live view: one update in the kernel, and updates per second in a browser."""
     rates = live["browser"] or {}
     found = []
     for name, one in live["kernel"].items():
@@ -323,7 +328,7 @@ def _figure(trace: Trace, draw: Callable[..., Any], repeats: int) -> dict[str, f
 
 
 def _milliseconds(call: Callable[[], object], repeats: int) -> float:
-    """The median, after one call to warm up."""
+    """The median of `repeats` calls, after a warm-up."""
     call()
     times = []
     for _ in range(repeats):
@@ -334,8 +339,8 @@ def _milliseconds(call: Callable[[], object], repeats: int) -> float:
 
 
 def _in_browser(path: Path, trace: Trace, repeats: int) -> tuple[dict[str, float], dict[str, float]] | None:
-    """How long the report takes to open, medians over fresh contexts, and how often live views can be drawn; None where
-    there is no browser."""
+    """Median milliseconds to open the report in a new browser context, and updates per second of live views; None
+    without a browser."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
@@ -353,7 +358,7 @@ def _in_browser(path: Path, trace: Trace, repeats: int) -> tuple[dict[str, float
 
 
 def _open_once(browser: Any, path: Path) -> dict[str, float]:
-    """Milliseconds since the browser began to load it, as the page itself has them."""
+    """Milliseconds since the browser began to load the page, by the page's own marks."""
     context = browser.new_context(viewport={"width": 1280, "height": 800}, offline=True)
     page = context.new_page()
     page.goto(path.as_uri())

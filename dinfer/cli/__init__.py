@@ -1,4 +1,7 @@
-"""The command line. It parses, calls, and turns errors into one message and an exit status."""
+"""The command line: it parses arguments, calls the rest of dinfer, and turns errors into a message and an exit status.
+
+May import everything else. Start at `root`, the app; each other module defines commands.
+"""
 
 import io
 import sys
@@ -10,10 +13,9 @@ __all__ = ["app", "bench", "main", "plans", "run", "tools"]
 
 
 def main() -> None:
-    """The `dinfer` script. A flag that does not exist is answered with the nearest one that does."""
+    """The `dinfer` script. For an unknown flag or command, the message suggests the nearest known one."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # a character that a GBK or ASCII terminal lacks must not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            # A character that the terminal's encoding lacks (GBK, ASCII) must not end a run.
             stream.reconfigure(errors="backslashreplace")
     app()

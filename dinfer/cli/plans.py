@@ -1,4 +1,4 @@
-"""`dinfer plan` and `dinfer verify`: plans as text or JSON, and their proof."""
+"""`dinfer plan` and `dinfer verify`: plans as text or JSON, with their proof."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ def plan(
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Print every rank's lanes, one op a line, and the proof. Status 0: proved; 1: refuted; 2: no such plan."""
+    """Print every rank's lanes, one op per line, and the proof. Status 0: proved; 1: refuted; 2: invalid input."""
     try:
         config = Config.of(
             {
@@ -56,7 +56,7 @@ def plan(
     if as_json:
         _print_json(built, verdict)
     else:
-        comment = "\n".join(f"# {line}" for line in _told(verdict).splitlines())
+        comment = "\n".join(f"# {line}" for line in _verdict_text(verdict).splitlines())
         print(f"{built.text()}{comment}")
     raise typer.Exit(0 if verdict.proved else 1)
 
@@ -64,11 +64,11 @@ def plan(
 @app.command()
 def verify(
     file: Annotated[
-        str, typer.Argument(help="a plan's text, as `dinfer plan` prints it; - reads standard input")
+        str, typer.Argument(help="a plan as text, as `dinfer plan` prints it; - reads standard input")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Prove a plan, or print the shortest counterexample. Status 0: proved; 1: refuted; 2: not a plan."""
+    """Prove a plan, or print the shortest counterexample. Status 0: proved; 1: refuted; 2: invalid input."""
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
         parsed = parse_plan(text)
@@ -80,12 +80,12 @@ def verify(
     if as_json:
         _print_json(parsed, verdict)
     else:
-        print(_told(verdict))
+        print(_verdict_text(verdict))
     raise typer.Exit(0 if verdict.proved else 1)
 
 
-def _told(verdict: Proof | Counterexample) -> str:
-    """The verdict in words, and a circle as a drawing too."""
+def _verdict_text(verdict: Proof | Counterexample) -> str:
+    """The verdict in words; a cycle also as a drawing."""
     drawn = cycle_text(verdict) if isinstance(verdict, Counterexample) else ""
     return f"{verdict}\n{drawn}".strip()
 

@@ -1,4 +1,4 @@
-"""`dinfer run`: every parameter of Config is a flag of the same name."""
+"""`dinfer run`: each parameter of Config is a flag of the same name."""
 
 import inspect
 import os
@@ -20,7 +20,7 @@ SILENCE_S = 5.0
 
 
 def run(**given: Any) -> None:
-    """Generate from a checkpoint on several ranks: started here, or as the rank that torchrun or mpirun names."""
+    """Generate from a checkpoint on several ranks, started here or by torchrun or mpirun."""
     values, launched = {name: value for name, value in given.items() if value is not None}, None
     json_path, trace_path, toml = (values.pop(name, None) for name in ("json", "trace", "config"))
     try:
@@ -34,22 +34,23 @@ def run(**given: Any) -> None:
         else:
             result = _run_here(config, trace_path)
     except (ConfigError, ModelError, PlanError) as error:
-        _leave_it_to_others(launched)
+        _end_quietly_unless_speaker(launched)
         stop(error, BAD_INPUT)
     except KeyboardInterrupt:
         stop("interrupted; all ranks were ended.", INTERRUPTED)
     except BrokenPipeError:
-        sys.stdout = sys.stderr  # or closing it at exit would complain once more
-        stop("standard output was closed, so the run was ended with all its ranks.", FAILED)
+        sys.stdout = sys.stderr  # closing standard output at exit would fail again
+        stop("standard output was closed, so the run and all its ranks were ended.", FAILED)
     except (OSError, RuntimeError) as error:  # RankFailed is one
-        _leave_it_to_others(launched)
+        _end_quietly_unless_speaker(launched)
         stop(error, FAILED)
     if json_path and result:
         keep_json(result, json_path)
 
 
-def _leave_it_to_others(launched: Launched | None) -> None:
-    """A mistake that all ranks share is told by one. This one ends later: a launcher ends all once one has ended."""
+def _end_quietly_unless_speaker(launched: Launched | None) -> None:
+    """Only one rank reports an error that all ranks have. The others end later, since a launcher ends all ranks when
+    one ends."""
     if not speaks(launched):
         time.sleep(SILENCE_S)
         raise typer.Exit(FAILED)
@@ -58,7 +59,7 @@ def _leave_it_to_others(launched: Launched | None) -> None:
 def _run_here(config: Config, trace_path: str | Path) -> dict[str, Any]:
     from dinfer.job import prepare
 
-    job = prepare(config)  # before torch is imported: a mistake is told at once
+    job = prepare(config)  # before torch is imported, so that mistakes are reported at once
     from dinfer.launch.processes import interrupt_as_error
     from dinfer.launch.runner import run as run_job
 
@@ -67,22 +68,22 @@ def _run_here(config: Config, trace_path: str | Path) -> dict[str, Any]:
 
 
 def _for_launched(values: dict[str, Any], launched: Launched | None) -> dict[str, Any]:
-    """Under a launcher the number of ranks is the launcher's. Raises ConfigError where it was asked for otherwise."""
+    """Take the number of ranks from the launcher. Raises ConfigError if another one was given."""
     if launched is None:
         return values
     asked = values.get("world_size", launched.world_size)
     if str(asked) != str(launched.world_size):
         raise ConfigError(
             f"world_size is {asked}, but {launched.launcher} has started {launched.world_size} processes: "
-            "leave world_size out, or start as many."
+            f"leave world_size out, or start {asked} processes."
         )
     return {**values, "world_size": launched.world_size}
 
 
 def _run_signature() -> inspect.Signature:
-    """Options for `run`: one for each parameter of Config, as text, since Config converts and judges it itself."""
+    """The options of `run`: one for each parameter of Config, as text, since Config converts and checks values."""
     options = [
-        _option("config", "a TOML file with any of these parameters; flags win over it", str, "--config"),
+        _option("config", "a TOML file with any of these parameters; flags override it", str, "--config"),
         _option("json", "write the result to this file as JSON", str, "--json"),
         _option("trace", "write the trace to this file [default: trace.jsonl in log_dir]", str, "--trace"),
     ]

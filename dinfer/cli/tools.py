@@ -1,12 +1,11 @@
-"""`dinfer doctor`, `clean`, `vscode`, `report` and `lab`: commands that run no inference of their user's."""
+"""`dinfer doctor`, `clean`, `vscode`, `report` and `lab`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, keep_json, stop
+from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, keep_json, log, stop
 from dinfer.config import ConfigError
 from dinfer.trace.export import TraceError
 from dinfer.trace.read import read_traces
@@ -15,12 +14,12 @@ from dinfer.trace.read import read_traces
 @app.command()
 def doctor(
     model: Annotated[
-        str, typer.Option(help="a checkpoint folder, to compare its memory with what is free")
+        str, typer.Option(help="a checkpoint folder, whose memory is compared with free memory")
     ] = "",
-    world_size: Annotated[int, typer.Option(help="number of ranks to try out together")] = 3,
+    world_size: Annotated[int, typer.Option(help="number of ranks to try together")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Check this machine: versions, devices, network, memory, leftovers. Status 0: fit; 1: something to mend."""
+    """Check this machine: versions, devices, network, memory, leftovers. Status 0: all fine; 1: a check failed."""
     from dinfer.doctor.doctor import doctor as examine
 
     try:
@@ -32,10 +31,10 @@ def doctor(
 
 @app.command()
 def clean(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be ended")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only print what would be ended")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """End clusters that dinfer started and whose client is gone, and nothing else. Status 1: one could not be ended."""
+    """End clusters that dinfer started and whose client has ended. Status 1: a cluster could not be ended."""
     from dinfer.cluster.ipyparallel.clean import clean as find_and_end
     from dinfer.cluster.ipyparallel.clean import report
 
@@ -68,11 +67,11 @@ def vscode(
 @app.command()
 def report(
     traces: Annotated[
-        list[str], typer.Argument(help="what `dinfer run --trace` or a report holds; several are compared")
+        list[str], typer.Argument(help="traces of `dinfer run --trace`, or reports; several are compared")
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="the file to write")] = "report.html",
 ) -> None:
-    """Write a report that opens without network or kernel. Status 0: written; 1: not written; 2: not a trace."""
+    """Write a self-contained HTML report. Status 0: written; 1: not written; 2: not a trace."""
     try:
         found = [(Path(path).stem, read_traces(path)) for path in traces]
     except OSError as error:
@@ -98,30 +97,30 @@ def report(
 @app.command()
 def lab(
     sample: Annotated[
-        int | None, typer.Option(help="so many cells, spread over the faults; default: the whole matrix")
+        int | None, typer.Option(help="number of cells, spread over the faults; default: the whole matrix")
     ] = None,
-    seed: Annotated[int, typer.Option(help="which cells, and in which order")] = 0,
+    seed: Annotated[int, typer.Option(help="selects the cells and their order")] = 0,
     slow_runs: Annotated[
-        int, typer.Option(help="so many runs more that are slow, and move: is an alarm raised?")
+        int, typer.Option(help="number of additional slow runs, which must raise no alarm")
     ] = 0,
-    json_path: Annotated[str, typer.Option("--json", help="write what was found to this file")] = "",
+    json_path: Annotated[str, typer.Option("--json", help="write the results to this file")] = "",
     join: Annotated[
-        bool, typer.Option("--join", help="use the cluster of 3 that runs; its engines are killed on purpose")
+        bool, typer.Option("--join", help="use the running cluster of 3 engines, which are killed on purpose")
     ] = False,
     links: Annotated[
         str,
         typer.Option(
-            help="where links are cut and slowed: namespaces (of the network, needs root), transport, or auto: "
-            "namespaces where this machine allows"
+            help="where links are cut and slowed: namespaces (network namespaces, needs root), transport, or auto: "
+            "namespaces if possible"
         ),
     ] = "auto",
 ) -> None:
-    """Run communication faults on a real cluster and judge what is said of them. Status 0: all right; 1: something not;
-    2: no such lab."""
-    from dinfer.config import ConfigError
+    """Run communication faults on a real cluster and check the verdicts. Status 0: all right; 1: some are wrong; 2:
+    invalid options."""
     from dinfer.lab.cells import cells_of
     from dinfer.lab.lab import run_lab
     from dinfer.lab.score import Score
+    from dinfer.run.report import machine, versions
 
     for name, count in (("sample", sample or 0), ("slow_runs", slow_runs)):
         if count < 0:
@@ -129,26 +128,16 @@ def lab(
     cells = cells_of(seed, sample)
     score, status = Score(seed, len(cells)), FAILED
     try:
-        run_lab(cells, score, _say, slow_runs=slow_runs, join=join, links=links)
+        run_lab(cells, score, log, slow_runs=slow_runs, join=join, links=links)
         status = 0 if score.all_right else FAILED
     except ConfigError as error:
         stop(str(error), BAD_INPUT)
     except KeyboardInterrupt:
         status = INTERRUPTED
-        _say("dinfer: interrupted; what was found so far:")
+        log("dinfer: interrupted; results so far:")
     except (RuntimeError, TimeoutError) as error:
-        _say(f"dinfer: the lab cannot go on: {error}")
-    _tell(score.table(), score.as_dict(), json_path)
-    raise typer.Exit(status)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _tell(table: str, found: dict[str, object], json_path: str) -> None:
-    from dinfer.run.report import machine, versions
-
-    print(table)
+        log(f"dinfer: the lab cannot continue: {error}")
+    print(score.table())
     if json_path:
-        keep_json({**found, "machine": machine(), "versions": versions()}, json_path)
+        keep_json({**score.as_dict(), "machine": machine(), "versions": versions()}, json_path)
+    raise typer.Exit(status)

@@ -65,18 +65,11 @@ class Live(LiveSource):
     """Of ranks that stand."""
 
     def __init__(self, subject: Subject, line: RankClient) -> None:
-        self._subject, self.line = subject, line
+        self.subject, self.line = subject, line
+        self.ranks = range(len(subject.plan.lanes))
 
     def called(self, name: str) -> "Live":
-        return Live(replace(self._subject, name=name), self.line)
-
-    @property
-    def subject(self) -> Subject:
-        return self._subject
-
-    @property
-    def ranks(self) -> Sequence[int]:
-        return range(self._subject.plan.world_size)
+        return Live(replace(self.subject, name=name), self.line)
 
     @property
     def bytes_moved(self) -> int:

@@ -1,4 +1,5 @@
 """`dinfer doctor`: is this machine fit to run ranks? Versions, devices, network, memory, leftovers.
 
-A leaf: only `cli` imports it. Start at `doctor`, which runs all checks; each other file is one check or a part of one.
+A leaf: only `cli` imports it, and it may import everything but other leaves. Start at `doctor`, which runs all checks;
+`report` prints them, and each other file holds checks.
 """

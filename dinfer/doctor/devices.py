@@ -1,4 +1,4 @@
-"""GPUs as torch and the driver see them."""
+"""Devices: the GPUs that torch and the driver see, and free memory compared with what the ranks of a model need."""
 
 import os
 import shutil
@@ -7,13 +7,18 @@ import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dinfer.doctor.check import Check, gib
+from dinfer.config import Config
+from dinfer.doctor.report import Check, gib
+from dinfer.model.checkpoint import Spec, check
+from dinfer.model.errors import ModelError
+from dinfer.model.free import free
+from dinfer.model.memory import MemoryDemand
 
 SMI_S = 10.0
 
 
 class Gpu(NamedTuple):
-    """A GPU that torch can use; sizes in bytes, None where it does not say, as when it is kept by another."""
+    """A GPU that torch can use. Sizes in bytes, None if they cannot be read, as when another process owns the GPU."""
 
     name: str
     free: int | None = None
@@ -21,14 +26,14 @@ class Gpu(NamedTuple):
 
 
 class Smi(NamedTuple):
-    """What the NVIDIA driver says, torch aside."""
+    """The GPUs that the NVIDIA driver reports."""
 
     driver: str
     names: Sequence[str]
 
 
 class Cuda(NamedTuple):
-    """What torch says: its version, the CUDA it was built for ("" for none), its GPUs, any complaint."""
+    """The GPUs that torch reports. `built_for`: a CUDA version, "" for none; `complaint`: torch's warning, if any."""
 
     torch: str
     built_for: str
@@ -41,19 +46,19 @@ def gpu_check() -> Check:
 
 
 def ask_torch() -> Cuda:
-    """Looks at the free memory of every GPU, for which torch opens each."""
+    """Ask torch, which opens each GPU to read its free memory."""
     import torch
 
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         count = count_gpus()
     built_for = torch.version.cuda or torch.version.hip or ""
-    complaint = str(said[0].message).strip().splitlines()[0] if said else ""
+    complaint = str(warned[0].message).strip().splitlines()[0] if warned else ""
     return Cuda(str(torch.__version__), built_for, [_gpu(index) for index in range(count)], complaint)
 
 
 def count_gpus() -> int:
-    """GPUs that torch can use."""
+    """The number of GPUs that torch can use."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -71,7 +76,7 @@ def _gpu(index: int) -> Gpu:
 
 
 def ask_driver() -> Smi | None:
-    """None where there is no nvidia-smi, or it says nothing."""
+    """None without nvidia-smi, or if it fails."""
     if not shutil.which("nvidia-smi"):
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
@@ -83,13 +88,13 @@ def ask_driver() -> Smi | None:
 
 
 def read_smi(answer: str) -> Smi | None:
-    """From lines such as `550.54.15, NVIDIA H200`."""
+    """Parse lines such as `550.54.15, NVIDIA H200`."""
     rows = [line.partition(", ") for line in answer.splitlines() if ", " in line]
     return Smi(rows[0][0], [name for _, _, name in rows]) if rows else None
 
 
 def judge_gpus(cuda: Cuda, smi: Smi | None, visible: str | None) -> Check:
-    """No GPU is fine: ranks then run on the CPU. One that torch cannot use is a pity, not a failure."""
+    """ok without GPUs, since ranks can run on the CPU; a warning for GPUs that torch cannot use."""
     if cuda.gpus:
         driver = f"; driver {smi.driver}" if smi else ""
         found = f"{_listed(cuda.gpus)}{driver}; torch built for CUDA {cuda.built_for}{_hidden(visible)}"
@@ -123,3 +128,83 @@ def _hidden(visible: str | None) -> str:
 
 def _counted(names: Sequence[str]) -> str:
     return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
+
+
+# -- memory
+
+TOKENS = 1024
+"""prompt and new tokens to reckon with; fewer if the model has fewer positions"""
+
+
+class Asked(NamedTuple):
+    """The ranks that share one device."""
+
+    spec: Spec
+    ranks: int
+    device: str = "cpu"
+
+    @property
+    def demand(self) -> MemoryDemand:
+        tokens = min(TOKENS, self.spec.max_positions)
+        return MemoryDemand(self.spec, "auto", tokens, self.ranks, self.device, Config().chunk_size)
+
+
+def memory_checks(model: str | None, world_size: int, gpus: int) -> list[Check]:
+    """The checkpoint, and the memory of its ranks: all on the CPU, and, if there are GPUs, evenly on those."""
+    if model is None:
+        return [no_model_check(_free("cpu"))]
+    try:
+        spec = check(model)
+    except ModelError as error:
+        return [Check("model", "fail", str(error), "name another checkpoint: dinfer doctor --model PATH")]
+    checks = [judge_model(spec, world_size), judge_memory(Asked(spec, world_size), _free("cpu"))]
+    if gpus:
+        device = min((f"cuda:{n}" for n in range(min(gpus, world_size))), key=lambda name: _free(name) or 0)
+        checks.append(judge_memory(Asked(spec, -(-world_size // gpus), device), _free(device)))
+    return checks
+
+
+def _free(device: str) -> int | None:
+    try:
+        return free(device)
+    except ModelError:
+        return None
+
+
+def no_model_check(available: int | None) -> Check:
+    there = f"{gib(available)} are free; " if available is not None else ""
+    return Check(
+        "memory", "unchecked", f"{there}no model was named to compare with", "dinfer doctor --model PATH"
+    )
+
+
+def judge_model(spec: Spec, world_size: int) -> Check:
+    found = f"{spec.model_type}, {spec.layers} layers, {spec.dtype}, {gib(spec.weight_bytes)} of weights"
+    if world_size <= spec.layers:
+        return Check("model", "ok", found)
+    found += f": too few layers for {world_size} ranks, each of which owns at least one"
+    return Check("model", "fail", found, f"use at most {spec.layers} ranks: --world-size {spec.layers}")
+
+
+def judge_memory(asked: Asked, available: int | None) -> Check:
+    """A warning if a GPU has too little free memory, since ranks can run on the CPU; a failure if the CPU has."""
+    on_cpu, demand = asked.device == "cpu", asked.demand
+    name, where = ("memory", "") if on_cpu else ("GPU memory", f" on {asked.device}")
+    ranks = f"{asked.ranks} ranks need" if asked.ranks > 1 else "a rank needs"
+    found = f"{ranks} {gib(demand.bytes())} for {demand.tokens:,} tokens"
+    if available is None:
+        return Check(name, "unchecked", f"{found}; free memory{where} is unknown")
+    found += f"; {gib(available)} are free{where}"
+    if demand.bytes() <= available:
+        return Check(name, "ok", found)
+    return Check(name, "fail" if on_cpu else "warn", found, _memory_fix(demand, available))
+
+
+def _memory_fix(demand: MemoryDemand, available: int) -> str:
+    """The first change that is enough by itself."""
+    if demand.bytes(dtype="bfloat16") <= available:
+        return "dinfer run --dtype bfloat16"
+    fewer = [ranks for ranks in range(1, demand.ranks) if demand.bytes(ranks=ranks) <= available]
+    if fewer:
+        return f"use fewer ranks here: at most {fewer[-1]}"
+    return "use a smaller model, or a host with more memory"

@@ -1,4 +1,4 @@
-"""`dinfer doctor`: every check in turn, then the report. No check can end it, whatever it runs into."""
+"""`dinfer doctor`: runs every check, then prints the report. A check that raises does not end it."""
 
 import json
 import os
@@ -6,28 +6,22 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 from dinfer.config import Config
 from dinfer.doctor import network as net
-from dinfer.doctor.check import Check
-from dinfer.doctor.devices import count_gpus, gpu_check
+from dinfer.doctor.devices import count_gpus, gpu_check, memory_checks
 from dinfer.doctor.leftovers import folder_check, process_check
-from dinfer.doctor.memory import memory_checks
-from dinfer.doctor.report import Report, as_text, to_json
+from dinfer.doctor.report import Check, PairSpeed, Report, as_text, to_json
 from dinfer.doctor.versions import backend_check, version_checks
 
-if TYPE_CHECKING:
-    from dinfer.doctor.pair_rank import PairSpeed
-
 PAIRS_S = 40.0
-"""of the 60 seconds that an examination may take"""
+"""for measuring pairs, of the 60 seconds that all checks may take"""
 
 NEEDED_BY_PAIRS = ("torch", "backends", "interface", "ports")
 
 
 def doctor(model: str | None, world_size: int, as_json: bool) -> int:
-    """Examine this host and print the report. The exit status: 1 if a check failed. Raises ConfigError."""
+    """Check this host and print the report. Returns the exit status: 1 if a check failed. Raises ConfigError."""
     Config.of({"world_size": world_size})
     report = examine(model, world_size)
     if as_json:
@@ -57,7 +51,7 @@ def _checks_of_host(model: str | None, world_size: int) -> Iterator[Check]:
 def _checks_of_leftovers() -> Iterator[Check]:
     yield from _guarded("old processes", process_check)
     yield from _guarded("old folders", folder_check)
-    found = f"links to other hosts, and NCCL: only {platform.node()} and gloo within it were examined"
+    found = f"links to other hosts, and NCCL: only {platform.node()} and its gloo were checked"
     yield Check("other hosts", "unchecked", found, "run dinfer doctor on each host")
 
 
@@ -68,24 +62,24 @@ def _network_checks() -> list[Check]:
 
 
 def _guarded(name: str, look: Callable[[], Check | list[Check]]) -> list[Check]:
-    """What `look` finds; that it broke, where it did."""
+    """The checks of `look`; one that reports the error if it raises."""
     try:
         found = look()
-    except Exception as error:  # a system that nobody has thought of must not hide what the other checks find
-        text = f"this check broke: {type(error).__name__}: {error}"
+    except Exception as error:  # an unforeseen system must not hide what the other checks find
+        text = f"this check failed to run: {type(error).__name__}: {error}"
         return [Check(name, "unchecked", text, "report it, with this line")]
     return [found] if isinstance(found, Check) else found
 
 
-def _measure(world_size: int, checks: Sequence[Check], pairs: "list[PairSpeed]") -> Check:
-    """Appends to `pairs`. What must fail, because of something found before, is not tried."""
+def _measure(world_size: int, checks: Sequence[Check], pairs: list[PairSpeed]) -> Check:
+    """Measure all links and append them to `pairs`; skipped if a check that they depend on has failed."""
     from dinfer.doctor.pairs import measure, pairs_check
 
     if world_size == 1:
         return Check("pairs", "ok", "one rank has no links")
     failed = [check.name for check in checks if check.state == "fail" and check.name in NEEDED_BY_PAIRS]
     if failed:
-        return Check("pairs", "unchecked", f"not measured, since {failed[0]} failed")
+        return Check("pairs", "unchecked", f"not measured, because {failed[0]} failed")
     measured = measure(world_size, PAIRS_S)
     pairs += sorted(measured.pairs)
     return pairs_check(measured, world_size, os.environ.get("GLOO_SOCKET_IFNAME", ""))

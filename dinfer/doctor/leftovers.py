@@ -1,6 +1,7 @@
-"""What earlier runs have left behind: ranks and watchers whose client is gone, and old temporary folders.
+"""What earlier runs have left behind: ranks and watchers whose client has ended, and old temporary folders.
 
-It names them and the command that removes them; it ends and removes nothing, and leaves out what is others'.
+The checks name them and the command that removes them. They end and remove nothing, and skip what belongs to other
+users.
 """
 
 import os
@@ -13,58 +14,52 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinfer.doctor.check import Check, gib
+import psutil
+
+from dinfer.doctor.report import Check, gib
 
 MARKS = {"dinfer.rank.worker": "rank", "dinfer.rank.watcher": "watcher"}
 
 OLD_S = 3600.0
-"""a folder untouched for that long belongs to no run that still starts"""
+"""a folder that nothing has touched for this long belongs to no run that is starting"""
 
 
 @dataclass(frozen=True)
 class Process:
-    """One process as /proc shows it; `parent` is a process id, `state` its letter there."""
+    """A process. `parent`: a process id; `state`: as psutil names it; `mine`: whether it belongs to this user."""
 
     pid: int
     parent: int
     command: str
-    state: str = "S"
+    state: str = psutil.STATUS_SLEEPING
     mine: bool = True
 
     @property
     def kind(self) -> str:
-        """rank or watcher; "" for what is not dinfer's, or not this user's."""
+        """rank or watcher; "" for processes that are not dinfer's or belong to another user."""
         return next((kind for mark, kind in MARKS.items() if self.mine and mark in self.command), "")
 
 
-def process_check(proc: Path = Path("/proc")) -> Check:
-    if not (proc / "self").exists():
-        found = "this system has no /proc to read processes from"
-        return Check("old processes", "unchecked", found, "look yourself: ps -ax | grep dinfer.engine")
-    return judge_processes(orphans(read_processes(proc)))
+def process_check() -> Check:
+    return judge_processes(orphans(read_processes()))
 
 
-def read_processes(proc: Path) -> dict[int, Process]:
-    """All processes by id; those that end meanwhile are left out."""
-    processes = {}
-    for folder in proc.iterdir():
-        if folder.name.isdigit():
-            with suppress(OSError, ValueError, IndexError):
-                processes[int(folder.name)] = _read_process(folder)
-    return processes
-
-
-def _read_process(folder: Path) -> Process:
-    words = (folder / "stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    mine = folder.stat().st_uid == os.getuid()
-    return Process(int(folder.name), int(words[1]), command, words[0], mine)
+def read_processes() -> dict[int, Process]:
+    """All processes of this machine, by id."""
+    user = os.getuid() if hasattr(os, "getuid") else None
+    found = {}
+    for process in psutil.process_iter(["ppid", "cmdline", "status", "uids"]):
+        about = process.info
+        mine = about["uids"] is not None and about["uids"].effective == user
+        command = " ".join(about["cmdline"] or ())
+        found[process.pid] = Process(process.pid, about["ppid"] or 0, command, about["status"], mine)
+    return found
 
 
 def orphans(processes: Mapping[int, Process]) -> list[Process]:
-    """Ranks and watchers without the process that started them, which is always a Python.
+    """Ranks and watchers whose starter, which is always a Python process, has ended.
 
-    A process whose parent ends gets another: the first one, or one that adopts, such as systemd --user.
+    A process whose parent ends gets another: process 1, or one that adopts processes, such as systemd --user.
     """
     return [p for _, p in sorted(processes.items()) if p.kind and _is_adopted(processes.get(p.parent))]
 
@@ -72,22 +67,20 @@ def orphans(processes: Mapping[int, Process]) -> list[Process]:
 def _is_adopted(parent: Process | None) -> bool:
     if parent is None:
         return True
-    own_words = ("dinfer",) if parent.pid == 1 else ("dinfer", "python", "jupyter")
-    return not any(word in parent.command.lower() for word in own_words)
+    starters = ("dinfer",) if parent.pid == 1 else ("dinfer", "python", "jupyter")
+    return not any(word in parent.command.lower() for word in starters)
 
 
 def judge_processes(left: Sequence[Process]) -> Check:
     if not left:
         return Check("old processes", "ok", "no rank or watcher of an earlier run")
-    named = ", ".join(f"{p.kind} {p.pid}{' (stopped)' if p.state == 'T' else ''}" for p in left)
-    force = "-9 " if any(p.state == "T" for p in left) else ""  # one that is stopped takes no other signal
+    stopped = {p.pid for p in left if p.state == psutil.STATUS_STOPPED}
+    named = ", ".join(f"{p.kind} {p.pid}{' (stopped)' * (p.pid in stopped)}" for p in left)
+    force = "-9 " * bool(stopped)  # a stopped process handles no other signal
     fix = f"kill {force}{' '.join(str(p.pid) for p in left)}"
-    return Check(
-        "old processes",
-        "warn",
-        f"{len(left)} left by {'a run' if len(left) == 1 else 'runs'} whose client is gone: {named}",
-        fix,
-    )
+    runs = "a run" if len(left) == 1 else "runs"
+    found = f"{len(left)} left by {runs} whose client has ended: {named}"
+    return Check("old processes", "warn", found, fix)
 
 
 def folder_check() -> Check:
@@ -95,7 +88,7 @@ def folder_check() -> Check:
 
 
 def old_folders(temp: Path, now: float) -> list[tuple[Path, int]]:
-    """Folders `dinfer-*` of this user that nothing has touched for OLD_S, and their sizes in bytes."""
+    """Folders `dinfer-*` of this user that nothing has touched for OLD_S seconds, and their sizes in bytes."""
     return [(folder, _size(folder)) for folder in sorted(temp.glob("dinfer-*")) if _is_old(folder, now)]
 
 

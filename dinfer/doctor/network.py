@@ -1,16 +1,18 @@
-"""The interface and the address that gloo will use on this host, and whether ports can be opened there."""
+"""The interface and the address that gloo uses on this host, and whether ports can be opened there."""
 
 import os
 import socket
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple
 
-from dinfer.doctor.check import Check
-from dinfer.transport.interface import LOOPBACK, address_of
+import psutil
+
+from dinfer.doctor.report import Check
+from dinfer.transport.interface import LOOPBACK
 
 RESOLVE_S = 5.0
 
@@ -19,54 +21,55 @@ CONNECT_S = 3.0
 FEW_PORTS = 100
 
 Interfaces = Mapping[str, str]
-"""name → IPv4 address, "" where there is none or it is not known"""
+"""name → first IPv4 address, "" for none"""
 
 
 class Network(NamedTuple):
-    """What this host says of its network."""
+    """This host's interfaces, names and addresses."""
 
     interfaces: Interfaces
-    ifname: str  # GLOO_SOCKET_IFNAME, "" where it is not set
+    ifname: str  # GLOO_SOCKET_IFNAME, "" if unset
     host: str
     resolved: Sequence[str]  # what the host's name resolves to
-    own: str  # the address from which this host talks to others, "" where it has none
+    own: str  # the address from which this host reaches others, "" for none
 
 
 def look() -> Network:
-    """Takes up to RESOLVE_S seconds where a name server does not answer. Sends nothing else."""
+    """Sends nothing but the question to the name server, whose answer it awaits for up to RESOLVE_S seconds."""
     host = socket.gethostname()
-    interfaces = {name: address_of(name) for _, name in socket.if_nameindex()}
+    interfaces = {
+        name: next((one.address for one in addresses if one.family == socket.AF_INET), "")
+        for name, addresses in psutil.net_if_addrs().items()
+    }
     return Network(interfaces, os.environ.get("GLOO_SOCKET_IFNAME", ""), host, _resolve(host), _own_address())
 
 
 def interface_check(network: Network) -> Check:
-    """The interface between ranks of this host."""
+    """The interface over which ranks of this host meet."""
     known = network.interfaces
-    name = network.ifname.split(",")[0]  # a list is meant for several devices; the first must do for dinfer
+    name = network.ifname.split(",")[0]  # of a list of devices, dinfer uses the first
     if not name:
         loopback = next((n for n in ("lo", "lo0") if n in known), "the loopback")
         return Check("interface", "ok", f"{loopback}, {LOOPBACK}: ranks of one host meet there")
     if name not in known:
-        found = f"GLOO_SOCKET_IFNAME is {name}, which this host has not; it has {', '.join(known)}"
+        found = f"GLOO_SOCKET_IFNAME is {name}, but this host has only {', '.join(known)}"
         return Check("interface", "fail", found, "unset GLOO_SOCKET_IFNAME")
     if not known[name]:
-        found = f"{name}, by GLOO_SOCKET_IFNAME, has no IPv4 address that could be read here"
+        found = f"{name}, by GLOO_SOCKET_IFNAME, has no IPv4 address"
         return Check("interface", "warn", found, "unset GLOO_SOCKET_IFNAME")
     return Check("interface", "ok", f"{name}, {known[name]}: set by GLOO_SOCKET_IFNAME")
 
 
 def host_name_check(network: Network) -> Check:
-    """The address at which gloo would let ranks of other hosts find this one: it goes by the host's name."""
+    """The address at which ranks of other hosts find this one: gloo resolves the host's name."""
     if network.ifname:
-        return Check("host name", "ok", f"{network.host}; gloo goes by GLOO_SOCKET_IFNAME instead")
+        return Check("host name", "ok", f"{network.host}; gloo uses GLOO_SOCKET_IFNAME instead")
     if not network.own:
-        return Check("host name", "ok", f"{network.host}; this host has no network but its loopback")
+        return Check("host name", "ok", f"{network.host}; this host has no network but the loopback")
     if network.own in network.resolved:
         return Check("host name", "ok", f"{network.host} is {network.own}{_interface_of(network)}")
-    said = f"resolves to {network.resolved[0]}" if network.resolved else "does not resolve"
-    found = (
-        f"{network.host} {said}: ranks of this host do not mind, but those of other hosts need {network.own}"
-    )
+    resolved = f"resolves to {network.resolved[0]}" if network.resolved else "does not resolve"
+    found = f"{network.host} {resolved}: enough for ranks of this host, but ranks of other hosts need {network.own}"
     return Check("host name", "warn", found, f"for runs over several hosts: {_export(network)}")
 
 
@@ -85,10 +88,10 @@ def _is_loopback(address: str) -> bool:
 
 
 def _own_address() -> str:
-    """The address of the route to the world. Connecting a UDP socket sends nothing."""
+    """The address of the default route; connecting a UDP socket sends nothing."""
     with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
         try:
-            probe.connect(("198.51.100.1", 9))  # an address set aside for documentation
+            probe.connect(("198.51.100.1", 9))  # reserved for documentation
         except OSError:
             return ""
         address: str = probe.getsockname()[0]
@@ -96,7 +99,7 @@ def _own_address() -> str:
 
 
 def _resolve(host: str) -> list[str]:
-    """The host's IPv4 addresses; none where no name server answers within RESOLVE_S."""
+    """The host's IPv4 addresses; none if no name server answers within RESOLVE_S seconds."""
     found: list[str] = []
 
     def ask() -> None:
@@ -116,23 +119,23 @@ def _resolve(host: str) -> list[str]:
 
 
 class Ports(NamedTuple):
-    """What became of opening ports: a reason where it failed, "" where it went well."""
+    """Whether ports can be opened. `loopback`, `own`: the error at that address, "" for none."""
 
     loopback: str
     own: str
-    span: range | None  # where the system takes free ports from; None where it does not say
+    span: range | None  # the system's range of free ports; None if unknown
     used: frozenset[int] = frozenset()
 
 
 def try_ports(own: str, proc: Path = Path("/proc")) -> Ports:
     """Open a port on the loopback and on the host's own address, and connect to each."""
     span = _span(proc)
-    used = _used(proc).intersection(span) if span else frozenset()
-    return Ports(_meet(LOOPBACK), _meet(own) if own else "", span, frozenset(used))
+    used = frozenset(_used_ports().intersection(span or ()))
+    return Ports(_connect(LOOPBACK), _connect(own) if own else "", span, used)
 
 
 def port_check(ports: Ports, own: str) -> Check:
-    """Runs take free ports by default (`master_port` 0), so it is these that there must be enough of."""
+    """Runs use free ports by default (`master_port` 0), so there must be enough of them."""
     if ports.loopback:
         fix = "let the firewall pass the loopback: sudo iptables -I INPUT -i lo -j ACCEPT"
         return Check("ports", "fail", f"none can be used on {LOOPBACK}: {ports.loopback}", fix)
@@ -149,8 +152,8 @@ def port_check(ports: Ports, own: str) -> Check:
     return Check("ports", "ok", f"can be opened on {where}{count}")
 
 
-def _meet(address: str) -> str:
-    """Connect to a port opened at that address. Why it failed, or ""."""
+def _connect(address: str) -> str:
+    """Open a port at that address and connect to it; the error, "" for none."""
     try:
         with socket.create_server((address, 0)) as server:
             server.settimeout(CONNECT_S)
@@ -168,13 +171,8 @@ def _span(proc: Path) -> range | None:
         return None
 
 
-def _used(proc: Path) -> set[int]:
-    """Ports at this end of every TCP socket, from the tables of Linux."""
-    used = set()
-    for name in ("tcp", "tcp6"):
-        try:
-            lines = (proc / "net" / name).read_text(encoding="ascii").splitlines()[1:]
-        except OSError:
-            continue
-        used |= {int(line.split()[1].rpartition(":")[2], 16) for line in lines}
-    return used
+def _used_ports() -> set[int]:
+    """The local ports of all TCP sockets; none if this user may not see them (macOS), or the system has no tables."""
+    with suppress(psutil.Error, OSError):
+        return {socket.laddr.port for socket in psutil.net_connections("tcp") if socket.laddr}
+    return set()

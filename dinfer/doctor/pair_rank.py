@@ -1,16 +1,16 @@
-"""A rank of the doctor: it measures the link to each other rank, and answers while others measure.
+"""What a rank of the doctor runs: it measures its link to each other rank, and answers while others measure.
 
-A header's first 8 bytes say how many bytes of payload follow, which an empty header answers, or that this
-link has been measured.
+The first 8 bytes of a header are the number of payload bytes that follow, which the other side answers with an empty
+header, or END once the link has been measured.
 """
 
 from collections.abc import Callable, Iterator
 from statistics import median
 from time import perf_counter
-from typing import NamedTuple
 
 import torch
 
+from dinfer.doctor.report import PairSpeed
 from dinfer.plan.graph import Channel
 from dinfer.transport.gloo import Comm
 from dinfer.transport.header import HEADER_BYTES
@@ -26,17 +26,8 @@ END = -1
 Clock = Callable[[], float]
 
 
-class PairSpeed(NamedTuple):
-    """The link from one rank to another: seconds for a small message, bytes a second for large ones."""
-
-    source: int
-    target: int
-    latency_s: float
-    bytes_per_s: float
-
-
 def measure_links(comm: Comm, seconds: float) -> Iterator[PairSpeed]:
-    """This rank's links, as they are measured, one link of all ranks at a time; each gets about `seconds`."""
+    """Measure this rank's links; only one link of all ranks is measured at a time, each for about `seconds`."""
     for source in range(comm.world_size):
         for target in range(comm.world_size):
             if source == target:
@@ -46,11 +37,11 @@ def measure_links(comm: Comm, seconds: float) -> Iterator[PairSpeed]:
                 yield PairEnd(comm, target).measure(seconds)
             elif comm.rank == target:
                 answer(comm, source)
-    comm.all_gather(b"e")  # nobody leaves while another still needs it
+    comm.all_gather(b"e")  # a rank that left now would break the measurements of others
 
 
 def answer(comm: Comm, source: int) -> None:
-    """Take what `source` sends, until it says that it is done."""
+    """Answer every message of `source` until END comes."""
     there, back = Channel("kv", source, comm.rank), Channel("kv", comm.rank, source)
     out = torch.empty(max(SIZES), dtype=torch.uint8)
     while (size := int.from_bytes(comm.recv_header(there)[:8], "little", signed=True)) != END:
@@ -60,7 +51,7 @@ def answer(comm: Comm, source: int) -> None:
 
 
 class PairEnd:
-    """The end of a link that measures. `clock` counts seconds."""
+    """The measuring end of a link. `clock` counts seconds."""
 
     def __init__(self, comm: Comm, target: int, clock: Clock = perf_counter) -> None:
         self._comm, self._clock = comm, clock
@@ -81,13 +72,13 @@ class PairEnd:
         return median(trips[WARM_UP:]) / 2
 
     def _speed(self, deadline: float, latency: float) -> float:
-        """The median at the largest size that there was time for: a slow link gets no message too many."""
+        """The median at the largest size for which there was time, so that a slow link is not flooded."""
         speeds: dict[int, list[float]] = {}
         for size in SIZES:
             if speeds and self._clock() + size / median(speeds[max(speeds)]) > deadline:
                 break
             took = self._trip(size)
-            # Less what a trip takes without payload: never all of it, as that was measured at another moment.
+            # Minus the latency, but at least half of the time remains: the latency was measured at another moment.
             speeds.setdefault(size, []).append(size / max(took - 2 * latency, took / 2))
         return median(speeds[max(speeds)])
 

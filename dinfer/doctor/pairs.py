@@ -1,4 +1,4 @@
-"""Latency and bandwidth of every ordered pair of ranks, over gloo on this host: ranks up, measured, down."""
+"""Latency and bandwidth of every ordered pair of ranks on this host, over gloo, measured by ranks started for it."""
 
 import multiprocessing
 import os
@@ -14,25 +14,21 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import monotonic
-from typing import TYPE_CHECKING
 
-from dinfer.doctor.check import Check, rate, significant
-
-if TYPE_CHECKING:
-    from dinfer.doctor.pair_rank import PairSpeed
+from dinfer.doctor.report import Check, PairSpeed, rate, significant
 
 SLOW = 4
-"""a link that is so many times slower than the median is told"""
+"""links that are this many times slower than the median are reported"""
 
 GRACE_S = 1.0
-"""how long to listen for the cause once one rank has failed: the others' complaints may come first"""
+"""how long to wait for the cause once one rank has failed: errors of other ranks may arrive first"""
 
 
 @dataclass
 class PairsMeasured:
-    """What came of it. `here`: ranks that have started; `died`: with their last words."""
+    """What the ranks reported. `here`: ranks that have started; `died`: how each rank ended that did."""
 
-    pairs: "list[PairSpeed]" = field(default_factory=list)
+    pairs: list[PairSpeed] = field(default_factory=list)
     here: set[int] = field(default_factory=set)
     done: set[int] = field(default_factory=set)
     died: dict[int, str] = field(default_factory=dict)
@@ -40,14 +36,14 @@ class PairsMeasured:
 
 
 def measure(world_size: int, seconds: float) -> PairsMeasured:
-    """Takes at most about `seconds`, whatever the ranks do; they are gone when it returns."""
+    """Measure all pairs within about `seconds`, whatever the ranks do. All ranks have ended when it returns."""
     with TemporaryDirectory(prefix="dinfer-doctor-") as folder:
         logs = [Path(folder, f"rank{rank}.err") for rank in range(world_size)]
         return _Ranks(logs, seconds).measure()
 
 
 class _Ranks:
-    """The processes, and this end of the pipe to each."""
+    """The processes, and the client's end of the pipe to each."""
 
     def __init__(self, logs: Sequence[Path], seconds: float) -> None:
         self._logs, self._seconds = logs, seconds
@@ -76,7 +72,7 @@ class _Ranks:
             self._processes.append(process)
             self._ends[ours] = rank
             process.start()
-            theirs.close()  # so that the end of the rank is the end of the pipe
+            theirs.close()  # the pipe then ends when the rank does
 
     def _take(self, end: Connection) -> None:
         rank = self._ends[end]
@@ -101,7 +97,7 @@ class _Ranks:
     def _introduce(self, port: int) -> None:
         for other, rank in self._ends.items():
             if rank:
-                with suppress(OSError):  # it is gone, which its end of the pipe will say
+                with suppress(OSError):  # it has ended; its pipe will show that
                     other.send(port)
 
     def _ended(self, end: Connection, rank: int) -> None:
@@ -127,7 +123,7 @@ class _Ranks:
 
 
 def _last_words(status: int | None, log: Path) -> str:
-    """How a rank ended, and the last line that it printed."""
+    """How a rank ended, and the last line of its output."""
     how = signal.Signals(-status).name if status is not None and status < 0 else f"status {status}"
     text = log.read_text(encoding="utf-8", errors="replace").strip() if log.exists() else ""
     return f"{how}: {text.splitlines()[-1][:300]}" if text else how
@@ -136,7 +132,7 @@ def _last_words(status: int | None, log: Path) -> str:
 # -- on the rank
 
 FAILED = 3
-"""exit status of a rank that has said why"""
+"""exit status of a rank that has reported its error"""
 
 
 def _rank(rank: int, world_size: int, end: Connection, log: Path, seconds: float) -> None:
@@ -147,7 +143,7 @@ def _rank(rank: int, world_size: int, end: Connection, log: Path, seconds: float
     except Exception as error:
         with suppress(OSError):
             end.send(("error", str(error)))
-        os._exit(FAILED)  # a thread may be blocked in gloo, which nothing but the end of the process undoes
+        os._exit(FAILED)  # a thread that is blocked in gloo can only be ended with the process
 
 
 def _measure(rank: int, world_size: int, end: Connection, seconds: float) -> None:
@@ -171,7 +167,7 @@ def _measure(rank: int, world_size: int, end: Connection, seconds: float) -> Non
 
 
 def _print_into(log: Path) -> None:
-    """gloo prints of its own accord, and standard output is for the report."""
+    """Redirect all output: gloo prints, and standard output is for the report."""
     with log.open("wb") as file:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -180,18 +176,18 @@ def _print_into(log: Path) -> None:
 
 
 def _end_with_client() -> None:
-    """A rank whose client was killed does not stay behind."""
+    """End this rank when its client has ended, also where that was killed."""
     client = multiprocessing.parent_process()
     if client is not None:
         client.join()
         os._exit(FAILED)
 
 
-# -- the judgement
+# -- the check
 
 
 def pairs_check(measured: PairsMeasured, world_size: int, ifname: str = "") -> Check:
-    """`ifname` is GLOO_SOCKET_IFNAME, "" where it is not set."""
+    """`ifname`: GLOO_SOCKET_IFNAME, "" if unset."""
     wanted = world_size * (world_size - 1)
     if measured.died:
         rank, how = next(iter(measured.died.items()))
@@ -202,11 +198,11 @@ def pairs_check(measured: PairsMeasured, world_size: int, ifname: str = "") -> C
     if measured.errors:
         return Check("pairs", "fail", measured.errors[0].splitlines()[0][:400], _fix_of_network(ifname))
     if len(measured.here) < world_size:
-        found = f"only {len(measured.here)} of {world_size} ranks started in the time there was"
+        found = f"only {len(measured.here)} of {world_size} ranks started in time"
         return Check("pairs", "unchecked", found, "dinfer doctor --world-size 2")
     if len(measured.pairs) < wanted:
         found = (
-            f"the ranks started, but only {len(measured.pairs)} of {wanted} links could be measured in time"
+            f"all ranks started, but only {len(measured.pairs)} of {wanted} links could be measured in time"
         )
         return Check("pairs", "fail", found, _fix_of_network(ifname))
     return _judge_speed(measured.pairs)
@@ -218,7 +214,7 @@ def _fix_of_network(ifname: str) -> str:
     return "let the firewall pass the loopback: sudo iptables -I INPUT -i lo -j ACCEPT"
 
 
-def _judge_speed(pairs: "Sequence[PairSpeed]") -> Check:
+def _judge_speed(pairs: Sequence[PairSpeed]) -> Check:
     latencies, speeds = [1e3 * pair.latency_s for pair in pairs], [pair.bytes_per_s for pair in pairs]
     slow = [f"{p.source} → {p.target}" for p in pairs if p.bytes_per_s < median(speeds) / SLOW]
     found = (
@@ -227,5 +223,5 @@ def _judge_speed(pairs: "Sequence[PairSpeed]") -> Check:
     found += f"{rate(min(speeds))} to {rate(max(speeds))}"
     if slow:
         fix = "end other work on this host, then run dinfer doctor again"
-        return Check("pairs", "warn", f"{found}; less than 1/{SLOW} of the median: {', '.join(slow)}", fix)
+        return Check("pairs", "warn", f"{found}; slower than 1/{SLOW} of the median: {', '.join(slow)}", fix)
     return Check("pairs", "ok", found)

@@ -1,27 +1,50 @@
-"""What the doctor found, as text for people and as JSON. Pure."""
+"""The result of each check, and the doctor's report as text for people and as JSON. Pure."""
 
+import math
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, NamedTuple
 
-from dinfer.doctor.check import Check, CheckState, significant
+from dinfer.display import Table
 
-if TYPE_CHECKING:
-    from dinfer.doctor.pair_rank import PairSpeed
+CheckState = Literal["ok", "warn", "fail", "unchecked"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """`found`: what the check found, or why it could not run; `fix`: what to do about it, "" for nothing."""
+
+    name: str
+    state: CheckState
+    found: str
+    fix: str = ""
+
+
+class PairSpeed(NamedTuple):
+    """The link from one rank to another: latency of a small message, and bandwidth for large ones."""
+
+    source: int
+    target: int
+    latency_s: float
+    bytes_per_s: float
+
 
 WIDTH = 110
 
-COLOURS: dict[CheckState, str] = {"ok": "32", "warn": "33", "fail": "1;31", "unchecked": "36"}
+STATE_WIDTH = 9
+
+COLOURS: dict[str, str] = {"ok": "32", "warn": "33", "fail": "1;31", "unchecked": "36"}
 
 
 @dataclass(frozen=True)
 class Report:
-    """One examination of one host; `host` in words, `seconds` that it took."""
+    """All checks of one host. `host` describes it; `seconds`: how long the checks took."""
 
     host: str
     checks: Sequence[Check]
-    pairs: "Sequence[PairSpeed]"
+    pairs: Sequence[PairSpeed]
     seconds: float
 
     @property
@@ -43,18 +66,20 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def as_text(report: Report, colour: bool = False) -> str:
-    """A line or more for each check, the pairs as tables, and a sentence."""
-    name_width = max(len(check.name) for check in report.checks)
-    lines = [report.host, ""]
-    for check in report.checks:
-        lines += _check_lines(check, name_width, colour)
-    if report.pairs:
-        lines += ["", *_pair_tables(report.pairs)]
-    return "\n".join([*lines, "", *textwrap.wrap(sentence(report), WIDTH)])
+    """The checks, the links between ranks as tables, and a sentence. `colour`: states in ANSI colours."""
+    indent = STATE_WIDTH + 4 + max(len(check.name) for check in report.checks)
+    rows = [
+        (check.state.ljust(STATE_WIDTH), check.name, _found(check, WIDTH - indent)) for check in report.checks
+    ]
+    checks = str(Table(("", "", ""), rows))
+    if colour:
+        checks = re.sub(r"^\w+", lambda found: _coloured(found[0]), checks, flags=re.MULTILINE)
+    tables = _pair_tables(report.pairs) if report.pairs else []
+    return "\n\n".join([report.host, checks, *tables, textwrap.fill(sentence(report), WIDTH)])
 
 
 def sentence(report: Report) -> str:
-    """How things stand, and what to do first."""
+    """Whether dinfer can run here, and what to do first."""
     failed, warned, unchecked = (report.having(state) for state in ("fail", "warn", "unchecked"))
     made = len(report.checks) - len(unchecked)
     done = f"{made} check{'' if made == 1 else 's'} in {report.seconds:.0f} s"
@@ -72,30 +97,47 @@ def _names(checks: Sequence[Check]) -> str:
     return f"{', '.join(some)} and {last}" if some else last
 
 
-def _check_lines(check: Check, name_width: int, colour: bool) -> list[str]:
-    state = f"{check.state:<9}"
-    shown = f"\x1b[{COLOURS[check.state]}m{state}\x1b[0m" if colour else state
-    indent = " " * (len(state) + name_width + 4)
-    first, *more = textwrap.wrap(check.found, WIDTH - len(indent), break_on_hyphens=False) or [""]
-    lines = [f"{shown}  {check.name:<{name_width}}  {first}", *(indent + line for line in more)]
-    # A fix is there to be copied: it stays on its line.
-    return [*lines, f"{indent}→ {check.fix}"] if check.fix else lines
+def _found(check: Check, width: int) -> str:
+    """What was found, wrapped, and the fix, which stays on one line so that it can be copied."""
+    found = textwrap.fill(check.found, width, break_on_hyphens=False)
+    return f"{found}\n→ {check.fix}" if check.fix else found
 
 
-def _pair_tables(pairs: "Sequence[PairSpeed]") -> list[str]:
-    """Rank × rank: latency and bandwidth, side by side where there is room."""
+def _coloured(state: str) -> str:
+    return f"\x1b[{COLOURS[state]}m{state}\x1b[0m"
+
+
+def _pair_tables(pairs: Sequence[PairSpeed]) -> list[str]:
+    """Rank × rank: latency and bandwidth."""
     latency = {(p.source, p.target): significant(1e3 * p.latency_s) for p in pairs}
     speed = {(p.source, p.target): significant(p.bytes_per_s / 1e6, 3) for p in pairs}
-    left, right = _table("latency, ms", latency), _table("bandwidth, MB/s", speed)
-    width = max(map(len, left))
-    if width + 6 + max(map(len, right)) > WIDTH:
-        return [*left, "", *right]
-    return [f"{a:<{width}}      {b}".rstrip() for a, b in zip(left, right, strict=True)]
+    return [_pair_table("latency, ms", latency), _pair_table("bandwidth, MB/s", speed)]
 
 
-def _table(title: str, cells: dict[tuple[int, int], str]) -> list[str]:
+def _pair_table(title: str, cells: dict[tuple[int, int], str]) -> str:
     ranks = sorted({rank for pair in cells for rank in pair})
-    rows = [["from \\ to", *(f"rank {rank}" for rank in ranks)]]
-    rows += [[f"rank {a}", *(cells.get((a, b), "–" if a == b else "?") for b in ranks)] for a in ranks]
-    width = max(len(cell) for row in rows for cell in row[1:]) + 2
-    return [title, *(f"{row[0]:<9}" + "".join(f"{cell:>{width}}" for cell in row[1:]) for row in rows)]
+    columns = ["from \\ to", *(f"rank {rank}" for rank in ranks)]
+    rows = [[f"rank {a}", *(cells.get((a, b), "–" if a == b else "?") for b in ranks)] for a in ranks]
+    return f"{title}\n{Table(columns, rows)}"
+
+
+# -- numbers as text
+
+
+def gib(size: float) -> str:
+    """Bytes as text, such as 1.5 GiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def significant(value: float, digits: int = 2) -> str:
+    """A positive number for reading: 0.0123 → 0.012, 1234.5 → 1,234."""
+    decimals = max(0, digits - 1 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:,.{decimals}f}"
+
+
+def rate(bytes_per_s: float) -> str:
+    """Bytes a second as text, such as 1.4 GB/s."""
+    for unit, size in (("GB/s", 1e9), ("MB/s", 1e6)):
+        if bytes_per_s >= size:
+            return f"{significant(bytes_per_s / size)} {unit}"
+    return f"{significant(bytes_per_s / 1e3)} kB/s"

@@ -1,11 +1,11 @@
-"""Python, torch with its backends, and the other packages, against what the installed dinfer asks for."""
+"""Versions of Python, torch and other packages, compared with what the installed dinfer requires."""
 
 import platform
 import re
 from collections.abc import Callable, Sequence
 from importlib import metadata
 
-from dinfer.doctor.check import Check
+from dinfer.doctor.report import Check
 
 SHOWN = ("torch", "transformers", "ipyparallel")
 """packages with a line of their own; the others share one"""
@@ -15,12 +15,12 @@ VersionOf = Callable[[str], str]
 
 
 def version_checks() -> list[Check]:
-    """Python and every package that the metadata of the installed dinfer names, without its extras."""
+    """Python and every package that the metadata of the installed dinfer requires, extras aside."""
     try:
         asked = metadata.requires("dinfer") or []
         python = metadata.metadata("dinfer")["Requires-Python"]
     except metadata.PackageNotFoundError:
-        found = "dinfer is not installed as a package, so what it asks for is not known"
+        found = "dinfer is not installed as a package, so its requirements are unknown"
         return [Check("versions", "unchecked", found, "pip install -e . in dinfer's folder")]
     return [python_check(platform.python_version(), python), *package_checks(asked, metadata.version)]
 
@@ -60,14 +60,14 @@ def _package_check(name: str, wanted: str, version_of: VersionOf) -> Check:
 
 
 def _together(checks: Sequence[Check]) -> list[Check]:
-    """The failures, each by itself, and one line for all that are as they should be."""
+    """One check for each failure, and one for all others."""
     failed = [check for check in checks if check.state == "fail"]
     good = len(checks) - len(failed)
     return [*failed, Check("other packages", "ok", f"{good} more, all as required")] if good else failed
 
 
 def backend_check() -> Check:
-    """Whether torch can be imported, and the backends of torch.distributed that it was built with."""
+    """Whether torch can be imported, and with which backends of torch.distributed it was built."""
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -77,14 +77,16 @@ def backend_check() -> Check:
 
 
 def judge_backends(build: str) -> Check:
-    """`build` is what `torch.__config__.show()` says: only dinfer.transport uses torch.distributed."""
+    """`build`: what `torch.__config__.show()` returns; only dinfer.transport may import torch.distributed."""
     settings = dict(re.findall(r"\bUSE_(GLOO|NCCL|MPI)=(\w+)", build))
-    there = [name.lower() for name in ("GLOO", "NCCL", "MPI") if settings.get(name, "0") in ("1", "ON")]
-    absent = [name for name in ("gloo", "nccl", "mpi") if name not in there]
+    present = [name.lower() for name in ("GLOO", "NCCL", "MPI") if settings.get(name, "0") in ("1", "ON")]
+    absent = [name for name in ("gloo", "nccl", "mpi") if name not in present]
     if "GLOO" not in settings:
-        return Check("backends", "unchecked", "torch does not say which backends it was built with")
-    if "gloo" not in there:
-        found = "this build of torch has no gloo, over which the ranks talk"
+        return Check("backends", "unchecked", "torch does not report which backends it was built with")
+    if "gloo" not in present:
+        found = "this build of torch has no gloo, which the ranks need to communicate"
         return Check("backends", "fail", found, "install a build from pytorch.org: pip install -U torch")
-    missing = f"; not in this build of torch: {', '.join(absent)} (dinfer does without)" if absent else ""
-    return Check("backends", "ok", f"{', '.join(there)}{missing}")
+    missing = (
+        f"; not in this build of torch: {', '.join(absent)} (dinfer does not need them)" if absent else ""
+    )
+    return Check("backends", "ok", f"{', '.join(present)}{missing}")

@@ -1,7 +1,7 @@
-"""Board: where a rank stands, in memory that another process can read.
+"""Board: a rank's positions in memory that another process can read.
 
-Lanes write their positions here as they move (a fraction of a microsecond); the watcher beside the rank reads
-them, also while this process cannot say anything: busy in C code, stopped, or killed. No torch here: the
+Lanes write their positions here as they move (a fraction of a microsecond). The watcher process beside the rank reads
+them even while the rank's own process is busy in C code, stopped or killed. This module must not import torch: the
 watcher imports it.
 """
 
@@ -11,10 +11,10 @@ import tempfile
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-MAX_LANES = 254  # with the recorder's lane for decode, what one byte of an event can name
+MAX_LANES = 254  # and the recorder's lane for decode: an event names its lane in one byte
 
 _MEMORY = MAX_LANES + 1
-"""the first of the words for device memory"""
+"""the first of the three words of device memory"""
 
 BOARD_BYTES = 8 * (_MEMORY + 3)
 
@@ -24,7 +24,7 @@ PHASES: tuple[Phase, ...] = ("starting", "loading", "prefill", "decode", "done")
 
 
 class DeviceMemory(NamedTuple):
-    """Bytes of one GPU: those that a rank's tensors have, those that its torch keeps for tensors, and all of them."""
+    """Bytes of one GPU: allocated by the rank's tensors, reserved by its torch, and the GPU's total."""
 
     allocated: int
     reserved: int
@@ -33,7 +33,8 @@ class DeviceMemory(NamedTuple):
 
 @dataclass(frozen=True)
 class Stand:
-    """Where one rank stands, by lane: ops that have ended, whether the next has begun, how far it may go."""
+    """Where one rank stands, by lane: `positions` (ops that have ended), `started` (the next op has begun),
+    `limits`."""
 
     positions: tuple[int, ...]
     started: tuple[bool, ...]
@@ -45,11 +46,11 @@ class Stand:
 
 
 class Board:
-    """One rank's memory, which may be shared: the writer and each reader wrap it in a Board.
+    """One rank's board over `memory` of BOARD_BYTES bytes, which processes may share; each wraps it in a Board.
 
-    What belongs together is one 64-bit word, written by one store: a reader never sees half of it. (struct.pack_into
-    would not do: it zeroes the bytes first.) Word 0 holds phase and tokens decoded, word n + 1 lane n, and the last
-    three device memory.
+    A lane's values share one 64-bit word that is written by one store, so a reader never sees half an update.
+    (struct.pack_into zeroes the bytes first and would not do.) Word 0 holds phase and decoded tokens, word n + 1 lane
+    n, the last three device memory.
     """
 
     def __init__(self, memory: memoryview | None = None) -> None:
@@ -68,7 +69,7 @@ class Board:
 
     @property
     def device_memory(self) -> DeviceMemory | None:
-        """None for a rank that has no GPU."""
+        """None for a rank without a GPU."""
         found = DeviceMemory(*self._words[_MEMORY:].tolist())
         return found if found.total else None
 
@@ -78,9 +79,11 @@ class Board:
 
     @property
     def decoded(self) -> int:
+        """How many new tokens the rank has decoded."""
         return self._words[0] >> 8
 
     def stand(self, lanes: int) -> Stand:
+        """Where the first `lanes` lanes stand."""
         words = self._words[1 : lanes + 1].tolist()
         return Stand(
             positions=tuple((word & 0xFFFFFFFF) >> 1 for word in words),
@@ -90,7 +93,7 @@ class Board:
 
 
 def anonymous_file(size: int) -> int:
-    """A file descriptor of `size` bytes without a name: gone with the last process that holds it."""
+    """The descriptor of an unnamed file of `size` bytes, which goes with the last process that holds it."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("dinfer")
     else:
@@ -101,5 +104,5 @@ def anonymous_file(size: int) -> int:
 
 
 def map_file(descriptor: int, size: int) -> memoryview:
-    """The file's bytes, shared with every other process that maps it."""
+    """The file's bytes, shared between all processes that map it."""
     return memoryview(mmap.mmap(descriptor, size))

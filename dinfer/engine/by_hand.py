@@ -1,7 +1,7 @@
-"""One rank under its user's hand, in a `%%px` cell: step it, see what it holds.
+"""Results of `engine.step` and `engine.kv`, for one rank that its user steps from a `%%px` cell.
 
-Every rank goes to the same next cut if all make the same call. One that steps alone does what it can and says, past its
-deadline, whom it waits for; called again once the others have moved, it goes on from there.
+If all ranks make the same call, all go to the same next cut. A rank that steps alone runs the ops that it can and, past
+its deadline, names the rank that it waits for; the next call continues from there.
 """
 
 from collections.abc import Sequence
@@ -23,28 +23,31 @@ from dinfer.verdict.words import at_text, waits_for_text
 
 @dataclass(frozen=True)
 class Steps:
-    """What one call of `engine.step` did on one rank: `lines`, one an op; `waits`: for whom, if it is not through."""
+    """What one `engine.step` did on one rank.
+
+    `lines`: one for each op that ended; `blocked_on`: which rank the step waits for, empty if it has ended; `edited`:
+    what the user had edited before it.
+    """
 
     rank: int
     unit: Unit
     lines: tuple[str, ...]
-    waits: str = ""
+    blocked_on: str = ""
     edited: tuple[str, ...] = field(default=())
 
     def __repr__(self) -> str:
-        head = f"rank {self.rank}: {self.waits}" if not self.waits.startswith("rank") else self.waits
-        if not self.waits:
-            head = f"rank {self.rank}: one {self.unit}, {len(self.lines)} ops"
+        head = f"rank {self.rank}: {self.blocked_on or f'one {self.unit}, {len(self.lines)} ops'}"
+        if self.blocked_on.startswith("rank"):
+            head = self.blocked_on
         edited = [f"  edited by hand: {', '.join(self.edited)}"] if self.edited else []
         return "\n".join([head, *(f"  {line}" for line in self.lines), *edited])
 
 
 @dataclass(frozen=True)
 class LayerKV:
-    """K and V of one layer on one rank, views of the cache: writing to them changes the cache.
+    """K and V of one layer on one rank, as views: writing to them edits the cache.
 
-    `k` and `v` are [kv_heads, tokens, head_dim]; `chunks` are those that are here, in order from chunk 0, and `tokens`
-    is how many tokens they hold.
+    `k` and `v` are [kv_heads, tokens, head_dim]; `chunks` are those that the rank holds, from chunk 0 without a gap.
     """
 
     rank: int
@@ -55,6 +58,7 @@ class LayerKV:
 
     @property
     def tokens(self) -> int:
+        """How many tokens the chunks hold."""
         return self.k.shape[1]
 
     def __repr__(self) -> str:
@@ -71,7 +75,7 @@ def ops_between(executor: LaneExecutor, before: tuple[int, ...], after: tuple[in
 
 
 def op_lines(state: Prefill, ops: list[Op]) -> tuple[str, ...]:
-    """Each op, with shape and statistics of what it has left here."""
+    """One line an op, with shape and statistics of the tensors that it made here."""
     lines = []
     for op in ops:
         made = "; ".join(f"{name} {statistics(tensor)}" for name, tensor in made_by(state, op))
@@ -80,7 +84,8 @@ def op_lines(state: Prefill, ops: list[Op]) -> tuple[str, ...]:
 
 
 def layer_kv(executor: LaneExecutor, layer: int) -> LayerKV:
-    """What the rank holds of a layer: the chunks that are here without a gap. Raises PlanError for no such layer."""
+    """K and V of the chunks that the rank holds of a layer, from chunk 0 to the first gap. Raises PlanError for an
+    unknown layer."""
     state, shape = executor.state, executor.plan.shape
     within("layer", layer, shape.layers)
     chunks = list[int]()
@@ -95,11 +100,14 @@ def layer_kv(executor: LaneExecutor, layer: int) -> LayerKV:
     )
 
 
-def waits_text(plan: Plan, rank: int, stands: Sequence[Stand | None]) -> str:
-    """For example `rank 1 waits for hidden c0 before layer 2 from rank 0, which stands at c0 l1`."""
+def blocked_on_text(plan: Plan, rank: int, stands: Sequence[Stand | None]) -> str:
+    """For example `rank 1 waits for hidden c0 before layer 2 from rank 0, which stands at c0 l1`.
+
+    `stands`: where each rank stands, by rank, None where unknown.
+    """
     mine = stands[rank]
     if mine is None:
-        return f"rank {rank} has not said where it stands"
+        return f"rank {rank}: position unknown"
     open_ops = [
         (lane.ops[position], started)
         for lane, position, started, limit in zip(
@@ -114,7 +122,7 @@ def waits_text(plan: Plan, rank: int, stands: Sequence[Stand | None]) -> str:
 
 
 def _urgency(pair: tuple[Op, bool]) -> tuple[bool, bool, bool]:
-    """What holds up the most comes first: a transfer under way, of a hidden state, to be received."""
+    """Sorts what blocks most first: a transfer under way, of a hidden state, to be received."""
     op, started = pair
     return (not (started and op.is_transfer), op.what == "kv", op.kind != "recv")
 
@@ -126,4 +134,4 @@ def _waits_for(plan: Plan, op: Op, stands: Sequence[Stand | None]) -> str:
 
 
 def _busy(op: Op, started: bool) -> str:
-    return f"is in `{op}`" if started else f"has what it needs for all but `{op}`"
+    return f"is in `{op}`" if started else f"cannot start `{op}` yet"

@@ -1,49 +1,54 @@
-"""Engine: one rank with its model, as the user meets it under `%%px`.
+"""Engine: one rank with its model, as the user sees it under `%%px`.
 
-All ranks make the same calls, but for `forward_single_layer`, which is this rank's alone.
+All ranks must make the same calls, except for `forward_single_layer`, which needs no other rank.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from dinfer.config import Config
-from dinfer.engine.admission import as_issued, capacity, check_length, check_plan, execution
 from dinfer.engine.board import Board
 from dinfer.engine.by_hand import LayerKV, Steps, layer_kv
 from dinfer.engine.conditions import Hit
-from dinfer.engine.corruption import Alarm, Tell
+from dinfer.engine.corruption import Alarm, CorruptionCallback, recheck
 from dinfer.engine.decoding import Decoding, cache_of
 from dinfer.engine.lanes import LaneExecutor
 from dinfer.engine.prefill import Prefill
 from dinfer.engine.prompt import Prompt, Stands, recorder_for
-from dinfer.engine.recheck import recheck
+from dinfer.engine.streams import StreamExecutor
 from dinfer.engine.sync_layer import agree, sync_block
+from dinfer.engine.threads import ThreadExecutor
 from dinfer.errors import NotPossible
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
+from dinfer.model.errors import ModelError
 from dinfer.model.sampling import Sampler, Sampling
 from dinfer.model.text import encode, load_tokenizer
 from dinfer.plan.cut import Unit
-from dinfer.plan.ops import Op
-from dinfer.plan.partition import Shape, partition
+from dinfer.plan.lower import lower
+from dinfer.plan.ops import Op, PlanError
+from dinfer.plan.partition import Shape, check_same_prefill, partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
+from dinfer.plan.verify import verify
 from dinfer.trace.events import Event
 from dinfer.trace.recorder import Recorder
 from dinfer.transport.deadline import Deadline, StillWaiting
 from dinfer.transport.gate import FreeGate, Gate
 from dinfer.transport.gloo import Comm
+from dinfer.transport.streams import StreamComm
 
 KV = tuple[Tensor, Tensor]
 """K and V, each [1, kv_heads, tokens, head_dim]"""
 
 
 class PrefillResult(NamedTuple):
-    """`hidden_states`: the normed hidden state of the prompt's last token, [1, 1, hidden_size]; `kv_caches`:
-    K and V of every layer, each [1, kv_heads, tokens, head_dim], views of this rank's cache.
+    """What `prefill_phase` returns and `decode_phase` takes.
+
+    `hidden_states`: the normed hidden state of the prompt's last token, [1, 1, hidden_size]; `kv_caches`: K and V of
+    every layer, each [1, kv_heads, tokens, head_dim], views of this rank's cache.
     """
 
     hidden_states: Tensor
@@ -51,11 +56,12 @@ class PrefillResult(NamedTuple):
 
 
 class Engine:
-    """One rank. Raises PlanError or ModelError for what cannot be run, before anything is sent.
+    """One rank. Raises PlanError or ModelError for a prompt or plan that cannot run, before anything is sent.
 
-    `memory` holds recorder records that another process may read; by default each prompt gets memory of its
-    own. `deadline` bounds calls that wait for other ranks, in seconds: in a notebook, where some ranks may never make
-    the call. `on_hit` and `others` are `Prompt`'s; `on_corrupt` is told of blocks whose bytes have changed.
+    `memory`: shared memory for the recorder; by default each prompt gets its own. `deadline`: seconds after which a
+    call that waits for other ranks raises StillWaiting, for notebooks, where some ranks may never make the call.
+    `on_op(event, op)` is called for every op that has ended, `on_hit` for a breakpoint's condition that holds, and
+    `on_corrupt` for a block whose bytes changed. `all_stands()` returns where each rank stands, None where unknown.
     """
 
     def __init__(
@@ -70,13 +76,13 @@ class Engine:
         on_op: Callable[[Event, Op], None] | None = None,
         deadline: float | None = None,
         on_hit: Hit | None = None,
-        others: Callable[[], Stands] | None = None,
-        on_corrupt: Tell | None = None,
+        all_stands: Callable[[], Stands] | None = None,
+        on_corrupt: CorruptionCallback | None = None,
     ) -> None:
         self.decoder, self.comm, self.config = decoder, comm, config
         self.rank, self.world_size = comm.rank, comm.world_size
         self.gate, self.board = gate or FreeGate(), board or Board()
-        self._memory, self._on_op, self._on_hit, self._others = memory, on_op, on_hit, others
+        self._memory, self._on_op, self._on_hit, self._all_stands = memory, on_op, on_hit, all_stands
         self._deadline = Deadline(comm.rank, deadline)
         self._alarm, self.check_s = Alarm(config.on_corruption, on_corrupt), 0.0
         self._prompt: Prompt | None = None
@@ -88,23 +94,28 @@ class Engine:
     # -- one prompt
 
     def plan_for(self, tokens: int) -> Plan:
-        """The plan for a prompt of that many tokens, by this engine's config."""
-        plan = build(self._shape(tokens), self.config.schedule, self.config.sync_strategy)
-        return as_issued(plan, self.config.backend)
+        """The plan that this engine's config makes for a prompt of that many tokens, lowered for NCCL."""
+        return self._lowered(build(self._shape(tokens), self.config.schedule, self.config.sync_strategy))
 
     def prepare(self, ids: Sequence[int], *, plan: Plan | None = None) -> LaneExecutor:
-        """Make a prompt ready: its plan, verified, its KV cache, and lanes that wait at limit 0.
+        """Prepare a prompt: a verified plan, a KV cache, and lanes that wait at limit 0. Releases the previous prompt.
 
-        The prompt before it is given up, unless this one is refused. Raises PlanError or ModelError, and
-        RuntimeError where the one before cannot be given up.
+        Raises ModelError for a prompt that is too long, PlanError for a plan of another prefill or one that can hang
+        (unless config.unsafe), both before the previous prompt is released; NotPossible if that cannot be released.
         """
-        check_length(self.decoder, len(ids))
-        plan = as_issued(plan, self.config.backend) if plan else self.plan_for(len(ids))
-        check_plan(plan, self._shape(len(ids)), unsafe=self.config.unsafe)
+        if len(ids) > self.decoder.max_positions:
+            raise ModelError(
+                f"the prompt has {len(ids)} tokens; this model has {self.decoder.max_positions} positions: shorten it."
+            )
+        plan = self._lowered(plan) if plan else self.plan_for(len(ids))
+        check_same_prefill(plan.shape, self._shape(len(ids)))
+        verdict = verify(plan)
+        if not verdict.proved and not self.config.unsafe:
+            raise PlanError(f"{verdict}. Nothing was run; unsafe=True would run it all the same.")
         if not self.release():
             raise NotPossible(
-                f"rank {self.rank} still has lanes of the prompt before this one blocked in a transfer: "
-                "they would take this one's messages."
+                f"rank {self.rank}: lanes of the previous prompt are still blocked in a transfer and would take this "
+                "prompt's messages."
             )
         self.ids = list(ids)
         self.cache = self.decoder.new_cache(self._capacity(len(ids)))
@@ -113,15 +124,14 @@ class Engine:
         )
         self.recorder = recorder_for(plan, self.rank, self.config.max_new_tokens, self._memory)
         self._prompt = Prompt(
-            plan, state, partial(self._execute, plan, state, self.recorder),
-            on_op=self._on_op, on_hit=self._on_hit, others=self._others,
-        )  # fmt: skip
+            state, self._executor, on_op=self._on_op, on_hit=self._on_hit, all_stands=self._all_stands
+        )
         self._prompt.executor.start()
         return self._prompt.executor
 
     @property
     def prompt(self) -> Prompt:
-        """The current prompt. Raises RuntimeError before there is one."""
+        """The current prompt. Raises NotPossible before the first one."""
         if self._prompt is None:
             raise NotPossible(
                 "there is no prompt yet: call prefill_phase(prompt), or prepare(ids), on all ranks."
@@ -130,31 +140,30 @@ class Engine:
 
     @property
     def executor(self) -> LaneExecutor:
-        """The lanes of the current prompt. Raises RuntimeError before there is one."""
+        """What runs the lanes of the current prompt. Raises NotPossible before the first one."""
         return self.prompt.executor
 
     def prefill_phase(self, prompt: str | Sequence[int] | None = None) -> PrefillResult:
-        """Run the prompt through all stages, and all its blocks to every rank.
+        """Run the prompt through all stages and send all its blocks to every rank. All ranks must call it.
 
-        `prompt` is text or token ids; None: the one prepared.
-
-        All ranks must call it. Raises OpFailed if this rank cannot go on.
+        `prompt` is text or token ids; None: the prepared prompt. Raises OpFailed if an op of this rank fails,
+        StillWaiting if no op ends for `deadline` seconds, and what `prepare` raises.
         """
         if prompt is not None:
             self.prepare(self.encode(prompt))
         executor = self.executor
-        self.prompt.enter_edits()
+        self.prompt.detect_edits()
         self.board.set_phase("prefill")
         before = None
         while not executor.run_to_end(self._deadline.seconds):
             if before == (before := executor.stand()):
                 raise StillWaiting(
-                    f"{self.prompt.waits()}; there was no progress for {self._deadline.seconds:g} s. "
+                    f"{self.prompt.blocked_on()}; there was no progress for {self._deadline.seconds:g} s. "
                     "Call prefill_phase on the other ranks too, then prefill_phase() here to go on."
                 )
         if executor.state.final is None:
             raise NotPossible(
-                f"the plan has ended, but gives rank {self.rank} no final state to decode from."
+                f"the plan has ended, but rank {self.rank} has no final hidden state to decode from."
             )
         return PrefillResult(executor.state.final, self.kv_caches(len(self.ids)))
 
@@ -164,7 +173,10 @@ class Engine:
         kv_caches: Sequence[KV] | None = None,
         max_new_tokens: int | None = None,
     ) -> Decoding:
-        """What `decode_phase` steps through; it has room for `max_new_tokens` (default: the config's)."""
+        """A decode that has yet to take its first step, with a cache for `max_new_tokens` (default: the config's).
+
+        Takes `hidden_states` and `kv_caches` as `decode_phase` does. Raises NotPossible before a finished prefill.
+        """
         final = self.executor.state.final if hidden_states is None else hidden_states
         unfinished = self._prompt is not None and not self._prompt.executor.is_done()
         if final is None or (kv_caches is None and (self.cache is None or unfinished)):
@@ -173,7 +185,7 @@ class Engine:
         config = self.config
         if kv_caches is None:
             tokens = len(self.ids)
-            cache = self.make_room(self._capacity(tokens, max_new_tokens))
+            cache = self.grow_cache(self._capacity(tokens, max_new_tokens))
         else:
             tokens = kv_caches[0][0].shape[2] if kv_caches else 0
             cache = cache_of(self.decoder, kv_caches, self._capacity(tokens, max_new_tokens))
@@ -183,23 +195,25 @@ class Engine:
         return Decoding(self.decoder, cache, tokens, final, sampler, self.comm, self.recorder, shape, state)
 
     def recheck(self) -> None:
-        """Look whether all rows of the prompt are still what was computed here or came, in `check_s` seconds. All ranks
-        must call it. Raises Corrupted, on all ranks alike, unless on_corruption is "record"."""
+        """Compare all of the prompt's KV rows with their digests; sets `check_s`, seconds. All ranks must call it.
+
+        Raises Corrupted on all ranks if a row changed on any, unless on_corruption is "record".
+        """
         if self._prompt is not None and self.recorder is not None:
             self.check_s = recheck(self._prompt.state, self.recorder, self.comm)
 
     def extend(self, decoding: Decoding, max_new_tokens: int) -> None:
-        """Give a decoding of this engine's prompt room for that many new tokens in all."""
-        decoding.cache = self.make_room(self._capacity(len(self.ids), max_new_tokens))
+        """Grow the cache of a decode of this prompt to `max_new_tokens` new tokens in all."""
+        decoding.cache = self.grow_cache(self._capacity(len(self.ids), max_new_tokens))
 
-    def make_room(self, capacity: int) -> KVCache:
-        """The prompt's cache, moved to a larger one if it has less than that many rows."""
+    def grow_cache(self, capacity: int) -> KVCache:
+        """The prompt's cache, copied into a larger one if it has fewer than `capacity` rows."""
         assert self.cache is not None
         if self.cache.capacity < capacity:
             self.cache = self.cache.moved(capacity, self.cache.capacity)
             if self._prompt is not None:
                 self._prompt.state.cache = self.cache
-                self._prompt.edits.note_all()
+                self._prompt.edits.accept_all()
         return self.cache
 
     def decode_phase(
@@ -209,14 +223,15 @@ class Engine:
         max_new_tokens: int | None = None,
         on_token: Callable[[int], None] | None = None,
     ) -> list[int]:
-        """New tokens, the same on every rank; all ranks must call it. Raises TokensDiffer if they are not.
+        """Decode; returns the new token ids, the same on every rank. All ranks must call it.
 
-        `hidden_states` [1, 1, hidden_size] and `kv_caches` are what `prefill_phase` returned, on any engine;
-        by default this engine's own. Fewer than `max_new_tokens` come where the text ends or the model's
-        positions do. Of this engine's own KV all rows are checked first, as by `recheck`.
+        `hidden_states` [1, 1, hidden_size] and `kv_caches` are what `prefill_phase` returned on any engine; by default
+        this engine's own, whose rows `recheck` checks first. Stops before `max_new_tokens` where the text or the
+        model's positions end. Raises TokensDiffer, NotANumber or Corrupted on all ranks, StillWaiting past the
+        deadline.
         """
         if self._prompt is not None:
-            self._prompt.enter_edits()
+            self._prompt.detect_edits()
         decoding = self.decoding(hidden_states, kv_caches, max_new_tokens)
 
         def decode() -> list[int]:
@@ -228,7 +243,7 @@ class Engine:
                 if on_token:
                     on_token(token)
             if self._prompt is not None:
-                self._prompt.edits.note_all()
+                self._prompt.edits.accept_all()
             return decoding.tokens
 
         tokens: list[int] = self._deadline.run("decode_phase", decode)
@@ -237,23 +252,26 @@ class Engine:
     # -- by hand
 
     def step(self, unit: Unit = "wave", timeout: float = 5.0) -> Steps:
-        """Go on by one unit: on all ranks by the same call, or on this one as far as it gets alone.
+        """Step by one unit: call it on all ranks, or on this one to run as far as it can alone.
 
-        Returns after at most `timeout` seconds; what was not reached by then is named, and goes on with the next call.
+        Returns after at most `timeout` seconds. If the step has not ended, the result names the rank that it waits for,
+        and the next call continues it.
         """
         return self.prompt.step(unit, timeout)
 
     def where(self) -> str:
-        """Where this rank stands, or whom it waits for."""
-        return self.prompt.waits()
+        """Where this rank stands, or which rank it waits for."""
+        return self.prompt.blocked_on()
 
     def kv(self, layer: int) -> LayerKV:
-        """What this rank holds of a layer's KV, as views that may be written to. Raises ValueError."""
+        """K and V of a layer as far as this rank holds them, as views: writing to them edits the cache. Raises
+        PlanError for an unknown layer."""
         return layer_kv(self.executor, layer)
 
     @property
     def hidden(self) -> dict[tuple[int, int], Tensor]:
-        """Hidden states at hand: [chunk, layer] → [1, tokens, hidden_size] before that layer. May be replaced."""
+        """The hidden states that this rank holds: (chunk, layer) → [1, tokens, hidden_size] before that layer. Assign
+        to edit."""
         return self.executor.state.hidden
 
     # -- one layer
@@ -266,11 +284,11 @@ class Engine:
         position: int | None = None,
         cache: KVCache | None = None,
     ) -> dict[str, Any]:
-        """Run one layer on this rank alone; no communication.
+        """Run one layer on this rank alone, without communication.
 
-        `hidden_states` [1, tokens, hidden_size] are the tokens from `position` on (default: the start of
-        `chunk`). K and V go into `cache` (default: the prompt's). Returns `hidden_states` (same shape),
-        `kv_cache` (K and V of these tokens, each [1, kv_heads, tokens, head_dim]), `layer_idx`, `position`.
+        `hidden_states` [1, tokens, hidden_size] are the tokens from `position` on (default: the start of `self.chunk`).
+        Writes K and V into `cache` (default: the prompt's). Returns a dict of `hidden_states` (same shape), `kv_cache`
+        (K and V of these tokens, each [1, kv_heads, tokens, head_dim]), `layer_idx` and `position`. Raises ModelError.
         """
         tokens = hidden_states.shape[1]
         start = self._chunk_start() if position is None else position
@@ -280,13 +298,11 @@ class Engine:
         return {"layer_idx": layer_idx, "position": start, "hidden_states": output, "kv_cache": kv}
 
     def sync_single_layer_cache(self, layer_idx: int, kv_cache: KV | None = None) -> KV:
-        """Give K and V of one layer for the current chunk to every rank.
+        """Send K and V of one layer for the current chunk (`self.chunk`) from its owner to every rank.
 
-        All ranks must call it, while no lane runs.
-
-        The layer's owner passes `kv_cache`, K and V, each [1, kv_heads, tokens, head_dim]; the others pass
-        None. All get the pair; where a prompt is prepared it is also written to its cache. Raises ValueError,
-        the same on every rank and before anything is sent, if these calls do not fit together.
+        All ranks must call it, while no lane runs. The owner passes `kv_cache`, K and V, each [1, kv_heads, tokens,
+        head_dim]; the others pass None. Returns the pair on every rank, and writes it to the cache of a prepared
+        prompt. Raises ValueError, the same on every rank and before anything is sent, if the ranks' calls do not match.
         """
         k, v = self._deadline.run(
             f"sync_single_layer_cache({layer_idx}, …)", lambda: self._sync(layer_idx, kv_cache)
@@ -302,28 +318,36 @@ class Engine:
             self.cache.write(layer_idx, self._chunk_start(), k, v)
         return k, v
 
-    # -- the rest
+    # -- helpers
 
-    def _execute(
-        self, plan: Plan, state: Prefill, recorder: Recorder, on_op: Callable[[Event, Op], None]
-    ) -> LaneExecutor:
-        return execution(self.config.backend, plan, state, self.comm, self.gate, recorder, self.board, on_op)
+    def _lowered(self, plan: Plan) -> Plan:
+        """The plan as the backend can run it: lowered for NCCL."""
+        return lower(plan) if self.config.backend == "nccl" and not plan.is_lowered else plan
+
+    def _executor(self, state: Prefill, on_op: Callable[[Event, Op], None]) -> LaneExecutor:
+        assert self.recorder is not None
+        comm, gate, recorder, board = self.comm, self.gate, self.recorder, self.board
+        if self.config.backend != "nccl":
+            return ThreadExecutor(state, comm, gate, recorder, board, on_op)
+        assert isinstance(comm, StreamComm), "NCCL needs a transport with streams"
+        streams = comm.open_streams(self.decoder.device)
+        return StreamExecutor(state, comm, gate, recorder, board, on_op, streams=streams)
 
     def kv_caches(self, tokens: int) -> list[KV]:
-        """K and V of every layer for the first `tokens` tokens; views of this rank's cache."""
+        """K and V of every layer for the first `tokens` tokens, each [1, kv_heads, tokens, head_dim]: views."""
         assert self.cache is not None
         return [(self.cache.k(n, tokens), self.cache.v(n, tokens)) for n in range(self.cache.layers)]
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids of a prompt; ids pass as they are. Raises ModelError."""
+        """The token ids of a text; a list of ids is returned as it is. Raises ModelError without a tokenizer."""
         if isinstance(prompt, str):
             return encode(load_tokenizer(self.decoder.spec.path), prompt, self.config.chat)
         return list(prompt)
 
     def release(self) -> bool:
-        """Give up the current prompt, with its KV; whether all its lanes ended. If not, it may be tried again."""
+        """Release the current prompt and its KV. Returns False if a lane is still blocked: call it again later."""
         if self._prompt is not None and self._prompt.executor.close():
-            self._prompt.state.give_up()
+            self._prompt.state.free()
             self._prompt = self.cache = None
         return self._prompt is None
 
@@ -340,5 +364,8 @@ class Engine:
         return self.chunk * self.config.chunk_size
 
     def _capacity(self, tokens: int, max_new_tokens: int | None = None) -> int:
+        """The rows of a cache for a prompt and its new tokens, limited by the model's positions; faults may add
+        rows."""
         faults = self._prompt.state.faults if self._prompt else None
-        return capacity(self.decoder, tokens, max_new_tokens or self.config.max_new_tokens, faults)
+        new = (max_new_tokens or self.config.max_new_tokens) * (2 if faults and faults.repeats else 1)
+        return min(tokens + new, self.decoder.max_positions) + (faults.extra_rows if faults else 0)

@@ -1,7 +1,7 @@
-"""Faults: those armed on one rank, and the moments at which they strike.
+"""Faults armed on one rank: when each strikes, and what it does to a block.
 
-What a kind does to a block is breakage's. Three happen otherwise: rows appended twice move what is behind them, wrong
-positions are given to the layer itself, and a repeated row is made in decode.
+BREAKS has the kinds that change a block in place. `Faults` handles the other three: `append_twice` moves the rows
+behind it, `positions` runs the layer with wrong positions, and `repeat_row` strikes in decode.
 """
 
 import random
@@ -22,8 +22,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Scene(NamedTuple):
-    """`block` [tokens, 2, kv_heads, head_dim]; `row`: where the fault's token is in it; `before`: the block of the
-    chunk before, where there is one."""
+    """What a fault strikes: `block` [tokens, 2, kv_heads, head_dim]; `row`: the row of its token; `before`: the block
+    of the previous chunk, if there is one."""
 
     block: Tensor
     row: int
@@ -31,7 +31,7 @@ class Scene(NamedTuple):
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The same memory as integers."""
+    """The same memory viewed as integers."""
     return tensor.view(_INTEGERS[tensor.element_size()])
 
 
@@ -41,7 +41,7 @@ def differing(one: Tensor, other: Tensor) -> int:
 
 
 def order_of(tokens: int, seed: int) -> list[int]:
-    """Which token takes each one's place: drawn, and never all their own."""
+    """A random order of `tokens` rows, drawn with `seed`; never the identity."""
     drawn = random.Random(seed).sample(range(tokens), tokens)
     return drawn if drawn != sorted(drawn) else drawn[1:] + drawn[:1]
 
@@ -101,16 +101,16 @@ BREAKS: dict[str, Callable[[Fault, Scene], None]] = {
     "head_shift": _head_shift,
     "cast": _cast,
 }
-"""the kinds that change a block where it lies; `Faults` handles the others"""
+"""the kinds that change a block in place"""
 
 
 def _part(fault: Fault, block: Tensor) -> Tensor:
-    """K or V of it, or both: [tokens, 1 or 2, kv_heads, head_dim]."""
+    """K or V of the block, or both: [tokens, 1 or 2, kv_heads, head_dim]."""
     return block[:, {"K": slice(0, 1), "V": slice(1, 2), None: slice(0, 2)}[fault.tensor]]
 
 
 class Strike(NamedTuple):
-    """Fault `number` has struck: how many values it has changed, and in words."""
+    """Fault `number` has struck: how many values changed, and a text for the user."""
 
     number: int
     changed: int
@@ -118,7 +118,7 @@ class Strike(NamedTuple):
 
 
 class Appended(NamedTuple):
-    """Rows of a layer that are there twice: `rows` of them from `start` on were put in by fault `number`."""
+    """Fault `number` inserted `rows` duplicate rows into a layer at row `start`."""
 
     number: int
     layer: int
@@ -130,7 +130,7 @@ OnStrike = Callable[[Strike], None]
 
 
 class PrefillState(Protocol):
-    """What faults touch of a prompt's state on one rank; `extra`: rows beyond the plan's, by layer."""
+    """What faults use of a prompt's state on one rank (`Prefill`); `extra`: rows beyond the plan's, by layer."""
 
     rank: int
     cache: KVCache
@@ -142,29 +142,33 @@ class PrefillState(Protocol):
 
 
 class Faults:
-    """Those armed on one rank. Called by the ops that make a block, on the lanes' threads, with the block's place in
-    the cache, [tokens, 2, kv_heads, head_dim]. `ops`: all of this rank."""
+    """The faults armed on one rank. `ops`: all ops of this rank.
+
+    Ops call it on their lanes' threads with the block that they made, a view of the cache, [tokens, 2, kv_heads,
+    head_dim].
+    """
 
     def __init__(self, state: PrefillState, ops: Iterable[Op]) -> None:
         self._state = state
         self._armed: tuple[Fault, ...] = ()
-        self._tell: OnStrike = lambda _: None
+        self._on_strike: OnStrike = lambda _: None
         self._struck: set[int] = set()
         self._appended: list[Appended] = []
         self._right: dict[tuple[int, int], Tensor] = {}
-        """blocks that a layer op has made with the right positions, to be compared with the wrong ones"""
+        """blocks that a layer op made with the right positions, to compare with those of the wrong ones"""
         self._left = _by_layer(ops)
+        """how many ops have yet to read or write each layer's blocks"""
         self._lock = threading.Lock()
 
-    # -- from the session
+    # -- called by the session
 
-    def arm(self, faults: Sequence[Fault], tell: OnStrike) -> None:
-        """Have these, and no others, strike; `tell` learns of each strike, on any thread."""
-        self._tell = tell
+    def arm(self, faults: Sequence[Fault], on_strike: OnStrike) -> None:
+        """Arm these faults and disarm all others. `on_strike` is called for each strike, on any thread."""
+        self._on_strike = on_strike
         self._armed = tuple(one for one in faults if one.rank in (None, self._state.rank))
 
-    def strike_what_is_here(self, holds: Callable[[int, int], bool]) -> None:
-        """Those in memory, of blocks that are here already (`holds(chunk, layer)`): on a rank that stands."""
+    def strike_existing(self, holds: Callable[[int, int], bool]) -> None:
+        """Let memory faults strike blocks that the rank holds already, by `holds(chunk, layer)`. No lane may run."""
         for one in self._armed:
             if one.where != "memory" or one.number in self._struck:
                 continue
@@ -174,8 +178,8 @@ class Faults:
                 self._strike(one, self._rows(one.chunk, one.layer))
 
     @property
-    def room(self) -> int:
-        """How many rows more than its tokens some layer holds, or will."""
+    def extra_rows(self) -> int:
+        """The most rows that faults have added, or will add, to one layer."""
         here = Counter[int]()
         for appended in self._appended:
             here[appended.layer] += appended.rows
@@ -184,24 +188,24 @@ class Faults:
                 here[one.layer] += len(self._state.rows(one.chunk))
         return max(here.values(), default=0)
 
-    # -- from the ops
+    # -- called by the ops
 
     def computed(self, op: Op, block: Tensor) -> None:
-        """The layer op has written its block, and nobody has looked at it."""
+        """A layer op has written its block; its digests are not taken yet."""
         self._strike_all("compute", op, block)
 
     def on_wire(self, op: Op, block: Tensor) -> None:
-        """The recv has written its block, and nobody has looked at it."""
+        """A recv has written its block; its digests are not taken yet."""
         self._strike_all("wire", op, block)
 
     def in_memory(self, op: Op, block: Tensor) -> None:
-        """The block is here and its digests are taken."""
+        """The rank holds the block and its digests are taken."""
         self._strike_all("memory", op, block)
 
     def ended(self, op: Op) -> bool:
-        """An op is through; whether rows of its layer have moved since.
+        """An op has ended. Appends duplicate rows to its layer if a fault is due there; returns whether it did.
 
-        They do once no op of this rank will read or write that layer any more: what is sent is what was made.
+        It is due once no op of this rank reads or writes that layer any more, so what is sent stays intact.
         """
         if not _is_of_kv(op):
             return False
@@ -216,15 +220,15 @@ class Faults:
         return bool(due)
 
     def shift(self, chunk: int, layer: int) -> int:
-        """By how much the positions are wrong that the layer is given."""
+        """The offset of the positions with which the layer is to run; 0 without such a fault."""
         return int(any(one.kind == "positions" and one.is_at(chunk, layer) for one in self._armed))
 
     def note_right(self, chunk: int, layer: int, block: Tensor) -> None:
-        """What the layer makes of the right positions."""
+        """Keep the block that the layer makes with the right positions."""
         self._right[chunk, layer] = block.clone()
 
     def rewound(self, holds: Callable[[int, int], bool], todo: Iterable[Op]) -> None:
-        """The rank has gone back, `todo` is ahead of it: what strikes blocks made anew will strike again."""
+        """The rank has gone back and `todo` is ahead of it: faults of blocks that are made again strike again."""
         self._left = _by_layer(todo)
         for appended in self._appended[::-1]:
             if self._left[appended.layer]:
@@ -237,15 +241,15 @@ class Faults:
             and (one.number in here if one.kind == "append_twice" else holds(one.chunk, one.layer))
         }
 
-    # -- from decode
+    # -- called in decode
 
     @property
     def repeats(self) -> bool:
-        """Whether each new row is appended twice."""
+        """Whether a repeat_row fault is armed: each new row is appended twice."""
         return any(one.kind == "repeat_row" for one in self._armed)
 
     def new_row(self, row: int) -> int:
-        """Decode has written a new row at `row` of every layer; how many rows that are."""
+        """Decode has written a new row at `row` of every layer. Returns how many rows it counts for: 2 if repeated."""
         found = [one for one in self._armed if one.kind == "repeat_row"]
         if not found:
             return 1
@@ -257,10 +261,12 @@ class Faults:
             rows[1] = rows[0]
         for one in found:
             if one.number not in self._struck:
-                self._say(one, changed, f"row {row} of every layer is there twice, and so is each after it")
+                self._report(
+                    one, changed, f"row {row} of every layer is there twice, and so is each after it"
+                )
         return 2
 
-    # -- within
+    # -- helpers
 
     def _strike_all(self, where: str, op: Op, block: Tensor) -> None:
         for one in self._armed:
@@ -277,10 +283,10 @@ class Faults:
             stale = self._rows(fault.chunk - 1, fault.layer) if fault.chunk else None
             BREAKS[fault.kind](fault, Scene(block, row, stale))
         changed = differing(before, block)
-        self._say(fault, changed, f"{changed:,} of {block.numel():,} values changed")
+        self._report(fault, changed, f"{changed:,} of {block.numel():,} values changed")
 
     def _append_where_due(self, fault: Fault) -> None:
-        """Rows of the block again, right behind it; all that was there moves back."""
+        """Insert the block's rows a second time right behind it, if no op needs the layer any more."""
         if self._left[fault.layer]:
             return
         rows = len(self._state.rows(fault.chunk))
@@ -293,9 +299,10 @@ class Faults:
         extra = self._state.extra[fault.layer] = self._state.extra.get(fault.layer, 0) + rows
         held = self._state.plan.shape.tokens + extra
         found = f"rank {self._state.rank} now holds {held} rows of the prompt in layer {fault.layer}"
-        self._say(fault, differing(before, buffer), found)
+        self._report(fault, differing(before, buffer), found)
 
     def _take_out(self, appended: Appended) -> None:
+        """Undo an append_twice."""
         buffer = self._state.cache.tensor(appended.layer)
         buffer[appended.start : -appended.rows] = buffer[appended.start + appended.rows :].clone()
         self._appended.remove(appended)
@@ -304,7 +311,7 @@ class Faults:
             del self._state.extra[appended.layer]
 
     def _rows(self, chunk: int, layer: int) -> Tensor:
-        """The block where it lies now, behind rows that were appended before it."""
+        """The block where it lies now, behind rows inserted before it."""
         stop = self._stop(chunk, layer)
         return self._state.cache.block(layer, stop - len(self._state.rows(chunk)), stop)
 
@@ -315,9 +322,9 @@ class Faults:
                 stop += one.rows
         return stop
 
-    def _say(self, fault: Fault, changed: int, found: str) -> None:
+    def _report(self, fault: Fault, changed: int, found: str) -> None:
         self._struck.add(fault.number)
-        self._tell(Strike(fault.number, changed, found if changed else "struck, but changed no byte"))
+        self._on_strike(Strike(fault.number, changed, found if changed else "struck, but changed no byte"))
 
 
 def _is_of_kv(op: Op) -> bool:

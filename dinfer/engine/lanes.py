@@ -1,7 +1,7 @@
-"""Execution: what every way to run one rank's part of a plan has in common, and what its users may ask of it.
+"""The base class of what runs one rank's lanes: positions and limits, values made, events, failure.
 
-Positions and limits of lanes, what has been made, events, failure. How ops are started is decided by those who
-build on it: lanes as threads (executor), or one lane issued to streams (issuer).
+The subclasses decide how ops start: `threads` runs each lane on a thread of its own, `streams` issues one lane to
+streams.
 """
 
 import threading
@@ -17,16 +17,14 @@ from dinfer.engine.corruption import Corruption
 from dinfer.engine.prefill import Prefill
 from dinfer.plan.graph import Channel
 from dinfer.plan.ops import Op, PlanError, Value
-from dinfer.plan.plan import Plan
-from dinfer.trace.events import Event
-from dinfer.trace.of_plan import event_of
+from dinfer.trace.events import Event, event_of
 from dinfer.trace.recorder import Recorder
 from dinfer.transport.gate import Gate
 from dinfer.transport.gloo import Comm
 
 
 class OpFailed(RuntimeError):
-    """An op raised. The message names rank, op, layer and chunk; the original error is the cause."""
+    """An op raised. The message names rank, op, layer and chunk; the original error is `__cause__`."""
 
     def __init__(self, rank: int, lane: str, op: Op, error: BaseException) -> None:
         at = f"rank {rank} failed at `{op}` (lane {lane})"
@@ -36,7 +34,11 @@ class OpFailed(RuntimeError):
 
 @dataclass
 class LaneState:
-    """Where a lane stands. `started`: its next op has begun."""
+    """A lane's ops and progress.
+
+    `position`: ops that have ended; `limit`: ops that may run; `started`: whether the op at `position` has begun.
+    `allowed_at` and `started_at` are monotonic ns. `release`: channels on which the lane is to send a void header.
+    """
 
     number: int
     name: str
@@ -50,14 +52,14 @@ class LaneState:
 
 
 class LaneExecutor(ABC):
-    """Runs one rank's part of a plan. All limits begin at 0; `set_limits` lets lanes go.
+    """Runs one rank's part of a plan. All limits start at 0; `set_limits` lets the lanes run.
 
-    `on_op(event, op)` is told of every op that has ended, on a thread of this rank.
+    `on_op(event, op)` is called for every op that has ended, on a thread of this rank. Raises PlanError if the plan
+    gives the rank more lanes than a board can show.
     """
 
     def __init__(
         self,
-        plan: Plan,
         state: Prefill,
         comm: Comm,
         gate: Gate,
@@ -65,16 +67,16 @@ class LaneExecutor(ABC):
         board: Board | None = None,
         on_op: Callable[[Event, Op], None] | None = None,
     ) -> None:
-        self.plan, self.state, self.comm, self.gate = plan, state, comm, gate
+        self.plan, self.state, self.comm, self.gate = state.plan, state, comm, gate
         self.recorder, self.board, self.on_op = recorder, board or Board(), on_op
         self.rank = comm.rank
         self.failure: OpFailed | None = None
         self._closing = False
         self._made: set[Value] = set()
-        self._lanes = [LaneState(n, lane.name, lane.ops) for n, lane in enumerate(plan.lanes[self.rank])]
+        self._lanes = [LaneState(n, lane.name, lane.ops) for n, lane in enumerate(self.plan.lanes[self.rank])]
         if len(self._lanes) > MAX_LANES:
             raise PlanError(
-                f"rank {self.rank} has {len(self._lanes)} lanes; at most {MAX_LANES} can be shown."
+                f"rank {self.rank} has {len(self._lanes)} lanes; a plan may have at most {MAX_LANES} a rank."
             )
         self._threads: list[threading.Thread] = []
         for lane in self._lanes:
@@ -83,12 +85,12 @@ class LaneExecutor(ABC):
     # -- control
 
     def start(self) -> None:
-        """Start the threads; lanes wait at limit 0."""
+        """Start the threads. Lanes wait at limit 0."""
         for thread in self._threads:
             thread.start()
 
     def set_limits(self, limits: Sequence[int]) -> None:
-        """Let each lane go up to, and not past, that many ops."""
+        """Let each lane run until that many of its ops have ended."""
         with self.gate.change():
             for lane, limit in zip(self._lanes, limits, strict=True):
                 lane.limit = limit
@@ -96,17 +98,15 @@ class LaneExecutor(ABC):
 
     @abstractmethod
     def freeze(self) -> Stand:
-        """Start no further op; where the lanes stand at that moment."""
+        """Start no further op. Returns the lanes' positions at that moment."""
 
     @abstractmethod
     def release(self, channels: Iterable[Channel]) -> None:
-        """Have the lanes that send on these channels release, by a void header, a recv posted there."""
+        """Have the lanes that send on these channels send a void header, which releases a recv posted too early."""
 
     def rewind(self, positions: Sequence[int]) -> None:
-        """Go back to positions that all lanes have passed. All lanes must stand at their limits.
-
-        Raises RuntimeError if they do not.
-        """
+        """Go back to these positions, one a lane. Raises RuntimeError unless all lanes stand at their limits, past
+        them."""
         with self.gate.change():
             stand = self.stand()
             if (
@@ -125,6 +125,7 @@ class LaneExecutor(ABC):
             self.state.rewind(done, [op for lane in self._lanes for op in lane.ops[lane.position :]])
 
     def stand(self) -> Stand:
+        """Where the lanes stand now."""
         lanes = self._lanes
         return Stand(
             tuple(lane.position for lane in lanes),
@@ -133,35 +134,38 @@ class LaneExecutor(ABC):
         )
 
     def wait(self, until: Callable[[], bool], timeout: float | None = None) -> bool:
-        """Wait until `until()` holds or this rank has failed; whether it holds. Raises OpFailed."""
+        """Wait at most `timeout` seconds for `until()`. Returns whether it holds; raises OpFailed if an op has
+        failed."""
         held = self.gate.wait(lambda: (until() or self.failure is not None) or None, timeout)
         if self.failure is not None:
             raise self.failure
         return bool(held)
 
     def run_to_end(self, timeout: float | None = None) -> bool:
-        """Let all lanes go to their end and wait for it. Raises OpFailed."""
+        """Let all lanes run to their end and wait at most `timeout` seconds. Returns `is_done()`; raises OpFailed."""
         self.set_limits([len(lane.ops) for lane in self._lanes])
         return self.wait(self.is_done, timeout)
 
     def is_done(self) -> bool:
+        """Whether every op of this rank has ended."""
         return all(lane.position == len(lane.ops) for lane in self._lanes)
 
     def holds(self, value: Value) -> bool:
-        """Whether that value has been made on this rank."""
+        """Whether an op has made or received that value on this rank."""
         return value in self._made
 
     def holds_block(self, chunk: int, layer: int) -> bool:
+        """Whether this rank has computed or received the block."""
         return self.holds(Value("kv", chunk, layer))
 
-    def outlast(self) -> None:
-        """Wait until the threads are told to end. Raises OpFailed as soon as an op has failed."""
+    def wait_until_closed(self) -> None:
+        """Wait until `close` is called. Raises OpFailed as soon as an op has failed."""
         self.wait(lambda: self._closing)
 
     def close(self, timeout: float = 5.0) -> bool:
-        """End the threads; whether all ended within `timeout` seconds.
+        """End the threads. Returns whether all ended within `timeout` seconds.
 
-        One that is blocked in the transport ends only with the transport.
+        A thread that is blocked in the transport ends only when the transport is closed.
         """
         with self.gate.change():
             self._closing = True
@@ -171,18 +175,18 @@ class LaneExecutor(ABC):
                 thread.join(max(0.0, deadline - monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
-    # -- for those who build on it
+    # -- for subclasses
 
-    def _thread(self, name: str, run: Callable[[], None]) -> None:
-        """One more thread of this rank, enrolled at the gate, to be started by `start`."""
+    def _add_thread(self, name: str, run: Callable[[], None]) -> None:
+        """Add a thread, enrolled at the gate; `start` starts it."""
 
-        def settled() -> None:
-            # Each thread has its own count and takes over torch's only when torch needs it: a matrix product that comes
-            # before that would run on all cores, with other last bits than on the threads that were asked for.
+        def target() -> None:
+            # A new thread adopts torch's thread count only when torch first asks for it. A matrix product before that
+            # would run on all cores, and its last bits would differ.
             torch.get_num_threads()
             run()
 
-        thread = threading.Thread(target=settled, name=f"rank {self.rank} {name}", daemon=True)
+        thread = threading.Thread(target=target, name=f"rank {self.rank} {name}", daemon=True)
         self._threads.append(thread)
         self.gate.enroll(thread.name)
 
@@ -196,8 +200,21 @@ class LaneExecutor(ABC):
             failed.__cause__ = error
             self.failure = self.failure or failed
 
-    def _ended(self, lane: LaneState, op: Op, event: Event, corrupt: Corruption | None = None) -> None:
-        """Raises Corrupted where the run is to fail by what was found."""
+    def _record(
+        self,
+        lane: LaneState,
+        op: Op,
+        times: tuple[int, int, int, int],
+        size: int,
+        index: int,
+        corrupt: Corruption | None,
+    ) -> None:
+        """Record the event of an op that has ended, and call `on_op`.
+
+        `times`: ready, start, met and end, as in `Event`; `size`: bytes; `index`: the op's place on its lane. Raises
+        Corrupted if `corrupt` is set and `on_corruption` is fail.
+        """
+        event = event_of(op, self.rank, lane.name, index, times, size)
         self.recorder.record(lane.number, event)
         if corrupt:
             at = event.end
@@ -208,14 +225,9 @@ class LaneExecutor(ABC):
             self.on_op(event, op)
 
     def _check_new(self, op: Op) -> None:
+        """Raises PlanError if the op makes a value that is here already."""
         if twice := self._made.intersection(op.makes()):
-            raise PlanError(f"{twice.pop()} is already on this rank; nothing may make it a second time.")
-
-    def _event(
-        self, lane: LaneState, op: Op, times: tuple[int, int, int, int], size: int, index: int
-    ) -> Event:
-        """`times`: ready, start, met and end, as in Event; `index`: the op's place on the lane."""
-        return event_of(op, self.rank, lane.name, index, times, size)
+            raise PlanError(f"{twice.pop()} is already on this rank; no op may make it a second time.")
 
     def _publish(self, lane: LaneState) -> None:
         self.board.set_lane(lane.number, lane.position, lane.limit, started=lane.started)

@@ -1,7 +1,4 @@
-"""What each kind of op does: a table from op kind to function, and the state of one prefill on one rank.
-
-Nothing here decides when an op runs; the executor does.
-"""
+"""What each kind of op does: HANDLERS maps an op kind to its function. The executors decide when an op runs."""
 
 from collections.abc import Callable
 from time import monotonic_ns
@@ -22,9 +19,8 @@ from dinfer.transport.header import Header, TransferError, check, signature_of, 
 class Outcome(NamedTuple):
     """How an op ended.
 
-    `met`: when its peer had come (monotonic ns; None: it has no peer); `bytes`: the size of its payload;
-    `released`: it was a recv, and a void header released it instead; `corrupt`: what has arrived is not what was
-    announced.
+    `met`: when the peer was ready (monotonic ns; None: the op has no peer); `bytes`: payload size; `released`: a void
+    header released this recv; `corrupt`: set if the block that arrived does not match its header's digests.
     """
 
     met: int | None = None
@@ -40,7 +36,7 @@ def embed(state: Prefill, op: Op, _: Comm) -> Outcome:
 
 
 def layer(state: Prefill, op: Op, _: Comm) -> Outcome:
-    hidden = state.use(op.chunk, op.layer)
+    hidden = state.take_hidden(op.chunk, op.layer)
     output = state.compute_layer(op.chunk, op.layer, hidden)
     block = state.block(op.chunk, op.layer)
     state.faults.computed(op, block)
@@ -53,7 +49,7 @@ def layer(state: Prefill, op: Op, _: Comm) -> Outcome:
 
 
 def norm(state: Prefill, op: Op, _: Comm) -> Outcome:
-    state.final = state.decoder.norm(state.use(op.chunk, op.layer))[:, -1:].contiguous()
+    state.final = state.decoder.norm(state.take_hidden(op.chunk, op.layer))[:, -1:].contiguous()
     return Outcome()
 
 
@@ -75,14 +71,14 @@ def recv(state: Prefill, op: Op, comm: Comm) -> Outcome:
     try:
         check(came, header_at(state, op), op)
     except TransferError:
-        comm.recv_payload(channel, torch.empty(came.nbytes, dtype=torch.uint8))  # the channel stays usable
+        comm.recv_payload(channel, torch.empty(came.nbytes, dtype=torch.uint8))  # keeps the channel usable
         raise
     place, corrupt = _place(state, op), None
     if op.what == "kv":
         with state.ordering.receiving(op.makes()):
             comm.recv_payload(channel, place)
-            found = state.take_in(op, signature_of(data), place)
-        corrupt = state.judge(op, came, None if found is None else as_numbers(found))
+            found = state.receive_block(op, signature_of(data), place)
+        corrupt = state.check_digests(op, came, None if found is None else as_numbers(found))
     else:
         comm.recv_payload(channel, place)
         _keep(state, op, place)
@@ -99,30 +95,30 @@ HANDLERS: dict[str, Callable[[Prefill, Op, Comm], Outcome]] = {
 
 
 def payload_of(state: Prefill, op: Op) -> Tensor:
-    """What a send sends, contiguous. Raises TransferError if it is not as long as the plan says."""
+    """The tensor that a send sends, contiguous. Raises TransferError if its size is not the plan's."""
     payload = _payload(state, op)
     tokens = payload.shape[0] if op.what == "kv" else payload.shape[1]
     if tokens != op.tokens:
-        raise TransferError(f"at `{op}` the plan says {op.tokens} tokens, but {op.value} has {tokens}.")
-    if payload.nbytes != (
-        expected := header_at(state, op).nbytes
-    ):  # a longer one would end the process that receives
+        raise TransferError(f"`{op}` sends {op.tokens} tokens by the plan, but {op.value} has {tokens}.")
+    expected = header_at(state, op).nbytes
+    if payload.nbytes != expected:  # a longer one would abort the receiving process
         raise TransferError(
-            f"at `{op}` {op.value} is {list(payload.shape)} in {payload.dtype}, {payload.nbytes:,} bytes in place of "
-            f"{expected:,}: what was put in its place must have its shape and dtype."
+            f"`{op}`: {op.value} is {list(payload.shape)} in {payload.dtype}, {payload.nbytes:,} bytes instead of "
+            f"{expected:,}: a replaced hidden state must keep its shape and dtype."
         )
     return payload
 
 
 def land(state: Prefill, op: Op) -> Tensor:
-    """Where a recv is to write, made part of the state before it has come: for who orders all reads after it."""
+    """Where a recv is to write, entered into the state before the data arrives: for streams, which order later reads
+    behind it."""
     place = _place(state, op)
     _keep(state, op, place)
     return place
 
 
 def header_at(state: Prefill, op: Op) -> Header:
-    """What a transfer says of itself by the plan; both ends know it before."""
+    """The header that the plan expects for a transfer; the same at both ends."""
     decoder = state.decoder
     width = 2 * decoder.kv_heads * decoder.head_dim if op.what == "kv" else decoder.hidden_size
     dtype = str(decoder.dtype).removeprefix("torch.")
@@ -143,11 +139,11 @@ def _payload(state: Prefill, op: Op) -> Tensor:
     if op.what == "final":
         assert state.final is not None
         return state.final
-    return state.use(op.chunk, op.layer).contiguous()
+    return state.take_hidden(op.chunk, op.layer).contiguous()
 
 
 def _place(state: Prefill, op: Op) -> Tensor:
-    """Where a recv writes: blocks in place, hidden states into memory of their own."""
+    """Where a recv writes: a block into the cache, a hidden state into a new tensor."""
     if op.what == "kv":
         return state.block(op.chunk, op.layer)
     decoder = state.decoder

@@ -17,11 +17,13 @@ from dinfer.transport.header import Header
 
 
 class Prefill:
-    """One prompt's state on one rank: KV cache, hidden states at hand, the final state.
+    """One prompt's state on one rank.
 
-    Hidden states that entered this rank (by embedding or from a peer) are kept, so that going back can
-    compute anew from there; those in between go once every op that needs them has run. `digests`: keep a ledger;
-    `alarm` is told of blocks that are not what they were.
+    `hidden`: (chunk, layer) → the hidden state before that layer, [1, tokens, hidden_size]. Those that entered this
+    rank (by embedding or from a peer) are kept, so that going back can recompute from them; the others are dropped once
+    every op that needs them has run. `final`: the normed hidden state of the last token, [1, 1, hidden_size].
+    `differing`: (chunk, layer) → how a received block differs from its digests. `extra`: by layer, rows beyond those of
+    the plan, which faults add. `digests`: whether to keep a ledger; `alarm` is called for corrupted blocks.
     """
 
     def __init__(
@@ -43,15 +45,14 @@ class Prefill:
         self.alarm = alarm or Alarm()
         self.differing: dict[tuple[int, int], str] = {}
         self.extra: dict[int, int] = {}
-        """by layer: how many rows it holds beyond those that the plan made, where something is wrong"""
         self.ordering = Ordering(cache.device)
         own = [op for lane in plan.lanes[rank] for op in lane.ops]
         self.faults = Faults(self, own)
         self._entered = {v for op in own if op.kind in ("embed", "recv") for v in op.makes()}
         self._uses = Counter(need for op in own for need in op.needs() if need.what == "hidden")
 
-    def give_up(self) -> None:
-        """Let go of what takes memory: whoever still knows this prompt must not keep the next one from its KV."""
+    def free(self) -> None:
+        """Free the tensors, so that a leftover reference to this prompt does not keep its KV in memory."""
         self.cache, self.hidden, self.final = self.decoder.new_cache(1), {}, None
 
     def rows(self, chunk: int) -> range:
@@ -59,12 +60,12 @@ class Prefill:
         return self.plan.shape.chunks[chunk]
 
     def block(self, chunk: int, layer: int) -> Tensor:
-        """The block's place in the cache, [tokens, 2, kv_heads, head_dim]."""
+        """The block in the cache, a view [tokens, 2, kv_heads, head_dim]."""
         rows = self.rows(chunk)
         return self.cache.block(layer, rows.start, rows.stop)
 
-    def use(self, chunk: int, layer: int) -> Tensor:
-        """The hidden state before `layer`, [1, tokens, hidden_size], for one of the ops that need it."""
+    def take_hidden(self, chunk: int, layer: int) -> Tensor:
+        """The hidden state before `layer`, [1, tokens, hidden_size]; dropped after the last op that needs it."""
         value = Value("hidden", chunk, layer)
         self._uses[value] -= 1
         if self._uses[value] <= 0 and value not in self._entered:
@@ -72,21 +73,20 @@ class Prefill:
         return self.hidden[chunk, layer]
 
     def is_needed(self, chunk: int, layer: int) -> bool:
-        """Whether an op that has not run needs that hidden state.
-
-        After the last layer nobody does, but for the last chunk's.
-        """
+        """Whether an op still has to run that needs that hidden state. (After the last layer only the last chunk's is
+        needed.)"""
         return self._uses[Value("hidden", chunk, layer)] > 0
 
-    def take_in(self, op: Op, announced: Tensor, block: Tensor) -> Tensor | None:
-        """Put down what has arrived; its digests, int64 [2], where the signature `announced` is."""
+    def receive_block(self, op: Op, announced: Tensor, block: Tensor) -> Tensor | None:
+        """Enter a received block into the ledger, with the signature of its header, int64 [3]. Returns its digests,
+        int64 [2], on the signature's device; None without a ledger."""
         self.faults.on_wire(op, block)
         found = self.ledger.arrived((op.chunk, op.layer), block, announced)
         self.faults.in_memory(op, block)
         return found
 
-    def judge(self, op: Op, came: Header, found: tuple[int, int] | None) -> Corruption | None:
-        """Whether what has arrived, with these digests, is what its header announced."""
+    def check_digests(self, op: Op, came: Header, found: tuple[int, int] | None) -> Corruption | None:
+        """Compare the digests of a received block with those in its header; returns how it was corrupted."""
         self.differing.pop((op.chunk, op.layer), None)
         if found is None or came.digests in (UNKNOWN, found):
             return None
@@ -98,13 +98,14 @@ class Prefill:
         self.differing[op.chunk, op.layer] = corrupt.what
         return corrupt
 
-    def take_edits(self, layers: Collection[int]) -> None:
-        """The user may have changed KV of these layers, or hidden states, on the device's default stream."""
+    def record_edits(self, layers: Collection[int]) -> None:
+        """Take digests of these layers' blocks again: the user has edited KV or hidden states on the default stream."""
         self.ordering.forget()
         for chunk, layer in [key for key in self.ledger.entries if key[1] in layers]:
             self.ledger.edited((chunk, layer), self.block(chunk, layer))
 
     def compute_layer(self, chunk: int, layer: int, hidden: Tensor) -> Tensor:
+        """Run a layer on a chunk's hidden state and write its block; returns the next hidden state, same shape."""
         position, shift = self.rows(chunk).start, self.faults.shift(chunk, layer)
         output = self.decoder.layer(layer, hidden, self.cache, position)
         if shift:
@@ -113,9 +114,9 @@ class Prefill:
         return output
 
     def rewind(self, done: Iterable[Op], todo: Iterable[Op]) -> None:
-        """Stand as if exactly the ops `done` had run.
+        """Go back to the state in which exactly the ops `done` have run.
 
-        What `todo` needs and is not kept is computed anew from what entered.
+        Hidden states that `todo` needs and that were dropped are recomputed from those that entered the rank.
         """
         done, todo = list(done), list(todo)
         made = {value for op in done for value in op.makes()}
@@ -140,7 +141,7 @@ class Prefill:
         hidden = self.hidden[chunk, entry]
         for index in range(entry, layer):
             block = self.block(chunk, index)
-            as_it_is = block.clone()
+            current = block.clone()
             hidden = self.compute_layer(chunk, index, hidden)
-            block.copy_(as_it_is)  # it may have been changed since it was made, by a fault or by hand
+            block.copy_(current)  # a fault or the user may have changed it since it was computed
         self.hidden[chunk, layer] = hidden

@@ -1,28 +1,33 @@
-"""Issuer: one rank's part of a lowered plan, issued to streams by one thread and not waited for.
+"""A lowered plan on streams: one thread issues the rank's ops to streams and does not wait for them.
 
-Issuing stops at the limit, and a window ahead of what has run, so that a pause never has much left to end. A second
-thread waits for each op in issue order, checks what came, records its event and moves the position. Stopping differs
-from lanes that are threads: what is issued cannot be taken back, and no void header can release a recv, so all
-that is issued counts as in; the cut is its closure.
+It issues up to the limit, and at most a window ahead of the ops that have ended, so that a pause is short. A second
+thread waits for the ops in issue order, checks what arrived, records events and moves the position. An issued op cannot
+be taken back and no void header can release its recv, so a stop counts every issued op as done and ends at the
+closure of that cut.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import takewhile
 from time import monotonic_ns
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from dinfer.engine.board import Stand
+from dinfer.engine.board import Board, Stand
 from dinfer.engine.lanes import LaneExecutor
 from dinfer.engine.ops import HANDLERS, header_at, land, payload_of
+from dinfer.engine.prefill import Prefill
 from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op, PlanError, Value
+from dinfer.trace.events import Event
+from dinfer.trace.recorder import Recorder
+from dinfer.transport.gate import Gate
+from dinfer.transport.gloo import Comm
 from dinfer.transport.header import Header, check
 from dinfer.transport.streams import COMPUTE, ENTRY, Issued, Streams
 
 WINDOW = 128
-"""ops that may be issued ahead of those that have run: a chunk or two of a stage, with its sync"""
+"""how many ops may be issued ahead of those that have ended: one or two chunks of a stage, with their sync"""
 
 
 class _Pending(NamedTuple):
@@ -30,23 +35,36 @@ class _Pending(NamedTuple):
     work: Issued
     ready: int
     header: Header | None
-    """of a transfer: what goes before its payload"""
+    """of a transfer: the header that the plan expects"""
 
 
-class StreamIssuer(LaneExecutor):
-    """Issues one lane. `streams` are this issuer's own: `close` ends them."""
+class StreamExecutor(LaneExecutor):
+    """Issues one lane to `streams`, which `close` ends. Raises PlanError for a plan that is not lowered."""
 
-    def __init__(self, *given: Any, streams: Streams, window: int = WINDOW, **named: Any) -> None:
-        super().__init__(*given, **named)
+    def __init__(
+        self,
+        state: Prefill,
+        comm: Comm,
+        gate: Gate,
+        recorder: Recorder,
+        board: Board | None = None,
+        on_op: Callable[[Event, Op], None] | None = None,
+        *,
+        streams: Streams,
+        window: int = WINDOW,
+    ) -> None:
+        super().__init__(state, comm, gate, recorder, board, on_op)
         if not self.plan.is_lowered:
-            raise PlanError(f"rank {self.rank} issues one lane; this plan has others: lower it first.")
+            raise PlanError(
+                f"rank {self.rank} can issue one lane only; this plan has several: lower it first."
+            )
         self._streams, self._window = streams, window
         self._lane = self._lanes[0]
         self._issued = 0
         self._pending: deque[_Pending] = deque()
         self._making: dict[Value, Issued] = {}
-        self._thread("issue", self._issue_all)
-        self._thread("completion", self._complete_all)
+        self._add_thread("issue", self._issue_all)
+        self._add_thread("completion", self._complete_all)
 
     def start(self) -> None:
         self._streams.settle()
@@ -54,20 +72,22 @@ class StreamIssuer(LaneExecutor):
 
     def set_limits(self, limits: Sequence[int]) -> None:
         if self._issued == self._lane.position:
-            self._streams.settle()  # what users have done meanwhile comes first; and clocks do not drift apart
+            self._streams.settle()  # the user's own kernels come first; and the clocks stay aligned
         super().set_limits(limits)
 
     def freeze(self) -> Stand:
-        """Issue nothing more. All that is issued counts as in, and nothing as begun."""
+        """Issue no further op. Every issued op counts as ended, none as begun."""
         with self.gate.change():
             self._lane.limit = self._issued
             self._publish(self._lane)
             return Stand((self._issued,), (False,), (self._issued,))
 
     def release(self, channels: Iterable[Channel]) -> None:
-        """Nothing to do: all that is issued counts as in, so no recv is ever posted too early."""
+        """Accepts no channel: every issued op counts as ended, so no recv is posted too early."""
         if given := list(channels):
-            raise RuntimeError(f"rank {self.rank} has nothing to release on {given}.")
+            raise RuntimeError(
+                f"rank {self.rank} cannot release recvs on {given}: its ops are issued to streams."
+            )
 
     def rewind(self, positions: Sequence[int]) -> None:
         with self.gate.change():
@@ -84,15 +104,15 @@ class StreamIssuer(LaneExecutor):
         try:
             while (number := self.gate.wait(self._claim)) is not None and number >= 0:
                 self._issue(self._lane.ops[number])
-        except BaseException as error:  # whatever issuing raises is reported and never lost
+        except BaseException as error:  # whatever it is: report it
             self._fail(self._lane, self._lane.ops[self._issued - 1], error)
         finally:
             self.gate.leave()
 
     def _claim(self) -> int | None:
-        """The number of the next op, if it can be issued now; −1: there is nothing more to do.
+        """The number of the next op, or None if it cannot be issued yet; -1 ends the thread.
 
-        It counts as issued from here on: a freeze must not miss one that is on its way to its stream.
+        The op counts as issued from here on, so that a freeze does not miss one on its way to its stream.
         """
         if self._is_over:
             return -1
@@ -111,7 +131,7 @@ class StreamIssuer(LaneExecutor):
         ready = monotonic_ns()
         header = header_at(self.state, op) if op.is_transfer else None
         work = self._give(op, header)
-        # Waking others takes the interpreter from this thread, op by op: only where one waits for the first pending.
+        # Waking the other thread takes the GIL from this one, so do it only when that thread waits for a first op.
         with self.gate.hold():
             is_first = not self._pending
             self._pending.append(_Pending(op, work, ready, header))
@@ -121,19 +141,18 @@ class StreamIssuer(LaneExecutor):
                 pass
 
     def _give(self, op: Op, header: Header | None) -> Issued:
-        """Hand the op to its stream."""
+        """Give the op to its stream."""
         state, after = self.state, self._after(op)
         if header is None:
             where = ENTRY if op.kind == "embed" else COMPUTE
-            return self._streams.compute(where, lambda: _run(HANDLERS[op.kind](state, op, self.comm)), after)
+            return self._streams.compute(where, partial(HANDLERS[op.kind], state, op, self.comm), after)
         channel = channel_of(self.rank, op)
         if op.kind == "send":
             is_signed = op.what == "kv" and state.ledger.on
             sign = (lambda: state.ledger.signature((op.chunk, op.layer))) if is_signed else None
             return self._streams.send(channel, header.pack(), lambda: payload_of(state, op), after, sign)
-        arrived = (
-            partial(state.take_in, op) if op.what == "kv" else None
-        )  # also without digests: faults strike there
+        # Also without digests: faults strike there.
+        arrived = partial(state.receive_block, op) if op.what == "kv" else None
         return self._streams.recv(channel, lambda: land(state, op), after, arrived)
 
     def _after(self, op: Op) -> list[Issued]:
@@ -143,7 +162,7 @@ class StreamIssuer(LaneExecutor):
     def _check_new(self, op: Op) -> None:
         super()._check_new(op)
         if twice := self._making.keys() & set(op.makes()):
-            raise PlanError(f"{twice.pop()} is already on its way; nothing may make it a second time.")
+            raise PlanError(f"{twice.pop()} is already on its way; no op may make it a second time.")
 
     # -- completion
 
@@ -162,7 +181,7 @@ class StreamIssuer(LaneExecutor):
         return False if self._is_over else None
 
     def _complete(self, oldest: _Pending) -> None:
-        """Wait for the oldest, and take with it all after it that have run as well."""
+        """Wait for the oldest op, then conclude it and those after it that have ended too."""
         oldest.work.wait()
         with self.gate.hold():
             batch = list(takewhile(lambda pending: pending.work.is_done, self._pending))
@@ -175,16 +194,15 @@ class StreamIssuer(LaneExecutor):
             self._move(batch[:good])
 
     def _conclude(self, pending: _Pending, index: int) -> None:
-        """Check and record one that has run. Raises what it raised, or TransferError."""
+        """Check and record an op that has ended. Raises what the op raised, or TransferError."""
         op, lane, times, corrupt = pending.op, self._lane, pending.work.wait(), None
         if pending.header is not None and op.kind == "recv":
             came = Header.unpack(pending.work.header())
             check(came, pending.header, op)
-            corrupt = self.state.judge(op, came, pending.work.digests()) if op.what == "kv" else None
+            corrupt = self.state.check_digests(op, came, pending.work.digests()) if op.what == "kv" else None
         start = max(times.start, pending.ready)
         size = pending.header.nbytes if pending.header else 0
-        event = self._event(lane, op, (pending.ready, start, max(times.met, start), times.end), size, index)
-        self._ended(lane, op, event, corrupt)
+        self._record(lane, op, (pending.ready, start, max(times.met, start), times.end), size, index, corrupt)
 
     def _move(self, batch: Sequence[_Pending]) -> None:
         lane = self._lane
@@ -197,7 +215,3 @@ class StreamIssuer(LaneExecutor):
                 lane.position += 1
             lane.started = self._issued > lane.position
             self._publish(lane)
-
-
-def _run(_: object) -> None:
-    """What a compute op returns says nothing on a stream."""

@@ -1,4 +1,4 @@
-"""One block to every rank, outside any plan: what `sync_single_layer_cache` does."""
+"""`engine.sync_single_layer_cache`: send one block to every rank, outside any plan."""
 
 import struct
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from dinfer.transport.gloo import Comm
 from dinfer.transport.header import Header, TransferError
 
 NO_PLAN = 0
+"""the plan id in the header of a block that no plan sends"""
 
 _CALL = struct.Struct("<qqq?")  # chunk, layer, tokens (0: no K and V were passed), whether lanes run
 
@@ -29,9 +30,10 @@ def agree(
     *,
     busy: bool,
 ) -> int:
-    """The owner of `block`, once all ranks have said that they sync it and that only its owner has K and V.
+    """Exchange what each rank passed, and return the owner of `block` (chunk, layer).
 
-    Raises ValueError on every rank alike, before anything is sent.
+    `busy`: lanes run on this rank. Raises ValueError on every rank, before anything is sent, if lanes run, if the ranks
+    name different blocks, or if K and V were not passed on the owner alone.
     """
     mine = _CALL.pack(*block, _tokens(decoder, kv), busy)
     calls = [_CALL.unpack(data) for data in comm.all_gather(mine)]
@@ -39,22 +41,22 @@ def agree(
         raise ValueError(f"lanes run on ranks {running}: pause the prefill before syncing single layers.")
     if len({call[:2] for call in calls}) > 1:
         asked = "; ".join(f"rank {rank}: c{call[0]} l{call[1]}" for rank, call in enumerate(calls))
-        raise ValueError(f"the ranks must sync the same block, but asked for ({asked}).")
+        raise ValueError(f"all ranks must sync the same block; they called with: {asked}.")
     layer = block[1]
     within("layer", layer, len(owners))
     owner, passed = owners[layer], [rank for rank, call in enumerate(calls) if call[2]]
     if passed != [owner] or calls[owner][2] < 0:
         form = f"[1, {decoder.kv_heads}, tokens, {decoder.head_dim}] in {decoder.dtype}"
-        came = " in another form" if passed == [owner] else ""
+        came = " in another shape or dtype" if passed == [owner] else ""
         raise ValueError(
-            f"layer {layer} belongs to rank {owner}: there kv_cache is (K, V), each {form}, "
-            f"on the other ranks None; it was passed on ranks {passed}{came}."
+            f"rank {owner} owns layer {layer}: pass kv_cache=(K, V) there, each {form}, and None on the other ranks; "
+            f"it was passed on ranks {passed}{came}."
         )
     return owner
 
 
 def _tokens(decoder: Decoder, kv: tuple[Tensor, Tensor] | None) -> int:
-    """How many tokens K and V hold; 0 for None, −1 if they are not what this model makes."""
+    """How many tokens K and V hold; 0 for None, -1 for a shape or dtype that is not this model's."""
     if kv is None:
         return 0
     tokens = kv[0].shape[2] if kv[0].ndim == 4 else 0
@@ -70,10 +72,8 @@ def sync_block(
     block: tuple[int, int],
     kv: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """K and V of `block` (chunk, layer), each [1, kv_heads, tokens, head_dim]; on the owner they are `kv`.
-
-    Raises TransferError where a peer sends another block.
-    """
+    """Pass `kv` of `block` (chunk, layer) from the owner to every rank; returns K and V, each [1, kv_heads, tokens,
+    head_dim]. Raises TransferError if a peer sends another block."""
     value = Value("kv", *block)
     rows = None if kv is None else torch.stack([kv[0][0], kv[1][0]]).permute(2, 0, 1, 3).contiguous()
     for source, target in STRATEGIES[strategy](owner, comm.world_size):
@@ -96,7 +96,7 @@ def _receive(comm: Comm, decoder: Decoder, channel: Channel, value: Value) -> Te
     expected = Header(NO_PLAN, value, came.tokens, _dtype(rows), rows.nbytes)
     if came != expected:
         comm.recv_payload(channel, torch.empty(came.nbytes, dtype=torch.uint8))
-        raise TransferError(f"rank {channel.source} synced {came}; this rank's call is for {expected}.")
+        raise TransferError(f"rank {channel.source} sent {came}; this rank expects {expected}.")
     comm.recv_payload(channel, rows)
     return rows
 

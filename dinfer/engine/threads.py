@@ -1,27 +1,30 @@
-"""Executor: one rank's lanes, each a thread that runs its ops one after another within a limit.
+"""Lanes as threads: each lane is a thread that runs its ops one after another up to a limit.
 
-An op starts when it is first on its lane, what it needs is there, and the lane's limit allows it. Moving
-limits is stepping; freezing them, and releasing what was received too early, is stopping; setting positions
-is going back. What an op does is not decided here.
+An op starts when it is the next on its lane, the values it needs are on the rank, and the lane's limit allows it. To
+step is to raise limits; to stop is to freeze them and to release recvs that were posted too early; to go back is to set
+positions. `ops` has what an op does.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from time import monotonic_ns
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from dinfer.engine.board import Stand
-from dinfer.engine.lanes import LaneExecutor, LaneState, OpFailed
+from dinfer.engine.board import Board, Stand
+from dinfer.engine.lanes import LaneExecutor, LaneState
 from dinfer.engine.ops import HANDLERS
+from dinfer.engine.prefill import Prefill
 from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op, PlanError
-from dinfer.transport.header import void_header
-
-__all__ = ["OpFailed", "ThreadExecutor"]
+from dinfer.trace.events import Event
+from dinfer.trace.recorder import Recorder
+from dinfer.transport.gate import Gate
+from dinfer.transport.gloo import Comm
+from dinfer.transport.header import VOID_HEADER
 
 
 class _Task(NamedTuple):
-    """What a lane does next: an op, or a void header on a channel; neither: there is nothing more to do."""
+    """What a lane does next: run an op, or send a void header on a channel. Neither: the thread ends."""
 
     op: Op | None = None
     void: Channel | None = None
@@ -31,13 +34,21 @@ _STOP = _Task()
 
 
 class ThreadExecutor(LaneExecutor):
-    """Lanes as threads; transfers block their lane."""
+    """Runs each lane on a thread; a transfer blocks its lane. Raises PlanError if two lanes share a channel."""
 
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named)
+    def __init__(
+        self,
+        state: Prefill,
+        comm: Comm,
+        gate: Gate,
+        recorder: Recorder,
+        board: Board | None = None,
+        on_op: Callable[[Event, Op], None] | None = None,
+    ) -> None:
+        super().__init__(state, comm, gate, recorder, board, on_op)
         self._senders = _senders(self.rank, self._lanes)
         for lane in self._lanes:
-            self._thread(lane.name, partial(self._run, lane))
+            self._add_thread(lane.name, partial(self._run, lane))
 
     def freeze(self) -> Stand:
         with self.gate.change():
@@ -51,22 +62,22 @@ class ThreadExecutor(LaneExecutor):
             for channel in channels:
                 self._senders[channel].release.append(channel)
 
-    # -- the lanes' side
+    # -- on the lanes' threads
 
     def _run(self, lane: LaneState) -> None:
         try:
             while (task := self.gate.wait(lambda: self._claim(lane))) and task != _STOP:
                 if task.void is not None:
-                    self.comm.send(task.void, void_header(), None)
+                    self.comm.send(task.void, VOID_HEADER, None)
                 elif task.op is not None:
                     self._do(lane, task.op)
-        except BaseException as error:  # whatever an op raises, SystemExit too, is reported and never lost
+        except BaseException as error:  # an op may raise anything, SystemExit too: report it
             self._fail(lane, lane.ops[min(lane.position, len(lane.ops) - 1)], error)
         finally:
             self.gate.leave()
 
     def _claim(self, lane: LaneState) -> _Task | None:
-        """The lane's next task, if it can be begun now. Called under the gate's lock."""
+        """The lane's next task, or None if it cannot start yet. Called under the gate's lock."""
         if self._is_over:
             return _STOP
         if lane.release:
@@ -88,11 +99,10 @@ class ThreadExecutor(LaneExecutor):
         end = monotonic_ns()
         if not outcome.released:
             times = lane.allowed_at, lane.started_at, outcome.met or lane.started_at, end
-            event = self._event(lane, op, times, outcome.bytes, lane.position)
-            self._ended(lane, op, event, outcome.corrupt)
+            self._record(lane, op, times, outcome.bytes, lane.position, outcome.corrupt)
         with self.gate.change():
             if not outcome.released:
-                self._check_new(op)  # again: another lane may have made it while this one waited for its peer
+                self._check_new(op)  # again: another lane may have made it while this one waited
                 self._made.update(op.makes())
                 lane.position += 1
             lane.started, lane.allowed_at = False, 0

@@ -4,17 +4,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from dinfer.display import Displayable
+from dinfer.display import Displayable, Table
 from dinfer.kv.ledger import BlockKey
 from dinfer.kv.origin import CausePlace
 from dinfer.kv.rows import RowKind, numbers_text
 from dinfer.kv.source import Subject
-
-Tensor = Literal["K", "V"]
 
 SHOWN = 40
 """lines of a table"""
@@ -22,26 +20,47 @@ SHOWN = 40
 COLUMNS = ("rank", "layer", "chunk", "tensor", "head", "token", "dim", "values", "kind", "op")
 
 
-@dataclass(frozen=True, repr=False)
-class Difference(Displayable):
-    """One row of one rank that is not what it should be: of K or V, of one token, and one head where not all differ.
+@dataclass(frozen=True, kw_only=True)
+class KvPlace:
+    """Where KV is not what it should be, as far as that is known: down to one value.
 
-    Rows that have become other rows (`kind` is not "value") are one difference together: `token` is then their first,
-    `rows` how many (token, head) they are. `dim` is the first that differs, `values` what is there and what should be,
-    `count` how many values of the row differ; all three None where the values were not fetched, or nobody holds them
-    any more. `chunk` None: new tokens; `token` None: rows too many or too few. `op`: at which the bytes first became
-    others, and `where`: "wire", "memory", "compute"; empty if that is not known.
+    `tensor`: "K", "V" or, beside the reference, a hidden state; `head`, `token`, `dim`: the first that differs;
+    `values`: what is there and what should be; `op`: the op at which it first differed, "" if that is not known.
     """
 
     rank: int
     layer: int
     chunk: int | None
-    tensor: Tensor | None
-    head: int | None
-    token: int | None
-    dim: int | None
-    values: tuple[float, float] | None
-    op: str
+    tensor: str | None
+    head: int | None = None
+    token: int | None = None
+    dim: int | None = None
+    values: tuple[float, float] | None = None
+    op: str = ""
+
+    def value_text(self, label: str, dtype: torch.dtype) -> str:
+        """For example `head 3, token 141 ('Lima'), dim 17: 0.0312 against −1.75`; `label`: the token's text."""
+        parts = [f"head {self.head}"] * (self.head is not None)
+        if self.token is not None:
+            parts.append(f"token {self.token}" + f" ({label!r})" * bool(label))
+        parts += [f"dim {self.dim}"] * (self.dim is not None)
+        values = " against ".join(number_text(value, dtype) for value in self.values or ())
+        return ", ".join(parts) + f": {values}" * bool(values)
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Difference(KvPlace, Displayable):
+    """One row of one rank that is not what it should be: of K or V, of one token, and of one head where not all differ.
+
+    Rows that have become other rows (`kind` is not "value") are one difference together: `token` is their first, and
+    `rows` counts them by token and head. `count`: how many values of the row differ. `dim`, `values` and `count` are
+    None where the values were not fetched, or no rank holds the right ones any more. `chunk` None: new tokens; `tensor`
+    None: the layer has too many rows or too few. `where`: "wire", "memory" or "compute"; empty if that is not known.
+
+    `name`: whose KV this is; `label`: the token's text; `note`: a sentence on rows that have become others, or a remark
+    on values; `origin`: how the block came to differ; `hops`: how far it has come from the rank that computes it.
+    """
+
     kind: RowKind
     where: CausePlace = ""
     rows: int = 1
@@ -49,34 +68,27 @@ class Difference(Displayable):
     name: str = ""
     label: str = ""
     note: str = ""
-    came: str = ""
+    origin: str = ""
     hops: int = 0
     dtype: torch.dtype = field(default=torch.float32)
 
     def __str__(self) -> str:
-        parts = [self.note if self.kind != "value" else self._place(), self.came]
-        return "; ".join(part for part in parts if part)
+        return "; ".join(part for part in (self.text(), self.origin) if part)
 
-    def _place(self) -> str:
-        where = [f"{self.name} differs at layer {self.layer}", self.tensor or "", self._head(), self._token()]
-        where += [f"dim {self.dim}"] * (self.dim is not None)
-        text = ", ".join(part for part in where if part)
-        if self.values:
-            mine, theirs = (number_text(value, self.dtype) for value in self.values)
-            text += f": {mine} against {theirs}"
-        return text + f" ({self.note})" * bool(self.note)
-
-    def _head(self) -> str:
-        return "" if self.head is None else f"head {self.head}"
-
-    def _token(self) -> str:
-        return "" if self.token is None else f"token {self.token}" + f" ({self.label!r})" * bool(self.label)
+    def text(self) -> str:
+        """What differs, without its origin."""
+        if self.kind != "value":
+            return self.note
+        place = [
+            f"{self.name} differs at layer {self.layer}",
+            self.tensor,
+            self.value_text(self.label, self.dtype),
+        ]
+        return ", ".join(part for part in place if part) + f" ({self.note})" * bool(self.note)
 
     def cells(self) -> tuple[str, ...]:
         """Its line of a table."""
-        values = ""
-        if self.values:
-            values = " ≠ ".join(number_text(value, self.dtype) for value in self.values)
+        values = " ≠ ".join(number_text(value, self.dtype) for value in self.values or ())
         chunk = "new" if self.chunk is None and self.token is not None else self.chunk
         some = (self.rank, self.layer, chunk, self.tensor, self.head, self.token, self.dim)
         return (*("" if one is None else str(one) for one in some), values, self.kind, self.op)
@@ -84,10 +96,13 @@ class Difference(Displayable):
 
 @dataclass(frozen=True, repr=False)
 class Diff(Displayable):
-    """`verdict`: the first line; `differences`: rows too many or too few first, then rows that are other rows, then
-    values, each in the order in which blocks are computed, and the rank where it began before those that it was passed
-    on to. `rows`: how many rows (token, K or V, head) differ, all of them; `unfetched`: those whose values were not
-    asked for; `bytes_moved`: between the ranks and here."""
+    """What `diff()` returns.
+
+    `verdict`: the first line. `differences`: first layers with too many rows or too few, then rows that are other rows,
+    then values; each in the order in which blocks are computed, the rank where a difference began before those to which
+    the block was passed on. `rows`: how many rows (token, K or V, head) differ; `unfetched`: how many of them whose
+    values were not fetched; `bytes_moved`: between the ranks and here.
+    """
 
     verdict: str
     differences: tuple[Difference, ...]
@@ -103,7 +118,7 @@ class Diff(Displayable):
     def first(self) -> Difference | None:
         return self.differences[0] if self.differences else None
 
-    def table(self, lines: int | None = SHOWN) -> "Table":
+    def table(self, lines: int | None = SHOWN) -> Table:
         """A line for each difference, `lines` at most; None: all."""
         return Table(COLUMNS, [one.cells() for one in self.differences], lines)
 
@@ -126,34 +141,6 @@ class Diff(Displayable):
         return found
 
 
-class Table(Displayable):
-    """Lines of words under a head."""
-
-    def __init__(self, head: Sequence[str], lines: Sequence[Sequence[str]], shown: int | None = None) -> None:
-        self.head, self.lines, self._shown = tuple(head), [tuple(line) for line in lines], shown
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def __str__(self) -> str:
-        listed = [self.head, *self.lines[: self._shown]]
-        widths = [max(len(line[n]) for line in listed) for n in range(len(self.head))]
-        text = [
-            "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip()
-            for line in listed
-        ]
-        return "\n".join([*text, *self._more()])
-
-    def _repr_html_(self) -> str:
-        rows = [_html_row(self.head, "th"), *(_html_row(line, "td") for line in self.lines[: self._shown])]
-        more = "".join(f"<div>{escape(one)}</div>" for one in self._more())
-        return f"<table>{''.join(rows)}</table>{more}"
-
-    def _more(self) -> list[str]:
-        left = len(self.lines[self._shown :]) if self._shown is not None else 0
-        return [f"and {left:,} more: .table(None) shows all"] * bool(left)
-
-
 def number_text(value: float, dtype: torch.dtype) -> str:
     """As few digits as tell it from every other number of that dtype."""
     if not math.isfinite(value):
@@ -166,20 +153,15 @@ def number_text(value: float, dtype: torch.dtype) -> str:
     return text.replace("-", "−")
 
 
-def _html_row(line: Sequence[str], tag: str) -> str:
-    return f"<tr>{''.join(f'<{tag}>{escape(word)}</{tag}>' for word in line)}</tr>"
-
-
 class Compared(NamedTuple):
-    """What was compared: `blocks` are those that all sides hold, by span and layer; `world_size`: how many ranks there
-    are; `other`: the name of the other source, if there is one."""
+    """What was compared: `blocks` are those that all sides hold, by span and layer; `other`: the name of the other
+    source, if there is one."""
 
     subject: Subject
     ranks: tuple[int, ...]
     layers: tuple[int, ...]
     blocks: tuple[BlockKey, ...]
-    world_size: int
-    other: str
+    other: str = ""
 
     @property
     def values(self) -> int:
@@ -205,9 +187,8 @@ def unequal_text(compared: Compared, differences: Sequence[Difference], values: 
         return str(first)
     count = values.get(first.name, 0)
     some = "at least " if any(one.dim is None and one.name == first.name for one in differences) else ""
-    place, came = str(first).removesuffix(f"; {first.came}"), first.came
     total = f"{some}{count:,} of {compared.values:,} values"
-    return "; ".join(part for part in (place, total, came) if part)
+    return "; ".join(part for part in (first.text(), total, first.origin) if part)
 
 
 def _blocks_text(compared: Compared) -> tuple[str, str]:
@@ -229,6 +210,6 @@ def _blocks_text(compared: Compared) -> tuple[str, str]:
 
 def _who(compared: Compared) -> str:
     ranks = compared.ranks
-    if len(ranks) == compared.world_size:
+    if len(ranks) == compared.subject.plan.world_size:
         return f"all {len(ranks)} ranks" if len(ranks) > 2 else "both ranks"
     return f"ranks {numbers_text(ranks) if len(ranks) > 2 else ' and '.join(map(str, ranks))}"

@@ -1,8 +1,8 @@
-"""Mixing: 64-bit words to one number a row, the same on every device; what digests are made of.
+"""Digests of rows and blocks of KV: 64 bits each, the same on every device, sensitive to order.
 
-Each word is added to a number of its place and mixed by splitmix64's finaliser (Steele, Lea and Flood 2014), which maps
-no two words to one; the sum modulo 2^64 is the result. On CUDA all of a word's mixing is one kernel, where torch's own
-operations would be thirteen: a prefill of small chunks is bound by launches.
+Each 64-bit word of a row has a number added that depends on its place, and is then mixed by the finaliser of splitmix64
+(Steele, Lea and Flood 2014), which is a bijection; the digest is the sum modulo 2^64. On CUDA one kernel mixes a word,
+where torch's own operations would take thirteen: a prefill of small chunks is bound by kernel launches.
 """
 
 import logging
@@ -33,8 +33,8 @@ template <typename T> T dinfer_mix(T word, T place) {
 
 
 def mixed_sum(words: Tensor, *, first: int = -1) -> Tensor:
-    """The sum over the last dimension, and `first` if that is another, of words that are int64, each mixed with its
-    place along these."""
+    """Mix int64 words with their places along the last dimension, and along `first` if it is another one, and sum over
+    these dimensions."""
     dims = sorted({first % words.dim(), words.dim() - 1})
     sizes = [size if dim in dims else 1 for dim, size in enumerate(words.shape)]
     count = prod(sizes)
@@ -44,7 +44,7 @@ def mixed_sum(words: Tensor, *, first: int = -1) -> Tensor:
 
 @cache
 def _places(count: int, device: torch.device) -> Tensor:
-    """Made once: whoever uses it, on whichever stream, finds it there."""
+    """The numbers that are added, by place; made once, and ready for use on any stream."""
     found = torch.arange(1, count + 1, device=device, dtype=torch.int64) * _STEP
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
@@ -59,8 +59,8 @@ def _mixer(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
         fused: Callable[[Tensor, Tensor], Tensor] = torch.cuda.jiterator._create_jit_fn(_KERNEL)
         one = torch.ones(1, dtype=torch.int64, device=kind)
         fused(one, one)
-    except (AttributeError, RuntimeError) as error:  # beta in torch; or there is no compiler for kernels here
-        log.info("digests are mixed by torch's own operations, which takes longer: %s", error)
+    except (AttributeError, RuntimeError) as error:  # a beta feature of torch, which needs a compiler
+        log.info("digests are computed by torch's own operations, which take longer: %s", error)
         return _mix
     return fused
 
@@ -78,7 +78,7 @@ def _mix(words: Tensor, places: Tensor) -> Tensor:
 
 
 def _shift(words: Tensor, bits: int, out: Tensor) -> Tensor:
-    """Shifted right, zeros coming in: torch shifts signed numbers only, and copies the sign."""
+    """Shift right and fill with zeros; torch's own shift of signed numbers copies the sign."""
     return torch.bitwise_right_shift(words, bits, out=out).bitwise_and_((1 << (64 - bits)) - 1)
 
 
@@ -88,33 +88,33 @@ _INTEGERS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.int
 
 
 def row_digests(block: Tensor) -> Tensor:
-    """Of a block [tokens, 2, kv_heads, head_dim]: the digest of each row, int64 [tokens, 2, kv_heads].
+    """The digest of each row of a block [tokens, 2, kv_heads, head_dim]: int64 [tokens, 2, kv_heads].
 
-    The same on every device. A row is read as 64-bit words, or as the largest that it divides into: see mixing.
+    A row is read as words of 8 bytes or, if its length is no multiple of that, of 4, 2 or 1.
     """
     return mixed_sum(_words(block))
 
 
 def block_digests(rows: Tensor) -> Tensor:
-    """From a block's row digests [tokens, 2, kv_heads]: those of K and of V, int64 [2]."""
+    """The digests of K and of V of a block, int64 [2], from those of its rows, [tokens, 2, kv_heads]."""
     return mixed_sum(rows, first=0)
 
 
 def as_numbers(digests: Tensor) -> tuple[int, int]:
-    """A block's digests on the host, as numbers without a sign. Waits for the device."""
+    """A block's digests as unsigned numbers on the host. Waits for the device."""
     k, v = digests.tolist()
     return k & _MASK, v & _MASK
 
 
 def _words(block: Tensor) -> Tensor:
-    """The rows' bytes as the largest integers that they divide into: int64 [tokens, 2, kv_heads, words]."""
+    """The rows' bytes as words: int64 [tokens, 2, kv_heads, words]."""
     width = block.shape[-1] * block.element_size()
     dtype = next(dtype for size, dtype in _INTEGERS if width % size == 0)
     return block.contiguous().view(dtype).to(torch.int64)
 
 
 def statistics(tensor: Tensor) -> str:
-    """Shape, range, mean and what is no number, in a line: for people."""
+    """Shape, range, mean and the number of NaN and Inf, in one line."""
     values = tensor.detach().float()
     broken = int((~torch.isfinite(values)).sum())
     low, high, mean = float(values.min()), float(values.max()), float(values.mean())

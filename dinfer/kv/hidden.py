@@ -1,4 +1,4 @@
-"""States: hidden states between layers and attention weights, as their user looks at them."""
+"""What `run.hidden()` and `run.attention()` return: hidden states before a layer, and attention weights."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,12 +15,12 @@ from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import within
 
 TOP = 5
-"""keys shown of a query"""
+"""how many keys are shown of a query"""
 
 
 class Hidden(Displayable):
-    """The hidden state of a chunk before a layer, [tokens, hidden_size]: `[tokens, dims]` fetches it, to the CPU, and
-    raises PlanError where the run has gone back before it meanwhile."""
+    """The hidden state of a chunk before a layer, [tokens, hidden_size]; indexing fetches it to the CPU. Raises
+    PlanError if the run has gone back to before it meanwhile."""
 
     def __init__(
         self, source: Callable[[], LiveSource], rank: int, chunk: int, layer: int, hold: Hold = nullcontext
@@ -32,7 +32,7 @@ class Hidden(Displayable):
     def values(self) -> Tensor:
         """[tokens, hidden_size], on the CPU; fetched once."""
         with self._hold():
-            return self._there().hidden(self.rank, self.chunk, self.layer)
+            return self._checked_source().hidden(self.rank, self.chunk, self.layer)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,24 +44,24 @@ class Hidden(Displayable):
 
     def __str__(self) -> str:
         with self._hold():
-            source = self._there()
-            said = source.hidden_summary(self.rank, self.chunk, self.layer)
+            source = self._checked_source()
+            found = source.hidden_summary(self.rank, self.chunk, self.layer)
         names = ("min", "max", "mean", "absmax", "nan", "inf", "zeros")
-        figures = ", ".join(f"{name} {said[name][0][0]:.4g}".replace("-", "−") for name in names)
+        figures = ", ".join(f"{name} {found[name][0][0]:.4g}".replace("-", "−") for name in names)
         tokens = source.subject.spans[self.chunk]
         dtype = str(source.subject.dtype).removeprefix("torch.")
         at = f"hidden c{self.chunk} l{self.layer} on rank {self.rank}"
         return f"{at}: {dtype}, tokens {tokens.start}–{tokens.stop - 1}; {figures}"
 
-    def _there(self) -> LiveSource:
+    def _checked_source(self) -> LiveSource:
         now = self._source()
         _check_hidden(now, self.rank, self.chunk, self.layer)
         return now
 
 
 class AttentionWeights(Displayable):
-    """`weights` [heads, queries, keys] of a chunk's tokens, on the CPU; the first key is the token `first_key`; `heads`
-    are attention heads, of which several may share one KV head."""
+    """The attention weights of a chunk's tokens: `weights`, [heads, queries, keys], on the CPU. The first key is the
+    token `first_key`. `heads` are attention heads; several may share one KV head."""
 
     def __init__(
         self, subject: Subject, layer: int, chunk: int, heads: Sequence[int], weights: Tensor, first_key: int
@@ -74,12 +74,12 @@ class AttentionWeights(Displayable):
         return found
 
     def top(self, token: int, head: int | None = None, n: int = TOP) -> list[tuple[int, str, float]]:
-        """The tokens that one token attends to most: number, text, weight; of one head, or on average over all here.
-        Raises PlanError for a token of another chunk."""
+        """The `n` tokens to which a token attends most, as (number, text, weight); of one head, or on average over all
+        that were fetched. Raises PlanError for a token of another chunk."""
         rows = self._subject.spans[self.chunk]
         if token not in rows:
             raise PlanError(
-                f"token {token} is not in chunk {self.chunk}: its are {rows.start} to {rows.stop - 1}."
+                f"token {token} is not in chunk {self.chunk}, which has tokens {rows.start} to {rows.stop - 1}."
             )
         of_query = self.weights[:, token - rows.start].float()
         weights = of_query.mean(0) if head is None else of_query[self.heads.index(head)]
@@ -107,7 +107,7 @@ class AttentionWeights(Displayable):
 
 
 def hidden_of(source: Callable[[], LiveSource], chunk: int, layer: int, hold: Hold = nullcontext) -> Hidden:
-    """What `run.hidden` returns; `hold` keeps the run from moving while its ranks are asked."""
+    """What `run.hidden` returns; `hold` keeps the run from moving while ranks are asked. Raises PlanError."""
     now = source()
     shape = now.subject.plan.shape
     within("chunk", chunk, len(shape.chunks))
@@ -120,7 +120,7 @@ def hidden_of(source: Callable[[], LiveSource], chunk: int, layer: int, hold: Ho
 def attention_of(
     source: Callable[[], LiveSource], layer: int, chunk: int, head: int | None
 ) -> AttentionWeights:
-    """What `run.attention` returns."""
+    """What `run.attention` returns. Raises PlanError."""
     now = source()
     shape = now.subject.plan.shape
     within("layer", layer, shape.layers)
@@ -136,7 +136,7 @@ def attention_of(
 
 
 def _check_hidden(source: LiveSource, rank: int, chunk: int, layer: int) -> None:
-    """Raises PlanError where that rank cannot have that hidden state yet."""
+    """Raises PlanError if the rank does not have that hidden state yet."""
     first = source.hidden_first(rank).get(chunk)
     computed = layer == 0 or source.held([rank])[0].spans[layer - 1] > chunk
     if first is None or first > layer or not (first == layer or computed):

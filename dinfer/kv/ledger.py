@@ -1,9 +1,9 @@
-"""Ledger: what the bytes of each block were when they came to be on this rank, as digests.
+"""Ledger: the digests of each block's bytes when it was computed or received on this rank.
 
-The rank that computes a block digests it once; its digests travel in every header that announces the block, however
-many hops it takes, and are compared with those of what has arrived. So a block whose bytes change is told from one
-that was computed so, and the first place where they changed can be named. Nothing here waits for a device, but for
-`edited` and `changed`, and what is compared with a signature that lies on the host.
+The rank that computes a block digests it once. These digests travel in every header that announces the block, over
+all its hops, and each receiver compares them with those of what has arrived. So a block whose bytes have changed can be
+told from one that was computed wrong, and the first place where they changed can be named. Only `edited`, `changed`,
+`LedgerEntry.announced` and the comparison with a signature on the host wait for a device.
 """
 
 from collections.abc import Collection
@@ -18,16 +18,19 @@ BlockKey = tuple[int, int]
 """chunk and layer of a block"""
 
 Digests = tuple[int, int]
-"""of K and of V"""
+"""of K and of V, as unsigned numbers"""
 
 UNKNOWN: Digests = (0, 0)
-"""what a header holds where the ledger is not kept"""
+"""in a header, if no ledger is kept"""
 
 
 class LedgerEntry(NamedTuple):
-    """`rows`: the digest of each row, int64 [tokens, 2, kv_heads]; `digests`: the block's, int64 [2]; both of the bytes
-    as they were computed or arrived here, or as the user has left them (`edited`), where they live. `signature`: of a
-    block that has arrived, what its header said and what headers pass on, int64 [3]: see transfer."""
+    """One block: `rows`, the digest of each row, int64 [tokens, 2, kv_heads], and `digests`, the block's, int64 [2].
+
+    Both are of the bytes that were computed or received or, if `edited`, that the user has left; they lie on the
+    block's device. `signature`: of a block that was received, what its header said and the next header says, int64 [3]:
+    the digests of the rank that computed it, and the first rank that received other bytes, plus 1.
+    """
 
     rows: Tensor
     digests: Tensor
@@ -36,19 +39,14 @@ class LedgerEntry(NamedTuple):
 
     @property
     def announced(self) -> Digests | None:
-        """The digests of who computed the block, if another rank did. Waits for the device."""
+        """The digests of the rank that computed the block, if it is another one. Waits for the device."""
         return None if self.signature is None else as_numbers(self.signature[:2])
-
-    @property
-    def is_as_made(self) -> bool:
-        """Whether these are the bytes that were computed. Waits for the device."""
-        return self.announced in (None, UNKNOWN, as_numbers(self.digests))
 
 
 class Ledger:
-    """Of one prompt on one rank; every lane writes its own blocks. With `on` False nothing is kept.
+    """The ledger of one prompt on one rank; every lane writes its own blocks. With `on` False nothing is kept.
 
-    `told`: blocks whose rows are known to have changed in memory since.
+    `told`: blocks for which a change in memory has been reported.
     """
 
     def __init__(self, rank: int, *, on: bool = True) -> None:
@@ -62,7 +60,8 @@ class Ledger:
             self._enter(key, _entry(block))
 
     def arrived(self, key: BlockKey, block: Tensor, announced: Tensor) -> Tensor | None:
-        """The block has come from a peer, announced with this signature: its digests, where the signature is."""
+        """This rank has received the block, announced with this signature. Returns its digests, on the signature's
+        device; None if no ledger is kept."""
         if not self.on:
             return None
         entry = _entry(block)
@@ -71,7 +70,7 @@ class Ledger:
         return found
 
     def edited(self, key: BlockKey, block: Tensor) -> None:
-        """The user may have changed the block: if so, its bytes are by intent what they are now."""
+        """The user may have changed the block. If so, its bytes are from now on what they should be."""
         before = self.entries.get(key)
         if before is None:
             return
@@ -80,8 +79,8 @@ class Ledger:
             self._enter(key, entry._replace(edited=True))
 
     def signature(self, key: BlockKey) -> Tensor:
-        """What a header says of the block, int64 [3]: the digests of who computed it, whatever has become of it since.
-        Where the block lives, or where its own header lay."""
+        """What a header says of the block, int64 [3]: see `LedgerEntry`. It does not change with the block. It lies on
+        the block's device, or on that of its own header."""
         entry = self.entries.get(key)
         if entry is None:
             return torch.zeros(3, dtype=torch.int64)
@@ -90,12 +89,12 @@ class Ledger:
         return torch.cat([entry.digests, torch.zeros_like(entry.digests[:1])])
 
     def keep(self, keys: Collection[BlockKey]) -> None:
-        """Only these blocks are still here."""
+        """Forget all other blocks."""
         self.entries = {key: entry for key, entry in self.entries.items() if key in keys}
         self.told &= set(keys)
 
     def changed(self, key: BlockKey, block: Tensor) -> Tensor:
-        """The rows that are not what they were when they came to be here, as bool [tokens, 2, kv_heads]."""
+        """Which rows have changed since they were computed or received: bool [tokens, 2, kv_heads]."""
         return row_digests(block) != self.entries[key].rows
 
     def _enter(self, key: BlockKey, entry: LedgerEntry) -> None:

@@ -1,6 +1,6 @@
-"""Measure: how one tensor differs from another of the same shape, as a few numbers, computed where they live.
+"""Measure: how one tensor differs from another of the same shape, and each head of a block, in a few figures.
 
-Nothing is judged here: whether a difference is a fault or rounding is for whoever knows what was compared.
+They are computed on the tensors' device. Whether a difference is a fault or rounding is judged elsewhere.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
 class Spot(NamedTuple):
-    """One value in two tensors: where it is, and what it is in each."""
+    """One value in two tensors: its index, and what it is in each."""
 
     at: CellIndex
     mine: float
@@ -22,10 +22,13 @@ class Spot(NamedTuple):
 
 
 class CellDifference(NamedTuple):
-    """`absolute`: the largest difference, infinite where only one of the two is a number; `relative`: the largest
-    one as a share of the larger of the two values; `scale`: the largest value of theirs; `largest`: where `absolute`
-    is; `changed`: how many values differ, in any bit where both have one dtype; `first`: the first of these; `nans`:
-    how many values are no numbers, in mine and in theirs."""
+    """How two tensors, mine and theirs, differ.
+
+    `absolute`: the largest difference, infinite if one of the two values is NaN; `relative`: the largest difference
+    relative to the larger of the two values; `scale`: the largest absolute value of theirs; `largest`: where `absolute`
+    is; `changed`: how many values differ, in any bit if both have the same dtype; `first`: the first of these; `nans`:
+    the number of NaN in mine and in theirs.
+    """
 
     absolute: float
     relative: float
@@ -36,7 +39,7 @@ class CellDifference(NamedTuple):
     nans: tuple[int, int]
 
     def with_(self, later: "CellDifference") -> "CellDifference":
-        """Of both together; `later` is of rows behind these."""
+        """The difference of both together; `later` is of the rows that follow."""
         larger = self if self.absolute >= later.absolute else later
         return CellDifference(
             larger.absolute,
@@ -50,13 +53,13 @@ class CellDifference(NamedTuple):
 
     @classmethod
     def of(cls, fields: list[Any]) -> "CellDifference":
-        """From a list, as JSON makes it of one."""
+        """From a list, as JSON has it."""
         absolute, relative, scale, largest, changed, first, nans = fields
         return cls(absolute, relative, scale, _spot(largest), changed, first and _spot(first), tuple(nans))
 
 
 def measure(mine: Tensor, theirs: Tensor, row: int = 0) -> CellDifference:
-    """Compare two tensors of one shape; the first dimension counts rows from `row` on."""
+    """Compare two tensors of one shape. The first index of a Spot counts from `row`."""
     changed = _changed(mine, theirs)
     count = int(changed.sum())
     one, other = mine.double(), theirs.double()
@@ -73,7 +76,7 @@ def measure(mine: Tensor, theirs: Tensor, row: int = 0) -> CellDifference:
 
 
 def _changed(mine: Tensor, theirs: Tensor) -> Tensor:
-    """Which values differ: in their bits, where both have the same dtype, so that NaN may equal NaN and 0 is not -0."""
+    """Which values differ; in their bits, if both have the same dtype: NaN may equal NaN, and 0 differs from -0."""
     if mine.dtype != theirs.dtype:
         return mine.double() != theirs.double()
     bits = _BITS[mine.element_size()]
@@ -92,11 +95,11 @@ def _spot(fields: list[Any]) -> Spot:
 
 
 FIELDS = ("min", "max", "mean", "absmax", "nan", "inf", "zeros")
-"""of K and of V, by head; `zeros`: their share. NaN and Inf are left out of the other figures."""
+"""of K and of V, by head; `nan` and `inf` are counts, `zeros` is a share. The other figures leave NaN and Inf out."""
 
 
 def per_head(block: Tensor) -> dict[str, list[list[float]]]:
-    """Of a block [tokens, 2, kv_heads, head_dim]: each field as [2, kv_heads]; all NaN where there is no number."""
+    """Each field of a block [tokens, 2, kv_heads, head_dim] as [2, kv_heads]; NaN where a head has no finite value."""
     values = block.detach().permute(1, 2, 0, 3).flatten(2).float()
     finite = torch.isfinite(values)
     counts = finite.sum(-1)

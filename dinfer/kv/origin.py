@@ -1,7 +1,7 @@
 """Origin: where a block's bytes first became other than those that were computed. Pure: plan and digests in, op out.
 
-Of every rank on a block's way three digests are known: what had arrived, what was announced, and what is there now. The
-first place on the way where they part is the origin.
+Three digests of a block are known of each rank on its route: of what was announced, of what had arrived, and of what is
+there now. The origin is the first place on the route where they differ.
 """
 
 from collections.abc import Mapping
@@ -15,17 +15,19 @@ CausePlace = Literal["wire", "memory", "compute", ""]
 
 
 class Origin(NamedTuple):
-    """`rank`: where it first differed; `where`: on the wire to it, in its memory, in its compute, or nothing where that
-    is not known; `op`: the op that brought it or, in quotes, after which it changed; `text`: for people."""
+    """`rank`: where a block first differed; `where`: on the wire to it, in its memory, in its compute, or nothing where
+    that is not known; `op`: the op that brought it or, in quotes, after which it changed; `text`: for people; `hops`:
+    how many hops the block has come from the rank that computes it."""
 
     rank: int
     where: CausePlace
     op: str
     text: str
+    hops: int = 0
 
 
 class BlockRoute:
-    """How blocks come to ranks, by a plan."""
+    """The routes of blocks to ranks in a plan."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -38,27 +40,27 @@ class BlockRoute:
         }
 
     def peer(self, rank: int, chunk: int, layer: int) -> int | None:
-        """From whom a rank gets that block; None: it computes it."""
+        """The rank from which this one receives the block; None: it computes it."""
         return self._peers.get((rank, chunk, layer))
 
     def hops(self, rank: int, chunk: int, layer: int) -> int:
-        """How many hops away from who computes the block."""
+        """How many hops the block takes to that rank."""
         return len(self.path(rank, chunk, layer)) - 1
 
     def path(self, rank: int, chunk: int, layer: int) -> list[int]:
-        """The ranks that the block passes on its way to this one, who computes it first."""
+        """The ranks that the block passes: the one that computes it first, this one last."""
         found = [rank]
         while (peer := self.peer(found[0], chunk, layer)) is not None and peer not in found:
             found.insert(0, peer)
         return found
 
     def op(self, rank: int, chunk: int, layer: int) -> str:
-        """The op that makes the block on that rank, for example `recv kv c1 l7 <- 1`."""
+        """The op that computes or receives the block on that rank, for example `recv kv c1 l7 <- 1`."""
         peer = self.peer(rank, chunk, layer)
         return f"layer c{chunk} l{layer}" if peer is None else f"recv kv c{chunk} l{layer} <- {peer}"
 
-    def came(self, rank: int, chunk: int, layer: int) -> str:
-        """How the block came to be on that rank, in words."""
+    def arrival(self, rank: int, chunk: int, layer: int) -> str:
+        """How that rank got the block, in words."""
         peer = self.peer(rank, chunk, layer)
         if peer is None:
             return f"computed there in chunk {chunk}"
@@ -67,39 +69,46 @@ class BlockRoute:
     def origin(
         self, rank: int, chunk: int, layer: int, noted: Mapping[int, Noted], now: Mapping[int, Digests]
     ) -> Origin:
-        """Of what is wrong with the block on that rank. `noted` and `now` are by rank, as far as they are known."""
+        """Where a block that is wrong on that rank became so. `noted`, `now`: by rank, as far as they are known."""
         path = self.path(rank, chunk, layer)
         right = truth(noted, path[0])
-        came = self.came(rank, chunk, layer)
         if right is None or any(one not in noted for one in path):
-            return Origin(rank, "", self.op(rank, chunk, layer), came)
+            arrival = self.arrival(rank, chunk, layer)
+            return Origin(rank, "", self.op(rank, chunk, layer), arrival, len(path) - 1)
         for source, one in zip([None, *path], path, strict=False):
             if noted[one].edited and noted[one].came != right:
-                return self._at(one, True, rank, chunk, layer, "edited by hand")
+                return self._changed(one, "memory", rank, chunk, layer, "edited by hand")
             if source is not None and noted[one].came != right:
-                changed_before = now.get(source) == noted[one].came
-                return self._at(source if changed_before else one, changed_before, rank, chunk, layer)
-        return self._at(rank, True, rank, chunk, layer)
+                if now.get(source) == noted[one].came:  # it was changed before it was sent
+                    return self._changed(source, "memory", rank, chunk, layer)
+                return self._changed(one, "wire", rank, chunk, layer)
+        return self._changed(rank, "memory", rank, chunk, layer)
 
-    def _at(
-        self, at: int, in_memory: bool, rank: int, chunk: int, layer: int, how: str = "changed afterwards"
+    def _changed(
+        self, at: int, where: CausePlace, rank: int, chunk: int, layer: int, how: str = "changed afterwards"
     ) -> Origin:
-        op, came = self.op(at, chunk, layer), self.came(rank, chunk, layer)
-        if in_memory:
-            text = f"{came}, {how} in its memory"
-            if at != rank:
-                text = f"{came}; {how} in rank {at}'s memory, before it was passed on"
-            return Origin(at, "memory", f"after `{op}` in rank {at}'s memory", text)
-        hop = f"{self.peer(at, chunk, layer)}→{at}"
-        text = f"{came}, where it changed on the wire" if at == rank else f"{came}; it changed at hop {hop}"
-        return Origin(at, "wire", op, text)
+        """The block on `rank`, which changed in the memory of rank `at`, or on the wire to it."""
+        op, text, hops = (
+            self.op(at, chunk, layer),
+            self.arrival(rank, chunk, layer),
+            self.hops(rank, chunk, layer),
+        )
+        if where == "memory":
+            elsewhere = f"; {how} in rank {at}'s memory, before it was passed on"
+            text += f", {how} in its memory" if at == rank else elsewhere
+            return Origin(at, "memory", f"after `{op}` in rank {at}'s memory", text, hops)
+        hop = f"; it changed at hop {self.peer(at, chunk, layer)}→{at}"
+        return Origin(at, "wire", op, text + (", where it changed on the wire" if at == rank else hop), hops)
 
 
 def truth(noted: Mapping[int, Noted], owner: int) -> Digests | None:
-    """The digests of the block as it was computed: what its receivers were announced; None where no ledger tells.
+    """The digests of the block as it was computed: what headers have announced to most receivers. None: no ledger has
+    it.
 
-    The owner's own word counts where nobody else has one: its ledger follows what its user edits, headers do not.
+    The owner's own ledger counts only where no receiver has one: it follows what its user edits, headers do not.
     """
     others = [one for rank, one in noted.items() if rank != owner and not one.edited]
-    said = [one.announced for one in others if one.announced != UNKNOWN]
-    return max(said, key=said.count) if said else noted[owner].came if owner in noted else None
+    announced = [one.announced for one in others if one.announced != UNKNOWN]
+    if announced:
+        return max(announced, key=announced.count)
+    return noted[owner].came if owner in noted else None

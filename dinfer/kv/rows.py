@@ -1,79 +1,22 @@
 """Rows: which rows a rank holds in place of the right ones, told from digests alone. Pure.
 
 Equal rows have equal digests wherever they lie, so rows that were moved, repeated or exchanged can be found again; what
-is left over has other values. A place is a row's index in a layer's cache; digests are int64 [places, 2, heads], the
-second index K and V, those of a whole row the digests of all its heads.
+is left over has other values. `identify` names the rows of one block, `repeats` those of a layer that is too long or
+too short, and `misplaced_rows`
+and `misplaced_in_blocks` do so for a whole layer beside the reference. All comparisons of KV use them, so that
+each kind of row is named in one way.
+
+A place is a row's index in a layer's cache; digests are int64 [places, 2, heads], the second index K and V, those of a
+whole row the digests of all its heads.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-
-KV = ("K", "V")
-
-
-def span_text(start: int, stop: int) -> str:
-    """Places as people write them: row 5, rows 26–51."""
-    return f"row {start}" if stop - start == 1 else f"rows {start}–{stop - 1}"
-
-
-def numbers_text(places: Sequence[int]) -> str:
-    """Runs of numbers: 3, 5–9."""
-    runs = []
-    for _, group in groupby(enumerate(sorted(places)), key=lambda one: one[1] - one[0]):
-        run = [place for _, place in group]
-        runs.append(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}")
-    return ", ".join(runs[:4]) + (f" and {len(runs) - 4} runs more" if len(runs) > 4 else "")
-
-
-def places_text(places: Sequence[int]) -> str:
-    return f"row{'s' * (len(places) != 1)} {numbers_text(places)}"
-
-
-def rows_text(places: Sequence[int], start: int) -> str:
-    return places_text([start + place for place in places])
-
-
-def tokens_text(cells: Tensor, start: int) -> str:
-    return rows_text(concerned(cells), start)
-
-
-def tensors_text(cells: Tensor) -> str:
-    return " and ".join(KV[n] for n in (0, 1) if cells[:, n].any())
-
-
-def what_text(cells: Tensor) -> str:
-    """K and V, or K alone, and which heads of it, where not all."""
-    heads = cells.any(0).any(0).nonzero().flatten().tolist()
-    some = "" if len(heads) == cells.shape[2] else f", head{'s' * (len(heads) > 1)} {numbers_text(heads)}"
-    return f"{tensors_text(cells)}{some}"
-
-
-def concerned(cells: Tensor) -> list[int]:
-    found: list[int] = cells.flatten(1).any(1).nonzero().flatten().tolist()
-    return found
-
-
-def are(places: Sequence[int]) -> str:
-    return "is" if len(places) == 1 else "are"
-
-
-def keys_of(rows: Tensor) -> list[bytes]:
-    """Each row's digests as one key; the places of `rows` come first."""
-    return [row.tobytes() for row in rows.flatten(1).contiguous().numpy()] if len(rows) else []
-
-
-def places_of(keys: Sequence[bytes]) -> dict[bytes, int]:
-    """The first place of each row."""
-    found = dict[bytes, int]()
-    for place, key in enumerate(keys):
-        found.setdefault(key, place)
-    return found
-
 
 RowKind = Literal[
     "value", "missing", "repeated", "shifted", "stale", "permuted", "swapped", "heads", "empty", "extra"
@@ -82,7 +25,7 @@ RowKind = Literal[
 
 class Finding(NamedTuple):
     """What has become of some rows: `cells` [places, 2, heads] are those concerned, of the tensors that were given;
-    `source`: the first place of the rows that they repeat, where they do."""
+    `source`: the first place of the rows that they hold instead, where these are one run; `text`: a sentence."""
 
     kind: RowKind
     text: str
@@ -90,139 +33,165 @@ class Finding(NamedTuple):
     source: int | None = None
 
 
-class RowFinding(NamedTuple):
+class Identified(NamedTuple):
     """`left`: cells that differ and are no other row's: other values."""
 
     findings: list[Finding]
     left: Tensor
 
 
+class Nearby(NamedTuple):
+    """Rows beside a block, in which its rows may be found again: right ones, from the place `start` on. `previous`: the
+    place where the block before begins; None for the first block."""
+
+    start: int
+    rows: Tensor
+    previous: int | None
+
+
+class Misplaced(NamedTuple):
+    """A finding as plain values: it concerns places `start` to `stop` (exclusive) of `tensors`, "K", "V" or "KV";
+    `source` as in Finding, -1 for none."""
+
+    start: int
+    stop: int
+    kind: RowKind
+    tensors: str
+    source: int
+    text: str
+
+
+def misplaced_rows(got: Tensor, want: Tensor) -> list[Misplaced]:
+    """What `repeats` finds in a layer of the wrong length, but for missing rows."""
+    return [_plain(one, 0) for one in repeats(got, want) if one.cells.any()]
+
+
+def misplaced_in_blocks(got: Tensor, want: Tensor, blocks: Sequence[range], zero: int) -> list[Misplaced]:
+    """Which of a layer's rows, `got`, are other rows than they should be, `want`; both are of one length.
+
+    `blocks`: the places of each block; `zero` as for `identify`. Only whole rows count, of all heads, and only where
+    other rows of the layer explain all of K or V of a block: in a block of other values, single rows may be another's
+    by chance, as K of the first layer is for equal tokens at shifted positions.
+    """
+    found, previous = list[Misplaced](), None
+    for block in blocks:
+        places = slice(block.start, block.stop)
+        findings = identify(got[places], want[places], block.start, Nearby(0, want, previous), zero).findings
+        whole = [one for one in findings if one.cells[one.cells.any(2)].all()]
+        left = got[places] != want[places]
+        for one in whole:
+            left &= ~one.cells
+        unexplained = left.any(2).any(0)
+        found += [_plain(one, block.start) for one in whole if not unexplained[one.cells.any(2).any(0)].any()]
+        previous = block.start
+    return found
+
+
+def _plain(one: Finding, start: int) -> Misplaced:
+    places = concerned(one.cells)
+    tensors = "".join(name for n, name in enumerate("KV") if one.cells[:, n].any())
+    source = -1 if one.source is None else one.source
+    return Misplaced(start + places[0], start + places[-1] + 1, one.kind, tensors, source, one.text)
+
+
 def identify(
     got: Tensor,
     want: Tensor,
     start: int,
-    before: Callable[[], tuple[int, Tensor]],
+    nearby: Nearby | Callable[[], Nearby],
     zero: int,
     known: Tensor | None = None,
-) -> RowFinding:
+) -> Identified:
     """What the rows `got` are, in the places from `start` on where `want` should be; both are of one length.
 
-    `before()`: the first place and the right rows of the block before; `zero`: the digest of a row of zeros; `known`:
-    cells that need no explanation any more.
+    `nearby`, where it is a function, is called only if rows of other blocks may explain something; `zero`: the digest
+    of a row of zeros; `known`: cells that are explained already.
     """
+    found, left = list[Finding](), (got != want) & (True if known is None else ~known)
     looks: list[Callable[[Tensor], list[Finding]]] = [
         lambda left: _empty(got, left, zero, start),
-        lambda left: _moved(got, want, left, start, before),
+        lambda left: _moved(got, want, left, start, nearby),
         lambda left: _swapped(got, want, left, start),
         lambda left: _heads(got, want, left, start),
     ]
-    found, left = list[Finding](), (got != want) & (True if known is None else ~known)
     for look in looks:
         for finding in look(left) if left.any() else []:
             found.append(finding)
             left = left & ~finding.cells
-    return RowFinding(found, left)
+    return Identified(found, left)
 
 
 def _empty(got: Tensor, left: Tensor, zero: int, start: int) -> list[Finding]:
     cells = left & (got == zero)
     if not cells.any():
         return []
-    text = f"{what_text(cells)} of {tokens_text(cells, start)} {are(concerned(cells))} all zeros"
+    text = f"{_what_text(cells)} of {_tokens_text(cells, start)} {_are(concerned(cells))} all zeros"
     return [Finding("empty", text, cells)]
 
 
 def _moved(
-    got: Tensor, want: Tensor, left: Tensor, start: int, before: Callable[[], tuple[int, Tensor]]
+    got: Tensor, want: Tensor, left: Tensor, start: int, nearby: Nearby | Callable[[], Nearby]
 ) -> list[Finding]:
-    """Tokens that hold other tokens' rows: of all heads that differ at once, else of K and V or each head alone."""
+    """Tokens that hold other tokens' rows: of all heads that differ at once, else of K or V or each head alone."""
     found = list[Finding]()
-    one_value = int(left.sum()) == 1 < got.shape[2]  # no row of all heads: not worth the block before
-    at, earlier = (start, got[:0]) if one_value else before()
-    for columns in _groups(left):
-        left = left & ~torch.stack([one.cells for one in found]).any(0) if found else left
+    others = Nearby(start, got[:0], None)
+    if int(left.sum()) > 1 or got.shape[2] == 1:  # one head of many is no row: not worth reading other blocks
+        others = nearby if isinstance(nearby, Nearby) else nearby()
+    for columns in _columns(left):
         if not (left & columns).any():
             continue
-        rows, right, past = (keys_of(part[:, columns]) for part in (got, want, earlier))
-        places = concerned(left & columns)
-        finding = _move(rows, right, past, places, start, at)
-        if finding:
-            kind, text, moved = finding
-            cells = torch.zeros(got.shape, dtype=torch.bool)
-            cells[moved] = columns
-            cells &= left
-            part = "" if bool(columns.all()) else f"{what_text(cells)}: "
-            found.append(Finding(kind, part + text, cells))
+        rows, right, beside = (_keys(part[:, columns]) for part in (got, want, others.rows))
+        moved = _move(rows, right, beside, concerned(left & columns), start, others)
+        if moved is None:
+            continue
+        places, kind, text, source = moved
+        cells = torch.zeros(got.shape, dtype=torch.bool)
+        cells[places] = columns
+        cells &= left
+        left = left & ~cells
+        part = "" if bool(columns.all()) else f"{_what_text(cells)}: "
+        found.append(Finding(kind, part + text, cells, source))
     return found
 
 
-def _groups(left: Tensor) -> list[Tensor]:
-    """The columns [2, heads] that differ: all, those of K, those of V, each one."""
-    all_of_it = left.any(0)
-    singles = []
-    for tensor, head in all_of_it.nonzero().tolist():
-        one = torch.zeros_like(all_of_it)
-        one[tensor, head] = True
-        singles.append(one)
-    halves = []
-    for tensor in (0, 1):
-        half = torch.zeros_like(all_of_it)
-        half[tensor] = all_of_it[tensor]
-        halves.append(half)
-    return [all_of_it, *halves, *singles]
+def _columns(left: Tensor) -> list[Tensor]:
+    """The columns [2, heads] that differ: all of them, those of K, those of V, each one."""
+    differ = left.any(0)
+    halves = [differ & (torch.arange(2)[:, None] == n) for n in (0, 1)]
+    singles = torch.eye(differ.numel(), dtype=torch.bool)[differ.flatten()]
+    return [differ, *halves, *(one.view_as(differ) for one in singles)]
 
 
 def _move(
-    rows: list[bytes], right: list[bytes], past: list[bytes], places: list[int], start: int, at: int
-) -> tuple[RowKind, str, list[int]] | None:
-    """How the differing `places` (within the block) are other rows; None where none of them is."""
-    known = places_of(right)
-    known_past = places_of(past)
-    mine = [n for n in places if rows[n] in known or rows[n] in known_past]
+    rows: list[bytes],
+    right: list[bytes],
+    beside: list[bytes],
+    differing: list[int],
+    start: int,
+    others: Nearby,
+) -> tuple[list[int], RowKind, str, int | None] | None:
+    """Of the `differing` rows of a block, numbered from its own start, those that are other rows: which, of what kind,
+    a sentence, and the first place that they hold. None: none of them is."""
+    sources = _first_places(beside, others.start) | _first_places(right, start)
+    mine = [n for n in differing if rows[n] in sources]
     if not mine:
         return None
-    if len(past) and all(n < len(past) and rows[n] == past[n] for n in mine):
-        hold = "holds" if len(mine) == 1 else "hold"
-        return (
-            "stale",
-            f"stale: {rows_text(mine, start)} {hold} {rows_text(mine, at)} of the chunk before",
-            mine,
-        )
+    if others.previous is not None:
+        before = beside[others.previous - others.start :][: start - others.previous]
+        if all(n < len(before) and rows[n] == before[n] for n in mine):
+            hold = "holds" if len(mine) == 1 else "hold"
+            there = places_text([others.previous + n for n in mine])
+            text = f"stale: {places_text([start + n for n in mine])} {hold} {there} of the chunk before"
+            return mine, "stale", text, others.previous + mine[0]
+    here = places_text([start + n for n in mine])
     if Counter(rows[n] for n in mine) == Counter(right[n] for n in mine):
-        return "permuted", f"{rows_text(mine, start)} {are(mine)} in another order", mine
-    sources = [_nearest(rows, n, known, known_past, start, at) for n in mine]
-    by = {start + n - source for n, source in zip(mine, sources, strict=True)}
-    if len(by) == 1 and len(mine) > 1 and {s - start for s in sources} & set(mine):
-        n = by.pop()
-        return "shifted", f"{rows_text(mine, start)} {are(mine)} shifted by {n:+d}", mine
-    pairs = _Pairs(zip((start + n for n in mine), sources, strict=True))
-    return "repeated", "; ".join(pairs.texts()), mine
-
-
-def _nearest(
-    rows: list[bytes], n: int, known: dict[bytes, int], known_past: dict[bytes, int], start: int, at: int
-) -> int:
-    """The place whose row this one holds."""
-    key = rows[n]
-    return start + known[key] if key in known else at + known_past[key]
-
-
-class _Pairs:
-    """Places and what they hold, in runs."""
-
-    def __init__(self, pairs: Iterable[tuple[int, int]]) -> None:
-        self._pairs = list(pairs)
-
-    def texts(self) -> list[str]:
-        found = []
-        for _, group in groupby(
-            enumerate(self._pairs), key=lambda one: (one[1][0] - one[0], one[1][1] - one[0])
-        ):
-            run = [pair for _, pair in group]
-            here = span_text(run[0][0], run[-1][0] + 1)
-            there = span_text(run[0][1], run[-1][1] + 1)
-            found.append(f"{here} {'repeats' if len(run) == 1 else 'repeat'} {there}")
-        return found
+        return mine, "permuted", f"{here} {_are(mine)} in another order", None
+    pairs = [(start + n, sources[rows[n]]) for n in mine]
+    by = {place - source for place, source in pairs}
+    if len(by) == 1 and len(mine) > 1 and {source - start for _, source in pairs} & set(mine):
+        return mine, "shifted", f"{here} {_are(mine)} shifted by {by.pop():+d}", pairs[0][1]
+    runs = [_Run("repeat", run[0][0], run[-1][0] + 1, run[0][1]) for run in _runs_of(pairs)]
+    return mine, "repeated", "; ".join(map(_repeat_text, runs)), pairs[0][1]
 
 
 def _swapped(got: Tensor, want: Tensor, left: Tensor, start: int) -> list[Finding]:
@@ -230,16 +199,144 @@ def _swapped(got: Tensor, want: Tensor, left: Tensor, start: int) -> list[Findin
     if not cells.any():
         return []
     held = ["K holds V's rows"] * bool(cells[:, 0].any()) + ["V holds K's rows"] * bool(cells[:, 1].any())
-    text = " and ".join(held)
-    return [Finding("swapped", f"swapped: {text} in {tokens_text(cells, start)}", cells)]
+    return [Finding("swapped", f"swapped: {' and '.join(held)} in {_tokens_text(cells, start)}", cells)]
 
 
 def _heads(got: Tensor, want: Tensor, left: Tensor, start: int) -> list[Finding]:
-    heads = got.shape[2]
-    tried = [(n, left & (got == want.roll(n, dims=2))) for n in range(1, heads)]
+    tried = [(n, left & (got == want.roll(n, dims=2))) for n in range(1, got.shape[2])]
     by, cells = max(tried, key=lambda one: int(one[1].sum()), default=(0, torch.zeros_like(left)))
     if not cells.any():
         return []
-    where = f"{tensors_text(cells)} of {tokens_text(cells, start)}"
-    text = f"heads shifted by {by} in {where}: head {by} holds head 0's rows"
-    return [Finding("heads", text, cells)]
+    where = f"{_tensors_text(cells)} of {_tokens_text(cells, start)}"
+    return [Finding("heads", f"heads shifted by {by} in {where}: head {by} holds head 0's rows", cells)]
+
+
+# -- layers of another length
+
+
+class _Run(NamedTuple):
+    """Consecutive places, `start` to `stop`, with consecutive sources; `what`: "repeat" (of an earlier row), "right"
+    (the row of the place `source`) or "other" (no right row)."""
+
+    what: str
+    start: int
+    stop: int
+    source: int
+
+
+def repeats(got: Tensor, want: Tensor) -> list[Finding]:
+    """Of a layer's rows `got`, where `want` should be, longer or shorter than that: which repeat earlier ones, which
+    stand elsewhere, which of those behind its end are no row of it, which of its rows are missing."""
+    mine, right = _keys(got), _keys(want)
+    seen, rightful = dict[bytes, int](), _first_places(right)
+    sources = list[tuple[str, int]]()
+    for place, key in enumerate(mine):
+        if key in seen:
+            last, source = sources[-1]
+            follows = last == "repeat" and source + 1 < place and mine[source + 1] == key
+            sources.append(("repeat", source + 1 if follows else seen[key]))
+        elif key in rightful:
+            moved = place >= len(right) or right[place] != key
+            sources.append(("right", rightful[key] if moved else place))
+        else:
+            sources.append(("other", place))
+        seen.setdefault(key, place)
+    runs = [
+        _Run(what, run[0][0], run[-1][0] + 1, run[0][1])
+        for what, group in groupby(enumerate(sources), key=lambda one: one[1][0])
+        for run in _runs_of([(place, source) for place, (_, source) in group])
+    ]
+    named = [_of_run(got, run, len(right)) for run in runs]
+    replaced = {place for place, (what, _) in enumerate(sources) if what == "other"}
+    gone = [place for place, key in enumerate(right) if key not in seen and place not in replaced]
+    missing = f"{places_text(gone)} of the others {_are(gone)} missing"
+    nothing = torch.zeros(got.shape, dtype=torch.bool)
+    return [one for one in named if one] + [Finding("missing", missing, nothing)] * bool(gone)
+
+
+def _of_run(got: Tensor, run: _Run, right: int) -> Finding | None:
+    cells = torch.zeros(got.shape, dtype=torch.bool)
+    cells[run.start : run.stop] = True
+    here, there = _span_text(run.start, run.stop), _span_text(run.source, run.source + run.stop - run.start)
+    if run.what == "repeat":
+        return Finding("repeated", _repeat_text(run), cells, run.source)
+    if run.what == "right" and run.source != run.start:
+        by, direction = abs(run.start - run.source), "later" if run.start > run.source else "earlier"
+        return Finding("shifted", f"{here} should be {there}: shifted, {by} {direction}", cells)
+    if run.what == "other" and run.start >= right:
+        one = run.stop - run.start == 1
+        return Finding("extra", f"{here} {'is no row' if one else 'are no rows'} of the others", cells)
+    return None  # right, or other values, which are looked at in their place
+
+
+def _runs_of(pairs: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Pairs (place, source), split where either does not go on by one."""
+    numbered = enumerate(pairs)
+    groups = groupby(numbered, key=lambda one: (one[1][0] - one[0], one[1][1] - one[0]))
+    return [[pair for _, pair in group] for _, group in groups]
+
+
+# -- words
+
+
+def _repeat_text(run: _Run) -> str:
+    """For example `rows 26–51 repeat rows 0–25`."""
+    count = run.stop - run.start
+    verb = "repeats" if count == 1 else "repeat"
+    return f"{_span_text(run.start, run.stop)} {verb} {_span_text(run.source, run.source + count)}"
+
+
+def _span_text(start: int, stop: int) -> str:
+    return places_text(range(start, stop))
+
+
+def places_text(places: Sequence[int]) -> str:
+    """For example `row 5`, `rows 3, 26–51`."""
+    return f"row{'s' * (len(places) != 1)} {numbers_text(places)}"
+
+
+def numbers_text(numbers: Sequence[int]) -> str:
+    """Runs of numbers: 3, 5–9."""
+    runs = []
+    for _, group in groupby(enumerate(sorted(numbers)), key=lambda one: one[1] - one[0]):
+        run = [number for _, number in group]
+        runs.append(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}")
+    return ", ".join(runs[:4]) + (f" and {len(runs) - 4} runs more" if len(runs) > 4 else "")
+
+
+def _tokens_text(cells: Tensor, start: int) -> str:
+    return places_text([start + n for n in concerned(cells)])
+
+
+def _tensors_text(cells: Tensor) -> str:
+    return " and ".join(name for n, name in enumerate("KV") if cells[:, n].any())
+
+
+def _what_text(cells: Tensor) -> str:
+    """K and V, or K alone, and which heads of it, where not all."""
+    heads = cells.any(0).any(0).nonzero().flatten().tolist()
+    some = "" if len(heads) == cells.shape[2] else f", head{'s' * (len(heads) > 1)} {numbers_text(heads)}"
+    return f"{_tensors_text(cells)}{some}"
+
+
+def _are(places: Sequence[int]) -> str:
+    return "is" if len(places) == 1 else "are"
+
+
+# -- digests
+
+
+def concerned(cells: Tensor) -> list[int]:
+    """The places with at least one cell."""
+    found: list[int] = cells.flatten(1).any(1).nonzero().flatten().tolist()
+    return found
+
+
+def _keys(rows: Tensor) -> list[bytes]:
+    """Each row's digests as one key; the places of `rows` come first."""
+    return [row.tobytes() for row in rows.flatten(1).contiguous().numpy()] if len(rows) else []
+
+
+def _first_places(keys: Sequence[bytes], start: int = 0) -> dict[bytes, int]:
+    """The first place of each row, counted from `start`."""
+    return {key: start + n for n, key in reversed(list(enumerate(keys)))}

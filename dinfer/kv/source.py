@@ -1,7 +1,7 @@
-"""Source: whatever holds KV by rank and layer, and how it is read: a run's ranks, a saved folder, a reference.
+"""Source: what holds KV by rank and layer, and how it is read: a run's ranks, or a saved folder.
 
-A place is a row's index in a layer's cache: where all is well, the token that it is of. Digests are those of
-`kv.digests`: of a row int64 [2, kv_heads], of a block int64 [2], the first index K and V. Nothing here compares.
+A place is a row's index in a layer's cache; where nothing is wrong, that is the token's number. Digests are those of
+`kv.digests`: of a row int64 [2, kv_heads], of a block int64 [2], K before V. Nothing here compares.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,6 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from dinfer.kv.digests import as_numbers
 from dinfer.kv.ledger import BlockKey, Digests
 from dinfer.messages import Message
 from dinfer.plan.plan import Plan
@@ -20,10 +19,11 @@ from dinfer.plan.plan import Plan
 
 @dataclass(frozen=True)
 class Subject:
-    """What a source is of.
+    """The run whose KV a source holds.
 
-    `ids`: the prompt, then the new tokens; `texts`: of each of them, in whole characters; `checkpoint`: its
-    fingerprint; `name`: which run it is, for people; `standing`: by rank, where that stands, nothing if at its end.
+    `name`: what to call it in messages; `standing`: by rank, where it stands, "" at its end; `ids`: the prompt's
+    tokens, then the new ones; `texts`: the text of each, in whole characters, empty without a tokenizer; `checkpoint`:
+    the checkpoint's fingerprint.
     """
 
     name: str
@@ -42,9 +42,13 @@ class Subject:
 
     @cached_property
     def spans(self) -> tuple[range, ...]:
-        """The tokens of each chunk and then, where there are any, the new ones that have K and V: all but the last."""
+        """The tokens of each chunk and then, if there are any, the new tokens that have K and V: all but the last."""
         new = range(self.plan.shape.tokens, len(self.ids) - 1)
         return (*self.plan.shape.chunks, *([new] if new else []))
+
+    def label(self, token: int | None) -> str:
+        """The token's text without spaces around it; empty where it is not known."""
+        return "" if token is None or token >= len(self.texts) else self.texts[token].strip()
 
     @property
     def stands(self) -> str:
@@ -59,17 +63,20 @@ class Subject:
 
 
 class HeldSpans(NamedTuple):
-    """What one rank holds, by layer: `spans`: how many of the subject's spans are there, counted from the first on;
-    `rows`: how many rows, which may be more than these spans have, or fewer, where something is wrong."""
+    """What one rank holds, by layer. `spans`: how many of the subject's spans, counted from the first; `rows`: how many
+    rows, which are more or fewer than those of the spans only if something is wrong."""
 
     spans: tuple[int, ...]
     rows: tuple[int, ...]
 
 
 class Noted(NamedTuple):
-    """What one rank's ledger says of a block: `came`, its digests when it was computed or had arrived there;
-    `announced`, what its header said of it: the digests of who computed it; where it was computed, as `came`. `edited`:
-    its user has changed it there since, and both are of what that has left."""
+    """What one rank's ledger says of a block.
+
+    `came`: the digests of the block when it had been computed or received there. `announced`: those in its header,
+    which the rank that computed it has sent; on that rank the same as `came`. `edited`: the user has changed the block
+    there, and both are of the block after that.
+    """
 
     came: Digests
     announced: Digests
@@ -77,49 +84,46 @@ class Noted(NamedTuple):
 
 
 class Source(Protocol):
-    """Calls for several ranks ask them together, and answer in their order. `chunk` counts the plan's chunks."""
+    """KV by rank and layer. `ranks`: those that can be asked. A call for several ranks asks them at the same time and
+    returns their answers in the order of `ranks`. `chunk` is a number of the plan's chunks."""
 
-    @property
-    def subject(self) -> Subject: ...
-
-    @property
-    def ranks(self) -> Sequence[int]:
-        """Those that it has something of."""
+    subject: Subject
+    ranks: Sequence[int]
 
     @property
     def bytes_moved(self) -> int:
-        """How much has been fetched so far, requests included."""
+        """Bytes sent to and received from the ranks so far."""
 
     def held(self, ranks: Sequence[int]) -> list[HeldSpans]:
         """What these ranks hold."""
 
     def digests(self, ranks: Sequence[int], layers: Sequence[int], spans: Sequence[range]) -> list[Tensor]:
-        """Of the bytes as they are now in these places: int64 [layers, spans, 2] for each rank. Places that a rank does
-        not hold do not count."""
+        """The digests of blocks as they are now: int64 [layers, spans, 2] for each rank; those of rows that a rank does
+        not hold mean nothing."""
 
     def noted(self, ranks: Sequence[int], layers: Sequence[int]) -> list[dict[BlockKey, Noted]]:
-        """What the ranks' ledgers say of blocks of these layers, by chunk and layer; empty where none is kept."""
+        """What the ranks' ledgers say of blocks of these layers, by chunk and layer; empty without a ledger."""
 
     def noted_rows(self, rank: int, chunk: int, layer: int) -> Tensor | None:
-        """The rows' digests when the block was computed or had arrived, int64 [tokens, 2, kv_heads]; None where no
-        ledger has them."""
+        """The rows' digests when the block had been computed or received, int64 [tokens, 2, kv_heads]; None if the
+        ledger does not have them."""
 
     def rows(self, rank: int, layer: int, places: range) -> Tensor:
-        """The rows' digests as they are now, int64 [places, 2, kv_heads]; fewer places where the rank holds fewer."""
+        """The rows' digests as they are now, int64 [places, 2, kv_heads], as far as the rank holds these places."""
 
     def values(self, rank: int, layer: int, places: Sequence[int]) -> Tensor:
-        """The rows themselves, on the CPU: [places, 2, kv_heads, head_dim]. All places must be held."""
+        """The rows themselves, on the CPU: [places, 2, kv_heads, head_dim]. The rank must hold all of these places."""
 
-    def has_values(self, layer: int) -> bool:  # noqa: ARG002 - of most there are
-        """Whether there are values of a layer, beside digests."""
+    def has_values(self, layer: int) -> bool:  # noqa: ARG002 - most sources have all
+        """Whether the values of a layer are available, and not only digests."""
         return True
 
 
 class ViewableSource(Source, Protocol):
-    """A source that can be looked at, too."""
+    """A source that users can look at."""
 
     def summary(self, rank: int, layer: int, places: range) -> Message:
-        """K and V of these places by head: see `kv.measure`."""
+        """K and V of these places in figures by head: see `kv.measure.per_head`."""
 
     def part(self, rank: int, layer: int, tensor: int, heads: Sequence[int], places: Sequence[int]) -> Tensor:
         """K (0) or V (1) of some heads, [heads, places, head_dim]."""
@@ -127,16 +131,16 @@ class ViewableSource(Source, Protocol):
 
 @runtime_checkable
 class LiveSource(ViewableSource, Protocol):
-    """Ranks that stand: they can also tell what is not kept elsewhere."""
+    """The ranks of a run, which can also be asked for what is not saved."""
 
     def called(self, name: str) -> "LiveSource":
-        """The same ranks under another name, to tell them from another run's."""
+        """The same ranks under another name, to distinguish two runs."""
 
     def hidden_first(self, rank: int) -> dict[int, int]:
-        """By chunk, the first layer before which a rank has its hidden state."""
+        """By chunk, the first layer whose input, a hidden state, the rank has."""
 
     def hidden_summary(self, rank: int, chunk: int, layer: int) -> Message:
-        """Mean, deviation and extremes of the hidden state before a layer."""
+        """The hidden state before a layer in figures, as of one head: see `kv.measure.per_head`."""
 
     def hidden(self, rank: int, chunk: int, layer: int) -> Tensor:
         """The hidden state before a layer, [tokens, hidden_size]."""
@@ -146,7 +150,7 @@ class LiveSource(ViewableSource, Protocol):
 
 
 class Side(NamedTuple):
-    """One rank's KV; `name`: whose, for people."""
+    """One side of a comparison: a rank of a source, and what to call it in messages."""
 
     source: Source
     rank: int
@@ -154,7 +158,7 @@ class Side(NamedTuple):
 
 
 def chunk_of(subject: Subject, span: int) -> int | None:
-    """The chunk of that span; None for new tokens."""
+    """The chunk that this span is; None if it is that of the new tokens."""
     return span if span < len(subject.plan.shape.chunks) else None
 
 
@@ -166,43 +170,6 @@ class Selection(NamedTuple):
     spans: tuple[int, ...]
 
 
-class HeldBlocks(NamedTuple):
-    """What one side holds of the selection, and its digests by (span, layer), of those that are there."""
-
-    side: Side
-    held: HeldSpans
-    now: dict[BlockKey, Digests]
-
-
-def blocks_of(
-    source: Source, chosen: Selection, names: Sequence[str], spans: Sequence[range], *, by_rows: bool = False
-) -> list[HeldBlocks]:
-    """What each rank holds. `by_rows`: the spans are another source's: those whose rows are there count."""
-    held = source.held(chosen.ranks)
-    digests = source.digests(chosen.ranks, chosen.layers, [spans[n] for n in chosen.spans])
-    found = []
-    for rank, name, has, numbers in zip(chosen.ranks, names, held, digests, strict=True):
-        now = {
-            (span, layer): as_numbers(numbers[i, j])
-            for i, layer in enumerate(chosen.layers)
-            for j, span in enumerate(chosen.spans)
-            if spans[span]
-            and (
-                span < has.spans[layer]
-                if not by_rows
-                else spans[span].stop <= expected_rows(source, has, layer)
-            )
-        }
-        found.append(HeldBlocks(Side(source, rank, name), has, now))
-    return found
-
-
-def expected_rows(source: Source, held: HeldSpans, layer: int) -> int:
-    """How many rows the spans have that a rank holds of a layer."""
-    return source.subject.spans[held.spans[layer] - 1].stop if held.spans[layer] else 0
-
-
-def shared_of(blocks: Sequence[HeldBlocks], chosen: Selection, count: int) -> list[BlockKey]:
-    """The blocks that all sides hold, in the order in which they are computed."""
-    keys = [(span, layer) for span in chosen.spans for layer in chosen.layers]
-    return [key for key in keys if sum(key in one.now for one in blocks) == count]
+def expected_rows(subject: Subject, held: HeldSpans, layer: int) -> int:
+    """How many rows of a layer a rank should have, by the spans that it holds."""
+    return subject.spans[held.spans[layer] - 1].stop if held.spans[layer] else 0

@@ -1,46 +1,45 @@
-"""View: KV as its user looks at it: who holds what, each head in a few numbers, values on demand."""
+"""View: what `run.kv()` returns: who holds what, each head in a few figures, values on demand."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Protocol
 
 import torch
 
-from dinfer.display import Displayable
+from dinfer.display import Displayable, Table
 from dinfer.errors import NoSuch
 from dinfer.kv.diff import VALUES, diff_ranks, diff_sources
-from dinfer.kv.difference import Diff, Table, number_text
+from dinfer.kv.difference import Diff, number_text
 from dinfer.kv.rows import numbers_text
 from dinfer.kv.source import LiveSource, Selection, Source, Subject, ViewableSource
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import within
 
 LARGE = 64 << 20
-"""more bytes than these do not move before it is said how many"""
+"""before more bytes than this move, a message says how many"""
 
 CORNER = 4
-"""values shown of a row, and tokens"""
-
-RowIndex = int | slice
+"""how many tokens, and values of each, are shown"""
 
 Note = Callable[[Diff, Selection], None]
 
 Hold = Callable[[], AbstractContextManager[None]]
 
-_TAKING_TWO = threading.Lock()
-"""held by who takes two runs, lest two who take the same two wait for each other for ever"""
+_HOLDING_TWO = threading.Lock()
+"""prevents a deadlock between A.diff(B) and B.diff(A)"""
 
 
 class Other(Protocol):
-    """What KV can be compared with, beside a Source: anything that has one, such as a run or what was saved of one."""
+    """What has KV to compare with: a run, or a saved one."""
 
     def source(self) -> Source: ...
 
 
 class KV(Displayable):
-    """Some of what ranks hold. `source()` is asked anew for each look: a run may have moved; while one lasts, `hold()`
-    keeps it standing."""
+    """The KV that ranks hold of some layers, chunks and ranks. `source()` is called anew for each look, since a run may
+    have moved; `hold()` keeps the run from moving during one; `note(diff, selection)` is called after ranks were
+    compared."""
 
     def __init__(
         self,
@@ -60,42 +59,36 @@ class KV(Displayable):
         ranks: Sequence[int] | None = None,
         values: int | None = VALUES,
     ) -> Diff:
-        """Where the ranks differ, or where they differ from another run, or a saved one.
+        """Where the ranks differ from one another or, given another run or a saved one, from that.
 
-        First rows too many or too few, then rows that are other rows, then values, each named as exactly as can be.
+        Layers with too many rows or too few come first, then rows that are other rows, then values.
 
-        `ranks`: which to compare, by default all; `values`: of how many tokens' rows to fetch the values, None: of all
-        that differ. Raises PlanError for ranks that there are not, and for a run of another prompt, model or dtype.
+        `ranks`: which to compare, by default all; `values`: for how many tokens' rows to fetch the values, None: for
+        all that differ. Raises PlanError for unknown ranks, and for a run of another prompt, model or dtype.
         """
-        with self._both_held(other):
-            return self._diff(other, ranks, values)
-
-    @contextmanager
-    def _both_held(self, other: object) -> Iterator[None]:
-        """Keep this run standing, and the other, where it is one that can move."""
-        theirs: Hold | None = getattr(other, "hold", None)
+        hold_other: Hold | None = getattr(other, "hold", None)
         with ExitStack() as held:
-            with _TAKING_TWO if theirs else nullcontext():
+            with _HOLDING_TWO if hold_other else nullcontext():
                 held.enter_context(self._hold())
-                if theirs:
-                    held.enter_context(theirs())
-            yield
-
-    def _diff(self, other: "Other | Source | None", ranks: Sequence[int] | None, values: int | None) -> Diff:
-        source = self.source()
-        subject = source.subject
-        chosen = tuple(_ranks(subject, ranks if ranks is not None else self._own_ranks(source)))
-        spans = self._spans or tuple(range(len(subject.spans)))
-        selection = Selection(chosen, self._layers, spans)
-        if other is None:
-            found = diff_ranks(source, selection, values)
-            if self._note:
-                self._note(found, selection)
-            return found
-        theirs = other.source() if hasattr(other, "source") else other
-        if isinstance(source, LiveSource) and isinstance(theirs, LiveSource):  # both call themselves this run
-            theirs = theirs.called("the other run")
-        return diff_sources(source, theirs, selection, values)
+                if hold_other:
+                    held.enter_context(hold_other())
+            source = self.source()
+            subject = source.subject
+            if ranks is not None:
+                ranks = _known_ranks(subject, ranks)
+            else:
+                ranks = source.ranks if self._rank is None else [self._rank]
+            spans = self._spans or range(len(subject.spans))
+            selection = Selection(tuple(ranks), self._layers, tuple(spans))
+            if other is None:
+                found = diff_ranks(source, selection, values)
+                if self._note:
+                    self._note(found, selection)
+                return found
+            theirs = other.source() if hasattr(other, "source") else other
+            if isinstance(source, LiveSource) and isinstance(theirs, LiveSource):
+                theirs = theirs.called("the other run")  # both call themselves this run
+            return diff_sources(source, theirs, selection, values)
 
     @property
     def k(self) -> "Part":
@@ -104,11 +97,11 @@ class KV(Displayable):
 
     @property
     def v(self) -> "Part":
-        """V, in the same way."""
+        """V of one layer, indexed in the same way."""
         return self._part(1)
 
     def summary(self) -> Table:
-        """Each head of one layer in a few numbers: of the rank that was asked for, or the one that owns the layer."""
+        """Each head of one layer in a few figures, on the chosen rank, or on the one that owns the layer."""
         with self._hold():
             return self._summary()
 
@@ -145,12 +138,12 @@ class KV(Displayable):
         return super()._repr_html_()
 
     def _corner(self) -> list[str]:
-        """The first values of the first tokens, with their text."""
+        """The first values of the first tokens of K, and the tokens' texts."""
         part, lines = self.k, list[str]()
         texts, dtype = self.source().subject.texts, self.source().subject.dtype
         few = part.places[:CORNER]
         if not len(few):
-            return ["no token is here yet"]
+            return ["no tokens yet"]
         for token, row in zip(few, part[0, : len(few)], strict=True):
             label = f" {texts[token].strip()!r}" if token < len(texts) and texts[token].strip() else ""
             some = "  ".join(number_text(float(value), dtype) for value in row[:CORNER])
@@ -164,11 +157,11 @@ class KV(Displayable):
 
     def _one_layer(self) -> int:
         if len(self._layers) != 1:
-            raise PlanError("of which layer? run.kv(layer=0) has K and V, and a summary of each head.")
+            raise PlanError("name a layer: run.kv(layer=0) has K and V, and a summary of each head.")
         return self._layers[0]
 
     def _one_rank(self) -> int:
-        """The rank that was asked for, or the one that owns the layer."""
+        """The chosen rank, or the one that owns the layer."""
         if self._rank is not None:
             return self._rank
         source = self.source()
@@ -180,8 +173,8 @@ class KV(Displayable):
 
 
 class Part(Displayable):
-    """K or V of a layer on one rank; `places`: the rows that can be had, by default tokens. Values travel when they are
-    asked for, by head and token as in a tensor [heads, tokens, head_dim]; they come to the CPU."""
+    """K or V of a layer on one rank, indexed as a tensor [heads, tokens, head_dim], which fetches values to the CPU.
+    `places`: the rows that the second index counts."""
 
     def __init__(
         self,
@@ -201,8 +194,8 @@ class Part(Displayable):
         return subject.kv_heads, len(self.places), subject.head_dim
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        """As a tensor's: ints, slices or lists; a third index picks from head_dim. Raises IndexError, also for rows
-        that the run has gone back before."""
+        """Ints, slices or lists, as for a tensor; a third index picks from head_dim. Raises IndexError for what is out
+        of range, and for rows that are gone since the run went back."""
         given: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
         head, token, *rest = [*given, slice(None)][: max(2, len(given))]
         heads, tokens = _picked(head, self.shape[0], "head"), _picked(token, self.shape[1], "token")
@@ -220,8 +213,8 @@ class Part(Displayable):
         rows = self._source.held([self._rank])[0].rows[self._layer]
         if max(places, default=-1) >= rows:
             raise NoSuch(
-                f"rank {self._rank} now holds {rows} tokens of layer {self._layer}, fewer than when this was made: the "
-                f"run has gone back. run.kv(layer={self._layer}) says what is there."
+                f"rank {self._rank} now holds {rows} tokens of layer {self._layer}, fewer than when this was made, "
+                f"since the run has gone back: call run.kv(layer={self._layer}) again."
             )
 
     def __str__(self) -> str:
@@ -241,8 +234,8 @@ def kv_of(
     note: Note | None = None,
     hold: Hold = nullcontext,
 ) -> KV:
-    """What `run.kv` returns; `note` is told what comparing ranks finds, `hold` keeps the run from moving meanwhile.
-    Raises PlanError for what there is not, or not yet."""
+    """What `run.kv` returns; `note` and `hold` as for `KV`. Raises PlanError for an unknown layer, chunk or rank, and
+    for a block that is not computed yet."""
     now = source()
     shape = now.subject.plan.shape
     layers = range(shape.layers) if layer is None else [within("layer", layer, shape.layers)]
@@ -255,7 +248,7 @@ def kv_of(
 
 
 def check_computed(source: Source, chunk: int, layer: int, ranks: Sequence[int]) -> None:
-    """Raises PlanError where none of these ranks holds that block yet."""
+    """Raises PlanError if none of these ranks holds the block yet."""
     if all(chunk >= held.spans[layer] for held in source.held(ranks)):
         on = f" on rank {ranks[0]}" if len(ranks) == 1 < source.subject.plan.world_size else ""
         what = "is not there" if on else "is not computed"
@@ -265,15 +258,15 @@ def check_computed(source: Source, chunk: int, layer: int, ranks: Sequence[int])
 
 
 def say_size(size: int, advice: str) -> None:
-    """Say how much is about to move, if it is much."""
+    """Print how many bytes are about to move, if they are many."""
     if size > LARGE:
-        print(f"dinfer: {size / (1 << 20):,.0f} MiB are fetched; {advice}.", flush=True)
+        print(f"dinfer: fetching {size / (1 << 20):,.0f} MiB; {advice}.", flush=True)
 
 
-def _ranks(subject: Subject, ranks: Sequence[int]) -> list[int]:
+def _known_ranks(subject: Subject, ranks: Sequence[int]) -> list[int]:
     found = sorted({within("rank", rank, subject.plan.world_size) for rank in ranks})
     if not found:
-        raise PlanError("ranks names none: name two at least, such as ranks=(0, 2), or leave it out for all.")
+        raise PlanError("ranks is empty: name at least two, such as ranks=(0, 2), or leave it out for all.")
     return found
 
 
@@ -293,7 +286,7 @@ def _picked(index: Any, size: int, what: str) -> list[int]:
         return [index % size]
     if isinstance(index, (list, range)):
         return [_picked(one, size, what)[0] for one in index]
-    raise NoSuch(f"there is no {what} {index!r}: there are {size}, 0 to {size - 1}.")
+    raise NoSuch(f"{what} {index!r} is out of range: there are {size}, 0 to {size - 1}.")
 
 
 def _shape_text(subject: Subject) -> str:

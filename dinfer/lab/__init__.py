@@ -1,4 +1,5 @@
-"""`dinfer lab`: known faults on real ranks, and a score of whether each verdict was right and in time.
+"""`dinfer lab`: known faults on real ranks, and a score of which verdicts were right and in time.
 
-A leaf: only `cli` imports it. Start at `lab`, then `trial`; `expected` says what the right verdict of each fault is.
+A leaf: only `cli` imports it, and it may import everything but other leaves. Start at `lab`; `expected` holds the right
+verdict of each fault.
 """

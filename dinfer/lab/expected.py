@@ -1,4 +1,4 @@
-"""What the lab's faults are, where each can strike, and what a verdict must say of it. One table; pure."""
+"""The lab's faults: where each can strike, and what its verdict must say. One table; pure."""
 
 from typing import NamedTuple
 
@@ -14,8 +14,8 @@ SENDS = ("send kv", "send hidden")
 
 
 class ExpectedRule(NamedTuple):
-    """`at`: the ops at which it strikes, the first that the rank has for that block; `kind`: what it must be called;
-    `who`: who must be named; `is_slow`: the run goes on, and who is slow is told when asked."""
+    """`at`: the ops at which it strikes: the first of these that the rank has for the block; `kind`: the kind of the
+    verdict; `who`: the rank it must name; `is_slow`: the run goes on, and the verdict comes on request."""
 
     at: tuple[str, ...]
     kind: HangKind
@@ -46,12 +46,12 @@ RULES: dict[str, ExpectedRule] = {
 }
 
 LEAVES_THE_OP_OUT = ("another plan", "slow rank", "slow link", "dead", "stopped")
-"""kinds whose sentence may name another op than the one at which the fault struck: one is the first that was noticed,
-and a rank that is gone has lanes in several"""
+"""kinds whose sentence may name another op than the one at which the fault struck: that names the first op that was
+noticed, and a rank that has ended had lanes in several ops"""
 
 
 class Cell(NamedTuple):
-    """One trial: this fault, on this rank, when it comes to this block, in a run of this plan."""
+    """One trial: a fault on a rank, striking when the rank comes to a block, in a run of a plan."""
 
     fault: str
     rank: int
@@ -67,8 +67,8 @@ class Cell(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What the verdict must say. `op`: what its sentence must name, "" for none in particular; `also`: what it may name
-    in its place, which is what the op carries; `or_rank`: who may be named in the place of `rank`."""
+    """What the verdict must say. `op`: the op that its sentence must name, "" for any; `also`: values that it may name
+    instead, which are what the op carries; `or_rank`: a rank that it may name instead of `rank`."""
 
     kind: HangKind
     rank: int
@@ -82,7 +82,7 @@ class Expected(NamedTuple):
 
 
 def target(graph: Graph, cell: Cell) -> Op | None:
-    """The op at which the fault strikes; None where it cannot strike so."""
+    """The op at which the fault strikes; None if it cannot strike there."""
     mine = [
         op
         for lane in graph.plan.lanes[cell.rank]
@@ -99,13 +99,13 @@ def _can_strike(graph: Graph, cell: Cell, op: Op) -> bool:
         return following(graph, cell.rank, op) is not None
     if cell.fault == "wrong peer":
         return not _listens(graph.plan, cell, op) or _listens_later(graph, cell, op)
-    if RULES[cell.fault].is_slow:  # from there on, and so from the beginning
+    if RULES[cell.fault].is_slow:  # it stays slow from its op on, so that op must be the rank's first
         return cell.chunk == 0 and cell.layer == graph.plan.shape.starts[cell.rank]
     return True
 
 
 def following(graph: Graph, rank: int, op: Op) -> Op | None:
-    """The next send on the same channel; None where it is the last, or that rank does not send it."""
+    """The next send on the same channel; None if it is the last, or the rank does not send it."""
     numbers, _ = graph.channels.get(channel_of(rank, op), ([], []))
     sends = [graph.ops[number] for number in numbers]
     after = sends[sends.index(op) + 1 :] if op in sends else []
@@ -113,12 +113,12 @@ def following(graph: Graph, rank: int, op: Op) -> Op | None:
 
 
 def third(plan: Plan, rank: int, op: Op) -> int:
-    """The rank that is neither of the two."""
+    """A rank that is neither `rank` nor the op's peer."""
     return next(other for other in range(plan.world_size) if other not in (rank, op.peer))
 
 
 def _listens(plan: Plan, cell: Cell, op: Op) -> bool:
-    """Whether the third rank ever takes something of this kind from this one."""
+    """Whether the third rank ever receives something of this kind from this one."""
     other = third(plan, cell.rank, op)
     return any(
         (it.kind, it.what, it.peer) == ("recv", op.what, cell.rank)
@@ -128,45 +128,31 @@ def _listens(plan: Plan, cell: Cell, op: Op) -> bool:
 
 
 def _listens_later(graph: Graph, cell: Cell, op: Op) -> bool:
-    """Whether it takes more of it after this very value."""
+    """Whether it receives more of it after this value."""
     own = op._replace(peer=third(graph.plan, cell.rank, op))
     return following(graph, cell.rank, own) is not None
 
 
 def expected(graph: Graph, cell: Cell, *, in_network: bool = False) -> Expected:
-    """What must be said of a cell that is possible. `in_network`: its link, if it is about one, is broken there, under
-    every transfer between the two ranks."""
+    """What the verdict on a possible cell must say. `in_network`: links are broken in the network, for every transfer
+    between the two ranks."""
     op, kind = target(graph, cell), RULES[cell.fault].kind
     assert op
     if cell.fault == "wrong peer" and not _listens(graph.plan, cell, op):
-        kind = (
-            "stalled link"  # nobody who listens has got it: the two who should have met wait for one another
-        )
-    mute = (
-        cell.fault == "stall in C with the GIL" and op.is_transfer
-    )  # it is in several, and cannot say in which
-    told = "" if kind in LEAVES_THE_OP_OUT or mute else str(op)
-    also = (str(op.value), value_text(op)) if told and op.is_transfer else ()
-    found = Expected(kind, cell.rank, told, also)
+        kind = "stalled link"  # no rank has received it: sender and receiver wait for each other
+    # A rank whose GIL is held cannot report in which of several transfers it is.
+    mute = cell.fault == "stall in C with the GIL" and op.is_transfer
+    named = "" if kind in LEAVES_THE_OP_OUT or mute else str(op)
+    also = (str(op.value), value_text(op)) if named and op.is_transfer else ()
+    found = Expected(kind, cell.rank, named, also)
     return _in_network(graph, cell, op, found) if in_network else found
 
 
 def _in_network(graph: Graph, cell: Cell, op: Op, found: Expected) -> Expected:
-    """A link that is cut stops all transfers that are on it, of which any may be named. One that is slow one way is so
-    the other way too, where it carries blocks there: each is asked for against its direction."""
+    """A cut link stops all transfers on it, and the verdict may name any of them. A slow link slows both directions if
+    blocks go both ways, since requests for blocks go against their direction."""
     if cell.fault == "link cut":
         return found._replace(also=(*found.also, f"the link {cell.rank}→{op.peer} "))
     channel = channel_of(cell.rank, op)
     back = channel._replace(source=channel.target, target=channel.source)
     return found._replace(or_rank=op.peer) if cell.fault == "slow link" and back in graph.channels else found
-
-
-def markdown() -> str:
-    """The table as the README has it."""
-    lines = ["| fault | told as | of whom |", "| --- | --- | --- |"]
-    for name, rule in RULES.items():
-        also = ", or, where the other rank never listens, `stalled link`" if name == "wrong peer" else ""
-        lines.append(
-            f"| {name.replace('x', ' ×') if 'slow' in name else name} | `{rule.kind}`{also} | {rule.who} |"
-        )
-    return "\n".join(lines) + "\n"

@@ -1,7 +1,7 @@
-"""Hosts: network namespaces of this machine, with a wire between every two of them that can be cut, or slowed.
+"""Hosts: network namespaces of this machine, with a wire between every two of them that can be cut or slowed.
 
-Needs root and iproute2. Of what is outside the namespaces made here nothing changes but for one interface more, over
-which this machine and the hosts reach one another. Nothing here knows ranks.
+Needs root and iproute2. Outside these namespaces only one interface is added, over which this machine and the hosts
+reach one another. Knows no ranks.
 """
 
 import json
@@ -22,18 +22,18 @@ from itertools import combinations
 from dinfer.errors import DinferError
 
 RANGES = ("10.77.0.0/16", "198.19.0.0/16")
-"""of which a part that no route leads to is taken: private, and reserved for tests of networks"""
+"""private addresses, and addresses reserved for tests; a part to which no route leads is used"""
 
 DEFAULT_ROUTE_BITS = 7
-"""A route to so much of all addresses, or more, leads to wherever no other does."""
+"""routes with prefixes of up to so many bits count as default routes"""
 
 BURST, QUEUE = 1_600, 50_000_000
-"""bytes that a slow wire lets through at once: no more than the largest packet; and that wait before it, undropped"""
+"""bytes that a slow wire passes at once, the largest packet; and bytes that it queues without dropping packets"""
 
 COMMAND_S, REMOVAL_S, KILLED_S = 30.0, 30.0, 10.0
 
 ORPHANS_S = 120.0
-"""how long what runs on the hosts may take to end itself once who has made them is gone without a word"""
+"""how long processes on the hosts may run on after the process that made the hosts was killed"""
 
 LOOK_S = 0.1
 
@@ -42,54 +42,49 @@ Argv = tuple[str, ...]
 
 @dataclass(frozen=True)
 class LabHost:
-    """A network namespace. eth0 leads to this machine and has the host's address; a wire leads to each other host."""
+    """A network namespace. eth0 leads to this machine and has the host's address; a wire leads to every other host."""
 
     namespace: str
     address: str
 
     def inside(self, *command: str) -> Argv:
-        """The command that runs `command` on this host; it becomes that process, which keeps its id."""
+        """The command that runs `command` on this host, in the same process (exec)."""
         return ("ip", "netns", "exec", self.namespace, *command)
 
 
 @dataclass(frozen=True)
 class LabNetwork:
-    """`address`: this machine's, as the hosts see it. What is done to a wire is done in `hub`, a namespace that all
-    wires go through: hosts notice nothing but that packets do not come, or come late."""
+    """`address`: this machine's, as the hosts see it; `hub`: the namespace through which all wires go. Wires are cut
+    and slowed there, so that hosts notice only missing and late packets."""
 
     hub: str
     hosts: tuple[LabHost, ...]
     address: str
 
     def cut(self, one: int, other: int) -> Argv:
-        """The command that cuts the wire between two hosts: packets vanish, both ways; connections are not closed."""
+        """The command that cuts the wire between two hosts: packets are lost, both ways; connections stay open."""
         return ("ip", "-n", self.hub, "link", "set", _wire(one, other), "down")
 
     def slow(self, source: int, target: int, bits_per_s: int) -> Argv:
-        """The command that makes a wire slow, in one direction."""
+        """The command that slows a wire in one direction."""
         rate = ("tbf", "rate", f"{bits_per_s}bit", "burst", str(BURST), "limit", str(QUEUE))
         return ("tc", "-n", self.hub, "qdisc", "replace", "dev", _plug(target, source), "root", *rate)
 
     def mend(self) -> None:
-        """Make all wires whole."""
+        """Undo all cuts and slowdowns."""
         for one, other in combinations(range(len(self.hosts)), 2):
             do("ip", "-n", self.hub, "link", "set", _wire(one, other), "up")
             for plug in (_plug(one, other), _plug(other, one)):
                 with suppress(HostsError):  # it is not slow
                     do("tc", "-n", self.hub, "qdisc", "delete", "dev", plug, "root")
 
-    def cut_off(self, number: int) -> None:
-        """Cut every wire of one host, the one to this machine too."""
-        for plug in (_plug(number), *(_plug(number, n) for n in range(len(self.hosts)) if n != number)):
-            do("ip", "-n", self.hub, "link", "set", plug, "down")
-
 
 class HostsError(DinferError, RuntimeError):
-    """Hosts cannot be made, or not be used; the message says why."""
+    """Hosts cannot be made or used; the message says why."""
 
 
 def why_not() -> str:
-    """Why there can be no hosts here; "" if there can: two are made, used and removed."""
+    """Why hosts cannot be used here, "" if they can: makes two, uses and removes them."""
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         return "needs root, to make network namespaces"
     for tool in ("ip", "tc"):
@@ -108,8 +103,8 @@ def why_not() -> str:
 
 @contextmanager
 def hosts(count: int) -> Iterator[LabNetwork]:
-    """That many hosts, which reach one another and this machine; all is gone at the end, whatever still runs on them
-    too, and also where this process is killed meanwhile. Raises HostsError."""
+    """`count` hosts, which reach one another and this machine. At the end they are removed and their processes killed,
+    also if this process is killed meanwhile. Raises HostsError."""
     mark = uuid.uuid4().hex[:6]
     hub, outlet, address, *addresses = f"dinfer-{mark}-hub", f"dinfer-{mark}", *_addresses(count + 1)
     made = tuple(LabHost(f"dinfer-{mark}-{n}", own) for n, own in enumerate(addresses))
@@ -132,18 +127,18 @@ def hosts(count: int) -> Iterator[LabNetwork]:
 
 
 def do(*command: str) -> str:
-    """What it prints. Raises HostsError."""
+    """Run a command; returns its output. Raises HostsError."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMMAND_S)
     except subprocess.CalledProcessError as error:
-        raise HostsError(f"`{' '.join(command)}` says: {error.stderr.strip()}") from error
+        raise HostsError(f"`{' '.join(command)}` failed: {error.stderr.strip()}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise HostsError(str(error)) from error
     return done.stdout
 
 
 def free_range(taken: Sequence[str], first: int = 0) -> IPv4Network:
-    """256 addresses to which none of these routes leads; the search begins at the part `first`. Raises HostsError."""
+    """256 addresses to which none of the routes `taken` leads; the search starts at part `first`. Raises HostsError."""
     routes = [IPv4Network(route) for route in taken if route[:1].isdigit()]
     routes = [route for route in routes if route.prefixlen > DEFAULT_ROUTE_BITS]
     for wide in RANGES:
@@ -155,11 +150,12 @@ def free_range(taken: Sequence[str], first: int = 0) -> IPv4Network:
     raise HostsError(f"routes lead to all of {' and '.join(RANGES)}: no addresses are left for hosts")
 
 
-# -- making
+# -- setup
 
 
 def _addresses(count: int) -> list[str]:
-    """The first is this machine's. Two labs that begin at once take different ones: each begins at another part."""
+    """The first is this machine's. The search starts at a part that depends on the process, so that two labs that start
+    at once get different addresses."""
     routes = json.loads(do("ip", "-4", "-j", "route", "show", "table", "all"))
     found = free_range([route["dst"] for route in routes], os.getpid()).hosts()
     own, *others = (str(address) for address, _ in zip(found, range(count), strict=False))
@@ -172,7 +168,7 @@ def _bridge(hub: str, name: str) -> None:
 
 
 def _plug_in(namespace: str, interface: str, hub: str, plug: str, bridge: str) -> None:
-    """An interface of a namespace, "" for this machine's own, that leads to a bridge in the hub."""
+    """Add an interface to a namespace, "" for this machine's own, that leads to a bridge in the hub."""
     within = ("-n", namespace) if namespace else ()
     do("ip", *within, "link", "add", interface, "type", "veth", "peer", "name", plug, "netns", hub)
     do("ip", "-n", hub, "link", "set", plug, "master", bridge, "up")
@@ -180,7 +176,7 @@ def _plug_in(namespace: str, interface: str, hub: str, plug: str, bridge: str) -
 
 
 def _wire_up(near: LabHost, far: LabHost, hub: str, one: int, other: int) -> None:
-    """One end of the wire between two hosts, and the way over it to the other's address."""
+    """Add one end of the wire between two hosts, with the route to the other's address."""
     interface = f"to{other}"
     _plug_in(near.namespace, interface, hub, _plug(one, other), _wire(one, other))
     do("ip", "-n", near.namespace, "route", "add", far.address, "dev", interface, "src", near.address)
@@ -192,12 +188,12 @@ def _wire(one: int, other: int) -> str:
 
 
 def _plug(one: int, other: int | None = None) -> str:
-    """The hub's end of what leads to a host from another, or from this machine."""
+    """The hub's interface to a host, for its wire to `other`, or to this machine."""
     return f"plug{one}" if other is None else f"plug{one}-{other}"
 
 
 def _check_reached(network: LabNetwork) -> None:
-    """Raises HostsError where a host cannot connect to this machine: a firewall may forbid it."""
+    """Raises HostsError if a host cannot connect to this machine, which a firewall may forbid."""
     with socket.create_server((network.address, 0)) as server:
         port = server.getsockname()[1]
         program = f"import socket; socket.create_connection(({network.address!r}, {port}), 5)"
@@ -205,15 +201,15 @@ def _check_reached(network: LabNetwork) -> None:
             do(*network.hosts[0].inside(sys.executable, "-c", program))
         except HostsError as error:
             last = str(error).splitlines()[-1]
-            raise HostsError(f"a host does not reach this machine (a firewall?): {last}") from error
+            raise HostsError(f"a host cannot connect to this machine (a firewall?): {last}") from error
 
 
-# -- removing
+# -- removal
 
 
 @contextmanager
 def _removal(outlet: str, namespaces: Sequence[str]) -> Iterator[None]:
-    """A process of its own removes them at the end: it hears of the end in any case, as its input then ends."""
+    """A separate process removes them: its input ends when this process does, however that happens."""
     command = [sys.executable, "-m", "dinfer.lab.hosts", outlet, *namespaces]
     null = subprocess.DEVNULL
     keeper = subprocess.Popen(
@@ -227,8 +223,8 @@ def _removal(outlet: str, namespaces: Sequence[str]) -> Iterator[None]:
 
 
 def remove(outlet: str, namespaces: Sequence[str], patience_s: float) -> None:
-    """End what runs in these namespaces and is still there after so long, process by process; then remove them all, and
-    this machine's interface to them."""
+    """Wait `patience_s` seconds for the processes in these namespaces to end, and kill those that do not; then remove
+    the namespaces and this machine's interface to them."""
     began = time.monotonic()
     while (found := _inside(namespaces)) and time.monotonic() - began < patience_s + KILLED_S:
         if time.monotonic() - began >= patience_s:
@@ -244,10 +240,10 @@ def remove(outlet: str, namespaces: Sequence[str], patience_s: float) -> None:
 
 
 def _inside(namespaces: Sequence[str]) -> list[int]:
-    """The ids of processes that run there."""
+    """The ids of processes in these namespaces."""
     found = list[int]()
     for name in namespaces:
-        with suppress(HostsError):  # it is not there
+        with suppress(HostsError):  # it does not exist
             found += map(int, do("ip", "netns", "pids", name).split())
     return found
 

@@ -1,4 +1,4 @@
-"""From a cell to what each rank is told to do wrong, and what it takes to make a run that is long enough to see it."""
+"""The commands that make ranks misbehave as a cell requires, and that slow a run enough for the fault to be seen."""
 
 import random
 
@@ -9,18 +9,18 @@ from dinfer.plan.graph import Graph
 from dinfer.plan.ops import Op
 
 PACE_S = 0.02
-"""that every layer op takes longer: ranks then run at about the same speed, whatever else the machine does"""
+"""added to every layer op, so that ranks run at about the same speed whatever else the machine does"""
 
 SLOW_PACE_S = 0.04
-"""the same where it is to be told who is slow: a busy machine must not make a rank that"""
+"""the same for cells about slow ranks and links, where a busy machine must not make another rank slow"""
 
 SLOW_WIRE_S = 0.06
 
 SLOW_BITS_PER_S = 250_000
-"""of a wire between hosts: a block of the demo model, 2 KiB, then takes about as long"""
+"""of a slow wire between hosts: a block of the demo model, 2 KiB, then takes about SLOW_WIRE_S"""
 
 TIMES = {"slow rank 2x": 2.2, "slow rank 10x": 10.0}
-"""how many times longer; somewhat over 2, as the layer itself is not slowed"""
+"""factors on the pace; 2x is a bit more than 2, as the layer itself is not slowed"""
 
 SLOWED_S = (0.02, 0.05, 0.1)
 
@@ -39,7 +39,7 @@ ACTS: dict[str, Message] = {
     "SIGSTOP": {"act": "signal", "signal": "SIGSTOP"},
     "SIGKILL": {"act": "signal", "signal": "SIGKILL"},
 }
-"""what strikes at its op on its rank, and needs to know nothing else"""
+"""misbehaviour that needs no more than the op at which it strikes"""
 
 
 def pace(seconds: float = PACE_S, *, spin: bool = False) -> Message:
@@ -47,8 +47,8 @@ def pace(seconds: float = PACE_S, *, spin: bool = False) -> Message:
 
 
 def orders(graph: Graph, cell: Cell | None, network: LabNetwork | None = None) -> dict[int, list[Message]]:
-    """By rank, commands in order; without a cell, those of a run in which nothing is wrong. `network`: what to break
-    links in, by number of rank; None: links break in the transport."""
+    """Commands by rank, in order; without a cell, those of a clean run. `network`: where links are broken, with the
+    host of each rank; None: in the transport."""
     ranks = range(graph.plan.world_size)
     if cell is None:
         return {rank: [pace()] for rank in ranks}
@@ -65,8 +65,8 @@ def orders(graph: Graph, cell: Cell | None, network: LabNetwork | None = None) -
 
 
 def slowed(seed: int, ranks: int) -> dict[int, list[Message]]:
-    """By rank, orders for a run that moves, slowly: each rank's layers 1 to 10 times as slow as could be, by the seed;
-    some compute meanwhile, the others sleep; in some runs blocks are slow to come as well."""
+    """Commands by rank for a run that is slow but moves. The seed decides: how much each rank's layers are slowed, by a
+    factor of 1 to 10; which ranks compute meanwhile and which sleep; and whether a rank also receives slowly."""
     draw = random.Random(seed)
     base = draw.choice(SLOWED_S)
     found = {
@@ -79,7 +79,7 @@ def slowed(seed: int, ranks: int) -> dict[int, list[Message]]:
 
 
 def _of_network(network: LabNetwork | None, cell: Cell, op: Op) -> tuple[int, Message] | None:
-    """What is done to the wire between two ranks, by the one that is about to send over it; None: it stays whole."""
+    """The command that breaks a wire, run by the rank that is about to send over it; None if no wire is broken."""
     if network and cell.fault == "slow link":
         command = network.slow(cell.rank, op.peer, SLOW_BITS_PER_S)
     elif network and cell.fault == "link cut":

@@ -1,10 +1,11 @@
-"""What the lab has found, cell by cell, and as a scoreboard. Pure."""
+"""The lab's results, cell by cell and as a scoreboard. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from dinfer.display import Table
 from dinfer.lab.expected import RULES, Cell, Expected
 
 DEATH_S, HANG_S = 1.0, 5.0
@@ -12,8 +13,8 @@ DEATH_S, HANG_S = 1.0, 5.0
 
 @dataclass(frozen=True)
 class Result:
-    """Of one cell. `kind`, `rank`, `sentence`: what was said, "" for nothing; `seconds`: from the last progress of any
-    rank (of a death, and of what is told only when asked: from the fault) until it was."""
+    """The result of one cell. `kind`, `rank`, `sentence`: the verdict, `kind` "" for none; `seconds`: from the last
+    progress of any rank (for a death and a verdict on request: from the fault) to the verdict."""
 
     cell: Cell
     expected: Expected
@@ -29,7 +30,7 @@ class Result:
 
     @property
     def limit_s(self) -> float:
-        """By when it should have been told."""
+        """The seconds within which the verdict should come."""
         return DEATH_S if self.expected.kind == "dead" else HANG_S
 
     @property
@@ -51,8 +52,8 @@ class Result:
 
 @dataclass
 class Score:
-    """All that was found so far. `planned`: how many cells there were to be; `alarms`: what was said of clean runs;
-    `links`: what links were broken in, "" before that is known."""
+    """All results so far. `planned`: the number of cells to run; `alarms`: the verdicts on clean runs; `links`: where
+    links were broken, "" before that is decided."""
 
     seed: int
     planned: int
@@ -63,7 +64,7 @@ class Score:
 
     @property
     def all_right(self) -> bool:
-        """Whether every verdict was right, none was made of a clean run, and no cell was left out."""
+        """Whether every verdict was right, no clean run got one, and no cell was left out."""
         return not self.alarms and len(self.results) == self.planned and all(r.correct for r in self.results)
 
     def as_dict(self) -> dict[str, Any]:
@@ -78,22 +79,21 @@ class Score:
         }
 
     def table(self) -> str:
-        """A line for each fault, one for all, one for clean runs, and one for each cell that was told wrong."""
-        lines = [f"{'fault':<24}{'cells':>6}{'correct':>9}{'in time':>9}{'median s':>10}{'max s':>8}"]
-        for fault in RULES:
-            if mine := [result for result in self.results if result.cell.fault == fault]:
-                lines.append(_line(fault, mine))
-        lines.append(_line("all", self.results))
+        """A row for each fault and one for all; then clean runs, and a line for each wrong verdict."""
+        groups = {fault: [one for one in self.results if one.cell.fault == fault] for fault in RULES}
+        rows = [_row(fault, results) for fault, results in groups.items() if results]
+        columns = ("fault", "cells", "correct", "in time", "median s", "max s")
+        lines = [str(Table(columns, [*rows, _row("all", self.results)]))]
         lines.append(f"clean runs: {self.clean_runs}, false alarms: {len(self.alarms)}")
         if left := self.planned - len(self.results):
             lines.append(f"not done: {left} of {self.planned} cells")
         lines += [f"false alarm: {alarm}" for alarm in self.alarms]
-        lines += [f"wrong: {told(result)}" for result in self.results if not result.correct]
+        lines += [f"wrong: {result_line(result)}" for result in self.results if not result.correct]
         return "\n".join(lines)
 
 
-def told(result: Result) -> str:
-    """A cell in a line: what was to be said, and what was."""
+def result_line(result: Result) -> str:
+    """A line with the cell, the expected verdict and, if it differs, the verdict."""
     wanted = f"{result.expected.kind}, rank {result.expected.rank}"
     seconds = "" if result.seconds is None else f" after {result.seconds:.2f} s"
     if result.correct:
@@ -103,8 +103,8 @@ def told(result: Result) -> str:
     return f"{result.cell}: not {wanted}{at}, but {named}{seconds}"
 
 
-def _line(name: str, results: Sequence[Result]) -> str:
+def _row(name: str, results: Sequence[Result]) -> list[object]:
     times = [result.seconds for result in results if result.seconds is not None]
-    right, soon = sum(result.correct for result in results), sum(result.in_time for result in results)
-    shown = f"{median(times):>10.2f}{max(times):>8.2f}" if times else f"{'-':>10}{'-':>8}"
-    return f"{name:<24}{len(results):>6}{right:>9}{soon:>9}{shown}"
+    correct, in_time = sum(result.correct for result in results), sum(result.in_time for result in results)
+    shown = [f"{median(times):.2f}", f"{max(times):.2f}"] if times else ["-", "-"]
+    return [name, len(results), correct, in_time, *shown]

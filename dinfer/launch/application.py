@@ -12,7 +12,7 @@ import torch
 
 from dinfer.config import Config, ConfigError
 from dinfer.engine.engine import Engine
-from dinfer.job import settle_backend, threads_per_rank
+from dinfer.job import choose_backend, threads_per_rank
 from dinfer.launch.environment import launched_as
 from dinfer.launch.meet import meet
 from dinfer.model.decoder import Decoder
@@ -35,7 +35,7 @@ def open_engine(config: Config) -> Iterator[Engine]:
             "open_engine works in a process that torchrun or mpirun has started: torchrun … app.py"
         )
     threads = config.threads or threads_per_rank(launched.world_size)
-    config = settle_backend(config.with_(world_size=launched.world_size, threads=threads))
+    config = choose_backend(config.with_(world_size=launched.world_size, threads=threads))
     torch.set_num_threads(threads)
     decoder = Decoder.load(config.model_path, config.dtype, device_of(launched.rank, config))
     warm_up(decoder, config, config.chunk_size)

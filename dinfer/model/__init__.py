@@ -1,5 +1,6 @@
-"""The model side of one rank: transformers' own layers, their KV cache, sampling, text and checkpoints.
+"""The model on one rank: transformers' own layers, their KV cache, sampling, text and checkpoints.
 
-Nothing here knows of ranks, plans or communication. Importing this package imports nothing else;
-`checkpoint`, `families` and `sampling` do not import torch, the other modules do.
+It knows no ranks, plans or communication, and imports nothing of dinfer but `errors`. Start at `decoder`, then `cache`;
+`checkpoint` and `families` say which checkpoints fit. `checkpoint`, `families`, `free`, `memory`, `sampling`, `text`
+and `tolerance` import without torch.
 """

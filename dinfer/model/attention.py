@@ -1,7 +1,7 @@
-"""What a decoder layer attends to, and hidden states between layers, computed anew beside the cache.
+"""Attention weights of a layer, and hidden states between layers, recomputed without changing the KV cache.
 
-The weights are those of transformers' own attention module in its eager form, which alone returns them. The KV cache
-stays as it is: what a layer writes goes into a copy.
+The weights come from transformers' own attention module in its eager form, the only one that returns them. A layer
+writes into a copy of its cache rows.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from dinfer.model.positions import Positions
 
 
 class Attention(NamedTuple):
-    """`weights` [heads, queries, keys]; the first key is the token `first_key`, not 0 where the layer has a window."""
+    """`weights` [heads, queries, keys]; the first key is token `first_key`, which is above 0 for a sliding window."""
 
     weights: Tensor
     first_key: int
 
 
-class Aside(KVCache):
-    """A copy of the first rows of one layer, so that computing the layer leaves its cache alone.
+class LayerCopy(KVCache):
+    """A copy of the first rows of one layer, for computing the layer without changing the cache.
 
-    `keep`: what the layer writes is dropped, so that it sees the rows that are there.
+    `keep`: drop what the layer writes, so that it attends to the rows of the cache.
     """
 
     def __init__(self, cache: KVCache, layer: int, rows: int, *, keep: bool = False) -> None:
@@ -38,7 +38,7 @@ class Aside(KVCache):
         self._tensors[0].copy_(cache.block(layer, 0, rows))
         self._keep = keep
 
-    def tensor(self, layer: int) -> Tensor:  # noqa: ARG002 - it has but one
+    def tensor(self, layer: int) -> Tensor:  # noqa: ARG002 - it holds one layer
         return self._tensors[0]
 
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
@@ -55,58 +55,61 @@ def hidden_before(
     cache: KVCache,
     position: int,
 ) -> Tensor | None:
-    """Return the hidden state of a chunk before `layer`, [1, tokens, hidden_size], None where it cannot be had.
+    """Return the hidden state of a chunk before `layer`, [1, tokens, hidden_size].
 
-    It is computed from the nearest one `known` by chunk and layer. The chunk's tokens begin at `position`; K and V of
-    earlier ones are read from `cache`.
+    It is computed from the closest earlier one in `known`, by (chunk, layer); None if there is none. The chunk's tokens
+    start at `position`; K and V of earlier tokens are read from `cache`.
     """
     before = [index for of, index in known if of == chunk and index <= layer]
     if not before:
         return None
     hidden = known[chunk, max(before)]
     for index in range(max(before), layer):
-        hidden = decoder.layer(index, hidden, Aside(cache, index, position + hidden.shape[1]), position)
+        hidden = decoder.layer(index, hidden, LayerCopy(cache, index, position + hidden.shape[1]), position)
     return hidden
 
 
 @torch.no_grad()
 def attention(decoder: Decoder, layer: int, hidden: Tensor, cache: KVCache, position: int) -> Attention:
-    """Return what tokens from `position` on attend to, of the rows that `cache` holds of them and of earlier ones.
+    """Return the attention weights of the tokens from `position` on, over their rows and earlier ones in `cache`.
 
-    `hidden` [1, tokens, hidden_size] is theirs before `layer`. Raises `ModelError` where the attention does not tell.
+    `hidden` [1, tokens, hidden_size]: their hidden state before `layer`. Raises `ModelError` if the attention module
+    returns no weights.
     """
     stop = position + hidden.shape[1]
     found = list[Tensor]()
-    _eager(decoder, layer, found.append).layer(layer, hidden, Aside(cache, layer, stop, keep=True), position)
+    _eager(decoder, layer, found.append).layer(
+        layer, hidden, LayerCopy(cache, layer, stop, keep=True), position
+    )
     if not found:
-        raise ModelError(f"the attention of layer {layer} returns no weights, so there are none to be shown")
+        raise ModelError(f"the attention module of layer {layer} returns no weights")
     weights = found[0][0]
     return Attention(weights, stop - weights.shape[-1])
 
 
-def _eager(decoder: Decoder, layer: int, tell: Callable[[Tensor], None]) -> Decoder:
-    """Return a decoder of the same weights that can run this layer alone, whose attention is eager, masks included, and
-    calls `tell` with its weights."""
+def _eager(decoder: Decoder, layer: int, on_weights: Callable[[Tensor], None]) -> Decoder:
+    """Return a decoder of the same weights that can run this layer alone, with eager attention and masks, and calls
+    `on_weights` with the attention weights."""
     config = copy.copy(decoder.model.config)
     config._attn_implementation = "eager"
     other, base = copy.copy(decoder), decoder._base
     other._positions = Positions(config, base.rotary_emb, decoder._family.rotary_per_layer_type)
-    other._base = SimpleNamespace(layers={layer: _telling(base.layers[layer], config, tell)})
+    other._base = SimpleNamespace(layers={layer: _with_weights(base.layers[layer], config, on_weights)})
     return other
 
 
-def _telling(layer: Any, config: Any, tell: Callable[[Tensor], None]) -> Any:
-    """Return a copy of a decoder layer that shares its weights; modules copied so have attributes of their own."""
+def _with_weights(layer: Any, config: Any, on_weights: Callable[[Tensor], None]) -> Any:
+    """Return a shallow copy of a decoder layer: it shares the weights and has its own attributes."""
     mine, attend = copy.copy(layer), copy.copy(layer.self_attn)
     mine._modules = {**layer._modules, "self_attn": attend}
     attend.config = config
     forward = attend.forward
 
-    def told(*args: Any, **kwargs: Any) -> Any:
+    def forward_and_report(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         if output[1] is not None:
-            tell(output[1])
+            on_weights(output[1])
         return output
 
-    attend.forward = told
+    attend.forward = forward_and_report
     return mine

@@ -1,10 +1,9 @@
-"""The KV cache of one rank, preallocated, and the window of it that one call of a decoder layer sees.
+"""The preallocated KV cache of one rank, and the window of it that one call of a decoder layer sees.
 
-One tensor a layer, stored [tokens, 2, kv_heads, head_dim], so that the K and V of consecutive tokens are one
-contiguous slice that goes on the wire without a copy. All layers share one shape: an architecture whose
-layers differ in KV heads or head size (or caches something else than K and V) does not fit. The cache does
-not know which rows are filled: whoever drives it says at which position it reads and writes, so rows may land
-in any order and nothing has to be truncated.
+There is one tensor a layer, [tokens, 2, kv_heads, head_dim], so that K and V of consecutive tokens are one contiguous
+slice that is sent without a copy. All layers share one shape: architectures whose layers differ in KV heads or head
+size, or that cache something other than K and V, do not fit. The cache does not track which rows are filled: callers
+give the position of each read and write, so rows may arrive in any order and nothing is truncated.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ from dinfer.model.errors import ModelError
 class KVCache:
     """K and V of `layers` layers for up to `capacity` tokens (one sequence).
 
-    `kv_heads` and `head_dim` hold for every layer; `nbytes` is the size of it all in bytes. Rows start as
-    zeros.
+    Rows start as zeros. Raises `ModelError` for a size below 1.
     """
 
     def __init__(
@@ -37,7 +35,7 @@ class KVCache:
     ) -> None:
         if min(layers, capacity, kv_heads, head_dim) < 1:
             given = f"layers={layers}, capacity={capacity}, kv_heads={kv_heads}, head_dim={head_dim}"
-            raise ModelError(f"a KV cache of {given} cannot be made: all four must be at least 1")
+            raise ModelError(f"a KV cache cannot have {given}: all four must be at least 1")
         self.layers, self.capacity = layers, capacity
         self.kv_heads, self.head_dim = kv_heads, head_dim
         self.dtype, self.device = dtype, torch.device(device)
@@ -50,9 +48,11 @@ class KVCache:
         return sum(tensor.nbytes for tensor in self._tensors)
 
     def tensor(self, layer: int) -> Tensor:
-        """Return the buffer of one layer: [capacity, 2, kv_heads, head_dim]; `[:, 0]` is K, `[:, 1]` V."""
+        """Return the tensor of one layer, [capacity, 2, kv_heads, head_dim]; `[:, 0]` is K, `[:, 1]` is V."""
         if not 0 <= layer < self.layers:
-            raise ModelError(f"layer {layer} is not in this KV cache: its layers are 0 to {self.layers - 1}")
+            raise ModelError(
+                f"layer {layer} is out of range: this KV cache has layers 0 to {self.layers - 1}"
+            )
         return self._tensors[layer]
 
     def block(self, layer: int, start: int, stop: int) -> Tensor:
@@ -61,11 +61,11 @@ class KVCache:
         return self.tensor(layer)[start:stop]
 
     def k(self, layer: int, stop: int, start: int = 0) -> Tensor:
-        """Return K of tokens [start, stop) as attention wants it: a view [1, kv_heads, tokens, head_dim]."""
+        """Return K of tokens [start, stop) as attention takes it: a view [1, kv_heads, tokens, head_dim]."""
         return self.block(layer, start, stop)[:, 0].transpose(0, 1).unsqueeze(0)
 
     def v(self, layer: int, stop: int, start: int = 0) -> Tensor:
-        """Return V of tokens [start, stop) as attention wants it: a view [1, kv_heads, tokens, head_dim]."""
+        """Return V of tokens [start, stop) as attention takes it: a view [1, kv_heads, tokens, head_dim]."""
         return self.block(layer, start, stop)[:, 1].transpose(0, 1).unsqueeze(0)
 
     def fill(self, kv: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -89,8 +89,7 @@ class KVCache:
     def sha256(self, tokens: int) -> str:
         """Return the SHA-256 (hex) of the first `tokens` rows: layer by layer, token by token, K then V.
 
-        Equal for caches of equal bits whatever their capacity, dtype for dtype; at most one layer is copied
-        to the CPU at a time.
+        It does not depend on the capacity. At most one layer at a time is copied to the CPU.
         """
         digest = hashlib.sha256()
         for layer in range(self.layers):
@@ -101,27 +100,42 @@ class KVCache:
     def _check_rows(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.capacity:
             raise ModelError(
-                f"tokens {start} to {stop} are not in this KV cache: it holds {self.capacity}; "
-                "make it with the capacity of the prompt and all new tokens together"
+                f"tokens {start} to {stop} are out of range: this KV cache holds {self.capacity}; "
+                "its capacity must cover the prompt and all new tokens"
             )
 
 
-class CacheWindow:
-    """What a decoder layer gets as `past_key_values` while it computes tokens [position, position + length).
+class VisibleTokens:
+    """The part of `transformers.Cache` that mask functions use: tokens before `position`, and the first visible one."""
 
-    `update` writes K and V of these tokens in place and returns views of all that they may see: tokens [0,
-    position + length), or the last `sliding_window - 1` before `position` and these where the layer has a
-    sliding window, as transformers' DynamicCache does. What else has landed in the buffer stays invisible. It
-    has the part of the interface of `transformers.Cache` that decoder layers and mask functions use, and
-    holds no tensors of its own.
+    def __init__(self, position: int, sliding_window: int | None = None) -> None:
+        self.position = position
+        self.start = 0 if sliding_window is None else max(0, position - sliding_window + 1)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+        """Return the position of the first new token."""
+        return self.position
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:  # noqa: ARG002
+        """Return how many tokens a layer sees with `query_length` new ones, and the position of the first."""
+        return self.position + query_length - self.start, self.start
+
+
+class CacheWindow(VisibleTokens):
+    """The `past_key_values` of a decoder layer that computes tokens [position, position + length).
+
+    `update` writes K and V of these tokens into the cache and returns views of the tokens that they attend to: [0,
+    position + length), or, with a sliding window, the last `sliding_window - 1` before `position` and these, as
+    transformers' DynamicCache does. Other rows of the cache stay invisible. It has the part of the interface of
+    `transformers.Cache` that decoder layers use.
     """
 
     is_compileable = False
 
     def __init__(self, cache: KVCache, position: int, length: int, sliding_window: int | None = None) -> None:
         cache._check_rows(position, position + length)
-        self.cache, self.position, self.length = cache, position, length
-        self.start = first_visible(position, sliding_window)
+        super().__init__(position, sliding_window)
+        self.cache, self.length = cache, length
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -132,7 +146,7 @@ class CacheWindow:
         if keys.shape != expected or values.shape != expected:
             raise ModelError(
                 f"layer {layer_idx} made K {tuple(keys.shape)} and V {tuple(values.shape)}; "
-                f"this window takes {expected}"
+                f"this cache takes {expected}"
             )
         self.cache.write(layer_idx, self.position, keys, values)
         return self.cache.k(layer_idx, stop, self.start), self.cache.v(layer_idx, stop, self.start)
@@ -140,16 +154,3 @@ class CacheWindow:
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """Return the number of tokens before this window, the same for every layer."""
         return self.position
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002
-        """Return the position of the first token of this window."""
-        return self.position
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:  # noqa: ARG002
-        """Return how many tokens a layer sees with `query_length` new ones, and the first one's position."""
-        return self.position + query_length - self.start, self.start
-
-
-def first_visible(position: int, sliding_window: int | None) -> int:
-    """Return the first token that tokens from `position` on are shown: 0, or a window - 1 before them."""
-    return 0 if sliding_window is None else max(0, position - sliding_window + 1)

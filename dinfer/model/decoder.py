@@ -1,9 +1,8 @@
-"""The model of one rank as the steps an engine runs: embed, one decoder layer, final norm, logits.
+"""The model as the steps that an engine runs: embed, one decoder layer, final norm, logits.
 
-Every step calls transformers' own module; nothing is reimplemented, so the result is transformers' bit for
-bit as long as the chunks are the same. It knows no ranks: which layers to run, on which tokens, is for the
-caller to say. All methods run under `torch.no_grad` and not `inference_mode`, whose tensors a user could not
-edit in place afterwards.
+Every step calls transformers' own module, so for equal chunks the result equals transformers' bit for bit. Callers
+decide which layers to run on which tokens. All methods run under `torch.no_grad`, not `inference_mode`: users could not
+edit tensors of that in place.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 _PAGE = 4096
 
 _LOADING = threading.Lock()
-"""from_pretrained sets process-wide defaults (dtype, init) while it works: one at a time."""
+"""from_pretrained sets process-wide defaults (dtype, init) while it runs: one load at a time"""
 
 
 class Decoder:
-    """A causal language model, taken apart into its steps; threads may share it, each with its own cache."""
+    """A causal language model as separate steps. Threads may share it, each with its own cache."""
 
     def __init__(self, model: Any, spec: Spec) -> None:
         """Wrap a transformers `...ForCausalLM` in eval mode, loaded from the checkpoint of `spec`."""
@@ -61,26 +60,25 @@ class Decoder:
         device: str = "cpu",
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Decoder:
-        """Load a checkpoint folder (or "demo"), weights in `dtype` ("auto": as the checkpoint says).
+        """Load a checkpoint folder (or "demo") with weights in `dtype` ("auto": the checkpoint's own).
 
-        On a CPU, weights in the dtype of the files are views of the files: ranks of one machine share them,
-        and they are read from disk when they are first used. (Weights edited in place are copied first; the
-        files stay as they are, and must stay while a rank runs.) Weights of another dtype, and experts, are
-        made tensor by tensor. Then they go to `device` one by one, each leaving the CPU as it arrives.
-        `on_progress(bytes done, bytes in all)` is called as they do; on a CPU it has them read from disk at once.
+        On a CPU, weights in the dtype of the files are views of the files: ranks of one machine share them, and they
+        are read from disk at first use. (Editing weights in place copies them. The files must not change while a rank
+        runs.) Weights of another dtype, and experts, are converted tensor by tensor. Then they move to `device` one by
+        one, each freed on the CPU as it arrives. `on_progress(done, total)`, in bytes, is called for each; on a CPU it
+        makes all weights be read from disk now.
 
-        Raises `ModelError` for a checkpoint that is incomplete or not supported, and where weights are
-        missing.
+        Raises `ModelError` for an unknown dtype and for a checkpoint that is incomplete or unsupported.
         """
         spec = check(path)
         if dtype not in DTYPES:
-            raise ModelError(f"dtype {dtype!r} is not allowed; choose one of {', '.join(DTYPES)}")
+            raise ModelError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
         if torch.device(device).type == "cpu":
-            # transformers reads this at every attention call: masked attention then shares KV heads and does
-            # not copy them, bit-equal. Not for CUDA, where that falls back to a slow kernel.
+            # transformers reads this at every attention call: masked attention then shares KV heads instead of copying
+            # them, with equal bits. On CUDA it would fall back to a slow kernel.
             os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
         else:
-            # cuDNN plans its attention anew for every length, in every thread: 50 ms for each chunk and new token.
+            # cuDNN plans its attention for every length in every thread: 50 ms for each chunk and new token.
             torch.backends.cuda.enable_cudnn_sdp(False)
         with _LOADING, _no_progress_bar(), _one_tensor_at_a_time():
             model = _load_model(spec, dtype)
@@ -94,7 +92,7 @@ class Decoder:
 
     @torch.no_grad()
     def embed(self, ids: Tensor | Sequence[int]) -> Tensor:
-        """Return the embeddings [1, T, hidden_size] of token `ids` [T], what layer 0 takes."""
+        """Return the embeddings [1, T, hidden_size] of token `ids` [T]: the input of layer 0."""
         hidden: Tensor = self._base.embed_tokens(self._as_ids(ids).unsqueeze(0))
         scale = self._family.embedding_scale
         return hidden if scale is None else hidden * getattr(self.model.config, scale)
@@ -103,9 +101,9 @@ class Decoder:
     def layer(self, index: int, hidden: Tensor, cache: KVCache, position: int, shift: int = 0) -> Tensor:
         """Run decoder layer `index` on `hidden` [1, T, hidden_size], the tokens [position, position + T).
 
-        Writes their K and V into `cache` and returns the next hidden state, same shape. Attention sees tokens
-        before `position + T` only; those before `position` must be in `cache` for this layer already. `shift` is
-        added to the positions that the layer is told of, not to where it writes and what it sees.
+        Writes their K and V into `cache`, which must hold this layer's rows before `position`, and returns the next
+        hidden state, same shape. `shift` is added to the position ids, but not to where the layer writes and what it
+        attends to.
         """
         self._check_layer(index, hidden)
         kind = self._kinds[index]
@@ -153,9 +151,10 @@ class Decoder:
         position: int,
         extra: Mapping[int, int] | None = None,
     ) -> Tensor:
-        """Run `embed` and all layers on `ids` [T] at `position`; return [1, T, hidden_size] before `norm`.
+        """Run `embed` and all layers on `ids` [T] at `position`; return the hidden state [1, T, hidden_size] before
+        `norm`.
 
-        `extra`: by layer, rows that `cache` holds before them beside those of the tokens before `position`.
+        `extra`: by layer, how many rows `cache` holds before `position` beyond one a token.
         """
         hidden = self.embed(ids)
         for index in range(self.num_layers):
@@ -166,10 +165,10 @@ class Decoder:
         return hidden
 
     def warm_up(self, chunk: int, last: int) -> None:
-        """Have a GPU load what prefill in chunks of `chunk` tokens, the last one of `last`, and decode run on it.
+        """Run prefill and decode once on a GPU, with chunks of `chunk` tokens and a last one of `last`, to load
+        kernels.
 
-        That takes seconds the first time. On a CPU there is nothing to load. Meanwhile there is a KV cache of two
-        chunks.
+        That takes seconds the first time and memory for a KV cache of two chunks. Does nothing on a CPU.
         """
         if self.device.type == "cpu":
             return
@@ -192,7 +191,7 @@ class Decoder:
     def _check_layer(self, index: int, hidden: Tensor) -> None:
         if not 0 <= index < self.num_layers:
             raise ModelError(
-                f"there is no layer {index}: the layers of this model are 0 to {self.num_layers - 1}"
+                f"layer {index} is out of range: this model has layers 0 to {self.num_layers - 1}"
             )
         if hidden.ndim != 3 or hidden.shape[::2] != (1, self.hidden_size) or hidden.shape[1] == 0:
             wanted = f"[1, tokens, {self.hidden_size}]"
@@ -200,11 +199,9 @@ class Decoder:
 
 
 def _load_model(spec: Spec, dtype: str) -> Any:
-    """Load the weights on the CPU for inference; refuse gaps, which transformers would fill with noise.
-
-    Straight to another device (`device_map`) needs accelerate, which dinfer does not.
-    """
-    auto: Any = AutoModelForCausalLM  # typed as returning a model alone, whatever is asked for
+    """Load the weights on the CPU for inference. Raises `ModelError` for missing weights, which transformers would fill
+    with random values. (Loading straight to another device, `device_map`, needs accelerate.)"""
+    auto: Any = AutoModelForCausalLM  # its type lacks the loading report
     model, report = auto.from_pretrained(
         spec.path,
         dtype=dtype,
@@ -215,13 +212,13 @@ def _load_model(spec: Spec, dtype: str) -> Any:
     )
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
-            f"{spec.path} lacks {len(missing)} weights, the first {missing[0]!r}: get the checkpoint again"
+            f"{spec.path} lacks {len(missing)} weights, the first {missing[0]!r}: download the checkpoint again"
         )
     return model.eval().requires_grad_(False)
 
 
 def _place(model: Any, device: torch.device, on_progress: Callable[[int, int], None]) -> None:
-    """Bring the weights to where they are used, one after another, and say how far that is."""
+    """Move the weights to the device (on a CPU: read them from disk) one by one, and report progress."""
     parameters = list(model.parameters())
     total, done = sum(parameter.nbytes for parameter in parameters), 0
     for parameter in parameters:
@@ -236,10 +233,8 @@ def _place(model: Any, device: torch.device, on_progress: Callable[[int, int], N
 
 @contextlib.contextmanager
 def _one_tensor_at_a_time() -> Iterator[None]:
-    """Keep transformers from reading ahead in threads.
-
-    They convert experts faster than these are put together: 2.1 times the weights in memory, not 1.3.
-    """
+    """Stop transformers from reading ahead in threads, which takes 2.1 times the memory of the weights with experts,
+    instead of 1.3 times."""
     name = "HF_DEACTIVATE_ASYNC_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -254,7 +249,7 @@ def _one_tensor_at_a_time() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Keep transformers from drawing a bar per rank into the notebook."""
+    """Stop transformers from printing a progress bar per rank into the notebook."""
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
@@ -265,7 +260,7 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 def _eos_ids(model: Any) -> frozenset[int]:
-    """Return the tokens that end a text: those of the generation config, or those of the config."""
+    """Return the token ids that end a text: those of the generation config, else those of the config."""
     generation = getattr(model, "generation_config", None)
     found = getattr(generation, "eos_token_id", None)
     if found is None:

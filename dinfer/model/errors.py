@@ -1,10 +1,8 @@
-"""The one error that `dinfer.model` raises for something the user can put right."""
+"""The error that `dinfer.model` raises for what its user can fix."""
 
 from dinfer.errors import DinferError
 
 
 class ModelError(DinferError, ValueError):
-    """A model, checkpoint, cache or prompt that cannot be used.
-
-    The message says what was given, what is allowed and what to do.
-    """
+    """A model, checkpoint, cache or prompt cannot be used; the message names the given value, the allowed ones and what
+    to do."""

@@ -1,9 +1,8 @@
-"""What differs between the supported architectures, as data: one `Family` for each `model_type`.
+"""The supported architectures as data: one `Family` for each `model_type`.
 
-A new architecture of the same build (embedding, decoder layers, final norm, head) is one entry in `FAMILIES`,
-and an entry in the conformance test. What is known not to fit stands in `_REFUSED` with the reason. This
-module holds no code that computes and does not import torch, so a checkpoint can be judged without loading
-anything.
+A new architecture with the same structure (embedding, decoder layers, final norm, head) needs an entry in `FAMILIES`
+and one in the conformance test. `_REFUSED` has those known not to fit, with the reason. This module does not import
+torch.
 """
 
 from __future__ import annotations
@@ -17,15 +16,14 @@ from dinfer.model.errors import ModelError
 
 @dataclass(frozen=True)
 class Family:
-    """How one architecture departs from the plain decoder; scales are given as names of config entries.
+    """How an architecture differs from the plain decoder; scales are names of config entries.
 
-    `attention` is the transformers attention implementation (eager where SDPA cannot do what the layer asks,
-    as softcapped scores); `embedding_scale` multiplies embeddings outside the embedding module (Granite);
-    `logits_divisor` and `logits_softcap` act on the head's output (Granite; Gemma2 and 3);
-    `rotary_per_layer_type` says that the rotary module wants a layer type (Gemma3); `default_head_dim` and
-    `default_kv_heads` are what its config takes for a missing entry, None meaning hidden size / heads and as
-    many as heads; `rebuilds_weights` says that loading makes other tensors of those in the files (experts of
-    a layer become one), so that they are no views of the files.
+    `attention`: the transformers attention implementation (eager where SDPA lacks a feature, such as softcapped
+    scores). `embedding_scale`: multiplies embeddings outside the embedding module (Granite). `logits_divisor`,
+    `logits_softcap`: act on the head's output (Granite; Gemma2 and 3). `rotary_per_layer_type`: the rotary module takes
+    a layer type (Gemma3). `default_head_dim`, `default_kv_heads`: the config's defaults; None: hidden size / heads, and
+    one per head. `rebuilds_weights`: loading makes new tensors (a layer's experts become one), so weights are not views
+    of the files.
     """
 
     attention: str = "sdpa"
@@ -73,7 +71,7 @@ _MROPE = "its text layers take positions in time, height and width, not one posi
 
 _CROSS = "its text layers attend to an image too (cross-attention), and cache that"
 
-_ENCODER = "it is an encoder-decoder: there is no prefill of a decoder alone"
+_ENCODER = "it is an encoder-decoder, not a decoder alone"
 
 _REASONS: dict[str, str] = {
     _PER_LAYER_INPUT: "gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text",
@@ -104,21 +102,23 @@ _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
 def family_named(model_type: str) -> Family:
-    """Return the family of a `model_type`; raise `ModelError` with the reason where there is none."""
+    """Return the family of a `model_type`. Raises `ModelError` with the reason for an unsupported one."""
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    raise _refusal(model_type, _REFUSED.get(model_type, "nobody has yet shown it bit-equal to transformers"))
+    raise _refusal(
+        model_type, _REFUSED.get(model_type, "it has not been tested for bit-equality with transformers")
+    )
 
 
 def family_of(config: Any) -> Family:
-    """Return the family of a config (anything with a `model_type`); `ModelError` where there is none."""
+    """Return the family of a config or `Spec`. Raises `ModelError` for an unsupported one."""
     return family_named(str(getattr(config, "model_type", None)))
 
 
 def family_in(config: Mapping[str, Any]) -> Family:
-    """Return the family of a config.json; raise `ModelError` with the reason where there is none.
+    """Return the family of a config.json. Raises `ModelError` with the reason for an unsupported one.
 
-    Sees more than `family_named`: an encoder-decoder or a multimodal wrapper of any name.
+    Unlike `family_named` it recognizes encoder-decoders and multimodal wrappers of any name.
     """
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES and model_type not in _REFUSED:
@@ -133,10 +133,10 @@ def family_in(config: Mapping[str, Any]) -> Family:
 def _wrapper(text_type: str | None) -> str:
     if text_type in FAMILIES:
         return (
-            f"it is multimodal; its text part, {text_type!r}, would fit: "
-            "save that part as a checkpoint of its own"
+            f"it is multimodal; its text part, {text_type!r}, is supported: "
+            "save that part as its own checkpoint"
         )
-    return f"it is multimodal, and its text part ({text_type or 'of no named type'}) is not supported either"
+    return f"it is multimodal, and its text part ({text_type or 'of unknown type'}) is not supported either"
 
 
 def _refusal(model_type: str, reason: str) -> ModelError:

@@ -1,27 +1,26 @@
-"""How much memory is free on a device, for someone who is about to load a model.
+"""How much memory is free on a device before a model is loaded.
 
-On a CPU: what the kernel says can be had without swapping, page cache that can be given back included, or
-what this process's cgroups (a container's limit) leave, whichever is less. Nothing here imports torch for a
-CPU.
+On a CPU: what can be allocated without swapping, by psutil, or what the limits of this process's cgroups (a container)
+leave, whichever is less; psutil does not know cgroups. Asking for a CPU does not import torch.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 from dinfer.model.errors import ModelError
 
 
-def free(device: str = "cpu", root: Path = Path("/")) -> int | None:
-    """Return the free bytes of "cpu" or "cuda:N", None where this system does not tell.
+def free(device: str = "cpu", root: Path = Path("/")) -> int:
+    """Return the free bytes of "cpu" or "cuda:N".
 
-    `root` is where /proc and /sys are looked for. Raises `ModelError` for a CUDA device that is not there.
+    `root`: where /proc and /sys of the cgroups are. Raises `ModelError` for an unknown CUDA device.
     """
     if device == "cpu":
-        known = [size for size in (_of_system(root), *_of_cgroups(root)) if size is not None]
-        return max(0, min(known)) if known else None
+        return max(0, min([psutil.virtual_memory().available, *_of_cgroups(root)]))
     return _of_cuda(device)
 
 
@@ -32,25 +31,6 @@ def _of_cuda(device: str) -> int:
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ModelError(f"device {device!r} cannot be asked for its free memory: {error}") from error
-
-
-def _of_system(root: Path) -> int | None:
-    for line in _read(root / "proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return _of_sysconf()
-
-
-def _of_sysconf() -> int | None:
-    """Return the free pages; all pages where only these are known (macOS); None on Windows."""
-    for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):
-        try:
-            pages, size = os.sysconf(name), os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, OSError, ValueError):
-            continue
-        if pages > 0 and size > 0:
-            return pages * size
-    return None
 
 
 def _of_cgroups(root: Path) -> Iterator[int]:

@@ -1,8 +1,8 @@
-"""How much memory a rank needs for a model and a prompt, and how much is free, before anything is loaded.
+"""How much memory ranks need for a model and a prompt, and whether it is free, before anything is loaded.
 
-Every rank decodes with the whole model, so every rank holds all layers. The numbers are computed from the
-checkpoint's own; working memory (of one layer, for one chunk) is an estimate, and what Python and torch take
-(a few hundred MiB a process) is not in them. Importing this module does not import torch.
+Every rank decodes with the whole model, so every rank holds all layers. The figures come from the checkpoint's sizes;
+the working memory of one layer for one chunk is an estimate, and Python and torch (a few hundred MiB a process) are not
+included. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from dinfer.model.families import family_of
 from dinfer.model.free import free
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of one number, by dtype."""
+"""bytes of one number, by dtype"""
 
 
 @dataclass(frozen=True)
-class Need:
-    """What one rank needs, in bytes: weights, KV, and hidden states with the working memory of a layer."""
+class MemoryNeed:
+    """What one rank needs, in bytes: weights, KV, and hidden states including the working memory of a layer."""
 
     weights_bytes: int
     kv_bytes: int
@@ -29,18 +29,18 @@ class Need:
 
     @property
     def total(self) -> int:
-        """All of it, in bytes."""
+        """The sum, in bytes."""
         return self.weights_bytes + self.kv_bytes + self.hidden_bytes
 
 
-def need(spec: Spec, dtype: str, tokens: int, chunk_size: int = 0) -> Need:
-    """Return what a rank needs in `dtype` ("auto": the checkpoint's) for `tokens`, prompt and new ones.
+def need(spec: Spec, dtype: str, tokens: int, chunk_size: int = 0) -> MemoryNeed:
+    """Return what a rank needs in `dtype` ("auto": the checkpoint's) for `tokens` tokens of prompt and decode.
 
-    `hidden_bytes` holds the hidden state that entered the stage for every token, kept for going back; with a
-    `chunk_size` also the working memory of a layer that computes the last chunk.
+    `hidden_bytes` covers the hidden states that enter the stage, which are kept for going back, and, with a
+    `chunk_size`, the working memory of a layer for the last chunk. Raises `ModelError` for an unknown dtype.
     """
     size = _itemsize(spec, dtype)
-    return Need(
+    return MemoryNeed(
         weights_bytes=spec.parameters * size,
         kv_bytes=tokens * spec.layers * 2 * spec.kv_heads * spec.head_dim * size,
         hidden_bytes=tokens * spec.hidden_size * size + _working(spec, size, tokens, min(chunk_size, tokens)),
@@ -50,20 +50,19 @@ def need(spec: Spec, dtype: str, tokens: int, chunk_size: int = 0) -> Need:
 def check_memory(
     spec: Spec, dtype: str, tokens: int, ranks_here: int, device: str = "cpu", chunk_size: int = 0
 ) -> None:
-    """Raise `ModelError` where `ranks_here` ranks, all on `device`, need more memory than is free there.
+    """Raise `ModelError` if `ranks_here` ranks, all on `device`, need more memory than is free there.
 
-    Ask once for all ranks, before the first of them loads: weights that are loaded are no longer free. Where
-    it is unknown what is free, nothing is refused.
+    Call it once for all ranks, before the first of them loads. Does nothing if the free memory is unknown.
     """
     available = free(device)
-    wanted = Demand(spec, dtype, tokens, ranks_here, device, chunk_size)
+    wanted = MemoryDemand(spec, dtype, tokens, ranks_here, device, chunk_size)
     if available is not None and wanted.bytes() > available:
         raise ModelError(_shortage(wanted, available))
 
 
 @dataclass(frozen=True)
-class Demand:
-    """What all ranks that share one device ask of it together."""
+class MemoryDemand:
+    """What `ranks` ranks that share one device need together."""
 
     spec: Spec
     dtype: str
@@ -79,7 +78,7 @@ class Demand:
         ranks: int | None = None,
         chunk_size: int | None = None,
     ) -> int:
-        """Return the bytes that are needed, with one thing or another changed."""
+        """Return the bytes needed, with any of these changed."""
         dtype = self.dtype if dtype is None else dtype
         ranks = self.ranks if ranks is None else ranks
         one = need(
@@ -92,7 +91,7 @@ class Demand:
         return copies * one.weights_bytes + ranks * (one.kv_bytes + one.hidden_bytes)
 
     def shares_weights(self, dtype: str) -> bool:
-        """Tell whether ranks use one copy of the weights: on a CPU, where they are views of the files."""
+        """Tell whether ranks share one copy of the weights: on a CPU, if they are views of the files."""
         as_stored = _resolved(self.spec, dtype) == self.spec.stored_dtype
         return self.device == "cpu" and as_stored and not family_of(self.spec).rebuilds_weights
 
@@ -104,15 +103,15 @@ def _resolved(spec: Spec, dtype: str) -> str:
 def _itemsize(spec: Spec, dtype: str) -> int:
     name = _resolved(spec, dtype)
     if name not in BYTES:
-        raise ModelError(f"dtype {name!r} is not known; give one of {', '.join(BYTES)}")
+        raise ModelError(f"dtype {name!r} is unknown; give one of {', '.join(BYTES)}")
     return BYTES[name]
 
 
 def _working(spec: Spec, size: int, tokens: int, chunk: int) -> int:
-    """Estimate what a layer holds at once for `chunk` tokens: hidden states, Q, K, V, MLP, mask or scores.
+    """Estimate what a layer holds at once for `chunk` tokens, in bytes: hidden states, Q, K, V, MLP, mask or scores.
 
-    SDPA takes a mask as booleans and makes numbers of it; eager attention has scores of every head, once in
-    float32 and twice in the dtype.
+    SDPA converts a boolean mask to numbers; eager attention holds the scores of every head, once in float32 and twice
+    in the dtype.
     """
     of_a_token = 4 * spec.hidden_size + 2 * (spec.heads + spec.kv_heads) * spec.head_dim
     activations = chunk * (of_a_token + 3 * spec.intermediate_size) * size
@@ -120,41 +119,42 @@ def _working(spec: Spec, size: int, tokens: int, chunk: int) -> int:
     return activations + chunk * tokens * (spec.heads * (4 + 2 * size) if eager else 1 + size)
 
 
-def _shortage(wanted: Demand, available: int) -> str:
-    """Say what was asked for, what is free, and each single change that would be enough."""
+def _shortage(wanted: MemoryDemand, available: int) -> str:
+    """The message for too little free memory: the need, what is free, and each single change that would do."""
     spec, total = wanted.spec, wanted.bytes()
     one = need(spec, wanted.dtype, wanted.tokens, wanted.chunk_size)
     shared = " (one copy for all)" if wanted.ranks > 1 and wanted.shares_weights(wanted.dtype) else ""
     asked = (
         f"{_ranks(wanted.ranks)} on {wanted.device} with {wanted.tokens:,} tokens in "
         f"{_resolved(spec, wanted.dtype)} need {size_text(total)}; {size_text(available)} are free, "
-        f"{size_text(total - available)} too little. Each rank holds all {spec.layers} layers, to decode: "
+        f"{size_text(total - available)} too little. Each rank holds all {spec.layers} layers, for decode: "
         f"weights {size_text(one.weights_bytes)}{shared}, KV {size_text(one.kv_bytes)}, "
         f"hidden states {size_text(one.hidden_bytes)}. "
     )
-    if ways := _ways_out(wanted, available):
-        return asked + "One of these would be enough: " + "; ".join(ways) + "."
+    if remedies := _remedies(wanted, available):
+        return asked + "One of these would be enough: " + "; ".join(remedies) + "."
     return asked + "No single change is enough: use a smaller model, or a machine with more memory."
 
 
-def ways_to_save(one: Demand, asked: int | None, available: int | None) -> str:
-    """Say what one rank had asked for when memory ran out, what was free, and each single change that saves it."""
+def out_of_memory_text(one: MemoryDemand, asked: int | None, available: int | None) -> str:
+    """The message for a rank that ran out of memory: the failed allocation, what was free, and each single change that
+    would do. `asked` and `available` are bytes, None if unknown."""
     parts = need(one.spec, one.dtype, one.tokens, one.chunk_size)
-    said = "an unknown amount" if asked is None else size_text(asked)
+    size = "an unknown amount" if asked is None else size_text(asked)
     known = "" if available is None else f", {size_text(available)} were free"
     text = (
-        f"Out of memory on {one.device}: {said} was asked for{known}. By calculation this rank needs weights "
+        f"Out of memory on {one.device}: {size} was asked for{known}. By calculation this rank needs weights "
         f"{size_text(parts.weights_bytes)}, KV {size_text(parts.kv_bytes)}, hidden states "
         f"{size_text(parts.hidden_bytes)}. "
     )
-    # Memory may be free and still not to be had: a limit of the process, or no piece of it that is large enough.
+    # An allocation may fail although memory is free: by a limit of the process, or by fragmentation.
     short = asked if asked is None or available is None or available >= asked else asked - available
     if short is None:
-        return text + "Lower chunk_size, max_new_tokens or the prompt, or take dtype bfloat16."
-    if ways := _ways_out(one, one.bytes() - short):
-        return text + f"One of these would save the missing {size_text(short)}: " + "; ".join(ways) + "."
+        return text + "Lower chunk_size or max_new_tokens, shorten the prompt, or use dtype bfloat16."
+    if remedies := _remedies(one, one.bytes() - short):
+        return text + f"One of these would save the missing {size_text(short)}: " + "; ".join(remedies) + "."
     return text + (
-        f"No single change saves the missing {size_text(short)}: lower chunk_size, dtype and length together, or take "
+        f"No single change saves the missing {size_text(short)}: lower chunk_size, dtype and length together, or use "
         "fewer ranks here, or more memory."
     )
 
@@ -163,7 +163,8 @@ def _ranks(count: int) -> str:
     return f"{count} rank{'s' if count > 1 else ''}"
 
 
-def _ways_out(wanted: Demand, available: int) -> list[str]:
+def _remedies(wanted: MemoryDemand, available: int) -> list[str]:
+    """Each single change after which the need fits into `available` bytes."""
     ways = []
     half = wanted.bytes(dtype="bfloat16")
     if half <= available:
@@ -172,14 +173,14 @@ def _ways_out(wanted: Demand, available: int) -> list[str]:
         ways.append(f"prompt and new tokens together at most {longest:,}, {wanted.tokens - longest:,} fewer")
     chunk = _largest(wanted.chunk_size - 1, lambda n: wanted.bytes(chunk_size=n) <= available)
     if chunk:
-        ways.append(f"chunk_size at most {chunk:,} in place of {wanted.chunk_size:,}")
+        ways.append(f"chunk_size at most {chunk:,} instead of {wanted.chunk_size:,}")
     if ranks := _largest(wanted.ranks - 1, lambda n: wanted.bytes(ranks=n) <= available):
         ways.append(f"at most {_ranks(ranks)} here")
     return ways
 
 
 def _largest(high: int, fits: Callable[[int], bool]) -> int:
-    """Return the largest of 1 to `high` that fits, 0 if none does; what fits, fits with less too."""
+    """Return the largest of 1 to `high` that fits, 0 if none does, by bisection."""
     low = 0
     while low < high:
         middle = (low + high + 1) // 2
@@ -188,7 +189,7 @@ def _largest(high: int, fits: Callable[[int], bool]) -> int:
 
 
 def size_text(count: int) -> str:
-    """Return bytes in words: "7.5 GiB", "144.0 KiB"."""
+    """Return a byte count as text: "7.5 GiB", "144.0 KiB"."""
     size = float(count)
     for unit in ("bytes", "KiB", "MiB"):
         if size < 1024:

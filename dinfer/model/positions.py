@@ -1,9 +1,8 @@
-"""What a decoder layer needs to know about positions: ids, rotary embeddings and attention masks.
+"""Position ids, rotary embeddings and attention masks of a decoder layer.
 
-All of it is made by transformers' own functions and depends only on where the tokens stand, how many they are
-and what kind of layer asks, so it is made once for all layers of a kind and kept for the last few runs of
-tokens. It does not read the KV cache: masks are sized from the position alone, which is right for a rank that
-never runs layer 0 too.
+transformers' own functions make them. They depend only on the tokens' position and number and on the kind of layer, so
+they are made once for all layers of a kind and kept for the last few token ranges. Masks are sized from the position
+and not from the KV cache, which also fits a rank that never runs layer 0.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinfer.model.cache import first_visible
+from dinfer.model.cache import VisibleTokens
 from dinfer.model.compat import (
     create_causal_mask,
     create_sliding_window_causal_mask,
@@ -26,7 +25,7 @@ from dinfer.model.compat import (
 from dinfer.model.errors import ModelError
 
 KEPT = 8
-"""How many placements are kept: enough for every kind of layer of a few runs of tokens at once."""
+"""how many placements are kept: every kind of layer for a few token ranges"""
 
 _MASKS: dict[str, Callable[..., Any]] = {
     "full_attention": create_causal_mask,
@@ -36,7 +35,7 @@ _MASKS: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class LayerKind:
-    """Layers that share masks and rotary embeddings: layer type, and window in tokens (None: no window)."""
+    """Layers that share masks and rotary embeddings: the layer type, and the window in tokens (None: no window)."""
 
     layer_type: str
     sliding_window: int | None
@@ -52,12 +51,14 @@ class Placement:
 
 
 def layer_kinds(config: Any) -> tuple[LayerKind, ...]:
-    """Return the kind of every layer of a config; raise `ModelError` for kinds that keep no plain KV."""
+    """Return the kind of every layer of a config. Raises `ModelError` for kinds without plain KV."""
     types, options = get_layer_types_and_kwargs(config)
     for layer_type in types:
         if layer_type not in _MASKS:
-            raise ModelError(f"layers of type {layer_type!r} are not supported; allowed: {', '.join(_MASKS)}")
-    # One dict a layer in transformers 5.23; one for all layers, whatever their type, in 5.17.
+            raise ModelError(
+                f"layers of type {layer_type!r} are not supported; supported: {', '.join(_MASKS)}"
+            )
+    # One dict a layer in transformers 5.23; one for all layers in 5.17.
     given = [options] * len(types) if isinstance(options, Mapping) else options
     return tuple(LayerKind(name, _window(name, own)) for name, own in zip(types, given, strict=True))
 
@@ -66,21 +67,8 @@ def _window(layer_type: str, options: Mapping[str, Any]) -> int | None:
     return options.get("sliding_window") if layer_type == "sliding_attention" else None
 
 
-class _Extent:
-    """What transformers' mask functions ask of a cache: tokens before, and the first one visible."""
-
-    def __init__(self, position: int, kind: LayerKind) -> None:
-        self._position, self._start = position, first_visible(position, kind.sliding_window)
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002
-        return self._position
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:  # noqa: ARG002
-        return self._position + query_length - self._start, self._start
-
-
 class Positions:
-    """Makes and keeps the `Placement` of runs of tokens; any number of threads may ask at once."""
+    """Makes and keeps the `Placement` of token ranges. Thread-safe."""
 
     def __init__(self, config: Any, rotary: Callable[..., Any], rotary_per_layer_type: bool) -> None:
         self._config, self._rotary, self._per_type = config, rotary, rotary_per_layer_type
@@ -88,7 +76,7 @@ class Positions:
         self._lock = threading.Lock()
 
     def of(self, kind: LayerKind, position: int, hidden: Tensor) -> Placement:
-        """Return the placement of the tokens of `hidden` [1, T, H], the first one at `position`."""
+        """Return the placement of the tokens of `hidden` [1, T, hidden_size], the first one at `position`."""
         key = (position, hidden.shape[1], kind)
         with self._lock:
             if key not in self._kept:
@@ -106,7 +94,7 @@ class Positions:
             config=self._config,
             inputs_embeds=hidden,
             attention_mask=None,
-            past_key_values=_Extent(position, kind),
+            past_key_values=VisibleTokens(position, kind.sliding_window),
             position_ids=ids,
             layer_idx=0,
         )

@@ -1,12 +1,11 @@
-"""What transformers itself makes of a prompt: the answer that dinfer's own runs are compared with.
+"""The reference: transformers' own forward of the whole model, which dinfer's runs are compared with.
 
-Uses the model's own forward, its `DynamicCache` and `generate`; nothing of dinfer but the loaded weights. Run
-it with the thread count of the ranks: float32 attention differs between 1 and 2 threads.
+It uses the model's own forward and `DynamicCache`, and of dinfer only the loaded weights. Run it with the thread count
+of the ranks: float32 attention differs between 1 and 2 threads.
 """
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,39 +14,32 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
 
 from dinfer.model.decoder import Decoder
-from dinfer.model.errors import ModelError
+
+OnTensor = Callable[[str, int, Tensor], None]
+"""called with ("hidden", layer, [1, tokens, hidden_size]) before each layer and after the last one (layer: the number
+of layers), and with ("kv", layer, [tokens, 2, kv_heads, head_dim]) when a layer updates its cache"""
 
 
-class Reference(NamedTuple):
-    """KV of every layer, each [tokens, 2, kv_heads, head_dim], and normed hidden [1, tokens, hidden_size]."""
-
-    kv: list[Tensor]
-    hidden: Tensor
-
-
-See = Callable[[str, int, Tensor], None]
-"""called with ("hidden", layer, [1, tokens, hidden_size]) before each layer, and after the last with the number of
-layers; and with ("kv", layer, [tokens, 2, kv_heads, head_dim]) as a layer hands them to its cache"""
-
-
-class Fed(NamedTuple):
-    """`hidden`: normed, [1, tokens, hidden_size]; `logits`: of the last token, float32 [vocab_size]."""
+class PieceOutput(NamedTuple):
+    """Of one piece of a prompt: `hidden`, normed, [1, tokens, hidden_size], and float32 `logits` [vocab_size] of its
+    last token."""
 
     hidden: Tensor
     logits: Tensor
 
 
 class Forward:
-    """transformers' forward of the whole model, fed piece by piece, which shows what it makes as it makes it.
+    """transformers' forward of the whole model, fed a prompt piece by piece; calls `see` with each tensor as it is
+    made.
 
-    Only its own KV lasts longer than a piece. The model is not changed but for hooks, which are there while a piece
-    is fed and look at the feeding thread's calls alone: ranks that are threads of one process share the modules.
+    Only its KV outlives a piece. Hooks are on the modules while a piece runs, and ignore calls of other threads, since
+    ranks that are threads of one process share the modules.
     """
 
-    def __init__(self, decoder: Decoder, see: See) -> None:
+    def __init__(self, decoder: Decoder, see: OnTensor) -> None:
         self._decoder, self._see = decoder, see
         self._cache = DynamicCache(config=decoder.model.config)
         layers: list[Any] = self._cache.layers
@@ -57,19 +49,19 @@ class Forward:
         self._looking = False
 
     @torch.no_grad()
-    def feed(self, ids: Sequence[int]) -> Fed:
-        """Run the tokens that follow those fed before. Raises what `see` raises."""
+    def feed(self, ids: Sequence[int]) -> PieceOutput:
+        """Run the next tokens of the prompt. Raises what `see` raises."""
         piece = torch.tensor([list(ids)], device=self._decoder.device)
         with self._hooks():
             output = self._decoder.model(
                 input_ids=piece, past_key_values=self._cache, use_cache=True, logits_to_keep=1
             )
         assert self._normed is not None
-        return Fed(self._normed, output.logits[0, 0].float())
+        return PieceOutput(self._normed, output.logits[0, 0].float())
 
     def _update(self, layer: int, update: Any, keys: Tensor, values: Tensor, *args: Any, **named: Any) -> Any:
-        """What a layer hands to its cache. Layers with a sliding window forget; transformers' own past recording shows
-        layers too much in 5.17."""
+        """Shows what a layer hands to its cache. (Sliding-window layers drop earlier rows, and transformers 5.17 can
+        show layers too many.)"""
         rows = torch.stack([keys[0], values[0]], dim=1).permute(2, 1, 0, 3).contiguous()
         self._show("kv", layer, rows)
         return update(keys, values, *args, **named)
@@ -77,7 +69,7 @@ class Forward:
     def _show(self, what: str, layer: int, tensor: Tensor) -> None:
         self._looking = True
         try:
-            self._see(what, layer, tensor)  # it may run layers of this very model, which are not to be shown
+            self._see(what, layer, tensor)  # `see` may run layers of this model itself: do not show those
         finally:
             self._looking = False
 
@@ -103,39 +95,3 @@ class Forward:
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def chunked_forward(decoder: Decoder, ids: Sequence[int], chunk_size: int) -> Reference:
-    """Run transformers' forward on `ids`, `chunk_size` tokens at a time, and return KV and hidden states."""
-    if chunk_size < 1 or not ids:
-        raise ModelError(
-            f"{len(ids)} tokens in chunks of {chunk_size} cannot be run: both must be at least 1"
-        )
-    kv: list[list[Tensor]] = [[] for _ in range(decoder.num_layers)]
-    forward = Forward(decoder, lambda what, layer, rows: kv[layer].append(rows) if what == "kv" else None)
-    hidden = [
-        forward.feed(ids[start : start + chunk_size]).hidden for start in range(0, len(ids), chunk_size)
-    ]
-    return Reference([torch.cat(rows) for rows in kv], torch.cat(hidden, dim=1))
-
-
-def unchunked(decoder: Decoder, ids: Sequence[int]) -> Reference:
-    """Run transformers' forward on all `ids` at once; chunked runs differ by rounding (1e-6 in float32)."""
-    return chunked_forward(decoder, ids, max(1, len(ids)))
-
-
-@torch.no_grad()
-def generate(decoder: Decoder, ids: Sequence[int], max_new_tokens: int) -> list[int]:
-    """Return the new tokens of transformers' greedy `generate`, the token that ends the text included."""
-    prompt = torch.tensor([list(ids)], device=decoder.device)
-    eos = sorted(decoder.eos_ids) or None
-    config = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos[0] if eos else None
-    )
-    # A shallow copy shares the weights; its own generation config keeps out the checkpoint's (repetition
-    # penalty, …), which generate would merge into any config that it is given.
-    model = copy.copy(decoder.model)
-    model.generation_config = config
-    output = model.generate(prompt, attention_mask=torch.ones_like(prompt))
-    new: list[int] = output[0, len(ids) :].tolist()
-    return new

@@ -1,7 +1,7 @@
-"""How the next token is chosen from logits: greedy, or drawn with transformers' own warpers.
+"""Choosing the next token from logits: greedy, or sampled with transformers' own warpers.
 
-A draw depends on nothing but the logits, the sampling parameters and the step number, so every rank draws the
-same token and going back to a step repeats it. Importing this module does not import torch.
+A draw depends only on the logits, the sampling parameters and the step number, so all ranks draw the same token and
+going back to a step repeats it. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class Sampling:
 
 
 class Sampler:
-    """Chooses tokens as `sampling` says; keeps no state between calls."""
+    """Chooses tokens by `sampling`; keeps no state between calls."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self._warpers = _warpers(sampling)
 
     def __call__(self, logits: Tensor, step: int) -> int:
-        """Return the token chosen from `logits` [vocab] as the `step`-th new token (counted from 0)."""
+        """Return the id of new token `step` (from 0), chosen from `logits` [vocab_size]."""
         if self.sampling.temperature == 0.0:
             return int(logits.argmax())
         return self._draw(logits, step)
@@ -59,7 +59,7 @@ class Sampler:
         cumulative = scores[0].double().softmax(-1).cumsum(-1)
         generator = torch.Generator().manual_seed(_seed(self.sampling.seed, step))
         point = torch.rand(1, dtype=torch.float64, generator=generator) * cumulative[-1]
-        # right=True: a token of probability 0 adds nothing to the sum, so is never the first above it.
+        # right=True: a token of probability 0 adds nothing to the sum, so it is never the first one above it.
         return min(int(torch.searchsorted(cumulative, point, right=True)), logits.shape[-1] - 1)
 
 

@@ -1,6 +1,6 @@
-"""Between text and token ids: a checkpoint's tokenizer, encoding a prompt, streaming new tokens as text.
+"""Text and token ids: a checkpoint's tokenizer, encoding a prompt, streaming new tokens as text.
 
-The tokenizer is transformers' own. Nothing here touches the model.
+The tokenizer is transformers' own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _REPLACEMENT = "\ufffd"  # what a tokenizer decodes the bytes of an unfinished c
 
 
 def load_tokenizer(path: str | Path) -> Any | None:
-    """Return the tokenizer of a checkpoint, None where it has none; `ModelError` if it cannot be read."""
+    """Return the tokenizer of a checkpoint, None if it has none. Raises `ModelError` if it cannot be loaded."""
     spec = check(path)
     if not spec.tokenizer:
         return None
@@ -29,17 +29,17 @@ def load_tokenizer(path: str | Path) -> Any | None:
 
 
 def encode(tokenizer: Any | None, prompt: str, chat: bool = False) -> list[int]:
-    """Return the token ids of `prompt`; with `chat`, of a conversation in which the user says `prompt`.
+    """Return the token ids of `prompt`; with `chat`, of a conversation with `prompt` as the user's message.
 
-    Raises `ModelError` where there is no tokenizer, no chat template for `chat`, or not one token.
+    Raises `ModelError` without a tokenizer, without a chat template for `chat`, and for a prompt of no tokens.
     """
     if tokenizer is None:
-        raise ModelError("this checkpoint has no tokenizer, so it takes no text: give token ids")
+        raise ModelError("this checkpoint has no tokenizer, so give token ids instead of text")
     if chat:
         prompt = _as_chat(tokenizer, prompt)
     ids = [int(token) for token in tokenizer.encode(prompt, add_special_tokens=not chat)]
     if not ids:
-        raise ModelError("the prompt is empty: it has to make at least one token")
+        raise ModelError("the prompt is empty: it must have at least one token")
     return ids
 
 
@@ -51,12 +51,13 @@ def _as_chat(tokenizer: Any, prompt: str) -> str:
 
 
 class TextStream:
-    """Turns new tokens into text as they come; text comes out in whole characters only.
+    """Turns new tokens into text as they come, in whole characters only.
 
-    A character may be split over tokens (Chinese, emoji, byte fallback): it comes out with the token that
-    ends it. Tokens are decoded together with those of the piece before, since a tokenizer may write a token
-    differently at the start of a text. Source of the scheme: the incremental detokenizers of vLLM and
-    text-generation-inference.
+    A character may be split over tokens (Chinese, emoji, byte fallback): its text comes with its last token.
+    Tokens are decoded together with those of the piece before, since a tokenizer may write a token differently
+    at the start of a text. The scheme is that of the incremental detokenizers of vLLM and
+    text-generation-inference. `tokenizers.DecodeStream` returns the same pieces, but not what it still holds
+    when the tokens end, and it takes only tokenizers of its own library.
     """
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool = True) -> None:
@@ -94,7 +95,7 @@ class TextStream:
 
 
 def texts_of(tokenizer: Any | None, ids: Sequence[int], ranges: Sequence[range]) -> list[str]:
-    """Return the text of each range of `ids`, in whole characters; empty where there is no tokenizer."""
+    """Return the text of each range of `ids`, in whole characters; empty texts without a tokenizer."""
     if tokenizer is None:
         return [""] * len(ranges)
     stream = TextStream(tokenizer)

@@ -28,6 +28,9 @@ CPU_LEAST_S = 0.9
 CPU_SHARE = 0.1
 """of one core: a rank that waits uses less, also where it is asked for its stacks"""
 
+PROCESS_SHARE, PROCESS_LEAST_S = 0.2, 0.02
+"""of the CPU time of the process whose threads ranks are: on a busy machine all of it may be less than CPU_SHARE"""
+
 CPU_WANTED = 0.5
 """of the time: one that wants the CPU for more computes, however little it gets; one that waits is seldom seen to"""
 
@@ -36,7 +39,7 @@ class _RankTrack:
     def __init__(self) -> None:
         self.stand: Stand | None = None
         self.since: list[float] = []
-        self.cpu: deque[tuple[float, float]] = deque()
+        self.cpu: deque[tuple[float, float, float]] = deque()
         self.wants_cpu = 0.0
 
 
@@ -54,9 +57,9 @@ class Track:
             if state.cpu_s is not None:
                 _note(rank.cpu, now, state.cpu_s)
 
-    def note_cpu(self, rank: int, now: float, cpu_s: float) -> None:
-        """CPU time of a rank of which no state tells it."""
-        _note(self._ranks[rank].cpu, now, cpu_s)
+    def note_cpu(self, rank: int, now: float, cpu_s: float, process_s: float = 0.0) -> None:
+        """CPU time of a rank whose reports do not have it: its threads' sum, and that of the process they are in."""
+        _note(self._ranks[rank].cpu, now, cpu_s, process_s)
 
     def still_s(self, rank: int, now: float) -> tuple[float, ...]:
         """For how long each lane has not moved."""
@@ -69,8 +72,10 @@ class Track:
         samples = self._ranks[rank].cpu
         if not samples or samples[-1][0] - samples[0][0] < CPU_LEAST_S:
             return None
-        (begin, first), (end, last) = samples[0], samples[-1]
-        return (last - first) / (end - begin) > CPU_SHARE
+        (begin, first, process_first), (end, last, process_last) = samples[0], samples[-1]
+        used, by_process = last - first, process_last - process_first
+        is_most = by_process > 0 and used > max(PROCESS_SHARE * by_process, PROCESS_LEAST_S)
+        return used / (end - begin) > CPU_SHARE or is_most
 
     def longest_s(self, now: float) -> float:
         """For how long the lane has not moved that has begun an op, or may, and has moved least lately."""
@@ -98,11 +103,13 @@ def _open(rank: _RankTrack) -> list[float]:
     return [since for since, at, started, limit in lanes if started or at < limit]
 
 
-def _note(samples: deque[tuple[float, float]], now: float, cpu_s: float) -> None:
+def _note(
+    samples: deque[tuple[float, float, float]], now: float, cpu_s: float, process_s: float = 0.0
+) -> None:
     """At most one sample a tenth of a second, so that those of two seconds are few."""
     if samples and now - samples[-1][0] < 0.1:
         return
-    samples.append((now, cpu_s))
+    samples.append((now, cpu_s, process_s))
     while len(samples) > 2 and now - samples[1][0] > CPU_WINDOW_S:
         samples.popleft()
 

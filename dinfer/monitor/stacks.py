@@ -3,16 +3,24 @@ C, where py-spy has looked."""
 
 import linecache
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
-from dinfer.cluster.ranks import ANSWER_S, RankStates, answers
+from dinfer.cluster.ranks import ANSWER_S, RankRefused, RankState, RankStates, answers
+from dinfer.errors import NoAnswer
 from dinfer.messages import Message
 from dinfer.rank.pyspy import Seen, in_c
 from dinfer.rank.stacks import TRANSPORT
 from dinfer.verdict.signs import BUSY, StackFrame
 
-DUMP_ANSWER_S = 1.0
+DUMP_ANSWER_S = 60.0
+"""A rank's watcher answers for a mute rank within about a second, on busy cores later."""
+
+WATCHER_S = 5.0
+"""A watcher that has not been heard for so long does not answer."""
 
 LANES = frozenset(("engine/threads.py", "engine/streams.py"))
 """where the threads of lanes begin"""
@@ -35,14 +43,23 @@ class Stacks:
 
 
 def gather(ranks: RankStates, which: Sequence[int]) -> dict[int, Stacks]:
-    """Ask these ranks, together; those that are mute are dumped. Takes 1.5 s at most, mostly a few milliseconds."""
+    """Ask these ranks, together; of one that is mute its watcher requests a dump. Takes a few milliseconds where all
+    answer; else as long as the watchers of the mute ranks take, while they are heard."""
     said = answers(ranks, {rank: {"do": "stacks"} for rank in which}, ANSWER_S)
     found = {rank: _as_asked(rank, message) for rank, message in said.items()}
-    mute = [rank for rank in which if rank not in found]
-    dumps = answers(ranks, {rank: {"do": "dump"} for rank in mute}, DUMP_ANSWER_S) if mute else {}
-    for rank in mute:
-        found[rank] = as_dumped(rank, dumps.get(rank, {}).get("text", ""))
+    for rank, number in ranks.begin({rank: {"do": "dump"} for rank in which if rank not in found}).items():
+        text = ""
+        with suppress(NoAnswer, RankRefused):
+            answer = ranks.finish({rank: number}, DUMP_ANSWER_S, partial(_check_watcher, ranks.ranks[rank]))
+            text = answer[rank]["text"]
+        found[rank] = as_dumped(rank, text)
     return found
+
+
+def _check_watcher(state: RankState) -> None:
+    """Raises NoAnswer where nobody answers for a rank that is mute."""
+    if state.process is None or state.gone or time.monotonic() - state.heard > WATCHER_S:
+        raise NoAnswer("this rank has no watcher, or one that does not answer")
 
 
 def _as_asked(rank: int, message: Message) -> Stacks:

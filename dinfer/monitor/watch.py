@@ -38,6 +38,9 @@ later where py-spy is about to say more."""
 QUIET = ("moving", "done", "paused", "held")
 """kinds that are not told unasked; who is slow in a run that moves is not even looked for"""
 
+ASKS = 2
+"""So often a mute rank's stacks are asked for before a verdict is told without them."""
+
 SPIED = ("stuck in C", "stopped")
 """kinds of which py-spy knows more than the rank itself: nobody else is stopped for its look"""
 
@@ -59,6 +62,7 @@ class HangWatch:
         """Held by who asks the ranks, and so waits for `line.changed`: whoever may hold that must not wait for this."""
         self._told_with = frozenset[int]()
         self._looked_at = self._judged_at = self._asked_at = 0.0
+        self._asks = 0
         self._decoding_since: float | None = None
         """as far as it was looked; before, no token was to be made, and it was the user who took their time"""
         self.plan_ids: Mapping[int, int] = {}
@@ -120,7 +124,7 @@ class HangWatch:
         verdict = self._explain(decoding, ended, LEAST_AHEAD_S if is_seen else AHEAD_S)
         if verdict.kind in QUIET:
             self.found = None
-        elif self._is_known(verdict.ranks) and not self._is_told(verdict):
+        elif self._is_known(verdict.ranks) and self._is_seen(verdict.ranks) and not self._is_told(verdict):
             self.found, self._told_with = verdict, self._spied.ranks
 
     def _ask(self, ended: Mapping[int, str]) -> None:
@@ -129,13 +133,18 @@ class HangWatch:
         living = [rank for rank, state in enumerate(states) if rank not in ended and state.stopped is None]
         seen = self._spied.looks_at(living)  # they cannot answer meanwhile
         found = gather(self._line, [rank for rank in living if rank not in seen])
+        for rank in found.keys() & self._asked.keys():  # a dump that does not come this time has come before
+            if found[rank].answers is self._asked[rank].answers is False and not found[rank].text:
+                found[rank] = self._asked[rank]
         self._asked = {rank: its for rank, its in self._asked.items() if rank in seen} | found
         self._stacks = self._spied.added_to(self._asked)
         self._asked_at = time.monotonic()
+        self._asks += 1
+        process_s = time.process_time()
         with self._line.changed:
             for rank, stacks in found.items():
                 if stacks.cpu_s is not None and states[rank].cpu_s is None:
-                    self._track.note_cpu(rank, self._asked_at, stacks.cpu_s)
+                    self._track.note_cpu(rank, self._asked_at, stacks.cpu_s, process_s)
 
     def _spy(self, suspicion: Verdict) -> None:
         """Have py-spy look at who can be seen by nothing else, and take what it has seen."""
@@ -189,6 +198,16 @@ class HangWatch:
             for rank in ranks
         )
 
+    def _is_seen(self, ranks: Sequence[int]) -> bool:
+        """Whether the line is known at which each of these stands that does not answer, or cannot be found out: a
+        verdict waits for stacks that are on their way."""
+        unseen = [
+            rank
+            for rank in ranks
+            if (stacks := self._stacks.get(rank)) and stacks.answers is False and not stacks.frames
+        ]
+        return not unseen or (self._asks >= ASKS and not self._spied.looks_at(unseen))
+
     def _is_told(self, verdict: Verdict) -> bool:
         """It is told again when py-spy, which may take long, has seen more since."""
         found = self.found
@@ -198,4 +217,5 @@ class HangWatch:
     def _forget(self) -> None:
         self.found = None
         self._asked = self._stacks = {}
+        self._asks = 0
         self._spied.forget()

@@ -1,7 +1,7 @@
-"""Breakpoints: which ops a run stops after, and the cut at which it then stands.
+"""Breakpoints: the ops after which a run stops, and the cut at which it then stands.
 
-A breakpoint without a condition is a place in the plan, so it is known beforehand where the run will stop. One with
-a condition (`when`) is judged on the rank, by what the op has made; here it is only read.
+A breakpoint without a condition is a place in the plan, so the stop is known in advance. A condition (`when`) is parsed
+here and evaluated on the rank, on what the op has made.
 """
 
 import re
@@ -15,7 +15,7 @@ from dinfer.plan.partition import within
 
 Condition = Literal["", "nan", "inf", "absmax", "digest", "slower"]
 
-WHENS = "'nan', 'inf', 'absmax > 100', 'digest differs', 'slower than 5 ms'"
+CONDITION_FORMS = "'nan', 'inf', 'absmax > 100', 'digest differs', 'slower than 5 ms'"
 
 _ABSMAX = re.compile(r"absmax\s*(?:>|above)\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", re.IGNORECASE)
 
@@ -24,8 +24,10 @@ _SLOWER = re.compile(r"slower\s+than\s+(\d+\.?\d*|\.\d+)\s*ms", re.IGNORECASE)
 
 @dataclass(frozen=True, repr=False)
 class Breakpoint:
-    """Ops of this rank, kind, chunk and layer, each None for any; by default layer ops. `bound` belongs to `condition`:
-    the largest absolute value that is still good, or milliseconds."""
+    """Stops after ops of this rank, kind, chunk and layer; None matches any.
+
+    `bound`: for absmax the largest absolute value that does not stop the run, for slower the milliseconds.
+    """
 
     number: int
     rank: int | None = None
@@ -36,7 +38,7 @@ class Breakpoint:
     bound: float = 0.0
 
     def matches(self, rank: int, op: Op) -> bool:
-        """Whether it is about this op of this rank."""
+        """Whether it stops after this op of this rank, if its condition holds."""
         return (
             self.op == op.kind
             and self.rank in (None, rank)
@@ -46,7 +48,7 @@ class Breakpoint:
 
     @property
     def when(self) -> str:
-        """The condition as `parse_when` reads it; empty for none."""
+        """The condition as text that `parse_when` reads; empty without a condition."""
         texts = {
             "absmax": f"absmax > {self.bound:g}",
             "slower": f"slower than {self.bound:g} ms",
@@ -56,7 +58,7 @@ class Breakpoint:
 
     @property
     def call(self) -> str:
-        """What sets it in a run, for example `run.break_at(chunk=2, layer=7)`."""
+        """The call that sets it, for example `run.break_at(chunk=2, layer=7)`."""
         op, when = (None if self.op == "layer" else self.op), self.when or None
         given: dict[str, object] = {
             "rank": self.rank,
@@ -73,6 +75,7 @@ class Breakpoint:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `as_dict`."""
         return cls(**values)
 
     def __str__(self) -> str:
@@ -88,7 +91,7 @@ class Breakpoint:
 
 
 def parse_when(text: str | None) -> tuple[Condition, float]:
-    """The condition that a text names. Raises PlanError."""
+    """Parse a condition such as `absmax > 100`: its kind and bound. Raises PlanError for any other text."""
     if not text:
         return "", 0.0
     plain = " ".join(text.split())
@@ -100,11 +103,11 @@ def parse_when(text: str | None) -> tuple[Condition, float]:
         return "absmax", float(match[1])
     if match := _SLOWER.fullmatch(plain):
         return "slower", float(match[1])
-    raise PlanError(f"when is {text!r}; it must be one of {WHENS}.")
+    raise PlanError(f"when is {text!r}; it must be one of {CONDITION_FORMS}.")
 
 
 def check(breakpoint: Breakpoint, cuts: Cuts) -> None:
-    """Raises PlanError for one that no op of the plan can meet, saying what there is."""
+    """Raises PlanError if no op of the plan matches; the message has the valid values."""
     if breakpoint.op not in get_args(OpKind):
         raise PlanError(f"op is {breakpoint.op!r}; it must be one of {', '.join(get_args(OpKind))}.")
     if any(breakpoint.matches(place.rank, op) for place, op in cuts.plan.places()):
@@ -115,15 +118,15 @@ def check(breakpoint: Breakpoint, cuts: Cuts) -> None:
         if (value := getattr(breakpoint, name)) is not None:
             within(name, value, count)
     raise PlanError(
-        f"no op of this run is {str(breakpoint).split(': after ')[1]}: layer ops are on the rank that owns the layer "
-        f"(stages start at {', '.join(map(str, shape.starts))})."
+        f"no op of this run matches {str(breakpoint).split(': after ')[1]}: layer ops run on the rank that owns the "
+        f"layer (stages start at {', '.join(map(str, shape.starts))})."
     )
 
 
 def next_stop(cuts: Cuts, cut: Cut, breakpoints: list[Breakpoint]) -> tuple[Cut, list[Breakpoint]]:
-    """How far a run that stands at `cut` may go, and the breakpoints that it then has met; the end, and none.
+    """The cut at which a run from `cut` stops next, and the breakpoints met there; at the end, none.
 
-    After a layer op the run stands as `run_to` would: that block is on every rank, with all blocks before it.
+    After a layer op the run stops as `run_to` does: every rank holds that block and all blocks before it.
     """
     places = [one for one in breakpoints if not one.condition]
     best, met = cuts.end, list[Breakpoint]()

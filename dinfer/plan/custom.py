@@ -1,24 +1,24 @@
-"""Schedules of a user's own: from what their function returns to a plan, or an error that says where it is none."""
+"""Custom schedules: turns what a user's function returns into a plan, or an error that names the place."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dinfer.config import Config
 from dinfer.plan.ops import Op, PlanError, parse_op
-from dinfer.plan.partition import Shape
+from dinfer.plan.partition import Shape, check_same_prefill
 from dinfer.plan.plan import Lane, Plan, parse_plan
 
-OwnSchedule = Callable[[Config, Shape], Any]
-"""Called with the run's config and shape. Returns a Plan, a plan's text, or, by rank, a dict from the names of its
-lanes to their ops; an op may be its text: `[{"main": ["embed c0", "layer c0 l0", …]}, …]`."""
+CustomSchedule = Callable[[Config, Shape], Any]
+"""Called with the run's config and shape. Returns a Plan, a plan's text, or a list with a dict for each rank, from lane
+names to lists of ops; an op may be text: `[{"main": ["embed c0", "layer c0 l0", …]}, …]`."""
 
 FORM = 'a Plan, a plan\'s text, or a list with a dict for each rank, such as {"main": ["embed c0", "layer c0 l0"]}'
 
 
-def own_plan(given: "Plan | str | OwnSchedule", config: Config, shape: Shape) -> Plan:
-    """The plan that a user has given, for a run of this shape. Raises PlanError; what a function raises comes through.
+def custom_plan(given: "Plan | str | CustomSchedule", config: Config, shape: Shape) -> Plan:
+    """The user's plan for a run of this shape. Raises PlanError, and whatever a user's function raises.
 
-    Whether it can hang, and lacks nothing, is for `verify` to say.
+    It may still hang or lack ops: `verify` finds that.
     """
     name = getattr(given, "__name__", "own")
     made = given(config, shape) if callable(given) else given
@@ -27,23 +27,15 @@ def own_plan(given: "Plan | str | OwnSchedule", config: Config, shape: Shape) ->
     if not isinstance(made, Plan):
         lanes = _lanes(made, shape, f"{name}(…)" if callable(given) else "plan")
         made = Plan(shape, name if name.isidentifier() else "own", config.sync_strategy, lanes)
-    _check_shape(made.shape, shape)
+    check_same_prefill(made.shape, shape)
     return made
 
 
-def _check_shape(given: Shape, own: Shape) -> None:
-    if (given.layers, given.tokens, given.world_size) != (own.layers, own.tokens, own.world_size):
-        raise PlanError(
-            f"the plan is for {given.layers} layers, {given.tokens} tokens and {given.world_size} ranks; "
-            f"here are {own.layers} layers, {own.tokens} tokens and {own.world_size} ranks."
-        )
-
-
-def _lanes(made: Any, shape: Shape, whose: str) -> tuple[tuple[Lane, ...], ...]:
+def _lanes(made: Any, shape: Shape, source: str) -> tuple[tuple[Lane, ...], ...]:
     if not isinstance(made, Sequence) or not all(isinstance(rank, Mapping) for rank in made):
-        raise PlanError(f"{whose} gave {_short(made)}; it must give {FORM}.")
+        raise PlanError(f"{source} returned {_short(made)}; it must return {FORM}.")
     if len(made) != shape.world_size:
-        raise PlanError(f"{whose} gave lanes for {len(made)} ranks; there are {shape.world_size}.")
+        raise PlanError(f"{source} has lanes for {len(made)} ranks; this run has {shape.world_size}.")
     return tuple(
         tuple(_lane(rank, name, ops) for name, ops in lanes.items()) for rank, lanes in enumerate(made)
     )

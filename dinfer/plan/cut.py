@@ -1,13 +1,12 @@
-"""Consistent cuts of a verified plan: what one step means, where a stop ends, what going back undoes.
+"""Consistent cuts of a verified plan: where a step, a stop or a step back ends.
 
-A cut is one position on every lane of every rank (how many of its ops are in). It is consistent if it holds
-whatever its ops need and, for every send, the recv, and the other way round: a run brought to a consistent
-cut has no lane blocked.
+A cut is one position on every lane of every rank: how many of the lane's ops are in it. It is consistent if it contains
+what its ops need and, for every send, the recv, and for every recv, the send. A run at a consistent cut has no blocked
+lane.
 
-Each unit of stepping is a chain of consistent cuts from start to end: after each block in the global order
-(`layer`), after each rank's next layer (`wave`), after each chunk (`chunk`). A step on joins the first link
-that is not yet in; a step back goes to the last link that lies inside. Everything here is a pure function of
-plan and cut.
+The cuts of a unit of stepping form a chain from start to end: after each block in the global order (`layer`), after
+each rank's next layer (`wave`), after each chunk (`chunk`). A step joins the first cut of the chain that is not yet in;
+a step back goes to the last one inside. All functions here are pure.
 """
 
 import re
@@ -20,17 +19,15 @@ from typing import Literal
 
 from dinfer.plan.graph import NONE, Graph, levels, simulate
 from dinfer.plan.ops import Op, PlanError
+from dinfer.plan.partition import Block
 from dinfer.plan.plan import OpPlace, Plan
 
 Cut = tuple[tuple[int, ...], ...]
-"""positions[rank][lane]: the number of ops of that lane that are in"""
+"""positions[rank][lane]: how many ops of that lane are in the cut"""
 
 Unit = Literal["op", "layer", "wave", "chunk"]
 
 UNITS: tuple[Unit, ...] = ("op", "layer", "wave", "chunk")
-
-Block = tuple[int, int]
-"""(chunk, layer)"""
 
 
 def meet(one: Cut, other: Cut) -> Cut:
@@ -39,45 +36,50 @@ def meet(one: Cut, other: Cut) -> Cut:
 
 
 def join(one: Cut, other: Cut) -> Cut:
-    """The smallest cut that holds both; consistent if both are."""
+    """The smallest cut that contains both; consistent if both are."""
     return tuple(tuple(map(max, mine, theirs)) for mine, theirs in zip(one, other, strict=True))
 
 
 def is_inside(one: Cut, other: Cut) -> bool:
+    """Whether `other` contains `one`."""
     return meet(one, other) == one
 
 
 class Cuts:
-    """The consistent cuts of one plan, which must have been proved. Raises PlanError if it can hang."""
+    """The consistent cuts of one plan. Raises PlanError for a plan that can hang.
+
+    `start` is the cut without any op, `end` the one with all ops.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._graph = Graph(plan)
         order = simulate(self._graph, rendezvous=True).order
         if len(order) < len(self._graph.ops):
-            raise PlanError("cuts exist only for a plan that verify has proved; this one can hang.")
+            raise PlanError("this plan can hang, so it has no cuts to step by: verify says why.")
         self._topological = {number: at for at, number in enumerate(order)}
         self._levels = levels(self._graph, order)
         self._chains: dict[Unit, list[Cut]] = {}
         self.start: Cut = tuple(tuple(0 for _ in lanes) for lanes in plan.lanes)
         self.end: Cut = tuple(tuple(len(lane.ops) for lane in lanes) for lanes in plan.lanes)
 
-    # -- what users ask for
+    # -- queries
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """All blocks in the global order: as they are computed if every layer takes equally long."""
+        """All blocks in the global order: that in which they are computed if all layers take equally long."""
         return [block for _, block in self._leveled_blocks]
 
     def is_consistent(self, cut: Cut) -> bool:
-        """Whether no op inside needs, or meets, one outside. False for positions that no lane has."""
+        """Whether no op in the cut needs or meets an op outside. False for positions out of range."""
         if not (is_inside(self.start, cut) and is_inside(cut, self.end)):
             return False
         numbers = self._numbers(cut)
         return self._close(numbers) == numbers
 
     def after_block(self, chunk: int, layer: int) -> Cut:
-        """The cut just after that block is on every rank, with all blocks before it in the global order."""
+        """The cut at which every rank has received that block and all blocks before it in the global order. Raises
+        PlanError for an unknown block."""
         if (chunk, layer) not in self._block_ops:
             shape = self.plan.shape
             raise PlanError(
@@ -87,20 +89,20 @@ class Cuts:
         return self.chain("layer")[self.blocks.index((chunk, layer)) + 1]
 
     def unmet(self, cut: Cut) -> Iterator[int]:
-        """The numbers of the ops that are not in, in the order in which single steps take them."""
+        """The numbers of the ops outside the cut, in the order in which steps by op run them."""
         inside = self._numbers(cut)
         return (number for number in self._op_order if number not in inside)
 
     def rank_and_op(self, number: int) -> tuple[int, Op]:
-        """The op of that number, and its rank."""
+        """The rank of op `number`, and the op."""
         return self._graph.ranks[number], self._graph.ops[number]
 
     def after_op(self, number: int) -> Cut:
-        """The smallest consistent cut that holds that op."""
+        """The smallest consistent cut that contains op `number`."""
         return self._positions(self._close((number,)))
 
     def next(self, cut: Cut, unit: Unit) -> Cut:
-        """One step on from `cut`; the same cut at the end."""
+        """The cut one step after `cut`; the same cut at the end."""
         if unit == "op":
             inside = self._numbers(cut)
             following = next((n for n in self._op_order if n not in inside), NONE)
@@ -110,7 +112,7 @@ class Cuts:
         return join(cut, chain[at]) if at < len(chain) else cut
 
     def previous(self, cut: Cut, unit: Unit) -> Cut:
-        """One step back from `cut`; the same cut at the start."""
+        """The cut one step before `cut`; the same cut at the start."""
         if unit == "op":
             inside = self._numbers(cut)
             last = next((n for n in reversed(self._op_order) if n in inside), NONE)
@@ -120,10 +122,10 @@ class Cuts:
         return chain[at - 1] if at else cut
 
     def stop(self, positions: Cut, started: Set[OpPlace]) -> tuple[Cut, list[OpPlace]]:
-        """Where lanes frozen at `positions` come to stand, and the recvs to be released by a void header.
+        """The cut at which lanes frozen at `positions` stop, and the recvs that a void header must release.
 
-        `started` are the ops at those positions that have begun. A send or a compute op that has begun must
-        end, with all it needs; a recv that has begun stays in only if its send is in as well.
+        `started`: the ops at those positions that have begun. A send or compute op that has begun must end, with all it
+        needs. A recv that has begun is in the cut only if its send is.
         """
         begun = {self._number(place) for place in started}
         bound = {n for n in begun if self._graph.ops[n].kind != "recv"}
@@ -131,9 +133,9 @@ class Cuts:
         return self._positions(closed), [self._graph.place(n) for n in sorted(begun - closed)]
 
     def chain(self, unit: Unit) -> list[Cut]:
-        """The cuts that steps of `unit` go through, from start to end. Raises PlanError for an unknown unit.
+        """The cuts that steps of `unit` pass, from start to end. Raises PlanError for an unknown unit.
 
-        Single ops have no chain: with one cut per op it would be long, and steps by op can do without.
+        Steps by op have no chain: it would hold one cut an op, and they do not need it.
         """
         if unit not in self._chains:
             self._chains[unit] = self._links(self._groups(unit))
@@ -142,7 +144,7 @@ class Cuts:
     # -- blocks and the order of ops
 
     def _groups(self, unit: Unit) -> list[list[Block]]:
-        """The blocks that each step of `unit` brings."""
+        """The blocks that each step of `unit` adds."""
         if unit == "layer":
             return [[block] for block in self.blocks]
         if unit == "wave":
@@ -160,12 +162,12 @@ class Cuts:
             for number in self._add((n for block in group for n in self._block_ops[block]), inside):
                 counts[self._graph.lane_of[number]] += 1
             links.append(self._shaped(counts))
-        links[-1] = self.end  # with the last block comes all that is left: the final state
+        links[-1] = self.end  # the last step also adds what is left: the final state
         return links
 
     @cached_property
     def _leveled_blocks(self) -> list[tuple[int, Block]]:
-        """All blocks with the level at which they are first computed, in the global order."""
+        """All blocks in the global order, each with the level at which it is first computed."""
         earliest: dict[Block, int] = {}
         for level, op in zip(self._levels, self._graph.ops, strict=True):
             if op.kind == "layer":
@@ -175,7 +177,7 @@ class Cuts:
 
     @cached_property
     def _block_ops(self) -> dict[Block, list[int]]:
-        """The ops that make each block on some rank: its layer and the recvs of its sync."""
+        """By block, the ops that make it on some rank: its layer op and the recvs of its sync."""
         found: dict[Block, list[int]] = {}
         for number, op in enumerate(self._graph.ops):
             if op.kind == "layer" or (op.kind == "recv" and op.what == "kv"):
@@ -184,7 +186,7 @@ class Cuts:
 
     @cached_property
     def _op_order(self) -> list[int]:
-        """Every op, in the order in which single steps take them: by level, so that ranks take turns."""
+        """Every op in the order in which steps by op run them: by level, so that ranks take turns."""
         return sorted(range(len(self._graph.ops)), key=lambda n: (self._levels[n], self._topological[n]))
 
     # -- cuts as sets of op numbers
@@ -212,13 +214,13 @@ class Cuts:
         return graph.first[graph.first_lane[place.rank] + place.lane] + place.index
 
     def _close(self, numbers: Iterable[int], inside: Set[int] = frozenset()) -> set[int]:
-        """`inside` (already closed) and the fewest ops that make `numbers` consistent with it."""
+        """The smallest consistent set with `numbers` and `inside`, which is consistent."""
         closed = set(inside)
         self._add(numbers, closed)
         return closed
 
     def _add(self, numbers: Iterable[int], closed: set[int]) -> list[int]:
-        """Close `closed` over `numbers`, in place; what that added."""
+        """Add `numbers` and all that they need to `closed`, in place. Returns what was added."""
         graph = self._graph
         added = []
         todo = [*numbers]
@@ -233,7 +235,7 @@ class Cuts:
         return added
 
     def _without(self, removed: int, inside: Set[int]) -> set[int]:
-        """`inside` without op `removed` and without all that followed from it."""
+        """`inside` without op `removed` and the ops that depend on it."""
         graph = self._graph
         left = set(inside)
         todo = [removed]
@@ -250,16 +252,16 @@ _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
 
 
 def unit_of(name: str) -> Unit:
-    """The unit of that name. Raises PlanError."""
+    """The unit of that name. Raises PlanError for an unknown name."""
     for unit in UNITS:
         if unit == name:
             return unit
-    hint = " A number of steps is n, 1 or more." if _NUMBER.fullmatch(str(name)) else ""
+    hint = " The number of steps is n, at least 1." if _NUMBER.fullmatch(str(name)) else ""
     raise PlanError(f"{name!r} is not a unit to step by; use one of {', '.join(UNITS)}, token.{hint}")
 
 
 def count_of(n: int, name: str = "n") -> int:
-    """A number of steps or tokens. Raises PlanError."""
+    """Check a number of steps or tokens. Raises PlanError unless it is a whole number of at least 1."""
     if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
         raise PlanError(f"{name} is {n!r}; it must be a whole number, at least 1.")
     return n

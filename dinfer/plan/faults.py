@@ -1,7 +1,6 @@
-"""Faults: what a user breaks on purpose, and at which place in a block's life it breaks.
+"""Faults: what a user breaks on purpose, in which block, and where: in compute, on the wire or in memory.
 
-Here a fault is named and checked against the plan, so that whatever cannot be is refused before a rank hears of it;
-breaking things is the rank's part.
+Here faults are described and checked against the plan, before any rank is called. `engine.faults` carries them out.
 """
 
 import difflib
@@ -14,10 +13,10 @@ from dinfer.plan.partition import Shape
 
 FaultPlace = Literal["memory", "wire", "compute"]
 
-WORDS: dict[str, str] = {"memory": "in memory", "wire": "on the wire", "compute": "in compute"}
+PLACE_TEXTS: dict[str, str] = {"memory": "in memory", "wire": "on the wire", "compute": "in compute"}
 
 _BITS = {"float32": (32, 23), "bfloat16": (16, 7), "float16": (16, 10), "float64": (64, 52)}
-"""of a value, and of its mantissa"""
+"""by dtype: the bits of a value, and of its mantissa"""
 
 CASTS: dict[str, tuple[str, ...]] = {
     "float64": ("float32", "bfloat16"),
@@ -25,11 +24,11 @@ CASTS: dict[str, tuple[str, ...]] = {
     "bfloat16": ("float8_e4m3fn", "float8_e5m2"),
     "float16": ("bfloat16", "float8_e4m3fn", "float8_e5m2"),
 }
-"""What loses bits of a dtype; the first is taken where none is named."""
+"""by dtype: the dtypes through which a cast loses bits; the first is the default"""
 
 
 class FaultRule(NamedTuple):
-    """Where a kind may strike, first by default; and what it may be told beside its block."""
+    """Where a kind of fault may strike (the first is the default), and its parameters beside its block."""
 
     wheres: tuple[FaultPlace, ...] = ("memory", "wire", "compute")
     details: tuple[str, ...] = ()
@@ -52,7 +51,7 @@ KINDS: dict[str, FaultRule] = {
 
 
 class TokenSizes(NamedTuple):
-    """Of what one token holds in one layer."""
+    """The size of K or V of one token in one layer."""
 
     kv_heads: int
     head_dim: int
@@ -61,8 +60,11 @@ class TokenSizes(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Fault:
-    """`token` is a position in the prompt, `tensor` None: K and V; `dim` None: the first; `bit` None: one in the middle
-    of the mantissa, of which 0 is the lowest. A repeat_row has neither block nor rank: it happens in decode, on all."""
+    """One fault, checked against the plan.
+
+    `token`: a position in the prompt; `tensor` None: K and V; `dim` None: the first; `bit`: 0 is the lowest, None the
+    middle of the mantissa. A repeat_row has neither block nor rank: it strikes in decode, on all ranks.
+    """
 
     number: int
     kind: str
@@ -79,7 +81,7 @@ class Fault:
     seed: int = 0
 
     def is_at(self, chunk: int, layer: int) -> bool:
-        """Whether it is about that block."""
+        """Whether it strikes that block."""
         return (self.chunk, self.layer) == (chunk, layer)
 
     def as_dict(self) -> dict[str, Any]:
@@ -87,11 +89,12 @@ class Fault:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `as_dict`."""
         return cls(**values)
 
     @property
     def call(self) -> str:
-        """What arms it in a run, for example `run.inject("bitflip", rank=2, chunk=1, layer=7, …)`."""
+        """The call that arms it, for example `run.inject("bitflip", rank=2, chunk=1, layer=7, …)`."""
         block = () if self.kind == "repeat_row" else ("rank", "chunk", "layer")
         given = [f"{name}={getattr(self, name)!r}" for name in (*block, *KINDS[self.kind].details, "where")]
         return f"run.inject({', '.join([repr(self.kind), *(text for text in given if not text.endswith('=None'))])})"
@@ -105,33 +108,35 @@ class Fault:
         details = [text for text in details if not text.endswith("None")]
         details += [f"through {self.dtype}"] * bool(self.dtype) + [f"seed {self.seed}"] * bool(self.seed)
         block = f"block c{self.chunk} l{self.layer} on rank {self.rank}"
-        return ", ".join([f"#{self.number} {self.kind}{parts} of {block}", *details, WORDS[self.where]])
+        return ", ".join([f"#{self.number} {self.kind}{parts} of {block}", *details, PLACE_TEXTS[self.where]])
 
     def __repr__(self) -> str:
         return str(self)
 
 
 def fault_of(number: int, kind: str, shape: Shape, sizes: TokenSizes, **given: Any) -> Fault:
-    """The fault that a user asks for, with what was left out (None) filled in. Raises PlanError, saying what was given,
-    what is allowed and what to do."""
-    said = {name: value for name, value in given.items() if value is not None}
+    """A fault from the arguments of `run.inject`, with defaults for those that are None.
+
+    Raises PlanError; the message names the given value, the allowed ones and what to do.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
     rule = _rule(kind)
-    _check_names(kind, rule, said)
-    where = _where(kind, rule, said.get("where"))
+    _check_names(kind, rule, given)
+    where = _where(kind, rule, given.get("where"))
     if kind == "repeat_row":
         return Fault(number, kind, where)
-    if "layer" not in said:
-        raise PlanError(f"which layer is {kind} to break? Give layer=0 to {shape.layers - 1}.")
-    layer = _within("layer", said["layer"], shape.layers)
-    rank = _rank(where, shape, layer, said.get("rank"))
-    chunk = _chunk(kind, shape, said)
-    details = _details(rule, shape.chunks[chunk], sizes, said)
+    if "layer" not in given:
+        raise PlanError(f"{kind} needs a layer: give layer=0 to {shape.layers - 1}.")
+    layer = _within("layer", given["layer"], shape.layers)
+    rank = _rank(where, shape, layer, given.get("rank"))
+    chunk = _chunk(kind, shape, given)
+    details = _details(rule, shape.chunks[chunk], sizes, given)
     _check_kind(kind, chunk, shape, sizes)
     return Fault(number, kind, where, rank, chunk, layer, **details)
 
 
 def middle_bit(dtype: str) -> int:
-    """The bit that is flipped where none is named."""
+    """The bit that a bitflip flips by default."""
     return _BITS[dtype][1] // 2
 
 
@@ -139,17 +144,15 @@ def _rule(kind: str) -> FaultRule:
     if kind not in KINDS:
         near = difflib.get_close_matches(str(kind), KINDS, n=1)
         meant = f" Did you mean {near[0]}?" if near else ""
-        raise PlanError(f"{kind!r} is no kind of fault.{meant} The kinds are {', '.join(KINDS)}.")
+        raise PlanError(f"unknown kind of fault: {kind!r}.{meant} The kinds are {', '.join(KINDS)}.")
     return KINDS[kind]
 
 
-def _check_names(kind: str, rule: FaultRule, said: Mapping[str, Any]) -> None:
+def _check_names(kind: str, rule: FaultRule, given: Mapping[str, Any]) -> None:
     allowed = ("where",) if kind == "repeat_row" else ("rank", "layer", "chunk", "where", *rule.details)
-    if wrong := [name for name in said if name not in allowed]:
-        why = (
-            "it happens on all ranks alike, in decode" if kind == "repeat_row" else "it breaks a whole block"
-        )
-        why = why if not rule.details else "it has no use for that"
+    if wrong := [name for name in given if name not in allowed]:
+        why = "it strikes on all ranks, in decode" if kind == "repeat_row" else "it breaks a whole block"
+        why = why if not rule.details else "it has no such parameter"
         raise PlanError(
             f"{kind} takes no {wrong[0]}: {why}. It takes {', '.join(allowed)}; leave {wrong[0]} out."
         )
@@ -160,7 +163,7 @@ def _where(kind: str, rule: FaultRule, where: Any) -> FaultPlace:
         if where in (None, allowed):
             return allowed
     listed = " or ".join(f"'{allowed}'" for allowed in rule.wheres)
-    raise PlanError(f"where is {where!r}; {kind} happens with where={listed} only.")
+    raise PlanError(f"where is {where!r}; {kind} takes where={listed} only.")
 
 
 def _within(name: str, value: Any, count: int, of: str = "") -> int:
@@ -172,60 +175,60 @@ def _within(name: str, value: Any, count: int, of: str = "") -> int:
 
 
 def _rank(where: FaultPlace, shape: Shape, layer: int, rank: Any) -> int:
-    """By default the owner in compute, and else who receives the block first."""
+    """By default the owner for compute, else the rank that receives the block first."""
     owner, ranks = shape.owners[layer], shape.world_size
     if where == "wire" and ranks == 1:
-        raise PlanError("there is one rank, so no block goes over a wire: use where='memory' or 'compute'.")
+        raise PlanError("a run of one rank sends no blocks: use where='memory' or 'compute'.")
     if rank is None:
         return owner if where == "compute" else (owner + 1) % ranks
     _within("rank", rank, ranks)
     if where == "wire" and rank == owner:
         raise PlanError(
-            f"rank {rank} owns layer {layer}, so its blocks never come to it over a wire: name a rank that receives "
+            f"rank {rank} owns layer {layer}, so it receives none of its blocks: name a rank that receives "
             "them, or use where='memory' or 'compute'."
         )
     if where == "compute" and rank != owner:
         raise PlanError(
-            f"layer {layer} is computed by rank {owner} alone, not by rank {rank}: leave rank out, or use "
+            f"rank {owner} computes layer {layer}, not rank {rank}: leave rank out, or use "
             "where='wire' or 'memory'."
         )
     return int(rank)
 
 
-def _chunk(kind: str, shape: Shape, said: Mapping[str, Any]) -> int:
+def _chunk(kind: str, shape: Shape, given: Mapping[str, Any]) -> int:
     chunks = shape.chunks
-    if "token" in said:
-        token = _within("token", said["token"], shape.tokens, "the prompt's tokens")
+    if "token" in given:
+        token = _within("token", given["token"], shape.tokens, "the prompt's tokens")
         chunk = token // shape.chunk_size
-        if "chunk" in said and _within("chunk", said["chunk"], len(chunks)) != chunk:
-            rows = chunks[said["chunk"]]
+        if "chunk" in given and _within("chunk", given["chunk"], len(chunks)) != chunk:
+            rows = chunks[given["chunk"]]
             raise PlanError(
-                f"token {token} is not in chunk {said['chunk']}, which holds tokens {rows.start} to {rows.stop - 1}, "
-                f"but in chunk {chunk}: leave chunk out. (A token is given by its position in the prompt.)"
+                f"token {token} is in chunk {chunk}, not in chunk {given['chunk']} (tokens {rows.start} to "
+                f"{rows.stop - 1}): leave chunk out. (A token is a position in the prompt.)"
             )
         return chunk
-    if "chunk" not in said:
+    if "chunk" not in given:
         also = " or a token" if "token" in KINDS[kind].details else ""
-        raise PlanError(f"which block is {kind} to break? Give chunk=0 to {len(chunks) - 1}{also}.")
-    return _within("chunk", said["chunk"], len(chunks))
+        raise PlanError(f"{kind} needs a block: give chunk=0 to {len(chunks) - 1}{also}.")
+    return _within("chunk", given["chunk"], len(chunks))
 
 
-def _details(rule: FaultRule, rows: range, sizes: TokenSizes, said: Mapping[str, Any]) -> dict[str, Any]:
-    """What the kind takes beside its block, checked; by default the first."""
+def _details(rule: FaultRule, rows: range, sizes: TokenSizes, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The kind's parameters beside its block, checked and with defaults."""
     found = dict[str, Any]()
     if "tensor" in rule.details:
-        found["tensor"] = _tensor(said.get("tensor"), one="head" in rule.details)
+        found["tensor"] = _tensor(given.get("tensor"), one="head" in rule.details)
     if "head" in rule.details:
-        found["head"] = _within("head", said.get("head", 0), sizes.kv_heads, "this model's KV heads")
-        found["token"] = said.get("token", rows.start)
-    if "dim" in said:
-        found["dim"] = _within("dim", said["dim"], sizes.head_dim, "the dims of a head")
-    if "bit" in said:
-        found["bit"] = _within("bit", said["bit"], _BITS[sizes.dtype][0], f"the bits of a {sizes.dtype}")
-    if "seed" in said:
-        found["seed"] = _within("seed", said["seed"], 2**63, "seeds")
+        found["head"] = _within("head", given.get("head", 0), sizes.kv_heads, "this model's KV heads")
+        found["token"] = given.get("token", rows.start)
+    if "dim" in given:
+        found["dim"] = _within("dim", given["dim"], sizes.head_dim, "the dims of a head")
+    if "bit" in given:
+        found["bit"] = _within("bit", given["bit"], _BITS[sizes.dtype][0], f"the bits of a {sizes.dtype}")
+    if "seed" in given:
+        found["seed"] = _within("seed", given["seed"], 2**63, "seeds")
     if "dtype" in rule.details:
-        found["dtype"] = _lower(said.get("dtype"), sizes.dtype)
+        found["dtype"] = _lower(given.get("dtype"), sizes.dtype)
     return found
 
 
@@ -238,19 +241,17 @@ def _tensor(tensor: Any, *, one: bool) -> str | None:
 
 def _lower(dtype: Any, own: str) -> str:
     if dtype not in (None, *CASTS[own]):
-        raise PlanError(f"dtype is {dtype!r}; {own} loses bits through {', '.join(CASTS[own])}.")
+        raise PlanError(f"dtype is {dtype!r}; for KV in {own} it must be one of {', '.join(CASTS[own])}.")
     return CASTS[own][0] if dtype is None else str(dtype)
 
 
 def _check_kind(kind: str, chunk: int, shape: Shape, sizes: TokenSizes) -> None:
-    """What one kind cannot do where others can."""
+    """Checks that concern one kind alone."""
     if kind == "stale" and chunk == 0:
         raise PlanError(
-            "no chunk is before chunk 0 whose rows could be left in its place: use chunk=1 or later."
+            "stale leaves the rows of the previous chunk in place, and chunk 0 has none: use chunk=1 or later."
         )
     if kind == "permute" and len(shape.chunks[chunk]) == 1:
-        raise PlanError(
-            f"chunk {chunk} has one token, which cannot change places with another: use a longer chunk."
-        )
+        raise PlanError(f"chunk {chunk} has one token, so there is nothing to permute: use a longer chunk.")
     if kind == "head_shift" and sizes.kv_heads == 1:
         raise PlanError("this model has one KV head, so heads cannot shift: use swap_kv or permute.")

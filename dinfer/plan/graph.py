@@ -1,8 +1,7 @@
-"""Graph: the edges of a plan's data flow, by number, for those who prove and those who cut.
+"""Graph: the edges of a plan's data flow, for `verify`, `cut` and `lower`.
 
-Ops get consecutive numbers, lane by lane. A send meets a recv by order: the k-th send from one rank to
-another on one communicator meets the k-th recv there. Nothing here judges; what does not fit shows as a
-missing edge.
+Ops are numbered lane by lane. The k-th send from one rank to another on one communicator meets the k-th recv there. A
+plan with errors is not refused here: a missing edge is NONE.
 """
 
 import gc
@@ -19,9 +18,9 @@ NONE = -1
 
 
 @contextmanager
-def no_collection() -> Iterator[None]:
-    """Keep the garbage collector still: a large graph is many small objects and no cycles, and looking for some in it
-    takes a third of the time."""
+def gc_paused() -> Iterator[None]:
+    """Pause the process's garbage collector while a large graph is built: it has many small objects and no cycles, and
+    collections would take a third of the time."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -46,12 +45,11 @@ def channel_of(rank: int, op: Op) -> Channel:
 
 
 class Graph:
-    """Who makes what each op needs, and who its counterpart is.
+    """The ops of a plan by number, and the edges between them.
 
-    For op n: `deps[n]` numbers the ops that make what it needs (`NONE` where nothing does), `partner[n]` is
-    the counterpart of a transfer, `before[n]` the op before it on its lane, `lane_of[n]` an index into
-    `first`, where each lane's numbers begin. `makers[rank]` lists, for each value, the ops that make it on
-    that rank.
+    For op n: `deps[n]` are the ops that make the values it needs (NONE if none does), `partner[n]` the counterpart of a
+    transfer, `before[n]` the previous op on its lane, `lane_of[n]` its lane. `first[lane]` is the number of a lane's
+    first op. `makers[rank]`: by value, the ops that make it on that rank. `channels`: by channel, its sends and recvs.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -92,7 +90,7 @@ class Graph:
         for number, op in enumerate(self.ops):
             rank = self.ranks[number]
             if op.kind == "layer":
-                # All chunks' blocks of this layer, looked up once a layer instead of once a pair of chunks.
+                # All chunks' blocks of this layer, looked up once a layer, not once a pair of chunks.
                 made = blocks.get((rank, op.layer)) or blocks.setdefault(
                     (rank, op.layer),
                     [self.maker(rank, Value("kv", c, op.layer)) for c in range(len(self.plan.shape.chunks))],
@@ -109,7 +107,7 @@ class Graph:
 
     @cached_property
     def dependents(self) -> list[list[int]]:
-        """For each op, those that start only after it: what needs its values, and the next on its lane."""
+        """For each op, the ops that wait for it: those that need its values, and the next on its lane."""
         found: list[list[int]] = [[] for _ in self.ops]
         for number, deps in enumerate(self.deps):
             for dep in deps:
@@ -120,30 +118,32 @@ class Graph:
         return found
 
     def place(self, number: int) -> OpPlace:
+        """Where op `number` stands in the plan."""
         rank, lane = self.ranks[number], self.lane_of[number]
         return OpPlace(rank, lane - self.first_lane[rank], number - self.first[lane])
 
     @cached_property
     def first_lane(self) -> list[int]:
-        """For each rank, the number of lanes on the ranks before it."""
+        """By rank, the number of lanes on the ranks before it."""
         return [0, *accumulate(len(lanes) for lanes in self.plan.lanes)]
 
     def name(self, number: int) -> str:
+        """For example `rank 1: `layer c0 l3``."""
         return f"rank {self.ranks[number]}: `{self.ops[number]}`"
 
 
-class Course(NamedTuple):
-    """How far a plan gets: `order` holds the op numbers that ended, `done[n]` whether op n did."""
+class Simulation(NamedTuple):
+    """How far a plan runs: `order` has the numbers of the ops that ended, `done[n]` is 1 if op n did."""
 
     order: list[int]
     done: bytearray
 
 
-def simulate(graph: Graph, *, rendezvous: bool) -> Course:
-    """Run the plan as a token game. Lanes are deterministic: the outcome does not depend on who goes first.
+def simulate(graph: Graph, *, rendezvous: bool) -> Simulation:
+    """Run the plan as a token game. The outcome does not depend on which lane runs first: lanes are deterministic.
 
-    With `rendezvous`, a send ends together with its recv; otherwise sends are buffered and end at once.
-    A recv without a counterpart never ends, nor does, under rendezvous, a send.
+    With `rendezvous`, a send ends together with its recv; otherwise sends are buffered and end at once. A recv without
+    a counterpart never ends, and with rendezvous neither does such a send.
     """
     dependents, partner, ops = graph.dependents, graph.partner, graph.ops
     missing = [len(deps) + (before != NONE) for deps, before in zip(graph.deps, graph.before, strict=True)]
@@ -170,13 +170,13 @@ def simulate(graph: Graph, *, rendezvous: bool) -> Course:
                 missing[dependent] -= 1
                 if not missing[dependent]:
                     ready.append(dependent)
-    return Course(order, done)
+    return Simulation(order, done)
 
 
 def levels(graph: Graph, order: list[int]) -> list[int]:
-    """For each op, the number of layer ops on the longest path that ends with it.
+    """By op, the number of layer ops on the longest path that ends with it.
 
-    `order` is that of a simulation with rendezvous, in which every op ended.
+    `order`: that of a simulation with rendezvous in which every op ended.
     """
     level = [0] * len(graph.ops)
     latest = [0] * len(graph.ops)

@@ -1,28 +1,27 @@
-"""Lowering: from lanes to one lane a rank, in one order for all ranks, which is what NCCL can keep.
+"""Lowering for NCCL: from several lanes a rank to one, in one order for all ranks.
 
-NCCL promises less than threads do: on one communicator a pending recv blocks a later send to the same peer, and
-CUDA does not promise that independent streams progress. The worst case is that everything a rank issues runs
-serially in issue order, and that is exactly a plan with one blocking lane a rank: what `verify` proves of a
-lowered plan holds there too. Ops keep their text; nothing here issues anything.
+NCCL guarantees less than threads: on one communicator a pending recv blocks a later send to the same peer, and CUDA
+does not guarantee that independent streams progress. In the worst case all that a rank issues runs serially in issue
+order, which is a plan with one blocking lane a rank. So what `verify` proves of a lowered plan holds on NCCL.
 """
 
 from dataclasses import replace
 from heapq import heappop, heappush
 
-from dinfer.plan.graph import NONE, Graph, levels, no_collection, simulate
+from dinfer.plan.graph import NONE, Graph, gc_paused, levels, simulate
 from dinfer.plan.ops import Op, PlanError
 from dinfer.plan.plan import ISSUE, Lane, Plan
 
 MessageKey = tuple[int, int, int, int]
 
 
-@no_collection()
+@gc_paused()
 def lower(plan: Plan) -> Plan:
-    """The same ops, on each rank in one lane: the ranks' shares of one global order in which each send is followed
-    by its recv and blocks go about a chunk behind hidden states.
+    """The same ops with one lane a rank, in one global order: each send is followed by its recv, and blocks go about a
+    chunk behind hidden states.
 
-    A plan that has one lane a rank keeps its order, whatever verify says of it. Raises PlanError for another that
-    can hang: it has no such order.
+    A plan that has one lane a rank keeps its order, even if it can hang. Raises PlanError for another plan that can
+    hang: it has no such order.
     """
     if all(len(lanes) <= 1 for lanes in plan.lanes):
         issued = [list(lanes[0].ops if lanes else ()) for lanes in plan.lanes]
@@ -35,7 +34,7 @@ def _shares(plan: Plan) -> list[list[Op]]:
     graph = Graph(plan)
     course = simulate(graph, rendezvous=True)
     if len(course.order) < len(graph.ops):
-        raise PlanError("only a plan that verify has proved can be lowered; this one can hang.")
+        raise PlanError("this plan can hang, so it cannot be lowered: verify says why.")
     shares: list[list[Op]] = [[] for _ in plan.lanes]
     for number in _global_order(graph, _keys(graph, course.order)):
         shares[graph.ranks[number]].append(graph.ops[number])
@@ -43,9 +42,9 @@ def _shares(plan: Plan) -> list[list[Op]]:
 
 
 def _keys(graph: Graph, order: list[int]) -> list[MessageKey]:
-    """When each op would best be issued: hidden states first, then compute, then blocks that are a chunk old.
+    """By op, its priority: hidden states first, then compute, then blocks of one chunk before.
 
-    A stage's layers are a chunk's worth of levels, the time in which every layer takes as long as another.
+    A level is the time of one layer, so a chunk passes a stage in as many levels as the stage has layers.
     """
     chunk = max(len(stage) for stage in graph.plan.shape.stages)
     found = []
@@ -57,13 +56,13 @@ def _keys(graph: Graph, order: list[int]) -> list[MessageKey]:
 
 
 def _global_order(graph: Graph, keys: list[MessageKey]) -> list[int]:
-    """Every op after what it needs and after those before it on its lane; a recv right after its send."""
+    """All ops, each after those that it needs and its predecessors on its lane; a recv right after its send."""
     missing = [len(deps) + (before != NONE) for deps, before in zip(graph.deps, graph.before, strict=True)]
     ready: list[tuple[MessageKey, int]] = []
     order: list[int] = []
 
     def offer(number: int) -> None:
-        """A transfer is ready with both its ends, and goes by its send."""
+        """Add an op that is ready; a transfer is ready when both ends are, and counts by its send."""
         partner = graph.partner[number]
         if not missing[number] and (partner == NONE or not missing[partner]):
             first = partner if graph.ops[number].kind == "recv" else number

@@ -1,7 +1,6 @@
-"""Op: one action of one rank, what it needs and what it makes, and its text form.
+"""Op: one action of one rank, the values that it needs and makes, and its text form.
 
-Ops name values (a hidden state, a block, the final state); dependencies are that data flow and nothing else.
-Nothing here knows how an op is carried out.
+A value is a hidden state, a block or the final state. Dependencies between ops are this data flow and nothing else.
 """
 
 import re
@@ -11,23 +10,23 @@ from dinfer.errors import DinferError
 
 OpKind = Literal["embed", "layer", "norm", "send", "recv"]
 
-What = Literal["hidden", "kv", "final"]
+ValueKind = Literal["hidden", "kv", "final"]
 
 Communicator = Literal["hidden", "kv"]
 
 
 class PlanError(DinferError, ValueError):
-    """A plan, or a piece of its text, that cannot be used; the message says what was given and is allowed."""
+    """A plan, its text, or a place in it is invalid; the message names the given value and the allowed ones."""
 
 
 class Value(NamedTuple):
-    """Something that a rank can hold.
+    """A value that a rank can hold.
 
-    `hidden c l` is the hidden state of chunk c before layer l (l == layers: after the last one), `kv c l` is
-    the block of layer l for chunk c, `final` is the normed hidden state of the prompt's last token.
+    hidden: the hidden state of a chunk before a layer (layer == layers: after the last one); kv: the block of a layer
+    for a chunk; final: the normed hidden state of the prompt's last token.
     """
 
-    what: What
+    what: ValueKind
     chunk: int = -1
     layer: int = -1
 
@@ -47,17 +46,18 @@ class Op(NamedTuple):
     kind: OpKind
     chunk: int
     layer: int = -1
-    what: What = "hidden"
+    what: ValueKind = "hidden"
     peer: int = -1
     tokens: int = 0
 
     @property
     def is_transfer(self) -> bool:
+        """Whether it is a send or a recv."""
         return self.kind in ("send", "recv")
 
     @property
     def communicator(self) -> Communicator:
-        """The group that carries this transfer: blocks have one of their own, not to delay hidden states."""
+        """The process group of this transfer. Blocks have their own, so that they do not delay hidden states."""
         return "kv" if self.what == "kv" else "hidden"
 
     @property
@@ -66,7 +66,7 @@ class Op(NamedTuple):
         return FINAL if self.what == "final" else Value(self.what, self.chunk, self.layer)
 
     def needs(self) -> list[Value]:
-        """Values that must be on this rank before the op may start."""
+        """The values that must be on this rank before the op may start."""
         if self.kind == "layer":
             earlier = [Value("kv", chunk, self.layer) for chunk in range(self.chunk)]
             return [Value("hidden", self.chunk, self.layer), *earlier]
@@ -75,7 +75,7 @@ class Op(NamedTuple):
         return [self.value] if self.kind == "send" else []
 
     def makes(self) -> tuple[Value, ...]:
-        """Values that are on this rank once the op has ended."""
+        """The values that the op adds to this rank."""
         if self.kind == "layer":
             return (Value("kv", self.chunk, self.layer), Value("hidden", self.chunk, self.layer + 1))
         if self.kind == "embed":
@@ -127,7 +127,7 @@ _EXAMPLES = (
 
 
 def parse_op(text: str) -> Op:
-    """The op that `text` names; the inverse of `str(op)`. Raises PlanError."""
+    """The inverse of `str(op)`. Raises PlanError for any other text."""
     line = " ".join(text.split())
     if match := _COMPUTE.fullmatch(line):
         if match[1]:
@@ -140,4 +140,4 @@ def parse_op(text: str) -> Op:
         )
         make = send if match[1] == "send" else recv
         return make(value, int(match[7]), int(match[8]))
-    raise PlanError(f"{line!r} is not an op. An op reads like {_EXAMPLES}.")
+    raise PlanError(f"{line!r} is not an op. Examples of ops: {_EXAMPLES}.")

@@ -1,4 +1,4 @@
-"""Who owns what: layers into stages, prompt tokens into chunks."""
+"""Shape: how a prefill divides layers into stages, one a rank, and prompt tokens into chunks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,14 +6,18 @@ from functools import cached_property
 from itertools import pairwise
 from numbers import Integral
 
+from dinfer.config import layer_split_error
 from dinfer.plan.ops import PlanError
+
+Block = tuple[int, int]
+"""(chunk, layer)"""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a prefill, all that a plan depends on.
+    """The size of a prefill: all that a plan depends on. Raises PlanError for sizes that do not fit together.
 
-    `starts` holds the first layer of every stage (its first entry is 0), so `len(starts)` is the world size.
+    `starts`: the first layer of each stage, the first of them 0; `len(starts)` is the world size.
     """
 
     layers: int
@@ -43,7 +47,7 @@ class Shape:
 
     @cached_property
     def chunks(self) -> tuple[range, ...]:
-        """The token positions of each chunk; all are `chunk_size` long but for the last."""
+        """The token positions of each chunk, by chunk: `chunk_size` tokens each, the last one possibly fewer."""
         return tuple(
             range(a, min(a + self.chunk_size, self.tokens)) for a in range(0, self.tokens, self.chunk_size)
         )
@@ -55,16 +59,17 @@ class Shape:
 
     @property
     def blocks(self) -> int:
+        """How many blocks the prefill makes."""
         return self.layers * len(self.chunks)
 
 
 def partition(
     *, layers: int, tokens: int, world_size: int, chunk_size: int, layer_split: Sequence[int] | None = None
 ) -> Shape:
-    """A prefill's shape. `layer_split` gives the first layer of every stage but the first; even by default.
+    """The shape of a prefill. `layer_split`: the first layer of each stage from the second on; None splits evenly.
 
-    Where `layers` is no multiple of `world_size`, the first stages own one layer more: the last rank has the
-    final norm to do as well. Raises PlanError.
+    If `layers` is no multiple of `world_size`, the first stages own one layer more than the last ones: the last rank
+    also computes the final norm. Raises PlanError.
     """
     if world_size < 1:
         raise PlanError(f"world_size is {world_size}; it must be at least 1.")
@@ -78,18 +83,22 @@ def partition(
         starts = [rank * small + min(rank, larger) for rank in range(world_size)]
     else:
         if len(layer_split) != world_size - 1:
-            given = ",".join(map(str, layer_split))
-            raise PlanError(
-                f"layer_split {given!r} has {len(layer_split)} numbers; {world_size} ranks need "
-                f"{world_size - 1}: the first layer of every stage but the first, such as 14,28 for three "
-                "ranks."
-            )
+            raise PlanError(layer_split_error(len(layer_split), world_size))
         starts = [0, *layer_split]
     return Shape(layers, tokens, chunk_size, tuple(starts))
 
 
+def check_same_prefill(given: Shape, own: Shape) -> None:
+    """Raises PlanError if a plan's shape differs from the run's in layers, tokens or ranks."""
+    if (given.layers, given.tokens, given.world_size) != (own.layers, own.tokens, own.world_size):
+        raise PlanError(
+            f"the plan is for {given.layers} layers, {given.tokens} tokens and {given.world_size} ranks; "
+            f"this run has {own.layers} layers, {own.tokens} tokens and {own.world_size} ranks."
+        )
+
+
 def within(name: str, value: int, count: int) -> int:
-    """Raises PlanError for a number that there is not."""
+    """The index `value` of one of `count` things called `name`. Raises PlanError if it is out of range."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise PlanError(f"{name} is {value!r}; it must be a whole number from 0 to {count - 1}.")
     if not 0 <= value < count:

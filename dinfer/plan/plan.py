@@ -1,4 +1,4 @@
-"""Plan: every rank's lanes as pure data, and its text form, which people can edit."""
+"""Plan: every rank's lanes as pure data, and a text form that people can edit."""
 
 import hashlib
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from dinfer.plan.partition import Shape
 HEADER = "dinfer plan 1"
 
 ISSUE = "issue"
-"""the one lane of each rank in a lowered plan: its ops are issued in this order and not waited for"""
+"""the name of each rank's one lane in a lowered plan: its ops are issued in order, without waiting"""
 
 
 class Lane(NamedTuple):
-    """Ops that one thread of one rank runs, one after another."""
+    """The ops that one thread of one rank runs one after another."""
 
     name: str
     ops: tuple[Op, ...]
@@ -32,7 +32,7 @@ class OpPlace(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a schedule and a sync strategy expand to; `lanes[rank]` are that rank's lanes."""
+    """What a schedule and a sync strategy expand to. `lanes[rank]`: that rank's lanes."""
 
     shape: Shape
     schedule: str
@@ -45,25 +45,27 @@ class Plan:
 
     @cached_property
     def id(self) -> int:
-        """64 bits of the text's SHA-256: ranks whose ids differ would not run the same plan."""
+        """64 bits of the text's SHA-256, by which ranks compare their plans."""
         return int.from_bytes(hashlib.sha256(self.text().encode()).digest()[:8], "little")
 
     @property
     def is_lowered(self) -> bool:
-        """Whether each rank has one lane, made for issuing (see plan/lower)."""
+        """Whether `lower` made it: one lane a rank, for NCCL."""
         return all([lane.name for lane in lanes] == [ISSUE] for lanes in self.lanes)
 
     def op(self, place: OpPlace) -> Op:
+        """The op at a place."""
         return self.lanes[place.rank][place.lane].ops[place.index]
 
     def places(self) -> Iterator[tuple[OpPlace, Op]]:
+        """Every op with its place, rank by rank and lane by lane."""
         for rank, lanes in enumerate(self.lanes):
             for number, lane in enumerate(lanes):
                 for index, op in enumerate(lane.ops):
                     yield OpPlace(rank, number, index), op
 
     def expected_tokens(self, op: Op) -> int:
-        """How many tokens a transfer of this value carries."""
+        """How many tokens a transfer of this op's value carries."""
         return 1 if op.what == "final" else len(self.shape.chunks[op.chunk])
 
     def text(self) -> str:
@@ -83,19 +85,17 @@ class Plan:
 
 
 def parse_plan(text: str) -> Plan:
-    """The plan that `text` describes. Empty lines and what follows a `#` are ignored.
-
-    Raises PlanError, with the line.
-    """
+    """The inverse of `plan.text()`. Ignores empty lines and comments after `#`. Raises PlanError with the line
+    number."""
     lines = [
         (n, stripped) for n, raw in enumerate(text.splitlines(), 1) if (stripped := raw.split("#")[0].strip())
     ]
     if not lines or lines[0][1] != HEADER:
-        given = f"it begins with {lines[0][1][:60]!r}" if lines else "it is empty"
-        raise PlanError(f"this is not a plan: {given}; a plan's first line is {HEADER!r}.")
+        given = f"it starts with {lines[0][1][:60]!r}" if lines else "it is empty"
+        raise PlanError(f"this is not a plan: {given}; the first line of a plan is {HEADER!r}.")
     if len(lines) < 4:
         raise PlanError(
-            "the plan ends before its header is complete: layers, stages and schedule take a line each."
+            "the plan's header is incomplete: after the first line come one line each for layers, stages and schedule."
         )
     shape = _parse_shape(lines[1], lines[2])
     words = _words(lines[3], "schedule NAME, sync_strategy NAME", ("schedule", None, "sync_strategy", None))
@@ -106,7 +106,9 @@ def parse_plan(text: str) -> Plan:
             if line.startswith("rank "):
                 current = _open_lane(line, lanes)
             elif current is None:
-                raise PlanError(f"{line!r} stands before any lane; a lane opens with 'rank 0 lane compute'.")
+                raise PlanError(
+                    f"{line!r} is before the first lane; a lane starts with 'rank 0 lane compute'."
+                )
             else:
                 current.append(parse_op(line))
         except PlanError as error:

@@ -1,34 +1,33 @@
-"""Schedules: the rules that lay ops on lanes.
+"""Schedules: the rules that put ops on lanes. And the sync strategies: which rank sends a block to which.
 
-`lockstep`   one lane a rank; every rank joins every layer's sync before anyone goes on.
-`pipelined`  compute, hidden states and KV on lanes of their own; other ranks' KV is first needed at decode,
-             so its sync never stands in the way of prefill.
-`batched`    one lane a rank; a whole stage is computed, then all its layers are synced with everyone sending
-             first: the rule that hangs when a send waits for its recv. Kept as an exhibit; `verify` refutes
-             it.
+`lockstep`   one lane a rank; all ranks sync each layer before the next one starts.
+`pipelined`  compute, hidden states and KV have lanes of their own; other ranks' KV is first needed in decode, so its
+             sync does not delay prefill.
+`batched`    one lane a rank; a rank computes its whole stage, then syncs all its layers, and all ranks send first. It
+             hangs if a send waits for its recv, and `verify` refutes it: an example for the debugger.
 """
 
 from collections.abc import Callable, Iterator
 
 from dinfer.config import Schedule, SyncStrategy
 from dinfer.plan.ops import FINAL, Op, PlanError, Value, embed, layer, norm, recv, send
-from dinfer.plan.partition import Shape
+from dinfer.plan.partition import Block, Shape
 from dinfer.plan.plan import Lane, Plan
 
 Hop = tuple[int, int]
-"""(source rank, destination rank)"""
+"""source and target rank"""
 
 
 def pairwise(owner: int, world_size: int) -> list[Hop]:
-    """The owner sends to each other rank itself, beginning with its right-hand neighbour.
+    """The owner sends to each other rank, starting with the next one.
 
-    Each starting with another peer keeps owners that sync at the same time off the same link.
+    Each owner starts with another peer, so owners that sync at the same time do not use the same link.
     """
     return [(owner, (owner + step) % world_size) for step in range(1, world_size)]
 
 
 def ring(owner: int, world_size: int) -> list[Hop]:
-    """Each rank passes the block to its right-hand neighbour, until all have it."""
+    """Each rank sends the block on to the next one until all ranks have it."""
     return [((owner + step - 1) % world_size, (owner + step) % world_size) for step in range(1, world_size)]
 
 
@@ -36,25 +35,21 @@ STRATEGIES: dict[SyncStrategy, Callable[[int, int], list[Hop]]] = {"pairwise": p
 
 Hops = Callable[[int, int], list[Hop]]
 
-Block = tuple[int, int]
-"""(chunk, layer)"""
-
 
 def build(shape: Shape, schedule: Schedule, sync_strategy: SyncStrategy) -> Plan:
-    """The plan that `schedule` and `sync_strategy` make of `shape`. Raises PlanError for an unknown name."""
+    """Expand a schedule and a sync strategy to a plan. Raises PlanError for an unknown name."""
     for given, known in ((schedule, SCHEDULES), (sync_strategy, STRATEGIES)):
         if given not in known:
-            raise PlanError(f"{given!r} is not one of {', '.join(known)}.")
-    board = _LaneBuilder(shape)
-    SCHEDULES[schedule](shape, STRATEGIES[sync_strategy], board)
-    return Plan(shape, schedule, sync_strategy, board.lanes())
+            raise PlanError(f"{given!r} is unknown; it must be one of {', '.join(known)}.")
+    lanes = _LaneBuilder(shape)
+    SCHEDULES[schedule](shape, STRATEGIES[sync_strategy], lanes)
+    return Plan(shape, schedule, sync_strategy, lanes.build())
 
 
 def compute_order(shape: Shape) -> list[Block]:
-    """All blocks in the order in which a pipeline computes them if every layer takes equally long.
+    """All blocks in the order in which a pipeline computes them if all layers take equally long.
 
-    It extends the order of the data flow, so lanes that carry blocks in this order can never wait for one
-    another in a circle.
+    It extends the order of the data flow, so lanes that carry blocks in this order cannot deadlock.
     """
     ended: dict[Block, int] = {}
     free = [0] * shape.world_size
@@ -65,7 +60,7 @@ def compute_order(shape: Shape) -> list[Block]:
 
 
 class _LaneBuilder:
-    """Lanes being filled. A lane appears with its first op."""
+    """Collects the ops of each rank's lanes. A lane is added with its first op."""
 
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
@@ -82,72 +77,72 @@ class _LaneBuilder:
     def tokens(self, value: Value) -> int:
         return 1 if value == FINAL else self._sizes[value.chunk]
 
-    def lanes(self) -> tuple[tuple[Lane, ...], ...]:
+    def build(self) -> tuple[tuple[Lane, ...], ...]:
         return tuple(tuple(Lane(name, tuple(ops)) for name, ops in rank.items()) for rank in self._lanes)
 
 
-def _final(shape: Shape, board: _LaneBuilder, compute: str, out: str, into: str) -> None:
-    """The last rank norms the last token's hidden state and gives it to all: each takes the first token."""
+def _final(shape: Shape, lanes: _LaneBuilder, compute: str, out: str, into: str) -> None:
+    """The last rank computes the final norm of the last token and sends it to all ranks, for the first new token."""
     last = shape.world_size - 1
-    board.put(last, compute, norm(len(shape.chunks) - 1, shape.layers))
+    lanes.put(last, compute, norm(len(shape.chunks) - 1, shape.layers))
     for peer in range(last):
-        board.transfer(FINAL, (last, peer), out, into)
+        lanes.transfer(FINAL, (last, peer), out, into)
 
 
-def _pipelined(shape: Shape, hops: Hops, board: _LaneBuilder) -> None:
+def _pipelined(shape: Shape, hops: Hops, lanes: _LaneBuilder) -> None:
     for rank, stage in enumerate(shape.stages):
         for chunk in range(len(shape.chunks)):
             if rank == 0:
-                board.put(rank, "compute", embed(chunk))
+                lanes.put(rank, "compute", embed(chunk))
             else:
                 entering = Value("hidden", chunk, stage.start)
-                board.transfer(entering, (rank - 1, rank), "hidden-out", "hidden-in")
+                lanes.transfer(entering, (rank - 1, rank), "hidden-out", "hidden-in")
             for index in stage:
-                board.put(rank, "compute", layer(chunk, index))
-    _final(shape, board, "compute", "hidden-out", "hidden-in")
+                lanes.put(rank, "compute", layer(chunk, index))
+    _final(shape, lanes, "compute", "hidden-out", "hidden-in")
     for chunk, index in compute_order(shape):
         for source, target in hops(shape.owners[index], shape.world_size):
-            board.transfer(Value("kv", chunk, index), (source, target), f"kv-out:{target}", f"kv-in:{source}")
+            lanes.transfer(Value("kv", chunk, index), (source, target), f"kv-out:{target}", f"kv-in:{source}")
 
 
-def _lockstep(shape: Shape, hops: Hops, board: _LaneBuilder) -> None:
+def _lockstep(shape: Shape, hops: Hops, lanes: _LaneBuilder) -> None:
     for chunk in range(len(shape.chunks)):
         for rank, stage in enumerate(shape.stages):
-            _enter_stage(chunk, rank, stage, board)
+            _enter_stage(chunk, rank, stage, lanes)
             for index in stage:
-                board.put(rank, "main", layer(chunk, index))
+                lanes.put(rank, "main", layer(chunk, index))
                 for hop in hops(rank, shape.world_size):
-                    board.transfer(Value("kv", chunk, index), hop, "main", "main")
-    _final(shape, board, "main", "main", "main")
+                    lanes.transfer(Value("kv", chunk, index), hop, "main", "main")
+    _final(shape, lanes, "main", "main", "main")
 
 
-def _batched(shape: Shape, hops: Hops, board: _LaneBuilder) -> None:
+def _batched(shape: Shape, hops: Hops, lanes: _LaneBuilder) -> None:
     for chunk in range(len(shape.chunks)):
         for rank, stage in enumerate(shape.stages):
-            _enter_stage(chunk, rank, stage, board)
+            _enter_stage(chunk, rank, stage, lanes)
             for index in stage:
-                board.put(rank, "main", layer(chunk, index))
+                lanes.put(rank, "main", layer(chunk, index))
         for round_of_hops in _rounds(shape, hops):
             for rank, (source, target) in round_of_hops:
                 for index in shape.stages[rank]:
                     value = Value("kv", chunk, index)
-                    board.put(source, "main", send(value, target, board.tokens(value)))
+                    lanes.put(source, "main", send(value, target, lanes.tokens(value)))
             for rank, (source, target) in round_of_hops:
                 for index in shape.stages[rank]:
                     value = Value("kv", chunk, index)
-                    board.put(target, "main", recv(value, source, board.tokens(value)))
-    _final(shape, board, "main", "main", "main")
+                    lanes.put(target, "main", recv(value, source, lanes.tokens(value)))
+    _final(shape, lanes, "main", "main", "main")
 
 
-def _enter_stage(chunk: int, rank: int, stage: range, board: _LaneBuilder) -> None:
+def _enter_stage(chunk: int, rank: int, stage: range, lanes: _LaneBuilder) -> None:
     if rank == 0:
-        board.put(rank, "main", embed(chunk))
+        lanes.put(rank, "main", embed(chunk))
     else:
-        board.transfer(Value("hidden", chunk, stage.start), (rank - 1, rank), "main", "main")
+        lanes.transfer(Value("hidden", chunk, stage.start), (rank - 1, rank), "main", "main")
 
 
 def _rounds(shape: Shape, hops: Hops) -> Iterator[list[tuple[int, Hop]]]:
-    """The k-th hop of every owner's blocks, for each k: (owner, hop)."""
+    """For each k, the k-th hop of every owner's blocks as (owner, hop)."""
     by_owner = [hops(rank, shape.world_size) for rank in range(shape.world_size)]
     for number in range(shape.world_size - 1):
         yield [(rank, by_owner[rank][number]) for rank in range(shape.world_size)]

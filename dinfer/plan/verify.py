@@ -1,10 +1,10 @@
-"""Proof that a plan is complete and free of deadlock, or the shortest counterexample in the plan's own words.
+"""Proof that a plan is complete and free of deadlock, or the shortest counterexample.
 
-Nothing about how the plan was built is trusted. Proved is: every channel belongs to one lane at each end;
-every send meets exactly one recv of the same value and size; every value is made once on a rank and before it
-is needed; at the end every rank holds each block and the final state exactly once; and, for sends that wait
-for their recv (rendezvous) and for buffered ones alike, no lanes wait for one another in a circle. Of a lowered plan
-(plan/lower) also that on one communicator each pair of ranks issues its transfers in the same order.
+`verify` trusts nothing about how the plan was built. It proves that every channel belongs to one lane at each end;
+every send meets exactly one recv of the same value and size; every value is made once on a rank, before it is needed;
+at the end every rank holds each block and the final state exactly once; and there is no deadlock, neither with sends
+that wait for their recv (rendezvous) nor with buffered ones. In a lowered plan (`lower`), also that each pair of ranks
+issues its transfers on one communicator in the same order.
 """
 
 from collections import deque
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dinfer.plan.graph import NONE, Graph, levels, no_collection, simulate
+from dinfer.plan.graph import NONE, Graph, gc_paused, levels, simulate
 from dinfer.plan.ops import FINAL, Op, Value
 from dinfer.plan.plan import OpPlace, Plan
 
@@ -31,7 +31,7 @@ Flaw = Literal[
 
 @dataclass(frozen=True)
 class Proof:
-    """What was checked and found true. `levels` counts the layers on the longest path through the plan."""
+    """A proved plan's counts. `levels`: the layer ops on the longest path through the plan."""
 
     ranks: int
     lanes: int
@@ -53,7 +53,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class Counterexample:
-    """Why a plan must not run. `steps` are sentences, `places` the ops they speak of, in the same order."""
+    """Why a plan must not run: `steps` are sentences, `places` the ops in them, in the same order."""
 
     flaw: Flaw
     steps: tuple[str, ...]
@@ -62,23 +62,23 @@ class Counterexample:
     proved: Literal[False] = field(default=False, init=False)
 
     def __str__(self) -> str:
-        story = "; ".join(self.steps)
+        steps = "; ".join(self.steps)
         if self.flaw == "cycle":
             even = "even " if self.sends == "buffered" else ""
-            return f"refuted: {even}with {self.sends} sends these wait for one another for ever: {story}"
-        return f"refuted ({self.flaw}): {story}"
+            return f"refuted: deadlock {even}with {self.sends} sends: {steps}"
+        return f"refuted ({self.flaw}): {steps}"
 
 
-@no_collection()
+@gc_paused()
 def verify(plan: Plan) -> Proof | Counterexample:
-    """Check the plan that will run."""
+    """Prove the plan, or find a counterexample."""
     if bad := next(_out_of_range(plan), None):
         return bad
     graph = Graph(plan)
     for check in (_shared_channels, _transfers, _values, _pair_orders):
         if bad := next(check(graph), None):
             return bad
-    # Buffered first: what hangs even then hangs anyhow, and its words should not blame sends that wait.
+    # Buffered first: a plan that hangs even then should not be blamed on sends that wait.
     if bad := _deadlock(graph, simulate(graph, rendezvous=False).done, "buffered"):
         return bad
     meeting = simulate(graph, rendezvous=True)
@@ -105,11 +105,11 @@ def _range_error(plan: Plan, rank: int, op: Op) -> str:
     shape = plan.shape
     chunks = len(shape.chunks)
     if op.is_transfer and (op.peer == rank or not 0 <= op.peer < plan.world_size):
-        return f"rank {op.peer} is no peer of rank {rank}; there are {plan.world_size} ranks"
+        return f"rank {op.peer} is no peer of rank {rank}; the plan has {plan.world_size} ranks"
     if op.what == "final":
         return ""
     if not 0 <= op.chunk < chunks:
-        return f"chunk {op.chunk} does not exist; there are {chunks}"
+        return f"chunk {op.chunk} is out of range; the plan has {chunks} chunks"
     if op.kind == "norm":
         right = op.chunk == chunks - 1 and op.layer == shape.layers
         return "" if right else f"the final state is the norm of c{chunks - 1} l{shape.layers}"
@@ -130,7 +130,7 @@ def _shared_channels(graph: Graph) -> Iterator[Counterexample]:
                 text = (
                     f"rank {rank} {verb} on the {channel.communicator} channel "
                     f"{channel.source}→{channel.target} from two lanes, {' and '.join(lanes)}, "
-                    "so nothing fixes their order"
+                    "so their order is not fixed"
                 )
                 yield Counterexample("shared channel", (text,), places)
 
@@ -144,7 +144,7 @@ def _transfers(graph: Graph) -> Iterator[Counterexample]:
             wanted = "recv" if op.kind == "send" else "send"
             text = f"{graph.name(number)} has no {wanted} on rank {op.peer} to meet"
             yield Counterexample("unmatched", (text,), (graph.place(number),))
-        elif (other := graph.ops[partner])[1:4] != op[1:4]:  # chunk, layer, what: compared bare, for speed
+        elif (other := graph.ops[partner])[1:4] != op[1:4]:  # chunk, layer, what: a slice, for speed
             text = f"{graph.name(number)} meets {graph.name(partner)}, which carries {other.value}"
             yield Counterexample("mismatch", (text,), (graph.place(number), graph.place(partner)))
         elif op.tokens != (expected := graph.plan.expected_tokens(op)):
@@ -162,12 +162,12 @@ def _values(graph: Graph) -> Iterator[Counterexample]:
     for rank, value, makers in made:
         if len(makers) > 1:
             first, second = (graph.ops[n] for n in makers[:2])
-            text = f"rank {rank} would make {value} twice, by `{first}` and by `{second}`"
+            text = f"rank {rank} makes {value} twice, by `{first}` and by `{second}`"
             yield Counterexample("made twice", (text,), tuple(graph.place(n) for n in makers[:2]))
     for number, deps in enumerate(graph.deps):
         if NONE in deps:
             need = graph.ops[number].needs()[deps.index(NONE)]
-            text = f"{graph.name(number)} needs {need}, which nothing on rank {graph.ranks[number]} makes"
+            text = f"{graph.name(number)} needs {need}, which no op on rank {graph.ranks[number]} makes"
             yield Counterexample("missing", (text,), (graph.place(number),))
     shape = graph.plan.shape
     blocks = [
@@ -176,15 +176,15 @@ def _values(graph: Graph) -> Iterator[Counterexample]:
     for rank in range(shape.world_size):
         for value in (*blocks, FINAL):
             if value not in graph.makers[rank]:
-                text = f"rank {rank} would end without {value}: nothing there makes or receives it"
+                text = f"rank {rank} ends without {value}: no op there makes or receives it"
                 yield Counterexample("missing", (text,), ())
 
 
 def _pair_orders(graph: Graph) -> Iterator[Counterexample]:
-    """In a lowered plan, where two ranks issue what they exchange on one communicator in different orders.
+    """In a lowered plan, two ranks that issue their transfers on one communicator in different orders.
 
-    NCCL runs a pair's transfers one after another, both directions together. Lanes that are threads may do so in
-    any order that does not hang.
+    NCCL runs a pair's transfers one after another, both directions together. Threads may run them in any order that
+    does not deadlock.
     """
     if not graph.plan.is_lowered:
         return
@@ -201,14 +201,14 @@ def _pair_orders(graph: Graph) -> Iterator[Counterexample]:
 
 
 def _pair_order(graph: Graph, first: int, number: int) -> Counterexample:
-    """`number` is issued by its rank before `first`; their counterparts by the other rank the other way round."""
+    """One rank issues `number` before `first`; the other rank issues their counterparts in the opposite order."""
     mine, theirs = (number, first), (graph.partner[first], graph.partner[number])
     steps = tuple(
         f"rank {graph.ranks[a]} issues `{graph.ops[a]}` before `{graph.ops[b]}`" for a, b in (theirs, mine)
     )
     meaning = (
-        f"on the {graph.ops[number].communicator} communicator NCCL runs what two ranks exchange in the order of each "
-        "one's issue, so each waits for the other for ever"
+        f"on the {graph.ops[number].communicator} communicator NCCL runs each rank's transfers with a peer in the "
+        "order in which it issues them, so the two ranks deadlock"
     )
     return Counterexample("pair order", (*steps, meaning), tuple(graph.place(n) for n in (*theirs, *mine)))
 
@@ -229,7 +229,7 @@ def _deadlock(
 
 
 def _heads(graph: Graph, done: bytearray) -> Iterator[int]:
-    """The op at which each unfinished lane stands."""
+    """The next op of each unfinished lane."""
     for number in range(len(graph.ops)):
         before = graph.before[number]
         if not done[number] and (before == NONE or done[before]):
@@ -241,7 +241,7 @@ def _unmet(graph: Graph, head: int, done: bytearray) -> list[int]:
 
 
 def _waits_for(graph: Graph, head: int, done: bytearray) -> list[int]:
-    """The heads of the lanes on which the ops lie that this head waits for."""
+    """The next ops of the lanes that this one waits for."""
     targets = _unmet(graph, head, done) or [graph.partner[head]]
     found = []
     for target in targets:
@@ -251,7 +251,8 @@ def _waits_for(graph: Graph, head: int, done: bytearray) -> list[int]:
 
 
 def shortest_cycle(edges: dict[int, list[int]]) -> list[int]:
-    """A shortest cycle of a directed graph, beginning at its smallest node; empty if there is none."""
+    """A shortest cycle of a directed graph, from its smallest node; empty without a cycle. By breadth-first search from
+    each node."""
     best: list[int] = []
     for start in sorted(edges):
         parents: dict[int, int] = {}
@@ -272,13 +273,13 @@ def shortest_cycle(edges: dict[int, list[int]]) -> list[int]:
 
 
 def _step(graph: Graph, head: int, following: int, done: bytearray) -> str:
-    """What `head` waits for, where the lane that holds that stands at `following`."""
+    """What `head` waits for, as text; `following` is the next op of the lane that blocks it."""
     op, rank = graph.ops[head], graph.ranks[head]
     unmet = _unmet(graph, head, done)
     if unmet:
         needs = dict(zip(graph.deps[head], op.needs(), strict=True))
         maker = next(n for n in unmet if graph.lane_of[n] == graph.lane_of[following])
-        later = f"which `{graph.ops[maker]}` makes only later"
+        later = f"which `{graph.ops[maker]}` makes later"
         return f"rank {rank} cannot start `{op}` before {needs[maker]}, {later}"
     if op.kind == "send":
         return f"rank {rank} sends {op.value} to rank {op.peer} and waits"

@@ -9,8 +9,7 @@ import transformers
 
 from dinfer.config import Config
 from dinfer.errors import DinferError
-from dinfer.model.checkpoint import Spec
-from dinfer.model.fingerprint import fingerprint
+from dinfer.model.checkpoint import Spec, fingerprint
 from dinfer.transport.gloo import Comm
 from dinfer.version import __version__
 

@@ -1,28 +1,27 @@
-"""Examination: transformers' own forward of a prompt and its new tokens beside what one rank holds of them.
+"""Examine: runs transformers' own forward of a prompt and its new tokens, and compares it with what one rank holds.
 
-Every tensor is compared as soon as the forward has made it, where it lies; what is left of it are numbers. The forward
-may run in other chunks or in another dtype than the run did. What a difference means is not decided here.
+Each tensor is compared on its device as soon as the forward has made it, and only figures are kept. The forward may run
+in other chunks or in another dtype than the run did. What a difference means is decided in `kv.reference`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dinfer.kv.digests import as_numbers, block_digests, row_digests
 from dinfer.kv.measure import CellDifference, measure
-from dinfer.kv.placement import Misplaced, RowDigests, misplaced
 from dinfer.kv.reference.reports import FINAL, TokenChoice
+from dinfer.kv.rows import Misplaced, misplaced_in_blocks, misplaced_rows
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 from dinfer.model.reference import Forward
 from dinfer.model.sampling import Sampler
-from dinfer.rank.inventory import Inventory, InventoryKey, as_rows, empty_digest, hidden_digest
+from dinfer.rank.inventory import Inventory, InventoryKey, hidden_digest, zero_row_digest
 
 
 class LayerReplay:
-    """Of one rank. Ask for each chunk's layers in order."""
+    """Computes again what entered each layer of one rank's run. Ask for each chunk's layers in order."""
 
     def __init__(self, decoder: Decoder, holding: Inventory) -> None:
         self._decoder, self._holding = decoder, holding
@@ -30,8 +29,8 @@ class LayerReplay:
         self._at: dict[int, Tensor | None] = {}
 
     def hidden(self, chunk: int, rows: range, layer: int) -> Tensor | None:
-        """What entered `layer`, [1, tokens, hidden_size], for these rows of that chunk: the very tensor where it is
-        kept; None where the run has not come so far, or this rank lacks the KV that made it."""
+        """What entered `layer`, [1, tokens, hidden_size], for these rows of that chunk; the rank's own tensor if it is
+        kept. None if the run has not come that far, or this rank lacks the KV to compute it."""
         kept = self._holding.state.hidden.get((chunk, layer))
         if kept is not None:
             self._at[rows.start] = kept
@@ -50,12 +49,12 @@ class LayerReplay:
 
 
 class _Scratch(KVCache):
-    """Room for one layer's rows, whichever layer it is."""
+    """A cache with room for one layer, whichever that is."""
 
     def __init__(self, like: KVCache) -> None:
         super().__init__(1, like.capacity, like.kv_heads, like.head_dim, like.dtype, like.device)
 
-    def tensor(self, layer: int) -> Tensor:  # noqa: ARG002 - one place for all
+    def tensor(self, layer: int) -> Tensor:  # noqa: ARG002 - the same for all
         return self._tensors[0]
 
     def take(self, cache: KVCache, layer: int, rows: int) -> None:
@@ -63,8 +62,9 @@ class _Scratch(KVCache):
 
 
 class Examination:
-    """Of one rank. `reference`: the model that the forward runs; `chunks`: how many of the prompt's it is to run, all
-    of them before the new tokens; `check()` may raise, to end it."""
+    """One forward, compared with one rank. `decoder`: the rank's model; `reference`: the model that the forward runs;
+    `chunks`: how many of the prompt's chunks to run; new tokens follow only after all of them. `check()` is called
+    often and may raise, to stop it."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class Examination:
         self.exact = chunked and reference.dtype == decoder.dtype
         self.measured: dict[tuple[int, int, str], CellDifference] = {}
         self.hidden: dict[InventoryKey, int] = {}
-        """digests of the reference's hidden states, or of this rank's where bits may differ"""
+        """digests of the reference's hidden states, or of this rank's if bits may differ"""
         self.choices: list[TokenChoice] = []
         self._holding, self._sampler, self._check = holding, sampler, check
         self._chunked, self._chunks = chunked, chunks
@@ -90,7 +90,7 @@ class Examination:
         self._piece = range(0)
 
     def run(self) -> None:
-        """Feed the prompt, then one by one the run's new tokens. Raises what `check` raises."""
+        """Feed the prompt, then the run's new tokens one by one. Raises what `check` raises."""
         holding, tokens = self._holding, self._holding.tokens
         for rows in self._pieces():
             self._piece = rows
@@ -102,10 +102,11 @@ class Examination:
                 self._compare_choice(step, tokens[step], fed.logits)
 
     def expected_rows(self) -> int:
+        """How many tokens were fed."""
         return self._piece.stop
 
     def digests(self) -> dict[InventoryKey, tuple[int, int]]:
-        """Of the reference's blocks, where they should be equal bit for bit."""
+        """The digests of the reference's blocks; empty if bits may differ."""
         if not self.exact:
             return {}
         found = {}
@@ -117,25 +118,20 @@ class Examination:
         return found
 
     def misplaced(self) -> dict[int, list[Misplaced]]:
-        """By layer, the rows that lie where others should; without exact rows to look for, only where there are too
-        many, and only those that repeat others."""
-        empty, blocks = empty_digest(self._holding.cache), self._holding.chunks
-        found = {}
-        for layer in range(self._holding.layers):
-            due, held = self._holding.rows_due(layer), self._holding.rows_held(layer)
-            if self.exact and (held != due or self._differs(layer)):
-                named = misplaced(self._holding.row_digests(layer), self._wanted(layer)[:due], empty, blocks)
-            elif held != due:
-                named = [
-                    one
-                    for one in misplaced(self._holding.row_digests(layer), [], empty)
-                    if one.kind == "repeated"
-                ]
-            else:
-                named = []
-            if named:
-                found[layer] = named
-        return found
+        """By layer, the rows that lie where others should. If bits may differ, the right rows are unknown: then only
+        rows that repeat others are named, and only in layers of the wrong length."""
+        layers = range(self._holding.layers)
+        return {layer: found for layer in layers if (found := self._misplaced(layer))}
+
+    def _misplaced(self, layer: int) -> list[Misplaced]:
+        due, held = self._holding.rows_due(layer), self._holding.rows_held(layer)
+        if held == due and not (self.exact and self._differs(layer)):
+            return []
+        got = row_digests(self._holding.cache.block(layer, 0, held)).cpu()
+        want = torch.cat(self._rows[layer])[:due].cpu() if self.exact else got
+        if held != due:
+            return misplaced_rows(got, want)
+        return misplaced_in_blocks(got, want, self._holding.chunks, zero_row_digest(self._holding.cache))
 
     def _pieces(self) -> Sequence[range]:
         prompt = self._holding.chunks[: self._chunks]
@@ -169,9 +165,9 @@ class Examination:
         mine = self._replay.hidden(chunk, rows, layer)
         if mine is not None:
             self._note((chunk, layer, "hidden"), measure(mine[0], theirs[0], rows.start))
-        told = theirs if self.exact else mine
-        if told is not None and chunk < self._holding.prompt_chunks:
-            self.hidden[chunk, layer] = int(hidden_digest(told))
+        digested = theirs if self.exact else mine
+        if digested is not None and chunk < self._holding.prompt_chunks:
+            self.hidden[chunk, layer] = int(hidden_digest(digested))
 
     def _compare_final(self, theirs: Tensor) -> None:
         mine, chunk = self._holding.state.final, self._holding.prompt_chunks - 1
@@ -193,13 +189,3 @@ class Examination:
         return any(
             one.changed for (_, at, name), one in self.measured.items() if at == layer and name in "KV"
         )
-
-    def _wanted(self, layer: int) -> list[RowDigests]:
-        return as_rows(torch.cat(self._rows[layer]))
-
-    def items(self) -> list[dict[str, Any]]:
-        """What was measured, in the order in which a run computes it: chunk by chunk, layer by layer, the hidden state
-        that enters before the K and V that are made of it."""
-        order = {"hidden": 0, FINAL: 0, "K": 1, "V": 2}
-        keys = sorted(self.measured, key=lambda key: (key[0], key[1], order[key[2]]))
-        return [{"chunk": c, "layer": n, "tensor": t, "measured": self.measured[c, n, t]} for c, n, t in keys]

@@ -20,7 +20,7 @@ from dinfer.plan.faults import Fault
 from dinfer.plan.graph import channel_of
 from dinfer.plan.ops import Op, parse_op
 from dinfer.rank.commands import Command, CommandTable, stand_fields
-from dinfer.transport.faulty import CutWire, Elsewhere, Longer, Slow, Twice
+from dinfer.transport.faulty import CutLink, SendsElsewhere, SendsLonger, SendsTwice, SlowReceiver
 from dinfer.transport.gloo import Comm
 
 
@@ -45,11 +45,11 @@ def fault_commands(
 def set_faults(engine: Engine, faults: Sequence[Fault], tell: OnStrike) -> list[str]:
     """Have these faults, and no others, strike on this rank, which stands; what was edited by hand before."""
     prompt, armed = engine.prompt, engine.prompt.state.faults
-    edited, room = prompt.look(), armed.room
+    edited, room = prompt.new_edits(), armed.extra_rows
     armed.arm(faults, tell)
-    engine.make_room(prompt.state.cache.capacity + armed.room - room)
-    armed.strike_what_is_here(prompt.executor.holds_block)
-    prompt.edits.note_all()
+    engine.grow_cache(prompt.state.cache.capacity + armed.extra_rows - room)
+    armed.strike_existing(prompt.executor.holds_block)
+    prompt.edits.accept_all()
     return edited
 
 
@@ -141,7 +141,7 @@ def _elsewhere(handler: Handler, state: Prefill, op: Op, comm: Comm, order: Mess
     """The first op's message goes to another rank; the second op, which is to send that rank the same, comes after it:
     header and payload of two messages on one channel must not mix, which would end who receives them."""
     if str(op) == order["ops"][0]:
-        return handler(state, op, Elsewhere(comm, *order["with"]))
+        return handler(state, op, SendsElsewhere(comm, *order["with"]))
     order["begun"].wait(APART_S)
     time.sleep(POSTED_S)
     return handler(state, op, comm)
@@ -209,8 +209,8 @@ def _signal(_handler: Handler, _state: Prefill, _op: Op, _comm: Comm, order: Mes
 ACTS: dict[str, Act] = {
     "skip": _skip,
     "reorder": _reorder,
-    "longer": partial(_with, Longer),
-    "twice": partial(_with, Twice),
+    "longer": partial(_with, SendsLonger),
+    "twice": partial(_with, SendsTwice),
     "elsewhere": _elsewhere,
     "another plan": _another_plan,
     "raise": _raise,
@@ -219,7 +219,7 @@ ACTS: dict[str, Act] = {
     "stall in C": _stall_in_c,
     "stall with GIL": _stall_with_gil,
     "signal": _signal,
-    "slow wire": partial(_with, Slow),
-    "cut": partial(_with, CutWire),
+    "slow wire": partial(_with, SlowReceiver),
+    "cut": partial(_with, CutLink),
     "command": _command,
 }

@@ -1,6 +1,6 @@
-"""Holding: what one rank holds of its run just now, block by block, and the digests of that.
+"""Inventory: the blocks that one rank holds at this moment, and their digests. Read only.
 
-The rows of all new tokens count as one further block behind the prompt's chunks. Read only.
+The rows of all new tokens count as one more block after the prompt's chunks.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dinfer.engine.lanes import LaneExecutor
 from dinfer.kv.digests import as_numbers, block_digests, row_digests
-from dinfer.kv.placement import RowDigests
 from dinfer.model.cache import KVCache
 
 InventoryKey = tuple[int, int]
@@ -19,8 +18,8 @@ InventoryKey = tuple[int, int]
 
 
 class Inventory:
-    """`tokens` are the new tokens: the last of them has no rows, for it has not been fed yet. `rows`: how many rows
-    decode has left in a layer; 0: there are no new tokens."""
+    """What a rank holds. `tokens` are the new tokens; the last of them has no rows, since it has not been fed yet.
+    `rows`: how many rows each layer has after decode; 0: there are no new tokens."""
 
     def __init__(self, executor: LaneExecutor, tokens: Sequence[int], rows: int = 0) -> None:
         self._executor, self.state = executor, executor.state
@@ -33,12 +32,12 @@ class Inventory:
 
     @cached_property
     def ids(self) -> list[int]:
-        """All tokens that have rows, and those of the prompt that are to get them."""
+        """All tokens of the prompt, and the new ones that have rows."""
         return [*self.state.ids, *self.tokens[:-1]]
 
     @cached_property
     def chunks(self) -> list[range]:
-        """The rows of each chunk, and those of the new tokens."""
+        """The rows of each chunk, then those of the new tokens."""
         prompt = self._executor.plan.shape.chunks
         new = range(prompt[-1].stop, len(self.ids))
         return [*prompt, new] if new else list(prompt)
@@ -61,12 +60,12 @@ class Inventory:
         ]
 
     def block(self, chunk: int, layer: int) -> Tensor:
-        """Where the block lies, [tokens, 2, kv_heads, head_dim]."""
+        """The block itself, in the cache: [tokens, 2, kv_heads, head_dim]."""
         rows = self.chunks[chunk]
         return self.cache.block(layer, rows.start, rows.stop)
 
     def rows_due(self, layer: int) -> int:
-        """How many rows of a layer there should be: those of the chunks that are here without a gap."""
+        """How many rows a layer should have: those of the chunks that are here, up to the first gap."""
         here = 0
         for chunk, rows in enumerate(self.chunks):
             if not self.holds(chunk, layer):
@@ -75,21 +74,18 @@ class Inventory:
         return here
 
     def rows_held(self, layer: int) -> int:
-        """How many there are: more, where rows have been appended twice."""
+        """How many rows a layer has: more than it should, if rows were appended twice."""
         rows = max(self.rows_due(layer), self._rows) + self.state.extra.get(layer, 0)
         return min(rows, self.cache.capacity)
 
-    def row_digests(self, layer: int) -> list[RowDigests]:
-        return as_rows(row_digests(self.cache.block(layer, 0, self.rows_held(layer))))
-
     def digests(self) -> dict[InventoryKey, tuple[int, int]]:
-        """Of every block, K and V: of its bytes as they are now. Waits for the device."""
+        """The digests of K and V of every block, as its bytes are now. Waits for the device."""
         found = [block_digests(row_digests(self.block(*key))) for key in self.keys]
         return {key: as_numbers(digests) for key, digests in zip(self.keys, _on_host(found), strict=True)}
 
     def hidden_digests(self) -> dict[InventoryKey, int]:
-        """Of the hidden states that are kept here, by chunk and layer that they enter; the final one's layer is the
-        number of layers and one."""
+        """The digests of the hidden states that are kept, by chunk and the layer that they enter; the layer of the
+        final one is the number of layers plus 1."""
         kept = dict(self.state.hidden)
         if self.state.final is not None:
             kept[self.prompt_chunks - 1, self.layers + 1] = self.state.final
@@ -98,22 +94,17 @@ class Inventory:
 
 
 def hidden_digest(hidden: Tensor) -> Tensor:
-    """Of a hidden state [1, tokens, hidden_size]: int64 [1]."""
+    """The digest of a hidden state [1, tokens, hidden_size]: int64 [1]."""
     rows = row_digests(hidden[0][:, None, None, :])
     return block_digests(rows.expand(-1, 2, -1))[:1]
 
 
-def as_rows(digests: Tensor) -> list[RowDigests]:
-    """Row digests [tokens, 2, kv_heads] on the host."""
-    return [(tuple(k), tuple(v)) for k, v in digests.tolist()]
-
-
-def empty_digest(cache: KVCache) -> int:
+def zero_row_digest(cache: KVCache) -> int:
     """The digest of a row of zeros."""
     zeros = torch.zeros((1, 2, 1, cache.head_dim), dtype=cache.dtype, device=cache.device)
     return int(row_digests(zeros)[0, 0, 0])
 
 
 def _on_host(digests: list[Tensor]) -> list[Tensor]:
-    """Brought over together."""
+    """Copied to the host together."""
     return list(torch.stack(digests).cpu()) if digests else []

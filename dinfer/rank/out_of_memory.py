@@ -15,7 +15,7 @@ from dinfer.errors import DinferError
 from dinfer.model.checkpoint import check
 from dinfer.model.errors import ModelError
 from dinfer.model.free import free
-from dinfer.model.memory import Demand, ways_to_save
+from dinfer.model.memory import MemoryDemand, out_of_memory_text
 
 _ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|[KMGT]iB)", re.IGNORECASE)
 
@@ -65,5 +65,5 @@ def _advice(error: Exception, config: Config, tokens: int, device: str) -> str:
     except ModelError as unknown:
         return f"Memory ran out on {device}; what would be enough cannot be worked out: {unknown}"
     length = min(tokens + config.max_new_tokens, spec.max_positions)
-    demand = Demand(spec, config.dtype, length, 1, device, config.chunk_size)
-    return ways_to_save(demand, asked_bytes(str(error)), available)
+    demand = MemoryDemand(spec, config.dtype, length, 1, device, config.chunk_size)
+    return out_of_memory_text(demand, asked_bytes(str(error)), available)

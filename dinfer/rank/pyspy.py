@@ -24,7 +24,8 @@ from dinfer.rank.stacks import DEEPEST, LONGEST, Message
 
 PR_SET_PTRACER = 0x59616D61
 
-PATIENCE_S = 5.0
+PATIENCE_S = 30.0
+"""How long py-spy may take: on busy cores it has taken more than 5 s."""
 
 WAYS = ("--native", "--nonblocking")
 """The second sees Python only, and also where C frames cannot be read, or the process is stopped already."""

@@ -15,10 +15,9 @@ import torch
 from dinfer.config import Config
 from dinfer.engine.board import Board, Stand
 from dinfer.engine.corruption import Corrupted, Corruption
-from dinfer.engine.decoding import TokensDiffer
+from dinfer.engine.decoding import NotANumber, TokensDiffer
 from dinfer.engine.engine import Engine
 from dinfer.engine.lanes import LaneExecutor, OpFailed
-from dinfer.engine.nan_origin import NotANumber
 from dinfer.messages import Message
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
@@ -204,7 +203,7 @@ class RankService:
         plan = parse_plan(message["plan"]) if message.get("plan") else None
         self.engine = Engine(
             self.decoder, self.comm, config, gate=self.gate, board=self.board, memory=self.memory,
-            deadline=config.timeout, on_hit=self._hit, others=self.stands, on_corrupt=self._tell_corrupt,
+            deadline=config.timeout, on_hit=self._hit, all_stands=self.stands, on_corrupt=self._tell_corrupt,
         )  # fmt: skip
         ids = message["ids"]
         warm_up(self.decoder, config, len(ids))
@@ -240,7 +239,7 @@ class RankService:
         engine, tokens = self._engine(), self.tokens
         assert tokens
         try:
-            self._tell_edits(engine.prompt.edits.look())
+            self._tell_edits(engine.prompt.edits.report())
             return tokens.run(self._tell_token)
         except FOUND_TOGETHER:
             raise
@@ -250,7 +249,7 @@ class RankService:
             self.line.report("error", **describe(failed))
             raise failed from error
         finally:
-            engine.prompt.edits.note_all()
+            engine.prompt.edits.accept_all()
 
     def _limit_decode(self, message: Message) -> Message:
         """To be said before `decode`, and at any time meanwhile."""
@@ -306,7 +305,7 @@ class RankService:
 
     def _mind(self, executor: LaneExecutor) -> None:
         try:
-            executor.outlast()
+            executor.wait_until_closed()
         except OpFailed as failed:
             self.line.report("error", **describe(failed))
 

@@ -28,6 +28,9 @@ DEEPEST = 40
 
 LONGEST = 100
 
+WRITTEN_S = 0.1
+"""A dump that has not grown for so long is complete: on a busy core its writer is interrupted for less."""
+
 _PACKAGE = Path(__file__).parent.parent
 
 TRANSPORT = frozenset(f"transport/{name}.py" for name in ("gloo", "nccl", "in_process", "gate", "streams"))
@@ -204,16 +207,25 @@ def dump_into(descriptor: int) -> bool:
 
 
 def dump_of(pid: int, descriptor: int, patience_s: float) -> str:
-    """What a process writes when it gets the signal; "" where it writes nothing within that time."""
+    """What a process writes when it gets the signal; "" where it is stopped, or writes nothing within that time."""
     if DUMP_SIGNAL is None:
         return ""
     begin = os.fstat(descriptor).st_size
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, DUMP_SIGNAL)
-    deadline, size = time.monotonic() + patience_s, begin
-    while time.monotonic() < deadline:
+    deadline, size, grown = time.monotonic() + patience_s, begin, time.monotonic()
+    while time.monotonic() < deadline and not _is_stopped(pid):
         time.sleep(0.02)
         before, size = size, os.fstat(descriptor).st_size
-        if begin < size == before:
+        if size > before:
+            grown = time.monotonic()
+        elif size > begin and time.monotonic() - grown > WRITTEN_S:
             break
     return os.pread(descriptor, size - begin, begin).decode(errors="replace")
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process is stopped, or has ended, and so writes nothing; False where the system does not say."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "TtZX"
+    return False

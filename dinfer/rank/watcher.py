@@ -43,8 +43,8 @@ ORPHAN_S = 10.0
 LIFE_S = 0.5
 """How often the system is asked how the rank's process is, which takes longer than all the rest of a tick."""
 
-DUMP_S = 0.3
-"""How long a rank may take to write where its threads stand; meanwhile nothing is published."""
+DUMP_S = 1.0
+"""How long a rank may take to write its stacks; meanwhile the watcher publishes nothing."""
 
 Message = dict[str, Any]
 

@@ -7,7 +7,7 @@ from typing import Protocol
 from dinfer.cluster.ranks import RankStates
 from dinfer.engine.board import Stand
 from dinfer.engine.engine import Engine
-from dinfer.engine.threads import OpFailed
+from dinfer.engine.lanes import OpFailed
 from dinfer.errors import DinferError
 from dinfer.messages import Message
 from dinfer.plan.cut import Cut

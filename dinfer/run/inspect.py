@@ -17,7 +17,7 @@ from dinfer.kv.reference.reports import Examined, HeldDigests, ToleranceMeasure,
 from dinfer.kv.source import Selection, Subject
 from dinfer.kv.view import KV, kv_of
 from dinfer.messages import Message
-from dinfer.model.fingerprint import fingerprint
+from dinfer.model.checkpoint import fingerprint
 from dinfer.model.text import texts_of
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import within

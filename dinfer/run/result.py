@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dinfer.cluster.ranks import RankState
+from dinfer.display import Table
 from dinfer.engine.corruption import Corruption
 from dinfer.job import Job
 from dinfer.trace.events import Event
@@ -81,24 +82,34 @@ def write_json(result: dict[str, Any], path: str | Path) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """The figures at the end of a run, one line a rank and one a link."""
-    lines = [
-        "rank  device   prefill s  compute s  exposed sync s  decode s  waiting s  wire s     sent MB  received MB",
-        *(_rank_line(rank) for rank in result["ranks"]),
+    seconds = ("prefill", "compute", "exposed_sync", "decode", "waiting", "wire")
+    columns = [
+        "rank",
+        "device",
+        *(f"{name.replace('_', ' ')} s" for name in seconds),
+        "sent MB",
+        "received MB",
     ]
-    if result["links"]:
-        lines += ["", "link   transfers         MB  median ms     MB/s on the wire"]
-    for link in result["links"]:
-        speed = f"{link['bytes_per_s'] / 1e6:,.0f}" if link["bytes_per_s"] else "-"
-        lines.append(
-            f"{link['source']}→{link['target']:<4} {link['transfers']:>9}  {link['bytes'] / 1e6:>9.3f}"
-            f"  {link['median_transfer_s'] * 1e3:>9.2f}  {speed:>19}"
-        )
-    return "\n".join(lines)
-
-
-def _rank_line(rank: dict[str, Any]) -> str:
-    return (
-        f"{rank['rank']:>4}  {rank['device']:<7}  {rank['prefill_s']:>9.3f}  {rank['compute_s']:>9.3f}"
-        f"  {rank['exposed_sync_s']:>14.3f}  {rank['decode_s']:>8.3f}  {rank['waiting_s']:>9.3f}"
-        f"  {rank['wire_s']:>6.3f}  {rank['sent_bytes'] / 1e6:>10.3f}  {rank['received_bytes'] / 1e6:>11.3f}"
-    )
+    ranks = [
+        [
+            rank["rank"],
+            rank["device"],
+            *(f"{rank[f'{name}_s']:.3f}" for name in seconds),
+            *(f"{rank[f'{name}_bytes'] / 1e6:.3f}" for name in ("sent", "received")),
+        ]
+        for rank in result["ranks"]
+    ]
+    links = [
+        [
+            f"{link['source']}→{link['target']}",
+            link["transfers"],
+            f"{link['bytes'] / 1e6:.3f}",
+            f"{link['median_transfer_s'] * 1e3:.2f}",
+            f"{link['bytes_per_s'] / 1e6:,.0f}" if link["bytes_per_s"] else "-",
+        ]
+        for link in result["links"]
+    ]
+    tables = [Table(columns, ranks)]
+    if links:
+        tables.append(Table(["link", "transfers", "MB", "median ms", "MB/s on the wire"], links))
+    return "\n\n".join(map(str, tables))

@@ -1,5 +1,5 @@
 """Saved runs: a run as a folder of plain files, written from ranks and read without any.
 
 Imports `cluster` and what lies below. Start at `format`, the list of files; `write` and `read` are the two directions,
-`source` makes a folder a source of KV.
+`saved` is what `dinfer.open` returns.
 """

@@ -1,8 +1,8 @@
-"""Format: the names of files and tensors of a saved run, which its writer and its reader share."""
+"""Format: the files of a saved run, the names of the tensors in them, and a description of both for FORMAT.md."""
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from dinfer.engine.prompt import Edit
 from dinfer.errors import DinferError
 from dinfer.kv.ledger import BlockKey
 from dinfer.plan.faults import Fault
+from dinfer.plan.plan import Plan
 from dinfer.saved.replay.record import Own
 from dinfer.trace.export import FORMAT as TRACE_FORMAT
 
@@ -28,7 +29,7 @@ _KV_FILE = re.compile(r"kv\.layer\d+\.safetensors")
 
 
 class SavedError(DinferError, ValueError):
-    """A folder that is no saved run, is damaged, or cannot be written; or something that one does not hold."""
+    """A folder is no saved run, is damaged, cannot be written, or lacks something that was asked for."""
 
 
 def kv_file(layer: int) -> str:
@@ -36,17 +37,17 @@ def kv_file(layer: int) -> str:
 
 
 def is_part(name: str) -> bool:
-    """Whether a file of this name belongs to a saved run."""
+    """Whether a saved run may have a file of this name."""
     return name in (RUN, DESCRIBED, PLAN, TRACE, DIGESTS, HIDDEN) or bool(_KV_FILE.fullmatch(name))
 
 
 def rows_name(rank: int, layer: int) -> str:
-    """Of the rows' digests as they are."""
+    """The rows' digests."""
     return f"rank{rank}.layer{layer}.rows"
 
 
 def came_name(rank: int, layer: int, chunk: int) -> str:
-    """Of the rows' digests as the block had come, where that was otherwise."""
+    """The rows' digests by the ledger, of a block that has changed since."""
     return f"rank{rank}.layer{layer}.chunk{chunk}.came"
 
 
@@ -55,7 +56,7 @@ def ledger_name(rank: int) -> str:
 
 
 def piece_name(rank: int, start: int) -> str:
-    """Of values: the rows from one place on."""
+    """The values of the rows from one place on."""
     return f"rank{rank}.rows{start}"
 
 
@@ -64,7 +65,7 @@ def final_name(rank: int) -> str:
 
 
 def edit_name(rank: int, number: int, what: str, chunk: int, layer: int) -> str:
-    """Of a block ("kv") or a hidden state ("hidden") that the user has left otherwise."""
+    """A block ("kv") or a hidden state ("hidden") as the user has left it."""
     return f"rank{rank}.edit{number}.{what}.chunk{chunk}.layer{layer}"
 
 
@@ -73,9 +74,21 @@ def hidden_name(rank: int, chunk: int, layer: int) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """In hex."""
+    """The file's SHA-256, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def first_holder(plan: Plan, ranks: Sequence[int], layer: int) -> int:
+    """The rank whose rows and values of a layer are always saved: its owner, if that is one of these ranks."""
+    owner = plan.shape.owners[layer]
+    return owner if owner in ranks else ranks[0]
+
+
+def pieces(spans: Sequence[range], rows: int) -> list[range]:
+    """The places of a layer with so many rows: those of each span, then those after the last."""
+    parts = [*spans, range(spans[-1].stop, max(rows, spans[-1].stop))]
+    return [range(part.start, min(part.stop, rows)) for part in parts if part.start < min(part.stop, rows)]
 
 
 DESCRIPTION = f"""# A saved run of dinfer, version {VERSION}
@@ -93,7 +106,7 @@ cache: the token's, and more of them where rows were appended twice.
 * `format`, `version`: "{FORMAT}" and {VERSION}. `made`, `dinfer`: when, and by which version of dinfer, as
   text.
 * `ids`, `tokens`: token ids of the prompt, and of the new tokens.
-* `texts`: of each of both its text in whole characters; null: not told. (A tokenizer makes it of the ids.)
+* `texts`: the text of each of them in whole characters; null: not saved. (A tokenizer makes it of the ids.)
 * `kv`: `heads`, `head_dim`, `dtype` (such as "bfloat16"), and `layers`, those whose values are here.
 * `hidden`: whether `{HIDDEN}` is here.
 * `checkpoint`: `path`, and `fingerprint`, any text: only runs where it is equal are compared.
@@ -102,13 +115,13 @@ cache: the token's, and more of them where rows were appended twice.
 * `standing`: by rank, where it stood, in words; "" at its end.
 * `positions`: by rank and lane of the plan, how many ops were done. May be left out.
 * `edited`, `faults`: what was changed by hand, and which faults were armed, in words. May be left out.
-* `ranks`: of each rank that could be asked its `rank` and, by layer, `spans`, how many of the spans it held,
+* `ranks`: of each rank that answered its `rank` and, by layer, `spans`, how many of the spans it held,
   counted from the first, and `rows`, how many places.
-* `own`: by rank, what a replay of it alone needs beside: its `device`; the new `tokens` that it made; by lane of
+* `own`: by rank, what else a replay of it alone needs: its `device`; the new `tokens` that it made; by lane of
   the plan, whether the next op had `begun`; whether a `final` state had come to it; its user's `edits`, each the
   `positions` of its lanes and [chunk, layer] of `kv` and `hidden`; the `faults` that struck there, with the
   fields of `Fault` in dinfer/plan/faults.py. May be left out; so may `positions`: nothing can be replayed then.
-* `evidence`: what was known of the ranks' doings when it was saved, of which `verdict()` is made: `signs`, by
+* `evidence`: what was known of the ranks when it was saved, from which `verdict()` is made: `signs`, by
   rank, with the fields of `Signs` in dinfer/verdict/signs.py; `sizes`, the bytes of one token's K and V of a
   layer and of its hidden state; `stacks`, by rank, as text; `ahead_s`, 0 will do; `told`, the verdict's
   sentence. May be left out.
@@ -156,7 +169,7 @@ A file for each layer of `kv.layers`.
 
 
 def own_values(own: Own) -> dict[str, Any]:
-    """As plain values."""
+    """The record as plain values, for run.json."""
     return {
         "device": own.device,
         "tokens": list(own.tokens),
@@ -175,7 +188,7 @@ def own_values(own: Own) -> dict[str, Any]:
 
 
 def own_tensors(rank: int, own: Own) -> dict[str, Tensor]:
-    """By their names in the file."""
+    """Its tensors, by their names in the file."""
     found = {} if own.final is None else {final_name(rank): own.final}
     for number, edit in enumerate(own.edits):
         for what, tensors in (("kv", edit.kv), ("hidden", edit.hidden)):
@@ -184,7 +197,7 @@ def own_tensors(rank: int, own: Own) -> dict[str, Tensor]:
 
 
 def own_from(values: Mapping[str, Any], rank: int, tensor: Callable[[str], Tensor]) -> Own:
-    """From these values; `tensor` gives one by its name."""
+    """The record from these values; `tensor(name)` reads a tensor."""
 
     def edited(number: int, what: str, keys: list[list[int]]) -> dict[BlockKey, Tensor]:
         return {(chunk, layer): tensor(edit_name(rank, number, what, chunk, layer)) for chunk, layer in keys}

@@ -1,19 +1,30 @@
-"""Reading: a folder, taken apart and checked; or the trace of a report. What cannot be read is told in one message."""
+"""Read: the parts of a saved folder, checked: its plan, trace, KV as a Source, and records of ranks for replays.
+
+Whatever cannot be read raises a SavedError that names the file.
+"""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dinfer.config import Config
-from dinfer.kv.source import Subject
+from dinfer.kv.digests import as_numbers, block_digests, row_digests
+from dinfer.kv.ledger import BlockKey
+from dinfer.kv.measure import per_head
+from dinfer.kv.rows import numbers_text
+from dinfer.kv.source import HeldSpans, Noted, Subject, ViewableSource
+from dinfer.messages import Message
 from dinfer.plan.ops import PlanError
 from dinfer.plan.plan import Plan, parse_plan
 from dinfer.saved.format import (
+    DIGESTS,
     FORMAT,
     HIDDEN,
     PLAN,
@@ -21,19 +32,189 @@ from dinfer.saved.format import (
     TRACE,
     VERSION,
     SavedError,
+    came_name,
+    first_holder,
     hidden_name,
+    kv_file,
+    ledger_name,
     own_from,
+    piece_name,
+    pieces,
+    rows_name,
     sha256_of,
 )
 from dinfer.saved.replay.record import RankRecord, check_rank, entered
-from dinfer.saved.source import SavedSource, Tensors
 from dinfer.trace.export import TraceError
 from dinfer.trace.read import read_jsonl
 from dinfer.trace.trace import Trace
 
 
+class Tensors:
+    """The tensors of one file, which stays open; each is read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with _readable(path):
+            opened: Any = safe_open(path, framework="pt")  # its methods have no types
+            self._file = opened
+            self.names = frozenset(opened.keys())
+
+    def get(self, name: str) -> Tensor | None:
+        """The tensor of that name; None if the file has none. Raises SavedError."""
+        if name not in self.names:
+            return None
+        with _readable(self._path):
+            found: Tensor = self._file.get_tensor(name)
+        return found
+
+    def one(self, name: str) -> Tensor:
+        """The same for a tensor that must be there."""
+        found = self.get(name)
+        if found is None:
+            raise SavedError(f"{str(self._path)!r} is damaged: it has no tensor {name}.")
+        return found
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raises SavedError if the file is missing, or cannot be read meanwhile."""
+    if not path.is_file():
+        raise SavedError(f"{str(path.parent)!r} is damaged: {path.name} is missing.")
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise SavedError(f"{str(path)!r} is damaged: {error}.") from None
+
+
+KEPT = 16
+"""of how many layers, counted by rank, the row digests are kept in memory"""
+
+
+class SavedSource(ViewableSource):
+    """The KV in a folder; `ranks` and `layers` as in its run.json: see format. Raises SavedError for what it lacks."""
+
+    def __init__(
+        self, folder: Path, subject: Subject, ranks: Sequence[dict[str, Any]], layers: Sequence[int]
+    ) -> None:
+        self.subject, self._folder, self._layers = subject, folder, tuple(layers)
+        self._held = {one["rank"]: HeldSpans(tuple(one["spans"]), tuple(one["rows"])) for one in ranks}
+        self.ranks = list(self._held)
+        self._digests = Tensors(folder / DIGESTS)
+        self._file = lru_cache(lambda layer: Tensors(folder / kv_file(layer)))
+        self._rows = lru_cache(KEPT)(self._read_rows)
+
+    @property
+    def bytes_moved(self) -> int:
+        """0: nothing moves between ranks."""
+        return 0
+
+    def held(self, ranks: Sequence[int]) -> list[HeldSpans]:
+        self._check(ranks)
+        return [self._held[rank] for rank in ranks]
+
+    def digests(self, ranks: Sequence[int], layers: Sequence[int], spans: Sequence[range]) -> list[Tensor]:
+        return [
+            torch.stack(
+                [
+                    torch.stack([block_digests(self.rows(rank, layer, span)) for span in spans])
+                    for layer in layers
+                ]
+            )
+            for rank in ranks
+        ]
+
+    def noted(self, ranks: Sequence[int], layers: Sequence[int]) -> list[dict[BlockKey, Noted]]:
+        self._check(ranks)
+        return [self._notes(rank, layers) for rank in ranks]
+
+    def noted_rows(self, rank: int, chunk: int, layer: int) -> Tensor | None:
+        if (chunk, layer) not in self._notes(rank, [layer]):
+            return None
+        came = self._digests.get(came_name(rank, layer, chunk))
+        return self.rows(rank, layer, self.subject.spans[chunk]) if came is None else came
+
+    def rows(self, rank: int, layer: int, places: range) -> Tensor:
+        return self._rows(rank, layer)[places.start : places.stop]
+
+    def values(self, rank: int, layer: int, places: Sequence[int]) -> Tensor:
+        self._check([rank])
+        if not self.has_values(layer):
+            raise SavedError(
+                f"{self.subject.name} holds no values of layer {layer}: it was saved with {self.holds}."
+            )
+        asked, rows = set(places), self._held[rank].rows[layer]
+        needed = [piece for piece in pieces(self.subject.spans, rows) if not asked.isdisjoint(piece)]
+        if not needed:
+            return self._piece(rank, layer, pieces(self.subject.spans, rows)[0])[:0]
+        read = torch.cat([self._piece(rank, layer, piece) for piece in needed])
+        at = {place: n for n, place in enumerate(place for piece in needed for place in piece)}
+        return read[[at[place] for place in places]]
+
+    def has_values(self, layer: int) -> bool:
+        return layer in self._layers
+
+    def summary(self, rank: int, layer: int, places: range) -> Message:
+        return per_head(self.values(rank, layer, places))
+
+    def part(self, rank: int, layer: int, tensor: int, heads: Sequence[int], places: Sequence[int]) -> Tensor:
+        return self.values(rank, layer, places)[:, tensor].transpose(0, 1)[list(heads)]
+
+    @property
+    def holds(self) -> str:
+        """Which values the folder has, in words."""
+        if not self._layers:
+            return "only digests"
+        return f"values of layer{'s' * (len(self._layers) > 1)} {numbers_text(self._layers)}"
+
+    # -- within
+
+    def _check(self, ranks: Sequence[int]) -> None:
+        if missing := [rank for rank in ranks if rank not in self._held]:
+            there = ", ".join(map(str, self._held)) or "no rank"
+            raise SavedError(
+                f"{self.subject.name} has nothing of rank {missing[0]}: when it was saved, {there} answered."
+            )
+
+    def _first(self, layer: int) -> int:
+        return first_holder(self.subject.plan, list(self._held), layer)
+
+    def _notes(self, rank: int, layers: Sequence[int]) -> dict[BlockKey, Noted]:
+        ledger = self._digests.get(ledger_name(rank))
+        lines = [] if ledger is None else [line for line in ledger if int(line[1]) in layers]
+        return {
+            (int(line[0]), int(line[1])): Noted(as_numbers(line[3:5]), as_numbers(line[5:7]), bool(line[2]))
+            for line in lines
+        }
+
+    def _read_rows(self, rank: int, layer: int) -> Tensor:
+        self._check([rank])
+        own = self._digests.get(rows_name(rank, layer))
+        found = self._digests.one(rows_name(self._first(layer), layer)) if own is None else own
+        wanted = (self._held[rank].rows[layer], 2, self.subject.kv_heads)
+        if tuple(found.shape) != wanted:
+            raise SavedError(
+                f"{self.subject.name} is damaged: the digests of layer {layer} on rank {rank} are "
+                f"{tuple(found.shape)}, and should be {wanted}."
+            )
+        return found
+
+    def _piece(self, rank: int, layer: int, piece: range) -> Tensor:
+        file = self._file(layer)
+        own = file.get(piece_name(rank, piece.start))
+        found = file.one(piece_name(self._first(layer), piece.start)) if own is None else own
+        if not torch.equal(row_digests(found), self.rows(rank, layer, piece)):
+            raise SavedError(
+                f"{str(self._folder / kv_file(layer))!r} is damaged: rows {piece.start}–{piece.stop - 1} of rank "
+                f"{rank} do not match their digests."
+            )
+        return found
+
+
+# -- the parts of a folder
+
+
 def read_about(folder: Path) -> dict[str, Any]:
-    """What `run.json` says. Raises SavedError where this is no saved run, or one of a newer format."""
+    """What `run.json` says. Raises SavedError for a folder that is no saved run, and for a newer format."""
     path = folder / RUN
     if not path.is_file():
         raise SavedError(f"{str(folder)!r} is no saved run: it has no {RUN}. run.save(folder) makes one.")
@@ -71,7 +252,7 @@ def read_trace(folder: Path, about: dict[str, Any]) -> Trace:
 
 
 def read_source(folder: Path, about: dict[str, Any], plan: Plan) -> SavedSource:
-    with damage_told(folder):
+    with well_formed(folder):
         kv, texts = about["kv"], about.get("texts")
         subject = Subject(
             name=f"saved run {folder.name!r}",
@@ -90,17 +271,17 @@ def read_source(folder: Path, about: dict[str, Any], plan: Plan) -> SavedSource:
 
 
 def check_sum(folder: Path, name: str, about: dict[str, Any]) -> None:
-    """Raises SavedError where a file is missing, or is not the one that was written."""
+    """Raises SavedError if the file is missing, or is not the one that was written."""
     if not (folder / name).is_file():
         raise SavedError(f"{str(folder)!r} is damaged: {name} is missing.")
-    said = about.get("files", {}).get(name)
-    if said is not None and sha256_of(folder / name) != said:
+    expected = about.get("files", {}).get(name)
+    if expected is not None and sha256_of(folder / name) != expected:
         raise SavedError(f"{str(folder)!r} is damaged: {name} is not what was written (its SHA-256 differs).")
 
 
 @contextmanager
-def damage_told(folder: Path) -> Iterator[None]:
-    """What `run.json` lacks, or says in another form."""
+def well_formed(folder: Path) -> Iterator[None]:
+    """Raises SavedError if what is done meanwhile misses something in `run.json`, or finds another form."""
     try:
         yield
     except SavedError:
@@ -120,15 +301,15 @@ def _dtype(name: str) -> torch.dtype:
 def read_record(
     folder: Path, about: dict[str, Any], source: SavedSource, rank: int, failure: str
 ) -> RankRecord:
-    """Of that rank. Raises PlanError for no such rank, SavedError where the folder does not hold what is needed."""
+    """The record of that rank. Raises PlanError for an unknown rank, SavedError if the folder lacks what is needed."""
     subject, plan = source.subject, source.subject.plan
     check_rank(rank, plan)
     if str(rank) not in about.get("own", {}) or not about.get("positions"):
-        there = "it was saved with hidden=False" if not about.get("hidden") else "the rank could not be asked"
+        there = "it was saved with hidden=False" if not about.get("hidden") else "the rank did not answer"
         raise SavedError(f"{subject.name} holds nothing to replay rank {rank} from: {there}.")
     check_sum(folder, HIDDEN, about)
     states = Tensors(folder / HIDDEN)
-    with damage_told(folder):
+    with well_formed(folder):
         own = own_from(about["own"][str(rank)], rank, states.one)
         positions = tuple(about["positions"][rank])
         return RankRecord(
@@ -167,7 +348,7 @@ def _config(about: dict[str, Any], ids: tuple[int, ...]) -> Config:
 
 
 def _block(source: SavedSource, rank: int, chunk: int, layer: int) -> Tensor:
-    """Raises KeyError where its values were not saved."""
+    """Raises KeyError if its values were not saved."""
     if not source.has_values(layer):
         raise KeyError((chunk, layer))
     return source.values(rank, layer, source.subject.spans[chunk])

@@ -1,4 +1,4 @@
-"""Saved: a run that was saved, as its user holds it: without a cluster, and without the checkpoint."""
+"""Saved: what `dinfer.open` returns: a saved run, or the trace of a report, without a cluster or a checkpoint."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,16 +19,17 @@ from dinfer.plan.ops import PlanError
 from dinfer.plan.plan import Plan
 from dinfer.saved.format import DIGESTS, HIDDEN, SavedError, hidden_name
 from dinfer.saved.read import (
+    SavedSource,
+    Tensors,
     check_sum,
-    damage_told,
     read_about,
     read_plan,
     read_record,
     read_source,
     read_trace,
+    well_formed,
 )
 from dinfer.saved.replay.replay import Replay
-from dinfer.saved.source import SavedSource, Tensors
 from dinfer.trace.export import TraceError
 from dinfer.trace.findings import Findings, findings_of
 from dinfer.trace.read import read_traces
@@ -38,26 +39,26 @@ from dinfer.verdict.verdict import Verdict
 Write = Callable[[Trace, Path], Path]
 
 MOVING = ("running", "decoding")
-"""states of a run that is saved though it did not stand: it hung"""
+"""a run that was saved in one of these states had hung"""
 
 _OTHERS = ": a folder that run.save has written does"
 
 
 class Saved(Displayable):
-    """What every saved run has: `trace`, and `findings`. `path`: where it was read from; `write`: of views, writes
-    reports. This much a report holds; a folder holds more."""
+    """What a report holds of a run: `trace` and `findings`. A folder holds more: see `SavedFolder`. `path`: where it
+    was read from; `write`: writes reports."""
 
     def __init__(self, path: Path, trace: Trace, write: Write | None = None) -> None:
         self.path, self.trace, self._write = path, trace, write
 
     @property
     def findings(self) -> Findings:
-        """What was known of the run beside its events."""
+        """What was known of the run besides its events."""
         return findings_of(self.trace)
 
     @property
     def plan(self) -> Plan:
-        """What every rank was to do."""
+        """The ops of every rank."""
         raise self._lacks(f"plan{_OTHERS}")
 
     def source(self) -> SavedSource:
@@ -65,37 +66,37 @@ class Saved(Displayable):
         raise self._lacks(f"KV{_OTHERS}")
 
     def kv(self, *, layer: int | None = None, chunk: int | None = None, rank: int | None = None) -> KV:
-        """The KV that the ranks held, as `run.kv` gives it. Raises PlanError for what there was not, SavedError for
-        values that were not saved."""
+        """The KV that the ranks held: see `run.kv`. Raises PlanError for an unknown layer, chunk or rank, SavedError
+        for values that were not saved."""
         return kv_of(self.source, layer=layer, chunk=chunk, rank=rank)
 
     def diff(self, other: "Other | Source | None" = None, values: int | None = VALUES) -> Diff:
-        """Where the ranks differed, or where this differs from another run, saved or live: see `KV.diff`."""
+        """Where the ranks differed from one another or, given another run, saved or live, from that: see `KV.diff`."""
         return self.kv().diff(other, values=values)
 
-    def hidden(self, *, rank: int, chunk: int) -> Tensor:  # noqa: ARG002 - of a folder
+    def hidden(self, *, rank: int, chunk: int) -> Tensor:  # noqa: ARG002 - used by folders
         """The hidden state of a chunk that entered a rank, [tokens, hidden_size]. Raises SavedError."""
         raise self._lacks(f"hidden states{_OTHERS}")
 
     def verdict(self) -> Verdict:
-        """Why the run did not move, or that it did; worked out anew from where it stood."""
+        """Why the run did not move, or that it did; judged again from where it stood."""
         raise self._lacks(f"signs of life to work a verdict out from{_OTHERS}")
 
     def replay(
         self,
-        rank: int,  # noqa: ARG002 - of a folder
+        rank: int,  # noqa: ARG002 - used by folders
         *,
         model_path: str = "",  # noqa: ARG002
         device: str = "",  # noqa: ARG002
         decoder: Decoder | None = None,  # noqa: ARG002
     ) -> Replay:
         """One rank of the run alone, without its peers, up to where it stood: see `run.replay`. It needs the run's
-        checkpoint: `model_path` says where that lies here. Raises PlanError for no such rank, SavedError and
-        RecordError for what was not saved, and for another checkpoint."""
+        checkpoint; `model_path`: where that is on this machine. Raises PlanError for an unknown rank, SavedError or
+        RecordError for what was not saved, RecordError for another checkpoint."""
         raise self._lacks("hidden states to replay a rank from")
 
     def report(self, path: str | Path = "report.html") -> Path:
-        """Write it to one HTML file; where it is."""
+        """Write it as one HTML file, and return where that is."""
         if self._write is None:
             raise NotPossible("this was opened without views: use dinfer.open(…).")
         return self._write(self.trace, Path(path))
@@ -104,11 +105,11 @@ class Saved(Displayable):
         return f"{self.path.name}: a trace of {len(self.trace.events)} events, {self.findings.state or 'no state'}"
 
     def _lacks(self, what: str) -> SavedError:
-        return SavedError(f"{str(self.path)!r} holds a trace and findings, and no {what}.")
+        return SavedError(f"{str(self.path)!r} holds a trace and findings, but no {what}.")
 
 
 class SavedFolder(Saved):
-    """A folder, with all that was saved. `about` is what its `run.json` says."""
+    """A folder that `run.save` has written. `about` is what its `run.json` says."""
 
     def __init__(self, folder: Path, write: Write | None = None) -> None:
         self.about: dict[str, Any] = read_about(folder)
@@ -123,7 +124,7 @@ class SavedFolder(Saved):
 
     def source(self) -> SavedSource:
         if not self._source.ranks:
-            raise self._lacks("KV, since no rank could be asked when it was saved")
+            raise self._lacks("KV, since no rank answered when it was saved")
         return self._source
 
     def hidden(self, *, rank: int, chunk: int) -> Tensor:
@@ -151,11 +152,11 @@ class SavedFolder(Saved):
         return Replay(recorded, model_path=model_path, device=device, decoder=decoder)
 
     def verdict(self) -> Verdict:
-        with damage_told(self.path):
-            said = self.about.get("evidence")
-            if said is None:
+        with well_formed(self.path):
+            evidence = self.about.get("evidence")
+            if evidence is None:
                 raise self._lacks("signs of life to work a verdict out from")
-            return HangEvidence.of(said).judge(self.plan)
+            return HangEvidence.of(evidence).judge(self.plan)
 
     def __str__(self) -> str:
         plan, subject = self.plan, self._source.subject
@@ -166,7 +167,7 @@ class SavedFolder(Saved):
             f"{self._state_text()}{f', {new} new tokens' * bool(new)}",
             f"ranks {ranks}: {self._source.holds}{', hidden states' * bool(self.about.get('hidden'))}"
             if ranks
-            else "no KV: no rank could be asked when it was saved",
+            else "no KV: no rank answered when it was saved",
             *[f"it stood {subject.stands}"] * any(subject.standing),
             *[self.findings.failure.partition("\n")[0]] * bool(self.findings.failure),
             *[f"edited by hand: {', '.join(self.about.get('edited', ()))}"] * bool(self.about.get("edited")),
@@ -186,7 +187,7 @@ class SavedFolder(Saved):
 
 
 def open_saved(path: str | Path, write: Write | None = None) -> Saved:
-    """What `run.save` or `run.report` has written. Raises SavedError for what is neither."""
+    """Open what `run.save` or `run.report` has written. Raises SavedError for anything else."""
     found = Path(path).expanduser()
     if found.is_dir():
         return SavedFolder(found.resolve(), write)

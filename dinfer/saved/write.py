@@ -1,4 +1,7 @@
-"""Writing: a run as a folder, from what its session knows and what its ranks hold."""
+"""Write: saves a run as a folder, from what its session knows and what its ranks hold.
+
+What several ranks hold alike is written once. A folder appears only when all of it has been written.
+"""
 
 import json
 import os
@@ -7,32 +10,42 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dinfer.cluster.kv import Live
+from dinfer.kv.digests import as_numbers, block_digests
+from dinfer.kv.source import HeldSpans, Noted, Source
 from dinfer.kv.view import say_size
 from dinfer.monitor.signs import HangEvidence
-from dinfer.saved.collect import Taken, size_of, take_digests, take_hidden, take_layer
 from dinfer.saved.format import (
     DESCRIBED,
     DESCRIPTION,
     DIGESTS,
     FORMAT,
     HIDDEN,
+    LEDGER_COLUMNS,
     PLAN,
     RUN,
     TRACE,
     VERSION,
     SavedError,
+    came_name,
+    first_holder,
+    hidden_name,
     is_part,
     kv_file,
+    ledger_name,
     own_tensors,
     own_values,
+    piece_name,
+    pieces,
+    rows_name,
     sha256_of,
 )
 from dinfer.saved.replay.record import Own
@@ -42,8 +55,8 @@ from dinfer.version import __version__
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A folder to write to, which takes the place of `path` once all is written, and is gone if that fails. Raises
-    SavedError where something is there that is not a saved run."""
+    """A new folder to write to, which replaces `path` at the end; if writing fails it is deleted, and `path` is left as
+    it was. Raises SavedError as `check_free` does."""
     target = Path(path).expanduser().resolve()
     check_free(target)
     part = _beside(target, "part")
@@ -59,7 +72,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def check_free(target: Path) -> None:
-    """Raises SavedError unless nothing is there, or an empty folder, or a saved run, and the folder can be made."""
+    """Raises SavedError unless `target` can be created, or is an empty folder or a saved run, which may be replaced."""
     if target.exists() and not target.is_dir():
         raise SavedError(f"{str(target)!r} is a file: a run is saved as a folder, so give another name.")
     names = sorted(one.name for one in target.iterdir()) if target.is_dir() else []
@@ -69,11 +82,11 @@ def check_free(target: Path) -> None:
         raise SavedError(
             f"{str(target)!r} holds {found}, and is no saved run that could be replaced: give another folder."
         )
-    there = next(one for one in target.parents if one.exists())  # the root at last
+    there = next(one for one in target.parents if one.exists())  # at worst the root
     if not there.is_dir():
         raise SavedError(f"{str(there)!r} is a file, so no folder can be made in it: give another name.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise SavedError(f"no folder can be made in {str(there)!r}: you may not write there.")
+        raise SavedError(f"no folder can be made in {str(there)!r}: you have no permission to write there.")
 
 
 def _put(part: Path, target: Path) -> None:
@@ -94,15 +107,106 @@ def _beside(target: Path, what: str) -> Path:
     return target.with_name(f".{target.name}.{uuid4().hex[:8]}.{what}")
 
 
+# -- what is saved of a source
+
+
+class SavedDigests(NamedTuple):
+    """What some ranks hold, and by rank and layer the digests of their rows; `tensors`: those of the digests file."""
+
+    held: dict[int, HeldSpans]
+    rows: dict[tuple[int, int], Tensor]
+    tensors: dict[str, Tensor]
+
+
+def digests_of(source: Source, ranks: Sequence[int]) -> SavedDigests:
+    """The digests of all rows, and the ledgers."""
+    layers = range(source.subject.plan.shape.layers)
+    held = dict(zip(ranks, source.held(ranks), strict=True))
+    rows = {
+        (rank, layer): source.rows(rank, layer, range(held[rank].rows[layer]))
+        for rank in ranks
+        for layer in layers
+    }
+    tensors = dict[str, Tensor]()
+    for (rank, layer), digests in rows.items():
+        first = first_holder(source.subject.plan, ranks, layer)
+        if rank == first or not torch.equal(digests, rows[first, layer]):
+            tensors[rows_name(rank, layer)] = digests
+    for rank, noted in zip(ranks, source.noted(ranks, layers), strict=True):
+        tensors[ledger_name(rank)] = _ledger(noted)
+        tensors |= _changed_since(source, rank, noted, rows)
+    return SavedDigests(held, rows, tensors)
+
+
+def values_of(source: Source, taken: SavedDigests, layer: int) -> dict[str, Tensor]:
+    """The values of one layer: those of the first holder, and of the other ranks those that differ."""
+    ranks, spans = list(taken.held), source.subject.spans
+    first = first_holder(source.subject.plan, ranks, layer)
+    right, found = taken.rows[first, layer], dict[str, Tensor]()
+    for rank in ranks:
+        mine = taken.rows[rank, layer]
+        for piece in pieces(spans, len(mine)):
+            at = slice(piece.start, piece.stop)
+            if rank == first or not torch.equal(mine[at], right[at]):
+                found[piece_name(rank, piece.start)] = source.values(rank, layer, piece)
+    return found
+
+
+def size_of(source: Source, taken: SavedDigests, layers: Sequence[int]) -> int:
+    """About how many bytes the values of these layers take: those of the first holders."""
+    ranks = list(taken.held)
+    rows = sum(len(taken.rows[first_holder(source.subject.plan, ranks, layer), layer]) for layer in layers)
+    return rows * source.subject.row_nbytes
+
+
+def hidden_of(source: Live, ranks: Sequence[int]) -> dict[str, Tensor]:
+    """The hidden states that have entered these ranks."""
+    return {
+        hidden_name(rank, chunk, layer): source.hidden(rank, chunk, layer)
+        for rank in ranks
+        for chunk, layer in sorted(source.hidden_first(rank).items())
+    }
+
+
+def _ledger(noted: dict[tuple[int, int], Noted]) -> Tensor:
+    lines = [
+        [*key, int(one.edited), *map(_signed, (*one.came, *one.announced))]
+        for key, one in sorted(noted.items())
+    ]
+    return torch.tensor(lines, dtype=torch.int64).reshape(-1, LEDGER_COLUMNS)
+
+
+def _changed_since(
+    source: Source, rank: int, noted: dict[tuple[int, int], Noted], rows: dict[tuple[int, int], Tensor]
+) -> dict[str, Tensor]:
+    """The ledger's row digests of blocks that have changed since."""
+    found = dict[str, Tensor]()
+    for (chunk, layer), one in noted.items():
+        span = source.subject.spans[chunk]
+        now = rows[rank, layer][span.start : span.stop]
+        if one.came != as_numbers(block_digests(now)):
+            came = source.noted_rows(rank, chunk, layer)
+            found |= {} if came is None else {came_name(rank, layer, chunk): came}
+    return found
+
+
+def _signed(number: int) -> int:
+    """An unsigned 64-bit number as a signed one, which tensors can hold."""
+    return number - (1 << 64) if number >> 63 else number
+
+
+# -- the folder
+
+
 CHECKED = (PLAN, TRACE, DIGESTS, HIDDEN)
-"""files whose SHA-256 is written down; values are checked by their rows' digests"""
+"""files whose SHA-256 is saved; values are checked by their rows' digests"""
 
 
 @dataclass(frozen=True)
 class Content:
-    """What to save. `source` is asked of these `ranks`; `told`: what the session knows, as plain values; `layers`: of
-    which to save values; `texts`: whether to save those of tokens; `own`: by rank, for replays, where hidden states are
-    to be saved."""
+    """What to save: of these `ranks` of `source`; `told`: what the session knows, as plain values; `layers`: those
+    whose values to save; `hidden`: whether to save hidden states; `texts`: whether to save the tokens' texts; `own`: by
+    rank, what a replay needs, if hidden states are saved."""
 
     source: Live
     ranks: tuple[int, ...]
@@ -116,13 +220,14 @@ class Content:
 
 
 def write(content: Content, path: str | Path) -> Path:
-    """Write the folder; where it is. Raises SavedError, and what a source raises; nothing is left behind then."""
+    """Write the folder, and return where it is. Raises SavedError, and what the source raises; then nothing is left."""
     check_free(Path(path).expanduser().resolve())  # before anything is fetched
     source, plan = content.source, content.source.subject.plan
-    taken = take_digests(source, content.ranks)
+    taken = digests_of(source, content.ranks)
     size = size_of(source, taken, content.layers)
     say_size(
-        size, "kv=[…] saves some layers only, and kv=False digests alone, which tell where, and not what"
+        size,
+        "kv=[…] saves only some layers, and kv=False only digests, which tell where KV differs, and not by what",
     )
     with replacing(path) as folder:
         (folder / DESCRIBED).write_text(DESCRIPTION, encoding="utf-8")
@@ -130,9 +235,9 @@ def write(content: Content, path: str | Path) -> Path:
         content.trace.export("jsonl", folder / TRACE)
         _write_tensors(folder / DIGESTS, taken.tensors)
         for layer in content.layers:
-            _write_tensors(folder / kv_file(layer), take_layer(source, taken, layer))
+            _write_tensors(folder / kv_file(layer), values_of(source, taken, layer))
         if content.hidden:
-            states = take_hidden(source, content.ranks)
+            states = hidden_of(source, content.ranks)
             for rank, own in content.own.items():
                 states |= own_tensors(rank, own)
             _write_tensors(folder / HIDDEN, states)
@@ -141,7 +246,7 @@ def write(content: Content, path: str | Path) -> Path:
     return Path(path).expanduser()
 
 
-def _about(content: Content, taken: Taken) -> dict[str, Any]:
+def _about(content: Content, taken: SavedDigests) -> dict[str, Any]:
     subject = content.source.subject
     tokens = subject.plan.shape.tokens
     return {
@@ -171,7 +276,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:  # a full disk, mostly
         raise SavedError(f"{path.name} could not be written: {error}") from None
-    shutil.copymode(path.parent / PLAN, path)  # not this user's alone, as safetensors makes it
+    shutil.copymode(path.parent / PLAN, path)  # safetensors makes it readable for this user alone
 
 
 def _sums(folder: Path) -> dict[str, str]:
@@ -179,7 +284,7 @@ def _sums(folder: Path) -> dict[str, str]:
 
 
 def chosen_layers(kv: bool | Sequence[int], count: int) -> tuple[int, ...]:
-    """Which layers' values to save. Raises SavedError for one that there is not."""
+    """The layers whose values to save. Raises SavedError for an unknown one."""
     if isinstance(kv, bool):
         return tuple(range(count)) if kv else ()
     if isinstance(kv, str) or not isinstance(kv, Iterable):

@@ -11,11 +11,11 @@ from dinfer.cluster.recovery import meet, recover
 from dinfer.config import Config, ConfigError
 from dinfer.display import Announced, Closing, DisplayableText
 from dinfer.errors import DinferError, NotPossible
-from dinfer.job import Job, prepare_load, prepare_loaded, threads_per_rank, without_settled
+from dinfer.job import Job, prepare_load, prepare_loaded, threads_per_rank, without_fixed
 from dinfer.messages import Message
 from dinfer.model.checkpoint import Spec
 from dinfer.model.text import load_tokenizer
-from dinfer.plan.custom import OwnSchedule
+from dinfer.plan.custom import CustomSchedule
 from dinfer.plan.plan import Plan
 from dinfer.run.failure import HANDED_ON, were_handed_on
 from dinfer.run.fleet import RankFailed
@@ -88,7 +88,7 @@ class Session(Announced, Closing):
         prompt: str | Sequence[int],
         *,
         paused: bool = False,
-        plan: Plan | str | OwnSchedule | None = None,
+        plan: Plan | str | CustomSchedule | None = None,
         **parameters: Any,
     ) -> Run:
         """A run of this prompt, text or token ids; with `paused` it stands before its first op.
@@ -103,7 +103,7 @@ class Session(Announced, Closing):
         if self.spec is None:
             self.load()
         assert self.spec
-        own = without_settled(parameters, self._config, self.spec)
+        own = without_fixed(parameters, self._config, self.spec)
         config = self._config.with_(**{"prompt_ids": (), **_prompt(prompt), **own})
         job = prepare_loaded(config, plan)
         own_plan = None if plan is None else job.plan

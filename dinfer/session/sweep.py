@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from dinfer.display import Displayable
+from dinfer.display import Displayable, Table
 from dinfer.job import Job
 from dinfer.run.report import Reporting
 from dinfer.run.run import Run
@@ -36,32 +36,27 @@ class Sweep(Displayable):
         return pandas.DataFrame(list(self.rows))
 
     def __str__(self) -> str:
-        above, cells = self._shown()
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
-        return "\n".join(filter(None, [above, *lines, self._left_text()]))
+        above, table = self._shown()
+        return "\n".join(filter(None, [above, str(table), self._left_text()]))
 
     def _repr_html_(self) -> str:
-        def line(tag: str, values: Sequence[str]) -> str:
-            return f"<tr>{''.join(f'<{tag}>{escape(value)}</{tag}>' for value in values)}</tr>"
+        above, table = self._shown()
+        shown = table._repr_html_() if len(table) else ""
+        return f"<div>{escape(above)}</div>{shown}<div>{escape(self._left_text())}</div>"
 
-        above, (head, *body) = self._shown()
-        table = f"<table>{line('th', head)}{''.join(line('td', row) for row in body)}</table>" if head else ""
-        return f"<div>{escape(above)}</div>{table}<div>{escape(self._left_text())}</div>"
-
-    def _shown(self) -> tuple[str, list[list[str]]]:
-        """What stands above the table, and its lines. A prompt that all runs share would only make it wider, and so
+    def _shown(self) -> tuple[str, Table]:
+        """What stands above the table, and the table. A prompt that all runs share would only make it wider, and so
         would errors that there are not."""
         if not self.rows:
-            return "no runs", [[]]
+            return "no runs", Table((), ())
         is_one, failed = (
             len({row["prompt"] for row in self.rows}) == 1,
             any(row.get("error") for row in self.rows),
         )
         left_out = {name for name, is_out in (("prompt", is_one), ("error", not failed)) if is_out}
         names = [name for name in self.rows[0] if name not in left_out]
-        cells = [names, *([_cell(row[name]) for name in names] for row in self.rows)]
-        return f"prompt: {_cell(self.rows[0]['prompt'])}" if is_one else "", cells
+        table = Table(names, ([_cell(row[name]) for name in names] for row in self.rows))
+        return f"prompt: {_cell(self.rows[0]['prompt'])}" if is_one else "", table
 
     def _left_text(self) -> str:
         return f"interrupted: {self.left} more runs were not begun" if self.left else ""

@@ -1,4 +1,4 @@
-"""Traces inside a web page, as JSON that no browser runs, and out of it again; a column a field, to be short."""
+"""Traces inside a web page, as JSON that browsers do not run, and back. To be short, each field is a column."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from dinfer.trace.trace import Trace
 FORMAT = "dinfer trace in columns 1"
 
 ELEMENT = "dinfer-trace"
-"""the start of the element's id; a number follows"""
+"""the element's id is this, a hyphen and a number"""
 
 _FIELDS = [item.name for item in fields(Event)]
 
@@ -23,7 +23,7 @@ _ELEMENTS = re.compile(rf'<script type="application/json" id="{ELEMENT}-\d+">(.*
 
 
 def script_json(value: Any) -> str:
-    """JSON that may stand inside a script element: it holds nothing that could end it."""
+    """JSON that may stand inside a script element: it contains nothing that could end the element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -31,7 +31,7 @@ def script_json(value: Any) -> str:
 
 
 def as_columns(trace: Trace) -> dict[str, Any]:
-    """The trace as plain values. Times count from when the run began; words are numbers of a list."""
+    """The trace as plain values. Times count from the start of the run; words are replaced by numbers."""
     began = min((event.ready for event in trace.events), default=0)
     columns: dict[str, Any] = {name: [getattr(event, name) for event in trace.events] for name in _FIELDS}
     for name in _TIMES:
@@ -55,6 +55,6 @@ def of_columns(values: dict[str, Any]) -> Trace:
 
 
 def embedded_traces(page: str) -> list[Trace]:
-    """The traces in a web page. Raises ValueError, TypeError, KeyError or IndexError for a damaged one."""
+    """The traces in a web page. Raises ValueError, TypeError, KeyError or IndexError for a damaged page."""
     found = [json.loads(text) for text in _ELEMENTS.findall(page)]
     return [of_columns(values) for values in found if values["format"] == FORMAT]

@@ -1,7 +1,7 @@
-"""Findings: what is known of a run beside its events, as plain data that travels in the trace's `about`.
+"""Findings: what is known of a run besides its events, as plain data in the trace's `about`.
 
-Whoever ran it fills in what it knows; None, or nothing, means not known, and a report says so or leaves it out. The
-prompt, the text that came of it and environment variables are there only where someone has asked for them.
+None, or an empty value, means unknown; a report says so or leaves it out. The prompt, the generated text and
+environment variables are included only if the user has asked for them.
 """
 
 import json
@@ -12,14 +12,14 @@ from typing import Any, Literal, Self
 from dinfer.trace.trace import Trace
 
 KEY = "findings"
-"""the place in a trace's `about`"""
+"""the key in a trace's `about`"""
 
 BlockState = Literal["same", "differs", "missing", "not compared"]
 
 
 @dataclass(frozen=True)
 class RankFinding:
-    """One rank. `kv_sha256`: of the KV that it holds of the prompt; `tokens`: the new ones that it generated."""
+    """One rank. `kv_sha256`: the SHA-256 of its KV of the prompt; `tokens`: the new tokens that it generated."""
 
     rank: int
     device: str = ""
@@ -30,13 +30,13 @@ class RankFinding:
     tokens: tuple[int, ...] | None = None
     error: str = ""
     log: str = ""
-    """the last lines"""
+    """its last lines"""
 
 
 @dataclass(frozen=True)
 class KvFinding:
-    """What comparing the KV of all ranks has shown. `grid[rank][layer]`; `differences`: the first or greatest, each a
-    row of a table, all with the same keys."""
+    """The result of comparing the KV of all ranks. `grid[rank][layer]`: their states; `differences`: the first ones,
+    each a row of a table, all with the same keys."""
 
     equal: bool
     sentence: str
@@ -46,14 +46,14 @@ class KvFinding:
 
 @dataclass(frozen=True)
 class Findings:
-    """`positions[rank][lane]`: where the lanes stood; `others`: other runs of the same prompt, as
-    `trace.summary.summary` gives them; `plan`: the plan's text, where it is one that the user has made."""
+    """All findings. `positions[rank][lane]`: how many ops had ended; `others`: other runs of the same prompt, as
+    `trace.summary.summary` returns them; `plan`: the plan's text, if the user has made the plan."""
 
     made: str = ""
-    """when, as text"""
+    """when the run was made, as text"""
     state: str = ""
     failure: str = ""
-    """why it failed, or does not move"""
+    """why the run failed, or does not move"""
     parameters: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, str] = field(default_factory=dict)
@@ -69,12 +69,12 @@ class Findings:
     faults: tuple[str, ...] = ()
     edited: tuple[str, ...] = ()
     corrupt: tuple[str, ...] = ()
-    """blocks whose bytes have changed on their way or in memory"""
+    """blocks whose bytes have changed on the wire or in memory"""
     marks: tuple[tuple[Any, ...], ...] = ()
-    """what is known of single blocks: rank, chunk, layer, kind ("armed", "differs", "corrupt") and words"""
+    """what is known of single blocks: rank, chunk, layer, kind ("armed", "differs", "corrupt") and text"""
     log: tuple[str, ...] = ()
     commands: dict[str, str] = field(default_factory=dict)
-    """what gives this run again, by where it is typed"""
+    """how to repeat this run, by where to type it"""
     others: tuple[dict[str, Any], ...] = ()
     prompt: str | None = None
     text: str | None = None
@@ -82,13 +82,13 @@ class Findings:
     environment: dict[str, str] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON has them: lists, no tuples."""
+        """Plain values as JSON has them, with lists for tuples."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
         return plain
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """From plain values; what a later version has added is left out."""
+        """From plain values; fields that a later version has added are ignored."""
         known = _known(cls, values)
         for name in _TUPLES & known.keys():
             known[name] = tuple(known[name])
@@ -103,12 +103,12 @@ _TUPLES = {"breakpoints", "hits", "faults", "edited", "corrupt", "log", "others"
 
 
 def findings_of(trace: Trace) -> Findings:
-    """What the trace says of its run."""
+    """The findings in a trace."""
     return Findings.of(trace.about.get(KEY, {}))
 
 
 def with_findings(trace: Trace, findings: Findings) -> Trace:
-    """The trace with these findings in it."""
+    """The trace with these findings in place of its own."""
     return replace(trace, about={**trace.about, KEY: findings.as_dict()})
 
 

@@ -6,7 +6,7 @@ Interval = tuple[int, int]
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same time, as disjoint intervals in order."""
+    """All of these intervals, as disjoint ones in order."""
     merged: list[Interval] = []
     for start, end in sorted(intervals):
         if merged and start <= merged[-1][1]:
@@ -40,5 +40,5 @@ def common(intervals: list[Interval], others: list[Interval]) -> list[Interval]:
 
 
 def length(intervals: Iterable[Interval]) -> int:
-    """How much time that is."""
+    """Their total length."""
     return sum(end - start for start, end in intervals)

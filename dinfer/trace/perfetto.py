@@ -1,13 +1,12 @@
-"""A trace as the trace-event JSON that Perfetto and Chrome read: ranks as processes, lanes as threads, sends as arrows.
+"""A trace as trace-event JSON, which Perfetto and Chrome read: ranks as processes, lanes as threads, sends as arrows.
 
-The format is the one that Chromium's developers describe under that name. Times are microseconds, with fractions.
+The format is Chromium's "Trace Event Format". Times are microseconds, with fractions.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-from dinfer.trace.events import COMPUTE, Event, EventLog
-from dinfer.trace.pairing import pairs
+from dinfer.trace.events import COMPUTE, Event, EventLog, pairs
 
 Json = dict[str, Any]
 
@@ -15,7 +14,7 @@ Threads = dict[tuple[int, str], int]
 
 
 def trace_events(trace: EventLog) -> Json:
-    """The whole file. Time 0 is when the first op was allowed to begin."""
+    """The content of the file. Time 0 is when the first op was allowed to start."""
     began = min((event.ready for event in trace.events), default=0)
     lanes = sorted({(event.rank, event.lane) for event in trace.events}, key=_order)
     threads = {lane: number for number, lane in enumerate(lanes, 1)}
@@ -78,7 +77,7 @@ def _complete(name: str, category: str, start: int, long: int, where: Json, argu
 
 
 def _arrows(trace: EventLog) -> dict[int, tuple[str, int]]:
-    """By the id of an event, whether an arrow starts or ends there, and its number: from each send to its recv."""
+    """By the id() of an event: "s" or "f" for the start or end of an arrow from a send to its recv, and its number."""
     found = dict[int, tuple[str, int]]()
     for number, (send, recv) in enumerate(pairs(trace.events)):
         if send and recv:
@@ -87,10 +86,10 @@ def _arrows(trace: EventLog) -> dict[int, tuple[str, int]]:
 
 
 def _arrow(event: Event, end: tuple[str, int] | None, threads: Threads, began: int) -> Iterator[Json]:
-    """One end of an arrow, to be written just behind its slice.
+    """One end of an arrow, to be written just after its slice.
 
-    A reader gives it to the slice that has begun last on its thread by then, in the order of times and then of the
-    file: so it must come before whatever begins where this slice ends.
+    A reader assigns it to the slice that began last on its thread by then, in the order of times and then of the file.
+    So it must come before anything that begins where this slice ends.
     """
     if end is None:
         return

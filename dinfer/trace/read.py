@@ -1,4 +1,4 @@
-"""Traces from files: JSON lines as `export` writes them, and the traces embedded in a report."""
+"""Reads traces from files: JSON lines as `export` writes them, and the traces embedded in a report."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from dinfer.trace.trace import Trace
 
 
 def read_jsonl(path: str | Path) -> Trace:
-    """The trace in a file that `write_jsonl`, or another program, wrote. Raises TraceError."""
+    """The trace in a file that `write_jsonl` or another program has written. Raises TraceError."""
     try:
         with Path(path).open(encoding="utf-8") as file:
             header = json.loads(file.readline())
@@ -27,7 +27,7 @@ def read_jsonl(path: str | Path) -> Trace:
 
 
 def read_traces(path: str | Path) -> list[Trace]:
-    """The traces of a report, or the one of a trace file. Raises TraceError, and OSError for a file not there."""
+    """The traces in a report, or the one in a trace file. Raises TraceError, and OSError if there is no such file."""
     if Path(path).suffix.lower() not in (".html", ".htm"):
         return [read_jsonl(path)]
     try:
@@ -35,5 +35,7 @@ def read_traces(path: str | Path) -> list[Trace]:
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise TraceError(f"{str(path)!r} holds a damaged trace: {type(error).__name__}: {error}.") from None
     if not traces:
-        raise TraceError(f"{str(path)!r} holds no trace: it is no report of dinfer, or of another version.")
+        raise TraceError(
+            f"{str(path)!r} holds no trace: it is no report of dinfer, or one of another version."
+        )
     return traces

@@ -1,7 +1,7 @@
-"""Recorder: always on, into memory allocated before.
+"""Recorder: writes events into memory that was allocated before. It is always on.
 
-Each lane has a ring of its own, so lanes never wait for one another. The memory may be shared with another
-process, which reads it while this one writes, or after this one was killed.
+Each lane has a ring of its own, so lanes never wait for one another. The memory may be shared with another process,
+which reads it while this one writes, or after this one was killed.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from dinfer.trace.events import SIZE, Event
 
 _SLOT = SIZE
 
-# The counter has a slot of its own, so that records stay aligned. One more is for the event that is being
-# written, so that it never lies over one of the `capacity` events that count as held.
+# The counter has a slot of its own, so that records stay aligned. One more slot is for the event that is being written,
+# so that it never overwrites one of the `capacity` events that count as held.
 _EXTRA = 2
 
 
 def recorder_size(lanes: int, capacity: int) -> int:
-    """Bytes of memory that a recorder of this many lanes and events per lane takes."""
+    """How many bytes of memory a recorder with so many lanes and events per lane takes."""
     return lanes * (capacity + _EXTRA) * _SLOT
 
 
@@ -41,9 +41,7 @@ class Recorder:
 
     @classmethod
     def over(cls, rank: int, lanes: Sequence[str], memory: memoryview) -> Self:
-        """A recorder that uses all of `memory`; writer and reader of shared memory agree by naming the same
-        lanes.
-        """
+        """A recorder that uses all of `memory`. The writer and the reader of shared memory must name the same lanes."""
         return cls(rank, lanes, len(memory) // (len(lanes) * _SLOT) - _EXTRA, memory)
 
     def record(self, lane: int, event: Event) -> None:
@@ -52,47 +50,47 @@ class Recorder:
         self._counts[lane][0] = count + 1  # last: a reader sees whole events only
 
     def clear(self) -> None:
-        """Forget all events; for the writer, before the first one, where the memory was used before."""
+        """Forget all events; for the writer, before its first event in memory that was used before."""
         for lane in range(len(self.lanes)):
             self._counts[lane][0] = 0
 
     def read(self, since: Sequence[int] | None = None) -> tuple[list[Event], list[int]]:
-        """Events written after the cursor `since` (one number a lane), and the new cursor."""
+        """The events written after the cursor `since` (a number for each lane), and the new cursor."""
         records, cursor = self.read_records(since)
         return unpack_records(records, self.rank, self.lanes), cursor
 
     def read_records(self, since: Sequence[int] | None = None) -> tuple[bytes, list[int]]:
-        """Like `read`, as bytes for `unpack_records`: to pass on without looking at them."""
+        """The same as bytes for `unpack_records`, to be passed on without decoding them."""
         cursor = list(since or [0] * len(self.lanes))
         records = bytearray()
         for lane in range(len(self.lanes)):
-            if (count := self._count(lane)) == cursor[lane]:  # mostly, and many times a second
+            if (count := self._count(lane)) == cursor[lane]:  # the usual case, many times a second
                 continue
             first = max(cursor[lane], count - self.capacity)
             copied = bytearray()
             for number in range(first, count):
                 offset = self._slot(lane, number)
                 copied += self._memory[offset : offset + SIZE]
-            # What the writer has reached meanwhile may have been torn: it counts as overwritten.
+            # Events that the writer has reached meanwhile may be torn: they count as overwritten.
             torn = max(0, self._count(lane) - self.capacity - first)
             records += copied[torn * SIZE :]
             cursor[lane] = count
         return bytes(records), cursor
 
     def events(self) -> list[Event]:
-        """All events that are still held, by lane and then in the order in which they ended."""
+        """All events that are not overwritten, by lane and then in the order in which they ended."""
         return self.read()[0]
 
     @property
     def lost(self) -> int:
-        """The number of events that were overwritten."""
+        """How many events were overwritten."""
         return sum(max(0, self._count(lane) - self.capacity) for lane in range(len(self.lanes)))
 
     def _base(self, lane: int) -> int:
         return lane * (self.capacity + _EXTRA) * _SLOT
 
     def _slot(self, lane: int, number: int) -> int:
-        """Where that lane's event of this number is written, and its ring full, overwritten later."""
+        """The offset of that lane's event of this number, until a later one overwrites it."""
         return self._base(lane) + _SLOT * (1 + number % (self.capacity + 1))
 
     def _count(self, lane: int) -> int:

@@ -1,7 +1,7 @@
-"""Shares: what each rank's prefill went into: computing, data on the wire, data waiting for a peer, or nothing. Pure.
+"""Shares: how much of each rank's prefill went into computing, data on the wire, data waiting for a peer, or nothing.
 
-Of two things at once the first counts: computing hides communication. Time in which no rank had an op to do, because
-someone had stopped the run, counts for nothing.
+Of two of these at once the first counts: computing hides communication. Pauses, in which no rank had an op to run
+because the user had stopped the run, are left out. Pure.
 """
 
 from bisect import bisect_right
@@ -16,11 +16,11 @@ from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import Link, Transfer, by_link, transfers
 
 SHORTEST = 10_000_000
-"""nanoseconds without an op on any rank from which on it counts as a pause"""
+"""so many nanoseconds without an op on any rank are a pause"""
 
 
 def pauses(trace: Trace) -> list[Interval]:
-    """When no rank had an op to do: none was allowed to begin."""
+    """The times in which no rank had an op that was allowed to start."""
     busy = union((event.ready, event.end) for event in trace.events)
     if not busy:
         return []
@@ -29,7 +29,7 @@ def pauses(trace: Trace) -> list[Interval]:
 
 
 def without_pauses(trace: Trace) -> Trace:
-    """The same run, with what came after each pause moved forward to where the pause began."""
+    """The same run without its pauses: what follows one is moved to where it began."""
     stopped = pauses(trace)
     return (
         replace(trace, events=tuple(_Moved(stopped)(event) for event in trace.events)) if stopped else trace
@@ -37,7 +37,7 @@ def without_pauses(trace: Trace) -> Trace:
 
 
 class _Moved:
-    """Events with the pauses before them taken out."""
+    """Moves an event by the pauses before it."""
 
     def __init__(self, stopped: list[Interval]) -> None:
         self._ends = [end for _, end in stopped]
@@ -53,7 +53,7 @@ class _Moved:
         )
 
     def _time(self, time: int) -> int:
-        """No op is under way in a pause, so no time lies inside one."""
+        """A time without the pauses before it. No op runs in a pause, so no time lies in one."""
         return time - self._before[bisect_right(self._ends, time)]
 
 
@@ -61,11 +61,11 @@ COLLECTIVES = frozenset({"all_gather", "broadcast", "all_reduce", "barrier"})
 
 
 class Share(NamedTuple):
-    """One rank's prefill, as disjoint intervals of the trace's clock, which together are all of it.
+    """One rank's prefill, split into disjoint intervals of the trace's clock.
 
-    `compute`: it computed. Else, `wire`: data came or went. Else, `wait`: data lay ready, at this rank or for it, and
-    one side had not come. Else, `bubble`: it had nothing to do until another rank had computed something. `hidden`:
-    data on the wire while it computed; part of `compute`.
+    `compute`: it computed. Otherwise `wire`: it sent or received data. Otherwise `wait`: data was ready, at this rank
+    or for it, and one side had not come. Otherwise `bubble`: it had nothing to do until another rank had computed
+    something. `hidden`: data on the wire while it computed; a part of `compute`.
     """
 
     rank: int
@@ -89,17 +89,18 @@ class Share(NamedTuple):
 
     @property
     def exposed_s(self) -> float:
-        """Seconds of communication in which it computed nothing."""
+        """Seconds of communication that no computing hid."""
         return self.wire_s + self.wait_s
 
     @property
     def communication_s(self) -> float:
-        """Seconds of communication, exposed or not."""
+        """Seconds of communication, hidden or not."""
         return self.exposed_s + _seconds(self.hidden)
 
 
 class LinkShare(NamedTuple):
-    """How long a link's two ranks computed nothing for it, together; `late`: the rank that was mostly waited for."""
+    """Seconds in which a link's two ranks, added up, did not compute because of it; `late`: the rank that came last
+    for most of the waiting."""
 
     source: int
     target: int
@@ -113,41 +114,41 @@ class LinkShare(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """Of all ranks, and of all links, the most exposed first."""
+    """All ranks, and all links, the most exposed first."""
 
     ranks: list[Share]
     links: list[LinkShare]
 
     @property
     def wire_s(self) -> float:
-        """Seconds of it on the wire, over all ranks."""
+        """Seconds of data on the wire, added up over all ranks."""
         return sum(rank.wire_s for rank in self.ranks)
 
     @property
     def wait_s(self) -> float:
-        """Seconds of waiting for a peer, over all ranks."""
+        """Seconds of waiting for a peer, added up over all ranks."""
         return sum(rank.wait_s for rank in self.ranks)
 
     @property
     def exposed(self) -> float:
-        """The part of prefill that was exposed communication, over all ranks."""
+        """The share of exposed communication in the prefill of all ranks, 0 to 1."""
         return _part(sum(rank.exposed_s for rank in self.ranks), sum(rank.prefill_s for rank in self.ranks))
 
     @property
     def bubble(self) -> float:
-        """The part of prefill in which ranks waited for others to compute."""
+        """The share of prefill in which ranks waited for others to compute, 0 to 1."""
         bubble = sum(_seconds(rank.bubble) for rank in self.ranks)
         return _part(bubble, sum(rank.prefill_s for rank in self.ranks))
 
     @property
     def exposed_communication(self) -> float:
-        """The part of communication that no computing hid."""
+        """The share of communication that no computing hid, 0 to 1."""
         exposed = sum(rank.exposed_s for rank in self.ranks)
         return _part(exposed, sum(rank.communication_s for rank in self.ranks))
 
 
 def shares(trace: Trace) -> Shares:
-    """What prefill went into."""
+    """What the prefill of each rank and the time of each link went into."""
     found = transfers(trace)
     stopped = pauses(trace)
     ranks = [_share(trace, rank, found, stopped) for rank in trace.ranks]
@@ -187,7 +188,7 @@ def _link_share(
 
 
 def _latest(found: Iterable[Transfer]) -> int | None:
-    """The rank that the transfers of one link have waited for longest."""
+    """The rank for which the transfers of one link have waited longest."""
     waited: dict[int | None, int] = {}
     for one in found:
         waited[one.late] = waited.get(one.late, 0) + one.waited

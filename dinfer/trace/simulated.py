@@ -1,6 +1,6 @@
-"""A trace on paper: what a plan would take if every op took a given time. For benches, previews and tests.
+"""A simulated trace: how long a plan takes if every op takes a given time. For benches, previews and tests.
 
-Nothing is run. Links do not share what they carry: each message has its own to itself.
+Nothing is run. Messages do not share bandwidth.
 """
 
 from collections.abc import Mapping
@@ -10,21 +10,18 @@ from random import Random
 from dinfer.plan.graph import NONE, Graph, simulate
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
-from dinfer.trace.events import Event
-from dinfer.trace.of_plan import event_of
+from dinfer.trace.events import Event, event_of
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import Link
 
 SHORT = 20
-"""by how much embed and norm are shorter than a layer"""
+"""embed and norm take a layer's time divided by this"""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """How long things take, in nanoseconds. `slow`: by how much a link is slower than the others, as a factor.
-
-    Each op takes up to `jitter` times longer, drawn from `seed`.
-    """
+    """How long ops take, in nanoseconds. `slow`: by link, the factor by which it is slower than the others. Each op
+    takes longer by a share of up to `jitter`, drawn from `seed`."""
 
     layer: int = 5_000_000
     latency: int = 150_000
@@ -36,7 +33,7 @@ class Machine:
 
 
 def paper_trace(plan: Plan, machine: Machine | None = None) -> Trace:
-    """The events of a plan that ends with sends that wait for their recv, from time 0 on."""
+    """The events of a plan, from time 0 on, with sends that wait for their recv. The plan must not deadlock so."""
     graph = Graph(plan)
     clock = _Clock(graph, machine or Machine())
     for number in simulate(graph, rendezvous=True).order:
@@ -66,7 +63,7 @@ class _Clock:
         self._ends = [0] * len(graph.ops)
 
     def do(self, number: int) -> None:
-        """Let an op end: all that it needs has, and of a transfer both sides are there. A pair ends together."""
+        """End an op whose inputs are there; a send and its recv end together."""
         peer = self._graph.partner[number]
         pair = [number] if peer == NONE else [number, peer]
         if self._ends[number]:

@@ -1,4 +1,4 @@
-"""Summary: a run in one row of figures, to be set beside other runs. Pure."""
+"""Summary: a run in one row of figures, to be compared with other runs. Pure."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,16 +9,16 @@ from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import spread, transfers
 
 SAME = ("model", "layers", "tokens", "world_size")
-"""what runs must have in common to be compared in time"""
+"""fields in which runs must agree for their times to be compared"""
 
 
 ENDED = ("", "done", "decoding")
-"""states of a run, or none known, that is through its prefill"""
+"""states of a run that has ended prefill; "" if its state is unknown"""
 
 
 def summary(trace: Trace) -> dict[str, Any]:
-    """Prefill of all ranks, in seconds, parts of 1 and bytes; None where nothing was sent. `ended`: whether it came to
-    its end, as far as is known; the times of one that hung or stands half-way are no times of a prefill."""
+    """Prefill of all ranks, in seconds, shares of 1 and bytes; None where nothing was sent. `ended`: whether prefill
+    has ended, as far as is known; otherwise its times cannot be compared."""
     found, sent, known = shares(trace), transfers(trace), findings_of(trace)
     latency = spread(one.latency for one in sent) if sent else None
     return {
@@ -36,7 +36,7 @@ def summary(trace: Trace) -> dict[str, Any]:
 
 
 def verdict(first: Mapping[str, Any], second: Mapping[str, Any], names: tuple[str, str]) -> str:
-    """Which of two runs was faster, in one sentence; or why their times say nothing."""
+    """Which of two runs was faster, in one sentence; or why their times cannot be compared."""
     if different := [name for name in SAME if first[name] != second[name]]:
         listed = "; ".join(f"{name} {first[name]} and {second[name]}" for name in different)
         return f"These are runs of different things, whose times cannot be compared: {listed}."
@@ -48,8 +48,8 @@ def verdict(first: Mapping[str, Any], second: Mapping[str, Any], names: tuple[st
         return "One of these runs has no prefill in its trace."
     fast, slow = (0, 1) if times[0] <= times[1] else (1, 0)
     factor = times[slow] / times[fast]
-    told = f"{names[fast]} took {times[fast]:.3g} s and {names[slow]} {times[slow]:.3g} s"
+    times_text = f"{names[fast]} took {times[fast]:.3g} s and {names[slow]} {times[slow]:.3g} s"
     if factor < 1.05:
-        return f"{told}: no difference that one run each can tell."
+        return f"{times_text}: one run of each cannot show so small a difference."
     exposed = [f"{names[n]} {(first, second)[n]['exposed'] * 100:.0f} %" for n in (fast, slow)]
-    return f"{told}, {factor:.2f} × as long; exposed communication: {exposed[0]}, {exposed[1]}."
+    return f"{times_text}, {factor:.2f} × as long; exposed communication: {exposed[0]}, {exposed[1]}."

@@ -1,6 +1,4 @@
-"""Trace: the merged events of all ranks, and what can be read off them. Pure; views take their numbers from
-here.
-"""
+"""Trace: the merged events of all ranks, and the figures that views take from them. Pure."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +15,7 @@ from dinfer.trace.intervals import length, minus, union
 
 class RankFigures(NamedTuple):
     """One rank's part of a run. Times in seconds; bytes are payloads, without headers. `check_s`: the check of all
-    blocks before decode, which is no part of the others."""
+    blocks before decode, which is not part of the other times."""
 
     rank: int
     prefill_s: float
@@ -32,9 +30,8 @@ class RankFigures(NamedTuple):
 
 
 class LinkFigures(NamedTuple):
-    """What went from one rank to another, as the receiver saw it. `wire_s` is the time in which at least one
-    message was on the wire; `bytes_per_s` is None where nothing measurable was sent.
-    """
+    """What went from one rank to another, as the receiver recorded it. `wire_s`: the time in which at least one message
+    was on the wire; `bytes_per_s`: None if that is 0."""
 
     source: int
     target: int
@@ -47,14 +44,14 @@ class LinkFigures(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """Events in the order in which they ended, and what describes the run (`about`: plain values only)."""
+    """Events in the order in which they ended, and a description of the run (`about`: plain values only)."""
 
     events: tuple[Event, ...]
     about: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def merge(cls, by_rank: Iterable[Sequence[Event]], **about: Any) -> "Trace":
-        """One trace out of each rank's events, whose clocks are one clock or have been aligned."""
+        """One trace of each rank's events, whose clocks are the same or have been aligned."""
         events = sorted(
             (event for events in by_rank for event in events), key=lambda e: (e.end, e.rank, e.lane)
         )
@@ -68,7 +65,7 @@ class Trace:
         return prefill_events(self.events)
 
     def rank_figures(self, rank: int) -> RankFigures:
-        """Raises ValueError for a rank that has no events."""
+        """One rank's figures. Raises ValueError for a rank without events."""
         mine = [event for event in self.events if event.rank == rank]
         if not mine:
             raise ValueError(f"rank {rank} has no events in this trace; ranks with events: {self.ranks}.")
@@ -101,6 +98,7 @@ class Trace:
         return export(self, form, path)
 
     def link_figures(self) -> list[LinkFigures]:
+        """The figures of each link, by source and target."""
         by_link: dict[tuple[int, int], list[Event]] = defaultdict(list)
         for event in self.prefill():
             if event.kind == "recv" and event.peer is not None:
@@ -108,7 +106,7 @@ class Trace:
         return [_link(*link, events) for link, events in sorted(by_link.items())]
 
     def received(self, rank: int) -> list[list[bool]]:
-        """received[chunk][layer]: whether this rank got or computed that block."""
+        """received[chunk][layer]: whether this rank has received or computed that block."""
         held = {
             (event.chunk, event.layer)
             for event in self.prefill()

@@ -1,6 +1,6 @@
-"""Transfers: what went over each link, a send and its recv put together; and how long that took, in percentiles. Pure.
+"""Transfers: what went over each link, each send combined with its recv, and percentiles of how long that took. Pure.
 
-Where only one end is in the trace, what that end saw stands for both.
+If only one of the two is in the trace, its times stand for both.
 """
 
 from collections import defaultdict
@@ -8,8 +8,7 @@ from collections.abc import Iterable, Sequence
 from math import ceil
 from typing import NamedTuple
 
-from dinfer.trace.events import Event
-from dinfer.trace.pairing import pairs
+from dinfer.trace.events import Event, pairs
 from dinfer.trace.trace import Trace
 
 Link = tuple[int, int]
@@ -19,8 +18,8 @@ Link = tuple[int, int]
 class Transfer(NamedTuple):
     """One message. Times are nanoseconds of the trace's clock.
 
-    `offered`: the payload was there and its send had begun. `met`: the other side had come as well. `end`: the receiver
-    had it. Each difference is of times that one rank took. `late`: the rank that came last, where that is known.
+    `offered`: the payload was there and its send had begun. `met`: the other rank had begun as well. `end`: the
+    receiver had it all. Each difference is of times on one rank's clock. `late`: the rank that began last, if known.
     """
 
     source: int
@@ -40,7 +39,7 @@ class Transfer(NamedTuple):
 
     @property
     def waited(self) -> int:
-        """Nanoseconds between there being something to send and both sides being there."""
+        """Nanoseconds from `offered` to `met`."""
         return self.met - self.offered
 
     @property
@@ -101,7 +100,7 @@ def by_link(found: Iterable[Transfer]) -> dict[Link, list[Transfer]]:
 
 
 def by_link_and_layer(found: Iterable[Transfer]) -> dict[tuple[Link, int], list[Transfer]]:
-    """Those whose layer is known, by link and layer in order."""
+    """The transfers whose layer is known, by link and layer in order."""
     layers: dict[tuple[Link, int], list[Transfer]] = defaultdict(list)
     for one in found:
         if one.layer is not None:
@@ -110,7 +109,7 @@ def by_link_and_layer(found: Iterable[Transfer]) -> dict[tuple[Link, int], list[
 
 
 def spread(nanoseconds: Iterable[int]) -> Spread:
-    """Their percentiles. Raises ValueError where there are none."""
+    """The percentiles of these durations. Raises ValueError if there are none."""
     ordered = sorted(nanoseconds)
     if not ordered:
         raise ValueError("no durations, so no percentiles")
@@ -119,5 +118,5 @@ def spread(nanoseconds: Iterable[int]) -> Spread:
 
 
 def percentile(ordered: Sequence[int], share: float) -> int:
-    """The smallest value that at least this share of them does not exceed (nearest rank)."""
+    """The smallest value that is at least as large as this share of them (nearest rank)."""
     return ordered[max(0, ceil(share * len(ordered)) - 1)]

@@ -1,9 +1,9 @@
-"""Ordering: which of a GPU's kernels a send waits for. On a CPU an op that has returned is done, and none of this is.
+"""Ordering: which of a GPU's kernels a send or recv waits for. On a CPU it does nothing.
 
-Lanes launch everything on the device's default stream, so whoever reads there comes after all that was launched before.
-A send copies to the host on a stream of its own, behind the kernels that made its value and nothing launched since:
-the hidden state that the next rank waits for must not wait for this rank's next chunk. A block is received on such a
-stream too: so its lane can look at what has come without waiting for this rank's layers.
+Lanes launch kernels on the device's default stream, where each waits for all before it. A send copies to the host on a
+stream of its own, which waits only for the kernels that made its value: the hidden state that the next rank needs must
+not wait for this rank's next chunk. A recv writes a block on such a stream too, so that its lane can check the block
+without waiting for this rank's layers.
 """
 
 import threading
@@ -16,24 +16,24 @@ from dinfer.plan.ops import Value
 
 
 class Ordering:
-    """What has been launched for each value of one prompt, on one device; used by all of a rank's lanes."""
+    """The kernels launched for each value of one prompt on one device; shared by a rank's lanes."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device if device.type == "cuda" else None
         self._made: dict[Value, torch.cuda.Event] = {}
         self._of_thread = threading.local()
         self._since = self._mark() if self._device else None
-        """what was launched before it by others than ops comes before whatever ops write"""
+        """ops write after what was launched before this event"""
 
     def launched(self, values: Iterable[Value]) -> None:
-        """All kernels that make these values are on the current stream."""
+        """The kernels that make these values have been launched on the current stream."""
         if self._device is not None:
             self._made.update(dict.fromkeys(values, self._mark()))
 
     @contextmanager
     def reading(self, value: Value) -> Iterator[None]:
-        """Inside, the current stream is one of this thread's own, behind what makes the value; where that is not
-        known, behind all that has been launched."""
+        """Inside, the current stream is this thread's own and waits for the kernels that make the value; if they are
+        unknown, for all launched so far."""
         if self._device is None:
             yield
             return
@@ -44,8 +44,8 @@ class Ordering:
 
     @contextmanager
     def receiving(self, values: Iterable[Value]) -> Iterator[None]:
-        """Inside, the current stream is one of this thread's own, which writes these values, parts of the cache; all
-        that is launched on the default stream afterwards comes behind it."""
+        """Inside, the current stream is this thread's own, on which to write these values to the cache; the default
+        stream then waits for it."""
         if self._device is None:
             yield
             return
@@ -58,7 +58,7 @@ class Ordering:
         torch.cuda.default_stream(self._device).wait_stream(stream)
 
     def forget(self) -> None:
-        """Values may have been made anew, on the default stream, by others than ops."""
+        """Values may have been changed on the default stream by something other than an op."""
         self._made.clear()
         self._since = self._mark() if self._device else None
 

@@ -1,7 +1,7 @@
-"""Deadlines for calls that wait for other ranks inside the transport, which itself cannot be told to stop.
+"""Deadlines for calls that wait for other ranks in the transport, where a wait cannot be interrupted.
 
-Such a call runs on a thread of its own. Past its deadline the caller gets an error, while the call stays under way: the
-same call made again goes on waiting for it, so that a cell can be repeated once the other ranks have come.
+Such a call runs on its own thread. Past its deadline the caller gets an error while the call continues; the same call
+made again waits for it, so that a cell can be repeated once the other ranks have made the call.
 """
 
 import threading
@@ -13,18 +13,18 @@ from dinfer.errors import DinferError
 
 
 class StillWaiting(DinferError, RuntimeError):
-    """A call has not ended within its deadline; it can be repeated."""
+    """A call has not ended within its deadline. It can be repeated."""
 
 
 class Deadline:
-    """For the collective calls of one rank, of which at most one is under way."""
+    """The deadline, `seconds`, of one rank's collective calls, of which at most one is under way. None: no deadline."""
 
     def __init__(self, rank: int, seconds: float | None) -> None:
         self._rank, self.seconds = rank, seconds
         self._pending: tuple[str, Future[Any]] | None = None
 
     def run(self, name: str, call: Callable[[], Any]) -> Any:
-        """The call's result. Raises StillWaiting, and whatever the call raises."""
+        """Run the call and return its result. Raises StillWaiting past the deadline, and what the call raises."""
         if self.seconds is None:
             return call()
         if self._pending is None:
@@ -32,8 +32,8 @@ class Deadline:
         pending, future = self._pending
         if pending != name:
             raise StillWaiting(
-                f"rank {self._rank} is still in {pending}, which waits for other ranks: call that on the ranks that "
-                "have not called it yet, then repeat it here."
+                f"rank {self._rank} is still in {pending}, which waits for other ranks: call it on the ranks that have "
+                "not called it yet, then repeat it here."
             )
         try:
             result = future.result(self.seconds)
@@ -59,7 +59,7 @@ def _started(name: str, call: Callable[[], Any]) -> "Future[Any]":
     def run() -> None:
         try:
             future.set_result(call())
-        except BaseException as error:  # handed to whoever waits for the call
+        except BaseException as error:  # raised in the thread that waits for the call
             future.set_exception(error)
 
     threading.Thread(target=run, name=name, daemon=True).start()

@@ -1,7 +1,7 @@
-"""Drain: free lanes of living ranks that are blocked in the transport after another rank has failed.
+"""Drain: unblock lanes of living ranks that wait in the transport after another rank has failed.
 
-A blocked wait ends only when its counterpart comes. So the counterpart is posted: a void header for who receives, a
-recv into memory that nobody reads for who sends. Afterwards the groups can be closed and made anew.
+A blocked wait ends only with its counterpart. So drain posts it: a void header for a recv, and for a send a recv into
+scratch memory. After that the groups can be closed and rebuilt.
 """
 
 import threading
@@ -12,22 +12,22 @@ import torch
 
 from dinfer.plan.graph import Channel
 from dinfer.transport.gloo import Comm, CommError
-from dinfer.transport.header import Header, TransferError, void_header
+from dinfer.transport.header import VOID_HEADER, Header, TransferError
 
 
 def drain(comm: Comm, sends: Sequence[Channel], recvs: Sequence[Channel]) -> None:
-    """Post, each on a thread of its own: void headers on `sends`, recvs on `recvs`. Returns at once."""
+    """Post void headers on `sends` and recvs on `recvs`, each on its own thread. Returns at once."""
     for call, channels in ((_send, sends), (_receive, recvs)):
         for channel in channels:
             threading.Thread(target=call, args=(comm, channel), name=f"drain {channel}", daemon=True).start()
 
 
-# The peer may be gone after all, and what it sends ends here anyhow.
+# Errors are ignored: the peer may be gone, and what it sends is dropped.
 
 
 def _send(comm: Comm, channel: Channel) -> None:
     with suppress(CommError):
-        comm.send(channel, void_header(), None)
+        comm.send(channel, VOID_HEADER, None)
 
 
 def _receive(comm: Comm, channel: Channel) -> None:

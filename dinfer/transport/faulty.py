@@ -1,7 +1,4 @@
-"""Faulty transports: a rank's Comm, broken in one way each. For the fault lab; nothing else makes them.
-
-Each stands in front of a real one for the length of one op, and passes on whatever it does not break.
-"""
+"""Faulty transports for the fault lab: each wraps a rank's Comm for one op and breaks one thing."""
 
 import time
 from dataclasses import replace
@@ -14,8 +11,8 @@ from dinfer.transport.gloo import Comm
 from dinfer.transport.header import Header
 
 
-class Wire:
-    """One that is whole."""
+class FaultyComm:
+    """The base class: passes everything on to `comm`."""
 
     def __init__(self, comm: Comm) -> None:
         self.comm, self.rank, self.world_size = comm, comm.rank, comm.world_size
@@ -36,7 +33,7 @@ class Wire:
         self.comm.close()
 
 
-class Twice(Wire):
+class SendsTwice(FaultyComm):
     """Sends every message twice."""
 
     def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:
@@ -45,19 +42,19 @@ class Twice(Wire):
         return met
 
 
-class Longer(Wire):
-    """Sends one token more than there is."""
+class SendsLonger(FaultyComm):
+    """Sends one token more than the payload has."""
 
     def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:
         assert payload is not None
-        said = Header.unpack(header)
-        longer = said.nbytes // said.tokens * (said.tokens + 1)
-        changed = replace(said, tokens=said.tokens + 1, nbytes=longer)
+        true = Header.unpack(header)
+        longer = true.nbytes // true.tokens * (true.tokens + 1)
+        changed = replace(true, tokens=true.tokens + 1, nbytes=longer)
         return self.comm.send(channel, changed.pack(), torch.zeros(longer, dtype=torch.uint8))
 
 
-class Elsewhere(Wire):
-    """Sends to another rank than it is told to."""
+class SendsElsewhere(FaultyComm):
+    """Sends to rank `target` instead of the channel's."""
 
     def __init__(self, comm: Comm, target: int) -> None:
         super().__init__(comm)
@@ -67,8 +64,8 @@ class Elsewhere(Wire):
         return self.comm.send(channel._replace(target=self._target), header, payload)
 
 
-class Slow(Wire):
-    """Payloads take that many seconds longer to come."""
+class SlowReceiver(FaultyComm):
+    """Delays each payload by `seconds`."""
 
     def __init__(self, comm: Comm, seconds: float) -> None:
         super().__init__(comm)
@@ -79,8 +76,8 @@ class Slow(Wire):
         self.comm.recv_payload(channel, out)
 
 
-class CutWire(Wire):
-    """Nothing comes any more, and nobody says so: it listens where no rank ever speaks."""
+class CutLink(FaultyComm):
+    """Receives nothing, without an error: it waits for a gather that no other rank joins."""
 
     def recv_header(self, channel: Channel) -> bytes:
         self.comm.all_gather(b"cut")

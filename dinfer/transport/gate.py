@@ -1,11 +1,10 @@
-"""Gates: how lanes wait for what other threads do.
+"""Gate: the lock of the state that threads share, and how they wait for changes to it.
 
-All state that threads share is changed inside `with gate.change()` and waited for with `gate.wait(claim)`.
-`claim` runs under the gate's lock; what it returns, unless None, is what `wait` returns, so a lane takes its
-next op in one atomic act. It may run on any thread, and several times.
+Threads change shared state inside `with gate.change()` and wait with `gate.wait(claim)`. `claim` runs under the lock,
+on any thread and possibly several times; `wait` returns its result once that is not None, so a lane takes its next op
+atomically.
 """
 
-import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,35 +14,35 @@ T = TypeVar("T")
 
 
 class Gate(Protocol):
-    """What executor and in-process transport need of a gate."""
+    """What executors and the in-process transport use."""
 
     def enroll(self, thread: str) -> None:
-        """The thread of this name is a lane; to be said before it starts."""
+        """Register the thread of this name as a lane, before it starts."""
 
     def leave(self) -> None:
-        """The calling thread is no lane any more."""
+        """Unregister the calling thread."""
 
     def wait(self, claim: Callable[[], T | None], timeout: float | None = None) -> T | None:
-        """What `claim` returns as soon as that is not None; None once `timeout` seconds have passed."""
+        """Return the result of `claim` once that is not None, or None after `timeout` seconds."""
 
     def hold(self) -> AbstractContextManager[None]:
-        """Hold the lock for a change that nobody waits for: wakes nobody."""
+        """Hold the lock for a change that no thread waits for; wakes none."""
 
     def change(self) -> AbstractContextManager[None]:
-        """Hold the lock, and wake who waits afterwards. May be nested: only the outermost wakes anyone."""
+        """Hold the lock for a change, then wake threads whose claim succeeds. If nested, the outermost wakes them."""
 
 
 class _Waiting:
-    """A thread that waits: `drawn` is notified once its claim has succeeded."""
+    """A thread that waits: `woken` is notified once its claim has succeeded."""
 
     def __init__(self, claim: Callable[[], object], lock: threading.RLock) -> None:
         self.claim = claim
         self.result: object = None
         self.error: BaseException | None = None
-        self.drawn = threading.Condition(lock)
+        self.woken = threading.Condition(lock)
 
     def settled(self) -> bool:
-        """Claim, unless that has succeeded; whether it has. What the claim raises is for the thread that waits."""
+        """Try the claim, unless it has succeeded; returns whether it has. The waiting thread raises what it raises."""
         if self.result is None and self.error is None:
             try:
                 self.result = self.claim()
@@ -53,10 +52,10 @@ class _Waiting:
 
 
 class FreeGate:
-    """Threads run as the machine lets them.
+    """A gate at which threads run freely.
 
-    Who changes something looks for those who wait, and wakes only whose claim succeeds: to wake all of a rank's lanes
-    at every op would take the interpreter from the one that computes for longer than a GPU's layer takes to launch.
+    A thread that changes something tries the claims of those that wait and wakes only those that succeed. Waking all of
+    a rank's lanes at every op would take the GIL from the computing lane for longer than a GPU's layer takes to launch.
     """
 
     def __init__(self) -> None:
@@ -75,7 +74,7 @@ class FreeGate:
             mine = _Waiting(claim, self._lock)
             self._waiting.append(mine)
             try:
-                mine.drawn.wait_for(mine.settled, timeout)
+                mine.woken.wait_for(mine.settled, timeout)
             finally:
                 self._waiting.remove(mine)
             if mine.error is not None:
@@ -99,99 +98,8 @@ class FreeGate:
                     self._wake()
 
     def _wake(self) -> None:
-        # Ctrl-C reaches the main thread only, and must not end a claim half-way: there, let all look for themselves.
+        # Ctrl-C reaches the main thread only and must not interrupt a claim: from there, wake all to try their own.
         is_main = threading.current_thread() is threading.main_thread()
         for waiting in self._waiting:
             if is_main or waiting.settled():
-                waiting.drawn.notify()
-
-
-class SeededGate:
-    """One lane runs at a time, and a seeded draw says which: every interleaving can be tried, and repeated.
-
-    Threads that are not enrolled may look in from outside; they wait as with a FreeGate. The order repeats as
-    long as what they change does not depend on time.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self._lock = threading.RLock()
-        self._outside = threading.Condition(self._lock)
-        self._seed, self._draws, self._depth = seed, 0, 0
-        self._lanes: set[str] = set()
-        self._waiting: dict[str, _Waiting] = {}
-
-    def enroll(self, thread: str) -> None:
-        with self._lock:
-            self._lanes.add(thread)
-
-    def leave(self) -> None:
-        with self.change():
-            self._lanes.discard(threading.current_thread().name)
-
-    def wait(self, claim: Callable[[], T | None], timeout: float | None = None) -> T | None:
-        me = threading.current_thread().name
-        if me not in self._lanes:
-            return _claimed(self._outside, claim, timeout)
-        with self._lock:
-            mine = self._waiting[me] = _Waiting(claim, self._lock)
-            if self._hand_over():
-                self._outside.notify_all()
-            mine.drawn.wait_for(lambda: mine.result is not None, timeout)
-            del self._waiting[me]
-            return mine.result  # type: ignore[return-value]
-
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        with self._lock:
-            yield
-
-    @contextmanager
-    def change(self) -> Iterator[None]:
-        with self._lock:
-            self._depth += 1
-            try:
-                yield
-            finally:
-                self._depth -= 1
-                if not self._depth:
-                    self._hand_over()
-                    self._outside.notify_all()
-
-    def stuck(self) -> bool:
-        """Whether every lane waits and none of them can go on, whatever the draw.
-
-        This is for ever if nobody outside changes anything.
-        """
-        with self._lock:
-            return self._hand_over()
-
-    def _hand_over(self) -> bool:
-        """If no lane runs, draw one of those whose claim succeeds; whether there is none: all are stuck."""
-        if len(self._waiting) < len(self._lanes) or any(w.result is not None for w in self._waiting.values()):
-            return False
-        order = sorted(self._waiting)
-        # A draw that found nobody must not count: how often that happens depends on the machine.
-        random.Random(f"{self._seed}:{self._draws}").shuffle(order)
-        for lane in order:
-            waiting = self._waiting[lane]
-            waiting.result = waiting.claim()
-            if waiting.result is not None:
-                self._draws += 1
-                waiting.drawn.notify_all()
-                return False
-        return True
-
-
-def _claimed(
-    condition: threading.Condition, claim: Callable[[], T | None], timeout: float | None
-) -> T | None:
-    result: T | None = None
-
-    def claimed() -> bool:
-        nonlocal result
-        result = claim()
-        return result is not None
-
-    with condition:
-        condition.wait_for(claimed, timeout)
-    return result
+                waiting.woken.notify()

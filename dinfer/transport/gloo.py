@@ -1,7 +1,6 @@
-"""Comm: how ranks exchange messages. The only user of torch.distributed.
+"""Comm: how ranks exchange messages; and GlooComm, which does so by gloo.
 
-A message is a header and, mostly, a payload; messages of one channel arrive in the order in which they are
-sent. Nothing here knows ops or plans.
+A message is a header and usually a payload. Messages of one channel arrive in the order of their sends.
 """
 
 import contextlib
@@ -23,43 +22,43 @@ from dinfer.transport.interface import interface_towards
 INTERFACE = "GLOO_SOCKET_IFNAME"
 
 _chosen = ""
-"""the interface that was chosen here, for where the ranks met last"""
+"""the interface that `_choose_interface` set last"""
 
-__all__ = ["Comm", "CommError", "GlooComm", "Store", "bytes_of", "join_store", "open_store"]
+__all__ = ["Comm", "CommError", "GlooComm", "Store", "bytes_of", "join_store", "open_store", "wait_for"]
 
 
 class CommError(RuntimeError):
-    """A message could not be sent or received; mostly the peer is gone, so this is seldom the cause."""
+    """A message could not be sent or received, usually because the peer is gone: look for the cause there."""
 
 
 class Comm(Protocol):
-    """What the engine needs of a transport. Each channel end is used by one thread at a time."""
+    """What the engine uses of a transport. One thread at a time uses each end of a channel."""
 
     rank: int
     world_size: int
 
     def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:
-        """Send; returns when the peer was there to receive (monotonic ns)."""
+        """Send a message. Returns when the peer was ready to receive (monotonic ns)."""
 
     def recv_header(self, channel: Channel) -> bytes:
-        """The next header; returns once its sender was there."""
+        """Receive the next header; blocks until it is sent."""
 
     def recv_payload(self, channel: Channel, out: Tensor) -> None:
-        """The payload announced by the last header, into a contiguous tensor of exactly its size."""
+        """Receive the payload of the last header into `out`, a contiguous tensor of exactly its size."""
 
     def all_gather(self, data: bytes) -> list[bytes]:
-        """Every rank's `data`, by rank. All ranks call it, from one thread each, with equally many bytes."""
+        """Every rank's `data`, by rank. All ranks call it, from one thread each, with the same number of bytes."""
 
     def close(self) -> None:
-        """Give up all connections. Blocked calls of other threads need not return."""
+        """Close all connections. Blocked calls of other threads may never return."""
 
 
 class GlooComm:
-    """Ranks as processes, on gloo. Hidden states, KV and control have groups of their own: a small message never
-    waits behind a large one of another kind."""
+    """Messages between processes by gloo. Hidden states, KV and control have a group each, so that a small message
+    never waits for a large one of another kind."""
 
     def __init__(self, rank: int, world_size: int, store: Store, start_timeout: float) -> None:
-        """Raises CommError where the ranks do not find one another within `start_timeout` seconds."""
+        """Connect to the other ranks. Raises CommError if they do not meet within `start_timeout` seconds."""
         self.rank, self.world_size = rank, world_size
         try:
             dist.init_process_group(
@@ -69,7 +68,7 @@ class GlooComm:
                 world_size=world_size,
                 timeout=timedelta(seconds=start_timeout),
             )
-            # A blocked wait must outlast any pause of a debugger; the watch for progress is kept elsewhere.
+            # A blocked wait must outlast any pause of a debugger; `monitor` watches for progress.
             groups = [dist.new_group(timeout=timedelta(days=7)) for _ in range(3)]
         except (RuntimeError, ValueError) as error:
             raise CommError(f"rank {rank} could not meet the other ranks: {error}") from error
@@ -82,10 +81,10 @@ class GlooComm:
             works = [dist.isend(_tensor(header), group=group, group_dst=channel.target)]
             if payload is not None:
                 works.append(dist.isend(bytes_of(_on_host(payload)), group=group, group_dst=channel.target))
-            _wait(works[0])
+            wait_for(works[0])
             met = monotonic_ns()
             for work in works[1:]:
-                _wait(work)
+                wait_for(work)
         except RuntimeError as error:
             raise CommError(f"sending to rank {channel.target} failed: {error}") from error
         return met
@@ -114,8 +113,8 @@ class GlooComm:
         return [part.numpy().tobytes() for part in gathered]
 
     def close(self) -> None:
-        """Also ends, with an error, what other ranks still wait for from this one: their connections close with the
-        last reference to the groups."""
+        """Also ends other ranks' waits for this one, with an error: connections close with the last reference to the
+        groups."""
         self._groups.clear()
         self._control = None
         if dist.is_initialized():
@@ -124,12 +123,12 @@ class GlooComm:
 
     def _recv(self, channel: Channel, out: Tensor) -> None:
         try:
-            _wait(dist.irecv(out, group=self._group(channel), group_src=channel.source))
+            wait_for(dist.irecv(out, group=self._group(channel), group_src=channel.source))
         except RuntimeError as error:
             raise CommError(f"receiving from rank {channel.source} failed: {error}") from error
 
     def _group(self, channel: Channel) -> dist.ProcessGroup:
-        """Raises CommError once this rank has left: the default group, in its place, may be a newer one."""
+        """Raises CommError after `close`. (A group of None would mean the default group, which may be a newer one.)"""
         if not self._groups:
             raise CommError(f"rank {self.rank} has left the group that it communicates in")
         group: dist.ProcessGroup = self._groups[channel.communicator]
@@ -137,8 +136,8 @@ class GlooComm:
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """The tensor where gloo can send it: a CUDA tensor would end the process, so it goes through pinned memory, of
-    which torch keeps a pool. Copied on the current stream: the caller says by it what to wait for."""
+    """The tensor on the CPU. (gloo aborts the process for a CUDA tensor.) A CUDA tensor is copied to pinned memory, of
+    which torch keeps a pool, on the current stream, by which callers choose what the copy waits for."""
     if tensor.device.type == "cpu":
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -148,9 +147,9 @@ def _on_host(tensor: Tensor) -> Tensor:
 
 
 def open_store(address: str, port: int, *, exact: bool = False) -> tuple[Store, int]:
-    """A store at which ranks meet, held by this process, and its port: a free one for 0 or a port in use.
+    """Open a store at which ranks meet. Returns it and its port: a free one if `port` is 0 or in use.
 
-    With `exact`, it is that port or CommError.
+    Raises CommError if no port can be opened or, with `exact`, if `port` itself cannot.
     """
     _choose_interface(address)
     for attempt in (port,) if exact else (port, 0):
@@ -159,13 +158,13 @@ def open_store(address: str, port: int, *, exact: bool = False) -> tuple[Store, 
             return store, store.port
     if exact:
         raise CommError(
-            f"port {port} cannot be opened at {address!r}: another process may have it. Choose a free one."
+            f"port {port} cannot be opened at {address!r}: another process may use it. Choose a free one."
         )
     raise CommError(f"no port can be opened at {address!r}: master_addr must be an address of this machine.")
 
 
 def join_store(address: str, port: int, timeout: float) -> Store:
-    """The store that rank 0 holds. Raises CommError."""
+    """Connect to the store of rank 0. Raises CommError if that fails within `timeout` seconds."""
     _choose_interface(address)
     try:
         return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout))
@@ -174,17 +173,18 @@ def join_store(address: str, port: int, timeout: float) -> Store:
 
 
 def _choose_interface(address: str) -> None:
-    """Let gloo talk over the interface that leads to where the ranks meet. Left to itself it goes by what the host's
-    name resolves to, and falls back to loopback without a word, where no other host can reach it."""
+    """Let gloo use the interface that leads to `address`, unless the user has set one. By default gloo uses the one
+    that the host's name resolves to and falls back to loopback silently, where no other host can reach it."""
     global _chosen
     if os.environ.get(INTERFACE, _chosen) != _chosen:
-        return  # it was chosen by the user
+        return  # set by the user
     with contextlib.suppress(OSError):
         if name := interface_towards(address):
             os.environ[INTERFACE] = _chosen = name
 
 
-def _wait(work: dist.Work | None) -> None:
+def wait_for(work: dist.Work | None) -> None:
+    """Wait for a transfer: on gloo the calling thread waits, on NCCL the current CUDA stream. Raises CommError."""
     if work is None:
         raise CommError("this rank is not part of the group that it communicates in")
     work.wait()
@@ -195,5 +195,5 @@ def _tensor(data: bytes) -> Tensor:
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """The tensor's memory as bytes, without a copy: one code path for every dtype."""
+    """A view of a contiguous tensor as bytes, uint8 [nbytes]; one code path for every dtype."""
     return tensor.view(-1).view(torch.uint8)

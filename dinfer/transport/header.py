@@ -1,6 +1,6 @@
-"""What a transfer says of itself before its payload: a header of fixed size, checked against the plan.
+"""Header: 64 bytes before each payload that say what follows, checked against the plan.
 
-A message longer than its recv would end the process, so nothing is received before its header.
+A message longer than its recv would abort the process, so a header is received and checked before its payload.
 """
 
 import struct
@@ -10,19 +10,19 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dinfer.plan.ops import Op, Value, What
+from dinfer.plan.ops import Op, Value, ValueKind
 
 HEADER_BYTES = 64
 
 _LAYOUT = struct.Struct("<4sBBBxQiiiiQQQQ")
 
 SIGNED = slice(40, 64)
-"""of a header: its signature, three 64-bit numbers that may be written where the payload lives: the digests of K and V
-and where they were first seen to differ"""
+"""the bytes of a header's signature, three 64-bit numbers: the digests of K and V, and `changed`. They may be written
+on the payload's device"""
 
 _MAGIC = b"dinf"
 
-_WHATS: tuple[What, ...] = ("hidden", "kv", "final")
+_WHATS: tuple[ValueKind, ...] = ("hidden", "kv", "final")
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -30,8 +30,8 @@ _VOID, _BLOCK = 0, 1
 
 
 class TransferError(RuntimeError):
-    """A message is not the one that the plan has at this place. `came`: what it said of itself, if it was a header;
-    `here`: the id of the plan by which something else was expected."""
+    """A message is not the one that the plan has at this place. `came`: its header, if it was one; `here`: the id of
+    this rank's plan."""
 
     def __init__(self, message: str, came: "Header | None" = None, here: int = 0) -> None:
         super().__init__(message)
@@ -40,10 +40,10 @@ class TransferError(RuntimeError):
 
 @dataclass(frozen=True)
 class Header:
-    """What follows: `nbytes` bytes of `value`, `tokens` long, in `dtype`, by plan `plan_id`.
+    """Announces `nbytes` bytes of `value`, `tokens` long, in `dtype`, by plan `plan_id`.
 
-    `digests` are those of K and V as they were computed, (0, 0) where nobody took them; `changed`: the first rank that
-    has seen other bytes arrive, plus one, or 0. A void header announces nothing: it releases a recv that was posted too
+    `digests`: of K and V as they were computed, (0, 0) if digests are off. `changed`: the first rank that received
+    other bytes, plus one; 0 if none did. A `void` header announces nothing: it releases a recv that was posted too
     early.
     """
 
@@ -57,6 +57,7 @@ class Header:
     changed: int = field(default=0, compare=False)
 
     def pack(self) -> bytes:
+        """The header as HEADER_BYTES bytes."""
         kind = _VOID if self.void else _BLOCK
         what, dtype = _WHATS.index(self.value.what), _DTYPES.index(self.dtype)
         chunk, layer = self.value.chunk, self.value.layer
@@ -67,14 +68,13 @@ class Header:
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        """Raises TransferError for bytes that are no header."""
+        """The inverse of `pack`. Raises TransferError for bytes that are not a header."""
         magic, kind, what, dtype, plan_id, chunk, layer, tokens, _, nbytes, k, v, changed = _LAYOUT.unpack(
             data
         )
         if magic != _MAGIC or what >= len(_WHATS) or dtype >= len(_DTYPES):
             raise TransferError(
-                f"{data[:16].hex()}… came where a header was expected: "
-                "the stream between two ranks is broken."
+                f"{data[:16].hex()}… is not a header: the stream between two ranks is out of step."
             )
         value = Value(_WHATS[what], chunk, layer)
         return cls(plan_id, value, tokens, _DTYPES[dtype], nbytes, kind == _VOID, (k, v), changed)
@@ -84,7 +84,8 @@ class Header:
         return f"{self.value}, {self.tokens} token{plural}, {self.dtype}, {self.nbytes:,} bytes"
 
 
-VOID = Header(0, Value("final"), 0, "float32", 0, void=True)
+VOID_HEADER = Header(0, Value("final"), 0, "float32", 0, void=True).pack()
+"""releases a recv that was posted too early"""
 
 
 def signature_of(header: bytes) -> Tensor:
@@ -98,7 +99,7 @@ def signed(header: bytes, signature: Tensor) -> bytes:
 
 
 def check(came: Header, expected: Header, op: Op) -> None:
-    """Raises TransferError, naming what came and what was expected."""
+    """Raises TransferError if a header is not the expected one; the message names both."""
     if came.plan_id != expected.plan_id:
         raise TransferError(
             f"rank {op.peer} runs another plan (id {came.plan_id:016x}, here {expected.plan_id:016x}): "
@@ -113,8 +114,3 @@ def check(came: Header, expected: Header, op: Op) -> None:
 
 
 assert _LAYOUT.size == SIGNED.stop == HEADER_BYTES
-
-
-def void_header() -> bytes:
-    """What releases a recv that was posted too early."""
-    return VOID.pack()

@@ -1,8 +1,8 @@
 """Exchange: the transport between ranks that are threads of one process, for tests, lessons and laptops.
 
-It promises what gloo promises: messages of one channel in order, and, by choice, sends that wait for their
-recv (rendezvous) or buffered ones. With `streams` it promises no more than NCCL does: what is issued to one peer on
-one communicator runs in issue order ("pairs"), or all of a rank does ("serial"), the worst that CUDA may do.
+Like gloo, it keeps the order of a channel's messages; sends wait for their recv (rendezvous) or are buffered. Its
+streams behave like NCCL: transfers with one peer on one communicator run in issue order ("pairs"), or all of a rank's
+work does ("serial"), the worst case on CUDA.
 """
 
 from collections import defaultdict, deque
@@ -18,7 +18,7 @@ from dinfer.transport.gate import Gate
 from dinfer.transport.gloo import CommError
 from dinfer.transport.streams import LocalStreams, Streams
 
-Order = Literal["pairs", "serial"]
+StreamOrder = Literal["pairs", "serial"]
 
 
 class _Message:
@@ -29,23 +29,24 @@ class _Message:
 
 
 class Exchange:
-    """What all ranks of one process share."""
+    """The queues that all ranks of one process share."""
 
     def __init__(
-        self, world_size: int, gate: Gate, *, rendezvous: bool = True, streams: Order = "pairs"
+        self, world_size: int, gate: Gate, *, rendezvous: bool = True, streams: StreamOrder = "pairs"
     ) -> None:
         self.world_size, self.gate, self.rendezvous, self.streams = world_size, gate, rendezvous, streams
         self.queues: dict[Channel, deque[_Message]] = defaultdict(deque)
         self.taken: dict[Channel, _Message] = {}
         self.gathered: dict[int, dict[int, bytes]] = defaultdict(dict)
-        """what is being gathered: by its number and by rank"""
+        """gathers under way: by number and rank, what the rank passed"""
         self.closed = False
 
     def comm(self, rank: int) -> "LocalComm":
+        """The transport of one rank."""
         return LocalComm(self, rank)
 
     def close(self) -> None:
-        """End all waiting, on every rank, with CommError."""
+        """End every rank's waits with CommError."""
         with self.gate.change():
             self.closed = True
 
@@ -62,7 +63,7 @@ class LocalComm:
         exchange = self._exchange
         buffered = None if payload is None or exchange.rendezvous else payload.clone()
         if buffered is not None and buffered.is_cuda:
-            torch.cuda.current_stream(buffered.device).synchronize()  # its receiver copies on another stream
+            torch.cuda.current_stream(buffered.device).synchronize()  # the receiver copies on another stream
         message = _Message(header, payload if exchange.rendezvous else buffered)
         with exchange.gate.change():
             exchange.queues[channel].append(message)
@@ -86,7 +87,7 @@ class LocalComm:
     def recv_payload(self, channel: Channel, out: Tensor) -> None:
         message = self._exchange.taken.pop(channel)
         assert message.payload is not None
-        if out.is_cuda:  # who sends may have launched it only just
+        if out.is_cuda:  # the sender may have launched its kernels only now
             torch.cuda.current_stream(out.device).wait_stream(torch.cuda.default_stream(out.device))
         out.view(-1).copy_(message.payload.reshape(-1).view(out.dtype))
         with self._exchange.gate.change():
@@ -100,7 +101,7 @@ class LocalComm:
             parts[self.rank] = data
         self._wait(lambda: len(parts) == self.world_size, "gathering from all ranks")
         with exchange.gate.change():
-            exchange.gathered.pop(number, None)  # by the first to come here; all have hold of it by now
+            exchange.gathered.pop(number, None)  # the first rank here removes it; all others hold `parts`
         return [parts[rank] for rank in range(self.world_size)]
 
     def open_streams(self, _: torch.device) -> Streams:

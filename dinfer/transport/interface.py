@@ -1,4 +1,4 @@
-"""Which of this host's network interfaces leads to another host. No torch, sends nothing."""
+"""Which of this host's network interfaces leads to another host. Imports no torch and sends nothing."""
 
 import socket
 import struct
@@ -11,14 +11,14 @@ _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
 
 def own_address_towards(host: str) -> str:
-    """The IPv4 address from which this host would talk to `host`. Raises OSError where there is no way."""
+    """This host's IPv4 address on the route to `host`. Raises OSError without a route."""
     with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
-        probe.connect((host, 9))  # of a datagram socket: looks the route up, sends nothing
+        probe.connect((host, 9))  # on a datagram socket this looks up the route and sends nothing
         return str(probe.getsockname()[0])
 
 
 def address_of(interface: str) -> str:
-    """An interface's IPv4 address, "" where there is none or the system does not say."""
+    """An interface's IPv4 address, "" if it has none or the system does not tell."""
     try:
         import fcntl
 
@@ -30,43 +30,45 @@ def address_of(interface: str) -> str:
 
 
 def interface_towards(host: str) -> str:
-    """The name of the interface that leads to `host`, "" where there is no telling. Raises OSError without a way."""
+    """The name of the interface that leads to `host`, "" if unknown. Raises OSError without a route."""
     own = own_address_towards(host)
     return next((name for _, name in socket.if_nameindex() if address_of(name) == own), "")
 
 
 class NoInterface(RuntimeError):
-    """Other hosts cannot be reached as asked; the message says what to do."""
+    """No usable interface leads to the other hosts; the message says what to do."""
 
 
 def interface_for_peers(address: str, wished: str = "") -> str:
-    """The interface over which this host and others meet at `address`; `wished` where given. Raises NoInterface.
+    """The interface for meeting other hosts at `address`: `wished`, or the one on the route. Raises NoInterface.
 
-    Never loopback: gloo would take it without a word, and no other host could reach this one.
+    It is never loopback, which gloo would accept silently and no other host could reach.
     """
     try:
         own = own_address_towards(address)
     except OSError as error:
         raise NoInterface(
-            f"there is no way to {address} from here ({error.strerror or error}): check --master-addr."
+            f"there is no route to {address} ({error.strerror or error}): check --master-addr."
         ) from None
     name = wished or interface_towards(address)
     known = ", ".join(f"{name} {address_of(name) or '-'}" for _, name in socket.if_nameindex())
     if wished and not address_of(wished):
-        raise NoInterface(f"there is no interface {wished} with an IPv4 address here; there are: {known}.")
+        raise NoInterface(f"{wished} is not an interface with an IPv4 address on this host; it has: {known}.")
     used = address_of(name) if name else own
     if used.startswith("127.") or own.startswith("127."):
         raise NoInterface(
-            f"{address} leads to this machine's loopback, which no other machine can reach: give the address "
-            f"of rank 0's machine in the network that all share. Here there are: {known}."
+            f"{address} leads to this host's loopback, which no other host can reach: give the address of rank 0's "
+            f"host in the network that all hosts share. Interfaces here: {known}."
         )
     if not name:
-        raise NoInterface(f"no interface here has the address {own}: name one with --interface ({known}).")
+        raise NoInterface(
+            f"no interface of this host has the address {own}: name one with --interface ({known})."
+        )
     return name
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m dinfer.transport.interface ADDRESS [INTERFACE]` prints the interface that gloo is to use."""
+    """`python -m dinfer.transport.interface ADDRESS [INTERFACE]`: print the interface for gloo."""
     try:
         name = interface_for_peers(*arguments)
     except NoInterface as error:

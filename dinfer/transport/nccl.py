@@ -1,7 +1,6 @@
-"""NcclComm: ranks as processes with a GPU each. Payloads go from GPU to GPU on NCCL, all else over gloo.
+"""NcclComm: processes with a GPU each. A lowered plan's messages go from GPU to GPU by NCCL, all else by gloo.
 
-Gloo carries control and what is synced by hand; NCCL what a lowered plan issues. CUDA has no place to report when a
-kernel began but events, so times are those of events, on a clock that is set whenever the streams settle.
+Times are those of CUDA events, the only way to learn when a kernel ran; `settle` aligns their clock with the host's.
 """
 
 import os
@@ -18,39 +17,40 @@ from torch import Tensor
 from dinfer.config import Backend
 from dinfer.kv.digests import as_numbers
 from dinfer.plan.graph import Channel
-from dinfer.transport.gloo import Comm, CommError, GlooComm, Store, bytes_of
+from dinfer.transport.gloo import Comm, CommError, GlooComm, Store, bytes_of, wait_for
 from dinfer.transport.header import HEADER_BYTES, SIGNED
-from dinfer.transport.streams import COMPUTE, Arrived, Issued, Sign, StreamPlace, Streams, Times, stream_of
+from dinfer.transport.streams import COMPUTE, Issued, OnArrival, Sign, StreamPlace, Streams, Times, stream_of
 
 COMMUNICATORS = ("hidden", "kv")
 
 LAG_S = 0.001
-"""how late the end of an op may be seen, so that several are seen at once: each look takes the interpreter from the
-thread that issues. Times do not depend on it: they are those of CUDA events"""
+"""seconds by which the end of an op may be noticed late, so that several are handled at once: each look takes the GIL
+from the issuing thread. Recorded times do not depend on it"""
 
 HEADERS = 1024
-"""headers under way at most; far more than an issuer's window"""
+"""the most headers under way; far more than the window of a StreamExecutor"""
 
 _FOUND = slice(HEADER_BYTES, HEADER_BYTES + 16)
-"""of a header's place: behind the header, the digests of what has arrived"""
+"""the bytes after a received header, for the digests of the block that arrived"""
 
 _ABORT_ONLY = "2"
-"""on an error end the communicator, not the process: the rank must live to say where it stood"""
+"""on an error abort the communicator, not the process: the rank must still report where it stands"""
 
 
 def has_nccl() -> bool:
-    """Whether this torch can use NCCL and a GPU here."""
+    """Whether this torch has NCCL and finds a GPU."""
     return torch.cuda.is_available() and dist.is_available() and dist.is_nccl_available()
 
 
 def open_comm(backend: Backend, rank: int, world_size: int, store: Store, start_timeout: float) -> Comm:
-    """The transport of a settled backend. Raises CommError where the ranks do not find one another."""
+    """Connect by gloo or nccl. Raises CommError if the ranks do not meet within `start_timeout` seconds."""
     kind = NcclComm if backend == "nccl" else GlooComm
     return kind(rank, world_size, store, start_timeout)
 
 
 class NcclComm(GlooComm):
-    """NCCL groups are made with the first streams: by then the ranks know that they were started alike."""
+    """GlooComm, and streams on NCCL. The NCCL groups are made with the first streams, when ranks have agreed on a
+    plan."""
 
     def __init__(self, rank: int, world_size: int, store: Store, start_timeout: float) -> None:
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", _ABORT_ONLY)
@@ -63,9 +63,9 @@ class NcclComm(GlooComm):
         return CudaStreams(self.rank, device, self._nccl)
 
     def _connect(self, device: torch.device) -> None:
-        """Make the groups, and the connections of every pair: an unbatched first message makes one, and waits for it.
+        """Make the groups, and each pair's connection by a first message, which waits for it.
 
-        No `device_id=`: with it, messages of different pairs would be one queue.
+        Without `device_id=`: with it, the messages of all pairs would share one queue.
         """
         try:
             for name in COMMUNICATORS:
@@ -83,14 +83,14 @@ class NcclComm(GlooComm):
                 peer = high if self.rank == low else low
                 for sender in (low, high):
                     if sender == self.rank:
-                        _give(dist.isend(word, group=group, group_dst=peer))
+                        wait_for(dist.isend(word, group=group, group_dst=peer))
                     else:
-                        _give(dist.irecv(word, group=group, group_src=peer))
+                        wait_for(dist.irecv(word, group=group, group_src=peer))
         torch.cuda.synchronize(device)
 
 
 class _CudaWork:
-    """What one stream was given. It holds the tensors of its transfer until that has run."""
+    """Work on one CUDA stream (`Issued`). Holds the tensors of its transfer until that has ended."""
 
     def __init__(self, stream: str, zero: tuple[torch.cuda.Event, int]) -> None:
         self.stream, self._zero = stream, zero
@@ -126,20 +126,20 @@ class _CudaWork:
 
 
 class CudaStreams:
-    """CUDA streams, and NCCL between them: one stream for each peer on each communicator, as NCCL has.
+    """CUDA streams with NCCL: one stream for each peer and communicator, as NCCL has.
 
-    Layers run on the device's default stream, so what the user does afterwards is in order with them.
+    Layers run on the device's default stream, so that the user's own kernels are ordered behind them.
     """
 
     def __init__(self, rank: int, device: torch.device, groups: dict[str, dist.ProcessGroup]) -> None:
         self._rank, self._device, self._groups = rank, device, groups
         self._streams: dict[str, torch.cuda.Stream] = {COMPUTE: torch.cuda.default_stream(device)}
-        # Made once: to pin memory may wait for the device.
+        # Allocated once: pinning memory may wait for the device.
         host = torch.empty((HEADERS, _FOUND.stop), dtype=torch.uint8, pin_memory=True)
         self._headers = cycle(zip(host, torch.empty_like(host, device=device), strict=True))
         self.settle()
 
-    def compute(self, where: str, work: Callable[[], None], after: Sequence[Issued]) -> Issued:
+    def compute(self, where: str, work: Callable[[], object], after: Sequence[Issued]) -> Issued:
         with self._on(where, after) as issued:
             work()
             issued.met = issued.start
@@ -160,11 +160,11 @@ class CudaStreams:
             host[:HEADER_BYTES].copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
             announced.copy_(host, non_blocking=True)
             if sign:
-                # Of a block that this rank computed it is on the device: the host never sees it.
+                # The signature of a block that this rank computed is on the device; the host does not wait for it.
                 announced[SIGNED].view(torch.int64).copy_(sign(), non_blocking=True)
-            _give(dist.isend(announced[:HEADER_BYTES], group=group, group_dst=peer))
+            wait_for(dist.isend(announced[:HEADER_BYTES], group=group, group_dst=peer))
             issued.met.record()
-            _give(dist.isend(bytes_of(tensor), group=group, group_dst=peer))
+            wait_for(dist.isend(bytes_of(tensor), group=group, group_dst=peer))
         return issued
 
     def recv(
@@ -172,16 +172,16 @@ class CudaStreams:
         channel: Channel,
         place: Callable[[], Tensor],
         after: Sequence[Issued],
-        arrived: Arrived | None = None,
+        arrived: OnArrival | None = None,
     ) -> Issued:
         group, peer = self._groups[channel.communicator], channel.source
         with self._on(channel, after) as issued:
             (issued.came, announced), tensor = next(self._headers), place()
             issued.kept = [tensor]
-            _give(dist.irecv(announced[:HEADER_BYTES], group=group, group_src=peer))
+            wait_for(dist.irecv(announced[:HEADER_BYTES], group=group, group_src=peer))
             issued.met.record()
-            _give(dist.irecv(bytes_of(tensor), group=group, group_src=peer))
-            # A copy of the signature: the header's place is used again by others, the ledger keeps it.
+            wait_for(dist.irecv(bytes_of(tensor), group=group, group_src=peer))
+            # A copy, since the ledger keeps the signature and the header's memory is used again.
             if (
                 arrived
                 and (found := arrived(announced[SIGNED].view(torch.int64).clone(), tensor)) is not None
@@ -200,12 +200,12 @@ class CudaStreams:
         self._zero = zero, monotonic_ns()
 
     def close(self, timeout: float) -> bool:  # noqa: ARG002
-        """Nothing to end: whoever issues waits for all that it has issued."""
+        """Nothing to do: the executor waits for all that it has issued."""
         return True
 
     @contextmanager
     def _on(self, where: StreamPlace, after: Sequence[Issued]) -> Iterator[_CudaWork]:
-        """What is done inside is given to that stream, after `after`; the host waits for nothing."""
+        """Inside, the current stream is that of `where`, which waits for `after`; the host does not wait."""
         name = stream_of(self._rank, where)
         issued = _CudaWork(name, self._zero)
         if name not in self._streams:
@@ -222,10 +222,3 @@ class CudaStreams:
 
 def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
-
-
-def _give(work: dist.Work | None) -> None:
-    """Let the current stream wait for the transfer. (On NCCL, unlike gloo, the host does not wait.)"""
-    if work is None:
-        raise CommError("this rank is not part of the group that it communicates in")
-    work.wait()

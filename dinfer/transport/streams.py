@@ -1,9 +1,8 @@
-"""Streams: where ops are issued to run later, in order; and streams that are threads of one process.
+"""Streams: work is issued to them and runs later, in order. And LocalStreams, whose streams are threads.
 
-On NCCL the host only issues: kernels and transfers run when the streams that they were given to come to them. What
-is exchanged with one peer on one communicator is one stream, both directions together, so a pending recv blocks a
-later send there. `LocalStreams` behaves like that on threads, over an Exchange: for tests, and to try out plans on
-a laptop. Nothing here knows ops.
+On NCCL the host only issues; kernels and transfers run when their stream reaches them. Transfers with one peer on one
+communicator share a stream, both directions together, so a pending recv blocks a later send. `LocalStreams` behaves the
+same on threads over an Exchange, for tests and for trying plans on a laptop.
 """
 
 import threading
@@ -22,14 +21,14 @@ from dinfer.transport.gloo import Comm, CommError
 from dinfer.transport.header import Header, signature_of, signed
 
 COMPUTE, ENTRY = "compute", "entry"
-"""the streams of one rank alone: layers; and embeddings, which wait for nothing"""
+"""the streams without a peer: of layers, and of embeddings, which wait for nothing"""
 
 StreamPlace = str | Channel
-"""a stream of this rank's own, or the channel of a transfer"""
+"""COMPUTE, ENTRY, or the channel of a transfer"""
 
 
 class Times(NamedTuple):
-    """When issued work started, met its peer, and ended: monotonic ns."""
+    """When issued work started, met its peer and ended, in monotonic ns."""
 
     start: int
     met: int
@@ -37,41 +36,42 @@ class Times(NamedTuple):
 
 
 class Issued(Protocol):
-    """Work that a stream was given."""
+    """Work that was issued to a stream."""
 
     @property
     def stream(self) -> object:
-        """Which; work of one stream needs no word to run in order."""
+        """The stream's name. Work on one stream runs in issue order."""
 
     @property
     def is_done(self) -> bool:
-        """Whether it has run."""
+        """Whether it has ended."""
 
     def wait(self) -> Times:
-        """Block until it has run. Raises what it raised."""
+        """Wait until it has ended. Raises what it raised."""
 
     def header(self) -> bytes:
-        """Of a recv that has run: the header that came."""
+        """The header that arrived, of a recv that has ended."""
 
     def digests(self) -> tuple[int, int] | None:
-        """Of a recv that has run: what its `arrived` has returned."""
+        """The digests that `arrived` returned, of a recv that has ended."""
 
 
 Sign = Callable[[], Tensor]
-"""asked on the stream for a header's signature, int64 [3]"""
+"""called on the stream; returns a header's signature, int64 [3]"""
 
-Arrived = Callable[[Tensor, Tensor], Tensor | None]
-"""called on the stream with the signature that came and the payload; a block's digests, int64 [2], or None"""
+OnArrival = Callable[[Tensor, Tensor], Tensor | None]
+"""called on the stream with the received signature, int64 [3], and payload; returns the block's digests, int64 [2], or
+None"""
 
 
 class Streams(Protocol):
-    """One rank's streams. `after`: work, mostly of other streams, that must have run before.
+    """One rank's streams. `after`: work that must have ended before, usually on other streams.
 
-    What is given here may run at any later time; tensors must stay as they are until then.
+    Issued work may run at any later time; its tensors must not change until then.
     """
 
-    def compute(self, where: str, work: Callable[[], None], after: Sequence[Issued]) -> Issued:
-        """Run `work` on a stream of this rank's own."""
+    def compute(self, where: str, work: Callable[[], object], after: Sequence[Issued]) -> Issued:
+        """Run `work` on stream COMPUTE or ENTRY; its result is dropped."""
 
     def send(
         self,
@@ -81,34 +81,34 @@ class Streams(Protocol):
         after: Sequence[Issued],
         sign: Sign | None = None,
     ) -> Issued:
-        """Send a header, signed if need be, and then the payload, a contiguous tensor asked for on the stream."""
+        """Send a header, with the signature of `sign`, and then the contiguous tensor that `payload` returns."""
 
     def recv(
         self,
         channel: Channel,
         place: Callable[[], Tensor],
         after: Sequence[Issued],
-        arrived: Arrived | None = None,
+        arrived: OnArrival | None = None,
     ) -> Issued:
-        """Receive a header, and the payload into a contiguous tensor, made on the stream."""
+        """Receive a header, and then the payload into the contiguous tensor that `place` returns."""
 
     def settle(self) -> None:
-        """Let no stream run ahead of what the calling thread has done so far on this device."""
+        """Make later work wait for all that the calling thread has launched on this device."""
 
     def close(self, timeout: float) -> bool:
-        """End the streams, once they have nothing more to run; whether they ended in time."""
+        """End the streams after their last work. Returns whether they ended within `timeout` seconds."""
 
 
 @runtime_checkable
 class StreamComm(Comm, Protocol):
-    """A transport that also takes work to be run later."""
+    """A transport with streams."""
 
     def open_streams(self, device: torch.device) -> Streams:
-        """This rank's streams on its device. All ranks must call it, in the same order of calls."""
+        """This rank's streams on its device. All ranks must call it, in the same order among collective calls."""
 
 
 def stream_of(rank: int, where: StreamPlace) -> str:
-    """The name of the stream: what is exchanged with one peer on one communicator is one, whatever the direction."""
+    """The name of the stream of `where`: one for each peer and communicator, for both directions."""
     if isinstance(where, str):
         return where
     peer = where.target if where.source == rank else where.source
@@ -116,10 +116,10 @@ def stream_of(rank: int, where: StreamPlace) -> str:
 
 
 class _Work:
-    """One piece of work in a LocalStreams."""
+    """Work on one of the LocalStreams (`Issued`)."""
 
     def __init__(
-        self, gate: Gate, stream: str, run: Callable[["_Work"], None], after: Sequence[Issued]
+        self, gate: Gate, stream: str, run: Callable[["_Work"], object], after: Sequence[Issued]
     ) -> None:
         self._gate, self.stream, self.run, self._after = gate, stream, run, after
         self.started = self.met = self.ended = 0
@@ -133,7 +133,7 @@ class _Work:
 
     @property
     def is_free(self) -> bool:
-        """Whether all that it waits for has run."""
+        """Whether all work that it waits for has ended."""
         return all(isinstance(other, _Work) and other.ended for other in self._after)
 
     def wait(self) -> Times:
@@ -153,21 +153,21 @@ class _Work:
         failed = next((w.error for w in self._after if isinstance(w, _Work) and w.error), None)
         try:
             if failed is not None:
-                raise CommError("what this waits for has failed") from failed
+                raise CommError("work before this one failed") from failed
             self.run(self)
-        except BaseException as error:  # raised where the work is waited for
+        except BaseException as error:  # raised by `wait`
             self.error = error
         with self._gate.change():
             self.ended = monotonic_ns()
 
 
 _END = object()
-"""what a stream's thread takes for work when there will be none any more"""
+"""ends a stream's thread"""
 
 
 class LocalStreams:
-    """Streams that are threads, with the transfers of a blocking Comm. `serial`: one stream for everything, the worst
-    that CUDA may do."""
+    """Streams that are threads, whose transfers use a blocking Comm. `serial`: one stream for everything, the worst
+    case on CUDA."""
 
     def __init__(self, comm: Comm, gate: Gate, *, serial: bool = False) -> None:
         self._comm, self._gate, self._serial = comm, gate, serial
@@ -175,7 +175,7 @@ class LocalStreams:
         self._threads: list[threading.Thread] = []
         self._closing = False
 
-    def compute(self, where: str, work: Callable[[], None], after: Sequence[Issued]) -> Issued:
+    def compute(self, where: str, work: Callable[[], object], after: Sequence[Issued]) -> Issued:
         return self._issue(where, lambda _: work(), after)
 
     def send(
@@ -196,13 +196,13 @@ class LocalStreams:
         channel: Channel,
         place: Callable[[], Tensor],
         after: Sequence[Issued],
-        arrived: Arrived | None = None,
+        arrived: OnArrival | None = None,
     ) -> Issued:
         def run(work: _Work) -> None:
             work.came = self._comm.recv_header(channel)
             work.met, out = monotonic_ns(), place()
             announced = Header.unpack(work.came).nbytes
-            fits = announced == out.nbytes  # what does not is drained; who checks the header will say so
+            fits = announced == out.nbytes  # else drain it: the check of the header reports the error
             self._comm.recv_payload(channel, out if fits else torch.empty(announced, dtype=torch.uint8))
             if arrived and fits:
                 work.found = arrived(signature_of(work.came), out)
@@ -219,7 +219,7 @@ class LocalStreams:
             thread.join(timeout)
         return not any(thread.is_alive() for thread in self._threads)
 
-    def _issue(self, where: StreamPlace, run: Callable[[_Work], None], after: Sequence[Issued]) -> Issued:
+    def _issue(self, where: StreamPlace, run: Callable[[_Work], object], after: Sequence[Issued]) -> Issued:
         name = "serial" if self._serial else stream_of(self._comm.rank, where)
         work = _Work(self._gate, name, run, after)
         with self._gate.change():

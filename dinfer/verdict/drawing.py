@@ -1,4 +1,4 @@
-"""Who waits for whom, as a small SVG. Pure: boxes and arrows in, text out; whatever is in them is escaped."""
+"""Who waits for whom, as a small SVG picture or a few lines of text. Pure; all texts are escaped."""
 
 from collections.abc import Sequence
 from html import escape
@@ -20,7 +20,7 @@ Point = tuple[float, float]
 
 
 class Box(NamedTuple):
-    """A rank: a name, where it stands, and whether it is to blame."""
+    """A rank: its name, what it does, and whether it is a culprit."""
 
     key: int
     name: str
@@ -29,7 +29,7 @@ class Box(NamedTuple):
 
 
 class Arrow(NamedTuple):
-    """`source` waits for `target`, for that."""
+    """`source` waits for `target`; `text` says for what."""
 
     source: int
     target: int
@@ -37,7 +37,7 @@ class Arrow(NamedTuple):
 
 
 def drawing(title: str, boxes: Sequence[Box], arrows: Sequence[Arrow]) -> str:
-    """The boxes on an ellipse, the first on top, and clockwise from there."""
+    """An SVG with the boxes on an ellipse, clockwise from the top."""
     across, down = _radii(len(boxes))
     middle = across + WIDTH / 2 + MARGIN, down + HEIGHT / 2 + MARGIN
     at = {box.key: _place(number, len(boxes), middle, (across, down)) for number, box in enumerate(boxes)}
@@ -78,7 +78,7 @@ def _box(box: Box, at: Point) -> str:
 
 
 def _arrow(arrow: Arrow, at: dict[int, Point], is_answered: bool) -> str:
-    """From edge to edge of the boxes, bent where there is one back as well."""
+    """An arrow from edge to edge of the boxes; bent if there is one in the other direction too."""
     source, target = at[arrow.source], at[arrow.target]
     length = hypot(target[0] - source[0], target[1] - source[1]) or 1.0
     bend = 26.0 if is_answered else 0.0
@@ -97,7 +97,7 @@ def _arrow(arrow: Arrow, at: dict[int, Point], is_answered: bool) -> str:
 
 
 def _edge(box: Point, towards: Point) -> Point:
-    """Where the line from a box's middle leaves it."""
+    """Where a line from the middle of a box leaves it."""
     dx, dy = towards[0] - box[0], towards[1] - box[1]
     scale = max(abs(dx) / (WIDTH / 2 + 3), abs(dy) / (HEIGHT / 2 + 3))
     return (box[0] + dx / scale, box[1] + dy / scale) if scale > 0 else box
@@ -108,7 +108,7 @@ def _short(text: str) -> str:
 
 
 def cycle_text(found: Counterexample) -> str:
-    """The circle in a few lines, for a terminal; empty for what is no circle."""
+    """A cycle in a few lines, for a terminal; empty for any other counterexample."""
     if found.flaw != "cycle":
         return ""
     if len(found.steps) == 1:
@@ -121,7 +121,7 @@ def cycle_text(found: Counterexample) -> str:
 
 
 def counterexample_svg(plan: Plan, found: Counterexample) -> str:
-    """The ops that it speaks of, and, of a circle, what each waits for; empty where it speaks of no op."""
+    """The ops in the counterexample and, in a cycle, what each waits for; empty if it names no op."""
     if not found.places:
         return ""
     boxes = [

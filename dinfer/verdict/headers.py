@@ -1,4 +1,4 @@
-"""What a message that was not the one expected says of who went wrong, and how."""
+"""What an unexpected message tells about which rank is wrong, and how."""
 
 from collections.abc import Mapping
 
@@ -10,25 +10,25 @@ from dinfer.verdict.waits import HangKind, Root
 
 
 def mismatch(graph: Graph, signs: dict[int, Signs], rank: int, raised: Raised) -> Root:
-    """The root of an exception that a message has caused on `rank`. `raised.came` and `raised.op` must be known."""
+    """The root of an exception on `rank` that a message has caused. `raised.came` and `raised.op` must be known."""
     came, op = raised.came, parse_op(raised.op)
     assert came
-    told = f"at `{op}` rank {rank} got {came.value}, {came.tokens} tokens"
+    event = f"at `{op}` rank {rank} got {came.value}, {came.tokens} tokens"
     if came.here not in (0, graph.plan.id):
-        text = f"runs another plan (id {came.here:016x}): {told} by the others' plan"
+        text = f"runs another plan (id {came.here:016x}): {event} by the others' plan"
         return Root("another plan", rank, text, op.peer)
     if came.plan_id != graph.plan.id:
-        return Root("another plan", op.peer, f"runs another plan (id {came.plan_id:016x}): {told}", rank)
+        return Root("another plan", op.peer, f"runs another plan (id {came.plan_id:016x}): {event}", rank)
     if came.value == op.value:
         return Root(
-            "other size", op.peer, f"sent {op.value} in another size: {told}, {came.nbytes:,} bytes", rank
+            "other size", op.peer, f"sent {op.value} in another size: {event}, {came.nbytes:,} bytes", rank
         )
     kind, culprit, text = _order(graph, signs, rank, op, came)
-    return Root(kind, culprit, f"{text}: {told}", op.peer if culprit == rank else rank)
+    return Root(kind, culprit, f"{text}: {event}", op.peer if culprit == rank else rank)
 
 
 def _order(graph: Graph, signs: dict[int, Signs], rank: int, op: Op, came: Came) -> tuple[HangKind, int, str]:
-    """Which rule of order was broken, by whom, and how that is said."""
+    """Which rule of order was broken, by which rank, and a text that says so."""
     channel = channel_of(rank, op)
     sends, recvs = graph.channels.get(channel, ([], []))
     expected = _index(graph, recvs, op)
@@ -51,8 +51,8 @@ def _order(graph: Graph, signs: dict[int, Signs], rank: int, op: Op, came: Came)
 
 
 def who_lacks(graph: Graph, signs: Mapping[int, Signs], channel: Channel, value: Value) -> int | None:
-    """The rank that should have got this from the channel's source, which has sent it, and has not; where one rank got
-    it twice, the second was that one's."""
+    """Another rank to which the channel's source has sent this value, by its own account, and which has not received
+    it: if one rank got a value twice, the second was meant for that rank."""
     for other, (sends, recvs) in graph.channels.items():
         if other._replace(target=channel.target) == channel != other:
             for send, recv in zip(sends, recvs, strict=False):
@@ -67,12 +67,12 @@ def who_lacks(graph: Graph, signs: Mapping[int, Signs], channel: Channel, value:
 
 
 def _astray(graph: Graph, channel: Channel, came: Came) -> tuple[HangKind, int, str]:
-    """The channel does not carry that value at all."""
+    """What is wrong with a value that the plan never sends on this channel."""
     for other, (sends, _) in graph.channels.items():
         if other.source == channel.source and any(graph.ops[send].value == came.value for send in sends):
             text = f"sent {came.value} to rank {channel.target} in place of rank {other.target}"
             return "wrong peer", channel.source, text
-    return "out of order", channel.source, f"sent {came.value}, which the plan has nowhere on this link"
+    return "out of order", channel.source, f"sent {came.value}, which the plan never sends on this link"
 
 
 def _index(graph: Graph, numbers: list[int], op: Op) -> int | None:
@@ -80,11 +80,12 @@ def _index(graph: Graph, numbers: list[int], op: Op) -> int | None:
 
 
 def _passed(graph: Graph, signs: Signs, numbers: list[int]) -> int:
-    """How many of these ops, which are on one lane of the rank, have ended."""
+    """How many of these ops, all on one lane of the rank, have ended."""
     return sum(has_passed(signs, graph.place(number)) for number in numbers)
 
 
 def has_passed(signs: Signs, place: OpPlace) -> bool:
+    """Whether the op at that place has ended."""
     return place.lane < len(signs.positions) and signs.positions[place.lane] > place.index
 
 

@@ -1,29 +1,31 @@
-"""From the graph of who waits for whom to the one who is to blame. Pure; where the graph comes from is for others."""
+"""Judge: from the graph of who waits for whom to the culprit, and whether a rank or link of a run that moves is slow.
+
+Pure. `planned` makes the graph from a plan, `recorded` from events alone.
+"""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, get_args
+from statistics import median
+from typing import NamedTuple, TypeVar, get_args
 
 from dinfer.plan.graph import Graph
 from dinfer.plan.plan import Plan
 from dinfer.plan.verify import shortest_cycle
-from dinfer.verdict.planned import Planned
-from dinfer.verdict.ranks import RankSigns
+from dinfer.verdict.planned import Planned, RankSigns
 from dinfer.verdict.signs import KvBytes, Signs
-from dinfer.verdict.slow import slow
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.waits import CYCLE_S, HangKind, Node, Root, Wait, Waits
-from dinfer.verdict.words import ranks_text
+from dinfer.verdict.words import ranks_text, seconds_text
 
 ORDER: dict[HangKind, int] = {kind: number for number, kind in enumerate(get_args(HangKind))}
 
 ABOUT_LINKS = ("stalled link", "slow link")
-"""kinds whose text is a sentence by itself"""
+"""roots whose text is a whole sentence"""
 
 
 class _Cause(NamedTuple):
-    """Something that others may wait for, where it lies, and every node that waits for it, with the next on its way."""
+    """A root, its nodes, and every node that waits for these, directly or not, with the next node on the way there."""
 
     root: Root
     nodes: tuple[Node, ...]
@@ -34,7 +36,7 @@ class _Cause(NamedTuple):
 
 
 def judge(waits: Waits) -> Verdict:
-    """The worst of what is wrong; among equals, what most wait for."""
+    """The verdict on the worst cause; among equals, on the one for which most ranks wait."""
     causes = [*_cycle(waits), *_roots(waits)]
     if not causes:
         return Verdict("done", "the run is done", waits=waits)
@@ -58,20 +60,20 @@ def judge(waits: Waits) -> Verdict:
 
 
 def _quiet(waits: Waits, cause: _Cause) -> Verdict:
-    """Nothing is wrong."""
+    """The verdict if nothing is wrong."""
     root, waiting = cause.root, tuple(sorted(cause.ranks() - {cause.root.rank}))
     if root.kind == "held" and waiting:
         chain = _chain(waits, cause)
         text = _sentence(cause, waiting)
         return Verdict("held", text, (root.rank,), None, waiting, chain, _lines(waits, chain), waits)
     kind: HangKind = "paused" if root.kind == "held" else root.kind
-    said = {"moving": "the run moves", "paused": "the run stands where it was told to stop"}
-    return Verdict(kind, said.get(kind, "the run is done"), lines=_lines(waits, ()), waits=waits)
+    texts = {"moving": "the run moves", "paused": "the run stands where it was told to stop"}
+    return Verdict(kind, texts.get(kind, "the run is done"), lines=_lines(waits, ()), waits=waits)
 
 
 def _roots(waits: Waits) -> list[_Cause]:
-    """One cause for each node that waits for nobody; the two ends of a link, and all lanes of a rank that have the same
-    root, are one."""
+    """A cause for each root. Nodes with the same root, such as the two ends of a link or the lanes of a rank, are one
+    cause."""
     by_root: dict[tuple[HangKind, int, int | None], list[Node]] = {}
     for node, wait in waits.items():
         if wait.root:
@@ -97,7 +99,7 @@ def _cycle(waits: Waits) -> list[_Cause]:
 
 
 def _waiting(waits: Waits, roots: Sequence[Node]) -> dict[Node, Node]:
-    """Every node that waits, over however many others, for one of these, with the next on the shortest way there."""
+    """Every node that waits for one of these, directly or not, with the next node on the shortest way there."""
     back: dict[Node, list[Node]] = {}
     for node, wait in waits.items():
         for to in wait.on:
@@ -114,7 +116,7 @@ def _waiting(waits: Waits, roots: Sequence[Node]) -> dict[Node, Node]:
 
 
 def _chain(waits: Waits, cause: _Cause) -> tuple[Wait, ...]:
-    """From the rank that is farthest from the root, on the shortest way; of a cycle, the cycle."""
+    """The waits from the rank farthest from the root to the root; for a cycle, the cycle."""
     if cause.root.kind == "cycle":
         return tuple(waits[node] for node in cause.nodes)
     paths = [_path(node, cause) for node in sorted(cause.waiting)] or [[cause.nodes[0]]]
@@ -132,7 +134,7 @@ def _path(node: Node, cause: _Cause) -> list[Node]:
 def _sentence(cause: _Cause, blocked: Sequence[int]) -> str:
     root = cause.root
     if root.kind == "cycle":
-        text = f"these wait for one another for ever: {root.text}"
+        text = f"deadlock: {root.text}"
     else:
         text = root.text if root.kind in ABOUT_LINKS else f"rank {root.rank} {root.text}"
     if not blocked:
@@ -143,7 +145,7 @@ def _sentence(cause: _Cause, blocked: Sequence[int]) -> str:
 
 
 def _lines(waits: Waits, chain: Sequence[Wait]) -> tuple[str, ...]:
-    """What each rank does: of its lanes the one on the chain, else the one that holds up the most."""
+    """What each rank does: of its lanes the one on the chain, else the one that matters most."""
     lines = []
     for rank in sorted({node.rank for node in waits}):
         mine = [wait for node, wait in waits.items() if node.rank == rank]
@@ -157,7 +159,7 @@ def _lines(waits: Waits, chain: Sequence[Wait]) -> tuple[str, ...]:
 def _urgency(wait: Wait) -> tuple[bool, bool, bool, bool]:
     op, root = wait.op, wait.root
     idle = root is not None and root.kind in ("held", "done")
-    if idle:  # what it computes next is what `where()` names, else the first of its lanes
+    if idle:  # `where()` names what it computes next, or else the first of its lanes
         return (True, op is not None and op.is_transfer, False, False)
     is_transfer = op is not None and op.is_transfer and bool(wait.on)
     return (
@@ -181,11 +183,77 @@ def explain(
     ahead_s: float = 0.0,
     tell_slow: bool = True,
 ) -> Verdict:
-    """Why the run does not move, or that it does. `signs` are by rank, as many as the plan has; `stacks`, texts to go
-    with it, are by rank. `graph`: the plan's, for who asks often; `ahead_s`: what will be stuck in so many seconds, if
-    nothing changes, counts as stuck; `tell_slow`: whether to say of a run that moves who is slow."""
+    """Why the run does not move, or that it does.
+
+    `signs`: by rank, one for each of the plan's ranks; `stacks`: by rank, texts to add to the verdict. `graph`: the
+    plan's, to save making it on every call. `ahead_s`: what will count as stuck in so many seconds, if nothing changes,
+    counts as stuck now. `tell_slow`: say of a run that moves which rank or link is slow.
+    """
     found = judge(Planned(RankSigns(plan, signs, graph or Graph(plan), ahead_s), sizes).waits())
-    if tell_slow and found.kind == "moving" and (root := slow(plan, signs)):
-        told = root.text if root.kind in ABOUT_LINKS else f"rank {root.rank} {root.text}"
-        found = replace(found, kind=root.kind, sentence=told, ranks=(root.rank,), peer=root.peer)
+    if tell_slow and found.kind == "moving" and (root := _slow(plan, signs)):
+        text = root.text if root.kind in ABOUT_LINKS else f"rank {root.rank} {root.text}"
+        found = replace(found, kind=root.kind, sentence=text, ranks=(root.rank,), peer=root.peer)
     return replace(found, stacks=dict(stacks or {}))
+
+
+SLOW_RANK = 1.6
+"""a rank is slow if its layers take so many times as long as the others'"""
+
+SLOW_LINK = 4.0
+"""a link is slow if its blocks take so many times as long as the others'"""
+
+LEAST_LINK_S = 10e-3
+"""a link on which a block takes less is not slow"""
+
+GroupT = TypeVar("GroupT")
+
+
+def _slow(plan: Plan, signs: Sequence[Signs]) -> Root | None:
+    """The slowest rank or link, if one stands out."""
+    layers = {rank: its.medians["layer"] for rank, its in enumerate(signs) if its.medians.get("layer")}
+    if found := _outlier(layers, SLOW_RANK):
+        rank, times, usual = found
+        why = f"a layer takes it {seconds_text(layers[rank])} where others take {seconds_text(usual)}"
+        return Root("slow rank", rank, f"is slow, {times:.1f} ×: {why}; {_behind(plan, signs, rank)}")
+    links = {(source, rank): s for rank, its in enumerate(signs) for source, s in its.links.items()}
+    found_link = _outlier(links, SLOW_LINK)
+    if found_link and links[found_link[0]] > LEAST_LINK_S:
+        (source, target), times, usual = found_link
+        took = f"a block takes {seconds_text(links[source, target])} where others take {seconds_text(usual)}"
+        back = links.get((target, source), 0.0)
+        if back >= SLOW_LINK * usual:  # each transfer needs an answer in the other direction
+            took += f", and {seconds_text(back)} the other way"
+        return Root("slow link", source, f"the link {source}→{target} is slow, {times:.1f} ×: {took}", target)
+    return None
+
+
+def _outlier(values: Mapping[GroupT, float], times: float) -> tuple[GroupT, float, float] | None:
+    """The key of the largest value, the ratio to the median of the others, and that median; None below `times`."""
+    if len(values) < 2:
+        return None
+    largest = max(values, key=lambda key: values[key])
+    usual = median(value for key, value in values.items() if key != largest)
+    return (largest, values[largest] / usual, usual) if values[largest] >= times * usual > 0 else None
+
+
+def _behind(plan: Plan, signs: Sequence[Signs], rank: int) -> str:
+    """How many of its layer ops the rank has done, and how many the rank that is furthest."""
+    shares = [_layers(plan, number, its) for number, its in enumerate(signs)]
+    done, total = shares[rank]
+    ahead = [n for n, (its, of) in enumerate(shares) if n != rank and its * total > done * of]
+    text = f"it has done {done} of {total} layer ops"
+    if not ahead:
+        return f"{text}, as many as the others"
+    most = max(ahead, key=lambda n: shares[n][0] / shares[n][1])
+    return f"{text}, {ranks_text([most])} {shares[most][0]} of {shares[most][1]}"
+
+
+def _layers(plan: Plan, rank: int, signs: Signs) -> tuple[int, int]:
+    lanes = plan.lanes[rank]
+    positions = signs.positions or (0,) * len(lanes)
+    kinds = [
+        (op.kind == "layer", index < at)
+        for lane, at in zip(lanes, positions, strict=True)
+        for index, op in enumerate(lane.ops)
+    ]
+    return sum(is_layer and done for is_layer, done in kinds), sum(is_layer for is_layer, _ in kinds) or 1

@@ -1,19 +1,137 @@
-"""From a plan and the ranks' signs of life to the graph of who waits for whom. Nothing here judges the graph."""
+"""Makes the graph of who waits for whom from a plan and the ranks' signs of life. `judge` judges it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from statistics import median
 
-from dinfer.plan.graph import NONE, channel_of
+from dinfer.plan.graph import NONE, Graph, channel_of
 from dinfer.plan.ops import Op
-from dinfer.plan.plan import OpPlace
+from dinfer.plan.plan import OpPlace, Plan
 from dinfer.verdict.headers import has_passed, mismatch, who_lacks
-from dinfer.verdict.ranks import RankSigns
-from dinfer.verdict.signs import BUSY, KvBytes, Signs
-from dinfer.verdict.waits import RANK, Node, Root, Wait, Waits
+from dinfer.verdict.signs import BUSY, KvBytes, Signs, StackFrame
+from dinfer.verdict.waits import RANK, Node, Root, Wait, Waits, stuck_after
 from dinfer.verdict.words import link_text, times_text, value_text, waits_for_text
+
+ALIVE = ("prefill", "decode", "done")
+"""phases in which a rank has its plan"""
+
+
+class RankSigns:
+    """What the signs of life say of each rank by itself: where its lanes stand, how long its ops take, what it does."""
+
+    def __init__(self, plan: Plan, signs: Sequence[Signs], graph: Graph, ahead_s: float = 0.0) -> None:
+        self.plan, self.graph, self.ahead_s = plan, graph, ahead_s
+        self.signs = dict(enumerate(signs))
+
+    def has_lanes(self, rank: int) -> bool:
+        """Whether its lanes' positions are known."""
+        signs, lanes = self.signs[rank], self.plan.lanes[rank]
+        return signs.phase in ALIVE and len(signs.positions) == len(lanes)
+
+    def busy(self, rank: int, text: str, still: float, typical: float, frame: StackFrame | None) -> Root:
+        """The root for something that should end by itself."""
+        if not self.is_ripe(still, typical):
+            return Root("moving", rank, f"{text}, at {frame}" if frame else text)
+        return busy(rank, self.signs[rank], text, still, typical, frame)
+
+    def is_ripe(self, still: float, typical: float) -> bool:
+        """Whether something that has not moved for so long counts as stuck, unless it uses CPU time."""
+        return still + self.ahead_s >= stuck_after(typical)
+
+    def main_op(self, rank: int) -> Op | None:
+        """The op by which to name a rank: the one that it computes, else the first that it is in, else the next one."""
+        signs = self.signs[rank]
+        if not self.has_lanes(rank):
+            return None
+        lanes = zip(self.plan.lanes[rank], signs.positions, signs.started, strict=True)
+        heads = [(lane.ops[at], started) for lane, at, started in lanes if at < len(lane.ops)]
+        heads.sort(key=lambda head: (not head[1], head[0].is_transfer, head[0].what == "kv"))
+        return heads[0][0] if heads else None
+
+    def holder(self, rank: int) -> Node | None:
+        """The lane whose thread keeps the rank's Python from answering; if that is unknown, the one that computes."""
+        signs = self.signs[rank]
+        for number, lane in enumerate(self.plan.lanes[rank]):
+            if (
+                lane.name == signs.holder
+                and signs.started[number]
+                and signs.positions[number] < len(lane.ops)
+            ):
+                return Node(rank, number)
+        return self.computing(rank)
+
+    def computing(self, rank: int) -> Node | None:
+        """The lane of the rank that is in an op other than a transfer."""
+        signs = self.signs[rank]
+        for number, lane in enumerate(self.plan.lanes[rank]):
+            at = signs.positions[number]
+            if signs.started[number] and at < len(lane.ops) and not lane.ops[at].is_transfer:
+                return Node(rank, number)
+        return None
+
+    def median(self, rank: int, op: Op) -> float:
+        """How long such an op takes on that rank; if it has done none, on the others."""
+        if own := self.signs[rank].medians.get(op.kind):
+            return own
+        return median([found for its in self.signs.values() if (found := its.medians.get(op.kind))] or [0.0])
+
+    def frame(self, node: Node) -> StackFrame | None:
+        """Where the lane's thread stands; of a rank that does not answer, only the busy thread is known."""
+        signs, lane = self.signs[node.rank], self.plan.lanes[node.rank][node.lane]
+        if signs.answers is False and node == self.holder(node.rank):
+            return signs.frames.get(BUSY)
+        return signs.frames.get(lane.name)
+
+    def is_past(self, rank: int) -> bool:
+        """Whether all its lanes have ended."""
+        signs = self.signs[rank]
+        lanes = zip(signs.positions, self.plan.lanes[rank], strict=True)
+        return all(at == len(lane.ops) for at, lane in lanes)
+
+    def number(self, node: Node) -> int:
+        """The graph's number of the op at which the lane stands."""
+        first = self.graph.first[self.graph.first_lane[node.rank] + node.lane]
+        return first + self.signs[node.rank].positions[node.lane]
+
+    def is_done(self, number: int) -> bool:
+        place = self.graph.place(number)
+        return has_passed(self.signs[place.rank], place)
+
+    def is_at(self, place: OpPlace) -> bool:
+        """Whether the op at this place has begun and not ended."""
+        signs = self.signs[place.rank]
+        return signs.positions[place.lane] == place.index and signs.started[place.lane]
+
+    def still(self, place: OpPlace) -> float:
+        """Seconds since that lane has moved."""
+        signs = self.signs[place.rank]
+        return signs.still_s[place.lane] if signs.still_s else signs.quiet_s
+
+
+def busy(rank: int, signs: Signs, text: str, still: float, typical: float, frame: StackFrame | None) -> Root:
+    """The root for something that should end by itself, and has taken too long."""
+    since = times_text(still, typical)
+    at = f", in {frame.c}" if frame and frame.c else ""
+    at += f", at {frame}" if frame else ""
+    if frame and frame.held:
+        return Root("held", rank, f"{text} and stands at a debugger's breakpoint{at}")
+    if signs.cpu_moves or (signs.cpu_moves is None and signs.process == "R"):
+        return Root("computing", rank, f"{text} and still computing ({since}){at}")
+    if signs.answers is False:
+        held = "in C code that holds the interpreter (the GIL)"
+        at = at or "; no stack of it could be read"
+        return Root("stuck in C", rank, f"{text} and stuck {held} ({since}){at}")
+    if frame is None:
+        return Root("stuck", rank, f"{text} and stuck at an unknown line: no stack of it came ({since})")
+    where = "C" if frame.native else "Python"
+    return Root(
+        "stuck in C" if frame.native else "stuck in Python",
+        rank,
+        f"{text} and stuck in {where} ({since}){at}",
+    )
 
 
 class Planned:
-    """Every lane that has not got to its end, or every rank as a whole that is not in prefill, as a `Wait`."""
+    """A `Wait` for every lane that has not ended, and for every rank as a whole that has none."""
 
     def __init__(self, ranks: RankSigns, sizes: KvBytes) -> None:
         self.ranks, self.plan, self.graph, self.signs = ranks, ranks.plan, ranks.graph, ranks.signs
@@ -44,7 +162,7 @@ class Planned:
                 yield self._past_lanes(rank)
 
     def _broken_by(self, rank: int) -> Root | None:
-        """What is wrong with a rank whatever its lanes do."""
+        """What is wrong with a rank as a whole."""
         signs = self.signs[rank]
         stood = f" in `{op}`" if (op := self.ranks.main_op(rank)) else f" ({signs.phase})"
         if signs.raised and not signs.raised.secondary:
@@ -69,7 +187,7 @@ class Planned:
         return Wait(Node(rank), text, signs.quiet_s, root=root)
 
     def _past_lanes(self, rank: int) -> Wait:
-        """Prefill is done here. In decode every rank compares each token with all others."""
+        """The wait of a rank that has ended prefill. In decode, every rank compares each token with all others."""
         signs = self.signs[rank]
         if signs.phase == "prefill" and any(its.phase == "decode" for its in self.signs.values()):
             text, frame = "has not begun to decode", signs.frames.get("decode")
@@ -101,7 +219,7 @@ class Planned:
         still = signs.still_s[lane] if signs.still_s else signs.quiet_s
         node = Node(rank, lane)
         if signs.answers is False and signs.started[lane]:
-            return self._mute(node, op, still)
+            return self._no_answer(node, op, still)
         if not signs.started[lane]:
             return self._unstarted(node, op, still)
         if op.is_transfer:
@@ -110,8 +228,8 @@ class Planned:
         root = self.ranks.busy(rank, text, still, self.ranks.median(rank, op), self.ranks.frame(node))
         return Wait(node, text, still, root=root, op=op)
 
-    def _mute(self, node: Node, op: Op, still: float) -> Wait:
-        """Of a rank whose Python does not answer: transfers may be over, and its threads cannot say so."""
+    def _no_answer(self, node: Node, op: Op, still: float) -> Wait:
+        """The wait of a lane of a rank that does not answer: a transfer may have ended without its thread noticing."""
         text = f"is in `{op}`, and its Python does not answer"
         holder = self.ranks.holder(node.rank)
         if holder is not None and holder != node:
@@ -168,8 +286,8 @@ class Planned:
         return self._met(wait, place)
 
     def _passed_by(self, wait: Wait, place: OpPlace) -> Wait:
-        """Its counterpart has ended, and it has not: that counts from when both are known to, as the news of one rank
-        may be older than that of the other."""
+        """A transfer has ended on the other rank, and not here. That counts from the newer news of the two ranks, since
+        those of one may be older."""
         assert wait.op
         peer, other = place.rank, self.plan.op(place)
         still = min(wait.still_s, self.ranks.still(place))
@@ -192,7 +310,7 @@ class Planned:
         )
 
     def _who_got(self, rank: int, op: Op) -> int | None:
-        """Another rank to which `rank` is sending what this op carries, and which has it already."""
+        """Another rank to which `rank` is sending the value of this op, and which has it already."""
         for number, lane in enumerate(self.plan.lanes[rank]):
             at, signs = self.signs[rank].positions[number], self.signs[rank]
             if at < len(lane.ops) and signs.started[number]:
@@ -205,7 +323,7 @@ class Planned:
         return None
 
     def _again(self, rank: int, op: Op, what: str) -> Root:
-        """A send that nobody awaits, as the peer has what it carries."""
+        """The root of a send that the peer does not receive, since it has the value already."""
         robbed = who_lacks(self.graph, self.signs, channel_of(rank, op), op.value)
         if robbed is not None:
             return Root(
@@ -214,7 +332,7 @@ class Planned:
         return Root("sent twice", rank, f"sends {what} once more, though rank {op.peer} has it", op.peer)
 
     def _stalled(self, rank: int, peer: int) -> Iterator[Node]:
-        """Lanes of `rank` in another transfer with that peer of which both ends are there."""
+        """Lanes of `rank` in another transfer with that peer that has begun on both."""
         signs = self.signs[rank]
         for number, lane in enumerate(self.plan.lanes[rank]):
             if signs.positions[number] < len(lane.ops) and signs.started[number]:
@@ -223,7 +341,7 @@ class Planned:
                     yield from [Node(rank, number)] * self.ranks.is_at(self.graph.place(partner))
 
     def _met(self, wait: Wait, place: OpPlace) -> Wait:
-        """Both ends are there: the fault is in a rank that cannot take part, or on the link between them."""
+        """Both ranks are in the transfer: one of them cannot take part, or the link between them is at fault."""
         assert wait.op
         node, op = wait.node, wait.op
         still = min(wait.still_s, self.ranks.still(place))
@@ -237,26 +355,28 @@ class Planned:
                 at = f"is in `{op if end == node else self.plan.op(place)}`"
                 root = self.ranks.busy(end.rank, at, still, typical, frame)
                 return wait._replace(root=root)
-        wait = wait._replace(still_s=still)  # that of the link: one end may have waited for the other before
+        wait = wait._replace(
+            still_s=still
+        )  # how long both are there: one may have waited for the other before
         source, target = (node.rank, op.peer) if op.kind == "send" else (op.peer, node.rank)
         both = f"the link {source}→{target} has been carrying {wait.what} for {times_text(still, typical)}"
         if not self.ranks.is_ripe(still, typical):
             return wait._replace(root=Root("moving", source, both, target))
         moves = [rank for rank in (source, target) if self.signs[rank].cpu_moves]
-        if any(self.ranks.computing(rank) for rank in moves):  # that CPU time says nothing of the link
+        if any(self.ranks.computing(rank) for rank in moves):  # then CPU time says nothing about the link
             return wait._replace(root=Root("moving", source, both, target))
         if moves:
             return wait._replace(root=Root("slow link", source, f"{both}, and CPU time moves", target))
         return wait._replace(root=Root("stalled link", source, f"{both}: both ends are there", target))
 
     def _node(self, rank: int, lane: int = RANK) -> Node:
-        """The node that stands for a lane: the rank's own where it is taken as a whole."""
+        """The node of a lane, or of its rank if that is judged as a whole."""
         whole = rank in self._broken or not self.ranks.has_lanes(rank) or self.ranks.is_past(rank)
         return Node(rank) if whole or lane == RANK else Node(rank, lane)
 
 
 def _token(signs: Signs) -> int:
-    """How many tokens it has decoded; a rank that has not begun is behind all."""
+    """How many tokens it has decoded; -1 before decode, a large number after it."""
     return signs.decoded if signs.phase == "decode" else -1 if signs.phase != "done" else 1 << 30
 
 

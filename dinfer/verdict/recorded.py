@@ -1,7 +1,7 @@
-"""From events alone, where there is no plan, to the graph of who waits for whom: also for runs of other people's code.
+"""Makes the graph of who waits for whom from events alone, without a plan: also for runs of other people's code.
 
-An event whose `end` is 0 is open: that op has begun and not ended. Its chunk, layer and peer may be unknown, and it may
-be a collective: of those, the n-th on a lane of one rank is the n-th on the lane of that name of every other.
+An event whose `end` is 0 is open: its op has begun and not ended. Its chunk, layer and peer may be unknown. It may be a
+collective: the n-th collective on a lane of one rank meets the n-th on the lane of that name of every other rank.
 """
 
 from collections import defaultdict
@@ -10,7 +10,7 @@ from math import inf
 
 from dinfer.trace.events import Event
 from dinfer.verdict.judge import judge
-from dinfer.verdict.ranks import busy
+from dinfer.verdict.planned import busy
 from dinfer.verdict.signs import Signs
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.waits import STUCK_S, HangKind, Node, Root, Wait, Waits
@@ -24,16 +24,16 @@ NOBODY = Signs()
 def explain_events(
     events: Iterable[Event], signs: Mapping[int, Signs] | None = None, now: int | None = None
 ) -> Verdict:
-    """Why a run does not move whose events these are, the open ones among them.
+    """Why a run with these events, open ones among them, does not move.
 
-    `signs`: what is known of ranks beside; of each, all that has nothing to do with lanes. `now`: nanoseconds on the
-    events' clock; None: the record is of a run that did not go on.
+    `signs`: by rank, what else is known; what they say of lanes is ignored. `now`: nanoseconds on the events' clock;
+    None: the run has not moved since.
     """
     return judge(RecordedEvents(events, signs or {}, now).waits())
 
 
 def event_text(event: Event) -> str:
-    """The op, as far as it is known: `recv kv c0 l3 <- 1`, `all_reduce`."""
+    """The op, as far as it is known, for example `recv kv c0 l3 <- 1` or `all_reduce`."""
     parts = [event.kind, event.what]
     parts += [f"c{event.chunk}"] * (event.chunk is not None) + [f"l{event.layer}"] * (event.layer is not None)
     if event.peer is not None:
@@ -42,7 +42,7 @@ def event_text(event: Event) -> str:
 
 
 class RecordedEvents:
-    """All that was recorded of a run at one moment."""
+    """The events of a run up to one moment."""
 
     def __init__(self, events: Iterable[Event], signs: Mapping[int, Signs], now: int | None) -> None:
         self._signs, self._now = signs, now
@@ -81,7 +81,7 @@ class RecordedEvents:
         return Wait(Node(rank), root.text, self._still(self._last.get(rank)), root=root)
 
     def _broken_by(self, rank: int) -> Root | None:
-        """What is wrong with a rank whatever it is in."""
+        """What is wrong with a rank as a whole."""
         signs = self._signs.get(rank, NOBODY)
         if signs.raised and not signs.raised.secondary:
             return Root("exception", rank, f"raised {signs.raised.message}")
@@ -133,7 +133,7 @@ class RecordedEvents:
     # -- collectives
 
     def _collective(self, wait: Wait, event: Event) -> Wait:
-        """It waits for all that have not come to the same one."""
+        """The wait of a rank in a collective: for all ranks that are not in the same one yet."""
         number = self._collectives(event.rank, event.lane)
         others = [rank for rank in self._ranks if rank != event.rank]
         behind = [
@@ -152,7 +152,7 @@ class RecordedEvents:
         return wait._replace(root=self._ripe(wait, Root("stalled link", self._ranks[0], text)))
 
     def _collectives(self, rank: int, lane: str) -> int:
-        """How many of that lane have ended."""
+        """How many collectives of that lane have ended."""
         return sum(e.kind in COLLECTIVES and e.lane == lane for e in self._ended[rank])
 
     def _has_come(self, rank: int, lane: str, number: int) -> bool:
@@ -164,7 +164,7 @@ class RecordedEvents:
         return next((event for event in found if event.kind in COLLECTIVES), None)
 
     def _odd_one(self, lane: str, number: int) -> int:
-        """Of ranks that are in different collectives at the same place, one that is in what the fewest are in."""
+        """Of the ranks in that collective of the lane, one whose kind and size the fewest others have."""
         there = {rank: e for rank in self._ranks if (e := self._open_on(rank, lane))}
         there = {rank: e for rank, e in there.items() if self._collectives(rank, lane) == number}
         kinds = [(e.kind, e.bytes) for e in there.values()]
@@ -173,7 +173,7 @@ class RecordedEvents:
     # -- ranks and times
 
     def _nodes(self, rank: int, what: str, lane: str = "") -> Iterator[Node]:
-        """The nodes of a rank on which something that it has not begun may depend: lanes of that kind, else all."""
+        """The nodes of a rank that may have to end before it begins something: lanes of that kind, else all."""
         mine = {} if self._broken_by(rank) else {n: e for n, e in self._open.items() if n.rank == rank}
         same = [n for n, e in mine.items() if (lane and e.lane == lane) or (what and e.what == what)]
         yield from same or mine or [Node(rank)]
@@ -186,7 +186,7 @@ class RecordedEvents:
         return busy(rank, signs, text, still, 0.0, frame)
 
     def _ripe(self, wait: Wait, root: Root) -> Root:
-        """A root, unless what is missing may still be on its way."""
+        """The root; "moving" as long as what is missing may still be on its way."""
         return root if wait.still_s >= STUCK_S else root._replace(kind="moving")
 
     def _still(self, event: Event | None) -> float:
@@ -205,17 +205,17 @@ def _is_other_end(one: Event, other: Event) -> bool:
 
 
 def _difference(one: Event, other: Event) -> tuple[HangKind, str] | None:
-    """What does not fit of two events that meet."""
-    told = f"`{event_text(one)}` on rank {one.rank} meets `{event_text(other)}` on rank {other.rank}"
+    """How two events that meet do not fit, if they do not."""
+    both = f"`{event_text(one)}` on rank {one.rank} meets `{event_text(other)}` on rank {other.rank}"
     if one.kind in COLLECTIVES and one.kind != other.kind:
-        return "out of order", f"is in another collective: {told}"
+        return "out of order", f"is in another collective: {both}"
     if any(
         None not in pair and pair[0] != pair[1]
         for pair in ((one.chunk, other.chunk), (one.layer, other.layer))
     ):
-        return "out of order", f"is out of order: {told}"
+        return "out of order", f"is out of order: {both}"
     if one.bytes and other.bytes and one.bytes != other.bytes:
-        return "other size", f"has another size: {told}, {one.bytes:,} and {other.bytes:,} bytes"
+        return "other size", f"has another size: {both}, {one.bytes:,} and {other.bytes:,} bytes"
     return None
 
 

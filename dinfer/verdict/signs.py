@@ -1,4 +1,4 @@
-"""Signs of life: all that is known of one rank at one moment, as plain data. How it is gathered is for others.
+"""Signs of life: all that is known of one rank at one moment, as plain data. `monitor` gathers them.
 
 Seconds are ages: how long something has been so.
 """
@@ -10,15 +10,15 @@ from typing import NamedTuple
 from dinfer.plan.ops import Op, Value
 
 STOPPED = ("T", "t")
-"""letters of a process that a signal or a debugger has stopped"""
+"""process states (as in /proc) of a process that a signal or a debugger has stopped"""
 
 BUSY = "busy"
-"""in place of a lane's name: the thread of a rank, which does not answer, that is in an op and not in the transport"""
+"""instead of a lane's name: of a rank that does not answer, the thread that is in an op and not in the transport"""
 
 
 class StackFrame(NamedTuple):
-    """Where a thread's Python stands. `native`: the line has called into C; `waits`: it waits in dinfer's own transport
-    or at a gate, as it should; `held`: a debugger holds it; `c`: the C functions in which it is, if known."""
+    """Where a thread's Python stands. `native`: the line has called into C; `waits`: it waits in dinfer's transport or
+    at a gate, as it should; `held`: a debugger has stopped it; `c`: the C functions that it is in, if known."""
 
     file: str
     line: int
@@ -36,8 +36,7 @@ class StackFrame(NamedTuple):
 
 
 class Came(NamedTuple):
-    """What a message said of itself that was not the one expected. `here`: the id of the plan of who got it, where
-    that is known."""
+    """What the header of an unexpected message said. `here`: the plan id of the rank that received it, 0 if unknown."""
 
     value: Value
     tokens: int
@@ -47,8 +46,8 @@ class Came(NamedTuple):
 
 
 class Raised(NamedTuple):
-    """An exception on a rank. `op`: the text of the op in which, if in one; `secondary`: what a lost peer does to
-    others; `came`: the message because of which."""
+    """An exception on a rank. `op`: the op that raised it, as text, if any; `secondary`: it follows from a lost peer;
+    `came`: the message that caused it."""
 
     message: str
     op: str = ""
@@ -59,13 +58,13 @@ class Raised(NamedTuple):
 
 @dataclass(frozen=True)
 class Signs:
-    """One rank. By lane: `positions`, `started`, `limits` as a board has them, and `still_s`.
+    """One rank. By lane: `positions`, `started`, `limits` as on the rank's board, and `still_s`.
 
-    `ended`: how its process ended, "" while it lives. `cpu_moves`: whether its CPU time has moved lately; `answers`:
-    whether its Python has answered when asked lately; None: not known. `frames` are by lane name, `medians` seconds by
-    op kind, `links` those of a block from each rank. `empty`: (lane, index) of transfers that have ended though no
-    bytes moved; `full`: of recvs that are known to have ended with theirs. `holder`: the lane whose thread keeps a rank
-    that does not answer from doing so, where that is known.
+    `quiet_s`: since the rank has sent news. `process`: the state letter of its process; `ended`: how the process ended,
+    "" while it lives. `cpu_moves`: whether it has used CPU time lately; `answers`: whether its Python answered the last
+    question; None: unknown. `frames`: by lane name; `medians`: seconds by op kind; `links`: seconds of a block, by the
+    rank that sends it. `empty`: (lane, index) of transfers that ended without any bytes; `full`: of recvs that are
+    known to have ended with theirs. `holder`: the lane whose thread keeps Python from answering, if that is known.
     """
 
     positions: tuple[int, ...] = ()
@@ -94,10 +93,11 @@ class Signs:
 
 
 class KvBytes(NamedTuple):
-    """Bytes of one token's K and V of one layer, and of its hidden state; 0: not known."""
+    """Bytes of one token's K and V of one layer, and of its hidden state; 0: unknown."""
 
     kv: int = 0
     hidden: int = 0
 
     def of(self, op: Op) -> int:
+        """The bytes that a transfer carries."""
         return op.tokens * (self.kv if op.what == "kv" else self.hidden)

@@ -1,4 +1,4 @@
-"""Verdict: why a run does not move, or that it does: one sentence, a line per rank, and who waits for whom."""
+"""Verdict: why a run does not move, or that it does, in one sentence; a line for each rank; and who waits for whom."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,8 +10,12 @@ from dinfer.verdict.waits import HUNG, HangKind, Node, Wait, Waits
 
 @dataclass(frozen=True, repr=False)
 class Verdict:
-    """`rank`: the culprit, if it is one rank; `peer`: the other end, where it is about a message or a link; `ranks`:
-    all culprits. `chain` leads from a rank that waits to the root; `lines` are by rank; `waits` is the whole graph."""
+    """What `run.verdict()` returns.
+
+    `ranks`: the culprits; `rank`: the first of them; `peer`: the other end of the message or link, if it is about one;
+    `blocked`: the ranks that wait for the culprits. `chain` leads from a waiting rank to the root; `lines`: a line for
+    each rank; `waits`: the whole graph; `stacks`: by rank, as text.
+    """
 
     kind: HangKind
     sentence: str
@@ -29,13 +33,13 @@ class Verdict:
 
     @property
     def is_hung(self) -> bool:
-        """Whether the run does not go on by itself."""
+        """Whether the run will not go on by itself."""
         return self.kind in HUNG
 
     def __str__(self) -> str:
         lines = [self.sentence, *(f"  {line}" for line in self.lines)]
         if len(self.chain) > 1:
-            lines.append(f"chain: {'; '.join(_told(wait) for wait in self.chain)}")
+            lines.append(f"chain: {'; '.join(f'rank {wait.node.rank} {wait.text}' for wait in self.chain)}")
         for rank in self.ranks:
             if stack := self.stacks.get(rank):
                 lines += [f"rank {rank}'s Python:", *(f"  {line}" for line in stack.splitlines())]
@@ -45,7 +49,7 @@ class Verdict:
         return str(self)
 
     def svg(self) -> str:
-        """The ranks that wait, the culprits, and what each waits for, as a small picture."""
+        """A small picture of the waiting ranks, the culprits, and what each waits for."""
         shown = {node: wait for node, wait in self.waits.items() if self._is_shown(node, wait)}
         ranks = sorted({node.rank for node in shown} | {to.rank for w in shown.values() for to in w.on})
         boxes = [Box(rank, f"rank {rank}", self._label(rank), rank in self.ranks) for rank in ranks]
@@ -64,11 +68,7 @@ class Verdict:
         return bool(wait.on) or (wait.root is not None and node.rank in self.ranks)
 
     def _label(self, rank: int) -> str:
-        """In a word: the op at which the rank stands."""
+        """The op at which the rank stands."""
         found = [wait for node, wait in self.waits.items() if node.rank == rank]
         found.sort(key=lambda wait: (wait.root is None or wait.root.kind != self.kind, not wait.on))
         return str(found[0].op or found[0].text) if found else ""
-
-
-def _told(wait: Wait) -> str:
-    return f"rank {wait.node.rank} {wait.text}"

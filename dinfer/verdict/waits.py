@@ -1,4 +1,4 @@
-"""The graph of who waits for whom: its nodes, and what is wrong at those that wait for nobody."""
+"""The graph of who waits for whom: its nodes, and what is wrong at those that wait for no other (the roots)."""
 
 from math import inf
 from typing import Literal, NamedTuple
@@ -30,7 +30,7 @@ HangKind = Literal[
     "paused",
     "done",
 ]
-"""what a root may be, the first to be named first"""
+"""the kinds of roots, the worst first"""
 
 HUNG = frozenset[HangKind](
     (
@@ -38,21 +38,21 @@ HUNG = frozenset[HangKind](
         "never sent", "never received", "cycle", "stuck in Python", "stuck in C", "stuck", "stalled link", "lost peer",
     )
 )  # fmt: skip
-"""those with which a run does not go on by itself"""
+"""kinds with which a run will not go on by itself"""
 
 STUCK_S = 5.0
-
 STUCK_TIMES = 5.0
+"""an op is stuck after so many seconds, and so many times its usual duration"""
 
 CYCLE_S = 1.0
-"""Positions prove a cycle; ranks may only have been seen at different moments."""
+"""for how long a cycle must have lasted, since the ranks' positions may be of different moments"""
 
 RANK = -1
-"""in place of a lane: the rank as a whole"""
+"""instead of a lane's number: the rank as a whole"""
 
 
 def stuck_after(median: float) -> float:
-    """Seconds without progress, with CPU time still, after which an op counts as stuck."""
+    """Seconds without progress or CPU time after which an op counts as stuck."""
     return max(STUCK_S, STUCK_TIMES * median)
 
 
@@ -64,7 +64,7 @@ class Node(NamedTuple):
 
 
 class Root(NamedTuple):
-    """What is wrong. `text` says it of rank `rank`, after `rank N`; `peer`: the other rank in it, if there is one."""
+    """What is wrong on a rank. `text` goes on after `rank N`; `peer`: the other rank concerned, if any."""
 
     kind: HangKind
     rank: int
@@ -73,8 +73,8 @@ class Root(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """What one node does. `on`: for whom it waits; `root`: what is wrong, where it waits for nobody. `detail`: size and
-    link of what it waits for. `what`: that itself, in a few words."""
+    """What one node does. `on`: the nodes that it waits for; `root`: what is wrong, if it waits for none. `what`: what
+    it waits for, in a few words; `detail`: the size and link of that."""
 
     node: Node
     text: str
@@ -86,8 +86,8 @@ class Wait(NamedTuple):
     what: str = ""
 
     def __str__(self) -> str:
-        told = f", for {self.still_s:.1f} s" if self.still_s < inf else ", till the record ends"
-        since = told if self.still_s >= 0.05 and self.on else ""
+        text = f", for {self.still_s:.1f} s" if self.still_s < inf else ", until the record ends"
+        since = text if self.still_s >= 0.05 and self.on else ""
         return f"{self.text}{f' ({self.detail})' if self.detail else ''}{since}"
 
 

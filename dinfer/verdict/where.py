@@ -11,19 +11,19 @@ from dinfer.verdict.words import at_text
 
 
 class RankStand(Protocol):
-    """Where one rank stands, by lane; `dinfer.engine.board.Stand` is one. Views know it by this."""
+    """Where one rank stands, by lane: what texts and views need of `dinfer.engine.board.Stand`."""
 
     @property
     def positions(self) -> Sequence[int]:
-        """Ops that have ended."""
+        """How many ops have ended."""
 
     @property
     def started(self) -> Sequence[bool]:
-        """Whether the next has begun."""
+        """Whether the next op has begun."""
 
     @property
     def limits(self) -> Sequence[int]:
-        """How far it may go."""
+        """How many ops may run."""
 
 
 def where_text(plan: Plan, stands: Sequence[RankStand]) -> str:
@@ -34,6 +34,7 @@ def where_text(plan: Plan, stands: Sequence[RankStand]) -> str:
 
 
 def rank_text(lanes: Sequence[Lane], stand: RankStand) -> str:
+    """One rank's line of that."""
     done, total = sum(stand.positions), sum(len(lane.ops) for lane in lanes)
     if done == total:
         return f"all {total} ops done"
@@ -46,7 +47,7 @@ def rank_text(lanes: Sequence[Lane], stand: RankStand) -> str:
 
 
 def _next_text(lanes: Sequence[Lane], stand: RankStand) -> str:
-    """The next op of the lane that computes, or else of the first that has one."""
+    """The next op that computes, or else the next op of the first lane that has one."""
     ahead = [lane.ops[at] for lane, at in zip(lanes, stand.positions, strict=True) if at < len(lane.ops)]
     return f"`{min(ahead, key=lambda op: op.is_transfer)}`"
 

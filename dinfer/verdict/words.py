@@ -1,4 +1,4 @@
-"""What ops and ranks do, in words that all of dinfer shares."""
+"""How messages name ops, transfers, ranks and durations."""
 
 from collections.abc import Iterable, Sequence
 from math import inf
@@ -34,7 +34,7 @@ def waits_for_text(op: Op) -> str:
 
 
 def link_text(rank: int, op: Op, sizes: KvBytes) -> str:
-    """How a transfer goes, for example `K and V, 128 tokens, 65,536 bytes, link 0→1 (kv)`."""
+    """The size and link of a transfer, for example `K and V, 128 tokens, 65,536 bytes, link 0→1 (kv)`."""
     plural = "" if op.tokens == 1 else "s"
     parts = ["K and V"] * (op.what == "kv") + [f"{op.tokens} token{plural}"]
     parts += [f"{sizes.of(op):,} bytes"] * bool(sizes.of(op))
@@ -51,15 +51,15 @@ def ranks_text(ranks: Iterable[int]) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """`0.3 s`, `12 s`, `4 ms`; infinite: for all that is known."""
+    """`0.3 s`, `12 s`, `4 ms`; infinite: `until the record ends`."""
     if seconds == inf:
-        return "till the record ends"
+        return "until the record ends"
     if seconds < 0.1:
         return f"{seconds * 1e3:.3g} ms"
     return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
 def times_text(seconds: float, median: float) -> str:
-    """How long something has been under way, against its median where there is one: `6.2 s, 620 × its median`."""
+    """How long something has taken, and how many times its median: `6.2 s, 620 × its median`."""
     known = f", {seconds / median:,.0f} × its median" if median > 0 else ""
     return f"{seconds_text(seconds)}{known}"

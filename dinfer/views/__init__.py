@@ -1,4 +1,5 @@
-"""What people see of a run: the panel, its figures and still pictures, and the HTML report.
+"""Views of a run: the panel, its figures and still pictures, and the HTML report.
 
-A run is held by the protocol in `protocol`; no rank, engine or cluster is imported. Start at `panel`, then `desk`.
+Views know a run only by the protocols in `protocol` and import no rank, engine or cluster. Start at `panel`, then
+`desk`.
 """

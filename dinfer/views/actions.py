@@ -1,18 +1,15 @@
-"""Actions: what a button of the panel asks for, as the Python call that it is."""
+"""Actions: the Python calls behind the panel's buttons."""
 
 from collections.abc import Callable
-from typing import Any
 
 from dinfer.views.desk import Action
-from dinfer.views.protocol import InspectableRun
-
-Json = dict[str, Any]
+from dinfer.views.protocol import InspectableRun, Json
 
 PLACES = ("layer", "chunk", "rank")
 
 
 def action_of(run: InspectableRun, message: Json) -> Action:
-    """Whatever moves the run, or asks it something."""
+    """The action for a message that moves the run or asks it something."""
     match message:
         case {"do": "step", "unit": ("op" | "layer" | "wave" | "chunk") as unit}:
             return Action(f'run.step("{unit}")', lambda: run.step(unit))
@@ -37,7 +34,7 @@ def action_of(run: InspectableRun, message: Json) -> Action:
 
 
 def edit_of(run: InspectableRun, message: Json) -> Action | None:
-    """Whatever changes breakpoints and faults, which need not wait for a step; None for anything else."""
+    """The action for a message that changes breakpoints or faults, which does not wait for a step; None for others."""
     match message:
         case {"do": "break_at"}:
             return _break_at(run, message)
@@ -51,7 +48,7 @@ def edit_of(run: InspectableRun, message: Json) -> Action | None:
 
 
 def _noted(run: InspectableRun, call: str, do: Callable[[], object], *, asks: bool = False) -> Action:
-    """What is no action of the run, and is its last call all the same, once it is done."""
+    """An action that the run does not record itself: sets its `last_call`."""
 
     def done() -> object:
         run.last_call = call
@@ -61,8 +58,8 @@ def _noted(run: InspectableRun, call: str, do: Callable[[], object], *, asks: bo
 
 
 def _break_at(run: InspectableRun, message: Json) -> Action:
-    """At layer, chunk and rank, each left out for any, `when` a condition holds; in the place of one, with `instead`,
-    which stays where the new one is refused."""
+    """Set a breakpoint; layer, chunk or rank is left out for any. `instead`: the breakpoint that it replaces, which
+    stays if the new one is refused."""
     given = {name: message[name] for name in PLACES if isinstance(message.get(name), int)}
     given |= {"when": str(message["when"])} if message.get("when") else {}
     call = f"run.break_at({', '.join(f'{name}={value!r}' for name, value in given.items())})"
@@ -78,4 +75,4 @@ def _break_at(run: InspectableRun, message: Json) -> Action:
 
 
 def _refuse(message: Json) -> None:
-    raise ValueError(f"the browser asked for {message}, which is nothing that a panel does: reload the page.")
+    raise ValueError(f"the browser sent {message}, which the panel does not know: reload the page.")

@@ -1,7 +1,7 @@
-// The banner: what a person should know at once. A verdict in it can be unfolded, errors and answers be dismissed.
+// The banner: what the user should know at once. Its verdict can be unfolded, errors and answers can be dismissed.
 
 class Banner {
-  // `send(message)` speaks to the kernel; `changed()` has the panel drawn again.
+  // `send(message)` sends to the kernel; `changed()` redraws the panel.
   constructor(parent, send, changed) {
     this.root = make("div", "banner", parent);
     this.root.setAttribute("role", "status");
@@ -16,7 +16,7 @@ class Banner {
     this.close.onclick = () => send({ do: "dismiss" });
   }
 
-  // `shown`: what the kernel says; `ended`: why nothing moves any more; `lost`: there is no kernel; `hint`: the panel's own.
+  // `shown`: the kernel's trait; `ended`: why the run cannot move any more; `lost`: no kernel; `hint`: the panel's own.
   show(shown, ended, lost, hint) {
     const verdict = this.unfolded ? shown.verdict : "";
     const said = verdict.startsWith(shown.message) ? verdict : shown.message;

@@ -1,18 +1,16 @@
-"""Cells: what each rank holds of each block, as one array of bytes. Pure: plan and stands in, numpy out.
+"""Cells: what each rank holds of each block, as an array of bytes. Pure: from a plan and where ranks stand.
 
-A cell is one block (layer, chunk) as one rank sees it:
+A cell is a block (layer, chunk) as one rank sees it:
 
-0 NOT_YET     its owner has not computed it.
-1 COMPUTING   this rank's op that computes it has begun.
-2 HERE        this rank holds it (computed or received), but another rank does not yet.
-3 IN_FLIGHT   it is computed, and this rank still waits for it.
-4 EVERYWHERE  every rank holds it.
+0 NOT_YET its owner has not computed it. 1 COMPUTING this rank is computing it. 2 HERE this rank holds it (computed or
+received), but some other rank does not yet. 3 IN_FLIGHT it is computed, and this rank is still waiting for it. 4
+EVERYWHERE every rank holds it.
 
-So the parts of a cell tell who holds a block (2, 4) and who waits for it (3), and a cell is of one colour before its
-block is computed and once it is everywhere.
+So a cell shows which ranks hold a block (2, 4) and which wait for it (3); it has one colour before its block is
+computed and once all ranks hold it.
 
-Two marks may be on it besides: DIFFERS, where the rank holds the block and its bytes are known to be wrong, and ARMED,
-where a fault is to strike, or has struck.
+Two marks are added: DIFFERS, if the rank holds the block and its bytes are known to be wrong, and ARMED, if a fault
+will strike there, or has struck.
 """
 
 from collections.abc import Iterable, Sequence
@@ -32,7 +30,7 @@ STATES = ("not yet", "computing", "here, not everywhere", "in flight to here", "
 DIFFERS, ARMED = 8, 16
 
 BASE = 7
-"""the bits of a cell that are its state without marks"""
+"""mask for the state of a cell without its marks"""
 
 MARKS = ("differs or corrupt", "a fault is armed")
 
@@ -43,7 +41,7 @@ _NEVER = np.iinfo(np.int32).max
 
 
 class CellMap:
-    """Which op of which lane brings each block to each rank, found once a plan."""
+    """For a plan: which op of which lane brings each block to each rank."""
 
     def __init__(self, plan: Plan) -> None:
         shape = plan.shape
@@ -64,7 +62,7 @@ class CellMap:
                 self._lane[at], self._index[at], self._computes[at] = lane, index, op.kind == "layer"
 
     def states(self, stands: Sequence[RankStand]) -> CellStates:
-        """The state of every cell."""
+        """The state of every cell, [layers, chunks, ranks]."""
         positions = np.array([n for stand in stands for n in stand.positions], np.int32)[self._lane]
         started = np.array([begun for stand in stands for begun in stand.started], bool)[self._lane]
         held = positions > self._index
@@ -77,7 +75,7 @@ class CellMap:
 
 
 def marked(states: CellStates, marks: Iterable[Mark]) -> CellStates:
-    """The same with what is known of single blocks."""
+    """The states with marks on single blocks."""
     found = states.copy()
     for mark in marks:
         at = (mark.layer, mark.chunk, mark.rank)
@@ -89,10 +87,10 @@ def marked(states: CellStates, marks: Iterable[Mark]) -> CellStates:
 
 
 def cut_line(states: CellStates) -> list[int]:
-    """For each chunk, how many of its layers have been computed.
+    """For each chunk, the number of its layers that have been computed.
 
-    A chunk's layer needs its layer before and the same layer of all chunks before: what has been computed lies above
-    these depths, which never grow from one chunk to the next: a staircase.
+    A layer of a chunk needs the chunk's layer before and the same layer of the chunks before, so these depths never
+    grow from one chunk to the next: the cut is a staircase.
     """
     computed = (states != NOT_YET) & (states != COMPUTING)
     depths: list[int] = computed.any(axis=2).sum(axis=0).tolist()

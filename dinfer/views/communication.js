@@ -1,14 +1,14 @@
-// Live figures of the links: plotly's own script, which the kernel sends once, draws what the kernel makes. Nothing here
-// can upload anything.
+// Live figures of the links: the kernel makes figures, and plotly's own script, which it sends once, draws them. Nothing
+// here can upload data.
 
 const TITLES = { latency: "latency", distribution: "distribution", matrix: "rank × rank", gantt: "lanes", exposure: "exposed" };
 const MOST_PIXELS = 410;
 const EXPLAINED = {
   latency: "each transfer as it arrives: on the wire, and waiting for the peer",
-  distribution: "which part of a link's transfers took no longer",
+  distribution: "the share of a link's transfers that took no longer",
   matrix: "bytes, bandwidth and latency from each rank to each other",
   gantt: "what each lane did when; bubble: there was nothing to do",
-  exposure: "communication is exposed where no computing hides it",
+  exposure: "communication is exposed unless computing hides it",
 };
 
 class Communication {
@@ -22,13 +22,13 @@ class Communication {
       return button;
     });
     this.about = make("span", "faint about", bar);
-    this.said = make("span", "faint", bar);
+    this.caption = make("span", "faint", bar);
     this.place = make("div", "figure", parent);
     this.resized = new ResizeObserver(() => this.drawn && this.fit());
     this.resized.observe(this.place);
   }
 
-  // The width of its place, and its own height, which plotly's own resizing would take from it.
+  // The width of its place, but the figure's height, which plotly's own resizing would change.
   fit() {
     const width = this.place.clientWidth;
     if (width) globalThis.dinferPlotly.relayout(this.drawn, { width });
@@ -55,7 +55,7 @@ class Communication {
     this.drawn = null;
   }
 
-  // Where a figure is drawn: each in an element of its own. Redrawn over one another, plotly keeps nodes of each for ever.
+  // Each figure gets an element of its own: plotly never frees the nodes of figures drawn over one another.
   plotOf(name) {
     if (this.drawn && this.place.dataset.name === name) return this.drawn;
     this.wipe();
@@ -90,7 +90,7 @@ class Communication {
     if (message.figure?.view === this.name && message.figure.name === this.figure) this.take(message.figure);
   }
 
-  // plotly as a script would put itself into window, or into the page's loader of modules: here it is given one of its own.
+  // Loaded as a script, plotly would register in window or in the page's module loader, so it gets a module of its own.
   learn(config, buffer) {
     const text = new TextDecoder().decode(new Uint8Array(buffer.buffer, buffer.byteOffset, buffer.byteLength));
     const module = { exports: {} };
@@ -100,10 +100,10 @@ class Communication {
     this.choose(this.figure);
   }
 
-  async take({ seen, said, json, error, name }) {
+  async take({ seen, caption, json, error, name }) {
     this.have = seen;
-    this.said.textContent = said;
-    if (error) this.said.textContent = error;
+    this.caption.textContent = caption;
+    if (error) this.caption.textContent = error;
     if (json) {
       const { data, layout } = JSON.parse(json);
       const paper = getComputedStyle(this.root).getPropertyValue("--dinfer-back").trim();
@@ -111,7 +111,7 @@ class Communication {
         height: Math.min(layout.height ?? MOST_PIXELS, MOST_PIXELS), uirevision: name };
       layout.annotations?.forEach((one) => { one.font = { size: 12 }; });
       shown.margin = { t: 34, ...layout.margin };
-      this.place.style.minHeight = `${shown.height}px`; // that of a figure not yet drawn is in panel.css
+      this.place.style.minHeight = `${shown.height}px`; // until it is drawn, panel.css sets the height
       await globalThis.dinferPlotly.react(this.plotOf(name), data, shown, globalThis.dinferPlotlyConfig);
       this.place.dataset.name = name;
       this.place.dataset.points = data.reduce((sum, { x }) => sum + (x?.length ?? x?._inputArray?.length ?? 0), 0);

@@ -1,15 +1,15 @@
-"""Communication: live figures of what goes over the links, for browsers that ask for them.
+"""Communication: live figures of transfers, for browsers that ask for them.
 
-Events go into a ring, and figures are drawn of what is in it: however long a run is looked at, memory and the time that
-a figure takes stay bounded. As with the inspector, a browser is answered once there is something new, and no sooner
-than it asks. plotly's script is plotly's own, sent once to each page, and never into the notebook file.
+Figures are drawn from a ring of the newest events, so that memory and drawing time stay bounded. As with the inspector,
+a browser asks, and is answered once there is something new. plotly's own script is sent once to each page, and never
+saved in the notebook.
 """
 
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import plotly.graph_objects as go
 
@@ -21,19 +21,17 @@ from dinfer.views.figures.gantt import gantt
 from dinfer.views.figures.latency import distribution, latency
 from dinfer.views.figures.matrix import matrix
 from dinfer.views.figures.style import HTML_CONFIG
-from dinfer.views.protocol import InspectableRun
-
-Json = dict[str, Any]
+from dinfer.views.protocol import InspectableRun, Json
 
 SendFigure = Callable[..., object]
 
 PERIOD_S, REST = 0.1, 2.0
 
 EVENTS = 6000
-"""the newest that figures are drawn of"""
+"""the newest events, from which figures are drawn"""
 
 POINTS = 100
-"""of one link: few enough for a browser to draw them several times a second"""
+"""points per link: few enough for a browser to draw several times a second"""
 
 VIEWS = 8
 
@@ -47,7 +45,7 @@ FIGURES: dict[str, Callable[..., go.Figure]] = {
 
 
 class FigureRequest(NamedTuple):
-    """What one browser looks at; `have`: how many events it has seen."""
+    """The figure that a browser shows; `have`: the number of events it has seen."""
 
     view: str
     name: str
@@ -56,7 +54,7 @@ class FigureRequest(NamedTuple):
 
 
 class Ring:
-    """The newest events of prefill, and how many there have been."""
+    """The newest events of prefill; `seen`: the number of all so far."""
 
     def __init__(self, run: InspectableRun, most: int = EVENTS) -> None:
         self._run, self._most = run, most
@@ -65,7 +63,7 @@ class Ring:
         self.seen = 0
 
     def read(self) -> None:
-        """Take in what is new; a run that has begun anew begins anew here too."""
+        """Add new events; start again if the run was restarted."""
         found, read = self._run.events_since(self._read)
         if self._read and read[0] != self._read[0]:
             self._events.clear()
@@ -75,12 +73,12 @@ class Ring:
         self.seen += len(new)
 
     def trace(self) -> Trace:
-        """What is here."""
+        """The events in the ring as a trace."""
         return Trace.merge([list(self._events)])
 
     @property
-    def said(self) -> str:
-        """Of what figures are drawn."""
+    def caption(self) -> str:
+        """From which events figures are drawn, in words."""
         here = len(self._events)
         if not here:
             return "nothing has run yet: press play, or step"
@@ -88,7 +86,7 @@ class Ring:
 
 
 class Communication:
-    """Of one panel. `send(content, buffers)` speaks to all its browsers."""
+    """The figures of one panel. `send(content, buffers)` sends to all its browsers."""
 
     def __init__(self, run: InspectableRun, send: SendFigure) -> None:
         self._send = send
@@ -99,7 +97,7 @@ class Communication:
         self._not_before = 0.0
 
     def ask(self, message: Json) -> None:
-        """A browser has drawn what it had. Returns at once."""
+        """A browser asks for a newer figure. Returns at once."""
         name, have = str(message.get("name")), message.get("have")
         if name not in FIGURES:
             return
@@ -114,18 +112,18 @@ class Communication:
         self._painter.touch()
 
     def touch(self) -> None:
-        """There may be new events."""
+        """Called when there may be new events."""
         if self._wants:
             self._painter.touch()
 
     def script(self, message: Json) -> None:
-        """Send plotly, once for each page."""
+        """Send plotly's script to a page."""
         from plotly.offline import get_plotlyjs
 
         self._send({"plotly": message.get("view"), "config": HTML_CONFIG}, [get_plotlyjs().encode()])
 
     def close(self) -> None:
-        """Draw no more."""
+        """Stop drawing."""
         self._painter.close()
 
     def _serve(self) -> None:
@@ -140,12 +138,12 @@ class Communication:
             self._send({"figure": self._drawn(want)})
 
     def _drawn(self, want: FigureRequest) -> Json:
-        head = {"view": want.view, "name": want.name, "seen": self._ring.seen, "said": self._ring.said}
+        head = {"view": want.view, "name": want.name, "seen": self._ring.seen, "caption": self._ring.caption}
         if not self._ring.seen:
             return head
         try:
             return {**head, "json": FIGURES[want.name](self._ring.trace(), dark=want.dark).to_json()}
-        except Exception as error:  # there is nobody else to tell
+        except Exception as error:  # nothing else would report it
             return {**head, "error": f"{type(error).__name__}: {error}"}
 
 

@@ -1,4 +1,4 @@
-// What moves the run: buttons, keys, breakpoints. Each says which Python call it is.
+// Controls that move the run: buttons, keys, breakpoints. Each shows its Python call.
 
 const BUTTONS = [
   ["◀ back", "step_back", "go back by one unit of the last step", "b"],
@@ -9,7 +9,7 @@ const BUTTONS = [
   null,
   ["▶ play", "resume", "run.resume(), or run.play(…) at a pace", "p"],
   ["❚❚ pause", "pause", "run.pause()", "s"],
-  ["run to block", "run_to", "run.run_to(chunk=…, layer=…): stop just after the selected block is everywhere", "r"],
+  ["run to block", "run_to", "run.run_to(chunk=…, layer=…): stop once all ranks hold the selected block", "r"],
   ["restart", "restart", "run.restart()", ""],
   null,
   ["compare ranks", "diff", "run.kv().diff(): where the ranks' KV differs; the map shows it", "d"],
@@ -19,7 +19,7 @@ const PACES = [["", "full speed"], ["1", "1 a second"], ["2", "2 a second"], ["5
 const KEYS = "Keys, while the panel has the focus: o l w c step, b back, p play, s pause, r run to the selected block, d compare "
   + "ranks, y why, Enter or double-click sets or removes a breakpoint at a block, arrows move the selection, 1 2 3 the tabs.";
 const TABS = ["map", "KV", "communication"];
-// What can do nothing: of a run that is over, and without a kernel.
+// Controls that are disabled for a run that is over, and without a kernel.
 const NEED_RANKS = ".dinfer-bar :is(button, select), .dinfer-stops :is(button, input), "
   + ".dinfer-faults button, [data-field], [data-show]";
 const NEED_KERNEL = "[data-do=dismiss], [data-figure]";
@@ -33,7 +33,7 @@ function make(tag, name, parent, text = "") {
   return node;
 }
 
-// A call that can be copied; what this returns shows another one.
+// A call that can be copied. Returns a function that shows another call.
 function copyable(parent, title) {
   if (title) make("span", "faint", parent, title);
   const code = make("code", "", parent), button = make("button", "", parent, "copy");
@@ -42,7 +42,7 @@ function copyable(parent, title) {
       await navigator.clipboard.writeText(code.textContent);
       button.textContent = "copied";
     } catch {
-      window.getSelection().selectAllChildren(code); // no clipboard here: Ctrl-C does it
+      window.getSelection().selectAllChildren(code); // no clipboard: select it for Ctrl-C
       button.textContent = "selected";
     }
     setTimeout(() => { button.textContent = "copy"; }, 1200);
@@ -53,8 +53,8 @@ function copyable(parent, title) {
   };
 }
 
-// A key pressed in the panel is the panel's; one with Ctrl, Alt or Meta stays JupyterLab's. Its shortcuts look at the very
-// element that has the focus, and Notebook 7 hears a key before the panel can. What this returns ends it.
+// Keys pressed in the panel go to the panel, except with Ctrl, Alt or Meta. JupyterLab's shortcuts depend on the focused
+// element, and Notebook 7 receives keys before the panel does. Returns a function that ends this.
 function keepKeys(root) {
   const mark = (event) => {
     if (!root.contains(event.target)) return;
@@ -68,7 +68,7 @@ function shorten(text) {
   return text.length > 90 ? `${text.slice(0, 90)}…` : text;
 }
 
-// The list of breakpoints: see, remove, change, add.
+// The list of breakpoints: show, remove, change, add.
 class BreakpointList {
   constructor(parent, board, send) {
     Object.assign(this, { send, drawn: "", instead: null, sent: null });
@@ -89,7 +89,7 @@ class BreakpointList {
     this.edit(null);
   }
 
-  // What the form is about: a new one, or the one that is to be changed.
+  // What the form edits: a new breakpoint, or an existing one.
   edit(one) {
     this.instead = one?.number ?? null;
     this.sent = null;
@@ -114,7 +114,7 @@ class BreakpointList {
     this.title.textContent = breakpoints.length ? `breakpoints (${breakpoints.length})` : "breakpoints";
     if (breakpoints.length) this.box.open = true;
     this.numbers = breakpoints.map(({ number }) => number);
-    const isNew = this.sent && this.numbers.some((number) => !this.sent.includes(number)); // what was sent is there
+    const isNew = this.sent && this.numbers.some((number) => !this.sent.includes(number)); // the sent breakpoint is set
     if (isNew || (this.instead !== null && !this.numbers.includes(this.instead))) this.edit(null);
     this.list.replaceChildren();
     for (const one of breakpoints) {

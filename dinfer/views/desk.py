@@ -1,7 +1,7 @@
-"""Desk: the threads behind a panel. Nothing here knows what an action or a picture is.
+"""Desk: the threads behind a panel. Knows neither actions nor pictures.
 
-No browser callback may wait for ranks, so actions are done, and pictures painted, on threads of their own. Each lives
-only while there is something to do: an idle panel, or a closed one, has none.
+No browser callback may wait for ranks, so actions and painting have their own threads. Each runs only while there is
+work: an idle or closed panel has none.
 """
 
 import threading
@@ -13,7 +13,7 @@ PERIOD_S = 0.05
 
 
 class Action(NamedTuple):
-    """Something to do, and the Python call that it is. `asks`: what it returns is the answer to a question."""
+    """Something to do, and the Python call it stands for. `asks`: its result is shown as an answer."""
 
     call: str
     do: Callable[[], object]
@@ -21,7 +21,7 @@ class Action(NamedTuple):
 
 
 class Worker:
-    """Does one action at a time. At most one waits for its turn: a newer one takes its place."""
+    """Does one action at a time. At most one waits; a newer one replaces it."""
 
     def __init__(self, name: str, on_change: Callable[[], None]) -> None:
         self._name, self._on_change = name, on_change
@@ -33,7 +33,7 @@ class Worker:
         self.done = 0
 
     def ask(self, action: Action) -> None:
-        """Have it done; returns at once. The error and the answer of an action before are taken as read."""
+        """Do an action, now or next; returns at once. Clears the error and answer of the action before."""
         with self._lock:
             if self._closed:
                 return
@@ -46,12 +46,12 @@ class Worker:
         self._on_change()
 
     def forget(self) -> None:
-        """Drop the action that waits, and what is shown of those before."""
+        """Drop the waiting action, and the error and answer shown."""
         with self._lock:
             self.waiting, self.error, self.answer = None, "", ""
 
     def close(self) -> None:
-        """Begin nothing more. An action under way ends by itself, and its thread with it."""
+        """Start no more actions. A running action ends by itself, and its thread with it."""
         with self._lock:
             self._closed, self.waiting = True, None
 
@@ -60,16 +60,16 @@ class Worker:
             answer, error = _done(action)
             with self._lock:
                 self.error, self.answer, self.done = error, answer, self.done + 1
-                # What was asked for before the failure was known may not be wanted any more.
+                # An action requested before this one failed may no longer be wanted.
                 self.current = action = None if error else self.waiting
                 self.waiting = None
             self._on_change()
 
 
 class Painter:
-    """Calls `paint` soon after each `touch`, at most once in `period` seconds, and once more after the last.
+    """Calls `paint` soon after each `touch`, at most once per `period` seconds, and always after the last.
 
-    After what took long to paint nothing is painted for `rest` times as long: the kernel stays free.
+    After a slow `paint`, it rests `rest` times as long, so that the kernel stays responsive.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Painter:
         self._thread: threading.Thread | None = None
 
     def touch(self) -> None:
-        """There is something new to paint; returns at once."""
+        """Request painting; returns at once."""
         with self._lock:
             self._dirty = True
             if self._thread is None and not self._closing.is_set():
@@ -91,7 +91,7 @@ class Painter:
                 self._thread.start()
 
     def close(self, *, wait: bool = True) -> None:
-        """Paint no more; waits for a picture that is being painted, unless that may wait for ranks."""
+        """Stop painting. `wait`: until a `paint` under way has ended, which must not wait for ranks."""
         self._closing.set()
         with self._lock:
             thread = self._thread
@@ -105,7 +105,7 @@ class Painter:
             self._closing.wait(max(self._period, self._rest * (time.monotonic() - began)))
 
     def _take(self) -> bool:
-        """Whether there is something to paint; if not, this thread is over."""
+        """Whether painting was requested; if not, this thread ends."""
         with self._lock:
             wanted = self._dirty and not self._closing.is_set()
             self._dirty = False
@@ -115,9 +115,9 @@ class Painter:
 
 
 def _done(action: Action) -> tuple[str, str]:
-    """What it has answered, and what has gone wrong."""
+    """The answer and the error of an action."""
     try:
         found = action.do()
-    except BaseException as error:  # shown to the user, whatever it is: there is nobody else to catch it
+    except BaseException as error:  # shown to the user: nothing else would report it
         return "", f"{action.call}: {str(error) or type(error).__name__}"
     return str(found) if action.asks else "", ""

@@ -1,11 +1,11 @@
 // A heatmap on a canvas: a byte for each value, tokens from left to right, the dims of each head from top to bottom.
-// Where many values share a pixel, the one furthest from zero is shown, so that none that stands out is lost. Knows no
-// kernel. Bytes are those of quantise.py.
+// Of values that share a pixel, the one furthest from zero is shown, so that no outlier is lost. Knows no kernel. The
+// bytes are those of quantise.py.
 
 const NAN_CODE = 0, ZERO_CODE = 126, PLUS_INF = 252, MINUS_INF = 253, MISSING_CODE = 255;
 const MARGIN = { left: 46, top: 16, right: 4, bottom: 4 };
 const MAP_PIXELS = 380, SMALLEST = 8;
-// from −scale over zero to +scale; the two ends differ in hue and none in lightness needs to be told from the other
+// from −scale over zero to +scale; the two ends differ in hue
 const ENDS = {
   light: { low: [33, 102, 172], zero: [247, 247, 247], high: [179, 88, 6], nan: [0, 0, 0], missing: [214, 218, 223] },
   dark: { low: [110, 180, 255], zero: [24, 27, 31], high: [255, 168, 76], nan: [255, 255, 255], missing: [58, 64, 71] },
@@ -23,7 +23,7 @@ class Heatmap {
     this.canvas.onmousemove = (event) => this.move(event);
     this.canvas.onmouseleave = () => this.leave();
     this.canvas.onpointerdown = (event) => {
-      this.canvas.setPointerCapture(event.pointerId); // a drag goes on, and ends, beyond the edge too
+      this.canvas.setPointerCapture(event.pointerId); // a drag continues and ends outside, too
       this.drag = this.place(event);
     };
     this.canvas.onmouseup = (event) => this.drop(event);
@@ -36,7 +36,7 @@ class Heatmap {
     cancelAnimationFrame(this.frame);
   }
 
-  // `head` is what the kernel says of `codes`: heads, tokens, dims, …
+  // `head` describes `codes`: heads, tokens, dims, …
   show(head, codes) {
     const same = this.shown && this.shown.head.tokens === head.tokens
       && this.shown.head.heads.length === head.heads.length;
@@ -45,7 +45,7 @@ class Heatmap {
     this.draw();
   }
 
-  // -- where things are: x in tokens, y in rows, which are the dims of all heads
+  // -- positions: x in tokens, y in rows, which are the dims of all heads
 
   whole() {
     const { tokens, heads, dims } = this.shown.head;
@@ -149,12 +149,12 @@ class Heatmap {
     this.drawAxes(pen, wide, high);
     this.drawSpecial(pen, wide, high);
     this.drawDrag(pen, wide, high);
-    this.canvas.dataset.stamp = this.shown.head.stamp; // for tests: what has just been drawn, and where
+    this.canvas.dataset.stamp = this.shown.head.stamp; // for tests: what has just been drawn
     this.canvas.dataset.view = JSON.stringify({ ...(this.zoom ?? this.whole()), left: MARGIN.left, top: MARGIN.top,
       across: wide, down: high, dims: this.shown.head.dims });
   }
 
-  // Each pixel's most remarkable value: NaN and Inf, then what is furthest from zero.
+  // The value shown by each pixel: NaN and Inf first, then the one furthest from zero.
   pixels(pen, wide, high) {
     const { head: { tokens, dims }, codes } = this.shown, view = this.zoom ?? this.whole();
     const image = pen.createImageData(wide, high), found = new Uint32Array(image.data.buffer);
@@ -226,7 +226,7 @@ class Heatmap {
     });
   }
 
-  // Rings around NaN and Inf, which a pixel alone could hide.
+  // Rings around NaN and Inf, since a single pixel is easily missed.
   drawSpecial(pen, wide, high) {
     const { special, heads, dims } = this.shown.head, view = this.zoom ?? this.whole();
     pen.lineWidth = 1.5;

@@ -1,11 +1,11 @@
-// The KV inspector: which layer, head and ranks to look at, the heatmap, and what is known of what it shows. It asks the
-// kernel for a picture and says which one it has; the kernel answers once there is another.
+// The KV inspector: choices of layer, head and ranks, the heatmap, and facts about it. It asks the kernel for a picture
+// and says which one it has; the kernel answers once there is a newer one.
 
 const SHOWS = [["a", "rank A"], ["b", "rank B"], ["a-b", "A − B"]];
 const COLUMNS = ["head", "min", "max", "mean", "NaN, Inf", "zeros"];
 
 class Inspector {
-  // `send(message)` speaks to the kernel.
+  // `send(message)` sends to the kernel.
   constructor(parent, root, board, name, send) {
     Object.assign(this, { board, name, send, have: "", asking: null, question: 0 });
     this.want = { layer: 0, tensor: "K", head: null, a: 0, b: board.ranks - 1, show: "a", scale: "robust" };
@@ -72,7 +72,7 @@ class Inspector {
     this.ask(true);
   }
 
-  // Look at another layer, as the map's selection does.
+  // Show another layer, as selected on the map.
   look(layer) {
     if (this.ended || layer === this.want.layer) return;
     this.layer.value = layer;
@@ -92,7 +92,7 @@ class Inspector {
     this.map.close();
   }
 
-  // Nobody answers any more: what is seen stays, and where that is nothing, `why` is said.
+  // The kernel answers no more: the picture stays, or `why` is shown if there is none.
   end(why) {
     this.ended = why;
     if (!this.head) this.judge({ text: why, equal: true });
@@ -105,13 +105,13 @@ class Inspector {
       this.have = "";
       this.question++;
     }
-    if (!this.head && !this.error) this.judge({ text: "The picture comes once the run stands.", equal: true });
+    if (!this.head && !this.error) this.judge({ text: "The picture appears once the run has stopped.", equal: true });
     this.send({ do: "inspect", view: this.name, ...this.want, have: this.have, question: this.question });
   }
 
   hear(message, buffers) {
     const { kv, kv_diff: diff, value } = message;
-    const isOurs = (answer) => answer?.view === this.name && answer.question === this.question; // not of one before
+    const isOurs = (answer) => answer?.view === this.name && answer.question === this.question; // not the answer to an earlier question
     if (isOurs(kv)) this.take(kv, buffers[0]);
     if (isOurs(diff)) this.judge(diff);
     if (value?.view === this.name) this.tell(value);
@@ -187,7 +187,7 @@ class Inspector {
     this.send({ do: "value", view: this.name, head, token, dim });
   }
 
-  // Until the exact values have come: what the colour says.
+  // Until the exact values arrive: the value by its colour.
   about([head, token, dim]) {
     const { heads, tokens, dims, codes, top, show } = this.head;
     const code = codes[(heads.indexOf(head) * tokens + token) * dims + dim];

@@ -1,7 +1,7 @@
-"""Inspector: the KV of a layer as a picture, for browsers that ask for it; exact values from what was fetched for that.
+"""Inspector: the KV of a layer as a picture, for browsers that ask for it, and exact values of what the picture shows.
 
-A browser asks for a picture and says which one it has; it is answered once there is another. So nothing is fetched that
-nobody looks at, and never more than the browser can draw. Ranks are waited for on a thread of its own.
+A browser asks for a picture and says which one it has; it is answered once there is a newer one. So only what is on a
+screen is fetched, no faster than the browser draws. A thread of its own waits for the ranks.
 """
 
 import threading
@@ -16,25 +16,25 @@ from dinfer.kv.difference import number_text
 from dinfer.kv.source import Subject, ViewableSource
 from dinfer.plan.ops import PlanError
 from dinfer.views.desk import Painter
-from dinfer.views.protocol import InspectableRun, RunView
+from dinfer.views.protocol import InspectableRun, Json, RunView
 from dinfer.views.quantise import MISSING, Scale, Values, figures, quantise
 
 LIMIT = 96 << 20
-"""bytes that are kept"""
+"""bytes of values that are cached"""
 
 CacheKey = tuple[int, int, int, int, int]
 """(layer, K or V, first token, tokens, digest)"""
 
 
 class BlockCache:
-    """Of one run. Used by one thread."""
+    """Cached blocks of one run. Used by one thread."""
 
     def __init__(self, limit: int = LIMIT) -> None:
         self._limit, self._bytes = limit, 0
         self._kept: OrderedDict[CacheKey, Values] = OrderedDict()
 
     def of(self, source: ViewableSource, ranks: Sequence[int], layer: int, tensor: int) -> list[Values]:
-        """K (0) or V (1) of a layer as each rank holds it just now, [heads, tokens, dims], from the first token on."""
+        """K (0) or V (1) of a layer as each rank holds it now, [heads, tokens, dims], from the first token on."""
         subject = source.subject
         spans = [span for span in subject.spans if span]
         found = []
@@ -51,7 +51,7 @@ class BlockCache:
         here = {key: self._kept[key] for key in keys if key in self._kept}
         absent = {key for key in keys if key not in here}
         for missing, some in groupby(keys, absent.__contains__):
-            if missing:  # neighbours come in one go
+            if missing:  # neighbouring blocks are fetched together
                 here |= _fetched(source, rank, list(some))
         for key in keys:
             self._keep(key, here[key])
@@ -75,19 +75,17 @@ def _fetched(source: ViewableSource, rank: int, keys: list[CacheKey]) -> dict[Ca
     return {key: values[:, key[2] - first : key[2] - first + key[3]].copy() for key in keys}
 
 
-Json = dict[str, Any]
-
 Send = Callable[..., object]
 
 PERIOD_S = 0.1
 
 VIEWS = 8
-"""browsers that are remembered; of more, the oldest are forgotten"""
+"""the number of browsers that are remembered, the newest"""
 
 
 class InspectRequest(NamedTuple):
-    """What one browser looks at. `head` None: all; `show`: "a", "b" or "a-b"; `have`: the stamp of what it shows;
-    `question`: the browser's number of what it asks for, by which it knows the answers."""
+    """What a browser shows. `head`: None for all; `show`: "a", "b" or "a-b"; `have`: the stamp of its picture;
+    `question`: the browser's number for this request, which answers repeat."""
 
     view: str
     layer: int
@@ -102,7 +100,7 @@ class InspectRequest(NamedTuple):
 
     @classmethod
     def of(cls, run: InspectableRun, message: Json) -> "InspectRequest":
-        """Numbers that there are not become the nearest that there are."""
+        """From a browser's message; out-of-range indices are clamped."""
         shape, scale = run.plan.shape, message.get("scale")
         head = message.get("head")
         return cls(
@@ -120,14 +118,14 @@ class InspectRequest(NamedTuple):
 
     @property
     def call(self) -> str:
-        """The Python that fetches it."""
+        """The Python expression for these values."""
         part = f".{'kv'[self.tensor]}[{':' if self.head is None else self.head}, :]"
         a, b = (f"run.kv(layer={self.layer}, rank={rank}){part}" for rank in (self.a, self.b))
         return {"a": a, "b": b}.get(self.show, f"{a} - {b}")
 
 
 class Fetched(NamedTuple):
-    """What the picture of a browser was made of."""
+    """The values in a browser's picture."""
 
     subject: Subject
     a: Values
@@ -135,7 +133,7 @@ class Fetched(NamedTuple):
 
 
 class Inspector:
-    """Of one panel. `send(content, buffers)` speaks to all its browsers."""
+    """The inspector of one panel. `send(content, buffers)` sends to all its browsers."""
 
     def __init__(self, run: InspectableRun, send: Send) -> None:
         self._run, self._send = run, send
@@ -147,7 +145,7 @@ class Inspector:
         self._diff = ("", "", True)
 
     def ask(self, message: Json) -> None:
-        """A browser wants another picture than it has. Returns at once."""
+        """A browser asks for a newer or another picture. Returns at once."""
         want = InspectRequest.of(self._run, message)
         with self._lock:
             self._wants.pop(want.view, None)
@@ -156,19 +154,19 @@ class Inspector:
         self._painter.touch()
 
     def touch(self) -> None:
-        """The run may have changed."""
+        """Called when the run may have changed."""
         if self._wants:
             self._painter.touch()
 
     def value(self, message: Json) -> None:
-        """Tell the exact values at one place."""
+        """Send the exact values at one place."""
         found = self._fetched.get(str(message.get("view")))
         place = [message.get(name) for name in ("head", "token", "dim")]
         if found and all(isinstance(number, int) and number >= 0 for number in place):
             self._send({"value": {**exact(found, *place), "view": message["view"]}})  # type: ignore[arg-type]
 
     def close(self) -> None:
-        """Fetch no more; what is being fetched ends by itself."""
+        """Stop fetching; a fetch under way ends by itself."""
         self._painter.close(wait=False)
 
     def _serve(self) -> None:
@@ -181,7 +179,7 @@ class Inspector:
                 continue
             with self._lock:
                 if self._wants.get(want.view) != want:
-                    continue  # a newer one has come: it has touched the painter
+                    continue  # there is a newer request, which has touched the painter
                 del self._wants[want.view]
             self._answer(want, stamp)
 
@@ -191,7 +189,7 @@ class Inspector:
             head, codes = self._picture(want)
             self._send({"kv": {**head, **to, "stamp": stamp}}, [codes])
             text, equal = self._compared(want.layer, stamp)
-        except Exception as error:  # there is nobody else to tell
+        except Exception as error:  # nothing else would report it
             self._send({"kv": {**to, "stamp": stamp, "error": str(error)}})
             return
         self._send({"kv_diff": {**to, "text": text, "equal": equal}})
@@ -218,7 +216,7 @@ class Inspector:
 
 
 def picture(want: InspectRequest, found: Fetched) -> tuple[Json, bytes]:
-    """What the browser needs to know, and a byte for each value, [heads, tokens, dims]."""
+    """The description of a picture, and a byte for each value, [heads, tokens, dims]."""
     heads = list(range(len(found.a))) if want.head is None else [min(want.head, len(found.a) - 1)]
     shown = _shown(want.show, found.a[heads], found.b[heads])
     tokens = max(found.a.shape[1], found.b.shape[1])
@@ -239,7 +237,7 @@ def picture(want: InspectRequest, found: Fetched) -> tuple[Json, bytes]:
 
 
 def exact(found: Fetched, head: int, token: int, dim: int) -> Json:
-    """The values of both ranks at one place, as few digits as tell them from all others."""
+    """The values of both ranks at one place, with as few digits as identify them."""
     texts = found.subject.texts
     values = [
         float(one[head, token, dim])
@@ -258,7 +256,7 @@ def exact(found: Fetched, head: int, token: int, dim: int) -> Json:
 
 
 def stamp_of(standing: RunView) -> str:
-    """What tells one moment's KV from another's."""
+    """A text that changes whenever KV may have changed."""
     stands = [tuple(stand.positions) for stand in standing.stands]
     return f"{hash((tuple(stands), standing.decoded, tuple(standing.faults), standing.last_call)):x}"
 
@@ -269,7 +267,7 @@ def _shown(show: str, a: Values, b: Values) -> Values:
     if show == "b":
         return b
     both = min(a.shape[1], b.shape[1])
-    with np.errstate(invalid="ignore"):  # Inf − Inf is NaN, and is shown as that
+    with np.errstate(invalid="ignore"):  # Inf − Inf is shown as NaN
         return a[:, :both] - b[:, :both]
 
 
@@ -281,7 +279,7 @@ def _rows(heads: list[int], shown: Values) -> list[list[str]]:
 
 
 def _share(part: float) -> str:
-    """At least what is not nothing is not told as nothing, and what is not all not as all."""
+    """In percent; only 0 shows as 0 %, and only 1 as 100 %."""
     if part in (0, 1):
         return f"{100 * part:.0f} %"
     return f"{min(99.9, max(0.1, 100 * part)):.1f} %"

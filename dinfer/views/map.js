@@ -5,7 +5,7 @@ const BASE = 7, DIFFERS = 8, ARMED = 16;
 const LEFT = 52, MAP_HEIGHT = 380, WIDEST = 110, BESIDE = 44, ABOVE = 12, LETTERS = 60;
 
 class BlockMap {
-  // `look()` gives what is to be drawn: { bytes, cut, breakpoints, hover, selected }; colours come from `root`'s style.
+  // `look()` returns what to draw: { bytes, cut, breakpoints, hover, selected }; colours come from `root`'s style.
   constructor(canvas, root, board, look) {
     Object.assign(this, { canvas, root, board, look });
     this.resized = new ResizeObserver(() => this.draw());
@@ -20,10 +20,10 @@ class BlockMap {
   geometry() {
     const { layers, chunks } = this.board;
     const width = this.canvas.parentElement.clientWidth;
-    const across = Math.max(4, Math.min(WIDEST, Math.floor((width - LEFT - 2) / chunks.length))); // whole pixels are crisp
+    const across = Math.max(4, Math.min(WIDEST, Math.floor((width - LEFT - 2) / chunks.length))); // whole pixels look crisp
     const down = Math.max(4, Math.min(34, Math.floor(MAP_HEIGHT / layers)));
     const labelled = across >= ABOVE && this.board.labels.some(Boolean);
-    const top = 18 + (!labelled ? 0 : across >= BESIDE ? 13 : LETTERS); // a chunk's text: beside or above one another
+    const top = 18 + (!labelled ? 0 : across >= BESIDE ? 13 : LETTERS); // texts of chunks: horizontal or vertical
     return { width, height: top + down * layers + 4, across, down, top };
   }
 
@@ -75,7 +75,7 @@ class BlockMap {
       for (let chunk = 0; chunk < chunks.length; chunk++) {
         const x = LEFT + chunk * across, y = top + layer * down;
         for (let rank = 0; rank < ranks;) {
-          let end = rank + 1; // neighbours alike are one rectangle
+          let end = rank + 1; // equal neighbours are one rectangle
           while (end < ranks && bytes[n + end] === bytes[n + rank]) end++;
           const byte = bytes[n + rank], box = [x + edges[rank], y, edges[end] - edges[rank], down - gap];
           pen.fillStyle = colours[byte & BASE];
@@ -88,7 +88,7 @@ class BlockMap {
     }
   }
 
-  // Known to differ: another colour, crossed out; armed: a corner. Shape and colour both tell.
+  // Differs: another colour, crossed out; armed: a corner. Shape and colour both distinguish them.
   drawMarks(pen, byte, x, y, wide, high) {
     if (byte & DIFFERS) {
       pen.fillStyle = this.colour("differs");
@@ -112,7 +112,7 @@ class BlockMap {
     }
   }
 
-  // A dot on the block, or on the name of the layer or chunk, after which the run stops.
+  // A breakpoint: a dot on the block, or on the name of the layer or chunk.
   drawBreakpoints(pen, { across, down, top }, breakpoints) {
     for (const { layer, chunk } of breakpoints) {
       const x = chunk === null ? LEFT - 3 : LEFT + (chunk + 1) * across - Math.min(7, across / 2);
@@ -210,7 +210,7 @@ function line(pen, points, colour, wide, dash = []) {
   pen.setLineDash([]);
 }
 
-// As much of a text as is no wider than that.
+// The longest beginning of a text that is no wider than that.
 function fitted(pen, text, wide) {
   if (pen.measureText(text).width <= wide) return text;
   let shown = text.slice(0, 40);
@@ -218,7 +218,7 @@ function fitted(pen, text, wide) {
   return shown && `${shown}…`;
 }
 
-// What the colours and signs mean.
+// The legend of colours and signs.
 function drawLegend(node, board) {
   const item = (text, name, colour = "") => {
     const one = make("span", "", node);

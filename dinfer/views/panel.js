@@ -1,6 +1,6 @@
-// The panel in the browser: shows what the kernel sends and says which button was pressed. It knows no more of a run
-// than panel.py tells: `board` (what does not change), `shown` (what does), `cells` (a byte per layer, chunk, rank), `marks`.
-// panel.py puts the other scripts before it: together they are one module.
+// The panel in the browser: shows what the kernel sends and reports which button was pressed. It knows a run only by the
+// traits of panel.py: `board` (what does not change), `shown` (what does), `cells` (a byte per layer, chunk, rank), `marks`.
+// panel.py puts the other scripts before it; together they are one module.
 
 const KERNEL_SILENT_MS = 700;
 const LOST = "disconnected: the kernel was restarted. This is a still picture; run the cell again for a live panel.";
@@ -13,9 +13,9 @@ class View {
     this.asked = 0;
     this.unit = "layer";
     this.hover = null;
-    this.resting = this.mouse = ""; // where the mouse was when a key moved the selection, and where it is
+    this.resting = this.mouse = ""; // where the mouse was when a key moved the selection, and where it is now
     this.hint = "";
-    this.silent = new Map(); // message → timer that tells that the kernel has not answered
+    this.silent = new Map(); // message → timer that reports that the kernel has not answered
     this.tab = "map";
     this.build(el);
     this.map = new BlockMap(this.canvas, this.root, this.board, () => this.look());
@@ -28,7 +28,7 @@ class View {
 
   build(el) {
     this.root = make("div", "panel", el);
-    this.root.tabIndex = -1; // a click anywhere gives it the keys
+    this.root.tabIndex = -1; // a click anywhere gives it the keyboard
     const bar = make("div", "bar", this.root);
     for (const button of BUTTONS) button ? this.button(bar, ...button) : make("span", "gap", bar);
     this.pace = make("select", "", bar);
@@ -78,7 +78,7 @@ class View {
     name === "map" ? opened.close() : opened.open();
   }
 
-  // Where what has the focus goes away, the panel has it: its keys work on.
+  // If the focused element disappears, the panel gets the focus, so that its keys keep working.
   keepFocus(change) {
     const focused = document.activeElement, had = this.root.contains(focused);
     change();
@@ -118,7 +118,7 @@ class View {
     this.model.on("change:marks", this.onState);
     this.model.on("change:selected", this.onSelected);
     this.model.on("msg:custom", this.onAnswer);
-    this.model.on("comm_live_update", this.onLost); // ipywidgets says so once its kernel restarts
+    this.model.on("comm_live_update", this.onLost); // sent by ipywidgets when its kernel restarts
     canvas.onmousemove = (event) => this.move(event);
     canvas.onmouseleave = () => this.point(null);
     canvas.onclick = (event) => this.select(this.map.cellAt(event));
@@ -148,7 +148,7 @@ class View {
     this.silent.forEach(clearTimeout);
   }
 
-  // There is nobody to speak to any more, and there never will be.
+  // The kernel was restarted: this panel stays disconnected.
   lose() {
     this.lost = true;
     this.hint = "";
@@ -160,7 +160,7 @@ class View {
     return this.lost ? LOST : this.model.get("shown").over;
   }
 
-  // What cannot work any more is seen to: whatever needs ranks and, without a kernel, whatever asks it.
+  // Disable what cannot work any more: controls that need ranks and, without a kernel, those that need it.
   disable() {
     this.root.querySelectorAll(this.lost ? `${NEED_RANKS}, ${NEED_KERNEL}` : NEED_RANKS).forEach((one) => { one.disabled = true; });
     this.inspector.end(this.ended);
@@ -176,7 +176,7 @@ class View {
     this.communication.theme();
   }
 
-  // -- what the user does
+  // -- user actions
 
   press(action) {
     if (this.ended) return;
@@ -186,7 +186,7 @@ class View {
     if (unit) this.unit = unit;
     if (verb === "run_to") {
       if (block) this.send({ do: verb, layer: block[0], chunk: block[1] });
-      else this.hint = "Click a block of the map first: the run then goes to where that block is everywhere.";
+      else this.hint = "Click a block of the map first: the run then stops once all ranks hold that block.";
     } else if (verb === "resume" && this.pace.value) {
       this.send({ do: "play", unit: this.unit, per_second: Number(this.pace.value) });
     } else {
@@ -199,7 +199,7 @@ class View {
     if (this.lost) return;
     const id = `${this.name}:${this.asked++}`;
     this.silent.set(id, setTimeout(() => {
-      this.hint = "The kernel has not answered yet: it is busy with a cell, or gone. What was pressed waits for it.";
+      this.hint = "The kernel has not answered yet: it is busy with a cell, or has ended. Your action is waiting for it.";
       this.update();
     }, KERNEL_SILENT_MS));
     this.model.send({ ...message, id });
@@ -220,7 +220,7 @@ class View {
     this.update();
   }
 
-  // A page that moves under a mouse at rest says so as well: that is not the mouse's move.
+  // A page that scrolls under a resting mouse sends this event, too; only real moves count.
   move(event) {
     this.mouse = `${event.screenX} ${event.screenY}`;
     if (this.mouse === this.resting) return;
@@ -237,7 +237,7 @@ class View {
   select(cell) {
     if (!cell) return;
     this.hint = "";
-    this.model.set("selected", cell); // not saved: the kernel has no use for it, other views of this panel do
+    this.model.set("selected", cell); // not saved: only other views of this panel need it
     this.inspector.look(cell[0]);
     this.update();
   }
@@ -264,14 +264,14 @@ class View {
   }
 
   moveSelection(down, right) {
-    this.hover = null; // the keys' last move is what is described, until the mouse moves
+    this.hover = null; // describe the selection until the mouse moves
     this.resting = this.mouse;
     const [layer, chunk] = this.model.get("selected") ?? [0, 0];
     const within = (value, count) => Math.max(0, Math.min(count - 1, value));
     this.select([within(layer + down, this.board.layers), within(chunk + right, this.board.chunks.length)]);
   }
 
-  // -- what the kernel says
+  // -- updates from the kernel
 
   update() {
     const shown = this.model.get("shown");

@@ -1,6 +1,7 @@
 """Panel: a run as a live map in a notebook, with the buttons that move it.
 
-The kernel's side: what to show, and who does what a browser asks for. The browser's side is SCRIPTS and panel.css.
+This is the kernel's side: what is shown, and who does what a browser asks for. The browser's side is SCRIPTS and
+panel.css.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import anywidget
-from ipywidgets import VBox
+import ipywidgets
 from traitlets import Bytes, Dict
 
 from dinfer.plan.ops import PlanError
@@ -18,11 +19,10 @@ from dinfer.views.actions import action_of, edit_of
 from dinfer.views.cells import CellMap
 from dinfer.views.communication import FIGURES, Communication
 from dinfer.views.desk import Action, Painter, Worker
-from dinfer.views.frame import framed, unframe
 from dinfer.views.inspector import Inspector, stamp_of
-from dinfer.views.protocol import InspectableRun, RunView
-from dinfer.views.status import Json, breakpoints, layout, moment
-from dinfer.views.still import still_html
+from dinfer.views.protocol import InspectableRun, Json, RunView
+from dinfer.views.status import breakpoints, layout, moment
+from dinfer.views.still import INSTALL, still_html
 from dinfer.views.still_kv import still_kv
 
 VIEW = "application/vnd.jupyter.widget-view+json"
@@ -39,14 +39,14 @@ SCRIPTS = (
     "ranks.js",
     "panel.js",
 )
-"""together they are one module"""
+"""concatenated, they are one module"""
 
 
 class Panel(anywidget.AnyWidget):
-    """The panel of a run: show it as the last line of a cell.
+    """The panel of a run: display it as the last line of a cell.
 
-    Several panels may show one run; all follow it, whoever moves it. `close()` takes it off the page and leaves no
-    thread, but for an action under way, which ends by itself.
+    Several panels may show one run; all follow it. `close()` removes the panel from the page and ends its threads; an
+    action under way ends by itself.
     """
 
     _esm = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
@@ -55,33 +55,36 @@ class Panel(anywidget.AnyWidget):
     board = Dict().tag(sync=True)
     """what does not change: see `status.layout`"""
     shown = Dict().tag(sync=True)
-    """what does: see `status.status`; with it the cut, the actions under way and errors"""
+    """what changes: see `status.status`; also the cut, actions under way and errors"""
     cells = Bytes().tag(sync=True)
     """a byte for each (layer, chunk, rank): see `cells`"""
     marks = Dict().tag(sync=True)
-    """what is known of single blocks, in words: see `status.marks_text`"""
+    """notes on single blocks: see `status.marks_text`"""
 
     def __init__(self, run: InspectableRun) -> None:
         self._run, self._cells = run, CellMap(run.plan)
         self._painter = Painter(self._paint)
         self._worker = Worker("dinfer panel worker", self._painter.touch)
-        # Neither is ever behind a step that takes long.
+        # Pauses and edits do not wait for a long step.
         self._pauser = Worker("dinfer panel pauser", self._painter.touch)
         self._editor = Worker("dinfer panel editor", self._painter.touch)
         self._workers = (self._pauser, self._editor, self._worker)
-        self._inspector, self._communication = Inspector(run, self._tell), Communication(run, self._tell)
+        self._inspector, self._communication = (
+            Inspector(run, self._broadcast),
+            Communication(run, self._broadcast),
+        )
         self._painted: object = None
         self._answered = 0, ""
-        """how many actions had been done when the last one was, and what the run was then"""
-        self._frame: VBox | None = None
+        """the number of actions done when the last one ended, and the stamp of the run then"""
+        self._frame: ipywidgets.VBox | None = None
         super().__init__(board={**layout(run.plan, run.chunk_labels()), "figures": list(FIGURES)})
         self._paint()
         self.on_msg(self._on_message)
         self._unsubscribe: Callable[[], None] | None = run.on_change(self._painter.touch)
-        self._painter.touch()  # for what changed between the first picture and the subscription
+        self._painter.touch()  # the run may have changed before the subscription
 
     def close(self) -> None:
-        """Take the panel off the page; the run goes on."""
+        """Remove the panel from the page; the run goes on."""
         if self._unsubscribe:
             self._unsubscribe()
             self._unsubscribe = None
@@ -95,14 +98,14 @@ class Panel(anywidget.AnyWidget):
         super().close()
 
     def _paint(self) -> None:
-        """Send the run as it is now; the only place that does."""
+        """Send the run as it is now; no other method does."""
         self._communication.touch()
         actions = self._actions()
         try:
             standing, stops = self._run.standing(), breakpoints(self._run.breakpoints)
             actions["answer"] = self._answer(standing)
             if standing.over:
-                actions["error"] = ""  # what was pressed as the run ended was refused for that very reason
+                actions["error"] = ""  # actions requested while the run ended were refused for that reason
             seen = (standing, stops, actions)
             if seen == self._painted:
                 return
@@ -110,7 +113,7 @@ class Panel(anywidget.AnyWidget):
             self._inspector.touch()
             shown, drawn, marks = moment(self._run.plan, self._cells, standing)
             shown |= {"breakpoints": stops, **actions}
-        except Exception as error:  # there is nobody else to tell
+        except Exception as error:  # nothing else would report it
             trouble = f"where the run stands cannot be shown: {error}"
             shown, drawn, marks = {**self.shown, **actions, "error": trouble}, self.cells, self.marks
             self._painted = None
@@ -127,14 +130,14 @@ class Panel(anywidget.AnyWidget):
         }
 
     def _answer(self, standing: RunView) -> str:
-        """What the last action has answered; nothing once the run is not what it was asked of, unless it moved then."""
+        """The answer of the last action; "" once the run has changed since, unless it was moving when asked."""
         now = "" if standing.state in MOVING else stamp_of(standing)
         if self._answered[0] != self._worker.done:
             self._answered = self._worker.done, now
         return self._worker.answer if self._answered[1] in ("", now) else ""
 
     def _on_message(self, _: object, message: Json, __: object) -> None:
-        """A button was pressed. Answered at once, so that the browser knows that the kernel listens."""
+        """Handle a browser's message; confirmed at once, so that the browser knows that the kernel is responsive."""
         self.send({"heard": message.get("id")})
         do = message.get("do")
         looks = {
@@ -146,7 +149,7 @@ class Panel(anywidget.AnyWidget):
         if do in looks:
             looks[do](message)
             return
-        if do in ("pause", "dismiss"):  # what waits was asked for before, and so is void
+        if do in ("pause", "dismiss"):  # drops actions that still wait
             for worker in self._workers:
                 worker.forget()
         if do == "pause":
@@ -157,12 +160,12 @@ class Panel(anywidget.AnyWidget):
             self._worker.ask(action_of(self._run, message))
         self._painter.touch()
 
-    def _tell(self, content: Json, buffers: list[bytes] | None = None) -> None:
-        """To all browsers that show this panel."""
+    def _broadcast(self, content: Json, buffers: list[bytes] | None = None) -> None:
+        """Send to all browsers that show this panel."""
         self.send(content, buffers)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[Json, Json]:
-        """The live view, and a still picture of now for where there is no kernel."""
+        """The live view, and a still picture for pages without a kernel."""
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
         if VIEW in data:
             self._frame = self._frame or framed(self)
@@ -172,14 +175,39 @@ class Panel(anywidget.AnyWidget):
             standing = self._run.standing()
             kv = self._still_kv(standing)
             still = still_html(self._run.plan, standing, self._run.chunk_labels(), events, kv)
-        except Exception as error:  # the live view must come nevertheless, and has a banner
+        except Exception as error:  # the live view is still returned, and reports errors
             still = escape(f"dinfer: where the run stands cannot be shown: {error}")
         return {**data, "text/html": still}, metadata
 
     def _still_kv(self, standing: RunView) -> str:
         try:
             return still_kv(self._run, standing)
-        except PlanError:  # there is nothing to show
+        except PlanError:  # nothing is computed yet
             return ""
-        except Exception as error:  # the rest of the picture must come nevertheless
+        except Exception as error:  # the rest of the picture is still shown
             return f"<div>{escape(f'KV cannot be shown: {error}')}</div>"
+
+
+HINT = (
+    "An error in place of the panel means that this page could not load anywidget: "
+    f"<code>{INSTALL}</code> in the environment of the Jupyter server, then load the page again. "
+    "VS Code and Colab load it from the network, and have to be allowed to."
+)
+
+
+def framed(panel: ipywidgets.DOMWidget) -> ipywidgets.VBox:
+    """The panel with a hint that is visible only where the page cannot draw the panel.
+
+    A page that has ipywidgets but not anywidget shows an unhelpful error in place of the panel. The hint is a plain
+    ipywidget, and panel.css, which comes with a panel that is drawn, hides it.
+    """
+    hint = ipywidgets.HTML(HINT)
+    hint.add_class("dinfer-hint")
+    return ipywidgets.VBox([panel, hint], layout={"overflow": "visible"})
+
+
+def unframe(frame: ipywidgets.VBox) -> None:
+    """Close frame and hint, but not the panel."""
+    _, hint = frame.children
+    hint.close()
+    frame.close()

@@ -1,7 +1,7 @@
-"""What views need of a run, and nothing more; the session's run has it, and so have the tests' doubles."""
+"""What views need of a run, as protocols, which runs and the doubles of tests satisfy."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from dinfer.kv.difference import Diff
 from dinfer.kv.source import ViewableSource
@@ -12,11 +12,14 @@ from dinfer.run.state import Mark
 from dinfer.trace.events import Event
 from dinfer.verdict.where import RankStand
 
+Json = dict[str, Any]
+"""messages of browsers and kernel"""
+
 RunStateName = Literal["starting", "paused", "running", "decoding", "done", "failed", "closed"]
 
 
 class RunView(Protocol):
-    """One moment of a run. Everything by rank has an entry for each."""
+    """A run at one moment. Sequences by rank have an entry for each rank."""
 
     @property
     def stands(self) -> Sequence[RankStand]:
@@ -28,7 +31,7 @@ class RunView(Protocol):
 
     @property
     def message(self) -> str:
-        """What a person should know at once (a breakpoint hit, a failure), or nothing."""
+        """What the user should know at once (a breakpoint hit, a failure); "" for nothing."""
 
     @property
     def decoded(self) -> int:
@@ -36,118 +39,118 @@ class RunView(Protocol):
 
     @property
     def text(self) -> str:
-        """What they read as."""
+        """The text of these tokens."""
 
     @property
     def devices(self) -> Sequence[str]:
-        """Where each rank computes."""
+        """The device of each rank."""
 
     @property
     def alive(self) -> Sequence[bool]:
-        """Whether each rank's process lives and answers."""
+        """Whether each rank's process runs and answers."""
 
     @property
     def last_call(self) -> str:
-        """The Python call of the last action, whoever made it."""
+        """The Python call of the last action."""
 
     @property
     def faults(self) -> Sequence[str]:
-        """A line for each fault that is armed: what it breaks on purpose, and whether it has struck."""
+        """A line for each armed fault: what it breaks, and whether it has struck."""
 
     @property
     def marks(self) -> Sequence[Mark]:
-        """What is known of single blocks."""
+        """Notes on single blocks."""
 
     @property
     def memory(self) -> Sequence[int | None]:
-        """Bytes that each rank's process has in its host's memory; None where it has none of its own."""
+        """Bytes of host memory of each rank's process; None for a rank without a process of its own."""
 
     @property
     def device_memory(self) -> Sequence[tuple[int, int, int] | None]:
-        """Bytes of its GPU that each rank's tensors have, that its torch keeps, and all; None where it has no GPU."""
+        """GPU bytes of each rank: in tensors, reserved by torch, total; None without a GPU."""
 
     @property
     def tokens(self) -> Sequence[int]:
-        """How many new tokens each rank has."""
+        """The number of new tokens of each rank."""
 
     @property
     def verdict(self) -> str:
-        """Why the run does not move, at length, once that was told."""
+        """The verdict on why the run does not move; "" for none."""
 
     @property
     def over(self) -> str:
-        """Why nothing moves this run any more, and what to do, once that is so."""
+        """Why this run cannot be moved any more, and what to do; "" while it can."""
 
 
 class Disarmed(Protocol):
-    """What ends faults."""
+    """The armed faults of a run."""
 
     def clear(self) -> None:
         """Disarm all."""
 
 
 class Kv(Protocol):
-    """The KV of a run that stands."""
+    """The KV of a run that is not moving."""
 
     def source(self) -> ViewableSource:
-        """Where values come from."""
+        """The source of values."""
 
     def diff(self) -> Diff:
-        """Where the ranks differ."""
+        """The differences between ranks."""
 
 
 class InspectableRun(Protocol):
-    """A run that can be looked at and moved. Safe to call from any thread. `last_call` is what `standing()` says."""
+    """A run that can be shown and moved, from any thread. `last_call` is also in `standing()`."""
 
     last_call: str
 
     @property
     def plan(self) -> Plan:
-        """What the ranks do."""
+        """The plan of all ranks."""
 
     @property
     def world_size(self) -> int:
-        """How many ranks there are."""
+        """The number of ranks."""
 
     def standing(self) -> RunView:
-        """The run now; returns at once, whatever the ranks do."""
+        """The run now; never waits for ranks."""
 
     def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call back, on any thread, whenever `standing()` may differ; what this returns ends that."""
+        """Call `callback`, on any thread, when `standing()` may have changed. Returns a function that ends this."""
 
     def chunk_labels(self) -> Sequence[str]:
-        """The text of each chunk's tokens; empty where it is not known."""
+        """The text of each chunk; "" if unknown."""
 
     def events_since(self, read: Sequence[int]) -> tuple[list[Event], list[int]]:
-        """The events after those that have been `read`, nothing at first, and what to give next time; at once."""
+        """The events after those already `read` ([] at first), and the next `read`; never waits."""
 
     @property
     def breakpoints(self) -> Breakpoints:
-        """Those that are set, by number."""
+        """The breakpoints, by number."""
 
     @property
     def faults(self) -> Disarmed:
-        """Those that are armed."""
+        """The armed faults."""
 
-    # Each of these may take long, and raises exceptions whose message is meant for people.
+    # Each of these may take long, and raises exceptions whose message is meant for users.
 
     def step(self, unit: Unit, n: int = 1) -> object:
-        """Move on by `n` units."""
+        """Move forward by `n` units."""
 
     def step_back(self, unit: Unit, n: int = 1) -> object:
         """Go back by `n` units."""
 
     def play(self, unit: Unit, per_second: float) -> object:
-        """Step by units at that pace until a breakpoint, the end, or a pause."""
+        """Step at that pace until a breakpoint, the end, or a pause."""
 
     def run_to(self, *, chunk: int, layer: int) -> object:
-        """Stop just after that block is everywhere."""
+        """Run until all ranks hold that block."""
 
     def resume(self) -> object:
-        """Let it run."""
+        """Run freely."""
 
     def pause(self) -> object:
-        """Stop at the nearest cut, also while another thread's step is under way."""
+        """Stop at the nearest cut; also works during another thread's step."""
 
     def restart(self) -> object:
         """Begin again."""
@@ -163,7 +166,7 @@ class InspectableRun(Protocol):
         """Set a breakpoint; None for any."""
 
     def verdict(self) -> object:
-        """Why it does not move."""
+        """Why the run does not move."""
 
     def kv(self, *, layer: int | None = None) -> Kv:
-        """What the ranks hold, of one layer or all; waits until the run stands."""
+        """The KV of one layer or all; waits until the run is not moving."""

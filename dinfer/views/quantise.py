@@ -1,7 +1,7 @@
-"""Quantise: values as bytes for a heatmap whose colours go both ways from zero. Pure: numpy in, numpy out.
+"""Quantise: values as bytes for a heatmap with a diverging colour scale. Pure: numpy in, numpy out.
 
-A byte is a value's place between −scale and +scale, in 250 steps around ZERO; what lies outside is at the end. Four
-bytes are none: NaN, the infinities, and what is not there at all.
+A byte is a value between −scale and +scale, in 250 steps around ZERO; values outside are clipped. Four bytes are
+special: NaN, the two infinities, and missing values.
 """
 
 from typing import Literal, NamedTuple
@@ -14,7 +14,7 @@ NAN, ZERO, STEPS = 0, 126, 125
 PLUS_INF, MINUS_INF, MISSING = 252, 253, 255
 
 FAINTEST = 20
-"""of a difference, however small, so that it is seen"""
+"""steps of the smallest difference, so that it is visible"""
 
 SAMPLE = 200_000
 
@@ -29,7 +29,7 @@ Scale = Literal["robust", "full"] | float
 
 
 class Quantised(NamedTuple):
-    """`scale`: the value at the end of the colours; `special`: (head, token, dim) of the first few NaN and Inf."""
+    """`scale`: the value at the end of the colour scale; `special`: (head, token, dim) of the first NaN and Inf."""
 
     codes: NDArray[np.uint8]
     scale: float
@@ -39,11 +39,11 @@ class Quantised(NamedTuple):
 
 
 def quantise(values: Values, scale: Scale = "robust", *, difference: bool = False) -> Quantised:
-    """`difference`: whatever is not zero is seen not to be zero."""
+    """Values as bytes. `difference`: every value but zero gets at least FAINTEST steps."""
     top = scale_of(values, scale)
     finite = np.isfinite(values)
     whole = bool(finite.all())
-    with np.errstate(over="ignore"):  # what is far outside the scale is at its end
+    with np.errstate(over="ignore"):  # values far outside the scale are clipped
         steps = np.clip(
             np.rint((values if whole else np.where(finite, values, 0)) / top * STEPS), -STEPS, STEPS
         )
@@ -61,7 +61,7 @@ def quantise(values: Values, scale: Scale = "robust", *, difference: bool = Fals
 
 
 def scale_of(values: Values, scale: Scale) -> float:
-    """The value at the end of the colours: "robust" leaves out the few largest, "full" none."""
+    """The value at the end of the colour scale: "robust" ignores the few largest, "full" none."""
     if isinstance(scale, int | float):
         return float(scale) if np.isfinite(scale) and scale > 0 else 1.0
     flat = values.reshape(-1)
@@ -77,7 +77,7 @@ def scale_of(values: Values, scale: Scale) -> float:
 
 
 def figures(values: Values) -> list[list[float]]:
-    """By head: smallest, largest, mean, and the shares of NaN or Inf and of zeros."""
+    """By head: minimum, maximum, mean, and the shares of NaN or Inf and of zeros."""
     found = []
     for head in values:
         finite = head[np.isfinite(head)]

@@ -1,4 +1,4 @@
-// The ranks: where each computes, how much it holds in memory, what it does; and who holds a block, in words.
+// The ranks: device, memory and state of each; and which ranks hold a block, in words.
 
 class RankList {
   constructor(parent, board) {

@@ -1,23 +1,19 @@
-"""Status: all that the panel shows beside the map, as JSON. Pure: a run's plan and standing in, dicts out."""
+"""Status: what the panel shows beside the map, as JSON. Pure: from a plan and a moment of its run."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.plan import Lane, Plan
 from dinfer.run.state import Mark
 from dinfer.verdict.where import RankStand, rank_text
 from dinfer.views.cells import MARKS, STATES, CellMap, cut_line, marked
-from dinfer.views.protocol import RunView
-
-Json = dict[str, Any]
+from dinfer.views.protocol import Json, RunView
 
 MemoryTriple = tuple[int, int, int]
-"""bytes of a GPU: in tensors, kept by torch, all"""
+"""GPU bytes: in tensors, reserved by torch, total"""
 
 MAX_TEXT = 2000
-"""how much of the generated text goes to the browser with each update"""
-
+"""characters of generated text, the last, that each update sends to the browser"""
 
 MAX_MARKS = 300
 
@@ -37,7 +33,7 @@ def layout(plan: Plan, labels: Sequence[str]) -> Json:
 
 
 def status(plan: Plan, standing: RunView) -> Json:
-    """What changes."""
+    """What changes during a run."""
     count = plan.world_size
     memory = [*standing.memory, *[None] * count][:count]
     on_device = [*standing.device_memory, *[None] * count][:count]
@@ -58,14 +54,14 @@ def status(plan: Plan, standing: RunView) -> Json:
 
 
 def moment(plan: Plan, cells: CellMap, standing: RunView) -> tuple[Json, bytes, Json]:
-    """All that a panel shows of a run at one moment: what changes, the map's bytes, what is known of blocks."""
+    """What a panel shows of a run at one moment: what changes, the map's bytes, notes on blocks."""
     states = cells.states(standing.stands)
     shown = {**status(plan, standing), "cut": cut_line(states)}
     return shown, marked(states, standing.marks).tobytes(), marks_text(standing.marks)
 
 
 def breakpoints(found: Iterable[Breakpoint]) -> list[Json]:
-    """For the list, and for the map; `plain`: the panel's form can say all that there is to it."""
+    """For the list and the map. `plain`: whether the panel's form can express the breakpoint."""
     return [
         {
             "number": one.number,
@@ -81,7 +77,7 @@ def breakpoints(found: Iterable[Breakpoint]) -> list[Json]:
 
 
 def marks_text(marks: Sequence[Mark]) -> Json:
-    """By block, what is known of it, of at most so many."""
+    """Notes by block, at most MAX_MARKS."""
     found: dict[str, list[str]] = {}
     for mark in marks[:MAX_MARKS]:
         found.setdefault(f"{mark.layer} {mark.chunk}", []).append(mark.text)
@@ -111,7 +107,7 @@ def _rank(
 
 
 def memory_text(memory: int | None, on_device: MemoryTriple | None) -> str:
-    """What a rank has of its host's memory, and of its GPU's."""
+    """A rank's memory on its host and its GPU."""
     host = "" if memory is None else f"{_gib(memory)} GiB"
     if on_device is None:
         return host
@@ -120,13 +116,13 @@ def memory_text(memory: int | None, on_device: MemoryTriple | None) -> str:
 
 
 def about_memory(on_device: MemoryTriple | None) -> str:
-    """The GPU's part at length."""
+    """The GPU memory in a sentence."""
     if on_device is None:
         return ""
     allocated, reserved, total = map(_gib, on_device)
     return (
-        f"this rank's tensors have {allocated} GiB of the GPU's {total}; torch keeps {reserved} for this rank (other "
-        "processes, and CUDA itself, have more)"
+        f"this rank's tensors use {allocated} GiB of the GPU's {total}; torch has reserved {reserved} for this rank "
+        "(other processes and CUDA itself use more)"
     )
 
 
@@ -135,7 +131,7 @@ def _gib(count: int) -> str:
 
 
 def rank_state(lanes: Sequence[Lane], stand: RankStand) -> str:
-    """What a living rank does, in a few words; waiting is for data, so a transfer under way counts as that."""
+    """The state of a rank that runs; a transfer under way counts as waiting."""
     if all(position == len(lane.ops) for lane, position in zip(lanes, stand.positions, strict=True)):
         return "done"
     begun = [lane.ops[stand.positions[n]] for n, lane in enumerate(lanes) if stand.started[n]]

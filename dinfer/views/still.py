@@ -1,6 +1,6 @@
-"""Still: the panel's picture as HTML without script or kernel, for nbconvert and pages that show notebooks.
+"""Still: the panel as HTML without scripts, for nbconvert and pages that show notebooks without a kernel.
 
-Where a page takes pictures out, the table of ranks is left. Pure.
+On pages that remove pictures, the table of ranks remains. Pure.
 """
 
 from collections.abc import Sequence
@@ -30,20 +30,21 @@ from dinfer.views.figures.latency import latency
 from dinfer.views.figures.matrix import short
 from dinfer.views.figures.style import link_name
 from dinfer.views.figures.svg import svg
-from dinfer.views.frame import INSTALL
-from dinfer.views.protocol import RunView
-from dinfer.views.status import Json, status
+from dinfer.views.protocol import Json, RunView
+from dinfer.views.status import status
+
+INSTALL = "pip install ipywidgets anywidget"
 
 COLOURS = ("#e9edf1", "#f4c430", "#2672b3", "#e07b39", "#14385c")
-"""of each state on white, as in panel.css; each differs from the others in lightness"""
+"""of states, on white, as in panel.css; they differ in lightness"""
 
 MARK_COLOURS = ("#d81b60", "#7b3fa0")
-"""of each mark"""
+"""of marks"""
 
 LISTED = 20
 
 POINTS = 100
-"""of one link"""
+"""points per link"""
 
 _LEFT, _TOP = 34, 18
 
@@ -51,8 +52,7 @@ _LEFT, _TOP = 34, 18
 def still_html(
     plan: Plan, standing: RunView, labels: Sequence[str], events: Sequence[Event] = (), kv: str = ""
 ) -> str:
-    """The map as SVG; what each rank does and holds as a table; what went over each link as a table and a picture;
-    `kv`: HTML of what ranks hold."""
+    """The map as SVG, a table of ranks, a table and a figure of links, and `kv`: HTML of KV."""
     bare = CellMap(plan).states(standing.stands)
     states = marked(bare, standing.marks)
     shown = status(plan, standing)
@@ -63,8 +63,8 @@ def still_html(
     known = "".join(f"<li>{escape(mark.text)}</li>" for mark in standing.marks[:LISTED])
     return (
         f"<div><div>dinfer: {escape(words)}</div>{map_svg(states, plan.shape.owners, labels)}"
-        "<div><small>A cell's parts are the ranks, left to right; the line, the cut, parts what has been computed from "
-        "what has not.</small></div>"
+        "<div><small>A cell's parts are the ranks, left to right; the line, the cut, separates computed blocks "
+        "from the others.</small></div>"
         f"{_ranks(shown['ranks'], held.tolist(), plan.shape.blocks)}{f'<ul>{known}</ul>' if known else ''}"
         f"{kv}{_links(events)}<div><small>A still picture: the live panel needs a running kernel, and "
         f"<code>{INSTALL}</code> in the environment of the Jupyter server.</small></div></div>"
@@ -72,7 +72,7 @@ def still_html(
 
 
 def _ranks(lines: Sequence[Json], held: Sequence[int], blocks: int) -> str:
-    """A line for each rank."""
+    """A row for each rank."""
     columns = {
         "rank": [str(rank) for rank in range(len(lines))],
         "device": [escape(line["device"]) for line in lines],
@@ -92,7 +92,7 @@ def _ranks(lines: Sequence[Json], held: Sequence[int], blocks: int) -> str:
 
 
 def _links(events: Sequence[Event]) -> str:
-    """A line for each link over which something went, and when that was."""
+    """A row for each link with transfers, and their latencies over time."""
     trace = Trace.merge([events])
     found = by_link(transfers(trace))
     if not found:
@@ -116,7 +116,7 @@ def _latencies(some: Sequence[Transfer]) -> tuple[float, ...]:
 
 
 def map_svg(states: CellStates, owners: Sequence[int], labels: Sequence[str]) -> str:
-    """Layers × chunks, each cell split by rank; the cut as a line."""
+    """The map: layers × chunks, each cell split by rank, with the cut as a line."""
     layers, chunks, ranks = states.shape
     part = max(2, min(16, 640 // (chunks * ranks)))
     across, down = part * ranks, max(4, min(18, 360 // layers))
@@ -151,7 +151,7 @@ def map_svg(states: CellStates, owners: Sequence[int], labels: Sequence[str]) ->
 def _path(
     which: NDArray[np.bool_], name: str, colour: str, part: int, down: int, high: int | None = None
 ) -> str:
-    """All these cells as one path, or the upper part of each; neighbours in a row are one rectangle."""
+    """These cells as one path, or only their upper part; neighbours in a row are one rectangle."""
     rows = which.reshape(which.shape[0], -1)
     pieces = []
     for layer, row in enumerate(rows):
@@ -177,7 +177,7 @@ def _names(states: CellStates, across: int, down: int, labels: Sequence[str]) ->
 
 
 def _legend(y: int, marks: Sequence[int]) -> str:
-    """One line under the map, with those of the marks that are on it."""
+    """The legend under the map: all states, and the marks on the map."""
     pieces, x = [], _LEFT
     items = [(f"s{state}", name, COLOURS[state]) for state, name in enumerate(STATES)]
     items += [(("differs", "armed")[n], MARKS[n], MARK_COLOURS[n]) for n in marks]

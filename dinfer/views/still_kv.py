@@ -1,7 +1,7 @@
-"""Still KV: one layer's K or V as a picture that needs no kernel: what the inspector leaves in a saved notebook.
+"""Still KV: K or V of one layer as a picture without a kernel, which the inspector leaves in a saved notebook.
 
-Where ranks are known to differ, it is their difference there; else the deepest layer that is computed. Of a long prompt
-only some tokens in a row are fetched, so that no panel waits long for its picture.
+It shows the difference between ranks at the first block known to differ, else the deepest computed layer. Of a long
+prompt, only a window of tokens is fetched, so that the panel appears quickly.
 """
 
 import struct
@@ -9,14 +9,14 @@ import zlib
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dinfer.kv.source import ViewableSource
 from dinfer.views.inspector import Fetched, InspectRequest, picture
-from dinfer.views.protocol import InspectableRun, RunView
+from dinfer.views.protocol import InspectableRun, Json, RunView
 from dinfer.views.quantise import MINUS_INF, MISSING, NAN, PLUS_INF, STEPS, ZERO
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -25,18 +25,18 @@ BITS, WITH_PALETTE = 8, 3
 
 
 def png(pixels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> bytes:
-    """`pixels`, [rows, columns], are places in the palette, [colours, 3]. See the PNG specification, W3C 2003."""
+    """A PNG file. `pixels`, [rows, columns]: indices into `palette`, [colours, 3]. See the PNG specification, W3C
+    2003."""
     rows, columns = pixels.shape
-    unfiltered = np.concatenate(
-        [np.zeros((rows, 1), np.uint8), pixels], axis=1
-    )  # each row says how it is filtered
+    # Each row starts with its filter: 0, none.
+    unfiltered = np.concatenate([np.zeros((rows, 1), np.uint8), pixels], axis=1)
     head = struct.pack(">IIBBBBB", columns, rows, BITS, WITH_PALETTE, 0, 0, 0)
     parts = ((b"IHDR", head), (b"PLTE", palette.tobytes()), (b"IDAT", zlib.compress(unfiltered.tobytes(), 9)))
     return SIGNATURE + b"".join(_part(*part) for part in (*parts, (b"IEND", b"")))
 
 
 def data_uri(picture: bytes) -> str:
-    """For an `<img src>`."""
+    """A picture as the `src` of an `<img>`."""
     return f"data:image/png;base64,{b64encode(picture).decode()}"
 
 
@@ -45,12 +45,12 @@ def _part(name: bytes, data: bytes) -> bytes:
 
 
 TOKENS = 512
-"""in a row, that are shown"""
+"""consecutive tokens that are shown, at most"""
 
 ROWS = 256
 
 COARSE = 8
-"""steps of colour that are told apart by nobody: with fewer colours, the file is smaller"""
+"""steps that are merged into one colour, invisibly, to make the file smaller"""
 
 NO_NUMBER = 255
 
@@ -61,13 +61,11 @@ LOW_END, MIDDLE, HIGH_END = (33, 102, 172), (247, 247, 247), (179, 88, 6)
 NOT_FINITE, NOT_HERE = (0, 0, 0), (214, 218, 223)
 """colours as in heatmap.js, on white"""
 
-Json = dict[str, Any]
-
 Codes = NDArray[np.uint8]
 
 
 class StillChoice(NamedTuple):
-    """What to show: a layer, of rank `a`, or how that differs from rank `b`; `near`: a token that should be on it."""
+    """What to show: a layer of rank `a`, or its difference from rank `b`; `near`: a token to include."""
 
     layer: int
     a: int
@@ -80,7 +78,7 @@ class StillChoice(NamedTuple):
 
 
 def still_kv(run: InspectableRun, standing: RunView) -> str:
-    """As HTML; empty where the run moves or nothing is computed."""
+    """The picture as HTML; "" while the run is moving or if nothing is computed."""
     if standing.state not in ("paused", "done") or not _computed(run, standing):
         return ""
     source = run.kv().source()
@@ -88,12 +86,12 @@ def still_kv(run: InspectableRun, standing: RunView) -> str:
     rows = max(held.rows[choice.layer] for held in source.held([choice.a, choice.b]))
     window = around(choice.near, rows)
     made = [_picture(source, choice, tensor, window) for tensor in ((0, 1) if choice.show == "a-b" else (0,))]
-    head, codes = max(made, key=lambda one: one[0]["differ"])  # of K and V that which differs more
+    head, codes = max(made, key=lambda one: one[0]["differ"])  # of K and V, the one that differs more
     return _html(head, codes, choice, window, rows)
 
 
 def chosen(run: InspectableRun, standing: RunView, source: ViewableSource) -> StillChoice:
-    """The first block that is known to differ, else the deepest layer that its owner has, and its newest tokens."""
+    """The first block known to differ, else the newest tokens of the deepest layer that its owner holds."""
     shape = run.plan.shape
     for mark in standing.marks:
         if mark.kind != "armed":
@@ -106,13 +104,13 @@ def chosen(run: InspectableRun, standing: RunView, source: ViewableSource) -> St
 
 
 def around(token: int, rows: int) -> range:
-    """At most so many tokens in a row, that one among them."""
+    """At most TOKENS consecutive tokens that include `token`."""
     start = max(0, min(token - TOKENS // 2, rows - TOKENS))
     return range(start, min(rows, start + TOKENS))
 
 
 def _computed(run: InspectableRun, standing: RunView) -> bool:
-    """Whether any layer of any chunk is."""
+    """Whether any layer of any chunk is computed."""
     return any(
         op.kind == "layer"
         for lanes, stand in zip(run.plan.lanes, standing.stands, strict=True)
@@ -122,7 +120,7 @@ def _computed(run: InspectableRun, standing: RunView) -> bool:
 
 
 def _picture(source: ViewableSource, choice: StillChoice, tensor: int, window: range) -> tuple[Json, Codes]:
-    """What the inspector would show, and its bytes, [heads, tokens, dims]."""
+    """What the inspector would show: its description and bytes, [heads, tokens, dims]."""
     ranks = list(dict.fromkeys((choice.a, choice.b)))
     values = [_values(source, rank, choice.layer, tensor, window) for rank in ranks]
     want = InspectRequest("", choice.layer, tensor, None, choice.a, choice.b, choice.show, "robust", "")
@@ -142,8 +140,8 @@ def _values(
 
 
 def shrunk(codes: Codes, rows: int = ROWS) -> Codes:
-    """Tokens from left to right, the dims of all heads from top to bottom in so many rows, or a few more; of
-    values that share a pixel, that which is furthest from zero."""
+    """As pixels: tokens from left to right, the dims of all heads from top to bottom in about `rows` rows. Of values
+    that share a pixel, the one furthest from zero counts."""
     heads, tokens, dims = codes.shape
     every = min(dims, -(-heads * dims // rows))
     missing = -dims % every
@@ -154,7 +152,7 @@ def shrunk(codes: Codes, rows: int = ROWS) -> Codes:
 
 
 def coarse(codes: Codes) -> Codes:
-    """With fewer colours; what is not zero stays so if it could be seen."""
+    """Codes with fewer colours; a visible value does not become zero."""
     order = _order()[codes]
     steps = np.rint((codes.astype(np.int16) - ZERO) / COARSE) * COARSE
     is_value = (order > 0) & (order < NO_NUMBER)
@@ -175,7 +173,7 @@ def palette() -> Codes:
 
 
 def _order() -> Codes:
-    """How remarkable each byte is: 0 for what is not there."""
+    """For each byte, its priority among values that share a pixel; 0 for missing values."""
     found = 1 + np.abs(np.arange(256) - ZERO)
     found[[NAN, PLUS_INF, MINUS_INF]] = NO_NUMBER
     found[MISSING] = 0

@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Playwright
 from tests.support.ipclusters import ipython
 from tests.support.jupyter import Lab, Notebook, open_notebook
 
-expect.set_options(timeout=30_000)
+expect.set_options(timeout=60_000)
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-background-networking",

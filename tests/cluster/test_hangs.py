@@ -13,7 +13,6 @@ import pytest
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.verdict.verdict import Verdict
-from tests.support.ipclusters import stock_session
 from tests.support.runs import wait_for
 from tests.support.spies import may_spy
 from tests.support.twin import prompt
@@ -21,8 +20,6 @@ from tests.support.twin import prompt
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 IDS = tuple(prompt(22))
-TOLD_S = 30.0
-"""a bound for tests on a machine that does much else; what it took is printed"""
 
 _ARM = """
 import ctypes, os, pathlib, signal, time
@@ -37,13 +34,6 @@ def broken(state, op, comm, unbroken=ops.HANDLERS[{kind!r}]):
     return unbroken(state, op, comm)
 ops.HANDLERS[{kind!r}] = broken
 """
-
-
-@pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Iterator[Session]:
-    """A session on `ipcluster start -n 3`, with a checkpoint; every test leaves it able to run."""
-    with stock_session(tmp_path_factory.mktemp("hangs"), checkpoints["qwen3"]) as made:
-        yield made
 
 
 @pytest.fixture(autouse=True)
@@ -70,11 +60,11 @@ def arm(session: Session, rank: int, op: str, action: str, path: Path) -> None:
 def told(session: Session, run: Run, path: Path | None = None) -> Verdict:
     """The verdict, once somebody has said it unasked."""
     before = time.monotonic()
-    wait_for(lambda: run.hang or run.failure or run.silence, f"it is told: {run.where()}", TOLD_S)
+    wait_for(lambda: run.hang or run.failure or run.silence, f"it is told: {run.where()}")
     took = time.monotonic() - (float(path.read_text()) if path else before)
     verdict = run.verdict()
     print(f"\n{verdict.kind}, {took:.2f} s after it: {verdict.sentence}")
-    wait_for(lambda: says_the_same(session, run), "all say the same", 10)
+    wait_for(lambda: says_the_same(session, run), "all say the same")
     return verdict
 
 
@@ -93,7 +83,7 @@ def check_seen(run: Run, sentence: str, stack: str) -> None:
             verdict = run.verdict()
             return sentence in verdict.sentence and stack in verdict.stacks.get(1, "")
 
-        wait_for(is_seen, f"it is seen: {run.verdict()}", TOLD_S)
+        wait_for(is_seen, f"it is seen: {run.verdict()}")
         print(run.verdict().sentence)
 
 
@@ -111,7 +101,7 @@ def test_a_circle_of_blocking_sends(session: Session) -> None:
     run.resume()
     verdict = told(session, run)
     assert (verdict.kind, verdict.ranks) == ("cycle", (0, 1, 2))
-    assert all("comm.py" in verdict.stacks[rank] for rank in range(3))
+    assert all("gloo.py" in verdict.stacks[rank] for rank in range(3))
     check_goes_on(session)
 
 
@@ -201,17 +191,12 @@ def test_a_rank_that_is_stopped_or_killed(
 def test_a_rank_that_only_takes_long(session: Session, tmp_path: Path) -> None:
     """CPU time moves: it is called slow, and nothing is raised."""
     run = begin(session)
-    arm(
-        session,
-        1,
-        OP,
-        "end = time.monotonic() + 8\n        while time.monotonic() < end: pass",
-        tmp_path / "struck",
-    )
+    arm(session, 1, OP, "while not path.with_name('go').exists(): pass", tmp_path / "struck")
     run.resume()
-    wait_for(lambda: run.hang, f"it is told: {run.where()}", TOLD_S)
+    wait_for(lambda: run.hang, f"it is told: {run.where()}")
     verdict = run.verdict()
     assert (verdict.kind, verdict.rank, verdict.is_hung) == ("computing", 1, False), verdict
+    (tmp_path / "go").touch()
     assert run.wait(60).state == "done"
 
 

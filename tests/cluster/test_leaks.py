@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.cluster.test_orphans import Client
-from tests.support.ipclusters import IPython, stock_cluster
+from tests.support.ipclusters import IPython, stock_cluster, within
 from tests.support.runs import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -38,21 +38,21 @@ def check_held(engines: Sequence[int], base: Sequence[Held]) -> None:
         pairs = zip(map(held, engines), base, strict=True)
         return all(count <= most for now, before in pairs for count, most in zip(now, before, strict=True))
 
-    wait_for(is_within, f"engines hold no more than {base}", 20)
+    wait_for(is_within, f"engines hold no more than {base}")
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[IPython]:
     """`ipcluster start -n 2`."""
-    with stock_cluster(tmp_path, 2) as place:
+    with stock_cluster(tmp_path, 2) as place, within(place):
         yield place
 
 
-def test_engines_hold_no_more_after_each_client_that_was_killed(place: IPython, qwen3: Path) -> None:
+def test_engines_hold_no_more_after_each_client_that_was_killed(place: IPython, model: Path) -> None:
     """Counted from the second client on: the first one's group is the first that an engine has ever had."""
     base: list[Held] = []
     for number in range(CLIENTS):
-        client = Client(place, qwen3, start=False)
+        client = Client(place, model, start=False)
         client.step()
         wait_for(lambda client=client: "stepped" in client.said, "a step")  # type: ignore[misc]
         if number < 2:

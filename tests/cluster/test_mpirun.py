@@ -45,14 +45,14 @@ def program() -> tuple[str, ...]:
 
 
 @pytest.fixture
-def launch(tmp_path: Path, qwen3: Path) -> Iterator[Launch]:
-    """launch(fault=None, environment={}, model=qwen3, **flags): three ranks under mpirun, ended with the test."""
+def launch(tmp_path: Path, model: Path) -> Iterator[Launch]:
+    """launch(fault=None, environment={}, model=model, **flags): three ranks under mpirun, ended with the test."""
     runs: list[Run] = []
 
     def launched(
         fault: Fault | None = None,
         environment: dict[str, str] | None = None,
-        model: Path = qwen3,
+        model: Path = model,
         **flags: object,
     ) -> Run:
         flags = (
@@ -91,16 +91,16 @@ def without_mpi4py(folder: Path) -> dict[str, str]:
 def test_ranks_find_one_another_by_mpi(launch: Launch, parrot: Path) -> None:
     run = launch(environment=C_LOCALE, model=parrot, **FLAGS)
     check_parroted(run, parrot)
-    wait_for(lambda: not run.members(), "no process is left", 20)
+    wait_for(lambda: not run.members(), "no process is left")
 
 
 def test_without_mpi4py_they_meet_where_the_environment_says(
-    launch: Launch, qwen3: Path, tmp_path: Path
+    launch: Launch, model: Path, tmp_path: Path
 ) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as probe:
         port = str(probe.getsockname()[1])
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    assert agrees(launch(environment={**without_mpi4py(tmp_path), **place}), qwen3)
+    assert agrees(launch(environment={**without_mpi4py(tmp_path), **place}), model)
 
 
 def test_without_mpi4py_and_place_one_message_says_what_to_do(launch: Launch, tmp_path: Path) -> None:
@@ -131,4 +131,4 @@ def test_a_rank_that_raises_is_named(launch: Launch) -> None:
     run = launch(Fault("raise ValueError('broken on purpose')"), place)
     assert run.finish() != 0
     assert said(run) == ["rank 1 failed at `layer c1 l3` (lane compute): ValueError: broken on purpose"]
-    wait_for(lambda: not run.members(), "no process is left", 20)
+    wait_for(lambda: not run.members(), "no process is left")

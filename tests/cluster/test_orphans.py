@@ -87,21 +87,21 @@ class Client:
         os.close(self._input)
 
 
-def test_in_a_cluster_that_dinfer_started_they_end_themselves(place: IPython, qwen3: Path) -> None:
-    client = Client(place, qwen3, start=True)
+def test_in_a_cluster_that_dinfer_started_they_end_themselves(place: IPython, model: Path) -> None:
+    client = Client(place, model, start=True)
     client.step()
     wait_for(lambda: "stepped" in client.said, "a step")
     assert not ended(client.engines[:1])
     client.kill()
-    wait_for(lambda: ended([*client.engines, client.controller]), "engines and controller end", 60)
-    wait_for(lambda: not place.members(), "nothing is left", 60)
+    wait_for(lambda: ended([*client.engines, client.controller]), "engines and controller end")
+    wait_for(lambda: not place.members(), "nothing is left")
     assert [found.done for found in clean()] == ["ended"]  # only files are left
     assert place.files() == []
 
 
 @pytest.mark.slow
-def test_a_client_that_sleeps_is_not_gone(place: IPython, qwen3: Path) -> None:
-    client = Client(place, qwen3, start=True)
+def test_a_client_that_sleeps_is_not_gone(place: IPython, model: Path) -> None:
+    client = Client(place, model, start=True)
     os.kill(client.process.pid, signal.SIGSTOP)
     awake = time.monotonic() + 3 * PATIENCE_S
     wait_for(lambda: time.monotonic() > awake, "three times the patience has passed")
@@ -111,14 +111,14 @@ def test_a_client_that_sleeps_is_not_gone(place: IPython, qwen3: Path) -> None:
     wait_for(lambda: "stepped" in client.said or client.process.poll() is not None, "the session goes on")
     assert "stepped" in client.said, client.said
     client.kill()
-    wait_for(lambda: not place.members(), "nothing is left", 60)
+    wait_for(lambda: not place.members(), "nothing is left")
 
 
 @pytest.mark.slow
-def test_in_a_cluster_that_was_joined_the_run_pauses_and_they_stay(place: IPython, qwen3: Path) -> None:
+def test_in_a_cluster_that_was_joined_the_run_pauses_and_they_stay(place: IPython, model: Path) -> None:
     place.ipcluster(2)
     wait_for(lambda: (place.profile_dir / "security/cluster-.json").exists(), "ipcluster has begun")
-    client = Client(place, qwen3, start=False, slow=SLOW)
+    client = Client(place, model, start=False, slow=SLOW)
     client.kill()
     cluster = attach(2, start=False)
     try:
@@ -131,7 +131,7 @@ def test_in_a_cluster_that_was_joined_the_run_pauses_and_they_stay(place: IPytho
     finally:
         cluster.close()
     with dinfer.connect(n=2, start=False) as session:  # as a kernel that was restarted does
-        session.load(str(qwen3), threads=1)
+        session.load(str(model), threads=1)
         run = session.prefill(IDS, chunk_size=11, max_new_tokens=4, paused=True)
         assert len(run.decode().tokens) == 4
         assert len(set(run.sha256())) == 1

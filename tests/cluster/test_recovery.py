@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -19,7 +19,6 @@ from dinfer.plan.ops import Op
 from dinfer.run.fleet import RankFailed
 from dinfer.run.run import Run
 from dinfer.session.session import Session
-from tests.support.ipclusters import stock_session
 from tests.support.runs import wait_for
 from tests.support.strikes import Signal, Strike
 from tests.support.twin import prompt
@@ -28,8 +27,6 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 IDS = tuple(prompt(22))
 TOKENS = 6
-NAMED_S = 20.0
-"""a bound for tests on a machine that does much else; `dinfer bench session` measures"""
 MOMENTS = ("free run", "step", "decode", "paused")
 SEEDS = range(30)
 Attack = Callable[[Run, Strike, Random], str]
@@ -45,13 +42,6 @@ class Broken:
     signal: Signal
     place: str
     named_s: float
-
-
-@pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Iterator[Session]:
-    """A session on `ipcluster start -n 3`, with a checkpoint; every test leaves it able to run."""
-    with stock_session(tmp_path_factory.mktemp("recovery"), checkpoints["qwen3"]) as made:
-        yield made
 
 
 @dataclass(frozen=True)
@@ -142,8 +132,8 @@ def broken(session: Session, tmp_path: Path, seed: int, what: Signal | None = No
     run = begin(session)
     strike = Strike(session, rank, kind, tmp_path / "struck")
     place = ATTACKS[moment](run, strike, random)
-    wait_for(strike.has_struck, f"rank {rank} is struck: {place}", 60)
-    wait_for(lambda: run.failure or run.silence, f"somebody is named: {run.where()}", NAMED_S)
+    wait_for(strike.has_struck, f"rank {rank} is struck: {place}")
+    wait_for(lambda: run.failure or run.silence, f"somebody is named: {run.where()}")
     named_s = strike.seconds_ago()
     print(f"\nseed {seed}: rank {rank}, {kind}, {moment}: named {named_s:.2f} s after it")
     return Broken(run, rank, kind, place, named_s)
@@ -167,7 +157,7 @@ def check_saved(trial: Broken, folder: Path) -> None:
     assert saved.verdict().sentence == trial.run.verdict().sentence
     assert saved.verdict().rank == trial.rank
     if trial.signal == "SIGSTOP" and trial.place.startswith("decode"):  # the others wait for its token
-        assert "no KV: no rank could be asked" in str(saved)
+        assert "no KV: no rank answered" in str(saved)
     else:
         assert set(saved.source().ranks) == {0, 1, 2} - {trial.rank}
 
@@ -229,8 +219,11 @@ def test_two_at_once_of_which_one_is_rank_0(session: Session, wanted: Wanted) ->
     run.step("layer", 5)
     for rank in (0, 2):
         os.kill(pid_of(session, rank), signal.SIGKILL)
-    wait_for(lambda: run.failure, "they are named", NAMED_S)
+    wait_for(lambda: run.failure, "they are named")
     assert re.match(r"rank [02] is gone", run.failure)
+    wait_for(
+        lambda: all(session.ranks.exits()[rank] is not None for rank in (0, 2)), "both are known to be gone"
+    )
     check_recovered(session, run, {0, 2}, wanted)
 
 
@@ -241,7 +234,7 @@ def test_a_rank_that_breaks_while_it_loads_again(
     run = begin(session)
     os.kill(pid_of(session, 0), signal.SIGKILL)
     os.kill(pid_of(session, 1), signal.SIGKILL)
-    wait_for(lambda: run.failure, "they are named", NAMED_S)
+    wait_for(lambda: run.failure, "they are named")
     load = Session._load
 
     def broken_load(self: Session, ranks: list[int]) -> None:
@@ -259,9 +252,9 @@ def test_a_stopped_rank_that_goes_on_is_not_lost(session: Session, wanted: Wante
     run = begin(session)
     run.step("layer", 3)
     os.kill(pid_of(session, 1), signal.SIGSTOP)
-    wait_for(lambda: run.silence, "it is named", NAMED_S)
+    wait_for(lambda: run.silence, "it is named")
     os.kill(pid_of(session, 1), signal.SIGCONT)
-    wait_for(lambda: not run.standing().message, "it is heard again", NAMED_S)
+    wait_for(lambda: not run.standing().message, "it is heard again")
     assert outcome(run) == wanted
 
 

@@ -46,7 +46,7 @@ def runs() -> Iterator[list[Run]]:
 
 
 def layer_breakpoint() -> dict[str, list[int]]:
-    """The first line inside `handlers.layer`."""
+    """The first line inside `ops.layer`."""
     return {ops.__file__: [inspect.getsourcelines(ops.layer)[1] + 1]}
 
 
@@ -96,9 +96,9 @@ def test_f5_runs_three_ranks_and_a_breakpoint_stops_one(
 
 
 @pytest.mark.slow
-def test_a_debugger_attaches_to_ranks_of_dinfer_run(tmp_path: Path, qwen3: Path, runs: list[Run]) -> None:
+def test_a_debugger_attaches_to_ranks_of_dinfer_run(tmp_path: Path, model: Path, runs: list[Run]) -> None:
     first = free_ports(3)
-    flags = run_arguments(qwen3, prompt_ids=prompt(22), chunk_size=4, max_new_tokens=4)
+    flags = run_arguments(model, prompt_ids=prompt(22), chunk_size=4, max_new_tokens=4)
     runs.append(Run(tmp_path, flags, {"DINFER_DEBUGPY": str(first), "DINFER_DEBUGPY_WAIT": "1"}))
     debuggers = [Debugger(first + rank) for rank in range(3)]
     for rank in (0, 2):
@@ -108,4 +108,4 @@ def test_a_debugger_attaches_to_ranks_of_dinfer_run(tmp_path: Path, qwen3: Path,
     assert len(runs[0].result()["ranks"]) == 3
     for debugger in debuggers:
         debugger.close()
-    wait_for(lambda: not runs[0].members(), "no process is left", 30)
+    wait_for(lambda: not runs[0].members(), "no process is left")

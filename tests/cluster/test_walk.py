@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -12,7 +11,6 @@ from dinfer.plan.cut import UNITS
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.support.expected_tokens import expected
-from tests.support.ipclusters import stock_session
 from tests.support.twin import prompt
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -21,13 +19,6 @@ IDS = tuple(prompt(22))
 CHUNK, NEW, LAYERS = 4, 6, 7
 WHENS = (None, "absmax > 0.001", "nan", "slower than 0 ms", "digest differs")
 DEADLINE_S = 60.0
-
-
-@pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Iterator[Session]:
-    """On `ipcluster start -n 3`, with a checkpoint loaded."""
-    with stock_session(tmp_path_factory.mktemp("walk"), checkpoints["qwen3"]) as made:
-        yield made
 
 
 def act(run: Run, random: Random) -> str:
@@ -62,15 +53,13 @@ def act(run: Run, random: Random) -> str:
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12))])
-def test_a_walk_ends_as_an_uninterrupted_run(
-    session: Session, checkpoints: dict[str, Path], seed: int
-) -> None:
+def test_a_walk_ends_as_an_uninterrupted_run(session: Session, model: Path, seed: int) -> None:
     random = Random(seed)
     strategy, schedule = random.choice(["pairwise", "ring"]), random.choice(["pipelined", "lockstep"])
     run = session.prefill(
         IDS, paused=True, chunk_size=CHUNK, sync_strategy=strategy, schedule=schedule, max_new_tokens=NEW
     )
-    wanted = expected(checkpoints["qwen3"], IDS, CHUNK, NEW)
+    wanted = expected(model, IDS, CHUNK, NEW)
     for _ in range(40):
         name = act(run, random)
         assert run.standing().state in ("paused", "done"), name

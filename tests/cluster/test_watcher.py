@@ -20,11 +20,11 @@ HOLD_THE_GIL = "ctypes.PyDLL(None).pause()"  # until a signal comes: no thread o
 
 
 def test_a_rank_that_holds_its_gil_and_is_then_killed_is_known_by_its_position(
-    qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in Fault(HOLD_THE_GIL).environment(tmp_path).items():
         monkeypatch.setenv(name, value)
-    with stepped(qwen3, IDS, tmp_path / "logs", chunk_size=4) as run:
+    with stepped(model, IDS, tmp_path / "logs", chunk_size=4) as run:
         run.stepper.resume()
         wait_for((tmp_path / "fault.at").exists, "rank 1 is in the layer")
         state, heard = run.processes.link.ranks[1], set[float]()

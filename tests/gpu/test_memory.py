@@ -33,7 +33,7 @@ def _told(session: Session) -> list[DeviceMemory]:
         known = [state.device_memory for state in session.ranks.ranks]
         return [one for one in known if one] if all(known) else []
 
-    wait_for(found, "every rank tells its memory", 60)
+    wait_for(found, "every rank tells its memory")
     return found()
 
 
@@ -50,11 +50,9 @@ def test_each_rank_tells_what_it_has_of_its_gpu(tmp_path: Path) -> None:
             assert weights <= allocated <= reserved < total
         run = session.prefill(IDS, chunk_size=16, max_new_tokens=NEW)
         run.decode()
-        wait_for(lambda: all(one.allocated > weights + kv for one in _told(session)), "KV is in it", 60)
+        wait_for(lambda: all(one.allocated > weights + kv for one in _told(session)), "KV is in it")
         shown = status(run.plan, run.standing())["ranks"]
         print([rank["memory"] for rank in shown])
         assert all(" GiB · host " in rank["memory"] for rank in shown)
         session.load(str(model))
-        wait_for(
-            lambda: not any(state.device_memory for state in session.ranks.ranks), "the CPU has none", 60
-        )
+        wait_for(lambda: not any(state.device_memory for state in session.ranks.ranks), "the CPU has none")

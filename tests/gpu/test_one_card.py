@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from dinfer.model import reference
 from dinfer.model.decoder import Decoder
+from tests.support import reference
 from tests.support.runs import Run
 
 pytestmark = [

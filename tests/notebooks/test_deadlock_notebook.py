@@ -15,7 +15,7 @@ CIRCLE = (
     "c0 l4 to rank 0 and waits"
 )
 HANGS = (
-    "these wait for one another for ever: rank 0 waits for rank 1 to take block c0 l0; rank 1 waits for rank 2 to take "
+    "deadlock: rank 0 waits for rank 1 to take block c0 l0; rank 1 waits for rank 2 to take "
     "block c0 l2; rank 2 waits for rank 0 to take block c0 l4"
 )
 
@@ -23,8 +23,8 @@ HANGS = (
 SHOWN: dict[str, list[str]] = {
     "connect": ["demo on cpu, cpu, cpu"],
     "plan": ["schedule batched", "  send kv c0 l0 -> 1, 30 tokens\n", "rank 2 lane main"],
-    "proof": [f"refuted: with rendezvous sends these wait for one another for ever: {CIRCLE}"],
-    "refused": [f"PlanRefused: refuted: with rendezvous sends these wait for one another for ever: {CIRCLE}", "\n┌▶ "],
+    "proof": [f"refuted: deadlock with rendezvous sends: {CIRCLE}"],
+    "refused": [f"PlanRefused: refuted: deadlock with rendezvous sends: {CIRCLE}", "\n┌▶ "],
     "hangs": [HANGS],
     "verdict": [HANGS, "rank 0's Python:", "met = comm.send("],
     "compare": [

@@ -224,7 +224,7 @@ class TwinRun(Bare):
         self.fleet = self.twin.prepare(ids)
         self.plan, self.world_size = self.fleet.plan, settings.world_size
         self.labels = [tokenizer.decode(ids[chunk.start : chunk.stop]) for chunk in self.plan.shape.chunks]
-        self.stepper = Stepper(self.fleet, timeout=30)
+        self.stepper = Stepper(self.fleet, timeout=60)
         self.last_call = ""
         self._closing = threading.Event()
         self.pace = 0.0

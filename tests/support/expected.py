@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dinfer.engine.engine import Engine
-from dinfer.model import reference
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import Op
+from tests.support import reference
 from tests.support.twin import Twin
 
 NEW_TOKENS = 6
@@ -78,3 +78,8 @@ def is_complete(twin: Twin, wanted: Expected) -> bool:
 def lane_threads() -> list[str]:
     """Names of the lane threads that live in this process."""
     return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("rank "))
+
+
+def panel_threads() -> list[str]:
+    """Names of the threads that panels have now."""
+    return [thread.name for thread in threading.enumerate() if "panel" in thread.name]

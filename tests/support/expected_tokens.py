@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
-from dinfer.model.reference import chunked_forward, generate
+from tests.support.reference import chunked_forward, generate
 
 
 class Expected(NamedTuple):

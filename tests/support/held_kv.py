@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dinfer.kv.digests import as_numbers, block_digests, row_digests
-from dinfer.kv.ledger import BlockKey
+from dinfer.kv.ledger import UNKNOWN, BlockKey, LedgerEntry
 from dinfer.kv.origin import BlockRoute
 from dinfer.kv.source import HeldSpans, Noted, Source, Subject
 from dinfer.plan.partition import partition
@@ -28,6 +28,11 @@ def plan_of(
     return build(shape, "pipelined", strategy)  # type: ignore[arg-type]
 
 
+def is_as_made(entry: LedgerEntry) -> bool:
+    """Whether a block's bytes, when it was computed or received, were those that were computed."""
+    return entry.announced in (None, UNKNOWN, as_numbers(entry.digests))
+
+
 class HeldHere(Source):
     """`new`: how many new tokens there are; the last has no rows. Every rank has all rows, the same ones, until a test
     changes some: `kv[rank][layer]` is [rows, 2, heads, dims]."""
@@ -37,7 +42,7 @@ class HeldHere(Source):
         new: int = 0, ledger: bool = True,
     ) -> None:  # fmt: skip
         tokens = plan.shape.tokens + new
-        self._subject = Subject(
+        self.subject = Subject(
             name=f"run {seed}", standing=("",) * plan.world_size, plan=plan, ids=tuple(range(tokens)),
             texts=tuple(f"t{n}" for n in range(tokens)), kv_heads=heads, head_dim=dims, dtype=dtype, checkpoint="a",
         )  # fmt: skip
@@ -47,7 +52,8 @@ class HeldHere(Source):
             for _ in range(plan.shape.layers)
         ]
         self.kv = {rank: [layer.clone() for layer in made] for rank in range(plan.world_size)}
-        self.spans = {rank: [len(self._subject.spans)] * plan.shape.layers for rank in self.kv}
+        self.ranks = list(self.kv)
+        self.spans = {rank: [len(self.subject.spans)] * plan.shape.layers for rank in self.kv}
         self.ledgers: dict[int, dict[BlockKey, tuple[Tensor, Noted]]] = {rank: {} for rank in self.kv}
         self.way, self.moved, self.fetched = BlockRoute(plan), 0, 0
         for rank in self.kv if ledger else ():
@@ -58,10 +64,10 @@ class HeldHere(Source):
     # -- for tests
 
     def rename(self, **changes: object) -> None:
-        self._subject = replace(self._subject, **changes)  # type: ignore[arg-type]
+        self.subject = replace(self.subject, **changes)  # type: ignore[arg-type]
 
     def block(self, rank: int, chunk: int, layer: int) -> Tensor:
-        span = self._subject.spans[chunk]
+        span = self.subject.spans[chunk]
         return self.kv[rank][layer][span.start : span.stop]
 
     def note(self, rank: int, chunk: int, layer: int, announced: tuple[int, int] | None) -> None:
@@ -89,14 +95,6 @@ class HeldHere(Source):
         return sorted(behind, key=lambda r: (self.way.hops(r, chunk, layer), r))
 
     # -- Source
-
-    @property
-    def subject(self) -> Subject:
-        return self._subject
-
-    @property
-    def ranks(self) -> Sequence[int]:
-        return list(self.kv)
 
     @property
     def bytes_moved(self) -> int:

@@ -13,8 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-import dinfer
-from dinfer.session.session import Session
 from tests.support.runs import MARK, is_alive, wait_for
 
 LAUNCHER = "dinfer.cluster.ipyparallel.launcher.DinferEngineSetLauncher"
@@ -93,34 +91,30 @@ def within(place: IPython) -> Iterator[None]:
 @contextmanager
 def ipython(folder: Path) -> Iterator[IPython]:
     """A place; this process is within it, and at its end nothing of it lives."""
-    place = IPython(folder)
-    with within(place):
-        try:
-            yield place
-        finally:
-            place.end()
-            wait_for(lambda: not marked(place.mark), "no process is left", 20)
-
-
-@contextmanager
-def stock_cluster(folder: Path, n: int = 3, *flags: str) -> Iterator[IPython]:
-    """The same with `ipcluster start -n N`, as it comes, which has got as far as its controller."""
-    with ipython(folder) as place:
-        process = place.ipcluster(n, *flags)
-        begun = place.profile_dir / "security" / "cluster-.json"
-        wait_for(lambda: begun.exists() or process.poll(), "ipcluster has begun")
+    with ended_place(folder) as place, within(place):
         yield place
 
 
 @contextmanager
-def stock_session(folder: Path, model: Path) -> Iterator[Session]:
-    """A session on such a cluster, with a checkpoint loaded.
+def ended_place(folder: Path) -> Iterator[IPython]:
+    """A place of which nothing lives at its end."""
+    place = IPython(folder)
+    try:
+        yield place
+    finally:
+        place.end()
+        wait_for(lambda: not marked(place.mark), "no process is left")
 
-    In the background: in the foreground `ipcluster` watches the engines that it has started, and ends all once the last
-    of them is gone, whoever has taken their places.
-    """
-    with stock_cluster(folder, 3, "--daemonize"), dinfer.connect(n=3, start=False) as session:
-        yield session.load(str(model), threads=1)
+
+@contextmanager
+def stock_cluster(folder: Path, n: int = 3, *flags: str) -> Iterator[IPython]:
+    """A place where `ipcluster start -n N` runs; its controller has started. Use it `within` the place."""
+    with ended_place(folder) as place:
+        with within(place):
+            process = place.ipcluster(n, *flags)
+        begun = place.profile_dir / "security" / "cluster-.json"
+        wait_for(lambda: begun.exists() or process.poll(), "ipcluster has begun")
+        yield place
 
 
 def ended(pids: Sequence[int]) -> bool:

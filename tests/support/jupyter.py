@@ -95,10 +95,10 @@ class Lab:
         ]
         processes = [psutil.Process(pid) for pid in family if psutil.pid_exists(pid)]
         self.process.terminate()
-        _, left = psutil.wait_procs(processes, timeout=10)
+        _, left = psutil.wait_procs(processes, timeout=60)
         for process in left:
             process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
 
 
 def _listens(port: int) -> bool:

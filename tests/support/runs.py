@@ -26,11 +26,11 @@ MARK = "DINFER_TEST_RUN"
 """an environment variable that every process of a run inherits, and by which it is found"""
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = DEADLINE_S) -> None:
-    """Wait until `condition()` holds; fails the test after `seconds`."""
-    deadline = time.monotonic() + seconds
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    """Wait until `condition()` holds; fails the test after DEADLINE_S."""
+    deadline = time.monotonic() + DEADLINE_S
     while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        assert time.monotonic() < deadline, f"not within {DEADLINE_S:g} s: {what}"
         time.sleep(0.02)
 
 

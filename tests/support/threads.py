@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dinfer.cluster.threads import LocalRanks
+from dinfer.plan.cut import Cuts
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 
 
 @contextmanager
-def session_on_threads(world_size: int, model: Path) -> Iterator[Session]:
-    """A session with a checkpoint loaded; closed afterwards."""
+def session_on_threads(world_size: int, model: Path, **load: Any) -> Iterator[Session]:
+    """A session with a checkpoint loaded, with these arguments of `session.load`; closed afterwards."""
     with Session(LocalRanks(world_size)) as session:
-        yield session.load(str(model), threads=1)
+        yield session.load(str(model), threads=1, **load)
 
 
 def engines(session: Session) -> list[object]:
@@ -27,6 +29,5 @@ def engines(session: Session) -> list[object]:
 def stands_at_a_cut(run: Run) -> bool:
     """Whether no lane moves, and what has been done makes a consistent cut."""
     standing = run.standing()
-    assert run._stepper
     cut = tuple(stand.positions for stand in standing.stands)
-    return standing.state in ("paused", "done") and run._stepper.cuts.is_consistent(cut)
+    return standing.state in ("paused", "done") and Cuts(run.plan).is_consistent(cut)

@@ -13,7 +13,7 @@ from dinfer.model.decoder import Decoder
 from dinfer.plan.plan import Plan
 from dinfer.run.fleet import LocalFleet
 from dinfer.transport.gate import FreeGate, Gate
-from dinfer.transport.in_process import Exchange, Order
+from dinfer.transport.in_process import Exchange, StreamOrder
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ class Twin:
         *,
         gate: Gate | None = None,
         rendezvous: bool = True,
-        streams: Order = "pairs",
+        streams: StreamOrder = "pairs",
     ) -> None:
         self.gate = gate or FreeGate()
         self.exchange = Exchange(config.world_size, self.gate, rendezvous=rendezvous, streams=streams)
@@ -81,7 +81,7 @@ def twin(
     *,
     gate: Gate | None = None,
     rendezvous: bool = True,
-    streams: Any = "pairs",  # an Order; `config` may hold anything
+    streams: Any = "pairs",  # a StreamOrder; `config` may hold anything
     **config: object,
 ) -> Iterator[Twin]:
     """A Twin with a config of these parameters; afterwards no thread of it is left.

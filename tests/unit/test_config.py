@@ -1,4 +1,4 @@
-"""Config: what it takes, and every message: what was given, what is allowed, what to do."""
+"""Config: what it accepts, and every error: the given value, the allowed ones, the remedy."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dinfer.config import Config, ConfigError, nearest, read_toml
+from tests.support.facts import has_facts
 
 PROMPT = "床前明月光，疑是地上霜。🌕"
 
@@ -49,7 +50,7 @@ def test_changes_make_another_config() -> None:
 def test_changes_are_checked() -> None:
     with pytest.raises(ConfigError, match="chunk_size is 0; it must be at least 1"):
         Config().with_(chunk_size=0)
-    with pytest.raises(ConfigError, match="there is no parameter 'chunk'"):
+    with pytest.raises(ConfigError, match="unknown parameter 'chunk'"):
         Config().with_(chunk=2)
 
 
@@ -94,84 +95,72 @@ def test_a_chinese_prompt_stays_as_it_is(tmp_path: Path) -> None:
     assert Config(prompt_file=str(path)).prompt_text() == PROMPT
 
 
-MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "below": ({"world_size": 0}, "world_size is 0; it must be at least 1."),
-    "below, as text": ({"chunk_size": "-3"}, "chunk_size is -3; it must be at least 1."),
-    "below, not whole": ({"timeout": 0.5}, "timeout is 0.5; it must be at least 1."),
-    "above": ({"master_port": 65536}, "master_port is 65536; it must be at most 65535."),
-    "above 1": ({"top_p": 1.5}, "top_p is 1.5; it must be at most 1."),
-    "top_p of nothing": ({"top_p": 0}, "top_p is 0.0; it must be above 0 and at most 1 (1: all tokens)."),
-    "negative top_p": ({"top_p": -1}, "top_p is -1.0; it must be above 0 and at most 1 (1: all tokens)."),
-    "not whole": ({"world_size": "three"}, "world_size is 'three'; it must be a whole number."),
-    "a float for a whole number": ({"world_size": 3.0}, "world_size is 3.0; it must be a whole number."),
-    "a truth for a number": ({"world_size": True}, "world_size is True; it must be a whole number."),
-    "no number": ({"temperature": "warm"}, "temperature is 'warm'; it must be a number."),
-    "nothing": ({"temperature": None}, "temperature is None; it must be a number."),
-    "not finite": ({"timeout": "inf"}, "timeout is 'inf'; it must be a finite number."),
-    "not a number at all": ({"temperature": "nan"}, "temperature is 'nan'; it must be a finite number."),
-    "neither true nor false": ({"chat": "maybe"}, "chat is 'maybe'; it must be true or false."),
-    "no text": ({"prompt": 5}, "prompt is 5; it must be text."),
-    "a choice": (
-        {"schedule": "eager"},
-        "schedule is 'eager'; it must be one of pipelined, lockstep, batched.",
-    ),
-    "a choice, nearly": (
-        {"schedule": "pipeline"},
-        "schedule is 'pipeline'; it must be one of pipelined, lockstep, batched. Did you mean pipelined?",
-    ),
-    "a choice of one": ({"backend": "mpi"}, "backend is 'mpi'; it must be one of auto, gloo, nccl."),
-    "a choice with a dash": (
-        {"device_mode": "single-node"},
-        "device_mode is 'single-node'; it must be one of single_node, multi_node. Did you mean single_node?",
-    ),
-    "numbers": (
-        {"gpu_ids": "0,one,2"},
-        "gpu_ids is '0,one,2'; it must be whole numbers with commas between them, such as 0,1,2.",
-    ),
-    "numbers that are not whole": (
-        {"prompt_ids": [1.5]},
-        "prompt_ids is [1.5]; it must be whole numbers with commas between them, such as 0,1,2.",
-    ),
-    "truths for numbers": (
-        {"prompt_ids": [True]},
-        "prompt_ids is [True]; it must be whole numbers with commas between them, such as 0,1,2.",
-    ),
-    "one truth for numbers": (
-        {"prompt_ids": True},
-        "prompt_ids is True; it must be whole numbers with commas between them, such as 0,1,2.",
-    ),
-    "nothing for numbers": (
-        {"prompt_ids": None},
-        "prompt_ids is None; it must be whole numbers with commas between them, such as 0,1,2.",
-    ),
-    "negative numbers": ({"prompt_ids": "5,-1"}, "prompt_ids is [5, -1]; its numbers must be at least 0."),
-    "two prompts": (
-        {"prompt": PROMPT, "prompt_ids": "1,2"},
-        "prompt and prompt_ids are given; one of them is the prompt: leave the others out.",
-    ),
-    "layers for another number of ranks": (
-        {"layer_split": "14"},
-        "layer_split has 1 numbers for 3 ranks; it takes 2: the first layer of every stage but the first.",
-    ),
-    "GPUs for another number of ranks": (
-        {"world_size": 2, "gpu_ids": "0,1,2"},
-        "world_size is 2 but gpu_ids names 3; give one GPU id per rank (the same id may stand for several ranks).",
-    ),
+    "below, as text": ({"chunk_size": "-3"}, "chunk_size is -3 … at least 1"),
+    "below, not whole": ({"timeout": 0.5}, "timeout is 0.5 … at least 1"),
+    "above": ({"master_port": 65536}, "master_port is 65536 … at most 65535"),
+    "above 1": ({"top_p": 1.5}, "top_p is 1.5 … at most 1"),
+    "top_p of 0": ({"top_p": 0}, "top_p is 0.0 … above 0 and at most 1"),
+    "negative top_p": ({"top_p": -1}, "top_p is -1.0 … above 0 and at most 1"),
+    "text for a whole number": ({"world_size": "three"}, "world_size is 'three' … whole number"),
+    "a float for a whole number": ({"world_size": 3.0}, "world_size is 3.0 … whole number"),
+    "a bool for a whole number": ({"world_size": True}, "world_size is True … whole number"),
+    "text for a number": ({"temperature": "warm"}, "temperature is 'warm' … number"),
+    "None for a number": ({"temperature": None}, "temperature is None … number"),
+    "infinite": ({"timeout": "inf"}, "timeout is 'inf' … finite"),
+    "NaN": ({"temperature": "nan"}, "temperature is 'nan' … finite"),
+    "text for a bool": ({"chat": "maybe"}, "chat is 'maybe' … true or false"),
+    "a number for text": ({"prompt": 5}, "prompt is 5 … text"),
+    "unknown choice": ({"schedule": "eager"}, "schedule is 'eager' … pipelined, lockstep, batched"),
+    "nearly a choice": ({"schedule": "pipeline"}, "schedule is 'pipeline' … Did you mean pipelined?"),
+    "a choice of three": ({"backend": "mpi"}, "backend is 'mpi' … auto, gloo, nccl"),
+    "a choice with a dash": ({"device_mode": "single-node"}, "'single-node' … Did you mean single_node?"),
+    "text among numbers": ({"gpu_ids": "0,one,2"}, "gpu_ids is '0,one,2' … whole numbers … 0,1,2"),
+    "floats for whole numbers": ({"prompt_ids": [1.5]}, "prompt_ids is [1.5] … whole numbers"),
+    "bools for whole numbers": ({"prompt_ids": [True]}, "prompt_ids is [True] … whole numbers"),
+    "a bool for whole numbers": ({"prompt_ids": True}, "prompt_ids is True … whole numbers"),
+    "None for whole numbers": ({"prompt_ids": None}, "prompt_ids is None … whole numbers"),
+    "negative numbers": ({"prompt_ids": "5,-1"}, "prompt_ids is [5, -1] … at least 0"),
+    "two prompts": ({"prompt": PROMPT, "prompt_ids": "1,2"}, "prompt and prompt_ids … leave the others out"),
+    "layer_split for other ranks": ({"layer_split": "14"}, "layer_split takes 2 numbers for 3 ranks … got 1"),
+    "GPUs for other ranks": ({"world_size": 2, "gpu_ids": "0,1,2"}, "world_size is 2 … gpu_ids names 3"),
 }
 
 
-@pytest.mark.parametrize("name", MESSAGES)
-def test_messages(name: str) -> None:
-    values, message = MESSAGES[name]
-    assert refused(**values) == message
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refusal_names_the_value_and_what_is_allowed(name: str) -> None:
+    values, facts = REFUSED[name]
+    message = refused(**values)
+    assert has_facts(message, facts), message
+
+
+@pytest.mark.parametrize(
+    ("ranks", "given", "facts"),
+    [
+        (1, (3,), "no numbers for 1 rank"),
+        (2, (), ""),
+        (2, (1, 2), "1 number for 2 ranks … stage 1)"),
+        (5, (1,), "stages 1 to 4"),
+    ],
+)
+def test_a_layer_split_names_the_stages_that_it_starts(
+    ranks: int, given: tuple[int, ...], facts: str
+) -> None:
+    if not facts:
+        assert Config(world_size=ranks, layer_split=given).layer_split == given
+        return
+    with pytest.raises(ConfigError) as caught:
+        Config(world_size=ranks, layer_split=given)
+    assert has_facts(str(caught.value), f"layer_split takes … {facts} … got {len(given)}"), str(caught.value)
 
 
 def test_an_unknown_parameter_names_the_nearest_and_all() -> None:
     known = ", ".join(item.name for item in fields(Config))
     assert refused(chunk_sise=5) == (
-        f"there is no parameter 'chunk_sise'. Did you mean chunk_size? Known are: {known}."
+        f"unknown parameter 'chunk_sise'. Did you mean chunk_size? The parameters are {known}."
     )
-    assert refused(zzz=5) == f"there is no parameter 'zzz'. Known are: {known}."
+    assert refused(zzz=5) == f"unknown parameter 'zzz'. The parameters are {known}."
 
 
 def test_a_flag_is_near_its_field() -> None:
@@ -226,12 +215,12 @@ def test_every_parameter_can_be_written_as_toml(tmp_path: Path) -> None:
 
 
 def test_unknown_keys_of_toml_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"there is no parameter 'word_size'\. Did you mean world_size\?"):
+    with pytest.raises(ConfigError, match=r"unknown parameter 'word_size'\. Did you mean world_size\?"):
         Config.from_toml(written(tmp_path, "word_size = 2"))
 
 
 def test_a_table_is_no_parameter(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there is no parameter 'run'"):
+    with pytest.raises(ConfigError, match="unknown parameter 'run'"):
         Config.from_toml(written(tmp_path, "[run]\nworld_size = 2"))
 
 
@@ -279,9 +268,7 @@ def test_bytes_that_a_c_locale_has_read_as_ascii_become_text_again() -> None:
 
 @pytest.mark.parametrize("policy", ["pause", "fail"])
 def test_what_to_do_about_changed_bytes_takes_digests(policy: str) -> None:
-    with pytest.raises(
-        ConfigError, match=f"on_corruption is {policy}, but without digests nothing would be found"
-    ):
+    with pytest.raises(ConfigError, match=f"on_corruption is {policy}, but digests is off"):
         Config.of({"digests": "no", "on_corruption": policy})
     assert Config.of({"on_corruption": policy}).digests
     assert not Config.of({"digests": "no"}).digests

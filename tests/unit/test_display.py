@@ -11,7 +11,7 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
 import dinfer
-from dinfer.display import Displayable, DisplayableText
+from dinfer.display import Displayable, DisplayableText, Table
 from dinfer.results import Moved, Where
 from dinfer.verdict.verdict import Verdict
 
@@ -28,6 +28,26 @@ def test_its_html_is_its_text_escaped_and_breaks_between_words(said: Displayable
     assert str(said).replace("<", "&lt;").replace(">", "&gt;") in html
     for rule in ("white-space:pre-wrap", "overflow-wrap:break-word", "word-break:normal"):
         assert rule in html
+
+
+def test_a_table_aligns_numbers_to_the_right_and_keeps_what_cells_say() -> None:
+    table = Table(("rank", "[text]", "s"), [(0, "中文 [red]", "1.5"), (10, "<b>", "-")])
+    assert str(table).splitlines() == [
+        "rank  [text]        s",
+        "   0  中文 [red]  1.5",
+        "  10  <b>           -",
+    ]
+    assert "<th>[text]</th>" in table._repr_html_()
+    assert "<td>&lt;b&gt;</td>" in table._repr_html_()
+
+
+def test_a_table_does_not_break_lines_and_says_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    table = Table(("", ""), [("word " * 100, "end"), ("more", "end")], shown=1)
+    assert len(table) == 2
+    shown, more = str(table).splitlines()
+    assert shown.endswith("end")
+    assert "1 more" in more
 
 
 @pytest.fixture

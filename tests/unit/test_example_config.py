@@ -1,4 +1,4 @@
-"""env/run.example.toml names every parameter, with its default, and is a config."""
+"""env/run.example.toml has every parameter with its default, and is a valid config."""
 
 from __future__ import annotations
 

@@ -203,9 +203,9 @@ def test_compare(begun: Any) -> None:
         ("step -n two", "n is 'two'; it must be a whole number, at least 1."),
         (
             "step -5",
-            "'-5' is not a unit to step by; use one of op, layer, wave, chunk, token. A number of steps is n, ",
+            "'-5' is not a unit to step by; use one of op, layer, wave, chunk, token. The number of steps is n, ",
         ),
-        ("back 0", "A number of steps is n, 1 or more."),
+        ("back 0", "The number of steps is n, at least 1."),
         ("to x 1", "chunk is 'x'; it must be a whole number."),
         ("wait soon", "timeout is 'soon'; it must be a number."),
         ("clear first", "NUMBER is 'first'; it must be a whole number."),
@@ -304,7 +304,7 @@ def test_a_run_is_saved_and_its_place_told(begun: Any, tmp_path: Path) -> None:
     assert "values of layers 0, 2, hidden states" in str(saved)
     assert saved.source().subject.texts == ()
     act(begun, f'save "{folder}" kv=none --no-hidden --prompt')
-    assert str(dinfer.open(folder)).splitlines()[1] == "ranks 0–1: digests alone"
+    assert str(dinfer.open(folder)).splitlines()[1] == "ranks 0–1: only digests"
     act(begun, f'save "{folder}"')
     assert "values of layers 0–5" in str(dinfer.open(folder))
     with pytest.raises(UsageError, match="kv names layer 9"):

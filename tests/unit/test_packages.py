@@ -1,4 +1,4 @@
-"""env/packages: installs what is missing and nothing else; in a world of its own, where all commands are stubs."""
+"""env/packages installs only what is missing. All commands are stubs here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding, starting, joining and ending ipyparallel clusters. The only package that imports ipyparallel.
+"""ipyparallel clusters: finding, starting, joining and ending them. The only package that imports ipyparallel.
 
-Start at `choice`, which decides between joining a running cluster and starting one, and `cluster`, a joined cluster.
+Start at `attach`, which joins a running cluster or starts one, and `cluster`, a joined cluster.
 """

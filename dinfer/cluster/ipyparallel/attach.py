@@ -6,21 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from dinfer.cluster.ipyparallel.calls import wait_until
-from dinfer.cluster.ipyparallel.choice import choose_cluster, choose_engines
+from dinfer.cluster.ipyparallel.clean import end_cluster
 from dinfer.cluster.ipyparallel.cluster import Cluster
-from dinfer.cluster.ipyparallel.ending import end_cluster
 from dinfer.cluster.ipyparallel.errors import ClusterError, TooFewEngines
 from dinfer.cluster.ipyparallel.identity import Identity, runs
 from dinfer.cluster.ipyparallel.known import (
     STARTING_S,
     Known,
     Record,
+    choose_cluster,
+    choose_engines,
     engines_to_come,
     known_clusters,
     profile_folder,
     record_path,
 )
-from dinfer.cluster.ipyparallel.start import HERE, ClusterPlace, last_words, start_cluster
+from dinfer.cluster.ipyparallel.start import HERE, ClusterPlace, end_of_log, start_cluster
 
 DEFAULT_N = 3
 
@@ -35,10 +36,10 @@ def attach(
     engines: str = "dinfer",
     place: ClusterPlace = HERE,
 ) -> Cluster:
-    """The first `n` engines of a running cluster as ranks (None: all); of one started now if none runs.
+    """The first `n` engines of a running cluster as ranks (None: all), or of a new one if none runs.
 
-    `start=False` never starts one, `start=True` does in any case. `engines` is the launcher of a started one: dinfer,
-    local, mpi or any other of ipyparallel's; `place` is where its processes are to be. Raises ClusterError.
+    `start=False` never starts one, `start=True` always does. `engines`: the launcher of a new cluster: dinfer, local,
+    mpi or any other of ipyparallel's; `place`: where its processes run. Raises ClusterError.
     """
     profile_dir = profile_folder(profile)
     found = None if start else _running(profile_dir, cluster_id, timeout)
@@ -51,14 +52,14 @@ def attach(
 
 
 def _running(profile_dir: Path, cluster_id: str | None, timeout: float) -> Known | None:
-    """The cluster to join; one that is just being started is waited for."""
+    """The cluster to join. Waits for a cluster that is being started."""
     known = [cluster for cluster in known_clusters(profile_dir) if cluster_id in (None, cluster.cluster_id)]
     wait_until(lambda: not any(cluster.is_coming() for cluster in known), timeout)
     return choose_cluster([(cluster, cluster.owner()) for cluster in known if cluster.is_running()])
 
 
 def _sign(cluster: Known) -> None:
-    """Have it known that this process uses a cluster that dinfer started; one whose clients are gone is taken over."""
+    """Record that this process uses a cluster that dinfer started; it takes over a cluster whose clients have ended."""
     path = record_path(cluster.profile_dir, cluster.cluster_id)
     with contextlib.suppress(OSError, ValueError):  # a user's cluster has no record
         Record.read(path).with_client(Identity.of(os.getpid())).write(path)
@@ -66,19 +67,19 @@ def _sign(cluster: Known) -> None:
 
 def _none_runs(profile_dir: Path, cluster_id: str | None, n: int | None) -> str:
     cluster = Known(profile_dir, cluster_id or "")
-    stale = " (its files are there, but its controller is gone)" if cluster.client_file.exists() else ""
+    stale = " (its files exist, but its controller has ended)" if cluster.client_file.exists() else ""
     command = f"ipcluster start -n {n or DEFAULT_N} {cluster.flags}".rstrip()
-    return f"no cluster runs as {cluster.name}{stale}. Start one with `{command}`, or leave it to dinfer: start=None."
+    return f"{cluster.name} has no running cluster{stale}. Start one with `{command}`, or let dinfer do it: start=None."
 
 
 def _join_own(cluster: Known, n: int | None, timeout: float) -> Cluster:
-    """Join the cluster just started; end it where that fails."""
+    """Join the cluster just started; end it if that fails."""
     try:
         return _join(cluster, n, timeout)
     except TooFewEngines as error:
-        said = last_words(cluster)
+        log = end_of_log(cluster)
         end_cluster(cluster)
-        raise ClusterError(f"not all of the {n or DEFAULT_N} engines started came up.{said}") from error
+        raise ClusterError(f"not all of the {n or DEFAULT_N} engines could be started.{log}") from error
     except BaseException:
         end_cluster(cluster)
         raise
@@ -91,7 +92,7 @@ def _join(cluster: Known, n: int | None, timeout: float) -> Cluster:
         client = ipyparallel.Client(
             str(cluster.client_file), profile_dir=str(cluster.profile_dir), timeout=min(timeout, 10)
         )
-    except (OSError, TimeoutError) as error:  # what listens there is something else, or does not answer
+    except (OSError, TimeoutError) as error:  # something else listens there, or nothing answers
         raise ClusterError(f"the controller of {cluster.name} does not answer: {error}") from error
     try:
         wait_until(lambda: _are_there(client, cluster, n), timeout)
@@ -103,7 +104,7 @@ def _join(cluster: Known, n: int | None, timeout: float) -> Cluster:
 
 
 def _are_there(client: Any, cluster: Known, n: int | None) -> bool:
-    """Whether enough engines have registered, or no more are on their way."""
+    """Whether enough engines have registered, or no more are starting."""
     if cluster.is_being_written() and cluster.age_s() < STARTING_S:
         return False
     to_come = engines_to_come(cluster.description(), runs, cluster.age_s())

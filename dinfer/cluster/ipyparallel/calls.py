@@ -1,4 +1,4 @@
-"""Functions called on engines by name, with answers by rank. Never waits for an engine that has ended."""
+"""Calls of functions on engines, by name, with results by rank. Never waits for an engine that has ended."""
 
 import json
 import threading
@@ -10,24 +10,24 @@ from typing import Any
 from dinfer.cluster.ipyparallel.errors import RankError, RankGone, RankSilent
 
 _submitting = threading.Lock()
-"""ipyparallel's sockets may be used by one thread at a time"""
+"""only one thread at a time may use ipyparallel's sockets"""
 
 
 class Calls:
-    """One call in flight on some ranks. `names`: how messages name each rank."""
+    """A call in flight on some ranks. `names`: the ranks as messages name them."""
 
     def __init__(self, futures: Mapping[int, "Future[Any]"], names: Mapping[int, str]) -> None:
         self._futures = dict(futures)
         self._names = names
 
     def done(self) -> bool:
-        """Whether every rank has answered, or ended."""
+        """Whether every rank has answered or ended."""
         return all(future.done() for future in self._futures.values())
 
     def result(self, timeout: float | None = None, check: bool = True) -> list[Any]:
-        """The answers in the order of ranks, after at most `timeout` seconds.
+        """The results in the order of ranks, after at most `timeout` seconds.
 
-        `check`: the first rank that fails, ends or is late raises at once; else its RankError stands in its place.
+        With `check`, the first rank that fails, ends or is late raises at once; otherwise its RankError is its result.
         """
         wait(
             self._futures.values(),
@@ -41,7 +41,7 @@ class Calls:
         return list(answers.values())
 
     def _answer(self, rank: int, timeout: float | None) -> Any:
-        """What the rank said, or what is wrong with it."""
+        """The rank's result, or its RankError."""
         future, name = self._futures[rank], self._names[rank]
         if not future.done():
             return RankSilent(rank, f"{name} has not answered within {timeout or 0:g} s.")
@@ -50,17 +50,17 @@ class Calls:
 
 
 def as_rank_error(rank: int, name: str, error: BaseException) -> RankError:
-    """An engine's error in one line, with its traceback kept."""
+    """An engine's error as one line, with its traceback."""
     if isinstance(error, RankError):
         return error
-    kind, said = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
-    if kind == "EngineError":  # ipyparallel's word for an engine that ended during a call
+    kind, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
+    if kind == "EngineError":  # so ipyparallel calls an engine that ended during a call
         return RankGone(rank, f"{name} ended during a call.")
-    return RankError(rank, f"{name}: {kind}: {said}", str(getattr(error, "traceback", "") or ""))
+    return RankError(rank, f"{name}: {kind}: {text}", str(getattr(error, "traceback", "") or ""))
 
 
 def submit(client: Any, engine_id: int, expression: str, rank: int, name: str) -> "Future[Any]":
-    """Evaluate a Python expression on one engine. Text and JSON only: pickled code breaks between Python versions."""
+    """Evaluate an expression on one engine. It is sent as text, since pickled code depends on the Python version."""
     with _submitting:
         if engine_id in client.ids:
             try:
@@ -74,7 +74,7 @@ def submit(client: Any, engine_id: int, expression: str, rank: int, name: str) -
 
 
 def call_expression(function: str, args: Sequence[Any]) -> str:
-    """`module:function` and its arguments, which must survive JSON, as an expression. Raises ValueError, TypeError."""
+    """A call of `module:function` as an expression; `args` must survive JSON. Raises ValueError, TypeError."""
     module, colon, attribute = function.partition(":")
     if not (colon and all(part.isidentifier() for part in [*module.split("."), attribute])):
         raise ValueError(
@@ -87,12 +87,12 @@ def call_expression(function: str, args: Sequence[Any]) -> str:
 
 
 def source_expression(source: str, function: str) -> str:
-    """The source of a function without arguments, as an expression that calls it and leaves nothing behind."""
+    """An expression that calls a function without arguments, given its source, and defines no names."""
     return f"(lambda names: (exec({source!r}, names), names[{function!r}]())[1])({{}})"
 
 
 def wait_until(condition: Any, timeout: float) -> bool:
-    """Whether it holds within that many seconds."""
+    """Wait for `condition()`; returns whether it became true within `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:

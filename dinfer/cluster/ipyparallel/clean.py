@@ -1,17 +1,108 @@
-"""`dinfer clean`: ends the clusters that dinfer started and whose client is gone, and nothing else."""
+"""Ends clusters: one, with all its processes and files; and, for `dinfer clean`, all whose client has ended.
 
+`ipcluster clean` would not do: it removes the logs and connection files of every cluster, running or not.
+"""
+
+import contextlib
 import json
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dinfer.cluster.ipyparallel.ending import PREFIX, end_processes, files_of, members, remove_files
-from dinfer.cluster.ipyparallel.known import Known, Record, record_paths
+import psutil
+
+from dinfer.cluster.ipyparallel.errors import ClusterError
+from dinfer.cluster.ipyparallel.known import Known, Record, record_path, record_paths
+
+PREFIX = "dinfer-"
+"""ids of clusters that dinfer starts; `end_cluster` and `clean` end no others"""
+
+GRACE_S = 3.0
+"""between SIGTERM and SIGKILL"""
+
+
+def members(cluster: Known) -> list[psutil.Process]:
+    """Controller, engines and their children: all inherit the cluster's id and profile in their environment.
+
+    Raises ValueError for a cluster that dinfer did not start.
+    """
+    if not cluster.cluster_id.startswith(PREFIX):
+        raise ValueError(f"{cluster.name} was not started by dinfer.")
+    return list(_bearers(cluster.cluster_id, str(cluster.profile_dir)))
+
+
+def _bearers(cluster_id: str, profile_dir: str) -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            found = process.environ()
+            of_it = found.get("IPP_CLUSTER_ID") == cluster_id and found.get("IPP_PROFILE_DIR") == profile_dir
+            if of_it and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+
+
+def end_processes(cluster: Known) -> tuple[list[int], list[int]]:
+    """Returns the ids of the processes that ended, and of those that did not."""
+    ended: dict[int, psutil.Process] = {}
+    for force in (False, True):  # the second round finds processes that were just starting
+        there = members(cluster)
+        ended |= {process.pid: process for process in there}
+        for process in there:
+            with contextlib.suppress(psutil.Error):
+                process.kill() if force else process.terminate()
+        psutil.wait_procs(there, timeout=GRACE_S)
+    left = {process.pid for process in members(cluster)}
+    return sorted(ended.keys() - left), sorted(left)
+
+
+def files_of(cluster: Known) -> list[Path]:
+    """Connection files, cluster file, logs, and, last, dinfer's record."""
+    security, log = cluster.profile_dir / "security", cluster.profile_dir / "log"
+    found = [*security.glob(f"ipcontroller-{cluster.cluster_id}-*.json"), cluster.cluster_file]
+    found += [*log.glob(f"ip*-{cluster.cluster_id}-*.log"), log / f"engines{cluster.cluster_id}.json"]
+    record = record_path(cluster.profile_dir, cluster.cluster_id)
+    return [path for path in [*found, record] if path.exists()]
+
+
+def remove_files(cluster: Known) -> list[Path]:
+    """Remove its files; returns them."""
+    found = files_of(cluster)
+    for path in found:
+        path.unlink(missing_ok=True)
+    return found
+
+
+def end_cluster(cluster: Known) -> tuple[list[int], list[int]]:
+    """End its processes and, if all have ended, remove its files. Returns what `end_processes` does."""
+    ended, left = end_processes(cluster)
+    if not left:
+        remove_files(cluster)
+    return ended, left
+
+
+def stop_cluster(cluster: Known) -> None:
+    """End any cluster; one that a user started as `ipcluster stop` does. Raises ClusterError."""
+    if cluster.cluster_id.startswith(PREFIX):
+        _, left = end_cluster(cluster)
+        if left:
+            pids = ", ".join(map(str, left))
+            raise ClusterError(f"{cluster.name}: these processes could not be ended: {pids}.")
+        return
+    import ipyparallel
+
+    try:
+        ipyparallel.Cluster.from_file(str(cluster.cluster_file), log_level=logging.ERROR).stop_cluster_sync()
+    except Exception as error:  # whatever the cluster's launchers raise
+        raise ClusterError(f"{cluster.name} could not be ended: {error}") from error
+
+
+# -- dinfer clean
 
 
 @dataclass(frozen=True)
 class FoundCluster:
-    """One cluster that dinfer started. `done`: ended, would be ended, left alone, or not ended."""
+    """A cluster that dinfer started. `done`: "ended", "would be ended", "left alone" or "not ended"."""
 
     cluster_id: str
     profile: str
@@ -26,13 +117,13 @@ class FoundCluster:
 
 
 def clean(profile_dirs: Sequence[Path] | None = None, *, dry_run: bool = False) -> list[FoundCluster]:
-    """Look at every profile of this user. A cluster whose client lives, or may live elsewhere, is left alone."""
+    """Look at every profile of this user. A cluster whose client runs, or may run elsewhere, is left alone."""
     folders = _all_profiles() if profile_dirs is None else profile_dirs
     return [_treat(path, dry_run) for folder in folders for path in record_paths(folder)]
 
 
 def report(found: Sequence[FoundCluster], as_json: bool) -> tuple[str, int]:
-    """What to print, and the exit status: 1 where something could not be ended or judged."""
+    """The text to print, and the exit status: 1 if a cluster could not be ended or its record not be read."""
     status = int(any(item.done == "not ended" for item in found))
     if as_json:
         return json.dumps([asdict(item) for item in found], indent=1), status
@@ -45,15 +136,17 @@ def _treat(path: Path, dry_run: bool) -> FoundCluster:
     try:
         record = Record.read(path)
         if not record.cluster_id.startswith(PREFIX):
-            raise ValueError(f"no cluster of dinfer's is called {record.cluster_id!r}")
+            raise ValueError(f"{record.cluster_id!r} is not the id of a cluster that dinfer started")
     except (OSError, ValueError) as error:
         return FoundCluster(path.stem, profile, "not ended", f"its record cannot be read: {error}")
-    lives = next((client for client in record.clients if client.state() != "gone"), None)
-    if lives:
-        how = "lives" if lives.state() == "alive" else f"is on {lives.host}, in another container or machine"
-        return FoundCluster(record.cluster_id, profile, "left alone", f"its client {lives.pid} {how}")
+    user = next((client for client in record.clients if client.state() != "gone"), None)
+    if user:
+        how = (
+            "still runs" if user.state() == "alive" else f"is on {user.host}, in another container or machine"
+        )
+        return FoundCluster(record.cluster_id, profile, "left alone", f"its client {user.pid} {how}")
     pids = ", ".join(str(client.pid) for client in record.clients)
-    return _end(Known(profile_dir, record.cluster_id), profile, f"its client {pids} is gone", dry_run)
+    return _end(Known(profile_dir, record.cluster_id), profile, f"its client {pids} has ended", dry_run)
 
 
 def _end(cluster: Known, profile: str, why: str, dry_run: bool) -> FoundCluster:
@@ -63,7 +156,7 @@ def _end(cluster: Known, profile: str, why: str, dry_run: bool) -> FoundCluster:
     ended, left = end_processes(cluster)
     if left:
         return FoundCluster(
-            cluster.cluster_id, profile, "not ended", f"{why}, but these do not end", tuple(left)
+            cluster.cluster_id, profile, "not ended", f"{why}, but these processes do not end", tuple(left)
         )
     return FoundCluster(cluster.cluster_id, profile, "ended", why, tuple(ended), len(remove_files(cluster)))
 

@@ -1,4 +1,4 @@
-"""A cluster that has been joined: its ranks, called, killed and brought back. Made by `attach`."""
+"""A joined cluster: calls functions on its ranks, kills and restarts them. Made by `attach`."""
 
 import atexit
 import contextlib
@@ -12,17 +12,16 @@ from IPython.core.error import UsageError
 from IPython.core.getipython import get_ipython
 
 from dinfer.cluster.ipyparallel.calls import Calls, call_expression, submit, wait_until
-from dinfer.cluster.ipyparallel.choice import describe
-from dinfer.cluster.ipyparallel.ending import stop_cluster
+from dinfer.cluster.ipyparallel.clean import stop_cluster
 from dinfer.cluster.ipyparallel.errors import ClusterError
 from dinfer.cluster.ipyparallel.facts import EngineFacts, introduce
 from dinfer.cluster.ipyparallel.identity import Identity
-from dinfer.cluster.ipyparallel.known import Known, launcher_of
+from dinfer.cluster.ipyparallel.known import Known, describe, launcher_of
 from dinfer.cluster.ipyparallel.revival import revive
 
 
 class RankMagics(ParallelMagics):  # type: ignore[misc]
-    """ipyparallel's own magics, with ranks for targets."""
+    """ipyparallel's magics, with ranks as targets."""
 
     ids: Sequence[int] = ()
 
@@ -31,7 +30,7 @@ class RankMagics(ParallelMagics):  # type: ignore[misc]
 
 
 def target_ids(text: str, ids: Sequence[int]) -> int | list[int]:
-    """`1`, `0,2`, `[0, 2]`, `1:`, `::2` or `all`, in ranks, as engine ids. Raises UsageError."""
+    """The engine ids of the ranks `1`, `0,2`, `[0, 2]`, `1:`, `::2` or `all`. Raises UsageError."""
     ranks = list(range(len(ids)))
     try:
         if text.strip() == "all":
@@ -49,7 +48,7 @@ def target_ids(text: str, ids: Sequence[int]) -> int | list[int]:
 
 
 def activate(view: Any, ids: Sequence[int]) -> None:
-    """Make %px, %%px, %pxresult and %pxconfig run on this view; nothing where there is no IPython."""
+    """Make %px, %%px, %pxresult and %pxconfig run on this view. Does nothing outside IPython."""
     shell = get_ipython()
     if shell is None:
         return
@@ -61,11 +60,11 @@ def activate(view: Any, ids: Sequence[int]) -> None:
 RESPAWN_S = 60.0
 
 DEATH_S = 5.0
-"""how long a killed process may take to be gone: one that holds much memory takes a while"""
+"""how long a killed process may take to end: freeing much memory takes a while"""
 
 
 class Cluster:
-    """`engine_ids` and `facts` are by rank. `view` covers the ranks and nothing else, and so does %%px."""
+    """`engine_ids` and `facts` are by rank. `view` and %%px cover the ranks and no other engines."""
 
     def __init__(
         self, known: Known, client: Any, engine_ids: Sequence[int], *, started: bool, timeout: float
@@ -75,7 +74,7 @@ class Cluster:
         self.engine_ids = list(engine_ids)
         self.started_by_us = started
         self.controller = known.controller()
-        """the controller's process; None where it is not on this machine"""
+        """the controller's process; None if it is on another machine"""
         self._location = str(known.connection().get("location") or "127.0.0.1")
         self.facts: list[EngineFacts] = introduce(
             client, dict(enumerate(engine_ids)), self._location, timeout
@@ -95,21 +94,21 @@ class Cluster:
 
     @property
     def controller_pid(self) -> int | None:
-        """The controller's process id; None where it is not on this machine."""
+        """The controller's process id; None if it is on another machine."""
         return self.controller.pid if self.controller else None
 
     def __repr__(self) -> str:
         return f"<Cluster: {self.describe()}>"
 
     def describe(self) -> str:
-        """One line: which cluster, joined or started, by what; which ranks, where."""
+        """One line: which cluster, whether joined or started, its launcher, its ranks and their hosts."""
         launcher = launcher_of(self.known.description())
         engines = [(facts.engine_id, facts.host) for facts in self.facts]
         unused = sorted(set(self.client.ids) - set(self.engine_ids))
         return describe(self.known, launcher, started=self.started_by_us, engines=engines, unused=unused)
 
     def name(self, rank: int) -> str:
-        """As messages name it."""
+        """The rank as messages name it."""
         engine_id, facts = self.engine_ids[rank], self.facts[rank]
         as_engine = "" if engine_id == rank else f"engine {engine_id}, "
         return f"rank {rank} ({as_engine}pid {facts.pid} on {facts.host})"
@@ -117,10 +116,10 @@ class Cluster:
     def call(
         self, rank: int | None, function: str, *args: Any, timeout: float | None = None, check: bool = True
     ) -> list[Any]:
-        """Call `module:function` on one rank or (None) on all; the answers in the order of ranks.
+        """Call `module:function` on one rank or (None) on all; returns the results in the order of ranks.
 
-        Arguments must survive JSON. With `check` the first rank that fails, ends or is late raises a RankError at
-        once; without, the error stands in its place.
+        Arguments must survive JSON. With `check`, the first rank that fails, ends or is late raises a RankError at
+        once; otherwise its RankError is its result.
         """
         return self.call_async(rank, function, *args).result(timeout, check)
 
@@ -136,15 +135,15 @@ class Cluster:
         return submit(self.client, engine_id, expression, rank, self.name(rank))
 
     def alive(self, rank: int) -> bool:
-        """Whether its engine is registered and, as far as this machine can see, its process there, if stopped."""
+        """Whether its engine is registered and its process exists, as far as is known here; it may be stopped."""
         return self._is_registered(rank) and self.facts[rank].process.state() != "gone"
 
     def _is_registered(self, rank: int) -> bool:
-        """Another engine under the same id is not this rank until it has been respawned as such."""
+        """Another engine with the same id is not this rank unless `respawn` started it."""
         return bool(self.client._engines.get(self.engine_ids[rank]) == self._uuids[rank])
 
     def kill(self, rank: int) -> None:
-        """SIGKILL to the engine's process and no other; a stopped one too. No error if it has ended."""
+        """SIGKILL the engine's process and no other, also if it is stopped. No error if it has ended."""
         process = self.facts[rank].process
         if process.state() == "alive":
             with contextlib.suppress(ProcessLookupError):
@@ -152,13 +151,14 @@ class Cluster:
                 wait_until(lambda: process.state() == "gone", DEATH_S)
         elif process.state() == "elsewhere" and self._is_registered(
             rank
-        ):  # the small process beside it does it
+        ):  # its nanny process sends the signal
             self.client.send_signal("SIGKILL", targets=self.engine_ids[rank], block=False)
 
     def respawn(self, rank: int, timeout: float = RESPAWN_S) -> None:
-        """Bring an engine that has ended back under its id, on this machine. The others are not touched.
+        """Start an engine in place of one that has ended, with its id, on this machine. The others are not touched.
 
-        Raises ClusterError: it lives; it was elsewhere; the controller is gone; it did not come within `timeout`.
+        Raises ClusterError if it still runs, was on another machine, its controller has ended, or the new engine does
+        not register within `timeout` seconds.
         """
         engine_id, facts = self.engine_ids[rank], self.facts[rank]
         revive(self.known, self.client, facts, self._controller_for(rank), timeout)
@@ -166,23 +166,23 @@ class Cluster:
         self.facts[rank] = introduce(self.client, {rank: engine_id}, self._location, timeout)[0]
 
     def _controller_for(self, rank: int) -> Identity:
-        """The controller that a new engine is to live with. Raises ClusterError where there can be no new engine."""
+        """The controller that a new engine registers with. Raises ClusterError if there can be no new engine."""
         if self.alive(rank):
-            raise ClusterError(f"{self.name(rank)} lives; kill it first.")
+            raise ClusterError(f"{self.name(rank)} still runs; kill it first.")
         if not self.facts[rank].process.is_here or self.controller is None:
             flags = f"{self.known.flags} --IPEngine.id={self.engine_ids[rank]}".lstrip()
             raise ClusterError(
                 f"{self.name(rank)} was not on this machine: start it there with `ipengine {flags}`."
             )
         if self.controller.state() == "gone":
-            raise ClusterError(f"the controller of {self.known.name} is gone: start the cluster again.")
+            raise ClusterError(f"the controller of {self.known.name} has ended: start the cluster again.")
         return self.controller
 
     def close(self, stop: bool | None = None) -> None:
-        """Part from the cluster. One that this process has started ends, unless `stop` is False; a joined one goes on,
-        unless it is True. Engines that were respawned belong to their cluster and end with it.
+        """Leave the cluster. `stop`: whether it ends; by default, it ends if this process started it. Engines that were
+        respawned belong to their cluster and end with it.
 
-        Raises ClusterError for processes that could not be ended.
+        Raises ClusterError if processes could not be ended.
         """
         if self._closed:
             return

@@ -1,6 +1,7 @@
-"""An engine that takes a dead one's place: `python -m dinfer.cluster.ipyparallel.engine LOG CONTROLLER ARGUMENT…`.
+"""An engine that replaces one that has ended: `python -m dinfer.cluster.ipyparallel.engine LOG CONTROLLER ARGUMENT…`.
 
-It belongs to its cluster, not to who started it: nobody's child, and ended when the controller is gone.
+It belongs to its cluster and not to the process that starts it: it is nobody's child, and ends when the controller
+ends.
 """
 
 import importlib
@@ -17,11 +18,11 @@ from dinfer.cluster.ipyparallel.identity import Identity
 LOOK_S = 1.0
 
 RANK = "dinfer.rank.kernel"
-"""what an engine imports to become a rank: most of the time that it takes to come back"""
+"""what an engine imports to become a rank, which takes most of the time of a restart"""
 
 
 def main() -> None:
-    """Print the new process's id, and return; that process becomes the engine."""
+    """Fork, print the new process's id and return; that process becomes the engine."""
     log, controller, *arguments = sys.argv[1:]
     child = os.fork()
     if child:
@@ -35,7 +36,7 @@ def main() -> None:
 
 
 def _write_to(log: Path) -> None:
-    """Output goes to the log from here on; the starter hears the end of its pipe."""
+    """Redirect output to the log, so that the pipe to the starter ends."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
@@ -52,7 +53,7 @@ def _be_engine(arguments: list[str]) -> None:
     from ipyparallel.engine.app import IPEngine
 
     class ReplacementEngine(IPEngine):  # type: ignore[misc]  # it has no types
-        """Imports what it will need as a rank while the hub waits for its first heartbeat, up to three seconds."""
+        """Imports what a rank needs while the hub waits for the first heartbeat, up to three seconds."""
 
         def start_heartbeat(self, *given: Any, **named: Any) -> None:
             super().start_heartbeat(*given, **named)

@@ -1,14 +1,14 @@
-"""What can go wrong with a cluster, as one message each."""
+"""Errors of clusters and of calls on their ranks."""
 
 from dinfer.errors import DinferError
 
 
 class ClusterError(DinferError, RuntimeError):
-    """The cluster is not as asked for; the message says what was found and what to do."""
+    """The cluster is not as requested; the message says what was found and what to do."""
 
 
 class TooFewEngines(ClusterError):
-    """The cluster has fewer engines than asked for."""
+    """The cluster has fewer engines than requested."""
 
 
 class RankError(ClusterError):
@@ -18,7 +18,7 @@ class RankError(ClusterError):
         super().__init__(message)
         self.rank = rank
         self.traceback = traceback
-        """as text, from the engine; "" where there is none"""
+        """the engine's, as text; "" for none"""
 
 
 class RankGone(RankError):
@@ -26,4 +26,4 @@ class RankGone(RankError):
 
 
 class RankSilent(RankError):
-    """The rank has not answered in time. What it was asked to do may still happen."""
+    """The rank has not answered in time. The call may still take effect."""

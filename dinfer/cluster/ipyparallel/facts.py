@@ -1,4 +1,4 @@
-"""What an engine is: its process, host and versions. Asked for once; judged before anything else runs there."""
+"""Facts about engines: process, host and versions. Asked for once; versions are checked before anything else runs."""
 
 import os
 import platform
@@ -29,7 +29,7 @@ def versions():
         found["no torch"] = "%s: %s" % (type(error).__name__, error)
     return found
 """
-"""Sent as text, for an engine may have another Python, and no dinfer."""
+"""sent as text, since an engine may run another Python, without dinfer"""
 
 
 @dataclass(frozen=True)
@@ -44,28 +44,28 @@ class EngineFacts:
     dinfer: str
     torch: str
     cuda: int
-    """CUDA devices that it sees"""
+    """number of visible CUDA devices"""
     cores: int
-    """that it may run on"""
+    """number of cores that it may use"""
     address: str
-    """at which the controller's host, and so others, reach it"""
+    """at which the controller's host, and so other hosts, reach it"""
     network: str
-    """which network stack, "" where the system does not say: a container, or a namespace, has its own, and loopback"""
+    """its network namespace, "" if unknown: each container has its own, with its own loopback"""
     executable: str
     folder: str
     """its working directory"""
     process: Identity = field(repr=False)
     environment: Mapping[str, str] = field(repr=False)
-    """as it was started with, for one that takes its place"""
+    """the environment it was started with, for an engine that replaces it"""
 
     @property
     def loopback(self) -> tuple[str, str, str]:
-        """Engines for which this is the same reach one another on loopback, where no other machine can reach them."""
+        """Engines with equal values reach one another on loopback, and no other machine reaches them there."""
         return self.process.host, self.process.boot, self.network
 
 
 def own_facts(controller: str) -> dict[str, Any]:
-    """Runs on the engine. `controller` is the controller's address as other hosts see it."""
+    """Runs on the engine. `controller`: the controller's address as other hosts see it."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return {
         "host": socket.gethostname(),
@@ -81,24 +81,25 @@ def own_facts(controller: str) -> dict[str, Any]:
 
 
 def own_loopback() -> tuple[str, str, str]:
-    """This process's, as `EngineFacts.loopback`."""
+    """`EngineFacts.loopback` of this process."""
     own = Identity.of(os.getpid())
     return own.host, own.boot, _network()
 
 
 def facts_of(rank: int, engine_id: int, versions: Mapping[str, Any], own: Mapping[str, Any]) -> EngineFacts:
-    """One rank's facts from its two answers."""
+    """One rank's facts from the results of its two calls."""
     known = {name: versions[name] for name in ("python", "dinfer", "torch", "cuda")}
     return EngineFacts(rank, engine_id, **{**known, **own, "process": Identity(**own["process"])})
 
 
 def judge_versions(engines: Mapping[int, Mapping[str, Any]], dinfer: str) -> None:
-    """`engines`: what `versions` found, by id; `dinfer`: the client's. Raises ClusterError, naming all at fault."""
+    """`engines`: results of `versions` by id; `dinfer`: the client's version. Raises ClusterError that names all
+    mismatches."""
     wrong = [f"engine {i} {fault}" for i, found in engines.items() for fault in _faults(found, dinfer)]
     if wrong:
         raise ClusterError(
-            f"not all engines can take part: {'; '.join(wrong)}. Start the cluster from the environment in which "
-            f"this client runs (Python {platform.python_version()}, dinfer {dinfer}), on every host."
+            f"not all engines can be used: {'; '.join(wrong)}. Start the cluster, on every host, from the "
+            f"environment of this client (Python {platform.python_version()}, dinfer {dinfer})."
         )
 
 
@@ -137,9 +138,9 @@ def _network() -> str:
 
 
 def introduce(client: Any, engines: Mapping[int, int], controller: str, timeout: float) -> list[EngineFacts]:
-    """`engines`: id by rank. `controller`: its address. Raises ClusterError, RankError.
+    """The facts of all ranks. `engines`: id by rank; `controller`: its address. Raises ClusterError, RankError.
 
-    Versions come first: an engine that has another dinfer may not know the second question.
+    Versions are checked first: an engine with another dinfer may not know the second function.
     """
     versions = _ask(client, engines, source_expression(VERSIONS, "versions"), timeout)
     judge_versions({engines[rank]: found for rank, found in versions.items()}, __version__)

@@ -1,4 +1,7 @@
-"""Which process, on which machine: known again later, even where its process id has been given to another."""
+"""Identifies a process on a machine, also after its process id has been given to another.
+
+psutil alone does not do: its start times depend on the wall clock, and it knows neither boots nor containers.
+"""
 
 import os
 import socket
@@ -16,19 +19,19 @@ _START_TIME = 19
 
 @dataclass(frozen=True)
 class Identity:
-    """One process. Its start is counted on a clock that nobody can set, so that a wrong date changes nothing."""
+    """One process. `started` is counted on a clock that cannot be set, so that a changed date makes no difference."""
 
     pid: int
     started: str
     host: str
     boot: str
-    """which start of the machine; "" where the system does not say"""
+    """the boot of the machine; "" if unknown"""
     space: str
-    """which process ids: a container has its own"""
+    """the namespace of process ids: each container has its own"""
 
     @classmethod
     def of(cls, pid: int) -> Self:
-        """A process of this machine. Raises ProcessLookupError where there is none."""
+        """A process of this machine. Raises ProcessLookupError if there is none."""
         started = _start_of(pid)
         if started is None:
             raise ProcessLookupError(f"there is no process {pid}")
@@ -36,11 +39,11 @@ class Identity:
 
     @property
     def is_here(self) -> bool:
-        """Whether this process can see that one."""
+        """Whether this process can see it."""
         return (self.host, self.boot, self.space) == (socket.gethostname(), _boot(), _space())
 
     def state(self) -> ProcessState:
-        """`elsewhere`: cannot be known from here. After a restart of the machine all of its processes are gone."""
+        """`elsewhere`: unknown, since it cannot be seen from here. A reboot ends all processes of a machine."""
         if self.host != socket.gethostname():
             return "elsewhere"
         if self.boot != _boot():
@@ -51,18 +54,18 @@ class Identity:
 
 
 def runs(pid: int) -> bool:
-    """Whether a process of that id runs on this machine."""
+    """Whether a process with that id runs on this machine."""
     return _start_of(pid) is not None
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process started; None where there is none, or one that nobody has waited for."""
+    """When a process started; None for no process, or a zombie."""
     return _start_by_proc(pid) if sys.platform == "linux" else _start_by_psutil(pid)
 
 
 def _start_by_proc(pid: int) -> str | None:
     try:
-        # Many times a second: without a Path.
+        # Without Path, since this runs many times a second.
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
             text = file.read()
     except OSError:

@@ -1,4 +1,8 @@
-"""The clusters that a profile's files speak of, and whether they run. Changes nothing."""
+"""The clusters of a profile, by its files: which of them run, and which to join. Changes nothing.
+
+ipyparallel's `Cluster.from_file` and `ClusterManager` do not do: they leave out controllers that were started by hand,
+start a thread for each process, and rewrite or remove the cluster files that they read.
+"""
 
 import contextlib
 import json
@@ -7,26 +11,28 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import psutil
 
+from dinfer.cluster.ipyparallel.errors import ClusterError, TooFewEngines
 from dinfer.cluster.ipyparallel.identity import Identity
 
 
 @dataclass(frozen=True)
 class Record:
-    """`clients`: the process that started the cluster or took it over, and that ends it; then those that joined."""
+    """Which processes use a cluster that dinfer started. `clients`: first the one that started it or took it over, and
+    that ends it; then those that joined."""
 
     cluster_id: str
     clients: tuple[Identity, ...]
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Raises OSError, and ValueError where the file is not such a record."""
+        """Raises OSError, and ValueError if the file is not a record."""
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             return cls(str(found["cluster_id"]), tuple(Identity(**client) for client in found["clients"]))
@@ -34,17 +40,17 @@ class Record:
             raise ValueError(f"not a record: {error}") from error
 
     def write(self, path: Path) -> None:
-        """In one go: a reader finds the old one or this one."""
+        """Write it atomically: a reader finds the old record or this one."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps(asdict(self)), encoding="utf-8")
         part.replace(path)
 
     def with_client(self, client: Identity) -> Self:
-        """The same with one more client, which is the first if none of the others lives."""
-        living = tuple(other for other in self.clients if other.state() != "gone" and other != client)
+        """The record with one more client, which comes first if no other client runs."""
+        running = tuple(other for other in self.clients if other.state() != "gone" and other != client)
         first = self.clients[:1] == (client,)
-        return type(self)(self.cluster_id, (client, *living) if first else (*living, client))
+        return type(self)(self.cluster_id, (client, *running) if first else (*running, client))
 
 
 def record_path(profile_dir: Path, cluster_id: str) -> Path:
@@ -57,10 +63,11 @@ def record_paths(profile_dir: Path) -> list[Path]:
 
 
 Owner = Literal["user", "me", "other", "nobody"]
-"""who started a cluster: somebody by hand; or dinfer, for this process, for one that lives or for one that is gone"""
+"""who uses a cluster: "user": it was started by hand; else dinfer started it, and its first client is this process,
+another one, or has ended"""
 
 ANSWER_S = 2.0
-"""how long a controller may take to accept a connection; one that is gone refuses at once"""
+"""how long a controller may take to accept a connection; where none listens, it is refused at once"""
 
 STARTING_S = 15.0
 """how long after its start a cluster may be without engines"""
@@ -72,14 +79,14 @@ _CLIENT_FILE = re.compile(r"ipcontroller(?:-(?P<id>.+))?-client\.json")
 
 @dataclass(frozen=True)
 class Known:
-    """One cluster, by its files. The stock cluster's `cluster_id` is ""."""
+    """A cluster, by its files. The stock cluster's `cluster_id` is ""."""
 
     profile_dir: Path
     cluster_id: str
 
     @property
     def name(self) -> str:
-        """As messages name it."""
+        """The cluster as messages name it."""
         profile = self.profile_dir.name.removeprefix("profile_")
         return (
             f"cluster {self.cluster_id!r} of profile {profile!r}"
@@ -89,20 +96,20 @@ class Known:
 
     @property
     def flags(self) -> str:
-        """What names it on the command line of ipcluster and ipengine."""
+        """The flags of ipcluster and ipengine that select it."""
         profile = self.profile_dir.name.removeprefix("profile_")
         flags = [] if profile == "default" else [f"--profile={profile}"]
         return " ".join(flags + ([f"--cluster-id={self.cluster_id}"] if self.cluster_id else []))
 
     @property
     def client_file(self) -> Path:
-        """What a client connects by; it holds the key."""
+        """The connection file of clients, with the key."""
         middle = f"-{self.cluster_id}" if self.cluster_id else ""
         return self.profile_dir / "security" / f"ipcontroller{middle}-client.json"
 
     @property
     def cluster_file(self) -> Path:
-        """What ipcluster notes; there is none for a controller started by hand."""
+        """The file that ipcluster writes; a controller started by hand has none."""
         return self.profile_dir / "security" / f"cluster-{self.cluster_id}.json"
 
     def connection(self) -> dict[str, Any]:
@@ -114,7 +121,7 @@ class Known:
         return _read_json(self.cluster_file)
 
     def is_running(self) -> bool:
-        """Whether its controller accepts connections. Behind an ssh tunnel that is not tried: taken for granted."""
+        """Whether its controller accepts connections; assumed for one behind an ssh tunnel."""
         found = self.connection()
         if not found or found.get("ssh"):
             return bool(found)
@@ -124,7 +131,7 @@ class Known:
         return any(_accepts(address, int(found["registration"])) for address in addresses if address)
 
     def controller(self) -> Identity | None:
-        """The controller's process, where ipcluster has started it on this machine and it runs."""
+        """The controller's process, if ipcluster started it on this machine and it runs."""
         pid = controller_pid(self.description())
         with contextlib.suppress(ProcessLookupError, psutil.Error):
             if pid is not None and "ipyparallel.controller" in psutil.Process(pid).cmdline():
@@ -138,18 +145,18 @@ class Known:
         return self.is_being_written() or self.controller() is not None
 
     def is_being_written(self) -> bool:
-        """Whether the cluster file is there but not whole: ipcluster writes it in place."""
+        """Whether the cluster file exists but is incomplete: ipcluster writes it in place."""
         return self.cluster_file.exists() and not self.description()
 
     def age_s(self) -> float:
-        """Seconds since its cluster file was written; without one, very many."""
+        """Seconds since its cluster file was written; infinity without one."""
         try:
             return time.time() - self.cluster_file.stat().st_mtime
         except OSError:
             return math.inf
 
     def owner(self) -> Owner:
-        """Whose it is, by dinfer's record."""
+        """Who uses it, by dinfer's record."""
         try:
             clients = Record.read(record_path(self.profile_dir, self.cluster_id)).clients
         except (OSError, ValueError):
@@ -174,23 +181,23 @@ def profile_folder(profile: str) -> Path:
 
 
 def controller_pid(description: Mapping[str, Any]) -> int | None:
-    """The controller's process id, where ipcluster started it as a process of its own."""
+    """The controller's process id, if ipcluster started it as a process of its own."""
     state = (description.get("controller") or {}).get("state") or {}
     pid = state.get("pid", -1)
     return int(pid) if pid > 0 else None
 
 
 def launcher_of(description: Mapping[str, Any]) -> str:
-    """The name of what starts the engines: local, dinfer, mpi, ssh, …; "" where it is not known."""
+    """The launcher of the engines: local, dinfer, mpi, ssh, …; "" if unknown."""
     name = str((description.get("engines") or {}).get("class", ""))
     return "dinfer" if name.endswith("DinferEngineSetLauncher") else name
 
 
 def engines_to_come(description: Mapping[str, Any], is_running: Callable[[int], bool], age_s: float) -> int:
-    """How many engines should be there by and by, where the cluster file was written `age_s` seconds ago.
+    """How many engines are running or starting, where the cluster file was written `age_s` seconds ago.
 
-    Those whose processes run; of other launchers' all while the launcher runs; and those that ipcluster is about to
-    start, which it does within a second of the controller.
+    These are the engines whose processes run; with other launchers, all engines while the launcher runs; and those that
+    ipcluster is about to start, which it does within a second of the controller.
     """
     sets = ((description.get("engines") or {}).get("sets") or {}).values()
     if not sets and age_s < STARTING_S:
@@ -217,3 +224,58 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+# -- which to join
+
+
+def choose_cluster(running: Sequence[tuple[Known, Owner]]) -> Known | None:
+    """This process's own cluster, else one that a user started, else one whose client has ended; None for none.
+
+    A cluster that dinfer started for a client that still runs is left to it. Raises ClusterError for several choices.
+    """
+    by_owner = {owner: [known for known, of in running if of == owner] for owner in ("me", "user", "nobody")}
+    users = by_owner["user"]
+    stock = [known for known in users if not known.cluster_id]
+    if not by_owner["me"] and not stock and len(users) > 1:
+        ids = ", ".join(repr(known.cluster_id) for known in users)
+        raise ClusterError(
+            f"several clusters run in this profile: {ids}. Choose one: cluster_id={users[0].cluster_id!r}."
+        )
+    return next(iter([*by_owner["me"], *stock, *users, *by_owner["nobody"]]), None)
+
+
+def choose_engines(ids: Sequence[int], n: int | None, cluster: Known) -> list[int]:
+    """The engine ids of ranks 0, 1, …: the first n ids in order. Raises ClusterError, TooFewEngines."""
+    n = len(ids) if n is None else n
+    if n < 1 and ids:
+        raise ClusterError(f"n is {n}; it must be at least 1.")
+    if n <= len(ids) and ids:
+        return sorted(ids)[:n]
+    named = f" ({', '.join(map(str, sorted(ids)))})" if ids else ""
+    have = f"{len(ids)} engine{'s' * (len(ids) > 1)}{named}" if ids else "no engine"
+    more = f"ipcluster engines -n {max(n, 1) - len(ids)} {cluster.flags}".rstrip()
+    fewer = f", use n={len(ids)}" if ids else ""
+    raise TooFewEngines(
+        f"{cluster.name} has {have}, but {max(n, 1)} were requested. Add some with `{more}`{fewer}, "
+        "or start a cluster of your own with start=True."
+    )
+
+
+def describe(
+    cluster: Known, launcher: str, *, started: bool, engines: Sequence[tuple[int, str]], unused: Sequence[int]
+) -> str:
+    """One line: the cluster, its ranks, their hosts. `engines`: id and host by rank."""
+    how = "started" if started else "joined"
+    by = f" ({launcher} engines)" if launcher else ""
+    ids = [engine_id for engine_id, _ in engines]
+    ranks = "rank 0" if len(ids) == 1 else f"ranks 0–{len(ids) - 1}"
+    hosts = list(dict.fromkeys(host for _, host in engines))
+    where = hosts[0] if len(hosts) == 1 else ", ".join(host for _, host in engines)
+    notes = []
+    if ids != list(range(len(ids))):
+        notes.append(f"these are engines {', '.join(map(str, ids))}: ranks follow the order of engine ids")
+    if unused:
+        names = ", ".join(map(str, unused))
+        notes.append(f"engine {names} is not used" if len(unused) == 1 else f"engines {names} are not used")
+    return f"{how} {cluster.name}{by}: {ranks} on {where}" + "".join(f"; {note}" for note in notes)

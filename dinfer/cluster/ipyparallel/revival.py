@@ -1,4 +1,7 @@
-"""Starts an engine in the place of one that has ended: same id, network, interpreter, folder and environment."""
+"""Starts an engine in place of one that has ended: same id, network, interpreter, folder and environment.
+
+ipyparallel's `Cluster.restart_engine` is not implemented (as of 9.2), and `restart_engines` ends all engines.
+"""
 
 import contextlib
 import json
@@ -17,26 +20,26 @@ from dinfer.cluster.ipyparallel.known import Known
 from dinfer.cluster.ipyparallel.launcher import command_before
 
 _OF_MPI = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_", "HYDRA_", "HYDI_")
-"""what mpiexec has told the engine: no longer true, for the new one is not its child"""
+"""variables set by mpiexec, which are wrong for the new engine: it is not a child of mpiexec"""
 
 
 def revive(cluster: Known, client: Any, facts: EngineFacts, controller: Identity, timeout: float) -> None:
-    """Returns once the new engine has registered. It ends by itself when `controller` is gone. Raises ClusterError."""
+    """Return once the new engine has registered. It ends by itself when `controller` ends. Raises ClusterError."""
     engine_id = facts.engine_id
-    # A stock ipcluster ends its controller once all engines are gone, and then nobody says that they are.
+    # A stock ipcluster ends its controller once all engines have ended, and then nothing unregisters them.
     wait_until(lambda: engine_id not in client.ids or controller.state() == "gone", timeout)
     if controller.state() == "gone":
-        raise ClusterError(f"the controller of {cluster.name} is gone: start the cluster again.")
+        raise ClusterError(f"the controller of {cluster.name} has ended: start the cluster again.")
     if engine_id in client.ids:
-        raise ClusterError(f"the controller still takes engine {engine_id} for alive after {timeout:g} s.")
+        raise ClusterError(f"the controller still lists engine {engine_id} as alive after {timeout:g} s.")
     pid = _start(cluster, facts, controller)
     try:
         wait_until(lambda: engine_id in client.ids or not runs(pid), timeout)
         if not runs(pid):
-            raise ClusterError(f"a new engine {engine_id} ended at once.{_last_words(cluster, engine_id)}")
+            raise ClusterError(f"the new engine {engine_id} ended at once.{_end_of_log(cluster, engine_id)}")
         if engine_id not in client.ids:
-            late = f"a new engine {engine_id} did not register within {timeout:g} s."
-            raise ClusterError(late + _last_words(cluster, engine_id))
+            late = f"the new engine {engine_id} did not register within {timeout:g} s."
+            raise ClusterError(late + _end_of_log(cluster, engine_id))
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -44,7 +47,7 @@ def revive(cluster: Known, client: Any, facts: EngineFacts, controller: Identity
 
 
 def _start(cluster: Known, facts: EngineFacts, controller: Identity) -> int:
-    """The new process's id."""
+    """Returns the new process's id."""
     environment = {name: value for name, value in facts.environment.items() if not name.startswith(_OF_MPI)}
     command = [
         *command_before(facts.engine_id, facts.environment),
@@ -54,14 +57,14 @@ def _start(cluster: Known, facts: EngineFacts, controller: Identity) -> int:
         f"--cluster-id={cluster.cluster_id}",
         f"--IPEngine.id={facts.engine_id}",
     ]
-    where = facts.folder if Path(facts.folder).is_dir() else None
+    folder = facts.folder if Path(facts.folder).is_dir() else None
     done = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         env=environment,
-        cwd=where,
+        cwd=folder,
         check=False,
     )
     if done.returncode:
@@ -71,8 +74,8 @@ def _start(cluster: Known, facts: EngineFacts, controller: Identity) -> int:
     return int(done.stdout)
 
 
-def _last_words(cluster: Known, engine_id: int) -> str:
-    """The end of a new engine's log, as the end of a message; "" without."""
+def _end_of_log(cluster: Known, engine_id: int) -> str:
+    """The end of the new engine's log, as the end of a message; "" for none."""
     try:
         lines = _log(cluster, engine_id).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,34 +1,36 @@
-"""Comparison: what `run.compare` returns. Its first line is the verdict, in one sentence."""
+"""Comparison: what `run.compare` returns. The first line of its text is the verdict, in one sentence."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-from dinfer.display import Displayable
+import torch
+
+from dinfer.display import Displayable, Table
 from dinfer.kv.measure import CellDifference
 from dinfer.kv.reference.judge import CauseKind, Deviation, ReferenceCase
-from dinfer.kv.reference.reports import FINAL
-from dinfer.kv.reference.sentences import Words, sentence
+from dinfer.kv.reference.reports import FINAL, HIDDEN
 from dinfer.model.tolerance import CONFIDENCE, ROUNDINGS, UNIT_ROUNDOFF
 
 TENSORS = ("hidden", "K", "V")
 
 
 class Comparison(Displayable):
-    """A run beside transformers' own forward of the same checkpoint. `chunked`: in the run's chunks; `edited`: what
-    was changed by hand in the run; `texts`: of each token, prompt and new ones, empty where there is no tokenizer."""
+    """A run compared with transformers' own forward of the same checkpoint. `chunked`: the forward was fed the run's
+    chunks; `edited`: what the user has changed in the run; `texts`: the text of each token, empty without a
+    tokenizer."""
 
     def __init__(
         self, case: ReferenceCase, *, chunked: bool, edited: Sequence[str] = (), texts: Sequence[str] = ()
     ) -> None:
         self.case, self.chunked, self.edited = case, chunked, tuple(edited)
         self.first: Deviation | None = case.first()
-        self._words = Words(case.plan, len(case.helds), texts)
+        self._words = _Words(case, texts)
 
     @property
     def kind(self) -> CauseKind:
-        """ "equal", "wire" (bytes changed on the wire or in memory), "compute" (they were computed so), "placement"
-        (rows lie where others should), or "drift" (another dtype or other chunks, within tolerance or not)."""
+        """ "equal"; "wire": bytes changed on the wire or in memory; "compute": they were computed wrong; "placement":
+        rows lie where others should; "drift": due to another dtype or other chunks, within tolerance or not."""
         if self.first:
             return self.first.kind
         return "equal" if self.equal else "drift"
@@ -41,18 +43,18 @@ class Comparison(Displayable):
 
     @cached_property
     def within_tolerance(self) -> bool:
-        """Whether no value on any rank lies further from the reference's than rounding explains (bit for bit: at all),
-        and no row lies wrongly."""
+        """Whether every value lies within the tolerance (which is 0 bit for bit), and no row is misplaced."""
         share = self.case.measure.share
         large = any(share(key[1], found) > 1 for key, found in self._measured())
         return not large and not (self.first and (self.case.measure.exact or self.first.kind == "placement"))
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each layer and chunk, of the rank that is furthest from the reference: `K`, `V`, `hidden` are the
-        largest absolute differences, with `_relative` the largest ones as a share of the larger of the two values, with
-        `_share` those of the largest value of the block; `tolerance` is what is allowed of that share. None: nothing
-        there to compare."""
+        """For each layer and chunk, the largest differences on any rank.
+
+        `K`, `V`, `hidden`: absolute; with `_relative`: relative to the larger of the two values; with `_share`:
+        relative to the block's largest value, of which `tolerance` is allowed. None: nothing to compare.
+        """
         found: dict[tuple[int, int], dict[str, Any]] = {}
         for (chunk, layer, tensor), one in self._measured():
             if tensor == FINAL:
@@ -63,29 +65,31 @@ class Comparison(Displayable):
         return [found[key] for key in sorted(found, key=lambda key: (key[1], key[0]))]
 
     def table(self) -> str:
-        """A line a layer: the largest differences of all chunks, and what is tolerated."""
-        head = f"{'layer':>5}" + "".join(f"{name + ' abs':>13}{'rel':>11}" for name in TENSORS)
-        lines = [f"{head}{'of largest':>12}{'tolerated':>11}"]
+        """A line for each layer: the largest differences in all chunks, and the tolerance."""
+        columns = [
+            "layer",
+            *(word for name in TENSORS for word in (f"{name} abs", "rel")),
+            "of largest",
+            "tolerated",
+        ]
+        lines = []
         for layer, rows in self._by_layer():
-            cells = "".join(
-                _cell(max(_known(rows, name)), 13) + _cell(max(_known(rows, f"{name}_relative")), 11)
-                for name in TENSORS
-            )
-            share = max(max(_known(rows, f"{name}_share")) for name in TENSORS)
-            lines.append(f"{layer:>5}{cells}{_cell(share, 12)}{_cell(rows[0]['tolerance'], 11)}")
-        return "\n".join(lines)
+            numbers = [max(_known(rows, name + kind)) for name in TENSORS for kind in ("", "_relative")]
+            numbers += [max(max(_known(rows, f"{name}_share")) for name in TENSORS), rows[0]["tolerance"]]
+            lines.append([layer, *(f"{number:.2g}" for number in numbers)])
+        return str(Table(columns, lines))
 
     def __str__(self) -> str:
         edited = f"edited by hand: {', '.join(self.edited)}" if self.edited else ""
         table = "" if self.equal else self.table()
-        told = [self.verdict, self._what(), self._extent(), self._growth(), self._choices(), edited, table]
-        return "\n".join(line for line in told if line)
+        parts = [self.verdict, self._what(), self._extent(), self._growth(), self._choices(), edited, table]
+        return "\n".join(line for line in parts if line)
 
     @property
     def verdict(self) -> str:
         """One sentence."""
         if self.first:
-            return sentence(self.case, self.first, self._words)
+            return _sentence(self.case, self.first, self._words)
         who = self._words.who(range(len(self.case.helds)))
         if self.equal:
             verb = self._words.verb("hold", self.case)
@@ -121,7 +125,7 @@ class Comparison(Displayable):
         )
 
     def _extent(self) -> str:
-        """What was compared, and what is not there yet."""
+        """How much was compared, and whether some is not computed yet."""
         shape = self.case.plan.shape
         blocks = {block for one in self.case.helds for block in one.now if block[0] < len(shape.chunks)}
         tokens = len(self.case.helds[self.case.first_examined.rank].tokens)
@@ -185,5 +189,113 @@ def _known(rows: list[dict[str, Any]], name: str) -> list[float]:
     return [row[name] for row in rows if row[name] is not None] or [0.0]
 
 
-def _cell(value: float, width: int) -> str:
-    return f"{value:>{width}.2g}"
+class _Words:
+    """How messages name the ranks, chunks and tokens of one run. `texts`: the text of each token."""
+
+    def __init__(self, case: ReferenceCase, texts: Sequence[str]) -> None:
+        self._plan, self._world_size, self._texts = case.plan, len(case.helds), list(texts)
+        one_dtype = case.measure.dtype == case.measure.reference
+        self._dtype: torch.dtype = getattr(torch, case.measure.dtype) if one_dtype else torch.float32
+
+    def who(self, ranks: Iterable[int]) -> str:
+        """ "rank 2", "ranks 0, 1", "both ranks", "all 3 ranks"."""
+        ranks = list(ranks)
+        if len(ranks) == self._world_size > 1:
+            return f"all {len(ranks)} ranks" if len(ranks) > 2 else "both ranks"
+        return f"rank{'s' * (len(ranks) != 1)} {', '.join(map(str, ranks))}"
+
+    def verb(self, stem: str, case: ReferenceCase) -> str:
+        return stem if len(case.helds) > 1 else f"{stem}s"
+
+    def chunk(self, chunk: int) -> str:
+        return f"chunk {chunk}" if chunk < len(self._plan.shape.chunks) else "the new tokens"
+
+    def place(self, one: Deviation) -> str:
+        """ "layer 7, chunk 1, K, head 3, token 141 ('Lima'), dim 17: 0.0312 against −1.75"."""
+        where = [f"layer {one.layer}", self.chunk(one.chunk), one.tensor]
+        if one.tensor in HIDDEN:
+            layers = self._plan.shape.layers
+            what = f"what enters layer {one.layer}" if one.layer < layers else "what the last layer makes"
+            where = [what if one.tensor == "hidden" else "the final hidden state", self.chunk(one.chunk)]
+        label = self._texts[one.token] if one.token is not None and one.token < len(self._texts) else ""
+        return ", ".join(filter(None, [*where, one.value_text(label, self._dtype)]))
+
+
+def _sentence(case: ReferenceCase, one: Deviation, words: _Words) -> str:
+    """The verdict where this is the first deviation."""
+    texts = {"placement": _placement, "wire": _wire, "compute": _compute, "drift": _drift}
+    return texts[one.kind](case, one, words)
+
+
+def _placement(case: ReferenceCase, one: Deviation, words: _Words) -> str:
+    held = case.helds[one.rank]
+    if held.held[one.layer] == held.due[one.layer]:
+        named = one.rows.text if one.rows else "its rows lie in the wrong places"
+        place = f"on {words.who(one.ranks)}, layer {one.layer}, {words.chunk(one.chunk)}"
+        return f"placement is wrong: {place}: {named}" + f"; {one.origin}" * bool(one.origin)
+    wrong = [n for n, (have, due) in enumerate(zip(held.held, held.due, strict=True)) if have != due]
+    layers = "every layer" if len(wrong) == len(held.held) else f"layer {', '.join(map(str, wrong))}"
+    verb = "hold" if len(one.ranks) > 1 else "holds"
+    others = f", {words.who(one.right)} and the reference" if one.right else ", the reference"
+    named = f"; {one.rows.text}" if one.rows else ""
+    return (
+        f"placement is wrong: {words.who(one.ranks)} {verb} {held.held[one.layer]} rows of {layers}{others} "
+        f"{held.due[one.layer]}{named}"
+    )
+
+
+def _wire(case: ReferenceCase, one: Deviation, words: _Words) -> str:
+    if not one.right and one.owner is not None and one.tensor not in HIDDEN:
+        why = one.origin or "it changed before it was sent"
+        cause = f"rank {one.owner} computed what the reference has at `{one.op}`; {why}"
+    elif one.tensor in HIDDEN:
+        cause = "the layer before, repeated on the run's KV, gives the reference's: changed in its MLP, or on the way"
+    elif one.owner is not None and one.rank != one.owner and one.owner in one.right:
+        cause = f"rank {one.owner}, which computed it, holds the reference's" + f"; {one.origin}" * bool(
+            one.origin
+        )
+    else:
+        cause = f"{words.who(one.right)} {'hold' if len(one.right) > 1 else 'holds'} the reference's"
+        cause += f"; {one.origin}" * bool(one.origin)
+    if not case.measure.exact and case.first() and not _is_far(case, one):
+        return (
+            f"the wire or memory changed bytes: the ranks hold different bytes of layer {one.layer}, "
+            f"{words.chunk(one.chunk)}, {one.tensor}: rank {one.rank} differs from rank {one.owner}, though both are "
+            f"within tolerance; run.kv(layer={one.layer}, chunk={one.chunk}).diff() names the value"
+        )
+    return f"the wire or memory changed bytes: {words.who(one.ranks)} at {words.place(one)}; {cause}"
+
+
+def _compute(case: ReferenceCase, one: Deviation, words: _Words) -> str:
+    if one.tensor == "token":
+        assert one.values
+        run, reference = map(int, one.values)
+        return (
+            f"the compute differs: all KV is the reference's bit for bit, but new token {one.token} is {run} and the "
+            f"reference chooses {reference}: the head or the sampling differs"
+        )
+    everyone = len(one.ranks) == len(case.helds)
+    alike = " alike" if everyone and len(case.helds) > 1 else ""
+    if one.owner is None:
+        by = (
+            "every rank computes new tokens for itself"
+            if everyone
+            else f"{words.who(one.right)} computed it right"
+        )
+    else:
+        by = f"computed so by rank {one.owner} at `{one.op}`"
+    return f"the compute differs: {words.who(one.ranks)}{alike} at {words.place(one)}; {by}"
+
+
+def _drift(case: ReferenceCase, one: Deviation, words: _Words) -> str:
+    found = case.measured(one.rank, (one.chunk, one.layer, one.tensor))
+    share = case.measure.share(one.layer, found) if found else float("inf")
+    return (
+        f"beyond tolerance: first at {words.place(one)}, {share:.3g} × what rounding explains; {words.who(one.ranks)} "
+        'alike. run.compare("reference"), in the run\'s own chunks and dtype, compares bit for bit'
+    )
+
+
+def _is_far(case: ReferenceCase, one: Deviation) -> bool:
+    found = case.measured(one.rank, (one.chunk, one.layer, one.tensor))
+    return found is not None and case.measure.share(one.layer, found) > 1

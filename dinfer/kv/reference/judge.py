@@ -1,15 +1,18 @@
-"""Judging: from what ranks have told, the first thing that differs from the reference, where exactly, and of what kind.
+"""Judge: from the ranks' reports, the first thing that differs from the reference, exactly where, and its cause.
 
-Lengths and the identity of rows come before values; then what a run computes first, for the rest may follow from it.
+Wrong lengths and misplaced rows come before values. Among values the one that a run computes first comes first, since
+the others may follow from it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from dinfer.kv.difference import KvPlace
 from dinfer.kv.measure import CellDifference, Spot
-from dinfer.kv.placement import Misplaced
+from dinfer.kv.origin import BlockRoute
 from dinfer.kv.reference.reports import HIDDEN, Examined, HeldDigests, TensorKey, ToleranceMeasure, keys_of
+from dinfer.kv.rows import Misplaced
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
 
@@ -19,11 +22,11 @@ CauseKind = Literal["equal", "wire", "compute", "placement", "drift"]
 class TensorEvidence(NamedTuple):
     """What is known of one tensor of one block.
 
-    `exact`: the reference should be equal bit for bit, so that every difference counts; else those beyond tolerance do.
-    `differing`, `right`: the ranks that hold it and differ from the reference, and those that do not. `alike`: all that
-    hold it hold the same bytes. `owner`: the rank that computed it for all; None: every rank did, for itself.
-    `made_right`: whether the owner's bytes were the reference's when it had computed them; None: not known.
-    `misplaced`: what is there belongs elsewhere.
+    `exact`: it should equal the reference bit for bit, so that every difference counts; otherwise those beyond the
+    tolerance do. `differing`, `right`: the ranks that hold it and differ from the reference, and those that hold it and
+    do not. `alike`: all of them hold the same bytes. `owner`: the rank that computed it for all; None: each rank
+    computed it itself. `made_right`: whether the owner's bytes were the reference's when it had computed them; None:
+    unknown. `misplaced`: its rows are other rows.
     """
 
     exact: bool
@@ -36,16 +39,16 @@ class TensorEvidence(NamedTuple):
 
 
 def counts(evidence: TensorEvidence) -> bool:
-    """Whether something is wrong there: it differs from the reference, or the ranks from one another."""
+    """Whether it differs from the reference, or the ranks differ from one another."""
     return bool(evidence.differing) or evidence.misplaced or not evidence.alike
 
 
 def kind_of(evidence: TensorEvidence) -> CauseKind:
-    """Which of the four it is, if `counts`.
+    """The cause; "equal" unless `counts`.
 
-    Rows that lie wrongly are that, however they came there. Bytes that somebody holds rightly, or that were right when
-    they were computed, were changed on the wire or in memory. What nobody has right was computed so, unless another
-    dtype or other chunks, too, may have made it: then, with all ranks alike, it is drift.
+    Misplaced rows are "placement", whatever put them there. If a rank holds the right bytes, or they were right when
+    they were computed, the wire or memory changed them. If no rank holds the right bytes, they were computed wrong; but
+    if all ranks agree and another dtype or other chunks may explain the difference, it is "drift".
     """
     if not counts(evidence):
         return "equal"
@@ -60,36 +63,29 @@ def kind_of(evidence: TensorEvidence) -> CauseKind:
     return "wire"
 
 
-@dataclass(frozen=True)
-class Deviation:
+@dataclass(frozen=True, kw_only=True)
+class Deviation(KvPlace):
     """The first thing that is not as the reference has it.
 
-    `rank` holds it, as do all of `ranks`; `owner` computed it by `op`, None where every rank did for itself. `chunk`:
-    the number of chunks for new tokens. `tensor`: "K", "V", "hidden", "final" or "token". `head` and `dim` are None
-    where there is no such thing; `values` are the rank's and the reference's. `rows`: of rows that lie wrongly.
-    `then`: how the block came to differ, where the rank has noted that.
+    `rank` holds it, as do all of `ranks`; `right`: the ranks that hold what the reference has; `owner`: the rank that
+    computed it by `op`, None where every rank did for itself. `chunk`: the number of chunks for new tokens; `tensor`:
+    "K", "V", "KV", "hidden", "final" or "token"; `values`: the rank's and the reference's. `rows`: which rows lie in
+    the wrong place; `origin`: how the block came to differ, where the ranks' ledgers say that.
     """
 
     kind: CauseKind
-    rank: int
     ranks: tuple[int, ...]
     right: tuple[int, ...]
     owner: int | None
-    layer: int
     chunk: int
     tensor: str
-    head: int | None = None
-    token: int | None = None
-    dim: int | None = None
-    values: tuple[float, float] | None = None
-    op: str | None = None
     rows: Misplaced | None = None
-    then: str = ""
+    origin: str = ""
 
 
 @dataclass(frozen=True)
 class ReferenceCase:
-    """All that was told, for one plan."""
+    """All reports on one run. `helds`: of every rank; `examined`: of those that ran the reference."""
 
     plan: Plan
     measure: ToleranceMeasure
@@ -110,7 +106,7 @@ class ReferenceCase:
         return found.measured.get(key) if found else None
 
     def _digest(self, rank: int, key: TensorKey) -> int | None:
-        """Of what the rank holds, as it is now."""
+        """Of what the rank holds now."""
         chunk, layer, tensor = key
         if tensor in HIDDEN:
             return self.helds[rank].hidden.get((chunk, layer))
@@ -125,16 +121,16 @@ class ReferenceCase:
         return wanted and wanted["KV".index(tensor)]
 
     def _is_right(self, rank: int, key: TensorKey) -> bool | None:
-        """Whether the rank holds what the reference has; None: it does not hold it."""
+        """Whether the rank holds what the reference has; None: it does not hold the block."""
         found = self.measured(rank, key)
         if found is not None:
             return self.measure.share(key[1], found) <= 1
         digest = self._digest(rank, key)
         if digest is None:
             return None
-        if self.measure.exact:  # it was not asked, because it holds what the reference has
+        if self.measure.exact:  # the rank did not run the reference: it holds the same bytes
             return digest == self._reference_digest(key)
-        # or because it holds what the first one holds
+        # or the same bytes as the first one
         first = self.first_examined.measured.get(key)
         return first is None or self.measure.share(key[1], first) <= 1
 
@@ -153,7 +149,7 @@ class ReferenceCase:
         )
 
     def owner(self, chunk: int, layer: int, tensor: str = "K") -> int | None:
-        """Who computed it; of what enters a layer, who computed the layer before."""
+        """The rank that computed it; for the input of a layer, the one that computed the layer before."""
         shape = self.plan.shape
         if chunk >= len(shape.chunks):
             return None
@@ -164,12 +160,11 @@ class ReferenceCase:
         owner = self.owner(chunk, layer)
         if owner is None or tensor in HIDDEN:
             return None
-        made = self.helds[owner].then.get((chunk, layer))
-        wanted = self._reference_digest(key)
-        return made["KV".index(tensor)] == wanted if made and wanted is not None else None
+        made, wanted = self.helds[owner].noted.get((chunk, layer)), self._reference_digest(key)
+        return made.came["KV".index(tensor)] == wanted if made and wanted is not None else None
 
     def _misplaced(self, rank: int, key: TensorKey) -> Misplaced | None:
-        """A finding about rows of that block."""
+        """The first finding on rows of that block."""
         chunk, layer, tensor = key
         found, rows = self.by_rank(rank), self._rows(chunk)
         for one in found.misplaced.get(layer, []) if found else []:
@@ -185,7 +180,7 @@ class ReferenceCase:
     # -- the first
 
     def first(self) -> Deviation | None:
-        """None: nothing differs, or nothing by more than is tolerated."""
+        """None: nothing differs by more than the tolerance."""
         return self._by_length() or self._by_value() or self._by_choice()
 
     def _by_length(self) -> Deviation | None:
@@ -206,8 +201,8 @@ class ReferenceCase:
         ranks = tuple(one.rank for one in wrong)
         owner = self.owner(chunk, layer)
         return Deviation(
-            "placement", rank, ranks, right, owner, layer, chunk, "KV", token=token, rows=rows,
-            op=self.op_of(chunk, layer),
+            kind="placement", rank=rank, ranks=ranks, right=right, owner=owner, layer=layer, chunk=chunk, tensor="KV",
+            token=token, rows=rows, op=self.op_of(chunk, layer),
         )  # fmt: skip
 
     def _by_value(self) -> Deviation | None:
@@ -218,7 +213,7 @@ class ReferenceCase:
         return None
 
     def _by_choice(self) -> Deviation | None:
-        """All that was computed is the same, but another token was chosen."""
+        """Everything computed is the same, but the run chose another token."""
         if not self.measure.exact or not self.first_examined.choices:
             return None
         one, ranks = self.first_examined.choices[0], tuple(range(len(self.helds)))
@@ -226,8 +221,9 @@ class ReferenceCase:
         chunk = len(self.plan.shape.chunks)
         token = self.plan.shape.tokens + one.position
         return Deviation(
-            "compute", 0, ranks, (), None, self.plan.shape.layers, chunk, "token", token=token, values=values
-        )
+            kind="compute", rank=0, ranks=ranks, right=(), owner=None, layer=self.plan.shape.layers, chunk=chunk,
+            tensor="token", token=token, values=values,
+        )  # fmt: skip
 
     def _deviation(self, key: TensorKey, evidence: TensorEvidence) -> Deviation:
         chunk, layer, tensor = key
@@ -236,19 +232,19 @@ class ReferenceCase:
         index = spot.at if spot else ()
         head = index[1] if len(index) == 3 else None
         return Deviation(
-            kind_of(evidence), rank, evidence.differing or (rank,), evidence.right, evidence.owner, layer, chunk,
-            tensor,
+            kind=kind_of(evidence), rank=rank, ranks=evidence.differing or (rank,), right=evidence.right,
+            owner=evidence.owner, layer=layer, chunk=chunk, tensor=tensor,
             head=head,
             token=index[0] if index else None,
             dim=index[-1] if index else None,
             values=(spot.mine, spot.theirs) if spot else None,
             op=self.op_of(chunk, layer if tensor not in HIDDEN else layer - 1),
             rows=self._misplaced(rank, key),
-            then=self._then(rank, key),
+            origin=self._origin(rank, key),
         )  # fmt: skip
 
     def _nearest(self, evidence: TensorEvidence, key: TensorKey) -> int:
-        """Of the ranks that differ, the owner, or the next to which the block came."""
+        """Of the ranks that differ, the owner, or the first one after it."""
         differing = [r for r in evidence.differing if self.measured(r, key)] or list(evidence.differing)
         if not differing:  # all are within tolerance, but not alike
             owned = self._digest(evidence.owner or 0, key)
@@ -262,32 +258,29 @@ class ReferenceCase:
             return None
         return found.first if self.measure.exact else found.largest
 
-    def _then(self, rank: int, key: TensorKey) -> str:
-        """What the rank's ledger says of how its bytes came to be others."""
+    def _origin(self, rank: int, key: TensorKey) -> str:
+        """How the block came to differ on that rank, if its ledger says that it was right or announced otherwise."""
         chunk, layer, tensor = key
-        if tensor in HIDDEN:
+        if tensor in HIDDEN or chunk >= len(self.plan.shape.chunks):
             return ""
-        held, index = self.helds[rank], "KV".index(tensor)
-        now, then, announced = (found.get((chunk, layer)) for found in (held.now, held.then, held.announced))
-        if not now or not then:
+        now, noted = self.helds[rank].now.get((chunk, layer)), self.helds[rank].noted.get((chunk, layer))
+        index = "KV".index(tensor)
+        if not now or not noted or noted.announced[index] == noted.came[index] == now[index]:
             return ""
-        if announced and any(announced) and announced[index] != then[index]:
-            return f"it came to rank {rank} other than it was announced"
-        if then[index] != now[index]:
-            came = "computed" if self.owner(chunk, layer) == rank else "come"
-            return f"it changed in rank {rank}'s memory after it had {'been ' * (came == 'computed')}{came}"
-        return ""
+        every_noted = {one.rank: one.noted[chunk, layer] for one in self.helds if (chunk, layer) in one.noted}
+        every_now = {one.rank: one.now[chunk, layer] for one in self.helds if (chunk, layer) in one.now}
+        return BlockRoute(self.plan).origin(rank, chunk, layer, every_noted, every_now).text
 
     def chunk_of(self, token: int) -> int:
         """The chunk of a row; the number of chunks for those of new tokens."""
         chunks = self.plan.shape.chunks
         return next((n for n, rows in enumerate(chunks) if token in rows), len(chunks))
 
-    def op_of(self, chunk: int, layer: int) -> str | None:
+    def op_of(self, chunk: int, layer: int) -> str:
         """The owner's op that computed the block."""
         owner = self.owner(chunk, layer)
         ops = (op for lane in self.plan.lanes[owner] for op in lane.ops) if owner is not None else ()
-        return next((str(op) for op in ops if _computes(op, chunk, layer)), None)
+        return next((str(op) for op in ops if _computes(op, chunk, layer)), "")
 
 
 def _computes(op: Op, chunk: int, layer: int) -> bool:

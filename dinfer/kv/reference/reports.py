@@ -1,11 +1,13 @@
-"""What ranks tell for a comparison with the reference, by block, tensor and rank."""
+"""Reports: what ranks send for a comparison with the reference, by block and tensor."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from dinfer.kv.ledger import BlockKey, Digests
 from dinfer.kv.measure import CellDifference
-from dinfer.kv.placement import Misplaced
+from dinfer.kv.rows import Misplaced
+from dinfer.kv.source import Noted
 from dinfer.messages import Message
 from dinfer.model.tolerance import tolerance
 
@@ -14,8 +16,8 @@ FINAL = "final"
 
 
 class TokenChoice(NamedTuple):
-    """A new token that the reference would not have chosen after the same tokens; `gap`: by how much its logit for
-    its own is larger."""
+    """A new token that the reference would not have chosen after the same tokens. `position`: the new token's number;
+    `gap`: by how much the logit of the reference's choice is larger."""
 
     position: int
     token: int
@@ -23,17 +25,15 @@ class TokenChoice(NamedTuple):
     gap: float
 
 
-Block = tuple[int, int]
-"""chunk and layer"""
-
 TensorKey = tuple[int, int, str]
-"""chunk, layer and "hidden", "K", "V" or "final": in the order in which a run computes them"""
+"""chunk, layer, and one of: hidden, K, V, final"""
 
 HIDDEN = ("hidden", FINAL)
 
 
 class ToleranceMeasure(NamedTuple):
-    """How far from the reference still is none; `width` as in `tolerance`."""
+    """The tolerance within which values count as equal. `dtype`, `reference`: the dtypes of the run and the reference;
+    `width` as in `model.tolerance.tolerance`."""
 
     exact: bool
     dtype: str
@@ -41,7 +41,7 @@ class ToleranceMeasure(NamedTuple):
     width: int
 
     def share(self, layer: int, found: CellDifference) -> float:
-        """The largest difference as a share of what is tolerated: above 1 it is too large."""
+        """The largest difference as a share of the tolerance; above 1 it is too large."""
         if self.exact:
             return float("inf") if found.changed else 0.0
         allowed = self.of(layer) * found.scale
@@ -50,40 +50,47 @@ class ToleranceMeasure(NamedTuple):
         return found.absolute / allowed if allowed else (float("inf") if found.absolute else 0.0)
 
     def of(self, layer: int) -> float:
+        """The tolerance in a layer, as a share of the block's largest value."""
         return 0.0 if self.exact else tolerance(self.dtype, self.reference, layer, self.width)
 
 
 @dataclass
 class HeldDigests:
-    """What one rank holds, in which dtype. Digests of K and V as they are `now`, as they were `then`, when they had
-    been computed or had come, and as they were `announced`; `hidden`: those of the hidden states that are kept."""
+    """What one rank holds: how many rows of each layer (`held`) and how many it should (`due`), the new `tokens`, the
+    digests of blocks as they are `now`, what its ledger has `noted` of them, and those of `hidden` states."""
 
     rank: int
     dtype: str
     held: list[int]
     due: list[int]
     tokens: list[int]
-    now: dict[Block, tuple[int, int]] = field(default_factory=dict)
-    then: dict[Block, tuple[int, int]] = field(default_factory=dict)
-    announced: dict[Block, tuple[int, int]] = field(default_factory=dict)
-    hidden: dict[Block, int] = field(default_factory=dict)
+    now: dict[BlockKey, Digests] = field(default_factory=dict)
+    noted: dict[BlockKey, Noted] = field(default_factory=dict)
+    hidden: dict[BlockKey, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rank: int, said: Message) -> "HeldDigests":
-        held = cls(rank, said["dtype"], said["held"], said["due"], said["tokens"])
-        for name, chunk, layer, *rest in said["items"]:
+    def of(cls, rank: int, answer: Message) -> "HeldDigests":
+        """From a rank's answer to `reference_held`."""
+        found = cls(rank, answer["dtype"], answer["held"], answer["due"], answer["tokens"])
+        for name, chunk, layer, *rest in answer["items"]:
             if name == "hidden":
-                held.hidden[chunk, layer] = rest[0]
+                found.hidden[chunk, layer] = rest[0]
                 continue
-            for where, digests in zip((held.now, held.then, held.announced), rest, strict=True):
-                if digests:
-                    where[chunk, layer] = tuple(digests)
-        return held
+            now, came, announced = (tuple(digests) if digests else None for digests in rest)
+            if now:
+                found.now[chunk, layer] = now
+            if came:
+                found.noted[chunk, layer] = Noted(came, announced if announced and any(announced) else came)
+        return found
 
 
 @dataclass
 class Examined:
-    """What a rank that has run the reference says: how what it holds differs, and the reference's digests."""
+    """What a rank that has run the reference reports: how its own KV differs, and the reference's digests.
+
+    `exact`: every bit should be equal; `rows`: how many tokens were fed; `blocks`, `hidden`: the reference's digests,
+    `hidden` the rank's own where bits may differ; `misplaced`: by layer; `measured`: by tensor.
+    """
 
     rank: int
     exact: bool
@@ -92,20 +99,21 @@ class Examined:
     seconds: float
     device: str
     choices: list[TokenChoice]
-    blocks: dict[Block, tuple[int, int]] = field(default_factory=dict)
-    hidden: dict[Block, int] = field(default_factory=dict)
+    blocks: dict[BlockKey, Digests] = field(default_factory=dict)
+    hidden: dict[BlockKey, int] = field(default_factory=dict)
     misplaced: dict[int, list[Misplaced]] = field(default_factory=dict)
     measured: dict[TensorKey, CellDifference] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rank: int, said: Message) -> "Examined":
-        plain = {name: said[name] for name in ("exact", "rows", "threads", "seconds", "device")}
-        found = cls(rank=rank, **plain, choices=[TokenChoice(*one) for one in said["choices"]])
-        for name, *rest in said["items"]:
-            found._take(name, rest)
+    def of(cls, rank: int, answer: Message) -> "Examined":
+        """From a rank's answer to `reference`."""
+        plain = {name: answer[name] for name in ("exact", "rows", "threads", "seconds", "device")}
+        found = cls(rank=rank, **plain, choices=[TokenChoice(*one) for one in answer["choices"]])
+        for name, *rest in answer["items"]:
+            found._add(name, rest)
         return found
 
-    def _take(self, name: str, rest: list[Any]) -> None:
+    def _add(self, name: str, rest: list[Any]) -> None:
         match name:
             case "kv":
                 self.blocks[rest[0], rest[1]] = tuple(rest[2])
@@ -118,12 +126,12 @@ class Examined:
 
 
 def holds_most(helds: Sequence[HeldDigests]) -> int:
-    """The rank to run the reference: most of what there is can be compared on it."""
+    """The rank on which most blocks can be compared: it runs the reference first."""
     return max(helds, key=lambda one: (len(one.now), -one.rank)).rank
 
 
 def to_be_examined(helds: Sequence[HeldDigests], first: Examined) -> list[int]:
-    """The ranks that hold something of which `first` does not say how it differs from the reference."""
+    """The ranks that must run the reference too: they hold other bytes than `first`, or than the reference."""
     known = helds[first.rank]
     found = []
     for one in helds:
@@ -136,13 +144,13 @@ def to_be_examined(helds: Sequence[HeldDigests], first: Examined) -> list[int]:
 
 
 def order_of(key: TensorKey) -> tuple[int, int, int]:
-    """Sorts as a run computes: of all that one fault has made wrong, what it hit comes first."""
+    """A sort key for the order in which a run computes: what a fault hit comes before what it made wrong."""
     chunk, layer, tensor = key
     return chunk, layer, ("hidden", FINAL, "K", "V").index(tensor)
 
 
 def keys_of(helds: Sequence[HeldDigests], examined: Sequence[Examined]) -> Iterator[TensorKey]:
-    """All that somebody holds, in order."""
+    """All tensors that a rank holds, in the order in which a run computes them."""
     keys: set[TensorKey] = {(*block, name) for one in helds for block in one.now for name in "KV"}
     keys.update(key for one in examined for key in one.measured)
     yield from sorted(keys, key=order_of)

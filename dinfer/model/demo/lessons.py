@@ -1,6 +1,6 @@
-"""Training batches for the demo model: facts, then several questions, each answered and ended.
+"""Training batches for the demo model: facts, then several questions with answers and end tokens.
 
-Only the answers count in the loss. Everything random here comes from the number of the lesson.
+Only the answers count in the loss. All randomness is seeded by the number of the lesson.
 """
 
 from dataclasses import dataclass
@@ -13,22 +13,22 @@ from transformers import PreTrainedTokenizerFast
 from dinfer.model.demo.task import FIRST_TRAINING_SEED, LANGUAGES, WORDINGS, Language, recall
 
 QUESTIONS = 8
-"""At most so many of a lesson's facts are asked for."""
+"""the most questions of one lesson"""
 
 IGNORED = -100
-"""The label that transformers leaves out of its loss."""
+"""the label that transformers' loss ignores"""
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """One sequence and its labels, equally long."""
+    """One sequence of token ids, and its labels, of the same length."""
 
     tokens: list[int]
     labels: list[int]
 
 
 def lesson(number: int, language: Language, facts: int, tokenizer: PreTrainedTokenizerFast) -> Lesson:
-    """The lesson of this number: so many facts, then questions for some of them in random order."""
+    """The lesson of this number: `facts` facts, then questions about some of them in random order."""
     told = recall(FIRST_TRAINING_SEED + number, language, facts).facts
     gap = WORDINGS[language].gap
     tokens: list[int] = tokenizer.encode(gap.join(fact.sentence for fact in told))
@@ -42,9 +42,9 @@ def lesson(number: int, language: Language, facts: int, tokenizer: PreTrainedTok
 
 
 def batch(first: int, facts: int, tokens: int, tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """Tokens and labels, each [lessons, length] and of about `tokens` tokens, of the lessons from `first` on.
+    """Token ids and labels of the lessons from `first` on, each [lessons, length], about `tokens` tokens in all.
 
-    The languages take turns; shorter lessons are padded at the end.
+    The languages alternate; shorter lessons are padded at the end.
     """
     longest = len(lesson(first, "en", facts, tokenizer).tokens)
     numbers = range(first, first + max(2, tokens // longest // 2 * 2))

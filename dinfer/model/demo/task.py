@@ -1,7 +1,7 @@
-"""The task of the demo model: codes of cities told in a prompt, then a question about one of them.
+"""The demo model's task: a prompt states the codes of cities, then asks for one of them.
 
-Plain Python, and a pure function of its seed: `recall(7, "en")` is the same prompt on every machine.
-The codes are random, so only the prompt holds the answer. `python -m dinfer.model.demo.task` prints a prompt.
+A prompt depends only on its seed: `recall(7, "en")` is the same on every machine. The codes are random, so only the
+prompt has the answer. `python -m dinfer.model.demo.task` prints a prompt.
 """
 
 from dataclasses import dataclass, replace
@@ -15,12 +15,12 @@ LANGUAGES: tuple[Language, ...] = ("en", "zh")
 FACTS = 16
 
 FIRST_TRAINING_SEED = 1 << 40
-"""Seeds from here on made the training data; prompts for use and for tests come from smaller ones."""
+"""the first seed of training data; prompts for use and for tests have smaller seeds"""
 
 
 @dataclass(frozen=True)
 class Wording:
-    """How one language states a fact and asks for it; `gap` stands before a code and between sentences."""
+    """How one language states a fact and asks for it; `gap` precedes a code and separates sentences."""
 
     names: tuple[str, ...]
     subject: str
@@ -73,19 +73,19 @@ class Fact:
 
     @property
     def question(self) -> str:
-        """The question for the code, with the beginning of its answer."""
+        """The question for the code, and the start of its answer."""
         wording = WORDINGS[self.language]
         return wording.question.format(subject=wording.subject.format(name=self.name), name=self.name)
 
     @property
     def answer(self) -> str:
-        """What the model should say after `question`, before it stops."""
+        """What the model should add to `question` before it ends the text."""
         return WORDINGS[self.language].gap + self.code
 
 
 @dataclass(frozen=True)
 class Recall:
-    """Facts, and which of them is asked for. Every fact has its own name and its own code."""
+    """Facts with different names and codes, and the index of the one asked for."""
 
     facts: tuple[Fact, ...]
     asked: int
@@ -102,13 +102,8 @@ class Recall:
         return self.facts[self.asked].answer
 
     def ask(self, index: int) -> "Recall":
-        """The same facts, asking for another one."""
+        """The same facts with a question for fact `index`."""
         return replace(self, asked=range(len(self.facts))[index])
-
-    def altered(self, code: str) -> "Recall":
-        """The same question, where the fact asked for holds another code."""
-        changed = replace(self.facts[self.asked], code=code)
-        return replace(self, facts=(*self.facts[: self.asked], changed, *self.facts[self.asked + 1 :]))
 
 
 def recall(seed: int, language: Language, facts: int = FACTS) -> Recall:
@@ -117,14 +112,14 @@ def recall(seed: int, language: Language, facts: int = FACTS) -> Recall:
     if not 1 <= facts <= len(names):
         raise ValueError(f"facts is {facts}; it must be from 1 to {len(names)}.")
     random = Random(seed)
-    told = random.sample(names, facts)
+    cities = random.sample(names, facts)
     codes = random.sample(range(1000), facts)
-    stated = (Fact(language, name, f"{code:03}") for name, code in zip(told, codes, strict=True))
+    stated = (Fact(language, name, f"{code:03}") for name, code in zip(cities, codes, strict=True))
     return Recall(tuple(stated), random.randrange(facts))
 
 
 def demo_prompt(language: Language = "en") -> Recall:
-    """The prompt that documentation and examples use: sixteen facts, the one asked for near the start."""
+    """The prompt of documentation and examples: 16 facts, with a question for one near the start."""
     return recall(0, language).ask(2)
 
 

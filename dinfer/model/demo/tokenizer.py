@@ -1,7 +1,6 @@
-"""Builds the demo model's tokenizer: a token for each word of the task and each digit, bytes for other text.
+"""Builds the demo model's tokenizer: a token for each word of the task and each digit, and bytes for other text.
 
-There are no merges: a piece of text that is not a known word becomes its bytes, so any text comes back
-unchanged.
+It has no merges: text that is not a known word becomes bytes, so any text can be encoded and decoded unchanged.
 """
 
 import re
@@ -21,7 +20,7 @@ DIGIT = r" ?[0-9]"
 
 
 def words() -> list[str]:
-    """The words and marks of the task that get a token of their own."""
+    """The words and punctuation marks of the task, which have a token each."""
     english = [f" {name}" for name in WORDINGS["en"].names]
     english += ["The", " The", " code", " of", " is", " What", " the"]
     chinese = [*WORDINGS["zh"].names, "的", "密码", "是", "多少", "。", "？"]
@@ -29,13 +28,13 @@ def words() -> list[str]:
 
 
 def pieces() -> str:
-    """The regular expression of what the text is cut into; what it does not match stays together."""
+    """A regular expression that splits text into words; text that it does not match stays together."""
     chinese = sorted((re.escape(word) for word in words() if not word.isascii()), key=len, reverse=True)
     return "|".join([DIGIT, ENGLISH, r"[.?]", *chinese])
 
 
 def vocabulary() -> dict[str, int]:
-    """Bytes, words and the two special tokens, in the byte-level spelling of `tokenizers`."""
+    """The token ids of bytes, words and the two special tokens, in the byte-level spelling of `tokenizers`."""
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     spelled = [spell.pre_tokenize_str(word)[0][0] for word in words()]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -43,7 +42,7 @@ def vocabulary() -> dict[str, int]:
 
 
 def build(positions: int) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model with so many positions."""
+    """The tokenizer of a model with `positions` positions."""
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary(), merges=[], ignore_merges=True))
     cut = pre_tokenizers.Split(Regex(pieces()), behavior="isolated")
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

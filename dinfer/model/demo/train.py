@@ -1,7 +1,7 @@
 """Trains the demo model and writes its checkpoint: `python -m dinfer.model.demo.train --out DIR --seed 0`.
 
-The same seed and number of threads give the same weights on the same machine. Training starts with two facts
-a prompt and goes on to more each time the model recalls those; without that it keeps guessing among them.
+The same seed and thread count give the same weights on the same machine. Training starts with two facts a prompt and
+adds more whenever the model recalls those; without this curriculum it keeps guessing among the facts.
 """
 
 import argparse
@@ -27,15 +27,15 @@ from dinfer.model.demo.tokenizer import build
 POSITIONS = 4096
 
 STEPS, LESSONS = 1_000_000, 1_000
-"""More than any training has of steps, and any step of lessons: no two share the number of a lesson."""
+"""above the steps of any training and the lessons of any step, so that all lessons have different numbers"""
 
 SCORED = 100
-"""Prompts in each language that the finished model is scored on."""
+"""prompts in each language for scoring the trained model"""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What training does; changing any of it changes the checkpoint."""
+    """The parameters of training."""
 
     learning_rate: float = 1.5e-3
     warmup: int = 50
@@ -51,9 +51,9 @@ class Recipe:
 
 @dataclass
 class Curriculum:
-    """How many facts a lesson has by now, and how fast to learn: more facts when the smoothed loss is small.
+    """The number of facts and the learning rate of each step: more facts when the smoothed loss is small.
 
-    Once the most facts are learned, the learning rate falls to zero over the last `polish` steps.
+    Once the model recalls the most facts, the learning rate falls to zero over the last `polish` steps.
     """
 
     recipe: Recipe
@@ -67,21 +67,21 @@ class Curriculum:
 
     @property
     def done(self) -> bool:
-        """Whether to stop: the last step is made, or there have been too many."""
+        """Whether to stop, after the last step or after too many."""
         return self.left == 0 or self.step == self.recipe.most_steps
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the next step: it rises at the start and falls at the end."""
+        """The learning rate of the next step: it rises at the start and falls at the end."""
         fading = 1.0 if self.left is None else self.left / self.recipe.polish
         return self.recipe.learning_rate * fading * min(1.0, (self.step + 1) / self.recipe.warmup)
 
     def draw(self, random: Random) -> int:
-        """The number of facts of the next batch: not always the most, lest fewer be forgotten."""
+        """The number of facts of the next batch: sometimes fewer, so that these are not forgotten."""
         return random.randint(max(self.recipe.first_facts, (self.facts + 1) // 2), self.facts)
 
     def learn(self, loss: float) -> None:
-        """Take in the loss of one step."""
+        """Update by the loss of one step."""
         self.step += 1
         self.smoothed += self.recipe.smoothing * (loss - self.smoothed)
         if self.left is not None:
@@ -90,7 +90,7 @@ class Curriculum:
             self.advance()
 
     def advance(self) -> None:
-        """Go on to more facts or, past the most, to the end of training."""
+        """Go on to more facts or, after the most, to the last steps."""
         if self.facts == self.recipe.most_facts:
             self.left = self.recipe.polish
         self.facts = min(self.facts + self.recipe.more_facts, self.recipe.most_facts)
@@ -98,7 +98,7 @@ class Curriculum:
 
 
 def shape(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
-    """Six layers with two KV heads; under 4 MiB in float32."""
+    """Six layers with two KV heads, under 4 MiB in float32."""
     return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -116,7 +116,7 @@ def shape(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
 
 
 def train(recipe: Recipe, seed: int, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """A trained model. Prints how far it is."""
+    """Train a model; prints progress."""
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(shape(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
@@ -153,14 +153,14 @@ def descend(
 
 
 def report(curriculum: Curriculum, seconds: float) -> None:
-    """Prints one line of progress."""
+    """Print one line of progress."""
     left = "" if curriculum.left is None else f", {curriculum.left} steps left"
     progress = f"{curriculum.facts} facts, loss {curriculum.smoothed:.3f}, {seconds:.0f} s{left}"
     print(f"step {curriculum.step}: {progress}", flush=True)
 
 
 def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Prints how many fresh prompts of each language the model answers rightly."""
+    """Print how many unseen prompts of each language the model answers correctly."""
     for language in LANGUAGES:
         good = sum(recalled(model, tokenizer, samples(SCORED, language)))
         print(f"recall {language}: {good} of {SCORED}", flush=True)

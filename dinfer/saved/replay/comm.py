@@ -1,5 +1,5 @@
-"""Peers: what answers a replayed rank in place of all others: what they sent, from the record. What it sends to them
-goes nowhere."""
+"""The transport of a replayed rank: it receives what its peers sent in the run, from the record. What it sends is
+dropped."""
 
 from collections.abc import Callable
 from time import monotonic_ns
@@ -14,22 +14,22 @@ from dinfer.transport.gloo import bytes_of
 from dinfer.transport.header import Header
 
 
-class Peers:
-    """A Comm for one rank alone. `positions`: where its lanes stand, which tells what they are about to receive, also
+class RecordedPeers:
+    """A Comm for one rank alone. `positions`: returns where its lanes stand, which tells what they receive next, also
     after they have gone back."""
 
     def __init__(self, recorded: RankRecord) -> None:
         self.rank, self.world_size = recorded.rank, recorded.plan.world_size
         self.positions: Callable[[], tuple[int, ...]] = lambda: recorded.positions
         self._recorded = recorded
-        self._taken: dict[Channel, Tensor] = {}
+        self._payloads: dict[Channel, Tensor] = {}
 
-    def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:  # noqa: ARG002 - nobody is there
+    def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:  # noqa: ARG002 - nobody receives
         return monotonic_ns()
 
     def recv_header(self, channel: Channel) -> bytes:
         op = self._expected(channel)
-        payload = self._taken[channel] = self._recorded.payload(op).contiguous()
+        payload = self._payloads[channel] = self._recorded.payload(op).contiguous()
         noted = self._recorded.noted.get((op.chunk, op.layer)) if op.what == "kv" else None
         tokens = payload.shape[0] if op.what == "kv" else payload.shape[1]
         return Header(
@@ -38,18 +38,18 @@ class Peers:
         ).pack()  # fmt: skip
 
     def recv_payload(self, channel: Channel, out: Tensor) -> None:
-        payload = self._taken.pop(channel)
+        payload = self._payloads.pop(channel)
         out.view(-1).view(torch.uint8).copy_(bytes_of(payload))
 
     def all_gather(self, data: bytes) -> list[bytes]:
-        """The others say what this rank says; whoever replays it compares that with the record."""
+        """The peers answer what this rank says; the replay compares that with the record."""
         return [data] * self.world_size
 
     def close(self) -> None:
-        """There is nothing to give up."""
+        """Nothing to close."""
 
     def _expected(self, channel: Channel) -> Op:
-        """The recv at which a lane stands on this channel."""
+        """The next op of the lane that receives on this channel."""
         for lane, at in zip(self._recorded.plan.lanes[self.rank], self.positions(), strict=True):
             if (
                 at < len(lane.ops)
@@ -57,4 +57,4 @@ class Peers:
                 and channel_of(self.rank, lane.ops[at]) == channel
             ):
                 return lane.ops[at]
-        raise RecordError(f"nothing that rank {channel.source} sent is expected here now.")
+        raise RecordError(f"no lane receives from rank {channel.source} now.")

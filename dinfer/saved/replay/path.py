@@ -1,5 +1,5 @@
-"""Way: the positions through which one rank alone is stepped: those that the steps of the whole run gave it, as far as
-it was recorded. Pure."""
+"""The positions through which a replay steps one rank: those that the steps of the whole run gave it, as far as it was
+recorded. Pure."""
 
 from bisect import bisect_left, bisect_right
 from functools import cached_property
@@ -9,11 +9,11 @@ from dinfer.plan.ops import PlanError, Value
 from dinfer.plan.plan import Plan
 
 LanePositions = tuple[int, ...]
-"""of one rank, by lane"""
+"""how many ops of each lane of one rank have ended"""
 
 
 def is_inside(one: LanePositions, other: LanePositions) -> bool:
-    """Whether one has nothing that the other has not."""
+    """Whether no lane of `one` is further than in `other`."""
     return all(a <= b for a, b in zip(one, other, strict=True))
 
 
@@ -26,7 +26,7 @@ def upper(one: LanePositions, other: LanePositions) -> LanePositions:
 
 
 class ReplayPath:
-    """Of one rank, from its start to `reach`."""
+    """The steps of one rank, from its start to `reach`."""
 
     def __init__(self, plan: Plan, rank: int, reach: LanePositions) -> None:
         self.plan, self.rank, self.reach = plan, rank, reach
@@ -34,23 +34,24 @@ class ReplayPath:
         self._chains: dict[Unit, list[LanePositions]] = {}
 
     def next(self, at: LanePositions, unit: Unit) -> LanePositions:
-        """One step on; the same positions at the end."""
+        """The positions one step on; `at` itself at the end."""
         chain = self.chain(unit)
         ahead = bisect_left(chain, True, key=lambda link: not is_inside(link, at))
         return upper(at, chain[ahead]) if ahead < len(chain) else at
 
     def previous(self, at: LanePositions, unit: Unit) -> LanePositions:
-        """One step back; the same positions at the start."""
+        """The positions one step back; `at` itself at the start."""
         chain = self.chain(unit)
         behind = bisect_right(chain, False, key=lambda link: not is_inside(link, at) or link == at)
         return chain[behind - 1] if behind else at
 
     def after_block(self, chunk: int, layer: int) -> LanePositions:
-        """Just after that block is everywhere, or where the record ends before. Raises PlanError for no such block."""
+        """The positions once that block is on every rank, or where the record ends. Raises PlanError for an unknown
+        block."""
         return lower(self._cuts.after_block(chunk, layer)[self.rank], self.reach)
 
     def chain(self, unit: Unit) -> list[LanePositions]:
-        """From start to reach, each link further than the one before."""
+        """All positions of that unit's steps, from start to reach."""
         if unit not in self._chains:
             links = self._single() if unit == "op" else [cut[self.rank] for cut in self._cuts.chain(unit)]
             clipped = [lower(link, self.reach) for link in links]
@@ -67,7 +68,7 @@ class ReplayPath:
             ) from None
 
     def _single(self) -> list[LanePositions]:
-        """One op after another, in an order that this rank could take: what another lane needs first comes first."""
+        """One op after another, in an order in which this rank could run them: what other lanes need comes first."""
         lanes, at, made = self.plan.lanes[self.rank], list(self.start), set[Value]()
         links = [self.start]
         while tuple(at) != self.reach:

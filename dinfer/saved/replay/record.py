@@ -1,4 +1,4 @@
-"""Recorded: all that one rank needs to run again alone, bit for bit, up to where it stood. Nothing here runs."""
+"""The record of one rank: all that it needs to run again alone, bit for bit, up to where it stood. Runs nothing."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from dinfer.results import moved_text
 
 
 class RecordError(DinferError, RuntimeError):
-    """A rank cannot be replayed, or not from there on: what was recorded does not do, or does not fit."""
+    """A rank cannot be replayed, or no further: something was not recorded, or is not of this run."""
 
 
 @dataclass(frozen=True)
 class Own:
-    """What a rank knows of its own doings, beside what it holds. The fields are those of Recorded."""
+    """What a rank knows besides its KV. The fields are those of RankRecord."""
 
     device: str
     tokens: tuple[int, ...]
@@ -38,15 +38,15 @@ class Own:
 class RankRecord:
     """One rank of a run.
 
-    `checkpoint`: the fingerprint of what `config.model_path` held; `dtype`, `device`: what this rank computed in, and
-    where; `ids`: the prompt; `tokens`: the new ones. `positions`: where the rank's lanes stood, by lane; `begun`:
-    whether the next op of each had begun, which is run again if it is one that computes.
+    `checkpoint`: the fingerprint of the checkpoint; `dtype`, `device`: those that this rank computed in and on; `ids`:
+    the prompt's tokens; `tokens`: the new ones. `positions`: by lane, how many ops had ended; `begun`: whether the next
+    op had begun, which is then run again if it computes.
 
-    `hidden`: by chunk and layer, the states that entered this rank, [1, tokens, hidden_size]; `final`: the normed one
-    of the prompt's last token, [1, 1, hidden_size], if another rank made it. `block(chunk, layer)`, [tokens, 2,
-    kv_heads, head_dim], gives blocks that came from other ranks, and raises KeyError for one that was not recorded.
-    `noted`: what this rank's ledger said of blocks, also its own. `edits`: what the user had changed here by hand, in
-    order; `faults`: those that were armed and have struck here; `failure`: how the run failed, if it did.
+    `hidden`: by chunk and layer, the hidden states that this rank received, [1, tokens, hidden_size]; `final`: the
+    normed one of the prompt's last token, [1, 1, hidden_size], if another rank computed it. `block(chunk, layer)` gives
+    a block that this rank received, [tokens, 2, kv_heads, head_dim], and raises KeyError if it was not recorded.
+    `noted`: the rank's ledger, of all blocks. `edits`: what the user had changed here by hand, in order; `faults`:
+    those that have struck here; `failure`: how the run failed, "" if it did not.
     """
 
     name: str
@@ -70,7 +70,7 @@ class RankRecord:
 
     @property
     def reach(self) -> tuple[int, ...]:
-        """How far a replay may go, by lane: to where the rank stood, and through an op that computes and had begun."""
+        """By lane, how far a replay may go: to where the rank stood, and through an op that computes and had begun."""
         lanes = self.plan.lanes[self.rank]
         return tuple(
             at + (begun and at < len(lane.ops) and not lane.ops[at].is_transfer)
@@ -79,7 +79,7 @@ class RankRecord:
 
     @property
     def faults_again(self) -> tuple[Fault, ...]:
-        """Those that must strike again: what they have done to blocks that came is in what was recorded of them."""
+        """The faults that must strike again. What faults did to received blocks is in the record of these blocks."""
         owners = self.plan.shape.owners
         return tuple(
             fault
@@ -89,7 +89,7 @@ class RankRecord:
         )
 
     def payload(self, op: Op) -> Tensor:
-        """What came in this recv. Raises RecordError where that was not recorded."""
+        """What this recv has received. Raises RecordError if it was not recorded."""
         found: Tensor | None = None
         if op.what == "hidden":
             found = self.hidden.get((op.chunk, op.layer))
@@ -108,22 +108,22 @@ class RankRecord:
 
 
 def check_rank(rank: int, plan: Plan) -> None:
-    """Raises PlanError for a rank that there is not."""
+    """Raises PlanError for an unknown rank."""
     if not 0 <= rank < plan.world_size:
         raise PlanError(f"rank is {rank}; the ranks of this run are 0 to {plan.world_size - 1}.")
 
 
 def check_states(recorded: RankRecord) -> None:
-    """Raises RecordError where a hidden state that entered this rank is missing, or one has another dtype."""
-    came = entered(recorded.plan, recorded.rank, recorded.positions)
-    missing = [op for op in came if (op.what == "final" and recorded.final is None)]
-    missing += [op for op in came if op.what == "hidden" and (op.chunk, op.layer) not in recorded.hidden]
+    """Raises RecordError if a hidden state that this rank received is missing, or has another dtype."""
+    received = entered(recorded.plan, recorded.rank, recorded.positions)
+    missing = [op for op in received if (op.what == "final" and recorded.final is None)]
+    missing += [op for op in received if op.what == "hidden" and (op.chunk, op.layer) not in recorded.hidden]
     if missing:
         few = ", ".join(str(op.value) for op in missing[:3])
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise RecordError(
-            f"what entered rank {recorded.rank} was not recorded: {few}{more}. Record the hidden states too, or replay "
-            "the run while its ranks still hold them."
+            f"some of what rank {recorded.rank} received was not recorded: {few}{more}. Save the run with "
+            "hidden=True, or replay it while its ranks still hold them."
         )
     states = [*recorded.hidden.values(), *([] if recorded.final is None else [recorded.final])]
     if wrong := {one.dtype for one in states} - {getattr(torch, recorded.dtype)}:
@@ -134,7 +134,7 @@ def check_states(recorded: RankRecord) -> None:
 
 
 def entered(plan: Plan, rank: int, positions: tuple[int, ...]) -> list[Op]:
-    """The recvs of states, hidden or final, that have ended on a rank that stands there."""
+    """The recvs of hidden states that have ended on a rank at these positions."""
     return [op for op in _received(plan, rank, positions) if op.what != "kv"]
 
 
@@ -153,12 +153,12 @@ def _name(dtype: torch.dtype) -> str:
 
 
 SHOWN = 12
-"""ops that are told one by one"""
+"""up to so many ops are listed one by one"""
 
 
 @dataclass(frozen=True, repr=False)
 class Went(Displayable):
-    """What one call did: positions before and after, by lane, and that in words."""
+    """What one call did: the positions before and after, by lane, and in words."""
 
     rank: int
     before: tuple[int, ...]
@@ -176,7 +176,7 @@ class Went(Displayable):
 
 
 def ended_text(recorded: RankRecord) -> str:
-    """Where the rank stood, and why nothing more can be replayed."""
+    """Where the rank stood, so that nothing more can be replayed."""
     lanes = zip(recorded.plan.lanes[recorded.rank], recorded.positions, recorded.begun, strict=True)
     ahead = [(lane.ops[at], begun) for lane, at, begun in lanes if at < len(lane.ops)]
     if not ahead:
@@ -187,8 +187,8 @@ def ended_text(recorded: RankRecord) -> str:
 
 
 def late_edits(recorded: RankRecord) -> list[str]:
-    """Of hidden states that entered the rank and were edited once its layer had computed with them: what they had been
-    is nowhere, so what was made of them before comes out otherwise."""
+    """Notes on hidden states that were edited after their layer had run: their first values are not recorded, so the
+    replay of that layer differs."""
     found = []
     for edit in recorded.edits:
         lanes = zip(recorded.plan.lanes[recorded.rank], edit.positions, strict=True)
@@ -203,16 +203,20 @@ def late_edits(recorded: RankRecord) -> list[str]:
 
 
 def left_out(recorded: RankRecord) -> list[str]:
-    """Of faults that cannot be repeated."""
-    return [f"in the run, and not here: fault {one}" for one in recorded.faults if one.kind == "append_twice"]
+    """Notes on faults that cannot be repeated."""
+    return [
+        f"a fault of the run that is not repeated here: {one}"
+        for one in recorded.faults
+        if one.kind == "append_twice"
+    ]
 
 
 def differs_text(op: Op) -> str:
-    """Of a block whose bytes are not those that the rank's ledger told of in the run."""
+    """A note on a block whose bytes are not those in the rank's ledger of the run."""
     block = f"block c{op.chunk} l{op.layer}"
     if op.kind == "layer":
         return (
-            f"{block} comes out here with other bytes than in the run (another machine, version of torch, device or "
+            f"{block} has other bytes here than in the run (another machine, version of torch, device or "
             "number of threads, other weights, or a fault that was armed there)"
         )
-    return f"{block} as it was recorded is not what had come from rank {op.peer}: it has changed since"
+    return f"{block} as it was recorded is not what rank {op.peer} had sent: it has changed since"

@@ -1,11 +1,14 @@
 """Replay: one rank of a run alone, stepped as a run is, from what was recorded of it, up to where it stood.
 
-The ordinary engine runs; what its peers sent comes from the record. Every block is compared with what the rank's ledger
-said of it in the run, and every new token with the run's: where they differ, the replay says so.
+The ordinary engine runs; what its peers sent comes from the record. Every block is compared with the rank's ledger of
+the run, and every new token with the run's; `notes` say where they differ.
 """
 
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
@@ -15,15 +18,14 @@ from dinfer.engine.corruption import Corruption
 from dinfer.engine.engine import Engine
 from dinfer.errors import NotPossible
 from dinfer.kv.digests import as_numbers
-from dinfer.model.checkpoint import check
+from dinfer.model.checkpoint import check, fingerprint
 from dinfer.model.decoder import Decoder
 from dinfer.model.errors import ModelError
-from dinfer.model.fingerprint import fingerprint
 from dinfer.plan.cut import Unit, count_of, unit_of
 from dinfer.plan.ops import Op
 from dinfer.rank.decode import Tokens
 from dinfer.results import Decoded, Where
-from dinfer.saved.replay.comm import Peers
+from dinfer.saved.replay.comm import RecordedPeers
 from dinfer.saved.replay.path import LanePositions, ReplayPath, is_inside, lower, upper
 from dinfer.saved.replay.record import (
     SHOWN,
@@ -38,13 +40,16 @@ from dinfer.saved.replay.record import (
     left_out,
 )
 from dinfer.trace.events import Event
+from dinfer.transport.gate import FreeGate
 from dinfer.verdict.where import moved_lines, rank_text
+
+T = TypeVar("T")
 
 
 def decoder_of(
     recorded: RankRecord, model_path: str = "", device: str = "", given: Decoder | None = None
 ) -> Decoder:
-    """The recorded run's checkpoint, loaded here, unless it is `given`. Raises RecordError."""
+    """The recorded run's checkpoint, loaded here unless it is `given`. Raises RecordError."""
     path = str(given.spec.path) if given else model_path or recorded.config.model_path
     try:
         found = fingerprint(check(path))
@@ -71,17 +76,41 @@ def _device_like(recorded: str) -> str:
     return "cuda:0" if recorded.startswith("cuda") and torch.cuda.is_available() else "cpu"
 
 
+class _ReplayGate(FreeGate):
+    """Knows when all lanes have begun."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._coming: set[str] = set()
+
+    def enroll(self, thread: str) -> None:
+        self._coming.add(thread)
+
+    def wait(self, claim: Callable[[], T | None], timeout: float | None = None) -> T | None:
+        name = threading.current_thread().name
+        if name in self._coming:
+            with self.change():
+                self._coming.discard(name)
+        return super().wait(claim, timeout)
+
+    def wait_for_lanes(self) -> None:
+        """Until every lane waits for its first op."""
+        self.wait(lambda: None if self._coming else True)
+
+
 TOKEN = "token"
 
 CLOSED = "this replay is closed: replay the rank again"
 
 
 class Replay(Displayable, Closing):
-    """`engine` is the rank's engine, as under `%%px`; `notes` say where this is not the run bit for bit.
+    """What `run.replay` returns. `engine` is the rank's engine, as under `%%px`; `notes` say where this is not the run
+    bit for bit.
 
-    An op that raises does so here, with its own error as the cause; what is called next begins anew and goes to where
-    it is sent. This process then computes on as many CPU threads as the rank did. Raises RecordError where the record
-    does not do.
+    An op that fails raises OpFailed here, with its own error as the cause; the next call starts again from the first op
+    and goes to where it is sent. The replay computes on as many CPU threads as the rank did, on which the last bits of
+    its values depend; the rest of this process keeps its own number of threads. Raises RecordError if the record lacks
+    something.
     """
 
     def __init__(
@@ -98,59 +127,60 @@ class Replay(Displayable, Closing):
         self.recorded, self.rank, self.plan = recorded, recorded.rank, recorded.plan
         self.notes = [*late_edits(recorded), *left_out(recorded)]
         self.decoder: Decoder = decoder_of(recorded, model_path, device, decoder)
-        self._way = ReplayPath(recorded.plan, recorded.rank, recorded.reach)
-        self._peers = Peers(recorded)
-        torch.set_num_threads(recorded.config.threads or torch.get_num_threads())
+        self._path = ReplayPath(recorded.plan, recorded.rank, recorded.reach)
+        self._peers = RecordedPeers(recorded)
+        self._gate = _ReplayGate()
         self.engine = self._new_engine()
         self._begin()
 
     # -- moving
 
     def step(self, unit: Unit | str = "layer", n: int = 1) -> Went | Decoded:
-        """Move on by `n` units, as a run does: to the next of its cuts in which this rank does something."""
+        """Move on by `n` units, as a run does; steps in which this rank does nothing are skipped."""
         if unit == TOKEN:
             return self.decode(count_of(n))
-        return self._go(self._repeated(self._way.next, unit_of(unit), count_of(n)))
+        return self._go(self._repeated(self._path.next, unit_of(unit), count_of(n)))
 
     def step_back(self, unit: Unit | str = "layer", n: int = 1) -> Went | Decoded:
-        """Go back by `n` units; what follows is computed anew."""
+        """Go back by `n` units; what follows is computed again."""
         if unit == TOKEN:
             self._tokens.back_to(max(0, len(self.tokens) - count_of(n)))
             del self._texts[len(self.tokens) :]
             return Decoded((), "", False, len(self.tokens))
-        return self._go(self._repeated(self._way.previous, unit_of(unit), count_of(n)))
+        return self._go(self._repeated(self._path.previous, unit_of(unit), count_of(n)))
 
     def run_to(self, chunk: int, layer: int) -> Went:
-        """Stop where this rank does in a run that stands just after that block; forward or back."""
-        return self._go(self._way.after_block(chunk, layer))
+        """Go, forward or back, to where this rank stands once that block is on every rank of a run."""
+        return self._go(self._path.after_block(chunk, layer))
 
     def resume(self) -> Went:
-        """Go to where the rank stood in the run; returns when it is there."""
-        return self._go(self._way.reach)
+        """Go to where the rank stood in the run. Returns once it is there."""
+        return self._go(self._path.reach)
 
     def restart(self) -> Where:
-        """Begin anew, before the first op."""
+        """Go back to before the first op."""
         self._begin()
         return self.where()
 
     def decode(self, max_new_tokens: int | None = None) -> Decoded:
-        """Run prefill to its end if need be, then decode that many of the recorded tokens, by default all left.
-        Asked for more, it also makes the token that follows: the one in which a run has failed that failed in decode.
+        """Run prefill to its end if necessary, then decode that many of the recorded tokens, by default all that are
+        left. Asked for more, it also makes the next token: the one at which a run failed that failed in decode.
 
-        Raises RecordError where prefill was not done in the run, or a token comes out otherwise than there, and what
-        decode raises.
+        Raises RecordError if the run had not ended prefill, or if a token differs from the run's, and what decode
+        raises.
         """
-        self._go(self._way.reach)
+        self._go(self._path.reach)
         if not self.engine.executor.is_done():
             raise RecordError(f"the run had not ended prefill: {self._ended()}")
         before, recorded = len(self.tokens), len(self.recorded.tokens)
         wanted = recorded if max_new_tokens is None else min(recorded + 1, before + count_of(max_new_tokens))
         self._tokens.limit_to(max(before, wanted))
-        said = self._tokens.run(self._took)
+        with self._rank_threads():
+            answer = self._tokens.run(self._add_token)
         new = self.tokens[before:]
-        remark = "" if new else f"no more than {recorded} new tokens were recorded"
+        remark = "" if new else _no_tokens_text(recorded)
         text = "".join(self._texts[before:])
-        return Decoded(tuple(new), text, bool(said["ended"]), before + len(new), remark)
+        return Decoded(tuple(new), text, bool(answer["ended"]), before + len(new), remark)
 
     # -- looking
 
@@ -166,20 +196,20 @@ class Replay(Displayable, Closing):
 
     @property
     def hidden(self) -> dict[tuple[int, int], torch.Tensor]:
-        """Hidden states at hand: [chunk, layer] → [1, tokens, hidden_size] before that layer."""
+        """Hidden states that are kept: [chunk, layer] → [1, tokens, hidden_size] before that layer."""
         return self.engine.hidden
 
     @property
     def at_end(self) -> bool:
         """Whether it stands where the rank did."""
-        return self._positions() == self._way.reach
+        return self._positions() == self._path.reach
 
     def kv(self, layer: int) -> LayerKV:
-        """What the rank holds of a layer's KV here. Raises ValueError."""
+        """The KV of a layer that this replay holds. Raises ValueError."""
         return self.engine.kv(layer)
 
     def where(self) -> Where:
-        """Where it stands, and what is not as in the run."""
+        """Where it stands, and how it differs from the run."""
         if self._closed:
             return Where("closed", f"rank {self.rank}: {CLOSED}")
         failure, stand = self.engine.executor.failure, self.engine.executor.stand()
@@ -201,8 +231,8 @@ class Replay(Displayable, Closing):
     # -- within
 
     def _new_engine(self) -> Engine:
-        """Whatever the plan was, it has run: and here nobody waits for anybody. It ends with this replay, which it
-        therefore knows weakly."""
+        """The plan need not be proved here: it has run, and a rank alone waits for nobody. The engine's callbacks refer
+        to this replay weakly, so that both can be collected."""
         config = self.recorded.config.with_(unsafe=True, backend="gloo", on_corruption="record")
         compare, note = weakref.WeakMethod(self._compare), weakref.WeakMethod(self._note_corrupt)
 
@@ -214,14 +244,28 @@ class Replay(Displayable, Closing):
             if found := note():
                 found(corrupt)
 
-        engine = Engine(self.decoder, self._peers, config, on_op=on_op, on_corrupt=on_corrupt)
+        engine = Engine(
+            self.decoder, self._peers, config, on_op=on_op, on_corrupt=on_corrupt, gate=self._gate
+        )
         weakref.finalize(
             self, engine.release
-        ).atexit = False  # nobody may close it, and its threads hold it all
+        ).atexit = False  # if nobody closes it: its threads would keep it alive
         return engine
 
+    @contextmanager
+    def _rank_threads(self) -> Iterator[None]:
+        """Have this thread, and those that begin meanwhile, compute on as many CPU threads as the rank did."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.recorded.config.threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
     def _begin(self) -> None:
-        executor = self.engine.prepare(self.recorded.ids, plan=self.plan)
+        with self._rank_threads():
+            executor = self.engine.prepare(self.recorded.ids, plan=self.plan)
+            self._gate.wait_for_lanes()  # each takes over the number of CPU threads when it begins
         self._peers.positions = lambda: executor.stand().positions
         self.engine.prompt.state.faults.arm(self.recorded.faults_again, lambda _: None)
         self._applied = 0
@@ -250,7 +294,7 @@ class Replay(Displayable, Closing):
             executor.wait(lambda: not any(executor.stand().started))
         else:
             self._begin()
-        edited = list(self.engine.prompt.look())
+        edited = list(self.engine.prompt.new_edits())
         if not is_inside(self._positions(), target):
             self._back(target)
         for edit in self.recorded.edits[self._applied :]:
@@ -260,19 +304,20 @@ class Replay(Displayable, Closing):
             self._apply(self._applied)
         self._forward(lower(target, self.recorded.positions))  # before what had not ended, and may fail again
         self._forward(target)
-        if target != self._way.reach or before != target:
+        if target != self._path.reach or before != target:
             self._forget_tokens()
-        return self._told(before, target, edited)
+        return self._went(before, target, edited)
 
     def _back(self, target: LanePositions) -> None:
-        """Edits that came later than `target` must not be seen there: then all begins anew."""
+        """Edits later than `target` must not be visible there: if there are any, start again from the first op."""
         if any(not is_inside(edit.positions, target) for edit in self.recorded.edits[: self._applied]):
             self._begin()
         else:
-            self.engine.prompt.rewind(self._cut(lower(self._positions(), target)))
+            with self._rank_threads():  # it computes hidden states anew
+                self.engine.prompt.rewind(self._cut(lower(self._positions(), target)))
 
     def _forward(self, target: LanePositions) -> None:
-        """To there on every lane that is not further yet."""
+        """Move every lane that is not further yet to there."""
         prompt, executor = self.engine.prompt, self.engine.executor
         target = upper(target, self._positions())
         prompt.go(self._cut(target))
@@ -283,21 +328,21 @@ class Replay(Displayable, Closing):
             raise
 
     def _apply(self, number: int) -> None:
-        """What the user had changed by hand when the rank stood here."""
+        """Repeat what the user changed by hand when the rank stood here."""
         state = self.engine.prompt.state
         for key, block in self.recorded.edits[number].kv.items():
             state.block(*key).copy_(block)
         for key, hidden in self.recorded.edits[number].hidden.items():
             state.hidden[key] = hidden.to(self.decoder.device, copy=True)
-        self.engine.prompt.look()
+        self.engine.prompt.new_edits()
         self._applied = number + 1
 
     def _cut(self, mine: LanePositions) -> tuple[LanePositions, ...]:
-        """A cut of all ranks, of which only this one is looked at."""
+        """A cut of all ranks, of which only this rank's part matters."""
         starts = [tuple(0 for _ in lanes) for lanes in self.plan.lanes]
         return tuple(mine if rank == self.rank else start for rank, start in enumerate(starts))
 
-    def _told(self, before: LanePositions, after: LanePositions, edited: list[str]) -> Went:
+    def _went(self, before: LanePositions, after: LanePositions, edited: list[str]) -> Went:
         ops = ops_between(self.engine.executor, before, after)
         if ops and len(ops) <= SHOWN and is_inside(before, after):
             lines = tuple(f"rank {self.rank}: {line}" for line in op_lines(self.engine.prompt.state, ops))
@@ -308,7 +353,7 @@ class Replay(Displayable, Closing):
             if self.at_end
             else ""
             if before != after
-            else "nothing to do: it stands at the start"
+            else "nothing to do: the rank stands at the start"
         )
         return Went(self.rank, before, after, lines, remark, tuple(edited))
 
@@ -333,8 +378,8 @@ class Replay(Displayable, Closing):
         if text not in self.notes:
             self.notes.append(text)
 
-    def _took(self, count: int, token: int, text: str) -> None:
-        """Raises RecordError where the run had another one."""
+    def _add_token(self, count: int, token: int, text: str) -> None:
+        """Raises RecordError if the run's token is another one."""
         self._texts.append(text)
         tokens, number = self.recorded.tokens, count - 1
         if number == len(tokens):
@@ -342,3 +387,9 @@ class Replay(Displayable, Closing):
         elif token != tokens[number]:
             self._note(f"new token {number} is {token} here; in the run it was {tokens[number]}")
             raise RecordError(f"this replay of rank {self.rank} is not the run: {listed(self.notes)}")
+
+
+def _no_tokens_text(recorded: int) -> str:
+    if not recorded:
+        return "this run was recorded before decode: it has no new tokens"
+    return f"only {recorded} new tokens were recorded, and all are here"

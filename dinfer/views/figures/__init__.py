@@ -1,1 +1,1 @@
-"""Figures: pure functions from a trace to a plotly figure. Numbers come from `trace/`; nothing here works any out."""
+"""Figures: pure functions from a trace to a plotly figure. The numbers come from `dinfer.trace`."""

@@ -1,4 +1,4 @@
-"""Exposure: what each rank's prefill went into, and how much of its communication no computing hid."""
+"""Exposure: how each rank spent its prefill, and how much of its communication was not hidden by compute."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ STRIPES = {"fgcolor": WIRE, "fgopacity": 1, "solidity": 0.25, "size": 9}
 
 
 def exposure(trace: Trace, *, dark: bool = False) -> go.Figure:
-    """A bar a rank, in parts of its prefill."""
+    """A bar per rank, divided into parts of its prefill."""
     found = shares(trace).ranks
     figure = go.Figure([_bar(found, *part) for part in PARTS])
     figure.update_xaxes(title={"text": "part of the rank's prefill"}, ticksuffix=" %", range=[0, 100])

@@ -1,6 +1,6 @@
-"""Gantt: what each lane did when: compute, wait, transfer; and bubbles, in which there was nothing to do.
+"""Gantt: what each lane did over time: compute, wait, transfer, or bubbles, with nothing to do.
 
-One line with gaps for each of these, however many ops there are; ops too short to be seen apart are one piece.
+Each of these is a single line with gaps, however many ops there are; ops too short to be distinguished are merged.
 """
 
 from collections import defaultdict
@@ -18,15 +18,15 @@ from dinfer.trace.transfers import transfers
 from dinfer.views.figures.style import BUBBLE, COMPUTE, WAIT, WIRE, styled
 
 COLOURS = {"open": BUBBLE, "bubble": BUBBLE, "wait": WAIT, "transfer": WIRE, "compute": COMPUTE}
-"""in the order in which they are drawn; `open`: a recv to which nothing has been sent, as a thin line"""
+"""in the order of drawing; `open`: a recv to which nothing has been sent yet, as a thin line"""
 
 THIN = 0.2
 
 BRIDGED = 25
-"""how much coarser the thin lines are, which lie under all others"""
+"""how much coarser the thin lines are merged, which lie under all others"""
 
 FINE = 4000
-"""into how many parts the time is divided: two ops that lie in one part are not told apart"""
+"""time steps of the figure; ops within one step are merged"""
 
 MOST_ROWS = 42
 
@@ -34,7 +34,7 @@ IDLE = "nothing to do until another rank has computed"
 
 
 class Piece(NamedTuple):
-    """A coloured stretch of one row. Nanoseconds since the run began."""
+    """A coloured stretch of a row, in nanoseconds since the run began."""
 
     start: int
     end: int
@@ -52,7 +52,7 @@ Offered = dict[tuple[object, ...], int]
 
 
 def gantt(trace: Trace, *, dark: bool = False) -> go.Figure:
-    """Lanes over time, pauses left out; with many ranks, lanes of one kind share a row."""
+    """Lanes over time, without pauses; with many ranks, lanes of one kind share a row."""
     trace = without_pauses(trace)
     rows = rows_of(trace)
     found = pieces(trace)
@@ -72,7 +72,7 @@ def gantt(trace: Trace, *, dark: bool = False) -> go.Figure:
 
 
 def rows_of(trace: Trace) -> list[GanttRow]:
-    """A row for each lane, a rank's compute first; where those are too many, one for each kind of lane."""
+    """A row per lane, each rank's compute first; if these are too many, a row per rank and kind of lane."""
     lanes = sorted({(event.rank, event.lane) for event in trace.prefill()}, key=_order)
     if len(lanes) <= MOST_ROWS:
         return lanes
@@ -80,7 +80,7 @@ def rows_of(trace: Trace) -> list[GanttRow]:
 
 
 def pieces(trace: Trace) -> Pieces:
-    """What to draw, with what cannot be told apart put together."""
+    """The pieces to draw, those too short to be distinguished merged."""
     rows, began, offered = rows_of(trace), trace.began, _offered(trace)
     found: Pieces = {colour: defaultdict(list) for colour in COLOURS}
     for event in trace.prefill():
@@ -101,7 +101,7 @@ def pieces(trace: Trace) -> Pieces:
 
 
 def joined(some: Iterable[Piece], fine: int) -> list[Piece]:
-    """Neighbours shorter than `fine` that lie closer than `fine`, as one."""
+    """Merge neighbours that are shorter than `fine` and closer than `fine`."""
     found: list[Piece] = []
     for piece in sorted(some):
         last = found[-1] if found else None
@@ -120,7 +120,7 @@ def joined(some: Iterable[Piece], fine: int) -> list[Piece]:
 
 
 def op_text(event: Event) -> str:
-    """For example `send kv c3 l5 → 1`, as far as it is known."""
+    """For example `send kv c3 l5 → 1`."""
     arrow = "→" if event.kind == "send" else "←"
     words = [
         event.kind,
@@ -146,7 +146,7 @@ def _parts(event: Event, offered: Offered) -> Iterator[tuple[str, int, int]]:
 
 
 def _offered(trace: Trace) -> Offered:
-    """For each recv, from when on there was something to receive."""
+    """For each recv, when there was something to receive."""
     return {(*one.link, one.what, one.chunk, one.layer, one.end): one.offered for one in transfers(trace)}
 
 
@@ -155,7 +155,7 @@ def _key(event: Event) -> tuple[object, ...]:
 
 
 def _is_short(piece: Piece, fine: int) -> bool:
-    """One op that is short, or several that were."""
+    """Whether it is a short op, or merged ops."""
     return piece.ops > 1 or piece.end - piece.start < fine
 
 

@@ -1,4 +1,4 @@
-"""Latency: how long transfers took, by link: over time, as a distribution, by layer."""
+"""Latency of transfers by link: over time, as a distribution, by layer."""
 
 from collections.abc import Callable, Sequence
 from math import ceil, floor, log10
@@ -24,7 +24,7 @@ from dinfer.trace.transfers import (
 from dinfer.views.figures.style import SCALE, link_line, link_marker, link_name, styled
 
 PER_LINK = 400
-"""points of one link in one plot; beyond that, the slowest of every few"""
+"""points per link and plot; of more transfers, the slowest of every few"""
 
 STEPS = 200
 
@@ -37,8 +37,8 @@ PARTS: tuple[tuple[str, Callable[[Transfer], int]], ...] = (
 
 
 def latency(trace: Trace, *, dark: bool = False, per_link: int = PER_LINK) -> go.Figure:
-    """Each transfer as two points over the time at which it arrived, pauses left out: on the wire, and waiting for the
-    peer; of each link no more than `per_link`, the slowest of every few."""
+    """Each transfer as two points, on the wire and waiting for the peer, over its time of arrival, without pauses. At
+    most `per_link` transfers of a link: the slowest of every few."""
     trace = without_pauses(trace)
     links = by_link(transfers(trace))
     figure = make_subplots(
@@ -57,7 +57,7 @@ def latency(trace: Trace, *, dark: bool = False, per_link: int = PER_LINK) -> go
 
 
 def distribution(trace: Trace, *, dark: bool = False) -> go.Figure:
-    """For each link, which part of its transfers took no longer than so many milliseconds."""
+    """The cumulative distribution of each link's transfer times, in milliseconds."""
     links = by_link(transfers(trace))
     names = [name for name, _ in PARTS]
     figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04, column_titles=names)
@@ -72,7 +72,7 @@ def distribution(trace: Trace, *, dark: bool = False) -> go.Figure:
 
 
 def layers(trace: Trace, *, dark: bool = False) -> go.Figure:
-    """The 99th percentile of latency, waiting and wire together, of each link and layer."""
+    """The 99th percentile of latency, waiting plus wire, by link and layer."""
     found = {
         key: spread(one.latency for one in some) for key, some in by_link_and_layer(transfers(trace)).items()
     }
@@ -120,7 +120,7 @@ def _points(
 def _steps(
     links: Sequence[Link], link: Link, found: list[Transfer], part: str, take: Callable[[Transfer], int]
 ) -> go.Scatter:
-    """From nothing up to all of them, so that a single transfer is a line as well."""
+    """From 0 % up, so that a single transfer is a line too."""
     ordered = sorted(map(take, found))
     shares = np.linspace(0, 1, min(STEPS, len(ordered)) + 1)
     values = [ordered[0], *(percentile(ordered, share) for share in shares[1:].tolist())]
@@ -137,8 +137,7 @@ def _steps(
 
 
 def slowest(found: list[Transfer], take: Callable[[Transfer], int], most: int) -> list[Transfer]:
-    """The transfers, or where there are more than `most`, the slowest of every few in a row: none that stands out is
-    lost."""
+    """The transfers; of more than `most`, the slowest of every few consecutive ones, so that no outlier is lost."""
     step = -(-len(found) // most)
     return [max(found[at : at + step], key=take) for at in range(0, len(found), max(1, step))]
 
@@ -158,7 +157,7 @@ def _seconds_of(trace: Trace) -> float:
 
 
 def log_ms(values: NDArray[np.float32]) -> dict[str, Any]:
-    """A logarithmic axis of milliseconds that holds these values and at least a decade, with few labels."""
+    """A logarithmic axis in milliseconds that covers these values and at least a decade, with few labels."""
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.1, 1.0)
     first, last = floor(log10(low)), ceil(log10(max(high, low * 10)))
     marks = (1, 2, 5) if last - first <= 2 else (1,)
@@ -175,7 +174,7 @@ def log_ms(values: NDArray[np.float32]) -> dict[str, Any]:
 
 
 def _milliseconds(nanoseconds: list[int]) -> NDArray[np.float32]:
-    """For a logarithmic axis, which has no place for 0: at least a microsecond."""
+    """In milliseconds, at least a microsecond: a logarithmic axis has no 0."""
     return np.maximum(np.array(nanoseconds, np.float64) / 1e6, SHORTEST_MS).astype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Matrix: what went from each rank to each other, as numbers on colours."""
+"""Matrix: transfers between every two ranks, as coloured numbers."""
 
 from collections.abc import Callable, Sequence
 
@@ -62,7 +62,7 @@ def short(value: float) -> str:
 
 
 def _bandwidth(found: Sequence[Transfer]) -> float | None:
-    """While at least one message was on the wire; None where that took no time."""
+    """MB/s while at least one message was on the wire; None if that took no time."""
     wire = length(union((one.met, one.end) for one in found))
     return sum(one.bytes for one in found) * 1e3 / wire if wire else None
 

@@ -1,9 +1,9 @@
-"""Shown: a figure under a cell of a notebook, as data that JupyterLab, Notebook 7 and VS Code draw themselves, and as a
-still picture for where nothing does.
+"""Shown: a figure in a notebook, as data that JupyterLab, Notebook 7 and VS Code draw, and as a still picture
+elsewhere.
 
-plotly's own way puts five megabytes of script under each cell, with a button that sends the data to a cloud. This is a
-few kilobytes, and has no such button. Front ends draw it as it is, whatever their theme, and keep a picture of that: so
-what has dinfer's own light look gets one that is read on light and dark pages alike.
+plotly's own display adds five megabytes of script to each cell, and a button that sends the data to a cloud. This one
+takes a few kilobytes and has no such button. Front ends draw it whatever their theme, and save a picture of it, so
+dinfer's light template is replaced by one that is legible on light and dark pages.
 """
 
 import json
@@ -18,7 +18,7 @@ MIME = "application/vnd.plotly.v1+json"
 
 
 class Shown:
-    """What a cell ends with: `Shown(latency(run.trace))`. `figure` is plotly's, for whoever wants to change it."""
+    """The last expression of a cell: `Shown(latency(run.trace))`. `figure` is plotly's and can be changed."""
 
     def __init__(self, figure: go.Figure) -> None:
         self.figure = figure

@@ -1,7 +1,7 @@
-"""Style: what all figures look like, in light and dark. Colours are Okabe and Ito's, told apart by the colour-blind.
+"""Style: the look of all figures, in light and dark. Colours are Okabe and Ito's, distinct for colour-blind readers.
 
-Each colour stands out from white and from black, so that one figure serves both; only its template differs. A
-third one is for where the page's theme is not known.
+Each colour contrasts with white and with black, so that a figure serves both; only its template differs. A third
+template is for pages whose theme is unknown.
 """
 
 from collections.abc import Sequence
@@ -28,19 +28,19 @@ LIGHT, DARK = ("#212121", "#e3e6ea", "#ffffff"), ("#e8e8e8", "#3a3f45", "#16181b
 """text, grid and background"""
 
 EITHER = ("#7a7a7a", "rgba(128, 128, 128, 0.3)", "rgba(0, 0, 0, 0)")
-"""the same where the page may be light or dark, and change: its background shows, and the text is read on either"""
+"""the same for pages of unknown theme: a transparent background, and text legible on both"""
 
 
 def styled(figure: go.Figure, *, dark: bool, height: int, **layout: Any) -> go.Figure:
-    """The figure with dinfer's template, which has no title of its own: the page has it."""
+    """The figure with dinfer's template. It has no title; the page has one."""
     legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "xanchor": "left"}
-    figure.layout.template = template(dark=dark)  # in place of plotly's own, not on top of it
+    figure.layout.template = template(dark=dark)  # replaces plotly's template, does not extend it
     figure.update_layout(height=height, legend=legend)
     return figure.update_layout(**layout)
 
 
 def template(*, dark: bool | None) -> dict[str, Any]:
-    """plotly's word for all that a figure does not say itself; with None for `dark`, fit for light and dark pages."""
+    """A plotly template: defaults of a figure. `dark`: None for pages of unknown theme."""
     text, grid, back = EITHER if dark is None else DARK if dark else LIGHT
     axis = {
         "gridcolor": grid,
@@ -71,13 +71,13 @@ def link_name(link: Link) -> str:
 
 
 def link_line(links: Sequence[Link], link: Link) -> dict[str, Any]:
-    """The same for lines: past six, the dashes tell apart."""
+    """A colour and dash for each link: beyond six links, dashes differ."""
     number = list(links).index(link)
     return {"color": LINKS[number % len(LINKS)], "dash": DASHES[number // len(LINKS) % len(DASHES)]}
 
 
 def link_marker(links: Sequence[Link], link: Link) -> dict[str, Any]:
-    """A colour and a shape of its own for each link: past six, the shape tells apart what the colour does not."""
+    """A colour and symbol for each link: beyond six links, symbols differ where colours do not."""
     number = list(links).index(link)
     return {
         "color": LINKS[number % len(LINKS)],

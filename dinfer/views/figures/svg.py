@@ -1,6 +1,6 @@
-"""Picture: a plotly figure as SVG without script, for pages where nothing draws plotly's data: nbconvert, GitHub.
+"""A plotly figure as SVG without script, for pages that cannot draw plotly's data: nbconvert, GitHub.
 
-It draws what dinfer's figures are made of: points, lines, stacked bars and heatmaps, on linear, logarithmic and
+Supports what dinfer's figures consist of: points, lines, stacked bars and heatmaps, on linear, logarithmic and
 category axes. Pure: a figure in, text out.
 """
 
@@ -19,12 +19,12 @@ from dinfer.views.figures.style import EITHER
 MOST_TICKS = 6
 
 Tick = tuple[float, str]
-"""where, in pixels, and what it says"""
+"""position in pixels, and label"""
 
 
 class Axis(NamedTuple):
-    """`low` lies at the pixel `begin`, `high` at `end`; of a logarithmic axis, these are powers of ten, of one of
-    categories their numbers."""
+    """An axis on which `low` lies at the pixel `begin`, and `high` at `end`. On a logarithmic axis, these two are
+    exponents of ten; on a category axis, indices."""
 
     low: float
     high: float
@@ -34,7 +34,7 @@ class Axis(NamedTuple):
     categories: tuple[str, ...]
 
     def at(self, value: Any) -> float:
-        """The pixel of a value. Not a number where that is none."""
+        """The pixel of a value; NaN for NaN."""
         if self.categories:
             value = self.categories.index(str(value))
         elif self.is_log:
@@ -43,7 +43,7 @@ class Axis(NamedTuple):
 
     @property
     def step(self) -> float:
-        """The pixels of one category."""
+        """The width of a category in pixels."""
         return abs(self.end - self.begin) / abs(self.high - self.low)
 
 
@@ -65,7 +65,7 @@ def axis_of(figure: go.Figure, name: str, begin: float, end: float) -> Axis:
 
 
 def ticks_of(figure: go.Figure, name: str, axis: Axis) -> list[Tick]:
-    """What is written along it."""
+    """The ticks of an axis."""
     layout = layout_of(figure, name)
     if layout.type == "category":
         return [(axis.at(category), category) for category in axis.categories]
@@ -76,12 +76,12 @@ def ticks_of(figure: go.Figure, name: str, axis: Axis) -> list[Tick]:
 
 
 def layout_of(figure: go.Figure, name: str) -> Any:
-    """The part of the layout that says what an axis is."""
+    """The layout of an axis."""
     return figure.layout[f"{name[0]}axis{name[1:]}"]
 
 
 def _values(figure: go.Figure, name: str) -> Sequence[Any]:
-    """All that lies on the axis, and on those that are to be like it."""
+    """All values on the axis and on the axes that match it."""
     group = {name, layout_of(figure, name).matches or name}
     group |= {one for one in _axis_names(figure, name[0]) if layout_of(figure, one).matches in group}
     found = [getattr(trace, name[0]) for trace in figure.data if _axis_name(trace, name[0]) in group]
@@ -111,7 +111,7 @@ def _is_within(axis: Axis, value: float) -> bool:
 
 
 def _round_values(axis: Axis) -> list[float]:
-    """Few enough, a round number apart."""
+    """At most about MOST_TICKS values, a round number apart."""
     low, high = sorted((axis.low, axis.high))
     rough = (high - low) / MOST_TICKS
     power = 10.0 ** floor(log10(rough))
@@ -120,10 +120,10 @@ def _round_values(axis: Axis) -> list[float]:
 
 
 SMALLEST = 6
-"""letters that are still drawn"""
+"""the smallest font size"""
 
 BAR = 0.8
-"""of the place of a category"""
+"""the width of a bar, as part of its category"""
 
 SHAPES = {
     "square": "m-2.5-2.5h5v5h-5z",
@@ -134,7 +134,7 @@ SHAPES = {
     "x": "m-3-2l1-1 2 2 2-2 1 1-2 2 2 2-1 1-2-2-2 2-1-1 2-2z",
     "star": "m0-3.5l1 2.5h2.6l-2 1.6.8 2.6-2.4-1.6-2.4 1.6.8-2.6-2-1.6h2.6z",
 }
-"""paths from a point's middle; a circle is a line without length and with round ends"""
+"""paths from the middle of a point; a circle is a line of no length with round ends"""
 
 
 def text_at(
@@ -147,7 +147,7 @@ def text_at(
 
 
 def marks(trace: Any, x: Axis, y: Axis, figure: go.Figure) -> str:
-    """All of one trace of the figure, between its axes."""
+    """One trace of the figure, on its axes."""
     if trace.type == "heatmap":
         return "".join(_heatmap(trace, x, y))
     if trace.type == "bar":
@@ -159,7 +159,7 @@ def marks(trace: Any, x: Axis, y: Axis, figure: go.Figure) -> str:
 
 
 def points(symbol: str, colour: str, places: Sequence[tuple[float, float]]) -> str:
-    """One of plotly's symbols at each of these places."""
+    """A plotly symbol at each of these places."""
     if symbol in SHAPES:
         path = "".join(f"M{x:.1f} {y:.1f}{SHAPES[symbol]}" for x, y in places)
         return f'<path d="{path}" fill="{colour}"/>'
@@ -168,7 +168,7 @@ def points(symbol: str, colour: str, places: Sequence[tuple[float, float]]) -> s
 
 
 def _line(trace: Any, x: Axis, y: Axis) -> str:
-    """With a gap where a value is none, and in steps where the figure says so."""
+    """A line with gaps at NaN; in steps if its shape says so."""
     path, before, steps = list[str](), False, trace.line.shape == "hv"
     for one, other in zip(trace.x, trace.y, strict=True):
         across, down = x.at(one), y.at(other)
@@ -183,7 +183,7 @@ def _line(trace: Any, x: Axis, y: Axis) -> str:
 
 
 def _bars(trace: Any, x: Axis, y: Axis, figure: go.Figure) -> Iterator[str]:
-    """Lying ones, each behind those of the traces before it."""
+    """Horizontal bars, stacked on those of the traces before."""
     before = figure.data[: list(figure.data).index(trace)]
     high, fill = y.step * BAR, fill_of(trace)
     if fill != trace.marker.color:
@@ -200,7 +200,7 @@ def _bars(trace: Any, x: Axis, y: Axis, figure: go.Figure) -> Iterator[str]:
 
 
 def fill_of(trace: Any) -> str:
-    """Its colour, or its stripes."""
+    """The fill of a bar: its colour or stripes."""
     return f"url(#{_id(trace)})" if trace.marker.pattern.shape else trace.marker.color
 
 
@@ -240,7 +240,7 @@ def _heatmap(trace: Any, x: Axis, y: Axis) -> Iterator[str]:
 
 
 def _scale(trace: Any, x: Axis, y: Axis, low: float, high: float) -> Iterator[str]:
-    """From the smallest value, below, to the largest."""
+    """The colour bar, from the smallest value at the bottom to the largest."""
     left, top, tall = x.end + 16, min(y.begin, y.end), abs(y.end - y.begin)
     parts = [n / 32 for n in range(33)]
     for one, next_one in pairwise(parts):
@@ -256,7 +256,7 @@ def _of_scale(trace: Any, part: float) -> str:
 
 
 def _on(colour: str) -> str:
-    """Black or white, whichever is read better on that colour."""
+    """Black or white, whichever contrasts more with that colour."""
     if colour.startswith("#"):
         red, green, blue = (int(colour[n : n + 2], 16) for n in (1, 3, 5))
     else:
@@ -271,14 +271,14 @@ MARGIN = {"l": 60, "r": 20, "t": 50, "b": 45}
 TEXT, GRID, _ = EITHER
 
 LETTER = 6.2
-"""the pixels of a letter, about"""
+"""approximate width of a letter, in pixels"""
 
 LINE = 18
-"""of the legend"""
+"""height of a line of the legend, in pixels"""
 
 
 class PlotArea(NamedTuple):
-    """Where the plots lie, in pixels."""
+    """The area of the plots, in pixels."""
 
     left: float
     right: float
@@ -289,13 +289,12 @@ class PlotArea(NamedTuple):
         return self.left + part * (self.right - self.left)
 
     def down(self, part: float) -> float:
-        """`part` is plotly's, from below."""
+        """`part`: plotly's, from the bottom."""
         return self.bottom - part * (self.bottom - self.top)
 
 
 def svg(figure: go.Figure, width: int = WIDTH) -> str:
-    """The figure on the page's own background, light or dark, as high as its layout says, or higher where its legend
-    takes more than a line."""
+    """The figure as SVG on the page's background. It has the height of its layout, plus further lines of its legend."""
     left = _left(figure)
     legend = list(_legend(figure, left, width))
     more = LINE * max((entry.line for entry in legend), default=0)
@@ -313,7 +312,7 @@ def svg(figure: go.Figure, width: int = WIDTH) -> str:
 
 
 def _left(figure: go.Figure) -> float:
-    """Room for what is written beside the vertical axes."""
+    """The space left of the plots, for the labels of vertical axes."""
     longest = max((len(str(name)) for name in _tick_labels(figure)), default=0)
     return max(_margin(figure)["l"], longest * LETTER + 34)
 
@@ -332,7 +331,7 @@ def _frame(figure: go.Figure, left: float, more: int, width: int, height: int) -
 
 
 def _tick_labels(figure: go.Figure) -> Iterator[Any]:
-    """What is written beside the vertical axes, but for plain numbers."""
+    """The labels of vertical axes, except plain numbers."""
     for name in {trace.yaxis or "y" for trace in figure.data}:
         yield from layout_of(figure, name).ticktext or ()
     if figure.layout.yaxis.type == "category":
@@ -380,7 +379,7 @@ def _grid(name: str, pixels: Sequence[float], begin: float, end: float) -> str:
 
 
 def _apart(name: str, ticks: list[Tick]) -> list[Tick]:
-    """Those that do not lie over the one before."""
+    """The ticks whose labels do not overlap the one before."""
     kept = list[Tick]()
     for pixel, text in ticks:
         room = LETTER * (len(text) + 1) if name[0] == "x" else 8
@@ -406,7 +405,7 @@ def _title(name: str, text: str, axis: Axis, other: Axis, frame: PlotArea) -> st
 
 
 class LegendEntry(NamedTuple):
-    """One of the legend, of a trace, at a place of a line."""
+    """An entry of the legend, with its position."""
 
     x: float
     line: int
@@ -414,7 +413,7 @@ class LegendEntry(NamedTuple):
 
 
 def _legend(figure: go.Figure, left: float, width: int) -> Iterator[LegendEntry]:
-    """Above all, each name once."""
+    """The entries of the legend, each name once."""
     named = {trace.name: trace for trace in figure.data if trace.name and trace.showlegend is not False}
     if len(named) < 2 or any(trace.type == "heatmap" for trace in figure.data):
         return

@@ -1,1 +1,1 @@
-"""The report: a run, or several side by side, as one HTML file that needs no network and no kernel."""
+"""The report: one run, or several side by side, as a self-contained HTML file."""

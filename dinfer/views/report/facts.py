@@ -1,4 +1,4 @@
-"""Facts of a report, drawn from a trace and its findings: plan and map, tables of links, runs side by side. Pure."""
+"""Facts of a report, from a trace and its findings: plan, map, tables. Pure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ TableRow = Sequence[str]
 
 
 class FactTable(NamedTuple):
-    """Rows of text under heads; `wide`: the columns that hold text rather than numbers."""
+    """Rows under heads. `wide`: the number of first columns that hold text, not numbers."""
 
     heads: TableRow
     rows: Sequence[TableRow]
@@ -37,7 +37,7 @@ class At(NamedTuple):
 
 
 def plan_of(trace: Trace, findings: Findings) -> Plan | None:
-    """The plan of the run: the one that findings hold, or the one that its shape makes, if that is the same one."""
+    """The plan of the run: from the findings, or built from its shape if that gives the same plan id."""
     about = trace.about
     if findings.plan:
         return parse_plan(findings.plan)
@@ -53,7 +53,7 @@ def plan_of(trace: Trace, findings: Findings) -> Plan | None:
 
 
 def _lowered(made: Plan, wanted: str | None) -> Plan | None:
-    """The form that is issued to NCCL, if it is that."""
+    """The plan as lowered for NCCL, if it has the wanted id."""
     try:
         lowered = lower(made)
     except PlanError:
@@ -62,7 +62,7 @@ def _lowered(made: Plan, wanted: str | None) -> Plan | None:
 
 
 def owners_of(trace: Trace, plan: Plan | None) -> Sequence[int]:
-    """The rank that owns each layer: by plan, else whoever computed it."""
+    """The rank that owns each layer: by the plan, else the rank that computed it."""
     if plan:
         return plan.shape.owners
     computed = {event.layer: event.rank for event in trace.prefill() if event.kind == "layer"}
@@ -71,7 +71,7 @@ def owners_of(trace: Trace, plan: Plan | None) -> Sequence[int]:
 
 
 def map_states(trace: Trace, findings: Findings, plan: Plan | None) -> CellStates | None:
-    """What each rank held of each block in the end; None where the trace knows of no blocks."""
+    """What each rank held of each block at the end; None if the trace has no blocks."""
     if plan and findings.positions:
         at = [At(lanes, (False,) * len(lanes), lanes) for lanes in findings.positions]
         return CellMap(plan).states(at)
@@ -86,7 +86,7 @@ def map_states(trace: Trace, findings: Findings, plan: Plan | None) -> CellState
 
 
 def marks_of(findings: Findings) -> list[Mark]:
-    """What is known of single blocks: what the run was shown with, and where its KV was found to differ."""
+    """Notes on single blocks: the run's marks, and the differences in KV."""
     found = [Mark(*mark) for mark in findings.marks]
     for one in findings.kv.differences if findings.kv else ():
         rank, chunk, layer = (one.get(name) for name in ("rank", "chunk", "layer"))
@@ -96,7 +96,7 @@ def marks_of(findings: Findings) -> list[Mark]:
 
 
 def link_table(trace: Trace) -> FactTable:
-    """Latency of each link in milliseconds: on the wire and waiting apart, in percentiles."""
+    """Percentiles of each link's latency in milliseconds, on the wire and waiting."""
     heads = ["link", "transfers", "MB"]
     for part in ("wire", "waiting"):
         heads += [f"{part} {name}" for name in ("p50", "p90", "p99", "longest")]
@@ -105,7 +105,7 @@ def link_table(trace: Trace) -> FactTable:
 
 
 def layer_table(trace: Trace) -> FactTable:
-    """Latency of each link and layer, waiting and wire together."""
+    """Percentiles of the latency, waiting plus wire, by link and layer."""
     rows = []
     for (link, layer), found in by_link_and_layer(transfers(trace)).items():
         times = spread(one.latency for one in found)
@@ -114,7 +114,7 @@ def layer_table(trace: Trace) -> FactTable:
 
 
 def rank_table(findings: Findings) -> FactTable:
-    """Where each rank ran, and what it holds; columns of which nothing is known are left out."""
+    """Where each rank ran, and what it holds; without empty columns."""
     rows = [
         [
             str(rank.rank),
@@ -133,7 +133,7 @@ def rank_table(findings: Findings) -> FactTable:
 
 
 def compared_table(summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> FactTable:
-    """Runs in rows."""
+    """A row for each run."""
     heads = [
         "run",
         "strategy",
@@ -166,7 +166,7 @@ def compared_table(summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> FactTa
 
 
 def difference_table(findings: Findings) -> FactTable | None:
-    """The differences in KV, as whoever compared them has described them."""
+    """The differences in KV, with the columns of the comparison."""
     found = findings.kv.differences if findings.kv else ()
     if not found:
         return None
@@ -175,7 +175,7 @@ def difference_table(findings: Findings) -> FactTable | None:
 
 
 def pairs(values: Mapping[str, Any]) -> FactTable:
-    """Names and values."""
+    """A row for each name and value."""
     return FactTable(["", ""], [[name, _shown(value)] for name, value in values.items()], wide=2)
 
 

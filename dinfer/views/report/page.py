@@ -1,7 +1,7 @@
-"""The page: a report put together from runs, and written. It says nothing itself: sentences, tables and figures do.
+"""The page: renders the report of runs and writes it. Its contents come from `sentence`, `facts` and the figures.
 
-One file that loads nothing. Its Content-Security-Policy lets run only the scripts that are in it, told by their hashes;
-plotly needs styles of its own making and pictures inside the page. Whatever comes from a run is escaped.
+The file is self-contained. Its Content-Security-Policy allows only the scripts in it, by their hashes, and the inline
+styles and data images that plotly needs. Everything that comes from a run is escaped.
 """
 
 import base64
@@ -48,7 +48,7 @@ REPORT_FIGURES: dict[str, Callable[..., go.Figure]] = {
 
 
 class Figure(NamedTuple):
-    """One figure: where it is on the page, and its JSON without a template."""
+    """A figure: its element on the page, and its JSON without a template."""
 
     id: str
     height: int
@@ -56,7 +56,7 @@ class Figure(NamedTuple):
 
 
 class RunPage(NamedTuple):
-    """All that the template shows of one run."""
+    """What the template shows of one run."""
 
     name: str
     number: int
@@ -74,14 +74,15 @@ class RunPage(NamedTuple):
 
 
 def write_report(traces: Sequence[Trace], path: str | Path, names: Sequence[str] = ()) -> Path:
-    """Write a report of one run, or of several side by side; where it went. Raises OSError; half a file is not left."""
+    """Write a report of one run, or several side by side; returns the path. Raises OSError, and leaves no partial
+    file."""
     check_folder(path)  # before anything is drawn
     write_whole(path, [report_html(traces, names)])
     return Path(path)
 
 
 def report_html(traces: Sequence[Trace], names: Sequence[str] = (), *, plotly: str | None = None) -> str:
-    """The page. `names`: what each run is called; `plotly`: the script, by default plotly's own."""
+    """The page as HTML. `names`: of the runs; `plotly`: its script, by default plotly's own."""
     called = list(names) or _names(traces)
     runs = [
         _run(trace, name, number) for number, (trace, name) in enumerate(zip(traces, called, strict=True))
@@ -110,7 +111,7 @@ def report_html(traces: Sequence[Trace], names: Sequence[str] = (), *, plotly: s
 
 
 def policy(scripts: Sequence[str]) -> str:
-    """A Content-Security-Policy: nothing from outside, and no script but these."""
+    """A Content-Security-Policy that allows nothing from outside, and only these scripts."""
     hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
     return (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
@@ -131,7 +132,7 @@ def _read(name: str) -> str:
 
 
 def _names(traces: Sequence[Trace]) -> list[str]:
-    """What runs are called by themselves: their strategies, if those differ."""
+    """Names for runs: their strategies, if these differ."""
     strategies = [str(trace.about.get("sync_strategy") or "run") for trace in traces]
     if len(set(strategies)) == len(strategies):
         return strategies
@@ -159,7 +160,7 @@ def _run(trace: Trace, name: str, number: int) -> RunPage:
 
 
 def _headline(trace: Trace) -> str:
-    """What was run, in a line."""
+    """What was run, in one line."""
     about = trace.about
     words = [
         f"model {about['model']}" if "model" in about else "",
@@ -176,7 +177,7 @@ def _headline(trace: Trace) -> str:
 
 def _figure(place: str, figure: go.Figure) -> Figure:
     drawn = json.loads(figure.to_json())
-    drawn["layout"].pop("template", None)  # the page has one for light and one for dark
+    drawn["layout"].pop("template", None)  # the page has a light and a dark one
     return Figure(place, drawn["layout"]["height"], Markup(script_json(drawn)))
 
 

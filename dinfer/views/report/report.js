@@ -1,6 +1,6 @@
 "use strict";
-// Draws each figure when it comes near the window, all of them for printing, and anew when light turns dark. The body's
-// data-drawn is how many are drawn, data-busy whether more are being drawn.
+// Draws each figure when it comes near the window, all figures for printing, and all again when the theme changes. The
+// body's data-drawn is the number of figures drawn, data-busy whether more are being drawn.
 const read = (id) => JSON.parse(document.getElementById(id).textContent);
 const { templates, config } = read("dinfer-settings");
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
@@ -22,7 +22,7 @@ async function work() {
   document.body.dataset.busy = busy = true;
   while (waiting.length) {
     await draw(waiting.shift());
-    await new Promise((done) => setTimeout(done)); // the page stays alive between two figures
+    await new Promise((done) => setTimeout(done)); // keeps the page responsive between figures
   }
   performance.mark("drawn");
   document.body.dataset.busy = busy = false;

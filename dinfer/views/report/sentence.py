@@ -1,4 +1,4 @@
-"""The first sentence of a report: what a person should know of a run; what is not known is said so, or left out."""
+"""The first sentence of a report: the most important facts of a run; it names or omits what is unknown."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,7 +7,7 @@ from dinfer.trace.shares import LinkShare, Shares
 
 
 def sentence(findings: Findings, found: Shares) -> str:
-    """One sentence, its parts joined by semicolons."""
+    """A sentence of parts joined by semicolons."""
     text = "; ".join(_parts(findings, found))
     return f"{text[:1].upper()}{text[1:]}."
 
@@ -27,28 +27,26 @@ def _parts(findings: Findings, found: Shares) -> Iterator[str]:
         yield f"changed bytes were found {'once' if count == 1 else f'{count} times'}"
     yield kv_part(findings)
     yield from _tokens_part(findings)
-    if (
-        not findings.failure
-    ):  # the transfers in which it stands, which is where the time goes, are in no event
+    if not findings.failure:  # the transfers in which a failed run stopped, and their time, are in no event
         yield exposed_part(found)
 
 
 def kv_part(findings: Findings) -> str:
-    """Whether the ranks hold the same KV: by comparison, else by their digests."""
+    """Whether the ranks hold the same KV, by comparison or else by digests."""
     if findings.kv:
         return _inside(findings.kv.sentence.rstrip("."))
     digests = [rank.kv_sha256 for rank in findings.ranks]
     if not digests or not all(digests):
         return "whether the ranks hold the same KV was not checked"
     if len(digests) == 1:
-        return "there is one rank, and so one KV"
+        return "there is only one rank"
     if len(set(digests)) == 1:
         return f"all {len(digests)} ranks hold the same KV"
     return f"{_others(findings.ranks, digests)} other KV than rank {findings.ranks[0].rank}"
 
 
 def _tokens_part(findings: Findings) -> Iterator[str]:
-    """Whether the ranks generated the same tokens; nothing where there was no decode."""
+    """Whether the ranks generated the same tokens; nothing without decode."""
     tokens = [rank.tokens for rank in findings.ranks]
     if not any(tokens) or None in tokens:
         return
@@ -60,13 +58,13 @@ def _tokens_part(findings: Findings) -> Iterator[str]:
 
 
 def _others(ranks: Sequence[RankFinding], values: Sequence[object]) -> str:
-    """The ranks whose value is not the first one's, and their verb."""
+    """The ranks whose value differs from the first rank's, and their verb."""
     others = [str(rank.rank) for rank, value in zip(ranks, values, strict=True) if value != values[0]]
     return f"rank {others[0]} holds" if len(others) == 1 else f"ranks {', '.join(others)} hold"
 
 
 def exposed_part(found: Shares) -> str:
-    """How much of prefill was exposed communication, and where most of it was."""
+    """How much of prefill was exposed communication, and where most of it occurred."""
     if not found.ranks:
         return "the trace holds no prefill"
     if not found.links:
@@ -77,12 +75,12 @@ def exposed_part(found: Shares) -> str:
 
 
 def _inside(text: str) -> str:
-    """A sentence as part of another: it begins small, unless with an abbreviation."""
+    """A sentence as part of another: in lower case, unless it begins with an abbreviation."""
     return text[:1].lower() + text[1:] if text[1:2].islower() else text
 
 
 def _where(found: Shares) -> str:
-    """Of waiting and the wire what is more over all ranks, as their figure shows it, and the link with most of that."""
+    """Waiting or the wire, whichever is more over all ranks, as in their figure, and the link with most of it."""
     waits = found.wait_s > found.wire_s
     kind, seconds = ("waiting", _wait_s) if waits else ("on the wire", _wire_s)
     link = max(found.links, key=seconds)
@@ -103,7 +101,7 @@ def _wire_s(link: LinkShare) -> float:
 
 
 def percent(part: float) -> str:
-    """7 %, with one digit more where there is little."""
+    """For example 7 %; below 1 %, with one decimal."""
     if 0 < part < 0.001:
         return "less than 0.1 %"
     return f"{100 * part:.1f} %" if 0 < part < 0.01 else f"{100 * part:.0f} %"

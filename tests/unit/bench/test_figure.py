@@ -53,11 +53,9 @@ def test_a_picture_that_cannot_be_drawn_becomes_html(
         raise RuntimeError("no Chrome here\nat all")
 
     monkeypatch.setattr(go.Figure, "to_image", no_browser)
-    with pytest.raises(
-        PlotError, match=r"needs a Chrome or Chromium .*RuntimeError: no Chrome here\)"
-    ) as told:
+    with pytest.raises(PlotError, match=r"Chrome or Chromium .*RuntimeError: no Chrome here\)") as told:
         write(figure(result), tmp_path / "plot.svg")
-    assert f"The plot is in {tmp_path / 'plot.html'}." in str(told.value)
+    assert str(tmp_path / "plot.html") in str(told.value)
     assert (tmp_path / "plot.html").is_file()
 
 
@@ -73,5 +71,5 @@ def test_an_ending_is_judged_before_anything_is_measured(monkeypatch: pytest.Mon
     with pytest.raises(PlotError, match=r"plot is 'plot.pdf'; it must end in .html, .svg, .png"):
         check_ending("plot.pdf")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(PlotError, match=r"needs the package kaleido .* ends in .html, which needs neither"):
+    with pytest.raises(PlotError, match=r"needs the package kaleido .* ends in .html"):
         check_ending("plot.png")

@@ -32,10 +32,8 @@ def compared(monkeypatch: pytest.MonkeyPatch, *seconds: list[float]) -> dict[str
 def test_rounds_that_overlap_are_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     found = compared(monkeypatch, [1.0, 1.2, 1.1], [1.0, 0.9, 1.3])
     assert found["cases"][0]["faster"] is None
-    assert found["verdict"] == (
-        "No difference beyond the scatter: ring took 0.91 × the time of pairwise (medians), and at 2,048 tokens by 16 "
-        "rounds of the two overlap; keep pairwise, the default."
-    )
+    facts = ("No difference", "ring took 0.91 × the time of pairwise", "2,048 tokens by 16", "Keep pairwise")
+    assert all(fact in found["verdict"] for fact in facts)
 
 
 def test_the_faster_one_is_named_with_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,11 +42,15 @@ def test_the_faster_one_is_named_with_its_figures(monkeypatch: pytest.MonkeyPatc
     assert (row["tokens"], row["chunk_size"], row["faster"]) == (2048, 16, "ring")
     assert row["medians"] == {"pairwise": 2.1, "ring": 1.05}
     assert row["ratio"] == 0.5
-    assert found["verdict"] == (
-        "Use ring: for 2,048 tokens by 16 it took 0.50 × the time of pairwise (medians), every round of it faster than "
-        "any of pairwise, and at 2,048 tokens by 16 a rank moved KV and computed nothing for 0.105 s against 0.210 s; "
-        "elsewhere the rounds of the two overlap."
+    facts = (
+        "Use ring",
+        "2,048 tokens by 16",
+        "0.50 × the time of pairwise",
+        "0.105 s",
+        "0.210 s",
+        "otherwise",
     )
+    assert all(fact in found["verdict"] for fact in facts)
     shown = table(found).splitlines()
     assert shown[2].split()[:4] == ["2048", "16", "2.100", "(2.000–2.200)"]
     assert shown[2].endswith("0.50  ring")
@@ -58,19 +60,17 @@ def test_the_faster_one_is_named_with_its_figures(monkeypatch: pytest.MonkeyPatc
 
 def test_it_may_depend(monkeypatch: pytest.MonkeyPatch) -> None:
     found = compared(monkeypatch, [2.0, 2.1], [1.0, 1.1], [1.0, 1.1], [2.0, 2.1])
-    assert found["verdict"] == (
-        "It depends: use pairwise for 2,048 tokens by 32; ring for 2,048 tokens by 16; elsewhere the rounds of the two "
-        "overlap."
-    )
+    facts = ("It depends", "pairwise for 2,048 tokens by 32", "ring for 2,048 tokens by 16")
+    assert all(fact in found["verdict"] for fact in facts)
 
 
 @pytest.mark.parametrize(
     ("names", "repeats", "words"),
     [
-        (["pairwise"], 3, "compare is 'pairwise'; it must be two different ones of pairwise, ring"),
-        (["ring", "ring"], 3, "two different ones"),
-        (["pairwise", "rng"], 3, "two different ones"),
-        (NAMES, 1, "repeats is 1; to tell a difference from scatter, --compare needs at least 2"),
+        (["pairwise"], 3, "compare is 'pairwise'; it must be two of pairwise, ring"),
+        (["ring", "ring"], 3, "two of pairwise, ring"),
+        (["pairwise", "rng"], 3, "two of pairwise, ring"),
+        (NAMES, 1, "repeats is 1; --compare needs at least 2"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(names: list[str], repeats: int, words: str) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from IPython.core.error import UsageError
 
-from dinfer.cluster.ipyparallel.choice import choose_cluster, choose_engines, describe
 from dinfer.cluster.ipyparallel.cluster import target_ids
 from dinfer.cluster.ipyparallel.errors import ClusterError, TooFewEngines
 from dinfer.cluster.ipyparallel.facts import judge_versions
@@ -16,7 +15,10 @@ from dinfer.cluster.ipyparallel.known import (
     STARTING_S,
     Known,
     Owner,
+    choose_cluster,
+    choose_engines,
     controller_pid,
+    describe,
     engines_to_come,
     known_clusters,
     launcher_of,
@@ -50,7 +52,7 @@ def test_which_cluster_is_joined(running: list[tuple[str, Owner]], chosen: str |
 
 
 def test_of_several_the_user_says_which() -> None:
-    with pytest.raises(ClusterError, match=r"'a', 'b'\. Say which: cluster_id='a'"):
+    with pytest.raises(ClusterError, match=r"'a', 'b'\..*cluster_id='a'"):
         choose_cluster([(named("a"), "user"), (named("b"), "user")])
 
 
@@ -65,11 +67,11 @@ def test_the_first_engines_in_the_order_of_ids() -> None:
         (
             [0, 2],
             3,
-            r"profile 'default' has 2 engines \(0, 2\), but 3 .*`ipcluster engines -n 1`, or ask for n=2",
+            r"profile 'default' has 2 engines \(0, 2\), but 3 .*`ipcluster engines -n 1`.*n=2",
         ),
-        ([7], 3, r"has 1 engine \(7\), but 3 are asked for. Add some with `ipcluster engines -n 2`"),
-        ([], 3, r"has no engine, but 3 are asked for. Add some with `ipcluster engines -n 3`, or have"),
-        ([], None, r"has no engine, but 1 "),
+        ([7], 3, r"1 engine \(7\), but 3 .*`ipcluster engines -n 2`"),
+        ([], 3, r"no engine, but 3 .*`ipcluster engines -n 3`.*start=True"),
+        ([], None, r"no engine, but 1 "),
     ],
 )
 def test_too_few_engines(ids: list[int], n: int | None, message: str) -> None:
@@ -128,8 +130,8 @@ def test_all_engines_at_fault_are_named_at_once() -> None:
     }
     with pytest.raises(ClusterError) as caught:
         judge_versions(engines, "1.0")
-    assert str(caught.value).startswith("not all engines can take part: engine 3 runs Python 3.1.4, not 3.")
     for part in (
+        "engine 3 runs Python 3.1.4, not 3.",
         "engine 3 has dinfer 0.9, not 1.0",
         "engine 4 has no dinfer (ModuleNotFoundError",
         "engine 5 has no torch",

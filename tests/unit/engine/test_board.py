@@ -1,4 +1,4 @@
-"""The board: what one process writes, another reads whole."""
+"""The board: another process never reads half an update."""
 
 from __future__ import annotations
 

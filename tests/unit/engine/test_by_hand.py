@@ -1,4 +1,4 @@
-"""Ranks under their users' hands: stepped by the same call or alone, looked into, edited, stopped by conditions."""
+"""engine.step and engine.kv: all ranks or one alone stepped, inspected, edited, and stopped by conditions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.ops import Op, PlanError
 from tests.support.expected import expected, same_kv
+from tests.support.runs import wait_for
 from tests.support.twin import Twin, prompt, twin
 
 IDS = list(prompt(10))
@@ -27,7 +28,7 @@ def test_the_same_call_on_all_ranks_is_one_wave_after_another_to_the_end(small: 
         engines = prepared(made)
         waves = len(engines[0].prompt.cuts.chain("wave")) - 1
         for _ in range(waves):
-            said = made.all(lambda engine: engine.step(timeout=30))
+            said = made.all(lambda engine: engine.step(timeout=60))
             assert {tuple(stand) for stand in (engine.prompt.target for engine in engines)} == {
                 engines[0].prompt.target
             }
@@ -41,7 +42,7 @@ def test_the_same_call_on_all_ranks_is_one_wave_after_another_to_the_end(small: 
 def test_a_step_says_what_was_done_with_shapes(small: Decoder) -> None:
     with twin(small, world_size=1, chunk_size=4) as made:
         (engine,) = prepared(made)
-        text = repr(engine.step(timeout=30))
+        text = repr(engine.step(timeout=60))
         assert text.startswith("rank 0: one wave, 2 ops\n  embed c0   hidden [1, 4, ")
         assert "layer c0 l0   K [4, " in text
 
@@ -49,13 +50,12 @@ def test_a_step_says_what_was_done_with_shapes(small: Decoder) -> None:
 def test_alone_a_rank_says_whom_it_waits_for_and_goes_on_once_the_others_have_come(small: Decoder) -> None:
     with twin(small, world_size=3, chunk_size=4) as made:
         zero, one, two = prepared(made)
-        said = repr(one.step(timeout=0.05))
-        assert said.startswith("rank 1 waits for block c0 l0 from rank 0, which stands somewhere unknown")
-        assert repr(one.step(timeout=0.05)).startswith("rank 1 waits for")
+        waits = "rank 1 waits for block c0 l0 from rank 0, which stands somewhere unknown"
+        wait_for(lambda: repr(one.step(timeout=0.05)).startswith(waits), "rank 1 waits")
         assert one.prompt.target == one.prompt.cuts.next(one.prompt.cuts.start, "wave")
-        said_by_zero = repr(zero.step(timeout=0.05))
-        assert said_by_zero.startswith("rank 0 waits for rank 2 to take block c0 l0")
-        two.step(timeout=30)
+        waits_too = "rank 0 waits for rank 2 to take block c0 l0"
+        wait_for(lambda: repr(zero.step(timeout=0.05)).startswith(waits_too), "rank 0 waits")
+        two.step(timeout=60)
         assert one.executor.wait(lambda: one.executor.stand().at_limits, 30)
         made.all(lambda engine: engine.executor.run_to_end(30))
 
@@ -78,13 +78,13 @@ def test_a_rank_shows_what_it_holds(small: Decoder) -> None:
 def test_an_edit_is_noticed_and_computed_on(small: Decoder) -> None:
     with twin(small, world_size=1, chunk_size=4) as made:
         (engine,) = prepared(made)
-        engine.step(timeout=30)
+        engine.step(timeout=60)
         engine.kv(0).k[0, 0, 0] = 5.0
-        assert engine.step(timeout=30).edited == ("KV of layer 0",)
-        assert engine.step(timeout=30).edited == ()
+        assert engine.step(timeout=60).edited == ("KV of layer 0",)
+        assert engine.step(timeout=60).edited == ()
         key = next(iter(engine.hidden))
         engine.hidden[key] = engine.hidden[key] * 2
-        assert engine.step(timeout=30).edited == (f"hidden c{key[0]} l{key[1]}",)
+        assert engine.step(timeout=60).edited == (f"hidden c{key[0]} l{key[1]}",)
         engine.executor.run_to_end(30)
         assert not same_kv(engine, expected(small, IDS, 4).kv)
 

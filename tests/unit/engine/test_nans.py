@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from dinfer.engine.decoding import NOWHERE, NanOrigin, NotANumber, first_nan
 from dinfer.engine.engine import Engine
-from dinfer.engine.nan_origin import NOWHERE, NanOrigin, NotANumber, first_nan
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 from dinfer.plan.partition import partition
@@ -40,7 +40,7 @@ def test_a_block_that_is_nan_on_one_rank_only_has_changed_there(small: Decoder) 
     assert (error.position, error.places) == (1, {2: NanOrigin(5, 1)})
     assert str(error) == (
         "the logits of new token 1 are not numbers (NaN) on rank 2. The first NaN is in layer 1, chunk 1 (token 5) of "
-        "the KV on rank 2: rank 1 computed that block and holds another, so it changed on its way or in memory."
+        "the KV on rank 2: rank 1 computed that block without NaN, so it changed on the way or in memory."
     )
 
 
@@ -76,7 +76,9 @@ def test_without_nan_in_the_kv_the_end_of_the_model_is_named(
     with twin(small, world_size=1, chunk_size=CHUNK) as made:
         error = told(made, lambda _: None)
     assert error.places == {0: NOWHERE}
-    assert "No NaN is in any row of the KV on rank 0: it arose after the KV of the last layer" in str(error)
+    assert "There is no NaN in any row of the KV on rank 0: it arose after the KV of the last layer" in str(
+        error
+    )
 
 
 def test_of_several_the_first_chunk_counts_then_the_first_layer() -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from dinfer.model.decoder import Decoder
-from dinfer.transport.gate import FreeGate, Gate, SeededGate
+from dinfer.transport.gate import FreeGate, Gate
 from tests.support.expected import NEW_TOKENS, Expected, expected, is_complete, lane_threads, same_kv
+from tests.support.seeded_gate import SeededGate
 from tests.support.twin import Twin, prompt, twin
 
 CHUNK = 13

@@ -1,4 +1,4 @@
-"""`verify` is right about plans with mistakes: what it accepts runs through, what it refutes does not.
+"""`verify` is right about faulty plans: those that it accepts run to the end, those that it refutes do not.
 
 The judge is the engine itself, run without asking verify: a plan runs through if, with sends that wait and
 with buffered ones, every lane of every rank ends and every rank has the reference's KV and final state, bit
@@ -15,9 +15,9 @@ from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import PlanError
 from dinfer.plan.plan import Plan
 from dinfer.plan.verify import verify
-from dinfer.transport.gate import SeededGate
 from tests.support.expected import expected, is_complete
 from tests.support.plan_strategies import mutated_plans, plans, shapes_of
+from tests.support.seeded_gate import SeededGate
 from tests.support.twin import prompt, twin
 
 LAYERS, TOKENS, CHUNK = 3, 5, 2

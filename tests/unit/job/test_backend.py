@@ -1,15 +1,15 @@
-"""NCCL where every rank of one machine has a GPU of its own, gloo otherwise; and what is said where NCCL cannot be."""
+"""auto is NCCL if every rank of one machine has its own GPU, else gloo; and the errors of an impossible NCCL."""
 
 from __future__ import annotations
 
 import pytest
 
 from dinfer.config import Config, ConfigError
-from dinfer.job import settle_backend
+from dinfer.job import choose_backend
 
 
 def settled(*, nccl: bool = True, **values: object) -> str:
-    return settle_backend(Config.of({"world_size": 2, **values}), lambda: nccl).backend
+    return choose_backend(Config.of({"world_size": 2, **values}), lambda: nccl).backend
 
 
 @pytest.mark.parametrize(
@@ -36,19 +36,19 @@ def test_the_choice(values: dict[str, object], nccl: bool, expected: str) -> Non
         (
             {},
             True,
-            "backend is nccl, but gpu_ids names no GPUs: NCCL takes one a rank. Give gpu_ids, such as 0,1, "
+            "backend is nccl, but gpu_ids is empty: NCCL needs one GPU a rank. Give gpu_ids, such as 0,1, "
             "or use backend gloo.",
         ),
         (
             {"gpu_ids": "4,4"},
             True,
-            "backend is nccl, but ranks 0 and 1 share GPU 4: NCCL takes one rank a GPU. "
+            "backend is nccl, but ranks 0 and 1 share GPU 4: NCCL needs one GPU a rank. "
             "Give each rank its own in gpu_ids, or use backend gloo.",
         ),
         (
             {"gpu_ids": "0,1"},
             False,
-            "backend is nccl, but torch here has no NCCL, or sees no GPU. "
+            "backend is nccl, but this torch has no NCCL or finds no GPU. "
             "Install a CUDA build of torch for Linux, or use backend gloo.",
         ),
     ],
@@ -63,4 +63,4 @@ def test_without_gpus_nothing_is_asked_of_torch() -> None:
     def ask() -> bool:
         raise AssertionError
 
-    assert settle_backend(Config(), ask).backend == "gloo"
+    assert choose_backend(Config(), ask).backend == "gloo"

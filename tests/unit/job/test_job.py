@@ -1,4 +1,4 @@
-"""Every mistake that can be found before a rank starts is found then, and told with what to do."""
+"""Errors that can be found before a rank starts are found then, and say what to do."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ from tests.support.tiny import tiny_checkpoint
 IDS = "1,2,3,4,5,6,7,8,9,10"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four layers, 32 positions, no tokenizer, weights in several files."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("model"), layers=4, max_position_embeddings=32)
+MODEL = {"layers": 4, "max_position_embeddings": 32}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +53,7 @@ def test_the_backend_is_settled(model: Path) -> None:
 
 
 def test_for_nccl_the_plan_is_lowered_and_proved_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinfer.job.settle_backend", lambda given: given.with_(backend="nccl"))
+    monkeypatch.setattr("dinfer.job.choose_backend", lambda given: given.with_(backend="nccl"))
     job = prepare(config(model))
     assert job.plan.is_lowered
     assert job.verdict.proved
@@ -75,7 +72,7 @@ def test_text_is_encoded(talking: Path, tmp_path: Path) -> None:
     [
         ({"prompt_ids": ""}, r"the prompt is empty: give prompt, prompt_file or prompt_ids"),
         ({"prompt_ids": "", "prompt": " \n"}, r"the prompt is empty"),
-        ({"prompt_ids": "", "prompt": "hello"}, r"has no tokenizer, so it takes no text: give prompt_ids"),
+        ({"prompt_ids": "", "prompt": "hello"}, r"has no tokenizer: give prompt_ids"),
         ({"prompt_ids": ",".join(["1"] * 33)}, r"has 33 tokens; .* has 32 positions: shorten the prompt"),
         ({"prompt_ids": "1,128"}, r"prompt_ids has 128; token ids of this model go from 0 to 127"),
         ({"world_size": 5}, r"world_size is 5, but .* has 4 layers .*: use at most 4 ranks"),
@@ -91,7 +88,7 @@ def test_what_the_checkpoint_cannot_do_is_refused(model: Path, values: dict[str,
     [
         (
             0,
-            r"gpu_ids names 0, 5, but this machine has no GPU that torch can use: change gpu_ids, or leave it out",
+            r"gpu_ids names 0, 5, but torch finds no GPU on this machine: change gpu_ids, or leave it out",
         ),
         (2, r"gpu_ids names 5, but GPU ids here go from 0 to 1: change gpu_ids"),
     ],
@@ -123,7 +120,7 @@ def test_a_refuted_schedule_is_told_with_its_cycle(model: Path) -> None:
     with pytest.raises(PlanError) as caught:
         prepare(config(model, schedule="batched"))
     story = str(caught.value)
-    assert "wait for one another for ever: rank 0 sends block c0 l0 to rank 1 and waits" in story
+    assert "deadlock with rendezvous sends: rank 0 sends block c0 l0 to rank 1 and waits" in story
     assert story.endswith("Choose another schedule, or pass unsafe=True (--unsafe) to watch it hang.")
     assert not prepare(config(model, schedule="batched", unsafe=True)).verdict.proved
 
@@ -137,11 +134,11 @@ def change(folder: Path, **entries: Any) -> None:
 def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "model", layers=3)
     weights = folder / "model.safetensors"
-    with pytest.raises(ModelError, match=r"there is no folder"):
+    with pytest.raises(ModelError, match=r"folder .* does not exist"):
         prepare(config(tmp_path / "nowhere"))
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-10])
-    with pytest.raises(ModelError, match=r"model\.safetensors .* is cut short: .* 10 bytes are missing"):
+    with pytest.raises(ModelError, match=r"model\.safetensors .* is truncated: .* 10 bytes are missing"):
         prepare(config(folder))
     weights.unlink()
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
@@ -153,5 +150,5 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"gpt_bigcode"):
         prepare(config(folder))
     (folder / "config.json").unlink()
-    with pytest.raises(ModelError, match=r"has no config\.json, so it is no checkpoint\. It holds: "):
+    with pytest.raises(ModelError, match=r"has no config\.json, so it is not a checkpoint\. It holds: "):
         prepare(config(folder))

@@ -3,7 +3,6 @@ prints it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,7 @@ SHAPE: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 8, "he
 MOST = 0.05
 
 
-@pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
-    """Three ranks."""
-    folder = tmp_path_factory.mktemp("bytes")
-    with session_on_threads(3, tiny_checkpoint(folder, layers=LAYERS, dtype="bfloat16", **SHAPE)) as made:
-        yield made
+MODEL = {"layers": LAYERS, "dtype": "bfloat16", **SHAPE}
 
 
 def share(run: Run, found: Diff) -> float:

@@ -16,6 +16,7 @@ from dinfer.cluster.threads import LocalRanks
 from dinfer.engine.prefill import Prefill
 from dinfer.kv.reference.comparison import Comparison
 from dinfer.kv.reference.reports import HeldDigests
+from dinfer.kv.source import Noted
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import PlanError
 from dinfer.run.run import Run
@@ -187,7 +188,7 @@ def test_a_wrong_value_on_one_rank(done: Run, sessions: Callable[..., Session]) 
     assert "the wire or memory changed bytes: rank 2 at layer 1, chunk 1, K, head 1, token 11" in first_line(
         found
     )
-    assert "it changed in rank 2's memory after it had come" in first_line(found)
+    assert "received by pairwise hop 0→2 in chunk 1, changed afterwards in its memory" in first_line(found)
     assert "on rank 0, 2 (cpu" in str(found)
 
 
@@ -196,7 +197,7 @@ def test_a_wrong_value_in_the_owners_memory(done: Run, sessions: Callable[..., S
     found = done.compare()
     assert found.first
     assert (found.kind, found.first.rank, found.first.ranks, found.first.right) == ("wire", 0, (0,), (1, 2))
-    assert "it changed in rank 0's memory after it had been computed" in first_line(found)
+    assert "computed there in chunk 1, changed afterwards in its memory" in first_line(found)
 
 
 def test_a_bit_that_is_no_difference_of_values(done: Run, sessions: Callable[..., Session]) -> None:
@@ -253,14 +254,10 @@ def test_what_all_ranks_share_was_computed_so(sessions: Callable[..., Session]) 
 @pytest.mark.parametrize(
     ("kind", "change", "said"),
     [
-        ("permuted", lambda block: block.copy_(block.flip(0)), "rows 8–15 are permuted"),
-        ("swapped", lambda block: block.copy_(block.flip(1)), "rows 8–15 hold K for V"),
-        (
-            "heads",
-            lambda block: block.copy_(block.roll(1, 2)),
-            "rows 8–15 hold each head's values 1 further on",
-        ),
-        ("empty", lambda block: block.zero_(), "rows 8–15 are all zero"),
+        ("permuted", lambda block: block.copy_(block.flip(0)), "in another order"),
+        ("swapped", lambda block: block.copy_(block.flip(1)), "K holds V's rows and V holds K's rows"),
+        ("heads", lambda block: block.copy_(block.roll(1, 2)), "heads shifted by 1"),
+        ("empty", lambda block: block.zero_(), "all zeros"),
     ],
 )
 @pytest.mark.parametrize("everywhere", [False, True])
@@ -289,8 +286,10 @@ def test_rows_that_lie_wrongly(
     )
     assert found.first.ranks == ((0, 1, 2) if everywhere else (2,))
     who = "all 3 ranks" if everywhere else "rank 2"
-    then = "" if everywhere else "; it changed in rank 2's memory after it had come"
-    assert first_line(found) == f"placement is wrong: on {who}, layer 2, chunk 1: {said}{then}"
+    assert first_line(found).startswith(f"placement is wrong: on {who}, layer 2, chunk 1: ")
+    assert said in first_line(found)
+    assert "rows 8–15" in first_line(found)
+    assert ("changed afterwards in its memory" in first_line(found)) is not everywhere
 
 
 def test_a_stale_block(done: Run, sessions: Callable[..., Session]) -> None:
@@ -300,7 +299,7 @@ def test_a_stale_block(done: Run, sessions: Callable[..., Session]) -> None:
     assert found.first
     assert found.first.rows
     assert (found.kind, found.first.rows.kind, found.first.ranks) == ("placement", "stale", (0,))
-    assert "layer 3, chunk 2: rows 16–23 repeat rows 8–15" in first_line(found)
+    assert "layer 3, chunk 2: stale: rows 16–23 hold rows 8–15 of the chunk before" in first_line(found)
 
 
 def test_rows_of_a_block_appended_twice_just_before_the_next(sessions: Callable[..., Session]) -> None:
@@ -448,9 +447,8 @@ def test_its_html_is_its_text(done: Run) -> None:
 
 def test_held_digests_are_read_as_they_are_told() -> None:
     items = [["kv", 0, 1, [5, 6], [5, 6], None], ["kv", 1, 1, [7, 8], None, None], ["hidden", 0, 0, 9]]
+    items.append(["kv", 2, 1, [1, 2], [1, 2], [3, 2]])
     held = HeldDigests.of(0, {"dtype": "float32", "held": [3], "due": [3], "tokens": [], "items": items})
-    assert (held.now, held.then, held.hidden) == (
-        {(0, 1): (5, 6), (1, 1): (7, 8)},
-        {(0, 1): (5, 6)},
-        {(0, 0): 9},
-    )
+    assert held.now == {(0, 1): (5, 6), (1, 1): (7, 8), (2, 1): (1, 2)}
+    assert held.noted == {(0, 1): Noted((5, 6), (5, 6)), (2, 1): Noted((1, 2), (3, 2))}
+    assert held.hidden == {(0, 0): 9}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +21,12 @@ from dinfer.run.fleet import RankFailed
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.support.threads import engines, session_on_threads
-from tests.support.tiny import tiny_checkpoint
 
 PROMPT = "Lima 是秘鲁的首都, isn't it so?"
 LAYERS, HEADS, DIMS = 4, 2, 16
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four layers, and a tokenizer of bytes."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("kv") / "model", layers=LAYERS, tokenizer=True)
-
-
-@pytest.fixture
-def session(model: Path) -> Iterator[Session]:
-    """Three ranks on threads; stages of 2, 1 and 1 layers."""
-    with session_on_threads(3, model) as session:
-        yield session
+MODEL = {"layers": LAYERS, "tokenizer": True}
 
 
 @pytest.fixture
@@ -76,7 +64,7 @@ def test_what_is_shown_says_who_holds_what_and_each_head_in_numbers(session: Ses
     assert "float32, K and V of each layer [2 heads, tokens, 16]; 37 tokens in 5 chunks" in held[0]
     assert held[4] == "layer 3 (of rank 2), tokens: rank 0 holds 8, rank 1 holds 8, rank 2 holds 8"
     summary = run.kv(layer=0, chunk=0).summary()
-    lines = {(line[0], line[1]): dict(zip(summary.head, line, strict=True)) for line in summary.lines}
+    lines = {(line[0], line[1]): dict(zip(summary.columns, line, strict=True)) for line in summary.rows}
     rows = cache(session, 0).tensor(0)[:8]
     assert lines["K", "1"]["nan"] == "1"
     assert lines["V", "0"]["zeros"] == "0.125"
@@ -105,9 +93,9 @@ def test_values_travel_as_from_a_tensor(session: Session, done: Run) -> None:
         )
         assert torch.equal(part[index], expected)
     assert torch.equal(done.kv(layer=2, rank=1, chunk=1).v[0], cache(session, 1).tensor(2)[8:16, 1, 0])
-    with pytest.raises(IndexError, match="there is no head 2: there are 2, 0 to 1"):
+    with pytest.raises(IndexError, match="head 2 is out of range: there are 2, 0 to 1"):
         part[2]
-    with pytest.raises(PlanError, match="of which layer"):
+    with pytest.raises(PlanError, match="name a layer"):
         _ = done.kv().k
 
 
@@ -118,7 +106,7 @@ def test_large_values_come_in_pieces_and_are_announced(
     monkeypatch.setattr(view, "LARGE", 1 << 10)
     whole = cache(session, 0).tensor(3)[:37, 1].transpose(0, 1)
     assert torch.equal(done.kv(layer=3, rank=0).v[:], whole)
-    assert "MiB are fetched; a slice of heads or tokens" in capsys.readouterr().out
+    assert "MiB; a slice of heads or tokens" in capsys.readouterr().out
     assert engine_keeps_nothing(session)
 
 
@@ -158,7 +146,7 @@ def test_attention_is_over_earlier_tokens_and_changes_nothing(done: Run) -> None
     assert str(found).startswith("attention of layer 2, chunk 1, 4 heads, on average")
     assert done.sha256() == before
     assert done.edited == []
-    with pytest.raises(PlanError, match="token 3 is not in chunk 1: its are 8 to 15"):
+    with pytest.raises(PlanError, match="token 3 is not in chunk 1, which has tokens 8 to 15"):
         found.top(3)
 
 

@@ -21,6 +21,7 @@ from dinfer.plan.graph import channel_of
 from dinfer.plan.ops import Op
 from dinfer.run.stepper import Stepper
 from tests.support.expected import expected, is_complete
+from tests.support.held_kv import is_as_made
 from tests.support.twin import Twin, prompt, twin
 
 CHUNK, WORLD = 4, 3
@@ -259,7 +260,7 @@ def test_no_false_alarm_however_a_run_is_walked(small: Decoder, form: dict[str, 
     wanted = expected(small, IDS, CHUNK)
     with twin(small, world_size=random.randint(2, 3), chunk_size=CHUNK, on_corruption="fail", **form) as made:
         found = heard(made, "fail")
-        stepper = Stepper(made.prepare(IDS), timeout=30)
+        stepper = Stepper(made.prepare(IDS), timeout=60)
         for _ in range(25):
             match random.randrange(4):
                 case 0:
@@ -271,7 +272,7 @@ def test_no_false_alarm_however_a_run_is_walked(small: Decoder, form: dict[str, 
                     stepper.step(random.choice(UNITS), random.randint(1, 2))
             made.all(lambda engine: engine.recheck())
         stepper.resume()
-        stepper.wait(30)
+        stepper.wait(60)
         assert is_complete(made, wanted)
         assert made.all(lambda engine: engine.decode_phase(max_new_tokens=6)) == [wanted.tokens] * len(
             made.engines
@@ -281,7 +282,7 @@ def test_no_false_alarm_however_a_run_is_walked(small: Decoder, form: dict[str, 
         for engine in made.engines:
             ledger = engine.executor.state.ledger
             assert len(ledger.entries) == 9
-            assert all(entry.is_as_made and not entry.edited for entry in ledger.entries.values())
+            assert all(is_as_made(entry) and not entry.edited for entry in ledger.entries.values())
 
 
 def test_a_block_synced_by_hand_is_no_corruption(small: Decoder) -> None:
@@ -332,15 +333,15 @@ def test_a_signature_says_who_computed_and_who_was_first_to_differ() -> None:
     assert found is not None
     assert last.signature((0, 5)).tolist() == passed_on.tolist()
     assert as_numbers(found) != last.entries[0, 5].announced == as_numbers(said[:2])
-    assert not last.entries[0, 5].is_as_made
-    assert owner.entries[0, 5].is_as_made
+    assert not is_as_made(last.entries[0, 5])
+    assert is_as_made(owner.entries[0, 5])
 
 
 def test_a_block_that_nobody_digested_is_not_judged() -> None:
     block = torch.ones(2, 2, 1, 4)
     ledger = Ledger(1)
     ledger.arrived((0, 0), block, torch.zeros(3, dtype=torch.int64))
-    assert ledger.entries[0, 0].is_as_made
+    assert is_as_made(ledger.entries[0, 0])
     assert ledger.signature((0, 0)).tolist() == [0, 0, 0]
     assert Ledger(0).signature((3, 3)).tolist() == [0, 0, 0]
 

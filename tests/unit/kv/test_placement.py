@@ -3,72 +3,96 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import Tensor
 
-from dinfer.kv.placement import Misplaced, RowDigests, misplaced
+from dinfer.kv.rows import Misplaced, misplaced_in_blocks, misplaced_rows
 
 EMPTY = -1
 BLOCKS = [range(0, 4), range(4, 8), range(8, 12)]
+RIGHT = 1 + torch.arange(12 * 2 * 3).reshape(12, 2, 3)
+"""Digests of K and V of three heads, all different."""
+
+Found = tuple[int, int, str, str, int]
 
 
-def row(number: int) -> RowDigests:
-    """Digests of three heads, all different."""
-    return tuple(10 * number + n for n in range(3)), tuple(1000 + 10 * number + n for n in range(3))
+def named(mine: Tensor, right: Tensor = RIGHT) -> list[Misplaced]:
+    if len(mine) != len(right):
+        return misplaced_rows(mine, right)
+    return misplaced_in_blocks(mine, right, BLOCKS, EMPTY)
 
 
-RIGHT = [row(n) for n in range(12)]
-
-
-def named(mine: list[RowDigests]) -> list[Misplaced]:
-    return misplaced(mine, RIGHT, EMPTY, BLOCKS)
+def changed(places: slice | list[int], part: int | slice, value: Tensor | int) -> Tensor:
+    """The right rows with others in some places; `part` 0: K, 1: V, slice(None): both."""
+    mine = RIGHT.clone()
+    mine[places, part] = value
+    return mine
 
 
 def test_right_rows_are_not_named() -> None:
-    assert named(list(RIGHT)) == []
-    assert named(RIGHT[:8]) == []
+    assert named(RIGHT) == []
 
 
 def test_a_row_found_nowhere_is_not_named() -> None:
-    assert named([*RIGHT[:5], ((7, 7, 7), RIGHT[5][1]), *RIGHT[6:]]) == []
+    assert named(changed([5], 0, 999)) == []
+
+
+K, V, BOTH = 0, 1, slice(None)
 
 
 @pytest.mark.parametrize(
     ("mine", "found"),
     [
-        (RIGHT + RIGHT, [(12, 24, "repeated", "KV", 0)]),
-        ([*RIGHT, RIGHT[11]], [(12, 13, "repeated", "KV", 11)]),
-        ([*RIGHT[:8], *RIGHT[4:8], *RIGHT[8:]], [(8, 12, "stale", "KV", 4), (12, 16, "shifted", "KV", 8)]),
-        ([*RIGHT[:8], *RIGHT[4:8]], [(8, 12, "stale", "KV", 4)]),
-        ([*RIGHT[:8], *RIGHT[5:8], RIGHT[11]], [(8, 11, "repeated", "KV", 5)]),
-        ([*RIGHT[:4], RIGHT[6], RIGHT[5], RIGHT[7], RIGHT[4], *RIGHT[8:]], [(4, 8, "permuted", "KV", -1)]),
-        ([*RIGHT[:4], *((v, k) for k, v in RIGHT[4:8]), *RIGHT[8:]], [(4, 8, "swapped", "KV", -1)]),
-        ([*RIGHT[:4], *((v, v) for _, v in RIGHT[4:8]), *RIGHT[8:]], [(4, 8, "swapped", "K", -1)]),
-        ([((k[2], k[0], k[1]), (v[2], v[0], v[1])) for k, v in RIGHT[:4]], [(0, 4, "heads", "KV", 1)]),
-        ([(k, (v[1], v[2], v[0])) for k, v in RIGHT[:4]], [(0, 4, "heads", "V", 2)]),
-        ([*RIGHT[:4], *[((EMPTY,) * 3, (EMPTY,) * 3)] * 4], [(4, 8, "empty", "KV", -1)]),
-        ([*RIGHT[:4], *((k, (EMPTY,) * 3) for k, _ in RIGHT[4:8])], [(4, 8, "empty", "V", -1)]),
-        ([*RIGHT[:8], *((k, RIGHT[n][1]) for n, (k, _) in enumerate(RIGHT[8:], 4))], [(8, 12, "stale", "V", 4)]),
-        (RIGHT[1:], [(0, 11, "shifted", "KV", 1)]),
-        ([*RIGHT, row(99)], [(12, 13, "extra", "KV", -1)]),
+        (RIGHT.repeat(2, 1, 1), [(12, 24, "repeated", "KV", 0)]),
+        (RIGHT[[*range(12), 11]], [(12, 13, "repeated", "KV", 11)]),
+        (RIGHT[[*range(8), *range(4, 12)]], [(8, 12, "repeated", "KV", 4), (12, 16, "shifted", "KV", -1)]),
+        (RIGHT[[*range(1, 12)]], [(0, 11, "shifted", "KV", -1)]),
+        (torch.cat([RIGHT, torch.full((1, 2, 3), 999)]), [(12, 13, "extra", "KV", -1)]),
+        (changed(slice(8, 12), BOTH, RIGHT[4:8]), [(8, 12, "stale", "KV", 4)]),
+        (changed(slice(8, 12), V, RIGHT[4:8, 1]), [(8, 12, "stale", "V", 4)]),
+        (changed(slice(8, 11), BOTH, RIGHT[5:8]), [(8, 11, "repeated", "KV", 5)]),
+        (changed(slice(8, 12), BOTH, RIGHT[0:4]), [(8, 12, "repeated", "KV", 0)]),
+        (changed([4, 7], BOTH, RIGHT[[7, 4]]), [(4, 8, "permuted", "KV", -1)]),
+        (changed(slice(4, 7), BOTH, RIGHT[5:8]), [(4, 7, "shifted", "KV", 5)]),
+        (changed(slice(4, 8), BOTH, RIGHT[5:9]), [(4, 8, "shifted", "KV", 5)]),
+        (changed(slice(4, 8), BOTH, RIGHT[4:8].flip(1)), [(4, 8, "swapped", "KV", -1)]),
+        (changed(slice(4, 8), K, RIGHT[4:8, 1]), [(4, 8, "swapped", "K", -1)]),
+        (changed(slice(0, 4), BOTH, RIGHT[0:4].roll(1, 2)), [(0, 4, "heads", "KV", -1)]),
+        (changed(slice(0, 4), V, RIGHT[0:4, 1].roll(2, 1)), [(0, 4, "heads", "V", -1)]),
+        (changed(slice(4, 8), BOTH, EMPTY), [(4, 8, "empty", "KV", -1)]),
+        (changed(slice(4, 8), V, EMPTY), [(4, 8, "empty", "V", -1)]),
     ],
 )  # fmt: skip
-def test_each_kind_is_named(mine: list[RowDigests], found: list[tuple[object, ...]]) -> None:
-    assert [tuple(one) for one in named(mine)] == found
+def test_each_kind_is_named(mine: Tensor, found: list[Found]) -> None:
+    assert [tuple(one)[:5] for one in named(mine)] == found
+    assert all(one.text for one in named(mine))
 
 
 def test_equal_rows_that_have_changed_alike_repeat_nothing() -> None:
     """V of the first layer is the same for equal tokens, before and after a cast."""
-    right = [*RIGHT[:5], (RIGHT[5][0], RIGHT[1][1]), *RIGHT[6:]]
-    mine = [(k, (7, 7, 7)) if n in (1, 5) else (k, v) for n, (k, v) in enumerate(right)]
-    assert misplaced(mine, right, EMPTY, BLOCKS) == []
-    elsewhere = [(k, RIGHT[3][1]) if n in (1, 5) else (k, v) for n, (k, v) in enumerate(right)]
-    assert [one[:3] for one in misplaced(elsewhere, right, EMPTY, BLOCKS)] == [
-        (1, 2, "shifted"),
-        (5, 6, "repeated"),
-    ]
+    right = RIGHT.clone()
+    right[5, 1] = right[1, 1]
+    mine = right.clone()
+    mine[[1, 5], 1] = 999
+    assert named(mine, right) == []
+    mine[[1, 5], 1] = right[3, 1]
+    assert {(one.start, one.kind, one.tensors) for one in named(mine, right)} == {
+        (1, "repeated", "V"),
+        (5, "repeated", "V"),
+    }
 
 
-def test_a_block_of_other_values_is_not_named_by_rows_that_are_a_neighbours_by_chance() -> None:
+def test_a_block_of_other_values_is_not_named_by_rows_that_are_anothers_by_chance() -> None:
     """K of equal tokens at shifted positions."""
-    mine = [*RIGHT[:4], row(77), RIGHT[6], RIGHT[7], row(88), *RIGHT[8:]]
+    mine = changed([5, 6], BOTH, RIGHT[[6, 7]])
+    mine[[4, 7]] = torch.tensor([777, 888])[:, None, None]
     assert named(mine) == []
-    assert [one[:3] for one in named([*mine[:8], RIGHT[9], RIGHT[8], *mine[10:]])] == [(8, 10, "permuted")]
+    mine[[8, 9]] = RIGHT[[9, 8]]
+    assert [one[:3] for one in named(mine)] == [(8, 10, "permuted")]
+
+
+def test_a_row_of_one_head_that_is_another_row_is_a_wrong_value() -> None:
+    """A value may be zero for other reasons than that a block never came."""
+    one_head = RIGHT.clone()
+    one_head[5, 0, 1] = EMPTY
+    assert named(one_head) == []

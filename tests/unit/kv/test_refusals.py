@@ -12,7 +12,6 @@ from dinfer.cluster.threads import LocalRanks
 from dinfer.plan.ops import PlanError
 from dinfer.run.run import Run
 from dinfer.session.session import Session
-from tests.support.threads import session_on_threads
 from tests.support.tiny import tiny_checkpoint
 from tests.support.twin import prompt
 
@@ -22,17 +21,7 @@ Other = Callable[..., Run]
 """other(ids, load={}, **checkpoint): a finished run of another session, on a checkpoint that differs in that"""
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six layers."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("refusals") / "model", layers=LAYERS)
-
-
-@pytest.fixture
-def session(model: Path) -> Iterator[Session]:
-    """Three ranks of two layers each."""
-    with session_on_threads(3, model) as made:
-        yield made
+MODEL = {"layers": LAYERS}
 
 
 @pytest.fixture
@@ -99,7 +88,7 @@ def test_what_is_not_computed_yet(run: Run) -> None:
 
 def test_ranks_to_compare(run: Run) -> None:
     assert said(lambda: run.kv().diff(ranks=(0, 3))) == "there is no rank 3: the ranks are 0 to 2."
-    assert said(lambda: run.kv().diff(ranks=())).startswith("ranks names none: name two at least")
+    assert said(lambda: run.kv().diff(ranks=())).startswith("ranks is empty: name at least two")
 
 
 @pytest.mark.parametrize(

@@ -87,25 +87,20 @@ def test_what_was_found_is_kept_when_it_is_interrupted_or_cannot_go_on(
 def test_a_number_that_is_none(monkeypatch: pytest.MonkeyPatch, flag: str, name: str) -> None:
     done = command(monkeypatch, flag, -1)
     assert done.exit_code == 2
-    assert done.stderr == f"dinfer: {name} is -1; it must be 0 or more.\n"
+    assert f"{name} is -1" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (
-            ["--links", "cables"],
-            "dinfer: links is 'cables'; it must be one of auto, namespaces, transport.\n",
-        ),
-        (
-            ["--links", "namespaces", "--join"],
-            "dinfer: links cannot be broken in network namespaces: the cluster was joined.\n",
-        ),
+        (["--links", "cables"], ("'cables'", "auto, namespaces, transport")),
+        (["--links", "namespaces", "--join"], ("namespaces", "the cluster was joined")),
     ],
 )
-def test_links_that_there_are_not(flags: list[str], words: str) -> None:
+def test_impossible_links_are_refused(flags: list[str], words: tuple[str, ...]) -> None:
     done = CliRunner().invoke(app, ["lab", *flags])
-    assert (done.exit_code, done.stderr) == (2, words)
+    assert done.exit_code == 2
+    assert all(word in done.stderr for word in words)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +108,7 @@ def test_links_that_there_are_not(flags: list[str], words: str) -> None:
     [
         ("auto", False, "needs root", "links: in the transport (needs root)"),
         ("auto", True, "", "links: in the transport (the cluster was joined)"),
-        ("transport", False, "", "links: in the transport (as asked)"),
+        ("transport", False, "", "links: in the transport (as requested)"),
         ("auto", False, "", "links: network namespaces"),
         ("namespaces", False, "", "links: network namespaces"),
     ],

@@ -7,8 +7,7 @@ from itertools import product
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinfer.lab.cells import cells_of, graph_of, possible_cells
-from dinfer.lab.covering import covering_array, pairs_of, spread
+from dinfer.lab.cells import cells_of, covering_array, graph_of, pairs_of, possible_cells, spread
 from dinfer.lab.expected import RULES, target
 
 CELLS = st.lists(

@@ -11,8 +11,8 @@ import pytest
 from dinfer.lab.cells import LAYERS, TOKENS, graph_of, possible_cells
 from dinfer.lab.expected import RULES, Cell, Expected, expected, following, target, third
 from dinfer.lab.hosts import LabNetwork
+from dinfer.lab.lab import IDS
 from dinfer.lab.orders import ACTS, SLOW_BITS_PER_S, orders, pace, slowed
-from dinfer.lab.trial import IDS
 from dinfer.model.checkpoint import check
 from dinfer.plan.graph import channel_of
 from dinfer.plan.ops import parse_op

@@ -62,13 +62,13 @@ def test_ranks_that_are_heard_of_have_not_failed(link: QuietLink) -> None:
 
 def test_a_rank_that_is_gone_is_named(link: QuietLink) -> None:
     link.ranks[2].gone = True
-    assert failure(link).startswith("rank 2 is gone: its process ended without a word; it stood at: 1 of ")
+    assert failure(link).startswith("rank 2 ")
 
 
 def test_a_rank_that_was_told_to_end_is_not_the_cause(link: QuietLink) -> None:
     link.ranks[1].gone = link.ranks[2].gone = True
     link.ranks[1].reports["told_to_end"] = {}
-    assert failure(link).startswith("rank 2 is gone")
+    assert failure(link).startswith("rank 2 ")
 
 
 def test_only_ranks_that_were_told_to_end_are_no_failure(link: QuietLink) -> None:
@@ -82,9 +82,9 @@ def test_a_silent_rank_is_named_well_before_the_timeout(link: QuietLink) -> None
     limit = silence_limit(JOB.config.timeout)
     assert limit == 4
     link.ranks[1].heard -= limit + 0.1
-    assert failure(link).startswith(
-        "rank 1 has not been heard of for 4 s: its host or the network to it may be down"
-    )
+    said = failure(link)
+    assert said.startswith("rank 1 ")
+    assert "4 s" in said
 
 
 def test_when_all_others_are_silent_this_host_is_suspected(link: QuietLink) -> None:

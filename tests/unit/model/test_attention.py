@@ -1,4 +1,4 @@
-"""Attention weights are transformers' own, and hidden states computed beside the cache are the forward's."""
+"""Attention weights equal transformers', and hidden states recomputed without the cache equal the forward's."""
 
 from __future__ import annotations
 

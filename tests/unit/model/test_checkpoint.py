@@ -1,4 +1,4 @@
-"""Checkpoints judged before they are loaded: what is read from a good one, each way one can be wrong."""
+"""Checks before loading: the sizes of a good checkpoint, and each error of a bad one."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_truncated_shard_is_named_with_what_is_missing(folder: Path) -> None:
     size = last.stat().st_size
     with last.open("r+b") as stream:
         stream.truncate(size - 1234)
-    with pytest.raises(ModelError, match=rf"{last.name} .* cut short: it has .* 1,234 bytes are missing"):
+    with pytest.raises(ModelError, match=rf"{last.name} .* truncated: it has .* 1,234 bytes are missing"):
         check(folder)
 
 
@@ -115,7 +115,7 @@ def test_a_truncated_shard_is_named_with_what_is_missing(folder: Path) -> None:
 def test_a_file_cut_in_its_header_is_named(folder: Path, kept: int) -> None:
     with (folder / "model.safetensors").open("r+b") as stream:
         stream.truncate(kept)
-    with pytest.raises(ModelError, match=rf"model.safetensors .* cut short: it has {kept} of at least"):
+    with pytest.raises(ModelError, match=rf"model.safetensors .* truncated: it has {kept} of at least"):
         check(folder)
 
 
@@ -130,7 +130,7 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
     ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a Git LFS pointer"),
-        (b"\xff" * 64, "is not a safetensors file: its first 8 bytes are no header length"),
+        (b"\xff" * 64, "is not a safetensors file: its first 8 bytes are not a header length"),
         ((3).to_bytes(8, "little") + b"{,}", "is not a safetensors file: its header cannot be read"),
         ((9).to_bytes(8, "little") + b'{"a": {}}', "is not a safetensors file: its header cannot be read"),
     ],
@@ -175,7 +175,7 @@ def test_a_config_without_sizes(folder: Path, value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "reason"),
-    [("gemma4", "per_layer_input"), ("gpt2", "nobody has yet shown"), (None, "'None' is not supported")],
+    [("gemma4", "per_layer_input"), ("gpt2", "has not been tested"), (None, "'None' is not supported")],
 )
 def test_unsupported_architectures(folder: Path, model_type: str | None, reason: str) -> None:
     edit(folder, model_type=model_type)
@@ -199,7 +199,7 @@ def test_rotary_embeddings_with_a_memory(folder: Path, name: str) -> None:
 
 
 def test_a_folder_without_config_lists_what_is_there(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"has no config.json, so it is no checkpoint. It holds: nothing"):
+    with pytest.raises(ModelError, match=r"has no config.json, so it is not a checkpoint. It holds: nothing"):
         check(tmp_path)
     for number in range(10):
         (tmp_path / f"file{number}").touch()
@@ -208,7 +208,7 @@ def test_a_folder_without_config_lists_what_is_there(tmp_path: Path) -> None:
 
 
 def test_no_such_folder(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(ModelError, match=r"there is no folder .*nowhere; give the folder of a checkpoint"):
+    with pytest.raises(ModelError, match=r"folder .*nowhere does not exist; give the folder of a checkpoint"):
         check(tmp_path / "nowhere")
     with pytest.raises(ModelError, match="is a file; give the folder"):
         check(folder / "config.json")
@@ -219,9 +219,7 @@ def test_hub_names_are_looked_up_in_the_local_cache_only(
 ) -> None:
     import huggingface_hub
 
-    with pytest.raises(
-        ModelError, match=r"no model of that name in the local Hugging Face cache.*hf download"
-    ):
+    with pytest.raises(ModelError, match=r"local Hugging Face cache has no model of that name.*hf download"):
         resolve("dinfer-tests/there-is-no-such-model")
 
     def found(name: str, local_files_only: bool) -> str:
@@ -239,7 +237,7 @@ def test_light_modules_do_not_import_torch(folder: Path) -> None:
         "from dinfer.model.checkpoint import check, resolve\n"
         "dinfer.model.sampling.Sampling(temperature=0.7)\n"
         f"assert (spec := check({str(folder)!r})).layers == 1\n"
-        "from dinfer.model.fingerprint import fingerprint\n"
+        "from dinfer.model.checkpoint import fingerprint\n"
         "assert len(fingerprint(spec)) == 64\n"
         "dinfer.model.memory.check_memory(spec, 'auto', 100, 3)\n"
         "try: resolve('dinfer-tests/there-is-no-such-model')\n"

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from dinfer.model import reference
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 from dinfer.model.families import FAMILIES
+from tests.support import reference
 from tests.support.tiny import tiny_checkpoint
 
 PROMPT = [(token * 37 + 11) % 120 for token in range(50)]

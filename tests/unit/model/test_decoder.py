@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dinfer.model import reference
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 from dinfer.model.errors import ModelError
+from tests.support import reference
 from tests.support.tiny import tiny_checkpoint
 
 PROMPT = [(token * 37 + 11) % 120 for token in range(50)]
@@ -164,7 +164,7 @@ def test_eos_ids_come_from_the_generation_config_then_the_config(tmp_path: Path)
 
 def test_dtype_can_be_chosen(folder: Path) -> None:
     assert Decoder.load(folder, dtype="bfloat16").new_cache(1).dtype == torch.bfloat16
-    with pytest.raises(ModelError, match="dtype 'int4' is not allowed; choose one of auto, float32"):
+    with pytest.raises(ModelError, match="dtype 'int4' is unknown; choose one of auto, float32"):
         Decoder.load(folder, dtype="int4")
 
 
@@ -193,11 +193,11 @@ def test_embed_refuses_ids_out_of_the_vocabulary(llama: Decoder, ids: list[int],
 
 def test_layer_and_logits_say_what_they_take(llama: Decoder) -> None:
     cache, hidden = llama.new_cache(4), llama.embed(torch.tensor([1, 2, 3]))
-    with pytest.raises(ModelError, match="there is no layer 3: the layers of this model are 0 to 2"):
+    with pytest.raises(ModelError, match="layer 3 is out of range: this model has layers 0 to 2"):
         llama.layer(3, hidden, cache, 0)
     with pytest.raises(ModelError, match=r"takes a hidden state \[1, tokens, 64\]; got \[3, 64\]"):
         llama.layer(0, hidden[0], cache, 0)
-    with pytest.raises(ModelError, match="tokens 2 to 5 are not in this KV cache: it holds 4"):
+    with pytest.raises(ModelError, match="tokens 2 to 5 are out of range: this KV cache holds 4"):
         llama.layer(0, hidden, cache, 2)
     with pytest.raises(ModelError, match=r"one token, \[1, 1, 64\]; got \[1, 3, 64\]"):
         llama.logits(hidden)

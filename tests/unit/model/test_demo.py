@@ -1,7 +1,8 @@
-"""The demo checkpoint as shipped: small, loads offline like any other, and answers from its prompt alone."""
+"""The shipped demo checkpoint: small, loads offline like any other, and answers from its prompt alone."""
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from dinfer.model.demo import CHECKPOINT, LOOKUP_LAYER
+from dinfer.model.demo import CHECKPOINT
 from dinfer.model.demo.lessons import IGNORED, batch, lesson
-from dinfer.model.demo.score import ROOM, answers, recalled, samples
+from dinfer.model.demo.score import MAX_NEW_TOKENS, answers, recalled, samples
 from dinfer.model.demo.task import (
     FIRST_TRAINING_SEED,
     LANGUAGES,
@@ -25,6 +26,8 @@ from dinfer.model.demo.tokenizer import build, words
 from dinfer.model.demo.train import Curriculum, Recipe
 
 MEBIBYTE = 1 << 20
+LOOKUP_LAYER = 1
+"""the layer of the shipped weights that looks facts up: without its block of a fact, the answer is wrong"""
 TEXTS = {
     "emoji": "a 🙂 b 👩🏽‍🚀 and 🇨🇳",
     "chinese": "请详细介绍一下人工智能的发展历史。",
@@ -65,6 +68,12 @@ def with_lost_block(model: Any, tokenizer: Any, told: Recall, layers: range) -> 
     return str(tokenizer.decode(said)).removesuffix(tokenizer.eos_token)
 
 
+def altered(one: Recall, code: str) -> Recall:
+    """The same question, where the fact asked for has another code."""
+    changed = replace(one.facts[one.asked], code=code)
+    return replace(one, facts=(*one.facts[: one.asked], changed, *one.facts[one.asked + 1 :]))
+
+
 class TestTask:
     def test_same_seed_same_prompt(self) -> None:
         assert recall(7, "en") == recall(7, "en")
@@ -86,10 +95,8 @@ class TestTask:
         facts = recall(3, language, facts=40).facts
         assert len({fact.name for fact in facts}) == len({fact.code for fact in facts}) == 40
 
-    def test_alter_and_ask(self) -> None:
+    def test_ask_for_another_fact(self) -> None:
         told = demo_prompt()
-        assert told.altered("123").answer == " 123"
-        assert told.altered("123").ask(0).answer == told.ask(0).answer
         assert told.ask(-1).asked == 15
 
     @pytest.mark.parametrize("facts", [0, 41])
@@ -226,7 +233,7 @@ class TestRecall:
 
     @pytest.mark.parametrize("language", LANGUAGES)
     def test_answer_follows_the_fact(self, model: Any, tokenizer: Any, language: Language) -> None:
-        told = [one.altered(f"{(i * 37 + 5) % 1000:03}") for i, one in enumerate(samples(20, language))]
+        told = [altered(one, f"{(i * 37 + 5) % 1000:03}") for i, one in enumerate(samples(20, language))]
         assert sum(recalled(model, tokenizer, told)) >= 19
 
     @pytest.mark.parametrize("language", LANGUAGES)
@@ -242,7 +249,7 @@ class TestRecall:
         prompt = tokenizer(demo_prompt(language).prompt, return_tensors="pt")
         output = model.generate(**prompt, max_new_tokens=50, do_sample=False)
         said = output[0, prompt.input_ids.shape[1] :]
-        assert len(said) == 4 < ROOM
+        assert len(said) == 4 < MAX_NEW_TOKENS
         assert said[-1] == tokenizer.eos_token_id
 
     def test_free_text_generates(self, model: Any, tokenizer: Any) -> None:

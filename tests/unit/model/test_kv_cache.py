@@ -1,4 +1,4 @@
-"""The KV cache: blocks that go on the wire as they are, windows that show what they should, digests."""
+"""The KV cache: contiguous blocks, windows with the visible tokens, digests."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def test_k_and_v_are_views_of_the_block() -> None:
 
 @pytest.mark.parametrize("rows", [(-1, 2), (3, 2), (0, 9)])
 def test_rows_out_of_the_cache_are_refused(rows: tuple[int, int]) -> None:
-    with pytest.raises(ModelError, match="are not in this KV cache: it holds 8"):
+    with pytest.raises(ModelError, match="are out of range: this KV cache holds 8"):
         filled().block(0, *rows)
 
 
 def test_layers_out_of_the_cache_and_empty_caches_are_refused() -> None:
-    with pytest.raises(ModelError, match="layer 3 is not in this KV cache: its layers are 0 to 2"):
+    with pytest.raises(ModelError, match="layer 3 is out of range: this KV cache has layers 0 to 2"):
         filled().tensor(3)
     with pytest.raises(ModelError, match=r"capacity=0, .* must be at least 1"):
         KVCache(3, 0, 2, 4, torch.float32, "cpu")
@@ -115,7 +115,7 @@ def test_a_sliding_window_shows_the_last_of_it_and_the_new(position: int, start:
 
 
 def test_a_window_refuses_other_shapes_and_rows_beyond() -> None:
-    with pytest.raises(ModelError, match=r"made K \(1, 2, 2, 4\) .* this window takes \(1, 2, 3, 4\)"):
+    with pytest.raises(ModelError, match=r"made K \(1, 2, 2, 4\) .* this cache takes \(1, 2, 3, 4\)"):
         CacheWindow(filled(), 0, 3).update(torch.ones(1, 2, 2, 4), torch.ones(1, 2, 2, 4), 0)
     with pytest.raises(ModelError, match="tokens 7 to 9"):
         CacheWindow(filled(), 7, 2)

@@ -1,4 +1,4 @@
-"""Loading holds the weights once: views of the files, or one copy. Peak memory of a process of its own."""
+"""Loading holds the weights once: views of the files, or one copy. Measures the peak memory of a new process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks and rotary embeddings are made once for layers of a kind, and forgotten in order."""
+"""Masks and rotary embeddings are made once for layers of a kind; the oldest are dropped."""
 
 from __future__ import annotations
 
@@ -56,5 +56,5 @@ def test_masks_are_causal_and_windowed(llama: Decoder) -> None:
 def test_unknown_layer_types_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert layer_kinds(LlamaConfig(num_hidden_layers=2)) == (FULL, FULL)
     monkeypatch.setattr(positions, "get_layer_types_and_kwargs", lambda _: (["linear_attention"], [{}]))
-    with pytest.raises(ModelError, match="'linear_attention' are not supported; allowed: full_attention"):
+    with pytest.raises(ModelError, match="'linear_attention' are not supported; supported: full_attention"):
         layer_kinds(SimpleNamespace())

@@ -1,4 +1,4 @@
-"""The reference is transformers' own answer and nothing else."""
+"""The reference equals transformers' own forward and generate."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinfer.model import reference
 from dinfer.model.decoder import Decoder
-from dinfer.model.errors import ModelError
+from dinfer.model.reference import Forward
+from tests.support import reference
 from tests.support.tiny import tiny_checkpoint
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -34,7 +34,7 @@ def test_the_last_chunk_may_be_short(decoder: Decoder) -> None:
 
 def test_it_shows_what_it_makes_in_order_and_leaves_no_hook(decoder: Decoder) -> None:
     seen: list[tuple[str, int, torch.Tensor]] = []
-    forward = reference.Forward(decoder, lambda *what: seen.append(what))
+    forward = Forward(decoder, lambda *what: seen.append(what))
     output = decoder.model(torch.tensor([IDS]), output_hidden_states=True, logits_to_keep=1)
     modules = [*decoder.model.get_decoder().layers, decoder.model.get_decoder().norm]
     hooks = [(len(module._forward_pre_hooks), len(module._forward_hooks)) for module in modules]
@@ -57,7 +57,7 @@ def test_what_looks_may_run_layers_itself(llama: Decoder) -> None:
         if what == "hidden" and layer < llama.num_layers:
             llama.layer(layer, tensor, llama.new_cache(len(IDS)), 0)
 
-    assert torch.equal(reference.Forward(llama, see).feed(IDS).hidden, reference.unchunked(llama, IDS).hidden)
+    assert torch.equal(Forward(llama, see).feed(IDS).hidden, reference.unchunked(llama, IDS).hidden)
     assert len(seen) == 2 * llama.num_layers + 1
 
 
@@ -66,14 +66,8 @@ def test_what_looks_may_end_it(llama: Decoder) -> None:
         raise RuntimeError(f"{what} {layer} {list(tensor.shape)}")
 
     with pytest.raises(RuntimeError, match=r"hidden 0 \[1, 8, 64\]"):
-        reference.Forward(llama, see).feed(IDS)
+        Forward(llama, see).feed(IDS)
     assert not any(module._forward_pre_hooks for module in llama.model.get_decoder().layers)
-
-
-@pytest.mark.parametrize(("ids", "chunk_size"), [([], 4), (IDS, 0)])
-def test_nothing_to_run_is_refused(llama: Decoder, ids: list[int], chunk_size: int) -> None:
-    with pytest.raises(ModelError, match="both must be at least 1"):
-        reference.chunked_forward(llama, ids, chunk_size)
 
 
 def test_generate_stops_at_eos_and_ignores_the_checkpoints_taste(tmp_path: Path) -> None:

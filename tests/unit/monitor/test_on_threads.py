@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,9 +20,8 @@ from dinfer.run.hang import Hung
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.verdict import waits
-from tests.support.runs import wait_for
-from tests.support.threads import session_on_threads
-from tests.support.tiny import tiny_checkpoint
+from tests.support.fixtures import fresh_session
+from tests.support.runs import DEADLINE_S, wait_for
 from tests.support.twin import prompt
 
 IDS = prompt(10)
@@ -31,17 +29,12 @@ STUCK_S = 2.0
 """in place of 5"""
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint on disk."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
+session = fresh_session
 
 
-@pytest.fixture
-def session(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waits, "STUCK_S", STUCK_S)
-    with session_on_threads(3, model) as made:
-        yield made
 
 
 Action = Callable[[Any, Any, Any], Outcome | None]
@@ -75,22 +68,20 @@ def check_told(session: Session, run: Run, sentence: str) -> None:
     assert str(act(shell, "why")).splitlines()[0] == sentence
     assert run.standing().message.splitlines()[0] == sentence
     assert sentence in str(run.where())
-    wait_for(partial(is_logged, session, sentence), "the log says it", 5)
+    wait_for(partial(is_logged, session, sentence), "the log says it")
 
 
 def test_a_circle_is_told_by_itself_and_ends_whoever_waits(session: Session) -> None:
     run = begin(session, schedule="batched", unsafe=True)
     with pytest.raises(Hung) as caught:
-        run.wait(20)
+        run.wait(DEADLINE_S)
     verdict = caught.value.verdict
     assert (verdict.kind, verdict.ranks) == ("cycle", (0, 1, 2))
-    assert verdict.sentence.startswith(
-        "these wait for one another for ever: rank 0 waits for rank 1 to take block"
-    )
+    assert verdict.sentence.startswith("deadlock: rank 0 waits for rank 1 to take block")
     check_told(session, run, verdict.sentence)
     assert "bytes, link 0→1 (kv)" in str(verdict)
     session.recover()
-    assert begin(session).wait(20).state == "done"
+    assert begin(session).wait(DEADLINE_S).state == "done"
 
 
 class Door:
@@ -105,6 +96,9 @@ class Door:
     def open(self, *_: object) -> None:
         self._event.set()
 
+    def is_open(self) -> bool:
+        return self._event.is_set()
+
 
 def test_a_rank_that_waits_in_python_is_told_with_its_line(
     session: Session, monkeypatch: pytest.MonkeyPatch
@@ -112,7 +106,7 @@ def test_a_rank_that_waits_in_python_is_told_with_its_line(
     door = Door()
     broken(monkeypatch, 1, "layer c1 l3", door.wait_here)
     run = begin(session)
-    wait_for(lambda: run.hang, f"it is told: {run.where()}", 20)
+    wait_for(lambda: run.hang, f"it is told: {run.where()}")
     verdict = run.verdict()
     assert (verdict.kind, verdict.rank) == ("stuck in Python", 1), verdict
     assert verdict.sentence.startswith("rank 1 is in `layer c1 l3` and stuck in Python (")
@@ -122,49 +116,53 @@ def test_a_rank_that_waits_in_python_is_told_with_its_line(
     assert set(verdict.stacks) == {0, 1, 2}
     check_told(session, run, verdict.sentence)
     for rank in range(3):
-        wait_for(partial(is_logged, session, f"rank {rank} stands at:"), "its stacks are logged", 5)
+        wait_for(partial(is_logged, session, f"rank {rank} stands at:"), "its stacks are logged")
     with pytest.raises(Hung):
-        run.wait(5)
+        run.wait(DEADLINE_S)
     door.open()
-    wait_for(lambda: not run.hang, "it moves again", 20)
-    assert run.wait(20).state == "done"
-    wait_for(lambda: session.log[-1].endswith("the run moves again"), "the log says it", 5)
+    wait_for(lambda: not run.hang, "it moves again")
+    assert run.wait(DEADLINE_S).state == "done"
+    wait_for(lambda: session.log[-1].endswith("the run moves again"), "the log says it")
 
 
 def test_a_call_into_c_is_told_as_that(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    c = ctypes.CDLL(None)
+    c, (end, begin_of_pipe) = ctypes.CDLL(None), os.pipe()
 
-    def nap(*_: object) -> None:
-        c.usleep(4_000_000)  # lets other threads go on
+    def reads(*_: object) -> None:
+        c.read(end, ctypes.create_string_buffer(1), 1)  # lets other threads go on
 
-    broken(monkeypatch, 2, "layer c0 l5", nap)
+    broken(monkeypatch, 2, "layer c0 l5", reads)
     run = begin(session)
-    wait_for(lambda: run.hang, f"it is told: {run.where()}", 20)
-    verdict = run.verdict()
-    assert (verdict.kind, verdict.rank) == ("stuck in C", 2), verdict
-    assert "`c.usleep(4_000_000)" in verdict.sentence
-    wait_for(lambda: run.standing().state == "done", "it goes on by itself", 20)
+    try:
+        wait_for(lambda: run.hang, f"it is told: {run.where()}")
+        verdict = run.verdict()
+        assert (verdict.kind, verdict.rank) == ("stuck in C", 2), verdict
+        assert "`c.read(end, " in verdict.sentence
+    finally:
+        os.write(begin_of_pipe, b"1")
+    wait_for(lambda: run.standing().state == "done", "it goes on by itself")
+    os.close(end)
+    os.close(begin_of_pipe)
 
 
 def test_who_computes_is_not_called_hung(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     door = Door()
 
     def spin(*_: object) -> None:
-        end = time.monotonic() + 20
-        while time.monotonic() < end and not door._event.is_set():
+        while not door.is_open():
             pass
 
     broken(monkeypatch, 1, "layer c1 l3", spin)
     run = begin(session)
     try:
-        wait_for(lambda: run.hang, f"it is told: {run.where()}", 20)
+        wait_for(lambda: run.hang, f"it is told: {run.where()}")
         verdict = run.verdict()
         assert (verdict.kind, verdict.rank, verdict.is_hung) == ("computing", 1, False)
         assert "and still computing (" in run.hang
         run.check_moving()
     finally:
         door.open()  # or the tests after this one would find its thread
-    assert run.wait(20).state == "done"
+    assert run.wait(DEADLINE_S).state == "done"
 
 
 def test_a_message_that_is_left_out_is_told_by_who_misses_it(
@@ -175,7 +173,7 @@ def test_a_message_that_is_left_out_is_told_by_who_misses_it(
     broken(monkeypatch, 0, op, lambda *_: Outcome())
     run = begin(session, schedule="lockstep")
     with pytest.raises(RankFailed, match="and not sent it: at"):
-        run.wait(20)
+        run.wait(DEADLINE_S)
     verdict = run.verdict()
     assert (verdict.kind, verdict.rank, verdict.peer) == ("never sent", 0, 1)
     assert verdict.sentence.startswith(f"rank 0 has passed `{op}` and not sent it: at `recv kv c0 l1")
@@ -187,7 +185,7 @@ def test_the_last_message_is_missed_too(session: Session, monkeypatch: pytest.Mo
     op = "send final -> 0, 1 token"
     broken(monkeypatch, 2, op, lambda *_: Outcome())
     run = begin(session)
-    wait_for(lambda: run.hang, f"it is told: {run.where()}", 20)
+    wait_for(lambda: run.hang, f"it is told: {run.where()}")
     verdict = run.verdict()
     assert (verdict.kind, verdict.rank, verdict.peer) == ("never sent", 2, 0), verdict
 
@@ -199,12 +197,12 @@ def test_an_exception_is_told_as_the_failure_is(session: Session, monkeypatch: p
     broken(monkeypatch, 1, "layer c1 l3", boom)
     run = begin(session)
     with pytest.raises(RankFailed):
-        run.wait(20)
+        run.wait(DEADLINE_S)
     verdict = run.verdict()
     assert (verdict.kind, verdict.rank) == ("exception", 1)
     assert "RuntimeError: boom" in verdict.sentence
     assert "`layer c1 l3`" in verdict.sentence
-    wait_for(lambda: run.verdict().blocked == (0, 2), "the others wait", 20)
+    wait_for(lambda: run.verdict().blocked == (0, 2), "the others wait")
     check_told(session, run, verdict.sentence)
 
 
@@ -226,16 +224,14 @@ def test_the_first_token_that_one_rank_does_not_make(
 ) -> None:
     door = closed_at_token(monkeypatch, 1, 0)
     run = begin(session, max_new_tokens=4)
-    run.wait(20)
-    decode = threading.Thread(target=partial(pytest.raises, Hung, run.decode), daemon=True)
-    decode.start()
+    run.wait(DEADLINE_S)
     try:
-        wait_for(lambda: run.hang, f"it is told: {run.where()}", 20)
-        assert run.hang.startswith("rank 1 computes token 0 and stuck in Python (")
-        assert run.hang.endswith("ranks 0 and 2 wait for it")
+        with pytest.raises(Hung) as caught:
+            run.decode()
     finally:
         door.open()
-        decode.join(20)
+    assert caught.value.verdict.sentence.startswith("rank 1 computes token 0 and stuck in Python (")
+    assert caught.value.verdict.sentence.endswith("ranks 0 and 2 wait for it")
 
 
 def test_the_time_between_two_decodes_is_no_ranks_standing_still(
@@ -243,10 +239,10 @@ def test_the_time_between_two_decodes_is_no_ranks_standing_still(
 ) -> None:
     run, pause_s = begin(session, max_new_tokens=8), 1000.0
     run.decode(2)
-    with run._line.changed:
-        for state in run._line.ranks:
+    with session.ranks.changed:
+        for state in session.ranks.ranks:
             state.progressed -= pause_s  # the user reads
-    wait_for(lambda: run._watch._decoding_since is None, "it was seen that nobody decodes", 5)
+    wait_for(lambda: run._watch._decoding_since is None, "it was seen that nobody decodes")
     door = closed_at_token(monkeypatch, 1, 2)
     with pytest.raises(Hung) as caught:
         run.decode(2)
@@ -259,7 +255,7 @@ def test_the_time_between_two_decodes_is_no_ranks_standing_still(
 def test_a_token_that_one_rank_does_not_make(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     door = closed_at_token(monkeypatch, 1, 2)
     run = begin(session, max_new_tokens=4)
-    run.wait(20)
+    run.wait(DEADLINE_S)
     with pytest.raises(Hung) as caught:
         run.decode()
     assert (caught.value.verdict.kind, caught.value.verdict.rank) == ("stuck in Python", 1)
@@ -272,7 +268,7 @@ def test_a_run_that_moves_stands_or_is_done_has_no_verdict(session: Session) -> 
     run.step("layer", 3)
     assert run.verdict().kind == "paused"
     run.resume()
-    run.wait(20)
+    run.wait(DEADLINE_S)
     assert (run.verdict().kind, str(run.verdict()).splitlines()[0]) == ("done", "the run is done")
     run.decode(2)
     assert run.verdict().kind == "done"
@@ -287,17 +283,17 @@ def test_who_holds_the_line_may_judge_while_another_asks(
 
     def gather(*_: object) -> dict[int, Any]:
         asks.set()
-        assert held.wait(10)
-        with run._line.changed:
+        assert held.wait(DEADLINE_S)
+        with session.ranks.changed:
             return {}
 
     monkeypatch.setattr("dinfer.monitor.watch.gather", gather)
     asking = threading.Thread(target=run._judge, kwargs={"is_moving": True})
     asking.start()
-    assert asks.wait(10)
-    with run._line.changed:
+    assert asks.wait(DEADLINE_S)
+    with session.ranks.changed:
         held.set()
         assert run._judge(is_moving=False)
         run.watch()
-    asking.join(10)
+    asking.join(DEADLINE_S)
     assert not asking.is_alive()

@@ -56,7 +56,7 @@ def cpu_moves(pid: int) -> tuple[bool | None, float]:
         track.look([RankState(cpu_s=life.cpu_s, wants_cpu=wanting.look())], time.monotonic())
         return looks >= LOOKS and time.monotonic() - begin > 2 * CPU_LEAST_S
 
-    wait_for(is_known, "it is looked at for long enough", 60)
+    wait_for(is_known, "it is looked at for long enough")
     last = sign_of_life(pid)
     assert last
     return track.cpu_moves(0), (last.cpu_s - first.cpu_s) / (time.monotonic() - begin)

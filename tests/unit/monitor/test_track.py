@@ -60,6 +60,15 @@ def test_cpu_time_takes_a_second_to_tell() -> None:
     assert cpu(Track(1), {0.0: 1.0, 1.0: 1.02}) is False  # what an idle engine uses
 
 
+def test_a_thread_that_gets_most_of_what_its_process_gets_computes() -> None:
+    """On a busy machine that is little."""
+    for used, moves in ((0.08, True), (0.01, False)):
+        track = Track(1)
+        track.note_cpu(0, 0.0, 1.0, 7.0)
+        track.note_cpu(0, 2.0, 1.0 + used, 7.1)
+        assert track.cpu_moves(0) is moves
+
+
 def test_who_wants_the_cpu_and_gets_none_is_not_still() -> None:
     track = Track(1)
     for now in (0.0, 1.0, 2.0):

@@ -1,4 +1,4 @@
-"""Breakpoints: what they match, how they read, and where a run that goes on must stop."""
+"""Breakpoints: what they match, their text, and where a run stops."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_one_that_nothing_can_meet_is_refused() -> None:
         check(Breakpoint(1, layer=1, rank=3), PIPELINED)
     with pytest.raises(PlanError, match=r"^layer is 'x'; it must be a whole number from 0 to 5\.$"):
         check(Breakpoint(1, layer="x"), PIPELINED)  # type: ignore[arg-type]
-    with pytest.raises(PlanError, match="layer ops are on the rank that owns the layer"):
+    with pytest.raises(PlanError, match="layer ops run on the rank that owns the layer"):
         check(Breakpoint(1, rank=0, layer=5), PIPELINED)
     with pytest.raises(PlanError, match="op is 'jump'; it must be one of embed, layer"):
         check(Breakpoint(1, op="jump"), PIPELINED)  # type: ignore[arg-type]

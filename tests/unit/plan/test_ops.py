@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dinfer.plan.ops import FINAL, Op, PlanError, Value, embed, layer, norm, parse_op, recv, send
+from tests.support.facts import has_facts
 
 NUMBERS = st.integers(0, 10**6)
 VALUES = st.one_of(
@@ -66,10 +67,7 @@ def test_spaces_do_not_matter() -> None:
 def test_what_is_no_op_says_what_one_looks_like(text: str) -> None:
     with pytest.raises(PlanError) as caught:
         parse_op(text)
-    assert str(caught.value) == (
-        f"{text!r} is not an op. An op reads like 'embed c0', 'layer c0 l3', 'norm c7 l36', "
-        "'send kv c0 l3 -> 1, 128 tokens', 'recv final <- 2, 1 token'."
-    )
+    assert has_facts(str(caught.value), f"{text!r} is not an op … 'embed c0' … 'recv final <- 2, 1 token'")
 
 
 def test_a_layer_needs_its_hidden_state_and_the_blocks_of_earlier_chunks() -> None:

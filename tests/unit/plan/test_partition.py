@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import Shape, partition
+from tests.support.facts import has_facts
 from tests.support.plan_strategies import shapes
 
 
@@ -68,39 +69,23 @@ def test_even_stages_differ_by_one_layer_at_most_and_shrink(layers: int, data: s
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "facts"),
     [
         ({"world_size": 0}, "world_size is 0; it must be at least 1."),
-        (
-            {"world_size": 7},
-            "world_size is 7 but there are only 6 layers; every rank must own at least one: "
-            "use at most 6 ranks.",
-        ),
-        (
-            {"layer_split": (2,)},
-            "layer_split '2' has 1 numbers; 3 ranks need 2: the first layer of every stage but the first, "
-            "such as 14,28 for three ranks.",
-        ),
-        (
-            {"layer_split": (4, 2)},
-            "stages start at layers [0, 4, 2] of 6; the first must be 0 and every stage must own at "
-            "least one layer.",
-        ),
-        (
-            {"layer_split": (2, 6)},
-            "stages start at layers [0, 2, 6] of 6; the first must be 0 and every stage must own at "
-            "least one layer.",
-        ),
-        ({"tokens": 0}, "tokens is 0; it must be at least 1."),
-        ({"chunk_size": 0}, "chunk_size is 0; it must be at least 1."),
-        ({"layers": 0, "world_size": 0}, "world_size is 0; it must be at least 1."),
+        ({"world_size": 7}, "world_size is 7 … 6 layers … at most 6 ranks"),
+        ({"layer_split": (2,)}, "layer_split takes 2 numbers for 3 ranks … got 1"),
+        ({"layer_split": (4, 2)}, "[0, 4, 2] of 6 … the first must be 0 … at least one layer"),
+        ({"layer_split": (2, 6)}, "[0, 2, 6] of 6 … the first must be 0 … at least one layer"),
+        ({"tokens": 0}, "tokens is 0 … at least 1"),
+        ({"chunk_size": 0}, "chunk_size is 0 … at least 1"),
+        ({"layers": 0, "world_size": 0}, "world_size is 0 … at least 1"),
     ],
 )
-def test_what_cannot_be(changes: dict[str, int | tuple[int, ...]], message: str) -> None:
+def test_sizes_that_do_not_fit_are_refused(changes: dict[str, int | tuple[int, ...]], facts: str) -> None:
     values: dict[str, object] = {"layers": 6, "tokens": 5, "world_size": 3, "chunk_size": 2, **changes}
     with pytest.raises(PlanError) as caught:
         partition(**values)  # type: ignore[arg-type]
-    assert str(caught.value) == message
+    assert has_facts(str(caught.value), facts), str(caught.value)
 
 
 @pytest.mark.parametrize("starts", [(), (1,), (0, 0), (-1, 1)])

@@ -1,4 +1,4 @@
-"""lockstep, pipelined, batched: which op goes on which lane, and golden plans.
+"""lockstep, pipelined, batched: which op goes on which lane, and golden plans; pairwise and ring: the hops of a block.
 
 `DINFER_UPDATE_GOLDEN=1` writes the golden files anew.
 """
@@ -18,11 +18,12 @@ from dinfer.plan.cut import Cuts
 from dinfer.plan.ops import Op, PlanError
 from dinfer.plan.partition import Shape, partition
 from dinfer.plan.plan import Plan, parse_plan
-from dinfer.plan.schedule import SCHEDULES, STRATEGIES, build, compute_order
+from dinfer.plan.schedule import SCHEDULES, STRATEGIES, build, compute_order, pairwise, ring
 from tests.support.plan_strategies import plans, safe_plans, shapes
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = partition(layers=4, tokens=5, world_size=3, chunk_size=2)
+SIZES = [(owner, world_size) for world_size in range(1, 17) for owner in range(world_size)]
 COMBINATIONS = [(schedule, strategy) for schedule in SCHEDULES for strategy in STRATEGIES]
 
 
@@ -136,8 +137,8 @@ def test_one_rank_only_computes(schedule: Schedule) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("eager", "ring"), "'eager' is not one of pipelined, lockstep, batched."),
-        (("lockstep", "tree"), "'tree' is not one of pairwise, ring."),
+        (("eager", "ring"), "'eager' is unknown; it must be one of pipelined, lockstep, batched."),
+        (("lockstep", "tree"), "'tree' is unknown; it must be one of pairwise, ring."),
     ],
 )
 def test_unknown_names(names: tuple[str, str], message: str) -> None:
@@ -155,3 +156,40 @@ def lane_of(op: Op) -> str:
         return "compute"
     way = "out" if op.kind == "send" else "in"
     return f"kv-{way}:{op.peer}" if op.what == "kv" else f"hidden-{way}"
+
+
+def test_pairwise_by_hand() -> None:
+    assert pairwise(1, 4) == [(1, 2), (1, 3), (1, 0)]
+
+
+def test_ring_by_hand() -> None:
+    assert ring(2, 4) == [(2, 3), (3, 0), (0, 1)]
+
+
+@pytest.mark.parametrize("strategy", ["pairwise", "ring"])
+def test_one_rank_has_nobody_to_sync_with(strategy: SyncStrategy) -> None:
+    assert STRATEGIES[strategy](0, 1) == []
+
+
+@pytest.mark.parametrize("strategy", ["pairwise", "ring"])
+def test_every_rank_gets_the_block_once_from_one_that_has_it(strategy: SyncStrategy) -> None:
+    for owner, world_size in SIZES:
+        having = [owner]
+        for source, target in STRATEGIES[strategy](owner, world_size):
+            assert source in having
+            assert target not in having
+            having.append(target)
+        assert sorted(having) == list(range(world_size))
+
+
+@pytest.mark.parametrize("strategy", ["pairwise", "ring"])
+def test_the_kth_hops_of_all_owners_use_each_rank_once(strategy: SyncStrategy) -> None:
+    for world_size in range(1, 17):
+        by_owner = [STRATEGIES[strategy](owner, world_size) for owner in range(world_size)]
+        for hops in zip(*by_owner, strict=True):
+            assert sorted(source for source, _ in hops) == list(range(world_size))
+            assert sorted(target for _, target in hops) == list(range(world_size))
+
+
+def test_in_a_ring_all_send_to_the_right() -> None:
+    assert all((a + 1) % n == b for owner, n in SIZES for a, b in ring(owner, n))

@@ -1,4 +1,4 @@
-"""verify: proofs, every flaw in its exact words, and agreement with a naive simulator."""
+"""verify: proofs, every flaw with rank and op, and agreement with a naive simulator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from dinfer.plan.ops import Op
 from dinfer.plan.partition import Shape, partition
 from dinfer.plan.plan import Lane, Plan, parse_plan
 from dinfer.plan.schedule import build
-from dinfer.plan.verify import Counterexample, Proof, shortest_cycle, verify
+from dinfer.plan.verify import Counterexample, Flaw, Proof, shortest_cycle, verify
+from tests.support.facts import has_facts
 from tests.support.plan_game import Game, finishes, waits
 from tests.support.plan_strategies import mutated_plans, plans, reordered_plans, shapes
 
@@ -93,7 +94,7 @@ def test_any_shape_is_proved_but_for_batched_on_several_ranks(plan: Plan) -> Non
 def test_batched_is_refuted_under_rendezvous_in_plain_words(strategy: SyncStrategy) -> None:
     plan = build(partition(layers=4, tokens=5, world_size=3, chunk_size=2), "batched", strategy)
     assert str(verify(plan)) == (
-        "refuted: with rendezvous sends these wait for one another for ever: "
+        "refuted: deadlock with rendezvous sends: "
         "rank 0 sends block c0 l0 to rank 1 and waits; "
         "rank 1 sends block c0 l2 to rank 2 and waits; "
         "rank 2 sends block c0 l3 to rank 0 and waits"
@@ -116,7 +117,7 @@ def test_batched_hangs_with_rendezvous_and_not_with_buffered_sends(
 def test_a_plan_that_hangs_even_with_buffered_sends_does_not_blame_rendezvous() -> None:
     verdict = moved("recv kv c0 l1 <- 1, 2 tokens", before="send hidden c0 l1 -> 1, 2 tokens")
     assert str(verdict) == (
-        "refuted: even with buffered sends these wait for one another for ever: "
+        "refuted: deadlock even with buffered sends: "
         "rank 0 waits to receive block c0 l1 from rank 1; "
         "rank 1 waits to receive hidden c0 l1 from rank 0"
     )
@@ -126,7 +127,7 @@ def test_a_plan_that_hangs_even_with_buffered_sends_does_not_blame_rendezvous() 
 def test_a_lane_that_waits_for_itself() -> None:
     verdict = moved("layer c0 l0", before="embed c0")
     assert verdict.steps == (
-        "rank 0 cannot start `layer c0 l0` before hidden c0 l0, which `embed c0` makes only later",
+        "rank 0 cannot start `layer c0 l0` before hidden c0 l0, which `embed c0` makes later",
     )
     assert [parse_plan(GOOD).lanes[p.rank][p.lane].name for p in verdict.places] == ["main"]
 
@@ -138,90 +139,96 @@ def test_a_cycle_names_the_need_that_closes_it_and_not_another_one() -> None:
     verdict = verify(Plan(Shape(1, 2, 1, (0,)), "own", "none", ((Lane("a", lane_a), Lane("b", lane_b)),)))
     assert isinstance(verdict, Counterexample)
     assert verdict.steps == (
-        "rank 0 cannot start `layer c1 l0` before block c0 l0, which `layer c0 l0` makes only later",
+        "rank 0 cannot start `layer c1 l0` before block c0 l0, which `layer c0 l0` makes later",
     )
 
 
-FLAWS = {
-    "no such peer": (
+FLAWS: dict[str, tuple[list[tuple[str, str]], Flaw, str]] = {
+    "unknown peer": (
         [("send final -> 0, 1 token", "send final -> 2, 1 token")],
-        "refuted (out of range): rank 1: `send final -> 2, 1 token`: "
-        "rank 2 is no peer of rank 1; there are 2 ranks",
+        "out of range",
+        "rank 1 … `send final -> 2, 1 token` … rank 2 … 2 ranks",
     ),
     "its own peer": (
         [("send final -> 0, 1 token", "send final -> 1, 1 token")],
-        "refuted (out of range): rank 1: `send final -> 1, 1 token`: "
-        "rank 1 is no peer of rank 1; there are 2 ranks",
+        "out of range",
+        "rank 1 … `send final -> 1, 1 token` … 2 ranks",
     ),
-    "no such chunk": (
-        [("embed c1", "embed c2")],
-        "refuted (out of range): rank 0: `embed c2`: chunk 2 does not exist; there are 2",
-    ),
-    "no such layer": (
+    "unknown chunk": ([("embed c1", "embed c2")], "out of range", "rank 0 … `embed c2` … chunk 2 … 2 chunks"),
+    "unknown layer": (
         [("layer c1 l1", "layer c1 l2")],
-        "refuted (out of range): rank 1: `layer c1 l2`: layer 2 is out of range; the plan has 2 layers",
+        "out of range",
+        "rank 1 … `layer c1 l2` … layer 2 … 2 layers",
     ),
-    "no such block": (
+    "unknown block": (
         [("send kv c1 l1 -> 0, 1 token", "send kv c1 l2 -> 0, 1 token")],
-        "refuted (out of range): rank 1: `send kv c1 l2 -> 0, 1 token`: layer 2 is out of range; "
-        "the plan has 2 layers",
+        "out of range",
+        "rank 1 … `send kv c1 l2 -> 0, 1 token` … layer 2 … 2 layers",
     ),
     "norm of another state": (
         [("norm c1 l2", "norm c1 l1")],
-        "refuted (out of range): rank 1: `norm c1 l1`: the final state is the norm of c1 l2",
+        "out of range",
+        "rank 1 … `norm c1 l1` … c1 l2",
     ),
     "send without recv": (
         [("recv final <- 1, 1 token", "")],
-        "refuted (unmatched): rank 1: `send final -> 0, 1 token` has no recv on rank 0 to meet",
+        "unmatched",
+        "rank 1 … `send final -> 0, 1 token` … no recv on rank 0",
     ),
     "recv without send": (
         [("send final -> 0, 1 token", "")],
-        "refuted (unmatched): rank 0: `recv final <- 1, 1 token` has no send on rank 1 to meet",
+        "unmatched",
+        "rank 0 … `recv final <- 1, 1 token` … no send on rank 1",
     ),
     "blocks in another order": (
         [
             ("recv kv c1 l0 <- 0, 1 token", ""),
             ("recv kv c0 l0 <- 0, 2 tokens", "recv kv c1 l0 <- 0, 1 token\nrecv kv c0 l0 <- 0, 2 tokens"),
         ],
-        "refuted (mismatch): rank 0: `send kv c0 l0 -> 1, 2 tokens` meets rank 1: "
-        "`recv kv c1 l0 <- 0, 1 token`, which carries block c1 l0",
+        "mismatch",
+        "rank 0 … `send kv c0 l0 -> 1, 2 tokens` … rank 1 … `recv kv c1 l0 <- 0, 1 token` … block c1 l0",
     ),
     "wrong size of a send": (
         [("send kv c1 l1 -> 0, 1 token", "send kv c1 l1 -> 0, 2 tokens")],
-        "refuted (size): rank 1: `send kv c1 l1 -> 0, 2 tokens` has the wrong size: block c1 l1 has 1 token",
+        "size",
+        "rank 1 … `send kv c1 l1 -> 0, 2 tokens` … block c1 l1 has 1 token",
     ),
     "wrong size of a recv": (
         [("recv kv c0 l1 <- 1, 2 tokens", "recv kv c0 l1 <- 1, 1 token")],
-        "refuted (size): rank 0: `recv kv c0 l1 <- 1, 1 token` has the wrong size: block c0 l1 has 2 tokens",
+        "size",
+        "rank 0 … `recv kv c0 l1 <- 1, 1 token` … block c0 l1 has 2 tokens",
     ),
     "made twice": (
         [("embed c0", "embed c0\nembed c0")],
-        "refuted (made twice): rank 0 would make hidden c0 l0 twice, by `embed c0` and by `embed c0`",
+        "made twice",
+        "rank 0 makes hidden c0 l0 twice … `embed c0` … `embed c0`",
     ),
     "received and computed": (
         [("layer c0 l1", "embed c0\nlayer c0 l0\nlayer c0 l1")],
-        "refuted (made twice): rank 1 would make block c0 l0 twice, by `recv kv c0 l0 <- 0, 2 tokens` "
-        "and by `layer c0 l0`",
+        "made twice",
+        "rank 1 makes block c0 l0 twice … `recv kv c0 l0 <- 0, 2 tokens` … `layer c0 l0`",
     ),
-    "nothing makes it": (
-        [("embed c1", "")],
-        "refuted (missing): rank 0: `layer c1 l0` needs hidden c1 l0, which nothing on rank 0 makes",
-    ),
+    "no op makes it": ([("embed c1", "")], "missing", "rank 0 … `layer c1 l0` needs hidden c1 l0"),
     "a block is not synced": (
         [("send kv c1 l1 -> 0, 1 token", ""), ("recv kv c1 l1 <- 1, 1 token", "")],
-        "refuted (missing): rank 0 would end without block c1 l1: nothing there makes or receives it",
+        "missing",
+        "rank 0 ends without block c1 l1",
     ),
-    "the final state is not given": (
+    "the final state is not sent": (
         [("send final -> 0, 1 token", ""), ("recv final <- 1, 1 token", "")],
-        "refuted (missing): rank 0 would end without final: nothing there makes or receives it",
+        "missing",
+        "rank 0 ends without final",
     ),
 }
 
 
 @pytest.mark.parametrize("name", FLAWS)
-def test_each_flaw_in_its_own_words(name: str) -> None:
-    edits, words = FLAWS[name]
-    assert str(edited(*edits)) == words
+def test_each_flaw_names_rank_and_op(name: str) -> None:
+    edits, flaw, facts = FLAWS[name]
+    verdict = edited(*edits)
+    assert isinstance(verdict, Counterexample)
+    assert verdict.flaw == flaw
+    assert has_facts(str(verdict), f"refuted ({flaw}): {facts}"), str(verdict)
 
 
 def test_a_channel_used_from_two_lanes() -> None:
@@ -230,18 +237,17 @@ def test_a_channel_used_from_two_lanes() -> None:
     assert str(verify(parse_plan(text))) == (
         "refuted (shared channel): rank 1 sends on the kv channel 1→0 from two lanes, main "
         "(`send kv c0 l1 -> 0, 2 tokens`) and side (`send kv c1 l1 -> 0, 1 token`), "
-        "so nothing fixes their order"
+        "so their order is not fixed"
     )
 
 
 def test_a_channel_received_on_two_lanes() -> None:
     text = GOOD.replace("  recv kv c1 l0 <- 0, 1 token\n", "")
     verdict = verify(parse_plan(text + "rank 1 lane side\n  recv kv c1 l0 <- 0, 1 token\n"))
-    assert str(verdict) == (
-        "refuted (shared channel): rank 1 receives on the kv channel 0→1 from two lanes, main "
-        "(`recv kv c0 l0 <- 0, 2 tokens`) and side (`recv kv c1 l0 <- 0, 1 token`), "
-        "so nothing fixes their order"
+    facts = (
+        "rank 1 receives … 0→1 … main … `recv kv c0 l0 <- 0, 2 tokens` … side … `recv kv c1 l0 <- 0, 1 token`"
     )
+    assert has_facts(str(verdict), f"refuted (shared channel) … {facts}"), str(verdict)
 
 
 def test_a_plan_in_which_every_rank_computes_all_needs_no_transfer() -> None:
@@ -252,8 +258,8 @@ def test_a_plan_in_which_every_rank_computes_all_needs_no_transfer() -> None:
 
 def test_a_plan_without_ops_is_refuted() -> None:
     verdict = verify(Plan(Shape(1, 1, 1, (0,)), "none", "none", ((),)))
-    assert str(verdict) == (
-        "refuted (missing): rank 0 would end without block c0 l0: nothing there makes or receives it"
+    assert (
+        str(verdict) == "refuted (missing): rank 0 ends without block c0 l0: no op there makes or receives it"
     )
 
 

@@ -72,9 +72,9 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rank]:
 
 def test_the_session_knows_what_a_rank_has_of_its_gpu(rank: Rank) -> None:
     rank.host._measure(GPU)
-    wait_for(lambda: rank.known() == (1 << 30, 3 << 30, 80 << 30), "it is known", 30)
+    wait_for(lambda: rank.known() == (1 << 30, 3 << 30, 80 << 30), "it is known")
     rank.allocated = 2 << 30
-    wait_for(lambda: rank.known() == (2 << 30, 3 << 30, 80 << 30), "it is known anew", 30)
+    wait_for(lambda: rank.known() == (2 << 30, 3 << 30, 80 << 30), "it is known anew")
     assert set(rank.asked) == {GPU}
 
 
@@ -82,10 +82,10 @@ def test_another_device_takes_its_place_and_the_cpu_has_none(rank: Rank) -> None
     rank.host._measure(GPU)
     rank.host._measure(GPU)
     assert len(rank.gauges()) == 1
-    wait_for(rank.known, "it is known", 30)
+    wait_for(rank.known, "it is known")
     rank.host._measure(torch.device("cpu"))
     assert rank.gauges() == []
-    wait_for(lambda: rank.known() is None, "there is no GPU any more", 30)
+    wait_for(lambda: rank.known() is None, "there is no GPU any more")
 
 
 def test_a_device_that_has_failed_ends_the_gauge_and_nothing_else(
@@ -96,7 +96,7 @@ def test_a_device_that_has_failed_ends_the_gauge_and_nothing_else(
 
     monkeypatch.setattr(torch.cuda, "memory_reserved", fail)
     rank.host._measure(GPU)
-    wait_for(lambda: rank.asked and not rank.gauges(), "the gauge has ended", 30)
+    wait_for(lambda: rank.asked and not rank.gauges(), "the gauge has ended")
     assert rank.known() is None
 
 

@@ -17,7 +17,7 @@ from dinfer.plan.ops import Op, parse_op
 from dinfer.rank import faults
 from dinfer.rank.commands import answer
 from dinfer.run.fleet import LocalFleet, RankFailed
-from dinfer.transport.gate import SeededGate
+from tests.support.seeded_gate import SeededGate
 from tests.support.twin import Twin, prompt, twin
 
 IDS = list(prompt(10))

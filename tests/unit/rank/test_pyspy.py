@@ -51,7 +51,7 @@ def seen(spy: str, pid: int, *, stopped: bool = False) -> list[dict[str, Any]]:
         found = threads or []
         return threads is not None
 
-    wait_for(is_over, "py-spy has looked", 30)
+    wait_for(is_over, "py-spy has looked")
     return found
 
 
@@ -65,7 +65,7 @@ def test_a_process_whose_interpreter_is_held_is_seen_down_to_its_c_function() ->
             calls[:] = [in_c(thread["frames"]) for thread in threads if thread["holds_gil"]]
             return bool(calls and "usleep" in calls[0])
 
-        wait_for(is_in_c, f"the C function is seen: {calls}", 60)
+        wait_for(is_in_c, f"the C function is seen: {calls}")
         life = sign_of_life(process.pid)
         assert life is None or life.state == "S"  # it goes on as before
 

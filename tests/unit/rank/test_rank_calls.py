@@ -49,7 +49,7 @@ def test_a_layer_alone_without_a_prompt_makes_its_own_cache(small: Decoder) -> N
     with twin(small, world_size=2, chunk_size=CHUNK) as made:
         got = made.engines[1].forward_single_layer(0, small.embed(IDS[:4]))
         assert got["hidden_states"].shape == (1, 4, small.hidden_size)
-        with pytest.raises(ModelError, match="no layer 3"):
+        with pytest.raises(ModelError, match="layer 3 is out of range"):
             made.engines[1].forward_single_layer(3, small.embed(IDS[:4]))
 
 
@@ -90,9 +90,9 @@ def test_a_single_sync_writes_into_the_prompts_cache(small: Decoder) -> None:
 @pytest.mark.parametrize(
     ("layer", "given", "complaint"),
     [
-        (0, (), r"layer 0 belongs to rank 0: .* passed on ranks \[\]"),
-        (0, (0, 1), r"layer 0 belongs to rank 0: .* passed on ranks \[0, 1\]"),
-        (2, (0,), r"layer 2 belongs to rank 1: .* passed on ranks \[0\]"),
+        (0, (), r"rank 0 owns layer 0: .* passed on ranks \[\]"),
+        (0, (0, 1), r"rank 0 owns layer 0: .* passed on ranks \[0, 1\]"),
+        (2, (0,), r"rank 1 owns layer 2: .* passed on ranks \[0\]"),
         (3, (0,), "there is no layer 3: the layers are 0 to 2"),
         (-1, (1,), "there is no layer -1"),
     ],
@@ -115,7 +115,7 @@ def test_a_pair_in_another_form_is_refused_before_it_is_sent(small: Decoder) -> 
     for wrong in ((k, v[:, :, :2]), (k[0], v[0]), (k.double(), v.double())):
         with (
             twin(small, world_size=2, chunk_size=CHUNK) as made,
-            pytest.raises(ValueError, match="in another form"),
+            pytest.raises(ValueError, match="in another shape or dtype"),
         ):
             sync(made, 0, {0: wrong})
 

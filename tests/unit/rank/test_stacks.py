@@ -28,19 +28,27 @@ C = ctypes.CDLL(None)
 def standing_in(
     call: Callable[[], object], function: str, end: Callable[[], object] = lambda: None
 ) -> Iterator[dict[str, Any]]:
-    """What is said of a thread of rank 7 that is in this call, once its innermost line is in that function. `end()`
-    lets it go."""
-    thread = threading.Thread(target=call, name="rank 7 compute", daemon=True)
+    """What is said of a thread of rank 7 that makes this call again and again, once its innermost line is in that
+    function. `end()` lets it go."""
+    left = threading.Event()
+
+    def calls() -> None:
+        call()
+        while not left.is_set():
+            call()
+
+    thread = threading.Thread(target=calls, name="rank 7 compute", daemon=True)
     thread.start()
 
     def said() -> dict[str, Any] | None:
         found = stacks(7, alone=False)["threads"]
         return next((t for t in found if t["frames"][0][2] == function), None)
 
-    wait_for(said, f"it is in {function}", 20)
+    wait_for(said, f"it is in {function}")
     found = said()
     assert found
     yield found
+    left.set()
     end()
     thread.join()
 
@@ -77,15 +85,15 @@ def test_who_waits_in_the_standard_library_stands_where_it_was_called() -> None:
 
 
 def naps() -> None:
-    time.sleep(1)
+    time.sleep(0.2)
 
 
 def naps_in_c() -> None:
-    C.usleep(1_000_000)
+    C.usleep(200_000)
 
 
 def naps_by_a_library_made_in_passing() -> None:
-    ctypes.CDLL(None).usleep(1_000_000)
+    ctypes.CDLL(None).usleep(200_000)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +141,7 @@ def test_a_process_whose_interpreter_is_held_is_dumped() -> None:
             texts.append(dump_of(process.pid, file, 1.0))
             return "in holds" in texts[-1]
 
-        wait_for(dumped, "it says where it stands", 20)
+        wait_for(dumped, "it says where it stands")
         assert texts[-1].count("in holds") == 1  # only what this signal has brought
     finally:
         process.kill()

@@ -26,9 +26,9 @@ from dinfer.saved.replay.record import RankRecord, RecordError
 from dinfer.saved.replay.replay import Replay
 from dinfer.saved.saved import Saved, open_saved
 from dinfer.session.session import Session
+from tests.support.fixtures import fresh_session
 from tests.support.replays import check_same, engine_of
 from tests.support.runs import wait_for
-from tests.support.threads import session_on_threads
 from tests.support.tiny import tiny_checkpoint
 from tests.support.twin import prompt
 
@@ -38,16 +38,8 @@ Kept = Callable[[Run], Run | Saved]
 BROKEN = "the logits are on fire"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint on disk, with a tokenizer."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("model"), tokenizer=True)
-
-
-@pytest.fixture
-def session(model: Path) -> Iterator[Session]:
-    with session_on_threads(3, model) as made:
-        yield made
+MODEL = {"tokenizer": True}
+session = fresh_session
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +75,7 @@ def settle(run: Run) -> None:
         seen.append(run.standing().stands)
         return len(seen) > 10 and seen[-1] == seen[-10]
 
-    wait_for(is_still, "nothing moves", 10)
+    wait_for(is_still, "nothing moves")
 
 
 # -- a run that failed
@@ -180,7 +172,7 @@ def test_a_failure_in_decode_comes_again_in_the_same_token(
 def test_a_refuted_plan_is_replayed_to_where_it_hung(session: Session, decoder: Decoder, kept: Kept) -> None:
     run = begin(session, schedule="batched", unsafe=True)
     run.resume()
-    wait_for(lambda: run.hang, "it hangs", 60)
+    wait_for(lambda: run.hang, "it hangs")
     keeper = kept(run)
     with keeper.replay(1, decoder=decoder) as replay:
         with pytest.raises(PlanError, match="refuted"):
@@ -227,7 +219,7 @@ def test_an_edit_of_what_had_been_used_already_is_told(session: Session, decoder
             "recorded"
         ]
         replay.resume()
-        assert "block c0 l3 comes out here with other bytes" in replay.notes[1]
+        assert "block c0 l3 has other bytes here" in replay.notes[1]
 
 
 # -- looking
@@ -238,7 +230,7 @@ def test_what_it_says(session: Session, decoder: Decoder) -> None:
     run.decode(3)
     with run.replay(1, decoder=decoder) as replay:
         assert "before its first layer" in str(replay)
-        assert str(replay.step_back()) == "nothing to do: it stands at the start"
+        assert str(replay.step_back()) == "nothing to do: the rank stands at the start"
         assert str(replay.step("op")).startswith("rank 1: recv ")
         assert "\nrank 1: layer c0 l3   K [4, 2, 16] " in str(replay.step("chunk"))
         assert "undid computed" in str(replay.step_back("chunk"))
@@ -249,7 +241,7 @@ def test_what_it_says(session: Session, decoder: Decoder) -> None:
         assert first.tokens == tuple(run.tokens[:1])
         replay.decode()
         assert (replay.tokens, replay.text) == (run.tokens, run.text)
-        assert replay.decode().remark == "no more than 3 new tokens were recorded"
+        assert replay.decode().remark == "only 3 new tokens were recorded, and all are here"
         replay.step_back("token", 2)
         assert (replay.tokens, replay.decode(1).tokens) == (run.tokens[:1], tuple(run.tokens[1:2]))
         assert "2 new tokens" in str(replay.where())
@@ -279,7 +271,7 @@ def test_a_changed_hidden_state_shows_in_the_first_block_made_of_it(
     hidden[1, 3][0, 0, 0] += 1
     with Replay(replace(recorded, hidden=hidden), decoder=decoder) as replay:
         replay.resume()
-        assert replay.notes[0].startswith("block c1 l3 comes out here with other bytes than in the run")
+        assert replay.notes[0].startswith("block c1 l3 has other bytes here than in the run")
         assert "not as in the run: block c1 l3" in str(replay.where())
 
 
@@ -293,7 +285,7 @@ def test_a_changed_block_is_told_on_arrival(recorded: RankRecord, decoder: Decod
     with Replay(replace(recorded, block=block), decoder=decoder) as replay:
         replay.resume()
         assert any(
-            note == "block c2 l5 as it was recorded is not what had come from rank 2: it has changed since"
+            note == "block c2 l5 as it was recorded is not what rank 2 had sent: it has changed since"
             for note in replay.notes
         ), replay.notes
 
@@ -343,7 +335,7 @@ def test_a_fault_that_cannot_be_repeated_is_named(session: Session, decoder: Dec
     run.wait(60)
     with run.replay(1, decoder=decoder) as replay:
         assert replay.notes[0].startswith(
-            "in the run, and not here: fault #1 append_twice of block c0 l0 on rank 1"
+            "a fault of the run that is not repeated here: #1 append_twice of block c0 l0 on rank 1"
         )
 
 
@@ -372,7 +364,7 @@ def test_there_is_no_such_rank(session: Session, recorded: RankRecord) -> None:
 def test_hidden_states_that_were_not_recorded(recorded: RankRecord) -> None:
     with pytest.raises(
         RecordError,
-        match=r"what entered rank 1 was not recorded: final, hidden c0 l3, hidden c1 l3 and 1 more\.",
+        match=r"some of what rank 1 received was not recorded: final, hidden c0 l3, hidden c1 l3 and 1 more\.",
     ):
         Replay(replace(recorded, hidden={}, final=None))
 
@@ -408,3 +400,33 @@ def test_a_checkpoint_that_is_gone_or_another(recorded: RankRecord, model: Path,
     with Replay(recorded, model_path=str(copy)) as replay:
         replay.resume()
         assert replay.notes == []
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """This process computes on two CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_it_computes_on_the_ranks_thread_count_and_leaves_this_processes_alone(
+    recorded: RankRecord, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, counts = Decoder.layer, set[int]()
+
+    def counted(*given: Any, **named: Any) -> Tensor:
+        counts.add(torch.get_num_threads())
+        return layer(*given, **named)
+
+    monkeypatch.setattr(Decoder, "layer", counted)
+    record = replace(recorded, config=recorded.config.with_(threads=1))
+    with Replay(record, decoder=decoder) as replay:
+        assert torch.get_num_threads() == 2
+        replay.resume()
+        replay.step_back("layer", 2)
+        replay.resume()
+    assert torch.get_num_threads() == 2
+    assert counts == {1}

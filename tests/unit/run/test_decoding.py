@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,28 +17,13 @@ from dinfer.rank.service import RankService
 from dinfer.run.fleet import RankFailed
 from dinfer.run.run import Run
 from dinfer.session.session import Session
+from tests.support.fixtures import fresh_session
 from tests.support.runs import wait_for
-from tests.support.threads import session_on_threads
-from tests.support.tiny import tiny_checkpoint
 from tests.support.twin import prompt
 
 IDS = prompt(10)
-WAIT_S = 30
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint on disk."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def session(model: Path) -> Iterator[Session]:
-    with session_on_threads(3, model) as made:
-        for host in hosts(made):
-            assert host.decoder
-            host.decoder.eos_ids = frozenset()  # no text ends by itself
-        yield made
+WAIT_S = 120.0
+session = fresh_session
 
 
 def hosts(session: Session) -> list[RankService]:
@@ -118,7 +102,7 @@ def test_a_pause_between_two_tokens_stops_all_ranks_at_the_same(
     monkeypatch.setattr(Tokens, "_begin", asks)
     thread, came = begin(partial(run.decode, 20))
     assert begun.wait(WAIT_S)
-    wait_for(lambda: hosts(session)[0].tokens._begun == 4, "rank 0 has begun the next", WAIT_S)  # type: ignore[union-attr]
+    wait_for(lambda: hosts(session)[0].tokens._begun == 4, "rank 0 has begun the next")  # type: ignore[union-attr]
     run.pause()
     thread.join(WAIT_S)
     assert came, "decode has not returned"
@@ -171,7 +155,7 @@ def test_an_answer_that_nobody_waits_for_any_more_is_dropped(session: Session) -
         states.ask({rank: {"do": "sha256", "tokens": 1} for rank in range(3)}, 0.0)
     assert len(states._unwanted) == 3
     door.set()
-    wait_for(lambda: not states._unwanted, "the answers have come", WAIT_S)
+    wait_for(lambda: not states._unwanted, "the answers have come")
     assert not states._replies
 
 
@@ -210,7 +194,7 @@ def test_an_error_of_one_rank_in_decode_is_the_runs_failure(
     assert (verdict.kind, verdict.rank, verdict.blocked) == ("exception", 1, (0, 2)), verdict
     assert verdict.sentence == sentence
     for words in (sentence, "rank 1:\nTraceback"):
-        wait_for(partial(is_logged, session, words), "the log says it", WAIT_S)
+        wait_for(partial(is_logged, session, words), "the log says it")
     with pytest.raises(RankRefused, match=r"rank 1 has failed in decode.*: session\.recover\(\) frees them"):
         run.restart()
     assert session.recover().startswith("all ranks have met again")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
@@ -30,25 +29,14 @@ from tests.support.injections import (
     random_setup,
 )
 from tests.support.threads import engines, session_on_threads
-from tests.support.tiny import tiny_checkpoint
 from tests.support.twin import prompt
 
 IDS = tuple(prompt(10))
 NEW_TOKENS = 5
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four layers, two KV heads."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("faults") / "model", "qwen3", layers=4)
-
-
-@pytest.fixture
-def session(model: Path) -> Iterator[Session]:
-    """Three ranks."""
-    with session_on_threads(3, model) as made:
-        yield made
+MODEL = {"layers": 4}
 
 
 @pytest.fixture

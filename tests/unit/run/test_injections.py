@@ -101,7 +101,7 @@ def broken(run: Run, random: Random, held: Callable[[Run], Rows]) -> str:
     injected = random_fault(random, run, wheres=("memory",) if moment == "middle" else WHERES)
     run.inject(**injected.arguments)
     finish(run)
-    wait_for(lambda: run.faults[1].strikes, "the fault has struck", DEADLINE_S)
+    wait_for(lambda: run.faults[1].strikes, "the fault has struck")
     ((_, changed, said),) = run.faults[1].strikes
     if not changed:
         assert said == "struck, but changed no byte"
@@ -170,7 +170,7 @@ def check_told(run: Run, injected: Injection, truth: Truth, *, decode: bool) -> 
     if decode:
         run.decode(1)
         said += [truth.in_memory()] * (injected.where == "memory")
-    wait_for(lambda: len(run.corrupt) >= len(said), "the news has come", DEADLINE_S)
+    wait_for(lambda: len(run.corrupt) >= len(said), "the news has come")
     assert sorted(map(repr, run.corrupt)) == sorted(map(repr, said))
 
 

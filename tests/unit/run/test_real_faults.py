@@ -6,27 +6,18 @@ mended, decode appended each row twice on all ranks alike, so that the ranks agr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from dinfer.cluster.threads import LocalRanks
 from dinfer.run.run import Run
 from dinfer.session.session import Session
-from tests.support.threads import session_on_threads
-from tests.support.tiny import tiny_checkpoint
 
 PROMPT = "Where do the rows come from?"[:26]
 NEW = 5
 DEADLINE_S = 60.0
 
 
-@pytest.fixture
-def session(tmp_path: Path) -> Iterator[Session]:
-    """Three ranks; a token is a byte."""
-    with session_on_threads(3, tiny_checkpoint(tmp_path, layers=4, tokenizer=True)) as made:
-        yield made
+MODEL = {"layers": 4, "tokenizer": True}
 
 
 def finished(run: Run) -> Run:

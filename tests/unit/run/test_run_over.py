@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +18,21 @@ from dinfer.run.inspect import Comparing
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.support.expected import lane_threads
-from tests.support.threads import session_on_threads
-from tests.support.tiny import tiny_checkpoint
+from tests.support.fixtures import fresh_session
 
 LAYERS = 3
 LONG = [1 + n % 60 for n in range(400)]
 """a run of it in chunks of 2 takes seconds"""
 SHORT = [1 + n for n in range(24)]
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three layers."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("over") / "model", layers=LAYERS)
+MODEL = {"layers": LAYERS}
+RANKS = 2
+session = fresh_session
 
 
 BEGUN = "another run has begun; session.debugger() shows it"
-
-
-@pytest.fixture
-def session(model: Path) -> Iterator[Session]:
-    """Two ranks on threads."""
-    with session_on_threads(2, model) as session:
-        yield session
 
 
 def moving(session: Session) -> Run:

@@ -23,7 +23,7 @@ from dinfer.config import Config
 from dinfer.model.decoder import Decoder
 from dinfer.plan.cut import UNITS, Cut, Unit, is_inside
 from dinfer.run.stepper import Move, Stepper
-from dinfer.transport.gate import FreeGate, SeededGate
+from dinfer.transport.gate import FreeGate
 from tests.support.expected import (
     NEW_TOKENS,
     differing_blocks,
@@ -31,6 +31,7 @@ from tests.support.expected import (
     is_complete,
     lane_threads,
 )
+from tests.support.seeded_gate import SeededGate
 from tests.support.twin import Twin, prompt
 
 IDS = list(prompt(10))
@@ -83,7 +84,7 @@ class Stepping(RuleBasedStateMachine):
         self.twin = Twin(self.decoder, config, gate=self.gate, rendezvous=rendezvous)
         self.wanted = expected(self.decoder, IDS, chunk_size)
         self.fleet = self.twin.prepare(IDS)
-        self.stepper = Stepper(self.fleet, timeout=30)
+        self.stepper = Stepper(self.fleet, timeout=60)
         self.cuts = self.stepper.cuts
         self.cut: Cut = self.cuts.start
 
@@ -152,7 +153,7 @@ class Stepping(RuleBasedStateMachine):
     @rule()
     def resume_to_the_end(self) -> None:
         self.stepper.resume()
-        self.stepper.wait(30)
+        self.stepper.wait(60)
         self.cut = self.cuts.end
 
     @rule(unit=UNIT)

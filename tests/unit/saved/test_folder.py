@@ -19,11 +19,35 @@ from dinfer.run.run import Run
 from dinfer.saved import write
 from dinfer.saved.format import DESCRIPTION, SavedError
 from dinfer.saved.write import replacing
+from dinfer.session.session import Session
 from dinfer.trace.export import write_jsonl
 from dinfer.trace.trace import Trace
 from tests.support.held_kv import HeldHere, plan_of
+from tests.support.saved_runs import done
 
 FILES = ["plan.txt", "trace.jsonl", "digests.safetensors", "hidden.safetensors", "kv.layer2.safetensors"]
+
+MODEL = {"layers": 4, "tokenizer": True}
+
+
+@pytest.fixture(scope="module")
+def run(session: Session) -> Run:
+    """37 tokens in 5 chunks, prefill done, and 4 new tokens."""
+    found = done(session)
+    found.decode(4)
+    return found
+
+
+@pytest.fixture(scope="module")
+def kept(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That run, saved."""
+    return run.save(tmp_path_factory.mktemp("kept") / "kept")
+
+
+@pytest.fixture
+def folder(kept: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be damaged."""
+    return shutil.copytree(kept, tmp_path / "copy")
 
 
 def look_at_all(folder: Path) -> None:
@@ -127,7 +151,7 @@ def test_a_report_is_opened_as_far_as_it_goes(folder: Path, tmp_path: Path) -> N
         (lambda: report.plan, "plan"),
         (lambda: report.hidden(rank=0, chunk=0), "hidden states"),
     ):
-        with pytest.raises(SavedError, match=rf"report\.html' holds a trace and findings, and no {what}"):
+        with pytest.raises(SavedError, match=rf"report\.html' holds a trace and findings, but no {what}"):
             asked()
 
 
@@ -176,7 +200,7 @@ def test_what_fails_midway_leaves_all_as_it_was(
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(write, "take_hidden", fail)
+    monkeypatch.setattr(write, "hidden_of", fail)
     for name in ("one", "other"):
         with pytest.raises(KeyboardInterrupt):
             run.save(tmp_path / name)

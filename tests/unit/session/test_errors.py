@@ -7,7 +7,6 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import IPython
@@ -21,8 +20,6 @@ from dinfer.plan.ops import PlanError
 from dinfer.run.fleet import RankFailed
 from dinfer.run.hang import Hung
 from dinfer.session.session import Session
-from tests.support.threads import session_on_threads
-from tests.support.tiny import tiny_checkpoint
 from tests.support.twin import prompt
 
 IDS = prompt(10)
@@ -51,17 +48,7 @@ def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     InteractiveShell.clear_instance()
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint on disk."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("errors") / "model")
-
-
-@pytest.fixture
-def session(model: Path) -> Iterator[Session]:
-    """Two ranks."""
-    with session_on_threads(2, model) as made:
-        yield made
+RANKS = 2
 
 
 @pytest.fixture
@@ -147,6 +134,7 @@ OWN = {"CommError", "Mischief", "NoInterface", "OpFailed", "Stopped", "TokenFail
 """those that stay within a rank: what they say reaches the user in a RankFailed"""
 
 
+@pytest.mark.filterwarnings("ignore:.* is .* now:DeprecationWarning")  # former import paths
 def test_every_error_for_users_is_one_of_these() -> None:
     modules = [
         importlib.import_module(found.name)

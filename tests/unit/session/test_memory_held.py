@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,15 @@ from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
 from dinfer.rank.service import RankService
 from dinfer.session.session import Session
-from tests.support.threads import session_on_threads
-from tests.support.tiny import tiny_checkpoint
+from tests.support.fixtures import fresh_session
 from tests.support.twin import prompt
 
 IDS = prompt(10)
 WAIT_S = 60
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint on disk."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def session(model: Path) -> Iterator[Session]:
-    with session_on_threads(2, model) as made:
-        yield made
+RANKS = 2
+session = fresh_session
 
 
 def hosts(session: Session) -> list[RankService]:

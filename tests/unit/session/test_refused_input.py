@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,12 @@ from dinfer.plan.ops import PlanError
 from dinfer.run.run import Run
 from dinfer.saved.format import SavedError
 from dinfer.session.session import Session
-from tests.support.threads import session_on_threads
-from tests.support.tiny import tiny_checkpoint
 
 IDS = list(range(1, 9))
 
 
-@pytest.fixture
-def session(tmp_path: Path) -> Iterator[Session]:
-    """Two ranks on threads; the model has 4 heads, of which two share K and V, and a tokenizer."""
-    model = tiny_checkpoint(tmp_path / "model", layers=2, tokenizer=True)
-    with session_on_threads(2, model) as session:
-        yield session
+MODEL = {"layers": 2, "tokenizer": True}
+RANKS = 2
 
 
 @pytest.fixture

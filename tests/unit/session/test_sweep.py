@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dinfer.cluster.threads import LocalRanks
 from dinfer.session.session import Session
 from dinfer.session.sweep import SWEEP_FIGURES, Sweep
 
 PROMPTS = ["The code of Lima is 471. The code of Lima is", "The code of Oslo is 306. The code of Oslo is"]
 
 
-@pytest.fixture
-def session() -> Iterator[Session]:
-    """Two ranks with the demo model."""
-    with Session(LocalRanks(2)) as made:
-        yield made.load("demo", threads=1)
+MODEL = "demo"
+RANKS = 2
 
 
 def test_every_combination_is_a_row(session: Session) -> None:
@@ -79,20 +75,21 @@ def row(prompt: str, **more: Any) -> dict[str, Any]:
 
 def test_one_prompt_stands_above_the_table() -> None:
     text = str(Sweep((row("of Lima", chunk_size=8), row("of Lima", chunk_size=16))))
-    assert text.splitlines() == [
-        "prompt: of Lima",
-        "sync_strategy  prefill_s  chunk_size",
-        "ring           0.1235     8",
-        "ring           0.1235     16",
+    above, *table = text.splitlines()
+    assert above == "prompt: of Lima"
+    assert [line.split() for line in table] == [
+        ["sync_strategy", "prefill_s", "chunk_size"],
+        ["ring", "0.1235", "8"],
+        ["ring", "0.1235", "16"],
     ]
 
 
 def test_several_prompts_have_a_column() -> None:
     text = str(Sweep((row("of Lima"), row("of\n  Oslo"))))
-    assert text.splitlines() == [
-        "prompt   sync_strategy  prefill_s",
-        "of Lima  ring           0.1235",
-        "of Oslo  ring           0.1235",
+    assert [re.split("  +", line) for line in text.splitlines()] == [
+        ["prompt", "sync_strategy", "prefill_s"],
+        ["of Lima", "ring", "0.1235"],
+        ["of Oslo", "ring", "0.1235"],
     ]
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
-from dinfer.trace.pairing import pairs
+from dinfer.trace.events import pairs
 from dinfer.trace.perfetto import op_name
 from dinfer.trace.simulated import paper_trace
 from dinfer.trace.trace import Trace

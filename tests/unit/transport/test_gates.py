@@ -1,4 +1,4 @@
-"""Gates: what lanes wait for, in an order that the machine, or a seed, decides."""
+"""Gates: lanes wait for changes, in the order of the machine or of a seed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import Op
-from dinfer.transport.gate import FreeGate, Gate, SeededGate
+from dinfer.transport.gate import FreeGate, Gate
+from tests.support.seeded_gate import SeededGate
 from tests.support.twin import prompt, twin
 
 IDS = list(prompt(10))
@@ -50,7 +51,7 @@ def test_one_lane_runs_at_a_time() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert turns == [80]
 
 
@@ -72,7 +73,7 @@ def test_all_waiting_for_what_never_comes_is_stuck() -> None:
     with gate.change():
         key.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
 
 
@@ -96,7 +97,7 @@ def test_nested_changes_are_seen_at_once() -> None:
         with gate.change():
             state[0] = 1
         state[0] = 2
-    thread.join(30)
+    thread.join(60)
     assert set(seen) == {0, 2}
 
 
@@ -114,7 +115,7 @@ def test_a_wait_ends_with_the_claim_or_the_timeout(gate: Gate) -> None:
     thread.start()
     with gate.change():
         done.set()
-    thread.join(30)
+    thread.join(60)
     assert answers == ["late"]
 
 
@@ -148,8 +149,8 @@ def test_an_error_in_a_claim_is_raised_where_it_waits() -> None:
 
     threads = [threading.Thread(target=lane), threading.Thread(target=change)]
     threads[0].start()
-    assert waits.wait(30)
+    assert waits.wait(60)
     threads[1].start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert errors == ["broken claim"]

@@ -1,4 +1,4 @@
-"""Which interface leads to other hosts: never loopback."""
+"""The interface that leads to other hosts is never loopback."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def test_the_interface_of_the_route_or_the_one_wished_for() -> None:
 @pytest.mark.parametrize(
     ("address", "wished", "words"),
     [
-        ("myself", "", "leads to this machine's loopback"),
+        ("myself", "", "leads to this host's loopback"),
         ("10.0.0.1", "lo", "loopback"),
         (
             "10.9.9.9",
             "",
-            "there is no way to 10.9.9.9 from here .Network is unreachable.: check --master-addr",
+            "there is no route to 10.9.9.9 .Network is unreachable.: check --master-addr",
         ),
-        ("10.0.0.1", "eth7", "there is no interface eth7"),
-        ("10.0.0.1", "down0", "no interface down0 with an IPv4 address"),
+        ("10.0.0.1", "eth7", "eth7 is not an interface"),
+        ("10.0.0.1", "down0", "down0 is not an interface with an IPv4 address"),
     ],
 )
 def test_what_others_cannot_reach_is_refused(address: str, wished: str, words: str) -> None:

@@ -29,7 +29,7 @@ class Browser:
     def figure(self, name: str, have: int = -1) -> dict[str, Any]:
         before = len(self.heard)
         self.live.ask({"view": "me", "name": name, "have": have, "dark": False})
-        wait_for(lambda: len(self.heard) > before, "a figure", 20)
+        wait_for(lambda: len(self.heard) > before, "a figure")
         found: dict[str, Any] = self.heard[-1][0]["figure"]
         return found
 
@@ -45,14 +45,14 @@ def browser() -> Iterator[Browser]:
 def test_every_figure_is_that_of_the_trace(browser: Browser, name: str) -> None:
     found = browser.figure(name)
     assert json.loads(found["json"]) == json.loads(FIGURES[name](on_paper(4, 3, 3), dark=False).to_json())
-    assert found["said"] == f"{len(browser.run.events):,} events"
+    assert found["caption"] == f"{len(browser.run.events):,} events"
 
 
 def test_before_anything_has_run_that_is_said() -> None:
     browser = Browser([])
     found = browser.figure("latency")
     assert "json" not in found
-    assert found["said"].startswith("nothing has run yet")
+    assert found["caption"].startswith("nothing has run yet")
     browser.live.close()
 
 
@@ -62,7 +62,7 @@ def test_the_next_figure_comes_once_there_are_new_events(browser: Browser) -> No
     browser.live.touch()
     browser.run.events = [*browser.run.events, *on_paper(4, 3, 3).events]
     browser.live.touch()
-    wait_for(lambda: len(browser.heard) == 2, "one more figure", 20)
+    wait_for(lambda: len(browser.heard) == 2, "one more figure")
     assert browser.heard[-1][0]["figure"]["seen"] == 2 * seen
 
 
@@ -74,7 +74,7 @@ def test_the_ring_keeps_the_newest_and_no_more() -> None:
         run.events = events[:end]
         ring.read()
     assert len(ring.trace().events) == 50
-    assert ring.said == "the newest 50 events"
+    assert ring.caption == "the newest 50 events"
     assert ring.seen == len(run.events)
     assert min(event.end for event in ring.trace().events) >= events[ring.seen - 50].end
 

@@ -8,8 +8,8 @@ import pytest
 
 from dinfer.views import desk
 from dinfer.views.desk import Action, Painter, Worker
+from tests.support.expected import panel_threads
 from tests.support.runs import wait_for
-from tests.unit.views.conftest import panel_threads
 
 
 class Scene:
@@ -29,7 +29,7 @@ class Scene:
         return Action(name, do)
 
     def idle(self) -> None:
-        wait_for(lambda: self.worker.current is None, "the worker is idle", 10)
+        wait_for(lambda: self.worker.current is None, "the worker is idle")
 
 
 def test_one_action_at_a_time_and_of_those_that_wait_the_newest() -> None:
@@ -87,9 +87,9 @@ def test_a_closed_worker_begins_nothing_more() -> None:
 def test_asking_does_not_wait_and_each_change_is_told() -> None:
     scene = Scene()
     scene.worker.ask(scene.action("a"))
-    assert scene.changes.acquire(timeout=10)
+    assert scene.changes.acquire(timeout=60)
     scene.open.set()
-    assert scene.changes.acquire(timeout=10)
+    assert scene.changes.acquire(timeout=60)
 
 
 def test_many_touches_are_few_pictures_and_the_last_is_painted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_many_touches_are_few_pictures_and_the_last_is_painted(monkeypatch: pyte
     for n in range(1000):
         latest[0] = n
         painter.touch()
-    wait_for(lambda: painted, "a picture", 10)
+    wait_for(lambda: painted, "a picture")
     assert len(painted) == 1
     painter.close()
     assert panel_threads() == []
@@ -112,10 +112,10 @@ def test_many_touches_are_few_pictures_and_the_last_is_painted(monkeypatch: pyte
     for n in range(1000):
         latest[0] = n
         painter.touch()
-    wait_for(lambda: painted[-1] == 999, "the last picture", 10)
-    wait_for(lambda: not panel_threads(), "the painter rests", 10)
+    wait_for(lambda: painted[-1] == 999, "the last picture")
+    wait_for(lambda: not panel_threads(), "the painter rests")
     painter.touch()
-    wait_for(lambda: panel_threads() == [] and painted[-2:] == [999, 999], "it paints again", 10)
+    wait_for(lambda: panel_threads() == [] and painted[-2:] == [999, 999], "it paints again")
     painter.close()
     painter.touch()
     assert panel_threads() == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,9 @@ from dinfer.session.session import Session
 from dinfer.views.inspector import Inspector
 from dinfer.views.quantise import MISSING, ZERO
 from tests.support.runs import wait_for
-from tests.support.threads import session_on_threads
 from tests.support.traces import PROMPT
 
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[Session]:
-    with session_on_threads(3, Path("demo")) as made:
-        yield made
+MODEL = "demo"
 
 
 class Browser:
@@ -44,14 +38,14 @@ class Browser:
         """The next picture, as [heads, tokens, dims]."""
         before = len(self.of("kv"))
         self.ask(have, **fields)
-        wait_for(lambda: len(self.of("kv")) > before, "a picture", 20)
+        wait_for(lambda: len(self.of("kv")) > before, "a picture")
         head, buffers = self.of("kv")[-1]
         shape = (len(head["heads"]), head["tokens"], head["dims"])
         return head, np.frombuffer(buffers[0], np.uint8).reshape(shape)
 
     def verdict(self) -> str:
         """What comparing the ranks says after what was asked for last."""
-        wait_for(lambda: len(self.of("kv_diff")) > self.verdicts, "a verdict", 20)
+        wait_for(lambda: len(self.of("kv_diff")) > self.verdicts, "a verdict")
         return str(self.of("kv_diff")[-1][0]["text"])
 
     def value(self, head: int, token: int, dim: int) -> dict[str, Any]:
@@ -137,7 +131,7 @@ def test_it_is_answered_once_there_is_something_new_and_fetches_only_that(
     before = len(browser.of("kv"))
     browser.ask(head["stamp"])
     browser.run.run_to(chunk=2, layer=5)
-    wait_for(lambda: len(browser.of("kv")) > before, "the next picture comes by itself", 20)
+    wait_for(lambda: len(browser.of("kv")) > before, "the next picture comes by itself")
     assert browser.of("kv")[-1][0]["tokens"] == 12
     assert fetched == [8, 9, 10, 11]
     browser.picture(a=2)
@@ -155,10 +149,10 @@ def test_nothing_is_fetched_while_the_run_moves(browser: Browser, monkeypatch: p
     with monkeypatch.context() as patched:
         patched.setattr(browser.run, "standing", standing)
         browser.ask()
-        wait_for(lambda: len(looked) > 2, "it has looked", 10)
+        wait_for(lambda: len(looked) > 2, "it has looked")
         assert browser.heard == []
     browser.inspector.touch()
-    wait_for(lambda: bool(browser.of("kv")), "a picture comes once the run stands", 20)
+    wait_for(lambda: bool(browser.of("kv")), "a picture comes once the run stands")
 
 
 def test_an_error_is_told(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +161,7 @@ def test_an_error_is_told(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(browser.run, "kv", lost)
     browser.ask()
-    wait_for(lambda: bool(browser.of("kv")), "an answer", 10)
+    wait_for(lambda: bool(browser.of("kv")), "an answer")
     assert browser.of("kv")[0][0]["error"] == "rank 1 is gone: its KV is lost"
 
 
@@ -183,5 +177,5 @@ def test_answers_bear_the_number_of_their_question(browser: Browser, monkeypatch
     monkeypatch.setattr(browser.run, "kv", lost)
     before = len(browser.of("kv"))
     browser.ask(question=8)
-    wait_for(lambda: len(browser.of("kv")) > before, "an answer", 10)
+    wait_for(lambda: len(browser.of("kv")) > before, "an answer")
     assert browser.of("kv")[-1][0]["question"] == 8

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,17 +12,13 @@ from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.views.cells import CellMap
 from dinfer.views.panel import Panel
+from tests.support.expected import panel_threads
 from tests.support.runs import wait_for
-from tests.support.threads import session_on_threads
-from tests.unit.views.conftest import panel_threads
 
 LOOKS = 10
 
 
-@pytest.fixture(scope="module")
-def session() -> Iterator[Session]:
-    with session_on_threads(3, Path("demo")) as made:
-        yield made
+MODEL = "demo"
 
 
 class Counted:
@@ -63,10 +58,10 @@ class Counted:
 
         def is_quiet() -> bool:
             before, looks = self.counts(), self.looks
-            wait_for(lambda: self.looks >= looks + LOOKS, "the session looks", 20)
+            wait_for(lambda: self.looks >= looks + LOOKS, "the session looks")
             return self.counts() == before and not panel_threads()
 
-        wait_for(is_quiet, "nothing is told any more", 20)
+        wait_for(is_quiet, "nothing is told any more")
 
     def follows(self) -> bool:
         states = CellMap(self.run.plan).states(self.run.standing().stands)
@@ -83,17 +78,17 @@ def counted(session: Session, monkeypatch: pytest.MonkeyPatch) -> Iterator[Count
 def test_at_rest_nothing_is_painted_and_a_step_is_followed(counted: Counted) -> None:
     counted.rest()
     before, looks, cells = counted.counts(), counted.looks, counted.panel.cells
-    wait_for(lambda: counted.looks >= looks + LOOKS, "the session looks", 20)
+    wait_for(lambda: counted.looks >= looks + LOOKS, "the session looks")
     assert counted.counts() == before
     counted.run.step("chunk")
-    wait_for(lambda: counted.panel.cells != cells and counted.follows(), "the map follows the step", 20)
+    wait_for(lambda: counted.panel.cells != cells and counted.follows(), "the map follows the step")
     assert counted.paints > before[1]
     counted.rest()
 
 
 def test_what_moves_without_an_action_is_followed_to_its_end(counted: Counted) -> None:
     counted.run.resume()
-    wait_for(lambda: counted.panel.shown["state"] == "done" and counted.follows(), "the map follows", 20)
+    wait_for(lambda: counted.panel.shown["state"] == "done" and counted.follows(), "the map follows")
     counted.rest()
     assert counted.panel.shown["state"] == "done"
 
@@ -102,19 +97,20 @@ def test_breakpoints_and_faults_that_a_cell_ends_are_gone_from_the_panel(counted
     run, panel = counted.run, counted.panel
     stop = run.break_at(layer=2, chunk=1)
     run.inject("bitflip", layer=4, chunk=2)
-    wait_for(lambda: panel.shown["breakpoints"] and panel.shown["faults"], "both are shown", 20)
+    wait_for(lambda: panel.shown["breakpoints"] and panel.shown["faults"], "both are shown")
     counted.rest()
     run.breakpoints.remove(stop.number)
-    wait_for(lambda: panel.shown["breakpoints"] == [], "the breakpoint is gone", 20)
+    wait_for(lambda: panel.shown["breakpoints"] == [], "the breakpoint is gone")
     run.faults.clear()
-    wait_for(lambda: panel.shown["faults"] == [], "the fault is gone", 20)
+    wait_for(lambda: panel.shown["faults"] == [], "the fault is gone")
 
 
-def test_news_of_events_alone_is_told(counted: Counted) -> None:
+def test_news_of_events_alone_is_told(session: Session, counted: Counted) -> None:
     """Figures are drawn of events, which may come after the positions that go with them."""
     counted.run.step("chunk")
     counted.rest()
     told = counted.told
-    with counted.run._line.changed:
-        counted.run._events[0].append(counted.run._events[0][-1])
-    wait_for(lambda: counted.told > told, "it is told", 20)
+    with session.ranks.changed:
+        events = session.ranks.ranks[0].events
+        events.append(events[-1])
+    wait_for(lambda: counted.told > told, "it is told")

@@ -6,7 +6,6 @@ import re
 import struct
 import zlib
 from base64 import b64decode
-from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,13 @@ from dinfer.views.panel import Panel
 from dinfer.views.quantise import MINUS_INF, MISSING, NAN, PLUS_INF, ZERO
 from dinfer.views.still_kv import data_uri, png
 from tests.support.converted import converted
-from tests.support.threads import session_on_threads
 from tests.support.traces import PROMPT
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 SCRIPT = (Path(dinfer.views.__file__).parent / "heatmap.js").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def session() -> Iterator[Session]:
-    with session_on_threads(3, Path("demo")) as made:
-        yield made
+MODEL = "demo"
 
 
 @pytest.fixture

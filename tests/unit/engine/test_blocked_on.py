@@ -1,9 +1,9 @@
-"""Whom a rank waits for, in words."""
+"""The text that says which rank a rank waits for."""
 
 from __future__ import annotations
 
 from dinfer.engine.board import Stand
-from dinfer.engine.by_hand import waits_text
+from dinfer.engine.by_hand import blocked_on_text
 from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
@@ -28,24 +28,24 @@ def test_a_rank_that_stepped_alone_names_what_it_waits_for_and_where_the_other_s
         stood(plan, 0, done=before, started=False, limit=before),
         stood(plan, 1, done=at, started=True, limit=at + 1),
     ]
-    assert waits_text(plan, 1, stands) == (
+    assert blocked_on_text(plan, 1, stands) == (
         "rank 1 waits for hidden c0 before layer 2 from rank 0, which stands at c0 l1"
     )
-    assert waits_text(plan, 0, stands) == "rank 0 stands at c0 l1"
+    assert blocked_on_text(plan, 0, stands) == "rank 0 stands at c0 l1"
 
 
 def test_a_sender_waits_for_its_block_to_be_taken() -> None:
     plan = build(SHAPE, "lockstep", "pairwise")
     at = next(n for n, op in enumerate(plan.lanes[0][0].ops) if op.kind == "send")
     stands = [stood(plan, 0, done=at, started=True, limit=at + 1), None]
-    assert waits_text(plan, 0, stands) == (
+    assert blocked_on_text(plan, 0, stands) == (
         "rank 0 waits for rank 1 to take block c0 l0, which stands somewhere unknown"
     )
-    assert waits_text(plan, 1, stands) == "rank 1 has not said where it stands"
+    assert blocked_on_text(plan, 1, stands) == "rank 1: position unknown"
 
 
 def test_a_rank_at_work_is_in_its_op() -> None:
     plan = build(SHAPE, "lockstep", "pairwise")
     stands = [stood(plan, 0, done=1, started=True, limit=3), None]
-    assert waits_text(plan, 0, stands) == "rank 0 is in `layer c0 l0`"
+    assert blocked_on_text(plan, 0, stands) == "rank 0 is in `layer c0 l0`"
     assert at_text(plan.lanes[0], (1,)) == "before its first layer"

@@ -1,11 +1,11 @@
-"""Schedules of a user's own: what a function may return, and what is said where it returns something else."""
+"""Custom schedules: what a function may return, and the errors for anything else."""
 
 from __future__ import annotations
 
 import pytest
 
 from dinfer.config import Config
-from dinfer.plan.custom import own_plan
+from dinfer.plan.custom import custom_plan
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import Shape, partition
 from dinfer.plan.plan import Plan
@@ -24,19 +24,19 @@ def as_lanes(config: Config, shape: Shape) -> list[dict[str, list[str]]]:
 
 
 def test_a_function_gives_lanes_a_plan_or_its_text() -> None:
-    made = own_plan(as_lanes, CONFIG, SHAPE)
+    made = custom_plan(as_lanes, CONFIG, SHAPE)
     assert made.lanes == LOCKSTEP.lanes
     assert (made.schedule, verify(made).proved) == ("as_lanes", True)
-    assert own_plan(lambda _, shape: build(shape, "lockstep", "pairwise"), CONFIG, SHAPE) == LOCKSTEP
-    assert own_plan(lambda *_: LOCKSTEP.text(), CONFIG, SHAPE) == LOCKSTEP
-    assert own_plan(
+    assert custom_plan(lambda _, shape: build(shape, "lockstep", "pairwise"), CONFIG, SHAPE) == LOCKSTEP
+    assert custom_plan(lambda *_: LOCKSTEP.text(), CONFIG, SHAPE) == LOCKSTEP
+    assert custom_plan(
         lambda *_: [{"main": list(lanes[0].ops)} for lanes in LOCKSTEP.lanes], CONFIG, SHAPE
     ).lanes == (LOCKSTEP.lanes)
 
 
 def test_a_plan_or_its_text_needs_no_function() -> None:
-    assert own_plan(LOCKSTEP, CONFIG, SHAPE) is LOCKSTEP
-    assert own_plan(LOCKSTEP.text(), CONFIG, SHAPE) == LOCKSTEP
+    assert custom_plan(LOCKSTEP, CONFIG, SHAPE) is LOCKSTEP
+    assert custom_plan(LOCKSTEP.text(), CONFIG, SHAPE) == LOCKSTEP
 
 
 OTHER = partition(layers=4, tokens=9, world_size=2, chunk_size=4)
@@ -47,19 +47,19 @@ OTHER = partition(layers=4, tokens=9, world_size=2, chunk_size=4)
     [
         (
             None,
-            r"wrong\(…\) gave None; it must give a Plan, a plan's text, or a list with a dict for each rank",
+            r"wrong\(…\) returned None; it must return a Plan, a plan's text, or a list with a dict for each rank",
         ),
-        ([["embed c0"]], r"gave \[\['embed c0'\]\]; it must give"),
-        ([{}], "gave lanes for 1 ranks; there are 2"),
+        ([["embed c0"]], r"returned \[\['embed c0'\]\]; it must return"),
+        ([{}], "has lanes for 1 ranks; this run has 2"),
         ([{"a b": []}, {}], "rank 0, lane 'a b': a lane's name must be one word"),
         ([{}, {3: []}], "rank 1, lane 3: a lane's name must be one word"),
         ([{"main": "embed c0"}, {}], "rank 0, lane 'main': its ops are 'embed c0'; they must be a list"),
         ([{"main": ["embed c0", 5]}, {}], "lane 'main', op 1 is 5; it must be an Op or its text"),
-        ([{"main": ["embed c0", "dance"]}, {}], "lane 'main', op 1: 'dance' is not an op. An op reads like"),
+        ([{"main": ["embed c0", "dance"]}, {}], "lane 'main', op 1: 'dance' is not an op. Examples of ops:"),
         ("dinfer plan 2", "this is not a plan"),
         (
             build(OTHER, "lockstep", "ring"),
-            "is for 4 layers, 9 tokens and 2 ranks; here are 4 layers, 8 tokens",
+            "is for 4 layers, 9 tokens and 2 ranks; this run has 4 layers, 8 tokens",
         ),
     ],
 )
@@ -68,7 +68,7 @@ def test_what_is_no_plan_is_told_with_its_place(made: object, words: str) -> Non
         return made
 
     with pytest.raises(PlanError, match=words):
-        own_plan(wrong, CONFIG, SHAPE)
+        custom_plan(wrong, CONFIG, SHAPE)
 
 
 def test_what_a_function_raises_comes_through() -> None:
@@ -76,4 +76,4 @@ def test_what_a_function_raises_comes_through() -> None:
         raise KeyError("layer")
 
     with pytest.raises(KeyError, match="layer"):
-        own_plan(broken, CONFIG, SHAPE)
+        custom_plan(broken, CONFIG, SHAPE)
