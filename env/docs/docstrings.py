@@ -62,6 +62,11 @@ def _prose(paragraph: Sequence[str]) -> list[str]:
 def _escaped(text: str) -> str:
     pieces = _CODE.split(text)
     return "".join(
-        f"\\ ``{piece.strip('`')}``\\ " if number % 2 else _MARKUP.sub(r"\\\1", piece)
-        for number, piece in enumerate(pieces)
+        _literal(piece) if number % 2 else _MARKUP.sub(r"\\\1", piece) for number, piece in enumerate(pieces)
     )
+
+
+def _literal(piece: str) -> str:
+    """What stands between backticks, without spaces at its ends, which a literal may not have."""
+    code = piece.strip("` ")
+    return f"\\ ``{code}``\\ " if code else _MARKUP.sub(r"\\\1", piece)
