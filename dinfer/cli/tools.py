@@ -1,4 +1,4 @@
-"""`dinfer doctor`, `clean`, `report` and `lab`."""
+"""`dinfer doctor`, `clean`, `vscode`, `report` and `lab`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -41,6 +41,27 @@ def clean(
     text, status = report(find_and_end(dry_run=dry_run), as_json)
     print(text)
     raise typer.Exit(status)
+
+
+@app.command()
+def vscode(
+    folder: Annotated[str, typer.Option(help="the folder that is open in VS Code")] = ".",
+    config: Annotated[
+        str,
+        typer.Option(help="a TOML file with the parameters of the debugged runs; default: the demo model"),
+    ] = "",
+) -> None:
+    """Write VS Code's launch entries into the folder's .vscode/launch.json; entries of other names there stay."""
+    from dinfer.cli.vscode import ALL_RANKS, LaunchFileError, write_entries
+
+    try:
+        print(
+            f"{write_entries(folder, config)}: F5 on {ALL_RANKS!r} starts the ranks, each under a debugger."
+        )
+    except LaunchFileError as error:
+        stop(error, BAD_INPUT)
+    except OSError as error:
+        stop(f"the entries could not be written to {error.filename}: {error.strerror}.", FAILED)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from dinfer.cluster.link import Link
 from dinfer.job import Job
 from dinfer.launch.watch import ProcessWatch
 from dinfer.messages import MeetAt, RankJob
+from dinfer.rank.logs import make_log_folder
 
 EXIT_S = 1.0
 """How long a process may take to end once it has closed its connections."""
@@ -76,7 +77,7 @@ class Processes:
         job = RankJob(rank, asdict(config), tuple(self.job.ids), link)
         environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads), "PYTHONUNBUFFERED": "1"}
         folder = Path(config.log_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_log_folder(folder)
         with (folder / f"rank{rank}.err").open("wb") as errors:
             process = subprocess.Popen(
                 [sys.executable, "-m", "dinfer.rank.worker"],

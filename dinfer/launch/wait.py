@@ -1,4 +1,4 @@
-"""Waiting: machines that env/launch starts wait here until all have come, and say who is missing. No torch.
+"""Waiting: the machines of one run wait here until all have come, and say who is missing. No torch.
 
 `python -m dinfer.launch.wait NODES RANK ADDRESS PORT SECONDS`. Machine 0 listens at the port at which
 torchrun will; the others connect and name themselves. Once all are there it lets them go and frees the port.
@@ -123,7 +123,7 @@ def main(arguments: list[str]) -> int:
     port, seconds = int(arguments[3]), float(arguments[4])
 
     def say(text: str) -> None:
-        print(f"env/launch: machine {rank}: {text}", file=sys.stderr, flush=True)
+        print(f"dinfer: machine {rank}: {text}", file=sys.stderr, flush=True)
 
     try:
         if rank == 0:

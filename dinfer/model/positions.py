@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import get_layer_types_and_kwargs
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from dinfer.model.cache import VisibleTokens
+from dinfer.model.compat import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    get_layer_types_and_kwargs,
+)
 from dinfer.model.errors import ModelError
 
 KEPT = 8

@@ -7,8 +7,18 @@ import sys
 import threading
 from pathlib import Path
 
+from dinfer.config import Config
 from dinfer.plan.ops import Op
 from dinfer.trace.events import Event
+
+
+def make_log_folder(folder: Path) -> None:
+    """Create it, with its parents. The default folder ignores itself in git, as pytest's cache does. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ignored = folder / ".gitignore"
+    if folder == Path(Config.log_dir) and not ignored.exists():
+        with contextlib.suppress(OSError):  # a full disk must not end a run
+            ignored.write_text("*\n", encoding="utf-8")
 
 
 class LogFile(logging.FileHandler):

@@ -18,7 +18,7 @@ from dinfer.messages import BatchResult, MeetAt, RankJob, StoreOpened
 from dinfer.rank.control import Control
 from dinfer.rank.debugger import listen_for_debugger
 from dinfer.rank.failure import describe
-from dinfer.rank.logs import LogFile
+from dinfer.rank.logs import LogFile, make_log_folder
 
 log = logging.getLogger("dinfer")
 
@@ -64,7 +64,7 @@ def _run(job: RankJob, config: Config, control: Control) -> BatchResult:
 
 
 def log_to(folder: Path, rank: int, level: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_log_folder(folder)
     handler = LogFile(folder / f"rank{rank}.log")
     handler.setFormatter(
         logging.Formatter(f"%(asctime)s.%(msecs)03d rank {rank} %(levelname)s %(message)s", "%H:%M:%S")

@@ -17,6 +17,6 @@ class Listening(Displayable):
     def __str__(self) -> str:
         return (
             f"rank {self.rank} listens for a debugger at 127.0.0.1:{self.port} on {self.host}: attach from VS Code "
-            f'("Attach to rank {self.rank}" of .vscode/launch.json has port {FIRST_PORT + self.rank}) or any client of '
-            "debugpy. While the rank stands at a breakpoint, the other ranks wait at a cut."
+            f'("Attach to rank {self.rank}", which `dinfer vscode` writes, has port {FIRST_PORT + self.rank}) or any '
+            "client of debugpy. While the rank stands at a breakpoint, the other ranks wait at a cut."
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,9 +25,8 @@ Entry = dict[str, Any]
 
 
 def launch_json() -> Entry:
-    """The file; whole lines of it may be comments."""
-    text = (ROOT / ".vscode" / "launch.json").read_text(encoding="utf-8")
-    read: Entry = json.loads(re.sub(r"^\s*//.*$", "", text, flags=re.MULTILINE))
+    """The repository's file, which `dinfer vscode` has written."""
+    read: Entry = json.loads((ROOT / ".vscode" / "launch.json").read_text(encoding="utf-8"))
     return read
 
 

@@ -257,7 +257,8 @@ def test_an_unknown_flag_or_command_is_answered_with_the_nearest(given: Sequence
     answer = dinfer(*given)
     wrong = given[-2] if given[-2:-1] and given[-2].startswith("--") else given[-1]
     assert answer.status == BAD_INPUT
-    assert re.search(rf"No such (option: |command '){wrong}\b.*\W{nearest}\b", answer.err), answer.err
+    words = rf"No such (option:?|command) '?{wrong}\b.*\W{nearest}\b"  # typer 0.16 breaks lines in it
+    assert re.search(words, answer.err, re.DOTALL), answer.err
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dinfer.rank.logs import LogFile, log_trouble
+from dinfer.config import Config
+from dinfer.rank.logs import LogFile, log_trouble, make_log_folder
 
 Open = Callable[[Path], logging.Logger]
 FULL = Path("/dev/full")
@@ -61,3 +62,14 @@ def test_a_record_that_cannot_be_made_is_a_mistake_and_shown(
     log.info("%d", "no number")
     assert "Logging error" in capsys.readouterr().err
     assert log_trouble(log) == ""
+
+
+def test_the_default_folder_ignores_itself_in_git_and_others_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path(Config.log_dir), Path("elsewhere/logs")):
+        make_log_folder(folder)
+        make_log_folder(folder)
+    assert Path(Config.log_dir, ".gitignore").read_text(encoding="utf-8") == "*\n"
+    assert list(Path("elsewhere/logs").iterdir()) == []

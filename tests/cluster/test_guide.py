@@ -1,42 +1,35 @@
-"""What the READMEs tell people to run, run: every shell command, and the program, as they are written there."""
+"""What README and guide tell people to run, run: every shell block, every page's cells, and the program, as written."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 
+from tests.support.guide import GUIDE, PAGES, ROOT, blocks, cells
 from tests.support.ipclusters import ipython
+from tests.support.notebook_pages import executed
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
-ROOT = Path(__file__).parents[2]
-READMES = ("README.md", "notebooks/zh/README.md")
-LEFT_OUT = ("bash env/test", "bash env/demo", "bash env/launch", "env/launch", "ipcluster start")
+LEFT_OUT = ("bash env/test", "bash env/demo", "env/launch", "ipcluster start")
 """this very test run; what needs several machines, does not end by itself or has tests of its own"""
 
 
-def blocks(readme: str, language: str) -> list[str]:
-    """The code blocks of a README in one language."""
-    return re.findall(
-        rf"^```{language}\n(.*?)^```$", (ROOT / readme).read_text("utf-8"), re.DOTALL | re.MULTILINE
-    )
-
-
 def commands() -> list[str]:
-    """Every shell block that is to be run; a block's commands may build on one another."""
-    found = []
-    for readme in READMES:
-        for block in blocks(readme, "sh"):
+    """Every shell block that is to be run, once; a block's commands may build on one another."""
+    found: dict[str, None] = {}
+    for page in PAGES:
+        for block in blocks(page, "sh"):
             kept = [line for line in block.splitlines() if not line.startswith(LEFT_OUT)]
-            if kept and not any("mpirun" in line for line in kept):
-                found.append("\n".join(kept))
-    return found
+            if kept:
+                found["\n".join(kept)] = None
+    return list(found)
 
 
 @pytest.fixture
@@ -63,7 +56,7 @@ def test_a_command_runs_as_written(block: str, desk: Path) -> None:
 
 
 def test_the_program_runs_as_written(tmp_path: Path) -> None:
-    program = next(block for block in blocks("README.md", "python") if "open_engine" in block)
+    program = next(block for block in blocks(GUIDE / "program.md", "python") if "open_engine" in block)
     (tmp_path / "app.py").write_text(program, encoding="utf-8")
     told = run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "app.py"],
@@ -80,9 +73,36 @@ def test_the_notebook_cell_runs_as_written(
     readme: str, answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No cluster runs, so it starts its own, and ends it."""
-    cell = next(block for block in blocks(readme, "python") if "%load_ext" in block)
+    cell = next(block for block in blocks(ROOT / readme, "python") if "%load_ext" in block)
     (tmp_path / "cell.ipy").write_text(f"{cell}\nprint(run.text)\n", encoding="utf-8")
     with ipython(tmp_path / "ipython"):
         monkeypatch.setenv("PYTHONPATH", str(ROOT))
         told = run([sys.executable, "-m", "IPython", "--no-banner", "cell.ipy"], tmp_path)
     assert told.strip().endswith(answer)
+
+
+@pytest.mark.parametrize(
+    ("page", "answers"),
+    [
+        pytest.param("start", ["471", "all ranks hold", "report.html"], marks=pytest.mark.slow),
+        pytest.param("hang", ["cycle"], marks=pytest.mark.slow),  # two notebooks do the same
+        ("kv", ["rank 2 differs at layer 4, K, head 1", "bitflip"]),
+        pytest.param("stepping", ["next `layer c1 l2`"], marks=pytest.mark.slow),
+        ("save", ["471"]),
+    ],
+)
+def test_the_cells_of_a_page_run_as_written(
+    page: str, answers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a notebook, which such a page is."""
+    notebook = new_notebook(  # type: ignore[no-untyped-call]
+        cells=[
+            new_code_cell(cell, metadata={"tags": [str(n)]})  # type: ignore[no-untyped-call]
+            for n, cell in enumerate(cells(GUIDE / f"{page}.md"))
+        ]
+    )
+    with ipython(tmp_path / "ipython"):
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))
+        shown = executed(notebook, tmp_path)
+    text = "\n".join(map(shown.text, shown.outputs))
+    assert [answer for answer in answers if answer not in text] == []
