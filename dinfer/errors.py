@@ -77,3 +77,8 @@ def _own(found: TracebackType | None) -> TracebackType | None:
     if found is None or found.tb_frame.f_globals.get("__name__", "").split(".")[0] == PACKAGE:
         return None
     return TracebackType(_own(found.tb_next), found.tb_frame, found.tb_lasti, found.tb_lineno)
+
+
+class ModelError(DinferError, ValueError):
+    """A model, checkpoint, cache or prompt cannot be used; the message names the given value, the allowed ones and what
+    to do."""

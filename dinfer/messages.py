@@ -830,8 +830,11 @@ class _Tag(Struct):
 
 
 _requests = msgspec.msgpack.Decoder(Request)
+
 _tags = msgspec.msgpack.Decoder(_Tag)
+
 _commands = msgspec.msgpack.Decoder[Command[Any]](_union(Command))
+
 _reports = msgspec.msgpack.Decoder[RankReport](_union(RankReport))
 
 

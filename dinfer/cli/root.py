@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import typer
 
 from dinfer.config import ConfigError
-from dinfer.model.errors import ModelError
+from dinfer.errors import ModelError
 from dinfer.plan.ops import PlanError
 
 app = typer.Typer(

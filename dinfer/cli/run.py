@@ -12,8 +12,8 @@ import typer
 
 from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, keep_json, stop
 from dinfer.config import Config, ConfigError, read_toml
+from dinfer.errors import ModelError
 from dinfer.launch.environment import Launched, launched_as, speaks
-from dinfer.model.errors import ModelError
 from dinfer.plan.ops import PlanError
 
 SILENCE_S = 5.0

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from dinfer.config import Config
 from dinfer.doctor.report import Check, gib
+from dinfer.errors import ModelError
 from dinfer.model.checkpoint import Spec, check
-from dinfer.model.errors import ModelError
 from dinfer.model.free import free
 from dinfer.model.memory import MemoryDemand
 

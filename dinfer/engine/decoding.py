@@ -13,10 +13,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dinfer.engine.prefill import Prefill
-from dinfer.errors import DinferError
+from dinfer.errors import DinferError, ModelError
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
-from dinfer.model.errors import ModelError
 from dinfer.model.sampling import Sampler
 from dinfer.plan.partition import Shape
 from dinfer.trace.events import Event

@@ -20,10 +20,9 @@ from dinfer.engine.prompt import Prompt, Stands, recorder_for
 from dinfer.engine.streams import StreamExecutor
 from dinfer.engine.sync_layer import agree, sync_block
 from dinfer.engine.threads import ThreadExecutor
-from dinfer.errors import NotPossible
+from dinfer.errors import ModelError, NotPossible
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
-from dinfer.model.errors import ModelError
 from dinfer.model.sampling import Sampler, Sampling
 from dinfer.model.text import encode, load_tokenizer
 from dinfer.plan.cut import Unit

@@ -22,13 +22,13 @@ import msgspec
 
 from dinfer.cluster.link import Link
 from dinfer.config import Config, ConfigError
+from dinfer.errors import ModelError
 from dinfer.job import Job, prepare
 from dinfer.launch.environment import DEBUGGER, Launched
 from dinfer.launch.meet import Roll, meet
 from dinfer.launch.runner import ProgressLines, conclude
 from dinfer.launch.watch import ProcessWatch
 from dinfer.messages import KillRank, RankLink, ToldToEnd
-from dinfer.model.errors import ModelError
 from dinfer.plan.ops import PlanError
 from dinfer.rank.batch import run_rank
 from dinfer.rank.control import Control

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinfer.model.errors import ModelError
+from dinfer.errors import ModelError
 
 
 class KVCache:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dinfer.model.errors import ModelError
+from dinfer.errors import ModelError
 from dinfer.model.families import family_in
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
+from dinfer.errors import ModelError
 from dinfer.model.cache import CacheWindow, KVCache
 from dinfer.model.checkpoint import Spec, check
-from dinfer.model.errors import ModelError
 from dinfer.model.families import family_of
 from dinfer.model.positions import Positions, layer_kinds
 

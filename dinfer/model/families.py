@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dinfer.model.errors import ModelError
+from dinfer.errors import ModelError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from dinfer.model.errors import ModelError
+from dinfer.errors import ModelError
 
 
 def free(device: str = "cpu", root: Path = Path("/")) -> int:

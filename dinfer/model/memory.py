@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dinfer.errors import ModelError
 from dinfer.model.checkpoint import Spec
-from dinfer.model.errors import ModelError
 from dinfer.model.families import family_of
 from dinfer.model.free import free
 

@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dinfer.model.errors import ModelError
+from dinfer.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dinfer.errors import ModelError
 from dinfer.model.checkpoint import check
-from dinfer.model.errors import ModelError
 
 _REPLACEMENT = "\ufffd"  # what a tokenizer decodes the bytes of an unfinished character to
 

@@ -15,8 +15,8 @@ from dinfer.model.decoder import Decoder
 from dinfer.model.text import TextStream, load_tokenizer
 from dinfer.rank.agreement import agree, facts_of
 from dinfer.rank.control import Control
+from dinfer.rank.failure import explained
 from dinfer.rank.logs import OpLog, log_trouble
-from dinfer.rank.out_of_memory import explained
 from dinfer.transport.gloo import Comm
 
 log = logging.getLogger("dinfer")

@@ -8,18 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 from dinfer.engine.lanes import LaneExecutor
-from dinfer.messages import (
-    Answer,
-    Command,
-    Freeze,
-    GetStand,
-    Ok,
-    RankReport,
-    Refused,
-    Release,
-    Reply,
-    Stand,
-)
+from dinfer.messages import Answer, Command, Freeze, GetStand, Ok, RankReport, Refused, Release, Reply, Stand
 from dinfer.plan.graph import Channel
 
 C = TypeVar("C", bound=Command[Any])

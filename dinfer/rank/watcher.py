@@ -41,8 +41,7 @@ from dinfer.messages import (
 )
 from dinfer.rank import pyspy
 from dinfer.rank.frames import FrameReader, recv_frames, send_frames
-from dinfer.rank.process import Life, exists, sign_of_life
-from dinfer.rank.runnable import Wanting
+from dinfer.rank.process import Life, Wanting, exists, sign_of_life
 from dinfer.rank.stacks import dump_of, named
 from dinfer.trace.recorder import Recorder
 

@@ -3,13 +3,15 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Self
+
+from tqdm.auto import tqdm
 
 from dinfer.cluster.ranks import Ranks
 from dinfer.cluster.recovery import meet, recover
 from dinfer.config import Config, ConfigError
-from dinfer.display import Announced, Closing, DisplayableText
+from dinfer.display import Announced, Closing, Displayable, DisplayableText
 from dinfer.errors import DinferError, NotPossible
 from dinfer.job import Job, prepare_load, prepare_loaded, threads_per_rank, without_fixed
 from dinfer.messages import LoadModel, PreparePrompt, UnloadModel
@@ -17,13 +19,57 @@ from dinfer.model.checkpoint import Spec
 from dinfer.model.text import load_tokenizer
 from dinfer.plan.custom import CustomSchedule
 from dinfer.plan.plan import Plan
+from dinfer.rank.debugger import FIRST_PORT
 from dinfer.run.failure import HANDED_ON, RankFailed, were_handed_on
 from dinfer.run.hang import Hung
 from dinfer.run.report import Reporter, Write, no_views
 from dinfer.run.run import Run
-from dinfer.session.listening import Listening
-from dinfer.session.progress import Bars
 from dinfer.session.sweep import Past, Sweep, sweep
+
+
+@dataclass(frozen=True, repr=False)
+class Listening(Displayable):
+    """A rank that waits for a client of debugpy at this port of 127.0.0.1 on its host."""
+
+    rank: int
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return (
+            f"rank {self.rank} listens for a debugger at 127.0.0.1:{self.port} on {self.host}: attach from VS Code "
+            f'("Attach to rank {self.rank}", which `dinfer vscode` writes, has port {FIRST_PORT + self.rank}) or any '
+            "client of debugpy. While the rank stands at a breakpoint, the other ranks wait at a cut."
+        )
+
+
+class Bars(Closing):
+    """One bar for each rank that reports bytes."""
+
+    def __init__(self, line: Ranks, ranks: list[int]) -> None:
+        self._line, self._ranks = line, ranks
+        self._bars: dict[int, Any] = {}
+        for rank in ranks:
+            line.ranks[rank].loading = None
+
+    def show(self) -> None:
+        """Update the bars."""
+        for rank in self._ranks:
+            if said := self._line.ranks[rank].loading:
+                bar = self._bars.get(rank) or self._bar(rank, said.total)
+                bar.n = said.done
+                bar.refresh()
+
+    def _bar(self, rank: int, total: int) -> Any:
+        self._bars[rank] = bar = tqdm(total=total, desc=f"rank {rank}", unit="B", unit_scale=True)
+        return bar
+
+    def close(self) -> None:
+        """Update the bars a last time, and end them."""
+        self.show()
+        for bar in self._bars.values():
+            bar.close()
+
 
 LOOK_S = 0.05
 

@@ -139,6 +139,7 @@ assert _LAYOUT.size == SIZE
 
 
 COMPUTE = frozenset({"embed", "layer", "norm", "decode"})
+
 CHECKING = frozenset({"check", "corrupt"})
 """events about blocks, which are not part of prefill"""
 

@@ -41,6 +41,7 @@ HUNG = frozenset[HangKind](
 """kinds with which a run will not go on by itself"""
 
 STUCK_S = 5.0
+
 STUCK_TIMES = 5.0
 """an op is stuck after so many seconds, and so many times its usual duration"""
 

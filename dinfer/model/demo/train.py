@@ -5,12 +5,16 @@ adds more whenever the model recalls those; without this curriculum it keeps gue
 """
 
 import argparse
+import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -19,10 +23,131 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from dinfer.model.demo.lessons import batch
-from dinfer.model.demo.score import recalled, samples
-from dinfer.model.demo.task import LANGUAGES
-from dinfer.model.demo.tokenizer import build
+from dinfer.model.demo.task import FACTS, FIRST_TRAINING_SEED, LANGUAGES, WORDINGS, Language, Recall, recall
+
+QUESTIONS = 8
+"""the most questions of one lesson"""
+
+IGNORED = -100
+"""the label that transformers' loss ignores"""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One sequence of token ids, and its labels, of the same length."""
+
+    tokens: list[int]
+    labels: list[int]
+
+
+def lesson(number: int, language: Language, facts: int, tokenizer: PreTrainedTokenizerFast) -> Lesson:
+    """The lesson of this number: `facts` facts, then questions about some of them in random order."""
+    told = recall(FIRST_TRAINING_SEED + number, language, facts).facts
+    gap = WORDINGS[language].gap
+    tokens: list[int] = tokenizer.encode(gap.join(fact.sentence for fact in told))
+    labels = [IGNORED] * len(tokens)
+    for fact in Random(number).sample(told, min(QUESTIONS, facts)):
+        question = tokenizer.encode(gap + fact.question)
+        answer = [*tokenizer.encode(fact.answer), tokenizer.eos_token_id]
+        tokens += [*question, *answer]
+        labels += [*([IGNORED] * len(question)), *answer]
+    return Lesson(tokens, labels)
+
+
+def batch(first: int, facts: int, tokens: int, tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+    """Token ids and labels of the lessons from `first` on, each [lessons, length], about `tokens` tokens in all.
+
+    The languages alternate; shorter lessons are padded at the end.
+    """
+    longest = len(lesson(first, "en", facts, tokenizer).tokens)
+    numbers = range(first, first + max(2, tokens // longest // 2 * 2))
+    made = [lesson(number, LANGUAGES[number % 2], facts, tokenizer) for number in numbers]
+    return (
+        torch.tensor([one.tokens + [tokenizer.pad_token_id] * (longest - len(one.tokens)) for one in made]),
+        torch.tensor([one.labels + [IGNORED] * (longest - len(one.labels)) for one in made]),
+    )
+
+
+FIRST_SEED = 1_000_000
+"""the first seed of prompts for scoring; training does not use them"""
+
+MAX_NEW_TOKENS = 8
+"""three digits, the end, and a few more, so that a failure to stop shows"""
+
+
+def samples(count: int, language: Language, facts: int = FACTS) -> list[Recall]:
+    """`count` prompts that training does not use."""
+    return [recall(FIRST_SEED + index, language, facts) for index in range(count)]
+
+
+def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[str]:
+    """The text that the model adds to each prompt, with its end token.
+
+    All prompts must have the same length in tokens.
+    """
+    tokens = torch.tensor([tokenizer.encode(prompt) for prompt in prompts])
+    with torch.inference_mode():
+        output: torch.Tensor = model.generate(  # type: ignore[operator]
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=MAX_NEW_TOKENS, do_sample=False
+        )
+    texts = [str(tokenizer.decode(row)) for row in output[:, tokens.shape[1] :]]
+    return [text.replace(str(tokenizer.pad_token), "") for text in texts]
+
+
+def recalled(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, asked: Sequence[Recall]
+) -> list[bool]:
+    """For each prompt, whether the model added exactly the answer and then stopped."""
+    texts = answers(model, tokenizer, [one.prompt for one in asked])
+    return [text == f"{one.answer}{tokenizer.eos_token}" for text, one in zip(texts, asked, strict=True)]
+
+
+END = "<|endoftext|>"
+
+PAD = "<|pad|>"
+
+ENGLISH = r" ?[A-Za-z]+"
+
+DIGIT = r" ?[0-9]"
+
+
+def words() -> list[str]:
+    """The words and punctuation marks of the task, which have a token each."""
+    english = [f" {name}" for name in WORDINGS["en"].names]
+    english += ["The", " The", " code", " of", " is", " What", " the"]
+    chinese = [*WORDINGS["zh"].names, "的", "密码", "是", "多少", "。", "？"]
+    return [*english, *(f" {digit}" for digit in range(10)), *chinese]
+
+
+def pieces() -> str:
+    """A regular expression that splits text into words; text that it does not match stays together."""
+    chinese = sorted((re.escape(word) for word in words() if not word.isascii()), key=len, reverse=True)
+    return "|".join([DIGIT, ENGLISH, r"[.?]", *chinese])
+
+
+def vocabulary() -> dict[str, int]:
+    """The token ids of bytes, words and the two special tokens, in the byte-level spelling of `tokenizers`."""
+    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    spelled = [spell.pre_tokenize_str(word)[0][0] for word in words()]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return {token: index for index, token in enumerate([END, PAD, *alphabet, *spelled])}
+
+
+def build(positions: int) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model with `positions` positions."""
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary(), merges=[], ignore_merges=True))
+    cut = pre_tokenizers.Split(Regex(pieces()), behavior="isolated")
+    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, spell])
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=positions,
+        clean_up_tokenization_spaces=False,
+    )
+
 
 POSITIONS = 4096
 

@@ -16,11 +16,10 @@ from dinfer.display import Closing, Displayable, listed
 from dinfer.engine.by_hand import LayerKV, op_lines, ops_between
 from dinfer.engine.corruption import Corruption
 from dinfer.engine.engine import Engine
-from dinfer.errors import NotPossible
+from dinfer.errors import ModelError, NotPossible
 from dinfer.kv.digests import as_numbers
 from dinfer.model.checkpoint import check, fingerprint
 from dinfer.model.decoder import Decoder
-from dinfer.model.errors import ModelError
 from dinfer.plan.cut import Unit, count_of, unit_of
 from dinfer.plan.ops import Op
 from dinfer.rank.decode import Tokens

@@ -32,7 +32,7 @@ from dinfer.views.figures.latency import distribution, latency, layers
 from dinfer.views.figures.matrix import matrix
 from dinfer.views.figures.style import HTML_CONFIG, template
 from dinfer.views.report import facts
-from dinfer.views.report.sentence import percent, sentence
+from dinfer.views.report.facts import percent, sentence
 from dinfer.views.still import map_svg
 
 _HERE = Path(__file__).parent

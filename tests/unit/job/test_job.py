@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from dinfer.config import Config, ConfigError
+from dinfer.errors import ModelError
 from dinfer.job import prepare, threads_per_rank
 from dinfer.model import memory
-from dinfer.model.errors import ModelError
 from dinfer.plan.ops import PlanError
 from tests.support.tiny import tiny_checkpoint
 

@@ -12,8 +12,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from dinfer.errors import ModelError
 from dinfer.model.checkpoint import Spec, check, resolve
-from dinfer.model.errors import ModelError
 from tests.support.tiny import CONFIGS, tiny_checkpoint
 
 
@@ -241,7 +241,7 @@ def test_light_modules_do_not_import_torch(folder: Path) -> None:
         "assert len(fingerprint(spec)) == 64\n"
         "dinfer.model.memory.check_memory(spec, 'auto', 100, 3)\n"
         "try: resolve('dinfer-tests/there-is-no-such-model')\n"
-        "except dinfer.model.errors.ModelError: print('fine')\n"
+        "except dinfer.errors.ModelError: print('fine')\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

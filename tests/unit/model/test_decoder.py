@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dinfer.errors import ModelError
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
-from dinfer.model.errors import ModelError
 from tests.support import reference
 from tests.support.tiny import tiny_checkpoint
 

@@ -11,8 +11,6 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from dinfer.model.demo import CHECKPOINT
-from dinfer.model.demo.lessons import IGNORED, batch, lesson
-from dinfer.model.demo.score import MAX_NEW_TOKENS, answers, recalled, samples
 from dinfer.model.demo.task import (
     FIRST_TRAINING_SEED,
     LANGUAGES,
@@ -22,8 +20,19 @@ from dinfer.model.demo.task import (
     demo_prompt,
     recall,
 )
-from dinfer.model.demo.tokenizer import build, words
-from dinfer.model.demo.train import Curriculum, Recipe
+from dinfer.model.demo.train import (
+    IGNORED,
+    MAX_NEW_TOKENS,
+    Curriculum,
+    Recipe,
+    answers,
+    batch,
+    build,
+    lesson,
+    recalled,
+    samples,
+    words,
+)
 
 MEBIBYTE = 1 << 20
 LOOKUP_LAYER = 1

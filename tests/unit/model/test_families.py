@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING, GPT2Config
 
+from dinfer.errors import ModelError
 from dinfer.model.checkpoint import check
-from dinfer.model.errors import ModelError
 from dinfer.model.families import FAMILIES, family_in, family_named, family_of
 from tests.support.tiny import CONFIGS, tiny_checkpoint
 

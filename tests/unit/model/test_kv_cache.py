@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dinfer.errors import ModelError
 from dinfer.model.cache import CacheWindow, KVCache
-from dinfer.model.errors import ModelError
 
 
 def filled(dtype: torch.dtype = torch.float32, capacity: int = 8) -> KVCache:

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from dinfer.errors import ModelError
 from dinfer.model import free as free_module
 from dinfer.model import memory
 from dinfer.model.checkpoint import Spec, check
 from dinfer.model.decoder import Decoder
-from dinfer.model.errors import ModelError
 from dinfer.model.free import free
 from dinfer.model.memory import MemoryDemand, check_memory, need, out_of_memory_text, size_text
 from tests.support.tiny import tiny_checkpoint

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from dinfer.errors import ModelError
 from dinfer.model import positions
 from dinfer.model.decoder import Decoder
-from dinfer.model.errors import ModelError
 from dinfer.model.positions import KEPT, LayerKind, Positions, layer_kinds
 
 FULL = LayerKind("full_attention", None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from dinfer.model.errors import ModelError
+from dinfer.errors import ModelError
 from dinfer.model.sampling import Sampler, Sampling
 
 LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.5, 1.9, -3.0])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinfer.model.errors import ModelError
+from dinfer.errors import ModelError
 from dinfer.model.text import TextStream, encode, load_tokenizer
 from tests.support.tiny import byte_tokenizer, tiny_checkpoint
 

@@ -13,8 +13,7 @@ import pytest
 
 from dinfer.cluster.ranks import RankState
 from dinfer.monitor.signs import CPU_LEAST_S, CPU_SHARE, Track
-from dinfer.rank.process import sign_of_life
-from dinfer.rank.runnable import LOOKS, Wanting
+from dinfer.rank.process import LOOKS, Wanting, sign_of_life
 from tests.support.runs import wait_for
 
 SPINS = "print('up', flush=True)\nwhile True: pass"

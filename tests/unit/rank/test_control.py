@@ -9,15 +9,7 @@ import pytest
 
 from dinfer.cluster.link import Link
 from dinfer.cluster.ranks import RankRefused
-from dinfer.messages import (
-    BegunTokens,
-    HashKv,
-    KvHash,
-    LimitDecode,
-    ReadMore,
-    StepBackDecode,
-    TensorData,
-)
+from dinfer.messages import BegunTokens, HashKv, KvHash, LimitDecode, ReadMore, StepBackDecode, TensorData
 from dinfer.rank.commands import quick, slow, table_of
 from dinfer.rank.control import Control
 

@@ -12,7 +12,7 @@ import torch
 
 from dinfer.cluster.link import Link
 from dinfer.messages import JoinGroup, OpenStore, StoreAddress
-from dinfer.rank import gpu_memory
+from dinfer.rank import weights
 from dinfer.rank.control import Control
 from dinfer.rank.service import RankService
 from dinfer.transport.gloo import Comm
@@ -36,7 +36,7 @@ class Rank:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.allocated, self.asked = 1 << 30, list[torch.device]()
-        patch.setattr(gpu_memory, "PERIOD_S", 0.01)
+        patch.setattr(weights, "PERIOD_S", 0.01)
         patch.setattr(torch.cuda, "memory_allocated", self._allocated)
         patch.setattr(torch.cuda, "memory_reserved", lambda _: 3 << 30)
         patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 << 30))

@@ -9,7 +9,7 @@ import torch
 
 from dinfer.config import Config
 from dinfer.model.decoder import Decoder
-from dinfer.rank.out_of_memory import OutOfMemory, asked_bytes, explained, is_shortage
+from dinfer.rank.failure import OutOfMemory, asked_bytes, explained, is_shortage
 from tests.support.twin import prompt, twin
 
 CUDA = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB."

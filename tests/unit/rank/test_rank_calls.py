@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dinfer.engine.engine import KV, Engine
+from dinfer.errors import ModelError
 from dinfer.model.decoder import Decoder
-from dinfer.model.errors import ModelError
 from dinfer.plan.ops import PlanError
 from tests.support.expected import NEW_TOKENS, expected, is_complete, same_kv
 from tests.support.twin import Twin, prompt, twin

@@ -25,9 +25,8 @@ from dinfer.messages import (
 )
 from dinfer.model.decoder import Decoder
 from dinfer.rank.decode import Tokens
-from dinfer.rank.examine import LayerReplay
 from dinfer.rank.inventory import Inventory
-from dinfer.rank.reference import References, Stopped
+from dinfer.rank.reference import LayerReplay, References, Stopped
 from tests.support.twin import Twin, prompt, twin
 
 IDS = list(prompt(10))

@@ -28,8 +28,8 @@ from dinfer.trace.summary import summary
 from dinfer.trace.trace import Trace
 from dinfer.views.cells import EVERYWHERE, NOT_YET
 from dinfer.views.report import facts
+from dinfer.views.report.facts import exposed_part, percent, sentence
 from dinfer.views.report.page import report_html, write_report
-from dinfer.views.report.sentence import exposed_part, percent, sentence
 from tests.support.reports import HOSTILE, told
 from tests.support.traces import on_paper, recorded
 
