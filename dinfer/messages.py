@@ -21,7 +21,7 @@ from msgspec import Raw, Struct
 
 # -- parts of messages
 
-Positions = tuple[tuple[int, ...], ...]
+CutPositions = tuple[tuple[int, ...], ...]
 """by rank, by lane: a number of ops"""
 
 ChunkLayer = tuple[int, int]
@@ -297,7 +297,7 @@ class Command(Struct, Generic[A], frozen=True, tag=True):
 class SetLimits(Command[Ok], frozen=True):
     """Let each lane go that far. `order` names this call in reports; `stopping`: breakpoints do not count."""
 
-    cut: Positions
+    cut: CutPositions
     order: int = 0
     stopping: bool = False
 
@@ -319,7 +319,7 @@ class Release(Command[Ok], frozen=True):
 class Rewind(Command[Ok], frozen=True):
     """Go back to a cut that all lanes have passed."""
 
-    cut: Positions
+    cut: CutPositions
 
 
 class SetBreakpoints(Command[Ok], frozen=True):

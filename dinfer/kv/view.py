@@ -22,7 +22,7 @@ LARGE = 64 << 20
 CORNER = 4
 """how many tokens, and values of each, are shown"""
 
-Note = Callable[[Diff, Selection], None]
+NoteDiff = Callable[[Diff, Selection], None]
 
 Hold = Callable[[], AbstractContextManager[None]]
 
@@ -47,7 +47,7 @@ class KV(Displayable):
         layers: Sequence[int],
         spans: Sequence[int],
         rank: int | None,
-        note: "Note | None" = None,
+        note: "NoteDiff | None" = None,
         hold: "Hold" = nullcontext,
     ) -> None:
         self.source, self._note, self._hold = source, note, hold
@@ -231,7 +231,7 @@ def kv_of(
     layer: int | None,
     chunk: int | None,
     rank: int | None,
-    note: Note | None = None,
+    note: NoteDiff | None = None,
     hold: Hold = nullcontext,
 ) -> KV:
     """What `run.kv` returns; `note` and `hold` as for `KV`. Raises PlanError for an unknown layer, chunk or rank, and

@@ -25,10 +25,10 @@ from dinfer.rank.commands import Handler, quick, slow
 from dinfer.transport.faulty import CutLink, SendsElsewhere, SendsLonger, SendsTwice, SlowReceiver
 from dinfer.transport.gloo import Comm
 
-Send = Callable[[RankReport], None]
+SendReport = Callable[[RankReport], None]
 
 
-def fault_commands(engine: Callable[[], Engine], report: Send) -> list[Handler]:
+def fault_commands(engine: Callable[[], Engine], report: SendReport) -> list[Handler]:
     def strike(found: Strike) -> None:
         report(FaultStruck(found.number, found.changed, found.found))
 
@@ -75,7 +75,7 @@ class Mischief(RuntimeError):
     """What an op raises where it is told to raise something."""
 
 
-def misbehave_commands(rank: int, report: Send) -> list[Handler]:
+def misbehave_commands(rank: int, report: SendReport) -> list[Handler]:
     """The first strike of each order is reported, with its time."""
 
     def take(command: Misbehave) -> Ok:

@@ -47,7 +47,7 @@ class Gauge:
                 self._over.wait(PERIOD_S)
 
 
-Identity = tuple[str, str, str]
+WeightsIdentity = tuple[str, str, str]
 
 
 class Weights:
@@ -59,7 +59,7 @@ class Weights:
         self.dropped = False
         """whether others were here, which may still be in memory"""
         self._board = board
-        self._identity: Identity | None = None
+        self._identity: WeightsIdentity | None = None
         self._gauge: Gauge | None = None
 
     def are(self, command: LoadModel | UnloadModel) -> bool:
@@ -90,5 +90,5 @@ class Weights:
         self._gauge = Gauge(self._board, device) if device and is_own else None
 
 
-def _identity(command: LoadModel | UnloadModel) -> Identity:
+def _identity(command: LoadModel | UnloadModel) -> WeightsIdentity:
     return command.path, command.dtype, command.device

@@ -19,8 +19,8 @@ from dinfer.plan.ops import PlanError
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
 from dinfer.run.reproduce import Done, commands, parameters
+from dinfer.saved.saved import WriteReport
 from dinfer.trace.findings import BlockState, Findings, KvFinding, RankFinding
-from dinfer.trace.trace import Trace
 
 PACKAGES = ("dinfer", "torch", "transformers", "ipyparallel", "numpy", "plotly")
 
@@ -125,15 +125,11 @@ def _block(is_wrong: bool, spans: int) -> BlockState:
     return "same" if spans else "missing"
 
 
-Write = Callable[[Trace, Path], Path]
-"""of views: write a report of that run to that file; the path of the file"""
-
-
 class Reporter(NamedTuple):
     """What a session gives its run for reports. `log`: the lines of the session's log about this run; `others()`: the
     figures of earlier runs of the same prompt."""
 
-    write: Write
+    write: WriteReport
     log: list[str]
     others: Callable[[], Sequence[dict[str, Any]]]
 

@@ -247,7 +247,12 @@ class RunState:
             self.marks.note_corrupt(found)
 
     def _reported(self) -> tuple[Stand, ...]:
-        return tuple(state.stand for state in self._ranks.ranks if state.stand)
+        """The positions of the ranks that have prepared this run; one that was started again since has no lanes yet."""
+        return tuple(
+            state.stand
+            for state, lanes in zip(self._ranks.ranks, self._plan.lanes, strict=True)
+            if state.stand and len(state.stand.positions) == len(lanes)
+        )
 
 
 def where_of(plan: Plan, standing: Standing, state: RunState) -> Where:

@@ -36,7 +36,8 @@ from dinfer.trace.read import read_traces
 from dinfer.trace.trace import Trace
 from dinfer.verdict.verdict import Verdict
 
-Write = Callable[[Trace, Path], Path]
+WriteReport = Callable[[Trace, Path], Path]
+"""Writes the report of a trace to a file, and returns its path. Views implement it; whoever opens a run hands it in."""
 
 MOVING = ("running", "decoding")
 """a run that was saved in one of these states had hung"""
@@ -48,7 +49,7 @@ class Saved(Displayable):
     """What a report holds of a run: `trace` and `findings`. A folder holds more: see `SavedFolder`. `path`: where it
     was read from; `write`: writes reports."""
 
-    def __init__(self, path: Path, trace: Trace, write: Write | None = None) -> None:
+    def __init__(self, path: Path, trace: Trace, write: WriteReport | None = None) -> None:
         self.path, self.trace, self._write = path, trace, write
 
     @property
@@ -111,7 +112,7 @@ class Saved(Displayable):
 class SavedFolder(Saved):
     """A folder that `run.save` has written. `about` is what its `run.json` says."""
 
-    def __init__(self, folder: Path, write: Write | None = None) -> None:
+    def __init__(self, folder: Path, write: WriteReport | None = None) -> None:
         self.about: dict[str, Any] = read_about(folder)
         super().__init__(folder, read_trace(folder, self.about), write)
         self._plan = read_plan(folder, self.about)
@@ -186,7 +187,7 @@ class SavedFolder(Saved):
         return starts[rank]
 
 
-def open_saved(path: str | Path, write: Write | None = None) -> Saved:
+def open_saved(path: str | Path, write: WriteReport | None = None) -> Saved:
     """Open what `run.save` or `run.report` has written. Raises SavedError for anything else."""
     found = Path(path).expanduser()
     if found.is_dir():

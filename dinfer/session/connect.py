@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from dinfer.cluster.ranks import Ranks
 from dinfer.cluster.threads import LocalRanks
 from dinfer.config import ConfigError
-from dinfer.run.report import Write
+from dinfer.saved.saved import WriteReport
 from dinfer.session.session import Session, ShowRun
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def connect(
     patience: float = 60.0,
     place: "ClusterPlace | None" = None,
     show: ShowRun | None = None,
-    write: Write | None = None,
+    write: WriteReport | None = None,
 ) -> Session:
     """A session with `n` ranks; it prints one line that describes them.
 

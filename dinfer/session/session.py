@@ -22,8 +22,9 @@ from dinfer.plan.plan import Plan
 from dinfer.rank.debugger import FIRST_PORT
 from dinfer.run.failure import HANDED_ON, RankFailed, were_handed_on
 from dinfer.run.hang import Hung
-from dinfer.run.report import Reporter, Write, no_views
+from dinfer.run.report import Reporter, no_views
 from dinfer.run.run import Run
+from dinfer.saved.saved import WriteReport
 from dinfer.session.sweep import Past, Sweep, sweep
 
 
@@ -87,7 +88,7 @@ class SessionOver(DinferError, RuntimeError):
 class Session(Announced, Closing):
     """Made by `dinfer.connect`. `show(run)` makes the panel that `debugger` returns, `write` the reports of runs."""
 
-    def __init__(self, ranks: Ranks, show: ShowRun | None = None, write: Write | None = None) -> None:
+    def __init__(self, ranks: Ranks, show: ShowRun | None = None, write: WriteReport | None = None) -> None:
         self.ranks, self.world_size = ranks, ranks.world_size
         self.log: list[str] = []
         self.spec: Spec | None = None

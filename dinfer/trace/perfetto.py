@@ -8,12 +8,12 @@ from typing import Any
 
 from dinfer.trace.events import COMPUTE, Event, EventLog, pairs
 
-Json = dict[str, Any]
+PerfettoJson = dict[str, Any]
 
 Threads = dict[tuple[int, str], int]
 
 
-def trace_events(trace: EventLog) -> Json:
+def trace_events(trace: EventLog) -> PerfettoJson:
     """The content of the file. Time 0 is when the first op was allowed to start."""
     began = min((event.ready for event in trace.events), default=0)
     lanes = sorted({(event.rank, event.lane) for event in trace.events}, key=_order)
@@ -44,7 +44,7 @@ def op_name(event: Event) -> str:
     return " ".join(filter(None, words))
 
 
-def _names(threads: Threads) -> Iterator[Json]:
+def _names(threads: Threads) -> Iterator[PerfettoJson]:
     for rank in sorted({rank for rank, _ in threads}):
         yield _meta("process_name", rank, 0, {"name": f"rank {rank}"})
         yield _meta("process_sort_index", rank, 0, {"sort_index": rank})
@@ -53,11 +53,11 @@ def _names(threads: Threads) -> Iterator[Json]:
         yield _meta("thread_sort_index", rank, number, {"sort_index": number})
 
 
-def _meta(name: str, rank: int, thread: int, arguments: Json) -> Json:
+def _meta(name: str, rank: int, thread: int, arguments: PerfettoJson) -> PerfettoJson:
     return {"name": name, "ph": "M", "pid": rank, "tid": thread, "ts": 0, "args": arguments}
 
 
-def _slices(event: Event, threads: Threads, began: int) -> Iterator[Json]:
+def _slices(event: Event, threads: Threads, began: int) -> Iterator[PerfettoJson]:
     """The wait for the peer, if there was one, and the op."""
     where = {"pid": event.rank, "tid": threads[event.rank, event.lane]}
     about = {
@@ -71,7 +71,9 @@ def _slices(event: Event, threads: Threads, began: int) -> Iterator[Json]:
     yield _complete(op_name(event), category, event.met - began, event.busy, where, about)
 
 
-def _complete(name: str, category: str, start: int, long: int, where: Json, arguments: Json) -> Json:
+def _complete(
+    name: str, category: str, start: int, long: int, where: PerfettoJson, arguments: PerfettoJson
+) -> PerfettoJson:
     times = {"ts": start / 1e3, "dur": long / 1e3}
     return {"name": name, "cat": category, "ph": "X", **times, **where, "args": arguments}
 
@@ -85,7 +87,7 @@ def _arrows(trace: EventLog) -> dict[int, tuple[str, int]]:
     return found
 
 
-def _arrow(event: Event, end: tuple[str, int] | None, threads: Threads, began: int) -> Iterator[Json]:
+def _arrow(event: Event, end: tuple[str, int] | None, threads: Threads, began: int) -> Iterator[PerfettoJson]:
     """One end of an arrow, to be written just after its slice.
 
     A reader assigns it to the slice that began last on its thread by then, in the order of times and then of the file.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from dinfer.trace.events import COMPUTE, Event
 from dinfer.trace.intervals import Interval, common, length, minus, union
 from dinfer.trace.trace import Trace
-from dinfer.trace.transfers import Link, Transfer, by_link, transfers
+from dinfer.trace.transfers import LinkRanks, Transfer, by_link, transfers
 
 SHORTEST = 10_000_000
 """so many nanoseconds without an op on any rank are a pause"""
@@ -174,7 +174,7 @@ def _share(trace: Trace, rank: int, found: list[Transfer], stopped: list[Interva
 
 
 def _link_share(
-    link: Link, found: list[Transfer], exposed: dict[int, tuple[list[Interval], list[Interval]]]
+    link: LinkRanks, found: list[Transfer], exposed: dict[int, tuple[list[Interval], list[Interval]]]
 ) -> LinkShare:
     moving = union((one.met, one.end) for one in found)
     ready = union((one.offered, one.met) for one in found)

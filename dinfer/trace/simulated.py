@@ -12,7 +12,7 @@ from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
 from dinfer.trace.events import Event, event_of
 from dinfer.trace.trace import Trace
-from dinfer.trace.transfers import Link
+from dinfer.trace.transfers import LinkRanks
 
 SHORT = 20
 """embed and norm take a layer's time divided by this"""
@@ -27,7 +27,7 @@ class Machine:
     latency: int = 150_000
     bytes_per_token: int = 4096
     bytes_per_s: float = 1e9
-    slow: Mapping[Link, float] = field(default_factory=dict)
+    slow: Mapping[LinkRanks, float] = field(default_factory=dict)
     jitter: float = 0.2
     seed: int = 0
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from dinfer.trace.events import Event, pairs
 from dinfer.trace.trace import Trace
 
-Link = tuple[int, int]
+LinkRanks = tuple[int, int]
 """(source rank, target rank)"""
 
 
@@ -34,7 +34,7 @@ class Transfer(NamedTuple):
     late: int | None
 
     @property
-    def link(self) -> Link:
+    def link(self) -> LinkRanks:
         return self.source, self.target
 
     @property
@@ -91,17 +91,17 @@ def _transfer(send: Event | None, recv: Event | None) -> Transfer:
     )
 
 
-def by_link(found: Iterable[Transfer]) -> dict[Link, list[Transfer]]:
+def by_link(found: Iterable[Transfer]) -> dict[LinkRanks, list[Transfer]]:
     """The transfers of each link, by link in order."""
-    links: dict[Link, list[Transfer]] = defaultdict(list)
+    links: dict[LinkRanks, list[Transfer]] = defaultdict(list)
     for one in found:
         links[one.link].append(one)
     return dict(sorted(links.items()))
 
 
-def by_link_and_layer(found: Iterable[Transfer]) -> dict[tuple[Link, int], list[Transfer]]:
+def by_link_and_layer(found: Iterable[Transfer]) -> dict[tuple[LinkRanks, int], list[Transfer]]:
     """The transfers whose layer is known, by link and layer in order."""
-    layers: dict[tuple[Link, int], list[Transfer]] = defaultdict(list)
+    layers: dict[tuple[LinkRanks, int], list[Transfer]] = defaultdict(list)
     for one in found:
         if one.layer is not None:
             layers[one.link, one.layer].append(one)

@@ -75,7 +75,7 @@ def _fetched(source: ViewableSource, rank: int, keys: list[CacheKey]) -> dict[Ca
     return {key: values[:, key[2] - first : key[2] - first + key[3]].copy() for key in keys}
 
 
-Send = Callable[..., object]
+SendInspection = Callable[..., object]
 
 PERIOD_S = 0.1
 
@@ -135,7 +135,7 @@ class Fetched(NamedTuple):
 class Inspector:
     """The inspector of one panel. `send(content, buffers)` sends to all its browsers."""
 
-    def __init__(self, run: InspectableRun, send: Send) -> None:
+    def __init__(self, run: InspectableRun, send: SendInspection) -> None:
         self._run, self._send = run, send
         self._painter = Painter(self._serve, "inspector", PERIOD_S)
         self._lock = threading.Lock()

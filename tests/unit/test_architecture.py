@@ -109,12 +109,19 @@ def test_every_module_says_what_it_is_for(module: str) -> None:
 
 
 def test_no_type_name_is_defined_twice() -> None:
+    """Neither a class nor an alias such as `Block = tuple[int, int]`."""
     found = defaultdict[str, list[str]](list)
     for module in MODULES:
-        for node in ast.walk(tree_of(module)):
-            if isinstance(node, ast.ClassDef):
-                found[node.name].append(module)
+        classes = [node.name for node in ast.walk(tree_of(module)) if isinstance(node, ast.ClassDef)]
+        for name in (*classes, *_aliases(tree_of(module))):
+            found[name].append(module)
     assert {name: modules for name, modules in found.items() if len(modules) > 1} == {}
+
+
+def _aliases(tree: ast.Module) -> list[str]:
+    """Names in CamelCase that a module gives to types."""
+    found = [node.targets[0] for node in tree.body if isinstance(node, ast.Assign)]
+    return [at.id for at in found if isinstance(at, ast.Name) and at.id[0].isupper() and not at.id.isupper()]
 
 
 def test_names_of_older_versions_still_work_and_say_what_they_are_called_now() -> None:

@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from dinfer.trace.shares import without_pauses
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import (
-    Link,
+    LinkRanks,
     Spread,
     Transfer,
     by_link,
@@ -98,8 +98,8 @@ def layers(trace: Trace, *, dark: bool = False) -> go.Figure:
 
 def _points(
     began: int,
-    links: Sequence[Link],
-    link: Link,
+    links: Sequence[LinkRanks],
+    link: LinkRanks,
     shown: list[Transfer],
     part: str,
     take: Callable[[Transfer], int],
@@ -118,7 +118,11 @@ def _points(
 
 
 def _steps(
-    links: Sequence[Link], link: Link, found: list[Transfer], part: str, take: Callable[[Transfer], int]
+    links: Sequence[LinkRanks],
+    link: LinkRanks,
+    found: list[Transfer],
+    part: str,
+    take: Callable[[Transfer], int],
 ) -> go.Scatter:
     """From 0 % up, so that a single transfer is a line too."""
     ordered = sorted(map(take, found))
@@ -148,7 +152,7 @@ def transfer_text(one: Transfer) -> str:
     return f"{link_name(one.link)} {' '.join(filter(None, names))}, {one.bytes:,} bytes"
 
 
-def _all(links: dict[Link, list[Transfer]], take: Callable[[Transfer], int]) -> NDArray[np.float32]:
+def _all(links: dict[LinkRanks, list[Transfer]], take: Callable[[Transfer], int]) -> NDArray[np.float32]:
     return _milliseconds([take(one) for found in links.values() for one in found])
 
 

@@ -7,7 +7,7 @@ from plotly.subplots import make_subplots
 
 from dinfer.trace.intervals import length, union
 from dinfer.trace.trace import Trace
-from dinfer.trace.transfers import Link, Transfer, by_link, spread, transfers
+from dinfer.trace.transfers import LinkRanks, Transfer, by_link, spread, transfers
 from dinfer.views.figures.style import SCALE, styled
 
 LinkMeasure = Callable[[Sequence[Transfer]], float | None]
@@ -33,7 +33,7 @@ def matrix(trace: Trace, *, dark: bool = False) -> go.Figure:
 
 
 def _heat(
-    links: dict[Link, list[Transfer]], ranks: Sequence[int], name: str, measure: LinkMeasure
+    links: dict[LinkRanks, list[Transfer]], ranks: Sequence[int], name: str, measure: LinkMeasure
 ) -> go.Heatmap:
     values = [
         [measure(links[source, target]) if (source, target) in links else None for target in ranks]

@@ -9,7 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from dinfer.trace.transfers import Link
+from dinfer.trace.transfers import LinkRanks
 
 COMPUTE, WIRE, WAIT, BUBBLE = "#0072B2", "#E69F00", "#CC79A7", "#999999"
 """what a rank does: computing, data on the wire, waiting for a peer, nothing to do"""
@@ -66,17 +66,17 @@ def template(*, dark: bool | None) -> dict[str, Any]:
     }
 
 
-def link_name(link: Link) -> str:
+def link_name(link: LinkRanks) -> str:
     return f"{link[0]}→{link[1]}"
 
 
-def link_line(links: Sequence[Link], link: Link) -> dict[str, Any]:
+def link_line(links: Sequence[LinkRanks], link: LinkRanks) -> dict[str, Any]:
     """A colour and dash for each link: beyond six links, dashes differ."""
     number = list(links).index(link)
     return {"color": LINKS[number % len(LINKS)], "dash": DASHES[number // len(LINKS) % len(DASHES)]}
 
 
-def link_marker(links: Sequence[Link], link: Link) -> dict[str, Any]:
+def link_marker(links: Sequence[LinkRanks], link: LinkRanks) -> dict[str, Any]:
     """A colour and symbol for each link: beyond six links, symbols differ where colours do not."""
     number = list(links).index(link)
     return {
