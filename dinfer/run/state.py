@@ -34,6 +34,10 @@ class State(StrEnum):
     CLOSED = "closed"
     """another run or checkpoint has taken its place, or the session is closed"""
 
+    def __repr__(self) -> str:
+        """As of the plain word, which is what `run.standing().state` was and is for a user."""
+        return repr(str(self))
+
 
 MOVING = (State.STARTING, State.RUNNING, State.DECODING)
 

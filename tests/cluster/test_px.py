@@ -259,10 +259,10 @@ HEAR = """
 import threading, time
 heard = {rank: [] for rank in range(3)}
 take = session.ranks.take
-def listen(message, *more):
-    take(message, *more)
-    if message["type"] == "state":
-        heard[message["rank"]].append((time.monotonic(), any(more)))
+def listen(rank, report, *more):
+    take(rank, report, *more)
+    if type(report).__name__ == "Status":
+        heard[rank].append((time.monotonic(), any(more)))
 session.ranks.take = listen
 """
 
