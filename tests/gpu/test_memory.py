@@ -12,7 +12,7 @@ from dinfer.engine.board import DeviceMemory
 from dinfer.model.memory import need
 from dinfer.session.session import Session
 from dinfer.views.status import status
-from tests.support.ipclusters import stock_cluster
+from tests.support.ipclusters import stock_cluster, within
 from tests.support.runs import wait_for
 from tests.support.tiny import tiny_checkpoint
 
@@ -41,7 +41,11 @@ def test_each_rank_tells_what_it_has_of_its_gpu(tmp_path: Path) -> None:
     """Two engines that share a GPU: at least its weights, after prefill its KV too, and never more than there is."""
     model = tiny_checkpoint(tmp_path / "model", layers=6)
     (tmp_path / "ipython").mkdir()
-    with stock_cluster(tmp_path / "ipython", 2), dinfer.connect(n=2, start=False) as session:
+    with (
+        stock_cluster(tmp_path / "ipython", 2) as place,
+        within(place),
+        dinfer.connect(n=2, start=False) as session,
+    ):
         session.load(str(model), gpu_ids=(0, 0))
         assert session.spec
         weights = need(session.spec, "auto", 0).weights_bytes
