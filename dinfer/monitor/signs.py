@@ -35,6 +35,10 @@ CPU_WANTED = 0.5
 """Of the time. A rank whose thread is runnable for more computes, however little CPU it gets."""
 
 
+GIL_SHARE = 0.03
+"""Of one core. Threads that wait for the GIL wake every 5 ms, and use less together."""
+
+
 class _RankTrack:
     def __init__(self) -> None:
         self.stand: Stand | None = None
@@ -65,9 +69,11 @@ class Track:
         """Seconds for which each lane has not moved."""
         return tuple(now - since for since in self._ranks[rank].since)
 
-    def cpu_moves(self, rank: int) -> bool | None:
-        """Whether its CPU time moves, or would on a less busy machine; None: not known yet."""
-        if self._ranks[rank].wants_cpu > CPU_WANTED:
+    def cpu_moves(self, rank: int, *, mute: bool = False) -> bool | None:
+        """Whether its CPU time moves, or would on a less busy machine; None: not known yet. `mute`: its Python does not
+        answer, so its threads wait for the GIL and look runnable."""
+        wants = self._ranks[rank].wants_cpu > CPU_WANTED
+        if wants and not mute:
             return True
         samples = self._ranks[rank].cpu
         if not samples or samples[-1][0] - samples[0][0] < CPU_LEAST_S:
@@ -75,7 +81,7 @@ class Track:
         (begin, first, process_first), (end, last, process_last) = samples[0], samples[-1]
         used, by_process = last - first, process_last - process_first
         is_most = by_process > 0 and used > max(PROCESS_SHARE * by_process, PROCESS_LEAST_S)
-        return used / (end - begin) > CPU_SHARE or is_most
+        return used / (end - begin) > (GIL_SHARE if wants else CPU_SHARE) or is_most
 
     def longest_s(self, now: float) -> float:
         """The longest time for which a lane has not moved that is in an op, or may begin one."""
@@ -156,7 +162,7 @@ def _signs(
         phase=state.phase if known or state.phase != "prefill" else "starting",
         decoded=state.decoded,
         process=_process(state, now),
-        cpu_moves=track.cpu_moves(rank),
+        cpu_moves=track.cpu_moves(rank, mute=stacks.answers is False),
         answers=stacks.answers,
         ended=ended,
         raised=_raised(state.error),

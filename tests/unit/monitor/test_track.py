@@ -80,3 +80,13 @@ def test_who_wants_the_cpu_and_gets_none_is_not_still() -> None:
 
 def test_what_was_long_ago_does_not_count() -> None:
     assert cpu(Track(1), {n / 2: min(n / 2, 2.0) for n in range(20)}) is False
+
+
+def test_threads_that_wait_for_the_gil_look_runnable_but_do_not_compute() -> None:
+    """Of a rank whose Python does not answer: only CPU time tells, and of that less than usual is enough."""
+    for used, moves in ((0.02, False), (0.1, True)):
+        track = Track(1)
+        for now, share in ((0.0, 0.0), (1.0, 0.5), (2.0, 1.0)):
+            track.look([RankState(cpu_s=1.0 + share * used, wants_cpu=0.625)], now)
+        assert track.cpu_moves(0, mute=True) is moves
+        assert track.cpu_moves(0) is True
