@@ -16,6 +16,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Playwright
 
 from tests.support.ipclusters import ipython
 from tests.support.jupyter import Lab, Notebook, open_notebook
+from tests.support.runs import wait_for
 
 expect.set_options(timeout=60_000)
 ARGUMENTS = [
@@ -61,7 +62,10 @@ def ipcluster(lab: Lab) -> Iterator[None]:
     folder = lab.home / "ipython"
     folder.mkdir(exist_ok=True)
     with ipython(folder) as place:
-        place.ipcluster(3)
+        begun = place.profile_dir / "security" / "cluster-.json"
+        begun.unlink(missing_ok=True)  # of the cluster of a test before this one
+        process = place.ipcluster(3)
+        wait_for(lambda: begun.exists() or process.poll(), "ipcluster has begun")
         yield
 
 

@@ -36,7 +36,7 @@ def test_every_cell_that_shows_something_is_looked_at() -> None:
         ("right", [" 471\n(4 new tokens"]),
         ("held", ["layer 5 (of rank 2), tokens: rank 0 holds 33, rank 1 holds 33, rank 2 holds 33"]),
         ("equal", ["all 3 ranks hold the same 6 × 4 blocks, and rows of 3 new tokens, bit for bit", " bytes moved"]),
-        ("layer", ["layer 1 (of rank 0)", "head  min", "K, head 0, token 3 'Lima': "]),
+        ("layer", ["layer 1 (of rank 0)", "head ", " min ", "K, head 0, token 3 'Lima': "]),
         ("values", ["Lima tensor(["]),
         ("inject", ["armed: #1 stale in V of block c1 l1 on rank 0, in memory"]),
         ("reference", ["placement is wrong: on all 3 ranks, layer 1, chunk 1: V: stale: rows 8–15 hold rows 0–7",
