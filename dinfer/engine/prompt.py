@@ -34,6 +34,11 @@ class Edit(NamedTuple):
 class Edits:
     """Finds what the user edits in one prompt's KV and hidden states, by torch's version counters.
 
+    torch counts in-place changes of a tensor and all its views (`_version`). What the engine's own ops leave is noted
+    after each op; what differs from that at the next step was changed by hand. Bytes that arrive over gloo do not count
+    up, so they need no note. Of KV the layer is known, not the rows: a memory fault in the same layer since the last
+    step is taken for part of the edit.
+
     Called for every op that has ended, on its lane's thread. `positions()` returns the lanes' positions. `found`: all
     edits so far, as text; `history`: the edits with their tensors.
     """

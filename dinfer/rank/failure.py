@@ -1,4 +1,7 @@
-"""A rank's failure as what its session needs to tell causes from consequences."""
+"""Errors of a rank, for its session: one report that tells cause from consequence, and out of memory as advice.
+
+What cannot fit by calculation is refused before anything loads; the advice is for the rest.
+"""
 
 import errno
 import logging

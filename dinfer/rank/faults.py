@@ -1,4 +1,8 @@
-"""How a session breaks a rank: faults in its KV, for `run.inject`, and misbehaviour, for the fault lab."""
+"""How a session breaks a rank: faults in its KV, for `run.inject`, and misbehaviour, for the fault lab.
+
+Misbehaviour is of communication and of processes. While it is set, it stands in front of the functions that carry out
+ops, which are one table for all ranks of a process; afterwards nothing of it is left.
+"""
 
 import ctypes
 import os

@@ -1,4 +1,7 @@
-"""How a process is: its state, CPU time and memory, as the system tells it."""
+"""What the system knows of a process: its state, CPU time and memory, and whether its threads want the CPU.
+
+The watcher imports this, so it must stay light: no torch.
+"""
 
 import os
 from contextlib import suppress
@@ -53,10 +56,11 @@ _WINDOW = (1 << LOOKS) - 1
 
 
 class Wanting:
-    """Samples the threads of one process.
+    """Tells whether a process wants the CPU, even if it gets almost none: samples the states of its threads.
 
-    It is one and the same thread that must be runnable: on such a machine any thread that wakes for a moment waits for
-    its turn.
+    On an overloaded machine CPU time alone cannot tell a process that computes from one that is stuck. States come from
+    /proc (Linux): psutil gives the state of a process, but only CPU times of its threads. It is one and the same thread
+    that must be runnable: on such a machine any thread that wakes for a moment waits for its turn.
     """
 
     def __init__(self, pid: int) -> None:

@@ -1,4 +1,8 @@
-"""The commands by which a session compares what a rank holds with transformers' own forward, run on that rank."""
+"""Compares what a rank holds with transformers' own forward, run on that rank: the forward, and its commands.
+
+Each tensor is compared on its device as soon as the forward has made it, and only figures are kept. The forward may run
+in other chunks or in another dtype than the run did. What a difference means is decided in `kv.reference`.
+"""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The checkpoint that a rank has loaded; the ranks of one process share theirs."""
+"""The checkpoint that a rank has loaded, which ranks of one process share, and the GPU memory that it takes."""
 
 import gc
 import threading
@@ -26,7 +26,11 @@ def device_memory(device: torch.device) -> DeviceMemory:
 
 
 class Gauge:
-    """Of one device; has a thread until it is closed."""
+    """Puts on the rank's board, twice a second, how much of its GPU it uses; the watcher reads it there.
+
+    It has a thread until it is closed. Only what torch has counted on the host is read: the device is neither asked nor
+    waited for.
+    """
 
     def __init__(self, board: Board, device: torch.device, read: Read = device_memory) -> None:
         self._board, self._device, self._read = board, device, read

@@ -1,7 +1,10 @@
 """Trains the demo model and writes its checkpoint: `python -m dinfer.model.demo.train --out DIR --seed 0`.
 
 The same seed and thread count give the same weights on the same machine. Training starts with two facts a prompt and
-adds more whenever the model recalls those; without this curriculum it keeps guessing among the facts.
+adds more whenever the model recalls those; without this curriculum it keeps guessing among the facts. A lesson is
+facts, then several
+questions with their answers; only the answers count in the loss. The tokenizer has a token for each word of the task
+and each digit, and bytes for other text; it has no merges, so any text can be encoded and decoded unchanged.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Facts of a report, from a trace and its findings: plan, map, tables. Pure."""
+"""Facts of a report, from a trace and its findings: its first sentence, plan, map, tables. Pure."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
