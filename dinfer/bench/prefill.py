@@ -1,20 +1,24 @@
 """`dinfer bench` and `dinfer bench digests`: variants of prefill, timed in turn on the same ranks.
 
-The ranks are started here, also for comparing strategies (`strategies`); they run `rank`.
+The ranks, also those that compare strategies (`strategies`), run `rank`. They meet at a store that this process opens,
+and leave their times in it.
 """
 
-import multiprocessing
+import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from dinfer.config import Config
 from dinfer.display import Table
+from dinfer.launch.processes import end_ranks, start_rank
 
 if TYPE_CHECKING:
     from dinfer.bench.rank import BenchCase, TimedPrefill
@@ -101,58 +105,25 @@ def on_ranks(
     config: Config, vocab_size: int, cases: "Sequence[BenchCase]", repeats: int
 ) -> "list[list[list[TimedPrefill]]]":
     """Start ranks and time all cases; by rank, case and round. Raises RuntimeError if a rank fails."""
+    from dinfer.bench.rank import BenchJob, TimedPrefill
+    from dinfer.transport.gloo import open_store
+
     ids = [(i * i * 7 + i * 13 + 5) % vocab_size for i in range(max(case.tokens for case in cases))]
-    context = multiprocessing.get_context("spawn")
-    # Rank 0 sends its port through the first pipe of `ports`; the others receive it through theirs.
-    ports = [context.Pipe(duplex=False) for _ in range(config.world_size)]
-    results = [context.Pipe(duplex=False) for _ in range(config.world_size)]
-    ranks = [
-        context.Process(
-            target=_rank,
-            args=(
-                rank,
-                config,
-                ports[0][1] if rank == 0 else ports[rank][0],
-                results[rank][1],
-                ids,
-                cases,
-                repeats,
-            ),
-        )
-        for rank in range(config.world_size)
-    ]
+    store, port = open_store(config.master_addr, config.master_port)
+    job = BenchJob(asdict(config.with_(master_port=port)), ids, cases, repeats)
+    ranks: list[subprocess.Popen[bytes]] = []
     try:
-        for rank in ranks:
-            rank.start()
-        opened = _receive(ports[0][0], ranks)
-        for _, writer in ports[1:]:
-            writer.send(opened)
-        return [_receive(reader, ranks) for reader, _ in results]
+        for rank in range(config.world_size):
+            job_of_rank = msgspec.json.encode((rank, job))
+            ranks.append(start_rank("dinfer.bench.rank", job_of_rank, config.threads))
+        results = [f"times of rank {rank}" for rank in range(config.world_size)]
+        while not store.check(results):
+            if failed := [rank for rank, process in enumerate(ranks) if process.poll()]:
+                raise RuntimeError(f"rank {failed[0]} of the benchmark failed; see its output.")
+            time.sleep(0.2)
+        return [msgspec.json.decode(store.get(name), type=list[list[TimedPrefill]]) for name in results]
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.join()
-
-
-def _receive(reader: Connection, ranks: Sequence[Any]) -> Any:
-    while not reader.poll(0.2):
-        if dead := [n for n, rank in enumerate(ranks) if rank.exitcode not in (None, 0)]:
-            raise RuntimeError(f"rank {dead[0]} of the benchmark failed; see its output.")
-    return reader.recv()
-
-
-def _rank(
-    rank: int,
-    config: Config,
-    port: Connection,
-    result: Connection,
-    ids: Sequence[int],
-    cases: "Sequence[BenchCase]",
-    repeats: int,
-) -> None:
-    from dinfer.bench.rank import bench_rank
-
-    result.send(bench_rank(rank, config, port, ids, cases, repeats))
+        end_ranks(ranks)
 
 
 # -- dinfer bench digests: prefill with digests of all blocks and without, and the check before decode

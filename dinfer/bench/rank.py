@@ -1,11 +1,12 @@
 """What each rank of `dinfer bench` runs: several plans in turn on the same ranks, so that times can be compared."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from time import perf_counter, process_time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 import torch
 
 from dinfer.config import Config, Schedule, SyncStrategy
@@ -14,7 +15,7 @@ from dinfer.model.decoder import Decoder
 from dinfer.plan.plan import Lane, Plan
 from dinfer.trace.trace import Trace
 from dinfer.transport.gate import FreeGate
-from dinfer.transport.gloo import Comm, GlooComm, join_store, open_store
+from dinfer.transport.gloo import Comm, GlooComm, join_store
 from dinfer.transport.in_process import Exchange
 
 START_S = 300.0
@@ -73,31 +74,33 @@ def without_sync(plan: Plan) -> Plan:
     return replace(plan, lanes=lanes)
 
 
-def bench_rank(
-    rank: int, config: Config, port: Connection, ids: Sequence[int], cases: Sequence[BenchCase], repeats: int
-) -> list[list[TimedPrefill]]:
-    """Time prefill of all cases in turn, `repeats` times; all ranks make the same calls. Returns times by case and
-    round.
+class BenchJob(NamedTuple):
+    """What a rank of the benchmark is started with: the fields of its Config, the prompt, what to time, how often."""
 
-    Through `port`, rank 0 sends the port at which the ranks meet, and the others receive it.
-    """
+    config: dict[str, Any]
+    ids: Sequence[int]
+    cases: Sequence[BenchCase]
+    repeats: int
+
+
+def main() -> None:
+    """Time all cases in turn, as the job in standard input says; all ranks make the same calls. The times, by case and
+    round, go to the store at which the ranks meet."""
+    rank, job = msgspec.json.decode(sys.stdin.buffer.read(), type=tuple[int, BenchJob])
+    config = Config.of(job.config)
     torch.set_num_threads(config.threads)
-    if rank == 0:
-        store, opened = open_store(config.master_addr, config.master_port)
-        port.send(opened)
-    else:
-        store = join_store(config.master_addr, port.recv(), START_S)
+    store = join_store(config.master_addr, config.master_port, START_S)
     decoder = Decoder.load(config.model_path, config.dtype)
     comm = GlooComm(rank, config.world_size, store, START_S)
-    timed: list[list[TimedPrefill]] = [[] for _ in cases]
-    for repeat in range(repeats + 1):
-        for case, kept in zip(cases, timed, strict=True):
-            took = _time(case, decoder, comm, config, ids[: case.tokens])
+    timed: list[list[TimedPrefill]] = [[] for _ in job.cases]
+    for repeat in range(job.repeats + 1):
+        for case, kept in zip(job.cases, timed, strict=True):
+            took = _time(case, decoder, comm, config, job.ids[: case.tokens])
             if repeat:  # the first round warms up
                 kept.append(took)
     comm.all_gather(b"d")
     comm.close()
-    return timed
+    store.set(f"times of rank {rank}", msgspec.json.encode(timed).decode())
 
 
 def _time(case: BenchCase, decoder: Decoder, comm: Comm, config: Config, ids: Sequence[int]) -> TimedPrefill:
@@ -137,3 +140,7 @@ def _prefill(engine: Engine, ids: Sequence[int], *, sync: bool) -> TimedPrefill:
     figures = Trace.merge([engine.recorder.events()]).rank_figures(engine.rank)
     engine.release()
     return TimedPrefill(took, figures.exposed_sync_s, cpu, engine.check_s)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""The ranks of `dinfer run` on this machine, each a process: starts, watches and ends them."""
+"""The ranks of `dinfer run` and `dinfer bench` on this machine, each a process: starts, watches and ends them."""
 
 import contextlib
 import os
@@ -6,10 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 import msgspec
 
@@ -21,6 +21,32 @@ from dinfer.rank.logs import make_log_folder
 
 EXIT_S = 1.0
 """How long a process may take to end once it has closed its connections."""
+
+
+def start_rank(
+    module: str, job: bytes, threads: int, output: BinaryIO | None = None
+) -> "subprocess.Popen[bytes]":
+    """A process that runs `python -m module` with `job` as its standard input; `output`: where what it prints goes."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", module],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,  # Ctrl-C reaches this process only, which then ends the ranks in order
+    )
+    assert process.stdin is not None
+    with process.stdin as stdin:
+        stdin.write(job)
+    return process
+
+
+def end_ranks(ranks: "Sequence[subprocess.Popen[bytes]]") -> None:
+    """Kill what still runs and wait until it is gone."""
+    for process in ranks:
+        process.kill()
+    for process in ranks:
+        process.wait()
 
 
 class Processes:
@@ -55,11 +81,7 @@ class Processes:
 
     def end(self) -> None:
         """Kill what still runs and wait until it is gone; the watchers end with their ranks."""
-        for process in self._processes:
-            if process.poll() is None:
-                process.kill()
-        for process in self._processes:
-            process.wait()
+        end_ranks(self._processes)
         self._await_watchers()
         self.link.close()
 
@@ -75,22 +97,10 @@ class Processes:
         config = self.job.config
         link = self.link.job_part(rank, launcher=os.getpid())
         job = RankJob(rank, asdict(config), tuple(self.job.ids), link)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads), "PYTHONUNBUFFERED": "1"}
         folder = Path(config.log_dir)
         make_log_folder(folder)
         with (folder / f"rank{rank}.err").open("wb") as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "dinfer.rank.worker"],
-                stdin=subprocess.PIPE,
-                stdout=errors,
-                stderr=errors,
-                env=environment,
-                start_new_session=True,  # Ctrl-C reaches this process only, which then ends the ranks in order
-            )
-        assert process.stdin is not None
-        with process.stdin as stdin:
-            stdin.write(msgspec.json.encode(job))
-        return process
+            return start_rank("dinfer.rank.worker", msgspec.json.encode(job), config.threads, errors)
 
     def watch(self, seconds: float) -> bool:
         """Watch the ranks for that long; True once all have delivered their result. Raises RankFailed."""
