@@ -45,7 +45,7 @@ class Config:
 
     model_path: str = _parameter("demo", "folder of a checkpoint, or 'demo' for the built-in model")
     prompt: str = _parameter("", "the prompt as text")
-    prompt_file: str = _parameter("", "a UTF-8 file with the prompt")
+    prompt_file: str = _parameter("", "a UTF-8 file with the prompt; a newline at its end is dropped")
     prompt_ids: tuple[int, ...] = _parameter(
         (), "the prompt as token ids, such as 5,17,3; needs no tokenizer"
     )
@@ -125,11 +125,12 @@ class Config:
         return replace(self, **{name: _convert(name, value) for name, value in changes.items()})
 
     def prompt_text(self) -> str:
-        """The text of `prompt` or `prompt_file`. Raises ConfigError if the file cannot be read."""
+        """The text of `prompt` or `prompt_file`, a file's without what editors add to it: a byte-order mark, and the
+        newline that ends its last line. Raises ConfigError if the file cannot be read."""
         if not self.prompt_file:
             return self.prompt
         try:
-            return Path(self.prompt_file).read_text(encoding="utf-8")
+            return Path(self.prompt_file).read_text(encoding="utf-8-sig").removesuffix("\n")
         except OSError as error:
             raise ConfigError(f"prompt_file {self.prompt_file!r} cannot be read: {error.strerror}.") from None
         except UnicodeDecodeError:
@@ -149,7 +150,7 @@ def layer_split_error(given: int, world_size: int) -> str:
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The keys and values of a run's TOML file. Raises ConfigError."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -95,9 +95,10 @@ def table(result: dict[str, Any]) -> str:
     return (
         f"prefill of {result['tokens']} tokens in chunks of {result['chunk_size']}, {result['world_size']} ranks, "
         f"threads each: {result['threads']}; medians of {result['repeats']}, in turn\n"
-        f"{Table(('variant', 'seconds', 'min', 'max', '× one process'), rows)}\n"
-        f"pipelined pairwise is {result['pipelined_over_one_process']:.2f} × one process and "
-        f"{result['pipelined_over_lockstep']:.2f} × lockstep; its sync costs {result['sync_over_no_sync']:+.1%}"
+        f"{Table(('variant', 'seconds', 'min', 'max', 'speed-up over one process'), rows)}\n"
+        f"speed-up of pipelined pairwise (above 1 it is faster): {result['pipelined_over_one_process']:.2f} over one "
+        f"process, {result['pipelined_over_lockstep']:.2f} over lockstep; sync changes its time by "
+        f"{result['sync_over_no_sync']:+.1%}"
     )
 
 

@@ -171,7 +171,7 @@ def table(result: dict[str, Any]) -> str:
     return (
         f"prefill on {result['world_size']} ranks, threads each: {result['threads']}; seconds, medians of "
         f"{result['repeats']} in turn (fastest–slowest)\n"
-        f"{Table(('tokens', 'chunk', first, second, f'{second} / {first}', 'faster'), rows)}\n"
+        f"{Table(('tokens', 'chunk', first, second, f'time of {second} ÷ {first}', 'faster'), rows)}\n"
         f"{result['verdict']}"
     )
 

@@ -95,6 +95,15 @@ def test_a_chinese_prompt_stays_as_it_is(tmp_path: Path) -> None:
     assert Config(prompt_file=str(path)).prompt_text() == PROMPT
 
 
+@pytest.mark.parametrize("added", ["\n", "\r\n"])
+def test_what_editors_add_to_a_file_is_no_part_of_the_prompt(tmp_path: Path, added: str) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(f"{PROMPT}{added}".encode("utf-8-sig"))
+    assert Config(prompt_file=str(path)).prompt_text() == PROMPT
+    path.write_bytes(f"{PROMPT}{added * 2}".encode())
+    assert Config(prompt_file=str(path)).prompt_text() == f"{PROMPT}\n", "an empty last line was typed"
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "below": ({"world_size": 0}, "world_size is 0; it must be at least 1."),
     "below, as text": ({"chunk_size": "-3"}, "chunk_size is -3 … at least 1"),
@@ -198,6 +207,12 @@ def test_toml(tmp_path: Path) -> None:
         world_size=2, schedule="lockstep", prompt=PROMPT, temperature=1.0, gpu_ids=(0, 1), chat=True
     )
     assert isinstance(config.temperature, float)
+
+
+def test_toml_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes("chunk_size = 4".encode("utf-8-sig"))
+    assert read_toml(path) == {"chunk_size": 4}
 
 
 def test_changes_go_on_top_of_toml(tmp_path: Path) -> None:
