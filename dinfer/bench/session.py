@@ -54,8 +54,8 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{result['machine']}; {result['n']} engines, one thread each",
-            f"step: {_ms(step['step'])}, of which the layer {_ms(step['layer'])}: {_ms(step['latency'])} on top, which is "
-            f"{step['ratio']:.2f} × an empty round trip to the engines ({_ms(step['round_trip'])}; target: at most 4 ×)",
+            f"step: {_ms(step['step'])}, of which the layer {_ms(step['layer'])}: {_ms(step['latency'])} on top; "
+            f"{step['ratio']:.2f} × an empty round trip to the engines, {_ms(step['round_trip'])} (target: at most 4)",
             f"events: {events['per_second']:,.0f} a second, received {events['heard']} of {events['ops']}; "
             f"a message of each rank every {_ms(events['news'])}, at most {_ms(events['longest'])} apart",
             f"recorder and watcher: prefill {cost['on']:.3f} s with, {cost['off']:.3f} s without, layers of "
