@@ -126,7 +126,7 @@ def test_the_others_stop_and_the_cause_is_named(fault: Fault, words: str, model:
         pytest.param(
             BLOCK,
             rf"rank 1: .*{AT}[^(]*$",
-            r"^Rank 1 is computing, and the others wait .* raise timeout \(3\)",
+            rf"^Rank 1 is computing, and the others wait .* raise timeout \({TIMEOUT_S}\)",
             marks=pytest.mark.slow,
         ),
         pytest.param(

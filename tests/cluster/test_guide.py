@@ -84,7 +84,7 @@ def test_the_notebook_cell_runs_as_written(
 @pytest.mark.parametrize(
     ("page", "answers"),
     [
-        pytest.param("start", ["471", "all ranks hold", "report.html"], marks=pytest.mark.slow),
+        pytest.param("start", ["471", "all 3 ranks hold the same", "report.html"], marks=pytest.mark.slow),
         pytest.param("hang", ["cycle"], marks=pytest.mark.slow),  # two notebooks do the same
         ("kv", ["rank 2 differs at layer 4, K, head 1", "bitflip"]),
         pytest.param("stepping", ["next `layer c1 l2`"], marks=pytest.mark.slow),
