@@ -15,7 +15,12 @@ VALUES = st.one_of(
 )
 OPS = st.one_of(
     NUMBERS.map(lambda chunk: Op("embed", chunk)),
-    st.tuples(st.sampled_from(["layer", "norm"]), NUMBERS, NUMBERS).map(lambda given: Op(*given)),
+    st.builds(
+        lambda kind, chunk, layer: Op(kind, chunk, layer),
+        st.sampled_from(["layer", "norm"]),
+        NUMBERS,
+        NUMBERS,
+    ),
     st.builds(send, VALUES, NUMBERS, NUMBERS),
     st.builds(recv, VALUES, NUMBERS, NUMBERS),
 )
