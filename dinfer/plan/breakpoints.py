@@ -6,7 +6,7 @@ here and evaluated on the rank, on what the op has made.
 
 import re
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 from dinfer.plan.cut import Cut, Cuts, join
 from dinfer.plan.ops import Op, OpKind, PlanError
@@ -63,11 +63,6 @@ class Breakpoint:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def of(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `as_dict`."""
-        return cls(**values)
 
     def __str__(self) -> str:
         """For example `#1: after layer 7, chunk 2, on rank 1, when absmax > 100`."""

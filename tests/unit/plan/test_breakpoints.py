@@ -63,7 +63,7 @@ def test_it_matches_its_ops_only() -> None:
 def test_it_reads_as_a_sentence_and_comes_back_from_json() -> None:
     one = Breakpoint(2, 1, "layer", 0, 3, "absmax", 100.0)
     assert str(one) == "#2: after layer 3, chunk 0, on rank 1, when absmax > 100"
-    assert Breakpoint.of(one.as_dict()) == one
+    assert Breakpoint(**one.as_dict()) == one
 
 
 def test_one_that_nothing_can_meet_is_refused() -> None:
