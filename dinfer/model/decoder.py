@@ -5,15 +5,13 @@ decide which layers to run on which tokens. All methods run under `torch.no_grad
 edit tensors of that in place.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -29,9 +27,7 @@ from dinfer.model.positions import Positions, layer_kinds
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _PAGE = 4096
-
 _LOADING = threading.Lock()
-"""from_pretrained sets process-wide defaults (dtype, init) while it runs: one load at a time"""
 
 
 class Decoder:
@@ -59,7 +55,7 @@ class Decoder:
         dtype: str = "auto",
         device: str = "cpu",
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> Decoder:
+    ) -> Self:
         """Load a checkpoint folder (or "demo") with weights in `dtype` ("auto": the checkpoint's own).
 
         On a CPU, weights in the dtype of the files are views of the files: ranks of one machine share them, and they
@@ -80,20 +76,26 @@ class Decoder:
         else:
             # cuDNN plans its attention for every length in every thread: 50 ms for each chunk and new token.
             torch.backends.cuda.enable_cudnn_sdp(False)
-        with _LOADING, _no_progress_bar(), _one_tensor_at_a_time():
+        with _one_load_at_a_time():
             model = _load_model(spec, dtype)
             if on_progress:
                 _place(model, torch.device(device), on_progress)
             return cls(model.to(device), spec)
 
     def new_cache(self, capacity: int) -> KVCache:
-        """Return an empty KV cache for `capacity` tokens, in the dtype and on the device of the model."""
+        """An empty KV cache for `capacity` tokens, in the dtype and on the device of the model."""
         return KVCache(self.num_layers, capacity, self.kv_heads, self.head_dim, self.dtype, self.device)
 
     @torch.no_grad()
     def embed(self, ids: Tensor | Sequence[int]) -> Tensor:
-        """Return the embeddings [1, T, hidden_size] of token `ids` [T]: the input of layer 0."""
-        hidden: Tensor = self._base.embed_tokens(self._as_ids(ids).unsqueeze(0))
+        """The embeddings [1, T, hidden_size] of token `ids` [T]: the input of layer 0."""
+        tensor = torch.as_tensor(ids, dtype=torch.long)
+        if tensor.ndim != 1 or tensor.numel() == 0:
+            raise ModelError(f"token ids must be one row of at least one id; got shape {tuple(tensor.shape)}")
+        low, high = int(tensor.min()), int(tensor.max())
+        if low < 0 or high >= self.vocab_size:
+            raise ModelError(f"token ids must be 0 to {self.vocab_size - 1}; got ids from {low} to {high}")
+        hidden: Tensor = self._base.embed_tokens(tensor.to(self.device).unsqueeze(0))
         scale = self._family.embedding_scale
         return hidden if scale is None else hidden * getattr(self.model.config, scale)
 
@@ -105,7 +107,13 @@ class Decoder:
         hidden state, same shape. `shift` is added to the position ids, but not to where the layer writes and what it
         attends to.
         """
-        self._check_layer(index, hidden)
+        if not 0 <= index < self.num_layers:
+            raise ModelError(
+                f"layer {index} is out of range: this model has layers 0 to {self.num_layers - 1}"
+            )
+        if hidden.ndim != 3 or hidden.shape[::2] != (1, self.hidden_size) or hidden.shape[1] == 0:
+            wanted = f"[1, tokens, {self.hidden_size}]"
+            raise ModelError(f"layer {index} takes a hidden state {wanted}; got {list(hidden.shape)}")
         kind = self._kinds[index]
         window = CacheWindow(cache, position, hidden.shape[1], kind.sliding_window)
         placement = self._positions.of(kind, position, hidden)
@@ -129,7 +137,7 @@ class Decoder:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return float32 logits [vocab_size] from one token's normed hidden state [1, 1, hidden_size]."""
+        """Float32 logits [vocab_size] from one token's normed hidden state [1, 1, hidden_size]."""
         if hidden.shape != (1, 1, self.hidden_size):
             wanted = [1, 1, self.hidden_size]
             raise ModelError(
@@ -158,10 +166,8 @@ class Decoder:
         """
         hidden = self.embed(ids)
         for index in range(self.num_layers):
-            if extra and (more := extra.get(index, 0)):
-                hidden = self.layer(index, hidden, cache, position + more, -more)
-            else:
-                hidden = self.layer(index, hidden, cache, position)
+            more = extra.get(index, 0) if extra else 0
+            hidden = self.layer(index, hidden, cache, position + more, -more)
         return hidden
 
     def warm_up(self, chunk: int, last: int) -> None:
@@ -178,24 +184,6 @@ class Decoder:
             hidden = self.norm(self.forward([0] * tokens, cache, position))
             self.logits(hidden[:, -1:])
         torch.cuda.synchronize(self.device)
-
-    def _as_ids(self, ids: Tensor | Sequence[int]) -> Tensor:
-        tensor = torch.as_tensor(ids, dtype=torch.long)
-        if tensor.ndim != 1 or tensor.numel() == 0:
-            raise ModelError(f"token ids must be one row of at least one id; got shape {tuple(tensor.shape)}")
-        low, high = int(tensor.min()), int(tensor.max())
-        if low < 0 or high >= self.vocab_size:
-            raise ModelError(f"token ids must be 0 to {self.vocab_size - 1}; got ids from {low} to {high}")
-        return tensor.to(self.device)
-
-    def _check_layer(self, index: int, hidden: Tensor) -> None:
-        if not 0 <= index < self.num_layers:
-            raise ModelError(
-                f"layer {index} is out of range: this model has layers 0 to {self.num_layers - 1}"
-            )
-        if hidden.ndim != 3 or hidden.shape[::2] != (1, self.hidden_size) or hidden.shape[1] == 0:
-            wanted = f"[1, tokens, {self.hidden_size}]"
-            raise ModelError(f"layer {index} takes a hidden state {wanted}; got {list(hidden.shape)}")
 
 
 def _load_model(spec: Spec, dtype: str) -> Any:
@@ -232,37 +220,31 @@ def _place(model: Any, device: torch.device, on_progress: Callable[[int, int], N
 
 
 @contextlib.contextmanager
-def _one_tensor_at_a_time() -> Iterator[None]:
-    """Stop transformers from reading ahead in threads, which takes 2.1 times the memory of the weights with experts,
-    instead of 1.3 times."""
+def _one_load_at_a_time() -> Iterator[None]:
+    """Hold what from_pretrained needs: it sets process-wide defaults (dtype, init) while it runs.
+
+    It must not print a progress bar per rank into the notebook, nor read ahead in threads, which takes 2.1 times the
+    memory of the weights with experts, instead of 1.3 times.
+    """
     name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Stop transformers from printing a progress bar per rank into the notebook."""
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    with _LOADING:
+        before, shown = os.environ.get(name), hf_logging.is_progress_bar_enabled()
+        os.environ[name] = "1"
+        hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            if shown:
+                hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before
 
 
 def _eos_ids(model: Any) -> frozenset[int]:
-    """Return the token ids that end a text: those of the generation config, else those of the config."""
-    generation = getattr(model, "generation_config", None)
-    found = getattr(generation, "eos_token_id", None)
+    """The token ids that end a text: those of the generation config, else those of the config."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if found is None:
         found = getattr(model.config, "eos_token_id", None)
     if found is None:
