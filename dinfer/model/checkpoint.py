@@ -1,7 +1,7 @@
 """Checks a checkpoint folder before anything is loaded, and computes its fingerprint.
 
-It reads config.json and the headers of the safetensors files, with the standard library alone: no torch, no weights in
-memory, milliseconds for any size. It does not check the values of the weights.
+It reads config.json, as transformers resolves it, and the headers of the safetensors files: no weights in memory,
+milliseconds for any size once transformers is imported. It does not check the values of the weights.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ _LFS_POINTER = b"version https://git-lfs"
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _CONFIGS = ("config.json", "generation_config.json")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 SPAN = 64 * 1024
 """bytes of one sample"""
@@ -33,9 +33,9 @@ SPANS = 16
 class Spec:
     """The sizes and dtypes of a checkpoint.
 
-    `max_positions`: in tokens; `dtype`: the config's; `stored_dtype`: that of the files ("mixed" if several);
-    `tokenizer`: whether there is one; `weight_bytes` and `parameters`: of all files together; `intermediate_size`: the
-    width of the MLP of one token.
+    `max_positions`: in tokens, at most `model_positions`, those of the model; `dtype`: the config's; `stored_dtype`:
+    that of the files ("mixed" if several); `tokenizer`: whether there is one; `weight_bytes` and `parameters`: of all
+    files together; `intermediate_size`: the width of the MLP of one token.
     """
 
     path: Path
@@ -47,6 +47,7 @@ class Spec:
     head_dim: int
     vocab_size: int
     max_positions: int
+    model_positions: int
     dtype: str
     tokenizer: bool
     weight_bytes: int
@@ -93,44 +94,69 @@ def check(path: str | Path) -> Spec:
         raise ModelError(
             f"{folder} has no config.json, so it is not a checkpoint. It holds: {listed or 'nothing'}"
         )
-    config = _read_json(folder / "config.json")
-    family = family_in(config)
-    # Old and new key; Gemma3 has one rope for each layer type.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    ropes = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
-    rope_types = {one.get(key) for one in ropes for key in ("rope_type", "type")}
-    _check_features(config, rope_types, folder)
+    raw = _read_json(folder / "config.json")
+    family_in(raw)
+    config = resolved_config(folder)
+    _check_features(raw, config, folder)
     headers = [_header(file) for file in weight_files(folder)]
-    weights = [entry for entries, _ in headers for entry in entries]
+    weights = [entry for entries, _ in headers for entry in entries.values()]
     stored = {
         _DTYPES.get(entry["dtype"], str(entry["dtype"])): None for entry in weights
     }  # in the files' order
     first_dtype = next(iter(stored), "float32")
-    heads, hidden = _size(config, "num_attention_heads", folder), _size(config, "hidden_size", folder)
-    positions = _size(config, "max_position_embeddings", folder)
-    if "longrope" in rope_types:
-        # Beyond its original positions transformers rotates new tokens by other angles than those in the cache, and
-        # its `generate` runs the prompt again, so results would depend on the chunks.
-        key = "original_max_position_embeddings"
-        positions = min(positions, int(rope.get(key) or config.get(key) or positions))
-    experts = int(config.get("moe_intermediate_size") or 0) * int(config.get("num_experts_per_tok") or 0)
+    heads, hidden = int(config.num_attention_heads), int(config.hidden_size)
+    positions = longest = int(config.max_position_embeddings)
+    for rope in _ropes(config):
+        if rope.get("rope_type") == "longrope":
+            # Beyond its original positions transformers rotates new tokens by other angles than those in the cache, and
+            # its `generate` runs the prompt again, so results would depend on the chunks.
+            key = "original_max_position_embeddings"
+            positions = min(positions, int(rope.get(key) or getattr(config, key, None) or positions))
+    experts = getattr(config, "moe_intermediate_size", 0) * getattr(config, "num_experts_per_tok", 0)
     return Spec(
         path=folder,
-        model_type=str(config["model_type"]),
-        layers=_size(config, "num_hidden_layers", folder),
+        model_type=str(config.model_type),
+        layers=int(config.num_hidden_layers),
         hidden_size=hidden,
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads", family.default_kv_heads) or heads),
-        head_dim=int(config.get("head_dim") or family.default_head_dim or hidden // heads),
-        vocab_size=_size(config, "vocab_size", folder),
+        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
+        vocab_size=int(config.vocab_size),
         max_positions=positions,
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or first_dtype),
+        model_positions=longest,
+        dtype=str(config.dtype or first_dtype).removeprefix("torch."),
         tokenizer=any((folder / name).is_file() for name in _TOKENIZER_FILES),
         weight_bytes=sum(data for _, data in headers),
         stored_dtype=first_dtype if len(stored) < 2 else "mixed",
         parameters=sum(math.prod(entry["shape"]) for entry in weights),
-        intermediate_size=max(experts, int(config.get("intermediate_size") or 0)),
+        intermediate_size=max(experts, int(config.intermediate_size or 0)),
     )
+
+
+def resolved_config(folder: Path) -> Any:
+    """The configuration as transformers resolves it: defaults of its class filled in, former names of keys understood.
+    Raises `ModelError`."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a config class may raise anything for values that it does not expect
+        raise ModelError(
+            f"transformers does not accept {folder / 'config.json'}: {first_line(error)}"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line, with its type where that is all that makes it clear."""
+    text = " ".join(str(error).split())
+    text = f"{text[:300]}…" if len(text) > 300 else text
+    return f"{type(error).__name__}: {text}"
+
+
+def _ropes(config: Any) -> list[Mapping[str, Any]]:
+    """The parameters of all rotary embeddings: a model has one, or (Gemma3) one for each layer type."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -145,39 +171,46 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _check_features(config: Mapping[str, Any], rope_types: set[Any], folder: Path) -> None:
-    if "quantization_config" in config:
+def _check_features(raw: Mapping[str, Any], config: Any, folder: Path) -> None:
+    if raw.get("quantization_config"):
         raise ModelError(
             f"{folder} holds quantized weights, which are not supported; use the float16 or bfloat16 checkpoint"
         )
-    kinds = {str(kind) for kind in config.get("layer_types") or ()} - {"full_attention", "sliding_attention"}
-    if kinds:
+    supported = {"full_attention", "sliding_attention"}
+    if kinds := {str(kind) for kind in getattr(config, "layer_types", None) or ()} - supported:
         raise ModelError(
             f"{folder} has layers of type {', '.join(sorted(kinds))}, which are not supported: "
             "they keep no plain K and V"
         )
-    if config.get("use_bidirectional_attention"):
+    if getattr(config, "use_bidirectional_attention", False):
         raise ModelError(f"{folder} attends to later tokens too, so it cannot decode")
-    if "dynamic" in rope_types:
+    types = {str(rope["rope_type"]) for rope in _ropes(config) if rope.get("rope_type")}
+    if "dynamic" in types:
         raise ModelError(
             f"{folder} has rope type 'dynamic', which is not supported: its angles depend on the longest "
             "text so far, so going back would change results"
         )
+    from transformers.activations import ACT2FN
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-
-def _size(config: Mapping[str, Any], key: str, folder: Path) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise ModelError(f"{folder}/config.json has {key}={value!r}; it must be a whole number, at least 1")
-    return value
+    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    for what, names, known in (
+        ("rope type", types, {"default", *ROPE_INIT_FUNCTIONS}),
+        ("activation", {str(activation)} - {"None"}, set(ACT2FN)),
+    ):
+        if unknown := names - known:
+            raise ModelError(
+                f"{folder / 'config.json'} names {what} {min(unknown)!r}, which the installed transformers does not "
+                f"know. It knows {', '.join(sorted(known))}. A newer transformers may, or the name is wrong"
+            )
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint. Raises `ModelError` if one is missing."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file():
+        return [single]  # transformers takes it even where there is an index, which is then a leftover
     if not index.is_file():
-        if single.is_file():
-            return [single]
         raise ModelError(
             f"{folder} has no weights: neither {single.name} nor {index.name} (other formats are not supported)"
         )
@@ -186,13 +219,21 @@ def weight_files(folder: Path) -> list[Path]:
         raise ModelError(f"{index} names no weights; download the checkpoint again")
     files = [folder / name for name in sorted(set(weight_map.values()))]
     if missing := [file.name for file in files if not file.is_file()]:
-        raise ModelError(f"{folder} lacks {len(missing)} of {len(files)} weight files: {', '.join(missing)}")
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        named = ", ".join(missing[:5]) + more
+        raise ModelError(f"{folder} lacks {len(missing)} of {len(files)} weight files: {named}")
     return files
 
 
-def _header(file: Path) -> tuple[list[Mapping[str, Any]], int]:
-    """The entries of a safetensors file, each with dtype, shape and data_offsets, and the bytes of its data. Raises
-    `ModelError` if the file is shorter than its header says.
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of all weights by name, from the headers of the files. Raises `ModelError`."""
+    entries = [item for file in weight_files(folder) for item in _header(file)[0].items()]
+    return {name: tuple(entry["shape"]) for name, entry in entries}
+
+
+def _header(file: Path) -> tuple[dict[str, Mapping[str, Any]], int]:
+    """The entries of a safetensors file by name, each with dtype, shape and data_offsets, and the bytes of its data.
+    Raises `ModelError` if the file is shorter than its header says.
 
     The file has 8 bytes of header length (little endian), the header as JSON, then the data at the header's offsets.
     Source: the README of safetensors.
@@ -211,9 +252,9 @@ def _header(file: Path) -> tuple[list[Mapping[str, Any]], int]:
         stream.seek(8)
         text = stream.read(length)
     try:
-        entries = [entry for name, entry in json.loads(text).items() if name != "__metadata__"]
-        data = max((int(entry["data_offsets"][1]) for entry in entries), default=0)
-        for entry in entries:
+        entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
+        data = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+        for entry in entries.values():
             _ = math.prod(entry["shape"]), entry["dtype"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{broken} header cannot be read; download it again") from error

@@ -19,9 +19,8 @@ class Family:
     `attention`: the transformers attention implementation (eager where SDPA lacks a feature, such as softcapped
     scores). `embedding_scale`: multiplies embeddings outside the embedding module (Granite). `logits_divisor`,
     `logits_softcap`: act on the head's output (Granite; Gemma2 and 3). `rotary_per_layer_type`: the rotary module takes
-    a layer type (Gemma3). `default_head_dim`, `default_kv_heads`: the config's defaults; None: hidden size / heads, and
-    one per head. `rebuilds_weights`: loading makes new tensors (a layer's experts become one), so weights are not views
-    of the files.
+    a layer type (Gemma3). `rebuilds_weights`: loading makes new tensors (a layer's experts become one), so weights are
+    not views of the files.
     """
 
     attention: str = "sdpa"
@@ -29,29 +28,20 @@ class Family:
     logits_divisor: str | None = None
     logits_softcap: str | None = None
     rotary_per_layer_type: bool = False
-    default_head_dim: int | None = None
-    default_kv_heads: int | None = None
     rebuilds_weights: bool = False
 
 
 FAMILIES: dict[str, Family] = {
-    "gemma2": Family(
-        attention="eager", logits_softcap="final_logit_softcapping", default_head_dim=256, default_kv_heads=4
-    ),
-    "gemma3_text": Family(
-        logits_softcap="final_logit_softcapping",
-        rotary_per_layer_type=True,
-        default_head_dim=256,
-        default_kv_heads=4,
-    ),
+    "gemma2": Family(attention="eager", logits_softcap="final_logit_softcapping"),
+    "gemma3_text": Family(logits_softcap="final_logit_softcapping", rotary_per_layer_type=True),
     "granite": Family(embedding_scale="embedding_multiplier", logits_divisor="logits_scaling"),
     "llama": Family(),
-    "mistral": Family(default_kv_heads=8),
+    "mistral": Family(),
     "phi3": Family(),
-    "qwen2": Family(default_kv_heads=32),
-    "qwen3": Family(default_head_dim=128, default_kv_heads=32),
-    "qwen3_moe": Family(default_kv_heads=4, rebuilds_weights=True),
-    "smollm3": Family(default_kv_heads=4),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "qwen3_moe": Family(rebuilds_weights=True),
+    "smollm3": Family(),
 }
 
 _ENCODER = "it is an encoder-decoder, not a decoder alone"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dinfer.errors import ModelError
-from dinfer.model.checkpoint import check
+from dinfer.model.checkpoint import check, first_line
 
 _REPLACEMENT = "\ufffd"  # what a tokenizer decodes the bytes of an unfinished character to
 
@@ -23,7 +23,7 @@ def load_tokenizer(path: str | Path) -> Any | None:
     try:
         return AutoTokenizer.from_pretrained(spec.path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot parse
-        raise ModelError(f"the tokenizer in {spec.path} cannot be loaded: {error}") from error
+        raise ModelError(f"the tokenizer in {spec.path} cannot be loaded: {first_line(error)}") from error
 
 
 def encode(tokenizer: Any | None, prompt: str, chat: bool = False) -> list[int]:
@@ -39,7 +39,13 @@ def encode(tokenizer: Any | None, prompt: str, chat: bool = False) -> list[int]:
                 "this tokenizer has no chat template; encode the prompt as plain text (chat=False)"
             )
         messages = [{"role": "user", "content": prompt}]
-        prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        try:
+            prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        except Exception as error:  # a template is a program, and may raise anything
+            raise ModelError(
+                f"this tokenizer's chat template failed: {first_line(error)}; encode the prompt as plain text "
+                "(chat=False)"
+            ) from error
     ids = [int(token) for token in tokenizer.encode(prompt, add_special_tokens=not chat)]
     if not ids:
         raise ModelError("the prompt is empty: it must have at least one token")

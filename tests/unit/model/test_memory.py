@@ -29,6 +29,7 @@ QWEN3_4B = Spec(
     head_dim=128,
     vocab_size=151_936,
     max_positions=40_960,
+    model_positions=40_960,
     dtype="bfloat16",
     tokenizer=True,
     weight_bytes=8_044_936_192,
