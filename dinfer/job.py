@@ -205,13 +205,15 @@ def threads_per_rank(world_size: int) -> int:
     return max(1, cores // world_size)
 
 
+LONG_ROPE = (
+    "(The model itself has {}. dinfer stops where its long-rope factors change: past that, results would depend on the "
+    "chunks.)"
+)
+
+
 def _prompt_ids(config: Config, spec: Spec) -> tuple[int, ...]:
     if config.prompt_ids:
         ids = config.prompt_ids
-        if wrong := [token for token in ids if not 0 <= token < spec.vocab_size]:
-            raise ConfigError(
-                f"prompt_ids has {wrong[0]}; token ids of this model go from 0 to {spec.vocab_size - 1}."
-            )
     else:
         text = config.prompt_text()
         if not text.strip():
@@ -220,10 +222,25 @@ def _prompt_ids(config: Config, spec: Spec) -> tuple[int, ...]:
         if tokenizer is None:
             raise ConfigError(f"{config.model_path} has no tokenizer: give prompt_ids instead of text.")
         ids = tuple(encode(tokenizer, text, config.chat))
+    if wrong := [token for token in ids if not 0 <= token < spec.vocab_size]:
+        given = (
+            f"prompt_ids has {wrong[0]}"
+            if config.prompt_ids
+            else f"the tokenizer made token {wrong[0]} of the prompt"
+        )
+        other = (
+            ""
+            if config.prompt_ids
+            else " The tokenizer belongs to another model: give prompt_ids, or its own."
+        )
+        raise ConfigError(f"{given}; token ids of this model go from 0 to {spec.vocab_size - 1}.{other}")
     if len(ids) > spec.max_positions:
+        why = (
+            "" if spec.max_positions == spec.model_positions else f" {LONG_ROPE.format(spec.model_positions)}"
+        )
         raise ConfigError(
             f"the prompt has {len(ids)} tokens; {config.model_path} has {spec.max_positions} positions: "
-            "shorten the prompt."
+            f"shorten the prompt.{why}"
         )
     return ids
 

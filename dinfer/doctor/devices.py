@@ -11,8 +11,7 @@ from dinfer.config import Config
 from dinfer.doctor.report import Check, gib
 from dinfer.errors import ModelError
 from dinfer.model.checkpoint import Spec, check
-from dinfer.model.free import free
-from dinfer.model.memory import MemoryDemand
+from dinfer.model.memory import MemoryDemand, free
 
 SMI_S = 10.0
 

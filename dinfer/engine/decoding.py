@@ -224,7 +224,8 @@ def cache_of(decoder: Decoder, kv_caches: Sequence[tuple[Tensor, Tensor]], capac
             f"kv_caches has {len(kv_caches)} layers; this model has {decoder.num_layers}: give K and V of each."
         )
     cache = decoder.new_cache(capacity)
-    cache.fill(kv_caches)
+    for layer, (k, v) in enumerate(kv_caches):
+        cache.write(layer, 0, k, v)
     return cache
 
 

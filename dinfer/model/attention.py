@@ -4,8 +4,6 @@ The weights come from transformers' own attention module in its eager form, the 
 writes into a copy of its cache rows.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -55,32 +53,31 @@ def hidden_before(
     cache: KVCache,
     position: int,
 ) -> Tensor | None:
-    """Return the hidden state of a chunk before `layer`, [1, tokens, hidden_size].
+    """The hidden state of a chunk before `layer`, [1, tokens, hidden_size].
 
     It is computed from the closest earlier one in `known`, by (chunk, layer); None if there is none. The chunk's tokens
     start at `position`; K and V of earlier tokens are read from `cache`.
     """
-    before = [index for of, index in known if of == chunk and index <= layer]
-    if not before:
+    first = max((index for of, index in known if of == chunk and index <= layer), default=None)
+    if first is None:
         return None
-    hidden = known[chunk, max(before)]
-    for index in range(max(before), layer):
+    hidden = known[chunk, first]
+    for index in range(first, layer):
         hidden = decoder.layer(index, hidden, LayerCopy(cache, index, position + hidden.shape[1]), position)
     return hidden
 
 
 @torch.no_grad()
 def attention(decoder: Decoder, layer: int, hidden: Tensor, cache: KVCache, position: int) -> Attention:
-    """Return the attention weights of the tokens from `position` on, over their rows and earlier ones in `cache`.
+    """The attention weights of the tokens from `position` on, over their rows and earlier ones in `cache`.
 
     `hidden` [1, tokens, hidden_size]: their hidden state before `layer`. Raises `ModelError` if the attention module
     returns no weights.
     """
     stop = position + hidden.shape[1]
     found = list[Tensor]()
-    _eager(decoder, layer, found.append).layer(
-        layer, hidden, LayerCopy(cache, layer, stop, keep=True), position
-    )
+    rows = LayerCopy(cache, layer, stop, keep=True)
+    _eager(decoder, layer, found.append).layer(layer, hidden, rows, position)
     if not found:
         raise ModelError(f"the attention module of layer {layer} returns no weights")
     weights = found[0][0]
@@ -88,20 +85,14 @@ def attention(decoder: Decoder, layer: int, hidden: Tensor, cache: KVCache, posi
 
 
 def _eager(decoder: Decoder, layer: int, on_weights: Callable[[Tensor], None]) -> Decoder:
-    """Return a decoder of the same weights that can run this layer alone, with eager attention and masks, and calls
-    `on_weights` with the attention weights."""
+    """A decoder of the same weights that can run this layer alone, with eager attention and masks, and calls
+    `on_weights` with the attention weights. Its modules are shallow copies: they share the weights."""
     config = copy.copy(decoder.model.config)
     config._attn_implementation = "eager"
     other, base = copy.copy(decoder), decoder._base
-    other._positions = Positions(config, base.rotary_emb, decoder._family.rotary_per_layer_type)
-    other._base = SimpleNamespace(layers={layer: _with_weights(base.layers[layer], config, on_weights)})
-    return other
-
-
-def _with_weights(layer: Any, config: Any, on_weights: Callable[[Tensor], None]) -> Any:
-    """Return a shallow copy of a decoder layer: it shares the weights and has its own attributes."""
-    mine, attend = copy.copy(layer), copy.copy(layer.self_attn)
-    mine._modules = {**layer._modules, "self_attn": attend}
+    mine: Any = copy.copy(base.layers[layer])
+    attend = copy.copy(mine.self_attn)
+    mine._modules = {**mine._modules, "self_attn": attend}
     attend.config = config
     forward = attend.forward
 
@@ -112,4 +103,6 @@ def _with_weights(layer: Any, config: Any, on_weights: Callable[[Tensor], None])
         return output
 
     attend.forward = forward_and_report
-    return mine
+    other._positions = Positions(config, base.rotary_emb, decoder._family.rotary_per_layer_type)
+    other._base = SimpleNamespace(layers={layer: mine})
+    return other

@@ -6,10 +6,7 @@ size, or that cache something other than K and V, do not fit. The cache does not
 give the position of each read and write, so rows may arrive in any order and nothing is truncated.
 """
 
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,7 +45,7 @@ class KVCache:
         return sum(tensor.nbytes for tensor in self._tensors)
 
     def tensor(self, layer: int) -> Tensor:
-        """Return the tensor of one layer, [capacity, 2, kv_heads, head_dim]; `[:, 0]` is K, `[:, 1]` is V."""
+        """The tensor of one layer, [capacity, 2, kv_heads, head_dim]; `[:, 0]` is K, `[:, 1]` is V."""
         if not 0 <= layer < self.layers:
             raise ModelError(
                 f"layer {layer} is out of range: this KV cache has layers 0 to {self.layers - 1}"
@@ -56,22 +53,17 @@ class KVCache:
         return self._tensors[layer]
 
     def block(self, layer: int, start: int, stop: int) -> Tensor:
-        """Return tokens [start, stop) of a layer, a contiguous view [stop - start, 2, kv_heads, head_dim]."""
+        """Tokens [start, stop) of a layer, a contiguous view [stop - start, 2, kv_heads, head_dim]."""
         self._check_rows(start, stop)
         return self.tensor(layer)[start:stop]
 
     def k(self, layer: int, stop: int, start: int = 0) -> Tensor:
-        """Return K of tokens [start, stop) as attention takes it: a view [1, kv_heads, tokens, head_dim]."""
+        """K of tokens [start, stop) as attention takes it: a view [1, kv_heads, tokens, head_dim]."""
         return self.block(layer, start, stop)[:, 0].transpose(0, 1).unsqueeze(0)
 
     def v(self, layer: int, stop: int, start: int = 0) -> Tensor:
-        """Return V of tokens [start, stop) as attention takes it: a view [1, kv_heads, tokens, head_dim]."""
+        """V of tokens [start, stop) as attention takes it: a view [1, kv_heads, tokens, head_dim]."""
         return self.block(layer, start, stop)[:, 1].transpose(0, 1).unsqueeze(0)
-
-    def fill(self, kv: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Copy K and V of every layer, each [1, kv_heads, tokens, head_dim], into the first rows."""
-        for number, (k, v) in enumerate(kv):
-            self.write(number, 0, k, v)
 
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
         """Copy K and V, each [1, kv_heads, tokens, head_dim], into the rows from `start` on."""
@@ -79,15 +71,15 @@ class KVCache:
         rows[:, 0].copy_(k[0].transpose(0, 1))
         rows[:, 1].copy_(v[0].transpose(0, 1))
 
-    def moved(self, capacity: int, tokens: int) -> KVCache:
-        """Return a cache of another capacity that holds the first `tokens` rows of this one."""
+    def moved(self, capacity: int, tokens: int) -> "KVCache":
+        """A cache of another capacity that holds the first `tokens` rows of this one."""
         other = KVCache(self.layers, capacity, self.kv_heads, self.head_dim, self.dtype, self.device)
         for mine, theirs in zip(self._tensors, other._tensors, strict=True):
             theirs[:tokens].copy_(mine[:tokens])
         return other
 
     def sha256(self, tokens: int) -> str:
-        """Return the SHA-256 (hex) of the first `tokens` rows: layer by layer, token by token, K then V.
+        """The SHA-256 (hex) of the first `tokens` rows: layer by layer, token by token, K then V.
 
         It does not depend on the capacity. At most one layer at a time is copied to the CPU.
         """
@@ -113,11 +105,11 @@ class VisibleTokens:
         self.start = 0 if sliding_window is None else max(0, position - sliding_window + 1)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002
-        """Return the position of the first new token."""
+        """The position of the first new token."""
         return self.position
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:  # noqa: ARG002
-        """Return how many tokens a layer sees with `query_length` new ones, and the position of the first."""
+        """How many tokens a layer sees with `query_length` new ones, and the position of the first."""
         return self.position + query_length - self.start, self.start
 
 
@@ -152,5 +144,5 @@ class CacheWindow(VisibleTokens):
         return self.cache.k(layer_idx, stop, self.start), self.cache.v(layer_idx, stop, self.start)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
-        """Return the number of tokens before this window, the same for every layer."""
+        """The number of tokens before this window, the same for every layer."""
         return self.position

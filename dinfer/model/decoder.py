@@ -5,33 +5,32 @@ decide which layers to run on which tokens. All methods run under `torch.no_grad
 edit tensors of that in place.
 """
 
-from __future__ import annotations
-
 import contextlib
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
 from dinfer.errors import ModelError
 from dinfer.model.cache import CacheWindow, KVCache
-from dinfer.model.checkpoint import Spec, check
+from dinfer.model.checkpoint import Spec, check, first_line, resolved_config, stored_shapes
 from dinfer.model.families import family_of
 from dinfer.model.positions import Positions, layer_kinds
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+_AUTO: Any = AutoModelForCausalLM  # its type lacks the loading report
 _PAGE = 4096
-
 _LOADING = threading.Lock()
-"""from_pretrained sets process-wide defaults (dtype, init) while it runs: one load at a time"""
 
 
 class Decoder:
@@ -59,7 +58,7 @@ class Decoder:
         dtype: str = "auto",
         device: str = "cpu",
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> Decoder:
+    ) -> Self:
         """Load a checkpoint folder (or "demo") with weights in `dtype` ("auto": the checkpoint's own).
 
         On a CPU, weights in the dtype of the files are views of the files: ranks of one machine share them, and they
@@ -80,20 +79,26 @@ class Decoder:
         else:
             # cuDNN plans its attention for every length in every thread: 50 ms for each chunk and new token.
             torch.backends.cuda.enable_cudnn_sdp(False)
-        with _LOADING, _no_progress_bar(), _one_tensor_at_a_time():
+        with _one_load_at_a_time():
             model = _load_model(spec, dtype)
             if on_progress:
                 _place(model, torch.device(device), on_progress)
             return cls(model.to(device), spec)
 
     def new_cache(self, capacity: int) -> KVCache:
-        """Return an empty KV cache for `capacity` tokens, in the dtype and on the device of the model."""
+        """An empty KV cache for `capacity` tokens, in the dtype and on the device of the model."""
         return KVCache(self.num_layers, capacity, self.kv_heads, self.head_dim, self.dtype, self.device)
 
     @torch.no_grad()
     def embed(self, ids: Tensor | Sequence[int]) -> Tensor:
-        """Return the embeddings [1, T, hidden_size] of token `ids` [T]: the input of layer 0."""
-        hidden: Tensor = self._base.embed_tokens(self._as_ids(ids).unsqueeze(0))
+        """The embeddings [1, T, hidden_size] of token `ids` [T]: the input of layer 0."""
+        tensor = torch.as_tensor(ids, dtype=torch.long)
+        if tensor.ndim != 1 or tensor.numel() == 0:
+            raise ModelError(f"token ids must be one row of at least one id; got shape {tuple(tensor.shape)}")
+        low, high = int(tensor.min()), int(tensor.max())
+        if low < 0 or high >= self.vocab_size:
+            raise ModelError(f"token ids must be 0 to {self.vocab_size - 1}; got ids from {low} to {high}")
+        hidden: Tensor = self._base.embed_tokens(tensor.to(self.device).unsqueeze(0))
         scale = self._family.embedding_scale
         return hidden if scale is None else hidden * getattr(self.model.config, scale)
 
@@ -105,7 +110,13 @@ class Decoder:
         hidden state, same shape. `shift` is added to the position ids, but not to where the layer writes and what it
         attends to.
         """
-        self._check_layer(index, hidden)
+        if not 0 <= index < self.num_layers:
+            raise ModelError(
+                f"layer {index} is out of range: this model has layers 0 to {self.num_layers - 1}"
+            )
+        if hidden.ndim != 3 or hidden.shape[::2] != (1, self.hidden_size) or hidden.shape[1] == 0:
+            wanted = f"[1, tokens, {self.hidden_size}]"
+            raise ModelError(f"layer {index} takes a hidden state {wanted}; got {list(hidden.shape)}")
         kind = self._kinds[index]
         window = CacheWindow(cache, position, hidden.shape[1], kind.sliding_window)
         placement = self._positions.of(kind, position, hidden)
@@ -129,7 +140,7 @@ class Decoder:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return float32 logits [vocab_size] from one token's normed hidden state [1, 1, hidden_size]."""
+        """Float32 logits [vocab_size] from one token's normed hidden state [1, 1, hidden_size]."""
         if hidden.shape != (1, 1, self.hidden_size):
             wanted = [1, 1, self.hidden_size]
             raise ModelError(
@@ -158,10 +169,8 @@ class Decoder:
         """
         hidden = self.embed(ids)
         for index in range(self.num_layers):
-            if extra and (more := extra.get(index, 0)):
-                hidden = self.layer(index, hidden, cache, position + more, -more)
-            else:
-                hidden = self.layer(index, hidden, cache, position)
+            more = extra.get(index, 0) if extra else 0
+            hidden = self.layer(index, hidden, cache, position + more, -more)
         return hidden
 
     def warm_up(self, chunk: int, last: int) -> None:
@@ -179,42 +188,87 @@ class Decoder:
             self.logits(hidden[:, -1:])
         torch.cuda.synchronize(self.device)
 
-    def _as_ids(self, ids: Tensor | Sequence[int]) -> Tensor:
-        tensor = torch.as_tensor(ids, dtype=torch.long)
-        if tensor.ndim != 1 or tensor.numel() == 0:
-            raise ModelError(f"token ids must be one row of at least one id; got shape {tuple(tensor.shape)}")
-        low, high = int(tensor.min()), int(tensor.max())
-        if low < 0 or high >= self.vocab_size:
-            raise ModelError(f"token ids must be 0 to {self.vocab_size - 1}; got ids from {low} to {high}")
-        return tensor.to(self.device)
-
-    def _check_layer(self, index: int, hidden: Tensor) -> None:
-        if not 0 <= index < self.num_layers:
-            raise ModelError(
-                f"layer {index} is out of range: this model has layers 0 to {self.num_layers - 1}"
-            )
-        if hidden.ndim != 3 or hidden.shape[::2] != (1, self.hidden_size) or hidden.shape[1] == 0:
-            wanted = f"[1, tokens, {self.hidden_size}]"
-            raise ModelError(f"layer {index} takes a hidden state {wanted}; got {list(hidden.shape)}")
-
 
 def _load_model(spec: Spec, dtype: str) -> Any:
-    """Load the weights on the CPU for inference. Raises `ModelError` for missing weights, which transformers would fill
-    with random values. (Loading straight to another device, `device_map`, needs accelerate.)"""
-    auto: Any = AutoModelForCausalLM  # its type lacks the loading report
-    model, report = auto.from_pretrained(
-        spec.path,
-        dtype=dtype,
-        attn_implementation=family_of(spec).attention,
-        local_files_only=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
-    if missing := sorted(report["missing_keys"]):
-        raise ModelError(
-            f"{spec.path} lacks {len(missing)} weights, the first {missing[0]!r}: download the checkpoint again"
+    """Load the weights on the CPU for inference. Raises `ModelError` for weights that are missing, which transformers
+    would fill with random values, or that do not fit. (Loading straight to another device, `device_map`, needs
+    accelerate.)"""
+    _check_weights(spec)
+    try:
+        model, report = _AUTO.from_pretrained(
+            spec.path,
+            dtype=dtype,
+            attn_implementation=family_of(spec).attention,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        raise ModelError(f"transformers cannot load {spec.path}: {first_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(_lacking_text(spec, missing, sorted(report["unexpected_keys"])))
     return model.eval().requires_grad_(False)
+
+
+def _check_weights(spec: Spec) -> None:
+    """Compare the headers of the files with the model that config.json describes, before any weight is read. Raises
+    `ModelError` for a model that cannot be built, and for weights of other shapes or, as far as the names are those of
+    the model (loading may rename weights), that are missing."""
+    try:
+        with torch.device("meta"):
+            model = _AUTO.from_config(resolved_config(spec.path))
+    except Exception as error:  # model classes raise anything for values that they do not expect
+        raise ModelError(
+            f"transformers cannot build the model of {spec.path}/config.json: {first_line(error)}"
+        ) from error
+    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    stored = stored_shapes(spec.path)
+    other = [name for name in expected if name in stored and stored[name] != expected[name]]
+    if other:
+        name = other[0]
+        raise ModelError(
+            f"config.json and weights of {spec.path} do not belong together: by config.json "
+            f"{name} is {_shape_text(expected[name])}, the files hold {_shape_text(stored[name])}"
+            + (f" ({len(other)} weights differ)" if len(other) > 1 else "")
+            + f". {_size_keys(model.config, expected[name], stored[name])}"
+        )
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    missing = sorted(expected.keys() - stored.keys() - tied)
+    if missing and not stored.keys() - expected.keys():
+        raise ModelError(_lacking_text(spec, missing, []))
+
+
+def _shape_text(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))
+
+
+def _size_keys(config: Any, expected: tuple[int, ...], stored: tuple[int, ...]) -> str:
+    """Which entries of the config have the size that differs: `vocab_size is 200 there, where 160 would fit`."""
+    for size, found in zip(expected, stored, strict=False):
+        keys = [key for key, value in config.to_dict().items() if value == size and key.endswith("_size")]
+        if size != found and keys:
+            return f"{' or '.join(keys)} is {size} there, where {found} would fit"
+    return "One of the two is from another model"
+
+
+def _lacking_text(spec: Spec, missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """What a folder without some of the weights may be, and what to do."""
+    raw = json.loads((spec.path / "config.json").read_text(encoding="utf-8-sig"))
+    names = [str(name) for name in raw.get("architectures") or ()]
+    text = f"{spec.path} lacks {len(missing)} weights of a whole model, the first {missing[0]!r}"
+    if (spec.path / "adapter_config.json").exists():
+        return f"{text}: it holds an adapter; merge it into its base model, and give the folder of the result"
+    if unexpected:
+        return (
+            f"{text}, and holds {len(unexpected)} of other names, the first {unexpected[0]!r}: it is part of another "
+            "model, or packed; save the language model as a checkpoint of its own"
+        )
+    if names and not any(name.endswith("ForCausalLM") for name in names):
+        return (
+            f"{text}: config.json calls it {', '.join(names)}, which is not a whole language model (a draft head, for "
+            "example); give the folder of the model that it belongs to"
+        )
+    return f"{text}: download the checkpoint again"
 
 
 def _place(model: Any, device: torch.device, on_progress: Callable[[int, int], None]) -> None:
@@ -232,37 +286,34 @@ def _place(model: Any, device: torch.device, on_progress: Callable[[int, int], N
 
 
 @contextlib.contextmanager
-def _one_tensor_at_a_time() -> Iterator[None]:
-    """Stop transformers from reading ahead in threads, which takes 2.1 times the memory of the weights with experts,
-    instead of 1.3 times."""
+def _one_load_at_a_time() -> Iterator[None]:
+    """Hold what from_pretrained needs: it sets process-wide defaults (dtype, init) while it runs.
+
+    It must not print a progress bar and a report of missing weights per rank into the notebook, nor read ahead in
+    threads, which takes 2.1 times the memory of the weights with experts, instead of 1.3 times.
+    """
     name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Stop transformers from printing a progress bar per rank into the notebook."""
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    with _LOADING:
+        before, shown = os.environ.get(name), hf_logging.is_progress_bar_enabled()
+        level = hf_logging.get_verbosity()
+        os.environ[name] = "1"
+        hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            hf_logging.set_verbosity(level)
+            if shown:
+                hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before
 
 
 def _eos_ids(model: Any) -> frozenset[int]:
-    """Return the token ids that end a text: those of the generation config, else those of the config."""
-    generation = getattr(model, "generation_config", None)
-    found = getattr(generation, "eos_token_id", None)
+    """The token ids that end a text: those of the generation config, else those of the config."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if found is None:
         found = getattr(model.config, "eos_token_id", None)
     if found is None:

@@ -5,8 +5,6 @@ and one in the conformance test. `_REFUSED` has those known not to fit, with the
 torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +19,8 @@ class Family:
     `attention`: the transformers attention implementation (eager where SDPA lacks a feature, such as softcapped
     scores). `embedding_scale`: multiplies embeddings outside the embedding module (Granite). `logits_divisor`,
     `logits_softcap`: act on the head's output (Granite; Gemma2 and 3). `rotary_per_layer_type`: the rotary module takes
-    a layer type (Gemma3). `default_head_dim`, `default_kv_heads`: the config's defaults; None: hidden size / heads, and
-    one per head. `rebuilds_weights`: loading makes new tensors (a layer's experts become one), so weights are not views
-    of the files.
+    a layer type (Gemma3). `rebuilds_weights`: loading makes new tensors (a layer's experts become one), so weights are
+    not views of the files.
     """
 
     attention: str = "sdpa"
@@ -31,68 +28,46 @@ class Family:
     logits_divisor: str | None = None
     logits_softcap: str | None = None
     rotary_per_layer_type: bool = False
-    default_head_dim: int | None = None
-    default_kv_heads: int | None = None
     rebuilds_weights: bool = False
 
 
 FAMILIES: dict[str, Family] = {
-    "gemma2": Family(
-        attention="eager",
-        logits_softcap="final_logit_softcapping",
-        default_head_dim=256,
-        default_kv_heads=4,
-    ),
-    "gemma3_text": Family(
-        logits_softcap="final_logit_softcapping",
-        rotary_per_layer_type=True,
-        default_head_dim=256,
-        default_kv_heads=4,
-    ),
+    "gemma2": Family(attention="eager", logits_softcap="final_logit_softcapping"),
+    "gemma3_text": Family(logits_softcap="final_logit_softcapping", rotary_per_layer_type=True),
     "granite": Family(embedding_scale="embedding_multiplier", logits_divisor="logits_scaling"),
     "llama": Family(),
-    "mistral": Family(default_kv_heads=8),
+    "mistral": Family(),
     "phi3": Family(),
-    "qwen2": Family(default_kv_heads=32),
-    "qwen3": Family(default_head_dim=128, default_kv_heads=32),
-    "qwen3_moe": Family(default_kv_heads=4, rebuilds_weights=True),
-    "smollm3": Family(default_kv_heads=4),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "qwen3_moe": Family(rebuilds_weights=True),
+    "smollm3": Family(),
 }
-
-_PER_LAYER_INPUT = "its layers take a second input for each layer (per_layer_input)"
-
-_RECURRENT = "its layers, or some of them, carry a recurrent state, not K and V"
-
-_CONVOLUTION = "some of its layers carry the state of a convolution, not K and V"
-
-_LATENT = "its attention caches a compressed latent instead of K and V heads of one size"
-
-_MROPE = "its text layers take positions in time, height and width, not one position a token"
-
-_CROSS = "its text layers attend to an image too (cross-attention), and cache that"
 
 _ENCODER = "it is an encoder-decoder, not a decoder alone"
 
 _REASONS: dict[str, str] = {
-    _PER_LAYER_INPUT: "gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text",
-    _RECURRENT: (
+    "its layers take a second input for each layer (per_layer_input)": (
+        "gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text"
+    ),
+    "its layers, or some of them, carry a recurrent state, not K and V": (
         "bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear mamba mamba2 minimax "
         "nemotron_h olmo_hybrid qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen3_next recurrent_gemma "
         "rwkv xlstm zamba zamba2"
     ),
-    _CONVOLUTION: "lfm2 lfm2_moe",
-    _LATENT: "deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash minicpm3 mistral4",
-    _MROPE: (
+    "some of its layers carry the state of a convolution, not K and V": "lfm2 lfm2_moe",
+    "its attention caches a compressed latent instead of K and V heads of one size": (
+        "deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash minicpm3 mistral4"
+    ),
+    "its text layers take positions in time, height and width, not one position a token": (
         "glm4v glm4v_moe qwen2_vl qwen2_vl_text qwen2_5_vl qwen2_5_vl_text qwen3_vl qwen3_vl_text "
         "qwen3_vl_moe qwen3_vl_moe_text qwen2_5_omni qwen3_omni_moe"
     ),
-    _CROSS: "mllama mllama_text_model",
+    "its text layers attend to an image too (cross-attention), and cache that": "mllama mllama_text_model",
     _ENCODER: (
-        "bart bigbird_pegasus blenderbot blenderbot-small encoder-decoder fsmt led longt5 m2m_100 marian "
-        "mbart mt5 mvp nllb-moe pegasus pegasus_x plbart prophetnet "
-        "speech-encoder-decoder speech_to_text speecht5 "
-        "switch_transformers t5 t5gemma t5gemma2 udop umt5 "
-        "vision-encoder-decoder whisper"
+        "bart bigbird_pegasus blenderbot blenderbot-small encoder-decoder fsmt led longt5 m2m_100 marian mbart mt5 mvp "
+        "nllb-moe pegasus pegasus_x plbart prophetnet speech-encoder-decoder speech_to_text speecht5 "
+        "switch_transformers t5 t5gemma t5gemma2 udop umt5 vision-encoder-decoder whisper"
     ),
 }
 
@@ -101,46 +76,36 @@ _REFUSED: dict[str, str] = {name: reason for reason, names in _REASONS.items() f
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
-def family_named(model_type: str) -> Family:
-    """Return the family of a `model_type`. Raises `ModelError` with the reason for an unsupported one."""
+def family_named(model_type: str, reason: str = "") -> Family:
+    """The family of a `model_type`. Raises `ModelError` with the reason for an unsupported one."""
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    raise _refusal(
-        model_type, _REFUSED.get(model_type, "it has not been tested for bit-equality with transformers")
+    untested = "it has not been tested for bit-equality with transformers"
+    raise ModelError(
+        f"architecture {model_type!r} is not supported: {reason or _REFUSED.get(model_type, untested)}. "
+        f"Supported: {', '.join(sorted(FAMILIES))}. Choose a checkpoint of one of these."
     )
 
 
 def family_of(config: Any) -> Family:
-    """Return the family of a config or `Spec`. Raises `ModelError` for an unsupported one."""
+    """The family of a config or `Spec`. Raises `ModelError` for an unsupported one."""
     return family_named(str(getattr(config, "model_type", None)))
 
 
 def family_in(config: Mapping[str, Any]) -> Family:
-    """Return the family of a config.json. Raises `ModelError` with the reason for an unsupported one.
+    """The family of a config.json. Raises `ModelError` with the reason for an unsupported one.
 
     Unlike `family_named` it recognizes encoder-decoders and multimodal wrappers of any name.
     """
-    model_type = str(config.get("model_type"))
-    if model_type not in FAMILIES and model_type not in _REFUSED:
-        if config.get("is_encoder_decoder"):
-            raise _refusal(model_type, _ENCODER)
-        for part in _TEXT_PARTS:
-            if isinstance(text := config.get(part), Mapping):
-                raise _refusal(model_type, _wrapper(text.get("model_type")))
-    return family_named(model_type)
-
-
-def _wrapper(text_type: str | None) -> str:
-    if text_type in FAMILIES:
-        return (
-            f"it is multimodal; its text part, {text_type!r}, is supported: "
-            "save that part as its own checkpoint"
-        )
-    return f"it is multimodal, and its text part ({text_type or 'of unknown type'}) is not supported either"
-
-
-def _refusal(model_type: str, reason: str) -> ModelError:
-    return ModelError(
-        f"architecture {model_type!r} is not supported: {reason}. "
-        f"Supported: {', '.join(sorted(FAMILIES))}. Choose a checkpoint of one of these."
-    )
+    model_type, reason = str(config.get("model_type")), ""
+    texts = [text for part in _TEXT_PARTS if isinstance(text := config.get(part), Mapping)]
+    if model_type in _REFUSED:
+        pass
+    elif config.get("is_encoder_decoder"):
+        reason = _ENCODER
+    elif texts and (text_type := texts[0].get("model_type")) in FAMILIES:
+        reason = f"it is multimodal; its text part, {text_type!r}, is supported: save that part as its own checkpoint"
+    elif texts:
+        text_type = texts[0].get("model_type") or "of unknown type"
+        reason = f"it is multimodal, and its text part ({text_type}) is not supported either"
+    return family_named(model_type, reason)

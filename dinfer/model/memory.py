@@ -1,19 +1,20 @@
-"""How much memory ranks need for a model and a prompt, and whether it is free, before anything is loaded.
+"""How much memory ranks need for a model and a prompt, and how much is free, before anything is loaded.
 
 Every rank decodes with the whole model, so every rank holds all layers. The figures come from the checkpoint's sizes;
 the working memory of one layer for one chunk is an estimate, and Python and torch (a few hundred MiB a process) are not
-included. Importing this module does not import torch.
+included. Importing this module, and asking it about a CPU, does not import torch.
 """
 
-from __future__ import annotations
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import psutil
 
 from dinfer.errors import ModelError
 from dinfer.model.checkpoint import Spec
 from dinfer.model.families import family_of
-from dinfer.model.free import free
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """bytes of one number, by dtype"""
@@ -34,12 +35,15 @@ class MemoryNeed:
 
 
 def need(spec: Spec, dtype: str, tokens: int, chunk_size: int = 0) -> MemoryNeed:
-    """Return what a rank needs in `dtype` ("auto": the checkpoint's) for `tokens` tokens of prompt and decode.
+    """What a rank needs in `dtype` ("auto": the checkpoint's) for `tokens` tokens of prompt and decode.
 
     `hidden_bytes` covers the hidden states that enter the stage, which are kept for going back, and, with a
     `chunk_size`, the working memory of a layer for the last chunk. Raises `ModelError` for an unknown dtype.
     """
-    size = _itemsize(spec, dtype)
+    name = _resolved(spec, dtype)
+    if name not in BYTES:
+        raise ModelError(f"dtype {name!r} is unknown; give one of {', '.join(BYTES)}")
+    size = BYTES[name]
     return MemoryNeed(
         weights_bytes=spec.parameters * size,
         kv_bytes=tokens * spec.layers * 2 * spec.kv_heads * spec.head_dim * size,
@@ -52,12 +56,25 @@ def check_memory(
 ) -> None:
     """Raise `ModelError` if `ranks_here` ranks, all on `device`, need more memory than is free there.
 
-    Call it once for all ranks, before the first of them loads. Does nothing if the free memory is unknown.
+    Call it once for all ranks, before the first of them loads.
     """
     available = free(device)
     wanted = MemoryDemand(spec, dtype, tokens, ranks_here, device, chunk_size)
-    if available is not None and wanted.bytes() > available:
-        raise ModelError(_shortage(wanted, available))
+    if (total := wanted.bytes()) <= available:
+        return
+    one = need(spec, dtype, tokens, chunk_size)
+    shared = " (one copy for all)" if ranks_here > 1 and wanted.shares_weights else ""
+    asked = (
+        f"{_ranks(ranks_here)} on {device} with {tokens:,} tokens in {_resolved(spec, dtype)} need {size_text(total)}; "
+        f"{size_text(available)} are free, {size_text(total - available)} too little. "
+        f"Each rank holds all {spec.layers} layers, for decode: weights {size_text(one.weights_bytes)}{shared}, "
+        f"KV {size_text(one.kv_bytes)}, hidden states {size_text(one.hidden_bytes)}. "
+    )
+    if remedies := _remedies(wanted, available):
+        raise ModelError(f"{asked}One of these would be enough: {'; '.join(remedies)}.")
+    raise ModelError(
+        f"{asked}No single change is enough: use a smaller model, or a machine with more memory."
+    )
 
 
 @dataclass(frozen=True)
@@ -71,40 +88,22 @@ class MemoryDemand:
     device: str
     chunk_size: int
 
-    def bytes(
-        self,
-        dtype: str | None = None,
-        tokens: int | None = None,
-        ranks: int | None = None,
-        chunk_size: int | None = None,
-    ) -> int:
-        """Return the bytes needed, with any of these changed."""
-        dtype = self.dtype if dtype is None else dtype
-        ranks = self.ranks if ranks is None else ranks
-        one = need(
-            self.spec,
-            dtype,
-            self.tokens if tokens is None else tokens,
-            self.chunk_size if chunk_size is None else chunk_size,
-        )
-        copies = 1 if self.shares_weights(dtype) else ranks
-        return copies * one.weights_bytes + ranks * (one.kv_bytes + one.hidden_bytes)
+    def bytes(self, **changes: Any) -> int:
+        """The bytes needed, with any of these fields changed."""
+        that = replace(self, **changes)
+        one = need(that.spec, that.dtype, that.tokens, that.chunk_size)
+        copies = 1 if that.shares_weights else that.ranks
+        return copies * one.weights_bytes + that.ranks * (one.kv_bytes + one.hidden_bytes)
 
-    def shares_weights(self, dtype: str) -> bool:
-        """Tell whether ranks share one copy of the weights: on a CPU, if they are views of the files."""
-        as_stored = _resolved(self.spec, dtype) == self.spec.stored_dtype
+    @property
+    def shares_weights(self) -> bool:
+        """Whether ranks share one copy of the weights: on a CPU, if they are views of the files."""
+        as_stored = _resolved(self.spec, self.dtype) == self.spec.stored_dtype
         return self.device == "cpu" and as_stored and not family_of(self.spec).rebuilds_weights
 
 
 def _resolved(spec: Spec, dtype: str) -> str:
     return spec.dtype if dtype == "auto" else dtype
-
-
-def _itemsize(spec: Spec, dtype: str) -> int:
-    name = _resolved(spec, dtype)
-    if name not in BYTES:
-        raise ModelError(f"dtype {name!r} is unknown; give one of {', '.join(BYTES)}")
-    return BYTES[name]
 
 
 def _working(spec: Spec, size: int, tokens: int, chunk: int) -> int:
@@ -117,23 +116,6 @@ def _working(spec: Spec, size: int, tokens: int, chunk: int) -> int:
     activations = chunk * (of_a_token + 3 * spec.intermediate_size) * size
     eager = family_of(spec).attention == "eager"
     return activations + chunk * tokens * (spec.heads * (4 + 2 * size) if eager else 1 + size)
-
-
-def _shortage(wanted: MemoryDemand, available: int) -> str:
-    """The message for too little free memory: the need, what is free, and each single change that would do."""
-    spec, total = wanted.spec, wanted.bytes()
-    one = need(spec, wanted.dtype, wanted.tokens, wanted.chunk_size)
-    shared = " (one copy for all)" if wanted.ranks > 1 and wanted.shares_weights(wanted.dtype) else ""
-    asked = (
-        f"{_ranks(wanted.ranks)} on {wanted.device} with {wanted.tokens:,} tokens in "
-        f"{_resolved(spec, wanted.dtype)} need {size_text(total)}; {size_text(available)} are free, "
-        f"{size_text(total - available)} too little. Each rank holds all {spec.layers} layers, for decode: "
-        f"weights {size_text(one.weights_bytes)}{shared}, KV {size_text(one.kv_bytes)}, "
-        f"hidden states {size_text(one.hidden_bytes)}. "
-    )
-    if remedies := _remedies(wanted, available):
-        return asked + "One of these would be enough: " + "; ".join(remedies) + "."
-    return asked + "No single change is enough: use a smaller model, or a machine with more memory."
 
 
 def out_of_memory_text(one: MemoryDemand, asked: int | None, available: int | None) -> str:
@@ -166,13 +148,11 @@ def _ranks(count: int) -> str:
 def _remedies(wanted: MemoryDemand, available: int) -> list[str]:
     """Each single change after which the need fits into `available` bytes."""
     ways = []
-    half = wanted.bytes(dtype="bfloat16")
-    if half <= available:
+    if (half := wanted.bytes(dtype="bfloat16")) <= available:
         ways.append(f"dtype bfloat16 (needs {size_text(half)})")
     if longest := _largest(wanted.tokens - 1, lambda n: wanted.bytes(tokens=n) <= available):
         ways.append(f"prompt and new tokens together at most {longest:,}, {wanted.tokens - longest:,} fewer")
-    chunk = _largest(wanted.chunk_size - 1, lambda n: wanted.bytes(chunk_size=n) <= available)
-    if chunk:
+    if chunk := _largest(wanted.chunk_size - 1, lambda n: wanted.bytes(chunk_size=n) <= available):
         ways.append(f"chunk_size at most {chunk:,} instead of {wanted.chunk_size:,}")
     if ranks := _largest(wanted.ranks - 1, lambda n: wanted.bytes(ranks=n) <= available):
         ways.append(f"at most {_ranks(ranks)} here")
@@ -180,7 +160,7 @@ def _remedies(wanted: MemoryDemand, available: int) -> list[str]:
 
 
 def _largest(high: int, fits: Callable[[int], bool]) -> int:
-    """Return the largest of 1 to `high` that fits, 0 if none does, by bisection."""
+    """The largest of 1 to `high` that fits, 0 if none does, by bisection."""
     low = 0
     while low < high:
         middle = (low + high + 1) // 2
@@ -189,10 +169,56 @@ def _largest(high: int, fits: Callable[[int], bool]) -> int:
 
 
 def size_text(count: int) -> str:
-    """Return a byte count as text: "7.5 GiB", "144.0 KiB"."""
+    """A byte count as text: "7.5 GiB", "144.0 KiB"."""
     size = float(count)
     for unit in ("bytes", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:,.1f} GiB"
+
+
+def free(device: str = "cpu", root: Path = Path("/")) -> int:
+    """The free bytes of "cpu" or "cuda:N". Raises `ModelError` for an unknown CUDA device.
+
+    On a CPU: what can be allocated without swapping, by psutil, or what the limits of this process's cgroups (a
+    container) leave, whichever is less; psutil does not know cgroups. `root`: where their /proc and /sys are.
+    """
+    if device == "cpu":
+        return max(0, min([psutil.virtual_memory().available, *_of_cgroups(root)]))
+    import torch
+
+    try:
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ModelError(f"device {device!r} cannot be asked for its free memory: {error}") from error
+
+
+def _of_cgroups(root: Path) -> Iterator[int]:
+    """What each cgroup that this process is in, and each one above, leaves, v1 and v2 alike; page cache that a cgroup
+    would give back counts as free."""
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        parts = Path(path.lstrip("/")).parts
+        for group in (top.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)):
+            limit, usage = (_read(group / name).strip() for name in names[:2])
+            if (
+                limit.isdigit() and usage.isdigit()
+            ):  # a container sees the top alone, and a limit may be "max"
+                counts = (line.split() for line in _read(group / "memory.stat").splitlines())
+                cached = sum(int(count) for name, count in counts if name == names[2])
+                yield int(limit) - int(usage) + cached
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="ascii")
+    except OSError:
+        return ""

@@ -5,8 +5,6 @@ they are made once for all layers of a kind and kept for the last few token rang
 and not from the KV cache, which also fits a rank that never runs layer 0.
 """
 
-from __future__ import annotations
-
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -54,17 +52,13 @@ def _for_any_version(make: Callable[..., Any]) -> Callable[..., Any]:
     return made
 
 
-create_causal_mask = _for_any_version(masking_utils.create_causal_mask)
-
-create_sliding_window_causal_mask = _for_any_version(masking_utils.create_sliding_window_causal_mask)
+_MASKS: dict[str, Callable[..., Any]] = {
+    "full_attention": _for_any_version(masking_utils.create_causal_mask),
+    "sliding_attention": _for_any_version(masking_utils.create_sliding_window_causal_mask),
+}
 
 KEPT = 8
 """how many placements are kept: every kind of layer for a few token ranges"""
-
-_MASKS: dict[str, Callable[..., Any]] = {
-    "full_attention": create_causal_mask,
-    "sliding_attention": create_sliding_window_causal_mask,
-}
 
 
 @dataclass(frozen=True)
@@ -85,20 +79,16 @@ class Placement:
 
 
 def layer_kinds(config: Any) -> tuple[LayerKind, ...]:
-    """Return the kind of every layer of a config. Raises `ModelError` for kinds without plain KV."""
+    """The kind of every layer of a config. Raises `ModelError` for kinds without plain KV."""
     types, options = get_layer_types_and_kwargs(config)
-    for layer_type in types:
-        if layer_type not in _MASKS:
-            raise ModelError(
-                f"layers of type {layer_type!r} are not supported; supported: {', '.join(_MASKS)}"
-            )
+    if unknown := [name for name in types if name not in _MASKS]:
+        raise ModelError(f"layers of type {unknown[0]!r} are not supported; supported: {', '.join(_MASKS)}")
     # One dict a layer in transformers 5.23; one for all layers in 5.17.
     given = [options] * len(types) if isinstance(options, Mapping) else options
-    return tuple(LayerKind(name, _window(name, own)) for name, own in zip(types, given, strict=True))
-
-
-def _window(layer_type: str, options: Mapping[str, Any]) -> int | None:
-    return options.get("sliding_window") if layer_type == "sliding_attention" else None
+    return tuple(
+        LayerKind(name, own.get("sliding_window") if name == "sliding_attention" else None)
+        for name, own in zip(types, given, strict=True)
+    )
 
 
 class Positions:
@@ -110,7 +100,7 @@ class Positions:
         self._lock = threading.Lock()
 
     def of(self, kind: LayerKind, position: int, hidden: Tensor) -> Placement:
-        """Return the placement of the tokens of `hidden` [1, T, hidden_size], the first one at `position`."""
+        """The placement of the tokens of `hidden` [1, T, hidden_size], the first one at `position`."""
         key = (position, hidden.shape[1], kind)
         with self._lock:
             if key not in self._kept:

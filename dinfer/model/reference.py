@@ -4,8 +4,6 @@ It uses the model's own forward and `DynamicCache`, and of dinfer only the loade
 of the ranks: float32 attention differs between 1 and 2 threads.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ A draw depends only on the logits, the sampling parameters and the step number, 
 going back to a step repeats it. Importing this module does not import torch.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -42,41 +40,31 @@ class Sampler:
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
-        self._warpers = _warpers(sampling)
+        self._warpers: list[Any] = []
+        if sampling.temperature == 0.0:
+            return
+        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    def __call__(self, logits: Tensor, step: int) -> int:
-        """Return the id of new token `step` (from 0), chosen from `logits` [vocab_size]."""
+        # In the order in which transformers' `generate` applies them.
+        self._warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        if sampling.top_k > 0:
+            self._warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1.0:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def __call__(self, logits: "Tensor", step: int) -> int:
+        """The id of new token `step` (from 0), chosen from `logits` [vocab_size]."""
         if self.sampling.temperature == 0.0:
             return int(logits.argmax())
-        return self._draw(logits, step)
-
-    def _draw(self, logits: Tensor, step: int) -> int:
         import torch
 
         scores = logits.detach().to("cpu", torch.float32).unsqueeze(0)
         for warper in self._warpers:
             scores = warper(None, scores)
         cumulative = scores[0].double().softmax(-1).cumsum(-1)
-        generator = torch.Generator().manual_seed(_seed(self.sampling.seed, step))
+        # A hash of both, so that step 1 of seed 0 is not step 0 of seed 1.
+        mixed = hashlib.sha256(f"{self.sampling.seed}:{step}".encode()).digest()[:8]
+        generator = torch.Generator().manual_seed(int.from_bytes(mixed) >> 1)
         point = torch.rand(1, dtype=torch.float64, generator=generator) * cumulative[-1]
         # right=True: a token of probability 0 adds nothing to the sum, so it is never the first one above it.
         return min(int(torch.searchsorted(cumulative, point, right=True)), logits.shape[-1] - 1)
-
-
-def _warpers(sampling: Sampling) -> list[Any]:
-    """Return transformers' warpers in the order in which its `generate` applies them."""
-    if sampling.temperature == 0.0:
-        return []
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    warpers: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))]
-    if sampling.top_k > 0:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    return warpers
-
-
-def _seed(seed: int, step: int) -> int:
-    """Mix seed and step, so that step 1 of seed 0 is not step 0 of seed 1."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:8]) >> 1

@@ -3,20 +3,18 @@
 The tokenizer is transformers' own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dinfer.errors import ModelError
-from dinfer.model.checkpoint import check
+from dinfer.model.checkpoint import check, first_line
 
 _REPLACEMENT = "\ufffd"  # what a tokenizer decodes the bytes of an unfinished character to
 
 
 def load_tokenizer(path: str | Path) -> Any | None:
-    """Return the tokenizer of a checkpoint, None if it has none. Raises `ModelError` if it cannot be loaded."""
+    """The tokenizer of a checkpoint, None if it has none. Raises `ModelError` if it cannot be loaded."""
     spec = check(path)
     if not spec.tokenizer:
         return None
@@ -25,29 +23,33 @@ def load_tokenizer(path: str | Path) -> Any | None:
     try:
         return AutoTokenizer.from_pretrained(spec.path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot parse
-        raise ModelError(f"the tokenizer in {spec.path} cannot be loaded: {error}") from error
+        raise ModelError(f"the tokenizer in {spec.path} cannot be loaded: {first_line(error)}") from error
 
 
 def encode(tokenizer: Any | None, prompt: str, chat: bool = False) -> list[int]:
-    """Return the token ids of `prompt`; with `chat`, of a conversation with `prompt` as the user's message.
+    """The token ids of `prompt`; with `chat`, of a conversation with `prompt` as the user's message.
 
     Raises `ModelError` without a tokenizer, without a chat template for `chat`, and for a prompt of no tokens.
     """
     if tokenizer is None:
         raise ModelError("this checkpoint has no tokenizer, so give token ids instead of text")
     if chat:
-        prompt = _as_chat(tokenizer, prompt)
+        if not getattr(tokenizer, "chat_template", None):
+            raise ModelError(
+                "this tokenizer has no chat template; encode the prompt as plain text (chat=False)"
+            )
+        messages = [{"role": "user", "content": prompt}]
+        try:
+            prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        except Exception as error:  # a template is a program, and may raise anything
+            raise ModelError(
+                f"this tokenizer's chat template failed: {first_line(error)}; encode the prompt as plain text "
+                "(chat=False)"
+            ) from error
     ids = [int(token) for token in tokenizer.encode(prompt, add_special_tokens=not chat)]
     if not ids:
         raise ModelError("the prompt is empty: it must have at least one token")
     return ids
-
-
-def _as_chat(tokenizer: Any, prompt: str) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ModelError("this tokenizer has no chat template; encode the prompt as plain text (chat=False)")
-    messages = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
 class TextStream:
@@ -69,7 +71,10 @@ class TextStream:
         """Take one token; return the text that is complete now, which may be empty."""
         self._held.append(int(token_id))
         text = self._held_text()
-        return "" if text.endswith(_REPLACEMENT) else self._release(text)
+        if not text or text.endswith(_REPLACEMENT):
+            return ""
+        self._shown, self._held = self._held, []
+        return text
 
     def flush(self) -> str:
         """Return what is still held, but for a character that was never finished, and hold nothing."""
@@ -80,22 +85,15 @@ class TextStream:
         return text
 
     def _held_text(self) -> str:
-        before, all_of_it = self._decode(self._shown), self._decode(self._shown + self._held)
-        return all_of_it[len(before) :]
-
-    def _release(self, text: str) -> str:
-        if text:
-            self._shown, self._held = self._held, []
-        return text
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(
+        before, all_of_it = (
             self._tokenizer.decode(ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)
+            for ids in (self._shown, self._shown + self._held)
         )
+        return str(all_of_it)[len(str(before)) :]
 
 
 def texts_of(tokenizer: Any | None, ids: Sequence[int], ranges: Sequence[range]) -> list[str]:
-    """Return the text of each range of `ids`, in whole characters; empty texts without a tokenizer."""
+    """The text of each range of `ids`, in whole characters; empty texts without a tokenizer."""
     if tokenizer is None:
         return [""] * len(ranges)
     stream = TextStream(tokenizer)

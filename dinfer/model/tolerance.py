@@ -4,8 +4,6 @@ It is for runs in other chunks or in another dtype. Two runs of the same chunks 
 for bit and need no tolerance.
 """
 
-from __future__ import annotations
-
 from math import sqrt
 
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}

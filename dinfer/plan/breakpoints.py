@@ -6,19 +6,16 @@ here and evaluated on the rank, on what the op has made.
 
 import re
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 from dinfer.plan.cut import Cut, Cuts, join
-from dinfer.plan.graph import NONE
 from dinfer.plan.ops import Op, OpKind, PlanError
 from dinfer.plan.partition import within
 
 Condition = Literal["", "nan", "inf", "absmax", "digest", "slower"]
-
 CONDITION_FORMS = "'nan', 'inf', 'absmax > 100', 'digest differs', 'slower than 5 ms'"
 
 _ABSMAX = re.compile(r"absmax\s*(?:>|above)\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", re.IGNORECASE)
-
 _SLOWER = re.compile(r"slower\s+than\s+(\d+\.?\d*|\.\d+)\s*ms", re.IGNORECASE)
 
 
@@ -60,23 +57,12 @@ class Breakpoint:
     def call(self) -> str:
         """The call that sets it, for example `run.break_at(chunk=2, layer=7)`."""
         op, when = (None if self.op == "layer" else self.op), self.when or None
-        given: dict[str, object] = {
-            "rank": self.rank,
-            "op": op,
-            "chunk": self.chunk,
-            "layer": self.layer,
-            "when": when,
-        }
+        given = {"rank": self.rank, "op": op, "chunk": self.chunk, "layer": self.layer, "when": when}
         listed = [f"{name}={value!r}" for name, value in given.items() if value is not None]
         return f"run.break_at({', '.join(listed)})"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def of(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `as_dict`."""
-        return cls(**values)
 
     def __str__(self) -> str:
         """For example `#1: after layer 7, chunk 2, on rank 1, when absmax > 100`."""
@@ -95,10 +81,9 @@ def parse_when(text: str | None) -> tuple[Condition, float]:
     if not text:
         return "", 0.0
     plain = " ".join(text.split())
-    if plain.lower() in ("nan", "inf"):
-        return ("nan" if plain.lower() == "nan" else "inf"), 0.0
-    if plain.lower() == "digest differs":
-        return "digest", 0.0
+    by_text: dict[str, Condition] = {"nan": "nan", "inf": "inf", "digest differs": "digest"}
+    if condition := by_text.get(plain.lower()):
+        return condition, 0.0
     if match := _ABSMAX.fullmatch(plain):
         return "absmax", float(match[1])
     if match := _SLOWER.fullmatch(plain):
@@ -113,8 +98,7 @@ def check(breakpoint: Breakpoint, cuts: Cuts) -> None:
     if any(breakpoint.matches(place.rank, op) for place, op in cuts.plan.places()):
         return
     shape = cuts.plan.shape
-    counts = {"chunk": len(shape.chunks), "layer": shape.layers, "rank": shape.world_size}
-    for name, count in counts.items():
+    for name, count in (("chunk", len(shape.chunks)), ("layer", shape.layers), ("rank", shape.world_size)):
         if (value := getattr(breakpoint, name)) is not None:
             within(name, value, count)
     raise PlanError(
@@ -129,16 +113,12 @@ def next_stop(cuts: Cuts, cut: Cut, breakpoints: list[Breakpoint]) -> tuple[Cut,
     After a layer op the run stops as `run_to` does: every rank holds that block and all blocks before it.
     """
     places = [one for one in breakpoints if not one.condition]
-    best, met = cuts.end, list[Breakpoint]()
-    number = next((n for n in cuts.unmet(cut) if _any_match(cuts, n, places)), NONE) if places else NONE
-    if number == NONE:
-        return best, met
-    rank, op = cuts.rank_and_op(number)
-    met = [one for one in places if one.matches(rank, op)]
-    after = cuts.after_block(op.chunk, op.layer) if op.kind == "layer" else cuts.after_op(number)
-    return join(cut, after), met
-
-
-def _any_match(cuts: Cuts, number: int, breakpoints: list[Breakpoint]) -> bool:
-    rank, op = cuts.rank_and_op(number)
-    return any(one.matches(rank, op) for one in breakpoints)
+    if not places:
+        return cuts.end, []
+    found = cuts.after_next(cut, lambda rank, op: any(one.matches(rank, op) for one in places))
+    if found is None:
+        return cuts.end, []
+    stop, rank, op = found
+    if op.kind == "layer":
+        stop = join(cut, cuts.after_block(op.chunk, op.layer))
+    return stop, [one for one in places if one.matches(rank, op)]

@@ -36,9 +36,7 @@ def _lanes(made: Any, shape: Shape, source: str) -> tuple[tuple[Lane, ...], ...]
         raise PlanError(f"{source} returned {_short(made)}; it must return {FORM}.")
     if len(made) != shape.world_size:
         raise PlanError(f"{source} has lanes for {len(made)} ranks; this run has {shape.world_size}.")
-    return tuple(
-        tuple(_lane(rank, name, ops) for name, ops in lanes.items()) for rank, lanes in enumerate(made)
-    )
+    return tuple(tuple(_lane(rank, *lane) for lane in lanes.items()) for rank, lanes in enumerate(made))
 
 
 def _lane(rank: int, name: Any, ops: Any) -> Lane:
@@ -47,18 +45,17 @@ def _lane(rank: int, name: Any, ops: Any) -> Lane:
         raise PlanError(f"{where}: a lane's name must be one word, without #.")
     if isinstance(ops, str) or not isinstance(ops, Sequence):
         raise PlanError(f"{where}: its ops are {_short(ops)}; they must be a list.")
-    return Lane(name, tuple(_op(f"{where}, op {number}", op) for number, op in enumerate(ops)))
-
-
-def _op(where: str, given: Any) -> Op:
-    if isinstance(given, Op):
-        return given
-    if not isinstance(given, str):
-        raise PlanError(f"{where} is {_short(given)}; it must be an Op or its text, such as 'layer c0 l3'.")
-    try:
-        return parse_op(given)
-    except PlanError as error:
-        raise PlanError(f"{where}: {error}") from None
+    found = list[Op]()
+    for number, op in enumerate(ops):
+        if not isinstance(op, Op | str):
+            raise PlanError(
+                f"{where}, op {number} is {_short(op)}; it must be an Op or its text, such as 'layer c0 l3'."
+            )
+        try:
+            found.append(op if isinstance(op, Op) else parse_op(op))
+        except PlanError as error:
+            raise PlanError(f"{where}, op {number}: {error}") from None
+    return Lane(name, tuple(found))
 
 
 def _short(given: object) -> str:

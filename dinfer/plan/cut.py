@@ -11,7 +11,7 @@ a step back goes to the last one inside. All functions here are pure.
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Set
 from functools import cached_property
 from itertools import groupby
 from numbers import Integral
@@ -26,7 +26,6 @@ Cut = tuple[tuple[int, ...], ...]
 """positions[rank][lane]: how many ops of that lane are in the cut"""
 
 Unit = Literal["op", "layer", "wave", "chunk"]
-
 UNITS: tuple[Unit, ...] = ("op", "layer", "wave", "chunk")
 
 
@@ -63,8 +62,6 @@ class Cuts:
         self.start: Cut = tuple(tuple(0 for _ in lanes) for lanes in plan.lanes)
         self.end: Cut = tuple(tuple(len(lane.ops) for lane in lanes) for lanes in plan.lanes)
 
-    # -- queries
-
     @cached_property
     def blocks(self) -> list[Block]:
         """All blocks in the global order: that in which they are computed if all layers take equally long."""
@@ -88,25 +85,22 @@ class Cuts:
             )
         return self.chain("layer")[self.blocks.index((chunk, layer)) + 1]
 
-    def unmet(self, cut: Cut) -> Iterator[int]:
-        """The numbers of the ops outside the cut, in the order in which steps by op run them."""
-        inside = self._numbers(cut)
-        return (number for number in self._op_order if number not in inside)
-
-    def rank_and_op(self, number: int) -> tuple[int, Op]:
-        """The rank of op `number`, and the op."""
-        return self._graph.ranks[number], self._graph.ops[number]
-
-    def after_op(self, number: int) -> Cut:
-        """The smallest consistent cut that contains op `number`."""
-        return self._positions(self._close((number,)))
+    def after_next(self, cut: Cut, matches: Callable[[int, Op], bool]) -> tuple[Cut, int, Op] | None:
+        """The first op outside the cut, as steps by op run them, for which `matches(rank, op)` holds: the smallest
+        consistent cut that contains it and `cut`, its rank and the op. None without one."""
+        inside, graph = self._numbers(cut), self._graph
+        for number in self._op_order:
+            rank, op = graph.ranks[number], graph.ops[number]
+            if number not in inside and matches(rank, op):
+                self._add((number,), inside)
+                return self._positions(inside), rank, op
+        return None
 
     def next(self, cut: Cut, unit: Unit) -> Cut:
         """The cut one step after `cut`; the same cut at the end."""
         if unit == "op":
-            inside = self._numbers(cut)
-            following = next((n for n in self._op_order if n not in inside), NONE)
-            return self._positions(self._close((following,), inside))
+            found = self.after_next(cut, lambda *_: True)
+            return found[0] if found else cut
         chain = self.chain(unit)
         at = bisect_left(chain, True, key=lambda link: not is_inside(link, cut))
         return join(cut, chain[at]) if at < len(chain) else cut
@@ -114,9 +108,15 @@ class Cuts:
     def previous(self, cut: Cut, unit: Unit) -> Cut:
         """The cut one step before `cut`; the same cut at the start."""
         if unit == "op":
-            inside = self._numbers(cut)
-            last = next((n for n in reversed(self._op_order) if n in inside), NONE)
-            return self._positions(self._without(last, inside))
+            graph, left = self._graph, self._numbers(cut)
+            # Take out the last op, and all that depend on it.
+            todo = [next((n for n in reversed(self._op_order) if n in left), NONE)]
+            while todo:
+                number = todo.pop()
+                if number in left:
+                    left.remove(number)
+                    todo += (*graph.dependents[number], graph.partner[number])
+            return self._positions(left)
         chain = self.chain(unit)
         at = bisect_left(chain, True, key=lambda link: not is_inside(link, cut) or link == cut)
         return chain[at - 1] if at else cut
@@ -127,42 +127,35 @@ class Cuts:
         `started`: the ops at those positions that have begun. A send or compute op that has begun must end, with all it
         needs. A recv that has begun is in the cut only if its send is.
         """
-        begun = {self._number(place) for place in started}
-        bound = {n for n in begun if self._graph.ops[n].kind != "recv"}
+        graph = self._graph
+        begun = {graph.first[graph.first_lane[place.rank] + place.lane] + place.index for place in started}
+        bound = {n for n in begun if graph.ops[n].kind != "recv"}
         closed = self._close(bound | self._numbers(positions))
-        return self._positions(closed), [self._graph.place(n) for n in sorted(begun - closed)]
+        return self._positions(closed), [graph.place(n) for n in sorted(begun - closed)]
 
     def chain(self, unit: Unit) -> list[Cut]:
         """The cuts that steps of `unit` pass, from start to end. Raises PlanError for an unknown unit.
 
         Steps by op have no chain: it would hold one cut an op, and they do not need it.
         """
-        if unit not in self._chains:
-            self._chains[unit] = self._links(self._groups(unit))
-        return self._chains[unit]
-
-    # -- blocks and the order of ops
-
-    def _groups(self, unit: Unit) -> list[list[Block]]:
-        """The blocks that each step of `unit` adds."""
+        if unit in self._chains:
+            return self._chains[unit]
         if unit == "layer":
-            return [[block] for block in self.blocks]
-        if unit == "wave":
-            same_level = groupby(self._leveled_blocks, key=lambda b: b[0])
-            return [[block for _, block in same] for _, same in same_level]
-        if unit == "chunk":
-            return [list(same) for _, same in groupby(sorted(self.blocks), key=lambda b: b[0])]
-        raise PlanError(f"{unit!r} is not a unit to step by; use one of {', '.join(UNITS)}.")
-
-    def _links(self, groups: list[list[Block]]) -> list[Cut]:
-        links = [self.start]
-        counts = [0] * len(self._graph.first)
-        inside: set[int] = set()
+            groups = [[block] for block in self.blocks]
+        elif unit == "wave":
+            waves = groupby(self._leveled_blocks, key=lambda leveled: leveled[0])
+            groups = [[block for _, block in same_level] for _, same_level in waves]
+        elif unit == "chunk":
+            groups = [list(same) for _, same in groupby(sorted(self.blocks), key=lambda block: block[0])]
+        else:
+            raise PlanError(f"{unit!r} is not a unit to step by; use one of {', '.join(UNITS)}.")
+        links, counts, inside = [self.start], [0] * len(self._graph.first), set[int]()
         for group in groups:
             for number in self._add((n for block in group for n in self._block_ops[block]), inside):
                 counts[self._graph.lane_of[number]] += 1
-            links.append(self._shaped(counts))
+            links.append(self._by_rank(counts))
         links[-1] = self.end  # the last step also adds what is left: the final state
+        self._chains[unit] = links
         return links
 
     @cached_property
@@ -193,29 +186,22 @@ class Cuts:
 
     def _numbers(self, cut: Cut) -> set[int]:
         positions = (position for lanes in cut for position in lanes)
-        return {
-            first + i
-            for first, position in zip(self._graph.first, positions, strict=True)
-            for i in range(position)
-        }
+        lanes = zip(self._graph.first, positions, strict=True)
+        return {first + index for first, position in lanes for index in range(position)}
 
     def _positions(self, numbers: Set[int]) -> Cut:
         counts = [0] * len(self._graph.first)
         for number in numbers:
             counts[self._graph.lane_of[number]] += 1
-        return self._shaped(counts)
+        return self._by_rank(counts)
 
-    def _shaped(self, counts: list[int]) -> Cut:
+    def _by_rank(self, counts: list[int]) -> Cut:
         lanes = iter(counts)
         return tuple(tuple(next(lanes) for _ in rank) for rank in self.plan.lanes)
 
-    def _number(self, place: OpPlace) -> int:
-        graph = self._graph
-        return graph.first[graph.first_lane[place.rank] + place.lane] + place.index
-
-    def _close(self, numbers: Iterable[int], inside: Set[int] = frozenset()) -> set[int]:
-        """The smallest consistent set with `numbers` and `inside`, which is consistent."""
-        closed = set(inside)
+    def _close(self, numbers: Iterable[int]) -> set[int]:
+        """The smallest consistent set with `numbers`."""
+        closed = set[int]()
         self._add(numbers, closed)
         return closed
 
@@ -234,29 +220,14 @@ class Cuts:
             todo += (graph.before[number], graph.partner[number])
         return added
 
-    def _without(self, removed: int, inside: Set[int]) -> set[int]:
-        """`inside` without op `removed` and the ops that depend on it."""
-        graph = self._graph
-        left = set(inside)
-        todo = [removed]
-        while todo:
-            number = todo.pop()
-            if number in left:
-                left.remove(number)
-                todo += graph.dependents[number]
-                todo.append(graph.partner[number])
-        return left
-
-
-_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
-
 
 def unit_of(name: str) -> Unit:
     """The unit of that name. Raises PlanError for an unknown name."""
     for unit in UNITS:
         if unit == name:
             return unit
-    hint = " The number of steps is n, at least 1." if _NUMBER.fullmatch(str(name)) else ""
+    is_number = re.fullmatch(r"[-+]?\d+(\.\d*)?", str(name))
+    hint = " The number of steps is n, at least 1." if is_number else ""
     raise PlanError(f"{name!r} is not a unit to step by; use one of {', '.join(UNITS)}, token.{hint}")
 
 

@@ -6,14 +6,12 @@ Here faults are described and checked against the plan, before any rank is calle
 import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import Shape
 
 FaultPlace = Literal["memory", "wire", "compute"]
-
-PLACE_TEXTS: dict[str, str] = {"memory": "in memory", "wire": "on the wire", "compute": "in compute"}
 
 _BITS = {"float32": (32, 23), "bfloat16": (16, 7), "float16": (16, 10), "float64": (64, 52)}
 """by dtype: the bits of a value, and of its mantissa"""
@@ -87,11 +85,6 @@ class Fault:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def of(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `as_dict`."""
-        return cls(**values)
-
     @property
     def call(self) -> str:
         """The call that arms it, for example `run.inject("bitflip", rank=2, chunk=1, layer=7, …)`."""
@@ -108,31 +101,11 @@ class Fault:
         details = [text for text in details if not text.endswith("None")]
         details += [f"through {self.dtype}"] * bool(self.dtype) + [f"seed {self.seed}"] * bool(self.seed)
         block = f"block c{self.chunk} l{self.layer} on rank {self.rank}"
-        return ", ".join([f"#{self.number} {self.kind}{parts} of {block}", *details, PLACE_TEXTS[self.where]])
+        where = "on the wire" if self.where == "wire" else f"in {self.where}"
+        return ", ".join([f"#{self.number} {self.kind}{parts} of {block}", *details, where])
 
     def __repr__(self) -> str:
         return str(self)
-
-
-def fault_of(number: int, kind: str, shape: Shape, sizes: TokenSizes, **given: Any) -> Fault:
-    """A fault from the arguments of `run.inject`, with defaults for those that are None.
-
-    Raises PlanError; the message names the given value, the allowed ones and what to do.
-    """
-    given = {name: value for name, value in given.items() if value is not None}
-    rule = _rule(kind)
-    _check_names(kind, rule, given)
-    where = _where(kind, rule, given.get("where"))
-    if kind == "repeat_row":
-        return Fault(number, kind, where)
-    if "layer" not in given:
-        raise PlanError(f"{kind} needs a layer: give layer=0 to {shape.layers - 1}.")
-    layer = _within("layer", given["layer"], shape.layers)
-    rank = _rank(where, shape, layer, given.get("rank"))
-    chunk = _chunk(kind, shape, given)
-    details = _details(rule, shape.chunks[chunk], sizes, given)
-    _check_kind(kind, chunk, shape, sizes)
-    return Fault(number, kind, where, rank, chunk, layer, **details)
 
 
 def middle_bit(dtype: str) -> int:
@@ -140,30 +113,43 @@ def middle_bit(dtype: str) -> int:
     return _BITS[dtype][1] // 2
 
 
-def _rule(kind: str) -> FaultRule:
+def fault_of(number: int, kind: str, shape: Shape, sizes: TokenSizes, **given: Any) -> Fault:
+    """A fault from the arguments of `run.inject`, with defaults for those that are None.
+
+    Raises PlanError; the message names the given value, the allowed ones and what to do.
+    """
     if kind not in KINDS:
         near = difflib.get_close_matches(str(kind), KINDS, n=1)
         meant = f" Did you mean {near[0]}?" if near else ""
         raise PlanError(f"unknown kind of fault: {kind!r}.{meant} The kinds are {', '.join(KINDS)}.")
-    return KINDS[kind]
-
-
-def _check_names(kind: str, rule: FaultRule, given: Mapping[str, Any]) -> None:
+    given = {name: value for name, value in given.items() if value is not None}
+    rule = KINDS[kind]
     allowed = ("where",) if kind == "repeat_row" else ("rank", "layer", "chunk", "where", *rule.details)
-    if wrong := [name for name in given if name not in allowed]:
+    for wrong in (name for name in given if name not in allowed):
         why = "it strikes on all ranks, in decode" if kind == "repeat_row" else "it breaks a whole block"
-        why = why if not rule.details else "it has no such parameter"
+        why = "it has no such parameter" if rule.details else why
+        raise PlanError(f"{kind} takes no {wrong}: {why}. It takes {', '.join(allowed)}; leave {wrong} out.")
+    where = given.get("where", rule.wheres[0])
+    if where not in rule.wheres:
+        listed = " or ".join(f"'{place}'" for place in rule.wheres)
+        raise PlanError(f"where is {where!r}; {kind} takes where={listed} only.")
+    if kind == "repeat_row":
+        return Fault(number, kind, where)
+    if "layer" not in given:
+        raise PlanError(f"{kind} needs a layer: give layer=0 to {shape.layers - 1}.")
+    layer = _within("layer", given["layer"], shape.layers)
+    rank = _rank(where, shape, layer, given.get("rank"))
+    chunk = _chunk(kind, shape, given)
+    details = _details(rule.details, shape.chunks[chunk], sizes, given)
+    if kind == "stale" and chunk == 0:
         raise PlanError(
-            f"{kind} takes no {wrong[0]}: {why}. It takes {', '.join(allowed)}; leave {wrong[0]} out."
+            "stale leaves the rows of the previous chunk in place, and chunk 0 has none: use chunk=1 or later."
         )
-
-
-def _where(kind: str, rule: FaultRule, where: Any) -> FaultPlace:
-    for allowed in rule.wheres:
-        if where in (None, allowed):
-            return allowed
-    listed = " or ".join(f"'{allowed}'" for allowed in rule.wheres)
-    raise PlanError(f"where is {where!r}; {kind} takes where={listed} only.")
+    if kind == "permute" and len(shape.chunks[chunk]) == 1:
+        raise PlanError(f"chunk {chunk} has one token, so there is nothing to permute: use a longer chunk.")
+    if kind == "head_shift" and sizes.kv_heads == 1:
+        raise PlanError("this model has one KV head, so heads cannot shift: use swap_kv or permute.")
+    return Fault(number, kind, where, rank, chunk, layer, **details)
 
 
 def _within(name: str, value: Any, count: int, of: str = "") -> int:
@@ -213,12 +199,18 @@ def _chunk(kind: str, shape: Shape, given: Mapping[str, Any]) -> int:
     return _within("chunk", given["chunk"], len(chunks))
 
 
-def _details(rule: FaultRule, rows: range, sizes: TokenSizes, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The kind's parameters beside its block, checked and with defaults."""
+def _details(
+    names: tuple[str, ...], rows: range, sizes: TokenSizes, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The parameters of these names beside the fault's block, checked and with defaults."""
     found = dict[str, Any]()
-    if "tensor" in rule.details:
-        found["tensor"] = _tensor(given.get("tensor"), one="head" in rule.details)
-    if "head" in rule.details:
+    if "tensor" in names:
+        tensor, one = given.get("tensor"), "head" in names
+        if tensor not in (None, "K", "V"):
+            both = "" if one else ", or left out for both"
+            raise PlanError(f"tensor is {tensor!r}; it must be 'K' or 'V'{both}.")
+        found["tensor"] = "K" if one and tensor is None else tensor
+    if "head" in names:
         found["head"] = _within("head", given.get("head", 0), sizes.kv_heads, "this model's KV heads")
         found["token"] = given.get("token", rows.start)
     if "dim" in given:
@@ -227,31 +219,11 @@ def _details(rule: FaultRule, rows: range, sizes: TokenSizes, given: Mapping[str
         found["bit"] = _within("bit", given["bit"], _BITS[sizes.dtype][0], f"the bits of a {sizes.dtype}")
     if "seed" in given:
         found["seed"] = _within("seed", given["seed"], 2**63, "seeds")
-    if "dtype" in rule.details:
-        found["dtype"] = _lower(given.get("dtype"), sizes.dtype)
+    if "dtype" in names:
+        lower = CASTS[sizes.dtype]
+        found["dtype"] = given.get("dtype", lower[0])
+        if found["dtype"] not in lower:
+            raise PlanError(
+                f"dtype is {found['dtype']!r}; for KV in {sizes.dtype} it must be one of {', '.join(lower)}."
+            )
     return found
-
-
-def _tensor(tensor: Any, *, one: bool) -> str | None:
-    if tensor not in (None, "K", "V"):
-        both = "" if one else ", or left out for both"
-        raise PlanError(f"tensor is {tensor!r}; it must be 'K' or 'V'{both}.")
-    return "K" if one and tensor is None else tensor
-
-
-def _lower(dtype: Any, own: str) -> str:
-    if dtype not in (None, *CASTS[own]):
-        raise PlanError(f"dtype is {dtype!r}; for KV in {own} it must be one of {', '.join(CASTS[own])}.")
-    return CASTS[own][0] if dtype is None else str(dtype)
-
-
-def _check_kind(kind: str, chunk: int, shape: Shape, sizes: TokenSizes) -> None:
-    """Checks that concern one kind alone."""
-    if kind == "stale" and chunk == 0:
-        raise PlanError(
-            "stale leaves the rows of the previous chunk in place, and chunk 0 has none: use chunk=1 or later."
-        )
-    if kind == "permute" and len(shape.chunks[chunk]) == 1:
-        raise PlanError(f"chunk {chunk} has one token, so there is nothing to permute: use a longer chunk.")
-    if kind == "head_shift" and sizes.kv_heads == 1:
-        raise PlanError("this model has one KV head, so heads cannot shift: use swap_kv or permute.")

@@ -61,15 +61,7 @@ class Graph:
         self.before: list[int] = []
         self.makers: list[dict[Value, list[int]]] = [{} for _ in plan.lanes]
         self.channels: dict[Channel, tuple[list[int], list[int]]] = {}
-        self._number()
-        self.partner = [NONE] * len(self.ops)
-        for sends, recvs in self.channels.values():
-            for a, b in zip(sends, recvs, strict=False):
-                self.partner[a], self.partner[b] = b, a
-        self.deps = self._find_deps()
-
-    def _number(self) -> None:
-        for rank, lanes in enumerate(self.plan.lanes):
+        for rank, lanes in enumerate(plan.lanes):
             for lane in lanes:
                 start = len(self.ops)
                 self.lane_of += [len(self.first)] * len(lane.ops)
@@ -83,22 +75,22 @@ class Graph:
                     if op.is_transfer:
                         ends = self.channels.setdefault(channel_of(rank, op), ([], []))
                         ends[op.kind == "recv"].append(number)
-
-    def _find_deps(self) -> list[list[int]]:
-        deps: list[list[int]] = []
+        self.partner = [NONE] * len(self.ops)
+        for sends, recvs in self.channels.values():
+            for a, b in zip(sends, recvs, strict=False):
+                self.partner[a], self.partner[b] = b, a
+        self.deps: list[list[int]] = []
         blocks: dict[tuple[int, int], list[int]] = {}
-        for number, op in enumerate(self.ops):
-            rank = self.ranks[number]
+        for rank, op in zip(self.ranks, self.ops, strict=True):
             if op.kind == "layer":
                 # All chunks' blocks of this layer, looked up once a layer, not once a pair of chunks.
-                made = blocks.get((rank, op.layer)) or blocks.setdefault(
-                    (rank, op.layer),
-                    [self.maker(rank, Value("kv", c, op.layer)) for c in range(len(self.plan.shape.chunks))],
-                )
-                deps.append([self.maker(rank, Value("hidden", op.chunk, op.layer)), *made[: op.chunk]])
+                if (rank, op.layer) not in blocks:
+                    values = (Value("kv", chunk, op.layer) for chunk in range(len(plan.shape.chunks)))
+                    blocks[rank, op.layer] = [self.maker(rank, value) for value in values]
+                hidden = self.maker(rank, Value("hidden", op.chunk, op.layer))
+                self.deps.append([hidden, *blocks[rank, op.layer][: op.chunk]])
             else:
-                deps.append([self.maker(rank, need) for need in op.needs()])
-        return deps
+                self.deps.append([self.maker(rank, need) for need in op.needs()])
 
     def maker(self, rank: int, value: Value) -> int:
         """The first op that makes `value` on `rank`, or NONE."""

@@ -26,37 +26,28 @@ def lower(plan: Plan) -> Plan:
     if all(len(lanes) <= 1 for lanes in plan.lanes):
         issued = [list(lanes[0].ops if lanes else ()) for lanes in plan.lanes]
     else:
-        issued = _shares(plan)
+        graph, issued = Graph(plan), list[list[Op]]([] for _ in plan.lanes)
+        for number in _global_order(graph):
+            issued[graph.ranks[number]].append(graph.ops[number])
     return replace(plan, lanes=tuple((Lane(ISSUE, tuple(ops)),) for ops in issued))
 
 
-def _shares(plan: Plan) -> list[list[Op]]:
-    graph = Graph(plan)
+def _global_order(graph: Graph) -> list[int]:
+    """All ops, each after those that it needs and its predecessors on its lane; a recv right after its send.
+
+    Of those that are ready, hidden states come first, then compute, then blocks of one chunk before. A level is the
+    time of one layer, so a chunk passes a stage in as many levels as the stage has layers.
+    """
     course = simulate(graph, rendezvous=True)
     if len(course.order) < len(graph.ops):
         raise PlanError("this plan can hang, so it cannot be lowered: verify says why.")
-    shares: list[list[Op]] = [[] for _ in plan.lanes]
-    for number in _global_order(graph, _keys(graph, course.order)):
-        shares[graph.ranks[number]].append(graph.ops[number])
-    return shares
-
-
-def _keys(graph: Graph, order: list[int]) -> list[MessageKey]:
-    """By op, its priority: hidden states first, then compute, then blocks of one chunk before.
-
-    A level is the time of one layer, so a chunk passes a stage in as many levels as the stage has layers.
-    """
-    chunk = max(len(stage) for stage in graph.plan.shape.stages)
-    found = []
-    for op, level in zip(graph.ops, levels(graph, order), strict=True):
+    a_chunk = max(len(stage) for stage in graph.plan.shape.stages)
+    keys = list[MessageKey]()
+    for op, level in zip(graph.ops, levels(graph, course.order), strict=True):
         is_block = op.is_transfer and op.what == "kv"
         kind = 2 if is_block else 0 if op.is_transfer else 1
-        found.append((level + chunk * is_block, kind, op.chunk, op.layer))
-    return found
+        keys.append((level + a_chunk * is_block, kind, op.chunk, op.layer))
 
-
-def _global_order(graph: Graph, keys: list[MessageKey]) -> list[int]:
-    """All ops, each after those that it needs and its predecessors on its lane; a recv right after its send."""
     missing = [len(deps) + (before != NONE) for deps, before in zip(graph.deps, graph.before, strict=True)]
     ready: list[tuple[MessageKey, int]] = []
     order: list[int] = []

@@ -9,10 +9,7 @@ from typing import Literal, NamedTuple
 from dinfer.errors import DinferError
 
 OpKind = Literal["embed", "layer", "norm", "send", "recv"]
-
 ValueKind = Literal["hidden", "kv", "final"]
-
-Communicator = Literal["hidden", "kv"]
 
 
 class PlanError(DinferError, ValueError):
@@ -33,15 +30,17 @@ class Value(NamedTuple):
     def __str__(self) -> str:
         if self.what == "final":
             return "final"
-        name = "block" if self.what == "kv" else "hidden"
-        return f"{name} c{self.chunk} l{self.layer}"
+        return f"{'block' if self.what == 'kv' else 'hidden'} c{self.chunk} l{self.layer}"
 
 
 FINAL = Value("final")
 
 
 class Op(NamedTuple):
-    """One action of one rank. `peer` and `tokens` are set for `send` and `recv` only."""
+    """One action of one rank. `peer` and `tokens` are set for `send` and `recv` only.
+
+    `norm` is the last op of compute: the model's final norm over the hidden state after all layers.
+    """
 
     kind: OpKind
     chunk: int
@@ -56,7 +55,7 @@ class Op(NamedTuple):
         return self.kind in ("send", "recv")
 
     @property
-    def communicator(self) -> Communicator:
+    def communicator(self) -> Literal["hidden", "kv"]:
         """The process group of this transfer. Blocks have their own, so that they do not delay hidden states."""
         return "kv" if self.what == "kv" else "hidden"
 
@@ -92,21 +91,9 @@ class Op(NamedTuple):
             return f"{self.kind} c{self.chunk} l{self.layer}"
         carried = "final" if self.what == "final" else f"{self.what} c{self.chunk} l{self.layer}"
         arrow = "->" if self.kind == "send" else "<-"
-        plural = "" if self.tokens == 1 else "s"
-        return f"{self.kind} {carried} {arrow} {self.peer}, {self.tokens} token{plural}"
-
-
-def embed(chunk: int) -> Op:
-    return Op("embed", chunk)
-
-
-def layer(chunk: int, index: int) -> Op:
-    return Op("layer", chunk, index)
-
-
-def norm(chunk: int, layers: int) -> Op:
-    """The last op of compute: the model's final norm over the hidden state after all `layers`."""
-    return Op("norm", chunk, layers)
+        return (
+            f"{self.kind} {carried} {arrow} {self.peer}, {self.tokens} token{'' if self.tokens == 1 else 's'}"
+        )
 
 
 def send(value: Value, peer: int, tokens: int) -> Op:
@@ -118,9 +105,7 @@ def recv(value: Value, peer: int, tokens: int) -> Op:
 
 
 _COMPUTE = re.compile(r"(embed) c(\d+)|(layer|norm) c(\d+) l(\d+)")
-
 _TRANSFER = re.compile(r"(send|recv) (?:(final)|(hidden|kv) c(\d+) l(\d+)) (->|<-) (\d+), (\d+) tokens?")
-
 _EXAMPLES = (
     "'embed c0', 'layer c0 l3', 'norm c7 l36', 'send kv c0 l3 -> 1, 128 tokens', 'recv final <- 2, 1 token'"
 )
@@ -131,13 +116,10 @@ def parse_op(text: str) -> Op:
     line = " ".join(text.split())
     if match := _COMPUTE.fullmatch(line):
         if match[1]:
-            return embed(int(match[2]))
-        kind: OpKind = "layer" if match[3] == "layer" else "norm"
-        return Op(kind, int(match[4]), int(match[5]))
+            return Op("embed", int(match[2]))
+        return Op("layer" if match[3] == "layer" else "norm", int(match[4]), int(match[5]))
     if (match := _TRANSFER.fullmatch(line)) and (match[1] == "send") == (match[6] == "->"):
-        value = (
-            FINAL if match[2] else Value("kv" if match[3] == "kv" else "hidden", int(match[4]), int(match[5]))
-        )
-        make = send if match[1] == "send" else recv
-        return make(value, int(match[7]), int(match[8]))
+        what: ValueKind = "kv" if match[3] == "kv" else "hidden"
+        value = FINAL if match[2] else Value(what, int(match[4]), int(match[5]))
+        return (send if match[1] == "send" else recv)(value, int(match[7]), int(match[8]))
     raise PlanError(f"{line!r} is not an op. Examples of ops: {_EXAMPLES}.")

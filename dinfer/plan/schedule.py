@@ -10,12 +10,15 @@
 from collections.abc import Callable, Iterator
 
 from dinfer.config import Schedule, SyncStrategy
-from dinfer.plan.ops import FINAL, Op, PlanError, Value, embed, layer, norm, recv, send
+from dinfer.plan.ops import FINAL, Op, PlanError, Value, recv, send
 from dinfer.plan.partition import Block, Shape
 from dinfer.plan.plan import Lane, Plan
 
 Hop = tuple[int, int]
 """source and target rank"""
+
+Hops = Callable[[int, int], list[Hop]]
+"""by owner and world size: how its blocks reach all other ranks"""
 
 
 def pairwise(owner: int, world_size: int) -> list[Hop]:
@@ -31,9 +34,7 @@ def ring(owner: int, world_size: int) -> list[Hop]:
     return [((owner + step - 1) % world_size, (owner + step) % world_size) for step in range(1, world_size)]
 
 
-STRATEGIES: dict[SyncStrategy, Callable[[int, int], list[Hop]]] = {"pairwise": pairwise, "ring": ring}
-
-Hops = Callable[[int, int], list[Hop]]
+STRATEGIES: dict[SyncStrategy, Hops] = {"pairwise": pairwise, "ring": ring}
 
 
 def build(shape: Shape, schedule: Schedule, sync_strategy: SyncStrategy) -> Plan:
@@ -41,9 +42,11 @@ def build(shape: Shape, schedule: Schedule, sync_strategy: SyncStrategy) -> Plan
     for given, known in ((schedule, SCHEDULES), (sync_strategy, STRATEGIES)):
         if given not in known:
             raise PlanError(f"{given!r} is unknown; it must be one of {', '.join(known)}.")
-    lanes = _LaneBuilder(shape)
-    SCHEDULES[schedule](shape, STRATEGIES[sync_strategy], lanes)
-    return Plan(shape, schedule, sync_strategy, lanes.build())
+    lanes: list[dict[str, list[Op]]] = [{} for _ in shape.starts]
+    for rank, name, op in SCHEDULES[schedule](shape, STRATEGIES[sync_strategy]):
+        lanes[rank].setdefault(name, []).append(op)
+    built = tuple(tuple(Lane(name, tuple(ops)) for name, ops in rank.items()) for rank in lanes)
+    return Plan(shape, schedule, sync_strategy, built)
 
 
 def compute_order(shape: Shape) -> list[Block]:
@@ -59,96 +62,77 @@ def compute_order(shape: Shape) -> list[Block]:
     return sorted(ended, key=lambda block: (ended[block], block))
 
 
-class _LaneBuilder:
-    """Collects the ops of each rank's lanes. A lane is added with its first op."""
+Placed = tuple[int, str, Op]
+"""rank, lane, and the op that comes next there"""
 
-    def __init__(self, shape: Shape) -> None:
-        self._shape = shape
-        self._sizes = [len(chunk) for chunk in shape.chunks]
-        self._lanes: list[dict[str, list[Op]]] = [{} for _ in shape.starts]
-
-    def put(self, rank: int, lane: str, op: Op) -> None:
-        self._lanes[rank].setdefault(lane, []).append(op)
-
-    def transfer(self, value: Value, hop: Hop, out: str, into: str) -> None:
-        self.put(hop[0], out, send(value, hop[1], self.tokens(value)))
-        self.put(hop[1], into, recv(value, hop[0], self.tokens(value)))
-
-    def tokens(self, value: Value) -> int:
-        return 1 if value == FINAL else self._sizes[value.chunk]
-
-    def build(self) -> tuple[tuple[Lane, ...], ...]:
-        return tuple(tuple(Lane(name, tuple(ops)) for name, ops in rank.items()) for rank in self._lanes)
+MAIN = ("main", "main", "main")
+PIPES = ("compute", "hidden-out", "hidden-in")
+"""the lanes of computing ops, and of hidden states sent and received"""
 
 
-def _final(shape: Shape, lanes: _LaneBuilder, compute: str, out: str, into: str) -> None:
+def _transfer(shape: Shape, value: Value, hop: Hop, out: str, into: str) -> Iterator[Placed]:
+    source, target = hop
+    tokens = 1 if value == FINAL else len(shape.chunks[value.chunk])
+    yield source, out, send(value, target, tokens)
+    yield target, into, recv(value, source, tokens)
+
+
+def _enter_stage(shape: Shape, chunk: int, rank: int, lanes: tuple[str, str, str]) -> Iterator[Placed]:
+    """Rank 0 embeds the chunk; another rank receives its hidden state from the rank before."""
+    if rank == 0:
+        yield rank, lanes[0], Op("embed", chunk)
+    else:
+        yield from _transfer(shape, Value("hidden", chunk, shape.starts[rank]), (rank - 1, rank), *lanes[1:])
+
+
+def _final(shape: Shape, lanes: tuple[str, str, str]) -> Iterator[Placed]:
     """The last rank computes the final norm of the last token and sends it to all ranks, for the first new token."""
     last = shape.world_size - 1
-    lanes.put(last, compute, norm(len(shape.chunks) - 1, shape.layers))
+    yield last, lanes[0], Op("norm", len(shape.chunks) - 1, shape.layers)
     for peer in range(last):
-        lanes.transfer(FINAL, (last, peer), out, into)
+        yield from _transfer(shape, FINAL, (last, peer), *lanes[1:])
 
 
-def _pipelined(shape: Shape, hops: Hops, lanes: _LaneBuilder) -> None:
+def _pipelined(shape: Shape, hops: Hops) -> Iterator[Placed]:
     for rank, stage in enumerate(shape.stages):
         for chunk in range(len(shape.chunks)):
-            if rank == 0:
-                lanes.put(rank, "compute", embed(chunk))
-            else:
-                entering = Value("hidden", chunk, stage.start)
-                lanes.transfer(entering, (rank - 1, rank), "hidden-out", "hidden-in")
+            yield from _enter_stage(shape, chunk, rank, PIPES)
             for index in stage:
-                lanes.put(rank, "compute", layer(chunk, index))
-    _final(shape, lanes, "compute", "hidden-out", "hidden-in")
+                yield rank, "compute", Op("layer", chunk, index)
+    yield from _final(shape, PIPES)
     for chunk, index in compute_order(shape):
-        for source, target in hops(shape.owners[index], shape.world_size):
-            lanes.transfer(Value("kv", chunk, index), (source, target), f"kv-out:{target}", f"kv-in:{source}")
+        for hop in hops(shape.owners[index], shape.world_size):
+            yield from _transfer(shape, Value("kv", chunk, index), hop, f"kv-out:{hop[1]}", f"kv-in:{hop[0]}")
 
 
-def _lockstep(shape: Shape, hops: Hops, lanes: _LaneBuilder) -> None:
+def _lockstep(shape: Shape, hops: Hops) -> Iterator[Placed]:
     for chunk in range(len(shape.chunks)):
         for rank, stage in enumerate(shape.stages):
-            _enter_stage(chunk, rank, stage, lanes)
+            yield from _enter_stage(shape, chunk, rank, MAIN)
             for index in stage:
-                lanes.put(rank, "main", layer(chunk, index))
+                yield rank, "main", Op("layer", chunk, index)
                 for hop in hops(rank, shape.world_size):
-                    lanes.transfer(Value("kv", chunk, index), hop, "main", "main")
-    _final(shape, lanes, "main", "main", "main")
+                    yield from _transfer(shape, Value("kv", chunk, index), hop, "main", "main")
+    yield from _final(shape, MAIN)
 
 
-def _batched(shape: Shape, hops: Hops, lanes: _LaneBuilder) -> None:
+def _batched(shape: Shape, hops: Hops) -> Iterator[Placed]:
     for chunk in range(len(shape.chunks)):
         for rank, stage in enumerate(shape.stages):
-            _enter_stage(chunk, rank, stage, lanes)
+            yield from _enter_stage(shape, chunk, rank, MAIN)
             for index in stage:
-                lanes.put(rank, "main", layer(chunk, index))
-        for round_of_hops in _rounds(shape, hops):
-            for rank, (source, target) in round_of_hops:
-                for index in shape.stages[rank]:
-                    value = Value("kv", chunk, index)
-                    lanes.put(source, "main", send(value, target, lanes.tokens(value)))
-            for rank, (source, target) in round_of_hops:
-                for index in shape.stages[rank]:
-                    value = Value("kv", chunk, index)
-                    lanes.put(target, "main", recv(value, source, lanes.tokens(value)))
-    _final(shape, lanes, "main", "main", "main")
+                yield rank, "main", Op("layer", chunk, index)
+        for kth_hops in zip(*(hops(rank, shape.world_size) for rank in range(shape.world_size)), strict=True):
+            synced = list[Placed]()
+            for hop, stage in zip(kth_hops, shape.stages, strict=True):
+                for index in stage:
+                    synced += _transfer(shape, Value("kv", chunk, index), hop, "main", "main")
+            yield from (one for one in synced if one[2].kind == "send")
+            yield from (one for one in synced if one[2].kind == "recv")
+    yield from _final(shape, MAIN)
 
 
-def _enter_stage(chunk: int, rank: int, stage: range, lanes: _LaneBuilder) -> None:
-    if rank == 0:
-        lanes.put(rank, "main", embed(chunk))
-    else:
-        lanes.transfer(Value("hidden", chunk, stage.start), (rank - 1, rank), "main", "main")
-
-
-def _rounds(shape: Shape, hops: Hops) -> Iterator[list[tuple[int, Hop]]]:
-    """For each k, the k-th hop of every owner's blocks as (owner, hop)."""
-    by_owner = [hops(rank, shape.world_size) for rank in range(shape.world_size)]
-    for number in range(shape.world_size - 1):
-        yield [(rank, by_owner[rank][number]) for rank in range(shape.world_size)]
-
-
-SCHEDULES: dict[Schedule, Callable[[Shape, Hops, _LaneBuilder], None]] = {
+SCHEDULES: dict[Schedule, Callable[[Shape, Hops], Iterator[Placed]]] = {
     "pipelined": _pipelined,
     "lockstep": _lockstep,
     "batched": _batched,

@@ -10,6 +10,7 @@ issues its transfers on one communicator in the same order.
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Literal
 
 from dinfer.plan.graph import NONE, Graph, gc_paused, levels, simulate
@@ -17,16 +18,8 @@ from dinfer.plan.ops import FINAL, Op, Value
 from dinfer.plan.plan import OpPlace, Plan
 
 Flaw = Literal[
-    "out of range",
-    "shared channel",
-    "unmatched",
-    "mismatch",
-    "size",
-    "missing",
-    "made twice",
-    "pair order",
-    "cycle",
-]
+    "out of range", "shared channel", "unmatched", "mismatch", "size", "missing", "made twice", "pair order", "cycle"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,8 +65,9 @@ class Counterexample:
 @gc_paused()
 def verify(plan: Plan) -> Proof | Counterexample:
     """Prove the plan, or find a counterexample."""
-    if bad := next(_out_of_range(plan), None):
-        return bad
+    for place, op in plan.places():
+        if wrong := _range_error(plan, place.rank, op):
+            return Counterexample("out of range", (f"rank {place.rank}: `{op}`: {wrong}",), (place,))
     graph = Graph(plan)
     for check in (_shared_channels, _transfers, _values, _pair_orders):
         if bad := next(check(graph), None):
@@ -84,21 +78,14 @@ def verify(plan: Plan) -> Proof | Counterexample:
     meeting = simulate(graph, rendezvous=True)
     if bad := _deadlock(graph, meeting.done, "rendezvous"):
         return bad
-    ops = graph.ops
     return Proof(
         ranks=plan.world_size,
         lanes=len(graph.first),
-        ops=len(ops),
-        transfers=sum(op.kind == "send" for op in ops),
+        ops=len(graph.ops),
+        transfers=sum(op.kind == "send" for op in graph.ops),
         blocks=plan.shape.blocks,
         levels=max(levels(graph, meeting.order)),
     )
-
-
-def _out_of_range(plan: Plan) -> Iterator[Counterexample]:
-    for place, op in plan.places():
-        if wrong := _range_error(plan, place.rank, op):
-            yield Counterexample("out of range", (f"rank {place.rank}: `{op}`: {wrong}",), (place,))
 
 
 def _range_error(plan: Plan, rank: int, op: Op) -> str:
@@ -154,28 +141,22 @@ def _transfers(graph: Graph) -> Iterator[Counterexample]:
 
 
 def _values(graph: Graph) -> Iterator[Counterexample]:
-    made = (
-        (rank, value, numbers)
-        for rank, makers in enumerate(graph.makers)
-        for value, numbers in makers.items()
-    )
-    for rank, value, makers in made:
-        if len(makers) > 1:
-            first, second = (graph.ops[n] for n in makers[:2])
-            text = f"rank {rank} makes {value} twice, by `{first}` and by `{second}`"
-            yield Counterexample("made twice", (text,), tuple(graph.place(n) for n in makers[:2]))
+    for rank, makers_of in enumerate(graph.makers):
+        for value, makers in makers_of.items():
+            if len(makers) > 1:
+                first, second = (graph.ops[n] for n in makers[:2])
+                text = f"rank {rank} makes {value} twice, by `{first}` and by `{second}`"
+                yield Counterexample("made twice", (text,), tuple(graph.place(n) for n in makers[:2]))
     for number, deps in enumerate(graph.deps):
         if NONE in deps:
             need = graph.ops[number].needs()[deps.index(NONE)]
             text = f"{graph.name(number)} needs {need}, which no op on rank {graph.ranks[number]} makes"
             yield Counterexample("missing", (text,), (graph.place(number),))
     shape = graph.plan.shape
-    blocks = [
-        Value("kv", chunk, layer) for chunk in range(len(shape.chunks)) for layer in range(shape.layers)
-    ]
-    for rank in range(shape.world_size):
-        for value in (*blocks, FINAL):
-            if value not in graph.makers[rank]:
+    wanted = [Value("kv", *block) for block in product(range(len(shape.chunks)), range(shape.layers))]
+    for rank, makers_of in enumerate(graph.makers):
+        for value in (*wanted, FINAL):
+            if value not in makers_of:
                 text = f"rank {rank} ends without {value}: no op there makes or receives it"
                 yield Counterexample("missing", (text,), ())
 
@@ -197,20 +178,17 @@ def _pair_orders(graph: Graph) -> Iterator[Counterexample]:
         if graph.ranks[number] == low:
             queue.append(graph.partner[number])
         elif (first := queue.popleft()) != number:
-            yield _pair_order(graph, first, number)
-
-
-def _pair_order(graph: Graph, first: int, number: int) -> Counterexample:
-    """One rank issues `number` before `first`; the other rank issues their counterparts in the opposite order."""
-    mine, theirs = (number, first), (graph.partner[first], graph.partner[number])
-    steps = tuple(
-        f"rank {graph.ranks[a]} issues `{graph.ops[a]}` before `{graph.ops[b]}`" for a, b in (theirs, mine)
-    )
-    meaning = (
-        f"on the {graph.ops[number].communicator} communicator NCCL runs each rank's transfers with a peer in the "
-        "order in which it issues them, so the two ranks deadlock"
-    )
-    return Counterexample("pair order", (*steps, meaning), tuple(graph.place(n) for n in (*theirs, *mine)))
+            # This rank issues `number` before `first`; the other one issues their counterparts in the opposite order.
+            pairs = (graph.partner[first], graph.partner[number]), (number, first)
+            steps = tuple(
+                f"rank {graph.ranks[a]} issues `{graph.ops[a]}` before `{graph.ops[b]}`" for a, b in pairs
+            )
+            meaning = (
+                f"on the {op.communicator} communicator NCCL runs each rank's transfers with a peer in the order in "
+                "which it issues them, so the two ranks deadlock"
+            )
+            places = tuple(graph.place(n) for pair in pairs for n in pair)
+            yield Counterexample("pair order", (*steps, meaning), places)
 
 
 def _deadlock(
@@ -218,7 +196,14 @@ def _deadlock(
 ) -> Counterexample | None:
     if all(done):
         return None
-    waits = {head: _waits_for(graph, head, done) for head in _heads(graph, done)}
+    waits: dict[int, list[int]] = {}
+    for head, before in enumerate(graph.before):
+        if done[head] or not (before == NONE or done[before]):
+            continue  # not the next op of an unfinished lane
+        # The next ops of the lanes that this one waits for.
+        targets = [dep for dep in graph.deps[head] if not done[dep]] or [graph.partner[head]]
+        lanes = (graph.first[graph.lane_of[target]] for target in targets)
+        waits[head] = [next(n for n in range(first, len(graph.ops)) if not done[n]) for first in lanes]
     cycle = shortest_cycle(waits)
     return Counterexample(
         "cycle",
@@ -228,31 +213,8 @@ def _deadlock(
     )
 
 
-def _heads(graph: Graph, done: bytearray) -> Iterator[int]:
-    """The next op of each unfinished lane."""
-    for number in range(len(graph.ops)):
-        before = graph.before[number]
-        if not done[number] and (before == NONE or done[before]):
-            yield number
-
-
-def _unmet(graph: Graph, head: int, done: bytearray) -> list[int]:
-    return [dep for dep in graph.deps[head] if not done[dep]]
-
-
-def _waits_for(graph: Graph, head: int, done: bytearray) -> list[int]:
-    """The next ops of the lanes that this one waits for."""
-    targets = _unmet(graph, head, done) or [graph.partner[head]]
-    found = []
-    for target in targets:
-        first = graph.first[graph.lane_of[target]]
-        found.append(next(n for n in range(first, len(graph.ops)) if not done[n]))
-    return found
-
-
 def shortest_cycle(edges: dict[int, list[int]]) -> list[int]:
-    """A shortest cycle of a directed graph, from its smallest node; empty without a cycle. By breadth-first search from
-    each node."""
+    """A shortest cycle of a directed graph, from its smallest node; empty without one. By breadth-first search."""
     best: list[int] = []
     for start in sorted(edges):
         parents: dict[int, int] = {}
@@ -275,12 +237,12 @@ def shortest_cycle(edges: dict[int, list[int]]) -> list[int]:
 def _step(graph: Graph, head: int, following: int, done: bytearray) -> str:
     """What `head` waits for, as text; `following` is the next op of the lane that blocks it."""
     op, rank = graph.ops[head], graph.ranks[head]
-    unmet = _unmet(graph, head, done)
+    unmet = {dep: need for dep, need in zip(graph.deps[head], op.needs(), strict=True) if not done[dep]}
     if unmet:
-        needs = dict(zip(graph.deps[head], op.needs(), strict=True))
         maker = next(n for n in unmet if graph.lane_of[n] == graph.lane_of[following])
-        later = f"which `{graph.ops[maker]}` makes later"
-        return f"rank {rank} cannot start `{op}` before {needs[maker]}, {later}"
+        return (
+            f"rank {rank} cannot start `{op}` before {unmet[maker]}, which `{graph.ops[maker]}` makes later"
+        )
     if op.kind == "send":
         return f"rank {rank} sends {op.value} to rank {op.peer} and waits"
     return f"rank {rank} waits to receive {op.value} from rank {op.peer}"

@@ -17,8 +17,7 @@ from dinfer.config import Config
 from dinfer.errors import DinferError, ModelError
 from dinfer.messages import Failed, UnexpectedHeader
 from dinfer.model.checkpoint import check
-from dinfer.model.free import free
-from dinfer.model.memory import MemoryDemand, out_of_memory_text
+from dinfer.model.memory import MemoryDemand, free, out_of_memory_text
 from dinfer.rank.logs import log_trouble
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ def fault_commands(engine: Callable[[], Engine], report: SendReport) -> list[Han
         report(FaultStruck(found.number, found.changed, found.found))
 
     def take(command: SetFaults) -> Ok:
-        if edited := set_faults(engine(), [Fault.of(one) for one in command.faults], strike):
+        if edited := set_faults(engine(), [Fault(**one) for one in command.faults], strike):
             report(Edited(tuple(edited)))
         return Ok()
 

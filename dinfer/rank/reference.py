@@ -31,8 +31,7 @@ from dinfer.messages import (
 )
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
-from dinfer.model.free import free
-from dinfer.model.memory import need, size_text
+from dinfer.model.memory import free, need, size_text
 from dinfer.model.reference import Forward
 from dinfer.model.sampling import Sampler, Sampling
 from dinfer.rank.commands import Handler, quick, slow

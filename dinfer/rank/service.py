@@ -302,7 +302,7 @@ class RankService:
         return Ok()
 
     def _set_breakpoints(self, command: SetBreakpoints) -> Ok:
-        self._engine().prompt.conditions.arm([Breakpoint.of(one) for one in command.breakpoints])
+        self._engine().prompt.conditions.arm([Breakpoint(**one) for one in command.breakpoints])
         return Ok()
 
     def _hash_kv(self, command: HashKv) -> KvHash:

@@ -64,7 +64,7 @@ class BreakpointTable:
 
     def hit(self, rank: int, note: BreakpointHit) -> str:
         """The message for a condition that a rank reports as met; empty if that breakpoint was removed."""
-        one = Breakpoint.of(note.breakpoint)
+        one = Breakpoint(**note.breakpoint)
         if one.number not in self._found:
             return ""
         self._ahead = []

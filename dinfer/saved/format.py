@@ -211,5 +211,5 @@ def own_from(values: Mapping[str, Any], rank: int, tensor: Callable[[str], Tenso
             Edit(tuple(one["positions"]), edited(n, "kv", one["kv"]), edited(n, "hidden", one["hidden"]))
             for n, one in enumerate(values["edits"])
         ),
-        faults=tuple(map(Fault.of, values["faults"])),
+        faults=tuple(Fault(**one) for one in values["faults"]),
     )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dinfer.config import Schedule
 from dinfer.plan.graph import NONE, Graph
 from dinfer.plan.lower import lower
-from dinfer.plan.ops import Op, Value, embed, recv, send
+from dinfer.plan.ops import Op, Value, recv, send
 from dinfer.plan.partition import Shape
 from dinfer.plan.plan import Lane, OpPlace, Plan
 from dinfer.plan.schedule import SCHEDULES, STRATEGIES, build
@@ -182,7 +182,7 @@ def add_transfer(draw: st.DrawFn, plan: Plan, lanes: Lanes) -> None:
 
 def add_embed(draw: st.DrawFn, plan: Plan, lanes: Lanes) -> None:
     ops = draw(st.sampled_from(draw(st.sampled_from(lanes))))[1]
-    ops.insert(draw(st.integers(0, len(ops))), embed(draw(st.integers(0, len(plan.shape.chunks) - 1))))
+    ops.insert(draw(st.integers(0, len(ops))), Op("embed", draw(st.integers(0, len(plan.shape.chunks) - 1))))
 
 
 MUTATIONS: tuple[Mutation, ...] = (

@@ -78,7 +78,7 @@ def call_expression(function: str, args: Sequence[Any]) -> str:
     module, colon, attribute = function.partition(":")
     if not (colon and all(part.isidentifier() for part in [*module.split("."), attribute])):
         raise ValueError(
-            f"function is {function!r}; it must be module:function, such as dinfer.model.free:free_bytes."
+            f"function is {function!r}; it must be module:function, such as dinfer.model.memory:free."
         )
     text = json.dumps(list(args))
     return (

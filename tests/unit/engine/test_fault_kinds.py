@@ -464,7 +464,7 @@ def test_what_needs_more_than_there_is_is_refused(small: Decoder) -> None:
 def test_a_fault_is_read_back_from_what_goes_over_the_line(small: Decoder) -> None:
     for number, kind in enumerate(KINDS):
         one = fault(small, kind, number)
-        assert Fault.of(one.as_dict()) == one
+        assert Fault(**one.as_dict()) == one
         assert str(one).startswith(f"#{number} {kind}")
     issue = Shape(36, 400, 128, (0, 12, 24))
     given = {"rank": 2, "layer": 7, "chunk": 1, "tensor": "K", "head": 3, "token": 141, "where": "memory"}

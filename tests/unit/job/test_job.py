@@ -14,7 +14,7 @@ from dinfer.errors import ModelError
 from dinfer.job import prepare, threads_per_rank
 from dinfer.model import memory
 from dinfer.plan.ops import PlanError
-from tests.support.tiny import tiny_checkpoint
+from tests.support.tiny import byte_tokenizer, tiny_checkpoint
 
 IDS = "1,2,3,4,5,6,7,8,9,10"
 
@@ -65,6 +65,15 @@ def test_text_is_encoded(talking: Path, tmp_path: Path) -> None:
     given = config(talking, prompt_ids="", prompt="中文")
     assert prepare(from_file).ids == prepare(given).ids
     assert len(prepare(given).ids) == len("中文".encode())
+
+
+def test_a_tokenizer_of_another_model(folder: Path) -> None:
+    """Its tokens are checked as the user's own ids are, before a rank sees them."""
+    byte_tokenizer().save_pretrained(folder)
+    with pytest.raises(
+        ConfigError, match=r"made token \d{3} of the prompt; .* from 0 to 127\. .*another model"
+    ):
+        prepare(config(folder, prompt_ids="", prompt="中文", world_size=1, layer_split=()))
 
 
 @pytest.mark.parametrize(

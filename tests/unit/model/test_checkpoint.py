@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dinfer.errors import ModelError
-from dinfer.model.checkpoint import Spec, check, resolve
+from dinfer.model.checkpoint import Spec, check, fingerprint, resolve
+from dinfer.model.decoder import Decoder
 from tests.support.tiny import CONFIGS, tiny_checkpoint
 
 
@@ -50,6 +52,7 @@ def test_spec_of_a_complete_checkpoint(tmp_path: Path, family: str) -> None:
         head_dim=16,
         vocab_size=259,
         max_positions=4096,
+        model_positions=4096,
         dtype="bfloat16",
         tokenizer=True,
         weight_bytes=spec.weight_bytes,
@@ -71,13 +74,119 @@ def test_missing_entries_are_what_transformers_takes_them_for(tmp_path: Path) ->
         assert check(path).kv_heads == config.num_key_value_heads
 
 
-def test_positions_end_where_longrope_changes_the_angles(tmp_path: Path) -> None:
-    path = tiny_checkpoint(tmp_path, "phi3", layers=1)
-    assert check(path).max_positions == 4096
-    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
-    edit(path, rope_parameters=None, rope_scaling={"type": "longrope", **factors})
-    edit(path, original_max_position_embeddings=512)
-    assert check(path).max_positions == 512
+FACTORS = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "positions"),
+    [
+        ({"rope_scaling": {"type": "longrope", **FACTORS}, "original_max_position_embeddings": 512}, 512),
+        ({"rope_scaling": {"type": "yarn", **FACTORS}, "original_max_position_embeddings": 512}, 512),
+        ({"rope_scaling": {"type": "longrope", **FACTORS}, "original_max_position_embeddings": None}, 4096),
+        (
+            {
+                "original_max_position_embeddings": None,
+                "rope_parameters": {
+                    **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 256},
+                    **FACTORS,
+                },
+            },
+            4096,  # what the class has goes before it
+        ),
+    ],
+    ids=[
+        "by its name",
+        "by the name it had for Phi 3",
+        "by the default of its class",
+        "in the rope's parameters",
+    ],
+)
+def test_positions_end_where_longrope_changes_the_angles(
+    tmp_path: Path, changes: dict[str, Any], positions: int
+) -> None:
+    """However the config spells it: what counts is what transformers makes of it."""
+    path = tiny_checkpoint(tmp_path, "phi3", layers=1, max_position_embeddings=8192)
+    assert check(path).max_positions == 8192
+    edit(path, rope_parameters=None)
+    edit(path, **changes)
+    assert (check(path).max_positions, check(path).model_positions) == (positions, 8192)
+
+
+def test_former_keys_and_defaults_are_those_of_transformers(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path, "llama", layers=1)
+    edit(path, max_position_embeddings=None, num_key_value_heads=None, intermediate_size=None)
+    assert check(path).max_positions == 2048
+    assert check(path).kv_heads == 4
+    assert check(path).intermediate_size == 11008
+
+
+def test_weights_that_are_not_quantized_may_say_so(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    assert check(folder).layers == 1
+
+
+def test_whole_weights_are_taken_though_the_index_of_others_was_left(folder: Path) -> None:
+    before = check(folder), fingerprint(check(folder))
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert (check(folder), fingerprint(check(folder))) == before
+
+
+def without(folder: Path, part: str) -> None:
+    """Take the weights whose names hold `part` out of the file."""
+    file = folder / "model.safetensors"
+    kept = {name: weight for name, weight in load_file(file).items() if part not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+
+
+def test_weights_of_another_size_than_the_config_says(folder: Path) -> None:
+    edit(folder, vocab_size=200)
+    with pytest.raises(
+        ModelError, match=r"do not belong together: .* is 200 × 64, the files hold 128 × 64"
+    ) as caught:
+        Decoder.load(folder)
+    assert "vocab_size is 200 there, where 128 would fit" in str(caught.value)
+
+
+def test_what_lacks_weights_is_called_by_its_name(folder: Path) -> None:
+    without(folder, "embed_tokens")
+    cases: list[tuple[Callable[[], object], str]] = [
+        (lambda: None, "download the checkpoint again"),
+        (
+            lambda: edit(folder, architectures=["LlamaDraftModel"]),
+            "calls it LlamaDraftModel, which is not a whole",
+        ),
+        (lambda: (folder / "adapter_config.json").touch(), "it holds an adapter; merge it"),
+    ]
+    for prepare, words in cases:
+        prepare()
+        with pytest.raises(ModelError, match=rf"lacks 1 weights .* 'model.embed_tokens.weight'.*{words}"):
+            Decoder.load(folder)
+
+
+def test_weights_under_other_names(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    save_file({f"tower.{name}": w for name, w in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"of other names, the first 'tower\..*: it is part of another model"
+    ):
+        Decoder.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4, "factor": 4.0}}, "rope type 'ntk'"),
+        ({"hidden_act": "swoosh"}, "activation 'swoosh'"),
+    ],
+)
+def test_what_transformers_does_not_know(folder: Path, changes: dict[str, Any], words: str) -> None:
+    edit(folder, **changes)
+    with pytest.raises(
+        ModelError, match=f"names {words}, which the installed transformers does not know. It knows "
+    ):
+        check(folder)
 
 
 def test_mixed_dtypes_are_told_from_one(folder: Path) -> None:
@@ -152,6 +261,7 @@ def test_no_weights(folder: Path) -> None:
 
 @pytest.mark.parametrize(("text", "message"), [("{", "cannot be read as JSON"), ("{}", "names no weights")])
 def test_a_broken_index(folder: Path, text: str, message: str) -> None:
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ModelError, match=message):
         check(folder)
@@ -166,10 +276,9 @@ def test_a_broken_config(folder: Path, text: str, message: str) -> None:
         check(folder)
 
 
-@pytest.mark.parametrize("value", [None, 0, "64"])
-def test_a_config_without_sizes(folder: Path, value: Any) -> None:
-    edit(folder, hidden_size=value)
-    with pytest.raises(ModelError, match=f"has hidden_size={value!r}; it must be a whole number"):
+def test_sizes_that_are_none(folder: Path) -> None:
+    edit(folder, hidden_size="64")
+    with pytest.raises(ModelError, match=r"transformers does not accept .*config.json: .*hidden_size"):
         check(folder)
 
 
@@ -230,16 +339,22 @@ def test_hub_names_are_looked_up_in_the_local_cache_only(
     assert resolve("some/model") == folder
 
 
+def test_many_missing_shards_are_counted_and_five_named(folder: Path) -> None:
+    names = [f"model-{n:05}-of-00206.safetensors" for n in range(1, 207)]
+    (folder / "model.safetensors").unlink()
+    weights = {f"w{name}": name for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    with pytest.raises(ModelError, match=r"lacks 206 of 206 weight files: .*-00005-of-\S+ and 201 more$"):
+        check(folder)
+
+
 def test_light_modules_do_not_import_torch(folder: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = sys.modules['numpy'] = None\n"
         "import dinfer.model, dinfer.model.families, dinfer.model.sampling, dinfer.model.memory\n"
-        "from dinfer.model.checkpoint import check, resolve\n"
+        "from dinfer.model.checkpoint import resolve\n"
         "dinfer.model.sampling.Sampling(temperature=0.7)\n"
-        f"assert (spec := check({str(folder)!r})).layers == 1\n"
-        "from dinfer.model.checkpoint import fingerprint\n"
-        "assert len(fingerprint(spec)) == 64\n"
-        "dinfer.model.memory.check_memory(spec, 'auto', 100, 3)\n"
+        f"assert resolve({str(folder)!r}).is_dir()\n"
         "try: resolve('dinfer-tests/there-is-no-such-model')\n"
         "except dinfer.errors.ModelError: print('fine')\n"
     )

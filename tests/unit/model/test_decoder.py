@@ -173,7 +173,9 @@ def test_missing_weights_are_refused_and_not_made_up(folder: Path) -> None:
     weights = load_file(file)
     del weights["model.layers.0.mlp.up_proj.weight"]
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"lacks 1 weights, the first 'model.layers.0.mlp.up_proj.weight'"):
+    with pytest.raises(
+        ModelError, match=r"lacks 1 weights of a whole model, the first 'model.layers.0.mlp.up_proj.weight'"
+    ):
         Decoder.load(folder)
 
 

@@ -24,7 +24,6 @@ from dinfer.model.demo.train import (
     IGNORED,
     MAX_NEW_TOKENS,
     Curriculum,
-    Recipe,
     answers,
     batch,
     build,
@@ -142,24 +141,24 @@ class TestTraining:
     def test_lesson_continues_the_prompt(self, language: Language) -> None:
         tokenizer = build(4096)
         told = recall(FIRST_TRAINING_SEED + 5, language, facts=4)
-        tokens = lesson(5, language, 4, tokenizer).tokens
+        tokens, _ = lesson(5, language, 4, tokenizer)
         prompts = [tokenizer.encode(told.ask(i).prompt + told.ask(i).answer) for i in range(4)]
         assert [prompt for prompt in prompts if tokens[: len(prompt)] == prompt]
 
     def test_only_answers_count(self) -> None:
         tokenizer = build(4096)
-        made = lesson(5, "en", 3, tokenizer)
-        counted = [label for label in made.labels if label != IGNORED]
+        tokens, labels = lesson(5, "en", 3, tokenizer)
+        counted = [label for label in labels if label != IGNORED]
         assert len(counted) == 3 * 4
         assert counted.count(tokenizer.eos_token_id) == 3
-        assert all(label in (IGNORED, token) for token, label in zip(made.tokens, made.labels, strict=True))
+        assert all(label in (IGNORED, token) for token, label in zip(tokens, labels, strict=True))
 
     def test_batch_is_padded(self) -> None:
         tokens, labels = batch(0, 2, 200, build(4096))
         assert tokens.shape == labels.shape == (4, 50)
 
     def test_curriculum_grows_then_stops(self) -> None:
-        curriculum = Curriculum(Recipe(most_facts=4, polish=10))
+        curriculum = Curriculum(most_facts=4, polish=10)
         seen = []
         while not curriculum.done:
             curriculum.learn(0.0)
@@ -169,7 +168,7 @@ class TestTraining:
         assert curriculum.step < 1000
 
     def test_curriculum_gives_up(self) -> None:
-        curriculum = Curriculum(Recipe(most_steps=20))
+        curriculum = Curriculum(most_steps=20)
         while not curriculum.done:
             curriculum.learn(2.3)
         assert (curriculum.step, curriculum.facts) == (20, 2)

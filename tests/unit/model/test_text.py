@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -75,6 +76,18 @@ def test_prompts_that_cannot_be_encoded_are_refused() -> None:
     plain.chat_template = None
     with pytest.raises(ModelError, match="no chat template; encode the prompt as plain text"):
         encode(plain, "hi", chat=True)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('a system message is needed') }}", {"tool_use": "{{ 1 }}"}]
+)
+def test_a_chat_template_that_fails_is_no_traceback(template: Any) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(
+        ModelError, match=r"chat template failed: .*encode the prompt as plain text \(chat=False\)"
+    ):
+        encode(tokenizer, "x", chat=True)
 
 
 def test_load_tokenizer_reads_what_the_checkpoint_has(tmp_path: Path, folder: Path) -> None:

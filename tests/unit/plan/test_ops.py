@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinfer.plan.ops import FINAL, Op, PlanError, Value, embed, layer, norm, parse_op, recv, send
+from dinfer.plan.ops import FINAL, Op, PlanError, Value, parse_op, recv, send
 from tests.support.facts import has_facts
 
 NUMBERS = st.integers(0, 10**6)
@@ -14,17 +14,21 @@ VALUES = st.one_of(
     st.just(FINAL), st.builds(Value, st.sampled_from(["hidden", "kv"]), chunk=NUMBERS, layer=NUMBERS)
 )
 OPS = st.one_of(
-    st.builds(embed, NUMBERS),
-    st.builds(layer, NUMBERS, NUMBERS),
-    st.builds(norm, NUMBERS, NUMBERS),
+    NUMBERS.map(lambda chunk: Op("embed", chunk)),
+    st.builds(
+        lambda kind, chunk, layer: Op(kind, chunk, layer),
+        st.sampled_from(["layer", "norm"]),
+        NUMBERS,
+        NUMBERS,
+    ),
     st.builds(send, VALUES, NUMBERS, NUMBERS),
     st.builds(recv, VALUES, NUMBERS, NUMBERS),
 )
 
 TEXTS = {
-    "embed c0": embed(0),
-    "layer c2 l5": layer(2, 5),
-    "norm c7 l36": norm(7, 36),
+    "embed c0": Op("embed", 0),
+    "layer c2 l5": Op("layer", 2, 5),
+    "norm c7 l36": Op("norm", 7, 36),
     "send kv c0 l5 -> 2, 128 tokens": send(Value("kv", 0, 5), 2, 128),
     "recv kv c0 l5 <- 1, 1 token": recv(Value("kv", 0, 5), 1, 1),
     "send hidden c3 l12 -> 1, 64 tokens": send(Value("hidden", 3, 12), 1, 64),
@@ -71,16 +75,16 @@ def test_what_is_no_op_says_what_one_looks_like(text: str) -> None:
 
 
 def test_a_layer_needs_its_hidden_state_and_the_blocks_of_earlier_chunks() -> None:
-    op = layer(2, 5)
+    op = Op("layer", 2, 5)
     assert op.needs() == [Value("hidden", 2, 5), Value("kv", 0, 5), Value("kv", 1, 5)]
     assert op.makes() == (Value("kv", 2, 5), Value("hidden", 2, 6))
 
 
 def test_embed_and_norm_are_the_ends_of_compute() -> None:
-    assert embed(3).needs() == []
-    assert embed(3).makes() == (Value("hidden", 3, 0),)
-    assert norm(3, 36).needs() == [Value("hidden", 3, 36)]
-    assert norm(3, 36).makes() == (FINAL,)
+    assert Op("embed", 3).needs() == []
+    assert Op("embed", 3).makes() == (Value("hidden", 3, 0),)
+    assert Op("norm", 3, 36).needs() == [Value("hidden", 3, 36)]
+    assert Op("norm", 3, 36).makes() == (FINAL,)
 
 
 @given(VALUES)

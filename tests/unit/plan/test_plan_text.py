@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinfer.plan.ops import PlanError, embed, layer
+from dinfer.plan.ops import Op, PlanError
 from dinfer.plan.partition import Shape
 from dinfer.plan.plan import HEADER, Lane, OpPlace, Plan, parse_plan
 from dinfer.plan.schedule import build
@@ -21,7 +21,7 @@ layers 2, tokens 3, chunk_size 2
 stages start at 0 1
 schedule own, sync_strategy none
 """
-PLAN = Plan(Shape(2, 3, 2, (0, 1)), "own", "none", ((Lane("a", (embed(0), layer(0, 0))),), ()))
+PLAN = Plan(Shape(2, 3, 2, (0, 1)), "own", "none", ((Lane("a", (Op("embed", 0), Op("layer", 0, 0))),), ()))
 TEXT = HEAD + "rank 0 lane a\n  embed c0\n  layer c0 l0\n"
 
 
@@ -46,9 +46,9 @@ def test_comments_empty_lines_and_indentation_do_not_matter() -> None:
 
 def test_lanes_may_be_empty_and_ranks_may_come_in_any_order() -> None:
     plan = parse_plan(HEAD + "rank 1 lane x\nrank 0 lane a\nrank 0 lane b\n  embed c0\n")
-    assert plan.lanes == ((Lane("a", ()), Lane("b", (embed(0),))), (Lane("x", ()),))
-    assert [*plan.places()] == [(OpPlace(0, 1, 0), embed(0))]
-    assert plan.op(OpPlace(0, 1, 0)) == embed(0)
+    assert plan.lanes == ((Lane("a", ()), Lane("b", (Op("embed", 0),))), (Lane("x", ()),))
+    assert [*plan.places()] == [(OpPlace(0, 1, 0), Op("embed", 0))]
+    assert plan.op(OpPlace(0, 1, 0)) == Op("embed", 0)
 
 
 ERRORS = {
