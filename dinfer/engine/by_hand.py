@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from dinfer.engine.board import Stand
-from dinfer.engine.conditions import made_by
 from dinfer.engine.lanes import LaneExecutor
 from dinfer.engine.prefill import Prefill
 from dinfer.kv.digests import statistics
@@ -78,7 +77,7 @@ def op_lines(state: Prefill, ops: list[Op]) -> tuple[str, ...]:
     """One line an op, with shape and statistics of the tensors that it made here."""
     lines = []
     for op in ops:
-        made = "; ".join(f"{name} {statistics(tensor)}" for name, tensor in made_by(state, op))
+        made = "; ".join(f"{name} {statistics(tensor)}" for name, tensor in state.made_by(op))
         lines.append(f"{op}   {made}" if made else str(op))
     return tuple(lines)
 

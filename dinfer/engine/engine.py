@@ -11,12 +11,11 @@ from torch import Tensor
 from dinfer.config import Config
 from dinfer.engine.board import Board
 from dinfer.engine.by_hand import LayerKV, Steps, layer_kv
-from dinfer.engine.conditions import Hit
-from dinfer.engine.corruption import Alarm, CorruptionCallback, recheck
-from dinfer.engine.decoding import Decoding, cache_of
+from dinfer.engine.corruption import Alarm, CorruptionCallback
+from dinfer.engine.decoding import Decoding, cache_of, recheck
 from dinfer.engine.lanes import Execution, LaneExecutor
 from dinfer.engine.prefill import Prefill
-from dinfer.engine.prompt import Prompt, Stands, recorder_for
+from dinfer.engine.prompt import Hit, Prompt, Stands, recorder_for
 from dinfer.engine.streams import StreamExecutor
 from dinfer.engine.sync_layer import agree, sync_block
 from dinfer.engine.threads import ThreadExecutor
@@ -188,10 +187,9 @@ class Engine:
         else:
             tokens = kv_caches[0][0].shape[2] if kv_caches else 0
             cache = cache_of(self.decoder, kv_caches, self._capacity(tokens, max_new_tokens))
-        shape = state.plan.shape if state else None
         sampler = Sampler(Sampling(config.temperature, config.top_k, config.top_p, config.seed))
         final = final[:, -1:]
-        return Decoding(self.decoder, cache, tokens, final, sampler, self.comm, self.recorder, shape, state)
+        return Decoding(self.decoder, cache, tokens, final, sampler, self.comm, self.recorder, state)
 
     def recheck(self) -> None:
         """Compare all of the prompt's KV rows with their digests; sets `check_s`, seconds. All ranks must call it.

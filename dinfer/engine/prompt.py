@@ -2,21 +2,25 @@
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from threading import Lock
 from typing import NamedTuple
 
 from torch import Tensor
 
 from dinfer.engine.board import Stand
 from dinfer.engine.by_hand import Steps, blocked_on_text, op_lines, ops_between
-from dinfer.engine.conditions import Conditions, Hit
 from dinfer.engine.lanes import LaneExecutor
 from dinfer.engine.prefill import Prefill
 from dinfer.kv.ledger import BlockKey
+from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Cut, Cuts, Unit
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
 from dinfer.trace.events import Event
 from dinfer.trace.recorder import Recorder
+
+Hit = Callable[[Breakpoint, Op, str], None]
+"""called with a breakpoint, the op at which its condition held, and what was found there"""
 
 TensorVersion = tuple[int, int]
 """a tensor's id, and torch's count of in-place changes to it"""
@@ -123,6 +127,45 @@ def _version_of(tensor: Tensor) -> TensorVersion:
     return id(tensor), tensor._version
 
 
+class Conditions:
+    """The conditions of breakpoints, evaluated when an op ends, on its lane's thread; calls `on_hit` for the first that
+    holds.
+
+    On a GPU a condition on values waits for the device at each op that matches; without such breakpoints nothing waits.
+    """
+
+    def __init__(self, state: Prefill, on_hit: Hit) -> None:
+        self._state, self._on_hit = state, on_hit
+        self._lock = Lock()
+        self._armed: tuple[Breakpoint, ...] = ()
+
+    def arm(self, breakpoints: Sequence[Breakpoint]) -> None:
+        """Evaluate these breakpoints' conditions from now on, and no others."""
+        self._armed = tuple(one for one in breakpoints if one.condition)
+
+    def __call__(self, event: Event, op: Op) -> None:
+        for one in self._armed:
+            if one.matches(self._state.rank, op) and (found := self._evaluate(one, event, op)):
+                with self._lock:
+                    self._on_hit(one, op, found)
+                return
+
+    def _evaluate(self, one: Breakpoint, event: Event, op: Op) -> str:
+        """Why the condition holds, as text; empty if it does not."""
+        if one.condition == "slower":
+            took = event.busy / 1e6
+            return f"it took {took:.3g} ms" if took > one.bound else ""
+        if one.condition == "digest":
+            return self._state.differing.pop((op.chunk, op.layer), "") if op.what == "kv" else ""
+        for name, tensor in self._state.made_by(op):
+            if one.condition == "absmax":
+                if (largest := float(tensor.abs().max())) > one.bound:
+                    return f"{name} reaches {largest:.4g}"
+            elif count := int((tensor.isnan() if one.condition == "nan" else tensor.isinf()).sum()):
+                return f"{name} holds {count} {'NaN' if one.condition == 'nan' else 'Inf'}"
+        return ""
+
+
 Stands = Sequence[Stand | None]
 
 
@@ -144,7 +187,7 @@ class Prompt:
     ) -> None:
         self.plan, self.state, self.rank = state.plan, state, state.rank
         self.edits = Edits(state, lambda: self.executor.stand().positions)
-        self.conditions = Conditions(state.rank, state, on_hit or (lambda *_: None))
+        self.conditions = Conditions(state, on_hit or (lambda *_: None))
         self._on_op, self._all_stands = on_op, all_stands
         self.executor = execute(state, self._after_op)
         self._may_halt, self.order = True, 0
