@@ -47,7 +47,7 @@ class Edits:
     edits so far, as text; `history`: the edits with their tensors.
     """
 
-    def __init__(self, state: Prefill, positions: Callable[[], tuple[int, ...]] = tuple) -> None:
+    def __init__(self, state: Prefill, positions: Callable[[], tuple[int, ...]]) -> None:
         self._state, self._positions = state, positions
         self.found: list[str] = []
         self.history: list[Edit] = []
@@ -65,11 +65,12 @@ class Edits:
 
     def accept(self, layer: int) -> None:
         """Treat the KV of a layer, as it is now, as not edited."""
-        self._kv[layer] = self._version(layer)
+        self._kv[layer] = self._state.cache.tensor(layer)._version
 
     def accept_all(self) -> None:
         """Treat all KV and hidden states, as they are now, as not edited."""
-        self._kv = {layer: self._version(layer) for layer in range(self._state.cache.layers)}
+        cache = self._state.cache
+        self._kv = {layer: cache.tensor(layer)._version for layer in range(cache.layers)}
         self._hidden = {key: _version_of(hidden) for key, hidden in self._state.hidden.items()}
 
     def report(self) -> list[str]:
@@ -80,21 +81,21 @@ class Edits:
 
     def detect(self) -> None:
         """Record what the user has edited since the engine's last op."""
-        layers = [n for n, version in self._kv.items() if version != self._version(n)]
-        states = {
-            k: hidden
-            for k, hidden in self._state.hidden.items()
-            if self._hidden.get(k) != _version_of(hidden)
-        }
+        state = self._state
+        layers = [n for n, version in self._kv.items() if version != state.cache.tensor(n)._version]
+        hidden = {key: one for key, one in state.hidden.items() if self._hidden.get(key) != _version_of(one)}
         changed = [f"KV of layer {n}" for n in layers]
-        changed += [f"hidden c{chunk} l{layer}" for chunk, layer in states]
-        if changed:
-            # Before record_edits: by the ledger's old digests, _keep finds the edited blocks.
-            self._keep(layers, states)
-            self._state.record_edits(layers)
-            self.found += [what for what in changed if what not in self.found]
-            self._unreported += changed
-            self.accept_all()
+        changed += [f"hidden c{chunk} l{layer}" for chunk, layer in hidden]
+        if not changed:
+            return
+        # Before record_edits: the edited blocks are found by the ledger's old digests.
+        blocks = {key: state.block(*key) for key in state.ledger.entries if key[1] in layers}
+        kv = {key: block.clone() for key, block in blocks.items() if state.ledger.changed(key, block).any()}
+        self.history.append(Edit(self._positions(), kv, {key: one.clone() for key, one in hidden.items()}))
+        state.record_edits(layers)
+        self.found += [what for what in changed if what not in self.found]
+        self._unreported += changed
+        self.accept_all()
 
     def rewound(self) -> None:
         """After the rank has gone back: drop edits of blocks and hidden states that are no longer there."""
@@ -108,19 +109,6 @@ class Edits:
             for edit in self.history
         ]
         self.accept_all()
-
-    def _keep(self, layers: list[int], states: dict[BlockKey, Tensor]) -> None:
-        state = self._state
-        kv = {
-            (chunk, layer): block.clone()
-            for chunk, layer in state.ledger.entries
-            if layer in layers
-            and state.ledger.changed((chunk, layer), block := state.block(chunk, layer)).any()
-        }
-        self.history.append(Edit(self._positions(), kv, {key: one.clone() for key, one in states.items()}))
-
-    def _version(self, layer: int) -> int:
-        return self._state.cache.tensor(layer)._version
 
 
 def _version_of(tensor: Tensor) -> TensorVersion:
@@ -239,7 +227,15 @@ class Prompt:
         ended = self.executor.wait(self._has_arrived, timeout)
         self._begun = None if ended else begun
         ops = ops_between(self.executor, begun, self.executor.stand().positions)
-        blocked_on = "" if ended and ops else self.blocked_on() if not ended else self._nothing_to_do()
+        if not ended:
+            blocked_on = self.blocked_on()
+        elif ops:
+            blocked_on = ""
+        else:
+            done = self.executor.is_done()
+            blocked_on = (
+                "prefill is done: there is no further step" if done else "this step has no op on this rank"
+            )
         return Steps(self.rank, unit, op_lines(self.state, ops), blocked_on, tuple(edited))
 
     def blocked_on(self) -> str:
@@ -266,11 +262,6 @@ class Prompt:
     def _stands(self) -> bool:
         stand = self.executor.stand()
         return stand.at_limits and not any(stand.started)
-
-    def _nothing_to_do(self) -> str:
-        if self.executor.is_done():
-            return "prefill is done: there is no further step"
-        return "this step has no op on this rank"
 
     def _has_arrived(self) -> bool:
         return self.executor.stand().positions == self.target[self.rank]
