@@ -5,12 +5,12 @@ its deadline, names the rank that it waits for; the next call continues from the
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import takewhile
 
 from torch import Tensor
 
 from dinfer.engine.board import Stand
-from dinfer.engine.conditions import made_by
 from dinfer.engine.lanes import LaneExecutor
 from dinfer.engine.prefill import Prefill
 from dinfer.kv.digests import statistics
@@ -33,12 +33,12 @@ class Steps:
     unit: Unit
     lines: tuple[str, ...]
     blocked_on: str = ""
-    edited: tuple[str, ...] = field(default=())
+    edited: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        head = f"rank {self.rank}: {self.blocked_on or f'one {self.unit}, {len(self.lines)} ops'}"
-        if self.blocked_on.startswith("rank"):
-            head = self.blocked_on
+        head = self.blocked_on or f"one {self.unit}, {len(self.lines)} ops"
+        if not head.startswith("rank"):
+            head = f"rank {self.rank}: {head}"
         edited = [f"  edited by hand: {', '.join(self.edited)}"] if self.edited else []
         return "\n".join([head, *(f"  {line}" for line in self.lines), *edited])
 
@@ -78,7 +78,7 @@ def op_lines(state: Prefill, ops: list[Op]) -> tuple[str, ...]:
     """One line an op, with shape and statistics of the tensors that it made here."""
     lines = []
     for op in ops:
-        made = "; ".join(f"{name} {statistics(tensor)}" for name, tensor in made_by(state, op))
+        made = "; ".join(f"{name} {statistics(tensor)}" for name, tensor in state.made_by(op))
         lines.append(f"{op}   {made}" if made else str(op))
     return tuple(lines)
 
@@ -86,18 +86,13 @@ def op_lines(state: Prefill, ops: list[Op]) -> tuple[str, ...]:
 def layer_kv(executor: LaneExecutor, layer: int) -> LayerKV:
     """K and V of the chunks that the rank holds of a layer, from chunk 0 to the first gap. Raises PlanError for an
     unknown layer."""
-    state, shape = executor.state, executor.plan.shape
+    shape = executor.plan.shape
     within("layer", layer, shape.layers)
-    chunks = list[int]()
-    for chunk in range(len(shape.chunks)):
-        if not executor.holds_block(chunk, layer):
-            break
-        chunks.append(chunk)
+    numbers = range(len(shape.chunks))
+    chunks = tuple(takewhile(lambda chunk: executor.holds_block(chunk, layer), numbers))
     stop = shape.chunks[chunks[-1]].stop if chunks else 0
-    rows = state.cache.block(layer, 0, stop)
-    return LayerKV(
-        executor.rank, layer, tuple(chunks), rows[:, 0].transpose(0, 1), rows[:, 1].transpose(0, 1)
-    )
+    rows = executor.state.cache.block(layer, 0, stop)
+    return LayerKV(executor.rank, layer, chunks, rows[:, 0].transpose(0, 1), rows[:, 1].transpose(0, 1))
 
 
 def blocked_on_text(plan: Plan, rank: int, stands: Sequence[Stand | None]) -> str:
@@ -105,33 +100,26 @@ def blocked_on_text(plan: Plan, rank: int, stands: Sequence[Stand | None]) -> st
 
     `stands`: where each rank stands, by rank, None where unknown.
     """
-    mine = stands[rank]
+    mine, lanes = stands[rank], plan.lanes[rank]
     if mine is None:
         return f"rank {rank}: position unknown"
+    progress = zip(lanes, mine.positions, mine.started, mine.limits, strict=True)
     open_ops = [
         (lane.ops[position], started)
-        for lane, position, started, limit in zip(
-            plan.lanes[rank], mine.positions, mine.started, mine.limits, strict=True
-        )
+        for lane, position, started, limit in progress
         if position < min(limit, len(lane.ops))
     ]
     if not open_ops:
-        return f"rank {rank} stands {at_text(plan.lanes[rank], mine.positions)}"
-    op, started = min(open_ops, key=_urgency)
-    return f"rank {rank} {_waits_for(plan, op, stands) if started and op.is_transfer else _busy(op, started)}"
-
-
-def _urgency(pair: tuple[Op, bool]) -> tuple[bool, bool, bool]:
-    """Sorts what blocks most first: a transfer under way, of a hidden state, to be received."""
-    op, started = pair
-    return (not (started and op.is_transfer), op.what == "kv", op.kind != "recv")
-
-
-def _waits_for(plan: Plan, op: Op, stands: Sequence[Stand | None]) -> str:
+        return f"rank {rank} stands {at_text(lanes, mine.positions)}"
+    # What blocks most: a transfer under way, of a hidden state, to be received.
+    op, started = min(
+        open_ops,
+        key=lambda one: (not (one[1] and one[0].is_transfer), one[0].what == "kv", one[0].kind != "recv"),
+    )
+    if not started:
+        return f"rank {rank} cannot start `{op}` yet"
+    if not op.is_transfer:
+        return f"rank {rank} is in `{op}`"
     peer = stands[op.peer]
     there = at_text(plan.lanes[op.peer], peer.positions if peer else None)
-    return f"{waits_for_text(op)}, which stands {there}"
-
-
-def _busy(op: Op, started: bool) -> str:
-    return f"is in `{op}`" if started else f"cannot start `{op}` yet"
+    return f"rank {rank} {waits_for_text(op)}, which stands {there}"

@@ -1,10 +1,13 @@
 """Decode: every rank computes all layers alone on the synced cache, and the ranks compare each token.
 
+Before it, `recheck` compares all blocks in memory with their digests.
+
 If a rank's logits are NaN, all ranks search their KV for the first one. A NaN spreads to later layers, to later tokens,
 and within its chunk to earlier ones too (attention gives a masked token the weight 0, and 0 × NaN is NaN). So it arose
 in the first layer of the first chunk that has one.
 """
 
+import json
 import struct
 from collections.abc import Iterator, Sequence
 from time import monotonic_ns
@@ -12,6 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dinfer.engine.corruption import Corrupted, Corruption
 from dinfer.engine.prefill import Prefill
 from dinfer.errors import DinferError, ModelError
 from dinfer.model.cache import KVCache
@@ -23,11 +27,18 @@ from dinfer.trace.recorder import Recorder
 from dinfer.transport.gloo import Comm
 
 _TOKEN = struct.Struct("<q")
+_PLACE = struct.Struct("<qq")
 
 _NO_TOKEN = -1
 """what a rank sends whose logits are NaN"""
 
-_PLACE = struct.Struct("<qq")
+_ANSWER_BYTES = 512
+"""what each rank sends of its first changed block; long enough for a Corruption as JSON"""
+
+_ADVICE = {
+    "fail": "The run ends because on_corruption is fail.",
+    "pause": "Decode again to go on with these bytes.",
+}
 
 
 class TokensDiffer(DinferError, RuntimeError):
@@ -92,19 +103,18 @@ class Decoding:
         final: Tensor,
         sampler: Sampler,
         comm: Comm,
-        recorder: Recorder | None = None,
-        shape: Shape | None = None,
-        state: Prefill | None = None,
+        recorder: Recorder | None,
+        state: Prefill | None,
     ) -> None:
-        """`final` is the normed hidden state of the prompt's last token, [1, 1, hidden_size]. `shape` names chunk and
-        owner in messages; `state` is that of the prompt whose cache this is, for faults; None for other KV."""
+        """`final` is the normed hidden state of the prompt's last token, [1, 1, hidden_size]. `state` is that of the
+        prompt whose cache this is, for faults and for the words of errors; None for other KV."""
         self.tokens: list[int] = []
         self.cache = cache
         self._state = state
+        self._shape = state.plan.shape if state else None
         self._held: list[int] = []
         self._decoder, self._prompt_tokens = decoder, prompt_tokens
         self._final, self._sampler, self._comm, self._recorder = final, sampler, comm, recorder
-        self._shape = shape
 
     @property
     def is_done(self) -> bool:
@@ -125,16 +135,24 @@ class Decoding:
     def step(self) -> int:
         """Make the next token. Raises on every rank: TokensDiffer if the ranks disagree, NotANumber if the logits of
         one are NaN."""
-        start = monotonic_ns()
-        new, hidden = (self._prompt_tokens, self._final) if not self.tokens else self._forward()
+        start, row, state = monotonic_ns(), self.rows, self._state
+        if self.tokens:
+            hidden = self._decoder.forward(self.tokens[-1:], self.cache, row, state.extra if state else None)
+            new, hidden = row + (state.faults.new_row(row) if state else 1), self._decoder.norm(hidden)
+        else:
+            new, hidden = row, self._final
         logits = self._decoder.logits(hidden)
-        token = _NO_TOKEN if has_nan(logits) else self._sampler(logits, len(self.tokens))
+        # The maximum of values with a NaN is NaN; that is cheaper than isnan of each.
+        token = _NO_TOKEN if logits.max().isnan() else self._sampler(logits, len(self.tokens))
         computed = monotonic_ns()
         self._compare(token, logits)
         self.tokens.append(token)
         self._held.append(new)
         if self._recorder:
-            self._record(start, computed)
+            about = {"what": "token", "tokens": 1, "index": len(self.tokens) - 1}
+            _record(self._recorder, "decode", start, computed, **about)
+            if self._comm.world_size > 1:
+                _record(self._recorder, "all_gather", computed, monotonic_ns(), **about)
         return token
 
     def back_to(self, tokens: int) -> None:
@@ -146,74 +164,61 @@ class Decoding:
         while len(self.tokens) < max_new_tokens and not self.is_done:
             yield self.step()
 
-    def _forward(self) -> tuple[int, Tensor]:
-        """Run all layers on the last token. Returns the number of rows then, and the normed hidden state."""
-        row, state = self.rows, self._state
-        hidden = self._decoder.forward(self.tokens[-1:], self.cache, row, state.extra if state else None)
-        return row + (state.faults.new_row(row) if state else 1), self._decoder.norm(hidden)
-
     def _compare(self, token: int, logits: Tensor) -> None:
         chosen = [token]
         if self._comm.world_size > 1:
             chosen = [_TOKEN.unpack(data)[0] for data in self._comm.all_gather(_TOKEN.pack(token))]
         if _NO_TOKEN in chosen:
-            raise self._not_a_number([rank for rank, answer in enumerate(chosen) if answer == _NO_TOKEN])
-        if len(set(chosen)) == 1:
-            return
+            mine = first_nan(self.cache, self.rows + bool(self.tokens), self._shape)
+            found = [mine]
+            if self._comm.world_size > 1:
+                found = [
+                    NanOrigin(*_PLACE.unpack(data)) for data in self._comm.all_gather(_PLACE.pack(*mine))
+                ]
+            places = {rank: found[rank] for rank, answer in enumerate(chosen) if answer == _NO_TOKEN}
+            raise NotANumber(len(self.tokens), places, self._comm.world_size, self._shape)
         distinct = sorted(set(chosen))
+        if len(distinct) == 1:
+            return
         layout = struct.Struct(f"<{len(distinct)}d")
-        mine = layout.pack(*(float(logits[t]) for t in distinct))
-        by_rank = [
-            dict(zip(distinct, layout.unpack(data), strict=True)) for data in self._comm.all_gather(mine)
-        ]
+        gathered = self._comm.all_gather(layout.pack(*(float(logits[t]) for t in distinct)))
+        by_rank = [dict(zip(distinct, layout.unpack(data), strict=True)) for data in gathered]
         raise TokensDiffer(len(self.tokens), chosen, by_rank)
 
-    def _not_a_number(self, ranks: list[int]) -> NotANumber:
-        """Exchange the first NaN of each rank's KV. All ranks call it."""
-        mine = first_nan(self.cache, self.rows + bool(self.tokens), self._shape)
-        found = [mine]
-        if self._comm.world_size > 1:
-            found = [NanOrigin(*_PLACE.unpack(data)) for data in self._comm.all_gather(_PLACE.pack(*mine))]
-        places = {rank: found[rank] for rank in ranks}
-        return NotANumber(len(self.tokens), places, self._comm.world_size, self._shape)
 
-    def _record(self, start: int, computed: int) -> None:
-        assert self._recorder is not None
-        end = monotonic_ns()
-        position = len(self.tokens) - 1
-        lane = len(self._recorder.lanes) - 1
-        rank = self._comm.rank
-        self._recorder.record(
-            lane,
-            Event(
-                rank,
-                "decode",
-                "decode",
-                start,
-                start,
-                start,
-                computed,
-                what="token",
-                tokens=1,
-                index=position,
-            ),
-        )
-        if self._comm.world_size > 1:
-            self._recorder.record(
-                lane,
-                Event(
-                    rank,
-                    "decode",
-                    "all_gather",
-                    computed,
-                    computed,
-                    computed,
-                    end,
-                    what="token",
-                    tokens=1,
-                    index=position,
-                ),
-            )
+def _record(recorder: Recorder, kind: str, start: int, end: int, **fields: object) -> None:
+    """Record an event on the recorder's lane for decode, the last one."""
+    lane = len(recorder.lanes) - 1
+    event = Event(recorder.rank, recorder.lanes[lane], kind, start, start, start, end, **fields)  # type: ignore[arg-type]
+    recorder.record(lane, event)
+
+
+def recheck(state: Prefill, recorder: Recorder, comm: Comm) -> float:
+    """Compare all rows with their digests and report changed blocks. All ranks must call it. Returns the seconds taken.
+
+    Raises Corrupted on every rank if any rank found a change and the policy is fail, or pause and the block is new:
+    decode needs all ranks, so all stop if one does.
+    """
+    ledger, policy = state.ledger, state.alarm.policy
+    if not ledger.on:
+        return 0.0
+    start = monotonic_ns()
+    found = state.changed_blocks()
+    end, size = monotonic_ns(), sum(state.block(*key).nbytes for key in ledger.entries)
+    _record(recorder, "check", start, end, bytes=size)
+    new = [one for one in found if (one.chunk, one.layer) not in ledger.told]
+    for one in new:
+        where = {"what": "kv", "chunk": one.chunk, "layer": one.layer, "bytes": one.bytes}
+        _record(recorder, "corrupt", end, end, tokens=len(state.rows(one.chunk)), **where)
+        ledger.told.add((one.chunk, one.layer))
+        state.alarm.report(one)
+    if policy != "record":
+        first = (found if policy == "fail" else new)[:1]
+        mine = json.dumps(first[0].as_dict() if first else None).encode()
+        gathered = comm.all_gather(mine.ljust(_ANSWER_BYTES)) if comm.world_size > 1 else [mine]
+        if changed := [str(Corruption.of(one)) for one in map(json.loads, gathered) if one]:
+            raise Corrupted(f"before decode: {'; '.join(changed)}. {_ADVICE[policy]}")
+    return (end - start) / 1e9
 
 
 def cache_of(decoder: Decoder, kv_caches: Sequence[tuple[Tensor, Tensor]], capacity: int) -> KVCache:
@@ -229,29 +234,24 @@ def cache_of(decoder: Decoder, kv_caches: Sequence[tuple[Tensor, Tensor]], capac
     return cache
 
 
-def has_nan(logits: Tensor) -> bool:
-    return bool(logits.max().isnan())  # the maximum of values with a NaN is NaN; cheaper than isnan of each
-
-
 def first_nan(cache: KVCache, tokens: int, shape: Shape | None) -> NanOrigin:
     """The first NaN in the first `tokens` rows of a cache, by chunk, then layer, then token; else NOWHERE.
 
     Each new token counts as a chunk of its own. Without a `shape`, all rows count as one chunk.
     """
+
+    def chunk_of(token: int) -> int:
+        """A number that orders tokens by chunk."""
+        if shape is None:
+            return 0
+        return token // shape.chunk_size if token < shape.tokens else len(shape.chunks) + token - shape.tokens
+
     found = []
     for layer in range(cache.layers):
         rows = cache.block(layer, 0, tokens).isnan().flatten(1).any(1)
         if rows.any():
-            token = int(rows.int().argmax())
-            found.append((_chunk(token, shape), NanOrigin(token, layer)))
-    return min(found, key=lambda one: (one[0], one[1].layer), default=(0, NOWHERE))[1]
-
-
-def _chunk(token: int, shape: Shape | None) -> int:
-    """A number that orders tokens by chunk."""
-    if shape is None:
-        return 0
-    return token // shape.chunk_size if token < shape.tokens else len(shape.chunks) + token - shape.tokens
+            found.append(NanOrigin(int(rows.int().argmax()), layer))
+    return min(found, key=lambda one: (chunk_of(one.token), one.layer), default=NOWHERE)
 
 
 def _where(place: NanOrigin, shape: Shape | None) -> str:

@@ -11,14 +11,13 @@ from torch import Tensor
 from dinfer.config import Config
 from dinfer.engine.board import Board
 from dinfer.engine.by_hand import LayerKV, Steps, layer_kv
-from dinfer.engine.conditions import Hit
-from dinfer.engine.corruption import Alarm, CorruptionCallback, recheck
-from dinfer.engine.decoding import Decoding, cache_of
+from dinfer.engine.corruption import Alarm, CorruptionCallback
+from dinfer.engine.decoding import Decoding, cache_of, recheck
 from dinfer.engine.lanes import Execution, LaneExecutor
 from dinfer.engine.prefill import Prefill
-from dinfer.engine.prompt import Prompt, Stands, recorder_for
+from dinfer.engine.prompt import Hit, Prompt, Stands, recorder_for
 from dinfer.engine.streams import StreamExecutor
-from dinfer.engine.sync_layer import agree, sync_block
+from dinfer.engine.sync_layer import sync_block
 from dinfer.engine.threads import ThreadExecutor
 from dinfer.errors import ModelError, NotPossible
 from dinfer.model.cache import KVCache
@@ -188,10 +187,9 @@ class Engine:
         else:
             tokens = kv_caches[0][0].shape[2] if kv_caches else 0
             cache = cache_of(self.decoder, kv_caches, self._capacity(tokens, max_new_tokens))
-        shape = state.plan.shape if state else None
         sampler = Sampler(Sampling(config.temperature, config.top_k, config.top_p, config.seed))
         final = final[:, -1:]
-        return Decoding(self.decoder, cache, tokens, final, sampler, self.comm, self.recorder, shape, state)
+        return Decoding(self.decoder, cache, tokens, final, sampler, self.comm, self.recorder, state)
 
     def recheck(self) -> None:
         """Compare all of the prompt's KV rows with their digests; sets `check_s`, seconds. All ranks must call it.
@@ -290,7 +288,7 @@ class Engine:
         (K and V of these tokens, each [1, kv_heads, tokens, head_dim]), `layer_idx` and `position`. Raises ModelError.
         """
         tokens = hidden_states.shape[1]
-        start = self._chunk_start() if position is None else position
+        start = self._chunk_start if position is None else position
         cache = cache or self.cache or self.decoder.new_cache(start + tokens)
         output = self.decoder.layer(layer_idx, hidden_states, cache, start)
         kv = (cache.k(layer_idx, start + tokens, start), cache.v(layer_idx, start + tokens, start))
@@ -303,18 +301,16 @@ class Engine:
         head_dim]; the others pass None. Returns the pair on every rank, and writes it to the cache of a prepared
         prompt. Raises ValueError, the same on every rank and before anything is sent, if the ranks' calls do not match.
         """
-        k, v = self._deadline.run(
-            f"sync_single_layer_cache({layer_idx}, …)", lambda: self._sync(layer_idx, kv_cache)
-        )
-        return k, v
 
-    def _sync(self, layer_idx: int, kv_cache: KV | None) -> KV:
-        block = (self.chunk, layer_idx)
-        owners, busy = self._shape(1).owners, self._prompt is not None and self._prompt.is_running()
-        owner = agree(self.comm, self.decoder, owners, block, kv_cache, busy=busy)
-        k, v = sync_block(self.comm, self.decoder, owner, self.config.sync_strategy, block, kv_cache)
-        if self.cache is not None:
-            self.cache.write(layer_idx, self._chunk_start(), k, v)
+        def sync() -> KV:
+            owners, busy = self._shape(1).owners, self._prompt is not None and self._prompt.is_running()
+            block, strategy = (self.chunk, layer_idx), self.config.sync_strategy
+            kv = sync_block(self.comm, self.decoder, owners, strategy, block, kv_cache, busy=busy)
+            if self.cache is not None:
+                self.cache.write(layer_idx, self._chunk_start, *kv)
+            return kv
+
+        k, v = self._deadline.run(f"sync_single_layer_cache({layer_idx}, …)", sync)
         return k, v
 
     # -- helpers
@@ -358,6 +354,7 @@ class Engine:
             layer_split=self.config.layer_split or None,
         )
 
+    @property
     def _chunk_start(self) -> int:
         return self.chunk * self.config.chunk_size
 

@@ -1,7 +1,7 @@
 """Faults armed on one rank: when each strikes, and what it does to a block.
 
-BREAKS has the kinds that change a block in place. `Faults` handles the other three: `append_twice` moves the rows
-behind it, `positions` runs the layer with wrong positions, and `repeat_row` strikes in decode.
+Most kinds change a block in place (`_damage`). The other three are `append_twice`, which moves the rows behind it,
+`positions`, which runs the layer with wrong positions, and `repeat_row`, which strikes in decode.
 """
 
 import random
@@ -14,20 +14,11 @@ import torch
 from torch import Tensor
 
 from dinfer.model.cache import KVCache
-from dinfer.plan.faults import Fault, middle_bit
+from dinfer.plan.faults import Fault, FaultPlace, middle_bit
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class Scene(NamedTuple):
-    """What a fault strikes: `block` [tokens, 2, kv_heads, head_dim]; `row`: the row of its token; `before`: the block
-    of the previous chunk, if there is one."""
-
-    block: Tensor
-    row: int
-    before: Tensor | None
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -46,67 +37,35 @@ def order_of(tokens: int, seed: int) -> list[int]:
     return drawn if drawn != sorted(drawn) else drawn[1:] + drawn[:1]
 
 
-def _bitflip(fault: Fault, scene: Scene) -> None:
-    words = bits(_part(fault, scene.block))
-    highest = 8 * words.element_size() - 1
-    bit = middle_bit(str(scene.block.dtype).removeprefix("torch.")) if fault.bit is None else fault.bit
-    words[scene.row, 0, fault.head, fault.dim or 0] ^= -(1 << bit) if bit == highest else 1 << bit
-
-
-def _nan(fault: Fault, scene: Scene) -> None:
-    _part(fault, scene.block)[scene.row, 0, fault.head, fault.dim or 0] = torch.nan
-
-
-def _zero(fault: Fault, scene: Scene) -> None:
-    _part(fault, scene.block)[scene.row, 0, fault.head] = 0
-
-
-def _stale(fault: Fault, scene: Scene) -> None:
-    assert scene.before is not None
-    rows = min(len(scene.block), len(scene.before))
-    _part(fault, scene.block)[:rows] = _part(fault, scene.before)[:rows]
-
-
-def _swap_kv(_: Fault, scene: Scene) -> None:
-    scene.block.copy_(scene.block.flip(1))
-
-
-def _permute(fault: Fault, scene: Scene) -> None:
-    part = _part(fault, scene.block)
-    part.copy_(part[order_of(len(part), fault.seed)])
-
-
-def _lost(_: Fault, scene: Scene) -> None:
-    scene.block.zero_()
-
-
-def _head_shift(fault: Fault, scene: Scene) -> None:
-    part = _part(fault, scene.block)
-    part.copy_(part.roll(1, dims=2))
-
-
-def _cast(fault: Fault, scene: Scene) -> None:
-    part = _part(fault, scene.block)
-    part.copy_(part.to(getattr(torch, str(fault.dtype))).to(part.dtype))
-
-
-BREAKS: dict[str, Callable[[Fault, Scene], None]] = {
-    "bitflip": _bitflip,
-    "nan": _nan,
-    "zero": _zero,
-    "stale": _stale,
-    "swap_kv": _swap_kv,
-    "permute": _permute,
-    "lost": _lost,
-    "head_shift": _head_shift,
-    "cast": _cast,
-}
-"""the kinds that change a block in place"""
-
-
-def _part(fault: Fault, block: Tensor) -> Tensor:
-    """K or V of the block, or both: [tokens, 1 or 2, kv_heads, head_dim]."""
-    return block[:, {"K": slice(0, 1), "V": slice(1, 2), None: slice(0, 2)}[fault.tensor]]
+def _damage(fault: Fault, block: Tensor, row: int, before: Tensor | None) -> None:
+    """Change a block, [tokens, 2, kv_heads, head_dim], in place. `row`: the row of the fault's token; `before`: the
+    block of the previous chunk, if there is one."""
+    sides = {"K": slice(0, 1), "V": slice(1, 2), None: slice(0, 2)}[fault.tensor]
+    part, dim = block[:, sides], fault.dim or 0  # [tokens, 1 or 2, kv_heads, head_dim]
+    match fault.kind:
+        case "bitflip":
+            words = bits(part)
+            highest = 8 * words.element_size() - 1
+            bit = middle_bit(str(block.dtype).removeprefix("torch.")) if fault.bit is None else fault.bit
+            words[row, 0, fault.head, dim] ^= -(1 << bit) if bit == highest else 1 << bit
+        case "nan":
+            part[row, 0, fault.head, dim] = torch.nan
+        case "zero":
+            part[row, 0, fault.head] = 0
+        case "stale":
+            assert before is not None
+            rows = min(len(block), len(before))
+            part[:rows] = before[:rows, sides]
+        case "swap_kv":
+            block.copy_(block.flip(1))
+        case "permute":
+            part.copy_(part[order_of(len(part), fault.seed)])
+        case "lost":
+            block.zero_()
+        case "head_shift":
+            part.copy_(part.roll(1, dims=2))
+        case "cast":
+            part.copy_(part.to(getattr(torch, str(fault.dtype))).to(part.dtype))
 
 
 class Strike(NamedTuple):
@@ -160,8 +119,6 @@ class Faults:
         """how many ops have yet to read or write each layer's blocks"""
         self._lock = threading.Lock()
 
-    # -- called by the session
-
     def arm(self, faults: Sequence[Fault], on_strike: OnStrike) -> None:
         """Arm these faults and disarm all others. `on_strike` is called for each strike, on any thread."""
         self._on_strike = on_strike
@@ -183,24 +140,26 @@ class Faults:
         here = Counter[int]()
         for appended in self._appended:
             here[appended.layer] += appended.rows
-        for one in self._armed:
-            if one.kind == "append_twice" and one.number not in self._struck:
-                here[one.layer] += len(self._state.rows(one.chunk))
+        for one in self._appending():
+            here[one.layer] += len(self._state.rows(one.chunk))
         return max(here.values(), default=0)
-
-    # -- called by the ops
 
     def computed(self, op: Op, block: Tensor) -> None:
         """A layer op has written its block; its digests are not taken yet."""
-        self._strike_all("compute", op, block)
+        self._strike_at("compute", op, block)
 
     def on_wire(self, op: Op, block: Tensor) -> None:
         """A recv has written its block; its digests are not taken yet."""
-        self._strike_all("wire", op, block)
+        self._strike_at("wire", op, block)
 
     def in_memory(self, op: Op, block: Tensor) -> None:
         """The rank holds the block and its digests are taken."""
-        self._strike_all("memory", op, block)
+        self._strike_at("memory", op, block)
+
+    def _strike_at(self, where: FaultPlace, op: Op, block: Tensor) -> None:
+        for one in self._armed:
+            if one.where == where and one.is_at(op.chunk, op.layer) and one.kind != "append_twice":
+                self._strike(one, block)
 
     def ended(self, op: Op) -> bool:
         """An op has ended. Appends duplicate rows to its layer if a fault is due there; returns whether it did.
@@ -213,8 +172,7 @@ class Faults:
             self._left[op.layer] -= 1
             if self._left[op.layer]:
                 return False
-        waiting = [one for one in self._armed if one.kind == "append_twice" and one.layer == op.layer]
-        due = [one for one in waiting if one.number not in self._struck]
+        due = [one for one in self._appending() if one.layer == op.layer]
         for one in due:
             self._append_where_due(one)
         return bool(due)
@@ -232,16 +190,17 @@ class Faults:
         self._left = _by_layer(todo)
         for appended in self._appended[::-1]:
             if self._left[appended.layer]:
-                self._take_out(appended)
+                # Take its rows out again.
+                buffer, extra = self._state.cache.tensor(appended.layer), self._state.extra
+                buffer[appended.start : -appended.rows] = buffer[appended.start + appended.rows :].clone()
+                self._appended.remove(appended)
+                extra[appended.layer] -= appended.rows
+                if not extra[appended.layer]:
+                    del extra[appended.layer]
         here = {one.number for one in self._appended}
-        self._struck = {
-            one.number
-            for one in self._armed
-            if one.number in self._struck
-            and (one.number in here if one.kind == "append_twice" else holds(one.chunk, one.layer))
-        }
-
-    # -- called in decode
+        for one in self._armed:
+            if not (one.number in here if one.kind == "append_twice" else holds(one.chunk, one.layer)):
+                self._struck.discard(one.number)
 
     @property
     def repeats(self) -> bool:
@@ -259,19 +218,11 @@ class Faults:
             rows = self._state.cache.block(layer, at, at + 2)
             changed += differing(rows[:1], rows[1:])
             rows[1] = rows[0]
+        said = f"row {row} of every layer is there twice, and so is each after it"
         for one in found:
             if one.number not in self._struck:
-                self._report(
-                    one, changed, f"row {row} of every layer is there twice, and so is each after it"
-                )
+                self._report(one, changed, said)
         return 2
-
-    # -- helpers
-
-    def _strike_all(self, where: str, op: Op, block: Tensor) -> None:
-        for one in self._armed:
-            if one.where == where and one.is_at(op.chunk, op.layer) and one.kind != "append_twice":
-                self._strike(one, block)
 
     def _strike(self, fault: Fault, block: Tensor) -> None:
         rows = self._state.rows(fault.chunk)
@@ -281,7 +232,7 @@ class Faults:
             before = block.clone()
             row = 0 if fault.token is None else fault.token - rows.start
             stale = self._rows(fault.chunk - 1, fault.layer) if fault.chunk else None
-            BREAKS[fault.kind](fault, Scene(block, row, stale))
+            _damage(fault, block, row, stale)
         changed = differing(before, block)
         self._report(fault, changed, f"{changed:,} of {block.numel():,} values changed")
 
@@ -301,15 +252,6 @@ class Faults:
         found = f"rank {self._state.rank} now holds {held} rows of the prompt in layer {fault.layer}"
         self._report(fault, differing(before, buffer), found)
 
-    def _take_out(self, appended: Appended) -> None:
-        """Undo an append_twice."""
-        buffer = self._state.cache.tensor(appended.layer)
-        buffer[appended.start : -appended.rows] = buffer[appended.start + appended.rows :].clone()
-        self._appended.remove(appended)
-        self._state.extra[appended.layer] -= appended.rows
-        if not self._state.extra[appended.layer]:
-            del self._state.extra[appended.layer]
-
     def _rows(self, chunk: int, layer: int) -> Tensor:
         """The block where it lies now, behind rows inserted before it."""
         stop = self._stop(chunk, layer)
@@ -321,6 +263,10 @@ class Faults:
             if one.layer == layer and one.start < stop:
                 stop += one.rows
         return stop
+
+    def _appending(self) -> list[Fault]:
+        """The append_twice faults that have yet to strike."""
+        return [one for one in self._armed if one.kind == "append_twice" and one.number not in self._struck]
 
     def _report(self, fault: Fault, changed: int, found: str) -> None:
         self._struck.add(fault.number)

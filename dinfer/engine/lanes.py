@@ -113,11 +113,8 @@ class LaneExecutor(ABC):
         them."""
         with self.gate.change():
             stand = self.stand()
-            if (
-                not stand.at_limits
-                or any(stand.started)
-                or any(a > b for a, b in zip(positions, stand.positions, strict=True))
-            ):
+            is_back = all(a <= b for a, b in zip(positions, stand.positions, strict=True))
+            if not (stand.at_limits and is_back) or any(stand.started):
                 raise RuntimeError(
                     f"rank {self.rank} cannot go back to {list(positions)}: it stands at {stand}."
                 )
@@ -154,13 +151,9 @@ class LaneExecutor(ABC):
         """Whether every op of this rank has ended."""
         return all(lane.position == len(lane.ops) for lane in self._lanes)
 
-    def holds(self, value: Value) -> bool:
-        """Whether an op has made or received that value on this rank."""
-        return value in self._made
-
     def holds_block(self, chunk: int, layer: int) -> bool:
         """Whether this rank has computed or received the block."""
-        return self.holds(Value("kv", chunk, layer))
+        return Value("kv", chunk, layer) in self._made
 
     def wait_until_closed(self) -> None:
         """Wait until `close` is called. Raises OpFailed as soon as an op has failed."""

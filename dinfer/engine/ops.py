@@ -96,7 +96,13 @@ HANDLERS: dict[str, Callable[[Prefill, Op, Comm], Outcome]] = {
 
 def payload_of(state: Prefill, op: Op) -> Tensor:
     """The tensor that a send sends, contiguous. Raises TransferError if its size is not the plan's."""
-    payload = _payload(state, op)
+    if op.what == "kv":
+        payload = state.block(op.chunk, op.layer)
+    elif op.what == "final":
+        assert state.final is not None
+        payload = state.final
+    else:
+        payload = state.take_hidden(op.chunk, op.layer).contiguous()
     tokens = payload.shape[0] if op.what == "kv" else payload.shape[1]
     if tokens != op.tokens:
         raise TransferError(f"`{op}` sends {op.tokens} tokens by the plan, but {op.value} has {tokens}.")
@@ -121,25 +127,8 @@ def header_at(state: Prefill, op: Op) -> Header:
     """The header that the plan expects for a transfer; the same at both ends."""
     decoder = state.decoder
     width = 2 * decoder.kv_heads * decoder.head_dim if op.what == "kv" else decoder.hidden_size
-    dtype = str(decoder.dtype).removeprefix("torch.")
     nbytes = state.plan.expected_tokens(op) * width * decoder.dtype.itemsize
-    return Header(state.plan.id, op.value, op.tokens, dtype, nbytes)
-
-
-def _keep(state: Prefill, op: Op, place: Tensor) -> None:
-    if op.what == "hidden":
-        state.hidden[op.chunk, op.layer] = place
-    elif op.what == "final":
-        state.final = place
-
-
-def _payload(state: Prefill, op: Op) -> Tensor:
-    if op.what == "kv":
-        return state.block(op.chunk, op.layer)
-    if op.what == "final":
-        assert state.final is not None
-        return state.final
-    return state.take_hidden(op.chunk, op.layer).contiguous()
+    return Header(state.plan.id, op.value, op.tokens, str(decoder.dtype).removeprefix("torch."), nbytes)
 
 
 def _place(state: Prefill, op: Op) -> Tensor:
@@ -149,3 +138,10 @@ def _place(state: Prefill, op: Op) -> Tensor:
     decoder = state.decoder
     tokens = 1 if op.what == "final" else len(state.rows(op.chunk))
     return torch.empty((1, tokens, decoder.hidden_size), dtype=decoder.dtype, device=decoder.device)
+
+
+def _keep(state: Prefill, op: Op, place: Tensor) -> None:
+    if op.what == "hidden":
+        state.hidden[op.chunk, op.layer] = place
+    elif op.what == "final":
+        state.final = place

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from dinfer.engine.corruption import Alarm, Corruption
@@ -34,15 +35,15 @@ class Prefill:
         rank: int,
         ids: Sequence[int],
         *,
-        digests: bool = True,
-        alarm: Alarm | None = None,
+        digests: bool,
+        alarm: Alarm,
     ) -> None:
         self.decoder, self.cache, self.plan, self.rank = decoder, cache, plan, rank
         self.ids = list(ids)
         self.hidden: dict[tuple[int, int], Tensor] = {}
         self.final: Tensor | None = None
         self.ledger = Ledger(rank, on=digests)
-        self.alarm = alarm or Alarm()
+        self.alarm = alarm
         self.differing: dict[tuple[int, int], str] = {}
         self.extra: dict[int, int] = {}
         self.ordering = Ordering(cache.device)
@@ -92,11 +93,37 @@ class Prefill:
             return None
         changed = [name for name, one, other in zip("KV", came.digests, found, strict=True) if one != other]
         first = came.changed - 1 if came.changed else None
-        corrupt = Corruption(
-            self.rank, op.chunk, op.layer, " and ".join(changed), came.nbytes, op.peer, first
-        )
+        names = " and ".join(changed)
+        corrupt = Corruption(self.rank, op.chunk, op.layer, names, came.nbytes, op.peer, first)
         self.differing[op.chunk, op.layer] = corrupt.what
         return corrupt
+
+    def changed_blocks(self) -> list[Corruption]:
+        """The blocks that have changed in memory, by chunk and layer. Waits for the device once, and once for each."""
+        changed = {key: self.ledger.changed(key, self.block(*key)) for key in sorted(self.ledger.entries)}
+        flags = torch.stack([rows.any() for rows in changed.values()]).tolist() if changed else []
+        found = []
+        for (chunk, layer), rows in (one for one, flag in zip(changed.items(), flags, strict=True) if flag):
+            places = rows.nonzero().tolist()  # in the order of token in the block, K or V, head
+            names = [name for n, name in enumerate("KV") if any(place[1] == n for place in places)]
+            token, _, head = places[0]
+            where = {"rows": len(places), "token": self.rows(chunk).start + token, "head": head}
+            nbytes = self.block(chunk, layer).nbytes
+            found.append(Corruption(self.rank, chunk, layer, " and ".join(names), nbytes, **where))
+        return found
+
+    def made_by(self, op: Op) -> list[tuple[str, Tensor]]:
+        """The tensors that an op made on this rank, by name: K, V, and the hidden state if it is still needed."""
+        made = []
+        if op.kind == "layer" or (op.kind == "recv" and op.what == "kv"):
+            block = self.block(op.chunk, op.layer)
+            made += [("K", block[:, 0]), ("V", block[:, 1])]
+        for value in op.makes():
+            if value.what == "hidden" and (hidden := self.hidden.get((value.chunk, value.layer))) is not None:
+                made.append(("hidden", hidden))
+            elif value.what == "final" and self.final is not None:
+                made.append(("final", self.final))
+        return made
 
     def record_edits(self, layers: Collection[int]) -> None:
         """Take digests of these layers' blocks again: the user has edited KV or hidden states on the default stream."""
@@ -126,22 +153,18 @@ class Prefill:
             self.final = None
         self.ledger.keep({(value.chunk, value.layer) for value in made if value.what == "kv"})
         self.faults.rewound(lambda chunk, layer: Value("kv", chunk, layer) in made, todo)
-        self.hidden = {
-            key: tensor for key, tensor in self.hidden.items() if self._keep(Value("hidden", *key), made)
-        }
-        for value in sorted(self._uses):
-            if value in made and (value.chunk, value.layer) not in self.hidden:
-                self._recompute(value.chunk, value.layer)
-
-    def _keep(self, value: Value, made: set[Value]) -> bool:
-        return value in made and (value in self._entered or self._uses[value] > 0)
-
-    def _recompute(self, chunk: int, layer: int) -> None:
-        entry = max(known for c, known in self.hidden if c == chunk and known < layer)
-        hidden = self.hidden[chunk, entry]
-        for index in range(entry, layer):
-            block = self.block(chunk, index)
-            current = block.clone()
-            hidden = self.compute_layer(chunk, index, hidden)
-            block.copy_(current)  # a fault or the user may have changed it since it was computed
-        self.hidden[chunk, layer] = hidden
+        for key in list(self.hidden):
+            value = Value("hidden", *key)
+            if value not in made or not (value in self._entered or self._uses[value] > 0):
+                del self.hidden[key]
+        for _, chunk, layer in sorted(made.intersection(self._uses)):
+            if (chunk, layer) in self.hidden:
+                continue
+            entry = max(known for c, known in self.hidden if c == chunk and known < layer)
+            hidden = self.hidden[chunk, entry]
+            for index in range(entry, layer):
+                block = self.block(chunk, index)
+                current = block.clone()
+                hidden = self.compute_layer(chunk, index, hidden)
+                block.copy_(current)  # a fault or the user may have changed it since it was computed
+            self.hidden[chunk, layer] = hidden

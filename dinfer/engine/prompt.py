@@ -2,21 +2,25 @@
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from threading import Lock
 from typing import NamedTuple
 
 from torch import Tensor
 
 from dinfer.engine.board import Stand
 from dinfer.engine.by_hand import Steps, blocked_on_text, op_lines, ops_between
-from dinfer.engine.conditions import Conditions, Hit
 from dinfer.engine.lanes import LaneExecutor
 from dinfer.engine.prefill import Prefill
 from dinfer.kv.ledger import BlockKey
+from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Cut, Cuts, Unit
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
 from dinfer.trace.events import Event
 from dinfer.trace.recorder import Recorder
+
+Hit = Callable[[Breakpoint, Op, str], None]
+"""called with a breakpoint, the op at which its condition held, and what was found there"""
 
 TensorVersion = tuple[int, int]
 """a tensor's id, and torch's count of in-place changes to it"""
@@ -43,7 +47,7 @@ class Edits:
     edits so far, as text; `history`: the edits with their tensors.
     """
 
-    def __init__(self, state: Prefill, positions: Callable[[], tuple[int, ...]] = tuple) -> None:
+    def __init__(self, state: Prefill, positions: Callable[[], tuple[int, ...]]) -> None:
         self._state, self._positions = state, positions
         self.found: list[str] = []
         self.history: list[Edit] = []
@@ -61,11 +65,12 @@ class Edits:
 
     def accept(self, layer: int) -> None:
         """Treat the KV of a layer, as it is now, as not edited."""
-        self._kv[layer] = self._version(layer)
+        self._kv[layer] = self._state.cache.tensor(layer)._version
 
     def accept_all(self) -> None:
         """Treat all KV and hidden states, as they are now, as not edited."""
-        self._kv = {layer: self._version(layer) for layer in range(self._state.cache.layers)}
+        cache = self._state.cache
+        self._kv = {layer: cache.tensor(layer)._version for layer in range(cache.layers)}
         self._hidden = {key: _version_of(hidden) for key, hidden in self._state.hidden.items()}
 
     def report(self) -> list[str]:
@@ -76,21 +81,21 @@ class Edits:
 
     def detect(self) -> None:
         """Record what the user has edited since the engine's last op."""
-        layers = [n for n, version in self._kv.items() if version != self._version(n)]
-        states = {
-            k: hidden
-            for k, hidden in self._state.hidden.items()
-            if self._hidden.get(k) != _version_of(hidden)
-        }
+        state = self._state
+        layers = [n for n, version in self._kv.items() if version != state.cache.tensor(n)._version]
+        hidden = {key: one for key, one in state.hidden.items() if self._hidden.get(key) != _version_of(one)}
         changed = [f"KV of layer {n}" for n in layers]
-        changed += [f"hidden c{chunk} l{layer}" for chunk, layer in states]
-        if changed:
-            # Before record_edits: by the ledger's old digests, _keep finds the edited blocks.
-            self._keep(layers, states)
-            self._state.record_edits(layers)
-            self.found += [what for what in changed if what not in self.found]
-            self._unreported += changed
-            self.accept_all()
+        changed += [f"hidden c{chunk} l{layer}" for chunk, layer in hidden]
+        if not changed:
+            return
+        # Before record_edits: the edited blocks are found by the ledger's old digests.
+        blocks = {key: state.block(*key) for key in state.ledger.entries if key[1] in layers}
+        kv = {key: block.clone() for key, block in blocks.items() if state.ledger.changed(key, block).any()}
+        self.history.append(Edit(self._positions(), kv, {key: one.clone() for key, one in hidden.items()}))
+        state.record_edits(layers)
+        self.found += [what for what in changed if what not in self.found]
+        self._unreported += changed
+        self.accept_all()
 
     def rewound(self) -> None:
         """After the rank has gone back: drop edits of blocks and hidden states that are no longer there."""
@@ -105,22 +110,48 @@ class Edits:
         ]
         self.accept_all()
 
-    def _keep(self, layers: list[int], states: dict[BlockKey, Tensor]) -> None:
-        state = self._state
-        kv = {
-            (chunk, layer): block.clone()
-            for chunk, layer in state.ledger.entries
-            if layer in layers
-            and state.ledger.changed((chunk, layer), block := state.block(chunk, layer)).any()
-        }
-        self.history.append(Edit(self._positions(), kv, {key: one.clone() for key, one in states.items()}))
-
-    def _version(self, layer: int) -> int:
-        return self._state.cache.tensor(layer)._version
-
 
 def _version_of(tensor: Tensor) -> TensorVersion:
     return id(tensor), tensor._version
+
+
+class Conditions:
+    """The conditions of breakpoints, evaluated when an op ends, on its lane's thread; calls `on_hit` for the first that
+    holds.
+
+    On a GPU a condition on values waits for the device at each op that matches; without such breakpoints nothing waits.
+    """
+
+    def __init__(self, state: Prefill, on_hit: Hit) -> None:
+        self._state, self._on_hit = state, on_hit
+        self._lock = Lock()
+        self._armed: tuple[Breakpoint, ...] = ()
+
+    def arm(self, breakpoints: Sequence[Breakpoint]) -> None:
+        """Evaluate these breakpoints' conditions from now on, and no others."""
+        self._armed = tuple(one for one in breakpoints if one.condition)
+
+    def __call__(self, event: Event, op: Op) -> None:
+        for one in self._armed:
+            if one.matches(self._state.rank, op) and (found := self._evaluate(one, event, op)):
+                with self._lock:
+                    self._on_hit(one, op, found)
+                return
+
+    def _evaluate(self, one: Breakpoint, event: Event, op: Op) -> str:
+        """Why the condition holds, as text; empty if it does not."""
+        if one.condition == "slower":
+            took = event.busy / 1e6
+            return f"it took {took:.3g} ms" if took > one.bound else ""
+        if one.condition == "digest":
+            return self._state.differing.pop((op.chunk, op.layer), "") if op.what == "kv" else ""
+        for name, tensor in self._state.made_by(op):
+            if one.condition == "absmax":
+                if (largest := float(tensor.abs().max())) > one.bound:
+                    return f"{name} reaches {largest:.4g}"
+            elif count := int((tensor.isnan() if one.condition == "nan" else tensor.isinf()).sum()):
+                return f"{name} holds {count} {'NaN' if one.condition == 'nan' else 'Inf'}"
+        return ""
 
 
 Stands = Sequence[Stand | None]
@@ -144,7 +175,7 @@ class Prompt:
     ) -> None:
         self.plan, self.state, self.rank = state.plan, state, state.rank
         self.edits = Edits(state, lambda: self.executor.stand().positions)
-        self.conditions = Conditions(state.rank, state, on_hit or (lambda *_: None))
+        self.conditions = Conditions(state, on_hit or (lambda *_: None))
         self._on_op, self._all_stands = on_op, all_stands
         self.executor = execute(state, self._after_op)
         self._may_halt, self.order = True, 0
@@ -196,7 +227,15 @@ class Prompt:
         ended = self.executor.wait(self._has_arrived, timeout)
         self._begun = None if ended else begun
         ops = ops_between(self.executor, begun, self.executor.stand().positions)
-        blocked_on = "" if ended and ops else self.blocked_on() if not ended else self._nothing_to_do()
+        if not ended:
+            blocked_on = self.blocked_on()
+        elif ops:
+            blocked_on = ""
+        else:
+            done = self.executor.is_done()
+            blocked_on = (
+                "prefill is done: there is no further step" if done else "this step has no op on this rank"
+            )
         return Steps(self.rank, unit, op_lines(self.state, ops), blocked_on, tuple(edited))
 
     def blocked_on(self) -> str:
@@ -223,11 +262,6 @@ class Prompt:
     def _stands(self) -> bool:
         stand = self.executor.stand()
         return stand.at_limits and not any(stand.started)
-
-    def _nothing_to_do(self) -> str:
-        if self.executor.is_done():
-            return "prefill is done: there is no further step"
-        return "this step has no op on this rank"
 
     def _has_arrived(self) -> bool:
         return self.executor.stand().positions == self.target[self.rank]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import takewhile
 from time import monotonic_ns
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from dinfer.engine.board import Stand
 from dinfer.engine.lanes import Execution, LaneExecutor
@@ -86,35 +86,49 @@ class StreamExecutor(LaneExecutor):
 
     def _issue_all(self) -> None:
         try:
-            while (number := self.gate.wait(self._claim)) is not None and number >= 0:
-                self._issue(self._lane.ops[number])
+            while isinstance(op := self.gate.wait(self._claim), Op):
+                self._issue(op)
         except BaseException as error:  # whatever it is: report it
             self._fail(self._lane, self._lane.ops[self._issued - 1], error)
         finally:
             self.gate.leave()
 
-    def _claim(self) -> int | None:
-        """The number of the next op, or None if it cannot be issued yet; -1 ends the thread.
+    def _claim(self) -> Op | Literal[False] | None:
+        """The next op, None if it cannot be issued yet, False to end the thread.
 
         The op counts as issued from here on, so that a freeze does not miss one on its way to its stream.
         """
         if self._is_over:
-            return -1
+            return False
         lane = self._lane
         if self._issued >= min(lane.limit, len(lane.ops), lane.position + self._window):
             return None
-        needs = lane.ops[self._issued].needs()
-        if not all(need in self._made or need in self._making for need in needs):
+        op = lane.ops[self._issued]
+        if not all(need in self._made or need in self._making for need in op.needs()):
             return None
         self._issued, lane.started = self._issued + 1, True
         self._publish(lane)
-        return self._issued - 1
+        return op
 
     def _issue(self, op: Op) -> None:
+        """Give the op to its stream, to run after the ops under way that make what it needs."""
         self._check_new(op)
-        ready = monotonic_ns()
-        header = header_at(self.state, op) if op.is_transfer else None
-        work = self._give(op, header)
+        ready, state, streams = monotonic_ns(), self.state, self._streams
+        with self.gate.hold():
+            after = list({id(w): w for need in op.needs() if (w := self._making.get(need))}.values())
+        header = header_at(state, op) if op.is_transfer else None
+        if header is None:
+            where = ENTRY if op.kind == "embed" else COMPUTE
+            work = streams.compute(where, partial(HANDLERS[op.kind], state, op, self.comm), after)
+        elif op.kind == "send":
+            is_signed = op.what == "kv" and state.ledger.on
+            sign = partial(state.ledger.signature, (op.chunk, op.layer)) if is_signed else None
+            payload = partial(payload_of, state, op)
+            work = streams.send(channel_of(self.rank, op), header.pack(), payload, after, sign)
+        else:
+            # Also without digests: faults strike there.
+            arrived = partial(state.receive_block, op) if op.what == "kv" else None
+            work = streams.recv(channel_of(self.rank, op), partial(land, state, op), after, arrived)
         # Waking the other thread takes the GIL from this one, so do it only when that thread waits for a first op.
         with self.gate.hold():
             is_first = not self._pending
@@ -123,25 +137,6 @@ class StreamExecutor(LaneExecutor):
         if is_first:
             with self.gate.change():
                 pass
-
-    def _give(self, op: Op, header: Header | None) -> Issued:
-        """Give the op to its stream."""
-        state, after = self.state, self._after(op)
-        if header is None:
-            where = ENTRY if op.kind == "embed" else COMPUTE
-            return self._streams.compute(where, partial(HANDLERS[op.kind], state, op, self.comm), after)
-        channel = channel_of(self.rank, op)
-        if op.kind == "send":
-            is_signed = op.what == "kv" and state.ledger.on
-            sign = (lambda: state.ledger.signature((op.chunk, op.layer))) if is_signed else None
-            return self._streams.send(channel, header.pack(), lambda: payload_of(state, op), after, sign)
-        # Also without digests: faults strike there.
-        arrived = partial(state.receive_block, op) if op.what == "kv" else None
-        return self._streams.recv(channel, lambda: land(state, op), after, arrived)
-
-    def _after(self, op: Op) -> list[Issued]:
-        with self.gate.hold():
-            return list({id(w): w for need in op.needs() if (w := self._making.get(need))}.values())
 
     def _check_new(self, op: Op) -> None:
         super()._check_new(op)
@@ -152,14 +147,14 @@ class StreamExecutor(LaneExecutor):
 
     def _complete_all(self) -> None:
         try:
-            while isinstance(pending := self.gate.wait(self._oldest), _Pending):
-                self._complete(pending)
+            while isinstance(oldest := self.gate.wait(self._oldest), _Pending):
+                self._complete(oldest)
         except BaseException as error:
             self._fail(self._lane, self._lane.ops[self._lane.position], error)
         finally:
             self.gate.leave()
 
-    def _oldest(self) -> _Pending | bool | None:
+    def _oldest(self) -> _Pending | Literal[False] | None:
         if self._pending:
             return False if self.failure is not None else self._pending[0]
         return False if self._is_over else None
@@ -175,7 +170,16 @@ class StreamExecutor(LaneExecutor):
                 self._conclude(pending, self._lane.position + good)
                 good += 1
         finally:
-            self._move(batch[:good])
+            lane = self._lane
+            with self.gate.change():
+                for pending in batch[:good]:
+                    self._pending.popleft()
+                    for value in pending.op.makes():
+                        del self._making[value]
+                        self._made.add(value)
+                    lane.position += 1
+                lane.started = self._issued > lane.position
+                self._publish(lane)
 
     def _conclude(self, pending: _Pending, index: int) -> None:
         """Check and record an op that has ended. Raises what the op raised, or TransferError."""
@@ -187,15 +191,3 @@ class StreamExecutor(LaneExecutor):
         start = max(times.start, pending.ready)
         size = pending.header.nbytes if pending.header else 0
         self._record(lane, op, (pending.ready, start, max(times.met, start), times.end), size, index, corrupt)
-
-    def _move(self, batch: Sequence[_Pending]) -> None:
-        lane = self._lane
-        with self.gate.change():
-            for pending in batch:
-                self._pending.popleft()
-                for value in pending.op.makes():
-                    del self._making[value]
-                    self._made.add(value)
-                lane.position += 1
-            lane.started = self._issued > lane.position
-            self._publish(lane)

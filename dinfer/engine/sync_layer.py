@@ -18,25 +18,68 @@ from dinfer.transport.header import Header, TransferError
 NO_PLAN = 0
 """the plan id in the header of a block that no plan sends"""
 
-_CALL = struct.Struct("<qqq?")  # chunk, layer, tokens (0: no K and V were passed), whether lanes run
+_CALL = struct.Struct("<qqq?")  # chunk, layer, tokens, whether lanes run
 
 
-def agree(
+def sync_block(
+    comm: Comm,
+    decoder: Decoder,
+    owners: Sequence[int],
+    strategy: SyncStrategy,
+    block: tuple[int, int],
+    kv: tuple[Tensor, Tensor] | None,
+    *,
+    busy: bool,
+) -> tuple[Tensor, Tensor]:
+    """Pass `kv` of `block` (chunk, layer) from its owner to every rank; returns K and V, each [1, kv_heads, tokens,
+    head_dim].
+
+    `busy`: lanes run on this rank. Raises what `_agreed_owner` raises, and TransferError if a peer sends another block.
+    """
+    owner = _agreed_owner(comm, decoder, owners, block, kv, busy)
+    shape, value = (2, decoder.kv_heads, decoder.head_dim), Value("kv", *block)
+    rows = None if kv is None else torch.stack([kv[0][0], kv[1][0]]).permute(2, 0, 1, 3).contiguous()
+    for source, target in STRATEGIES[strategy](owner, comm.world_size):
+        channel = Channel("kv", source, target)
+        if source == comm.rank:
+            assert rows is not None
+            comm.send(channel, _header(value, rows).pack(), rows)
+        elif target == comm.rank:
+            came = Header.unpack(comm.recv_header(channel))
+            rows = torch.empty((came.tokens, *shape), dtype=decoder.dtype, device=decoder.device)
+            expected = _header(value, rows)
+            if came != expected:
+                comm.recv_payload(channel, torch.empty(came.nbytes, dtype=torch.uint8))
+                raise TransferError(f"rank {source} sent {came}; this rank expects {expected}.")
+            comm.recv_payload(channel, rows)
+    assert rows is not None
+    return rows[:, 0].transpose(0, 1).unsqueeze(0), rows[:, 1].transpose(0, 1).unsqueeze(0)
+
+
+def _header(value: Value, rows: Tensor) -> Header:
+    return Header(NO_PLAN, value, rows.shape[0], str(rows.dtype).removeprefix("torch."), rows.nbytes)
+
+
+def _agreed_owner(
     comm: Comm,
     decoder: Decoder,
     owners: Sequence[int],
     block: tuple[int, int],
     kv: tuple[Tensor, Tensor] | None,
-    *,
     busy: bool,
 ) -> int:
-    """Exchange what each rank passed, and return the owner of `block` (chunk, layer).
+    """Exchange what each rank passed, and return the owner of `block`.
 
-    `busy`: lanes run on this rank. Raises ValueError on every rank, before anything is sent, if lanes run, if the ranks
-    name different blocks, or if K and V were not passed on the owner alone.
+    Raises ValueError on every rank, before anything is sent, if lanes run, if the ranks name different blocks, or if K
+    and V were not passed on the owner alone.
     """
-    mine = _CALL.pack(*block, _tokens(decoder, kv), busy)
-    calls = [_CALL.unpack(data) for data in comm.all_gather(mine)]
+    tokens = 0  # none were passed; -1: their shape or dtype is not this model's
+    if kv is not None:
+        tokens = kv[0].shape[2] if kv[0].ndim == 4 else 0
+        wanted = (1, decoder.kv_heads, tokens, decoder.head_dim)
+        if not tokens or any(t.shape != wanted or t.dtype != decoder.dtype for t in kv):
+            tokens = -1
+    calls = [_CALL.unpack(data) for data in comm.all_gather(_CALL.pack(*block, tokens, busy))]
     if running := [rank for rank, call in enumerate(calls) if call[3]]:
         raise ValueError(f"lanes run on ranks {running}: pause the prefill before syncing single layers.")
     if len({call[:2] for call in calls}) > 1:
@@ -53,53 +96,3 @@ def agree(
             f"it was passed on ranks {passed}{came}."
         )
     return owner
-
-
-def _tokens(decoder: Decoder, kv: tuple[Tensor, Tensor] | None) -> int:
-    """How many tokens K and V hold; 0 for None, -1 for a shape or dtype that is not this model's."""
-    if kv is None:
-        return 0
-    tokens = kv[0].shape[2] if kv[0].ndim == 4 else 0
-    wanted = (1, decoder.kv_heads, tokens, decoder.head_dim)
-    return tokens if tokens and all(t.shape == wanted and t.dtype == decoder.dtype for t in kv) else -1
-
-
-def sync_block(
-    comm: Comm,
-    decoder: Decoder,
-    owner: int,
-    strategy: SyncStrategy,
-    block: tuple[int, int],
-    kv: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    """Pass `kv` of `block` (chunk, layer) from the owner to every rank; returns K and V, each [1, kv_heads, tokens,
-    head_dim]. Raises TransferError if a peer sends another block."""
-    value = Value("kv", *block)
-    rows = None if kv is None else torch.stack([kv[0][0], kv[1][0]]).permute(2, 0, 1, 3).contiguous()
-    for source, target in STRATEGIES[strategy](owner, comm.world_size):
-        channel = Channel("kv", source, target)
-        if source == comm.rank:
-            assert rows is not None
-            header = Header(NO_PLAN, value, rows.shape[0], _dtype(rows), rows.nbytes)
-            comm.send(channel, header.pack(), rows)
-        elif target == comm.rank:
-            rows = _receive(comm, decoder, channel, value)
-    assert rows is not None
-    return rows[:, 0].transpose(0, 1).unsqueeze(0), rows[:, 1].transpose(0, 1).unsqueeze(0)
-
-
-def _receive(comm: Comm, decoder: Decoder, channel: Channel, value: Value) -> Tensor:
-    came = Header.unpack(comm.recv_header(channel))
-    rows = torch.empty(
-        (came.tokens, 2, decoder.kv_heads, decoder.head_dim), dtype=decoder.dtype, device=decoder.device
-    )
-    expected = Header(NO_PLAN, value, came.tokens, _dtype(rows), rows.nbytes)
-    if came != expected:
-        comm.recv_payload(channel, torch.empty(came.nbytes, dtype=torch.uint8))
-        raise TransferError(f"rank {channel.source} sent {came}; this rank expects {expected}.")
-    comm.recv_payload(channel, rows)
-    return rows
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

@@ -5,10 +5,10 @@ step is to raise limits; to stop is to freeze them and to release recvs that wer
 positions. `ops` has what an op does.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from time import monotonic_ns
-from typing import NamedTuple
+from typing import Literal
 
 from dinfer.engine.board import Stand
 from dinfer.engine.lanes import Execution, LaneExecutor, LaneState
@@ -18,22 +18,21 @@ from dinfer.plan.ops import Op, PlanError
 from dinfer.transport.header import VOID_HEADER
 
 
-class _Task(NamedTuple):
-    """What a lane does next: run an op, or send a void header on a channel. Neither: the thread ends."""
-
-    op: Op | None = None
-    void: Channel | None = None
-
-
-_STOP = _Task()
-
-
 class ThreadExecutor(LaneExecutor):
     """Runs each lane on a thread; a transfer blocks its lane. Raises PlanError if two lanes share a channel."""
 
     def __init__(self, given: Execution) -> None:
         super().__init__(given)
-        self._senders = _senders(self.rank, self._lanes)
+        self._lane_of: dict[Channel, LaneState] = {}
+        for lane in self._lanes:
+            for op in lane.ops:
+                if not op.is_transfer:
+                    continue
+                owner = self._lane_of.setdefault(channel_of(self.rank, op), lane)
+                if owner is not lane:
+                    raise PlanError(
+                        f"lanes {owner.name} and {lane.name} of rank {self.rank} both use the channel of `{op}`."
+                    )
         for lane in self._lanes:
             self._add_thread(lane.name, partial(self._run, lane))
 
@@ -47,28 +46,27 @@ class ThreadExecutor(LaneExecutor):
     def release(self, channels: Iterable[Channel]) -> None:
         with self.gate.change():
             for channel in channels:
-                self._senders[channel].release.append(channel)
-
-    # -- on the lanes' threads
+                self._lane_of[channel].release.append(channel)
 
     def _run(self, lane: LaneState) -> None:
         try:
-            while (task := self.gate.wait(lambda: self._claim(lane))) and task != _STOP:
-                if task.void is not None:
-                    self.comm.send(task.void, VOID_HEADER, None)
-                elif task.op is not None:
-                    self._do(lane, task.op)
+            while isinstance(task := self.gate.wait(lambda: self._claim(lane)), (Op, Channel)):
+                if isinstance(task, Channel):
+                    self.comm.send(task, VOID_HEADER, None)
+                else:
+                    self._do(lane, task)
         except BaseException as error:  # an op may raise anything, SystemExit too: report it
             self._fail(lane, lane.ops[min(lane.position, len(lane.ops) - 1)], error)
         finally:
             self.gate.leave()
 
-    def _claim(self, lane: LaneState) -> _Task | None:
-        """The lane's next task, or None if it cannot start yet. Called under the gate's lock."""
+    def _claim(self, lane: LaneState) -> Op | Channel | Literal[False] | None:
+        """What the lane does next: run an op, or send a void header on a channel. None: it cannot start that yet;
+        False: its thread ends. Called under the gate's lock."""
         if self._is_over:
-            return _STOP
+            return False
         if lane.release:
-            return _Task(void=lane.release.pop(0))
+            return lane.release.pop(0)
         if lane.position >= min(lane.limit, len(lane.ops)):
             lane.allowed_at = 0
             return None
@@ -78,7 +76,7 @@ class ThreadExecutor(LaneExecutor):
             return None
         lane.started, lane.started_at = True, monotonic_ns()
         self._publish(lane)
-        return _Task(op)
+        return op
 
     def _do(self, lane: LaneState, op: Op) -> None:
         self._check_new(op)
@@ -94,16 +92,3 @@ class ThreadExecutor(LaneExecutor):
                 lane.position += 1
             lane.started, lane.allowed_at = False, 0
             self._publish(lane)
-
-
-def _senders(rank: int, lanes: Sequence[LaneState]) -> dict[Channel, LaneState]:
-    """The lane that sends on each channel. Raises PlanError if a channel has two lanes at this rank."""
-    owner: dict[Channel, LaneState] = {}
-    for lane in lanes:
-        for op in lane.ops:
-            if op.is_transfer and owner.setdefault(channel_of(rank, op), lane) is not lane:
-                other = owner[channel_of(rank, op)]
-                raise PlanError(
-                    f"lanes {other.name} and {lane.name} of rank {rank} both use the channel of `{op}`."
-                )
-    return {channel: lane for channel, lane in owner.items() if channel.source == rank}
