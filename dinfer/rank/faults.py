@@ -11,11 +11,13 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import msgspec
+import torch
+from torch import Tensor
 
 from dinfer.engine.engine import Engine
 from dinfer.engine.faults import OnStrike, Strike
@@ -23,11 +25,11 @@ from dinfer.engine.ops import HANDLERS, Outcome, header_at
 from dinfer.engine.prefill import Prefill
 from dinfer.messages import Behave, Edited, FaultStruck, Misbehave, Ok, RankReport, SetFaults, Struck
 from dinfer.plan.faults import Fault
-from dinfer.plan.graph import channel_of
+from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op, parse_op
 from dinfer.rank.commands import Handler, quick, slow
-from dinfer.transport.faulty import CutLink, SendsElsewhere, SendsLonger, SendsTwice, SlowReceiver
 from dinfer.transport.gloo import Comm
+from dinfer.transport.header import Header
 
 SendReport = Callable[[RankReport], None]
 
@@ -71,6 +73,7 @@ class Order(msgspec.Struct, frozen=True):
 
 
 Act = Callable[[RunOp, Prefill, Op, Comm, Order], Outcome]
+"""what a rank does instead of an op, given the function that carries that out"""
 
 _WHOLE = dict(HANDLERS)
 
@@ -100,7 +103,8 @@ def arm(rank: int, command: Misbehave, struck: Callable[[Op], None]) -> None:
     behind, order = HANDLERS[kind], Order(command, threading.Event())
 
     def handler(state: Prefill, op: Op, comm: Comm) -> Outcome:
-        if state.rank != rank or not _is_meant(command, op):
+        is_meant = command.peer in (None, op.peer) if command.of else str(op) in command.ops
+        if state.rank != rank or not is_meant:
             return behind(state, op, comm)
         if not order.begun.is_set() and (command.of or str(op) == command.ops[0]):
             order.begun.set()
@@ -113,12 +117,6 @@ def arm(rank: int, command: Misbehave, struck: Callable[[Op], None]) -> None:
 def disarm() -> None:
     """Let all ranks of this process behave again."""
     HANDLERS.update(_WHOLE)
-
-
-def _is_meant(command: Misbehave, op: Op) -> bool:
-    if command.of:
-        return command.peer in (None, op.peer)
-    return str(op) in command.ops
 
 
 # -- messages
@@ -138,20 +136,63 @@ def _reorder(_: RunOp, state: Prefill, op: Op, comm: Comm, order: Order) -> Outc
     return Outcome(met, payload.nbytes)
 
 
-def _with(
-    wire: Callable[..., Comm], handler: RunOp, state: Prefill, op: Op, comm: Comm, order: Order
-) -> Outcome:
-    """The op itself, over a transport that is broken."""
-    return handler(state, op, wire(comm, *order.to.wire))
+def _broken(comm: Comm, **methods: Callable[..., object]) -> Comm:
+    """This transport with these methods in place of its own."""
+    changed = copy(comm)
+    vars(changed).update(methods)
+    return changed
+
+
+def _twice(handler: RunOp, state: Prefill, op: Op, comm: Comm, _: Order) -> Outcome:
+    """Its message is sent twice."""
+
+    def send(channel: Channel, header: bytes, payload: Tensor | None) -> int:
+        met = comm.send(channel, header, payload)
+        comm.send(channel, header, payload)
+        return met
+
+    return handler(state, op, _broken(comm, send=send))
+
+
+def _longer(handler: RunOp, state: Prefill, op: Op, comm: Comm, _: Order) -> Outcome:
+    """Its message has one token more than its payload."""
+
+    def send(channel: Channel, header: bytes, _: Tensor | None) -> int:
+        true = Header.unpack(header)
+        tokens, longer = true.tokens + 1, true.nbytes // true.tokens * (true.tokens + 1)
+        changed = replace(true, tokens=tokens, nbytes=longer)
+        return comm.send(channel, changed.pack(), torch.zeros(longer, dtype=torch.uint8))
+
+    return handler(state, op, _broken(comm, send=send))
 
 
 def _elsewhere(handler: RunOp, state: Prefill, op: Op, comm: Comm, order: Order) -> Outcome:
     """The first op's message goes to another rank; the second op, which is to send that rank the same, comes after it:
     header and payload of two messages on one channel must not mix, which would end who receives them."""
+
+    def send(channel: Channel, header: bytes, payload: Tensor | None) -> int:
+        return comm.send(channel._replace(target=int(order.to.wire[0])), header, payload)
+
     if str(op) == order.to.ops[0]:
-        return handler(state, op, SendsElsewhere(comm, int(order.to.wire[0])))
+        return handler(state, op, _broken(comm, send=send))
     order.begun.wait(APART_S)
     time.sleep(POSTED_S)
+    return handler(state, op, comm)
+
+
+def _slow_wire(handler: RunOp, state: Prefill, op: Op, comm: Comm, order: Order) -> Outcome:
+    """Its payload arrives late."""
+
+    def recv_payload(channel: Channel, out: Tensor) -> None:
+        time.sleep(order.to.wire[0])
+        comm.recv_payload(channel, out)
+
+    return handler(state, op, _broken(comm, recv_payload=recv_payload))
+
+
+def _cut(handler: RunOp, state: Prefill, op: Op, comm: Comm, _: Order) -> Outcome:
+    """It receives nothing, without an error: it waits for a gather that no other rank joins."""
+    comm.all_gather(b"cut")
     return handler(state, op, comm)
 
 
@@ -207,17 +248,15 @@ def _stall_with_gil(*_: Any) -> Outcome:
 
 def _signal(_handler: RunOp, _state: Prefill, _op: Op, _comm: Comm, order: Order) -> Outcome:
     os.kill(os.getpid(), getattr(signal, order.to.signal))
-    time.sleep(
-        FOREVER_S
-    )  # it may take effect a little after kill has returned; the op must not go on meanwhile
-    return Outcome()
+    # It may take effect a little after kill has returned; the op must not go on meanwhile.
+    return _stall()
 
 
 ACTS: dict[str, Act] = {
     "skip": _skip,
     "reorder": _reorder,
-    "longer": partial(_with, SendsLonger),
-    "twice": partial(_with, SendsTwice),
+    "longer": _longer,
+    "twice": _twice,
     "elsewhere": _elsewhere,
     "another plan": _another_plan,
     "raise": _raise,
@@ -226,7 +265,7 @@ ACTS: dict[str, Act] = {
     "stall in C": _stall_in_c,
     "stall with GIL": _stall_with_gil,
     "signal": _signal,
-    "slow wire": partial(_with, SlowReceiver),
-    "cut": partial(_with, CutLink),
+    "slow wire": _slow_wire,
+    "cut": _cut,
     "command": _command,
 }

@@ -67,9 +67,8 @@ from dinfer.rank.inspect import inspect_commands
 from dinfer.rank.reference import reference_commands
 from dinfer.rank.stacks import stacks, thread_names
 from dinfer.rank.weights import Weights
-from dinfer.transport.drain import drain
 from dinfer.transport.gate import Gate
-from dinfer.transport.gloo import Comm
+from dinfer.transport.gloo import Comm, drain
 
 ANSWER_S = 2.0
 
