@@ -1,15 +1,14 @@
 """Command tables: which function of a rank carries out which command.
 
 A quick command is carried out at once, whatever the rank is doing; a slow one (loading, decoding) on a thread of its
-own, where slow ones run one after another. Here are the commands that stop lanes; others are beside what they work on.
+own, where slow ones run one after another.
 """
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
-from dinfer.engine.lanes import LaneExecutor
-from dinfer.messages import Answer, Command, Freeze, GetStand, Ok, RankReport, Refused, Release, Reply, Stand
-from dinfer.plan.graph import Channel
+from dinfer.messages import Answer, Command, RankReport, Refused, Reply
+from dinfer.rank.failure import error_text
 
 C = TypeVar("C", bound=Command[Any])
 
@@ -46,22 +45,5 @@ def answer(table: CommandTable, number: int, command: Command[Any]) -> RankRepor
         return Refused(number, f"this rank has no command {type(command).__name__}")
     try:
         return Reply(number, handler.function(command))
-    except Exception as error:
-        own = type(error).__module__.startswith("dinfer")
-        return Refused(number, str(error) if own else f"{type(error).__name__}: {error}")
-
-
-def stand_commands(executor: Callable[[], LaneExecutor]) -> list[Handler]:
-    """Commands that stop lanes where they are, and let go of what waits for a peer."""
-
-    def freeze(_: Freeze) -> Stand:
-        return executor().freeze()
-
-    def stand(_: GetStand) -> Stand:
-        return executor().stand()
-
-    def release(command: Release) -> Ok:
-        executor().release([Channel(*channel) for channel in command.channels])
-        return Ok()
-
-    return [quick(Freeze, freeze), quick(GetStand, stand), quick(Release, release)]
+    except Exception as error:  # whatever it is: the thread must go on to answer the next command
+        return Refused(number, error_text(error))
