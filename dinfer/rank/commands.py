@@ -7,29 +7,30 @@ own, where slow ones run one after another.
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
-from dinfer.messages import Answer, Command, RankReport, Refused, Reply
+from dinfer.messages import Answer, Command, Ok, RankReport, Refused, Reply
 from dinfer.rank.failure import error_text
 
 C = TypeVar("C", bound=Command[Any])
 
 
 class Handler(NamedTuple):
-    """What carries out commands of one type. `slow`: it may wait for files, devices or other ranks."""
+    """What carries out commands of one type: returns the answer, None for Ok. `slow`: it may wait for files, devices
+    or other ranks."""
 
     kind: type[Command[Any]]
-    function: Callable[[Any], Answer]
+    function: Callable[[Any], Answer | None]
     slow: bool
 
 
 CommandTable = dict[type[Command[Any]], Handler]
 
 
-def quick(kind: type[C], function: Callable[[C], Answer]) -> Handler:
+def quick(kind: type[C], function: Callable[[C], Answer | None]) -> Handler:
     """Carry out these commands at once."""
     return Handler(kind, function, slow=False)
 
 
-def slow(kind: type[C], function: Callable[[C], Answer]) -> Handler:
+def slow(kind: type[C], function: Callable[[C], Answer | None]) -> Handler:
     """Carry out these commands on the thread for slow ones."""
     return Handler(kind, function, slow=True)
 
@@ -44,6 +45,6 @@ def answer(table: CommandTable, number: int, command: Command[Any]) -> RankRepor
     if handler is None:
         return Refused(number, f"this rank has no command {type(command).__name__}")
     try:
-        return Reply(number, handler.function(command))
+        return Reply(number, handler.function(command) or Ok())
     except Exception as error:  # whatever it is: the thread must go on to answer the next command
         return Refused(number, error_text(error))

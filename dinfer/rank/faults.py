@@ -23,7 +23,7 @@ from dinfer.engine.engine import Engine
 from dinfer.engine.faults import OnStrike, Strike
 from dinfer.engine.ops import HANDLERS, Outcome, header_at
 from dinfer.engine.prefill import Prefill
-from dinfer.messages import Behave, Edited, FaultStruck, Misbehave, Ok, RankReport, SetFaults, Struck
+from dinfer.messages import Behave, Edited, FaultStruck, Misbehave, RankReport, SetFaults, Struck
 from dinfer.plan.faults import Fault
 from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op, parse_op
@@ -38,19 +38,18 @@ def fault_commands(engine: Callable[[], Engine], report: SendReport) -> list[Han
     def strike(found: Strike) -> None:
         report(FaultStruck(found.number, found.changed, found.found))
 
-    def take(command: SetFaults) -> Ok:
+    def take(command: SetFaults) -> None:
         if edited := set_faults(engine(), [Fault.of(one) for one in command.faults], strike):
             report(Edited(tuple(edited)))
-        return Ok()
 
     return [slow(SetFaults, take)]
 
 
-def set_faults(engine: Engine, faults: Sequence[Fault], tell: OnStrike) -> list[str]:
+def set_faults(engine: Engine, faults: Sequence[Fault], on_strike: OnStrike) -> list[str]:
     """Have these faults, and no others, strike on this rank, which must stand; what its user had edited before."""
     prompt, armed = engine.prompt, engine.prompt.state.faults
     edited, room = prompt.new_edits(), armed.extra_rows
-    armed.arm(faults, tell)
+    armed.arm(faults, on_strike)
     engine.grow_cache(prompt.state.cache.capacity + armed.extra_rows - room)
     armed.strike_existing(prompt.executor.holds_block)
     prompt.edits.accept_all()
@@ -85,15 +84,10 @@ class Mischief(RuntimeError):
 def misbehave_commands(rank: int, report: SendReport) -> list[Handler]:
     """The first strike of each order is reported, with its time."""
 
-    def take(command: Misbehave) -> Ok:
+    def take(command: Misbehave) -> None:
         arm(rank, command, lambda op: report(Struck(str(op), time.monotonic())))
-        return Ok()
 
-    def behave(_: Behave) -> Ok:
-        disarm()
-        return Ok()
-
-    return [quick(Misbehave, take), quick(Behave, behave)]
+    return [quick(Misbehave, take), quick(Behave, lambda _: disarm())]
 
 
 def arm(rank: int, command: Misbehave, struck: Callable[[Op], None]) -> None:

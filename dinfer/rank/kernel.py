@@ -24,16 +24,27 @@ _debug_port = 0
 
 
 class Kernel:
-    """One rank's service, its connection to the session, and the names that `%%px` cells find."""
+    """One rank's service and its connection to the session. It meets the other ranks at a store that rank 0 opens."""
 
     def __init__(self, link: RankLink, world_size: int) -> None:
         self.rank, self.world_size = link.rank, world_size
         self.control = control = Control(link)
+        self._store: Store | None = None
         self.host = RankService(
-            self.rank, control, StoreMeet(self.rank, world_size),
+            self.rank, control, self,
             board=control.board, memory=control.recorder_memory, on_change=_bind,
         )  # fmt: skip
         control.serve(self.host.table())
+
+    def open(self, command: OpenStore) -> StoreAddress:
+        self._store, port = open_store(command.address, command.port)
+        return StoreAddress(command.address, port)
+
+    def join(self, command: JoinGroup) -> Comm:
+        timeout = command.timeout
+        store = self._store if self.rank == 0 else join_store(command.address, command.port, timeout)
+        assert store
+        return open_comm(command.backend, self.rank, self.world_size, store, timeout)
 
 
 class _NoEngine:
@@ -49,24 +60,6 @@ class _NoEngine:
 
     def __repr__(self) -> str:
         return "no engine while there is no run: session.prefill(…, paused=True) begins one"
-
-
-class StoreMeet:
-    """Meets the other ranks at a store that rank 0 opens."""
-
-    def __init__(self, rank: int, world_size: int) -> None:
-        self._rank, self._world_size = rank, world_size
-        self._store: Store | None = None
-
-    def open(self, command: OpenStore) -> StoreAddress:
-        self._store, port = open_store(command.address, command.port)
-        return StoreAddress(command.address, port)
-
-    def join(self, command: JoinGroup) -> Comm:
-        timeout = command.timeout
-        store = self._store if self._rank == 0 else join_store(command.address, command.port, timeout)
-        assert store
-        return open_comm(command.backend, self._rank, self._world_size, store, timeout)
 
 
 def start(given: dict[str, Any], world_size: int) -> None:

@@ -20,7 +20,6 @@ from dinfer.messages import (
     DigestHeld,
     HeldBlock,
     HeldReport,
-    Ok,
     ReferenceReport,
     RunReference,
     StopReference,
@@ -255,9 +254,8 @@ class References:
             measured=tuple((*key, one) for key, one in found.measured.items()),
         )
 
-    def stop(self, _: StopReference) -> Ok:
+    def stop(self, _: StopReference) -> None:
         self._stopped.set()
-        return Ok()
 
     def _check(self) -> None:
         if self._stopped.is_set():

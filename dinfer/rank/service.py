@@ -40,7 +40,6 @@ from dinfer.messages import (
     Loading,
     LoadModel,
     NewTokens,
-    Ok,
     OpenStore,
     PreparedPrompt,
     PreparePrompt,
@@ -189,17 +188,15 @@ class RankService:
 
     # -- weights
 
-    def _unload(self, command: UnloadModel | LoadModel) -> Ok:
+    def _unload(self, command: UnloadModel | LoadModel) -> None:
         """Two checkpoints at a time might not fit into memory."""
         if self.weights.are(command) or not (self.decoder or self.prompt):
-            return Ok()
-        self.weights.drop()
+            self.weights.drop()
         try:
             self._give_up_prompt()
         finally:
             self._on_change(self)
             gc.collect()  # prompt and lanes know each other
-        return Ok()
 
     def _load(self, command: LoadModel) -> LoadedModel:
         """Ranks of one process share their weights: all of them must unload first."""
@@ -217,18 +214,16 @@ class RankService:
 
     # -- the group
 
-    def _join(self, command: JoinGroup) -> Ok:
+    def _join(self, command: JoinGroup) -> None:
         if self.comm:
             self.comm.close()
         self.comm = None
         self.comm, self._token_failed = self._meet.join(command), False
-        return Ok()
 
-    def _drain(self, command: DrainChannels) -> Ok:
+    def _drain(self, command: DrainChannels) -> None:
         assert self.comm
         sends, recvs = ([Channel(*one) for one in some] for some in (command.sends, command.recvs))
         drain(self.comm, sends, recvs)
-        return Ok()
 
     def _leave(self, _: LeaveGroup) -> LeftGroup:
         free = self.prompt is None or self.prompt.engine.release()
@@ -285,25 +280,21 @@ class RankService:
             )
         self.prompt = None
 
-    def _set_limits(self, command: SetLimits) -> Ok:
+    def _set_limits(self, command: SetLimits) -> None:
         prompt = self._engine.prompt
         self._report_edits(prompt.go(command.cut, order=command.order, stopping=command.stopping))
-        return Ok()
 
-    def _rewind(self, command: Rewind) -> Ok:
+    def _rewind(self, command: Rewind) -> None:
         engine = self._engine
         self.prompt = PromptOnRank(engine, Tokens(engine))
         self.board.set_phase("prefill")
         self._report_edits(engine.prompt.rewind(command.cut))
-        return Ok()
 
-    def _release(self, command: Release) -> Ok:
+    def _release(self, command: Release) -> None:
         self._engine.executor.release([Channel(*channel) for channel in command.channels])
-        return Ok()
 
-    def _set_breakpoints(self, command: SetBreakpoints) -> Ok:
+    def _set_breakpoints(self, command: SetBreakpoints) -> None:
         self._engine.prompt.conditions.arm([Breakpoint.of(one) for one in command.breakpoints])
-        return Ok()
 
     def _hash_kv(self, command: HashKv) -> KvHash:
         cache = self._engine.cache
@@ -354,8 +345,7 @@ class RankService:
     def _limit_decode(self, command: LimitDecode) -> BegunTokens:
         return BegunTokens(self.prompt.tokens.limit_to(command.limit) if self.prompt else 0)
 
-    def _step_back_decode(self, command: StepBackDecode) -> Ok:
+    def _step_back_decode(self, command: StepBackDecode) -> None:
         if self.prompt:
             self.prompt.tokens.back_to(command.tokens)
             self.board.set_phase("decode", command.tokens)
-        return Ok()
