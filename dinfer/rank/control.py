@@ -136,8 +136,8 @@ class Control:
     def _listen(self) -> None:
         with self._socket:
             reader = FrameReader(self._socket)
-            while (messages := reader.read()) is not None:
-                for frames in messages:
+            while (came := reader.read()) is not None:
+                for frames in came:
                     self._hear(frames[0])
         self._slow.put(None)
 

@@ -11,36 +11,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from dinfer import messages
 from dinfer.kv.digests import as_numbers, block_digests, row_digests
 from dinfer.kv.measure import per_head
-from dinfer.messages import (
-    AttentionData,
-    DigestKv,
-    DigestRows,
-    EditedBlocks,
-    HiddenSpans,
-    KvSpans,
-    ListHidden,
-    ListKv,
-    NotedBlock,
-    NotedKv,
-    RankNotes,
-    ReadAttention,
-    ReadBlocks,
-    ReadEdit,
-    ReadFinalHidden,
-    ReadHidden,
-    ReadKvPart,
-    ReadMore,
-    ReadNotedKv,
-    ReadNotedRows,
-    ReadNotes,
-    ReadRows,
-    SummarizeHidden,
-    SummarizeKv,
-    TensorData,
-    TensorSummary,
-)
 from dinfer.model.attention import attention, hidden_before
 from dinfer.rank.commands import Handler, slow
 from dinfer.rank.decode import PromptOnRank
@@ -58,23 +31,23 @@ def inspect_commands(rank: int, prompt: Callable[[], PromptOnRank]) -> list[Hand
     RuntimeError where there is none."""
     found = Inspection(rank, prompt)
     return [
-        slow(ListKv, found.spans),
-        slow(DigestKv, found.digests),
-        slow(ReadNotedKv, found.ledger),
-        slow(ReadNotedRows, found.ledger_rows),
-        slow(DigestRows, found.row_digests),
-        slow(ReadRows, found.rows),
-        slow(ReadKvPart, found.part),
-        slow(SummarizeKv, found.summary),
-        slow(ListHidden, found.hidden_spans),
-        slow(ReadHidden, found.hidden),
-        slow(SummarizeHidden, found.hidden_summary),
-        slow(ReadAttention, found.attention),
-        slow(ReadBlocks, found.blocks),
-        slow(ReadFinalHidden, found.final),
-        slow(ReadNotes, found.notes),
-        slow(ReadEdit, found.edit),
-        slow(ReadMore, found.more),
+        slow(messages.ListKv, found.spans),
+        slow(messages.DigestKv, found.digests),
+        slow(messages.ReadNotedKv, found.ledger),
+        slow(messages.ReadNotedRows, found.ledger_rows),
+        slow(messages.DigestRows, found.row_digests),
+        slow(messages.ReadRows, found.rows),
+        slow(messages.ReadKvPart, found.part),
+        slow(messages.SummarizeKv, found.summary),
+        slow(messages.ListHidden, found.hidden_spans),
+        slow(messages.ReadHidden, found.hidden),
+        slow(messages.SummarizeHidden, found.hidden_summary),
+        slow(messages.ReadAttention, found.attention),
+        slow(messages.ReadBlocks, found.blocks),
+        slow(messages.ReadFinalHidden, found.final),
+        slow(messages.ReadNotes, found.notes),
+        slow(messages.ReadEdit, found.edit),
+        slow(messages.ReadMore, found.more),
     ]
 
 
@@ -88,12 +61,12 @@ class Inspection:
 
     # -- KV
 
-    def spans(self, _: ListKv) -> KvSpans:
+    def spans(self, _: messages.ListKv) -> messages.KvSpans:
         held = Inventory(self._prompt())
         layers = range(held.layers)
-        return KvSpans(tuple(map(held.chunks_held, layers)), tuple(map(held.rows_held, layers)))
+        return messages.KvSpans(tuple(map(held.chunks_held, layers)), tuple(map(held.rows_held, layers)))
 
-    def digests(self, command: DigestKv) -> TensorData:
+    def digests(self, command: messages.DigestKv) -> messages.TensorData:
         held = Inventory(self._prompt())
         of_layers = [
             torch.stack([block_digests(row_digests(held.rows(layer, *span))) for span in command.spans])
@@ -101,59 +74,61 @@ class Inspection:
         ]
         return self._answer(torch.stack(of_layers))
 
-    def ledger(self, command: ReadNotedKv) -> NotedKv:
-        blocks, came = list[NotedBlock](), list[Tensor]()
+    def ledger(self, command: messages.ReadNotedKv) -> messages.NotedKv:
+        blocks, came = list[messages.NotedBlock](), list[Tensor]()
         for (chunk, layer), entry in sorted(self._prompt().engine.prompt.state.ledger.entries.items()):
             if layer in command.layers:
                 differs = entry.announced not in (None, (0, 0), as_numbers(entry.digests))
                 came.append(entry.digests)
-                blocks.append(NotedBlock(chunk, layer, entry.announced if differs else None, entry.edited))
+                blocks.append(
+                    messages.NotedBlock(chunk, layer, entry.announced if differs else None, entry.edited)
+                )
         data = self._answer(torch.stack(came) if came else torch.zeros(0, 2, dtype=torch.int64))
-        return NotedKv(data.size, data.number, data.data, blocks=tuple(blocks))
+        return messages.NotedKv(data.size, data.number, data.data, blocks=tuple(blocks))
 
-    def ledger_rows(self, command: ReadNotedRows) -> TensorData:
+    def ledger_rows(self, command: messages.ReadNotedRows) -> messages.TensorData:
         entry = self._prompt().engine.prompt.state.ledger.entries.get((command.chunk, command.layer))
         return self._answer(entry.rows if entry else None)
 
-    def row_digests(self, command: DigestRows) -> TensorData:
+    def row_digests(self, command: messages.DigestRows) -> messages.TensorData:
         held = Inventory(self._prompt())
         return self._answer(row_digests(held.rows(command.layer, command.start, command.stop)))
 
-    def rows(self, command: ReadRows) -> TensorData:
+    def rows(self, command: messages.ReadRows) -> messages.TensorData:
         rows = Inventory(self._prompt()).rows(command.layer)
         return self._answer(rows[_index(command.places, rows)])
 
-    def part(self, command: ReadKvPart) -> TensorData:
+    def part(self, command: messages.ReadKvPart) -> messages.TensorData:
         rows = Inventory(self._prompt()).rows(command.layer)[:, command.tensor]
         heads, places = _index(command.heads, rows), _index(command.places, rows)
         return self._answer(rows.transpose(0, 1)[heads[:, None], places])
 
-    def summary(self, command: SummarizeKv) -> TensorSummary:
+    def summary(self, command: messages.SummarizeKv) -> messages.TensorSummary:
         held = Inventory(self._prompt())
-        return TensorSummary(per_head(held.rows(command.layer, command.start, command.stop)))
+        return messages.TensorSummary(per_head(held.rows(command.layer, command.start, command.stop)))
 
     # -- what the layers compute
 
-    def hidden_spans(self, _: ListHidden) -> HiddenSpans:
+    def hidden_spans(self, _: messages.ListHidden) -> messages.HiddenSpans:
         first: dict[int, int] = {}
         for chunk, layer in self._prompt().engine.prompt.state.hidden:
             first[chunk] = min(layer, first.get(chunk, layer))
-        return HiddenSpans(first)
+        return messages.HiddenSpans(first)
 
-    def hidden(self, command: ReadHidden) -> TensorData:
+    def hidden(self, command: messages.ReadHidden) -> messages.TensorData:
         return self._answer(self._hidden(command.chunk, command.layer))
 
-    def hidden_summary(self, command: SummarizeHidden) -> TensorSummary:
-        return TensorSummary(per_head(self._hidden(command.chunk, command.layer)[:, None, None]))
+    def hidden_summary(self, command: messages.SummarizeHidden) -> messages.TensorSummary:
+        return messages.TensorSummary(per_head(self._hidden(command.chunk, command.layer)[:, None, None]))
 
-    def attention(self, command: ReadAttention) -> AttentionData:
+    def attention(self, command: messages.ReadAttention) -> messages.AttentionData:
         engine, layer = self._prompt().engine, command.layer
         state = engine.prompt.state
         hidden, start = self._hidden(command.chunk, layer)[None], state.rows(command.chunk).start
         found = attention(engine.decoder, layer, hidden, state.cache, start)
         weights = found.weights[list(command.heads)] if command.heads else found.weights
         data = self._answer(weights)
-        return AttentionData(data.size, data.number, data.data, first_key=found.first_key)
+        return messages.AttentionData(data.size, data.number, data.data, first_key=found.first_key)
 
     def _hidden(self, chunk: int, layer: int) -> Tensor:
         engine = self._prompt().engine
@@ -168,48 +143,48 @@ class Inspection:
 
     # -- what a replay needs beside that
 
-    def blocks(self, command: ReadBlocks) -> TensorData:
+    def blocks(self, command: messages.ReadBlocks) -> messages.TensorData:
         state = self._prompt().engine.prompt.state
         return self._answer(torch.cat([state.block(chunk, command.layer) for chunk in command.chunks]))
 
-    def final(self, _: ReadFinalHidden) -> TensorData:
+    def final(self, _: messages.ReadFinalHidden) -> messages.TensorData:
         return self._answer(self._prompt().engine.prompt.state.final)
 
-    def notes(self, _: ReadNotes) -> RankNotes:
+    def notes(self, _: messages.ReadNotes) -> messages.RankNotes:
         engine, tokens = self._prompt()
         edits = (
-            EditedBlocks(edit.positions, tuple(edit.kv), tuple(edit.hidden))
+            messages.EditedBlocks(edit.positions, tuple(edit.kv), tuple(edit.hidden))
             for edit in engine.prompt.edits.history
         )
-        return RankNotes(tuple(tokens.tokens), tuple(edits))
+        return messages.RankNotes(tuple(tokens.tokens), tuple(edits))
 
-    def edit(self, command: ReadEdit) -> TensorData:
+    def edit(self, command: messages.ReadEdit) -> messages.TensorData:
         edit = self._prompt().engine.prompt.edits.history[command.number]
         tensors = edit.kv if command.what == "kv" else edit.hidden
         return self._answer(tensors[command.chunk, command.layer])
 
     # -- tensors as bytes
 
-    def more(self, command: ReadMore) -> TensorData:
+    def more(self, command: messages.ReadMore) -> messages.TensorData:
         data = self._kept.get(command.number)
         if data is None:
             raise RuntimeError(f"rank {self._rank} has given up that answer: ask again.")
         start = command.start
         if start + PIECE >= len(data):
             del self._kept[command.number]
-        return TensorData(len(data), command.number, data[start : start + PIECE])
+        return messages.TensorData(len(data), command.number, data[start : start + PIECE])
 
-    def _answer(self, tensor: Tensor | None) -> TensorData:
+    def _answer(self, tensor: Tensor | None) -> messages.TensorData:
         """One tensor, or none, and the rest of its bytes kept for `more`."""
         tensors = {} if tensor is None else {"tensor": tensor.detach().contiguous().cpu()}
         data = safetensors.torch.save(tensors)
         if len(data) <= PIECE:
-            return TensorData(len(data), 0, data)
+            return messages.TensorData(len(data), 0, data)
         number = next(self._numbers)
         self._kept[number] = data
         while len(self._kept) > KEPT:
             del self._kept[min(self._kept)]
-        return TensorData(len(data), number, data[:PIECE])
+        return messages.TensorData(len(data), number, data[:PIECE])
 
 
 def _index(places: Sequence[int], like: Tensor) -> Tensor:

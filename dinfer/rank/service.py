@@ -14,46 +14,13 @@ from typing import Protocol
 
 import torch
 
+from dinfer import messages
 from dinfer.config import Config
 from dinfer.engine.board import Board, Stand
 from dinfer.engine.corruption import Corrupted, Corruption
 from dinfer.engine.decoding import NotANumber, TokensDiffer
 from dinfer.engine.engine import Engine
 from dinfer.engine.lanes import LaneExecutor, OpFailed
-from dinfer.messages import (
-    BegunTokens,
-    BlockCorrupt,
-    BreakpointHit,
-    DrainChannels,
-    Edited,
-    Freeze,
-    GetStacks,
-    GetStand,
-    HashKv,
-    JoinGroup,
-    KvHash,
-    Lanes,
-    LeaveGroup,
-    LeftGroup,
-    LimitDecode,
-    LoadedModel,
-    Loading,
-    LoadModel,
-    NewTokens,
-    OpenStore,
-    PreparedPrompt,
-    PreparePrompt,
-    RankReport,
-    Release,
-    Rewind,
-    SetBreakpoints,
-    SetLimits,
-    StartDecode,
-    StepBackDecode,
-    StoreAddress,
-    TextPiece,
-    UnloadModel,
-)
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.graph import Channel
@@ -81,7 +48,7 @@ FOUND_TOGETHER = (Corrupted, NotANumber, TokensDiffer)
 class SessionChannel(Protocol):
     """A rank's connection to its session."""
 
-    def report(self, report: RankReport) -> None:
+    def report(self, report: messages.RankReport) -> None:
         """Tell the session something."""
 
     def ask_stands(self, timeout: float) -> list[Stand | None]:
@@ -91,10 +58,10 @@ class SessionChannel(Protocol):
 class Meet(Protocol):
     """How this rank joins the group of all ranks."""
 
-    def open(self, command: OpenStore) -> StoreAddress:
+    def open(self, command: messages.OpenStore) -> messages.StoreAddress:
         """On rank 0: open the place where the others find it."""
 
-    def join(self, command: JoinGroup) -> Comm:
+    def join(self, command: messages.JoinGroup) -> Comm:
         """Meet all others there."""
 
 
@@ -127,24 +94,24 @@ class RankService:
         alone = self._memory is not None
         return table_of(
             [
-                slow(UnloadModel, self._unload),
-                slow(LoadModel, self._load),
-                slow(OpenStore, self._meet.open),
-                slow(JoinGroup, self._join),
-                slow(PreparePrompt, self._prepare),
-                quick(SetLimits, self._set_limits),
-                slow(Rewind, self._rewind),
-                quick(Freeze, lambda _: self._engine.executor.freeze()),
-                quick(GetStand, lambda _: self._engine.executor.stand()),
-                quick(Release, self._release),
-                quick(SetBreakpoints, self._set_breakpoints),
-                slow(StartDecode, self._decode),
-                quick(LimitDecode, self._limit_decode),
-                slow(StepBackDecode, self._step_back_decode),
-                slow(HashKv, self._hash_kv),
-                quick(DrainChannels, self._drain),
-                slow(LeaveGroup, self._leave),
-                quick(GetStacks, lambda _: stacks(self.rank, alone=alone)),
+                slow(messages.UnloadModel, self._unload),
+                slow(messages.LoadModel, self._load),
+                slow(messages.OpenStore, self._meet.open),
+                slow(messages.JoinGroup, self._join),
+                slow(messages.PreparePrompt, self._prepare),
+                quick(messages.SetLimits, self._set_limits),
+                slow(messages.Rewind, self._rewind),
+                quick(messages.Freeze, lambda _: self._engine.executor.freeze()),
+                quick(messages.GetStand, lambda _: self._engine.executor.stand()),
+                quick(messages.Release, self._release),
+                quick(messages.SetBreakpoints, self._set_breakpoints),
+                slow(messages.StartDecode, self._decode),
+                quick(messages.LimitDecode, self._limit_decode),
+                slow(messages.StepBackDecode, self._step_back_decode),
+                slow(messages.HashKv, self._hash_kv),
+                quick(messages.DrainChannels, self._drain),
+                slow(messages.LeaveGroup, self._leave),
+                quick(messages.GetStacks, lambda _: stacks(self.rank, alone=alone)),
                 *fault_commands(lambda: self._engine, self.session.report),
                 *inspect_commands(self.rank, self._prompted),
                 *reference_commands(self._prompted),
@@ -188,7 +155,7 @@ class RankService:
 
     # -- weights
 
-    def _unload(self, command: UnloadModel | LoadModel) -> None:
+    def _unload(self, command: messages.UnloadModel | messages.LoadModel) -> None:
         """Two checkpoints at a time might not fit into memory."""
         if self.weights.are(command) or not (self.decoder or self.prompt):
             self.weights.drop()
@@ -198,43 +165,43 @@ class RankService:
             self._on_change(self)
             gc.collect()  # prompt and lanes know each other
 
-    def _load(self, command: LoadModel) -> LoadedModel:
+    def _load(self, command: messages.LoadModel) -> messages.LoadedModel:
         """Ranks of one process share their weights: all of them must unload first."""
         torch.set_num_threads(command.threads)
         started = perf_counter()
         if not self.weights.are(command):
             self._unload(command)
-            self.weights.load(command, lambda done, total: self.session.report(Loading(done, total)))
+            self.weights.load(command, lambda done, total: self.session.report(messages.Loading(done, total)))
             self._on_change(self)
         decoder = self.decoder
         assert decoder
         self.weights.measure(decoder.device)
         dtype = str(decoder.dtype).removeprefix("torch.")
-        return LoadedModel(str(decoder.device), dtype, perf_counter() - started)
+        return messages.LoadedModel(str(decoder.device), dtype, perf_counter() - started)
 
     # -- the group
 
-    def _join(self, command: JoinGroup) -> None:
+    def _join(self, command: messages.JoinGroup) -> None:
         if self.comm:
             self.comm.close()
         self.comm = None
         self.comm, self._token_failed = self._meet.join(command), False
 
-    def _drain(self, command: DrainChannels) -> None:
+    def _drain(self, command: messages.DrainChannels) -> None:
         assert self.comm
         sends, recvs = ([Channel(*one) for one in some] for some in (command.sends, command.recvs))
         drain(self.comm, sends, recvs)
 
-    def _leave(self, _: LeaveGroup) -> LeftGroup:
+    def _leave(self, _: messages.LeaveGroup) -> messages.LeftGroup:
         free = self.prompt is None or self.prompt.engine.release()
         if free and self.comm:
             self.comm.close()
             self.comm = self.prompt = None
-        return LeftGroup(free)
+        return messages.LeftGroup(free)
 
     # -- the prompt
 
-    def _prepare(self, command: PreparePrompt) -> PreparedPrompt:
+    def _prepare(self, command: messages.PreparePrompt) -> messages.PreparedPrompt:
         if self._token_failed:  # the others would take a message for that token
             raise RuntimeError(
                 f"rank {self.rank} has failed in decode, where others may wait for it: session.recover() frees them."
@@ -259,12 +226,12 @@ class RankService:
             raise
         self.prompt = PromptOnRank(engine, Tokens(engine))
         assert engine.recorder
-        self.session.report(Lanes(tuple(engine.recorder.lanes), thread_names()))
+        self.session.report(messages.Lanes(tuple(engine.recorder.lanes), thread_names()))
         self.board.set_phase("prefill")
         watch = partial(self._report_failure, executor)
         threading.Thread(target=watch, name="dinfer minds failures", daemon=True).start()
         self._on_change(self)
-        return PreparedPrompt(executor.plan.id)
+        return messages.PreparedPrompt(executor.plan.id)
 
     def _report_failure(self, executor: LaneExecutor) -> None:
         try:
@@ -280,36 +247,36 @@ class RankService:
             )
         self.prompt = None
 
-    def _set_limits(self, command: SetLimits) -> None:
+    def _set_limits(self, command: messages.SetLimits) -> None:
         prompt = self._engine.prompt
         self._report_edits(prompt.go(command.cut, order=command.order, stopping=command.stopping))
 
-    def _rewind(self, command: Rewind) -> None:
+    def _rewind(self, command: messages.Rewind) -> None:
         engine = self._engine
         self.prompt = PromptOnRank(engine, Tokens(engine))
         self.board.set_phase("prefill")
         self._report_edits(engine.prompt.rewind(command.cut))
 
-    def _release(self, command: Release) -> None:
+    def _release(self, command: messages.Release) -> None:
         self._engine.executor.release([Channel(*channel) for channel in command.channels])
 
-    def _set_breakpoints(self, command: SetBreakpoints) -> None:
+    def _set_breakpoints(self, command: messages.SetBreakpoints) -> None:
         self._engine.prompt.conditions.arm([Breakpoint.of(one) for one in command.breakpoints])
 
-    def _hash_kv(self, command: HashKv) -> KvHash:
+    def _hash_kv(self, command: messages.HashKv) -> messages.KvHash:
         cache = self._engine.cache
         assert cache
-        return KvHash(cache.sha256(command.tokens))
+        return messages.KvHash(cache.sha256(command.tokens))
 
     def _report_edits(self, edited: list[str]) -> None:
         if edited:
-            self.session.report(Edited(tuple(edited)))
+            self.session.report(messages.Edited(tuple(edited)))
 
     def _hit(self, breakpoint: Breakpoint, op: Op, found: str) -> None:
         """A breakpoint's condition holds: no further op begins here, and the session stops the others."""
         prompt = self._engine.prompt
         if prompt.halt():
-            self.session.report(BreakpointHit(breakpoint.as_dict(), str(op), found, prompt.order))
+            self.session.report(messages.BreakpointHit(breakpoint.as_dict(), str(op), found, prompt.order))
 
     def _corrupt(self, found: Corruption) -> None:
         """A block's bytes have changed. On the way, and where the run is to pause: no further op begins here, and the
@@ -317,17 +284,17 @@ class RankService:
         engine, order = self._engine, None
         if engine.config.on_corruption == "pause" and found.peer is not None and engine.prompt.halt():
             order = engine.prompt.order
-        self.session.report(BlockCorrupt(found.as_dict(), order))
+        self.session.report(messages.BlockCorrupt(found.as_dict(), order))
 
     # -- decode
 
-    def _decode(self, _: StartDecode) -> NewTokens:
+    def _decode(self, _: messages.StartDecode) -> messages.NewTokens:
         engine, tokens = self._prompted()
 
         def show(count: int, _: int, text: str) -> None:
             self.board.set_phase("decode", count)
             if self.rank == 0:
-                self.session.report(TextPiece(text))
+                self.session.report(messages.TextPiece(text))
 
         try:
             self._report_edits(engine.prompt.edits.report())
@@ -342,10 +309,10 @@ class RankService:
         finally:
             engine.prompt.edits.accept_all()
 
-    def _limit_decode(self, command: LimitDecode) -> BegunTokens:
-        return BegunTokens(self.prompt.tokens.limit_to(command.limit) if self.prompt else 0)
+    def _limit_decode(self, command: messages.LimitDecode) -> messages.BegunTokens:
+        return messages.BegunTokens(self.prompt.tokens.limit_to(command.limit) if self.prompt else 0)
 
-    def _step_back_decode(self, command: StepBackDecode) -> None:
+    def _step_back_decode(self, command: messages.StepBackDecode) -> None:
         if self.prompt:
             self.prompt.tokens.back_to(command.tokens)
             self.board.set_phase("decode", command.tokens)

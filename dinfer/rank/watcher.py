@@ -17,27 +17,8 @@ import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from dinfer import messages
 from dinfer.engine.board import BOARD_BYTES, Board, Stand, map_file
-from dinfer.messages import (
-    Beat,
-    DumpStacks,
-    Freeze,
-    Gone,
-    KillRank,
-    Lanes,
-    RankLink,
-    RankReport,
-    Reply,
-    SpiedThreads,
-    SpyOnRank,
-    StackDump,
-    Status,
-    pack_command,
-    pack_report,
-    tag_of,
-    unpack_report,
-    unpack_request,
-)
 from dinfer.rank import pyspy
 from dinfer.rank.frames import FrameReader, send_frames
 from dinfer.rank.process import Life, Wanting, exists, sign_of_life
@@ -72,7 +53,11 @@ class Watcher:
     """`rank_end` is a socket to the rank, `client` one to the session."""
 
     def __init__(
-        self, memory: memoryview, rank_end: socket.socket, client: "zmq.Socket[bytes]", link: RankLink
+        self,
+        memory: memoryview,
+        rank_end: socket.socket,
+        client: "zmq.Socket[bytes]",
+        link: messages.RankLink,
     ) -> None:
         self._link, self._memory, self._client = link, memory, client
         self._rank_end, self._reader = rank_end, FrameReader(rank_end)
@@ -112,30 +97,32 @@ class Watcher:
             self._check_client()
         for _, look in self._looks:
             look.end()
-        self._report(Gone())
+        self._report(messages.Gone())
         self._connection.close()
 
     def _take_commands(self) -> None:
         while self._client.poll(0):
             frame = self._client.recv()
             self._client_heard = monotonic()
-            request = unpack_request(frame)
-            match tag_of(request.command):
-                case Beat.__name__:
+            request = messages.unpack_request(frame)
+            match messages.tag_of(request.command):
+                case messages.Beat.__name__:
                     pass
-                case KillRank.__name__:
+                case messages.KillRank.__name__:
                     self._kill()
-                case DumpStacks.__name__:
+                case messages.DumpStacks.__name__:
                     text = "" if self._link.dump is None else dump_of(self._rank_pid, self._link.dump, DUMP_S)
-                    self._report(Reply(request.number, StackDump(named(text, self._threads))))
-                case SpyOnRank.__name__:
+                    self._report(
+                        messages.Reply(request.number, messages.StackDump(named(text, self._threads)))
+                    )
+                case messages.SpyOnRank.__name__:
                     if spy := pyspy.program():
                         life = sign_of_life(self._rank_pid)
                         stopped = life is not None and life.state in "Tt"
                         look = pyspy.Look(spy, self._rank_pid, stopped=stopped)
                         self._looks.append((request.number, look))
                     else:
-                        self._report(Reply(request.number, SpiedThreads(())))
+                        self._report(messages.Reply(request.number, messages.SpiedThreads(())))
                 case _:
                     self._commanded = monotonic()
                     self._pass_on(frame)
@@ -146,23 +133,23 @@ class Watcher:
             number, look = one
             if (threads := look.threads()) is not None:
                 self._looks.remove(one)
-                self._report(Reply(number, SpiedThreads(tuple(threads))))
+                self._report(messages.Reply(number, messages.SpiedThreads(tuple(threads))))
 
     def _take_reports(self) -> bool:
         """Pass on what the rank reports; False once it is gone."""
-        messages = self._reader.read()
-        for frames in messages or ():
-            is_lanes = tag_of(frames[0]) == Lanes.__name__
+        came = self._reader.read()
+        for frames in came or ():
+            is_lanes = messages.tag_of(frames[0]) == messages.Lanes.__name__
             # First what the lanes before have left behind, or events and positions on which the report builds.
             self._publish(last=not is_lanes)
             if is_lanes:
-                report = unpack_report(frames)
-                assert isinstance(report, Lanes)
+                report = messages.unpack_report(frames)
+                assert isinstance(report, messages.Lanes)
                 self._lanes, self._threads = len(report.lanes) - 1, report.threads
                 self._recorder = Recorder.over(self._link.rank, report.lanes, self._memory[BOARD_BYTES:])
                 self._cursor = []
             self._send(frames)
-        return messages is not None
+        return came is not None
 
     def _publish(self, *, last: bool) -> None:
         """What is new, as one message: each costs the rank's core, and wakes the session's process."""
@@ -177,7 +164,7 @@ class Watcher:
             if last or beat:
                 self._last_beat = monotonic()
             life = self._sign_of_life(stand)
-            status = Status(
+            status = messages.Status(
                 phase=self._board.phase,
                 decoded=self._board.decoded,
                 stand=stand,
@@ -224,7 +211,7 @@ class Watcher:
             return
         self._lost_client_at = None
         if rule.do == "pause":
-            self._pass_on(pack_command(Freeze(), 0))
+            self._pass_on(messages.pack_command(messages.Freeze(), 0))
             return
         for pid in rule.ends:
             with suppress(ProcessLookupError, PermissionError):
@@ -239,8 +226,8 @@ class Watcher:
         with suppress(OSError):  # the rank has ended
             send_frames(self._rank_end, [frame])
 
-    def _report(self, report: RankReport) -> None:
-        self._send(pack_report(report))
+    def _report(self, report: messages.RankReport) -> None:
+        self._send(messages.pack_report(report))
 
     def _send(self, frames: Sequence[bytes]) -> None:
         self._client.send_multipart(frames, copy=len(frames) == 1)  # a tensor is not copied
@@ -256,7 +243,7 @@ def main() -> None:
     packed = sys.stdin.buffer.read()
     if not packed:  # the rank has ended already
         return
-    link = msgspec.msgpack.decode(packed, type=RankLink)
+    link = msgspec.msgpack.decode(packed, type=messages.RankLink)
     with zmq.Context() as context:
         client: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         client.setsockopt(zmq.LINGER, 2000)
