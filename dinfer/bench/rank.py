@@ -14,7 +14,7 @@ from dinfer.engine.engine import Engine
 from dinfer.model.decoder import Decoder
 from dinfer.plan.plan import Lane, Plan
 from dinfer.trace.trace import Trace
-from dinfer.transport.gate import FreeGate
+from dinfer.transport.gate import Gate
 from dinfer.transport.gloo import Comm, GlooComm, join_store
 from dinfer.transport.in_process import Exchange
 
@@ -122,7 +122,7 @@ def _time(case: BenchCase, decoder: Decoder, comm: Comm, config: Config, ids: Se
 
 
 def _alone(decoder: Decoder, config: Config) -> Engine:
-    return Engine(decoder, Exchange(1, FreeGate()).comm(0), config.with_(world_size=1, layer_split=()))
+    return Engine(decoder, Exchange(1, Gate()).comm(0), config.with_(world_size=1, layer_split=()))
 
 
 def _prefill(engine: Engine, ids: Sequence[int], *, sync: bool) -> TimedPrefill:

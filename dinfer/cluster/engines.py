@@ -88,7 +88,7 @@ class EngineRanks(Link, Ranks):
             return LOOPBACK
         # An engine beside the controller may know it by its loopback address, which no other host reaches.
         outside = [address for address in away if not address.startswith("127.")]
-        call = "dinfer.rank.kernel:address_towards"
+        call = "dinfer.transport.interface:own_address_towards"
         return str(self.cluster.call(0, call, outside[0], timeout=START_S)[0]) if outside else first.address
 
     def _start(self, ranks: Iterable[int]) -> None:

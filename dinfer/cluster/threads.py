@@ -16,7 +16,7 @@ from dinfer.messages import Command, JoinGroup, Lanes, OpenStore, RankReport, St
 from dinfer.rank.commands import answer
 from dinfer.rank.service import RankService
 from dinfer.trace.recorder import Recorder
-from dinfer.transport.gate import FreeGate
+from dinfer.transport.gate import Gate
 from dinfer.transport.gloo import Comm
 from dinfer.transport.in_process import Exchange
 
@@ -30,7 +30,7 @@ class LocalRanks(Ranks):
 
     def __init__(self, world_size: int) -> None:
         super().__init__(world_size)
-        self.gate = FreeGate()
+        self.gate = Gate()
         self.exchange = Exchange(world_size, self.gate)
         self._recorders: dict[int, tuple[Recorder, list[int] | None]] = {}
         self._closing = threading.Event()

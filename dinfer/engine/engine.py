@@ -34,7 +34,7 @@ from dinfer.plan.verify import verify
 from dinfer.trace.events import Event
 from dinfer.trace.recorder import Recorder
 from dinfer.transport.deadline import Deadline, StillWaiting
-from dinfer.transport.gate import FreeGate, Gate
+from dinfer.transport.gate import Gate
 from dinfer.transport.gloo import Comm
 from dinfer.transport.streams import StreamComm
 
@@ -79,7 +79,7 @@ class Engine:
     ) -> None:
         self.decoder, self.comm, self.config = decoder, comm, config
         self.rank, self.world_size = comm.rank, comm.world_size
-        self.gate, self.board = gate or FreeGate(), board or Board()
+        self.gate, self.board = gate or Gate(), board or Board()
         self._memory, self._on_op, self._on_hit, self._all_stands = memory, on_op, on_hit, all_stands
         self._deadline = Deadline(comm.rank, deadline)
         self._alarm, self.check_s = Alarm(config.on_corruption, on_corrupt), 0.0

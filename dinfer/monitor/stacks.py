@@ -18,7 +18,6 @@ from dinfer.messages import (
     SpiedThread,
     SpiedThreads,
     SpyOnRank,
-    ThreadStack,
     ThreadStacks,
 )
 from dinfer.rank.pyspy import in_c
@@ -55,15 +54,13 @@ class Stacks:
 def gather(ranks: AskableRanks, which: Sequence[int]) -> dict[int, Stacks]:
     """Ask these ranks, together; of one that is mute its watcher requests a dump. Takes a few milliseconds where all
     answer; else as long as the watchers of the mute ranks take, while they are heard."""
-    said = answers(ranks, dict.fromkeys(which, GetStacks()), ANSWER_S)
-    found = {rank: _as_asked(rank, stacks) for rank, stacks in said.items()}
-    mute = [rank for rank in which if rank not in found]
-    begun = {rank: ranks.begin({rank: DumpStacks()}) for rank in mute}
+    answered = answers(ranks, dict.fromkeys(which, GetStacks()), ANSWER_S)
+    found = {rank: _as_answered(rank, stacks) for rank, stacks in answered.items()}
+    begun = {rank: ranks.begin({rank: DumpStacks()}) for rank in which if rank not in found}
     for rank, pending in begun.items():
         text = ""
         with suppress(NoAnswer, RankRefused):
-            answer = ranks.finish(pending, DUMP_ANSWER_S, partial(_check_watcher, ranks.ranks[rank]))
-            text = answer[rank].text
+            text = ranks.finish(pending, DUMP_ANSWER_S, partial(_check_watcher, ranks.ranks[rank]))[rank].text
         found[rank] = as_dumped(rank, text)
     return found
 
@@ -74,23 +71,30 @@ def _check_watcher(state: RankState) -> None:
         raise NoAnswer("this rank has no watcher, or one that does not answer")
 
 
-def _as_asked(rank: int, stacks: ThreadStacks) -> Stacks:
-    threads = stacks.threads
-    frames = {_lane(rank, thread.name): _frame(thread) for thread in threads if thread.frames}
-    texts = [f"{thread.name}:\n" + "\n".join(_line(*frame) for frame in thread.frames) for thread in threads]
-    times = [thread.cpu_s for thread in threads if thread.cpu_s is not None]
-    return Stacks(frames, "\n".join(texts), True, sum(times) if len(times) == len(threads) else None)
+def _as_answered(rank: int, stacks: ThreadStacks) -> Stacks:
+    frames, texts, cpu_s = dict[str, StackFrame](), list[str](), list[float]()
+    for thread in stacks.threads:
+        if thread.frames:
+            frame = StackFrame(*thread.frames[thread.at], thread.native, thread.waits, thread.held)
+            frames[_lane(rank, thread.name)] = frame
+        if thread.cpu_s is not None:
+            cpu_s.append(thread.cpu_s)
+        texts += [f"{thread.name}:", *(_line(*frame) for frame in thread.frames)]
+    return Stacks(frames, "\n".join(texts), True, sum(cpu_s) if len(cpu_s) == len(stacks.threads) else None)
 
 
 def as_dumped(rank: int, text: str) -> Stacks:
     """From faulthandler's text, which does not say which of several threads holds the GIL."""
     busy = []
     for thread in text.split("\n\n"):
-        found = [(file, int(line), name) for file, line, name in _FILE.findall(thread)]
-        if _is_in_op(file for file, _, _ in found):
+        found = _FILE.findall(thread)
+        places = {file.rpartition("/dinfer/")[2] for file, _, _ in found}
+        if (
+            places & LANES and not places & TRANSPORT
+        ):  # it runs an op and does not wait for a peer, or at a gate
             file, line, name = found[0]
-            head = _NAME.search(thread)
-            frame = StackFrame(file, line, name, linecache.getline(file, line).strip(), native=True)
+            head, text_of_line = _NAME.search(thread), linecache.getline(file, int(line)).strip()
+            frame = StackFrame(file, int(line), name, text_of_line, native=True)
             busy.append((_lane(rank, head[1]) if head else "", frame))
     holder, frames = (busy[0][0], {BUSY: busy[0][1]}) if len(busy) == 1 else ("", {})
     return Stacks(frames, text.strip(), False, holder=holder)
@@ -99,16 +103,21 @@ def as_dumped(rank: int, text: str) -> Stacks:
 def as_spied(rank: int, threads: Sequence[SpiedThread], known: Stacks) -> Stacks | None:
     """What is known, with what py-spy saw a little earlier; None where the rank has moved since."""
     seen = {_lane(rank, thread.name): thread.frames for thread in threads}
-    text = "\n".join(_spied_text(thread) for thread in threads)
+    text = "\n".join(map(_spied_text, threads))
     if known.answers is None:  # it is stopped, so only py-spy can see it
         return replace(known, text=text)
     if not known.answers:
         holder = next((_lane(rank, thread.name) for thread in threads if thread.holds_gil), "")
         return _held(known, seen, holder, text) if holder else known
-    frames = {lane: _with_c(frame, seen.get(lane, ())) for lane, frame in known.frames.items()}
-    if None in frames.values():
-        return None
-    return replace(known, text=text, frames={lane: frame for lane, frame in frames.items() if frame})
+    frames = {}
+    for lane, frame in known.frames.items():
+        if frame.native and lane in seen:  # add the C functions that its line has called
+            at = next(one for one in seen[lane] if one.line is not None)
+            if (at.file, at.line) != (frame.file, frame.line):
+                return None
+            frame = frame._replace(c=in_c(seen[lane]))
+        frames[lane] = frame
+    return replace(known, text=text, frames=frames)
 
 
 def _held(known: Stacks, seen: Mapping[str, Sequence[SpiedFrame]], holder: str, text: str) -> Stacks | None:
@@ -121,29 +130,12 @@ def _held(known: Stacks, seen: Mapping[str, Sequence[SpiedFrame]], holder: str, 
     return replace(known, frames={holder: frame, BUSY: frame}, text=text, holder=holder)
 
 
-def _with_c(frame: StackFrame, seen: Sequence[SpiedFrame]) -> StackFrame | None:
-    """A frame in C, with the C functions that it has called; None where py-spy saw the thread elsewhere."""
-    if not frame.native or not seen:
-        return frame
-    at = next(one for one in seen if one.line is not None)
-    return frame._replace(c=in_c(seen)) if (at.file, at.line) == (frame.file, frame.line) else None
-
-
 def _spied_text(thread: SpiedThread) -> str:
-    holds = ", which holds the interpreter (the GIL)" if thread.holds_gil else ""
-    return f"{thread.name}{holds}:\n" + "\n".join(map(_seen_line, thread.frames))
-
-
-def _seen_line(seen: SpiedFrame) -> str:
-    if seen.line is None:
-        return f"  in {seen.function} ({seen.file.rpartition('/')[2]})"
-    return _line(seen.file, seen.line, seen.function, seen.text)
-
-
-def _is_in_op(files: Iterable[str]) -> bool:
-    """Whether a thread runs an op and does not wait in the transport or at a gate."""
-    places = {file.rpartition("/dinfer/")[2] for file in files}
-    return bool(places & LANES) and not places & TRANSPORT
+    lines = [f"{thread.name}{', which holds the interpreter (the GIL)' * thread.holds_gil}:"]
+    for file, line, function, text in thread.frames:
+        in_library = f"  in {function} ({file.rpartition('/')[2]})"
+        lines.append(in_library if line is None else _line(file, line, function, text))
+    return "\n".join(lines)
 
 
 def _lane(rank: int, thread: str) -> str:
@@ -151,10 +143,6 @@ def _lane(rank: int, thread: str) -> str:
         return thread.removeprefix(f"rank {rank} ")
     is_slow = thread == "control, slow commands" or thread.startswith(f"dinfer rank {rank}_")
     return "decode" if is_slow else thread
-
-
-def _frame(thread: ThreadStack) -> StackFrame:
-    return StackFrame(*thread.frames[thread.at], thread.native, thread.waits, thread.held)
 
 
 def _line(file: str, line: int, function: str, text: str) -> str:

@@ -11,11 +11,11 @@ from dataclasses import replace
 
 from dinfer.cluster.ranks import AskableRanks
 from dinfer.job import Job
-from dinfer.monitor.signs import HangEvidence, Track, signs_of, sizes_of
+from dinfer.monitor.signs import HangEvidence, Track, signs_of
 from dinfer.monitor.stacks import Spied, Stacks, gather
 from dinfer.plan.graph import Graph
 from dinfer.verdict.judge import explain
-from dinfer.verdict.signs import Signs
+from dinfer.verdict.signs import KvBytes, Signs
 from dinfer.verdict.verdict import Verdict
 
 LOOK_S = 0.1
@@ -36,10 +36,10 @@ AHEAD_S, LEAST_AHEAD_S = 0.5, 0.4
 less where py-spy is about to say more."""
 
 QUIET = ("moving", "done", "paused", "held")
-"""Kinds that are told only when asked for."""
+"""Kinds that are reported only when asked for."""
 
 ASKS = 2
-"""So often a mute rank's stacks are asked for before a verdict is told without them."""
+"""So often a mute rank's stacks are asked for before a verdict is reported without them."""
 
 SPIED = ("stuck in C", "stopped")
 """Kinds about which py-spy knows more than the rank itself. It stops the process that it reads, so no other is read."""
@@ -50,8 +50,10 @@ class HangWatch:
     `ranks.changed`; but not `judge(is_moving=True)`, which waits for answers."""
 
     def __init__(self, job: Job, ranks: AskableRanks) -> None:
-        self._job, self._ranks, self._plan = job, ranks, job.plan
-        self._sizes = sizes_of(job)
+        self._ranks, self._plan = ranks, job.plan
+        spec, dtype = job.spec, job.config.dtype
+        itemsize = {"float32": 4, "float64": 8}.get(spec.dtype if dtype == "auto" else dtype, 2)
+        self._sizes = KvBytes(2 * spec.kv_heads * spec.head_dim * itemsize, spec.hidden_size * itemsize)
         self._graph: Graph | None = None
         self._track = Track(len(ranks.ranks))
         self._asked: dict[int, Stacks] = {}
@@ -60,14 +62,15 @@ class HangWatch:
         self._spied = Spied(ranks)
         self._asking = threading.Lock()
         """Held by whoever asks the ranks, and so waits for `ranks.changed`. Who may hold that must not wait here."""
-        self._told_with = frozenset[int]()
+        self._spied_then = frozenset[int]()
+        """whom py-spy had seen when `found` was reported"""
         self._looked_at = self._judged_at = self._asked_at = 0.0
         self._asks = 0
         self._decoding_since: float | None = None
         """Since when tokens are to be made. Before, the run waited for its user."""
         self.plan_ids: Mapping[int, int] = {}
         self.found: Verdict | None = None
-        """The verdict that was told and still holds."""
+        """The verdict that was reported and still holds."""
 
     def look(self, *, decoding: bool, ended: Mapping[int, str]) -> None:
         """Judge the run if it does not move; sets `found`. `ended`: how processes have ended, by rank."""
@@ -100,13 +103,15 @@ class HangWatch:
                 self._spy(self._explain(decoding, ended, SUSPECT_AHEAD_S))
             finally:
                 self._asking.release()
-        fresh, told = self._explain(decoding, ended, AHEAD_S, tell_slow=True), self.found
-        same = told and (told.kind, told.ranks) == (fresh.kind, fresh.ranks)
-        return replace(fresh, sentence=told.sentence) if told and same else fresh
+        fresh, found = self._explain(decoding, ended, AHEAD_S, tell_slow=True), self.found
+        is_same = found and (found.kind, found.ranks) == (fresh.kind, fresh.ranks)
+        return replace(fresh, sentence=found.sentence) if found and is_same else fresh
 
-    def evidence(self, *, decoding: bool, ended: Mapping[int, str], told: str) -> HangEvidence:
-        """What is known now, to be judged again later; `told`: the sentence of the verdict that it has led to."""
-        return HangEvidence(tuple(self._signs(decoding, ended)), self._sizes, self._texts(), AHEAD_S, told)
+    def evidence(self, *, decoding: bool, ended: Mapping[int, str], sentence: str) -> HangEvidence:
+        """What is known now, to be judged again later; `sentence`: that of the verdict that it has led to."""
+        return HangEvidence(
+            tuple(self._signs(decoding, ended)), self._sizes, self._texts(), AHEAD_S, sentence
+        )
 
     def _look_closely(self, decoding: bool, ended: Mapping[int, str]) -> None:
         suspicion = self._explain(decoding, ended, SUSPECT_AHEAD_S)
@@ -120,12 +125,16 @@ class HangWatch:
                 self._spy(suspicion)
             finally:
                 self._asking.release()
-        is_seen = self._spied.looks_at(suspicion.ranks)
-        verdict = self._explain(decoding, ended, LEAST_AHEAD_S if is_seen else AHEAD_S)
+        is_read = self._spied.looks_at(suspicion.ranks)
+        verdict, found = self._explain(decoding, ended, LEAST_AHEAD_S if is_read else AHEAD_S), self.found
         if verdict.kind in QUIET:
             self.found = None
-        elif self._is_known(verdict.ranks) and self._is_seen(verdict.ranks) and not self._is_told(verdict):
-            self.found, self._told_with = verdict, self._spied.ranks
+        elif self._is_known(verdict.ranks):
+            is_same = found and (found.kind, found.ranks) == (verdict.kind, verdict.ranks)
+            if (
+                not is_same or self._spied_then != self._spied.ranks
+            ):  # py-spy, which may take long, has seen more
+                self.found, self._spied_then = verdict, self._spied.ranks
 
     def _ask(self, ended: Mapping[int, str]) -> None:
         """Ask all living ranks where their threads stand."""
@@ -144,7 +153,7 @@ class HangWatch:
         with self._ranks.changed:
             for rank, stacks in found.items():
                 if stacks.cpu_s is not None and states[rank].cpu_s is None:
-                    self._track.note_cpu(rank, self._asked_at, stacks.cpu_s, process_s)
+                    self._track.add_cpu(rank, self._asked_at, stacks.cpu_s, process_s)
 
     def _spy(self, suspicion: Verdict) -> None:
         """Have py-spy read the suspects that nothing else can see into, and take what it has seen."""
@@ -157,14 +166,9 @@ class HangWatch:
         self, decoding: bool, ended: Mapping[int, str], ahead_s: float, *, tell_slow: bool = False
     ) -> Verdict:
         self._graph = self._graph or Graph(self._plan)
+        signs, texts = self._signs(decoding, ended), self._texts()
         return explain(
-            self._plan,
-            self._signs(decoding, ended),
-            self._sizes,
-            self._texts(),
-            graph=self._graph,
-            ahead_s=ahead_s,
-            tell_slow=tell_slow,
+            self._plan, signs, self._sizes, texts, graph=self._graph, ahead_s=ahead_s, tell_slow=tell_slow
         )
 
     def _signs(self, decoding: bool, ended: Mapping[int, str]) -> Sequence[Signs]:
@@ -190,29 +194,16 @@ class HangWatch:
         return {rank: its.text for rank, its in self._stacks.items() if its.text}
 
     def _is_known(self, ranks: Sequence[int]) -> bool:
-        """Whether the CPU time of these ranks, where they tell it, is known for long enough to say whether it moves."""
-        return not any(
-            self._track.cpu_moves(rank) is None
-            and (stacks := self._stacks.get(rank))
-            and stacks.cpu_s is not None
-            for rank in ranks
-        )
-
-    def _is_seen(self, ranks: Sequence[int]) -> bool:
-        """Whether the line is known at which each of these stands that does not answer, or cannot be found out: a
-        verdict waits for stacks that are on their way."""
-        unseen = [
-            rank
-            for rank in ranks
-            if (stacks := self._stacks.get(rank)) and stacks.answers is False and not stacks.frames
-        ]
+        """Whether enough is known of these ranks to report a verdict: whether their CPU time moves, where they tell it;
+        and the line at which each stands that does not answer, unless that cannot be found out."""
+        unseen = []
+        for rank in ranks:
+            stacks = self._stacks.get(rank, Stacks())
+            if stacks.cpu_s is not None and self._track.cpu_moves(rank) is None:
+                return False
+            if stacks.answers is False and not stacks.frames:
+                unseen.append(rank)
         return not unseen or (self._asks >= ASKS and not self._spied.looks_at(unseen))
-
-    def _is_told(self, verdict: Verdict) -> bool:
-        """Whether the same was told before, with no less seen by py-spy, which may take long."""
-        found = self.found
-        is_same = found is not None and (found.kind, found.ranks) == (verdict.kind, verdict.ranks)
-        return is_same and self._told_with == self._spied.ranks
 
     def _forget(self) -> None:
         self.found = None

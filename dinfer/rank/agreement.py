@@ -17,8 +17,8 @@ _BYTES = 8192
 
 _LONGEST = 60
 
-_OWN = frozenset(
-    {
+_MAY_DIFFER = frozenset(
+    (
         "log_dir",
         "log_level",
         "master_addr",
@@ -27,7 +27,7 @@ _OWN = frozenset(
         "prompt",
         "prompt_file",
         "prompt_ids",
-    }
+    )
 )
 """Parameters that may differ from rank to rank, such as paths on its host. The prompt is compared as token ids."""
 
@@ -38,7 +38,7 @@ class RanksDisagree(DinferError, RuntimeError):
 
 def facts_of(config: Config, spec: Spec, ids: Sequence[int], plan_id: int) -> dict[str, str]:
     """What must be the same on every rank, by name. What follows from others comes last."""
-    given = {name: str(value) for name, value in vars(config).items() if name not in _OWN}
+    given = {name: str(value) for name, value in vars(config).items() if name not in _MAY_DIFFER}
     return {
         "dinfer": __version__,
         "torch": torch.__version__,
@@ -52,29 +52,25 @@ def facts_of(config: Config, spec: Spec, ids: Sequence[int], plan_id: int) -> di
 
 def agree(comm: Comm, facts: Mapping[str, str]) -> None:
     """Raises RanksDisagree, on every rank alike, naming what differs and on which ranks."""
-    by_rank = [json.loads(part) for part in comm.all_gather(_packed(facts))]
-    names = list(dict.fromkeys(name for said in by_rank for name in said))
-    different = [name for name in names if len({said.get(name) for said in by_rank}) > 1]
-    if different and different != ["plan"]:
-        different = [name for name in different if name != "plan"]  # it follows from the others
+    short = {name: value if len(value) <= _LONGEST else _digest(value) for name, value in facts.items()}
+    data = json.dumps(short).encode()
+    assert len(data) <= _BYTES
+    # As many bytes on every rank, whatever they hold: gloo aborts a rank that receives more than it expects.
+    by_rank = [json.loads(part) for part in comm.all_gather(data.ljust(_BYTES))]
+    names = dict.fromkeys(name for its in by_rank for name in its)
+    different = [name for name in names if len({its.get(name) for its in by_rank}) > 1]
+    if len(different) > 1 and "plan" in different:
+        different.remove("plan")  # it follows from the others
     if different:
         listed = " ".join(f"{name}: {_who_has_what(name, by_rank)}." for name in different)
         raise RanksDisagree(f"the ranks do not run the same thing. {listed} Start all ranks alike.")
 
 
-def _packed(facts: Mapping[str, str]) -> bytes:
-    """As many bytes on every rank, whatever they hold: gloo aborts a rank that receives more than it expects."""
-    short = {name: value if len(value) <= _LONGEST else _digest(value) for name, value in facts.items()}
-    data = json.dumps(short).encode()
-    assert len(data) <= _BYTES
-    return data.ljust(_BYTES)
-
-
 def _who_has_what(name: str, by_rank: Sequence[Mapping[str, str]]) -> str:
     """For example `ranks 0, 2 4.57.1; rank 1 4.56.0`."""
     ranks: dict[str, list[int]] = {}
-    for rank, said in enumerate(by_rank):
-        ranks.setdefault(said.get(name, "nothing"), []).append(rank)
+    for rank, facts in enumerate(by_rank):
+        ranks.setdefault(facts.get(name, "nothing"), []).append(rank)
     return "; ".join(
         f"rank{'s' if len(having) > 1 else ''} {', '.join(map(str, having))} {value}"
         for value, having in ranks.items()

@@ -1,36 +1,36 @@
 """Command tables: which function of a rank carries out which command.
 
 A quick command is carried out at once, whatever the rank is doing; a slow one (loading, decoding) on a thread of its
-own, where slow ones run one after another. Here are the commands that stop lanes; others are beside what they work on.
+own, where slow ones run one after another.
 """
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
-from dinfer.engine.lanes import LaneExecutor
-from dinfer.messages import Answer, Command, Freeze, GetStand, Ok, RankReport, Refused, Release, Reply, Stand
-from dinfer.plan.graph import Channel
+from dinfer.messages import Answer, Command, Ok, RankReport, Refused, Reply
+from dinfer.rank.failure import error_text
 
 C = TypeVar("C", bound=Command[Any])
 
 
 class Handler(NamedTuple):
-    """What carries out commands of one type. `slow`: it may wait for files, devices or other ranks."""
+    """What carries out commands of one type: returns the answer, None for Ok. `slow`: it may wait for files, devices
+    or other ranks."""
 
     kind: type[Command[Any]]
-    function: Callable[[Any], Answer]
+    function: Callable[[Any], Answer | None]
     slow: bool
 
 
 CommandTable = dict[type[Command[Any]], Handler]
 
 
-def quick(kind: type[C], function: Callable[[C], Answer]) -> Handler:
+def quick(kind: type[C], function: Callable[[C], Answer | None]) -> Handler:
     """Carry out these commands at once."""
     return Handler(kind, function, slow=False)
 
 
-def slow(kind: type[C], function: Callable[[C], Answer]) -> Handler:
+def slow(kind: type[C], function: Callable[[C], Answer | None]) -> Handler:
     """Carry out these commands on the thread for slow ones."""
     return Handler(kind, function, slow=True)
 
@@ -45,23 +45,6 @@ def answer(table: CommandTable, number: int, command: Command[Any]) -> RankRepor
     if handler is None:
         return Refused(number, f"this rank has no command {type(command).__name__}")
     try:
-        return Reply(number, handler.function(command))
-    except Exception as error:
-        own = type(error).__module__.startswith("dinfer")
-        return Refused(number, str(error) if own else f"{type(error).__name__}: {error}")
-
-
-def stand_commands(executor: Callable[[], LaneExecutor]) -> list[Handler]:
-    """Commands that stop lanes where they are, and let go of what waits for a peer."""
-
-    def freeze(_: Freeze) -> Stand:
-        return executor().freeze()
-
-    def stand(_: GetStand) -> Stand:
-        return executor().stand()
-
-    def release(command: Release) -> Ok:
-        executor().release([Channel(*channel) for channel in command.channels])
-        return Ok()
-
-    return [quick(Freeze, freeze), quick(GetStand, stand), quick(Release, release)]
+        return Reply(number, handler.function(command) or Ok())
+    except Exception as error:  # whatever it is: the thread must go on to answer the next command
+        return Refused(number, error_text(error))

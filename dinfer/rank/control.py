@@ -4,7 +4,6 @@ A thread takes commands and answers each, slow ones on a thread of their own; re
 thread may be busy meanwhile, in a notebook cell say.
 """
 
-import contextlib
 import itertools
 import os
 import queue
@@ -13,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar
 
@@ -36,7 +36,7 @@ from dinfer.messages import (
 )
 from dinfer.rank.commands import CommandTable, answer, quick, table_of
 from dinfer.rank.debugger import undebugged
-from dinfer.rank.frames import recv_frames, send_frames
+from dinfer.rank.frames import FrameReader, send_frames
 from dinfer.rank.pyspy import let_look
 from dinfer.rank.stacks import dump_into, stacks, thread_names
 from dinfer.rank.watcher import MEMORY_BYTES, RECORDER_BYTES
@@ -60,10 +60,6 @@ class Control:
     """
 
     def __init__(self, link: RankLink, awaited: tuple[type[Command[Any]], ...] = ()) -> None:
-        descriptor = anonymous_file(MEMORY_BYTES)
-        self._memory = map_file(descriptor, MEMORY_BYTES)
-        self.board = Board(self._memory)
-        self._socket, theirs = socket.socketpair()
         self._lock = threading.Lock()
         self._table: CommandTable = {}
         self._slow: queue.SimpleQueue[tuple[int, Command[Any]] | None] = queue.SimpleQueue()
@@ -72,24 +68,24 @@ class Control:
         self._came: dict[object, Command[Any]] = {}
         """awaited commands by type, and answers to `AskStands` by question"""
         self._news = threading.Condition()
-        command = [sys.executable, "-m", "dinfer.rank.watcher", str(descriptor), str(theirs.fileno())]
-        dump = _dump_file()
-        can_dump = dump_into(dump)
+
+        descriptor, dump = anonymous_file(MEMORY_BYTES), _dump_file()
+        memory = map_file(descriptor, MEMORY_BYTES)
+        self.board, self.recorder_memory = Board(memory), memory[-RECORDER_BYTES:]
+        self._socket, theirs = socket.socketpair()
+        link = msgspec.structs.replace(link, dump=dump if dump_into(dump) else None)
+        files = (descriptor, theirs.fileno(), dump)
+        command = [sys.executable, "-m", "dinfer.rank.watcher", *map(str, files[:2])]
         with undebugged():
-            self.watcher = subprocess.Popen(
-                command, pass_fds=(descriptor, theirs.fileno(), dump), stdin=subprocess.DEVNULL
-            )
+            self.watcher = subprocess.Popen(command, pass_fds=files, stdin=subprocess.PIPE)
         let_look(self.watcher.pid)
         theirs.close()
         os.close(descriptor)
-        told = msgspec.structs.replace(link, dump=dump if can_dump else None)
-        send_frames(self._socket, [msgspec.msgpack.encode(told)])
+        assert self.watcher.stdin
+        with self.watcher.stdin as pipe:
+            pipe.write(msgspec.msgpack.encode(link))
         threading.Thread(target=self._listen, name="control", daemon=True).start()
         threading.Thread(target=self._work, name="control, slow commands", daemon=True).start()
-
-    @property
-    def recorder_memory(self) -> memoryview:
-        return self._memory[len(self._memory) - RECORDER_BYTES :]
 
     def report(self, report: RankReport) -> None:
         """Tell the session something; returns once it is on its way. Raises OSError where the watcher has ended."""
@@ -127,7 +123,7 @@ class Control:
 
     def close(self) -> None:
         """End the line; the watcher publishes what is left and ends by itself."""
-        with contextlib.suppress(OSError):  # it may have ended already
+        with suppress(OSError):  # it may have ended already
             self._socket.shutdown(socket.SHUT_WR)
         self.watcher.wait(CLOSING_S)
 
@@ -139,8 +135,10 @@ class Control:
 
     def _listen(self) -> None:
         with self._socket:
-            while frames := recv_frames(self._socket):
-                self._hear(frames[0])
+            reader = FrameReader(self._socket)
+            while (came := reader.read()) is not None:
+                for frames in came:
+                    self._hear(frames[0])
         self._slow.put(None)
 
     def _hear(self, frame: bytes) -> None:
@@ -151,10 +149,11 @@ class Control:
             self._send(Refused(request.number, str(unknown)))
             return
         handler = self._table.get(type(command))
-        if isinstance(command, AllStands):
-            self._note(command.question, command)
-        elif isinstance(command, self._awaited):
-            self._note(type(command), command)
+        if isinstance(command, (AllStands, *self._awaited)):
+            key = command.question if isinstance(command, AllStands) else type(command)
+            with self._news:
+                self._came[key] = command
+                self._news.notify_all()
         elif handler and handler.slow:
             self._slow.put((request.number, command))
         else:
@@ -164,11 +163,6 @@ class Control:
         while task := self._slow.get():
             self._send(answer(self._table, *task))
 
-    def _note(self, key: object, command: Command[Any]) -> None:
-        with self._news:
-            self._came[key] = command
-            self._news.notify_all()
-
     def _send(self, report: RankReport) -> None:
-        with contextlib.suppress(OSError):  # nobody is left to hear it
+        with suppress(OSError):  # nobody is left to hear it
             self.report(report)

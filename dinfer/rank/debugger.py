@@ -4,23 +4,22 @@ DINFER_DEBUGPY=1: rank n listens on 127.0.0.1 at port 5678 + n (another number: 
 DINFER_DEBUGPY_WAIT=1: it begins its work only once a client has attached.
 """
 
-import contextlib
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 
 from dinfer.errors import DinferError
 
 FIRST_PORT = 5678
 
 
-def undebugged() -> contextlib.AbstractContextManager[object]:
+def undebugged() -> AbstractContextManager[object]:
     """A context in which children are not debugged with their parent: a watcher must run while its rank is stopped.
 
     debugpy rewrites the command of every Python that a debugged process starts; this is its own exception from that.
     """
     patch = sys.modules.get("_pydev_bundle.pydev_monkey")
-    skip = getattr(patch, "skip_subprocess_arg_patch", contextlib.nullcontext)
-    context: contextlib.AbstractContextManager[object] = skip()
+    context: AbstractContextManager[object] = getattr(patch, "skip_subprocess_arg_patch", nullcontext)()
     return context
 
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 from dinfer.engine.corruption import Corrupted
 from dinfer.engine.decoding import Decoding
@@ -28,7 +29,7 @@ class Tokens:
         self._engine = engine
         self._decoding: Decoding | None = None
         self._tokenizer = load_tokenizer(engine.decoder.spec.path)
-        self._told = threading.Condition()
+        self._changed = threading.Condition()
         self._limit = self._begun = 0
         self._held = False
         self._stream = self._new_stream()
@@ -49,10 +50,10 @@ class Tokens:
         To stop, a session first holds all ranks, then lets them go to what the furthest has begun: all are needed for
         that token.
         """
-        with self._told:
+        with self._changed:
             self._held = limit is None
             self._limit = self._limit if limit is None else limit
-            self._told.notify_all()
+            self._changed.notify_all()
             return self._begun
 
     def run(self, on_token: OnToken) -> NewTokens:
@@ -60,7 +61,7 @@ class Tokens:
         `remark` says so."""
         self._engine.board.set_phase("decode", len(self.tokens))  # from now on others may wait for this rank
         try:
-            decoding = self._ready()
+            decoding = self._ready_decoding()
         except Corrupted as found:
             if self._engine.config.on_corruption == "fail":
                 raise
@@ -78,11 +79,11 @@ class Tokens:
         self._decoding.back_to(tokens)
         self._begun = self._limit = len(self._decoding.tokens)
         self._stream = self._new_stream()
-        for token in self._decoding.tokens:
-            if self._stream:
+        if self._stream:
+            for token in self._decoding.tokens:
                 self._stream.push(token)
 
-    def _ready(self) -> Decoding:
+    def _ready_decoding(self) -> Decoding:
         if self._decoding is None:
             room = max(self._limit, self._engine.config.max_new_tokens)
             decoding = self._engine.decoding(max_new_tokens=room)
@@ -93,8 +94,8 @@ class Tokens:
 
     def _begin(self, decoding: Decoding) -> bool:
         """Whether to decode one more, which then counts as begun: all other ranks must come as far."""
-        with self._told:
-            self._told.wait_for(lambda: not self._held)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held)
             if len(decoding.tokens) >= self._limit or decoding.is_done:
                 return False
             self._begun = len(decoding.tokens) + 1
@@ -102,3 +103,10 @@ class Tokens:
 
     def _new_stream(self) -> TextStream | None:
         return TextStream(self._tokenizer) if self._tokenizer else None
+
+
+class PromptOnRank(NamedTuple):
+    """The prompt that a rank runs: its engine, and its new tokens."""
+
+    engine: Engine
+    tokens: Tokens

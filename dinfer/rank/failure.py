@@ -9,33 +9,38 @@ import re
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 
 from dinfer.config import Config
+from dinfer.engine.lanes import OpFailed
 from dinfer.errors import DinferError, ModelError
 from dinfer.messages import Failed, UnexpectedHeader
 from dinfer.model.checkpoint import check
 from dinfer.model.memory import MemoryDemand, free, out_of_memory_text
 from dinfer.rank.logs import log_trouble
-
-if TYPE_CHECKING:
-    from dinfer.transport.header import Header
+from dinfer.transport.gloo import CommError
+from dinfer.transport.header import TransferError
 
 log = logging.getLogger("dinfer")
 
 
+def error_text(error: BaseException) -> str:
+    """Its message; dinfer's own errors need no type before it."""
+    return str(error) if type(error).__module__.startswith("dinfer") else f"{type(error).__name__}: {error}"
+
+
 def describe(error: BaseException) -> Failed:
     """The report about an error that ends this rank's run."""
-    from dinfer.engine.lanes import OpFailed
-    from dinfer.transport.gloo import CommError
-    from dinfer.transport.header import TransferError
-
-    cause = error.__cause__ if error.__cause__ is not None else error
-    own = type(error).__module__.startswith("dinfer")
+    cause = error.__cause__ or error
+    unexpected = None
+    if isinstance(cause, TransferError) and (came := cause.came):
+        what, chunk, layer = came.value
+        unexpected = UnexpectedHeader(
+            (what, chunk, layer), came.tokens, came.nbytes, came.plan_id, cause.here
+        )
     return Failed(
-        message=str(error) if own else f"{type(error).__name__}: {error}",
+        message=error_text(error),
         error=type(cause).__name__,
         secondary=isinstance(error, CommError) or isinstance(cause, CommError),
         traceback="".join(traceback.format_exception(error)),
@@ -43,13 +48,8 @@ def describe(error: BaseException) -> Failed:
         cause=f"{type(cause).__name__}: {cause}",
         op=str(error.op) if isinstance(error, OpFailed) else "",
         lane=error.lane if isinstance(error, OpFailed) else "",
-        came=_came(cause.came, cause.here) if isinstance(cause, TransferError) and cause.came else None,
+        came=unexpected,
     )
-
-
-def _came(header: "Header", here: int) -> UnexpectedHeader:
-    what, chunk, layer = header.value
-    return UnexpectedHeader((what, chunk, layer), header.tokens, header.nbytes, header.plan_id, here)
 
 
 _ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|[KMGT]iB)", re.IGNORECASE)
@@ -68,13 +68,11 @@ def explained(config: Config, ids: Sequence[int], device: str) -> Iterator[None]
     """Turns an error inside that comes from a lack of memory into OutOfMemory."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # a shortage may be the cause of any error
         if not is_shortage(error):
             raise
-        told = (
-            str(error) if type(error).__module__.startswith("dinfer") else f"{type(error).__name__}: {error}"
-        )
-        raise OutOfMemory(f"{told.splitlines()[0]}\n{_advice(error, config, len(ids), device)}") from error
+        first_line = error_text(error).splitlines()[0]
+        raise OutOfMemory(f"{first_line}\n{_advice(error, config, len(ids), device)}") from error
 
 
 def is_shortage(error: BaseException) -> bool:

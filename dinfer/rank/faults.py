@@ -11,23 +11,24 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
-import msgspec
+import torch
+from torch import Tensor
 
 from dinfer.engine.engine import Engine
 from dinfer.engine.faults import OnStrike, Strike
 from dinfer.engine.ops import HANDLERS, Outcome, header_at
 from dinfer.engine.prefill import Prefill
-from dinfer.messages import Behave, Edited, FaultStruck, Misbehave, Ok, RankReport, SetFaults, Struck
+from dinfer.messages import Behave, Edited, FaultStruck, Misbehave, RankReport, SetFaults, Struck
 from dinfer.plan.faults import Fault
-from dinfer.plan.graph import channel_of
+from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op, parse_op
 from dinfer.rank.commands import Handler, quick, slow
-from dinfer.transport.faulty import CutLink, SendsElsewhere, SendsLonger, SendsTwice, SlowReceiver
 from dinfer.transport.gloo import Comm
+from dinfer.transport.header import Header
 
 SendReport = Callable[[RankReport], None]
 
@@ -36,19 +37,18 @@ def fault_commands(engine: Callable[[], Engine], report: SendReport) -> list[Han
     def strike(found: Strike) -> None:
         report(FaultStruck(found.number, found.changed, found.found))
 
-    def take(command: SetFaults) -> Ok:
+    def take(command: SetFaults) -> None:
         if edited := set_faults(engine(), [Fault(**one) for one in command.faults], strike):
             report(Edited(tuple(edited)))
-        return Ok()
 
     return [slow(SetFaults, take)]
 
 
-def set_faults(engine: Engine, faults: Sequence[Fault], tell: OnStrike) -> list[str]:
+def set_faults(engine: Engine, faults: Sequence[Fault], on_strike: OnStrike) -> list[str]:
     """Have these faults, and no others, strike on this rank, which must stand; what its user had edited before."""
     prompt, armed = engine.prompt, engine.prompt.state.faults
     edited, room = prompt.new_edits(), armed.extra_rows
-    armed.arm(faults, tell)
+    armed.arm(faults, on_strike)
     engine.grow_cache(prompt.state.cache.capacity + armed.extra_rows - room)
     armed.strike_existing(prompt.executor.holds_block)
     prompt.edits.accept_all()
@@ -62,15 +62,13 @@ APART_S, POSTED_S = 10.0, 0.05
 
 RunOp = Callable[[Prefill, Op, Comm], Outcome]
 
-
-class Order(msgspec.Struct, frozen=True):
-    """What a session has ordered. `begun`: set once it has struck."""
-
-    to: Misbehave
-    begun: threading.Event
-
-
-Act = Callable[[RunOp, Prefill, Op, Comm, Order], Outcome]
+ACTS = frozenset(
+    (
+        "skip", "reorder", "longer", "twice", "elsewhere", "another plan", "slow wire", "cut", "command",
+        "raise", "pace", "stall", "stall in C", "stall with GIL", "signal",
+    )
+)  # fmt: skip
+"""all ways to misbehave at an op; `_misbehave` does them"""
 
 _WHOLE = dict(HANDLERS)
 
@@ -82,30 +80,27 @@ class Mischief(RuntimeError):
 def misbehave_commands(rank: int, report: SendReport) -> list[Handler]:
     """The first strike of each order is reported, with its time."""
 
-    def take(command: Misbehave) -> Ok:
+    def take(command: Misbehave) -> None:
         arm(rank, command, lambda op: report(Struck(str(op), time.monotonic())))
-        return Ok()
 
-    def behave(_: Behave) -> Ok:
-        disarm()
-        return Ok()
-
-    return [quick(Misbehave, take), quick(Behave, behave)]
+    return [quick(Misbehave, take), quick(Behave, lambda _: disarm())]
 
 
-def arm(rank: int, command: Misbehave, struck: Callable[[Op], None]) -> None:
+def arm(rank: int, order: Misbehave, struck: Callable[[Op], None]) -> None:
     """Have this rank misbehave; `struck` is called when it does so first. Raises KeyError for an unknown act."""
-    act = ACTS[command.act]
-    kind = command.of or command.ops[0].split()[0]
-    behind, order = HANDLERS[kind], Order(command, threading.Event())
+    if order.act not in ACTS:
+        raise KeyError(order.act)
+    kind = order.of or order.ops[0].split()[0]
+    run, begun = HANDLERS[kind], threading.Event()
 
     def handler(state: Prefill, op: Op, comm: Comm) -> Outcome:
-        if state.rank != rank or not _is_meant(command, op):
-            return behind(state, op, comm)
-        if not order.begun.is_set() and (command.of or str(op) == command.ops[0]):
-            order.begun.set()
+        is_meant = order.peer in (None, op.peer) if order.of else str(op) in order.ops
+        if state.rank != rank or not is_meant:
+            return run(state, op, comm)
+        if not begun.is_set() and (order.of or str(op) == order.ops[0]):
+            begun.set()
             struck(op)
-        return act(behind, state, op, comm, order)
+        return _misbehave(order, begun, run, state, op, comm)
 
     HANDLERS[kind] = handler
 
@@ -115,118 +110,90 @@ def disarm() -> None:
     HANDLERS.update(_WHOLE)
 
 
-def _is_meant(command: Misbehave, op: Op) -> bool:
-    if command.of:
-        return command.peer in (None, op.peer)
-    return str(op) in command.ops
-
-
-# -- messages
-
-
-def _skip(*_: Any) -> Outcome:
-    """As if it were done."""
-    return Outcome()
-
-
-def _reorder(_: RunOp, state: Prefill, op: Op, comm: Comm, order: Order) -> Outcome:
-    """Of two sends each sends what is the other's, which need not have been computed."""
-    first, second = map(parse_op, order.to.ops)
-    other = second if op == first else first
-    payload = state.block(other.chunk, other.layer)
-    met = comm.send(channel_of(comm.rank, op), header_at(state, other).pack(), payload)
-    return Outcome(met, payload.nbytes)
-
-
-def _with(
-    wire: Callable[..., Comm], handler: RunOp, state: Prefill, op: Op, comm: Comm, order: Order
+def _misbehave(
+    order: Misbehave, begun: threading.Event, run: RunOp, state: Prefill, op: Op, comm: Comm
 ) -> Outcome:
-    """The op itself, over a transport that is broken."""
-    return handler(state, op, wire(comm, *order.to.wire))
+    """Misbehave at an op. `run` carries it out; `begun`: the order has struck at its first op."""
+    match order.act:
+        # messages
+        case "skip":  # as if it were done
+            return Outcome()
+        case "reorder":  # of two sends each sends what is the other's, which need not have been computed
+            first, second = map(parse_op, order.ops)
+            other = second if op == first else first
+            payload = state.block(other.chunk, other.layer)
+            met = comm.send(channel_of(comm.rank, op), header_at(state, other).pack(), payload)
+            return Outcome(met, payload.nbytes)
+        case "longer":
+            comm = _broken(comm, send=partial(_send_longer, comm))
+        case "twice":
+            comm = _broken(comm, send=partial(_send_twice, comm))
+        case "elsewhere" if str(op) == order.ops[0]:
+            comm = _broken(comm, send=partial(_send_to, comm, int(order.wire[0])))
+        case "elsewhere":
+            # The second op is to send that rank the same, and comes after it: header and payload of two messages on
+            # one channel must not mix, which would end who receives them.
+            begun.wait(APART_S)
+            time.sleep(POSTED_S)
+        case (
+            "another plan"
+        ):  # from here on this rank's messages say, and expect, that they are of another plan
+            state.plan = replace(state.plan, schedule="another")
+        case "slow wire":
+            comm = _broken(comm, recv_payload=partial(_recv_late, comm, order.wire[0]))
+        case "cut":  # receive nothing, without an error: wait for a gather that no other rank joins
+            comm.all_gather(b"cut")
+        case "command":  # it does something to this host's network
+            subprocess.run(
+                order.command, stdin=subprocess.DEVNULL, capture_output=True, timeout=APART_S, check=True
+            )
+        # ops
+        case "raise":
+            raise Mischief(f"made by the lab at `{op}`")
+        case "pace":
+            outcome, end = run(state, op, comm), time.monotonic() + order.seconds
+            while order.spin and time.monotonic() < end:
+                pass
+            time.sleep(max(0.0, end - time.monotonic()))
+            return outcome
+        case "stall":
+            time.sleep(FOREVER_S)
+        case "stall in C":
+            ctypes.CDLL(None).usleep(3_600_000_000)
+        case "stall with GIL":
+            ctypes.PyDLL(None).usleep(3_600_000_000)
+        # processes
+        case "signal":
+            os.kill(os.getpid(), getattr(signal, order.signal))
+            time.sleep(FOREVER_S)  # it may take effect a little later; the op must not go on meanwhile
+    return run(state, op, comm)
 
 
-def _elsewhere(handler: RunOp, state: Prefill, op: Op, comm: Comm, order: Order) -> Outcome:
-    """The first op's message goes to another rank; the second op, which is to send that rank the same, comes after it:
-    header and payload of two messages on one channel must not mix, which would end who receives them."""
-    if str(op) == order.to.ops[0]:
-        return handler(state, op, SendsElsewhere(comm, int(order.to.wire[0])))
-    order.begun.wait(APART_S)
-    time.sleep(POSTED_S)
-    return handler(state, op, comm)
+def _broken(comm: Comm, **methods: Callable[..., object]) -> Comm:
+    """This transport with these methods in place of its own."""
+    changed = copy(comm)
+    vars(changed).update(methods)
+    return changed
 
 
-def _another_plan(handler: RunOp, state: Prefill, op: Op, comm: Comm, _: Order) -> Outcome:
-    """From here on this rank's messages say, and expect, that they are of another plan."""
-    state.plan = replace(state.plan, schedule="another")
-    return handler(state, op, comm)
+def _send_longer(comm: Comm, channel: Channel, header: bytes, _: Tensor | None) -> int:
+    """Send one token more than the payload has."""
+    true = Header.unpack(header)
+    tokens, longer = true.tokens + 1, true.nbytes // true.tokens * (true.tokens + 1)
+    changed = replace(true, tokens=tokens, nbytes=longer)
+    return comm.send(channel, changed.pack(), torch.zeros(longer, dtype=torch.uint8))
 
 
-def _command(handler: RunOp, state: Prefill, op: Op, comm: Comm, order: Order) -> Outcome:
-    """The op, after a command that does something to this host's network."""
-    command = order.to.command
-    subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=APART_S, check=True)
-    return handler(state, op, comm)
+def _send_twice(comm: Comm, channel: Channel, header: bytes, payload: Tensor | None) -> int:
+    met = comm.send(channel, header, payload)
+    comm.send(channel, header, payload)
+    return met
 
 
-# -- ops
+def _send_to(comm: Comm, target: int, channel: Channel, header: bytes, payload: Tensor | None) -> int:
+    return comm.send(channel._replace(target=target), header, payload)
 
 
-def _raise(_handler: RunOp, _state: Prefill, op: Op, *_: Any) -> Outcome:
-    raise Mischief(f"made by the lab at `{op}`")
-
-
-def _pace(handler: RunOp, state: Prefill, op: Op, comm: Comm, order: Order) -> Outcome:
-    """The op, and so many seconds more; `spin`: with CPU time that moves."""
-    outcome = handler(state, op, comm)
-    if order.to.spin:
-        end = time.monotonic() + order.to.seconds
-        while time.monotonic() < end:
-            pass
-    else:
-        time.sleep(order.to.seconds)
-    return outcome
-
-
-def _stall(*_: Any) -> Outcome:
-    time.sleep(FOREVER_S)
-    return Outcome()
-
-
-def _stall_in_c(*_: Any) -> Outcome:
-    ctypes.CDLL(None).usleep(3_600_000_000)
-    return Outcome()
-
-
-def _stall_with_gil(*_: Any) -> Outcome:
-    ctypes.PyDLL(None).usleep(3_600_000_000)
-    return Outcome()
-
-
-# -- processes
-
-
-def _signal(_handler: RunOp, _state: Prefill, _op: Op, _comm: Comm, order: Order) -> Outcome:
-    os.kill(os.getpid(), getattr(signal, order.to.signal))
-    time.sleep(
-        FOREVER_S
-    )  # it may take effect a little after kill has returned; the op must not go on meanwhile
-    return Outcome()
-
-
-ACTS: dict[str, Act] = {
-    "skip": _skip,
-    "reorder": _reorder,
-    "longer": partial(_with, SendsLonger),
-    "twice": partial(_with, SendsTwice),
-    "elsewhere": _elsewhere,
-    "another plan": _another_plan,
-    "raise": _raise,
-    "pace": _pace,
-    "stall": _stall,
-    "stall in C": _stall_in_c,
-    "stall with GIL": _stall_with_gil,
-    "signal": _signal,
-    "slow wire": partial(_with, SlowReceiver),
-    "cut": partial(_with, CutLink),
-    "command": _command,
-}
+def _recv_late(comm: Comm, seconds: float, channel: Channel, out: Tensor) -> None:
+    time.sleep(seconds)
+    comm.recv_payload(channel, out)

@@ -22,29 +22,8 @@ def send_frames(to: socket.socket, frames: Sequence[bytes]) -> None:
             to.sendall(part)
 
 
-def recv_frames(source: socket.socket) -> list[bytes] | None:
-    """Wait for one whole message; None once the other end is gone."""
-    try:
-        (count,) = _COUNT.unpack(_exactly(source, _COUNT.size))
-        sizes = struct.unpack(f"<{count}Q", _exactly(source, 8 * count))
-        return [_exactly(source, size) for size in sizes]
-    except (OSError, EOFError):
-        return None
-
-
-def _exactly(source: socket.socket, size: int) -> bytes:
-    found = bytearray(size)
-    with memoryview(found) as left:
-        done = 0
-        while done < size:
-            if not (count := source.recv_into(left[done:])):
-                raise EOFError
-            done += count
-    return bytes(found)
-
-
 class FrameReader:
-    """Takes bytes as they come, for whoever must not wait for a whole message."""
+    """Takes bytes as they come, so that a watcher need not wait for a whole message."""
 
     def __init__(self, source: socket.socket) -> None:
         self._source = source

@@ -1,34 +1,32 @@
-"""Inventory: the blocks that one rank holds at this moment, and their digests. Read only.
+"""Inventory: what one rank holds of its prompt at this moment, and its digests. Read only.
 
 The rows of all new tokens count as one more block after the prompt's chunks.
 """
 
-from collections.abc import Sequence
+import sys
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from dinfer.engine.lanes import LaneExecutor
 from dinfer.kv.digests import as_numbers, block_digests, row_digests
 from dinfer.model.cache import KVCache
+from dinfer.rank.decode import PromptOnRank
 
 InventoryKey = tuple[int, int]
 """chunk and layer"""
 
 
 class Inventory:
-    """What a rank holds. `tokens` are the new tokens; the last of them has no rows, since it has not been fed yet.
-    `rows`: how many rows each layer has after decode; 0: there are no new tokens."""
+    """`tokens` are the new tokens; the last of them has no rows, since it has not been fed yet."""
 
-    def __init__(self, executor: LaneExecutor, tokens: Sequence[int], rows: int = 0) -> None:
-        self._executor, self.state = executor, executor.state
-        self.tokens, self._rows = list(tokens), rows
+    def __init__(self, prompt: PromptOnRank) -> None:
+        self._executor = prompt.engine.executor
+        self.state = self._executor.state
+        self.cache = self.state.cache
+        self.tokens, self._rows = prompt.tokens.tokens, prompt.tokens.rows
         self.layers = self.cache.layers
-
-    @property
-    def cache(self) -> KVCache:
-        return self.state.cache
+        self.prompt_chunks = len(self._executor.plan.shape.chunks)
 
     @cached_property
     def ids(self) -> list[int]:
@@ -42,46 +40,38 @@ class Inventory:
         new = range(prompt[-1].stop, len(self.ids))
         return [*prompt, new] if new else list(prompt)
 
-    @property
-    def prompt_chunks(self) -> int:
-        return len(self._executor.plan.shape.chunks)
-
     def holds(self, chunk: int, layer: int) -> bool:
         return chunk >= self.prompt_chunks or self._executor.holds_block(chunk, layer)
 
-    @cached_property
-    def keys(self) -> list[InventoryKey]:
-        """The blocks that are here."""
-        return [
-            (chunk, layer)
-            for chunk in range(len(self.chunks))
-            for layer in range(self.layers)
-            if self.holds(chunk, layer)
-        ]
-
-    def block(self, chunk: int, layer: int) -> Tensor:
-        """The block itself, in the cache: [tokens, 2, kv_heads, head_dim]."""
-        rows = self.chunks[chunk]
-        return self.cache.block(layer, rows.start, rows.stop)
+    def chunks_held(self, layer: int) -> int:
+        """How many chunks of a layer are here, up to the first gap."""
+        chunks = range(len(self.chunks))
+        return next((chunk for chunk in chunks if not self.holds(chunk, layer)), len(chunks))
 
     def rows_due(self, layer: int) -> int:
         """How many rows a layer should have: those of the chunks that are here, up to the first gap."""
-        here = 0
-        for chunk, rows in enumerate(self.chunks):
-            if not self.holds(chunk, layer):
-                break
-            here = rows.stop
-        return here
+        count = self.chunks_held(layer)
+        return self.chunks[count - 1].stop if count else 0
 
     def rows_held(self, layer: int) -> int:
         """How many rows a layer has: more than it should, if rows were appended twice."""
         rows = max(self.rows_due(layer), self._rows) + self.state.extra.get(layer, 0)
         return min(rows, self.cache.capacity)
 
+    def rows(self, layer: int, start: int = 0, stop: int = sys.maxsize) -> Tensor:
+        """Those of a layer's rows [start, stop) that are here, in the cache: [rows, 2, kv_heads, head_dim]."""
+        stop = min(stop, self.rows_held(layer))
+        return self.cache.block(layer, min(start, stop), stop)
+
     def digests(self) -> dict[InventoryKey, tuple[int, int]]:
-        """The digests of K and V of every block, as its bytes are now. Waits for the device."""
-        found = [block_digests(row_digests(self.block(*key))) for key in self.keys]
-        return {key: as_numbers(digests) for key, digests in zip(self.keys, _on_host(found), strict=True)}
+        """The digests of K and V of every block that is here, as its bytes are now. Waits for the device."""
+        found = {
+            (chunk, layer): block_digests(row_digests(self.cache.block(layer, rows.start, rows.stop)))
+            for chunk, rows in enumerate(self.chunks)
+            for layer in range(self.layers)
+            if self.holds(chunk, layer)
+        }
+        return {key: as_numbers(one) for key, one in _on_host(found).items()}
 
     def hidden_digests(self) -> dict[InventoryKey, int]:
         """The digests of the hidden states that are kept, by chunk and the layer that they enter; the layer of the
@@ -89,8 +79,8 @@ class Inventory:
         kept = dict(self.state.hidden)
         if self.state.final is not None:
             kept[self.prompt_chunks - 1, self.layers + 1] = self.state.final
-        found = _on_host([hidden_digest(one) for one in kept.values()])
-        return {key: int(digest) for key, digest in zip(kept, found, strict=True)}
+        found = _on_host({key: hidden_digest(hidden) for key, hidden in kept.items()})
+        return {key: int(digest) for key, digest in found.items()}
 
 
 def hidden_digest(hidden: Tensor) -> Tensor:
@@ -105,6 +95,6 @@ def zero_row_digest(cache: KVCache) -> int:
     return int(row_digests(zeros)[0, 0, 0])
 
 
-def _on_host(digests: list[Tensor]) -> list[Tensor]:
+def _on_host(digests: dict[InventoryKey, Tensor]) -> dict[InventoryKey, Tensor]:
     """Copied to the host together."""
-    return list(torch.stack(digests).cpu()) if digests else []
+    return dict(zip(digests, torch.stack([*digests.values()]).cpu(), strict=True)) if digests else {}

@@ -4,18 +4,17 @@ A session calls these functions in the engine. What they make stays there betwee
 kernel is restarted.
 """
 
-import contextlib
-import sys
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 
+from dinfer.errors import ipython
 from dinfer.messages import HandedOn, JoinGroup, OpenStore, RankLink, StoreAddress
 from dinfer.rank.control import Control
 from dinfer.rank.debugger import FIRST_PORT, listen
 from dinfer.rank.service import RankService
 from dinfer.transport.gloo import Comm, Store, join_store, open_store
-from dinfer.transport.interface import own_address_towards
 from dinfer.transport.nccl import open_comm
 
 _current: "Kernel | None" = None
@@ -25,20 +24,27 @@ _debug_port = 0
 
 
 class Kernel:
-    """One rank's service, its connection to the session, and the names that `%%px` cells find."""
+    """One rank's service and its connection to the session. It meets the other ranks at a store that rank 0 opens."""
 
     def __init__(self, link: RankLink, world_size: int) -> None:
         self.rank, self.world_size = link.rank, world_size
-        self.control = Control(link)
+        self.control = control = Control(link)
+        self._store: Store | None = None
         self.host = RankService(
-            self.rank,
-            self.control,
-            StoreMeet(self.rank, world_size),
-            board=self.control.board,
-            memory=self.control.recorder_memory,
-            on_change=_bind,
-        )
-        self.control.serve(self.host.table())
+            self.rank, control, self,
+            board=control.board, memory=control.recorder_memory, on_change=_bind,
+        )  # fmt: skip
+        control.serve(self.host.table())
+
+    def open(self, command: OpenStore) -> StoreAddress:
+        self._store, port = open_store(command.address, command.port)
+        return StoreAddress(command.address, port)
+
+    def join(self, command: JoinGroup) -> Comm:
+        timeout = command.timeout
+        store = self._store if self.rank == 0 else join_store(command.address, command.port, timeout)
+        assert store
+        return open_comm(command.backend, self.rank, self.world_size, store, timeout)
 
 
 class _NoEngine:
@@ -56,24 +62,6 @@ class _NoEngine:
         return "no engine while there is no run: session.prefill(…, paused=True) begins one"
 
 
-class StoreMeet:
-    """Meets the other ranks at a store that rank 0 opens."""
-
-    def __init__(self, rank: int, world_size: int) -> None:
-        self._rank, self._world_size = rank, world_size
-        self._store: Store | None = None
-
-    def open(self, command: OpenStore) -> StoreAddress:
-        self._store, port = open_store(command.address, command.port)
-        return StoreAddress(command.address, port)
-
-    def join(self, command: JoinGroup) -> Comm:
-        timeout = command.timeout
-        store = self._store if self._rank == 0 else join_store(command.address, command.port, timeout)
-        assert store
-        return open_comm(command.backend, self._rank, self._world_size, store, timeout)
-
-
 def start(given: dict[str, Any], world_size: int) -> None:
     """Make this process a rank of a session, or hand it to another one: weights that are loaded stay.
 
@@ -85,16 +73,11 @@ def start(given: dict[str, Any], world_size: int) -> None:
     kernel = Kernel(link, world_size)
     if before:
         kernel.host.inherit(before.host)
-        with contextlib.suppress(OSError):  # its watcher may have ended already
+        with suppress(OSError):  # its watcher may have ended already
             before.control.report(HandedOn())
         before.control.close()
     _current = kernel
     _bind(kernel.host)
-
-
-def address_towards(address: str) -> str:
-    """This host's address on the way to another one."""
-    return own_address_towards(address)
 
 
 def listen_for_debugger(port: int = 0) -> int:
@@ -103,16 +86,19 @@ def listen_for_debugger(port: int = 0) -> int:
     global _debug_port
     assert _current
     if not _debug_port:
-        wanted = port or FIRST_PORT + _current.rank
-        listen(wanted)
-        _debug_port = wanted
+        port = port or FIRST_PORT + _current.rank
+        listen(port)
+        _debug_port = port
     return _debug_port
 
 
 def _bind(host: RankService) -> None:
     """Set the names that `%%px` cells find."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if shell is None or _current is None:
-        return
-    names = {"rank": host.rank, "world_size": _current.world_size, "engine": host.engine or _NoEngine()}
-    shell.user_ns.update({**names, "model": host.decoder.model if host.decoder else None})
+    shell = ipython()
+    if shell is not None and _current is not None:
+        shell.user_ns.update(
+            rank=host.rank,
+            world_size=_current.world_size,
+            engine=host.engine or _NoEngine(),
+            model=host.decoder.model if host.decoder else None,
+        )

@@ -1,10 +1,10 @@
 """A rank's log file, which never fails a run: records that a full disk loses are counted, and reported at the end."""
 
-import contextlib
 import logging
 import os
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from dinfer.config import Config
@@ -17,7 +17,7 @@ def make_log_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     ignored = folder / ".gitignore"
     if folder == Path(Config.log_dir) and not ignored.exists():
-        with contextlib.suppress(OSError):  # a full disk must not end a run
+        with suppress(OSError):  # a full disk must not end a run
             ignored.write_text("*\n", encoding="utf-8")
 
 
@@ -27,7 +27,7 @@ class LogFile(logging.FileHandler):
     def __init__(self, path: Path) -> None:
         super().__init__(path, mode="w", encoding="utf-8", delay=True)
         self.trouble, self.lost = "", 0
-        with contextlib.suppress(OSError):  # opened again for every record
+        with suppress(OSError):  # opened again for every record
             self.stream = self._open()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -45,7 +45,7 @@ class LogFile(logging.FileHandler):
             super().handleError(record)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # closing flushes what still cannot be written
+        with suppress(OSError):  # closing flushes what still cannot be written
             super().close()
 
     def _count(self, error: OSError) -> None:
@@ -72,43 +72,36 @@ class OpLog:
 
     def __call__(self, event: Event, op: Op) -> None:
         if self._log.isEnabledFor(logging.DEBUG):
+            times = (event.start - event.ready) / 1e6, event.waited / 1e6, event.busy / 1e6
             self._log.debug(
                 "%s: waited %.2f ms for data, %.2f ms for its peer, took %.2f ms, %d bytes",
                 op,
-                (event.start - event.ready) / 1e6,
-                event.waited / 1e6,
-                event.busy / 1e6,
+                *times,
                 event.bytes,
             )
         with self._lock:
             if op.is_transfer:
                 self._waited += event.waited
                 self._wire += event.busy
-                if op.kind == "recv" and op.what == "kv":
-                    self._blocks += 1
-                    self._tell_received(op)
+            if op.kind == "recv" and op.what == "kv":
+                self._blocks += 1
+                if self._blocks % self._layers == 0:
+                    self._log.info(
+                        "sync: %d blocks of other ranks received, the last c%d l%d",
+                        self._blocks,
+                        op.chunk,
+                        op.layer,
+                    )
             elif op.kind == "layer":
                 self._computed.setdefault(op.chunk, []).append(op.layer)
-            self._tell_finished(op)
-
-    def _tell_finished(self, op: Op) -> None:
-        """A chunk has passed this stage once its hidden state is sent, or the model's last layer is done."""
-        left = op.kind == "send" and op.what == "hidden"
-        if (left or (op.kind == "layer" and op.layer == self._layers - 1)) and op.chunk in self._computed:
-            layers = self._computed.pop(op.chunk)
-            self._log.info(
-                "chunk %d: layers %d–%d computed; %d blocks of other ranks received; communication so far: "
-                "%.3f s waiting for peers, %.3f s on the wire",
-                op.chunk,
-                min(layers),
-                max(layers),
-                self._blocks,
-                self._waited / 1e9,
-                self._wire / 1e9,
-            )
-
-    def _tell_received(self, op: Op) -> None:
-        if self._blocks % self._layers == 0:
-            self._log.info(
-                "sync: %d blocks of other ranks received, the last c%d l%d", self._blocks, op.chunk, op.layer
-            )
+            # A chunk has passed this stage once its hidden state is sent, or the model's last layer is done.
+            is_sent = op.kind == "send" and op.what == "hidden"
+            if (
+                is_sent or (op.kind == "layer" and op.layer == self._layers - 1)
+            ) and op.chunk in self._computed:
+                layers = self._computed.pop(op.chunk)
+                self._log.info(
+                    "chunk %d: layers %d–%d computed; %d blocks of other ranks received; communication so far: "
+                    "%.3f s waiting for peers, %.3f s on the wire",
+                    op.chunk, min(layers), max(layers), self._blocks, self._waited / 1e9, self._wire / 1e9,
+                )  # fmt: skip

@@ -4,6 +4,7 @@ The watcher imports this, so it must stay light: no torch.
 """
 
 import os
+from collections import deque
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -52,8 +53,6 @@ def exists(pid: int) -> bool:
 
 LOOKS = 8
 
-_WINDOW = (1 << LOOKS) - 1
-
 
 class Wanting:
     """Tells whether a process wants the CPU, even if it gets almost none: samples the states of its threads.
@@ -65,23 +64,20 @@ class Wanting:
 
     def __init__(self, pid: int) -> None:
         self._tasks = f"/proc/{pid}/task"
-        self._ready: dict[str, int] = {}
-        """By thread, a bit for each of the last samples, the newest lowest: whether it was runnable."""
+        self._ready: dict[str, deque[bool]] = {}
+        """by thread: whether it was runnable in each of the last samples"""
 
     def look(self) -> float:
         """Take a sample. Largest share of the last samples in which one thread was runnable; 0 if unknown."""
         before, self._ready = self._ready, {}
         with suppress(OSError):  # it is gone, or this system has no such files
             for thread in os.listdir(self._tasks):
-                ready = self._state(thread) == "R"
-                self._ready[thread] = (before.get(thread, 0) << 1 | ready) & _WINDOW
-        return max((bits.bit_count() for bits in self._ready.values()), default=0) / LOOKS
+                ready = self._ready[thread] = before.get(thread) or deque(maxlen=LOOKS)
+                ready.append(self._state(thread) == "R")
+        return max(map(sum, self._ready.values()), default=0) / LOOKS
 
     def _state(self, thread: str) -> str:
         """Its state letter; "" once it has ended."""
-        with (
-            suppress(OSError),
-            open(f"{self._tasks}/{thread}/stat", encoding="ascii", errors="replace") as file,
-        ):
-            return file.read().rpartition(")")[2].split(None, 1)[0]
+        with suppress(OSError), open(f"{self._tasks}/{thread}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split(None, 1)[0].decode()
         return ""

@@ -21,26 +21,23 @@ from typing import Any
 
 from dinfer.engine.board import anonymous_file
 from dinfer.messages import SpiedFrame, SpiedThread
-from dinfer.rank.stacks import DEEPEST, LONGEST
-
-PR_SET_PTRACER = 0x59616D61
+from dinfer.rank.stacks import DEEPEST, shortened
 
 PATIENCE_S = 30.0
 """How long py-spy may take: on busy cores it has taken more than 5 s."""
 
-WAYS = ("--native", "--nonblocking")
+MODES = ("--native", "--nonblocking")
 """The second sees Python only, but also if C frames cannot be read, or the process is stopped already."""
 
 _BETWEEN = ("libpython", "python", "_ctypes", "libffi", "_cffi_backend", "ld-linux")
 """Libraries that lie between a line of Python and the C function that it calls."""
 
-_BINDINGS = "pybind11::"
-
 
 def let_look(pid: int) -> None:
     """Let that process and its children read this one; Linux (Yama) by default allows only its parents to."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PTRACER, ctypes.c_ulong(pid), *[ctypes.c_ulong(0)] * 3)
+        set_ptracer = 0x59616D61
+        ctypes.CDLL(None).prctl(set_ptracer, ctypes.c_ulong(pid), *[ctypes.c_ulong(0)] * 3)
 
 
 def program() -> str | None:
@@ -50,11 +47,11 @@ def program() -> str | None:
 
 
 class Look:
-    """py-spy at work on one process: tries WAYS in order until one succeeds."""
+    """py-spy at work on one process: tries MODES in order until one succeeds."""
 
     def __init__(self, spy: str, pid: int, *, stopped: bool) -> None:
         self._command = [spy, "dump", "--json", "--pid", str(pid)]
-        self._ways = list(WAYS[stopped:])
+        self._modes = list(MODES[stopped:])
         self._until = monotonic() + PATIENCE_S
         self._begin()
 
@@ -64,7 +61,7 @@ class Look:
         if self._process and self._process.poll() is None and not late:
             return None
         found = read(self.end())
-        if found or late or not self._ways:
+        if found or late or not self._modes:
             return found
         self._begin()
         return None
@@ -81,8 +78,7 @@ class Look:
 
     def _begin(self) -> None:
         self._output = anonymous_file(0)
-        command = [*self._command, self._ways.pop(0)]
-        nothing = subprocess.DEVNULL
+        command, nothing = [*self._command, self._modes.pop(0)], subprocess.DEVNULL
         self._process: subprocess.Popen[bytes] | None = None
         with suppress(OSError):  # it cannot be executed, or there is no memory for one more process
             self._process = subprocess.Popen(command, stdin=nothing, stdout=self._output, stderr=nothing)
@@ -90,31 +86,26 @@ class Look:
 
 def read(written: str) -> list[SpiedThread]:
     """Threads from what py-spy has written; empty for anything but a whole answer."""
+    found = []
     try:
-        threads = [_thread(thread) for thread in json.loads(written)]
+        for thread in json.loads(written):
+            frames = [_frame(frame) for frame in thread["frames"] if not frame["name"].startswith("0x")]
+            while frames and frames[-1].line is None:  # how the thread was begun
+                frames.pop()
+            name = thread["thread_name"] or f"thread {thread['os_thread_id']}"
+            if frames:
+                found.append(SpiedThread(name, thread["owns_gil"], tuple(frames[:DEEPEST])))
     except (ValueError, KeyError, TypeError):  # an error's text, or the half of it
         return []
-    return [thread for thread in threads if thread.frames]
+    return found
 
 
-def _thread(thread: dict[str, Any]) -> SpiedThread:
-    frames = [_seen(frame) for frame in thread["frames"] if not frame["name"].startswith("0x")]
-    while frames and frames[-1].line is None:  # how the thread was begun
-        frames.pop()
-    name = thread["thread_name"] or f"thread {thread['os_thread_id']}"
-    return SpiedThread(name, thread["owns_gil"], tuple(frames[:DEEPEST]))
-
-
-def _seen(frame: dict[str, Any]) -> SpiedFrame:
-    name = _short(frame["name"])
+def _frame(frame: dict[str, Any]) -> SpiedFrame:
+    name = shortened(frame["name"])
     if frame["module"]:
         return SpiedFrame(frame["module"], None, name)
     file, line = frame["filename"], frame["line"]
-    return SpiedFrame(file, line, name, _short(linecache.getline(file, line).strip()))
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    return SpiedFrame(file, line, name, shortened(linecache.getline(file, line).strip()))
 
 
 def in_c(frames: Sequence[SpiedFrame]) -> str:
@@ -123,6 +114,7 @@ def in_c(frames: Sequence[SpiedFrame]) -> str:
     calls = [
         frame.function
         for frame in takewhile(lambda frame: frame.line is None, frames)
-        if not frame.file.rpartition("/")[2].startswith(_BETWEEN) and not frame.function.startswith(_BINDINGS)
+        if not frame.file.rpartition("/")[2].startswith(_BETWEEN)
+        and not frame.function.startswith("pybind11::")
     ]
     return " → ".join(dict.fromkeys((calls[-1], calls[0]))) if calls else ""

@@ -5,18 +5,14 @@ in other chunks or in another dtype than the run did. What a difference means is
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dinfer.engine.engine import Engine
 from dinfer.errors import ModelError
 from dinfer.kv.digests import as_numbers, block_digests, row_digests
-from dinfer.kv.ledger import LedgerEntry
 from dinfer.kv.measure import CellDifference, measure
 from dinfer.kv.reference.reports import FINAL, TokenChoice
 from dinfer.kv.rows import Misplaced, misplaced_in_blocks, misplaced_rows
@@ -24,7 +20,6 @@ from dinfer.messages import (
     DigestHeld,
     HeldBlock,
     HeldReport,
-    Ok,
     ReferenceReport,
     RunReference,
     StopReference,
@@ -35,7 +30,7 @@ from dinfer.model.memory import free, need, size_text
 from dinfer.model.reference import Forward
 from dinfer.model.sampling import Sampler, Sampling
 from dinfer.rank.commands import Handler, quick, slow
-from dinfer.rank.decode import Tokens
+from dinfer.rank.decode import PromptOnRank
 from dinfer.rank.inventory import Inventory, InventoryKey, hidden_digest, zero_row_digest
 
 
@@ -50,21 +45,17 @@ class LayerReplay:
     def hidden(self, chunk: int, rows: range, layer: int) -> Tensor | None:
         """What entered `layer`, [1, tokens, hidden_size], for these rows of that chunk; the rank's own tensor if it is
         kept. None if the run has not come that far, or this rank lacks the KV to compute it."""
-        kept = self._holding.state.hidden.get((chunk, layer))
-        if kept is not None:
-            self._at[rows.start] = kept
-        elif layer == 0:
-            self._at[rows.start] = self._decoder.embed(self._holding.ids[rows.start : rows.stop])
-        else:
-            self._at[rows.start] = self._next(chunk, rows, layer - 1)
-        return self._at[rows.start]
-
-    def _next(self, chunk: int, rows: range, layer: int) -> Tensor | None:
-        before = self._at[rows.start]
-        if before is None or not all(self._holding.holds(n, layer) for n in range(chunk + 1)):
-            return None
-        self._scratch.take(self._holding.cache, layer, rows.start)
-        return self._decoder.layer(layer, before, self._scratch, rows.start)
+        holding, start = self._holding, rows.start
+        found = holding.state.hidden.get((chunk, layer))
+        if found is None and layer == 0:
+            found = self._decoder.embed(holding.ids[start : rows.stop])
+        elif found is None:
+            before = self._at[start]
+            if before is not None and all(holding.holds(n, layer - 1) for n in range(chunk + 1)):
+                self._scratch.take(holding.cache, layer - 1, start)
+                found = self._decoder.layer(layer - 1, before, self._scratch, start)
+        self._at[start] = found
+        return found
 
 
 class _Scratch(KVCache):
@@ -94,9 +85,11 @@ class Examination:
         *,
         chunks: int,
         chunked: bool,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], None],
     ) -> None:
         self.exact = chunked and reference.dtype == decoder.dtype
+        self.fed = range(0)
+        """the rows that the forward was fed last"""
         self.measured: dict[tuple[int, int, str], CellDifference] = {}
         self.hidden: dict[InventoryKey, int] = {}
         """digests of the reference's hidden states, or of this rank's if bits may differ"""
@@ -106,51 +99,53 @@ class Examination:
         self._rows: list[list[Tensor]] = [[] for _ in range(holding.layers)]
         self._replay = LayerReplay(decoder, holding)
         self._forward = Forward(reference, self._see)
-        self._piece = range(0)
 
     def run(self) -> None:
         """Feed the prompt, then the run's new tokens one by one. Raises what `check` raises."""
         holding, tokens = self._holding, self._holding.tokens
         for rows in self._pieces():
-            self._piece = rows
-            fed = self._forward.feed(holding.ids[rows.start : rows.stop])
-            if rows.stop == len(holding.state.ids):
-                self._compare_final(fed.hidden[:, -1:])
+            self.fed = rows
+            output = self._forward.feed(holding.ids[rows.start : rows.stop])
             step = rows.stop - len(holding.state.ids)
+            if step == 0 and (mine := holding.state.final) is not None:
+                theirs, key = output.hidden[:, -1:], (holding.prompt_chunks - 1, holding.layers + 1)
+                self._add((*key, FINAL), measure(mine[0], theirs[0], rows.stop - 1))
+                self.hidden[key] = int(hidden_digest(theirs if self.exact else mine))
             if 0 <= step < len(tokens):
-                self._compare_choice(step, tokens[step], fed.logits)
-
-    def expected_rows(self) -> int:
-        """How many tokens were fed."""
-        return self._piece.stop
+                token, logits = tokens[step], output.logits
+                if (chosen := self._sampler(logits, step)) != token:
+                    gap = float(logits[chosen] - logits[token])
+                    self.choices.append(TokenChoice(step, token, chosen, gap))
 
     def digests(self) -> dict[InventoryKey, tuple[int, int]]:
         """The digests of the reference's blocks; empty if bits may differ."""
-        if not self.exact:
-            return {}
         found = {}
-        for layer, pieces in enumerate(self._rows):
+        for layer, pieces in enumerate(self._rows if self.exact else ()):
             rows = torch.cat(pieces)
             for chunk, span in enumerate(self._holding.chunks):
                 if span.stop <= len(rows):
                     found[chunk, layer] = as_numbers(block_digests(rows[span.start : span.stop]))
         return found
 
-    def misplaced(self) -> dict[int, list[Misplaced]]:
-        """By layer, the rows that lie where others should. If bits may differ, the right rows are unknown: then only
-        rows that repeat others are named, and only in layers of the wrong length."""
-        layers = range(self._holding.layers)
-        return {layer: found for layer in layers if (found := self._misplaced(layer))}
-
-    def _misplaced(self, layer: int) -> list[Misplaced]:
-        due, held = self._holding.rows_due(layer), self._holding.rows_held(layer)
-        if held == due and not (self.exact and self._differs(layer)):
-            return []
-        got = row_digests(self._holding.cache.block(layer, 0, held)).cpu()
-        want = torch.cat(self._rows[layer])[:due].cpu() if self.exact else got
-        if held != due:
-            return misplaced_rows(got, want)
-        return misplaced_in_blocks(got, want, self._holding.chunks, zero_row_digest(self._holding.cache))
+    def misplaced(self) -> list[tuple[int, Misplaced]]:
+        """The rows that lie where others should, each with its layer. If bits may differ, the right rows are unknown:
+        then only rows that repeat others are named, and only in layers of the wrong length."""
+        found, holding = list[tuple[int, Misplaced]](), self._holding
+        changed = {
+            layer for (_, layer, name), one in self.measured.items() if name in ("K", "V") and one.changed
+        }
+        for layer in range(holding.layers):
+            due, held = holding.rows_due(layer), holding.rows_held(layer)
+            if held == due and not (self.exact and layer in changed):
+                continue
+            got = row_digests(holding.cache.block(layer, 0, held)).cpu()
+            want = torch.cat(self._rows[layer])[:due].cpu() if self.exact else got
+            if held != due:
+                rows = misplaced_rows(got, want)
+            else:
+                rows = misplaced_in_blocks(got, want, holding.chunks, zero_row_digest(holding.cache))
+            found += [(layer, one) for one in rows]
+        return found
 
     def _pieces(self) -> Sequence[range]:
         prompt = self._holding.chunks[: self._chunks]
@@ -161,75 +156,42 @@ class Examination:
         return [*prompt, *(range(at, at + 1) for at in new)]
 
     def _see(self, what: str, layer: int, tensor: Tensor) -> None:
+        """Compare a tensor that the forward has made with what this rank has of it, chunk by chunk."""
         self._check()
+        holding, fed = self._holding, self.fed
         if what == "kv" and self.exact:
             self._rows[layer].append(row_digests(tensor))
-        for chunk, span in enumerate(self._holding.chunks):
-            rows = range(max(span.start, self._piece.start), min(span.stop, self._piece.stop))
-            if rows:
-                here = slice(rows.start - self._piece.start, rows.stop - self._piece.start)
-                if what == "kv":
-                    self._compare_block(chunk, layer, rows, tensor[here])
-                else:
-                    self._compare_hidden(chunk, layer, rows, tensor[:, here])
-
-    def _compare_block(self, chunk: int, layer: int, rows: range, theirs: Tensor) -> None:
-        if not self._holding.holds(chunk, layer):
-            return
-        mine = self._holding.cache.block(layer, rows.start, rows.stop)
-        for index, name in enumerate("KV"):
-            self._note((chunk, layer, name), measure(mine[:, index], theirs[:, index], rows.start))
+        for chunk, span in enumerate(holding.chunks):
+            rows = range(max(span.start, fed.start), min(span.stop, fed.stop))
+            here = slice(rows.start - fed.start, rows.stop - fed.start)
+            if rows and what == "hidden":
+                self._compare_hidden(chunk, layer, rows, tensor[:, here])
+            elif rows and holding.holds(chunk, layer):
+                block, theirs = holding.cache.block(layer, rows.start, rows.stop), tensor[here]
+                for index, name in enumerate("KV"):
+                    self._add((chunk, layer, name), measure(block[:, index], theirs[:, index], rows.start))
 
     def _compare_hidden(self, chunk: int, layer: int, rows: range, theirs: Tensor) -> None:
         mine = self._replay.hidden(chunk, rows, layer)
         if mine is not None:
-            self._note((chunk, layer, "hidden"), measure(mine[0], theirs[0], rows.start))
+            self._add((chunk, layer, "hidden"), measure(mine[0], theirs[0], rows.start))
         digested = theirs if self.exact else mine
         if digested is not None and chunk < self._holding.prompt_chunks:
             self.hidden[chunk, layer] = int(hidden_digest(digested))
 
-    def _compare_final(self, theirs: Tensor) -> None:
-        mine, chunk = self._holding.state.final, self._holding.prompt_chunks - 1
-        if mine is not None:
-            key = (chunk, self._holding.layers + 1)
-            self._note((*key, FINAL), measure(mine[0], theirs[0], len(self._holding.state.ids) - 1))
-            self.hidden[key] = int(hidden_digest(theirs if self.exact else mine))
-
-    def _compare_choice(self, step: int, token: int, logits: Tensor) -> None:
-        chosen = self._sampler(logits, step)
-        if chosen != token:
-            self.choices.append(TokenChoice(step, token, chosen, float(logits[chosen] - logits[token])))
-
-    def _note(self, key: tuple[int, int, str], found: CellDifference) -> None:
+    def _add(self, key: tuple[int, int, str], found: CellDifference) -> None:
         before = self.measured.get(key)
         self.measured[key] = before.with_(found) if before else found
-
-    def _differs(self, layer: int) -> bool:
-        return any(
-            one.changed for (_, at, name), one in self.measured.items() if at == layer and name in "KV"
-        )
-
-
-class Holder(Protocol):
-    """What there is on a rank."""
-
-    @property
-    def decoder(self) -> Decoder | None: ...
-
-    @property
-    def engine(self) -> Engine | None: ...
-
-    @property
-    def tokens(self) -> Tokens | None: ...
 
 
 class Stopped(RuntimeError):
     """The session does not want the answer any more."""
 
 
-def reference_commands(holder: Holder) -> list[Handler]:
-    """For `run.compare`, which sends DigestHeld to all ranks, then RunReference where it is needed."""
-    references = References(holder)
+def reference_commands(prompt: Callable[[], PromptOnRank]) -> list[Handler]:
+    """For `run.compare`, which sends DigestHeld to all ranks, then RunReference where it is needed. `prompt` raises
+    RuntimeError where there is none."""
+    references = References(prompt)
     return [
         slow(DigestHeld, references.held),
         slow(RunReference, references.run),
@@ -240,104 +202,83 @@ def reference_commands(holder: Holder) -> list[Handler]:
 class References:
     """Of one rank."""
 
-    def __init__(self, holder: Holder) -> None:
-        self._holder = holder
+    def __init__(self, prompt: Callable[[], PromptOnRank]) -> None:
+        self._prompt = prompt
         self._stopped = threading.Event()
 
     def held(self, _: DigestHeld) -> HeldReport:
         """Digests of what is here now, and of what came to be here."""
-        holding = self._holding()
+        holding = Inventory(self._prompt())
         _settle(holding.cache.device)
-        ledger = holding.state.ledger.entries
+        blocks = []
+        for key, now in holding.digests().items():
+            entry = holding.state.ledger.entries.get(key)
+            then, announced = (as_numbers(entry.digests), entry.announced) if entry else (None, None)
+            blocks.append(HeldBlock(*key, now, then, announced))
         return HeldReport(
             dtype=_name(holding.cache.dtype),
-            held=tuple(holding.rows_held(layer) for layer in range(holding.layers)),
-            due=tuple(holding.rows_due(layer) for layer in range(holding.layers)),
+            held=tuple(map(holding.rows_held, range(holding.layers))),
+            due=tuple(map(holding.rows_due, range(holding.layers))),
             tokens=tuple(holding.tokens),
-            blocks=tuple(
-                HeldBlock(*key, now, *_then(ledger.get(key))) for key, now in holding.digests().items()
-            ),
+            blocks=tuple(blocks),
             hidden=tuple((*key, digest) for key, digest in holding.hidden_digests().items()),
         )
 
     def run(self, command: RunReference) -> ReferenceReport:
         """The forward, and how what is here differs from it. Raises ModelError where memory would not do."""
         self._stopped.clear()
-        decoder, engine = self._holder.decoder, self._holder.engine
-        holding = self._holding()
-        assert decoder is not None
-        assert engine is not None
+        prompt = self._prompt()
+        engine, holding = prompt.engine, Inventory(prompt)
+        decoder, config = engine.decoder, engine.config
         started = perf_counter()
         _settle(holding.cache.device)
-        piece = engine.config.chunk_size if command.chunked else len(holding.ids)
-        with _in_dtype(decoder, command.dtype, len(holding.ids), piece) as reference:
-            config = engine.config
-            sampler = Sampler(Sampling(config.temperature, config.top_k, config.top_p, config.seed))
-            found = Examination(
-                decoder, reference, holding, sampler,
-                chunks=command.chunks, chunked=command.chunked, check=self._check,
-            )  # fmt: skip
-            found.run()
-            return ReferenceReport(
-                exact=found.exact,
-                rows=found.expected_rows(),
-                threads=torch.get_num_threads(),
-                seconds=perf_counter() - started,
-                device=str(reference.device),
-                choices=tuple(found.choices),
-                blocks=tuple(HeldBlock(*key, digests) for key, digests in found.digests().items()),
-                hidden=tuple((*key, digest) for key, digest in found.hidden.items()),
-                misplaced=tuple((layer, one) for layer, rows in found.misplaced().items() for one in rows),
-                measured=tuple((*key, one) for key, one in found.measured.items()),
-            )
+        piece = config.chunk_size if command.chunked else len(holding.ids)
+        reference = _in_dtype(decoder, command.dtype, len(holding.ids), piece)
+        sampler = Sampler(Sampling(config.temperature, config.top_k, config.top_p, config.seed))
+        found = Examination(
+            decoder, reference, holding, sampler,
+            chunks=command.chunks, chunked=command.chunked, check=self._check,
+        )  # fmt: skip
+        found.run()
+        return ReferenceReport(
+            exact=found.exact,
+            rows=found.fed.stop,
+            threads=torch.get_num_threads(),
+            seconds=perf_counter() - started,
+            device=str(reference.device),
+            choices=tuple(found.choices),
+            blocks=tuple(HeldBlock(*key, digests) for key, digests in found.digests().items()),
+            hidden=tuple((*key, digest) for key, digest in found.hidden.items()),
+            misplaced=tuple(found.misplaced()),
+            measured=tuple((*key, one) for key, one in found.measured.items()),
+        )
 
-    def stop(self, _: StopReference) -> Ok:
+    def stop(self, _: StopReference) -> None:
         self._stopped.set()
-        return Ok()
 
     def _check(self) -> None:
         if self._stopped.is_set():
             raise Stopped("compare was interrupted")
 
-    def _holding(self) -> Inventory:
-        if self._holder.engine is None:
-            raise RuntimeError("there is no prompt yet: session.prefill(…) first.")
-        tokens = self._holder.tokens
-        executor = self._holder.engine.executor
-        return Inventory(executor, tokens.tokens, tokens.rows) if tokens else Inventory(executor, [])
 
-
-def _then(entry: LedgerEntry | None) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
-    """The digests of a block when it came to be here, and those that were announced."""
-    return (None, None) if entry is None else (as_numbers(entry.digests), entry.announced)
-
-
-@contextmanager
-def _in_dtype(decoder: Decoder, dtype: str, tokens: int, piece: int) -> Iterator[Decoder]:
+def _in_dtype(decoder: Decoder, dtype: str, tokens: int, piece: int) -> Decoder:
     """The model in a dtype: the rank's own, or the same checkpoint once more. Raises ModelError for lack of memory."""
-    own = _name(decoder.dtype)
-    _check_memory(decoder, dtype, tokens, piece, again=dtype != own)
-    if dtype == own:
-        yield decoder
-    else:
-        yield Decoder.load(decoder.spec.path, dtype, str(decoder.device))
-
-
-def _check_memory(decoder: Decoder, dtype: str, tokens: int, piece: int, *, again: bool) -> None:
+    again = dtype != _name(decoder.dtype)
     wanted = need(decoder.spec, dtype, tokens, piece)
     parts = {"a second KV": wanted.kv_bytes, "hidden states and a layer's work": wanted.hidden_bytes}
     if again:
         parts[f"the weights once more, in {dtype}"] = wanted.weights_bytes
     total, available = sum(parts.values()), free(str(decoder.device))
     if available is not None and total > available:
-        said = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
+        listed = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
         advice = (
             "compare in the run's own dtype" if again else "compare a shorter prompt, or free memory first"
         )
         raise ModelError(
-            f"the reference needs {size_text(total)} on {decoder.device} ({said}); {size_text(available)} are free: "
+            f"the reference needs {size_text(total)} on {decoder.device} ({listed}); {size_text(available)} are free: "
             f"{advice}."
         )
+    return Decoder.load(decoder.spec.path, dtype, str(decoder.device)) if again else decoder
 
 
 def _name(dtype: torch.dtype) -> str:

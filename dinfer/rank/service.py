@@ -2,56 +2,25 @@
 
 It carries out a session's commands; how they arrive is for others: through a watcher from another process, or by a call
 within the same one. It has three parts, each of which may be missing: weights, a group with the other ranks, and a
-prompt. `state` says what can be asked of it.
+prompt.
 """
 
 import gc
 import threading
 from collections.abc import Callable
-from enum import Enum
+from functools import partial
 from time import perf_counter
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
+from dinfer import messages
 from dinfer.config import Config
 from dinfer.engine.board import Board, Stand
 from dinfer.engine.corruption import Corrupted, Corruption
 from dinfer.engine.decoding import NotANumber, TokensDiffer
 from dinfer.engine.engine import Engine
 from dinfer.engine.lanes import LaneExecutor, OpFailed
-from dinfer.messages import (
-    BegunTokens,
-    BlockCorrupt,
-    BreakpointHit,
-    DrainChannels,
-    Edited,
-    GetStacks,
-    HashKv,
-    JoinGroup,
-    KvHash,
-    Lanes,
-    LeaveGroup,
-    LeftGroup,
-    LimitDecode,
-    LoadedModel,
-    Loading,
-    LoadModel,
-    NewTokens,
-    Ok,
-    OpenStore,
-    PreparedPrompt,
-    PreparePrompt,
-    RankReport,
-    Rewind,
-    SetBreakpoints,
-    SetLimits,
-    StartDecode,
-    StepBackDecode,
-    StoreAddress,
-    TextPiece,
-    UnloadModel,
-)
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.graph import Channel
@@ -59,17 +28,16 @@ from dinfer.plan.ops import Op
 from dinfer.plan.plan import parse_plan
 from dinfer.rank.agreement import agree, facts_of
 from dinfer.rank.batch import warm_up
-from dinfer.rank.commands import CommandTable, quick, slow, stand_commands, table_of
-from dinfer.rank.decode import TokenFailed, Tokens
+from dinfer.rank.commands import CommandTable, quick, slow, table_of
+from dinfer.rank.decode import PromptOnRank, TokenFailed, Tokens
 from dinfer.rank.failure import describe
 from dinfer.rank.faults import fault_commands, misbehave_commands
 from dinfer.rank.inspect import inspect_commands
 from dinfer.rank.reference import reference_commands
 from dinfer.rank.stacks import stacks, thread_names
 from dinfer.rank.weights import Weights
-from dinfer.transport.drain import drain
 from dinfer.transport.gate import Gate
-from dinfer.transport.gloo import Comm
+from dinfer.transport.gloo import Comm, drain
 
 ANSWER_S = 2.0
 
@@ -80,7 +48,7 @@ FOUND_TOGETHER = (Corrupted, NotANumber, TokensDiffer)
 class SessionChannel(Protocol):
     """A rank's connection to its session."""
 
-    def report(self, report: RankReport) -> None:
+    def report(self, report: messages.RankReport) -> None:
         """Tell the session something."""
 
     def ask_stands(self, timeout: float) -> list[Stand | None]:
@@ -90,27 +58,11 @@ class SessionChannel(Protocol):
 class Meet(Protocol):
     """How this rank joins the group of all ranks."""
 
-    def open(self, command: OpenStore) -> StoreAddress:
+    def open(self, command: messages.OpenStore) -> messages.StoreAddress:
         """On rank 0: open the place where the others find it."""
 
-    def join(self, command: JoinGroup) -> Comm:
+    def join(self, command: messages.JoinGroup) -> Comm:
         """Meet all others there."""
-
-
-class ServiceState(Enum):
-    """What a rank has, and so what a session may ask of it."""
-
-    BARE = "has no checkpoint, or has not met the other ranks"
-    LOADED = "can prepare a prompt"
-    PREPARED = "has a prompt"
-    OUT_OF_STEP = "has failed in decode; the others may wait for its token"
-
-
-class PromptOnRank(NamedTuple):
-    """The prompt that a rank runs: its engine, and its new tokens."""
-
-    engine: Engine
-    tokens: Tokens
 
 
 class RankService:
@@ -132,8 +84,9 @@ class RankService:
         self.board = board or Board()
         self.weights = Weights(self.board, own_process=memory is not None)
         self.comm: Comm | None = None
-        self._prompt: PromptOnRank | None = None
+        self.prompt: PromptOnRank | None = None
         self._token_failed = False
+        """this rank has failed in decode, where the others may wait for its token"""
         self._memory, self._gate = memory, gate
         self._meet, self._on_change = meet, on_change
 
@@ -141,25 +94,27 @@ class RankService:
         alone = self._memory is not None
         return table_of(
             [
-                slow(UnloadModel, self._unload),
-                slow(LoadModel, self._load),
-                slow(OpenStore, self._meet.open),
-                slow(JoinGroup, self._join),
-                slow(PreparePrompt, self._prepare),
-                quick(SetLimits, self._set_limits),
-                slow(Rewind, self._rewind),
-                *stand_commands(self._executor),
-                quick(SetBreakpoints, self._set_breakpoints),
-                slow(StartDecode, self._decode),
-                quick(LimitDecode, self._limit_decode),
-                slow(StepBackDecode, self._step_back_decode),
-                slow(HashKv, self._hash_kv),
-                quick(DrainChannels, self._drain),
-                slow(LeaveGroup, self._leave),
-                quick(GetStacks, lambda _: stacks(self.rank, alone=alone)),
-                *fault_commands(self._engine, self.session.report),
-                *inspect_commands(self),
-                *reference_commands(self),
+                slow(messages.UnloadModel, self._unload),
+                slow(messages.LoadModel, self._load),
+                slow(messages.OpenStore, self._meet.open),
+                slow(messages.JoinGroup, self._join),
+                slow(messages.PreparePrompt, self._prepare),
+                quick(messages.SetLimits, self._set_limits),
+                slow(messages.Rewind, self._rewind),
+                quick(messages.Freeze, lambda _: self._engine.executor.freeze()),
+                quick(messages.GetStand, lambda _: self._engine.executor.stand()),
+                quick(messages.Release, self._release),
+                quick(messages.SetBreakpoints, self._set_breakpoints),
+                slow(messages.StartDecode, self._decode),
+                quick(messages.LimitDecode, self._limit_decode),
+                slow(messages.StepBackDecode, self._step_back_decode),
+                slow(messages.HashKv, self._hash_kv),
+                quick(messages.DrainChannels, self._drain),
+                slow(messages.LeaveGroup, self._leave),
+                quick(messages.GetStacks, lambda _: stacks(self.rank, alone=alone)),
+                *fault_commands(lambda: self._engine, self.session.report),
+                *inspect_commands(self.rank, self._prompted),
+                *reference_commands(self._prompted),
                 *misbehave_commands(self.rank, self.session.report),
             ]
         )
@@ -167,98 +122,87 @@ class RankService:
     # -- what it has
 
     @property
-    def state(self) -> ServiceState:
-        if self._token_failed:
-            return ServiceState.OUT_OF_STEP
-        if self._prompt:
-            return ServiceState.PREPARED
-        return ServiceState.LOADED if self.decoder and self.comm else ServiceState.BARE
-
-    @property
     def decoder(self) -> Decoder | None:
         return self.weights.decoder
 
     @property
     def engine(self) -> Engine | None:
-        return self._prompt.engine if self._prompt else None
+        return self.prompt.engine if self.prompt else None
 
     @property
-    def tokens(self) -> Tokens | None:
-        return self._prompt.tokens if self._prompt else None
+    def _engine(self) -> Engine:
+        return self._prompted().engine
+
+    def _prompted(self) -> PromptOnRank:
+        if self.prompt is None:
+            raise RuntimeError(f"rank {self.rank} has no prompt yet: session.prefill(…) first.")
+        return self.prompt
 
     def inherit(self, before: "RankService") -> None:
         """Take over the weights of the service that this one follows, which gives up its prompt and group."""
         self.weights.share(before.weights)
         before.close()
 
-    def stands(self) -> list[Stand | None]:
-        """Where the session knows all ranks to stand; empty if it does not answer."""
-        return self.session.ask_stands(ANSWER_S)
-
     def close(self) -> None:
         """Give up prompt and group; whatever is blocked in them stays so."""
-        if self._prompt:
-            self._prompt.tokens.limit_to(0)
-            self._prompt.engine.release()
+        if self.prompt:
+            self.prompt.tokens.limit_to(0)
+            self.prompt.engine.release()
         if self.comm:
             self.comm.close()
-        self._prompt = self.comm = None
+        self.prompt = self.comm = None
         self.weights.measure(None)
 
     # -- weights
 
-    def _unload(self, command: UnloadModel | LoadModel) -> Ok:
+    def _unload(self, command: messages.UnloadModel | messages.LoadModel) -> None:
         """Two checkpoints at a time might not fit into memory."""
-        if self.weights.are(command) or not (self.decoder or self._prompt):
-            return Ok()
-        self.weights.drop()
+        if self.weights.are(command) or not (self.decoder or self.prompt):
+            self.weights.drop()
         try:
             self._give_up_prompt()
         finally:
             self._on_change(self)
             gc.collect()  # prompt and lanes know each other
-        return Ok()
 
-    def _load(self, command: LoadModel) -> LoadedModel:
+    def _load(self, command: messages.LoadModel) -> messages.LoadedModel:
         """Ranks of one process share their weights: all of them must unload first."""
         torch.set_num_threads(command.threads)
         started = perf_counter()
         if not self.weights.are(command):
             self._unload(command)
-            self.weights.load(command, lambda done, total: self.session.report(Loading(done, total)))
+            self.weights.load(command, lambda done, total: self.session.report(messages.Loading(done, total)))
             self._on_change(self)
         decoder = self.decoder
         assert decoder
         self.weights.measure(decoder.device)
         dtype = str(decoder.dtype).removeprefix("torch.")
-        return LoadedModel(str(decoder.device), dtype, perf_counter() - started)
+        return messages.LoadedModel(str(decoder.device), dtype, perf_counter() - started)
 
     # -- the group
 
-    def _join(self, command: JoinGroup) -> Ok:
+    def _join(self, command: messages.JoinGroup) -> None:
         if self.comm:
             self.comm.close()
         self.comm = None
         self.comm, self._token_failed = self._meet.join(command), False
-        return Ok()
 
-    def _drain(self, command: DrainChannels) -> Ok:
+    def _drain(self, command: messages.DrainChannels) -> None:
         assert self.comm
         sends, recvs = ([Channel(*one) for one in some] for some in (command.sends, command.recvs))
         drain(self.comm, sends, recvs)
-        return Ok()
 
-    def _leave(self, _: LeaveGroup) -> LeftGroup:
-        free = self._prompt is None or self._prompt.engine.release()
+    def _leave(self, _: messages.LeaveGroup) -> messages.LeftGroup:
+        free = self.prompt is None or self.prompt.engine.release()
         if free and self.comm:
             self.comm.close()
-            self.comm = self._prompt = None
-        return LeftGroup(free)
+            self.comm = self.prompt = None
+        return messages.LeftGroup(free)
 
     # -- the prompt
 
-    def _prepare(self, command: PreparePrompt) -> PreparedPrompt:
-        if self.state is ServiceState.OUT_OF_STEP:  # the others would take a message for that token
+    def _prepare(self, command: messages.PreparePrompt) -> messages.PreparedPrompt:
+        if self._token_failed:  # the others would take a message for that token
             raise RuntimeError(
                 f"rank {self.rank} has failed in decode, where others may wait for it: session.recover() frees them."
             )
@@ -269,93 +213,25 @@ class RankService:
         self._give_up_prompt()
         engine = Engine(
             decoder, comm, config, gate=self._gate, board=self.board, memory=self._memory,
-            deadline=config.timeout, on_hit=self._hit, all_stands=self.stands, on_corrupt=self._corrupt,
+            deadline=config.timeout, on_hit=self._hit, all_stands=partial(self.session.ask_stands, ANSWER_S),
+            on_corrupt=self._corrupt,
         )  # fmt: skip
         warm_up(decoder, config, len(ids))
         plan = parse_plan(command.plan) if command.plan else engine.plan_for(len(ids))
         agree(comm, facts_of(config, decoder.spec, ids, plan.id))
         try:
             executor = engine.prepare(ids, plan=plan)
-        except BaseException:  # for lack of memory, say
+        except BaseException:  # whatever it is (a lack of memory, say), no half of a prompt must stay
             engine.release()
             raise
-        self._prompt = PromptOnRank(engine, Tokens(engine))
+        self.prompt = PromptOnRank(engine, Tokens(engine))
         assert engine.recorder
-        self.session.report(Lanes(tuple(engine.recorder.lanes), thread_names()))
+        self.session.report(messages.Lanes(tuple(engine.recorder.lanes), thread_names()))
         self.board.set_phase("prefill")
-        threading.Thread(
-            target=self._report_failure, args=(executor,), name="dinfer minds failures", daemon=True
-        ).start()
+        watch = partial(self._report_failure, executor)
+        threading.Thread(target=watch, name="dinfer minds failures", daemon=True).start()
         self._on_change(self)
-        return PreparedPrompt(executor.plan.id)
-
-    def _set_limits(self, command: SetLimits) -> Ok:
-        prompt = self._engine().prompt
-        self._note_edits(prompt.go(command.cut, order=command.order, stopping=command.stopping))
-        return Ok()
-
-    def _rewind(self, command: Rewind) -> Ok:
-        engine = self._engine()
-        self._prompt = PromptOnRank(engine, Tokens(engine))
-        self.board.set_phase("prefill")
-        self._note_edits(engine.prompt.rewind(command.cut))
-        return Ok()
-
-    def _set_breakpoints(self, command: SetBreakpoints) -> Ok:
-        self._engine().prompt.conditions.arm([Breakpoint(**one) for one in command.breakpoints])
-        return Ok()
-
-    def _hash_kv(self, command: HashKv) -> KvHash:
-        cache = self._engine().cache
-        assert cache
-        return KvHash(cache.sha256(command.tokens))
-
-    # -- decode
-
-    def _decode(self, _: StartDecode) -> NewTokens:
-        engine, tokens = self._engine(), self.tokens
-        assert tokens
-        try:
-            self._note_edits(engine.prompt.edits.report())
-            return tokens.run(self._token)
-        except FOUND_TOGETHER:
-            raise
-        except Exception as error:
-            self._token_failed = True
-            failed = TokenFailed(self.rank, len(tokens.tokens), error)
-            self.session.report(describe(failed))
-            raise failed from error
-        finally:
-            engine.prompt.edits.accept_all()
-
-    def _limit_decode(self, command: LimitDecode) -> BegunTokens:
-        return BegunTokens(self.tokens.limit_to(command.limit) if self.tokens else 0)
-
-    def _step_back_decode(self, command: StepBackDecode) -> Ok:
-        if self.tokens:
-            self.tokens.back_to(command.tokens)
-            self.board.set_phase("decode", command.tokens)
-        return Ok()
-
-    # -- what they share
-
-    def _give_up_prompt(self) -> None:
-        """Raises RuntimeError where lanes of the prompt are blocked."""
-        if self._prompt and not self._prompt.engine.release():
-            raise RuntimeError(
-                f"rank {self.rank} has lanes blocked in the run before this one: session.recover() frees them."
-            )
-        self._prompt = None
-
-    def _engine(self) -> Engine:
-        if self._prompt is None:
-            raise RuntimeError(f"rank {self.rank} has no prompt yet: session.prefill(…) first.")
-        return self._prompt.engine
-
-    def _executor(self) -> LaneExecutor:
-        return self._engine().executor
-
-    # -- reports
+        return messages.PreparedPrompt(executor.plan.id)
 
     def _report_failure(self, executor: LaneExecutor) -> None:
         try:
@@ -363,25 +239,80 @@ class RankService:
         except OpFailed as failed:
             self.session.report(describe(failed))
 
-    def _token(self, count: int, _: int, text: str) -> None:
-        self.board.set_phase("decode", count)
-        if self.rank == 0:
-            self.session.report(TextPiece(text))
+    def _give_up_prompt(self) -> None:
+        """Raises RuntimeError where lanes of the prompt are blocked."""
+        if self.prompt and not self.prompt.engine.release():
+            raise RuntimeError(
+                f"rank {self.rank} has lanes blocked in the run before this one: session.recover() frees them."
+            )
+        self.prompt = None
 
-    def _note_edits(self, edited: list[str]) -> None:
+    def _set_limits(self, command: messages.SetLimits) -> None:
+        prompt = self._engine.prompt
+        self._report_edits(prompt.go(command.cut, order=command.order, stopping=command.stopping))
+
+    def _rewind(self, command: messages.Rewind) -> None:
+        engine = self._engine
+        self.prompt = PromptOnRank(engine, Tokens(engine))
+        self.board.set_phase("prefill")
+        self._report_edits(engine.prompt.rewind(command.cut))
+
+    def _release(self, command: messages.Release) -> None:
+        self._engine.executor.release([Channel(*channel) for channel in command.channels])
+
+    def _set_breakpoints(self, command: messages.SetBreakpoints) -> None:
+        self._engine.prompt.conditions.arm([Breakpoint(**one) for one in command.breakpoints])
+
+    def _hash_kv(self, command: messages.HashKv) -> messages.KvHash:
+        cache = self._engine.cache
+        assert cache
+        return messages.KvHash(cache.sha256(command.tokens))
+
+    def _report_edits(self, edited: list[str]) -> None:
         if edited:
-            self.session.report(Edited(tuple(edited)))
+            self.session.report(messages.Edited(tuple(edited)))
 
     def _hit(self, breakpoint: Breakpoint, op: Op, found: str) -> None:
         """A breakpoint's condition holds: no further op begins here, and the session stops the others."""
-        prompt = self._engine().prompt
+        prompt = self._engine.prompt
         if prompt.halt():
-            self.session.report(BreakpointHit(breakpoint.as_dict(), str(op), found, prompt.order))
+            self.session.report(messages.BreakpointHit(breakpoint.as_dict(), str(op), found, prompt.order))
 
     def _corrupt(self, found: Corruption) -> None:
         """A block's bytes have changed. On the way, and where the run is to pause: no further op begins here, and the
         session stops the others; before decode, all ranks refuse to begin."""
-        engine, order = self._engine(), None
+        engine, order = self._engine, None
         if engine.config.on_corruption == "pause" and found.peer is not None and engine.prompt.halt():
             order = engine.prompt.order
-        self.session.report(BlockCorrupt(found.as_dict(), order))
+        self.session.report(messages.BlockCorrupt(found.as_dict(), order))
+
+    # -- decode
+
+    def _decode(self, _: messages.StartDecode) -> messages.NewTokens:
+        engine, tokens = self._prompted()
+
+        def show(count: int, _: int, text: str) -> None:
+            self.board.set_phase("decode", count)
+            if self.rank == 0:
+                self.session.report(messages.TextPiece(text))
+
+        try:
+            self._report_edits(engine.prompt.edits.report())
+            return tokens.run(show)
+        except FOUND_TOGETHER:
+            raise
+        except Exception as error:  # whatever it is, the others wait for this rank's token
+            self._token_failed = True
+            failed = TokenFailed(self.rank, len(tokens.tokens), error)
+            self.session.report(describe(failed))
+            raise failed from error
+        finally:
+            engine.prompt.edits.accept_all()
+
+    def _limit_decode(self, command: messages.LimitDecode) -> messages.BegunTokens:
+        return messages.BegunTokens(self.prompt.tokens.limit_to(command.limit) if self.prompt else 0)
+
+    def _step_back_decode(self, command: messages.StepBackDecode) -> None:
+        if self.prompt:
+            self.prompt.tokens.back_to(command.tokens)
+            self.board.set_phase("decode", command.tokens)

@@ -6,7 +6,6 @@ reads what was written. Nothing here judges.
 
 import ast
 import builtins
-import contextlib
 import faulthandler
 import inspect
 import linecache
@@ -16,7 +15,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Iterable
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -27,8 +28,6 @@ from dinfer.rank.process import sign_of_life
 DUMP_SIGNAL = getattr(signal, "SIGUSR2", None)
 
 DEEPEST = 40
-
-LONGEST = 100
 
 WRITTEN_S = 0.1
 """A dump that has not grown for so long is complete: on a busy core its writer is interrupted for less."""
@@ -47,8 +46,6 @@ _INTERPRETER = frozenset(
 """Modules in C by which Python itself waits: a thread in one of these does not count as in C code."""
 
 _STANDARD = Path(threading.__file__).parent
-
-_PACKAGES = frozenset(("site-packages", "dist-packages"))
 
 _FOREIGN = frozenset(("ctypes", "_ctypes", "cffi", "_cffi_backend"))
 """Modules that call C code: what is called through them is C code."""
@@ -71,38 +68,34 @@ def stacks(rank: int, *, alone: bool, decoding: str = "") -> ThreadStacks:
 
 
 def _described(name: str, ident: int, top: FrameType) -> ThreadStack:
-    frames = list(islice(_outwards(top), DEEPEST))
+    frames = [frame for frame, _ in islice(traceback.walk_stack(top), DEEPEST)]
     files = [Path(frame.f_code.co_filename) for frame in frames]
+    ours = [file.relative_to(_PACKAGE).as_posix() for file in files if _PACKAGE in file.parents]
     return ThreadStack(
         name=name,
         cpu_s=_cpu_s(ident),
-        frames=tuple(map(_frame, frames)),
+        frames=tuple(map(_stack_line, frames)),
         at=next((number for number, file in enumerate(files) if not _is_standard(file)), 0),
         native=_calls_c(top),
-        waits=any(_is_transport(file) for file in files),
+        waits=not TRANSPORT.isdisjoint(ours),
         held=any("pydevd" in file.name or "_pydevd_bundle" in file.parts for file in files[:8]),
     )
 
 
-def _is_transport(file: Path) -> bool:
-    return _PACKAGE in file.parents and file.relative_to(_PACKAGE).as_posix() in TRANSPORT
-
-
 def _is_standard(file: Path) -> bool:
     """Whether it is in Python's standard library: a thread that waits there does so for its caller."""
-    return _STANDARD in file.parents and not _PACKAGES & set(file.parts)
+    return _STANDARD in file.parents and not {"site-packages", "dist-packages"} & {*file.parts}
 
 
-def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _frame(frame: FrameType) -> StackLine:
+def _stack_line(frame: FrameType) -> StackLine:
     file, line = frame.f_code.co_filename, frame.f_lineno or 0
     text = linecache.getline(file, line, frame.f_globals).strip()
-    return file, line, frame.f_code.co_name, text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    return file, line, frame.f_code.co_name, shortened(text)
+
+
+def shortened(text: str) -> str:
+    """A line of source, or a function's name, cut to 100 characters."""
+    return text if len(text) <= 100 else f"{text[:99]}…"
 
 
 def _calls_c(frame: FrameType) -> bool:
@@ -115,13 +108,13 @@ def _calls_c(frame: FrameType) -> bool:
             return _home(_resolve(_root(named), frame)) in _FOREIGN
     except (SyntaxError, AttributeError, KeyError, ValueError, TypeError, StopIteration):
         return False
-    return (
-        not hasattr(called, "__code__") and not inspect.isclass(called) and _home(called) not in _INTERPRETER
-    )
+    is_python = hasattr(called, "__code__") or inspect.isclass(called)
+    return not is_python and _home(called) not in _INTERPRETER
 
 
 def _home(of: object) -> str:
     """The module, or outermost package, that an object comes from."""
+    of = getattr(of, "__objclass__", of)  # a method of a type in C is a descriptor that names its type
     owner = getattr(of, "__self__", of)
     if isinstance(owner, ModuleType):
         return owner.__name__.partition(".")[0]
@@ -156,27 +149,13 @@ def _resolve(named: ast.expr, frame: FrameType) -> object:
     if not isinstance(named, ast.Attribute):
         raise ValueError(named)
     of = _resolve(named.value, frame)
-    return vars(of)[named.attr] if isinstance(of, ModuleType) else _attribute(of, named.attr)
-
-
-def _attribute(of: object, name: str) -> object:
-    found = inspect.getattr_static(of, name)
-    # A method of a type in C is a descriptor that names its type.
-    owner = getattr(found, "__objclass__", None)
-    return _Method(owner.__module__) if owner is not None else found
-
-
-class _Method:
-    """Stands for a method in C of a type of this module."""
-
-    def __init__(self, module: str) -> None:
-        self.__module__ = module
+    return vars(of)[named.attr] if isinstance(of, ModuleType) else inspect.getattr_static(of, named.attr)
 
 
 def _cpu_s(ident: int) -> float | None:
     """CPU seconds of one thread. To the microsecond, where psutil's have hundredths: two samples a moment apart tell
     whether it moves."""
-    with contextlib.suppress(AttributeError, OSError):
+    with suppress(AttributeError, OSError):
         return time.clock_gettime(time.pthread_getcpuclockid(ident))
     return None
 
@@ -214,10 +193,13 @@ def dump_of(pid: int, descriptor: int, patience_s: float) -> str:
     if DUMP_SIGNAL is None:
         return ""
     begin = os.fstat(descriptor).st_size
-    with contextlib.suppress(ProcessLookupError):
+    with suppress(ProcessLookupError):
         os.kill(pid, DUMP_SIGNAL)
     deadline, size, grown = time.monotonic() + patience_s, begin, time.monotonic()
-    while time.monotonic() < deadline and not _is_stopped(pid):
+    while time.monotonic() < deadline:
+        life = sign_of_life(pid)
+        if life is None or life.state in "TtZX":  # one that is stopped, or has ended, writes nothing
+            break
         time.sleep(0.02)
         before, size = size, os.fstat(descriptor).st_size
         if size > before:
@@ -225,9 +207,3 @@ def dump_of(pid: int, descriptor: int, patience_s: float) -> str:
         elif size > begin and time.monotonic() - grown > WRITTEN_S:
             break
     return os.pread(descriptor, size - begin, begin).decode(errors="replace")
-
-
-def _is_stopped(pid: int) -> bool:
-    """Whether a process is stopped, or has ended, and so writes nothing."""
-    life = sign_of_life(pid)
-    return life is None or life.state in "TtZX"

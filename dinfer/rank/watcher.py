@@ -5,42 +5,22 @@ out, and goes on while the rank is busy in C code, stopped, or killed. It ends w
 is gone it ends too, or pauses, as the session has asked. No torch here: it starts in a fraction of a second.
 """
 
-import contextlib
 import os
 import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from time import monotonic
 
 import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from dinfer import messages
 from dinfer.engine.board import BOARD_BYTES, Board, Stand, map_file
-from dinfer.messages import (
-    Beat,
-    DumpStacks,
-    Freeze,
-    Gone,
-    KillRank,
-    Lanes,
-    OrphanRule,
-    RankLink,
-    RankReport,
-    Reply,
-    SpiedThreads,
-    SpyOnRank,
-    StackDump,
-    Status,
-    pack_command,
-    pack_report,
-    tag_of,
-    unpack_report,
-    unpack_request,
-)
 from dinfer.rank import pyspy
-from dinfer.rank.frames import FrameReader, recv_frames, send_frames
+from dinfer.rank.frames import FrameReader, send_frames
 from dinfer.rank.process import Life, Wanting, exists, sign_of_life
 from dinfer.rank.stacks import dump_of, named
 from dinfer.trace.recorder import Recorder
@@ -73,7 +53,11 @@ class Watcher:
     """`rank_end` is a socket to the rank, `client` one to the session."""
 
     def __init__(
-        self, memory: memoryview, rank_end: socket.socket, client: "zmq.Socket[bytes]", link: RankLink
+        self,
+        memory: memoryview,
+        rank_end: socket.socket,
+        client: "zmq.Socket[bytes]",
+        link: messages.RankLink,
     ) -> None:
         self._link, self._memory, self._client = link, memory, client
         self._rank_end, self._reader = rank_end, FrameReader(rank_end)
@@ -104,75 +88,68 @@ class Watcher:
             fast = monotonic() - self._commanded < FAST_FOR_S
             ready = dict(poller.poll(FAST_TICK_MS if fast else TICK_MS))
             if self._client in ready:
-                self._commands()
+                self._take_commands()
             if self._rank_end.fileno() in ready:
-                alive = self._reports()
+                alive = self._take_reports()
             alive = alive and os.getppid() == self._rank_pid
             self._publish(last=not alive)
-            self._tell_seen()
-            self._look_after_orphan()
+            self._answer_looks()
+            self._check_client()
         for _, look in self._looks:
             look.end()
-        self._say(Gone())
+        self._report(messages.Gone())
         self._connection.close()
 
-    def _commands(self) -> None:
+    def _take_commands(self) -> None:
         while self._client.poll(0):
             frame = self._client.recv()
             self._client_heard = monotonic()
-            request = unpack_request(frame)
-            match tag_of(request.command):
-                case Beat.__name__:
+            request = messages.unpack_request(frame)
+            match messages.tag_of(request.command):
+                case messages.Beat.__name__:
                     pass
-                case KillRank.__name__:
+                case messages.KillRank.__name__:
                     self._kill()
-                case DumpStacks.__name__:
+                case messages.DumpStacks.__name__:
                     text = "" if self._link.dump is None else dump_of(self._rank_pid, self._link.dump, DUMP_S)
-                    self._say(Reply(request.number, StackDump(named(text, self._threads))))
-                case SpyOnRank.__name__:
-                    self._spy(request.number)
+                    self._report(
+                        messages.Reply(request.number, messages.StackDump(named(text, self._threads)))
+                    )
+                case messages.SpyOnRank.__name__:
+                    if spy := pyspy.program():
+                        life = sign_of_life(self._rank_pid)
+                        stopped = life is not None and life.state in "Tt"
+                        look = pyspy.Look(spy, self._rank_pid, stopped=stopped)
+                        self._looks.append((request.number, look))
+                    else:
+                        self._report(messages.Reply(request.number, messages.SpiedThreads(())))
                 case _:
                     self._commanded = monotonic()
                     self._pass_on(frame)
 
-    def _spy(self, number: int) -> None:
-        """Have py-spy look, if it is there; request `number` is answered once it has ended."""
-        life = sign_of_life(self._rank_pid)
-        if spy := pyspy.program():
-            stopped = life is not None and life.state in "Tt"
-            self._looks.append((number, pyspy.Look(spy, self._rank_pid, stopped=stopped)))
-        else:
-            self._say(Reply(number, SpiedThreads(())))
-
-    def _tell_seen(self) -> None:
+    def _answer_looks(self) -> None:
+        """Report what py-spy has seen, once it has ended."""
         for one in list(self._looks):
             number, look = one
             if (threads := look.threads()) is not None:
                 self._looks.remove(one)
-                self._say(Reply(number, SpiedThreads(tuple(threads))))
+                self._report(messages.Reply(number, messages.SpiedThreads(tuple(threads))))
 
-    def _pass_on(self, frame: bytes) -> None:
-        with contextlib.suppress(OSError):
-            send_frames(self._rank_end, [frame])
-
-    def _reports(self) -> bool:
+    def _take_reports(self) -> bool:
         """Pass on what the rank reports; False once it is gone."""
-        messages = self._reader.read()
-        for frames in messages or ():
-            if tag_of(frames[0]) == Lanes.__name__:
-                self._publish(last=False)  # what the lanes before have left behind
-                self._begin_lanes(frames)
-            else:
-                self._publish(last=True)  # events and positions before the report that builds on them
-            self._pass_back(frames)
-        return messages is not None
-
-    def _begin_lanes(self, frames: list[bytes]) -> None:
-        report = unpack_report(frames)
-        assert isinstance(report, Lanes)
-        self._lanes, self._threads = len(report.lanes) - 1, report.threads
-        recorder = Recorder.over(self._link.rank, report.lanes, self._memory[BOARD_BYTES:])
-        self._recorder, self._cursor = recorder, []
+        came = self._reader.read()
+        for frames in came or ():
+            is_lanes = messages.tag_of(frames[0]) == messages.Lanes.__name__
+            # First what the lanes before have left behind, or events and positions on which the report builds.
+            self._publish(last=not is_lanes)
+            if is_lanes:
+                report = messages.unpack_report(frames)
+                assert isinstance(report, messages.Lanes)
+                self._lanes, self._threads = len(report.lanes) - 1, report.threads
+                self._recorder = Recorder.over(self._link.rank, report.lanes, self._memory[BOARD_BYTES:])
+                self._cursor = []
+            self._send(frames)
+        return came is not None
 
     def _publish(self, *, last: bool) -> None:
         """What is new, as one message: each costs the rank's core, and wakes the session's process."""
@@ -187,7 +164,7 @@ class Watcher:
             if last or beat:
                 self._last_beat = monotonic()
             life = self._sign_of_life(stand)
-            status = Status(
+            status = messages.Status(
                 phase=self._board.phase,
                 decoded=self._board.decoded,
                 stand=stand,
@@ -198,13 +175,16 @@ class Watcher:
                 device_memory=self._board.device_memory,
                 records=records,
             )
-            self._say(status)
+            self._report(status)
 
     def _sign_of_life(self, stand: Stand) -> Life | None:
         if monotonic() - self._life_at > LIFE_S:
             before, self._life_at, self._life = self._life, monotonic(), sign_of_life(self._rank_pid)
             # What its threads want counts while something takes long, and takes as long to ask as all the rest.
-            under_way = self._under_way_at(stand)
+            lanes = enumerate(zip(stand.positions, stand.started, strict=True))
+            under_way = {(lane, position) for lane, (position, started) in lanes if started}
+            if self._board.phase == "decode":
+                under_way.add((-1, self._board.decoded))
             is_long = bool(under_way & self._under_way)
             self._wanting = self._wanting if is_long else Wanting(self._rank_pid)
             self._wants_cpu = self._wanting.look() if is_long else 0.0
@@ -213,39 +193,28 @@ class Watcher:
                 self._life = self._life._replace(state=before.state)
         return self._life
 
-    def _under_way_at(self, stand: Stand) -> set[tuple[int, int]]:
-        """The ops that have begun, by lane and index, and the token that is being made."""
-        lanes = zip(stand.positions, stand.started, strict=True)
-        ops = {(lane, position) for lane, (position, started) in enumerate(lanes) if started}
-        return ops | ({(-1, self._board.decoded)} if self._board.phase == "decode" else set())
-
-    def _look_after_orphan(self) -> None:
+    def _check_client(self) -> None:
         """A rank that nobody can command or hear any more is ended, or paused, as its client has asked.
 
         A session's client is gone when its connection is closed and stays so: one that sleeps, a laptop say, keeps it.
         """
-        if self._link.orphan:
-            self._note_connection()
-            lost_at = self._lost_client_at
-            if lost_at is not None and monotonic() - lost_at > self._link.orphan.patience_s:
-                self._lost_client_at = None
-                self._leave(self._link.orphan)
+        rule = self._link.orphan
+        if not rule:
+            silent = monotonic() - self._client_heard > ORPHAN_S
+            if silent and (self._link.joined or not exists(self._link.launcher)):
+                self._kill()
             return
-        silent = monotonic() - self._client_heard > ORPHAN_S
-        if silent and (self._link.joined or not exists(self._link.launcher)):
-            self._kill()
-
-    def _note_connection(self) -> None:
         while self._connection.poll(0):
             event = recv_monitor_message(self._connection)["event"]
             self._lost_client_at = monotonic() if event == zmq.EVENT_DISCONNECTED else None
-
-    def _leave(self, rule: OrphanRule) -> None:
+        if self._lost_client_at is None or monotonic() - self._lost_client_at <= rule.patience_s:
+            return
+        self._lost_client_at = None
         if rule.do == "pause":
-            self._pass_on(pack_command(Freeze(), 0))
+            self._pass_on(messages.pack_command(messages.Freeze(), 0))
             return
         for pid in rule.ends:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
+            with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGTERM)
         self._kill()
 
@@ -253,24 +222,28 @@ class Watcher:
         if os.getppid() == self._rank_pid:
             os.kill(self._rank_pid, signal.SIGKILL)
 
-    def _say(self, report: RankReport) -> None:
-        self._pass_back(pack_report(report))
+    def _pass_on(self, frame: bytes) -> None:
+        with suppress(OSError):  # the rank has ended
+            send_frames(self._rank_end, [frame])
 
-    def _pass_back(self, frames: Sequence[bytes]) -> None:
+    def _report(self, report: messages.RankReport) -> None:
+        self._send(messages.pack_report(report))
+
+    def _send(self, frames: Sequence[bytes]) -> None:
         self._client.send_multipart(frames, copy=len(frames) == 1)  # a tensor is not copied
 
 
 def main() -> None:
-    """`python -m dinfer.rank.watcher MEMORY_FD SOCKET_FD`; the socket's first message is a RankLink."""
+    """`python -m dinfer.rank.watcher MEMORY_FD SOCKET_FD`, with a RankLink on standard input."""
     # These may go to the whole process group; the watcher ends with its rank.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     memory = map_file(int(sys.argv[1]), MEMORY_BYTES)
     rank_end = socket.socket(fileno=int(sys.argv[2]))
-    first = recv_frames(rank_end)
-    if first is None:
+    packed = sys.stdin.buffer.read()
+    if not packed:  # the rank has ended already
         return
-    link = msgspec.msgpack.decode(first[0], type=RankLink)
+    link = msgspec.msgpack.decode(packed, type=messages.RankLink)
     with zmq.Context() as context:
         client: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         client.setsockopt(zmq.LINGER, 2000)

@@ -13,17 +13,6 @@ from dinfer.model.decoder import Decoder
 
 PERIOD_S = 0.5
 
-Read = Callable[[torch.device], DeviceMemory]
-
-
-def device_memory(device: torch.device) -> DeviceMemory:
-    """Of this process on a CUDA device that it uses already."""
-    return DeviceMemory(
-        torch.cuda.memory_allocated(device),
-        torch.cuda.memory_reserved(device),
-        torch.cuda.get_device_properties(device).total_memory,
-    )
-
 
 class Gauge:
     """Puts on the rank's board, twice a second, how much of its GPU it uses; the watcher reads it there.
@@ -32,8 +21,8 @@ class Gauge:
     waited for.
     """
 
-    def __init__(self, board: Board, device: torch.device, read: Read = device_memory) -> None:
-        self._board, self._device, self._read = board, device, read
+    def __init__(self, board: Board, device: torch.device) -> None:
+        self._board, self._device = board, device
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="dinfer gauge", daemon=True)
         self._thread.start()
@@ -45,9 +34,12 @@ class Gauge:
         self._board.set_device_memory(None)
 
     def _loop(self) -> None:
-        with suppress(RuntimeError):  # of a device that has failed, which its ops tell
+        cuda, device = torch.cuda, self._device
+        with suppress(RuntimeError):  # of a device that has failed, which its ops report
             while not self._over.is_set():
-                self._board.set_device_memory(self._read(self._device))
+                total = cuda.get_device_properties(device).total_memory
+                used = cuda.memory_allocated(device), cuda.memory_reserved(device)
+                self._board.set_device_memory(DeviceMemory(*used, total))
                 self._over.wait(PERIOD_S)
 
 

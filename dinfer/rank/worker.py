@@ -14,11 +14,14 @@ from pathlib import Path
 import msgspec
 
 from dinfer.config import Config
-from dinfer.messages import BatchResult, MeetAt, RankJob, StoreOpened
+from dinfer.messages import MeetAt, RankJob, StoreOpened
+from dinfer.rank.batch import run_rank
 from dinfer.rank.control import Control
 from dinfer.rank.debugger import listen_for_debugger
 from dinfer.rank.failure import describe
 from dinfer.rank.logs import LogFile, make_log_folder
+from dinfer.transport.gloo import Comm, join_store, open_store
+from dinfer.transport.nccl import open_comm
 
 log = logging.getLogger("dinfer")
 
@@ -26,13 +29,25 @@ log = logging.getLogger("dinfer")
 def main() -> int:
     job = msgspec.json.decode(sys.stdin.buffer.read(), type=RankJob)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher, which ends the ranks
-    config = Config.of(job.config)
-    log_to(Path(config.log_dir), job.rank, config.log_level)
+    config, rank = Config.of(job.config), job.rank
+    log_to(Path(config.log_dir), rank, config.log_level)
     control = Control(job.link, awaited=(MeetAt,))
     try:
-        listen_for_debugger(job.rank)
-        result = _run(job, config, control)
-    except BaseException as error:
+        listen_for_debugger(rank)
+        store = None
+        if rank == 0:
+            store, port = open_store(config.master_addr, config.master_port)
+            control.report(StoreOpened(port))
+
+        def meet() -> Comm:
+            found = store
+            if found is None:
+                port = control.wait_for(MeetAt, config.start_timeout).port
+                found = join_store(config.master_addr, port, config.start_timeout)
+            return open_comm(config.backend, rank, config.world_size, found, config.start_timeout)
+
+        result = run_rank(rank, config, job.ids, control, meet)
+    except BaseException as error:  # whatever it is, the launcher must hear why this process ends
         log.error("this rank failed\n%s", traceback.format_exc())
         control.report(describe(error))
         control.close()
@@ -40,27 +55,6 @@ def main() -> int:
     control.report(result)
     control.close()
     return 0
-
-
-def _run(job: RankJob, config: Config, control: Control) -> BatchResult:
-    from dinfer.rank.batch import run_rank
-    from dinfer.transport.gloo import Comm, join_store, open_store
-    from dinfer.transport.nccl import open_comm
-
-    rank = job.rank
-    store = None
-    if rank == 0:
-        store, port = open_store(config.master_addr, config.master_port)
-        control.report(StoreOpened(port))
-
-    def meet() -> Comm:
-        found = store
-        if found is None:
-            port = control.wait_for(MeetAt, config.start_timeout).port
-            found = join_store(config.master_addr, port, config.start_timeout)
-        return open_comm(config.backend, rank, config.world_size, found, config.start_timeout)
-
-    return run_rank(rank, config, job.ids, control, meet)
 
 
 def log_to(folder: Path, rank: int, level: str) -> None:

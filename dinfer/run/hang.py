@@ -87,7 +87,7 @@ class Health:
     def evidence(self) -> HangEvidence:
         """The evidence of which the verdict is made."""
         sentence = self.verdict().sentence
-        return self._watch.evidence(decoding=self._is_decoding(), ended=self._ended(), told=sentence)
+        return self._watch.evidence(decoding=self._is_decoding(), ended=self._ended(), sentence=sentence)
 
     def stuck_ranks(self) -> tuple[int, ...]:
         """Ranks in an op that does not end, according to the verdict."""

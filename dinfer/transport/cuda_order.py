@@ -20,21 +20,25 @@ class Ordering:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device if device.type == "cuda" else None
-        self._made: dict[Value, torch.cuda.Event] = {}
         self._of_thread = threading.local()
+        self.forget()
+
+    def forget(self) -> None:
+        """Values may have been changed on the default stream by something other than an op."""
+        self._made: dict[Value, torch.cuda.Event] = {}
         self._since = self._mark() if self._device else None
         """ops write after what was launched before this event"""
 
     def launched(self, values: Iterable[Value]) -> None:
         """The kernels that make these values have been launched on the current stream."""
-        if self._device is not None:
+        if self._device:
             self._made.update(dict.fromkeys(values, self._mark()))
 
     @contextmanager
     def reading(self, value: Value) -> Iterator[None]:
         """Inside, the current stream is this thread's own and waits for the kernels that make the value; if they are
         unknown, for all launched so far."""
-        if self._device is None:
+        if not self._device:
             yield
             return
         stream = self._stream()
@@ -46,21 +50,16 @@ class Ordering:
     def receiving(self, values: Iterable[Value]) -> Iterator[None]:
         """Inside, the current stream is this thread's own, on which to write these values to the cache; the default
         stream then waits for it."""
-        if self._device is None:
+        if not self._device:
             yield
             return
         stream = self._stream()
-        if self._since:
-            stream.wait_event(self._since)
+        assert self._since
+        stream.wait_event(self._since)
         with torch.cuda.stream(stream):
             yield
             self.launched(values)
         torch.cuda.default_stream(self._device).wait_stream(stream)
-
-    def forget(self) -> None:
-        """Values may have been changed on the default stream by something other than an op."""
-        self._made.clear()
-        self._since = self._mark() if self._device else None
 
     def _mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]

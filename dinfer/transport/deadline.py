@@ -6,7 +6,7 @@ made again waits for it, so that a cell can be repeated once the other ranks hav
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, TimeoutError
+from concurrent.futures import Future, wait
 from typing import Any
 
 from dinfer.errors import DinferError
@@ -28,39 +28,26 @@ class Deadline:
         if self.seconds is None:
             return call()
         if self._pending is None:
-            self._pending = name, _started(name, call)
+            future: Future[Any] = Future()
+            self._pending = name, future
+            threading.Thread(target=_settle, args=(future, call), name=name, daemon=True).start()
         pending, future = self._pending
         if pending != name:
             raise StillWaiting(
                 f"rank {self._rank} is still in {pending}, which waits for other ranks: call it on the ranks that have "
                 "not called it yet, then repeat it here."
             )
-        try:
-            result = future.result(self.seconds)
-        except TimeoutError:
-            if not future.done():
-                raise StillWaiting(
-                    f"rank {self._rank}: {name} has waited {self.seconds:g} s for the other ranks. All ranks must call "
-                    "it: call it on the others, then repeat it here."
-                ) from None
-            self._pending = None
-            raise
-        except BaseException:
-            if future.done():
-                self._pending = None
-            raise
+        if not wait([future], self.seconds).done:
+            raise StillWaiting(
+                f"rank {self._rank}: {name} has waited {self.seconds:g} s for the other ranks. All ranks must call "
+                "it: call it on the others, then repeat it here."
+            )
         self._pending = None
-        return result
+        return future.result()
 
 
-def _started(name: str, call: Callable[[], Any]) -> "Future[Any]":
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:  # raised in the thread that waits for the call
-            future.set_exception(error)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return future
+def _settle(future: "Future[Any]", call: Callable[[], Any]) -> None:
+    try:
+        future.set_result(call())
+    except BaseException as error:  # whatever it is, it is raised in the thread that waits for the call
+        future.set_exception(error)

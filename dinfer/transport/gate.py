@@ -7,29 +7,10 @@ atomically.
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol, TypeVar
+from contextlib import contextmanager
+from typing import TypeVar
 
 T = TypeVar("T")
-
-
-class Gate(Protocol):
-    """What executors and the in-process transport use."""
-
-    def enroll(self, thread: str) -> None:
-        """Register the thread of this name as a lane, before it starts."""
-
-    def leave(self) -> None:
-        """Unregister the calling thread."""
-
-    def wait(self, claim: Callable[[], T | None], timeout: float | None = None) -> T | None:
-        """Return the result of `claim` once that is not None, or None after `timeout` seconds."""
-
-    def hold(self) -> AbstractContextManager[None]:
-        """Hold the lock for a change that no thread waits for; wakes none."""
-
-    def change(self) -> AbstractContextManager[None]:
-        """Hold the lock for a change, then wake threads whose claim succeeds. If nested, the outermost wakes them."""
 
 
 class _Waiting:
@@ -46,16 +27,16 @@ class _Waiting:
         if self.result is None and self.error is None:
             try:
                 self.result = self.claim()
-            except BaseException as error:
+            except BaseException as error:  # whoever made the change is not to blame for it
                 self.error = error
         return self.result is not None or self.error is not None
 
 
-class FreeGate:
-    """A gate at which threads run freely.
+class Gate:
+    """A thread that changes something tries the claims of those that wait and wakes only those that succeed.
 
-    A thread that changes something tries the claims of those that wait and wakes only those that succeed. Waking all of
-    a rank's lanes at every op would take the GIL from the computing lane for longer than a GPU's layer takes to launch.
+    Waking all of a rank's lanes at every op would take the GIL from the computing lane for longer than a GPU's layer
+    takes to launch.
     """
 
     def __init__(self) -> None:
@@ -64,12 +45,13 @@ class FreeGate:
         self._depth = 0
 
     def enroll(self, thread: str) -> None:
-        pass
+        """Register the thread of this name as a lane, before it starts. Only gates of tests and of replays use it."""
 
     def leave(self) -> None:
-        pass
+        """Unregister the calling thread."""
 
     def wait(self, claim: Callable[[], T | None], timeout: float | None = None) -> T | None:
+        """Return the result of `claim` once that is not None, or None after `timeout` seconds."""
         with self._lock:
             mine = _Waiting(claim, self._lock)
             self._waiting.append(mine)
@@ -83,11 +65,13 @@ class FreeGate:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
+        """Hold the lock for a change that no thread waits for; wakes none."""
         with self._lock:
             yield
 
     @contextmanager
     def change(self) -> Iterator[None]:
+        """Hold the lock for a change, then wake threads whose claim succeeds. If nested, the outermost wakes them."""
         with self._lock:
             self._depth += 1
             try:
@@ -95,11 +79,9 @@ class FreeGate:
             finally:
                 self._depth -= 1
                 if not self._depth:
-                    self._wake()
-
-    def _wake(self) -> None:
-        # Ctrl-C reaches the main thread only and must not interrupt a claim: from there, wake all to try their own.
-        is_main = threading.current_thread() is threading.main_thread()
-        for waiting in self._waiting:
-            if is_main or waiting.settled():
-                waiting.woken.notify()
+                    # Ctrl-C reaches the main thread only and must not interrupt a claim: from there, wake all to try
+                    # their own.
+                    is_main = threading.current_thread() is threading.main_thread()
+                    for waiting in self._waiting:
+                        if is_main or waiting.settled():
+                            waiting.woken.notify()

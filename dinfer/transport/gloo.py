@@ -3,9 +3,11 @@
 A message is a header and usually a payload. Messages of one channel arrive in the order of their sends.
 """
 
-import contextlib
 import gc
 import os
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from time import monotonic_ns
 from typing import Protocol
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
 
 from dinfer.plan.graph import Channel
-from dinfer.transport.header import HEADER_BYTES
+from dinfer.transport.header import HEADER_BYTES, VOID_HEADER, Header, TransferError
 from dinfer.transport.interface import interface_towards
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
@@ -24,7 +26,17 @@ INTERFACE = "GLOO_SOCKET_IFNAME"
 _chosen = ""
 """the interface that `_choose_interface` set last"""
 
-__all__ = ["Comm", "CommError", "GlooComm", "Store", "bytes_of", "join_store", "open_store", "wait_for"]
+__all__ = [
+    "Comm",
+    "CommError",
+    "GlooComm",
+    "Store",
+    "bytes_of",
+    "drain",
+    "join_store",
+    "open_store",
+    "wait_for",
+]
 
 
 class CommError(RuntimeError):
@@ -53,6 +65,28 @@ class Comm(Protocol):
         """Close all connections. Blocked calls of other threads may never return."""
 
 
+def drain(comm: Comm, sends: Sequence[Channel], recvs: Sequence[Channel]) -> None:
+    """Unblock lanes of living ranks that wait for a failed one, so that the groups can be closed and rebuilt.
+
+    A blocked wait ends only with its counterpart. So post it: void headers on `sends`, and on `recvs` a recv into
+    scratch memory, each on a thread of its own. Returns at once. Errors are ignored: the peer may be gone.
+    """
+
+    def send(channel: Channel) -> None:
+        with suppress(CommError):
+            comm.send(channel, VOID_HEADER, None)
+
+    def receive(channel: Channel) -> None:
+        with suppress(CommError, TransferError):
+            header = Header.unpack(comm.recv_header(channel))
+            if not header.void:
+                comm.recv_payload(channel, torch.empty(header.nbytes, dtype=torch.uint8))
+
+    for call, channels in ((send, sends), (receive, recvs)):
+        for channel in channels:
+            threading.Thread(target=call, args=(channel,), name=f"drain {channel}", daemon=True).start()
+
+
 class GlooComm:
     """Messages between processes by gloo. Hidden states, KV and control have a group each, so that a small message
     never waits for a large one of another kind."""
@@ -60,23 +94,18 @@ class GlooComm:
     def __init__(self, rank: int, world_size: int, store: Store, start_timeout: float) -> None:
         """Connect to the other ranks. Raises CommError if they do not meet within `start_timeout` seconds."""
         self.rank, self.world_size = rank, world_size
+        timeout = timedelta(seconds=start_timeout)
         try:
-            dist.init_process_group(
-                "gloo",
-                store=store,
-                rank=rank,
-                world_size=world_size,
-                timeout=timedelta(seconds=start_timeout),
-            )
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
             # A blocked wait must outlast any pause of a debugger; `monitor` watches for progress.
-            groups = [dist.new_group(timeout=timedelta(days=7)) for _ in range(3)]
+            self._groups: dict[str, dist.ProcessGroup] = {
+                name: dist.new_group(timeout=timedelta(days=7)) for name in ("hidden", "kv", "control")
+            }
         except (RuntimeError, ValueError) as error:
             raise CommError(f"rank {rank} could not meet the other ranks: {error}") from error
-        self._groups: dict[str, dist.ProcessGroup] = {"hidden": groups[0], "kv": groups[1]}
-        self._control: dist.ProcessGroup | None = groups[2]
 
     def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:
-        group = self._group(channel)
+        group = self._group(channel.communicator)
         try:
             works = [dist.isend(_tensor(header), group=group, group_dst=channel.target)]
             if payload is not None:
@@ -103,11 +132,10 @@ class GlooComm:
             out.copy_(host, non_blocking=True)  # on the default stream, so before all that reads it
 
     def all_gather(self, data: bytes) -> list[bytes]:
-        if self._control is None:
-            raise CommError(f"rank {self.rank} has left the group that it communicates in")
+        group = self._group("control")
         gathered = [torch.empty(len(data), dtype=torch.uint8) for _ in range(self.world_size)]
         try:
-            dist.all_gather(gathered, _tensor(data), group=self._control)
+            dist.all_gather(gathered, _tensor(data), group=group)
         except RuntimeError as error:
             raise CommError(f"gathering from all ranks failed: {error}") from error
         return [part.numpy().tobytes() for part in gathered]
@@ -116,23 +144,22 @@ class GlooComm:
         """Also ends other ranks' waits for this one, with an error: connections close with the last reference to the
         groups."""
         self._groups.clear()
-        self._control = None
         if dist.is_initialized():
             dist.destroy_process_group()
         gc.collect()
 
     def _recv(self, channel: Channel, out: Tensor) -> None:
         try:
-            wait_for(dist.irecv(out, group=self._group(channel), group_src=channel.source))
+            group = self._group(channel.communicator)
+            wait_for(dist.irecv(out, group=group, group_src=channel.source))
         except RuntimeError as error:
             raise CommError(f"receiving from rank {channel.source} failed: {error}") from error
 
-    def _group(self, channel: Channel) -> dist.ProcessGroup:
+    def _group(self, name: str) -> dist.ProcessGroup:
         """Raises CommError after `close`. (A group of None would mean the default group, which may be a newer one.)"""
-        if not self._groups:
+        if name not in self._groups:
             raise CommError(f"rank {self.rank} has left the group that it communicates in")
-        group: dist.ProcessGroup = self._groups[channel.communicator]
-        return group
+        return self._groups[name]
 
 
 def _on_host(tensor: Tensor) -> Tensor:
@@ -153,7 +180,7 @@ def open_store(address: str, port: int, *, exact: bool = False) -> tuple[Store, 
     """
     _choose_interface(address)
     for attempt in (port,) if exact else (port, 0):
-        with contextlib.suppress(dist.DistNetworkError):
+        with suppress(dist.DistNetworkError):
             store = TCPStore(address, attempt, is_master=True, wait_for_workers=False)
             return store, store.port
     if exact:
@@ -178,7 +205,7 @@ def _choose_interface(address: str) -> None:
     global _chosen
     if os.environ.get(INTERFACE, _chosen) != _chosen:
         return  # set by the user
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         if name := interface_towards(address):
             os.environ[INTERFACE] = _chosen = name
 

@@ -14,7 +14,8 @@ from dinfer.plan.ops import Op, Value, ValueKind
 
 HEADER_BYTES = 64
 
-_LAYOUT = struct.Struct("<4sBBBxQiiiiQQQQ")
+_LAYOUT = struct.Struct("<4s?BBxQiii4xQQQQ")
+assert _LAYOUT.size == HEADER_BYTES
 
 SIGNED = slice(40, 64)
 """the bytes of a header's signature, three 64-bit numbers: the digests of K and V, and `changed`. They may be written
@@ -25,8 +26,6 @@ _MAGIC = b"dinf"
 _WHATS: tuple[ValueKind, ...] = ("hidden", "kv", "final")
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-_VOID, _BLOCK = 0, 1
 
 
 class TransferError(RuntimeError):
@@ -58,26 +57,21 @@ class Header:
 
     def pack(self) -> bytes:
         """The header as HEADER_BYTES bytes."""
-        kind = _VOID if self.void else _BLOCK
-        what, dtype = _WHATS.index(self.value.what), _DTYPES.index(self.dtype)
-        chunk, layer = self.value.chunk, self.value.layer
-        signature = *self.digests, self.changed
-        return _LAYOUT.pack(
-            _MAGIC, kind, what, dtype, self.plan_id, chunk, layer, self.tokens, 0, self.nbytes, *signature
-        )
+        what, chunk, layer = self.value
+        kinds = not self.void, _WHATS.index(what), _DTYPES.index(self.dtype)
+        sizes = chunk, layer, self.tokens, self.nbytes
+        return _LAYOUT.pack(_MAGIC, *kinds, self.plan_id, *sizes, *self.digests, self.changed)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
         """The inverse of `pack`. Raises TransferError for bytes that are not a header."""
-        magic, kind, what, dtype, plan_id, chunk, layer, tokens, _, nbytes, k, v, changed = _LAYOUT.unpack(
-            data
-        )
+        magic, full, what, dtype, plan_id, chunk, layer, tokens, nbytes, k, v, changed = _LAYOUT.unpack(data)
         if magic != _MAGIC or what >= len(_WHATS) or dtype >= len(_DTYPES):
             raise TransferError(
                 f"{data[:16].hex()}… is not a header: the stream between two ranks is out of step."
             )
         value = Value(_WHATS[what], chunk, layer)
-        return cls(plan_id, value, tokens, _DTYPES[dtype], nbytes, kind == _VOID, (k, v), changed)
+        return cls(plan_id, value, tokens, _DTYPES[dtype], nbytes, not full, (k, v), changed)
 
     def __str__(self) -> str:
         plural = "" if self.tokens == 1 else "s"
@@ -100,17 +94,11 @@ def signed(header: bytes, signature: Tensor) -> bytes:
 
 def check(came: Header, expected: Header, op: Op) -> None:
     """Raises TransferError if a header is not the expected one; the message names both."""
-    if came.plan_id != expected.plan_id:
+    here = expected.plan_id
+    if came.plan_id != here:
+        ids = f"id {came.plan_id:016x}, here {here:016x}"
         raise TransferError(
-            f"rank {op.peer} runs another plan (id {came.plan_id:016x}, here {expected.plan_id:016x}): "
-            f"at `{op}` it sent {came}.",
-            came,
-            expected.plan_id,
+            f"rank {op.peer} runs another plan ({ids}): at `{op}` it sent {came}.", came, here
         )
     if came != expected:
-        raise TransferError(
-            f"at `{op}` the plan expects {expected}; rank {op.peer} sent {came}.", came, expected.plan_id
-        )
-
-
-assert _LAYOUT.size == SIGNED.stop == HEADER_BYTES
+        raise TransferError(f"at `{op}` the plan expects {expected}; rank {op.peer} sent {came}.", came, here)

@@ -61,10 +61,13 @@ class LocalComm:
 
     def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:
         exchange = self._exchange
-        buffered = None if payload is None or exchange.rendezvous else payload.clone()
-        if buffered is not None and buffered.is_cuda:
-            torch.cuda.current_stream(buffered.device).synchronize()  # the receiver copies on another stream
-        message = _Message(header, payload if exchange.rendezvous else buffered)
+        if payload is not None and not exchange.rendezvous:
+            payload = payload.clone()
+            if payload.is_cuda:
+                torch.cuda.current_stream(
+                    payload.device
+                ).synchronize()  # the receiver copies on another stream
+        message = _Message(header, payload)
         with exchange.gate.change():
             exchange.queues[channel].append(message)
         if not exchange.rendezvous:

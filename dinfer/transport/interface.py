@@ -1,13 +1,12 @@
 """Which of this host's network interfaces leads to another host. Imports no torch and sends nothing."""
 
 import socket
-import struct
 import sys
 from contextlib import closing
 
-LOOPBACK = "127.0.0.1"
+import psutil
 
-_SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
+LOOPBACK = "127.0.0.1"
 
 
 def own_address_towards(host: str) -> str:
@@ -17,22 +16,18 @@ def own_address_towards(host: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def address_of(interface: str) -> str:
-    """An interface's IPv4 address, "" if it has none or the system does not tell."""
-    try:
-        import fcntl
-
-        with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
-            packed = struct.pack("256s", interface[:15].encode())
-            return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, packed)[20:24])
-    except (ImportError, OSError):
-        return ""
-
-
 def interface_towards(host: str) -> str:
     """The name of the interface that leads to `host`, "" if unknown. Raises OSError without a route."""
     own = own_address_towards(host)
-    return next((name for _, name in socket.if_nameindex() if address_of(name) == own), "")
+    return next((name for name, addresses in _addresses().items() if own in addresses), "")
+
+
+def _addresses() -> dict[str, list[str]]:
+    """The IPv4 addresses of each interface of this host."""
+    found = psutil.net_if_addrs()
+    return {
+        name: [one.address for one in all_ if one.family == socket.AF_INET] for name, all_ in found.items()
+    }
 
 
 class NoInterface(RuntimeError):
@@ -50,12 +45,11 @@ def interface_for_peers(address: str, wished: str = "") -> str:
         raise NoInterface(
             f"there is no route to {address} ({error.strerror or error}): check --master-addr."
         ) from None
-    name = wished or interface_towards(address)
-    known = ", ".join(f"{name} {address_of(name) or '-'}" for _, name in socket.if_nameindex())
-    if wished and not address_of(wished):
+    name, addresses = wished or interface_towards(address), _addresses()
+    known = ", ".join(f"{one} {' '.join(its) or '-'}" for one, its in addresses.items())
+    if wished and not addresses.get(wished):
         raise NoInterface(f"{wished} is not an interface with an IPv4 address on this host; it has: {known}.")
-    used = address_of(name) if name else own
-    if used.startswith("127.") or own.startswith("127."):
+    if any(used.startswith("127.") for used in (own, *addresses.get(name, ())[:1])):
         raise NoInterface(
             f"{address} leads to this host's loopback, which no other host can reach: give the address of rank 0's "
             f"host in the network that all hosts share. Interfaces here: {known}."
@@ -74,7 +68,7 @@ def main(arguments: list[str]) -> int:
     except NoInterface as error:
         print(f"dinfer: {error}", file=sys.stderr)
         return 2
-    print(f"dinfer: talking over {name} ({address_of(name)})", file=sys.stderr)
+    print(f"dinfer: talking over {name} ({_addresses()[name][0]})", file=sys.stderr)
     print(name)
     return 0
 

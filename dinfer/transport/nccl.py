@@ -4,7 +4,7 @@ Times are those of CUDA events, the only way to learn when a kernel ran; `settle
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import combinations, cycle
@@ -19,9 +19,17 @@ from dinfer.kv.digests import as_numbers
 from dinfer.plan.graph import Channel
 from dinfer.transport.gloo import Comm, CommError, GlooComm, Store, bytes_of, wait_for
 from dinfer.transport.header import HEADER_BYTES, SIGNED
-from dinfer.transport.streams import COMPUTE, Issued, OnArrival, Sign, StreamPlace, Streams, Times, stream_of
-
-COMMUNICATORS = ("hidden", "kv")
+from dinfer.transport.streams import (
+    COMPUTE,
+    After,
+    Issued,
+    MakeTensor,
+    OnArrival,
+    StreamPlace,
+    Streams,
+    Times,
+    stream_of,
+)
 
 LAG_S = 0.001
 """seconds by which the end of an op may be noticed late, so that several are handled at once: each look takes the GIL
@@ -32,9 +40,6 @@ HEADERS = 1024
 
 _FOUND = slice(HEADER_BYTES, HEADER_BYTES + 16)
 """the bytes after a received header, for the digests of the block that arrived"""
-
-_ABORT_ONLY = "2"
-"""on an error abort the communicator, not the process: the rank must still report where it stands"""
 
 
 def has_nccl() -> bool:
@@ -53,7 +58,8 @@ class NcclComm(GlooComm):
     plan."""
 
     def __init__(self, rank: int, world_size: int, store: Store, start_timeout: float) -> None:
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", _ABORT_ONLY)
+        # On an error abort the communicator, not the process: the rank must still report where it stands.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
         super().__init__(rank, world_size, store, start_timeout)
         self._nccl: dict[str, dist.ProcessGroup] = {}
 
@@ -67,26 +73,21 @@ class NcclComm(GlooComm):
 
         Without `device_id=`: with it, the messages of all pairs would share one queue.
         """
+        word = torch.zeros(1, dtype=torch.uint8, device=device)
         try:
-            for name in COMMUNICATORS:
+            for name in ("hidden", "kv"):
                 group = dist.new_group(backend="nccl", timeout=timedelta(days=7))
                 assert isinstance(group, dist.ProcessGroup)
                 self._nccl[name] = group
-                self._warm_up(group, device)
+                for low, high in combinations(range(self.world_size), 2):
+                    for sender, receiver in ((low, high), (high, low)):
+                        if self.rank == sender:
+                            wait_for(dist.isend(word, group=group, group_dst=receiver))
+                        elif self.rank == receiver:
+                            wait_for(dist.irecv(word, group=group, group_src=sender))
+                torch.cuda.synchronize(device)
         except RuntimeError as error:
             raise CommError(f"rank {self.rank} could not connect by NCCL: {error}") from error
-
-    def _warm_up(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        word = torch.zeros(1, dtype=torch.uint8, device=device)
-        for low, high in combinations(range(self.world_size), 2):
-            if self.rank in (low, high):
-                peer = high if self.rank == low else low
-                for sender in (low, high):
-                    if sender == self.rank:
-                        wait_for(dist.isend(word, group=group, group_dst=peer))
-                    else:
-                        wait_for(dist.irecv(word, group=group, group_src=peer))
-        torch.cuda.synchronize(device)
 
 
 class _CudaWork:
@@ -96,7 +97,8 @@ class _CudaWork:
         self.stream, self._zero = stream, zero
         self.start, self.met, self.end = (_event() for _ in range(3))
         self.kept: list[Tensor] = []
-        self.came: Tensor | None = None
+        self.came = torch.empty(0)
+        """of a recv: the header that arrived and the digests of its block, on the host"""
         self.has_digests = False
 
     @property
@@ -111,14 +113,10 @@ class _CudaWork:
         return Times(self._at(self.start), self._at(self.met), self._at(self.end))
 
     def header(self) -> bytes:
-        assert self.came is not None
         return self.came[:HEADER_BYTES].numpy().tobytes()
 
     def digests(self) -> tuple[int, int] | None:
-        if not self.has_digests:
-            return None
-        assert self.came is not None
-        return as_numbers(self.came[_FOUND].view(torch.int64))
+        return as_numbers(self.came[_FOUND].view(torch.int64)) if self.has_digests else None
 
     def _at(self, event: torch.cuda.Event) -> int:
         zero, ns = self._zero
@@ -139,7 +137,7 @@ class CudaStreams:
         self._headers = cycle(zip(host, torch.empty_like(host, device=device), strict=True))
         self.settle()
 
-    def compute(self, where: str, work: Callable[[], object], after: Sequence[Issued]) -> Issued:
+    def compute(self, where: str, work: Callable[[], object], after: After) -> Issued:
         with self._on(where, after) as issued:
             work()
             issued.met = issued.start
@@ -149,9 +147,9 @@ class CudaStreams:
         self,
         channel: Channel,
         header: bytes,
-        payload: Callable[[], Tensor],
-        after: Sequence[Issued],
-        sign: Sign | None = None,
+        payload: MakeTensor,
+        after: After,
+        sign: MakeTensor | None = None,
     ) -> Issued:
         group, peer = self._groups[channel.communicator], channel.target
         with self._on(channel, after) as issued:
@@ -168,11 +166,7 @@ class CudaStreams:
         return issued
 
     def recv(
-        self,
-        channel: Channel,
-        place: Callable[[], Tensor],
-        after: Sequence[Issued],
-        arrived: OnArrival | None = None,
+        self, channel: Channel, place: MakeTensor, after: After, arrived: OnArrival | None = None
     ) -> Issued:
         group, peer = self._groups[channel.communicator], channel.source
         with self._on(channel, after) as issued:
@@ -182,10 +176,8 @@ class CudaStreams:
             issued.met.record()
             wait_for(dist.irecv(bytes_of(tensor), group=group, group_src=peer))
             # A copy, since the ledger keeps the signature and the header's memory is used again.
-            if (
-                arrived
-                and (found := arrived(announced[SIGNED].view(torch.int64).clone(), tensor)) is not None
-            ):
+            found = arrived(announced[SIGNED].view(torch.int64).clone(), tensor) if arrived else None
+            if found is not None:
                 announced[_FOUND].view(torch.int64).copy_(found)
                 issued.has_digests = True
             issued.came.copy_(announced, non_blocking=True)
@@ -204,7 +196,7 @@ class CudaStreams:
         return True
 
     @contextmanager
-    def _on(self, where: StreamPlace, after: Sequence[Issued]) -> Iterator[_CudaWork]:
+    def _on(self, where: StreamPlace, after: After) -> Iterator[_CudaWork]:
         """Inside, the current stream is that of `where`, which waits for `after`; the host does not wait."""
         name = stream_of(self._rank, where)
         issued = _CudaWork(name, self._zero)

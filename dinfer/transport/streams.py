@@ -56,8 +56,11 @@ class Issued(Protocol):
         """The digests that `arrived` returned, of a recv that has ended."""
 
 
-Sign = Callable[[], Tensor]
-"""called on the stream; returns a header's signature, int64 [3]"""
+After = Sequence[Issued]
+"""work that must have ended before, usually on other streams"""
+
+MakeTensor = Callable[[], Tensor]
+"""called on the stream"""
 
 OnArrival = Callable[[Tensor, Tensor], Tensor | None]
 """called on the stream with the received signature, int64 [3], and payload; returns the block's digests, int64 [2], or
@@ -65,30 +68,23 @@ None"""
 
 
 class Streams(Protocol):
-    """One rank's streams. `after`: work that must have ended before, usually on other streams.
+    """One rank's streams. Issued work may run at any later time; its tensors must not change until then."""
 
-    Issued work may run at any later time; its tensors must not change until then.
-    """
-
-    def compute(self, where: str, work: Callable[[], object], after: Sequence[Issued]) -> Issued:
+    def compute(self, where: str, work: Callable[[], object], after: After) -> Issued:
         """Run `work` on stream COMPUTE or ENTRY; its result is dropped."""
 
     def send(
         self,
         channel: Channel,
         header: bytes,
-        payload: Callable[[], Tensor],
-        after: Sequence[Issued],
-        sign: Sign | None = None,
+        payload: MakeTensor,
+        after: After,
+        sign: MakeTensor | None = None,
     ) -> Issued:
-        """Send a header, with the signature of `sign`, and then the contiguous tensor that `payload` returns."""
+        """Send a header, with the signature, int64 [3], that `sign` returns, and then `payload`'s contiguous tensor."""
 
     def recv(
-        self,
-        channel: Channel,
-        place: Callable[[], Tensor],
-        after: Sequence[Issued],
-        arrived: OnArrival | None = None,
+        self, channel: Channel, place: MakeTensor, after: After, arrived: OnArrival | None = None
     ) -> Issued:
         """Receive a header, and then the payload into the contiguous tensor that `place` returns."""
 
@@ -118,10 +114,8 @@ def stream_of(rank: int, where: StreamPlace) -> str:
 class _Work:
     """Work on one of the LocalStreams (`Issued`)."""
 
-    def __init__(
-        self, gate: Gate, stream: str, run: Callable[["_Work"], object], after: Sequence[Issued]
-    ) -> None:
-        self._gate, self.stream, self.run, self._after = gate, stream, run, after
+    def __init__(self, gate: Gate, stream: str, run: Callable[["_Work"], object], after: After) -> None:
+        self._gate, self.stream, self._run, self._after = gate, stream, run, after
         self.started = self.met = self.ended = 0
         self.came = b""
         self.found: Tensor | None = None
@@ -134,7 +128,7 @@ class _Work:
     @property
     def is_free(self) -> bool:
         """Whether all work that it waits for has ended."""
-        return all(isinstance(other, _Work) and other.ended for other in self._after)
+        return all(other.is_done for other in self._after)
 
     def wait(self) -> Times:
         self._gate.wait(lambda: self.ended or None)
@@ -154,15 +148,11 @@ class _Work:
         try:
             if failed is not None:
                 raise CommError("work before this one failed") from failed
-            self.run(self)
-        except BaseException as error:  # raised by `wait`
+            self._run(self)
+        except BaseException as error:  # whatever it is, `wait` raises it
             self.error = error
         with self._gate.change():
             self.ended = monotonic_ns()
-
-
-_END = object()
-"""ends a stream's thread"""
 
 
 class LocalStreams:
@@ -175,16 +165,16 @@ class LocalStreams:
         self._threads: list[threading.Thread] = []
         self._closing = False
 
-    def compute(self, where: str, work: Callable[[], object], after: Sequence[Issued]) -> Issued:
+    def compute(self, where: str, work: Callable[[], object], after: After) -> Issued:
         return self._issue(where, lambda _: work(), after)
 
     def send(
         self,
         channel: Channel,
         header: bytes,
-        payload: Callable[[], Tensor],
-        after: Sequence[Issued],
-        sign: Sign | None = None,
+        payload: MakeTensor,
+        after: After,
+        sign: MakeTensor | None = None,
     ) -> Issued:
         def run(work: _Work) -> None:
             work.met = self._comm.send(channel, signed(header, sign()) if sign else header, payload())
@@ -192,11 +182,7 @@ class LocalStreams:
         return self._issue(channel, run, after)
 
     def recv(
-        self,
-        channel: Channel,
-        place: Callable[[], Tensor],
-        after: Sequence[Issued],
-        arrived: OnArrival | None = None,
+        self, channel: Channel, place: MakeTensor, after: After, arrived: OnArrival | None = None
     ) -> Issued:
         def run(work: _Work) -> None:
             work.came = self._comm.recv_header(channel)
@@ -219,29 +205,25 @@ class LocalStreams:
             thread.join(timeout)
         return not any(thread.is_alive() for thread in self._threads)
 
-    def _issue(self, where: StreamPlace, run: Callable[[_Work], object], after: Sequence[Issued]) -> Issued:
+    def _issue(self, where: StreamPlace, run: Callable[[_Work], object], after: After) -> Issued:
         name = "serial" if self._serial else stream_of(self._comm.rank, where)
         work = _Work(self._gate, name, run, after)
         with self._gate.change():
             if name not in self._queues:
-                self._open(name)
+                queue = self._queues[name] = deque()
+                thread_name = f"rank {self._comm.rank} stream {name}"
+                thread = threading.Thread(target=self._run, args=(queue,), name=thread_name, daemon=True)
+                self._threads.append(thread)
+                self._gate.enroll(thread.name)
+                thread.start()
             self._queues[name].append(work)
         return work
 
-    def _open(self, name: str) -> None:
-        queue = self._queues[name] = deque()
-        thread = threading.Thread(
-            target=self._run, args=(queue,), name=f"rank {self._comm.rank} stream {name}", daemon=True
-        )
-        self._threads.append(thread)
-        self._gate.enroll(thread.name)
-        thread.start()
-
     def _run(self, queue: deque[_Work]) -> None:
-        def first() -> object:
+        def first() -> _Work | bool | None:
             if queue:
                 return queue[0] if queue[0].is_free else None
-            return _END if self._closing else None
+            return False if self._closing else None
 
         while isinstance(work := self._gate.wait(first), _Work):
             work.do()

@@ -22,7 +22,7 @@ from dinfer.engine.engine import Engine
 from dinfer.kv.digests import as_numbers, block_digests, row_digests
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import Op
-from dinfer.transport.gate import FreeGate
+from dinfer.transport.gate import Gate
 from dinfer.transport.in_process import Exchange
 from tests.support.tiny import tiny_checkpoint
 from tests.support.twin import Twin, prompt, twin
@@ -90,7 +90,7 @@ def test_nothing_is_named_but_what_changes(
 def _alone(decoder: Decoder, *, digests: bool) -> Engine:
     """One rank by itself: all that it does is the forward."""
     config = Config(world_size=1, chunk_size=8, digests=digests)
-    return Engine(decoder, Exchange(1, FreeGate()).comm(0), config)
+    return Engine(decoder, Exchange(1, Gate()).comm(0), config)
 
 
 def _calls(run: Twin | Engine) -> Counter[str]:

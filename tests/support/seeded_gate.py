@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from dinfer.transport.gate import Gate
+
 T = TypeVar("T")
 
 
@@ -20,18 +22,18 @@ class _Waiting:
         self.drawn = threading.Condition(lock)
 
 
-class SeededGate:
+class SeededGate(Gate):
     """Runs one lane at a time and draws the next from a seed, so that every interleaving can be tried and repeated.
 
-    Threads that are not enrolled wait as at a `FreeGate`. The order repeats unless what they change depends on time.
+    Threads that are not enrolled wait as at any `Gate`. The order repeats unless what they change depends on time.
     """
 
     def __init__(self, seed: int) -> None:
-        self._lock = threading.RLock()
+        super().__init__()
         self._outside = threading.Condition(self._lock)
-        self._seed, self._draws, self._depth = seed, 0, 0
+        self._seed, self._draws = seed, 0
         self._lanes: set[str] = set()
-        self._waiting: dict[str, _Waiting] = {}
+        self._lanes_waiting: dict[str, _Waiting] = {}
 
     def enroll(self, thread: str) -> None:
         with self._lock:
@@ -46,17 +48,12 @@ class SeededGate:
         if me not in self._lanes:
             return _claimed(self._outside, claim, timeout)
         with self._lock:
-            mine = self._waiting[me] = _Waiting(claim, self._lock)
+            mine = self._lanes_waiting[me] = _Waiting(claim, self._lock)
             if self._hand_over():
                 self._outside.notify_all()
             mine.drawn.wait_for(lambda: mine.result is not None, timeout)
-            del self._waiting[me]
+            del self._lanes_waiting[me]
             return mine.result  # type: ignore[return-value]
-
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        with self._lock:
-            yield
 
     @contextmanager
     def change(self) -> Iterator[None]:
@@ -77,13 +74,15 @@ class SeededGate:
 
     def _hand_over(self) -> bool:
         """If no lane runs, draw one whose claim succeeds. Returns True if there is none: all lanes are stuck."""
-        if len(self._waiting) < len(self._lanes) or any(w.result is not None for w in self._waiting.values()):
+        if len(self._lanes_waiting) < len(self._lanes) or any(
+            w.result is not None for w in self._lanes_waiting.values()
+        ):
             return False
-        order = sorted(self._waiting)
+        order = sorted(self._lanes_waiting)
         # A draw that found nobody must not count: how often that happens depends on the machine.
         random.Random(f"{self._seed}:{self._draws}").shuffle(order)
         for lane in order:
-            waiting = self._waiting[lane]
+            waiting = self._lanes_waiting[lane]
             waiting.result = waiting.claim()
             if waiting.result is not None:
                 self._draws += 1

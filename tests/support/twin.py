@@ -16,7 +16,7 @@ from dinfer.plan.graph import channel_of
 from dinfer.plan.plan import OpPlace, Plan
 from dinfer.run.failure import RankFailed
 from dinfer.run.stepper import StandList
-from dinfer.transport.gate import FreeGate, Gate
+from dinfer.transport.gate import Gate
 from dinfer.transport.gloo import CommError
 from dinfer.transport.in_process import Exchange, StreamOrder
 
@@ -80,7 +80,7 @@ class Twin:
         rendezvous: bool = True,
         streams: StreamOrder = "pairs",
     ) -> None:
-        self.gate = gate or FreeGate()
+        self.gate = gate or Gate()
         self.exchange = Exchange(config.world_size, self.gate, rendezvous=rendezvous, streams=streams)
         self.engines = [
             Engine(decoder, self.exchange.comm(rank), config, gate=self.gate)

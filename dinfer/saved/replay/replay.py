@@ -39,7 +39,7 @@ from dinfer.saved.replay.record import (
     left_out,
 )
 from dinfer.trace.events import Event
-from dinfer.transport.gate import FreeGate
+from dinfer.transport.gate import Gate
 from dinfer.verdict.where import moved_lines, rank_text
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ def _device_like(recorded: str) -> str:
     return "cuda:0" if recorded.startswith("cuda") and torch.cuda.is_available() else "cpu"
 
 
-class _ReplayGate(FreeGate):
+class _ReplayGate(Gate):
     """Knows when all lanes have begun."""
 
     def __init__(self) -> None:

@@ -17,7 +17,7 @@ from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import OpPlace, Plan
 from dinfer.session.connect import connect
-from dinfer.transport.drain import drain
+from dinfer.transport.gloo import drain
 from tests.support.plan_game import Broken, Game
 from tests.support.plan_strategies import plans, reordered_plans
 from tests.support.seeded_gate import SeededGate

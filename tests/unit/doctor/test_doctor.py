@@ -65,7 +65,7 @@ from dinfer.doctor.report import (
 from dinfer.doctor.versions import backend_check, judge_backends, package_checks, python_check
 from dinfer.model.checkpoint import check
 from dinfer.plan.graph import Channel
-from dinfer.transport.gate import FreeGate
+from dinfer.transport.gate import Gate
 from dinfer.transport.in_process import Exchange
 
 # -- numbers
@@ -402,7 +402,7 @@ def test_a_chosen_interface_is_the_first_suspect() -> None:
 
 
 def test_every_link_is_measured_by_the_rank_at_its_source() -> None:
-    exchange = Exchange(3, FreeGate())
+    exchange = Exchange(3, Gate())
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda rank: list(measure_links(exchange.comm(rank), 5.0)), range(3)))
     assert [[(p.source, p.target) for p in pairs] for pairs in found] == [

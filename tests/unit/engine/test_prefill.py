@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dinfer.model.decoder import Decoder
-from dinfer.transport.gate import FreeGate, Gate
+from dinfer.transport.gate import Gate
 from tests.support.expected import NEW_TOKENS, Expected, expected, is_complete, lane_threads, same_kv
 from tests.support.seeded_gate import SeededGate
 from tests.support.twin import Twin, prompt, twin
@@ -53,13 +53,13 @@ def test_every_rank_ends_with_the_reference(
     config = {"world_size": world_size, "schedule": schedule, "sync_strategy": strategy}
     seed = MATRIX.index((family, strategy, schedule, world_size))
     gates: tuple[tuple[Gate, bool], ...] = (
-        (FreeGate(), True),
+        (Gate(), True),
         (SeededGate(seed), True),
-        (FreeGate(), False),
+        (Gate(), False),
         (SeededGate(~seed), False),
     )
     for gate, rendezvous in gates:
-        decode = rendezvous is isinstance(gate, FreeGate)
+        decode = rendezvous is not isinstance(gate, SeededGate)
         prefill(decoders[family], gate=gate, rendezvous=rendezvous, decode=decode, **config)
 
 

@@ -389,9 +389,9 @@ def test_another_token_than_the_references(done: Run, sessions: Callable[..., Se
     session = sessions()
     assert isinstance(session.ranks, LocalRanks)
     for host in session.ranks.hosts:
-        assert host.tokens
-        assert host.tokens._decoding
-        host.tokens._decoding.tokens[-1] ^= 1
+        assert host.prompt
+        assert host.prompt.tokens._decoding
+        host.prompt.tokens._decoding.tokens[-1] ^= 1
     found = done.compare()
     assert (found.kind, found.within_tolerance) == ("compute", False)
     assert f"new token {26 + NEW - 1} is" in first_line(found)

@@ -47,4 +47,4 @@ def test_it_is_judged_as_it_was() -> None:
     found = plain(evidence).judge(PLAN)
     assert found == explain(PLAN, signs, KvBytes(512, 64))
     assert (found.kind, found.rank) == ("dead", 1)
-    assert plain(HangEvidence(signs, KvBytes(), {}, told="as told")).judge(PLAN).sentence == "as told"
+    assert plain(HangEvidence(signs, KvBytes(), {}, sentence="as told")).judge(PLAN).sentence == "as told"

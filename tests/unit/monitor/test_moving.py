@@ -57,7 +57,7 @@ def watch_over(ranks: Asked) -> HangWatch:
     """A watch that knows that no rank has used CPU time for a while."""
     watcher, now = HangWatch(JOB, ranks), time.monotonic()
     for rank in range(3):
-        watcher._track.note_cpu(rank, now - 2 * CPU_LEAST_S, 1.0)
+        watcher._track.add_cpu(rank, now - 2 * CPU_LEAST_S, 1.0)
     return watcher
 
 

@@ -64,8 +64,8 @@ def test_a_thread_that_gets_most_of_what_its_process_gets_computes() -> None:
     """On a busy machine that is little."""
     for used, moves in ((0.08, True), (0.01, False)):
         track = Track(1)
-        track.note_cpu(0, 0.0, 1.0, 7.0)
-        track.note_cpu(0, 2.0, 1.0 + used, 7.1)
+        track.add_cpu(0, 0.0, 1.0, 7.0)
+        track.add_cpu(0, 2.0, 1.0 + used, 7.1)
         assert track.cpu_moves(0) is moves
 
 

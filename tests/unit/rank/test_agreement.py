@@ -10,7 +10,7 @@ import pytest
 from dinfer.config import Config
 from dinfer.model.checkpoint import check
 from dinfer.rank.agreement import RanksDisagree, agree, facts_of
-from dinfer.transport.gate import FreeGate
+from dinfer.transport.gate import Gate
 from dinfer.transport.in_process import Exchange
 from tests.support.tiny import tiny_checkpoint
 
@@ -20,7 +20,7 @@ FACTS = {"dinfer": "0.1.0", "checkpoint": "aaaa", "chunk_size": "4", "plan": "1"
 
 def verdicts(*facts: Facts) -> list[str]:
     """What each rank is told; "" where all agree."""
-    exchange = Exchange(len(facts), FreeGate())
+    exchange = Exchange(len(facts), Gate())
 
     def one(rank: int) -> str:
         try:
@@ -78,7 +78,7 @@ def different(one: Facts, other: Facts) -> set[str]:
 
 
 def test_ranks_gather_in_order_and_nothing_of_it_stays() -> None:
-    exchange = Exchange(3, FreeGate())
+    exchange = Exchange(3, Gate())
 
     def gathers(rank: int) -> list[list[bytes]]:
         comm = exchange.comm(rank)

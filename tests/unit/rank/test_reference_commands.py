@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +22,7 @@ from dinfer.messages import (
     unpack_report,
 )
 from dinfer.model.decoder import Decoder
-from dinfer.rank.decode import Tokens
+from dinfer.rank.decode import PromptOnRank, Tokens
 from dinfer.rank.inventory import Inventory
 from dinfer.rank.reference import LayerReplay, References, Stopped
 from tests.support.twin import Twin, prompt, twin
@@ -41,8 +39,8 @@ def made(small: Decoder) -> Iterator[Twin]:
         yield found
 
 
-def host(engine: Engine, tokens: Tokens | None = None) -> Any:
-    return SimpleNamespace(decoder=engine.decoder, engine=engine, tokens=tokens)
+def references_of(engine: Engine, tokens: Tokens | None = None) -> References:
+    return References(lambda: PromptOnRank(engine, tokens or Tokens(engine)))
 
 
 def now(blocks: Iterable[HeldBlock]) -> dict[tuple[int, int], tuple[int, int]]:
@@ -50,7 +48,7 @@ def now(blocks: Iterable[HeldBlock]) -> dict[tuple[int, int], tuple[int, int]]:
 
 
 def test_what_is_held(made: Twin) -> None:
-    one, other = (References(host(engine)).held(DigestHeld()) for engine in made.engines)
+    one, other = (references_of(engine).held(DigestHeld()) for engine in made.engines)
     assert one.held == one.due == (10, 10, 10)
     assert (one.dtype, one.tokens) == ("float32", ())
     assert list(now(one.blocks)) == [(chunk, layer) for chunk in range(3) for layer in range(3)]
@@ -62,7 +60,7 @@ def test_what_is_held(made: Twin) -> None:
 
 def test_digests_are_the_references(made: Twin) -> None:
     for engine in made.engines:
-        references = References(host(engine))
+        references = references_of(engine)
         held, found = references.held(DigestHeld()), references.run(REQUEST)
         came = unpack_report(pack_report(Reply(1, found)))
         assert isinstance(came, Reply)
@@ -81,7 +79,7 @@ def test_new_tokens_are_one_more_block(made: Twin) -> None:
     for one in all_tokens:
         one.limit_to(4)
     made.all(lambda engine: all_tokens[engine.rank].run(lambda *_: None))
-    references = References(host(made.engines[0], all_tokens[0]))
+    references = references_of(made.engines[0], all_tokens[0])
     held = references.held(DigestHeld())
     assert held.held == held.due == (13, 13, 13)
     assert len(held.tokens) == 4
@@ -96,7 +94,7 @@ def test_a_replay_is_what_the_run_had_and_leaves_its_kv_alone(made: Twin, small:
     state: Prefill = engine.executor.state
     before = [state.cache.tensor(layer).clone() for layer in range(3)]
     versions = [state.cache.tensor(layer)._version for layer in range(3)]
-    replay, cache = LayerReplay(small, Inventory(engine.executor, [])), small.new_cache(10)
+    replay, cache = LayerReplay(small, Inventory(PromptOnRank(engine, Tokens(engine)))), small.new_cache(10)
     for chunk, rows in enumerate(state.plan.shape.chunks):
         hidden = small.embed(IDS[rows.start : rows.stop])
         for layer in range(4):
@@ -112,20 +110,15 @@ def test_a_replay_is_what_the_run_had_and_leaves_its_kv_alone(made: Twin, small:
 def test_a_replay_says_where_the_run_has_not_come_to(small: Decoder) -> None:
     with twin(small, world_size=2, chunk_size=4) as begun:
         begun.prepare(IDS)
-        replay = LayerReplay(small, Inventory(begun.engines[0].executor, []))
+        engine = begun.engines[0]
+        replay = LayerReplay(small, Inventory(PromptOnRank(engine, Tokens(engine))))
         assert replay.hidden(0, range(4), 0) is not None
         assert replay.hidden(0, range(4), 1) is None
         assert replay.hidden(0, range(4), 2) is None
 
 
 def test_it_can_be_stopped(made: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
-    references = References(host(made.engines[0]))
+    references = references_of(made.engines[0])
     monkeypatch.setattr("dinfer.rank.reference._settle", lambda _: references.stop(StopReference()))
     with pytest.raises(Stopped, match="interrupted"):
         references.run(REQUEST)
-
-
-def test_without_a_prompt_it_says_so(small: Decoder) -> None:
-    nobody: Any = SimpleNamespace(decoder=small, engine=None, tokens=None)
-    with pytest.raises(RuntimeError, match="no prompt yet"):
-        References(nobody).held(DigestHeld())

@@ -23,7 +23,7 @@ from dinfer.config import Config
 from dinfer.model.decoder import Decoder
 from dinfer.plan.cut import UNITS, Cut, Unit, is_inside
 from dinfer.run.stepper import Move, Stepper
-from dinfer.transport.gate import FreeGate
+from dinfer.transport.gate import Gate
 from tests.support.expected import (
     NEW_TOKENS,
     differing_blocks,
@@ -42,7 +42,7 @@ COUNT = st.integers(1, 3)
 class Stepping(RuleBasedStateMachine):
     """One run under the hands of a restless user.
 
-    What is drawn must not depend on where a pause happened to end: with a FreeGate that differs from time to
+    What is drawn must not depend on where a pause happened to end: with an ordinary gate that differs from time to
     time.
     """
 
@@ -80,7 +80,7 @@ class Stepping(RuleBasedStateMachine):
                 "backend": backend,
             }
         )
-        self.gate = FreeGate() if seed is None else SeededGate(seed)
+        self.gate = Gate() if seed is None else SeededGate(seed)
         self.twin = Twin(self.decoder, config, gate=self.gate, rendezvous=rendezvous)
         self.wanted = expected(self.decoder, IDS, chunk_size)
         self.fleet = self.twin.prepare(IDS)

@@ -118,7 +118,7 @@ def test_what_run_json_says_is_checked(folder: Path, changes: dict[str, Any], sa
 
 def test_evidence_that_is_damaged_or_missing(folder: Path) -> None:
     about(folder, evidence={"signs": []})
-    with pytest.raises(SavedError, match=r"is damaged: run\.json has no 'stacks'"):
+    with pytest.raises(SavedError, match=r"is damaged: run\.json has evidence of another form: "):
         dinfer.open(folder).verdict()
     about(folder, evidence=None)
     with pytest.raises(SavedError, match="no signs of life to work a verdict out from"):

@@ -8,7 +8,7 @@ import pytest
 
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import Op
-from dinfer.transport.gate import FreeGate, Gate
+from dinfer.transport.gate import Gate
 from tests.support.seeded_gate import SeededGate
 from tests.support.twin import prompt, twin
 
@@ -101,7 +101,7 @@ def test_nested_changes_are_seen_at_once() -> None:
     assert set(seen) == {0, 2}
 
 
-@pytest.mark.parametrize("gate", [FreeGate(), SeededGate(0)], ids=["free", "seeded"])
+@pytest.mark.parametrize("gate", [Gate(), SeededGate(0)], ids=["free", "seeded"])
 def test_a_wait_ends_with_the_claim_or_the_timeout(gate: Gate) -> None:
     assert gate.wait(lambda: "here", 0.01) == "here"
     assert gate.wait(lambda: None, 0.01) is None
@@ -120,7 +120,7 @@ def test_a_wait_ends_with_the_claim_or_the_timeout(gate: Gate) -> None:
 
 
 def test_an_error_inside_a_change_leaves_the_gate_usable() -> None:
-    for gate in (FreeGate(), SeededGate(0)):
+    for gate in (Gate(), SeededGate(0)):
         with pytest.raises(ZeroDivisionError), gate.change():
             raise ZeroDivisionError
         assert gate.wait(lambda: 1, 1) == 1
@@ -128,7 +128,7 @@ def test_an_error_inside_a_change_leaves_the_gate_usable() -> None:
 
 def test_an_error_in_a_claim_is_raised_where_it_waits() -> None:
     """Whoever makes the change may run the claim, but is not the one to blame for it."""
-    gate, broken = FreeGate(), threading.Event()
+    gate, broken = Gate(), threading.Event()
     errors: list[str] = []
     waits = threading.Event()
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from dinfer.transport import gloo, interface
@@ -23,9 +25,15 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(101, "Network is unreachable")
         return routes[host]
 
+    def addresses() -> dict[str, list[SimpleNamespace]]:
+        six = SimpleNamespace(family=socket.AF_INET6, address="::2")
+        return {
+            name: [six, *[SimpleNamespace(family=socket.AF_INET, address=address)] * bool(address)]
+            for name, address in ADDRESSES.items()
+        }
+
     monkeypatch.setattr(interface, "own_address_towards", own)
-    monkeypatch.setattr(interface, "address_of", lambda name: ADDRESSES.get(name, ""))
-    monkeypatch.setattr(socket, "if_nameindex", lambda: list(enumerate(ADDRESSES, 1)))
+    monkeypatch.setattr(psutil, "net_if_addrs", addresses)
 
 
 def test_the_interface_of_the_route_or_the_one_wished_for() -> None:
