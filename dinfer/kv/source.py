@@ -37,6 +37,11 @@ class Subject:
     checkpoint: str
 
     @property
+    def dtype_name(self) -> str:
+        """For example "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def prompt(self) -> tuple[int, ...]:
         return self.ids[: self.plan.shape.tokens]
 

@@ -31,7 +31,7 @@ from dinfer.run.report import Reporter, findings_of_job, kv_finding
 from dinfer.run.reproduce import Done, parameters
 from dinfer.run.state import RunState, Standing, State
 from dinfer.run.stepper import NoProgress
-from dinfer.saved.replay.record import Own, RankRecord, arrived, check_rank, entered
+from dinfer.saved.replay.record import Own, RankRecord, check_rank, received_by, record_of
 from dinfer.saved.write import Content, check_free, chosen_layers, write
 from dinfer.trace.export import check_folder
 from dinfer.trace.findings import Findings, KvFinding, RankFinding, with_findings
@@ -239,39 +239,23 @@ class RunRecorder:
         check_rank(rank, plan)
         source = self._last_source()
         stand = self.standing().stands[rank]
-        came = entered(plan, rank, stand.positions)
-        hidden = {
-            (op.chunk, op.layer): source.hidden(rank, op.chunk, op.layer)[None]
-            for op in came
-            if op.what == "hidden"
-        }
-        blocks = _blocks(source, rank, [(op.chunk, op.layer) for op in arrived(plan, rank, stand.positions)])
-        own = self._own(source, rank)
-        return RankRecord(
-            name=source.subject.name,
+        received = received_by(plan, rank, stand.positions)
+        blocks = _blocks(source, rank, [(op.chunk, op.layer) for op in received if op.what == "kv"])
+        return record_of(
+            source,
+            rank,
+            self._own(source, rank),
             config=self.job.config,
-            checkpoint=source.subject.checkpoint,
-            dtype=str(source.subject.dtype).removeprefix("torch."),
-            device=own.device,
-            plan=plan,
-            ids=self.job.ids,
-            tokens=own.tokens,
-            rank=rank,
-            positions=tuple(stand.positions),
-            begun=own.begun,
-            hidden=hidden,
-            final=own.final,
-            block=lambda chunk, layer: blocks[chunk, layer],
-            noted=source.noted([rank], range(plan.shape.layers))[0],
-            edits=own.edits,
-            faults=own.faults,
+            positions=stand.positions,
+            hidden=lambda chunk, layer: source.hidden(rank, chunk, layer),
+            block=lambda chunk, layer: blocks.get((chunk, layer)),
             failure=self.state.failure,
         )
 
     def _own(self, source: Live, rank: int) -> Own:
         """What only the rank itself knows of its part of the run."""
         stand = self.standing().stands[rank]
-        has_final = any(op.what == "final" for op in entered(self.job.plan, rank, stand.positions))
+        has_final = any(op.what == "final" for op in received_by(self.job.plan, rank, stand.positions))
         notes = source.ask([rank], ReadNotes())[0]
         return Own(
             device=self.devices[rank],
