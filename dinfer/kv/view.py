@@ -3,6 +3,8 @@
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from copy import copy
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +14,7 @@ from dinfer.errors import NoSuch
 from dinfer.kv.diff import VALUES, diff_ranks, diff_sources
 from dinfer.kv.difference import Diff, number_text
 from dinfer.kv.rows import numbers_text
-from dinfer.kv.source import LiveSource, Selection, Source, Subject, ViewableSource
+from dinfer.kv.source import Selection, Source, Subject, ViewableSource
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import within
 
@@ -86,8 +88,9 @@ class KV(Displayable):
                     self._note(found, selection)
                 return found
             theirs = other.source() if hasattr(other, "source") else other
-            if isinstance(source, LiveSource) and isinstance(theirs, LiveSource):
-                theirs = theirs.called("the other run")  # both call themselves this run
+            if theirs.subject.name == subject.name:  # both are live, and call themselves this run
+                theirs = copy(theirs)
+                theirs.subject = replace(theirs.subject, name="the other run")
             return diff_sources(source, theirs, selection, values)
 
     @property
