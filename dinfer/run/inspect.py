@@ -147,7 +147,7 @@ class RunInspector:
             examined = self._examined(helds, chunked=chunked, dtype=wanted)
         spec, plan = self._job.spec, self._job.plan
         width = max(spec.hidden_size, spec.intermediate_size, plan.shape.tokens)
-        measure = ToleranceMeasure(examined[0].exact, own, wanted, width)
+        measure = ToleranceMeasure(examined[0].report.exact, own, wanted, width)
         ids = (*self._job.ids, *max((one.tokens for one in helds), key=len))
         return Comparison(
             ReferenceCase(plan, measure, helds, examined),
