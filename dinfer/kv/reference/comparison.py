@@ -200,7 +200,7 @@ class Comparison(Displayable):
         """How much was compared, and whether some is not computed yet."""
         shape = self.case.plan.shape
         blocks = {block for one in self.case.helds for block in one.now if block[0] < len(shape.chunks)}
-        tokens = len(self.case.helds[self.case.first_examined.rank].tokens)
+        tokens = len(self.case.tokens)
         new = f" and {tokens} new token{'s' * (tokens != 1)}, fed one by one" if tokens else ""
         if len(blocks) == shape.blocks:
             plural = "s" * (len(shape.chunks) != 1)

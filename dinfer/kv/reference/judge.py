@@ -92,9 +92,11 @@ class Deviation(KvPlace):
 
 @dataclass(frozen=True)
 class ReferenceCase:
-    """All reports on one run. `helds`: of every rank; `examined`: of those that ran the reference."""
+    """All reports on one run. `tokens`: its new ones; `helds`: of every rank; `examined`: of those that ran the
+    reference."""
 
     plan: Plan
+    tokens: Sequence[int]
     measure: ToleranceMeasure
     helds: Sequence[HeldDigests]
     examined: Sequence[Examined]

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from dinfer.kv.diff import held_blocks
 from dinfer.kv.ledger import BlockKey, Digests
 from dinfer.kv.measure import CellDifference
 from dinfer.kv.rows import Misplaced
-from dinfer.kv.source import Noted
-from dinfer.messages import HeldReport, ReferenceReport
+from dinfer.kv.source import Noted, Selection, Source
+from dinfer.messages import HiddenDigests, ReferenceReport
 from dinfer.model.tolerance import tolerance
 
 FINAL = "final"
@@ -65,31 +66,34 @@ def digest_at(
     return found and found["KV".index(tensor)]
 
 
-@dataclass
-class HeldDigests:
-    """What one rank holds: how many rows of each layer (`held`) and how many it should (`due`), the new `tokens`, the
-    digests of blocks as they are `now`, what its ledger has `noted` of them, and those of `hidden` states."""
+class HeldDigests(NamedTuple):
+    """What one rank holds: how many rows of each layer (`held`) and how many it should (`due`), the digests of blocks
+    as they are `now`, what its ledger has `noted` of them, and those of `hidden` states."""
 
     rank: int
-    dtype: str
     held: tuple[int, ...]
     due: tuple[int, ...]
-    tokens: tuple[int, ...]
     now: dict[BlockKey, Digests]
     noted: dict[BlockKey, Noted]
     hidden: dict[BlockKey, int]
 
-    @classmethod
-    def of(cls, rank: int, report: HeldReport) -> "HeldDigests":
-        """From a rank's answer to `DigestHeld`."""
-        noted = dict[BlockKey, Noted]()
-        for one in report.blocks:
-            if one.then:
-                announced = one.announced if one.announced and any(one.announced) else one.then
-                noted[one.chunk, one.layer] = Noted(one.then, announced)
-        now = {(one.chunk, one.layer): one.now for one in report.blocks}
-        hidden = {(chunk, layer): digest for chunk, layer, digest in report.hidden}
-        return cls(rank, report.dtype, report.held, report.due, report.tokens, now, noted, hidden)
+
+def helds_of(source: Source, hidden: Sequence[HiddenDigests]) -> list[HeldDigests]:
+    """What a run's ranks hold, as a diff sees it; `hidden`: their answers to `DigestHidden`, which no source has."""
+    ranks, layers = tuple(source.ranks), tuple(range(source.subject.plan.shape.layers))
+    everything = Selection(ranks, layers, tuple(range(len(source.subject.spans))))
+    blocks = held_blocks(source, source.held(ranks), everything, source.subject.spans)
+    return [
+        HeldDigests(
+            one.side.rank,
+            one.held.rows,
+            tuple(map(one.due, layers)),
+            one.now,
+            noted,
+            {(chunk, layer): digest for chunk, layer, digest in states.digests},
+        )
+        for one, noted, states in zip(blocks, source.noted(ranks, layers), hidden, strict=True)
+    ]
 
 
 @dataclass
@@ -117,7 +121,7 @@ class Examined:
             rank,
             report,
             [TokenChoice(*one) for one in report.choices],
-            {(one.chunk, one.layer): one.now for one in report.blocks},
+            {(chunk, layer): digests for chunk, layer, digests in report.blocks},
             {(chunk, layer): digest for chunk, layer, digest in report.hidden},
             misplaced,
             {(c, n, tensor): CellDifference.of(list(its)) for c, n, tensor, its in report.measured},
