@@ -1,4 +1,4 @@
-"""Inventory: what one rank holds of its prompt at this moment, and its digests. Read only.
+"""Inventory: the blocks and hidden states that one rank holds at this moment. Read only.
 
 The rows of all new tokens count as one more block after the prompt's chunks.
 """
@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dinfer.kv.digests import as_numbers, block_digests, row_digests
+from dinfer.kv.digests import block_digests, row_digests
 from dinfer.model.cache import KVCache
 from dinfer.rank.decode import PromptOnRank
 
@@ -62,16 +62,6 @@ class Inventory:
         """Those of a layer's rows [start, stop) that are here, in the cache: [rows, 2, kv_heads, head_dim]."""
         stop = min(stop, self.rows_held(layer))
         return self.cache.block(layer, min(start, stop), stop)
-
-    def digests(self) -> dict[InventoryKey, tuple[int, int]]:
-        """The digests of K and V of every block that is here, as its bytes are now. Waits for the device."""
-        found = {
-            (chunk, layer): block_digests(row_digests(self.cache.block(layer, rows.start, rows.stop)))
-            for chunk, rows in enumerate(self.chunks)
-            for layer in range(self.layers)
-            if self.holds(chunk, layer)
-        }
-        return {key: as_numbers(one) for key, one in _on_host(found).items()}
 
     def hidden_digests(self) -> dict[InventoryKey, int]:
         """The digests of the hidden states that are kept, by chunk and the layer that they enter; the layer of the

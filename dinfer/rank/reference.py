@@ -17,9 +17,8 @@ from dinfer.kv.measure import CellDifference, measure
 from dinfer.kv.reference.reports import FINAL, TokenChoice
 from dinfer.kv.rows import Misplaced, misplaced_in_blocks, misplaced_rows
 from dinfer.messages import (
-    DigestHeld,
-    HeldBlock,
-    HeldReport,
+    DigestHidden,
+    HiddenDigests,
     ReferenceReport,
     RunReference,
     StopReference,
@@ -189,11 +188,11 @@ class Stopped(RuntimeError):
 
 
 def reference_commands(prompt: Callable[[], PromptOnRank]) -> list[Handler]:
-    """For `run.compare`, which sends DigestHeld to all ranks, then RunReference where it is needed. `prompt` raises
+    """For `run.compare`, which sends DigestHidden to all ranks, then RunReference where it is needed. `prompt` raises
     RuntimeError where there is none."""
     references = References(prompt)
     return [
-        slow(DigestHeld, references.held),
+        slow(DigestHidden, references.hidden),
         slow(RunReference, references.run),
         quick(StopReference, references.stop),
     ]
@@ -206,23 +205,11 @@ class References:
         self._prompt = prompt
         self._stopped = threading.Event()
 
-    def held(self, _: DigestHeld) -> HeldReport:
-        """Digests of what is here now, and of what came to be here."""
+    def hidden(self, _: DigestHidden) -> HiddenDigests:
+        """Digests of the hidden states that are here now."""
         holding = Inventory(self._prompt())
         _settle(holding.cache.device)
-        blocks = []
-        for key, now in holding.digests().items():
-            entry = holding.state.ledger.entries.get(key)
-            then, announced = (as_numbers(entry.digests), entry.announced) if entry else (None, None)
-            blocks.append(HeldBlock(*key, now, then, announced))
-        return HeldReport(
-            dtype=_name(holding.cache.dtype),
-            held=tuple(map(holding.rows_held, range(holding.layers))),
-            due=tuple(map(holding.rows_due, range(holding.layers))),
-            tokens=tuple(holding.tokens),
-            blocks=tuple(blocks),
-            hidden=tuple((*key, digest) for key, digest in holding.hidden_digests().items()),
-        )
+        return HiddenDigests(tuple((*key, digest) for key, digest in holding.hidden_digests().items()))
 
     def run(self, command: RunReference) -> ReferenceReport:
         """The forward, and how what is here differs from it. Raises ModelError where memory would not do."""
@@ -247,7 +234,7 @@ class References:
             seconds=perf_counter() - started,
             device=str(reference.device),
             choices=tuple(found.choices),
-            blocks=tuple(HeldBlock(*key, digests) for key, digests in found.digests().items()),
+            blocks=tuple((*key, digests) for key, digests in found.digests().items()),
             hidden=tuple((*key, digest) for key, digest in found.hidden.items()),
             misplaced=tuple(found.misplaced()),
             measured=tuple((*key, one) for key, one in found.measured.items()),

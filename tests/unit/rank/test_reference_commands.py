@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dinfer.engine.engine import Engine
 from dinfer.engine.prefill import Prefill
+from dinfer.kv.digests import as_numbers, block_digests, row_digests
 from dinfer.kv.measure import CellDifference
 from dinfer.kv.reference.reports import Examined
 from dinfer.messages import (
-    DigestHeld,
-    HeldBlock,
+    DigestHidden,
     ReferenceReport,
     Reply,
     RunReference,
@@ -43,31 +44,32 @@ def references_of(engine: Engine, tokens: Tokens | None = None) -> References:
     return References(lambda: PromptOnRank(engine, tokens or Tokens(engine)))
 
 
-def now(blocks: Iterable[HeldBlock]) -> dict[tuple[int, int], tuple[int, int]]:
-    return {(one.chunk, one.layer): one.now for one in blocks}
+def digests(engine: Engine, spans: Sequence[range]) -> tuple[tuple[int, int, tuple[int, int]], ...]:
+    """Of what is in the cache, by chunk and layer."""
+    cache, found = engine.executor.state.cache, []
+    for layer in range(3):
+        for chunk, span in enumerate(spans):
+            rows = row_digests(cache.block(layer, span.start, span.stop))
+            found.append((chunk, layer, as_numbers(block_digests(rows))))
+    return tuple(found)
 
 
-def test_what_is_held(made: Twin) -> None:
-    one, other = (references_of(engine).held(DigestHeld()) for engine in made.engines)
-    assert one.held == one.due == (10, 10, 10)
-    assert (one.dtype, one.tokens) == ("float32", ())
-    assert list(now(one.blocks)) == [(chunk, layer) for chunk in range(3) for layer in range(3)]
-    assert now(one.blocks) == now(other.blocks)
-    assert all(block.then == block.now for block in one.blocks)
+def test_which_hidden_states_are_held(made: Twin) -> None:
+    found = references_of(made.engines[1]).hidden(DigestHidden()).digests
     stage = made.engines[1].executor.plan.shape.starts[1]
-    assert [key[:2] for key in other.hidden] == [(0, stage), (1, stage), (2, stage), (2, 4)]
+    assert [key[:2] for key in found] == [(0, stage), (1, stage), (2, stage), (2, 4)]
 
 
 def test_digests_are_the_references(made: Twin) -> None:
     for engine in made.engines:
         references = references_of(engine)
-        held, found = references.held(DigestHeld()), references.run(REQUEST)
+        held, found = references.hidden(DigestHidden()), references.run(REQUEST)
         came = unpack_report(pack_report(Reply(1, found)))
         assert isinstance(came, Reply)
         assert isinstance(came.answer, ReferenceReport)
-        assert Examined.of(0, came.answer) == Examined.of(0, found)
-        assert now(found.blocks) == now(held.blocks)
-        assert set(held.hidden) <= set(found.hidden)
+        assert replace(Examined.of(0, came.answer), report=found) == Examined.of(0, found)
+        assert found.blocks == digests(engine, engine.executor.plan.shape.chunks)
+        assert set(held.digests) <= set(found.hidden)
         assert (found.exact, found.rows, found.threads, found.device) == (True, 10, 1, "cpu")
         assert all(CellDifference.of(list(its)).changed == 0 for *_, its in found.measured)
         assert len(found.measured) == 3 * 3 * 2 + 3 * 4 + 1
@@ -80,12 +82,10 @@ def test_new_tokens_are_one_more_block(made: Twin) -> None:
         one.limit_to(4)
     made.all(lambda engine: all_tokens[engine.rank].run(lambda *_: None))
     references = references_of(made.engines[0], all_tokens[0])
-    held = references.held(DigestHeld())
-    assert held.held == held.due == (13, 13, 13)
-    assert len(held.tokens) == 4
     found = references.run(REQUEST)
     assert found.rows == 13
-    assert now(found.blocks) == now(held.blocks)
+    spans = (*made.engines[0].executor.plan.shape.chunks, range(10, 13))
+    assert found.blocks == digests(made.engines[0], spans)
     assert found.choices == ()
 
 
