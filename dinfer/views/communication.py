@@ -7,13 +7,13 @@ saved in the notebook.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from dinfer.trace.events import CHECKING, Event
+from dinfer.trace.events import Event, prefill_events
 from dinfer.trace.trace import Trace
 from dinfer.views.desk import Painter
 from dinfer.views.figures.exposure import exposure
@@ -68,7 +68,7 @@ class Ring:
         if self._read and read[0] != self._read[0]:
             self._events.clear()
         self._read = read
-        new = sorted(_of_prefill(found), key=lambda event: event.end)
+        new = sorted(prefill_events(found), key=lambda event: event.end)
         self._events.extend(new)
         self.seen += len(new)
 
@@ -145,8 +145,3 @@ class Communication:
             return {**head, "json": FIGURES[want.name](self._ring.trace(), dark=want.dark).to_json()}
         except Exception as error:  # nothing else would report it
             return {**head, "error": f"{type(error).__name__}: {error}"}
-
-
-def _of_prefill(events: Iterable[Event]) -> list[Event]:
-    apart = {"decode", *CHECKING}
-    return [event for event in events if event.what != "token" and event.kind not in apart]

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
+from dinfer.trace.events import COLLECTIVES, Event
 from dinfer.trace.events import COMPUTE as COMPUTING
-from dinfer.trace.events import Event
-from dinfer.trace.shares import COLLECTIVES, shares, without_pauses
+from dinfer.trace.shares import shares, without_pauses
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import transfers
 from dinfer.views.figures.style import BUBBLE, COMPUTE, WAIT, WIRE, styled
@@ -86,8 +86,11 @@ def pieces(trace: Trace) -> Pieces:
     for event in trace.prefill():
         own = (event.rank, event.lane)
         row = own if own in rows else (event.rank, _kind(event.lane))
+        text = event.name
+        if event.peer is not None:
+            text += f" {'→' if event.kind == 'send' else '←'} {event.peer}"
         for colour, start, end in _parts(event, offered):
-            found[colour][row].append(Piece(start - began, end - began, op_text(event)))
+            found[colour][row].append(Piece(start - began, end - began, text))
     for share in shares(trace).ranks:
         first = next(row for row in rows if row[0] == share.rank)
         found["bubble"][first] = [Piece(start - began, end - began, IDLE) for start, end in share.bubble]
@@ -117,19 +120,6 @@ def joined(some: Iterable[Piece], fine: int) -> list[Piece]:
         else:
             found.append(piece)
     return found
-
-
-def op_text(event: Event) -> str:
-    """For example `send kv c3 l5 → 1`."""
-    arrow = "→" if event.kind == "send" else "←"
-    words = [
-        event.kind,
-        event.what,
-        f"c{event.chunk}" * (event.chunk is not None),
-        f"l{event.layer}" * (event.layer is not None),
-        f"{arrow} {event.peer}" * (event.peer is not None),
-    ]
-    return " ".join(filter(None, words))
 
 
 def _parts(event: Event, offered: Offered) -> Iterator[tuple[str, int, int]]:

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
+from dinfer.trace.events import block_text
 from dinfer.trace.shares import without_pauses
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import (
@@ -148,8 +149,7 @@ def slowest(found: list[Transfer], take: Callable[[Transfer], int], most: int) -
 
 def transfer_text(one: Transfer) -> str:
     """For example `0→1 kv c3 l5, 65,536 bytes`."""
-    names = [one.what, f"c{one.chunk}" * (one.chunk is not None), f"l{one.layer}" * (one.layer is not None)]
-    return f"{link_name(one.link)} {' '.join(filter(None, names))}, {one.bytes:,} bytes"
+    return f"{link_name(one.link)} {block_text(one.what, one.chunk, one.layer)}, {one.bytes:,} bytes"
 
 
 def _all(links: dict[LinkRanks, list[Transfer]], take: Callable[[Transfer], int]) -> NDArray[np.float32]:

@@ -18,9 +18,9 @@ from plotly.offline import get_plotlyjs
 
 from dinfer.plan.plan import Plan
 from dinfer.plan.verify import verify
-from dinfer.trace.embedded import ELEMENT, as_columns, script_json
 from dinfer.trace.export import check_folder, write_whole
 from dinfer.trace.findings import Findings, findings_of
+from dinfer.trace.read import ELEMENT, as_columns, script_json
 from dinfer.trace.shares import Shares, pauses, shares
 from dinfer.trace.summary import summary, verdict
 from dinfer.trace.trace import Trace
