@@ -14,7 +14,7 @@ from dinfer.verdict.planned import busy
 from dinfer.verdict.signs import Signs
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.waits import STUCK_S, HangKind, Node, Root, Wait, Waits
-from dinfer.verdict.words import ranks_text
+from dinfer.verdict.where import ranks_text
 
 NOBODY = Signs()
 
