@@ -4,13 +4,13 @@ Each of these is a single line with gaps, however many ops there are; ops too sh
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
 
-from dinfer.trace.events import COLLECTIVES, Event
+from dinfer.trace.events import COLLECTIVES
 from dinfer.trace.events import COMPUTE as COMPUTING
 from dinfer.trace.shares import shares, without_pauses
 from dinfer.trace.trace import Trace
@@ -48,8 +48,6 @@ GanttRow = tuple[int, str]
 Pieces = dict[str, dict[GanttRow, list[Piece]]]
 """by colour and row"""
 
-Offered = dict[tuple[object, ...], int]
-
 
 def gantt(trace: Trace, *, dark: bool = False) -> go.Figure:
     """Lanes over time, without pauses; with many ranks, lanes of one kind share a row."""
@@ -79,9 +77,23 @@ def rows_of(trace: Trace) -> list[GanttRow]:
     return sorted({(rank, _kind(lane)) for rank, lane in lanes}, key=_order)
 
 
+def _kind(lane: str) -> str:
+    """kv-out:1 → kv; hidden-in → hidden."""
+    return lane.partition(":")[0].partition("-")[0]
+
+
+def _order(row: GanttRow) -> tuple[int, bool, str]:
+    rank, lane = row
+    return rank, lane != "compute", lane
+
+
 def pieces(trace: Trace) -> Pieces:
     """The pieces to draw, those too short to be distinguished merged."""
-    rows, began, offered = rows_of(trace), trace.began, _offered(trace)
+    rows, began = rows_of(trace), trace.began
+    # For each recv, when there was something to receive.
+    offered: dict[object, int] = {
+        (*t.link, t.what, t.chunk, t.layer, t.end): t.offered for t in transfers(trace)
+    }
     found: Pieces = {colour: defaultdict(list) for colour in COLOURS}
     for event in trace.prefill():
         own = (event.rank, event.lane)
@@ -89,7 +101,17 @@ def pieces(trace: Trace) -> Pieces:
         text = event.name
         if event.peer is not None:
             text += f" {'→' if event.kind == 'send' else '←'} {event.peer}"
-        for colour, start, end in _parts(event, offered):
+        parts = {"transfer": (event.met, event.end)}
+        if event.kind in COMPUTING:
+            parts = {"compute": (event.met, event.end)}
+        elif event.kind in ("send", "recv") or event.kind in COLLECTIVES:
+            key = (event.peer, event.rank, event.what, event.chunk, event.layer, event.end)
+            begun = max(event.start, offered.get(key, event.start))
+            if begun > event.start:
+                parts["open"] = (event.start, begun)
+            if event.met > begun:
+                parts["wait"] = (begun, event.met)
+        for colour, (start, end) in parts.items():
             found[colour][row].append(Piece(start - began, end - began, text))
     for share in shares(trace).ranks:
         first = next(row for row in rows if row[0] == share.rank)
@@ -108,45 +130,18 @@ def joined(some: Iterable[Piece], fine: int) -> list[Piece]:
     found: list[Piece] = []
     for piece in sorted(some):
         last = found[-1] if found else None
+        is_short = piece.end - piece.start < fine
         if (
             last
-            and piece.end - piece.start < fine
+            and is_short
             and piece.start - last.end < fine
-            and _is_short(last, fine)
+            and (last.ops > 1 or last.end - last.start < fine)
         ):
-            ops = last.ops + piece.ops
             text = f"{last.text.split(' … ')[0]} … {piece.text}"
-            found[-1] = Piece(last.start, max(last.end, piece.end), text, ops)
+            found[-1] = Piece(last.start, max(last.end, piece.end), text, last.ops + piece.ops)
         else:
             found.append(piece)
     return found
-
-
-def _parts(event: Event, offered: Offered) -> Iterator[tuple[str, int, int]]:
-    if event.kind in COMPUTING:
-        yield "compute", event.met, event.end
-        return
-    if event.kind in ("send", "recv") or event.kind in COLLECTIVES:
-        begun = max(event.start, offered.get(_key(event), event.start))
-        if begun > event.start:
-            yield "open", event.start, begun
-        if event.met > begun:
-            yield "wait", begun, event.met
-    yield "transfer", event.met, event.end
-
-
-def _offered(trace: Trace) -> Offered:
-    """For each recv, when there was something to receive."""
-    return {(*one.link, one.what, one.chunk, one.layer, one.end): one.offered for one in transfers(trace)}
-
-
-def _key(event: Event) -> tuple[object, ...]:
-    return (event.peer, event.rank, event.what, event.chunk, event.layer, event.end)
-
-
-def _is_short(piece: Piece, fine: int) -> bool:
-    """Whether it is a short op, or merged ops."""
-    return piece.ops > 1 or piece.end - piece.start < fine
 
 
 def _line(
@@ -154,20 +149,19 @@ def _line(
 ) -> go.Scatter:
     numbers = {row: number for number, row in enumerate(rows)}
     x, y, texts = list[float](), list[float](), list[str]()
+    word = "nothing sent yet" if colour == "open" else colour
     for row, some in by_row.items():
         for piece in some:
-            hover = _hover(colour, piece)
+            several = f"{piece.ops} ops: " if piece.ops > 1 else ""
+            hover = f"{several}{piece.text}<br>{word}, {(piece.end - piece.start) / 1e6:.3g} ms"
             x += [piece.start / 1e9, piece.end / 1e9, np.nan]
             y += [numbers[row]] * 2 + [np.nan]
             texts += [hover, hover, ""]
+    width = height * (THIN if colour == "open" else 0.75)
     return go.Scatter(
         name=colour,
         mode="lines",
-        line={
-            "color": COLOURS[colour],
-            "width": height * (THIN if colour == "open" else 0.75),
-            "simplify": False,
-        },
+        line={"color": COLOURS[colour], "width": width, "simplify": False},
         showlegend=colour != "open",
         legendgroup="bubble" if colour == "open" else colour,
         x=np.array(x, np.float32),
@@ -176,19 +170,3 @@ def _line(
         hovertemplate="%{text}<extra></extra>",
         connectgaps=False,
     )
-
-
-def _hover(colour: str, piece: Piece) -> str:
-    several = f"{piece.ops} ops: " if piece.ops > 1 else ""
-    word = "nothing sent yet," if colour == "open" else f"{colour},"
-    return f"{several}{piece.text}<br>{word} {(piece.end - piece.start) / 1e6:.3g} ms"
-
-
-def _kind(lane: str) -> str:
-    """kv-out:1 → kv; hidden-in → hidden."""
-    return lane.partition(":")[0].partition("-")[0]
-
-
-def _order(row: GanttRow) -> tuple[int, bool, str]:
-    rank, lane = row
-    return rank, lane != "compute", lane
