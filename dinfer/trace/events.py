@@ -16,20 +16,9 @@ from typing import Any, Self
 from dinfer.plan.ops import Op
 
 KINDS = (
-    "embed",
-    "layer",
-    "norm",
-    "send",
-    "recv",
-    "decode",
-    "all_gather",
-    "broadcast",
-    "all_reduce",
-    "barrier",
-    "other",
-    "check",
-    "corrupt",
-)
+    "embed", "layer", "norm", "send", "recv", "decode", "all_gather", "broadcast", "all_reduce", "barrier", "other",
+    "check", "corrupt",
+)  # fmt: skip
 """stored by their index, so new ones go last. "check": all blocks were checked before decode; "corrupt": a block has
 changed, on the wire from `peer` or, without a peer, in memory"""
 
@@ -144,23 +133,9 @@ def event_of(
 ) -> Event:
     """The event of a plan's op that has ended. `times`: ready, start, met and end, as in Event; `index`: the op's
     number on its lane."""
-    ready, start, met, end = times
-    return Event(
-        rank=rank,
-        lane=lane,
-        kind=op.kind,
-        ready=ready,
-        start=start,
-        met=met,
-        end=end,
-        what=op.what if op.is_transfer else "",
-        chunk=None if op.chunk < 0 else op.chunk,
-        layer=None if op.layer < 0 else op.layer,
-        peer=op.peer if op.is_transfer else None,
-        tokens=op.tokens,
-        bytes=nbytes,
-        index=index,
-    )
+    peer, what = (op.peer, op.what) if op.is_transfer else (None, "")
+    chunk, layer = (None if number < 0 else number for number in (op.chunk, op.layer))
+    return Event(rank, lane, op.kind, *times, what, chunk, layer, peer, op.tokens, nbytes, index)
 
 
 def pairs(events: Iterable[Event]) -> list[tuple[Event | None, Event | None]]:

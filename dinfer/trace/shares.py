@@ -15,17 +15,14 @@ from dinfer.trace.intervals import Interval, common, minus, seconds, union
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import Transfer, by_link, transfers
 
-SHORTEST = 10_000_000
-"""so many nanoseconds without an op on any rank are a pause"""
-
 
 def pauses(trace: Trace) -> list[Interval]:
-    """The times in which no rank had an op that was allowed to start."""
+    """The times of at least 10 ms in which no rank had an op that was allowed to start."""
     busy = union((event.ready, event.end) for event in trace.events)
     if not busy:
         return []
     gaps = minus([(busy[0][0], busy[-1][1])], busy)
-    return [gap for gap in gaps if gap[1] - gap[0] >= SHORTEST]
+    return [gap for gap in gaps if gap[1] - gap[0] >= 10_000_000]
 
 
 def without_pauses(trace: Trace) -> Trace:

@@ -13,14 +13,11 @@ from dinfer.trace.events import event_of
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import LinkRanks
 
-SHORT = 20
-"""embed and norm take a layer's time divided by this"""
-
 
 @dataclass(frozen=True)
 class Machine:
-    """How long ops take, in nanoseconds. `slow`: by link, the factor by which it is slower than the others. Each op
-    takes longer by a share of up to `jitter`, drawn from `seed`."""
+    """How long ops take, in nanoseconds; embed and norm take a twentieth of a layer's time. `slow`: by link, the factor
+    by which it is slower than the others. Each op takes longer by a share of up to `jitter`, drawn from `seed`."""
 
     layer: int = 5_000_000
     latency: int = 150_000
@@ -46,7 +43,7 @@ def paper_trace(plan: Plan, machine: Machine | None = None) -> Trace:
             link = (rank, op.peer) if op.kind == "send" else (op.peer, rank)
             base = (machine.latency + size / machine.bytes_per_s * 1e9) * machine.slow.get(link, 1)
         else:
-            base = machine.layer if op.kind == "layer" else machine.layer / SHORT
+            base = machine.layer if op.kind == "layer" else machine.layer / 20
         pair = [number] if partner == NONE else [number, partner]
         ready = [0 if graph.before[one] == NONE else ends[graph.before[one]] for one in pair]
         made = [[ends[dep] for dep in graph.deps[one] if dep != NONE] for one in pair]

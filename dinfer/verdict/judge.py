@@ -165,11 +165,8 @@ def explain(
     return replace(found, stacks=dict(stacks or {}))
 
 
-SLOW_RANK = 1.6
-"""a rank is slow if its layers take so many times as long as the others'"""
-
-SLOW_LINK = 4.0
-"""a link is slow if its blocks take so many times as long as the others'"""
+SLOW_RANK, SLOW_LINK = 1.6, 4.0
+"""a rank is slow if its layers take so many times as long as the others', a link if its blocks do"""
 
 LEAST_LINK_S = 10e-3
 """a link on which a block takes less is not slow"""

@@ -12,9 +12,6 @@ from dinfer.verdict.signs import BUSY, KvBytes, Signs, StackFrame
 from dinfer.verdict.waits import RANK, Node, Root, Wait, Waits, stuck_after
 from dinfer.verdict.where import link_text, times_text, value_text, waits_for_text
 
-ALIVE = ("prefill", "decode", "done")
-"""phases in which a rank has its plan"""
-
 
 def busy(rank: int, signs: Signs, text: str, still: float, typical: float, frame: StackFrame | None) -> Root:
     """The root for something that should end by itself, and has taken too long."""
@@ -54,9 +51,11 @@ class Planned:
     # -- what the signs of life say of a rank or lane by itself
 
     def _has_lanes(self, rank: int) -> bool:
-        """Whether its lanes' positions are known."""
+        """Whether it has its plan, and its lanes' positions are known."""
         signs = self.signs[rank]
-        return signs.phase in ALIVE and len(signs.positions) == len(self.plan.lanes[rank])
+        return signs.phase in ("prefill", "decode", "done") and len(signs.positions) == len(
+            self.plan.lanes[rank]
+        )
 
     def _heads(self, rank: int) -> list[tuple[Node, Op, bool]]:
         """The rank's lanes that have not ended, the op at which each stands, and whether that has begun."""

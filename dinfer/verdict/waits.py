@@ -6,30 +6,10 @@ from typing import Literal, NamedTuple, get_args
 from dinfer.plan.ops import Op
 
 HangKind = Literal[
-    "exception",
-    "dead",
-    "stopped",
-    "another plan",
-    "other size",
-    "wrong peer",
-    "sent twice",
-    "out of order",
-    "never sent",
-    "never received",
-    "cycle",
-    "stuck in Python",
-    "stuck in C",
-    "stuck",
-    "stalled link",
-    "lost peer",
-    "computing",
-    "slow rank",
-    "slow link",
-    "moving",
-    "held",
-    "paused",
-    "done",
-]
+    "exception", "dead", "stopped", "another plan", "other size", "wrong peer", "sent twice", "out of order",
+    "never sent", "never received", "cycle", "stuck in Python", "stuck in C", "stuck", "stalled link", "lost peer",
+    "computing", "slow rank", "slow link", "moving", "held", "paused", "done",
+]  # fmt: skip
 """the kinds of roots, the worst first"""
 
 KINDS: tuple[HangKind, ...] = get_args(HangKind)

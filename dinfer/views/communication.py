@@ -22,16 +22,11 @@ from dinfer.views.figures.matrix import matrix
 from dinfer.views.figures.style import HTML_CONFIG
 from dinfer.views.protocol import InspectableRun, Json
 
-PERIOD_S, REST = 0.1, 2.0
-
 EVENTS = 6000
 """the newest events, from which figures are drawn"""
 
-POINTS = 100
-"""points per link: few enough for a browser to draw several times a second"""
-
 FIGURES: dict[str, Callable[..., go.Figure]] = {
-    "latency": partial(latency, per_link=POINTS),
+    "latency": partial(latency, per_link=100),  # few enough for a browser to draw several times a second
     "distribution": distribution,
     "matrix": matrix,
     "gantt": gantt,
@@ -86,7 +81,7 @@ class Communication:
     def __init__(self, run: InspectableRun, send: Callable[..., object]) -> None:
         self._send = send
         self._ring = Ring(run)
-        self._painter = Painter(self._serve, "figures", PERIOD_S, REST)
+        self._painter = Painter(self._serve, "figures", period=0.1, rest=2.0)
         self._wants = Wants[FigureRequest]()
 
     def ask(self, message: Json) -> None:

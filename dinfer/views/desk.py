@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-PERIOD_S = 0.05
-
 
 class Want(Protocol):
     """`have`: what the browser has been sent before."""
@@ -88,7 +86,7 @@ class Painter:
     """
 
     def __init__(
-        self, paint: Callable[[], None], name: str = "painter", period: float = PERIOD_S, rest: float = 1.0
+        self, paint: Callable[[], None], name: str = "painter", period: float = 0.05, rest: float = 1.0
     ) -> None:
         self._paint, self._name = paint, f"dinfer panel {name}"
         self._period, self._rest = period, rest

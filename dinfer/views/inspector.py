@@ -19,18 +19,15 @@ from dinfer.views.desk import Painter, Wants, keep_newest
 from dinfer.views.protocol import InspectableRun, Json
 from dinfer.views.quantise import MISSING, Scale, Values, figures, quantise
 
-LIMIT = 96 << 20
-"""bytes of values that are cached"""
-
 CacheKey = tuple[int, int, int, int, int]
 """(layer, K or V, first token, tokens, digest)"""
 
 
 class BlockCache:
-    """Cached blocks of one run. Used by one thread."""
+    """Cached blocks of one run, up to 96 MiB. Used by one thread."""
 
-    def __init__(self, limit: int = LIMIT) -> None:
-        self._limit, self._bytes = limit, 0
+    def __init__(self) -> None:
+        self._bytes = 0
         self._kept: OrderedDict[CacheKey, Values] = OrderedDict()
 
     def of(self, source: ViewableSource, ranks: Sequence[int], layer: int, tensor: int) -> list[Values]:
@@ -64,7 +61,7 @@ class BlockCache:
                 self._kept[key] = here[key]
                 self._bytes += here[key].nbytes
             self._kept.move_to_end(key)
-            while self._bytes > self._limit:
+            while self._bytes > 96 << 20:
                 self._bytes -= self._kept.popitem(last=False)[1].nbytes
         return [here[key] for key in keys]
 
@@ -74,9 +71,6 @@ def fetched(source: ViewableSource, rank: int, layer: int, tensor: int, places: 
     part = source.part(rank, layer, tensor, range(source.subject.kv_heads), places)
     values: Values = (part if part.element_size() > 4 else part.float()).numpy()
     return values
-
-
-PERIOD_S = 0.1
 
 
 class InspectRequest(NamedTuple):
@@ -133,7 +127,7 @@ class Inspector:
 
     def __init__(self, run: InspectableRun, send: Callable[..., object]) -> None:
         self._run, self._send = run, send
-        self._painter = Painter(self._serve, "inspector", PERIOD_S)
+        self._painter = Painter(self._serve, "inspector", period=0.1)
         self._wants = Wants[InspectRequest]()
         self._fetched: dict[str, Fetched] = {}
         self._blocks = BlockCache()

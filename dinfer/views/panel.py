@@ -24,8 +24,6 @@ from dinfer.views.status import breakpoints, layout, moment
 from dinfer.views.still import INSTALL, still_html
 from dinfer.views.still_kv import still_kv
 
-PLACES = ("layer", "chunk", "rank")
-
 
 def action_of(run: InspectableRun, message: Json) -> Action:
     """The action for a message that moves the run or asks it something."""
@@ -83,7 +81,7 @@ def _noted(run: InspectableRun, call: str, do: Callable[[], object], *, asks: bo
 def _break_at(run: InspectableRun, message: Json) -> Action:
     """Set a breakpoint; layer, chunk or rank is left out for any. `instead`: the breakpoint that it replaces, which
     stays if the new one is refused."""
-    given = {name: message[name] for name in PLACES if isinstance(message.get(name), int)}
+    given = {name: message[name] for name in ("layer", "chunk", "rank") if isinstance(message.get(name), int)}
     given |= {"when": str(message["when"])} if message.get("when") else {}
     call = f"run.break_at({', '.join(f'{name}={value!r}' for name, value in given.items())})"
     instead = message.get("instead")

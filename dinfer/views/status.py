@@ -14,11 +14,6 @@ MemoryTriple = tuple[int, int, int]
 
 GIB = 1 << 30
 
-MAX_TEXT = 2000
-"""characters of generated text, the last, that each update sends to the browser"""
-
-MAX_MARKS = 300
-
 
 def layout(plan: Plan, labels: Sequence[str]) -> Json:
     """What does not change during a run."""
@@ -35,7 +30,7 @@ def layout(plan: Plan, labels: Sequence[str]) -> Json:
 
 
 def status(plan: Plan, standing: Standing) -> Json:
-    """What changes during a run."""
+    """What changes during a run. Of the generated text, each update sends only the last characters."""
     count = plan.world_size
     memory = [*standing.memory, *[None] * count]
     on_device = [*standing.device_memory, *[None] * count]
@@ -60,7 +55,7 @@ def status(plan: Plan, standing: Standing) -> Json:
         "message": "" if standing.message == standing.over else standing.message,
         "call": standing.last_call,
         "decoded": standing.decoded,
-        "text": standing.text[-MAX_TEXT:],
+        "text": standing.text[-2000:],
         "faults": list(standing.faults),
         "verdict": standing.verdict,
         "over": standing.over and f"this run is over: {standing.over}",
@@ -69,11 +64,11 @@ def status(plan: Plan, standing: Standing) -> Json:
 
 
 def moment(plan: Plan, cells: CellMap, standing: Standing) -> tuple[Json, bytes, Json]:
-    """What a panel shows of a run at one moment: what changes, the map's bytes, and MAX_MARKS notes by block."""
+    """What a panel shows of a run at one moment: what changes, the map's bytes, and notes by block."""
     states = cells.states(standing.stands)
     shown = {**status(plan, standing), "cut": cut_line(states)}
     notes: dict[str, list[str]] = {}
-    for mark in standing.marks[:MAX_MARKS]:
+    for mark in standing.marks[:300]:
         notes.setdefault(f"{mark.layer} {mark.chunk}", []).append(mark.text)
     return shown, marked(states, standing.marks).tobytes(), notes
 

@@ -42,11 +42,6 @@ COLOURS = ("#e9edf1", "#f4c430", "#2672b3", "#e07b39", "#14385c")
 MARK_LOOKS = {DIFFERS: ("differs", MARKS[0], "#d81b60"), ARMED: ("armed", MARKS[1], "#7b3fa0")}
 """class, name and colour"""
 
-LISTED = 20
-
-POINTS = 100
-"""points per link"""
-
 _LEFT, _TOP = 34, 18
 
 
@@ -59,7 +54,7 @@ def still_html(
     shown = status(plan, standing)
     held = np.isin(bare, (HERE, EVERYWHERE)).sum(axis=(0, 1))
     words = (shown["state"], shown["over"], shown["message"], *shown["faults"], shown["call"])
-    known = "".join(f"<li>{escape(mark.text)}</li>" for mark in standing.marks[:LISTED])
+    known = "".join(f"<li>{escape(mark.text)}</li>" for mark in standing.marks[:20])
     return (
         f"<div><div>dinfer: {escape('; '.join(filter(None, words)))}</div>{map_svg(states, plan.shape.owners, labels)}"
         "<div><small>A cell's parts are the ranks, left to right; the line, the cut, separates computed blocks "
@@ -106,7 +101,7 @@ def _links(events: Sequence[Event]) -> str:
     return (
         "<table><thead><tr><th>link</th><th>transfers</th><th>MB</th><th>wire, median ms</th><th>99th</th>"
         f"<th>waiting for the peer, median ms</th><th>99th</th></tr></thead><tbody>{rows}</tbody></table>"
-        f"{svg(latency(trace, per_link=POINTS))}"
+        f"{svg(latency(trace, per_link=100))}"
     )
 
 

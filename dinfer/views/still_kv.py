@@ -21,12 +21,8 @@ from dinfer.views.quantise import MINUS_INF, MISSING, NAN, PLUS_INF, STEPS, ZERO
 TOKENS = 512
 """consecutive tokens that are shown, at most"""
 
-ROWS = 256
-
 COARSE = 8
 """steps that are merged into one colour, invisibly, to make the file smaller"""
-
-WIDE, HIGH = 720, 300
 
 LOW_END, MIDDLE, HIGH_END = (33, 102, 172), (247, 247, 247), (179, 88, 6)
 
@@ -93,7 +89,7 @@ def still_kv(run: InspectableRun, standing: Standing) -> str:
     head, drawn = max(made, key=lambda one: one[0]["differ"])  # of K and V, the one that differs more
     codes = np.frombuffer(drawn, np.uint8).reshape(len(head["heads"]), head["tokens"], head["dims"])
     text = escape(_caption(head, window, rows))
-    size = f"width:{WIDE}px;max-width:100%;height:{HIGH}px;image-rendering:pixelated;border:1px solid #bdbdbd"
+    size = "width:720px;max-width:100%;height:300px;image-rendering:pixelated;border:1px solid #bdbdbd"
     return (
         f'<div style="margin-top:8px"><div>{text}</div><img class="kv" alt="{text}" style="{size}" '
         f'src="{data_uri(png(coarse(shrunk(codes)), palette()))}"><div><code>{escape(head["call"])}</code></div></div>'
@@ -121,7 +117,7 @@ def around(token: int, rows: int) -> range:
     return range(start, min(rows, start + TOKENS))
 
 
-def shrunk(codes: Codes, rows: int = ROWS) -> Codes:
+def shrunk(codes: Codes, rows: int = 256) -> Codes:
     """As pixels: tokens from left to right, the dims of all heads from top to bottom in about `rows` rows. Of values
     that share a pixel, the one furthest from zero counts."""
     heads, tokens, dims = codes.shape

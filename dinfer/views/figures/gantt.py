@@ -20,17 +20,10 @@ from dinfer.views.figures.style import BUBBLE, COMPUTE, WAIT, WIRE, styled
 COLOURS = {"open": BUBBLE, "bubble": BUBBLE, "wait": WAIT, "transfer": WIRE, "compute": COMPUTE}
 """in the order of drawing; `open`: a recv to which nothing has been sent yet, as a thin line"""
 
-THIN = 0.2
-
-BRIDGED = 25
-"""how much coarser the thin lines are merged, which lie under all others"""
-
 FINE = 4000
 """time steps of the figure; ops within one step are merged"""
 
 MOST_ROWS = 42
-
-IDLE = "nothing to do until another rank has computed"
 
 
 class Piece(NamedTuple):
@@ -115,12 +108,13 @@ def pieces(trace: Trace) -> Pieces:
             found[colour][row].append(Piece(start - began, end - began, text))
     for share in shares(trace).ranks:
         first = next(row for row in rows if row[0] == share.rank)
-        found["bubble"][first] = [Piece(start - began, end - began, IDLE) for start, end in share.bubble]
+        idle = "nothing to do until another rank has computed"
+        found["bubble"][first] = [Piece(start - began, end - began, idle) for start, end in share.bubble]
     fine = max((event.end - began for event in trace.prefill()), default=0) // FINE
+    # The thin lines, which lie under all others, are merged more coarsely.
+    coarse = {"open": 25 * fine}
     return {
-        colour: {
-            row: joined(some, fine * (BRIDGED if colour == "open" else 1)) for row, some in by_row.items()
-        }
+        colour: {row: joined(some, coarse.get(colour, fine)) for row, some in by_row.items()}
         for colour, by_row in found.items()
     }
 
@@ -157,7 +151,7 @@ def _line(
             x += [piece.start / 1e9, piece.end / 1e9, np.nan]
             y += [numbers[row]] * 2 + [np.nan]
             texts += [hover, hover, ""]
-    width = height * (THIN if colour == "open" else 0.75)
+    width = height * (0.2 if colour == "open" else 0.75)
     return go.Scatter(
         name=colour,
         mode="lines",

@@ -27,8 +27,6 @@ from dinfer.views.figures.style import SCALE, link_line, link_marker, link_name,
 PER_LINK = 400
 """points per link and plot; of more transfers, the slowest of every few"""
 
-STEPS = 200
-
 SHORTEST_MS = 0.001
 
 PARTS: tuple[tuple[str, Callable[[Transfer], int]], ...] = (
@@ -76,7 +74,7 @@ def distribution(trace: Trace, *, dark: bool = False) -> go.Figure:
         for column, (part, take) in enumerate(PARTS, 1):
             # From 0 % up, so that a single transfer is a line too.
             ordered = sorted(map(take, some))
-            shares = np.linspace(0, 1, min(STEPS, len(ordered)) + 1)
+            shares = np.linspace(0, 1, min(200, len(ordered)) + 1)
             steps = go.Scatter(
                 **_of_link(link, column),
                 mode="lines",

@@ -27,11 +27,6 @@ LETTER = 6.2
 LINE = 18
 """height of a line of the legend, in pixels"""
 
-MOST_TICKS = 6
-
-SMALLEST = 6
-"""the smallest font size"""
-
 BAR = 0.8
 """the width of a bar, as part of its category"""
 
@@ -167,7 +162,7 @@ def _ticks(layout: Any, axis: Axis) -> list[tuple[float, str]]:
         ]
         return [(pixel, text) for pixel, text in named if first - 1 <= pixel <= last + 1]
     low, high = sorted((axis.low, axis.high))
-    rough = (high - low) / MOST_TICKS
+    rough = (high - low) / 6  # so that there are about six
     power = 10.0 ** floor(log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     numbers = range(ceil(low / step - 1e-9), floor(high / step + 1e-9) + 1)
@@ -290,7 +285,7 @@ def _heatmap(trace: Any, x: Axis, y: Axis) -> Iterator[str]:
         box = f'x="{across - wide / 2:.1f}" y="{down - tall / 2:.1f}" width="{wide:.1f}" height="{tall:.1f}"'
         yield f'<rect class="cell" {box} fill="{colour}"><title>{escape(text)}</title></rect>'
         size = int(min(12, (wide - 2) / max(1, 0.55 * len(text))))
-        if trace.texttemplate and size >= SMALLEST:
+        if trace.texttemplate and size >= 6:
             yield _text(across, down + 4, text, "middle", size, _on(colour))
     if trace.showscale is False:
         return
