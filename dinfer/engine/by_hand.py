@@ -18,7 +18,7 @@ from dinfer.plan.cut import Unit
 from dinfer.plan.ops import Op
 from dinfer.plan.partition import within
 from dinfer.plan.plan import Plan
-from dinfer.verdict.words import at_text, waits_for_text
+from dinfer.verdict.where import at_text, waits_for_text
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dinfer.plan.graph import Graph, channel_of
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
 from dinfer.verdict.waits import HangKind
-from dinfer.verdict.words import value_text
+from dinfer.verdict.where import value_text
 
 ANY_OP = ("layer", "recv kv", "send kv")
 

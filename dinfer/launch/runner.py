@@ -13,7 +13,6 @@ from dinfer.launch.processes import Processes
 from dinfer.plan.plan import Plan
 from dinfer.run.report import findings_of_result
 from dinfer.run.result import merge, result_of, table
-from dinfer.trace.export import write_jsonl
 from dinfer.trace.findings import with_findings
 
 
@@ -119,7 +118,7 @@ def conclude(
     trace = with_findings(trace, findings_of_result(job, result))
     show.say(f"\n\n{table(result)}")
     if trace_path:
-        show.say(_keep(trace_path, lambda path: write_jsonl(trace, path), "trace"))
+        show.say(_keep(trace_path, lambda path: trace.export("jsonl", path), "trace"))
     for state in ranks:
         if state.result and state.result.log_trouble:
             show.say(f"the run went on, but {state.result.log_trouble}")
@@ -131,7 +130,7 @@ def conclude(
     return result
 
 
-def _keep(path: str | Path, write: Callable[[Path], None], what: str) -> str:
+def _keep(path: str | Path, write: Callable[[Path], object], what: str) -> str:
     """Write a file, and say so. A full disk does not fail a run that went well."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

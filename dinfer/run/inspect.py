@@ -38,7 +38,7 @@ from dinfer.run.decode import Generation
 from dinfer.run.failure import RankFailed, silent_text
 from dinfer.run.state import RunState
 from dinfer.run.stepper import NoProgress
-from dinfer.verdict.words import at_text
+from dinfer.verdict.where import at_text
 
 ANSWER_S = 30.0
 

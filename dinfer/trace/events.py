@@ -8,27 +8,17 @@ from __future__ import annotations
 
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, Self
+from itertools import zip_longest
+from typing import Any, Self
 
 from dinfer.plan.ops import Op
 
 KINDS = (
-    "embed",
-    "layer",
-    "norm",
-    "send",
-    "recv",
-    "decode",
-    "all_gather",
-    "broadcast",
-    "all_reduce",
-    "barrier",
-    "other",
-    "check",
-    "corrupt",
-)
+    "embed", "layer", "norm", "send", "recv", "decode", "all_gather", "broadcast", "all_reduce", "barrier", "other",
+    "check", "corrupt",
+)  # fmt: skip
 """stored by their index, so new ones go last. "check": all blocks were checked before decode; "corrupt": a block has
 changed, on the wire from `peer` or, without a peer, in memory"""
 
@@ -37,10 +27,15 @@ WHATS = ("", "hidden", "kv", "final", "token")
 SIZE = 64
 
 _LAYOUT = struct.Struct("<BBBxiiiiqqqqqi")
+"""kind, what, lane, chunk, layer, peer, tokens, bytes, ready, start, met, end, index; an unknown number is −1"""
 
-_NONE = -1
+assert _LAYOUT.size == SIZE
 
 Bytes = bytes | bytearray | memoryview
+
+COMPUTE = frozenset({"embed", "layer", "norm", "decode"})
+
+COLLECTIVES = frozenset({"all_gather", "broadcast", "all_reduce", "barrier"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +76,11 @@ class Event:
         """Nanoseconds of compute, or on the wire."""
         return self.end - self.met
 
+    @property
+    def name(self) -> str:
+        """For example `send kv c3 l5`."""
+        return f"{self.kind} {block_text(self.what, self.chunk, self.layer)}".rstrip()
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -89,19 +89,19 @@ class Event:
         _LAYOUT.pack_into(
             buffer,
             offset,
-            KINDS.index(self.kind) if self.kind in KINDS else KINDS.index("other"),
+            KINDS.index(self.kind if self.kind in KINDS else "other"),
             WHATS.index(self.what),
             lane,
-            _number(self.chunk),
-            _number(self.layer),
-            _number(self.peer),
+            -1 if self.chunk is None else self.chunk,
+            -1 if self.layer is None else self.layer,
+            -1 if self.peer is None else self.peer,
             self.tokens,
             self.bytes,
             self.ready,
             self.start,
             self.met,
             self.end,
-            _number(self.index),
+            -1 if self.index is None else self.index,
         )
 
     @classmethod
@@ -109,54 +109,22 @@ class Event:
         kind, what, lane, chunk, layer, peer, tokens, size, ready, start, met, end, index = (
             _LAYOUT.unpack_from(buffer, offset)
         )
+        chunk, layer, peer, index = (None if n == -1 else n for n in (chunk, layer, peer, index))
+        times = (ready, start, met, end)
         return cls(
-            rank=rank,
-            lane=lanes[lane],
-            kind=KINDS[kind],
-            ready=ready,
-            start=start,
-            met=met,
-            end=end,
-            what=WHATS[what],
-            chunk=_known(chunk),
-            layer=_known(layer),
-            peer=_known(peer),
-            tokens=tokens,
-            bytes=size,
-            index=_known(index),
+            rank, lanes[lane], KINDS[kind], *times, WHATS[what], chunk, layer, peer, tokens, size, index
         )
 
 
-def _number(value: int | None) -> int:
-    return _NONE if value is None else value
-
-
-def _known(value: int) -> int | None:
-    return None if value == _NONE else value
-
-
-assert _LAYOUT.size == SIZE
-
-
-COMPUTE = frozenset({"embed", "layer", "norm", "decode"})
-
-CHECKING = frozenset({"check", "corrupt"})
-"""events about blocks, which are not part of prefill"""
-
-
-class EventLog(Protocol):
-    """What writers need of a trace: the events, in the order in which they ended, and a description of the run."""
-
-    @property
-    def events(self) -> tuple[Event, ...]: ...
-
-    @property
-    def about(self) -> dict[str, Any]: ...
+def block_text(what: str, chunk: int | None, layer: int | None) -> str:
+    """What an op is about, as far as it is known, for example `kv c3 l5`."""
+    words = [what, f"c{chunk}" * (chunk is not None), f"l{layer}" * (layer is not None)]
+    return " ".join(filter(None, words))
 
 
 def prefill_events(events: Iterable[Event]) -> Iterator[Event]:
-    """The events of prefill, without those of decode and those about blocks."""
-    apart = {"decode", *CHECKING}
+    """The events of prefill, without those of decode and of the check of blocks before it."""
+    apart = ("decode", "check", "corrupt")
     return (event for event in events if event.what != "token" and event.kind not in apart)
 
 
@@ -165,23 +133,9 @@ def event_of(
 ) -> Event:
     """The event of a plan's op that has ended. `times`: ready, start, met and end, as in Event; `index`: the op's
     number on its lane."""
-    ready, start, met, end = times
-    return Event(
-        rank=rank,
-        lane=lane,
-        kind=op.kind,
-        ready=ready,
-        start=start,
-        met=met,
-        end=end,
-        what=op.what if op.is_transfer else "",
-        chunk=None if op.chunk < 0 else op.chunk,
-        layer=None if op.layer < 0 else op.layer,
-        peer=op.peer if op.is_transfer else None,
-        tokens=op.tokens,
-        bytes=nbytes,
-        index=index,
-    )
+    peer, what = (op.peer, op.what) if op.is_transfer else (None, "")
+    chunk, layer = (None if number < 0 else number for number in (op.chunk, op.layer))
+    return Event(rank, lane, op.kind, *times, what, chunk, layer, peer, op.tokens, nbytes, index)
 
 
 def pairs(events: Iterable[Event]) -> list[tuple[Event | None, Event | None]]:
@@ -192,18 +146,9 @@ def pairs(events: Iterable[Event]) -> list[tuple[Event | None, Event | None]]:
     sends: dict[tuple[object, ...], list[Event]] = defaultdict(list)
     recvs: dict[tuple[object, ...], list[Event]] = defaultdict(list)
     for event in prefill_events(events):
-        if event.peer is None:
-            continue
-        if event.kind == "send":
-            sends[event.rank, event.peer, event.what, event.chunk, event.layer].append(event)
-        elif event.kind == "recv":
-            recvs[event.peer, event.rank, event.what, event.chunk, event.layer].append(event)
-    return [
-        (_nth(sends[key], n), _nth(recvs[key], n))
-        for key in {**sends, **recvs}
-        for n in range(max(len(sends[key]), len(recvs[key])))
-    ]
-
-
-def _nth(events: Sequence[Event], number: int) -> Event | None:
-    return events[number] if number < len(events) else None
+        block = (event.what, event.chunk, event.layer)
+        if event.kind == "send" and event.peer is not None:
+            sends[event.rank, event.peer, *block].append(event)
+        elif event.kind == "recv" and event.peer is not None:
+            recvs[event.peer, event.rank, *block].append(event)
+    return [pair for key in {**sends, **recvs} for pair in zip_longest(sends[key], recvs[key])]

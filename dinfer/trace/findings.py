@@ -19,7 +19,8 @@ BlockState = Literal["same", "differs", "missing", "not compared"]
 
 @dataclass(frozen=True)
 class RankFinding:
-    """One rank. `kv_sha256`: the SHA-256 of its KV of the prompt; `tokens`: the new tokens that it generated."""
+    """One rank. `kv_sha256`: the SHA-256 of its KV of the prompt; `tokens`: the new tokens that it generated; `log`:
+    its last lines."""
 
     rank: int
     device: str = ""
@@ -30,7 +31,6 @@ class RankFinding:
     tokens: tuple[int, ...] | None = None
     error: str = ""
     log: str = ""
-    """its last lines"""
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,15 @@ class KvFinding:
 
 @dataclass(frozen=True)
 class Findings:
-    """All findings. `positions[rank][lane]`: how many ops had ended; `others`: other runs of the same prompt, as
-    `trace.summary.summary` returns them; `plan`: the plan's text, if the user has made the plan."""
+    """All findings. `made`: when the run was made, as text; `failure`: why it failed, or does not move;
+    `positions[rank][lane]`: how many ops had ended; `others`: other runs of the same prompt, as `trace.summary.summary`
+    returns them; `plan`: the plan's text, if the user has made the plan. `corrupt`: blocks whose bytes have changed on
+    the wire or in memory; `marks`: what is known of single blocks: rank, chunk, layer, kind ("armed", "differs",
+    "corrupt") and text. `commands`: how to repeat this run, by where to type it."""
 
     made: str = ""
-    """when the run was made, as text"""
     state: str = ""
     failure: str = ""
-    """why the run failed, or does not move"""
     parameters: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, str] = field(default_factory=dict)
@@ -69,12 +70,9 @@ class Findings:
     faults: tuple[str, ...] = ()
     edited: tuple[str, ...] = ()
     corrupt: tuple[str, ...] = ()
-    """blocks whose bytes have changed on the wire or in memory"""
     marks: tuple[tuple[Any, ...], ...] = ()
-    """what is known of single blocks: rank, chunk, layer, kind ("armed", "differs", "corrupt") and text"""
     log: tuple[str, ...] = ()
     commands: dict[str, str] = field(default_factory=dict)
-    """how to repeat this run, by where to type it"""
     others: tuple[dict[str, Any], ...] = ()
     prompt: str | None = None
     text: str | None = None
@@ -89,17 +87,9 @@ class Findings:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """From plain values; fields that a later version has added are ignored."""
-        known = _known(cls, values)
-        for name in _TUPLES & known.keys():
-            known[name] = tuple(known[name])
-        known["positions"] = tuple(map(tuple, known.get("positions", ())))
-        known["marks"] = tuple(map(tuple, known.get("marks", ())))
-        known["ranks"] = tuple(_rank(rank) for rank in known.get("ranks", ()))
-        known["kv"] = _kv(known["kv"]) if known.get("kv") else None
-        return cls(**known)
-
-
-_TUPLES = {"breakpoints", "hits", "faults", "edited", "corrupt", "log", "others", "chunk_texts"}
+        found: Self = _made(cls, values)
+        ranks = tuple(_made(RankFinding, rank) for rank in found.ranks)
+        return replace(found, ranks=ranks, kv=_made(KvFinding, found.kv) if found.kv else None)
 
 
 def findings_of(trace: Trace) -> Findings:
@@ -112,19 +102,11 @@ def with_findings(trace: Trace, findings: Findings) -> Trace:
     return replace(trace, about={**trace.about, KEY: findings.as_dict()})
 
 
-def _known(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+def _made(kind: Any, values: Any) -> Any:
     names = {item.name for item in fields(kind)}
-    return {name: value for name, value in values.items() if name in names}
+    return kind(**{name: _with_tuples(value) for name, value in values.items() if name in names})
 
 
-def _rank(values: Mapping[str, Any]) -> RankFinding:
-    known = _known(RankFinding, values)
-    if known.get("tokens") is not None:
-        known["tokens"] = tuple(known["tokens"])
-    return RankFinding(**known)
-
-
-def _kv(values: Mapping[str, Any]) -> KvFinding:
-    known = _known(KvFinding, values)
-    grid = tuple(map(tuple, known.get("grid", ())))
-    return KvFinding(**{**known, "grid": grid, "differences": tuple(known.get("differences", ()))})
+def _with_tuples(value: Any) -> Any:
+    """JSON has only lists."""
+    return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value

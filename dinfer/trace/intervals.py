@@ -42,3 +42,8 @@ def common(intervals: list[Interval], others: list[Interval]) -> list[Interval]:
 def length(intervals: Iterable[Interval]) -> int:
     """Their total length."""
     return sum(end - start for start, end in intervals)
+
+
+def seconds(intervals: Iterable[Interval]) -> float:
+    """The same in seconds, of intervals in nanoseconds."""
+    return length(intervals) / 1e9

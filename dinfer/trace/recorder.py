@@ -9,16 +9,14 @@ from typing import Self
 
 from dinfer.trace.events import SIZE, Event
 
-_SLOT = SIZE
-
-# The counter has a slot of its own, so that records stay aligned. One more slot is for the event that is being written,
-# so that it never overwrites one of the `capacity` events that count as held.
 _EXTRA = 2
+"""slots of a ring beside its `capacity`: one for the counter, so that records stay aligned; one for the event that is
+being written, so that it never overwrites one of those that count as held"""
 
 
 def recorder_size(lanes: int, capacity: int) -> int:
     """How many bytes of memory a recorder with so many lanes and events per lane takes."""
-    return lanes * (capacity + _EXTRA) * _SLOT
+    return lanes * (capacity + _EXTRA) * SIZE
 
 
 class Recorder:
@@ -33,16 +31,16 @@ class Recorder:
         self.rank = rank
         self.lanes = tuple(lanes)
         self.capacity = capacity
-        size = recorder_size(len(self.lanes), capacity)
+        self._ring = recorder_size(1, capacity)
+        size = self._ring * len(self.lanes)
         self._memory = memoryview(bytearray(size)) if memory is None else memory[:size]
         # Cast views store a number at once. struct.pack_into would set it to 0 first, and a reader could see that.
-        bases = (self._base(lane) for lane in range(len(self.lanes)))
-        self._counts = [self._memory[base : base + 8].cast("q") for base in bases]
+        self._counts = [self._memory[base : base + 8].cast("q") for base in range(0, size, self._ring)]
 
     @classmethod
     def over(cls, rank: int, lanes: Sequence[str], memory: memoryview) -> Self:
         """A recorder that uses all of `memory`. The writer and the reader of shared memory must name the same lanes."""
-        return cls(rank, lanes, len(memory) // (len(lanes) * _SLOT) - _EXTRA, memory)
+        return cls(rank, lanes, len(memory) // (len(lanes) * SIZE) - _EXTRA, memory)
 
     def record(self, lane: int, event: Event) -> None:
         count = self._count(lane)
@@ -51,8 +49,8 @@ class Recorder:
 
     def clear(self) -> None:
         """Forget all events; for the writer, before its first event in memory that was used before."""
-        for lane in range(len(self.lanes)):
-            self._counts[lane][0] = 0
+        for count in self._counts:
+            count[0] = 0
 
     def read(self, since: Sequence[int] | None = None) -> tuple[list[Event], list[int]]:
         """The events written after the cursor `since` (a number for each lane), and the new cursor."""
@@ -86,12 +84,9 @@ class Recorder:
         """How many events were overwritten."""
         return sum(max(0, self._count(lane) - self.capacity) for lane in range(len(self.lanes)))
 
-    def _base(self, lane: int) -> int:
-        return lane * (self.capacity + _EXTRA) * _SLOT
-
     def _slot(self, lane: int, number: int) -> int:
         """The offset of that lane's event of this number, until a later one overwrites it."""
-        return self._base(lane) + _SLOT * (1 + number % (self.capacity + 1))
+        return lane * self._ring + SIZE * (1 + number % (self.capacity + 1))
 
     def _count(self, lane: int) -> int:
         return self._counts[lane][0]

@@ -10,54 +10,38 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple
 
-from dinfer.trace.events import COMPUTE, Event
-from dinfer.trace.intervals import Interval, common, length, minus, union
+from dinfer.trace.events import COLLECTIVES, COMPUTE
+from dinfer.trace.intervals import Interval, common, minus, seconds, union
 from dinfer.trace.trace import Trace
-from dinfer.trace.transfers import LinkRanks, Transfer, by_link, transfers
-
-SHORTEST = 10_000_000
-"""so many nanoseconds without an op on any rank are a pause"""
+from dinfer.trace.transfers import Transfer, by_link, transfers
 
 
 def pauses(trace: Trace) -> list[Interval]:
-    """The times in which no rank had an op that was allowed to start."""
+    """The times of at least 10 ms in which no rank had an op that was allowed to start."""
     busy = union((event.ready, event.end) for event in trace.events)
     if not busy:
         return []
     gaps = minus([(busy[0][0], busy[-1][1])], busy)
-    return [gap for gap in gaps if gap[1] - gap[0] >= SHORTEST]
+    return [gap for gap in gaps if gap[1] - gap[0] >= 10_000_000]
 
 
 def without_pauses(trace: Trace) -> Trace:
     """The same run without its pauses: what follows one is moved to where it began."""
     stopped = pauses(trace)
-    return (
-        replace(trace, events=tuple(_Moved(stopped)(event) for event in trace.events)) if stopped else trace
+    if not stopped:
+        return trace
+    ends = [end for _, end in stopped]
+    before = [0, *accumulate(end - start for start, end in stopped)]
+
+    def moved(time: int) -> int:
+        """No op runs in a pause, so no time lies in one."""
+        return time - before[bisect_right(ends, time)]
+
+    events = (
+        replace(e, ready=moved(e.ready), start=moved(e.start), met=moved(e.met), end=moved(e.end))
+        for e in trace.events
     )
-
-
-class _Moved:
-    """Moves an event by the pauses before it."""
-
-    def __init__(self, stopped: list[Interval]) -> None:
-        self._ends = [end for _, end in stopped]
-        self._before = [0, *accumulate(end - start for start, end in stopped)]
-
-    def __call__(self, event: Event) -> Event:
-        return replace(
-            event,
-            ready=self._time(event.ready),
-            start=self._time(event.start),
-            met=self._time(event.met),
-            end=self._time(event.end),
-        )
-
-    def _time(self, time: int) -> int:
-        """A time without the pauses before it. No op runs in a pause, so no time lies in one."""
-        return time - self._before[bisect_right(self._ends, time)]
-
-
-COLLECTIVES = frozenset({"all_gather", "broadcast", "all_reduce", "barrier"})
+    return replace(trace, events=tuple(events))
 
 
 class Share(NamedTuple):
@@ -77,15 +61,15 @@ class Share(NamedTuple):
 
     @property
     def prefill_s(self) -> float:
-        return sum(_seconds(part) for part in (self.compute, self.wire, self.wait, self.bubble))
+        return sum(map(seconds, (self.compute, self.wire, self.wait, self.bubble)))
 
     @property
     def wire_s(self) -> float:
-        return _seconds(self.wire)
+        return seconds(self.wire)
 
     @property
     def wait_s(self) -> float:
-        return _seconds(self.wait)
+        return seconds(self.wait)
 
     @property
     def exposed_s(self) -> float:
@@ -95,7 +79,7 @@ class Share(NamedTuple):
     @property
     def communication_s(self) -> float:
         """Seconds of communication, hidden or not."""
-        return self.exposed_s + _seconds(self.hidden)
+        return self.exposed_s + seconds(self.hidden)
 
 
 class LinkShare(NamedTuple):
@@ -137,7 +121,7 @@ class Shares(NamedTuple):
     @property
     def bubble(self) -> float:
         """The share of prefill in which ranks waited for others to compute, 0 to 1."""
-        bubble = sum(_seconds(rank.bubble) for rank in self.ranks)
+        bubble = sum(seconds(rank.bubble) for rank in self.ranks)
         return _part(bubble, sum(rank.prefill_s for rank in self.ranks))
 
     @property
@@ -153,8 +137,14 @@ def shares(trace: Trace) -> Shares:
     stopped = pauses(trace)
     ranks = [_share(trace, rank, found, stopped) for rank in trace.ranks]
     ranks = [share for share in ranks if share.prefill_s > 0]
-    exposed = {share.rank: (share.wire, share.wait) for share in ranks}
-    links = [_link_share(link, of_link, exposed) for link, of_link in by_link(found).items()]
+    by_rank = {share.rank: share for share in ranks}
+    links = []
+    for link, of_link in by_link(found).items():
+        moving, ready = union((t.met, t.end) for t in of_link), union((t.offered, t.met) for t in of_link)
+        ends = [by_rank[rank] for rank in link if rank in by_rank]
+        wire_s = sum(seconds(common(share.wire, moving)) for share in ends)
+        wait_s = sum(seconds(common(share.wait, ready)) for share in ends)
+        links.append(LinkShare(*link, wire_s, wait_s, _latest(of_link)))
     return Shares(ranks, sorted(links, key=lambda link: -link.exposed_s))
 
 
@@ -163,7 +153,7 @@ def _share(trace: Trace, rank: int, found: list[Transfer], stopped: list[Interva
     began, ended = trace.began, max((event.end for event in mine), default=trace.began)
     prefill = minus([(began, ended)], stopped)
     computing = union((event.met, event.end) for event in mine if event.kind in COMPUTE)
-    of_rank = [one for one in found if rank in one.link]
+    of_rank = [one for one in found if rank in (one.source, one.target)]
     together = [event for event in mine if event.kind in COLLECTIVES]
     moving = union([*((t.met, t.end) for t in of_rank), *((e.met, e.end) for e in together)])
     ready = union([*((t.offered, t.met) for t in of_rank), *((e.start, e.met) for e in together)])
@@ -173,30 +163,12 @@ def _share(trace: Trace, rank: int, found: list[Transfer], stopped: list[Interva
     return Share(rank, compute, wire, wait, bubble, common(compute, moving))
 
 
-def _link_share(
-    link: LinkRanks, found: list[Transfer], exposed: dict[int, tuple[list[Interval], list[Interval]]]
-) -> LinkShare:
-    moving = union((one.met, one.end) for one in found)
-    ready = union((one.offered, one.met) for one in found)
-    ends = [exposed[rank] for rank in link if rank in exposed]
-    return LinkShare(
-        *link,
-        wire_s=sum(_seconds(common(wire, moving)) for wire, _ in ends),
-        wait_s=sum(_seconds(common(wait, ready)) for _, wait in ends),
-        late=_latest(found),
-    )
-
-
 def _latest(found: Iterable[Transfer]) -> int | None:
     """The rank for which the transfers of one link have waited longest."""
     waited: dict[int | None, int] = {}
     for one in found:
         waited[one.late] = waited.get(one.late, 0) + one.waited
     return max(waited, key=lambda rank: waited[rank]) if any(waited.values()) else None
-
-
-def _seconds(intervals: Iterable[Interval]) -> float:
-    return length(intervals) / 1e9
 
 
 def _part(some: float, all_of_it: float) -> float:

@@ -8,20 +8,16 @@ from dataclasses import dataclass, field
 from random import Random
 
 from dinfer.plan.graph import NONE, Graph, simulate
-from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
-from dinfer.trace.events import Event, event_of
+from dinfer.trace.events import event_of
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import LinkRanks
-
-SHORT = 20
-"""embed and norm take a layer's time divided by this"""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """How long ops take, in nanoseconds. `slow`: by link, the factor by which it is slower than the others. Each op
-    takes longer by a share of up to `jitter`, drawn from `seed`."""
+    """How long ops take, in nanoseconds; embed and norm take a twentieth of a layer's time. `slow`: by link, the factor
+    by which it is slower than the others. Each op takes longer by a share of up to `jitter`, drawn from `seed`."""
 
     layer: int = 5_000_000
     latency: int = 150_000
@@ -34,13 +30,35 @@ class Machine:
 
 def paper_trace(plan: Plan, machine: Machine | None = None) -> Trace:
     """The events of a plan, from time 0 on, with sends that wait for their recv. The plan must not deadlock so."""
-    graph = Graph(plan)
-    clock = _Clock(graph, machine or Machine())
+    graph, machine = Graph(plan), machine or Machine()
+    random = Random(machine.seed)
+    ends = [0] * len(graph.ops)
+    events = []
     for number in simulate(graph, rendezvous=True).order:
-        clock.do(number)
+        if ends[number]:  # with its partner: a send and its recv end together
+            continue
+        op, rank, partner = graph.ops[number], graph.ranks[number], graph.partner[number]
+        size = op.tokens * machine.bytes_per_token
+        if op.is_transfer:
+            link = (rank, op.peer) if op.kind == "send" else (op.peer, rank)
+            base = (machine.latency + size / machine.bytes_per_s * 1e9) * machine.slow.get(link, 1)
+        else:
+            base = machine.layer if op.kind == "layer" else machine.layer / 20
+        pair = [number] if partner == NONE else [number, partner]
+        ready = [0 if graph.before[one] == NONE else ends[graph.before[one]] for one in pair]
+        made = [[ends[dep] for dep in graph.deps[one] if dep != NONE] for one in pair]
+        start = [max(before, *needs) if needs else before for before, needs in zip(ready, made, strict=True)]
+        met = max(start)
+        end = met + max(1, round(base * (1 + machine.jitter * random.random())))
+        for one, before, begun in zip(pair, ready, start, strict=True):
+            ends[one] = end
+            place = graph.place(one)
+            lane = plan.lanes[place.rank][place.lane].name
+            times = (before, begun, met, end)
+            events.append(event_of(graph.ops[one], place.rank, lane, place.index, times, size))
     shape = plan.shape
     return Trace.merge(
-        [clock.events],
+        [events],
         model="on paper",
         layers=shape.layers,
         tokens=shape.tokens,
@@ -51,51 +69,3 @@ def paper_trace(plan: Plan, machine: Machine | None = None) -> Trace:
         world_size=shape.world_size,
         plan_id=f"{plan.id:016x}",
     )
-
-
-class _Clock:
-    """When each op of a plan is ready, starts and ends."""
-
-    def __init__(self, graph: Graph, machine: Machine) -> None:
-        self.events: list[Event] = []
-        self._graph, self._machine = graph, machine
-        self._random = Random(machine.seed)
-        self._ends = [0] * len(graph.ops)
-
-    def do(self, number: int) -> None:
-        """End an op whose inputs are there; a send and its recv end together."""
-        peer = self._graph.partner[number]
-        pair = [number] if peer == NONE else [number, peer]
-        if self._ends[number]:
-            return
-        met = max(self._start(one) for one in pair)
-        end = met + self._duration(self._graph.ranks[number], self._graph.ops[number])
-        for one in pair:
-            self._ends[one] = end
-            self.events.append(self._event(one, met, end))
-
-    def _before(self, number: int) -> int:
-        before = self._graph.before[number]
-        return 0 if before == NONE else self._ends[before]
-
-    def _start(self, number: int) -> int:
-        made = (self._ends[dep] for dep in self._graph.deps[number] if dep != NONE)
-        return max(self._before(number), max(made, default=0))
-
-    def _bytes(self, op: Op) -> int:
-        return op.tokens * self._machine.bytes_per_token
-
-    def _duration(self, rank: int, op: Op) -> int:
-        machine = self._machine
-        if op.is_transfer:
-            link = (rank, op.peer) if op.kind == "send" else (op.peer, rank)
-            base = (machine.latency + self._bytes(op) / machine.bytes_per_s * 1e9) * machine.slow.get(link, 1)
-        else:
-            base = machine.layer if op.kind == "layer" else machine.layer / SHORT
-        return max(1, round(base * (1 + machine.jitter * self._random.random())))
-
-    def _event(self, number: int, met: int, end: int) -> Event:
-        op, place = self._graph.ops[number], self._graph.place(number)
-        lane = self._graph.plan.lanes[place.rank][place.lane].name
-        times = self._before(number), self._start(number), met, end
-        return event_of(op, place.rank, lane, place.index, times, self._bytes(op))

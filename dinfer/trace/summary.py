@@ -12,10 +12,6 @@ SAME = ("model", "layers", "tokens", "world_size")
 """fields in which runs must agree for their times to be compared"""
 
 
-ENDED = ("", "done", "decoding")
-"""states of a run that has ended prefill; "" if its state is unknown"""
-
-
 def summary(trace: Trace) -> dict[str, Any]:
     """Prefill of all ranks, in seconds, shares of 1 and bytes; None where nothing was sent. `ended`: whether prefill
     has ended, as far as is known; otherwise its times cannot be compared."""
@@ -23,7 +19,7 @@ def summary(trace: Trace) -> dict[str, Any]:
     latency = spread(one.latency for one in sent) if sent else None
     return {
         **{name: trace.about.get(name) for name in (*SAME, "sync_strategy", "schedule", "chunk_size")},
-        "ended": not known.failure and known.state in ENDED,
+        "ended": not known.failure and known.state in ("", "done", "decoding"),
         "prefill_s": max((rank.prefill_s for rank in found.ranks), default=0.0),
         "exposed": found.exposed,
         "bubble": found.bubble,

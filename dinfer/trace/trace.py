@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from dinfer.trace.events import COMPUTE, Event, prefill_events
 from dinfer.trace.export import export
-from dinfer.trace.intervals import length, minus, union
+from dinfer.trace.intervals import minus, seconds, union
 
 
 class RankFigures(NamedTuple):
@@ -75,15 +75,15 @@ class Trace:
         transfers = [e for e in prefill if e.kind in ("send", "recv")]
         return RankFigures(
             rank=rank,
-            prefill_s=_seconds(max((e.end for e in prefill), default=self.began) - self.began),
-            compute_s=_seconds(length(compute)),
-            exposed_sync_s=_seconds(length(minus(sync, compute))),
-            decode_s=_seconds(sum(e.busy for e in mine if e.kind == "decode")),
-            waiting_s=_seconds(sum(e.waited for e in transfers)),
-            wire_s=_seconds(length(union((e.met, e.end) for e in transfers))),
+            prefill_s=(max((e.end for e in prefill), default=self.began) - self.began) / 1e9,
+            compute_s=seconds(compute),
+            exposed_sync_s=seconds(minus(sync, compute)),
+            decode_s=sum(e.busy for e in mine if e.kind == "decode") / 1e9,
+            waiting_s=sum(e.waited for e in transfers) / 1e9,
+            wire_s=seconds(union((e.met, e.end) for e in transfers)),
             sent_bytes=sum(e.bytes for e in transfers if e.kind == "send"),
             received_bytes=sum(e.bytes for e in transfers if e.kind == "recv"),
-            check_s=_seconds(sum(e.busy for e in mine if e.kind == "check")),
+            check_s=sum(e.busy for e in mine if e.kind == "check") / 1e9,
         )
 
     @cached_property
@@ -95,7 +95,7 @@ class Trace:
         """Write the trace to a file: "jsonl", an event a line; "perfetto", for ui.perfetto.dev and chrome://tracing. By
         default `trace.jsonl` or `trace.perfetto.json` here. Raises TraceError for another form, OSError.
         """
-        return export(self, form, path)
+        return export(self.events, self.about, form, path)
 
     def link_figures(self) -> list[LinkFigures]:
         """The figures of each link, by source and target."""
@@ -103,7 +103,14 @@ class Trace:
         for event in self.prefill():
             if event.kind == "recv" and event.peer is not None:
                 by_link[event.peer, event.rank].append(event)
-        return [_link(*link, events) for link, events in sorted(by_link.items())]
+        found = []
+        for (source, target), events in sorted(by_link.items()):
+            size = sum(event.bytes for event in events)
+            wire_s = seconds(union((event.met, event.end) for event in events))
+            transfer_s = median(event.busy for event in events) / 1e9
+            rate = size / wire_s if wire_s > 0 else None
+            found.append(LinkFigures(source, target, len(events), size, wire_s, transfer_s, rate))
+        return found
 
     def received(self, rank: int) -> list[list[bool]]:
         """received[chunk][layer]: whether this rank has received or computed that block."""
@@ -116,21 +123,3 @@ class Trace:
         chunks = 1 + max((chunk for chunk, _ in known if chunk is not None), default=-1)
         layers = 1 + max((layer for _, layer in known if layer is not None), default=-1)
         return [[(chunk, layer) in held for layer in range(layers)] for chunk in range(chunks)]
-
-
-def _link(source: int, target: int, events: list[Event]) -> LinkFigures:
-    size = sum(event.bytes for event in events)
-    wire = _seconds(length(union((event.met, event.end) for event in events)))
-    return LinkFigures(
-        source=source,
-        target=target,
-        transfers=len(events),
-        bytes=size,
-        wire_s=wire,
-        median_transfer_s=_seconds(median(event.busy for event in events)),
-        bytes_per_s=size / wire if wire > 0 else None,
-    )
-
-
-def _seconds(nanoseconds: float) -> float:
-    return nanoseconds / 1e9

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from math import ceil
 from typing import NamedTuple
 
-from dinfer.trace.events import Event, pairs
+from dinfer.trace.events import pairs
 from dinfer.trace.trace import Trace
 
 LinkRanks = tuple[int, int]
@@ -64,31 +64,19 @@ class Spread(NamedTuple):
 
 def transfers(trace: Trace) -> list[Transfer]:
     """All messages of prefill whose two ranks are known, in the order in which they arrived."""
-    found = [_transfer(send, recv) for send, recv in pairs(trace.events)]
+    found = []
+    for send, recv in pairs(trace.events):
+        seen = recv or send
+        assert seen is not None
+        assert seen.peer is not None
+        source, target = (seen.peer, seen.rank) if seen.kind == "recv" else (seen.rank, seen.peer)
+        late = None
+        if send and recv:
+            late = source if send.start > recv.start else target
+        block = (seen.what, seen.chunk, seen.layer, seen.bytes)
+        offered = seen.met - (send or seen).waited
+        found.append(Transfer(source, target, *block, offered, seen.met, seen.end, late))
     return sorted(found, key=lambda one: (one.end, one.source, one.target))
-
-
-def _transfer(send: Event | None, recv: Event | None) -> Transfer:
-    seen = recv or send
-    assert seen is not None
-    assert seen.peer is not None
-    source, target = (seen.peer, seen.rank) if seen.kind == "recv" else (seen.rank, seen.peer)
-    waited = (send or seen).waited
-    late = None
-    if send and recv:
-        late = source if send.start > recv.start else target
-    return Transfer(
-        source=source,
-        target=target,
-        what=seen.what,
-        chunk=seen.chunk,
-        layer=seen.layer,
-        bytes=seen.bytes,
-        offered=seen.met - waited,
-        met=seen.met,
-        end=seen.end,
-        late=late,
-    )
 
 
 def by_link(found: Iterable[Transfer]) -> dict[LinkRanks, list[Transfer]]:

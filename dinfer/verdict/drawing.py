@@ -38,11 +38,16 @@ class Arrow(NamedTuple):
 
 def drawing(title: str, boxes: Sequence[Box], arrows: Sequence[Arrow]) -> str:
     """An SVG with the boxes on an ellipse, clockwise from the top."""
-    across, down = _radii(len(boxes))
+    count = len(boxes)
+    across, down = (max(170.0, 44.0 * count), max(80.0, 24.0 * count)) if count > 1 else (0.0, 0.0)
     middle = across + WIDTH / 2 + MARGIN, down + HEIGHT / 2 + MARGIN
-    at = {box.key: _place(number, len(boxes), middle, (across, down)) for number, box in enumerate(boxes)}
-    drawn = [_arrow(arrow, at, (arrow.target, arrow.source) in _pairs(arrows)) for arrow in arrows]
-    drawn += [_box(box, at[box.key]) for box in boxes]
+    at = {}
+    for number, box in enumerate(boxes):
+        angle = 2 * pi * number / count - pi / 2
+        at[box.key] = middle[0] + across * cos(angle), middle[1] + down * sin(angle)
+    pairs = {(arrow.source, arrow.target) for arrow in arrows}
+    drawn = [_arrow(arrow, at, (arrow.target, arrow.source) in pairs) for arrow in arrows]
+    drawn += [_box(box, *at[box.key]) for box in boxes]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * middle[0]:.0f}" height="{2 * middle[1]:.0f}" role="img" '
         f'style="background:#fff" font-family="sans-serif" font-size="11"><title>{escape(title)}</title>'
@@ -51,29 +56,13 @@ def drawing(title: str, boxes: Sequence[Box], arrows: Sequence[Arrow]) -> str:
     )
 
 
-def _radii(count: int) -> Point:
-    if count < 2:
-        return 0.0, 0.0
-    return max(170.0, 44.0 * count), max(80.0, 24.0 * count)
-
-
-def _place(number: int, count: int, middle: Point, radii: Point) -> Point:
-    angle = 2 * pi * number / count - pi / 2
-    return middle[0] + radii[0] * cos(angle), middle[1] + radii[1] * sin(angle)
-
-
-def _pairs(arrows: Sequence[Arrow]) -> set[tuple[int, int]]:
-    return {(arrow.source, arrow.target) for arrow in arrows}
-
-
-def _box(box: Box, at: Point) -> str:
-    x, y = at[0] - WIDTH / 2, at[1] - HEIGHT / 2
+def _box(box: Box, x: float, y: float) -> str:
     fill, stroke = ("#fbe3ee", "#b3125b") if box.is_root else ("#eef2f6", "#2672b3")
     return (
-        f'<g><title>{escape(f"{box.name}: {box.text}")}</title><rect x="{x:.1f}" y="{y:.1f}" width="{WIDTH}" '
-        f'height="{HEIGHT}" rx="6" fill="{fill}" stroke="{stroke}" stroke-width="1.5"/>'
-        f'<text x="{at[0]:.1f}" y="{at[1] - 4:.1f}" text-anchor="middle" font-weight="bold">{escape(box.name)}</text>'
-        f'<text x="{at[0]:.1f}" y="{at[1] + 11:.1f}" text-anchor="middle">{escape(_short(box.text))}</text></g>'
+        f'<g><title>{escape(f"{box.name}: {box.text}")}</title><rect x="{x - WIDTH / 2:.1f}" y="{y - HEIGHT / 2:.1f}" '
+        f'width="{WIDTH}" height="{HEIGHT}" rx="6" fill="{fill}" stroke="{stroke}" stroke-width="1.5"/>'
+        f'<text x="{x:.1f}" y="{y - 4:.1f}" text-anchor="middle" font-weight="bold">{escape(box.name)}</text>'
+        f'<text x="{x:.1f}" y="{y + 11:.1f}" text-anchor="middle">{escape(_short(box.text))}</text></g>'
     )
 
 
@@ -114,10 +103,7 @@ def cycle_text(found: Counterexample) -> str:
     if len(found.steps) == 1:
         return f"↻ {found.steps[0]}"
     first, *middle, last = found.steps
-    lines = [f"┌▶ {first}"]
-    for step in middle:
-        lines += ["│     ▼", f"│  {step}"]
-    return "\n".join([*lines, "│     ▼", f"└─ {last}"])
+    return "\n│     ▼\n".join([f"┌▶ {first}", *(f"│  {step}" for step in middle), f"└─ {last}"])
 
 
 def counterexample_svg(plan: Plan, found: Counterexample) -> str:

@@ -1,6 +1,6 @@
 """What an unexpected message tells about which rank is wrong, and how."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from dinfer.plan.graph import Channel, Graph, channel_of
 from dinfer.plan.ops import Op, Value, parse_op
@@ -9,7 +9,7 @@ from dinfer.verdict.signs import Came, Raised, Signs
 from dinfer.verdict.waits import HangKind, Root
 
 
-def mismatch(graph: Graph, signs: dict[int, Signs], rank: int, raised: Raised) -> Root:
+def mismatch(graph: Graph, signs: Sequence[Signs], rank: int, raised: Raised) -> Root:
     """The root of an exception on `rank` that a message has caused. `raised.came` and `raised.op` must be known."""
     came, op = raised.came, parse_op(raised.op)
     assert came
@@ -20,18 +20,17 @@ def mismatch(graph: Graph, signs: dict[int, Signs], rank: int, raised: Raised) -
     if came.plan_id != graph.plan.id:
         return Root("another plan", op.peer, f"runs another plan (id {came.plan_id:016x}): {event}", rank)
     if came.value == op.value:
-        return Root(
-            "other size", op.peer, f"sent {op.value} in another size: {event}, {came.nbytes:,} bytes", rank
-        )
+        text = f"sent {op.value} in another size: {event}, {came.nbytes:,} bytes"
+        return Root("other size", op.peer, text, rank)
     kind, culprit, text = _order(graph, signs, rank, op, came)
     return Root(kind, culprit, f"{text}: {event}", op.peer if culprit == rank else rank)
 
 
-def _order(graph: Graph, signs: dict[int, Signs], rank: int, op: Op, came: Came) -> tuple[HangKind, int, str]:
+def _order(graph: Graph, signs: Sequence[Signs], rank: int, op: Op, came: Came) -> tuple[HangKind, int, str]:
     """Which rule of order was broken, by which rank, and a text that says so."""
     channel = channel_of(rank, op)
     sends, recvs = graph.channels.get(channel, ([], []))
-    expected = _index(graph, recvs, op)
+    expected = next((n for n, recv in enumerate(recvs) if graph.ops[recv] == op), None)
     number = next((n for n, send in enumerate(sends) if graph.ops[send].value == came.value), None)
     if number is None or expected is None:
         return _astray(graph, channel, came)
@@ -44,25 +43,23 @@ def _order(graph: Graph, signs: dict[int, Signs], rank: int, op: Op, came: Came)
         if robbed is not None:
             return "wrong peer", op.peer, f"sent {came.value} to rank {rank} in place of rank {robbed}"
         return "sent twice", op.peer, f"sent {came.value} twice"
-    skipped = _is_empty(graph, signs[op.peer], sends[expected])
-    if skipped or _passed(graph, signs[op.peer], sends) > number:
+    peer = signs[op.peer]
+    if _is_empty(graph, peer, sends[expected]) or _passed(graph, peer, sends) > number:
         return "never sent", op.peer, f"has passed `{graph.ops[sends[expected]]}` and not sent it"
     return "out of order", op.peer, f"sent {came.value} before {op.value}"
 
 
-def who_lacks(graph: Graph, signs: Mapping[int, Signs], channel: Channel, value: Value) -> int | None:
+def who_lacks(graph: Graph, signs: Sequence[Signs], channel: Channel, value: Value) -> int | None:
     """Another rank to which the channel's source has sent this value, by its own account, and which has not received
     it: if one rank got a value twice, the second was meant for that rank."""
     for other, (sends, recvs) in graph.channels.items():
-        if other._replace(target=channel.target) == channel != other:
-            for send, recv in zip(sends, recvs, strict=False):
-                sent = has_passed(signs[other.source], graph.place(send))
-                if (
-                    sent
-                    and graph.ops[send].value == value
-                    and not has_passed(signs[other.target], graph.place(recv))
-                ):
-                    return other.target
+        if other._replace(target=channel.target) != channel or other == channel:
+            continue
+        for send, recv in zip(sends, recvs, strict=False):
+            sent = has_passed(signs[other.source], graph.place(send))
+            came = has_passed(signs[other.target], graph.place(recv))
+            if graph.ops[send].value == value and sent and not came:
+                return other.target
     return None
 
 
@@ -75,18 +72,14 @@ def _astray(graph: Graph, channel: Channel, came: Came) -> tuple[HangKind, int, 
     return "out of order", channel.source, f"sent {came.value}, which the plan never sends on this link"
 
 
-def _index(graph: Graph, numbers: list[int], op: Op) -> int | None:
-    return next((n for n, number in enumerate(numbers) if graph.ops[number] == op), None)
+def has_passed(signs: Signs, place: OpPlace) -> bool:
+    """Whether the op at that place has ended."""
+    return place.lane < len(signs.positions) and signs.positions[place.lane] > place.index
 
 
 def _passed(graph: Graph, signs: Signs, numbers: list[int]) -> int:
     """How many of these ops, all on one lane of the rank, have ended."""
     return sum(has_passed(signs, graph.place(number)) for number in numbers)
-
-
-def has_passed(signs: Signs, place: OpPlace) -> bool:
-    """Whether the op at that place has ended."""
-    return place.lane < len(signs.positions) and signs.positions[place.lane] > place.index
 
 
 def _is_empty(graph: Graph, signs: Signs, number: int) -> bool:

@@ -7,21 +7,16 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
-from typing import NamedTuple, TypeVar, get_args
+from typing import NamedTuple, TypeVar
 
 from dinfer.plan.graph import Graph
 from dinfer.plan.plan import Plan
 from dinfer.plan.verify import shortest_cycle
-from dinfer.verdict.planned import Planned, RankSigns
+from dinfer.verdict.planned import Planned
 from dinfer.verdict.signs import KvBytes, Signs
 from dinfer.verdict.verdict import Verdict
-from dinfer.verdict.waits import CYCLE_S, HangKind, Node, Root, Wait, Waits
-from dinfer.verdict.words import ranks_text, seconds_text
-
-ORDER: dict[HangKind, int] = {kind: number for number, kind in enumerate(get_args(HangKind))}
-
-ABOUT_LINKS = ("stalled link", "slow link")
-"""roots whose text is a whole sentence"""
+from dinfer.verdict.waits import CYCLE_S, KINDS, HangKind, Node, Root, Wait, Waits
+from dinfer.verdict.where import ranks_text, seconds_text
 
 
 class _Cause(NamedTuple):
@@ -40,35 +35,27 @@ def judge(waits: Waits) -> Verdict:
     causes = [*_cycle(waits), *_roots(waits)]
     if not causes:
         return Verdict("done", "the run is done", waits=waits)
-    first = min(causes, key=lambda cause: (ORDER[cause.root.kind], -len(cause.ranks()), cause.root.rank))
-    kind = first.root.kind
-    if kind in ("moving", "done", "held"):
-        return _quiet(waits, first)
-    chain = _chain(waits, first)
-    culprits = tuple(sorted({n.rank for n in first.nodes})) if kind == "cycle" else (first.root.rank,)
-    blocked = tuple(sorted(first.ranks() - set(culprits)))
-    return Verdict(
-        kind,
-        _sentence(first, blocked),
-        culprits,
-        first.root.peer,
-        blocked,
-        chain,
-        _lines(waits, chain),
-        waits,
+    first = min(
+        causes, key=lambda cause: (KINDS.index(cause.root.kind), -len(cause.ranks()), cause.root.rank)
     )
+    root = first.root
+    culprits = tuple(sorted({n.rank for n in first.nodes})) if root.kind == "cycle" else (root.rank,)
+    blocked = tuple(sorted(first.ranks() - set(culprits)))
+    if root.kind in ("moving", "done") or (root.kind == "held" and not blocked):  # nothing is wrong
+        kind: HangKind = "paused" if root.kind == "held" else root.kind
+        texts = {"moving": "the run moves", "paused": "the run stands where it was told to stop"}
+        return Verdict(kind, texts.get(kind, "the run is done"), lines=_lines(waits, ()), waits=waits)
+    text = f"deadlock: {root.text}" if root.kind == "cycle" else _said(root)
+    if blocked:
+        whom = "them" if root.kind == "cycle" else "it"
+        text += f"; {ranks_text(blocked)} wait{'s' * (len(blocked) == 1)} for {whom}"
+    chain = _chain(waits, first)
+    return Verdict(root.kind, text, culprits, root.peer, blocked, chain, _lines(waits, chain), waits)
 
 
-def _quiet(waits: Waits, cause: _Cause) -> Verdict:
-    """The verdict if nothing is wrong."""
-    root, waiting = cause.root, tuple(sorted(cause.ranks() - {cause.root.rank}))
-    if root.kind == "held" and waiting:
-        chain = _chain(waits, cause)
-        text = _sentence(cause, waiting)
-        return Verdict("held", text, (root.rank,), None, waiting, chain, _lines(waits, chain), waits)
-    kind: HangKind = "paused" if root.kind == "held" else root.kind
-    texts = {"moving": "the run moves", "paused": "the run stands where it was told to stop"}
-    return Verdict(kind, texts.get(kind, "the run is done"), lines=_lines(waits, ()), waits=waits)
+def _said(root: Root) -> str:
+    """What is wrong, as a sentence: of a link, the text is one."""
+    return root.text if root.kind in ("stalled link", "slow link") else f"rank {root.rank} {root.text}"
 
 
 def _roots(waits: Waits) -> list[_Cause]:
@@ -119,29 +106,14 @@ def _chain(waits: Waits, cause: _Cause) -> tuple[Wait, ...]:
     """The waits from the rank farthest from the root to the root; for a cycle, the cycle."""
     if cause.root.kind == "cycle":
         return tuple(waits[node] for node in cause.nodes)
-    paths = [_path(node, cause) for node in sorted(cause.waiting)] or [[cause.nodes[0]]]
+    paths = []
+    for node in sorted(cause.waiting) or [cause.nodes[0]]:
+        path = [node]
+        while path[-1] in cause.waiting:
+            path.append(cause.waiting[path[-1]])
+        paths.append(path)
     longest = max(paths, key=lambda path: (len({node.rank for node in path}), len(path)))
     return tuple(waits[node] for node in longest)
-
-
-def _path(node: Node, cause: _Cause) -> list[Node]:
-    path = [node]
-    while path[-1] in cause.waiting:
-        path.append(cause.waiting[path[-1]])
-    return path
-
-
-def _sentence(cause: _Cause, blocked: Sequence[int]) -> str:
-    root = cause.root
-    if root.kind == "cycle":
-        text = f"deadlock: {root.text}"
-    else:
-        text = root.text if root.kind in ABOUT_LINKS else f"rank {root.rank} {root.text}"
-    if not blocked:
-        return text
-    waits = "waits" if len(blocked) == 1 else "wait"
-    whom = {"cycle": "them"}.get(root.kind, "it")
-    return f"{text}; {ranks_text(blocked)} {waits} for {whom}"
 
 
 def _lines(waits: Waits, chain: Sequence[Wait]) -> tuple[str, ...]:
@@ -158,16 +130,14 @@ def _lines(waits: Waits, chain: Sequence[Wait]) -> tuple[str, ...]:
 
 def _urgency(wait: Wait) -> tuple[bool, bool, bool, bool]:
     op, root = wait.op, wait.root
-    idle = root is not None and root.kind in ("held", "done")
-    if idle:  # `where()` names what it computes next, or else the first of its lanes
-        return (True, op is not None and op.is_transfer, False, False)
-    is_transfer = op is not None and op.is_transfer and bool(wait.on)
-    return (
-        False,
-        not is_transfer and root is None,
-        op is not None and op.what == "kv",
-        op is not None and op.kind != "recv",
-    )
+    is_transfer = op is not None and op.is_transfer
+    if root and root.kind in (
+        "held",
+        "done",
+    ):  # `where()` names what it computes next, or else the first of its lanes
+        return True, is_transfer, False, False
+    is_kv, is_recv = op is not None and op.what == "kv", op is None or op.kind == "recv"
+    return False, not root and not (is_transfer and wait.on), is_kv, not is_recv
 
 
 UNKNOWN = KvBytes()
@@ -189,18 +159,14 @@ def explain(
     plan's, to save making it on every call. `ahead_s`: what will count as stuck in so many seconds, if nothing changes,
     counts as stuck now. `tell_slow`: say of a run that moves which rank or link is slow.
     """
-    found = judge(Planned(RankSigns(plan, signs, graph or Graph(plan), ahead_s), sizes).waits())
+    found = judge(Planned(plan, signs, graph or Graph(plan), sizes, ahead_s).waits())
     if tell_slow and found.kind == "moving" and (root := _slow(plan, signs)):
-        text = root.text if root.kind in ABOUT_LINKS else f"rank {root.rank} {root.text}"
-        found = replace(found, kind=root.kind, sentence=text, ranks=(root.rank,), peer=root.peer)
+        found = replace(found, kind=root.kind, sentence=_said(root), ranks=(root.rank,), peer=root.peer)
     return replace(found, stacks=dict(stacks or {}))
 
 
-SLOW_RANK = 1.6
-"""a rank is slow if its layers take so many times as long as the others'"""
-
-SLOW_LINK = 4.0
-"""a link is slow if its blocks take so many times as long as the others'"""
+SLOW_RANK, SLOW_LINK = 1.6, 4.0
+"""a rank is slow if its layers take so many times as long as the others', a link if its blocks do"""
 
 LEAST_LINK_S = 10e-3
 """a link on which a block takes less is not slow"""
@@ -249,11 +215,10 @@ def _behind(plan: Plan, signs: Sequence[Signs], rank: int) -> str:
 
 
 def _layers(plan: Plan, rank: int, signs: Signs) -> tuple[int, int]:
+    """How many layer ops the rank has done, and how many there are."""
     lanes = plan.lanes[rank]
-    positions = signs.positions or (0,) * len(lanes)
-    kinds = [
-        (op.kind == "layer", index < at)
-        for lane, at in zip(lanes, positions, strict=True)
-        for index, op in enumerate(lane.ops)
-    ]
-    return sum(is_layer and done for is_layer, done in kinds), sum(is_layer for is_layer, _ in kinds) or 1
+    done = total = 0
+    for lane, at in zip(lanes, signs.positions or (0,) * len(lanes), strict=True):
+        done += sum(op.kind == "layer" for op in lane.ops[:at])
+        total += sum(op.kind == "layer" for op in lane.ops)
+    return done, total or 1

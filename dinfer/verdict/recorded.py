@@ -8,15 +8,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from math import inf
 
-from dinfer.trace.events import Event
+from dinfer.trace.events import COLLECTIVES, Event
 from dinfer.verdict.judge import judge
 from dinfer.verdict.planned import busy
 from dinfer.verdict.signs import Signs
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.waits import STUCK_S, HangKind, Node, Root, Wait, Waits
-from dinfer.verdict.words import ranks_text
-
-COLLECTIVES = ("all_gather", "broadcast", "all_reduce", "barrier")
+from dinfer.verdict.where import ranks_text
 
 NOBODY = Signs()
 
@@ -34,11 +32,9 @@ def explain_events(
 
 def event_text(event: Event) -> str:
     """The op, as far as it is known, for example `recv kv c0 l3 <- 1` or `all_reduce`."""
-    parts = [event.kind, event.what]
-    parts += [f"c{event.chunk}"] * (event.chunk is not None) + [f"l{event.layer}"] * (event.layer is not None)
-    if event.peer is not None:
-        parts.append(f"{'<-' if event.kind == 'recv' else '->'} {event.peer}")
-    return " ".join(filter(None, parts))
+    if event.peer is None:
+        return event.name
+    return f"{event.name} {'<-' if event.kind == 'recv' else '->'} {event.peer}"
 
 
 class RecordedEvents:

@@ -9,9 +9,6 @@ from typing import NamedTuple
 
 from dinfer.plan.ops import Op, Value
 
-STOPPED = ("T", "t")
-"""process states (as in /proc) of a process that a signal or a debugger has stopped"""
-
 BUSY = "busy"
 """instead of a lane's name: of a rank that does not answer, the thread that is in an op and not in the transport"""
 
@@ -60,12 +57,12 @@ class Raised(NamedTuple):
 class Signs:
     """One rank. By lane: `positions`, `started`, `limits` as on the rank's board, and `still_s`.
 
-    `quiet_s`: since the rank has sent news. `process`: the state letter of its process; `ended`: how the process ended,
-    "" while it lives. `cpu_moves`: whether it has used CPU time lately; `answers`: whether its Python answered the last
-    question; None: unknown. `frames`: by lane name; `medians`: seconds by op kind; `links`: seconds of a block, by the
-    rank that sends it. `empty`: (lane, index) of transfers that ended without any bytes; `full`: of recvs that are
-    known to have ended with theirs. `holder`: the lane whose thread keeps Python from answering, if that is known.
-    """
+    `quiet_s`: since the rank has sent news. `process`: the state letter of its process, as in /proc; `ended`: how the
+    process ended, "" while it lives. `cpu_moves`: whether it has used CPU time lately; `answers`: whether its Python
+    answered the last question; None: unknown. `frames`: by lane name; `medians`: seconds by op kind; `links`: seconds
+    of a block, by the rank that sends it. `empty`: (lane, index) of transfers that ended without any bytes; `full`: of
+    recvs that are known to have ended with theirs. `holder`: the lane whose thread keeps Python from answering, if that
+    is known."""
 
     positions: tuple[int, ...] = ()
     started: tuple[bool, ...] = ()
@@ -89,7 +86,8 @@ class Signs:
 
     @property
     def is_stopped(self) -> bool:
-        return self.process in STOPPED
+        """Whether a signal or a debugger has stopped its process."""
+        return self.process in ("T", "t")
 
 
 class KvBytes(NamedTuple):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from dinfer.display import html_text
 from dinfer.verdict.drawing import Arrow, Box, drawing
-from dinfer.verdict.waits import HUNG, HangKind, Node, Wait, Waits
+from dinfer.verdict.waits import HUNG, HangKind, Wait, Waits
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,9 +50,18 @@ class Verdict:
 
     def svg(self) -> str:
         """A small picture of the waiting ranks, the culprits, and what each waits for."""
-        shown = {node: wait for node, wait in self.waits.items() if self._is_shown(node, wait)}
+        shown = {
+            node: wait
+            for node, wait in self.waits.items()
+            if wait.on or (wait.root and node.rank in self.ranks)
+        }
         ranks = sorted({node.rank for node in shown} | {to.rank for w in shown.values() for to in w.on})
-        boxes = [Box(rank, f"rank {rank}", self._label(rank), rank in self.ranks) for rank in ranks]
+        boxes = []
+        for rank in ranks:  # with the op at which it stands
+            found = [wait for node, wait in self.waits.items() if node.rank == rank]
+            found.sort(key=lambda wait: (wait.root is None or wait.root.kind != self.kind, not wait.on))
+            text = str(found[0].op or found[0].text) if found else ""
+            boxes.append(Box(rank, f"rank {rank}", text, rank in self.ranks))
         arrows = {
             (node.rank, to.rank): Arrow(node.rank, to.rank, wait.what or wait.text)
             for node, wait in shown.items()
@@ -63,12 +72,3 @@ class Verdict:
 
     def _repr_html_(self) -> str:
         return f"<div>{html_text(str(self))}{self.svg() if self.is_hung else ''}</div>"
-
-    def _is_shown(self, node: Node, wait: Wait) -> bool:
-        return bool(wait.on) or (wait.root is not None and node.rank in self.ranks)
-
-    def _label(self, rank: int) -> str:
-        """The op at which the rank stands."""
-        found = [wait for node, wait in self.waits.items() if node.rank == rank]
-        found.sort(key=lambda wait: (wait.root is None or wait.root.kind != self.kind, not wait.on))
-        return str(found[0].op or found[0].text) if found else ""

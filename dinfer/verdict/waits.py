@@ -1,43 +1,20 @@
 """The graph of who waits for whom: its nodes, and what is wrong at those that wait for no other (the roots)."""
 
 from math import inf
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from dinfer.plan.ops import Op
 
 HangKind = Literal[
-    "exception",
-    "dead",
-    "stopped",
-    "another plan",
-    "other size",
-    "wrong peer",
-    "sent twice",
-    "out of order",
-    "never sent",
-    "never received",
-    "cycle",
-    "stuck in Python",
-    "stuck in C",
-    "stuck",
-    "stalled link",
-    "lost peer",
-    "computing",
-    "slow rank",
-    "slow link",
-    "moving",
-    "held",
-    "paused",
-    "done",
-]
+    "exception", "dead", "stopped", "another plan", "other size", "wrong peer", "sent twice", "out of order",
+    "never sent", "never received", "cycle", "stuck in Python", "stuck in C", "stuck", "stalled link", "lost peer",
+    "computing", "slow rank", "slow link", "moving", "held", "paused", "done",
+]  # fmt: skip
 """the kinds of roots, the worst first"""
 
-HUNG = frozenset[HangKind](
-    (
-        "exception", "dead", "stopped", "another plan", "other size", "wrong peer", "sent twice", "out of order",
-        "never sent", "never received", "cycle", "stuck in Python", "stuck in C", "stuck", "stalled link", "lost peer",
-    )
-)  # fmt: skip
+KINDS: tuple[HangKind, ...] = get_args(HangKind)
+
+HUNG = frozenset(KINDS[: KINDS.index("computing")])
 """kinds with which a run will not go on by itself"""
 
 STUCK_S = 5.0

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
 from dinfer.run.state import Mark
 from dinfer.verdict.where import RankStand
@@ -52,26 +51,28 @@ class CellMap:
         number = 0
         for rank, lanes in enumerate(plan.lanes):
             for lane in lanes:
-                self._note(rank, number, lane.ops)
+                for index, op in enumerate(lane.ops):
+                    if op.kind == "layer" or (op.kind == "recv" and op.what == "kv"):
+                        at = (op.layer, op.chunk, rank)
+                        self._lane[at], self._index[at] = number, index
+                        self._computes[at] = op.kind == "layer"
                 number += 1
-
-    def _note(self, rank: int, lane: int, ops: Sequence[Op]) -> None:
-        for index, op in enumerate(ops):
-            if op.kind == "layer" or (op.kind == "recv" and op.what == "kv"):
-                at = (op.layer, op.chunk, rank)
-                self._lane[at], self._index[at], self._computes[at] = lane, index, op.kind == "layer"
 
     def states(self, stands: Sequence[RankStand]) -> CellStates:
         """The state of every cell, [layers, chunks, ranks]."""
         positions = np.array([n for stand in stands for n in stand.positions], np.int32)[self._lane]
         started = np.array([begun for stand in stands for begun in stand.started], bool)[self._lane]
-        held = positions > self._index
-        computing = self._computes & started & (positions == self._index)
-        states = np.where(held.any(axis=2, keepdims=True), IN_FLIGHT, NOT_YET).repeat(self.shape[2], axis=2)
-        states[computing] = COMPUTING
-        states[held] = HERE
-        states[held.all(axis=2)] = EVERYWHERE
-        return states.astype(np.uint8)
+        states = held_states(positions > self._index)
+        states[self._computes & started & (positions == self._index)] = COMPUTING
+        return states
+
+
+def held_states(held: NDArray[np.bool_]) -> CellStates:
+    """The states, where nothing is known but whether each rank holds each block, [layers, chunks, ranks]."""
+    states = np.where(held.any(axis=2, keepdims=True), IN_FLIGHT, NOT_YET).repeat(held.shape[2], axis=2)
+    states[held] = HERE
+    states[held.all(axis=2)] = EVERYWHERE
+    return states.astype(np.uint8)
 
 
 def marked(states: CellStates, marks: Iterable[Mark]) -> CellStates:

@@ -5,17 +5,16 @@ a browser asks, and is answered once there is something new. plotly's own script
 saved in the notebook.
 """
 
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from dinfer.trace.events import CHECKING, Event
+from dinfer.trace.events import Event, prefill_events
 from dinfer.trace.trace import Trace
-from dinfer.views.desk import Painter
+from dinfer.views.desk import Painter, Wants
 from dinfer.views.figures.exposure import exposure
 from dinfer.views.figures.gantt import gantt
 from dinfer.views.figures.latency import distribution, latency
@@ -23,20 +22,11 @@ from dinfer.views.figures.matrix import matrix
 from dinfer.views.figures.style import HTML_CONFIG
 from dinfer.views.protocol import InspectableRun, Json
 
-SendFigure = Callable[..., object]
-
-PERIOD_S, REST = 0.1, 2.0
-
 EVENTS = 6000
 """the newest events, from which figures are drawn"""
 
-POINTS = 100
-"""points per link: few enough for a browser to draw several times a second"""
-
-VIEWS = 8
-
 FIGURES: dict[str, Callable[..., go.Figure]] = {
-    "latency": partial(latency, per_link=POINTS),
+    "latency": partial(latency, per_link=100),  # few enough for a browser to draw several times a second
     "distribution": distribution,
     "matrix": matrix,
     "gantt": gantt,
@@ -68,7 +58,7 @@ class Ring:
         if self._read and read[0] != self._read[0]:
             self._events.clear()
         self._read = read
-        new = sorted(_of_prefill(found), key=lambda event: event.end)
+        new = sorted(prefill_events(found), key=lambda event: event.end)
         self._events.extend(new)
         self.seen += len(new)
 
@@ -88,27 +78,19 @@ class Ring:
 class Communication:
     """The figures of one panel. `send(content, buffers)` sends to all its browsers."""
 
-    def __init__(self, run: InspectableRun, send: SendFigure) -> None:
+    def __init__(self, run: InspectableRun, send: Callable[..., object]) -> None:
         self._send = send
         self._ring = Ring(run)
-        self._painter = Painter(self._serve, "figures", PERIOD_S, REST)
-        self._lock = threading.Lock()
-        self._wants: dict[str, FigureRequest] = {}
-        self._not_before = 0.0
+        self._painter = Painter(self._serve, "figures", period=0.1, rest=2.0)
+        self._wants = Wants[FigureRequest]()
 
     def ask(self, message: Json) -> None:
         """A browser asks for a newer figure. Returns at once."""
         name, have = str(message.get("name")), message.get("have")
         if name not in FIGURES:
             return
-        view = str(message.get("view"))
-        with self._lock:
-            self._wants.pop(view, None)
-            self._wants[view] = FigureRequest(
-                view, name, bool(message.get("dark")), have if isinstance(have, int) else -1
-            )
-            while len(self._wants) > VIEWS:
-                del self._wants[next(iter(self._wants))]
+        view, dark = str(message.get("view")), bool(message.get("dark"))
+        self._wants[view] = FigureRequest(view, name, dark, have if isinstance(have, int) else -1)
         self._painter.touch()
 
     def touch(self) -> None:
@@ -128,25 +110,12 @@ class Communication:
 
     def _serve(self) -> None:
         self._ring.read()
-        for want in list(self._wants.values()):
-            if want.have == self._ring.seen:
-                continue
-            with self._lock:
-                if self._wants.get(want.view) != want:
-                    continue
-                del self._wants[want.view]
-            self._send({"figure": self._drawn(want)})
-
-    def _drawn(self, want: FigureRequest) -> Json:
-        head = {"view": want.view, "name": want.name, "seen": self._ring.seen, "caption": self._ring.caption}
-        if not self._ring.seen:
-            return head
-        try:
-            return {**head, "json": FIGURES[want.name](self._ring.trace(), dark=want.dark).to_json()}
-        except Exception as error:  # nothing else would report it
-            return {**head, "error": f"{type(error).__name__}: {error}"}
-
-
-def _of_prefill(events: Iterable[Event]) -> list[Event]:
-    apart = {"decode", *CHECKING}
-    return [event for event in events if event.what != "token" and event.kind not in apart]
+        ring = self._ring
+        for want in self._wants.taken(ring.seen):
+            found = {"view": want.view, "name": want.name, "seen": ring.seen, "caption": ring.caption}
+            if ring.seen:
+                try:
+                    found["json"] = FIGURES[want.name](ring.trace(), dark=want.dark).to_json()
+                except Exception as error:  # nothing else would report it
+                    found["error"] = f"{type(error).__name__}: {error}"
+            self._send({"figure": found})

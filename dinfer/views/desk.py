@@ -6,10 +6,18 @@ work: an idle or closed panel has none.
 
 import threading
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-PERIOD_S = 0.05
+
+class Want(Protocol):
+    """`have`: what the browser has been sent before."""
+
+    @property
+    def have(self) -> object: ...
+
+
+WantT = TypeVar("WantT", bound=Want)
 
 
 class Action(NamedTuple):
@@ -57,7 +65,12 @@ class Worker:
 
     def _work(self, action: Action | None) -> None:
         while action:
-            answer, error = _done(action)
+            answer = error = ""
+            try:
+                found = action.do()
+                answer = str(found) if action.asks else ""
+            except BaseException as failure:  # shown to the user: nothing else would report it
+                error = f"{action.call}: {str(failure) or type(failure).__name__}"
             with self._lock:
                 self.error, self.answer, self.done = error, answer, self.done + 1
                 # An action requested before this one failed may no longer be wanted.
@@ -73,7 +86,7 @@ class Painter:
     """
 
     def __init__(
-        self, paint: Callable[[], None], name: str = "painter", period: float = PERIOD_S, rest: float = 1.0
+        self, paint: Callable[[], None], name: str = "painter", period: float = 0.05, rest: float = 1.0
     ) -> None:
         self._paint, self._name = paint, f"dinfer panel {name}"
         self._period, self._rest = period, rest
@@ -99,25 +112,50 @@ class Painter:
             thread.join()
 
     def _loop(self) -> None:
-        while self._take():
+        while True:
+            with self._lock:
+                wanted = self._dirty and not self._closing.is_set()
+                self._dirty = False
+                if not wanted:
+                    self._thread = None
+                    return
             began = time.monotonic()
             self._paint()
             self._closing.wait(max(self._period, self._rest * (time.monotonic() - began)))
 
-    def _take(self) -> bool:
-        """Whether painting was requested; if not, this thread ends."""
+
+VIEWS = 8
+"""the number of browsers that are remembered, the newest"""
+
+
+class Wants(Generic[WantT]):
+    """What browsers want to be sent, by the browser's name."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_view: dict[str, WantT] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._by_view)
+
+    def __setitem__(self, view: str, want: WantT) -> None:
         with self._lock:
-            wanted = self._dirty and not self._closing.is_set()
-            self._dirty = False
-            if not wanted:
-                self._thread = None
-            return wanted
+            keep_newest(self._by_view, view, want)
+
+    def taken(self, now: object) -> Iterator[WantT]:
+        """Those that do not `have` what there is now, each taken just before it is to be answered."""
+        for view, want in list(self._by_view.items()):
+            with self._lock:
+                # There may be a newer request, which has touched the painter.
+                if want.have == now or self._by_view.get(view) != want:
+                    continue
+                del self._by_view[view]
+            yield want
 
 
-def _done(action: Action) -> tuple[str, str]:
-    """The answer and the error of an action."""
-    try:
-        found = action.do()
-    except BaseException as error:  # shown to the user: nothing else would report it
-        return "", f"{action.call}: {str(error) or type(error).__name__}"
-    return str(found) if action.asks else "", ""
+def keep_newest(found: dict[str, Any], view: str, value: object) -> None:
+    """Set the value of a browser, and forget those of browsers that came before the last VIEWS."""
+    found.pop(view, None)
+    found[view] = value
+    while len(found) > VIEWS:
+        del found[next(iter(found))]

@@ -4,7 +4,6 @@ A browser asks for a picture and says which one it has; it is answered once ther
 screen is fetched, no faster than the browser draws. A thread of its own waits for the ranks.
 """
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -15,22 +14,20 @@ import numpy as np
 from dinfer.kv.difference import number_text
 from dinfer.kv.source import Subject, ViewableSource
 from dinfer.plan.ops import PlanError
-from dinfer.views.desk import Painter
-from dinfer.views.protocol import InspectableRun, Json, RunView
+from dinfer.run.state import Standing
+from dinfer.views.desk import Painter, Wants, keep_newest
+from dinfer.views.protocol import InspectableRun, Json
 from dinfer.views.quantise import MISSING, Scale, Values, figures, quantise
-
-LIMIT = 96 << 20
-"""bytes of values that are cached"""
 
 CacheKey = tuple[int, int, int, int, int]
 """(layer, K or V, first token, tokens, digest)"""
 
 
 class BlockCache:
-    """Cached blocks of one run. Used by one thread."""
+    """Cached blocks of one run, up to 96 MiB. Used by one thread."""
 
-    def __init__(self, limit: int = LIMIT) -> None:
-        self._limit, self._bytes = limit, 0
+    def __init__(self) -> None:
+        self._bytes = 0
         self._kept: OrderedDict[CacheKey, Values] = OrderedDict()
 
     def of(self, source: ViewableSource, ranks: Sequence[int], layer: int, tensor: int) -> list[Values]:
@@ -44,43 +41,36 @@ class BlockCache:
                 (layer, tensor, span.start, len(span), int(number))
                 for span, number in zip(spans[: held.spans[layer]], numbers[0, :, tensor], strict=False)
             ]
-            found.append(self._whole(source, rank, keys))
+            blocks = self._blocks(source, rank, keys)
+            empty = np.zeros((subject.kv_heads, 0, subject.head_dim), np.float32)
+            found.append(np.concatenate(blocks, axis=1) if blocks else empty)
         return found
 
-    def _whole(self, source: ViewableSource, rank: int, keys: Sequence[CacheKey]) -> Values:
+    def _blocks(self, source: ViewableSource, rank: int, keys: Sequence[CacheKey]) -> list[Values]:
         here = {key: self._kept[key] for key in keys if key in self._kept}
-        absent = {key for key in keys if key not in here}
-        for missing, some in groupby(keys, absent.__contains__):
+        for missing, some in groupby(keys, {key for key in keys if key not in here}.__contains__):
             if missing:  # neighbouring blocks are fetched together
-                here |= _fetched(source, rank, list(some))
+                absent = list(some)
+                layer, tensor, first, *_ = absent[0]
+                _, _, last, size, _ = absent[-1]
+                values = fetched(source, rank, layer, tensor, range(first, last + size))
+                for key in absent:
+                    here[key] = values[:, key[2] - first : key[2] - first + key[3]].copy()
         for key in keys:
-            self._keep(key, here[key])
-        empty = np.zeros((source.subject.kv_heads, 0, source.subject.head_dim), np.float32)
-        return np.concatenate([here[key] for key in keys], axis=1) if keys else empty
-
-    def _keep(self, key: CacheKey, values: Values) -> None:
-        if key not in self._kept:
-            self._kept[key] = values
-            self._bytes += values.nbytes
-        self._kept.move_to_end(key)
-        while self._bytes > self._limit:
-            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+            if key not in self._kept:
+                self._kept[key] = here[key]
+                self._bytes += here[key].nbytes
+            self._kept.move_to_end(key)
+            while self._bytes > 96 << 20:
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return [here[key] for key in keys]
 
 
-def _fetched(source: ViewableSource, rank: int, keys: list[CacheKey]) -> dict[CacheKey, Values]:
-    layer, tensor, first, *_ = keys[0]
-    places = range(first, keys[-1][2] + keys[-1][3])
+def fetched(source: ViewableSource, rank: int, layer: int, tensor: int, places: range) -> Values:
+    """K (0) or V (1) at these tokens as that rank holds it, [heads, tokens, dims]; of at least 32 bits a number."""
     part = source.part(rank, layer, tensor, range(source.subject.kv_heads), places)
-    values = (part if part.element_size() > 4 else part.float()).numpy()
-    return {key: values[:, key[2] - first : key[2] - first + key[3]].copy() for key in keys}
-
-
-SendInspection = Callable[..., object]
-
-PERIOD_S = 0.1
-
-VIEWS = 8
-"""the number of browsers that are remembered, the newest"""
+    values: Values = (part if part.element_size() > 4 else part.float()).numpy()
+    return values
 
 
 class InspectRequest(NamedTuple):
@@ -135,11 +125,10 @@ class Fetched(NamedTuple):
 class Inspector:
     """The inspector of one panel. `send(content, buffers)` sends to all its browsers."""
 
-    def __init__(self, run: InspectableRun, send: SendInspection) -> None:
+    def __init__(self, run: InspectableRun, send: Callable[..., object]) -> None:
         self._run, self._send = run, send
-        self._painter = Painter(self._serve, "inspector", PERIOD_S)
-        self._lock = threading.Lock()
-        self._wants: dict[str, InspectRequest] = {}
+        self._painter = Painter(self._serve, "inspector", period=0.1)
+        self._wants = Wants[InspectRequest]()
         self._fetched: dict[str, Fetched] = {}
         self._blocks = BlockCache()
         self._diff = ("", "", True)
@@ -147,10 +136,7 @@ class Inspector:
     def ask(self, message: Json) -> None:
         """A browser asks for a newer or another picture. Returns at once."""
         want = InspectRequest.of(self._run, message)
-        with self._lock:
-            self._wants.pop(want.view, None)
-            self._wants[want.view] = want
-            _limit(self._wants)
+        self._wants[want.view] = want
         self._painter.touch()
 
     def touch(self) -> None:
@@ -174,35 +160,24 @@ class Inspector:
         if standing.state not in ("paused", "done", "failed"):
             return
         stamp = stamp_of(standing)
-        for want in list(self._wants.values()):
-            if want.have == stamp:
-                continue
-            with self._lock:
-                if self._wants.get(want.view) != want:
-                    continue  # there is a newer request, which has touched the painter
-                del self._wants[want.view]
+        for want in self._wants.taken(stamp):
             self._answer(want, stamp)
 
     def _answer(self, want: InspectRequest, stamp: str) -> None:
         to = {"view": want.view, "question": want.question}
         try:
-            head, codes = self._picture(want)
+            source = self._run.kv(layer=want.layer).source()
+            ranks = [want.a] if want.a == want.b else [want.a, want.b]
+            arrays = self._blocks.of(source, ranks, want.layer, want.tensor)
+            found = Fetched(source.subject, arrays[0], arrays[-1])
+            keep_newest(self._fetched, want.view, found)
+            head, codes = picture(want, found)
             self._send({"kv": {**head, **to, "stamp": stamp}}, [codes])
             text, equal = self._compared(want.layer, stamp)
         except Exception as error:  # nothing else would report it
             self._send({"kv": {**to, "stamp": stamp, "error": str(error)}})
             return
         self._send({"kv_diff": {**to, "text": text, "equal": equal}})
-
-    def _picture(self, want: InspectRequest) -> tuple[Json, bytes]:
-        source = self._run.kv(layer=want.layer).source()
-        ranks = [want.a] if want.a == want.b else [want.a, want.b]
-        arrays = self._blocks.of(source, ranks, want.layer, want.tensor)
-        found = Fetched(source.subject, arrays[0], arrays[-1])
-        self._fetched.pop(want.view, None)
-        self._fetched[want.view] = found
-        _limit(self._fetched)
-        return picture(want, found)
 
     def _compared(self, layer: int, stamp: str) -> tuple[str, bool]:
         key = f"{layer} {stamp}"
@@ -218,7 +193,12 @@ class Inspector:
 def picture(want: InspectRequest, found: Fetched) -> tuple[Json, bytes]:
     """The description of a picture, and a byte for each value, [heads, tokens, dims]."""
     heads = list(range(len(found.a))) if want.head is None else [min(want.head, len(found.a) - 1)]
-    shown = _shown(want.show, found.a[heads], found.b[heads])
+    a, b = found.a[heads], found.b[heads]
+    shown = a if want.show == "a" else b
+    if want.show == "a-b":
+        both = min(a.shape[1], b.shape[1])
+        with np.errstate(invalid="ignore"):  # Inf − Inf is shown as NaN
+            shown = a[:, :both] - b[:, :both]
     tokens = max(found.a.shape[1], found.b.shape[1])
     made = quantise(shown, want.scale, difference=want.show == "a-b")
     codes = made.codes
@@ -231,51 +211,41 @@ def picture(want: InspectRequest, found: Fetched) -> tuple[Json, bytes]:
         "held": [found.a.shape[1], found.b.shape[1]], "top": made.scale, "nan": made.nan, "inf": made.inf,
         "special": special, "differ": int((shown != 0).sum()) if want.show == "a-b" else 0, "call": want.call,
         "dtype": str(found.subject.dtype).removeprefix("torch."), "all_heads": len(found.a),
-        "starts": [span.start for span in found.subject.spans], "summary": _rows(heads, shown),
+        "starts": [span.start for span in found.subject.spans], "summary": [
+            [str(head), *(_signed(f"{number:.4g}") for number in numbers[:3]), *map(_share, numbers[3:])]
+            for head, numbers in zip(heads, figures(shown), strict=True)
+        ],
     }  # fmt: skip
     return head, codes.tobytes()
 
 
 def exact(found: Fetched, head: int, token: int, dim: int) -> Json:
     """The values of both ranks at one place, with as few digits as identify them."""
-    texts = found.subject.texts
-    values = [
-        float(one[head, token, dim])
-        if head < len(one) and token < one.shape[1] and dim < one.shape[2]
-        else None
-        for one in (found.a, found.b)
-    ]
-    a, b = values
+    place = (head, token, dim)
+    numbers, texts = [], ["not here", "not here"]
+    for n, values in enumerate((found.a, found.b)):
+        if all(at < size for at, size in zip(place, values.shape, strict=True)):
+            numbers.append(float(values[place]))
+            texts[n] = number_text(numbers[-1], found.subject.dtype)
+    words = found.subject.texts
     return {
-        "at": [head, token, dim],
-        "a": "not here" if a is None else number_text(a, found.subject.dtype),
-        "b": "not here" if b is None else number_text(b, found.subject.dtype),
-        "difference": "" if a is None or b is None else f"{a - b:.6g}".replace("-", "−"),
-        "text": texts[token] if token < len(texts) else "",
+        "at": list(place),
+        "a": texts[0],
+        "b": texts[1],
+        "difference": _signed(f"{numbers[0] - numbers[1]:.6g}") if len(numbers) == 2 else "",
+        "text": words[token] if token < len(words) else "",
     }
 
 
-def stamp_of(standing: RunView) -> str:
+def stamp_of(standing: Standing) -> str:
     """A text that changes whenever KV may have changed."""
     stands = [tuple(stand.positions) for stand in standing.stands]
     return f"{hash((tuple(stands), standing.decoded, tuple(standing.faults), standing.last_call)):x}"
 
 
-def _shown(show: str, a: Values, b: Values) -> Values:
-    if show == "a":
-        return a
-    if show == "b":
-        return b
-    both = min(a.shape[1], b.shape[1])
-    with np.errstate(invalid="ignore"):  # Inf − Inf is shown as NaN
-        return a[:, :both] - b[:, :both]
-
-
-def _rows(heads: list[int], shown: Values) -> list[list[str]]:
-    return [
-        [str(head), *(f"{number:.4g}".replace("-", "−") for number in numbers[:3]), *map(_share, numbers[3:])]
-        for head, numbers in zip(heads, figures(shown), strict=True)
-    ]
+def _signed(number: str) -> str:
+    """With a minus sign for the hyphen."""
+    return number.replace("-", "−")
 
 
 def _share(part: float) -> str:
@@ -287,8 +257,3 @@ def _share(part: float) -> str:
 
 def _within(number: Any, count: int) -> int:
     return max(0, min(count - 1, number)) if isinstance(number, int) else 0
-
-
-def _limit(found: dict[str, Any]) -> None:
-    while len(found) > VIEWS:
-        del found[next(iter(found))]

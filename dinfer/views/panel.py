@@ -14,17 +14,15 @@ import ipywidgets
 from traitlets import Bytes, Dict
 
 from dinfer.plan.ops import PlanError
-from dinfer.run.state import MOVING
+from dinfer.run.state import MOVING, Standing
 from dinfer.views.cells import CellMap
 from dinfer.views.communication import FIGURES, Communication
 from dinfer.views.desk import Action, Painter, Worker
 from dinfer.views.inspector import Inspector, stamp_of
-from dinfer.views.protocol import InspectableRun, Json, RunView
+from dinfer.views.protocol import InspectableRun, Json
 from dinfer.views.status import breakpoints, layout, moment
 from dinfer.views.still import INSTALL, still_html
 from dinfer.views.still_kv import still_kv
-
-PLACES = ("layer", "chunk", "rank")
 
 
 def action_of(run: InspectableRun, message: Json) -> Action:
@@ -50,6 +48,10 @@ def action_of(run: InspectableRun, message: Json) -> Action:
         case {"do": "why"}:
             return _noted(run, "run.verdict()", run.verdict, asks=True)
     return Action("panel", lambda: _refuse(message))
+
+
+def _refuse(message: Json) -> None:
+    raise ValueError(f"the browser sent {message}, which the panel does not know: reload the page.")
 
 
 def edit_of(run: InspectableRun, message: Json) -> Action | None:
@@ -79,7 +81,7 @@ def _noted(run: InspectableRun, call: str, do: Callable[[], object], *, asks: bo
 def _break_at(run: InspectableRun, message: Json) -> Action:
     """Set a breakpoint; layer, chunk or rank is left out for any. `instead`: the breakpoint that it replaces, which
     stays if the new one is refused."""
-    given = {name: message[name] for name in PLACES if isinstance(message.get(name), int)}
+    given = {name: message[name] for name in ("layer", "chunk", "rank") if isinstance(message.get(name), int)}
     given |= {"when": str(message["when"])} if message.get("when") else {}
     call = f"run.break_at({', '.join(f'{name}={value!r}' for name, value in given.items())})"
     instead = message.get("instead")
@@ -93,11 +95,15 @@ def _break_at(run: InspectableRun, message: Json) -> Action:
     return Action(f"{call}; run.breakpoints.remove({instead})", change)
 
 
-def _refuse(message: Json) -> None:
-    raise ValueError(f"the browser sent {message}, which the panel does not know: reload the page.")
-
-
 VIEW = "application/vnd.jupyter.widget-view+json"
+
+HINT = (
+    "An error in place of the panel means that this page could not load anywidget: "
+    f"<code>{INSTALL}</code> in the environment of the Jupyter server, then load the page again. "
+    "VS Code and Colab load it from the network, and have to be allowed to."
+)
+"""A page that has ipywidgets but not anywidget shows an unhelpful error in place of the panel. The hint is a plain
+ipywidget below it, and panel.css, which comes with a panel that is drawn, hides it."""
 
 _HERE = Path(__file__).parent
 
@@ -141,14 +147,12 @@ class Panel(anywidget.AnyWidget):
         self._pauser = Worker("dinfer panel pauser", self._painter.touch)
         self._editor = Worker("dinfer panel editor", self._painter.touch)
         self._workers = (self._pauser, self._editor, self._worker)
-        self._inspector, self._communication = (
-            Inspector(run, self._broadcast),
-            Communication(run, self._broadcast),
-        )
+        self._inspector, self._communication = Inspector(run, self.send), Communication(run, self.send)
         self._painted: object = None
         self._answered = 0, ""
         """the number of actions done when the last one ended, and the stamp of the run then"""
         self._frame: ipywidgets.VBox | None = None
+        """the panel and HINT"""
         super().__init__(board={**layout(run.plan, run.chunk_labels()), "figures": list(FIGURES)})
         self._paint()
         self.on_msg(self._on_message)
@@ -166,13 +170,20 @@ class Panel(anywidget.AnyWidget):
             self._communication.close()
             self._painter.close()
             if self._frame:
-                unframe(self._frame)
+                self._frame.children[1].close()
+                self._frame.close()
         super().close()
 
     def _paint(self) -> None:
         """Send the run as it is now; no other method does."""
         self._communication.touch()
-        actions = self._actions()
+        waiting = self._worker.waiting
+        actions: Json = {
+            "working": [action.call for worker in self._workers if (action := worker.current)],
+            "waiting": waiting.call if waiting else "",
+            "error": "\n".join(worker.error for worker in self._workers if worker.error),
+            "done": sum(worker.done for worker in self._workers),
+        }
         try:
             standing, stops = self._run.standing(), breakpoints(self._run.breakpoints)
             actions["answer"] = self._answer(standing)
@@ -192,16 +203,7 @@ class Panel(anywidget.AnyWidget):
         with self.hold_sync():
             self.shown, self.cells, self.marks = shown, drawn, marks
 
-    def _actions(self) -> Json:
-        waiting = self._worker.waiting
-        return {
-            "working": [action.call for worker in self._workers if (action := worker.current)],
-            "waiting": waiting.call if waiting else "",
-            "error": "\n".join(worker.error for worker in self._workers if worker.error),
-            "done": sum(worker.done for worker in self._workers),
-        }
-
-    def _answer(self, standing: RunView) -> str:
+    def _answer(self, standing: Standing) -> str:
         """The answer of the last action; "" once the run has changed since, unless it was moving when asked."""
         now = "" if standing.state in MOVING else stamp_of(standing)
         if self._answered[0] != self._worker.done:
@@ -232,54 +234,25 @@ class Panel(anywidget.AnyWidget):
             self._worker.ask(action_of(self._run, message))
         self._painter.touch()
 
-    def _broadcast(self, content: Json, buffers: list[bytes] | None = None) -> None:
-        """Send to all browsers that show this panel."""
-        self.send(content, buffers)
-
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[Json, Json]:
         """The live view, and a still picture for pages without a kernel."""
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
         if VIEW in data:
-            self._frame = self._frame or framed(self)
+            if not self._frame:
+                hint = ipywidgets.HTML(HINT)
+                hint.add_class("dinfer-hint")
+                self._frame = ipywidgets.VBox([self, hint], layout={"overflow": "visible"})
             data = {**data, VIEW: {**data[VIEW], "model_id": self._frame.model_id}}
         try:
             events, _ = self._run.events_since([])
             standing = self._run.standing()
-            kv = self._still_kv(standing)
+            try:
+                kv = still_kv(self._run, standing)
+            except PlanError:  # nothing is computed yet
+                kv = ""
+            except Exception as error:  # the rest of the picture is still shown
+                kv = f"<div>{escape(f'KV cannot be shown: {error}')}</div>"
             still = still_html(self._run.plan, standing, self._run.chunk_labels(), events, kv)
         except Exception as error:  # the live view is still returned, and reports errors
             still = escape(f"dinfer: where the run stands cannot be shown: {error}")
         return {**data, "text/html": still}, metadata
-
-    def _still_kv(self, standing: RunView) -> str:
-        try:
-            return still_kv(self._run, standing)
-        except PlanError:  # nothing is computed yet
-            return ""
-        except Exception as error:  # the rest of the picture is still shown
-            return f"<div>{escape(f'KV cannot be shown: {error}')}</div>"
-
-
-HINT = (
-    "An error in place of the panel means that this page could not load anywidget: "
-    f"<code>{INSTALL}</code> in the environment of the Jupyter server, then load the page again. "
-    "VS Code and Colab load it from the network, and have to be allowed to."
-)
-
-
-def framed(panel: ipywidgets.DOMWidget) -> ipywidgets.VBox:
-    """The panel with a hint that is visible only where the page cannot draw the panel.
-
-    A page that has ipywidgets but not anywidget shows an unhelpful error in place of the panel. The hint is a plain
-    ipywidget, and panel.css, which comes with a panel that is drawn, hides it.
-    """
-    hint = ipywidgets.HTML(HINT)
-    hint.add_class("dinfer-hint")
-    return ipywidgets.VBox([panel, hint], layout={"overflow": "visible"})
-
-
-def unframe(frame: ipywidgets.VBox) -> None:
-    """Close frame and hint, but not the panel."""
-    _, hint = frame.children
-    hint.close()
-    frame.close()

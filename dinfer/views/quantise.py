@@ -16,12 +16,6 @@ PLUS_INF, MINUS_INF, MISSING = 252, 253, 255
 FAINTEST = 20
 """steps of the smallest difference, so that it is visible"""
 
-SAMPLE = 200_000
-
-ROBUST = 99.5
-
-LISTED = 60
-
 Values = NDArray[np.floating]
 """[heads, tokens, dims]"""
 
@@ -57,7 +51,7 @@ def quantise(values: Values, scale: Scale = "robust", *, difference: bool = Fals
     codes[nan] = NAN
     codes[~finite & ~nan] = np.where(values[~finite & ~nan] > 0, PLUS_INF, MINUS_INF)
     count = int(nan.sum())
-    return Quantised(codes, top, count, int((~finite).sum()) - count, np.argwhere(~finite)[:LISTED].tolist())
+    return Quantised(codes, top, count, int((~finite).sum()) - count, np.argwhere(~finite)[:60].tolist())
 
 
 def scale_of(values: Values, scale: Scale) -> float:
@@ -66,9 +60,9 @@ def scale_of(values: Values, scale: Scale) -> float:
         return float(scale) if np.isfinite(scale) and scale > 0 else 1.0
     flat = values.reshape(-1)
     if scale == "robust":
-        some = np.abs(flat[:: max(1, flat.size // SAMPLE)])
+        some = np.abs(flat[:: max(1, flat.size // 200_000)])
         some = some[np.isfinite(some)]
-        top = float(np.percentile(some, ROBUST)) if some.size else 0.0
+        top = float(np.percentile(some, 99.5)) if some.size else 0.0
         if top > 0:
             return top
     size = np.abs(flat)

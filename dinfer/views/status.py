@@ -4,18 +4,15 @@ from collections.abc import Iterable, Sequence
 
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.plan import Lane, Plan
-from dinfer.run.state import Mark
+from dinfer.run.state import Standing
 from dinfer.verdict.where import RankStand, rank_text
 from dinfer.views.cells import MARKS, STATES, CellMap, cut_line, marked
-from dinfer.views.protocol import Json, RunView
+from dinfer.views.protocol import Json
 
 MemoryTriple = tuple[int, int, int]
 """GPU bytes: in tensors, reserved by torch, total"""
 
-MAX_TEXT = 2000
-"""characters of generated text, the last, that each update sends to the browser"""
-
-MAX_MARKS = 300
+GIB = 1 << 30
 
 
 def layout(plan: Plan, labels: Sequence[str]) -> Json:
@@ -32,32 +29,48 @@ def layout(plan: Plan, labels: Sequence[str]) -> Json:
     }
 
 
-def status(plan: Plan, standing: RunView) -> Json:
-    """What changes during a run."""
+def status(plan: Plan, standing: Standing) -> Json:
+    """What changes during a run. Of the generated text, each update sends only the last characters."""
     count = plan.world_size
-    memory = [*standing.memory, *[None] * count][:count]
-    on_device = [*standing.device_memory, *[None] * count][:count]
-    tokens = [*standing.tokens, *[0] * count][:count]
-    devices = zip(standing.devices, memory, on_device, strict=True)
-    ranks = zip(plan.lanes, standing.stands, standing.alive, tokens, devices, strict=True)
+    memory = [*standing.memory, *[None] * count]
+    on_device = [*standing.device_memory, *[None] * count]
+    tokens = [*standing.tokens, *[0] * count]
+    ranks = []
+    for rank, (lanes, stand) in enumerate(zip(plan.lanes, standing.stands, strict=True)):
+        state = "over" if standing.over else rank_state(lanes, stand)
+        ranks.append(
+            {
+                "device": standing.devices[rank],
+                "memory": memory_text(memory[rank], on_device[rank]),
+                "about_memory": about_memory(on_device[rank]),
+                "tokens": tokens[rank],
+                "state": state if standing.alive[rank] else "lost",
+                "done": sum(stand.positions),
+                "total": sum(len(lane.ops) for lane in lanes),
+                "where": rank_text(lanes, stand),
+            }
+        )
     return {
         "state": standing.state,
         "message": "" if standing.message == standing.over else standing.message,
         "call": standing.last_call,
         "decoded": standing.decoded,
-        "text": standing.text[-MAX_TEXT:],
+        "text": standing.text[-2000:],
         "faults": list(standing.faults),
         "verdict": standing.verdict,
         "over": standing.over and f"this run is over: {standing.over}",
-        "ranks": [_rank(*rank, over=bool(standing.over)) for rank in ranks],
+        "ranks": ranks,
     }
 
 
-def moment(plan: Plan, cells: CellMap, standing: RunView) -> tuple[Json, bytes, Json]:
-    """What a panel shows of a run at one moment: what changes, the map's bytes, notes on blocks."""
+def moment(plan: Plan, cells: CellMap, standing: Standing) -> tuple[Json, bytes, Json]:
+    """What a panel shows of a run at one moment: what changes, the map's bytes, and notes by block."""
     states = cells.states(standing.stands)
     shown = {**status(plan, standing), "cut": cut_line(states)}
-    return shown, marked(states, standing.marks).tobytes(), marks_text(standing.marks)
+    notes: dict[str, list[str]] = {}
+    for mark in standing.marks[:300]:
+        notes.setdefault(f"{mark.layer} {mark.chunk}", []).append(mark.text)
+    return shown, marked(states, standing.marks).tobytes(), notes
 
 
 def breakpoints(found: Iterable[Breakpoint]) -> list[Json]:
@@ -76,42 +89,12 @@ def breakpoints(found: Iterable[Breakpoint]) -> list[Json]:
     ]
 
 
-def marks_text(marks: Sequence[Mark]) -> Json:
-    """Notes by block, at most MAX_MARKS."""
-    found: dict[str, list[str]] = {}
-    for mark in marks[:MAX_MARKS]:
-        found.setdefault(f"{mark.layer} {mark.chunk}", []).append(mark.text)
-    return found
-
-
-def _rank(
-    lanes: Sequence[Lane],
-    stand: RankStand,
-    alive: bool,
-    tokens: int,
-    device: tuple[str, int | None, MemoryTriple | None],
-    *,
-    over: bool,
-) -> Json:
-    name, memory, on_device = device
-    return {
-        "device": name,
-        "memory": memory_text(memory, on_device),
-        "about_memory": about_memory(on_device),
-        "tokens": tokens,
-        "state": "lost" if not alive else "over" if over else rank_state(lanes, stand),
-        "done": sum(stand.positions),
-        "total": sum(len(lane.ops) for lane in lanes),
-        "where": rank_text(lanes, stand),
-    }
-
-
 def memory_text(memory: int | None, on_device: MemoryTriple | None) -> str:
     """A rank's memory on its host and its GPU."""
-    host = "" if memory is None else f"{_gib(memory)} GiB"
+    host = "" if memory is None else f"{memory / GIB:.2f} GiB"
     if on_device is None:
         return host
-    gpu = f"{_gib(on_device[0])} of {on_device[2] / (1 << 30):.0f} GiB"
+    gpu = f"{on_device[0] / GIB:.2f} of {on_device[2] / GIB:.0f} GiB"
     return f"{gpu} · host {host}" if host else gpu
 
 
@@ -119,15 +102,11 @@ def about_memory(on_device: MemoryTriple | None) -> str:
     """The GPU memory in a sentence."""
     if on_device is None:
         return ""
-    allocated, reserved, total = map(_gib, on_device)
+    allocated, reserved, total = (f"{count / GIB:.2f}" for count in on_device)
     return (
         f"this rank's tensors use {allocated} GiB of the GPU's {total}; torch has reserved {reserved} for this rank "
         "(other processes and CUDA itself use more)"
     )
-
-
-def _gib(count: int) -> str:
-    return f"{count / (1 << 30):.2f}"
 
 
 def rank_state(lanes: Sequence[Lane], stand: RankStand) -> str:

@@ -5,14 +5,16 @@ On pages that remove pictures, the table of ranks remains. Pure.
 
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dinfer.plan.plan import Plan
+from dinfer.run.state import Standing
 from dinfer.trace.events import Event
 from dinfer.trace.trace import Trace
-from dinfer.trace.transfers import Transfer, by_link, spread, transfers
+from dinfer.trace.transfers import by_link, spread, transfers
 from dinfer.views.cells import (
     ARMED,
     BASE,
@@ -30,7 +32,6 @@ from dinfer.views.figures.latency import latency
 from dinfer.views.figures.matrix import short
 from dinfer.views.figures.style import link_name
 from dinfer.views.figures.svg import svg
-from dinfer.views.protocol import Json, RunView
 from dinfer.views.status import status
 
 INSTALL = "pip install ipywidgets anywidget"
@@ -38,31 +39,24 @@ INSTALL = "pip install ipywidgets anywidget"
 COLOURS = ("#e9edf1", "#f4c430", "#2672b3", "#e07b39", "#14385c")
 """of states, on white, as in panel.css; they differ in lightness"""
 
-MARK_COLOURS = ("#d81b60", "#7b3fa0")
-"""of marks"""
-
-LISTED = 20
-
-POINTS = 100
-"""points per link"""
+MARK_LOOKS = {DIFFERS: ("differs", MARKS[0], "#d81b60"), ARMED: ("armed", MARKS[1], "#7b3fa0")}
+"""class, name and colour"""
 
 _LEFT, _TOP = 34, 18
 
 
 def still_html(
-    plan: Plan, standing: RunView, labels: Sequence[str], events: Sequence[Event] = (), kv: str = ""
+    plan: Plan, standing: Standing, labels: Sequence[str], events: Sequence[Event] = (), kv: str = ""
 ) -> str:
     """The map as SVG, a table of ranks, a table and a figure of links, and `kv`: HTML of KV."""
     bare = CellMap(plan).states(standing.stands)
     states = marked(bare, standing.marks)
     shown = status(plan, standing)
     held = np.isin(bare, (HERE, EVERYWHERE)).sum(axis=(0, 1))
-    words = "; ".join(
-        filter(None, (shown["state"], shown["over"], shown["message"], *shown["faults"], shown["call"]))
-    )
-    known = "".join(f"<li>{escape(mark.text)}</li>" for mark in standing.marks[:LISTED])
+    words = (shown["state"], shown["over"], shown["message"], *shown["faults"], shown["call"])
+    known = "".join(f"<li>{escape(mark.text)}</li>" for mark in standing.marks[:20])
     return (
-        f"<div><div>dinfer: {escape(words)}</div>{map_svg(states, plan.shape.owners, labels)}"
+        f"<div><div>dinfer: {escape('; '.join(filter(None, words)))}</div>{map_svg(states, plan.shape.owners, labels)}"
         "<div><small>A cell's parts are the ranks, left to right; the line, the cut, separates computed blocks "
         "from the others.</small></div>"
         f"{_ranks(shown['ranks'], held.tolist(), plan.shape.blocks)}{f'<ul>{known}</ul>' if known else ''}"
@@ -71,7 +65,7 @@ def still_html(
     )
 
 
-def _ranks(lines: Sequence[Json], held: Sequence[int], blocks: int) -> str:
+def _ranks(lines: Sequence[dict[str, Any]], held: Sequence[int], blocks: int) -> str:
     """A row for each rank."""
     columns = {
         "rank": [str(rank) for rank in range(len(lines))],
@@ -97,22 +91,18 @@ def _links(events: Sequence[Event]) -> str:
     found = by_link(transfers(trace))
     if not found:
         return ""
-    rows = "".join(
-        f"<tr><td>{link_name(link)}</td><td>{len(some)}</td><td>{sum(one.bytes for one in some) / 1e6:.3g}</td>"
-        + "".join(f"<td>{short(number * 1e3)}</td>" for number in _latencies(some))
-        + "</tr>"
-        for link, some in found.items()
-    )
+    rows = ""
+    for link, some in found.items():
+        wire, waited = spread(one.wire for one in some), spread(one.waited for one in some)
+        megabytes = f"{sum(one.bytes for one in some) / 1e6:.3g}"
+        times = (short(seconds * 1e3) for seconds in (wire.p50, wire.p99, waited.p50, waited.p99))
+        cells = (link_name(link), len(some), megabytes, *times)
+        rows += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
     return (
         "<table><thead><tr><th>link</th><th>transfers</th><th>MB</th><th>wire, median ms</th><th>99th</th>"
         f"<th>waiting for the peer, median ms</th><th>99th</th></tr></thead><tbody>{rows}</tbody></table>"
-        f"{svg(latency(trace, per_link=POINTS))}"
+        f"{svg(latency(trace, per_link=100))}"
     )
-
-
-def _latencies(some: Sequence[Transfer]) -> tuple[float, ...]:
-    wire, waited = spread(one.wire for one in some), spread(one.waited for one in some)
-    return wire.p50, wire.p99, waited.p50, waited.p99
 
 
 def map_svg(states: CellStates, owners: Sequence[int], labels: Sequence[str]) -> str:
@@ -122,12 +112,11 @@ def map_svg(states: CellStates, owners: Sequence[int], labels: Sequence[str]) ->
     across, down = part * ranks, max(4, min(18, 360 // layers))
     right, bottom = _LEFT + across * chunks, _TOP + down * layers
     bare = (states & BASE).astype(np.uint8)
-    shown = [n for n, mark in enumerate((DIFFERS, ARMED)) if (states & mark).any()]
-    paths = "".join(
-        _path(bare == state, f"s{state}", COLOURS[state], part, down) for state in range(len(STATES))
-    )
-    paths += _path((states & DIFFERS) > 0, "differs", MARK_COLOURS[0], part, down)
-    paths += _path((states & ARMED) > 0, "armed", MARK_COLOURS[1], part, down, high=max(2, down // 3))
+    looks = [(f"s{state}", name, COLOURS[state]) for state, name in enumerate(STATES)]
+    cells = [_path(bare == state, look, part, down, down) for state, look in enumerate(looks)]
+    for mark, high in ((DIFFERS, down), (ARMED, max(2, down // 3))):
+        cells.append(_path((states & mark) > 0, MARK_LOOKS[mark], part, down, high))
+    marks = [look for mark, look in MARK_LOOKS.items() if (states & mark).any()]
     grid = "".join(f"M{_LEFT + across * c} {_TOP}V{bottom}" for c in range(chunks + 1))
     grid += "".join(f"M{_LEFT} {_TOP + down * n}H{right}" for n in range(layers + 1))
     stages = "".join(
@@ -135,56 +124,39 @@ def map_svg(states: CellStates, owners: Sequence[int], labels: Sequence[str]) ->
     )
     cut = [_TOP + down * depth for depth in cut_line(bare)]
     steps = f"M{_LEFT} {cut[0]}" + "".join(f"V{y}h{across}" for y in cut)
-    names = _names(states, across, down, labels)
-    wide = max(right + 8, 800 if shown else 560)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{bottom + 26}" role="img" '
-        'style="background:#fff" font-family="sans-serif" font-size="10">'
-        f"<title>blocks by layer and chunk, each split by rank</title>{paths}"
-        f'<path class="grid" d="{grid}" stroke="#fff"/>'
-        f'<path d="{stages}" stroke="#555" stroke-dasharray="3 2"/>'
-        f'<path class="cut" d="{steps}" fill="none" stroke="#b3125b" stroke-width="2.5"/>'
-        f"{names}{_legend(bottom + 12, shown)}</svg>"
-    )
-
-
-def _path(
-    which: NDArray[np.bool_], name: str, colour: str, part: int, down: int, high: int | None = None
-) -> str:
-    """These cells as one path, or only their upper part; neighbours in a row are one rectangle."""
-    rows = which.reshape(which.shape[0], -1)
-    pieces = []
-    for layer, row in enumerate(rows):
-        edges = np.flatnonzero(np.diff(row, prepend=False, append=False))
-        for begin, end in edges.reshape(-1, 2).tolist():
-            wide = (end - begin) * part
-            pieces.append(f"M{_LEFT + begin * part} {_TOP + layer * down}h{wide}v{high or down}h-{wide}z")
-    return f'<path class="{name}" d="{"".join(pieces)}" fill="{colour}"/>' if pieces else ""
-
-
-def _names(states: CellStates, across: int, down: int, labels: Sequence[str]) -> str:
-    layers, chunks, _ = states.shape
-    every_chunk, every_layer = -(-24 // across), -(-11 // down)
     tops = "".join(
         f'<text x="{_LEFT + across * c}" y="{_TOP - 5}"><title>{escape(labels[c])}</title>c{c}</text>'
-        for c in range(0, chunks, every_chunk)
+        for c in range(0, chunks, -(-24 // across))
     )
     lefts = "".join(
         f'<text x="{_LEFT - 5}" y="{_TOP + down * n + down / 2 + 3.5}" text-anchor="end">l{n}</text>'
-        for n in range(0, layers, every_layer)
+        for n in range(0, layers, -(-11 // down))
     )
-    return f'<g fill="#333">{tops}{lefts}</g>'
-
-
-def _legend(y: int, marks: Sequence[int]) -> str:
-    """The legend under the map: all states, and the marks on the map."""
-    pieces, x = [], _LEFT
-    items = [(f"s{state}", name, COLOURS[state]) for state, name in enumerate(STATES)]
-    items += [(("differs", "armed")[n], MARKS[n], MARK_COLOURS[n]) for n in marks]
-    for which, name, colour in items:
-        pieces.append(
+    legend, x, y = "", _LEFT, bottom + 12
+    for which, name, colour in looks + marks:
+        legend += (
             f'<rect class="{which}" x="{x}" y="{y}" width="10" height="10" fill="{colour}" stroke="#999"/>'
         )
-        pieces.append(f'<text x="{x + 14}" y="{y + 9}" fill="#333">{name}</text>')
+        legend += f'<text x="{x + 14}" y="{y + 9}" fill="#333">{name}</text>'
         x += 26 + 6 * len(name)
-    return "".join(pieces)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{max(right + 8, 800 if marks else 560)}" '
+        f'height="{bottom + 26}" role="img" style="background:#fff" font-family="sans-serif" font-size="10">'
+        f"<title>blocks by layer and chunk, each split by rank</title>{''.join(cells)}"
+        f'<path class="grid" d="{grid}" stroke="#fff"/>'
+        f'<path d="{stages}" stroke="#555" stroke-dasharray="3 2"/>'
+        f'<path class="cut" d="{steps}" fill="none" stroke="#b3125b" stroke-width="2.5"/>'
+        f'<g fill="#333">{tops}{lefts}</g>{legend}</svg>'
+    )
+
+
+def _path(which: NDArray[np.bool_], look: tuple[str, str, str], part: int, down: int, high: int) -> str:
+    """The upper part, so high, of these cells as one path; neighbours in a row are one rectangle."""
+    name, _, colour = look
+    pieces = []
+    for layer, row in enumerate(which.reshape(len(which), -1)):
+        edges = np.flatnonzero(np.diff(row, prepend=False, append=False))
+        for begin, end in edges.reshape(-1, 2).tolist():
+            wide = (end - begin) * part
+            pieces.append(f"M{_LEFT + begin * part} {_TOP + layer * down}h{wide}v{high}h-{wide}z")
+    return f'<path class="{name}" d="{"".join(pieces)}" fill="{colour}"/>' if pieces else ""

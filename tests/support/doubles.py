@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from dinfer.config import Config
 from dinfer.engine.board import DeviceMemory, Stand
+from dinfer.kv.view import KV
 from dinfer.model.decoder import Decoder
 from dinfer.model.text import load_tokenizer
 from dinfer.plan.breakpoints import Breakpoint, parse_when
@@ -22,33 +22,11 @@ from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
 from dinfer.results import Breakpoints
-from dinfer.run.state import Mark
+from dinfer.run.state import Mark, Standing, State
 from dinfer.run.stepper import Stepper
 from dinfer.trace.events import Event
 from dinfer.views.cells import STATES, CellMap
-from dinfer.views.protocol import Kv
 from tests.support.twin import Twin
-
-
-@dataclass(frozen=True)
-class Moment:
-    """A Standing."""
-
-    stands: Sequence[Stand]
-    state: str
-    devices: Sequence[str]
-    alive: Sequence[bool]
-    last_call: str
-    message: str = ""
-    decoded: int = 0
-    text: str = ""
-    faults: Sequence[str] = ()
-    marks: Sequence[Mark] = ()
-    memory: Sequence[int | None] = ()
-    tokens: Sequence[int] = ()
-    verdict: str = ""
-    device_memory: Sequence[DeviceMemory | None] = ()
-    over: str = ""
 
 
 class Faults:
@@ -102,7 +80,7 @@ class Bare:
     def verdict(self) -> str:
         return "the run moves"
 
-    def kv(self, *, layer: int | None = None) -> Kv:
+    def kv(self, *, layer: int | None = None) -> KV:
         raise PlanError(f"this run holds no KV of layer {layer}.")
 
     def events_since(self, read: Sequence[int]) -> tuple[list[Event], list[int]]:
@@ -140,26 +118,25 @@ class PaperRun(Bare):
     def chunk_labels(self) -> list[str]:
         return self.labels
 
-    def standing(self) -> Moment:
-        stands = [
+    def standing(self) -> Standing:
+        stands = tuple(
             Stand(lanes, tuple(map(bool, begun)), lanes)
             for lanes, begun in zip(self.cut, self.started, strict=True)
-        ]
-        last = self.calls[-1] if self.calls else ""
-        return Moment(
+        )
+        return Standing(
             stands,
-            self.state,
-            self.devices,
-            self.alive,
-            last,
+            State(self.state),
             self.message,
             self.decoded,
             self.text,
-            self.faults.lines,
-            list(self.marks),
-            memory=list(self.memory),
+            tuple(self.devices),
+            tuple(self.alive),
+            last_call=self.calls[-1] if self.calls else "",
+            faults=tuple(self.faults.lines),
+            marks=tuple(self.marks),
+            memory=tuple(self.memory),
             verdict=self.why,
-            device_memory=list(self.device_memory),
+            device_memory=tuple(self.device_memory),
             over=self.over,
         )
 
@@ -236,13 +213,13 @@ class TwinRun(Bare):
     def chunk_labels(self) -> list[str]:
         return self.labels
 
-    def standing(self) -> Moment:
+    def standing(self) -> Standing:
         stands = self.fleet.stands()
         moving = any(any(stand.started) or not stand.at_limits for stand in stands)
         ended = tuple(stand.positions for stand in stands) == self.stepper.cuts.end
-        state: str = "done" if ended else "running" if moving else "paused"
+        state = State.DONE if ended else State.RUNNING if moving else State.PAUSED
         ranks = self.world_size
-        return Moment(stands, state, ["cpu"] * ranks, [True] * ranks, self.last_call)
+        return Standing(tuple(stands), state, "", 0, "", ("cpu",) * ranks, (True,) * ranks, self.last_call)
 
     def step(self, unit: Unit, n: int = 1) -> object:
         return self._said(f'run.step("{unit}")', lambda: self.stepper.step(unit, n))

@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from dinfer.cli import app
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
-from dinfer.trace.export import write_jsonl
 from dinfer.trace.simulated import paper_trace
 from dinfer.trace.trace import Trace
 from tests.support.tiny import tiny_checkpoint
@@ -323,7 +322,7 @@ def test_a_terminal_that_lacks_a_character_does_not_end_the_command() -> None:
 def test_a_trace_becomes_a_report_and_two_are_compared(tmp_path: Path) -> None:
     for strategy in ("pairwise", "ring"):
         plan = build(partition(layers=4, tokens=16, world_size=2, chunk_size=8), "pipelined", strategy)
-        write_jsonl(paper_trace(plan), tmp_path / f"{strategy}.jsonl")
+        paper_trace(plan).export("jsonl", tmp_path / f"{strategy}.jsonl")
     one, two = tmp_path / "one.html", tmp_path / "two.html"
     assert dinfer("report", tmp_path / "ring.jsonl", "-o", one) == Answer(0, f"report: {one}\n", "")
     assert "not checked" in one.read_text(encoding="utf-8")
@@ -346,7 +345,7 @@ def test_what_is_no_trace_becomes_no_report(tmp_path: Path) -> None:
 
 
 def test_a_report_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    write_jsonl(Trace(()), tmp_path / "trace.jsonl")
+    Trace(()).export("jsonl", tmp_path / "trace.jsonl")
     answer = dinfer("report", tmp_path / "trace.jsonl", "-o", tmp_path / "nowhere" / "report.html")
     assert answer.status == 1
     assert f"{tmp_path}/nowhere/report.html" in answer.err.replace("\n", " ")

@@ -1,6 +1,6 @@
 """Exposure: how each rank spent its prefill, and how much of its communication was not hidden by compute."""
 
-from typing import Any
+from collections.abc import Callable
 
 import plotly.graph_objects as go
 
@@ -11,40 +11,37 @@ from dinfer.views.figures.style import BUBBLE, COMPUTE, WAIT, WIRE, styled
 
 STRIPES = {"fgcolor": WIRE, "fgopacity": 1, "solidity": 0.25, "size": 9}
 
-
-def exposure(trace: Trace, *, dark: bool = False) -> go.Figure:
-    """A bar per rank, divided into parts of its prefill."""
-    found = shares(trace).ranks
-    figure = go.Figure([_bar(found, *part) for part in PARTS])
-    figure.update_xaxes(title={"text": "part of the rank's prefill"}, ticksuffix=" %", range=[0, 100])
-    figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
-    return styled(
-        figure, dark=dark, height=130 + 30 * max(2, len(found)), barmode="stack", legend_traceorder="normal"
-    )
-
-
-def _bar(found: list[Share], name: str, take: Any, colour: str, pattern: str) -> go.Bar:
-    seconds = [take(share) / 1e9 for share in found]
-    percent = [100 * part / share.prefill_s for part, share in zip(seconds, found, strict=True)]
-    return go.Bar(
-        name=name,
-        orientation="h",
-        y=[f"rank {share.rank}" for share in found],
-        x=percent,
-        text=[f"{part:.0f} %" if part >= 4 else "" for part in percent],
-        textposition="inside",
-        insidetextanchor="middle",
-        textangle=0,
-        customdata=seconds,
-        hovertemplate=f"%{{y}}: {name}, %{{x:.1f}} % (%{{customdata:.3f}} s)<extra></extra>",
-        marker={"color": colour, "pattern": {"shape": pattern, "fillmode": "overlay", **STRIPES}},
-    )
-
-
-PARTS = (
+PARTS: tuple[tuple[str, Callable[[Share], int], str, str], ...] = (
     ("compute", lambda share: length(share.compute) - length(share.hidden), COMPUTE, ""),
     ("compute that hides communication", lambda share: length(share.hidden), COMPUTE, "/"),
     ("exposed: on the wire", lambda share: length(share.wire), WIRE, ""),
     ("exposed: waiting for the peer", lambda share: length(share.wait), WAIT, ""),
     ("bubble", lambda share: length(share.bubble), BUBBLE, ""),
 )
+"""names, nanoseconds, colours and patterns"""
+
+
+def exposure(trace: Trace, *, dark: bool = False) -> go.Figure:
+    """A bar per rank, divided into parts of its prefill."""
+    found = shares(trace).ranks
+    figure = go.Figure()
+    for name, take, colour, pattern in PARTS:
+        seconds = [take(share) / 1e9 for share in found]
+        percent = [100 * part / share.prefill_s for part, share in zip(seconds, found, strict=True)]
+        figure.add_bar(
+            name=name,
+            orientation="h",
+            y=[f"rank {share.rank}" for share in found],
+            x=percent,
+            text=[f"{part:.0f} %" if part >= 4 else "" for part in percent],
+            textposition="inside",
+            insidetextanchor="middle",
+            textangle=0,
+            customdata=seconds,
+            hovertemplate=f"%{{y}}: {name}, %{{x:.1f}} % (%{{customdata:.3f}} s)<extra></extra>",
+            marker={"color": colour, "pattern": {"shape": pattern, "fillmode": "overlay", **STRIPES}},
+        )
+    figure.update_xaxes(title={"text": "part of the rank's prefill"}, ticksuffix=" %", range=[0, 100])
+    figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
+    height = 130 + 30 * max(2, len(found))
+    return styled(figure, dark=dark, height=height, barmode="stack", legend_traceorder="normal")

@@ -4,15 +4,15 @@ Each of these is a single line with gaps, however many ops there are; ops too sh
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
 
+from dinfer.trace.events import COLLECTIVES
 from dinfer.trace.events import COMPUTE as COMPUTING
-from dinfer.trace.events import Event
-from dinfer.trace.shares import COLLECTIVES, shares, without_pauses
+from dinfer.trace.shares import shares, without_pauses
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import transfers
 from dinfer.views.figures.style import BUBBLE, COMPUTE, WAIT, WIRE, styled
@@ -20,17 +20,10 @@ from dinfer.views.figures.style import BUBBLE, COMPUTE, WAIT, WIRE, styled
 COLOURS = {"open": BUBBLE, "bubble": BUBBLE, "wait": WAIT, "transfer": WIRE, "compute": COMPUTE}
 """in the order of drawing; `open`: a recv to which nothing has been sent yet, as a thin line"""
 
-THIN = 0.2
-
-BRIDGED = 25
-"""how much coarser the thin lines are merged, which lie under all others"""
-
 FINE = 4000
 """time steps of the figure; ops within one step are merged"""
 
 MOST_ROWS = 42
-
-IDLE = "nothing to do until another rank has computed"
 
 
 class Piece(NamedTuple):
@@ -47,8 +40,6 @@ GanttRow = tuple[int, str]
 
 Pieces = dict[str, dict[GanttRow, list[Piece]]]
 """by colour and row"""
-
-Offered = dict[tuple[object, ...], int]
 
 
 def gantt(trace: Trace, *, dark: bool = False) -> go.Figure:
@@ -79,23 +70,51 @@ def rows_of(trace: Trace) -> list[GanttRow]:
     return sorted({(rank, _kind(lane)) for rank, lane in lanes}, key=_order)
 
 
+def _kind(lane: str) -> str:
+    """kv-out:1 → kv; hidden-in → hidden."""
+    return lane.partition(":")[0].partition("-")[0]
+
+
+def _order(row: GanttRow) -> tuple[int, bool, str]:
+    rank, lane = row
+    return rank, lane != "compute", lane
+
+
 def pieces(trace: Trace) -> Pieces:
     """The pieces to draw, those too short to be distinguished merged."""
-    rows, began, offered = rows_of(trace), trace.began, _offered(trace)
+    rows, began = rows_of(trace), trace.began
+    # For each recv, when there was something to receive.
+    offered: dict[object, int] = {
+        (*t.link, t.what, t.chunk, t.layer, t.end): t.offered for t in transfers(trace)
+    }
     found: Pieces = {colour: defaultdict(list) for colour in COLOURS}
     for event in trace.prefill():
         own = (event.rank, event.lane)
         row = own if own in rows else (event.rank, _kind(event.lane))
-        for colour, start, end in _parts(event, offered):
-            found[colour][row].append(Piece(start - began, end - began, op_text(event)))
+        text = event.name
+        if event.peer is not None:
+            text += f" {'→' if event.kind == 'send' else '←'} {event.peer}"
+        parts = {"transfer": (event.met, event.end)}
+        if event.kind in COMPUTING:
+            parts = {"compute": (event.met, event.end)}
+        elif event.kind in ("send", "recv") or event.kind in COLLECTIVES:
+            key = (event.peer, event.rank, event.what, event.chunk, event.layer, event.end)
+            begun = max(event.start, offered.get(key, event.start))
+            if begun > event.start:
+                parts["open"] = (event.start, begun)
+            if event.met > begun:
+                parts["wait"] = (begun, event.met)
+        for colour, (start, end) in parts.items():
+            found[colour][row].append(Piece(start - began, end - began, text))
     for share in shares(trace).ranks:
         first = next(row for row in rows if row[0] == share.rank)
-        found["bubble"][first] = [Piece(start - began, end - began, IDLE) for start, end in share.bubble]
+        idle = "nothing to do until another rank has computed"
+        found["bubble"][first] = [Piece(start - began, end - began, idle) for start, end in share.bubble]
     fine = max((event.end - began for event in trace.prefill()), default=0) // FINE
+    # The thin lines, which lie under all others, are merged more coarsely.
+    coarse = {"open": 25 * fine}
     return {
-        colour: {
-            row: joined(some, fine * (BRIDGED if colour == "open" else 1)) for row, some in by_row.items()
-        }
+        colour: {row: joined(some, coarse.get(colour, fine)) for row, some in by_row.items()}
         for colour, by_row in found.items()
     }
 
@@ -105,58 +124,18 @@ def joined(some: Iterable[Piece], fine: int) -> list[Piece]:
     found: list[Piece] = []
     for piece in sorted(some):
         last = found[-1] if found else None
+        is_short = piece.end - piece.start < fine
         if (
             last
-            and piece.end - piece.start < fine
+            and is_short
             and piece.start - last.end < fine
-            and _is_short(last, fine)
+            and (last.ops > 1 or last.end - last.start < fine)
         ):
-            ops = last.ops + piece.ops
             text = f"{last.text.split(' … ')[0]} … {piece.text}"
-            found[-1] = Piece(last.start, max(last.end, piece.end), text, ops)
+            found[-1] = Piece(last.start, max(last.end, piece.end), text, last.ops + piece.ops)
         else:
             found.append(piece)
     return found
-
-
-def op_text(event: Event) -> str:
-    """For example `send kv c3 l5 → 1`."""
-    arrow = "→" if event.kind == "send" else "←"
-    words = [
-        event.kind,
-        event.what,
-        f"c{event.chunk}" * (event.chunk is not None),
-        f"l{event.layer}" * (event.layer is not None),
-        f"{arrow} {event.peer}" * (event.peer is not None),
-    ]
-    return " ".join(filter(None, words))
-
-
-def _parts(event: Event, offered: Offered) -> Iterator[tuple[str, int, int]]:
-    if event.kind in COMPUTING:
-        yield "compute", event.met, event.end
-        return
-    if event.kind in ("send", "recv") or event.kind in COLLECTIVES:
-        begun = max(event.start, offered.get(_key(event), event.start))
-        if begun > event.start:
-            yield "open", event.start, begun
-        if event.met > begun:
-            yield "wait", begun, event.met
-    yield "transfer", event.met, event.end
-
-
-def _offered(trace: Trace) -> Offered:
-    """For each recv, when there was something to receive."""
-    return {(*one.link, one.what, one.chunk, one.layer, one.end): one.offered for one in transfers(trace)}
-
-
-def _key(event: Event) -> tuple[object, ...]:
-    return (event.peer, event.rank, event.what, event.chunk, event.layer, event.end)
-
-
-def _is_short(piece: Piece, fine: int) -> bool:
-    """Whether it is a short op, or merged ops."""
-    return piece.ops > 1 or piece.end - piece.start < fine
 
 
 def _line(
@@ -164,20 +143,19 @@ def _line(
 ) -> go.Scatter:
     numbers = {row: number for number, row in enumerate(rows)}
     x, y, texts = list[float](), list[float](), list[str]()
+    word = "nothing sent yet" if colour == "open" else colour
     for row, some in by_row.items():
         for piece in some:
-            hover = _hover(colour, piece)
+            several = f"{piece.ops} ops: " if piece.ops > 1 else ""
+            hover = f"{several}{piece.text}<br>{word}, {(piece.end - piece.start) / 1e6:.3g} ms"
             x += [piece.start / 1e9, piece.end / 1e9, np.nan]
             y += [numbers[row]] * 2 + [np.nan]
             texts += [hover, hover, ""]
+    width = height * (0.2 if colour == "open" else 0.75)
     return go.Scatter(
         name=colour,
         mode="lines",
-        line={
-            "color": COLOURS[colour],
-            "width": height * (THIN if colour == "open" else 0.75),
-            "simplify": False,
-        },
+        line={"color": COLOURS[colour], "width": width, "simplify": False},
         showlegend=colour != "open",
         legendgroup="bubble" if colour == "open" else colour,
         x=np.array(x, np.float32),
@@ -186,19 +164,3 @@ def _line(
         hovertemplate="%{text}<extra></extra>",
         connectgaps=False,
     )
-
-
-def _hover(colour: str, piece: Piece) -> str:
-    several = f"{piece.ops} ops: " if piece.ops > 1 else ""
-    word = "nothing sent yet," if colour == "open" else f"{colour},"
-    return f"{several}{piece.text}<br>{word} {(piece.end - piece.start) / 1e6:.3g} ms"
-
-
-def _kind(lane: str) -> str:
-    """kv-out:1 → kv; hidden-in → hidden."""
-    return lane.partition(":")[0].partition("-")[0]
-
-
-def _order(row: GanttRow) -> tuple[int, bool, str]:
-    rank, lane = row
-    return rank, lane != "compute", lane

@@ -1,6 +1,6 @@
 """Latency of transfers by link: over time, as a distribution, by layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from math import ceil, floor, log10
 from typing import Any
 
@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
+from dinfer.trace.events import block_text
 from dinfer.trace.shares import without_pauses
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import (
@@ -26,8 +27,6 @@ from dinfer.views.figures.style import SCALE, link_line, link_marker, link_name,
 PER_LINK = 400
 """points per link and plot; of more transfers, the slowest of every few"""
 
-STEPS = 200
-
 SHORTEST_MS = 0.001
 
 PARTS: tuple[tuple[str, Callable[[Transfer], int]], ...] = (
@@ -40,50 +39,79 @@ def latency(trace: Trace, *, dark: bool = False, per_link: int = PER_LINK) -> go
     """Each transfer as two points, on the wire and waiting for the peer, over its time of arrival, without pauses. At
     most `per_link` transfers of a link: the slowest of every few."""
     trace = without_pauses(trace)
-    links = by_link(transfers(trace))
-    figure = make_subplots(
-        2, 1, shared_xaxes=True, vertical_spacing=0.09, row_titles=[name for name, _ in PARTS]
-    )
-    for link, found in links.items():
-        for row, (name, take) in enumerate(PARTS, 1):
-            figure.add_trace(
-                _points(trace.began, list(links), link, slowest(found, take, per_link), name, take), row, 1
+    found = transfers(trace)
+    links = by_link(found)
+    names = [name for name, _ in PARTS]
+    figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.09, row_titles=names)
+    for number, (link, some) in enumerate(links.items()):
+        for row, (part, take) in enumerate(PARTS, 1):
+            shown = slowest(some, take, per_link)
+            points = go.Scatter(
+                **_of_link(link, row),
+                mode="markers",
+                marker=link_marker(number, len(links)),
+                x=np.array([(one.end - trace.began) / 1e9 for one in shown], np.float32),
+                y=_milliseconds(map(take, shown)),
+                text=[transfer_text(one) for one in shown],
+                hovertemplate=f"%{{text}}<br>%{{y:.3~f}} ms {part}<extra></extra>",
             )
+            figure.add_trace(points, row, 1)
     for row, (_, take) in enumerate(PARTS, 1):
-        figure.update_yaxes(log_ms(_all(links, take)), row=row, col=1)
-    figure.update_xaxes(range=[0, _seconds_of(trace) * 1.01])
+        figure.update_yaxes(log_ms(_milliseconds(map(take, found))), row=row, col=1)
+    seconds = (max((event.end for event in trace.prefill()), default=0) - trace.began) / 1e9
+    figure.update_xaxes(range=[0, seconds * 1.01])
     figure.update_xaxes(title={"text": "seconds since the run began"}, row=2, col=1)
     return styled(figure, dark=dark, height=470)
 
 
 def distribution(trace: Trace, *, dark: bool = False) -> go.Figure:
     """The cumulative distribution of each link's transfer times, in milliseconds."""
-    links = by_link(transfers(trace))
+    found = transfers(trace)
+    links = by_link(found)
     names = [name for name, _ in PARTS]
     figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04, column_titles=names)
-    for link, found in links.items():
-        for column, (name, take) in enumerate(PARTS, 1):
-            figure.add_trace(_steps(list(links), link, found, name, take), 1, column)
+    for number, (link, some) in enumerate(links.items()):
+        for column, (part, take) in enumerate(PARTS, 1):
+            # From 0 % up, so that a single transfer is a line too.
+            ordered = sorted(map(take, some))
+            shares = np.linspace(0, 1, min(200, len(ordered)) + 1)
+            steps = go.Scatter(
+                **_of_link(link, column),
+                mode="lines",
+                line={**link_line(number), "shape": "hv"},
+                x=_milliseconds([ordered[0], *(percentile(ordered, share) for share in shares[1:].tolist())]),
+                y=(shares * 100).astype(np.float32),
+                hovertemplate=f"%{{y:.0f}} % took at most %{{x:.3~f}} ms {part}<extra>{link_name(link)}</extra>",
+            )
+            figure.add_trace(steps, 1, column)
     for column, (_, take) in enumerate(PARTS, 1):
-        figure.update_xaxes(log_ms(_all(links, take)), row=1, col=column)
+        figure.update_xaxes(log_ms(_milliseconds(map(take, found))), row=1, col=column)
     figure.update_yaxes(title={"text": "transfers"}, ticksuffix=" %", row=1, col=1)
     figure.update_yaxes(range=[-1, 101])
     return styled(figure, dark=dark, height=350, margin={"t": 64}, legend_y=1.1)
 
 
+def _of_link(link: LinkRanks, part: int) -> dict[str, Any]:
+    """Both parts of a link share an entry of the legend."""
+    return {"name": link_name(link), "legendgroup": link_name(link), "showlegend": part == 1}
+
+
 def layers(trace: Trace, *, dark: bool = False) -> go.Figure:
     """The 99th percentile of latency, waiting plus wire, by link and layer."""
-    found = {
-        key: spread(one.latency for one in some) for key, some in by_link_and_layer(transfers(trace)).items()
-    }
+    by_both = by_link_and_layer(transfers(trace))
+    found = {key: spread(one.latency for one in some) for key, some in by_both.items()}
     links = sorted({link for link, _ in found})
     numbers = sorted({layer for _, layer in found})
     grid = [[found.get((link, layer)) for layer in numbers] for link in links]
+    texts: dict[Spread | None, str] = {None: "no transfers"}
+    for cell in found.values():
+        p50, p90, p99, longest = (f"{seconds * 1e3:.3g}" for seconds in cell[1:])
+        texts[cell] = f"p50 {p50}, p90 {p90}, p99 {p99}, longest {longest} ms, {cell.number} transfers"
     heat = go.Heatmap(
         x=[f"l{number}" for number in numbers],
         y=[link_name(link) for link in links],
         z=[[cell and cell.p99 * 1e3 for cell in row] for row in grid],
-        text=[[_cell_text(cell) for cell in row] for row in grid],
+        text=[[texts[cell] for cell in row] for row in grid],
         hovertemplate="%{y} %{x}: %{text}<extra></extra>",
         colorscale=SCALE,
         colorbar={"title": {"text": "p99, ms"}},
@@ -96,50 +124,6 @@ def layers(trace: Trace, *, dark: bool = False) -> go.Figure:
     return styled(figure, dark=dark, height=110 + 22 * max(4, len(links)), margin={"t": 15})
 
 
-def _points(
-    began: int,
-    links: Sequence[LinkRanks],
-    link: LinkRanks,
-    shown: list[Transfer],
-    part: str,
-    take: Callable[[Transfer], int],
-) -> go.Scatter:
-    return go.Scatter(
-        name=link_name(link),
-        legendgroup=link_name(link),
-        showlegend=take is PARTS[0][1],
-        mode="markers",
-        marker=link_marker(links, link),
-        x=np.array([(one.end - began) / 1e9 for one in shown], np.float32),
-        y=_milliseconds([take(one) for one in shown]),
-        text=[transfer_text(one) for one in shown],
-        hovertemplate=f"%{{text}}<br>%{{y:.3~f}} ms {part}<extra></extra>",
-    )
-
-
-def _steps(
-    links: Sequence[LinkRanks],
-    link: LinkRanks,
-    found: list[Transfer],
-    part: str,
-    take: Callable[[Transfer], int],
-) -> go.Scatter:
-    """From 0 % up, so that a single transfer is a line too."""
-    ordered = sorted(map(take, found))
-    shares = np.linspace(0, 1, min(STEPS, len(ordered)) + 1)
-    values = [ordered[0], *(percentile(ordered, share) for share in shares[1:].tolist())]
-    return go.Scatter(
-        name=link_name(link),
-        legendgroup=link_name(link),
-        showlegend=take is PARTS[0][1],
-        mode="lines",
-        line={**link_line(links, link), "shape": "hv"},
-        x=_milliseconds(values),
-        y=(shares * 100).astype(np.float32),
-        hovertemplate=f"%{{y:.0f}} % took at most %{{x:.3~f}} ms {part}<extra>{link_name(link)}</extra>",
-    )
-
-
 def slowest(found: list[Transfer], take: Callable[[Transfer], int], most: int) -> list[Transfer]:
     """The transfers; of more than `most`, the slowest of every few consecutive ones, so that no outlier is lost."""
     step = -(-len(found) // most)
@@ -148,16 +132,7 @@ def slowest(found: list[Transfer], take: Callable[[Transfer], int], most: int) -
 
 def transfer_text(one: Transfer) -> str:
     """For example `0→1 kv c3 l5, 65,536 bytes`."""
-    names = [one.what, f"c{one.chunk}" * (one.chunk is not None), f"l{one.layer}" * (one.layer is not None)]
-    return f"{link_name(one.link)} {' '.join(filter(None, names))}, {one.bytes:,} bytes"
-
-
-def _all(links: dict[LinkRanks, list[Transfer]], take: Callable[[Transfer], int]) -> NDArray[np.float32]:
-    return _milliseconds([take(one) for found in links.values() for one in found])
-
-
-def _seconds_of(trace: Trace) -> float:
-    return (max((event.end for event in trace.prefill()), default=0) - trace.began) / 1e9
+    return f"{link_name(one.link)} {block_text(one.what, one.chunk, one.layer)}, {one.bytes:,} bytes"
 
 
 def log_ms(values: NDArray[np.float32]) -> dict[str, Any]:
@@ -177,13 +152,6 @@ def log_ms(values: NDArray[np.float32]) -> dict[str, Any]:
     }
 
 
-def _milliseconds(nanoseconds: list[int]) -> NDArray[np.float32]:
+def _milliseconds(nanoseconds: Iterable[int]) -> NDArray[np.float32]:
     """In milliseconds, at least a microsecond: a logarithmic axis has no 0."""
-    return np.maximum(np.array(nanoseconds, np.float64) / 1e6, SHORTEST_MS).astype(np.float32)
-
-
-def _cell_text(cell: Spread | None) -> str:
-    if cell is None:
-        return "no transfers"
-    p50, p90, p99, longest = (f"{seconds * 1e3:.3g}" for seconds in cell[1:])
-    return f"p50 {p50}, p90 {p90}, p99 {p99}, longest {longest} ms, {cell.number} transfers"
+    return np.maximum(np.array(list(nanoseconds), np.float64) / 1e6, SHORTEST_MS).astype(np.float32)

@@ -4,7 +4,6 @@ Each colour contrasts with white and with black, so that a figure serves both; o
 template is for pages whose theme is unknown.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -42,14 +41,8 @@ def styled(figure: go.Figure, *, dark: bool, height: int, **layout: Any) -> go.F
 def template(*, dark: bool | None) -> dict[str, Any]:
     """A plotly template: defaults of a figure. `dark`: None for pages of unknown theme."""
     text, grid, back = EITHER if dark is None else DARK if dark else LIGHT
-    axis = {
-        "gridcolor": grid,
-        "linecolor": grid,
-        "zerolinecolor": grid,
-        "automargin": True,
-        "ticks": "",
-        "title": {"standoff": 6},
-    }
+    axis: dict[str, Any] = {"gridcolor": grid, "linecolor": grid, "zerolinecolor": grid}
+    axis |= {"automargin": True, "ticks": "", "title": {"standoff": 6}}
     return {
         "layout": {
             "font": {"family": FONT, "size": 12, "color": text},
@@ -70,22 +63,15 @@ def link_name(link: LinkRanks) -> str:
     return f"{link[0]}→{link[1]}"
 
 
-def link_line(links: Sequence[LinkRanks], link: LinkRanks) -> dict[str, Any]:
-    """A colour and dash for each link: beyond six links, dashes differ."""
-    number = list(links).index(link)
+def link_line(number: int) -> dict[str, Any]:
+    """A colour and dash for a link, by its number: beyond six links, dashes differ."""
     return {"color": LINKS[number % len(LINKS)], "dash": DASHES[number // len(LINKS) % len(DASHES)]}
 
 
-def link_marker(links: Sequence[LinkRanks], link: LinkRanks) -> dict[str, Any]:
-    """A colour and symbol for each link: beyond six links, symbols differ where colours do not."""
-    number = list(links).index(link)
-    return {
-        "color": LINKS[number % len(LINKS)],
-        "symbol": SYMBOLS[number // len(LINKS) % len(SYMBOLS)]
-        if len(links) > len(LINKS)
-        else SYMBOLS[number],
-        "size": 5,
-    }
+def link_marker(number: int, count: int) -> dict[str, Any]:
+    """A colour and symbol for one of `count` links: of more than six, symbols differ where colours do not."""
+    symbol = SYMBOLS[number // len(LINKS) % len(SYMBOLS)] if count > len(LINKS) else SYMBOLS[number]
+    return {"color": LINKS[number % len(LINKS)], "symbol": symbol, "size": 5}
 
 
 HTML_CONFIG = {"showSendToCloud": False, "plotlyServerURL": "", "displaylogo": False}

@@ -1,6 +1,7 @@
 """Facts of a report, from a trace and its findings: its first sentence, plan, map, tables. Pure."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,11 +12,12 @@ from dinfer.plan.partition import Shape
 from dinfer.plan.plan import Plan, parse_plan
 from dinfer.plan.schedule import build
 from dinfer.run.state import Mark
-from dinfer.trace.findings import Findings, RankFinding
-from dinfer.trace.shares import LinkShare, Shares
+from dinfer.trace.findings import Findings
+from dinfer.trace.shares import Shares
 from dinfer.trace.trace import Trace
-from dinfer.trace.transfers import Transfer, by_link, by_link_and_layer, spread, transfers
-from dinfer.views.cells import EVERYWHERE, HERE, IN_FLIGHT, NOT_YET, CellMap, CellStates
+from dinfer.trace.transfers import by_link, by_link_and_layer, spread, transfers
+from dinfer.verdict.signs import Signs
+from dinfer.views.cells import CellMap, CellStates, held_states
 from dinfer.views.figures.style import link_name
 
 TableRow = Sequence[str]
@@ -29,37 +31,20 @@ class FactTable(NamedTuple):
     wide: int = 1
 
 
-class At(NamedTuple):
-    """Where a rank stood."""
-
-    positions: Sequence[int]
-    started: Sequence[bool]
-    limits: Sequence[int]
-
-
 def plan_of(trace: Trace, findings: Findings) -> Plan | None:
-    """The plan of the run: from the findings, or built from its shape if that gives the same plan id."""
+    """The plan of the run: from the findings, or built from its shape if that, lowered for NCCL or not, gives the same
+    plan id."""
     about = trace.about
     if findings.plan:
         return parse_plan(findings.plan)
     try:
         shape = Shape(about["layers"], about["tokens"], about["chunk_size"], tuple(about["stages"]))
         made = build(shape, about["schedule"], about["sync_strategy"])
+        if f"{made.id:016x}" != about.get("plan_id"):
+            made = lower(made)
     except (KeyError, TypeError, PlanError):
         return None
-    wanted = about.get("plan_id")
-    if f"{made.id:016x}" == wanted:
-        return made
-    return _lowered(made, wanted)
-
-
-def _lowered(made: Plan, wanted: str | None) -> Plan | None:
-    """The plan as lowered for NCCL, if it has the wanted id."""
-    try:
-        lowered = lower(made)
-    except PlanError:
-        return None
-    return lowered if f"{lowered.id:016x}" == wanted else None
+    return made if f"{made.id:016x}" == about.get("plan_id") else None
 
 
 def owners_of(trace: Trace, plan: Plan | None) -> Sequence[int]:
@@ -74,16 +59,9 @@ def owners_of(trace: Trace, plan: Plan | None) -> Sequence[int]:
 def map_states(trace: Trace, findings: Findings, plan: Plan | None) -> CellStates | None:
     """What each rank held of each block at the end; None if the trace has no blocks."""
     if plan and findings.positions:
-        at = [At(lanes, (False,) * len(lanes), lanes) for lanes in findings.positions]
-        return CellMap(plan).states(at)
+        return CellMap(plan).states([Signs(at, (False,) * len(at), at) for at in findings.positions])
     held = np.array([trace.received(rank) for rank in trace.ranks], bool)
-    if not held.size:
-        return None
-    held = held.transpose(2, 1, 0)
-    states = np.where(held.any(axis=2, keepdims=True), IN_FLIGHT, NOT_YET).repeat(held.shape[2], axis=2)
-    states[held] = HERE
-    states[held.all(axis=2)] = EVERYWHERE
-    return states.astype(np.uint8)
+    return held_states(held.transpose(2, 1, 0)) if held.size else None
 
 
 def marks_of(findings: Findings) -> list[Mark]:
@@ -101,7 +79,12 @@ def link_table(trace: Trace) -> FactTable:
     heads = ["link", "transfers", "MB"]
     for part in ("wire", "waiting"):
         heads += [f"{part} {name}" for name in ("p50", "p90", "p99", "longest")]
-    rows = [[link_name(link), *_link_row(found)] for link, found in by_link(transfers(trace)).items()]
+    rows = []
+    for link, found in by_link(transfers(trace)).items():
+        wire, waited = spread(one.wire for one in found), spread(one.waited for one in found)
+        megabytes = f"{sum(one.bytes for one in found) / 1e6:,.3f}"
+        times = map(milliseconds, (*wire[1:], *waited[1:]))
+        rows.append([link_name(link), str(len(found)), megabytes, *times])
     return FactTable(heads, rows)
 
 
@@ -147,22 +130,14 @@ def compared_table(summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> FactTa
         "p50, ms",
         "p99, ms",
     ]
-    rows = [
-        [
-            name,
-            str(one["sync_strategy"]),
-            str(one["schedule"]),
-            str(one["chunk_size"]),
-            *(
-                [f"{one['prefill_s']:.3f}", *(f"{100 * one[key]:.1f} %" for key in ("exposed", "bubble"))]
-                if one.get("ended", True)
-                else ["not ended", "–", "–"]
-            ),
-            f"{one['bytes'] / 1e6:,.3f}",
-            *("–" if one[key] is None else milliseconds(one[key]) for key in ("p50_s", "p99_s")),
-        ]
-        for name, one in summaries
-    ]
+    rows = []
+    for name, one in summaries:
+        times = ["not ended", "–", "–"]
+        if one.get("ended", True):
+            times = [f"{one['prefill_s']:.3f}", *(f"{100 * one[key]:.1f} %" for key in ("exposed", "bubble"))]
+        latency = ("–" if one[key] is None else milliseconds(one[key]) for key in ("p50_s", "p99_s"))
+        settings = (str(one[key]) for key in ("sync_strategy", "schedule", "chunk_size"))
+        rows.append([name, *settings, *times, f"{one['bytes'] / 1e6:,.3f}", *latency])
     return FactTable(heads, rows, wide=3)
 
 
@@ -177,21 +152,14 @@ def difference_table(findings: Findings) -> FactTable | None:
 
 def pairs(values: Mapping[str, Any]) -> FactTable:
     """A row for each name and value."""
-    return FactTable(["", ""], [[name, _shown(value)] for name, value in values.items()], wide=2)
+    shown = {
+        name: ", ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for name, v in values.items()
+    }
+    return FactTable(["", ""], list(shown.items()), wide=2)
 
 
 def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:,.3f}"
-
-
-def _link_row(found: Sequence[Transfer]) -> TableRow:
-    wire, waited = spread(one.wire for one in found), spread(one.waited for one in found)
-    megabytes = sum(one.bytes for one in found) / 1e6
-    return [str(len(found)), f"{megabytes:,.3f}", *map(milliseconds, (*wire[1:], *waited[1:]))]
-
-
-def _shown(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def sentence(findings: Findings, found: Shares) -> str:
@@ -214,7 +182,10 @@ def _parts(findings: Findings, found: Shares) -> Iterator[str]:
         count = len(findings.corrupt)
         yield f"changed bytes were found {'once' if count == 1 else f'{count} times'}"
     yield kv_part(findings)
-    yield from _tokens_part(findings)
+    tokens = [rank.tokens for rank in findings.ranks]
+    if any(tokens) and None not in tokens:  # nothing without decode
+        greedy = "greedy tokens" if findings.parameters.get("temperature") == 0 else "tokens"
+        yield f"{greedy} agree" if len(set(tokens)) == 1 else f"{greedy} differ between ranks"
     if not findings.failure:  # the transfers in which a failed run stopped, and their time, are in no event
         yield exposed_part(found)
 
@@ -222,33 +193,19 @@ def _parts(findings: Findings, found: Shares) -> Iterator[str]:
 def kv_part(findings: Findings) -> str:
     """Whether the ranks hold the same KV, by comparison or else by digests."""
     if findings.kv:
-        return _inside(findings.kv.sentence.rstrip("."))
+        text = findings.kv.sentence.rstrip(".")
+        # In lower case, unless it begins with an abbreviation.
+        return text[:1].lower() + text[1:] if text[1:2].islower() else text
     digests = [rank.kv_sha256 for rank in findings.ranks]
     if not digests or not all(digests):
         return "whether the ranks hold the same KV was not checked"
     if len(digests) == 1:
         return "there is only one rank"
-    if len(set(digests)) == 1:
+    others = [str(rank.rank) for rank in findings.ranks if rank.kv_sha256 != digests[0]]
+    if not others:
         return f"all {len(digests)} ranks hold the same KV"
-    return f"{_others(findings.ranks, digests)} other KV than rank {findings.ranks[0].rank}"
-
-
-def _tokens_part(findings: Findings) -> Iterator[str]:
-    """Whether the ranks generated the same tokens; nothing without decode."""
-    tokens = [rank.tokens for rank in findings.ranks]
-    if not any(tokens) or None in tokens:
-        return
-    greedy = "greedy tokens" if findings.parameters.get("temperature") == 0 else "tokens"
-    if len(set(tokens)) == 1:
-        yield f"{greedy} agree"
-    else:
-        yield f"{greedy} differ between ranks"
-
-
-def _others(ranks: Sequence[RankFinding], values: Sequence[object]) -> str:
-    """The ranks whose value differs from the first rank's, and their verb."""
-    others = [str(rank.rank) for rank, value in zip(ranks, values, strict=True) if value != values[0]]
-    return f"rank {others[0]} holds" if len(others) == 1 else f"ranks {', '.join(others)} hold"
+    hold = f"rank {others[0]} holds" if len(others) == 1 else f"ranks {', '.join(others)} hold"
+    return f"{hold} other KV than rank {findings.ranks[0].rank}"
 
 
 def exposed_part(found: Shares) -> str:
@@ -259,33 +216,16 @@ def exposed_part(found: Shares) -> str:
         return "nothing was sent between ranks"
     if found.exposed == 0:
         return "no communication of prefill was exposed"
-    return f"{percent(found.exposed)} of prefill was exposed communication, most of it {_where(found)}"
-
-
-def _inside(text: str) -> str:
-    """A sentence as part of another: in lower case, unless it begins with an abbreviation."""
-    return text[:1].lower() + text[1:] if text[1:2].islower() else text
-
-
-def _where(found: Shares) -> str:
-    """Waiting or the wire, whichever is more over all ranks, as in their figure, and the link with most of it."""
+    # Waiting or the wire, whichever is more over all ranks, as in their figure, and the link with most of it.
     waits = found.wait_s > found.wire_s
-    kind, seconds = ("waiting", _wait_s) if waits else ("on the wire", _wire_s)
+    where, seconds = ("waiting", attrgetter("wait_s")) if waits else ("on the wire", attrgetter("wire_s"))
     link = max(found.links, key=seconds)
-    if not seconds(link):
-        return kind
-    name = f"link {link.source}→{link.target}"
-    whom = f"for rank {link.late} on {name}" if link.late is not None else f"on {name}"
-    alone = seconds(link) == sum(map(seconds, found.links))
-    return f"{kind}{'' if alone else ', above all'} {whom if waits else f'of {name}'}"
-
-
-def _wait_s(link: LinkShare) -> float:
-    return link.wait_s
-
-
-def _wire_s(link: LinkShare) -> float:
-    return link.wire_s
+    if seconds(link):
+        alone = seconds(link) == sum(map(seconds, found.links))
+        name = f"link {link.source}→{link.target}"
+        whom = f"for rank {link.late} on {name}" if link.late is not None else f"on {name}"
+        where += f"{'' if alone else ', above all'} {whom if waits else f'of {name}'}"
+    return f"{percent(found.exposed)} of prefill was exposed communication, most of it {where}"
 
 
 def percent(part: float) -> str:

@@ -9,19 +9,19 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import plotly.graph_objects as go
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from dinfer.plan.plan import Plan
 from dinfer.plan.verify import verify
-from dinfer.trace.embedded import ELEMENT, as_columns, script_json
 from dinfer.trace.export import check_folder, write_whole
-from dinfer.trace.findings import Findings, findings_of
-from dinfer.trace.shares import Shares, pauses, shares
+from dinfer.trace.findings import findings_of
+from dinfer.trace.intervals import seconds
+from dinfer.trace.read import ELEMENT, as_columns, script_json
+from dinfer.trace.shares import pauses, shares
 from dinfer.trace.summary import summary, verdict
 from dinfer.trace.trace import Trace
 from dinfer.version import __version__
@@ -47,32 +47,6 @@ REPORT_FIGURES: dict[str, Callable[..., go.Figure]] = {
 }
 
 
-class Figure(NamedTuple):
-    """A figure: its element on the page, and its JSON without a template."""
-
-    id: str
-    height: int
-    json: str
-
-
-class RunPage(NamedTuple):
-    """What the template shows of one run."""
-
-    name: str
-    number: int
-    sentence: str
-    headline: str
-    findings: Findings
-    shares: Shares
-    paused_s: float
-    figures: dict[str, Figure]
-    map: Markup | None
-    plan: str
-    proof: str
-    tables: dict[str, facts.FactTable | None]
-    data: str
-
-
 def write_report(traces: Sequence[Trace], path: str | Path, names: Sequence[str] = ()) -> Path:
     """Write a report of one run, or several side by side; returns the path. Raises OSError, and leaves no partial
     file."""
@@ -84,10 +58,17 @@ def write_report(traces: Sequence[Trace], path: str | Path, names: Sequence[str]
 def report_html(traces: Sequence[Trace], names: Sequence[str] = (), *, plotly: str | None = None) -> str:
     """The page as HTML. `names`: of the runs; `plotly`: its script, by default plotly's own."""
     called = list(names) or _names(traces)
-    runs = [
-        _run(trace, name, number) for number, (trace, name) in enumerate(zip(traces, called, strict=True))
-    ]
+    runs = [_run(*run, number) for number, run in enumerate(zip(traces, called, strict=True))]
     scripts = [plotly if plotly is not None else get_plotlyjs(), _read("report.js")]
+    templates = {"light": template(dark=False), "dark": template(dark=True)}
+    comparison = None
+    if len(runs) > 1:
+        found = [summary(trace) for trace in traces]
+        comparison = {
+            "sentence": verdict(found[0], found[-1], (called[0], called[-1])),
+            "table": facts.compared_table(list(zip(called, found, strict=True))),
+            "sentences": [(run["name"], run["sentence"]) for run in runs],
+        }
     environment = Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=True,
@@ -99,12 +80,12 @@ def report_html(traces: Sequence[Trace], names: Sequence[str] = (), *, plotly: s
     environment.globals["percent"] = percent
     return environment.get_template("report.html.j2").render(
         runs=runs,
-        title=runs[0].sentence if len(runs) == 1 else " and ".join(called),
-        comparison=_comparison(traces, called, runs),
+        title=runs[0]["sentence"] if len(runs) == 1 else " and ".join(called),
+        comparison=comparison,
         policy=policy(scripts),
         css=Markup(_read("report.css")),
         scripts=[Markup(script) for script in scripts],
-        settings=Markup(script_json(_settings())),
+        settings=Markup(script_json({"templates": templates, "config": HTML_CONFIG})),
         element=ELEMENT,
         version=__version__,
     )
@@ -112,19 +93,12 @@ def report_html(traces: Sequence[Trace], names: Sequence[str] = (), *, plotly: s
 
 def policy(scripts: Sequence[str]) -> str:
     """A Content-Security-Policy that allows nothing from outside, and only these scripts."""
-    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
+    digests = (hashlib.sha256(script.encode()).digest() for script in scripts)
+    hashes = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
     return (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-
-
-def _sha256(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _settings() -> dict[str, Any]:
-    return {"templates": {"light": template(dark=False), "dark": template(dark=True)}, "config": HTML_CONFIG}
 
 
 def _read(name: str) -> str:
@@ -139,81 +113,53 @@ def _names(traces: Sequence[Trace]) -> list[str]:
     return [f"run {number}: {strategy}" for number, strategy in enumerate(strategies, 1)]
 
 
-def _run(trace: Trace, name: str, number: int) -> RunPage:
-    findings, found = findings_of(trace), shares(trace)
+def _run(trace: Trace, name: str, number: int) -> dict[str, Any]:
+    """What the template shows of one run."""
+    findings, found, about = findings_of(trace), shares(trace), trace.about
     plan = facts.plan_of(trace, findings)
-    return RunPage(
-        name=name,
-        number=number,
-        sentence=sentence(findings, found),
-        headline=_headline(trace),
-        findings=findings,
-        shares=found,
-        paused_s=sum(end - start for start, end in pauses(trace)) / 1e9,
-        figures={key: _figure(f"run{number}-{key}", draw(trace)) for key, draw in REPORT_FIGURES.items()},
-        map=_map(trace, findings, plan),
-        plan=plan.text() if plan else "",
-        proof=findings.proof or (str(verify(plan)) if plan else ""),
-        tables=_tables(trace, findings, name),
-        data=Markup(script_json(as_columns(trace))),
-    )
-
-
-def _headline(trace: Trace) -> str:
-    """What was run, in one line."""
-    about = trace.about
-    words = [
+    ranks = about.get("world_size", len(trace.ranks))
+    headline = [
         f"model {about['model']}" if "model" in about else "",
         f"{about['tokens']:,} prompt tokens by {about['chunk_size']}" if "tokens" in about else "",
-        f"{about['layers']} layers on {about.get('world_size', len(trace.ranks))} ranks"
-        if "layers" in about
-        else "",
+        f"{about['layers']} layers on {ranks} ranks" if "layers" in about else "",
         " ".join(filter(None, (about.get("schedule"), about.get("sync_strategy")))),
         f"dinfer {about['dinfer']}" if "dinfer" in about else "",
-        findings_of(trace).made,
+        findings.made,
     ]
-    return " · ".join(filter(None, words))
-
-
-def _figure(place: str, figure: go.Figure) -> Figure:
-    drawn = json.loads(figure.to_json())
-    drawn["layout"].pop("template", None)  # the page has a light and a dark one
-    return Figure(place, drawn["layout"]["height"], Markup(script_json(drawn)))
-
-
-def _map(trace: Trace, findings: Findings, plan: Plan | None) -> Markup | None:
-    states = facts.map_states(trace, findings, plan)
-    if states is None:
-        return None
-    labels = list(findings.chunk_texts) or [""] * states.shape[1]
-    shown = marked(states, facts.marks_of(findings))
-    return Markup(map_svg(shown, facts.owners_of(trace, plan), labels))
-
-
-def _tables(trace: Trace, findings: Findings, name: str) -> dict[str, facts.FactTable | None]:
+    figures = {}
+    for key, draw in REPORT_FIGURES.items():
+        drawn = json.loads(draw(trace).to_json())
+        drawn["layout"].pop("template", None)  # the page has a light and a dark one
+        height, data = drawn["layout"]["height"], Markup(script_json(drawn))
+        figures[key] = {"id": f"run{number}-{key}", "height": height, "json": data}
+    states, blocks = facts.map_states(trace, findings, plan), None
+    if states is not None:
+        labels = list(findings.chunk_texts) or [""] * states.shape[1]
+        shown = marked(states, facts.marks_of(findings))
+        blocks = Markup(map_svg(shown, facts.owners_of(trace, plan), labels))
     others = [(str(one.get("name", "earlier")), one) for one in findings.others]
-    return {
+    tables = {
         "links": facts.link_table(trace),
         "layers": facts.layer_table(trace),
-        "ranks": facts.rank_table(findings) if findings.ranks else None,
-        "parameters": facts.pairs(findings.parameters) if findings.parameters else None,
-        "machine": facts.pairs({**findings.machine, **findings.versions}) if findings.machine else None,
-        "environment": facts.pairs(findings.environment) if findings.environment else None,
+        "ranks": findings.ranks and facts.rank_table(findings),
+        "parameters": findings.parameters and facts.pairs(findings.parameters),
+        "machine": findings.machine and facts.pairs({**findings.machine, **findings.versions}),
+        "environment": findings.environment and facts.pairs(findings.environment),
         "differences": facts.difference_table(findings),
-        "others": facts.compared_table([(f"this run ({name})", summary(trace)), *others]) if others else None,
+        "others": others and facts.compared_table([(f"this run ({name})", summary(trace)), *others]),
     }
-
-
-def _comparison(
-    traces: Sequence[Trace], names: Sequence[str], runs: Sequence[RunPage]
-) -> dict[str, Any] | None:
-    """Several runs side by side."""
-    if len(traces) < 2:
-        return None
-    found = [summary(trace) for trace in traces]
-    last = len(traces) - 1
     return {
-        "sentence": verdict(found[0], found[last], (names[0], names[last])),
-        "table": facts.compared_table(list(zip(names, found, strict=True))),
-        "sentences": [(run.name, run.sentence) for run in runs],
+        "name": name,
+        "number": number,
+        "sentence": sentence(findings, found),
+        "headline": " · ".join(filter(None, headline)),
+        "findings": findings,
+        "shares": found,
+        "paused_s": seconds(pauses(trace)),
+        "figures": figures,
+        "map": blocks,
+        "plan": plan.text() if plan else "",
+        "proof": findings.proof or (str(verify(plan)) if plan else ""),
+        "tables": tables,
+        "data": Markup(script_json(as_columns(trace))),
     }

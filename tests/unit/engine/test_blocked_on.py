@@ -7,7 +7,7 @@ from dinfer.engine.by_hand import blocked_on_text
 from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
-from dinfer.verdict.words import at_text
+from dinfer.verdict.where import at_text
 
 SHAPE = partition(layers=4, tokens=8, world_size=2, chunk_size=4)
 

@@ -20,7 +20,6 @@ from dinfer.saved import write
 from dinfer.saved.format import DESCRIPTION, SavedError
 from dinfer.saved.write import replacing
 from dinfer.session.session import Session
-from dinfer.trace.export import write_jsonl
 from dinfer.trace.trace import Trace
 from tests.support.held_kv import HeldHere, plan_of
 from tests.support.saved_runs import done
@@ -246,7 +245,7 @@ def test_others_can_write_one_by_its_description(tmp_path: Path) -> None:
         ), encoding="utf-8",
     )  # fmt: skip
     (folder / "plan.txt").write_text(plan.text(), encoding="utf-8")
-    write_jsonl(Trace(()), folder / "trace.jsonl")
+    Trace(()).export("jsonl", folder / "trace.jsonl")
     owners = plan.shape.owners
     rows = {f"rank{owners[n]}.layer{n}.rows": row_digests(right.kv[0][n]) for n in range(3)}
     other = 1 - owners[2]

@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinfer.trace.embedded import as_columns, of_columns, script_json
 from dinfer.trace.events import Event
-from dinfer.trace.export import TraceError, write_jsonl
+from dinfer.trace.export import TraceError
 from dinfer.trace.findings import Findings, KvFinding, RankFinding, findings_of, with_findings
-from dinfer.trace.read import read_traces
+from dinfer.trace.read import as_columns, of_columns, read_traces, script_json
 from dinfer.trace.trace import Trace
 from tests.support.made_events import events
 
@@ -45,7 +44,7 @@ def test_traces_are_read_from_pages_and_from_files(tmp_path: Path) -> None:
     two = Trace((), {"model": "other"})
     (tmp_path / "report.HTML").write_text(page(one, two), encoding="utf-8")
     assert read_traces(tmp_path / "report.HTML") == [one, two]
-    write_jsonl(one, tmp_path / "trace.jsonl")
+    one.export("jsonl", tmp_path / "trace.jsonl")
     assert read_traces(tmp_path / "trace.jsonl") == [one]
 
 

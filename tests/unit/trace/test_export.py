@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dinfer.trace.events import Event
-from dinfer.trace.export import FORMAT, TraceError, write_jsonl
+from dinfer.trace.export import FORMAT, TraceError
 from dinfer.trace.read import read_jsonl
 from dinfer.trace.trace import Trace
 from tests.support.made_events import events
@@ -29,12 +29,12 @@ ABOUT = st.dictionaries(st.sampled_from(["model", "threads", "events", "format",
 @given(st.lists(events(ranks=3), max_size=5), ABOUT)
 def test_write_and_read(tmp_path: Path, made: list[Event], about: dict[str, object]) -> None:
     trace = Trace(tuple(made), about)
-    write_jsonl(trace, tmp_path / "trace.jsonl")
+    trace.export("jsonl", tmp_path / "trace.jsonl")
     assert read_jsonl(tmp_path / "trace.jsonl") == trace
 
 
 def test_text_is_written_as_it_reads(tmp_path: Path) -> None:
-    write_jsonl(TRACE, tmp_path / "trace.jsonl")
+    TRACE.export("jsonl", tmp_path / "trace.jsonl")
     lines = (tmp_path / "trace.jsonl").read_text(encoding="utf-8").splitlines()
     assert lines[0] == (
         '{"format": "dinfer trace 1", "events": 3, "about": {"model": "demo", "prompt": "你好"}}'
@@ -46,16 +46,16 @@ def test_text_is_written_as_it_reads(tmp_path: Path) -> None:
 def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text("what was there before")
-    write_jsonl(TRACE, str(path))
+    TRACE.export("jsonl", str(path))
     assert read_jsonl(str(path)) == TRACE
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_stays_if_writing_fails(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
-    write_jsonl(TRACE, path)
+    TRACE.export("jsonl", path)
     with pytest.raises(TypeError):
-        write_jsonl(Trace((), {"model": object()}), path)
+        Trace((), {"model": object()}).export("jsonl", path)
     assert read_jsonl(path) == TRACE
 
 
@@ -68,7 +68,7 @@ def test_another_programs_trace_needs_only_the_format(tmp_path: Path) -> None:
 
 def test_a_trace_that_was_cut_short_after_a_line(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
-    write_jsonl(TRACE, path)
+    TRACE.export("jsonl", path)
     path.write_text(
         "".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8"
     )
@@ -81,7 +81,7 @@ def test_a_trace_that_was_cut_short_after_a_line(tmp_path: Path) -> None:
 @given(st.data())
 def test_a_trace_cut_short_anywhere(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "trace.jsonl"
-    write_jsonl(TRACE, path)
+    TRACE.export("jsonl", path)
     whole = path.read_bytes()
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 2))])  # all but the last line's end
     with pytest.raises(TraceError, match=r"trace\.jsonl"):

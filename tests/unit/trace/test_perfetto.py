@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.trace.events import Event
-from dinfer.trace.export import TraceError
-from dinfer.trace.perfetto import trace_events
+from dinfer.trace.export import TraceError, trace_events
 from dinfer.trace.read import read_jsonl
 from dinfer.trace.simulated import paper_trace
 from dinfer.trace.trace import Trace
@@ -52,6 +51,10 @@ def check(made: dict[str, Any]) -> None:
     assert all(sorted(phases) == ["f", "s"] for phases in flows.values())
 
 
+def perfetto(trace: Trace) -> dict[str, Any]:
+    return trace_events(trace.events, trace.about)
+
+
 def slices(made: dict[str, Any]) -> list[dict[str, Any]]:
     return [one for one in made["traceEvents"] if one["ph"] == "X"]
 
@@ -70,7 +73,7 @@ def test_every_op_is_a_slice_and_every_transfer_an_arrow(tmp_path: Path) -> None
 
 
 def test_an_arrow_begins_in_its_send_and_ends_in_its_recv() -> None:
-    made = trace_events(paper_trace(PLAN))
+    made = perfetto(paper_trace(PLAN))
     by_thread = defaultdict(list)
     for one in slices(made):
         by_thread[one["pid"], one["tid"]].append((one["ts"], one["ts"] + one["dur"], one["name"].split()[0]))
@@ -100,7 +103,7 @@ def bound(made: dict[str, Any]) -> dict[int, dict[str, str]]:
 def test_an_arrow_is_bound_to_its_own_slices_where_ops_follow_at_once(schedule: str, strategy: str) -> None:
     shape = partition(layers=6, tokens=32, world_size=3, chunk_size=8)
     trace = paper_trace(build(shape, schedule, strategy))  # type: ignore[arg-type]
-    found = bound(trace_events(trace))
+    found = bound(perfetto(trace))
     assert len(found) == len(transfers(trace))
     wrong = [ends for ends in found.values() if ends["s"].split()[1:] != ends["f"].split()[1:]]
     assert wrong == []
@@ -113,13 +116,13 @@ def test_a_block_that_travels_twice_has_two_arrows() -> None:
         for n in range(2)
         for rank, kind in ((0, "send"), (1, "recv"))
     ]
-    made = trace_events(Trace.merge([events]))
+    made = perfetto(Trace.merge([events]))
     ends = [(one["id"], one["ph"], one["ts"]) for one in made["traceEvents"] if one["ph"] in "sf"]
     assert sorted(ends) == [(0, "f", 0.009), (0, "s", 0.0), (1, "f", 0.019), (1, "s", 0.01)]
 
 
 def test_no_two_slices_of_a_thread_overlap() -> None:
-    made = trace_events(paper_trace(PLAN))
+    made = perfetto(paper_trace(PLAN))
     ends: dict[tuple[int, int], int] = {}
     for one in sorted(slices(made), key=lambda one: (one["ts"], one["ts"] + one["dur"])):
         thread, start = (one["pid"], one["tid"]), round(one["ts"] * 1000)
@@ -129,7 +132,7 @@ def test_no_two_slices_of_a_thread_overlap() -> None:
 
 def test_a_wait_and_an_op_by_hand() -> None:
     event = Event(1, "kv-in:0", "recv", 1000, 2000, 5000, 9000, "kv", 2, 3, 0, 8, 64, 7)
-    wait, op = slices(trace_events(Trace((event,))))
+    wait, op = slices(perfetto(Trace((event,))))
     assert (wait["name"], wait["ts"], wait["dur"]) == ("wait: recv kv c2 l3", 1.0, 3.0)
     assert (op["name"], op["ts"], op["dur"], op["cat"]) == ("recv kv c2 l3", 4.0, 4.0, "transfer")
     assert op["args"] == {"chunk": 2, "layer": 3, "peer": 0, "tokens": 8, "bytes": 64, "index": 7}
@@ -143,7 +146,7 @@ def test_any_trace_can_be_exported(made: list[Event]) -> None:
         for event in made
         for times in [sorted((event.ready, event.start, event.met, event.end))]
     ]
-    check(trace_events(Trace.merge([ordered])))
+    check(perfetto(Trace.merge([ordered])))
 
 
 def test_json_lines_and_forms_that_there_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,6 @@ import pytest
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.trace.events import pairs
-from dinfer.trace.perfetto import op_name
 from dinfer.trace.simulated import paper_trace
 from dinfer.trace.trace import Trace
 
@@ -61,9 +60,9 @@ def test_nothing_is_dropped(processor: Any) -> None:
 
 def test_slices_of_each_rank_and_lane_have_their_names_and_durations(processor: Any, trace: Trace) -> None:
     sql = f"select process.name as rank, thread.name as lane, slice.name as op, slice.dur as dur {LANES}"
-    expected = Counter((f"rank {e.rank}", e.lane, op_name(e), e.busy) for e in trace.events)
+    expected = Counter((f"rank {e.rank}", e.lane, e.name, e.busy) for e in trace.events)
     waited = [e for e in trace.events if e.waited > 0]
-    expected += Counter((f"rank {e.rank}", e.lane, f"wait: {op_name(e)}", e.waited) for e in waited)
+    expected += Counter((f"rank {e.rank}", e.lane, f"wait: {e.name}", e.waited) for e in waited)
     assert rows(processor, sql, "rank", "lane", "op", "dur") == expected
 
 
@@ -73,6 +72,6 @@ def test_slices_lie_side_by_side(processor: Any) -> None:
 
 def test_arrows_go_from_each_send_to_its_recv(processor: Any, trace: Trace) -> None:
     sends = [event for event, recv in pairs(trace.events) if event and recv]
-    expected = Counter((op_name(one), op_name(one).replace("send", "recv")) for one in sends)
+    expected = Counter((one.name, one.name.replace("send", "recv")) for one in sends)
     found = rows(processor, f"select a.name as sent, b.name as came {FLOWS}", "sent", "came")
     assert found == expected

@@ -6,7 +6,6 @@ import threading
 
 import pytest
 
-from dinfer.views import desk
 from dinfer.views.desk import Action, Painter, Worker
 from tests.support.expected import panel_threads
 from tests.support.runs import wait_for
@@ -92,13 +91,11 @@ def test_asking_does_not_wait_and_each_change_is_told() -> None:
     assert scene.changes.acquire(timeout=60)
 
 
-def test_many_touches_are_few_pictures_and_the_last_is_painted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        desk, "PERIOD_S", 10.0
-    )  # the second picture comes only when the painter is closed, or never
+def test_many_touches_are_few_pictures_and_the_last_is_painted() -> None:
     painted: list[int] = []
     latest = [0]
-    painter = Painter(lambda: painted.append(latest[0]))
+    # The second picture comes only when the painter is closed, or never.
+    painter = Painter(lambda: painted.append(latest[0]), period=10.0)
     for n in range(1000):
         latest[0] = n
         painter.touch()
@@ -107,8 +104,7 @@ def test_many_touches_are_few_pictures_and_the_last_is_painted(monkeypatch: pyte
     painter.close()
     assert panel_threads() == []
 
-    monkeypatch.setattr(desk, "PERIOD_S", 0.001)
-    painter = Painter(lambda: painted.append(latest[0]))
+    painter = Painter(lambda: painted.append(latest[0]), period=0.001)
     for n in range(1000):
         latest[0] = n
         painter.touch()
