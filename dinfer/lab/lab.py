@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
+from dinfer.cluster.ipyparallel.attach import ClusterPlace
 from dinfer.cluster.ipyparallel.errors import ClusterError
-from dinfer.cluster.ipyparallel.start import HERE, ClusterPlace
 from dinfer.config import ConfigError
 from dinfer.lab.cells import CHUNK_SIZE, SCHEDULES, STRATEGIES, TOKENS, N, graph_of
 from dinfer.lab.faults import RULES, Cell, expected, orders, slowed
@@ -63,7 +63,7 @@ def run_lab(
 @contextmanager
 def lab_session(*, join: bool = False, network: LabNetwork | None = None) -> Iterator[Session]:
     """A session with the demo model. `network`: runs each engine of the new cluster on a host of its own."""
-    place = ClusterPlace(network.address, [host.inside() for host in network.hosts]) if network else HERE
+    place = ClusterPlace(network.address, [host.inside() for host in network.hosts]) if network else None
     session = connect("ipyparallel", N, start=not join, place=place)
     try:
         session.load("demo", threads=1)

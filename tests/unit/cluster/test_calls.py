@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from dinfer.cluster.ipyparallel.calls import Calls, call_expression, source_expression, submit
+from dinfer.cluster.ipyparallel.calls import Calls, call_expression, evaluate
 from dinfer.cluster.ipyparallel.errors import RankError, RankGone, RankSilent
+from dinfer.cluster.ipyparallel.facts import VERSIONS
 
 
 class RemoteError(Exception):
@@ -70,15 +71,14 @@ class Gone:
 
 
 def test_an_engine_that_has_ended_is_not_asked() -> None:
-    future = submit(Gone(), 4, "1", 2, "rank 2 (engine 4)")
     with pytest.raises(RankGone, match=r"^rank 2 \(engine 4\) has ended\."):
-        future.result(0)
+        evaluate(Gone(), "1", {2: 4}, {2: "rank 2 (engine 4)"}).result(0)
 
 
 def test_a_call_is_text() -> None:
     assert eval(call_expression("os.path:join", ["a", "b\"'\\"])) == "a/b\"'\\"
     assert eval(call_expression("json:dumps", [{"x": [1, None, True]}])) == '{"x": [1, null, true]}'
-    assert eval(source_expression("import os\ndef here():\n    return os.sep", "here")) == "/"
+    assert eval(VERSIONS).keys() == {"python", "dinfer", "torch", "cuda"}
 
 
 @pytest.mark.parametrize("function", ["os.getpid", "os:", ":getpid", "os:getpid()", "os;x:getpid"])

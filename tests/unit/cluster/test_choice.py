@@ -17,7 +17,6 @@ from dinfer.cluster.ipyparallel.known import (
     Owner,
     choose_cluster,
     choose_engines,
-    controller_pid,
     describe,
     engines_to_come,
     known_clusters,
@@ -168,8 +167,6 @@ def test_engines_that_are_on_their_way(description: dict[str, Any], age_s: float
 
 
 def test_what_a_cluster_file_says() -> None:
-    assert controller_pid(cluster_file({})) == 7
-    assert controller_pid({}) is None
     assert launcher_of(cluster_file({})) == "local"
     assert (
         launcher_of({"engines": {"class": "dinfer.cluster.ipyparallel.launcher.DinferEngineSetLauncher"}})

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dinfer.cluster.ipyparallel.clean import clean, end_processes, members, report, stop_cluster
+from dinfer.cluster.ipyparallel.clean import clean, end_cluster, members, report, stop_cluster
 from dinfer.cluster.ipyparallel.errors import ClusterError
 from dinfer.cluster.ipyparallel.identity import Identity, runs
 from dinfer.cluster.ipyparallel.known import Known, Record, record_path
@@ -110,7 +110,7 @@ def test_a_record_that_cannot_be_read_ends_nothing(tmp_path: Path, text: str) ->
 @pytest.mark.parametrize("cluster_id", ["", "mine", "1700000000-abcd"])
 def test_a_users_cluster_is_never_ended(cluster_id: str) -> None:
     with pytest.raises(ValueError, match="not started by dinfer"):
-        end_processes(Known(Path("profile_default"), cluster_id))
+        end_cluster(Known(Path("profile_default"), cluster_id))
 
 
 def test_a_users_cluster_is_stopped_by_its_file(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_processes_bear_the_id_and_the_profile(tmp_path: Path) -> None:
             assert process.stdout
             process.stdout.readline()  # from here on it does not end when asked to
         assert [process.pid for process in members(cluster)] == [started[0].pid]
-        assert end_processes(cluster) == ([started[0].pid], [])
+        assert end_cluster(cluster) == ([started[0].pid], [], [])
         assert [process.poll() for process in started[1:]] == [None, None]
     finally:
         for process in started:
