@@ -13,6 +13,7 @@ from dinfer.config import Config
 from dinfer.doctor import network as net
 from dinfer.doctor.devices import count_gpus, gpu_check, memory_checks
 from dinfer.doctor.leftovers import folder_check, orphans, process_check, read_processes
+from dinfer.doctor.pairs import measure, pairs_check
 from dinfer.doctor.report import Check, PairSpeed, Report, as_text, to_json
 from dinfer.doctor.versions import backend_check, version_checks
 
@@ -69,8 +70,6 @@ def _network_checks() -> list[Check]:
 
 def _measure(world_size: int, checks: Sequence[Check], pairs: list[PairSpeed]) -> Check:
     """Measure all links and append them to `pairs`; skipped if a check that they depend on has failed."""
-    from dinfer.doctor.pairs import measure, pairs_check
-
     if world_size == 1:
         return Check("pairs", "ok", "one rank has no links")
     failed = [check.name for check in checks if check.state == "fail" and check.name in NEEDED_BY_PAIRS]

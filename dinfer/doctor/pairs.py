@@ -1,21 +1,32 @@
-"""Latency and bandwidth of every ordered pair of ranks on this host, over gloo, measured by ranks started for it."""
+"""Latency and bandwidth of every ordered pair of ranks on this host, over gloo, measured by ranks started for it.
+
+A rank measures its link to each other rank, and answers while others measure. The first 8 bytes of a header are the
+number of payload bytes that follow, which the other side answers with an empty header, or END once the link has been
+measured. Importing this does not import torch: what goes wrong then is to be told by the rank.
+"""
 
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from itertools import permutations
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from time import monotonic
+from time import monotonic, perf_counter
+from typing import TYPE_CHECKING
 
 from dinfer.doctor.report import LET_LOOPBACK_PASS, Check, PairSpeed, rate, significant
+from dinfer.plan.graph import Channel
+
+if TYPE_CHECKING:
+    from dinfer.transport.gloo import Comm
 
 SLOW = 4
 """links that are this many times slower than the median are reported"""
@@ -114,6 +125,12 @@ def _last_words(status: int | None, log: Path) -> str:
 
 # -- on the rank
 
+PINGS, WARM_UP = 20, 2
+
+SIZES = (1 << 18, 1 << 20, 8 << 20, 8 << 20, 8 << 20, 8 << 20)
+
+END = -1
+
 
 def _rank(rank: int, world_size: int, end: Connection, log: Path, seconds: float) -> None:
     with log.open("wb") as file:  # gloo prints, and standard output is for the report
@@ -141,7 +158,6 @@ def _end_with_client() -> None:
 def _measure(rank: int, world_size: int, end: Connection, seconds: float) -> None:
     import torch
 
-    from dinfer.doctor.pair_rank import measure_links
     from dinfer.transport.gloo import GlooComm, join_store, open_store
 
     torch.set_num_threads(1)
@@ -156,6 +172,68 @@ def _measure(rank: int, world_size: int, end: Connection, seconds: float) -> Non
         for pair in measure_links(comm, seconds / 2 / (world_size * (world_size - 1))):
             end.send(("pair", pair))
     end.send(("done", rank))
+
+
+def measure_links(comm: "Comm", seconds: float) -> Iterator[PairSpeed]:
+    """Measure this rank's links; only one link of all ranks is measured at a time, each for about `seconds`."""
+    for source, target in permutations(range(comm.world_size), 2):
+        comm.all_gather(b"p")
+        if comm.rank == source:
+            yield measure_link(comm, target, seconds)
+        elif comm.rank == target:
+            _answer(comm, source)
+    comm.all_gather(b"e")  # a rank that left now would break the measurements of others
+
+
+def measure_link(
+    comm: "Comm", target: int, seconds: float, clock: Callable[[], float] = perf_counter
+) -> PairSpeed:
+    """Measure the link to `target`, which answers. `clock` counts seconds."""
+    import torch
+
+    from dinfer.transport.header import HEADER_BYTES
+
+    there, back = Channel("kv", comm.rank, target), Channel("kv", target, comm.rank)
+    data = torch.zeros(max(SIZES), dtype=torch.uint8)
+    deadline = clock() + seconds
+
+    def say(size: int) -> None:
+        header = size.to_bytes(8, "little", signed=True).ljust(HEADER_BYTES, b"\0")
+        comm.send(there, header, data[:size] if size > 0 else None)
+
+    def trip(size: int) -> float:
+        started = clock()
+        say(size)
+        comm.recv_header(back)
+        return clock() - started
+
+    trips: list[float] = []
+    while len(trips) < WARM_UP + 1 or (len(trips) < WARM_UP + PINGS and clock() < deadline - seconds / 2):
+        trips.append(trip(0))
+    latency = median(trips[WARM_UP:]) / 2
+    speeds: dict[int, list[float]] = {}
+    for size in SIZES:  # as long as there is time, so that a slow link is not flooded
+        if speeds and clock() + size / median(speeds[max(speeds)]) > deadline:
+            break
+        took = trip(size)
+        # Minus the latency, but at least half of the time remains: the latency was measured at another moment.
+        speeds.setdefault(size, []).append(size / max(took - 2 * latency, took / 2))
+    say(END)
+    return PairSpeed(comm.rank, target, latency, median(speeds[max(speeds)]))
+
+
+def _answer(comm: "Comm", source: int) -> None:
+    """Answer every message of `source` until END comes."""
+    import torch
+
+    from dinfer.transport.header import HEADER_BYTES
+
+    there, back = Channel("kv", source, comm.rank), Channel("kv", comm.rank, source)
+    out = torch.empty(max(SIZES), dtype=torch.uint8)
+    while (size := int.from_bytes(comm.recv_header(there)[:8], "little", signed=True)) != END:
+        if size:
+            comm.recv_payload(there, out[:size])
+        comm.send(back, bytes(HEADER_BYTES), None)
 
 
 # -- the check

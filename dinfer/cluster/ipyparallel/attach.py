@@ -11,13 +11,16 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
+
+from IPython.paths import get_ipython_dir
 
 from dinfer.cluster.ipyparallel.calls import wait_until
 from dinfer.cluster.ipyparallel.clean import PREFIX, end_cluster
 from dinfer.cluster.ipyparallel.cluster import Cluster
 from dinfer.cluster.ipyparallel.errors import ClusterError, TooFewEngines
-from dinfer.cluster.ipyparallel.identity import Identity, runs
+from dinfer.cluster.ipyparallel.identity import Identity
 from dinfer.cluster.ipyparallel.known import (
     STARTING_S,
     Known,
@@ -26,10 +29,9 @@ from dinfer.cluster.ipyparallel.known import (
     choose_engines,
     engines_to_come,
     known_clusters,
-    profile_folder,
-    record_path,
 )
 from dinfer.cluster.ipyparallel.launcher import BEHIND, DinferEngineSetLauncher, rank_environment
+from dinfer.rank.process import exists
 
 DEFAULT_N = 3
 
@@ -58,16 +60,18 @@ def attach(
     mpi or any other of ipyparallel's; `place`: where its processes run; only the launcher dinfer honours
     `place.behind`. Raises ClusterError.
     """
-    profile_dir, me, count = profile_folder(profile), Identity.of(os.getpid()), n or DEFAULT_N
+    profile_dir = Path(
+        get_ipython_dir(), f"profile_{profile}"
+    )  # where ipyparallel keeps it; it need not exist
+    me, count = Identity.of(os.getpid()), n or DEFAULT_N
     known = [] if start else known_clusters(profile_dir)
     known = [cluster for cluster in known if cluster_id in (None, cluster.cluster_id)]
     wait_until(lambda: not any(cluster.is_coming() for cluster in known), timeout)
     found = choose_cluster([(cluster, cluster.owner()) for cluster in known if cluster.is_running()])
     if found:
         # It takes over a cluster that dinfer started and whose clients have ended.
-        path = record_path(profile_dir, found.cluster_id)
         with contextlib.suppress(OSError, ValueError):  # a user's cluster has no record
-            Record.read(path).with_client(me).write(path)
+            Record.read(found.record_file).with_client(me).write(found.record_file)
         return _join(found, n, timeout)
     if start is False or cluster_id is not None:
         cluster = Known(profile_dir, cluster_id or "")
@@ -83,7 +87,7 @@ def attach(
         except ValueError as error:
             raise ClusterError(str(error)) from None
     # First, so that `dinfer clean` finds what is left of a start that is killed.
-    Record(own.cluster_id, (me,)).write(record_path(profile_dir, own.cluster_id))
+    Record(own.cluster_id, (me,)).write(own.record_file)
     try:
         _start(own, count, engines, timeout, place or ClusterPlace())
         return _join(own, n, timeout)
@@ -152,7 +156,7 @@ def _join(cluster: Known, n: int | None, timeout: float) -> Cluster:
         """Whether enough engines have registered, or no more are starting."""
         if cluster.is_being_written() and cluster.age_s() < STARTING_S:
             return False
-        to_come = engines_to_come(cluster.description(), runs, cluster.age_s())
+        to_come = engines_to_come(cluster.description(), exists, cluster.age_s())
         return len(client.ids) >= (to_come if n is None else min(n, to_come))
 
     try:

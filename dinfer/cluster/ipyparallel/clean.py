@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+from IPython.paths import get_ipython_dir
 
 from dinfer.cluster.ipyparallel.errors import ClusterError
-from dinfer.cluster.ipyparallel.known import Known, Record, record_path, record_paths
+from dinfer.cluster.ipyparallel.known import Known, Record, record_paths
 
 PREFIX = "dinfer-"
 """ids of clusters that dinfer starts; `end_cluster` and `clean` end no others"""
@@ -45,8 +46,7 @@ def files_of(cluster: Known) -> list[Path]:
     security, log = cluster.profile_dir / "security", cluster.profile_dir / "log"
     found = [*security.glob(f"ipcontroller-{cluster.cluster_id}-*.json"), cluster.cluster_file]
     found += [*log.glob(f"ip*-{cluster.cluster_id}-*.log"), log / f"engines{cluster.cluster_id}.json"]
-    record = record_path(cluster.profile_dir, cluster.cluster_id)
-    return [path for path in [*found, record] if path.exists()]
+    return [path for path in [*found, cluster.record_file] if path.exists()]
 
 
 def end_cluster(cluster: Known) -> tuple[list[int], list[int], list[Path]]:
@@ -108,8 +108,6 @@ class FoundCluster:
 def clean(profile_dirs: Sequence[Path] | None = None, *, dry_run: bool = False) -> list[FoundCluster]:
     """Look at every profile of this user. A cluster whose client runs, or may run elsewhere, is left alone."""
     if profile_dirs is None:
-        from IPython.paths import get_ipython_dir
-
         profile_dirs = sorted(path for path in Path(get_ipython_dir()).glob("profile_*") if path.is_dir())
     return [_treat(path, dry_run) for folder in profile_dirs for path in record_paths(folder)]
 
@@ -125,7 +123,7 @@ def report(found: Sequence[FoundCluster], as_json: bool) -> tuple[str, int]:
 def _treat(path: Path, dry_run: bool) -> FoundCluster:
     """End the cluster of a record, if its clients have ended."""
     profile_dir = path.parent.parent
-    profile = profile_dir.name.removeprefix("profile_")
+    profile = Known(profile_dir, "").profile
     try:
         record = Record.read(path)
         if not record.cluster_id.startswith(PREFIX):

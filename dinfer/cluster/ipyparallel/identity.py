@@ -50,11 +50,6 @@ class Identity:
         return "alive" if _start_of(self.pid) == self.started else "gone"
 
 
-def runs(pid: int) -> bool:
-    """Whether a process with that id runs on this machine."""
-    return _start_of(pid) is not None
-
-
 def _start_of(pid: int) -> str | None:
     """When a process started; None for no process, or a zombie."""
     if sys.platform != "linux":

@@ -53,10 +53,6 @@ class Record:
         return type(self)(self.cluster_id, (client, *running) if first else (*running, client))
 
 
-def record_path(profile_dir: Path, cluster_id: str) -> Path:
-    return profile_dir / "security" / f"dinfer-cluster-{cluster_id}.json"
-
-
 def record_paths(profile_dir: Path) -> list[Path]:
     """All records of a profile."""
     return sorted((profile_dir / "security").glob("dinfer-cluster-*.json"))
@@ -109,6 +105,11 @@ class Known:
         """The file that ipcluster writes; a controller started by hand has none."""
         return self.profile_dir / "security" / f"cluster-{self.cluster_id}.json"
 
+    @property
+    def record_file(self) -> Path:
+        """Of a cluster that dinfer started."""
+        return self.profile_dir / "security" / f"dinfer-cluster-{self.cluster_id}.json"
+
     def connection(self) -> dict[str, Any]:
         """The client file's content, {} without one."""
         return _read_json(self.client_file)
@@ -160,7 +161,7 @@ class Known:
     def owner(self) -> Owner:
         """Who uses it, by dinfer's record."""
         try:
-            clients = Record.read(record_path(self.profile_dir, self.cluster_id)).clients
+            clients = Record.read(self.record_file).clients
         except (OSError, ValueError):
             return "user"
         if clients[:1] == (Identity.of(os.getpid()),):
@@ -172,13 +173,6 @@ def known_clusters(profile_dir: Path) -> list[Known]:
     """Every cluster that has a client file or a cluster file, running or not."""
     matches = [_FILE.fullmatch(path.name) for path in (profile_dir / "security").glob("*.json")]
     return [Known(profile_dir, name) for name in sorted({m[1] or m[2] or "" for m in matches if m})]
-
-
-def profile_folder(profile: str) -> Path:
-    """Where ipyparallel keeps a profile; it need not exist."""
-    from IPython.paths import get_ipython_dir
-
-    return Path(get_ipython_dir()) / f"profile_{profile}"
 
 
 def launcher_of(description: Mapping[str, Any]) -> str:

@@ -14,8 +14,9 @@ import pytest
 
 from dinfer.cluster.ipyparallel.clean import clean, end_cluster, members, report, stop_cluster
 from dinfer.cluster.ipyparallel.errors import ClusterError
-from dinfer.cluster.ipyparallel.identity import Identity, runs
-from dinfer.cluster.ipyparallel.known import Known, Record, record_path
+from dinfer.cluster.ipyparallel.identity import Identity
+from dinfer.cluster.ipyparallel.known import Known, Record
+from dinfer.rank.process import exists
 
 ME = Identity.of(os.getpid())
 GONE = replace(ME, started="long ago")  # its process id is now another's
@@ -26,10 +27,10 @@ IN_A_CONTAINER = replace(ME, space="pid:[1]")
 
 def note(profile_dir: Path, cluster_id: str, *clients: Identity) -> Known:
     """A cluster of which only files are left."""
-    Record(cluster_id, clients).write(record_path(profile_dir, cluster_id))
+    cluster = Known(profile_dir, cluster_id)
+    Record(cluster_id, clients).write(cluster.record_file)
     for kind in ("client", "engine"):
         (profile_dir / "security" / f"ipcontroller-{cluster_id}-{kind}.json").write_text("{}")
-    cluster = Known(profile_dir, cluster_id)
     cluster.cluster_file.write_text("{}")
     return cluster
 
@@ -98,7 +99,7 @@ def test_files_of_the_dead_are_removed_and_no_others(tmp_path: Path) -> None:
     "text", ["", "[]", '{"cluster_id": "dinfer-1"}', '{"cluster_id": "", "clients": []}']
 )
 def test_a_record_that_cannot_be_read_ends_nothing(tmp_path: Path, text: str) -> None:
-    path = record_path(tmp_path, "dinfer-1")
+    path = Known(tmp_path, "dinfer-1").record_file
     path.parent.mkdir()
     path.write_text(text)
     said, status = report(clean([tmp_path]), as_json=True)
@@ -130,7 +131,7 @@ def test_a_users_cluster_is_stopped_by_its_file(tmp_path: Path) -> None:
     try:
         stop_cluster(cluster)
         assert not cluster.cluster_file.exists()
-        assert not any(runs(process.pid) for process in started)
+        assert not any(exists(process.pid) for process in started)
         assert set(threading.enumerate()) <= threads
     finally:
         for process in started:

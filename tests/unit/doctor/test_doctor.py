@@ -40,8 +40,7 @@ from dinfer.doctor.network import (
     port_check,
     try_ports,
 )
-from dinfer.doctor.pair_rank import END, SIZES, measure_link, measure_links
-from dinfer.doctor.pairs import PairsMeasured, pairs_check
+from dinfer.doctor.pairs import END, SIZES, PairsMeasured, measure_link, measure_links, pairs_check
 from dinfer.doctor.report import (
     WIDTH,
     Check,
