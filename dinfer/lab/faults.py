@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from dinfer.lab.hosts import LabNetwork
 from dinfer.messages import Misbehave
-from dinfer.plan.graph import Channel, Graph, channel_of
+from dinfer.plan.graph import Graph, channel_of
 from dinfer.plan.ops import Op
 from dinfer.verdict.waits import HUNG, HangKind
 from dinfer.verdict.words import value_text
@@ -73,33 +73,28 @@ class Cell(NamedTuple):
 
 def target(graph: Graph, cell: Cell) -> Op | None:
     """The op at which the fault strikes; None if it cannot strike there."""
-    rule = RULES[cell.fault]
     ops = [op for lane in graph.plan.lanes[cell.rank] for op in lane.ops]
     mine = [op for op in ops if (op.chunk, op.layer) == (cell.chunk, cell.layer)]
     named = {name: op for op in reversed(mine) for name in (op.kind, f"{op.kind} {op.what}")}
-    op = next((named[name] for name in rule.at if name in named), None)
-    if op is None:
-        return None
-    can_strike = True
-    if cell.fault == "reorder two":
+    op = next((named[name] for name in RULES[cell.fault].at if name in named), None)
+    can_strike = op is not None
+    if op and cell.fault == "reorder two":
         can_strike = following(graph, cell.rank, op) is not None
-    elif cell.fault == "wrong peer":  # the third rank notices if it expects nothing, or more after this value
+    elif (
+        op and cell.fault == "wrong peer"
+    ):  # the third rank notices if it expects nothing, or more after this value
         astray = to_third(graph, cell.rank, op)
-        can_strike = not _is_awaited(graph, cell.rank, astray) or bool(following(graph, cell.rank, astray))
-    elif rule.is_slow:  # it stays slow from its op on, so that op must be the rank's first
+        more = following(graph, cell.rank, astray) is not None
+        can_strike = more or not _is_awaited(graph, cell.rank, astray)
+    elif RULES[cell.fault].is_slow:  # it stays slow from its op on, so that op must be the rank's first
         can_strike = cell.chunk == 0 and cell.layer == graph.plan.shape.starts[cell.rank]
     return op if can_strike else None
 
 
-def _ends(graph: Graph, channel: Channel) -> tuple[list[Op], list[Op]]:
-    """The sends and the recvs on a channel."""
-    sends, recvs = graph.channels.get(channel, ([], []))
-    return [graph.ops[number] for number in sends], [graph.ops[number] for number in recvs]
-
-
 def following(graph: Graph, rank: int, op: Op) -> Op | None:
     """The next send on the same channel; None if it is the last, or the rank does not send it."""
-    sends, _ = _ends(graph, channel_of(rank, op))
+    numbers, _ = graph.channels.get(channel_of(rank, op), ([], []))
+    sends = [graph.ops[number] for number in numbers]
     after = sends[sends.index(op) + 1 :] if op in sends else []
     return after[0] if after else None
 
@@ -111,9 +106,9 @@ def to_third(graph: Graph, rank: int, op: Op) -> Op:
 
 
 def _is_awaited(graph: Graph, rank: int, send: Op) -> bool:
-    """Whether the send's peer ever receives something of this kind from `rank`."""
-    _, recvs = _ends(graph, channel_of(rank, send))
-    return any(recv.what == send.what for recv in recvs)
+    """Whether the send's peer ever receives from `rank` on that channel."""
+    _, recvs = graph.channels.get(channel_of(rank, send), ([], []))
+    return bool(recvs)
 
 
 # -- what the verdict must say
