@@ -33,8 +33,6 @@ from dinfer.cluster.ipyparallel.known import (
 from dinfer.cluster.ipyparallel.launcher import BEHIND, DinferEngineSetLauncher, rank_environment
 from dinfer.rank.process import exists
 
-DEFAULT_N = 3
-
 
 class ClusterPlace(NamedTuple):
     """Where the processes of a cluster run. `address`: this machine's, at which the controller listens, "" for
@@ -45,25 +43,23 @@ class ClusterPlace(NamedTuple):
 
 
 def attach(
-    n: int | None = None,
+    n: int,
     *,
     profile: str = "default",
     cluster_id: str | None = None,
     start: bool | None = None,
     timeout: float = 60,
-    engines: str = "dinfer",
     place: ClusterPlace | None = None,
 ) -> Cluster:
-    """The first `n` engines of a running cluster as ranks (None: all), or of a new one if none runs.
+    """The first `n` engines of a running cluster as ranks, or of a new one if none runs.
 
-    `start=False` never starts one, `start=True` always does. `engines`: the launcher of a new cluster: dinfer, local,
-    mpi or any other of ipyparallel's; `place`: where its processes run; only the launcher dinfer honours
-    `place.behind`. Raises ClusterError.
+    `start=False` never starts one, `start=True` always does; `place`: where the processes of a new one run. Raises
+    ClusterError.
     """
     profile_dir = Path(
         get_ipython_dir(), f"profile_{profile}"
     )  # where ipyparallel keeps it; it need not exist
-    me, count = Identity.of(os.getpid()), n or DEFAULT_N
+    me = Identity.of(os.getpid())
     known = [] if start else known_clusters(profile_dir)
     known = [cluster for cluster in known if cluster_id in (None, cluster.cluster_id)]
     wait_until(lambda: not any(cluster.is_coming() for cluster in known), timeout)
@@ -76,37 +72,35 @@ def attach(
     if start is False or cluster_id is not None:
         cluster = Known(profile_dir, cluster_id or "")
         stale = " (its files exist, but its controller has ended)" if cluster.client_file.exists() else ""
-        command = f"ipcluster start -n {count} {cluster.flags}".rstrip()
+        command = f"ipcluster start -n {n} {cluster.flags}".rstrip()
         none = f"{cluster.name} has no running cluster{stale}."
         raise ClusterError(f"{none} Start one with `{command}`, or let dinfer do it: start=None.")
     own = Known(profile_dir, f"{PREFIX}{os.getpid()}-{secrets.token_hex(3)}")
-    if engines == "dinfer":  # found by class, without an entry point
-        engines = DinferEngineSetLauncher.entrypoint_name
-        try:
-            rank_environment(0, count, os.environ)  # ipcluster would print a traceback and wait
-        except ValueError as error:
-            raise ClusterError(str(error)) from None
+    try:
+        rank_environment(0, n, os.environ)  # ipcluster would print a traceback and wait
+    except ValueError as error:
+        raise ClusterError(str(error)) from None
     # First, so that `dinfer clean` finds what is left of a start that is killed.
     Record(own.cluster_id, (me,)).write(own.record_file)
     try:
-        _start(own, count, engines, timeout, place or ClusterPlace())
+        _start(own, n, timeout, place or ClusterPlace())
         return _join(own, n, timeout)
     except TooFewEngines as error:
         log = _end_of_log(own)
         end_cluster(own)
-        raise ClusterError(f"not all of the {count} engines could be started.{log}") from error
+        raise ClusterError(f"not all of the {n} engines could be started.{log}") from error
     except BaseException:
         end_cluster(own)
         raise
 
 
-def _start(cluster: Known, n: int, engines: str, timeout: float, place: ClusterPlace) -> None:
+def _start(cluster: Known, n: int, timeout: float, place: ClusterPlace) -> None:
     """Start controller and engines, which may not have registered yet when this returns. Raises ClusterError."""
     command = [
         *(sys.executable, "-m", "ipyparallel.cluster", "start", f"-n={n}", "--daemonize"),
         f"--profile-dir={cluster.profile_dir}",
         f"--cluster-id={cluster.cluster_id}",
-        f"--engines={engines}",
+        f"--engines={DinferEngineSetLauncher.entrypoint_name}",  # found by class, without an entry point
         "--IPClusterStart.clean_logs=False",  # the logs of other clusters
     ]
     if place.address:
@@ -142,7 +136,7 @@ def _end_of_log(cluster: Known) -> str:
     return ""
 
 
-def _join(cluster: Known, n: int | None, timeout: float) -> Cluster:
+def _join(cluster: Known, n: int, timeout: float) -> Cluster:
     import ipyparallel
 
     try:
@@ -157,7 +151,7 @@ def _join(cluster: Known, n: int | None, timeout: float) -> Cluster:
         if cluster.is_being_written() and cluster.age_s() < STARTING_S:
             return False
         to_come = engines_to_come(cluster.description(), exists, cluster.age_s())
-        return len(client.ids) >= (to_come if n is None else min(n, to_come))
+        return len(client.ids) >= min(n, to_come)
 
     try:
         wait_until(are_there, timeout)

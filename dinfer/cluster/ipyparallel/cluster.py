@@ -16,7 +16,7 @@ from IPython.core.error import UsageError
 from IPython.core.getipython import get_ipython
 
 from dinfer.cluster.ipyparallel.calls import Calls, call_expression, evaluate, wait_until
-from dinfer.cluster.ipyparallel.clean import stop_cluster
+from dinfer.cluster.ipyparallel.clean import end_cluster
 from dinfer.cluster.ipyparallel.errors import ClusterError
 from dinfer.cluster.ipyparallel.facts import EngineFacts, introduce
 from dinfer.cluster.ipyparallel.known import Known, describe, launcher_of
@@ -109,15 +109,12 @@ class Cluster:
         as_engine = "" if engine_id == rank else f"engine {engine_id}, "
         return f"rank {rank} ({as_engine}pid {facts.pid} on {facts.host})"
 
-    def call(
-        self, rank: int | None, function: str, *args: Any, timeout: float | None = None, check: bool = True
-    ) -> list[Any]:
+    def call(self, rank: int | None, function: str, *args: Any, timeout: float | None = None) -> list[Any]:
         """Call `module:function` on one rank or (None) on all; returns the results in the order of ranks.
 
-        Arguments must survive JSON. With `check`, the first rank that fails, ends or is late raises a RankError at
-        once; otherwise its RankError is its result.
+        Arguments must survive JSON. The first rank that fails, ends or is late raises a RankError at once.
         """
-        return self.call_async(rank, function, *args).result(timeout, check)
+        return self.call_async(rank, function, *args).result(timeout)
 
     def call_async(self, rank: int | None, function: str, *args: Any) -> Calls:
         """As `call`, without waiting."""
@@ -212,19 +209,19 @@ class Cluster:
             )
         return int(done.stdout)
 
-    def close(self, stop: bool | None = None) -> None:
-        """Leave the cluster. `stop`: whether it ends; by default, it ends if this process started it. Engines that were
-        respawned belong to their cluster and end with it.
-
-        Raises ClusterError if processes could not be ended.
-        """
+    def close(self) -> None:
+        """Leave the cluster; it ends if this process started it. Engines that were respawned belong to their cluster
+        and end with it. Raises ClusterError if processes could not be ended."""
         if self._closed:
             return
         self._closed = True
         atexit.unregister(self._close_at_exit)
         self.client.close()
-        if self.started_by_us if stop is None else stop:
-            stop_cluster(self.known)
+        if self.started_by_us:
+            _, left, _ = end_cluster(self.known)
+            if left:
+                pids = ", ".join(map(str, left))
+                raise ClusterError(f"{self.known.name}: these processes could not be ended: {pids}.")
 
     def _close_at_exit(self, pid: int) -> None:
         if os.getpid() == pid:  # not in a forked child

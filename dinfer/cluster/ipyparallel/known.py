@@ -226,20 +226,18 @@ def choose_cluster(running: Sequence[tuple[Known, Owner]]) -> Known | None:
     return next(iter([*by_owner["me"], *stock, *users, *by_owner["nobody"]]), None)
 
 
-def choose_engines(ids: Sequence[int], n: int | None, cluster: Known) -> list[int]:
-    """The engine ids of ranks 0, 1, …: the first n ids in order. Raises ClusterError, TooFewEngines."""
-    n = len(ids) if n is None else n
-    if n < 1 and ids:
-        raise ClusterError(f"n is {n}; it must be at least 1.")
-    if n <= len(ids) and ids:
+def choose_engines(ids: Sequence[int], n: int, cluster: Known) -> list[int]:
+    """The engine ids of ranks 0, 1, …: the first n ids in order. Raises TooFewEngines."""
+    if n <= len(ids):
         return sorted(ids)[:n]
-    named = f" ({', '.join(map(str, sorted(ids)))})" if ids else ""
-    have = f"{len(ids)} engine{'s' * (len(ids) > 1)}{named}" if ids else "no engine"
-    more = f"ipcluster engines -n {max(n, 1) - len(ids)} {cluster.flags}".rstrip()
-    fewer = f", use n={len(ids)}" if ids else ""
+    have, fewer = "no engine", ""
+    if ids:
+        have = f"{len(ids)} engine{'s' * (len(ids) > 1)} ({', '.join(map(str, sorted(ids)))})"
+        fewer = f", use n={len(ids)}"
+    more = f"ipcluster engines -n {n - len(ids)} {cluster.flags}".rstrip()
     raise TooFewEngines(
-        f"{cluster.name} has {have}, but {max(n, 1)} were requested. Add some with `{more}`{fewer}, "
-        "or start a cluster of your own with start=True."
+        f"{cluster.name} has {have}, but {n} were requested. Add some with `{more}`{fewer}, or start a cluster of your "
+        "own with start=True."
     )
 
 

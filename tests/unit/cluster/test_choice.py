@@ -57,35 +57,25 @@ def test_of_several_the_user_says_which() -> None:
 
 def test_the_first_engines_in_the_order_of_ids() -> None:
     assert choose_engines([5, 3, 4], 2, STOCK) == [3, 4]
-    assert choose_engines([5, 3, 4], None, STOCK) == [3, 4, 5]
 
 
 @pytest.mark.parametrize(
-    ("ids", "n", "message"),
+    ("ids", "n", "cluster", "message"),
     [
         (
             [0, 2],
             3,
+            STOCK,
             r"profile 'default' has 2 engines \(0, 2\), but 3 .*`ipcluster engines -n 1`.*n=2",
         ),
-        ([7], 3, r"1 engine \(7\), but 3 .*`ipcluster engines -n 2`"),
-        ([], 3, r"no engine, but 3 .*`ipcluster engines -n 3`.*start=True"),
-        ([], None, r"no engine, but 1 "),
+        ([7], 3, STOCK, r"1 engine \(7\), but 3 .*`ipcluster engines -n 2`"),
+        ([], 3, STOCK, r"no engine, but 3 .*`ipcluster engines -n 3`, or .*start=True"),
+        ([0], 2, named("a"), "engines -n 1 --profile=jetson --cluster-id=a`"),
     ],
 )
-def test_too_few_engines(ids: list[int], n: int | None, message: str) -> None:
+def test_too_few_engines(ids: list[int], n: int, cluster: Known, message: str) -> None:
     with pytest.raises(TooFewEngines, match=message):
-        choose_engines(ids, n, STOCK)
-
-
-def test_no_ranks_are_no_cluster() -> None:
-    with pytest.raises(ClusterError, match="n is 0; it must be at least 1"):
-        choose_engines([0, 1], 0, STOCK)
-
-
-def test_the_command_names_profile_and_cluster() -> None:
-    with pytest.raises(ClusterError, match="engines -n 1 --profile=jetson --cluster-id=a`"):
-        choose_engines([0], 2, named("a"))
+        choose_engines(ids, n, cluster)
 
 
 @pytest.mark.parametrize(
