@@ -16,7 +16,7 @@ from dinfer.version import __version__
 _SOURCE = """
 def versions():
     import platform
-    found = {"python": platform.python_version(), "dinfer": "", "torch": "", "cuda": 0}
+    found = {"python": platform.python_version(), "dinfer": "", "cuda": 0}
     try:
         import dinfer
         found["dinfer"] = str(dinfer.__version__)
@@ -24,7 +24,7 @@ def versions():
         found["no dinfer"] = "%s: %s" % (type(error).__name__, error)
     try:
         import torch
-        found["torch"], found["cuda"] = str(torch.__version__), torch.cuda.device_count()
+        found["cuda"] = torch.cuda.device_count()
     except Exception as error:
         found["no torch"] = "%s: %s" % (type(error).__name__, error)
     return found
@@ -36,29 +36,27 @@ VERSIONS = f"(lambda names: (exec({_SOURCE!r}, names), names['versions']())[1])(
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """One rank's engine."""
+    """One rank's engine. `cuda`: the number of visible CUDA devices; `address`: at which the controller's host, and so
+    other hosts, reach it; `network`: its network namespace, "" if unknown: each container has its own, with its own
+    loopback; `folder`: its working directory; `environment`: what it was started with, for an engine that replaces it.
+    """
 
-    rank: int
     engine_id: int
-    host: str
-    pid: int
-    python: str
-    dinfer: str
-    torch: str
     cuda: int
-    """number of visible CUDA devices"""
-    cores: int
-    """number of cores that it may use"""
     address: str
-    """at which the controller's host, and so other hosts, reach it"""
     network: str
-    """its network namespace, "" if unknown: each container has its own, with its own loopback"""
     executable: str
     folder: str
-    """its working directory"""
-    process: Identity = field(repr=False)
+    process: Identity
     environment: Mapping[str, str] = field(repr=False)
-    """the environment it was started with, for an engine that replaces it"""
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def host(self) -> str:
+        return self.process.host
 
     @property
     def loopback(self) -> tuple[str, str, str]:
@@ -81,9 +79,6 @@ def own_facts(controller: str) -> dict[str, Any]:
     except OSError:
         address = socket.gethostname()
     return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
         "address": address,
         "network": namespace("net"),
         "executable": sys.executable,
@@ -104,8 +99,8 @@ def introduce(client: Any, engines: Mapping[int, int], controller: str, timeout:
     question = call_expression("dinfer.cluster.ipyparallel.facts:own_facts", [controller])
     found = evaluate(client, question, engines, names).result(timeout)
     return [
-        EngineFacts(rank, engine_id, **{**known, **own, "process": Identity(**own["process"])})
-        for (rank, engine_id), known, own in zip(engines.items(), versions, found, strict=True)
+        EngineFacts(engine_id, known["cuda"], **{**own, "process": Identity(**own["process"])})
+        for engine_id, known, own in zip(engines.values(), versions, found, strict=True)
     ]
 
 

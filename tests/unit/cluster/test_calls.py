@@ -72,7 +72,7 @@ def test_an_engine_that_has_ended_is_not_asked() -> None:
 def test_a_call_is_text() -> None:
     assert eval(call_expression("os.path:join", ["a", "b\"'\\"])) == "a/b\"'\\"
     assert eval(call_expression("json:dumps", [{"x": [1, None, True]}])) == '{"x": [1, null, true]}'
-    assert eval(VERSIONS).keys() == {"python", "dinfer", "torch", "cuda"}
+    assert eval(VERSIONS).keys() == {"python", "dinfer", "cuda"}
 
 
 @pytest.mark.parametrize("function", ["os.getpid", "os:", ":getpid", "os:getpid()", "os;x:getpid"])
