@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,13 +82,9 @@ def test_files_of_the_dead_are_removed_and_no_others(tmp_path: Path) -> None:
     found = clean([tmp_path])
     assert [item.done for item in found] == ["ended", "left alone", "left alone"]
     assert report(found, as_json=False)[1] == 0
-    gone = {path.name for path in before - set((tmp_path / "security").iterdir())}
-    assert gone == {
-        "cluster-dinfer-1-a.json",
-        "dinfer-cluster-dinfer-1-a.json",
-        "ipcontroller-dinfer-1-a-client.json",
-        "ipcontroller-dinfer-1-a-engine.json",
-    }
+    gone = {path.name.replace("dinfer-1-a", "*") for path in before - set((tmp_path / "security").iterdir())}
+    connections = {"ipcontroller-*-client.json", "ipcontroller-*-engine.json"}
+    assert gone == {"cluster-*.json", "dinfer-cluster-*.json", *connections}
     assert not dead.client_file.exists()
     assert all(cluster.client_file.exists() for cluster in kept)
 
@@ -115,19 +112,10 @@ def test_processes_bear_the_id_and_the_profile(tmp_path: Path) -> None:
     cluster = Known(tmp_path, "dinfer-test")
     place = {"IPP_CLUSTER_ID": "dinfer-test", "IPP_PROFILE_DIR": str(tmp_path)}
     others = [{**place, "IPP_CLUSTER_ID": "dinfer-tes"}, {**place, "IPP_PROFILE_DIR": str(tmp_path.parent)}]
-    started = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(); input()",
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, **environment},
-        )
-        for environment in [place, *others]
-    ]
+    program = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(); input()"
+    command = [sys.executable, "-c", program]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    started = [subprocess.Popen(command, **pipes, env={**os.environ, **own}) for own in (place, *others)]
     try:
         for process in started:
             assert process.stdout
