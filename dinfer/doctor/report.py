@@ -5,7 +5,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from dinfer.display import Table
 
@@ -25,7 +25,8 @@ class Check:
     fix: str = ""
 
 
-class PairSpeed(NamedTuple):
+@dataclass(frozen=True, order=True)
+class PairSpeed:
     """The link from one rank to another: latency of a small message, and bandwidth for large ones."""
 
     source: int
@@ -56,13 +57,7 @@ class Report:
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    return {
-        "host": report.host,
-        "checks": [asdict(check) for check in report.checks],
-        "pairs": [pair._asdict() for pair in report.pairs],
-        "seconds": round(report.seconds, 1),
-        "ok": report.ok,
-    }
+    return {**asdict(report), "seconds": round(report.seconds, 1), "ok": report.ok}
 
 
 def as_text(report: Report, colour: bool = False) -> str:

@@ -72,11 +72,8 @@ def call_expression(function: str, args: Sequence[Any]) -> str:
     return f"__import__('importlib').import_module({module!r}).{attribute}(*{loaded})"
 
 
-def wait_until(condition: Callable[[], bool], timeout: float) -> bool:
-    """Wait for `condition()`; returns whether it became true within `timeout` seconds."""
+def wait_until(condition: Callable[[], bool], timeout: float) -> None:
+    """Return once `condition()` holds, or after `timeout` seconds."""
     deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
-    return True
