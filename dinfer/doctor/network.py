@@ -29,6 +29,12 @@ class Network(NamedTuple):
     own: str  # the address from which this host reaches others, "" for none
 
 
+def network_checks() -> list[Check]:
+    seen = look()
+    ports = port_check(try_ports(seen.own), seen.own)
+    return [interface_check(seen), host_name_check(seen), ports]
+
+
 def look() -> Network:
     """Sends nothing but the question to the name server, whose answer it awaits for up to RESOLVE_S seconds."""
     host = socket.gethostname()

@@ -166,9 +166,6 @@ class NotAnswering(Ranks):
         has_died = self._died and bool(self.asked)
         return [LOST if has_died and rank == self._rank else None for rank in range(3)]
 
-    def silent(self) -> list[int]:
-        return []
-
     def meeting(self) -> StoreAddress:
         return StoreAddress("", 0)
 
