@@ -11,7 +11,7 @@ from dinfer.cluster.ipyparallel.facts import own_loopback
 from dinfer.cluster.link import Link
 from dinfer.cluster.ranks import LOST, STOPPED_S, Ranks
 from dinfer.errors import NoAnswer
-from dinfer.messages import OrphanRule, RankLink, StoreAddress
+from dinfer.messages import OrphanRule, StoreAddress
 from dinfer.transport.interface import LOOPBACK, own_address_towards
 
 START_S = 60.0
@@ -40,18 +40,14 @@ class EngineRanks(Link, Ranks):
         return f"{self.cluster.describe()}; {f'{gpus} GPUs' if gpus else 'no GPU, so CPUs'}"
 
     def exits(self) -> list[int | None]:
-        return [
-            LOST if state.gone or not self.cluster.alive(rank) else None
-            for rank, state in enumerate(self.ranks)
-        ]
+        gone = [state.gone or not self.cluster.alive(rank) for rank, state in enumerate(self.ranks)]
+        return [LOST if is_gone else None for is_gone in gone]
 
     def cores(self) -> list[int]:
-        """How many ranks share each rank's host."""
         hosts = [facts.host for facts in self.cluster.facts]
         return [hosts.count(host) for host in hosts]
 
     def meeting(self) -> StoreAddress:
-        """Where the ranks' group is to meet."""
         return StoreAddress(self._meet_at, 0)
 
     def silent(self) -> list[int]:
@@ -67,7 +63,6 @@ class EngineRanks(Link, Ranks):
         self.cluster.kill(rank)
 
     def revive(self, rank: int) -> None:
-        """Start an engine again, and the rank in it."""
         self.cluster.respawn(rank)
         self.reset(rank)
         self._start([rank])
@@ -92,25 +87,20 @@ class EngineRanks(Link, Ranks):
         return str(self.cluster.call(0, call, outside[0], timeout=START_S)[0]) if outside else first.address
 
     def _start(self, ranks: Iterable[int]) -> None:
-        calls = {
-            rank: self.cluster.call_async(
-                rank, "dinfer.rank.kernel:start", msgspec.to_builtins(self._part(rank)), self.world_size
-            )
-            for rank in ranks
-        }
+        controller = self.cluster.controller_pid
+        calls = {}
+        for rank in ranks:
+            rule = OrphanRule("pause", PAUSE_S)  # what its watcher does once this process is gone
+            if self.cluster.started_by_us:
+                rule = OrphanRule("end", self._patience, (controller,) if rank == 0 and controller else ())
+            part = msgspec.to_builtins(self.job_part(rank, orphan=rule))
+            calls[rank] = self.cluster.call_async(rank, "dinfer.rank.kernel:start", part, self.world_size)
         for call in calls.values():
             call.result(START_S)
         with self.changed:
             if not self.changed.wait_for(lambda: all(self.ranks[rank].heard for rank in calls), START_S):
-                silent = [rank for rank in calls if not self.ranks[rank].heard]
+                silent = ", ".join(str(rank) for rank in calls if not self.ranks[rank].heard)
                 raise NoAnswer(
-                    f"rank {', '.join(map(str, silent))} has not connected within {START_S:g} s: can its host reach "
-                    f"{self.endpoint} on {socket.gethostname()}?"
+                    f"rank {silent} has not connected within {START_S:g} s: can its host reach {self.endpoint} on "
+                    f"{socket.gethostname()}?"
                 )
-
-    def _part(self, rank: int) -> RankLink:
-        """What the rank needs to reach this session, and what its watcher does once this process is gone."""
-        controller = self.cluster.controller_pid
-        ends = (controller,) if rank == 0 and controller else ()
-        end, pause = OrphanRule("end", self._patience, ends), OrphanRule("pause", PAUSE_S)
-        return self.job_part(rank, orphan=end if self.cluster.started_by_us else pause)

@@ -1,7 +1,8 @@
 """Link: a session's socket to the watchers of all its ranks.
 
 One ROUTER socket, encrypted and authenticated by CurveZMQ: it accepts only who holds this session's keys, which each
-rank gets with its job. One thread receives all reports; whoever waits for one waits on the condition `changed`.
+rank gets with its job. ZeroMQ knows a rank's watcher as `rank N`. One thread receives all reports; whoever waits for
+one waits on the condition `changed`.
 """
 
 import threading
@@ -64,7 +65,7 @@ class Link(RankStates):
         return RankLink(rank, self.endpoint, *keys, launcher=launcher, joined=joined, orphan=orphan)
 
     def _send(self, rank: int, command: Command[Any], number: int) -> None:
-        frames = [_name(rank), pack_command(command, number)]
+        frames = [b"rank %d" % rank, pack_command(command, number)]
         with self._send_lock:
             self._outbox.send_multipart(frames)
 
@@ -90,7 +91,7 @@ class Link(RankStates):
             if time.monotonic() - beat > BEAT_S:
                 beat = time.monotonic()
                 for rank in range(len(self.ranks)):
-                    self._socket.send_multipart([_name(rank), beating])
+                    self._socket.send_multipart([b"rank %d" % rank, beating])
         inbox.close()
 
     def _take(self, frames: list[bytes]) -> None:
@@ -102,8 +103,3 @@ class Link(RankStates):
             report = Failed(f"rank {rank} has another version of dinfer than this session: unknown {unknown}")
         records = report.records if isinstance(report, Status) else b""
         self.take(rank, report, unpack_records(records, rank, self.ranks[rank].lanes) if records else ())
-
-
-def _name(rank: int) -> bytes:
-    """By which ZeroMQ knows a rank's watcher."""
-    return f"rank {rank}".encode()

@@ -1,6 +1,7 @@
 """The ranks as a session reaches them, be they processes or threads: commands to them, and what they report."""
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -128,24 +129,34 @@ class RankStates:
         a rank refuses, though others may not have answered: they may wait for it.
         After a KeyboardInterrupt it may be called again; who does not must call `forget`.
         """
-        deadline, refused_at = time.monotonic() + timeout, float("inf")
+        deadline, refused_at = time.monotonic() + timeout, math.inf
         try:
-            while not self._is_answered(pending) and time.monotonic() - refused_at < REFUSED_S:
+            while True:
+                answered, now = self._is_answered(pending), time.monotonic()
+                with self.changed:
+                    replies = [(rank, self._replies.get(number)) for rank, number in pending.items()]
+                came = {rank: reply for rank, reply in replies if reply}
+                if answered or now - refused_at >= REFUSED_S:
+                    break
                 check()
-                came = self._came(pending)
                 if any(isinstance(reply, Refused) for reply in came.values()):
-                    refused_at = min(refused_at, time.monotonic())
-                elif time.monotonic() > deadline:
+                    refused_at = min(refused_at, now)
+                elif now > deadline:
                     silent = ", ".join(map(str, sorted(pending.keys() - came.keys())))
                     raise NoAnswer(f"no answer from rank {silent} within {timeout:g} s")
-            came = self._came(pending)
         except KeyboardInterrupt:  # what has come so far does not come again
             raise
         except BaseException:
             self.forget(pending)
             raise
         self.forget(pending)
-        return {rank: cast(A, _accepted(rank, reply)) for rank, reply in came.items()}
+        found = dict[int, A]()
+        for rank, reply in came.items():
+            if isinstance(reply, Refused):
+                named = "" if reply.error.startswith(f"rank {rank} ") else f"rank {rank}: "
+                raise RankRefused(named + reply.error)
+            found[rank] = cast(A, reply.answer)
+        return found
 
     def collect(self, pending: Pending[A]) -> dict[int, A]:
         """The answers that have come to what was begun, without waiting; who has answered, or refused, is taken out of
@@ -233,24 +244,10 @@ class RankStates:
             self.ranks[rank] = RankState()
             self.changed.notify_all()
 
-    def _came(self, pending: Pending[Any]) -> dict[int, Reply | Refused]:
-        """The answers that are there, by rank."""
-        with self.changed:
-            return {
-                rank: self._replies[number] for rank, number in pending.items() if number in self._replies
-            }
-
     def _is_answered(self, pending: Pending[Any]) -> bool:
         """Whether all these answers are there; waits a little for the next report if not."""
         with self.changed:
             return self.changed.wait_for(lambda: all(n in self._replies for n in pending.values()), ASK_S)
-
-
-def _accepted(rank: int, reply: Reply | Refused) -> Answer:
-    if isinstance(reply, Reply):
-        return reply.answer
-    named = reply.error.startswith(f"rank {rank} ")
-    raise RankRefused(reply.error if named else f"rank {rank}: {reply.error}")
 
 
 def update(state: RankState, status: Status) -> None:
@@ -282,7 +279,7 @@ class Ranks(RankStates):
 
     def exits(self) -> list[int | None]:
         """By rank, the exit status of a process that has ended, else None."""
-        raise NotImplementedError
+        return [None] * self.world_size
 
     def cores(self) -> list[int]:
         """By rank, how many ranks share its host."""
@@ -294,7 +291,7 @@ class Ranks(RankStates):
 
     def silent(self) -> list[int]:
         """Ranks that do not answer, though their process has not ended."""
-        raise NotImplementedError
+        return []
 
     def kill(self, rank: int) -> None:
         """Kill one rank's process."""
@@ -327,20 +324,13 @@ class AskableRanks(Protocol):
 
     def ask(
         self, requests: Mapping[int, Command[A]], timeout: float, check: Callable[[], None] = ...
-    ) -> dict[int, A]:
-        """See `RankStates.ask`."""
-
-    def begin(self, requests: Mapping[int, Command[A]]) -> Pending[A]:
-        """See `RankStates.begin`."""
-
-    def finish(self, pending: Pending[A], timeout: float, check: Callable[[], None] = ...) -> dict[int, A]:
-        """See `RankStates.finish`."""
-
-    def collect(self, pending: Pending[A]) -> dict[int, A]:
-        """See `RankStates.collect`."""
-
-    def forget(self, pending: Pending[Any]) -> None:
-        """See `RankStates.forget`."""
+    ) -> dict[int, A]: ...
+    def begin(self, requests: Mapping[int, Command[A]]) -> Pending[A]: ...
+    def finish(
+        self, pending: Pending[A], timeout: float, check: Callable[[], None] = ...
+    ) -> dict[int, A]: ...
+    def collect(self, pending: Pending[A]) -> dict[int, A]: ...
+    def forget(self, pending: Pending[Any]) -> None: ...
 
 
 LOST = 256

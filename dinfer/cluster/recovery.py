@@ -6,8 +6,7 @@ counterpart is posted. A rank that this does not free is killed and started agai
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from collections.abc import Callable, Collection
 
 from dinfer.cluster.ranks import Ranks, answers
 from dinfer.config import Backend
@@ -55,17 +54,33 @@ def recover(
     """Bring all ranks to where a run can start. Returns those that were started again, and so have no weights.
 
     `known_stuck`: ranks in an op that does not end; they are not asked to come free. `say` gets a line per event.
-
     Raises TimeoutError or RankRefused where that fails.
     """
-    lost = {rank for rank, code in enumerate(ranks.exits()) if code is not None}
-    lost |= set(ranks.silent())
-    known = {rank for rank in known_stuck if rank not in lost and ranks.can_kill}
-    for rank in sorted(lost | known):  # first, since what waits for them ends with them
+    lost = {rank for rank, code in enumerate(ranks.exits()) if code is not None} | set(ranks.silent())
+    stuck = {rank for rank in known_stuck if rank not in lost and ranks.can_kill}
+
+    def end(silent: Collection[int]) -> None:
+        """Kill ranks that do not answer: they are stuck, unless their process has died since it was looked at."""
+        exits = ranks.exits() if silent else []
+        for rank in sorted(silent):
+            (stuck if exits[rank] is None else lost).add(rank)
+            ranks.kill(rank)
+
+    for rank in sorted(lost | stuck):  # first, since what waits for them ends with them
         ranks.kill(rank)
     ranks.free()
-    living = [rank for rank in range(ranks.world_size) if rank not in lost | known]
-    stuck = known | _end_the_stuck(ranks, plan, living)
+    living = [rank for rank in range(ranks.world_size) if rank not in lost | stuck]
+    # A rank that does not answer is stopped, or its GIL is held: kill it. LimitDecode first: it also frees a rank that
+    # is held between two tokens.
+    heard = answers(ranks, dict.fromkeys(living, LimitDecode(0)), FREEZE_S)
+    end(set(living) - set(heard))
+    frozen = answers(ranks, dict.fromkeys(heard, Freeze()), FREEZE_S)
+    if plan:
+        _drain(ranks, plan, frozen)
+    # The others leave together: whoever waits in a collective for a rank that has given it up comes free once that rank
+    # has left.
+    left = answers(ranks, dict.fromkeys(heard, LeaveGroup()), LEAVE_S)
+    end({rank for rank in heard if rank not in left or not left[rank].free})
     for rank in sorted(lost | stuck):
         say(f"rank {rank} {'was stuck and ' if rank in stuck else ''}is started again")
         ranks.revive(rank)
@@ -81,50 +96,23 @@ def meet(ranks: Ranks, backend: Backend = "gloo") -> None:
     ranks.ask(dict.fromkeys(range(ranks.world_size), command), MEET_S)
 
 
-def _end_the_stuck(ranks: Ranks, plan: Plan | None, living: Sequence[int]) -> set[int]:
-    """Have the living ranks give up their run. Returns those that could not, which are killed.
-
-    A rank that does not answer is stopped, or its GIL is held: kill it. The others leave together: whoever waits in a
-    collective for a rank that has given it up comes free once that rank has left.
-    """
-    # LimitDecode first: it also frees a rank that is held between two tokens.
-    heard = answers(ranks, dict.fromkeys(living, LimitDecode(0)), FREEZE_S)
-    mute = set(living) - set(heard)
-    for rank in sorted(mute):
-        ranks.kill(rank)
-    frozen = answers(ranks, dict.fromkeys(heard, Freeze()), FREEZE_S)
-    if plan:
-        _drain(ranks, plan, frozen)
-    left = answers(ranks, dict.fromkeys(heard, LeaveGroup()), LEAVE_S)
-    held = {rank for rank in heard if rank not in left or not left[rank].free}
-    for rank in sorted(held):
-        ranks.kill(rank)
-    return mute | held
-
-
 def _drain(ranks: Ranks, plan: Plan, frozen: dict[int, Stand]) -> None:
+    """Post the counterparts of all transfers between these ranks that are under way."""
     cut = tuple(frozen[rank].positions if rank in frozen else () for rank in range(plan.world_size))
     # With limits at their positions, no lane begins again the op that it is released from.
     held = answers(ranks, dict.fromkeys(frozen, SetLimits(cut, stopping=True)), FREEZE_S)
-    posts = counterparts(plan, _still(ranks, list(held)))
+
+    def stands() -> dict[int, Stand]:
+        return {rank: stand for rank in held if (stand := ranks.ranks[rank].stand) is not None}
+
+    def has_moved() -> bool:
+        return stands() != found
+
+    deadline = time.monotonic() + FREEZE_S
+    with ranks.changed:  # until the transfers between them that have both ends have ended
+        found = stands()
+        while time.monotonic() < deadline and ranks.changed.wait_for(has_moved, STILL_S):
+            found = stands()
+    posts = counterparts(plan, found)
     drains = {rank: DrainChannels(tuple(own["sends"]), tuple(own["recvs"])) for rank, own in posts.items()}
     answers(ranks, drains, FREEZE_S)
-
-
-def _still(ranks: Ranks, living: Sequence[int]) -> dict[int, Stand]:
-    """Where these ranks stand, once the transfers between them that are under way have ended."""
-    deadline = time.monotonic() + FREEZE_S
-    with ranks.changed:
-        before, found = None, _stands(ranks, living)
-        while found != before and time.monotonic() < deadline:
-            ranks.changed.wait_for(partial(_has_moved, ranks, living, found), STILL_S)
-            before, found = found, _stands(ranks, living)
-    return found
-
-
-def _has_moved(ranks: Ranks, living: Sequence[int], before: dict[int, Stand]) -> bool:
-    return _stands(ranks, living) != before
-
-
-def _stands(ranks: Ranks, living: Sequence[int]) -> dict[int, Stand]:
-    return {rank: stand for rank in living if (stand := ranks.ranks[rank].stand) is not None}

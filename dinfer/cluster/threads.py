@@ -5,7 +5,6 @@ They share one checkpoint in memory. A rank cannot be killed here, and what bloc
 
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -35,15 +34,10 @@ class LocalRanks(Ranks):
         self._recorders: dict[int, tuple[Recorder, list[int] | None]] = {}
         self._closing = threading.Event()
         self._slow = [ThreadPoolExecutor(1, f"dinfer rank {rank}") for rank in range(world_size)]
+        ends = [_End(self, rank) for rank in range(world_size)]
         self.hosts = [
-            RankService(
-                rank,
-                _End(self, rank),
-                _Meeting(self, rank),
-                board=_NotifyingBoard(self._moved(rank)),
-                gate=self.gate,
-            )
-            for rank in range(world_size)
+            RankService(rank, end, end, board=_NotifyingBoard(self, rank), gate=self.gate)
+            for rank, end in enumerate(ends)
         ]
         self._tables = [host.table() for host in self.hosts]
         self._pump_thread = threading.Thread(target=self._pump, name="dinfer events", daemon=True)
@@ -54,19 +48,11 @@ class LocalRanks(Ranks):
     def describe(self) -> str:
         return f"{self.world_size} ranks as threads of this process, which share one checkpoint in memory"
 
-    def exits(self) -> list[int | None]:
-        """No rank ends before the process does."""
-        return [None] * self.world_size
-
     def cores(self) -> list[int]:
-        """How many ranks share each rank's host."""
         return [self.world_size] * self.world_size
 
     def meeting(self) -> StoreAddress:
         return StoreAddress("", 0)
-
-    def silent(self) -> list[int]:
-        return []
 
     def kill(self, rank: int) -> None:
         raise NotPossible(f"rank {rank} is a thread of this process and cannot be killed alone.")
@@ -75,12 +61,10 @@ class LocalRanks(Ranks):
         raise NotPossible(f"rank {rank} is a thread of this process: it cannot be lost alone.")
 
     def listen_for_debugger(self, rank: int, port: int) -> tuple[str, int]:  # noqa: ARG002 - see the message
-        raise NotPossible(
-            f"rank {rank} is a thread of this process: use the debugger of your notebook or IDE."
-        )
+        own = "use the debugger of your notebook or IDE"
+        raise NotPossible(f"rank {rank} is a thread of this process: {own}.")
 
     def free(self) -> None:
-        """Wake all that is blocked in the transport."""
         self.exchange.close()
 
     def close(self) -> None:
@@ -102,7 +86,6 @@ class LocalRanks(Ranks):
             self._reply(rank, command, number)
 
     def share_weights(self) -> None:
-        """Let all ranks use the weights that rank 0 has loaded."""
         for host in self.hosts[1:]:
             host.weights.share(self.hosts[0].weights)
 
@@ -111,18 +94,13 @@ class LocalRanks(Ranks):
         self._read_events()
         self.take(rank, report)
 
-    def _moved(self, rank: int) -> Callable[["_NotifyingBoard"], None]:
-        """What a rank's board calls when it changes: takes over its state at once."""
-
-        def moved(board: _NotifyingBoard) -> None:
-            state = self.ranks[rank]
-            with self.changed:  # read while held, so that an older state cannot replace a newer one
-                stand = board.stand(max(0, len(state.lanes) - 1))
-                state.heard = time.monotonic()
-                update(state, Status(board.phase, board.decoded, stand))
-                self.changed.notify_all()
-
-        return moved
+    def read_anew(self, rank: int) -> None:
+        """Read events from the recorder of the rank's new prompt from now on."""
+        engine = self.hosts[rank].engine
+        assert engine is not None
+        assert engine.recorder is not None
+        with self.changed:
+            self._recorders[rank] = engine.recorder, None
 
     def _pump(self) -> None:
         while not self._closing.wait(PUMP_S):
@@ -136,51 +114,45 @@ class LocalRanks(Ranks):
                 self.ranks[rank].events += events
             self.changed.notify_all()
 
-    def new_prompt(self, rank: int) -> None:
-        """Read events from the rank's new recorder from now on."""
-        engine = self.hosts[rank].engine
-        assert engine is not None
-        assert engine.recorder is not None
-        with self.changed:
-            self._recorders[rank] = engine.recorder, None
-
 
 class _NotifyingBoard(Board):
-    """A board that calls back when it changes."""
+    """A board whose state the session takes over at once when it changes."""
 
-    def __init__(self, changed: Callable[["_NotifyingBoard"], None]) -> None:
+    def __init__(self, ranks: LocalRanks, rank: int) -> None:
         super().__init__(memoryview(bytearray(BOARD_BYTES)))
-        self._changed = changed
+        self._ranks, self._rank = ranks, rank
 
     def set_phase(self, phase: Phase, decoded: int = 0) -> None:
         super().set_phase(phase, decoded)
-        self._changed(self)
+        self._tell()
 
     def set_lane(self, lane: int, position: int, limit: int, *, started: bool) -> None:
         super().set_lane(lane, position, limit, started=started)
-        self._changed(self)
+        self._tell()
+
+    def _tell(self) -> None:
+        state, changed = self._ranks.ranks[self._rank], self._ranks.changed
+        with changed:  # read while held, so that an older state cannot replace a newer one
+            stand = self.stand(max(0, len(state.lanes) - 1))
+            state.heard = time.monotonic()
+            update(state, Status(self.phase, self.decoded, stand))
+            changed.notify_all()
 
 
 class _End:
-    """A rank's connection to the session: a call."""
+    """A rank's connection to the session, and its way to meet the others: calls. All ranks share one exchange; whenever
+    they meet again there is a new one."""
 
     def __init__(self, ranks: LocalRanks, rank: int) -> None:
         self._ranks, self._rank = ranks, rank
 
     def report(self, report: RankReport) -> None:
         if isinstance(report, Lanes):
-            self._ranks.new_prompt(self._rank)
+            self._ranks.read_anew(self._rank)
         self._ranks.take(self._rank, report)
 
     def ask_stands(self, timeout: float) -> list[Stand | None]:  # noqa: ARG002 - the answer is at hand
         return [state.stand for state in self._ranks.ranks]
-
-
-class _Meeting:
-    """All ranks share one exchange; whenever they meet again there is a new one."""
-
-    def __init__(self, ranks: LocalRanks, rank: int) -> None:
-        self._ranks, self._rank = ranks, rank
 
     def open(self, command: OpenStore) -> StoreAddress:
         ranks = self._ranks

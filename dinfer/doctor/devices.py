@@ -41,19 +41,7 @@ class Cuda(NamedTuple):
 
 
 def gpu_check() -> Check:
-    return judge_gpus(ask_torch(), ask_driver(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-
-
-def ask_torch() -> Cuda:
-    """Ask torch, which opens each GPU to read its free memory."""
-    import torch
-
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        count = count_gpus()
-    built_for = torch.version.cuda or torch.version.hip or ""
-    complaint = str(warned[0].message).strip().splitlines()[0] if warned else ""
-    return Cuda(str(torch.__version__), built_for, [_gpu(index) for index in range(count)], complaint)
+    return judge_gpus(_ask_torch(), _ask_driver(), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def count_gpus() -> int:
@@ -63,18 +51,25 @@ def count_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def _gpu(index: int) -> Gpu:
+def _ask_torch() -> Cuda:
+    """Ask torch, which opens each GPU to read its free memory."""
     import torch
 
-    name = torch.cuda.get_device_name(index)
-    try:
-        free, total = torch.cuda.mem_get_info(index)
-    except RuntimeError:
-        return Gpu(name)
-    return Gpu(name, free, total)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        count = count_gpus()
+    gpus = []
+    for index in range(count):
+        name = torch.cuda.get_device_name(index)
+        try:
+            gpus.append(Gpu(name, *torch.cuda.mem_get_info(index)))
+        except RuntimeError:
+            gpus.append(Gpu(name))
+    complaint = str(warned[0].message).strip().splitlines()[0] if warned else ""
+    return Cuda(str(torch.__version__), torch.version.cuda or torch.version.hip or "", gpus, complaint)
 
 
-def ask_driver() -> Smi | None:
+def _ask_driver() -> Smi | None:
     """None without nvidia-smi, or if it fails."""
     if not shutil.which("nvidia-smi"):
         return None
@@ -93,14 +88,23 @@ def read_smi(answer: str) -> Smi | None:
 
 
 def judge_gpus(cuda: Cuda, smi: Smi | None, visible: str | None) -> Check:
-    """ok without GPUs, since ranks can run on the CPU; a warning for GPUs that torch cannot use."""
+    """ok without GPUs, since ranks can run on the CPU; a warning for GPUs that torch cannot use. `visible`: the value
+    of CUDA_VISIBLE_DEVICES."""
     if cuda.gpus:
+        gpus = []
+        for number, gpu in enumerate(cuda.gpus):
+            memory = "its memory could not be read"
+            if gpu.free is not None and gpu.total is not None:
+                memory = f"{gib(gpu.free)} of {gib(gpu.total)} free"
+            gpus.append(f"{number} {gpu.name} ({memory})")
         driver = f"; driver {smi.driver}" if smi else ""
-        found = f"{_listed(cuda.gpus)}{driver}; torch built for CUDA {cuda.built_for}{_hidden(visible)}"
+        hidden = f"; CUDA_VISIBLE_DEVICES={visible}" if visible is not None else ""
+        found = f"{', '.join(gpus)}{driver}; torch built for CUDA {cuda.built_for}{hidden}"
         return Check("GPUs", "ok", found)
     if smi is None:
         return Check("GPUs", "ok", "none: ranks run on the CPU")
-    found = f"{_counted(smi.names)}, but torch {cuda.torch} cannot use it"
+    names = ", ".join(f"{smi.names.count(name)} × {name}" for name in dict.fromkeys(smi.names))
+    found = f"{names}, but torch {cuda.torch} cannot use it"
     if not cuda.built_for:
         fix = "install a CUDA build of torch: pytorch.org/get-started"
         return Check("GPUs", "warn", f"{found}: it is a build without CUDA", fix)
@@ -111,55 +115,27 @@ def judge_gpus(cuda: Cuda, smi: Smi | None, visible: str | None) -> Check:
     return Check("GPUs", "warn", f"{found}{': ' if cuda.complaint else ''}{cuda.complaint}", fix)
 
 
-def _listed(gpus: Sequence[Gpu]) -> str:
-    return ", ".join(f"{number} {gpu.name} ({_memory(gpu)})" for number, gpu in enumerate(gpus))
-
-
-def _memory(gpu: Gpu) -> str:
-    if gpu.free is None or gpu.total is None:
-        return "its memory could not be read"
-    return f"{gib(gpu.free)} of {gib(gpu.total)} free"
-
-
-def _hidden(visible: str | None) -> str:
-    return f"; CUDA_VISIBLE_DEVICES={visible}" if visible is not None else ""
-
-
-def _counted(names: Sequence[str]) -> str:
-    return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
-
-
 # -- memory
 
 TOKENS = 1024
 """prompt and new tokens to reckon with; fewer if the model has fewer positions"""
 
 
-class Asked(NamedTuple):
-    """The ranks that share one device."""
-
-    spec: Spec
-    ranks: int
-    device: str = "cpu"
-
-    @property
-    def demand(self) -> MemoryDemand:
-        tokens = min(TOKENS, self.spec.max_positions)
-        return MemoryDemand(self.spec, "auto", tokens, self.ranks, self.device, Config().chunk_size)
-
-
 def memory_checks(model: str | None, world_size: int, gpus: int) -> list[Check]:
     """The checkpoint, and the memory of its ranks: all on the CPU, and, if there are GPUs, evenly on those."""
+    available = _free("cpu")
     if model is None:
-        return [no_model_check(_free("cpu"))]
+        there = f"{gib(available)} are free; " if available is not None else ""
+        found = f"{there}no model was named to compare with"
+        return [Check("memory", "unchecked", found, "dinfer doctor --model PATH")]
     try:
         spec = check(model)
     except ModelError as error:
         return [Check("model", "fail", str(error), "name another checkpoint: dinfer doctor --model PATH")]
-    checks = [judge_model(spec, world_size), judge_memory(Asked(spec, world_size), _free("cpu"))]
+    checks = [judge_model(spec, world_size), judge_memory(demand(spec, world_size), available)]
     if gpus:
         device = min((f"cuda:{n}" for n in range(min(gpus, world_size))), key=lambda name: _free(name) or 0)
-        checks.append(judge_memory(Asked(spec, -(-world_size // gpus), device), _free(device)))
+        checks.append(judge_memory(demand(spec, -(-world_size // gpus), device), _free(device)))
     return checks
 
 
@@ -170,11 +146,9 @@ def _free(device: str) -> int | None:
         return None
 
 
-def no_model_check(available: int | None) -> Check:
-    there = f"{gib(available)} are free; " if available is not None else ""
-    return Check(
-        "memory", "unchecked", f"{there}no model was named to compare with", "dinfer doctor --model PATH"
-    )
+def demand(spec: Spec, ranks: int, device: str = "cpu") -> MemoryDemand:
+    """What ranks that share one device need for TOKENS tokens."""
+    return MemoryDemand(spec, "auto", min(TOKENS, spec.max_positions), ranks, device, Config().chunk_size)
 
 
 def judge_model(spec: Spec, world_size: int) -> Check:
@@ -185,25 +159,22 @@ def judge_model(spec: Spec, world_size: int) -> Check:
     return Check("model", "fail", found, f"use at most {spec.layers} ranks: --world-size {spec.layers}")
 
 
-def judge_memory(asked: Asked, available: int | None) -> Check:
-    """A warning if a GPU has too little free memory, since ranks can run on the CPU; a failure if the CPU has."""
-    on_cpu, demand = asked.device == "cpu", asked.demand
+def judge_memory(asked: MemoryDemand, available: int | None) -> Check:
+    """A warning if a GPU has too little free memory, since ranks can run on the CPU; a failure if the CPU has. The fix
+    is the first change that is enough by itself."""
+    on_cpu = asked.device == "cpu"
     name, where = ("memory", "") if on_cpu else ("GPU memory", f" on {asked.device}")
     ranks = f"{asked.ranks} ranks need" if asked.ranks > 1 else "a rank needs"
-    found = f"{ranks} {gib(demand.bytes())} for {demand.tokens:,} tokens"
+    found = f"{ranks} {gib(asked.bytes())} for {asked.tokens:,} tokens"
     if available is None:
         return Check(name, "unchecked", f"{found}; free memory{where} is unknown")
     found += f"; {gib(available)} are free{where}"
-    if demand.bytes() <= available:
+    if asked.bytes() <= available:
         return Check(name, "ok", found)
-    return Check(name, "fail" if on_cpu else "warn", found, _memory_fix(demand, available))
-
-
-def _memory_fix(demand: MemoryDemand, available: int) -> str:
-    """The first change that is enough by itself."""
-    if demand.bytes(dtype="bfloat16") <= available:
-        return "dinfer run --dtype bfloat16"
-    fewer = [ranks for ranks in range(1, demand.ranks) if demand.bytes(ranks=ranks) <= available]
-    if fewer:
-        return f"use fewer ranks here: at most {fewer[-1]}"
-    return "use a smaller model, or a host with more memory"
+    fewer = [ranks for ranks in range(1, asked.ranks) if asked.bytes(ranks=ranks) <= available]
+    fix = "use a smaller model, or a host with more memory"
+    if asked.bytes(dtype="bfloat16") <= available:
+        fix = "dinfer run --dtype bfloat16"
+    elif fewer:
+        fix = f"use fewer ranks here: at most {fewer[-1]}"
+    return Check(name, "fail" if on_cpu else "warn", found, fix)

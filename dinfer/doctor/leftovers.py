@@ -7,8 +7,6 @@ users.
 import os
 import shlex
 import stat
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,8 +15,6 @@ from pathlib import Path
 import psutil
 
 from dinfer.doctor.report import Check, gib
-
-MARKS = {"dinfer.rank.worker": "rank", "dinfer.rank.watcher": "watcher"}
 
 OLD_S = 3600.0
 """a folder that nothing has touched for this long belongs to no run that is starting"""
@@ -37,11 +33,8 @@ class Process:
     @property
     def kind(self) -> str:
         """rank or watcher; "" for processes that are not dinfer's or belong to another user."""
-        return next((kind for mark, kind in MARKS.items() if self.mine and mark in self.command), "")
-
-
-def process_check() -> Check:
-    return judge_processes(orphans(read_processes()))
+        marks = {"dinfer.rank.worker": "rank", "dinfer.rank.watcher": "watcher"}
+        return next((kind for mark, kind in marks.items() if self.mine and mark in self.command), "")
 
 
 def read_processes() -> dict[int, Process]:
@@ -61,17 +54,16 @@ def orphans(processes: Mapping[int, Process]) -> list[Process]:
 
     A process whose parent ends gets another: process 1, or one that adopts processes, such as systemd --user.
     """
-    return [p for _, p in sorted(processes.items()) if p.kind and _is_adopted(processes.get(p.parent))]
+
+    def is_starter(pid: int) -> bool:
+        words = ("dinfer",) if pid == 1 else ("dinfer", "python", "jupyter")
+        return pid in processes and any(word in processes[pid].command.lower() for word in words)
+
+    return [p for _, p in sorted(processes.items()) if p.kind and not is_starter(p.parent)]
 
 
-def _is_adopted(parent: Process | None) -> bool:
-    if parent is None:
-        return True
-    starters = ("dinfer",) if parent.pid == 1 else ("dinfer", "python", "jupyter")
-    return not any(word in parent.command.lower() for word in starters)
-
-
-def judge_processes(left: Sequence[Process]) -> Check:
+def process_check(left: Sequence[Process]) -> Check:
+    """`left`: what `orphans` found."""
     if not left:
         return Check("old processes", "ok", "no rank or watcher of an earlier run")
     stopped = {p.pid for p in left if p.state == psutil.STATUS_STOPPED}
@@ -83,35 +75,18 @@ def judge_processes(left: Sequence[Process]) -> Check:
     return Check("old processes", "warn", found, fix)
 
 
-def folder_check() -> Check:
-    return judge_folders(old_folders(Path(tempfile.gettempdir()), time.time()))
-
-
-def old_folders(temp: Path, now: float) -> list[tuple[Path, int]]:
-    """Folders `dinfer-*` of this user that nothing has touched for OLD_S seconds, and their sizes in bytes."""
-    return [(folder, _size(folder)) for folder in sorted(temp.glob("dinfer-*")) if _is_old(folder, now)]
-
-
-def _is_old(folder: Path, now: float) -> bool:
-    try:
-        about = folder.lstat()
-    except OSError:
-        return False
-    return stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and now - about.st_mtime > OLD_S
-
-
-def _size(folder: Path) -> int:
-    total = 0
-    for file in folder.rglob("*"):
+def folder_check(temp: Path, now: float) -> Check:
+    """Folders `dinfer-*` of this user in `temp` that nothing has touched for OLD_S seconds."""
+    old, size = [], 0
+    for folder in sorted(temp.glob("dinfer-*")):
         with suppress(OSError):
-            total += file.lstat().st_size
-    return total
-
-
-def judge_folders(left: Sequence[tuple[Path, int]]) -> Check:
-    if not left:
-        return Check("old folders", "ok", f"none in {tempfile.gettempdir()}")
-    size = gib(sum(size for _, size in left))
-    found = f"{len(left)} of earlier runs in {left[0][0].parent}, {size}"
-    fix = "rm -r " + " ".join(shlex.quote(str(folder)) for folder, _ in left)
-    return Check("old folders", "warn", found, fix)
+            about = folder.lstat()
+            if stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and now - about.st_mtime > OLD_S:
+                old.append(shlex.quote(str(folder)))
+                for file in folder.rglob("*"):
+                    with suppress(OSError):
+                        size += file.lstat().st_size
+    if not old:
+        return Check("old folders", "ok", f"none in {temp}")
+    found = f"{len(old)} of earlier runs in {temp}, {gib(size)}"
+    return Check("old folders", "warn", found, f"rm -r {' '.join(old)}")

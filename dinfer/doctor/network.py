@@ -4,34 +4,35 @@ import os
 import socket
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
-from dinfer.doctor.report import Check
-from dinfer.transport.interface import LOOPBACK
+from dinfer.doctor.report import LET_LOOPBACK_PASS, Check
+from dinfer.transport.interface import LOOPBACK, own_address_towards
 
-RESOLVE_S = 5.0
-
-CONNECT_S = 3.0
+RESOLVE_S, CONNECT_S = 5.0, 3.0
 
 FEW_PORTS = 100
-
-Interfaces = Mapping[str, str]
-"""name → first IPv4 address, "" for none"""
 
 
 class Network(NamedTuple):
     """This host's interfaces, names and addresses."""
 
-    interfaces: Interfaces
+    interfaces: Mapping[str, str]  # name → first IPv4 address, "" for none
     ifname: str  # GLOO_SOCKET_IFNAME, "" if unset
     host: str
     resolved: Sequence[str]  # what the host's name resolves to
     own: str  # the address from which this host reaches others, "" for none
+
+
+def network_checks() -> list[Check]:
+    seen = look()
+    ports = port_check(try_ports(seen.own), seen.own)
+    return [interface_check(seen), host_name_check(seen), ports]
 
 
 def look() -> Network:
@@ -42,6 +43,30 @@ def look() -> Network:
         for name, addresses in psutil.net_if_addrs().items()
     }
     return Network(interfaces, os.environ.get("GLOO_SOCKET_IFNAME", ""), host, _resolve(host), _own_address())
+
+
+def _resolve(host: str) -> list[str]:
+    """The host's IPv4 addresses; none if no name server answers within RESOLVE_S seconds."""
+    found: list[str] = []
+
+    def ask() -> None:
+        with suppress(OSError):
+            answers = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
+            found.extend(str(answer[4][0]) for answer in answers)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(RESOLVE_S)
+    return list(found)
+
+
+def _own_address() -> str:
+    """The address of the default route."""
+    try:
+        address = own_address_towards("198.51.100.1")  # reserved for documentation
+    except OSError:
+        return ""
+    return "" if ip_address(address).is_loopback or address == "0.0.0.0" else address
 
 
 def interface_check(network: Network) -> Check:
@@ -62,57 +87,18 @@ def interface_check(network: Network) -> Check:
 
 def host_name_check(network: Network) -> Check:
     """The address at which ranks of other hosts find this one: gloo resolves the host's name."""
+    host, own = network.host, network.own
     if network.ifname:
-        return Check("host name", "ok", f"{network.host}; gloo uses GLOO_SOCKET_IFNAME instead")
-    if not network.own:
-        return Check("host name", "ok", f"{network.host}; this host has no network but the loopback")
-    if network.own in network.resolved:
-        return Check("host name", "ok", f"{network.host} is {network.own}{_interface_of(network)}")
+        return Check("host name", "ok", f"{host}; gloo uses GLOO_SOCKET_IFNAME instead")
+    if not own:
+        return Check("host name", "ok", f"{host}; this host has no network but the loopback")
+    interface = next((name for name, address in network.interfaces.items() if address == own), "")
+    if own in network.resolved:
+        return Check("host name", "ok", f"{host} is {own}{f' on {interface}' if interface else ''}")
     resolved = f"resolves to {network.resolved[0]}" if network.resolved else "does not resolve"
-    found = f"{network.host} {resolved}: enough for ranks of this host, but ranks of other hosts need {network.own}"
-    return Check("host name", "warn", found, f"for runs over several hosts: {_export(network)}")
-
-
-def _export(network: Network) -> str:
-    name = next((name for name, address in network.interfaces.items() if address == network.own), "")
-    return f"export GLOO_SOCKET_IFNAME={name or f'(the interface of {network.own})'}"
-
-
-def _interface_of(network: Network) -> str:
-    names = [name for name, address in network.interfaces.items() if address == network.own]
-    return f" on {names[0]}" if names else ""
-
-
-def _is_loopback(address: str) -> bool:
-    return ip_address(address.partition("%")[0]).is_loopback
-
-
-def _own_address() -> str:
-    """The address of the default route; connecting a UDP socket sends nothing."""
-    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
-        try:
-            probe.connect(("198.51.100.1", 9))  # reserved for documentation
-        except OSError:
-            return ""
-        address: str = probe.getsockname()[0]
-    return "" if _is_loopback(address) or address == "0.0.0.0" else address
-
-
-def _resolve(host: str) -> list[str]:
-    """The host's IPv4 addresses; none if no name server answers within RESOLVE_S seconds."""
-    found: list[str] = []
-
-    def ask() -> None:
-        try:
-            answers = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
-        except OSError:
-            return
-        found.extend(str(answer[4][0]) for answer in answers)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(RESOLVE_S)
-    return list(found)
+    found = f"{host} {resolved}: enough for ranks of this host, but ranks of other hosts need {own}"
+    export = f"export GLOO_SOCKET_IFNAME={interface or f'(the interface of {own})'}"
+    return Check("host name", "warn", found, f"for runs over several hosts: {export}")
 
 
 # -- ports
@@ -129,27 +115,15 @@ class Ports(NamedTuple):
 
 def try_ports(own: str, proc: Path = Path("/proc")) -> Ports:
     """Open a port on the loopback and on the host's own address, and connect to each."""
-    span = _span(proc)
-    used = frozenset(_used_ports().intersection(span or ()))
-    return Ports(_connect(LOOPBACK), _connect(own) if own else "", span, used)
-
-
-def port_check(ports: Ports, own: str) -> Check:
-    """Runs use free ports by default (`master_port` 0), so there must be enough of them."""
-    if ports.loopback:
-        fix = "let the firewall pass the loopback: sudo iptables -I INPUT -i lo -j ACCEPT"
-        return Check("ports", "fail", f"none can be used on {LOOPBACK}: {ports.loopback}", fix)
-    count = ""
-    if ports.span:
-        free = len(ports.span) - len(ports.used)
-        count = f"; {free:,} of {len(ports.span):,} are free"
-        if free < FEW_PORTS:
-            return Check("ports", "warn", f"few are left{count}", "end what holds them: ss -tanp names it")
-    if ports.own:
-        fix = f"for runs over several hosts: let the firewall pass connections to {own}"
-        return Check("ports", "warn", f"can be opened on {LOOPBACK}{count}; but on {own}: {ports.own}", fix)
-    where = f"{LOOPBACK} and {own}" if own else LOOPBACK
-    return Check("ports", "ok", f"can be opened on {where}{count}")
+    span, used = None, set[int]()
+    with suppress(OSError, ValueError):
+        low, high = (proc / "sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()
+        span = range(int(low), int(high) + 1)
+    with suppress(psutil.Error, OSError):  # this user may not see them (macOS), or the system has no tables
+        used = {socket.laddr.port for socket in psutil.net_connections("tcp") if socket.laddr}
+    return Ports(
+        _connect(LOOPBACK), _connect(own) if own else "", span, frozenset(used.intersection(span or ()))
+    )
 
 
 def _connect(address: str) -> str:
@@ -163,16 +137,19 @@ def _connect(address: str) -> str:
         return str(error)
 
 
-def _span(proc: Path) -> range | None:
-    try:
-        low, high = (proc / "sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()
-        return range(int(low), int(high) + 1)
-    except (OSError, ValueError):
-        return None
-
-
-def _used_ports() -> set[int]:
-    """The local ports of all TCP sockets; none if this user may not see them (macOS), or the system has no tables."""
-    with suppress(psutil.Error, OSError):
-        return {socket.laddr.port for socket in psutil.net_connections("tcp") if socket.laddr}
-    return set()
+def port_check(ports: Ports, own: str) -> Check:
+    """Runs use free ports by default (`master_port` 0), so there must be enough of them."""
+    if ports.loopback:
+        found = f"none can be used on {LOOPBACK}: {ports.loopback}"
+        return Check("ports", "fail", found, LET_LOOPBACK_PASS)
+    count = ""
+    if ports.span:
+        free = len(ports.span) - len(ports.used)
+        count = f"; {free:,} of {len(ports.span):,} are free"
+        if free < FEW_PORTS:
+            return Check("ports", "warn", f"few are left{count}", "end what holds them: ss -tanp names it")
+    if ports.own:
+        fix = f"for runs over several hosts: let the firewall pass connections to {own}"
+        return Check("ports", "warn", f"can be opened on {LOOPBACK}{count}; but on {own}: {ports.own}", fix)
+    where = f"{LOOPBACK} and {own}" if own else LOOPBACK
+    return Check("ports", "ok", f"can be opened on {where}{count}")

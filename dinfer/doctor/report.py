@@ -5,11 +5,14 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from dinfer.display import Table
 
 CheckState = Literal["ok", "warn", "fail", "unchecked"]
+
+LET_LOOPBACK_PASS = "let the firewall pass the loopback: sudo iptables -I INPUT -i lo -j ACCEPT"
+"""a fix"""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Check:
     fix: str = ""
 
 
-class PairSpeed(NamedTuple):
+@dataclass(frozen=True, order=True)
+class PairSpeed:
     """The link from one rank to another: latency of a small message, and bandwidth for large ones."""
 
     source: int
@@ -35,7 +39,7 @@ WIDTH = 110
 
 STATE_WIDTH = 9
 
-COLOURS: dict[str, str] = {"ok": "32", "warn": "33", "fail": "1;31", "unchecked": "36"}
+COLOURS = {"ok": "32", "warn": "33", "fail": "1;31", "unchecked": "36"}
 
 
 @dataclass(frozen=True)
@@ -49,76 +53,62 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        return not self.having("fail")
-
-    def having(self, state: CheckState) -> list[Check]:
-        return [check for check in self.checks if check.state == state]
+        return all(check.state != "fail" for check in self.checks)
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    return {
-        "host": report.host,
-        "checks": [asdict(check) for check in report.checks],
-        "pairs": [pair._asdict() for pair in report.pairs],
-        "seconds": round(report.seconds, 1),
-        "ok": report.ok,
-    }
+    return {**asdict(report), "seconds": round(report.seconds, 1), "ok": report.ok}
 
 
 def as_text(report: Report, colour: bool = False) -> str:
     """The checks, the links between ranks as tables, and a sentence. `colour`: states in ANSI colours."""
-    indent = STATE_WIDTH + 4 + max(len(check.name) for check in report.checks)
-    rows = [
-        (check.state.ljust(STATE_WIDTH), check.name, _found(check, WIDTH - indent)) for check in report.checks
-    ]
+    width = WIDTH - STATE_WIDTH - 4 - max(len(check.name) for check in report.checks)
+    rows = []
+    for check in report.checks:
+        found = textwrap.fill(check.found, width, break_on_hyphens=False)
+        fix = f"\n→ {check.fix}" if check.fix else ""  # on one line, so that it can be copied
+        rows.append((check.state.ljust(STATE_WIDTH), check.name, found + fix))
     checks = str(Table(("", "", ""), rows))
     if colour:
-        checks = re.sub(r"^\w+", lambda found: _coloured(found[0]), checks, flags=re.MULTILINE)
-    tables = _pair_tables(report.pairs) if report.pairs else []
+        checks = re.sub(
+            r"^\w+", lambda state: f"\x1b[{COLOURS[state[0]]}m{state[0]}\x1b[0m", checks, flags=re.MULTILINE
+        )
+    tables = []
+    if report.pairs:
+        latency = {(p.source, p.target): significant(1e3 * p.latency_s) for p in report.pairs}
+        speed = {(p.source, p.target): significant(p.bytes_per_s / 1e6, 3) for p in report.pairs}
+        tables = [_pair_table("latency, ms", latency), _pair_table("bandwidth, MB/s", speed)]
     return "\n\n".join([report.host, checks, *tables, textwrap.fill(sentence(report), WIDTH)])
+
+
+def _pair_table(title: str, cells: dict[tuple[int, int], str]) -> str:
+    """Rank × rank."""
+    ranks = sorted({rank for pair in cells for rank in pair})
+    columns = ["from \\ to", *(f"rank {rank}" for rank in ranks)]
+    rows = [[f"rank {a}", *(cells.get((a, b), "–" if a == b else "?") for b in ranks)] for a in ranks]
+    return f"{title}\n{Table(columns, rows)}"
 
 
 def sentence(report: Report) -> str:
     """Whether dinfer can run here, and what to do first."""
-    failed, warned, unchecked = (report.having(state) for state in ("fail", "warn", "unchecked"))
+    failed, warned, unchecked = (
+        [check.name for check in report.checks if check.state == state]
+        for state in ("fail", "warn", "unchecked")
+    )
     made = len(report.checks) - len(unchecked)
     done = f"{made} check{'' if made == 1 else 's'} in {report.seconds:.0f} s"
     verdict = "dinfer can run here"
     if failed:
         it = "it" if len(failed) == 1 else "these"
-        verdict = f"{_names(failed)} failed: fix {it} and run dinfer doctor again"
-    also = f"; worth a look: {_names(warned)}" if warned else ""
-    left_out = f"; not checked: {_names(unchecked)}" if unchecked else ""
+        verdict = f"{_listed(failed)} failed: fix {it} and run dinfer doctor again"
+    also = f"; worth a look: {_listed(warned)}" if warned else ""
+    left_out = f"; not checked: {_listed(unchecked)}" if unchecked else ""
     return f"{done}: {verdict}{also}{left_out}."
 
 
-def _names(checks: Sequence[Check]) -> str:
-    *some, last = [check.name for check in checks]
+def _listed(names: Sequence[str]) -> str:
+    *some, last = names
     return f"{', '.join(some)} and {last}" if some else last
-
-
-def _found(check: Check, width: int) -> str:
-    """What was found, wrapped, and the fix, which stays on one line so that it can be copied."""
-    found = textwrap.fill(check.found, width, break_on_hyphens=False)
-    return f"{found}\n→ {check.fix}" if check.fix else found
-
-
-def _coloured(state: str) -> str:
-    return f"\x1b[{COLOURS[state]}m{state}\x1b[0m"
-
-
-def _pair_tables(pairs: Sequence[PairSpeed]) -> list[str]:
-    """Rank × rank: latency and bandwidth."""
-    latency = {(p.source, p.target): significant(1e3 * p.latency_s) for p in pairs}
-    speed = {(p.source, p.target): significant(p.bytes_per_s / 1e6, 3) for p in pairs}
-    return [_pair_table("latency, ms", latency), _pair_table("bandwidth, MB/s", speed)]
-
-
-def _pair_table(title: str, cells: dict[tuple[int, int], str]) -> str:
-    ranks = sorted({rank for pair in cells for rank in pair})
-    columns = ["from \\ to", *(f"rank {rank}" for rank in ranks)]
-    rows = [[f"rank {a}", *(cells.get((a, b), "–" if a == b else "?") for b in ranks)] for a in ranks]
-    return f"{title}\n{Table(columns, rows)}"
 
 
 # -- numbers as text

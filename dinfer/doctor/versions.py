@@ -10,9 +10,6 @@ from dinfer.doctor.report import Check
 SHOWN = ("torch", "transformers", "ipyparallel")
 """packages with a line of their own; the others share one"""
 
-VersionOf = Callable[[str], str]
-"""name → installed version; raises PackageNotFoundError"""
-
 
 def version_checks() -> list[Check]:
     """Python and every package that the metadata of the installed dinfer requires, extras aside."""
@@ -27,43 +24,36 @@ def version_checks() -> list[Check]:
 
 def python_check(version: str, wanted: str) -> Check:
     """`wanted` is a version specifier, such as >=3.11."""
-    from packaging.specifiers import SpecifierSet
-
-    if SpecifierSet(wanted).contains(version, prereleases=True):
-        return Check("Python", "ok", f"{version}  ({wanted})")
-    fix = f"make a new venv with Python {wanted}"
-    return Check("Python", "fail", f"{version}; dinfer needs {wanted}", fix)
+    return _version_check("Python", version, wanted, f"make a new venv with Python {wanted}")
 
 
-def package_checks(requirements: Sequence[str], version_of: VersionOf) -> list[Check]:
-    """One check for each of `SHOWN`, and one for all others. `requirements` as in a package's metadata."""
+def package_checks(requirements: Sequence[str], version_of: Callable[[str], str]) -> list[Check]:
+    """One check for each of `SHOWN` and for each failure, and one for all others. `requirements` as in a package's
+    metadata; `version_of`: name → installed version; raises PackageNotFoundError."""
     from packaging.requirements import Requirement
 
-    parsed = [Requirement(text) for text in requirements]
-    needed = [r for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})]
-    checks = {r.name: _package_check(r.name, str(r.specifier), version_of) for r in needed}
-    others = [check for name, check in checks.items() if name not in SHOWN]
-    return [*(checks[name] for name in SHOWN if name in checks), *_together(others)]
+    checks = {}
+    for needed in map(Requirement, requirements):
+        if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+            name, wanted = needed.name, str(needed.specifier)
+            fix = f"pip install -U '{name}{wanted}'"
+            try:
+                checks[name] = _version_check(name, version_of(name), wanted, fix)
+            except metadata.PackageNotFoundError:
+                checks[name] = Check(name, "fail", f"not installed; dinfer needs {wanted}", fix)
+    shown = [checks.pop(name) for name in SHOWN if name in checks]
+    failed = [check for check in checks.values() if check.state == "fail"]
+    if good := len(checks) - len(failed):
+        failed.append(Check("other packages", "ok", f"{good} more, all as required"))
+    return shown + failed
 
 
-def _package_check(name: str, wanted: str, version_of: VersionOf) -> Check:
+def _version_check(name: str, version: str, wanted: str, fix: str) -> Check:
     from packaging.specifiers import SpecifierSet
 
-    fix = f"pip install -U '{name}{wanted}'"
-    try:
-        version = version_of(name)
-    except metadata.PackageNotFoundError:
-        return Check(name, "fail", f"not installed; dinfer needs {wanted}", fix)
     if SpecifierSet(wanted).contains(version, prereleases=True):
         return Check(name, "ok", f"{version}  ({wanted})")
     return Check(name, "fail", f"{version}; dinfer needs {wanted}", fix)
-
-
-def _together(checks: Sequence[Check]) -> list[Check]:
-    """One check for each failure, and one for all others."""
-    failed = [check for check in checks if check.state == "fail"]
-    good = len(checks) - len(failed)
-    return [*failed, Check("other packages", "ok", f"{good} more, all as required")] if good else failed
 
 
 def backend_check() -> Check:
@@ -86,7 +76,7 @@ def judge_backends(build: str) -> Check:
     if "gloo" not in present:
         found = "this build of torch has no gloo, which the ranks need to communicate"
         return Check("backends", "fail", found, "install a build from pytorch.org: pip install -U torch")
-    missing = (
-        f"; not in this build of torch: {', '.join(absent)} (dinfer does not need them)" if absent else ""
-    )
-    return Check("backends", "ok", f"{', '.join(present)}{missing}")
+    found = ", ".join(present)
+    if absent:
+        found += f"; not in this build of torch: {', '.join(absent)} (dinfer does not need them)"
+    return Check("backends", "ok", found)

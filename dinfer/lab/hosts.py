@@ -30,14 +30,10 @@ DEFAULT_ROUTE_BITS = 7
 BURST, QUEUE = 1_600, 50_000_000
 """bytes that a slow wire passes at once, the largest packet; and bytes that it queues without dropping packets"""
 
-COMMAND_S, REMOVAL_S, KILLED_S = 30.0, 30.0, 10.0
+COMMAND_S, REMOVAL_S, KILLED_S, LOOK_S = 30.0, 30.0, 10.0, 0.1
 
 ORPHANS_S = 120.0
 """how long processes on the hosts may run on after the process that made the hosts was killed"""
-
-LOOK_S = 0.1
-
-Argv = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class LabHost:
     namespace: str
     address: str
 
-    def inside(self, *command: str) -> Argv:
+    def inside(self, *command: str) -> tuple[str, ...]:
         """The command that runs `command` on this host, in the same process (exec)."""
         return ("ip", "netns", "exec", self.namespace, *command)
 
@@ -61,11 +57,11 @@ class LabNetwork:
     hosts: tuple[LabHost, ...]
     address: str
 
-    def cut(self, one: int, other: int) -> Argv:
+    def cut(self, one: int, other: int) -> tuple[str, ...]:
         """The command that cuts the wire between two hosts: packets are lost, both ways; connections stay open."""
         return ("ip", "-n", self.hub, "link", "set", _wire(one, other), "down")
 
-    def slow(self, source: int, target: int, bits_per_s: int) -> Argv:
+    def slow(self, source: int, target: int, bits_per_s: int) -> tuple[str, ...]:
         """The command that slows a wire in one direction."""
         rate = ("tbf", "rate", f"{bits_per_s}bit", "burst", str(BURST), "limit", str(QUEUE))
         return ("tc", "-n", self.hub, "qdisc", "replace", "dev", _plug(target, source), "root", *rate)
@@ -90,14 +86,22 @@ def why_not() -> str:
     for tool in ("ip", "tc"):
         if shutil.which(tool) is None:
             return f"needs {tool} of iproute2 (apt-get install iproute2), to make network namespaces"
+    cannot = "network namespaces cannot be used here"
     try:
         with hosts(2) as network:
             do(*network.slow(0, 1, 1_000_000))
             do(*network.cut(0, 1))
             network.mend()
-            _check_reached(network)
+            with socket.create_server((network.address, 0)) as server:
+                port = server.getsockname()[1]
+                program = f"import socket; socket.create_connection(({network.address!r}, {port}), 5)"
+                try:
+                    do(*network.hosts[0].inside(sys.executable, "-c", program))
+                except HostsError as error:
+                    last = str(error).splitlines()[-1]
+                    return f"{cannot}: a host cannot connect to this machine (a firewall?): {last}"
     except HostsError as error:
-        return f"network namespaces cannot be used here: {error}"
+        return f"{cannot}: {error}"
     return ""
 
 
@@ -106,21 +110,28 @@ def hosts(count: int) -> Iterator[LabNetwork]:
     """`count` hosts, which reach one another and this machine. At the end they are removed and their processes killed,
     also if this process is killed meanwhile. Raises HostsError."""
     mark = uuid.uuid4().hex[:6]
-    hub, outlet, address, *addresses = f"dinfer-{mark}-hub", f"dinfer-{mark}", *_addresses(count + 1)
+    hub, outlet = f"dinfer-{mark}-hub", f"dinfer-{mark}"
+    routes = json.loads(do("ip", "-4", "-j", "route", "show", "table", "all"))
+    # By process, so that two labs that start at once get different addresses.
+    free = free_range([route["dst"] for route in routes], os.getpid()).hosts()
+    address, *addresses = (str(next(free)) for _ in range(count + 1))
     made = tuple(LabHost(f"dinfer-{mark}-{n}", own) for n, own in enumerate(addresses))
     with _removal(outlet, [*(host.namespace for host in made), hub]):
         do("ip", "netns", "add", hub)
-        _bridge(hub, "bridge")
+        _add_bridge(hub, "bridge")
         for n, host in enumerate(made):
             do("ip", "netns", "add", host.namespace)
             do("ip", "-n", host.namespace, "link", "set", "lo", "up")
-            _plug_in(host.namespace, "eth0", hub, _plug(n), "bridge")
+            _plug_in(host.namespace, "eth0", hub, f"plug{n}", "bridge")
             do("ip", "-n", host.namespace, "address", "add", f"{host.address}/32", "dev", "eth0")
             do("ip", "-n", host.namespace, "route", "add", address, "dev", "eth0", "src", host.address)
         for one, other in combinations(range(count), 2):
-            _bridge(hub, _wire(one, other))
+            _add_bridge(hub, _wire(one, other))
             for near, far in ((one, other), (other, one)):
-                _wire_up(made[near], made[far], hub, near, far)
+                host, interface = made[near], f"to{far}"
+                _plug_in(host.namespace, interface, hub, _plug(near, far), _wire(one, other))
+                route = (made[far].address, "dev", interface, "src", host.address)
+                do("ip", "-n", host.namespace, "route", "add", *route)
         _plug_in("", outlet, hub, "outlet", "bridge")
         do("ip", "address", "add", f"{address}/24", "dev", outlet)
         yield LabNetwork(hub, made, address)
@@ -153,16 +164,7 @@ def free_range(taken: Sequence[str], first: int = 0) -> IPv4Network:
 # -- setup
 
 
-def _addresses(count: int) -> list[str]:
-    """The first is this machine's. The search starts at a part that depends on the process, so that two labs that start
-    at once get different addresses."""
-    routes = json.loads(do("ip", "-4", "-j", "route", "show", "table", "all"))
-    found = free_range([route["dst"] for route in routes], os.getpid()).hosts()
-    own, *others = (str(address) for address, _ in zip(found, range(count), strict=False))
-    return [own, *others]
-
-
-def _bridge(hub: str, name: str) -> None:
+def _add_bridge(hub: str, name: str) -> None:
     do("ip", "-n", hub, "link", "add", name, "type", "bridge")
     do("ip", "-n", hub, "link", "set", name, "up")
 
@@ -175,33 +177,14 @@ def _plug_in(namespace: str, interface: str, hub: str, plug: str, bridge: str) -
     do("ip", *within, "link", "set", interface, "up")
 
 
-def _wire_up(near: LabHost, far: LabHost, hub: str, one: int, other: int) -> None:
-    """Add one end of the wire between two hosts, with the route to the other's address."""
-    interface = f"to{other}"
-    _plug_in(near.namespace, interface, hub, _plug(one, other), _wire(one, other))
-    do("ip", "-n", near.namespace, "route", "add", far.address, "dev", interface, "src", near.address)
-
-
 def _wire(one: int, other: int) -> str:
     """The bridge between two hosts."""
     return f"wire{min(one, other)}-{max(one, other)}"
 
 
-def _plug(one: int, other: int | None = None) -> str:
-    """The hub's interface to a host, for its wire to `other`, or to this machine."""
-    return f"plug{one}" if other is None else f"plug{one}-{other}"
-
-
-def _check_reached(network: LabNetwork) -> None:
-    """Raises HostsError if a host cannot connect to this machine, which a firewall may forbid."""
-    with socket.create_server((network.address, 0)) as server:
-        port = server.getsockname()[1]
-        program = f"import socket; socket.create_connection(({network.address!r}, {port}), 5)"
-        try:
-            do(*network.hosts[0].inside(sys.executable, "-c", program))
-        except HostsError as error:
-            last = str(error).splitlines()[-1]
-            raise HostsError(f"a host cannot connect to this machine (a firewall?): {last}") from error
+def _plug(host: int, other: int) -> str:
+    """The hub's interface to a host, for its wire to `other`."""
+    return f"plug{host}-{other}"
 
 
 # -- removal
@@ -222,9 +205,14 @@ def _removal(outlet: str, namespaces: Sequence[str]) -> Iterator[None]:
             keeper.communicate(b"now", timeout=REMOVAL_S)
 
 
-def remove(outlet: str, namespaces: Sequence[str], patience_s: float) -> None:
-    """Wait `patience_s` seconds for the processes in these namespaces to end, and kill those that do not; then remove
-    the namespaces and this machine's interface to them."""
+def main(arguments: list[str]) -> None:
+    """`python -m dinfer.lab.hosts INTERFACE NAMESPACE…`: removes them once its input has ended.
+
+    Waits ORPHANS_S seconds for the processes in these namespaces to end, unless the input says not to, and kills those
+    that do not.
+    """
+    outlet, *namespaces = arguments
+    patience_s = 0.0 if sys.stdin.buffer.read() else ORPHANS_S
     began = time.monotonic()
     while (found := _inside(namespaces)) and time.monotonic() - began < patience_s + KILLED_S:
         if time.monotonic() - began >= patience_s:
@@ -232,11 +220,9 @@ def remove(outlet: str, namespaces: Sequence[str], patience_s: float) -> None:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         time.sleep(LOOK_S)
-    with suppress(HostsError):
-        do("ip", "link", "delete", outlet)
-    for name in namespaces:
+    for command in (("link", "delete", outlet), *(("netns", "delete", name) for name in namespaces)):
         with suppress(HostsError):
-            do("ip", "netns", "delete", name)
+            do("ip", *command)
 
 
 def _inside(namespaces: Sequence[str]) -> list[int]:
@@ -246,12 +232,6 @@ def _inside(namespaces: Sequence[str]) -> list[int]:
         with suppress(HostsError):  # it does not exist
             found += map(int, do("ip", "netns", "pids", name).split())
     return found
-
-
-def main(arguments: list[str]) -> None:
-    """`python -m dinfer.lab.hosts INTERFACE NAMESPACE…`: removes them once its input has ended."""
-    outlet, *namespaces = arguments
-    remove(outlet, namespaces, 0.0 if sys.stdin.buffer.read() else ORPHANS_S)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
 """The lab's results, cell by cell and as a scoreboard. Pure."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 from dinfer.display import Table
-from dinfer.lab.expected import RULES, Cell, Expected
-
-DEATH_S, HANG_S = 1.0, 5.0
+from dinfer.lab.faults import RULES, Cell, Expected
 
 
 @dataclass(frozen=True)
@@ -29,19 +26,15 @@ class Result:
         return self.expected.is_met_by(self.kind, self.rank, self.sentence)
 
     @property
-    def limit_s(self) -> float:
-        """The seconds within which the verdict should come."""
-        return DEATH_S if self.expected.kind == "dead" else HANG_S
-
-    @property
     def in_time(self) -> bool:
-        return self.seconds is not None and (RULES[self.cell.fault].is_slow or self.seconds <= self.limit_s)
+        """Whether the verdict came within a second after a death, and within five after anything else that hangs."""
+        limit_s = 1.0 if self.expected.kind == "dead" else 5.0
+        return self.seconds is not None and (RULES[self.cell.fault].is_slow or self.seconds <= limit_s)
 
     def as_dict(self) -> dict[str, Any]:
-        wanted = {"kind": self.expected.kind, "rank": self.expected.rank, "op": self.expected.op}
         return {
             **self.cell._asdict(),
-            "expected": wanted,
+            "expected": {"kind": self.expected.kind, "rank": self.expected.rank, "op": self.expected.op},
             "named": {"kind": self.kind, "rank": self.rank, "sentence": self.sentence},
             "correct": self.correct,
             "seconds": self.seconds,
@@ -80,10 +73,15 @@ class Score:
 
     def table(self) -> str:
         """A row for each fault and one for all; then clean runs, and a line for each wrong verdict."""
-        groups = {fault: [one for one in self.results if one.cell.fault == fault] for fault in RULES}
-        rows = [_row(fault, results) for fault, results in groups.items() if results]
-        columns = ("fault", "cells", "correct", "in time", "median s", "max s")
-        lines = [str(Table(columns, [*rows, _row("all", self.results)]))]
+        rows = list[tuple[object, ...]]()
+        for name in (*RULES, "all"):
+            some = [result for result in self.results if name in (result.cell.fault, "all")]
+            if some or name == "all":
+                times = [result.seconds for result in some if result.seconds is not None]
+                shown = (f"{median(times):.2f}", f"{max(times):.2f}") if times else ("-", "-")
+                correct, in_time = sum(one.correct for one in some), sum(one.in_time for one in some)
+                rows.append((name, len(some), correct, in_time, *shown))
+        lines = [str(Table(("fault", "cells", "correct", "in time", "median s", "max s"), rows))]
         lines.append(f"clean runs: {self.clean_runs}, false alarms: {len(self.alarms)}")
         if left := self.planned - len(self.results):
             lines.append(f"not done: {left} of {self.planned} cells")
@@ -101,10 +99,3 @@ def result_line(result: Result) -> str:
     named = f"{result.kind}, rank {result.rank}: {result.sentence}" if result.kind else "nothing"
     at = f" at `{result.expected.op}`" if result.expected.op else ""
     return f"{result.cell}: not {wanted}{at}, but {named}{seconds}"
-
-
-def _row(name: str, results: Sequence[Result]) -> list[object]:
-    times = [result.seconds for result in results if result.seconds is not None]
-    correct, in_time = sum(result.correct for result in results), sum(result.in_time for result in results)
-    shown = [f"{median(times):.2f}", f"{max(times):.2f}"] if times else ["-", "-"]
-    return [name, len(results), correct, in_time, *shown]

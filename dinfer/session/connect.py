@@ -9,7 +9,7 @@ from dinfer.saved.saved import WriteReport
 from dinfer.session.session import Session, ShowRun
 
 if TYPE_CHECKING:
-    from dinfer.cluster.ipyparallel.start import ClusterPlace
+    from dinfer.cluster.ipyparallel.attach import ClusterPlace
 
 WHERES = ("ipyparallel", "threads")
 
@@ -57,11 +57,8 @@ def _ranks(
         raise ConfigError(f"{where!r} is no place for ranks; it must be one of {', '.join(WHERES)}.")
     from dinfer.cluster.engines import EngineRanks
     from dinfer.cluster.ipyparallel.attach import attach
-    from dinfer.cluster.ipyparallel.start import HERE
 
-    cluster = attach(
-        n, profile=profile, cluster_id=cluster_id, start=start, timeout=timeout, place=place or HERE
-    )
+    cluster = attach(n, profile=profile, cluster_id=cluster_id, start=start, timeout=timeout, place=place)
     try:
         return EngineRanks(cluster, patience)
     except BaseException:

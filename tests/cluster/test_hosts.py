@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dinfer.cluster.ipyparallel.start import ClusterPlace
+from dinfer.cluster.ipyparallel.attach import ClusterPlace
 from dinfer.lab.hosts import LabNetwork, do, hosts
 from dinfer.session.connect import connect
 from tests.support.hosted import needs_hosts

@@ -9,7 +9,7 @@ import pytest
 
 from dinfer.cluster.engines import EngineRanks
 from dinfer.lab.cells import cells_of
-from dinfer.lab.expected import Cell
+from dinfer.lab.faults import Cell
 from dinfer.lab.hosts import hosts
 from dinfer.lab.lab import lab_session, run_cells, run_slowly
 from dinfer.lab.score import Score

@@ -7,19 +7,13 @@ from io import StringIO
 from typing import Any
 
 from nbconvert import HTMLExporter
+from nbformat import v4
 
 
 def converted(data: dict[str, Any], metadata: dict[str, Any] | None = None) -> str:
     """The page of a cell that has left this bundle."""
     output = {"output_type": "display_data", "data": data, "metadata": metadata or {}}
-    cell = {
-        "cell_type": "code",
-        "id": "a",
-        "source": "",
-        "metadata": {},
-        "execution_count": 1,
-        "outputs": [output],
-    }
-    text = json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [cell]})
+    cell = v4.new_code_cell(id="a", execution_count=1, outputs=[output])  # type: ignore[no-untyped-call]
+    text = json.dumps(v4.new_notebook(cells=[cell]))  # type: ignore[no-untyped-call]
     page: str = HTMLExporter().from_file(StringIO(text))[0]  # type: ignore[no-untyped-call]
     return page

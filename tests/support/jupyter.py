@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from nbformat import v4
 from playwright.sync_api import Locator, Page
 
 from tests.support.runs import wait_for
@@ -56,11 +57,8 @@ class Lab:
             self.process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", app, "--no-browser", "--allow-root"),
-                    *(
-                        "--ServerApp.ip=127.0.0.1",
-                        "--ServerApp.port=0",
-                        f"--IdentityProvider.token={self.token}",
-                    ),
+                    *("--ServerApp.ip=127.0.0.1", "--ServerApp.port=0"),
+                    f"--IdentityProvider.token={self.token}",
                     f"--ServerApp.root_dir={home / 'notebooks'}",
                     f"--{settings_of}.expose_app_in_browser=True",
                     "--LabApp.extension_manager=readonly",
@@ -89,11 +87,8 @@ class Lab:
 
     def close(self) -> None:
         """End the server, its kernels and what those have started."""
-        family = [
-            self.process.pid,
-            *(p.pid for p in psutil.Process(self.process.pid).children(recursive=True)),
-        ]
-        processes = [psutil.Process(pid) for pid in family if psutil.pid_exists(pid)]
+        server = psutil.Process(self.process.pid)
+        processes = [server, *server.children(recursive=True)]
         self.process.terminate()
         _, left = psutil.wait_procs(processes, timeout=60)
         for process in left:
@@ -160,18 +155,8 @@ class Notebook:
 def write_notebook(path: Path, cells: list[str]) -> None:
     """A notebook of these code cells."""
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    code: list[dict[str, object]] = [
-        {
-            "cell_type": "code",
-            "id": f"cell-{n}",
-            "source": cell,
-            "metadata": {},
-            "outputs": [],
-            "execution_count": None,
-        }
-        for n, cell in enumerate(cells)
-    ]
-    made = {"nbformat": 4, "nbformat_minor": 5, "metadata": {"kernelspec": kernel}, "cells": code}
+    code = [v4.new_code_cell(cell, id=f"cell-{n}") for n, cell in enumerate(cells)]  # type: ignore[no-untyped-call]
+    made = v4.new_notebook(cells=code, metadata={"kernelspec": kernel})  # type: ignore[no-untyped-call]
     path.write_text(json.dumps(made), encoding="utf-8")
 
 

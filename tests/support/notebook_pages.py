@@ -32,10 +32,8 @@ class Page:
 def _text(output: Any) -> str:
     if output.output_type == "error":
         return "\n".join(output.traceback)
-    text: str = (
-        output.text if output.output_type == "stream" else output.get("data", {}).get("text/plain", "")
-    )
-    return text
+    is_stream = output.output_type == "stream"
+    return str(output.text if is_stream else output.get("data", {}).get("text/plain", ""))
 
 
 def read(path: Path) -> Any:

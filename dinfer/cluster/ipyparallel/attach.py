@@ -1,15 +1,26 @@
-"""Joins the running cluster of a profile, or starts one."""
+"""Joins the running cluster of a profile, or starts one.
+
+`ipcluster start --daemonize` starts it and not `ipyparallel.Cluster` in this process: the cluster's processes must be
+nobody's children, so that engines survive a kernel that restarts, and no thread stays here to wait for them.
+"""
 
 import contextlib
+import json
 import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
+
+from IPython.paths import get_ipython_dir
 
 from dinfer.cluster.ipyparallel.calls import wait_until
-from dinfer.cluster.ipyparallel.clean import end_cluster
+from dinfer.cluster.ipyparallel.clean import PREFIX, end_cluster
 from dinfer.cluster.ipyparallel.cluster import Cluster
 from dinfer.cluster.ipyparallel.errors import ClusterError, TooFewEngines
-from dinfer.cluster.ipyparallel.identity import Identity, runs
+from dinfer.cluster.ipyparallel.identity import Identity
 from dinfer.cluster.ipyparallel.known import (
     STARTING_S,
     Known,
@@ -18,74 +29,114 @@ from dinfer.cluster.ipyparallel.known import (
     choose_engines,
     engines_to_come,
     known_clusters,
-    profile_folder,
-    record_path,
 )
-from dinfer.cluster.ipyparallel.start import HERE, ClusterPlace, end_of_log, start_cluster
+from dinfer.cluster.ipyparallel.launcher import BEHIND, DinferEngineSetLauncher, rank_environment
+from dinfer.rank.process import exists
 
-DEFAULT_N = 3
+
+class ClusterPlace(NamedTuple):
+    """Where the processes of a cluster run. `address`: this machine's, at which the controller listens, "" for
+    loopback; `behind`: by rank, the command that starts the engine (see launcher), () for none."""
+
+    address: str = ""
+    behind: Sequence[Sequence[str]] = ()
 
 
 def attach(
-    n: int | None = None,
+    n: int,
     *,
     profile: str = "default",
     cluster_id: str | None = None,
     start: bool | None = None,
     timeout: float = 60,
-    engines: str = "dinfer",
-    place: ClusterPlace = HERE,
+    place: ClusterPlace | None = None,
 ) -> Cluster:
-    """The first `n` engines of a running cluster as ranks (None: all), or of a new one if none runs.
+    """The first `n` engines of a running cluster as ranks, or of a new one if none runs.
 
-    `start=False` never starts one, `start=True` always does. `engines`: the launcher of a new cluster: dinfer, local,
-    mpi or any other of ipyparallel's; `place`: where its processes run. Raises ClusterError.
+    `start=False` never starts one, `start=True` always does; `place`: where the processes of a new one run. Raises
+    ClusterError.
     """
-    profile_dir = profile_folder(profile)
-    found = None if start else _running(profile_dir, cluster_id, timeout)
+    profile_dir = Path(
+        get_ipython_dir(), f"profile_{profile}"
+    )  # where ipyparallel keeps it; it need not exist
+    me = Identity.of(os.getpid())
+    known = [] if start else known_clusters(profile_dir)
+    known = [cluster for cluster in known if cluster_id in (None, cluster.cluster_id)]
+    wait_until(lambda: not any(cluster.is_coming() for cluster in known), timeout)
+    found = choose_cluster([(cluster, cluster.owner()) for cluster in known if cluster.is_running()])
     if found:
-        _sign(found)
+        # It takes over a cluster that dinfer started and whose clients have ended.
+        with contextlib.suppress(OSError, ValueError):  # a user's cluster has no record
+            Record.read(found.record_file).with_client(me).write(found.record_file)
         return _join(found, n, timeout)
     if start is False or cluster_id is not None:
-        raise ClusterError(_none_runs(profile_dir, cluster_id, n))
-    return _join_own(start_cluster(profile_dir, n or DEFAULT_N, engines, timeout, place), n, timeout)
-
-
-def _running(profile_dir: Path, cluster_id: str | None, timeout: float) -> Known | None:
-    """The cluster to join. Waits for a cluster that is being started."""
-    known = [cluster for cluster in known_clusters(profile_dir) if cluster_id in (None, cluster.cluster_id)]
-    wait_until(lambda: not any(cluster.is_coming() for cluster in known), timeout)
-    return choose_cluster([(cluster, cluster.owner()) for cluster in known if cluster.is_running()])
-
-
-def _sign(cluster: Known) -> None:
-    """Record that this process uses a cluster that dinfer started; it takes over a cluster whose clients have ended."""
-    path = record_path(cluster.profile_dir, cluster.cluster_id)
-    with contextlib.suppress(OSError, ValueError):  # a user's cluster has no record
-        Record.read(path).with_client(Identity.of(os.getpid())).write(path)
-
-
-def _none_runs(profile_dir: Path, cluster_id: str | None, n: int | None) -> str:
-    cluster = Known(profile_dir, cluster_id or "")
-    stale = " (its files exist, but its controller has ended)" if cluster.client_file.exists() else ""
-    command = f"ipcluster start -n {n or DEFAULT_N} {cluster.flags}".rstrip()
-    return f"{cluster.name} has no running cluster{stale}. Start one with `{command}`, or let dinfer do it: start=None."
-
-
-def _join_own(cluster: Known, n: int | None, timeout: float) -> Cluster:
-    """Join the cluster just started; end it if that fails."""
+        cluster = Known(profile_dir, cluster_id or "")
+        stale = " (its files exist, but its controller has ended)" if cluster.client_file.exists() else ""
+        command = f"ipcluster start -n {n} {cluster.flags}".rstrip()
+        none = f"{cluster.name} has no running cluster{stale}."
+        raise ClusterError(f"{none} Start one with `{command}`, or let dinfer do it: start=None.")
+    own = Known(profile_dir, f"{PREFIX}{os.getpid()}-{secrets.token_hex(3)}")
     try:
-        return _join(cluster, n, timeout)
+        rank_environment(0, n, os.environ)  # ipcluster would print a traceback and wait
+    except ValueError as error:
+        raise ClusterError(str(error)) from None
+    # First, so that `dinfer clean` finds what is left of a start that is killed.
+    Record(own.cluster_id, (me,)).write(own.record_file)
+    try:
+        _start(own, n, timeout, place or ClusterPlace())
+        return _join(own, n, timeout)
     except TooFewEngines as error:
-        log = end_of_log(cluster)
-        end_cluster(cluster)
-        raise ClusterError(f"not all of the {n or DEFAULT_N} engines could be started.{log}") from error
+        log = _end_of_log(own)
+        end_cluster(own)
+        raise ClusterError(f"not all of the {n} engines could be started.{log}") from error
     except BaseException:
-        end_cluster(cluster)
+        end_cluster(own)
         raise
 
 
-def _join(cluster: Known, n: int | None, timeout: float) -> Cluster:
+def _start(cluster: Known, n: int, timeout: float, place: ClusterPlace) -> None:
+    """Start controller and engines, which may not have registered yet when this returns. Raises ClusterError."""
+    command = [
+        *(sys.executable, "-m", "ipyparallel.cluster", "start", f"-n={n}", "--daemonize"),
+        f"--profile-dir={cluster.profile_dir}",
+        f"--cluster-id={cluster.cluster_id}",
+        f"--engines={DinferEngineSetLauncher.entrypoint_name}",  # found by class, without an entry point
+        "--IPClusterStart.clean_logs=False",  # the logs of other clusters
+    ]
+    if place.address:
+        command += [f"--ip={place.address}", f"--location={place.address}"]
+    environment = {**os.environ, BEHIND: json.dumps(place.behind)} if place.behind else None
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment,
+            check=False,
+        )
+        late, output = "", done.stdout + done.stderr
+        if done.returncode == 0:
+            return
+    except subprocess.TimeoutExpired as error:  # its output is bytes even with text=True
+        late = f"(not done within {timeout:g} s) "
+        parts = [part for part in (error.stdout, error.stderr) if isinstance(part, bytes)]
+        output = b"".join(parts).decode(errors="replace")
+    end = " / ".join(output.splitlines()[-5:])
+    raise ClusterError(f"no cluster could be started. ipcluster reports: {late}{end}")
+
+
+def _end_of_log(cluster: Known) -> str:
+    """The end of the first engine log that has any text, as the end of a message; "" for none."""
+    for path in sorted((cluster.profile_dir / "log").glob(f"ipengine-{cluster.cluster_id}-*.log")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if lines := [line for line in text.splitlines() if line.strip("- ")]:
+            return f" {path.name} ends: {' / '.join(lines[-5:])}"
+    return ""
+
+
+def _join(cluster: Known, n: int, timeout: float) -> Cluster:
     import ipyparallel
 
     try:
@@ -94,18 +145,18 @@ def _join(cluster: Known, n: int | None, timeout: float) -> Cluster:
         )
     except (OSError, TimeoutError) as error:  # something else listens there, or nothing answers
         raise ClusterError(f"the controller of {cluster.name} does not answer: {error}") from error
+
+    def are_there() -> bool:
+        """Whether enough engines have registered, or no more are starting."""
+        if cluster.is_being_written() and cluster.age_s() < STARTING_S:
+            return False
+        to_come = engines_to_come(cluster.description(), exists, cluster.age_s())
+        return len(client.ids) >= min(n, to_come)
+
     try:
-        wait_until(lambda: _are_there(client, cluster, n), timeout)
+        wait_until(are_there, timeout)
         ids = choose_engines(client.ids, n, cluster)
         return Cluster(cluster, client, ids, started=cluster.owner() == "me", timeout=timeout)
     except BaseException:
         client.close()
         raise
-
-
-def _are_there(client: Any, cluster: Known, n: int | None) -> bool:
-    """Whether enough engines have registered, or no more are starting."""
-    if cluster.is_being_written() and cluster.age_s() < STARTING_S:
-        return False
-    to_come = engines_to_come(cluster.description(), runs, cluster.age_s())
-    return len(client.ids) >= (to_come if n is None else min(n, to_come))

@@ -3,8 +3,8 @@
 import json
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import Any
 
 from dinfer.cluster.ipyparallel.errors import RankError, RankGone, RankSilent
@@ -20,57 +20,45 @@ class Calls:
         self._futures = dict(futures)
         self._names = names
 
-    def done(self) -> bool:
-        """Whether every rank has answered or ended."""
-        return all(future.done() for future in self._futures.values())
+    def result(self, timeout: float | None = None) -> list[Any]:
+        """The results in the order of ranks. Raises RankError for the first rank that fails or ends, at once, and for
+        one that has not answered within `timeout` seconds."""
+        wait(self._futures.values(), timeout=timeout, return_when=FIRST_EXCEPTION)
+        errors = [error for rank in self._futures if (error := self._error(rank, timeout))]
+        if errors:
+            raise min(errors, key=lambda error: (isinstance(error, RankSilent), error.rank))
+        return [future.result() for future in self._futures.values()]
 
-    def result(self, timeout: float | None = None, check: bool = True) -> list[Any]:
-        """The results in the order of ranks, after at most `timeout` seconds.
-
-        With `check`, the first rank that fails, ends or is late raises at once; otherwise its RankError is its result.
-        """
-        wait(
-            self._futures.values(),
-            timeout=timeout,
-            return_when=FIRST_EXCEPTION if check else ALL_COMPLETED,
-        )
-        answers = {rank: self._answer(rank, timeout) for rank in self._futures}
-        failed = [answer for answer in answers.values() if isinstance(answer, RankError)]
-        if check and failed:
-            raise min(failed, key=lambda error: (isinstance(error, RankSilent), error.rank))
-        return list(answers.values())
-
-    def _answer(self, rank: int, timeout: float | None) -> Any:
-        """The rank's result, or its RankError."""
+    def _error(self, rank: int, timeout: float | None) -> RankError | None:
         future, name = self._futures[rank], self._names[rank]
         if not future.done():
             return RankSilent(rank, f"{name} has not answered within {timeout or 0:g} s.")
         error = future.exception()
-        return future.result() if error is None else as_rank_error(rank, name, error)
+        if error is None or isinstance(error, RankError):
+            return error
+        kind, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
+        if kind == "EngineError":  # so ipyparallel calls an engine that ended during a call
+            return RankGone(rank, f"{name} ended during a call.")
+        return RankError(rank, f"{name}: {kind}: {text}", str(getattr(error, "traceback", "") or ""))
 
 
-def as_rank_error(rank: int, name: str, error: BaseException) -> RankError:
-    """An engine's error as one line, with its traceback."""
-    if isinstance(error, RankError):
-        return error
-    kind, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
-    if kind == "EngineError":  # so ipyparallel calls an engine that ended during a call
-        return RankGone(rank, f"{name} ended during a call.")
-    return RankError(rank, f"{name}: {kind}: {text}", str(getattr(error, "traceback", "") or ""))
-
-
-def submit(client: Any, engine_id: int, expression: str, rank: int, name: str) -> "Future[Any]":
-    """Evaluate an expression on one engine. It is sent as text, since pickled code depends on the Python version."""
-    with _submitting:
-        if engine_id in client.ids:
-            try:
-                future: Future[Any] = client[engine_id].apply_async(eval, expression)
-                return future
-            except (IndexError, KeyError):
-                pass  # it ended just now
-    gone: Future[Any] = Future()
-    gone.set_exception(RankGone(rank, f"{name} has ended."))
-    return gone
+def evaluate(
+    client: Any, expression: str, engines: Mapping[int, int | None], names: Mapping[int, str]
+) -> Calls:
+    """Evaluate an expression on engines, given by rank: their ids, None for one that has ended. It is sent as text,
+    since pickled code depends on the Python version."""
+    futures: dict[int, Future[Any]] = {}
+    for rank, engine_id in engines.items():
+        with _submitting:
+            if engine_id in client.ids:
+                try:
+                    futures[rank] = client[engine_id].apply_async(eval, expression)
+                    continue
+                except (IndexError, KeyError):
+                    pass  # it ended just now
+        futures[rank] = Future()
+        futures[rank].set_exception(RankGone(rank, f"{names[rank]} has ended."))
+    return Calls(futures, names)
 
 
 def call_expression(function: str, args: Sequence[Any]) -> str:
@@ -80,22 +68,12 @@ def call_expression(function: str, args: Sequence[Any]) -> str:
         raise ValueError(
             f"function is {function!r}; it must be module:function, such as dinfer.model.memory:free."
         )
-    text = json.dumps(list(args))
-    return (
-        f"__import__('importlib').import_module({module!r}).{attribute}(*__import__('json').loads({text!r}))"
-    )
+    loaded = f"__import__('json').loads({json.dumps(list(args))!r})"
+    return f"__import__('importlib').import_module({module!r}).{attribute}(*{loaded})"
 
 
-def source_expression(source: str, function: str) -> str:
-    """An expression that calls a function without arguments, given its source, and defines no names."""
-    return f"(lambda names: (exec({source!r}, names), names[{function!r}]())[1])({{}})"
-
-
-def wait_until(condition: Any, timeout: float) -> bool:
-    """Wait for `condition()`; returns whether it became true within `timeout` seconds."""
+def wait_until(condition: Callable[[], bool], timeout: float) -> None:
+    """Return once `condition()` holds, or after `timeout` seconds."""
     deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
-    return True

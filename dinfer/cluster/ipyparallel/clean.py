@@ -5,16 +5,15 @@
 
 import contextlib
 import json
-import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+from IPython.paths import get_ipython_dir
 
-from dinfer.cluster.ipyparallel.errors import ClusterError
-from dinfer.cluster.ipyparallel.known import Known, Record, record_path, record_paths
+from dinfer.cluster.ipyparallel.known import Known, Record, record_paths
 
 PREFIX = "dinfer-"
 """ids of clusters that dinfer starts; `end_cluster` and `clean` end no others"""
@@ -30,20 +29,27 @@ def members(cluster: Known) -> list[psutil.Process]:
     """
     if not cluster.cluster_id.startswith(PREFIX):
         raise ValueError(f"{cluster.name} was not started by dinfer.")
-    return list(_bearers(cluster.cluster_id, str(cluster.profile_dir)))
-
-
-def _bearers(cluster_id: str, profile_dir: str) -> Iterator[psutil.Process]:
+    found, wanted = [], (cluster.cluster_id, str(cluster.profile_dir))
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            found = process.environ()
-            of_it = found.get("IPP_CLUSTER_ID") == cluster_id and found.get("IPP_PROFILE_DIR") == profile_dir
+            names = process.environ()
+            of_it = (names.get("IPP_CLUSTER_ID"), names.get("IPP_PROFILE_DIR")) == wanted
             if of_it and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
-                yield process
+                found.append(process)
+    return found
 
 
-def end_processes(cluster: Known) -> tuple[list[int], list[int]]:
-    """Returns the ids of the processes that ended, and of those that did not."""
+def files_of(cluster: Known) -> list[Path]:
+    """Connection files, cluster file, logs, and, last, dinfer's record."""
+    security, log = cluster.profile_dir / "security", cluster.profile_dir / "log"
+    found = [*security.glob(f"ipcontroller-{cluster.cluster_id}-*.json"), cluster.cluster_file]
+    found += [*log.glob(f"ip*-{cluster.cluster_id}-*.log"), log / f"engines{cluster.cluster_id}.json"]
+    return [path for path in [*found, cluster.record_file] if path.exists()]
+
+
+def end_cluster(cluster: Known) -> tuple[list[int], list[int], list[Path]]:
+    """End its processes and, if all have ended, remove its files. Returns the ids of the processes that ended, and of
+    those that did not, and the files."""
     ended: dict[int, psutil.Process] = {}
     for force in (False, True):  # the second round finds processes that were just starting
         there = members(cluster)
@@ -53,48 +59,10 @@ def end_processes(cluster: Known) -> tuple[list[int], list[int]]:
                 process.kill() if force else process.terminate()
         psutil.wait_procs(there, timeout=GRACE_S)
     left = {process.pid for process in members(cluster)}
-    return sorted(ended.keys() - left), sorted(left)
-
-
-def files_of(cluster: Known) -> list[Path]:
-    """Connection files, cluster file, logs, and, last, dinfer's record."""
-    security, log = cluster.profile_dir / "security", cluster.profile_dir / "log"
-    found = [*security.glob(f"ipcontroller-{cluster.cluster_id}-*.json"), cluster.cluster_file]
-    found += [*log.glob(f"ip*-{cluster.cluster_id}-*.log"), log / f"engines{cluster.cluster_id}.json"]
-    record = record_path(cluster.profile_dir, cluster.cluster_id)
-    return [path for path in [*found, record] if path.exists()]
-
-
-def remove_files(cluster: Known) -> list[Path]:
-    """Remove its files; returns them."""
-    found = files_of(cluster)
-    for path in found:
+    files = [] if left else files_of(cluster)
+    for path in files:
         path.unlink(missing_ok=True)
-    return found
-
-
-def end_cluster(cluster: Known) -> tuple[list[int], list[int]]:
-    """End its processes and, if all have ended, remove its files. Returns what `end_processes` does."""
-    ended, left = end_processes(cluster)
-    if not left:
-        remove_files(cluster)
-    return ended, left
-
-
-def stop_cluster(cluster: Known) -> None:
-    """End any cluster; one that a user started as `ipcluster stop` does. Raises ClusterError."""
-    if cluster.cluster_id.startswith(PREFIX):
-        _, left = end_cluster(cluster)
-        if left:
-            pids = ", ".join(map(str, left))
-            raise ClusterError(f"{cluster.name}: these processes could not be ended: {pids}.")
-        return
-    import ipyparallel
-
-    try:
-        ipyparallel.Cluster.from_file(str(cluster.cluster_file), log_level=logging.ERROR).stop_cluster_sync()
-    except Exception as error:  # whatever the cluster's launchers raise
-        raise ClusterError(f"{cluster.name} could not be ended: {error}") from error
+    return sorted(ended.keys() - left), sorted(left), files
 
 
 # -- dinfer clean
@@ -112,14 +80,18 @@ class FoundCluster:
     files: int = 0
 
     def __str__(self) -> str:
-        amount = f"; {_count(len(self.processes), 'process', 'processes')} and {_count(self.files, 'file', 'files')}"
-        return f"{self.cluster_id} (profile {self.profile}): {self.done}: {self.why}{amount if self.files else ''}"
+        text = f"{self.cluster_id} (profile {self.profile}): {self.done}: {self.why}"
+        if not self.files:
+            return text
+        processes = f"{len(self.processes)} process{'' if len(self.processes) == 1 else 'es'}"
+        return f"{text}; {processes} and {self.files} file{'' if self.files == 1 else 's'}"
 
 
 def clean(profile_dirs: Sequence[Path] | None = None, *, dry_run: bool = False) -> list[FoundCluster]:
     """Look at every profile of this user. A cluster whose client runs, or may run elsewhere, is left alone."""
-    folders = _all_profiles() if profile_dirs is None else profile_dirs
-    return [_treat(path, dry_run) for folder in folders for path in record_paths(folder)]
+    if profile_dirs is None:
+        profile_dirs = sorted(path for path in Path(get_ipython_dir()).glob("profile_*") if path.is_dir())
+    return [_treat(path, dry_run) for folder in profile_dirs for path in record_paths(folder)]
 
 
 def report(found: Sequence[FoundCluster], as_json: bool) -> tuple[str, int]:
@@ -131,41 +103,28 @@ def report(found: Sequence[FoundCluster], as_json: bool) -> tuple[str, int]:
 
 
 def _treat(path: Path, dry_run: bool) -> FoundCluster:
+    """End the cluster of a record, if its clients have ended."""
     profile_dir = path.parent.parent
-    profile = profile_dir.name.removeprefix("profile_")
+    profile = Known(profile_dir, "").profile
     try:
         record = Record.read(path)
         if not record.cluster_id.startswith(PREFIX):
             raise ValueError(f"{record.cluster_id!r} is not the id of a cluster that dinfer started")
     except (OSError, ValueError) as error:
         return FoundCluster(path.stem, profile, "not ended", f"its record cannot be read: {error}")
+    cluster = Known(profile_dir, record.cluster_id)
     user = next((client for client in record.clients if client.state() != "gone"), None)
     if user:
-        how = (
-            "still runs" if user.state() == "alive" else f"is on {user.host}, in another container or machine"
-        )
-        return FoundCluster(record.cluster_id, profile, "left alone", f"its client {user.pid} {how}")
-    pids = ", ".join(str(client.pid) for client in record.clients)
-    return _end(Known(profile_dir, record.cluster_id), profile, f"its client {pids} has ended", dry_run)
-
-
-def _end(cluster: Known, profile: str, why: str, dry_run: bool) -> FoundCluster:
+        how = "still runs"
+        if user.state() != "alive":
+            how = f"is on {user.host}, in another container or machine"
+        return FoundCluster(cluster.cluster_id, profile, "left alone", f"its client {user.pid} {how}")
+    why = f"its client {', '.join(str(client.pid) for client in record.clients)} has ended"
     if dry_run:
         there = tuple(sorted(process.pid for process in members(cluster)))
         return FoundCluster(cluster.cluster_id, profile, "would be ended", why, there, len(files_of(cluster)))
-    ended, left = end_processes(cluster)
+    ended, left, files = end_cluster(cluster)
     if left:
-        return FoundCluster(
-            cluster.cluster_id, profile, "not ended", f"{why}, but these processes do not end", tuple(left)
-        )
-    return FoundCluster(cluster.cluster_id, profile, "ended", why, tuple(ended), len(remove_files(cluster)))
-
-
-def _all_profiles() -> list[Path]:
-    from IPython.paths import get_ipython_dir
-
-    return sorted(path for path in Path(get_ipython_dir()).glob("profile_*") if path.is_dir())
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
+        why += ", but these processes do not end"
+        return FoundCluster(cluster.cluster_id, profile, "not ended", why, tuple(left))
+    return FoundCluster(cluster.cluster_id, profile, "ended", why, tuple(ended), len(files))

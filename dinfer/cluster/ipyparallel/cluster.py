@@ -2,31 +2,34 @@
 
 import atexit
 import contextlib
+import json
 import os
 import signal
+import subprocess
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ipyparallel.client.magics import ParallelMagics
 from IPython.core.error import UsageError
 from IPython.core.getipython import get_ipython
 
-from dinfer.cluster.ipyparallel.calls import Calls, call_expression, submit, wait_until
-from dinfer.cluster.ipyparallel.clean import stop_cluster
+from dinfer.cluster.ipyparallel.calls import Calls, call_expression, evaluate, wait_until
+from dinfer.cluster.ipyparallel.clean import end_cluster
 from dinfer.cluster.ipyparallel.errors import ClusterError
 from dinfer.cluster.ipyparallel.facts import EngineFacts, introduce
-from dinfer.cluster.ipyparallel.identity import Identity
 from dinfer.cluster.ipyparallel.known import Known, describe, launcher_of
-from dinfer.cluster.ipyparallel.revival import revive
+from dinfer.cluster.ipyparallel.launcher import command_before
+from dinfer.rank.process import exists
 
+RESPAWN_S = 60.0
 
-class RankMagics(ParallelMagics):  # type: ignore[misc]
-    """ipyparallel's magics, with ranks as targets."""
+DEATH_S = 5.0
+"""how long a killed process may take to end: freeing much memory takes a while"""
 
-    ids: Sequence[int] = ()
-
-    def _eval_target_str(self, ts: str) -> int | list[int]:
-        return target_ids(ts, self.ids)
+_OF_MPI = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_", "HYDRA_", "HYDI_")
+"""variables set by mpiexec, which are wrong for a new engine: it is not a child of mpiexec"""
 
 
 def target_ids(text: str, ids: Sequence[int]) -> int | list[int]:
@@ -36,9 +39,8 @@ def target_ids(text: str, ids: Sequence[int]) -> int | list[int]:
         if text.strip() == "all":
             return list(ids)
         if ":" in text:
-            return [
-                ids[rank] for rank in ranks[slice(*(int(w) if w.strip() else None for w in text.split(":")))]
-            ]
+            part = slice(*(int(word) if word.strip() else None for word in text.split(":")))
+            return [ids[rank] for rank in ranks[part]]
         wanted = [ranks[int(word)] for word in text.strip("[]() ").split(",") if word.strip()]
     except (ValueError, IndexError, TypeError):
         raise UsageError(
@@ -47,20 +49,13 @@ def target_ids(text: str, ids: Sequence[int]) -> int | list[int]:
     return ids[wanted[0]] if len(wanted) == 1 and "[" not in text else [ids[rank] for rank in wanted]
 
 
-def activate(view: Any, ids: Sequence[int]) -> None:
-    """Make %px, %%px, %pxresult and %pxconfig run on this view. Does nothing outside IPython."""
-    shell = get_ipython()
-    if shell is None:
-        return
-    magics = RankMagics(shell, view)
-    magics.ids = list(ids)
-    shell.magics_manager.register(magics)
+class RankMagics(ParallelMagics):  # type: ignore[misc]
+    """ipyparallel's magics, with ranks as targets."""
 
+    ids: Sequence[int] = ()
 
-RESPAWN_S = 60.0
-
-DEATH_S = 5.0
-"""how long a killed process may take to end: freeing much memory takes a while"""
+    def _eval_target_str(self, ts: str) -> int | list[int]:
+        return target_ids(ts, self.ids)
 
 
 class Cluster:
@@ -76,12 +71,13 @@ class Cluster:
         self.controller = known.controller()
         """the controller's process; None if it is on another machine"""
         self._location = str(known.connection().get("location") or "127.0.0.1")
-        self.facts: list[EngineFacts] = introduce(
-            client, dict(enumerate(engine_ids)), self._location, timeout
-        )
+        self.facts = introduce(client, dict(enumerate(engine_ids)), self._location, timeout)
         self.view = client[self.engine_ids]
         self.view.block = True
-        activate(self.view, self.engine_ids)
+        if shell := get_ipython():  # makes %px, %%px, %pxresult and %pxconfig run on this view
+            magics = RankMagics(shell, self.view)
+            magics.ids = self.engine_ids
+            shell.magics_manager.register(magics)
         self._uuids = [client._engines[engine_id] for engine_id in self.engine_ids]
         self._closed = False
         if started:
@@ -113,26 +109,19 @@ class Cluster:
         as_engine = "" if engine_id == rank else f"engine {engine_id}, "
         return f"rank {rank} ({as_engine}pid {facts.pid} on {facts.host})"
 
-    def call(
-        self, rank: int | None, function: str, *args: Any, timeout: float | None = None, check: bool = True
-    ) -> list[Any]:
+    def call(self, rank: int | None, function: str, *args: Any, timeout: float | None = None) -> list[Any]:
         """Call `module:function` on one rank or (None) on all; returns the results in the order of ranks.
 
-        Arguments must survive JSON. With `check`, the first rank that fails, ends or is late raises a RankError at
-        once; otherwise its RankError is its result.
+        Arguments must survive JSON. The first rank that fails, ends or is late raises a RankError at once.
         """
-        return self.call_async(rank, function, *args).result(timeout, check)
+        return self.call_async(rank, function, *args).result(timeout)
 
     def call_async(self, rank: int | None, function: str, *args: Any) -> Calls:
         """As `call`, without waiting."""
         ranks = range(self.n) if rank is None else [rank]
-        expression = call_expression(function, args)
+        engines = {r: self.engine_ids[r] if self._is_registered(r) else None for r in ranks}
         names = {r: self.name(r) for r in ranks}
-        return Calls({r: self._submit(r, expression) for r in ranks}, names)
-
-    def _submit(self, rank: int, expression: str) -> Any:
-        engine_id = self.engine_ids[rank] if self._is_registered(rank) else -1
-        return submit(self.client, engine_id, expression, rank, self.name(rank))
+        return evaluate(self.client, call_expression(function, args), engines, names)
 
     def alive(self, rank: int) -> bool:
         """Whether its engine is registered and its process exists, as far as is known here; it may be stopped."""
@@ -149,49 +138,100 @@ class Cluster:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
                 wait_until(lambda: process.state() == "gone", DEATH_S)
-        elif process.state() == "elsewhere" and self._is_registered(
-            rank
-        ):  # its nanny process sends the signal
+        elif process.state() == "elsewhere" and self._is_registered(rank):
+            # Its nanny process sends the signal.
             self.client.send_signal("SIGKILL", targets=self.engine_ids[rank], block=False)
 
-    def respawn(self, rank: int, timeout: float = RESPAWN_S) -> None:
-        """Start an engine in place of one that has ended, with its id, on this machine. The others are not touched.
+    def respawn(self, rank: int) -> None:
+        """Start an engine in place of one that has ended, on this machine: same id, network, interpreter, folder and
+        environment. The others are not touched. It ends by itself when the controller ends.
 
-        Raises ClusterError if it still runs, was on another machine, its controller has ended, or the new engine does
-        not register within `timeout` seconds.
+        ipyparallel's `Cluster.restart_engine` is not implemented (as of 9.2), and `restart_engines` ends all engines.
+        Raises ClusterError if the engine still runs, was on another machine, its controller has ended, or the new one
+        does not register within RESPAWN_S seconds.
         """
-        engine_id, facts = self.engine_ids[rank], self.facts[rank]
-        revive(self.known, self.client, facts, self._controller_for(rank), timeout)
-        self._uuids[rank] = self.client._engines[engine_id]
-        self.facts[rank] = introduce(self.client, {rank: engine_id}, self._location, timeout)[0]
-
-    def _controller_for(self, rank: int) -> Identity:
-        """The controller that a new engine registers with. Raises ClusterError if there can be no new engine."""
+        engine_id, client, controller = self.engine_ids[rank], self.client, self.controller
         if self.alive(rank):
             raise ClusterError(f"{self.name(rank)} still runs; kill it first.")
-        if not self.facts[rank].process.is_here or self.controller is None:
-            flags = f"{self.known.flags} --IPEngine.id={self.engine_ids[rank]}".lstrip()
+        if not self.facts[rank].process.is_here or controller is None:
+            flags = f"{self.known.flags} --IPEngine.id={engine_id}".lstrip()
             raise ClusterError(
                 f"{self.name(rank)} was not on this machine: start it there with `ipengine {flags}`."
             )
-        if self.controller.state() == "gone":
+        # A stock ipcluster ends its controller once all engines have ended, and then nothing unregisters them.
+        wait_until(lambda: controller.state() == "gone" or engine_id not in client.ids, RESPAWN_S)
+        if controller.state() == "gone":
             raise ClusterError(f"the controller of {self.known.name} has ended: start the cluster again.")
-        return self.controller
+        if engine_id in client.ids:
+            raise ClusterError(
+                f"the controller still lists engine {engine_id} as alive after {RESPAWN_S:g} s."
+            )
+        log = self.known.profile_dir / "log" / f"ipengine-{self.known.cluster_id}-again-{engine_id}.log"
+        pid = self._start_engine(self.facts[rank], log, json.dumps(asdict(controller)))
+        try:
+            wait_until(lambda: engine_id in client.ids or not exists(pid), RESPAWN_S)
+            if not exists(pid):
+                raise ClusterError(f"the new engine {engine_id} ended at once.{_end_of(log)}")
+            if engine_id not in client.ids:
+                late = f"the new engine {engine_id} did not register within {RESPAWN_S:g} s."
+                raise ClusterError(late + _end_of(log))
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            raise
+        self._uuids[rank] = client._engines[engine_id]
+        self.facts[rank] = introduce(client, {rank: engine_id}, self._location, RESPAWN_S)[0]
 
-    def close(self, stop: bool | None = None) -> None:
-        """Leave the cluster. `stop`: whether it ends; by default, it ends if this process started it. Engines that were
-        respawned belong to their cluster and end with it.
+    def _start_engine(self, facts: EngineFacts, log: Path, controller: str) -> int:
+        """Start an engine that is like another; returns its process id."""
+        environment = {
+            name: value for name, value in facts.environment.items() if not name.startswith(_OF_MPI)
+        }
+        command = [
+            *command_before(facts.engine_id, facts.environment),
+            *(facts.executable, "-m", "dinfer.cluster.ipyparallel.engine", str(log), controller),
+            f"--profile-dir={self.known.profile_dir}",
+            f"--cluster-id={self.known.cluster_id}",
+            f"--IPEngine.id={facts.engine_id}",
+        ]
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=facts.folder if Path(facts.folder).is_dir() else None,
+            check=False,
+        )
+        if done.returncode:
+            raise ClusterError(
+                f"engine {facts.engine_id} could not be started again: {done.stderr.strip()[-400:]}"
+            )
+        return int(done.stdout)
 
-        Raises ClusterError if processes could not be ended.
-        """
+    def close(self) -> None:
+        """Leave the cluster; it ends if this process started it. Engines that were respawned belong to their cluster
+        and end with it. Raises ClusterError if processes could not be ended."""
         if self._closed:
             return
         self._closed = True
         atexit.unregister(self._close_at_exit)
         self.client.close()
-        if self.started_by_us if stop is None else stop:
-            stop_cluster(self.known)
+        if self.started_by_us:
+            _, left, _ = end_cluster(self.known)
+            if left:
+                pids = ", ".join(map(str, left))
+                raise ClusterError(f"{self.known.name}: these processes could not be ended: {pids}.")
 
     def _close_at_exit(self, pid: int) -> None:
         if os.getpid() == pid:  # not in a forked child
             self.close()
+
+
+def _end_of(log: Path) -> str:
+    """The end of a log, as the end of a message; "" for none."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return " Its log ends: " + " / ".join(lines[-3:]) if lines else ""

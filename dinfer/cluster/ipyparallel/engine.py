@@ -17,9 +17,6 @@ from dinfer.cluster.ipyparallel.identity import Identity
 
 LOOK_S = 1.0
 
-RANK = "dinfer.rank.kernel"
-"""what an engine imports to become a rank, which takes most of the time of a restart"""
-
 
 def main() -> None:
     """Fork, print the new process's id and return; that process becomes the engine."""
@@ -29,18 +26,13 @@ def main() -> None:
         print(child)
         return
     os.setsid()
-    _write_to(Path(log))
-    watch = threading.Thread(target=_end_with, args=(Identity(**json.loads(controller)),), daemon=True)
-    watch.start()
-    _be_engine(arguments)
-
-
-def _write_to(log: Path) -> None:
-    """Redirect output to the log, so that the pipe to the starter ends."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as file:  # so that the pipe to the starter ends
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    watched = Identity(**json.loads(controller))
+    threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
+    _be_engine(arguments)
 
 
 def _end_with(controller: Identity) -> None:
@@ -53,11 +45,12 @@ def _be_engine(arguments: list[str]) -> None:
     from ipyparallel.engine.app import IPEngine
 
     class ReplacementEngine(IPEngine):  # type: ignore[misc]  # it has no types
-        """Imports what a rank needs while the hub waits for the first heartbeat, up to three seconds."""
+        """Imports what a rank needs, which takes most of the time of a restart, while the hub waits for the first
+        heartbeat, up to three seconds."""
 
         def start_heartbeat(self, *given: Any, **named: Any) -> None:
             super().start_heartbeat(*given, **named)
-            self.loop.add_callback(importlib.import_module, RANK)
+            self.loop.add_callback(importlib.import_module, "dinfer.rank.kernel")
 
     sys.argv = ["ipengine", *arguments]
     ReplacementEngine.launch_instance()

@@ -13,9 +13,6 @@ from typing import Literal, Self
 
 ProcessState = Literal["alive", "gone", "elsewhere"]
 
-_START_TIME = 19
-"""place in /proc/PID/stat, counted from the state, which follows the command: clock ticks since the machine started"""
-
 
 @dataclass(frozen=True)
 class Identity:
@@ -35,65 +32,55 @@ class Identity:
         started = _start_of(pid)
         if started is None:
             raise ProcessLookupError(f"there is no process {pid}")
-        return cls(pid, started, socket.gethostname(), _boot(), _space())
+        return cls(pid, started, socket.gethostname(), boot_id(), namespace("pid"))
 
     @property
     def is_here(self) -> bool:
         """Whether this process can see it."""
-        return (self.host, self.boot, self.space) == (socket.gethostname(), _boot(), _space())
+        return (self.host, self.boot, self.space) == (socket.gethostname(), boot_id(), namespace("pid"))
 
     def state(self) -> ProcessState:
         """`elsewhere`: unknown, since it cannot be seen from here. A reboot ends all processes of a machine."""
         if self.host != socket.gethostname():
             return "elsewhere"
-        if self.boot != _boot():
+        if self.boot != boot_id():
             return "gone"
-        if self.space != _space():
+        if self.space != namespace("pid"):
             return "elsewhere"
         return "alive" if _start_of(self.pid) == self.started else "gone"
 
 
-def runs(pid: int) -> bool:
-    """Whether a process with that id runs on this machine."""
-    return _start_of(pid) is not None
-
-
 def _start_of(pid: int) -> str | None:
     """When a process started; None for no process, or a zombie."""
-    return _start_by_proc(pid) if sys.platform == "linux" else _start_by_psutil(pid)
+    if sys.platform != "linux":
+        import psutil
 
-
-def _start_by_proc(pid: int) -> str | None:
+        try:
+            process = psutil.Process(pid)
+            return None if process.status() == psutil.STATUS_ZOMBIE else repr(process.create_time())
+        except psutil.Error:
+            return None
     try:
         # Without Path, since this runs many times a second.
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            text = file.read()
+            state, *words = file.read().rpartition(")")[2].split()
     except OSError:
         return None
-    words = text.rpartition(")")[2].split()
-    return None if words[0] in "ZX" else words[_START_TIME]
-
-
-def _start_by_psutil(pid: int) -> str | None:
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else repr(process.create_time())
-    except psutil.Error:
-        return None
+    return None if state in "ZX" else words[18]  # clock ticks since the machine started
 
 
 @cache  # the same as long as this process runs
-def _boot() -> str:
+def boot_id() -> str:
+    """This boot of the machine; "" if unknown."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return ""
 
 
-def _space() -> str:
+def namespace(kind: str) -> str:
+    """This process's namespace of that kind, such as pid or net; "" if unknown."""
     try:
-        return os.readlink("/proc/self/ns/pid")
+        return os.readlink(f"/proc/self/ns/{kind}")
     except OSError:
         return ""

@@ -12,10 +12,11 @@ import re
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import msgspec
 import psutil
 
 from dinfer.cluster.ipyparallel.errors import ClusterError, TooFewEngines
@@ -34,16 +35,15 @@ class Record:
     def read(cls, path: Path) -> Self:
         """Raises OSError, and ValueError if the file is not a record."""
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return cls(str(found["cluster_id"]), tuple(Identity(**client) for client in found["clients"]))
-        except (KeyError, TypeError) as error:
+            return msgspec.json.decode(path.read_bytes(), type=cls)
+        except msgspec.MsgspecError as error:
             raise ValueError(f"not a record: {error}") from error
 
     def write(self, path: Path) -> None:
         """Write it atomically: a reader finds the old record or this one."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        part.write_bytes(msgspec.json.encode(self))
         part.replace(path)
 
     def with_client(self, client: Identity) -> Self:
@@ -51,10 +51,6 @@ class Record:
         running = tuple(other for other in self.clients if other.state() != "gone" and other != client)
         first = self.clients[:1] == (client,)
         return type(self)(self.cluster_id, (client, *running) if first else (*running, client))
-
-
-def record_path(profile_dir: Path, cluster_id: str) -> Path:
-    return profile_dir / "security" / f"dinfer-cluster-{cluster_id}.json"
 
 
 def record_paths(profile_dir: Path) -> list[Path]:
@@ -72,9 +68,7 @@ ANSWER_S = 2.0
 STARTING_S = 15.0
 """how long after its start a cluster may be without engines"""
 
-_CLUSTER_FILE = re.compile(r"cluster-(?P<id>.*)\.json")
-
-_CLIENT_FILE = re.compile(r"ipcontroller(?:-(?P<id>.+))?-client\.json")
+_FILE = re.compile(r"(?:cluster-(.*)|ipcontroller(?:-(.+))?-client)\.json")
 
 
 @dataclass(frozen=True)
@@ -87,19 +81,18 @@ class Known:
     @property
     def name(self) -> str:
         """The cluster as messages name it."""
-        profile = self.profile_dir.name.removeprefix("profile_")
-        return (
-            f"cluster {self.cluster_id!r} of profile {profile!r}"
-            if self.cluster_id
-            else f"profile {profile!r}"
-        )
+        which = f"cluster {self.cluster_id!r} of " if self.cluster_id else ""
+        return f"{which}profile {self.profile!r}"
+
+    @property
+    def profile(self) -> str:
+        return self.profile_dir.name.removeprefix("profile_")
 
     @property
     def flags(self) -> str:
         """The flags of ipcluster and ipengine that select it."""
-        profile = self.profile_dir.name.removeprefix("profile_")
-        flags = [] if profile == "default" else [f"--profile={profile}"]
-        return " ".join(flags + ([f"--cluster-id={self.cluster_id}"] if self.cluster_id else []))
+        flags = [f"--profile={self.profile}"] * (self.profile != "default")
+        return " ".join(flags + [f"--cluster-id={self.cluster_id}"] * bool(self.cluster_id))
 
     @property
     def client_file(self) -> Path:
@@ -111,6 +104,11 @@ class Known:
     def cluster_file(self) -> Path:
         """The file that ipcluster writes; a controller started by hand has none."""
         return self.profile_dir / "security" / f"cluster-{self.cluster_id}.json"
+
+    @property
+    def record_file(self) -> Path:
+        """Of a cluster that dinfer started."""
+        return self.profile_dir / "security" / f"dinfer-cluster-{self.cluster_id}.json"
 
     def connection(self) -> dict[str, Any]:
         """The client file's content, {} without one."""
@@ -128,13 +126,18 @@ class Known:
         host = str(found["interface"]).rpartition("://")[2]
         everywhere = host in ("*", "0.0.0.0")
         addresses = ["127.0.0.1", str(found.get("location") or "")] if everywhere else [host]
-        return any(_accepts(address, int(found["registration"])) for address in addresses if address)
+        for address in filter(None, addresses):
+            where = address, int(found["registration"])
+            with contextlib.suppress(OSError), socket.create_connection(where, timeout=ANSWER_S):
+                return True
+        return False
 
     def controller(self) -> Identity | None:
         """The controller's process, if ipcluster started it on this machine and it runs."""
-        pid = controller_pid(self.description())
+        state = (self.description().get("controller") or {}).get("state") or {}
+        pid = int(state.get("pid", -1))
         with contextlib.suppress(ProcessLookupError, psutil.Error):
-            if pid is not None and "ipyparallel.controller" in psutil.Process(pid).cmdline():
+            if pid > 0 and "ipyparallel.controller" in psutil.Process(pid).cmdline():
                 return Identity.of(pid)
         return None
 
@@ -158,7 +161,7 @@ class Known:
     def owner(self) -> Owner:
         """Who uses it, by dinfer's record."""
         try:
-            clients = Record.read(record_path(self.profile_dir, self.cluster_id)).clients
+            clients = Record.read(self.record_file).clients
         except (OSError, ValueError):
             return "user"
         if clients[:1] == (Identity.of(os.getpid()),):
@@ -168,23 +171,8 @@ class Known:
 
 def known_clusters(profile_dir: Path) -> list[Known]:
     """Every cluster that has a client file or a cluster file, running or not."""
-    names = [path.name for path in (profile_dir / "security").glob("*.json")]
-    matches = [_CLIENT_FILE.fullmatch(name) or _CLUSTER_FILE.fullmatch(name) for name in names]
-    return [Known(profile_dir, name) for name in sorted({match["id"] or "" for match in matches if match})]
-
-
-def profile_folder(profile: str) -> Path:
-    """Where ipyparallel keeps a profile; it need not exist."""
-    from IPython.paths import get_ipython_dir
-
-    return Path(get_ipython_dir()) / f"profile_{profile}"
-
-
-def controller_pid(description: Mapping[str, Any]) -> int | None:
-    """The controller's process id, if ipcluster started it as a process of its own."""
-    state = (description.get("controller") or {}).get("state") or {}
-    pid = state.get("pid", -1)
-    return int(pid) if pid > 0 else None
+    matches = [_FILE.fullmatch(path.name) for path in (profile_dir / "security").glob("*.json")]
+    return [Known(profile_dir, name) for name in sorted({m[1] or m[2] or "" for m in matches if m})]
 
 
 def launcher_of(description: Mapping[str, Any]) -> str:
@@ -202,20 +190,13 @@ def engines_to_come(description: Mapping[str, Any], is_running: Callable[[int], 
     sets = ((description.get("engines") or {}).get("sets") or {}).values()
     if not sets and age_s < STARTING_S:
         return int((description.get("cluster") or {}).get("n") or 1)
-    return sum(_of_set(engines, is_running) for engines in sets)
-
-
-def _of_set(engines: Mapping[str, Any], is_running: Callable[[int], bool]) -> int:
-    if "engines" in engines:
-        return sum(is_running(int(engine["pid"])) for engine in engines["engines"].values())
-    pid = int(engines.get("pid", -1))
-    return int(engines.get("n", 0)) if pid < 0 or is_running(pid) else 0
-
-
-def _accepts(host: str, port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=ANSWER_S):
-        return True
-    return False
+    count = 0
+    for engines in sets:
+        if "engines" in engines:
+            count += sum(is_running(int(engine["pid"])) for engine in engines["engines"].values())
+        elif (pid := int(engines.get("pid", -1))) < 0 or is_running(pid):
+            count += int(engines.get("n", 0))
+    return count
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -245,20 +226,18 @@ def choose_cluster(running: Sequence[tuple[Known, Owner]]) -> Known | None:
     return next(iter([*by_owner["me"], *stock, *users, *by_owner["nobody"]]), None)
 
 
-def choose_engines(ids: Sequence[int], n: int | None, cluster: Known) -> list[int]:
-    """The engine ids of ranks 0, 1, …: the first n ids in order. Raises ClusterError, TooFewEngines."""
-    n = len(ids) if n is None else n
-    if n < 1 and ids:
-        raise ClusterError(f"n is {n}; it must be at least 1.")
-    if n <= len(ids) and ids:
+def choose_engines(ids: Sequence[int], n: int, cluster: Known) -> list[int]:
+    """The engine ids of ranks 0, 1, …: the first n ids in order. Raises TooFewEngines."""
+    if n <= len(ids):
         return sorted(ids)[:n]
-    named = f" ({', '.join(map(str, sorted(ids)))})" if ids else ""
-    have = f"{len(ids)} engine{'s' * (len(ids) > 1)}{named}" if ids else "no engine"
-    more = f"ipcluster engines -n {max(n, 1) - len(ids)} {cluster.flags}".rstrip()
-    fewer = f", use n={len(ids)}" if ids else ""
+    have, fewer = "no engine", ""
+    if ids:
+        have = f"{len(ids)} engine{'s' * (len(ids) > 1)} ({', '.join(map(str, sorted(ids)))})"
+        fewer = f", use n={len(ids)}"
+    more = f"ipcluster engines -n {n - len(ids)} {cluster.flags}".rstrip()
     raise TooFewEngines(
-        f"{cluster.name} has {have}, but {max(n, 1)} were requested. Add some with `{more}`{fewer}, "
-        "or start a cluster of your own with start=True."
+        f"{cluster.name} has {have}, but {n} were requested. Add some with `{more}`{fewer}, or start a cluster of your "
+        "own with start=True."
     )
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from dinfer.cluster.ipyparallel.calls import Calls, call_expression, source_expression, submit
+from dinfer.cluster.ipyparallel.calls import Calls, call_expression, evaluate
 from dinfer.cluster.ipyparallel.errors import RankError, RankGone, RankSilent
+from dinfer.cluster.ipyparallel.facts import VERSIONS
 
 
 class RemoteError(Exception):
@@ -38,29 +39,23 @@ def test_answers_come_in_the_order_of_ranks() -> None:
     assert calls(r0=answered("a"), r1=answered("b")).result(1) == ["a", "b"]
 
 
-def test_the_first_that_fails_ends_the_wait() -> None:
-    with pytest.raises(RankError, match=r"^rank 1: ValueError: no$") as caught:
+@pytest.mark.parametrize(
+    ("given", "kind", "message"),
+    [
+        (RemoteError("ValueError", "no"), RankError, r"^rank 1: ValueError: no$"),
+        (RemoteError("EngineError", "Engine 1 died"), RankGone, r"^rank 1 ended during a call"),
+        (1, RankSilent, r"^rank 0 has not answered within 0\.01 s\."),
+    ],
+)
+def test_the_first_that_fails_is_named(given: object, kind: type[RankError], message: str) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        calls(r0=Future(), r1=answered(given)).result(0.01)
+    assert caught.value.traceback == ("Traceback …" if kind is RankError else "")
+
+
+def test_a_failure_is_not_waited_for() -> None:
+    with pytest.raises(RankError):
         calls(r0=Future(), r1=answered(RemoteError("ValueError", "no"))).result()
-    assert (caught.value.rank, caught.value.traceback) == (1, "Traceback …")
-
-
-def test_an_engine_that_ends_is_not_waited_for() -> None:
-    with pytest.raises(RankGone, match=r"^rank 1 ended during a call"):
-        calls(r0=Future(), r1=answered(RemoteError("EngineError", "Engine 1 died"))).result()
-
-
-def test_a_late_rank_is_named() -> None:
-    with pytest.raises(RankSilent, match=r"^rank 0 has not answered within 0\.01 s\."):
-        calls(r0=Future(), r1=answered(1)).result(0.01)
-
-
-def test_unchecked_errors_stand_in_their_places() -> None:
-    given = calls(r0=answered(1), r1=answered(RemoteError("KeyError", "'x'")), r2=Future())
-    first, second, third = given.result(0.01, check=False)
-    assert first == 1
-    assert isinstance(second, RankError)
-    assert isinstance(third, RankSilent)
-    assert not given.done()
 
 
 class Gone:
@@ -70,15 +65,14 @@ class Gone:
 
 
 def test_an_engine_that_has_ended_is_not_asked() -> None:
-    future = submit(Gone(), 4, "1", 2, "rank 2 (engine 4)")
     with pytest.raises(RankGone, match=r"^rank 2 \(engine 4\) has ended\."):
-        future.result(0)
+        evaluate(Gone(), "1", {2: 4}, {2: "rank 2 (engine 4)"}).result(0)
 
 
 def test_a_call_is_text() -> None:
     assert eval(call_expression("os.path:join", ["a", "b\"'\\"])) == "a/b\"'\\"
     assert eval(call_expression("json:dumps", [{"x": [1, None, True]}])) == '{"x": [1, null, true]}'
-    assert eval(source_expression("import os\ndef here():\n    return os.sep", "here")) == "/"
+    assert eval(VERSIONS).keys() == {"python", "dinfer", "cuda"}
 
 
 @pytest.mark.parametrize("function", ["os.getpid", "os:", ":getpid", "os:getpid()", "os;x:getpid"])

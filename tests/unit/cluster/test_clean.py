@@ -6,16 +6,15 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dinfer.cluster.ipyparallel.clean import clean, end_processes, members, report, stop_cluster
-from dinfer.cluster.ipyparallel.errors import ClusterError
-from dinfer.cluster.ipyparallel.identity import Identity, runs
-from dinfer.cluster.ipyparallel.known import Known, Record, record_path
+from dinfer.cluster.ipyparallel.clean import clean, end_cluster, members, report
+from dinfer.cluster.ipyparallel.identity import Identity
+from dinfer.cluster.ipyparallel.known import Known, Record
 
 ME = Identity.of(os.getpid())
 GONE = replace(ME, started="long ago")  # its process id is now another's
@@ -26,10 +25,10 @@ IN_A_CONTAINER = replace(ME, space="pid:[1]")
 
 def note(profile_dir: Path, cluster_id: str, *clients: Identity) -> Known:
     """A cluster of which only files are left."""
-    Record(cluster_id, clients).write(record_path(profile_dir, cluster_id))
+    cluster = Known(profile_dir, cluster_id)
+    Record(cluster_id, clients).write(cluster.record_file)
     for kind in ("client", "engine"):
         (profile_dir / "security" / f"ipcontroller-{cluster_id}-{kind}.json").write_text("{}")
-    cluster = Known(profile_dir, cluster_id)
     cluster.cluster_file.write_text("{}")
     return cluster
 
@@ -83,13 +82,9 @@ def test_files_of_the_dead_are_removed_and_no_others(tmp_path: Path) -> None:
     found = clean([tmp_path])
     assert [item.done for item in found] == ["ended", "left alone", "left alone"]
     assert report(found, as_json=False)[1] == 0
-    gone = {path.name for path in before - set((tmp_path / "security").iterdir())}
-    assert gone == {
-        "cluster-dinfer-1-a.json",
-        "dinfer-cluster-dinfer-1-a.json",
-        "ipcontroller-dinfer-1-a-client.json",
-        "ipcontroller-dinfer-1-a-engine.json",
-    }
+    gone = {path.name.replace("dinfer-1-a", "*") for path in before - set((tmp_path / "security").iterdir())}
+    connections = {"ipcontroller-*-client.json", "ipcontroller-*-engine.json"}
+    assert gone == {"cluster-*.json", "dinfer-cluster-*.json", *connections}
     assert not dead.client_file.exists()
     assert all(cluster.client_file.exists() for cluster in kept)
 
@@ -98,7 +93,7 @@ def test_files_of_the_dead_are_removed_and_no_others(tmp_path: Path) -> None:
     "text", ["", "[]", '{"cluster_id": "dinfer-1"}', '{"cluster_id": "", "clients": []}']
 )
 def test_a_record_that_cannot_be_read_ends_nothing(tmp_path: Path, text: str) -> None:
-    path = record_path(tmp_path, "dinfer-1")
+    path = Known(tmp_path, "dinfer-1").record_file
     path.parent.mkdir()
     path.write_text(text)
     said, status = report(clean([tmp_path]), as_json=True)
@@ -110,67 +105,23 @@ def test_a_record_that_cannot_be_read_ends_nothing(tmp_path: Path, text: str) ->
 @pytest.mark.parametrize("cluster_id", ["", "mine", "1700000000-abcd"])
 def test_a_users_cluster_is_never_ended(cluster_id: str) -> None:
     with pytest.raises(ValueError, match="not started by dinfer"):
-        end_processes(Known(Path("profile_default"), cluster_id))
-
-
-def test_a_users_cluster_is_stopped_by_its_file(tmp_path: Path) -> None:
-    cluster = Known(tmp_path / "profile_x", "mine")
-    cluster.cluster_file.parent.mkdir(parents=True)
-    waiting = [sys.executable, "-c", "input()"]
-    started = [subprocess.Popen(waiting, stdin=subprocess.PIPE) for _ in range(2)]
-    controller, engine = ({"pid": process.pid, "state": "running"} for process in started)
-    engines = {"one": {"n": 1, "state": "running", "engines": {"0": {**engine, "identifier": "0"}}}}
-    description = {
-        "cluster": {"cluster_id": "mine", "profile_dir": str(cluster.profile_dir)},
-        "controller": {"class": "local", "state": controller},
-        "engines": {"class": "local", "sets": engines},
-    }
-    cluster.cluster_file.write_text(json.dumps(description))
-    threads = set(threading.enumerate())
-    try:
-        stop_cluster(cluster)
-        assert not cluster.cluster_file.exists()
-        assert not any(runs(process.pid) for process in started)
-        assert set(threading.enumerate()) <= threads
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
-
-
-@pytest.mark.parametrize("text", [None, "", "[]"])
-def test_a_users_cluster_without_a_usable_file_cannot_be_stopped(tmp_path: Path, text: str | None) -> None:
-    cluster = Known(tmp_path / "profile_x", "mine")
-    if text is not None:
-        cluster.cluster_file.parent.mkdir(parents=True)
-        cluster.cluster_file.write_text(text)
-    with pytest.raises(ClusterError, match=r"'mine'.* could not be ended"):
-        stop_cluster(cluster)
+        end_cluster(Known(Path("profile_default"), cluster_id))
 
 
 def test_processes_bear_the_id_and_the_profile(tmp_path: Path) -> None:
     cluster = Known(tmp_path, "dinfer-test")
     place = {"IPP_CLUSTER_ID": "dinfer-test", "IPP_PROFILE_DIR": str(tmp_path)}
     others = [{**place, "IPP_CLUSTER_ID": "dinfer-tes"}, {**place, "IPP_PROFILE_DIR": str(tmp_path.parent)}]
-    started = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(); input()",
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, **environment},
-        )
-        for environment in [place, *others]
-    ]
+    program = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(); input()"
+    command = [sys.executable, "-c", program]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    started = [subprocess.Popen(command, **pipes, env={**os.environ, **own}) for own in (place, *others)]
     try:
         for process in started:
             assert process.stdout
             process.stdout.readline()  # from here on it does not end when asked to
         assert [process.pid for process in members(cluster)] == [started[0].pid]
-        assert end_processes(cluster) == ([started[0].pid], [])
+        assert end_cluster(cluster) == ([started[0].pid], [], [])
         assert [process.poll() for process in started[1:]] == [None, None]
     finally:
         for process in started:

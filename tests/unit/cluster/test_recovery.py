@@ -4,14 +4,31 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import suppress
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinfer.cluster.recovery import counterparts
+from dinfer.cluster import recovery
+from dinfer.cluster.ranks import LOST, Ranks
+from dinfer.cluster.recovery import counterparts, recover
 from dinfer.config import Config
 from dinfer.engine.board import Stand
+from dinfer.messages import (
+    Answer,
+    BegunTokens,
+    Command,
+    Freeze,
+    JoinGroup,
+    LeaveGroup,
+    LeftGroup,
+    LimitDecode,
+    Ok,
+    OpenStore,
+    Reply,
+    StoreAddress,
+)
 from dinfer.model.decoder import Decoder
 from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op
@@ -122,6 +139,56 @@ def begun_ops(plan: Plan, rank: int, twin: Twin) -> list[Op]:
     stand = twin.engines[rank].executor.stand()
     lanes = zip(plan.lanes[rank], stand.positions, stand.started, strict=True)
     return [lane.ops[at] for lane, at, started in lanes if started]
+
+
+class NotAnswering(Ranks):
+    """Three ranks, of which one answers no more from one command on; it has died or is stuck."""
+
+    def __init__(self, rank: int, since: type[Command[Any]], *, died: bool) -> None:
+        super().__init__(3)
+        self._rank, self._since, self._died = rank, since, died
+        self.asked, self.ended = list[type[Command[Any]]](), list[str]()
+
+    def _send(self, rank: int, command: Command[Any], number: int) -> None:
+        stand = Stand((0,), (False,), (0,))
+        given: dict[type[Command[Any]], Answer] = {
+            LimitDecode: BegunTokens(0),
+            Freeze: stand,
+            LeaveGroup: LeftGroup(True),
+        }
+        given |= {OpenStore: StoreAddress("", 0), JoinGroup: Ok()}
+        self.asked.append(type(command))
+        if rank != self._rank or self._since not in self.asked or "revived" in self.ended:
+            self.take(rank, Reply(number, given[type(command)]))
+
+    def exits(self) -> list[int | None]:
+        """The session's first look comes too early."""
+        has_died = self._died and bool(self.asked)
+        return [LOST if has_died and rank == self._rank else None for rank in range(3)]
+
+    def meeting(self) -> StoreAddress:
+        return StoreAddress("", 0)
+
+    def kill(self, rank: int) -> None:
+        assert rank == self._rank
+        self.ended.append("killed")
+
+    def revive(self, rank: int) -> None:
+        assert rank == self._rank
+        self.ended.append("revived")
+
+
+@pytest.mark.parametrize("since", [LimitDecode, LeaveGroup])
+@pytest.mark.parametrize("died", [True, False])
+def test_who_has_died_meanwhile_is_not_called_stuck(
+    monkeypatch: pytest.MonkeyPatch, since: type[Command[Any]], died: bool
+) -> None:
+    monkeypatch.setattr(recovery, "FREEZE_S", 0.05)
+    monkeypatch.setattr(recovery, "LEAVE_S", 0.05)
+    ranks, said = NotAnswering(1, since, died=died), list[str]()
+    assert recover(ranks, None, "gloo", said.append) == [1]
+    assert said == ["rank 1 is started again" if died else "rank 1 was stuck and is started again"]
+    assert ranks.ended == ["killed", "revived"]
 
 
 @pytest.mark.parametrize("moment", ["running", "paused", "done"])

@@ -15,7 +15,7 @@ from dinfer.cli import app
 from dinfer.cluster.ipyparallel.errors import ClusterError
 from dinfer.lab import lab
 from dinfer.lab.cells import cells_of, graph_of
-from dinfer.lab.expected import Cell, expected
+from dinfer.lab.faults import Cell, expected
 from dinfer.lab.hosts import LabNetwork
 from dinfer.lab.score import Result, Score
 from dinfer.session.session import Session

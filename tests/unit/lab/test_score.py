@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from dinfer.lab.expected import Cell, Expected
+from dinfer.lab.faults import Cell, Expected
 from dinfer.lab.score import Result, Score
 
 CELL = Cell("exception", 1, 3, 0, "ring", "lockstep")
