@@ -6,10 +6,9 @@ A new verb is a function under `@verb()`, or a line that names the method to cal
 # IPython's decorators have no types.
 # mypy: allow-untyped-calls
 
-import contextlib
 import difflib
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -22,8 +21,6 @@ from dinfer.display import DisplayableText
 from dinfer.errors import NotPossible
 from dinfer.magics.words import number_or_word, read, split
 from dinfer.session.session import Session
-
-HELP = ("-h", "--help", "-?")
 
 
 class Call(NamedTuple):
@@ -78,11 +75,8 @@ VERBS: dict[str, Verb] = {}
 def load_into(shell: Any) -> None:
     """Register `%dinfer` with an IPython shell, and import `dinfer` there."""
     shell.push({"dinfer": dinfer}, interactive=False)
-
-    @no_var_expand  # else IPython would put a variable's text into the line, to be split into words
-    def line_magic(line: str) -> Any:
-        return act(shell, line)
-
+    # Else IPython would put a variable's text into the line, to be split into words.
+    line_magic = no_var_expand(lambda line: act(shell, line))
     shell.register_magic_function(line_magic, "line", "dinfer")
 
 
@@ -90,10 +84,17 @@ def act(shell: Any, line: str) -> Any:
     """Run a line. Raises UsageError, which IPython shows as one message, for every error that is an answer."""
     name, *words = split(line) or ["help"]
     found = _verb_of(name)
-    if any(word in HELP for word in words):
+    if {"-h", "--help", "-?"} & set(words):
         return DisplayableText(usage(name))
-    with _one_message():
+    try:
         return found.act(Call(shell, read(found.parser(name), words, getattr(shell, "user_ns", {}))))
+    except (
+        RuntimeError,
+        ValueError,
+        OSError,
+        KeyError,
+    ) as error:  # any other is a bug, and keeps its traceback
+        raise UsageError(str(error.args[0] if isinstance(error, KeyError) else error)) from None
 
 
 def usage(name: str) -> str:
@@ -107,16 +108,6 @@ def _verb_of(name: str) -> Verb:
     near = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.4)
     meant = f" Did you mean {near[0]}?" if near else ""
     raise UsageError(f"%dinfer knows no {name!r}.{meant} The verbs are {', '.join(VERBS)}.")
-
-
-@contextlib.contextmanager
-def _one_message() -> Iterator[None]:
-    """Show dinfer's own errors without a traceback; any other error is a bug in dinfer, and keeps it."""
-    try:
-        yield
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
-        text = error.args[0] if isinstance(error, KeyError) else error
-        raise UsageError(str(text)) from None
 
 
 # -- the verbs
@@ -169,14 +160,12 @@ def connect(call: Call) -> None:
 @verb(
     argument("model_path", nargs="?", default="demo", help="folder of a checkpoint, or demo (the default)"),
     argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16"),
-    argument(
-        "--gpu-ids", type=_numbers, default=[], help="the GPU of each rank, such as 0,1,2; none: the CPU"
-    ),
+    argument("--gpu-ids", default="", help="the GPU of each rank, such as 0,1,2; none: the CPU"),
     argument("--threads", type=int, default=0, help="CPU threads of each rank; 0: the cores shared out"),
 )
 def load(call: Call) -> Session:
     """Load a checkpoint on every rank."""
-    return call.session.load(**vars(call.words))
+    return call.session.load(**{**vars(call.words), "gpu_ids": _numbers(call.words.gpu_ids)})
 
 
 @verb(
