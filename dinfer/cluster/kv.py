@@ -1,4 +1,4 @@
-"""The KV that a run's ranks hold now, as a Source; and the client that asks them for it."""
+"""The KV that a run's ranks hold now, as a Source."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -37,16 +37,17 @@ ANSWER_S = 120.0
 A = TypeVar("A", bound=Answer)
 
 
-class RankClient:
-    """Asks ranks what they hold. `check(ranks)` is called while waiting; it raises where no answer can come."""
+class Live(LiveSource):
+    """The KV of ranks that stand. `check(ranks)` is called while waiting for them; it raises where none can answer."""
 
-    def __init__(self, ranks: AskableRanks, check: Callable[[Sequence[int]], None]) -> None:
-        self._ranks, self._check = ranks, check
+    def __init__(self, subject: Subject, asked: AskableRanks, check: Callable[[Sequence[int]], None]) -> None:
+        self.subject, self._asked, self._check = subject, asked, check
+        self.ranks = range(len(subject.plan.lanes))
         self.bytes_moved = 0
 
     def ask(self, ranks: Sequence[int], command: Command[A]) -> list[A]:
         """Each rank's answer, in their order. Raises as Ranks.ask does."""
-        answers = self._ranks.ask(dict.fromkeys(ranks, command), ANSWER_S, lambda: self._check(ranks))
+        answers = self._asked.ask(dict.fromkeys(ranks, command), ANSWER_S, lambda: self._check(ranks))
         self.bytes_moved += len(ranks) * size_of(command) + sum(map(size_of, answers.values()))
         return [answers[rank] for rank in ranks]
 
@@ -69,33 +70,21 @@ class RankClient:
             data += self.ask([rank], ReadMore(answer.number, len(data)))[0].data
         return safetensors.torch.load(bytes(data)).get("tensor")
 
-
-class Live(LiveSource):
-    """The KV of ranks that stand."""
-
-    def __init__(self, subject: Subject, line: RankClient) -> None:
-        self.subject, self.line = subject, line
-        self.ranks = range(len(subject.plan.lanes))
-
     def called(self, name: str) -> "Live":
-        return Live(replace(self.subject, name=name), self.line)
-
-    @property
-    def bytes_moved(self) -> int:
-        return self.line.bytes_moved
+        return Live(replace(self.subject, name=name), self._asked, self._check)
 
     def held(self, ranks: Sequence[int]) -> list[HeldSpans]:
-        return [HeldSpans(answer.spans, answer.rows) for answer in self.line.ask(ranks, ListKv())]
+        return [HeldSpans(answer.spans, answer.rows) for answer in self.ask(ranks, ListKv())]
 
     def digests(self, ranks: Sequence[int], layers: Sequence[int], spans: Sequence[range]) -> list[Tensor]:
         places = tuple((span.start, span.stop) for span in spans)
-        return self.line.tensors(ranks, DigestKv(tuple(layers), places))
+        return self.tensors(ranks, DigestKv(tuple(layers), places))
 
     def noted(self, ranks: Sequence[int], layers: Sequence[int]) -> list[dict[BlockKey, Noted]]:
-        answers = self.line.ask(ranks, ReadNotedKv(tuple(layers)))
+        answers = self.ask(ranks, ReadNotedKv(tuple(layers)))
         found = list[dict[BlockKey, Noted]]()
         for rank, answer in zip(ranks, answers, strict=True):
-            digests = map(as_numbers, self.line.tensor(rank, answer))
+            digests = map(as_numbers, self.tensor(rank, answer))
             found.append(
                 {
                     (one.chunk, one.layer): Noted(came, one.announced or came, edited=one.edited)
@@ -105,31 +94,31 @@ class Live(LiveSource):
         return found
 
     def noted_rows(self, rank: int, chunk: int, layer: int) -> Tensor | None:
-        return self.line.tensor_if_any(rank, self.line.ask([rank], ReadNotedRows(chunk, layer))[0])
+        return self.tensor_if_any(rank, self.ask([rank], ReadNotedRows(chunk, layer))[0])
 
     def rows(self, rank: int, layer: int, places: range) -> Tensor:
-        return self.line.tensors([rank], DigestRows(layer, places.start, places.stop))[0]
+        return self.tensors([rank], DigestRows(layer, places.start, places.stop))[0]
 
     def values(self, rank: int, layer: int, places: Sequence[int]) -> Tensor:
-        return self.line.tensors([rank], ReadRows(layer, tuple(places)))[0]
+        return self.tensors([rank], ReadRows(layer, tuple(places)))[0]
 
     def summary(self, rank: int, layer: int, places: range) -> Figures:
-        return self.line.ask([rank], SummarizeKv(layer, places.start, places.stop))[0].figures
+        return self.ask([rank], SummarizeKv(layer, places.start, places.stop))[0].figures
 
     def part(self, rank: int, layer: int, tensor: int, heads: Sequence[int], places: Sequence[int]) -> Tensor:
-        return self.line.tensors([rank], ReadKvPart(layer, tensor, tuple(heads), tuple(places)))[0]
+        return self.tensors([rank], ReadKvPart(layer, tensor, tuple(heads), tuple(places)))[0]
 
     # -- what only ranks know
 
     def hidden_first(self, rank: int) -> dict[int, int]:
-        return self.line.ask([rank], ListHidden())[0].first
+        return self.ask([rank], ListHidden())[0].first
 
     def hidden_summary(self, rank: int, chunk: int, layer: int) -> Figures:
-        return self.line.ask([rank], SummarizeHidden(chunk, layer))[0].figures
+        return self.ask([rank], SummarizeHidden(chunk, layer))[0].figures
 
     def hidden(self, rank: int, chunk: int, layer: int) -> Tensor:
-        return self.line.tensors([rank], ReadHidden(chunk, layer))[0]
+        return self.tensors([rank], ReadHidden(chunk, layer))[0]
 
     def attention(self, rank: int, chunk: int, layer: int, heads: Sequence[int]) -> tuple[Tensor, int]:
-        answer = self.line.ask([rank], ReadAttention(chunk, layer, tuple(heads)))[0]
-        return self.line.tensor(rank, answer), answer.first_key
+        answer = self.ask([rank], ReadAttention(chunk, layer, tuple(heads)))[0]
+        return self.tensor(rank, answer), answer.first_key

@@ -39,14 +39,16 @@ class RankLease:
         self, requests: Mapping[int, Command[A]], timeout: float, check: Callable[[], None] = lambda: None
     ) -> dict[int, A]:
         """As `Ranks.ask`. Raises RunOver, too."""
-        begun = self._lent.begin(requests)
+        self._check_lent()
+        begun = self._lender.begin(requests)
         try:
             return self.finish(begun, timeout, check)
         finally:
             self.forget(begun)
 
     def begin(self, requests: Mapping[int, Command[A]]) -> Pending[A]:
-        return self._lent.begin(requests)
+        self._check_lent()
+        return self._lender.begin(requests)
 
     def finish(
         self, pending: Pending[A], timeout: float, check: Callable[[], None] = lambda: None
@@ -84,12 +86,6 @@ class RankLease:
 
     def silent(self) -> list[int]:
         return [] if self._why else self._lender.silent()
-
-    @property
-    def _lent(self) -> Ranks:
-        """The lender. Raises RunOver."""
-        self._check_lent()
-        return self._lender
 
     def _check_lent(self) -> None:
         if self._why:

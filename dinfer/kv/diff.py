@@ -32,7 +32,8 @@ _CLASS = {"missing": 0, "extra": 0, "repeated": 0, "shifted": 0, "value": 2}
 def diff_ranks(source: Source, chosen: Selection, values: int | None = VALUES) -> Diff:
     """Between the ranks of one source. Raises PlanError where they have no block in common yet."""
     before, subject = source.bytes_moved, source.subject
-    blocks = _held_blocks(source, chosen, subject.spans, "")
+    held = source.held(chosen.ranks)
+    blocks = _held_blocks(source, held, chosen, subject.spans, "")
     shared = _shared(blocks, chosen)
     if not shared:
         which = f"rank{'s' * (len(blocks) > 1)} {' and '.join(map(str, chosen.ranks))}"
@@ -60,10 +61,9 @@ def diff_sources(one: Source, other: Source, chosen: Selection, values: int | No
     before, subject = one.bytes_moved + other.bytes_moved, one.subject
     ranks = tuple(rank if rank in other.ranks else min(other.ranks) for rank in chosen.ranks)
     spans = _common_spans(one, other)
-    mine = _held_blocks(one, chosen, spans, f" of {subject.name}")
-    theirs = _held_blocks(
-        other, chosen._replace(ranks=ranks), spans, f" of {other.subject.name}", by_rows=True
-    )
+    mine = _held_blocks(one, one.held(chosen.ranks), chosen, spans, f" of {subject.name}")
+    there = chosen._replace(ranks=ranks)
+    theirs = _held_blocks(other, other.held(ranks), there, spans, f" of {other.subject.name}", by_rows=True)
     shared = _shared([*mine, *theirs], chosen)
     if not shared:
         names = f"{subject.name} and {other.subject.name}"
@@ -123,10 +123,16 @@ class _Held(NamedTuple):
 
 
 def _held_blocks(
-    source: Source, chosen: Selection, spans: Sequence[range], whose: str, *, by_rows: bool = False
+    source: Source,
+    held: Sequence[HeldSpans],
+    chosen: Selection,
+    spans: Sequence[range],
+    whose: str,
+    *,
+    by_rows: bool = False,
 ) -> list[_Held]:
-    """What each chosen rank holds. `by_rows`: the spans are another source's, and those count whose rows are there."""
-    held = source.held(chosen.ranks)
+    """The blocks that each chosen rank has. `by_rows`: the spans are another source's, and those count whose rows are
+    there."""
     digests = source.digests(chosen.ranks, chosen.layers, [spans[n] for n in chosen.spans])
     found = []
     for rank, has, numbers in zip(chosen.ranks, held, digests, strict=True):
@@ -169,7 +175,7 @@ class _Evidence:
         source, ranks = self.source, tuple(self.source.ranks)
         everything = Selection(ranks, (layer,), tuple(range(len(source.subject.spans))))
         noted = dict(zip(ranks, source.noted(ranks, [layer]), strict=True))
-        return noted, _held_blocks(source, everything, source.subject.spans, "")
+        return noted, _held_blocks(source, source.held(ranks), everything, source.subject.spans, "")
 
     def of(self, span: int, layer: int) -> tuple[dict[int, Noted], dict[int, Digests]]:
         """By rank, as far as they are known: what its ledger says of the block, and the digests of what it holds."""

@@ -89,10 +89,8 @@ class Source(Protocol):
 
     subject: Subject
     ranks: Sequence[int]
-
-    @property
-    def bytes_moved(self) -> int:
-        """Bytes sent to and received from the ranks so far."""
+    bytes_moved: int
+    """bytes sent to and received from the ranks so far"""
 
     def held(self, ranks: Sequence[int]) -> list[HeldSpans]:
         """What these ranks hold."""

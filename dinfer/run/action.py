@@ -75,9 +75,12 @@ class Actions:
     def hold(self) -> Iterator[None]:
         """Wait until the run stands still, and let no action move it meanwhile. Raises RunOver for a run that is over,
         and as `check` does for one that moves and cannot go on."""
-        self.settle()
-        while not self._held_still():
+        while True:
             self.settle()
+            if self._lock.acquire(timeout=POLL_S):
+                if self._state.now not in MOVING:
+                    break
+                self._lock.release()  # another action has begun since
         try:
             yield
         finally:
@@ -94,15 +97,6 @@ class Actions:
         """Raises RunOver while `close()` waits for the caller to finish."""
         if self._state.ending:
             raise RunOver(over_text(self._state.ending))
-
-    def _held_still(self) -> bool:
-        """Take the lock if the run stands still; another action may have begun since it did."""
-        if not self._lock.acquire(timeout=POLL_S):
-            return False
-        if self._state.now not in MOVING:
-            return True
-        self._lock.release()
-        return False
 
     # -- who hears of changes
 

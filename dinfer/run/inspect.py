@@ -5,12 +5,12 @@ Nothing here moves or changes a run.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 import torch
 
-from dinfer.cluster.kv import Live, RankClient
+from dinfer.cluster.kv import Live
 from dinfer.cluster.lease import RankLease, RunOver
 from dinfer.cluster.ranks import RankRefused
 from dinfer.job import Job
@@ -55,25 +55,25 @@ class RunInspector:
     ) -> None:
         self._job, self._ranks, self._state, self._actions = job, ranks, state, actions
         self._generation, self._check, self._tokenizer = generation, check, tokenizer
-        self._token_texts: tuple[tuple[int, ...], tuple[str, ...]] = (), ()
+        self._texts = lru_cache(maxsize=1)(self._token_texts)
 
     def kv(self, *, layer: int | None, chunk: int | None, rank: int | None) -> KV:
         """See `Run.kv`."""
         hold = self._actions.hold
         with hold():
-            return kv_of(self.source, layer=layer, chunk=chunk, rank=rank, note=self._compared, hold=hold)
+            return kv_of(self.live, layer=layer, chunk=chunk, rank=rank, note=self._compared, hold=hold)
 
     def hidden(self, chunk: int, layer: int) -> Hidden:
         """See `Run.hidden`."""
         with self._actions.hold():
-            return hidden_of(self.source, chunk, layer, self._actions.hold)
+            return hidden_of(self.live, chunk, layer, self._actions.hold)
 
     def attention(self, layer: int, chunk: int, head: int | None) -> AttentionWeights:
         """See `Run.attention`."""
         if head is not None:
             within("head", head, self._job.spec.heads)
         with self._actions.hold():
-            return attention_of(self.source, layer, chunk, head)
+            return attention_of(self.live, layer, chunk, head)
 
     def source(self) -> Live:
         """What the ranks hold, once the run stands still. Raises RunOver for a run that is over."""
@@ -82,7 +82,26 @@ class RunInspector:
 
     def live(self) -> Live:
         """What the ranks hold now, also of a run that moves or has failed, as far as its ranks answer."""
-        return Live(self._subject(), RankClient(self._ranks, self._check_ranks))
+        spec, dtype = self._job.spec, self._job.config.dtype
+        ids = (*self._job.ids, *self._generation.tokens)
+        standing = [
+            at_text(lanes, stand.positions)
+            if any(at < len(lane.ops) for lane, at in zip(lanes, stand.positions, strict=True))
+            else ""
+            for lanes, stand in zip(self._job.plan.lanes, self._state.stands(), strict=False)
+        ]
+        subject = Subject(
+            name="this run",
+            standing=tuple(standing),
+            plan=self._job.plan,
+            ids=ids,
+            texts=self._texts(ids),
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            dtype=getattr(torch, spec.dtype if dtype == "auto" else dtype),
+            checkpoint=self.fingerprint,
+        )
+        return Live(subject, self._ranks, self._check_ranks)
 
     def sha256(self) -> list[str]:
         """See `Run.sha256`."""
@@ -96,12 +115,8 @@ class RunInspector:
         """The checkpoint's."""
         return fingerprint(self._job.spec)
 
-    def texts(self, ids: tuple[int, ...]) -> tuple[str, ...]:
-        """The text of each token; those of the last call are kept."""
-        if self._token_texts[0] != ids:
-            ranges = [range(n, n + 1) for n in range(len(ids))]
-            self._token_texts = ids, tuple(texts_of(self._tokenizer, ids, ranges))
-        return self._token_texts[1]
+    def _token_texts(self, ids: tuple[int, ...]) -> tuple[str, ...]:
+        return tuple(texts_of(self._tokenizer, ids, [range(n, n + 1) for n in range(len(ids))]))
 
     def chunk_labels(self) -> list[str]:
         """See `Run.chunk_labels`."""
@@ -110,29 +125,6 @@ class RunInspector:
     def _compared(self, found: Diff, chosen: Selection) -> None:
         self._state.marks.note_diff(found, chosen)
         self._actions.tell()
-
-    def _subject(self) -> Subject:
-        spec, dtype = self._job.spec, self._job.config.dtype
-        ids = (*self._job.ids, *self._generation.tokens)
-        return Subject(
-            name="this run",
-            standing=self._standing_texts(),
-            plan=self._job.plan,
-            ids=ids,
-            texts=self.texts(ids),
-            kv_heads=spec.kv_heads,
-            head_dim=spec.head_dim,
-            dtype=getattr(torch, spec.dtype if dtype == "auto" else dtype),
-            checkpoint=self.fingerprint,
-        )
-
-    def _standing_texts(self) -> tuple[str, ...]:
-        return tuple(
-            at_text(lanes, stand.positions)
-            if any(at < len(lane.ops) for lane, at in zip(lanes, stand.positions, strict=True))
-            else ""
-            for lanes, stand in zip(self._job.plan.lanes, self._state.stands(), strict=False)
-        )
 
     def _check_ranks(self, asked: Sequence[int]) -> None:
         """Raises RankFailed where one of these ranks cannot answer, RunOver while `close()` waits."""
@@ -161,7 +153,7 @@ class RunInspector:
             ReferenceCase(plan, measure, helds, examined),
             chunked=chunked,
             edited=self._state.edited,
-            texts=self.texts(ids),
+            texts=self._texts(ids),
         )
 
     def _held(self) -> list[HeldDigests]:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dinfer.cluster.kv import Live, RankClient
+from dinfer.cluster.kv import Live
 from dinfer.cluster.lease import RankLease
 from dinfer.cluster.ranks import RankRefused, answers
 from dinfer.engine.prompt import Edit
@@ -150,7 +150,9 @@ class RunRecorder:
         with suppress(RankFailed, RankRefused, TimeoutError, PlanError):
             if self.state.now in (State.PAUSED, State.DONE):
                 now = self.inspector.source()
-                return kv_finding(now if labels else Live(replace(now.subject, texts=()), now.line))
+                if not labels:
+                    now.subject = replace(now.subject, texts=())
+                return kv_finding(now)
         return None
 
     def _digests(self) -> list[str]:
@@ -268,15 +270,15 @@ class RunRecorder:
 
     def _own(self, source: Live, rank: int) -> Own:
         """What only the rank itself knows of its part of the run."""
-        line, stand = source.line, self.standing().stands[rank]
+        stand = self.standing().stands[rank]
         has_final = any(op.what == "final" for op in entered(self.job.plan, rank, stand.positions))
-        notes = line.ask([rank], ReadNotes())[0]
+        notes = source.ask([rank], ReadNotes())[0]
         return Own(
             device=self.devices[rank],
             tokens=notes.tokens,
             begun=tuple(stand.started),
-            final=line.tensors([rank], ReadFinalHidden())[0] if has_final else None,
-            edits=_edits(line, rank, notes.edits),
+            final=source.tensors([rank], ReadFinalHidden())[0] if has_final else None,
+            edits=_edits(source, rank, notes.edits),
             faults=tuple(
                 one.fault for one in self.faults if any(strike[0] == rank for strike in one.strikes)
             ),
@@ -288,17 +290,17 @@ def _blocks(source: Live, rank: int, keys: list[BlockKey]) -> dict[BlockKey, Ten
     chunks, found = source.subject.plan.shape.chunks, dict[BlockKey, Tensor]()
     for layer in sorted({layer for _, layer in keys}):
         here = tuple(chunk for chunk, of in sorted(keys) if of == layer)
-        rows = source.line.tensors([rank], ReadBlocks(layer, here))[0]
+        rows = source.tensors([rank], ReadBlocks(layer, here))[0]
         pieces = torch.split(rows, [len(chunks[chunk]) for chunk in here])
         found |= {(chunk, layer): piece for chunk, piece in zip(here, pieces, strict=True)}
     return found
 
 
-def _edits(line: RankClient, rank: int, edits: Sequence[EditedBlocks]) -> tuple[Edit, ...]:
+def _edits(source: Live, rank: int, edits: Sequence[EditedBlocks]) -> tuple[Edit, ...]:
     def tensors(
         number: int, what: Literal["kv", "hidden"], keys: Sequence[BlockKey]
     ) -> dict[BlockKey, Tensor]:
-        return {key: line.tensors([rank], ReadEdit(number, what, *key))[0] for key in keys}
+        return {key: source.tensors([rank], ReadEdit(number, what, *key))[0] for key in keys}
 
     return tuple(
         Edit(one.positions, tensors(n, "kv", one.kv), tensors(n, "hidden", one.hidden))

@@ -118,7 +118,7 @@ class Standing(NamedTuple):
 
 def state_of_lanes(plan: Plan, stands: Sequence[Stand]) -> State:
     """The state that follows from the lanes' positions and limits; `stands` may lack ranks at the start."""
-    if len(stands) < plan.world_size:
+    if len(stands) < len(plan.lanes):
         return State.STARTING
     if not all(stand.at_limits and not any(stand.started) for stand in stands):
         return State.RUNNING
@@ -167,24 +167,27 @@ class RunState:
     @property
     def now(self) -> State:
         """The state at this moment."""
-        return self.decide()[0]
+        with self._ranks.changed:
+            if self.failure or self.closed:
+                return State.FAILED if self.failure else State.CLOSED
+            return State.DECODING if self.is_decoding else state_of_lanes(self._plan, self.stands())
 
     def decide(self) -> tuple[State, str]:
         """The state at this moment, and its reason in words."""
         with self._ranks.changed:
             hang = self.hang.sentence if self.hang else ""
-            reason = self.failure or self.closed or self.silence or hang or self.message
-            if self.failure or self.closed:
-                return State.FAILED if self.failure else State.CLOSED, reason
-            if self.is_decoding:
-                return State.DECODING, reason
-            return state_of_lanes(self._plan, self._reported()), reason
+            return self.now, self.failure or self.closed or self.silence or hang or self.message
 
     def stands(self) -> tuple[Stand, ...]:
-        """The position of each rank; empty until all ranks have reported."""
+        """The position of each rank; empty until all ranks have reported in this run, as one that was started again has
+        not: it has no lanes yet."""
         with self._ranks.changed:
-            found = self._reported()
-        return found if len(found) == self._plan.world_size else ()
+            found = tuple(
+                state.stand
+                for state, lanes in zip(self._ranks.ranks, self._plan.lanes, strict=True)
+                if state.stand and len(state.stand.positions) == len(lanes)
+            )
+        return found if len(found) == len(self._plan.lanes) else ()
 
     def wait_while(self, states: Sequence[State], seconds: float) -> bool:
         """Whether the run is in one of these states; if so, waits for news of the ranks, at most so many seconds."""
@@ -249,14 +252,6 @@ class RunState:
         with self._ranks.changed:
             self.corrupt.append(found)
             self.marks.note_corrupt(found)
-
-    def _reported(self) -> tuple[Stand, ...]:
-        """The positions of the ranks that have prepared this run; one that was started again since has no lanes yet."""
-        return tuple(
-            state.stand
-            for state, lanes in zip(self._ranks.ranks, self._plan.lanes, strict=True)
-            if state.stand and len(state.stand.positions) == len(lanes)
-        )
 
 
 def where_of(plan: Plan, standing: Standing, state: RunState) -> Where:

@@ -93,6 +93,8 @@ KEPT = 16
 class SavedSource(ViewableSource):
     """The KV in a folder; `ranks` and `layers` as in its run.json: see format. Raises SavedError for what it lacks."""
 
+    bytes_moved = 0  # nothing moves between ranks
+
     def __init__(
         self, folder: Path, subject: Subject, ranks: Sequence[dict[str, Any]], layers: Sequence[int]
     ) -> None:
@@ -102,11 +104,6 @@ class SavedSource(ViewableSource):
         self._digests = Tensors(folder / DIGESTS)
         self._file = lru_cache(lambda layer: Tensors(folder / kv_file(layer)))
         self._rows = lru_cache(KEPT)(self._read_rows)
-
-    @property
-    def bytes_moved(self) -> int:
-        """0: nothing moves between ranks."""
-        return 0
 
     def held(self, ranks: Sequence[int]) -> list[HeldSpans]:
         self._check(ranks)

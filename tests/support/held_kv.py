@@ -55,7 +55,7 @@ class HeldHere(Source):
         self.ranks = list(self.kv)
         self.spans = {rank: [len(self.subject.spans)] * plan.shape.layers for rank in self.kv}
         self.ledgers: dict[int, dict[BlockKey, tuple[Tensor, Noted]]] = {rank: {} for rank in self.kv}
-        self.way, self.moved, self.fetched = BlockRoute(plan), 0, 0
+        self.way, self.bytes_moved, self.fetched = BlockRoute(plan), 0, 0
         for rank in self.kv if ledger else ():
             for layer in range(plan.shape.layers):
                 for chunk in range(len(plan.shape.chunks)):
@@ -96,10 +96,6 @@ class HeldHere(Source):
 
     # -- Source
 
-    @property
-    def bytes_moved(self) -> int:
-        return self.moved
-
     def held(self, ranks: Sequence[int]) -> list[HeldSpans]:
         return [self._said(HeldSpans(tuple(self.spans[r]), tuple(map(len, self.kv[r])))) for r in ranks]
 
@@ -131,5 +127,5 @@ class HeldHere(Source):
         return self.kv[rank][layer][list(places)]
 
     def _said(self, held: HeldSpans) -> HeldSpans:
-        self.moved += len(json.dumps(held))
+        self.bytes_moved += len(json.dumps(held))
         return held

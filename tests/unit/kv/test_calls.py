@@ -14,19 +14,19 @@ from tests.support.tiny import tiny_checkpoint
 from tests.support.twin import prompt
 
 SOURCE = str(Path(dinfer.__file__).parent)
-PASSED = 35
-"""functions that a diff enters before its first request leaves for a rank, most of them to see whether and where the
-run stands; it was 42"""
-OF_KV = 4
+PASSED = 21
+"""functions that `run.kv().diff()` enters before the first request of the diff leaves for a rank, half of them to see
+whether and where the run stands; it was 42"""
+OF_KV = 5
 """those of them in dinfer/kv; it was 12"""
-DEEPEST = 10
+DEEPEST = 7
 """frames of dinfer from the user's call to that request, both included"""
 
 
 def calls_before_a_rank(run: Run) -> tuple[list[tuple[str, str]], int]:
-    """The functions of dinfer, comprehensions left out, that a diff enters until it sends its first request to a rank,
-    without that one; and the frames on the stack just then."""
-    kv, passed, depth = run.kv(), list[tuple[str, str]](), list[int]()
+    """The functions of dinfer, comprehensions left out, that `run.kv().diff()` enters until it sends the diff's first
+    request to a rank, without that one; and the frames on the stack just then."""
+    passed, depth = list[tuple[str, str]](), list[int]()
 
     def entered(frame: FrameType, event: str, _: Any) -> None:
         code = frame.f_code
@@ -39,7 +39,7 @@ def calls_before_a_rank(run: Run) -> tuple[list[tuple[str, str]], int]:
 
     sys.setprofile(entered)
     try:
-        assert kv.diff().equal
+        assert run.kv().diff().equal
     finally:
         sys.setprofile(None)
     return passed, depth[0]
