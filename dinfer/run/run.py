@@ -31,7 +31,6 @@ from dinfer.messages import (
     Edited,
     FaultStruck,
     GetStand,
-    Note,
     SetBreakpoints,
     SetFaults,
 )
@@ -46,13 +45,13 @@ from dinfer.run.decode import Generation
 from dinfer.run.events import RunEvents
 from dinfer.run.failure import RankFailed
 from dinfer.run.faults import Armed, Injected
-from dinfer.run.hang import Health
+from dinfer.run.hang import STUCK, Health
 from dinfer.run.inspect import RunInspector, check_comparable
 from dinfer.run.moves import Moves
 from dinfer.run.recorder import RunRecorder
 from dinfer.run.report import Reporter, no_views
-from dinfer.run.state import MOVING, RunState, Standing, State, where_of
-from dinfer.run.stepper import NoProgress
+from dinfer.run.state import MOVING, STANDING, RunState, Standing, State, where_of
+from dinfer.run.stepper import Move, NoProgress
 from dinfer.saved.replay.replay import Replay
 from dinfer.trace.events import Event
 from dinfer.trace.findings import Findings
@@ -116,24 +115,20 @@ class Run(Displayable):
         self.job, self.plan, self.config = job, job.plan, job.config
         self.world_size = job.plan.world_size
         self._prepare = prepare
-        self._ranks = lease = RankLease(ranks)
-        self._state = state = RunState(job.plan, lease)
-        self._health = Health(job, lease, state)
+        self._state = state = RunState(job, RankLease(ranks), devices)
+        self._health = Health(state)
         self._actions = Actions(state, self.check, self._interrupted)
         self._breakpoints = BreakpointTable(
             job.config, lambda armed: self._ask_all(SetBreakpoints(tuple(armed)))
         )
-        self._faults = Armed(job, state, lambda faults: self._ask_all(SetFaults(tuple(faults))))
-        self._generation = Generation(lease, state, self.check, tokenizer)
-        self._events = RunEvents(job, lease, state)
-        self._moves = Moves(job, lease, state, self._breakpoints, self._generation, self._events, self.check)
-        self._inspector = RunInspector(
-            job, lease, state, self._actions, self._generation, self.check, tokenizer
-        )
+        self._faults = Armed(state, lambda faults: self._ask_all(SetFaults(tuple(faults))))
+        self._generation = Generation(state, self.check, tokenizer)
+        self._events = RunEvents(state)
+        self._moves = Moves(state, self._breakpoints, self.check, self._went)
+        self._inspector = RunInspector(state, self._actions, self.check, tokenizer)
         self._recorder = RunRecorder(
-            job, lease, devices, state, self._actions, self._health, self._breakpoints, self._faults,
-            self._generation, self._events, self._inspector, self.look,
-        )  # fmt: skip
+            state, self._health, self._breakpoints, self._faults, self._events, self._inspector, self.look
+        )
         self._begin()
 
     # -- moving
@@ -158,7 +153,7 @@ class Run(Displayable):
     def play(self, unit: Unit | str = "layer", per_second: float = 2.0) -> Moved:
         """Step by units at that pace, to the next breakpoint or the end of prefill, or until `pause()`. Raises
         PlanError for a pace out of range."""
-        return self._moves.play(unit_of(unit), per_second, self._actions.alone)
+        return self._moves.play(unit_of(unit), per_second, self._actions.lock)
 
     @action()
     def run_to(self, chunk: int, layer: int) -> Moved:
@@ -198,7 +193,7 @@ class Run(Displayable):
         what is under way first."""
         with self._actions.halted(self._stop):
             self._actions.begin("run.restart()")
-            self._breakpoints.forget_ahead()
+            self._breakpoints.expect([])
             self._begin()
             self._breakpoints.arm()
             if self._faults:
@@ -225,12 +220,12 @@ class Run(Displayable):
         block on every rank. Raises PlanError.
         """
         cuts = self._moves.stepper.cuts
-        return self._breakpoints.add(cuts, rank=rank, op=op, chunk=chunk, layer=layer, when=when)
+        return self._breakpoints.add(cuts, op, when, rank=rank, chunk=chunk, layer=layer)
 
     @property
     def breakpoints(self) -> Breakpoints:
         """The breakpoints that are set; `run.breakpoints.clear()` and `.remove(number)` remove them."""
-        return self._breakpoints.view()
+        return self._breakpoints.view
 
     # -- decode
 
@@ -244,18 +239,23 @@ class Run(Displayable):
         more = default if max_new_tokens is None else count_of(max_new_tokens, "max_new_tokens")
         if not self._moves.finish():
             self.look()
-            return Decoded((), "", False, 0, self._moves.not_done())
+            clear = "; run.breakpoints.clear() removes all breakpoints" * bool(self.breakpoints)
+            remark = (
+                f"prefill is not done: {self.message or 'it was paused'}\n"
+                f"run.resume() or run.decode() goes on from there{clear}"
+            )
+            return Decoded((), "", False, 0, remark)
         return self._decode(more, on_text)
 
     @property
     def tokens(self) -> list[int]:
         """The new tokens so far, the same on every rank."""
-        return list(self._generation.tokens)
+        return list(self._state.tokens)
 
     @property
     def text(self) -> str:
         """The text of the new tokens, in whole characters."""
-        return self._generation.text
+        return self._state.text
 
     # -- where it stands, and why
 
@@ -461,7 +461,7 @@ class Run(Displayable):
         self._hear()
         if not self._state.is_decoding:
             self._generation.hear()
-        if self._state.now in (State.PAUSED, State.DONE) and (met := self._breakpoints.arrived()):
+        if self._state.now in STANDING and (met := self._breakpoints.arrived()):
             self.say(met)
         self._health.look()
         self._actions.tell_of_news(lambda: (self.standing(), self._events.heard(), tuple(self.breakpoints)))
@@ -483,7 +483,7 @@ class Run(Displayable):
         self._state.ending = why
         try:
             with self._actions.halted(self._stop, END_S):
-                self._ranks.give_back(why)
+                self._state.ranks.give_back(why)
                 self._state.close(why)
                 self._actions.tell()
         finally:
@@ -491,16 +491,17 @@ class Run(Displayable):
 
     def stuck_ranks(self) -> tuple[int, ...]:
         """Ranks in an op that does not end, according to the verdict."""
-        return self._health.stuck_ranks()
+        hang = self._state.hang
+        return hang.ranks if hang and hang.kind in STUCK else ()
 
     @property
     def last_call(self) -> str:
         """The text of the last call, whoever made it."""
-        return self._actions.last_call
+        return self._state.last_call
 
     @last_call.setter
     def last_call(self, call: str) -> None:
-        self._actions.last_call = call
+        self._state.last_call = call
 
     @property
     def message(self) -> str:
@@ -547,11 +548,6 @@ class Run(Displayable):
         """Messages that the session has not logged yet."""
         return self._state.said
 
-    @property
-    def story(self) -> list[str]:
-        """All messages."""
-        return self._state.story
-
     # -- as a notebook shows it
 
     def __str__(self) -> str:
@@ -570,19 +566,18 @@ class Run(Displayable):
 
     def _begin(self) -> None:
         plan_ids = self._prepare()
-        self._ranks.new_notes()
+        self._state.ranks.new_notes()
         self._state.begin()
         self._health.begin(plan_ids)
         self._faults.begin()
-        self._generation.begin()
         self._events.begin()
         self._moves.begin()
 
     def _ask_all(self, command: Command[A]) -> dict[int, A]:
-        return self._ranks.ask(dict.fromkeys(range(self.world_size), command), ANSWER_S, self.check)
+        return self._state.ranks.ask(dict.fromkeys(range(self.world_size), command), ANSWER_S, self.check)
 
     def _pause(self) -> None:
-        self._moves.stop_playing()
+        self._moves.stop_playing.set()
         if self._state.is_decoding:
             self._generation.stop()
         else:
@@ -597,6 +592,13 @@ class Run(Displayable):
     def _interrupted(self) -> None:
         self._moves.interrupted()
 
+    def _went(self, move: Move) -> None:
+        """What was known of blocks, events and tokens behind a cut to which the run went back no longer holds."""
+        self._state.marks.went(self.plan, move.before, move.after)
+        self._events.went(move.before, move.after)
+        if move.after != self._moves.stepper.cuts.end:
+            self._generation.forget()
+
     def _decode(self, more: int, on_text: Callable[[str], None] | None) -> Decoded:
         try:
             if not self._moves.at_end:
@@ -607,20 +609,18 @@ class Run(Displayable):
             self._hear()  # what ranks have found before they answered is known when this returns
 
     def _hear(self) -> None:
-        for rank, note in self._ranks.new_notes():
-            self._take(rank, note)
-
-    def _take(self, rank: int, note: Note) -> None:
-        match note:
-            case Edited():
-                self._state.note_edited(f"{what} on rank {rank}" for what in note.what)
-            case FaultStruck():
-                self._faults.struck(rank, note)
-            case BreakpointHit():
-                if why := self._breakpoints.hit(rank, note):
-                    self._moves.pause_order(note.order, why)
-            case BlockCorrupt():
-                found = Corruption.of(note.found)
-                self._state.note_corrupt(found)
-                if note.order is None or not self._moves.pause_order(note.order, f"stopped: {found}"):
-                    self.say(str(found))
+        """Take in what ranks have noted."""
+        for rank, note in self._state.ranks.new_notes():
+            match note:
+                case Edited():
+                    self._state.note_edited(f"{what} on rank {rank}" for what in note.what)
+                case FaultStruck():
+                    self._faults.struck(rank, note)
+                case BreakpointHit():
+                    if why := self._breakpoints.hit(rank, note):
+                        self._moves.pause_order(note.order, why)
+                case BlockCorrupt():
+                    found = Corruption.of(note.found)
+                    self._state.note_corrupt(found)
+                    if note.order is None or not self._moves.pause_order(note.order, f"stopped: {found}"):
+                        self.say(str(found))
