@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from dinfer.monitor.signs import HangEvidence
 from dinfer.monitor.watch import HangWatch
-from dinfer.run.failure import RankFailed, broken, ending, is_about_a_message, is_certain, silent_text
+from dinfer.run.failure import RankFailed, broken, ending, is_final, silent_text
 from dinfer.run.state import RunState, State
 from dinfer.run.stepper import NoProgress
 from dinfer.verdict.verdict import Verdict
@@ -94,9 +94,8 @@ class Health:
         ranks, exits, now = self._ranks.ranks, self._ranks.exits(), time.monotonic()
         found = broken(self._state.plan, ranks, exits, self._state.job.config)
         self._broken_at = (self._broken_at or now) if found else None
-        # Where the sender of a wrong message comes to a stand shows who is to blame.
-        is_final = is_certain(ranks, exits) and not is_about_a_message(ranks)
-        if found and self._broken_at and now - self._broken_at >= (0.0 if is_final else GRACE_S):
+        grace = 0.0 if is_final(ranks, exits) else GRACE_S
+        if found and self._broken_at and now - self._broken_at >= grace:
             verdict = self.judge(is_moving=False)
             self._state.fail(f"{verdict.sentence}\n{found}" if verdict.kind in ABOUT_MESSAGES else found)
 

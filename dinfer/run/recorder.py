@@ -23,8 +23,7 @@ from dinfer.run.failure import RankFailed
 from dinfer.run.faults import Armed
 from dinfer.run.hang import Health
 from dinfer.run.inspect import RunInspector
-from dinfer.run.report import Reporter, findings_of_job, kv_finding
-from dinfer.run.reproduce import Done, parameters
+from dinfer.run.report import Done, Reporter, findings_of_job, kv_finding, parameters
 from dinfer.run.state import STANDING, RunState, Standing, State
 from dinfer.run.stepper import NoProgress
 from dinfer.saved.replay.record import Own, RankRecord, arrived, check_rank, entered
