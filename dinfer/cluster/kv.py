@@ -1,7 +1,6 @@
 """The KV that a run's ranks hold now, as a Source."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TypeVar
 
 import safetensors.torch
@@ -69,9 +68,6 @@ class Live(LiveSource):
         while len(data) < answer.size:
             data += self.ask([rank], ReadMore(answer.number, len(data)))[0].data
         return safetensors.torch.load(bytes(data)).get("tensor")
-
-    def called(self, name: str) -> "Live":
-        return Live(replace(self.subject, name=name), self._asked, self._check)
 
     def held(self, ranks: Sequence[int]) -> list[HeldSpans]:
         return [HeldSpans(answer.spans, answer.rows) for answer in self.ask(ranks, ListKv())]

@@ -96,7 +96,8 @@ def _shift(words: Tensor, bits: int, out: Tensor) -> Tensor:
 
 _MASK = (1 << 64) - 1
 
-_INTEGERS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.int8))
+INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+"""by their size in bytes, the largest first"""
 
 
 def row_digests(block: Tensor) -> Tensor:
@@ -104,7 +105,9 @@ def row_digests(block: Tensor) -> Tensor:
 
     A row is read as words of 8 bytes or, if its length is no multiple of that, of 4, 2 or 1.
     """
-    return mixed_sum(_words(block))
+    width = block.shape[-1] * block.element_size()
+    dtype = next(dtype for size, dtype in INTEGERS.items() if width % size == 0)
+    return mixed_sum(block.contiguous().view(dtype).to(torch.int64))
 
 
 def block_digests(rows: Tensor) -> Tensor:
@@ -116,13 +119,6 @@ def as_numbers(digests: Tensor) -> tuple[int, int]:
     """A block's digests as unsigned numbers on the host. Waits for the device."""
     k, v = digests.tolist()
     return k & _MASK, v & _MASK
-
-
-def _words(block: Tensor) -> Tensor:
-    """The rows' bytes as words: int64 [tokens, 2, kv_heads, words]."""
-    width = block.shape[-1] * block.element_size()
-    dtype = next(dtype for size, dtype in _INTEGERS if width % size == 0)
-    return block.contiguous().view(dtype).to(torch.int64)
 
 
 def statistics(tensor: Tensor) -> str:

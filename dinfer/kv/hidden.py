@@ -1,7 +1,6 @@
 """What `run.hidden()` and `run.attention()` return: hidden states before a layer, and attention weights."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dinfer.display import Displayable
+from dinfer.kv.measure import FIELDS
 from dinfer.kv.source import LiveSource, Subject
 from dinfer.kv.view import Hold, check_computed, say_size
 from dinfer.plan.ops import PlanError
@@ -23,10 +23,9 @@ class Hidden(Displayable):
     PlanError if the run has gone back to before it meanwhile."""
 
     def __init__(
-        self, source: Callable[[], LiveSource], rank: int, chunk: int, layer: int, hold: Hold = nullcontext
+        self, source: Callable[[], LiveSource], rank: int, chunk: int, layer: int, hold: Hold
     ) -> None:
-        self._source, self.rank, self.chunk, self.layer = source, rank, chunk, layer
-        self._hold = hold
+        self._source, self.rank, self.chunk, self.layer, self._hold = source, rank, chunk, layer, hold
 
     @cached_property
     def values(self) -> Tensor:
@@ -46,12 +45,12 @@ class Hidden(Displayable):
         with self._hold():
             source = self._checked_source()
             found = source.hidden_summary(self.rank, self.chunk, self.layer)
-        names = ("min", "max", "mean", "absmax", "nan", "inf", "zeros")
-        figures = ", ".join(f"{name} {found[name][0][0]:.4g}".replace("-", "−") for name in names)
+        figures = ", ".join(f"{name} {found[name][0][0]:.4g}".replace("-", "−") for name in FIELDS)
         tokens = source.subject.spans[self.chunk]
-        dtype = str(source.subject.dtype).removeprefix("torch.")
-        at = f"hidden c{self.chunk} l{self.layer} on rank {self.rank}"
-        return f"{at}: {dtype}, tokens {tokens.start}–{tokens.stop - 1}; {figures}"
+        return (
+            f"hidden c{self.chunk} l{self.layer} on rank {self.rank}: {source.subject.dtype_name}, "
+            f"tokens {tokens.start}–{tokens.stop - 1}; {figures}"
+        )
 
     def _checked_source(self) -> LiveSource:
         now = self._source()
@@ -84,8 +83,9 @@ class AttentionWeights(Displayable):
         of_query = self.weights[:, token - rows.start].float()
         weights = of_query.mean(0) if head is None else of_query[self.heads.index(head)]
         found = torch.topk(weights, min(n, len(weights)))
-        pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
-        return [(self.first_key + key, self._text(self.first_key + key), value) for key, value in pairs]
+        tokens = (self.first_key + found.indices).tolist()
+        texts = [self._subject.texts[n] if n < len(self._subject.texts) else "" for n in tokens]
+        return list(zip(tokens, texts, found.values.tolist(), strict=True))
 
     def __str__(self) -> str:
         rows = self._subject.spans[self.chunk]
@@ -94,19 +94,16 @@ class AttentionWeights(Displayable):
             f"attention of layer {self.layer}, chunk {self.chunk}, {which}; the last tokens attend most to"
         ]
         for token in rows[-TOP:]:
-            most = ", ".join(f"{key}{self._label(key)} {weight:.3f}" for key, _, weight in self.top(token))
-            lines.append(f"  {token}{self._label(token)}: {most}")
+            most = ", ".join(f"{self._name(key)} {weight:.3f}" for key, _, weight in self.top(token))
+            lines.append(f"  {self._name(token)}: {most}")
         return "\n".join(lines)
 
-    def _text(self, token: int) -> str:
-        return self._subject.texts[token] if token < len(self._subject.texts) else ""
-
-    def _label(self, token: int) -> str:
-        text = self._text(token).strip()
-        return f" {text!r}" if text else ""
+    def _name(self, token: int) -> str:
+        text = self._subject.label(token)
+        return f"{token} {text!r}" if text else str(token)
 
 
-def hidden_of(source: Callable[[], LiveSource], chunk: int, layer: int, hold: Hold = nullcontext) -> Hidden:
+def hidden_of(source: Callable[[], LiveSource], chunk: int, layer: int, hold: Hold) -> Hidden:
     """What `run.hidden` returns; `hold` keeps the run from moving while ranks are asked. Raises PlanError."""
     now = source()
     shape = now.subject.plan.shape

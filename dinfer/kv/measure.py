@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CellIndex = tuple[int, ...]
+from dinfer.kv.digests import INTEGERS
 
-_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+CellIndex = tuple[int, ...]
 
 
 class Spot(NamedTuple):
@@ -60,26 +60,26 @@ class CellDifference(NamedTuple):
 
 def measure(mine: Tensor, theirs: Tensor, row: int = 0) -> CellDifference:
     """Compare two tensors of one shape. The first index of a Spot counts from `row`."""
-    changed = _changed(mine, theirs)
-    count = int(changed.sum())
+    differs = changed(mine, theirs)
+    count = int(differs.sum())
     one, other = mine.double(), theirs.double()
     numbers = other.abs().nan_to_num(nan=0.0, posinf=0.0)
     scale, nans = float(numbers.max()), (int(one.isnan().sum()), int(other.isnan().sum()))
     if not count:
         return CellDifference(0.0, 0.0, scale, _at(one, other, 0, row), 0, None, nans)
-    apart = torch.where(changed, (one - other).abs(), 0.0).nan_to_num(nan=torch.inf)
+    apart = torch.where(differs, (one - other).abs(), 0.0).nan_to_num(nan=torch.inf)
     size = torch.maximum(one.abs(), other.abs())
     relative = torch.where(apart > 0, apart / size, 0.0).nan_to_num(nan=torch.inf)
     largest = _at(one, other, int(apart.argmax()), row)
-    first = _at(one, other, int(changed.int().argmax()), row)
+    first = _at(one, other, int(differs.int().argmax()), row)
     return CellDifference(float(apart.max()), float(relative.max()), scale, largest, count, first, nans)
 
 
-def _changed(mine: Tensor, theirs: Tensor) -> Tensor:
+def changed(mine: Tensor, theirs: Tensor) -> Tensor:
     """Which values differ; in their bits, if both have the same dtype: NaN may equal NaN, and 0 differs from -0."""
     if mine.dtype != theirs.dtype:
         return mine.double() != theirs.double()
-    bits = _BITS[mine.element_size()]
+    bits = INTEGERS[mine.element_size()]
     return mine.contiguous().view(bits) != theirs.contiguous().view(bits)
 
 

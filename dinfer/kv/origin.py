@@ -43,10 +43,6 @@ class BlockRoute:
         """The rank from which this one receives the block; None: it computes it."""
         return self._peers.get((rank, chunk, layer))
 
-    def hops(self, rank: int, chunk: int, layer: int) -> int:
-        """How many hops the block takes to that rank."""
-        return len(self.path(rank, chunk, layer)) - 1
-
     def path(self, rank: int, chunk: int, layer: int) -> list[int]:
         """The ranks that the block passes: the one that computes it first, this one last."""
         found = [rank]
@@ -59,46 +55,37 @@ class BlockRoute:
         peer = self.peer(rank, chunk, layer)
         return f"layer c{chunk} l{layer}" if peer is None else f"recv kv c{chunk} l{layer} <- {peer}"
 
-    def arrival(self, rank: int, chunk: int, layer: int) -> str:
-        """How that rank got the block, in words."""
-        peer = self.peer(rank, chunk, layer)
-        if peer is None:
-            return f"computed there in chunk {chunk}"
-        return f"received by {self._plan.sync_strategy} hop {peer}→{rank} in chunk {chunk}"
-
     def origin(
         self, rank: int, chunk: int, layer: int, noted: Mapping[int, Noted], now: Mapping[int, Digests]
     ) -> Origin:
         """Where a block that is wrong on that rank became so. `noted`, `now`: by rank, as far as they are known."""
-        path = self.path(rank, chunk, layer)
-        right = truth(noted, path[0])
+        path, peer = self.path(rank, chunk, layer), self.peer(rank, chunk, layer)
+        arrival = f"received by {self._plan.sync_strategy} hop {peer}→{rank} in chunk {chunk}"
+        if peer is None:
+            arrival = f"computed there in chunk {chunk}"
+        hops, right = len(path) - 1, truth(noted, path[0])
         if right is None or any(one not in noted for one in path):
-            arrival = self.arrival(rank, chunk, layer)
-            return Origin(rank, "", self.op(rank, chunk, layer), arrival, len(path) - 1)
+            return Origin(rank, "", self.op(rank, chunk, layer), arrival, hops)
+        at, how = rank, "changed afterwards"
         for source, one in zip([None, *path], path, strict=False):
-            if noted[one].edited and noted[one].came != right:
-                return self._changed(one, "memory", rank, chunk, layer, "edited by hand")
-            if source is not None and noted[one].came != right:
-                if now.get(source) == noted[one].came:  # it was changed before it was sent
-                    return self._changed(source, "memory", rank, chunk, layer)
-                return self._changed(one, "wire", rank, chunk, layer)
-        return self._changed(rank, "memory", rank, chunk, layer)
-
-    def _changed(
-        self, at: int, where: CausePlace, rank: int, chunk: int, layer: int, how: str = "changed afterwards"
-    ) -> Origin:
-        """The block on `rank`, which changed in the memory of rank `at`, or on the wire to it."""
-        op, text, hops = (
-            self.op(at, chunk, layer),
-            self.arrival(rank, chunk, layer),
-            self.hops(rank, chunk, layer),
-        )
-        if where == "memory":
-            elsewhere = f"; {how} in rank {at}'s memory, before it was passed on"
-            text += f", {how} in its memory" if at == rank else elsewhere
-            return Origin(at, "memory", f"after `{op}` in rank {at}'s memory", text, hops)
-        hop = f"; it changed at hop {self.peer(at, chunk, layer)}→{at}"
-        return Origin(at, "wire", op, text + (", where it changed on the wire" if at == rank else hop), hops)
+            if noted[one].came == right:
+                continue
+            if noted[one].edited:
+                at, how = one, "edited by hand"
+                break
+            if source is not None and now.get(source) == noted[one].came:  # it was changed before it was sent
+                at = source
+                break
+            if source is not None:
+                text = ", where it changed on the wire"
+                if one != rank:
+                    text = f"; it changed at hop {source}→{one}"
+                return Origin(one, "wire", self.op(one, chunk, layer), arrival + text, hops)
+        text = f"; {how} in rank {at}'s memory, before it was passed on"
+        if at == rank:
+            text = f", {how} in its memory"
+        op = f"after `{self.op(at, chunk, layer)}` in rank {at}'s memory"
+        return Origin(at, "memory", op, arrival + text, hops)
 
 
 def truth(noted: Mapping[int, Noted], owner: int) -> Digests | None:

@@ -1,10 +1,9 @@
 """Rows: which rows a rank holds in place of the right ones, told from digests alone. Pure.
 
 Equal rows have equal digests wherever they lie, so rows that were moved, repeated or exchanged can be found again; what
-is left over has other values. `identify` names the rows of one block, `repeats` those of a layer that is too long or
-too short, and `misplaced_rows`
-and `misplaced_in_blocks` do so for a whole layer beside the reference. All comparisons of KV use them, so that
-each kind of row is named in one way.
+is left over has other values. `identify` names the rows of one block, `repeats` those of a layer of the wrong length;
+`misplaced_in_blocks` and `misplaced_rows` do so beside the reference. All comparisons of KV use them, so that each kind
+of row is named in one way.
 
 A place is a row's index in a layer's cache; digests are int64 [places, 2, heads], the second index K and V, those of a
 whole row the digests of all its heads.
@@ -12,6 +11,7 @@ whole row the digests of all its heads.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Literal, NamedTuple
 
@@ -31,13 +31,6 @@ class Finding(NamedTuple):
     text: str
     cells: Tensor
     source: int | None = None
-
-
-class Identified(NamedTuple):
-    """`left`: cells that differ and are no other row's: other values."""
-
-    findings: list[Finding]
-    left: Tensor
 
 
 class Nearby(NamedTuple):
@@ -75,10 +68,11 @@ def misplaced_in_blocks(got: Tensor, want: Tensor, blocks: Sequence[range], zero
     """
     found, previous = list[Misplaced](), None
     for block in blocks:
-        places = slice(block.start, block.stop)
-        findings = identify(got[places], want[places], block.start, Nearby(0, want, previous), zero).findings
+        mine, right = got[block.start : block.stop], want[block.start : block.stop]
+        nearby = partial(Nearby, 0, want, previous)
+        findings, _ = identify(mine, right, block.start, nearby, zero)
         whole = [one for one in findings if one.cells[one.cells.any(2)].all()]
-        left = got[places] != want[places]
+        left = mine != right
         for one in whole:
             left &= ~one.cells
         unexplained = left.any(2).any(0)
@@ -98,14 +92,15 @@ def identify(
     got: Tensor,
     want: Tensor,
     start: int,
-    nearby: Nearby | Callable[[], Nearby],
+    nearby: Callable[[], Nearby],
     zero: int,
     known: Tensor | None = None,
-) -> Identified:
-    """What the rows `got` are, in the places from `start` on where `want` should be; both are of one length.
+) -> tuple[list[Finding], Tensor]:
+    """What the rows `got` are, in the places from `start` on where `want` should be; both are of one length. Second,
+    the cells that differ and are no other row's: other values.
 
-    `nearby`, where it is a function, is called only if rows of other blocks may explain something; `zero`: the digest
-    of a row of zeros; `known`: cells that are explained already.
+    `nearby` is called only if rows of other blocks may explain something; `zero`: the digest of a row of zeros;
+    `known`: cells that are explained already.
     """
     found, left = list[Finding](), (got != want) & (True if known is None else ~known)
     looks: list[Callable[[Tensor], list[Finding]]] = [
@@ -118,7 +113,7 @@ def identify(
         for finding in look(left) if left.any() else []:
             found.append(finding)
             left = left & ~finding.cells
-    return Identified(found, left)
+    return found, left
 
 
 def _empty(got: Tensor, left: Tensor, zero: int, start: int) -> list[Finding]:
@@ -130,14 +125,18 @@ def _empty(got: Tensor, left: Tensor, zero: int, start: int) -> list[Finding]:
 
 
 def _moved(
-    got: Tensor, want: Tensor, left: Tensor, start: int, nearby: Nearby | Callable[[], Nearby]
+    got: Tensor, want: Tensor, left: Tensor, start: int, nearby: Callable[[], Nearby]
 ) -> list[Finding]:
     """Tokens that hold other tokens' rows: of all heads that differ at once, else of K or V or each head alone."""
     found = list[Finding]()
     others = Nearby(start, got[:0], None)
     if int(left.sum()) > 1 or got.shape[2] == 1:  # one head of many is no row: not worth reading other blocks
-        others = nearby if isinstance(nearby, Nearby) else nearby()
-    for columns in _columns(left):
+        others = nearby()
+    # the columns [2, heads] that differ: all of them, those of K, those of V, each one
+    differ = left.any(0)
+    halves = [differ & (torch.arange(2)[:, None] == n) for n in (0, 1)]
+    singles = torch.eye(differ.numel(), dtype=torch.bool)[differ.flatten()]
+    for columns in (differ, *halves, *(one.view_as(differ) for one in singles)):
         if not (left & columns).any():
             continue
         rows, right, beside = (_keys(part[:, columns]) for part in (got, want, others.rows))
@@ -152,14 +151,6 @@ def _moved(
         part = "" if bool(columns.all()) else f"{_what_text(cells)}: "
         found.append(Finding(kind, part + text, cells, source))
     return found
-
-
-def _columns(left: Tensor) -> list[Tensor]:
-    """The columns [2, heads] that differ: all of them, those of K, those of V, each one."""
-    differ = left.any(0)
-    halves = [differ & (torch.arange(2)[:, None] == n) for n in (0, 1)]
-    singles = torch.eye(differ.numel(), dtype=torch.bool)[differ.flatten()]
-    return [differ, *halves, *(one.view_as(differ) for one in singles)]
 
 
 def _move(
@@ -257,15 +248,15 @@ def repeats(got: Tensor, want: Tensor) -> list[Finding]:
 def _of_run(got: Tensor, run: _Run, right: int) -> Finding | None:
     cells = torch.zeros(got.shape, dtype=torch.bool)
     cells[run.start : run.stop] = True
-    here, there = _span_text(run.start, run.stop), _span_text(run.source, run.source + run.stop - run.start)
+    count = run.stop - run.start
+    here, there = (places_text(range(at, at + count)) for at in (run.start, run.source))
     if run.what == "repeat":
         return Finding("repeated", _repeat_text(run), cells, run.source)
     if run.what == "right" and run.source != run.start:
         by, direction = abs(run.start - run.source), "later" if run.start > run.source else "earlier"
         return Finding("shifted", f"{here} should be {there}: shifted, {by} {direction}", cells)
     if run.what == "other" and run.start >= right:
-        one = run.stop - run.start == 1
-        return Finding("extra", f"{here} {'is no row' if one else 'are no rows'} of the others", cells)
+        return Finding("extra", f"{here} {'is no row' if count == 1 else 'are no rows'} of the others", cells)
     return None  # right, or other values, which are looked at in their place
 
 
@@ -283,11 +274,8 @@ def _repeat_text(run: _Run) -> str:
     """For example `rows 26–51 repeat rows 0–25`."""
     count = run.stop - run.start
     verb = "repeats" if count == 1 else "repeat"
-    return f"{_span_text(run.start, run.stop)} {verb} {_span_text(run.source, run.source + count)}"
-
-
-def _span_text(start: int, stop: int) -> str:
-    return places_text(range(start, stop))
+    here, there = (places_text(range(at, at + count)) for at in (run.start, run.source))
+    return f"{here} {verb} {there}"
 
 
 def places_text(places: Sequence[int]) -> str:

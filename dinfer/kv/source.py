@@ -7,7 +7,7 @@ A place is a row's index in a layer's cache; where nothing is wrong, that is the
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,14 @@ from torch import Tensor
 from dinfer.kv.ledger import BlockKey, Digests
 from dinfer.messages import Figures
 from dinfer.plan.plan import Plan
+
+
+class HeldSpans(NamedTuple):
+    """What one rank holds, by layer. `spans`: how many of the subject's spans, counted from the first; `rows`: how many
+    rows, which are more or fewer than those of the spans only if something is wrong."""
+
+    spans: tuple[int, ...]
+    rows: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,11 @@ class Subject:
     checkpoint: str
 
     @property
+    def dtype_name(self) -> str:
+        """For example "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def prompt(self) -> tuple[int, ...]:
         return self.ids[: self.plan.shape.tokens]
 
@@ -45,6 +58,14 @@ class Subject:
         """The tokens of each chunk and then, if there are any, the new tokens that have K and V: all but the last."""
         new = range(self.plan.shape.tokens, len(self.ids) - 1)
         return (*self.plan.shape.chunks, *([new] if new else []))
+
+    def chunk_of(self, span: int) -> int | None:
+        """The chunk that this span is; None if it is that of the new tokens."""
+        return span if span < len(self.plan.shape.chunks) else None
+
+    def due(self, held: HeldSpans, layer: int) -> int:
+        """How many rows of a layer a rank should have, by the spans that it holds."""
+        return self.spans[held.spans[layer] - 1].stop if held.spans[layer] else 0
 
     def label(self, token: int | None) -> str:
         """The token's text without spaces around it; empty where it is not known."""
@@ -60,14 +81,6 @@ class Subject:
     def row_nbytes(self) -> int:
         """The bytes of one row: K and V of one token in one layer, all heads."""
         return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
-
-
-class HeldSpans(NamedTuple):
-    """What one rank holds, by layer. `spans`: how many of the subject's spans, counted from the first; `rows`: how many
-    rows, which are more or fewer than those of the spans only if something is wrong."""
-
-    spans: tuple[int, ...]
-    rows: tuple[int, ...]
 
 
 class Noted(NamedTuple):
@@ -127,12 +140,8 @@ class ViewableSource(Source, Protocol):
         """K (0) or V (1) of some heads, [heads, places, head_dim]."""
 
 
-@runtime_checkable
 class LiveSource(ViewableSource, Protocol):
     """The ranks of a run, which can also be asked for what is not saved."""
-
-    def called(self, name: str) -> "LiveSource":
-        """The same ranks under another name, to distinguish two runs."""
 
     def hidden_first(self, rank: int) -> dict[int, int]:
         """By chunk, the first layer whose input, a hidden state, the rank has."""
@@ -147,27 +156,9 @@ class LiveSource(ViewableSource, Protocol):
         """The weights of these heads, or of all if none is named, [heads, queries, keys]; the first key's token."""
 
 
-class Side(NamedTuple):
-    """One side of a comparison: a rank of a source, and what to call it in messages."""
-
-    source: Source
-    rank: int
-    name: str
-
-
-def chunk_of(subject: Subject, span: int) -> int | None:
-    """The chunk that this span is; None if it is that of the new tokens."""
-    return span if span < len(subject.plan.shape.chunks) else None
-
-
 class Selection(NamedTuple):
     """What to compare; `spans` are indices into the subject's."""
 
     ranks: tuple[int, ...]
     layers: tuple[int, ...]
     spans: tuple[int, ...]
-
-
-def expected_rows(subject: Subject, held: HeldSpans, layer: int) -> int:
-    """How many rows of a layer a rank should have, by the spans that it holds."""
-    return subject.spans[held.spans[layer] - 1].stop if held.spans[layer] else 0

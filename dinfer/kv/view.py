@@ -3,6 +3,8 @@
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from copy import copy
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -11,8 +13,9 @@ from dinfer.display import Displayable, Table
 from dinfer.errors import NoSuch
 from dinfer.kv.diff import VALUES, diff_ranks, diff_sources
 from dinfer.kv.difference import Diff, number_text
+from dinfer.kv.measure import FIELDS
 from dinfer.kv.rows import numbers_text
-from dinfer.kv.source import LiveSource, Selection, Source, Subject, ViewableSource
+from dinfer.kv.source import Selection, Source, Subject, ViewableSource
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import within
 
@@ -75,19 +78,24 @@ class KV(Displayable):
             source = self.source()
             subject = source.subject
             if ranks is not None:
-                ranks = _known_ranks(subject, ranks)
+                ranks = sorted({within("rank", rank, subject.plan.world_size) for rank in ranks})
+                if not ranks:
+                    raise PlanError(
+                        "ranks is empty: name at least two, such as ranks=(0, 2), or leave it out for all."
+                    )
             else:
                 ranks = source.ranks if self._rank is None else [self._rank]
-            spans = self._spans or range(len(subject.spans))
-            selection = Selection(tuple(ranks), self._layers, tuple(spans))
+            spans = self._spans or tuple(range(len(subject.spans)))
+            selection = Selection(tuple(ranks), self._layers, spans)
             if other is None:
                 found = diff_ranks(source, selection, values)
                 if self._note:
                     self._note(found, selection)
                 return found
             theirs = other.source() if hasattr(other, "source") else other
-            if isinstance(source, LiveSource) and isinstance(theirs, LiveSource):
-                theirs = theirs.called("the other run")  # both call themselves this run
+            if theirs.subject.name == subject.name:  # both are live, and call themselves this run
+                theirs = copy(theirs)
+                theirs.subject = replace(theirs.subject, name="the other run")
             return diff_sources(source, theirs, selection, values)
 
     @property
@@ -103,73 +111,66 @@ class KV(Displayable):
     def summary(self) -> Table:
         """Each head of one layer in a few figures, on the chosen rank, or on the one that owns the layer."""
         with self._hold():
-            return self._summary()
-
-    def _summary(self) -> Table:
-        layer, rank = self._one_layer(), self._one_rank()
-        source = self.source()
-        figures = source.summary(rank, layer, _places(source, self._spans, rank, layer))
-        names = [name for name in figures if name not in ("id", "type", "rank")]
-        lines = [
-            (tensor, str(head), *(_figure(figures[name][n][head]) for name in names))
-            for n, tensor in enumerate("KV")
-            for head in range(source.subject.kv_heads)
-        ]
-        return Table(("", "head", *names), lines)
+            source = self.source()
+            figures = source.summary(*self._chosen(source))
+            lines = [
+                (tensor, head, *(f"{figures[name][n][head]:.4g}".replace("-", "−") for name in FIELDS))
+                for n, tensor in enumerate("KV")
+                for head in range(source.subject.kv_heads)
+            ]
+        return Table(("", "head", *FIELDS), lines)
 
     def __str__(self) -> str:
         with self._hold():
-            return self._text()
-
-    def _text(self) -> str:
-        source = self.source()
-        subject, ranks = source.subject, self._own_ranks(source)
-        held = source.held(ranks)
-        lines = [_shape_text(subject)]
-        for layer in self._layers:
-            by_rank = [f"rank {rank} holds {has.rows[layer]}" for rank, has in zip(ranks, held, strict=True)]
-            owner = subject.plan.shape.owners[layer]
-            lines.append(f"layer {layer} (of rank {owner}), tokens: {', '.join(by_rank)}")
-        if len(self._layers) == 1:
-            lines += ["", str(self.summary()), "", *self._corner()]
+            source = self.source()
+            subject, shape = source.subject, source.subject.plan.shape
+            ranks = list(source.ranks) if self._rank is None else [self._rank]
+            held = source.held(ranks)
+            lines = [
+                f"{subject.dtype_name}, K and V of each layer [{subject.kv_heads} heads, tokens, {subject.head_dim}]; "
+                f"{len(subject.prompt)} tokens in {len(shape.chunks)} chunks; {subject.row_nbytes:,} bytes a token and "
+                f"layer; layers {numbers_text(range(shape.layers))}"
+            ]
+            for layer in self._layers:
+                by_rank = [
+                    f"rank {rank} holds {has.rows[layer]}" for rank, has in zip(ranks, held, strict=True)
+                ]
+                lines.append(f"layer {layer} (of rank {shape.owners[layer]}), tokens: {', '.join(by_rank)}")
+            if len(self._layers) == 1:
+                lines += ["", str(self.summary()), "", *self._corner(subject)]
         return "\n".join(lines)
 
-    def _repr_html_(self) -> str:
-        return super()._repr_html_()
-
-    def _corner(self) -> list[str]:
+    def _corner(self, subject: Subject) -> list[str]:
         """The first values of the first tokens of K, and the tokens' texts."""
         part, lines = self.k, list[str]()
-        texts, dtype = self.source().subject.texts, self.source().subject.dtype
         few = part.places[:CORNER]
         if not len(few):
             return ["no tokens yet"]
         for token, row in zip(few, part[0, : len(few)], strict=True):
-            label = f" {texts[token].strip()!r}" if token < len(texts) and texts[token].strip() else ""
-            some = "  ".join(number_text(float(value), dtype) for value in row[:CORNER])
+            label = f" {subject.label(token)!r}" if subject.label(token) else ""
+            some = "  ".join(number_text(float(value), subject.dtype) for value in row[:CORNER])
             lines.append(f"K, head 0, token {token}{label}: {some}{'  …' if len(row) > CORNER else ''}")
         return lines
 
     def _part(self, tensor: int) -> "Part":
         with self._hold():
-            source, layer, rank = self.source(), self._one_layer(), self._one_rank()
-            return Part(source, rank, layer, tensor, _places(source, self._spans, rank, layer), self._hold)
+            source = self.source()
+            return Part(source, tensor, *self._chosen(source), self._hold)
 
-    def _one_layer(self) -> int:
+    def _chosen(self, source: Source) -> tuple[int, int, range]:
+        """The chosen rank, or the one that owns the layer; the one layer; the rows of the chosen chunk that it holds,
+        or all."""
         if len(self._layers) != 1:
             raise PlanError("name a layer: run.kv(layer=0) has K and V, and a summary of each head.")
-        return self._layers[0]
-
-    def _one_rank(self) -> int:
-        """The chosen rank, or the one that owns the layer."""
-        if self._rank is not None:
-            return self._rank
-        source = self.source()
-        owner = source.subject.plan.shape.owners[self._layers[0]]
-        return owner if owner in source.ranks else min(source.ranks)
-
-    def _own_ranks(self, source: Source) -> list[int]:
-        return list(source.ranks) if self._rank is None else [self._rank]
+        layer, rank, subject = self._layers[0], self._rank, source.subject
+        if rank is None:
+            owner = subject.plan.shape.owners[layer]
+            rank = owner if owner in source.ranks else min(source.ranks)
+        places = range(source.held([rank])[0].rows[layer])
+        if self._spans:
+            span = subject.spans[self._spans[0]]
+            places = places[span.start : span.stop]
+        return rank, layer, places
 
 
 class Part(Displayable):
@@ -179,11 +180,11 @@ class Part(Displayable):
     def __init__(
         self,
         source: ViewableSource,
+        tensor: int,
         rank: int,
         layer: int,
-        tensor: int,
         places: range,
-        hold: "Hold" = nullcontext,
+        hold: "Hold",
     ) -> None:
         self._source, self._rank, self._layer, self._tensor = source, rank, layer, tensor
         self.places, self._hold = places, hold
@@ -203,19 +204,16 @@ class Part(Displayable):
         say_size(size, "a slice of heads or tokens, such as .k[0, :100], takes less")
         places = [self.places[n] for n in tokens]
         with self._hold():
-            self._check_held(places)
+            rows = self._source.held([self._rank])[0].rows[self._layer]
+            if max(places, default=-1) >= rows:
+                raise NoSuch(
+                    f"rank {self._rank} now holds {rows} tokens of layer {self._layer}, fewer than when this was made, "
+                    f"since the run has gone back: call run.kv(layer={self._layer}) again."
+                )
             found = self._source.part(self._rank, self._layer, self._tensor, heads, places)
         found = found[:, 0] if isinstance(token, int) else found
         found = found[0] if isinstance(head, int) else found
         return found[(..., *rest)] if rest else found
-
-    def _check_held(self, places: Sequence[int]) -> None:
-        rows = self._source.held([self._rank])[0].rows[self._layer]
-        if max(places, default=-1) >= rows:
-            raise NoSuch(
-                f"rank {self._rank} now holds {rows} tokens of layer {self._layer}, fewer than when this was made, "
-                f"since the run has gone back: call run.kv(layer={self._layer}) again."
-            )
 
     def __str__(self) -> str:
         name, (heads, tokens, dims) = "KV"[self._tensor], self.shape
@@ -263,22 +261,6 @@ def say_size(size: int, advice: str) -> None:
         print(f"dinfer: fetching {size / (1 << 20):,.0f} MiB; {advice}.", flush=True)
 
 
-def _known_ranks(subject: Subject, ranks: Sequence[int]) -> list[int]:
-    found = sorted({within("rank", rank, subject.plan.world_size) for rank in ranks})
-    if not found:
-        raise PlanError("ranks is empty: name at least two, such as ranks=(0, 2), or leave it out for all.")
-    return found
-
-
-def _places(source: Source, spans: Sequence[int], rank: int, layer: int) -> range:
-    """The rows of these spans, or all, that a rank holds."""
-    rows = source.held([rank])[0].rows[layer]
-    if not spans:
-        return range(rows)
-    span = source.subject.spans[spans[0]]
-    return range(min(span.start, rows), min(span.stop, rows))
-
-
 def _picked(index: Any, size: int, what: str) -> list[int]:
     if isinstance(index, slice):
         return list(range(size))[index]
@@ -287,17 +269,3 @@ def _picked(index: Any, size: int, what: str) -> list[int]:
     if isinstance(index, (list, range)):
         return [_picked(one, size, what)[0] for one in index]
     raise NoSuch(f"{what} {index!r} is out of range: there are {size}, 0 to {size - 1}.")
-
-
-def _shape_text(subject: Subject) -> str:
-    dtype = str(subject.dtype).removeprefix("torch.")
-    chunks = len(subject.plan.shape.chunks)
-    return (
-        f"{dtype}, K and V of each layer [{subject.kv_heads} heads, tokens, {subject.head_dim}]; "
-        f"{len(subject.prompt)} tokens in {chunks} chunks; {subject.row_nbytes:,} bytes a token and layer; "
-        f"layers {numbers_text(range(subject.plan.shape.layers))}"
-    )
-
-
-def _figure(value: float) -> str:
-    return f"{value:.4g}".replace("-", "−")

@@ -26,7 +26,7 @@ from dinfer.run.inspect import RunInspector
 from dinfer.run.report import Done, Reporter, findings_of_job, kv_finding, parameters
 from dinfer.run.state import STANDING, RunState, Standing, State
 from dinfer.run.stepper import NoProgress
-from dinfer.saved.replay.record import Own, RankRecord, arrived, check_rank, entered
+from dinfer.saved.replay.record import Own, RankRecord, check_rank, received_by, record_of
 from dinfer.saved.write import Content, check_free, chosen_layers, write
 from dinfer.trace.export import check_folder
 from dinfer.trace.findings import Findings, KvFinding, RankFinding, with_findings
@@ -212,43 +212,27 @@ class RunRecorder:
     def record_of(self, rank: int) -> RankRecord:
         """A rank of a run that stands still, has failed or hangs; first waits until it does. Raises PlanError for an
         unknown rank, and RankFailed where it is gone."""
-        job, plan = self.state.job, self.state.plan
+        plan = self.state.plan
         check_rank(rank, plan)
         source = self._last_source()
         stand = self.state.stands()[rank]
-        came = entered(plan, rank, stand.positions)
-        hidden = {
-            (op.chunk, op.layer): source.hidden(rank, op.chunk, op.layer)[None]
-            for op in came
-            if op.what == "hidden"
-        }
-        blocks = _blocks(source, rank, [(op.chunk, op.layer) for op in arrived(plan, rank, stand.positions)])
-        own = self._own(source, rank)
-        return RankRecord(
-            name=source.subject.name,
-            config=job.config,
-            checkpoint=source.subject.checkpoint,
-            dtype=str(source.subject.dtype).removeprefix("torch."),
-            device=own.device,
-            plan=plan,
-            ids=job.ids,
-            tokens=own.tokens,
-            rank=rank,
-            positions=tuple(stand.positions),
-            begun=own.begun,
-            hidden=hidden,
-            final=own.final,
-            block=lambda chunk, layer: blocks[chunk, layer],
-            noted=source.noted([rank], range(plan.shape.layers))[0],
-            edits=own.edits,
-            faults=own.faults,
+        received = received_by(plan, rank, stand.positions)
+        blocks = _blocks(source, rank, [(op.chunk, op.layer) for op in received if op.what == "kv"])
+        return record_of(
+            source,
+            rank,
+            self._own(source, rank),
+            config=self.state.job.config,
+            positions=stand.positions,
+            hidden=lambda chunk, layer: source.hidden(rank, chunk, layer),
+            block=lambda chunk, layer: blocks.get((chunk, layer)),
             failure=self.state.failure,
         )
 
     def _own(self, source: Live, rank: int) -> Own:
         """What only the rank itself knows of its part of the run."""
         stand = self.state.stands()[rank]
-        has_final = any(op.what == "final" for op in entered(self.state.plan, rank, stand.positions))
+        has_final = any(op.what == "final" for op in received_by(self.state.plan, rank, stand.positions))
         notes = source.ask([rank], ReadNotes())[0]
         return Own(
             device=self.state.devices[rank],

@@ -32,8 +32,9 @@ class SavedError(DinferError, ValueError):
     """A folder is no saved run, is damaged, cannot be written, or lacks something that was asked for."""
 
 
-def kv_file(layer: int) -> str:
-    return f"kv.layer{layer}.safetensors"
+def damaged(path: Path, what: str) -> SavedError:
+    """The error of a folder or a file in which something is wrong."""
+    return SavedError(f"{str(path)!r} is damaged: {what}")
 
 
 def is_part(name: str) -> bool:
@@ -41,36 +42,15 @@ def is_part(name: str) -> bool:
     return name in (RUN, DESCRIBED, PLAN, TRACE, DIGESTS, HIDDEN) or bool(_KV_FILE.fullmatch(name))
 
 
-def rows_name(rank: int, layer: int) -> str:
-    """The rows' digests."""
-    return f"rank{rank}.layer{layer}.rows"
-
-
-def came_name(rank: int, layer: int, chunk: int) -> str:
-    """The rows' digests by the ledger, of a block that has changed since."""
-    return f"rank{rank}.layer{layer}.chunk{chunk}.came"
-
-
-def ledger_name(rank: int) -> str:
-    return f"rank{rank}.ledger"
-
-
-def piece_name(rank: int, start: int) -> str:
-    """The values of the rows from one place on."""
-    return f"rank{rank}.rows{start}"
-
-
-def final_name(rank: int) -> str:
-    return f"rank{rank}.final"
-
-
-def edit_name(rank: int, number: int, what: str, chunk: int, layer: int) -> str:
-    """A block ("kv") or a hidden state ("hidden") as the user has left it."""
-    return f"rank{rank}.edit{number}.{what}.chunk{chunk}.layer{layer}"
-
-
-def hidden_name(rank: int, chunk: int, layer: int) -> str:
-    return f"rank{rank}.chunk{chunk}.layer{layer}"
+# names of files and tensors, of numbers in the order in which they stand there: DESCRIPTION says what they are
+kv_file = "kv.layer{}.safetensors".format
+rows_name = "rank{}.layer{}.rows".format
+came_name = "rank{}.layer{}.chunk{}.came".format
+ledger_name = "rank{}.ledger".format
+piece_name = "rank{}.rows{}".format
+final_name = "rank{}.final".format
+edit_name = "rank{}.edit{}.{}.chunk{}.layer{}".format
+hidden_name = "rank{}.chunk{}.layer{}".format
 
 
 def sha256_of(path: Path) -> str:
@@ -169,18 +149,14 @@ A file for each layer of `kv.layers`.
 
 
 def own_values(own: Own) -> dict[str, Any]:
-    """The record as plain values, for run.json."""
+    """The record as values for run.json."""
     return {
         "device": own.device,
-        "tokens": list(own.tokens),
-        "begun": list(own.begun),
+        "tokens": own.tokens,
+        "begun": own.begun,
         "final": own.final is not None,
         "edits": [
-            {
-                "positions": list(edit.positions),
-                "kv": [list(key) for key in edit.kv],
-                "hidden": [list(key) for key in edit.hidden],
-            }
+            {"positions": edit.positions, "kv": list(edit.kv), "hidden": list(edit.hidden)}
             for edit in own.edits
         ],
         "faults": [fault.as_dict() for fault in own.faults],
@@ -199,8 +175,8 @@ def own_tensors(rank: int, own: Own) -> dict[str, Tensor]:
 def own_from(values: Mapping[str, Any], rank: int, tensor: Callable[[str], Tensor]) -> Own:
     """The record from these values; `tensor(name)` reads a tensor."""
 
-    def edited(number: int, what: str, keys: list[list[int]]) -> dict[BlockKey, Tensor]:
-        return {(chunk, layer): tensor(edit_name(rank, number, what, chunk, layer)) for chunk, layer in keys}
+    def edited(number: int, what: str, keys: list[BlockKey]) -> dict[BlockKey, Tensor]:
+        return {(c, n): tensor(edit_name(rank, number, what, c, n)) for c, n in keys}
 
     return Own(
         device=values["device"],

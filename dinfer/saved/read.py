@@ -4,7 +4,7 @@ Whatever cannot be read raises a SavedError that names the file.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from dinfer.kv.rows import numbers_text
 from dinfer.kv.source import HeldSpans, Noted, Subject, ViewableSource
 from dinfer.messages import Figures
 from dinfer.plan.ops import PlanError
-from dinfer.plan.plan import Plan, parse_plan
+from dinfer.plan.plan import parse_plan
 from dinfer.saved.format import (
     DIGESTS,
     FORMAT,
@@ -33,6 +33,7 @@ from dinfer.saved.format import (
     VERSION,
     SavedError,
     came_name,
+    damaged,
     first_holder,
     hidden_name,
     kv_file,
@@ -43,7 +44,7 @@ from dinfer.saved.format import (
     rows_name,
     sha256_of,
 )
-from dinfer.saved.replay.record import RankRecord, check_rank, entered
+from dinfer.saved.replay.record import RankRecord, check_rank, record_of
 from dinfer.trace.export import TraceError
 from dinfer.trace.read import read_jsonl
 from dinfer.trace.trace import Trace
@@ -53,37 +54,31 @@ class Tensors:
     """The tensors of one file, which stays open; each is read when it is asked for."""
 
     def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise damaged(path.parent, f"{path.name} is missing.")
         self._path = path
-        with _readable(path):
+        with self._readable():
             opened: Any = safe_open(path, framework="pt")  # its methods have no types
-            self._file = opened
-            self.names = frozenset(opened.keys())
+            self._file, self.names = opened, frozenset(opened.keys())
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (SafetensorError, OSError) as error:
+            raise damaged(self._path, f"{error}.") from None
 
     def get(self, name: str) -> Tensor | None:
         """The tensor of that name; None if the file has none. Raises SavedError."""
-        if name not in self.names:
-            return None
-        with _readable(self._path):
-            found: Tensor = self._file.get_tensor(name)
-        return found
+        with self._readable():
+            return self._file.get_tensor(name) if name in self.names else None
 
     def one(self, name: str) -> Tensor:
         """The same for a tensor that must be there."""
         found = self.get(name)
         if found is None:
-            raise SavedError(f"{str(self._path)!r} is damaged: it has no tensor {name}.")
+            raise damaged(self._path, f"it has no tensor {name}.")
         return found
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Raises SavedError if the file is missing, or cannot be read meanwhile."""
-    if not path.is_file():
-        raise SavedError(f"{str(path.parent)!r} is damaged: {path.name} is missing.")
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        raise SavedError(f"{str(path)!r} is damaged: {error}.") from None
 
 
 KEPT = 16
@@ -110,15 +105,10 @@ class SavedSource(ViewableSource):
         return [self._held[rank] for rank in ranks]
 
     def digests(self, ranks: Sequence[int], layers: Sequence[int], spans: Sequence[range]) -> list[Tensor]:
-        return [
-            torch.stack(
-                [
-                    torch.stack([block_digests(self.rows(rank, layer, span)) for span in spans])
-                    for layer in layers
-                ]
-            )
-            for rank in ranks
-        ]
+        def of(rank: int, layer: int) -> Tensor:
+            return torch.stack([block_digests(self.rows(rank, layer, span)) for span in spans])
+
+        return [torch.stack([of(rank, layer) for layer in layers]) for rank in ranks]
 
     def noted(self, ranks: Sequence[int], layers: Sequence[int]) -> list[dict[BlockKey, Noted]]:
         self._check(ranks)
@@ -172,9 +162,6 @@ class SavedSource(ViewableSource):
                 f"{self.subject.name} has nothing of rank {missing[0]}: when it was saved, {there} answered."
             )
 
-    def _first(self, layer: int) -> int:
-        return first_holder(self.subject.plan, list(self._held), layer)
-
     def _notes(self, rank: int, layers: Sequence[int]) -> dict[BlockKey, Noted]:
         ledger = self._digests.get(ledger_name(rank))
         lines = [] if ledger is None else [line for line in ledger if int(line[1]) in layers]
@@ -185,8 +172,7 @@ class SavedSource(ViewableSource):
 
     def _read_rows(self, rank: int, layer: int) -> Tensor:
         self._check([rank])
-        own = self._digests.get(rows_name(rank, layer))
-        found = self._digests.one(rows_name(self._first(layer), layer)) if own is None else own
+        found = self._own_or_first(self._digests, rows_name, rank, layer, layer)
         wanted = (self._held[rank].rows[layer], 2, self.subject.kv_heads)
         if tuple(found.shape) != wanted:
             raise SavedError(
@@ -196,15 +182,22 @@ class SavedSource(ViewableSource):
         return found
 
     def _piece(self, rank: int, layer: int, piece: range) -> Tensor:
-        file = self._file(layer)
-        own = file.get(piece_name(rank, piece.start))
-        found = file.one(piece_name(self._first(layer), piece.start)) if own is None else own
+        found = self._own_or_first(self._file(layer), piece_name, rank, layer, piece.start)
         if not torch.equal(row_digests(found), self.rows(rank, layer, piece)):
-            raise SavedError(
-                f"{str(self._folder / kv_file(layer))!r} is damaged: rows {piece.start}–{piece.stop - 1} of rank "
-                f"{rank} do not match their digests."
+            raise damaged(
+                self._folder / kv_file(layer),
+                f"rows {piece.start}–{piece.stop - 1} of rank {rank} do not match their digests.",
             )
         return found
+
+    def _own_or_first(
+        self, file: Tensors, name: Callable[[int, int], str], rank: int, layer: int, number: int
+    ) -> Tensor:
+        """The rank's own tensor; if it has none, it holds the same as the layer's first holder."""
+        own = file.get(name(rank, number))
+        return (
+            file.one(name(first_holder(self.subject.plan, self.ranks, layer), number)) if own is None else own
+        )
 
 
 # -- the parts of a folder
@@ -218,12 +211,12 @@ def read_about(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise SavedError(f"{str(folder)!r} is damaged: {RUN} is no JSON ({error}).") from None
+        raise damaged(folder, f"{RUN} is no JSON ({error}).") from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise SavedError(f'{str(folder)!r} is no saved run: its {RUN} does not say "format": "{FORMAT}".')
     version = about.get("version")
     if not isinstance(version, int) or version < 1:
-        raise SavedError(f"{str(folder)!r} is damaged: its {RUN} says no version of its format.")
+        raise damaged(folder, f"its {RUN} says no version of its format.")
     if version > VERSION:
         raise SavedError(
             f"{str(folder)!r} is of a newer dinfer: its format is version {version}, and this dinfer reads up to "
@@ -232,25 +225,27 @@ def read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
-def read_plan(folder: Path, about: dict[str, Any]) -> Plan:
-    check_sum(folder, PLAN, about)
-    try:
-        return parse_plan((folder / PLAN).read_text(encoding="utf-8"))
-    except (PlanError, ValueError) as error:
-        raise SavedError(f"{str(folder)!r} is damaged: {PLAN}: {error}") from None
-
-
 def read_trace(folder: Path, about: dict[str, Any]) -> Trace:
     check_sum(folder, TRACE, about)
     try:
         return read_jsonl(folder / TRACE)
     except TraceError as error:
-        raise SavedError(f"{str(folder)!r} is damaged: {error}") from None
+        raise damaged(folder, str(error)) from None
 
 
-def read_source(folder: Path, about: dict[str, Any], plan: Plan) -> SavedSource:
+def read_source(folder: Path, about: dict[str, Any]) -> SavedSource:
+    """The KV, and with it the plan."""
+    check_sum(folder, PLAN, about)
+    try:
+        plan = parse_plan((folder / PLAN).read_text(encoding="utf-8"))
+    except (PlanError, ValueError) as error:
+        raise damaged(folder, f"{PLAN}: {error}") from None
+    check_sum(folder, DIGESTS, about)
     with well_formed(folder):
         kv, texts = about["kv"], about.get("texts")
+        dtype = getattr(torch, kv["dtype"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"the dtype {kv['dtype']!r}, which torch does not know")
         subject = Subject(
             name=f"saved run {folder.name!r}",
             standing=tuple(about["standing"]),
@@ -259,7 +254,7 @@ def read_source(folder: Path, about: dict[str, Any], plan: Plan) -> SavedSource:
             texts=tuple(texts or ()),
             kv_heads=int(kv["heads"]),
             head_dim=int(kv["head_dim"]),
-            dtype=_dtype(kv["dtype"]),
+            dtype=dtype,
             checkpoint=about["checkpoint"]["fingerprint"],
         )
         if len(about["ids"]) != plan.shape.tokens:
@@ -270,10 +265,10 @@ def read_source(folder: Path, about: dict[str, Any], plan: Plan) -> SavedSource:
 def check_sum(folder: Path, name: str, about: dict[str, Any]) -> None:
     """Raises SavedError if the file is missing, or is not the one that was written."""
     if not (folder / name).is_file():
-        raise SavedError(f"{str(folder)!r} is damaged: {name} is missing.")
+        raise damaged(folder, f"{name} is missing.")
     expected = about.get("files", {}).get(name)
     if expected is not None and sha256_of(folder / name) != expected:
-        raise SavedError(f"{str(folder)!r} is damaged: {name} is not what was written (its SHA-256 differs).")
+        raise damaged(folder, f"{name} is not what was written (its SHA-256 differs).")
 
 
 @contextmanager
@@ -285,67 +280,32 @@ def well_formed(folder: Path) -> Iterator[None]:
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise SavedError(f"{str(folder)!r} is damaged: {RUN} has {what}.") from None
-
-
-def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"the dtype {name!r}, which torch does not know")
-    return found
+        raise damaged(folder, f"{RUN} has {what}.") from None
 
 
 def read_record(
     folder: Path, about: dict[str, Any], source: SavedSource, rank: int, failure: str
 ) -> RankRecord:
     """The record of that rank. Raises PlanError for an unknown rank, SavedError if the folder lacks what is needed."""
-    subject, plan = source.subject, source.subject.plan
-    check_rank(rank, plan)
+    subject = source.subject
+    check_rank(rank, subject.plan)
     if str(rank) not in about.get("own", {}) or not about.get("positions"):
         there = "it was saved with hidden=False" if not about.get("hidden") else "the rank did not answer"
         raise SavedError(f"{subject.name} holds nothing to replay rank {rank} from: {there}.")
     check_sum(folder, HIDDEN, about)
     states = Tensors(folder / HIDDEN)
     with well_formed(folder):
-        own = own_from(about["own"][str(rank)], rank, states.one)
-        positions = tuple(about["positions"][rank])
-        return RankRecord(
-            name=subject.name,
-            config=_config(about, subject.prompt),
-            checkpoint=subject.checkpoint,
-            dtype=str(subject.dtype).removeprefix("torch."),
-            device=own.device,
-            plan=plan,
-            ids=subject.prompt,
-            tokens=own.tokens,
-            rank=rank,
-            positions=positions,
-            begun=own.begun,
-            hidden={
-                (op.chunk, op.layer): state[None]
-                for op in entered(plan, rank, positions)
-                if op.what == "hidden"
-                and (state := states.get(hidden_name(rank, op.chunk, op.layer))) is not None
-            },
-            final=own.final,
-            block=lambda chunk, layer: _block(source, rank, chunk, layer),
-            noted=source.noted([rank], range(plan.shape.layers))[0],
-            edits=own.edits,
-            faults=own.faults,
+        parameters: dict[str, Any] = about["parameters"]
+        given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in parameters.items()}
+        return record_of(
+            source,
+            rank,
+            own_from(about["own"][str(rank)], rank, states.one),
+            config=Config(**given, prompt_ids=subject.prompt, log_dir=""),
+            positions=tuple(about["positions"][rank]),
+            hidden=lambda chunk, layer: states.get(hidden_name(rank, chunk, layer)),
+            block=lambda chunk, layer: (
+                source.values(rank, layer, subject.spans[chunk]) if source.has_values(layer) else None
+            ),
             failure=failure,
         )
-
-
-def _config(about: dict[str, Any], ids: tuple[int, ...]) -> Config:
-    parameters: dict[str, Any] = about["parameters"]
-    given: dict[str, Any] = {
-        name: tuple(one) if isinstance(one, list) else one for name, one in parameters.items()
-    }
-    return Config(**given, prompt_ids=ids, log_dir="")
-
-
-def _block(source: SavedSource, rank: int, chunk: int, layer: int) -> Tensor:
-    """Raises KeyError if its values were not saved."""
-    if not source.has_values(layer):
-        raise KeyError((chunk, layer))
-    return source.values(rank, layer, source.subject.spans[chunk])

@@ -17,13 +17,12 @@ from dinfer.model.decoder import Decoder
 from dinfer.monitor.signs import HangEvidence
 from dinfer.plan.ops import PlanError
 from dinfer.plan.plan import Plan
-from dinfer.saved.format import DIGESTS, HIDDEN, SavedError, hidden_name
+from dinfer.saved.format import HIDDEN, SavedError, hidden_name
 from dinfer.saved.read import (
     SavedSource,
     Tensors,
     check_sum,
     read_about,
-    read_plan,
     read_record,
     read_source,
     read_trace,
@@ -38,9 +37,6 @@ from dinfer.verdict.verdict import Verdict
 
 WriteReport = Callable[[Trace, Path], Path]
 """Writes the report of a trace to a file, and returns its path. Views implement it; whoever opens a run hands it in."""
-
-MOVING = ("running", "decoding")
-"""a run that was saved in one of these states had hung"""
 
 _OTHERS = ": a folder that run.save has written does"
 
@@ -115,13 +111,11 @@ class SavedFolder(Saved):
     def __init__(self, folder: Path, write: WriteReport | None = None) -> None:
         self.about: dict[str, Any] = read_about(folder)
         super().__init__(folder, read_trace(folder, self.about), write)
-        self._plan = read_plan(folder, self.about)
-        check_sum(folder, DIGESTS, self.about)
-        self._source = read_source(folder, self.about, self._plan)
+        self._source = read_source(folder, self.about)
 
     @property
     def plan(self) -> Plan:
-        return self._plan
+        return self._source.subject.plan
 
     def source(self) -> SavedSource:
         if not self._source.ranks:
@@ -134,16 +128,15 @@ class SavedFolder(Saved):
                 f"{self._source.subject.name} holds no hidden states: it was saved with hidden=False."
             )
         check_sum(self.path, HIDDEN, self.about)
-        found = Tensors(self.path / HIDDEN)
-        layer = self._first_layer(rank)
-        state = found.get(hidden_name(rank, chunk, layer))
+        found, starts = Tensors(self.path / HIDDEN), self.plan.shape.starts
+        if rank not in range(len(starts)):
+            raise PlanError(f"there is no rank {rank}: the ranks are 0 to {len(starts) - 1}.")
+        state = found.get(hidden_name(rank, chunk, starts[rank]))
         if state is None:
-            there = [
-                n for n in range(len(self.plan.shape.chunks)) if hidden_name(rank, n, layer) in found.names
-            ]
-            raise SavedError(
-                f"no hidden state of chunk {chunk} had entered rank {rank}: {_chunks_text(there)} had."
-            )
+            chunks = range(len(self.plan.shape.chunks))
+            there = [n for n in chunks if hidden_name(rank, n, starts[rank]) in found.names]
+            which = f"chunk{'s' * (len(there) != 1)} {numbers_text(there)}" if there else "none"
+            raise SavedError(f"no hidden state of chunk {chunk} had entered rank {rank}: {which} had.")
         return state
 
     def replay(
@@ -162,10 +155,12 @@ class SavedFolder(Saved):
     def __str__(self) -> str:
         plan, subject = self.plan, self._source.subject
         chunks, new = len(plan.shape.chunks), len(self.about["tokens"])
-        ranks = numbers_text(self._source.ranks)
+        ranks, state = numbers_text(self._source.ranks), self.about.get("state", "")
+        if state in ("running", "decoding"):  # when it was saved it did not move
+            state = "hung"
         lines = [
             f"{subject.name}: {plan.shape.tokens} tokens in {chunks} chunks, {plan.schedule}, {plan.sync_strategy}: "
-            f"{self._state_text()}{f', {new} new tokens' * bool(new)}",
+            f"{state}{f', {new} new tokens' * bool(new)}",
             f"ranks {ranks}: {self._source.holds}{', hidden states' * bool(self.about.get('hidden'))}"
             if ranks
             else "no KV: no rank answered when it was saved",
@@ -175,16 +170,6 @@ class SavedFolder(Saved):
             *self.about.get("faults", ()),
         ]
         return "\n".join(lines)
-
-    def _state_text(self) -> str:
-        state = self.about.get("state", "")
-        return "hung" if state in MOVING else state
-
-    def _first_layer(self, rank: int) -> int:
-        starts = self.plan.shape.starts
-        if rank not in range(len(starts)):
-            raise PlanError(f"there is no rank {rank}: the ranks are 0 to {len(starts) - 1}.")
-        return starts[rank]
 
 
 def open_saved(path: str | Path, write: WriteReport | None = None) -> Saved:
@@ -202,7 +187,3 @@ def open_saved(path: str | Path, write: WriteReport | None = None) -> Saved:
         raise SavedError(
             f"{error} dinfer.open takes a folder that run.save(…) has written, or a report."
         ) from None
-
-
-def _chunks_text(chunks: list[int]) -> str:
-    return f"chunk{'s' * (len(chunks) != 1)} {numbers_text(chunks)}" if chunks else "none"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from dinfer.cluster.kv import Live
 from dinfer.kv.digests import as_numbers, block_digests
-from dinfer.kv.source import HeldSpans, Noted, Source
+from dinfer.kv.source import HeldSpans, Source
 from dinfer.kv.view import say_size
 from dinfer.monitor.signs import HangEvidence
 from dinfer.saved.format import (
@@ -59,14 +60,23 @@ def replacing(path: str | Path) -> Iterator[Path]:
     it was. Raises SavedError as `check_free` does."""
     target = Path(path).expanduser().resolve()
     check_free(target)
-    part = _beside(target, "part")
+    part, old = (target.with_name(f".{target.name}.{uuid4().hex[:8]}.{what}") for what in ("part", "old"))
     try:
         part.mkdir(parents=True)
     except OSError as error:
         raise SavedError(f"no folder can be made in {str(target.parent)!r}: {error.strerror}.") from None
     try:
         yield part
-        _put(part, target)
+        if target.exists():
+            target.rename(old)
+        try:
+            part.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+        if old.exists():
+            shutil.rmtree(old)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -87,24 +97,6 @@ def check_free(target: Path) -> None:
         raise SavedError(f"{str(there)!r} is a file, so no folder can be made in it: give another name.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise SavedError(f"no folder can be made in {str(there)!r}: you have no permission to write there.")
-
-
-def _put(part: Path, target: Path) -> None:
-    if not target.exists():
-        part.rename(target)
-        return
-    old = _beside(target, "old")
-    target.rename(old)
-    try:
-        part.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
-
-
-def _beside(target: Path, what: str) -> Path:
-    return target.with_name(f".{target.name}.{uuid4().hex[:8]}.{what}")
 
 
 # -- what is saved of a source
@@ -133,8 +125,14 @@ def digests_of(source: Source, ranks: Sequence[int]) -> SavedDigests:
         if rank == first or not torch.equal(digests, rows[first, layer]):
             tensors[rows_name(rank, layer)] = digests
     for rank, noted in zip(ranks, source.noted(ranks, layers), strict=True):
-        tensors[ledger_name(rank)] = _ledger(noted)
-        tensors |= _changed_since(source, rank, noted, rows)
+        lines = [[*key, one.edited, *one.came, *one.announced] for key, one in sorted(noted.items())]
+        unsigned = np.array(lines, dtype=np.uint64).reshape(-1, LEDGER_COLUMNS)
+        tensors[ledger_name(rank)] = torch.from_numpy(unsigned.view(np.int64))
+        for (chunk, layer), one in noted.items():
+            span = source.subject.spans[chunk]
+            if one.came != as_numbers(block_digests(rows[rank, layer][span.start : span.stop])):
+                came = source.noted_rows(rank, chunk, layer)
+                tensors |= {} if came is None else {came_name(rank, layer, chunk): came}
     return SavedDigests(held, rows, tensors)
 
 
@@ -152,13 +150,6 @@ def values_of(source: Source, taken: SavedDigests, layer: int) -> dict[str, Tens
     return found
 
 
-def size_of(source: Source, taken: SavedDigests, layers: Sequence[int]) -> int:
-    """About how many bytes the values of these layers take: those of the first holders."""
-    ranks = list(taken.held)
-    rows = sum(len(taken.rows[first_holder(source.subject.plan, ranks, layer), layer]) for layer in layers)
-    return rows * source.subject.row_nbytes
-
-
 def hidden_of(source: Live, ranks: Sequence[int]) -> dict[str, Tensor]:
     """The hidden states that have entered these ranks."""
     return {
@@ -166,33 +157,6 @@ def hidden_of(source: Live, ranks: Sequence[int]) -> dict[str, Tensor]:
         for rank in ranks
         for chunk, layer in sorted(source.hidden_first(rank).items())
     }
-
-
-def _ledger(noted: dict[tuple[int, int], Noted]) -> Tensor:
-    lines = [
-        [*key, int(one.edited), *map(_signed, (*one.came, *one.announced))]
-        for key, one in sorted(noted.items())
-    ]
-    return torch.tensor(lines, dtype=torch.int64).reshape(-1, LEDGER_COLUMNS)
-
-
-def _changed_since(
-    source: Source, rank: int, noted: dict[tuple[int, int], Noted], rows: dict[tuple[int, int], Tensor]
-) -> dict[str, Tensor]:
-    """The ledger's row digests of blocks that have changed since."""
-    found = dict[str, Tensor]()
-    for (chunk, layer), one in noted.items():
-        span = source.subject.spans[chunk]
-        now = rows[rank, layer][span.start : span.stop]
-        if one.came != as_numbers(block_digests(now)):
-            came = source.noted_rows(rank, chunk, layer)
-            found |= {} if came is None else {came_name(rank, layer, chunk): came}
-    return found
-
-
-def _signed(number: int) -> int:
-    """An unsigned 64-bit number as a signed one, which tensors can hold."""
-    return number - (1 << 64) if number >> 63 else number
 
 
 # -- the folder
@@ -221,12 +185,11 @@ class Content:
 
 def write(content: Content, path: str | Path) -> Path:
     """Write the folder, and return where it is. Raises SavedError, and what the source raises; then nothing is left."""
-    check_free(Path(path).expanduser().resolve())  # before anything is fetched
     source, plan = content.source, content.source.subject.plan
     taken = digests_of(source, content.ranks)
-    size = size_of(source, taken, content.layers)
+    rows = sum(len(taken.rows[first_holder(plan, content.ranks, layer), layer]) for layer in content.layers)
     say_size(
-        size,
+        rows * source.subject.row_nbytes,
         "kv=[…] saves only some layers, and kv=False only digests, which tell where KV differs, and not by what",
     )
     with replacing(path) as folder:
@@ -241,7 +204,8 @@ def write(content: Content, path: str | Path) -> Path:
             for rank, own in content.own.items():
                 states |= own_tensors(rank, own)
             _write_tensors(folder / HIDDEN, states)
-        about = {**_about(content, taken), "files": _sums(folder)}
+        sums = {name: sha256_of(folder / name) for name in CHECKED if (folder / name).exists()}
+        about = {**_about(content, taken), "files": sums}
         (folder / RUN).write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return Path(path).expanduser()
 
@@ -253,17 +217,17 @@ def _about(content: Content, taken: SavedDigests) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         "dinfer": __version__,
-        "ids": list(subject.ids[:tokens]),
-        "tokens": list(subject.ids[tokens:]),
-        "texts": list(subject.texts) if content.texts else None,
+        "ids": subject.ids[:tokens],
+        "tokens": subject.ids[tokens:],
+        "texts": subject.texts if content.texts else None,
         "kv": {
             "heads": subject.kv_heads,
             "head_dim": subject.head_dim,
-            "dtype": str(subject.dtype).removeprefix("torch."),
-            "layers": list(content.layers),
+            "dtype": subject.dtype_name,
+            "layers": content.layers,
         },
         "hidden": content.hidden,
-        "standing": list(subject.standing),
+        "standing": subject.standing,
         "ranks": [{"rank": rank, **held._asdict()} for rank, held in taken.held.items()],
         "own": {str(rank): own_values(own) for rank, own in content.own.items()},
         "evidence": content.evidence.as_dict(),
@@ -277,10 +241,6 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     except SafetensorError as error:  # a full disk, mostly
         raise SavedError(f"{path.name} could not be written: {error}") from None
     shutil.copymode(path.parent / PLAN, path)  # safetensors makes it readable for this user alone
-
-
-def _sums(folder: Path) -> dict[str, str]:
-    return {name: sha256_of(folder / name) for name in CHECKED if (folder / name).exists()}
 
 
 def chosen_layers(kv: bool | Sequence[int], count: int) -> tuple[int, ...]:

@@ -92,7 +92,7 @@ class HeldHere(Source):
             self.block(other, chunk, layer).copy_(self.block(rank, chunk, layer))
             if (other != rank or noting) and self.ledgers[other]:
                 self.note(other, chunk, layer, self.ledgers[other][chunk, layer][1].announced)
-        return sorted(behind, key=lambda r: (self.way.hops(r, chunk, layer), r))
+        return sorted(behind, key=lambda r: (len(self.way.path(r, chunk, layer)), r))
 
     # -- Source
 

@@ -1,4 +1,4 @@
 """Replay: one rank of a saved run, run again alone; what its peers sent comes from the recording.
 
-Start at `replay`; `comm` is the transport that plays the peers.
+Start at `replay`.
 """

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dinfer.config import Config
@@ -11,7 +10,7 @@ from dinfer.display import Displayable
 from dinfer.engine.prompt import Edit
 from dinfer.errors import DinferError
 from dinfer.kv.ledger import BlockKey
-from dinfer.kv.source import Noted
+from dinfer.kv.source import Noted, Source
 from dinfer.plan.faults import Fault
 from dinfer.plan.ops import Op, PlanError
 from dinfer.plan.plan import Plan
@@ -22,9 +21,12 @@ class RecordError(DinferError, RuntimeError):
     """A rank cannot be replayed, or no further: something was not recorded, or is not of this run."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Own:
-    """What a rank knows besides its KV. The fields are those of RankRecord."""
+    """What only a rank itself knows, besides its KV. `device`: the one that it computed on; `tokens`: the new ones;
+    `begun`: by lane, whether the next op had begun, which is then run again if it computes; `final`: the normed hidden
+    state of the prompt's last token, [1, 1, hidden_size], if another rank computed it; `edits`: what the user had
+    changed here by hand, in order; `faults`: those that have struck here."""
 
     device: str
     tokens: tuple[int, ...]
@@ -34,38 +36,27 @@ class Own:
     faults: tuple[Fault, ...] = ()
 
 
-@dataclass(frozen=True)
-class RankRecord:
-    """One rank of a run.
+@dataclass(frozen=True, kw_only=True)
+class RankRecord(Own):
+    """One rank of a run. `checkpoint`: the fingerprint of the checkpoint; `dtype`: the one that it computed in; `ids`:
+    the prompt's tokens; `positions`: by lane, how many ops had ended; `failure`: how the run failed, "" if it did not.
 
-    `checkpoint`: the fingerprint of the checkpoint; `dtype`, `device`: those that this rank computed in and on; `ids`:
-    the prompt's tokens; `tokens`: the new ones. `positions`: by lane, how many ops had ended; `begun`: whether the next
-    op had begun, which is then run again if it computes.
-
-    `hidden`: by chunk and layer, the hidden states that this rank received, [1, tokens, hidden_size]; `final`: the
-    normed one of the prompt's last token, [1, 1, hidden_size], if another rank computed it. `block(chunk, layer)` gives
-    a block that this rank received, [tokens, 2, kv_heads, head_dim], and raises KeyError if it was not recorded.
-    `noted`: the rank's ledger, of all blocks. `edits`: what the user had changed here by hand, in order; `faults`:
-    those that have struck here; `failure`: how the run failed, "" if it did not.
+    `hidden`: by chunk and layer, the hidden states that this rank received, [1, tokens, hidden_size];
+    `block(chunk, layer)`: a block that it received, [tokens, 2, kv_heads, head_dim], None if it was not recorded;
+    `noted`: its ledger, of all blocks.
     """
 
     name: str
     config: Config
     checkpoint: str
     dtype: str
-    device: str
     plan: Plan
     ids: tuple[int, ...]
-    tokens: tuple[int, ...]
     rank: int
     positions: tuple[int, ...]
-    begun: tuple[bool, ...]
     hidden: Mapping[BlockKey, Tensor]
-    final: Tensor | None
-    block: Callable[[int, int], Tensor]
+    block: Callable[[int, int], Tensor | None]
     noted: Mapping[BlockKey, Noted]
-    edits: tuple[Edit, ...] = ()
-    faults: tuple[Fault, ...] = ()
     failure: str = ""
 
     @property
@@ -90,21 +81,52 @@ class RankRecord:
 
     def payload(self, op: Op) -> Tensor:
         """What this recv has received. Raises RecordError if it was not recorded."""
-        found: Tensor | None = None
-        if op.what == "hidden":
-            found = self.hidden.get((op.chunk, op.layer))
-        elif op.what == "final":
+        if op.what == "final":
             found = self.final
         else:
-            try:
-                found = self.block(op.chunk, op.layer)
-            except KeyError:
-                found = None
+            found = (
+                self.hidden.get((op.chunk, op.layer))
+                if op.what == "hidden"
+                else self.block(op.chunk, op.layer)
+            )
         if found is None:
             raise RecordError(
                 f"{op.value} was not recorded on rank {self.rank}: the replay cannot go on at `{op}`."
             )
         return found
+
+
+def record_of(
+    source: Source,
+    rank: int,
+    own: Own,
+    *,
+    config: Config,
+    positions: tuple[int, ...],
+    hidden: Callable[[int, int], Tensor | None],
+    block: Callable[[int, int], Tensor | None],
+    failure: str,
+) -> RankRecord:
+    """The record of a rank of that source. `hidden(chunk, layer)`: what entered it, [tokens, hidden_size], None if that
+    is not known; the others are as in RankRecord."""
+    subject = source.subject
+    received = [op for op in received_by(subject.plan, rank, positions) if op.what == "hidden"]
+    states = {(op.chunk, op.layer): hidden(op.chunk, op.layer) for op in received}
+    return RankRecord(
+        **vars(own),
+        name=subject.name,
+        config=config,
+        checkpoint=subject.checkpoint,
+        dtype=subject.dtype_name,
+        plan=subject.plan,
+        ids=subject.prompt,
+        rank=rank,
+        positions=positions,
+        hidden={key: state[None] for key, state in states.items() if state is not None},
+        block=block,
+        noted=source.noted([rank], range(subject.plan.shape.layers))[0],
+        failure=failure,
+    )
 
 
 def check_rank(rank: int, plan: Plan) -> None:
@@ -115,8 +137,8 @@ def check_rank(rank: int, plan: Plan) -> None:
 
 def check_states(recorded: RankRecord) -> None:
     """Raises RecordError if a hidden state that this rank received is missing, or has another dtype."""
-    received = entered(recorded.plan, recorded.rank, recorded.positions)
-    missing = [op for op in received if (op.what == "final" and recorded.final is None)]
+    received = received_by(recorded.plan, recorded.rank, recorded.positions)
+    missing = [op for op in received if op.what == "final" and recorded.final is None]
     missing += [op for op in received if op.what == "hidden" and (op.chunk, op.layer) not in recorded.hidden]
     if missing:
         few = ", ".join(str(op.value) for op in missing[:3])
@@ -126,30 +148,17 @@ def check_states(recorded: RankRecord) -> None:
             "hidden=True, or replay it while its ranks still hold them."
         )
     states = [*recorded.hidden.values(), *([] if recorded.final is None else [recorded.final])]
-    if wrong := {one.dtype for one in states} - {getattr(torch, recorded.dtype)}:
+    if wrong := {str(one.dtype).removeprefix("torch.") for one in states} - {recorded.dtype}:
         raise RecordError(
-            f"the hidden states of rank {recorded.rank} were recorded in {_name(wrong.pop())}, but the run's dtype is "
+            f"the hidden states of rank {recorded.rank} were recorded in {wrong.pop()}, but the run's dtype is "
             f"{recorded.dtype}: they are not of this run."
         )
 
 
-def entered(plan: Plan, rank: int, positions: tuple[int, ...]) -> list[Op]:
-    """The recvs of hidden states that have ended on a rank at these positions."""
-    return [op for op in _received(plan, rank, positions) if op.what != "kv"]
-
-
-def arrived(plan: Plan, rank: int, positions: tuple[int, ...]) -> list[Op]:
-    """The recvs of blocks that have ended there."""
-    return [op for op in _received(plan, rank, positions) if op.what == "kv"]
-
-
-def _received(plan: Plan, rank: int, positions: tuple[int, ...]) -> list[Op]:
+def received_by(plan: Plan, rank: int, positions: tuple[int, ...]) -> list[Op]:
+    """The recvs that have ended on a rank at these positions."""
     lanes = zip(plan.lanes[rank], positions, strict=True)
     return [op for lane, at in lanes for op in lane.ops[:at] if op.kind == "recv"]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 SHOWN = 12
@@ -186,10 +195,10 @@ def ended_text(recorded: RankRecord) -> str:
     return f"the record ends here: rank {recorded.rank} stood {' and '.join(stood)}{failed}"
 
 
-def late_edits(recorded: RankRecord) -> list[str]:
-    """Notes on hidden states that were edited after their layer had run: their first values are not recorded, so the
-    replay of that layer differs."""
-    found = []
+def not_repeated(recorded: RankRecord) -> list[str]:
+    """Notes on what a replay cannot repeat: faults, and hidden states that were edited after their layer had run, whose
+    first values are not recorded."""
+    found = list[str]()
     for edit in recorded.edits:
         lanes = zip(recorded.plan.lanes[recorded.rank], edit.positions, strict=True)
         used = {(op.chunk, op.layer) for lane, at in lanes for op in lane.ops[:at] if op.kind == "layer"}
@@ -199,24 +208,5 @@ def late_edits(recorded: RankRecord) -> list[str]:
             for chunk, layer in edit.hidden
             if (chunk, layer) in recorded.hidden and (chunk, layer) in used
         ]
-    return found
-
-
-def left_out(recorded: RankRecord) -> list[str]:
-    """Notes on faults that cannot be repeated."""
-    return [
-        f"a fault of the run that is not repeated here: {one}"
-        for one in recorded.faults
-        if one.kind == "append_twice"
-    ]
-
-
-def differs_text(op: Op) -> str:
-    """A note on a block whose bytes are not those in the rank's ledger of the run."""
-    block = f"block c{op.chunk} l{op.layer}"
-    if op.kind == "layer":
-        return (
-            f"{block} has other bytes here than in the run (another machine, version of torch, device or "
-            "number of threads, other weights, or a fault that was armed there)"
-        )
-    return f"{block} as it was recorded is not what rank {op.peer} had sent: it has changed since"
+    twice = [one for one in recorded.faults if one.kind == "append_twice"]
+    return [*found, *(f"a fault of the run that is not repeated here: {one}" for one in twice)]

@@ -8,9 +8,11 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic_ns
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from dinfer.display import Closing, Displayable, listed
 from dinfer.engine.by_hand import LayerKV, op_lines, ops_between
@@ -21,10 +23,10 @@ from dinfer.kv.digests import as_numbers
 from dinfer.model.checkpoint import check, fingerprint
 from dinfer.model.decoder import Decoder
 from dinfer.plan.cut import Unit, count_of, unit_of
+from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op
 from dinfer.rank.decode import Tokens
 from dinfer.results import Decoded, Where
-from dinfer.saved.replay.comm import RecordedPeers
 from dinfer.saved.replay.path import LanePositions, ReplayPath, is_inside, lower, upper
 from dinfer.saved.replay.record import (
     SHOWN,
@@ -33,13 +35,12 @@ from dinfer.saved.replay.record import (
     Went,
     check_rank,
     check_states,
-    differs_text,
-    ended_text,
-    late_edits,
-    left_out,
+    not_repeated,
 )
 from dinfer.trace.events import Event
 from dinfer.transport.gate import FreeGate
+from dinfer.transport.gloo import bytes_of
+from dinfer.transport.header import Header
 from dinfer.verdict.where import moved_lines, rank_text
 
 T = TypeVar("T")
@@ -61,7 +62,8 @@ def decoder_of(
             f"{path} is another checkpoint than the run's: its fingerprint is {found[:16]}…, the run's "
             f"{recorded.checkpoint[:16]}…. Give replay(…, model_path=…) the same one."
         )
-    decoder = given or Decoder.load(path, recorded.dtype, device or _device_like(recorded.device))
+    like = "cuda:0" if recorded.device.startswith("cuda") and torch.cuda.is_available() else "cpu"
+    decoder = given or Decoder.load(path, recorded.dtype, device or like)
     dtype = str(decoder.dtype).removeprefix("torch.")
     if dtype != recorded.dtype:
         raise RecordError(
@@ -71,8 +73,44 @@ def decoder_of(
     return decoder
 
 
-def _device_like(recorded: str) -> str:
-    return "cuda:0" if recorded.startswith("cuda") and torch.cuda.is_available() else "cpu"
+class _RecordedPeers:
+    """The transport of a replayed rank, a Comm for it alone: it receives what its peers sent in the run, from the
+    record, and what it sends is dropped. `positions`: returns where its lanes stand, which tells what they receive
+    next, also after they have gone back."""
+
+    def __init__(self, recorded: RankRecord) -> None:
+        self.rank, self.world_size = recorded.rank, recorded.plan.world_size
+        self.positions: Callable[[], tuple[int, ...]] = lambda: recorded.positions
+        self._recorded = recorded
+        self._payloads: dict[Channel, Tensor] = {}
+
+    def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:  # noqa: ARG002 - nobody receives
+        return monotonic_ns()
+
+    def recv_header(self, channel: Channel) -> bytes:
+        lanes = zip(self._recorded.plan.lanes[self.rank], self.positions(), strict=True)
+        ahead = (lane.ops[at] for lane, at in lanes if at < len(lane.ops) and lane.ops[at].kind == "recv")
+        op = next((op for op in ahead if channel_of(self.rank, op) == channel), None)
+        if op is None:
+            raise RecordError(f"no lane receives from rank {channel.source} now.")
+        payload = self._payloads[channel] = self._recorded.payload(op).contiguous()
+        noted = self._recorded.noted.get((op.chunk, op.layer)) if op.what == "kv" else None
+        tokens = payload.shape[0] if op.what == "kv" else payload.shape[1]
+        return Header(
+            self._recorded.plan.id, op.value, tokens, str(payload.dtype).removeprefix("torch."), payload.nbytes,
+            digests=noted.announced if noted else (0, 0),
+        ).pack()  # fmt: skip
+
+    def recv_payload(self, channel: Channel, out: Tensor) -> None:
+        payload = self._payloads.pop(channel)
+        out.view(-1).view(torch.uint8).copy_(bytes_of(payload))
+
+    def all_gather(self, data: bytes) -> list[bytes]:
+        """The peers answer what this rank says; the replay compares that with the record."""
+        return [data] * self.world_size
+
+    def close(self) -> None:
+        """Nothing to close."""
 
 
 class _ReplayGate(FreeGate):
@@ -124,10 +162,10 @@ class Replay(Displayable, Closing):
         check_states(recorded)
         self._closed = False
         self.recorded, self.rank, self.plan = recorded, recorded.rank, recorded.plan
-        self.notes = [*late_edits(recorded), *left_out(recorded)]
+        self.notes = not_repeated(recorded)
         self.decoder: Decoder = decoder_of(recorded, model_path, device, decoder)
         self._path = ReplayPath(recorded.plan, recorded.rank, recorded.reach)
-        self._peers = RecordedPeers(recorded)
+        self._peers = _RecordedPeers(recorded)
         self._gate = _ReplayGate()
         self.engine = self._new_engine()
         self._begin()
@@ -177,7 +215,11 @@ class Replay(Displayable, Closing):
         with self._rank_threads():
             answer = self._tokens.run(self._add_token)
         new = self.tokens[before:]
-        remark = "" if new else _no_tokens_text(recorded)
+        remark = ""
+        if not new and recorded:
+            remark = f"only {recorded} new tokens were recorded, and all are here"
+        elif not new:
+            remark = "this run was recorded before decode: it has no new tokens"
         text = "".join(self._texts[before:])
         return Decoded(tuple(new), text, answer.ended, before + len(new), remark)
 
@@ -233,22 +275,21 @@ class Replay(Displayable, Closing):
         """The plan need not be proved here: it has run, and a rank alone waits for nobody. The engine's callbacks refer
         to this replay weakly, so that both can be collected."""
         config = self.recorded.config.with_(unsafe=True, backend="gloo", on_corruption="record")
-        compare, note = weakref.WeakMethod(self._compare), weakref.WeakMethod(self._note_corrupt)
+        itself = weakref.ref(self)
 
-        def on_op(event: Event, op: Op) -> None:
-            if found := compare():
-                found(event, op)
+        def on_op(_: Event, op: Op) -> None:
+            if replay := itself():
+                replay._compare(op)
 
         def on_corrupt(corrupt: Corruption) -> None:
-            if found := note():
-                found(corrupt)
+            if replay := itself():
+                replay._note(f"as in the run: {corrupt}")
 
         engine = Engine(
             self.decoder, self._peers, config, on_op=on_op, on_corrupt=on_corrupt, gate=self._gate
         )
-        weakref.finalize(
-            self, engine.release
-        ).atexit = False  # if nobody closes it: its threads would keep it alive
+        # if nobody closes it: its threads would keep it alive
+        weakref.finalize(self, engine.release).atexit = False
         return engine
 
     @contextmanager
@@ -268,9 +309,6 @@ class Replay(Displayable, Closing):
         self._peers.positions = lambda: executor.stand().positions
         self.engine.prompt.state.faults.arm(self.recorded.faults_again, lambda _: None)
         self._applied = 0
-        self._forget_tokens()
-
-    def _forget_tokens(self) -> None:
         self._tokens, self._texts = Tokens(self.engine), list[str]()
 
     def _positions(self) -> LanePositions:
@@ -304,7 +342,7 @@ class Replay(Displayable, Closing):
         self._forward(lower(target, self.recorded.positions))  # before what had not ended, and may fail again
         self._forward(target)
         if target != self._path.reach or before != target:
-            self._forget_tokens()
+            self._tokens, self._texts = Tokens(self.engine), list[str]()
         return self._went(before, target, edited)
 
     def _back(self, target: LanePositions) -> None:
@@ -347,31 +385,40 @@ class Replay(Displayable, Closing):
             lines = tuple(f"rank {self.rank}: {line}" for line in op_lines(self.engine.prompt.state, ops))
         else:
             lines = (moved_lines(self.plan, self._cut(before), self._cut(after))[self.rank],)
-        remark = (
-            self._ended()
-            if self.at_end
-            else ""
-            if before != after
-            else "nothing to do: the rank stands at the start"
-        )
-        return Went(self.rank, before, after, lines, remark, tuple(edited))
+        remark = "" if before != after else "nothing to do: the rank stands at the start"
+        return Went(self.rank, before, after, lines, self._ended() if self.at_end else remark, tuple(edited))
 
     def _ended(self) -> str:
-        return ended_text(self.recorded)
+        """Where the rank stood, so that nothing more can be replayed."""
+        recorded = self.recorded
+        lanes = zip(self.plan.lanes[self.rank], recorded.positions, recorded.begun, strict=True)
+        ahead = [(lane.ops[at], begun) for lane, at, begun in lanes if at < len(lane.ops)]
+        if not ahead:
+            return "the record ends here: the rank had ended prefill"
+        stood = [f"in `{op}`" for op, begun in ahead if begun] or [f"before `{ahead[0][0]}`"]
+        failed = f"; the run failed: {recorded.failure.partition(chr(10))[0]}" if recorded.failure else ""
+        return f"the record ends here: rank {self.rank} stood {' and '.join(stood)}{failed}"
 
     # -- comparing with the run
 
-    def _compare(self, _: Event, op: Op) -> None:
+    def _compare(self, op: Op) -> None:
         for value in op.makes():
             key = value.chunk, value.layer
             noted, entry = self.recorded.noted.get(key), self.engine.prompt.state.ledger.entries.get(key)
             if value.what != "kv" or noted is None or entry is None:
                 continue
-            if as_numbers(entry.digests) != noted.came and not (noted.edited and op.kind == "layer"):
-                self._note(differs_text(op))
-
-    def _note_corrupt(self, found: Corruption) -> None:
-        self._note(f"as in the run: {found}")
+            if as_numbers(entry.digests) == noted.came or (noted.edited and op.kind == "layer"):
+                continue
+            block = f"block c{op.chunk} l{op.layer}"
+            if op.kind == "layer":
+                self._note(
+                    f"{block} has other bytes here than in the run (another machine, version of torch, device or "
+                    "number of threads, other weights, or a fault that was armed there)"
+                )
+            else:
+                self._note(
+                    f"{block} as it was recorded is not what rank {op.peer} had sent: it has changed since"
+                )
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -386,9 +433,3 @@ class Replay(Displayable, Closing):
         elif token != tokens[number]:
             self._note(f"new token {number} is {token} here; in the run it was {tokens[number]}")
             raise RecordError(f"this replay of rank {self.rank} is not the run: {listed(self.notes)}")
-
-
-def _no_tokens_text(recorded: int) -> str:
-    if not recorded:
-        return "this run was recorded before decode: it has no new tokens"
-    return f"only {recorded} new tokens were recorded, and all are here"
