@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import wraps
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -88,6 +89,11 @@ def action(*, alone: bool = True) -> Callable[[RunMethod[P, T]], RunMethod[P, T]
         return called
 
     return decorated
+
+
+def _of_state(name: str, about: str) -> Any:
+    """A property of a run: what its state has under that name."""
+    return property(attrgetter(f"_state.{name}"), doc=about)
 
 
 class Run(Displayable):
@@ -248,10 +254,7 @@ class Run(Displayable):
         """The new tokens so far, the same on every rank."""
         return list(self._state.tokens)
 
-    @property
-    def text(self) -> str:
-        """The text of the new tokens, in whole characters."""
-        return self._state.text
+    text: str = _of_state("text", "The text of the new tokens, in whole characters.")
 
     # -- where it stands, and why
 
@@ -473,6 +476,15 @@ class Run(Displayable):
         hang = self._state.hang
         return hang.ranks if hang and hang.kind in STUCK else ()
 
+    message: str = _of_state("message", "Why the last action stopped.")
+    failure: str = _of_state("failure", "Why the run cannot go on until it is restarted; empty while it can.")
+    silence: str = _of_state("silence", "Which ranks do not answer; empty while all do.")
+    told: Verdict | None = _of_state("hang", "The verdict on a run that hangs; None while it does not.")
+    closed: str = _of_state("closed", "Why the run is over; empty while it is not.")
+    edited: list[str] = _of_state("edited", "What the user has changed by hand on the ranks.")
+    corrupt: list[Corruption] = _of_state("corrupt", "Blocks whose bytes have changed, as they were found.")
+    said: list[str] = _of_state("said", "Messages that the session has not logged yet.")
+
     @property
     def last_call(self) -> str:
         """The text of the last call, whoever made it."""
@@ -483,49 +495,9 @@ class Run(Displayable):
         self._state.last_call = call
 
     @property
-    def message(self) -> str:
-        """Why the last action stopped."""
-        return self._state.message
-
-    @property
-    def failure(self) -> str:
-        """Why the run cannot go on until it is restarted; empty while it can."""
-        return self._state.failure
-
-    @property
-    def silence(self) -> str:
-        """Which ranks do not answer; empty while all do."""
-        return self._state.silence
-
-    @property
-    def told(self) -> Verdict | None:
-        """The verdict on a run that hangs; None while it does not."""
-        return self._state.hang
-
-    @property
     def hang(self) -> str:
-        """The first sentence of that verdict."""
-        return self._state.hang.sentence if self._state.hang else ""
-
-    @property
-    def closed(self) -> str:
-        """Why the run is over; empty while it is not."""
-        return self._state.closed
-
-    @property
-    def edited(self) -> list[str]:
-        """What the user has changed by hand on the ranks."""
-        return self._state.edited
-
-    @property
-    def corrupt(self) -> list[Corruption]:
-        """Blocks whose bytes have changed, in the order of discovery."""
-        return self._state.corrupt
-
-    @property
-    def said(self) -> list[str]:
-        """Messages that the session has not logged yet."""
-        return self._state.said
+        """The first sentence of the verdict on a run that hangs; empty while it does not."""
+        return self.told.sentence if self.told else ""
 
     def __str__(self) -> str:
         plan, chunks = self.plan, len(self.plan.shape.chunks)

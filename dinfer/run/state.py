@@ -17,9 +17,6 @@ from dinfer.results import Where
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.where import where_text
 
-RankBlock = tuple[int, int, int]
-"""(rank, chunk, layer)"""
-
 
 class State(StrEnum):
     """What the run as a whole is doing."""
@@ -60,7 +57,8 @@ class Marks:
     back before it."""
 
     def __init__(self) -> None:
-        self._known: dict[RankBlock, Mark] = {}
+        self._known: dict[tuple[int, int, int], Mark] = {}
+        """by rank, chunk and layer"""
 
     def __iter__(self) -> Iterator[Mark]:
         return iter(list(self._known.values()))
@@ -72,11 +70,11 @@ class Marks:
 
     def note_diff(self, found: Diff, chosen: Selection) -> None:
         """The ranks were compared: replace the marks of all blocks in `chosen` by what was found."""
-        known = dict(self._known)
-        for block in self._known:
-            rank, chunk, layer = block
-            if rank in chosen.ranks and chunk in chosen.spans and layer in chosen.layers:
-                del known[block]
+        known = {
+            (rank, chunk, layer): mark
+            for (rank, chunk, layer), mark in self._known.items()
+            if not (rank in chosen.ranks and chunk in chosen.spans and layer in chosen.layers)
+        }
         for one in reversed(found.differences):  # the first difference of a block gives the text
             if one.chunk is not None:
                 block = (one.rank, one.chunk, one.layer)
