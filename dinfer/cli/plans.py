@@ -3,9 +3,9 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
-import typer
+from typer import Argument, Exit, Option
 
 from dinfer.cli.root import BAD_INPUT, app, stop
 from dinfer.config import Config, ConfigError
@@ -20,53 +20,34 @@ from dinfer.verdict.drawing import cycle_text
 
 @app.command()
 def plan(
-    layers: Annotated[int, typer.Option(help="decoder layers of the model")],
-    tokens: Annotated[int, typer.Option(help="length of the prompt")],
-    world_size: Annotated[int, typer.Option(help="number of ranks")] = 3,
-    chunk_size: Annotated[int, typer.Option(help="tokens per chunk")] = 128,
-    sync_strategy: Annotated[str, typer.Option(help="pairwise or ring")] = "pairwise",
-    schedule: Annotated[str, typer.Option(help="pipelined, lockstep or batched")] = "pipelined",
-    layer_split: Annotated[
-        str, typer.Option(help="first layer of every stage but the first, such as 14,28")
-    ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    layers: Annotated[int, Option(help="decoder layers of the model")],
+    tokens: Annotated[int, Option(help="length of the prompt")],
+    world_size: Annotated[int, Option(help="number of ranks")] = 3,
+    chunk_size: Annotated[int, Option(help="tokens per chunk")] = 128,
+    sync_strategy: Annotated[str, Option(help="pairwise or ring")] = "pairwise",
+    schedule: Annotated[str, Option(help="pipelined, lockstep or batched")] = "pipelined",
+    layer_split: Annotated[str, Option(help="first layer of every stage but the first, such as 14,28")] = "",
+    as_json: Annotated[bool, Option("--json", help="print JSON")] = False,
 ) -> None:
     """Print every rank's lanes, one op per line, and the proof. Status 0: proved; 1: refuted; 2: invalid input."""
+    sizes = {"world_size": world_size, "chunk_size": chunk_size}
+    ways = {"sync_strategy": sync_strategy, "schedule": schedule}
     try:
-        config = Config.of(
-            {
-                "world_size": world_size,
-                "chunk_size": chunk_size,
-                "sync_strategy": sync_strategy,
-                "schedule": schedule,
-                "layer_split": layer_split,
-            }
-        )
-        shape = partition(
-            layers=layers,
-            tokens=tokens,
-            world_size=config.world_size,
-            chunk_size=config.chunk_size,
-            layer_split=config.layer_split or None,
-        )
+        config = Config.of({**sizes, **ways, "layer_split": layer_split})
+        split = config.layer_split or None
+        shape = partition(layers=layers, tokens=tokens, **sizes, layer_split=split)
     except (ConfigError, PlanError) as error:
         stop(error, BAD_INPUT)
     built = build(shape, config.schedule, config.sync_strategy)
     verdict = verify_plan(built)
-    if as_json:
-        _print_json(built, verdict)
-    else:
-        comment = "\n".join(f"# {line}" for line in _verdict_text(verdict).splitlines())
-        print(f"{built.text()}{comment}")
-    raise typer.Exit(0 if verdict.proved else 1)
+    comment = "\n".join(f"# {line}" for line in _in_words(verdict).splitlines())
+    _end(built, verdict, f"{built.text()}{comment}", as_json)
 
 
 @app.command()
 def verify(
-    file: Annotated[
-        str, typer.Argument(help="a plan as text, as `dinfer plan` prints it; - reads standard input")
-    ],
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    file: Annotated[str, Argument(help="a plan as text, as `dinfer plan` prints it; - reads standard input")],
+    as_json: Annotated[bool, Option("--json", help="print JSON")] = False,
 ) -> None:
     """Prove a plan, or print the shortest counterexample. Status 0: proved; 1: refuted; 2: invalid input."""
     try:
@@ -77,20 +58,20 @@ def verify(
     except (UnicodeDecodeError, PlanError) as error:
         stop(error, BAD_INPUT)
     verdict = verify_plan(parsed)
-    if as_json:
-        _print_json(parsed, verdict)
-    else:
-        print(_verdict_text(verdict))
-    raise typer.Exit(0 if verdict.proved else 1)
+    _end(parsed, verdict, _in_words(verdict), as_json)
 
 
-def _verdict_text(verdict: Proof | Counterexample) -> str:
+def _in_words(verdict: Proof | Counterexample) -> str:
     """The verdict in words; a cycle also as a drawing."""
     drawn = cycle_text(verdict) if isinstance(verdict, Counterexample) else ""
     return f"{verdict}\n{drawn}".strip()
 
 
-def _print_json(given: Plan, verdict: Proof | Counterexample) -> None:
+def _end(given: Plan, verdict: Proof | Counterexample, text: str, as_json: bool) -> NoReturn:
+    """Print the text, or the plan and its verdict as JSON, and exit."""
+    if not as_json:
+        print(text)
+        raise Exit(0 if verdict.proved else 1)
     lanes = [
         [{"lane": lane.name, "ops": [str(op) for op in lane.ops]} for lane in rank] for rank in given.lanes
     ]
@@ -102,3 +83,4 @@ def _print_json(given: Plan, verdict: Proof | Counterexample) -> None:
             for p in verdict.places
         ]
     print(json.dumps({**found, "id": f"{given.id:016x}", "ranks": lanes}, ensure_ascii=False, indent=1))
+    raise Exit(0 if verdict.proved else 1)

@@ -1,15 +1,10 @@
 """Shared by all commands: the app, exit statuses, and ending with a message."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
-
-from dinfer.config import ConfigError
-from dinfer.errors import ModelError
-from dinfer.plan.ops import PlanError
+from typer import Exit
 
 app = typer.Typer(
     name="dinfer",
@@ -25,23 +20,12 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 def stop(message: object, status: int) -> NoReturn:
     """Print a message to standard error and exit."""
     print(f"dinfer: {message}", file=sys.stderr)
-    raise typer.Exit(status)
+    raise Exit(status)
 
 
 def log(text: str) -> None:
     """Print a line of progress to standard error."""
     print(text, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def reported() -> Iterator[None]:
-    """End with a message: status 2 for invalid input, 1 for failures."""
-    try:
-        yield
-    except (ConfigError, ModelError, PlanError) as error:
-        stop(error, BAD_INPUT)
-    except RuntimeError as error:
-        stop(error, FAILED)
 
 
 def keep_json(result: dict[str, Any], path: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Exit, Option
 
 from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, keep_json, stop
 from dinfer.config import Config, ConfigError, read_toml
@@ -33,27 +33,26 @@ def run(**given: Any) -> None:
             result = join(config, launched, trace_path)
         else:
             result = _run_here(config, trace_path)
-    except (ConfigError, ModelError, PlanError) as error:
-        _end_quietly_unless_speaker(launched)
-        stop(error, BAD_INPUT)
     except KeyboardInterrupt:
         stop("interrupted; all ranks were ended.", INTERRUPTED)
     except BrokenPipeError:
         sys.stdout = sys.stderr  # closing standard output at exit would fail again
         stop("standard output was closed, so the run and all its ranks were ended.", FAILED)
-    except (OSError, RuntimeError) as error:  # RankFailed is one
-        _end_quietly_unless_speaker(launched)
-        stop(error, FAILED)
+    except (
+        ConfigError,
+        ModelError,
+        PlanError,
+        OSError,
+        RuntimeError,
+    ) as error:  # RankFailed is a RuntimeError
+        if not speaks(launched):
+            # Only one rank reports an error that all ranks have. The others end later, since a launcher ends all ranks
+            # when one ends.
+            time.sleep(SILENCE_S)
+            raise Exit(FAILED) from None
+        stop(error, BAD_INPUT if isinstance(error, ConfigError | ModelError | PlanError) else FAILED)
     if json_path and result:
         keep_json(result, json_path)
-
-
-def _end_quietly_unless_speaker(launched: Launched | None) -> None:
-    """Only one rank reports an error that all ranks have. The others end later, since a launcher ends all ranks when
-    one ends."""
-    if not speaks(launched):
-        time.sleep(SILENCE_S)
-        raise typer.Exit(FAILED)
 
 
 def _run_here(config: Config, trace_path: str | Path) -> dict[str, Any]:
@@ -80,31 +79,29 @@ def _for_launched(values: dict[str, Any], launched: Launched | None) -> dict[str
     return {**values, "world_size": launched.world_size}
 
 
-def _run_signature() -> inspect.Signature:
-    """The options of `run`: one for each parameter of Config, as text, since Config converts and checks values."""
+def _options() -> list[inspect.Parameter]:
+    """Those of `run`: one for each parameter of Config, as text, since Config converts and checks values."""
+
+    def option(name: str, text: str, kind: Any, *flags: str) -> inspect.Parameter:
+        annotation: Any = Annotated[kind | None, Option(*flags, help=text, show_default=False)]
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
     options = [
-        _option("config", "a TOML file with any of these parameters; flags override it", str, "--config"),
-        _option("json", "write the result to this file as JSON", str, "--json"),
-        _option("trace", "write the trace to this file [default: trace.jsonl in log_dir]", str, "--trace"),
+        option("config", "a TOML file with any of these parameters; flags override it", str, "--config"),
+        option("json", "write the result to this file as JSON", str, "--json"),
+        option("trace", "write the trace to this file [default: trace.jsonl in log_dir]", str, "--trace"),
     ]
     for item in fields(Config):
         flag = "--" + item.name.replace("_", "-")
-        flags = [flag, "--model"] if item.name == "model_path" else [flag]
-        if isinstance(item.default, bool):
-            flags = [f"{flag}/--no-{flag[2:]}"]
+        is_switch = isinstance(item.default, bool)
+        flags = [f"{flag}/--no-{flag[2:]}" if is_switch else flag] + ["--model"] * (item.name == "model_path")
         shown = ",".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
         text = item.metadata["help"] + (f" [default: {shown}]" if shown not in ("", False) else "")
-        options.append(_option(item.name, text, bool if isinstance(item.default, bool) else str, *flags))
-    return inspect.Signature(options)
+        options.append(option(item.name, text, bool if is_switch else str, *flags))
+    return options
 
 
-def _option(name: str, text: str, kind: Any, *flags: str) -> inspect.Parameter:
-    annotation: Any = Annotated[kind | None, typer.Option(*flags, help=text, show_default=False)]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-
-
-run.__signature__ = _run_signature()  # type: ignore[attr-defined]
-
-run.__annotations__ = {p.name: p.annotation for p in _run_signature().parameters.values()}
+run.__signature__ = inspect.Signature(_options())  # type: ignore[attr-defined]
+run.__annotations__ = {option.name: option.annotation for option in _options()}
 
 app.command()(run)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Exit, Option
 
 from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, keep_json, log, stop
 from dinfer.config import ConfigError
@@ -13,11 +13,9 @@ from dinfer.trace.read import read_traces
 
 @app.command()
 def doctor(
-    model: Annotated[
-        str, typer.Option(help="a checkpoint folder, whose memory is compared with free memory")
-    ] = "",
-    world_size: Annotated[int, typer.Option(help="number of ranks to try together")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    model: Annotated[str, Option(help="a checkpoint folder, whose memory is compared with free memory")] = "",
+    world_size: Annotated[int, Option(help="number of ranks to try together")] = 3,
+    as_json: Annotated[bool, Option("--json", help="print JSON")] = False,
 ) -> None:
     """Check this machine: versions, devices, network, memory, leftovers. Status 0: all fine; 1: a check failed."""
     from dinfer.doctor.doctor import doctor as examine
@@ -26,13 +24,13 @@ def doctor(
         status = examine(model or None, world_size, as_json)
     except ConfigError as error:
         stop(error, BAD_INPUT)
-    raise typer.Exit(status)
+    raise Exit(status)
 
 
 @app.command()
 def clean(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only print what would be ended")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="only print what would be ended")] = False,
+    as_json: Annotated[bool, Option("--json", help="print JSON")] = False,
 ) -> None:
     """End clusters that dinfer started and whose client has ended. Status 1: a cluster could not be ended."""
     from dinfer.cluster.ipyparallel.clean import clean as find_and_end
@@ -40,15 +38,15 @@ def clean(
 
     text, status = report(find_and_end(dry_run=dry_run), as_json)
     print(text)
-    raise typer.Exit(status)
+    raise Exit(status)
 
 
 @app.command()
 def vscode(
-    folder: Annotated[str, typer.Option(help="the folder that is open in VS Code")] = ".",
+    folder: Annotated[str, Option(help="the folder that is open in VS Code")] = ".",
     config: Annotated[
         str,
-        typer.Option(help="a TOML file with the parameters of the debugged runs; default: the demo model"),
+        Option(help="a TOML file with the parameters of the debugged runs; default: the demo model"),
     ] = "",
 ) -> None:
     """Write VS Code's launch entries into the folder's .vscode/launch.json; entries of other names there stay."""
@@ -67,9 +65,9 @@ def vscode(
 @app.command()
 def report(
     traces: Annotated[
-        list[str], typer.Argument(help="traces of `dinfer run --trace`, or reports; several are compared")
+        list[str], Argument(help="traces of `dinfer run --trace`, or reports; several are compared")
     ],
-    output: Annotated[str, typer.Option("--output", "-o", help="the file to write")] = "report.html",
+    output: Annotated[str, Option("--output", "-o", help="the file to write")] = "report.html",
 ) -> None:
     """Write a self-contained HTML report. Status 0: written; 1: not written; 2: not a trace."""
     try:
@@ -82,9 +80,7 @@ def report(
 
     runs = [trace for _, some in found for trace in some]
     names = [
-        name if len(some) == 1 else f"{name}, run {n}"
-        for name, some in found
-        for n in range(1, len(some) + 1)
+        name if len(some) == 1 else f"{name}, run {n}" for name, some in found for n, _ in enumerate(some, 1)
     ]
     if len(set(names)) < len(names):
         names = [f"{n}: {name}" for n, name in enumerate(names, 1)]
@@ -97,19 +93,17 @@ def report(
 @app.command()
 def lab(
     sample: Annotated[
-        int | None, typer.Option(help="number of cells, spread over the faults; default: the whole matrix")
+        int | None, Option(help="number of cells, spread over the faults; default: the whole matrix")
     ] = None,
-    seed: Annotated[int, typer.Option(help="selects the cells and their order")] = 0,
-    slow_runs: Annotated[
-        int, typer.Option(help="number of additional slow runs, which must raise no alarm")
-    ] = 0,
-    json_path: Annotated[str, typer.Option("--json", help="write the results to this file")] = "",
+    seed: Annotated[int, Option(help="selects the cells and their order")] = 0,
+    slow_runs: Annotated[int, Option(help="number of additional slow runs, which must raise no alarm")] = 0,
+    json_path: Annotated[str, Option("--json", help="write the results to this file")] = "",
     join: Annotated[
-        bool, typer.Option("--join", help="use the running cluster of 3 engines, which are killed on purpose")
+        bool, Option("--join", help="use the running cluster of 3 engines, which are killed on purpose")
     ] = False,
     links: Annotated[
         str,
-        typer.Option(
+        Option(
             help="where links are cut and slowed: namespaces (network namespaces, needs root), transport, or auto: "
             "namespaces if possible"
         ),
@@ -140,4 +134,4 @@ def lab(
     print(score.table())
     if json_path:
         keep_json({**score.as_dict(), "machine": machine(), "versions": versions()}, json_path)
-    raise typer.Exit(status)
+    raise Exit(status)

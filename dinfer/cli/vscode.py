@@ -1,7 +1,6 @@
 """VS Code's launch entries: made here, and put among those that a folder's `.vscode/launch.json` already has."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +38,11 @@ def launch_file(config: str = "") -> Entry:
         for order, strategy in enumerate(("pairwise", "ring"))
     ]
     attached = [_attach(rank) for rank in range(RANKS)]
+    all_ranks = {"name": ALL_RANKS, "configurations": [entry["name"] for entry in ranks], "stopAll": True}
+    attach_to_all = {"name": ATTACH_TO_ALL, "configurations": [entry["name"] for entry in attached]}
     compounds = [
-        {
-            "name": ALL_RANKS,
-            "configurations": [entry["name"] for entry in ranks],
-            "stopAll": True,
-            "presentation": {"group": "1 all", "order": 0},
-        },
-        {
-            "name": ATTACH_TO_ALL,
-            "configurations": [entry["name"] for entry in attached],
-            "presentation": {"group": "4 attach", "order": RANKS},
-        },
+        {**all_ranks, "presentation": {"group": "1 all", "order": 0}},
+        {**attach_to_all, "presentation": {"group": "4 attach", "order": RANKS}},
     ]
     return {"version": "0.2.0", "configurations": [*ranks, *runs, *attached], "compounds": compounds}
 
@@ -61,13 +53,13 @@ def write_entries(folder: str | Path = ".", config: str = "") -> Path:
     path = Path(folder) / ".vscode" / "launch.json"
     if not Path(folder).is_dir():
         raise LaunchFileError(f"there is no folder {str(folder)!r}; name one that exists: --folder PATH.")
-    merged = merged_with(_read(path), launch_file(config), path)
+    merged = _merged(_read(path), launch_file(config), path)
     path.parent.mkdir(exist_ok=True)
     write_whole(path, [json.dumps(merged, ensure_ascii=False, indent=4) + "\n"])
     return path
 
 
-def merged_with(there: Entry, ours: Entry, path: Path) -> Entry:
+def _merged(there: Entry, ours: Entry, path: Path) -> Entry:
     """What was there, with our entries in place of those of the same names, and the others of ours behind them."""
     merged = {"version": ours["version"], **there}
     for kind in ("configurations", "compounds"):
@@ -76,14 +68,10 @@ def merged_with(there: Entry, ours: Entry, path: Path) -> Entry:
             raise LaunchFileError(
                 f"{kind!r} in {path} is not a list of entries; mend it, or move the file away."
             )
-        merged[kind] = _merged(entries, ours[kind])
+        new = {entry["name"]: entry for entry in ours[kind]}
+        merged[kind] = [new.pop(entry.get("name", ""), entry) for entry in entries]
+        merged[kind] += new.values()
     return merged
-
-
-def _merged(there: Iterable[Entry], ours: Iterable[Entry]) -> list[Entry]:
-    new = {entry["name"]: entry for entry in ours}
-    kept = [new.pop(entry.get("name", ""), entry) for entry in there]
-    return [*kept, *new.values()]
 
 
 def _read(path: Path) -> Entry:

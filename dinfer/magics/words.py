@@ -4,7 +4,7 @@ import difflib
 import re
 import shlex
 from argparse import ArgumentError, ArgumentTypeError, Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from IPython.core.error import UsageError
@@ -33,9 +33,16 @@ def split(line: str) -> list[str]:
 
 def read(parser: MagicArgumentParser, words: list[str], names: Names) -> Namespace:
     """The parsed words. `$name` is the value of a variable as it is: text keeps its spaces and quotes, and is never
-    a flag. Raises UsageError."""
-    written = [_in_line(word, names) for word in words]
-    found = _parsed(parser, as_flags(parser, written))
+    a flag. Raises UsageError; for a word that is not a number, with the message of dinfer's own calls."""
+    parser.exit_on_error = False
+    parser.register("type", int, _checked(int, "a whole number"))
+    parser.register("type", float, _checked(float, "a number"))
+    try:
+        found: Namespace = parser.parse_args(_as_flags(parser, [_in_line(word, names) for word in words]))
+    except ArgumentError as error:
+        name = (error.argument_name or "").split("/")[-1].lstrip("-").replace("-", "_")
+        said = str(error.message)
+        raise UsageError(f"{name} {said}" if said.startswith("is '") else str(error)) from None
     for name, value in vars(found).items():
         if isinstance(value, list):
             setattr(found, name, [one for word in value for one in _texts(word, names)])
@@ -52,35 +59,17 @@ def number_or_word(word: str) -> int | str:
         return word
 
 
-def _parsed(parser: MagicArgumentParser, words: list[str]) -> Namespace:
-    """Raises UsageError; for a word that is not a number, with the message of dinfer's own calls."""
-    parser.exit_on_error = False
-    parser.register("type", int, _whole)
-    parser.register("type", float, _real)
-    try:
-        found: Namespace = parser.parse_args(words)
-    except ArgumentError as error:
-        name = (error.argument_name or "").split("/")[-1].lstrip("-").replace("-", "_")
-        said = str(error.message)
-        raise UsageError(f"{name} {said}" if said.startswith("is '") else str(error)) from None
-    return found
+def _checked(kind: Callable[[str], float], what: str) -> Callable[[str], float]:
+    def read_number(word: str) -> float:
+        try:
+            return kind(word)
+        except ValueError:
+            raise ArgumentTypeError(f"is {word!r}; it must be {what}.") from None
+
+    return read_number
 
 
-def _whole(word: str) -> int:
-    try:
-        return int(word)
-    except ValueError:
-        raise ArgumentTypeError(f"is {word!r}; it must be a whole number.") from None
-
-
-def _real(word: str) -> float:
-    try:
-        return float(word)
-    except ValueError:
-        raise ArgumentTypeError(f"is {word!r}; it must be a number.") from None
-
-
-def as_flags(parser: MagicArgumentParser, words: list[str]) -> list[str]:
+def _as_flags(parser: MagicArgumentParser, words: list[str]) -> list[str]:
     """`layer=7` becomes `--layer 7` if that flag exists, a positional value if that exists, and else one of the values
     of `--set`. Raises UsageError for a misspelt name."""
     flags = {flag for action in parser._actions for flag in action.option_strings}
@@ -99,14 +88,10 @@ def as_flags(parser: MagicArgumentParser, words: list[str]) -> list[str]:
             if found and "--set" in flags:
                 _check_spelling(found[1])
             (named if named else plain).append(word)
-    return [*_in_place(places, plain), *named, *(["--set", *values] if values else [])]
-
-
-def _in_place(places: Mapping[str, str], plain: list[str]) -> list[str]:
-    """The positional words in the parser's order, with named ones in their places."""
-    rest = iter(plain)
-    found = [named or next(rest, "") for named in places.values()] if any(places.values()) else []
-    return [*(word for word in found if word), *rest]
+    if any(places.values()):  # words without a name take the places that are left, in the parser's order
+        rest = iter(plain)
+        plain = [word for place in places.values() if (word := place or next(rest, ""))] + list(rest)
+    return [*plain, *named, *(["--set", *values] if values else [])]
 
 
 def _check_spelling(name: str) -> None:
@@ -131,7 +116,5 @@ def _texts(word: object, names: Names) -> list[Any]:
     if not found or found[2] not in names:
         return [word]
     value = names[found[2]]
-    if found[1]:
-        listed = value if isinstance(value, list | tuple) else [value]
-        return [f"{found[1]}{','.join(map(str, listed))}"]
-    return list(map(str, value)) if isinstance(value, list | tuple) else [str(value)]
+    values = list(map(str, value)) if isinstance(value, list | tuple) else [str(value)]
+    return [f"{found[1]}{','.join(values)}"] if found[1] else values

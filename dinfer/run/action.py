@@ -15,13 +15,12 @@ POLL_S = 0.05
 
 
 class Actions:
-    """The lock that an action holds, the text of the last call, the listeners. `check()` raises where the run cannot go
-    on; `interrupted()` is called after a keyboard interrupt."""
+    """`lock`: held by the action that moves the run. `check()` raises where the run cannot go on; `interrupted()` is
+    called after a keyboard interrupt."""
 
     def __init__(self, state: RunState, check: Callable[[], None], interrupted: Callable[[], None]) -> None:
         self._state, self._check, self._interrupted = state, check, interrupted
-        self.last_call = ""
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._listeners: list[Callable[[], None]] = []
         self._seen: object = None
         self._broken: list[Callable[[], None]] = []
@@ -37,7 +36,7 @@ class Actions:
         self._check()
         self._state.replace_message()
         try:
-            with self.alone() if alone else nullcontext():
+            with self.lock if alone else nullcontext():
                 yield
         except KeyboardInterrupt:
             self._interrupted()
@@ -47,29 +46,23 @@ class Actions:
 
     def begin(self, call: str) -> None:
         """Remember the call as its user wrote it. Raises NotPossible for a run that is over."""
-        self.last_call = call
+        self._state.last_call = call
         if self._state.closed:
             raise NotPossible(f"this run is over: {self._state.closed}")
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """No action of another thread moves the run meanwhile."""
-        with self._lock:
-            yield
 
     @contextmanager
     def halted(self, stop: Callable[[], None], timeout: float = float("inf")) -> Iterator[None]:
         """Stop what is under way by `stop()`, and let no action begin meanwhile. After `timeout` seconds the action
         that could not be stopped is no longer waited for."""
         deadline = time.monotonic() + timeout
-        while not (held := self._lock.acquire(timeout=POLL_S)) and time.monotonic() < deadline:
+        while not (held := self.lock.acquire(timeout=POLL_S)) and time.monotonic() < deadline:
             stop()
         try:
             stop()
             yield
         finally:
             if held:
-                self._lock.release()
+                self.lock.release()
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -77,14 +70,14 @@ class Actions:
         and as `check` does for one that moves and cannot go on."""
         while True:
             self.settle()
-            if self._lock.acquire(timeout=POLL_S):
+            if self.lock.acquire(timeout=POLL_S):
                 if self._state.now not in MOVING:
                     break
-                self._lock.release()  # another action has begun since
+                self.lock.release()  # another action has begun since
         try:
             yield
         finally:
-            self._lock.release()
+            self.lock.release()
 
     def settle(self) -> None:
         """Wait until the run stands still. Raises as `hold` does."""
@@ -127,9 +120,9 @@ class Actions:
 
 def call_text(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """The call as its user wrote it, for example `run.step("layer", n=2)`."""
-    parts = [*map(_written, args), *(f"{key}={_written(value)}" for key, value in kwargs.items())]
+
+    def written(value: object) -> str:
+        return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+    parts = [*map(written, args), *(f"{key}={written(value)}" for key, value in kwargs.items())]
     return f"run.{name}({', '.join(parts)})"
-
-
-def _written(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

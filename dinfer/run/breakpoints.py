@@ -12,33 +12,22 @@ from dinfer.results import Breakpoints
 
 
 class BreakpointTable:
-    """`tell` gives the ranks the conditions to look for."""
+    """`tell` gives the ranks the conditions to look for; `view` is what a user sees and changes."""
 
     def __init__(self, config: Config, tell: Callable[[list[dict[str, Any]]], object]) -> None:
         self._config, self._tell = config, tell
         self._found: dict[int, Breakpoint] = {}
         self._count = 0
         self._ahead: list[Breakpoint] = []
+        self.view = Breakpoints(self._found, self.arm)
 
-    def view(self) -> Breakpoints:
-        return Breakpoints(self._found, self.arm)
-
-    def add(
-        self,
-        cuts: Cuts,
-        *,
-        rank: int | None,
-        op: OpKind | None,
-        chunk: int | None,
-        layer: int | None,
-        when: str | None,
-    ) -> Breakpoint:
-        """Set a breakpoint. Raises PlanError where no op of the plan could meet it."""
+    def add(self, cuts: Cuts, op: OpKind | None, when: str | None, **where: int | None) -> Breakpoint:
+        """Set a breakpoint; `where`: rank, chunk and layer. Raises PlanError where no op of the plan could meet it."""
         condition, bound = parse_when(when)
         if condition == "digest" and not self._config.digests:
             raise PlanError(f"when is {when!r}, but this run has digests=False: start it with digests=True.")
         kind = op or ("recv" if condition == "digest" else "layer")
-        one = Breakpoint(self._count + 1, rank, kind, chunk, layer, condition, bound)
+        one = Breakpoint(self._count + 1, op=kind, condition=condition, bound=bound, **where)
         check(one, cuts)
         self._count += 1
         self._found[one.number] = one
@@ -50,12 +39,8 @@ class BreakpointTable:
         return next_stop(cuts, cut, list(self._found.values()))
 
     def expect(self, breakpoints: list[Breakpoint]) -> None:
-        """The run is on its way to these."""
+        """The run is on its way to these; none: it is sent elsewhere than to the next breakpoint."""
         self._ahead = breakpoints
-
-    def forget_ahead(self) -> None:
-        """The run is sent elsewhere than to the next breakpoint."""
-        self._ahead = []
 
     def arrived(self) -> str:
         """The message for a run that has reached its limit; empty if no breakpoint is there."""

@@ -4,7 +4,6 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from dinfer.cluster.lease import RankLease
 from dinfer.cluster.ranks import Pending, RankRefused
 from dinfer.messages import Answer, Command, LimitDecode, NewTokens, StartDecode, StepBackDecode
 from dinfer.model.text import TextStream
@@ -17,33 +16,22 @@ A = TypeVar("A", bound=Answer)
 
 
 class Generation:
-    """`check()` raises where the run cannot go on. `tokens` are those that all ranks have."""
+    """Keeps the tokens of `state`. `check()` raises where the run cannot go on."""
 
-    def __init__(
-        self, ranks: RankLease, state: RunState, check: Callable[[], None], tokenizer: Any | None
-    ) -> None:
-        self._ranks, self._state, self._check, self._tokenizer = ranks, state, check, tokenizer
+    def __init__(self, state: RunState, check: Callable[[], None], tokenizer: Any | None) -> None:
+        self._state, self._ranks, self._check, self._tokenizer = state, state.ranks, check, tokenizer
         self._limiting = threading.Lock()
         """held while the ranks get a new limit: limits of two threads must not mix"""
-        self.begin()
-
-    def begin(self) -> None:
-        """The run begins, or begins again."""
-        self.tokens: list[int] = []
-        self.by_rank: dict[int, list[int]] = {}
-        """the tokens that each rank has reported after the last decode"""
-        self.text = ""
-        self._ended, self._remark = False, ""
 
     def go(self, limit: int, on_text: Callable[[str], None] | None) -> Decoded:
         """Decode until there are `limit` new tokens or the text ends; a keyboard interrupt stops it after a token."""
-        before, seen = len(self.tokens), len(self.text)
+        before, seen = len(self._state.tokens), len(self._state.text)
         with self._limiting:
             self._ask(LimitDecode(limit))
         begun = self._ranks.begin(dict.fromkeys(range(len(self._ranks.ranks)), StartDecode()))
         self._state.note_decoding(is_decoding=True)
         try:
-            self._finish(begun, on_text)
+            last = self._finish(begun, on_text)
         except KeyboardInterrupt:
             self.stop()
             self._finish(begun, on_text)
@@ -51,9 +39,8 @@ class Generation:
         finally:
             self._state.note_decoding(is_decoding=False)
             self._ranks.forget(begun)
-        return Decoded(
-            tuple(self.tokens[before:]), self.text[seen:], self._ended, len(self.tokens), self._remark
-        )
+        tokens, text = self._state.tokens, self._state.text
+        return Decoded(tuple(tokens[before:]), text[seen:], last.ended, len(tokens), last.remark)
 
     def stop(self) -> None:
         """Let every rank finish the token that the fastest rank has begun: all ranks are needed for it."""
@@ -65,7 +52,7 @@ class Generation:
         """Forget all but the first `tokens` new tokens."""
         self.stop()  # an interrupted call may have left ranks waiting
         self._ask(StepBackDecode(tokens))
-        self._take(self.tokens[:tokens], ended=False)
+        self._take(self._state.tokens[:tokens], ended=False)
         return Decoded((), "", False, tokens)
 
     def forget(self) -> None:
@@ -74,17 +61,17 @@ class Generation:
 
     def hear(self) -> None:
         """Take in the text that has arrived."""
-        self.text += "".join(self._ranks.new_texts())
+        self._state.text += "".join(self._ranks.new_texts())
 
-    def _finish(self, begun: Pending[NewTokens], on_text: Callable[[str], None] | None) -> None:
-        shown = len(self.text)
+    def _finish(self, begun: Pending[NewTokens], on_text: Callable[[str], None] | None) -> NewTokens:
+        shown = len(self._state.text)
 
         def meanwhile() -> None:
             nonlocal shown
             self._check()
             self.hear()
-            if on_text and len(self.text) > shown:
-                piece, shown = self.text[shown:], len(self.text)
+            if on_text and len(self._state.text) > shown:
+                piece, shown = self._state.text[shown:], len(self._state.text)
                 on_text(piece)
 
         try:
@@ -94,17 +81,16 @@ class Generation:
             raise
         meanwhile()
         self._take(list(answers[0].tokens), ended=answers[0].ended)
-        self._state.note_tokens()
-        self._remark = answers[0].remark
-        self.by_rank = {rank: list(answer.tokens) for rank, answer in answers.items()}
+        self._state.note_tokens({rank: list(answer.tokens) for rank, answer in answers.items()})
+        return answers[0]
 
     def _take(self, tokens: list[int], *, ended: bool) -> None:
         """Replace the tokens, and their text, in whole characters."""
         self._ranks.new_texts()
-        self.tokens, self._ended, self.by_rank = list(tokens), ended, {}
         stream = TextStream(self._tokenizer) if self._tokenizer else None
-        pieces = [stream.push(token) if stream else f"{token} " for token in self.tokens]
-        self.text = "".join(pieces) + (stream.flush() if stream and ended else "")
+        pieces = [stream.push(token) if stream else f"{token} " for token in tokens]
+        self._state.tokens, self._state.by_rank = tokens, {}
+        self._state.text = "".join(pieces) + (stream.flush() if stream and ended else "")
 
     def _ask(self, command: Command[A]) -> dict[int, A]:
         requests = dict.fromkeys(range(len(self._ranks.ranks)), command)

@@ -4,11 +4,9 @@ import time
 from collections.abc import Sequence
 from itertools import islice
 
-from dinfer.cluster.lease import RankLease
-from dinfer.job import Job
 from dinfer.plan.cut import Cut, is_inside, meet
 from dinfer.run.result import merge
-from dinfer.run.state import RunState, State
+from dinfer.run.state import STANDING, RunState
 from dinfer.trace.events import Event
 from dinfer.trace.trace import Trace
 
@@ -21,8 +19,8 @@ LATE_S = 2.0
 class RunEvents:
     """By rank, in the order of arrival."""
 
-    def __init__(self, job: Job, ranks: RankLease, state: RunState) -> None:
-        self._job, self._ranks, self._state = job, ranks, state
+    def __init__(self, state: RunState) -> None:
+        self._state, self._ranks, self._lanes = state, state.ranks, state.plan.lanes
         self._begun = 0
         """how often the run has begun"""
         self._by_rank: list[list[Event]] = []
@@ -33,7 +31,7 @@ class RunEvents:
         """The run begins, or begins again."""
         with self._ranks.changed:
             self._by_rank = [state.events for state in self._ranks.ranks]
-            self._back = [0] * len(self._by_rank), tuple((0,) * len(lanes) for lanes in self._job.plan.lanes)
+            self._back = [0] * len(self._by_rank), tuple((0,) * len(lanes) for lanes in self._lanes)
             self._begun += 1
 
     def went(self, before: Cut, after: Cut) -> None:
@@ -46,24 +44,20 @@ class RunEvents:
         """The events of all ranks so far. Of a run that stands still, first waits for events still on their way."""
         deadline = time.monotonic() + LATE_S
         with self._ranks.changed:
-            while (
-                self._state.now in (State.PAUSED, State.DONE)
-                and not self._is_whole()
-                and time.monotonic() < deadline
-            ):
+            while self._state.now in STANDING and not self._is_whole() and time.monotonic() < deadline:
                 self._ranks.changed.wait(WAIT_S)
             by_rank = [list(events) for events in self._by_rank]
-        return merge(self._job, by_rank)  # without the lock, which every lane of a rank on threads takes
+        return merge(
+            self._state.job, by_rank
+        )  # without the lock, which every lane of a rank on threads takes
 
     def since(self, read: Sequence[int]) -> tuple[list[Event], list[int]]:
         """The events after those that have been `read`, and the new `read`: how often the run has begun, and the number
         of events of each rank. All events of a run that has begun again."""
         with self._ranks.changed:
-            is_same = read and read[0] == self._begun
-            first = read[1:] if is_same else [0] * len(self._by_rank)
-            new = [events[n:] for n, events in zip(first, self._by_rank, strict=True)]
-            now = self.heard()
-        return [event for events in new for event in events], now
+            first = read[1:] if read and read[0] == self._begun else [0] * len(self._by_rank)
+            new = [event for n, events in zip(first, self._by_rank, strict=True) for event in events[n:]]
+            return new, self.heard()
 
     def heard(self) -> list[int]:
         """How often the run has begun, and the number of events of each rank since."""
@@ -75,9 +69,7 @@ class RunEvents:
         for rank, stand in enumerate(self._state.stands()):
             done = {
                 lane.name: position - 1
-                for lane, position, first in zip(
-                    self._job.plan.lanes[rank], stand.positions, cut[rank], strict=True
-                )
+                for lane, position, first in zip(self._lanes[rank], stand.positions, cut[rank], strict=True)
                 if position > first
             }
             events = self._by_rank[rank]

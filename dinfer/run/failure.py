@@ -19,70 +19,6 @@ class RankFailed(DinferError, RuntimeError):
     """A rank raised or died. The message names rank, op, layer, chunk and the original error."""
 
 
-STOPPED = ("T", "t")
-"""process states after SIGSTOP or under a debugger"""
-
-
-def advice(plan: Plan, ranks: Sequence[RankState], config: Config) -> str:
-    """What to look at first: a stopped rank, one that has not loaded, one that computes, else the network."""
-    if stopped := [rank for rank, state in enumerate(ranks) if state.process in STOPPED]:
-        return (
-            f"{_ranks(stopped)} stopped by a signal or a debugger: let it go on (kill -CONT, or the debugger's "
-            "continue) and run again."
-        )
-    if loading := [
-        rank for rank, state in enumerate(ranks) if state.phase not in ("prefill", "decode", "done")
-    ]:
-        return (
-            f"{_ranks(loading)} still starting or loading: raise start_timeout ({config.start_timeout:g}) if the "
-            f"checkpoint is large or its disk slow; else see {config.log_dir}/rank{loading[0]}.log."
-        )
-    busy = [rank for rank, state in enumerate(ranks) if _computes(plan, rank, state)]
-    if len(busy) == len(ranks):
-        return f"All ranks are computing: if that is only slow, raise timeout ({config.timeout:g}) or lower chunk_size."
-    if busy:
-        return (
-            f"{_ranks(busy)} computing, and the others wait for what comes of it: if that is only slow, raise timeout "
-            f"({config.timeout:g}) or lower chunk_size; if it hangs, a debugger shows where (DINFER_DEBUGPY=1)."
-        )
-    return _waiting(plan, ranks)
-
-
-def _waiting(plan: Plan, ranks: Sequence[RankState]) -> str:
-    """No rank computes: all wait for each other."""
-    waits = [
-        f"rank {rank} for rank {op.peer}"
-        for rank, state in enumerate(ranks)
-        for op in _started(plan, rank, state)[:1]
-        if op.is_transfer
-    ]
-    who = f" ({', '.join(waits)})" if waits else ""
-    return (
-        f"Every rank waits for a peer{who}: prove the plan with dinfer verify, and the links with dinfer doctor; "
-        "a longer timeout will not help."
-    )
-
-
-def _computes(plan: Plan, rank: int, state: RankState) -> bool:
-    if state.phase == "decode":
-        return state.process == "R"
-    return any(not op.is_transfer for op in _started(plan, rank, state))
-
-
-def _started(plan: Plan, rank: int, state: RankState) -> list[Op]:
-    """The ops that a rank has started and not finished."""
-    lanes, stand = plan.lanes[rank], state.stand
-    if state.phase != "prefill" or stand is None or len(stand.positions) != len(lanes):
-        return []
-    places = zip(lanes, stand.positions, stand.started, strict=True)
-    return [lane.ops[position] for lane, position, started in places if started and position < len(lane.ops)]
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    listed = ", ".join(map(str, ranks))
-    return f"Ranks {listed} are" if len(ranks) > 1 else f"Rank {listed} is"
-
-
 SILENT = 257
 """Stands for the exit status of a rank whose watcher has been silent for `silence_limit` seconds."""
 
@@ -103,6 +39,9 @@ def silence_limit(timeout: float) -> float:
     return min(10.0, max(timeout / 2, 3.0))
 
 
+# -- errors and dead ranks
+
+
 def broken(plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], config: Config) -> str | None:
     """The message about errors and dead ranks; None if there are none. `exits[rank]` is set for ranks that ended
     without a result."""
@@ -111,22 +50,20 @@ def broken(plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], 
     errors = [(rank, state.error) for rank, state in enumerate(ranks) if state.error]
     primary = [(rank, error) for rank, error in errors if not error.secondary]
     dead = [rank for rank, code in enumerate(exits) if code is not None and not ranks[rank].error]
-    if primary:
-        rank, error = primary[0]
-        if len(primary) > 1 and len({one.message for _, one in primary}) == 1:
-            return error.message  # all ranks have found it together: it is not about this one
-        return _told(error, rank, config)
-    if dead:
-        if len(dead) > 1 and all(exits[rank] == SILENT for rank in dead) and len(dead) == len(ranks) - 1:
-            return _cut_off(plan, ranks, config)
-        told = [_death(plan, rank, ranks[rank], exits[rank], config) for rank in dead]
+    if len(primary) > 1 and len({error.message for _, error in primary}) == 1:
+        return primary[0][1].message  # all ranks have found it together: it is not about one
+    if primary or (errors and not dead):
+        return _told(*(primary or errors)[0], config)
+    if not dead:
+        return None
+    if len(dead) > 1 and all(exits[rank] == SILENT for rank in dead) and len(dead) == len(ranks) - 1:
+        where = "\n".join(f"rank {rank}: {_position(plan, rank, state)}" for rank, state in enumerate(ranks))
         return (
-            told[0] if config.log_dir else "\n".join([*told, "`session.recover()` brings back who is gone."])
+            f"nothing was heard of any other rank for {silence_limit(config.timeout):g} s: "
+            f"rank 0's host may be cut off; where they stood:\n{where}"
         )
-    if errors:
-        rank, error = errors[0]
-        return _told(error, rank, config)
-    return None
+    told = [_death(plan, rank, ranks[rank], exits[rank], config) for rank in dead]
+    return told[0] if config.log_dir else "\n".join([*told, "`session.recover()` brings back who is gone."])
 
 
 def were_handed_on(ranks: Sequence[RankState]) -> bool:
@@ -134,17 +71,14 @@ def were_handed_on(ranks: Sequence[RankState]) -> bool:
     return any(state.handed_on for state in ranks)
 
 
-def is_certain(ranks: Sequence[RankState], exits: Sequence[int | None]) -> bool:
+def is_final(ranks: Sequence[RankState], exits: Sequence[int | None]) -> bool:
     """Whether nothing more will be heard of a failure: its cause is known, and dead ranks have reported their last
-    position. Errors of ranks that lost their peer often arrive before."""
+    position. Errors of ranks that lost their peer often arrive before; and where a rank has received a wrong message,
+    it shows who is to blame where its sender comes to a stand."""
     dead = [rank for rank, code in enumerate(exits) if code is not None]
-    raised = any(state.error and not state.error.secondary for state in ranks)
-    return bool(dead or raised) and all(ranks[rank].gone for rank in dead)
-
-
-def is_about_a_message(ranks: Sequence[RankState]) -> bool:
-    """Whether a rank has received a message other than the expected one."""
-    return any(state.error and state.error.came for state in ranks)
+    errors = [state.error for state in ranks if state.error]
+    is_known = bool(dead) or any(not error.secondary for error in errors)
+    return is_known and all(ranks[rank].gone for rank in dead) and not any(error.came for error in errors)
 
 
 def silent_text(plan: Plan, rank: int, state: RankState) -> str:
@@ -156,7 +90,19 @@ def silent_text(plan: Plan, rank: int, state: RankState) -> str:
     )
 
 
-def _told(error: Failed, rank: int, config: Config) -> str:
+def ending(code: int | None, config: Config) -> str:
+    """How a process has ended, by its exit status; a phrase that follows `rank N`."""
+    if code == SILENT:
+        limit = silence_limit(config.timeout)
+        return f"has not been heard of for {limit:g} s: its host or the network to it may be down"
+    if code == LOST:
+        return "is gone: its process ended without a word"
+    if code and code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit status {code}"
+
+
+def _told(rank: int, error: Failed, config: Config) -> str:
     message = error.message
     named = message if message.startswith(f"rank {rank} ") else f"rank {rank}: {message}"
     if error.log_trouble:
@@ -176,49 +122,82 @@ def _death(plan: Plan, rank: int, state: RankState, code: int | None, config: Co
     return f"{printed}\n{UNASKED}" if code == -signal.SIGKILL else printed
 
 
-def _cut_off(plan: Plan, ranks: Sequence[RankState], config: Config) -> str:
-    where = "\n".join(f"rank {rank}: {_position(plan, rank, state)}" for rank, state in enumerate(ranks))
-    return (
-        f"nothing was heard of any other rank for {silence_limit(config.timeout):g} s: "
-        f"rank 0's host may be cut off; where they stood:\n{where}"
-    )
-
-
-def ending(code: int | None, config: Config) -> str:
-    """How a process has ended, by its exit status; a phrase that follows `rank N`."""
-    if code == SILENT:
-        limit = silence_limit(config.timeout)
-        return f"has not been heard of for {limit:g} s: its host or the network to it may be down"
-    if code == LOST:
-        return "is gone: its process ended without a word"
-    if code and code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
-    return f"ended with exit status {code}"
-
-
-def _is_paused(ranks: Sequence[RankState]) -> bool:
-    """Whether every lane stands at its limit: the user takes their time."""
-    return all(
-        state.phase == "prefill" and state.stand and state.stand.at_limits and not any(state.stand.started)
-        for state in ranks
-    )
+# -- a standstill
 
 
 def standstill(plan: Plan, ranks: Sequence[RankState], config: Config, now: float) -> str | None:
     """The message about a run in which nothing has moved for `timeout` seconds; None if it is not so."""
-    if _is_paused(ranks):
-        return None
+    if all(
+        state.phase == "prefill" and state.stand and state.stand.at_limits and not any(state.stand.started)
+        for state in ranks
+    ):
+        return None  # every lane stands at its limit: the user takes their time
     quiet = now - max(state.progressed for state in ranks)
     running = any(state.phase in ("prefill", "decode") for state in ranks)
     if quiet < (config.timeout if running else config.start_timeout):
         return None
     where = "\n".join(
-        f"rank {rank}: {_position(plan, rank, state)}{' (its process is stopped)' if state.process == 'T' else ''}"
+        f"rank {rank}: {_position(plan, rank, state)}{' (its process is stopped)' * (state.process == 'T')}"
         for rank, state in enumerate(ranks)
     )
     limit = "timeout" if running else "start_timeout"
     told = f"no rank has made progress for {quiet:.0f} s ({limit}); where they stand:\n{where}"
     return f"{told}\n{advice(plan, ranks, config)}"
+
+
+def advice(plan: Plan, ranks: Sequence[RankState], config: Config) -> str:
+    """What to look at first: a stopped rank, one that has not loaded, one that computes, else the network."""
+    if stopped := [rank for rank, state in enumerate(ranks) if state.process in ("T", "t")]:
+        return (
+            f"{_ranks_are(stopped)} stopped by a signal or a debugger: let it go on (kill -CONT, or the debugger's "
+            "continue) and run again."
+        )
+    if loading := [n for n, state in enumerate(ranks) if state.phase not in ("prefill", "decode", "done")]:
+        return (
+            f"{_ranks_are(loading)} still starting or loading: raise start_timeout ({config.start_timeout:g}) if the "
+            f"checkpoint is large or its disk slow; else see {config.log_dir}/rank{loading[0]}.log."
+        )
+    started = [_started(plan, rank, state) for rank, state in enumerate(ranks)]
+    busy = [
+        rank
+        for rank, state in enumerate(ranks)
+        if (
+            state.process == "R"
+            if state.phase == "decode"
+            else any(not op.is_transfer for op in started[rank])
+        )
+    ]
+    if len(busy) == len(ranks):
+        return f"All ranks are computing: if that is only slow, raise timeout ({config.timeout:g}) or lower chunk_size."
+    if busy:
+        return (
+            f"{_ranks_are(busy)} computing, and the others wait for what comes of it: if that is only slow, raise "
+            f"timeout ({config.timeout:g}) or lower chunk_size; if it hangs, a debugger shows where (DINFER_DEBUGPY=1)."
+        )
+    waits = [
+        f"rank {rank} for rank {ops[0].peer}"
+        for rank, ops in enumerate(started)
+        if ops and ops[0].is_transfer
+    ]
+    who = f" ({', '.join(waits)})" if waits else ""
+    return (
+        f"Every rank waits for a peer{who}: prove the plan with dinfer verify, and the links with dinfer doctor; "
+        "a longer timeout will not help."
+    )
+
+
+def _started(plan: Plan, rank: int, state: RankState) -> list[Op]:
+    """The ops that a rank has started and not finished."""
+    lanes, stand = plan.lanes[rank], state.stand
+    if state.phase != "prefill" or stand is None or len(stand.positions) != len(lanes):
+        return []
+    places = zip(lanes, stand.positions, stand.started, strict=True)
+    return [lane.ops[position] for lane, position, started in places if started and position < len(lane.ops)]
+
+
+def _ranks_are(ranks: Sequence[int]) -> str:
+    listed = ", ".join(map(str, ranks))
+    return f"Ranks {listed} are" if len(ranks) > 1 else f"Rank {listed} is"
 
 
 def _position(plan: Plan, rank: int, state: RankState) -> str:

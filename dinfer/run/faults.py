@@ -6,7 +6,6 @@ from typing import Any
 from dinfer.display import Displayable
 from dinfer.engine.board import Stand
 from dinfer.errors import NoSuch
-from dinfer.job import Job
 from dinfer.messages import FaultStruck
 from dinfer.plan.faults import KINDS, Fault, TokenSizes, fault_of
 from dinfer.plan.ops import PlanError, Value
@@ -42,8 +41,8 @@ class Armed(Displayable):
     """The armed faults of a run, by number; removing one here disarms it on the ranks. `tell` gives the ranks the full
     list."""
 
-    def __init__(self, job: Job, state: RunState, tell: Callable[[list[dict[str, Any]]], object]) -> None:
-        self._job, self._state, self._tell = job, state, tell
+    def __init__(self, state: RunState, tell: Callable[[list[dict[str, Any]]], object]) -> None:
+        self._state, self._tell = state, tell
         self._found: dict[int, Injected] = {}
         self._count = 0
 
@@ -74,14 +73,14 @@ class Armed(Displayable):
     def inject(self, stands: Sequence[Stand], kind: str, **chosen: Any) -> Injected:
         """Arm a fault of a run whose ranks stand there; it is forgotten if a rank refuses it. Raises PlanError for a
         run that moves, and for a fault that is not possible."""
-        plan, spec, dtype = self._job.plan, self._job.spec, self._job.config.dtype
+        plan, spec, dtype = self._state.plan, self._state.job.spec, self._state.job.config.dtype
         if state_of_lanes(plan, stands) == State.RUNNING:
             raise PlanError(
                 "the run is moving, so what a fault meets would be luck: run.pause() first, then run.inject(…)."
             )
         sizes = TokenSizes(spec.kv_heads, spec.head_dim, spec.dtype if dtype == "auto" else dtype)
         fault = fault_of(self._count + 1, kind, plan.shape, sizes, **chosen)
-        _check_in_time(fault, _made(plan, stands))
+        _check_in_time(fault, plan, stands)
         self._count = fault.number
         found = self._found[fault.number] = Injected(fault)
         try:
@@ -127,24 +126,13 @@ class Armed(Displayable):
             )
 
 
-def _made(plan: Plan, stands: Sequence[Stand]) -> list[set[Value]]:
-    """The values that each rank holds."""
-    return [
-        {
-            value
-            for lane, n in zip(lanes, stand.positions, strict=True)
-            for op in lane.ops[:n]
-            for value in op.makes()
-        }
-        for lanes, stand in zip(plan.lanes, stands, strict=True)
-    ]
-
-
-def _check_in_time(fault: Fault, made: list[set[Value]]) -> None:
+def _check_in_time(fault: Fault, plan: Plan, stands: Sequence[Stand]) -> None:
     """Raises PlanError for a fault that strikes before a block is complete, if it is complete already."""
     if fault.where == "memory" or fault.rank is None:
         return
-    if Value("kv", fault.chunk, fault.layer) in made[fault.rank]:
+    lanes = zip(plan.lanes[fault.rank], stands[fault.rank].positions, strict=True)
+    done = (op for lane, position in lanes for op in lane.ops[:position])
+    if any(Value("kv", fault.chunk, fault.layer) in op.makes() for op in done):
         block = f"block c{fault.chunk} l{fault.layer}"
         came = "been computed" if fault.where == "compute" else f"arrived on rank {fault.rank}"
         also = ", or use where='memory'" if "memory" in KINDS[fault.kind].wheres else ""

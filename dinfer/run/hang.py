@@ -4,11 +4,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
-from dinfer.cluster.lease import RankLease
-from dinfer.job import Job
 from dinfer.monitor.signs import HangEvidence
 from dinfer.monitor.watch import HangWatch
-from dinfer.run.failure import RankFailed, broken, ending, is_about_a_message, is_certain, silent_text
+from dinfer.run.failure import RankFailed, broken, ending, is_final, silent_text
 from dinfer.run.state import RunState, State
 from dinfer.run.stepper import NoProgress
 from dinfer.verdict.verdict import Verdict
@@ -36,16 +34,15 @@ class Hung(NoProgress):
 class Health:
     """The health of one run. `look` is called often, on the session's thread."""
 
-    def __init__(self, job: Job, ranks: RankLease, state: RunState) -> None:
-        self._job, self._ranks, self._state = job, ranks, state
-        self._broken_at: float | None = None
-        self._watch = HangWatch(job, ranks)
+    def __init__(self, state: RunState) -> None:
+        self._state, self._ranks = state, state.ranks
+        self.begin({})
 
     def begin(self, plan_ids: Mapping[int, int]) -> None:
         """The run begins, or begins again, with these ids of each rank's plan."""
-        self._watch = HangWatch(self._job, self._ranks)
+        self._watch = HangWatch(self._state.job, self._ranks)
         self._watch.plan_ids = plan_ids
-        self._broken_at = None
+        self._broken_at: float | None = None
 
     def check(self) -> None:
         """Raises RankFailed where a rank has failed or does not answer, and Hung where the run hangs."""
@@ -54,15 +51,12 @@ class Health:
             self._look_for_failure()
         if state.failure:
             raise RankFailed(state.failure)
-        silent = [silent_text(self._job.plan, rank, ranks.ranks[rank]) for rank in ranks.silent()]
-        state.note_silence("\n".join(silent))
+        state.note_silence(
+            "\n".join(silent_text(state.plan, rank, ranks.ranks[rank]) for rank in ranks.silent())
+        )
         if state.silence:
             raise RankFailed(state.silence)
-        self.check_moving()
-
-    def check_moving(self) -> None:
-        """Raises Hung where the run hangs."""
-        if (hang := self._state.hang) and hang.is_hung and self._is_moving():
+        if (hang := state.hang) and hang.is_hung and self._is_moving():
             raise Hung(hang)
 
     def look(self) -> None:
@@ -89,11 +83,6 @@ class Health:
         sentence = self.verdict().sentence
         return self._watch.evidence(decoding=self._is_decoding(), ended=self._ended(), sentence=sentence)
 
-    def stuck_ranks(self) -> tuple[int, ...]:
-        """Ranks in an op that does not end, according to the verdict."""
-        hang = self._state.hang
-        return hang.ranks if hang and hang.kind in STUCK else ()
-
     def _is_moving(self) -> bool:
         return self._state.now in (State.RUNNING, State.DECODING)
 
@@ -103,20 +92,18 @@ class Health:
 
     def _look_for_failure(self) -> None:
         ranks, exits, now = self._ranks.ranks, self._ranks.exits(), time.monotonic()
-        found = broken(self._job.plan, ranks, exits, self._job.config)
+        found = broken(self._state.plan, ranks, exits, self._state.job.config)
         self._broken_at = (self._broken_at or now) if found else None
-        # Where the sender of a wrong message comes to a stand shows who is to blame.
-        is_final = is_certain(ranks, exits) and not is_about_a_message(ranks)
-        if found and self._broken_at and now - self._broken_at >= (0.0 if is_final else GRACE_S):
+        grace = 0.0 if is_final(ranks, exits) else GRACE_S
+        if found and self._broken_at and now - self._broken_at >= grace:
             verdict = self.judge(is_moving=False)
             self._state.fail(f"{verdict.sentence}\n{found}" if verdict.kind in ABOUT_MESSAGES else found)
 
     def _ended(self) -> dict[int, str]:
         """How the processes of ranks have ended, or seem to have."""
+        config = self._state.job.config
         found = {
-            rank: ending(code, self._job.config)
-            for rank, code in enumerate(self._ranks.exits())
-            if code is not None
+            rank: ending(code, config) for rank, code in enumerate(self._ranks.exits()) if code is not None
         }
         for rank in self._ranks.silent():
             if self._ranks.ranks[rank].stopped is None:

@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 import torch
 
 from dinfer.cluster.kv import Live
-from dinfer.cluster.lease import RankLease, RunOver
+from dinfer.cluster.lease import RunOver
 from dinfer.cluster.ranks import RankRefused
-from dinfer.job import Job
 from dinfer.kv.difference import Diff
 from dinfer.kv.hidden import AttentionWeights, Hidden, attention_of, hidden_of
 from dinfer.kv.reference.comparison import Comparison
@@ -34,7 +33,6 @@ from dinfer.model.text import texts_of
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import within
 from dinfer.run.action import Actions
-from dinfer.run.decode import Generation
 from dinfer.run.failure import RankFailed, silent_text
 from dinfer.run.state import RunState
 from dinfer.run.stepper import NoProgress
@@ -51,17 +49,10 @@ class RunInspector:
     """Works also on a run that has failed, as far as its ranks answer. `check()` raises where the run cannot go on."""
 
     def __init__(
-        self,
-        job: Job,
-        ranks: RankLease,
-        state: RunState,
-        actions: Actions,
-        generation: Generation,
-        check: Callable[[], None],
-        tokenizer: Any | None,
+        self, state: RunState, actions: Actions, check: Callable[[], None], tokenizer: Any | None
     ) -> None:
-        self._job, self._ranks, self._state, self._actions = job, ranks, state, actions
-        self._generation, self._check, self._tokenizer = generation, check, tokenizer
+        self._job, self._ranks, self._state, self._actions = state.job, state.ranks, state, actions
+        self._check, self._tokenizer = check, tokenizer
         self._texts = lru_cache(maxsize=1)(self._token_texts)
 
     def kv(self, *, layer: int | None, chunk: int | None, rank: int | None) -> KV:
@@ -90,7 +81,7 @@ class RunInspector:
     def live(self) -> Live:
         """What the ranks hold now, also of a run that moves or has failed, as far as its ranks answer."""
         spec, dtype = self._job.spec, self._job.config.dtype
-        ids = (*self._job.ids, *self._generation.tokens)
+        ids = (*self._job.ids, *self._state.tokens)
         standing = [
             at_text(lanes, stand.positions)
             if any(at < len(lane.ops) for lane, at in zip(lanes, stand.positions, strict=True))

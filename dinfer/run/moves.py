@@ -4,17 +4,13 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from dinfer.cluster.lease import RankLease
-from dinfer.job import Job
 from dinfer.plan.cut import Cut, Unit
 from dinfer.plan.ops import PlanError
 from dinfer.results import Moved
 from dinfer.run.breakpoints import BreakpointTable
-from dinfer.run.decode import Generation
-from dinfer.run.events import RunEvents
 from dinfer.run.failure import RankFailed
 from dinfer.run.state import RunState
-from dinfer.run.stepper import Move, NoProgress, RemoteFleet, Stepper
+from dinfer.run.stepper import Fleet, Move, NoProgress, Stepper
 from dinfer.verdict.where import moved_lines
 
 INTERRUPT_S = 1.5
@@ -25,27 +21,26 @@ FASTEST = 100.0
 
 
 class Moves:
-    """A stepper with breakpoints. A plan that was refuted has no consistent cuts: it can only be let go."""
+    """A stepper with breakpoints. A plan that was refuted has no consistent cuts: it can only be let go. `check()`
+    raises where the run cannot go on; `went(move)` is called after every move to a cut."""
 
     def __init__(
         self,
-        job: Job,
-        ranks: RankLease,
         state: RunState,
         breakpoints: BreakpointTable,
-        generation: Generation,
-        events: RunEvents,
         check: Callable[[], None],
+        went: Callable[[Move], None],
     ) -> None:
-        self._job, self._state, self._breakpoints = job, state, breakpoints
-        self._generation, self._events = generation, events
-        self._fleet = RemoteFleet(job.plan, ranks, check)
+        self._state, self._breakpoints, self._went = state, breakpoints, went
+        self._fleet = Fleet(state.plan, state.ranks, check)
         self._stepper: Stepper | None = None
-        self._stop_playing = threading.Event()
+        self.stop_playing = threading.Event()
+        """set: `play` makes no further step"""
 
     def begin(self) -> None:
         """All ranks stand before their first op."""
-        self._stepper = Stepper(self._fleet, self._job.config.timeout) if self._job.verdict.proved else None
+        job = self._state.job
+        self._stepper = Stepper(self._fleet, job.config.timeout) if job.verdict.proved else None
 
     @property
     def stepper(self) -> Stepper:
@@ -64,35 +59,40 @@ class Moves:
     def leaving(self) -> Stepper:
         """The stepper, for a move to elsewhere than the next breakpoint. Raises PlanError."""
         stepper = self.stepper
-        self._breakpoints.forget_ahead()
+        self._breakpoints.expect([])
         return stepper
 
     def moved(self, move: Move) -> Moved:
-        """A move as its user sees it. What was known of blocks and tokens behind it no longer holds."""
-        self._note(move)
+        """A move as its user sees it."""
+        self._went(move)
         return self._as_moved(move.before, move)
 
-    def play(self, unit: Unit, per_second: float, alone: Callable[[], AbstractContextManager[None]]) -> Moved:
-        """Step at that pace, each step `alone()`, until a breakpoint, the end of prefill, or `stop_playing`. Raises
+    def play(self, unit: Unit, per_second: float, alone: AbstractContextManager[object]) -> Moved:
+        """Step at that pace, each step `alone`, until a breakpoint, the end of prefill, or `stop_playing`. Raises
         PlanError for a pace out of range."""
         if not 0 < per_second <= FASTEST:
             raise PlanError(
                 f"per_second is {per_second}; it must be above 0 and at most {FASTEST:g}: run.resume() is the fastest."
             )
-        self._stop_playing.clear()
-        first = last = self._play(unit, alone)
-        while last.moved and not last.stopped and not self._stop_playing.wait(1 / per_second):
-            last = self._play(unit, alone)
-        return self._as_moved(first.before, last)
-
-    def stop_playing(self) -> None:
-        """Make no further step."""
-        self._stop_playing.set()
+        self.stop_playing.clear()
+        start: Cut = ()
+        while True:
+            with alone:
+                stepper = self.leaving()
+                limit, met = self._breakpoints.ahead(stepper.cuts, stepper.pause())
+                move = stepper.step_towards(limit, unit)
+                if met and move.after == limit:
+                    self._breakpoints.expect(met)  # so that `arrived` names them
+                    move = move._replace(stopped=True)
+                self._went(move)
+            start = start or move.before
+            if not move.moved or move.stopped or self.stop_playing.wait(1 / per_second):
+                return self._as_moved(start, move)
 
     def resume(self) -> None:
         """Let the ranks go on to the next breakpoint, or the end of prefill; returns at once."""
         if self._stepper is None:
-            end = tuple(tuple(len(lane.ops) for lane in lanes) for lanes in self._job.plan.lanes)
+            end = tuple(tuple(len(lane.ops) for lane in lanes) for lanes in self._state.plan.lanes)
             self._fleet.set_limits(end)
             return
         limit, met = self._breakpoints.ahead(self._stepper.cuts, self._stepper.pause())
@@ -111,7 +111,7 @@ class Moves:
         if self._stepper is None:
             self._fleet.freeze()
         else:
-            self._breakpoints.forget_ahead()
+            self._breakpoints.expect([])
             self._stepper.pause()
 
     def pause_order(self, order: int, why: str) -> bool:
@@ -126,39 +126,13 @@ class Moves:
 
     def interrupted(self) -> None:
         """After a keyboard interrupt: stop at the next cut, mostly before this returns."""
-        self._breakpoints.forget_ahead()
+        self._breakpoints.expect([])
         try:
             if self._stepper and not self._state.is_decoding:
                 self._stepper.pause(INTERRUPT_S)
             self._state.say("interrupted: the run is paused")
         except (NoProgress, RankFailed, TimeoutError) as error:
             self._state.say(f"interrupted; the ranks stop as soon as their ops end: {error}")
-
-    def not_done(self) -> str:
-        """Why decode cannot begin yet, and what to do."""
-        clear = "; run.breakpoints.clear() removes all breakpoints" * bool(self._breakpoints.view())
-        return (
-            f"prefill is not done: {self._state.message or 'it was paused'}\n"
-            f"run.resume() or run.decode() goes on from there{clear}"
-        )
-
-    def _play(self, unit: Unit, alone: Callable[[], AbstractContextManager[None]]) -> Move:
-        """One step, but not past the next breakpoint."""
-        with alone():
-            stepper = self.leaving()
-            limit, met = self._breakpoints.ahead(stepper.cuts, stepper.pause())
-            move = stepper.step_towards(limit, unit)
-            if met and move.after == limit:
-                self._breakpoints.expect(met)  # so that `arrived` names them
-                move = move._replace(stopped=True)
-            self._note(move)
-            return move
-
-    def _note(self, move: Move) -> None:
-        self._state.marks.went(self._job.plan, move.before, move.after)
-        self._events.went(move.before, move.after)
-        if move.after != self.stepper.cuts.end:
-            self._generation.forget()
 
     def _as_moved(self, before: Cut, move: Move) -> Moved:
         remark = ""
@@ -167,5 +141,5 @@ class Moves:
         elif not move.moved:
             is_end = move.after == self.stepper.cuts.end
             remark = f"nothing to do: the run stands at the {'end of prefill' if is_end else 'start'}"
-        lines = moved_lines(self._job.plan, before, move.after)
+        lines = moved_lines(self._state.plan, before, move.after)
         return Moved(before, move.after, move.stopped, tuple(lines), remark, tuple(self._state.edited))

@@ -12,24 +12,19 @@ import torch
 from torch import Tensor
 
 from dinfer.cluster.kv import Live
-from dinfer.cluster.lease import RankLease
 from dinfer.cluster.ranks import RankRefused, answers
 from dinfer.engine.prompt import Edit
-from dinfer.job import Job
 from dinfer.kv.ledger import BlockKey
 from dinfer.messages import EditedBlocks, ListKv, ReadBlocks, ReadEdit, ReadFinalHidden, ReadNotes
 from dinfer.plan.ops import PlanError
-from dinfer.run.action import Actions
 from dinfer.run.breakpoints import BreakpointTable
-from dinfer.run.decode import Generation
 from dinfer.run.events import RunEvents
 from dinfer.run.failure import RankFailed
 from dinfer.run.faults import Armed
 from dinfer.run.hang import Health
 from dinfer.run.inspect import RunInspector
-from dinfer.run.report import Reporter, findings_of_job, kv_finding
-from dinfer.run.reproduce import Done, parameters
-from dinfer.run.state import RunState, Standing, State
+from dinfer.run.report import Done, Reporter, findings_of_job, kv_finding, parameters
+from dinfer.run.state import STANDING, RunState, Standing, State
 from dinfer.run.stepper import NoProgress
 from dinfer.saved.replay.record import Own, RankRecord, check_rank, received_by, record_of
 from dinfer.saved.write import Content, check_free, chosen_layers, write
@@ -46,46 +41,37 @@ ANSWER_S = 5.0
 class RunRecorder:
     """Reads the other parts of a run. `look()` takes in news of the ranks."""
 
-    job: Job
-    ranks: RankLease
-    devices: Sequence[str]
     state: RunState
-    actions: Actions
     health: Health
     breakpoints: BreakpointTable
     faults: Armed
-    generation: Generation
     events: RunEvents
     inspector: RunInspector
     look: Callable[[], None]
 
     def standing(self) -> Standing:
         """The run at this moment; returns at once."""
-        with self.ranks.changed:
-            known = list(self.ranks.ranks)
-            stands, (state, reason) = self.state.stands(), self.state.decide()
-            hang = self.state.hang
-            alive = tuple(not one.gone for one in known)
-            memory = tuple(one.memory for one in known)
-            device_memory = tuple(one.device_memory for one in known)
-            tokens = tuple(one.decoded for one in known)
-        return Standing(
-            stands,
-            state,
-            reason,
-            decoded=len(self.generation.tokens),
-            text=self.generation.text,
-            devices=tuple(self.devices),
-            alive=alive,
-            last_call=self.actions.last_call,
-            faults=tuple(map(str, self.faults)),
-            marks=(*self.faults.marks(), *self.state.marks),
-            memory=memory,
-            tokens=tokens,
-            verdict=str(hang or ""),
-            device_memory=device_memory,
-            over=self.state.closed,
-        )
+        state = self.state
+        with state.ranks.changed:
+            known = state.ranks.ranks
+            now, reason = state.decide()
+            return Standing(
+                state.stands(),
+                now,
+                reason,
+                decoded=len(state.tokens),
+                text=state.text,
+                devices=tuple(state.devices),
+                alive=tuple(not one.gone for one in known),
+                last_call=state.last_call,
+                faults=tuple(map(str, self.faults)),
+                marks=(*self.faults.marks(), *state.marks),
+                memory=tuple(one.memory for one in known),
+                tokens=tuple(one.decoded for one in known),
+                verdict=str(state.hang or ""),
+                device_memory=tuple(one.device_memory for one in known),
+                over=state.closed,
+            )
 
     # -- a report
 
@@ -101,20 +87,32 @@ class RunRecorder:
         self, reporter: Reporter | None, *, prompt: bool = False, environment: bool = False
     ) -> Findings:
         """What is known of the run now, besides its events."""
-        standing, state, breakpoints = self.standing(), self.state, self.breakpoints.view()
+        standing, state, breakpoints = self.standing(), self.state, self.breakpoints.view
         done = Done(
             [one.fault.call for one in self.faults],
             [one.call for one in breakpoints],
-            len(self.generation.tokens),
+            len(state.tokens),
             edited=bool(state.edited),
         )
+        digests = self._digests()
+        ranks = tuple(
+            RankFinding(
+                rank=rank,
+                device=state.devices[rank],
+                threads=state.job.config.threads,
+                kv_sha256=digests[rank],
+                tokens=tuple(state.by_rank[rank]) if rank in state.by_rank else None,
+                error=known.error.traceback if known.error else "",
+            )
+            for rank, known in enumerate(state.ranks.ranks)
+        )
         return replace(
-            findings_of_job(self.job, done, prompt=prompt),
+            findings_of_job(state.job, done, prompt=prompt),
             made=time.strftime("%Y-%m-%d %H:%M"),
             state=str(standing.state),
             failure=state.failure or state.silence or (state.hang.sentence if state.hang else ""),
             positions=tuple(stand.positions for stand in standing.stands),
-            ranks=self._rank_findings(),
+            ranks=ranks,
             message=standing.message,
             breakpoints=tuple(map(str, breakpoints)),
             hits=tuple(state.story),
@@ -125,30 +123,16 @@ class RunRecorder:
             marks=tuple(tuple(mark) for mark in standing.marks),
             log=tuple(reporter.log) if reporter else (),
             others=tuple(reporter.others()) if reporter else (),
-            text=self.generation.text if prompt else None,
+            text=state.text if prompt else None,
             chunk_texts=tuple(self.inspector.chunk_labels()) if prompt else (),
             environment=dict(sorted(os.environ.items())) if environment else None,
-        )
-
-    def _rank_findings(self) -> tuple[RankFinding, ...]:
-        digests, tokens = self._digests(), self.generation.by_rank
-        return tuple(
-            RankFinding(
-                rank=rank,
-                device=self.devices[rank],
-                threads=self.job.config.threads,
-                kv_sha256=digests[rank],
-                tokens=tuple(tokens[rank]) if rank in tokens else None,
-                error=state.error.traceback if state.error else "",
-            )
-            for rank, state in enumerate(self.ranks.ranks)
         )
 
     def _kv_finding(self, *, labels: bool) -> KvFinding | None:
         """None where nothing can be compared or ranks do not answer: the report says so. `labels`: with the text of
         tokens."""
         with suppress(RankFailed, RankRefused, TimeoutError, PlanError):
-            if self.state.now in (State.PAUSED, State.DONE):
+            if self.state.now in STANDING:
                 now = self.inspector.source()
                 if not labels:
                     now.subject = replace(now.subject, texts=())
@@ -160,23 +144,18 @@ class RunRecorder:
         with suppress(RankFailed, RankRefused, TimeoutError):
             if self.state.now == State.DONE:
                 return self.inspector.sha256()
-        return [""] * self.job.plan.world_size
+        return [""] * self.state.plan.world_size
 
     def _until_it_stands(self) -> None:
         """Wait until the run stands still, has failed or hangs."""
-        while (
-            self.state.now in (State.RUNNING, State.DECODING) and not self.state.silence and self._goes_on()
-        ):
-            with self.ranks.changed:
-                self.ranks.changed.wait(WAIT_S)
+        while self.state.now in (State.RUNNING, State.DECODING) and not self.state.silence:
+            try:
+                self.health.check()
+            except (RankFailed, NoProgress):
+                return
+            with self.state.ranks.changed:
+                self.state.ranks.changed.wait(WAIT_S)
             self.look()  # without the lock: it may wait for a thread that moves the run, and that for news of ranks
-
-    def _goes_on(self) -> bool:
-        try:
-            self.health.check()
-        except (RankFailed, NoProgress):
-            return False
-        return True
 
     # -- a folder
 
@@ -190,38 +169,36 @@ class RunRecorder:
         prompt: bool,
     ) -> Path:
         """See `Run.save`."""
-        layers = chosen_layers(kv, self.job.plan.shape.layers)
+        job, state = self.state.job, self.state
+        layers = chosen_layers(kv, job.plan.shape.layers)
         check_free(Path(folder).expanduser().resolve())
         source, evidence, ranks = self._last_source(), self.health.evidence(), self.reachable()
         trace = with_findings(self.events.trace(), self.findings(reporter, prompt=prompt))
         if not ranks:  # in decode, a rank that waits for another does not answer
             layers, hidden = (), False
-        has_own = hidden and bool(self.standing().stands)
+        has_own = hidden and bool(state.stands())
         own = {rank: self._own(source, rank) for rank in ranks} if has_own else {}
-        return write(
-            Content(source, ranks, trace, evidence, self._description(), layers, hidden, prompt, own), folder
-        )
-
-    def reachable(self) -> tuple[int, ...]:
-        """The ranks that can be asked what they hold."""
-        silent, exits = self.ranks.silent(), self.ranks.exits()
-        world_size = self.job.plan.world_size
-        there = [rank for rank in range(world_size) if exits[rank] is None and rank not in silent]
-        if self.state.now in (State.PAUSED, State.DONE) and len(there) == world_size:
-            return tuple(there)
-        return tuple(sorted(answers(self.ranks, dict.fromkeys(there, ListKv()), ANSWER_S)))
-
-    def _description(self) -> dict[str, object]:
         standing = self.standing()
-        return {
+        description = {
             "made": time.strftime("%Y-%m-%d %H:%M"),
             "state": str(standing.state),
             "positions": [list(stand.positions) for stand in standing.stands],
-            "edited": list(self.state.edited),
+            "edited": list(state.edited),
             "faults": list(standing.faults),
-            "parameters": parameters(self.job.config),
-            "checkpoint": {"path": str(self.job.spec.path), "fingerprint": self.inspector.fingerprint},
+            "parameters": parameters(job.config),
+            "checkpoint": {"path": str(job.spec.path), "fingerprint": self.inspector.fingerprint},
         }
+        content = Content(source, ranks, trace, evidence, description, layers, hidden, prompt, own)
+        return write(content, folder)
+
+    def reachable(self) -> tuple[int, ...]:
+        """The ranks that can be asked what they hold."""
+        asked = self.state.ranks
+        silent, exits = asked.silent(), asked.exits()
+        there = [rank for rank, code in enumerate(exits) if code is None and rank not in silent]
+        if self.state.now in STANDING and len(there) == len(exits):
+            return tuple(there)
+        return tuple(sorted(answers(asked, dict.fromkeys(there, ListKv()), ANSWER_S)))
 
     def _last_source(self) -> Live:
         """What the ranks hold once the run stands still, has failed or hangs. Raises RunOver for a run that is over."""
@@ -235,17 +212,17 @@ class RunRecorder:
     def record_of(self, rank: int) -> RankRecord:
         """A rank of a run that stands still, has failed or hangs; first waits until it does. Raises PlanError for an
         unknown rank, and RankFailed where it is gone."""
-        plan = self.job.plan
+        plan = self.state.plan
         check_rank(rank, plan)
         source = self._last_source()
-        stand = self.standing().stands[rank]
+        stand = self.state.stands()[rank]
         received = received_by(plan, rank, stand.positions)
         blocks = _blocks(source, rank, [(op.chunk, op.layer) for op in received if op.what == "kv"])
         return record_of(
             source,
             rank,
             self._own(source, rank),
-            config=self.job.config,
+            config=self.state.job.config,
             positions=stand.positions,
             hidden=lambda chunk, layer: source.hidden(rank, chunk, layer),
             block=lambda chunk, layer: blocks.get((chunk, layer)),
@@ -254,11 +231,11 @@ class RunRecorder:
 
     def _own(self, source: Live, rank: int) -> Own:
         """What only the rank itself knows of its part of the run."""
-        stand = self.standing().stands[rank]
-        has_final = any(op.what == "final" for op in received_by(self.job.plan, rank, stand.positions))
+        stand = self.state.stands()[rank]
+        has_final = any(op.what == "final" for op in received_by(self.state.plan, rank, stand.positions))
         notes = source.ask([rank], ReadNotes())[0]
         return Own(
-            device=self.devices[rank],
+            device=self.state.devices[rank],
             tokens=notes.tokens,
             begun=tuple(stand.started),
             final=source.tensors([rank], ReadFinalHidden())[0] if has_final else None,

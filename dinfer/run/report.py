@@ -1,9 +1,11 @@
-"""The facts for reports: what is known of a job, a machine, a result and the ranks' KV. Views turn them into HTML."""
+"""The facts for reports: what is known of a job, a machine, a result and the ranks' KV; and the commands that reproduce
+a run. Views turn them into HTML."""
 
 import os
 import platform
+import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +18,44 @@ from dinfer.kv.difference import COLUMNS
 from dinfer.kv.source import Selection, Source
 from dinfer.plan.lower import lower
 from dinfer.plan.ops import PlanError
-from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
-from dinfer.run.reproduce import Done, commands, parameters
 from dinfer.saved.saved import WriteReport
 from dinfer.trace.findings import BlockState, Findings, KvFinding, RankFinding
 
 PACKAGES = ("dinfer", "torch", "transformers", "ipyparallel", "numpy", "plotly")
+
+LISTED = 20
+"""most differences that a report lists"""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What was done to a run besides giving it its parameters: `faults` and `breakpoints` as calls; `new_tokens`: their
+    number; `own_plan`: the user has written the plan; `edited`: something was changed by hand, which no call
+    repeats."""
+
+    faults: Sequence[str] = ()
+    breakpoints: Sequence[str] = ()
+    new_tokens: int = 0
+    own_plan: bool = False
+    edited: bool = False
+
+
+class Reporter(NamedTuple):
+    """What a session gives its run for reports. `log`: the lines of the session's log about this run; `others()`: the
+    figures of earlier runs of the same prompt."""
+
+    write: WriteReport
+    log: list[str]
+    others: Callable[[], Sequence[dict[str, Any]]]
+
+
+def no_views() -> NotPossible:
+    """The error of a session that `dinfer.connect` has not made."""
+    return NotPossible("this session was made without views: use dinfer.connect(…).")
+
+
+# -- the machine
 
 
 def machine() -> dict[str, str]:
@@ -54,53 +87,37 @@ def versions() -> dict[str, str]:
     return found
 
 
+# -- the run
+
+
 def findings_of_job(job: Job, done: Done, *, prompt: bool = False) -> Findings:
     """A job's parameters, and what was done to its run; with the prompt only if `prompt`."""
-    own = not _can_be_built(job.plan, job.config)
+    config, plan = job.config, job.plan
+    try:
+        made = build(plan.shape, config.schedule, config.sync_strategy)
+        own = plan.id not in (made.id, lower(made).id)  # edited: shape, schedule and strategy do not give it
+    except PlanError:
+        own = True
     return Findings(
-        parameters=parameters(job.config),
+        parameters=parameters(config),
         versions=versions(),
         machine=machine(),
         proved=job.verdict.proved,
         proof=str(job.verdict),
-        plan=job.plan.text() if own else "",
-        commands=commands(job.config, replace(done, own_plan=own), prompt=prompt),
-        prompt=job.config.prompt_text() or _numbers(job.ids) if prompt else None,
+        plan=plan.text() if own else "",
+        commands=commands(config, replace(done, own_plan=own), prompt=prompt),
+        prompt=config.prompt_text() or ", ".join(map(str, job.ids)) if prompt else None,
     )
 
 
 def findings_of_result(job: Job, result: dict[str, Any]) -> Findings:
     """The facts about a finished `dinfer run`."""
+    told = ("rank", "device", "host", "dtype", "threads", "kv_sha256")
     ranks = tuple(
-        RankFinding(
-            rank=one["rank"],
-            device=one["device"],
-            host=one["host"],
-            dtype=one["dtype"],
-            threads=one["threads"],
-            kv_sha256=one["kv_sha256"],
-            tokens=tuple(one["tokens"]),
-        )
+        RankFinding(**{name: one[name] for name in told}, tokens=tuple(one["tokens"]))
         for one in result["ranks"]
     )
     return replace(findings_of_job(job, Done(new_tokens=len(result["tokens"]))), state="done", ranks=ranks)
-
-
-def _can_be_built(plan: Plan, config: Config) -> bool:
-    """Whether shape, schedule and strategy give this plan: it was not edited."""
-    try:
-        made = build(plan.shape, config.schedule, config.sync_strategy)
-        return plan.id in (made.id, lower(made).id)
-    except PlanError:
-        return False
-
-
-def _numbers(ids: Sequence[int]) -> str:
-    return ", ".join(map(str, ids))
-
-
-LISTED = 20
-"""most differences that a report lists"""
 
 
 def kv_finding(source: Source) -> KvFinding:
@@ -109,31 +126,85 @@ def kv_finding(source: Source) -> KvFinding:
     layers = tuple(range(subject.plan.shape.layers))
     diff = diff_ranks(source, Selection(ranks, layers, tuple(range(len(subject.spans)))), LISTED)
     wrong = {(one.rank, one.layer) for one in diff.differences}
+
+    def state(rank: int, layer: int, spans: int) -> BlockState:
+        if (rank, layer) in wrong:
+            return "differs"
+        return "same" if spans else "missing"
+
     grid = tuple(
-        tuple(_block((rank, layer) in wrong, held.spans[layer]) for layer in layers)
+        tuple(state(rank, layer, held.spans[layer]) for layer in layers)
         for rank, held in zip(ranks, source.held(ranks), strict=True)
     )
-    listed = diff.differences[:LISTED]
-    return KvFinding(
-        diff.equal, diff.verdict, grid, tuple(dict(zip(COLUMNS, one.cells(), strict=True)) for one in listed)
+    listed = (dict(zip(COLUMNS, one.cells(), strict=True)) for one in diff.differences[:LISTED])
+    return KvFinding(diff.equal, diff.verdict, grid, tuple(listed))
+
+
+# -- the commands that reproduce it
+
+PROMPTS = ("prompt", "prompt_ids", "prompt_file")
+
+NOT_OF_THE_RUN = {
+    *PROMPTS, "log_dir", "log_level", "master_addr", "master_port", "start_timeout", "device_mode",
+}  # fmt: skip
+
+ALWAYS = {"model_path", "world_size", "chunk_size", "sync_strategy", "schedule"}
+"""parameters that a reader wants to see, also where they have their defaults"""
+
+
+def parameters(config: Config) -> dict[str, Any]:
+    """The parameters of a run, without its prompt and those that do not change the run."""
+    return {
+        item.name: getattr(config, item.name) for item in fields(config) if item.name not in NOT_OF_THE_RUN
+    }
+
+
+def commands(config: Config, done: Done, *, prompt: bool) -> dict[str, str]:
+    """What to type, by where; with the prompt only if `prompt`."""
+    default = {item.name: item.default for item in fields(config)}
+    chosen = {
+        name: value for name, value in parameters(config).items() if name in ALWAYS or value != default[name]
+    }
+    given = next((name for name in PROMPTS if getattr(config, name)), "prompt")
+    asked = getattr(config, given) if prompt else "…"
+    notebook = {"In a notebook": _notebook(chosen, asked, done)}
+    if done.own_plan:  # only a session accepts it
+        return notebook
+    less = ", without what was broken or edited" * bool(done.faults or done.edited)
+    return {f"In a terminal{less}": _shell({**chosen, given: asked}), **notebook}
+
+
+def _shell(chosen: dict[str, Any]) -> str:
+    words = ["dinfer", "run"]
+    for name, value in chosen.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return shlex.join(words)
+
+
+def _notebook(chosen: dict[str, Any], prompt: object, done: Done) -> str:
+    load = [repr(chosen["model_path"])]
+    load += [f"{name}={chosen[name]!r}" for name in chosen if name in ("dtype", "gpu_ids", "threads")]
+    left_out = {"world_size", "model_path", "dtype", "gpu_ids", "threads", "backend"}
+    left_out |= {"schedule", "sync_strategy"} if done.own_plan else set()
+    run = [f"{name}={value!r}" for name, value in chosen.items() if name not in left_out]
+    calls = [*done.faults, *done.breakpoints]
+    run += ["plan=Path('plan.txt').read_text()"] * done.own_plan + ["paused=True"] * bool(calls)
+    moves = ["run.resume()"] * bool(calls) + ["run.wait()"]
+    moves += [f"run.decode({done.new_tokens})"] * bool(done.new_tokens and not done.breakpoints)
+    return "\n".join(
+        [
+            *["from pathlib import Path"] * done.own_plan,
+            "import dinfer",
+            f"session = dinfer.connect(n={chosen['world_size']})",
+            f"session.load({', '.join(load)})",
+            *["# plan.txt: the text of the plan, which is in this report"] * done.own_plan,
+            f"run = session.prefill({', '.join([repr(prompt), *run])})",
+            *calls,
+            "; ".join(moves),
+            *["# what was edited by hand is not repeated by this"] * done.edited,
+        ]
     )
-
-
-def _block(is_wrong: bool, spans: int) -> BlockState:
-    if is_wrong:
-        return "differs"
-    return "same" if spans else "missing"
-
-
-class Reporter(NamedTuple):
-    """What a session gives its run for reports. `log`: the lines of the session's log about this run; `others()`: the
-    figures of earlier runs of the same prompt."""
-
-    write: WriteReport
-    log: list[str]
-    others: Callable[[], Sequence[dict[str, Any]]]
-
-
-def no_views() -> NotPossible:
-    """The error of a session that `dinfer.connect` has not made."""
-    return NotPossible("this session was made without views: use dinfer.connect(…).")

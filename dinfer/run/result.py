@@ -37,7 +37,7 @@ def merge(job: Job, by_rank: Sequence[Sequence[Event]]) -> Trace:
 def result_of(job: Job, ranks: Sequence[RankState], trace: Trace, text: str) -> dict[str, Any]:
     """The content of `--json`. Seconds and bytes are those of prefill, except `decode_s`; `tokens` are the new ones."""
     reports = [state.result for state in ranks if state.result]
-    figures = [trace.rank_figures(rank) for rank in range(len(ranks))]
+    corrupt = [Corruption.of(n.found) for state in ranks for n in state.notes if isinstance(n, BlockCorrupt)]
     return {
         "prompt_tokens": len(job.ids),
         "tokens": list(reports[0].tokens),
@@ -48,35 +48,21 @@ def result_of(job: Job, ranks: Sequence[RankState], trace: Trace, text: str) -> 
         "sync_strategy": job.plan.sync_strategy,
         "ranks": [
             {
-                "rank": figure.rank,
+                "rank": rank,
                 "host": report.host,
                 "device": report.device,
                 "threads": report.threads,
                 "dtype": report.dtype,
                 "kv_sha256": report.kv_sha256,
                 "tokens": list(report.tokens),
-                "prefill_s": figure.prefill_s,
-                "compute_s": figure.compute_s,
-                "exposed_sync_s": figure.exposed_sync_s,
-                "check_s": figure.check_s,
+                **trace.rank_figures(rank)._asdict(),
                 "decode_s": report.decode_s,
-                "waiting_s": figure.waiting_s,
-                "wire_s": figure.wire_s,
-                "sent_bytes": figure.sent_bytes,
-                "received_bytes": figure.received_bytes,
             }
-            for figure, report in zip(figures, reports, strict=True)
+            for rank, report in enumerate(reports)
         ],
         "links": [link._asdict() for link in trace.link_figures()],
-        "corrupt": [{**one.as_dict(), "text": str(one)} for one in corrupt_blocks(ranks)],
+        "corrupt": [{**one.as_dict(), "text": str(one)} for one in corrupt],
     }
-
-
-def corrupt_blocks(ranks: Sequence[RankState]) -> list[Corruption]:
-    """The blocks in which ranks have found changed bytes."""
-    return [
-        Corruption.of(note.found) for state in ranks for note in state.notes if isinstance(note, BlockCorrupt)
-    ]
 
 
 def write_json(result: dict[str, Any], path: str | Path) -> None:
@@ -86,13 +72,7 @@ def write_json(result: dict[str, Any], path: str | Path) -> None:
 def table(result: dict[str, Any]) -> str:
     """The figures at the end of a run, one line a rank and one a link."""
     seconds = ("prefill", "compute", "exposed_sync", "decode", "waiting", "wire")
-    columns = [
-        "rank",
-        "device",
-        *(f"{name.replace('_', ' ')} s" for name in seconds),
-        "sent MB",
-        "received MB",
-    ]
+    names = ["rank", "device", *(f"{name.replace('_', ' ')} s" for name in seconds), "sent MB", "received MB"]
     ranks = [
         [
             rank["rank"],
@@ -112,7 +92,5 @@ def table(result: dict[str, Any]) -> str:
         ]
         for link in result["links"]
     ]
-    tables = [Table(columns, ranks)]
-    if links:
-        tables.append(Table(["link", "transfers", "MB", "median ms", "MB/s on the wire"], links))
-    return "\n\n".join(map(str, tables))
+    about_links = Table(["link", "transfers", "MB", "median ms", "MB/s on the wire"], links)
+    return "\n\n".join([str(Table(names, ranks)), *[str(about_links)] * bool(links)])

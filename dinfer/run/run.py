@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import wraps
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -31,7 +32,6 @@ from dinfer.messages import (
     Edited,
     FaultStruck,
     GetStand,
-    Note,
     SetBreakpoints,
     SetFaults,
 )
@@ -46,13 +46,13 @@ from dinfer.run.decode import Generation
 from dinfer.run.events import RunEvents
 from dinfer.run.failure import RankFailed
 from dinfer.run.faults import Armed, Injected
-from dinfer.run.hang import Health
+from dinfer.run.hang import STUCK, Health
 from dinfer.run.inspect import RunInspector, check_comparable
 from dinfer.run.moves import Moves
 from dinfer.run.recorder import RunRecorder
 from dinfer.run.report import Reporter, no_views
-from dinfer.run.state import MOVING, RunState, Standing, State, where_of
-from dinfer.run.stepper import NoProgress
+from dinfer.run.state import MOVING, STANDING, RunState, Standing, State, where_of
+from dinfer.run.stepper import Move, NoProgress
 from dinfer.saved.replay.replay import Replay
 from dinfer.trace.events import Event
 from dinfer.trace.findings import Findings
@@ -67,8 +67,6 @@ END_S = 10.0
 """how long a run that is closed waits for the action under way to end"""
 
 POLL_S = 0.05
-
-TOKEN = "token"
 
 P = ParamSpec("P")
 
@@ -93,16 +91,20 @@ def action(*, alone: bool = True) -> Callable[[RunMethod[P, T]], RunMethod[P, T]
     return decorated
 
 
+def _of_state(name: str, about: str) -> Any:
+    """A property of a run: what its state has under that name."""
+    return property(attrgetter(f"_state.{name}"), doc=about)
+
+
 class Run(Displayable):
     """Made by `session.prefill`; it stands before its first op. Actions may be called from any thread: they happen one
     after another, except `pause`, which stops the one under way.
 
-    `devices` are the ranks'; `prepare()` makes all ranks ready for the prompt, with all lanes at limit 0, and returns
-    the id of each rank's plan. A session sets `show`, which makes the panel that a notebook shows for a run, and
-    `reporter`, which writes reports.
+    `prepare()` makes all ranks ready for the prompt, with all lanes at limit 0, and returns the id of each rank's plan.
     """
 
     show: Callable[[Any], Any] | None = None
+    """makes the panel that a notebook shows for a run; set by the session, as is the next"""
     reporter: Reporter | None = None
 
     def __init__(
@@ -116,24 +118,20 @@ class Run(Displayable):
         self.job, self.plan, self.config = job, job.plan, job.config
         self.world_size = job.plan.world_size
         self._prepare = prepare
-        self._ranks = lease = RankLease(ranks)
-        self._state = state = RunState(job.plan, lease)
-        self._health = Health(job, lease, state)
-        self._actions = Actions(state, self.check, self._interrupted)
+        self._state = state = RunState(job, RankLease(ranks), devices)
+        self._health = Health(state)
         self._breakpoints = BreakpointTable(
             job.config, lambda armed: self._ask_all(SetBreakpoints(tuple(armed)))
         )
-        self._faults = Armed(job, state, lambda faults: self._ask_all(SetFaults(tuple(faults))))
-        self._generation = Generation(lease, state, self.check, tokenizer)
-        self._events = RunEvents(job, lease, state)
-        self._moves = Moves(job, lease, state, self._breakpoints, self._generation, self._events, self.check)
-        self._inspector = RunInspector(
-            job, lease, state, self._actions, self._generation, self.check, tokenizer
-        )
+        self._faults = Armed(state, lambda faults: self._ask_all(SetFaults(tuple(faults))))
+        self._generation = Generation(state, self.check, tokenizer)
+        self._events = RunEvents(state)
+        self._moves = Moves(state, self._breakpoints, self.check, self._went)
+        self._actions = Actions(state, self.check, self._moves.interrupted)
+        self._inspector = RunInspector(state, self._actions, self.check, tokenizer)
         self._recorder = RunRecorder(
-            job, lease, devices, state, self._actions, self._health, self._breakpoints, self._faults,
-            self._generation, self._events, self._inspector, self.look,
-        )  # fmt: skip
+            state, self._health, self._breakpoints, self._faults, self._events, self._inspector, self.look
+        )
         self._begin()
 
     # -- moving
@@ -142,7 +140,7 @@ class Run(Displayable):
     def step(self, unit: Unit | str = "layer", n: int = 1) -> Moved | Decoded:
         """Move on by `n` units: "op", "layer", "wave", "chunk", or, after prefill, "token". At the end it does nothing,
         and says so."""
-        if unit == TOKEN:
+        if unit == "token":
             return self._decode(count_of(n), None)
         return self._moves.moved(self._moves.leaving().step(unit_of(unit), count_of(n)))
 
@@ -150,7 +148,7 @@ class Run(Displayable):
     def step_back(self, unit: Unit | str = "layer", n: int = 1) -> Moved | Decoded:
         """Go back by `n` units; what follows then is computed anew. After decode, every unit but "token" goes back into
         prefill and forgets the new tokens."""
-        if unit == TOKEN:
+        if unit == "token":
             return self._generation.back_to(max(0, len(self.tokens) - count_of(n)))
         return self._moves.moved(self._moves.leaving().step_back(unit_of(unit), count_of(n)))
 
@@ -158,7 +156,7 @@ class Run(Displayable):
     def play(self, unit: Unit | str = "layer", per_second: float = 2.0) -> Moved:
         """Step by units at that pace, to the next breakpoint or the end of prefill, or until `pause()`. Raises
         PlanError for a pace out of range."""
-        return self._moves.play(unit_of(unit), per_second, self._actions.alone)
+        return self._moves.play(unit_of(unit), per_second, self._actions.lock)
 
     @action()
     def run_to(self, chunk: int, layer: int) -> Moved:
@@ -168,7 +166,7 @@ class Run(Displayable):
 
     @action()
     def resume(self) -> None:
-        """Let the ranks go on to the next breakpoint, or the end of prefill. Returns at once; `wait()` waits."""
+        """Let the ranks go on to the next breakpoint, or the end of prefill; returns at once."""
         self._moves.resume()
 
     @action(alone=False)
@@ -187,7 +185,7 @@ class Run(Displayable):
                 if deadline is not None and time.monotonic() > deadline:
                     raise NoProgress(f"the run does not stand after {timeout:g} s:\n{self.where()}")
         except KeyboardInterrupt:
-            self._interrupted()
+            self._moves.interrupted()
             raise
         self.look()
         self.check()
@@ -198,7 +196,7 @@ class Run(Displayable):
         what is under way first."""
         with self._actions.halted(self._stop):
             self._actions.begin("run.restart()")
-            self._breakpoints.forget_ahead()
+            self._breakpoints.expect([])
             self._begin()
             self._breakpoints.arm()
             if self._faults:
@@ -220,17 +218,16 @@ class Run(Displayable):
     ) -> Breakpoint:
         """Stop after ops of this layer, chunk and rank, each None for any, and of this kind ("layer" by default).
 
-        `when` has the run stop only where that holds: "nan", "inf", "absmax > 100" (of what the op made), "digest
-        differs" (bytes changed on their way), "slower than 5 ms". Without it, the run stops as `run_to` would: with the
-        block on every rank. Raises PlanError.
+        `when`: only where that holds: "nan", "inf", "absmax > 100" (of what the op made), "digest differs" (bytes
+        changed on their way), "slower than 5 ms". Without it, the run stops as `run_to` would. Raises PlanError.
         """
         cuts = self._moves.stepper.cuts
-        return self._breakpoints.add(cuts, rank=rank, op=op, chunk=chunk, layer=layer, when=when)
+        return self._breakpoints.add(cuts, op, when, rank=rank, chunk=chunk, layer=layer)
 
     @property
     def breakpoints(self) -> Breakpoints:
         """The breakpoints that are set; `run.breakpoints.clear()` and `.remove(number)` remove them."""
-        return self._breakpoints.view()
+        return self._breakpoints.view
 
     # -- decode
 
@@ -244,18 +241,20 @@ class Run(Displayable):
         more = default if max_new_tokens is None else count_of(max_new_tokens, "max_new_tokens")
         if not self._moves.finish():
             self.look()
-            return Decoded((), "", False, 0, self._moves.not_done())
+            clear = "; run.breakpoints.clear() removes all breakpoints" * bool(self.breakpoints)
+            remark = (
+                f"prefill is not done: {self.message or 'it was paused'}\n"
+                f"run.resume() or run.decode() goes on from there{clear}"
+            )
+            return Decoded((), "", False, 0, remark)
         return self._decode(more, on_text)
 
     @property
     def tokens(self) -> list[int]:
         """The new tokens so far, the same on every rank."""
-        return list(self._generation.tokens)
+        return list(self._state.tokens)
 
-    @property
-    def text(self) -> str:
-        """The text of the new tokens, in whole characters."""
-        return self._generation.text
+    text: str = _of_state("text", "The text of the new tokens, in whole characters.")
 
     # -- where it stands, and why
 
@@ -269,7 +268,7 @@ class Run(Displayable):
 
     def verdict(self) -> Verdict:
         """Why the run does not move: who waits for whom, for what, and who is to blame; or that it moves, and whether a
-        rank is slow. Its first sentence is what `where()`, the panel and the log say."""
+        rank is slow."""
         return self._health.verdict()
 
     def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
@@ -284,21 +283,14 @@ class Run(Displayable):
 
     def kv(self, *, layer: int | None = None, chunk: int | None = None, rank: int | None = None) -> KV:
         """The KV that the ranks hold, of a layer, a chunk, a rank, each None for all; first waits until the run stands
-        still.
-
-        Shown, it says which rank holds what, and of one layer each head in a few numbers. `.k[head, tokens]` and
-        `.v[head, tokens]` fetch values, [heads, tokens, head_dim], indexed as a tensor is; `.diff()` finds where ranks
-        differ. Raises PlanError for what does not exist, or not yet.
-        """
+        still. `.k[head, tokens]` and `.v[head, tokens]` fetch values, [heads, tokens, head_dim]; `.diff()` finds where
+        ranks differ. Raises PlanError for what does not exist, or not yet."""
         return self._inspector.kv(layer=layer, chunk=chunk, rank=rank)
 
     def hidden(self, *, chunk: int, layer: int) -> Hidden:
-        """The hidden state of a chunk before a layer; `layer` may be the number of layers, for the state after the
-        last.
-
-        It comes from the rank that owns the layer, which recomputes it if it is no longer in memory. `[tokens, dims]`
-        fetches values. Raises PlanError for what does not exist, or not yet.
-        """
+        """The hidden state of a chunk before a layer (or after the last), from the rank that owns it, which recomputes
+        it if it is no longer in memory. `[tokens, dims]` fetches values. Raises PlanError for what does not exist, or
+        not yet."""
         return self._inspector.hidden(chunk, layer)
 
     def attention(self, *, layer: int, chunk: int, head: int | None = None) -> AttentionWeights:
@@ -315,10 +307,9 @@ class Run(Displayable):
 
         By default, in the run's chunks and dtype, every bit must be the same (on a CPU). `chunked=False` feeds the
         prompt at once, and `dtype` loads the checkpoint in another one; then differences up to a stated tolerance are
-        rounding (`dinfer.model.tolerance`). One rank runs the reference; others only if they hold other bytes. Hidden
-        states that no rank keeps are recomputed from the run's KV, in memory of their own. A run that stands half-way
-        is compared as far as it has come. Raises PlanError where nothing is computed yet or an argument is unknown, and
-        RankRefused where a second KV, or the weights in `dtype`, do not fit into memory.
+        rounding (`dinfer.model.tolerance`). A run that stands half-way is compared as far as it has come. Raises
+        PlanError where nothing is computed yet or an argument is unknown, and RankRefused where a second KV, or the
+        weights in `dtype`, do not fit into memory.
         """
         check_comparable(what, dtype)
         self.wait()
@@ -359,25 +350,21 @@ class Run(Displayable):
         """Break something on purpose, now or as soon as it exists; for a run that stands still.
 
         One value of a block: "bitflip", "nan". One row, of a head and token: "zero". A block: "stale" (it holds the
-        rows of the chunk before), "swap_kv", "permute" (its tokens, drawn by `seed`), "lost" (zeros: it never came),
-        "head_shift", "cast" (through `dtype` and back), "append_twice" (its rows again behind it, once all of the layer
-        is there; `rank` then holds more). "positions": the layer gets wrong ones. "repeat_row": decode appends each row
-        twice, on all ranks.
+        rows of the chunk before), "swap_kv", "permute" (its tokens, drawn by `seed`), "lost" (zeros), "head_shift",
+        "cast" (through `dtype` and back), "append_twice" (its rows again behind the layer's, so that `rank` holds
+        more). "positions": the layer gets wrong ones. "repeat_row": decode appends each row twice, on all ranks.
 
-        `where`: "memory": on `rank`, after the block was made or has arrived, at once if it is there; "wire": on its
-        way to `rank`; "compute": on the rank that owns the layer, so that all ranks get it alike. The defaults: the
-        first of these that the kind allows, the rank that receives the block first, and the first value: K, head 0, the
-        chunk's first token, dim 0, a bit in the middle of the mantissa. `token` is a position in the prompt and selects
-        its chunk.
+        `where`: "memory": on `rank`, once the block is there; "wire": on its way to `rank`; "compute": on the rank that
+        owns the layer, so that all ranks get it alike. The defaults: the first of these that the kind allows, the rank
+        that receives the block first, K, head 0, the chunk's first token, dim 0, a bit in the middle of the mantissa.
+        `token` is a position in the prompt and selects its chunk.
 
-        It strikes again whenever the block is made again, until it is disarmed: `run.faults.clear()`. Raises PlanError
-        for a fault that is not possible.
+        It strikes again whenever the block is made again, until `run.faults.clear()`. Raises PlanError for a fault that
+        is not possible.
         """
-        answers = self._ask_all(GetStand())
-        stands = [answers[rank] for rank in range(self.world_size)]
         injected = self._faults.inject(
-            stands, kind, rank=rank, layer=layer, chunk=chunk, tensor=tensor, head=head, token=token, dim=dim,
-            bit=bit, where=where, dtype=dtype, seed=seed,
+            self._ask_all(GetStand()), kind, rank=rank, layer=layer, chunk=chunk, tensor=tensor, head=head,
+            token=token, dim=dim, bit=bit, where=where, dtype=dtype, seed=seed,
         )  # fmt: skip
         self.look()
         return injected
@@ -402,12 +389,9 @@ class Run(Displayable):
     def report(
         self, path: str | Path = "report.html", *, prompt: bool = False, environment: bool = False
     ) -> Path:
-        """Write what is known of the run to one HTML file that needs neither network nor kernel; the file's path.
-
-        First waits until the run stands still. With `prompt` the file holds the prompt and the new text, with
-        `environment` this process's environment variables: look for secrets in them before you pass it on. Raises
-        OSError, at once where the file's folder does not exist.
-        """
+        """Write what is known of the run, once it stands still, to one HTML file; the file's path. With `prompt` it
+        holds the prompt and the new text, with `environment` this process's environment variables: look for secrets in
+        them before you pass it on. Raises OSError, at once where the file's folder does not exist."""
         if self.reporter is None:
             raise no_views()
         return self._recorder.report(path, self.reporter, prompt=prompt, environment=environment)
@@ -429,8 +413,8 @@ class Run(Displayable):
         First waits until the run stands still; one that hangs or has failed is saved as far as its ranks answer. The
         folder holds the plan, the trace, the verdict, token ids and the digests of all rows; with `kv` the values of
         all layers, or of those in a list; with `hidden` what has entered each rank, for replays; with `prompt` its text
-        and that of new tokens (which a tokenizer makes of the ids, too). A saved run that is there is replaced. Raises
-        SavedError where something else is there, and RunOver for a run that is over.
+        and that of new tokens. A saved run that is there is replaced. Raises SavedError where something else is there,
+        and RunOver for a run that is over.
         """
         return self._recorder.save(folder, self.reporter, kv=kv, hidden=hidden, prompt=prompt)
 
@@ -440,10 +424,9 @@ class Run(Displayable):
         """One rank of this run alone, without its peers, in this process: what they sent to it comes from what it holds
         now. It begins before its first op, is stepped as a run is, and ends at the op at which the rank stands.
 
-        `model_path`: the checkpoint's folder here, if it is another one than the ranks'; `device`: by default a GPU if
-        the rank had one and there is one here, else the CPU; `decoder`: weights that are loaded already, such as those
-        of another replay. The run itself is not changed. Raises PlanError for an unknown rank, RankFailed where it is
-        gone, RecordError for another checkpoint.
+        `model_path`: the checkpoint's folder here, if not the ranks'; `device`: by default a GPU if the rank had one
+        and there is one here, else the CPU; `decoder`: weights that are loaded already. Raises PlanError for an unknown
+        rank, RankFailed where it is gone, RecordError for another checkpoint.
         """
         record = self._recorder.record_of(rank)
         return Replay(record, model_path=model_path, device=device, decoder=decoder)
@@ -461,7 +444,7 @@ class Run(Displayable):
         self._hear()
         if not self._state.is_decoding:
             self._generation.hear()
-        if self._state.now in (State.PAUSED, State.DONE) and (met := self._breakpoints.arrived()):
+        if self._state.now in STANDING and (met := self._breakpoints.arrived()):
             self.say(met)
         self._health.look()
         self._actions.tell_of_news(lambda: (self.standing(), self._events.heard(), tuple(self.breakpoints)))
@@ -476,14 +459,13 @@ class Run(Displayable):
         self._actions.tell()
 
     def close(self, why: str) -> None:
-        """The run is over. Its ranks are stopped, as far as that is possible, and not asked anything more; what was
-        last seen of them is kept."""
+        """The run is over: its ranks are stopped, if possible, and asked nothing more."""
         if self.closed:
             return
         self._state.ending = why
         try:
             with self._actions.halted(self._stop, END_S):
-                self._ranks.give_back(why)
+                self._state.ranks.give_back(why)
                 self._state.close(why)
                 self._actions.tell()
         finally:
@@ -491,68 +473,31 @@ class Run(Displayable):
 
     def stuck_ranks(self) -> tuple[int, ...]:
         """Ranks in an op that does not end, according to the verdict."""
-        return self._health.stuck_ranks()
+        hang = self._state.hang
+        return hang.ranks if hang and hang.kind in STUCK else ()
+
+    message: str = _of_state("message", "Why the last action stopped.")
+    failure: str = _of_state("failure", "Why the run cannot go on until it is restarted; empty while it can.")
+    silence: str = _of_state("silence", "Which ranks do not answer; empty while all do.")
+    told: Verdict | None = _of_state("hang", "The verdict on a run that hangs; None while it does not.")
+    closed: str = _of_state("closed", "Why the run is over; empty while it is not.")
+    edited: list[str] = _of_state("edited", "What the user has changed by hand on the ranks.")
+    corrupt: list[Corruption] = _of_state("corrupt", "Blocks whose bytes have changed, as they were found.")
+    said: list[str] = _of_state("said", "Messages that the session has not logged yet.")
 
     @property
     def last_call(self) -> str:
         """The text of the last call, whoever made it."""
-        return self._actions.last_call
+        return self._state.last_call
 
     @last_call.setter
     def last_call(self, call: str) -> None:
-        self._actions.last_call = call
-
-    @property
-    def message(self) -> str:
-        """Why the last action stopped."""
-        return self._state.message
-
-    @property
-    def failure(self) -> str:
-        """Why the run cannot go on until it is restarted; empty while it can."""
-        return self._state.failure
-
-    @property
-    def silence(self) -> str:
-        """Which ranks do not answer; empty while all do."""
-        return self._state.silence
-
-    @property
-    def told(self) -> Verdict | None:
-        """The verdict on a run that hangs; None while it does not."""
-        return self._state.hang
+        self._state.last_call = call
 
     @property
     def hang(self) -> str:
-        """The first sentence of that verdict."""
-        return self._state.hang.sentence if self._state.hang else ""
-
-    @property
-    def closed(self) -> str:
-        """Why the run is over; empty while it is not."""
-        return self._state.closed
-
-    @property
-    def edited(self) -> list[str]:
-        """What the user has changed by hand on the ranks."""
-        return self._state.edited
-
-    @property
-    def corrupt(self) -> list[Corruption]:
-        """Blocks whose bytes have changed, in the order of discovery."""
-        return self._state.corrupt
-
-    @property
-    def said(self) -> list[str]:
-        """Messages that the session has not logged yet."""
-        return self._state.said
-
-    @property
-    def story(self) -> list[str]:
-        """All messages."""
-        return self._state.story
-
-    # -- as a notebook shows it
+        """The first sentence of the verdict on a run that hangs; empty while it does not."""
+        return self.told.sentence if self.told else ""
 
     def __str__(self) -> str:
         plan, chunks = self.plan, len(self.plan.shape.chunks)
@@ -570,19 +515,20 @@ class Run(Displayable):
 
     def _begin(self) -> None:
         plan_ids = self._prepare()
-        self._ranks.new_notes()
+        self._state.ranks.new_notes()
         self._state.begin()
         self._health.begin(plan_ids)
         self._faults.begin()
-        self._generation.begin()
         self._events.begin()
         self._moves.begin()
 
-    def _ask_all(self, command: Command[A]) -> dict[int, A]:
-        return self._ranks.ask(dict.fromkeys(range(self.world_size), command), ANSWER_S, self.check)
+    def _ask_all(self, command: Command[A]) -> list[A]:
+        ranks = range(self.world_size)
+        answers = self._state.ranks.ask(dict.fromkeys(ranks, command), ANSWER_S, self.check)
+        return [answers[rank] for rank in ranks]
 
     def _pause(self) -> None:
-        self._moves.stop_playing()
+        self._moves.stop_playing.set()
         if self._state.is_decoding:
             self._generation.stop()
         else:
@@ -594,8 +540,12 @@ class Run(Displayable):
             with suppress(RankFailed, RankRefused, NoProgress, TimeoutError):
                 self._pause()
 
-    def _interrupted(self) -> None:
-        self._moves.interrupted()
+    def _went(self, move: Move) -> None:
+        """What was known of blocks, events and tokens behind a cut to which the run went back no longer holds."""
+        self._state.marks.went(self.plan, move.before, move.after)
+        self._events.went(move.before, move.after)
+        if move.after != self._moves.stepper.cuts.end:
+            self._generation.forget()
 
     def _decode(self, more: int, on_text: Callable[[str], None] | None) -> Decoded:
         try:
@@ -607,20 +557,18 @@ class Run(Displayable):
             self._hear()  # what ranks have found before they answered is known when this returns
 
     def _hear(self) -> None:
-        for rank, note in self._ranks.new_notes():
-            self._take(rank, note)
-
-    def _take(self, rank: int, note: Note) -> None:
-        match note:
-            case Edited():
-                self._state.note_edited(f"{what} on rank {rank}" for what in note.what)
-            case FaultStruck():
-                self._faults.struck(rank, note)
-            case BreakpointHit():
-                if why := self._breakpoints.hit(rank, note):
-                    self._moves.pause_order(note.order, why)
-            case BlockCorrupt():
-                found = Corruption.of(note.found)
-                self._state.note_corrupt(found)
-                if note.order is None or not self._moves.pause_order(note.order, f"stopped: {found}"):
-                    self.say(str(found))
+        """Take in what ranks have noted."""
+        for rank, note in self._state.ranks.new_notes():
+            match note:
+                case Edited():
+                    self._state.note_edited(f"{what} on rank {rank}" for what in note.what)
+                case FaultStruck():
+                    self._faults.struck(rank, note)
+                case BreakpointHit():
+                    if why := self._breakpoints.hit(rank, note):
+                        self._moves.pause_order(note.order, why)
+                case BlockCorrupt():
+                    found = Corruption.of(note.found)
+                    self._state.note_corrupt(found)
+                    if note.order is None or not self._moves.pause_order(note.order, f"stopped: {found}"):
+                        self.say(str(found))

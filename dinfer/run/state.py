@@ -8,6 +8,7 @@ from dinfer.cluster.lease import RankLease
 from dinfer.display import listed
 from dinfer.engine.board import DeviceMemory, Stand
 from dinfer.engine.corruption import Corruption
+from dinfer.job import Job
 from dinfer.kv.difference import Diff
 from dinfer.kv.source import Selection
 from dinfer.plan.cut import Cut
@@ -15,9 +16,6 @@ from dinfer.plan.plan import Plan
 from dinfer.results import Where
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.where import where_text
-
-RankBlock = tuple[int, int, int]
-"""(rank, chunk, layer)"""
 
 
 class State(StrEnum):
@@ -41,6 +39,8 @@ class State(StrEnum):
 
 MOVING = (State.STARTING, State.RUNNING, State.DECODING)
 
+STANDING = (State.PAUSED, State.DONE)
+
 
 class Mark(NamedTuple):
     """Something to show on one block of the map; `text` explains it."""
@@ -57,7 +57,8 @@ class Marks:
     back before it."""
 
     def __init__(self) -> None:
-        self._known: dict[RankBlock, Mark] = {}
+        self._known: dict[tuple[int, int, int], Mark] = {}
+        """by rank, chunk and layer"""
 
     def __iter__(self) -> Iterator[Mark]:
         return iter(list(self._known.values()))
@@ -69,11 +70,11 @@ class Marks:
 
     def note_diff(self, found: Diff, chosen: Selection) -> None:
         """The ranks were compared: replace the marks of all blocks in `chosen` by what was found."""
-        known = dict(self._known)
-        for block in self._known:
-            rank, chunk, layer = block
-            if rank in chosen.ranks and chunk in chosen.spans and layer in chosen.layers:
-                del known[block]
+        known = {
+            (rank, chunk, layer): mark
+            for (rank, chunk, layer), mark in self._known.items()
+            if not (rank in chosen.ranks and chunk in chosen.spans and layer in chosen.layers)
+        }
         for one in reversed(found.differences):  # the first difference of a block gives the text
             if one.chunk is not None:
                 block = (one.rank, one.chunk, one.layer)
@@ -98,7 +99,7 @@ class Standing(NamedTuple):
     message: str
     decoded: int
     text: str
-    devices: tuple[str, ...]
+    devices: Sequence[str]
     alive: tuple[bool, ...]
     last_call: str
     faults: tuple[str, ...] = ()
@@ -130,10 +131,13 @@ def state_of_lanes(plan: Plan, stands: Sequence[Stand]) -> State:
 
 
 class RunState:
-    """The state of one run. Every change and every decision takes the ranks' lock, `ranks.changed`."""
+    """One run: its job, its ranks and their devices, and what is known of it. Every change and every decision takes the
+    ranks' lock, `ranks.changed`."""
 
-    def __init__(self, plan: Plan, ranks: RankLease) -> None:
-        self._plan, self._ranks = plan, ranks
+    def __init__(self, job: Job, ranks: RankLease, devices: Sequence[str]) -> None:
+        self.job, self.plan, self.ranks, self.devices = job, job.plan, ranks, devices
+        self.last_call = ""
+        """the text of the last call, whoever made it"""
         self.closed = ""
         """why the run is over"""
         self.ending = ""
@@ -146,7 +150,7 @@ class RunState:
 
     def begin(self) -> None:
         """The run begins, or begins again: forget everything known of it."""
-        with self._ranks.changed:
+        with self.ranks.changed:
             self.message = ""
             """why the last action stopped"""
             self.failure = ""
@@ -155,6 +159,12 @@ class RunState:
             """which ranks do not answer, while that is so"""
             self.hang: Verdict | None = None
             """why the run does not move, while that is so"""
+            self.tokens: list[int] = []
+            """the new tokens that all ranks have"""
+            self.by_rank: dict[int, list[int]] = {}
+            """those that each rank has reported after the last decode"""
+            self.text = ""
+            """the text of the new tokens, in whole characters"""
             self.is_decoding = False
             self.is_token_pending = False
             """a call of decode is under way or ended with an error: ranks may wait for each other's token"""
@@ -167,89 +177,89 @@ class RunState:
     @property
     def now(self) -> State:
         """The state at this moment."""
-        with self._ranks.changed:
+        with self.ranks.changed:
             if self.failure or self.closed:
                 return State.FAILED if self.failure else State.CLOSED
-            return State.DECODING if self.is_decoding else state_of_lanes(self._plan, self.stands())
+            return State.DECODING if self.is_decoding else state_of_lanes(self.plan, self.stands())
 
     def decide(self) -> tuple[State, str]:
         """The state at this moment, and its reason in words."""
-        with self._ranks.changed:
+        with self.ranks.changed:
             hang = self.hang.sentence if self.hang else ""
             return self.now, self.failure or self.closed or self.silence or hang or self.message
 
     def stands(self) -> tuple[Stand, ...]:
         """The position of each rank; empty until all ranks have reported in this run, as one that was started again has
         not: it has no lanes yet."""
-        with self._ranks.changed:
+        with self.ranks.changed:
             found = tuple(
                 state.stand
-                for state, lanes in zip(self._ranks.ranks, self._plan.lanes, strict=True)
+                for state, lanes in zip(self.ranks.ranks, self.plan.lanes, strict=True)
                 if state.stand and len(state.stand.positions) == len(lanes)
             )
-        return found if len(found) == len(self._plan.lanes) else ()
+        return found if len(found) == len(self.plan.lanes) else ()
 
     def wait_while(self, states: Sequence[State], seconds: float) -> bool:
         """Whether the run is in one of these states; if so, waits for news of the ranks, at most so many seconds."""
-        with self._ranks.changed:
+        with self.ranks.changed:
             found = self.now in states
             if found:
-                self._ranks.changed.wait(seconds)
+                self.ranks.changed.wait(seconds)
             return found
 
     def say(self, message: str) -> None:
         """Note why the last action stopped, also for the log."""
-        with self._ranks.changed:
+        with self.ranks.changed:
             self.message = message
             self.said.append(message)
             self.story.append(message)
 
     def replace_message(self, message: str = "") -> str:
         """Set the message, but not for the log; the message until now."""
-        with self._ranks.changed:
+        with self.ranks.changed:
             before, self.message = self.message, message
             return before
 
     def fail(self, why: str, *, add: bool = False) -> None:
         """The run cannot go on until it is restarted. The first failure stays; `add`: append to it."""
-        with self._ranks.changed:
+        with self.ranks.changed:
             if add or not self.failure:
                 self.failure = f"{self.failure}\n{why}".strip()
 
     def close(self, why: str) -> None:
         """The run is over."""
-        with self._ranks.changed:
+        with self.ranks.changed:
             self.closed = self.closed or why
 
     def note_silence(self, silence: str) -> None:
         """These ranks do not answer; empty: all do."""
-        with self._ranks.changed:
+        with self.ranks.changed:
             self.silence = silence
 
     def note_hang(self, hang: Verdict | None) -> None:
         """Why the run does not move; None: it moves, or is not meant to."""
-        with self._ranks.changed:
+        with self.ranks.changed:
             self.hang = hang
 
     def note_decoding(self, *, is_decoding: bool) -> None:
         """A call of decode has begun or ended."""
-        with self._ranks.changed:
+        with self.ranks.changed:
             self.is_decoding = is_decoding
             self.is_token_pending |= is_decoding
 
-    def note_tokens(self) -> None:
-        """All ranks have the tokens of a call of decode."""
-        with self._ranks.changed:
-            self.is_token_pending = False
+    def note_tokens(self, by_rank: dict[int, list[int]]) -> None:
+        """All ranks have reported their tokens after a call of decode."""
+        with self.ranks.changed:
+            self.by_rank, self.is_token_pending = by_rank, False
 
     def note_edited(self, what: Iterable[str]) -> None:
         """The user has changed this by hand."""
-        with self._ranks.changed:
+        with self.ranks.changed:
             self.edited.extend(what)
 
     def note_corrupt(self, found: Corruption) -> None:
         """A rank has found changed bytes."""
-        with self._ranks.changed:
+        with self.ranks.changed:
             self.corrupt.append(found)
             self.marks.note_corrupt(found)
 

@@ -6,7 +6,7 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from dinfer.cluster.ranks import AskableRanks
 from dinfer.engine.board import Stand
@@ -31,33 +31,9 @@ class NoProgress(DinferError, RuntimeError):
     """The ranks did not reach their target in time; the message gives the position of each."""
 
 
-class Fleet(Protocol):
-    """What stepping needs of the ranks. Every call is for all of them."""
-
-    plan: Plan
-
-    def stands(self) -> StandList:
-        """The position of each rank."""
-
-    def freeze(self) -> StandList:
-        """Let no rank start another op; the position of each rank when it froze."""
-
-    def set_limits(self, limits: Cut, *, order: int = 0, stopping: bool = False) -> None:
-        """Let lanes go that far. Ranks repeat `order` in their notes; `stopping`: this brings the run to a stand, so no
-        breakpoint condition may stop lanes earlier."""
-
-    def release(self, recvs: Sequence[OpPlace]) -> None:
-        """Have the peers of these posted recvs release them with a void header."""
-
-    def rewind(self, cut: Cut) -> None:
-        """Go back to a cut that all lanes have passed."""
-
-    def wait(self, until: Callable[[StandList], bool], timeout: float | None) -> bool:
-        """Wait until `until(stands)`; False after `timeout` seconds. Raises RankFailed."""
-
-
-class RemoteFleet:
-    """The ranks of a session. `check()` is called while waiting; it raises RankFailed where the run cannot go on."""
+class Fleet:
+    """All ranks, as stepping reaches them. `check()` is called while waiting; it raises RankFailed where the run cannot
+    go on."""
 
     def __init__(self, plan: Plan, ranks: AskableRanks, check: Callable[[], None]) -> None:
         self.plan, self._ranks, self._check = plan, ranks, check
@@ -71,30 +47,36 @@ class RemoteFleet:
         return stands
 
     def freeze(self) -> StandList:
+        """Let no rank start another op; the position of each rank when it froze."""
         ranks = range(self.plan.world_size)
         answers = self._ranks.ask(dict.fromkeys(ranks, Freeze()), ANSWER_S, self._check)
         return [answers[rank] for rank in ranks]
 
     def set_limits(self, limits: Cut, *, order: int = 0, stopping: bool = False) -> None:
+        """Let lanes go that far. Ranks repeat `order` in their notes; `stopping`: this brings the run to a stand, so no
+        breakpoint condition may stop lanes earlier."""
         command = SetLimits(limits, order, stopping)
         self._ranks.ask(dict.fromkeys(range(len(limits)), command), ANSWER_S, self._check)
 
     def release(self, recvs: Sequence[OpPlace]) -> None:
+        """Have the peers of these posted recvs release them with a void header."""
         for place in recvs:
             op = self.plan.op(place)
             request = Release((channel_of(place.rank, op),))
             self._ranks.ask({op.peer: request}, ANSWER_S, self._check)
 
     def rewind(self, cut: Cut) -> None:
+        """Go back to a cut that all lanes have passed."""
         self._ranks.ask(dict.fromkeys(range(len(cut)), Rewind(cut)), ANSWER_S, self._check)
 
     def wait(self, until: Callable[[StandList], bool], timeout: float | None) -> bool:
-        deadline = None if timeout is None else time.monotonic() + timeout
+        """Wait until `until(stands)`; False after `timeout` seconds. Raises RankFailed."""
+        deadline = float("inf") if timeout is None else time.monotonic() + timeout
         while True:
             with self._ranks.changed:  # held while looking, so that no news between look and wait is missed
                 if self._ranks.changed.wait_for(lambda: until(self.stands()), POLL_S):
                     return True
-            if deadline is not None and time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 return False
             self._check()
 
@@ -117,8 +99,8 @@ class Stepper:
 
     def __init__(self, fleet: Fleet, timeout: float = 60.0) -> None:
         self._fleet, self._timeout = fleet, timeout
-        self._cuts = Cuts(fleet.plan)
-        self._last = self._cuts.start
+        self.cuts = Cuts(fleet.plan)
+        self._last = self.cuts.start
         self._lock = threading.RLock()
         self._order = 0
         """counts the limits sent to the ranks, so that a note about an earlier order can be ignored"""
@@ -127,28 +109,24 @@ class Stepper:
         """the order under which a rank has met a breakpoint"""
 
     @property
-    def cuts(self) -> Cuts:
-        return self._cuts
-
-    @property
     def at_end(self) -> bool:
-        return _positions(self._fleet.stands()) == self._cuts.end
+        return _positions(self._fleet.stands()) == self.cuts.end
 
     def step(self, unit: Unit = "layer", n: int = 1) -> Move:
         """Move on by `n` units; does nothing at the end."""
         with self._lock:
             before = target = self._stand()
             for _ in range(n):
-                target = self._cuts.next(target, unit)
+                target = self.cuts.next(target, unit)
             return self._go(before, target)
 
     def step_towards(self, limit: Cut, unit: Unit) -> Move:
         """Move on by one unit, but not past `limit`."""
         with self._lock:
             before = self._stand()
-            target = self._cuts.next(before, unit)
+            target = self.cuts.next(before, unit)
             while meet(target, limit) == before != limit:  # what is left of this unit lies past the limit
-                target = self._cuts.next(target, unit)
+                target = self.cuts.next(target, unit)
             return self._go(before, meet(target, limit))
 
     def step_back(self, unit: Unit = "layer", n: int = 1) -> Move:
@@ -156,19 +134,19 @@ class Stepper:
         with self._lock:
             before = target = self._stand()
             for _ in range(n):
-                target = self._cuts.previous(target, unit)
+                target = self.cuts.previous(target, unit)
             return self._go(before, target)
 
     def run_to(self, chunk: int, layer: int) -> Move:
         """Stop just after that block on every rank, forward or back. Raises PlanError for an unknown block."""
         with self._lock:
-            target = self._cuts.after_block(chunk, layer)
+            target = self.cuts.after_block(chunk, layer)
             return self._go(self._stand(), target)
 
     def resume(self, limit: Cut | None = None) -> None:
         """Let all lanes go to a cut ahead, by default the end; returns at once."""
         with self._lock:
-            self._send(limit or self._cuts.end)
+            self._send(limit or self.cuts.end)
 
     def pause(self, timeout: float | None = None) -> Cut:
         """Stop at the nearest consistent cut, also a move that another thread waits for.
@@ -208,9 +186,10 @@ class Stepper:
         """Stop the run; the cut at which it then stands. The ranks are asked, since a `%%px` cell may have moved
         them."""
         stands = self._fleet.freeze()
-        cut, void = _positions(stands), list[OpPlace]()
-        if _started(stands) or not self._is_consistent(cut):
-            cut, void = self._cuts.stop(cut, _started(stands))
+        cut, started, void = _positions(stands), _started(stands), list[OpPlace]()
+        # A stop that was interrupted, for example by Ctrl-C, leaves no cut: a send may be done and its recv not.
+        if started or not (cut == self._last or self.cuts.is_consistent(cut)):
+            cut, void = self.cuts.stop(cut, started)
             self._send(cut, stopping=True)
             self._fleet.release(void)
         self._arrive(cut, timeout or self._timeout)
@@ -220,15 +199,10 @@ class Stepper:
         self._order += 1  # first: a rank may meet a breakpoint while others have not heard of this order
         self._fleet.set_limits(cut, order=self._order, stopping=stopping)
 
-    def _is_consistent(self, cut: Cut) -> bool:
-        """False where a stop was interrupted, for example by Ctrl-C: a send may be done and its recv not."""
-        return cut == self._last or self._cuts.is_consistent(cut)
-
     def _go(self, before: Cut, target: Cut) -> Move:
         if not is_inside(before, target):
             self._fleet.rewind(meet(before, target))
-        self._order += 1
-        self._fleet.set_limits(target, order=self._order)
+        self._send(target)
         if self._arrive(target, self._timeout, may_stop=True):
             return Move(before, target)
         return Move(before, self._stand(), stopped=True)
@@ -237,7 +211,8 @@ class Stepper:
         """Wait until the ranks are at that cut; False if somebody pauses them first."""
 
         def arrived(stands: StandList) -> bool:
-            return _standing(stands) and cut in (None, _positions(stands))
+            is_standing = all(stand.at_limits and not any(stand.started) for stand in stands)
+            return is_standing and cut in (None, _positions(stands))
 
         def over(stands: StandList) -> bool:
             return arrived(stands) or (may_stop and (self._pausing.is_set() or self._halted == self._order))
@@ -262,8 +237,3 @@ def _started(stands: StandList) -> set[OpPlace]:
         for lane, begun in enumerate(stand.started)
         if begun
     }
-
-
-def _standing(stands: StandList) -> bool:
-    """Whether no lane is in an op or may start one."""
-    return all(stand.at_limits and not any(stand.started) for stand in stands)

@@ -11,8 +11,6 @@ from dinfer.session.session import Session, ShowRun
 if TYPE_CHECKING:
     from dinfer.cluster.ipyparallel.attach import ClusterPlace
 
-WHERES = ("ipyparallel", "threads")
-
 
 def connect(
     where: str = "ipyparallel",
@@ -36,31 +34,21 @@ def connect(
     """
     if n < 1:
         raise ConfigError(f"n is {n}; a session has at least 1 rank.")
-    session = Session(_ranks(where, n, profile, cluster_id, start, timeout, patience, place), show, write)
+    ranks: Ranks
+    if where == "threads":
+        ranks = LocalRanks(n)
+    elif where == "ipyparallel":
+        from dinfer.cluster.engines import EngineRanks
+        from dinfer.cluster.ipyparallel.attach import attach
+
+        cluster = attach(n, profile=profile, cluster_id=cluster_id, start=start, timeout=timeout, place=place)
+        try:
+            ranks = EngineRanks(cluster, patience)
+        except BaseException:
+            cluster.close()
+            raise
+    else:
+        raise ConfigError(f"{where!r} is no place for ranks; it must be one of ipyparallel, threads.")
+    session = Session(ranks, show, write)
     session.announce()
     return session
-
-
-def _ranks(
-    where: str,
-    n: int,
-    profile: str,
-    cluster_id: str | None,
-    start: bool | None,
-    timeout: float,
-    patience: float,
-    place: "ClusterPlace | None",
-) -> Ranks:
-    if where == "threads":
-        return LocalRanks(n)
-    if where != "ipyparallel":
-        raise ConfigError(f"{where!r} is no place for ranks; it must be one of {', '.join(WHERES)}.")
-    from dinfer.cluster.engines import EngineRanks
-    from dinfer.cluster.ipyparallel.attach import attach
-
-    cluster = attach(n, profile=profile, cluster_id=cluster_id, start=start, timeout=timeout, place=place)
-    try:
-        return EngineRanks(cluster, patience)
-    except BaseException:
-        cluster.close()
-        raise

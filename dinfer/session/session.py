@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -25,7 +26,14 @@ from dinfer.run.hang import Hung
 from dinfer.run.report import Reporter, no_views
 from dinfer.run.run import Run
 from dinfer.saved.saved import WriteReport
-from dinfer.session.sweep import Past, Sweep, sweep
+from dinfer.session.sweep import Sweep, sweep
+from dinfer.trace.summary import summary
+
+ShowRun = Callable[[Run], Any]
+
+LOOK_S = 0.05
+
+PREPARE_S, LOAD_S = 120.0, 3600.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,41 +52,27 @@ class Listening(Displayable):
         )
 
 
-class Bars(Closing):
-    """One bar for each rank that reports bytes."""
+@contextmanager
+def bars(ranks: Ranks, shown: Sequence[int]) -> Iterator[Callable[[], None]]:
+    """One bar for each of these ranks that reports bytes; the function updates them."""
+    found: dict[int, Any] = {}
+    for rank in shown:
+        ranks.ranks[rank].loading = None
 
-    def __init__(self, line: Ranks, ranks: list[int]) -> None:
-        self._line, self._ranks = line, ranks
-        self._bars: dict[int, Any] = {}
-        for rank in ranks:
-            line.ranks[rank].loading = None
+    def show() -> None:
+        for rank in shown:
+            if said := ranks.ranks[rank].loading:
+                if rank not in found:
+                    found[rank] = tqdm(total=said.total, desc=f"rank {rank}", unit="B", unit_scale=True)
+                found[rank].n = said.done
+                found[rank].refresh()
 
-    def show(self) -> None:
-        """Update the bars."""
-        for rank in self._ranks:
-            if said := self._line.ranks[rank].loading:
-                bar = self._bars.get(rank) or self._bar(rank, said.total)
-                bar.n = said.done
-                bar.refresh()
-
-    def _bar(self, rank: int, total: int) -> Any:
-        self._bars[rank] = bar = tqdm(total=total, desc=f"rank {rank}", unit="B", unit_scale=True)
-        return bar
-
-    def close(self) -> None:
-        """Update the bars a last time, and end them."""
-        self.show()
-        for bar in self._bars.values():
+    try:
+        yield show
+    finally:
+        show()
+        for bar in found.values():
             bar.close()
-
-
-LOOK_S = 0.05
-
-PREPARE_S = 120.0
-
-LOAD_S = 3600.0
-
-ShowRun = Callable[[Run], Any]
 
 
 class SessionOver(DinferError, RuntimeError):
@@ -93,7 +87,8 @@ class Session(Announced, Closing):
         self.log: list[str] = []
         self.spec: Spec | None = None
         self._show, self._write = show, write
-        self._past = Past()
+        self._past: list[tuple[Job, dict[str, Any]]] = []
+        """earlier runs whose prefill is complete, and their figures, for reports"""
         self._run: Run | None = None
         self._config = Config(world_size=self.world_size, log_dir="", prompt_ids=(0,), backend="gloo")
         self._devices = ["cpu"] * self.world_size
@@ -152,13 +147,13 @@ class Session(Announced, Closing):
         own = without_fixed(parameters, self._config, self.spec)
         config = self._config.with_(**{"prompt_ids": (), **_prompt(prompt), **own})
         job = prepare_loaded(config, plan)
-        own_plan = None if plan is None else job.plan
+        text = "" if plan is None else job.plan.text()
         self._end_run("another run has begun; session.debugger() shows it")
         tokenizer = load_tokenizer(config.model_path)
-        self._run = Run(job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, own_plan))
+        self._run = Run(job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, text))
         self._run.show = self._show
         if self._write:
-            self._run.reporter = Reporter(self._write, [], lambda: self._past.of(job))
+            self._run.reporter = Reporter(self._write, [], lambda: self._figures_before(job))
         self._note(f"run: {len(job.ids)} tokens, {job.plan.schedule}, {job.plan.sync_strategy}", self._run)
         if not paused:
             self._run.resume()
@@ -189,19 +184,16 @@ class Session(Announced, Closing):
         """After a failure: restart lost ranks and free stuck ones. Then `run.restart()` begins this run again, and
         `session.prefill(…)` another one."""
         self._check_open()
-        said = list[str]()
-        plan = self._run.plan if self._run else None
-        stuck = self._run.stuck_ranks() if self._run else ()
+        said, plan, stuck = list[str](), None, tuple[int, ...]()
         if self._run:
+            plan, stuck = self._run.plan, self._run.stuck_ranks()
             self._run.fail("the session has recovered since: run.restart() begins anew")
         anew = recover(self.ranks, plan, self._config.backend, said.append, stuck)
         self._bare |= set(anew)
         if self.spec and self._bare:
             self._load(sorted(self._bare))
-        said.append(
-            "all ranks have met again; weights stayed where they were" if not anew else "all ranks have met"
-        )
-        text = DisplayableText("; ".join(said))
+        kept = "" if anew else " again; weights stayed where they were"
+        text = DisplayableText("; ".join([*said, f"all ranks have met{kept}"]))
         self._note(text, self._run)
         return text
 
@@ -221,10 +213,9 @@ class Session(Announced, Closing):
             self.ranks.close()
 
     def __str__(self) -> str:
-        loaded = (
-            f"{self._config.model_path} on {', '.join(self._devices)}" if self.spec else "no checkpoint yet"
-        )
-        return f"{self.ranks.describe()}; {loaded}; backend {self._config.backend}"
+        config, devices = self._config, ", ".join(self._devices)
+        loaded = f"{config.model_path} on {devices}" if self.spec else "no checkpoint yet"
+        return f"{self.ranks.describe()}; {loaded}; backend {config.backend}"
 
     # -- within
 
@@ -243,42 +234,45 @@ class Session(Announced, Closing):
         self._bare |= set(ranks)  # also where it is refused half-way
         unload = {rank: UnloadModel(path, dtype, device) for rank, device in devices.items()}
         self.ranks.ask(unload, PREPARE_S, self._ensure_whole)
-        with Bars(self.ranks, list(ranks)) as bars:
+        with bars(self.ranks, ranks) as show:
+
+            def check() -> None:
+                show()
+                self._ensure_whole()
+
             first = min(ranks)
-            answers = self.ranks.ask({first: requests.pop(first)}, LOAD_S, lambda: self._while_loading(bars))
+            answers = self.ranks.ask({first: requests.pop(first)}, LOAD_S, check)
             self.ranks.share_weights()
-            answers |= self.ranks.ask(requests, LOAD_S, lambda: self._while_loading(bars))
+            answers |= self.ranks.ask(requests, LOAD_S, check)
         self._bare -= answers.keys()
         for rank, answer in answers.items():
             self._devices[rank] = answer.device
-        self._note(
-            f"loaded {config.model_path} on {', '.join(self._devices)}, threads each: {config.threads}"
-        )
+        self._note(f"loaded {path} on {', '.join(self._devices)}, threads each: {config.threads}")
 
-    def _while_loading(self, bars: Bars) -> None:
-        bars.show()
+    def _prepare(self, job: Job, plan: str) -> dict[int, int]:
+        """Make all ranks ready for a prompt, and the text of a plan of the user's own; the id of each rank's plan."""
         self._ensure_whole()
-
-    def _prepare(self, job: Job, plan: Plan | None) -> dict[int, int]:
-        """Make all ranks ready for a prompt; the id of each rank's plan."""
-        self._ensure_whole()
-        command = PreparePrompt(asdict(job.config), tuple(job.ids), plan.text() if plan else "")
-        answers = self.ranks.ask(
-            dict.fromkeys(range(self.world_size), command), PREPARE_S, self._ensure_whole
-        )
+        command = PreparePrompt(asdict(job.config), tuple(job.ids), plan)
+        requests = dict.fromkeys(range(self.world_size), command)
+        answers = self.ranks.ask(requests, PREPARE_S, self._ensure_whole)
         return {rank: answer.plan_id for rank, answer in answers.items()}
 
     def _ensure_whole(self) -> None:
         """Raises RankFailed if a rank is lost."""
-        gone = [rank for rank, code in enumerate(self.ranks.exits()) if code is not None]
-        if gone:
-            listed = ", ".join(map(str, gone))
-            raise RankFailed(f"rank {listed} is gone: session.recover() brings it back.")
+        if gone := [str(rank) for rank, code in enumerate(self.ranks.exits()) if code is not None]:
+            raise RankFailed(f"rank {', '.join(gone)} is gone: session.recover() brings it back.")
 
     def _end_run(self, why: str) -> None:
-        if self._run:
-            self._past.note(self._run)
-            self._run.close(why)
+        if run := self._run:
+            if run.standing().state == "done" and not run.edited:
+                name = f"run {len(self._past) + 1} of this session"
+                self._past.append((run.job, {"name": name, **summary(run.trace)}))
+            run.close(why)
+
+    def _figures_before(self, job: Job) -> list[dict[str, Any]]:
+        """The figures of earlier runs of the same prompt and checkpoint, oldest first."""
+        wanted = job.ids, job.config.model_path
+        return [figures for past, figures in self._past if (past.ids, past.config.model_path) == wanted]
 
     def _note(self, text: str, run: Run | None = None) -> None:
         """Add a line to the log, and to that of the run that it is about."""
@@ -296,12 +290,9 @@ class Session(Announced, Closing):
                 try:
                     self._look_after(self._run)
                 except Exception as error:  # this thread is the only one that looks after the run
-                    self._note_once(f"looking after the run raised {error!r}", self._run)
-
-    def _note_once(self, text: str, run: Run) -> None:
-        """Log a text that may occur many times a second, but only the first time."""
-        if not any(line.endswith(f" {text}") for line in self.log):
-            self._note(text, run)
+                    text = f"looking after the run raised {error!r}"
+                    if not any(line.endswith(f" {text}") for line in self.log):  # else many times a second
+                        self._note(text, self._run)
 
     def _look_after(self, run: Run) -> None:
         try:
@@ -314,10 +305,7 @@ class Session(Announced, Closing):
                 run.say(str(error))
         while run.said:
             self._note(run.said.pop(0), run)
-        self._note_trouble(run)
-
-    def _note_trouble(self, run: Run) -> None:
-        """Log what is new of failure, silence and hang, whoever has found it."""
+        # What is new of failure, silence and hang is logged, whoever has found it.
         before, self._noted = self._noted, (run, run.failure, run.silence, run.hang)
         failure, silence, hang = before[1:] if before[0] is run else ("", "", "")
         if run.failure and not failure:

@@ -10,9 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from dinfer.display import Displayable, Table
-from dinfer.job import Job
 from dinfer.run.run import Run
-from dinfer.trace.summary import summary
 
 SWEEP_FIGURES = (
     "tokens", "prefill_s", "compute_s", "exposed_sync_s", "waiting_s", "kv_equal", "text", "error",
@@ -35,30 +33,25 @@ class Sweep(Displayable):
         return pandas.DataFrame(list(self.rows))
 
     def __str__(self) -> str:
-        above, table = self._shown()
-        return "\n".join(filter(None, [above, str(table), self._left_text()]))
+        above, table, below = self._shown()
+        return "\n".join(filter(None, [above, str(table), below]))
 
     def _repr_html_(self) -> str:
-        above, table = self._shown()
+        above, table, below = self._shown()
         shown = table._repr_html_() if len(table) else ""
-        return f"<div>{escape(above)}</div>{shown}<div>{escape(self._left_text())}</div>"
+        return f"<div>{escape(above)}</div>{shown}<div>{escape(below)}</div>"
 
-    def _shown(self) -> tuple[str, Table]:
-        """What stands above the table, and the table. A prompt that all runs share would only make it wider, and so
+    def _shown(self) -> tuple[str, Table, str]:
+        """The table, and what stands above and below it. A prompt that all runs share would only make it wider, and so
         would errors that there are not."""
+        below = f"interrupted: {self.left} more runs were not begun" if self.left else ""
         if not self.rows:
-            return "no runs", Table((), ())
-        is_one, failed = (
-            len({row["prompt"] for row in self.rows}) == 1,
-            any(row.get("error") for row in self.rows),
-        )
-        left_out = {name for name, is_out in (("prompt", is_one), ("error", not failed)) if is_out}
+            return "no runs", Table((), ()), below
+        is_one = len({row["prompt"] for row in self.rows}) == 1
+        left_out = ["prompt"] * is_one + ["error"] * (not any(row.get("error") for row in self.rows))
         names = [name for name in self.rows[0] if name not in left_out]
         table = Table(names, ([_cell(row[name]) for name in names] for row in self.rows))
-        return f"prompt: {_cell(self.rows[0]['prompt'])}" if is_one else "", table
-
-    def _left_text(self) -> str:
-        return f"interrupted: {self.left} more runs were not begun" if self.left else ""
+        return f"prompt: {_cell(self.rows[0]['prompt'])}" if is_one else "", table, below
 
 
 def sweep(
@@ -68,48 +61,37 @@ def sweep(
 ) -> Sweep:
     """Run every prompt with every combination of parameters, whose values are lists or single values. A run that is
     refused, or fails, is a row with the reason; the other runs go on if the session can."""
-    names, prompts = list(parameters), _prompts(prompts)
+    asked = [prompts] if isinstance(prompts, str) else list[Any](prompts)
+    if asked and all(isinstance(one, Integral) for one in asked):
+        asked = [asked]  # the token ids of one prompt
     choices = [value if isinstance(value, list) else [value] for value in parameters.values()]
-    combinations = list(itertools.product(prompts, *choices))
+    combinations = list(itertools.product(asked, *choices))
     rows = list[dict[str, Any]]()
     try:
         for prompt, *values in tqdm(combinations, desc="runs", unit="run"):
-            rows.append(_row(prefill, prompt, dict(zip(names, values, strict=True))))
+            rows.append(_row(prefill, prompt, dict(zip(parameters, values, strict=True))))
     except KeyboardInterrupt:  # keep what was measured
         pass
     return Sweep(tuple(rows), len(combinations) - len(rows))
-
-
-def _prompts(given: str | Sequence[str | Sequence[int]] | Sequence[int]) -> Sequence[str | Sequence[int]]:
-    """A list of prompts, also where one was given."""
-    if isinstance(given, str):
-        return [given]
-    several = list[Any](given)
-    return [several] if several and all(isinstance(one, Integral) for one in several) else several
 
 
 def _row(prefill: Callable[..., Run], prompt: str | Sequence[int], chosen: dict[str, Any]) -> dict[str, Any]:
     name = f"{len(prompt)} token ids" if isinstance(prompt, (list, tuple)) else str(prompt)
     try:
         run = prefill(prompt, **chosen)
-        figures = _figures(run, run.decode().text)
+        text = run.decode().text
+        by_rank = [run.trace.rank_figures(rank) for rank in range(run.world_size)]
+        times = ("prefill_s", "compute_s", "exposed_sync_s", "waiting_s")
+        figures = {
+            "tokens": len(run.job.ids),
+            **{time: max(getattr(its, time) for its in by_rank) for time in times},
+            "kv_equal": len(set(run.sha256())) == 1,
+            "text": text,
+            "error": "",
+        }
     except (RuntimeError, ValueError, TimeoutError) as error:
         figures = dict.fromkeys(SWEEP_FIGURES) | {"error": str(error).partition("\n")[0]}
     return {"prompt": name, **chosen, **figures}
-
-
-def _figures(run: Run, text: str) -> dict[str, Any]:
-    figures = [run.trace.rank_figures(rank) for rank in range(run.world_size)]
-    return {
-        "tokens": len(run.job.ids),
-        "prefill_s": max(figure.prefill_s for figure in figures),
-        "compute_s": max(figure.compute_s for figure in figures),
-        "exposed_sync_s": max(figure.exposed_sync_s for figure in figures),
-        "waiting_s": max(figure.waiting_s for figure in figures),
-        "kv_equal": len(set(run.sha256())) == 1,
-        "text": text,
-        "error": "",
-    }
 
 
 def _cell(value: Any) -> str:
@@ -117,21 +99,3 @@ def _cell(value: Any) -> str:
         return "–"
     text = f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
     return text if len(text) <= 40 else f"{text[:39]}…"
-
-
-class Past:
-    """Figures of a session's earlier runs, for reports."""
-
-    def __init__(self) -> None:
-        self._found: list[tuple[Job, dict[str, Any]]] = []
-
-    def note(self, run: Run) -> None:
-        """Keep the figures of a run whose prefill is complete, if nothing was edited."""
-        if run.standing().state == "done" and not run.edited:
-            name = f"run {len(self._found) + 1} of this session"
-            self._found.append((run.job, {"name": name, **summary(run.trace)}))
-
-    def of(self, job: Job) -> list[dict[str, Any]]:
-        """The figures of runs of the same prompt and checkpoint, oldest first."""
-        wanted = job.ids, job.config.model_path
-        return [figures for past, figures in self._found if (past.ids, past.config.model_path) == wanted]

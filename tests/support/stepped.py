@@ -32,7 +32,7 @@ from dinfer.messages import (
     StoreAddress,
 )
 from dinfer.rank.batch import device_of
-from dinfer.run.stepper import RemoteFleet, Stepper
+from dinfer.run.stepper import Fleet, Stepper
 from tests.support.runs import wait_for
 
 START_S = 120
@@ -86,7 +86,7 @@ class Stepped:
 
     job: Job
     ranks: ProcessRanks
-    fleet: RemoteFleet
+    fleet: Fleet
     stepper: Stepper
 
     @property
@@ -133,7 +133,7 @@ def stepped(model: Path, ids: Sequence[int], log_dir: Path, **config: object) ->
         }
         ranks.ask(loads, START_S)
         on_all(ranks, PreparePrompt(asdict(given), tuple(job.ids)))
-        fleet = RemoteFleet(job.plan, ranks, ProcessWatch(job, ranks, ranks.exits).check)
+        fleet = Fleet(job.plan, ranks, ProcessWatch(job, ranks, ranks.exits).check)
         yield Stepped(job, ranks, fleet, Stepper(fleet))
     finally:
         ranks.close()

@@ -15,7 +15,7 @@ from dinfer.plan.cut import Cut
 from dinfer.plan.graph import channel_of
 from dinfer.plan.plan import OpPlace, Plan
 from dinfer.run.failure import RankFailed
-from dinfer.run.stepper import StandList
+from dinfer.run.stepper import Fleet, StandList
 from dinfer.transport.gate import Gate
 from dinfer.transport.gloo import CommError
 from dinfer.transport.in_process import Exchange, StreamOrder
@@ -23,7 +23,7 @@ from dinfer.transport.in_process import Exchange, StreamOrder
 T = TypeVar("T")
 
 
-class LocalFleet:
+class LocalFleet(Fleet):
     """Ranks that are threads of this process, around one Exchange."""
 
     def __init__(self, exchange: Exchange, engines: Sequence[Engine]) -> None:

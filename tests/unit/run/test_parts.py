@@ -20,10 +20,12 @@ from dinfer.engine.board import Stand
 from dinfer.errors import NotPossible
 from dinfer.job import Job
 from dinfer.messages import BreakpointHit, Command, Edited, GetStand
+from dinfer.model.checkpoint import check
 from dinfer.plan.cut import Cuts
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
+from dinfer.plan.verify import verify
 from dinfer.run.action import Actions, call_text
 from dinfer.run.breakpoints import BreakpointTable
 from dinfer.run.result import merge
@@ -62,7 +64,8 @@ def lease() -> RankLease:
 
 @pytest.fixture
 def state(lease: RankLease) -> RunState:
-    return RunState(PLAN, lease)
+    job = Job(Config(world_size=2), check("demo"), tuple(range(8)), PLAN, verify(PLAN))
+    return RunState(job, lease, ["cpu", "cpu"])
 
 
 def stand(lease: RankLease, *, at: int = 0, limit: int = 0) -> None:
@@ -191,7 +194,7 @@ def test_a_run_that_is_over_or_cannot_go_on_refuses_actions(state: RunState) -> 
     with pytest.raises(NotPossible, match="this run is over: the session is closed"), made.taken("step"):
         entered.append("closed")
     assert not entered
-    assert made.last_call == "step"
+    assert state.last_call == "step"
     with pytest.raises(RunOver), made.hold():
         pass
 
@@ -224,8 +227,8 @@ def test_who_waits_for_an_answer_when_the_run_ends_gets_none(lease: RankLease) -
 def test_breakpoints_arm_conditions_and_know_which_is_met() -> None:
     armed = list[list[dict[str, Any]]]()
     table, cuts = BreakpointTable(Config(digests=False), armed.append), Cuts(PLAN)
-    plain = table.add(cuts, rank=None, op=None, chunk=1, layer=0, when=None)
-    with_condition = table.add(cuts, rank=1, op=None, chunk=None, layer=None, when="nan")
+    plain = table.add(cuts, None, None, chunk=1, layer=0)
+    with_condition = table.add(cuts, None, "nan", rank=1)
     assert [[one["number"] for one in told] for told in armed] == [[], [2]]
     limit, met = table.ahead(cuts, cuts.start)
     assert (limit, met) == (cuts.after_block(1, 0), [plain])
@@ -234,10 +237,10 @@ def test_breakpoints_arm_conditions_and_know_which_is_met() -> None:
     assert table.arrived() == ""
     note = BreakpointHit(with_condition.as_dict(), "layer c0 l1", "3 NaN", 1)
     assert table.hit(1, note) == f"stopped at {with_condition}: rank 1, `layer c0 l1`: 3 NaN"
-    table.view().remove(2)
+    table.view.remove(2)
     assert (table.hit(1, note), armed[-1]) == ("", [])
     with pytest.raises(PlanError, match="this run has digests=False"):
-        table.add(cuts, rank=None, op=None, chunk=None, layer=None, when="digest differs")
+        table.add(cuts, None, "digest differs")
 
 
 # -- events

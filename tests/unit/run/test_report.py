@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 import dinfer
 from dinfer.cluster.threads import LocalRanks
 from dinfer.config import Config
-from dinfer.run.report import machine, versions
-from dinfer.run.reproduce import Done, commands, parameters
+from dinfer.run.report import Done, commands, machine, parameters, versions
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.trace.findings import Findings, findings_of

@@ -133,7 +133,7 @@ def test_a_breakpoint_ahead_is_not_met_by_beginning_anew(session: Session) -> No
     run.restart()
     run.look()
     assert "stopped at" not in str(run.where())
-    assert not run.story
+    assert not run.findings().hits
 
 
 # -- it keeps to itself
