@@ -12,7 +12,7 @@ from typing import Any
 from dinfer.config import Config, ConfigError
 from dinfer.display import html_text
 from dinfer.errors import ipython
-from dinfer.model.checkpoint import Spec, check
+from dinfer.model.checkpoint import Spec, check, check_unchanged
 from dinfer.model.memory import check_memory
 from dinfer.model.text import encode, load_tokenizer
 from dinfer.plan.custom import CustomSchedule, custom_plan
@@ -128,12 +128,13 @@ def prepare(config: Config, ranks_here: Sequence[int] | None = None) -> Job:
     return _job(config.with_(threads=config.threads or threads_per_rank(len(here))), spec, ids, None)
 
 
-def prepare_loaded(config: Config, plan: Plan | str | CustomSchedule | None = None) -> Job:
+def prepare_loaded(config: Config, spec: Spec, plan: Plan | str | CustomSchedule | None = None) -> Job:
     """Check a run on ranks that have loaded the checkpoint, with memory and GPUs checked at that time.
 
-    `plan`: a plan, its text, or a function that makes it, instead of the config's. Raises as `prepare` does.
+    `spec`: the checkpoint's, when it was loaded; a ModelError says so if it has changed since. `plan`: a plan, its
+    text, or a function that makes it, instead of the config's. Raises as `prepare` does.
     """
-    spec = check(config.model_path)
+    check_unchanged(spec)
     _check_world_size(config, spec)
     return _job(config, spec, _prompt_ids(config, spec), plan)
 

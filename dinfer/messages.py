@@ -341,6 +341,8 @@ class UnloadModel(Command[Ok], frozen=True):
     path: str
     dtype: str
     device: str
+    fingerprint: str
+    """`model.checkpoint.Spec.fingerprint`, as the session has read it"""
 
 
 class LoadModel(Command[LoadedModel], frozen=True):
@@ -349,6 +351,7 @@ class LoadModel(Command[LoadedModel], frozen=True):
     path: str
     dtype: str
     device: str
+    fingerprint: str
     threads: int
 
 

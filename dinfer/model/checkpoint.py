@@ -35,7 +35,8 @@ class Spec:
 
     `max_positions`: in tokens, at most `model_positions`, those of the model; `dtype`: the config's; `stored_dtype`:
     that of the files ("mixed" if several); `tokenizer`: whether there is one; `weight_bytes` and `parameters`: of all
-    files together; `intermediate_size`: the width of the MLP of one token.
+    files together; `intermediate_size`: the width of the MLP of one token; `fingerprint`: of what the files held, see
+    `fingerprint()`.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class Spec:
     stored_dtype: str
     parameters: int
     intermediate_size: int
+    fingerprint: str
 
 
 def resolve(path: str | Path) -> Path:
@@ -125,12 +127,33 @@ def check(path: str | Path) -> Spec:
         max_positions=positions,
         model_positions=longest,
         dtype=str(config.dtype or first_dtype).removeprefix("torch."),
-        tokenizer=any((folder / name).is_file() for name in _TOKENIZER_FILES),
+        tokenizer=has_tokenizer(folder),
         weight_bytes=sum(data for _, data in headers),
         stored_dtype=first_dtype if len(stored) < 2 else "mixed",
         parameters=sum(math.prod(entry["shape"]) for entry in weights),
         intermediate_size=max(experts, int(config.intermediate_size or 0)),
+        fingerprint=fingerprint(folder),
     )
+
+
+def check_unchanged(spec: Spec) -> None:
+    """Raises `ModelError` if the folder holds something else than when `spec` was made of it."""
+    try:
+        found = check(spec.path).fingerprint
+    except ModelError as error:
+        raise ModelError(
+            f"{spec.path} has changed since it was loaded, and cannot be loaded now: {error}"
+        ) from error
+    if found != spec.fingerprint:
+        raise ModelError(
+            f"{spec.path} has changed since it was loaded (its config or weights): session.load({str(spec.path)!r}) "
+            "loads it again on all ranks"
+        )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer lies beside the weights."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def resolved_config(folder: Path) -> Any:
@@ -271,7 +294,7 @@ def _check_length(file: Path, expected: int) -> None:
         )
 
 
-def fingerprint(spec: Spec) -> str:
+def fingerprint(folder: Path) -> str:
     """64 hex digits by which ranks find out whether they loaded the same checkpoint. Raises `ModelError`.
 
     It reads samples and takes milliseconds: the configs; the name, size and header of each safetensors file (names,
@@ -289,10 +312,10 @@ def fingerprint(spec: Spec) -> str:
         digest.update(len(part).to_bytes(8, "little") + part)
 
     for name in _CONFIGS:
-        file = spec.path / name
+        file = folder / name
         add(name.encode())
         add(file.read_bytes() if file.is_file() else b"")
-    for file in weight_files(spec.path):
+    for file in weight_files(folder):
         size = file.stat().st_size
         add(file.name.encode())
         add(str(size).encode())

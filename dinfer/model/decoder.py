@@ -22,7 +22,7 @@ from transformers.utils import logging as hf_logging
 
 from dinfer.errors import ModelError
 from dinfer.model.cache import CacheWindow, KVCache
-from dinfer.model.checkpoint import Spec, check, first_line, resolved_config, stored_shapes
+from dinfer.model.checkpoint import Spec, check, check_unchanged, first_line, resolved_config, stored_shapes
 from dinfer.model.families import family_of
 from dinfer.model.positions import Positions, layer_kinds
 
@@ -58,16 +58,19 @@ class Decoder:
         dtype: str = "auto",
         device: str = "cpu",
         on_progress: Callable[[int, int], None] | None = None,
+        mapped: bool = True,
     ) -> Self:
         """Load a checkpoint folder (or "demo") with weights in `dtype` ("auto": the checkpoint's own).
 
         On a CPU, weights in the dtype of the files are views of the files: ranks of one machine share them, and they
-        are read from disk at first use. (Editing weights in place copies them. The files must not change while a rank
-        runs.) Weights of another dtype, and experts, are converted tensor by tensor. Then they move to `device` one by
-        one, each freed on the CPU as it arrives. `on_progress(done, total)`, in bytes, is called for each; on a CPU it
-        makes all weights be read from disk now.
+        are read from disk at first use. (Editing weights in place copies them. A file that is shortened meanwhile ends
+        the process, by SIGBUS: without `mapped`, weights are copied into memory.) Weights of another dtype, and
+        experts, are converted tensor by tensor. Then they move to `device` one by one, each freed on the CPU as it
+        arrives. `on_progress(done, total)`, in bytes, is called for each; on a CPU it makes all weights be read from
+        disk now.
 
-        Raises `ModelError` for an unknown dtype and for a checkpoint that is incomplete or unsupported.
+        Raises `ModelError` for an unknown dtype, and for a checkpoint that is incomplete or unsupported or changes
+        while it is loaded.
         """
         spec = check(path)
         if dtype not in DTYPES:
@@ -81,6 +84,10 @@ class Decoder:
             torch.backends.cuda.enable_cudnn_sdp(False)
         with _one_load_at_a_time():
             model = _load_model(spec, dtype)
+            if not mapped and device == "cpu":
+                for weight in (*model.parameters(), *model.buffers()):
+                    weight.data = weight.data.clone()
+            check_unchanged(spec)
             if on_progress:
                 _place(model, torch.device(device), on_progress)
             return cls(model.to(device), spec)

@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from dinfer.errors import ModelError
-from dinfer.model.checkpoint import check, first_line
+from dinfer.model.checkpoint import first_line, has_tokenizer, resolve
 
 _REPLACEMENT = "\ufffd"  # what a tokenizer decodes the bytes of an unfinished character to
 
 
 def load_tokenizer(path: str | Path) -> Any | None:
     """The tokenizer of a checkpoint, None if it has none. Raises `ModelError` if it cannot be loaded."""
-    spec = check(path)
-    if not spec.tokenizer:
+    folder = resolve(path)
+    if not has_tokenizer(folder):
         return None
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(spec.path, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot parse
-        raise ModelError(f"the tokenizer in {spec.path} cannot be loaded: {first_line(error)}") from error
+        raise ModelError(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
 
 
 def encode(tokenizer: Any | None, prompt: str, chat: bool = False) -> list[int]:

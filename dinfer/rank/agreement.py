@@ -9,7 +9,7 @@ import transformers
 
 from dinfer.config import Config
 from dinfer.errors import DinferError
-from dinfer.model.checkpoint import Spec, fingerprint
+from dinfer.model.checkpoint import Spec
 from dinfer.transport.gloo import Comm
 from dinfer.version import __version__
 
@@ -43,7 +43,7 @@ def facts_of(config: Config, spec: Spec, ids: Sequence[int], plan_id: int) -> di
         "dinfer": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "checkpoint": fingerprint(spec)[:16],
+        "checkpoint": spec.fingerprint[:16],
         **given,
         "prompt": f"{len(ids)} tokens {_digest(str(list(ids)))}",
         "plan": f"{plan_id:016x}",

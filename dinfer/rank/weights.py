@@ -8,6 +8,7 @@ from contextlib import suppress
 import torch
 
 from dinfer.engine.board import Board, DeviceMemory
+from dinfer.errors import ModelError
 from dinfer.messages import LoadModel, UnloadModel
 from dinfer.model.decoder import Decoder
 
@@ -43,7 +44,7 @@ class Gauge:
                 self._over.wait(PERIOD_S)
 
 
-WeightsIdentity = tuple[str, str, str]
+WeightsIdentity = tuple[str, str, str, str]
 
 
 class Weights:
@@ -63,12 +64,21 @@ class Weights:
         return self.decoder is not None and self._identity == _identity(command)
 
     def load(self, command: LoadModel, on_progress: Callable[[int, int], None]) -> None:
-        """Load the checkpoint. Raises ModelError or OutOfMemory; then there is none."""
+        """Load the checkpoint. Raises ModelError, also where this rank finds other files than the session, or
+        OutOfMemory; then there is none."""
         if self.dropped:
             gc.collect()  # again: a collection is skipped while another rank's thread runs one
         self._board.set_phase("loading")
-        self.decoder = Decoder.load(*_identity(command), on_progress=on_progress)
-        self._identity, self.dropped = _identity(command), False
+        # A session in this process must outlive a file that is shortened.
+        path, dtype, device, wanted = _identity(command)
+        decoder = Decoder.load(path, dtype, device, on_progress=on_progress, mapped=self.own_process)
+        if (found := decoder.spec.fingerprint) != wanted:
+            raise ModelError(
+                f"{path} holds another checkpoint here (fingerprint {found[:16]}) than the session has read "
+                f"({wanted[:16]}). Give all hosts the same files; if they have changed since they were loaded, "
+                f"session.load({path!r}) loads them on all ranks"
+            )
+        self.decoder, self._identity, self.dropped = decoder, _identity(command), False
 
     def share(self, other: "Weights") -> None:
         """Use what another rank of this process has loaded."""
@@ -87,4 +97,4 @@ class Weights:
 
 
 def _identity(command: LoadModel | UnloadModel) -> WeightsIdentity:
-    return command.path, command.dtype, command.device
+    return command.path, command.dtype, command.device, command.fingerprint

@@ -97,6 +97,8 @@ def ending(code: int | None, config: Config) -> str:
         return f"has not been heard of for {limit:g} s: its host or the network to it may be down"
     if code == LOST:
         return "is gone: its process ended without a word"
+    if code == -signal.SIGBUS:
+        return "was killed by SIGBUS, as happens where a file of weights is shortened while a rank uses it"
     if code and code < 0:
         return f"was killed by {signal.Signals(-code).name}"
     return f"ended with exit status {code}"

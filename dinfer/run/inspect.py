@@ -5,7 +5,7 @@ Nothing here moves or changes a run.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +28,7 @@ from dinfer.kv.reference.reports import (
 from dinfer.kv.source import Selection, Subject
 from dinfer.kv.view import KV, kv_of
 from dinfer.messages import Answer, Command, DigestHidden, HashKv, RunReference, StopReference
-from dinfer.model.checkpoint import fingerprint
+from dinfer.model.checkpoint import check_unchanged
 from dinfer.model.text import texts_of
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import within
@@ -97,7 +97,7 @@ class RunInspector:
             kv_heads=spec.kv_heads,
             head_dim=spec.head_dim,
             dtype=getattr(torch, spec.dtype if dtype == "auto" else dtype),
-            checkpoint=self.fingerprint,
+            checkpoint=spec.fingerprint,
         )
         return Live(subject, self._ranks, self._check_ranks)
 
@@ -107,11 +107,6 @@ class RunInspector:
         command = HashKv(len(self._job.ids))
         answers = self._ranks.ask(dict.fromkeys(ranks, command), ANSWER_S, self._check)
         return [answers[rank].sha256 for rank in ranks]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """The checkpoint's."""
-        return fingerprint(self._job.spec)
 
     def _token_texts(self, ids: tuple[int, ...]) -> tuple[str, ...]:
         return tuple(texts_of(self._tokenizer, ids, [range(n, n + 1) for n in range(len(ids))]))
@@ -137,6 +132,7 @@ class RunInspector:
 
     def compare(self, *, chunked: bool, dtype: str | None) -> Comparison:
         """See `Run.compare`."""
+        check_unchanged(self._job.spec)  # on a CPU the weights are views of the files
         with self._actions.hold():
             self._check()
             source, ranks = self.live(), range(self._job.plan.world_size)

@@ -186,7 +186,7 @@ class RunRecorder:
             "edited": list(state.edited),
             "faults": list(standing.faults),
             "parameters": parameters(job.config),
-            "checkpoint": {"path": str(job.spec.path), "fingerprint": self.inspector.fingerprint},
+            "checkpoint": {"path": str(job.spec.path), "fingerprint": job.spec.fingerprint},
         }
         content = Content(source, ranks, trace, evidence, description, layers, hidden, prompt, own)
         return write(content, folder)

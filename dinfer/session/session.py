@@ -146,7 +146,7 @@ class Session(Announced, Closing):
         assert self.spec
         own = without_fixed(parameters, self._config, self.spec)
         config = self._config.with_(**{"prompt_ids": (), **_prompt(prompt), **own})
-        job = prepare_loaded(config, plan)
+        job = prepare_loaded(config, self.spec, plan)
         text = "" if plan is None else job.plan.text()
         self._end_run("another run has begun; session.debugger() shows it")
         tokenizer = load_tokenizer(config.model_path)
@@ -229,10 +229,13 @@ class Session(Announced, Closing):
     def _load(self, ranks: Sequence[int]) -> None:
         config = self._config
         devices = {rank: f"cuda:{config.gpu_ids[rank]}" if config.gpu_ids else "cpu" for rank in ranks}
-        path, dtype = config.model_path, config.dtype
-        requests = {rank: LoadModel(path, dtype, device, config.threads) for rank, device in devices.items()}
+        assert self.spec
+        path, dtype, read = config.model_path, config.dtype, self.spec.fingerprint
+        requests = {
+            rank: LoadModel(path, dtype, device, read, config.threads) for rank, device in devices.items()
+        }
         self._bare |= set(ranks)  # also where it is refused half-way
-        unload = {rank: UnloadModel(path, dtype, device) for rank, device in devices.items()}
+        unload = {rank: UnloadModel(path, dtype, device, read) for rank, device in devices.items()}
         self.ranks.ask(unload, PREPARE_S, self._ensure_whole)
         with bars(self.ranks, ranks) as show:
 

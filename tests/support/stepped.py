@@ -128,7 +128,9 @@ def stepped(model: Path, ids: Sequence[int], log_dir: Path, **config: object) ->
     try:
         meet(ranks, given.backend)
         loads = {
-            rank: LoadModel(given.model_path, given.dtype, device_of(rank, given), given.threads)
+            rank: LoadModel(
+                given.model_path, given.dtype, device_of(rank, given), job.spec.fingerprint, given.threads
+            )
             for rank in range(given.world_size)
         }
         ranks.ask(loads, START_S)

@@ -20,7 +20,7 @@ from dinfer.engine.corruption import Corruption
 from dinfer.engine.engine import Engine
 from dinfer.errors import ModelError, NotPossible
 from dinfer.kv.digests import as_numbers
-from dinfer.model.checkpoint import check, fingerprint
+from dinfer.model.checkpoint import check
 from dinfer.model.decoder import Decoder
 from dinfer.plan.cut import Unit, count_of, unit_of
 from dinfer.plan.graph import Channel, channel_of
@@ -52,7 +52,7 @@ def decoder_of(
     """The recorded run's checkpoint, loaded here unless it is `given`. Raises RecordError."""
     path = str(given.spec.path) if given else model_path or recorded.config.model_path
     try:
-        found = fingerprint(check(path))
+        found = given.spec.fingerprint if given else check(path).fingerprint
     except ModelError as error:
         raise RecordError(
             f"the run's checkpoint cannot be read here: {error} Give replay(…, model_path=…) where it lies."

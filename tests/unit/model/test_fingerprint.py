@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dinfer.model.checkpoint import SPAN, SPANS, check, fingerprint, sampled_spans
+from dinfer.model.checkpoint import SPAN, SPANS, check, sampled_spans
 from tests.support.tiny import tiny_checkpoint
 
 
 def of(folder: Path) -> str:
     """Return the fingerprint of a folder."""
-    return fingerprint(check(folder))
+    return check(folder).fingerprint
 
 
 def flip(file: Path, at: int) -> None:

@@ -36,6 +36,7 @@ QWEN3_4B = Spec(
     stored_dtype="bfloat16",
     parameters=4_022_468_096,
     intermediate_size=9728,
+    fingerprint="",
 )
 
 
