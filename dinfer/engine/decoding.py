@@ -79,14 +79,41 @@ class NotANumber(DinferError, RuntimeError):
         for rank, place in places.items():
             by_place.setdefault(place, []).append(rank)
         found = [
-            f"{_where(place, shape)} of the KV on {_ranks_text(ranks, world_size)}: {_cause(place, set(places), shape)}"
+            f"{where} of the KV on {_ranks_text(ranks, world_size)}: {cause}"
             for place, ranks in by_place.items()
+            for where, cause in [_told(place, set(places), shape)]
         ]
         super().__init__(
             f"the logits of new token {position} are not numbers (NaN) on {_ranks_text(list(places), world_size)}. "
             + " ".join(found)
         )
         self.position, self.places = position, places
+
+
+def _told(place: NanOrigin, ranks: set[int], shape: Shape | None) -> tuple[str, str]:
+    """Where the first NaN is; how it arose, and what to check. `ranks` are those with NaN in their logits."""
+    remedy = "float16 may have overflowed (use bfloat16 or float32), or the checkpoint is damaged there."
+    if place == NOWHERE:
+        after = "it arose after the KV of the last layer, in its attention or MLP, the norm or the head"
+        return "There is no NaN in any row", f"{after}; {remedy}"
+    where, by = f"The first NaN is in layer {place.layer}, token {place.token},", ""
+    if shape is not None and place.token < shape.tokens:
+        chunk, owner = place.token // shape.chunk_size, shape.owners[place.layer]
+        where = f"The first NaN is in layer {place.layer}, chunk {chunk} (token {place.token})"
+        if owner not in ranks:
+            return (
+                where,
+                f"rank {owner} computed that block without NaN, so it changed on the way or in memory.",
+            )
+        by = f"computed by rank {owner}; "
+    before = f"in layer {place.layer - 1} after its KV" if place.layer else "in the embedding"
+    return where, f"{by}it arose in that layer's K and V or {before}; {remedy}"
+
+
+def _ranks_text(ranks: list[int], world_size: int) -> str:
+    if len(ranks) == world_size > 1:
+        return "all ranks"
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 class Decoding:
@@ -252,30 +279,3 @@ def first_nan(cache: KVCache, tokens: int, shape: Shape | None) -> NanOrigin:
         if rows.any():
             found.append(NanOrigin(int(rows.int().argmax()), layer))
     return min(found, key=lambda one: (chunk_of(one.token), one.layer), default=NOWHERE)
-
-
-def _where(place: NanOrigin, shape: Shape | None) -> str:
-    if place == NOWHERE:
-        return "There is no NaN in any row"
-    if shape is None or place.token >= shape.tokens:
-        return f"The first NaN is in layer {place.layer}, token {place.token},"
-    return f"The first NaN is in layer {place.layer}, chunk {place.token // shape.chunk_size} (token {place.token})"
-
-
-def _cause(place: NanOrigin, ranks: set[int], shape: Shape | None) -> str:
-    """Where the NaN arose and what to check. `ranks` are those with NaN in their logits."""
-    remedy = "float16 may have overflowed (use bfloat16 or float32), or the checkpoint is damaged there."
-    if place == NOWHERE:
-        return f"it arose after the KV of the last layer, in its attention or MLP, the norm or the head; {remedy}"
-    owner = shape.owners[place.layer] if shape and place.token < shape.tokens else None
-    if owner is not None and owner not in ranks:
-        return f"rank {owner} computed that block without NaN, so it changed on the way or in memory."
-    before = f"in layer {place.layer - 1} after its KV" if place.layer else "in the embedding"
-    by = "" if owner is None else f"computed by rank {owner}; "
-    return f"{by}it arose in that layer's K and V or {before}; {remedy}"
-
-
-def _ranks_text(ranks: list[int], world_size: int) -> str:
-    if len(ranks) == world_size > 1:
-        return "all ranks"
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

@@ -15,7 +15,7 @@ from dinfer.engine.corruption import Alarm, CorruptionCallback
 from dinfer.engine.decoding import Decoding, cache_of, recheck
 from dinfer.engine.lanes import Execution, LaneExecutor
 from dinfer.engine.prefill import Prefill
-from dinfer.engine.prompt import Hit, Prompt, Stands, recorder_for
+from dinfer.engine.prompt import Hit, Prompt, Stands
 from dinfer.engine.streams import StreamExecutor
 from dinfer.engine.sync_layer import sync_block
 from dinfer.engine.threads import ThreadExecutor
@@ -99,7 +99,7 @@ class Engine:
         """Prepare a prompt: a verified plan, a KV cache, and lanes that wait at limit 0. Releases the previous prompt.
 
         Raises ModelError for a prompt that is too long, PlanError for a plan of another prefill or one that can hang
-        (unless config.unsafe), both before the previous prompt is released; NotPossible if that cannot be released.
+        (unless config.unsafe), and NotPossible if the previous prompt cannot be released.
         """
         if len(ids) > self.decoder.max_positions:
             raise ModelError(
@@ -117,10 +117,16 @@ class Engine:
             )
         self.ids = list(ids)
         self.cache = self.decoder.new_cache(self._capacity(len(ids)))
+        lanes = [*(lane.name for lane in plan.lanes[self.rank]), "decode"]
+        if self._memory is None:
+            longest = max(len(lane.ops) for lane in plan.lanes[self.rank])
+            self.recorder = Recorder(self.rank, lanes, 2 * max(longest, self.config.max_new_tokens) + 64)
+        else:
+            self.recorder = Recorder.over(self.rank, lanes, self._memory)
+            self.recorder.clear()
         state = Prefill(
             self.decoder, self.cache, plan, self.rank, ids, digests=self.config.digests, alarm=self._alarm
         )
-        self.recorder = recorder_for(plan, self.rank, self.config.max_new_tokens, self._memory)
         self._prompt = Prompt(
             state, self._executor, on_op=self._on_op, on_hit=self._on_hit, all_stands=self._all_stands
         )
@@ -138,7 +144,7 @@ class Engine:
 
     @property
     def executor(self) -> LaneExecutor:
-        """What runs the lanes of the current prompt. Raises NotPossible before the first one."""
+        """What runs the current prompt's lanes. Raises NotPossible before the first one."""
         return self.prompt.executor
 
     def prefill_phase(self, prompt: str | Sequence[int] | None = None) -> PrefillResult:
@@ -179,17 +185,16 @@ class Engine:
         unfinished = self._prompt is not None and not self._prompt.executor.is_done()
         if final is None or (kv_caches is None and (self.cache is None or unfinished)):
             raise NotPossible("there is no finished prefill: call prefill_phase(prompt) on all ranks first.")
-        state = self._prompt.state if self._prompt and kv_caches is None else None
-        config = self.config
+        state, config = None, self.config
         if kv_caches is None:
             tokens = len(self.ids)
             cache = self.grow_cache(self._capacity(tokens, max_new_tokens))
+            state = self._prompt.state if self._prompt else None
         else:
             tokens = kv_caches[0][0].shape[2] if kv_caches else 0
             cache = cache_of(self.decoder, kv_caches, self._capacity(tokens, max_new_tokens))
         sampler = Sampler(Sampling(config.temperature, config.top_k, config.top_p, config.seed))
-        final = final[:, -1:]
-        return Decoding(self.decoder, cache, tokens, final, sampler, self.comm, self.recorder, state)
+        return Decoding(self.decoder, cache, tokens, final[:, -1:], sampler, self.comm, self.recorder, state)
 
     def recheck(self) -> None:
         """Compare all of the prompt's KV rows with their digests; sets `check_s`, seconds. All ranks must call it.
@@ -251,8 +256,8 @@ class Engine:
     def step(self, unit: Unit = "wave", timeout: float = 5.0) -> Steps:
         """Step by one unit: call it on all ranks, or on this one to run as far as it can alone.
 
-        Returns after at most `timeout` seconds. If the step has not ended, the result names the rank that it waits for,
-        and the next call continues it.
+        If the step has not ended after `timeout` seconds, the result names the rank that it waits for, and the next
+        call continues it.
         """
         return self.prompt.step(unit, timeout)
 
@@ -261,14 +266,12 @@ class Engine:
         return self.prompt.blocked_on()
 
     def kv(self, layer: int) -> LayerKV:
-        """K and V of a layer as far as this rank holds them, as views: writing to them edits the cache. Raises
-        PlanError for an unknown layer."""
+        """K and V of a layer that this rank holds, as views: writing edits the cache. Raises PlanError."""
         return layer_kv(self.executor, layer)
 
     @property
     def hidden(self) -> dict[tuple[int, int], Tensor]:
-        """The hidden states that this rank holds: (chunk, layer) → [1, tokens, hidden_size] before that layer. Assign
-        to edit."""
+        """The hidden states here: (chunk, layer) → [1, tokens, hidden_size] before that layer. Assign to edit."""
         return self.executor.state.hidden
 
     # -- one layer
@@ -359,8 +362,7 @@ class Engine:
         return self.chunk * self.config.chunk_size
 
     def _capacity(self, tokens: int, max_new_tokens: int | None = None) -> int:
-        """The rows of a cache for a prompt and its new tokens, limited by the model's positions; faults may add
-        rows."""
+        """The rows for a prompt and its new tokens, limited by the model's positions; faults may add rows."""
         faults = self._prompt.state.faults if self._prompt else None
         new = (max_new_tokens or self.config.max_new_tokens) * (2 if faults and faults.repeats else 1)
         return min(tokens + new, self.decoder.max_positions) + (faults.extra_rows if faults else 0)

@@ -15,9 +15,7 @@ from dinfer.kv.ledger import BlockKey
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Cut, Cuts, Unit
 from dinfer.plan.ops import Op
-from dinfer.plan.plan import Plan
 from dinfer.trace.events import Event
-from dinfer.trace.recorder import Recorder
 
 Hit = Callable[[Breakpoint, Op, str], None]
 """called with a breakpoint, the op at which its condition held, and what was found there"""
@@ -273,14 +271,3 @@ class Prompt:
         self.conditions(event, op)
         if self._on_op:
             self._on_op(event, op)
-
-
-def recorder_for(plan: Plan, rank: int, max_new_tokens: int, memory: memoryview | None) -> Recorder:
-    """A rank's recorder, with a lane for decode after the plan's lanes; over `memory`, or over memory of its own."""
-    lanes = [*(lane.name for lane in plan.lanes[rank]), "decode"]
-    if memory is not None:
-        recorder = Recorder.over(rank, lanes, memory)
-        recorder.clear()
-        return recorder
-    longest = max(len(lane.ops) for lane in plan.lanes[rank])
-    return Recorder(rank, lanes, 2 * max(longest, max_new_tokens) + 64)
