@@ -42,9 +42,8 @@ _ADVICE = {
 
 
 class TokensDiffer(DinferError, RuntimeError):
-    """Ranks chose different tokens. `position` counts new tokens from 0. By rank, `tokens` has the chosen token and
-    `logits` that rank's logits of all chosen tokens.
-    """
+    """Ranks chose different tokens, at new token `position` (from 0). By rank, `tokens` has the chosen token and
+    `logits` that rank's logits of all chosen tokens."""
 
     def __init__(self, position: int, tokens: list[int], logits: list[dict[int, float]]) -> None:
         chosen = "; ".join(
@@ -67,10 +66,7 @@ NOWHERE = NanOrigin(-1, -1)
 
 
 class NotANumber(DinferError, RuntimeError):
-    """The logits are NaN on the ranks in `places`, by which the first NaN of that rank's KV is found.
-
-    `position` counts new tokens from 0.
-    """
+    """The logits of new token `position` (from 0) are NaN. `places`: by rank, the first NaN in its KV."""
 
     def __init__(
         self, position: int, places: dict[int, NanOrigin], world_size: int, shape: Shape | None
@@ -78,15 +74,11 @@ class NotANumber(DinferError, RuntimeError):
         by_place: dict[NanOrigin, list[int]] = {}
         for rank, place in places.items():
             by_place.setdefault(place, []).append(rank)
-        found = [
-            f"{where} of the KV on {_ranks_text(ranks, world_size)}: {cause}"
-            for place, ranks in by_place.items()
-            for where, cause in [_told(place, set(places), shape)]
-        ]
-        super().__init__(
-            f"the logits of new token {position} are not numbers (NaN) on {_ranks_text(list(places), world_size)}. "
-            + " ".join(found)
-        )
+        said = f"the logits of new token {position} are not numbers (NaN) on {_ranks_text(list(places), world_size)}."
+        for place, ranks in by_place.items():
+            where, cause = _told(place, set(places), shape)
+            said += f" {where} of the KV on {_ranks_text(ranks, world_size)}: {cause}"
+        super().__init__(said)
         self.position, self.places = position, places
 
 
@@ -101,10 +93,8 @@ def _told(place: NanOrigin, ranks: set[int], shape: Shape | None) -> tuple[str, 
         chunk, owner = place.token // shape.chunk_size, shape.owners[place.layer]
         where = f"The first NaN is in layer {place.layer}, chunk {chunk} (token {place.token})"
         if owner not in ranks:
-            return (
-                where,
-                f"rank {owner} computed that block without NaN, so it changed on the way or in memory.",
-            )
+            cause = f"rank {owner} computed that block without NaN, so it changed on the way or in memory."
+            return where, cause
         by = f"computed by rank {owner}; "
     before = f"in layer {place.layer - 1} after its KV" if place.layer else "in the embedding"
     return where, f"{by}it arose in that layer's K and V or {before}; {remedy}"
@@ -137,11 +127,10 @@ class Decoding:
         prompt whose cache this is, for faults and for the words of errors; None for other KV."""
         self.tokens: list[int] = []
         self.cache = cache
-        self._state = state
-        self._shape = state.plan.shape if state else None
-        self._held: list[int] = []
-        self._decoder, self._prompt_tokens = decoder, prompt_tokens
-        self._final, self._sampler, self._comm, self._recorder = final, sampler, comm, recorder
+        self._rows = [prompt_tokens]  # before the first step and after each
+        self._state, self._shape = state, state.plan.shape if state else None
+        self._decoder, self._final, self._sampler = decoder, final, sampler
+        self._comm, self._recorder = comm, recorder
 
     @property
     def is_done(self) -> bool:
@@ -157,34 +146,35 @@ class Decoding:
     def rows(self) -> int:
         """How many rows a layer holds: one for each token of the prompt and each new token except the last, which has
         none yet. (A layer to which a fault appended rows holds more.)"""
-        return self._held[-1] if self._held else self._prompt_tokens
+        return self._rows[-1]
 
     def step(self) -> int:
         """Make the next token. Raises on every rank: TokensDiffer if the ranks disagree, NotANumber if the logits of
         one are NaN."""
         start, row, state = monotonic_ns(), self.rows, self._state
+        hidden = self._final
         if self.tokens:
             hidden = self._decoder.forward(self.tokens[-1:], self.cache, row, state.extra if state else None)
-            new, hidden = row + (state.faults.new_row(row) if state else 1), self._decoder.norm(hidden)
-        else:
-            new, hidden = row, self._final
+            row += state.faults.new_row(row) if state else 1
+            hidden = self._decoder.norm(hidden)
         logits = self._decoder.logits(hidden)
         # The maximum of values with a NaN is NaN; that is cheaper than isnan of each.
         token = _NO_TOKEN if logits.max().isnan() else self._sampler(logits, len(self.tokens))
         computed = monotonic_ns()
         self._compare(token, logits)
-        self.tokens.append(token)
-        self._held.append(new)
+        end = monotonic_ns()
         if self._recorder:
-            about = {"what": "token", "tokens": 1, "index": len(self.tokens) - 1}
+            about = {"what": "token", "tokens": 1, "index": len(self.tokens)}
             _record(self._recorder, "decode", start, computed, **about)
             if self._comm.world_size > 1:
-                _record(self._recorder, "all_gather", computed, monotonic_ns(), **about)
+                _record(self._recorder, "all_gather", computed, end, **about)
+        self.tokens.append(token)
+        self._rows.append(row)
         return token
 
     def back_to(self, tokens: int) -> None:
         """Drop all new tokens after the first `tokens`. The next steps repeat them, unless the user edits something."""
-        del self.tokens[tokens:], self._held[tokens:]
+        del self.tokens[tokens:], self._rows[tokens + 1 :]
 
     def run(self, max_new_tokens: int) -> Iterator[int]:
         """Step until the text ends or there are `max_new_tokens` new tokens; yields each."""
@@ -192,16 +182,10 @@ class Decoding:
             yield self.step()
 
     def _compare(self, token: int, logits: Tensor) -> None:
-        chosen = [token]
-        if self._comm.world_size > 1:
-            chosen = [_TOKEN.unpack(data)[0] for data in self._comm.all_gather(_TOKEN.pack(token))]
+        chosen = [_TOKEN.unpack(data)[0] for data in _gather(self._comm, _TOKEN.pack(token))]
         if _NO_TOKEN in chosen:
             mine = first_nan(self.cache, self.rows + bool(self.tokens), self._shape)
-            found = [mine]
-            if self._comm.world_size > 1:
-                found = [
-                    NanOrigin(*_PLACE.unpack(data)) for data in self._comm.all_gather(_PLACE.pack(*mine))
-                ]
+            found = [NanOrigin(*_PLACE.unpack(data)) for data in _gather(self._comm, _PLACE.pack(*mine))]
             places = {rank: found[rank] for rank, answer in enumerate(chosen) if answer == _NO_TOKEN}
             raise NotANumber(len(self.tokens), places, self._comm.world_size, self._shape)
         distinct = sorted(set(chosen))
@@ -211,6 +195,10 @@ class Decoding:
         gathered = self._comm.all_gather(layout.pack(*(float(logits[t]) for t in distinct)))
         by_rank = [dict(zip(distinct, layout.unpack(data), strict=True)) for data in gathered]
         raise TokensDiffer(len(self.tokens), chosen, by_rank)
+
+
+def _gather(comm: Comm, data: bytes) -> list[bytes]:
+    return comm.all_gather(data) if comm.world_size > 1 else [data]
 
 
 def _record(recorder: Recorder, kind: str, start: int, end: int, **fields: object) -> None:
@@ -242,8 +230,8 @@ def recheck(state: Prefill, recorder: Recorder, comm: Comm) -> float:
     if policy != "record":
         first = (found if policy == "fail" else new)[:1]
         mine = json.dumps(first[0].as_dict() if first else None).encode()
-        gathered = comm.all_gather(mine.ljust(_ANSWER_BYTES)) if comm.world_size > 1 else [mine]
-        if changed := [str(Corruption.of(one)) for one in map(json.loads, gathered) if one]:
+        gathered = map(json.loads, _gather(comm, mine.ljust(_ANSWER_BYTES)))
+        if changed := [str(Corruption.of(one)) for one in gathered if one]:
             raise Corrupted(f"before decode: {'; '.join(changed)}. {_ADVICE[policy]}")
     return (end - start) / 1e9
 
