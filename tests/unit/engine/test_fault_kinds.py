@@ -1,7 +1,5 @@
 """Every kind of fault in every place breaks exactly the right bytes on exactly the right ranks."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager

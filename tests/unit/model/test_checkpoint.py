@@ -1,7 +1,5 @@
 """Checks before loading: the sizes of a good checkpoint, and each error of a bad one."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The KV cache: contiguous blocks, windows with the visible tokens, digests."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

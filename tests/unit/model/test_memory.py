@@ -1,7 +1,5 @@
 """Memory: needs computed by hand, free memory on several systems, and the remedies in messages."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 

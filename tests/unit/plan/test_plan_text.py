@@ -1,7 +1,5 @@
 """The text form of plans: a round trip, and every error with its line."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 
 import pytest

@@ -1,7 +1,5 @@
 """verify: proofs, every flaw with rank and op, and agreement with a naive simulator."""
 
-from __future__ import annotations
-
 import networkx as nx
 import pytest
 from hypothesis import given
