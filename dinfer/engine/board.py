@@ -19,7 +19,6 @@ _MEMORY = MAX_LANES + 1
 """the first of the three words of device memory"""
 
 BOARD_BYTES = 8 * (_MEMORY + 3)
-
 PHASES: tuple[Phase, ...] = ("starting", "loading", "prefill", "decode", "done")
 
 

@@ -43,11 +43,8 @@ KV = tuple[Tensor, Tensor]
 
 
 class PrefillResult(NamedTuple):
-    """What `prefill_phase` returns and `decode_phase` takes.
-
-    `hidden_states`: the normed hidden state of the prompt's last token, [1, 1, hidden_size]; `kv_caches`: K and V of
-    every layer, each [1, kv_heads, tokens, head_dim], views of this rank's cache.
-    """
+    """What `prefill_phase` returns and `decode_phase` takes: the normed hidden state of the prompt's last token,
+    [1, 1, hidden_size], and K and V of every layer, views of this rank's cache."""
 
     hidden_states: Tensor
     kv_caches: list[KV]
@@ -92,7 +89,7 @@ class Engine:
     # -- one prompt
 
     def plan_for(self, tokens: int) -> Plan:
-        """The plan that this engine's config makes for a prompt of that many tokens, lowered for NCCL."""
+        """The plan that this engine's config makes for so many tokens, lowered for NCCL."""
         return self._lowered(build(self._shape(tokens), self.config.schedule, self.config.sync_strategy))
 
     def prepare(self, ids: Sequence[int], *, plan: Plan | None = None) -> LaneExecutor:
@@ -115,8 +112,7 @@ class Engine:
                 f"rank {self.rank}: lanes of the previous prompt are still blocked in a transfer and would take this "
                 "prompt's messages."
             )
-        self.ids = list(ids)
-        self.cache = self.decoder.new_cache(self._capacity(len(ids)))
+        self.ids, self.cache = list(ids), self.decoder.new_cache(self._capacity(len(ids)))
         lanes = [*(lane.name for lane in plan.lanes[self.rank]), "decode"]
         if self._memory is None:
             longest = max(len(lane.ops) for lane in plan.lanes[self.rank])
@@ -177,10 +173,8 @@ class Engine:
         kv_caches: Sequence[KV] | None = None,
         max_new_tokens: int | None = None,
     ) -> Decoding:
-        """A decode that has yet to take its first step, with a cache for `max_new_tokens` (default: the config's).
-
-        Takes `hidden_states` and `kv_caches` as `decode_phase` does. Raises NotPossible before a finished prefill.
-        """
+        """A decode before its first step; takes what `decode_phase` takes. Raises NotPossible before a finished
+        prefill."""
         final = self.executor.state.final if hidden_states is None else hidden_states
         unfinished = self._prompt is not None and not self._prompt.executor.is_done()
         if final is None or (kv_caches is None and (self.cache is None or unfinished)):
@@ -197,7 +191,7 @@ class Engine:
         return Decoding(self.decoder, cache, tokens, final[:, -1:], sampler, self.comm, self.recorder, state)
 
     def recheck(self) -> None:
-        """Compare all of the prompt's KV rows with their digests; sets `check_s`, seconds. All ranks must call it.
+        """Compare the prompt's KV rows with their digests; sets `check_s`, seconds. All ranks must call it.
 
         Raises Corrupted on all ranks if a row changed on any, unless on_corruption is "record".
         """
@@ -342,7 +336,7 @@ class Engine:
         return list(prompt)
 
     def release(self) -> bool:
-        """Release the current prompt and its KV. Returns False if a lane is still blocked: call it again later."""
+        """Release the current prompt and its KV; False if a lane is still blocked: call it again later."""
         if self._prompt is not None and self._prompt.executor.close():
             self._prompt.state.free()
             self._prompt = self.cache = None

@@ -41,13 +41,12 @@ class Edits:
     up, so they need no note. Of KV the layer is known, not the rows: a memory fault in the same layer since the last
     step is taken for part of the edit.
 
-    Called for every op that has ended, on its lane's thread. `positions()` returns the lanes' positions. `found`: all
-    edits so far, as text; `history`: the edits with their tensors.
+    Called for every op that has ended, on its lane's thread. `positions()` returns the lanes' positions. `history`: all
+    edits so far, with their tensors.
     """
 
     def __init__(self, state: Prefill, positions: Callable[[], tuple[int, ...]]) -> None:
         self._state, self._positions = state, positions
-        self.found: list[str] = []
         self.history: list[Edit] = []
         self._kv: dict[int, int] = {}
         self._hidden: dict[BlockKey, TensorVersion] = {}
@@ -91,7 +90,6 @@ class Edits:
         kv = {key: block.clone() for key, block in blocks.items() if state.ledger.changed(key, block).any()}
         self.history.append(Edit(self._positions(), kv, {key: one.clone() for key, one in hidden.items()}))
         state.record_edits(layers)
-        self.found += [what for what in changed if what not in self.found]
         self._unreported += changed
         self.accept_all()
 
@@ -120,7 +118,7 @@ class Conditions:
     On a GPU a condition on values waits for the device at each op that matches; without such breakpoints nothing waits.
     """
 
-    def __init__(self, state: Prefill, on_hit: Hit) -> None:
+    def __init__(self, state: Prefill, on_hit: Hit | None) -> None:
         self._state, self._on_hit = state, on_hit
         self._lock = Lock()
         self._armed: tuple[Breakpoint, ...] = ()
@@ -132,8 +130,9 @@ class Conditions:
     def __call__(self, event: Event, op: Op) -> None:
         for one in self._armed:
             if one.matches(self._state.rank, op) and (found := self._evaluate(one, event, op)):
-                with self._lock:
-                    self._on_hit(one, op, found)
+                if self._on_hit:
+                    with self._lock:
+                        self._on_hit(one, op, found)
                 return
 
     def _evaluate(self, one: Breakpoint, event: Event, op: Op) -> str:
@@ -167,13 +166,13 @@ class Prompt:
         state: Prefill,
         execute: Callable[[Prefill, Callable[[Event, Op], None]], LaneExecutor],
         *,
-        on_op: Callable[[Event, Op], None] | None = None,
-        on_hit: Hit | None = None,
-        all_stands: Callable[[], Stands] | None = None,
+        on_op: Callable[[Event, Op], None] | None,
+        on_hit: Hit | None,
+        all_stands: Callable[[], Stands] | None,
     ) -> None:
         self.plan, self.state, self.rank = state.plan, state, state.rank
         self.edits = Edits(state, lambda: self.executor.stand().positions)
-        self.conditions = Conditions(state, on_hit or (lambda *_: None))
+        self.conditions = Conditions(state, on_hit)
         self._on_op, self._all_stands = on_op, all_stands
         self.executor = execute(state, self._after_op)
         self._may_halt, self.order = True, 0
@@ -215,7 +214,7 @@ class Prompt:
         return edited
 
     def step(self, unit: Unit, timeout: float) -> Steps:
-        """Step by one unit, or continue the last step if it had not ended. Waits at most `timeout` seconds."""
+        """Step by one unit, or continue the last step; waits at most `timeout` seconds."""
         begun, edited = self._begun, list[str]()
         if begun is None:
             begun = self.executor.stand().positions
@@ -229,11 +228,10 @@ class Prompt:
             blocked_on = self.blocked_on()
         elif ops:
             blocked_on = ""
+        elif self.executor.is_done():
+            blocked_on = "prefill is done: there is no further step"
         else:
-            done = self.executor.is_done()
-            blocked_on = (
-                "prefill is done: there is no further step" if done else "this step has no op on this rank"
-            )
+            blocked_on = "this step has no op on this rank"
         return Steps(self.rank, unit, op_lines(self.state, ops), blocked_on, tuple(edited))
 
     def blocked_on(self) -> str:

@@ -39,11 +39,6 @@ class KVCache:
         shape = (capacity, 2, kv_heads, head_dim)
         self._tensors = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(layers)]
 
-    @property
-    def nbytes(self) -> int:
-        """The size of all layers together, in bytes."""
-        return sum(tensor.nbytes for tensor in self._tensors)
-
     def tensor(self, layer: int) -> Tensor:
         """The tensor of one layer, [capacity, 2, kv_heads, head_dim]; `[:, 0]` is K, `[:, 1]` is V."""
         if not 0 <= layer < self.layers:

@@ -25,7 +25,6 @@ from dinfer.model.families import family_of
 from dinfer.model.positions import Positions, layer_kinds
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 _PAGE = 4096
 _LOADING = threading.Lock()
 

@@ -82,7 +82,6 @@ _REASONS: dict[str, str] = {
 }
 
 _REFUSED: dict[str, str] = {name: reason for reason, names in _REASONS.items() for name in names.split()}
-
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 

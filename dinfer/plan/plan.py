@@ -99,7 +99,7 @@ def parse_plan(text: str) -> Plan:
         )
     shape = _parse_shape(lines[1], lines[2])
     words = _words(lines[3], "schedule NAME, sync_strategy NAME", ("schedule", None, "sync_strategy", None))
-    lanes: list[list[tuple[str, list[Op]]]] = [[] for _ in shape.starts]
+    lanes: list[dict[str, list[Op]]] = [{} for _ in shape.starts]
     current: list[Op] | None = None
     for number, line in lines[4:]:
         try:
@@ -113,7 +113,7 @@ def parse_plan(text: str) -> Plan:
                 current.append(parse_op(line))
         except PlanError as error:
             raise PlanError(f"line {number}: {error}") from None
-    built = tuple(tuple(Lane(name, tuple(ops)) for name, ops in rank) for rank in lanes)
+    built = tuple(tuple(Lane(name, tuple(ops)) for name, ops in rank.items()) for rank in lanes)
     return Plan(shape, words[1], words[3], built)
 
 
@@ -141,16 +141,16 @@ def _words(line: tuple[int, str], form: str, pattern: tuple[str | None, ...]) ->
     return words
 
 
-def _open_lane(line: str, lanes: list[list[tuple[str, list[Op]]]]) -> list[Op]:
+def _open_lane(line: str, lanes: list[dict[str, list[Op]]]) -> list[Op]:
     words = line.split()
     if len(words) != 4 or words[2] != "lane" or not words[1].isdecimal():
         raise PlanError(f"{line!r} should read 'rank 0 lane compute'.")
     rank, name = int(words[1]), words[3]
     if rank >= len(lanes):
+        last = len(lanes) - 1
         raise PlanError(
-            f"rank {rank} does not exist: the plan has {len(lanes)} stages, so ranks 0 to {len(lanes) - 1}."
+            f"rank {rank} does not exist: the plan has {len(lanes)} stages, so ranks 0 to {last}."
         )
-    if any(name == other for other, _ in lanes[rank]):
+    if name in lanes[rank]:
         raise PlanError(f"rank {rank} has two lanes named {name!r}.")
-    lanes[rank].append((name, []))
-    return lanes[rank][-1][1]
+    return lanes[rank].setdefault(name, [])

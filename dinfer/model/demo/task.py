@@ -9,9 +9,7 @@ from random import Random
 from typing import Literal
 
 Language = Literal["en", "zh"]
-
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
-
 FACTS = 16
 
 FIRST_TRAINING_SEED = 1 << 40
