@@ -107,10 +107,7 @@ def _ranks_text(ranks: list[int], world_size: int) -> str:
 
 
 class Decoding:
-    """Makes new tokens one after another, the same on every rank. All ranks must take the same number of steps.
-
-    `tokens`: the new tokens so far.
-    """
+    """Makes new tokens (`tokens`), the same on every rank. All ranks must take the same number of steps."""
 
     def __init__(
         self,
@@ -144,13 +141,11 @@ class Decoding:
 
     @property
     def rows(self) -> int:
-        """How many rows a layer holds: one for each token of the prompt and each new token except the last, which has
-        none yet. (A layer to which a fault appended rows holds more.)"""
+        """How many rows a layer holds: one a token, but for the last new one. (A fault may append more to a layer.)"""
         return self._rows[-1]
 
     def step(self) -> int:
-        """Make the next token. Raises on every rank: TokensDiffer if the ranks disagree, NotANumber if the logits of
-        one are NaN."""
+        """Make the next token. Raises on every rank: TokensDiffer, or NotANumber if the logits of one are NaN."""
         start, row, state = monotonic_ns(), self.rows, self._state
         hidden = self._final
         if self.tokens:
@@ -237,8 +232,7 @@ def recheck(state: Prefill, recorder: Recorder, comm: Comm) -> float:
 
 
 def cache_of(decoder: Decoder, kv_caches: Sequence[tuple[Tensor, Tensor]], capacity: int) -> KVCache:
-    """A cache of `capacity` rows with K and V of every layer, each [1, kv_heads, tokens, head_dim]. Raises ModelError
-    for another number of layers."""
+    """A cache with K and V of every layer, each [1, kv_heads, tokens, head_dim]. Raises ModelError for other layers."""
     if len(kv_caches) != decoder.num_layers:
         raise ModelError(
             f"kv_caches has {len(kv_caches)} layers; this model has {decoder.num_layers}: give K and V of each."

@@ -173,8 +173,7 @@ class Engine:
         kv_caches: Sequence[KV] | None = None,
         max_new_tokens: int | None = None,
     ) -> Decoding:
-        """A decode before its first step; takes what `decode_phase` takes. Raises NotPossible before a finished
-        prefill."""
+        """A decode before its first step, from what `decode_phase` takes. Raises NotPossible without a prefill."""
         final = self.executor.state.final if hidden_states is None else hidden_states
         unfinished = self._prompt is not None and not self._prompt.executor.is_done()
         if final is None or (kv_caches is None and (self.cache is None or unfinished)):
@@ -250,8 +249,7 @@ class Engine:
     def step(self, unit: Unit = "wave", timeout: float = 5.0) -> Steps:
         """Step by one unit: call it on all ranks, or on this one to run as far as it can alone.
 
-        If the step has not ended after `timeout` seconds, the result names the rank that it waits for, and the next
-        call continues it.
+        If it has not ended after `timeout` seconds, the result names the rank that it waits for; the next call goes on.
         """
         return self.prompt.step(unit, timeout)
 

@@ -101,11 +101,8 @@ class PrefillState(Protocol):
 
 
 class Faults:
-    """The faults armed on one rank. `ops`: all ops of this rank.
-
-    Ops call it on their lanes' threads with the block that they made, a view of the cache, [tokens, 2, kv_heads,
-    head_dim].
-    """
+    """The faults armed on one rank, whose ops are `ops`. They call it on their lanes' threads with the block that they
+    made, a view of the cache, [tokens, 2, kv_heads, head_dim]."""
 
     def __init__(self, state: PrefillState, ops: Iterable[Op]) -> None:
         self._state = state

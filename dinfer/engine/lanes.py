@@ -1,7 +1,6 @@
 """The base class of what runs one rank's lanes: positions and limits, values made, events, failure.
 
-The subclasses decide how ops start: `threads` runs each lane on a thread of its own, `streams` issues one lane to
-streams.
+The subclasses decide how ops start: `threads` runs each lane on its own thread, `streams` issues one lane to streams.
 """
 
 import threading
@@ -53,8 +52,7 @@ class LaneState:
 
 
 class Execution(NamedTuple):
-    """What an executor works with. `on_op(event, op)` is called for every op that has ended, on a thread of this
-    rank."""
+    """What an executor works with. `on_op(event, op)` is called for each op that has ended, on some thread."""
 
     state: Prefill
     comm: Comm
@@ -109,8 +107,7 @@ class LaneExecutor(ABC):
         """Have the lanes that send on these channels send a void header, which releases a recv posted too early."""
 
     def rewind(self, positions: Sequence[int]) -> None:
-        """Go back to these positions, one a lane. Raises RuntimeError unless all lanes stand at their limits, past
-        them."""
+        """Go back to these positions, one a lane. Raises RuntimeError unless all stand at their limits, past them."""
         with self.gate.change():
             stand = self.stand()
             is_back = all(a <= b for a, b in zip(positions, stand.positions, strict=True))
@@ -135,8 +132,7 @@ class LaneExecutor(ABC):
         )
 
     def wait(self, until: Callable[[], bool], timeout: float | None = None) -> bool:
-        """Wait at most `timeout` seconds for `until()`. Returns whether it holds; raises OpFailed if an op has
-        failed."""
+        """Wait at most `timeout` seconds for `until()`; whether it holds. Raises OpFailed if an op has failed."""
         held = self.gate.wait(lambda: (until() or self.failure is not None) or None, timeout)
         if self.failure is not None:
             raise self.failure

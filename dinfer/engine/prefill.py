@@ -74,8 +74,7 @@ class Prefill:
         return self.hidden[chunk, layer]
 
     def is_needed(self, chunk: int, layer: int) -> bool:
-        """Whether an op still has to run that needs that hidden state. (After the last layer only the last chunk's is
-        needed.)"""
+        """Whether an op is still to run that needs that hidden state. (After the last layer: the last chunk's.)"""
         return self._uses[Value("hidden", chunk, layer)] > 0
 
     def receive_block(self, op: Op, announced: Tensor, block: Tensor) -> Tensor | None:

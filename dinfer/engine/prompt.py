@@ -41,8 +41,7 @@ class Edits:
     up, so they need no note. Of KV the layer is known, not the rows: a memory fault in the same layer since the last
     step is taken for part of the edit.
 
-    Called for every op that has ended, on its lane's thread. `positions()` returns the lanes' positions. `history`: all
-    edits so far, with their tensors.
+    Called for every op that has ended, on its lane's thread. `history`: all edits so far, with their tensors.
     """
 
     def __init__(self, state: Prefill, positions: Callable[[], tuple[int, ...]]) -> None:
@@ -113,10 +112,7 @@ def _version_of(tensor: Tensor) -> TensorVersion:
 
 class Conditions:
     """The conditions of breakpoints, evaluated when an op ends, on its lane's thread; calls `on_hit` for the first that
-    holds.
-
-    On a GPU a condition on values waits for the device at each op that matches; without such breakpoints nothing waits.
-    """
+    holds. On a GPU a condition on values waits for the device at each op that matches."""
 
     def __init__(self, state: Prefill, on_hit: Hit | None) -> None:
         self._state, self._on_hit = state, on_hit
@@ -187,8 +183,7 @@ class Prompt:
     def go(self, cut: Cut, *, order: int | None = None, stopping: bool = False) -> list[str]:
         """Let this rank's lanes run to a cut. Returns the user's edits since they stopped, as text.
 
-        `order`: the session's number of this call, by default that of the last one; `stopping`: reach the cut even if
-        a breakpoint's condition holds.
+        `order`: the session's number of this call, by default the last one's; `stopping`: no condition halts it.
         """
         edited = self.new_edits()
         with self.executor.gate.change():

@@ -2,8 +2,7 @@
 
 It issues up to the limit, and at most a window ahead of the ops that have ended, so that a pause is short. A second
 thread waits for the ops in issue order, checks what arrived, records events and moves the position. An issued op cannot
-be taken back and no void header can release its recv, so a stop counts every issued op as done and ends at the
-closure of that cut.
+be taken back, nor its recv released by a void header, so a stop counts every issued op as done.
 """
 
 from collections import deque

@@ -70,8 +70,7 @@ def _agreed_owner(
 ) -> int:
     """Exchange what each rank passed, and return the owner of `block`.
 
-    Raises ValueError on every rank, before anything is sent, if lanes run, if the ranks name different blocks, or if K
-    and V were not passed on the owner alone.
+    Raises ValueError on every rank, before anything is sent, if lanes run or the ranks' calls do not match.
     """
     tokens = 0  # none were passed; -1: their shape or dtype is not this model's
     if kv is not None:

@@ -1,8 +1,7 @@
 """Lanes as threads: each lane is a thread that runs its ops one after another up to a limit.
 
 An op starts when it is the next on its lane, the values it needs are on the rank, and the lane's limit allows it. To
-step is to raise limits; to stop is to freeze them and to release recvs that were posted too early; to go back is to set
-positions. `ops` has what an op does.
+step is to raise limits; to stop is to freeze them and to release recvs that were posted too early.
 """
 
 from collections.abc import Iterable

@@ -33,9 +33,8 @@ SPANS = 16
 class Spec:
     """The sizes and dtypes of a checkpoint.
 
-    `max_positions`: in tokens; `dtype`: the config's; `stored_dtype`: that of the files ("mixed" if several);
-    `tokenizer`: whether there is one; `weight_bytes` and `parameters`: of all files together; `intermediate_size`: the
-    width of the MLP of one token.
+    `dtype`: the config's; `stored_dtype`: that of the files ("mixed" if several); `tokenizer`: whether there is one;
+    `weight_bytes`, `parameters`: of all files; `intermediate_size`: the width of the MLP that one token passes.
     """
 
     path: Path
@@ -194,8 +193,7 @@ def _header(file: Path) -> tuple[list[Mapping[str, Any]], int]:
     """The entries of a safetensors file, each with dtype, shape and data_offsets, and the bytes of its data. Raises
     `ModelError` if the file is shorter than its header says.
 
-    The file has 8 bytes of header length (little endian), the header as JSON, then the data at the header's offsets.
-    Source: the README of safetensors.
+    By the README of safetensors: 8 bytes of header length (little endian), the header as JSON, then the data.
     """
     broken = f"{file} is not a safetensors file: its"
     with file.open("rb") as stream:

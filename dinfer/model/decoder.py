@@ -1,8 +1,7 @@
 """The model as the steps that an engine runs: embed, one decoder layer, final norm, logits.
 
 Every step calls transformers' own module, so for equal chunks the result equals transformers' bit for bit. Callers
-decide which layers to run on which tokens. All methods run under `torch.no_grad`, not `inference_mode`: users could not
-edit tensors of that in place.
+decide which layers to run on which tokens. All methods run under `torch.no_grad`: inference tensors cannot be edited.
 """
 
 import contextlib
@@ -103,8 +102,7 @@ class Decoder:
         """Run decoder layer `index` on `hidden` [1, T, hidden_size], the tokens [position, position + T).
 
         Writes their K and V into `cache`, which must hold this layer's rows before `position`, and returns the next
-        hidden state, same shape. `shift` is added to the position ids, but not to where the layer writes and what it
-        attends to.
+        hidden state, same shape. `shift` is added to the position ids alone.
         """
         if not 0 <= index < self.num_layers:
             raise ModelError(

@@ -1,8 +1,7 @@
 """The supported architectures as data: one `Family` for each `model_type`.
 
 A new architecture with the same structure (embedding, decoder layers, final norm, head) needs an entry in `FAMILIES`
-and one in the conformance test. `_REFUSED` has those known not to fit, with the reason. This module does not import
-torch.
+and one in the conformance test. `_REFUSED` has those known not to fit, with the reason.
 """
 
 from collections.abc import Mapping
@@ -20,8 +19,7 @@ class Family:
     scores). `embedding_scale`: multiplies embeddings outside the embedding module (Granite). `logits_divisor`,
     `logits_softcap`: act on the head's output (Granite; Gemma2 and 3). `rotary_per_layer_type`: the rotary module takes
     a layer type (Gemma3). `default_head_dim`, `default_kv_heads`: the config's defaults; None: hidden size / heads, and
-    one per head. `rebuilds_weights`: loading makes new tensors (a layer's experts become one), so weights are not views
-    of the files.
+    one per head. `rebuilds_weights`: loading makes new tensors (of a layer's experts), not views of the files.
     """
 
     attention: str = "sdpa"

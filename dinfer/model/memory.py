@@ -109,8 +109,7 @@ def _resolved(spec: Spec, dtype: str) -> str:
 def _working(spec: Spec, size: int, tokens: int, chunk: int) -> int:
     """Estimate what a layer holds at once for `chunk` tokens, in bytes: hidden states, Q, K, V, MLP, mask or scores.
 
-    SDPA converts a boolean mask to numbers; eager attention holds the scores of every head, once in float32 and twice
-    in the dtype.
+    SDPA turns a boolean mask into numbers; eager attention holds all heads' scores in float32 and twice in the dtype.
     """
     of_a_token = 4 * spec.hidden_size + 2 * (spec.heads + spec.kv_heads) * spec.head_dim
     activations = chunk * (of_a_token + 3 * spec.intermediate_size) * size
@@ -195,8 +194,7 @@ def free(device: str = "cpu", root: Path = Path("/")) -> int:
 
 
 def _of_cgroups(root: Path) -> Iterator[int]:
-    """What each cgroup that this process is in, and each one above, leaves, v1 and v2 alike; page cache that a cgroup
-    would give back counts as free."""
+    """What each cgroup of this process, v1 or v2, and each one above leaves, page cache that it can drop included."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":

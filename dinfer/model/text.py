@@ -1,7 +1,4 @@
-"""Text and token ids: a checkpoint's tokenizer, encoding a prompt, streaming new tokens as text.
-
-The tokenizer is transformers' own.
-"""
+"""Text and token ids: a checkpoint's tokenizer, encoding a prompt, streaming new tokens as text."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -75,8 +75,7 @@ class Cuts:
         return self._close(numbers) == numbers
 
     def after_block(self, chunk: int, layer: int) -> Cut:
-        """The cut at which every rank has received that block and all blocks before it in the global order. Raises
-        PlanError for an unknown block."""
+        """The cut at which every rank has that block and all before it in the global order. Raises PlanError."""
         if (chunk, layer) not in self._block_ops:
             shape = self.plan.shape
             raise PlanError(

@@ -85,8 +85,7 @@ class Plan:
 
 
 def parse_plan(text: str) -> Plan:
-    """The inverse of `plan.text()`. Ignores empty lines and comments after `#`. Raises PlanError with the line
-    number."""
+    """The inverse of `plan.text()`; empty lines and comments after `#` are ignored. PlanErrors name the line."""
     lines = [
         (n, stripped) for n, raw in enumerate(text.splitlines(), 1) if (stripped := raw.split("#")[0].strip())
     ]

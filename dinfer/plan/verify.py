@@ -164,8 +164,7 @@ def _values(graph: Graph) -> Iterator[Counterexample]:
 def _pair_orders(graph: Graph) -> Iterator[Counterexample]:
     """In a lowered plan, two ranks that issue their transfers on one communicator in different orders.
 
-    NCCL runs a pair's transfers one after another, both directions together. Threads may run them in any order that
-    does not deadlock.
+    NCCL runs a pair's transfers one after another, both directions together; threads may run them in any order.
     """
     if not graph.plan.is_lowered:
         return

@@ -3,8 +3,7 @@
 The same seed and thread count give the same weights on the same machine. Training starts with two facts a prompt and
 adds more whenever the model recalls those; without this curriculum it keeps guessing among the facts. A lesson is
 facts, then several questions with their answers; only the answers count in the loss. The tokenizer has a token for each
-word of the task and each digit, and bytes for other text; it has no merges, so any text can be encoded and decoded
-unchanged.
+word of the task and each digit, and bytes for other text; it has no merges, so any text comes back unchanged.
 """
 
 import argparse
@@ -54,8 +53,7 @@ STEPS, LESSONS = 1_000_000, 1_000
 def lesson(
     number: int, language: Language, facts: int, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[list[int], list[int]]:
-    """The lesson of this number: `facts` facts, then questions about some of them in random order, as token ids and
-    labels of the same length."""
+    """Token ids and labels of the lesson of this number: `facts` facts, then questions about some in random order."""
     told = recall(FIRST_TRAINING_SEED + number, language, facts).facts
     gap = WORDINGS[language].gap
     tokens: list[int] = tokenizer.encode(gap.join(fact.sentence for fact in told))
