@@ -74,8 +74,22 @@ class Decoder:
         else:
             # cuDNN plans its attention for every length in every thread: 50 ms for each chunk and new token.
             torch.backends.cuda.enable_cudnn_sdp(False)
+        auto: Any = AutoModelForCausalLM  # its type lacks the loading report
         with _one_load_at_a_time():
-            model = _load_model(spec, dtype)
+            # On the CPU first: loading straight to another device, `device_map`, needs accelerate.
+            model, report = auto.from_pretrained(
+                spec.path,
+                dtype=dtype,
+                attn_implementation=family_of(spec).attention,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+            if missing := sorted(report["missing_keys"]):  # transformers would fill them with random values
+                raise ModelError(
+                    f"{spec.path} lacks {len(missing)} weights, the first {missing[0]!r}: download the checkpoint again"
+                )
+            model.eval().requires_grad_(False)
             if on_progress:
                 _place(model, torch.device(device), on_progress)
             return cls(model.to(device), spec)
@@ -181,25 +195,6 @@ class Decoder:
             hidden = self.norm(self.forward([0] * tokens, cache, position))
             self.logits(hidden[:, -1:])
         torch.cuda.synchronize(self.device)
-
-
-def _load_model(spec: Spec, dtype: str) -> Any:
-    """Load the weights on the CPU for inference. Raises `ModelError` for missing weights, which transformers would fill
-    with random values. (Loading straight to another device, `device_map`, needs accelerate.)"""
-    auto: Any = AutoModelForCausalLM  # its type lacks the loading report
-    model, report = auto.from_pretrained(
-        spec.path,
-        dtype=dtype,
-        attn_implementation=family_of(spec).attention,
-        local_files_only=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
-    if missing := sorted(report["missing_keys"]):
-        raise ModelError(
-            f"{spec.path} lacks {len(missing)} weights, the first {missing[0]!r}: download the checkpoint again"
-        )
-    return model.eval().requires_grad_(False)
 
 
 def _place(model: Any, device: torch.device, on_progress: Callable[[int, int], None]) -> None:

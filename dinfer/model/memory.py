@@ -5,7 +5,8 @@ the working memory of one layer for one chunk is an estimate, and Python and tor
 included. Importing this module, and asking it about a CPU, does not import torch.
 """
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -146,25 +147,21 @@ def _ranks(count: int) -> str:
 
 def _remedies(wanted: MemoryDemand, available: int) -> list[str]:
     """Each single change after which the need fits into `available` bytes."""
+
+    def largest(field: str, high: int) -> int:
+        """The largest value of this field from 1 to `high` that fits, 0 if none does."""
+        return bisect_left(range(1, high + 1), True, key=lambda n: wanted.bytes(**{field: n}) > available)
+
     ways = []
     if (half := wanted.bytes(dtype="bfloat16")) <= available:
         ways.append(f"dtype bfloat16 (needs {size_text(half)})")
-    if longest := _largest(wanted.tokens - 1, lambda n: wanted.bytes(tokens=n) <= available):
-        ways.append(f"prompt and new tokens together at most {longest:,}, {wanted.tokens - longest:,} fewer")
-    if chunk := _largest(wanted.chunk_size - 1, lambda n: wanted.bytes(chunk_size=n) <= available):
+    if tokens := largest("tokens", wanted.tokens - 1):
+        ways.append(f"prompt and new tokens together at most {tokens:,}, {wanted.tokens - tokens:,} fewer")
+    if chunk := largest("chunk_size", wanted.chunk_size - 1):
         ways.append(f"chunk_size at most {chunk:,} instead of {wanted.chunk_size:,}")
-    if ranks := _largest(wanted.ranks - 1, lambda n: wanted.bytes(ranks=n) <= available):
+    if ranks := largest("ranks", wanted.ranks - 1):
         ways.append(f"at most {_ranks(ranks)} here")
     return ways
-
-
-def _largest(high: int, fits: Callable[[int], bool]) -> int:
-    """The largest of 1 to `high` that fits, 0 if none does, by bisection."""
-    low = 0
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
 
 
 def size_text(count: int) -> str:

@@ -104,22 +104,18 @@ class Positions:
         key = (position, hidden.shape[1], kind)
         with self._lock:
             if key not in self._kept:
-                self._kept[key] = self._make(kind, position, hidden)
+                ids = (torch.arange(hidden.shape[1], device=hidden.device) + position).unsqueeze(0)
+                of_type = (kind.layer_type,) if self._per_type else ()
+                mask = _MASKS[kind.layer_type](
+                    config=self._config,
+                    inputs_embeds=hidden,
+                    attention_mask=None,
+                    past_key_values=VisibleTokens(position, kind.sliding_window),
+                    position_ids=ids,
+                    layer_idx=0,
+                )
+                self._kept[key] = Placement(ids, self._rotary(hidden, ids, *of_type), mask)
             self._kept.move_to_end(key)
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
             return self._kept[key]
-
-    def _make(self, kind: LayerKind, position: int, hidden: Tensor) -> Placement:
-        ids = torch.arange(hidden.shape[1], device=hidden.device) + position
-        ids = ids.unsqueeze(0)
-        rotary = self._rotary(hidden, ids, kind.layer_type) if self._per_type else self._rotary(hidden, ids)
-        mask = _MASKS[kind.layer_type](
-            config=self._config,
-            inputs_embeds=hidden,
-            attention_mask=None,
-            past_key_values=VisibleTokens(position, kind.sliding_window),
-            position_ids=ids,
-            layer_idx=0,
-        )
-        return Placement(ids, rotary, mask)
