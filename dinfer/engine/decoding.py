@@ -32,14 +32,6 @@ _PLACE = struct.Struct("<qq")
 _NO_TOKEN = -1
 """what a rank sends whose logits are NaN"""
 
-_ANSWER_BYTES = 512
-"""what each rank sends of its first changed block; long enough for a Corruption as JSON"""
-
-_ADVICE = {
-    "fail": "The run ends because on_corruption is fail.",
-    "pause": "Decode again to go on with these bytes.",
-}
-
 
 class TokensDiffer(DinferError, RuntimeError):
     """Ranks chose different tokens, at new token `position` (from 0). By rank, `tokens` has the chosen token and
@@ -225,9 +217,11 @@ def recheck(state: Prefill, recorder: Recorder, comm: Comm) -> float:
     if policy != "record":
         first = (found if policy == "fail" else new)[:1]
         mine = json.dumps(first[0].as_dict() if first else None).encode()
-        gathered = map(json.loads, _gather(comm, mine.ljust(_ANSWER_BYTES)))
+        gathered = map(json.loads, _gather(comm, mine.ljust(512)))  # long enough for a Corruption
         if changed := [str(Corruption.of(one)) for one in gathered if one]:
-            raise Corrupted(f"before decode: {'; '.join(changed)}. {_ADVICE[policy]}")
+            goes_on = "Decode again to go on with these bytes."
+            advice = "The run ends because on_corruption is fail." if policy == "fail" else goes_on
+            raise Corrupted(f"before decode: {'; '.join(changed)}. {advice}")
     return (end - start) / 1e9
 
 

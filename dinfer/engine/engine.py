@@ -308,8 +308,6 @@ class Engine:
         k, v = self._deadline.run(f"sync_single_layer_cache({layer_idx}, …)", sync)
         return k, v
 
-    # -- helpers
-
     def _lowered(self, plan: Plan) -> Plan:
         """The plan as the backend can run it: lowered for NCCL."""
         return lower(plan) if self.config.backend == "nccl" and not plan.is_lowered else plan

@@ -84,8 +84,6 @@ class LaneExecutor(ABC):
         for lane in self._lanes:
             self._publish(lane)
 
-    # -- control
-
     def start(self) -> None:
         """Start the threads. Lanes wait at limit 0."""
         for thread in self._threads:

@@ -20,9 +20,6 @@ from dinfer.trace.events import Event
 Hit = Callable[[Breakpoint, Op, str], None]
 """called with a breakpoint, the op at which its condition held, and what was found there"""
 
-TensorVersion = tuple[int, int]
-"""a tensor's id, and torch's count of in-place changes to it"""
-
 
 class Edit(NamedTuple):
     """What the user edited while the rank's lanes stood at `positions`, as copies: blocks, [tokens, 2, kv_heads,
@@ -48,7 +45,7 @@ class Edits:
         self._state, self._positions = state, positions
         self.history: list[Edit] = []
         self._kv: dict[int, int] = {}
-        self._hidden: dict[BlockKey, TensorVersion] = {}
+        self._hidden: dict[BlockKey, tuple[int, int]] = {}
         self._unreported: list[str] = []
         self.accept_all()
 
@@ -106,7 +103,8 @@ class Edits:
         self.accept_all()
 
 
-def _version_of(tensor: Tensor) -> TensorVersion:
+def _version_of(tensor: Tensor) -> tuple[int, int]:
+    """Its id, and torch's count of in-place changes to it."""
     return id(tensor), tensor._version
 
 

@@ -15,9 +15,6 @@ from dinfer.plan.schedule import STRATEGIES
 from dinfer.transport.gloo import Comm
 from dinfer.transport.header import Header, TransferError
 
-NO_PLAN = 0
-"""the plan id in the header of a block that no plan sends"""
-
 _CALL = struct.Struct("<qqq?")  # chunk, layer, tokens, whether lanes run
 
 
@@ -57,7 +54,8 @@ def sync_block(
 
 
 def _header(value: Value, rows: Tensor) -> Header:
-    return Header(NO_PLAN, value, rows.shape[0], str(rows.dtype).removeprefix("torch."), rows.nbytes)
+    """Its plan id is 0: no plan sends this block."""
+    return Header(0, value, rows.shape[0], str(rows.dtype).removeprefix("torch."), rows.nbytes)
 
 
 def _agreed_owner(

@@ -19,8 +19,6 @@ from dinfer.model.families import family_in
 _LFS_POINTER = b"version https://git-lfs"
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_CONFIGS = ("config.json", "generation_config.json")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 SPAN = 64 * 1024
 """bytes of one sample"""
@@ -112,6 +110,7 @@ def check(path: str | Path) -> Spec:
         # its `generate` runs the prompt again, so results would depend on the chunks.
         key = "original_max_position_embeddings"
         positions = min(positions, int(rope.get(key) or config.get(key) or positions))
+    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json")
     experts = int(config.get("moe_intermediate_size") or 0) * int(config.get("num_experts_per_tok") or 0)
     return Spec(
         path=folder,
@@ -124,7 +123,7 @@ def check(path: str | Path) -> Spec:
         vocab_size=_size(config, "vocab_size", folder),
         max_positions=positions,
         dtype=str(config.get("dtype") or config.get("torch_dtype") or first_dtype),
-        tokenizer=any((folder / name).is_file() for name in _TOKENIZER_FILES),
+        tokenizer=any((folder / name).is_file() for name in tokenizers),
         weight_bytes=sum(data for _, data in headers),
         stored_dtype=first_dtype if len(stored) < 2 else "mixed",
         parameters=sum(math.prod(entry["shape"]) for entry in weights),
@@ -245,7 +244,7 @@ def fingerprint(spec: Spec) -> str:
         """Add a part with its length, so that none can pass for the end of another."""
         digest.update(len(part).to_bytes(8, "little") + part)
 
-    for name in _CONFIGS:
+    for name in ("config.json", "generation_config.json"):
         file = spec.path / name
         add(name.encode())
         add(file.read_bytes() if file.is_file() else b"")

@@ -80,7 +80,6 @@ _REASONS: dict[str, str] = {
 }
 
 _REFUSED: dict[str, str] = {name: reason for reason, names in _REASONS.items() for name in names.split()}
-_TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
 def family_named(model_type: str, reason: str = "") -> Family:
@@ -105,7 +104,8 @@ def family_in(config: Mapping[str, Any]) -> Family:
     Unlike `family_named` it recognizes encoder-decoders and multimodal wrappers of any name.
     """
     model_type, reason = str(config.get("model_type")), ""
-    texts = [text for part in _TEXT_PARTS if isinstance(text := config.get(part), Mapping)]
+    parts = ("text_config", "llm_config", "language_config", "thinker_config")
+    texts = [text for part in parts if isinstance(text := config.get(part), Mapping)]
     if model_type in _REFUSED:
         pass
     elif config.get("is_encoder_decoder"):

@@ -27,17 +27,11 @@ from transformers import (
 
 from dinfer.model.demo.task import FACTS, FIRST_TRAINING_SEED, LANGUAGES, WORDINGS, Language, Recall, recall
 
-QUESTIONS = 8
-"""the most questions of one lesson"""
-
 IGNORED = -100
 """the label that transformers' loss ignores"""
 
 FIRST_SEED = 1_000_000
 """the first seed of prompts for scoring; training does not use them"""
-
-SCORED = 100
-"""prompts in each language for scoring the trained model"""
 
 MAX_NEW_TOKENS = 8
 """three digits, the end, and a few more, so that a failure to stop shows"""
@@ -53,12 +47,12 @@ STEPS, LESSONS = 1_000_000, 1_000
 def lesson(
     number: int, language: Language, facts: int, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[list[int], list[int]]:
-    """Token ids and labels of the lesson of this number: `facts` facts, then questions about some in random order."""
+    """Token ids and labels of the lesson of this number: `facts` facts, then up to 8 questions in random order."""
     told = recall(FIRST_TRAINING_SEED + number, language, facts).facts
     gap = WORDINGS[language].gap
     tokens: list[int] = tokenizer.encode(gap.join(fact.sentence for fact in told))
     labels = [IGNORED] * len(tokens)
-    for fact in Random(number).sample(told, min(QUESTIONS, facts)):
+    for fact in Random(number).sample(told, min(8, facts)):
         question = tokenizer.encode(gap + fact.question)
         answer = [*tokenizer.encode(fact.answer), tokenizer.eos_token_id]
         tokens += [*question, *answer]
@@ -169,7 +163,7 @@ class Curriculum:
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate of the next step: it rises at the start and falls at the end."""
+        """That of the next step: it rises at the start and falls at the end."""
         fading = 1.0 if self.left is None else self.left / self.polish
         return self.peak_rate * fading * min(1.0, (self.step + 1) / self.warmup)
 
@@ -248,8 +242,8 @@ def main() -> None:
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     for language in LANGUAGES:
-        good = sum(recalled(model, tokenizer, samples(SCORED, language)))
-        print(f"recall {language}: {good} of {SCORED}", flush=True)
+        good = sum(recalled(model, tokenizer, samples(100, language)))
+        print(f"recall {language}: {good} of 100", flush=True)
 
 
 if __name__ == "__main__":
