@@ -17,7 +17,7 @@ from dinfer.engine.corruption import Corruption
 from dinfer.engine.prefill import Prefill
 from dinfer.plan.graph import Channel
 from dinfer.plan.ops import Op, PlanError, Value
-from dinfer.trace.events import Event, event_of
+from dinfer.trace.events import Event
 from dinfer.trace.recorder import Recorder
 from dinfer.transport.gate import Gate
 from dinfer.transport.gloo import Comm
@@ -191,21 +191,9 @@ class LaneExecutor(ABC):
             failed.__cause__ = error
             self.failure = self.failure or failed
 
-    def _record(
-        self,
-        lane: LaneState,
-        op: Op,
-        times: tuple[int, int, int, int],
-        size: int,
-        index: int,
-        corrupt: Corruption | None,
-    ) -> None:
-        """Record the event of an op that has ended, and call `on_op`.
-
-        `times`: ready, start, met and end, as in `Event`; `size`: bytes; `index`: the op's place on its lane. Raises
-        Corrupted if `corrupt` is set and `on_corruption` is fail.
-        """
-        event = event_of(op, self.rank, lane.name, index, times, size)
+    def _record(self, lane: LaneState, op: Op, event: Event, corrupt: Corruption | None) -> None:
+        """Record the event of an op that has ended, and call `on_op`. Raises Corrupted if `corrupt` is set and
+        `on_corruption` is fail."""
         self.recorder.record(lane.number, event)
         if corrupt:
             at = event.end

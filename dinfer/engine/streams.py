@@ -17,6 +17,7 @@ from dinfer.engine.lanes import Execution, LaneExecutor
 from dinfer.engine.ops import HANDLERS, header_at, land, payload_of
 from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op, PlanError, Value
+from dinfer.trace.events import event_of
 from dinfer.transport.header import Header, check
 from dinfer.transport.streams import COMPUTE, ENTRY, Issued, Streams
 
@@ -189,4 +190,5 @@ class StreamExecutor(LaneExecutor):
             corrupt = self.state.check_digests(op, came, pending.work.digests()) if op.what == "kv" else None
         start = max(times.start, pending.ready)
         size = pending.header.nbytes if pending.header else 0
-        self._record(lane, op, (pending.ready, start, max(times.met, start), times.end), size, index, corrupt)
+        moments = pending.ready, start, max(times.met, start), times.end
+        self._record(lane, op, event_of(op, self.rank, lane.name, index, moments, size), corrupt)
