@@ -170,8 +170,7 @@ class Decoder:
         position: int,
         extra: Mapping[int, int] | None = None,
     ) -> Tensor:
-        """Run `embed` and all layers on `ids` [T] at `position`; return the hidden state [1, T, hidden_size] before
-        `norm`.
+        """The hidden state [1, T, hidden_size] before `norm`, after `embed` and all layers on `ids` [T] at `position`.
 
         `extra`: by layer, how many rows `cache` holds before `position` beyond one a token.
         """
@@ -182,8 +181,7 @@ class Decoder:
         return hidden
 
     def warm_up(self, chunk: int, last: int) -> None:
-        """Run prefill and decode once on a GPU, with chunks of `chunk` tokens and a last one of `last`, to load
-        kernels.
+        """Run prefill and decode once on a GPU, to load kernels: chunks of `chunk` tokens, and a last one of `last`.
 
         That takes seconds the first time and memory for a KV cache of two chunks. Does nothing on a CPU.
         """

@@ -34,20 +34,13 @@ def get_layer_types_and_kwargs(config: Any) -> tuple[list[str], Any]:
     return list(types), {"sliding_window": window}
 
 
-class _Extent:
-    """The mask functions' view of a cache, before 5.14: `get_seq_length` in place of `get_query_offset`."""
-
-    def __init__(self, newer: Any) -> None:
-        self.get_seq_length, self.get_mask_sizes = newer.get_query_offset, newer.get_mask_sizes
-
-
 def _for_any_version(make: Callable[..., Any]) -> Callable[..., Any]:
     """A mask function as of 5.14, which takes `layer_idx`, whatever version it comes from."""
     if "layer_idx" in signature(make).parameters:
         return make
 
-    def made(*, past_key_values: Any, layer_idx: int, **given: Any) -> Any:  # noqa: ARG001
-        return make(past_key_values=_Extent(past_key_values), **given)
+    def made(*, layer_idx: int, **given: Any) -> Any:  # noqa: ARG001
+        return make(**given)
 
     return made
 

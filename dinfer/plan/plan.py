@@ -97,7 +97,7 @@ def parse_plan(text: str) -> Plan:
             "the plan's header is incomplete: after the first line come one line each for layers, stages and schedule."
         )
     shape = _parse_shape(lines[1], lines[2])
-    words = _words(lines[3], "schedule NAME, sync_strategy NAME", ("schedule", None, "sync_strategy", None))
+    words = _words(lines[3], "schedule NAME, sync_strategy NAME")
     lanes: list[dict[str, list[Op]]] = [{} for _ in shape.starts]
     current: list[Op] | None = None
     for number, line in lines[4:]:
@@ -118,7 +118,7 @@ def parse_plan(text: str) -> Plan:
 
 def _parse_shape(sizes: tuple[int, str], stages: tuple[int, str]) -> Shape:
     form = "layers N, tokens N, chunk_size N"
-    words = _words(sizes, form, ("layers", None, "tokens", None, "chunk_size", None))
+    words = _words(sizes, form)
     *intro, starts = stages[1].partition("stages start at ")
     try:
         if intro != ["", "stages start at "]:
@@ -133,9 +133,12 @@ def _parse_shape(sizes: tuple[int, str], stages: tuple[int, str]) -> Shape:
         ) from None
 
 
-def _words(line: tuple[int, str], form: str, pattern: tuple[str | None, ...]) -> list[str]:
-    words = line[1].replace(",", " ").split()
-    if len(words) != len(pattern) or any(p not in (None, w) for w, p in zip(words, pattern, strict=True)):
+def _words(line: tuple[int, str], form: str) -> list[str]:
+    """The words of a line that reads like `form`, in which words in capitals stand for any word."""
+    words, wanted = (text.replace(",", " ").split() for text in (line[1], form))
+    if len(words) != len(wanted) or any(
+        w != p and not p.isupper() for w, p in zip(words, wanted, strict=True)
+    ):
         raise PlanError(f"line {line[0]}: {line[1]!r} should read {form!r}.")
     return words
 
