@@ -1,7 +1,7 @@
 """Results of `engine.step` and `engine.kv`, for one rank that its user steps from a `%%px` cell.
 
-If all ranks make the same call, all go to the same next cut. A rank that steps alone runs the ops that it can and, past
-its deadline, names the rank that it waits for; the next call continues from there.
+If all ranks make the same call, all go to the same next cut. A rank that steps alone runs the ops that it can and names
+the rank that it waits for; the next call continues from there.
 """
 
 from collections.abc import Sequence

@@ -54,9 +54,9 @@ class Engine:
     """One rank. Raises PlanError or ModelError for a prompt or plan that cannot run, before anything is sent.
 
     `memory`: shared memory for the recorder; by default each prompt gets its own. `deadline`: seconds after which a
-    call that waits for other ranks raises StillWaiting, for notebooks, where some ranks may never make the call.
-    `on_op(event, op)` is called for every op that has ended, `on_hit` for a breakpoint's condition that holds, and
-    `on_corrupt` for a block whose bytes changed. `all_stands()` returns where each rank stands, None where unknown.
+    call that waits for other ranks raises StillWaiting. `on_op(event, op)` is called for every op that has ended,
+    `on_hit` for a breakpoint's condition that holds, and `on_corrupt` for a block whose bytes changed. `all_stands()`
+    returns where each rank stands, None where unknown.
     """
 
     def __init__(
@@ -220,10 +220,9 @@ class Engine:
     ) -> list[int]:
         """Decode; returns the new token ids, the same on every rank. All ranks must call it.
 
-        `hidden_states` [1, 1, hidden_size] and `kv_caches` are what `prefill_phase` returned on any engine; by default
-        this engine's own, whose rows `recheck` checks first. Stops before `max_new_tokens` where the text or the
-        model's positions end. Raises TokensDiffer, NotANumber or Corrupted on all ranks, StillWaiting past the
-        deadline.
+        `hidden_states` and `kv_caches` are what `prefill_phase` returned on any engine; by default this engine's own,
+        whose rows `recheck` checks first. Stops before `max_new_tokens` where the text or the model's positions end.
+        Raises TokensDiffer, NotANumber or Corrupted on all ranks, StillWaiting past the deadline.
         """
         if self._prompt is not None:
             self._prompt.detect_edits()

@@ -23,8 +23,8 @@ class Prefill:
     `hidden`: (chunk, layer) → the hidden state before that layer, [1, tokens, hidden_size]. Those that entered this
     rank (by embedding or from a peer) are kept, so that going back can recompute from them; the others are dropped once
     every op that needs them has run. `final`: the normed hidden state of the last token, [1, 1, hidden_size].
-    `differing`: (chunk, layer) → how a received block differs from its digests. `extra`: by layer, rows beyond those of
-    the plan, which faults add. `digests`: whether to keep a ledger; `alarm` is called for corrupted blocks.
+    `differing`: (chunk, layer) → how a received block differs from its digests. `extra`: by layer, rows beyond the
+    plan's, from faults. `digests`: whether to keep a ledger; `alarm` is called for corrupted blocks.
     """
 
     def __init__(

@@ -17,8 +17,8 @@ from transformers import DynamicCache
 from dinfer.model.decoder import Decoder
 
 OnTensor = Callable[[str, int, Tensor], None]
-"""called with ("hidden", layer, [1, tokens, hidden_size]) before each layer and after the last one (layer: the number
-of layers), and with ("kv", layer, [tokens, 2, kv_heads, head_dim]) when a layer updates its cache"""
+"""called with ("hidden", layer, [1, tokens, hidden_size]) before each layer and after the last one, and with ("kv",
+layer, [tokens, 2, kv_heads, head_dim]) when a layer updates its cache"""
 
 
 class PieceOutput(NamedTuple):

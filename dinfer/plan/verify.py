@@ -36,10 +36,8 @@ class Proof:
 
     def __str__(self) -> str:
         return (
-            f"proved: {self.ranks} ranks, {self.lanes} lanes, {self.ops} ops; "
-            f"each of {self.transfers} sends meets one recv; "
-            f"all ranks end with the same {self.blocks} blocks; "
-            "no deadlock with rendezvous or buffered sends; "
+            f"proved: {self.ranks} ranks, {self.lanes} lanes, {self.ops} ops; each of {self.transfers} sends meets one "
+            f"recv; all ranks end with the same {self.blocks} blocks; no deadlock with rendezvous or buffered sends; "
             f"{self.levels} layers on the longest path"
         )
 
@@ -115,9 +113,8 @@ def _shared_channels(graph: Graph) -> Iterator[Counterexample]:
                 places = graph.place(numbers[0]), graph.place(other)
                 lanes = (f"{graph.plan.lanes[rank][p.lane].name} (`{graph.plan.op(p)}`)" for p in places)
                 text = (
-                    f"rank {rank} {verb} on the {channel.communicator} channel "
-                    f"{channel.source}→{channel.target} from two lanes, {' and '.join(lanes)}, "
-                    "so their order is not fixed"
+                    f"rank {rank} {verb} on the {channel.communicator} channel {channel.source}→{channel.target} "
+                    f"from two lanes, {' and '.join(lanes)}, so their order is not fixed"
                 )
                 yield Counterexample("shared channel", (text,), places)
 

@@ -77,7 +77,7 @@ class Fact:
 
     @property
     def answer(self) -> str:
-        """What the model should add to `question` before it ends the text."""
+        """What the model should add to `question`."""
         return WORDINGS[self.language].gap + self.code
 
 

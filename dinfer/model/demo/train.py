@@ -10,7 +10,7 @@ import argparse
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -139,7 +139,7 @@ class Curriculum:
     many of those are left, None before.
     """
 
-    first_facts: int = 2
+    fewest_facts: int = 2
     more_facts: int = 2
     most_facts: int = 24
     learned: float = 0.06
@@ -148,13 +148,10 @@ class Curriculum:
     warmup: int = 50
     polish: int = 300
     most_steps: int = 6000
-    facts: int = field(init=False)
+    facts: int = 2
     smoothed: float = 2.3
     step: int = 0
     left: int | None = None
-
-    def __post_init__(self) -> None:
-        self.facts = self.first_facts
 
     @property
     def done(self) -> bool:
@@ -169,7 +166,7 @@ class Curriculum:
 
     def draw(self, random: Random) -> int:
         """The number of facts of the next batch: sometimes fewer, so that these are not forgotten."""
-        return random.randint(max(self.first_facts, (self.facts + 1) // 2), self.facts)
+        return random.randint(max(self.fewest_facts, (self.facts + 1) // 2), self.facts)
 
     def learn(self, loss: float) -> None:
         """Update by the loss of one step: go on to more facts or, after the most, to the last steps."""
