@@ -1,10 +1,9 @@
 """Decode: every rank computes all layers alone on the synced cache, and the ranks compare each token.
 
-Before it, `recheck` compares all blocks in memory with their digests.
-
-If a rank's logits are NaN, all ranks search their KV for the first one. A NaN spreads to later layers, to later tokens,
-and within its chunk to earlier ones too (attention gives a masked token the weight 0, and 0 × NaN is NaN). So it arose
-in the first layer of the first chunk that has one.
+Before it, `recheck` compares all blocks in memory with their digests. If a rank's logits are NaN, all ranks search
+their KV for the first one. A NaN spreads to later layers, to later tokens, and within its chunk to earlier ones too
+(attention gives a masked token the weight 0, and 0 × NaN is NaN). So it arose in the first layer of the first chunk
+that has one.
 """
 
 import json

@@ -11,7 +11,7 @@ from torch import Tensor
 from dinfer.config import Config
 from dinfer.engine.board import Board
 from dinfer.engine.by_hand import LayerKV, Steps, layer_kv
-from dinfer.engine.corruption import Alarm, CorruptionCallback
+from dinfer.engine.corruption import Alarm, Corruption
 from dinfer.engine.decoding import Decoding, cache_of, recheck
 from dinfer.engine.lanes import Execution, LaneExecutor
 from dinfer.engine.prefill import Prefill
@@ -72,7 +72,7 @@ class Engine:
         deadline: float | None = None,
         on_hit: Hit | None = None,
         all_stands: Callable[[], Stands] | None = None,
-        on_corrupt: CorruptionCallback | None = None,
+        on_corrupt: Callable[[Corruption], None] | None = None,
     ) -> None:
         self.decoder, self.comm, self.config = decoder, comm, config
         self.rank, self.world_size = comm.rank, comm.world_size

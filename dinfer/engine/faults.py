@@ -76,6 +76,9 @@ class Strike(NamedTuple):
     found: str
 
 
+OnStrike = Callable[[Strike], None]
+
+
 class Appended(NamedTuple):
     """Fault `number` inserted `rows` duplicate rows into a layer at row `start`."""
 
@@ -83,9 +86,6 @@ class Appended(NamedTuple):
     layer: int
     start: int
     rows: int
-
-
-OnStrike = Callable[[Strike], None]
 
 
 class PrefillState(Protocol):

@@ -27,8 +27,7 @@ class OpFailed(RuntimeError):
     """An op raised. The message names rank, op, layer and chunk; the original error is `__cause__`."""
 
     def __init__(self, rank: int, lane: str, op: Op, error: BaseException) -> None:
-        at = f"rank {rank} failed at `{op}` (lane {lane})"
-        super().__init__(f"{at}: {type(error).__name__}: {error}")
+        super().__init__(f"rank {rank} failed at `{op}` (lane {lane}): {type(error).__name__}: {error}")
         self.rank, self.lane, self.op, self.error = rank, lane, op, error
 
 

@@ -82,8 +82,6 @@ class StreamExecutor(LaneExecutor):
     def close(self, timeout: float = 5.0) -> bool:
         return super().close(timeout) and self._streams.close(timeout)
 
-    # -- issuing
-
     def _issue_all(self) -> None:
         try:
             while isinstance(op := self.gate.wait(self._claim), Op):
@@ -142,8 +140,6 @@ class StreamExecutor(LaneExecutor):
         super()._check_new(op)
         if twice := self._making.keys() & set(op.makes()):
             raise PlanError(f"{twice.pop()} is already on its way; no op may make it a second time.")
-
-    # -- completion
 
     def _complete_all(self) -> None:
         try:

@@ -20,11 +20,8 @@ _LFS_POINTER = b"version https://git-lfs"
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-SPAN = 64 * 1024
-"""bytes of one sample"""
-
-SPANS = 16
-"""samples of one file"""
+SPAN = 64 * 1024  # bytes of one sample
+SPANS = 16  # samples of one file
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def check_memory(
     one = need(spec, dtype, tokens, chunk_size)
     shared = " (one copy for all)" if ranks_here > 1 and wanted.shares_weights else ""
     asked = (
-        f"{_ranks(ranks_here)} on {device} with {tokens:,} tokens in {_resolved(spec, dtype)} need {size_text(total)}; "
+        f"{ranks_here} rank{'s' * (ranks_here > 1)} on {device} with {tokens:,} tokens in {_resolved(spec, dtype)} need {size_text(total)}; "
         f"{size_text(available)} are free, {size_text(total - available)} too little. "
         f"Each rank holds all {spec.layers} layers, for decode: weights {size_text(one.weights_bytes)}{shared}, "
         f"KV {size_text(one.kv_bytes)}, hidden states {size_text(one.hidden_bytes)}. "
@@ -141,10 +141,6 @@ def out_of_memory_text(one: MemoryDemand, asked: int | None, available: int | No
     )
 
 
-def _ranks(count: int) -> str:
-    return f"{count} rank{'s' if count > 1 else ''}"
-
-
 def _remedies(wanted: MemoryDemand, available: int) -> list[str]:
     """Each single change after which the need fits into `available` bytes."""
 
@@ -160,7 +156,7 @@ def _remedies(wanted: MemoryDemand, available: int) -> list[str]:
     if chunk := largest("chunk_size", wanted.chunk_size - 1):
         ways.append(f"chunk_size at most {chunk:,} instead of {wanted.chunk_size:,}")
     if ranks := largest("ranks", wanted.ranks - 1):
-        ways.append(f"at most {_ranks(ranks)} here")
+        ways.append(f"at most {ranks} rank{'s' * (ranks > 1)} here")
     return ways
 
 

@@ -2,9 +2,9 @@
 
 `verify` trusts nothing about how the plan was built. It proves that every channel belongs to one lane at each end;
 every send meets exactly one recv of the same value and size; every value is made once on a rank, before it is needed;
-at the end every rank holds each block and the final state exactly once; and there is no deadlock, neither with sends
-that wait for their recv (rendezvous) nor with buffered ones. In a lowered plan (`lower`), also that each pair of ranks
-issues its transfers on one communicator in the same order.
+at the end every rank holds each block and the final state exactly once; and there is no deadlock, with sends that wait
+for their recv (rendezvous) or buffered ones. In a lowered plan (`lower`), also that each pair of ranks issues its
+transfers on one communicator in the same order.
 """
 
 from collections import deque

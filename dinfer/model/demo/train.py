@@ -2,8 +2,7 @@
 
 The same seed and thread count give the same weights on the same machine. Training starts with two facts a prompt and
 adds more whenever the model recalls those; without this curriculum it keeps guessing among the facts. A lesson is
-facts, then several questions with their answers; only the answers count in the loss. The tokenizer has a token for each
-word of the task and each digit, and bytes for other text; it has no merges, so any text comes back unchanged.
+facts, then several questions with their answers; only the answers count in the loss.
 """
 
 import argparse
@@ -109,8 +108,8 @@ def words() -> list[str]:
 def build(positions: int) -> PreTrainedTokenizerFast:
     """The tokenizer of a model with `positions` positions.
 
-    It splits text into words of the task, digits and English words; other text stays together. Its tokens are the two
-    special ones, bytes and words, in the byte-level spelling of `tokenizers`.
+    It has a token for each word of the task and each digit, and bytes for other text, in the byte-level spelling of
+    `tokenizers`; it has no merges, so any text comes back unchanged.
     """
     chinese = sorted((re.escape(word) for word in words() if not word.isascii()), key=len, reverse=True)
     pieces = "|".join([" ?[0-9]", " ?[A-Za-z]+", "[.?]", *chinese])
