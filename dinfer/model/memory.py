@@ -66,8 +66,8 @@ def check_memory(
     one = need(spec, dtype, tokens, chunk_size)
     shared = " (one copy for all)" if ranks_here > 1 and wanted.shares_weights else ""
     asked = (
-        f"{ranks_here} rank{'s' * (ranks_here > 1)} on {device} with {tokens:,} tokens in {_resolved(spec, dtype)} need {size_text(total)}; "
-        f"{size_text(available)} are free, {size_text(total - available)} too little. "
+        f"{ranks_here} rank{'s' * (ranks_here > 1)} on {device} with {tokens:,} tokens in {_resolved(spec, dtype)} "
+        f"need {size_text(total)}; {size_text(available)} are free, {size_text(total - available)} too little. "
         f"Each rank holds all {spec.layers} layers, for decode: weights {size_text(one.weights_bytes)}{shared}, "
         f"KV {size_text(one.kv_bytes)}, hidden states {size_text(one.hidden_bytes)}. "
     )
