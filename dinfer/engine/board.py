@@ -1,8 +1,7 @@
 """Board: a rank's positions in memory that another process can read.
 
-Lanes write their positions here as they move (a fraction of a microsecond). The watcher process beside the rank reads
-them even while the rank's own process is busy in C code, stopped or killed. This module must not import torch: the
-watcher imports it.
+Lanes write their positions here as they move. The watcher process beside the rank reads them even while the rank's own
+process is busy in C code, stopped or killed. It imports this module, which therefore must not import torch.
 """
 
 import mmap
@@ -19,7 +18,6 @@ _MEMORY = MAX_LANES + 1
 """the first of the three words of device memory"""
 
 BOARD_BYTES = 8 * (_MEMORY + 3)
-
 PHASES: tuple[Phase, ...] = ("starting", "loading", "prefill", "decode", "done")
 
 

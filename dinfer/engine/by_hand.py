@@ -1,7 +1,7 @@
 """Results of `engine.step` and `engine.kv`, for one rank that its user steps from a `%%px` cell.
 
-If all ranks make the same call, all go to the same next cut. A rank that steps alone runs the ops that it can and, past
-its deadline, names the rank that it waits for; the next call continues from there.
+If all ranks make the same call, all go to the same next cut. A rank that steps alone runs the ops that it can and names
+the rank that it waits for; the next call continues from there.
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,7 @@ from dinfer.verdict.where import at_text, waits_for_text
 class Steps:
     """What one `engine.step` did on one rank.
 
-    `lines`: one for each op that ended; `blocked_on`: which rank the step waits for, empty if it has ended; `edited`:
-    what the user had edited before it.
+    `lines`: one for each op that ended; `blocked_on`: which rank it waits for, empty if it ended; `edited`: by hand.
     """
 
     rank: int
@@ -84,8 +83,7 @@ def op_lines(state: Prefill, ops: list[Op]) -> tuple[str, ...]:
 
 
 def layer_kv(executor: LaneExecutor, layer: int) -> LayerKV:
-    """K and V of the chunks that the rank holds of a layer, from chunk 0 to the first gap. Raises PlanError for an
-    unknown layer."""
+    """K and V of a layer's chunks on this rank, from chunk 0 to the first gap. Raises PlanError for no layer."""
     shape = executor.plan.shape
     within("layer", layer, shape.layers)
     numbers = range(len(shape.chunks))

@@ -69,13 +69,10 @@ class Corrupted(DinferError, RuntimeError):
     """A block's bytes changed, and `on_corruption` is fail or pause."""
 
 
-CorruptionCallback = Callable[[Corruption], None]
-
-
 class Alarm:
     """Reports corruption to the rank's log and to `callback`. `policy` decides whether the run goes on."""
 
-    def __init__(self, policy: OnCorruption, callback: CorruptionCallback | None) -> None:
+    def __init__(self, policy: OnCorruption, callback: Callable[[Corruption], None] | None) -> None:
         self.policy = policy
         self._callback = callback
 

@@ -1,10 +1,9 @@
 """Decode: every rank computes all layers alone on the synced cache, and the ranks compare each token.
 
-Before it, `recheck` compares all blocks in memory with their digests.
-
-If a rank's logits are NaN, all ranks search their KV for the first one. A NaN spreads to later layers, to later tokens,
-and within its chunk to earlier ones too (attention gives a masked token the weight 0, and 0 × NaN is NaN). So it arose
-in the first layer of the first chunk that has one.
+Before it, `recheck` compares all blocks in memory with their digests. If a rank's logits are NaN, all ranks search
+their KV for the first one. A NaN spreads to later layers, to later tokens, and within its chunk to earlier ones too
+(attention gives a masked token the weight 0, and 0 × NaN is NaN). So it arose in the first layer of the first chunk
+that has one.
 """
 
 import json
@@ -32,19 +31,10 @@ _PLACE = struct.Struct("<qq")
 _NO_TOKEN = -1
 """what a rank sends whose logits are NaN"""
 
-_ANSWER_BYTES = 512
-"""what each rank sends of its first changed block; long enough for a Corruption as JSON"""
-
-_ADVICE = {
-    "fail": "The run ends because on_corruption is fail.",
-    "pause": "Decode again to go on with these bytes.",
-}
-
 
 class TokensDiffer(DinferError, RuntimeError):
-    """Ranks chose different tokens. `position` counts new tokens from 0. By rank, `tokens` has the chosen token and
-    `logits` that rank's logits of all chosen tokens.
-    """
+    """Ranks chose different tokens, at new token `position` (from 0). By rank, `tokens` has the chosen token and
+    `logits` that rank's logits of all chosen tokens."""
 
     def __init__(self, position: int, tokens: list[int], logits: list[dict[int, float]]) -> None:
         chosen = "; ".join(
@@ -67,10 +57,7 @@ NOWHERE = NanOrigin(-1, -1)
 
 
 class NotANumber(DinferError, RuntimeError):
-    """The logits are NaN on the ranks in `places`, by which the first NaN of that rank's KV is found.
-
-    `position` counts new tokens from 0.
-    """
+    """The logits of new token `position` (from 0) are NaN. `places`: by rank, the first NaN in its KV."""
 
     def __init__(
         self, position: int, places: dict[int, NanOrigin], world_size: int, shape: Shape | None
@@ -78,22 +65,40 @@ class NotANumber(DinferError, RuntimeError):
         by_place: dict[NanOrigin, list[int]] = {}
         for rank, place in places.items():
             by_place.setdefault(place, []).append(rank)
-        found = [
-            f"{_where(place, shape)} of the KV on {_ranks_text(ranks, world_size)}: {_cause(place, set(places), shape)}"
-            for place, ranks in by_place.items()
-        ]
-        super().__init__(
-            f"the logits of new token {position} are not numbers (NaN) on {_ranks_text(list(places), world_size)}. "
-            + " ".join(found)
-        )
+        said = f"the logits of new token {position} are not numbers (NaN) on {_ranks_text(list(places), world_size)}."
+        for place, ranks in by_place.items():
+            where, cause = _told(place, set(places), shape)
+            said += f" {where} of the KV on {_ranks_text(ranks, world_size)}: {cause}"
+        super().__init__(said)
         self.position, self.places = position, places
 
 
-class Decoding:
-    """Makes new tokens one after another, the same on every rank. All ranks must take the same number of steps.
+def _told(place: NanOrigin, ranks: set[int], shape: Shape | None) -> tuple[str, str]:
+    """Where the first NaN is; how it arose, and what to check. `ranks` are those with NaN in their logits."""
+    remedy = "float16 may have overflowed (use bfloat16 or float32), or the checkpoint is damaged there."
+    if place == NOWHERE:
+        after = "it arose after the KV of the last layer, in its attention or MLP, the norm or the head"
+        return "There is no NaN in any row", f"{after}; {remedy}"
+    where, by = f"The first NaN is in layer {place.layer}, token {place.token},", ""
+    if shape is not None and place.token < shape.tokens:
+        chunk, owner = place.token // shape.chunk_size, shape.owners[place.layer]
+        where = f"The first NaN is in layer {place.layer}, chunk {chunk} (token {place.token})"
+        if owner not in ranks:
+            cause = f"rank {owner} computed that block without NaN, so it changed on the way or in memory."
+            return where, cause
+        by = f"computed by rank {owner}; "
+    before = f"in layer {place.layer - 1} after its KV" if place.layer else "in the embedding"
+    return where, f"{by}it arose in that layer's K and V or {before}; {remedy}"
 
-    `tokens`: the new tokens so far.
-    """
+
+def _ranks_text(ranks: list[int], world_size: int) -> str:
+    if len(ranks) == world_size > 1:
+        return "all ranks"
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+class Decoding:
+    """Makes new tokens (`tokens`), the same on every rank. All ranks must take the same number of steps."""
 
     def __init__(
         self,
@@ -110,11 +115,10 @@ class Decoding:
         prompt whose cache this is, for faults and for the words of errors; None for other KV."""
         self.tokens: list[int] = []
         self.cache = cache
-        self._state = state
-        self._shape = state.plan.shape if state else None
-        self._held: list[int] = []
-        self._decoder, self._prompt_tokens = decoder, prompt_tokens
-        self._final, self._sampler, self._comm, self._recorder = final, sampler, comm, recorder
+        self._rows = [prompt_tokens]  # before the first step and after each
+        self._state, self._shape = state, state.plan.shape if state else None
+        self._decoder, self._final, self._sampler = decoder, final, sampler
+        self._comm, self._recorder = comm, recorder
 
     @property
     def is_done(self) -> bool:
@@ -128,36 +132,35 @@ class Decoding:
 
     @property
     def rows(self) -> int:
-        """How many rows a layer holds: one for each token of the prompt and each new token except the last, which has
-        none yet. (A layer to which a fault appended rows holds more.)"""
-        return self._held[-1] if self._held else self._prompt_tokens
+        """How many rows a layer holds: one a token, but for the last new one. (A fault may append more to a layer.)"""
+        return self._rows[-1]
 
     def step(self) -> int:
-        """Make the next token. Raises on every rank: TokensDiffer if the ranks disagree, NotANumber if the logits of
-        one are NaN."""
+        """Make the next token. Raises on every rank: TokensDiffer, or NotANumber if the logits of one are NaN."""
         start, row, state = monotonic_ns(), self.rows, self._state
+        hidden = self._final
         if self.tokens:
             hidden = self._decoder.forward(self.tokens[-1:], self.cache, row, state.extra if state else None)
-            new, hidden = row + (state.faults.new_row(row) if state else 1), self._decoder.norm(hidden)
-        else:
-            new, hidden = row, self._final
+            row += state.faults.new_row(row) if state else 1
+            hidden = self._decoder.norm(hidden)
         logits = self._decoder.logits(hidden)
         # The maximum of values with a NaN is NaN; that is cheaper than isnan of each.
         token = _NO_TOKEN if logits.max().isnan() else self._sampler(logits, len(self.tokens))
         computed = monotonic_ns()
         self._compare(token, logits)
-        self.tokens.append(token)
-        self._held.append(new)
+        end = monotonic_ns()
         if self._recorder:
-            about = {"what": "token", "tokens": 1, "index": len(self.tokens) - 1}
+            about = {"what": "token", "tokens": 1, "index": len(self.tokens)}
             _record(self._recorder, "decode", start, computed, **about)
             if self._comm.world_size > 1:
-                _record(self._recorder, "all_gather", computed, monotonic_ns(), **about)
+                _record(self._recorder, "all_gather", computed, end, **about)
+        self.tokens.append(token)
+        self._rows.append(row)
         return token
 
     def back_to(self, tokens: int) -> None:
         """Drop all new tokens after the first `tokens`. The next steps repeat them, unless the user edits something."""
-        del self.tokens[tokens:], self._held[tokens:]
+        del self.tokens[tokens:], self._rows[tokens + 1 :]
 
     def run(self, max_new_tokens: int) -> Iterator[int]:
         """Step until the text ends or there are `max_new_tokens` new tokens; yields each."""
@@ -165,16 +168,10 @@ class Decoding:
             yield self.step()
 
     def _compare(self, token: int, logits: Tensor) -> None:
-        chosen = [token]
-        if self._comm.world_size > 1:
-            chosen = [_TOKEN.unpack(data)[0] for data in self._comm.all_gather(_TOKEN.pack(token))]
+        chosen = [_TOKEN.unpack(data)[0] for data in _gather(self._comm, _TOKEN.pack(token))]
         if _NO_TOKEN in chosen:
             mine = first_nan(self.cache, self.rows + bool(self.tokens), self._shape)
-            found = [mine]
-            if self._comm.world_size > 1:
-                found = [
-                    NanOrigin(*_PLACE.unpack(data)) for data in self._comm.all_gather(_PLACE.pack(*mine))
-                ]
+            found = [NanOrigin(*_PLACE.unpack(data)) for data in _gather(self._comm, _PLACE.pack(*mine))]
             places = {rank: found[rank] for rank, answer in enumerate(chosen) if answer == _NO_TOKEN}
             raise NotANumber(len(self.tokens), places, self._comm.world_size, self._shape)
         distinct = sorted(set(chosen))
@@ -184,6 +181,10 @@ class Decoding:
         gathered = self._comm.all_gather(layout.pack(*(float(logits[t]) for t in distinct)))
         by_rank = [dict(zip(distinct, layout.unpack(data), strict=True)) for data in gathered]
         raise TokensDiffer(len(self.tokens), chosen, by_rank)
+
+
+def _gather(comm: Comm, data: bytes) -> list[bytes]:
+    return comm.all_gather(data) if comm.world_size > 1 else [data]
 
 
 def _record(recorder: Recorder, kind: str, start: int, end: int, **fields: object) -> None:
@@ -215,15 +216,16 @@ def recheck(state: Prefill, recorder: Recorder, comm: Comm) -> float:
     if policy != "record":
         first = (found if policy == "fail" else new)[:1]
         mine = json.dumps(first[0].as_dict() if first else None).encode()
-        gathered = comm.all_gather(mine.ljust(_ANSWER_BYTES)) if comm.world_size > 1 else [mine]
-        if changed := [str(Corruption.of(one)) for one in map(json.loads, gathered) if one]:
-            raise Corrupted(f"before decode: {'; '.join(changed)}. {_ADVICE[policy]}")
+        gathered = map(json.loads, _gather(comm, mine.ljust(512)))  # long enough for a Corruption
+        if changed := [str(Corruption.of(one)) for one in gathered if one]:
+            goes_on = "Decode again to go on with these bytes."
+            advice = "The run ends because on_corruption is fail." if policy == "fail" else goes_on
+            raise Corrupted(f"before decode: {'; '.join(changed)}. {advice}")
     return (end - start) / 1e9
 
 
 def cache_of(decoder: Decoder, kv_caches: Sequence[tuple[Tensor, Tensor]], capacity: int) -> KVCache:
-    """A cache of `capacity` rows with K and V of every layer, each [1, kv_heads, tokens, head_dim]. Raises ModelError
-    for another number of layers."""
+    """A cache with K and V of every layer, each [1, kv_heads, tokens, head_dim]. Raises ModelError for other layers."""
     if len(kv_caches) != decoder.num_layers:
         raise ModelError(
             f"kv_caches has {len(kv_caches)} layers; this model has {decoder.num_layers}: give K and V of each."
@@ -252,30 +254,3 @@ def first_nan(cache: KVCache, tokens: int, shape: Shape | None) -> NanOrigin:
         if rows.any():
             found.append(NanOrigin(int(rows.int().argmax()), layer))
     return min(found, key=lambda one: (chunk_of(one.token), one.layer), default=NOWHERE)
-
-
-def _where(place: NanOrigin, shape: Shape | None) -> str:
-    if place == NOWHERE:
-        return "There is no NaN in any row"
-    if shape is None or place.token >= shape.tokens:
-        return f"The first NaN is in layer {place.layer}, token {place.token},"
-    return f"The first NaN is in layer {place.layer}, chunk {place.token // shape.chunk_size} (token {place.token})"
-
-
-def _cause(place: NanOrigin, ranks: set[int], shape: Shape | None) -> str:
-    """Where the NaN arose and what to check. `ranks` are those with NaN in their logits."""
-    remedy = "float16 may have overflowed (use bfloat16 or float32), or the checkpoint is damaged there."
-    if place == NOWHERE:
-        return f"it arose after the KV of the last layer, in its attention or MLP, the norm or the head; {remedy}"
-    owner = shape.owners[place.layer] if shape and place.token < shape.tokens else None
-    if owner is not None and owner not in ranks:
-        return f"rank {owner} computed that block without NaN, so it changed on the way or in memory."
-    before = f"in layer {place.layer - 1} after its KV" if place.layer else "in the embedding"
-    by = "" if owner is None else f"computed by rank {owner}; "
-    return f"{by}it arose in that layer's K and V or {before}; {remedy}"
-
-
-def _ranks_text(ranks: list[int], world_size: int) -> str:
-    if len(ranks) == world_size > 1:
-        return "all ranks"
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

@@ -11,11 +11,11 @@ from torch import Tensor
 from dinfer.config import Config
 from dinfer.engine.board import Board
 from dinfer.engine.by_hand import LayerKV, Steps, layer_kv
-from dinfer.engine.corruption import Alarm, CorruptionCallback
+from dinfer.engine.corruption import Alarm, Corruption
 from dinfer.engine.decoding import Decoding, cache_of, recheck
 from dinfer.engine.lanes import Execution, LaneExecutor
 from dinfer.engine.prefill import Prefill
-from dinfer.engine.prompt import Hit, Prompt, Stands, recorder_for
+from dinfer.engine.prompt import Hit, Prompt, Stands
 from dinfer.engine.streams import StreamExecutor
 from dinfer.engine.sync_layer import sync_block
 from dinfer.engine.threads import ThreadExecutor
@@ -43,11 +43,8 @@ KV = tuple[Tensor, Tensor]
 
 
 class PrefillResult(NamedTuple):
-    """What `prefill_phase` returns and `decode_phase` takes.
-
-    `hidden_states`: the normed hidden state of the prompt's last token, [1, 1, hidden_size]; `kv_caches`: K and V of
-    every layer, each [1, kv_heads, tokens, head_dim], views of this rank's cache.
-    """
+    """What `prefill_phase` returns and `decode_phase` takes: the normed hidden state of the prompt's last token,
+    [1, 1, hidden_size], and K and V of every layer, views of this rank's cache."""
 
     hidden_states: Tensor
     kv_caches: list[KV]
@@ -57,9 +54,9 @@ class Engine:
     """One rank. Raises PlanError or ModelError for a prompt or plan that cannot run, before anything is sent.
 
     `memory`: shared memory for the recorder; by default each prompt gets its own. `deadline`: seconds after which a
-    call that waits for other ranks raises StillWaiting, for notebooks, where some ranks may never make the call.
-    `on_op(event, op)` is called for every op that has ended, `on_hit` for a breakpoint's condition that holds, and
-    `on_corrupt` for a block whose bytes changed. `all_stands()` returns where each rank stands, None where unknown.
+    call that waits for other ranks raises StillWaiting. `on_op(event, op)` is called for every op that has ended,
+    `on_hit` for a breakpoint's condition that holds, and `on_corrupt` for a block whose bytes changed. `all_stands()`
+    returns where each rank stands, None where unknown.
     """
 
     def __init__(
@@ -75,7 +72,7 @@ class Engine:
         deadline: float | None = None,
         on_hit: Hit | None = None,
         all_stands: Callable[[], Stands] | None = None,
-        on_corrupt: CorruptionCallback | None = None,
+        on_corrupt: Callable[[Corruption], None] | None = None,
     ) -> None:
         self.decoder, self.comm, self.config = decoder, comm, config
         self.rank, self.world_size = comm.rank, comm.world_size
@@ -92,14 +89,14 @@ class Engine:
     # -- one prompt
 
     def plan_for(self, tokens: int) -> Plan:
-        """The plan that this engine's config makes for a prompt of that many tokens, lowered for NCCL."""
+        """The plan that this engine's config makes for so many tokens, lowered for NCCL."""
         return self._lowered(build(self._shape(tokens), self.config.schedule, self.config.sync_strategy))
 
     def prepare(self, ids: Sequence[int], *, plan: Plan | None = None) -> LaneExecutor:
         """Prepare a prompt: a verified plan, a KV cache, and lanes that wait at limit 0. Releases the previous prompt.
 
         Raises ModelError for a prompt that is too long, PlanError for a plan of another prefill or one that can hang
-        (unless config.unsafe), both before the previous prompt is released; NotPossible if that cannot be released.
+        (unless config.unsafe), and NotPossible if the previous prompt cannot be released.
         """
         if len(ids) > self.decoder.max_positions:
             raise ModelError(
@@ -115,12 +112,17 @@ class Engine:
                 f"rank {self.rank}: lanes of the previous prompt are still blocked in a transfer and would take this "
                 "prompt's messages."
             )
-        self.ids = list(ids)
-        self.cache = self.decoder.new_cache(self._capacity(len(ids)))
+        self.ids, self.cache = list(ids), self.decoder.new_cache(self._capacity(len(ids)))
+        lanes = [*(lane.name for lane in plan.lanes[self.rank]), "decode"]
+        if self._memory is None:
+            longest = max(len(lane.ops) for lane in plan.lanes[self.rank])
+            self.recorder = Recorder(self.rank, lanes, 2 * max(longest, self.config.max_new_tokens) + 64)
+        else:
+            self.recorder = Recorder.over(self.rank, lanes, self._memory)
+            self.recorder.clear()
         state = Prefill(
             self.decoder, self.cache, plan, self.rank, ids, digests=self.config.digests, alarm=self._alarm
         )
-        self.recorder = recorder_for(plan, self.rank, self.config.max_new_tokens, self._memory)
         self._prompt = Prompt(
             state, self._executor, on_op=self._on_op, on_hit=self._on_hit, all_stands=self._all_stands
         )
@@ -138,7 +140,7 @@ class Engine:
 
     @property
     def executor(self) -> LaneExecutor:
-        """What runs the lanes of the current prompt. Raises NotPossible before the first one."""
+        """What runs the current prompt's lanes. Raises NotPossible before the first one."""
         return self.prompt.executor
 
     def prefill_phase(self, prompt: str | Sequence[int] | None = None) -> PrefillResult:
@@ -171,28 +173,24 @@ class Engine:
         kv_caches: Sequence[KV] | None = None,
         max_new_tokens: int | None = None,
     ) -> Decoding:
-        """A decode that has yet to take its first step, with a cache for `max_new_tokens` (default: the config's).
-
-        Takes `hidden_states` and `kv_caches` as `decode_phase` does. Raises NotPossible before a finished prefill.
-        """
+        """A decode before its first step, from what `decode_phase` takes. Raises NotPossible without a prefill."""
         final = self.executor.state.final if hidden_states is None else hidden_states
         unfinished = self._prompt is not None and not self._prompt.executor.is_done()
         if final is None or (kv_caches is None and (self.cache is None or unfinished)):
             raise NotPossible("there is no finished prefill: call prefill_phase(prompt) on all ranks first.")
-        state = self._prompt.state if self._prompt and kv_caches is None else None
-        config = self.config
+        state, config = None, self.config
         if kv_caches is None:
             tokens = len(self.ids)
             cache = self.grow_cache(self._capacity(tokens, max_new_tokens))
+            state = self._prompt.state if self._prompt else None
         else:
             tokens = kv_caches[0][0].shape[2] if kv_caches else 0
             cache = cache_of(self.decoder, kv_caches, self._capacity(tokens, max_new_tokens))
         sampler = Sampler(Sampling(config.temperature, config.top_k, config.top_p, config.seed))
-        final = final[:, -1:]
-        return Decoding(self.decoder, cache, tokens, final, sampler, self.comm, self.recorder, state)
+        return Decoding(self.decoder, cache, tokens, final[:, -1:], sampler, self.comm, self.recorder, state)
 
     def recheck(self) -> None:
-        """Compare all of the prompt's KV rows with their digests; sets `check_s`, seconds. All ranks must call it.
+        """Compare the prompt's KV rows with their digests; sets `check_s`, seconds. All ranks must call it.
 
         Raises Corrupted on all ranks if a row changed on any, unless on_corruption is "record".
         """
@@ -222,10 +220,9 @@ class Engine:
     ) -> list[int]:
         """Decode; returns the new token ids, the same on every rank. All ranks must call it.
 
-        `hidden_states` [1, 1, hidden_size] and `kv_caches` are what `prefill_phase` returned on any engine; by default
-        this engine's own, whose rows `recheck` checks first. Stops before `max_new_tokens` where the text or the
-        model's positions end. Raises TokensDiffer, NotANumber or Corrupted on all ranks, StillWaiting past the
-        deadline.
+        `hidden_states` and `kv_caches` are what `prefill_phase` returned on any engine; by default this engine's own,
+        whose rows `recheck` checks first. Stops before `max_new_tokens` where the text or the model's positions end.
+        Raises TokensDiffer, NotANumber or Corrupted on all ranks, StillWaiting past the deadline.
         """
         if self._prompt is not None:
             self._prompt.detect_edits()
@@ -251,8 +248,7 @@ class Engine:
     def step(self, unit: Unit = "wave", timeout: float = 5.0) -> Steps:
         """Step by one unit: call it on all ranks, or on this one to run as far as it can alone.
 
-        Returns after at most `timeout` seconds. If the step has not ended, the result names the rank that it waits for,
-        and the next call continues it.
+        If it has not ended after `timeout` seconds, the result names the rank that it waits for; the next call goes on.
         """
         return self.prompt.step(unit, timeout)
 
@@ -261,14 +257,12 @@ class Engine:
         return self.prompt.blocked_on()
 
     def kv(self, layer: int) -> LayerKV:
-        """K and V of a layer as far as this rank holds them, as views: writing to them edits the cache. Raises
-        PlanError for an unknown layer."""
+        """K and V of a layer that this rank holds, as views: writing edits the cache. Raises PlanError."""
         return layer_kv(self.executor, layer)
 
     @property
     def hidden(self) -> dict[tuple[int, int], Tensor]:
-        """The hidden states that this rank holds: (chunk, layer) → [1, tokens, hidden_size] before that layer. Assign
-        to edit."""
+        """The hidden states here: (chunk, layer) → [1, tokens, hidden_size] before that layer. Assign to edit."""
         return self.executor.state.hidden
 
     # -- one layer
@@ -313,8 +307,6 @@ class Engine:
         k, v = self._deadline.run(f"sync_single_layer_cache({layer_idx}, …)", sync)
         return k, v
 
-    # -- helpers
-
     def _lowered(self, plan: Plan) -> Plan:
         """The plan as the backend can run it: lowered for NCCL."""
         return lower(plan) if self.config.backend == "nccl" and not plan.is_lowered else plan
@@ -339,7 +331,7 @@ class Engine:
         return list(prompt)
 
     def release(self) -> bool:
-        """Release the current prompt and its KV. Returns False if a lane is still blocked: call it again later."""
+        """Release the current prompt and its KV; False if a lane is still blocked: call it again later."""
         if self._prompt is not None and self._prompt.executor.close():
             self._prompt.state.free()
             self._prompt = self.cache = None
@@ -359,8 +351,7 @@ class Engine:
         return self.chunk * self.config.chunk_size
 
     def _capacity(self, tokens: int, max_new_tokens: int | None = None) -> int:
-        """The rows of a cache for a prompt and its new tokens, limited by the model's positions; faults may add
-        rows."""
+        """The rows for a prompt and its new tokens, limited by the model's positions; faults may add rows."""
         faults = self._prompt.state.faults if self._prompt else None
         new = (max_new_tokens or self.config.max_new_tokens) * (2 if faults and faults.repeats else 1)
         return min(tokens + new, self.decoder.max_positions) + (faults.extra_rows if faults else 0)

@@ -76,6 +76,9 @@ class Strike(NamedTuple):
     found: str
 
 
+OnStrike = Callable[[Strike], None]
+
+
 class Appended(NamedTuple):
     """Fault `number` inserted `rows` duplicate rows into a layer at row `start`."""
 
@@ -83,9 +86,6 @@ class Appended(NamedTuple):
     layer: int
     start: int
     rows: int
-
-
-OnStrike = Callable[[Strike], None]
 
 
 class PrefillState(Protocol):
@@ -101,11 +101,8 @@ class PrefillState(Protocol):
 
 
 class Faults:
-    """The faults armed on one rank. `ops`: all ops of this rank.
-
-    Ops call it on their lanes' threads with the block that they made, a view of the cache, [tokens, 2, kv_heads,
-    head_dim].
-    """
+    """The faults armed on one rank, whose ops are `ops`. They call it on their lanes' threads with the block that they
+    made, a view of the cache, [tokens, 2, kv_heads, head_dim]."""
 
     def __init__(self, state: PrefillState, ops: Iterable[Op]) -> None:
         self._state = state

@@ -1,7 +1,6 @@
 """The base class of what runs one rank's lanes: positions and limits, values made, events, failure.
 
-The subclasses decide how ops start: `threads` runs each lane on a thread of its own, `streams` issues one lane to
-streams.
+The subclasses decide how ops start: `threads` runs each lane on its own thread, `streams` issues one lane to streams.
 """
 
 import threading
@@ -18,7 +17,7 @@ from dinfer.engine.corruption import Corruption
 from dinfer.engine.prefill import Prefill
 from dinfer.plan.graph import Channel
 from dinfer.plan.ops import Op, PlanError, Value
-from dinfer.trace.events import Event, event_of
+from dinfer.trace.events import Event
 from dinfer.trace.recorder import Recorder
 from dinfer.transport.gate import Gate
 from dinfer.transport.gloo import Comm
@@ -28,8 +27,7 @@ class OpFailed(RuntimeError):
     """An op raised. The message names rank, op, layer and chunk; the original error is `__cause__`."""
 
     def __init__(self, rank: int, lane: str, op: Op, error: BaseException) -> None:
-        at = f"rank {rank} failed at `{op}` (lane {lane})"
-        super().__init__(f"{at}: {type(error).__name__}: {error}")
+        super().__init__(f"rank {rank} failed at `{op}` (lane {lane}): {type(error).__name__}: {error}")
         self.rank, self.lane, self.op, self.error = rank, lane, op, error
 
 
@@ -53,8 +51,7 @@ class LaneState:
 
 
 class Execution(NamedTuple):
-    """What an executor works with. `on_op(event, op)` is called for every op that has ended, on a thread of this
-    rank."""
+    """What an executor works with. `on_op(event, op)` is called for each op that has ended, on some thread."""
 
     state: Prefill
     comm: Comm
@@ -86,8 +83,6 @@ class LaneExecutor(ABC):
         for lane in self._lanes:
             self._publish(lane)
 
-    # -- control
-
     def start(self) -> None:
         """Start the threads. Lanes wait at limit 0."""
         for thread in self._threads:
@@ -109,8 +104,7 @@ class LaneExecutor(ABC):
         """Have the lanes that send on these channels send a void header, which releases a recv posted too early."""
 
     def rewind(self, positions: Sequence[int]) -> None:
-        """Go back to these positions, one a lane. Raises RuntimeError unless all lanes stand at their limits, past
-        them."""
+        """Go back to these positions, one a lane. Raises RuntimeError unless all stand at their limits, past them."""
         with self.gate.change():
             stand = self.stand()
             is_back = all(a <= b for a, b in zip(positions, stand.positions, strict=True))
@@ -135,8 +129,7 @@ class LaneExecutor(ABC):
         )
 
     def wait(self, until: Callable[[], bool], timeout: float | None = None) -> bool:
-        """Wait at most `timeout` seconds for `until()`. Returns whether it holds; raises OpFailed if an op has
-        failed."""
+        """Wait at most `timeout` seconds for `until()`; whether it holds. Raises OpFailed if an op has failed."""
         held = self.gate.wait(lambda: (until() or self.failure is not None) or None, timeout)
         if self.failure is not None:
             raise self.failure
@@ -197,21 +190,9 @@ class LaneExecutor(ABC):
             failed.__cause__ = error
             self.failure = self.failure or failed
 
-    def _record(
-        self,
-        lane: LaneState,
-        op: Op,
-        times: tuple[int, int, int, int],
-        size: int,
-        index: int,
-        corrupt: Corruption | None,
-    ) -> None:
-        """Record the event of an op that has ended, and call `on_op`.
-
-        `times`: ready, start, met and end, as in `Event`; `size`: bytes; `index`: the op's place on its lane. Raises
-        Corrupted if `corrupt` is set and `on_corruption` is fail.
-        """
-        event = event_of(op, self.rank, lane.name, index, times, size)
+    def _record(self, lane: LaneState, op: Op, event: Event, corrupt: Corruption | None) -> None:
+        """Record the event of an op that has ended, and call `on_op`. Raises Corrupted if `corrupt` is set and
+        `on_corruption` is fail."""
         self.recorder.record(lane.number, event)
         if corrupt:
             at = event.end

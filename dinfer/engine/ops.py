@@ -116,8 +116,7 @@ def payload_of(state: Prefill, op: Op) -> Tensor:
 
 
 def land(state: Prefill, op: Op) -> Tensor:
-    """Where a recv is to write, entered into the state before the data arrives: for streams, which order later reads
-    behind it."""
+    """Where a recv is to write, entered into the state before the data comes: streams order later reads behind it."""
     place = _place(state, op)
     _keep(state, op, place)
     return place

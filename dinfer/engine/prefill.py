@@ -23,8 +23,8 @@ class Prefill:
     `hidden`: (chunk, layer) → the hidden state before that layer, [1, tokens, hidden_size]. Those that entered this
     rank (by embedding or from a peer) are kept, so that going back can recompute from them; the others are dropped once
     every op that needs them has run. `final`: the normed hidden state of the last token, [1, 1, hidden_size].
-    `differing`: (chunk, layer) → how a received block differs from its digests. `extra`: by layer, rows beyond those of
-    the plan, which faults add. `digests`: whether to keep a ledger; `alarm` is called for corrupted blocks.
+    `differing`: (chunk, layer) → how a received block differs from its digests. `extra`: by layer, rows beyond the
+    plan's, from faults. `digests`: whether to keep a ledger; `alarm` is called for corrupted blocks.
     """
 
     def __init__(
@@ -74,8 +74,7 @@ class Prefill:
         return self.hidden[chunk, layer]
 
     def is_needed(self, chunk: int, layer: int) -> bool:
-        """Whether an op still has to run that needs that hidden state. (After the last layer only the last chunk's is
-        needed.)"""
+        """Whether an op is still to run that needs that hidden state. (After the last layer: the last chunk's.)"""
         return self._uses[Value("hidden", chunk, layer)] > 0
 
     def receive_block(self, op: Op, announced: Tensor, block: Tensor) -> Tensor | None:

@@ -15,15 +15,10 @@ from dinfer.kv.ledger import BlockKey
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Cut, Cuts, Unit
 from dinfer.plan.ops import Op
-from dinfer.plan.plan import Plan
 from dinfer.trace.events import Event
-from dinfer.trace.recorder import Recorder
 
 Hit = Callable[[Breakpoint, Op, str], None]
 """called with a breakpoint, the op at which its condition held, and what was found there"""
-
-TensorVersion = tuple[int, int]
-"""a tensor's id, and torch's count of in-place changes to it"""
 
 
 class Edit(NamedTuple):
@@ -43,16 +38,14 @@ class Edits:
     up, so they need no note. Of KV the layer is known, not the rows: a memory fault in the same layer since the last
     step is taken for part of the edit.
 
-    Called for every op that has ended, on its lane's thread. `positions()` returns the lanes' positions. `found`: all
-    edits so far, as text; `history`: the edits with their tensors.
+    Called for every op that has ended, on its lane's thread. `history`: all edits so far, with their tensors.
     """
 
     def __init__(self, state: Prefill, positions: Callable[[], tuple[int, ...]]) -> None:
         self._state, self._positions = state, positions
-        self.found: list[str] = []
         self.history: list[Edit] = []
         self._kv: dict[int, int] = {}
-        self._hidden: dict[BlockKey, TensorVersion] = {}
+        self._hidden: dict[BlockKey, tuple[int, int]] = {}
         self._unreported: list[str] = []
         self.accept_all()
 
@@ -93,7 +86,6 @@ class Edits:
         kv = {key: block.clone() for key, block in blocks.items() if state.ledger.changed(key, block).any()}
         self.history.append(Edit(self._positions(), kv, {key: one.clone() for key, one in hidden.items()}))
         state.record_edits(layers)
-        self.found += [what for what in changed if what not in self.found]
         self._unreported += changed
         self.accept_all()
 
@@ -111,18 +103,16 @@ class Edits:
         self.accept_all()
 
 
-def _version_of(tensor: Tensor) -> TensorVersion:
+def _version_of(tensor: Tensor) -> tuple[int, int]:
+    """Its id, and torch's count of in-place changes to it."""
     return id(tensor), tensor._version
 
 
 class Conditions:
     """The conditions of breakpoints, evaluated when an op ends, on its lane's thread; calls `on_hit` for the first that
-    holds.
+    holds. On a GPU a condition on values waits for the device at each op that matches."""
 
-    On a GPU a condition on values waits for the device at each op that matches; without such breakpoints nothing waits.
-    """
-
-    def __init__(self, state: Prefill, on_hit: Hit) -> None:
+    def __init__(self, state: Prefill, on_hit: Hit | None) -> None:
         self._state, self._on_hit = state, on_hit
         self._lock = Lock()
         self._armed: tuple[Breakpoint, ...] = ()
@@ -134,8 +124,9 @@ class Conditions:
     def __call__(self, event: Event, op: Op) -> None:
         for one in self._armed:
             if one.matches(self._state.rank, op) and (found := self._evaluate(one, event, op)):
-                with self._lock:
-                    self._on_hit(one, op, found)
+                if self._on_hit:
+                    with self._lock:
+                        self._on_hit(one, op, found)
                 return
 
     def _evaluate(self, one: Breakpoint, event: Event, op: Op) -> str:
@@ -169,13 +160,13 @@ class Prompt:
         state: Prefill,
         execute: Callable[[Prefill, Callable[[Event, Op], None]], LaneExecutor],
         *,
-        on_op: Callable[[Event, Op], None] | None = None,
-        on_hit: Hit | None = None,
-        all_stands: Callable[[], Stands] | None = None,
+        on_op: Callable[[Event, Op], None] | None,
+        on_hit: Hit | None,
+        all_stands: Callable[[], Stands] | None,
     ) -> None:
         self.plan, self.state, self.rank = state.plan, state, state.rank
         self.edits = Edits(state, lambda: self.executor.stand().positions)
-        self.conditions = Conditions(state, on_hit or (lambda *_: None))
+        self.conditions = Conditions(state, on_hit)
         self._on_op, self._all_stands = on_op, all_stands
         self.executor = execute(state, self._after_op)
         self._may_halt, self.order = True, 0
@@ -190,8 +181,7 @@ class Prompt:
     def go(self, cut: Cut, *, order: int | None = None, stopping: bool = False) -> list[str]:
         """Let this rank's lanes run to a cut. Returns the user's edits since they stopped, as text.
 
-        `order`: the session's number of this call, by default that of the last one; `stopping`: reach the cut even if
-        a breakpoint's condition holds.
+        `order`: the session's number of this call, by default the last one's; `stopping`: no condition halts it.
         """
         edited = self.new_edits()
         with self.executor.gate.change():
@@ -217,7 +207,7 @@ class Prompt:
         return edited
 
     def step(self, unit: Unit, timeout: float) -> Steps:
-        """Step by one unit, or continue the last step if it had not ended. Waits at most `timeout` seconds."""
+        """Step by one unit, or continue the last step; waits at most `timeout` seconds."""
         begun, edited = self._begun, list[str]()
         if begun is None:
             begun = self.executor.stand().positions
@@ -231,11 +221,10 @@ class Prompt:
             blocked_on = self.blocked_on()
         elif ops:
             blocked_on = ""
+        elif self.executor.is_done():
+            blocked_on = "prefill is done: there is no further step"
         else:
-            done = self.executor.is_done()
-            blocked_on = (
-                "prefill is done: there is no further step" if done else "this step has no op on this rank"
-            )
+            blocked_on = "this step has no op on this rank"
         return Steps(self.rank, unit, op_lines(self.state, ops), blocked_on, tuple(edited))
 
     def blocked_on(self) -> str:
@@ -273,14 +262,3 @@ class Prompt:
         self.conditions(event, op)
         if self._on_op:
             self._on_op(event, op)
-
-
-def recorder_for(plan: Plan, rank: int, max_new_tokens: int, memory: memoryview | None) -> Recorder:
-    """A rank's recorder, with a lane for decode after the plan's lanes; over `memory`, or over memory of its own."""
-    lanes = [*(lane.name for lane in plan.lanes[rank]), "decode"]
-    if memory is not None:
-        recorder = Recorder.over(rank, lanes, memory)
-        recorder.clear()
-        return recorder
-    longest = max(len(lane.ops) for lane in plan.lanes[rank])
-    return Recorder(rank, lanes, 2 * max(longest, max_new_tokens) + 64)

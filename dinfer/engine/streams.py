@@ -2,8 +2,7 @@
 
 It issues up to the limit, and at most a window ahead of the ops that have ended, so that a pause is short. A second
 thread waits for the ops in issue order, checks what arrived, records events and moves the position. An issued op cannot
-be taken back and no void header can release its recv, so a stop counts every issued op as done and ends at the
-closure of that cut.
+be taken back, nor its recv released by a void header, so a stop counts every issued op as done.
 """
 
 from collections import deque
@@ -18,6 +17,7 @@ from dinfer.engine.lanes import Execution, LaneExecutor
 from dinfer.engine.ops import HANDLERS, header_at, land, payload_of
 from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op, PlanError, Value
+from dinfer.trace.events import event_of
 from dinfer.transport.header import Header, check
 from dinfer.transport.streams import COMPUTE, ENTRY, Issued, Streams
 
@@ -82,8 +82,6 @@ class StreamExecutor(LaneExecutor):
     def close(self, timeout: float = 5.0) -> bool:
         return super().close(timeout) and self._streams.close(timeout)
 
-    # -- issuing
-
     def _issue_all(self) -> None:
         try:
             while isinstance(op := self.gate.wait(self._claim), Op):
@@ -143,8 +141,6 @@ class StreamExecutor(LaneExecutor):
         if twice := self._making.keys() & set(op.makes()):
             raise PlanError(f"{twice.pop()} is already on its way; no op may make it a second time.")
 
-    # -- completion
-
     def _complete_all(self) -> None:
         try:
             while isinstance(oldest := self.gate.wait(self._oldest), _Pending):
@@ -190,4 +186,5 @@ class StreamExecutor(LaneExecutor):
             corrupt = self.state.check_digests(op, came, pending.work.digests()) if op.what == "kv" else None
         start = max(times.start, pending.ready)
         size = pending.header.nbytes if pending.header else 0
-        self._record(lane, op, (pending.ready, start, max(times.met, start), times.end), size, index, corrupt)
+        moments = pending.ready, start, max(times.met, start), times.end
+        self._record(lane, op, event_of(op, self.rank, lane.name, index, moments, size), corrupt)

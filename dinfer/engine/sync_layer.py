@@ -15,9 +15,6 @@ from dinfer.plan.schedule import STRATEGIES
 from dinfer.transport.gloo import Comm
 from dinfer.transport.header import Header, TransferError
 
-NO_PLAN = 0
-"""the plan id in the header of a block that no plan sends"""
-
 _CALL = struct.Struct("<qqq?")  # chunk, layer, tokens, whether lanes run
 
 
@@ -57,7 +54,8 @@ def sync_block(
 
 
 def _header(value: Value, rows: Tensor) -> Header:
-    return Header(NO_PLAN, value, rows.shape[0], str(rows.dtype).removeprefix("torch."), rows.nbytes)
+    """Its plan id is 0: no plan sends this block."""
+    return Header(0, value, rows.shape[0], str(rows.dtype).removeprefix("torch."), rows.nbytes)
 
 
 def _agreed_owner(
@@ -70,8 +68,7 @@ def _agreed_owner(
 ) -> int:
     """Exchange what each rank passed, and return the owner of `block`.
 
-    Raises ValueError on every rank, before anything is sent, if lanes run, if the ranks name different blocks, or if K
-    and V were not passed on the owner alone.
+    Raises ValueError on every rank, before anything is sent, if lanes run or the ranks' calls do not match.
     """
     tokens = 0  # none were passed; -1: their shape or dtype is not this model's
     if kv is not None:

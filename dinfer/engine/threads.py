@@ -1,8 +1,7 @@
 """Lanes as threads: each lane is a thread that runs its ops one after another up to a limit.
 
 An op starts when it is the next on its lane, the values it needs are on the rank, and the lane's limit allows it. To
-step is to raise limits; to stop is to freeze them and to release recvs that were posted too early; to go back is to set
-positions. `ops` has what an op does.
+step is to raise limits; to stop is to freeze them and to release recvs that were posted too early.
 """
 
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from dinfer.engine.lanes import Execution, LaneExecutor, LaneState
 from dinfer.engine.ops import HANDLERS
 from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op, PlanError
+from dinfer.trace.events import event_of
 from dinfer.transport.header import VOID_HEADER
 
 
@@ -84,7 +84,8 @@ class ThreadExecutor(LaneExecutor):
         end = monotonic_ns()
         if not outcome.released:
             times = lane.allowed_at, lane.started_at, outcome.met or lane.started_at, end
-            self._record(lane, op, times, outcome.bytes, lane.position, outcome.corrupt)
+            event = event_of(op, self.rank, lane.name, lane.position, times, outcome.bytes)
+            self._record(lane, op, event, outcome.corrupt)
         with self.gate.change():
             if not outcome.released:
                 self._check_new(op)  # again: another lane may have made it while this one waited

@@ -1,7 +1,6 @@
 """Attention weights of a layer, and hidden states between layers, recomputed without changing the KV cache.
 
-The weights come from transformers' own attention module in its eager form, the only one that returns them. A layer
-writes into a copy of its cache rows.
+The weights come from transformers' own attention module in its eager form, the only one that returns them.
 """
 
 import copy
@@ -71,8 +70,7 @@ def hidden_before(
 def attention(decoder: Decoder, layer: int, hidden: Tensor, cache: KVCache, position: int) -> Attention:
     """The attention weights of the tokens from `position` on, over their rows and earlier ones in `cache`.
 
-    `hidden` [1, tokens, hidden_size]: their hidden state before `layer`. Raises `ModelError` if the attention module
-    returns no weights.
+    `hidden` [1, tokens, hidden_size]: their hidden state before `layer`. Raises `ModelError` if there are no weights.
     """
     stop = position + hidden.shape[1]
     found = list[Tensor]()

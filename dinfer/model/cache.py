@@ -39,11 +39,6 @@ class KVCache:
         shape = (capacity, 2, kv_heads, head_dim)
         self._tensors = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(layers)]
 
-    @property
-    def nbytes(self) -> int:
-        """The size of all layers together, in bytes."""
-        return sum(tensor.nbytes for tensor in self._tensors)
-
     def tensor(self, layer: int) -> Tensor:
         """The tensor of one layer, [capacity, 2, kv_heads, head_dim]; `[:, 0]` is K, `[:, 1]` is V."""
         if not 0 <= layer < self.layers:
@@ -108,6 +103,10 @@ class VisibleTokens:
         """The position of the first new token."""
         return self.position
 
+    get_seq_length = (
+        get_query_offset  # mask functions before transformers 5.14, and decoder layers, call it so
+    )
+
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:  # noqa: ARG002
         """How many tokens a layer sees with `query_length` new ones, and the position of the first."""
         return self.position + query_length - self.start, self.start
@@ -142,7 +141,3 @@ class CacheWindow(VisibleTokens):
             )
         self.cache.write(layer_idx, self.position, keys, values)
         return self.cache.k(layer_idx, stop, self.start), self.cache.v(layer_idx, stop, self.start)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
-        """The number of tokens before this window, the same for every layer."""
-        return self.position

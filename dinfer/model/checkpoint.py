@@ -22,11 +22,8 @@ _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _CONFIGS = ("config.json", "generation_config.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
-SPAN = 64 * 1024
-"""bytes of one sample"""
-
-SPANS = 16
-"""samples of one file"""
+SPAN = 64 * 1024  # bytes of one sample
+SPANS = 16  # samples of one file
 
 
 @dataclass(frozen=True)
@@ -258,8 +255,7 @@ def _header(file: Path) -> tuple[dict[str, Mapping[str, Any]], int]:
     """The entries of a safetensors file by name, each with dtype, shape and data_offsets, and the bytes of its data.
     Raises `ModelError` if the file is shorter than its header says.
 
-    The file has 8 bytes of header length (little endian), the header as JSON, then the data at the header's offsets.
-    Source: the README of safetensors.
+    By the README of safetensors: 8 bytes of header length (little endian), the header as JSON, then the data.
     """
     broken = f"{file} is not a safetensors file: its"
     with file.open("rb") as stream:

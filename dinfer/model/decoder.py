@@ -1,8 +1,7 @@
 """The model as the steps that an engine runs: embed, one decoder layer, final norm, logits.
 
 Every step calls transformers' own module, so for equal chunks the result equals transformers' bit for bit. Callers
-decide which layers to run on which tokens. All methods run under `torch.no_grad`, not `inference_mode`: users could not
-edit tensors of that in place.
+decide which layers to run on which tokens. All methods run under `torch.no_grad`: inference tensors cannot be edited.
 """
 
 import contextlib
@@ -114,8 +113,7 @@ class Decoder:
         """Run decoder layer `index` on `hidden` [1, T, hidden_size], the tokens [position, position + T).
 
         Writes their K and V into `cache`, which must hold this layer's rows before `position`, and returns the next
-        hidden state, same shape. `shift` is added to the position ids, but not to where the layer writes and what it
-        attends to.
+        hidden state, same shape. `shift` is added to the position ids alone.
         """
         if not 0 <= index < self.num_layers:
             raise ModelError(
@@ -169,8 +167,7 @@ class Decoder:
         position: int,
         extra: Mapping[int, int] | None = None,
     ) -> Tensor:
-        """Run `embed` and all layers on `ids` [T] at `position`; return the hidden state [1, T, hidden_size] before
-        `norm`.
+        """The hidden state [1, T, hidden_size] before `norm`, after `embed` and all layers on `ids` [T] at `position`.
 
         `extra`: by layer, how many rows `cache` holds before `position` beyond one a token.
         """
@@ -181,8 +178,7 @@ class Decoder:
         return hidden
 
     def warm_up(self, chunk: int, last: int) -> None:
-        """Run prefill and decode once on a GPU, with chunks of `chunk` tokens and a last one of `last`, to load
-        kernels.
+        """Run prefill and decode once on a GPU, to load kernels: chunks of `chunk` tokens, and a last one of `last`.
 
         That takes seconds the first time and memory for a KV cache of two chunks. Does nothing on a CPU.
         """

@@ -1,8 +1,7 @@
 """The supported architectures as data: one `Family` for each `model_type`.
 
 A new architecture with the same structure (embedding, decoder layers, final norm, head) needs an entry in `FAMILIES`
-and one in the conformance test. `_REFUSED` has those known not to fit, with the reason. This module does not import
-torch.
+and one in the conformance test. `_REFUSED` has those known not to fit, with the reason.
 """
 
 from collections.abc import Mapping
@@ -73,8 +72,6 @@ _REASONS: dict[str, str] = {
 
 _REFUSED: dict[str, str] = {name: reason for reason, names in _REASONS.items() for name in names.split()}
 
-_TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
-
 
 def family_named(model_type: str, reason: str = "") -> Family:
     """The family of a `model_type`. Raises `ModelError` with the reason for an unsupported one."""
@@ -98,7 +95,8 @@ def family_in(config: Mapping[str, Any]) -> Family:
     Unlike `family_named` it recognizes encoder-decoders and multimodal wrappers of any name.
     """
     model_type, reason = str(config.get("model_type")), ""
-    texts = [text for part in _TEXT_PARTS if isinstance(text := config.get(part), Mapping)]
+    parts = ("text_config", "llm_config", "language_config", "thinker_config")
+    texts = [text for part in parts if isinstance(text := config.get(part), Mapping)]
     if model_type in _REFUSED:
         pass
     elif config.get("is_encoder_decoder"):

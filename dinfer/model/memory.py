@@ -5,7 +5,8 @@ the working memory of one layer for one chunk is an estimate, and Python and tor
 included. Importing this module, and asking it about a CPU, does not import torch.
 """
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,8 @@ def check_memory(
     one = need(spec, dtype, tokens, chunk_size)
     shared = " (one copy for all)" if ranks_here > 1 and wanted.shares_weights else ""
     asked = (
-        f"{_ranks(ranks_here)} on {device} with {tokens:,} tokens in {_resolved(spec, dtype)} need {size_text(total)}; "
-        f"{size_text(available)} are free, {size_text(total - available)} too little. "
+        f"{ranks_here} rank{'s' * (ranks_here > 1)} on {device} with {tokens:,} tokens in {_resolved(spec, dtype)} "
+        f"need {size_text(total)}; {size_text(available)} are free, {size_text(total - available)} too little. "
         f"Each rank holds all {spec.layers} layers, for decode: weights {size_text(one.weights_bytes)}{shared}, "
         f"KV {size_text(one.kv_bytes)}, hidden states {size_text(one.hidden_bytes)}. "
     )
@@ -109,8 +110,7 @@ def _resolved(spec: Spec, dtype: str) -> str:
 def _working(spec: Spec, size: int, tokens: int, chunk: int) -> int:
     """Estimate what a layer holds at once for `chunk` tokens, in bytes: hidden states, Q, K, V, MLP, mask or scores.
 
-    SDPA converts a boolean mask to numbers; eager attention holds the scores of every head, once in float32 and twice
-    in the dtype.
+    SDPA turns a boolean mask into numbers; eager attention holds all heads' scores in float32 and twice in the dtype.
     """
     of_a_token = 4 * spec.hidden_size + 2 * (spec.heads + spec.kv_heads) * spec.head_dim
     activations = chunk * (of_a_token + 3 * spec.intermediate_size) * size
@@ -141,31 +141,23 @@ def out_of_memory_text(one: MemoryDemand, asked: int | None, available: int | No
     )
 
 
-def _ranks(count: int) -> str:
-    return f"{count} rank{'s' if count > 1 else ''}"
-
-
 def _remedies(wanted: MemoryDemand, available: int) -> list[str]:
     """Each single change after which the need fits into `available` bytes."""
+
+    def largest(field: str, high: int) -> int:
+        """The largest value of this field from 1 to `high` that fits, 0 if none does."""
+        return bisect_left(range(1, high + 1), True, key=lambda n: wanted.bytes(**{field: n}) > available)
+
     ways = []
     if (half := wanted.bytes(dtype="bfloat16")) <= available:
         ways.append(f"dtype bfloat16 (needs {size_text(half)})")
-    if longest := _largest(wanted.tokens - 1, lambda n: wanted.bytes(tokens=n) <= available):
-        ways.append(f"prompt and new tokens together at most {longest:,}, {wanted.tokens - longest:,} fewer")
-    if chunk := _largest(wanted.chunk_size - 1, lambda n: wanted.bytes(chunk_size=n) <= available):
+    if tokens := largest("tokens", wanted.tokens - 1):
+        ways.append(f"prompt and new tokens together at most {tokens:,}, {wanted.tokens - tokens:,} fewer")
+    if chunk := largest("chunk_size", wanted.chunk_size - 1):
         ways.append(f"chunk_size at most {chunk:,} instead of {wanted.chunk_size:,}")
-    if ranks := _largest(wanted.ranks - 1, lambda n: wanted.bytes(ranks=n) <= available):
-        ways.append(f"at most {_ranks(ranks)} here")
+    if ranks := largest("ranks", wanted.ranks - 1):
+        ways.append(f"at most {ranks} rank{'s' * (ranks > 1)} here")
     return ways
-
-
-def _largest(high: int, fits: Callable[[int], bool]) -> int:
-    """The largest of 1 to `high` that fits, 0 if none does, by bisection."""
-    low = 0
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
 
 
 def size_text(count: int) -> str:
@@ -195,8 +187,7 @@ def free(device: str = "cpu", root: Path = Path("/")) -> int:
 
 
 def _of_cgroups(root: Path) -> Iterator[int]:
-    """What each cgroup that this process is in, and each one above, leaves, v1 and v2 alike; page cache that a cgroup
-    would give back counts as free."""
+    """What each cgroup of this process, v1 or v2, and each one above leaves, page cache that it can drop included."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":

@@ -34,20 +34,13 @@ def get_layer_types_and_kwargs(config: Any) -> tuple[list[str], Any]:
     return list(types), {"sliding_window": window}
 
 
-class _Extent:
-    """The mask functions' view of a cache, before 5.14: `get_seq_length` in place of `get_query_offset`."""
-
-    def __init__(self, newer: Any) -> None:
-        self.get_seq_length, self.get_mask_sizes = newer.get_query_offset, newer.get_mask_sizes
-
-
 def _for_any_version(make: Callable[..., Any]) -> Callable[..., Any]:
     """A mask function as of 5.14, which takes `layer_idx`, whatever version it comes from."""
     if "layer_idx" in signature(make).parameters:
         return make
 
-    def made(*, past_key_values: Any, layer_idx: int, **given: Any) -> Any:  # noqa: ARG001
-        return make(past_key_values=_Extent(past_key_values), **given)
+    def made(*, layer_idx: int, **given: Any) -> Any:  # noqa: ARG001
+        return make(**given)
 
     return made
 
@@ -104,22 +97,18 @@ class Positions:
         key = (position, hidden.shape[1], kind)
         with self._lock:
             if key not in self._kept:
-                self._kept[key] = self._make(kind, position, hidden)
+                ids = (torch.arange(hidden.shape[1], device=hidden.device) + position).unsqueeze(0)
+                of_type = (kind.layer_type,) if self._per_type else ()
+                mask = _MASKS[kind.layer_type](
+                    config=self._config,
+                    inputs_embeds=hidden,
+                    attention_mask=None,
+                    past_key_values=VisibleTokens(position, kind.sliding_window),
+                    position_ids=ids,
+                    layer_idx=0,
+                )
+                self._kept[key] = Placement(ids, self._rotary(hidden, ids, *of_type), mask)
             self._kept.move_to_end(key)
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
             return self._kept[key]
-
-    def _make(self, kind: LayerKind, position: int, hidden: Tensor) -> Placement:
-        ids = torch.arange(hidden.shape[1], device=hidden.device) + position
-        ids = ids.unsqueeze(0)
-        rotary = self._rotary(hidden, ids, kind.layer_type) if self._per_type else self._rotary(hidden, ids)
-        mask = _MASKS[kind.layer_type](
-            config=self._config,
-            inputs_embeds=hidden,
-            attention_mask=None,
-            past_key_values=VisibleTokens(position, kind.sliding_window),
-            position_ids=ids,
-            layer_idx=0,
-        )
-        return Placement(ids, rotary, mask)

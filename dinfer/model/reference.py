@@ -17,13 +17,12 @@ from transformers import DynamicCache
 from dinfer.model.decoder import Decoder
 
 OnTensor = Callable[[str, int, Tensor], None]
-"""called with ("hidden", layer, [1, tokens, hidden_size]) before each layer and after the last one (layer: the number
-of layers), and with ("kv", layer, [tokens, 2, kv_heads, head_dim]) when a layer updates its cache"""
+"""called with ("hidden", layer, [1, tokens, hidden_size]) before each layer and after the last one, and with ("kv",
+layer, [tokens, 2, kv_heads, head_dim]) when a layer updates its cache"""
 
 
 class PieceOutput(NamedTuple):
-    """Of one piece of a prompt: `hidden`, normed, [1, tokens, hidden_size], and float32 `logits` [vocab_size] of its
-    last token."""
+    """Normed `hidden` [1, tokens, hidden_size] of a piece; float32 `logits` [vocab_size] of its last token."""
 
     hidden: Tensor
     logits: Tensor
@@ -58,8 +57,7 @@ class Forward:
         return PieceOutput(self._normed, output.logits[0, 0].float())
 
     def _update(self, layer: int, update: Any, keys: Tensor, values: Tensor, *args: Any, **named: Any) -> Any:
-        """Shows what a layer hands to its cache. (Sliding-window layers drop earlier rows, and transformers 5.17 can
-        show layers too many.)"""
+        """Show what a layer hands to its cache, from which sliding-window layers drop earlier rows."""
         rows = torch.stack([keys[0], values[0]], dim=1).permute(2, 1, 0, 3).contiguous()
         self._show("kv", layer, rows)
         return update(keys, values, *args, **named)

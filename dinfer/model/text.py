@@ -1,7 +1,4 @@
-"""Text and token ids: a checkpoint's tokenizer, encoding a prompt, streaming new tokens as text.
-
-The tokenizer is transformers' own.
-"""
+"""Text and token ids: a checkpoint's tokenizer, encoding a prompt, streaming new tokens as text."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,11 +52,10 @@ def encode(tokenizer: Any | None, prompt: str, chat: bool = False) -> list[int]:
 class TextStream:
     """Turns new tokens into text as they come, in whole characters only.
 
-    A character may be split over tokens (Chinese, emoji, byte fallback): its text comes with its last token.
-    Tokens are decoded together with those of the piece before, since a tokenizer may write a token differently
-    at the start of a text. The scheme is that of the incremental detokenizers of vLLM and
-    text-generation-inference. `tokenizers.DecodeStream` returns the same pieces, but not what it still holds
-    when the tokens end, and it takes only tokenizers of its own library.
+    A character may be split over tokens (Chinese, emoji, byte fallback): its text comes with its last token. Tokens are
+    decoded together with those of the piece before, since a tokenizer may write a token differently at the start of a
+    text, as in vLLM and text-generation-inference. `tokenizers.DecodeStream` returns the same pieces, but not what it
+    still holds when the tokens end, and it takes only tokenizers of its own library.
     """
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool = True) -> None:

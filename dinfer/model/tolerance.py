@@ -21,23 +21,20 @@ values of one tensor that share inputs, so that their errors are correlated"""
 
 def tolerance(one: str, other: str, layer: int, width: int) -> float:
     """How far K, V or the hidden state at `layer` (0: the input of the first) may differ, as a share of the largest
-    value of that tensor in that block.
+    value of that tensor in that block: λ · √(layer + 1) · (√k · u + √n · 2^-24).
 
-    λ · √(layer + 1) · (√k · u + √n · 2^-24), where u is the unit roundoff of the coarser of the two dtypes, k =
-    ROUNDINGS the roundings of a value in one layer, n = `width` the length of the longest sum (hidden or intermediate
-    size, or tokens), which is accumulated in float32 in any dtype, and λ = CONFIDENCE.
-
-    Roundings are taken as independent with mean zero, so m of them add up like a random walk, √m · u, and not like the
-    worst case, m · u (Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis, SIAM J. Sci. Comput.
-    41(5), 2019). The norms keep a layer's input at the size of the weights, so an error keeps its relative size, and
-    each layer adds an independent one: hence the √ of the depth. The scale is the largest value of the block and not
-    each value: sums cancel, and a small value has the error of the large ones in its sum.
+    u is the unit roundoff of the coarser of the two dtypes, k = ROUNDINGS the roundings of a value in one layer, n =
+    `width` the length of the longest sum (hidden or intermediate size, or tokens), which is accumulated in float32 in
+    any dtype, and λ = CONFIDENCE. Roundings are taken as independent with mean zero, so m of them add up like a random
+    walk, √m · u, and not like the worst case, m · u (Higham and Mary, A New Approach to Probabilistic Rounding Error
+    Analysis, SIAM J. Sci. Comput. 41(5), 2019). The norms keep a layer's input at the size of the weights, so an error
+    keeps its relative size, and each layer adds an independent one: hence the √ of the depth. The scale is the largest
+    value of the block: sums cancel, and a small value has the error of the large ones in its sum.
 
     It is not a proof. A near-tie (a router's choice of experts, a sharp attention) makes a rounding larger, and a
     smaller fault goes unnoticed; only a comparison with equal chunks and dtypes, where nothing may differ, avoids both.
     For ten families with random weights and 4 layers, correct computations used at most 0.21 of the tolerance in other
-    chunks and 0.81 in another dtype; the demo checkpoint 0.05 and 0.18. With 24 random layers, Gemma3 and Qwen3-MoE
-    exceeded it in another dtype.
+    chunks and 0.81 in another dtype; with 24 layers, Gemma3 and Qwen3-MoE exceeded it in another dtype.
     """
     u = max(UNIT_ROUNDOFF[one], UNIT_ROUNDOFF[other])
     return CONFIDENCE * sqrt(layer + 1) * (sqrt(ROUNDINGS) * u + sqrt(width) * UNIT_ROUNDOFF["float32"])

@@ -14,7 +14,6 @@ from dinfer.plan.partition import within
 
 Condition = Literal["", "nan", "inf", "absmax", "digest", "slower"]
 CONDITION_FORMS = "'nan', 'inf', 'absmax > 100', 'digest differs', 'slower than 5 ms'"
-
 _ABSMAX = re.compile(r"absmax\s*(?:>|above)\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", re.IGNORECASE)
 _SLOWER = re.compile(r"slower\s+than\s+(\d+\.?\d*|\.\d+)\s*ms", re.IGNORECASE)
 
@@ -72,8 +71,7 @@ class Breakpoint:
         where += [f"when {self.when}"] * bool(self.condition)
         return f"#{self.number}: after {', '.join(where)}"
 
-    def __repr__(self) -> str:
-        return str(self)
+    __repr__ = __str__
 
 
 def parse_when(text: str | None) -> tuple[Condition, float]:

@@ -12,8 +12,6 @@ CustomSchedule = Callable[[Config, Shape], Any]
 """Called with the run's config and shape. Returns a Plan, a plan's text, or a list with a dict for each rank, from lane
 names to lists of ops; an op may be text: `[{"main": ["embed c0", "layer c0 l0", …]}, …]`."""
 
-FORM = 'a Plan, a plan\'s text, or a list with a dict for each rank, such as {"main": ["embed c0", "layer c0 l0"]}'
-
 
 def custom_plan(given: "Plan | str | CustomSchedule", config: Config, shape: Shape) -> Plan:
     """The user's plan for a run of this shape. Raises PlanError, and whatever a user's function raises.
@@ -25,18 +23,18 @@ def custom_plan(given: "Plan | str | CustomSchedule", config: Config, shape: Sha
     if isinstance(made, str):
         made = parse_plan(made)
     if not isinstance(made, Plan):
-        lanes = _lanes(made, shape, f"{name}(…)" if callable(given) else "plan")
+        source = f"{name}(…)" if callable(given) else "plan"
+        if not isinstance(made, Sequence) or not all(isinstance(rank, Mapping) for rank in made):
+            raise PlanError(
+                f"{source} returned {_short(made)}; it must return a Plan, a plan's text, or a list with a dict for "
+                'each rank, such as {"main": ["embed c0", "layer c0 l0"]}.'
+            )
+        if len(made) != shape.world_size:
+            raise PlanError(f"{source} has lanes for {len(made)} ranks; this run has {shape.world_size}.")
+        lanes = tuple(tuple(_lane(rank, *lane) for lane in lanes.items()) for rank, lanes in enumerate(made))
         made = Plan(shape, name if name.isidentifier() else "own", config.sync_strategy, lanes)
     check_same_prefill(made.shape, shape)
     return made
-
-
-def _lanes(made: Any, shape: Shape, source: str) -> tuple[tuple[Lane, ...], ...]:
-    if not isinstance(made, Sequence) or not all(isinstance(rank, Mapping) for rank in made):
-        raise PlanError(f"{source} returned {_short(made)}; it must return {FORM}.")
-    if len(made) != shape.world_size:
-        raise PlanError(f"{source} has lanes for {len(made)} ranks; this run has {shape.world_size}.")
-    return tuple(tuple(_lane(rank, *lane) for lane in lanes.items()) for rank, lanes in enumerate(made))
 
 
 def _lane(rank: int, name: Any, ops: Any) -> Lane:

@@ -1,12 +1,11 @@
 """Consistent cuts of a verified plan: where a step, a stop or a step back ends.
 
-A cut is one position on every lane of every rank: how many of the lane's ops are in it. It is consistent if it contains
-what its ops need and, for every send, the recv, and for every recv, the send. A run at a consistent cut has no blocked
-lane.
+A cut is one position on every lane of every rank. It is consistent if it contains what its ops need and, for every
+send, the recv, and for every recv, the send. A run at a consistent cut has no blocked lane.
 
 The cuts of a unit of stepping form a chain from start to end: after each block in the global order (`layer`), after
 each rank's next layer (`wave`), after each chunk (`chunk`). A step joins the first cut of the chain that is not yet in;
-a step back goes to the last one inside. All functions here are pure.
+a step back goes to the last one inside.
 """
 
 import re
@@ -23,7 +22,7 @@ from dinfer.plan.partition import Block
 from dinfer.plan.plan import OpPlace, Plan
 
 Cut = tuple[tuple[int, ...], ...]
-"""positions[rank][lane]: how many ops of that lane are in the cut"""
+"""positions[rank][lane]: how many of the lane's ops are in the cut"""
 
 Unit = Literal["op", "layer", "wave", "chunk"]
 UNITS: tuple[Unit, ...] = ("op", "layer", "wave", "chunk")
@@ -75,8 +74,7 @@ class Cuts:
         return self._close(numbers) == numbers
 
     def after_block(self, chunk: int, layer: int) -> Cut:
-        """The cut at which every rank has received that block and all blocks before it in the global order. Raises
-        PlanError for an unknown block."""
+        """The cut at which every rank has that block and all before it in the global order. Raises PlanError."""
         if (chunk, layer) not in self._block_ops:
             shape = self.plan.shape
             raise PlanError(

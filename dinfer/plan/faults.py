@@ -104,8 +104,7 @@ class Fault:
         where = "on the wire" if self.where == "wire" else f"in {self.where}"
         return ", ".join([f"#{self.number} {self.kind}{parts} of {block}", *details, where])
 
-    def __repr__(self) -> str:
-        return str(self)
+    __repr__ = __str__
 
 
 def middle_bit(dtype: str) -> int:

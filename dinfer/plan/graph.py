@@ -19,8 +19,7 @@ NONE = -1
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Pause the process's garbage collector while a large graph is built: it has many small objects and no cycles, and
-    collections would take a third of the time."""
+    """Pause garbage collection while a large graph without cycles is built: it would take a third of the time."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -12,8 +12,6 @@ from dinfer.plan.graph import NONE, Graph, gc_paused, levels, simulate
 from dinfer.plan.ops import Op, PlanError
 from dinfer.plan.plan import ISSUE, Lane, Plan
 
-MessageKey = tuple[int, int, int, int]
-
 
 @gc_paused()
 def lower(plan: Plan) -> Plan:
@@ -42,14 +40,14 @@ def _global_order(graph: Graph) -> list[int]:
     if len(course.order) < len(graph.ops):
         raise PlanError("this plan can hang, so it cannot be lowered: verify says why.")
     a_chunk = max(len(stage) for stage in graph.plan.shape.stages)
-    keys = list[MessageKey]()
+    keys = list[tuple[int, int, int, int]]()
     for op, level in zip(graph.ops, levels(graph, course.order), strict=True):
         is_block = op.is_transfer and op.what == "kv"
         kind = 2 if is_block else 0 if op.is_transfer else 1
         keys.append((level + a_chunk * is_block, kind, op.chunk, op.layer))
 
     missing = [len(deps) + (before != NONE) for deps, before in zip(graph.deps, graph.before, strict=True)]
-    ready: list[tuple[MessageKey, int]] = []
+    ready: list[tuple[tuple[int, ...], int]] = []
     order: list[int] = []
 
     def offer(number: int) -> None:

@@ -9,8 +9,7 @@ from numbers import Integral
 from dinfer.config import layer_split_error
 from dinfer.plan.ops import PlanError
 
-Block = tuple[int, int]
-"""(chunk, layer)"""
+Block = tuple[int, int]  # chunk and layer
 
 
 @dataclass(frozen=True)

@@ -85,8 +85,7 @@ class Plan:
 
 
 def parse_plan(text: str) -> Plan:
-    """The inverse of `plan.text()`. Ignores empty lines and comments after `#`. Raises PlanError with the line
-    number."""
+    """The inverse of `plan.text()`; empty lines and comments after `#` are ignored. PlanErrors name the line."""
     lines = [
         (n, stripped) for n, raw in enumerate(text.splitlines(), 1) if (stripped := raw.split("#")[0].strip())
     ]
@@ -98,8 +97,8 @@ def parse_plan(text: str) -> Plan:
             "the plan's header is incomplete: after the first line come one line each for layers, stages and schedule."
         )
     shape = _parse_shape(lines[1], lines[2])
-    words = _words(lines[3], "schedule NAME, sync_strategy NAME", ("schedule", None, "sync_strategy", None))
-    lanes: list[list[tuple[str, list[Op]]]] = [[] for _ in shape.starts]
+    words = _words(lines[3], "schedule NAME, sync_strategy NAME")
+    lanes: list[dict[str, list[Op]]] = [{} for _ in shape.starts]
     current: list[Op] | None = None
     for number, line in lines[4:]:
         try:
@@ -113,13 +112,13 @@ def parse_plan(text: str) -> Plan:
                 current.append(parse_op(line))
         except PlanError as error:
             raise PlanError(f"line {number}: {error}") from None
-    built = tuple(tuple(Lane(name, tuple(ops)) for name, ops in rank) for rank in lanes)
+    built = tuple(tuple(Lane(name, tuple(ops)) for name, ops in rank.items()) for rank in lanes)
     return Plan(shape, words[1], words[3], built)
 
 
 def _parse_shape(sizes: tuple[int, str], stages: tuple[int, str]) -> Shape:
     form = "layers N, tokens N, chunk_size N"
-    words = _words(sizes, form, ("layers", None, "tokens", None, "chunk_size", None))
+    words = _words(sizes, form)
     *intro, starts = stages[1].partition("stages start at ")
     try:
         if intro != ["", "stages start at "]:
@@ -134,23 +133,26 @@ def _parse_shape(sizes: tuple[int, str], stages: tuple[int, str]) -> Shape:
         ) from None
 
 
-def _words(line: tuple[int, str], form: str, pattern: tuple[str | None, ...]) -> list[str]:
-    words = line[1].replace(",", " ").split()
-    if len(words) != len(pattern) or any(p not in (None, w) for w, p in zip(words, pattern, strict=True)):
+def _words(line: tuple[int, str], form: str) -> list[str]:
+    """The words of a line that reads like `form`, in which words in capitals stand for any word."""
+    words, wanted = (text.replace(",", " ").split() for text in (line[1], form))
+    if len(words) != len(wanted) or any(
+        w != p and not p.isupper() for w, p in zip(words, wanted, strict=True)
+    ):
         raise PlanError(f"line {line[0]}: {line[1]!r} should read {form!r}.")
     return words
 
 
-def _open_lane(line: str, lanes: list[list[tuple[str, list[Op]]]]) -> list[Op]:
+def _open_lane(line: str, lanes: list[dict[str, list[Op]]]) -> list[Op]:
     words = line.split()
     if len(words) != 4 or words[2] != "lane" or not words[1].isdecimal():
         raise PlanError(f"{line!r} should read 'rank 0 lane compute'.")
     rank, name = int(words[1]), words[3]
     if rank >= len(lanes):
+        last = len(lanes) - 1
         raise PlanError(
-            f"rank {rank} does not exist: the plan has {len(lanes)} stages, so ranks 0 to {len(lanes) - 1}."
+            f"rank {rank} does not exist: the plan has {len(lanes)} stages, so ranks 0 to {last}."
         )
-    if any(name == other for other, _ in lanes[rank]):
+    if name in lanes[rank]:
         raise PlanError(f"rank {rank} has two lanes named {name!r}.")
-    lanes[rank].append((name, []))
-    return lanes[rank][-1][1]
+    return lanes[rank].setdefault(name, [])

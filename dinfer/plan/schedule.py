@@ -14,11 +14,8 @@ from dinfer.plan.ops import FINAL, Op, PlanError, Value, recv, send
 from dinfer.plan.partition import Block, Shape
 from dinfer.plan.plan import Lane, Plan
 
-Hop = tuple[int, int]
-"""source and target rank"""
-
-Hops = Callable[[int, int], list[Hop]]
-"""by owner and world size: how its blocks reach all other ranks"""
+Hop = tuple[int, int]  # source and target rank
+Hops = Callable[[int, int], list[Hop]]  # by owner and world size: how its blocks reach all other ranks
 
 
 def pairwise(owner: int, world_size: int) -> list[Hop]:
@@ -62,8 +59,7 @@ def compute_order(shape: Shape) -> list[Block]:
     return sorted(ended, key=lambda block: (ended[block], block))
 
 
-Placed = tuple[int, str, Op]
-"""rank, lane, and the op that comes next there"""
+Placed = tuple[int, str, Op]  # rank, lane, and the op that comes next there
 
 MAIN = ("main", "main", "main")
 PIPES = ("compute", "hidden-out", "hidden-in")

@@ -2,9 +2,9 @@
 
 `verify` trusts nothing about how the plan was built. It proves that every channel belongs to one lane at each end;
 every send meets exactly one recv of the same value and size; every value is made once on a rank, before it is needed;
-at the end every rank holds each block and the final state exactly once; and there is no deadlock, neither with sends
-that wait for their recv (rendezvous) nor with buffered ones. In a lowered plan (`lower`), also that each pair of ranks
-issues its transfers on one communicator in the same order.
+at the end every rank holds each block and the final state exactly once; and there is no deadlock, with sends that wait
+for their recv (rendezvous) or buffered ones. In a lowered plan (`lower`), also that each pair of ranks issues its
+transfers on one communicator in the same order.
 """
 
 from collections import deque
@@ -36,10 +36,8 @@ class Proof:
 
     def __str__(self) -> str:
         return (
-            f"proved: {self.ranks} ranks, {self.lanes} lanes, {self.ops} ops; "
-            f"each of {self.transfers} sends meets one recv; "
-            f"all ranks end with the same {self.blocks} blocks; "
-            "no deadlock with rendezvous or buffered sends; "
+            f"proved: {self.ranks} ranks, {self.lanes} lanes, {self.ops} ops; each of {self.transfers} sends meets one "
+            f"recv; all ranks end with the same {self.blocks} blocks; no deadlock with rendezvous or buffered sends; "
             f"{self.levels} layers on the longest path"
         )
 
@@ -115,9 +113,8 @@ def _shared_channels(graph: Graph) -> Iterator[Counterexample]:
                 places = graph.place(numbers[0]), graph.place(other)
                 lanes = (f"{graph.plan.lanes[rank][p.lane].name} (`{graph.plan.op(p)}`)" for p in places)
                 text = (
-                    f"rank {rank} {verb} on the {channel.communicator} channel "
-                    f"{channel.source}→{channel.target} from two lanes, {' and '.join(lanes)}, "
-                    "so their order is not fixed"
+                    f"rank {rank} {verb} on the {channel.communicator} channel {channel.source}→{channel.target} "
+                    f"from two lanes, {' and '.join(lanes)}, so their order is not fixed"
                 )
                 yield Counterexample("shared channel", (text,), places)
 
@@ -164,8 +161,7 @@ def _values(graph: Graph) -> Iterator[Counterexample]:
 def _pair_orders(graph: Graph) -> Iterator[Counterexample]:
     """In a lowered plan, two ranks that issue their transfers on one communicator in different orders.
 
-    NCCL runs a pair's transfers one after another, both directions together. Threads may run them in any order that
-    does not deadlock.
+    NCCL runs a pair's transfers one after another, both directions together; threads may run them in any order.
     """
     if not graph.plan.is_lowered:
         return

@@ -9,9 +9,7 @@ from random import Random
 from typing import Literal
 
 Language = Literal["en", "zh"]
-
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
-
 FACTS = 16
 
 FIRST_TRAINING_SEED = 1 << 40
@@ -79,7 +77,7 @@ class Fact:
 
     @property
     def answer(self) -> str:
-        """What the model should add to `question` before it ends the text."""
+        """What the model should add to `question`."""
         return WORDINGS[self.language].gap + self.code
 
 

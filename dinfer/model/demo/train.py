@@ -2,16 +2,14 @@
 
 The same seed and thread count give the same weights on the same machine. Training starts with two facts a prompt and
 adds more whenever the model recalls those; without this curriculum it keeps guessing among the facts. A lesson is
-facts, then several questions with their answers; only the answers count in the loss. The tokenizer has a token for each
-word of the task and each digit, and bytes for other text; it has no merges, so any text can be encoded and decoded
-unchanged.
+facts, then several questions with their answers; only the answers count in the loss.
 """
 
 import argparse
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -28,17 +26,11 @@ from transformers import (
 
 from dinfer.model.demo.task import FACTS, FIRST_TRAINING_SEED, LANGUAGES, WORDINGS, Language, Recall, recall
 
-QUESTIONS = 8
-"""the most questions of one lesson"""
-
 IGNORED = -100
 """the label that transformers' loss ignores"""
 
 FIRST_SEED = 1_000_000
 """the first seed of prompts for scoring; training does not use them"""
-
-SCORED = 100
-"""prompts in each language for scoring the trained model"""
 
 MAX_NEW_TOKENS = 8
 """three digits, the end, and a few more, so that a failure to stop shows"""
@@ -54,13 +46,12 @@ STEPS, LESSONS = 1_000_000, 1_000
 def lesson(
     number: int, language: Language, facts: int, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[list[int], list[int]]:
-    """The lesson of this number: `facts` facts, then questions about some of them in random order, as token ids and
-    labels of the same length."""
+    """Token ids and labels of the lesson of this number: `facts` facts, then up to 8 questions in random order."""
     told = recall(FIRST_TRAINING_SEED + number, language, facts).facts
     gap = WORDINGS[language].gap
     tokens: list[int] = tokenizer.encode(gap.join(fact.sentence for fact in told))
     labels = [IGNORED] * len(tokens)
-    for fact in Random(number).sample(told, min(QUESTIONS, facts)):
+    for fact in Random(number).sample(told, min(8, facts)):
         question = tokenizer.encode(gap + fact.question)
         answer = [*tokenizer.encode(fact.answer), tokenizer.eos_token_id]
         tokens += [*question, *answer]
@@ -117,8 +108,8 @@ def words() -> list[str]:
 def build(positions: int) -> PreTrainedTokenizerFast:
     """The tokenizer of a model with `positions` positions.
 
-    It splits text into words of the task, digits and English words; other text stays together. Its tokens are the two
-    special ones, bytes and words, in the byte-level spelling of `tokenizers`.
+    It has a token for each word of the task and each digit, and bytes for other text, in the byte-level spelling of
+    `tokenizers`; it has no merges, so any text comes back unchanged.
     """
     chinese = sorted((re.escape(word) for word in words() if not word.isascii()), key=len, reverse=True)
     pieces = "|".join([" ?[0-9]", " ?[A-Za-z]+", "[.?]", *chinese])
@@ -147,7 +138,7 @@ class Curriculum:
     many of those are left, None before.
     """
 
-    first_facts: int = 2
+    fewest_facts: int = 2
     more_facts: int = 2
     most_facts: int = 24
     learned: float = 0.06
@@ -156,13 +147,10 @@ class Curriculum:
     warmup: int = 50
     polish: int = 300
     most_steps: int = 6000
-    facts: int = field(init=False)
+    facts: int = 2
     smoothed: float = 2.3
     step: int = 0
     left: int | None = None
-
-    def __post_init__(self) -> None:
-        self.facts = self.first_facts
 
     @property
     def done(self) -> bool:
@@ -171,13 +159,13 @@ class Curriculum:
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate of the next step: it rises at the start and falls at the end."""
+        """That of the next step: it rises at the start and falls at the end."""
         fading = 1.0 if self.left is None else self.left / self.polish
         return self.peak_rate * fading * min(1.0, (self.step + 1) / self.warmup)
 
     def draw(self, random: Random) -> int:
         """The number of facts of the next batch: sometimes fewer, so that these are not forgotten."""
-        return random.randint(max(self.first_facts, (self.facts + 1) // 2), self.facts)
+        return random.randint(max(self.fewest_facts, (self.facts + 1) // 2), self.facts)
 
     def learn(self, loss: float) -> None:
         """Update by the loss of one step: go on to more facts or, after the most, to the last steps."""
@@ -250,8 +238,8 @@ def main() -> None:
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     for language in LANGUAGES:
-        good = sum(recalled(model, tokenizer, samples(SCORED, language)))
-        print(f"recall {language}: {good} of {SCORED}", flush=True)
+        good = sum(recalled(model, tokenizer, samples(100, language)))
+        print(f"recall {language}: {good} of 100", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """The text that says which rank a rank waits for."""
 
-from __future__ import annotations
-
 from dinfer.engine.board import Stand
 from dinfer.engine.by_hand import blocked_on_text
 from dinfer.plan.partition import partition

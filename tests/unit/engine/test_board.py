@@ -1,7 +1,5 @@
 """The board: another process never reads half an update."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """engine.step and engine.kv: all ranks or one alone stepped, inspected, edited, and stopped by conditions."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

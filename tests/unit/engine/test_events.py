@@ -1,7 +1,5 @@
 """Every op records exactly one event, with correct times and sizes."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest

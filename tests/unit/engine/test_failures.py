@@ -1,7 +1,5 @@
 """Errors on a rank name the rank, the op and the cause."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Every kind of fault in every place breaks exactly the right bytes on exactly the right ranks."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -144,12 +142,11 @@ def test_in_memory_of_a_block_that_is_there_it_strikes_at_once_and_once(
 
 def test_the_ledger_holds_what_a_block_was_before_memory_changed_and_after_all_else(small: Decoder) -> None:
     with ranks(small, sync_strategy="ring") as (made, stepper, strikes):
-        arm_all(
-            made,
-            strikes,
+        first, second = (
             fault(small, "zero", 1, rank=2),
             fault(small, "zero", 2, rank=0, where="wire", layer=2),
         )
+        arm_all(made, strikes, first, second)
         finish(stepper)
         ledgers = [engine.executor.state.ledger.entries for engine in made.engines]
         assert [is_as_made(ledgers[rank][1, 1]) for rank in range(3)] == [False, True, True]

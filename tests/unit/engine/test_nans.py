@@ -1,7 +1,5 @@
 """NaN in the logits: the message names the first layer and chunk that has one, and on which ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """Prefill on several ranks is transformers' own chunked forward, bit for bit, on every rank."""
 
-from __future__ import annotations
-
 import threading
 from itertools import product
 

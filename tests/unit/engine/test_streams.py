@@ -1,7 +1,5 @@
 """Ranks that issue to streams: lowered plans run to the end, and plans that break a pair's order hang, as on NCCL."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import pairwise
 

@@ -5,8 +5,6 @@ with buffered ones, every lane of every rank ends and every rank has the referen
 for bit.
 """
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import HealthCheck, Phase, event, given, note, settings
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """Attention weights equal transformers', and hidden states recomputed without the cache equal the forward's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -3,8 +3,6 @@
 A new family is one entry here and one in `families.py`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The decoder, step by step, against transformers' own forward and generate: bit for bit."""
 
-from __future__ import annotations
-
 import os
 import threading
 from pathlib import Path

@@ -176,35 +176,23 @@ class TestTraining:
 
 class TestCheckpoint:
     def test_size(self) -> None:
-        weights = CHECKPOINT / "model.safetensors"
-        assert weights.stat().st_size <= 4 * MEBIBYTE
         assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) <= 4 * MEBIBYTE
 
-    def test_shape(self, model: Any, tokenizer: Any) -> None:
+    def test_shape_and_weights(self, model: Any, tokenizer: Any) -> None:
         config = model.config
         assert config.model_type == "qwen3"
         assert (config.num_hidden_layers, config.num_key_value_heads) == (6, 2)
         assert config.max_position_embeddings >= 4096
         assert config.vocab_size == len(tokenizer)
-
-    def test_weights_are_float32_and_finite(self, model: Any) -> None:
         with safe_open(CHECKPOINT / "model.safetensors", framework="pt") as file:
-            dtypes = {file.get_tensor(name).dtype for name in list(file.keys())}
-        assert dtypes == {torch.float32}
+            assert {file.get_tensor(name).dtype for name in list(file.keys())} == {torch.float32}
         assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
 
-    def test_generation_config_names_the_end(self, tokenizer: Any) -> None:
+    def test_files_and_the_end(self, tokenizer: Any) -> None:
+        configs = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+        assert {file.name for file in CHECKPOINT.iterdir()} == {"model.safetensors", *configs}
         generation = json.loads((CHECKPOINT / "generation_config.json").read_text())
         assert generation["eos_token_id"] == tokenizer.eos_token_id
-
-    def test_no_other_files(self) -> None:
-        assert {file.name for file in CHECKPOINT.iterdir()} == {
-            "config.json",
-            "generation_config.json",
-            "model.safetensors",
-            "tokenizer.json",
-            "tokenizer_config.json",
-        }
 
     def test_package_imports_no_torch(self) -> None:
         for name in ("__init__.py", "task.py"):

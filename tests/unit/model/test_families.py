@@ -1,7 +1,5 @@
 """Families: supported and refused by name, with a reason, before any weights are read."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

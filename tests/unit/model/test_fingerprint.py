@@ -1,7 +1,5 @@
 """Fingerprints: equal for copies, different for other checkpoints, and the changes that they miss."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The KV cache: contiguous blocks, windows with the visible tokens, digests."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -22,7 +20,7 @@ def test_shapes_and_sizes() -> None:
     cache = KVCache(3, 8, 2, 4, torch.bfloat16, "cpu")
     assert (cache.layers, cache.capacity, cache.dtype) == (3, 8, torch.bfloat16)
     assert cache.tensor(2).shape == (8, 2, 2, 4)
-    assert cache.nbytes == 3 * 8 * 2 * 2 * 4 * 2
+    assert cache.tensor(2).nbytes == 8 * 2 * 2 * 4 * 2
     assert cache.k(0, 5).shape == cache.v(0, 5).shape == (1, 2, 5, 4)
 
 

@@ -1,7 +1,5 @@
 """Loading holds the weights once: views of the files, or one copy. Measures the peak memory of a new process."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Masks and rotary embeddings are made once for layers of a kind; the oldest are dropped."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

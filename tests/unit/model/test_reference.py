@@ -1,7 +1,5 @@
 """The reference equals transformers' own forward and generate."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

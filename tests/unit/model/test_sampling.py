@@ -1,7 +1,5 @@
 """Sampling: greedy, transformers' warpers, and draws that depend on seed and step alone."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest

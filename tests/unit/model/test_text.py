@@ -1,7 +1,5 @@
 """Tokenizers, prompts and text streams, with a tokenizer of one token a byte."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The tolerance is that of the coarser dtype, and grows with the root of the depth."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

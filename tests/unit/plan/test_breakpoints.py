@@ -1,7 +1,5 @@
 """Breakpoints: what they match, their text, and where a run stops."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """Custom schedules: what a function may return, and the errors for anything else."""
 
-from __future__ import annotations
-
 import pytest
 
 from dinfer.config import Config

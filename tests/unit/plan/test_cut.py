@@ -1,7 +1,5 @@
 """Cuts: consistency, chains, stopping, and what each unit of stepping means."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from itertools import pairwise
 from typing import Any

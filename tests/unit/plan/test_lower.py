@@ -3,8 +3,6 @@
 `DINFER_UPDATE_GOLDEN=1` writes the golden file anew.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from itertools import combinations

@@ -1,7 +1,5 @@
 """Op: what it needs, what it makes, and its text form."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

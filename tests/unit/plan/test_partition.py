@@ -1,7 +1,5 @@
 """Layers into stages, tokens into chunks."""
 
-from __future__ import annotations
-
 from itertools import chain
 
 import pytest

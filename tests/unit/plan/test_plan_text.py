@@ -1,7 +1,5 @@
 """The text form of plans: a round trip, and every error with its line."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 
 import pytest
@@ -51,46 +49,26 @@ def test_lanes_may_be_empty_and_ranks_may_come_in_any_order() -> None:
     assert plan.op(OpPlace(0, 1, 0)) == Op("embed", 0)
 
 
+SIZES = "layers N, tokens N, chunk_size N"
 ERRORS = {
     "an empty text": ("", f"this is not a plan: it is empty; the first line of a plan is {HEADER!r}."),
     "another file": ("import torch\n", f"not a plan … 'import torch' … {HEADER!r}"),
     "a later version": (TEXT.replace(HEADER, "dinfer plan 2"), f"not a plan … 'dinfer plan 2' … {HEADER!r}"),
-    "half a header": (
-        f"{HEADER}\nlayers 2, tokens 3, chunk_size 2\n",
-        "header … layers, stages and schedule",
-    ),
-    "sizes": (
-        TEXT.replace("tokens 3", "token 3"),
-        "line 2 … 'layers 2, token 3, chunk_size 2' … 'layers N, tokens N, chunk_size N'",
-    ),
-    "a size that is no number": (
-        TEXT.replace("tokens 3", "tokens three"),
-        "lines 2–3 … tokens three … 'layers N, tokens N, chunk_size N' … stages start at",
-    ),
-    "stages without their words": (
-        TEXT.replace("stages start at 0 1", "0 1"),
-        "lines 2–3 … '0 1' … 'layers N, tokens N, chunk_size N' … stages start at",
-    ),
-    "stages that overlap": (
-        TEXT.replace("at 0 1", "at 0 0"),
-        "lines 2–3 … [0, 0] of 2 … must be 0 … at least one layer",
-    ),
+    "half a header": (f"{HEADER}\nlayers 2, tokens 3, chunk_size 2\n", "header … layers, stages and schedule"),
+    "sizes": (TEXT.replace("tokens 3", "token 3"), f"line 2 … 'layers 2, token 3, chunk_size 2' … '{SIZES}'"),
+    "a size that is no number": (TEXT.replace("tokens 3", "tokens x"), f"lines 2–3 … tokens x … '{SIZES}' … stages"),
+    "stages without words": (TEXT.replace("stages start at 0 1", "0 1"), f"lines 2–3 … '0 1' … '{SIZES}' … start"),
+    "stages that overlap": (TEXT.replace("at 0 1", "at 0 0"), "lines 2–3 … [0, 0] of 2 … at least one layer"),
     "no tokens": (TEXT.replace("tokens 3", "tokens 0"), "lines 2–3 … tokens is 0 … at least 1"),
-    "schedule": (
-        TEXT.replace("schedule own,", "schedules own,"),
-        "line 4 … 'schedules own, sync_strategy none' … 'schedule NAME, sync_strategy NAME'",
-    ),
+    "schedule": (TEXT.replace("schedule own,", "schedules own,"), "line 4 … schedules own, sync_strategy none … NAME'"),
     "an op before any lane": (HEAD + "  embed c0\n", "line 5 … 'embed c0' … 'rank 0 lane compute'"),
     "a lane without a name": (HEAD + "rank 0 lane\n", "line 5 … 'rank 0 lane' … 'rank 0 lane compute'"),
-    "a rank that is no number": (
-        HEAD + "rank ² lane a\n",
-        "line 5 … 'rank ² lane a' … 'rank 0 lane compute'",
-    ),
+    "a rank that is no number": (HEAD + "rank ² lane a\n", "line 5 … 'rank ² lane a' … 'rank 0 lane compute'"),
     "unknown rank": (HEAD + "rank 2 lane a\n", "line 5 … rank 2 … 2 stages … ranks 0 to 1"),
     "two lanes of one name": (TEXT + "rank 0 lane a\n", "line 8 … rank 0 … 'a'"),
     "no op": (TEXT.replace("layer c0 l0", "layer c0"), "line 7 … 'layer c0' is not an op … 'layer c0 l3'"),
     "lines are counted with comments": ("# a\n\n" + HEAD + "# b\nrank 9 lane a\n", "line 8 … rank 9"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ERRORS)

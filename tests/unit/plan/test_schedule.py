@@ -3,8 +3,6 @@
 `DINFER_UPDATE_GOLDEN=1` writes the golden files anew.
 """
 
-from __future__ import annotations
-
 import os
 from difflib import unified_diff
 from pathlib import Path

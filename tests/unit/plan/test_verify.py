@@ -1,7 +1,5 @@
 """verify: proofs, every flaw with rank and op, and agreement with a naive simulator."""
 
-from __future__ import annotations
-
 import networkx as nx
 import pytest
 from hypothesis import given
@@ -144,82 +142,39 @@ def test_a_cycle_names_the_need_that_closes_it_and_not_another_one() -> None:
 
 
 FLAWS: dict[str, tuple[list[tuple[str, str]], Flaw, str]] = {
-    "unknown peer": (
-        [("send final -> 0, 1 token", "send final -> 2, 1 token")],
-        "out of range",
-        "rank 1 … `send final -> 2, 1 token` … rank 2 … 2 ranks",
-    ),
-    "its own peer": (
-        [("send final -> 0, 1 token", "send final -> 1, 1 token")],
-        "out of range",
-        "rank 1 … `send final -> 1, 1 token` … 2 ranks",
-    ),
+    "unknown peer": ([("send final -> 0, 1 token", "send final -> 2, 1 token")],
+        "out of range", "rank 1 … `send final -> 2, 1 token` … rank 2 … 2 ranks"),
+    "its own peer": ([("send final -> 0, 1 token", "send final -> 1, 1 token")],
+        "out of range", "rank 1 … `send final -> 1, 1 token` … 2 ranks"),
     "unknown chunk": ([("embed c1", "embed c2")], "out of range", "rank 0 … `embed c2` … chunk 2 … 2 chunks"),
-    "unknown layer": (
-        [("layer c1 l1", "layer c1 l2")],
-        "out of range",
-        "rank 1 … `layer c1 l2` … layer 2 … 2 layers",
-    ),
-    "unknown block": (
-        [("send kv c1 l1 -> 0, 1 token", "send kv c1 l2 -> 0, 1 token")],
-        "out of range",
-        "rank 1 … `send kv c1 l2 -> 0, 1 token` … layer 2 … 2 layers",
-    ),
-    "norm of another state": (
-        [("norm c1 l2", "norm c1 l1")],
-        "out of range",
-        "rank 1 … `norm c1 l1` … c1 l2",
-    ),
-    "send without recv": (
-        [("recv final <- 1, 1 token", "")],
-        "unmatched",
-        "rank 1 … `send final -> 0, 1 token` … no recv on rank 0",
-    ),
-    "recv without send": (
-        [("send final -> 0, 1 token", "")],
-        "unmatched",
-        "rank 0 … `recv final <- 1, 1 token` … no send on rank 1",
-    ),
-    "blocks in another order": (
-        [
+    "unknown layer": ([("layer c1 l1", "layer c1 l2")],
+        "out of range", "rank 1 … `layer c1 l2` … layer 2 … 2 layers"),
+    "unknown block": ([("send kv c1 l1 -> 0, 1 token", "send kv c1 l2 -> 0, 1 token")],
+        "out of range", "rank 1 … `send kv c1 l2 -> 0, 1 token` … layer 2 … 2 layers"),
+    "norm of another state": ([("norm c1 l2", "norm c1 l1")], "out of range", "rank 1 … `norm c1 l1` … c1 l2"),
+    "send without recv": ([("recv final <- 1, 1 token", "")],
+        "unmatched", "rank 1 … `send final -> 0, 1 token` … no recv on rank 0"),
+    "recv without send": ([("send final -> 0, 1 token", "")],
+        "unmatched", "rank 0 … `recv final <- 1, 1 token` … no send on rank 1"),
+    "blocks in another order": ([
             ("recv kv c1 l0 <- 0, 1 token", ""),
             ("recv kv c0 l0 <- 0, 2 tokens", "recv kv c1 l0 <- 0, 1 token\nrecv kv c0 l0 <- 0, 2 tokens"),
-        ],
-        "mismatch",
-        "rank 0 … `send kv c0 l0 -> 1, 2 tokens` … rank 1 … `recv kv c1 l0 <- 0, 1 token` … block c1 l0",
-    ),
-    "wrong size of a send": (
-        [("send kv c1 l1 -> 0, 1 token", "send kv c1 l1 -> 0, 2 tokens")],
-        "size",
-        "rank 1 … `send kv c1 l1 -> 0, 2 tokens` … block c1 l1 has 1 token",
-    ),
-    "wrong size of a recv": (
-        [("recv kv c0 l1 <- 1, 2 tokens", "recv kv c0 l1 <- 1, 1 token")],
-        "size",
-        "rank 0 … `recv kv c0 l1 <- 1, 1 token` … block c0 l1 has 2 tokens",
-    ),
-    "made twice": (
-        [("embed c0", "embed c0\nembed c0")],
-        "made twice",
-        "rank 0 makes hidden c0 l0 twice … `embed c0` … `embed c0`",
-    ),
-    "received and computed": (
-        [("layer c0 l1", "embed c0\nlayer c0 l0\nlayer c0 l1")],
-        "made twice",
-        "rank 1 makes block c0 l0 twice … `recv kv c0 l0 <- 0, 2 tokens` … `layer c0 l0`",
-    ),
+        ], "mismatch",
+        "rank 0 … `send kv c0 l0 -> 1, 2 tokens` … rank 1 … `recv kv c1 l0 <- 0, 1 token` … block c1 l0"),
+    "wrong size of a send": ([("send kv c1 l1 -> 0, 1 token", "send kv c1 l1 -> 0, 2 tokens")],
+        "size", "rank 1 … `send kv c1 l1 -> 0, 2 tokens` … block c1 l1 has 1 token"),
+    "wrong size of a recv": ([("recv kv c0 l1 <- 1, 2 tokens", "recv kv c0 l1 <- 1, 1 token")],
+        "size", "rank 0 … `recv kv c0 l1 <- 1, 1 token` … block c0 l1 has 2 tokens"),
+    "made twice": ([("embed c0", "embed c0\nembed c0")],
+        "made twice", "rank 0 makes hidden c0 l0 twice … `embed c0` … `embed c0`"),
+    "received and computed": ([("layer c0 l1", "embed c0\nlayer c0 l0\nlayer c0 l1")],
+        "made twice", "rank 1 makes block c0 l0 twice … `recv kv c0 l0 <- 0, 2 tokens` … `layer c0 l0`"),
     "no op makes it": ([("embed c1", "")], "missing", "rank 0 … `layer c1 l0` needs hidden c1 l0"),
-    "a block is not synced": (
-        [("send kv c1 l1 -> 0, 1 token", ""), ("recv kv c1 l1 <- 1, 1 token", "")],
-        "missing",
-        "rank 0 ends without block c1 l1",
-    ),
-    "the final state is not sent": (
-        [("send final -> 0, 1 token", ""), ("recv final <- 1, 1 token", "")],
-        "missing",
-        "rank 0 ends without final",
-    ),
-}
+    "a block is not synced": ([("send kv c1 l1 -> 0, 1 token", ""), ("recv kv c1 l1 <- 1, 1 token", "")],
+        "missing", "rank 0 ends without block c1 l1"),
+    "the final state is not sent": ([("send final -> 0, 1 token", ""), ("recv final <- 1, 1 token", "")],
+        "missing", "rank 0 ends without final"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FLAWS)
