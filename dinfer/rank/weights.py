@@ -43,9 +43,6 @@ class Gauge:
                 self._over.wait(PERIOD_S)
 
 
-WeightsIdentity = tuple[str, str, str]
-
-
 class Weights:
     """`own_process`: no other rank is in this process, so that its GPU memory is this rank's."""
 
@@ -55,7 +52,7 @@ class Weights:
         self.dropped = False
         """whether others were here, which may still be in memory"""
         self._board = board
-        self._identity: WeightsIdentity | None = None
+        self._identity: tuple[str, str, str] | None = None
         self._gauge: Gauge | None = None
 
     def are(self, command: LoadModel | UnloadModel) -> bool:
@@ -86,5 +83,5 @@ class Weights:
         self._gauge = Gauge(self._board, device) if device and is_own else None
 
 
-def _identity(command: LoadModel | UnloadModel) -> WeightsIdentity:
+def _identity(command: LoadModel | UnloadModel) -> tuple[str, str, str]:
     return command.path, command.dtype, command.device

@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import Store as Store
+from torch._C._distributed_c10d import TCPStore
 
 from dinfer.plan.graph import Channel
 from dinfer.transport.header import HEADER_BYTES, VOID_HEADER, Header, TransferError
@@ -25,18 +26,6 @@ INTERFACE = "GLOO_SOCKET_IFNAME"
 
 _chosen = ""
 """the interface that `_choose_interface` set last"""
-
-__all__ = [
-    "Comm",
-    "CommError",
-    "GlooComm",
-    "Store",
-    "bytes_of",
-    "drain",
-    "join_store",
-    "open_store",
-    "wait_for",
-]
 
 
 class CommError(RuntimeError):

@@ -39,10 +39,6 @@ class Issued(Protocol):
     """Work that was issued to a stream."""
 
     @property
-    def stream(self) -> object:
-        """The stream's name. Work on one stream runs in issue order."""
-
-    @property
     def is_done(self) -> bool:
         """Whether it has ended."""
 
@@ -114,8 +110,8 @@ def stream_of(rank: int, where: StreamPlace) -> str:
 class _Work:
     """Work on one of the LocalStreams (`Issued`)."""
 
-    def __init__(self, gate: Gate, stream: str, run: Callable[["_Work"], object], after: After) -> None:
-        self._gate, self.stream, self._run, self._after = gate, stream, run, after
+    def __init__(self, gate: Gate, run: Callable[["_Work"], object], after: After) -> None:
+        self._gate, self._run, self._after = gate, run, after
         self.started = self.met = self.ended = 0
         self.came = b""
         self.found: Tensor | None = None
@@ -207,7 +203,7 @@ class LocalStreams:
 
     def _issue(self, where: StreamPlace, run: Callable[[_Work], object], after: After) -> Issued:
         name = "serial" if self._serial else stream_of(self._comm.rank, where)
-        work = _Work(self._gate, name, run, after)
+        work = _Work(self._gate, run, after)
         with self._gate.change():
             if name not in self._queues:
                 queue = self._queues[name] = deque()
