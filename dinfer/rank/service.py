@@ -82,7 +82,7 @@ class RankService:
         """`on_change` is called when engine or model have been replaced."""
         self.rank, self.session = rank, session
         self.board = board or Board()
-        self.weights = Weights(self.board, own_process=memory is not None)
+        self.weights = Weights(self.board, alone=memory is not None)
         self.comm: Comm | None = None
         self.prompt: PromptOnRank | None = None
         self._token_failed = False
@@ -229,7 +229,7 @@ class RankService:
         self.session.report(messages.Lanes(tuple(engine.recorder.lanes), thread_names()))
         self.board.set_phase("prefill")
         watch = partial(self._report_failure, executor)
-        threading.Thread(target=watch, name="dinfer minds failures", daemon=True).start()
+        threading.Thread(target=watch, name="dinfer failures", daemon=True).start()
         self._on_change(self)
         return messages.PreparedPrompt(executor.plan.id)
 

@@ -44,11 +44,11 @@ class Gauge:
 
 
 class Weights:
-    """`own_process`: no other rank is in this process, so that its GPU memory is this rank's."""
+    """`alone`: no other rank is in this process, so that its GPU memory is this rank's."""
 
-    def __init__(self, board: Board, *, own_process: bool) -> None:
+    def __init__(self, board: Board, *, alone: bool) -> None:
         self.decoder: Decoder | None = None
-        self.own_process = own_process
+        self.alone = alone
         self.dropped = False
         """whether others were here, which may still be in memory"""
         self._board = board
@@ -79,7 +79,7 @@ class Weights:
         """Publish what this process uses of that device on the board, where it is a GPU of its own."""
         if self._gauge:
             self._gauge.close()
-        is_own = self.own_process and device is not None and device.type == "cuda"
+        is_own = self.alone and device is not None and device.type == "cuda"
         self._gauge = Gauge(self._board, device) if device and is_own else None
 
 

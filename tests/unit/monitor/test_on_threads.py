@@ -20,6 +20,7 @@ from dinfer.run.hang import Hung
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.verdict import waits
+from dinfer.verdict.verdict import Verdict
 from tests.support.fixtures import fresh_session
 from tests.support.runs import DEADLINE_S, wait_for
 from tests.support.twin import prompt
@@ -55,6 +56,12 @@ def broken(monkeypatch: pytest.MonkeyPatch, rank: int, op: str, action: Action) 
 
 def begin(session: Session, **parameters: Any) -> Run:
     return session.prefill(IDS, chunk_size=4, **parameters)
+
+
+def verdict_of(run: Run) -> Verdict:
+    """Once it has come unasked."""
+    wait_for(lambda: run.hang, f"it is told: {run.where()}")
+    return run.verdict()
 
 
 def is_logged(session: Session, words: str) -> bool:
@@ -106,8 +113,7 @@ def test_a_rank_that_waits_in_python_is_told_with_its_line(
     door = Door()
     broken(monkeypatch, 1, "layer c1 l3", door.wait_here)
     run = begin(session)
-    wait_for(lambda: run.hang, f"it is told: {run.where()}")
-    verdict = run.verdict()
+    verdict = verdict_of(run)
     assert (verdict.kind, verdict.rank) == ("stuck in Python", 1), verdict
     assert verdict.sentence.startswith("rank 1 is in `layer c1 l3` and stuck in Python (")
     assert "× its median" in verdict.sentence
@@ -134,8 +140,7 @@ def test_a_call_into_c_is_told_as_that(session: Session, monkeypatch: pytest.Mon
     broken(monkeypatch, 2, "layer c0 l5", reads)
     run = begin(session)
     try:
-        wait_for(lambda: run.hang, f"it is told: {run.where()}")
-        verdict = run.verdict()
+        verdict = verdict_of(run)
         assert (verdict.kind, verdict.rank) == ("stuck in C", 2), verdict
         assert "`c.read(end, " in verdict.sentence
     finally:
@@ -155,8 +160,7 @@ def test_who_computes_is_not_called_hung(session: Session, monkeypatch: pytest.M
     broken(monkeypatch, 1, "layer c1 l3", spin)
     run = begin(session)
     try:
-        wait_for(lambda: run.hang, f"it is told: {run.where()}")
-        verdict = run.verdict()
+        verdict = verdict_of(run)
         assert (verdict.kind, verdict.rank, verdict.is_hung) == ("computing", 1, False)
         assert "and still computing (" in run.hang
         run._health.check_moving()
@@ -185,8 +189,7 @@ def test_the_last_message_is_missed_too(session: Session, monkeypatch: pytest.Mo
     op = "send final -> 0, 1 token"
     broken(monkeypatch, 2, op, lambda *_: Outcome())
     run = begin(session)
-    wait_for(lambda: run.hang, f"it is told: {run.where()}")
-    verdict = run.verdict()
+    verdict = verdict_of(run)
     assert (verdict.kind, verdict.rank, verdict.peer) == ("never sent", 2, 0), verdict
 
 
@@ -219,10 +222,11 @@ def closed_at_token(monkeypatch: pytest.MonkeyPatch, rank: int, token: int) -> D
     return door
 
 
-def test_the_first_token_that_one_rank_does_not_make(
-    session: Session, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("token", [0, 2])
+def test_a_token_that_one_rank_does_not_make(
+    session: Session, monkeypatch: pytest.MonkeyPatch, token: int
 ) -> None:
-    door = closed_at_token(monkeypatch, 1, 0)
+    door = closed_at_token(monkeypatch, 1, token)
     run = begin(session, max_new_tokens=4)
     run.wait(DEADLINE_S)
     try:
@@ -230,8 +234,10 @@ def test_the_first_token_that_one_rank_does_not_make(
             run.decode()
     finally:
         door.open()
-    assert caught.value.verdict.sentence.startswith("rank 1 computes token 0 and stuck in Python (")
-    assert caught.value.verdict.sentence.endswith("ranks 0 and 2 wait for it")
+    verdict = caught.value.verdict
+    assert (verdict.kind, verdict.rank) == ("stuck in Python", 1)
+    assert verdict.sentence.startswith(f"rank 1 computes token {token} and stuck in Python (")
+    assert verdict.sentence.endswith("ranks 0 and 2 wait for it")
 
 
 def test_the_time_between_two_decodes_is_no_ranks_standing_still(
@@ -250,16 +256,6 @@ def test_the_time_between_two_decodes_is_no_ranks_standing_still(
     waits = caught.value.verdict.waits
     assert waits
     assert max(wait.still_s for wait in waits.values()) < pause_s, caught.value
-
-
-def test_a_token_that_one_rank_does_not_make(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    door = closed_at_token(monkeypatch, 1, 2)
-    run = begin(session, max_new_tokens=4)
-    run.wait(DEADLINE_S)
-    with pytest.raises(Hung) as caught:
-        run.decode()
-    assert (caught.value.verdict.kind, caught.value.verdict.rank) == ("stuck in Python", 1)
-    door.open()
 
 
 def test_a_run_that_moves_stands_or_is_done_has_no_verdict(session: Session) -> None:

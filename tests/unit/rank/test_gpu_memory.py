@@ -101,6 +101,6 @@ def test_a_device_that_has_failed_ends_the_gauge_and_nothing_else(
 
 
 def test_a_rank_that_shares_its_process_has_no_memory_of_its_own(rank: Rank) -> None:
-    rank.host.weights.own_process = False
+    rank.host.weights.alone = False
     rank.host.weights.measure(GPU)
     assert rank.gauges() == []
