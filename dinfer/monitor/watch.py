@@ -19,7 +19,6 @@ from dinfer.verdict.signs import KvBytes, Signs
 from dinfer.verdict.verdict import Verdict
 
 LOOK_S = 0.1
-
 JUDGE_S = 0.25
 
 ASK_S = 1.0

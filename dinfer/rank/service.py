@@ -40,7 +40,6 @@ from dinfer.transport.gate import Gate
 from dinfer.transport.gloo import Comm, drain
 
 ANSWER_S = 2.0
-
 FOUND_TOGETHER = (Corrupted, NotANumber, TokensDiffer)
 """What decode raises on all ranks alike, so that nobody waits for anybody."""
 
