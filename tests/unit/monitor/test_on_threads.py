@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from dinfer.engine import ops
 from dinfer.engine.decoding import Decoding
 from dinfer.engine.ops import HANDLERS, Outcome
 from dinfer.magics.line import act
@@ -41,17 +40,24 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 Action = Callable[[Any, Any, Any], Outcome | None]
 
 
-def broken(monkeypatch: pytest.MonkeyPatch, rank: int, op: str, action: Action) -> None:
-    """In that op of that rank do this first; what it gives, if something, is the op's outcome."""
-    kind = op.split()[0]
-    unbroken = HANDLERS[kind]
+Break = Callable[[int, str, Action], None]
 
-    def wrapped(state: Any, one: Any, comm: Any) -> Outcome:
-        if state.rank == rank and str(one) == op and (found := action(state, one, comm)) is not None:
-            return found
-        return unbroken(state, one, comm)
 
-    monkeypatch.setitem(ops.HANDLERS, kind, wrapped)
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Break:
+    """broken(rank, op, action): in that op do this first; what it gives, if something, is the op's outcome."""
+
+    def set_broken(rank: int, op: str, action: Action) -> None:
+        unbroken = HANDLERS[op.split()[0]]
+
+        def wrapped(state: Any, one: Any, comm: Any) -> Outcome:
+            if state.rank == rank and str(one) == op and (found := action(state, one, comm)) is not None:
+                return found
+            return unbroken(state, one, comm)
+
+        monkeypatch.setitem(HANDLERS, op.split()[0], wrapped)
+
+    return set_broken
 
 
 def begin(session: Session, **parameters: Any) -> Run:
@@ -107,11 +113,9 @@ class Door:
         return self._event.is_set()
 
 
-def test_a_rank_that_waits_in_python_is_told_with_its_line(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_that_waits_in_python_is_told_with_its_line(session: Session, broken: Break) -> None:
     door = Door()
-    broken(monkeypatch, 1, "layer c1 l3", door.wait_here)
+    broken(1, "layer c1 l3", door.wait_here)
     run = begin(session)
     verdict = verdict_of(run)
     assert (verdict.kind, verdict.rank) == ("stuck in Python", 1), verdict
@@ -131,13 +135,13 @@ def test_a_rank_that_waits_in_python_is_told_with_its_line(
     wait_for(lambda: session.log[-1].endswith("the run moves again"), "the log says it")
 
 
-def test_a_call_into_c_is_told_as_that(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_into_c_is_told_as_that(session: Session, broken: Break) -> None:
     c, (end, begin_of_pipe) = ctypes.CDLL(None), os.pipe()
 
     def reads(*_: object) -> None:
         c.read(end, ctypes.create_string_buffer(1), 1)  # lets other threads go on
 
-    broken(monkeypatch, 2, "layer c0 l5", reads)
+    broken(2, "layer c0 l5", reads)
     run = begin(session)
     try:
         verdict = verdict_of(run)
@@ -150,14 +154,14 @@ def test_a_call_into_c_is_told_as_that(session: Session, monkeypatch: pytest.Mon
     os.close(begin_of_pipe)
 
 
-def test_who_computes_is_not_called_hung(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_computes_is_not_called_hung(session: Session, broken: Break) -> None:
     door = Door()
 
     def spin(*_: object) -> None:
         while not door.is_open():
             pass
 
-    broken(monkeypatch, 1, "layer c1 l3", spin)
+    broken(1, "layer c1 l3", spin)
     run = begin(session)
     try:
         verdict = verdict_of(run)
@@ -169,12 +173,10 @@ def test_who_computes_is_not_called_hung(session: Session, monkeypatch: pytest.M
     assert run.wait(DEADLINE_S).state == "done"
 
 
-def test_a_message_that_is_left_out_is_told_by_who_misses_it(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_message_that_is_left_out_is_told_by_who_misses_it(session: Session, broken: Break) -> None:
     """The next one comes in its place: whoever gets that raises, and is not to blame."""
     op = "send kv c0 l1 -> 1, 4 tokens"
-    broken(monkeypatch, 0, op, lambda *_: Outcome())
+    broken(0, op, lambda *_: Outcome())
     run = begin(session, schedule="lockstep")
     with pytest.raises(RankFailed, match="and not sent it: at"):
         run.wait(DEADLINE_S)
@@ -185,19 +187,19 @@ def test_a_message_that_is_left_out_is_told_by_who_misses_it(
     assert "TransferError" in run.failure
 
 
-def test_the_last_message_is_missed_too(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_message_is_missed_too(session: Session, broken: Break) -> None:
     op = "send final -> 0, 1 token"
-    broken(monkeypatch, 2, op, lambda *_: Outcome())
+    broken(2, op, lambda *_: Outcome())
     run = begin(session)
     verdict = verdict_of(run)
     assert (verdict.kind, verdict.rank, verdict.peer) == ("never sent", 2, 0), verdict
 
 
-def test_an_exception_is_told_as_the_failure_is(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_is_told_as_the_failure_is(session: Session, broken: Break) -> None:
     def boom(*_: object) -> None:
         raise RuntimeError("boom")
 
-    broken(monkeypatch, 1, "layer c1 l3", boom)
+    broken(1, "layer c1 l3", boom)
     run = begin(session)
     with pytest.raises(RankFailed):
         run.wait(DEADLINE_S)

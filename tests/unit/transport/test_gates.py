@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -107,18 +108,12 @@ def test_nested_changes_are_seen_at_once() -> None:
 def test_a_wait_ends_with_the_claim_or_the_timeout(gate: Gate) -> None:
     assert gate.wait(lambda: "here", 0.01) == "here"
     assert gate.wait(lambda: None, 0.01) is None
-    answers: list[str | None] = []
     done = threading.Event()
-
-    def look() -> None:
-        answers.append(gate.wait(lambda: "late" if done.is_set() else None, 30))
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    with gate.change():
-        done.set()
-    join([thread])
-    assert answers == ["late"]
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(gate.wait, lambda: "late" if done.is_set() else None, 30)
+        with gate.change():
+            done.set()
+        assert waiting.result(60) == "late"
 
 
 def test_an_error_inside_a_change_leaves_the_gate_usable() -> None:
@@ -130,28 +125,20 @@ def test_an_error_inside_a_change_leaves_the_gate_usable() -> None:
 
 def test_an_error_in_a_claim_is_raised_where_it_waits() -> None:
     """Whoever makes the change may run the claim, but is not the one to blame for it."""
-    gate, broken = Gate(), threading.Event()
-    errors: list[str] = []
-    waits = threading.Event()
+    gate, broken, waits = Gate(), threading.Event(), threading.Event()
 
     def claim() -> None:
         waits.set()
         if broken.is_set():
             raise LookupError("broken claim")
 
-    def lane() -> None:
-        try:
-            gate.wait(claim, 30)
-        except LookupError as error:
-            errors.append(str(error))
-
     def change() -> None:
         with gate.change():
             broken.set()
 
-    threads = [threading.Thread(target=lane), threading.Thread(target=change)]
-    threads[0].start()
-    assert waits.wait(60)
-    threads[1].start()
-    join(threads)
-    assert errors == ["broken claim"]
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(gate.wait, claim, 30)
+        assert waits.wait(60)
+        pool.submit(change).result(60)
+        with pytest.raises(LookupError, match="broken claim"):
+            waiting.result(60)
