@@ -73,14 +73,13 @@ class RankService:
         session: SessionChannel,
         meet: Meet,
         *,
-        board: Board | None = None,
+        board: Board,
         memory: memoryview | None = None,
         gate: Gate | None = None,
         on_change: Callable[["RankService"], None] = lambda _: None,
     ) -> None:
         """`on_change` is called when engine or model have been replaced."""
-        self.rank, self.session = rank, session
-        self.board = board or Board()
+        self.rank, self.session, self.board = rank, session, board
         self.weights = Weights(self.board, alone=memory is not None)
         self.comm: Comm | None = None
         self.prompt: PromptOnRank | None = None
