@@ -117,23 +117,9 @@ def _move(rank: _RankTrack, stand: Stand, at: float) -> None:
 
 
 def signs_of(
-    plan: Plan,
-    states: Sequence[RankState],
-    ended: Mapping[int, str],
-    track: Track,
-    stacks: Mapping[int, Stacks],
-    now: float,
-) -> list[Signs]:
-    """By rank. `ended`: how processes have ended, by rank."""
-    return [
-        _signs(plan, rank, state, ended.get(rank, ""), track, stacks.get(rank, Stacks()), now)
-        for rank, state in enumerate(states)
-    ]
-
-
-def _signs(
     plan: Plan, rank: int, state: RankState, ended: str, track: Track, stacks: Stacks, now: float
 ) -> Signs:
+    """Of one rank. `ended`: how its process has ended, if it has."""
     stand, still, lanes = state.stand, track.still_s(rank, now), plan.lanes[rank]
     if not stand or not len(still) == len(stand.positions) == len(lanes):
         stand, still = None, ()

@@ -34,7 +34,6 @@ LANES = frozenset(("engine/threads.py", "engine/streams.py"))
 """The files in which the threads of lanes begin."""
 
 _NAME = re.compile(r"hread 0x[0-9a-f]+ \[(.*?)\] \(most")
-
 _FILE = re.compile(r'  File "(.*)", line (\d+) in (.*)')
 
 

@@ -19,7 +19,6 @@ from dinfer.verdict.signs import KvBytes, Signs
 from dinfer.verdict.verdict import Verdict
 
 LOOK_S = 0.1
-
 JUDGE_S = 0.25
 
 ASK_S = 1.0
@@ -131,9 +130,7 @@ class HangWatch:
             self.found = None
         elif self._is_known(verdict.ranks):
             is_same = found and (found.kind, found.ranks) == (verdict.kind, verdict.ranks)
-            if (
-                not is_same or self._spied_then != self._spied.ranks
-            ):  # py-spy, which may take long, has seen more
+            if not is_same or self._spied_then != self._spied.ranks:  # or py-spy has seen more at last
                 self.found, self._spied_then = verdict, self._spied.ranks
 
     def _ask(self, ended: Mapping[int, str]) -> None:
@@ -175,7 +172,10 @@ class HangWatch:
         with self._ranks.changed:
             now = time.monotonic()
             self._track.look(self._ranks.ranks, now)  # what has moved since the ranks were asked is not stuck
-            signs = signs_of(self._plan, self._ranks.ranks, ended, self._track, self._stacks, now)
+            signs = []
+            for rank, state in enumerate(self._ranks.ranks):
+                end, stacks = ended.get(rank, ""), self._stacks.get(rank, Stacks())
+                signs.append(signs_of(self._plan, rank, state, end, self._track, stacks, now))
         if decoding:
             longest = now - self._decodes_since(now)
             signs = [replace(its, quiet_s=min(its.quiet_s, longest)) for its in signs]

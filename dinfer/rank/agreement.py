@@ -14,7 +14,6 @@ from dinfer.transport.gloo import Comm
 from dinfer.version import __version__
 
 _BYTES = 8192
-
 _LONGEST = 60
 
 _MAY_DIFFER = frozenset(

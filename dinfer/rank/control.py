@@ -61,7 +61,8 @@ class Control:
 
     def __init__(self, link: RankLink, awaited: tuple[type[Command[Any]], ...] = ()) -> None:
         self._lock = threading.Lock()
-        self._table: CommandTable = {}
+        self.table: CommandTable = {}
+        """the commands that it answers"""
         self._slow: queue.SimpleQueue[tuple[int, Command[Any]] | None] = queue.SimpleQueue()
         self._questions = itertools.count(1)
         self._awaited = awaited
@@ -93,16 +94,12 @@ class Control:
         with self._lock:
             send_frames(self._socket, frames)
 
-    def serve(self, table: CommandTable) -> None:
-        """Answer these commands from now on."""
-        self._table = table
-
     def attach(self, rank: int, lanes: Sequence[str]) -> None:
         """Publish a run of these recorder's lanes, and say where threads stand when asked. Called on the thread that
         is to decode."""
         self.report(Lanes(tuple(lanes), thread_names()))
         decoding = threading.current_thread().name
-        self.serve(table_of([quick(GetStacks, lambda _: stacks(rank, alone=True, decoding=decoding))]))
+        self.table = table_of([quick(GetStacks, lambda _: stacks(rank, alone=True, decoding=decoding))])
 
     def ask_stands(self, timeout: float) -> list[Stand | None]:
         """Where the session knows all ranks to stand; empty where it does not answer in time."""
@@ -148,7 +145,7 @@ class Control:
         except UnknownMessage as unknown:
             self._send(Refused(request.number, str(unknown)))
             return
-        handler = self._table.get(type(command))
+        handler = self.table.get(type(command))
         if isinstance(command, (AllStands, *self._awaited)):
             key = command.question if isinstance(command, AllStands) else type(command)
             with self._news:
@@ -157,11 +154,11 @@ class Control:
         elif handler and handler.slow:
             self._slow.put((request.number, command))
         else:
-            self._send(answer(self._table, request.number, command))
+            self._send(answer(self.table, request.number, command))
 
     def _work(self) -> None:
         while task := self._slow.get():
-            self._send(answer(self._table, *task))
+            self._send(answer(self.table, *task))
 
     def _send(self, report: RankReport) -> None:
         with suppress(OSError):  # nobody is left to hear it

@@ -60,12 +60,19 @@ class Tokens:
         """Decode up to the limit or the end of the text. Does not begin if the run is to pause for changed bytes; then
         `remark` says so."""
         self._engine.board.set_phase("decode", len(self.tokens))  # from now on others may wait for this rank
-        try:
-            decoding = self._ready_decoding()
-        except Corrupted as found:
-            if self._engine.config.on_corruption == "fail":
-                raise
-            return NewTokens((), False, str(found))
+        config = self._engine.config
+        if self._decoding is None:
+            room = max(self._limit, config.max_new_tokens)
+            begun = self._engine.decoding(max_new_tokens=room)
+            try:
+                self._engine.recheck()
+            except Corrupted as found:
+                if config.on_corruption == "fail":
+                    raise
+                return NewTokens((), False, str(found))
+            self._decoding = begun
+        decoding = self._decoding
+        self._engine.extend(decoding, self._limit)
         while self._begin(decoding):
             token = decoding.step()
             text = self._stream.push(token) if self._stream else f"{token} "
@@ -82,15 +89,6 @@ class Tokens:
         if self._stream:
             for token in self._decoding.tokens:
                 self._stream.push(token)
-
-    def _ready_decoding(self) -> Decoding:
-        if self._decoding is None:
-            room = max(self._limit, self._engine.config.max_new_tokens)
-            decoding = self._engine.decoding(max_new_tokens=room)
-            self._engine.recheck()
-            self._decoding = decoding
-        self._engine.extend(self._decoding, self._limit)
-        return self._decoding
 
     def _begin(self, decoding: Decoding) -> bool:
         """Whether to decode one more, which then counts as begun: all other ranks must come as far."""

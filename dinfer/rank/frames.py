@@ -8,7 +8,6 @@ import struct
 from collections.abc import Sequence
 
 _COUNT = struct.Struct("<I")
-
 RECV_BYTES = 1 << 18
 
 

@@ -34,7 +34,7 @@ class Kernel:
             self.rank, control, self,
             board=control.board, memory=control.recorder_memory, on_change=_bind,
         )  # fmt: skip
-        control.serve(self.host.table())
+        control.table = self.host.table()
 
     def open(self, command: OpenStore) -> StoreAddress:
         self._store, port = open_store(command.address, command.port)

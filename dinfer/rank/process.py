@@ -72,12 +72,11 @@ class Wanting:
         before, self._ready = self._ready, {}
         with suppress(OSError):  # it is gone, or this system has no such files
             for thread in os.listdir(self._tasks):
-                ready = self._ready[thread] = before.get(thread) or deque(maxlen=LOOKS)
-                ready.append(self._state(thread) == "R")
+                with (
+                    suppress(OSError),
+                    open(f"{self._tasks}/{thread}/stat", "rb") as file,
+                ):  # it may end meanwhile
+                    state = file.read().rpartition(b")")[2].split(None, 1)[0]
+                    samples = self._ready[thread] = before.get(thread) or deque(maxlen=LOOKS)
+                    samples.append(state == b"R")
         return max(map(sum, self._ready.values()), default=0) / LOOKS
-
-    def _state(self, thread: str) -> str:
-        """Its state letter; "" once it has ended."""
-        with suppress(OSError), open(f"{self._tasks}/{thread}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split(None, 1)[0].decode()
-        return ""

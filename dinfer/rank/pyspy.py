@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import takewhile
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -42,8 +41,8 @@ def let_look(pid: int) -> None:
 
 def program() -> str | None:
     """Path of py-spy, beside this Python or on PATH; None if it is missing."""
-    beside = Path(sys.executable).with_name("py-spy")
-    return str(beside) if os.access(beside, os.X_OK) else shutil.which("py-spy")
+    places = (os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath))
+    return shutil.which("py-spy", path=os.pathsep.join(places))
 
 
 class Look:
@@ -71,13 +70,12 @@ class Look:
         if self._process:
             self._process.kill()
             self._process.wait()
-        size = os.fstat(self._output).st_size
-        written = os.pread(self._output, size, 0).decode(errors="replace")
-        os.close(self._output)
-        return written
+        with self._output as file:
+            file.seek(0)
+            return file.read().decode(errors="replace")
 
     def _begin(self) -> None:
-        self._output = anonymous_file(0)
+        self._output = os.fdopen(anonymous_file(0), "r+b")
         command, nothing = [*self._command, self._modes.pop(0)], subprocess.DEVNULL
         self._process: subprocess.Popen[bytes] | None = None
         with suppress(OSError):  # it cannot be executed, or there is no memory for one more process

@@ -11,6 +11,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from dinfer.engine.engine import Engine
 from dinfer.errors import ModelError
 from dinfer.kv.digests import as_numbers, block_digests, row_digests
 from dinfer.kv.measure import CellDifference, measure
@@ -71,32 +72,29 @@ class _Scratch(KVCache):
 
 
 class Examination:
-    """One forward, compared with one rank. `decoder`: the rank's model; `reference`: the model that the forward runs;
-    `chunks`: how many of the prompt's chunks to run; new tokens follow only after all of them. `check()` is called
+    """One forward of the model `reference`, as the command says, compared with what a rank holds. `check()` is called
     often and may raise, to stop it."""
 
     def __init__(
         self,
-        decoder: Decoder,
-        reference: Decoder,
+        engine: Engine,
         holding: Inventory,
-        sampler: Sampler,
-        *,
-        chunks: int,
-        chunked: bool,
+        reference: Decoder,
+        command: RunReference,
         check: Callable[[], None],
     ) -> None:
-        self.exact = chunked and reference.dtype == decoder.dtype
+        self.exact = command.chunked and reference.dtype == engine.decoder.dtype
         self.fed = range(0)
         """the rows that the forward was fed last"""
         self.measured: dict[tuple[int, int, str], CellDifference] = {}
         self.hidden: dict[InventoryKey, int] = {}
         """digests of the reference's hidden states, or of this rank's if bits may differ"""
         self.choices: list[TokenChoice] = []
-        self._holding, self._sampler, self._check = holding, sampler, check
-        self._chunked, self._chunks = chunked, chunks
+        config = engine.config
+        self._sampler = Sampler(Sampling(config.temperature, config.top_k, config.top_p, config.seed))
+        self._holding, self._command, self._check = holding, command, check
         self._rows: list[list[Tensor]] = [[] for _ in range(holding.layers)]
-        self._replay = LayerReplay(decoder, holding)
+        self._replay = LayerReplay(engine.decoder, holding)
         self._forward = Forward(reference, self._see)
 
     def run(self) -> None:
@@ -147,11 +145,12 @@ class Examination:
         return found
 
     def _pieces(self) -> Sequence[range]:
-        prompt = self._holding.chunks[: self._chunks]
-        if not self._chunked and prompt:
+        """The rows that the forward is fed one after another: new tokens only after the whole prompt."""
+        holding = self._holding
+        prompt, tokens = holding.chunks[: self._command.chunks], len(holding.state.ids)
+        if not self._command.chunked and prompt:
             prompt = [range(prompt[-1].stop)]
-        whole = prompt and prompt[-1].stop == len(self._holding.state.ids)
-        new = range(len(self._holding.state.ids), len(self._holding.ids)) if whole else ()
+        new = range(tokens, len(holding.ids)) if prompt and prompt[-1].stop == tokens else ()
         return [*prompt, *(range(at, at + 1) for at in new)]
 
     def _see(self, what: str, layer: int, tensor: Tensor) -> None:
@@ -216,16 +215,11 @@ class References:
         self._stopped.clear()
         prompt = self._prompt()
         engine, holding = prompt.engine, Inventory(prompt)
-        decoder, config = engine.decoder, engine.config
         started = perf_counter()
         _settle(holding.cache.device)
-        piece = config.chunk_size if command.chunked else len(holding.ids)
-        reference = _in_dtype(decoder, command.dtype, len(holding.ids), piece)
-        sampler = Sampler(Sampling(config.temperature, config.top_k, config.top_p, config.seed))
-        found = Examination(
-            decoder, reference, holding, sampler,
-            chunks=command.chunks, chunked=command.chunked, check=self._check,
-        )  # fmt: skip
+        piece = engine.config.chunk_size if command.chunked else len(holding.ids)
+        reference = _in_dtype(engine.decoder, command.dtype, len(holding.ids), piece)
+        found = Examination(engine, holding, reference, command, self._check)
         found.run()
         return ReferenceReport(
             exact=found.exact,

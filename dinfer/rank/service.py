@@ -40,7 +40,6 @@ from dinfer.transport.gate import Gate
 from dinfer.transport.gloo import Comm, drain
 
 ANSWER_S = 2.0
-
 FOUND_TOGETHER = (Corrupted, NotANumber, TokensDiffer)
 """What decode raises on all ranks alike, so that nobody waits for anybody."""
 
@@ -74,15 +73,14 @@ class RankService:
         session: SessionChannel,
         meet: Meet,
         *,
-        board: Board | None = None,
+        board: Board,
         memory: memoryview | None = None,
         gate: Gate | None = None,
         on_change: Callable[["RankService"], None] = lambda _: None,
     ) -> None:
         """`on_change` is called when engine or model have been replaced."""
-        self.rank, self.session = rank, session
-        self.board = board or Board()
-        self.weights = Weights(self.board, own_process=memory is not None)
+        self.rank, self.session, self.board = rank, session, board
+        self.weights = Weights(self.board, alone=memory is not None)
         self.comm: Comm | None = None
         self.prompt: PromptOnRank | None = None
         self._token_failed = False
@@ -230,7 +228,7 @@ class RankService:
         self.session.report(messages.Lanes(tuple(engine.recorder.lanes), thread_names()))
         self.board.set_phase("prefill")
         watch = partial(self._report_failure, executor)
-        threading.Thread(target=watch, name="dinfer minds failures", daemon=True).start()
+        threading.Thread(target=watch, name="dinfer failures", daemon=True).start()
         self._on_change(self)
         return messages.PreparedPrompt(executor.plan.id)
 

@@ -26,7 +26,6 @@ from dinfer.messages import StackLine, ThreadStack, ThreadStacks
 from dinfer.rank.process import sign_of_life
 
 DUMP_SIGNAL = getattr(signal, "SIGUSR2", None)
-
 DEEPEST = 40
 
 WRITTEN_S = 0.1

@@ -37,7 +37,6 @@ BEAT_S = 0.07
 """At least ten times a second it is heard, whatever the rank does."""
 
 RECORDER_BYTES = 4 << 20
-
 MEMORY_BYTES = BOARD_BYTES + RECORDER_BYTES
 
 ORPHAN_S = 10.0

@@ -44,19 +44,16 @@ class Gauge:
                 self._over.wait(PERIOD_S)
 
 
-WeightsIdentity = tuple[str, str, str, str]
-
-
 class Weights:
-    """`own_process`: no other rank is in this process, so that its GPU memory is this rank's."""
+    """`alone`: no other rank is in this process, so that its GPU memory is this rank's."""
 
-    def __init__(self, board: Board, *, own_process: bool) -> None:
+    def __init__(self, board: Board, *, alone: bool) -> None:
         self.decoder: Decoder | None = None
-        self.own_process = own_process
+        self.alone = alone
         self.dropped = False
         """whether others were here, which may still be in memory"""
         self._board = board
-        self._identity: WeightsIdentity | None = None
+        self._identity: tuple[str, str, str, str] | None = None
         self._gauge: Gauge | None = None
 
     def are(self, command: LoadModel | UnloadModel) -> bool:
@@ -71,7 +68,7 @@ class Weights:
         self._board.set_phase("loading")
         # A session in this process must outlive a file that is shortened.
         path, dtype, device, wanted = _identity(command)
-        decoder = Decoder.load(path, dtype, device, on_progress=on_progress, mapped=self.own_process)
+        decoder = Decoder.load(path, dtype, device, on_progress=on_progress, mapped=self.alone)
         if (found := decoder.spec.fingerprint) != wanted:
             raise ModelError(
                 f"{path} holds another checkpoint here (fingerprint {found[:16]}) than the session has read "
@@ -92,9 +89,9 @@ class Weights:
         """Publish what this process uses of that device on the board, where it is a GPU of its own."""
         if self._gauge:
             self._gauge.close()
-        is_own = self.own_process and device is not None and device.type == "cuda"
+        is_own = self.alone and device is not None and device.type == "cuda"
         self._gauge = Gauge(self._board, device) if device and is_own else None
 
 
-def _identity(command: LoadModel | UnloadModel) -> WeightsIdentity:
+def _identity(command: LoadModel | UnloadModel) -> tuple[str, str, str, str]:
     return command.path, command.dtype, command.device, command.fingerprint

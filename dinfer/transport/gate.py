@@ -45,7 +45,7 @@ class Gate:
         self._depth = 0
 
     def enroll(self, thread: str) -> None:
-        """Register the thread of this name as a lane, before it starts. Only gates of tests and of replays use it."""
+        """Register the thread of this name as a lane, before it starts. Needed by gates of tests and of replays."""
 
     def leave(self) -> None:
         """Unregister the calling thread."""

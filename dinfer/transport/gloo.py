@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import Store as Store
+from torch._C._distributed_c10d import TCPStore
 
 from dinfer.plan.graph import Channel
 from dinfer.transport.header import HEADER_BYTES, VOID_HEADER, Header, TransferError
@@ -25,18 +26,6 @@ INTERFACE = "GLOO_SOCKET_IFNAME"
 
 _chosen = ""
 """the interface that `_choose_interface` set last"""
-
-__all__ = [
-    "Comm",
-    "CommError",
-    "GlooComm",
-    "Store",
-    "bytes_of",
-    "drain",
-    "join_store",
-    "open_store",
-    "wait_for",
-]
 
 
 class CommError(RuntimeError):
@@ -107,12 +96,11 @@ class GlooComm:
     def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:
         group = self._group(channel.communicator)
         try:
-            works = [dist.isend(_tensor(header), group=group, group_dst=channel.target)]
-            if payload is not None:
-                works.append(dist.isend(bytes_of(_on_host(payload)), group=group, group_dst=channel.target))
-            wait_for(works[0])
+            parts = [_tensor(header)] if payload is None else [_tensor(header), bytes_of(_on_host(payload))]
+            first, *rest = [dist.isend(part, group=group, group_dst=channel.target) for part in parts]
+            wait_for(first)
             met = monotonic_ns()
-            for work in works[1:]:
+            for work in rest:
                 wait_for(work)
         except RuntimeError as error:
             raise CommError(f"sending to rank {channel.target} failed: {error}") from error
@@ -203,11 +191,10 @@ def _choose_interface(address: str) -> None:
     """Let gloo use the interface that leads to `address`, unless the user has set one. By default gloo uses the one
     that the host's name resolves to and falls back to loopback silently, where no other host can reach it."""
     global _chosen
-    if os.environ.get(INTERFACE, _chosen) != _chosen:
-        return  # set by the user
-    with suppress(OSError):
-        if name := interface_towards(address):
-            os.environ[INTERFACE] = _chosen = name
+    if os.environ.get(INTERFACE, _chosen) == _chosen:  # else set by the user
+        with suppress(OSError):
+            if name := interface_towards(address):
+                os.environ[INTERFACE] = _chosen = name
 
 
 def wait_for(work: dist.Work | None) -> None:

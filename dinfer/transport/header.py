@@ -22,9 +22,7 @@ SIGNED = slice(40, 64)
 on the payload's device"""
 
 _MAGIC = b"dinf"
-
 _WHATS: tuple[ValueKind, ...] = ("hidden", "kv", "final")
-
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 

@@ -63,10 +63,8 @@ class LocalComm:
         exchange = self._exchange
         if payload is not None and not exchange.rendezvous:
             payload = payload.clone()
-            if payload.is_cuda:
-                torch.cuda.current_stream(
-                    payload.device
-                ).synchronize()  # the receiver copies on another stream
+            if payload.is_cuda:  # the receiver copies on another stream
+                torch.cuda.current_stream(payload.device).synchronize()
         message = _Message(header, payload)
         with exchange.gate.change():
             exchange.queues[channel].append(message)

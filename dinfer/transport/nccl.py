@@ -97,7 +97,7 @@ class _CudaWork:
         self.stream, self._zero = stream, zero
         self.start, self.met, self.end = (_event() for _ in range(3))
         self.kept: list[Tensor] = []
-        self.came = torch.empty(0)
+        self.came: Tensor
         """of a recv: the header that arrived and the digests of its block, on the host"""
         self.has_digests = False
 
@@ -144,12 +144,7 @@ class CudaStreams:
         return issued
 
     def send(
-        self,
-        channel: Channel,
-        header: bytes,
-        payload: MakeTensor,
-        after: After,
-        sign: MakeTensor | None = None,
+        self, channel: Channel, header: bytes, payload: MakeTensor, after: After, sign: MakeTensor | None
     ) -> Issued:
         group, peer = self._groups[channel.communicator], channel.target
         with self._on(channel, after) as issued:
@@ -165,9 +160,7 @@ class CudaStreams:
             wait_for(dist.isend(bytes_of(tensor), group=group, group_dst=peer))
         return issued
 
-    def recv(
-        self, channel: Channel, place: MakeTensor, after: After, arrived: OnArrival | None = None
-    ) -> Issued:
+    def recv(self, channel: Channel, place: MakeTensor, after: After, arrived: OnArrival | None) -> Issued:
         group, peer = self._groups[channel.communicator], channel.source
         with self._on(channel, after) as issued:
             (issued.came, announced), tensor = next(self._headers), place()

@@ -39,10 +39,6 @@ class Issued(Protocol):
     """Work that was issued to a stream."""
 
     @property
-    def stream(self) -> object:
-        """The stream's name. Work on one stream runs in issue order."""
-
-    @property
     def is_done(self) -> bool:
         """Whether it has ended."""
 
@@ -74,18 +70,11 @@ class Streams(Protocol):
         """Run `work` on stream COMPUTE or ENTRY; its result is dropped."""
 
     def send(
-        self,
-        channel: Channel,
-        header: bytes,
-        payload: MakeTensor,
-        after: After,
-        sign: MakeTensor | None = None,
+        self, channel: Channel, header: bytes, payload: MakeTensor, after: After, sign: MakeTensor | None
     ) -> Issued:
         """Send a header, with the signature, int64 [3], that `sign` returns, and then `payload`'s contiguous tensor."""
 
-    def recv(
-        self, channel: Channel, place: MakeTensor, after: After, arrived: OnArrival | None = None
-    ) -> Issued:
+    def recv(self, channel: Channel, place: MakeTensor, after: After, arrived: OnArrival | None) -> Issued:
         """Receive a header, and then the payload into the contiguous tensor that `place` returns."""
 
     def settle(self) -> None:
@@ -114,8 +103,8 @@ def stream_of(rank: int, where: StreamPlace) -> str:
 class _Work:
     """Work on one of the LocalStreams (`Issued`)."""
 
-    def __init__(self, gate: Gate, stream: str, run: Callable[["_Work"], object], after: After) -> None:
-        self._gate, self.stream, self._run, self._after = gate, stream, run, after
+    def __init__(self, gate: Gate, run: Callable[["_Work"], object], after: After) -> None:
+        self._gate, self._run, self.after = gate, run, after
         self.started = self.met = self.ended = 0
         self.came = b""
         self.found: Tensor | None = None
@@ -124,11 +113,6 @@ class _Work:
     @property
     def is_done(self) -> bool:
         return bool(self.ended)
-
-    @property
-    def is_free(self) -> bool:
-        """Whether all work that it waits for has ended."""
-        return all(other.is_done for other in self._after)
 
     def wait(self) -> Times:
         self._gate.wait(lambda: self.ended or None)
@@ -144,7 +128,7 @@ class _Work:
 
     def do(self) -> None:
         self.started = monotonic_ns()
-        failed = next((w.error for w in self._after if isinstance(w, _Work) and w.error), None)
+        failed = next((w.error for w in self.after if isinstance(w, _Work) and w.error), None)
         try:
             if failed is not None:
                 raise CommError("work before this one failed") from failed
@@ -169,21 +153,14 @@ class LocalStreams:
         return self._issue(where, lambda _: work(), after)
 
     def send(
-        self,
-        channel: Channel,
-        header: bytes,
-        payload: MakeTensor,
-        after: After,
-        sign: MakeTensor | None = None,
+        self, channel: Channel, header: bytes, payload: MakeTensor, after: After, sign: MakeTensor | None
     ) -> Issued:
         def run(work: _Work) -> None:
             work.met = self._comm.send(channel, signed(header, sign()) if sign else header, payload())
 
         return self._issue(channel, run, after)
 
-    def recv(
-        self, channel: Channel, place: MakeTensor, after: After, arrived: OnArrival | None = None
-    ) -> Issued:
+    def recv(self, channel: Channel, place: MakeTensor, after: After, arrived: OnArrival | None) -> Issued:
         def run(work: _Work) -> None:
             work.came = self._comm.recv_header(channel)
             work.met, out = monotonic_ns(), place()
@@ -207,7 +184,7 @@ class LocalStreams:
 
     def _issue(self, where: StreamPlace, run: Callable[[_Work], object], after: After) -> Issued:
         name = "serial" if self._serial else stream_of(self._comm.rank, where)
-        work = _Work(self._gate, name, run, after)
+        work = _Work(self._gate, run, after)
         with self._gate.change():
             if name not in self._queues:
                 queue = self._queues[name] = deque()
@@ -222,7 +199,7 @@ class LocalStreams:
     def _run(self, queue: deque[_Work]) -> None:
         def first() -> _Work | bool | None:
             if queue:
-                return queue[0] if queue[0].is_free else None
+                return queue[0] if all(other.is_done for other in queue[0].after) else None
             return False if self._closing else None
 
         while isinstance(work := self._gate.wait(first), _Work):

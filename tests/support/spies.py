@@ -1,9 +1,11 @@
-"""Whether py-spy is installed and may look at a process here. Not a test."""
+"""A process that holds its interpreter, and whether py-spy may look at it here. Not a test."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 from dinfer.rank.pyspy import program
@@ -12,6 +14,29 @@ ANYBODY = -1
 LETS_ANYBODY_LOOK = f"from dinfer.rank.pyspy import let_look; let_look({ANYBODY})\n"
 NO_SPY = "py-spy is not installed, or may not look at another process here"
 
+HOLDS = """
+import ctypes, sys
+{setup}
+def holds():
+    ctypes.PyDLL(None).usleep(60_000_000)
+print("begun", flush=True)
+holds()
+"""
+
+
+@contextmanager
+def holding(setup: str, *files: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is in C code and holds its interpreter, after this setup. It has the files, which its arguments
+    name."""
+    command = [sys.executable, "-c", HOLDS.format(setup=setup), *map(str, files)]
+    with subprocess.Popen(command, pass_fds=files, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"begun\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
 
 @cache
 def may_spy() -> bool:
@@ -19,10 +44,6 @@ def may_spy() -> bool:
     spy = program()
     if spy is None:
         return False
-    script = f"{LETS_ANYBODY_LOOK}import time\nprint('up', flush=True)\ntime.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
-        assert process.stdout
-        process.stdout.readline()
+    with holding(LETS_ANYBODY_LOOK) as process:
         looked = subprocess.run([spy, "dump", "--pid", str(process.pid)], capture_output=True, check=False)
-        process.kill()
     return looked.returncode == 0

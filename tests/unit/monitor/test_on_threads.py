@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from dinfer.engine import ops
 from dinfer.engine.decoding import Decoding
 from dinfer.engine.ops import HANDLERS, Outcome
 from dinfer.magics.line import act
@@ -20,6 +19,7 @@ from dinfer.run.hang import Hung
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.verdict import waits
+from dinfer.verdict.verdict import Verdict
 from tests.support.fixtures import fresh_session
 from tests.support.runs import DEADLINE_S, wait_for
 from tests.support.twin import prompt
@@ -40,21 +40,34 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 Action = Callable[[Any, Any, Any], Outcome | None]
 
 
-def broken(monkeypatch: pytest.MonkeyPatch, rank: int, op: str, action: Action) -> None:
-    """In that op of that rank do this first; what it gives, if something, is the op's outcome."""
-    kind = op.split()[0]
-    unbroken = HANDLERS[kind]
+Break = Callable[[int, str, Action], None]
 
-    def wrapped(state: Any, one: Any, comm: Any) -> Outcome:
-        if state.rank == rank and str(one) == op and (found := action(state, one, comm)) is not None:
-            return found
-        return unbroken(state, one, comm)
 
-    monkeypatch.setitem(ops.HANDLERS, kind, wrapped)
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Break:
+    """broken(rank, op, action): in that op do this first; what it gives, if something, is the op's outcome."""
+
+    def set_broken(rank: int, op: str, action: Action) -> None:
+        unbroken = HANDLERS[op.split()[0]]
+
+        def wrapped(state: Any, one: Any, comm: Any) -> Outcome:
+            if state.rank == rank and str(one) == op and (found := action(state, one, comm)) is not None:
+                return found
+            return unbroken(state, one, comm)
+
+        monkeypatch.setitem(HANDLERS, op.split()[0], wrapped)
+
+    return set_broken
 
 
 def begin(session: Session, **parameters: Any) -> Run:
     return session.prefill(IDS, chunk_size=4, **parameters)
+
+
+def verdict_of(run: Run) -> Verdict:
+    """Once it has come unasked."""
+    wait_for(lambda: run.hang, f"it is told: {run.where()}")
+    return run.verdict()
 
 
 def is_logged(session: Session, words: str) -> bool:
@@ -100,14 +113,11 @@ class Door:
         return self._event.is_set()
 
 
-def test_a_rank_that_waits_in_python_is_told_with_its_line(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_that_waits_in_python_is_told_with_its_line(session: Session, broken: Break) -> None:
     door = Door()
-    broken(monkeypatch, 1, "layer c1 l3", door.wait_here)
+    broken(1, "layer c1 l3", door.wait_here)
     run = begin(session)
-    wait_for(lambda: run.hang, f"it is told: {run.where()}")
-    verdict = run.verdict()
+    verdict = verdict_of(run)
     assert (verdict.kind, verdict.rank) == ("stuck in Python", 1), verdict
     assert verdict.sentence.startswith("rank 1 is in `layer c1 l3` and stuck in Python (")
     assert "× its median" in verdict.sentence
@@ -125,17 +135,16 @@ def test_a_rank_that_waits_in_python_is_told_with_its_line(
     wait_for(lambda: session.log[-1].endswith("the run moves again"), "the log says it")
 
 
-def test_a_call_into_c_is_told_as_that(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_into_c_is_told_as_that(session: Session, broken: Break) -> None:
     c, (end, begin_of_pipe) = ctypes.CDLL(None), os.pipe()
 
     def reads(*_: object) -> None:
         c.read(end, ctypes.create_string_buffer(1), 1)  # lets other threads go on
 
-    broken(monkeypatch, 2, "layer c0 l5", reads)
+    broken(2, "layer c0 l5", reads)
     run = begin(session)
     try:
-        wait_for(lambda: run.hang, f"it is told: {run.where()}")
-        verdict = run.verdict()
+        verdict = verdict_of(run)
         assert (verdict.kind, verdict.rank) == ("stuck in C", 2), verdict
         assert "`c.read(end, " in verdict.sentence
     finally:
@@ -145,18 +154,17 @@ def test_a_call_into_c_is_told_as_that(session: Session, monkeypatch: pytest.Mon
     os.close(begin_of_pipe)
 
 
-def test_who_computes_is_not_called_hung(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_computes_is_not_called_hung(session: Session, broken: Break) -> None:
     door = Door()
 
     def spin(*_: object) -> None:
         while not door.is_open():
             pass
 
-    broken(monkeypatch, 1, "layer c1 l3", spin)
+    broken(1, "layer c1 l3", spin)
     run = begin(session)
     try:
-        wait_for(lambda: run.hang, f"it is told: {run.where()}")
-        verdict = run.verdict()
+        verdict = verdict_of(run)
         assert (verdict.kind, verdict.rank, verdict.is_hung) == ("computing", 1, False)
         assert "and still computing (" in run.hang
         run.check()
@@ -165,12 +173,10 @@ def test_who_computes_is_not_called_hung(session: Session, monkeypatch: pytest.M
     assert run.wait(DEADLINE_S).state == "done"
 
 
-def test_a_message_that_is_left_out_is_told_by_who_misses_it(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_message_that_is_left_out_is_told_by_who_misses_it(session: Session, broken: Break) -> None:
     """The next one comes in its place: whoever gets that raises, and is not to blame."""
     op = "send kv c0 l1 -> 1, 4 tokens"
-    broken(monkeypatch, 0, op, lambda *_: Outcome())
+    broken(0, op, lambda *_: Outcome())
     run = begin(session, schedule="lockstep")
     with pytest.raises(RankFailed, match="and not sent it: at"):
         run.wait(DEADLINE_S)
@@ -181,20 +187,19 @@ def test_a_message_that_is_left_out_is_told_by_who_misses_it(
     assert "TransferError" in run.failure
 
 
-def test_the_last_message_is_missed_too(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_message_is_missed_too(session: Session, broken: Break) -> None:
     op = "send final -> 0, 1 token"
-    broken(monkeypatch, 2, op, lambda *_: Outcome())
+    broken(2, op, lambda *_: Outcome())
     run = begin(session)
-    wait_for(lambda: run.hang, f"it is told: {run.where()}")
-    verdict = run.verdict()
+    verdict = verdict_of(run)
     assert (verdict.kind, verdict.rank, verdict.peer) == ("never sent", 2, 0), verdict
 
 
-def test_an_exception_is_told_as_the_failure_is(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_is_told_as_the_failure_is(session: Session, broken: Break) -> None:
     def boom(*_: object) -> None:
         raise RuntimeError("boom")
 
-    broken(monkeypatch, 1, "layer c1 l3", boom)
+    broken(1, "layer c1 l3", boom)
     run = begin(session)
     with pytest.raises(RankFailed):
         run.wait(DEADLINE_S)
@@ -219,10 +224,11 @@ def closed_at_token(monkeypatch: pytest.MonkeyPatch, rank: int, token: int) -> D
     return door
 
 
-def test_the_first_token_that_one_rank_does_not_make(
-    session: Session, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("token", [0, 2])
+def test_a_token_that_one_rank_does_not_make(
+    session: Session, monkeypatch: pytest.MonkeyPatch, token: int
 ) -> None:
-    door = closed_at_token(monkeypatch, 1, 0)
+    door = closed_at_token(monkeypatch, 1, token)
     run = begin(session, max_new_tokens=4)
     run.wait(DEADLINE_S)
     try:
@@ -230,8 +236,10 @@ def test_the_first_token_that_one_rank_does_not_make(
             run.decode()
     finally:
         door.open()
-    assert caught.value.verdict.sentence.startswith("rank 1 computes token 0 and stuck in Python (")
-    assert caught.value.verdict.sentence.endswith("ranks 0 and 2 wait for it")
+    verdict = caught.value.verdict
+    assert (verdict.kind, verdict.rank) == ("stuck in Python", 1)
+    assert verdict.sentence.startswith(f"rank 1 computes token {token} and stuck in Python (")
+    assert verdict.sentence.endswith("ranks 0 and 2 wait for it")
 
 
 def test_the_time_between_two_decodes_is_no_ranks_standing_still(
@@ -250,16 +258,6 @@ def test_the_time_between_two_decodes_is_no_ranks_standing_still(
     waits = caught.value.verdict.waits
     assert waits
     assert max(wait.still_s for wait in waits.values()) < pause_s, caught.value
-
-
-def test_a_token_that_one_rank_does_not_make(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    door = closed_at_token(monkeypatch, 1, 2)
-    run = begin(session, max_new_tokens=4)
-    run.wait(DEADLINE_S)
-    with pytest.raises(Hung) as caught:
-        run.decode()
-    assert (caught.value.verdict.kind, caught.value.verdict.rank) == ("stuck in Python", 1)
-    door.open()
 
 
 def test_a_run_that_moves_stands_or_is_done_has_no_verdict(session: Session) -> None:

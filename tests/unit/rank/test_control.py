@@ -21,14 +21,8 @@ def link() -> Iterator[Link]:
     """A session's line to one rank, which is this process."""
     link = Link(1)
     control = Control(link.job_part(0, launcher=os.getpid()))
-    control.serve(
-        table_of(
-            [
-                quick(LimitDecode, double),
-                slow(HashKv, double_slowly),
-                slow(ReadMore, repeat),
-            ]
-        )
+    control.table = table_of(
+        [quick(LimitDecode, double), slow(HashKv, double_slowly), slow(ReadMore, repeat)]
     )
     with link.changed:  # before, there is nobody to whom a command could be sent
         assert link.changed.wait_for(lambda: link.ranks[0].heard, ANSWER_S)

@@ -6,29 +6,18 @@ import os
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from dinfer.cluster.link import Link
-from dinfer.messages import JoinGroup, OpenStore, StoreAddress
 from dinfer.rank import weights
 from dinfer.rank.control import Control
 from dinfer.rank.service import RankService
-from dinfer.transport.gloo import Comm
 from tests.support.runs import wait_for
 
 GPU = torch.device("cuda:1")
-
-
-class Nowhere:
-    """This rank meets nobody."""
-
-    def open(self, command: OpenStore) -> StoreAddress:
-        raise NotImplementedError
-
-    def join(self, command: JoinGroup) -> Comm:
-        raise NotImplementedError
 
 
 class Rank:
@@ -42,8 +31,9 @@ class Rank:
         patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 << 30))
         self.link = Link(1)
         self.control = Control(self.link.job_part(0, launcher=os.getpid()))
+        nowhere: Any = None  # this rank meets nobody
         board, memory = self.control.board, self.control.recorder_memory
-        self.host = RankService(0, self.control, Nowhere(), board=board, memory=memory)
+        self.host = RankService(0, self.control, nowhere, board=board, memory=memory)
 
     def _allocated(self, device: torch.device) -> int:
         self.asked.append(device)
@@ -101,6 +91,6 @@ def test_a_device_that_has_failed_ends_the_gauge_and_nothing_else(
 
 
 def test_a_rank_that_shares_its_process_has_no_memory_of_its_own(rank: Rank) -> None:
-    rank.host.weights.own_process = False
+    rank.host.weights.alone = False
     rank.host.weights.measure(GPU)
     assert rank.gauges() == []

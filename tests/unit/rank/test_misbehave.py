@@ -23,6 +23,7 @@ from tests.support.twin import LocalFleet, Twin, prompt, twin
 
 IDS = list(prompt(10))
 SEND = "send kv c1 l0 -> 1, 4 tokens"
+NEXT_SEND = "send kv c1 l1 -> 1, 4 tokens"
 RECV = "recv kv c1 l0 <- 0, 4 tokens"
 
 
@@ -59,18 +60,13 @@ def outcome(made: Twin, fleet: LocalFleet) -> str:
     return "done" if all(engine.executor.is_done() for engine in made.engines) else "stuck"
 
 
-def next_send() -> str:
-    """The one after SEND on its channel."""
-    return "send kv c1 l1 -> 1, 4 tokens"
-
-
 @pytest.mark.parametrize(
     ("order", "said"),
     [
         (Misbehave(act="skip", ops=(SEND,)), f"at `{RECV}` the plan expects block c1 l0, 4 tokens"),
         (Misbehave(act="longer", ops=(SEND,)), "rank 0 sent block c1 l0, 5 tokens"),
         (Misbehave(act="twice", ops=(SEND,)), "rank 0 sent block c1 l0, 4 tokens"),
-        (Misbehave(act="reorder", ops=(SEND, next_send())), "rank 0 sent block c1 l1, 4 tokens"),
+        (Misbehave(act="reorder", ops=(SEND, NEXT_SEND)), "rank 0 sent block c1 l1, 4 tokens"),
         (Misbehave(act="another plan", ops=(SEND,)), "rank 0 runs another plan"),
         (Misbehave(act="raise", ops=("layer c1 l0",)), "Mischief: made by the lab at `layer c1 l0`"),
     ],

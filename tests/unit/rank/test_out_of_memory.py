@@ -47,11 +47,7 @@ def test_an_allocation_that_fails_in_an_op_is_told_with_the_op_and_what_to_chang
     small: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real one: torch is asked for more than any machine has."""
-
-    def greedy(*_: object) -> torch.Tensor:
-        return torch.empty(1 << 50)
-
-    monkeypatch.setattr(Decoder, "layer", greedy)
+    monkeypatch.setattr(Decoder, "layer", lambda *_: torch.empty(1 << 50))
     config = Config(model_path=str(small.spec.path), world_size=1, chunk_size=4)
     with (
         twin(small, world_size=1, chunk_size=4) as made,

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,28 +14,7 @@ from dinfer.rank import pyspy
 from dinfer.rank.process import sign_of_life
 from dinfer.rank.pyspy import Look, in_c, program
 from tests.support.runs import wait_for
-from tests.support.spies import LETS_ANYBODY_LOOK, NO_SPY, may_spy
-
-HOLDS = f"""
-{LETS_ANYBODY_LOOK}
-import ctypes
-def holds():
-    ctypes.PyDLL(None).usleep(60_000_000)
-print("begun", flush=True)
-holds()
-"""
-
-
-@contextmanager
-def holding() -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is in C code and holds its interpreter."""
-    with subprocess.Popen([sys.executable, "-c", HOLDS], stdout=subprocess.PIPE) as process:
-        assert process.stdout
-        assert process.stdout.readline() == b"begun\n"
-        try:
-            yield process
-        finally:
-            process.kill()
+from tests.support.spies import LETS_ANYBODY_LOOK, NO_SPY, holding, may_spy
 
 
 def seen(spy: str, pid: int, *, stopped: bool = False) -> list[SpiedThread]:
@@ -57,7 +33,7 @@ def seen(spy: str, pid: int, *, stopped: bool = False) -> list[SpiedThread]:
 
 @pytest.mark.skipif(not may_spy(), reason=NO_SPY)
 def test_a_process_whose_interpreter_is_held_is_seen_down_to_its_c_function() -> None:
-    with holding() as process:
+    with holding(LETS_ANYBODY_LOOK) as process:
         calls: list[str] = []
 
         def is_in_c() -> bool:
@@ -72,7 +48,7 @@ def test_a_process_whose_interpreter_is_held_is_seen_down_to_its_c_function() ->
 
 @pytest.mark.skipif(not may_spy(), reason=NO_SPY)
 def test_a_stopped_process_is_seen_and_stays_stopped() -> None:
-    with holding() as process:
+    with holding(LETS_ANYBODY_LOOK) as process:
         process.send_signal(signal.SIGSTOP)
         for stopped in (True, False):  # it may also be stopped a moment after it was asked whether it is
             functions = [

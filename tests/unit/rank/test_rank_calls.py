@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -206,17 +208,9 @@ def test_decode_waits_for_the_prefill_to_be_complete(small: Decoder) -> None:
 
 def test_sampling_draws_the_same_tokens_on_every_rank_and_again(small: Decoder) -> None:
     drawn: dict[int, list[int]] = {}
+    sampling: dict[str, Any] = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "max_new_tokens": 12}
     for seed in (0, 0, 1):
-        with twin(
-            small,
-            world_size=3,
-            chunk_size=CHUNK,
-            temperature=0.8,
-            top_k=40,
-            top_p=0.95,
-            seed=seed,
-            max_new_tokens=12,
-        ) as made:
+        with twin(small, world_size=3, chunk_size=CHUNK, seed=seed, **sampling) as made:
             made.all(lambda engine: engine.prefill_phase(IDS))
             tokens = made.all(lambda engine: engine.decode_phase())
             assert tokens == [tokens[0]] * 3

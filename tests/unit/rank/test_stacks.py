@@ -20,6 +20,7 @@ from dinfer.monitor.stacks import as_dumped
 from dinfer.rank.stacks import DUMP_SIGNAL, dump_into, dump_of, named, stacks, thread_names
 from dinfer.verdict.signs import BUSY
 from tests.support.runs import wait_for
+from tests.support.spies import holding
 
 C = ctypes.CDLL(None)
 
@@ -115,39 +116,21 @@ def test_threads_of_other_ranks_are_left_out_unless_the_process_is_the_ranks_own
     thread.join()
 
 
-HOLDS = """
-import ctypes, os, sys
-from dinfer.rank.stacks import dump_into
-assert dump_into(int(sys.argv[1]))
-def holds():
-    ctypes.PyDLL(None).usleep(60_000_000)
-print("begun", flush=True)
-holds()
-"""
+TAKES_DUMPS = "from dinfer.rank.stacks import dump_into\nassert dump_into(int(sys.argv[1]))"
 
 
 @pytest.mark.skipif(DUMP_SIGNAL is None, reason="there is no such signal")
 def test_a_process_whose_interpreter_is_held_is_dumped() -> None:
-    file = anonymous_file(0)
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDS, str(file)], pass_fds=(file,), stdout=subprocess.PIPE
-    )
-    try:
-        assert process.stdout
-        assert process.stdout.readline() == b"begun\n"
-        texts: list[str] = []
+    file, texts = anonymous_file(0), list[str]()
+    with holding(TAKES_DUMPS, file) as process:
 
         def dumped() -> bool:
             texts.append(dump_of(process.pid, file, 1.0))
             return "in holds" in texts[-1]
 
         wait_for(dumped, "it says where it stands")
-        assert texts[-1].count("in holds") == 1  # only what this signal has brought
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()  # type: ignore[union-attr]
-        os.close(file)
+    assert texts[-1].count("in holds") == 1  # only what this signal has brought
+    os.close(file)
 
 
 def test_who_is_gone_says_nothing() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -33,6 +35,25 @@ def test_a_seed_gives_one_order_and_another_seed_another(small: Decoder) -> None
     assert len({frozenset(order) for order in orders}) == 1
 
 
+def enrolled(gate: Gate, count: int, lane: Callable[[], object]) -> list[threading.Thread]:
+    """That many lanes, which have yet to be started."""
+
+    def run() -> None:
+        lane()
+        gate.leave()
+
+    threads = [threading.Thread(target=run, name=f"lane {n}") for n in range(count)]
+    for thread in threads:
+        gate.enroll(thread.name)
+    return threads
+
+
+def join(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
 def test_one_lane_runs_at_a_time() -> None:
     gate, inside, turns = SeededGate(0), [0], [0]
 
@@ -43,28 +64,17 @@ def test_one_lane_runs_at_a_time() -> None:
             assert inside[0] == 1
             turns[0] += 1
             inside[0] -= 1
-        gate.leave()
 
-    threads = [threading.Thread(target=lane, name=f"lane {n}") for n in range(4)]
-    for thread in threads:
-        gate.enroll(thread.name)
+    threads = enrolled(gate, 4, lane)
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(60)
+    join(threads)
     assert turns == [80]
 
 
 def test_all_waiting_for_what_never_comes_is_stuck() -> None:
     gate, key = SeededGate(0), threading.Event()
-
-    def lane() -> None:
-        gate.wait(lambda: key.is_set() or None)
-        gate.leave()
-
-    threads = [threading.Thread(target=lane, name=f"lane {n}") for n in range(3)]
-    for thread in threads:
-        gate.enroll(thread.name)
+    threads = enrolled(gate, 3, lambda: gate.wait(lambda: key.is_set() or None))
     for thread in threads[:2]:
         thread.start()
     assert not gate.stuck()  # one lane has not come yet
@@ -72,9 +82,7 @@ def test_all_waiting_for_what_never_comes_is_stuck() -> None:
     assert gate.wait(lambda: gate.stuck() or None, 30)
     with gate.change():
         key.set()
-    for thread in threads:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in threads)
+    join(threads)
 
 
 def test_nested_changes_are_seen_at_once() -> None:
@@ -85,19 +93,14 @@ def test_nested_changes_are_seen_at_once() -> None:
         seen.append(state[0])
         return state[0] > 0 or None
 
-    def lane() -> None:
-        gate.wait(claim)
-        gate.leave()
-
-    gate.enroll("lane")
-    thread = threading.Thread(target=lane, name="lane")
-    thread.start()
+    threads = enrolled(gate, 1, lambda: gate.wait(claim))
+    threads[0].start()
     assert gate.wait(lambda: gate.stuck() or None, 30)
     with gate.change():
         with gate.change():
             state[0] = 1
         state[0] = 2
-    thread.join(60)
+    join(threads)
     assert set(seen) == {0, 2}
 
 
@@ -105,18 +108,12 @@ def test_nested_changes_are_seen_at_once() -> None:
 def test_a_wait_ends_with_the_claim_or_the_timeout(gate: Gate) -> None:
     assert gate.wait(lambda: "here", 0.01) == "here"
     assert gate.wait(lambda: None, 0.01) is None
-    answers: list[str | None] = []
     done = threading.Event()
-
-    def look() -> None:
-        answers.append(gate.wait(lambda: "late" if done.is_set() else None, 30))
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    with gate.change():
-        done.set()
-    thread.join(60)
-    assert answers == ["late"]
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(gate.wait, lambda: "late" if done.is_set() else None, 30)
+        with gate.change():
+            done.set()
+        assert waiting.result(60) == "late"
 
 
 def test_an_error_inside_a_change_leaves_the_gate_usable() -> None:
@@ -128,29 +125,20 @@ def test_an_error_inside_a_change_leaves_the_gate_usable() -> None:
 
 def test_an_error_in_a_claim_is_raised_where_it_waits() -> None:
     """Whoever makes the change may run the claim, but is not the one to blame for it."""
-    gate, broken = Gate(), threading.Event()
-    errors: list[str] = []
-    waits = threading.Event()
+    gate, broken, waits = Gate(), threading.Event(), threading.Event()
 
     def claim() -> None:
         waits.set()
         if broken.is_set():
             raise LookupError("broken claim")
 
-    def lane() -> None:
-        try:
-            gate.wait(claim, 30)
-        except LookupError as error:
-            errors.append(str(error))
-
     def change() -> None:
         with gate.change():
             broken.set()
 
-    threads = [threading.Thread(target=lane), threading.Thread(target=change)]
-    threads[0].start()
-    assert waits.wait(60)
-    threads[1].start()
-    for thread in threads:
-        thread.join(60)
-    assert errors == ["broken claim"]
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(gate.wait, claim, 30)
+        assert waits.wait(60)
+        pool.submit(change).result(60)
+        with pytest.raises(LookupError, match="broken claim"):
+            waiting.result(60)
