@@ -10,13 +10,11 @@ from torch import Tensor
 
 from dinfer.kv.digests import INTEGERS
 
-CellIndex = tuple[int, ...]
-
 
 class Spot(NamedTuple):
     """One value in two tensors: its index, and what it is in each."""
 
-    at: CellIndex
+    at: tuple[int, ...]
     mine: float
     theirs: float
 
@@ -51,12 +49,6 @@ class CellDifference(NamedTuple):
             (self.nans[0] + later.nans[0], self.nans[1] + later.nans[1]),
         )
 
-    @classmethod
-    def of(cls, fields: list[Any]) -> "CellDifference":
-        """From a list, as JSON has it."""
-        absolute, relative, scale, largest, changed, first, nans = fields
-        return cls(absolute, relative, scale, _spot(largest), changed, first and _spot(first), tuple(nans))
-
 
 def measure(mine: Tensor, theirs: Tensor, row: int = 0) -> CellDifference:
     """Compare two tensors of one shape. The first index of a Spot counts from `row`."""
@@ -87,11 +79,6 @@ def _at(mine: Tensor, theirs: Tensor, flat: int, row: int) -> Spot:
     index = [int(i) for i in torch.unravel_index(torch.tensor(flat), mine.shape)]
     values = float(mine[tuple(index)]), float(theirs[tuple(index)])
     return Spot((index[0] + row, *index[1:]), *values)
-
-
-def _spot(fields: list[Any]) -> Spot:
-    index, mine, theirs = fields
-    return Spot(tuple(index), mine, theirs)
 
 
 FIELDS = ("min", "max", "mean", "absmax", "nan", "inf", "zeros")

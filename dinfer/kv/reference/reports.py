@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from msgspec import convert
+
 from dinfer.kv.diff import held_blocks
 from dinfer.kv.ledger import BlockKey, Digests
 from dinfer.kv.measure import CellDifference
@@ -115,16 +117,17 @@ class Examined:
     @classmethod
     def of(cls, rank: int, report: ReferenceReport) -> "Examined":
         misplaced = dict[int, list[Misplaced]]()
-        for layer, one in report.misplaced:
-            misplaced.setdefault(layer, []).append(Misplaced(*one))
+        for layer, one in convert(report.misplaced, tuple[tuple[int, Misplaced], ...]):
+            misplaced.setdefault(layer, []).append(one)
+        measured = convert(report.measured, tuple[tuple[int, int, str, CellDifference], ...])
         return cls(
             rank,
             report,
-            [TokenChoice(*one) for one in report.choices],
+            convert(report.choices, list[TokenChoice]),
             {(chunk, layer): digests for chunk, layer, digests in report.blocks},
             {(chunk, layer): digest for chunk, layer, digest in report.hidden},
             misplaced,
-            {(c, n, tensor): CellDifference.of(list(its)) for c, n, tensor, its in report.measured},
+            {(chunk, layer, tensor): found for chunk, layer, tensor, found in measured},
         )
 
 

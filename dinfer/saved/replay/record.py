@@ -184,17 +184,6 @@ class Went(Displayable):
         return moved_text(self.lines if self.moved else (), self.remark, self.edited)
 
 
-def ended_text(recorded: RankRecord) -> str:
-    """Where the rank stood, so that nothing more can be replayed."""
-    lanes = zip(recorded.plan.lanes[recorded.rank], recorded.positions, recorded.begun, strict=True)
-    ahead = [(lane.ops[at], begun) for lane, at, begun in lanes if at < len(lane.ops)]
-    if not ahead:
-        return "the record ends here: the rank had ended prefill"
-    stood = [f"in `{op}`" for op, begun in ahead if begun] or [f"before `{ahead[0][0]}`"]
-    failed = f"; the run failed: {recorded.failure.partition(chr(10))[0]}" if recorded.failure else ""
-    return f"the record ends here: rank {recorded.rank} stood {' and '.join(stood)}{failed}"
-
-
 def not_repeated(recorded: RankRecord) -> list[str]:
     """Notes on what a replay cannot repeat: faults, and hidden states that were edited after their layer had run, whose
     first values are not recorded."""
