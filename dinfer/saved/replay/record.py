@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dinfer.config import Config
-from dinfer.display import Displayable
 from dinfer.engine.prompt import Edit
 from dinfer.errors import DinferError
 from dinfer.kv.ledger import BlockKey
@@ -14,7 +13,6 @@ from dinfer.kv.source import Noted, Source
 from dinfer.plan.faults import Fault
 from dinfer.plan.ops import Op, PlanError
 from dinfer.plan.plan import Plan
-from dinfer.results import moved_text
 
 
 class RecordError(DinferError, RuntimeError):
@@ -159,29 +157,6 @@ def received_by(plan: Plan, rank: int, positions: tuple[int, ...]) -> list[Op]:
     """The recvs that have ended on a rank at these positions."""
     lanes = zip(plan.lanes[rank], positions, strict=True)
     return [op for lane, at in lanes for op in lane.ops[:at] if op.kind == "recv"]
-
-
-SHOWN = 12
-"""up to so many ops are listed one by one"""
-
-
-@dataclass(frozen=True, repr=False)
-class Went(Displayable):
-    """What one call did: the positions before and after, by lane, and in words."""
-
-    rank: int
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-    lines: tuple[str, ...]
-    remark: str = ""
-    edited: tuple[str, ...] = ()
-
-    @property
-    def moved(self) -> bool:
-        return self.before != self.after
-
-    def __str__(self) -> str:
-        return moved_text(self.lines if self.moved else (), self.remark, self.edited)
 
 
 def not_repeated(recorded: RankRecord) -> list[str]:
