@@ -20,13 +20,10 @@ class Spot(NamedTuple):
 
 
 class CellDifference(NamedTuple):
-    """How two tensors, mine and theirs, differ.
-
-    `absolute`: the largest difference, infinite if one of the two values is NaN; `relative`: the largest difference
-    relative to the larger of the two values; `scale`: the largest absolute value of theirs; `largest`: where `absolute`
-    is; `changed`: how many values differ, in any bit if both have the same dtype; `first`: the first of these; `nans`:
-    the number of NaN in mine and in theirs.
-    """
+    """How two tensors, mine and theirs, differ. `absolute`: the largest difference, infinite if one of the two values
+    is NaN; `relative`: the largest relative to the larger of the two values; `scale`: the largest absolute value of
+    theirs; `largest`: where `absolute` is; `changed`: how many values differ, in any bit if both have the same dtype;
+    `first`: the first of these; `nans`: the number of NaN in mine and in theirs."""
 
     absolute: float
     relative: float

@@ -39,9 +39,9 @@ class RankRecord(Own):
     """One rank of a run. `checkpoint`: the fingerprint of the checkpoint; `dtype`: the one that it computed in; `ids`:
     the prompt's tokens; `positions`: by lane, how many ops had ended; `failure`: how the run failed, "" if it did not.
 
-    `hidden`: by chunk and layer, the hidden states that this rank received, [1, tokens, hidden_size];
-    `block(chunk, layer)`: a block that it received, [tokens, 2, kv_heads, head_dim], None if it was not recorded;
-    `noted`: its ledger, of all blocks.
+    `hidden`: by chunk and layer, the hidden states that this rank received, [1, tokens, hidden_size]; `block(chunk,
+    layer)`: a block that it received, [tokens, 2, kv_heads, head_dim], None if it was not recorded; `noted`: its
+    ledger, of all blocks.
     """
 
     name: str
