@@ -19,13 +19,17 @@ TOP = 5
 
 
 class Hidden(Displayable):
-    """The hidden state of a chunk before a layer, [tokens, hidden_size]; indexing fetches it to the CPU. Raises
-    PlanError if the run has gone back to before it meanwhile."""
+    """What `run.hidden` returns: the hidden state of a chunk before a layer, [tokens, hidden_size]; indexing fetches it
+    to the CPU. `hold` keeps the run from moving while ranks are asked. Raises PlanError if the run has not come to it,
+    or has gone back to before it meanwhile."""
 
-    def __init__(
-        self, source: Callable[[], LiveSource], rank: int, chunk: int, layer: int, hold: Hold
-    ) -> None:
-        self._source, self.rank, self.chunk, self.layer, self._hold = source, rank, chunk, layer, hold
+    def __init__(self, source: Callable[[], LiveSource], chunk: int, layer: int, hold: Hold) -> None:
+        self._source, self.chunk, self.layer, self._hold = source, chunk, layer, hold
+        shape = source().subject.plan.shape
+        within("chunk", chunk, len(shape.chunks))
+        within("layer", layer, shape.layers + 1)
+        self.rank = shape.owners[min(layer, shape.layers - 1)]
+        self._checked_source()
 
     @cached_property
     def values(self) -> Tensor:
@@ -101,17 +105,6 @@ class AttentionWeights(Displayable):
     def _name(self, token: int) -> str:
         text = self._subject.label(token)
         return f"{token} {text!r}" if text else str(token)
-
-
-def hidden_of(source: Callable[[], LiveSource], chunk: int, layer: int, hold: Hold) -> Hidden:
-    """What `run.hidden` returns; `hold` keeps the run from moving while ranks are asked. Raises PlanError."""
-    now = source()
-    shape = now.subject.plan.shape
-    within("chunk", chunk, len(shape.chunks))
-    within("layer", layer, shape.layers + 1)
-    rank = shape.owners[min(layer, shape.layers - 1)]
-    _check_hidden(now, rank, chunk, layer)
-    return Hidden(source, rank, chunk, layer, hold)
 
 
 def attention_of(

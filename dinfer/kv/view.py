@@ -40,21 +40,32 @@ class Other(Protocol):
 
 
 class KV(Displayable):
-    """The KV that ranks hold of some layers, chunks and ranks. `source()` is called anew for each look, since a run may
-    have moved; `hold()` keeps the run from moving during one; `note(diff, selection)` is called after ranks were
-    compared."""
+    """What `run.kv` returns: the KV that ranks hold of a layer, a chunk, a rank, each None for all. `source()` is
+    called anew for each look, since a run may have moved; `hold()` keeps the run from moving during one; `note(diff,
+    selection)` is called after ranks were compared. Raises PlanError for an unknown layer, chunk or rank, and for a
+    block that is not computed yet."""
 
     def __init__(
         self,
         source: Callable[[], ViewableSource],
-        layers: Sequence[int],
-        spans: Sequence[int],
+        *,
+        layer: int | None,
+        chunk: int | None,
         rank: int | None,
         note: "NoteDiff | None" = None,
         hold: "Hold" = nullcontext,
     ) -> None:
-        self.source, self._note, self._hold = source, note, hold
-        self._layers, self._spans, self._rank = tuple(layers), tuple(spans), rank
+        self.source, self._rank, self._note, self._hold = source, rank, note, hold
+        self._spans = () if chunk is None else (chunk,)
+        now = source()
+        shape = now.subject.plan.shape
+        layers = range(shape.layers) if layer is None else [within("layer", layer, shape.layers)]
+        ranks = now.ranks if rank is None else [within("rank", rank, shape.world_size)]
+        self._layers = tuple(layers)
+        if chunk is not None:
+            within("chunk", chunk, len(shape.chunks))
+            for has in layers:
+                check_computed(now, chunk, has, ranks)
 
     def diff(
         self,
@@ -221,28 +232,6 @@ class Part(Displayable):
             f"{name} of layer {self._layer} on rank {self._rank}: {heads} heads × {tokens} tokens × {dims}; "
             f"[head, tokens] fetches values"
         )
-
-
-def kv_of(
-    source: Callable[[], ViewableSource],
-    *,
-    layer: int | None,
-    chunk: int | None,
-    rank: int | None,
-    note: NoteDiff | None = None,
-    hold: Hold = nullcontext,
-) -> KV:
-    """What `run.kv` returns; `note` and `hold` as for `KV`. Raises PlanError for an unknown layer, chunk or rank, and
-    for a block that is not computed yet."""
-    now = source()
-    shape = now.subject.plan.shape
-    layers = range(shape.layers) if layer is None else [within("layer", layer, shape.layers)]
-    ranks = now.ranks if rank is None else [within("rank", rank, shape.world_size)]
-    if chunk is not None:
-        within("chunk", chunk, len(shape.chunks))
-        for has in layers:
-            check_computed(now, chunk, has, list(ranks))
-    return KV(source, list(layers), () if chunk is None else (chunk,), rank, note, hold)
 
 
 def check_computed(source: Source, chunk: int, layer: int, ranks: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ from dinfer.cluster.lease import RankLease, RunOver
 from dinfer.cluster.ranks import RankRefused
 from dinfer.job import Job
 from dinfer.kv.difference import Diff
-from dinfer.kv.hidden import AttentionWeights, Hidden, attention_of, hidden_of
+from dinfer.kv.hidden import AttentionWeights, Hidden, attention_of
 from dinfer.kv.reference.comparison import Comparison
 from dinfer.kv.reference.judge import ReferenceCase
 from dinfer.kv.reference.reports import (
@@ -27,7 +27,7 @@ from dinfer.kv.reference.reports import (
     to_be_examined,
 )
 from dinfer.kv.source import Selection, Subject
-from dinfer.kv.view import KV, kv_of
+from dinfer.kv.view import KV
 from dinfer.messages import Answer, Command, DigestHidden, HashKv, RunReference, StopReference
 from dinfer.model.checkpoint import fingerprint
 from dinfer.model.text import texts_of
@@ -68,12 +68,12 @@ class RunInspector:
         """See `Run.kv`."""
         hold = self._actions.hold
         with hold():
-            return kv_of(self.live, layer=layer, chunk=chunk, rank=rank, note=self._compared, hold=hold)
+            return KV(self.live, layer=layer, chunk=chunk, rank=rank, note=self._compared, hold=hold)
 
     def hidden(self, chunk: int, layer: int) -> Hidden:
         """See `Run.hidden`."""
         with self._actions.hold():
-            return hidden_of(self.live, chunk, layer, self._actions.hold)
+            return Hidden(self.live, chunk, layer, self._actions.hold)
 
     def attention(self, layer: int, chunk: int, head: int | None) -> AttentionWeights:
         """See `Run.attention`."""

@@ -12,7 +12,7 @@ from dinfer.kv.diff import VALUES
 from dinfer.kv.difference import Diff
 from dinfer.kv.rows import numbers_text
 from dinfer.kv.source import Source
-from dinfer.kv.view import KV, Other, kv_of
+from dinfer.kv.view import KV, Other
 from dinfer.model.decoder import Decoder
 from dinfer.monitor.signs import HangEvidence
 from dinfer.plan.partition import within
@@ -76,7 +76,7 @@ class Saved(Displayable):
     def kv(self, *, layer: int | None = None, chunk: int | None = None, rank: int | None = None) -> KV:
         """The KV that the ranks held: see `run.kv`. Raises PlanError for an unknown layer, chunk or rank, SavedError
         for values that were not saved."""
-        return kv_of(self.source, layer=layer, chunk=chunk, rank=rank)
+        return KV(self.source, layer=layer, chunk=chunk, rank=rank)
 
     def diff(self, other: "Other | Source | None" = None, values: int | None = VALUES) -> Diff:
         """Where the ranks differed from one another or, given another run, saved or live, from that: see `KV.diff`."""

@@ -44,30 +44,25 @@ class TensorEvidence(NamedTuple):
     made_right: bool | None = None
     misplaced: bool = False
 
+    @property
+    def kind(self) -> CauseKind:
+        """The cause; "equal" unless it differs from the reference, or the ranks differ from one another.
 
-def counts(evidence: TensorEvidence) -> bool:
-    """Whether it differs from the reference, or the ranks differ from one another."""
-    return bool(evidence.differing) or evidence.misplaced or not evidence.alike
-
-
-def kind_of(evidence: TensorEvidence) -> CauseKind:
-    """The cause; "equal" unless `counts`.
-
-    Misplaced rows are "placement", whatever put them there. If a rank holds the right bytes, or they were right when
-    they were computed, the wire or memory changed them. If no rank holds the right bytes, they were computed wrong; but
-    if all ranks agree and another dtype or other chunks may explain the difference, it is "drift".
-    """
-    if not counts(evidence):
-        return "equal"
-    if evidence.misplaced:
-        return "placement"
-    if not evidence.exact and evidence.alike:
-        return "drift"
-    if evidence.made_right is not None:
-        return "wire" if evidence.made_right else "compute"
-    if evidence.owner is None or not (evidence.right or not evidence.differing):
-        return "compute"
-    return "wire"
+        Misplaced rows are "placement", whatever put them there. If a rank holds the right bytes, or they were right
+        when they were computed, the wire or memory changed them. If no rank holds the right bytes, they were computed
+        wrong; but if all ranks agree and another dtype or other chunks may explain the difference, it is "drift".
+        """
+        if not self.differing and not self.misplaced and self.alike:
+            return "equal"
+        if self.misplaced:
+            return "placement"
+        if not self.exact and self.alike:
+            return "drift"
+        if self.made_right is not None:
+            return "wire" if self.made_right else "compute"
+        if self.owner is None or not (self.right or not self.differing):
+            return "compute"
+        return "wire"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +176,7 @@ class ReferenceCase:
             return self._of_length(wrong)
         for key in keys_of(self.helds, self.examined):
             evidence = self.evidence(key)
-            if counts(evidence):
+            if evidence.kind != "equal":
                 return self._deviation(key, evidence)
         if not self.measure.exact or not self.first_examined.choices:
             return None
@@ -217,7 +212,7 @@ class ReferenceCase:
         spot = found and (found.first if self.measure.exact else found.largest)
         index = spot.at if spot else ()
         return Deviation(
-            kind=kind_of(evidence), rank=rank, ranks=evidence.differing or (rank,), right=evidence.right,
+            kind=evidence.kind, rank=rank, ranks=evidence.differing or (rank,), right=evidence.right,
             owner=evidence.owner, layer=layer, chunk=chunk, tensor=tensor,
             head=index[1] if len(index) == 3 else None,
             token=index[0] if index else None,

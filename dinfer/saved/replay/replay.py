@@ -28,13 +28,17 @@ from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op
 from dinfer.rank.decode import Tokens
 from dinfer.results import Decoded, Moved, Where
-from dinfer.saved.replay.path import LanePositions, ReplayPath, is_inside, lower, upper
 from dinfer.saved.replay.record import (
+    LanePositions,
     RankRecord,
     RecordError,
+    ReplayPath,
     check_rank,
     check_states,
+    is_inside,
+    lower,
     not_repeated,
+    upper,
 )
 from dinfer.trace.events import Event
 from dinfer.transport.gate import FreeGate
