@@ -10,7 +10,7 @@ whole row the digests of all its heads.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Literal, NamedTuple
@@ -181,7 +181,7 @@ def _move(
     by = {place - source for place, source in pairs}
     if len(by) == 1 and len(mine) > 1 and {source - start for _, source in pairs} & set(mine):
         return "shifted", f"{here} {_are(mine)} shifted by {by.pop():+d}", pairs[0][1]
-    runs = [_Run("repeat", run[0][0], run[-1][0] + 1, run[0][1]) for run in _runs_of(pairs)]
+    runs = _runs_of([("repeat", *pair) for pair in pairs])
     return "repeated", "; ".join(map(_repeat_text, runs)), pairs[0][1]
 
 
@@ -211,25 +211,20 @@ def repeats(got: Tensor, want: Tensor) -> list[Finding]:
     stand elsewhere, which of those behind its end are no row of it, which of its rows are missing."""
     mine, right = _keys(got), _keys(want)
     seen, rightful = dict[bytes, int](), _first_places(right)
-    sources = list[tuple[str, int]]()
+    found = list[tuple[str, int, int]]()
     for place, key in enumerate(mine):
         if key in seen:
-            last, source = sources[-1]
+            last, _, source = found[-1]
             follows = last == "repeat" and source + 1 < place and mine[source + 1] == key
-            sources.append(("repeat", source + 1 if follows else seen[key]))
+            found.append(("repeat", place, source + 1 if follows else seen[key]))
         elif key in rightful:
             moved = place >= len(right) or right[place] != key
-            sources.append(("right", rightful[key] if moved else place))
+            found.append(("right", place, rightful[key] if moved else place))
         else:
-            sources.append(("other", place))
+            found.append(("other", place, place))
         seen.setdefault(key, place)
-    runs = [
-        _Run(what, run[0][0], run[-1][0] + 1, run[0][1])
-        for what, group in groupby(enumerate(sources), key=lambda one: one[1][0])
-        for run in _runs_of([(place, source) for place, (_, source) in group])
-    ]
-    named = [_of_run(got, run, len(right)) for run in runs]
-    replaced = {place for place, (what, _) in enumerate(sources) if what == "other"}
+    named = [_of_run(got, run, len(right)) for run in _runs_of(found)]
+    replaced = {place for what, place, _ in found if what == "other"}
     gone = [place for place, key in enumerate(right) if key not in seen and place not in replaced]
     missing = f"{places_text(gone)} of the others {_are(gone)} missing"
     nothing = torch.zeros(got.shape, dtype=torch.bool)
@@ -251,11 +246,11 @@ def _of_run(got: Tensor, run: _Run, right: int) -> Finding | None:
     return None  # right, or other values, which are looked at in their place
 
 
-def _runs_of(pairs: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Pairs (place, source), split where either does not go on by one."""
-    numbered = enumerate(pairs)
-    groups = groupby(numbered, key=lambda one: (one[1][0] - one[0], one[1][1] - one[0]))
-    return [[pair for _, pair in group] for _, group in groups]
+def _runs_of(found: Iterable[tuple[str, int, int]]) -> list[_Run]:
+    """Of (what, place, source), split where one of them does not go on as before, by one each."""
+    groups = groupby(enumerate(found), key=lambda one: (one[1][0], one[1][1] - one[0], one[1][2] - one[0]))
+    runs = [[one for _, one in group] for _, group in groups]
+    return [_Run(run[0][0], run[0][1], run[-1][1] + 1, run[0][2]) for run in runs]
 
 
 # -- words

@@ -15,7 +15,6 @@ from dinfer.cluster.lease import RankLease, RunOver
 from dinfer.cluster.ranks import RankRefused
 from dinfer.job import Job
 from dinfer.kv.difference import Diff
-from dinfer.kv.hidden import AttentionWeights, Hidden, attention_of
 from dinfer.kv.reference.comparison import Comparison
 from dinfer.kv.reference.judge import ReferenceCase
 from dinfer.kv.reference.reports import (
@@ -27,7 +26,7 @@ from dinfer.kv.reference.reports import (
     to_be_examined,
 )
 from dinfer.kv.source import Selection, Subject
-from dinfer.kv.view import KV
+from dinfer.kv.view import KV, AttentionWeights, Hidden, attention_of
 from dinfer.messages import Answer, Command, DigestHidden, HashKv, RunReference, StopReference
 from dinfer.model.checkpoint import fingerprint
 from dinfer.model.text import texts_of

@@ -18,8 +18,6 @@ DIGESTS, HIDDEN = "digests.safetensors", "hidden.safetensors"
 LEDGER_COLUMNS = 7
 """chunk, layer, edited; digests of K and V as they came, then as announced"""
 
-_KV_FILE = re.compile(r"kv\.layer\d+\.safetensors")
-
 
 class SavedError(DinferError, ValueError):
     """A folder is no saved run, is damaged, cannot be written, or lacks something that was asked for."""
@@ -32,7 +30,8 @@ def damaged(path: Path, what: str) -> SavedError:
 
 def is_part(name: str) -> bool:
     """Whether a saved run may have a file of this name."""
-    return name in (RUN, DESCRIBED, PLAN, TRACE, DIGESTS, HIDDEN) or bool(_KV_FILE.fullmatch(name))
+    known = (RUN, DESCRIBED, PLAN, TRACE, DIGESTS, HIDDEN)
+    return name in known or re.fullmatch(r"kv\.layer\d+\.safetensors", name) is not None
 
 
 # names of files and tensors, of numbers in the order in which they stand there: DESCRIPTION says what they are

@@ -4,7 +4,7 @@ Whatever cannot be read raises a SavedError that names the file.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -56,16 +56,12 @@ class Tensors:
         with self._readable():
             return self._file.get_tensor(name) if name in self.names else None
 
-    def one(self, name: str) -> Tensor:
-        """The same for a tensor that must be there."""
-        found = self.get(name)
-        if found is None:
-            raise damaged(self._path, f"it has no tensor {name}.")
-        return found
-
-
-KEPT = 16
-"""of how many layers, counted by rank, the row digests are kept in memory"""
+    def one(self, *names: str) -> Tensor:
+        """The first of these tensors that is there; one of them must be."""
+        for name in names:
+            if (found := self.get(name)) is not None:
+                return found
+        raise damaged(self._path, f"it has no tensor {names[-1]}.")
 
 
 class SavedSource(ViewableSource):
@@ -81,7 +77,7 @@ class SavedSource(ViewableSource):
         self.ranks = list(self._held)
         self._digests = Tensors(folder / layout.DIGESTS)
         self._file = lru_cache(lambda layer: Tensors(folder / layout.kv_file(layer)))
-        self._rows = lru_cache(KEPT)(self._read_rows)
+        self._rows = lru_cache(16)(self._read_rows)  # so many layers, counted by rank, are kept in memory
 
     def held(self, ranks: Sequence[int]) -> list[HeldSpans]:
         self._check(ranks)
@@ -112,10 +108,8 @@ class SavedSource(ViewableSource):
             raise SavedError(
                 f"{self.subject.name} holds no values of layer {layer}: it was saved with {self.holds}."
             )
-        asked, rows = set(places), self._held[rank].rows[layer]
-        needed = [piece for piece in layout.pieces(self.subject.spans, rows) if not asked.isdisjoint(piece)]
-        if not needed:
-            return self._piece(rank, layer, layout.pieces(self.subject.spans, rows)[0])[:0]
+        asked, pieces = set(places), layout.pieces(self.subject.spans, self._held[rank].rows[layer])
+        needed = [piece for piece in pieces if not asked.isdisjoint(piece)] or pieces[:1]
         read = torch.cat([self._piece(rank, layer, piece) for piece in needed])
         at = {place: n for n, place in enumerate(place for piece in needed for place in piece)}
         return read[[at[place] for place in places]]
@@ -147,15 +141,16 @@ class SavedSource(ViewableSource):
 
     def _notes(self, rank: int, layers: Sequence[int]) -> dict[BlockKey, Noted]:
         ledger = self._digests.get(layout.ledger_name(rank))
-        lines = [] if ledger is None else [line for line in ledger if int(line[1]) in layers]
         return {
             (int(line[0]), int(line[1])): Noted(as_numbers(line[3:5]), as_numbers(line[5:7]), bool(line[2]))
-            for line in lines
+            for line in (() if ledger is None else ledger)
+            if int(line[1]) in layers
         }
 
     def _read_rows(self, rank: int, layer: int) -> Tensor:
         self._check([rank])
-        found = self._own_or_first(self._digests, layout.rows_name, rank, layer, layer)
+        names = (layout.rows_name(one, layer) for one in (rank, self._first(layer)))
+        found = self._digests.one(*names)
         wanted = (self._held[rank].rows[layer], 2, self.subject.kv_heads)
         if tuple(found.shape) != wanted:
             raise SavedError(
@@ -165,7 +160,8 @@ class SavedSource(ViewableSource):
         return found
 
     def _piece(self, rank: int, layer: int, piece: range) -> Tensor:
-        found = self._own_or_first(self._file(layer), layout.piece_name, rank, layer, piece.start)
+        names = (layout.piece_name(one, piece.start) for one in (rank, self._first(layer)))
+        found = self._file(layer).one(*names)
         if not torch.equal(row_digests(found), self.rows(rank, layer, piece)):
             raise damaged(
                 self._folder / layout.kv_file(layer),
@@ -173,16 +169,9 @@ class SavedSource(ViewableSource):
             )
         return found
 
-    def _own_or_first(
-        self, file: Tensors, name: Callable[[int, int], str], rank: int, layer: int, number: int
-    ) -> Tensor:
-        """The rank's own tensor; if it has none, it holds the same as the layer's first holder."""
-        own = file.get(name(rank, number))
-        return (
-            file.one(name(layout.first_holder(self.subject.plan, self.ranks, layer), number))
-            if own is None
-            else own
-        )
+    def _first(self, layer: int) -> int:
+        """The rank that holds what ranks without tensors of their own do."""
+        return layout.first_holder(self.subject.plan, self.ranks, layer)
 
 
 # -- the parts of a folder
@@ -236,16 +225,10 @@ def read_source(folder: Path, about: dict[str, Any]) -> SavedSource:
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"the dtype {kv['dtype']!r}, which torch does not know")
         subject = Subject(
-            name=f"saved run {folder.name!r}",
-            standing=tuple(about["standing"]),
-            plan=plan,
-            ids=(*about["ids"], *about["tokens"]),
-            texts=tuple(texts or ()),
-            kv_heads=int(kv["heads"]),
-            head_dim=int(kv["head_dim"]),
-            dtype=dtype,
-            checkpoint=about["checkpoint"]["fingerprint"],
-        )
+            name=f"saved run {folder.name!r}", standing=tuple(about["standing"]), plan=plan,
+            ids=(*about["ids"], *about["tokens"]), texts=tuple(texts or ()), kv_heads=int(kv["heads"]),
+            head_dim=int(kv["head_dim"]), dtype=dtype, checkpoint=about["checkpoint"]["fingerprint"],
+        )  # fmt: skip
         if len(about["ids"]) != plan.shape.tokens:
             raise ValueError(f"{len(about['ids'])} ids, and {plan.shape.tokens} tokens in {layout.PLAN}")
         return SavedSource(folder, subject, about["ranks"], kv["layers"])

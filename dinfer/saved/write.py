@@ -139,10 +139,6 @@ def hidden_of(source: Live, ranks: Sequence[int]) -> dict[str, Tensor]:
 # -- the folder
 
 
-CHECKED = (layout.PLAN, layout.TRACE, layout.DIGESTS, layout.HIDDEN)
-"""files whose SHA-256 is saved; values are checked by their rows' digests"""
-
-
 @dataclass(frozen=True)
 class Content:
     """What to save: of these `ranks` of `source`; `told`: what the session knows, as plain values; `layers`: those
@@ -188,7 +184,13 @@ def write(content: Content, path: str | Path) -> Path:
                             layout.edit_name(rank, number, what, *key): one for key, one in edited.items()
                         }
             _write_tensors(folder / layout.HIDDEN, states)
-        sums = {name: layout.sha256_of(folder / name) for name in CHECKED if (folder / name).exists()}
+        checked = (
+            layout.PLAN,
+            layout.TRACE,
+            layout.DIGESTS,
+            layout.HIDDEN,
+        )  # values are by their rows' digests
+        sums = {name: layout.sha256_of(folder / name) for name in checked if (folder / name).exists()}
         about = {**_about(content, taken), "files": sums}
         (folder / layout.RUN).write_text(
             json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"

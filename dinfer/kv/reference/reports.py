@@ -85,16 +85,10 @@ def helds_of(source: Source, hidden: Sequence[HiddenDigests]) -> list[HeldDigest
     ranks, layers = tuple(source.ranks), tuple(range(source.subject.plan.shape.layers))
     everything = Selection(ranks, layers, tuple(range(len(source.subject.spans))))
     blocks = held_blocks(source, source.held(ranks), everything, source.subject.spans)
+    states = [{(chunk, layer): digest for chunk, layer, digest in one.digests} for one in hidden]
     return [
-        HeldDigests(
-            one.side.rank,
-            one.held.rows,
-            tuple(map(one.due, layers)),
-            one.now,
-            noted,
-            {(chunk, layer): digest for chunk, layer, digest in states.digests},
-        )
-        for one, noted, states in zip(blocks, source.noted(ranks, layers), hidden, strict=True)
+        HeldDigests(one.side.rank, one.held.rows, tuple(map(one.due, layers)), one.now, noted, kept)
+        for one, noted, kept in zip(blocks, source.noted(ranks, layers), states, strict=True)
     ]
 
 
@@ -121,14 +115,11 @@ class Examined:
             misplaced.setdefault(layer, []).append(one)
         measured = convert(report.measured, tuple[tuple[int, int, str, CellDifference], ...])
         return cls(
-            rank,
-            report,
-            convert(report.choices, list[TokenChoice]),
+            rank, report, convert(report.choices, list[TokenChoice]),
             {(chunk, layer): digests for chunk, layer, digests in report.blocks},
             {(chunk, layer): digest for chunk, layer, digest in report.hidden},
-            misplaced,
-            {(chunk, layer, tensor): found for chunk, layer, tensor, found in measured},
-        )
+            misplaced, {(chunk, layer, tensor): found for chunk, layer, tensor, found in measured},
+        )  # fmt: skip
 
 
 def holds_most(helds: Sequence[HeldDigests]) -> int:

@@ -69,17 +69,6 @@ class RankRecord(Own):
             for lane, at, begun in zip(lanes, self.positions, self.begun, strict=True)
         )
 
-    @property
-    def faults_again(self) -> tuple[Fault, ...]:
-        """The faults that must strike again. What faults did to received blocks is in the record of these blocks."""
-        owners = self.plan.shape.owners
-        return tuple(
-            fault
-            for fault in self.faults
-            if fault.kind == "repeat_row"
-            or (fault.kind != "append_twice" and owners[fault.layer] == self.rank)
-        )
-
     def payload(self, op: Op) -> Tensor:
         """What this recv has received. Raises RecordError if it was not recorded."""
         if op.what == "final":
@@ -114,20 +103,11 @@ def record_of(
     received = [op for op in received_by(subject.plan, rank, positions) if op.what == "hidden"]
     states = {(op.chunk, op.layer): hidden(op.chunk, op.layer) for op in received}
     return RankRecord(
-        **vars(own),
-        name=subject.name,
-        config=config,
-        checkpoint=subject.checkpoint,
-        dtype=subject.dtype_name,
-        plan=subject.plan,
-        ids=subject.prompt,
-        rank=rank,
-        positions=positions,
-        hidden={key: state[None] for key, state in states.items() if state is not None},
-        block=block,
-        noted=source.noted([rank], range(subject.plan.shape.layers))[0],
-        failure=failure,
-    )
+        **vars(own), name=subject.name, config=config, checkpoint=subject.checkpoint, dtype=subject.dtype_name,
+        plan=subject.plan, ids=subject.prompt, rank=rank, positions=positions,
+        hidden={key: state[None] for key, state in states.items() if state is not None}, block=block,
+        noted=source.noted([rank], range(subject.plan.shape.layers))[0], failure=failure,
+    )  # fmt: skip
 
 
 def check_rank(rank: int, plan: Plan) -> None:

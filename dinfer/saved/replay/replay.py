@@ -157,12 +157,7 @@ class Replay(Displayable, Closing):
     """
 
     def __init__(
-        self,
-        recorded: RankRecord,
-        *,
-        model_path: str = "",
-        device: str = "",
-        decoder: Decoder | None = None,
+        self, recorded: RankRecord, *, model_path: str = "", device: str = "", decoder: Decoder | None = None
     ) -> None:
         check_rank(recorded.rank, recorded.plan)
         check_states(recorded)
@@ -313,7 +308,13 @@ class Replay(Displayable, Closing):
             executor = self.engine.prepare(self.recorded.ids, plan=self.plan)
             self._gate.wait_for_lanes()  # each takes over the number of CPU threads when it begins
         self._peers.positions = lambda: executor.stand().positions
-        self.engine.prompt.state.faults.arm(self.recorded.faults_again, lambda _: None)
+        owners = self.plan.shape.owners  # what faults did to received blocks is in the record of these blocks
+        again = [
+            one
+            for one in self.recorded.faults
+            if one.kind == "repeat_row" or (one.kind != "append_twice" and owners[one.layer] == self.rank)
+        ]
+        self.engine.prompt.state.faults.arm(again, lambda _: None)
         self._applied = 0
         self._tokens, self._texts = Tokens(self.engine), list[str]()
 
