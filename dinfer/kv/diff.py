@@ -61,7 +61,7 @@ def diff_sources(one: Source, other: Source, chosen: Selection, values: int | No
     spans = _common_spans(subject, theirs)
     there = chosen._replace(ranks=tuple(r if r in other.ranks else min(other.ranks) for r in chosen.ranks))
     mine = held_blocks(one, one.held(chosen.ranks), chosen, spans, f" of {subject.name}")
-    others = held_blocks(other, other.held(there.ranks), there, spans, f" of {theirs.name}", by_rows=True)
+    others = held_blocks(other, other.held(there.ranks), there, spans, f" of {theirs.name}")
     shared = _shared([*mine, *others], chosen)
     if not shared:
         raise PlanError(
@@ -136,23 +136,17 @@ class Held(NamedTuple):
 
 
 def held_blocks(
-    source: Source,
-    held: Sequence[HeldSpans],
-    chosen: Selection,
-    spans: Sequence[range],
-    whose: str = "",
-    *,
-    by_rows: bool = False,
+    source: Source, held: Sequence[HeldSpans], chosen: Selection, spans: Sequence[range], whose: str = ""
 ) -> list[Held]:
-    """What each chosen rank has. `by_rows`: the spans are another source's, and those count whose rows are there."""
+    """What each chosen rank has; `spans` may be another source's."""
     digests = source.digests(chosen.ranks, chosen.layers, [spans[n] for n in chosen.spans])
     found = []
     for rank, has, numbers in zip(chosen.ranks, held, digests, strict=True):
         one = Held(_Side(source, rank, f"rank {rank}{whose}"), has, {})
         for i, layer in enumerate(chosen.layers):
+            due = one.due(layer)
             for j, span in enumerate(chosen.spans):
-                is_here = spans[span].stop <= one.due(layer) if by_rows else span < has.spans[layer]
-                if spans[span] and is_here:
+                if spans[span] and spans[span].stop <= due:
                     one.now[span, layer] = as_numbers(numbers[i, j])
         found.append(one)
     return found

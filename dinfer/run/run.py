@@ -21,9 +21,8 @@ from dinfer.display import Displayable
 from dinfer.engine.corruption import Corruption
 from dinfer.errors import ipython
 from dinfer.job import Job
-from dinfer.kv.hidden import AttentionWeights, Hidden
 from dinfer.kv.reference.comparison import Comparison
-from dinfer.kv.view import KV
+from dinfer.kv.view import KV, AttentionWeights, Hidden
 from dinfer.messages import (
     Answer,
     BlockCorrupt,

@@ -27,14 +27,11 @@ CauseKind = Literal["equal", "wire", "compute", "placement", "drift"]
 
 
 class TensorEvidence(NamedTuple):
-    """What is known of one tensor of one block.
-
-    `exact`: it should equal the reference bit for bit, so that every difference counts; otherwise those beyond the
-    tolerance do. `differing`, `right`: the ranks that hold it and differ from the reference, and those that hold it and
-    do not. `alike`: all of them hold the same bytes. `owner`: the rank that computed it for all; None: each rank
-    computed it itself. `made_right`: whether the owner's bytes were the reference's when it had computed them; None:
-    unknown. `misplaced`: its rows are other rows.
-    """
+    """What is known of one tensor of one block. `exact`: it should equal the reference bit for bit, so that every
+    difference counts; otherwise those beyond the tolerance do. `differing`, `right`: the ranks that hold it and differ
+    from the reference, and those that hold it and do not. `alike`: all of them hold the same bytes. `owner`: the rank
+    that computed it for all; None: each rank computed it itself. `made_right`: whether the owner's bytes were the
+    reference's when it had computed them; None: unknown. `misplaced`: its rows are other rows."""
 
     exact: bool
     differing: tuple[int, ...]
@@ -44,41 +41,34 @@ class TensorEvidence(NamedTuple):
     made_right: bool | None = None
     misplaced: bool = False
 
+    @property
+    def kind(self) -> CauseKind:
+        """The cause; "equal" unless it differs from the reference, or the ranks differ from one another.
 
-def counts(evidence: TensorEvidence) -> bool:
-    """Whether it differs from the reference, or the ranks differ from one another."""
-    return bool(evidence.differing) or evidence.misplaced or not evidence.alike
-
-
-def kind_of(evidence: TensorEvidence) -> CauseKind:
-    """The cause; "equal" unless `counts`.
-
-    Misplaced rows are "placement", whatever put them there. If a rank holds the right bytes, or they were right when
-    they were computed, the wire or memory changed them. If no rank holds the right bytes, they were computed wrong; but
-    if all ranks agree and another dtype or other chunks may explain the difference, it is "drift".
-    """
-    if not counts(evidence):
-        return "equal"
-    if evidence.misplaced:
-        return "placement"
-    if not evidence.exact and evidence.alike:
-        return "drift"
-    if evidence.made_right is not None:
-        return "wire" if evidence.made_right else "compute"
-    if evidence.owner is None or not (evidence.right or not evidence.differing):
-        return "compute"
-    return "wire"
+        Misplaced rows are "placement", whatever put them there. If a rank holds the right bytes, or they were right
+        when they were computed, the wire or memory changed them. If no rank holds the right bytes, they were computed
+        wrong; but if all ranks agree and another dtype or other chunks may explain the difference, it is "drift".
+        """
+        if not self.differing and not self.misplaced and self.alike:
+            return "equal"
+        if self.misplaced:
+            return "placement"
+        if not self.exact and self.alike:
+            return "drift"
+        if self.made_right is not None:
+            return "wire" if self.made_right else "compute"
+        if self.owner is None or not (self.right or not self.differing):
+            return "compute"
+        return "wire"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deviation(KvPlace):
-    """The first thing that is not as the reference has it.
-
-    `rank` holds it, as do all of `ranks`; `right`: the ranks that hold what the reference has; `owner`: the rank that
-    computed it by `op`, None where every rank did for itself. `chunk`: the number of chunks for new tokens; `tensor`:
-    "K", "V", "KV", "hidden", "final" or "token"; `values`: the rank's and the reference's. `rows`: which rows lie in
-    the wrong place; `origin`: how the block came to differ, where the ranks' ledgers say that.
-    """
+    """The first thing that is not as the reference has it. `rank` holds it, as do all of `ranks`; `right`: the ranks
+    that hold what the reference has; `owner`: the rank that computed it by `op`, None where every rank did for itself.
+    `chunk`: the number of chunks for new tokens; `tensor`: "K", "V", "KV", "hidden", "final" or "token"; `values`: the
+    rank's and the reference's. `rows`: which rows lie in the wrong place; `origin`: how the block came to differ, where
+    the ranks' ledgers say that."""
 
     kind: CauseKind
     ranks: tuple[int, ...]
@@ -126,9 +116,7 @@ class ReferenceCase:
         found, digest = self.measured(rank, key), self._digest(rank, key)
         if found is None and digest is None:
             return None
-        if (
-            found is None and self.measure.exact
-        ):  # the rank did not run the reference: it holds the same bytes
+        if found is None and self.measure.exact:  # it did not run the reference: it holds the same bytes
             return digest == self._reference_digest(key)
         found = found or self.first_examined.measured.get(key)  # or the same bytes as the first one
         return found is None or self.measure.share(key[1], found) <= 1
@@ -145,15 +133,9 @@ class ReferenceCase:
             made, wanted = self.helds[owner].noted.get((chunk, layer)), self._reference_digest(key)
             if made and wanted is not None:
                 made_right = made.came["KV".index(tensor)] == wanted
-        return TensorEvidence(
-            self.measure.exact,
-            differing,
-            right,
-            alike=len(digests) < 2 and not (tensor in HIDDEN and right and differing),
-            owner=owner,
-            made_right=made_right,
-            misplaced=any(self._misplaced(rank, key) for rank in differing),
-        )
+        alike = len(digests) < 2 and not (tensor in HIDDEN and right and differing)
+        misplaced = any(self._misplaced(rank, key) for rank in differing)
+        return TensorEvidence(self.measure.exact, differing, right, alike, owner, made_right, misplaced)
 
     def owner(self, chunk: int, layer: int, tensor: str = "K") -> int | None:
         """The rank that computed it; for the input of a layer, the one that computed the layer before."""
@@ -181,7 +163,7 @@ class ReferenceCase:
             return self._of_length(wrong)
         for key in keys_of(self.helds, self.examined):
             evidence = self.evidence(key)
-            if counts(evidence):
+            if evidence.kind != "equal":
                 return self._deviation(key, evidence)
         if not self.measure.exact or not self.first_examined.choices:
             return None
@@ -198,9 +180,8 @@ class ReferenceCase:
         one, chunks = wrong[0], self.plan.shape.chunks
         layer = next(n for n, (held, due) in enumerate(zip(one.held, one.due, strict=True)) if held != due)
         found = self.by_rank(one.rank) or self.first_examined
-        rows = next(
-            (row for row in found.misplaced.get(layer, []) if row.kind in ("repeated", "stale")), None
-        )
+        named = [row for row in found.misplaced.get(layer, []) if row.kind in ("repeated", "stale")]
+        rows = named[0] if named else None
         token = rows.start if rows else one.due[layer]
         at = rows.source if rows else token - 1
         chunk = next((n for n, span in enumerate(chunks) if at in span), len(chunks))
@@ -217,14 +198,11 @@ class ReferenceCase:
         spot = found and (found.first if self.measure.exact else found.largest)
         index = spot.at if spot else ()
         return Deviation(
-            kind=kind_of(evidence), rank=rank, ranks=evidence.differing or (rank,), right=evidence.right,
+            kind=evidence.kind, rank=rank, ranks=evidence.differing or (rank,), right=evidence.right,
             owner=evidence.owner, layer=layer, chunk=chunk, tensor=tensor,
-            head=index[1] if len(index) == 3 else None,
-            token=index[0] if index else None,
-            dim=index[-1] if index else None,
-            values=(spot.mine, spot.theirs) if spot else None,
-            op=self._op(chunk, layer - (tensor in HIDDEN)),
-            rows=self._misplaced(rank, key),
+            head=index[1] if len(index) == 3 else None, token=index[0] if index else None,
+            dim=index[-1] if index else None, values=(spot.mine, spot.theirs) if spot else None,
+            op=self._op(chunk, layer - (tensor in HIDDEN)), rows=self._misplaced(rank, key),
             origin=self._origin(rank, key),
         )  # fmt: skip
 

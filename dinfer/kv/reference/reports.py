@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from msgspec import convert
+
 from dinfer.kv.diff import held_blocks
 from dinfer.kv.ledger import BlockKey, Digests
 from dinfer.kv.measure import CellDifference
@@ -83,16 +85,10 @@ def helds_of(source: Source, hidden: Sequence[HiddenDigests]) -> list[HeldDigest
     ranks, layers = tuple(source.ranks), tuple(range(source.subject.plan.shape.layers))
     everything = Selection(ranks, layers, tuple(range(len(source.subject.spans))))
     blocks = held_blocks(source, source.held(ranks), everything, source.subject.spans)
+    states = [{(chunk, layer): digest for chunk, layer, digest in one.digests} for one in hidden]
     return [
-        HeldDigests(
-            one.side.rank,
-            one.held.rows,
-            tuple(map(one.due, layers)),
-            one.now,
-            noted,
-            {(chunk, layer): digest for chunk, layer, digest in states.digests},
-        )
-        for one, noted, states in zip(blocks, source.noted(ranks, layers), hidden, strict=True)
+        HeldDigests(one.side.rank, one.held.rows, tuple(map(one.due, layers)), one.now, noted, kept)
+        for one, noted, kept in zip(blocks, source.noted(ranks, layers), states, strict=True)
     ]
 
 
@@ -115,22 +111,15 @@ class Examined:
     @classmethod
     def of(cls, rank: int, report: ReferenceReport) -> "Examined":
         misplaced = dict[int, list[Misplaced]]()
-        for layer, one in report.misplaced:
-            misplaced.setdefault(layer, []).append(Misplaced(*one))
+        for layer, one in convert(report.misplaced, tuple[tuple[int, Misplaced], ...]):
+            misplaced.setdefault(layer, []).append(one)
+        measured = convert(report.measured, tuple[tuple[int, int, str, CellDifference], ...])
         return cls(
-            rank,
-            report,
-            [TokenChoice(*one) for one in report.choices],
+            rank, report, convert(report.choices, list[TokenChoice]),
             {(chunk, layer): digests for chunk, layer, digests in report.blocks},
             {(chunk, layer): digest for chunk, layer, digest in report.hidden},
-            misplaced,
-            {(c, n, tensor): CellDifference.of(list(its)) for c, n, tensor, its in report.measured},
-        )
-
-
-def holds_most(helds: Sequence[HeldDigests]) -> int:
-    """The rank on which most blocks can be compared: it runs the reference first."""
-    return max(helds, key=lambda one: (len(one.now), -one.rank)).rank
+            misplaced, {(chunk, layer, tensor): found for chunk, layer, tensor, found in measured},
+        )  # fmt: skip
 
 
 def to_be_examined(helds: Sequence[HeldDigests], first: Examined) -> list[int]:

@@ -11,7 +11,6 @@ import torch
 from dinfer.engine.engine import Engine
 from dinfer.engine.prefill import Prefill
 from dinfer.kv.digests import as_numbers, block_digests, row_digests
-from dinfer.kv.measure import CellDifference
 from dinfer.kv.reference.reports import Examined
 from dinfer.messages import (
     DigestHidden,
@@ -71,7 +70,7 @@ def test_digests_are_the_references(made: Twin) -> None:
         assert found.blocks == digests(engine, engine.executor.plan.shape.chunks)
         assert set(held.digests) <= set(found.hidden)
         assert (found.exact, found.rows, found.threads, found.device) == (True, 10, 1, "cpu")
-        assert all(CellDifference.of(list(its)).changed == 0 for *_, its in found.measured)
+        assert all(its.changed == 0 for its in Examined.of(0, found).measured.values())
         assert len(found.measured) == 3 * 3 * 2 + 3 * 4 + 1
         assert (found.misplaced, found.choices) == ((), ())
 
