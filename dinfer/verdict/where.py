@@ -12,19 +12,15 @@ from dinfer.verdict.signs import KvBytes
 
 
 class RankStand(Protocol):
-    """Where one rank stands, by lane: what texts and views need of `dinfer.engine.board.Stand`."""
+    """Where one rank stands, by lane: how many ops have ended, whether the next has begun, and how many may run. This
+    is what texts and views need of `dinfer.engine.board.Stand`."""
 
     @property
-    def positions(self) -> Sequence[int]:
-        """How many ops have ended."""
-
+    def positions(self) -> Sequence[int]: ...
     @property
-    def started(self) -> Sequence[bool]:
-        """Whether the next op has begun."""
-
+    def started(self) -> Sequence[bool]: ...
     @property
-    def limits(self) -> Sequence[int]:
-        """How many ops may run."""
+    def limits(self) -> Sequence[int]: ...
 
 
 def where_text(plan: Plan, stands: Sequence[RankStand]) -> str:

@@ -334,7 +334,7 @@ def test_owners_without_a_plan_are_those_who_computed() -> None:
 def test_columns_of_which_nothing_is_known_are_left_out() -> None:
     table = facts.rank_table(Findings(ranks=ranks("a", "a")))
     assert table.heads == ["rank", "KV, SHA-256"]
-    assert table.rows == [["0", "a"], ["1", "a"]]
+    assert table.rows == [("0", "a"), ("1", "a")]
 
 
 def test_shares_of_a_recorded_run_are_told_on_its_page() -> None:
