@@ -112,18 +112,8 @@ def rank_table(findings: Findings) -> FactTable:
 
 def compared_table(summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> FactTable:
     """A row for each run."""
-    heads = [
-        "run",
-        "strategy",
-        "schedule",
-        "chunk size",
-        "prefill, s",
-        "exposed",
-        "bubble",
-        "MB sent",
-        "p50, ms",
-        "p99, ms",
-    ]
+    heads = ["run", "strategy", "schedule", "chunk size", "prefill, s", "exposed", "bubble"]
+    heads += ["MB sent", "p50, ms", "p99, ms"]
     rows = []
     for name, one in summaries:
         times = ["not ended", "–", "–"]

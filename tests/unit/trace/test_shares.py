@@ -13,7 +13,7 @@ from dinfer.trace.intervals import Interval, length
 from dinfer.trace.shares import LinkShare, Share, pauses, shares, without_pauses
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import transfers
-from tests.support.made_events import events
+from tests.support.made_events import events, in_order
 
 S = 10**9
 
@@ -107,12 +107,7 @@ def test_a_run_that_nobody_stopped_is_itself() -> None:
 @given(st.lists(events(ranks=3), max_size=12))
 def test_the_parts_are_disjoint_and_no_longer_than_prefill(made: list[Event]) -> None:
     """Whatever a trace holds, in whatever order its times are."""
-    ordered = [
-        Event(**{**event.as_dict(), **dict(zip(("ready", "start", "met", "end"), times, strict=True))})
-        for event in made
-        for times in [sorted((event.ready, event.start, event.met, event.end))]
-    ]
-    trace = Trace.merge([ordered])
+    trace = Trace.merge([in_order(made)])
     stopped = length(pauses(trace))
     for share in shares(trace).ranks:
         whole = sorted(part for kind in share[1:5] for part in kind)
