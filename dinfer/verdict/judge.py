@@ -126,10 +126,8 @@ def _lines(waits: Waits, chain: Sequence[Wait]) -> tuple[str, ...]:
 def _urgency(wait: Wait) -> tuple[bool, bool, bool, bool]:
     op, root = wait.op, wait.root
     is_transfer = op is not None and op.is_transfer
-    if root and root.kind in (
-        "held",
-        "done",
-    ):  # `where()` names what it computes next, or else the first of its lanes
+    # `where()` names what a rank that stands computes next, or else the first of its lanes.
+    if root and root.kind in ("held", "done"):
         return True, is_transfer, False, False
     is_kv, is_recv = op is not None and op.what == "kv", op is None or op.kind == "recv"
     return False, not root and not (is_transfer and wait.on), is_kv, not is_recv
