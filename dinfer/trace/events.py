@@ -134,7 +134,7 @@ def event_of(
     """The event of a plan's op that has ended. `times`: ready, start, met and end, as in Event; `index`: the op's
     number on its lane."""
     peer, what = (op.peer, op.what) if op.is_transfer else (None, "")
-    chunk, layer = (None if number < 0 else number for number in (op.chunk, op.layer))
+    chunk, layer = None if op.chunk < 0 else op.chunk, None if op.layer < 0 else op.layer
     return Event(rank, lane, op.kind, *times, what, chunk, layer, peer, op.tokens, nbytes, index)
 
 

@@ -33,7 +33,14 @@ def _order(graph: Graph, signs: Sequence[Signs], rank: int, op: Op, came: Came) 
     expected = next((n for n, recv in enumerate(recvs) if graph.ops[recv] == op), None)
     number = next((n for n, send in enumerate(sends) if graph.ops[send].value == came.value), None)
     if number is None or expected is None:
-        return _astray(graph, channel, came)
+        for other, (others, _) in graph.channels.items():
+            if other.source == op.peer and any(graph.ops[send].value == came.value for send in others):
+                return (
+                    "wrong peer",
+                    op.peer,
+                    f"sent {came.value} to rank {rank} in place of rank {other.target}",
+                )
+        return "out of order", op.peer, f"sent {came.value}, which the plan never sends on this link"
     if expected > _passed(graph, signs[rank], recvs):
         return "out of order", rank, f"receives {op.value} before what comes first"
     if number < expected:
@@ -61,15 +68,6 @@ def who_lacks(graph: Graph, signs: Sequence[Signs], channel: Channel, value: Val
             if graph.ops[send].value == value and sent and not came:
                 return other.target
     return None
-
-
-def _astray(graph: Graph, channel: Channel, came: Came) -> tuple[HangKind, int, str]:
-    """What is wrong with a value that the plan never sends on this channel."""
-    for other, (sends, _) in graph.channels.items():
-        if other.source == channel.source and any(graph.ops[send].value == came.value for send in sends):
-            text = f"sent {came.value} to rank {channel.target} in place of rank {other.target}"
-            return "wrong peer", channel.source, text
-    return "out of order", channel.source, f"sent {came.value}, which the plan never sends on this link"
 
 
 def has_passed(signs: Signs, place: OpPlace) -> bool:

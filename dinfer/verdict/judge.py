@@ -1,6 +1,6 @@
 """Judge: from the graph of who waits for whom to the culprit, and whether a rank or link of a run that moves is slow.
 
-Pure. `planned` makes the graph from a plan, `recorded` from events alone.
+Pure. `planned` makes the graph.
 """
 
 from collections import deque
@@ -32,7 +32,7 @@ class _Cause(NamedTuple):
 
 def judge(waits: Waits) -> Verdict:
     """The verdict on the worst cause; among equals, on the one for which most ranks wait."""
-    causes = [*_cycle(waits), *_roots(waits)]
+    causes = _causes(waits)
     if not causes:
         return Verdict("done", "the run is done", waits=waits)
     first = min(
@@ -58,31 +58,26 @@ def _said(root: Root) -> str:
     return root.text if root.kind in ("stalled link", "slow link") else f"rank {root.rank} {root.text}"
 
 
-def _roots(waits: Waits) -> list[_Cause]:
-    """A cause for each root. Nodes with the same root, such as the two ends of a link or the lanes of a rank, are one
-    cause."""
-    by_root: dict[tuple[HangKind, int, int | None], list[Node]] = {}
-    for node, wait in waits.items():
-        if wait.root:
-            by_root.setdefault((wait.root.kind, wait.root.rank, wait.root.peer), []).append(node)
+def _causes(waits: Waits) -> list[_Cause]:
+    """A cause for the shortest cycle, and one for each root. Nodes with the same root, such as the two ends of a link
+    or the lanes of a rank, are one cause."""
     causes = []
-    for nodes in by_root.values():
-        nodes.sort(key=lambda node: -waits[node].still_s)
-        root = waits[nodes[0]].root
-        assert root
-        causes.append(_Cause(root, tuple(nodes), _waiting(waits, nodes)))
-    return causes
-
-
-def _cycle(waits: Waits) -> list[_Cause]:
-    numbers = {node: number for number, node in enumerate(sorted(waits))}
-    nodes = list(numbers)
+    nodes = sorted(waits)
+    numbers = {node: number for number, node in enumerate(nodes)}
     edges = {numbers[n]: [numbers[to] for to in waits[n].on if to in numbers] for n in nodes}
     cycle = tuple(nodes[number] for number in shortest_cycle(edges))
-    if not cycle or min(waits[node].still_s for node in cycle) < CYCLE_S:
-        return []
-    root = Root("cycle", cycle[0].rank, "; ".join(f"rank {n.rank} {waits[n].text}" for n in cycle))
-    return [_Cause(root, cycle, _waiting(waits, cycle))]
+    if cycle and min(waits[node].still_s for node in cycle) >= CYCLE_S:
+        text = "; ".join(f"rank {n.rank} {waits[n].text}" for n in cycle)
+        causes.append(_Cause(Root("cycle", cycle[0].rank, text), cycle, _waiting(waits, cycle)))
+    by_root: dict[tuple[HangKind, int, int | None], list[tuple[Wait, Root]]] = {}
+    for wait in waits.values():
+        if root := wait.root:
+            by_root.setdefault((root.kind, root.rank, root.peer), []).append((wait, root))
+    for found in by_root.values():
+        found.sort(key=lambda one: -one[0].still_s)
+        alike = tuple(wait.node for wait, _ in found)
+        causes.append(_Cause(found[0][1], alike, _waiting(waits, alike)))
+    return causes
 
 
 def _waiting(waits: Waits, roots: Sequence[Node]) -> dict[Node, Node]:
@@ -131,10 +126,8 @@ def _lines(waits: Waits, chain: Sequence[Wait]) -> tuple[str, ...]:
 def _urgency(wait: Wait) -> tuple[bool, bool, bool, bool]:
     op, root = wait.op, wait.root
     is_transfer = op is not None and op.is_transfer
-    if root and root.kind in (
-        "held",
-        "done",
-    ):  # `where()` names what it computes next, or else the first of its lanes
+    # `where()` names what a rank that stands computes next, or else the first of its lanes.
+    if root and root.kind in ("held", "done"):
         return True, is_transfer, False, False
     is_kv, is_recv = op is not None and op.what == "kv", op is None or op.kind == "recv"
     return False, not root and not (is_transfer and wait.on), is_kv, not is_recv
@@ -204,21 +197,20 @@ def _outlier(values: Mapping[GroupT, float], times: float) -> tuple[GroupT, floa
 
 def _behind(plan: Plan, signs: Sequence[Signs], rank: int) -> str:
     """How many of its layer ops the rank has done, and how many the rank that is furthest."""
-    shares = [_layers(plan, number, its) for number, its in enumerate(signs)]
+    shares = []
+    for lanes, its in zip(plan.lanes, signs, strict=True):
+        positions = its.positions or (0,) * len(lanes)
+        ended = (op for lane, at in zip(lanes, positions, strict=True) for op in lane.ops[:at])
+        total = sum(op.kind == "layer" for lane in lanes for op in lane.ops) or 1
+        shares.append((sum(op.kind == "layer" for op in ended), total))
     done, total = shares[rank]
-    ahead = [n for n, (its, of) in enumerate(shares) if n != rank and its * total > done * of]
+    ahead = [
+        n
+        for n, (its_done, its_total) in enumerate(shares)
+        if n != rank and its_done * total > done * its_total
+    ]
     text = f"it has done {done} of {total} layer ops"
     if not ahead:
         return f"{text}, as many as the others"
     most = max(ahead, key=lambda n: shares[n][0] / shares[n][1])
-    return f"{text}, {ranks_text([most])} {shares[most][0]} of {shares[most][1]}"
-
-
-def _layers(plan: Plan, rank: int, signs: Signs) -> tuple[int, int]:
-    """How many layer ops the rank has done, and how many there are."""
-    lanes = plan.lanes[rank]
-    done = total = 0
-    for lane, at in zip(lanes, signs.positions or (0,) * len(lanes), strict=True):
-        done += sum(op.kind == "layer" for op in lane.ops[:at])
-        total += sum(op.kind == "layer" for op in lane.ops)
-    return done, total or 1
+    return f"{text}, rank {most} {shares[most][0]} of {shares[most][1]}"

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from math import inf
 from typing import Protocol
 
 from dinfer.plan.cut import Cut
@@ -12,19 +11,15 @@ from dinfer.verdict.signs import KvBytes
 
 
 class RankStand(Protocol):
-    """Where one rank stands, by lane: what texts and views need of `dinfer.engine.board.Stand`."""
+    """Where one rank stands, by lane: how many ops have ended, whether the next has begun, and how many may run. This
+    is what texts and views need of `dinfer.engine.board.Stand`."""
 
     @property
-    def positions(self) -> Sequence[int]:
-        """How many ops have ended."""
-
+    def positions(self) -> Sequence[int]: ...
     @property
-    def started(self) -> Sequence[bool]:
-        """Whether the next op has begun."""
-
+    def started(self) -> Sequence[bool]: ...
     @property
-    def limits(self) -> Sequence[int]:
-        """How many ops may run."""
+    def limits(self) -> Sequence[int]: ...
 
 
 def where_text(plan: Plan, stands: Sequence[RankStand]) -> str:
@@ -115,9 +110,7 @@ def ranks_text(ranks: Iterable[int]) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """`0.3 s`, `12 s`, `4 ms`; infinite: `until the record ends`."""
-    if seconds == inf:
-        return "until the record ends"
+    """`0.3 s`, `12 s`, `4 ms`."""
     if seconds < 0.1:
         return f"{seconds * 1e3:.3g} ms"
     return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"

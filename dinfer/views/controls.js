@@ -1,4 +1,5 @@
-// Controls that move the run: buttons, keys, breakpoints. Each shows its Python call.
+// What stands around the map: controls that move the run, breakpoints, the banner, the ranks. Each control shows its
+// Python call.
 
 const BUTTONS = [
   ["◀ back", "step_back", "go back by one unit of the last step", "b"],
@@ -130,4 +131,81 @@ class BreakpointList {
     const button = Object.assign(make("button", "", line, text), { title, onclick });
     button.setAttribute("aria-label", label);
   }
+}
+
+// The banner: what the user should know at once. Its verdict can be unfolded, errors and answers can be dismissed.
+
+class Banner {
+  // `send(message)` sends to the kernel; `changed()` redraws the panel.
+  constructor(parent, send, changed) {
+    this.root = make("div", "banner", parent);
+    this.root.setAttribute("role", "status");
+    this.text = make("span", "", this.root);
+    this.more = make("button", "", this.root, "more");
+    this.more.onclick = () => {
+      this.unfolded = !this.unfolded;
+      changed();
+    };
+    this.close = make("button", "", this.root, "dismiss");
+    this.close.dataset.do = "dismiss";
+    this.close.onclick = () => send({ do: "dismiss" });
+  }
+
+  // `shown`: the kernel's trait; `ended`: why the run cannot move any more; `lost`: no kernel; `hint`: the panel's own.
+  show(shown, ended, lost, hint) {
+    const verdict = this.unfolded ? shown.verdict : "";
+    const said = verdict.startsWith(shown.message) ? verdict : shown.message;
+    this.text.textContent = [ended, shown.error, said, shown.answer, hint].filter(Boolean).join("\n");
+    this.root.hidden = !this.text.textContent;
+    const alarm = lost || shown.error || shown.verdict || (shown.state === "failed" && shown.message);
+    this.root.classList.toggle("dinfer-alarm", Boolean(alarm));
+    this.root.classList.toggle("dinfer-unfolded", Boolean(verdict));
+    this.close.hidden = !shown.error && !shown.answer;
+    this.more.hidden = !shown.verdict;
+    this.more.textContent = this.unfolded ? "less" : "more";
+  }
+}
+
+// The ranks: device, memory and state of each; and which ranks hold a block, in words.
+
+class RankList {
+  constructor(parent, board) {
+    const list = make("div", "ranks", parent);
+    list.classList.toggle("dinfer-many", board.ranks > 4);
+    this.lines = Array.from({ length: board.ranks }, (_, rank) => {
+      const line = make("div", "rank", list);
+      const head = make("div", "", line);
+      make("b", "", head, `rank ${rank}`);
+      const device = make("span", "faint", head);
+      const word = make("span", "word", head);
+      const bar = make("progress", "", line);
+      const where = make("div", "where", line);
+      return { line, device, word, bar, where };
+    });
+  }
+
+  show(ranks) {
+    ranks.forEach((rank, n) => this.showOne(this.lines[n], rank));
+  }
+
+  showOne({ line, device, word, bar, where }, rank) {
+    const tokens = rank.tokens ? `${rank.tokens} new token${rank.tokens === 1 ? "" : "s"}` : "";
+    device.textContent = [rank.device, rank.memory, tokens].filter(Boolean).join(" · ");
+    device.title = rank.about_memory;
+    word.textContent = rank.state;
+    line.classList.toggle("dinfer-lost", rank.state === "lost");
+    bar.max = rank.total;
+    bar.value = rank.done;
+    where.textContent = where.title = rank.where;
+  }
+}
+
+function holders(states) {
+  const ranks = (wanted) => states.flatMap((state, rank) => (wanted.includes(state) ? [rank] : []));
+  const held = ranks([HERE, EVERYWHERE]), waits = ranks([IN_FLIGHT]), computing = ranks([COMPUTING]);
+  const named = (list) => `rank${list.length > 1 ? "s" : ""} ${list.join(", ")}`;
+  if (computing.length) return `${named(computing)} computes it`;
+  if (!held.length) return "not computed yet";
+  if (!waits.length) return "on every rank";
+  return `held by ${named(held)}; ${named(waits)} wait${waits.length > 1 ? "" : "s"} for it`;
 }

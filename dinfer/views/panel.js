@@ -109,16 +109,16 @@ class View {
 
   follow() {
     const canvas = this.canvas;
-    this.onState = () => this.keepFocus(() => this.update());
-    this.onAnswer = (message, buffers) => this.hear(message, buffers);
-    this.onSelected = () => this.update();
-    this.onLost = () => this.lose();
-    this.model.on("change:shown", this.onState);
-    this.model.on("change:cells", this.onState);
-    this.model.on("change:marks", this.onState);
-    this.model.on("change:selected", this.onSelected);
-    this.model.on("msg:custom", this.onAnswer);
-    this.model.on("comm_live_update", this.onLost); // sent by ipywidgets when its kernel restarts
+    const onState = () => this.keepFocus(() => this.update());
+    this.listeners = Object.entries({
+      "change:shown": onState,
+      "change:cells": onState,
+      "change:marks": onState,
+      "change:selected": () => this.update(),
+      "msg:custom": (message, buffers) => this.hear(message, buffers),
+      comm_live_update: () => this.lose(), // sent by ipywidgets when its kernel restarts
+    });
+    this.listeners.forEach(([event, listener]) => this.model.on(event, listener));
     canvas.onmousemove = (event) => this.move(event);
     canvas.onmouseleave = () => this.point(null);
     canvas.onclick = (event) => this.select(this.map.cellAt(event));
@@ -133,12 +133,7 @@ class View {
   }
 
   close() {
-    this.model.off("change:shown", this.onState);
-    this.model.off("change:cells", this.onState);
-    this.model.off("change:marks", this.onState);
-    this.model.off("change:selected", this.onSelected);
-    this.model.off("msg:custom", this.onAnswer);
-    this.model.off("comm_live_update", this.onLost);
+    this.listeners.forEach(([event, listener]) => this.model.off(event, listener));
     this.releaseKeys();
     this.map.close();
     this.inspector.remove();

@@ -28,10 +28,9 @@ from dinfer.views.still_kv import still_kv
 def action_of(run: InspectableRun, message: Json) -> Action:
     """The action for a message that moves the run or asks it something."""
     match message:
-        case {"do": "step", "unit": ("op" | "layer" | "wave" | "chunk") as unit}:
-            return Action(f'run.step("{unit}")', lambda: run.step(unit))
-        case {"do": "step_back", "unit": ("op" | "layer" | "wave" | "chunk") as unit}:
-            return Action(f'run.step_back("{unit}")', lambda: run.step_back(unit))
+        case {"do": ("step" | "step_back") as do, "unit": ("op" | "layer" | "wave" | "chunk") as unit}:
+            step = run.step if do == "step" else run.step_back
+            return Action(f'run.{do}("{unit}")', lambda: step(unit))
         case {"do": "play", "unit": ("op" | "layer" | "wave" | "chunk") as unit, "per_second": pace} if (
             isinstance(pace, int | float)
         ):
@@ -107,16 +106,7 @@ ipywidget below it, and panel.css, which comes with a panel that is drawn, hides
 
 _HERE = Path(__file__).parent
 
-SCRIPTS = (
-    "map.js",
-    "heatmap.js",
-    "inspector.js",
-    "communication.js",
-    "controls.js",
-    "banner.js",
-    "ranks.js",
-    "panel.js",
-)
+SCRIPTS = ("map.js", "heatmap.js", "inspector.js", "communication.js", "controls.js", "panel.js")
 """concatenated, they are one module"""
 
 
@@ -137,7 +127,7 @@ class Panel(anywidget.AnyWidget):
     cells = Bytes().tag(sync=True)
     """a byte for each (layer, chunk, rank): see `cells`"""
     marks = Dict().tag(sync=True)
-    """notes on single blocks: see `status.marks_text`"""
+    """notes on single blocks: see `status.moment`"""
 
     def __init__(self, run: InspectableRun) -> None:
         self._run, self._cells = run, CellMap(run.plan)

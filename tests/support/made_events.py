@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from dinfer.trace.events import KINDS, WHATS, Event
@@ -30,6 +32,15 @@ def events(*, lanes: tuple[str, ...] = ("main",), ranks: int = 1) -> st.SearchSt
         bytes=NANOSECONDS,
         index=UNKNOWN,
     )
+
+
+def in_order(made: list[Event]) -> list[Event]:
+    """With the times of each event in order, as any recorder has them."""
+    return [
+        replace(event, **dict(zip(("ready", "start", "met", "end"), times, strict=True)))  # type: ignore[arg-type]
+        for event in made
+        for times in [sorted((event.ready, event.start, event.met, event.end))]
+    ]
 
 
 def numbered(number: int, lane: str = "main") -> Event:

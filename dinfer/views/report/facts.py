@@ -20,14 +20,12 @@ from dinfer.verdict.signs import Signs
 from dinfer.views.cells import CellMap, CellStates, held_states
 from dinfer.views.figures.style import link_name
 
-TableRow = Sequence[str]
-
 
 class FactTable(NamedTuple):
     """Rows under heads. `wide`: the number of first columns that hold text, not numbers."""
 
-    heads: TableRow
-    rows: Sequence[TableRow]
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
     wide: int = 1
 
 
@@ -99,37 +97,23 @@ def layer_table(trace: Trace) -> FactTable:
 
 def rank_table(findings: Findings) -> FactTable:
     """Where each rank ran, and what it holds; without empty columns."""
-    rows = [
-        [
-            str(rank.rank),
-            rank.device,
-            rank.host,
-            rank.dtype,
-            str(rank.threads or ""),
-            rank.kv_sha256[:16] or "not checked",
-            "" if rank.tokens is None else str(len(rank.tokens)),
-        ]
-        for rank in findings.ranks
-    ]
-    heads = ["rank", "device", "host", "dtype", "threads", "KV, SHA-256", "new tokens"]
-    known = [column for column in range(len(heads)) if any(row[column] for row in rows)]
-    return FactTable([heads[n] for n in known], [[row[n] for n in known] for row in rows], wide=len(known))
+    columns = {
+        "rank": [str(rank.rank) for rank in findings.ranks],
+        "device": [rank.device for rank in findings.ranks],
+        "host": [rank.host for rank in findings.ranks],
+        "dtype": [rank.dtype for rank in findings.ranks],
+        "threads": [str(rank.threads or "") for rank in findings.ranks],
+        "KV, SHA-256": [rank.kv_sha256[:16] or "not checked" for rank in findings.ranks],
+        "new tokens": ["" if rank.tokens is None else str(len(rank.tokens)) for rank in findings.ranks],
+    }
+    known = {head: cells for head, cells in columns.items() if any(cells)}
+    return FactTable(list(known), list(zip(*known.values(), strict=True)), wide=len(known))
 
 
 def compared_table(summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> FactTable:
     """A row for each run."""
-    heads = [
-        "run",
-        "strategy",
-        "schedule",
-        "chunk size",
-        "prefill, s",
-        "exposed",
-        "bubble",
-        "MB sent",
-        "p50, ms",
-        "p99, ms",
-    ]
+    heads = ["run", "strategy", "schedule", "chunk size", "prefill, s", "exposed", "bubble"]
+    heads += ["MB sent", "p50, ms", "p99, ms"]
     rows = []
     for name, one in summaries:
         times = ["not ended", "–", "–"]

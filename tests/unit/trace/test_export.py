@@ -109,16 +109,8 @@ def test_what_is_no_trace_says_so(tmp_path: Path, name: str) -> None:
     with pytest.raises(TraceError) as caught:
         read_jsonl(path)
     assert str(caught.value).startswith(f"{str(path)!r} is not a trace")
-
-
-def test_another_format_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "foreign"
-    path.write_bytes(FOREIGN["a version to come"])
-    with pytest.raises(TraceError) as caught:
-        read_jsonl(path)
-    assert str(caught.value) == (
-        f"{str(path)!r} is not a trace: its first line does not say 'dinfer trace 1'."
-    )
+    if name == "a version to come":
+        assert str(caught.value).endswith(": its first line does not say 'dinfer trace 1'.")
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

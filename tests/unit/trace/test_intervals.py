@@ -33,17 +33,6 @@ def test_minus_is_what_lies_in_one_and_not_in_the_other(one: list[Interval], oth
     assert length(left) == len(seconds(left))
 
 
-def test_minus_by_hand() -> None:
-    cases = {
-        ((0, 10),): [(0, 2), (4, 6), (8, 10)],
-        ((3, 5),): [(4, 5)],
-        ((2, 4),): [],
-        ((0, 3), (3, 9)): [(0, 2), (4, 6), (8, 9)],
-    }
-    for intervals, expected in cases.items():
-        assert seconds(minus(list(intervals), [(2, 4), (6, 8)])) == seconds(expected)
-
-
 @given(INTERVALS, INTERVALS)
 def test_common_is_what_lies_in_both(one: list[Interval], other: list[Interval]) -> None:
     assert seconds(common(union(one), union(other))) == seconds(one) & seconds(other)

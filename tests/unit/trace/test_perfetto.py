@@ -22,7 +22,7 @@ from dinfer.trace.read import read_jsonl
 from dinfer.trace.simulated import paper_trace
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import transfers
-from tests.support.made_events import events
+from tests.support.made_events import events, in_order
 
 PLAN = build(partition(layers=4, tokens=24, world_size=2, chunk_size=8), "pipelined", "pairwise")
 ASKED = {
@@ -140,13 +140,7 @@ def test_a_wait_and_an_op_by_hand() -> None:
 
 @given(st.lists(events(lanes=("main", "x"), ranks=2), max_size=10))
 def test_any_trace_can_be_exported(made: list[Event]) -> None:
-    """Times in order, as any recorder has them."""
-    ordered = [
-        Event(**{**event.as_dict(), **dict(zip(("ready", "start", "met", "end"), times, strict=True))})
-        for event in made
-        for times in [sorted((event.ready, event.start, event.met, event.end))]
-    ]
-    check(perfetto(Trace.merge([ordered])))
+    check(perfetto(Trace.merge([in_order(made)])))
 
 
 def test_json_lines_and_forms_that_there_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

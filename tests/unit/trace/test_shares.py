@@ -13,24 +13,13 @@ from dinfer.trace.intervals import Interval, length
 from dinfer.trace.shares import LinkShare, Share, pauses, shares, without_pauses
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import transfers
-from tests.support.made_events import events
-
-S = 10**9
-
-
-def compute(rank: int, start: int, end: int) -> Event:
-    return Event(rank, "compute", "layer", start * S, start * S, start * S, end * S, "", 0, 0)
-
-
-def transfer(rank: int, kind: str, peer: int, start: int, met: int, end: int) -> Event:
-    """One end of a message."""
-    return Event(rank, kind, kind, start * S, start * S, met * S, end * S, "kv", 0, 0, peer, 8, 100)
-
+from tests.support.made_events import events, in_order
+from tests.unit.trace.test_trace import S, compute, transfer
 
 # Rank 0 computes from 0 to 4 and offers its block at 4; rank 1, which has waited for it since 0, comes back from
 # computing at 6, so the block is on the wire from 6 to 9. Rank 0 computes from 7 to 8 meanwhile, rank 1 from 9 to 12.
-RANK_0 = [compute(0, 0, 4), transfer(0, "send", 1, 4, 6, 9), compute(0, 7, 8)]
-RANK_1 = [compute(1, 2, 6), transfer(1, "recv", 0, 6, 6, 9), compute(1, 9, 12)]
+RANK_0 = [compute(0, 0, 4), transfer(0, "send", 1, (4, 6, 9)), compute(0, 7, 8)]
+RANK_1 = [compute(1, 2, 6), transfer(1, "recv", 0, (6, 6, 9)), compute(1, 9, 12)]
 TRACE = Trace.merge([RANK_0, RANK_1])
 
 
@@ -65,7 +54,7 @@ def test_a_link_is_told_by_its_exposed_time_and_who_was_late() -> None:
 
 
 def test_a_recv_without_its_send_waits_for_its_peer() -> None:
-    trace = Trace.merge([[transfer(1, "recv", 0, 2, 5, 6), compute(1, 6, 7)]])
+    trace = Trace.merge([[transfer(1, "recv", 0, (2, 5, 6)), compute(1, 6, 7)]])
     (share,) = shares(trace).ranks
     assert parts(share) == [[(6, 7)], [(5, 6)], [(2, 5)], [], []]
 
@@ -107,12 +96,7 @@ def test_a_run_that_nobody_stopped_is_itself() -> None:
 @given(st.lists(events(ranks=3), max_size=12))
 def test_the_parts_are_disjoint_and_no_longer_than_prefill(made: list[Event]) -> None:
     """Whatever a trace holds, in whatever order its times are."""
-    ordered = [
-        Event(**{**event.as_dict(), **dict(zip(("ready", "start", "met", "end"), times, strict=True))})
-        for event in made
-        for times in [sorted((event.ready, event.start, event.met, event.end))]
-    ]
-    trace = Trace.merge([ordered])
+    trace = Trace.merge([in_order(made)])
     stopped = length(pauses(trace))
     for share in shares(trace).ranks:
         whole = sorted(part for kind in share[1:5] for part in kind)

@@ -57,10 +57,8 @@ def test_looks_that_the_user_chose_stay() -> None:
     assert layout_of(go.Figure(layout={"template": {"layout": {"title": {"text": "mine"}}}}))["template"] == {
         "layout": {"title": {"text": "mine"}}
     }
-    assert (
-        layout_of(latency(on_paper(6, 4)).update_layout(paper_bgcolor="#abcdef"))["paper_bgcolor"]
-        == "#abcdef"
-    )
+    figure = latency(on_paper(6, 4)).update_layout(paper_bgcolor="#abcdef")
+    assert layout_of(figure)["paper_bgcolor"] == "#abcdef"
 
 
 def luminance(colour: str) -> float:

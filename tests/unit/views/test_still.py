@@ -21,6 +21,7 @@ from dinfer.views.still import COLOURS, map_svg, still_html
 from tests.support.converted import converted
 from tests.support.doubles import PaperRun, busy_run, paper_plan
 from tests.support.traces import on_paper
+from tests.unit.views.test_shown import luminance
 
 CSS = (Path(dinfer.views.__file__).parent / "panel.css").read_text(encoding="utf-8")
 NASTY = "</svg><script>alert(1)</script>"
@@ -34,9 +35,7 @@ def css_colours(theme: str) -> list[str]:
 
 def lightness(colour: str) -> float:
     """CIE L* of an sRGB colour: 0 is black, 100 white."""
-    channels = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    y = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    y = luminance(colour)
     return 116 * y ** (1 / 3) - 16 if y > 0.008856 else 903.3 * y
 
 
