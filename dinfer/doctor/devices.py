@@ -1,7 +1,6 @@
 """Devices: the GPUs that torch and the driver see, and free memory compared with what the ranks of a model need."""
 
 import os
-import shutil
 import subprocess
 import warnings
 from collections.abc import Sequence
@@ -71,8 +70,6 @@ def _ask_torch() -> Cuda:
 
 def _ask_driver() -> Smi | None:
     """None without nvidia-smi, or if it fails."""
-    if not shutil.which("nvidia-smi"):
-        return None
     command = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=SMI_S, check=True).stdout

@@ -51,10 +51,7 @@ def run_lab(
         raise ConfigError(f"links cannot be broken in network namespaces: {why}.")
     score.links = "transport" if why else "namespaces"
     say(f"links: in the transport ({why})" if why else "links: network namespaces")
-    with (
-        nullcontext() if why else hosts(N) as network,
-        lab_session(join=join, network=network) as session,
-    ):
+    with nullcontext() if why else hosts(N) as network, lab_session(join=join, network=network) as session:
         say(session.ranks.describe())
         run_cells(session, cells, score, say, network)
         run_slowly(session, slow_runs, score, say)

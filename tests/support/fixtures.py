@@ -112,10 +112,7 @@ def new_session(request: pytest.FixtureRequest, model: Path) -> AbstractContextM
 def session(request: pytest.FixtureRequest, model: Path) -> Iterator[Session]:
     """The module's session with its `model` loaded: on threads, or, in a module marked `cluster`, on `ipclusters`."""
     if request.node.get_closest_marker("cluster"):
-        with (
-            within(request.getfixturevalue("daemonized")),
-            dinfer.connect(n=3, start=False) as session,
-        ):
+        with within(request.getfixturevalue("daemonized")), dinfer.connect(n=3, start=False) as session:
             yield session.load(str(model), threads=1)
     else:
         with new_session(request, model) as session:

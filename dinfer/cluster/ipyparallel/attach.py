@@ -56,9 +56,7 @@ def attach(
     `start=False` never starts one, `start=True` always does; `place`: where the processes of a new one run. Raises
     ClusterError.
     """
-    profile_dir = Path(
-        get_ipython_dir(), f"profile_{profile}"
-    )  # where ipyparallel keeps it; it need not exist
+    profile_dir = Path(get_ipython_dir(), f"profile_{profile}")  # ipyparallel's; it need not exist
     me = Identity.of(os.getpid())
     known = [] if start else known_clusters(profile_dir)
     known = [cluster for cluster in known if cluster_id in (None, cluster.cluster_id)]
@@ -114,7 +112,6 @@ def _start(cluster: Known, n: int, timeout: float, place: ClusterPlace) -> None:
             text=True,
             timeout=timeout,
             env=environment,
-            check=False,
         )
         late, output = "", done.stdout + done.stderr
         if done.returncode == 0:

@@ -19,7 +19,7 @@ from dinfer.cluster.ipyparallel.calls import Calls, call_expression, evaluate, w
 from dinfer.cluster.ipyparallel.clean import end_cluster
 from dinfer.cluster.ipyparallel.errors import ClusterError
 from dinfer.cluster.ipyparallel.facts import EngineFacts, introduce
-from dinfer.cluster.ipyparallel.known import Known, describe, launcher_of
+from dinfer.cluster.ipyparallel.known import Known, describe
 from dinfer.cluster.ipyparallel.launcher import command_before
 from dinfer.rank.process import exists
 
@@ -97,11 +97,10 @@ class Cluster:
         return f"<Cluster: {self.describe()}>"
 
     def describe(self) -> str:
-        """One line: which cluster, whether joined or started, its launcher, its ranks and their hosts."""
-        launcher = launcher_of(self.known.description())
+        """One line: which cluster, its ranks and their hosts."""
         engines = [(facts.engine_id, facts.host) for facts in self.facts]
         unused = sorted(set(self.client.ids) - set(self.engine_ids))
-        return describe(self.known, launcher, started=self.started_by_us, engines=engines, unused=unused)
+        return describe(self.known, started=self.started_by_us, engines=engines, unused=unused)
 
     def name(self, rank: int) -> str:
         """The rank as messages name it."""
@@ -194,14 +193,9 @@ class Cluster:
             f"--cluster-id={self.known.cluster_id}",
             f"--IPEngine.id={facts.engine_id}",
         ]
+        folder = facts.folder if Path(facts.folder).is_dir() else None
         done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            env=environment,
-            cwd=facts.folder if Path(facts.folder).is_dir() else None,
-            check=False,
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, cwd=folder
         )
         if done.returncode:
             raise ClusterError(

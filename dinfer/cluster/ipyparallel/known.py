@@ -175,12 +175,6 @@ def known_clusters(profile_dir: Path) -> list[Known]:
     return [Known(profile_dir, name) for name in sorted({m[1] or m[2] or "" for m in matches if m})]
 
 
-def launcher_of(description: Mapping[str, Any]) -> str:
-    """The launcher of the engines: local, dinfer, mpi, ssh, …; "" if unknown."""
-    name = str((description.get("engines") or {}).get("class", ""))
-    return "dinfer" if name.endswith("DinferEngineSetLauncher") else name
-
-
 def engines_to_come(description: Mapping[str, Any], is_running: Callable[[int], bool], age_s: float) -> int:
     """How many engines are running or starting, where the cluster file was written `age_s` seconds ago.
 
@@ -242,10 +236,14 @@ def choose_engines(ids: Sequence[int], n: int, cluster: Known) -> list[int]:
 
 
 def describe(
-    cluster: Known, launcher: str, *, started: bool, engines: Sequence[tuple[int, str]], unused: Sequence[int]
+    cluster: Known, *, started: bool, engines: Sequence[tuple[int, str]], unused: Sequence[int]
 ) -> str:
-    """One line: the cluster, its ranks, their hosts. `engines`: id and host by rank."""
+    """One line: which cluster, whether joined or started, its launcher (local, dinfer, mpi, …), its ranks and their
+    hosts. `engines`: id and host by rank; `unused`: the ids of others."""
     how = "started" if started else "joined"
+    launcher = str((cluster.description().get("engines") or {}).get("class", ""))
+    if launcher.endswith("DinferEngineSetLauncher"):
+        launcher = "dinfer"
     by = f" ({launcher} engines)" if launcher else ""
     ids = [engine_id for engine_id, _ in engines]
     ranks = "rank 0" if len(ids) == 1 else f"ranks 0–{len(ids) - 1}"

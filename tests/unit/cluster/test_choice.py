@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from dinfer.cluster.ipyparallel.known import (
     describe,
     engines_to_come,
     known_clusters,
-    launcher_of,
 )
 from dinfer.cluster.ipyparallel.launcher import (
     BEHIND,
@@ -88,9 +88,15 @@ def test_too_few_engines(ids: list[int], n: int, cluster: Known, message: str) -
         ),
     ],
 )
-def test_one_line_says_what_was_joined(engines: list[tuple[int, str]], unused: list[int], line: str) -> None:
-    found = describe(STOCK, "local", started=False, engines=engines, unused=unused)
-    assert found == f"joined profile 'default' (local engines): {line}"
+def test_one_line_says_what_was_joined(
+    tmp_path: Path, engines: list[tuple[int, str]], unused: list[int], line: str
+) -> None:
+    cluster = Known(tmp_path / "profile_default", "")
+    cluster.cluster_file.parent.mkdir(parents=True)
+    for launcher, name in (("local", "local"), (DinferEngineSetLauncher.entrypoint_name, "dinfer")):
+        cluster.cluster_file.write_text(json.dumps({"engines": {"class": launcher}}))
+        found = describe(cluster, started=False, engines=engines, unused=unused)
+        assert found == f"joined profile 'default' ({name} engines): {line}"
 
 
 def versions(**different: Any) -> dict[str, Any]:
@@ -143,11 +149,6 @@ def cluster_file(sets: dict[str, Any], n: int | None = 3) -> dict[str, Any]:
 )
 def test_engines_that_are_on_their_way(description: dict[str, Any], age_s: float, count: int) -> None:
     assert engines_to_come(description, lambda pid: pid == 10, age_s) == count
-
-
-def test_what_a_cluster_file_says() -> None:
-    assert launcher_of(cluster_file({})) == "local"
-    assert launcher_of({"engines": {"class": DinferEngineSetLauncher.entrypoint_name}}) == "dinfer"
 
 
 def test_clusters_are_found_by_their_files(tmp_path: Path) -> None:

@@ -96,11 +96,7 @@ def heard(link: Link, condition: Callable[[], bool]) -> bool:
 def strangers() -> list[dict[str, Any]]:
     """What callers without this session's keys come with."""
     public, secret = (key.decode() for key in zmq.curve_keypair())
-    return [
-        {"server_key": None},
-        {"public_key": public, "secret_key": secret},
-        {"server_key": public},
-    ]
+    return [{"server_key": None}, {"public_key": public, "secret_key": secret}, {"server_key": public}]
 
 
 STRANGERS = pytest.mark.parametrize("changes", strangers(), ids=["no keys", "other keys", "another server's"])
