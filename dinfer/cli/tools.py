@@ -53,9 +53,8 @@ def vscode(
     from dinfer.cli.vscode import ALL_RANKS, LaunchFileError, write_entries
 
     try:
-        print(
-            f"{write_entries(folder, config)}: F5 on {ALL_RANKS!r} starts the ranks, each under a debugger."
-        )
+        path = write_entries(folder, config)
+        print(f"{path}: F5 on {ALL_RANKS!r} starts the ranks, each under a debugger.")
     except LaunchFileError as error:
         stop(error, BAD_INPUT)
     except OSError as error:

@@ -9,6 +9,7 @@ A new verb is a function under `@verb()`, or a line that names the method to cal
 import difflib
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -136,6 +137,7 @@ def _layers(word: str) -> bool | list[int]:
     return word == "all" if word in ("all", "none") else _numbers(word)
 
 
+setting = partial(argument, "--set", nargs="+", default=[])
 UNIT = argument("unit", nargs="?", default="layer", help="op, layer (the default), wave, chunk or token")
 HOW_MANY = argument("-n", type=number_or_word, default=1, help="how many")
 LAYER = argument("layer", nargs="?", type=number_or_word, help="the layer; none: all")
@@ -171,7 +173,7 @@ def load(call: Call) -> Session:
 @verb(
     argument("prompt", nargs="+", help="the text, or $name for the text in a variable"),
     argument("--free", action="store_true", help="run at once, not paused before the first op"),
-    argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="chunk_size=8 schedule=lockstep …"),
+    setting(metavar="KEY=VALUE", help="chunk_size=8 schedule=lockstep …"),
 )
 def prefill(call: Call) -> Any:
     """Begin a run of this prompt, paused before its first op; parameters of `dinfer run` as key=value."""
@@ -185,13 +187,7 @@ def prefill(call: Call) -> Any:
         nargs="+",
         help="texts, each in quotation marks, or $name for the text, or list of texts, in a variable",
     ),
-    argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE,…",
-        help="chunk_size=8,16 sync_strategy=pairwise,ring …",
-    ),
+    setting(metavar="KEY=VALUE,…", help="chunk_size=8,16 sync_strategy=pairwise,ring …"),
 )
 def sweep(call: Call) -> Any:
     """Run every prompt with every combination of these parameters; a table."""

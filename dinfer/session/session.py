@@ -23,7 +23,7 @@ from dinfer.plan.plan import Plan
 from dinfer.rank.debugger import FIRST_PORT
 from dinfer.run.failure import HANDED_ON, RankFailed, were_handed_on
 from dinfer.run.hang import Hung
-from dinfer.run.report import Reporter, no_views
+from dinfer.run.report import NO_VIEWS, Reporter
 from dinfer.run.run import Run
 from dinfer.saved.saved import WriteReport
 from dinfer.session.sweep import Sweep, sweep
@@ -167,7 +167,7 @@ class Session(Announced, Closing):
         """The panel: the current run as a map, with buttons that step it. Raises NotPossible before there is a run."""
         self._check_open()
         if self._show is None:
-            raise no_views()
+            raise NotPossible(NO_VIEWS)
         return self._show(self.run)
 
     def listen_for_debugger(self, rank: int, port: int = 0) -> Listening:
