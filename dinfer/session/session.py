@@ -92,8 +92,7 @@ class Session(Announced, Closing):
         self._run: Run | None = None
         self._config = Config(world_size=self.world_size, log_dir="", prompt_ids=(0,), backend="gloo")
         self._devices = ["cpu"] * self.world_size
-        self._bare = set(range(self.world_size))
-        """ranks without weights, or with only some of them"""
+        self._bare = set(range(self.world_size))  # ranks without weights, or with only some of them
         self._noted: tuple[Run | None, str, str, str] = (None, "", "", "")
         self._closing = threading.Event()
         meet(ranks)
