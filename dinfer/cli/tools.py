@@ -45,8 +45,7 @@ def clean(
 def vscode(
     folder: Annotated[str, Option(help="the folder that is open in VS Code")] = ".",
     config: Annotated[
-        str,
-        Option(help="a TOML file with the parameters of the debugged runs; default: the demo model"),
+        str, Option(help="a TOML file with the parameters of the debugged runs; default: the demo model")
     ] = "",
 ) -> None:
     """Write VS Code's launch entries into the folder's .vscode/launch.json; entries of other names there stay."""
