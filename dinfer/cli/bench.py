@@ -7,8 +7,7 @@ from typer import Argument, Option
 
 from dinfer.cli.root import BAD_INPUT, FAILED, app, keep_json, log, stop
 from dinfer.config import Config, ConfigError, whole_numbers
-from dinfer.errors import ModelError
-from dinfer.plan.ops import PlanError
+from dinfer.errors import DinferError
 
 if TYPE_CHECKING:
     from dinfer.bench.prefill import BenchModel
@@ -46,8 +45,14 @@ def bench(
             raise ConfigError(f"repeats is {repeats}; it must be at least 1.")
         match what:
             case "prefill":
+                if plot and not compare:
+                    raise ConfigError(
+                        "plot needs --compare pairwise,ring; without it, --json writes the figures."
+                    )
                 if plot:
-                    _check_plot(plot, compare)
+                    from dinfer.bench.figure import check_ending
+
+                    check_ending(plot)
                 result, text = _bench_prefill(model, tokens, chunk_size, sizes, repeats, compare)
             case "digests":
                 result, text = _bench_digests(model, tokens, {**sizes, "chunk_size": chunk_size}, repeats)
@@ -63,10 +68,8 @@ def bench(
                 text = views.table(result)
             case _:
                 raise ConfigError(f"bench {what!r} is unknown; use prefill, digests, session or views.")
-    except (ConfigError, ModelError, PlanError) as error:
-        stop(error, BAD_INPUT)
-    except RuntimeError as error:
-        stop(error, FAILED)
+    except (DinferError, RuntimeError) as error:
+        stop(error, BAD_INPUT if isinstance(error, ValueError) else FAILED)
     print(text)
     if json_path:
         keep_json(result, json_path)
@@ -114,18 +117,6 @@ def _bench_digests(
         config = Config.of({**values, "model_path": str(folder)})
         result = bench_digests(config, lengths[0], check(str(folder)).vocab_size, repeats)
     return result, digests_table(result)
-
-
-def _check_plot(path: str, compare: str) -> None:
-    """Raises ConfigError for a plot file that could not be written."""
-    from dinfer.bench.figure import PlotError, check_ending
-
-    if not compare:
-        raise ConfigError("plot needs --compare pairwise,ring; without it, --json writes the figures.")
-    try:
-        check_ending(path)
-    except PlotError as error:
-        raise ConfigError(str(error)) from None
 
 
 def _checkpoint(model: str, shape: "BenchModel") -> AbstractContextManager[object]:
