@@ -1,16 +1,13 @@
 """`dinfer bench`: times of prefill, sessions and views on this machine."""
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Annotated, Any
+from contextlib import nullcontext
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from dinfer.cli.root import BAD_INPUT, FAILED, app, keep_json, log, stop
 from dinfer.config import Config, ConfigError, whole_numbers
 from dinfer.errors import DinferError
-
-if TYPE_CHECKING:
-    from dinfer.bench.prefill import BenchModel
 
 
 @app.command()
@@ -92,7 +89,7 @@ def _bench_prefill(
     names = compare.split(",") if compare else []
     lengths, chunks = whole_numbers("tokens", tokens), whole_numbers("chunk_size", chunk_size)
     strategies.check_asked(names, lengths, chunks, repeats)
-    with _checkpoint(model, prefill.BenchModel()) as folder:
+    with nullcontext(model) if model else prefill.random_checkpoint(prefill.BenchModel()) as folder:
         config = Config.of({**sizes, "model_path": str(folder), "chunk_size": chunks[0]})
         vocabulary = check(str(folder)).vocab_size
         if names:
@@ -106,21 +103,14 @@ def _bench_digests(
     model: str, tokens: str, values: dict[str, Any], repeats: int
 ) -> tuple[dict[str, Any], str]:
     """The result of `dinfer bench digests`, and its text."""
-    from dinfer.bench.prefill import DIGESTS_MODEL, bench_digests, digests_table
+    from dinfer.bench.prefill import DIGESTS_MODEL, bench_digests, digests_table, random_checkpoint
     from dinfer.model.checkpoint import check
 
     lengths = whole_numbers("tokens", tokens)
     if len(lengths) != 1 or lengths[0] < 1:
         raise ConfigError(f"tokens is {tokens!r}; bench digests takes one number, at least 1.")
     Config.of({**values, "model_path": "demo"})  # before a checkpoint is made
-    with _checkpoint(model, DIGESTS_MODEL) as folder:
+    with nullcontext(model) if model else random_checkpoint(DIGESTS_MODEL) as folder:
         config = Config.of({**values, "model_path": str(folder)})
         result = bench_digests(config, lengths[0], check(str(folder)).vocab_size, repeats)
     return result, digests_table(result)
-
-
-def _checkpoint(model: str, shape: "BenchModel") -> AbstractContextManager[object]:
-    """The folder `model`, or, for "", a temporary checkpoint of that shape."""
-    from dinfer.bench.prefill import random_checkpoint
-
-    return nullcontext(model) if model else random_checkpoint(shape)

@@ -36,7 +36,7 @@ from dinfer.run.decode import Generation
 from dinfer.run.events import RunEvents
 from dinfer.run.failure import RankFailed
 from dinfer.run.faults import Armed, Injected
-from dinfer.run.hang import STUCK, Health
+from dinfer.run.hang import Health
 from dinfer.run.inspect import RunInspector, check_comparable
 from dinfer.run.moves import Moves
 from dinfer.run.recorder import RunRecorder
@@ -451,11 +451,6 @@ class Run(Displayable):
                 self._actions.tell()
         finally:
             self._state.ending = ""
-
-    def stuck_ranks(self) -> tuple[int, ...]:
-        """Ranks in an op that does not end, according to the verdict."""
-        hang = self._state.hang
-        return hang.ranks if hang and hang.kind in STUCK else ()
 
     message: str = _of_state("message", "Why the last action stopped.")
     failure: str = _of_state("failure", "Why the run cannot go on until it is restarted; empty while it can.")

@@ -22,7 +22,7 @@ from dinfer.plan.custom import CustomSchedule
 from dinfer.plan.plan import Plan
 from dinfer.rank.debugger import FIRST_PORT
 from dinfer.run.failure import HANDED_ON, RankFailed, were_handed_on
-from dinfer.run.hang import Hung
+from dinfer.run.hang import STUCK, Hung
 from dinfer.run.report import NO_VIEWS, Reporter
 from dinfer.run.run import Run
 from dinfer.saved.saved import WriteReport
@@ -111,11 +111,11 @@ class Session(Announced, Closing):
         unsupported model.
         """
         self._check_open()
-        shares = self.ranks.cores()
+        share = max(self.ranks.cores())
         values = {"model_path": model_path, "dtype": dtype, "gpu_ids": tuple(gpu_ids), "log_dir": ""}
         config = Config.of({**values, "world_size": self.world_size, "prompt_ids": (0,)})
-        config = config.with_(threads=threads or threads_per_rank(max(shares)))
-        config, self.spec = prepare_load(config, range(max(shares)))
+        config = config.with_(threads=threads or threads_per_rank(share))
+        config, self.spec = prepare_load(config, range(share))
         self._end_run("another checkpoint was loaded; session.prefill(…) begins a run of it")
         if config.backend != self._config.backend:
             meet(self.ranks, config.backend)
@@ -144,7 +144,12 @@ class Session(Announced, Closing):
             self.load()
         assert self.spec
         own = without_fixed(parameters, self._config, self.spec)
-        config = self._config.with_(**{"prompt_ids": (), **_prompt(prompt), **own})
+        if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
+            raise ConfigError(
+                f"prompt is {prompt!r}; it must be text, or a list of token ids such as [5, 17, 3]."
+            )
+        given = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_ids": tuple(prompt)}
+        config = self._config.with_(**{"prompt_ids": (), **given, **own})
         job = prepare_loaded(config, plan)
         text = "" if plan is None else job.plan.text()
         self._end_run("another run has begun; session.debugger() shows it")
@@ -185,7 +190,8 @@ class Session(Announced, Closing):
         self._check_open()
         said, plan, stuck = list[str](), None, tuple[int, ...]()
         if self._run:
-            plan, stuck = self._run.plan, self._run.stuck_ranks()
+            plan, hang = self._run.plan, self._run.told
+            stuck = hang.ranks if hang and hang.kind in STUCK else ()
             self._run.fail("the session has recovered since: run.restart() begins anew")
         anew = recover(self.ranks, plan, self._config.backend, said.append, stuck)
         self._bare |= set(anew)
@@ -319,12 +325,3 @@ class Session(Announced, Closing):
             self._note(str(verdict) if verdict else "the run moves again", run)
             for rank, stack in verdict.stacks.items() if verdict else ():
                 self._note(f"rank {rank} stands at:\n{stack}", run)
-
-
-def _prompt(given: object) -> dict[str, Any]:
-    """A prompt as a parameter of Config. Raises ConfigError for what is neither text nor ids."""
-    if isinstance(given, str):
-        return {"prompt": given}
-    if isinstance(given, Iterable) and not isinstance(given, bytes):
-        return {"prompt_ids": tuple(given)}
-    raise ConfigError(f"prompt is {given!r}; it must be text, or a list of token ids such as [5, 17, 3].")
