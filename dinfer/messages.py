@@ -97,16 +97,6 @@ class NotedBlock(Struct, frozen=True):
     edited: bool = False
 
 
-class HeldBlock(Struct, frozen=True):
-    """Digests of a block: `now`, as it was `then`, when it was computed or came, and as it was `announced`."""
-
-    chunk: int
-    layer: int
-    now: Digest2
-    then: Digest2 | None = None
-    announced: Digest2 | None = None
-
-
 class UnexpectedHeader(Struct, frozen=True):
     """The header of a transfer that was not the one that the plan expects. `here`: this rank's plan id."""
 
@@ -254,22 +244,17 @@ class RankNotes(Answer, frozen=True):
     edits: tuple[EditedBlocks, ...]
 
 
-class HeldReport(Answer, frozen=True):
-    """Digests of all that a rank holds. `held`, `due`: rows by layer; `hidden`: (chunk, layer, digest)."""
+class HiddenDigests(Answer, frozen=True):
+    """Of the hidden states that a rank keeps: chunk, layer, digest."""
 
-    dtype: str
-    held: tuple[int, ...]
-    due: tuple[int, ...]
-    tokens: tuple[int, ...]
-    blocks: tuple[HeldBlock, ...]
-    hidden: tuple[tuple[int, int, int], ...]
+    digests: tuple[tuple[int, int, int], ...]
 
 
 class ReferenceReport(Answer, frozen=True):
     """How what a rank holds differs from transformers' own forward, and that forward's digests.
 
-    `blocks` and `hidden` as in HeldReport; `choices`: fields of TokenChoice; `misplaced`: layer, then fields of
-    Misplaced; `measured`: chunk, layer, tensor, then fields of CellDifference.
+    `blocks`: chunk, layer, digests; `hidden` as in HiddenDigests; `choices`: fields of TokenChoice; `misplaced`: layer,
+    then fields of Misplaced; `measured`: chunk, layer, tensor, then fields of CellDifference.
     """
 
     exact: bool
@@ -278,7 +263,7 @@ class ReferenceReport(Answer, frozen=True):
     seconds: float
     device: str
     choices: tuple[tuple[int, int, int, float], ...]
-    blocks: tuple[HeldBlock, ...]
+    blocks: tuple[tuple[int, int, Digest2], ...]
     hidden: tuple[tuple[int, int, int], ...]
     misplaced: tuple[tuple[int, tuple[Any, ...]], ...]
     measured: tuple[tuple[int, int, str, tuple[Any, ...]], ...]
@@ -551,8 +536,8 @@ class ReadMore(Command[TensorData], frozen=True):
 # -- commands: comparing with the reference
 
 
-class DigestHeld(Command[HeldReport], frozen=True):
-    """Digests of all that is here."""
+class DigestHidden(Command[HiddenDigests], frozen=True):
+    """Digests of the hidden states that are here."""
 
 
 class RunReference(Command[ReferenceReport], frozen=True):

@@ -1,18 +1,12 @@
 """Results of a run's actions: values with a text for consoles, and HTML that stays in a saved notebook."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dinfer.display import Displayable
 from dinfer.errors import NoSuch
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Cut
-
-
-def moved_text(lines: Sequence[str], remark: str, edited: Sequence[str]) -> str:
-    """The text of a call that moves a run: what was done, why it ended, and what the user has edited."""
-    found = [*lines, *[remark] * bool(remark)]
-    return "\n".join([*found, *[f"edited by hand: {', '.join(edited)}"] * bool(edited)])
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,7 +26,8 @@ class Moved(Displayable):
         return self.before != self.after
 
     def __str__(self) -> str:
-        return moved_text(self.lines if self.moved else (), self.remark, self.edited)
+        lines = [*self.lines] * self.moved + [self.remark] * bool(self.remark)
+        return "\n".join([*lines, *[f"edited by hand: {', '.join(self.edited)}"] * bool(self.edited)])
 
 
 @dataclass(frozen=True, repr=False)

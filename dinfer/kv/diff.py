@@ -29,7 +29,7 @@ VALUES = 256
 def diff_ranks(source: Source, chosen: Selection, values: int | None = VALUES) -> Diff:
     """Between the ranks of one source. Raises PlanError where they have no block in common yet."""
     before, subject = source.bytes_moved, source.subject
-    blocks = _held_blocks(source, source.held(chosen.ranks), chosen, subject.spans)
+    blocks = held_blocks(source, source.held(chosen.ranks), chosen, subject.spans)
     shared = _shared(blocks, chosen)
     if not shared:
         which = f"rank{'s' * (len(blocks) > 1)} {' and '.join(map(str, chosen.ranks))}"
@@ -60,8 +60,8 @@ def diff_sources(one: Source, other: Source, chosen: Selection, values: int | No
     _check_comparable(subject, theirs)
     spans = _common_spans(subject, theirs)
     there = chosen._replace(ranks=tuple(r if r in other.ranks else min(other.ranks) for r in chosen.ranks))
-    mine = _held_blocks(one, one.held(chosen.ranks), chosen, spans, f" of {subject.name}")
-    others = _held_blocks(other, other.held(there.ranks), there, spans, f" of {theirs.name}", by_rows=True)
+    mine = held_blocks(one, one.held(chosen.ranks), chosen, spans, f" of {subject.name}")
+    others = held_blocks(other, other.held(there.ranks), there, spans, f" of {theirs.name}")
     shared = _shared([*mine, *others], chosen)
     if not shared:
         raise PlanError(
@@ -123,7 +123,7 @@ class _Side(NamedTuple):
         return self.source.rows(self.rank, layer, places)
 
 
-class _Held(NamedTuple):
+class Held(NamedTuple):
     """What one side holds of a selection; `now`: the digests of the blocks that are there."""
 
     side: _Side
@@ -135,30 +135,24 @@ class _Held(NamedTuple):
         return self.side.source.subject.due(self.held, layer)
 
 
-def _held_blocks(
-    source: Source,
-    held: Sequence[HeldSpans],
-    chosen: Selection,
-    spans: Sequence[range],
-    whose: str = "",
-    *,
-    by_rows: bool = False,
-) -> list[_Held]:
-    """What each chosen rank has. `by_rows`: the spans are another source's, and those count whose rows are there."""
+def held_blocks(
+    source: Source, held: Sequence[HeldSpans], chosen: Selection, spans: Sequence[range], whose: str = ""
+) -> list[Held]:
+    """What each chosen rank has; `spans` may be another source's."""
     digests = source.digests(chosen.ranks, chosen.layers, [spans[n] for n in chosen.spans])
     found = []
     for rank, has, numbers in zip(chosen.ranks, held, digests, strict=True):
-        one = _Held(_Side(source, rank, f"rank {rank}{whose}"), has, {})
+        one = Held(_Side(source, rank, f"rank {rank}{whose}"), has, {})
         for i, layer in enumerate(chosen.layers):
+            due = one.due(layer)
             for j, span in enumerate(chosen.spans):
-                is_here = spans[span].stop <= one.due(layer) if by_rows else span < has.spans[layer]
-                if spans[span] and is_here:
+                if spans[span] and spans[span].stop <= due:
                     one.now[span, layer] = as_numbers(numbers[i, j])
         found.append(one)
     return found
 
 
-def _shared(blocks: Sequence[_Held], chosen: Selection) -> tuple[BlockKey, ...]:
+def _shared(blocks: Sequence[Held], chosen: Selection) -> tuple[BlockKey, ...]:
     """The blocks that all sides hold, in the order in which they are computed."""
     keys = [(span, layer) for span in chosen.spans for layer in chosen.layers]
     return tuple(key for key in keys if all(key in one.now for one in blocks))
@@ -175,11 +169,11 @@ class _Evidence:
         self.source, self.route = source, BlockRoute(source.subject.plan)
         self._layer = lru_cache(maxsize=None)(self._fetched)
 
-    def _fetched(self, layer: int) -> tuple[dict[int, dict[BlockKey, Noted]], list[_Held]]:
+    def _fetched(self, layer: int) -> tuple[dict[int, dict[BlockKey, Noted]], list[Held]]:
         source, ranks = self.source, tuple(self.source.ranks)
         everything = Selection(ranks, (layer,), tuple(range(len(source.subject.spans))))
         noted = dict(zip(ranks, source.noted(ranks, [layer]), strict=True))
-        return noted, _held_blocks(source, source.held(ranks), everything, source.subject.spans)
+        return noted, held_blocks(source, source.held(ranks), everything, source.subject.spans)
 
     def of(self, span: int, layer: int) -> tuple[dict[int, Noted], dict[int, Digests]]:
         """By rank, as far as they are known: what its ledger says of the block, and the digests of what it holds."""
@@ -271,7 +265,7 @@ class _Differences:
         verdict = unequal_text(compared, ordered, self._values) if ordered else equal_text(compared)
         return Diff(verdict, tuple(ordered), moved, self._rows, self._unfetched)
 
-    def add_lengths(self, sides: Sequence[tuple[_Held, Sequence[_Held]]], layers: Sequence[int]) -> None:
+    def add_lengths(self, sides: Sequence[tuple[Held, Sequence[Held]]], layers: Sequence[int]) -> None:
         """Add a difference for each layer of a side that is too long or too short. With each side come others, of which
         one may hold the layer in its right length."""
         wrong = list[_WrongLength]()

@@ -22,11 +22,9 @@ COLUMNS = ("rank", "layer", "chunk", "tensor", "head", "token", "dim", "values",
 
 @dataclass(frozen=True, kw_only=True)
 class KvPlace:
-    """Where KV is not what it should be, as far as that is known: down to one value.
-
-    `tensor`: "K", "V" or, beside the reference, a hidden state; `head`, `token`, `dim`: the first that differs;
-    `values`: what is there and what should be; `op`: the op at which it first differed, "" if that is not known.
-    """
+    """Where KV is not what it should be, as far as that is known. `tensor`: "K", "V" or, beside the reference, a hidden
+    state; `head`, `token`, `dim`: the first that differs; `values`: what is there and what should be; `op`: the op at
+    which it first differed, "" if that is not known."""
 
     rank: int
     layer: int
@@ -73,36 +71,41 @@ class Difference(KvPlace, Displayable):
     dtype: torch.dtype = field(default=torch.float32)
 
     def __str__(self) -> str:
-        return "; ".join(part for part in (self.text(), self.origin) if part)
+        return "; ".join(filter(None, (self.text(), self.origin)))
 
     def text(self) -> str:
         """What differs, without its origin."""
         if self.kind != "value":
             return self.note
-        place = [
-            f"{self.name} differs at layer {self.layer}",
-            self.tensor,
-            self.value_text(self.label, self.dtype),
-        ]
-        return ", ".join(part for part in place if part) + f" ({self.note})" * bool(self.note)
+        where = f"{self.name} differs at layer {self.layer}"
+        parts = (where, self.tensor, self.value_text(self.label, self.dtype))
+        return ", ".join(filter(None, parts)) + f" ({self.note})" * bool(self.note)
 
     def cells(self) -> tuple[str, ...]:
         """Its line of a table."""
         values = " ≠ ".join(number_text(value, self.dtype) for value in self.values or ())
         chunk = "new" if self.chunk is None and self.token is not None else self.chunk
-        some = (self.rank, self.layer, chunk, self.tensor, self.head, self.token, self.dim)
-        return (*("" if one is None else str(one) for one in some), values, self.kind, self.op)
+        some = (
+            self.rank,
+            self.layer,
+            chunk,
+            self.tensor,
+            self.head,
+            self.token,
+            self.dim,
+            values,
+            self.kind,
+            self.op,
+        )
+        return tuple("" if one is None else str(one) for one in some)
 
 
 @dataclass(frozen=True, repr=False)
 class Diff(Displayable):
-    """What `diff()` returns.
-
-    `verdict`: the first line. `differences`: first layers with too many rows or too few, then rows that are other rows,
-    then values; each in the order in which blocks are computed, the rank where a difference began before those to which
-    the block was passed on. `rows`: how many rows (token, K or V, head) differ; `unfetched`: how many of them whose
-    values were not fetched; `bytes_moved`: between the ranks and here.
-    """
+    """What `diff()` returns. `verdict`: the first line. `differences`: first layers with too many rows or too few, then
+    rows that are other rows, then values; each in the order in which blocks are computed, the rank where a difference
+    began before those to which the block was passed on. `rows`: how many rows (token, K or V, head) differ;
+    `unfetched`: how many of them whose values were not fetched; `bytes_moved`: between the ranks and here."""
 
     verdict: str
     differences: tuple[Difference, ...]
@@ -132,13 +135,11 @@ class Diff(Displayable):
         return f'<div style="white-space:pre-wrap">{lines}</div>{table}'
 
     def _remarks(self) -> list[str]:
-        if not self.differences:
-            return []
-        found = [f"{self.rows:,} rows (token, K or V, head) differ"] * (self.rows > 1)
-        found += [
+        unfetched = (
             f"the values of {self.unfetched:,} of them were not fetched: diff(values=None) fetches all"
-        ] * bool(self.unfetched)
-        return found
+        )
+        found = [f"{self.rows:,} rows (token, K or V, head) differ"] * (self.rows > 1)
+        return found + [unfetched] * bool(self.unfetched)
 
 
 def number_text(value: float, dtype: torch.dtype) -> str:
@@ -163,21 +164,19 @@ class Compared(NamedTuple):
     blocks: tuple[BlockKey, ...]
     other: str = ""
 
-    @property
-    def values(self) -> int:
-        """How many values were compared on each rank."""
-        tokens = sum(len(self.subject.spans[span]) for span, _ in self.blocks)
-        return tokens * 2 * self.subject.kv_heads * self.subject.head_dim
-
 
 def equal_text(compared: Compared) -> str:
     """For example `all 3 ranks hold the same 36 × 8 blocks, bit for bit`."""
-    blocks, missing = _blocks_text(compared)
+    subject, ranks, (blocks, missing) = compared.subject, compared.ranks, _blocks_text(compared)
     if compared.other:
-        return f"{compared.subject.name} and {compared.other} hold the same {blocks}, bit for bit{missing}"
-    if len(compared.ranks) == 1:
-        return f"rank {compared.ranks[0]} holds {blocks} as they were made, bit for bit{missing}"
-    return f"{_who(compared)} hold the same {blocks}, bit for bit{missing}"
+        return f"{subject.name} and {compared.other} hold the same {blocks}, bit for bit{missing}"
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} holds {blocks} as they were made, bit for bit{missing}"
+    if len(ranks) == subject.plan.world_size:
+        who = f"all {len(ranks)} ranks" if len(ranks) > 2 else "both ranks"
+    else:
+        who = f"ranks {numbers_text(ranks) if len(ranks) > 2 else ' and '.join(map(str, ranks))}"
+    return f"{who} hold the same {blocks}, bit for bit{missing}"
 
 
 def unequal_text(compared: Compared, differences: Sequence[Difference], values: Mapping[str, int]) -> str:
@@ -185,31 +184,26 @@ def unequal_text(compared: Compared, differences: Sequence[Difference], values: 
     first = differences[0]
     if first.kind != "value" or first.values is None:
         return str(first)
-    count = values.get(first.name, 0)
+    subject = compared.subject
+    tokens = sum(len(subject.spans[span]) for span, _ in compared.blocks)
     some = "at least " if any(one.dim is None and one.name == first.name for one in differences) else ""
-    total = f"{some}{count:,} of {compared.values:,} values"
-    return "; ".join(part for part in (first.text(), total, first.origin) if part)
+    total = f"{tokens * 2 * subject.kv_heads * subject.head_dim:,} values"
+    return "; ".join(
+        filter(None, (first.text(), f"{some}{values.get(first.name, 0):,} of {total}", first.origin))
+    )
 
 
 def _blocks_text(compared: Compared) -> tuple[str, str]:
     """How many blocks, and which of those asked for are not there yet."""
     chunks = len(compared.subject.plan.shape.chunks)
     prompt = [key for key in compared.blocks if key[0] < chunks]
-    new = {span for span, _ in compared.blocks if span >= chunks}
     of_layers, of_chunks = len({layer for _, layer in prompt}), len({span for span, _ in prompt})
     whole = of_layers * of_chunks == len(prompt)
     text = f"{of_layers} × {of_chunks} blocks" if whole else f"{len(prompt)} blocks"
-    if new:
+    if len(compared.blocks) > len(prompt):
         tokens = len(compared.subject.spans[chunks])
         text += f", and rows of {tokens} new token{'s' * (tokens > 1)}"
-    asked = len(compared.layers) * chunks
-    if of_chunks < chunks and len(prompt) < asked and not whole:
-        return text, f" ({asked - len(prompt)} are not on all of them yet)"
+    missing = len(compared.layers) * chunks - len(prompt)
+    if of_chunks < chunks and missing > 0 and not whole:
+        return text, f" ({missing} are not on all of them yet)"
     return text, ""
-
-
-def _who(compared: Compared) -> str:
-    ranks = compared.ranks
-    if len(ranks) == compared.subject.plan.world_size:
-        return f"all {len(ranks)} ranks" if len(ranks) > 2 else "both ranks"
-    return f"ranks {numbers_text(ranks) if len(ranks) > 2 else ' and '.join(map(str, ranks))}"

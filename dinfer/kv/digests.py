@@ -29,10 +29,8 @@ log = logging.getLogger(__name__)
 
 _STEP = -7046029254386353131  # 2^64 / golden ratio, as a signed number: multiples of it do not repeat
 
-_MULTIPLIERS = (
-    -4658895280553007687,
-    -7723592293110705685,
-)  # 0xBF58476D1CE4E5B9 and 0x94D049BB133111EB, signed
+# 0xBF58476D1CE4E5B9 and 0x94D049BB133111EB, signed
+_MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
 
 _KERNEL = """
 template <typename T> T dinfer_mix(T word, T place) {
@@ -79,9 +77,8 @@ def _mixer(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 def _mix(words: Tensor, places: Tensor) -> Tensor:
     mixed = words + places
-    shifted = torch.empty_like(
-        mixed
-    )  # one for all rounds: new memory for each would cost a fifth of the time
+    # one for all rounds: new memory for each would cost a fifth of the time
+    shifted = torch.empty_like(mixed)
     for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
         mixed ^= _shift(mixed, shift, shifted)
         mixed *= multiplier

@@ -1,7 +1,7 @@
 """Ledger: the digests of each block's bytes when it was computed or received on this rank.
 
-The rank that computes a block digests it once. These digests travel in every header that announces the block, over
-all its hops, and each receiver compares them with those of what has arrived. So a block whose bytes have changed can be
+The rank that computes a block digests it once. These digests travel in every header that announces the block, over all
+its hops, and each receiver compares them with those of what has arrived. So a block whose bytes have changed can be
 told from one that was computed wrong, and the first place where they changed can be named. Only `edited`, `changed`,
 `LedgerEntry.announced` and the comparison with a signature on the host wait for a device.
 """
@@ -25,11 +25,11 @@ UNKNOWN: Digests = (0, 0)
 
 
 class LedgerEntry(NamedTuple):
-    """One block: `rows`, the digest of each row, int64 [tokens, 2, kv_heads], and `digests`, the block's, int64 [2].
+    """One block: `rows`, the digest of each row, int64 [tokens, 2, kv_heads], and `digests`, the block's, int64 [2], of
+    the bytes that were computed or received or, if `edited`, that the user has left; on the block's device.
 
-    Both are of the bytes that were computed or received or, if `edited`, that the user has left; they lie on the
-    block's device. `signature`: of a block that was received, what its header said and the next header says, int64 [3]:
-    the digests of the rank that computed it, and the first rank that received other bytes, plus 1.
+    `signature`: of a block that was received, what its header said and the next header says, int64 [3]: the digests of
+    the rank that computed it, and the first rank that received other bytes, plus 1.
     """
 
     rows: Tensor
@@ -44,10 +44,8 @@ class LedgerEntry(NamedTuple):
 
 
 class Ledger:
-    """The ledger of one prompt on one rank; every lane writes its own blocks. With `on` False nothing is kept.
-
-    `told`: blocks for which a change in memory has been reported.
-    """
+    """The ledger of one prompt on one rank; every lane writes its own blocks. With `on` False nothing is kept. `told`:
+    blocks for which a change in memory has been reported."""
 
     def __init__(self, rank: int, *, on: bool = True) -> None:
         self.rank, self.on = rank, on
@@ -66,7 +64,10 @@ class Ledger:
             return None
         entry = _entry(block)
         found = entry.digests.to(announced.device)
-        self._enter(key, entry._replace(signature=_passed_on(announced, found, self.rank)))
+        # for the next hop, it names the first rank at which other bytes have arrived
+        differs = (announced[:2] != found).any() & (announced[:2] != 0).any() & (announced[2] == 0)
+        passed_on = torch.cat([announced[:2], torch.where(differs, self.rank + 1, announced[2:])])
+        self._enter(key, entry._replace(signature=passed_on))
         return found
 
     def edited(self, key: BlockKey, block: Tensor) -> None:
@@ -105,9 +106,3 @@ class Ledger:
 def _entry(block: Tensor) -> LedgerEntry:
     rows = row_digests(block)
     return LedgerEntry(rows, block_digests(rows))
-
-
-def _passed_on(announced: Tensor, found: Tensor, rank: int) -> Tensor:
-    """The signature for the next hop: it names the first rank at which other bytes have arrived."""
-    differs = (announced[:2] != found).any() & (announced[:2] != 0).any() & (announced[2] == 0)
-    return torch.cat([announced[:2], torch.where(differs, rank + 1, announced[2:])])

@@ -10,25 +10,20 @@ from torch import Tensor
 
 from dinfer.kv.digests import INTEGERS
 
-CellIndex = tuple[int, ...]
-
 
 class Spot(NamedTuple):
     """One value in two tensors: its index, and what it is in each."""
 
-    at: CellIndex
+    at: tuple[int, ...]
     mine: float
     theirs: float
 
 
 class CellDifference(NamedTuple):
-    """How two tensors, mine and theirs, differ.
-
-    `absolute`: the largest difference, infinite if one of the two values is NaN; `relative`: the largest difference
-    relative to the larger of the two values; `scale`: the largest absolute value of theirs; `largest`: where `absolute`
-    is; `changed`: how many values differ, in any bit if both have the same dtype; `first`: the first of these; `nans`:
-    the number of NaN in mine and in theirs.
-    """
+    """How two tensors, mine and theirs, differ. `absolute`: the largest difference, infinite if one of the two values
+    is NaN; `relative`: the largest relative to the larger of the two values; `scale`: the largest absolute value of
+    theirs; `largest`: where `absolute` is; `changed`: how many values differ, in any bit if both have the same dtype;
+    `first`: the first of these; `nans`: the number of NaN in mine and in theirs."""
 
     absolute: float
     relative: float
@@ -50,12 +45,6 @@ class CellDifference(NamedTuple):
             self.first or later.first,
             (self.nans[0] + later.nans[0], self.nans[1] + later.nans[1]),
         )
-
-    @classmethod
-    def of(cls, fields: list[Any]) -> "CellDifference":
-        """From a list, as JSON has it."""
-        absolute, relative, scale, largest, changed, first, nans = fields
-        return cls(absolute, relative, scale, _spot(largest), changed, first and _spot(first), tuple(nans))
 
 
 def measure(mine: Tensor, theirs: Tensor, row: int = 0) -> CellDifference:
@@ -87,11 +76,6 @@ def _at(mine: Tensor, theirs: Tensor, flat: int, row: int) -> Spot:
     index = [int(i) for i in torch.unravel_index(torch.tensor(flat), mine.shape)]
     values = float(mine[tuple(index)]), float(theirs[tuple(index)])
     return Spot((index[0] + row, *index[1:]), *values)
-
-
-def _spot(fields: list[Any]) -> Spot:
-    index, mine, theirs = fields
-    return Spot(tuple(index), mine, theirs)
 
 
 FIELDS = ("min", "max", "mean", "absmax", "nan", "inf", "zeros")

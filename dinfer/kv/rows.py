@@ -10,7 +10,7 @@ whole row the digests of all its heads.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Literal, NamedTuple
@@ -103,25 +103,28 @@ def identify(
     `known`: cells that are explained already.
     """
     found, left = list[Finding](), (got != want) & (True if known is None else ~known)
-    looks: list[Callable[[Tensor], list[Finding]]] = [
-        lambda left: _empty(got, left, zero, start),
+
+    def empty(left: Tensor) -> list[Finding]:
+        cells = left & (got == zero)
+        text = f"{_what_text(cells)} of {_tokens_text(cells, start)} {_are(concerned(cells))} all zeros"
+        return [Finding("empty", text, cells)] * bool(cells.any())
+
+    def swapped(left: Tensor) -> list[Finding]:
+        cells = left & (got == want.flip(1))
+        held = ["K holds V's rows"] * bool(cells[:, 0].any()) + ["V holds K's rows"] * bool(cells[:, 1].any())
+        text = f"swapped: {' and '.join(held)} in {_tokens_text(cells, start)}"
+        return [Finding("swapped", text, cells)] * bool(cells.any())
+
+    for look in (
+        empty,
         lambda left: _moved(got, want, left, start, nearby),
-        lambda left: _swapped(got, want, left, start),
+        swapped,
         lambda left: _heads(got, want, left, start),
-    ]
-    for look in looks:
+    ):
         for finding in look(left) if left.any() else []:
             found.append(finding)
             left = left & ~finding.cells
     return found, left
-
-
-def _empty(got: Tensor, left: Tensor, zero: int, start: int) -> list[Finding]:
-    cells = left & (got == zero)
-    if not cells.any():
-        return []
-    text = f"{_what_text(cells)} of {_tokens_text(cells, start)} {_are(concerned(cells))} all zeros"
-    return [Finding("empty", text, cells)]
 
 
 def _moved(
@@ -140,12 +143,13 @@ def _moved(
         if not (left & columns).any():
             continue
         rows, right, beside = (_keys(part[:, columns]) for part in (got, want, others.rows))
-        moved = _move(rows, right, beside, concerned(left & columns), start, others)
-        if moved is None:
+        sources = _first_places(beside, others.start) | _first_places(right, start)
+        mine = [n for n in concerned(left & columns) if rows[n] in sources]
+        if not mine:
             continue
-        places, kind, text, source = moved
+        kind, text, source = _move(rows, right, beside, mine, sources, start, others)
         cells = torch.zeros(got.shape, dtype=torch.bool)
-        cells[places] = columns
+        cells[mine] = columns
         cells &= left
         left = left & ~cells
         part = "" if bool(columns.all()) else f"{_what_text(cells)}: "
@@ -157,49 +161,36 @@ def _move(
     rows: list[bytes],
     right: list[bytes],
     beside: list[bytes],
-    differing: list[int],
+    mine: list[int],
+    sources: dict[bytes, int],
     start: int,
     others: Nearby,
-) -> tuple[list[int], RowKind, str, int | None] | None:
-    """Of the `differing` rows of a block, numbered from its own start, those that are other rows: which, of what kind,
-    a sentence, and the first place that they hold. None: none of them is."""
-    sources = _first_places(beside, others.start) | _first_places(right, start)
-    mine = [n for n in differing if rows[n] in sources]
-    if not mine:
-        return None
+) -> tuple[RowKind, str, int | None]:
+    """What has become of the rows `mine` of a block, numbered from its own start, which are other rows: of what kind
+    that is, a sentence, and the first place that they hold. `sources`: where rows should lie."""
+    here = places_text([start + n for n in mine])
     if others.previous is not None:
         before = beside[others.previous - others.start :][: start - others.previous]
         if all(n < len(before) and rows[n] == before[n] for n in mine):
             hold = "holds" if len(mine) == 1 else "hold"
             there = places_text([others.previous + n for n in mine])
-            text = f"stale: {places_text([start + n for n in mine])} {hold} {there} of the chunk before"
-            return mine, "stale", text, others.previous + mine[0]
-    here = places_text([start + n for n in mine])
+            return "stale", f"stale: {here} {hold} {there} of the chunk before", others.previous + mine[0]
     if Counter(rows[n] for n in mine) == Counter(right[n] for n in mine):
-        return mine, "permuted", f"{here} {_are(mine)} in another order", None
+        return "permuted", f"{here} {_are(mine)} in another order", None
     pairs = [(start + n, sources[rows[n]]) for n in mine]
     by = {place - source for place, source in pairs}
     if len(by) == 1 and len(mine) > 1 and {source - start for _, source in pairs} & set(mine):
-        return mine, "shifted", f"{here} {_are(mine)} shifted by {by.pop():+d}", pairs[0][1]
-    runs = [_Run("repeat", run[0][0], run[-1][0] + 1, run[0][1]) for run in _runs_of(pairs)]
-    return mine, "repeated", "; ".join(map(_repeat_text, runs)), pairs[0][1]
-
-
-def _swapped(got: Tensor, want: Tensor, left: Tensor, start: int) -> list[Finding]:
-    cells = left & (got == want.flip(1))
-    if not cells.any():
-        return []
-    held = ["K holds V's rows"] * bool(cells[:, 0].any()) + ["V holds K's rows"] * bool(cells[:, 1].any())
-    return [Finding("swapped", f"swapped: {' and '.join(held)} in {_tokens_text(cells, start)}", cells)]
+        return "shifted", f"{here} {_are(mine)} shifted by {by.pop():+d}", pairs[0][1]
+    runs = _runs_of([("repeat", *pair) for pair in pairs])
+    return "repeated", "; ".join(map(_repeat_text, runs)), pairs[0][1]
 
 
 def _heads(got: Tensor, want: Tensor, left: Tensor, start: int) -> list[Finding]:
     tried = [(n, left & (got == want.roll(n, dims=2))) for n in range(1, got.shape[2])]
     by, cells = max(tried, key=lambda one: int(one[1].sum()), default=(0, torch.zeros_like(left)))
-    if not cells.any():
-        return []
     where = f"{_tensors_text(cells)} of {_tokens_text(cells, start)}"
-    return [Finding("heads", f"heads shifted by {by} in {where}: head {by} holds head 0's rows", cells)]
+    text = f"heads shifted by {by} in {where}: head {by} holds head 0's rows"
+    return [Finding("heads", text, cells)] * bool(cells.any())
 
 
 # -- layers of another length
@@ -220,25 +211,20 @@ def repeats(got: Tensor, want: Tensor) -> list[Finding]:
     stand elsewhere, which of those behind its end are no row of it, which of its rows are missing."""
     mine, right = _keys(got), _keys(want)
     seen, rightful = dict[bytes, int](), _first_places(right)
-    sources = list[tuple[str, int]]()
+    found = list[tuple[str, int, int]]()
     for place, key in enumerate(mine):
         if key in seen:
-            last, source = sources[-1]
+            last, _, source = found[-1]
             follows = last == "repeat" and source + 1 < place and mine[source + 1] == key
-            sources.append(("repeat", source + 1 if follows else seen[key]))
+            found.append(("repeat", place, source + 1 if follows else seen[key]))
         elif key in rightful:
             moved = place >= len(right) or right[place] != key
-            sources.append(("right", rightful[key] if moved else place))
+            found.append(("right", place, rightful[key] if moved else place))
         else:
-            sources.append(("other", place))
+            found.append(("other", place, place))
         seen.setdefault(key, place)
-    runs = [
-        _Run(what, run[0][0], run[-1][0] + 1, run[0][1])
-        for what, group in groupby(enumerate(sources), key=lambda one: one[1][0])
-        for run in _runs_of([(place, source) for place, (_, source) in group])
-    ]
-    named = [_of_run(got, run, len(right)) for run in runs]
-    replaced = {place for place, (what, _) in enumerate(sources) if what == "other"}
+    named = [_of_run(got, run, len(right)) for run in _runs_of(found)]
+    replaced = {place for what, place, _ in found if what == "other"}
     gone = [place for place, key in enumerate(right) if key not in seen and place not in replaced]
     missing = f"{places_text(gone)} of the others {_are(gone)} missing"
     nothing = torch.zeros(got.shape, dtype=torch.bool)
@@ -260,11 +246,11 @@ def _of_run(got: Tensor, run: _Run, right: int) -> Finding | None:
     return None  # right, or other values, which are looked at in their place
 
 
-def _runs_of(pairs: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Pairs (place, source), split where either does not go on by one."""
-    numbered = enumerate(pairs)
-    groups = groupby(numbered, key=lambda one: (one[1][0] - one[0], one[1][1] - one[0]))
-    return [[pair for _, pair in group] for _, group in groups]
+def _runs_of(found: Iterable[tuple[str, int, int]]) -> list[_Run]:
+    """Of (what, place, source), split where one of them does not go on as before, by one each."""
+    groups = groupby(enumerate(found), key=lambda one: (one[1][0], one[1][1] - one[0], one[1][2] - one[0]))
+    runs = [[one for _, one in group] for _, group in groups]
+    return [_Run(run[0][0], run[0][1], run[-1][1] + 1, run[0][2]) for run in runs]
 
 
 # -- words

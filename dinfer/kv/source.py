@@ -27,12 +27,9 @@ class HeldSpans(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """The run whose KV a source holds.
-
-    `name`: what to call it in messages; `standing`: by rank, where it stands, "" at its end; `ids`: the prompt's
-    tokens, then the new ones; `texts`: the text of each, in whole characters, empty without a tokenizer; `checkpoint`:
-    the checkpoint's fingerprint.
-    """
+    """The run whose KV a source holds. `name`: what to call it in messages; `standing`: by rank, where it stands, "" at
+    its end; `ids`: the prompt's tokens, then the new ones; `texts`: the text of each, in whole characters, empty
+    without a tokenizer; `checkpoint`: the checkpoint's fingerprint."""
 
     name: str
     standing: tuple[str, ...]
@@ -84,12 +81,9 @@ class Subject:
 
 
 class Noted(NamedTuple):
-    """What one rank's ledger says of a block.
-
-    `came`: the digests of the block when it had been computed or received there. `announced`: those in its header,
-    which the rank that computed it has sent; on that rank the same as `came`. `edited`: the user has changed the block
-    there, and both are of the block after that.
-    """
+    """What one rank's ledger says of a block. `came`: its digests when it had been computed or received there;
+    `announced`: those in its header, from the rank that computed it; there the same as `came`. `edited`: the user has
+    changed the block there, and both are of the block after that."""
 
     came: Digests
     announced: Digests
@@ -97,8 +91,8 @@ class Noted(NamedTuple):
 
 
 class Source(Protocol):
-    """KV by rank and layer. `ranks`: those that can be asked. A call for several ranks asks them at the same time and
-    returns their answers in the order of `ranks`. `chunk` is a number of the plan's chunks."""
+    """KV by rank and layer. `ranks`: those that can be asked; several are asked at once, and their answers come in
+    their order."""
 
     subject: Subject
     ranks: Sequence[int]
@@ -109,15 +103,14 @@ class Source(Protocol):
         """What these ranks hold."""
 
     def digests(self, ranks: Sequence[int], layers: Sequence[int], spans: Sequence[range]) -> list[Tensor]:
-        """The digests of blocks as they are now: int64 [layers, spans, 2] for each rank; those of rows that a rank does
-        not hold mean nothing."""
+        """Of blocks as they are now: int64 [layers, spans, 2] for each rank; those of rows that a rank does not hold
+        mean nothing."""
 
     def noted(self, ranks: Sequence[int], layers: Sequence[int]) -> list[dict[BlockKey, Noted]]:
         """What the ranks' ledgers say of blocks of these layers, by chunk and layer; empty without a ledger."""
 
     def noted_rows(self, rank: int, chunk: int, layer: int) -> Tensor | None:
-        """The rows' digests when the block had been computed or received, int64 [tokens, 2, kv_heads]; None if the
-        ledger does not have them."""
+        """The rows' digests when the block had been computed or received, int64 [tokens, 2, kv_heads], if known."""
 
     def rows(self, rank: int, layer: int, places: range) -> Tensor:
         """The rows' digests as they are now, int64 [places, 2, kv_heads], as far as the rank holds these places."""

@@ -1,4 +1,4 @@
-"""Inventory: the blocks that one rank holds at this moment, and their digests. Read only.
+"""Inventory: the blocks and hidden states that one rank holds at this moment. Read only.
 
 The rows of all new tokens count as one more block after the prompt's chunks.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dinfer.engine.lanes import LaneExecutor
-from dinfer.kv.digests import as_numbers, block_digests, row_digests
+from dinfer.kv.digests import block_digests, row_digests
 from dinfer.model.cache import KVCache
 
 InventoryKey = tuple[int, int]
@@ -49,21 +49,6 @@ class Inventory:
     def holds(self, chunk: int, layer: int) -> bool:
         return chunk >= self.prompt_chunks or self._executor.holds_block(chunk, layer)
 
-    @cached_property
-    def keys(self) -> list[InventoryKey]:
-        """The blocks that are here."""
-        return [
-            (chunk, layer)
-            for chunk in range(len(self.chunks))
-            for layer in range(self.layers)
-            if self.holds(chunk, layer)
-        ]
-
-    def block(self, chunk: int, layer: int) -> Tensor:
-        """The block itself, in the cache: [tokens, 2, kv_heads, head_dim]."""
-        rows = self.chunks[chunk]
-        return self.cache.block(layer, rows.start, rows.stop)
-
     def rows_due(self, layer: int) -> int:
         """How many rows a layer should have: those of the chunks that are here, up to the first gap."""
         here = 0
@@ -77,11 +62,6 @@ class Inventory:
         """How many rows a layer has: more than it should, if rows were appended twice."""
         rows = max(self.rows_due(layer), self._rows) + self.state.extra.get(layer, 0)
         return min(rows, self.cache.capacity)
-
-    def digests(self) -> dict[InventoryKey, tuple[int, int]]:
-        """The digests of K and V of every block, as its bytes are now. Waits for the device."""
-        found = [block_digests(row_digests(self.block(*key))) for key in self.keys]
-        return {key: as_numbers(digests) for key, digests in zip(self.keys, _on_host(found), strict=True)}
 
     def hidden_digests(self) -> dict[InventoryKey, int]:
         """The digests of the hidden states that are kept, by chunk and the layer that they enter; the layer of the

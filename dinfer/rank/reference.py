@@ -16,14 +16,12 @@ from torch import Tensor
 from dinfer.engine.engine import Engine
 from dinfer.errors import ModelError
 from dinfer.kv.digests import as_numbers, block_digests, row_digests
-from dinfer.kv.ledger import LedgerEntry
 from dinfer.kv.measure import CellDifference, measure
 from dinfer.kv.reference.reports import FINAL, TokenChoice
 from dinfer.kv.rows import Misplaced, misplaced_in_blocks, misplaced_rows
 from dinfer.messages import (
-    DigestHeld,
-    HeldBlock,
-    HeldReport,
+    DigestHidden,
+    HiddenDigests,
     Ok,
     ReferenceReport,
     RunReference,
@@ -229,10 +227,10 @@ class Stopped(RuntimeError):
 
 
 def reference_commands(holder: Holder) -> list[Handler]:
-    """For `run.compare`, which sends DigestHeld to all ranks, then RunReference where it is needed."""
+    """For `run.compare`, which sends DigestHidden to all ranks, then RunReference where it is needed."""
     references = References(holder)
     return [
-        slow(DigestHeld, references.held),
+        slow(DigestHidden, references.hidden),
         slow(RunReference, references.run),
         quick(StopReference, references.stop),
     ]
@@ -245,21 +243,11 @@ class References:
         self._holder = holder
         self._stopped = threading.Event()
 
-    def held(self, _: DigestHeld) -> HeldReport:
-        """Digests of what is here now, and of what came to be here."""
+    def hidden(self, _: DigestHidden) -> HiddenDigests:
+        """Digests of the hidden states that are here now."""
         holding = self._holding()
         _settle(holding.cache.device)
-        ledger = holding.state.ledger.entries
-        return HeldReport(
-            dtype=_name(holding.cache.dtype),
-            held=tuple(holding.rows_held(layer) for layer in range(holding.layers)),
-            due=tuple(holding.rows_due(layer) for layer in range(holding.layers)),
-            tokens=tuple(holding.tokens),
-            blocks=tuple(
-                HeldBlock(*key, now, *_then(ledger.get(key))) for key, now in holding.digests().items()
-            ),
-            hidden=tuple((*key, digest) for key, digest in holding.hidden_digests().items()),
-        )
+        return HiddenDigests(tuple((*key, digest) for key, digest in holding.hidden_digests().items()))
 
     def run(self, command: RunReference) -> ReferenceReport:
         """The forward, and how what is here differs from it. Raises ModelError where memory would not do."""
@@ -286,7 +274,7 @@ class References:
                 seconds=perf_counter() - started,
                 device=str(reference.device),
                 choices=tuple(found.choices),
-                blocks=tuple(HeldBlock(*key, digests) for key, digests in found.digests().items()),
+                blocks=tuple((*key, digests) for key, digests in found.digests().items()),
                 hidden=tuple((*key, digest) for key, digest in found.hidden.items()),
                 misplaced=tuple((layer, one) for layer, rows in found.misplaced().items() for one in rows),
                 measured=tuple((*key, one) for key, one in found.measured.items()),
@@ -306,11 +294,6 @@ class References:
         tokens = self._holder.tokens
         executor = self._holder.engine.executor
         return Inventory(executor, tokens.tokens, tokens.rows) if tokens else Inventory(executor, [])
-
-
-def _then(entry: LedgerEntry | None) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
-    """The digests of a block when it came to be here, and those that were announced."""
-    return (None, None) if entry is None else (as_numbers(entry.digests), entry.announced)
 
 
 @contextmanager

@@ -14,13 +14,19 @@ from dinfer.cluster.kv import Live
 from dinfer.cluster.lease import RunOver
 from dinfer.cluster.ranks import RankRefused
 from dinfer.kv.difference import Diff
-from dinfer.kv.hidden import AttentionWeights, Hidden, attention_of, hidden_of
 from dinfer.kv.reference.comparison import Comparison
 from dinfer.kv.reference.judge import ReferenceCase
-from dinfer.kv.reference.reports import Examined, HeldDigests, ToleranceMeasure, holds_most, to_be_examined
+from dinfer.kv.reference.reports import (
+    Examined,
+    HeldDigests,
+    ToleranceMeasure,
+    helds_of,
+    holds_most,
+    to_be_examined,
+)
 from dinfer.kv.source import Selection, Subject
-from dinfer.kv.view import KV, kv_of
-from dinfer.messages import Answer, Command, DigestHeld, HashKv, RunReference, StopReference
+from dinfer.kv.view import KV, AttentionWeights, Hidden, attention_of
+from dinfer.messages import Answer, Command, DigestHidden, HashKv, RunReference, StopReference
 from dinfer.model.checkpoint import fingerprint
 from dinfer.model.text import texts_of
 from dinfer.plan.ops import PlanError
@@ -52,12 +58,12 @@ class RunInspector:
         """See `Run.kv`."""
         hold = self._actions.hold
         with hold():
-            return kv_of(self.live, layer=layer, chunk=chunk, rank=rank, note=self._compared, hold=hold)
+            return KV(self.live, layer=layer, chunk=chunk, rank=rank, note=self._compared, hold=hold)
 
     def hidden(self, chunk: int, layer: int) -> Hidden:
         """See `Run.hidden`."""
         with self._actions.hold():
-            return hidden_of(self.live, chunk, layer, self._actions.hold)
+            return Hidden(self.live, chunk, layer, self._actions.hold)
 
     def attention(self, layer: int, chunk: int, head: int | None) -> AttentionWeights:
         """See `Run.attention`."""
@@ -132,31 +138,25 @@ class RunInspector:
         """See `Run.compare`."""
         with self._actions.hold():
             self._check()
-            helds = self._held()
-            own = helds[0].dtype
-            wanted = dtype or own
-            examined = self._examined(helds, chunked=chunked, dtype=wanted)
-        spec, plan = self._job.spec, self._job.plan
+            source, ranks = self.live(), range(self._job.plan.world_size)
+            hidden = self._reference(dict.fromkeys(ranks, DigestHidden()))
+            helds = helds_of(source, [hidden[rank] for rank in ranks])
+            if not any(one.now for one in helds):
+                raise PlanError(
+                    "nothing to compare: prefill has not begun, no block is computed yet. run.step(), run.run_to(…) or "
+                    "run.resume() first."
+                )
+            own = source.subject.dtype_name
+            examined = self._examined(helds, chunked=chunked, dtype=dtype or own)
+        spec, plan, ids = self._job.spec, self._job.plan, source.subject.ids
         width = max(spec.hidden_size, spec.intermediate_size, plan.shape.tokens)
-        measure = ToleranceMeasure(examined[0].exact, own, wanted, width)
-        ids = (*self._job.ids, *max((one.tokens for one in helds), key=len))
+        measure = ToleranceMeasure(examined[0].report.exact, own, dtype or own, width)
         return Comparison(
-            ReferenceCase(plan, measure, helds, examined),
+            ReferenceCase(plan, ids[plan.shape.tokens :], measure, helds, examined),
             chunked=chunked,
             edited=self._state.edited,
-            texts=self._texts(ids),
+            texts=source.subject.texts,
         )
-
-    def _held(self) -> list[HeldDigests]:
-        ranks = range(self._job.plan.world_size)
-        reports = self._reference(dict.fromkeys(ranks, DigestHeld()))
-        helds = [HeldDigests.of(rank, reports[rank]) for rank in ranks]
-        if not any(one.now for one in helds):
-            raise PlanError(
-                "nothing to compare: prefill has not begun, no block is computed yet. run.step(), run.run_to(…) or "
-                "run.resume() first."
-            )
-        return helds
 
     def _examined(self, helds: list[HeldDigests], *, chunked: bool, dtype: str) -> list[Examined]:
         """One rank runs the reference, and so do those that hold other bytes than it."""

@@ -21,9 +21,8 @@ from dinfer.display import Displayable
 from dinfer.engine.corruption import Corruption
 from dinfer.errors import NotPossible, ipython
 from dinfer.job import Job
-from dinfer.kv.hidden import AttentionWeights, Hidden
 from dinfer.kv.reference.comparison import Comparison
-from dinfer.kv.view import KV
+from dinfer.kv.view import KV, AttentionWeights, Hidden
 from dinfer.messages import Answer, BlockCorrupt, BreakpointHit, Command, Edited, FaultStruck, GetStand
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint

@@ -2,18 +2,11 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
-from dinfer.engine.prompt import Edit
 from dinfer.errors import DinferError
-from dinfer.kv.ledger import BlockKey
-from dinfer.plan.faults import Fault
 from dinfer.plan.plan import Plan
-from dinfer.saved.replay.record import Own
 from dinfer.trace.export import FORMAT as TRACE_FORMAT
 
 FORMAT, VERSION = "dinfer-run", 1
@@ -24,8 +17,6 @@ DIGESTS, HIDDEN = "digests.safetensors", "hidden.safetensors"
 
 LEDGER_COLUMNS = 7
 """chunk, layer, edited; digests of K and V as they came, then as announced"""
-
-_KV_FILE = re.compile(r"kv\.layer\d+\.safetensors")
 
 
 class SavedError(DinferError, ValueError):
@@ -39,7 +30,8 @@ def damaged(path: Path, what: str) -> SavedError:
 
 def is_part(name: str) -> bool:
     """Whether a saved run may have a file of this name."""
-    return name in (RUN, DESCRIBED, PLAN, TRACE, DIGESTS, HIDDEN) or bool(_KV_FILE.fullmatch(name))
+    known = (RUN, DESCRIBED, PLAN, TRACE, DIGESTS, HIDDEN)
+    return name in known or re.fullmatch(r"kv\.layer\d+\.safetensors", name) is not None
 
 
 # names of files and tensors, of numbers in the order in which they stand there: DESCRIPTION says what they are
@@ -146,46 +138,3 @@ A file for each layer of `kv.layers`.
 * `rank1.edit0.kv.chunk1.layer4`, [tokens, 2, heads, head_dim], `rank1.edit0.hidden.chunk1.layer4`, [1, tokens,
   hidden_size]: what the user of rank 1 had left.
 """
-
-
-def own_values(own: Own) -> dict[str, Any]:
-    """The record as values for run.json."""
-    return {
-        "device": own.device,
-        "tokens": own.tokens,
-        "begun": own.begun,
-        "final": own.final is not None,
-        "edits": [
-            {"positions": edit.positions, "kv": list(edit.kv), "hidden": list(edit.hidden)}
-            for edit in own.edits
-        ],
-        "faults": [fault.as_dict() for fault in own.faults],
-    }
-
-
-def own_tensors(rank: int, own: Own) -> dict[str, Tensor]:
-    """Its tensors, by their names in the file."""
-    found = {} if own.final is None else {final_name(rank): own.final}
-    for number, edit in enumerate(own.edits):
-        for what, tensors in (("kv", edit.kv), ("hidden", edit.hidden)):
-            found |= {edit_name(rank, number, what, *key): tensor for key, tensor in tensors.items()}
-    return found
-
-
-def own_from(values: Mapping[str, Any], rank: int, tensor: Callable[[str], Tensor]) -> Own:
-    """The record from these values; `tensor(name)` reads a tensor."""
-
-    def edited(number: int, what: str, keys: list[BlockKey]) -> dict[BlockKey, Tensor]:
-        return {(c, n): tensor(edit_name(rank, number, what, c, n)) for c, n in keys}
-
-    return Own(
-        device=values["device"],
-        tokens=tuple(values["tokens"]),
-        begun=tuple(values["begun"]),
-        final=tensor(final_name(rank)) if values["final"] else None,
-        edits=tuple(
-            Edit(tuple(one["positions"]), edited(n, "kv", one["kv"]), edited(n, "hidden", one["hidden"]))
-            for n, one in enumerate(values["edits"])
-        ),
-        faults=tuple(map(Fault.of, values["faults"])),
-    )

@@ -4,7 +4,7 @@ Whatever cannot be read raises a SavedError that names the file.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -15,36 +15,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dinfer.config import Config
+from dinfer.engine.prompt import Edit
 from dinfer.kv.digests import as_numbers, block_digests, row_digests
 from dinfer.kv.ledger import BlockKey
 from dinfer.kv.measure import per_head
 from dinfer.kv.rows import numbers_text
 from dinfer.kv.source import HeldSpans, Noted, Subject, ViewableSource
 from dinfer.messages import Figures
+from dinfer.plan.faults import Fault
 from dinfer.plan.ops import PlanError
 from dinfer.plan.plan import parse_plan
-from dinfer.saved.format import (
-    DIGESTS,
-    FORMAT,
-    HIDDEN,
-    PLAN,
-    RUN,
-    TRACE,
-    VERSION,
-    SavedError,
-    came_name,
-    damaged,
-    first_holder,
-    hidden_name,
-    kv_file,
-    ledger_name,
-    own_from,
-    piece_name,
-    pieces,
-    rows_name,
-    sha256_of,
-)
-from dinfer.saved.replay.record import RankRecord, check_rank, record_of
+from dinfer.saved import format as layout
+from dinfer.saved.format import SavedError, damaged
+from dinfer.saved.replay.record import Own, RankRecord, check_rank, record_of
 from dinfer.trace.export import TraceError
 from dinfer.trace.read import read_jsonl
 from dinfer.trace.trace import Trace
@@ -73,16 +56,12 @@ class Tensors:
         with self._readable():
             return self._file.get_tensor(name) if name in self.names else None
 
-    def one(self, name: str) -> Tensor:
-        """The same for a tensor that must be there."""
-        found = self.get(name)
-        if found is None:
-            raise damaged(self._path, f"it has no tensor {name}.")
-        return found
-
-
-KEPT = 16
-"""of how many layers, counted by rank, the row digests are kept in memory"""
+    def one(self, *names: str) -> Tensor:
+        """The first of these tensors that is there; one of them must be."""
+        for name in names:
+            if (found := self.get(name)) is not None:
+                return found
+        raise damaged(self._path, f"it has no tensor {names[-1]}.")
 
 
 class SavedSource(ViewableSource):
@@ -96,9 +75,9 @@ class SavedSource(ViewableSource):
         self.subject, self._folder, self._layers = subject, folder, tuple(layers)
         self._held = {one["rank"]: HeldSpans(tuple(one["spans"]), tuple(one["rows"])) for one in ranks}
         self.ranks = list(self._held)
-        self._digests = Tensors(folder / DIGESTS)
-        self._file = lru_cache(lambda layer: Tensors(folder / kv_file(layer)))
-        self._rows = lru_cache(KEPT)(self._read_rows)
+        self._digests = Tensors(folder / layout.DIGESTS)
+        self._file = lru_cache(lambda layer: Tensors(folder / layout.kv_file(layer)))
+        self._rows = lru_cache(16)(self._read_rows)  # so many layers, counted by rank, are kept in memory
 
     def held(self, ranks: Sequence[int]) -> list[HeldSpans]:
         self._check(ranks)
@@ -117,7 +96,7 @@ class SavedSource(ViewableSource):
     def noted_rows(self, rank: int, chunk: int, layer: int) -> Tensor | None:
         if (chunk, layer) not in self._notes(rank, [layer]):
             return None
-        came = self._digests.get(came_name(rank, layer, chunk))
+        came = self._digests.get(layout.came_name(rank, layer, chunk))
         return self.rows(rank, layer, self.subject.spans[chunk]) if came is None else came
 
     def rows(self, rank: int, layer: int, places: range) -> Tensor:
@@ -129,10 +108,8 @@ class SavedSource(ViewableSource):
             raise SavedError(
                 f"{self.subject.name} holds no values of layer {layer}: it was saved with {self.holds}."
             )
-        asked, rows = set(places), self._held[rank].rows[layer]
-        needed = [piece for piece in pieces(self.subject.spans, rows) if not asked.isdisjoint(piece)]
-        if not needed:
-            return self._piece(rank, layer, pieces(self.subject.spans, rows)[0])[:0]
+        asked, pieces = set(places), layout.pieces(self.subject.spans, self._held[rank].rows[layer])
+        needed = [piece for piece in pieces if not asked.isdisjoint(piece)] or pieces[:1]
         read = torch.cat([self._piece(rank, layer, piece) for piece in needed])
         at = {place: n for n, place in enumerate(place for piece in needed for place in piece)}
         return read[[at[place] for place in places]]
@@ -163,16 +140,17 @@ class SavedSource(ViewableSource):
             )
 
     def _notes(self, rank: int, layers: Sequence[int]) -> dict[BlockKey, Noted]:
-        ledger = self._digests.get(ledger_name(rank))
-        lines = [] if ledger is None else [line for line in ledger if int(line[1]) in layers]
+        ledger = self._digests.get(layout.ledger_name(rank))
         return {
             (int(line[0]), int(line[1])): Noted(as_numbers(line[3:5]), as_numbers(line[5:7]), bool(line[2]))
-            for line in lines
+            for line in (() if ledger is None else ledger)
+            if int(line[1]) in layers
         }
 
     def _read_rows(self, rank: int, layer: int) -> Tensor:
         self._check([rank])
-        found = self._own_or_first(self._digests, rows_name, rank, layer, layer)
+        names = (layout.rows_name(one, layer) for one in (rank, self._first(layer)))
+        found = self._digests.one(*names)
         wanted = (self._held[rank].rows[layer], 2, self.subject.kv_heads)
         if tuple(found.shape) != wanted:
             raise SavedError(
@@ -182,22 +160,18 @@ class SavedSource(ViewableSource):
         return found
 
     def _piece(self, rank: int, layer: int, piece: range) -> Tensor:
-        found = self._own_or_first(self._file(layer), piece_name, rank, layer, piece.start)
+        names = (layout.piece_name(one, piece.start) for one in (rank, self._first(layer)))
+        found = self._file(layer).one(*names)
         if not torch.equal(row_digests(found), self.rows(rank, layer, piece)):
             raise damaged(
-                self._folder / kv_file(layer),
+                self._folder / layout.kv_file(layer),
                 f"rows {piece.start}–{piece.stop - 1} of rank {rank} do not match their digests.",
             )
         return found
 
-    def _own_or_first(
-        self, file: Tensors, name: Callable[[int, int], str], rank: int, layer: int, number: int
-    ) -> Tensor:
-        """The rank's own tensor; if it has none, it holds the same as the layer's first holder."""
-        own = file.get(name(rank, number))
-        return (
-            file.one(name(first_holder(self.subject.plan, self.ranks, layer), number)) if own is None else own
-        )
+    def _first(self, layer: int) -> int:
+        """The rank that holds what ranks without tensors of their own do."""
+        return layout.first_holder(self.subject.plan, self.ranks, layer)
 
 
 # -- the parts of a folder
@@ -205,60 +179,58 @@ class SavedSource(ViewableSource):
 
 def read_about(folder: Path) -> dict[str, Any]:
     """What `run.json` says. Raises SavedError for a folder that is no saved run, and for a newer format."""
-    path = folder / RUN
+    path = folder / layout.RUN
     if not path.is_file():
-        raise SavedError(f"{str(folder)!r} is no saved run: it has no {RUN}. run.save(folder) makes one.")
+        raise SavedError(
+            f"{str(folder)!r} is no saved run: it has no {layout.RUN}. run.save(folder) makes one."
+        )
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise damaged(folder, f"{RUN} is no JSON ({error}).") from None
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise SavedError(f'{str(folder)!r} is no saved run: its {RUN} does not say "format": "{FORMAT}".')
+        raise damaged(folder, f"{layout.RUN} is no JSON ({error}).") from None
+    if not isinstance(about, dict) or about.get("format") != layout.FORMAT:
+        raise SavedError(
+            f'{str(folder)!r} is no saved run: its {layout.RUN} does not say "format": "{layout.FORMAT}".'
+        )
     version = about.get("version")
     if not isinstance(version, int) or version < 1:
-        raise damaged(folder, f"its {RUN} says no version of its format.")
-    if version > VERSION:
+        raise damaged(folder, f"its {layout.RUN} says no version of its format.")
+    if version > layout.VERSION:
         raise SavedError(
             f"{str(folder)!r} is of a newer dinfer: its format is version {version}, and this dinfer reads up to "
-            f"{VERSION}. Update dinfer to open it."
+            f"{layout.VERSION}. Update dinfer to open it."
         )
     return about
 
 
 def read_trace(folder: Path, about: dict[str, Any]) -> Trace:
-    check_sum(folder, TRACE, about)
+    check_sum(folder, layout.TRACE, about)
     try:
-        return read_jsonl(folder / TRACE)
+        return read_jsonl(folder / layout.TRACE)
     except TraceError as error:
         raise damaged(folder, str(error)) from None
 
 
 def read_source(folder: Path, about: dict[str, Any]) -> SavedSource:
     """The KV, and with it the plan."""
-    check_sum(folder, PLAN, about)
+    check_sum(folder, layout.PLAN, about)
     try:
-        plan = parse_plan((folder / PLAN).read_text(encoding="utf-8"))
+        plan = parse_plan((folder / layout.PLAN).read_text(encoding="utf-8"))
     except (PlanError, ValueError) as error:
-        raise damaged(folder, f"{PLAN}: {error}") from None
-    check_sum(folder, DIGESTS, about)
+        raise damaged(folder, f"{layout.PLAN}: {error}") from None
+    check_sum(folder, layout.DIGESTS, about)
     with well_formed(folder):
         kv, texts = about["kv"], about.get("texts")
         dtype = getattr(torch, kv["dtype"], None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"the dtype {kv['dtype']!r}, which torch does not know")
         subject = Subject(
-            name=f"saved run {folder.name!r}",
-            standing=tuple(about["standing"]),
-            plan=plan,
-            ids=(*about["ids"], *about["tokens"]),
-            texts=tuple(texts or ()),
-            kv_heads=int(kv["heads"]),
-            head_dim=int(kv["head_dim"]),
-            dtype=dtype,
-            checkpoint=about["checkpoint"]["fingerprint"],
-        )
+            name=f"saved run {folder.name!r}", standing=tuple(about["standing"]), plan=plan,
+            ids=(*about["ids"], *about["tokens"]), texts=tuple(texts or ()), kv_heads=int(kv["heads"]),
+            head_dim=int(kv["head_dim"]), dtype=dtype, checkpoint=about["checkpoint"]["fingerprint"],
+        )  # fmt: skip
         if len(about["ids"]) != plan.shape.tokens:
-            raise ValueError(f"{len(about['ids'])} ids, and {plan.shape.tokens} tokens in {PLAN}")
+            raise ValueError(f"{len(about['ids'])} ids, and {plan.shape.tokens} tokens in {layout.PLAN}")
         return SavedSource(folder, subject, about["ranks"], kv["layers"])
 
 
@@ -267,7 +239,7 @@ def check_sum(folder: Path, name: str, about: dict[str, Any]) -> None:
     if not (folder / name).is_file():
         raise damaged(folder, f"{name} is missing.")
     expected = about.get("files", {}).get(name)
-    if expected is not None and sha256_of(folder / name) != expected:
+    if expected is not None and layout.sha256_of(folder / name) != expected:
         raise damaged(folder, f"{name} is not what was written (its SHA-256 differs).")
 
 
@@ -280,7 +252,7 @@ def well_formed(folder: Path) -> Iterator[None]:
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise damaged(folder, f"{RUN} has {what}.") from None
+        raise damaged(folder, f"{layout.RUN} has {what}.") from None
 
 
 def read_record(
@@ -292,20 +264,37 @@ def read_record(
     if str(rank) not in about.get("own", {}) or not about.get("positions"):
         there = "it was saved with hidden=False" if not about.get("hidden") else "the rank did not answer"
         raise SavedError(f"{subject.name} holds nothing to replay rank {rank} from: {there}.")
-    check_sum(folder, HIDDEN, about)
-    states = Tensors(folder / HIDDEN)
+    check_sum(folder, layout.HIDDEN, about)
+    states = Tensors(folder / layout.HIDDEN)
     with well_formed(folder):
         parameters: dict[str, Any] = about["parameters"]
         given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in parameters.items()}
         return record_of(
             source,
             rank,
-            own_from(about["own"][str(rank)], rank, states.one),
+            _own(about["own"][str(rank)], rank, states),
             config=Config(**given, prompt_ids=subject.prompt, log_dir=""),
             positions=tuple(about["positions"][rank]),
-            hidden=lambda chunk, layer: states.get(hidden_name(rank, chunk, layer)),
+            hidden=lambda chunk, layer: states.get(layout.hidden_name(rank, chunk, layer)),
             block=lambda chunk, layer: (
                 source.values(rank, layer, subject.spans[chunk]) if source.has_values(layer) else None
             ),
             failure=failure,
         )
+
+
+def _own(values: dict[str, Any], rank: int, states: Tensors) -> Own:
+    def edited(number: int, what: str, keys: list[BlockKey]) -> dict[BlockKey, Tensor]:
+        return {(c, n): states.one(layout.edit_name(rank, number, what, c, n)) for c, n in keys}
+
+    return Own(
+        device=values["device"],
+        tokens=tuple(values["tokens"]),
+        begun=tuple(values["begun"]),
+        final=states.one(layout.final_name(rank)) if values["final"] else None,
+        edits=tuple(
+            Edit(tuple(one["positions"]), edited(n, "kv", one["kv"]), edited(n, "hidden", one["hidden"]))
+            for n, one in enumerate(values["edits"])
+        ),
+        faults=tuple(map(Fault.of, values["faults"])),
+    )

@@ -24,31 +24,8 @@ from dinfer.kv.digests import as_numbers, block_digests
 from dinfer.kv.source import HeldSpans, Source
 from dinfer.kv.view import say_size
 from dinfer.monitor.signs import HangEvidence
-from dinfer.saved.format import (
-    DESCRIBED,
-    DESCRIPTION,
-    DIGESTS,
-    FORMAT,
-    HIDDEN,
-    LEDGER_COLUMNS,
-    PLAN,
-    RUN,
-    TRACE,
-    VERSION,
-    SavedError,
-    came_name,
-    first_holder,
-    hidden_name,
-    is_part,
-    kv_file,
-    ledger_name,
-    own_tensors,
-    own_values,
-    piece_name,
-    pieces,
-    rows_name,
-    sha256_of,
-)
+from dinfer.saved import format as layout
+from dinfer.saved.format import SavedError
 from dinfer.saved.replay.record import Own
 from dinfer.trace.trace import Trace
 from dinfer.version import __version__
@@ -86,8 +63,8 @@ def check_free(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise SavedError(f"{str(target)!r} is a file: a run is saved as a folder, so give another name.")
     names = sorted(one.name for one in target.iterdir()) if target.is_dir() else []
-    others = [name for name in names if not is_part(name)]
-    if names and (others or RUN not in names):
+    others = [name for name in names if not layout.is_part(name)]
+    if names and (others or layout.RUN not in names):
         found = ", ".join((others or names)[:3])
         raise SavedError(
             f"{str(target)!r} holds {found}, and is no saved run that could be replaced: give another folder."
@@ -121,49 +98,45 @@ def digests_of(source: Source, ranks: Sequence[int]) -> SavedDigests:
     }
     tensors = dict[str, Tensor]()
     for (rank, layer), digests in rows.items():
-        first = first_holder(source.subject.plan, ranks, layer)
+        first = layout.first_holder(source.subject.plan, ranks, layer)
         if rank == first or not torch.equal(digests, rows[first, layer]):
-            tensors[rows_name(rank, layer)] = digests
+            tensors[layout.rows_name(rank, layer)] = digests
     for rank, noted in zip(ranks, source.noted(ranks, layers), strict=True):
         lines = [[*key, one.edited, *one.came, *one.announced] for key, one in sorted(noted.items())]
-        unsigned = np.array(lines, dtype=np.uint64).reshape(-1, LEDGER_COLUMNS)
-        tensors[ledger_name(rank)] = torch.from_numpy(unsigned.view(np.int64))
+        unsigned = np.array(lines, dtype=np.uint64).reshape(-1, layout.LEDGER_COLUMNS)
+        tensors[layout.ledger_name(rank)] = torch.from_numpy(unsigned.view(np.int64))
         for (chunk, layer), one in noted.items():
             span = source.subject.spans[chunk]
             if one.came != as_numbers(block_digests(rows[rank, layer][span.start : span.stop])):
                 came = source.noted_rows(rank, chunk, layer)
-                tensors |= {} if came is None else {came_name(rank, layer, chunk): came}
+                tensors |= {} if came is None else {layout.came_name(rank, layer, chunk): came}
     return SavedDigests(held, rows, tensors)
 
 
 def values_of(source: Source, taken: SavedDigests, layer: int) -> dict[str, Tensor]:
     """The values of one layer: those of the first holder, and of the other ranks those that differ."""
     ranks, spans = list(taken.held), source.subject.spans
-    first = first_holder(source.subject.plan, ranks, layer)
+    first = layout.first_holder(source.subject.plan, ranks, layer)
     right, found = taken.rows[first, layer], dict[str, Tensor]()
     for rank in ranks:
         mine = taken.rows[rank, layer]
-        for piece in pieces(spans, len(mine)):
+        for piece in layout.pieces(spans, len(mine)):
             at = slice(piece.start, piece.stop)
             if rank == first or not torch.equal(mine[at], right[at]):
-                found[piece_name(rank, piece.start)] = source.values(rank, layer, piece)
+                found[layout.piece_name(rank, piece.start)] = source.values(rank, layer, piece)
     return found
 
 
 def hidden_of(source: Live, ranks: Sequence[int]) -> dict[str, Tensor]:
     """The hidden states that have entered these ranks."""
     return {
-        hidden_name(rank, chunk, layer): source.hidden(rank, chunk, layer)
+        layout.hidden_name(rank, chunk, layer): source.hidden(rank, chunk, layer)
         for rank in ranks
         for chunk, layer in sorted(source.hidden_first(rank).items())
     }
 
 
 # -- the folder
-
-
-CHECKED = (PLAN, TRACE, DIGESTS, HIDDEN)
-"""files whose SHA-256 is saved; values are checked by their rows' digests"""
 
 
 @dataclass(frozen=True)
@@ -187,26 +160,41 @@ def write(content: Content, path: str | Path) -> Path:
     """Write the folder, and return where it is. Raises SavedError, and what the source raises; then nothing is left."""
     source, plan = content.source, content.source.subject.plan
     taken = digests_of(source, content.ranks)
-    rows = sum(len(taken.rows[first_holder(plan, content.ranks, layer), layer]) for layer in content.layers)
+    rows = sum(
+        len(taken.rows[layout.first_holder(plan, content.ranks, layer), layer]) for layer in content.layers
+    )
     say_size(
         rows * source.subject.row_nbytes,
         "kv=[…] saves only some layers, and kv=False only digests, which tell where KV differs, and not by what",
     )
     with replacing(path) as folder:
-        (folder / DESCRIBED).write_text(DESCRIPTION, encoding="utf-8")
-        (folder / PLAN).write_text(plan.text(), encoding="utf-8")
-        content.trace.export("jsonl", folder / TRACE)
-        _write_tensors(folder / DIGESTS, taken.tensors)
+        (folder / layout.DESCRIBED).write_text(layout.DESCRIPTION, encoding="utf-8")
+        (folder / layout.PLAN).write_text(plan.text(), encoding="utf-8")
+        content.trace.export("jsonl", folder / layout.TRACE)
+        _write_tensors(folder / layout.DIGESTS, taken.tensors)
         for layer in content.layers:
-            _write_tensors(folder / kv_file(layer), values_of(source, taken, layer))
+            _write_tensors(folder / layout.kv_file(layer), values_of(source, taken, layer))
         if content.hidden:
             states = hidden_of(source, content.ranks)
             for rank, own in content.own.items():
-                states |= own_tensors(rank, own)
-            _write_tensors(folder / HIDDEN, states)
-        sums = {name: sha256_of(folder / name) for name in CHECKED if (folder / name).exists()}
+                states |= {} if own.final is None else {layout.final_name(rank): own.final}
+                for number, edit in enumerate(own.edits):
+                    for what, edited in (("kv", edit.kv), ("hidden", edit.hidden)):
+                        states |= {
+                            layout.edit_name(rank, number, what, *key): one for key, one in edited.items()
+                        }
+            _write_tensors(folder / layout.HIDDEN, states)
+        checked = (
+            layout.PLAN,
+            layout.TRACE,
+            layout.DIGESTS,
+            layout.HIDDEN,
+        )  # values are by their rows' digests
+        sums = {name: layout.sha256_of(folder / name) for name in checked if (folder / name).exists()}
         about = {**_about(content, taken), "files": sums}
-        (folder / RUN).write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        (folder / layout.RUN).write_text(
+            json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+        )
     return Path(path).expanduser()
 
 
@@ -214,8 +202,8 @@ def _about(content: Content, taken: SavedDigests) -> dict[str, Any]:
     subject = content.source.subject
     tokens = subject.plan.shape.tokens
     return {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": layout.FORMAT,
+        "version": layout.VERSION,
         "dinfer": __version__,
         "ids": subject.ids[:tokens],
         "tokens": subject.ids[tokens:],
@@ -229,7 +217,20 @@ def _about(content: Content, taken: SavedDigests) -> dict[str, Any]:
         "hidden": content.hidden,
         "standing": subject.standing,
         "ranks": [{"rank": rank, **held._asdict()} for rank, held in taken.held.items()],
-        "own": {str(rank): own_values(own) for rank, own in content.own.items()},
+        "own": {
+            str(rank): {
+                "device": own.device,
+                "tokens": own.tokens,
+                "begun": own.begun,
+                "final": own.final is not None,
+                "edits": [
+                    {"positions": edit.positions, "kv": list(edit.kv), "hidden": list(edit.hidden)}
+                    for edit in own.edits
+                ],
+                "faults": [fault.as_dict() for fault in own.faults],
+            }
+            for rank, own in content.own.items()
+        },
         "evidence": content.evidence.as_dict(),
         **content.told,
     }
@@ -240,7 +241,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:  # a full disk, mostly
         raise SavedError(f"{path.name} could not be written: {error}") from None
-    shutil.copymode(path.parent / PLAN, path)  # safetensors makes it readable for this user alone
+    shutil.copymode(path.parent / layout.PLAN, path)  # safetensors makes it readable for this user alone
 
 
 def chosen_layers(kv: bool | Sequence[int], count: int) -> tuple[int, ...]:

@@ -1,14 +1,17 @@
 """Reports: what ranks send for a comparison with the reference, by block and tensor."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from msgspec import convert
+
+from dinfer.kv.diff import held_blocks
 from dinfer.kv.ledger import BlockKey, Digests
 from dinfer.kv.measure import CellDifference
 from dinfer.kv.rows import Misplaced
-from dinfer.kv.source import Noted
-from dinfer.messages import HeldReport, ReferenceReport
+from dinfer.kv.source import Noted, Selection, Source
+from dinfer.messages import HiddenDigests, ReferenceReport
 from dinfer.model.tolerance import tolerance
 
 FINAL = "final"
@@ -54,71 +57,69 @@ class ToleranceMeasure(NamedTuple):
         return 0.0 if self.exact else tolerance(self.dtype, self.reference, layer, self.width)
 
 
-@dataclass
-class HeldDigests:
-    """What one rank holds: how many rows of each layer (`held`) and how many it should (`due`), the new `tokens`, the
-    digests of blocks as they are `now`, what its ledger has `noted` of them, and those of `hidden` states."""
+def digest_at(
+    blocks: Mapping[BlockKey, Digests], hidden: Mapping[BlockKey, int], key: TensorKey
+) -> int | None:
+    """The digest of one tensor among those of blocks and of hidden states."""
+    chunk, layer, tensor = key
+    if tensor in HIDDEN:
+        return hidden.get((chunk, layer))
+    found = blocks.get((chunk, layer))
+    return found and found["KV".index(tensor)]
+
+
+class HeldDigests(NamedTuple):
+    """What one rank holds: how many rows of each layer (`held`) and how many it should (`due`), the digests of blocks
+    as they are `now`, what its ledger has `noted` of them, and those of `hidden` states."""
 
     rank: int
-    dtype: str
-    held: list[int]
-    due: list[int]
-    tokens: list[int]
-    now: dict[BlockKey, Digests] = field(default_factory=dict)
-    noted: dict[BlockKey, Noted] = field(default_factory=dict)
-    hidden: dict[BlockKey, int] = field(default_factory=dict)
+    held: tuple[int, ...]
+    due: tuple[int, ...]
+    now: dict[BlockKey, Digests]
+    noted: dict[BlockKey, Noted]
+    hidden: dict[BlockKey, int]
 
-    @classmethod
-    def of(cls, rank: int, report: HeldReport) -> "HeldDigests":
-        """From a rank's answer to `DigestHeld`."""
-        lists = list(report.held), list(report.due), list(report.tokens)
-        found = cls(rank, report.dtype, *lists, hidden=_by_block(report.hidden))
-        for one in report.blocks:
-            block = (one.chunk, one.layer)
-            if one.now:
-                found.now[block] = one.now
-            if one.then:
-                announced = one.announced if one.announced and any(one.announced) else one.then
-                found.noted[block] = Noted(one.then, announced)
-        return found
+
+def helds_of(source: Source, hidden: Sequence[HiddenDigests]) -> list[HeldDigests]:
+    """What a run's ranks hold, as a diff sees it; `hidden`: their answers to `DigestHidden`, which no source has."""
+    ranks, layers = tuple(source.ranks), tuple(range(source.subject.plan.shape.layers))
+    everything = Selection(ranks, layers, tuple(range(len(source.subject.spans))))
+    blocks = held_blocks(source, source.held(ranks), everything, source.subject.spans)
+    states = [{(chunk, layer): digest for chunk, layer, digest in one.digests} for one in hidden]
+    return [
+        HeldDigests(one.side.rank, one.held.rows, tuple(map(one.due, layers)), one.now, noted, kept)
+        for one, noted, kept in zip(blocks, source.noted(ranks, layers), states, strict=True)
+    ]
 
 
 @dataclass
 class Examined:
     """What a rank that has run the reference reports: how its own KV differs, and the reference's digests.
 
-    `exact`: every bit should be equal; `rows`: how many tokens were fed; `blocks`, `hidden`: the reference's digests,
-    `hidden` the rank's own where bits may differ; `misplaced`: by layer; `measured`: by tensor.
+    `blocks`, `hidden`: the reference's digests, `hidden` the rank's own where bits may differ; `misplaced`: by layer;
+    `measured`: by tensor.
     """
 
     rank: int
-    exact: bool
-    rows: int
-    threads: int
-    seconds: float
-    device: str
+    report: ReferenceReport
     choices: list[TokenChoice]
-    blocks: dict[BlockKey, Digests] = field(default_factory=dict)
-    hidden: dict[BlockKey, int] = field(default_factory=dict)
-    misplaced: dict[int, list[Misplaced]] = field(default_factory=dict)
-    measured: dict[TensorKey, CellDifference] = field(default_factory=dict)
+    blocks: dict[BlockKey, Digests]
+    hidden: dict[BlockKey, int]
+    misplaced: dict[int, list[Misplaced]]
+    measured: dict[TensorKey, CellDifference]
 
     @classmethod
     def of(cls, rank: int, report: ReferenceReport) -> "Examined":
-        found = cls(
-            rank, report.exact, report.rows, report.threads, report.seconds, report.device,
-            choices=[TokenChoice(*one) for one in report.choices],
-            blocks={(one.chunk, one.layer): one.now for one in report.blocks},
-            hidden=_by_block(report.hidden),
-            measured={(c, n, tensor): CellDifference.of(list(its)) for c, n, tensor, its in report.measured},
+        misplaced = dict[int, list[Misplaced]]()
+        for layer, one in convert(report.misplaced, tuple[tuple[int, Misplaced], ...]):
+            misplaced.setdefault(layer, []).append(one)
+        measured = convert(report.measured, tuple[tuple[int, int, str, CellDifference], ...])
+        return cls(
+            rank, report, convert(report.choices, list[TokenChoice]),
+            {(chunk, layer): digests for chunk, layer, digests in report.blocks},
+            {(chunk, layer): digest for chunk, layer, digest in report.hidden},
+            misplaced, {(chunk, layer, tensor): found for chunk, layer, tensor, found in measured},
         )  # fmt: skip
-        for layer, one in report.misplaced:
-            found.misplaced.setdefault(layer, []).append(Misplaced(*one))
-        return found
-
-
-def _by_block(digests: Sequence[tuple[int, int, int]]) -> dict[BlockKey, int]:
-    return {(chunk, layer): digest for chunk, layer, digest in digests}
 
 
 def holds_most(helds: Sequence[HeldDigests]) -> int:
@@ -129,9 +130,9 @@ def holds_most(helds: Sequence[HeldDigests]) -> int:
 def to_be_examined(helds: Sequence[HeldDigests], first: Examined) -> list[int]:
     """The ranks that must run the reference too: they hold other bytes than `first`, or than the reference."""
     known = helds[first.rank]
+    blocks = first.blocks if first.report.exact else known.now
     found = []
     for one in helds:
-        blocks = first.blocks if first.exact else known.now
         other = any(digests != blocks.get(block) for block, digests in one.now.items())
         other |= any(digest != first.hidden.get(block) for block, digest in one.hidden.items())
         if one.rank != first.rank and (other or one.held != known.held):
@@ -139,14 +140,9 @@ def to_be_examined(helds: Sequence[HeldDigests], first: Examined) -> list[int]:
     return found
 
 
-def order_of(key: TensorKey) -> tuple[int, int, int]:
-    """A sort key for the order in which a run computes: what a fault hit comes before what it made wrong."""
-    chunk, layer, tensor = key
-    return chunk, layer, ("hidden", FINAL, "K", "V").index(tensor)
-
-
-def keys_of(helds: Sequence[HeldDigests], examined: Sequence[Examined]) -> Iterator[TensorKey]:
-    """All tensors that a rank holds, in the order in which a run computes them."""
+def keys_of(helds: Sequence[HeldDigests], examined: Sequence[Examined]) -> list[TensorKey]:
+    """All tensors that a rank holds, in the order in which a run computes them: what a fault hit comes before what it
+    made wrong."""
     keys: set[TensorKey] = {(*block, name) for one in helds for block in one.now for name in "KV"}
     keys.update(key for one in examined for key in one.measured)
-    yield from sorted(keys, key=order_of)
+    return sorted(keys, key=lambda key: (*key[:2], ("hidden", FINAL, "K", "V").index(key[2])))

@@ -1,20 +1,21 @@
 """The record of one rank: all that it needs to run again alone, bit for bit, up to where it stood. Runs nothing."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
 from dinfer.config import Config
-from dinfer.display import Displayable
 from dinfer.engine.prompt import Edit
 from dinfer.errors import DinferError
 from dinfer.kv.ledger import BlockKey
 from dinfer.kv.source import Noted, Source
+from dinfer.plan.cut import Cuts, Unit
 from dinfer.plan.faults import Fault
-from dinfer.plan.ops import Op, PlanError
+from dinfer.plan.ops import Op, PlanError, Value
 from dinfer.plan.plan import Plan
-from dinfer.results import moved_text
 
 
 class RecordError(DinferError, RuntimeError):
@@ -41,9 +42,9 @@ class RankRecord(Own):
     """One rank of a run. `checkpoint`: the fingerprint of the checkpoint; `dtype`: the one that it computed in; `ids`:
     the prompt's tokens; `positions`: by lane, how many ops had ended; `failure`: how the run failed, "" if it did not.
 
-    `hidden`: by chunk and layer, the hidden states that this rank received, [1, tokens, hidden_size];
-    `block(chunk, layer)`: a block that it received, [tokens, 2, kv_heads, head_dim], None if it was not recorded;
-    `noted`: its ledger, of all blocks.
+    `hidden`: by chunk and layer, the hidden states that this rank received, [1, tokens, hidden_size]; `block(chunk,
+    layer)`: a block that it received, [tokens, 2, kv_heads, head_dim], None if it was not recorded; `noted`: its
+    ledger, of all blocks.
     """
 
     name: str
@@ -66,17 +67,6 @@ class RankRecord(Own):
         return tuple(
             at + (begun and at < len(lane.ops) and not lane.ops[at].is_transfer)
             for lane, at, begun in zip(lanes, self.positions, self.begun, strict=True)
-        )
-
-    @property
-    def faults_again(self) -> tuple[Fault, ...]:
-        """The faults that must strike again. What faults did to received blocks is in the record of these blocks."""
-        owners = self.plan.shape.owners
-        return tuple(
-            fault
-            for fault in self.faults
-            if fault.kind == "repeat_row"
-            or (fault.kind != "append_twice" and owners[fault.layer] == self.rank)
         )
 
     def payload(self, op: Op) -> Tensor:
@@ -113,20 +103,11 @@ def record_of(
     received = [op for op in received_by(subject.plan, rank, positions) if op.what == "hidden"]
     states = {(op.chunk, op.layer): hidden(op.chunk, op.layer) for op in received}
     return RankRecord(
-        **vars(own),
-        name=subject.name,
-        config=config,
-        checkpoint=subject.checkpoint,
-        dtype=subject.dtype_name,
-        plan=subject.plan,
-        ids=subject.prompt,
-        rank=rank,
-        positions=positions,
-        hidden={key: state[None] for key, state in states.items() if state is not None},
-        block=block,
-        noted=source.noted([rank], range(subject.plan.shape.layers))[0],
-        failure=failure,
-    )
+        **vars(own), name=subject.name, config=config, checkpoint=subject.checkpoint, dtype=subject.dtype_name,
+        plan=subject.plan, ids=subject.prompt, rank=rank, positions=positions,
+        hidden={key: state[None] for key, state in states.items() if state is not None}, block=block,
+        noted=source.noted([rank], range(subject.plan.shape.layers))[0], failure=failure,
+    )  # fmt: skip
 
 
 def check_rank(rank: int, plan: Plan) -> None:
@@ -161,40 +142,6 @@ def received_by(plan: Plan, rank: int, positions: tuple[int, ...]) -> list[Op]:
     return [op for lane, at in lanes for op in lane.ops[:at] if op.kind == "recv"]
 
 
-SHOWN = 12
-"""up to so many ops are listed one by one"""
-
-
-@dataclass(frozen=True, repr=False)
-class Went(Displayable):
-    """What one call did: the positions before and after, by lane, and in words."""
-
-    rank: int
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-    lines: tuple[str, ...]
-    remark: str = ""
-    edited: tuple[str, ...] = ()
-
-    @property
-    def moved(self) -> bool:
-        return self.before != self.after
-
-    def __str__(self) -> str:
-        return moved_text(self.lines if self.moved else (), self.remark, self.edited)
-
-
-def ended_text(recorded: RankRecord) -> str:
-    """Where the rank stood, so that nothing more can be replayed."""
-    lanes = zip(recorded.plan.lanes[recorded.rank], recorded.positions, recorded.begun, strict=True)
-    ahead = [(lane.ops[at], begun) for lane, at, begun in lanes if at < len(lane.ops)]
-    if not ahead:
-        return "the record ends here: the rank had ended prefill"
-    stood = [f"in `{op}`" for op, begun in ahead if begun] or [f"before `{ahead[0][0]}`"]
-    failed = f"; the run failed: {recorded.failure.partition(chr(10))[0]}" if recorded.failure else ""
-    return f"the record ends here: rank {recorded.rank} stood {' and '.join(stood)}{failed}"
-
-
 def not_repeated(recorded: RankRecord) -> list[str]:
     """Notes on what a replay cannot repeat: faults, and hidden states that were edited after their layer had run, whose
     first values are not recorded."""
@@ -210,3 +157,86 @@ def not_repeated(recorded: RankRecord) -> list[str]:
         ]
     twice = [one for one in recorded.faults if one.kind == "append_twice"]
     return [*found, *(f"a fault of the run that is not repeated here: {one}" for one in twice)]
+
+
+# -- the positions through which a replay steps: those that the steps of the whole run gave the rank, as far as recorded
+
+
+LanePositions = tuple[int, ...]
+"""how many ops of each lane of one rank have ended"""
+
+
+def is_inside(one: LanePositions, other: LanePositions) -> bool:
+    """Whether no lane of `one` is further than in `other`."""
+    return all(a <= b for a, b in zip(one, other, strict=True))
+
+
+def lower(one: LanePositions, other: LanePositions) -> LanePositions:
+    return tuple(map(min, one, other))
+
+
+def upper(one: LanePositions, other: LanePositions) -> LanePositions:
+    return tuple(map(max, one, other))
+
+
+class ReplayPath:
+    """The steps of one rank, from its start to `reach`."""
+
+    def __init__(self, plan: Plan, rank: int, reach: LanePositions) -> None:
+        self.plan, self.rank, self.reach = plan, rank, reach
+        self.start: LanePositions = tuple(0 for _ in reach)
+        self._chains: dict[Unit, list[LanePositions]] = {}
+
+    def next(self, at: LanePositions, unit: Unit) -> LanePositions:
+        """The positions one step on; `at` itself at the end."""
+        chain = self.chain(unit)
+        ahead = bisect_left(chain, True, key=lambda link: not is_inside(link, at))
+        return upper(at, chain[ahead]) if ahead < len(chain) else at
+
+    def previous(self, at: LanePositions, unit: Unit) -> LanePositions:
+        """The positions one step back; `at` itself at the start."""
+        chain = self.chain(unit)
+        behind = bisect_right(chain, False, key=lambda link: not is_inside(link, at) or link == at)
+        return chain[behind - 1] if behind else at
+
+    def after_block(self, chunk: int, layer: int) -> LanePositions:
+        """The positions once that block is on every rank, or where the record ends. Raises PlanError for an unknown
+        block."""
+        return lower(self._cuts.after_block(chunk, layer)[self.rank], self.reach)
+
+    def chain(self, unit: Unit) -> list[LanePositions]:
+        """All positions of that unit's steps, from start to reach."""
+        if unit not in self._chains:
+            links = self._single() if unit == "op" else [cut[self.rank] for cut in self._cuts.chain(unit)]
+            clipped = [lower(link, self.reach) for link in links]
+            self._chains[unit] = list(dict.fromkeys([self.start, *clipped, self.reach]))
+        return self._chains[unit]
+
+    @cached_property
+    def _cuts(self) -> Cuts:
+        try:
+            return Cuts(self.plan)
+        except PlanError:
+            raise PlanError(
+                "this plan was refuted, so it has no cuts to stop at: step by op, or resume()."
+            ) from None
+
+    def _single(self) -> list[LanePositions]:
+        """One op after another, in an order in which this rank could run them: what other lanes need comes first."""
+        lanes, at, made = self.plan.lanes[self.rank], list(self.start), set[Value]()
+        links = [self.start]
+        while tuple(at) != self.reach:
+            ready = [
+                (lane.ops[at[n]].chunk, lane.ops[at[n]].layer, n)
+                for n, lane in enumerate(lanes)
+                if at[n] < self.reach[n] and made.issuperset(lane.ops[at[n]].needs())
+            ]
+            if not ready:
+                raise PlanError(
+                    f"rank {self.rank} cannot have come to {self.reach}: the record is not of this plan."
+                )
+            lane = min(ready)[2]
+            made.update(lanes[lane].ops[at[lane]].makes())
+            at[lane] += 1
+            links.append(tuple(at))
+        return links

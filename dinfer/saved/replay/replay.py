@@ -18,6 +18,7 @@ from dinfer.display import Closing, Displayable, listed
 from dinfer.engine.by_hand import LayerKV, op_lines, ops_between
 from dinfer.engine.corruption import Corruption
 from dinfer.engine.engine import Engine
+from dinfer.engine.prompt import Edit
 from dinfer.errors import ModelError, NotPossible
 from dinfer.kv.digests import as_numbers
 from dinfer.model.checkpoint import check, fingerprint
@@ -26,16 +27,18 @@ from dinfer.plan.cut import Unit, count_of, unit_of
 from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op
 from dinfer.rank.decode import Tokens
-from dinfer.results import Decoded, Where
-from dinfer.saved.replay.path import LanePositions, ReplayPath, is_inside, lower, upper
+from dinfer.results import Decoded, Moved, Where
 from dinfer.saved.replay.record import (
-    SHOWN,
+    LanePositions,
     RankRecord,
     RecordError,
-    Went,
+    ReplayPath,
     check_rank,
     check_states,
+    is_inside,
+    lower,
     not_repeated,
+    upper,
 )
 from dinfer.trace.events import Event
 from dinfer.transport.gate import FreeGate
@@ -137,6 +140,9 @@ class _ReplayGate(FreeGate):
 
 TOKEN = "token"
 
+SHOWN = 12
+"""up to so many ops are listed one by one"""
+
 CLOSED = "this replay is closed: replay the rank again"
 
 
@@ -151,12 +157,7 @@ class Replay(Displayable, Closing):
     """
 
     def __init__(
-        self,
-        recorded: RankRecord,
-        *,
-        model_path: str = "",
-        device: str = "",
-        decoder: Decoder | None = None,
+        self, recorded: RankRecord, *, model_path: str = "", device: str = "", decoder: Decoder | None = None
     ) -> None:
         check_rank(recorded.rank, recorded.plan)
         check_states(recorded)
@@ -172,13 +173,13 @@ class Replay(Displayable, Closing):
 
     # -- moving
 
-    def step(self, unit: Unit | str = "layer", n: int = 1) -> Went | Decoded:
+    def step(self, unit: Unit | str = "layer", n: int = 1) -> Moved | Decoded:
         """Move on by `n` units, as a run does; steps in which this rank does nothing are skipped."""
         if unit == TOKEN:
             return self.decode(count_of(n))
         return self._go(self._repeated(self._path.next, unit_of(unit), count_of(n)))
 
-    def step_back(self, unit: Unit | str = "layer", n: int = 1) -> Went | Decoded:
+    def step_back(self, unit: Unit | str = "layer", n: int = 1) -> Moved | Decoded:
         """Go back by `n` units; what follows is computed again."""
         if unit == TOKEN:
             self._tokens.back_to(max(0, len(self.tokens) - count_of(n)))
@@ -186,11 +187,11 @@ class Replay(Displayable, Closing):
             return Decoded((), "", False, len(self.tokens))
         return self._go(self._repeated(self._path.previous, unit_of(unit), count_of(n)))
 
-    def run_to(self, chunk: int, layer: int) -> Went:
+    def run_to(self, chunk: int, layer: int) -> Moved:
         """Go, forward or back, to where this rank stands once that block is on every rank of a run."""
         return self._go(self._path.after_block(chunk, layer))
 
-    def resume(self) -> Went:
+    def resume(self) -> Moved:
         """Go to where the rank stood in the run. Returns once it is there."""
         return self._go(self._path.reach)
 
@@ -307,7 +308,13 @@ class Replay(Displayable, Closing):
             executor = self.engine.prepare(self.recorded.ids, plan=self.plan)
             self._gate.wait_for_lanes()  # each takes over the number of CPU threads when it begins
         self._peers.positions = lambda: executor.stand().positions
-        self.engine.prompt.state.faults.arm(self.recorded.faults_again, lambda _: None)
+        owners = self.plan.shape.owners  # what faults did to received blocks is in the record of these blocks
+        again = [
+            one
+            for one in self.recorded.faults
+            if one.kind == "repeat_row" or (one.kind != "append_twice" and owners[one.layer] == self.rank)
+        ]
+        self.engine.prompt.state.faults.arm(again, lambda _: None)
         self._applied = 0
         self._tokens, self._texts = Tokens(self.engine), list[str]()
 
@@ -324,7 +331,7 @@ class Replay(Displayable, Closing):
             target = step(target, unit)
         return target
 
-    def _go(self, target: LanePositions) -> Went:
+    def _go(self, target: LanePositions) -> Moved:
         """Forward or back. Raises OpFailed where an op raises."""
         before, executor = self._positions(), self.engine.executor
         if executor.failure is None:
@@ -338,12 +345,18 @@ class Replay(Displayable, Closing):
             if not is_inside(edit.positions, target):
                 break
             self._forward(edit.positions)
-            self._apply(self._applied)
+            self._apply(edit)
         self._forward(lower(target, self.recorded.positions))  # before what had not ended, and may fail again
         self._forward(target)
         if target != self._path.reach or before != target:
             self._tokens, self._texts = Tokens(self.engine), list[str]()
-        return self._went(before, target, edited)
+        ops, cuts = ops_between(self.engine.executor, before, target), (self._cut(before), self._cut(target))
+        lines = [moved_lines(self.plan, *cuts)[self.rank]]
+        if ops and len(ops) <= SHOWN and is_inside(before, target):
+            lines = [f"rank {self.rank}: {line}" for line in op_lines(self.engine.prompt.state, ops)]
+        remark = "" if before != target else "nothing to do: the rank stands at the start"
+        remark = self._ended() if self.at_end else remark
+        return Moved(*cuts, False, tuple(lines), remark, tuple(edited))
 
     def _back(self, target: LanePositions) -> None:
         """Edits later than `target` must not be visible there: if there are any, start again from the first op."""
@@ -364,29 +377,20 @@ class Replay(Displayable, Closing):
             executor.freeze()
             raise
 
-    def _apply(self, number: int) -> None:
+    def _apply(self, edit: Edit) -> None:
         """Repeat what the user changed by hand when the rank stood here."""
         state = self.engine.prompt.state
-        for key, block in self.recorded.edits[number].kv.items():
+        for key, block in edit.kv.items():
             state.block(*key).copy_(block)
-        for key, hidden in self.recorded.edits[number].hidden.items():
+        for key, hidden in edit.hidden.items():
             state.hidden[key] = hidden.to(self.decoder.device, copy=True)
         self.engine.prompt.new_edits()
-        self._applied = number + 1
+        self._applied += 1
 
     def _cut(self, mine: LanePositions) -> tuple[LanePositions, ...]:
         """A cut of all ranks, of which only this rank's part matters."""
         starts = [tuple(0 for _ in lanes) for lanes in self.plan.lanes]
         return tuple(mine if rank == self.rank else start for rank, start in enumerate(starts))
-
-    def _went(self, before: LanePositions, after: LanePositions, edited: list[str]) -> Went:
-        ops = ops_between(self.engine.executor, before, after)
-        if ops and len(ops) <= SHOWN and is_inside(before, after):
-            lines = tuple(f"rank {self.rank}: {line}" for line in op_lines(self.engine.prompt.state, ops))
-        else:
-            lines = (moved_lines(self.plan, self._cut(before), self._cut(after))[self.rank],)
-        remark = "" if before != after else "nothing to do: the rank stands at the start"
-        return Went(self.rank, before, after, lines, self._ended() if self.at_end else remark, tuple(edited))
 
     def _ended(self) -> str:
         """Where the rank stood, so that nothing more can be replayed."""

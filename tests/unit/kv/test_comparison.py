@@ -15,9 +15,6 @@ from dinfer.cluster.ranks import RankRefused
 from dinfer.cluster.threads import LocalRanks
 from dinfer.engine.prefill import Prefill
 from dinfer.kv.reference.comparison import Comparison
-from dinfer.kv.reference.reports import HeldDigests
-from dinfer.kv.source import Noted
-from dinfer.messages import HeldBlock, HeldReport
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import PlanError
 from dinfer.run.run import Run
@@ -438,15 +435,3 @@ def test_its_html_is_its_text(done: Run) -> None:
     found = done.compare()
     assert escape(str(found)) in found._repr_html_()
     assert done.last_call == "run.compare()"
-
-
-def test_held_digests_are_read_as_they_are_told() -> None:
-    blocks = (
-        HeldBlock(0, 1, (5, 6), (5, 6)),
-        HeldBlock(1, 1, (7, 8)),
-        HeldBlock(2, 1, (1, 2), (1, 2), (3, 2)),
-    )
-    held = HeldDigests.of(0, HeldReport("float32", (3,), (3,), (), blocks, ((0, 0, 9),)))
-    assert held.now == {(0, 1): (5, 6), (1, 1): (7, 8), (2, 1): (1, 2)}
-    assert held.noted == {(0, 1): Noted((5, 6), (5, 6)), (2, 1): Noted((1, 2), (3, 2))}
-    assert held.hidden == {(0, 0): 9}

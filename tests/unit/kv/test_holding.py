@@ -124,7 +124,7 @@ def test_a_run_that_is_sent_on_before_it_is_compared_is_waited_for(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states = list[str]()
-    wait, held = run.wait, run._inspector._held
+    wait, live = run.wait, run._inspector.live
 
     def wait_and_resume() -> object:
         found = wait()
@@ -133,9 +133,9 @@ def test_a_run_that_is_sent_on_before_it_is_compared_is_waited_for(
 
     def noted() -> Any:
         states.append(run.standing().state)
-        return held()
+        return live()
 
     monkeypatch.setattr(run, "wait", wait_and_resume)
-    monkeypatch.setattr(run._inspector, "_held", noted)
+    monkeypatch.setattr(run._inspector, "live", noted)
     assert run.compare("reference").equal
     assert states == ["done"]

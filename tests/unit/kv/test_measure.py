@@ -7,6 +7,7 @@ from math import inf, isnan, nan
 
 import pytest
 import torch
+from msgspec import convert
 
 from dinfer.kv.measure import CellDifference, Spot, measure
 
@@ -26,7 +27,7 @@ def test_the_largest_and_the_first_are_named_with_both_values() -> None:
     assert found.first == Spot((11, 0, 2), 1.25, 1)
     assert found.largest == Spot((12, 1, 3), 4, 1)
     assert (found.absolute, found.relative, found.changed) == (3, 0.75, 2)
-    assert CellDifference.of(json.loads(json.dumps(found))) == found
+    assert convert(json.loads(json.dumps(found)), CellDifference) == found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +12,10 @@ import torch
 
 from dinfer.engine.engine import Engine
 from dinfer.engine.prefill import Prefill
-from dinfer.kv.measure import CellDifference
+from dinfer.kv.digests import as_numbers, block_digests, row_digests
 from dinfer.kv.reference.reports import Examined
 from dinfer.messages import (
-    DigestHeld,
-    HeldBlock,
+    DigestHidden,
     ReferenceReport,
     Reply,
     RunReference,
@@ -45,33 +45,34 @@ def host(engine: Engine, tokens: Tokens | None = None) -> Any:
     return SimpleNamespace(decoder=engine.decoder, engine=engine, tokens=tokens)
 
 
-def now(blocks: Iterable[HeldBlock]) -> dict[tuple[int, int], tuple[int, int]]:
-    return {(one.chunk, one.layer): one.now for one in blocks}
+def digests(engine: Engine, spans: Sequence[range]) -> tuple[tuple[int, int, tuple[int, int]], ...]:
+    """Of what is in the cache, by chunk and layer."""
+    cache, found = engine.executor.state.cache, []
+    for layer in range(3):
+        for chunk, span in enumerate(spans):
+            rows = row_digests(cache.block(layer, span.start, span.stop))
+            found.append((chunk, layer, as_numbers(block_digests(rows))))
+    return tuple(found)
 
 
-def test_what_is_held(made: Twin) -> None:
-    one, other = (References(host(engine)).held(DigestHeld()) for engine in made.engines)
-    assert one.held == one.due == (10, 10, 10)
-    assert (one.dtype, one.tokens) == ("float32", ())
-    assert list(now(one.blocks)) == [(chunk, layer) for chunk in range(3) for layer in range(3)]
-    assert now(one.blocks) == now(other.blocks)
-    assert all(block.then == block.now for block in one.blocks)
+def test_which_hidden_states_are_held(made: Twin) -> None:
+    found = References(host(made.engines[1])).hidden(DigestHidden()).digests
     stage = made.engines[1].executor.plan.shape.starts[1]
-    assert [key[:2] for key in other.hidden] == [(0, stage), (1, stage), (2, stage), (2, 4)]
+    assert [key[:2] for key in found] == [(0, stage), (1, stage), (2, stage), (2, 4)]
 
 
 def test_digests_are_the_references(made: Twin) -> None:
     for engine in made.engines:
         references = References(host(engine))
-        held, found = references.held(DigestHeld()), references.run(REQUEST)
+        held, found = references.hidden(DigestHidden()), references.run(REQUEST)
         came = unpack_report(pack_report(Reply(1, found)))
         assert isinstance(came, Reply)
         assert isinstance(came.answer, ReferenceReport)
-        assert Examined.of(0, came.answer) == Examined.of(0, found)
-        assert now(found.blocks) == now(held.blocks)
-        assert set(held.hidden) <= set(found.hidden)
+        assert replace(Examined.of(0, came.answer), report=found) == Examined.of(0, found)
+        assert found.blocks == digests(engine, engine.executor.plan.shape.chunks)
+        assert set(held.digests) <= set(found.hidden)
         assert (found.exact, found.rows, found.threads, found.device) == (True, 10, 1, "cpu")
-        assert all(CellDifference.of(list(its)).changed == 0 for *_, its in found.measured)
+        assert all(its.changed == 0 for its in Examined.of(0, found).measured.values())
         assert len(found.measured) == 3 * 3 * 2 + 3 * 4 + 1
         assert (found.misplaced, found.choices) == ((), ())
 
@@ -82,12 +83,10 @@ def test_new_tokens_are_one_more_block(made: Twin) -> None:
         one.limit_to(4)
     made.all(lambda engine: all_tokens[engine.rank].run(lambda *_: None))
     references = References(host(made.engines[0], all_tokens[0]))
-    held = references.held(DigestHeld())
-    assert held.held == held.due == (13, 13, 13)
-    assert len(held.tokens) == 4
     found = references.run(REQUEST)
     assert found.rows == 13
-    assert now(found.blocks) == now(held.blocks)
+    spans = (*made.engines[0].executor.plan.shape.chunks, range(10, 13))
+    assert found.blocks == digests(made.engines[0], spans)
     assert found.choices == ()
 
 
@@ -128,4 +127,4 @@ def test_it_can_be_stopped(made: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_prompt_it_says_so(small: Decoder) -> None:
     nobody: Any = SimpleNamespace(decoder=small, engine=None, tokens=None)
     with pytest.raises(RuntimeError, match="no prompt yet"):
-        References(nobody).held(DigestHeld())
+        References(nobody).hidden(DigestHidden())

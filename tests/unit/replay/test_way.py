@@ -12,7 +12,7 @@ from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import Shape
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
-from dinfer.saved.replay.path import ReplayPath, is_inside, lower
+from dinfer.saved.replay.record import ReplayPath, is_inside, lower
 
 SHAPE = Shape(6, 10, 4, (0, 2, 4))
 

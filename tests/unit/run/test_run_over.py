@@ -170,7 +170,7 @@ def test_what_was_looked_at_is_not_fetched_from_the_run_after_it(session: Sessio
             look()
 
 
-@pytest.mark.parametrize(("where", "what"), [(Live, "noted"), (RunInspector, "_held")])
+@pytest.mark.parametrize(("where", "what"), [(Live, "noted"), (RunInspector, "live")])
 def test_whoever_looks_while_another_run_begins_has_seen_the_old_one(
     session: Session, where: type, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
