@@ -1,9 +1,9 @@
 """Run: one distributed prefill, and the decode after it, as its user holds it.
 
-A Run is made of parts, each in a file of its own: `state` (what it is doing and why), `action` (who may move it, who
-hears of changes), `moves` and `stepper` (from cut to cut), `breakpoints`, `faults`, `decode`, `hang` (failures, the
-verdict), `inspect` (KV, the reference), `events`, `recorder` (reports, folders, replays). Here they are put together,
-and each call of a user goes to the part that does it.
+A Run is made of parts, each in a file of its own. All of them get its `state`: job, ranks, what it is doing and why.
+`action` says who may move it and who hears of changes, `moves` and `stepper` go from cut to cut, `hang` sees failures
+and gives the verdict; `breakpoints`, `faults`, `decode` and `events` are what they say; `inspect` reads what the ranks
+hold, `recorder` makes reports, folders and replays of all that. Here each call of a user goes to the part that does it.
 """
 
 import time
@@ -109,7 +109,7 @@ class Run(Displayable):
         self._prepare = prepare
         self._state = state = RunState(job, RankLease(ranks), devices)
         self._health = Health(state)
-        self.check, self.say = self._health.check, state.say
+        self.check, self.say = self._health.check, state.say  # for the session, too
         self._breakpoints = BreakpointTable(job.config, self._ask_all)
         self._faults = Armed(state, self._ask_all)
         self._generation = Generation(state, self.check, tokenizer)

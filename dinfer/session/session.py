@@ -154,14 +154,14 @@ class Session(Announced, Closing):
         text = "" if plan is None else job.plan.text()
         self._end_run("another run has begun; session.debugger() shows it")
         tokenizer = load_tokenizer(config.model_path)
-        self._run = Run(job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, text))
-        self._run.show = self._show
+        self._run = run = Run(job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, text))
+        run.show = self._show
         if self._write:
-            self._run.reporter = Reporter(self._write, [], lambda: self._figures_before(job))
-        self._note(f"run: {len(job.ids)} tokens, {job.plan.schedule}, {job.plan.sync_strategy}", self._run)
+            run.reporter = Reporter(self._write, [], lambda: self._figures_before(job))
+        self._note(f"run: {len(job.ids)} tokens, {job.plan.schedule}, {job.plan.sync_strategy}", run)
         if not paused:
-            self._run.resume()
-        return self._run
+            run.resume()
+        return run
 
     def sweep(self, prompts: str | Sequence[str | Sequence[int]] | Sequence[int], **parameters: Any) -> Sweep:
         """Run each prompt with every combination of these parameters, each a list or a single value; a table."""
