@@ -1,17 +1,13 @@
 """`dinfer bench`: times of prefill, sessions and views on this machine."""
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Annotated, Any
+from contextlib import nullcontext
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from dinfer.cli.root import BAD_INPUT, FAILED, app, keep_json, log, stop
 from dinfer.config import Config, ConfigError, whole_numbers
-from dinfer.errors import ModelError
-from dinfer.plan.ops import PlanError
-
-if TYPE_CHECKING:
-    from dinfer.bench.prefill import BenchModel
+from dinfer.errors import DinferError
 
 
 @app.command()
@@ -46,8 +42,14 @@ def bench(
             raise ConfigError(f"repeats is {repeats}; it must be at least 1.")
         match what:
             case "prefill":
+                if plot and not compare:
+                    raise ConfigError(
+                        "plot needs --compare pairwise,ring; without it, --json writes the figures."
+                    )
                 if plot:
-                    _check_plot(plot, compare)
+                    from dinfer.bench.figure import check_ending
+
+                    check_ending(plot)
                 result, text = _bench_prefill(model, tokens, chunk_size, sizes, repeats, compare)
             case "digests":
                 result, text = _bench_digests(model, tokens, {**sizes, "chunk_size": chunk_size}, repeats)
@@ -63,10 +65,8 @@ def bench(
                 text = views.table(result)
             case _:
                 raise ConfigError(f"bench {what!r} is unknown; use prefill, digests, session or views.")
-    except (ConfigError, ModelError, PlanError) as error:
-        stop(error, BAD_INPUT)
-    except RuntimeError as error:
-        stop(error, FAILED)
+    except (DinferError, RuntimeError) as error:
+        stop(error, BAD_INPUT if isinstance(error, ValueError) else FAILED)
     print(text)
     if json_path:
         keep_json(result, json_path)
@@ -89,7 +89,7 @@ def _bench_prefill(
     names = compare.split(",") if compare else []
     lengths, chunks = whole_numbers("tokens", tokens), whole_numbers("chunk_size", chunk_size)
     strategies.check_asked(names, lengths, chunks, repeats)
-    with _checkpoint(model, prefill.BenchModel()) as folder:
+    with nullcontext(model) if model else prefill.random_checkpoint(prefill.BenchModel()) as folder:
         config = Config.of({**sizes, "model_path": str(folder), "chunk_size": chunks[0]})
         vocabulary = check(str(folder)).vocab_size
         if names:
@@ -103,33 +103,14 @@ def _bench_digests(
     model: str, tokens: str, values: dict[str, Any], repeats: int
 ) -> tuple[dict[str, Any], str]:
     """The result of `dinfer bench digests`, and its text."""
-    from dinfer.bench.prefill import DIGESTS_MODEL, bench_digests, digests_table
+    from dinfer.bench.prefill import DIGESTS_MODEL, bench_digests, digests_table, random_checkpoint
     from dinfer.model.checkpoint import check
 
     lengths = whole_numbers("tokens", tokens)
     if len(lengths) != 1 or lengths[0] < 1:
         raise ConfigError(f"tokens is {tokens!r}; bench digests takes one number, at least 1.")
     Config.of({**values, "model_path": "demo"})  # before a checkpoint is made
-    with _checkpoint(model, DIGESTS_MODEL) as folder:
+    with nullcontext(model) if model else random_checkpoint(DIGESTS_MODEL) as folder:
         config = Config.of({**values, "model_path": str(folder)})
         result = bench_digests(config, lengths[0], check(str(folder)).vocab_size, repeats)
     return result, digests_table(result)
-
-
-def _check_plot(path: str, compare: str) -> None:
-    """Raises ConfigError for a plot file that could not be written."""
-    from dinfer.bench.figure import PlotError, check_ending
-
-    if not compare:
-        raise ConfigError("plot needs --compare pairwise,ring; without it, --json writes the figures.")
-    try:
-        check_ending(path)
-    except PlotError as error:
-        raise ConfigError(str(error)) from None
-
-
-def _checkpoint(model: str, shape: "BenchModel") -> AbstractContextManager[object]:
-    """The folder `model`, or, for "", a temporary checkpoint of that shape."""
-    from dinfer.bench.prefill import random_checkpoint
-
-    return nullcontext(model) if model else random_checkpoint(shape)

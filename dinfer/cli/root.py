@@ -1,6 +1,8 @@
 """Shared by all commands: the app, exit statuses, and ending with a message."""
 
+import json
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -30,10 +32,8 @@ def log(text: str) -> None:
 
 def keep_json(result: dict[str, Any], path: str) -> None:
     """Write a result as JSON, or exit with a message."""
-    from dinfer.run.result import write_json
-
     try:
-        write_json(result, path)
+        Path(path).write_text(json.dumps(result, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         stop(
             f"the command succeeded, but its result could not be written to {path}: {error.strerror}.", FAILED

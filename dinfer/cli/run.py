@@ -12,9 +12,8 @@ from typer import Exit, Option
 
 from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, keep_json, stop
 from dinfer.config import Config, ConfigError, read_toml
-from dinfer.errors import ModelError
+from dinfer.errors import DinferError
 from dinfer.launch.environment import Launched, launched_as, speaks
-from dinfer.plan.ops import PlanError
 
 SILENCE_S = 5.0
 
@@ -38,19 +37,13 @@ def run(**given: Any) -> None:
     except BrokenPipeError:
         sys.stdout = sys.stderr  # closing standard output at exit would fail again
         stop("standard output was closed, so the run and all its ranks were ended.", FAILED)
-    except (
-        ConfigError,
-        ModelError,
-        PlanError,
-        OSError,
-        RuntimeError,
-    ) as error:  # RankFailed is a RuntimeError
+    except (DinferError, OSError, RuntimeError) as error:
         if not speaks(launched):
             # Only one rank reports an error that all ranks have. The others end later, since a launcher ends all ranks
             # when one ends.
             time.sleep(SILENCE_S)
             raise Exit(FAILED) from None
-        stop(error, BAD_INPUT if isinstance(error, ConfigError | ModelError | PlanError) else FAILED)
+        stop(error, BAD_INPUT if isinstance(error, ValueError) else FAILED)
     if json_path and result:
         keep_json(result, json_path)
 

@@ -45,17 +45,15 @@ def clean(
 def vscode(
     folder: Annotated[str, Option(help="the folder that is open in VS Code")] = ".",
     config: Annotated[
-        str,
-        Option(help="a TOML file with the parameters of the debugged runs; default: the demo model"),
+        str, Option(help="a TOML file with the parameters of the debugged runs; default: the demo model")
     ] = "",
 ) -> None:
     """Write VS Code's launch entries into the folder's .vscode/launch.json; entries of other names there stay."""
     from dinfer.cli.vscode import ALL_RANKS, LaunchFileError, write_entries
 
     try:
-        print(
-            f"{write_entries(folder, config)}: F5 on {ALL_RANKS!r} starts the ranks, each under a debugger."
-        )
+        path = write_entries(folder, config)
+        print(f"{path}: F5 on {ALL_RANKS!r} starts the ranks, each under a debugger.")
     except LaunchFileError as error:
         stop(error, BAD_INPUT)
     except OSError as error:

@@ -9,6 +9,7 @@ A new verb is a function under `@verb()`, or a line that names the method to cal
 import difflib
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -123,9 +124,11 @@ def verb(*words: argument) -> Callable[[Act], Act]:
     return made
 
 
-def method(name: str, path: str, about: str, *words: argument) -> None:
+def method(path: str, about: str, *words: argument, name: str = "") -> None:
     """Makes a method of the session or of its run a verb: it is called with the words in their order."""
-    VERBS[name] = Verb(lambda call: attrgetter(path)(call)(*vars(call.words).values()), about, words)
+    VERBS[name or path.split(".")[1]] = Verb(
+        lambda call: attrgetter(path)(call)(*vars(call.words).values()), about, words
+    )
 
 
 def _numbers(word: str) -> list[int]:
@@ -136,6 +139,7 @@ def _layers(word: str) -> bool | list[int]:
     return word == "all" if word in ("all", "none") else _numbers(word)
 
 
+setting = partial(argument, "--set", nargs="+", default=[])
 UNIT = argument("unit", nargs="?", default="layer", help="op, layer (the default), wave, chunk or token")
 HOW_MANY = argument("-n", type=number_or_word, default=1, help="how many")
 LAYER = argument("layer", nargs="?", type=number_or_word, help="the layer; none: all")
@@ -171,7 +175,7 @@ def load(call: Call) -> Session:
 @verb(
     argument("prompt", nargs="+", help="the text, or $name for the text in a variable"),
     argument("--free", action="store_true", help="run at once, not paused before the first op"),
-    argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="chunk_size=8 schedule=lockstep …"),
+    setting(metavar="KEY=VALUE", help="chunk_size=8 schedule=lockstep …"),
 )
 def prefill(call: Call) -> Any:
     """Begin a run of this prompt, paused before its first op; parameters of `dinfer run` as key=value."""
@@ -185,13 +189,7 @@ def prefill(call: Call) -> Any:
         nargs="+",
         help="texts, each in quotation marks, or $name for the text, or list of texts, in a variable",
     ),
-    argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE,…",
-        help="chunk_size=8,16 sync_strategy=pairwise,ring …",
-    ),
+    setting(metavar="KEY=VALUE,…", help="chunk_size=8,16 sync_strategy=pairwise,ring …"),
 )
 def sweep(call: Call) -> Any:
     """Run every prompt with every combination of these parameters; a table."""
@@ -205,25 +203,20 @@ def run(call: Call) -> Any:
     return call.run
 
 
-method("where", "run.where", "The position of each rank.")
-method("why", "run.verdict", "Why the run does not move: who waits for whom, and who is to blame.")
-method("step", "run.step", "Move on by ops, layers, waves, chunks or tokens.", UNIT, HOW_MANY)
-method("back", "run.step_back", "Go back by ops, layers, waves, chunks or tokens.", UNIT, HOW_MANY)
+method("run.where", "The position of each rank.")
+method("run.verdict", "Why the run does not move: who waits for whom, and who is to blame.", name="why")
+method("run.step", "Move on by ops, layers, waves, chunks or tokens.", UNIT, HOW_MANY)
+method("run.step_back", "Go back by ops, layers, waves, chunks or tokens.", UNIT, HOW_MANY, name="back")
 method(
-    "to",
     "run.run_to",
     "Run to just after that block is on every rank, forward or back.",
     argument("chunk", type=int),
     argument("layer", type=int),
+    name="to",
 )
+method("run.resume", "Let the ranks go on to the next breakpoint, or the end of prefill; returns at once.")
+method("run.pause", "Stop at the nearest cut.")
 method(
-    "resume",
-    "run.resume",
-    "Let the ranks go on to the next breakpoint, or the end of prefill; returns at once.",
-)
-method("pause", "run.pause", "Stop at the nearest cut.")
-method(
-    "wait",
     "run.wait",
     "Wait until the run stands.",
     argument("timeout", nargs="?", type=float, help="seconds to wait at most"),
@@ -258,12 +251,11 @@ def clear(call: Call) -> Any:
 
 
 method(
-    "decode",
     "run.decode",
     "Run prefill to its end if need be, then generate.",
     argument("max_new_tokens", nargs="?", type=int, help="how many more tokens"),
 )
-method("restart", "run.restart", "Begin the run again, paused at its start.")
+method("run.restart", "Begin the run again, paused at its start.")
 
 
 @verb(LAYER, OF_CHUNK, OF_RANK)
@@ -329,7 +321,7 @@ def _without(found: Any, numbers: list[int], *, is_all: bool) -> Any:
     return found
 
 
-method("panel", "session.debugger", "Show the current run as a map with buttons.")
+method("session.debugger", "Show the current run as a map with buttons.", name="panel")
 
 
 @verb(
@@ -361,15 +353,15 @@ def log(call: Call) -> DisplayableText:
     return DisplayableText("\n".join(call.session.log[-call.words.n :] if call.words.n > 0 else []))
 
 
-method("recover", "session.recover", "After a failure: restart lost ranks and free stuck ones.")
+method("session.recover", "After a failure: restart lost ranks and free stuck ones.")
 method(
-    "debug",
     "session.listen_for_debugger",
     "Let VS Code, or another client of debugpy, attach to a rank.",
     argument("rank", type=int, help="the rank to attach to"),
     argument("--port", type=int, default=0, help="where it listens; by default 5678 + rank"),
+    name="debug",
 )
-method("close", "session.close", "Leave the ranks: a cluster that dinfer started ends.")
+method("session.close", "Leave the ranks: a cluster that dinfer started ends.")
 
 
 @verb(argument("verb", nargs="?", help="the verb to explain"))

@@ -26,9 +26,8 @@ def split(line: str) -> list[str]:
     try:
         return list(words)
     except ValueError:
-        raise UsageError(
-            "a quote is not closed: put text that has a ' in it between \", and the reverse."
-        ) from None
+        said = "a quote is not closed: put text that has a ' in it between \", and the reverse."
+        raise UsageError(said) from None
 
 
 def read(parser: MagicArgumentParser, words: list[str], names: Names) -> Namespace:

@@ -23,8 +23,7 @@ class Actions:
         self.lock = threading.RLock()
         self._listeners: list[Callable[[], None]] = []
         self._seen: object = None
-        self._broken: list[Callable[[], None]] = []
-        """listeners whose errors are logged already"""
+        self._broken: list[Callable[[], None]] = []  # listeners whose errors are logged already
 
     # -- who may move the run
 

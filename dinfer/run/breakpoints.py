@@ -1,10 +1,9 @@
 """The breakpoints of one run: setting them, arming their conditions on the ranks, noticing that one is met."""
 
 from collections.abc import Callable
-from typing import Any
 
 from dinfer.config import Config
-from dinfer.messages import BreakpointHit
+from dinfer.messages import BreakpointHit, SetBreakpoints
 from dinfer.plan.breakpoints import Breakpoint, check, next_stop, parse_when
 from dinfer.plan.cut import Cut, Cuts
 from dinfer.plan.ops import OpKind, PlanError
@@ -14,7 +13,7 @@ from dinfer.results import Breakpoints
 class BreakpointTable:
     """`tell` gives the ranks the conditions to look for; `view` is what a user sees and changes."""
 
-    def __init__(self, config: Config, tell: Callable[[list[dict[str, Any]]], object]) -> None:
+    def __init__(self, config: Config, tell: Callable[[SetBreakpoints], object]) -> None:
         self._config, self._tell = config, tell
         self._found: dict[int, Breakpoint] = {}
         self._count = 0
@@ -57,4 +56,4 @@ class BreakpointTable:
 
     def arm(self) -> None:
         """Have the ranks look for the conditions that are set now, and for no others."""
-        self._tell([one.as_dict() for one in self._found.values() if one.condition])
+        self._tell(SetBreakpoints(tuple(one.as_dict() for one in self._found.values() if one.condition)))

@@ -61,7 +61,8 @@ class Generation:
 
     def hear(self) -> None:
         """Take in the text that has arrived."""
-        self._state.text += "".join(self._ranks.new_texts())
+        with self._ranks.changed:
+            self._state.text += "".join(self._ranks.new_texts())
 
     def _finish(self, begun: Pending[NewTokens], on_text: Callable[[str], None] | None) -> NewTokens:
         shown = len(self._state.text)
@@ -89,8 +90,9 @@ class Generation:
         self._ranks.new_texts()
         stream = TextStream(self._tokenizer) if self._tokenizer else None
         pieces = [stream.push(token) if stream else f"{token} " for token in tokens]
-        self._state.tokens, self._state.by_rank = tokens, {}
-        self._state.text = "".join(pieces) + (stream.flush() if stream and ended else "")
+        text = "".join(pieces) + (stream.flush() if stream and ended else "")
+        with self._ranks.changed:
+            self._state.tokens, self._state.by_rank, self._state.text = tokens, {}, text
 
     def _ask(self, command: Command[A]) -> dict[int, A]:
         requests = dict.fromkeys(range(len(self._ranks.ranks)), command)

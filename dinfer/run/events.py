@@ -21,8 +21,7 @@ class RunEvents:
 
     def __init__(self, state: RunState) -> None:
         self._state, self._ranks, self._lanes = state, state.ranks, state.plan.lanes
-        self._begun = 0
-        """how often the run has begun"""
+        self._begun = 0  # how often the run has begun
         self._by_rank: list[list[Event]] = []
         self._back: tuple[list[int], Cut] = [], ()
         """how many events there were when the run last went back, and the cut to which it went"""

@@ -27,11 +27,6 @@ HANDED_ON = (
     "again with dinfer.connect(…)."
 )
 
-UNASKED = (
-    "If nobody killed it, the kernel did, because memory ran out (see dmesg): lower chunk_size or the length, take "
-    "dtype bfloat16, or fewer ranks on this machine."
-)
-
 
 def silence_limit(timeout: float) -> float:
     """Seconds without news of a watcher, which reports ten times a second, after which its rank counts as lost; less
@@ -121,7 +116,12 @@ def _death(plan: Plan, rank: int, state: RankState, code: int | None, config: Co
     if code in (LOST, SILENT):
         return f"{stood}\nIts log is {config.log_dir}/rank{rank}.log on its host; its launcher may know more."
     printed = f"{stood}\nWhat it printed last is in {config.log_dir}/rank{rank}.err."
-    return f"{printed}\n{UNASKED}" if code == -signal.SIGKILL else printed
+    if code != -signal.SIGKILL:
+        return printed
+    return (
+        f"{printed}\nIf nobody killed it, the kernel did, because memory ran out (see dmesg): lower chunk_size or the "
+        "length, take dtype bfloat16, or fewer ranks on this machine."
+    )
 
 
 # -- a standstill

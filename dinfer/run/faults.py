@@ -6,7 +6,7 @@ from typing import Any
 from dinfer.display import Displayable
 from dinfer.engine.board import Stand
 from dinfer.errors import NoSuch
-from dinfer.messages import FaultStruck
+from dinfer.messages import FaultStruck, SetFaults
 from dinfer.plan.faults import KINDS, Fault, TokenSizes, fault_of
 from dinfer.plan.ops import PlanError, Value
 from dinfer.plan.plan import Plan
@@ -38,10 +38,9 @@ class Injected(Displayable):
 
 
 class Armed(Displayable):
-    """The armed faults of a run, by number; removing one here disarms it on the ranks. `tell` gives the ranks the full
-    list."""
+    """The armed faults of a run, by number; removing one here disarms it on the ranks, whom `tell` gives the list."""
 
-    def __init__(self, state: RunState, tell: Callable[[list[dict[str, Any]]], object]) -> None:
+    def __init__(self, state: RunState, tell: Callable[[SetFaults], object]) -> None:
         self._state, self._tell = state, tell
         self._found: dict[int, Injected] = {}
         self._count = 0
@@ -82,13 +81,9 @@ class Armed(Displayable):
         fault = fault_of(self._count + 1, kind, plan.shape, sizes, **chosen)
         _check_in_time(fault, plan, stands)
         self._count = fault.number
-        found = self._found[fault.number] = Injected(fault)
-        try:
-            self.arm()
-        except BaseException:
-            del self._found[fault.number]
-            raise
-        return found
+        injected = Injected(fault)
+        self._replace({**self._found, fault.number: injected})
+        return injected
 
     def marks(self) -> Iterator[Mark]:
         """One for each armed fault that has a block."""
@@ -98,7 +93,7 @@ class Armed(Displayable):
 
     def arm(self) -> None:
         """Have the ranks break what is armed now, and nothing else."""
-        self._tell([one.fault.as_dict() for one in self])
+        self._tell(SetFaults(tuple(one.fault.as_dict() for one in self)))
 
     def begin(self) -> None:
         """The run begins again on clean ranks: no fault has struck."""
@@ -111,14 +106,17 @@ class Armed(Displayable):
             one.strikes.append((rank, note.changed, note.found))
             self._state.said.append(f"fault {one.fault}: {note.found}")
 
-    def _disarm(self, gone: list[Injected]) -> None:
-        before, numbers = self._found, {one.number for one in gone}
-        self._found = {number: one for number, one in before.items() if number not in numbers}
+    def _replace(self, found: dict[int, Injected]) -> None:
+        """Arm these instead; the run may be over, or a rank refuse: then all stays as it was."""
+        before, self._found = self._found, found
         try:
             self.arm()
-        except BaseException:  # the run may be over
+        except BaseException:
             self._found = before
             raise
+
+    def _disarm(self, gone: list[Injected]) -> None:
+        self._replace({number: one for number, one in self._found.items() if one not in gone})
         if changed := [f"#{one.number}" for one in gone if any(strike[1] for strike in one.strikes)]:
             self._state.say(
                 f"disarmed; what {', '.join(changed)} changed stays changed until run.restart(), or until the run goes "

@@ -21,6 +21,7 @@ ABOUT_MESSAGES: tuple[HangKind, ...] = (
 """where an exception comes from a wrong message: the rank that raised it is not to blame"""
 
 STUCK: tuple[HangKind, ...] = ("stuck in Python", "stuck in C", "stuck")
+"""where a rank is in an op that does not end"""
 
 
 class Hung(NoProgress):
@@ -51,9 +52,8 @@ class Health:
             self._look_for_failure()
         if state.failure:
             raise RankFailed(state.failure)
-        state.note_silence(
-            "\n".join(silent_text(state.plan, rank, ranks.ranks[rank]) for rank in ranks.silent())
-        )
+        silent = [silent_text(state.plan, rank, ranks.ranks[rank]) for rank in ranks.silent()]
+        state.note_silence("\n".join(silent))
         if state.silence:
             raise RankFailed(state.silence)
         if (hang := state.hang) and hang.is_hung and self._is_moving():

@@ -34,8 +34,7 @@ class Moves:
         self._state, self._breakpoints, self._went = state, breakpoints, went
         self._fleet = Fleet(state.plan, state.ranks, check)
         self._stepper: Stepper | None = None
-        self.stop_playing = threading.Event()
-        """set: `play` makes no further step"""
+        self.stop_playing = threading.Event()  # set: `play` makes no further step
 
     def begin(self) -> None:
         """All ranks stand before their first op."""

@@ -88,12 +88,8 @@ class RunRecorder:
     ) -> Findings:
         """What is known of the run now, besides its events."""
         standing, state, breakpoints = self.standing(), self.state, self.breakpoints.view
-        done = Done(
-            [one.fault.call for one in self.faults],
-            [one.call for one in breakpoints],
-            len(state.tokens),
-            edited=bool(state.edited),
-        )
+        faults, stops = [one.fault.call for one in self.faults], [one.call for one in breakpoints]
+        done = Done(faults, stops, len(state.tokens), edited=bool(state.edited))
         digests = self._digests()
         ranks = tuple(
             RankFinding(
@@ -240,9 +236,7 @@ class RunRecorder:
             begun=tuple(stand.started),
             final=source.tensors([rank], ReadFinalHidden())[0] if has_final else None,
             edits=_edits(source, rank, notes.edits),
-            faults=tuple(
-                one.fault for one in self.faults if any(strike[0] == rank for strike in one.strikes)
-            ),
+            faults=tuple(one.fault for one in self.faults if rank in [by for by, _, _ in one.strikes]),
         )
 
 

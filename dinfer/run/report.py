@@ -5,13 +5,13 @@ import os
 import platform
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dinfer.config import Config
-from dinfer.errors import NotPossible
 from dinfer.job import Job
 from dinfer.kv.diff import diff_ranks
 from dinfer.kv.difference import COLUMNS
@@ -22,10 +22,10 @@ from dinfer.plan.schedule import build
 from dinfer.saved.saved import WriteReport
 from dinfer.trace.findings import BlockState, Findings, KvFinding, RankFinding
 
-PACKAGES = ("dinfer", "torch", "transformers", "ipyparallel", "numpy", "plotly")
-
 LISTED = 20
 """most differences that a report lists"""
+
+NO_VIEWS = "this session was made without views: use dinfer.connect(…)."
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,6 @@ class Reporter(NamedTuple):
     write: WriteReport
     log: list[str]
     others: Callable[[], Sequence[dict[str, Any]]]
-
-
-def no_views() -> NotPossible:
-    """The error of a session that `dinfer.connect` has not made."""
-    return NotPossible("this session was made without views: use dinfer.connect(…).")
 
 
 # -- the machine
@@ -79,11 +74,9 @@ def processor() -> str:
 def versions() -> dict[str, str]:
     """The versions of Python and of the installed packages that matter here."""
     found = {"Python": platform.python_version()}
-    for name in PACKAGES:
-        try:
+    for name in ("dinfer", "torch", "transformers", "ipyparallel", "numpy", "plotly"):
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 

@@ -1,8 +1,6 @@
 """The result of a run: the merged trace, the figures of each rank and link, as JSON and as a table."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dinfer.cluster.ranks import RankState
@@ -63,10 +61,6 @@ def result_of(job: Job, ranks: Sequence[RankState], trace: Trace, text: str) -> 
         "links": [link._asdict() for link in trace.link_figures()],
         "corrupt": [{**one.as_dict(), "text": str(one)} for one in corrupt],
     }
-
-
-def write_json(result: dict[str, Any], path: str | Path) -> None:
-    Path(path).write_text(json.dumps(result, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def table(result: dict[str, Any]) -> str:

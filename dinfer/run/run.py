@@ -1,9 +1,9 @@
 """Run: one distributed prefill, and the decode after it, as its user holds it.
 
-A Run is made of parts, each in a file of its own: `state` (what it is doing and why), `action` (who may move it, who
-hears of changes), `moves` and `stepper` (from cut to cut), `breakpoints`, `faults`, `decode`, `hang` (failures, the
-verdict), `inspect` (KV, the reference), `events`, `recorder` (reports, folders, replays). Here they are put together,
-and each call of a user goes to the part that does it.
+A Run is made of parts, each in a file of its own. All of them get its `state`: job, ranks, what it is doing and why.
+`action` says who may move it and who hears of changes, `moves` and `stepper` go from cut to cut, `hang` sees failures
+and gives the verdict; `breakpoints`, `faults`, `decode` and `events` are what they say; `inspect` reads what the ranks
+hold, `recorder` makes reports, folders and replays of all that. Here each call of a user goes to the part that does it.
 """
 
 import time
@@ -19,21 +19,11 @@ from dinfer.cluster.lease import RankLease
 from dinfer.cluster.ranks import RankRefused, Ranks
 from dinfer.display import Displayable
 from dinfer.engine.corruption import Corruption
-from dinfer.errors import ipython
+from dinfer.errors import NotPossible, ipython
 from dinfer.job import Job
 from dinfer.kv.reference.comparison import Comparison
 from dinfer.kv.view import KV, AttentionWeights, Hidden
-from dinfer.messages import (
-    Answer,
-    BlockCorrupt,
-    BreakpointHit,
-    Command,
-    Edited,
-    FaultStruck,
-    GetStand,
-    SetBreakpoints,
-    SetFaults,
-)
+from dinfer.messages import Answer, BlockCorrupt, BreakpointHit, Command, Edited, FaultStruck, GetStand
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Unit, count_of, unit_of
@@ -45,11 +35,11 @@ from dinfer.run.decode import Generation
 from dinfer.run.events import RunEvents
 from dinfer.run.failure import RankFailed
 from dinfer.run.faults import Armed, Injected
-from dinfer.run.hang import STUCK, Health
+from dinfer.run.hang import Health
 from dinfer.run.inspect import RunInspector, check_comparable
 from dinfer.run.moves import Moves
 from dinfer.run.recorder import RunRecorder
-from dinfer.run.report import Reporter, no_views
+from dinfer.run.report import NO_VIEWS, Reporter
 from dinfer.run.state import MOVING, STANDING, RunState, Standing, State, where_of
 from dinfer.run.stepper import Move, NoProgress
 from dinfer.saved.replay.replay import Replay
@@ -119,10 +109,9 @@ class Run(Displayable):
         self._prepare = prepare
         self._state = state = RunState(job, RankLease(ranks), devices)
         self._health = Health(state)
-        self._breakpoints = BreakpointTable(
-            job.config, lambda armed: self._ask_all(SetBreakpoints(tuple(armed)))
-        )
-        self._faults = Armed(state, lambda faults: self._ask_all(SetFaults(tuple(faults))))
+        self.check, self.say = self._health.check, state.say  # for the session, too
+        self._breakpoints = BreakpointTable(job.config, self._ask_all)
+        self._faults = Armed(state, self._ask_all)
         self._generation = Generation(state, self.check, tokenizer)
         self._events = RunEvents(state)
         self._moves = Moves(state, self._breakpoints, self.check, self._went)
@@ -392,7 +381,7 @@ class Run(Displayable):
         holds the prompt and the new text, with `environment` this process's environment variables: look for secrets in
         them before you pass it on. Raises OSError, at once where the file's folder does not exist."""
         if self.reporter is None:
-            raise no_views()
+            raise NotPossible(NO_VIEWS)
         return self._recorder.report(path, self.reporter, prompt=prompt, environment=environment)
 
     def findings(self) -> Findings:
@@ -432,10 +421,6 @@ class Run(Displayable):
 
     # -- for the session
 
-    def check(self) -> None:
-        """Raises RankFailed where a rank has failed or does not answer, and Hung where the run hangs."""
-        self._health.check()
-
     def look(self) -> None:
         """Take in what the ranks report. Called often, on the session's thread."""
         if self.closed:
@@ -447,10 +432,6 @@ class Run(Displayable):
             self.say(met)
         self._health.look()
         self._actions.tell_of_news(lambda: (self.standing(), self._events.heard(), tuple(self.breakpoints)))
-
-    def say(self, message: str) -> None:
-        """Note why the last action stopped, also for the log."""
-        self._state.say(message)
 
     def fail(self, why: str) -> None:
         """The run cannot go on until it is restarted."""
@@ -469,11 +450,6 @@ class Run(Displayable):
                 self._actions.tell()
         finally:
             self._state.ending = ""
-
-    def stuck_ranks(self) -> tuple[int, ...]:
-        """Ranks in an op that does not end, according to the verdict."""
-        hang = self._state.hang
-        return hang.ranks if hang and hang.kind in STUCK else ()
 
     message: str = _of_state("message", "Why the last action stopped.")
     failure: str = _of_state("failure", "Why the run cannot go on until it is restarted; empty while it can.")

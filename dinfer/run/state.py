@@ -57,8 +57,7 @@ class Marks:
     back before it."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, int, int], Mark] = {}
-        """by rank, chunk and layer"""
+        self._known: dict[tuple[int, int, int], Mark] = {}  # by rank, chunk and layer
 
     def __iter__(self) -> Iterator[Mark]:
         return iter(list(self._known.values()))
@@ -136,42 +135,28 @@ class RunState:
 
     def __init__(self, job: Job, ranks: RankLease, devices: Sequence[str]) -> None:
         self.job, self.plan, self.ranks, self.devices = job, job.plan, ranks, devices
-        self.last_call = ""
-        """the text of the last call, whoever made it"""
-        self.closed = ""
-        """why the run is over"""
-        self.ending = ""
-        """why the run is about to be over, while `close()` waits for others to finish"""
-        self.said: list[str] = []
-        """messages that the session has not logged yet"""
-        self.story: list[str] = []
-        """all messages"""
+        self.last_call = ""  # the text of the last call, whoever made it
+        self.closed = ""  # why the run is over
+        self.ending = ""  # why the run is about to be over, while `close()` waits for others to finish
+        self.said: list[str] = []  # messages that the session has not logged yet
+        self.story: list[str] = []  # all messages
         self.begin()
 
     def begin(self) -> None:
         """The run begins, or begins again: forget everything known of it."""
         with self.ranks.changed:
-            self.message = ""
-            """why the last action stopped"""
-            self.failure = ""
-            """why the run cannot go on until it is restarted"""
-            self.silence = ""
-            """which ranks do not answer, while that is so"""
-            self.hang: Verdict | None = None
-            """why the run does not move, while that is so"""
-            self.tokens: list[int] = []
-            """the new tokens that all ranks have"""
-            self.by_rank: dict[int, list[int]] = {}
-            """those that each rank has reported after the last decode"""
-            self.text = ""
-            """the text of the new tokens, in whole characters"""
+            self.message = ""  # why the last action stopped
+            self.failure = ""  # why the run cannot go on until it is restarted
+            self.silence = ""  # which ranks do not answer, while that is so
+            self.hang: Verdict | None = None  # why the run does not move, while that is so
+            self.tokens: list[int] = []  # the new tokens that all ranks have
+            self.by_rank: dict[int, list[int]] = {}  # those that each rank has reported after the last decode
+            self.text = ""  # the text of the new tokens, in whole characters
             self.is_decoding = False
             self.is_token_pending = False
             """a call of decode is under way or ended with an error: ranks may wait for each other's token"""
-            self.edited: list[str] = []
-            """what the user has changed by hand on the ranks"""
-            self.corrupt: list[Corruption] = []
-            """blocks whose bytes have changed, in the order of discovery"""
+            self.edited: list[str] = []  # what the user has changed by hand on the ranks
+            self.corrupt: list[Corruption] = []  # blocks whose bytes have changed, in the order of discovery
             self.marks = Marks()
 
     @property

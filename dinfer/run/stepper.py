@@ -105,8 +105,7 @@ class Stepper:
         self._order = 0
         """counts the limits sent to the ranks, so that a note about an earlier order can be ignored"""
         self._pausing = threading.Event()
-        self._halted = 0
-        """the order under which a rank has met a breakpoint"""
+        self._halted = 0  # the order under which a rank has met a breakpoint
 
     @property
     def at_end(self) -> bool:

@@ -22,8 +22,8 @@ from dinfer.plan.custom import CustomSchedule
 from dinfer.plan.plan import Plan
 from dinfer.rank.debugger import FIRST_PORT
 from dinfer.run.failure import HANDED_ON, RankFailed, were_handed_on
-from dinfer.run.hang import Hung
-from dinfer.run.report import Reporter, no_views
+from dinfer.run.hang import STUCK, Hung
+from dinfer.run.report import NO_VIEWS, Reporter
 from dinfer.run.run import Run
 from dinfer.saved.saved import WriteReport
 from dinfer.session.sweep import Sweep, sweep
@@ -92,8 +92,7 @@ class Session(Announced, Closing):
         self._run: Run | None = None
         self._config = Config(world_size=self.world_size, log_dir="", prompt_ids=(0,), backend="gloo")
         self._devices = ["cpu"] * self.world_size
-        self._bare = set(range(self.world_size))
-        """ranks without weights, or with only some of them"""
+        self._bare = set(range(self.world_size))  # ranks without weights, or with only some of them
         self._noted: tuple[Run | None, str, str, str] = (None, "", "", "")
         self._closing = threading.Event()
         meet(ranks)
@@ -112,11 +111,11 @@ class Session(Announced, Closing):
         unsupported model.
         """
         self._check_open()
-        shares = self.ranks.cores()
+        share = max(self.ranks.cores())
         values = {"model_path": model_path, "dtype": dtype, "gpu_ids": tuple(gpu_ids), "log_dir": ""}
         config = Config.of({**values, "world_size": self.world_size, "prompt_ids": (0,)})
-        config = config.with_(threads=threads or threads_per_rank(max(shares)))
-        config, self.spec = prepare_load(config, range(max(shares)))
+        config = config.with_(threads=threads or threads_per_rank(share))
+        config, self.spec = prepare_load(config, range(share))
         self._end_run("another checkpoint was loaded; session.prefill(…) begins a run of it")
         if config.backend != self._config.backend:
             meet(self.ranks, config.backend)
@@ -145,19 +144,24 @@ class Session(Announced, Closing):
             self.load()
         assert self.spec
         own = without_fixed(parameters, self._config, self.spec)
-        config = self._config.with_(**{"prompt_ids": (), **_prompt(prompt), **own})
+        if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
+            raise ConfigError(
+                f"prompt is {prompt!r}; it must be text, or a list of token ids such as [5, 17, 3]."
+            )
+        given = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_ids": tuple(prompt)}
+        config = self._config.with_(**{"prompt_ids": (), **given, **own})
         job = prepare_loaded(config, self.spec, plan)
         text = "" if plan is None else job.plan.text()
         self._end_run("another run has begun; session.debugger() shows it")
         tokenizer = load_tokenizer(config.model_path)
-        self._run = Run(job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, text))
-        self._run.show = self._show
+        self._run = run = Run(job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, text))
+        run.show = self._show
         if self._write:
-            self._run.reporter = Reporter(self._write, [], lambda: self._figures_before(job))
-        self._note(f"run: {len(job.ids)} tokens, {job.plan.schedule}, {job.plan.sync_strategy}", self._run)
+            run.reporter = Reporter(self._write, [], lambda: self._figures_before(job))
+        self._note(f"run: {len(job.ids)} tokens, {job.plan.schedule}, {job.plan.sync_strategy}", run)
         if not paused:
-            self._run.resume()
-        return self._run
+            run.resume()
+        return run
 
     def sweep(self, prompts: str | Sequence[str | Sequence[int]] | Sequence[int], **parameters: Any) -> Sweep:
         """Run each prompt with every combination of these parameters, each a list or a single value; a table."""
@@ -167,7 +171,7 @@ class Session(Announced, Closing):
         """The panel: the current run as a map, with buttons that step it. Raises NotPossible before there is a run."""
         self._check_open()
         if self._show is None:
-            raise no_views()
+            raise NotPossible(NO_VIEWS)
         return self._show(self.run)
 
     def listen_for_debugger(self, rank: int, port: int = 0) -> Listening:
@@ -186,7 +190,8 @@ class Session(Announced, Closing):
         self._check_open()
         said, plan, stuck = list[str](), None, tuple[int, ...]()
         if self._run:
-            plan, stuck = self._run.plan, self._run.stuck_ranks()
+            plan, hang = self._run.plan, self._run.told
+            stuck = hang.ranks if hang and hang.kind in STUCK else ()
             self._run.fail("the session has recovered since: run.restart() begins anew")
         anew = recover(self.ranks, plan, self._config.backend, said.append, stuck)
         self._bare |= set(anew)
@@ -323,12 +328,3 @@ class Session(Announced, Closing):
             self._note(str(verdict) if verdict else "the run moves again", run)
             for rank, stack in verdict.stacks.items() if verdict else ():
                 self._note(f"rank {rank} stands at:\n{stack}", run)
-
-
-def _prompt(given: object) -> dict[str, Any]:
-    """A prompt as a parameter of Config. Raises ConfigError for what is neither text nor ids."""
-    if isinstance(given, str):
-        return {"prompt": given}
-    if isinstance(given, Iterable) and not isinstance(given, bytes):
-        return {"prompt_ids": tuple(given)}
-    raise ConfigError(f"prompt is {given!r}; it must be text, or a list of token ids such as [5, 17, 3].")

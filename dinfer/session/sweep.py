@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from numbers import Integral
@@ -67,11 +68,9 @@ def sweep(
     choices = [value if isinstance(value, list) else [value] for value in parameters.values()]
     combinations = list(itertools.product(asked, *choices))
     rows = list[dict[str, Any]]()
-    try:
+    with suppress(KeyboardInterrupt):  # keep what was measured
         for prompt, *values in tqdm(combinations, desc="runs", unit="run"):
             rows.append(_row(prefill, prompt, dict(zip(parameters, values, strict=True))))
-    except KeyboardInterrupt:  # keep what was measured
-        pass
     return Sweep(tuple(rows), len(combinations) - len(rows))
 
 

@@ -20,14 +20,7 @@ from dinfer.views.status import status
 from dinfer.views.still import still_html
 from tests.support.broken import IN_PLACE, broken_block, in_shadow, words
 from tests.support.expected_tokens import expected
-from tests.support.injections import (
-    DTYPES,
-    WORLD_SIZES,
-    Injection,
-    random_fault,
-    random_prompt,
-    random_setup,
-)
+from tests.support.injections import DTYPES, WORLD_SIZES, Injection, random_fault, random_prompt, random_setup
 from tests.support.threads import engines, session_on_threads
 from tests.support.twin import prompt
 

@@ -17,14 +17,7 @@ from dinfer.cluster.threads import LocalRanks
 from dinfer.plan.faults import FaultPlace
 from dinfer.run.run import Run
 from dinfer.session.session import Session
-from tests.support.injections import (
-    DTYPES,
-    WORLD_SIZES,
-    Injection,
-    random_fault,
-    random_prompt,
-    random_setup,
-)
+from tests.support.injections import DTYPES, WORLD_SIZES, Injection, random_fault, random_prompt, random_setup
 from tests.support.proof import Rows, Truth, named
 from tests.support.runs import wait_for
 from tests.support.tiny import tiny_checkpoint

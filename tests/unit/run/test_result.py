@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from dinfer.cli.root import keep_json
 from dinfer.cluster.ranks import RankState
 from dinfer.config import Config
 from dinfer.engine.corruption import Corruption
 from dinfer.job import Job, prepare
 from dinfer.launch.runner import ProgressLines, conclude
 from dinfer.messages import BatchResult, BlockCorrupt, Edited, StoreOpened
-from dinfer.run.result import merge, result_of, table, write_json
+from dinfer.run.result import merge, result_of, table
 from dinfer.trace.events import Event
 from tests.support.tiny import tiny_checkpoint
 
@@ -121,7 +122,7 @@ def test_the_table_has_a_line_for_each_rank_and_link(job: Job, ranks: list[RankS
 
 def test_json_is_utf_8_and_reads_back(job: Job, ranks: list[RankState], tmp_path: Path) -> None:
     found = {**result(job, ranks), "text": "中🙂"}
-    write_json(found, tmp_path / "r.json")
+    keep_json(found, str(tmp_path / "r.json"))
     text = (tmp_path / "r.json").read_text(encoding="utf-8")
     assert "中🙂" in text
     assert json.loads(text) == json.loads(json.dumps(found))

@@ -11,26 +11,14 @@ from functools import partial
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from dinfer.config import Config
 from dinfer.model.decoder import Decoder
 from dinfer.plan.cut import UNITS, Cut, Unit, is_inside
 from dinfer.run.stepper import Move, Stepper
 from dinfer.transport.gate import Gate
-from tests.support.expected import (
-    NEW_TOKENS,
-    differing_blocks,
-    expected,
-    is_complete,
-    lane_threads,
-)
+from tests.support.expected import NEW_TOKENS, differing_blocks, expected, is_complete, lane_threads
 from tests.support.seeded_gate import SeededGate
 from tests.support.twin import Twin, prompt
 
