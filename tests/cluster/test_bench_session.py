@@ -16,7 +16,7 @@ def test_it_measures_and_leaves_nothing(tmp_path: Path) -> None:
     with ipython(tmp_path) as place:
         process = place.start("-m", "dinfer", "bench", "session", "--repeats", "1", "--json", "figures.json")
         assert process.wait(300) == 0, place.output(process)
-        assert "from kill to name: " in place.output(process)
+        assert "from kill to report: " in place.output(process)
         figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
         assert figures["events"]["heard"] == figures["events"]["ops"] > 100
         assert figures["recording"]["layer"] > 0 < figures["step"]["ratio"]

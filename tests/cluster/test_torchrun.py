@@ -139,9 +139,10 @@ def test_ranks_of_other_versions_and_checkpoints_are_told_apart(
     tiny_checkpoint(mine / "checkpoint", seed=1)
     shutil.copytree(model, tmp_path / "checkpoint")
     (tmp_path / "wrapped.py").write_text(
-        "import os, dinfer\n"
+        "import os\n"
+        "import dinfer.version\n"
         "if os.environ['RANK'] == '2':\n"
-        "    dinfer.__version__ = '0.0.9'\n"
+        "    dinfer.version.__version__ = '0.0.9'\n"
         f"    os.chdir({str(mine)!r})\n"
         "from dinfer.cli import main\n"
         "main()\n"
