@@ -75,11 +75,8 @@ def ops_between(executor: LaneExecutor, before: tuple[int, ...], after: tuple[in
 
 def op_lines(state: Prefill, ops: list[Op]) -> tuple[str, ...]:
     """One line an op, with shape and statistics of the tensors that it made here."""
-    lines = []
-    for op in ops:
-        made = "; ".join(f"{name} {statistics(tensor)}" for name, tensor in state.made_by(op))
-        lines.append(f"{op}   {made}" if made else str(op))
-    return tuple(lines)
+    made = ("; ".join(f"{name} {statistics(one)}" for name, one in state.made_by(op)) for op in ops)
+    return tuple(f"{op}   {text}".rstrip() for op, text in zip(ops, made, strict=True))
 
 
 def layer_kv(executor: LaneExecutor, layer: int) -> LayerKV:

@@ -71,7 +71,7 @@ class Cuts:
         if not (is_inside(self.start, cut) and is_inside(cut, self.end)):
             return False
         numbers = self._numbers(cut)
-        return self._close(numbers) == numbers
+        return len(self._add(numbers, set())) == len(numbers)
 
     def after_block(self, chunk: int, layer: int) -> Cut:
         """The cut at which every rank has that block and all before it in the global order. Raises PlanError."""
@@ -128,7 +128,8 @@ class Cuts:
         graph = self._graph
         begun = {graph.first[graph.first_lane[place.rank] + place.lane] + place.index for place in started}
         bound = {n for n in begun if graph.ops[n].kind != "recv"}
-        closed = self._close(bound | self._numbers(positions))
+        closed = set[int]()
+        self._add(bound | self._numbers(positions), closed)
         return self._positions(closed), [graph.place(n) for n in sorted(begun - closed)]
 
     def chain(self, unit: Unit) -> list[Cut]:
@@ -196,12 +197,6 @@ class Cuts:
     def _by_rank(self, counts: list[int]) -> Cut:
         lanes = iter(counts)
         return tuple(tuple(next(lanes) for _ in rank) for rank in self.plan.lanes)
-
-    def _close(self, numbers: Iterable[int]) -> set[int]:
-        """The smallest consistent set with `numbers`."""
-        closed = set[int]()
-        self._add(numbers, closed)
-        return closed
 
     def _add(self, numbers: Iterable[int], closed: set[int]) -> list[int]:
         """Add `numbers` and all that they need to `closed`, in place. Returns what was added."""
