@@ -51,7 +51,7 @@ class RunInspector:
         """See `Run.kv`."""
         hold = self._actions.hold
         with hold():
-            return KV(self.live, layer=layer, chunk=chunk, rank=rank, note=self._compared, hold=hold)
+            return KV(self.source, layer=layer, chunk=chunk, rank=rank, note=self._compared, hold=hold)
 
     def hidden(self, chunk: int, layer: int) -> Hidden:
         """See `Run.hidden`."""

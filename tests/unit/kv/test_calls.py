@@ -14,10 +14,10 @@ from tests.support.tiny import tiny_checkpoint
 from tests.support.twin import prompt
 
 SOURCE = str(Path(dinfer.__file__).parent)
-PASSED = 20
+PASSED = 21
 """functions that `run.kv().diff()` enters before the first request of the diff leaves for a rank, half of them to see
 whether and where the run stands; it was 42"""
-OF_KV = 5
+OF_KV = 4
 """those of them in dinfer/kv; it was 12"""
 DEEPEST = 7
 """frames of dinfer from the user's call to that request, both included"""
