@@ -1,6 +1,6 @@
 """Judge: from the graph of who waits for whom to the culprit, and whether a rank or link of a run that moves is slow.
 
-Pure. `planned` makes the graph.
+Pure. `planned` makes the graph from a plan, `recorded` from events alone.
 """
 
 from collections import deque

@@ -13,6 +13,26 @@ from dinfer.verdict.waits import RANK, Node, Root, Wait, Waits, stuck_after
 from dinfer.verdict.where import link_text, times_text, value_text, waits_for_text
 
 
+def busy(rank: int, signs: Signs, text: str, still: float, typical: float, frame: StackFrame | None) -> Root:
+    """The root for something that should end by itself, and has taken too long."""
+    since = times_text(still, typical)
+    at = f", in {frame.c}" if frame and frame.c else ""
+    at += f", at {frame}" if frame else ""
+    if frame and frame.held:
+        return Root("held", rank, f"{text} and stands at a debugger's breakpoint{at}")
+    if signs.cpu_moves or (signs.cpu_moves is None and signs.process == "R"):
+        return Root("computing", rank, f"{text} and still computing ({since}){at}")
+    if signs.answers is False:
+        held = "in C code that holds the interpreter (the GIL)"
+        at = at or "; no stack of it could be read"
+        return Root("stuck in C", rank, f"{text} and stuck {held} ({since}){at}")
+    if frame is None:
+        return Root("stuck", rank, f"{text} and stuck at an unknown line: no stack of it came ({since})")
+    if frame.native:
+        return Root("stuck in C", rank, f"{text} and stuck in C ({since}){at}")
+    return Root("stuck in Python", rank, f"{text} and stuck in Python ({since}){at}")
+
+
 class Planned:
     """A `Wait` for every lane that has not ended, and for every rank as a whole that has none.
 
@@ -94,25 +114,9 @@ class Planned:
 
     def _busy(self, rank: int, text: str, still: float, typical: float, frame: StackFrame | None) -> Root:
         """The root for something that should end by itself."""
-        signs, at = self.signs[rank], f", at {frame}" if frame else ""
-        if not self._is_ripe(still, typical):
-            return Root("moving", rank, f"{text}{at}")
-        since = times_text(still, typical)
-        if frame and frame.c:
-            at = f", in {frame.c}{at}"
-        if frame and frame.held:
-            return Root("held", rank, f"{text} and stands at a debugger's breakpoint{at}")
-        if signs.cpu_moves or (signs.cpu_moves is None and signs.process == "R"):
-            return Root("computing", rank, f"{text} and still computing ({since}){at}")
-        if signs.answers is False:
-            at = at or "; no stack of it could be read"
-            text += " and stuck in C code that holds the interpreter (the GIL)"
-            return Root("stuck in C", rank, f"{text} ({since}){at}")
-        if frame is None:
-            return Root("stuck", rank, f"{text} and stuck at an unknown line: no stack of it came ({since})")
-        if frame.native:
-            return Root("stuck in C", rank, f"{text} and stuck in C ({since}){at}")
-        return Root("stuck in Python", rank, f"{text} and stuck in Python ({since}){at}")
+        if self._is_ripe(still, typical):
+            return busy(rank, self.signs[rank], text, still, typical, frame)
+        return Root("moving", rank, f"{text}, at {frame}" if frame else text)
 
     def _node(self, rank: int, lane: int = RANK) -> Node:
         """The node of a lane, or of its rank if that is judged as a whole."""

@@ -1,5 +1,6 @@
 """The graph of who waits for whom: its nodes, and what is wrong at those that wait for no other (the roots)."""
 
+from math import inf
 from typing import Literal, NamedTuple, get_args
 
 from dinfer.plan.ops import Op
@@ -63,9 +64,9 @@ class Wait(NamedTuple):
     what: str = ""
 
     def __str__(self) -> str:
-        detail = f" ({self.detail})" if self.detail else ""
-        since = f", for {self.still_s:.1f} s" if self.still_s >= 0.05 and self.on else ""
-        return f"{self.text}{detail}{since}"
+        text = f", for {self.still_s:.1f} s" if self.still_s < inf else ", until the record ends"
+        since = text if self.still_s >= 0.05 and self.on else ""
+        return f"{self.text}{f' ({self.detail})' if self.detail else ''}{since}"
 
 
 Waits = dict[Node, Wait]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from math import inf
 from typing import Protocol
 
 from dinfer.plan.cut import Cut
@@ -110,7 +111,9 @@ def ranks_text(ranks: Iterable[int]) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """`0.3 s`, `12 s`, `4 ms`."""
+    """`0.3 s`, `12 s`, `4 ms`; infinite: `until the record ends`."""
+    if seconds == inf:
+        return "until the record ends"
     if seconds < 0.1:
         return f"{seconds * 1e3:.3g} ms"
     return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
