@@ -118,7 +118,7 @@ def test_it_is_answered_once_there_is_something_new_and_fetches_only_that(
     browser.run.run_to(chunk=1, layer=5)
     head, _ = browser.picture()
     fetched = list[int]()
-    source = browser.run._inspector.source
+    source = browser.run._inspector.live
 
     def counted() -> Any:
         live = source()
@@ -128,7 +128,7 @@ def test_it_is_answered_once_there_is_something_new_and_fetches_only_that(
         )
         return live
 
-    monkeypatch.setattr(browser.run._inspector, "source", counted)
+    monkeypatch.setattr(browser.run._inspector, "live", counted)
     before = len(browser.of("kv"))
     browser.ask(head["stamp"])
     browser.run.run_to(chunk=2, layer=5)
