@@ -37,14 +37,10 @@ class CellDifference(NamedTuple):
         """The difference of both together; `later` is of the rows that follow."""
         larger = self if self.absolute >= later.absolute else later
         return CellDifference(
-            larger.absolute,
-            max(self.relative, later.relative),
-            max(self.scale, later.scale),
-            larger.largest,
-            self.changed + later.changed,
-            self.first or later.first,
+            larger.absolute, max(self.relative, later.relative), max(self.scale, later.scale), larger.largest,
+            self.changed + later.changed, self.first or later.first,
             (self.nans[0] + later.nans[0], self.nans[1] + later.nans[1]),
-        )
+        )  # fmt: skip
 
 
 def measure(mine: Tensor, theirs: Tensor, row: int = 0) -> CellDifference:

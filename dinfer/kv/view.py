@@ -21,10 +21,11 @@ from dinfer.kv.source import LiveSource, Selection, Source, Subject, ViewableSou
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import within
 
+LARGE = 64 << 20
+"""before more bytes than this move, a message says how many"""
+
 CORNER = 4
 """how many tokens, and values of each, are shown"""
-
-NoteDiff = Callable[[Diff, Selection], None]
 
 Hold = Callable[[], AbstractContextManager[None]]
 
@@ -51,7 +52,7 @@ class KV(Displayable):
         layer: int | None,
         chunk: int | None,
         rank: int | None,
-        note: "NoteDiff | None" = None,
+        note: Callable[[Diff, Selection], None] | None = None,
         hold: "Hold" = nullcontext,
     ) -> None:
         self.source, self._rank, self._note, self._hold = source, rank, note, hold
@@ -239,7 +240,7 @@ def check_computed(source: Source, chunk: int, layer: int, ranks: Sequence[int])
 
 def say_size(size: int, advice: str) -> None:
     """Print how many bytes are about to move, if they are many."""
-    if size > 64 << 20:
+    if size > LARGE:
         print(f"dinfer: fetching {size / (1 << 20):,.0f} MiB; {advice}.", flush=True)
 
 

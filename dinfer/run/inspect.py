@@ -16,14 +16,7 @@ from dinfer.cluster.ranks import RankRefused
 from dinfer.kv.difference import Diff
 from dinfer.kv.reference.comparison import Comparison
 from dinfer.kv.reference.judge import ReferenceCase
-from dinfer.kv.reference.reports import (
-    Examined,
-    HeldDigests,
-    ToleranceMeasure,
-    helds_of,
-    holds_most,
-    to_be_examined,
-)
+from dinfer.kv.reference.reports import Examined, HeldDigests, ToleranceMeasure, helds_of, to_be_examined
 from dinfer.kv.source import Selection, Subject
 from dinfer.kv.view import KV, AttentionWeights, Hidden, attention_of
 from dinfer.messages import Answer, Command, DigestHidden, HashKv, RunReference, StopReference
@@ -159,11 +152,11 @@ class RunInspector:
         )
 
     def _examined(self, helds: list[HeldDigests], *, chunked: bool, dtype: str) -> list[Examined]:
-        """One rank runs the reference, and so do those that hold other bytes than it."""
+        """The rank that holds most blocks runs the reference, and so do those that hold other bytes than it."""
         prompt = len(self._job.plan.shape.chunks)
         chunks = 1 + max(chunk for one in helds for chunk, _ in one.now if chunk < prompt)
         command = RunReference(chunked, dtype, chunks)
-        rank = holds_most(helds)
+        rank = max(helds, key=lambda one: (len(one.now), -one.rank)).rank
         first = Examined.of(rank, self._reference({rank: command})[rank])
         others = self._reference(dict.fromkeys(to_be_examined(helds, first), command))
         return [first, *(Examined.of(other, answer) for other, answer in others.items())]

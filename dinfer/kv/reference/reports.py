@@ -122,11 +122,6 @@ class Examined:
         )  # fmt: skip
 
 
-def holds_most(helds: Sequence[HeldDigests]) -> int:
-    """The rank on which most blocks can be compared: it runs the reference first."""
-    return max(helds, key=lambda one: (len(one.now), -one.rank)).rank
-
-
 def to_be_examined(helds: Sequence[HeldDigests], first: Examined) -> list[int]:
     """The ranks that must run the reference too: they hold other bytes than `first`, or than the reference."""
     known = helds[first.rank]

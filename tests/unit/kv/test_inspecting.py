@@ -242,45 +242,14 @@ def test_runs_of_two_sessions_are_compared(model: Path, done: Run) -> None:
 # -- what cannot be
 
 
-@pytest.mark.parametrize(
-    ("asked", "said"),
-    [
-        ({"layer": 4}, "there is no layer 4: the layers are 0 to 3"),
-        ({"layer": -1}, "there is no layer -1"),
-        ({"rank": 3}, "there is no rank 3: the ranks are 0 to 2"),
-        ({"chunk": 5}, "there is no chunk 5: the chunks are 0 to 4"),
-        (
-            {"layer": 3, "chunk": 2},
-            r"chunk 2 of layer 3 is not computed yet; the run stands at c1 l0 on rank 0, at c0",
-        ),
-        (
-            {"layer": 0, "chunk": 1, "rank": 2},
-            r"chunk 1 of layer 0 is not there yet on rank 2; the run stands",
-        ),
-    ],
-)
-def test_what_is_not_there_is_refused(run: Run, asked: dict[str, int], said: str) -> None:
-    run.step("chunk")
-    with pytest.raises(PlanError, match=said):
-        run.kv(**asked)
-
-
 def test_states_that_are_not_computed_yet_are_refused(run: Run) -> None:
     with pytest.raises(
         PlanError, match="no block is on ranks 0 and 1 and 2 yet; the run stands before its first layer"
     ):
         run.kv().diff()
     run.step("chunk")
-    with pytest.raises(
-        PlanError, match="hidden state of chunk 3 before layer 2 is not computed yet; the run stands"
-    ):
-        run.hidden(chunk=3, layer=2)
-    with pytest.raises(PlanError, match="chunk 1 of layer 3 is not there yet on rank 2"):
-        run.attention(layer=3, chunk=1)
     with pytest.raises(PlanError, match="there is no layer 5"):
         run.hidden(chunk=0, layer=5)
-    with pytest.raises(PlanError, match="there is no rank 7"):
-        run.kv().diff(ranks=(0, 7))
 
 
 def test_a_run_that_is_over_is_refused(session: Session, run: Run) -> None:
