@@ -77,8 +77,10 @@ def _merged(there: Entry, ours: Entry, path: Path) -> Entry:
 def _read(path: Path) -> Entry:
     """The file as it is; {} where there is none."""
     try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        text = path.read_text(encoding="utf-8")
         read = json.loads(text) if text.strip() else {}
+    except FileNotFoundError:
+        return {}
     except ValueError as error:
         raise LaunchFileError(
             f"{path} is not plain JSON ({error}). VS Code allows comments and trailing commas there, which would be "

@@ -132,7 +132,7 @@ def method(path: str, about: str, *words: argument, name: str = "") -> None:
 
 
 def _numbers(word: str) -> list[int]:
-    return [int(one) for one in word.split(",") if one.strip()]
+    return [int(one) for one in word.split(",")]
 
 
 def _layers(word: str) -> bool | list[int]:
@@ -169,7 +169,8 @@ def connect(call: Call) -> None:
 )
 def load(call: Call) -> Session:
     """Load a checkpoint on every rank."""
-    return call.session.load(**{**vars(call.words), "gpu_ids": _numbers(call.words.gpu_ids)})
+    gpu_ids = [int(word) for word in call.words.gpu_ids.split(",") if word.strip()]
+    return call.session.load(**{**vars(call.words), "gpu_ids": gpu_ids})
 
 
 @verb(

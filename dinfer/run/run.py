@@ -35,7 +35,7 @@ from dinfer.run.decode import Generation
 from dinfer.run.events import RunEvents
 from dinfer.run.failure import RankFailed
 from dinfer.run.faults import Armed, Injected
-from dinfer.run.hang import Health
+from dinfer.run.hang import STUCK, Health
 from dinfer.run.inspect import RunInspector, check_comparable
 from dinfer.run.moves import Moves
 from dinfer.run.recorder import RunRecorder
@@ -451,6 +451,10 @@ class Run(Displayable):
         finally:
             self._state.ending = ""
 
+    def stuck_ranks(self) -> tuple[int, ...]:
+        """Ranks in an op that does not end, according to the verdict."""
+        return self.told.ranks if self.told and self.told.kind in STUCK else ()
+
     message: str = _of_state("message", "Why the last action stopped.")
     failure: str = _of_state("failure", "Why the run cannot go on until it is restarted; empty while it can.")
     silence: str = _of_state("silence", "Which ranks do not answer; empty while all do.")
@@ -459,6 +463,7 @@ class Run(Displayable):
     edited: list[str] = _of_state("edited", "What the user has changed by hand on the ranks.")
     corrupt: list[Corruption] = _of_state("corrupt", "Blocks whose bytes have changed, as they were found.")
     said: list[str] = _of_state("said", "Messages that the session has not logged yet.")
+    story: list[str] = _of_state("story", "All messages.")
 
     @property
     def last_call(self) -> str:

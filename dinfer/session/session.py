@@ -22,7 +22,7 @@ from dinfer.plan.custom import CustomSchedule
 from dinfer.plan.plan import Plan
 from dinfer.rank.debugger import FIRST_PORT
 from dinfer.run.failure import HANDED_ON, RankFailed, were_handed_on
-from dinfer.run.hang import STUCK, Hung
+from dinfer.run.hang import Hung
 from dinfer.run.report import NO_VIEWS, Reporter
 from dinfer.run.run import Run
 from dinfer.saved.saved import WriteReport
@@ -190,8 +190,7 @@ class Session(Announced, Closing):
         self._check_open()
         said, plan, stuck = list[str](), None, tuple[int, ...]()
         if self._run:
-            plan, hang = self._run.plan, self._run.told
-            stuck = hang.ranks if hang and hang.kind in STUCK else ()
+            plan, stuck = self._run.plan, self._run.stuck_ranks()
             self._run.fail("the session has recovered since: run.restart() begins anew")
         anew = recover(self.ranks, plan, self._config.backend, said.append, stuck)
         self._bare |= set(anew)

@@ -281,6 +281,16 @@ def test_a_benchmark_that_cannot_be_made_is_told_before_it_starts(flags: Sequenc
     assert words in answer.err
 
 
+@pytest.mark.parametrize("command", [("run", "--prompt", "a"), ("bench",)])
+def test_a_bug_keeps_its_traceback(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("dinfer.config.Config.of", fail)
+    with pytest.raises(ValueError, match="a bug"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+
+
 def test_a_mistake_is_told_without_importing_torch(tmp_path: Path) -> None:
     """So that it takes a fraction of a second."""
     script = (

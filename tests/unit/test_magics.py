@@ -210,6 +210,8 @@ def test_compare(begun: Any) -> None:
         ("wait soon", "timeout is 'soon'; it must be a number."),
         ("clear first", "NUMBER is 'first'; it must be a whole number."),
         ("debug 1 --port=x", "port is 'x'; it must be a whole number."),
+        ("diff ranks=0,", "--ranks"),
+        ("save there kv=,", "--kv"),
         ("kv x", "layer is 'x'; it must be a whole number from 0 to 5."),
         ("inject nan layer=1 token=x", "token is 'x'; it must be a whole number from 0 to "),
         ("inject nan layer=1 chunk=0 dim=x", "dim is 'x'; it must be a whole number from 0 to "),

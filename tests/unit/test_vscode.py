@@ -81,6 +81,13 @@ def test_a_folder_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     assert "--folder" in answer.stderr
 
 
+def test_where_its_folder_is_a_file_that_is_said(tmp_path: Path) -> None:
+    (tmp_path / ".vscode").touch()
+    answer = vscode(tmp_path)
+    assert answer.exit_code == 1
+    assert "Not a directory" in answer.stderr
+
+
 def test_entries_name_nothing_that_an_installed_wheel_lacks() -> None:
     assert "env/" not in json.dumps({**launch_file(), "configurations": [
         {key: value for key, value in entry.items() if key != "env"} for entry in launch_file()["configurations"]
