@@ -156,7 +156,8 @@ class RankService:
     def _unload(self, command: messages.UnloadModel | messages.LoadModel) -> None:
         """Two checkpoints at a time might not fit into memory."""
         if self.weights.are(command) or not (self.decoder or self.prompt):
-            self.weights.drop()
+            return
+        self.weights.drop()
         try:
             self._give_up_prompt()
         finally:
