@@ -174,8 +174,7 @@ def test_starts_one_where_none_runs_and_leaves_nothing(place: IPython) -> None:
     again = attach(2)  # the same process joins its own
     assert again.known == cluster.known
     assert again.started_by_us
-    again.started_by_us = False  # so that closing it does not end the cluster
-    again.close()
+    again.close(stop=False)
     assert clean()[0].done == "left alone"
     assert cluster.alive(0)
 
@@ -284,7 +283,8 @@ def test_ranks_follow_the_order_of_ids(place: IPython) -> None:
         assert second.call(0, "os:getpid") == [first.facts[1].pid]
     finally:
         first.close()
-        second.close()
+        second.close(stop=True)  # as `ipcluster stop` does
+    wait_for(lambda: not place.members(), "nothing is left")
 
 
 @pytest.mark.slow
