@@ -108,12 +108,15 @@ class Cluster:
         as_engine = "" if engine_id == rank else f"engine {engine_id}, "
         return f"rank {rank} ({as_engine}pid {facts.pid} on {facts.host})"
 
-    def call(self, rank: int | None, function: str, *args: Any, timeout: float | None = None) -> list[Any]:
+    def call(
+        self, rank: int | None, function: str, *args: Any, timeout: float | None = None, check: bool = True
+    ) -> list[Any]:
         """Call `module:function` on one rank or (None) on all; returns the results in the order of ranks.
 
-        Arguments must survive JSON. The first rank that fails, ends or is late raises a RankError at once.
+        Arguments must survive JSON. With `check`, the first rank that fails, ends or is late raises a RankError at
+        once; otherwise its RankError is its result.
         """
-        return self.call_async(rank, function, *args).result(timeout)
+        return self.call_async(rank, function, *args).result(timeout, check)
 
     def call_async(self, rank: int | None, function: str, *args: Any) -> Calls:
         """As `call`, without waiting."""
