@@ -269,19 +269,19 @@ class Run(Displayable):
 
     # -- what the ranks hold
 
-    def kv(self, *, layer: int | None = None, chunk: int | None = None, rank: int | None = None) -> KV:
+    def kv(self, layer: int | None = None, *, chunk: int | None = None, rank: int | None = None) -> KV:
         """The KV that the ranks hold, of a layer, a chunk, a rank, each None for all; first waits until the run stands
         still. `.k[head, tokens]` and `.v[head, tokens]` fetch values, [heads, tokens, head_dim]; `.diff()` finds where
         ranks differ. Raises PlanError for what does not exist, or not yet."""
         return self._inspector.kv(layer=layer, chunk=chunk, rank=rank)
 
-    def hidden(self, *, chunk: int, layer: int) -> Hidden:
+    def hidden(self, chunk: int, layer: int) -> Hidden:
         """The hidden state of a chunk before a layer (or after the last), from the rank that owns it, which recomputes
         it if it is no longer in memory. `[tokens, dims]` fetches values. Raises PlanError for what does not exist, or
         not yet."""
         return self._inspector.hidden(chunk, layer)
 
-    def attention(self, *, layer: int, chunk: int, head: int | None = None) -> AttentionWeights:
+    def attention(self, layer: int, chunk: int, head: int | None = None) -> AttentionWeights:
         """The attention weights of a chunk's tokens in a layer, over themselves and all earlier tokens: recomputed on
         the rank that owns the layer, from its hidden state and the KV that it holds. Raises PlanError."""
         return self._inspector.attention(layer, chunk, head)

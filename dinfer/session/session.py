@@ -141,8 +141,10 @@ class Session(Announced, Closing):
         """
         self._check_open()
         if self.spec is None:
-            self.load()
-        assert self.spec
+            raise NotPossible(
+                'no checkpoint is loaded: session.load("/folder/of/a/checkpoint") first, or session.load("demo") for '
+                "the built-in model."
+            )
         own = without_fixed(parameters, self._config, self.spec)
         if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
             raise ConfigError(
@@ -164,7 +166,12 @@ class Session(Announced, Closing):
         return run
 
     def sweep(self, prompts: str | Sequence[str | Sequence[int]] | Sequence[int], **parameters: Any) -> Sweep:
-        """Run each prompt with every combination of these parameters, each a list or a single value; a table."""
+        """Run each prompt with every combination of these parameters, each a list or a single value; a table. Raises
+        ConfigError for an unknown parameter or value, before the first run."""
+        for name, values in parameters.items():
+            for value in values if isinstance(values, list) else [values]:
+                if name != "plan":
+                    self._config.with_(**{name: value})
         return sweep(self.prefill, prompts, parameters)
 
     def debugger(self) -> Any:
