@@ -49,13 +49,13 @@ class Call(NamedTuple):
         return {name: value for name, value in vars(self.words).items() if value is not None}
 
 
-Act = Callable[[Call], Any]
+VerbFunction = Callable[[Call], Any]
 
 
 class Verb(NamedTuple):
     """`about`: its help; `words`: what may follow it in a line."""
 
-    act: Act
+    act: VerbFunction
     about: str
     words: tuple[argument, ...]
 
@@ -114,10 +114,10 @@ def _verb_of(name: str) -> Verb:
 # -- the verbs
 
 
-def verb(*words: argument) -> Callable[[Act], Act]:
+def verb(*words: argument) -> Callable[[VerbFunction], VerbFunction]:
     """Makes a function the verb of its name, which its docstring explains."""
 
-    def made(function: Act) -> Act:
+    def made(function: VerbFunction) -> VerbFunction:
         VERBS[function.__name__.strip("_")] = Verb(function, function.__doc__ or "", words)
         return function
 
