@@ -17,7 +17,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from dinfer.cluster.kv import Live
 from dinfer.cluster.lease import RankLease
 from dinfer.cluster.ranks import RankRefused, Ranks
-from dinfer.display import Displayable
+from dinfer.display import Displayable, Tidy
 from dinfer.engine.corruption import Corruption
 from dinfer.errors import NotPossible, ipython
 from dinfer.job import Job
@@ -85,13 +85,17 @@ def _of_state(name: str, about: str) -> Any:
     return property(attrgetter(f"_state.{name}"), doc=about)
 
 
-class Run(Displayable):
+class Run(Tidy, Displayable):
     """Made by `session.prefill`; it stands before its first op. Actions may be called from any thread: they happen one
     after another, except `pause`, which stops the one under way.
 
     `prepare()` makes all ranks ready for the prompt, with all lanes at limit 0, and returns the id of each rank's plan.
     """
 
+    INTERNAL = frozenset({
+        "INTERNAL", "check", "chunk_labels", "close", "events_since", "fail", "findings", "hold", "job", "last_call",
+        "look", "on_change", "reporter", "said", "say", "show", "silence", "told",
+    })  # fmt: skip
     show: Callable[[Any], Any] | None = None
     """makes the panel that a notebook shows for a run; set by the session, as is the next"""
     reporter: Reporter | None = None

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from dinfer.cluster.ranks import Ranks
 from dinfer.cluster.recovery import meet, recover
 from dinfer.config import Config, ConfigError
-from dinfer.display import Announced, Closing, Displayable, DisplayableText
+from dinfer.display import Announced, Closing, Displayable, DisplayableText, Tidy
 from dinfer.errors import DinferError, NotPossible
 from dinfer.job import Job, prepare_load, prepare_loaded, threads_per_rank, without_fixed
 from dinfer.messages import LoadModel, PreparePrompt, UnloadModel
@@ -79,8 +79,10 @@ class SessionOver(DinferError, RuntimeError):
     """This session has ended; the message says why, and what to do."""
 
 
-class Session(Announced, Closing):
+class Session(Tidy, Announced, Closing):
     """Made by `dinfer.connect`. `show(run)` makes the panel that `debugger` returns, `write` the reports of runs."""
+
+    INTERNAL = frozenset({"INTERNAL", "announce", "ranks"})
 
     def __init__(self, ranks: Ranks, show: ShowRun | None = None, write: WriteReport | None = None) -> None:
         self.ranks, self.world_size = ranks, ranks.world_size
@@ -143,7 +145,7 @@ class Session(Announced, Closing):
         if self.spec is None:
             raise NotPossible(
                 'no checkpoint is loaded: session.load("/folder/of/a/checkpoint") first, or session.load("demo") for '
-                "the built-in model."
+                "the built-in model (in magics: %dinfer load demo)."
             )
         own = without_fixed(parameters, self._config, self.spec)
         if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
