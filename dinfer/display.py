@@ -4,7 +4,9 @@ import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import zip_longest
-from typing import Self
+from pathlib import Path
+from typing import ClassVar, Self
+from urllib.parse import quote
 
 from dinfer.errors import ipython
 
@@ -37,6 +39,32 @@ def listed(sentences: Sequence[str]) -> str:
     """The first SHOWN sentences, and how many more there are."""
     more = [f"and {len(sentences) - SHOWN} more"] * (len(sentences) > SHOWN)
     return "; ".join([*sentences[:SHOWN], *more])
+
+
+class WrittenPath(type(Path())):  # type: ignore[misc] # PosixPath or WindowsPath
+    """The path of what was written: shells show it without `PosixPath(...)`, notebooks as a link where they can open
+    it, which is below the notebook's folder."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        text = escape(str(self))
+        try:
+            address = self.absolute().relative_to(Path.cwd()).as_posix()
+        except (OSError, ValueError):  # the working folder is gone, or this lies elsewhere
+            return text
+        return f'<a href="{quote(address)}" target="_blank">{text}</a>'
+
+
+class Tidy:
+    """An object whose `dir`, and so Tab, offers what is made for users."""
+
+    INTERNAL: ClassVar[frozenset[str]] = frozenset()
+    """public names that only dinfer itself uses"""
+
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if name not in self.INTERNAL]
 
 
 class Displayable:

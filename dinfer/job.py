@@ -97,7 +97,7 @@ class PlanRefused(PlanError):
         return super()._render_traceback_()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Job:
     """A run that may start. `config.threads` and `config.backend` are chosen; `ids` are the prompt's token ids."""
 
@@ -106,6 +106,9 @@ class Job:
     ids: tuple[int, ...]
     plan: Plan
     verdict: Proof | Counterexample
+
+    def __repr__(self) -> str:
+        return f"<job: {self.config.model_path}, {len(self.ids)} prompt tokens, {self.plan!r}>"
 
 
 def prepare(config: Config, ranks_here: Sequence[int] | None = None) -> Job:

@@ -3,10 +3,12 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer import Exit
+
+from dinfer.version import __version__
 
 app = typer.Typer(
     name="dinfer",
@@ -17,6 +19,21 @@ app = typer.Typer(
 )
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"dinfer {__version__}")
+        raise Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="show the version")
+    ] = False,
+) -> None:
+    """What every command takes."""
 
 
 def stop(message: object, status: int) -> NoReturn:

@@ -18,11 +18,11 @@ from dinfer.verdict.where import value_text
 
 class LabFault(NamedTuple):
     """`at`: the ops at which it strikes: the first of these that the rank has for the block; `kind`: the kind of the
-    verdict, which names the rank that misbehaves or the rank at the link's beginning; `act`: the misbehaviour, None if
-    it depends on more than the op."""
+    verdict; `who`: the rank it must name; `act`: the misbehaviour, None if it depends on more than the op."""
 
     at: tuple[str, ...]
     kind: HangKind
+    who: str
     act: Misbehave | None = None
 
     @property
@@ -34,25 +34,34 @@ class LabFault(NamedTuple):
 ANY_OP, SENDS = ("layer", "recv kv", "send kv"), ("send kv", "send hidden")
 
 RULES: dict[str, LabFault] = {
-    "skip a send": LabFault(SENDS, "never sent", Misbehave(act="skip")),
-    "skip a recv": LabFault(("recv kv",), "never received", Misbehave(act="skip")),
-    "reorder two": LabFault(("send kv",), "out of order"),
-    "wrong size": LabFault(SENDS, "other size", Misbehave(act="longer")),
-    "duplicate": LabFault(SENDS, "sent twice", Misbehave(act="twice")),
-    "wrong peer": LabFault(("send kv",), "wrong peer"),
-    "another plan": LabFault(
-        ("send kv", "recv kv", "send hidden"), "another plan", Misbehave(act="another plan")
+    "skip a send": LabFault(SENDS, "never sent", "the rank that did not send", Misbehave(act="skip")),
+    "skip a recv": LabFault(
+        ("recv kv",), "never received", "the rank that did not receive", Misbehave(act="skip")
     ),
-    "exception": LabFault(("layer",), "exception", Misbehave(act="raise")),
-    "stall in Python": LabFault(ANY_OP, "stuck in Python", Misbehave(act="stall")),
-    "stall in C": LabFault(ANY_OP, "stuck in C", Misbehave(act="stall in C")),
-    "stall in C with the GIL": LabFault(ANY_OP, "stuck in C", Misbehave(act="stall with GIL")),
-    "SIGSTOP": LabFault(ANY_OP, "stopped", Misbehave(act="signal", signal="SIGSTOP")),
-    "SIGKILL": LabFault(ANY_OP, "dead", Misbehave(act="signal", signal="SIGKILL")),
-    "slow rank 2x": LabFault(("layer",), "slow rank"),
-    "slow rank 10x": LabFault(("layer",), "slow rank"),
-    "slow link": LabFault(SENDS, "slow link"),
-    "link cut": LabFault(SENDS, "stalled link"),
+    "reorder two": LabFault(("send kv",), "out of order", "the rank that sent"),
+    "wrong size": LabFault(SENDS, "other size", "the rank that sent", Misbehave(act="longer")),
+    "duplicate": LabFault(SENDS, "sent twice", "the rank that sent", Misbehave(act="twice")),
+    "wrong peer": LabFault(("send kv",), "wrong peer", "the rank that sent"),
+    "another plan": LabFault(
+        ("send kv", "recv kv", "send hidden"),
+        "another plan",
+        "the rank whose plan is not the others'",
+        Misbehave(act="another plan"),
+    ),
+    "exception": LabFault(("layer",), "exception", "the rank that raised", Misbehave(act="raise")),
+    "stall in Python": LabFault(ANY_OP, "stuck in Python", "the rank that is stuck", Misbehave(act="stall")),
+    "stall in C": LabFault(ANY_OP, "stuck in C", "the rank that is stuck", Misbehave(act="stall in C")),
+    "stall in C with the GIL": LabFault(
+        ANY_OP, "stuck in C", "the rank that is stuck", Misbehave(act="stall with GIL")
+    ),
+    "SIGSTOP": LabFault(
+        ANY_OP, "stopped", "the rank that is stopped", Misbehave(act="signal", signal="SIGSTOP")
+    ),
+    "SIGKILL": LabFault(ANY_OP, "dead", "the rank that is gone", Misbehave(act="signal", signal="SIGKILL")),
+    "slow rank 2x": LabFault(("layer",), "slow rank", "the slow rank"),
+    "slow rank 10x": LabFault(("layer",), "slow rank", "the slow rank"),
+    "slow link": LabFault(SENDS, "slow link", "the rank at the link's beginning"),
+    "link cut": LabFault(SENDS, "stalled link", "the rank at the link's beginning"),
 }
 
 

@@ -30,7 +30,7 @@ class OpPlace(NamedTuple):
     index: int  # type: ignore[assignment]  # hides tuple.index, which means nothing for a place
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What a schedule and a sync strategy expand to. `lanes[rank]`: that rank's lanes."""
 
@@ -42,6 +42,14 @@ class Plan:
     @property
     def world_size(self) -> int:
         return self.shape.world_size
+
+    def __repr__(self) -> str:
+        """In one line: a plan has thousands of ops, which `text()` gives."""
+        shape = self.shape
+        return (
+            f"<plan {self.schedule}, {self.sync_strategy}: {shape.tokens} tokens in {len(shape.chunks)} chunks, "
+            f"{shape.layers} layers on {self.world_size} ranks; .text() has its ops>"
+        )
 
     @cached_property
     def id(self) -> int:

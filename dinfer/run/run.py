@@ -17,7 +17,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from dinfer.cluster.kv import Live
 from dinfer.cluster.lease import RankLease
 from dinfer.cluster.ranks import RankRefused, Ranks
-from dinfer.display import Displayable
+from dinfer.display import Displayable, Tidy
 from dinfer.engine.corruption import Corruption
 from dinfer.errors import NotPossible, ipython
 from dinfer.job import Job
@@ -85,13 +85,17 @@ def _of_state(name: str, about: str) -> Any:
     return property(attrgetter(f"_state.{name}"), doc=about)
 
 
-class Run(Displayable):
+class Run(Tidy, Displayable):
     """Made by `session.prefill`; it stands before its first op. Actions may be called from any thread: they happen one
     after another, except `pause`, which stops the one under way.
 
     `prepare()` makes all ranks ready for the prompt, with all lanes at limit 0, and returns the id of each rank's plan.
     """
 
+    INTERNAL = frozenset({
+        "INTERNAL", "check", "chunk_labels", "close", "events_since", "fail", "findings", "hold", "job", "last_call",
+        "look", "on_change", "reporter", "said", "say", "show", "silence", "told",
+    })  # fmt: skip
     show: Callable[[Any], Any] | None = None
     """makes the panel that a notebook shows for a run; set by the session, as is the next"""
     reporter: Reporter | None = None
@@ -269,19 +273,19 @@ class Run(Displayable):
 
     # -- what the ranks hold
 
-    def kv(self, *, layer: int | None = None, chunk: int | None = None, rank: int | None = None) -> KV:
+    def kv(self, layer: int | None = None, *, chunk: int | None = None, rank: int | None = None) -> KV:
         """The KV that the ranks hold, of a layer, a chunk, a rank, each None for all; first waits until the run stands
         still. `.k[head, tokens]` and `.v[head, tokens]` fetch values, [heads, tokens, head_dim]; `.diff()` finds where
         ranks differ. Raises PlanError for what does not exist, or not yet."""
         return self._inspector.kv(layer=layer, chunk=chunk, rank=rank)
 
-    def hidden(self, *, chunk: int, layer: int) -> Hidden:
+    def hidden(self, chunk: int, layer: int) -> Hidden:
         """The hidden state of a chunk before a layer (or after the last), from the rank that owns it, which recomputes
         it if it is no longer in memory. `[tokens, dims]` fetches values. Raises PlanError for what does not exist, or
         not yet."""
         return self._inspector.hidden(chunk, layer)
 
-    def attention(self, *, layer: int, chunk: int, head: int | None = None) -> AttentionWeights:
+    def attention(self, layer: int, chunk: int, head: int | None = None) -> AttentionWeights:
         """The attention weights of a chunk's tokens in a layer, over themselves and all earlier tokens: recomputed on
         the rank that owns the layer, from its hidden state and the KV that it holds. Raises PlanError."""
         return self._inspector.attention(layer, chunk, head)

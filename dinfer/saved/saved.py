@@ -73,7 +73,7 @@ class Saved(Displayable):
             raise self._lacks("KV, since no rank answered when it was saved")
         return found
 
-    def kv(self, *, layer: int | None = None, chunk: int | None = None, rank: int | None = None) -> KV:
+    def kv(self, layer: int | None = None, *, chunk: int | None = None, rank: int | None = None) -> KV:
         """The KV that the ranks held: see `run.kv`. Raises PlanError for an unknown layer, chunk or rank, SavedError
         for values that were not saved."""
         return KV(self.source, layer=layer, chunk=chunk, rank=rank)

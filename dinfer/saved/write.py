@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dinfer.cluster.kv import Live
+from dinfer.display import WrittenPath
 from dinfer.kv.digests import as_numbers, block_digests
 from dinfer.kv.source import HeldSpans, Source
 from dinfer.kv.view import say_size
@@ -195,7 +196,8 @@ def write(content: Content, path: str | Path) -> Path:
         (folder / layout.RUN).write_text(
             json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
         )
-    return Path(path).expanduser()
+    where: Path = WrittenPath(Path(path).expanduser())
+    return where
 
 
 def _about(content: Content, taken: SavedDigests) -> dict[str, Any]:

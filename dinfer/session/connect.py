@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from dinfer.cluster.ranks import Ranks
 from dinfer.cluster.threads import LocalRanks
-from dinfer.config import ConfigError
+from dinfer.config import ConfigError, nearest
 from dinfer.saved.saved import WriteReport
 from dinfer.session.session import Session, ShowRun
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def connect(
-    where: str = "ipyparallel",
+    where: str | int = "ipyparallel",
     n: int = 3,
     *,
     profile: str = "default",
@@ -25,15 +25,19 @@ def connect(
     show: ShowRun | None = None,
     write: WriteReport | None = None,
 ) -> Session:
-    """A session with `n` ranks; it prints one line that describes them.
+    """A session with `n` ranks, `connect(n)` for short; it prints one line that describes them.
 
     "ipyparallel": the engines of a running cluster (`ipcluster start -n 3`) of that profile; if there is none, and
     `start` is not False, a cluster is started. Engines that were started here end once this process has been gone for
     `patience` seconds. "threads": all ranks in this process. `place`: where to start the processes of a cluster. Raises
     ConfigError or ClusterError.
     """
-    if n < 1:
-        raise ConfigError(f"n is {n}; a session has at least 1 rank.")
+    if isinstance(where, int):
+        n, where = where, "ipyparallel"
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ConfigError(
+            f"n is {n!r}; it must be a whole number, at least 1: how many ranks the session has."
+        )
     ranks: Ranks
     if where == "threads":
         ranks = LocalRanks(n)
@@ -48,7 +52,10 @@ def connect(
             cluster.close()
             raise
     else:
-        raise ConfigError(f"{where!r} is no place for ranks; it must be one of ipyparallel, threads.")
+        places = ["ipyparallel", "threads"]
+        raise ConfigError(
+            f"{where!r} is no place for ranks; it must be one of {', '.join(places)}.{nearest(str(where), places)}"
+        )
     session = Session(ranks, show, write)
     session.announce()
     return session

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from dinfer.cluster.ranks import Ranks
 from dinfer.cluster.recovery import meet, recover
 from dinfer.config import Config, ConfigError
-from dinfer.display import Announced, Closing, Displayable, DisplayableText
+from dinfer.display import Announced, Closing, Displayable, DisplayableText, Tidy
 from dinfer.errors import DinferError, NotPossible
 from dinfer.job import Job, prepare_load, prepare_loaded, threads_per_rank, without_fixed
 from dinfer.messages import LoadModel, PreparePrompt, UnloadModel
@@ -79,8 +79,10 @@ class SessionOver(DinferError, RuntimeError):
     """This session has ended; the message says why, and what to do."""
 
 
-class Session(Announced, Closing):
+class Session(Tidy, Announced, Closing):
     """Made by `dinfer.connect`. `show(run)` makes the panel that `debugger` returns, `write` the reports of runs."""
+
+    INTERNAL = frozenset({"INTERNAL", "announce", "ranks"})
 
     def __init__(self, ranks: Ranks, show: ShowRun | None = None, write: WriteReport | None = None) -> None:
         self.ranks, self.world_size = ranks, ranks.world_size
@@ -141,8 +143,10 @@ class Session(Announced, Closing):
         """
         self._check_open()
         if self.spec is None:
-            self.load()
-        assert self.spec
+            raise NotPossible(
+                'no checkpoint is loaded: session.load("/folder/of/a/checkpoint") first, or session.load("demo") for '
+                "the built-in model (in magics: %dinfer load demo)."
+            )
         own = without_fixed(parameters, self._config, self.spec)
         if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
             raise ConfigError(
@@ -164,7 +168,12 @@ class Session(Announced, Closing):
         return run
 
     def sweep(self, prompts: str | Sequence[str | Sequence[int]] | Sequence[int], **parameters: Any) -> Sweep:
-        """Run each prompt with every combination of these parameters, each a list or a single value; a table."""
+        """Run each prompt with every combination of these parameters, each a list or a single value; a table. Raises
+        ConfigError for an unknown parameter or value, before the first run."""
+        for name, values in parameters.items():
+            for value in values if isinstance(values, list) else [values]:
+                if name != "plan":
+                    self._config.with_(**{name: value})
         return sweep(self.prefill, prompts, parameters)
 
     def debugger(self) -> Any:

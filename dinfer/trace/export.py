@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from dinfer.display import WrittenPath
 from dinfer.errors import DinferError
 from dinfer.trace.events import COMPUTE, Event, pairs
 
@@ -53,7 +54,7 @@ def export(events: Sequence[Event], about: dict[str, Any], form: str, path: str 
     """Write events in one of FORMS, and return where they are. Raises TraceError for another form, OSError."""
     if form not in FORMS:
         raise TraceError(f"a trace cannot be exported as {form!r}; it must be one of {', '.join(FORMS)}.")
-    target = Path(path or FORMS[form])
+    target = WrittenPath(path or FORMS[form])
     if form == "perfetto":
         write_whole(target, [json.dumps(trace_events(events, about), ensure_ascii=False)])
     else:

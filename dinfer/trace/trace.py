@@ -42,7 +42,7 @@ class LinkFigures(NamedTuple):
     bytes_per_s: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trace:
     """Events in the order in which they ended, and a description of the run (`about`: plain values only)."""
 
@@ -56,6 +56,16 @@ class Trace:
             (event for events in by_rank for event in events), key=lambda e: (e.end, e.rank, e.lane)
         )
         return cls(tuple(events), about)
+
+    def __repr__(self) -> str:
+        """In a few lines: a trace has thousands of events."""
+        lines = [f"trace of {len(self.events):,} events; .events has them, .export() writes them to a file"]
+        for figures in map(self.rank_figures, self.ranks):
+            lines.append(
+                f"rank {figures.rank}: prefill {figures.prefill_s:.3f} s (computing {figures.compute_s:.3f} s), decode "
+                f"{figures.decode_s:.3f} s; {figures.sent_bytes:,} bytes sent, {figures.received_bytes:,} received"
+            )
+        return "\n".join(lines)
 
     @property
     def ranks(self) -> list[int]:

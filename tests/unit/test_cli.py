@@ -19,6 +19,7 @@ from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.trace.simulated import paper_trace
 from dinfer.trace.trace import Trace
+from dinfer.version import __version__
 from tests.support.tiny import tiny_checkpoint
 
 SIZES = ("--layers", "5", "--tokens", "10", "--chunk-size", "4")
@@ -43,6 +44,10 @@ def edited(plan: str, old: str, new: str) -> str:
     """A plan's text with one thing changed; fails where there is no such thing."""
     assert old in plan
     return plan.replace(old, new, 1)
+
+
+def test_the_version() -> None:
+    assert dinfer("--version") == Answer(0, f"dinfer {__version__}\n", "")
 
 
 # -- plan and verify

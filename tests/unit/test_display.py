@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
 import dinfer
-from dinfer.display import Displayable, DisplayableText, Table
+from dinfer.display import Displayable, DisplayableText, Table, WrittenPath
 from dinfer.results import Moved, Where
 from dinfer.verdict.verdict import Verdict
 
@@ -85,3 +86,20 @@ def test_a_session_is_told_once_by_the_cell_that_makes_it(
     assert shown("session.close(); session = dinfer.connect('threads', 1)") == 1
     assert shown("session.close()\ndinfer.connect('threads', 1)") == 1
     shell.user_ns["session"] = shell.user_ns["_"]
+
+
+def test_what_was_written_is_shown_as_its_path_and_as_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert repr(WrittenPath("out") / "a b.html") == "out/a b.html"
+    link = '<a href="out/a%20b.html" target="_blank">'
+    assert WrittenPath("out/a b.html")._repr_html_() == f"{link}out/a b.html</a>"
+    inside, outside = tmp_path / "out" / "a b.html", tmp_path.parent / "<x>.html"
+    assert WrittenPath(inside)._repr_html_() == f"{link}{inside}</a>"
+    assert WrittenPath(outside)._repr_html_() == str(outside).replace("<", "&lt;").replace(">", "&gt;")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert WrittenPath("x.html")._repr_html_() == "x.html"

@@ -256,6 +256,7 @@ def test_in_plain_ipython() -> None:
     lines = [
         "%load_ext dinfer",
         "%dinfer connect threads -n 2",
+        "%dinfer load demo",
         "prompt = 'The code of Lima is'",
         "%dinfer prefill $prompt chunk_size=4",
         "moved = %dinfer step wave",

@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, wait
 from typing import Any
 
 from dinfer.cluster.ipyparallel.errors import RankError, RankGone, RankSilent
@@ -20,14 +20,21 @@ class Calls:
         self._futures = dict(futures)
         self._names = names
 
-    def result(self, timeout: float | None = None) -> list[Any]:
-        """The results in the order of ranks. Raises RankError for the first rank that fails or ends, at once, and for
-        one that has not answered within `timeout` seconds."""
-        wait(self._futures.values(), timeout=timeout, return_when=FIRST_EXCEPTION)
-        errors = [error for rank in self._futures if (error := self._error(rank, timeout))]
-        if errors:
-            raise min(errors, key=lambda error: (isinstance(error, RankSilent), error.rank))
-        return [future.result() for future in self._futures.values()]
+    def done(self) -> bool:
+        """Whether every rank has answered or ended."""
+        return all(future.done() for future in self._futures.values())
+
+    def result(self, timeout: float | None = None, check: bool = True) -> list[Any]:
+        """The results in the order of ranks, after at most `timeout` seconds.
+
+        With `check`, the first rank that fails, ends or is late raises at once; otherwise its RankError is its result.
+        """
+        until = FIRST_EXCEPTION if check else ALL_COMPLETED
+        wait(self._futures.values(), timeout=timeout, return_when=until)
+        errors = {rank: error for rank in self._futures if (error := self._error(rank, timeout))}
+        if check and errors:
+            raise min(errors.values(), key=lambda error: (isinstance(error, RankSilent), error.rank))
+        return [errors.get(rank) or future.result() for rank, future in self._futures.items()]
 
     def _error(self, rank: int, timeout: float | None) -> RankError | None:
         future, name = self._futures[rank], self._names[rank]

@@ -5,6 +5,7 @@
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 from IPython.paths import get_ipython_dir
 
+from dinfer.cluster.ipyparallel.errors import ClusterError
 from dinfer.cluster.ipyparallel.known import Known, Record, record_paths
 
 PREFIX = "dinfer-"
@@ -63,6 +65,22 @@ def end_cluster(cluster: Known) -> tuple[list[int], list[int], list[Path]]:
     for path in files:
         path.unlink(missing_ok=True)
     return sorted(ended.keys() - left), sorted(left), files
+
+
+def stop_cluster(cluster: Known) -> None:
+    """End any cluster; one that a user started as `ipcluster stop` does. Raises ClusterError."""
+    if cluster.cluster_id.startswith(PREFIX):
+        _, left, _ = end_cluster(cluster)
+        if left:
+            pids = ", ".join(map(str, left))
+            raise ClusterError(f"{cluster.name}: these processes could not be ended: {pids}.")
+        return
+    import ipyparallel
+
+    try:
+        ipyparallel.Cluster.from_file(str(cluster.cluster_file), log_level=logging.ERROR).stop_cluster_sync()
+    except Exception as error:  # whatever the cluster's launchers raise
+        raise ClusterError(f"{cluster.name} could not be ended: {error}") from error
 
 
 # -- dinfer clean

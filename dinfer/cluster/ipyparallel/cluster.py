@@ -16,7 +16,7 @@ from IPython.core.error import UsageError
 from IPython.core.getipython import get_ipython
 
 from dinfer.cluster.ipyparallel.calls import Calls, call_expression, evaluate, wait_until
-from dinfer.cluster.ipyparallel.clean import end_cluster
+from dinfer.cluster.ipyparallel.clean import stop_cluster
 from dinfer.cluster.ipyparallel.errors import ClusterError
 from dinfer.cluster.ipyparallel.facts import EngineFacts, introduce
 from dinfer.cluster.ipyparallel.known import Known, describe
@@ -108,12 +108,15 @@ class Cluster:
         as_engine = "" if engine_id == rank else f"engine {engine_id}, "
         return f"rank {rank} ({as_engine}pid {facts.pid} on {facts.host})"
 
-    def call(self, rank: int | None, function: str, *args: Any, timeout: float | None = None) -> list[Any]:
+    def call(
+        self, rank: int | None, function: str, *args: Any, timeout: float | None = None, check: bool = True
+    ) -> list[Any]:
         """Call `module:function` on one rank or (None) on all; returns the results in the order of ranks.
 
-        Arguments must survive JSON. The first rank that fails, ends or is late raises a RankError at once.
+        Arguments must survive JSON. With `check`, the first rank that fails, ends or is late raises a RankError at
+        once; otherwise its RankError is its result.
         """
-        return self.call_async(rank, function, *args).result(timeout)
+        return self.call_async(rank, function, *args).result(timeout, check)
 
     def call_async(self, rank: int | None, function: str, *args: Any) -> Calls:
         """As `call`, without waiting."""
@@ -141,13 +144,13 @@ class Cluster:
             # Its nanny process sends the signal.
             self.client.send_signal("SIGKILL", targets=self.engine_ids[rank], block=False)
 
-    def respawn(self, rank: int) -> None:
+    def respawn(self, rank: int, timeout: float = RESPAWN_S) -> None:
         """Start an engine in place of one that has ended, on this machine: same id, network, interpreter, folder and
         environment. The others are not touched. It ends by itself when the controller ends.
 
         ipyparallel's `Cluster.restart_engine` is not implemented (as of 9.2), and `restart_engines` ends all engines.
         Raises ClusterError if the engine still runs, was on another machine, its controller has ended, or the new one
-        does not register within RESPAWN_S seconds.
+        does not register within `timeout` seconds.
         """
         engine_id, client, controller = self.engine_ids[rank], self.client, self.controller
         if self.alive(rank):
@@ -158,28 +161,26 @@ class Cluster:
                 f"{self.name(rank)} was not on this machine: start it there with `ipengine {flags}`."
             )
         # A stock ipcluster ends its controller once all engines have ended, and then nothing unregisters them.
-        wait_until(lambda: controller.state() == "gone" or engine_id not in client.ids, RESPAWN_S)
+        wait_until(lambda: controller.state() == "gone" or engine_id not in client.ids, timeout)
         if controller.state() == "gone":
             raise ClusterError(f"the controller of {self.known.name} has ended: start the cluster again.")
         if engine_id in client.ids:
-            raise ClusterError(
-                f"the controller still lists engine {engine_id} as alive after {RESPAWN_S:g} s."
-            )
+            raise ClusterError(f"the controller still lists engine {engine_id} as alive after {timeout:g} s.")
         log = self.known.profile_dir / "log" / f"ipengine-{self.known.cluster_id}-again-{engine_id}.log"
         pid = self._start_engine(self.facts[rank], log, json.dumps(asdict(controller)))
         try:
-            wait_until(lambda: engine_id in client.ids or not exists(pid), RESPAWN_S)
+            wait_until(lambda: engine_id in client.ids or not exists(pid), timeout)
             if not exists(pid):
                 raise ClusterError(f"the new engine {engine_id} ended at once.{_end_of(log)}")
             if engine_id not in client.ids:
-                late = f"the new engine {engine_id} did not register within {RESPAWN_S:g} s."
+                late = f"the new engine {engine_id} did not register within {timeout:g} s."
                 raise ClusterError(late + _end_of(log))
         except BaseException:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             raise
         self._uuids[rank] = client._engines[engine_id]
-        self.facts[rank] = introduce(client, {rank: engine_id}, self._location, RESPAWN_S)[0]
+        self.facts[rank] = introduce(client, {rank: engine_id}, self._location, timeout)[0]
 
     def _start_engine(self, facts: EngineFacts, log: Path, controller: str) -> int:
         """Start an engine that is like another; returns its process id."""
@@ -203,19 +204,16 @@ class Cluster:
             )
         return int(done.stdout)
 
-    def close(self) -> None:
-        """Leave the cluster; it ends if this process started it. Engines that were respawned belong to their cluster
-        and end with it. Raises ClusterError if processes could not be ended."""
+    def close(self, stop: bool | None = None) -> None:
+        """Leave the cluster. `stop`: whether it ends; by default, it ends if this process started it. Engines that were
+        respawned belong to their cluster and end with it. Raises ClusterError if processes could not be ended."""
         if self._closed:
             return
         self._closed = True
         atexit.unregister(self._close_at_exit)
         self.client.close()
-        if self.started_by_us:
-            _, left, _ = end_cluster(self.known)
-            if left:
-                pids = ", ".join(map(str, left))
-                raise ClusterError(f"{self.known.name}: these processes could not be ended: {pids}.")
+        if self.started_by_us if stop is None else stop:
+            stop_cluster(self.known)
 
     def _close_at_exit(self, pid: int) -> None:
         if os.getpid() == pid:  # not in a forked child

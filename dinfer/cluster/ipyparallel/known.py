@@ -187,7 +187,8 @@ def engines_to_come(description: Mapping[str, Any], is_running: Callable[[int], 
     count = 0
     for engines in sets:
         if "engines" in engines:
-            count += sum(is_running(int(engine["pid"])) for engine in engines["engines"].values())
+            pids = [int(engine["pid"]) for engine in engines["engines"].values()]
+            count += sum(is_running(pid) for pid in pids if pid > 0)
         elif (pid := int(engines.get("pid", -1))) < 0 or is_running(pid):
             count += int(engines.get("n", 0))
     return count

@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from dinfer.display import WrittenPath
 from dinfer.plan.verify import verify
 from dinfer.trace.export import check_folder, write_whole
 from dinfer.trace.findings import findings_of
@@ -52,7 +53,7 @@ def write_report(traces: Sequence[Trace], path: str | Path, names: Sequence[str]
     file."""
     check_folder(path)  # before anything is drawn
     write_whole(path, [report_html(traces, names)])
-    return Path(path)
+    return WrittenPath(path)
 
 
 def report_html(traces: Sequence[Trace], names: Sequence[str] = (), *, plotly: str | None = None) -> str:

@@ -58,6 +58,15 @@ def test_a_failure_is_not_waited_for() -> None:
         calls(r0=Future(), r1=answered(RemoteError("ValueError", "no"))).result()
 
 
+def test_unchecked_errors_stand_in_their_places() -> None:
+    given = calls(r0=answered(1), r1=answered(RemoteError("KeyError", "'x'")), r2=Future())
+    first, second, third = given.result(0.01, check=False)
+    assert first == 1
+    assert isinstance(second, RankError)
+    assert isinstance(third, RankSilent)
+    assert not given.done()
+
+
 class Gone:
     """A client that has no engines."""
 

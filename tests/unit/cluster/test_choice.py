@@ -140,6 +140,7 @@ def cluster_file(sets: dict[str, Any], n: int | None = 3) -> dict[str, Any]:
         (cluster_file({}, n=None), 1.0, 1),
         (cluster_file({}), 2 * STARTING_S, 0),
         (cluster_file({"1": {"n": 2, "engines": {"0": {"pid": 10}, "1": {"pid": 11}}}}), 1.0, 1),
+        (cluster_file({"1": {"n": 1, "engines": {"0": {"pid": -1}}}}), 1.0, 0),
         (
             cluster_file({"1": {"n": 4, "pid": 10}, "2": {"n": 2, "pid": 11}, "3": {"n": 1, "pid": -1}}),
             1.0,
@@ -148,7 +149,11 @@ def cluster_file(sets: dict[str, Any], n: int | None = 3) -> dict[str, Any]:
     ],
 )
 def test_engines_that_are_on_their_way(description: dict[str, Any], age_s: float, count: int) -> None:
-    assert engines_to_come(description, lambda pid: pid == 10, age_s) == count
+    def runs(pid: int) -> bool:
+        assert pid > 0  # there is no such process to ask for
+        return pid == 10
+
+    assert engines_to_come(description, runs, age_s) == count
 
 
 def test_clusters_are_found_by_their_files(tmp_path: Path) -> None:

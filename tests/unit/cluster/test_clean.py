@@ -6,15 +6,18 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dinfer.cluster.ipyparallel.clean import clean, end_cluster, members, report
+from dinfer.cluster.ipyparallel.clean import clean, end_cluster, members, report, stop_cluster
+from dinfer.cluster.ipyparallel.errors import ClusterError
 from dinfer.cluster.ipyparallel.identity import Identity
 from dinfer.cluster.ipyparallel.known import Known, Record
+from dinfer.rank.process import exists
 
 ME = Identity.of(os.getpid())
 GONE = replace(ME, started="long ago")  # its process id is now another's
@@ -106,6 +109,41 @@ def test_a_record_that_cannot_be_read_ends_nothing(tmp_path: Path, text: str) ->
 def test_a_users_cluster_is_never_ended(cluster_id: str) -> None:
     with pytest.raises(ValueError, match="not started by dinfer"):
         end_cluster(Known(Path("profile_default"), cluster_id))
+
+
+def test_a_users_cluster_is_stopped_by_its_file(tmp_path: Path) -> None:
+    cluster = Known(tmp_path / "profile_x", "mine")
+    cluster.cluster_file.parent.mkdir(parents=True)
+    waiting = [sys.executable, "-c", "input()"]
+    started = [subprocess.Popen(waiting, stdin=subprocess.PIPE) for _ in range(2)]
+    controller, engine = ({"pid": process.pid, "state": "running"} for process in started)
+    engines = {"one": {"n": 1, "state": "running", "engines": {"0": {**engine, "identifier": "0"}}}}
+    description = {
+        "cluster": {"cluster_id": "mine", "profile_dir": str(cluster.profile_dir)},
+        "controller": {"class": "local", "state": controller},
+        "engines": {"class": "local", "sets": engines},
+    }
+    cluster.cluster_file.write_text(json.dumps(description))
+    threads = set(threading.enumerate())
+    try:
+        stop_cluster(cluster)
+        assert not cluster.cluster_file.exists()
+        assert not any(exists(process.pid) for process in started)
+        assert set(threading.enumerate()) <= threads
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.parametrize("text", [None, "", "[]"])
+def test_a_users_cluster_without_a_usable_file_cannot_be_stopped(tmp_path: Path, text: str | None) -> None:
+    cluster = Known(tmp_path / "profile_x", "mine")
+    if text is not None:
+        cluster.cluster_file.parent.mkdir(parents=True)
+        cluster.cluster_file.write_text(text)
+    with pytest.raises(ClusterError, match=r"'mine'.* could not be ended"):
+        stop_cluster(cluster)
 
 
 def test_processes_bear_the_id_and_the_profile(tmp_path: Path) -> None:

@@ -173,5 +173,5 @@ def test_the_documentation_has_the_table() -> None:
     found = [re.search(r"^\| fault \|.*?(?=^(?!\|))", text, re.MULTILINE | re.DOTALL) for text in texts]
     (table,) = [match[0] for match in found if match]
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
-    told = {fault.replace(" ×", "x"): kind.split("`")[1] for fault, kind, _ in rows}
-    assert told == {fault: rule.kind for fault, rule in RULES.items()}
+    told = {fault.replace(" ×", "x"): (kind.split("`")[1], who) for fault, kind, who in rows}
+    assert told == {fault: (rule.kind, rule.who) for fault, rule in RULES.items()}

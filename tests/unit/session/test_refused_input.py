@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+import dinfer
 from dinfer.config import ConfigError
+from dinfer.errors import NotPossible
 from dinfer.plan.ops import PlanError
 from dinfer.run.run import Run
 from dinfer.saved.format import SavedError
@@ -88,3 +90,78 @@ def test_a_folder_of_the_users_home_is_meant(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run.save("~/saved") == tmp_path / "saved"
     assert (tmp_path / "saved" / "run.json").is_file()
+
+
+def test_without_a_checkpoint_there_is_no_run() -> None:
+    with dinfer.connect("threads", 1) as session:
+        with pytest.raises(
+            NotPossible, match=r'no checkpoint is loaded: session\.load\(.*session\.load\("demo"\)'
+        ):
+            session.prefill(IDS)
+        assert session.spec is None
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"chunk": [4]}, r"unknown parameter 'chunk'\. Did you mean chunk_size\?"),
+        ({"chunk_size": [4, 0]}, "chunk_size is 0; it must be at least 1"),
+        ({"sync_strategy": "rings"}, r"must be one of pairwise, ring.*Did you mean ring\?"),
+    ],
+)
+def test_a_sweep_refuses_what_no_run_can_have(
+    session: Session, parameters: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        session.sweep(IDS, **parameters)
+
+
+@pytest.mark.parametrize("n", ["3", 0, 2.0, True])
+def test_a_number_of_ranks_that_is_none(n: Any) -> None:
+    with pytest.raises(ConfigError, match=r"n is .*; it must be a whole number, at least 1"):
+        dinfer.connect("threads", n)
+
+
+def test_a_place_of_ranks_that_there_is_not() -> None:
+    with pytest.raises(ConfigError, match=r"'thread' is no place for ranks; .*\. Did you mean threads\?"):
+        dinfer.connect("thread")
+
+
+def test_what_can_only_be_meant_one_way_needs_no_name(run: Run) -> None:
+    assert str(run.kv(0)) == str(run.kv(layer=0))
+    assert str(run.hidden(0, 1)) == str(run.hidden(chunk=0, layer=1))
+    assert str(run.attention(0, 0)) == str(run.attention(layer=0, chunk=0))
+
+
+def test_tab_offers_what_is_made_for_users(session: Session, run: Run) -> None:
+    def offered(thing: object) -> list[str]:
+        return [name for name in dir(thing) if not name.startswith("_")]
+
+    assert offered(run) == [
+        "attention", "break_at", "breakpoints", "closed", "compare", "config", "corrupt", "decode", "edited", "failure",
+        "faults", "hang", "hidden", "inject", "kv", "message", "pause", "plan", "play", "replay", "report", "restart",
+        "resume", "run_to", "save", "sha256", "source", "standing", "step", "step_back", "text", "tokens", "trace",
+        "verdict", "wait", "where", "world_size",
+    ]  # fmt: skip
+    assert offered(session) == [
+        "close", "debugger", "listen_for_debugger", "load", "log", "prefill", "recover", "run", "spec", "sweep",
+        "world_size",
+    ]  # fmt: skip
+
+
+def test_whatever_a_cell_ends_with_is_short(session: Session, run: Run) -> None:
+    things = [
+        session,
+        run,
+        run.plan,
+        run.job,
+        run.trace,
+        run.config,
+        run.where(),
+        run.verdict(),
+        run.kv(),
+        session.spec,
+    ]
+    for thing in [*things, run.kv().diff(), run.standing(), run.source(), run.faults, run.breakpoints]:
+        assert repr(thing).count("\n") < 30, type(thing)
+        assert len(repr(thing)) < 2000, type(thing)
