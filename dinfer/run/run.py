@@ -94,7 +94,7 @@ class Run(Tidy, Displayable):
 
     INTERNAL = frozenset({
         "INTERNAL", "check", "chunk_labels", "close", "events_since", "fail", "findings", "hold", "job", "last_call",
-        "look", "on_change", "reporter", "said", "say", "show", "silence", "told",
+        "look", "on_change", "reporter", "said", "say", "show", "silence", "story", "stuck_ranks", "told",
     })  # fmt: skip
     show: Callable[[Any], Any] | None = None
     """makes the panel that a notebook shows for a run; set by the session, as is the next"""

@@ -172,7 +172,7 @@ class Session(Tidy, Announced, Closing):
         ConfigError for an unknown parameter or value, before the first run."""
         for name, values in parameters.items():
             for value in values if isinstance(values, list) else [values]:
-                if name != "plan":
+                if name not in ("plan", "paused"):  # those of prefill itself
                     self._config.with_(**{name: value})
         return sweep(self.prefill, prompts, parameters)
 

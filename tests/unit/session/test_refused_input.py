@@ -116,6 +116,11 @@ def test_a_sweep_refuses_what_no_run_can_have(
         session.sweep(IDS, **parameters)
 
 
+def test_a_sweep_takes_what_prefill_takes(session: Session) -> None:
+    (row,) = session.sweep(IDS, paused=True, max_new_tokens=1).rows
+    assert not row["error"]
+
+
 @pytest.mark.parametrize("n", ["3", 0, 2.0, True])
 def test_a_number_of_ranks_that_is_none(n: Any) -> None:
     with pytest.raises(ConfigError, match=r"n is .*; it must be a whole number, at least 1"):
