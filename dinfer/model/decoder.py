@@ -29,6 +29,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _AUTO: Any = AutoModelForCausalLM  # its type lacks the loading report
 _PAGE = 4096
+_ALIGNMENT = 64  # bytes: the widest loads of a CPU
 _LOADING = threading.Lock()
 
 
@@ -83,9 +84,10 @@ class Decoder:
             torch.backends.cuda.enable_cudnn_sdp(False)
         with _one_load_at_a_time():
             model = _load_model(spec, dtype)
-            if not mapped and device == "cpu":
-                for weight in (*model.parameters(), *model.buffers()):
-                    weight.data = weight.data.clone()
+            views = str(model.dtype) == f"torch.{spec.stored_dtype}" and not family_of(spec).rebuilds_weights
+            if views and not mapped and device == "cpu":
+                for weight in model.parameters():
+                    weight.data = _copied(weight.data)
             check_unchanged(spec)
             if on_progress:
                 _place(model, torch.device(device), on_progress)
@@ -190,6 +192,14 @@ class Decoder:
             hidden = self.norm(self.forward([0] * tokens, cache, position))
             self.logits(hidden[:, -1:])
         torch.cuda.synchronize(self.device)
+
+
+def _copied(weight: Tensor) -> Tensor:
+    """A copy at an address of the same alignment: kernels are chosen by it, and other kernels give other last bits."""
+    room = torch.empty(weight.nbytes + _ALIGNMENT, dtype=torch.uint8)
+    start = (weight.data_ptr() - room.data_ptr()) % _ALIGNMENT
+    copy = room[start : start + weight.nbytes].view(weight.dtype).view(weight.shape)
+    return copy.copy_(weight)
 
 
 def _load_model(spec: Spec, dtype: str) -> Any:
