@@ -124,7 +124,12 @@ def _aliases(tree: ast.Module) -> list[str]:
     return [at.id for at in found if isinstance(at, ast.Name) and at.id[0].isupper() and not at.id.isupper()]
 
 
-def test_names_of_older_versions_still_work_and_say_what_they_are_called_now() -> None:
+def test_names_of_older_versions_still_work_and_say_what_they_are_called_now(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(
+        sys.modules, "dinfer.session.application", raising=False
+    )  # another test may import it
     with pytest.warns(DeprecationWarning, match="dinfer.engine.ops"):
         from dinfer.engine import handlers
     with pytest.warns(DeprecationWarning, match="dinfer.launch.application"):

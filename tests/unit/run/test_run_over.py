@@ -17,6 +17,7 @@ from dinfer.rank.commands import quick, slow, table_of
 from dinfer.run.inspect import RunInspector
 from dinfer.run.run import Run
 from dinfer.session.session import Session
+from dinfer.verdict.verdict import Verdict
 from tests.support.expected import lane_threads
 from tests.support.fixtures import fresh_session
 
@@ -134,6 +135,15 @@ def test_a_breakpoint_ahead_is_not_met_by_beginning_anew(session: Session) -> No
     run.look()
     assert "stopped at" not in str(run.where())
     assert not run.story
+
+
+def test_the_stuck_ranks_are_those_of_such_a_verdict(session: Session) -> None:
+    run = begin(session)
+    begin(session)  # so that nobody judges the first any more
+    assert run.stuck_ranks() == ()
+    for kind, ranks in (("stuck in C", (1,)), ("cycle", ())):
+        run._state.note_hang(Verdict(kind, "why", (1,)))  # type: ignore[arg-type]
+        assert run.stuck_ranks() == ranks
 
 
 # -- it keeps to itself
