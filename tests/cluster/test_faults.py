@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.support.fixtures import Start
-from tests.support.runs import Fault, Run, is_alive, wait_for, run_arguments
+from tests.support.runs import Fault, Run, is_alive, run_arguments, wait_for
 from tests.support.twin import prompt
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
