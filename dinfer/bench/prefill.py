@@ -108,8 +108,10 @@ def on_ranks(
     """Start ranks and time all cases; by rank, case and round. Raises RuntimeError if a rank fails."""
     from dinfer.bench.rank import BenchJob, TimedPrefill
     from dinfer.transport.gloo import open_store
+    from dinfer.transport.interface import check_own_address
 
     ids = [(i * i * 7 + i * 13 + 5) % vocab_size for i in range(max(case.tokens for case in cases))]
+    check_own_address(config.master_addr)
     store, port = open_store(config.master_addr, config.master_port)
     job = BenchJob(asdict(config.with_(master_port=port)), ids, cases, repeats)
     ranks: list[subprocess.Popen[bytes]] = []

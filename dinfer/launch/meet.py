@@ -16,7 +16,7 @@ from dinfer.config import Config, ConfigError
 from dinfer.launch.environment import MPIRUN, Launched, meeting_of
 from dinfer.messages import RankLink
 from dinfer.transport.gloo import Store, join_store, open_store
-from dinfer.transport.interface import own_address_towards
+from dinfer.transport.interface import check_own_address, check_route, own_address_towards
 
 POLL_S = 0.1
 
@@ -30,7 +30,9 @@ def meet(config: Config, launched: Launched) -> tuple[Store, str]:
         return _meet_by_mpi(config, launched)
     address, port, theirs = meeting_of(os.environ, config.master_addr, config.master_port)
     if launched.rank == 0 and not theirs:
+        check_own_address(address)
         return open_store(address, port, exact=True)[0], address
+    check_route(address)
     return join_store(address, port, config.start_timeout), address
 
 

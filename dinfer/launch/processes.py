@@ -18,6 +18,7 @@ from dinfer.job import Job
 from dinfer.launch.watch import ProcessWatch
 from dinfer.messages import MeetAt, RankJob
 from dinfer.rank.logs import make_log_folder
+from dinfer.transport.interface import check_own_address
 
 EXIT_S = 1.0
 """How long a process may take to end once it has closed its connections."""
@@ -28,7 +29,7 @@ def start_rank(
 ) -> "subprocess.Popen[bytes]":
     """A process that runs `python -m module` with `job` as its standard input; `output`: where what it prints goes."""
     process = subprocess.Popen(
-        [sys.executable, "-m", module],
+        [sys.executable, "-P", "-m", module],  # -P: not a types.py or transformers.py of the working folder
         stdin=subprocess.PIPE,
         stdout=output,
         stderr=output,
@@ -68,6 +69,7 @@ class Processes:
         self._introduced: set[int] = set()
 
     def __enter__(self) -> Self:
+        check_own_address(self.job.config.master_addr)
         try:
             for rank in range(self.job.config.world_size):
                 self._processes.append(self._start(rank))

@@ -76,7 +76,7 @@ class Control:
         self._socket, theirs = socket.socketpair()
         link = msgspec.structs.replace(link, dump=dump if dump_into(dump) else None)
         files = (descriptor, theirs.fileno(), dump)
-        command = [sys.executable, "-m", "dinfer.rank.watcher", *map(str, files[:2])]
+        command = [sys.executable, "-P", "-m", "dinfer.rank.watcher", *map(str, files[:2])]
         with undebugged():
             self.watcher = subprocess.Popen(command, pass_fds=files, stdin=subprocess.PIPE)
         let_look(self.watcher.pid)

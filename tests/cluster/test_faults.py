@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.support.fixtures import Start
-from tests.support.runs import Fault, Run, is_alive, wait_for
+from tests.support.runs import Fault, Run, is_alive, run_arguments, wait_for
 from tests.support.twin import prompt
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -180,3 +181,15 @@ def test_a_refuted_schedule_hangs_as_foretold(model: Path, start: Start) -> None
         re.search(rf"^rank {rank}: \d+ of \d+ ops done; .* in `send kv", said, re.M) for rank in range(3)
     )
     assert re.search(r"^Every rank waits for a peer \(rank 0 for rank 1, .*dinfer verify", said, re.MULTILINE)
+
+
+def test_files_of_the_working_folder_stand_in_for_no_module(model: Path, tmp_path: Path) -> None:
+    """A script finds its modules in its own folder, as `dinfer` does, so what matters are the ranks."""
+    for name in ("types", "queue", "transformers"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('not this one')\n")
+    program = (str(Path(sys.executable).with_name("dinfer")),)
+    run = Run(tmp_path, run_arguments(model, prompt_ids=IDS, chunk_size=4, max_new_tokens=1), {}, program)
+    try:
+        assert run.finish() == 0, run.err
+    finally:
+        run.end()

@@ -103,7 +103,11 @@ def _start(cluster: Known, n: int, timeout: float, place: ClusterPlace) -> None:
     ]
     if place.address:
         command += [f"--ip={place.address}", f"--location={place.address}"]
-    environment = {**os.environ, BEHIND: json.dumps(place.behind)} if place.behind else None
+    # Controller and engines take no types.py or queue.py of the working folder for Python's own. The user's modules are
+    # found there all the same: IPython adds the folder, behind the standard library.
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    if place.behind:
+        environment[BEHIND] = json.dumps(place.behind)
     try:
         done = subprocess.run(
             command,

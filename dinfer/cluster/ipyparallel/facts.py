@@ -15,8 +15,14 @@ from dinfer.version import __version__
 
 _SOURCE = """
 def versions():
-    import platform
-    found = {"python": platform.python_version(), "dinfer": "", "cuda": 0}
+    import importlib.machinery, os, platform
+    found = {"python": platform.python_version(), "dinfer": "", "cuda": 0, "hidden": []}
+    for name in ("torch", "transformers", "tokenizers", "safetensors", "numpy", "msgspec", "psutil", "zmq"):
+        spec = importlib.machinery.PathFinder.find_spec(name)
+        if spec and spec.origin in (os.path.abspath(name + ".py"), os.path.abspath(name + "/__init__.py")):
+            found["hidden"].append(spec.origin)
+    if found["hidden"]:
+        return found
     try:
         import dinfer
         found["dinfer"] = str(dinfer.__version__)
@@ -114,7 +120,9 @@ def judge_versions(engines: Mapping[int, Mapping[str, Any]], dinfer: str) -> Non
         engine = f"engine {engine_id}"
         if found["python"].rpartition(".")[0] != minor:
             wrong.append(f"{engine} runs Python {found['python']}, not {minor}")
-        if "no dinfer" in found:
+        if hidden := found["hidden"]:
+            wrong.append(f"{engine} takes {', '.join(hidden)} for the package of that name: rename it")
+        elif "no dinfer" in found:
             wrong.append(f"{engine} has no dinfer ({found['no dinfer']})")
         elif found["dinfer"] != dinfer:
             wrong.append(f"{engine} has dinfer {found['dinfer']}, not {dinfer}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,7 +82,16 @@ def test_an_engine_that_has_ended_is_not_asked() -> None:
 def test_a_call_is_text() -> None:
     assert eval(call_expression("os.path:join", ["a", "b\"'\\"])) == "a/b\"'\\"
     assert eval(call_expression("json:dumps", [{"x": [1, None, True]}])) == '{"x": [1, null, true]}'
-    assert eval(VERSIONS).keys() == {"python", "dinfer", "cuda"}
+    assert eval(VERSIONS).keys() == {"python", "dinfer", "cuda", "hidden"}
+
+
+def test_a_file_that_hides_a_package_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "msgspec.py").touch()
+    (tmp_path / "numpy").mkdir()  # not a package: hides nothing
+    monkeypatch.chdir(tmp_path)
+    assert eval(VERSIONS)["hidden"] == []
+    monkeypatch.syspath_prepend("")
+    assert eval(VERSIONS)["hidden"] == [str(tmp_path / "msgspec.py")]
 
 
 @pytest.mark.parametrize("function", ["os.getpid", "os:", ":getpid", "os:getpid()", "os;x:getpid"])

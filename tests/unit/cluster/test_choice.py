@@ -101,7 +101,7 @@ def test_one_line_says_what_was_joined(
 
 def versions(**different: Any) -> dict[str, Any]:
     """What an engine like this client says."""
-    return {"python": platform.python_version(), "dinfer": "1.0", "cuda": 0, **different}
+    return {"python": platform.python_version(), "dinfer": "1.0", "cuda": 0, "hidden": [], **different}
 
 
 def test_all_engines_at_fault_are_named_at_once() -> None:
@@ -111,6 +111,7 @@ def test_all_engines_at_fault_are_named_at_once() -> None:
         3: versions(python="3.1.4", dinfer="0.9"),
         4: {**versions(dinfer=""), "no dinfer": "ModuleNotFoundError: No module named 'dinfer'"},
         5: {**versions(), "no torch": "ImportError: libcudart.so"},
+        6: versions(hidden=["/home/me/transformers.py"], dinfer=""),
     }
     with pytest.raises(ClusterError) as caught:
         judge_versions(engines, "1.0")
@@ -119,6 +120,7 @@ def test_all_engines_at_fault_are_named_at_once() -> None:
         "engine 3 has dinfer 0.9, not 1.0",
         "engine 4 has no dinfer (ModuleNotFoundError",
         "engine 5 has no torch",
+        "engine 6 takes /home/me/transformers.py for the package of that name: rename it",
     ):
         assert part in str(caught.value)
     assert "engine 0" not in str(caught.value)

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from dinfer.config import ConfigError
 from dinfer.transport import gloo, interface
-from dinfer.transport.interface import NoInterface, interface_for_peers, own_address_towards
+from dinfer.transport.interface import (
+    NoInterface,
+    check_own_address,
+    check_route,
+    interface_for_peers,
+    own_address_towards,
+)
 
 ADDRESSES = {"lo": "127.0.0.1", "eth0": "10.0.0.5", "wlan0": "192.168.1.5", "down0": ""}
 
@@ -77,3 +85,47 @@ def test_gloo_talks_over_the_interface_to_where_the_ranks_meet_now_unless_the_us
     monkeypatch.setenv(gloo.INTERFACE, "eth7")
     gloo._choose_interface("10.0.0.1")
     assert os.environ[gloo.INTERFACE] == "eth7"
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        (
+            "no-such-host.invalid",
+            r"master_addr 'no-such-host.invalid' cannot be resolved \(.+\): give the address",
+        ),
+        (
+            "192.0.2.77",
+            r"ranks cannot meet at '192.0.2.77' .*Cannot assign requested .*it has 127.0.0.1, 10.0.0.5",
+        ),
+    ],
+)
+def test_where_ranks_cannot_meet_is_said_before_they_start(address: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_own_address(address)
+
+
+def test_a_name_that_takes_too_long_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+
+    def answer_late(*_: object, **__: object) -> list[object]:
+        over.wait()
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer_late)
+    monkeypatch.setattr(interface, "RESOLVE_S", 0.05)
+    with pytest.raises(ConfigError, match=r"cannot be resolved \(no answer within 0\.05 s\)"):
+        check_own_address("slow.example")
+    over.set()
+
+
+def test_ranks_meet_at_loopback_and_its_name() -> None:
+    check_own_address("127.0.0.1")
+    check_own_address("localhost")
+
+
+def test_rank_0_without_a_route() -> None:
+    with pytest.raises(
+        ConfigError, match=r"no route to rank 0's host '10\.9\.9\.9' .*Network is unreachable"
+    ):
+        check_route("10.9.9.9")
