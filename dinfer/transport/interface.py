@@ -48,9 +48,10 @@ def check_own_address(address: str) -> None:
             socket.create_connection(door.getsockname()[:2], RESOLVE_S).close()
     except OSError as error:
         loopback = ", and its loopback interface must be up" if where == LOOPBACK else ""
+        why = os.strerror(error.errno) if error.errno else error  # a timeout has no number
         own = ", ".join(one for addresses in _addresses().values() for one in addresses)
         raise ConfigError(
-            f"ranks cannot meet at {address!r} ({where}): {os.strerror(error.errno or 0)}. master_addr must be an "
+            f"ranks cannot meet at {address!r} ({where}): {why}. master_addr must be an "
             f"address of this machine{loopback}; it has {own or 'none'}."
         ) from None
 

@@ -119,6 +119,15 @@ def test_a_name_that_takes_too_long_is_not_waited_for(monkeypatch: pytest.Monkey
     over.set()
 
 
+def test_a_host_that_does_not_reach_itself_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_out(*_: object) -> None:
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(socket, "create_connection", time_out)
+    with pytest.raises(ConfigError, match=r"ranks cannot meet at .*: timed out\. master_addr must be"):
+        check_own_address("127.0.0.1")
+
+
 def test_ranks_meet_at_loopback_and_its_name() -> None:
     check_own_address("127.0.0.1")
     check_own_address("localhost")
