@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from dinfer.cli.root import BAD_INPUT, FAILED, app, keep_json, log, stop
+from dinfer.cli.root import BAD_INPUT, FAILED, app, check_outputs, keep_json, log, stop
 from dinfer.config import Config, ConfigError, whole_numbers
 from dinfer.errors import DinferError
 
@@ -40,6 +40,7 @@ def bench(
     try:
         if repeats < 1:
             raise ConfigError(f"repeats is {repeats}; it must be at least 1.")
+        check_outputs({"--json": json_path, "--plot": plot})
         match what:
             case "prefill":
                 if plot and not compare:

@@ -2,12 +2,14 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer import Exit
 
+from dinfer.config import ConfigError
 from dinfer.version import __version__
 
 app = typer.Typer(
@@ -45,6 +47,27 @@ def stop(message: object, status: int) -> NoReturn:
 def log(text: str) -> None:
     """Print a line of progress to standard error."""
     print(text, file=sys.stderr, flush=True)
+
+
+def check_outputs(outputs: Mapping[str, str], inputs: Mapping[str, str] | None = None) -> None:
+    """Called before any work starts. Raises ConfigError if a file that is to be written could not be, or would replace
+    an input or another output. Both: paths by flag, "" for none."""
+    taken = {Path(path).expanduser().resolve(): flag for flag, path in (inputs or {}).items() if path}
+    for flag, path in outputs.items():
+        if not path:
+            continue
+        target = Path(path).expanduser().resolve()
+        if other := taken.get(target):
+            raise ConfigError(
+                f"{flag} and {other} are one file, {path}: it would be overwritten. Give another."
+            )
+        if not target.parent.is_dir():
+            raise ConfigError(
+                f"{flag} is {path!r}, but there is no folder {str(target.parent)!r}: make it first."
+            )
+        if target.is_dir():
+            raise ConfigError(f"{flag} is {path!r}, which is a folder; give a file.")
+        taken[target] = flag
 
 
 def keep_json(result: dict[str, Any], path: str) -> None:

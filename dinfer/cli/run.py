@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from typer import Exit, Option
 
-from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, keep_json, stop
+from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, check_outputs, keep_json, stop
 from dinfer.config import Config, ConfigError, read_toml
 from dinfer.errors import DinferError
 from dinfer.launch.environment import Launched, launched_as, speaks
@@ -25,6 +25,11 @@ def run(**given: Any) -> None:
     try:
         launched = launched_as(os.environ)
         config = Config.of(_for_launched({**(read_toml(toml) if toml else {}), **values}, launched))
+        if launched is None or launched.rank == 0:
+            if trace_path:
+                Path(trace_path).expanduser().parent.mkdir(parents=True, exist_ok=True)
+            outputs = {"--json": json_path or "", "--trace": trace_path or ""}
+            check_outputs(outputs, {"--prompt-file": config.prompt_file, "--config": toml or ""})
         trace_path = trace_path or Path(config.log_dir) / "trace.jsonl"
         if launched:
             from dinfer.launch.join import join

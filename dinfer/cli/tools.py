@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Argument, Exit, Option
 
-from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, keep_json, log, stop
+from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, check_outputs, keep_json, log, stop
 from dinfer.config import ConfigError
 from dinfer.trace.export import TraceError
 from dinfer.trace.read import read_traces
@@ -67,12 +67,14 @@ def report(
     ],
     output: Annotated[str, Option("--output", "-o", help="the file to write")] = "report.html",
 ) -> None:
-    """Write a self-contained HTML report. Status 0: written; 1: not written; 2: not a trace."""
+    """Write a self-contained HTML report. Status 0: written; 1: not written; 2: not a trace, or no
+    place to write to."""
     try:
+        check_outputs({"--output": output}, {f"the trace {path!r}": path for path in traces})
         found = [(Path(path).stem, read_traces(path)) for path in traces]
     except OSError as error:
         stop(f"the trace {error.filename!r} cannot be read: {error.strerror}.", BAD_INPUT)
-    except TraceError as error:
+    except (ConfigError, TraceError) as error:
         stop(error, BAD_INPUT)
     from dinfer.views.report.page import write_report
 
@@ -114,6 +116,10 @@ def lab(
     from dinfer.lab.score import Score
     from dinfer.run.report import machine, versions
 
+    try:
+        check_outputs({"--json": json_path})
+    except ConfigError as error:
+        stop(error, BAD_INPUT)
     for name, count in (("sample", sample or 0), ("slow_runs", slow_runs)):
         if count < 0:
             stop(f"{name} is {count}; it must be 0 or more.", BAD_INPUT)

@@ -18,7 +18,6 @@ from dinfer.cli import app
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.trace.simulated import paper_trace
-from dinfer.trace.trace import Trace
 from dinfer.version import __version__
 from tests.support.tiny import tiny_checkpoint
 
@@ -359,8 +358,39 @@ def test_what_is_no_trace_becomes_no_report(tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_report_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    Trace(()).export("jsonl", tmp_path / "trace.jsonl")
-    answer = dinfer("report", tmp_path / "trace.jsonl", "-o", tmp_path / "nowhere" / "report.html")
-    assert answer.status == 1
-    assert f"{tmp_path}/nowhere/report.html" in answer.err.replace("\n", " ")
+# -- files that are written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ("report", "run.jsonl", "-o", "run.jsonl"),
+            "--output and the trace 'run.jsonl' are one file, run.jsonl",
+        ),
+        (
+            ("report", "run.jsonl", "-o", "nowhere/x.html"),
+            "--output is 'nowhere/x.html', but there is no folder ",
+        ),
+        (("report", "run.jsonl", "-o", "."), "--output is '.', which is a folder; give a file"),
+        (
+            ("run", "--prompt-file", "p.txt", "--json", "p.txt"),
+            "--json and --prompt-file are one file, p.txt",
+        ),
+        (("run", "--prompt", "x", "--json", "a", "--trace", "./a"), "--trace and --json are one file, ./a"),
+        (("run", "--prompt", "x", "--json", "nowhere/a"), "--json is 'nowhere/a', but there is no folder "),
+        (("bench", "--json", "nowhere/a"), "--json is 'nowhere/a', but there is no folder "),
+        (("lab", "--json", "nowhere/a"), "--json is 'nowhere/a', but there is no folder "),
+    ],
+)
+def test_outputs_are_checked_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a prompt")
+    (tmp_path / "run.jsonl").write_text("a trace")
+    answer = dinfer(*arguments)
+    assert (answer.status, answer.out) == (BAD_INPUT, "")
+    assert words in answer.err
+    assert (tmp_path / "p.txt").read_text() == "a prompt"
+    assert (tmp_path / "run.jsonl").read_text() == "a trace"
