@@ -245,9 +245,11 @@ class RankNotes(Answer, frozen=True):
 
 
 class HiddenDigests(Answer, frozen=True):
-    """Of the hidden states that a rank keeps: chunk, layer, digest."""
+    """Of the hidden states that a rank keeps: chunk, layer, digest. `tokens`: its new ones; after a decode that failed
+    they are more than the session knows."""
 
     digests: tuple[tuple[int, int, int], ...]
+    tokens: tuple[int, ...]
 
 
 class ReferenceReport(Answer, frozen=True):

@@ -7,7 +7,7 @@ A place is a row's index in a layer's cache; where nothing is wrong, that is the
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -133,6 +133,7 @@ class ViewableSource(Source, Protocol):
         """K (0) or V (1) of some heads, [heads, places, head_dim]."""
 
 
+@runtime_checkable
 class LiveSource(ViewableSource, Protocol):
     """The ranks of a run, which can also be asked for what is not saved."""
 

@@ -104,7 +104,7 @@ class KV(Displayable):
                     self._note(found, selection)
                 return found
             theirs = other.source() if hasattr(other, "source") else other
-            if theirs.subject.name == subject.name:  # both are live, and call themselves this run
+            if isinstance(source, LiveSource) and isinstance(theirs, LiveSource):  # both are called this run
                 theirs = copy(theirs)
                 theirs.subject = replace(theirs.subject, name="the other run")
             return diff_sources(source, theirs, selection, values)

@@ -29,7 +29,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _AUTO: Any = AutoModelForCausalLM  # its type lacks the loading report
 _PAGE = 4096
-_ALIGNMENT = 64  # bytes: the widest loads of a CPU
+_CACHE_LINE = 64
 _LOADING = threading.Lock()
 
 
@@ -195,11 +195,13 @@ class Decoder:
 
 
 def _copied(weight: Tensor) -> Tensor:
-    """A copy at an address of the same alignment: kernels are chosen by it, and other kernels give other last bits."""
-    room = torch.empty(weight.nbytes + _ALIGNMENT, dtype=torch.uint8)
-    start = (weight.data_ptr() - room.data_ptr()) % _ALIGNMENT
-    copy = room[start : start + weight.nbytes].view(weight.dtype).view(weight.shape)
-    return copy.copy_(weight)
+    """A copy that begins at the same place in a cache line: the last bits of products depend on it, so copied weights
+    would not compute what mapped ones do, as in a replay."""
+    if weight.data_ptr() % weight.itemsize or not weight.is_contiguous():
+        return weight.clone()
+    memory = torch.empty(weight.nbytes + _CACHE_LINE, dtype=torch.uint8)
+    start = (weight.data_ptr() - memory.data_ptr()) % _CACHE_LINE
+    return memory[start : start + weight.nbytes].view(weight.dtype).view(weight.shape).copy_(weight)
 
 
 def _load_model(spec: Spec, dtype: str) -> Any:

@@ -205,10 +205,11 @@ class References:
         self._stopped = threading.Event()
 
     def hidden(self, _: DigestHidden) -> HiddenDigests:
-        """Digests of the hidden states that are here now."""
+        """Digests of the hidden states that are here now, and the new tokens."""
         holding = Inventory(self._prompt())
         _settle(holding.cache.device)
-        return HiddenDigests(tuple((*key, digest) for key, digest in holding.hidden_digests().items()))
+        digests = tuple((*key, digest) for key, digest in holding.hidden_digests().items())
+        return HiddenDigests(digests, tuple(holding.tokens))
 
     def run(self, command: RunReference) -> ReferenceReport:
         """The forward, and how what is here differs from it. Raises ModelError where memory would not do."""

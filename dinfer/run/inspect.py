@@ -5,6 +5,7 @@ Nothing here moves or changes a run.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -129,6 +130,8 @@ class RunInspector:
             self._check()
             source, ranks = self.live(), range(self._job.plan.world_size)
             hidden = self._reference(dict.fromkeys(ranks, DigestHidden()))
+            ids = (*self._job.ids, *max((one.tokens for one in hidden.values()), key=len))
+            source.subject = replace(source.subject, ids=ids, texts=self._texts(ids))
             helds = helds_of(source, [hidden[rank] for rank in ranks])
             if not any(one.now for one in helds):
                 raise PlanError(
@@ -137,7 +140,7 @@ class RunInspector:
                 )
             own = source.subject.dtype_name
             examined = self._examined(helds, chunked=chunked, dtype=dtype or own)
-        spec, plan, ids = self._job.spec, self._job.plan, source.subject.ids
+        spec, plan = self._job.spec, self._job.plan
         width = max(spec.hidden_size, spec.intermediate_size, plan.shape.tokens)
         measure = ToleranceMeasure(examined[0].report.exact, own, dtype or own, width)
         return Comparison(

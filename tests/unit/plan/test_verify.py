@@ -211,6 +211,14 @@ def test_a_plan_in_which_every_rank_computes_all_needs_no_transfer() -> None:
     assert verify(plan) == Proof(ranks=2, lanes=2, ops=8, transfers=0, blocks=2, levels=2)
 
 
+def test_a_plan_with_lanes_for_fewer_ranks_is_refuted() -> None:
+    alone = build(partition(layers=2, tokens=3, world_size=1, chunk_size=2), "lockstep", "pairwise")
+    two = partition(layers=2, tokens=3, world_size=2, chunk_size=2)
+    assert str(verify(Plan(two, "own", "pairwise", alone.lanes))) == (
+        "refuted (missing): rank 1 ends without block c0 l0: no op there makes or receives it"
+    )
+
+
 def test_a_plan_without_ops_is_refuted() -> None:
     verdict = verify(Plan(Shape(1, 1, 1, (0,)), "none", "none", ((),)))
     assert (

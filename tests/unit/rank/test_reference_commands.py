@@ -54,9 +54,10 @@ def digests(engine: Engine, spans: Sequence[range]) -> tuple[tuple[int, int, tup
 
 
 def test_which_hidden_states_are_held(made: Twin) -> None:
-    found = references_of(made.engines[1]).hidden(DigestHidden()).digests
+    found = references_of(made.engines[1]).hidden(DigestHidden())
     stage = made.engines[1].executor.plan.shape.starts[1]
-    assert [key[:2] for key in found] == [(0, stage), (1, stage), (2, stage), (2, 4)]
+    assert found.tokens == ()
+    assert [key[:2] for key in found.digests] == [(0, stage), (1, stage), (2, stage), (2, 4)]
 
 
 def test_digests_are_the_references(made: Twin) -> None:

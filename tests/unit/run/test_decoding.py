@@ -54,6 +54,24 @@ def begin(call: Callable[[], object]) -> tuple[threading.Thread, list[Any]]:
     return thread, came
 
 
+def test_what_ranks_decoded_before_they_disagreed_is_compared(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, step = decoded(session), Decoding.step
+
+    def other_at_3(self: Decoding) -> int:
+        if self._comm.rank == 1 and len(self.tokens) == 3:
+            monkeypatch.setattr(self, "_sampler", lambda logits, _: int(logits.argmin()))
+        return step(self)
+
+    monkeypatch.setattr(Decoding, "step", other_at_3)
+    with pytest.raises(RankRefused, match="tokens differ, first at new token 3"):
+        run.decode(8)
+    found = run.compare("reference")
+    assert found.equal, found.verdict
+    assert "and 3 new tokens, fed one by one" in str(found)
+
+
 def test_decode_that_a_breakpoint_ends_says_how_to_go_on(session: Session) -> None:
     run = session.prefill(IDS, chunk_size=4, paused=True)
     run.break_at(layer=0, chunk=1)

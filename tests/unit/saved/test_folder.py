@@ -115,6 +115,14 @@ def test_what_run_json_says_is_checked(folder: Path, changes: dict[str, Any], sa
     assert said in str(caught.value)
 
 
+def test_a_fault_with_an_unknown_field_is_named(folder: Path) -> None:
+    fault = {"number": 1, "kind": "zero", "where": "memory", "colour": "red"}
+    own = json.loads((folder / "run.json").read_text(encoding="utf-8"))["own"]
+    about(folder, own={**own, "1": {**own["1"], "faults": [fault]}})
+    with pytest.raises(SavedError, match=r"is damaged: run\.json has .*'colour'"):
+        dinfer.open(folder).replay(1)
+
+
 def test_evidence_that_is_damaged_or_missing(folder: Path) -> None:
     about(folder, evidence={"signs": []})
     with pytest.raises(SavedError, match=r"is damaged: run\.json has evidence of another form: "):

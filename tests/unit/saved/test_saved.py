@@ -134,6 +134,13 @@ def test_a_run_before_and_after_a_change(session: Session, run: Run, tmp_path: P
     assert after.diff().equal is run.kv().diff().equal is False
 
 
+def test_saved_runs_of_one_name_keep_it(run: Run, tmp_path: Path) -> None:
+    one, other = (dinfer.open(run.save(tmp_path / place / "kept")) for place in ("here", "there"))
+    assert one.diff(other).verdict.startswith(
+        "saved run 'kept' and saved run 'kept' hold the same 4 × 5 blocks"
+    )
+
+
 def test_pairwise_against_ring(session: Session, tmp_path: Path) -> None:
     pairwise = dinfer.open(done(session, sync_strategy="pairwise").save(tmp_path / "pairwise"))
     ring = done(session, sync_strategy="ring")
