@@ -195,7 +195,9 @@ class HangEvidence(msgspec.Struct, frozen=True, rename={"sentence": "told"}):
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        values: dict[str, Any] = msgspec.to_builtins(self, str_keys=True, order="deterministic")
+        values: dict[str, Any] = msgspec.to_builtins(self, str_keys=True)
+        for signs in values["signs"]:  # only sets are sorted: of frames, the first one counts
+            signs |= {name: sorted(signs[name]) for name in ("empty", "full")}
         return values
 
     @classmethod

@@ -96,11 +96,12 @@ class GlooComm:
     def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:
         group = self._group(channel.communicator)
         try:
-            parts = [_tensor(header)] if payload is None else [_tensor(header), bytes_of(_on_host(payload))]
-            first, *rest = [dist.isend(part, group=group, group_dst=channel.target) for part in parts]
-            wait_for(first)
+            works = [dist.isend(_tensor(header), group=group, group_dst=channel.target)]
+            if payload is not None:  # the header is on its way while the payload is copied from its device
+                works.append(dist.isend(bytes_of(_on_host(payload)), group=group, group_dst=channel.target))
+            wait_for(works[0])
             met = monotonic_ns()
-            for work in rest:
+            for work in works[1:]:
                 wait_for(work)
         except RuntimeError as error:
             raise CommError(f"sending to rank {channel.target} failed: {error}") from error

@@ -73,8 +73,8 @@ class NcclComm(GlooComm):
 
         Without `device_id=`: with it, the messages of all pairs would share one queue.
         """
-        word = torch.zeros(1, dtype=torch.uint8, device=device)
         try:
+            word = torch.zeros(1, dtype=torch.uint8, device=device)
             for name in ("hidden", "kv"):
                 group = dist.new_group(backend="nccl", timeout=timedelta(days=7))
                 assert isinstance(group, dist.ProcessGroup)

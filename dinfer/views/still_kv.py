@@ -64,13 +64,15 @@ def data_uri(picture: bytes) -> str:
 
 def still_kv(run: InspectableRun, standing: Standing) -> str:
     """The picture as HTML; "" while the run is moving or if nothing is computed."""
+    if standing.state not in ("paused", "done"):
+        return ""
     is_computed = any(
         op.kind == "layer"
         for lanes, stand in zip(run.plan.lanes, standing.stands, strict=True)
         for lane, position in zip(lanes, stand.positions, strict=True)
         for op in lane.ops[:position]
     )
-    if standing.state not in ("paused", "done") or not is_computed:
+    if not is_computed:
         return ""
     source = run.kv().source()
     layer, a, b, near = _chosen(run, standing, source)

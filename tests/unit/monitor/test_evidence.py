@@ -36,6 +36,15 @@ def test_nothing_is_lost(signs: Signs) -> None:
     assert plain(evidence) == evidence
 
 
+def test_the_first_frame_stays_the_first() -> None:
+    """It says where a rank stands that has no lanes yet."""
+    frames = {"load": StackFrame("model.py", 12, "load"), "control": StackFrame("service.py", 3, "serve")}
+    signs = (Signs(phase="loading", quiet_s=60.0, answers=True, frames=frames), Signs(phase="done"))
+    found = plain(HangEvidence(signs, KvBytes(), {})).judge(PLAN)
+    assert found == explain(PLAN, signs, KvBytes())
+    assert "load (model.py:12)" in found.sentence
+
+
 def test_it_is_judged_as_it_was() -> None:
     signs = (
         Signs(positions=(1,), started=(True,), limits=(9,), still_s=(20.0,), quiet_s=20.0),

@@ -40,6 +40,11 @@ def run(session: Session) -> Run:
     return session.prefill(PROMPT, chunk_size=4, paused=True)
 
 
+def test_there_is_no_picture_before_all_ranks_have_reported(run: Run) -> None:
+    starting = run.standing()._replace(state=State.STARTING, stands=())
+    assert still_kv.still_kv(run, starting) == ""
+
+
 def read_png(data: bytes) -> tuple[Bytes, Bytes]:
     """Its pixels and its palette; checks what a reader would."""
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
