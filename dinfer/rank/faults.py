@@ -137,7 +137,7 @@ def _misbehave(
             time.sleep(POSTED_S)
         case (
             "another plan"
-        ):  # from here on this rank's messages say, and expect, that they are of another plan
+        ):  # this rank's messages say, and expect, from here on that they are of another plan
             state.plan = replace(state.plan, schedule="another")
         case "slow wire":
             comm = _broken(comm, recv_payload=partial(_recv_late, comm, order.wire[0]))
@@ -158,14 +158,18 @@ def _misbehave(
             return outcome
         case "stall":
             time.sleep(FOREVER_S)
+            return Outcome()
         case "stall in C":
             ctypes.CDLL(None).usleep(3_600_000_000)
+            return Outcome()  # a signal ends usleep early: the op stays undone all the same
         case "stall with GIL":
             ctypes.PyDLL(None).usleep(3_600_000_000)
+            return Outcome()
         # processes
         case "signal":
             os.kill(os.getpid(), getattr(signal, order.signal))
             time.sleep(FOREVER_S)  # it may take effect a little later; the op must not go on meanwhile
+            return Outcome()
     return run(state, op, comm)
 
 
