@@ -152,10 +152,10 @@ class PreparedPrompt(Answer, frozen=True):
 
 
 class NewTokens(Answer, frozen=True):
-    """All new tokens of this rank; `ended`: the text ends there; `remark`: why decode did not begin."""
+    """All new tokens of this rank; `stopped`: why there can be no more; `remark`: why decode did not begin."""
 
     tokens: tuple[int, ...]
-    ended: bool
+    stopped: Literal["", "end of text", "positions"] = ""
     remark: str = ""
 
 
@@ -757,6 +757,7 @@ class BatchResult(RankReport, frozen=True):
     plan_id: int
     decode_s: float
     lost_events: int
+    stopped: Literal["end of text", "positions", "max_new_tokens"]
     log_trouble: str
 
 

@@ -30,22 +30,36 @@ class Moved(Displayable):
         return "\n".join([*lines, *[f"edited by hand: {', '.join(self.edited)}"] * bool(self.edited)])
 
 
+STOPPED = {
+    "end of text": ", and the text ends here",
+    "positions": "; all positions of the model are used, so there can be no more",
+    "user": "; paused before there were as many as asked for",
+}
+"""what is said of `Decoded.stopped`"""
+
+
 @dataclass(frozen=True, repr=False)
 class Decoded(Displayable):
-    """The new tokens of a call and their text. `count`: all new tokens so far; `ended`: whether generation has ended;
-    `remark`: why there are no tokens."""
+    """The new tokens of a call and their text. `stopped`: why there are no more: "end of text", "positions" (the
+    model's are used up), "max_new_tokens" (as many as were asked for) or "user" (paused); "" where no token was asked
+    for. `count`: all new tokens so far; `remark`: why there are no tokens."""
 
     tokens: tuple[int, ...]
     text: str
-    ended: bool
+    stopped: str
     count: int
     remark: str = ""
+
+    @property
+    def ended(self) -> bool:
+        """Whether generation has ended: more tokens cannot be made."""
+        return self.stopped in ("end of text", "positions")
 
     def __str__(self) -> str:
         if self.remark:
             return self.remark
-        end = ", and the text ends here" if self.ended else ""
-        return f"{self.text}\n({len(self.tokens)} new tokens, {self.count} in all{end})"
+        new = len(self.tokens)
+        return f"{self.text}\n({new} new token{'s' * (new != 1)}, {self.count} in all{STOPPED.get(self.stopped, '')})"
 
 
 @dataclass(frozen=True, repr=False)

@@ -10,7 +10,7 @@ import json
 import struct
 from collections.abc import Iterator, Sequence
 from time import monotonic_ns
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -121,14 +121,17 @@ class Decoding:
         self._comm, self._recorder = comm, recorder
 
     @property
-    def is_done(self) -> bool:
-        """Whether the last token ends the text, or the cache is full."""
+    def stopped(self) -> Literal["", "end of text", "positions"]:
+        """Why no further token can be made: the last one ends the text, or all positions of the model, or rows of the
+        cache, are used; "" while one can."""
         if not self.tokens:
-            return False
+            return ""
+        if self.tokens[-1] in self._decoder.eos_ids:
+            return "end of text"
         step = 2 if self._state and self._state.faults.repeats else 1
         extra = max(self._state.extra.values(), default=0) if self._state else 0
         capacity = min(self.cache.capacity - extra, self._decoder.max_positions)
-        return self.tokens[-1] in self._decoder.eos_ids or self.rows + step > capacity
+        return "positions" if self.rows + step > capacity else ""
 
     @property
     def rows(self) -> int:
@@ -164,7 +167,7 @@ class Decoding:
 
     def run(self, max_new_tokens: int) -> Iterator[int]:
         """Step until the text ends or there are `max_new_tokens` new tokens; yields each."""
-        while len(self.tokens) < max_new_tokens and not self.is_done:
+        while len(self.tokens) < max_new_tokens and not self.stopped:
             yield self.step()
 
     def _compare(self, token: int, logits: Tensor) -> None:

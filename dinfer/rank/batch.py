@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from time import perf_counter
+from typing import Literal
 
 import torch
 
@@ -69,6 +70,7 @@ def run_rank(
             decode_s=decode_s,
             lost_events=recorder.lost,
             log_trouble=log_trouble(log),
+            stopped=_stopped(tokens, engine),
         )
 
 
@@ -86,6 +88,13 @@ def warm_up(decoder: Decoder, config: Config, tokens: int) -> None:
 def device_of(rank: int, config: Config) -> str:
     """The device that the config gives to a rank."""
     return f"cuda:{config.gpu_ids[rank]}" if config.gpu_ids else "cpu"
+
+
+def _stopped(tokens: Sequence[int], engine: Engine) -> Literal["end of text", "positions", "max_new_tokens"]:
+    """Why there are no more new tokens."""
+    if tokens and tokens[-1] in engine.decoder.eos_ids:
+        return "end of text"
+    return "positions" if len(tokens) < engine.config.max_new_tokens else "max_new_tokens"
 
 
 def _decode(engine: Engine, control: Control) -> tuple[list[int], float]:

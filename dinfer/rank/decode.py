@@ -69,7 +69,7 @@ class Tokens:
             except Corrupted as found:
                 if config.on_corruption == "fail":
                     raise
-                return NewTokens((), False, str(found))
+                return NewTokens((), remark=str(found))
             self._decoding = begun
         decoding = self._decoding
         self._engine.extend(decoding, self._limit)
@@ -77,7 +77,7 @@ class Tokens:
             token = decoding.step()
             text = self._stream.push(token) if self._stream else f"{token} "
             on_token(len(decoding.tokens), token, text)
-        return NewTokens(tuple(decoding.tokens), decoding.is_done)
+        return NewTokens(tuple(decoding.tokens), decoding.stopped)
 
     def back_to(self, tokens: int) -> None:
         """Forget all but the first that many."""
@@ -94,7 +94,7 @@ class Tokens:
         """Whether to decode one more, which then counts as begun: all other ranks must come as far."""
         with self._changed:
             self._changed.wait_for(lambda: not self._held)
-            if len(decoding.tokens) >= self._limit or decoding.is_done:
+            if len(decoding.tokens) >= self._limit or decoding.stopped:
                 return False
             self._begun = len(decoding.tokens) + 1
             return True

@@ -40,7 +40,8 @@ class Generation:
             self._state.note_decoding(is_decoding=False)
             self._ranks.forget(begun)
         tokens, text = self._state.tokens, self._state.text
-        return Decoded(tuple(tokens[before:]), text[seen:], last.ended, len(tokens), last.remark)
+        stopped = last.stopped or ("max_new_tokens" if len(tokens) >= limit else "user")
+        return Decoded(tuple(tokens[before:]), text[seen:], stopped, len(tokens), last.remark)
 
     def stop(self) -> None:
         """Let every rank finish the token that the fastest rank has begun: all ranks are needed for it."""
@@ -53,7 +54,7 @@ class Generation:
         self.stop()  # an interrupted call may have left ranks waiting
         self._ask(StepBackDecode(tokens))
         self._take(self._state.tokens[:tokens], ended=False)
-        return Decoded((), "", False, tokens)
+        return Decoded((), "", "", tokens)
 
     def forget(self) -> None:
         """The run has gone back into prefill, where the ranks have forgotten the new tokens."""
@@ -81,7 +82,7 @@ class Generation:
             self._check()  # its message is better if the run has failed
             raise
         meanwhile()
-        self._take(list(answers[0].tokens), ended=answers[0].ended)
+        self._take(list(answers[0].tokens), ended=bool(answers[0].stopped))
         self._state.note_tokens({rank: list(answer.tokens) for rank, answer in answers.items()})
         return answers[0]
 

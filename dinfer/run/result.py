@@ -40,6 +40,7 @@ def result_of(job: Job, ranks: Sequence[RankState], trace: Trace, text: str) -> 
         "prompt_tokens": len(job.ids),
         "tokens": list(reports[0].tokens),
         "text": text,
+        "stopped": reports[0].stopped,
         "plan": {"id": f"{job.plan.id:016x}", "proved": job.verdict.proved, "proof": str(job.verdict)},
         "backend": job.config.backend,
         "schedule": job.plan.schedule,
@@ -86,5 +87,12 @@ def table(result: dict[str, Any]) -> str:
         ]
         for link in result["links"]
     ]
+    stopped = {
+        "end of text": "the text ended",
+        "positions": "all positions of the model are used",
+        "max_new_tokens": "max_new_tokens is reached",
+    }[result["stopped"]]
+    new = len(result["tokens"])
+    about_tokens = f"{new} new token{'s' * (new != 1)}; stopped because {stopped}"
     about_links = Table(["link", "transfers", "MB", "median ms", "MB/s on the wire"], links)
-    return "\n\n".join([str(Table(names, ranks)), *[str(about_links)] * bool(links)])
+    return "\n\n".join([str(Table(names, ranks)), *[str(about_links)] * bool(links), about_tokens])

@@ -238,7 +238,7 @@ class Run(Tidy, Displayable):
                 f"prefill is not done: {self.message or 'it was paused'}\n"
                 f"run.resume() or run.decode() goes on from there{clear}"
             )
-            return Decoded((), "", False, 0, remark)
+            return Decoded((), "", "", 0, remark)
         return self._decode(more, on_text)
 
     @property

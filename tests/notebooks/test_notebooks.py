@@ -59,7 +59,7 @@ def test_begins_with_a_session(stepping: Page) -> None:
         ("differ", ["the ranks' tokens differ, first at new token 1", "rank 2 chose"]),
         ("edited", ["done", "edited by hand: KV of layer 0 on rank 2"]),
         ("recover", ["weights stayed where they were"]),
-        ("decode", [" 4\n(1 new tokens, 1 in all)", "7\n(1 new tokens, 2 in all)"]),
+        ("decode", [" 4\n(1 new token, 1 in all)", "7\n(1 new token, 2 in all)"]),
         ("token", ["4 in all, and the text ends here"]),
         ("token-back", ["4 in all, and the text ends here"]),
         ("moved", ["rank 0: computed c0 l0, c0 l1"]),

@@ -184,7 +184,7 @@ class Replay(Displayable, Closing):
         if unit == TOKEN:
             self._tokens.back_to(max(0, len(self.tokens) - count_of(n)))
             del self._texts[len(self.tokens) :]
-            return Decoded((), "", False, len(self.tokens))
+            return Decoded((), "", "", len(self.tokens))
         return self._go(self._repeated(self._path.previous, unit_of(unit), count_of(n)))
 
     def run_to(self, chunk: int, layer: int) -> Moved:
@@ -222,7 +222,8 @@ class Replay(Displayable, Closing):
         elif not new:
             remark = "this run was recorded before decode: it has no new tokens"
         text = "".join(self._texts[before:])
-        return Decoded(tuple(new), text, answer.ended, before + len(new), remark)
+        stopped = answer.stopped or "max_new_tokens"
+        return Decoded(tuple(new), text, stopped, before + len(new), remark)
 
     # -- looking
 

@@ -401,7 +401,7 @@ def test_it_ends_where_the_rows_do(small: Decoder) -> None:
         finish(stepper)
         arm_all(made, strikes, fault(small, "repeat_row"))
         decoding = made.engines[0].decoding()
-        while not decoding.is_done:
+        while not decoding.stopped:
             decoding.step()
         ended = decoding.tokens[-1] in small.eos_ids
         assert ended or 62 < decoding.rows <= 64 == small.max_positions

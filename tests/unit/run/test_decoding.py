@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.support.fixtures import fresh_session
 from tests.support.runs import wait_for
+from tests.support.threads import session_on_threads
+from tests.support.tiny import tiny_checkpoint
 from tests.support.twin import prompt
 
 IDS = prompt(10)
@@ -52,6 +55,25 @@ def begin(call: Callable[[], object]) -> tuple[threading.Thread, list[Any]]:
     thread = threading.Thread(target=go, daemon=True)
     thread.start()
     return thread, came
+
+
+def test_why_there_are_no_more_tokens_is_said(tmp_path: Path) -> None:
+    positions = tiny_checkpoint(tmp_path / "short", layers=2, max_position_embeddings=14)
+    with session_on_threads(2, positions) as session:
+        run = session.prefill(IDS, chunk_size=4, max_new_tokens=60)
+        some = run.decode(2)
+        assert (some.stopped, some.ended) == ("max_new_tokens", False)
+        assert str(some).endswith("(2 new tokens, 2 in all)")
+        rest = run.decode()
+        assert (rest.stopped, rest.ended, rest.count) == ("positions", True, 5)
+        assert "all positions of the model are used" in str(rest)
+    last = int(rest.tokens[-1])
+    ending = tiny_checkpoint(tmp_path / "ending", layers=2, max_position_embeddings=14, eos_token_id=last)
+    with session_on_threads(2, ending) as session:
+        ended = session.prefill(IDS, chunk_size=4, max_new_tokens=60).decode()
+        assert (ended.stopped, ended.ended) == ("end of text", True)
+        assert str(ended).endswith(" in all, and the text ends here)")
+        assert "(1 new token," in str(session.prefill(IDS, chunk_size=4).decode(1))
 
 
 def test_what_ranks_decoded_before_they_disagreed_is_compared(

@@ -36,7 +36,7 @@ def ranks() -> list[RankState]:
     """Rank 0 computes for a second and sends for two; rank 1 receives for two."""
     result = BatchResult(
         host="h", device="cpu", threads=1, dtype="float32", kv_sha256="ab", tokens=(4,), plan_id=1,
-        decode_s=0.5, lost_events=0, log_trouble="",
+        decode_s=0.5, lost_events=0, log_trouble="", stopped="max_new_tokens",
     )  # fmt: skip
     layer = Event(0, "main", "layer", 0, 0, 0, 1 * S, chunk=0, layer=0)
     send = Event(0, "main", "send", 1 * S, 1 * S, 2 * S, 4 * S, "kv", 0, 0, peer=1, bytes=6_000_000)
