@@ -11,7 +11,8 @@ from hypothesis.extra.numpy import arrays
 
 from dinfer.run.state import Mark
 from dinfer.views.bins import URGENT, BinSize, binned, packed, per_cell
-from dinfer.views.cells import ARMED, BASE, DIFFERS, CellStates, held_states, marked
+from dinfer.views.cells import ARMED, BASE, DIFFERS, CellStates, marked
+from tests.support.maps import half_done, unpacked
 
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 40), st.integers(1, 9))
 BYTES = st.sampled_from([state | mark for state in range(5) for mark in (0, DIFFERS, ARMED, DIFFERS | ARMED)])
@@ -22,15 +23,6 @@ MARKED = DIFFERS | ARMED
 @st.composite
 def maps(draw: st.DrawFn) -> CellStates:
     return draw(arrays(np.uint8, draw(SIZES), elements=BYTES))
-
-
-def unpacked(sent: bytes, shape: tuple[int, ...]) -> CellStates:
-    """As the browser reads it."""
-    count = len(sent) // 5
-    lengths = np.frombuffer(sent[: 4 * count], "<u4")
-    flat = np.frombuffer(sent[4 * count :], np.uint8).repeat(lengths)
-    layers, chunks, ranks = shape
-    return flat.reshape(ranks, layers, chunks).transpose(1, 2, 0)
 
 
 @given(maps(), st.builds(BinSize, st.integers(1, 12), st.integers(1, 50), st.integers(1, 12)))
@@ -69,11 +61,8 @@ def test_a_caption_says_what_shares_a_cell() -> None:
 
 
 def test_a_large_map_is_a_small_message_and_its_one_mark_is_seen_at_any_size() -> None:
-    """Layers are owned ten by a rank, each rank has got further with the first than with the last, one block differs."""
-    layer, chunk, rank = np.ogrid[tuple(map(slice, LARGE))]
-    held = chunk < np.where(layer // 10 == rank, 900, 800 - 40 * rank) - 5 * layer
-    states = held_states(held)
-    sent = packed(marked(states, [Mark(5, 109, 3, "differs", "")]))
+    states = marked(half_done(*LARGE), [Mark(5, 109, 3, "differs", "")])
+    sent = packed(states)
     assert len(sent) < 20_000
     found = unpacked(sent, LARGE)
     assert np.argwhere(found & DIFFERS).tolist() == [[3, 109, 5]]
