@@ -14,6 +14,9 @@ from dinfer.views.cells import BASE, COMPUTING, EVERYWHERE, HERE, IN_FLIGHT, NOT
 URGENT = (EVERYWHERE, NOT_YET, HERE, IN_FLIGHT, COMPUTING)
 """states, the most urgent last"""
 
+LEAST, PART, PARTS = 4, 2, 8
+"""pixels of the smallest cell and of the smallest part of one, and its parts: as in map.js"""
+
 
 class BinSize(NamedTuple):
     """How many layers, chunks and ranks share a cell."""
@@ -28,6 +31,15 @@ class BinSize(NamedTuple):
         many = [f"{self.chunks} chunks"] * (self.chunks > 1) + [f"{self.layers} layers"] * (self.layers > 1)
         parts = f"each part of a cell is {self.ranks} ranks" if self.ranks > 1 else ""
         return ", ".join(filter(None, (f"each cell is {' × '.join(many)}" if many else "", parts)))
+
+
+def fitting(shape: tuple[int, ...], wide: int, high: int) -> BinSize:
+    """The smallest bins with which a map of [layers, chunks, ranks] has room in so many pixels, its cells' parts being
+    at least PART wide."""
+    layers, chunks, ranks = shape
+    per_chunk = per_cell(chunks, wide // max(LEAST, PART * min(ranks, PARTS)))
+    across = wide // -(-chunks // per_chunk)
+    return BinSize(per_cell(layers, high // LEAST), per_chunk, per_cell(ranks, across // PART))
 
 
 def per_cell(count: int, room: int) -> int:

@@ -6,7 +6,7 @@
 const [NOT_YET, COMPUTING, HERE, IN_FLIGHT, EVERYWHERE] = [0, 1, 2, 3, 4];
 const BASE = 7, DIFFERS = 8, ARMED = 16;
 const URGENT = [EVERYWHERE, NOT_YET, HERE, IN_FLIGHT, COMPUTING]; // the most urgent last
-const LEFT = 52, MAP_HEIGHT = 400, WIDEST = 110, BESIDE = 44, ABOVE = 12, LETTERS = 60;
+const LEFT = 52, MAP_HEIGHT = 440, TOP = 18, WIDEST = 110, BESIDE = 44, ABOVE = 12, LETTERS = 60;
 // Pixels of the smallest cell, of its parts, which are at most so many, and of marks; then of cells that were zoomed in to.
 const LEAST = 4, LEAST_PART = 2, MOST_PARTS = 8, SMALLEST_MARK = 9;
 const ZOOMED = 18, ZOOMED_PART = 4, ZOOMED_DOWN = 10;
@@ -33,10 +33,10 @@ class BlockMap {
     const { chunks, layers } = this.zoom ?? this.all, { ranks } = this.board;
     const width = this.canvas.parentElement.clientWidth, room = Math.max(0, width - LEFT - 2);
     const [perChunk, across] = fitted(chunks, room, this.least(LEAST, LEAST_PART), WIDEST);
-    const [perLayer, down] = fitted(layers, MAP_HEIGHT, LEAST, 34);
     const perRank = Math.ceil(ranks / Math.max(1, Math.floor(across / LEAST_PART)));
     const labelled = perChunk === 1 && across >= ABOVE && this.board.labels.some(Boolean);
-    const top = 18 + (!labelled ? 0 : across >= BESIDE ? 13 : LETTERS); // texts of chunks: horizontal or vertical
+    const top = TOP + (!labelled ? 0 : across >= BESIDE ? 13 : LETTERS); // texts of chunks: horizontal or vertical
+    const [perLayer, down] = fitted(layers, MAP_HEIGHT - top, LEAST, 34);
     const columns = binsIn(chunks, perChunk), rows = binsIn(layers, perLayer);
     return { width, height: top + down * rows + 4, across, down, top, left: LEFT, columns, rows,
       chunk: chunks[0], layer: layers[0], perChunk, perLayer, perRank };
@@ -82,7 +82,7 @@ class BlockMap {
   zoomTo({ layers, chunks }) {
     const room = this.geometry().width - LEFT - 2;
     const fit = (pixels, least) => Math.floor(pixels / least);
-    this.see(around(layers, fit(MAP_HEIGHT, ZOOMED_DOWN), this.all.layers),
+    this.see(around(layers, fit(MAP_HEIGHT - TOP, ZOOMED_DOWN), this.all.layers),
       around(chunks, fit(room, this.least(ZOOMED, ZOOMED_PART)), this.all.chunks));
   }
 
@@ -266,7 +266,7 @@ class BlockMap {
     for (let column = 0; column < columns; column += Math.ceil(longest / across)) {
       pen.fillText(`c${chunk + column * perChunk}`, LEFT + (column + 0.5) * across, top - 9);
     }
-    if (top === 18) return;
+    if (top === TOP) return;
     for (let column = 0; column < columns; column++) {
       this.drawLabel(pen, LEFT + (column + 0.5) * across, top, across, this.board.labels[chunk + column]);
     }

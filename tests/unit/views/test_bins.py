@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dinfer.run.state import Mark
-from dinfer.views.bins import URGENT, BinSize, binned, packed, per_cell
+from dinfer.views.bins import LEAST, PART, URGENT, BinSize, binned, fitting, packed, per_cell
 from dinfer.views.cells import ARMED, BASE, DIFFERS, CellStates, marked
 from tests.support.maps import half_done, unpacked
 
@@ -69,3 +69,14 @@ def test_a_large_map_is_a_small_message_and_its_one_mark_is_seen_at_any_size() -
     for per in (1, 7, 22, 1000):
         bins = binned(found, BinSize(per, per, 8))
         assert np.argwhere(bins & DIFFERS).tolist() == [[3 // per, 109 // per, 0]]
+
+
+@given(SIZES, st.integers(100, 2000), st.integers(50, 800))
+def test_a_map_fits_and_its_parts_can_be_distinguished(
+    shape: tuple[int, int, int], wide: int, high: int
+) -> None:
+    size = fitting(shape, wide, high)
+    layers, chunks, ranks = (-(-count // per) for count, per in zip(shape, size, strict=True))
+    assert chunks * ranks * PART <= wide
+    assert chunks * LEAST <= wide
+    assert layers * LEAST <= high
