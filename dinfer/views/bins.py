@@ -56,7 +56,8 @@ def binned(states: CellStates, size: BinSize) -> CellStates:
         firsts = np.arange(0, states.shape[axis], per)
         most = np.maximum.reduceat(most, firsts, axis=axis)
         marks = np.bitwise_or.reduceat(marks, firsts, axis=axis)
-    return np.array(URGENT, np.uint8)[most] | marks
+    found: CellStates = np.array(URGENT, np.uint8)[most] | marks
+    return found
 
 
 def packed(states: CellStates) -> bytes:
