@@ -23,7 +23,7 @@ const KEYS = "Keys, while the panel has the focus: o l w c step, b back, p play,
 const TABS = ["map", "KV", "communication"];
 // Controls that are disabled for a run that is over, and without a kernel.
 const NEED_RANKS = ".dinfer-bar :is(button, select), .dinfer-stops :is(button, input), "
-  + ".dinfer-faults button, [data-field], [data-show]";
+  + ".dinfer-faults button, [data-field], [data-show], .dinfer-moves button";
 const NEED_KERNEL = "[data-do=dismiss], [data-figure]";
 const WHENS = ["nan", "inf", "absmax > 100", "digest differs", "slower than 5 ms"];
 

@@ -6,11 +6,16 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import torch
 from playwright.sync_api import Page, expect
 
+from dinfer.kv.source import Subject
+from dinfer.plan.partition import partition
+from dinfer.plan.schedule import build
 from dinfer.run.state import Mark
 from dinfer.views.bins import BinSize, binned
 from dinfer.views.cells import DIFFERS
+from dinfer.views.inspector import Fetched, InspectRequest, picture, window
 from tests.browser.conftest import Shot
 from tests.support.maps import half_done
 from tests.support.panel_pages import BarePanel
@@ -107,3 +112,49 @@ def test_a_double_click_on_a_bin_zooms_in_and_sets_no_breakpoint(page: Page) -> 
     page.wait_for_function("window.sent.length")
     [message] = page.evaluate("window.sent")
     assert (message["do"], message["layer"], message["chunk"]) == ("break_at", 5, 109)
+
+
+class Values:
+    """The kernel of an inspector: K of one layer of 1,000 chunks of 16 tokens, whose values are their tokens."""
+
+    def __init__(self, panel: BarePanel) -> None:
+        self.panel, tokens = panel, 16_000
+        shape = partition(layers=1, tokens=tokens, world_size=1, chunk_size=16)
+        plan = build(shape, "pipelined", "pairwise")
+        self.subject = Subject("this run", ("",), plan, tuple(range(tokens)), (), 2, 4, torch.float32, "")
+        self.values = np.arange(tokens, dtype=np.float32)[None, :, None].repeat(2, 0).repeat(4, 2)
+
+    def answer(self) -> range:
+        """Answer the newest question; the tokens that are seen then."""
+        asked = self.panel.sent("inspect")
+        seen = window(self.subject.spans, asked["chunk"], 2048)
+        tokens = slice(self.subject.spans[seen.start].start, self.subject.spans[seen.stop - 1].stop)
+        part = self.values[:, tokens]
+        want = InspectRequest("", 0, 0, None, 0, 0, "a", "full", "", chunk=asked["chunk"])
+        head, codes = picture(want, Fetched(self.subject, part, part, seen, (16_000, 16_000)))
+        to = {"view": asked["view"], "question": asked["question"], "stamp": str(tokens)}
+        self.panel.hear({"kv": {**head, **to}}, codes)
+        return range(tokens.start, tokens.stop)
+
+
+def test_the_values_of_a_long_prompt_are_seen_around_the_selected_chunk(page: Page, shot: Shot) -> None:
+    panel = BarePanel(page, half_done(80, 1000, 8), [FAULT])
+    values = Values(panel)
+    panel.click(5, 109)
+    panel.root.locator('[data-tab="KV"]').click()
+    seen = values.answer()
+    assert 109 * 16 in seen
+    said = panel.root.locator(".dinfer-scale")
+    expect(said).to_contain_text(f"tokens {seen.start:,}–{seen.stop - 1:,}: chunks ")
+    expect(said).to_contain_text("of 1,000")
+    shot("inspector-window-light")
+    heatmap = panel.root.locator(".dinfer-heatmap")
+    page.wait_for_selector(".dinfer-heatmap[data-view]")
+    heatmap.hover(position={"x": 60, "y": 100})
+    token = panel.sent("value")["token"]
+    assert token in seen
+    expect(panel.root.locator(".dinfer-spot")).to_contain_text(f"token {token} ")
+    panel.root.get_by_title("later tokens").click()
+    later = values.answer()
+    assert seen.stop in later
+    expect(said).to_contain_text(f"tokens {later.start:,}–{later.stop - 1:,}")

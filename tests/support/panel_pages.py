@@ -24,6 +24,7 @@ SHOW = """async (given) => {
   const values = { ...given.traits, cells: new DataView(bytes(given.traits.cells).buffer) }, handlers = {};
   const fire = (name, ...parts) => (handlers[name] ?? []).forEach((handler) => handler(...parts));
   window.sent = [];
+  window.hear = (content, text) => fire("msg:custom", content, text ? [new DataView(bytes(text).buffer)] : []);
   window.model = {
     get: (name) => values[name],
     set: (name, value) => { values[name] = value; fire(`change:${name}`); },
@@ -85,7 +86,7 @@ class BarePanel:
         }
         cells = base64.b64encode(packed(self.states)).decode()
         traits = {"board": board, "shown": shown, "cells": cells, "marks": notes, "selected": None}
-        page.set_content("<div id=place></div>")
+        page.set_content("<!doctype html><div id=place></div>")
         page.evaluate(SHOW, {"script": Panel._esm, "css": Panel._css, "traits": traits})
         self.root = page.locator(".dinfer-panel")
         self.canvas = self.root.get_by_label("map of blocks")
@@ -134,6 +135,24 @@ class BarePanel:
             "(root, name) => getComputedStyle(root).getPropertyValue(`--dinfer-${name}`).trim()", name
         )
         return tuple(int(text[n : n + 2], 16) for n in (1, 3, 5))
+
+    def sent(self, do: str) -> dict[str, Any]:
+        """The newest message of that kind to the kernel, once there is one; it is forgotten then."""
+        self.page.wait_for_function("(kind) => window.sent.some((one) => one.do === kind)", arg=do)
+        found: dict[str, Any] = self.page.evaluate(
+            """(kind) => {
+                const found = window.sent.filter((one) => one.do === kind).at(-1);
+                window.sent = window.sent.filter((one) => one.do !== kind);
+                return found;
+            }""",
+            do,
+        )
+        return found
+
+    def hear(self, content: dict[str, Any], codes: bytes = b"") -> None:
+        """What the kernel answers."""
+        given = [content, base64.b64encode(codes).decode()]
+        self.page.evaluate("([content, codes]) => window.hear(content, codes)", given)
 
     @property
     def buttons(self) -> Locator:
