@@ -110,6 +110,7 @@ class Communication {
       const shown = { ...layout, autosize: true, paper_bgcolor: paper, plot_bgcolor: paper, uirevision: name };
       layout.annotations?.forEach((one) => { one.font = { size: 12 }; });
       shown.margin = { t: 34, ...layout.margin };
+      if (layout.height > TALLEST) this.caption.textContent += " · scroll to see all";
       this.place.style.minHeight = `${Math.min(layout.height, TALLEST)}px`; // until it is drawn, panel.css sets the height
       await globalThis.dinferPlotly.react(this.plotOf(name), data, shown, globalThis.dinferPlotlyConfig);
       this.place.dataset.name = name;

@@ -222,9 +222,10 @@ class Heatmap {
       if (at < Math.max(MARGIN.left - 1, next) || at > MARGIN.left + wide || start >= first + tokens) return;
       next = at + APART;
       line(pen, [[at, MARGIN.top - 5], [at, MARGIN.top + high]], this.colour("faint"), 0.4);
-      if (at < free || at + 20 > MARGIN.left + wide) return;
-      pen.fillText(`c${chunk}`, at + 2, 7);
-      free = at + 26;
+      const text = `c${chunk}`, size = pen.measureText(text).width;
+      if (at < free || at + size + 2 > MARGIN.left + wide) return;
+      pen.fillText(text, at + 2, 7);
+      free = at + size + 12;
     });
   }
 

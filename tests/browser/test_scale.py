@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from playwright.sync_api import Page, expect
+from plotly.offline import get_plotlyjs
 
 from dinfer.kv.source import Subject
 from dinfer.plan.partition import partition
@@ -15,10 +16,13 @@ from dinfer.plan.schedule import build
 from dinfer.run.state import Mark
 from dinfer.views.bins import BinSize, binned
 from dinfer.views.cells import DIFFERS
+from dinfer.views.communication import FIGURES
+from dinfer.views.figures.style import HTML_CONFIG
 from dinfer.views.inspector import Fetched, InspectRequest, picture, window
 from tests.browser.conftest import Shot
 from tests.support.maps import half_done
 from tests.support.panel_pages import BarePanel
+from tests.support.traces import on_paper
 
 pytestmark = pytest.mark.browser
 
@@ -158,3 +162,29 @@ def test_the_values_of_a_long_prompt_are_seen_around_the_selected_chunk(page: Pa
     later = values.answer()
     assert seen.stop in later
     expect(said).to_contain_text(f"tokens {later.start:,}–{later.stop - 1:,}")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_figures_of_eight_ranks_are_readable(
+    page: Page, shot: Shot, scheme: Literal["light", "dark"]
+) -> None:
+    """A tall figure scrolls in its place; squeezed, its lanes would cover one another."""
+    page.emulate_media(color_scheme=scheme)
+    panel = BarePanel(page, half_done(16, 12, 8))
+    panel.root.locator('[data-tab="communication"]').click()
+    panel.hear({"plotly": panel.sent("plotly")["view"], "config": HTML_CONFIG}, get_plotlyjs().encode())
+    place = panel.root.locator(".dinfer-figure")
+    for name, draw in FIGURES.items():
+        panel.root.locator(f'[data-figure="{name}"]').click()
+        figure = draw(on_paper(16, 12, 8), dark=scheme == "dark")
+        head = {"view": panel.sent("figure")["view"], "name": name, "seen": 1, "caption": "some events"}
+        panel.hear({"figure": {**head, "json": figure.to_json()}})
+        page.wait_for_selector(f'.dinfer-figure[data-name="{name}"]')
+        high = place.locator(".main-svg").first.evaluate("(svg) => svg.getBoundingClientRect().height")
+        assert high == figure.layout.height
+        assert place.evaluate("(place) => place.scrollWidth <= place.clientWidth")
+        assert place.evaluate("(place) => place.clientHeight") <= 480
+        legend = place.locator(".legend .bg")
+        if legend.count():
+            assert legend.evaluate("(box) => box.getBoundingClientRect().height") < 80
+        shot(f"figures-8-{name}-{scheme}")
