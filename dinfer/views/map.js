@@ -338,13 +338,14 @@ class BlockMap {
 // A byte for each part of each cell, row by row: all marks of its blocks, and the most urgent of their states.
 function binned(bytes, board, { layers, chunks }, { columns, rows, perChunk, perLayer, perRank }) {
   const { ranks } = board, parts = Math.ceil(ranks / perRank), found = new Uint8Array(rows * columns * parts).fill(EVERYWHERE);
+  const partOf = Uint16Array.from({ length: ranks }, (_, rank) => Math.floor(rank / perRank));
   for (let layer = layers[0]; layer < layers[1]; layer++) {
     const row = Math.floor((layer - layers[0]) / perLayer) * columns;
     for (let chunk = chunks[0]; chunk < chunks[1]; chunk++) {
       const cell = (row + Math.floor((chunk - chunks[0]) / perChunk)) * parts;
       let n = (layer * board.chunks.length + chunk) * ranks;
       for (let rank = 0; rank < ranks; rank++, n++) {
-        const at = cell + Math.floor(rank / perRank);
+        const at = cell + partOf[rank];
         found[at] = JOINED[(found[at] << 5) | bytes[n]];
       }
     }
@@ -362,9 +363,13 @@ const JOINED = Uint8Array.from({ length: 1024 }, (_, both) => {
 function unpacked(view, { layers, chunks, ranks }) {
   const runs = view.byteLength / 5, blocks = layers * chunks.length;
   const found = new Uint8Array(runs && blocks * ranks);
-  for (let run = 0, at = 0; run < runs; run++) {
+  let rank = 0, block = 0;
+  for (let run = 0; run < runs; run++) {
     const byte = view.getUint8(4 * runs + run);
-    for (let left = view.getUint32(4 * run, true); left; left--, at++) found[(at % blocks) * ranks + Math.floor(at / blocks)] = byte;
+    for (let left = view.getUint32(4 * run, true); left; left--) {
+      found[block * ranks + rank] = byte;
+      if (++block === blocks) [block, rank] = [0, rank + 1];
+    }
   }
   return found;
 }
