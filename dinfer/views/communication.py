@@ -48,7 +48,7 @@ class Ring:
     """The newest events of prefill; `seen`: the number of all so far."""
 
     def __init__(self, run: InspectableRun, most: int = EVENTS) -> None:
-        self._run, self._most = run, most
+        self._run = run
         self._events: deque[Event] = deque(maxlen=most)
         self._read: list[int] = []
         self.seen = 0

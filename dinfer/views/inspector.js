@@ -44,7 +44,8 @@ class Inspector {
       Object.assign(button, { title, onclick: act });
     }
     this.moves = make("span", "moves", bar);
-    for (const [text, title, chunk] of [["◀", "earlier tokens", () => this.chunks()[0] - 1], ["▶", "later tokens", () => this.chunks()[1]]]) {
+    for (const [text, title, chunk] of [["◀", "earlier tokens", () => this.chunks()[0] - 1],
+      ["▶", "later tokens", () => this.chunks()[1]]]) {
       Object.assign(make("button", "", this.moves, text), { title, onclick: () => this.change("chunk", chunk()) });
     }
     this.moves.hidden = true;
@@ -80,9 +81,9 @@ class Inspector {
   // Show the block that is selected on the map.
   look(layer, chunk) {
     if (this.ended) return;
-    const [first, end] = this.head?.seen ? this.chunks() : [0, Infinity], isSeen = chunk >= first && chunk < end;
-    this.want.chunk = chunk;
-    if (layer === this.want.layer && isSeen) return;
+    const isSeen = this.head && (!this.head.seen || isIn(chunk, this.chunks()));
+    if (!isSeen) this.want.chunk = chunk; // else the picture stays where it is
+    if (isSeen && layer === this.want.layer) return;
     this.layer.value = layer;
     this.change("layer", layer);
   }

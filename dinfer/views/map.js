@@ -57,7 +57,10 @@ class BlockMap {
   blocksOf(row, column) {
     const { chunk, layer, perChunk, perLayer } = this.geometry(), { chunks, layers } = this.zoom ?? this.all;
     const from = (first, per, end) => [first, Math.min(first + per, end)];
-    return { layers: from(layer + row * perLayer, perLayer, layers[1]), chunks: from(chunk + column * perChunk, perChunk, chunks[1]) };
+    return {
+      layers: from(layer + row * perLayer, perLayer, layers[1]),
+      chunks: from(chunk + column * perChunk, perChunk, chunks[1]),
+    };
   }
 
   // The block that these are shown as: one with a mark, or else in the most urgent state.
@@ -118,8 +121,8 @@ class BlockMap {
   scope({ perChunk, perLayer, perRank }) {
     const shared = [perChunk > 1 && `${perChunk} chunks`, perLayer > 1 && `${perLayer} layers`].filter(Boolean);
     return [
-      this.zoom && `chunks ${between(this.zoom.chunks)} of ${number(this.board.chunks.length)}, layers ${between(this.zoom.layers)} of ${
-        number(this.board.layers)}${this.outside()}`,
+      this.zoom && `chunks ${between(this.zoom.chunks)} of ${number(this.board.chunks.length)}, layers ${
+        between(this.zoom.layers)} of ${number(this.board.layers)}${this.outside()}`,
       shared.length && `each cell is ${shared.join(" × ")}: click one to zoom in`,
       perRank > 1 && `each part of a cell is ${perRank} ranks`,
     ].filter(Boolean).join(" · ");
@@ -165,7 +168,7 @@ class BlockMap {
     this.drawMarks(pen, shape, cells);
     this.drawBreakpoints(pen, shape, breakpoints);
     this.frameCells(pen, shape, hover, 1);
-    this.frameCells(pen, shape, selected && { layers: [selected[0], selected[0] + 1], chunks: [selected[1], selected[1] + 1] }, 2.5);
+    this.frameCells(pen, shape, selected && justBlock(selected), 2.5);
     this.tell(this.scope(shape));
     // For tests: what has just been drawn, and where.
     Object.assign(this.canvas.dataset, {
@@ -399,6 +402,11 @@ function around([first, end], count, all) {
 
 function isIn(value, [first, end]) {
   return value >= first && value < end;
+}
+
+// The blocks that are only this one.
+function justBlock([layer, chunk]) {
+  return { layers: [layer, layer + 1], chunks: [chunk, chunk + 1] };
 }
 
 function isOne({ layers, chunks }) {

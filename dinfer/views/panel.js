@@ -1,5 +1,5 @@
 // The panel in the browser: shows what the kernel sends and reports which button was pressed. It knows a run only by the
-// traits of panel.py: `board` (what does not change), `shown` (what does), `cells` (the states by layer, chunk, rank, packed), `marks`.
+// traits of panel.py: `board` (what does not change), `shown` (what does), `cells` (the states, packed), `marks`.
 // panel.py puts the other scripts before it; together they are one module.
 
 const KERNEL_SILENT_MS = 700;
@@ -131,7 +131,7 @@ class View {
     canvas.onmousemove = (event) => this.move(event);
     canvas.onmouseleave = () => this.point(null);
     canvas.onclick = (event) => this.click(event);
-    canvas.ondblclick = () => this.entered || this.toggleBreakpoint(this.model.get("selected"));
+    canvas.ondblclick = () => this.toggleBreakpoint(this.clicked);
     this.root.onkeydown = (event) => this.key(event);
     this.releaseKeys = keepKeys(this.root);
     this.themed = new MutationObserver(() => this.theme());
@@ -244,17 +244,16 @@ class View {
     this.update();
   }
 
-  // Select a block; of a cell of several, zoom in to it. A double click then ends with its first.
+  // Select a block; of a cell of several, zoom in to it. A double click then ends with its first, and sets no breakpoint.
   click(event) {
-    if (event.detail > 1 && this.entered) return;
-    const blocks = this.map.blocksAt(event);
-    this.entered = Boolean(blocks) && !isOne(blocks);
-    if (!blocks) return;
-    if (this.entered) {
+    if (event.detail > 1 && !this.clicked) return;
+    const blocks = this.map.blocksAt(event), block = blocks && this.map.tellingOf(blocks);
+    this.clicked = blocks && isOne(blocks) ? block : null;
+    if (blocks && !this.clicked) {
       this.map.zoomTo(blocks);
       this.rest();
     }
-    this.select(this.map.tellingOf(blocks));
+    this.select(block);
   }
 
   select(cell) {
@@ -332,7 +331,7 @@ class View {
 
   scope(text) {
     this.scopeText.textContent = text;
-    this.scopeLine.hidden = !text;
+    this.keepFocus(() => { this.scopeLine.hidden = !text; });
   }
 
   look() {
@@ -342,7 +341,7 @@ class View {
 
   describe() {
     const selected = this.model.get("selected");
-    const blocks = this.hover ?? (selected && { layers: [selected[0], selected[0] + 1], chunks: [selected[1], selected[1] + 1] });
+    const blocks = this.hover ?? (selected && justBlock(selected));
     this.block.replaceChildren();
     if (!blocks) make("span", "", this.block, "Point at a block to see who holds it; click to select it.");
     else if (isOne(blocks)) this.describeOne(blocks.layers[0], blocks.chunks[0]);

@@ -116,6 +116,18 @@ def test_a_double_click_on_a_bin_zooms_in_and_sets_no_breakpoint(page: Page) -> 
     page.wait_for_function("window.sent.length")
     [message] = page.evaluate("window.sent")
     assert (message["do"], message["layer"], message["chunk"]) == ("break_at", 5, 109)
+    panel.canvas.dblclick(position={"x": 30, "y": 5})  # beside the map
+    assert len(page.evaluate("window.sent")) == 1
+
+
+def test_keys_work_after_a_button_of_the_map_has_gone(page: Page) -> None:
+    panel = BarePanel(page, half_done(36, 60, 3))
+    panel.click(5, 9)
+    panel.canvas.press("+")
+    panel.buttons.get_by_text("all").click()
+    expect(panel.scope).to_be_hidden()
+    page.keyboard.press("ArrowRight")
+    expect(panel.block).to_contain_text("block c10 l5")
 
 
 class Values:
