@@ -129,8 +129,9 @@ def kv_finding(source: Source) -> KvFinding:
         tuple(state(rank, layer, held.spans[layer]) for layer in layers)
         for rank, held in zip(ranks, source.held(ranks), strict=True)
     )
-    listed = (dict(zip(COLUMNS, one.cells(), strict=True)) for one in diff.differences[:LISTED])
-    return KvFinding(diff.equal, diff.verdict, grid, tuple(listed))
+    listed = tuple(dict(zip(COLUMNS, one.cells(), strict=True)) for one in diff.differences[:LISTED])
+    blocks = {(one.rank, one.chunk, one.layer) for one in diff.differences if one.chunk is not None}
+    return KvFinding(diff.equal, diff.verdict, grid, listed, len(diff.differences), tuple(sorted(blocks)))
 
 
 # -- the commands that reproduce it

@@ -35,13 +35,15 @@ class RankFinding:
 
 @dataclass(frozen=True)
 class KvFinding:
-    """The result of comparing the KV of all ranks. `grid[rank][layer]`: their states; `differences`: the first ones,
-    each a row of a table, all with the same keys."""
+    """The result of comparing the KV of all ranks. `grid[rank][layer]`: their states; `differences`: the first of
+    `count`, each a row of a table, all with the same keys; `blocks`: (rank, chunk, layer) of all that differ."""
 
     equal: bool
     sentence: str
     grid: tuple[tuple[BlockState, ...], ...] = ()
     differences: tuple[dict[str, Any], ...] = ()
+    count: int = 0
+    blocks: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True)

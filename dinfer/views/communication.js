@@ -2,7 +2,7 @@
 // here can upload data.
 
 const TITLES = { latency: "latency", distribution: "distribution", matrix: "rank × rank", gantt: "lanes", exposure: "exposed" };
-const MOST_PIXELS = 410;
+const TALLEST = 480; // of what is seen of a figure, as in panel.css; a taller one scrolls
 const EXPLAINED = {
   latency: "each transfer as it arrives: on the wire, and waiting for the peer",
   distribution: "the share of a link's transfers that took no longer",
@@ -107,11 +107,11 @@ class Communication {
     if (json) {
       const { data, layout } = JSON.parse(json);
       const paper = getComputedStyle(this.root).getPropertyValue("--dinfer-back").trim();
-      const shown = { ...layout, autosize: true, paper_bgcolor: paper, plot_bgcolor: paper,
-        height: Math.min(layout.height ?? MOST_PIXELS, MOST_PIXELS), uirevision: name };
+      const shown = { ...layout, autosize: true, paper_bgcolor: paper, plot_bgcolor: paper, uirevision: name };
       layout.annotations?.forEach((one) => { one.font = { size: 12 }; });
       shown.margin = { t: 34, ...layout.margin };
-      this.place.style.minHeight = `${shown.height}px`; // until it is drawn, panel.css sets the height
+      if (layout.height > TALLEST) this.caption.textContent += " · scroll to see all";
+      this.place.style.minHeight = `${Math.min(layout.height, TALLEST)}px`; // until it is drawn, panel.css sets the height
       await globalThis.dinferPlotly.react(this.plotOf(name), data, shown, globalThis.dinferPlotlyConfig);
       this.place.dataset.name = name;
       this.place.dataset.points = data.reduce((sum, { x }) => sum + (x?.length ?? x?._inputArray?.length ?? 0), 0);

@@ -7,6 +7,7 @@ saved in the notebook.
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -47,7 +48,7 @@ class Ring:
     """The newest events of prefill; `seen`: the number of all so far."""
 
     def __init__(self, run: InspectableRun, most: int = EVENTS) -> None:
-        self._run, self._most = run, most
+        self._run = run
         self._events: deque[Event] = deque(maxlen=most)
         self._read: list[int] = []
         self.seen = 0
@@ -63,8 +64,13 @@ class Ring:
         self.seen += len(new)
 
     def trace(self) -> Trace:
-        """The events in the ring as a trace."""
-        return Trace.merge([list(self._events)])
+        """The events in the ring as a trace. Without earlier events, nothing is known of the time before the first of
+        these ended: an op that was ready long before then would look like a bubble since then."""
+        events = list(self._events)
+        if self.seen > len(events):
+            since = min(event.end for event in events)
+            events = [event if event.kind == "send" else _cut_off(event, since) for event in events]
+        return Trace.merge([events])
 
     @property
     def caption(self) -> str:
@@ -72,7 +78,9 @@ class Ring:
         here = len(self._events)
         if not here:
             return "nothing has run yet: press play, or step"
-        return f"{here:,} events" if here < self._most else f"the newest {here:,} events"
+        if self.seen == here:
+            return f"{here:,} events"
+        return f"the newest {here:,} of {self.seen:,} events; times count from the first of these"
 
 
 class Communication:
@@ -119,3 +127,9 @@ class Communication:
                 except Exception as error:  # nothing else would report it
                     found["error"] = f"{type(error).__name__}: {error}"
             self._send({"figure": found})
+
+
+def _cut_off(event: Event, since: int) -> Event:
+    """The event without its waiting before that time; a send's belongs to the latency of its transfer, and is kept."""
+    start = min(event.met, max(event.start, since))
+    return replace(event, ready=min(start, max(event.ready, since)), start=start)

@@ -18,11 +18,12 @@ const BUTTONS = [
 ];
 const PACES = [["", "full speed"], ["1", "1 a second"], ["2", "2 a second"], ["5", "5 a second"], ["10", "10 a second"]];
 const KEYS = "Keys, while the panel has the focus: o l w c step, b back, p play, s pause, r run to the selected block, d compare "
-  + "ranks, y why, Enter or double-click sets or removes a breakpoint at a block, arrows move the selection, 1 2 3 the tabs.";
+  + "ranks, y why, Enter or double-click sets or removes a breakpoint at a block, arrows move the selection, + − 0 zoom, 1 2 3 "
+  + "the tabs.";
 const TABS = ["map", "KV", "communication"];
 // Controls that are disabled for a run that is over, and without a kernel.
 const NEED_RANKS = ".dinfer-bar :is(button, select), .dinfer-stops :is(button, input), "
-  + ".dinfer-faults button, [data-field], [data-show]";
+  + ".dinfer-faults button, [data-field], [data-show], .dinfer-moves button";
 const NEED_KERNEL = "[data-do=dismiss], [data-figure]";
 const WHENS = ["nan", "inf", "absmax > 100", "digest differs", "slower than 5 ms"];
 

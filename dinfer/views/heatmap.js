@@ -5,6 +5,7 @@
 const NAN_CODE = 0, ZERO_CODE = 126, PLUS_INF = 252, MINUS_INF = 253, MISSING_CODE = 255;
 const MARGIN = { left: 46, top: 16, right: 4, bottom: 4 };
 const MAP_PIXELS = 380, SMALLEST = 8;
+const APART = 12; // pixels between the lines of chunks, of which some are left out: they would cover the values
 // from −scale over zero to +scale; the two ends differ in hue
 const ENDS = {
   light: { low: [33, 102, 172], zero: [247, 247, 247], high: [179, 88, 6], nan: [0, 0, 0], missing: [214, 218, 223] },
@@ -36,16 +37,16 @@ class Heatmap {
     cancelAnimationFrame(this.frame);
   }
 
-  // `head` describes `codes`: heads, tokens, dims, …
+  // `head` describes `codes`: heads, tokens, dims, `first`, the token of the first column, …
   show(head, codes) {
-    const same = this.shown && this.shown.head.tokens === head.tokens
+    const same = this.shown && this.shown.head.tokens === head.tokens && this.shown.head.first === head.first
       && this.shown.head.heads.length === head.heads.length;
     if (!same) this.zoom = null;
     this.shown = { head, codes };
     this.draw();
   }
 
-  // -- positions: x in tokens, y in rows, which are the dims of all heads
+  // -- positions: x in tokens from the first column, y in rows, which are the dims of all heads
 
   whole() {
     const { tokens, heads, dims } = this.shown.head;
@@ -65,8 +66,8 @@ class Heatmap {
   }
 
   at([across, down]) {
-    const view = this.zoom ?? this.whole(), { dims, heads } = this.shown.head;
-    const token = Math.floor(view.x + across * view.wide), row = Math.floor(view.y + down * view.high);
+    const view = this.zoom ?? this.whole(), { dims, heads, first } = this.shown.head;
+    const token = first + Math.floor(view.x + across * view.wide), row = Math.floor(view.y + down * view.high);
     return [heads[Math.floor(row / dims)], token, row % dims];
   }
 
@@ -151,7 +152,7 @@ class Heatmap {
     this.drawDrag(pen, wide, high);
     this.canvas.dataset.stamp = this.shown.head.stamp; // for tests: what has just been drawn
     this.canvas.dataset.view = JSON.stringify({ ...(this.zoom ?? this.whole()), left: MARGIN.left, top: MARGIN.top,
-      across: wide, down: high, dims: this.shown.head.dims });
+      across: wide, down: high, dims: this.shown.head.dims, first: this.shown.head.first });
   }
 
   // The value shown by each pixel: NaN and Inf first, then the one furthest from zero.
@@ -201,8 +202,8 @@ class Heatmap {
   }
 
   drawAxes(pen, wide, high) {
-    const { heads, dims, starts, tokens } = this.shown.head, view = this.zoom ?? this.whole();
-    const x = (token) => MARGIN.left + ((token - view.x) / view.wide) * wide;
+    const { heads, dims, starts, tokens, first } = this.shown.head, view = this.zoom ?? this.whole();
+    const x = (token) => MARGIN.left + ((token - first - view.x) / view.wide) * wide;
     const y = (row) => MARGIN.top + ((row - view.y) / view.high) * high;
     pen.fillStyle = this.colour("faint");
     pen.textBaseline = "middle";
@@ -215,24 +216,26 @@ class Heatmap {
       }
     });
     pen.textAlign = "left";
-    let free = 0;
+    let free = 0, next = 0;
     starts.forEach((start, chunk) => {
       const at = x(start);
-      if (at < MARGIN.left - 1 || at > MARGIN.left + wide || start >= tokens) return;
+      if (at < Math.max(MARGIN.left - 1, next) || at > MARGIN.left + wide || start >= first + tokens) return;
+      next = at + APART;
       line(pen, [[at, MARGIN.top - 5], [at, MARGIN.top + high]], this.colour("faint"), 0.4);
-      if (at < free || at + 20 > MARGIN.left + wide) return;
-      pen.fillText(`c${chunk}`, at + 2, 7);
-      free = at + 26;
+      const text = `c${chunk}`, size = pen.measureText(text).width;
+      if (at < free || at + size + 2 > MARGIN.left + wide) return;
+      pen.fillText(text, at + 2, 7);
+      free = at + size + 12;
     });
   }
 
   // Rings around NaN and Inf, since a single pixel is easily missed.
   drawSpecial(pen, wide, high) {
-    const { special, heads, dims } = this.shown.head, view = this.zoom ?? this.whole();
+    const { special, heads, dims, first } = this.shown.head, view = this.zoom ?? this.whole();
     pen.lineWidth = 1.5;
     pen.strokeStyle = this.colour("cut");
     for (const [head, token, dim] of special) {
-      const x = (token + 0.5 - view.x) / view.wide, y = (heads.indexOf(head) * dims + dim + 0.5 - view.y) / view.high;
+      const x = (token - first + 0.5 - view.x) / view.wide, y = (heads.indexOf(head) * dims + dim + 0.5 - view.y) / view.high;
       if (x < 0 || x > 1 || y < 0 || y > 1) continue;
       pen.beginPath();
       pen.arc(MARGIN.left + x * wide, MARGIN.top + y * high, 6, 0, 7);

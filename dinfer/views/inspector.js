@@ -8,7 +8,7 @@ class Inspector {
   // `send(message)` sends to the kernel.
   constructor(parent, root, board, name, send) {
     Object.assign(this, { board, name, send, have: "", asking: null, question: 0 });
-    this.want = { layer: 0, tensor: "K", head: null, a: 0, b: board.ranks - 1, show: "a", scale: "robust" };
+    this.want = { layer: 0, chunk: 0, tensor: "K", head: null, a: 0, b: board.ranks - 1, show: "a", scale: "robust" };
     this.build(parent);
     this.map = new Heatmap(this.picture, root, (place) => this.point(place));
   }
@@ -43,6 +43,12 @@ class Inspector {
       const button = make("button", "", bar, text);
       Object.assign(button, { title, onclick: act });
     }
+    this.moves = make("span", "moves", bar);
+    for (const [text, title, chunk] of [["◀", "earlier tokens", () => this.chunks()[0] - 1],
+      ["▶", "later tokens", () => this.chunks()[1]]]) {
+      Object.assign(make("button", "", this.moves, text), { title, onclick: () => this.change("chunk", chunk()) });
+    }
+    this.moves.hidden = true;
     const body = make("div", "body", parent);
     this.picture = make("div", "map", body);
     const side = make("div", "side", body);
@@ -72,11 +78,21 @@ class Inspector {
     this.ask(true);
   }
 
-  // Show another layer, as selected on the map.
-  look(layer) {
-    if (this.ended || layer === this.want.layer) return;
+  // Show the block that is selected on the map.
+  look(layer, chunk) {
+    if (this.ended) return;
+    const isSeen = this.head && (!this.head.seen || isIn(chunk, this.chunks()));
+    if (!isSeen) this.want.chunk = chunk; // else the picture stays where it is
+    if (isSeen && layer === this.want.layer) return;
     this.layer.value = layer;
     this.change("layer", layer);
+  }
+
+  // The chunks of the picture, from the first until before the last.
+  chunks() {
+    const { starts, seen } = this.head, last = this.board.chunks.length;
+    const end = starts.findIndex((start) => start >= seen[1]);
+    return [starts.indexOf(seen[0]), end < 0 ? last : Math.min(last, end)];
   }
 
   open() {
@@ -151,6 +167,13 @@ class Inspector {
         : `rank ${head.a} holds ${a}, rank ${head.b} holds ${b}`;
     const marks = [head.nan && `${head.nan} NaN`, head.inf && `${head.inf} Inf`].filter(Boolean).join(", ");
     this.colours.replaceChildren();
+    this.moves.hidden = !head.seen;
+    if (head.seen) {
+      const [first, end] = this.chunks(), all = this.board.chunks.length, [earlier, later] = this.moves.children;
+      [earlier.disabled, later.disabled] = [first === 0, end === all];
+      make("div", "", this.colours, `tokens ${between(head.seen)}: chunks ${between([first, end])} of ${number(all)}. `
+        + "◀ ▶, or a block selected on the map, leads to others.");
+    }
     make("div", "", this.colours, `${head.tensor} of layer ${head.layer}, ${what}, ${head.dtype}; ${held}`);
     const ramp = make("div", "ramp", this.colours);
     const top = Number(head.top.toPrecision(3));
@@ -189,8 +212,8 @@ class Inspector {
 
   // Until the exact values arrive: the value by its colour.
   about([head, token, dim]) {
-    const { heads, tokens, dims, codes, top, show } = this.head;
-    const code = codes[(heads.indexOf(head) * tokens + token) * dims + dim];
+    const { heads, tokens, dims, codes, top, show, first } = this.head;
+    const code = codes[(heads.indexOf(head) * tokens + token - first) * dims + dim];
     const about = code === MISSING_CODE ? "not here" : code === NAN_CODE ? "NaN" : code === PLUS_INF ? "Inf"
       : code === MINUS_INF ? "−Inf" : `about ${(((code - ZERO_CODE) / 125) * top).toPrecision(2)}`;
     this.write([head, token, dim], "", [[{ a: "A", b: "B", "a-b": "A − B" }[show], about]]);

@@ -1,7 +1,8 @@
 """Inspector: the KV of a layer as a picture, for browsers that ask for it, and exact values of what the picture shows.
 
 A browser asks for a picture and says which one it has; it is answered once there is a newer one. So only what is on a
-screen is fetched, no faster than the browser draws. A thread of its own waits for the ranks.
+screen is fetched, no faster than the browser draws. A thread of its own waits for the ranks. Of a long prompt, a
+picture has the chunks around the one that is asked for, and says so.
 """
 
 from collections import OrderedDict
@@ -12,12 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dinfer.kv.difference import number_text
-from dinfer.kv.source import Subject, ViewableSource
+from dinfer.kv.source import HeldSpans, Subject, ViewableSource
 from dinfer.plan.ops import PlanError
 from dinfer.run.state import Standing
 from dinfer.views.desk import Painter, Wants, keep_newest
 from dinfer.views.protocol import InspectableRun, Json
 from dinfer.views.quantise import MISSING, Scale, Values, figures, quantise
+
+VALUES = 1 << 21
+"""values in a picture at most, but for one long chunk: 2,048 tokens of 8 heads of 128"""
 
 CacheKey = tuple[int, int, int, int, int]
 """(layer, K or V, first token, tokens, digest)"""
@@ -30,16 +34,20 @@ class BlockCache:
         self._bytes = 0
         self._kept: OrderedDict[CacheKey, Values] = OrderedDict()
 
-    def of(self, source: ViewableSource, ranks: Sequence[int], layer: int, tensor: int) -> list[Values]:
-        """K (0) or V (1) of a layer as each rank holds it now, [heads, tokens, dims], from the first token on."""
+    def of(
+        self, source: ViewableSource, held: dict[int, HeldSpans], layer: int, tensor: int, window: range
+    ) -> list[Values]:
+        """K (0) or V (1) of these spans of a layer as each rank holds it now, [heads, tokens, dims], from their first
+        token on. `held`: what each of the ranks holds."""
         subject = source.subject
-        spans = [span for span in subject.spans if span]
+        spans = subject.spans[window.start : window.stop]
         found = []
-        digests = source.digests(ranks, [layer], spans)
-        for rank, held, numbers in zip(ranks, source.held(ranks), digests, strict=True):
+        digests = source.digests(list(held), [layer], spans)
+        for (rank, has), numbers in zip(held.items(), digests, strict=True):
+            here = spans[: max(0, has.spans[layer] - window.start)]
             keys = [
                 (layer, tensor, span.start, len(span), int(number))
-                for span, number in zip(spans[: held.spans[layer]], numbers[0, :, tensor], strict=False)
+                for span, number in zip(here, numbers[0, :, tensor], strict=False)
             ]
             blocks = self._blocks(source, rank, keys)
             empty = np.zeros((subject.kv_heads, 0, subject.head_dim), np.float32)
@@ -75,7 +83,7 @@ def fetched(source: ViewableSource, rank: int, layer: int, tensor: int, places: 
 
 class InspectRequest(NamedTuple):
     """What a browser shows. `head`: None for all; `show`: "a", "b" or "a-b"; `have`: the stamp of its picture;
-    `question`: the browser's number for this request, which answers repeat."""
+    `question`: the browser's number for this request, which answers repeat; `chunk`: a chunk that it shows."""
 
     view: str
     layer: int
@@ -87,6 +95,7 @@ class InspectRequest(NamedTuple):
     scale: Scale
     have: str
     question: int = 0
+    chunk: int = 0
 
     @classmethod
     def of(cls, run: InspectableRun, message: Json) -> "InspectRequest":
@@ -104,22 +113,44 @@ class InspectRequest(NamedTuple):
             scale if isinstance(scale, int | float) else "full" if scale == "full" else "robust",
             str(message.get("have")),
             message["question"] if isinstance(message.get("question"), int) else 0,
+            _within(message.get("chunk"), len(shape.chunks)),
         )
 
-    @property
-    def call(self) -> str:
-        """The Python expression for these values."""
-        part = f".{'kv'[self.tensor]}[{':' if self.head is None else self.head}, :]"
+    def call(self, tokens: str = ":") -> str:
+        """The Python expression for these values, at the tokens of that slice."""
+        part = f".{'kv'[self.tensor]}[{':' if self.head is None else self.head}, {tokens}]"
         a, b = (f"run.kv(layer={self.layer}, rank={rank}){part}" for rank in (self.a, self.b))
         return {"a": a, "b": b}.get(self.show, f"{a} - {b}")
 
 
 class Fetched(NamedTuple):
-    """The values in a browser's picture."""
+    """The values in a browser's picture. `window`: which of the subject's spans, None for all; `rows`: how many tokens
+    each rank holds, None for those here."""
 
     subject: Subject
     a: Values
     b: Values
+    window: range | None = None
+    rows: tuple[int, int] | None = None
+
+    @property
+    def tokens(self) -> range:
+        """The tokens of its spans, also those that no rank holds."""
+        spans = self.subject.spans
+        seen = spans[self.window.start : self.window.stop] if self.window else spans
+        return range(seen[0].start, seen[-1].stop)
+
+
+def window(spans: Sequence[range], chunk: int, tokens: int) -> range:
+    """The spans around that chunk that have at most so many tokens together, and at least that chunk."""
+    first, end, before = chunk, chunk + 1, (-1, -1)
+    while (first, end) != before:
+        before = first, end
+        if end < len(spans) and spans[end].stop - spans[first].start <= tokens:
+            end += 1
+        if first and spans[end - 1].stop - spans[first - 1].start <= tokens:
+            first -= 1
+    return range(first, end)
 
 
 class Inspector:
@@ -168,8 +199,12 @@ class Inspector:
         try:
             source = self._run.kv(layer=want.layer).source()
             ranks = [want.a] if want.a == want.b else [want.a, want.b]
-            arrays = self._blocks.of(source, ranks, want.layer, want.tensor)
-            found = Fetched(source.subject, arrays[0], arrays[-1])
+            held = dict(zip(ranks, source.held(ranks), strict=True))
+            subject = source.subject
+            spans = window(subject.spans, want.chunk, VALUES // (subject.kv_heads * subject.head_dim))
+            arrays = self._blocks.of(source, held, want.layer, want.tensor, spans)
+            rows = held[want.a].rows[want.layer], held[want.b].rows[want.layer]
+            found = Fetched(subject, arrays[0], arrays[-1], spans, rows)
             keep_newest(self._fetched, want.view, found)
             head, codes = picture(want, found)
             self._send({"kv": {**head, **to, "stamp": stamp}}, [codes])
@@ -205,13 +240,16 @@ def picture(want: InspectRequest, found: Fetched) -> tuple[Json, bytes]:
     if shown.shape[1] < tokens:
         missing = np.full((len(heads), tokens - shown.shape[1], found.a.shape[2]), MISSING, np.uint8)
         codes = np.concatenate([codes, missing], axis=1)
-    special = [[heads[head], token, dim] for head, token, dim in made.special]
+    first, seen, spans = found.tokens.start, found.tokens, found.subject.spans
+    is_whole = (seen.start, seen.stop) == (0, spans[-1].stop)
+    special = [[heads[head], token + first, dim] for head, token, dim in made.special]
     head = {
         **want._asdict(), "tensor": "KV"[want.tensor], "heads": heads, "tokens": tokens, "dims": found.a.shape[2],
-        "held": [found.a.shape[1], found.b.shape[1]], "top": made.scale, "nan": made.nan, "inf": made.inf,
-        "special": special, "differ": int((shown != 0).sum()) if want.show == "a-b" else 0, "call": want.call,
+        "held": list(found.rows or (found.a.shape[1], found.b.shape[1])), "top": made.scale, "nan": made.nan,
+        "inf": made.inf, "special": special, "differ": int((shown != 0).sum()) if want.show == "a-b" else 0,
+        "call": want.call() if is_whole else want.call(f"{seen.start}:{seen.stop}"), "first": first,
         "dtype": str(found.subject.dtype).removeprefix("torch."), "all_heads": len(found.a),
-        "starts": [span.start for span in found.subject.spans], "summary": [
+        "starts": [span.start for span in spans], "seen": None if is_whole else [seen.start, seen.stop], "summary": [
             [str(head), *(_signed(f"{number:.4g}") for number in numbers[:3]), *map(_share, numbers[3:])]
             for head, numbers in zip(heads, figures(shown), strict=True)
         ],
@@ -221,15 +259,15 @@ def picture(want: InspectRequest, found: Fetched) -> tuple[Json, bytes]:
 
 def exact(found: Fetched, head: int, token: int, dim: int) -> Json:
     """The values of both ranks at one place, with as few digits as identify them."""
-    place = (head, token, dim)
+    place = (head, token - found.tokens.start, dim)
     numbers, texts = [], ["not here", "not here"]
     for n, values in enumerate((found.a, found.b)):
-        if all(at < size for at, size in zip(place, values.shape, strict=True)):
+        if all(0 <= at < size for at, size in zip(place, values.shape, strict=True)):
             numbers.append(float(values[place]))
             texts[n] = number_text(numbers[-1], found.subject.dtype)
     words = found.subject.texts
     return {
-        "at": list(place),
+        "at": [head, token, dim],
         "a": texts[0],
         "b": texts[1],
         "difference": _signed(f"{numbers[0] - numbers[1]:.6g}") if len(numbers) == 2 else "",

@@ -1,8 +1,12 @@
 // The panel in the browser: shows what the kernel sends and reports which button was pressed. It knows a run only by the
-// traits of panel.py: `board` (what does not change), `shown` (what does), `cells` (a byte per layer, chunk, rank), `marks`.
+// traits of panel.py: `board` (what does not change), `shown` (what does), `cells` (the states, packed), `marks`.
 // panel.py puts the other scripts before it; together they are one module.
 
 const KERNEL_SILENT_MS = 700;
+const NOTES = 3; // on blocks that share a cell, the first
+const ZOOMS = [["+", "zoom in", (map, block) => map.zoomBy(0.5, block)], ["−", "zoom out", (map, block) => map.zoomBy(2, block)],
+  ["all", "see all", (map) => map.zoomBy(Infinity)]];
+const ZOOM_KEYS = { "+": "+", "=": "+", "-": "−", 0: "all" };
 const LOST = "disconnected: the kernel was restarted. This is a still picture; run the cell again for a live panel.";
 
 class View {
@@ -18,7 +22,7 @@ class View {
     this.silent = new Map(); // message → timer that reports that the kernel has not answered
     this.tab = "map";
     this.build(el);
-    this.map = new BlockMap(this.canvas, this.root, this.board, () => this.look());
+    this.map = new BlockMap(this.canvas, this.root, this.board, () => this.look(), (text) => this.scope(text));
     this.follow();
     this.theme();
     this.update();
@@ -92,6 +96,11 @@ class View {
     this.canvas = make("canvas", "", map);
     this.canvas.tabIndex = 0;
     this.canvas.setAttribute("aria-label", "map of blocks by layer and chunk; arrow keys move the selection");
+    this.scopeLine = make("div", "scope", map);
+    this.scopeText = make("span", "", this.scopeLine);
+    for (const [text, title, act] of ZOOMS) {
+      Object.assign(make("button", "", this.scopeLine, text), { title, onclick: () => act(this.map, this.model.get("selected")) });
+    }
     drawLegend(make("div", "legend", map), this.board);
     const side = make("div", "side", body);
     this.block = make("div", "block", side);
@@ -121,8 +130,8 @@ class View {
     this.listeners.forEach(([event, listener]) => this.model.on(event, listener));
     canvas.onmousemove = (event) => this.move(event);
     canvas.onmouseleave = () => this.point(null);
-    canvas.onclick = (event) => this.select(this.map.cellAt(event));
-    canvas.ondblclick = (event) => this.toggleBreakpoint(this.map.cellAt(event));
+    canvas.onclick = (event) => this.click(event);
+    canvas.ondblclick = () => this.toggleBreakpoint(this.clicked);
     this.root.onkeydown = (event) => this.key(event);
     this.releaseKeys = keepKeys(this.root);
     this.themed = new MutationObserver(() => this.theme());
@@ -220,20 +229,39 @@ class View {
     this.mouse = `${event.screenX} ${event.screenY}`;
     if (this.mouse === this.resting) return;
     this.resting = "";
-    this.point(this.map.cellAt(event));
+    this.point(this.map.blocksAt(event));
   }
 
-  point(cell) {
-    if (String(cell) === String(this.hover)) return;
-    this.hover = cell;
+  // Describe the selection until the mouse moves.
+  rest() {
+    this.hover = null;
+    this.resting = this.mouse;
+  }
+
+  point(blocks) {
+    if (JSON.stringify(blocks) === JSON.stringify(this.hover)) return;
+    this.hover = blocks;
     this.update();
+  }
+
+  // Select a block; of a cell of several, zoom in to it. A double click then ends with its first, and sets no breakpoint.
+  click(event) {
+    if (event.detail > 1 && !this.clicked) return;
+    const blocks = this.map.blocksAt(event), block = blocks && this.map.tellingOf(blocks);
+    this.clicked = blocks && isOne(blocks) ? block : null;
+    if (blocks && !this.clicked) {
+      this.map.zoomTo(blocks);
+      this.rest();
+    }
+    this.select(block);
   }
 
   select(cell) {
     if (!cell) return;
     this.hint = "";
     this.model.set("selected", cell); // not saved: only other views of this panel need it
-    this.inspector.look(cell[0]);
+    this.inspector.look(...cell);
+    this.map.reveal(cell);
     this.update();
   }
 
@@ -249,7 +277,9 @@ class View {
     if (event.key === "Enter" && event.target.closest("button, summary")) return;
     const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
     const button = BUTTONS.find((one) => one && one[3] && one[3] === event.key);
+    const zoom = this.tab === "map" && ZOOMS.find(([text]) => text === (ZOOM_KEYS[event.key] ?? ""));
     if (step) this.moveSelection(...step);
+    else if (zoom) zoom[2](this.map, this.model.get("selected"));
     else if (button) this.press(button[1]);
     else if (event.key === "Enter") this.toggleBreakpoint(this.model.get("selected"));
     else if (TABS[event.key - 1]) this.open(TABS[event.key - 1]);
@@ -259,11 +289,10 @@ class View {
   }
 
   moveSelection(down, right) {
-    this.hover = null; // describe the selection until the mouse moves
-    this.resting = this.mouse;
-    const [layer, chunk] = this.model.get("selected") ?? [0, 0];
+    this.rest();
+    const [layer, chunk] = this.model.get("selected") ?? [0, 0], { perLayer, perChunk } = this.map.geometry(); // by a cell
     const within = (value, count) => Math.max(0, Math.min(count - 1, value));
-    this.select([within(layer + down, this.board.layers), within(chunk + right, this.board.chunks.length)]);
+    this.select([within(layer + down * perLayer, this.board.layers), within(chunk + right * perChunk, this.board.chunks.length)]);
   }
 
   // -- updates from the kernel
@@ -293,15 +322,16 @@ class View {
     if (this.ended) this.disable();
   }
 
-  cellStates(layer, chunk) {
-    const bytes = this.bytes(), { ranks, chunks } = this.board;
-    const first = (layer * chunks.length + chunk) * ranks;
-    return [...bytes.subarray(first, first + ranks)];
-  }
-
+  // Unpacked once for each message.
   bytes() {
     const view = this.model.get("cells");
-    return new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
+    if (view !== this.packed) [this.packed, this.cells] = [view, unpacked(view, this.board)];
+    return this.cells;
+  }
+
+  scope(text) {
+    this.scopeText.textContent = text;
+    this.keepFocus(() => { this.scopeLine.hidden = !text; });
   }
 
   look() {
@@ -310,21 +340,52 @@ class View {
   }
 
   describe() {
-    const cell = this.hover ?? this.model.get("selected");
+    const selected = this.model.get("selected");
+    const blocks = this.hover ?? (selected && justBlock(selected));
     this.block.replaceChildren();
-    if (!cell) {
-      make("span", "", this.block, "Point at a block to see who holds it; click to select it.");
-      return;
-    }
-    const [layer, chunk] = cell, { owners, chunks, labels } = this.board;
-    const [begin, end] = chunks[chunk], states = this.cellStates(layer, chunk);
+    if (!blocks) make("span", "", this.block, "Point at a block to see who holds it; click to select it.");
+    else if (isOne(blocks)) this.describeOne(blocks.layers[0], blocks.chunks[0]);
+    else this.describeSeveral(blocks);
+  }
+
+  describeOne(layer, chunk) {
+    const { owners, chunks, labels, ranks } = this.board, [begin, end] = chunks[chunk];
+    const first = (layer * chunks.length + chunk) * ranks, bytes = [...this.bytes().subarray(first, first + ranks)];
     const line = make("div", "", this.block);
     make("b", "", line, `block c${chunk} l${layer}`);
     line.append(` · tokens ${begin}–${end - 1} · owner rank ${owners[layer]}${this.hover ? "" : " · selected"}`);
-    make("div", "", this.block, holders(states.map((byte) => byte & BASE)));
-    for (const text of this.model.get("marks")[`${layer} ${chunk}`] ?? []) make("div", "mark", this.block, text);
+    make("div", "", this.block, holders(bytes.map((byte) => byte & BASE)));
+    const notes = this.model.get("marks")[`${layer} ${chunk}`] ?? marksOf(bytes, this.board); // not all notes are sent
+    for (const text of notes) make("div", "mark", this.block, text);
     if (labels[chunk]) make("q", "", this.block, shorten(labels[chunk]));
   }
+
+  describeSeveral({ layers, chunks }) {
+    const { chunks: spans, ranks } = this.board, bytes = this.bytes(), counts = new Map(), notes = [];
+    for (let layer = layers[0]; layer < layers[1]; layer++) {
+      for (let chunk = chunks[0]; chunk < chunks[1]; chunk++) {
+        const first = (layer * spans.length + chunk) * ranks, own = bytes.subarray(first, first + ranks);
+        const state = URGENT[Math.max(...own.map((byte) => URGENT.indexOf(byte & BASE)))];
+        counts.set(state, (counts.get(state) ?? 0) + 1);
+        for (const text of marksOf(own, this.board)) notes.push(`c${chunk} l${layer}: ${text}`);
+      }
+    }
+    const line = make("div", "", this.block);
+    make("b", "", line, `chunks ${between(chunks)}, ${layers[1] - layers[0] > 1 ? "layers" : "layer"} ${between(layers)}`);
+    line.append(` · tokens ${spans[chunks[0]][0]}–${spans[chunks[1] - 1][1] - 1} · click to zoom in`);
+    const words = [...counts].sort().map(([state, count]) => `${this.board.states[state]}: ${plural(count, "block")}`);
+    make("div", "", this.block, words.join(", "));
+    for (const text of notes.slice(0, NOTES)) make("div", "mark", this.block, text);
+    if (notes.length > NOTES) make("div", "mark", this.block, `and ${number(notes.length - NOTES)} more`);
+  }
+}
+
+// The marks that ranks have on a block, in words.
+function marksOf(bytes, board) {
+  return [DIFFERS, ARMED].flatMap((mark, which) => {
+    const ranks = [...bytes.keys()].filter((rank) => bytes[rank] & mark);
+    return ranks.length ? [`${board.marks[which]} on rank${ranks.length > 1 ? "s" : ""} ${ranks.join(", ")}`] : [];
+  });
 }
 
 function render({ model, el }) {

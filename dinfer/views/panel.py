@@ -125,7 +125,7 @@ class Panel(anywidget.AnyWidget):
     shown = Dict().tag(sync=True)
     """what changes: see `status.status`; also the cut, actions under way and errors"""
     cells = Bytes().tag(sync=True)
-    """a byte for each (layer, chunk, rank): see `cells`"""
+    """the state of each (layer, chunk, rank), see `cells`, as `bins.packed` has packed them"""
     marks = Dict().tag(sync=True)
     """notes on single blocks: see `status.moment`"""
 

@@ -6,6 +6,7 @@ from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.plan import Lane, Plan
 from dinfer.run.state import Standing
 from dinfer.verdict.where import RankStand, rank_text
+from dinfer.views.bins import packed
 from dinfer.views.cells import MARKS, STATES, CellMap, cut_line, marked
 from dinfer.views.protocol import Json
 
@@ -68,9 +69,9 @@ def moment(plan: Plan, cells: CellMap, standing: Standing) -> tuple[Json, bytes,
     states = cells.states(standing.stands)
     shown = {**status(plan, standing), "cut": cut_line(states)}
     notes: dict[str, list[str]] = {}
-    for mark in standing.marks[:300]:
+    for mark in standing.marks[:300]:  # more than anyone reads; the map has the marks of all
         notes.setdefault(f"{mark.layer} {mark.chunk}", []).append(mark.text)
-    return shown, marked(states, standing.marks).tobytes(), notes
+    return shown, packed(marked(states, standing.marks)), notes
 
 
 def breakpoints(found: Iterable[Breakpoint]) -> list[Json]:

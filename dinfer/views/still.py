@@ -15,6 +15,7 @@ from dinfer.run.state import Standing
 from dinfer.trace.events import Event
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import by_link, spread, transfers
+from dinfer.views.bins import LEAST, PART, binned, fitting
 from dinfer.views.cells import (
     ARMED,
     BASE,
@@ -42,7 +43,16 @@ COLOURS = ("#e9edf1", "#f4c430", "#2672b3", "#e07b39", "#14385c")
 MARK_LOOKS = {DIFFERS: ("differs", MARKS[0], "#d81b60"), ARMED: ("armed", MARKS[1], "#7b3fa0")}
 """class, name and colour"""
 
+EVENTS = 50_000
+"""events from which links are shown, the newest: as many as do not make a notebook wait"""
+
 _LEFT, _TOP = 34, 18
+
+WIDE, HIGH = 720, 400
+"""pixels of the cells of a map, at most"""
+
+LEAST_MARK = 7
+"""pixels of a mark, at least: more than those of a small cell"""
 
 
 def still_html(
@@ -55,6 +65,7 @@ def still_html(
     held = np.isin(bare, (HERE, EVERYWHERE)).sum(axis=(0, 1))
     words = (shown["state"], shown["over"], shown["message"], *shown["faults"], shown["call"])
     known = "".join(f"<li>{escape(mark.text)}</li>" for mark in standing.marks[:20])
+    known += f"<li>and {len(standing.marks) - 20:,} more</li>" if len(standing.marks) > 20 else ""
     return (
         f"<div><div>dinfer: {escape('; '.join(filter(None, words)))}</div>{map_svg(states, plan.shape.owners, labels)}"
         "<div><small>A cell's parts are the ranks, left to right; the line, the cut, separates computed blocks "
@@ -86,8 +97,10 @@ def _ranks(lines: Sequence[dict[str, Any]], held: Sequence[int], blocks: int) ->
 
 
 def _links(events: Sequence[Event]) -> str:
-    """A row for each link with transfers, and their latencies over time."""
-    trace = Trace.merge([events])
+    """A row for each link with transfers, and their latencies over time; of many events, from the newest."""
+    newest = sorted(events, key=lambda event: event.end)[-EVENTS:]
+    said = f"<div>the newest {EVENTS:,} of {len(events):,} events</div>" if len(events) > EVENTS else ""
+    trace = Trace.merge([newest])
     found = by_link(transfers(trace))
     if not found:
         return ""
@@ -99,38 +112,49 @@ def _links(events: Sequence[Event]) -> str:
         cells = (link_name(link), len(some), megabytes, *times)
         rows += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
     return (
-        "<table><thead><tr><th>link</th><th>transfers</th><th>MB</th><th>wire, median ms</th><th>99th</th>"
+        f"{said}<table><thead><tr><th>link</th><th>transfers</th><th>MB</th><th>wire, median ms</th><th>99th</th>"
         f"<th>waiting for the peer, median ms</th><th>99th</th></tr></thead><tbody>{rows}</tbody></table>"
         f"{svg(latency(trace, per_link=100))}"
     )
 
 
 def map_svg(states: CellStates, owners: Sequence[int], labels: Sequence[str]) -> str:
-    """The map: layers × chunks, each cell split by rank, with the cut as a line."""
-    layers, chunks, ranks = states.shape
-    part = max(2, min(16, 640 // (chunks * ranks)))
-    across, down = part * ranks, max(4, min(18, 360 // layers))
-    right, bottom = _LEFT + across * chunks, _TOP + down * layers
-    bare = (states & BASE).astype(np.uint8)
+    """The map: layers × chunks, each cell split by rank, with the cut as a line; a large one in bins, and says so."""
+    size = fitting(states.shape, WIDE, HIGH)
+    cells = binned(states, size)
+    rows, columns, parts = cells.shape
+    part = max(PART, min(16, WIDE // (columns * parts)))
+    across, down = part * parts, max(LEAST, min(18, HIGH // rows))
+    right, bottom = _LEFT + across * columns, _TOP + down * rows
+    bare = (cells & BASE).astype(np.uint8)
     looks = [(f"s{state}", name, COLOURS[state]) for state, name in enumerate(STATES)]
-    cells = [_path(bare == state, look, part, down, down) for state, look in enumerate(looks)]
-    for mark, high in ((DIFFERS, down), (ARMED, max(2, down // 3))):
-        cells.append(_path((states & mark) > 0, MARK_LOOKS[mark], part, down, high))
-    marks = [look for mark, look in MARK_LOOKS.items() if (states & mark).any()]
-    grid = "".join(f"M{_LEFT + across * c} {_TOP}V{bottom}" for c in range(chunks + 1))
-    grid += "".join(f"M{_LEFT} {_TOP + down * n}H{right}" for n in range(layers + 1))
+    drawn = [_path(bare == state, look, part, down, down) for state, look in enumerate(looks)]
+    marks = [look for mark, look in MARK_LOOKS.items() if (cells & mark).any()]
+    drawn_marks = [
+        _path((cells & mark) > 0, MARK_LOOKS[mark], part, down, high, LEAST_MARK)
+        for mark, high in ((DIFFERS, down), (ARMED, down // 3))
+    ]
+    grid = ""
+    if across > 6 and down > 5:  # lines between smaller cells would hide their colours
+        grid += "".join(f"M{_LEFT + across * c} {_TOP}V{bottom}" for c in range(columns + 1))
+        grid += "".join(f"M{_LEFT} {_TOP + down * n}H{right}" for n in range(rows + 1))
+    per_chunk, per_layer = across / size.chunks, down / size.layers
     stages = "".join(
-        f"M{_LEFT} {_TOP + down * n}H{right}" for n in range(1, layers) if owners[n] != owners[n - 1]
+        f"M{_LEFT} {_TOP + per_layer * n:g}H{right}"
+        for n in range(1, len(states))
+        if owners[n] != owners[n - 1]
     )
-    cut = [_TOP + down * depth for depth in cut_line(bare)]
-    steps = f"M{_LEFT} {cut[0]}" + "".join(f"V{y}h{across}" for y in cut)
+    cut = [_TOP + per_layer * depth for depth in cut_line((states & BASE).astype(np.uint8))]
+    steps = f"M{_LEFT} {cut[0]:g}" + "".join(f"V{y:g}h{per_chunk:g}" for y in cut)
+    longest = 12 + 6 * len(str(len(labels)))
     tops = "".join(
-        f'<text x="{_LEFT + across * c}" y="{_TOP - 5}"><title>{escape(labels[c])}</title>c{c}</text>'
-        for c in range(0, chunks, -(-24 // across))
+        f'<text x="{_LEFT + across * c}" y="{_TOP - 5}"><title>{escape(labels[c * size.chunks])}</title>'
+        f"c{c * size.chunks}</text>"
+        for c in range(0, columns, -(-longest // across))
     )
     lefts = "".join(
-        f'<text x="{_LEFT - 5}" y="{_TOP + down * n + down / 2 + 3.5}" text-anchor="end">l{n}</text>'
-        for n in range(0, layers, -(-11 // down))
+        f'<text x="{_LEFT - 5}" y="{_TOP + down * n + down / 2 + 3.5}" text-anchor="end">l{n * size.layers}</text>'
+        for n in range(0, rows, -(-11 // down))
     )
     legend, x, y = "", _LEFT, bottom + 12
     for which, name, colour in looks + marks:
@@ -139,24 +163,34 @@ def map_svg(states: CellStates, owners: Sequence[int], labels: Sequence[str]) ->
         )
         legend += f'<text x="{x + 14}" y="{y + 9}" fill="#333">{name}</text>'
         x += 26 + 6 * len(name)
+    if size.text:
+        said = f"{size.text}: a mark, or the most urgent state of its blocks"
+        legend += f'<text x="{_LEFT}" y="{y + 24}" fill="#333">{said}</text>'
+    wide, high = max(right + 8, 800 if marks else 560), bottom + (42 if size.text else 26)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{max(right + 8, 800 if marks else 560)}" '
-        f'height="{bottom + 26}" role="img" style="background:#fff" font-family="sans-serif" font-size="10">'
-        f"<title>blocks by layer and chunk, each split by rank</title>{''.join(cells)}"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" width="{wide}" height="{high}" '
+        'role="img" style="background:#fff;max-width:100%;height:auto" font-family="sans-serif" font-size="10">'
+        f"<title>blocks by layer and chunk, each split by rank</title>{''.join(drawn)}"
         f'<path class="grid" d="{grid}" stroke="#fff"/>'
         f'<path d="{stages}" stroke="#555" stroke-dasharray="3 2"/>'
         f'<path class="cut" d="{steps}" fill="none" stroke="#b3125b" stroke-width="2.5"/>'
-        f'<g fill="#333">{tops}{lefts}</g>{legend}</svg>'
+        f'{"".join(drawn_marks)}<g fill="#333">{tops}{lefts}</g>{legend}</svg>'
     )
 
 
-def _path(which: NDArray[np.bool_], look: tuple[str, str, str], part: int, down: int, high: int) -> str:
-    """The upper part, so high, of these cells as one path; neighbours in a row are one rectangle."""
+def _path(
+    which: NDArray[np.bool_], look: tuple[str, str, str], part: int, down: int, high: int, least: int = 0
+) -> str:
+    """The upper part, so high, of these cells as one path; neighbours in a row are one rectangle. `least`: the width
+    and height of a rectangle at least, around its cells."""
     name, _, colour = look
-    pieces = []
+    pieces, tall = [], max(high, least)
     for layer, row in enumerate(which.reshape(len(which), -1)):
         edges = np.flatnonzero(np.diff(row, prepend=False, append=False))
+        y = max(_TOP, _TOP + layer * down - max(0, tall - down) // 2)
         for begin, end in edges.reshape(-1, 2).tolist():
-            wide = (end - begin) * part
-            pieces.append(f"M{_LEFT + begin * part} {_TOP + layer * down}h{wide}v{high}h-{wide}z")
-    return f'<path class="{name}" d="{"".join(pieces)}" fill="{colour}"/>' if pieces else ""
+            wide = max(least, (end - begin) * part)
+            x = max(_LEFT, _LEFT + begin * part - (wide - (end - begin) * part) // 2)
+            pieces.append(f"M{x} {y}h{wide}v{tall}h-{wide}z")
+    edge = ' stroke="#fff"' if least else ""
+    return f'<path class="{name}" d="{"".join(pieces)}" fill="{colour}"{edge}/>' if pieces else ""

@@ -159,6 +159,6 @@ def _caption(head: Json, window: range, rows: int) -> str:
         f"the {head['dims']} dims of {'head 0' if len(heads) == 1 else f'heads 0–{len(heads) - 1}'} from top to bottom",
         f"−{top} is blue, 0 white, +{top} brown",
     ]
-    parts += ["1 value differs" if differ == 1 else f"{differ:,} values differ"] * is_difference
+    parts += [f"{differ:,} of these values {'differs' if differ == 1 else 'differ'}"] * is_difference
     parts += [f"black: {head['nan']} NaN, {head['inf']} Inf"] * bool(head["nan"] or head["inf"])
     return "; ".join(parts)

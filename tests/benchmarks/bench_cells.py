@@ -15,12 +15,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from dinfer.engine.board import Stand
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
+from dinfer.views.bins import packed
 from dinfer.views.cells import CellMap, cut_line
 
 
 def main() -> None:
-    """Time one update of two maps and print it."""
-    for layers, chunks, ranks in ((36, 32, 3), (80, 64, 8)):
+    """Time one update of three maps and print it."""
+    for layers, chunks, ranks in ((36, 32, 3), (80, 64, 8), (80, 1000, 8)):
         shape = partition(layers=layers, tokens=chunks, world_size=ranks, chunk_size=1)
         plan = build(shape, "pipelined", "pairwise")
         middle = tuple(tuple(len(lane.ops) // 2 for lane in lanes) for lanes in plan.lanes)
@@ -29,10 +30,13 @@ def main() -> None:
         cells = CellMap(plan)
         built = time.perf_counter()
         for _ in range(100):
-            cut_line(cells.states(stands))
+            states = cells.states(stands)
+            cut_line(states)
+            sent = packed(states)
         each = (time.perf_counter() - built) / 100
         print(
-            f"{layers} x {chunks} x {ranks}: map {(built - begin) * 1e3:.1f} ms, update {each * 1e3:.2f} ms"
+            f"{layers} x {chunks} x {ranks}: map {(built - begin) * 1e3:.1f} ms, update {each * 1e3:.2f} ms, "
+            f"{len(sent):,} bytes"
         )
 
 

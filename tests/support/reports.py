@@ -23,6 +23,8 @@ def told(trace: Trace, text: str = "some text") -> Trace:
             for rank in trace.ranks
         ),
         ({"rank": 1, "layer": 1, "chunk": 0, "tensor": "K", "token": text},),
+        1,
+        ((1, 0, 1),),
     )
     return with_findings(
         trace,

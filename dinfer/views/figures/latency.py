@@ -1,5 +1,6 @@
 """Latency of transfers by link: over time, as a distribution, by layer."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from math import ceil, floor, log10
 from typing import Any
@@ -13,11 +14,9 @@ from dinfer.trace.events import block_text
 from dinfer.trace.shares import without_pauses
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import (
-    LinkRanks,
     Spread,
     Transfer,
     by_link,
-    by_link_and_layer,
     percentile,
     spread,
     transfers,
@@ -28,6 +27,12 @@ PER_LINK = 400
 """points per link and plot; of more transfers, the slowest of every few"""
 
 SHORTEST_MS = 0.001
+
+NAMED_LINKS = 12
+"""links with a colour and a name: of more, the slowest ones, and the others together"""
+
+LAYER_LINKS = 60
+"""the same of links by layer, each of which is a row"""
 
 PARTS: tuple[tuple[str, Callable[[Transfer], int]], ...] = (
     ("on the wire", lambda one: one.wire),
@@ -40,14 +45,14 @@ def latency(trace: Trace, *, dark: bool = False, per_link: int = PER_LINK) -> go
     most `per_link` transfers of a link: the slowest of every few."""
     trace = without_pauses(trace)
     found = transfers(trace)
-    links = by_link(found)
+    links = named_links(found, NAMED_LINKS)
     names = [name for name, _ in PARTS]
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.09, row_titles=names)
-    for number, (link, some) in enumerate(links.items()):
+    for number, (name, some) in _numbered(links):
         for row, (part, take) in enumerate(PARTS, 1):
             shown = slowest(some, take, per_link)
             points = go.Scatter(
-                **_of_link(link, row),
+                **_of_link(name, row),
                 mode="markers",
                 marker=link_marker(number, len(links)),
                 x=np.array([(one.end - trace.began) / 1e9 for one in shown], np.float32),
@@ -67,21 +72,21 @@ def latency(trace: Trace, *, dark: bool = False, per_link: int = PER_LINK) -> go
 def distribution(trace: Trace, *, dark: bool = False) -> go.Figure:
     """The cumulative distribution of each link's transfer times, in milliseconds."""
     found = transfers(trace)
-    links = by_link(found)
+    links = named_links(found, NAMED_LINKS)
     names = [name for name, _ in PARTS]
     figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04, column_titles=names)
-    for number, (link, some) in enumerate(links.items()):
+    for number, (name, some) in _numbered(links):
         for column, (part, take) in enumerate(PARTS, 1):
             # From 0 % up, so that a single transfer is a line too.
             ordered = sorted(map(take, some))
             shares = np.linspace(0, 1, min(200, len(ordered)) + 1)
             steps = go.Scatter(
-                **_of_link(link, column),
+                **_of_link(name, column),
                 mode="lines",
                 line={**link_line(number), "shape": "hv"},
                 x=_milliseconds([ordered[0], *(percentile(ordered, share) for share in shares[1:].tolist())]),
                 y=(shares * 100).astype(np.float32),
-                hovertemplate=f"%{{y:.0f}} % took at most %{{x:.3~f}} ms {part}<extra>{link_name(link)}</extra>",
+                hovertemplate=f"%{{y:.0f}} % took at most %{{x:.3~f}} ms {part}<extra>{name}</extra>",
             )
             figure.add_trace(steps, 1, column)
     for column, (_, take) in enumerate(PARTS, 1):
@@ -91,25 +96,34 @@ def distribution(trace: Trace, *, dark: bool = False) -> go.Figure:
     return styled(figure, dark=dark, height=350, margin={"t": 64}, legend_y=1.1)
 
 
-def _of_link(link: LinkRanks, part: int) -> dict[str, Any]:
+def _of_link(name: str, part: int) -> dict[str, Any]:
     """Both parts of a link share an entry of the legend."""
-    return {"name": link_name(link), "legendgroup": link_name(link), "showlegend": part == 1}
+    return {"name": name, "legendgroup": name, "showlegend": part == 1}
+
+
+def _numbered(links: dict[str, list[Transfer]]) -> Iterable[tuple[int, tuple[str, list[Transfer]]]]:
+    """Links and their transfers by number, from 0; the other links together have −1."""
+    return enumerate(links.items(), -sum("→" not in name for name in links))
 
 
 def layers(trace: Trace, *, dark: bool = False) -> go.Figure:
     """The 99th percentile of latency, waiting plus wire, by link and layer."""
-    by_both = by_link_and_layer(transfers(trace))
-    found = {key: spread(one.latency for one in some) for key, some in by_both.items()}
-    links = sorted({link for link, _ in found})
+    known = [one for one in transfers(trace) if one.layer is not None]
+    links = named_links(known, LAYER_LINKS)
+    latencies: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for name, some in links.items():
+        for one in some:
+            latencies[name, one.layer or 0].append(one.latency)
+    found = {key: spread(some) for key, some in latencies.items()}
     numbers = sorted({layer for _, layer in found})
-    grid = [[found.get((link, layer)) for layer in numbers] for link in links]
+    grid = [[found.get((name, layer)) for layer in numbers] for name in links]
     texts: dict[Spread | None, str] = {None: "no transfers"}
     for cell in found.values():
         p50, p90, p99, longest = (f"{seconds * 1e3:.3g}" for seconds in cell[1:])
         texts[cell] = f"p50 {p50}, p90 {p90}, p99 {p99}, longest {longest} ms, {cell.number} transfers"
     heat = go.Heatmap(
         x=[f"l{number}" for number in numbers],
-        y=[link_name(link) for link in links],
+        y=list(links),
         z=[[cell and cell.p99 * 1e3 for cell in row] for row in grid],
         text=[[texts[cell] for cell in row] for row in grid],
         hovertemplate="%{y} %{x}: %{text}<extra></extra>",
@@ -122,6 +136,21 @@ def layers(trace: Trace, *, dark: bool = False) -> go.Figure:
     figure.update_xaxes(showgrid=False, type="category")
     figure.update_yaxes(showgrid=False, autorange="reversed", type="category")
     return styled(figure, dark=dark, height=110 + 22 * max(4, len(links)), margin={"t": 15})
+
+
+def named_links(found: Iterable[Transfer], most: int) -> dict[str, list[Transfer]]:
+    """The transfers of each link, by its name. Of more than `most` links, those with the longest transfers, after the
+    transfers of all others together."""
+    links = by_link(found)
+    if len(links) <= most:
+        return {link_name(link): some for link, some in links.items()}
+    longest = {link: max(one.latency for one in some) for link, some in links.items()}
+    slow = set(sorted(links, key=longest.__getitem__)[len(links) - most + 1 :])
+    others = sorted(
+        (one for link in links.keys() - slow for one in links[link]), key=lambda one: (one.end, one.link)
+    )
+    named = {link_name(link): some for link, some in links.items() if link in slow}
+    return {f"{len(links) - len(slow)} other links": others, **named}
 
 
 def slowest(found: list[Transfer], take: Callable[[Transfer], int], most: int) -> list[Transfer]:

@@ -64,12 +64,17 @@ def link_name(link: LinkRanks) -> str:
 
 
 def link_line(number: int) -> dict[str, Any]:
-    """A colour and dash for a link, by its number: beyond six links, dashes differ."""
+    """A colour and dash for a link, by its number: beyond six links, dashes differ. Grey for all others, −1."""
+    if number < 0:
+        return {"color": BUBBLE}
     return {"color": LINKS[number % len(LINKS)], "dash": DASHES[number // len(LINKS) % len(DASHES)]}
 
 
 def link_marker(number: int, count: int) -> dict[str, Any]:
-    """A colour and symbol for one of `count` links: of more than six, symbols differ where colours do not."""
+    """A colour and symbol for one of `count` links: of more than six, symbols differ where colours do not. Grey for all
+    others, −1."""
+    if number < 0:
+        return {"color": BUBBLE, "symbol": "circle", "size": 4}
     symbol = SYMBOLS[number // len(LINKS) % len(SYMBOLS)] if count > len(LINKS) else SYMBOLS[number]
     return {"color": LINKS[number % len(LINKS)], "symbol": symbol, "size": 5}
 

@@ -65,11 +65,7 @@ def map_states(trace: Trace, findings: Findings, plan: Plan | None) -> CellState
 def marks_of(findings: Findings) -> list[Mark]:
     """Notes on single blocks: the run's marks, and the differences in KV."""
     found = [Mark(*mark) for mark in findings.marks]
-    for one in findings.kv.differences if findings.kv else ():
-        rank, chunk, layer = (one.get(name) for name in ("rank", "chunk", "layer"))
-        if isinstance(rank, int) and isinstance(chunk, int) and isinstance(layer, int):
-            found.append(Mark(rank, chunk, layer, "differs", ""))
-    return found
+    return [*found, *(Mark(*block, "differs", "") for block in (findings.kv.blocks if findings.kv else ()))]
 
 
 def link_table(trace: Trace) -> FactTable:

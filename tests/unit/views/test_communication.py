@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from dinfer.trace.events import Event
+from dinfer.trace.trace import Trace
+from dinfer.trace.transfers import transfers
 from dinfer.views.communication import FIGURES, Communication, Ring
 from tests.support.doubles import PaperRun, paper_plan
 from tests.support.runs import wait_for
@@ -74,7 +76,7 @@ def test_the_ring_keeps_the_newest_and_no_more() -> None:
         run.events = events[:end]
         ring.read()
     assert len(ring.trace().events) == 50
-    assert ring.caption == "the newest 50 events"
+    assert ring.caption == f"the newest 50 of {len(events):,} events; times count from the first of these"
     assert ring.seen == len(run.events)
     assert min(event.end for event in ring.trace().events) >= events[ring.seen - 50].end
 
@@ -119,3 +121,20 @@ def test_figures_that_there_are_not_are_not_drawn(browser: Browser) -> None:
     browser.live.ask({"view": "me", "name": "horoscope", "have": -1})
     assert browser.figure("matrix")["name"] == "matrix"
     assert len(browser.heard) == 1
+
+
+def test_time_of_which_nothing_is_known_is_no_bubble() -> None:
+    """In a long run, what a ring holds is its last moments; a recv that was posted at the start ends among them."""
+    run = PaperRun(paper_plan())
+    events = sorted(on_paper(8, 40, 3).events, key=lambda event: event.end)
+    run.events = events
+    ring = Ring(run, most=300)
+    ring.read()
+    trace = ring.trace()
+    kept = events[-300:]
+    assert [event.end for event in trace.events] == [event.end for event in kept]
+    assert trace.began >= min(event.met for event in kept)
+    longest = max((event.end - trace.began) for event in kept)
+    assert longest < (kept[-1].end - events[0].ready) / 2
+    times = [[(one.link, one.wire, one.waited) for one in transfers(t)] for t in (trace, Trace.merge([kept]))]
+    assert times[0] == times[1]

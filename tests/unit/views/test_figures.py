@@ -19,7 +19,16 @@ from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import by_link, transfers
 from dinfer.views.figures.exposure import exposure
 from dinfer.views.figures.gantt import MOST_ROWS, Piece, gantt, joined, pieces, rows_of
-from dinfer.views.figures.latency import PER_LINK, distribution, latency, layers, log_ms, slowest
+from dinfer.views.figures.latency import (
+    NAMED_LINKS,
+    PER_LINK,
+    distribution,
+    latency,
+    layers,
+    log_ms,
+    named_links,
+    slowest,
+)
 from dinfer.views.figures.matrix import matrix, short
 from tests.support.traces import on_paper, recorded
 
@@ -97,6 +106,24 @@ def test_the_slowest_of_every_few_are_kept(durations: list[int], most: int) -> N
     assert len(kept) <= most
     assert max((one.wire for one in kept), default=0) == max(durations, default=0)
     assert set(kept) <= set(found)
+
+
+@pytest.mark.parametrize("most", [1, 2, 12, 56, 60])
+def test_of_many_links_the_slowest_have_names_and_none_is_lost(most: int) -> None:
+    found = transfers(on_paper(16, 4, 8))
+    links = named_links(found, most)
+    assert len(links) == min(most, 56)
+    assert sum(map(len, links.values())) == len(found)
+    assert most == 1 or "0→1" in links  # which is slow
+    others = [name for name in links if "→" not in name]
+    assert others == [f"{57 - most} other links"] * (most < 56)
+
+
+def test_figures_of_eight_ranks_name_few_links() -> None:
+    for draw in (latency, distribution):
+        names = {data.name for data in draw(on_paper(16, 4, 8)).data}
+        assert len(names) == NAMED_LINKS
+        assert "45 other links" in names
 
 
 def test_a_long_run_is_thinned_out() -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dinfer.run.run import Run
 from dinfer.run.state import State
 from dinfer.session.session import Session
-from dinfer.views.inspector import Inspector
+from dinfer.views import inspector
+from dinfer.views.inspector import Inspector, window
 from dinfer.views.quantise import MISSING, ZERO
 from tests.support.runs import wait_for
 from tests.support.traces import PROMPT
@@ -180,3 +184,40 @@ def test_answers_bear_the_number_of_their_question(browser: Browser, monkeypatch
     browser.ask(question=8)
     wait_for(lambda: len(browser.of("kv")) > before, "an answer")
     assert browser.of("kv")[-1][0]["question"] == 8
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(0, 60), st.data())
+def test_a_window_has_its_chunk_and_as_many_around_it_as_fit(
+    sizes: list[int], tokens: int, data: st.DataObject
+) -> None:
+    ends = list(accumulate(sizes))
+    spans = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    chunk = data.draw(st.integers(0, len(spans) - 1))
+    found = window(spans, chunk, tokens)
+    size = sum(sizes[found.start : found.stop])
+    assert chunk in found
+    assert size <= tokens or len(found) == 1
+    for beside in (found.start - 1, found.stop):
+        assert not 0 <= beside < len(spans) or size + sizes[beside] > tokens
+
+
+def test_of_a_long_prompt_the_chunks_around_the_wanted_one_are_seen(
+    browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    browser.run.run_to(chunk=5, layer=5)
+    browser.run.inject("bitflip", rank=2, layer=3, chunk=4, head=0, token=17, dim=7, where="memory")
+    whole = browser.run.kv(layer=3, rank=0).k[:].numpy()
+    assert browser.picture()[0]["seen"] is None
+    heads, _, dims = whole.shape
+    monkeypatch.setattr(inspector, "VALUES", 12 * heads * dims)
+    head, codes = browser.picture(chunk=4, show="a-b")
+    assert (head["first"], head["seen"], head["held"]) == (12, [12, 24], [24, 24])
+    assert np.argwhere(codes != ZERO).tolist() == [[0, 17 - 12, 7]]
+    assert head["call"].startswith("run.kv(layer=3, rank=0).k[:, 12:24] - ")
+    value = browser.value(0, 17, 7)
+    assert np.float32(value["a"].replace("−", "-")) == whole[0, 17, 7]
+    assert value["difference"] != "0"
+    assert browser.value(0, 3, 7)["a"] == "not here"
+    head, codes = browser.picture(chunk=0, show="a-b")
+    assert (head["seen"], set(codes.flatten())) == ([0, 12], {ZERO})
+    assert browser.verdict().startswith("rank 2 differs at layer 3, K, head 0, token 17")

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from anywidget._util import enable_custom_widget_manager_once
 from ipywidgets.widgets.widget import _instances
@@ -16,12 +15,14 @@ from dinfer.engine.board import DeviceMemory
 from dinfer.plan.breakpoints import CONDITION_FORMS
 from dinfer.plan.cut import UNITS
 from dinfer.run.state import Mark
+from dinfer.views.bins import packed
 from dinfer.views.cells import ARMED, DIFFERS, EVERYWHERE, CellMap
 from dinfer.views.panel import VIEW, Panel
 from dinfer.views.protocol import InspectableRun
 from dinfer.views.still import INSTALL
 from tests.support.doubles import PaperRun, TwinRun, paper_plan
 from tests.support.expected import panel_threads
+from tests.support.maps import unpacked
 from tests.support.runs import wait_for
 
 
@@ -50,12 +51,12 @@ class Held:
         wait_for(lambda: self.panel.cells == self.now(), "the map agrees")
 
     def now(self) -> bytes:
-        return CellMap(self.run.plan).states(self.run.standing().stands).tobytes()
+        return packed(CellMap(self.run.plan).states(self.run.standing().stands))
 
     def everywhere(self) -> int:
         """How many blocks the panel shows on every rank."""
-        cells = np.frombuffer(self.panel.cells, np.uint8).reshape(-1, self.run.world_size)
-        return int((cells == EVERYWHERE).all(axis=1).sum())
+        cells = unpacked(self.panel.cells, CellMap(self.run.plan).shape)
+        return int((cells == EVERYWHERE).all(axis=2).sum())
 
 
 @pytest.fixture
@@ -186,7 +187,7 @@ def test_cells_turn_where_something_is_known(paper: Held) -> None:
     ]
     paper.run.listeners.tell()
     wait_for(lambda: bool(paper.panel.marks), "marks are shown")
-    cells = np.frombuffer(paper.panel.cells, np.uint8).reshape(4, 3, 2)
+    cells = unpacked(paper.panel.cells, (4, 3, 2))
     assert cells[2, 0].tolist() == [EVERYWHERE, EVERYWHERE | DIFFERS]
     assert cells[3, 2].tolist() == [ARMED, 0]
     assert paper.panel.marks["2 0"] == ["rank 1 differs at layer 2"]

@@ -314,3 +314,15 @@ def test_columns_of_which_nothing_is_known_are_left_out() -> None:
 def test_shares_of_a_recorded_run_are_told_on_its_page() -> None:
     page = report_html([recorded()], plotly=NO_PLOTLY)
     assert f"{percent(shares(recorded()).exposed)} of prefill was exposed communication and" in page
+
+
+def test_differences_that_are_not_listed_are_counted_and_on_the_map() -> None:
+    trace = told(small())
+    found = findings_of(trace)
+    assert found.kv
+    many = replace(found.kv, count=1234, blocks=((1, 0, 1), (0, 1, 3)))
+    page = report_html([with_findings(trace, replace(found, kv=many))], plotly=NO_PLOTLY)
+    assert "The first 1 of 1,234. 2 blocks differ, which the map shows." in page
+    [path] = re.findall(r'<path class="differs" d="([^"]*)"', page)
+    assert path.count("M") == 2
+    assert "The first" not in report_html([trace], plotly=NO_PLOTLY)

@@ -10,6 +10,7 @@ import pytest
 
 from dinfer.run.run import Run
 from dinfer.session.session import Session
+from dinfer.views.bins import packed
 from dinfer.views.cells import CellMap
 from dinfer.views.panel import Panel
 from tests.support.expected import panel_threads
@@ -65,7 +66,7 @@ class Counted:
 
     def follows(self) -> bool:
         states = CellMap(self.run.plan).states(self.run.standing().stands)
-        return bool(self.panel.cells == states.tobytes())
+        return bool(self.panel.cells == packed(states))
 
 
 @pytest.fixture

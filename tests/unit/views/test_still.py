@@ -6,20 +6,24 @@ import re
 from html import unescape
 from itertools import combinations
 from pathlib import Path
+from typing import Literal
 from xml.etree import ElementTree
 
 import pytest
 
 import dinfer.views
 from dinfer.engine.board import DeviceMemory
+from dinfer.run.state import Mark
 from dinfer.trace.transfers import by_link, transfers
-from dinfer.views.cells import STATES, CellMap
+from dinfer.views.bins import fitting
+from dinfer.views.cells import STATES, CellMap, marked
 from dinfer.views.figures.latency import latency
 from dinfer.views.figures.svg import svg
 from dinfer.views.panel import Panel
-from dinfer.views.still import COLOURS, map_svg, still_html
+from dinfer.views.still import COLOURS, EVENTS, HIGH, LEAST_MARK, WIDE, map_svg, still_html
 from tests.support.converted import converted
 from tests.support.doubles import PaperRun, busy_run, paper_plan
+from tests.support.maps import half_done
 from tests.support.traces import on_paper
 from tests.unit.views.test_shown import luminance
 
@@ -111,3 +115,49 @@ def test_what_went_over_each_link_is_a_table_and_a_picture() -> None:
         assert f"<tr><td>{source}→{target}</td><td>{len(some)}</td><td>{megabytes:.3g}</td>" in still
     assert svg(latency(on_paper(4, 3, 2))) in still
     assert "99th" not in still_html(run.plan, run.standing(), run.labels)
+
+
+def boxes(picture: str, name: str) -> list[tuple[int, int, int, int]]:
+    """The boxes of a path of the map: x, y, width, height."""
+    paths = ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}path")
+    drawn = [path.get("d", "") for path in paths if path.get("class") == name]
+    found = [re.findall(r"M(\d+) (\d+)h(\d+)v(\d+)h-\d+z", path) for path in drawn]
+    return [tuple(map(int, box)) for path in found for box in path]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (36, 170, 3), (80, 1000, 8), (200, 40, 64)])
+def test_a_map_of_any_size_fits_a_page_and_shows_its_marks(size: tuple[int, int, int]) -> None:
+    layers, chunks, ranks = size
+    fault, armed = (0, chunks * 109 // 170, 0), (layers - 1, chunks - 1, ranks - 1)
+    kinds: list[tuple[tuple[int, int, int], Literal["differs", "armed"]]] = [
+        (fault, "differs"),
+        (armed, "armed"),
+    ]
+    marks = [Mark(rank, chunk, layer, kind, "") for (layer, chunk, rank), kind in kinds]
+    picture = map_svg(marked(half_done(*size), marks), [0] * layers, ["some words"] * chunks)
+    wide, high = (int(ElementTree.fromstring(picture).attrib[name]) for name in ("width", "height"))
+    assert wide <= 900
+    assert high <= 500
+    assert len(picture) < 200_000
+    for kind in ("differs", "armed"):
+        [(x, y, across, down)] = boxes(picture, kind)
+        assert min(across, down) >= LEAST_MARK
+        assert x + across <= wide
+        assert y + down <= high
+    said = fitting(size, WIDE, HIGH).text
+    assert said in picture
+    assert bool(said) == (chunks > 100 or ranks > 8)
+
+
+def test_notes_and_events_that_are_not_listed_are_counted() -> None:
+    run = PaperRun(paper_plan())
+    run.marks = [Mark(0, 0, 0, "differs", f"note {n}") for n in range(30)]
+    still = still_html(run.plan, run.standing(), run.labels)
+    assert "note 19" in still
+    assert "note 20" not in still
+    assert "<li>and 10 more</li>" in still
+    events = on_paper(4, 3, 2).events
+    many = [*events] * (EVENTS // len(events) + 1)
+    assert f"the newest 50,000 of {len(many):,} events" in still_html(
+        run.plan, run.standing(), run.labels, many
+    )

@@ -155,7 +155,7 @@ def test_where_ranks_differ_their_difference_is_left(run: Run) -> None:
     run.kv().diff()
     caption, pixels = shown(run)
     assert caption.startswith("V of layer 3, rank 1 − rank 2, float32")
-    assert caption.endswith("; 1 value differs")
+    assert caption.endswith("; 1 of these values differs")
     assert np.argwhere(pixels != ZERO).tolist() == [[32 + 7, 5]]
 
 
