@@ -3,7 +3,7 @@
 // panel.py puts the other scripts before it; together they are one module.
 
 const KERNEL_SILENT_MS = 700;
-const LOST = "disconnected: the kernel was restarted. This is a still picture; run the cell again for a live panel.";
+const LOST = "disconnected: the kernel was restarted, or has ended. This is a still picture; run the cell again for a live panel.";
 
 class View {
   constructor(model, el) {
@@ -143,7 +143,7 @@ class View {
     this.silent.forEach(clearTimeout);
   }
 
-  // The kernel was restarted: this panel stays disconnected.
+  // The kernel was restarted, or this panel was saved with the notebook: it stays disconnected.
   lose() {
     this.lost = true;
     this.hint = "";
@@ -327,9 +327,16 @@ class View {
   }
 }
 
+function initialize({ model }) {
+  const slots = new Slots(model);
+  return () => slots.close();
+}
+
+// As an output of the widgets' own type, or among other widgets.
 function render({ model, el }) {
   const view = new View(model, el);
+  hasKernel(model).then((isLive) => isLive() || view.lose());
   return () => view.close();
 }
 
-export default { render };
+export default { initialize, render };
