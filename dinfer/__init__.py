@@ -26,6 +26,7 @@ To read the code, start with `plan.ops` and `plan.plan`, then `engine.engine` an
 package's docstring says where it starts. Importing `dinfer` has no side effects and does not import torch.
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from dinfer.version import __version__
@@ -47,6 +48,7 @@ def connect(where: str = "ipyparallel", n: int = 3, **options: Any) -> "Session"
     `where`: "ipyparallel" joins a running cluster or starts one; "threads" runs all ranks in this process. `options`:
     profile, cluster_id, start, timeout, patience (see `dinfer.session.connect`).
     """
+    _announce_import("" if where == "threads" else "finding or starting engines, and ")
     from dinfer.session.connect import connect as connected
 
     def show(run: "Run") -> Any:
@@ -60,6 +62,7 @@ def connect(where: str = "ipyparallel", n: int = 3, **options: Any) -> "Session"
 def open(path: "str | Path") -> "Saved":
     """Open a run that `run.save` wrote to a folder or `run.report` to a file, without a cluster: its trace, plan,
     verdict and KV. `.diff(…)` compares it with another run, saved or live. Raises SavedError."""
+    _announce_import()
     from dinfer.saved.saved import open_saved
 
     return open_saved(path, _write)
@@ -70,6 +73,12 @@ def load_ipython_extension(shell: Any) -> None:
     from dinfer.magics import load_into
 
     load_into(shell)
+
+
+def _announce_import(meanwhile: str = "") -> None:
+    """Say why the first call of a kernel takes long; later ones do not."""
+    if "torch" not in sys.modules:
+        print(f"dinfer: {meanwhile}importing PyTorch, which takes some seconds in a new kernel", flush=True)
 
 
 def _write(trace: "Trace", path: "Path") -> "Path":

@@ -7,11 +7,12 @@ A new verb is a function under `@verb()`, or a line that names the method to cal
 # mypy: allow-untyped-calls
 
 import difflib
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from IPython.core.error import UsageError
 from IPython.core.magic import no_var_expand
@@ -21,7 +22,9 @@ import dinfer
 from dinfer.display import DisplayableText
 from dinfer.errors import NotPossible
 from dinfer.magics.words import number_or_word, read, split
-from dinfer.session.session import Session
+
+if TYPE_CHECKING:
+    from dinfer.session.session import Session
 
 
 class Call(NamedTuple):
@@ -31,12 +34,14 @@ class Call(NamedTuple):
     words: Namespace
 
     @property
-    def session(self) -> Session:
+    def session(self) -> "Session":
         """The variable `session`, else the newest Session in a variable. Raises NotPossible."""
         names = self.shell.user_ns
+        made = sys.modules.get("dinfer.session.session")  # importing it here would bring PyTorch
         for value in (names.get("session"), *reversed(list(names.values()))):
-            if isinstance(value, Session):
-                return value
+            if made and isinstance(value, made.Session):
+                found: Session = value
+                return found
         raise NotPossible("there is no session yet: %dinfer connect, or session = dinfer.connect(n=3).")
 
     @property
@@ -167,7 +172,7 @@ def connect(call: Call) -> None:
     argument("--gpu-ids", default="", help="the GPU of each rank, such as 0,1,2; none: the CPU"),
     argument("--threads", type=int, default=0, help="CPU threads of each rank; 0: the cores shared out"),
 )
-def load(call: Call) -> Session:
+def load(call: Call) -> "Session":
     """Load a checkpoint on every rank."""
     gpu_ids = [int(word) for word in call.words.gpu_ids.split(",") if word.strip()]
     return call.session.load(**{**vars(call.words), "gpu_ids": gpu_ids})

@@ -16,8 +16,6 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging as hf_logging
 
 from dinfer.errors import ModelError
 from dinfer.model.cache import CacheWindow, KVCache
@@ -27,7 +25,6 @@ from dinfer.model.positions import Positions, layer_kinds
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-_AUTO: Any = AutoModelForCausalLM  # its type lacks the loading report
 _PAGE = 4096
 _CACHE_LINE = 64
 _LOADING = threading.Lock()
@@ -204,13 +201,20 @@ def _copied(weight: Tensor) -> Tensor:
     return memory[start : start + weight.nbytes].view(weight.dtype).view(weight.shape).copy_(weight)
 
 
+def _auto() -> Any:
+    """transformers' class of all causal models. Not imported with dinfer: most sessions load no model themselves."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM  # its type lacks the loading report
+
+
 def _load_model(spec: Spec, dtype: str) -> Any:
     """Load the weights on the CPU for inference. Raises `ModelError` for weights that are missing, which transformers
     would fill with random values, or that do not fit. (Loading straight to another device, `device_map`, needs
     accelerate.)"""
     _check_weights(spec)
     try:
-        model, report = _AUTO.from_pretrained(
+        model, report = _auto().from_pretrained(
             spec.path,
             dtype=dtype,
             attn_implementation=family_of(spec).attention,
@@ -231,7 +235,7 @@ def _check_weights(spec: Spec) -> None:
     the model (loading may rename weights), that are missing."""
     try:
         with torch.device("meta"):
-            model = _AUTO.from_config(resolved_config(spec.path))
+            model = _auto().from_config(resolved_config(spec.path))
     except Exception as error:  # model classes raise anything for values that they do not expect
         raise ModelError(
             f"transformers cannot build the model of {spec.path}/config.json: {first_line(error)}"
@@ -309,6 +313,8 @@ def _one_load_at_a_time() -> Iterator[None]:
     """
     name = "HF_DEACTIVATE_ASYNC_LOAD"
     with _LOADING:
+        from transformers.utils import logging as hf_logging
+
         before, shown = os.environ.get(name), hf_logging.is_progress_bar_enabled()
         level = hf_logging.get_verbosity()
         os.environ[name] = "1"

@@ -9,12 +9,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import cache_utils, masking_utils
 
 from dinfer.errors import ModelError
 from dinfer.model.cache import VisibleTokens
@@ -25,6 +25,8 @@ def get_layer_types_and_kwargs(config: Any) -> tuple[list[str], Any]:
 
     Before 5.17 transformers has no such function; this is the rule by which its DynamicCache then makes its layers.
     """
+    from transformers import cache_utils
+
     if theirs := getattr(cache_utils, "get_layer_types_and_kwargs", None):
         types, options = theirs(config)
         return list(types), options
@@ -45,10 +47,19 @@ def _for_any_version(make: Callable[..., Any]) -> Callable[..., Any]:
     return made
 
 
-_MASKS: dict[str, Callable[..., Any]] = {
-    "full_attention": _for_any_version(masking_utils.create_causal_mask),
-    "sliding_attention": _for_any_version(masking_utils.create_sliding_window_causal_mask),
+_MASKS = {
+    "full_attention": "create_causal_mask",
+    "sliding_attention": "create_sliding_window_causal_mask",
 }
+"""transformers' mask function for each layer type"""
+
+
+@cache
+def _mask_of(layer_type: str) -> Callable[..., Any]:
+    from transformers import masking_utils  # brings torch._dynamo and sympy, too
+
+    return _for_any_version(getattr(masking_utils, _MASKS[layer_type]))
+
 
 KEPT = 8
 """how many placements are kept: every kind of layer for a few token ranges"""
@@ -99,7 +110,7 @@ class Positions:
             if key not in self._kept:
                 ids = (torch.arange(hidden.shape[1], device=hidden.device) + position).unsqueeze(0)
                 of_type = (kind.layer_type,) if self._per_type else ()
-                mask = _MASKS[kind.layer_type](
+                mask = _mask_of(kind.layer_type)(
                     config=self._config,
                     inputs_embeds=hidden,
                     attention_mask=None,

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from dinfer.model.decoder import Decoder
 
@@ -38,6 +37,8 @@ class Forward:
 
     def __init__(self, decoder: Decoder, see: OnTensor) -> None:
         self._decoder, self._see = decoder, see
+        from transformers import DynamicCache
+
         self._cache = DynamicCache(config=decoder.model.config)
         layers: list[Any] = self._cache.layers
         for index, layer in enumerate(layers):

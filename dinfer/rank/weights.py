@@ -7,6 +7,9 @@ from contextlib import suppress
 
 import torch
 
+# Not with the first model: this brings torch.distributed.nn, which keeps the default group that there is at its import.
+import transformers.masking_utils  # noqa: F401
+
 from dinfer.engine.board import Board, DeviceMemory
 from dinfer.errors import ModelError
 from dinfer.messages import LoadModel, UnloadModel

@@ -1,15 +1,16 @@
 """Connect: a session whose ranks are engines of an ipyparallel cluster, or threads of this process."""
 
+import threading
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from dinfer.cluster.ranks import Ranks
-from dinfer.cluster.threads import LocalRanks
 from dinfer.config import ConfigError, nearest
-from dinfer.saved.saved import WriteReport
-from dinfer.session.session import Session, ShowRun
 
 if TYPE_CHECKING:
     from dinfer.cluster.ipyparallel.attach import ClusterPlace
+    from dinfer.saved.saved import WriteReport
+    from dinfer.session.session import Session, ShowRun
 
 
 def connect(
@@ -22,9 +23,9 @@ def connect(
     timeout: float = 60.0,
     patience: float = 60.0,
     place: "ClusterPlace | None" = None,
-    show: ShowRun | None = None,
-    write: WriteReport | None = None,
-) -> Session:
+    show: "ShowRun | None" = None,
+    write: "WriteReport | None" = None,
+) -> "Session":
     """A session with `n` ranks, `connect(n)` for short; it prints one line that describes them.
 
     "ipyparallel": the engines of a running cluster (`ipcluster start -n 3`) of that profile; if there is none, and
@@ -40,8 +41,12 @@ def connect(
         )
     ranks: Ranks
     if where == "threads":
+        from dinfer.cluster.threads import LocalRanks
+
         ranks = LocalRanks(n)
     elif where == "ipyparallel":
+        # This imports PyTorch while the engines start.
+        threading.Thread(target=import_module, args=["dinfer.session.session"], name="dinfer import").start()
         from dinfer.cluster.engines import EngineRanks
         from dinfer.cluster.ipyparallel.attach import attach
 
@@ -56,6 +61,8 @@ def connect(
         raise ConfigError(
             f"{where!r} is no place for ranks; it must be one of {', '.join(places)}.{nearest(str(where), places)}"
         )
+    from dinfer.session.session import Session
+
     session = Session(ranks, show, write)
     session.announce()
     return session

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from tqdm.auto import tqdm
-
 from dinfer.cluster.ranks import Ranks
 from dinfer.cluster.recovery import meet, recover
 from dinfer.config import Config, ConfigError
@@ -26,6 +24,7 @@ from dinfer.run.hang import Hung
 from dinfer.run.report import NO_VIEWS, Reporter
 from dinfer.run.run import Run
 from dinfer.saved.saved import WriteReport
+from dinfer.session.progress import progress_bar
 from dinfer.session.sweep import Sweep, sweep
 from dinfer.trace.summary import summary
 
@@ -63,7 +62,9 @@ def bars(ranks: Ranks, shown: Sequence[int]) -> Iterator[Callable[[], None]]:
         for rank in shown:
             if said := ranks.ranks[rank].loading:
                 if rank not in found:
-                    found[rank] = tqdm(total=said.total, desc=f"rank {rank}", unit="B", unit_scale=True)
+                    found[rank] = progress_bar(
+                        total=said.total, desc=f"rank {rank}", unit="B", unit_scale=True
+                    )
                 found[rank].n = said.done
                 found[rank].refresh()
 

@@ -8,10 +8,9 @@ from html import escape
 from numbers import Integral
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from dinfer.display import Displayable, Table
 from dinfer.run.run import Run
+from dinfer.session.progress import progress_bar
 
 SWEEP_FIGURES = (
     "tokens", "prefill_s", "compute_s", "exposed_sync_s", "waiting_s", "kv_equal", "text", "error",
@@ -69,7 +68,7 @@ def sweep(
     combinations = list(itertools.product(asked, *choices))
     rows = list[dict[str, Any]]()
     with suppress(KeyboardInterrupt):  # keep what was measured
-        for prompt, *values in tqdm(combinations, desc="runs", unit="run"):
+        for prompt, *values in progress_bar(combinations, desc="runs", unit="run"):
             rows.append(_row(prefill, prompt, dict(zip(parameters, values, strict=True))))
     return Sweep(tuple(rows), len(combinations) - len(rows))
 

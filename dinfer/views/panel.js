@@ -7,7 +7,7 @@ const NOTES = 3; // on blocks that share a cell, the first
 const ZOOMS = [["+", "zoom in", (map, block) => map.zoomBy(0.5, block)], ["−", "zoom out", (map, block) => map.zoomBy(2, block)],
   ["all", "see all", (map) => map.zoomBy(Infinity)]];
 const ZOOM_KEYS = { "+": "+", "=": "+", "-": "−", 0: "all" };
-const LOST = "disconnected: the kernel was restarted. This is a still picture; run the cell again for a live panel.";
+const LOST = "disconnected: the kernel was restarted, or has ended. This is a still picture; run the cell again for a live panel.";
 
 class View {
   constructor(model, el) {
@@ -152,7 +152,7 @@ class View {
     this.silent.forEach(clearTimeout);
   }
 
-  // The kernel was restarted: this panel stays disconnected.
+  // The kernel was restarted, or this panel was saved with the notebook: it stays disconnected.
   lose() {
     this.lost = true;
     this.hint = "";
@@ -388,9 +388,16 @@ function marksOf(bytes, board) {
   });
 }
 
+function initialize({ model }) {
+  const slots = new Slots(model);
+  return () => slots.close();
+}
+
+// As an output of the widgets' own type, or among other widgets.
 function render({ model, el }) {
   const view = new View(model, el);
+  hasKernel(model).then((isLive) => isLive() || view.lose());
   return () => view.close();
 }
 
-export default { render };
+export default { initialize, render };

@@ -4,15 +4,19 @@ This is the kernel's side: what is shown, and who does what a browser asks for. 
 panel.css.
 """
 
+import os
+import sys
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import anywidget
 import ipywidgets
-from traitlets import Bytes, Dict
+from traitlets import Bytes, Dict, Unicode
 
+from dinfer.errors import ipython
 from dinfer.plan.ops import PlanError
 from dinfer.run.state import MOVING, Standing
 from dinfer.views.cells import CellMap
@@ -21,7 +25,7 @@ from dinfer.views.desk import Action, Painter, Worker
 from dinfer.views.inspector import Inspector, stamp_of
 from dinfer.views.protocol import InspectableRun, Json
 from dinfer.views.status import breakpoints, layout, moment
-from dinfer.views.still import INSTALL, still_html
+from dinfer.views.still import still_html
 from dinfer.views.still_kv import still_kv
 
 
@@ -97,16 +101,15 @@ def _break_at(run: InspectableRun, message: Json) -> Action:
 VIEW = "application/vnd.jupyter.widget-view+json"
 
 HINT = (
-    "An error in place of the panel means that this page could not load anywidget: "
-    f"<code>{INSTALL}</code> in the environment of the Jupyter server, then load the page again. "
-    "VS Code and Colab load it from the network, and have to be allowed to."
+    "An error in place of the panel means that this page could not load anywidget: VS Code and Colab load it from the "
+    "network, and have to be allowed to."
 )
 """A page that has ipywidgets but not anywidget shows an unhelpful error in place of the panel. The hint is a plain
 ipywidget below it, and panel.css, which comes with a panel that is drawn, hides it."""
 
 _HERE = Path(__file__).parent
 
-SCRIPTS = ("map.js", "heatmap.js", "inspector.js", "communication.js", "controls.js", "panel.js")
+SCRIPTS = ("map.js", "heatmap.js", "inspector.js", "communication.js", "controls.js", "slots.js", "panel.js")
 """concatenated, they are one module"""
 
 
@@ -128,6 +131,8 @@ class Panel(anywidget.AnyWidget):
     """the state of each (layer, chunk, rank), see `cells`, as `bins.packed` has packed them"""
     marks = Dict().tag(sync=True)
     """notes on single blocks: see `status.moment`"""
+    slot = Unicode().tag(sync=True)
+    """the model's id, which a browser does not know of itself: it draws in outputs that carry it"""
 
     def __init__(self, run: InspectableRun) -> None:
         self._run, self._cells = run, CellMap(run.plan)
@@ -143,7 +148,8 @@ class Panel(anywidget.AnyWidget):
         """the number of actions done when the last one ended, and the stamp of the run then"""
         self._frame: ipywidgets.VBox | None = None
         """the panel and HINT"""
-        super().__init__(board={**layout(run.plan, run.chunk_labels()), "figures": list(FIGURES)})
+        board, slot = {**layout(run.plan, run.chunk_labels()), "figures": list(FIGURES)}, uuid4().hex
+        super().__init__(board=board, slot=slot, model_id=slot)
         self._paint()
         self.on_msg(self._on_message)
         self._unsubscribe: Callable[[], None] | None = run.on_change(self._painter.touch)
@@ -225,7 +231,14 @@ class Panel(anywidget.AnyWidget):
         self._painter.touch()
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[Json, Json]:
-        """The live view, and a still picture for pages without a kernel."""
+        """The still picture, in a slot in which a page that has the panel's model draws the live one (slots.js).
+
+        Not the widget itself: Jupyter would show an error in its place, and not the picture, once a notebook is opened
+        again. Pages that draw widgets in no other way are given both.
+        """
+        if not draws_only_widgets():
+            slot = f'<div class="dinfer-slot {self.slot}">{self._still()}</div>'
+            return {"text/html": slot, "text/plain": repr(self)}, {}
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
         if VIEW in data:
             if not self._frame:
@@ -233,6 +246,9 @@ class Panel(anywidget.AnyWidget):
                 hint.add_class("dinfer-hint")
                 self._frame = ipywidgets.VBox([self, hint], layout={"overflow": "visible"})
             data = {**data, VIEW: {**data[VIEW], "model_id": self._frame.model_id}}
+        return {**data, "text/html": self._still()}, metadata
+
+    def _still(self) -> str:
         try:
             events, _ = self._run.events_since([])
             standing = self._run.standing()
@@ -242,7 +258,17 @@ class Panel(anywidget.AnyWidget):
                 kv = ""
             except Exception as error:  # the rest of the picture is still shown
                 kv = f"<div>{escape(f'KV cannot be shown: {error}')}</div>"
-            still = still_html(self._run.plan, standing, self._run.chunk_labels(), events, kv)
-        except Exception as error:  # the live view is still returned, and reports errors
-            still = escape(f"dinfer: where the run stands cannot be shown: {error}")
-        return {**data, "text/html": still}, metadata
+            return still_html(self._run.plan, standing, self._run.chunk_labels(), events, kv)
+        except Exception as error:  # the live view is still shown, and reports errors
+            return f"<div>{escape(f'dinfer: where the run stands cannot be shown: {error}')}</div>"
+
+
+ONLY_WIDGETS = {"VSCODE_PID", "PYCHARM_HOSTED"}
+"""environment variables of editors that start kernels themselves"""
+
+
+def draws_only_widgets() -> bool:
+    """Whether the page draws a widget only as an output of the widgets' own type: VS Code, PyCharm and Colab."""
+    own = getattr(ipython(), "user_ns", {})
+    by_editor = not ONLY_WIDGETS.isdisjoint(os.environ) and "JPY_SESSION_NAME" not in os.environ
+    return by_editor or "__vsc_ipynb_file__" in own or "google.colab.output" in sys.modules

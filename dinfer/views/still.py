@@ -35,7 +35,11 @@ from dinfer.views.figures.style import link_name
 from dinfer.views.figures.svg import svg
 from dinfer.views.status import status
 
-INSTALL = "pip install ipywidgets anywidget"
+STILL = (
+    "A still picture of the run, as it stood when this cell was run. Run the cell again for a live panel, with a new "
+    "kernel also those before it. If that shows a picture, too: <code>pip install ipywidgets anywidget</code> in the "
+    "environment of the Jupyter server."
+)
 
 COLOURS = ("#e9edf1", "#f4c430", "#2672b3", "#e07b39", "#14385c")
 """of states, on white, as in panel.css; they differ in lightness"""
@@ -67,12 +71,12 @@ def still_html(
     known = "".join(f"<li>{escape(mark.text)}</li>" for mark in standing.marks[:20])
     known += f"<li>and {len(standing.marks) - 20:,} more</li>" if len(standing.marks) > 20 else ""
     return (
-        f"<div><div>dinfer: {escape('; '.join(filter(None, words)))}</div>{map_svg(states, plan.shape.owners, labels)}"
+        f"<div><div>dinfer: {escape('; '.join(filter(None, words)))}</div><div><small>{STILL}</small></div>"
+        f"{map_svg(states, plan.shape.owners, labels)}"
         "<div><small>A cell's parts are the ranks, left to right; the line, the cut, separates computed blocks "
         "from the others.</small></div>"
         f"{_ranks(shown['ranks'], held.tolist(), plan.shape.blocks)}{f'<ul>{known}</ul>' if known else ''}"
-        f"{kv}{_links(events)}<div><small>A still picture: the live panel needs a running kernel, and "
-        f"<code>{INSTALL}</code> in the environment of the Jupyter server.</small></div></div>"
+        f"{kv}{_links(events)}</div>"
     )
 
 

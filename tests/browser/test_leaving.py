@@ -16,9 +16,12 @@ pytestmark = pytest.mark.browser
 
 BEFORE, LEAVE, AFTER = 3, 4, 5
 NAMES = """sorted(
-    thread.name for thread in threading.enumerate() if type(thread).__name__ != "GarbageCollectorThread"
+    thread.name
+    for thread in threading.enumerate()
+    if type(thread).__name__ != "GarbageCollectorThread" and not thread.name.startswith("subshell")
 )"""
-"""of all threads but pyzmq's own, which a process gets with its first large message and keeps"""
+"""of all threads but those that a process gets and keeps: pyzmq's with its first large message, the kernel's for the
+messages of widgets with its first widget"""
 CLOSING = [
     DEBUGGER[CONNECT],
     "panel = session.debugger()\npanel",

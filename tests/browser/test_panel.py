@@ -267,7 +267,6 @@ while not pathlib.Path({str(go)!r}).exists() and time.monotonic() < deadline:
     book.run(SHOW)
     book.run(4)
     panel, other = PanelPage(book), PanelPage(book, 4)
-    expect(book.output(SHOW).locator(".dinfer-hint")).to_be_hidden()
     book.start(3)
     panel.press("step:wave")
     expect(panel.root.locator(".dinfer-banner")).to_contain_text("busy with a cell")

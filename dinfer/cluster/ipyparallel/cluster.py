@@ -53,6 +53,7 @@ class RankMagics(ParallelMagics):  # type: ignore[misc]
     """ipyparallel's magics, with ranks as targets."""
 
     ids: Sequence[int] = ()
+    progress_after_seconds = -1  # its bar is a widget: an error in a notebook that is opened again
 
     def _eval_target_str(self, ts: str) -> int | list[int]:
         return target_ids(ts, self.ids)

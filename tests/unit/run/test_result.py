@@ -117,7 +117,8 @@ def test_the_table_has_a_line_for_each_rank_and_link(job: Job, ranks: list[RankS
     lines = table(result(job, ranks)).splitlines()
     figures = [4.0, 1.0, 2.0, 0.5, 1.0, 2.0, 6.0, 0.0]
     assert lines[1].split() == ["0", "cpu", *(f"{figure:.3f}" for figure in figures)]
-    assert lines[-1].split() == ["0→1", "1", "6.000", "2000.00", "3"]
+    assert lines[-3].split() == ["0→1", "1", "6.000", "2000.00", "3"]
+    assert lines[-1] == "1 new token; stopped because max_new_tokens is reached"
 
 
 def test_json_is_utf_8_and_reads_back(job: Job, ranks: list[RankState], tmp_path: Path) -> None:

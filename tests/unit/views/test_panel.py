@@ -17,9 +17,8 @@ from dinfer.plan.cut import UNITS
 from dinfer.run.state import Mark
 from dinfer.views.bins import packed
 from dinfer.views.cells import ARMED, DIFFERS, EVERYWHERE, CellMap
-from dinfer.views.panel import VIEW, Panel
+from dinfer.views.panel import ONLY_WIDGETS, VIEW, Panel
 from dinfer.views.protocol import InspectableRun
-from dinfer.views.still import INSTALL
 from tests.support.doubles import PaperRun, TwinRun, paper_plan
 from tests.support.expected import panel_threads
 from tests.support.maps import unpacked
@@ -344,19 +343,49 @@ def widgets() -> set[str]:
     return set(_instances)
 
 
-def test_a_hint_stands_beside_the_panel_and_goes_with_it() -> None:
+def test_the_output_is_a_picture_in_a_slot_that_names_the_model(paper: Held) -> None:
+    """And no widget, which Jupyter would show as an error in a notebook that is opened again."""
+    data, metadata = paper.panel._repr_mimebundle_()
+    assert data.keys() == {"text/html", "text/plain"}
+    assert data["text/html"].startswith(f'<div class="dinfer-slot {paper.panel.model_id}">')
+    assert paper.panel.slot == paper.panel.model_id
+    assert metadata == {}
+
+
+@pytest.fixture(params=[*ONLY_WIDGETS, "__vsc_ipynb_file__"])
+def editor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An editor that draws only widgets, by what tells it."""
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    if request.param in ONLY_WIDGETS:
+        monkeypatch.setenv(request.param, "1")
+    else:
+        shell = SimpleNamespace(user_ns={request.param: "a.ipynb"})
+        monkeypatch.setattr("dinfer.views.panel.ipython", lambda: shell)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("editor")
+def test_an_editor_gets_the_widget_and_a_hint_that_goes_with_it() -> None:
     before = widgets()
     held = Held(PaperRun(paper_plan()))
     first, second = (held.panel._repr_mimebundle_()[0][VIEW]["model_id"] for _ in range(2))
     assert first == second
     shown, hint = _instances[first].children
     assert shown is held.panel
-    assert INSTALL in hint.value
+    assert "could not load anywidget" in hint.value
     assert "dinfer-hint" in hint._dom_classes
     assert ".dinfer-hint { display: none !important; }" in str(held.panel._css)
     held.panel.close()
     left = {type(_instances[one]).__name__ for one in widgets() - before}
     assert left.isdisjoint({"Panel", "VBox", "HTML"})
+
+
+def test_jupyter_that_was_started_in_an_editor_gets_the_picture(
+    paper: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VSCODE_PID", "1")
+    monkeypatch.setenv("JPY_SESSION_NAME", "a.ipynb")
+    assert VIEW not in paper.panel._repr_mimebundle_()[0]
 
 
 def test_colab_is_told_to_load_other_people_s_widgets(monkeypatch: pytest.MonkeyPatch) -> None:
