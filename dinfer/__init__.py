@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "connect", "load_ipython_extension", "open"]
 
 
-def connect(where: str = "ipyparallel", n: int = 3, **options: Any) -> "Session":
-    """Open a session with `n` ranks.
+def connect(where: str | int = "ipyparallel", n: int = 3, **options: Any) -> "Session":
+    """Open a session with `n` ranks; `connect(n)` for short.
 
     `where`: "ipyparallel" joins a running cluster or starts one; "threads" runs all ranks in this process. `options`:
     profile, cluster_id, start, timeout, patience (see `dinfer.session.connect`).
