@@ -72,7 +72,8 @@ def _check_watcher(state: RankState) -> None:
 
 def _as_answered(rank: int, stacks: ThreadStacks) -> Stacks:
     frames, texts, cpu_s = dict[str, StackFrame](), list[str](), list[float]()
-    for thread in stacks.threads:
+    # Who reads on wants to see the op first: a lane that computes, then those that wait for a peer, then other threads.
+    for thread in sorted(stacks.threads, key=lambda one: (_lane(rank, one.name) == one.name, one.waits)):
         if thread.frames:
             frame = StackFrame(*thread.frames[thread.at], thread.native, thread.waits, thread.held)
             frames[_lane(rank, thread.name)] = frame
@@ -102,7 +103,7 @@ def as_dumped(rank: int, text: str) -> Stacks:
 def as_spied(rank: int, threads: Sequence[SpiedThread], known: Stacks) -> Stacks | None:
     """What is known, with what py-spy saw a little earlier; None where the rank has moved since."""
     seen = {_lane(rank, thread.name): thread.frames for thread in threads}
-    text = "\n".join(map(_spied_text, threads))
+    text = "\n".join(map(_spied_text, sorted(threads, key=lambda one: _lane(rank, one.name) == one.name)))
     if known.answers is None:  # it is stopped, so only py-spy can see it
         return replace(known, text=text)
     if not known.answers:

@@ -7,6 +7,9 @@ from dinfer.display import html_text
 from dinfer.verdict.drawing import Arrow, Box, drawing
 from dinfer.verdict.waits import HUNG, HangKind, Wait, Waits
 
+SHOWN = 20
+"""lines of a culprit's stacks that a verdict prints; the op's thread comes first"""
+
 
 @dataclass(frozen=True, repr=False)
 class Verdict:
@@ -42,7 +45,11 @@ class Verdict:
             lines.append(f"chain: {'; '.join(f'rank {wait.node.rank} {wait.text}' for wait in self.chain)}")
         for rank in self.ranks:
             if stack := self.stacks.get(rank):
-                lines += [f"rank {rank}'s Python:", *(f"  {line}" for line in stack.splitlines())]
+                shown, more = stack.splitlines()[:SHOWN], len(stack.splitlines()) - SHOWN
+                lines += [f"rank {rank}'s Python:", *(f"  {line}" for line in shown)]
+                lines += [f"  … and {more} lines more, of other threads too: verdict.stacks[{rank}]"] * (
+                    more > 0
+                )
         return "\n".join(lines)
 
     def __repr__(self) -> str:

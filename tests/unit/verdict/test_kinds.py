@@ -475,3 +475,16 @@ def test_of_a_paused_run_every_rank_s_line_names_the_op_that_where_names(plan: P
 def test_sizes_are_of_the_op() -> None:
     assert SIZES.of(parse_op("send kv c0 l3 -> 1, 128 tokens")) == 128 * 512
     assert SIZES.of(parse_op("send final -> 1, 1 token")) == 256
+
+
+def test_a_verdict_prints_the_first_lines_of_a_culprit_s_stacks_and_says_where_the_rest_is() -> None:
+    stack = "\n".join(f"line {n}" for n in range(250))
+    told = str(
+        Verdict("stuck in Python", "rank 1 is stuck", ranks=(1,), stacks={0: "another rank's", 1: stack})
+    )
+    assert told.startswith("rank 1 is stuck\nrank 1's Python:\n  line 0\n")
+    assert "line 249" not in told
+    assert told.count("\n") < 30
+    assert told.endswith("230 lines more, of other threads too: verdict.stacks[1]")
+    short = str(Verdict("stuck in Python", "rank 1 is stuck", ranks=(1,), stacks={1: "line 0"}))
+    assert short == "rank 1 is stuck\nrank 1's Python:\n  line 0"
