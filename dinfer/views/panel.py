@@ -263,12 +263,12 @@ class Panel(anywidget.AnyWidget):
             return f"<div>{escape(f'dinfer: where the run stands cannot be shown: {error}')}</div>"
 
 
-ONLY_WIDGETS = {"VSCODE_PID", "PYCHARM_HOSTED"}
+ONLY_WIDGETS = ("VSCODE_PID", "PYCHARM_HOSTED")
 """environment variables of editors that start kernels themselves"""
 
 
 def draws_only_widgets() -> bool:
     """Whether the page draws a widget only as an output of the widgets' own type: VS Code, PyCharm and Colab."""
     own = getattr(ipython(), "user_ns", {})
-    by_editor = not ONLY_WIDGETS.isdisjoint(os.environ) and "JPY_SESSION_NAME" not in os.environ
+    by_editor = any(name in os.environ for name in ONLY_WIDGETS) and "JPY_SESSION_NAME" not in os.environ
     return by_editor or "__vsc_ipynb_file__" in own or "google.colab.output" in sys.modules
