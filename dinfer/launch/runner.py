@@ -10,6 +10,7 @@ from dinfer.cluster.ranks import RankState
 from dinfer.display import listed
 from dinfer.job import Job
 from dinfer.launch.processes import Processes
+from dinfer.model.checkpoint import ignored_generation
 from dinfer.plan.plan import Plan
 from dinfer.run.report import findings_of_result
 from dinfer.run.result import merge, result_of, table
@@ -58,6 +59,8 @@ class ProgressLines:
             f"threads each: {config.threads}, over {config.backend}\n"
             f"plan ({plan.schedule}, {plan.sync_strategy}) {self._job.verdict}"
         )
+        if ignored := ignored_generation(self._job.spec.path):
+            self.say(ignored)
 
     def on_text(self, piece: str) -> None:
         if not self.text and piece:

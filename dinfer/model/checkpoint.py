@@ -148,6 +148,43 @@ def check_unchanged(spec: Spec) -> None:
         )
 
 
+_SAMPLING = ("temperature", "top_k", "top_p")
+_WITHOUT_EFFECT = (
+    "transformers_version",
+    "use_cache",
+    "max_length",
+    "max_new_tokens",
+    "cache_implementation",
+)
+
+
+def ignored_generation(folder: Path) -> str:
+    """What generation_config.json asks for and dinfer does not do, in a sentence; "" for nothing."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return ""
+    given = _read_json(file)
+    sampled = bool(given.pop("do_sample", False))
+    sampling = {
+        name: given.pop(name) for name in _SAMPLING if name in given
+    }  # without do_sample it has no effect
+    unknown = {
+        name: value
+        for name, value in sorted(given.items())
+        if not name.startswith(("_", "output_", "return_")) and not name.endswith("_token_id")
+        # A penalty of 1, a size of 0 or a switch that is off asks for nothing.
+        if name not in _WITHOUT_EFFECT and (value is True or value not in (None, False, 0, 1, "", [], {}))
+    }
+    parts = []
+    if sampled:
+        named = ", ".join(["sampling", *(f"{name} {value}" for name, value in sampling.items())])
+        parts.append(f"{named} (dinfer is greedy unless its own parameters say otherwise)")
+    if unknown:
+        named = ", ".join(f"{name} {value}" for name, value in unknown.items())
+        parts.append(f"{named} (dinfer has no such parameter)")
+    return f"not taken from generation_config.json: {'; '.join(parts)}" if parts else ""
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether a tokenizer lies beside the weights."""
     return any((folder / name).is_file() for name in _TOKENIZER_FILES)

@@ -14,7 +14,7 @@ from dinfer.display import Announced, Closing, Displayable, DisplayableText, Tid
 from dinfer.errors import DinferError, NotPossible
 from dinfer.job import Job, prepare_load, prepare_loaded, threads_per_rank, without_fixed
 from dinfer.messages import LoadModel, PreparePrompt, UnloadModel
-from dinfer.model.checkpoint import Spec
+from dinfer.model.checkpoint import Spec, ignored_generation
 from dinfer.model.text import load_tokenizer
 from dinfer.plan.custom import CustomSchedule
 from dinfer.plan.plan import Plan
@@ -124,6 +124,8 @@ class Session(Tidy, Announced, Closing):
             meet(self.ranks, config.backend)
         self._config = config
         self._load(range(self.world_size))
+        if ignored := ignored_generation(self.spec.path):
+            print(ignored)
         return self
 
     def prefill(

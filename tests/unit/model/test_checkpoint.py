@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dinfer.errors import ModelError
-from dinfer.model.checkpoint import Spec, check, resolve
+from dinfer.model.checkpoint import Spec, check, ignored_generation, resolve
 from dinfer.model.decoder import Decoder
 from tests.support.tiny import CONFIGS, tiny_checkpoint
 
@@ -321,6 +321,35 @@ def test_hub_names_are_looked_up_in_the_local_cache_only(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", found)
     assert resolve("some/model") == folder
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({}, ""),
+        ({"eos_token_id": [1, 2], "do_sample": False, "use_cache": True, "temperature": 0.6}, ""),
+        ({"repetition_penalty": 1.0, "num_beams": 1, "no_repeat_ngram_size": 0, "min_length": None}, ""),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.95},
+            "sampling, temperature 0.6, top_p 0.95 (dinfer is greedy unless its own parameters say otherwise)",
+        ),
+        (
+            {
+                "do_sample": True,
+                "repetition_penalty": 1.1,
+                "no_repeat_ngram_size": 3,
+                "renormalize_logits": True,
+            },
+            "sampling (dinfer is greedy unless its own parameters say otherwise); no_repeat_ngram_size 3, "
+            "renormalize_logits True, repetition_penalty 1.1 (dinfer has no such parameter)",
+        ),
+    ],
+)
+def test_what_generation_config_asks_for_and_does_not_get(
+    folder: Path, asked: dict[str, Any], said: str
+) -> None:
+    (folder / "generation_config.json").write_text(json.dumps(asked))
+    assert ignored_generation(folder) == (f"not taken from generation_config.json: {said}" if said else "")
 
 
 def test_many_missing_shards_are_counted_and_five_named(folder: Path) -> None:

@@ -23,6 +23,12 @@ def test_greedy_takes_the_largest() -> None:
     assert Sampler(Sampling(temperature=0.0, top_k=2, seed=9))(LOGITS.bfloat16(), 5) == 1
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-39, 5e-324])
+def test_a_temperature_that_overflows_is_greedy(temperature: float) -> None:
+    assert draws(Sampling(temperature=temperature), 20) == Counter({1: 20})
+    assert draws(Sampling(temperature=temperature, top_k=3, top_p=0.9), 20) == Counter({1: 20})
+
+
 def test_draws_follow_the_probabilities() -> None:
     expected = (LOGITS / 0.8).softmax(-1)
     counts = draws(Sampling(temperature=0.8))
