@@ -14,8 +14,14 @@ from dinfer.trace.intervals import minus, seconds, union
 
 
 class RankFigures(NamedTuple):
-    """One rank's part of a run. Times in seconds; bytes are payloads, without headers. `check_s`: the check of all
-    blocks before decode, which is not part of the other times."""
+    """One rank's part of a run. Times in seconds of the clock, so that what lanes do at once counts once and none is
+    longer than prefill; bytes are payloads, without headers.
+
+    `prefill_s`: from the first op of the run, on any rank, to this rank's last; `compute_s`: in which it computed;
+    `exposed_sync_s`: in which it moved KV and computed nothing; `waiting_s`: in which at least one lane waited for a
+    peer, while others may have computed; `wire_s`: in which at least one message was on the wire; `decode_s`: computing
+    new tokens; `check_s`: the check of all blocks before decode. The last two are not part of prefill.
+    """
 
     rank: int
     prefill_s: float
@@ -89,7 +95,7 @@ class Trace:
             compute_s=seconds(compute),
             exposed_sync_s=seconds(minus(sync, compute)),
             decode_s=sum(e.busy for e in mine if e.kind == "decode") / 1e9,
-            waiting_s=sum(e.waited for e in transfers) / 1e9,
+            waiting_s=seconds(union((e.start, e.met) for e in transfers)),
             wire_s=seconds(union((e.met, e.end) for e in transfers)),
             sent_bytes=sum(e.bytes for e in transfers if e.kind == "send"),
             received_bytes=sum(e.bytes for e in transfers if e.kind == "recv"),

@@ -73,7 +73,7 @@ def test_figures_of_a_rank_that_receives() -> None:
         compute_s=2.0,
         exposed_sync_s=6.0,
         decode_s=0.0,
-        waiting_s=10.0,  # 2 + 4 + 4
+        waiting_s=7.0,  # 11 to 13 and 17 to 22: two lanes that wait at once count once
         wire_s=9.0,  # 13 to 17 and 21 to 26: two messages at once count once
         sent_bytes=0,
         received_bytes=450,
