@@ -51,7 +51,7 @@ def verify(
 ) -> None:
     """Prove a plan, or print the shortest counterexample. Status 0: proved; 1: refuted; 2: invalid input."""
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
         parsed = parse_plan(text)
     except OSError as error:
         stop(f"the plan {file!r} cannot be read: {error.strerror}.", BAD_INPUT)

@@ -218,7 +218,7 @@ def _ropes(config: Any) -> list[Mapping[str, Any]]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read as JSON ({error}); download the checkpoint again") from error
     if not isinstance(value, dict):

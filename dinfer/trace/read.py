@@ -5,9 +5,13 @@ A report holds its traces as JSON that browsers do not run. To be short, each fi
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import fields
+from math import prod
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from dinfer.trace.events import Event
 from dinfer.trace.export import FORMAT, TraceError
@@ -27,21 +31,86 @@ _TIMES = ("ready", "start", "met", "end")
 _WORDS = ("lane", "kind", "what")
 
 
+_LARGEST = {
+    "rank": 9_999,
+    "peer": 9_999,
+    "layer": 99_999,
+    "chunk": 9_999_999,
+    "tokens": 1 << 40,
+    "bytes": 1 << 60,
+}
+_LONGEST_NS = 1 << 62  # in nanoseconds, a century and a half
+
+MAX_CELLS = 20_000_000
+"""layers × chunks × ranks; views draw no larger map"""
+
+_event = msgspec.json.Decoder(Event)
+
+
 def read_jsonl(path: str | Path) -> Trace:
-    """The trace in a file that `Trace.export` or another program has written. Raises TraceError."""
+    """The trace in a file that `Trace.export` or another program has written. Every field is checked as it is read.
+    Raises TraceError, which names the line."""
+    number, events = 1, list[Event]()
     try:
-        with Path(path).open(encoding="utf-8") as file:
+        with Path(path).open(encoding="utf-8-sig") as file:
             header = json.loads(file.readline())
             known = isinstance(header, dict) and header.get("format") == FORMAT
-            events = tuple(Event(**json.loads(line)) for line in file) if known else ()
-    except (ValueError, TypeError) as error:  # not JSON, not UTF-8, or a line that is no event
-        raise TraceError(f"{str(path)!r} is not a trace, or a damaged one: {error}.") from None
+            for line in file if known else ():
+                number += 1
+                events.append(_event.decode(line))
+                _check_event(events[-1])
+        number = 1
+        if known:
+            _check_sizes(header.get("about", {}), events)
+    except (
+        ValueError,
+        TypeError,
+        RecursionError,
+    ) as error:  # not JSON, not UTF-8, or a line that is no event
+        raise TraceError(f"{str(path)!r} is not a trace, or a damaged one: line {number}: {error}.") from None
     if not known:
         raise TraceError(f"{str(path)!r} is not a trace: its first line does not say {FORMAT!r}.")
     expected = header.get("events", len(events))
     if expected != len(events):
         raise TraceError(f"{str(path)!r} holds {len(events)} of {expected} events: it was cut short.")
-    return Trace(events, header.get("about", {}))
+    return Trace(tuple(events), header.get("about", {}))
+
+
+def _check_event(event: Event) -> None:
+    """Raises ValueError for a field out of range."""
+    for name, largest in _LARGEST.items():
+        value = getattr(event, name)
+        if value is not None and not 0 <= value <= largest:
+            raise ValueError(f"{name} is {value}; it must be from 0 to {largest:,}")
+    times = {name: getattr(event, name) for name in _TIMES}
+    if min(times.values()) < 0 or max(times.values()) > _LONGEST_NS:
+        raise ValueError(f"its times are {times}; they must be nanoseconds, at least 0")
+    if (
+        event.end and not event.ready <= event.start <= event.end
+    ):  # `met` is another rank's clock, and may be off
+        raise ValueError(f"its times are {times}; it must be ready, start and end in this order")
+
+
+def _check_sizes(about: Any, events: Sequence[Event]) -> None:
+    """Raises ValueError for a description that is none, or sizes that no run has, as one wrong number makes them."""
+    if not isinstance(about, dict):
+        raise ValueError(f"about is {about!r}; it must be an object")
+    for name in ("layers", "tokens", "chunk_size", "world_size", "threads"):
+        value = about.get(name)
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 <= value < 1 << 40):
+            raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 0")
+    chunks = -(-(about.get("tokens") or 0) // (about.get("chunk_size") or 1))
+    sizes = {
+        "layers": max([about.get("layers") or 1, *(e.layer + 1 for e in events if e.layer is not None)]),
+        "chunks": max([chunks, 1, *(e.chunk + 1 for e in events if e.chunk is not None)]),
+        "ranks": max([about.get("world_size") or 1, *(e.rank + 1 for e in events)]),
+    }
+    if prod(sizes.values()) > MAX_CELLS:
+        named = ", ".join(f"{size:,} {name}" for name, size in sizes.items())
+        raise ValueError(
+            f"it would have {named}: more than {MAX_CELLS:,} blocks. One of these numbers must be wrong"
+        )
 
 
 def read_traces(path: str | Path) -> list[Trace]:
@@ -49,9 +118,9 @@ def read_traces(path: str | Path) -> list[Trace]:
     if Path(path).suffix.lower() not in (".html", ".htm"):
         return [read_jsonl(path)]
     try:
-        found = map(json.loads, _ELEMENTS.findall(Path(path).read_text(encoding="utf-8")))
+        found = map(json.loads, _ELEMENTS.findall(Path(path).read_text(encoding="utf-8-sig")))
         traces = [of_columns(values) for values in found if values["format"] == IN_COLUMNS]
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise TraceError(f"{str(path)!r} holds a damaged trace: {type(error).__name__}: {error}.") from None
     if not traces:
         raise TraceError(
@@ -89,4 +158,8 @@ def of_columns(values: dict[str, Any]) -> Trace:
     for name in _WORDS:
         columns[name] = [values["words"][name][number] for number in columns[name]]
     rows = zip(*(columns[name] for name in _FIELDS), strict=True)
-    return Trace(tuple(Event(*row) for row in rows), values["about"])
+    events = tuple(msgspec.convert(dict(zip(_FIELDS, row, strict=True)), Event) for row in rows)
+    for event in events:
+        _check_event(event)
+    _check_sizes(values["about"], events)
+    return Trace(events, values["about"])

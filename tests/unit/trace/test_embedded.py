@@ -14,7 +14,7 @@ from dinfer.trace.export import TraceError
 from dinfer.trace.findings import Findings, KvFinding, RankFinding, findings_of, with_findings
 from dinfer.trace.read import as_columns, of_columns, read_traces, script_json
 from dinfer.trace.trace import Trace
-from tests.support.made_events import events
+from tests.support.made_events import events, plausible
 
 HOSTILE = "</script><script>alert(1)</script><!-- & \u2028 珀斯"
 
@@ -29,7 +29,7 @@ def page(*traces: Trace) -> str:
 
 @given(st.lists(events(lanes=("main", "kv-in:0"), ranks=3), max_size=8))
 def test_columns_hold_the_whole_trace(made: list[Event]) -> None:
-    trace = Trace(tuple(made), {"prompt": HOSTILE})
+    trace = Trace(tuple(plausible(made)), {"prompt": HOSTILE})
     assert of_columns(json.loads(script_json(as_columns(trace)))) == trace
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,7 +14,7 @@ from dinfer.trace.events import Event
 from dinfer.trace.export import FORMAT, TraceError
 from dinfer.trace.read import read_jsonl
 from dinfer.trace.trace import Trace
-from tests.support.made_events import events
+from tests.support.made_events import events, plausible
 
 TRACE = Trace.merge(
     [[Event(0, "main", "layer", 1, 2, 2, 3, chunk=0, layer=1)] * 3], model="demo", prompt="你好"
@@ -22,13 +23,13 @@ PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(alphabet=st.characters(codec="utf-8"), max_size=5),
     lambda inner: st.lists(inner, max_size=3),
 )
-ABOUT = st.dictionaries(st.sampled_from(["model", "threads", "events", "format", "about"]), PLAIN)
+ABOUT = st.dictionaries(st.sampled_from(["model", "note", "events", "format", "about"]), PLAIN)
 
 
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(events(ranks=3), max_size=5), ABOUT)
 def test_write_and_read(tmp_path: Path, made: list[Event], about: dict[str, object]) -> None:
-    trace = Trace(tuple(made), about)
+    trace = Trace(tuple(plausible(made)), about)
     trace.export("jsonl", tmp_path / "trace.jsonl")
     assert read_jsonl(tmp_path / "trace.jsonl") == trace
 
@@ -116,3 +117,53 @@ def test_what_is_no_trace_says_so(tmp_path: Path, name: str) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_jsonl(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("header", "event", "words"),
+    [
+        ({}, {"layer": 10**6}, r"line 2: layer is 1000000; it must be from 0 to 99,999"),
+        ({}, {"rank": -1}, r"line 2: rank is -1; it must be from 0"),
+        ({}, {"layer": "1"}, r"line 2: Expected `int \| null`, got `str` - at `\$.layer`"),
+        ({}, {"end": None}, r"line 2: Expected `int`, got `null` - at `\$.end`"),
+        ({}, {"end": float("nan")}, r"line 2: JSON is malformed"),
+        ({}, {"start": -5, "ready": -5}, r"line 2: its times are .*they must be nanoseconds, at least 0"),
+        ({}, {"start": 9}, r"line 2: its times are .*it must be ready, start and end in this order"),
+        ({}, {"bytes": 10**40}, r"line 2: .*bytes"),
+        (
+            {"layers": 10**9, "world_size": 3},
+            {},
+            r"line 1: it would have 1,000,000,000 layers, 1 chunks, 3 ranks",
+        ),
+        (
+            {"tokens": 10**12, "chunk_size": 1},
+            {},
+            r"line 1: it would have 2 layers, 1,000,000,000,000 chunks",
+        ),
+        ({"layers": "many"}, {}, r"line 1: layers is 'many'; it must be a whole number"),
+        ({"world_size": True}, {}, r"line 1: world_size is True; it must be a whole number"),
+    ],
+)
+def test_a_field_that_no_run_has_is_named_with_its_line(
+    tmp_path: Path, header: dict[str, Any], event: dict[str, Any], words: str
+) -> None:
+    TRACE.export("jsonl", path := tmp_path / "trace.jsonl")
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines[0]["about"] |= header
+    lines[1] |= event
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    with pytest.raises(TraceError, match=words):
+        read_jsonl(path)
+
+
+def test_what_is_nested_too_deep_is_no_trace(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"format": "dinfer trace 1", "about": ' + "[" * 100_000, encoding="utf-8")
+    with pytest.raises(TraceError, match=r"is not a trace, or a damaged one: line 1"):
+        read_jsonl(path)
+
+
+def test_a_trace_as_an_editor_saves_it(tmp_path: Path) -> None:
+    TRACE.export("jsonl", path := tmp_path / "trace.jsonl")
+    path.write_bytes(path.read_text(encoding="utf-8").encode("utf-8-sig"))
+    assert read_jsonl(path) == TRACE
