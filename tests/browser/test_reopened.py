@@ -134,6 +134,7 @@ def test_a_saved_notebook_shows_still_pictures_when_it_is_opened_again(
     shot(f"reopened-no-kernel-{lab.app}")
 
 
+@pytest.mark.slow
 def test_models_that_were_saved_with_the_notebook_are_not_live(
     notebook: OpenNotebook, page: Page, lab: Lab
 ) -> None:
@@ -150,6 +151,7 @@ def test_models_that_were_saved_with_the_notebook_are_not_live(
     check_still(book)
 
 
+@pytest.mark.slow
 def test_a_tab_that_is_closed_and_opened_again(notebook: OpenNotebook, page: Page, lab: Lab) -> None:
     """The page is the same, and still has the models of the panels."""
     if lab.app == "notebook":

@@ -31,7 +31,7 @@ SIZES = ((1, 1, 1), (6, 6, 3), (36, 170, 3), (80, 1000, 8), (200, 40, 64), (3, 5
 FAULT = Mark(2, 109, 5, "differs", "rank 2 differs at layer 5, K, head 0")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
 def test_a_map_of_any_size_is_seen_whole(
     page: Page, shot: Shot, size: tuple[int, int, int], scheme: Literal["light", "dark"]
@@ -176,7 +176,7 @@ def test_the_values_of_a_long_prompt_are_seen_around_the_selected_chunk(page: Pa
     expect(said).to_contain_text(f"tokens {later.start:,}–{later.stop - 1:,}")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_figures_of_eight_ranks_are_readable(
     page: Page, shot: Shot, scheme: Literal["light", "dark"]
 ) -> None:
