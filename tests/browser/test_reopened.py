@@ -11,7 +11,7 @@ from playwright.sync_api import Page, expect
 from tests.browser.conftest import OpenNotebook, Shot
 from tests.browser.test_debugger import CELLS, CONNECT, SHOW, Debugger
 from tests.browser.test_figures import FIGURE
-from tests.support.jupyter import APPS, Lab, Notebook, open_file
+from tests.support.jupyter import Lab, Notebook, open_file
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 
@@ -27,7 +27,7 @@ VIEW = "application/vnd.jupyter.widget-view+json"
 SAVE_STATE = "@jupyter-widgets/jupyterlab-manager:saveWidgetState"
 
 
-@pytest.fixture(scope="module", params=sorted(APPS))
+@pytest.fixture(scope="module", params=["jupyterlab", pytest.param("notebook", marks=pytest.mark.slow)])
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """A JupyterLab, then a Notebook 7."""
     made = Lab(tmp_path_factory.mktemp(request.param), request.param)

@@ -150,6 +150,7 @@ def test_no_progress_ends_the_run_with_each_position(
     assert len(re.findall(r"^rank [02]: .* in `recv ", said, re.MULTILINE)) == 2
 
 
+@pytest.mark.slow
 def test_an_error_ranks_above_those_who_wait(model: Path, start: Start) -> None:
     """Rank 1 stands still, so rank 2 waits for it, and rank 0 raises after a while: that is the cause."""
     late = "while time.monotonic() - float((folder / 'fault.at').read_text().split()[0]) < 1: pass\n"

@@ -45,6 +45,7 @@ def test_messages_that_go_wrong(session: Session) -> None:
     check(session, 17, ABOUT_MESSAGES)
 
 
+@pytest.mark.slow
 def test_slow_runs_raise_no_alarm(session: Session) -> None:
     check(session, 0, slow_runs=3, seed=QUICK_SEED)
 

@@ -214,6 +214,7 @@ def test_any_rank_may_break_at_any_op(session: Session, wanted: Wanted, tmp_path
     trial(session, wanted, tmp_path, seed)
 
 
+@pytest.mark.slow
 def test_two_at_once_of_which_one_is_rank_0(session: Session, wanted: Wanted) -> None:
     run = begin(session)
     run.step("layer", 5)
