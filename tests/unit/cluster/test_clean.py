@@ -111,7 +111,8 @@ def test_a_users_cluster_is_never_ended(cluster_id: str) -> None:
         end_cluster(Known(Path("profile_default"), cluster_id))
 
 
-def test_a_users_cluster_is_stopped_by_its_file(tmp_path: Path) -> None:
+def test_a_users_cluster_is_stopped_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # ipyparallel makes a folder for logs in the working folder
     cluster = Known(tmp_path / "profile_x", "mine")
     cluster.cluster_file.parent.mkdir(parents=True)
     waiting = [sys.executable, "-c", "input()"]
