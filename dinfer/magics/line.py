@@ -94,12 +94,7 @@ def act(shell: Any, line: str) -> Any:
         return DisplayableText(usage(name))
     try:
         return found.act(Call(shell, read(found.parser(name), words, getattr(shell, "user_ns", {}))))
-    except (
-        RuntimeError,
-        ValueError,
-        OSError,
-        KeyError,
-    ) as error:  # any other is a bug, and keeps its traceback
+    except (RuntimeError, ValueError, OSError, KeyError) as error:  # others are bugs: their tracebacks stay
         raise UsageError(str(error.args[0] if isinstance(error, KeyError) else error)) from None
 
 

@@ -99,9 +99,8 @@ def check(path: str | Path) -> Spec:
     _check_features(raw, config, folder)
     headers = [_header(file) for file in weight_files(folder)]
     weights = [entry for entries, _ in headers for entry in entries.values()]
-    stored = {
-        _DTYPES.get(entry["dtype"], str(entry["dtype"])): None for entry in weights
-    }  # in the files' order
+    # A dict and not a set: in the files' order.
+    stored = {_DTYPES.get(entry["dtype"], str(entry["dtype"])): None for entry in weights}
     first_dtype = next(iter(stored), "float32")
     heads, hidden = int(config.num_attention_heads), int(config.hidden_size)
     positions = longest = int(config.max_position_embeddings)
@@ -134,9 +133,10 @@ def check(path: str | Path) -> Spec:
 
 
 def check_unchanged(spec: Spec) -> None:
-    """Raises `ModelError` if the folder holds something else than when `spec` was made of it."""
+    """Raises `ModelError` if the folder holds something else than when `spec` was made of it. Reads samples only: it is
+    called for every run."""
     try:
-        found = check(spec.path).fingerprint
+        found = fingerprint(spec.path)
     except ModelError as error:
         raise ModelError(
             f"{spec.path} has changed since it was loaded, and cannot be loaded now: {error}"
@@ -149,13 +149,13 @@ def check_unchanged(spec: Spec) -> None:
 
 
 _SAMPLING = ("temperature", "top_k", "top_p")
-_WITHOUT_EFFECT = (
+_WITHOUT_EFFECT = {
     "transformers_version",
     "use_cache",
     "max_length",
     "max_new_tokens",
     "cache_implementation",
-)
+}
 
 
 def ignored_generation(folder: Path) -> str:
@@ -165,9 +165,7 @@ def ignored_generation(folder: Path) -> str:
         return ""
     given = _read_json(file)
     sampled = bool(given.pop("do_sample", False))
-    sampling = {
-        name: given.pop(name) for name in _SAMPLING if name in given
-    }  # without do_sample it has no effect
+    sampling = {name: given.pop(name) for name in _SAMPLING if name in given}  # no effect without do_sample
     unknown = {
         name: value
         for name, value in sorted(given.items())
@@ -199,12 +197,12 @@ def resolved_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a config class may raise anything for values that it does not expect
         raise ModelError(
-            f"transformers does not accept {folder / 'config.json'}: {first_line(error)}"
+            f"transformers does not accept {folder / 'config.json'}: {in_one_line(error)}"
         ) from error
 
 
-def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line, with its type where that is all that makes it clear."""
+def in_one_line(error: BaseException) -> str:
+    """The type of another library's error, and what it says, in one line and cut if long."""
     text = " ".join(str(error).split())
     text = f"{text[:300]}…" if len(text) > 300 else text
     return f"{type(error).__name__}: {text}"
@@ -353,7 +351,7 @@ def fingerprint(folder: Path) -> str:
         add(file.name.encode())
         add(str(size).encode())
         with file.open("rb", buffering=0) as stream:
-            start = 8 + int.from_bytes(stream.read(8), "little")
+            start = min(size, 8 + int.from_bytes(stream.read(8), "little"))  # a damaged file may say anything
             for begin, end in [(0, start), *sampled_spans(start, size)]:
                 stream.seek(begin)
                 add(stream.read(end - begin))

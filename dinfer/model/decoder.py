@@ -5,7 +5,6 @@ decide which layers to run on which tokens. All methods run under `torch.no_grad
 """
 
 import contextlib
-import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from dinfer.errors import ModelError
 from dinfer.model.cache import CacheWindow, KVCache
-from dinfer.model.checkpoint import Spec, check, check_unchanged, first_line, resolved_config, stored_shapes
+from dinfer.model.checkpoint import Spec, check, fingerprint, in_one_line, resolved_config, stored_shapes
 from dinfer.model.families import family_of
 from dinfer.model.positions import Positions, layer_kinds
 
@@ -85,7 +84,8 @@ class Decoder:
             if views and not mapped and device == "cpu":
                 for weight in model.parameters():
                     weight.data = _copied(weight.data)
-            check_unchanged(spec)
+            if fingerprint(spec.path) != spec.fingerprint:
+                raise ModelError(f"{spec.path} has changed while it was loaded: load it again")
             if on_progress:
                 _place(model, torch.device(device), on_progress)
             return cls(model.to(device), spec)
@@ -223,7 +223,7 @@ def _load_model(spec: Spec, dtype: str) -> Any:
             output_loading_info=True,
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        raise ModelError(f"transformers cannot load {spec.path}: {first_line(error)}") from error
+        raise ModelError(f"transformers cannot load {spec.path}: {in_one_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(_lacking_text(spec, missing, sorted(report["unexpected_keys"])))
     return model.eval().requires_grad_(False)
@@ -238,7 +238,7 @@ def _check_weights(spec: Spec) -> None:
             model = _auto().from_config(resolved_config(spec.path))
     except Exception as error:  # model classes raise anything for values that they do not expect
         raise ModelError(
-            f"transformers cannot build the model of {spec.path}/config.json: {first_line(error)}"
+            f"transformers cannot build the model of {spec.path}/config.json: {in_one_line(error)}"
         ) from error
     expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     stored = stored_shapes(spec.path)
@@ -272,8 +272,7 @@ def _size_keys(config: Any, expected: tuple[int, ...], stored: tuple[int, ...]) 
 
 def _lacking_text(spec: Spec, missing: Sequence[str], unexpected: Sequence[str]) -> str:
     """What a folder without some of the weights may be, and what to do."""
-    raw = json.loads((spec.path / "config.json").read_text(encoding="utf-8-sig"))
-    names = [str(name) for name in raw.get("architectures") or ()]
+    names = resolved_config(spec.path).architectures or []
     text = f"{spec.path} lacks {len(missing)} weights of a whole model, the first {missing[0]!r}"
     if (spec.path / "adapter_config.json").exists():
         return f"{text}: it holds an adapter; merge it into its base model, and give the folder of the result"

@@ -61,7 +61,7 @@ class Sampler:
         scores = logits.detach().to("cpu", torch.float32).unsqueeze(0)
         for warper in self._warpers:
             scores = warper(None, scores)
-        if scores.isinf().logical_and(scores > 0).any() or scores.isnan().any():
+        if not scores.max().isfinite():  # +inf, or NaN of two infinities
             return int(logits.argmax())  # so low a temperature that float32 overflows: its limit is greedy
         cumulative = scores[0].double().softmax(-1).cumsum(-1)
         # A hash of both, so that step 1 of seed 0 is not step 0 of seed 1.

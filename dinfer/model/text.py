@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dinfer.errors import ModelError
-from dinfer.model.checkpoint import first_line, has_tokenizer, resolve
+from dinfer.model.checkpoint import has_tokenizer, in_one_line, resolve
 
 _REPLACEMENT = "\ufffd"  # what a tokenizer decodes the bytes of an unfinished character to
 
@@ -20,7 +20,7 @@ def load_tokenizer(path: str | Path) -> Any | None:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot parse
-        raise ModelError(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
+        raise ModelError(f"the tokenizer in {folder} cannot be loaded: {in_one_line(error)}") from error
 
 
 def encode(tokenizer: Any | None, prompt: str, chat: bool = False) -> list[int]:
@@ -40,7 +40,7 @@ def encode(tokenizer: Any | None, prompt: str, chat: bool = False) -> list[int]:
             prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         except Exception as error:  # a template is a program, and may raise anything
             raise ModelError(
-                f"this tokenizer's chat template failed: {first_line(error)}; encode the prompt as plain text "
+                f"this tokenizer's chat template failed: {in_one_line(error)}; encode the prompt as plain text "
                 "(chat=False)"
             ) from error
     ids = [int(token) for token in tokenizer.encode(prompt, add_special_tokens=not chat)]

@@ -110,8 +110,8 @@ class Session(Tidy, Announced, Closing):
         """Load a checkpoint folder, or "demo", on every rank, for any number of runs; a progress bar for each rank.
 
         `gpu_ids`: the GPU of each rank, empty for the CPU; `threads`: CPU threads of each rank, 0 for an equal share of
-        the cores. Raises ConfigError or ModelError before anything is loaded: too little memory, an unknown GPU, an
-        unsupported model.
+        the cores. Weights that are there already stay, unless the folder has changed. Raises ConfigError or ModelError
+        before anything is loaded: too little memory, an unknown GPU, an unsupported model.
         """
         self._check_open()
         share = max(self.ranks.cores())
@@ -142,7 +142,8 @@ class Session(Tidy, Announced, Closing):
         `parameters` are those of `dinfer run`: chunk_size, sync_strategy, schedule, layer_split, max_new_tokens, …;
         those that `load` fixes for all runs, such as dtype, are refused if they differ.
         `plan`: a plan of your own, its text, or a function of config and shape that makes it or its lanes (see
-        `dinfer.plan.custom`); one that can hang is refused unless `unsafe=True`. Raises ConfigError or PlanError.
+        `dinfer.plan.custom`); one that can hang is refused unless `unsafe=True`. Raises ConfigError, PlanError,
+        NotPossible where no checkpoint is loaded, and ModelError where its folder has changed since.
         """
         self._check_open()
         if self.spec is None:

@@ -44,7 +44,15 @@ def shortened(folder: Path, _: Path) -> None:
         stream.truncate(2000)
 
 
-@pytest.mark.parametrize("change", [trained_further, edited, shortened])
+def overwritten(folder: Path, _: Path) -> None:
+    (folder / WEIGHTS).write_bytes(b"\xff" * 3000)
+
+
+def removed(folder: Path, _: Path) -> None:
+    (folder / WEIGHTS).unlink()
+
+
+@pytest.mark.parametrize("change", [trained_further, edited, shortened, overwritten, removed])
 def test_a_changed_folder_is_refused_until_it_is_loaded_again(
     folder: Path, other: Path, change: Callable[[Path, Path], None]
 ) -> None:
