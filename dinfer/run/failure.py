@@ -22,11 +22,6 @@ class RankFailed(DinferError, RuntimeError):
 SILENT = 257
 """Stands for the exit status of a rank whose watcher has been silent for `silence_limit` seconds."""
 
-HANDED_ON = (
-    "another session has joined these engines since, so this one and its runs are over: go on with that one, or join "
-    "again with dinfer.connect(…)."
-)
-
 
 def silence_limit(timeout: float) -> float:
     """Seconds without news of a watcher, which reports ten times a second, after which its rank counts as lost; less
@@ -40,8 +35,8 @@ def silence_limit(timeout: float) -> float:
 def broken(plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], config: Config) -> str | None:
     """The message about errors and dead ranks; None if there are none. `exits[rank]` is set for ranks that ended
     without a result."""
-    if were_handed_on(ranks):
-        return HANDED_ON
+    if taken := taken_over(ranks):
+        return taken
     errors = [(rank, state.error) for rank, state in enumerate(ranks) if state.error]
     primary = [(rank, error) for rank, error in errors if not error.secondary]
     dead = [rank for rank, code in enumerate(exits) if code is not None and not ranks[rank].error]
@@ -61,9 +56,13 @@ def broken(plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], 
     return told[0] if config.log_dir else "\n".join([*told, "`session.recover()` brings back who is gone."])
 
 
-def were_handed_on(ranks: Sequence[RankState]) -> bool:
-    """Whether another session has taken over these ranks' engines."""
-    return any(state.handed_on for state in ranks)
+def taken_over(ranks: Sequence[RankState]) -> str:
+    """That another session has taken over these ranks' engines; "" where none has."""
+    to = next((state.handed_on for state in ranks if state.handed_on), "")
+    return to and (
+        f"taken over: the session of {to} has these engines now, with model and run. Go on there, or take them back "
+        "with dinfer.connect(…, take=True)."
+    )
 
 
 def is_final(ranks: Sequence[RankState], exits: Sequence[int | None]) -> bool:

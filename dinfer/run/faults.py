@@ -95,6 +95,12 @@ class Armed(Displayable):
         """Have the ranks break what is armed now, and nothing else."""
         self._tell(SetFaults(tuple(one.fault.as_dict() for one in self)))
 
+    def restore(self, faults: Sequence[dict[str, Any]]) -> None:
+        """Take over those that the ranks have kept of an earlier session; they repeat their strikes."""
+        found = [Fault(**one) for one in faults]
+        self._found.update({one.number: Injected(one) for one in found})
+        self._count = max(self._found, default=0)
+
     def begin(self) -> None:
         """The run begins again on clean ranks: no fault has struck."""
         for one in self:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 
 from dinfer.plan.cut import Cut, Unit
 from dinfer.plan.ops import PlanError
@@ -15,6 +15,9 @@ from dinfer.verdict.where import moved_lines
 
 INTERRUPT_S = 1.5
 """how long an interrupted call waits for the ranks to stop"""
+
+HALT_S = 5.0
+"""how long ranks that an earlier session has left may take to come to a cut"""
 
 FASTEST = 100.0
 """the highest pace, in steps a second"""
@@ -40,6 +43,13 @@ class Moves:
         """All ranks stand before their first op."""
         job = self._state.job
         self._stepper = Stepper(self._fleet, job.config.timeout) if job.verdict.proved else None
+
+    def halt(self) -> None:
+        """Bring ranks that an earlier session has left on their way to a cut. One that hangs, or has failed, is left as
+        it is: whoever looks after the run finds out why."""
+        with suppress(NoProgress, RankFailed, TimeoutError):
+            if self._stepper:
+                self._stepper.pause(HALT_S)
 
     @property
     def stepper(self) -> Stepper:

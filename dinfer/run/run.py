@@ -37,6 +37,7 @@ from dinfer.run.failure import RankFailed
 from dinfer.run.faults import Armed, Injected
 from dinfer.run.hang import STUCK, Health
 from dinfer.run.inspect import RunInspector, check_comparable
+from dinfer.run.left import LeftRun
 from dinfer.run.moves import Moves
 from dinfer.run.recorder import RunRecorder
 from dinfer.run.report import NO_VIEWS, Reporter
@@ -90,6 +91,7 @@ class Run(Tidy, Displayable):
     after another, except `pause`, which stops the one under way.
 
     `prepare()` makes all ranks ready for the prompt, with all lanes at limit 0, and returns the id of each rank's plan.
+    `left`: the ranks are in this run already, as an earlier session has left it.
     """
 
     INTERNAL = frozenset({
@@ -107,6 +109,7 @@ class Run(Tidy, Displayable):
         devices: list[str],
         tokenizer: Any | None,
         prepare: Callable[[], dict[int, int]],
+        left: LeftRun | None = None,
     ) -> None:
         self.job, self.plan, self.config = job, job.plan, job.config
         self.world_size = job.plan.world_size
@@ -124,7 +127,7 @@ class Run(Tidy, Displayable):
         self._recorder = RunRecorder(
             state, self._health, self._breakpoints, self._faults, self._events, self._inspector, self.look
         )
-        self._begin()
+        self._begin(left)
 
     # -- moving
 
@@ -497,14 +500,24 @@ class Run(Tidy, Displayable):
 
     # -- within
 
-    def _begin(self) -> None:
-        plan_ids = self._prepare()
-        self._state.ranks.new_notes()
+    def _begin(self, left: LeftRun | None = None) -> None:
+        plan_ids = left.plan_ids if left else self._prepare()
+        if not left:
+            self._state.ranks.new_notes()
         self._state.begin()
         self._health.begin(plan_ids)
         self._faults.begin()
         self._events.begin()
         self._moves.begin()
+        if left:
+            self._breakpoints.restore(left.breakpoints)
+            self._faults.restore(left.faults)
+            self._moves.halt()
+            with suppress(
+                RankFailed, RankRefused, NoProgress, TimeoutError
+            ):  # of a rank that is gone, or hangs
+                self._generation.restore()
+            self._events.restore()
 
     def _ask_all(self, command: Command[A]) -> list[A]:
         ranks = range(self.world_size)

@@ -20,6 +20,7 @@ def connect(
     profile: str = "default",
     cluster_id: str | None = None,
     start: bool | None = None,
+    take: bool = False,
     timeout: float = 60.0,
     patience: float = 60.0,
     place: "ClusterPlace | None" = None,
@@ -30,8 +31,12 @@ def connect(
 
     "ipyparallel": the engines of a running cluster (`ipcluster start -n 3`) of that profile; if there is none, and
     `start` is not False, a cluster is started. Engines that were started here end once this process has been gone for
-    `patience` seconds. "threads": all ranks in this process. `place`: where to start the processes of a cluster. Raises
-    ConfigError or ClusterError.
+    `patience` seconds. "threads": all ranks in this process. `place`: where to start the processes of a cluster.
+
+    Where an earlier session has gone, after a kernel restart say, this one goes on with what it has left on the ranks:
+    checkpoint, run, position, breakpoints, faults, events; a line says what. Engines that another living session holds
+    are refused, and named, unless `take` says to take them over, which ends that session. Raises ConfigError or
+    ClusterError.
     """
     if isinstance(where, int):
         n, where = where, "ipyparallel"
@@ -52,7 +57,7 @@ def connect(
 
         cluster = attach(n, profile=profile, cluster_id=cluster_id, start=start, timeout=timeout, place=place)
         try:
-            ranks = EngineRanks(cluster, patience)
+            ranks = EngineRanks(cluster, patience, take=take)
         except BaseException:
             cluster.close()
             raise
@@ -65,4 +70,6 @@ def connect(
 
     session = Session(ranks, show, write)
     session.announce()
+    if session.reattached:
+        print(session.reattached)
     return session

@@ -13,18 +13,20 @@ from dinfer.config import Config, ConfigError
 from dinfer.display import Announced, Closing, Displayable, DisplayableText, Tidy
 from dinfer.errors import DinferError, NotPossible
 from dinfer.job import Job, prepare_load, prepare_loaded, threads_per_rank, without_fixed
-from dinfer.messages import LoadModel, PreparePrompt, UnloadModel
+from dinfer.messages import GetHeld, Held, LoadModel, PreparePrompt, UnloadModel
 from dinfer.model.checkpoint import Spec, ignored_generation
 from dinfer.model.text import load_tokenizer
 from dinfer.plan.custom import CustomSchedule
 from dinfer.plan.plan import Plan
 from dinfer.rank.debugger import FIRST_PORT
-from dinfer.run.failure import HANDED_ON, RankFailed, were_handed_on
+from dinfer.run.failure import RankFailed, taken_over
 from dinfer.run.hang import Hung
+from dinfer.run.left import LeftRun
 from dinfer.run.report import NO_VIEWS, Reporter
 from dinfer.run.run import Run
 from dinfer.saved.saved import WriteReport
 from dinfer.session.progress import progress_bar
+from dinfer.session.reattach import are_in_one_group, loaded_of, run_of
 from dinfer.session.sweep import Sweep, sweep
 from dinfer.trace.summary import summary
 
@@ -98,7 +100,12 @@ class Session(Tidy, Announced, Closing):
         self._bare = set(range(self.world_size))  # ranks without weights, or with only some of them
         self._noted: tuple[Run | None, str, str, str] = (None, "", "", "")
         self._closing = threading.Event()
-        meet(ranks)
+        found = ranks.ask(dict.fromkeys(range(self.world_size), GetHeld()), PREPARE_S)
+        held = [found[rank] for rank in range(self.world_size)]
+        self.reattached = self._reattach(held)
+        """what this session goes on with of an earlier one, and what is lost, in words"""
+        if not are_in_one_group(held):
+            meet(ranks)
         self._thread = threading.Thread(target=self._look, name="dinfer session", daemon=True)
         self._thread.start()
 
@@ -161,11 +168,7 @@ class Session(Tidy, Announced, Closing):
         job = prepare_loaded(config, self.spec, plan)
         text = "" if plan is None else job.plan.text()
         self._end_run("another run has begun; session.debugger() shows it")
-        tokenizer = load_tokenizer(config.model_path)
-        self._run = run = Run(job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, text))
-        run.show = self._show
-        if self._write:
-            run.reporter = Reporter(self._write, [], lambda: self._figures_before(job))
+        run = self._new_run(job, text)
         self._note(f"run: {len(job.ids)} tokens, {job.plan.schedule}, {job.plan.sync_strategy}", run)
         if not paused:
             run.resume()
@@ -240,8 +243,8 @@ class Session(Tidy, Announced, Closing):
         """Raises SessionOver for a closed session, and if another session has joined the engines."""
         if self._closing.is_set():
             raise SessionOver("this session is closed: dinfer.connect(…) makes another.")
-        if were_handed_on(self.ranks.ranks):
-            raise SessionOver(HANDED_ON)
+        if taken := taken_over(self.ranks.ranks):
+            raise SessionOver(taken)
 
     def _load(self, ranks: Sequence[int]) -> None:
         config = self._config
@@ -269,6 +272,53 @@ class Session(Tidy, Announced, Closing):
             self._devices[rank] = answer.device
         self._note(f"loaded {path} on {', '.join(self._devices)}, threads each: {config.threads}")
 
+    def _new_run(self, job: Job, plan: str, left: LeftRun | None = None) -> Run:
+        tokenizer = load_tokenizer(job.config.model_path)
+        self._run = run = Run(
+            job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, plan), left
+        )
+        run.show = self._show
+        if self._write:
+            run.reporter = Reporter(self._write, [], lambda: self._figures_before(job))
+        return run
+
+    def _reattach(self, held: Sequence[Held]) -> str:
+        """Go on with what the ranks hold of an earlier session; what that is, and what is lost, in words."""
+        try:
+            loaded = loaded_of(held, self._config)
+        except DinferError as why:
+            return f"what the ranks hold of an earlier session is lost: {why}"
+        if loaded is None:
+            return ""
+        self._config, self.spec, self._devices = loaded
+        self._bare = set()
+        model = f"the ranks still hold {self._config.model_path}, so nothing has to be loaded"
+        try:
+            found = run_of(held, loaded.spec)
+        except DinferError as why:
+            return (
+                f"{model}. The run of the earlier session is lost: {why}. session.prefill(…) begins another"
+            )
+        if found is None:
+            return model
+        job, left = found
+        run = self._new_run(job, left.plan, left)
+        counts = {
+            "event": len(run.trace.events),
+            "new token": len(run.tokens),
+            "breakpoint": len(run.breakpoints),
+            "armed fault": len(run.faults),
+        }
+        kept = ", ".join(f"{count} {name}{'s' * (count > 1)}" for name, count in counts.items() if count)
+        oldest = f", the oldest {left.lost_events} events" * bool(left.lost_events)
+        text = (
+            f"{model}. Reattached to the run, which is session.run: {run.standing().state}"
+            f"{', with ' * bool(kept)}{kept}. "
+            f"Lost with the earlier session: its log, the figures of its earlier runs{oldest}"
+        )
+        self._note(text, run)
+        return text
+
     def _prepare(self, job: Job, plan: str) -> dict[int, int]:
         """Make all ranks ready for a prompt, and the text of a plan of the user's own; the id of each rank's plan."""
         self._ensure_whole()
@@ -278,7 +328,9 @@ class Session(Tidy, Announced, Closing):
         return {rank: answer.plan_id for rank, answer in answers.items()}
 
     def _ensure_whole(self) -> None:
-        """Raises RankFailed if a rank is lost."""
+        """Raises RankFailed if a rank is lost, SessionOver if another session has taken the ranks."""
+        if taken := taken_over(self.ranks.ranks):
+            raise SessionOver(taken)
         if gone := [str(rank) for rank, code in enumerate(self.ranks.exits()) if code is not None]:
             raise RankFailed(f"rank {', '.join(gone)} is gone: session.recover() brings it back.")
 

@@ -217,8 +217,16 @@ class Cluster:
             stop_cluster(self.known)
 
     def _close_at_exit(self, pid: int) -> None:
-        if os.getpid() == pid:  # not in a forked child
+        """Not in a forked child, nor in a kernel that is restarted: its successor finds the engines for as long as they
+        wait for a session."""
+        if os.getpid() == pid and not _is_restarting():
             self.close()
+
+
+def _is_restarting() -> bool:
+    """Whether Jupyter ends this kernel to start it again."""
+    said = getattr(getattr(get_ipython(), "kernel", None), "_shutdown_message", None) or {}
+    return bool(said.get("content", {}).get("restart"))
 
 
 def _end_of(log: Path) -> str:
