@@ -365,7 +365,7 @@ class PreparePrompt(Command[PreparedPrompt], frozen=True):
     plan: str = ""
 
 
-class Held(Answer, frozen=True, kw_only=True):
+class Holdings(Answer, frozen=True, kw_only=True):
     """What a rank holds of an earlier session: the commands by which it has loaded, met and prepared, None for what it
     does not have; the plan that it runs; what was armed last; the tokens that it has generated, and begun; how many of
     its events are overwritten."""
@@ -381,7 +381,7 @@ class Held(Answer, frozen=True, kw_only=True):
     lost_events: int
 
 
-class GetHeld(Command[Held], frozen=True):
+class GetHeld(Command[Holdings], frozen=True):
     """What this rank still has of the session that held it before."""
 
 

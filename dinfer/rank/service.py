@@ -150,11 +150,11 @@ class RankService:
         for report in self._remembered.repeated() if self.prompt else ():
             session.report(report)
 
-    def _held(self, _: messages.GetHeld) -> messages.Held:
+    def _held(self, _: messages.GetHeld) -> messages.Holdings:
         last, tokens = self._remembered.last, self.prompt and self.prompt.tokens
         recorder = self.engine and self.engine.recorder
         breakpoints, faults = last(messages.SetBreakpoints), last(messages.SetFaults)
-        return messages.Held(
+        return messages.Holdings(
             load=last(messages.LoadModel) if self.decoder else None,
             group=last(messages.JoinGroup) if self.comm else None,
             prompt=last(messages.PreparePrompt) if self.prompt else None,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from dinfer.config import Config
 from dinfer.errors import DinferError
 from dinfer.job import Job, choose_backend, prepare_loaded
-from dinfer.messages import Held, LoadModel
+from dinfer.messages import Holdings, LoadModel
 from dinfer.model.checkpoint import Spec, check
 from dinfer.run.left import LeftRun
 
@@ -27,12 +27,12 @@ class Lost(DinferError, RuntimeError):
     """The ranks hold something with which this session cannot go on; the message says why."""
 
 
-def are_in_one_group(held: Sequence[Held]) -> bool:
+def are_in_one_group(held: Sequence[Holdings]) -> bool:
     """Whether all ranks have met in the same place, which was the last that each of them has joined."""
     return held[0].group is not None and all(one.group == held[0].group for one in held)
 
 
-def loaded_of(held: Sequence[Held], blank: Config) -> Loaded | None:
+def loaded_of(held: Sequence[Holdings], blank: Config) -> Loaded | None:
     """The checkpoint that the ranks hold; None where none has any. `blank`: the config of a session that has loaded
     nothing. Raises Lost."""
     if not any(one.load for one in held):
@@ -60,7 +60,7 @@ def loaded_of(held: Sequence[Held], blank: Config) -> Loaded | None:
     return Loaded(choose_backend(config.with_(backend=backend)), spec, devices)
 
 
-def run_of(held: Sequence[Held], spec: Spec) -> tuple[Job, LeftRun] | None:
+def run_of(held: Sequence[Holdings], spec: Spec) -> tuple[Job, LeftRun] | None:
     """The run that the ranks stand in, as a job that is checked anew; None where they have no prompt. Raises Lost, and
     as `prepare_loaded` does."""
     if not any(one.prompt for one in held):

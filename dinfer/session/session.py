@@ -13,7 +13,7 @@ from dinfer.config import Config, ConfigError
 from dinfer.display import Announced, Closing, Displayable, DisplayableText, Tidy
 from dinfer.errors import DinferError, NotPossible
 from dinfer.job import Job, prepare_load, prepare_loaded, threads_per_rank, without_fixed
-from dinfer.messages import GetHeld, Held, LoadModel, PreparePrompt, UnloadModel
+from dinfer.messages import GetHeld, Holdings, LoadModel, PreparePrompt, UnloadModel
 from dinfer.model.checkpoint import Spec, ignored_generation
 from dinfer.model.text import load_tokenizer
 from dinfer.plan.custom import CustomSchedule
@@ -85,7 +85,7 @@ class SessionOver(DinferError, RuntimeError):
 class Session(Tidy, Announced, Closing):
     """Made by `dinfer.connect`. `show(run)` makes the panel that `debugger` returns, `write` the reports of runs."""
 
-    INTERNAL = frozenset({"INTERNAL", "announce", "ranks"})
+    INTERNAL = frozenset({"INTERNAL", "announce", "ranks", "reattached"})
 
     def __init__(self, ranks: Ranks, show: ShowRun | None = None, write: WriteReport | None = None) -> None:
         self.ranks, self.world_size = ranks, ranks.world_size
@@ -282,7 +282,7 @@ class Session(Tidy, Announced, Closing):
             run.reporter = Reporter(self._write, [], lambda: self._figures_before(job))
         return run
 
-    def _reattach(self, held: Sequence[Held]) -> str:
+    def _reattach(self, held: Sequence[Holdings]) -> str:
         """Go on with what the ranks hold of an earlier session; what that is, and what is lost, in words."""
         try:
             loaded = loaded_of(held, self._config)

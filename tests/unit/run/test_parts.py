@@ -229,7 +229,7 @@ def test_breakpoints_arm_conditions_and_know_which_is_met() -> None:
     table, cuts = BreakpointTable(Config(digests=False), armed.append), Cuts(PLAN)
     plain = table.add(cuts, None, None, chunk=1, layer=0)
     with_condition = table.add(cuts, None, "nan", rank=1)
-    assert [[one["number"] for one in told.breakpoints] for told in armed] == [[], [2]]
+    assert [[one["number"] for one in told.breakpoints] for told in armed] == [[1], [1, 2]]
     limit, met = table.ahead(cuts, cuts.start)
     assert (limit, met) == (cuts.after_block(1, 0), [plain])
     table.expect(met)
@@ -238,7 +238,7 @@ def test_breakpoints_arm_conditions_and_know_which_is_met() -> None:
     note = BreakpointHit(with_condition.as_dict(), "layer c0 l1", "3 NaN", 1)
     assert table.hit(1, note) == f"stopped at {with_condition}: rank 1, `layer c0 l1`: 3 NaN"
     table.view.remove(2)
-    assert (table.hit(1, note), armed[-1]) == ("", SetBreakpoints(()))
+    assert (table.hit(1, note), armed[-1]) == ("", SetBreakpoints((plain.as_dict(),)))
     with pytest.raises(PlanError, match="this run has digests=False"):
         table.add(cuts, None, "digest differs")
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 import dinfer
 from dinfer.config import Config
 from dinfer.errors import DinferError
-from dinfer.messages import GetHeld, Held
+from dinfer.messages import GetHeld, Holdings
 from dinfer.session.reattach import Lost, are_in_one_group, loaded_of, run_of
 from dinfer.session.session import Session
 
@@ -20,7 +20,7 @@ MODEL = {"layers": 3}
 
 
 @pytest.fixture
-def held(session: Session) -> list[Held]:
+def held(session: Session) -> list[Holdings]:
     """What the ranks of a session with a run in the middle hold."""
     run = session.prefill(list(range(1, 12)), chunk_size=4, paused=True)
     run.step("layer", n=2)
@@ -33,7 +33,7 @@ def blank() -> Config:
     return Config(world_size=2, log_dir="", prompt_ids=(0,), backend="gloo")
 
 
-def test_ranks_remember_what_they_were_told(session: Session, held: list[Held]) -> None:
+def test_ranks_remember_what_they_were_told(session: Session, held: list[Holdings]) -> None:
     loaded = loaded_of(held, blank())
     assert loaded
     assert loaded.spec == session.spec
@@ -56,10 +56,10 @@ def test_fresh_ranks_hold_nothing() -> None:
     assert loaded_of(held, blank()) is None
 
 
-Change = Callable[[Held], Held]
+Change = Callable[[Holdings], Holdings]
 
 
-def test_another_checkpoint_on_one_rank_is_named(held: list[Held]) -> None:
+def test_another_checkpoint_on_one_rank_is_named(held: list[Holdings]) -> None:
     assert held[1].load
     for change, said in [
         (replace(held[1], load=None), "rank 1"),
@@ -78,7 +78,7 @@ def test_another_checkpoint_on_one_rank_is_named(held: list[Held]) -> None:
     ],
 )
 def test_a_run_that_not_all_ranks_are_in_is_lost_with_the_reason(
-    session: Session, held: list[Held], change: Change, said: str
+    session: Session, held: list[Holdings], change: Change, said: str
 ) -> None:
     assert session.spec
     with pytest.raises(DinferError, match=said):
