@@ -11,8 +11,8 @@ from dinfer.plan.cut import Cut
 
 @dataclass(frozen=True, repr=False)
 class Moved(Displayable):
-    """The result of a step: the cuts before and after, and a line per rank. `stopped`: a breakpoint or a pause ended
-    it."""
+    """The result of a step: the cuts before and after, and a line per rank, or one for all ranks if it only went back.
+    `stopped`: a breakpoint or a pause ended it."""
 
     before: Cut
     after: Cut
@@ -42,7 +42,7 @@ STOPPED = {
 class Decoded(Displayable):
     """The new tokens of a call and their text. `stopped`: why there are no more: "end of text", "positions" (the
     model's are used up), "max_new_tokens" (as many as were asked for) or "user" (paused); "" where no token was asked
-    for. `count`: all new tokens so far; `remark`: why there are no tokens."""
+    for. `count`: all new tokens so far; `remark`: why there are no tokens, or what was undone."""
 
     tokens: tuple[int, ...]
     text: str
@@ -62,6 +62,14 @@ class Decoded(Displayable):
         return f"{self.text}\n({new} new token{'s' * (new != 1)}, {self.count} in all{STOPPED.get(self.stopped, '')})"
 
 
+def took_back(gone: int, left: int) -> Decoded:
+    """The result of taking back that many new tokens."""
+    if not gone:
+        return Decoded((), "", "", left, "nothing to do: there are no new tokens")
+    rest = f"; {left} {'is' if left == 1 else 'are'} left" * bool(left)
+    return Decoded((), "", "", left, f"undid {gone} new token{'s' * (gone != 1)}{rest}")
+
+
 @dataclass(frozen=True, repr=False)
 class Where(Displayable):
     """Where the ranks stand. `state`: the run's; `lines`: a line per rank, and further facts."""
@@ -74,9 +82,12 @@ class Where(Displayable):
 
 
 class Breakpoints(Displayable):
-    """The breakpoints of a run, by number. Changes take effect in the run."""
+    """The breakpoints of a run, by number. Changes take effect in the run: `changed(call, before)` is called after
+    each, with the call that made it and the breakpoints before it."""
 
-    def __init__(self, found: dict[int, Breakpoint], changed: Callable[[], None]) -> None:
+    def __init__(
+        self, found: dict[int, Breakpoint], changed: Callable[[str, dict[int, Breakpoint]], None]
+    ) -> None:
         self._found, self._changed = found, changed
 
     def __iter__(self) -> Iterator[Breakpoint]:
@@ -92,13 +103,15 @@ class Breakpoints(Displayable):
 
     def remove(self, number: int) -> None:
         """Remove a breakpoint. Raises NoSuch, a KeyError."""
-        del self._found[self[number].number]
-        self._changed()
+        one, before = self[number], dict(self._found)
+        del self._found[one.number]
+        self._changed(f"run.breakpoints.remove({number})", before)
 
     def clear(self) -> None:
         """Remove all breakpoints."""
+        before = dict(self._found)
         self._found.clear()
-        self._changed()
+        self._changed("run.breakpoints.clear()", before)
 
     def __str__(self) -> str:
         return "\n".join(map(str, self)) or "no breakpoints: run.break_at(layer=7) sets one"

@@ -211,7 +211,7 @@ def run(call: Call) -> Any:
 method("run.where", "The position of each rank.")
 method("run.verdict", "Why the run does not move: who waits for whom, and who is to blame.", name="why")
 method("run.step", "Move on by ops, layers, waves, chunks or tokens.", UNIT, HOW_MANY)
-method("run.step_back", "Go back by ops, layers, waves, chunks or tokens.", UNIT, HOW_MANY, name="back")
+method("run.step_back", "Undo the last ops, layers, waves, chunks or tokens.", UNIT, HOW_MANY, name="back")
 method(
     "run.run_to",
     "Run to just after that block is on every rank, forward or back.",
@@ -219,11 +219,18 @@ method(
     argument("layer", type=int),
     name="to",
 )
+method(
+    "run.play",
+    "Step by itself, to the next breakpoint or the end of prefill; returns at once.",
+    UNIT,
+    argument("per_second", nargs="?", type=float, default=2.0, help="steps a second (2)"),
+)
+method("run.undo", "Undo the last action, whatever it was; the next undo goes further back.")
 method("run.resume", "Let the ranks go on to the next breakpoint, or the end of prefill; returns at once.")
 method("run.pause", "Stop at the nearest cut.")
 method(
     "run.wait",
-    "Wait until the run stands.",
+    "Wait until the run stands, and a play has ended.",
     argument("timeout", nargs="?", type=float, help="seconds to wait at most"),
 )
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from dinfer.cluster.ranks import Pending, RankRefused
 from dinfer.messages import Answer, Command, GetHeld, LimitDecode, NewTokens, StartDecode, StepBackDecode
 from dinfer.model.text import TextStream
-from dinfer.results import Decoded
+from dinfer.results import Decoded, took_back
 from dinfer.run.state import RunState, State
 
 ANSWER_S = 30.0
@@ -25,14 +25,27 @@ class Generation:
         self._state, self._ranks, self._check, self._tokenizer = state, state.ranks, check, tokenizer
         self._limiting = threading.Lock()
         """held while the ranks get a new limit: limits of two threads must not mix"""
+        self._stopping = threading.Event()
+        """set by `stop`: a call of decode that began before makes no further token"""
+
+    def begin(self) -> None:
+        """A call of decode begins: from now on `stop` ends it, also before its first token."""
+        self._stopping.clear()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether `stop` was called since `begin`."""
+        return self._stopping.is_set()
 
     def go(self, limit: int, on_text: Callable[[str], None] | None) -> Decoded:
         """Decode until there are `limit` new tokens or the text ends; a keyboard interrupt stops it after a token."""
         before, seen = len(self._state.tokens), len(self._state.text)
-        with self._limiting:
+        with self._limiting:  # who stops it from now on finds it decoding
+            if self._stopping.is_set():
+                return Decoded((), "", "user", before)
             self._ask(LimitDecode(limit))
-        begun = self._ranks.begin(dict.fromkeys(range(len(self._ranks.ranks)), StartDecode()))
-        self._state.note_decoding(is_decoding=True)
+            begun = self._ranks.begin(dict.fromkeys(range(len(self._ranks.ranks)), StartDecode()))
+            self._state.note_decoding(is_decoding=True)
         try:
             last = self._finish(begun, on_text)
         except KeyboardInterrupt:
@@ -47,23 +60,26 @@ class Generation:
         return Decoded(tuple(tokens[before:]), text[seen:], stopped, len(tokens), last.remark)
 
     def stop(self) -> None:
-        """Let every rank finish the token that the fastest rank has begun: all ranks are needed for it."""
+        """End the call of decode under way after the token that the fastest rank has begun."""
+        self._stopping.set()
         with self._limiting:
-            held = self._ask(LimitDecode())
-            self._ask(LimitDecode(max(answer.begun for answer in held.values())))
+            if self._state.is_decoding:
+                self._limit_to_begun()
 
     def back_to(self, tokens: int) -> Decoded:
         """Forget all but the first `tokens` new tokens."""
-        self.stop()  # an interrupted call may have left ranks waiting
+        gone = len(self._state.tokens) - tokens
+        with self._limiting:
+            self._limit_to_begun()  # an interrupted call may have left ranks waiting
         self._ask(StepBackDecode(tokens))
         self._take(self._state.tokens[:tokens], ended=False)
-        return Decoded((), "", "", tokens)
+        return took_back(gone, tokens)
 
     def forget(self) -> None:
         """The run has gone back into prefill, where the ranks have forgotten the new tokens."""
         self._take([], ended=False)
 
-    def restore(self) -> None:
+    def take_over(self) -> None:
         """Take over the tokens that the ranks have made for an earlier session. Where that one ended during decode, the
         ranks first come to the same number; raises as waiting for them does."""
         held = self._ask(GetHeld())
@@ -109,6 +125,11 @@ class Generation:
         text = "".join(pieces) + (stream.flush() if stream and ended else "")
         with self._ranks.changed:
             self._state.tokens, self._state.by_rank, self._state.text = tokens, {}, text
+
+    def _limit_to_begun(self) -> None:
+        """Let every rank finish the token that the fastest rank has begun: all ranks are needed for it."""
+        held = self._ask(LimitDecode())
+        self._ask(LimitDecode(max(answer.begun for answer in held.values())))
 
     def _ask(self, command: Command[A]) -> dict[int, A]:
         requests = dict.fromkeys(range(len(self._ranks.ranks)), command)

@@ -33,7 +33,7 @@ class RunEvents:
             self._back = [0] * len(self._by_rank), tuple((0,) * len(lanes) for lanes in self._lanes)
             self._begun += 1
 
-    def restore(self) -> None:
+    def take_over(self) -> None:
         """Wait until the ranks have repeated the events of an earlier session."""
         deadline = time.monotonic() + LATE_S
         with self._ranks.changed:

@@ -1,11 +1,13 @@
 """The faults that a user injects into one run: arming them, what they have done, disarming them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from dinfer.display import Displayable
+from dinfer.display import Displayable, listed
 from dinfer.engine.board import Stand
 from dinfer.errors import NoSuch
+from dinfer.history import History
 from dinfer.messages import FaultStruck, SetFaults
 from dinfer.plan.faults import KINDS, Fault, TokenSizes, fault_of
 from dinfer.plan.ops import PlanError, Value
@@ -40,8 +42,8 @@ class Injected(Displayable):
 class Armed(Displayable):
     """The armed faults of a run, by number; removing one here disarms it on the ranks, whom `tell` gives the list."""
 
-    def __init__(self, state: RunState, tell: Callable[[SetFaults], object]) -> None:
-        self._state, self._tell = state, tell
+    def __init__(self, state: RunState, tell: Callable[[SetFaults], object], history: History) -> None:
+        self._state, self._tell, self._history = state, tell, history
         self._found: dict[int, Injected] = {}
         self._count = 0
 
@@ -61,11 +63,11 @@ class Armed(Displayable):
 
     def remove(self, number: int) -> None:
         """Disarm one; bytes that it has changed stay changed. Raises KeyError."""
-        self._disarm([self[number]])
+        self._disarm([self[number]], f"run.faults.remove({number})")
 
     def clear(self) -> None:
         """Disarm all; bytes that they have changed stay changed."""
-        self._disarm(list(self))
+        self._disarm(list(self), "run.faults.clear()")
 
     # -- for the run
 
@@ -82,7 +84,7 @@ class Armed(Displayable):
         _check_in_time(fault, plan, stands)
         self._count = fault.number
         injected = Injected(fault)
-        self._replace({**self._found, fault.number: injected})
+        self._replace({**self._found, fault.number: injected}, fault.call)
         return injected
 
     def marks(self) -> Iterator[Mark]:
@@ -95,7 +97,7 @@ class Armed(Displayable):
         """Have the ranks break what is armed now, and nothing else."""
         self._tell(SetFaults(tuple(one.fault.as_dict() for one in self)))
 
-    def restore(self, faults: Sequence[dict[str, Any]]) -> None:
+    def take_over(self, faults: Sequence[dict[str, Any]]) -> None:
         """Take over those that the ranks have kept of an earlier session; they repeat their strikes."""
         found = [Fault(**one) for one in faults]
         self._found.update({one.number: Injected(one) for one in found})
@@ -112,22 +114,37 @@ class Armed(Displayable):
             one.strikes.append((rank, note.changed, note.found))
             self._state.said.append(f"fault {one.fault}: {note.found}")
 
-    def _replace(self, found: dict[int, Injected]) -> None:
-        """Arm these instead; the run may be over, or a rank refuse: then all stays as it was."""
+    def _replace(self, found: dict[int, Injected], call: str = "") -> None:
+        """Arm these instead; the run may be over, or a rank refuse: then all stays as it was. `call`: the one that asks
+        for it, if it can be undone."""
         before, self._found = self._found, found
         try:
             self.arm()
         except BaseException:
             self._found = before
             raise
+        if call and found != before:
+            self._history.add(call, partial(self._restore, before))
 
-    def _disarm(self, gone: list[Injected]) -> None:
-        self._replace({number: one for number, one in self._found.items() if one not in gone})
-        if changed := [f"#{one.number}" for one in gone if any(strike[1] for strike in one.strikes)]:
-            self._state.say(
-                f"disarmed; what {', '.join(changed)} changed stays changed until run.restart(), or until the run goes "
-                "back before it"
-            )
+    def _disarm(self, gone: list[Injected], call: str) -> None:
+        self._replace({number: one for number, one in self._found.items() if one not in gone}, call)
+        if left := _left_by(gone):
+            self._state.say(f"disarmed; {left}")
+
+    def _restore(self, before: dict[int, Injected]) -> str:
+        """Arm those of `before` and no others; what that changed."""
+        gone = [one for number, one in self._found.items() if number not in before]
+        back = [one for number, one in before.items() if number not in self._found]
+        self._replace(before)
+        texts = [f"disarmed {one.fault}" for one in gone] + [f"armed {one.fault} again" for one in back]
+        return "; ".join([listed(texts), *filter(None, [_left_by(gone)])])
+
+
+def _left_by(gone: Iterable[Injected]) -> str:
+    """What these faults have changed and their disarming does not mend; empty if nothing."""
+    changed = [f"#{one.number}" for one in gone if any(strike[1] for strike in one.strikes)]
+    until = "stays changed until run.restart(), or until the run goes back before it"
+    return f"what {', '.join(changed)} changed {until}" if changed else ""
 
 
 def _check_in_time(fault: Fault, plan: Plan, stands: Sequence[Stand]) -> None:

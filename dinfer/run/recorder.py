@@ -71,6 +71,7 @@ class RunRecorder:
                 verdict=str(state.hang or ""),
                 device_memory=tuple(one.device_memory for one in known),
                 over=state.closed,
+                playing=state.playing,
             )
 
     # -- a report
@@ -143,8 +144,8 @@ class RunRecorder:
         return [""] * self.state.plan.world_size
 
     def _until_it_stands(self) -> None:
-        """Wait until the run stands still, has failed or hangs."""
-        while self.state.now in (State.RUNNING, State.DECODING) and not self.state.silence:
+        """Wait until the run stands still and is not played, has failed or hangs."""
+        while self._is_moving() and not self.state.silence:
             try:
                 self.health.check()
             except (RankFailed, NoProgress):
@@ -152,6 +153,9 @@ class RunRecorder:
             with self.state.ranks.changed:
                 self.state.ranks.changed.wait(WAIT_S)
             self.look()  # without the lock: it may wait for a thread that moves the run, and that for news of ranks
+
+    def _is_moving(self) -> bool:
+        return bool(self.state.playing) or self.state.now in (State.RUNNING, State.DECODING)
 
     # -- a folder
 

@@ -1,14 +1,16 @@
 """Run: one distributed prefill, and the decode after it, as its user holds it.
 
 A Run is made of parts, each in a file of its own. All of them get its `state`: job, ranks, what it is doing and why.
-`action` says who may move it and who hears of changes, `moves` and `stepper` go from cut to cut, `hang` sees failures
-and gives the verdict; `breakpoints`, `faults`, `decode` and `events` are what they say; `inspect` reads what the ranks
-hold, `recorder` makes reports, folders and replays of all that. Here each call of a user goes to the part that does it.
+`action` says who may move it and who hears of changes, `moves` and `stepper` go from cut to cut, `play` at a pace, and
+`history` takes that back; `hang` sees failures and gives the verdict; `breakpoints`, `faults`, `decode` and `events`
+are what they say; `inspect` reads what the ranks hold, `recorder` makes reports, folders and replays of all that. Here
+each call of a user goes to the part that does it.
 """
 
+import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import wraps
 from operator import attrgetter
 from pathlib import Path
@@ -17,9 +19,10 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from dinfer.cluster.kv import Live
 from dinfer.cluster.lease import RankLease
 from dinfer.cluster.ranks import RankRefused, Ranks
-from dinfer.display import Displayable, Tidy
+from dinfer.display import Displayable, DisplayableText, Tidy
 from dinfer.engine.corruption import Corruption
 from dinfer.errors import NotPossible, ipython
+from dinfer.history import History, call_text
 from dinfer.job import Job
 from dinfer.kv.reference.comparison import Comparison
 from dinfer.kv.view import KV, AttentionWeights, Hidden
@@ -29,16 +32,18 @@ from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Unit, count_of, unit_of
 from dinfer.plan.ops import OpKind, PlanError
 from dinfer.results import Breakpoints, Decoded, Moved, Where
-from dinfer.run.action import Actions, call_text
+from dinfer.run.action import Actions
 from dinfer.run.breakpoints import BreakpointTable
 from dinfer.run.decode import Generation
 from dinfer.run.events import RunEvents
 from dinfer.run.failure import RankFailed
 from dinfer.run.faults import Armed, Injected
-from dinfer.run.hang import STUCK, Health
+from dinfer.run.hang import STUCK, Health, Hung
+from dinfer.run.history import MoveHistory
 from dinfer.run.inspect import RunInspector, check_comparable
 from dinfer.run.left import LeftRun
 from dinfer.run.moves import Moves
+from dinfer.run.play import Player, period_of
 from dinfer.run.recorder import RunRecorder
 from dinfer.run.report import NO_VIEWS, Reporter
 from dinfer.run.state import MOVING, STANDING, RunState, Standing, State, where_of
@@ -65,15 +70,19 @@ T = TypeVar("T")
 RunMethod = Callable[Concatenate["Run", P], T]
 
 
-def action(*, alone: bool = True) -> Callable[[RunMethod[P, T]], RunMethod[P, T]]:
-    """Make a method an action, as `Actions.taken` describes."""
+def action(*, alone: bool = True, moves: bool = False) -> Callable[[RunMethod[P, T]], RunMethod[P, T]]:
+    """Make a method an action, as `Actions.taken` describes. `moves`: it moves the run, so it ends a play first, and
+    can be undone."""
 
     def decorated(method: RunMethod[P, T]) -> RunMethod[P, T]:
         name: str = method.__name__
 
         @wraps(method)
         def called(run: "Run", /, *args: P.args, **kwargs: P.kwargs) -> T:
-            with run._actions.taken(call_text(name, args, kwargs), alone=alone):
+            call = call_text(name, args, kwargs)
+            if moves:
+                run._end_play()
+            with run._actions.taken(call, alone=alone), run._moving.moving(call) if moves else nullcontext():
                 return method(run, *args, **kwargs)
 
         return called
@@ -117,12 +126,15 @@ class Run(Tidy, Displayable):
         self._state = state = RunState(job, RankLease(ranks), devices)
         self._health = Health(state)
         self.check, self.say = self._health.check, state.say  # for the session, too
-        self._breakpoints = BreakpointTable(job.config, self._ask_all)
-        self._faults = Armed(state, self._ask_all)
+        self._history = history = History()
+        self._breakpoints = BreakpointTable(job.config, self._ask_all, history)
+        self._faults = Armed(state, self._ask_all, history)
         self._generation = Generation(state, self.check, tokenizer)
         self._events = RunEvents(state)
         self._moves = Moves(state, self._breakpoints, self.check, self._went)
-        self._actions = Actions(state, self.check, self._moves.interrupted)
+        self._actions = Actions(state, self.check, self._interrupted)
+        self._player = Player(state, self._play_failed, self._actions.tell)
+        self._moving = MoveHistory(state, self._moves, self._generation, history)
         self._inspector = RunInspector(state, self._actions, self.check, tokenizer)
         self._recorder = RunRecorder(
             state, self._health, self._breakpoints, self._faults, self._events, self._inspector, self.look
@@ -131,65 +143,82 @@ class Run(Tidy, Displayable):
 
     # -- moving
 
-    @action()
+    @action(moves=True)
     def step(self, unit: Unit | str = "layer", n: int = 1) -> Moved | Decoded:
         """Move on by `n` units: "op", "layer", "wave", "chunk", or, after prefill, "token". At the end it does nothing,
         and says so."""
         if unit == "token":
+            self._generation.begin()
             return self._decode(count_of(n), None)
         return self._moves.moved(self._moves.leaving().step(unit_of(unit), count_of(n)))
 
-    @action()
+    @action(moves=True)
     def step_back(self, unit: Unit | str = "layer", n: int = 1) -> Moved | Decoded:
-        """Go back by `n` units; what follows then is computed anew. After decode, every unit but "token" goes back into
-        prefill and forgets the new tokens."""
+        """Undo the last `n` units in the global order, whatever did them; what follows then is computed anew. After
+        decode, every unit but "token" goes back into prefill and forgets the new tokens."""
         if unit == "token":
             return self._generation.back_to(max(0, len(self.tokens) - count_of(n)))
         return self._moves.moved(self._moves.leaving().step_back(unit_of(unit), count_of(n)))
 
-    @action(alone=False)
-    def play(self, unit: Unit | str = "layer", per_second: float = 2.0) -> Moved:
-        """Step by units at that pace, to the next breakpoint or the end of prefill, or until `pause()`. Raises
-        PlanError for a pace out of range."""
-        return self._moves.play(unit_of(unit), per_second, self._actions.lock)
+    @action(moves=True)
+    def play(self, unit: Unit | str = "layer", per_second: float = 2.0) -> None:
+        """Step by units at that pace, to the next breakpoint or the end of prefill, until `pause()` or another call
+        that moves the run. Returns at once: `wait()` waits for it. Raises PlanError for a pace out of range."""
+        chosen, period = unit_of(unit), period_of(per_second)
+        if self._moves.play_from():
+            call = f'run.play("{chosen}", per_second={per_second:g})'
+            self._player.start(call, lambda stopping: self._play_on(chosen, stopping), period)
 
-    @action()
+    def undo(self) -> DisplayableText:
+        """Undo the last action that can be undone, and say in one line what that did: a move, by going to where the run
+        stood before it, with as many new tokens as it had there; decode; a restart; or a change of breakpoints or
+        faults. The next undo goes further back. What was edited by hand stays as it is."""
+        self._end_play()
+        with self._actions.taken("run.undo()"):
+            return self._history.undo()
+
+    @action(moves=True)
     def run_to(self, chunk: int, layer: int) -> Moved:
         """Stop just after that block is on every rank, with all blocks before it; forward or back. Raises PlanError for
         an unknown block."""
         return self._moves.moved(self._moves.leaving().run_to(chunk, layer))
 
-    @action()
+    @action(moves=True)
     def resume(self) -> None:
         """Let the ranks go on to the next breakpoint, or the end of prefill; returns at once."""
         self._moves.resume()
 
     @action(alone=False)
     def pause(self) -> Where:
-        """Stop the run, or the action that another thread waits for, at the nearest cut; in decode, after a token."""
+        """Stop the run, a play, or the action that another thread waits for, at the nearest cut; in decode, after a
+        token."""
         self._pause()
         return self.where()
 
     def wait(self, timeout: float | None = None) -> Where:
-        """Wait until the run stops: at a breakpoint, at the end of prefill, or paused. Raises NoProgress after
-        `timeout` seconds, RankFailed where a rank has failed, Hung where the run hangs."""
+        """Wait until the run, or a play of it, stops: at a breakpoint, at the end of prefill, or paused. Raises
+        NoProgress after `timeout` seconds, RankFailed where a rank has failed, Hung where the run hangs, and the error
+        that ended a play."""
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
-            while self._state.wait_while((State.RUNNING, State.DECODING), POLL_S):
+            while self._player.wait(POLL_S) or self._state.wait_while(
+                (State.RUNNING, State.DECODING), POLL_S
+            ):
                 self.check()
                 if deadline is not None and time.monotonic() > deadline:
                     raise NoProgress(f"the run does not stand after {timeout:g} s:\n{self.where()}")
         except KeyboardInterrupt:
-            self._moves.interrupted()
+            self._interrupted()
             raise
         self.look()
         self.check()
+        self._player.check()
         return self.where()
 
     def restart(self) -> Where:
         """Begin again, paused at the start, with the same breakpoints and faults; also after `session.recover()`. Stops
         what is under way first."""
-        with self._actions.halted(self._stop):
+        with self._actions.halted(self._stop), self._moving.restarting("run.restart()"):
             self._actions.begin("run.restart()")
             self._breakpoints.expect([])
             self._begin()
@@ -226,7 +255,7 @@ class Run(Tidy, Displayable):
 
     # -- decode
 
-    @action()
+    @action(moves=True)
     def decode(
         self, max_new_tokens: int | None = None, on_text: Callable[[str], None] | None = None
     ) -> Decoded:
@@ -234,7 +263,8 @@ class Run(Tidy, Displayable):
         if the text ends. `on_text` is called with each piece of text as it arrives."""
         default = self.config.max_new_tokens
         more = default if max_new_tokens is None else count_of(max_new_tokens, "max_new_tokens")
-        if not self._moves.finish():
+        self._generation.begin()
+        if not self._moves.finish(lambda: self._generation.is_stopped):
             self.look()
             clear = "; run.breakpoints.clear() removes all breakpoints" * bool(self.breakpoints)
             remark = (
@@ -510,14 +540,14 @@ class Run(Tidy, Displayable):
         self._events.begin()
         self._moves.begin()
         if left:
-            self._breakpoints.restore(left.breakpoints)
-            self._faults.restore(left.faults)
+            self._breakpoints.take_over(left.breakpoints)
+            self._faults.take_over(left.faults)
             self._moves.halt()
             with suppress(
                 RankFailed, RankRefused, NoProgress, TimeoutError
             ):  # of a rank that is gone, or hangs
-                self._generation.restore()
-            self._events.restore()
+                self._generation.take_over()
+            self._events.take_over()
 
     def _ask_all(self, command: Command[A]) -> list[A]:
         ranks = range(self.world_size)
@@ -525,14 +555,36 @@ class Run(Tidy, Displayable):
         return [answers[rank] for rank in ranks]
 
     def _pause(self) -> None:
-        self._moves.stop_playing.set()
-        if self._state.is_decoding:
-            self._generation.stop()
-        else:
+        self._player.stop()
+        self._generation.stop()
+        if not self._state.is_decoding:
             self._moves.pause()
+
+    def _interrupted(self) -> None:
+        self._player.stop()
+        self._moves.interrupted()
+
+    def _end_play(self) -> None:
+        """End a play at once, also the step that it is in."""
+        if self._player.stop():
+            self._moves.pause()
+
+    def _play_on(self, unit: Unit, stopping: threading.Event) -> bool:
+        """A step of a play; whether there is more to play."""
+        with self._actions.lock:
+            if stopping.is_set():
+                return False
+            self.check()
+            return self._moves.play_on(unit)
+
+    def _play_failed(self, call: str, error: Exception) -> None:
+        """Failures of ranks and hangs are logged, and shown, by themselves."""
+        if not isinstance(error, RankFailed | Hung):
+            self.say(f"{call} ended: {error}")
 
     def _stop(self) -> None:
         """Pause a run that moves. One that has failed or hangs cannot be paused: it is left as it is."""
+        self._player.stop()
         if self._state.now in MOVING:
             with suppress(RankFailed, RankRefused, NoProgress, TimeoutError):
                 self._pause()

@@ -114,6 +114,8 @@ class Standing(NamedTuple):
     """GPU memory of each rank's process; None where the rank has no process of its own"""
     over: str = ""
     """why the run is over, and what to do; empty while it can go on"""
+    playing: str = ""
+    """the call of `play` that steps the run; the run stands between two steps"""
 
 
 def state_of_lanes(plan: Plan, stands: Sequence[Stand]) -> State:
@@ -146,6 +148,7 @@ class RunState:
         """The run begins, or begins again: forget everything known of it."""
         with self.ranks.changed:
             self.message = ""  # why the last action stopped
+            self.playing = ""  # the call of `play` that steps the run
             self.failure = ""  # why the run cannot go on until it is restarted
             self.silence = ""  # which ranks do not answer, while that is so
             self.hang: Verdict | None = None  # why the run does not move, while that is so
@@ -216,6 +219,11 @@ class RunState:
         with self.ranks.changed:
             self.closed = self.closed or why
 
+    def note_playing(self, call: str) -> None:
+        """This call of `play` steps the run from now on; empty: none does."""
+        with self.ranks.changed:
+            self.playing = call
+
     def note_silence(self, silence: str) -> None:
         """These ranks do not answer; empty: all do."""
         with self.ranks.changed:
@@ -252,9 +260,13 @@ class RunState:
 def where_of(plan: Plan, standing: Standing, state: RunState) -> Where:
     """The position of each rank, one line each, and whatever else a user should know."""
     lines = where_text(plan, standing.stands) if standing.stands else "not all ranks have reported yet"
-    notes = [standing.message] * bool(standing.message)
+    notes = [f"played by {standing.playing}"] * bool(standing.playing)
+    notes += [standing.message] * bool(standing.message)
     notes += [f"{standing.decoded} new tokens: {standing.text!r}"] * bool(standing.decoded)
     notes += [f"edited by hand: {', '.join(state.edited)}"] * bool(state.edited)
     unsaid = [text for text in map(str, state.corrupt) if text not in standing.message]
     notes += [f"changed bytes: {listed(unsaid)}"] * bool(unsaid)
-    return Where(str(standing.state), "\n".join([lines, *notes, *standing.faults]))
+    is_played = standing.playing and standing.state == State.PAUSED
+    return Where(
+        str(State.RUNNING if is_played else standing.state), "\n".join([lines, *notes, *standing.faults])
+    )

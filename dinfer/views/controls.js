@@ -2,7 +2,9 @@
 // Python call.
 
 const BUTTONS = [
-  ["◀ back", "step_back", "go back by one unit of the last step", "b"],
+  ["◀ back", "step_back", "", "b"],
+  ["↶ undo", "undo", "run.undo(): undo the last action, whatever it was; again: the one before it", "u"],
+  null,
   ["op", "step:op", 'run.step("op")', "o"],
   ["layer", "step:layer", 'run.step("layer")', "l"],
   ["wave", "step:wave", 'run.step("wave")', "w"],
@@ -16,10 +18,10 @@ const BUTTONS = [
   ["compare ranks", "diff", "run.kv().diff(): where the ranks' KV differs; the map shows it", "d"],
   ["why?", "why", "run.verdict(): why the run does not move", "y"],
 ];
-const PACES = [["", "full speed"], ["1", "1 a second"], ["2", "2 a second"], ["5", "5 a second"], ["10", "10 a second"]];
-const KEYS = "Keys, while the panel has the focus: o l w c step, b back, p play, s pause, r run to the selected block, d compare "
-  + "ranks, y why, Enter or double-click sets or removes a breakpoint at a block, arrows move the selection, + − 0 zoom, 1 2 3 "
-  + "the tabs.";
+const PACES = ["", "1", "2", "5", "10"]; // steps a second; "": run.resume()
+const KEYS = "Keys, while the panel has the focus: o l w c step, b back, u undo, p play, s pause, r run to the selected block, d "
+  + "compare ranks, y why, Enter or double-click sets or removes a breakpoint at a block, arrows move the selection, + − 0 "
+  + "zoom, 1 2 3 the tabs. In the form of breakpoints, Enter sets one and Escape leaves it.";
 const TABS = ["map", "KV", "communication"];
 // Controls that are disabled for a run that is over, and without a kernel.
 const NEED_RANKS = ".dinfer-bar :is(button, select), .dinfer-stops :is(button, input), "
@@ -72,12 +74,13 @@ function shorten(text) {
 
 // The list of breakpoints: show, remove, change, add.
 class BreakpointList {
-  constructor(parent, board, send) {
-    Object.assign(this, { send, drawn: "", instead: null, sent: null });
+  // `send(message)` sends to the kernel; `leave()` gives the keyboard back to the panel.
+  constructor(parent, board, send, leave) {
+    Object.assign(this, { send, leave, drawn: "", instead: null, sent: null });
     this.box = make("details", "stops", parent);
     this.title = make("summary", "", this.box, "breakpoints");
     this.list = make("div", "list", this.box);
-    const form = make("form", "fields", this.box);
+    const form = this.form = make("form", "fields", this.box);
     const most = { layer: board.owners.length, chunk: board.chunks.length, rank: board.ranks };
     this.fields = Object.keys(most).map((name) => {
       const input = make("input", "", form);
@@ -88,6 +91,7 @@ class BreakpointList {
     Object.assign(this.when, { name: "when", placeholder: "when …", title: `empty, or one of: ${WHENS.join(", ")}` });
     this.submit = make("button", "", form);
     form.onsubmit = (event) => this.add(event);
+    form.onkeydown = (event) => this.key(event);
     this.edit(null);
   }
 
@@ -100,6 +104,20 @@ class BreakpointList {
     this.submit.textContent = one ? `change #${one.number}` : "add";
     this.submit.title = `run.break_at(layer=…, chunk=…, rank=…, when=…)${one ? `; run.breakpoints.remove(${one.number})` : ""}`;
     if (one) this.when.focus();
+  }
+
+  // Enter submits the form, which a notebook's own keys would prevent; Escape forgets what was typed, and leaves.
+  key(event) {
+    if (event.key === "Enter" && event.target !== this.submit) this.form.requestSubmit();
+    else if (event.key === "Escape") this.forget();
+    else return;
+    event.preventDefault();
+    event.stopPropagation();
+  }
+
+  forget() {
+    this.edit(null);
+    this.leave();
   }
 
   add(event) {

@@ -36,8 +36,7 @@ class View {
     const bar = make("div", "bar", this.root);
     for (const button of BUTTONS) button ? this.button(bar, ...button) : make("span", "gap", bar);
     this.pace = make("select", "", bar);
-    fill(this.pace, PACES);
-    this.pace.title = "how fast ▶ play goes";
+    this.pace.title = "how fast ▶ play goes, and by what: the unit of the last step";
     this.pace.setAttribute("aria-label", "speed of play");
     bar.querySelector("[data-do=pause]").before(this.pace);
     this.banner = new Banner(this.root, (message) => this.send(message), () => this.update());
@@ -104,7 +103,7 @@ class View {
     drawLegend(make("div", "legend", map), this.board);
     const side = make("div", "side", body);
     this.block = make("div", "block", side);
-    this.stops = new BreakpointList(side, this.board, (message) => this.send(message));
+    this.stops = new BreakpointList(side, this.board, (message) => this.send(message), () => this.root.focus({ preventScroll: true }));
     this.text = make("div", "text", side);
     this.ranks = new RankList(side, this.board);
   }
@@ -301,12 +300,12 @@ class View {
     const shown = this.model.get("shown");
     if (!shown.ranks) return;
     const tokens = shown.decoded ? ` · ${shown.decoded} token${shown.decoded === 1 ? "" : "s"}` : "";
-    this.state.textContent = `${shown.state}${tokens}`;
+    this.state.textContent = `${shown.playing ? "playing" : shown.state}${tokens}`;
     Object.assign(this.root.dataset, { state: shown.state, done: shown.done });
     this.banner.show(shown, this.ended, this.lost, this.hint);
     this.faultLines.textContent = shown.faults.join("\n");
     this.faults.hidden = !shown.faults.length;
-    this.root.querySelector("[data-do=step_back]").title = `run.step_back("${this.unit}")`;
+    this.showUnit();
     this.text.hidden = !shown.text;
     if (this.text.textContent !== shown.text) {
       this.text.textContent = shown.text;
@@ -315,11 +314,26 @@ class View {
     this.call(shown.call);
     this.stops.show(shown.breakpoints);
     const waiting = shown.waiting ? `, then ${shown.waiting}` : "";
-    this.working.textContent = shown.working.length ? `at work: ${shown.working.join(", ")}${waiting}` : "";
+    const working = [shown.playing, ...shown.working].filter(Boolean).join(", ");
+    this.working.textContent = working && `at work: ${working}${waiting}`;
     this.ranks.show(shown.ranks);
     this.describe();
     this.map.draw();
     if (this.ended) this.disable();
+  }
+
+  // The unit by which back and play go: that of the last step.
+  showUnit() {
+    if (this.unit === this.unitShown) return;
+    this.unitShown = this.unit;
+    const back = this.root.querySelector("[data-do=step_back]"), pace = this.pace.value;
+    back.textContent = `◀ back ${this.unit}`;
+    back.title = `run.step_back("${this.unit}"): undo the last ${this.unit} in the global order; the unit is that of the last step  [b]`;
+    fill(this.pace, PACES.map((count) => [count, count ? `${plural(Number(count), this.unit)} a second` : "full speed"]));
+    this.pace.value = pace;
+    this.root.querySelectorAll("[data-do^='step:']").forEach((button) => {
+      button.classList.toggle("dinfer-unit", button.dataset.do === `step:${this.unit}`);
+    });
   }
 
   // Unpacked once for each message.

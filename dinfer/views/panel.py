@@ -42,6 +42,8 @@ def action_of(run: InspectableRun, message: Json) -> Action:
         case {"do": "run_to", "chunk": int(chunk), "layer": int(layer)}:
             call = f"run.run_to(chunk={chunk}, layer={layer})"
             return Action(call, lambda: run.run_to(chunk=chunk, layer=layer))
+        case {"do": "undo"}:
+            return Action("run.undo()", run.undo, asks=True)
         case {"do": "resume"}:
             return Action("run.resume()", run.resume)
         case {"do": "restart"}:

@@ -59,6 +59,7 @@ def status(plan: Plan, standing: Standing) -> Json:
         "text": standing.text[-2000:],
         "faults": list(standing.faults),
         "verdict": standing.verdict,
+        "playing": standing.playing,
         "over": standing.over and f"this run is over: {standing.over}",
         "ranks": ranks,
     }

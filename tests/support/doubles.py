@@ -62,7 +62,7 @@ class Bare:
         self.on_change = self.listeners.on_change
         self.faults = Faults()
         self.found: dict[int, Breakpoint] = {}
-        self.breakpoints = Breakpoints(self.found, self.listeners.tell)
+        self.breakpoints = Breakpoints(self.found, lambda *_: self.listeners.tell())
         self.events: list[Event] = []
 
     def break_at(
@@ -109,7 +109,7 @@ class PaperRun(Bare):
         self.state: str = "paused"
         self.message, self.decoded, self.text = "", 0, ""
         self.marks: list[Mark] = []
-        self.why = self.last_call = self.over = ""
+        self.why = self.last_call = self.over = self.playing = ""
         self.devices = ["cpu"] * plan.world_size
         self.alive = [True] * plan.world_size
         self.memory: list[int | None] = []
@@ -138,6 +138,7 @@ class PaperRun(Bare):
             verdict=self.why,
             device_memory=tuple(self.device_memory),
             over=self.over,
+            playing=self.playing,
         )
 
     def move(self, call: str, cut: Cut) -> None:
@@ -161,6 +162,10 @@ class PaperRun(Bare):
 
     def play(self, unit: Unit, per_second: float) -> None:
         self.move(f'run.play("{unit}", per_second={per_second:g})', self.cuts.next(self.cut, unit))
+
+    def undo(self) -> str:
+        self.move("run.undo()", self.cuts.start)
+        return "undid all"
 
     def run_to(self, *, chunk: int, layer: int) -> None:
         self.move(f"run.run_to(chunk={chunk}, layer={layer})", self.cuts.after_block(chunk, layer))
@@ -229,6 +234,9 @@ class TwinRun(Bare):
 
     def play(self, unit: Unit, per_second: float) -> object:  # noqa: ARG002 - as fast as it goes
         return self.step(unit)
+
+    def undo(self) -> object:
+        return self._said("run.undo()", lambda: self.stepper.go_to(self.stepper.cuts.start))
 
     def run_to(self, *, chunk: int, layer: int) -> object:
         call = f"run.run_to(chunk={chunk}, layer={layer})"

@@ -18,6 +18,7 @@ from dinfer.cluster.threads import LocalRanks
 from dinfer.config import Config
 from dinfer.engine.board import Stand
 from dinfer.errors import NotPossible
+from dinfer.history import History, call_text
 from dinfer.job import Job
 from dinfer.messages import BreakpointHit, Command, Edited, GetStand, SetBreakpoints
 from dinfer.model.checkpoint import check
@@ -26,7 +27,7 @@ from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import verify
-from dinfer.run.action import Actions, call_text
+from dinfer.run.action import Actions
 from dinfer.run.breakpoints import BreakpointTable
 from dinfer.run.result import merge
 from dinfer.run.state import RunState, State
@@ -226,7 +227,7 @@ def test_who_waits_for_an_answer_when_the_run_ends_gets_none(lease: RankLease) -
 
 def test_breakpoints_arm_conditions_and_know_which_is_met() -> None:
     armed = list[SetBreakpoints]()
-    table, cuts = BreakpointTable(Config(digests=False), armed.append), Cuts(PLAN)
+    table, cuts = BreakpointTable(Config(digests=False), armed.append, History()), Cuts(PLAN)
     plain = table.add(cuts, None, None, chunk=1, layer=0)
     with_condition = table.add(cuts, None, "nan", rank=1)
     assert [[one["number"] for one in told.breakpoints] for told in armed] == [[1], [1, 2]]

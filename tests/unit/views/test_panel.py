@@ -80,11 +80,12 @@ def test_every_button_is_the_call_it_says(paper: Held) -> None:
         paper.done()
         paper.press("step_back", unit=unit)
         paper.done()
-    for do, fields in {"run_to": {"chunk": 1, "layer": 2}, "resume": {}, "pause": {}, "restart": {}}.items():
+    rest = {"run_to": {"chunk": 1, "layer": 2}, "resume": {}, "pause": {}, "undo": {}, "restart": {}}
+    for do, fields in rest.items():
         paper.press(do, **fields)
         paper.done()
     expected = [call for unit in UNITS for call in (f'run.step("{unit}")', f'run.step_back("{unit}")')]
-    expected += ["run.run_to(chunk=1, layer=2)", "run.resume()", "run.pause()", "run.restart()"]
+    expected += ["run.run_to(chunk=1, layer=2)", "run.resume()", "run.pause()", "run.undo()", "run.restart()"]
     assert paper.run.calls == expected
     paper.see("call", "run.restart()")
 
@@ -174,6 +175,21 @@ def test_play_has_a_pace(paper: Held) -> None:
     paper.done()
     assert paper.run.calls == ['run.play("wave", per_second=2.5)']
     assert paper.everywhere() > 0
+
+
+def test_a_play_is_shown_though_nothing_of_the_panel_is_at_work(paper: Held) -> None:
+    paper.run.playing = 'run.play("layer", per_second=2)'
+    paper.run.listeners.tell()
+    paper.see("playing", 'run.play("layer", per_second=2)')
+    paper.see("working", [])
+
+
+def test_what_undo_did_is_answered(paper: Held) -> None:
+    paper.press("step", unit="wave")
+    paper.done()
+    paper.press("undo")
+    paper.see("answer", "undid all")
+    assert paper.run.calls[-1] == "run.undo()"
 
 
 def test_cells_turn_where_something_is_known(paper: Held) -> None:
