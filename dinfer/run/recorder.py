@@ -24,10 +24,11 @@ from dinfer.run.faults import Armed
 from dinfer.run.hang import Health
 from dinfer.run.inspect import RunInspector
 from dinfer.run.report import Done, Reporter, findings_of_job, kv_finding, parameters
-from dinfer.run.state import STANDING, RunState, Standing, State
+from dinfer.run.state import IN_OPS, STANDING, RunState, Standing, State
 from dinfer.run.stepper import NoProgress
 from dinfer.saved.replay.record import Own, RankRecord, check_rank, received_by, record_of
 from dinfer.saved.write import Content, check_free, chosen_layers, write
+from dinfer.severity import Severity
 from dinfer.trace.export import check_folder
 from dinfer.trace.findings import Findings, KvFinding, RankFinding, with_findings
 
@@ -54,6 +55,7 @@ class RunRecorder:
         state = self.state
         with state.ranks.changed:
             known = state.ranks.ranks
+            silent = state.ranks.silent() if state.silence else []
             now, reason = state.decide()
             return Standing(
                 state.stands(),
@@ -62,7 +64,7 @@ class RunRecorder:
                 decoded=len(state.tokens),
                 text=state.text,
                 devices=tuple(state.devices),
-                alive=tuple(not one.gone for one in known),
+                alive=tuple(not one.gone and rank not in silent for rank, one in enumerate(known)),
                 last_call=state.last_call,
                 faults=tuple(map(str, self.faults)),
                 marks=(*self.faults.marks(), *state.marks),
@@ -71,6 +73,9 @@ class RunRecorder:
                 verdict=str(state.hang or ""),
                 device_memory=tuple(one.device_memory for one in known),
                 over=state.closed,
+                remedy=state.remedy,
+                severity=state.gravity(),
+                begun=state.begun,
             )
 
     # -- a report
@@ -106,7 +111,8 @@ class RunRecorder:
             findings_of_job(state.job, done, prompt=prompt),
             made=time.strftime("%Y-%m-%d %H:%M"),
             state=str(standing.state),
-            failure=state.failure or state.silence or (state.hang.sentence if state.hang else ""),
+            failure=standing.message if standing.state.severity > Severity.NOTE else "",
+            remedy=standing.remedy,
             positions=tuple(stand.positions for stand in standing.stands),
             ranks=ranks,
             message=standing.message,
@@ -144,7 +150,7 @@ class RunRecorder:
 
     def _until_it_stands(self) -> None:
         """Wait until the run stands still, has failed or hangs."""
-        while self.state.now in (State.RUNNING, State.DECODING) and not self.state.silence:
+        while self.state.now in IN_OPS:
             try:
                 self.health.check()
             except (RankFailed, NoProgress):
