@@ -6,7 +6,8 @@ A call goes session → run → cluster → rank → engine → transport; what 
 The packages are floors of a house, bottom to top. A package imports only from floors below its own (pyproject.toml has
 the contract for import-linter; imports in functions and for types count too):
 
-- `errors`, `messages`, `version`: the base of all errors, the messages between session and rank; standard library only.
+- `severity`, `version`; `errors`, `messages`: how grave a message is, the base of all errors, the messages between
+  session and rank; standard library only.
 - `config`, `display`: a run's parameters, validated; how values are shown as text and HTML.
 - `plan`, `model`: what will be done: ops, lanes, schedules, proofs; and transformers' layers one by one, without ranks.
 - `results`, `trace`, `kv`: what happened: results of calls, events and figures; whose KV differs, where and since when.

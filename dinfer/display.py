@@ -1,14 +1,17 @@
 """How results look in consoles and notebooks: texts, tables, HTML; and objects that a `with` statement closes."""
 
+import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self, TextIO
 from urllib.parse import quote
 
 from dinfer.errors import ipython
+from dinfer.severity import Severity
 
 
 class Closing:
@@ -25,11 +28,20 @@ class Closing:
         self.close()
 
 
-def html_text(text: str) -> str:
-    """Text as HTML that keeps lines and spaces. Long lines break between words; a notebook's own style would break
-    inside `block c2 l1`."""
+def badge(severity: Severity) -> str:
+    """Its icon and word as HTML, in colours that can be read on a light and on a dark page; "" for a note."""
+    if severity == Severity.NOTE:
+        return ""
+    tint = severity.tint(dark=False)
+    style = f"color:{tint.text};background:{tint.back};border-radius:3px;padding:0 5px;font-weight:600"
+    return f'<span style="{style}">{severity.mark}</span> '
+
+
+def html_text(text: str, severity: Severity = Severity.NOTE) -> str:
+    """Text as HTML that keeps lines and spaces, after the badge of its severity. Long lines break between words; a
+    notebook's own style would break inside `block c2 l1`."""
     style = "margin:0;white-space:pre-wrap;word-break:normal;overflow-wrap:break-word"
-    return f'<pre style="{style}">{escape(text)}</pre>'
+    return f'<pre style="{style}">{badge(severity)}{escape(text)}</pre>'
 
 
 SHOWN = 3
@@ -68,7 +80,13 @@ class Tidy:
 
 
 class Displayable:
-    """An object whose `str` is also its repr and, escaped, its HTML form."""
+    """An object whose `str` is also its repr and, escaped, its HTML form. Where it is displayed, a warning or an error
+    begins with its mark."""
+
+    @property
+    def severity(self) -> Severity:
+        """How grave it is what this says."""
+        return Severity.NOTE
 
     def __str__(self) -> str:
         raise NotImplementedError
@@ -77,7 +95,15 @@ class Displayable:
         return str(self)
 
     def _repr_html_(self) -> str:
-        return html_text(str(self))
+        return html_text(str(self), self.severity)
+
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
+        """Called by IPython for its text form."""
+        marked = self.severity.marked(str(self), colour=takes_colour(sys.stdout))
+        for number, line in enumerate(marked.split("\n")):
+            if number:
+                printer.break_()
+            printer.text(line)
 
 
 class DisplayableText(str, Displayable):
@@ -138,6 +164,11 @@ def _aligned(cells: Sequence[str], has_header: bool) -> list[str]:
 
 def _html_row(cells: Sequence[str], tag: str) -> str:
     return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+
+def takes_colour(stream: TextIO) -> bool:
+    """Whether it is a terminal whose user has not switched colours off (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
 class Announced(Displayable):

@@ -3,7 +3,9 @@
 import sys
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
+
+from dinfer.severity import Severity
 
 PACKAGE = __name__.split(".")[0]
 
@@ -17,6 +19,8 @@ class DinferError(Exception):
     IPython shows it with the user's own lines and without dinfer's frames: `%tb verbose` shows those, `%debug` enters
     them, and any mode of `%xmode` except Context always shows them. Plain Python shows a full traceback.
     """
+
+    severity: ClassVar[Severity] = Severity.ERROR
 
     def _render_traceback_(self) -> list[str]:
         """What IPython prints instead of its own traceback, as the parts that it joins."""

@@ -7,6 +7,7 @@ from dinfer.display import Displayable
 from dinfer.errors import NoSuch
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Cut
+from dinfer.severity import Severity
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,10 +73,12 @@ def took_back(gone: int, left: int) -> Decoded:
 
 @dataclass(frozen=True, repr=False)
 class Where(Displayable):
-    """Where the ranks stand. `state`: the run's; `lines`: a line per rank, and further facts."""
+    """Where the ranks stand. `state`: the run's; `lines`: a line per rank, and further facts; `severity`: how grave
+    these are."""
 
     state: str
     lines: str
+    severity: Severity = Severity.NOTE
 
     def __str__(self) -> str:
         return f"{self.state}\n{self.lines}"

@@ -10,6 +10,8 @@ import typer
 from typer import Exit
 
 from dinfer.config import ConfigError
+from dinfer.display import takes_colour
+from dinfer.severity import Severity
 from dinfer.version import __version__
 
 app = typer.Typer(
@@ -40,7 +42,8 @@ def root(
 
 def stop(message: object, status: int) -> NoReturn:
     """Print a message to standard error and exit."""
-    print(f"dinfer: {message}", file=sys.stderr)
+    severity = Severity.NOTE if status == INTERRUPTED else Severity.ERROR
+    print(f"dinfer: {severity.marked(str(message), colour=takes_colour(sys.stderr))}", file=sys.stderr)
     raise Exit(status)
 
 

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import torch
 
-from dinfer.display import Displayable, Table
+from dinfer.display import Displayable, Table, badge
 from dinfer.kv.ledger import BlockKey
 from dinfer.kv.origin import CausePlace
 from dinfer.kv.rows import RowKind, numbers_text
 from dinfer.kv.source import Subject
+from dinfer.severity import Severity
 
 SHOWN = 40
 """lines of a table"""
@@ -118,6 +119,10 @@ class Diff(Displayable):
         return not self.differences
 
     @property
+    def severity(self) -> Severity:
+        return Severity.OK if self.equal else Severity.ERROR
+
+    @property
     def first(self) -> Difference | None:
         return self.differences[0] if self.differences else None
 
@@ -132,7 +137,7 @@ class Diff(Displayable):
     def _repr_html_(self) -> str:
         lines = "<br>".join(map(escape, [self.verdict, *self._remarks()]))
         table = self.table()._repr_html_() if self.differences else ""
-        return f'<div style="white-space:pre-wrap">{lines}</div>{table}'
+        return f'<div style="white-space:pre-wrap">{badge(self.severity)}{lines}</div>{table}'
 
     def _remarks(self) -> list[str]:
         unfetched = (

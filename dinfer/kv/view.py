@@ -18,7 +18,7 @@ from dinfer.kv.difference import Diff, number_text
 from dinfer.kv.measure import FIELDS
 from dinfer.kv.rows import numbers_text
 from dinfer.kv.source import LiveSource, Selection, Source, Subject, ViewableSource
-from dinfer.plan.ops import PlanError
+from dinfer.plan.ops import NothingYet, PlanError
 from dinfer.plan.partition import within
 
 LARGE = 64 << 20
@@ -229,11 +229,11 @@ class Part(Displayable):
 
 
 def check_computed(source: Source, chunk: int, layer: int, ranks: Sequence[int]) -> None:
-    """Raises PlanError if none of these ranks holds the block yet."""
+    """Raises NothingYet if none of these ranks holds the block yet."""
     if all(chunk >= held.spans[layer] for held in source.held(ranks)):
         on = f" on rank {ranks[0]}" if len(ranks) == 1 < source.subject.plan.world_size else ""
         what = "is not there" if on else "is not computed"
-        raise PlanError(
+        raise NothingYet(
             f"chunk {chunk} of layer {layer} {what} yet{on}; the run stands {source.subject.stands}."
         )
 
@@ -369,11 +369,11 @@ def attention_of(
 
 
 def _check_hidden(source: LiveSource, rank: int, chunk: int, layer: int) -> None:
-    """Raises PlanError if the rank does not have that hidden state yet."""
+    """Raises NothingYet if the rank does not have that hidden state yet."""
     first = source.hidden_first(rank).get(chunk)
     computed = layer == 0 or source.held([rank])[0].spans[layer - 1] > chunk
     if first is None or first > layer or not (first == layer or computed):
-        raise PlanError(
+        raise NothingYet(
             f"the hidden state of chunk {chunk} before layer {layer} is not computed yet; the run stands "
             f"{source.subject.stands}."
         )

@@ -22,6 +22,7 @@ import msgspec
 
 from dinfer.cluster.link import Link
 from dinfer.config import Config, ConfigError
+from dinfer.display import takes_colour
 from dinfer.errors import ModelError
 from dinfer.job import Job, prepare
 from dinfer.launch.environment import DEBUGGER, Launched
@@ -36,6 +37,7 @@ from dinfer.rank.debugger import listen_for_debugger
 from dinfer.rank.failure import describe
 from dinfer.rank.worker import log_to
 from dinfer.run.failure import RankFailed
+from dinfer.severity import Severity
 from dinfer.transport.gloo import Comm, Store
 from dinfer.transport.interface import own_address_towards
 from dinfer.transport.nccl import open_comm
@@ -164,7 +166,8 @@ class _RankThread:
         time.sleep(FAREWELL_S)
         if self._launched.rank == 1:  # one rank must say it
             last = self._error or "it was told to end."
-            print(f"dinfer: rank 0, which leads the run, is gone. Rank 1: {last}", file=sys.stderr)
+            why = f"rank 0, which leads the run, is gone. Rank 1: {last}"
+            print(f"dinfer: {Severity.ERROR.marked(why, colour=takes_colour(sys.stderr))}", file=sys.stderr)
         os._exit(status)  # lanes may be blocked in the transport, which nothing else undoes
 
     def _run(self) -> None:
@@ -200,7 +203,8 @@ def _keep_session(
                 raise KeyboardInterrupt
     except RankFailed as failure:
         # Print before the others are ended: MPICH's mpirun kills this process too, as soon as one is killed.
-        print(f"dinfer: {failure}", file=sys.stderr, flush=True)
+        why = Severity.ERROR.marked(str(failure), colour=takes_colour(sys.stderr))
+        print(f"dinfer: {why}", file=sys.stderr, flush=True)
         raise SystemExit(FAILED) from None
     finally:
         _end_others(link)

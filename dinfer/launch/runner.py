@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dinfer.cluster.ranks import RankState
-from dinfer.display import listed
+from dinfer.display import listed, takes_colour
 from dinfer.job import Job
 from dinfer.launch.processes import Processes
 from dinfer.model.checkpoint import ignored_generation
 from dinfer.plan.plan import Plan
 from dinfer.run.report import findings_of_result
 from dinfer.run.result import merge, result_of, table
+from dinfer.severity import Severity
 from dinfer.trace.findings import with_findings
+from dinfer.verdict.verdict import Verdict
 
 
 def progress_line(plan: Plan, rank: int, state: RankState) -> str:
@@ -44,7 +46,7 @@ class ProgressLines:
     """Progress in one line per rank, and the generated text, neither breaking into the other."""
 
     def __init__(self, job: Job, out: TextIO | None = None) -> None:
-        self._job, self._out = job, out or sys.stdout
+        self._job, self.out = job, out or sys.stdout
         self._shown: dict[int, str] = {}
         self._port_told = False
         self.text = ""
@@ -88,17 +90,18 @@ class ProgressLines:
     def say(self, line: str) -> None:
         self._write(f"{line}\n")
 
-    def warn(self, verdict: str) -> None:
+    def warn(self, verdict: Verdict) -> None:
         """Say why the run does not move: now, not when its timeout ends it."""
-        self._interject(f"no progress: {verdict}")
+        text = f"no progress: {verdict.sentence}"
+        self._interject(verdict.severity.marked(text, colour=takes_colour(self.out)))
 
     def _interject(self, line: str) -> None:
         """A line of its own, also within the text."""
         self.say("\n" * bool(self.text) + line)
 
     def _write(self, text: str) -> None:
-        self._out.write(text)
-        self._out.flush()
+        self.out.write(text)
+        self.out.flush()
 
 
 def run(job: Job, trace_path: str | Path | None = None, out: TextIO | None = None) -> dict[str, Any]:
@@ -124,10 +127,11 @@ def conclude(
         show.say(_keep(trace_path, lambda path: trace.export("jsonl", path), "trace"))
     for state in ranks:
         if state.result and state.result.log_trouble:
-            show.say(f"the run went on, but {state.result.log_trouble}")
+            trouble = f"the run went on, but {state.result.log_trouble}"
+            show.say(Severity.WARNING.marked(trouble, colour=takes_colour(show.out)))
     result["trace"] = str(trace_path) if trace_path else None
     if found := result["corrupt"]:  # which the user chose to record, and go on
-        show.say(f"warning: {listed([one['text'] for one in found])}")
+        show.say(Severity.ERROR.marked(listed([one["text"] for one in found]), colour=takes_colour(show.out)))
     else:
         _agree(result)
     return result

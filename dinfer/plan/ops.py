@@ -7,6 +7,7 @@ import re
 from typing import Literal, NamedTuple
 
 from dinfer.errors import DinferError
+from dinfer.severity import Severity
 
 OpKind = Literal["embed", "layer", "norm", "send", "recv"]
 ValueKind = Literal["hidden", "kv", "final"]
@@ -14,6 +15,13 @@ ValueKind = Literal["hidden", "kv", "final"]
 
 class PlanError(DinferError, ValueError):
     """A plan, its text, or a place in it is invalid; the message names the given value and the allowed ones."""
+
+
+class NothingYet(PlanError):
+    """What was asked for is not computed yet, or not everywhere: nothing is wrong, and the message says how far the run
+    is."""
+
+    severity = Severity.NOTE
 
 
 class Value(NamedTuple):

@@ -13,10 +13,13 @@ from dinfer.plan.faults import KINDS, Fault, TokenSizes, fault_of
 from dinfer.plan.ops import PlanError, Value
 from dinfer.plan.plan import Plan
 from dinfer.run.state import Mark, RunState, State, state_of_lanes
+from dinfer.severity import Severity
 
 
 class Injected(Displayable):
     """An armed fault and its strikes: (rank, number of values changed, description)."""
+
+    severity = Severity.WARNING
 
     def __init__(self, fault: Fault) -> None:
         self.fault = fault
@@ -57,6 +60,10 @@ class Armed(Displayable):
         if number not in self._found:
             raise NoSuch(f"there is no fault #{number}; there are: {self}")
         return self._found[number]
+
+    @property
+    def severity(self) -> Severity:
+        return Severity.WARNING if self._found else Severity.NOTE
 
     def __str__(self) -> str:
         return "\n".join(map(str, self)) or 'no faults: run.inject("bitflip", layer=0, chunk=0) arms one'

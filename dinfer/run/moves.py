@@ -10,6 +10,7 @@ from dinfer.run.breakpoints import BreakpointTable
 from dinfer.run.failure import RankFailed
 from dinfer.run.state import RunState
 from dinfer.run.stepper import Fleet, Move, NoProgress, Stepper
+from dinfer.severity import Severity
 from dinfer.verdict.where import moved_lines
 
 INTERRUPT_S = 1.5
@@ -143,14 +144,14 @@ class Moves:
             self._breakpoints.expect([])
             self._stepper.pause()
 
-    def pause_order(self, order: int, why: str) -> bool:
+    def pause_order(self, order: int, why: str, severity: Severity = Severity.NOTE) -> bool:
         """A rank has stopped under that order: stop the others too, and say why; False, and nothing is done, if the
         user has sent the ranks elsewhere since."""
-        before = self._state.replace_message(why)  # the move under way returns with it
+        before = self._state.replace_message(why, severity)  # the move under way returns with it
         if self._stepper and self._stepper.pause_order(order):
-            self._state.say(why)
+            self._state.say(why, severity)
             return True
-        self._state.replace_message(before)
+        self._state.replace_message(*before)
         return False
 
     def interrupted(self) -> None:
@@ -161,4 +162,6 @@ class Moves:
                 self._stepper.pause(INTERRUPT_S)
             self._state.say("interrupted: the run is paused")
         except (NoProgress, RankFailed, TimeoutError) as error:
-            self._state.say(f"interrupted; the ranks stop as soon as their ops end: {error}")
+            self._state.say(
+                f"interrupted; the ranks stop as soon as their ops end: {error}", Severity.WARNING
+            )

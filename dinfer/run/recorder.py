@@ -24,10 +24,11 @@ from dinfer.run.faults import Armed
 from dinfer.run.hang import Health
 from dinfer.run.inspect import RunInspector
 from dinfer.run.report import Done, Reporter, findings_of_job, kv_finding, parameters
-from dinfer.run.state import STANDING, RunState, Standing, State
+from dinfer.run.state import IN_OPS, STANDING, RunState, Standing, State
 from dinfer.run.stepper import NoProgress
 from dinfer.saved.replay.record import Own, RankRecord, check_rank, received_by, record_of
 from dinfer.saved.write import Content, check_free, chosen_layers, write
+from dinfer.severity import Severity
 from dinfer.trace.export import check_folder
 from dinfer.trace.findings import Findings, KvFinding, RankFinding, with_findings
 
@@ -54,6 +55,7 @@ class RunRecorder:
         state = self.state
         with state.ranks.changed:
             known = state.ranks.ranks
+            silent = state.ranks.silent() if state.silence else []
             now, reason = state.decide()
             return Standing(
                 state.stands(),
@@ -62,7 +64,7 @@ class RunRecorder:
                 decoded=len(state.tokens),
                 text=state.text,
                 devices=tuple(state.devices),
-                alive=tuple(not one.gone for one in known),
+                alive=tuple(not one.gone and rank not in silent for rank, one in enumerate(known)),
                 last_call=state.last_call,
                 faults=tuple(map(str, self.faults)),
                 marks=(*self.faults.marks(), *state.marks),
@@ -72,6 +74,9 @@ class RunRecorder:
                 device_memory=tuple(one.device_memory for one in known),
                 over=state.closed,
                 playing=state.playing,
+                remedy=state.remedy,
+                severity=state.gravity(),
+                begun=state.begun,
             )
 
     # -- a report
@@ -107,7 +112,8 @@ class RunRecorder:
             findings_of_job(state.job, done, prompt=prompt),
             made=time.strftime("%Y-%m-%d %H:%M"),
             state=str(standing.state),
-            failure=state.failure or state.silence or (state.hang.sentence if state.hang else ""),
+            failure=standing.message if standing.state.severity > Severity.NOTE else "",
+            remedy=standing.remedy,
             positions=tuple(stand.positions for stand in standing.stands),
             ranks=ranks,
             message=standing.message,
@@ -145,7 +151,7 @@ class RunRecorder:
 
     def _until_it_stands(self) -> None:
         """Wait until the run stands still and is not played, has failed or hangs."""
-        while self._is_moving() and not self.state.silence:
+        while (self.state.playing or self.state.now in IN_OPS) and not self.state.silence:
             try:
                 self.health.check()
             except (RankFailed, NoProgress):
@@ -153,9 +159,6 @@ class RunRecorder:
             with self.state.ranks.changed:
                 self.state.ranks.changed.wait(WAIT_S)
             self.look()  # without the lock: it may wait for a thread that moves the run, and that for news of ranks
-
-    def _is_moving(self) -> bool:
-        return bool(self.state.playing) or self.state.now in (State.RUNNING, State.DECODING)
 
     # -- a folder
 

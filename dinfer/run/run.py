@@ -46,9 +46,19 @@ from dinfer.run.moves import Moves
 from dinfer.run.play import Player, period_of
 from dinfer.run.recorder import RunRecorder
 from dinfer.run.report import NO_VIEWS, Reporter
-from dinfer.run.state import MOVING, STANDING, RunState, Standing, State, where_of
+from dinfer.run.state import (
+    IN_OPS,
+    MOVING,
+    RECOVER,
+    RESTART,
+    STANDING,
+    RunState,
+    Standing,
+    where_of,
+)
 from dinfer.run.stepper import Move, NoProgress
 from dinfer.saved.replay.replay import Replay
+from dinfer.severity import Severity
 from dinfer.trace.events import Event
 from dinfer.trace.findings import Findings
 from dinfer.trace.trace import Trace
@@ -104,12 +114,15 @@ class Run(Tidy, Displayable):
     """
 
     INTERNAL = frozenset({
-        "INTERNAL", "check", "chunk_labels", "close", "events_since", "fail", "findings", "hold", "job", "last_call",
-        "look", "on_change", "reporter", "said", "say", "show", "silence", "story", "stuck_ranks", "told",
+        "INTERNAL", "check", "chunk_labels", "close", "events_since", "findings", "hold", "job", "last_call",
+        "look", "mend", "on_change", "recover", "recovering", "reporter", "said", "say", "show", "silence", "story",
+        "stuck_ranks", "told",
     })  # fmt: skip
     show: Callable[[Any], Any] | None = None
     """makes the panel that a notebook shows for a run; set by the session, as is the next"""
     reporter: Reporter | None = None
+    recover: Callable[[], object] | None = None
+    """frees the session's ranks and brings back lost ones"""
 
     def __init__(
         self,
@@ -201,9 +214,7 @@ class Run(Tidy, Displayable):
         that ended a play."""
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
-            while self._player.wait(POLL_S) or self._state.wait_while(
-                (State.RUNNING, State.DECODING), POLL_S
-            ):
+            while self._player.wait(POLL_S) or self._state.wait_while(IN_OPS, POLL_S):
                 self.check()
                 if deadline is not None and time.monotonic() > deadline:
                     raise NoProgress(f"the run does not stand after {timeout:g} s:\n{self.where()}")
@@ -227,6 +238,18 @@ class Run(Tidy, Displayable):
                 self._faults.arm()
         self._actions.tell()
         return self.where()
+
+    def mend(self) -> Where:
+        """Do what `standing().remedy` says: `session.recover()` if need be, and restart. Raises NotPossible where there
+        is nothing to mend, or only the user can."""
+        remedy, recover = self._state.remedy, self.recover
+        if remedy not in (RECOVER, RESTART) or (remedy == RECOVER and recover is None):
+            raise NotPossible(f"nothing here can be mended: {remedy or f'the run is {self._state.now}'}")
+        if remedy == RECOVER and recover:
+            recover()
+        where = self.restart()
+        self.last_call = remedy
+        return where
 
     # -- breakpoints
 
@@ -465,14 +488,14 @@ class Run(Tidy, Displayable):
         self._hear()
         if not self._state.is_decoding:
             self._generation.hear()
-        if self._state.now in STANDING and (met := self._breakpoints.arrived()):
+        if self._state.is_doing(STANDING) and (met := self._breakpoints.arrived()):
             self.say(met)
         self._health.look()
         self._actions.tell_of_news(lambda: (self.standing(), self._events.heard(), tuple(self.breakpoints)))
 
-    def fail(self, why: str) -> None:
-        """The run cannot go on until it is restarted."""
-        self._state.fail(why, add=True)
+    def recovering(self, *, ended: bool) -> None:
+        """The session has begun to recover its ranks, or has ended that: the run cannot go on until it is restarted."""
+        self._state.note_recovery(ended=ended)
         self._actions.tell()
 
     def close(self, why: str) -> None:
@@ -585,7 +608,7 @@ class Run(Tidy, Displayable):
     def _stop(self) -> None:
         """Pause a run that moves. One that has failed or hangs cannot be paused: it is left as it is."""
         self._player.stop()
-        if self._state.now in MOVING:
+        if self._state.is_doing(MOVING):
             with suppress(RankFailed, RankRefused, NoProgress, TimeoutError):
                 self._pause()
 
@@ -619,5 +642,6 @@ class Run(Tidy, Displayable):
                 case BlockCorrupt():
                     found = Corruption.of(note.found)
                     self._state.note_corrupt(found)
-                    if note.order is None or not self._moves.pause_order(note.order, f"stopped: {found}"):
-                        self.say(str(found))
+                    why = f"stopped: {found}"
+                    if note.order is None or not self._moves.pause_order(note.order, why, Severity.ERROR):
+                        self.say(str(found), Severity.ERROR)

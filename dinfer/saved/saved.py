@@ -29,6 +29,7 @@ from dinfer.saved.read import (
     well_formed,
 )
 from dinfer.saved.replay.replay import Replay
+from dinfer.severity import Severity
 from dinfer.trace.export import TraceError
 from dinfer.trace.findings import Findings, findings_of
 from dinfer.trace.read import read_traces
@@ -123,6 +124,10 @@ class Saved(Displayable):
             raise NotPossible("this was opened without views: use dinfer.open(…).")
         return self._write(self.trace, Path(path))
 
+    @property
+    def severity(self) -> Severity:
+        return Severity.ERROR if self.findings.failure else Severity.NOTE
+
     def __str__(self) -> str:
         findings, about, source = self.findings, self.about, self._source
         if source is None:
@@ -130,7 +135,7 @@ class Saved(Displayable):
             return f"{self.path.name}: {events}, {findings.state or 'no state'}"
         subject, plan, new = source.subject, self.plan, len(about["tokens"])
         state = about.get("state", "")
-        if state in ("running", "decoding"):  # when it was saved it did not move
+        if state in ("running", "decoding"):  # so earlier versions saved a run that hung
             state = "hung"
         held = "no KV: no rank answered when it was saved"
         if source.ranks:

@@ -24,10 +24,12 @@ from dinfer.run.hang import Hung
 from dinfer.run.left import LeftRun
 from dinfer.run.report import NO_VIEWS, Reporter
 from dinfer.run.run import Run
+from dinfer.run.state import with_remedy
 from dinfer.saved.saved import WriteReport
 from dinfer.session.progress import progress_bar
 from dinfer.session.reattach import are_in_one_group, loaded_of, run_of
 from dinfer.session.sweep import Sweep, sweep
+from dinfer.severity import Severity
 from dinfer.trace.summary import summary
 
 ShowRun = Callable[[Run], Any]
@@ -207,11 +209,13 @@ class Session(Tidy, Announced, Closing):
         said, plan, stuck = list[str](), None, tuple[int, ...]()
         if self._run:
             plan, stuck = self._run.plan, self._run.stuck_ranks()
-            self._run.fail("the session has recovered since: run.restart() begins anew")
+            self._run.recovering(ended=False)
         anew = recover(self.ranks, plan, self._config.backend, said.append, stuck)
         self._bare |= set(anew)
         if self.spec and self._bare:
             self._load(sorted(self._bare))
+        if self._run:
+            self._run.recovering(ended=True)
         kept = "" if anew else " again; weights stayed where they were"
         text = DisplayableText("; ".join([*said, f"all ranks have met{kept}"]))
         self._note(text, self._run)
@@ -277,7 +281,7 @@ class Session(Tidy, Announced, Closing):
         self._run = run = Run(
             job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, plan), left
         )
-        run.show = self._show
+        run.show, run.recover = self._show, self.recover
         if self._write:
             run.reporter = Reporter(self._write, [], lambda: self._figures_before(job))
         return run
@@ -374,21 +378,27 @@ class Session(Tidy, Announced, Closing):
             pass  # shown by views, and raised by the next call
         except (RuntimeError, TimeoutError) as error:
             if str(error) != run.message and not run.closed:
-                run.say(str(error))
+                run.say(str(error), Severity.ERROR)
         while run.said:
             self._note(run.said.pop(0), run)
         # What is new of failure, silence and hang is logged, whoever has found it.
         before, self._noted = self._noted, (run, run.failure, run.silence, run.hang)
         failure, silence, hang = before[1:] if before[0] is run else ("", "", "")
+        standing = run.standing()
+
+        def marked(text: str) -> str:
+            state = f"{standing.state}: " if standing.remedy else ""
+            return standing.severity.marked(f"{state}{with_remedy(text, standing.remedy)}")
+
         if run.failure and not failure:
-            self._note(run.failure, run)
+            self._note(marked(run.failure), run)
             for rank, state in enumerate(self.ranks.ranks):
                 if state.error:
                     self._note(f"rank {rank}:\n{state.error.traceback}", run)
         elif run.silence != silence:
-            self._note(run.silence or "all ranks answer again", run)
+            self._note(marked(run.silence) if run.silence else "all ranks answer again", run)
         elif run.hang != hang and not run.failure:
             verdict = run.told
-            self._note(str(verdict) if verdict else "the run moves again", run)
+            self._note(marked(str(verdict)) if verdict else "the run moves again", run)
             for rank, stack in verdict.stacks.items() if verdict else ():
                 self._note(f"rank {rank} stands at:\n{stack}", run)

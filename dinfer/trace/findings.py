@@ -48,7 +48,8 @@ class KvFinding:
 
 @dataclass(frozen=True)
 class Findings:
-    """All findings. `made`: when the run was made, as text; `failure`: why it failed, or does not move;
+    """All findings. `made`: when the run was made, as text; `state`: a word, as `run.standing().state` (older reports
+    say "running" of a run that hung); `failure`: why it failed, or does not move; `remedy`: the call that helped then;
     `positions[rank][lane]`: how many ops had ended; `others`: other runs of the same prompt, as `trace.summary.summary`
     returns them; `plan`: the plan's text, if the user has made the plan. `corrupt`: blocks whose bytes have changed on
     the wire or in memory; `marks`: what is known of single blocks: rank, chunk, layer, kind ("armed", "differs",
@@ -57,6 +58,7 @@ class Findings:
     made: str = ""
     state: str = ""
     failure: str = ""
+    remedy: str = ""
     parameters: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, str] = field(default_factory=dict)

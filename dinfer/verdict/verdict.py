@@ -3,16 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dinfer.display import html_text
+from dinfer.display import Displayable, html_text
+from dinfer.severity import Severity
 from dinfer.verdict.drawing import Arrow, Box, drawing
-from dinfer.verdict.waits import HUNG, HangKind, Wait, Waits
+from dinfer.verdict.waits import HUNG, SLOW, HangKind, Wait, Waits
 
 SHOWN = 20
 """lines of a culprit's stacks that a verdict prints; the op's thread comes first"""
 
 
 @dataclass(frozen=True, repr=False)
-class Verdict:
+class Verdict(Displayable):
     """What `run.verdict()` returns.
 
     `ranks`: the culprits; `rank`: the first of them; `peer`: the other end of the message or link, if it is about one;
@@ -39,6 +40,12 @@ class Verdict:
         """Whether the run will not go on by itself."""
         return self.kind in HUNG
 
+    @property
+    def severity(self) -> Severity:
+        if self.is_hung:
+            return Severity.ERROR
+        return Severity.WARNING if self.kind in SLOW else Severity.NOTE
+
     def __str__(self) -> str:
         lines = [self.sentence, *(f"  {line}" for line in self.lines)]
         if len(self.chain) > 1:
@@ -51,9 +58,6 @@ class Verdict:
                     more > 0
                 )
         return "\n".join(lines)
-
-    def __repr__(self) -> str:
-        return str(self)
 
     def svg(self) -> str:
         """A small picture of the waiting ranks, the culprits, and what each waits for."""
@@ -78,4 +82,4 @@ class Verdict:
         return drawing(self.sentence, boxes, list(arrows.values()))
 
     def _repr_html_(self) -> str:
-        return f"<div>{html_text(str(self))}{self.svg() if self.is_hung else ''}</div>"
+        return f"<div>{html_text(str(self), self.severity)}{self.svg() if self.is_hung else ''}</div>"

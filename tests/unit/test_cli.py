@@ -153,7 +153,7 @@ def test_a_line_that_is_no_op_is_named_by_its_number() -> None:
     plan = dinfer("plan", *SIZES).out
     answer = dinfer("verify", "-", stdin=edited(plan, "  embed c0", "  embrace c0"))
     assert answer.status == BAD_INPUT
-    assert answer.err.startswith("dinfer: line 6: 'embrace c0' is not an op.")
+    assert answer.err.startswith("dinfer: ✖ error: line 6: 'embrace c0' is not an op.")
 
 
 def test_a_plan_file_that_is_not_there_has_status_2(tmp_path: Path) -> None:
@@ -189,10 +189,10 @@ def mistake(folder: Path, *arguments: object) -> str:
     """The one message with which `dinfer run` refuses; it starts nothing and leaves nothing."""
     answer = dinfer("run", "--log-dir", folder / "logs", *arguments)
     assert (answer.status, answer.out) == (BAD_INPUT, "")
-    assert answer.err.startswith("dinfer: ")
+    assert answer.err.startswith("dinfer: ✖ error: ")
     assert answer.err.count("dinfer: ") == 1
     assert not (folder / "logs").exists()
-    return answer.err.removeprefix("dinfer: ").rstrip("\n")
+    return answer.err.removeprefix("dinfer: ✖ error: ").rstrip("\n")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from dinfer.kv.measure import CellDifference
 from dinfer.kv.reference.judge import CauseKind, Deviation, ReferenceCase
 from dinfer.kv.reference.reports import FINAL, HIDDEN, TensorKey
 from dinfer.model.tolerance import CONFIDENCE, ROUNDINGS, UNIT_ROUNDOFF
+from dinfer.severity import Severity
 
 TENSORS = ("hidden", "K", "V")
 
@@ -67,6 +68,10 @@ class Comparison(Displayable):
             for kind, value in (("", one.absolute), ("_relative", one.relative), ("_share", share)):
                 row[tensor + kind] = max(value, row[tensor + kind] or 0.0)
         return [found[key] for key in sorted(found)]
+
+    @property
+    def severity(self) -> Severity:
+        return Severity.OK if self.within_tolerance else Severity.ERROR
 
     def table(self) -> str:
         """A line for each layer: the largest differences in all chunks, and the tolerance."""

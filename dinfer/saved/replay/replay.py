@@ -42,6 +42,7 @@ from dinfer.saved.replay.record import (
     not_repeated,
     upper,
 )
+from dinfer.severity import Severity
 from dinfer.trace.events import Event
 from dinfer.transport.gate import Gate
 from dinfer.transport.gloo import bytes_of
@@ -280,7 +281,7 @@ class Replay(Displayable, Closing):
         lines += [str(failure)] * bool(failure) + [self._ended()] * (self.at_end and not failure)
         lines += [f"{len(self.tokens)} new tokens: {self.text!r}"] * bool(self.tokens)
         lines += [f"not as in the run: {listed(self.notes)}"] * bool(self.notes)
-        return Where(state, "\n".join(lines))
+        return Where(state, "\n".join(lines), Severity.ERROR if failure else Severity.NOTE)
 
     def __str__(self) -> str:
         return f"replay of rank {self.rank} of {self.recorded.name}: {self.where()}"

@@ -12,6 +12,7 @@ from dinfer.plan.partition import Shape
 from dinfer.plan.plan import Plan, parse_plan
 from dinfer.plan.schedule import build
 from dinfer.run.state import Mark
+from dinfer.severity import Severity
 from dinfer.trace.findings import Findings
 from dinfer.trace.shares import Shares
 from dinfer.trace.trace import Trace
@@ -142,6 +143,35 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:,.3f}"
 
 
+FAILURES = {
+    "hung": "the run hangs",
+    "running": "the run hangs",  # as earlier versions said, and the next
+    "decoding": "the run hangs",
+    "lost": "a rank was lost",
+    "taken over": "another session took the engines over",
+}
+"""how a sentence about a failure begins, by the run's state; others: the run failed"""
+
+
+def severity(findings: Findings) -> Severity:
+    """How grave the gravest finding is."""
+    if findings.failure or findings.corrupt or kv_severity(findings) == Severity.ERROR:
+        return Severity.ERROR
+    if len({rank.tokens for rank in findings.ranks}) > 1:
+        return Severity.ERROR
+    return Severity.WARNING if findings.faults or findings.edited else kv_severity(findings)
+
+
+def kv_severity(findings: Findings) -> Severity:
+    """How grave it is what `kv_part` says."""
+    if findings.kv:
+        return Severity.OK if findings.kv.equal else Severity.ERROR
+    digests = {rank.kv_sha256 for rank in findings.ranks}
+    if "" in digests or len(findings.ranks) < 2:
+        return Severity.NOTE
+    return Severity.OK if len(digests) == 1 else Severity.ERROR
+
+
 def sentence(findings: Findings, found: Shares) -> str:
     """A sentence of parts joined by semicolons."""
     text = "; ".join(_parts(findings, found))
@@ -150,8 +180,9 @@ def sentence(findings: Findings, found: Shares) -> str:
 
 def _parts(findings: Findings, found: Shares) -> Iterator[str]:
     if findings.failure:
-        yield f"the run failed: {findings.failure.splitlines()[0].rstrip('.')}"
-    elif findings.state in ("paused", "running", "starting"):
+        what = FAILURES.get(findings.state, "the run failed")
+        yield f"{what}: {findings.failure.splitlines()[0].rstrip('.')}"
+    elif findings.state in ("paused", "running", "preparing", "starting"):
         yield "the run is not at the end of its prefill"
     if findings.faults:
         count = len(findings.faults)

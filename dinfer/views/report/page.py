@@ -18,6 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from dinfer.display import WrittenPath
 from dinfer.plan.verify import verify
+from dinfer.severity import Severity, style_variables
 from dinfer.trace.export import check_folder, write_whole
 from dinfer.trace.findings import findings_of
 from dinfer.trace.intervals import seconds
@@ -46,6 +47,12 @@ REPORT_FIGURES: dict[str, Callable[..., go.Figure]] = {
     "matrix": matrix,
     "layers": layers,
 }
+
+
+COLOURS = (
+    f":root {{ {style_variables(dark=False)} }}\n"
+    f"@media (prefers-color-scheme: dark) {{ :root {{ {style_variables(dark=True)} }} }}\n"
+)
 
 
 def write_report(traces: Sequence[Trace], path: str | Path, names: Sequence[str] = ()) -> Path:
@@ -79,12 +86,13 @@ def report_html(traces: Sequence[Trace], names: Sequence[str] = (), *, plotly: s
         keep_trailing_newline=True,
     )
     environment.globals["percent"] = percent
+    environment.globals["marks"] = {level.word: level.mark for level in Severity}
     return environment.get_template("report.html.j2").render(
         runs=runs,
         title=runs[0]["sentence"] if len(runs) == 1 else " and ".join(called),
         comparison=comparison,
         policy=policy(scripts),
-        css=Markup(_read("report.css")),
+        css=Markup(COLOURS + _read("report.css")),
         scripts=[Markup(script) for script in scripts],
         settings=Markup(script_json({"templates": templates, "config": HTML_CONFIG})),
         element=ELEMENT,
@@ -153,6 +161,8 @@ def _run(trace: Trace, name: str, number: int) -> dict[str, Any]:
         "name": name,
         "number": number,
         "sentence": sentence(findings, found),
+        "severity": facts.severity(findings).word,
+        "kv_severity": facts.kv_severity(findings).word,
         "headline": " · ".join(filter(None, headline)),
         "findings": findings,
         "shares": found,

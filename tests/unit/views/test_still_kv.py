@@ -41,8 +41,8 @@ def run(session: Session) -> Run:
 
 
 def test_there_is_no_picture_before_all_ranks_have_reported(run: Run) -> None:
-    starting = run.standing()._replace(state=State.STARTING, stands=())
-    assert still_kv.still_kv(run, starting) == ""
+    preparing = run.standing()._replace(state=State.PREPARING, stands=())
+    assert still_kv.still_kv(run, preparing) == ""
 
 
 def read_png(data: bytes) -> tuple[Bytes, Bytes]:
