@@ -1,6 +1,6 @@
 """What a run is doing, why, and what is known of it: one state with its reason, decided in one place under one lock."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Literal, NamedTuple
 
@@ -8,12 +8,15 @@ from dinfer.cluster.lease import RankLease
 from dinfer.display import listed
 from dinfer.engine.board import DeviceMemory, Stand
 from dinfer.engine.corruption import Corruption
+from dinfer.engine.finite import NonFinite
 from dinfer.job import Job
 from dinfer.kv.difference import Diff
+from dinfer.kv.ledger import BlockKey
 from dinfer.kv.source import Selection
 from dinfer.plan.cut import Cut
 from dinfer.plan.plan import Plan
 from dinfer.results import Where
+from dinfer.run.nonfinite import NonFiniteBlocks
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.where import where_text
 
@@ -48,7 +51,7 @@ class Mark(NamedTuple):
     rank: int
     chunk: int
     layer: int
-    kind: Literal["armed", "differs", "corrupt"]
+    kind: Literal["armed", "differs", "corrupt", "nonfinite", "nonfinite hidden"]
     text: str
 
 
@@ -87,6 +90,18 @@ class Marks:
                 for op in lane.ops[now:was]:
                     if op.kind == "layer" or (op.kind == "recv" and op.what == "kv"):
                         self._known.pop((rank, op.chunk, op.layer), None)
+
+
+def nonfinite_marks(blocks: Mapping[BlockKey, tuple[int, str]]) -> list[Mark]:
+    """A mark for each of `NonFiniteBlocks.blocks`, on the rank that computed it; who holds the block holds them too."""
+    return [
+        Mark(rank, *block, "nonfinite", f"NaN or Inf in K or V, computed by rank {rank}")
+        if what == "kv"
+        else Mark(
+            rank, *block, "nonfinite hidden", f"NaN or Inf in the hidden state after it, on rank {rank}"
+        )
+        for block, (rank, what) in blocks.items()
+    ]
 
 
 class Standing(NamedTuple):
@@ -147,6 +162,7 @@ class RunState:
         with self.ranks.changed:
             self.message = ""  # why the last action stopped
             self.failure = ""  # why the run cannot go on until it is restarted
+            self.is_freed = False  # the session has freed the ranks since the failure
             self.silence = ""  # which ranks do not answer, while that is so
             self.hang: Verdict | None = None  # why the run does not move, while that is so
             self.tokens: list[int] = []  # the new tokens that all ranks have
@@ -157,6 +173,7 @@ class RunState:
             """a call of decode is under way or ended with an error: ranks may wait for each other's token"""
             self.edited: list[str] = []  # what the user has changed by hand on the ranks
             self.corrupt: list[Corruption] = []  # blocks whose bytes have changed, in the order of discovery
+            self.nonfinite = NonFiniteBlocks()
             self.marks = Marks()
 
     @property
@@ -248,6 +265,14 @@ class RunState:
             self.corrupt.append(found)
             self.marks.note_corrupt(found)
 
+    def note_nonfinite(self, rank: int, found: NonFinite) -> None:
+        """A rank has found NaN or Inf; for the log if it is the first of all."""
+        with self.ranks.changed:
+            if self.nonfinite.note(rank, found):
+                text = f"not finite: first {found}"
+                self.said.append(text)
+                self.story.append(text)
+
 
 def where_of(plan: Plan, standing: Standing, state: RunState) -> Where:
     """The position of each rank, one line each, and whatever else a user should know."""
@@ -255,6 +280,7 @@ def where_of(plan: Plan, standing: Standing, state: RunState) -> Where:
     notes = [standing.message] * bool(standing.message)
     notes += [f"{standing.decoded} new tokens: {standing.text!r}"] * bool(standing.decoded)
     notes += [f"edited by hand: {', '.join(state.edited)}"] * bool(state.edited)
+    notes += [f"not finite: {state.nonfinite.text}"] * bool(state.nonfinite.text)
     unsaid = [text for text in map(str, state.corrupt) if text not in standing.message]
     notes += [f"changed bytes: {listed(unsaid)}"] * bool(unsaid)
     return Where(str(standing.state), "\n".join([lines, *notes, *standing.faults]))

@@ -382,7 +382,7 @@ class View {
 
 // The marks that ranks have on a block, in words.
 function marksOf(bytes, board) {
-  return [DIFFERS, ARMED].flatMap((mark, which) => {
+  return EVERY_MARK.flatMap((mark, which) => {
     const ranks = [...bytes.keys()].filter((rank) => bytes[rank] & mark);
     return ranks.length ? [`${board.marks[which]} on rank${ranks.length > 1 ? "s" : ""} ${ranks.join(", ")}`] : [];
   });

@@ -23,6 +23,7 @@ from dinfer.views.cells import (
     EVERYWHERE,
     HERE,
     MARKS,
+    NONFINITE,
     STATES,
     CellMap,
     CellStates,
@@ -44,7 +45,11 @@ STILL = (
 COLOURS = ("#e9edf1", "#f4c430", "#2672b3", "#e07b39", "#14385c")
 """of states, on white, as in panel.css; they differ in lightness"""
 
-MARK_LOOKS = {DIFFERS: ("differs", MARKS[0], "#d81b60"), ARMED: ("armed", MARKS[1], "#7b3fa0")}
+MARK_LOOKS = {
+    DIFFERS: ("differs", MARKS[0], "#d81b60"),
+    ARMED: ("armed", MARKS[1], "#7b3fa0"),
+    NONFINITE: ("nonfinite", MARKS[2], "#00897b"),
+}
 """class, name and colour"""
 
 EVENTS = 50_000
@@ -136,7 +141,7 @@ def map_svg(states: CellStates, owners: Sequence[int], labels: Sequence[str]) ->
     marks = [look for mark, look in MARK_LOOKS.items() if (cells & mark).any()]
     drawn_marks = [
         _path((cells & mark) > 0, MARK_LOOKS[mark], part, down, high, LEAST_MARK)
-        for mark, high in ((DIFFERS, down), (ARMED, down // 3))
+        for mark, high in ((DIFFERS, down), (NONFINITE, down // 2), (ARMED, down // 3))
     ]
     grid = ""
     if across > 6 and down > 5:  # lines between smaller cells would hide their colours
