@@ -105,7 +105,8 @@ class KV(Displayable):
                 if self._note:
                     self._note(found, selection)
                 remark = self._remark(selection)
-                return replace(found, verdict=f"{found.verdict}; but {remark}") if remark else found
+                joint = "but" if found.equal else "and"
+                return replace(found, verdict=f"{found.verdict}; {joint} {remark}") if remark else found
             theirs = other.source() if hasattr(other, "source") else other
             if isinstance(source, LiveSource) and isinstance(theirs, LiveSource):  # both are called this run
                 theirs = copy(theirs)

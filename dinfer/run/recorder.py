@@ -70,6 +70,7 @@ class RunRecorder:
                 tokens=tuple(one.decoded for one in known),
                 verdict=str(state.hang or ""),
                 device_memory=tuple(one.device_memory for one in known),
+                nonfinite=state.nonfinite.text,
                 over=state.closed,
             )
 

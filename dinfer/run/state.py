@@ -94,14 +94,15 @@ class Marks:
 
 def nonfinite_marks(blocks: Mapping[BlockKey, tuple[int, str]]) -> list[Mark]:
     """A mark for each of `NonFiniteBlocks.blocks`, on the rank that computed it; who holds the block holds them too."""
-    return [
-        Mark(rank, *block, "nonfinite", f"NaN or Inf in K or V, computed by rank {rank}")
-        if what == "kv"
-        else Mark(
-            rank, *block, "nonfinite hidden", f"NaN or Inf in the hidden state after it, on rank {rank}"
-        )
-        for block, (rank, what) in blocks.items()
-    ]
+    found = []
+    for (chunk, layer), (rank, what) in blocks.items():
+        if what == "kv":
+            text = f"NaN or Inf in K or V of c{chunk} l{layer}, computed by rank {rank}"
+            found.append(Mark(rank, chunk, layer, "nonfinite", text))
+        else:
+            text = f"NaN or Inf in the hidden state after c{chunk} l{layer}, computed by rank {rank}"
+            found.append(Mark(rank, chunk, layer, "nonfinite hidden", text))
+    return found
 
 
 class Standing(NamedTuple):
@@ -127,6 +128,8 @@ class Standing(NamedTuple):
     """the full text of the verdict, while the run hangs"""
     device_memory: tuple[DeviceMemory | None, ...] = ()
     """GPU memory of each rank's process; None where the rank has no process of its own"""
+    nonfinite: str = ""
+    """the first NaN or Inf, and how many blocks followed; empty while all values are finite"""
     over: str = ""
     """why the run is over, and what to do; empty while it can go on"""
 
@@ -280,7 +283,7 @@ def where_of(plan: Plan, standing: Standing, state: RunState) -> Where:
     notes = [standing.message] * bool(standing.message)
     notes += [f"{standing.decoded} new tokens: {standing.text!r}"] * bool(standing.decoded)
     notes += [f"edited by hand: {', '.join(state.edited)}"] * bool(state.edited)
-    notes += [f"not finite: {state.nonfinite.text}"] * bool(state.nonfinite.text)
+    notes += [f"not finite: {standing.nonfinite}"] * bool(standing.nonfinite)
     unsaid = [text for text in map(str, state.corrupt) if text not in standing.message]
     notes += [f"changed bytes: {listed(unsaid)}"] * bool(unsaid)
     return Where(str(standing.state), "\n".join([lines, *notes, *standing.faults]))

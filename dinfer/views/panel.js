@@ -41,6 +41,7 @@ class View {
     this.pace.setAttribute("aria-label", "speed of play");
     bar.querySelector("[data-do=pause]").before(this.pace);
     this.banner = new Banner(this.root, (message) => this.send(message), () => this.update());
+    this.nonfinite = make("div", "nonfinite", this.root);
     this.faults = make("div", "faults", this.root);
     this.faultLines = make("span", "", this.faults);
     const disarm = make("button", "", this.faults, "disarm");
@@ -304,6 +305,8 @@ class View {
     this.state.textContent = `${shown.state}${tokens}`;
     Object.assign(this.root.dataset, { state: shown.state, done: shown.done });
     this.banner.show(shown, this.ended, this.lost, this.hint);
+    this.nonfinite.textContent = shown.nonfinite;
+    this.nonfinite.hidden = !shown.nonfinite;
     this.faultLines.textContent = shown.faults.join("\n");
     this.faults.hidden = !shown.faults.length;
     this.root.querySelector("[data-do=step_back]").title = `run.step_back("${this.unit}")`;

@@ -72,9 +72,19 @@ def still_html(
     states = marked(bare, standing.marks)
     shown = status(plan, standing)
     held = np.isin(bare, (HERE, EVERYWHERE)).sum(axis=(0, 1))
-    words = (shown["state"], shown["over"], shown["message"], *shown["faults"], shown["call"])
-    known = "".join(f"<li>{escape(mark.text)}</li>" for mark in standing.marks[:20])
-    known += f"<li>and {len(standing.marks) - 20:,} more</li>" if len(standing.marks) > 20 else ""
+    words = (
+        shown["state"],
+        shown["over"],
+        shown["message"],
+        shown["nonfinite"],
+        *shown["faults"],
+        shown["call"],
+    )
+    marks = [
+        mark for mark in standing.marks if "nonfinite" not in mark.kind
+    ]  # of these, the first is in the words
+    known = "".join(f"<li>{escape(mark.text)}</li>" for mark in marks[:20])
+    known += f"<li>and {len(marks) - 20:,} more</li>" if len(marks) > 20 else ""
     return (
         f"<div><div>dinfer: {escape('; '.join(filter(None, words)))}</div><div><small>{STILL}</small></div>"
         f"{map_svg(states, plan.shape.owners, labels)}"
@@ -175,7 +185,7 @@ def map_svg(states: CellStates, owners: Sequence[int], labels: Sequence[str]) ->
     if size.text:
         said = f"{size.text}: a mark, or the most urgent state of its blocks"
         legend += f'<text x="{_LEFT}" y="{y + 24}" fill="#333">{said}</text>'
-    wide, high = max(right + 8, 800 if marks else 560), bottom + (42 if size.text else 26)
+    wide, high = max(right + 8, 800 if marks else 560, x), bottom + (42 if size.text else 26)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" width="{wide}" height="{high}" '
         'role="img" style="background:#fff;max-width:100%;height:auto" font-family="sans-serif" font-size="10">'

@@ -58,7 +58,9 @@ class BarePanel:
             **{"done": 3, "total": 4, "where": "3 of 4 ops done; stands at c1 l2, next `layer c1 l3`"},
         }
         shown = {
-            **dict.fromkeys(("message", "text", "verdict", "over", "waiting", "error", "answer"), ""),
+            **dict.fromkeys(
+                ("message", "nonfinite", "text", "verdict", "over", "waiting", "error", "answer"), ""
+            ),
             **{
                 "state": "paused",
                 "decoded": 0,

@@ -15,7 +15,9 @@ from dinfer.views.cells import ARMED, BASE, DIFFERS, NONFINITE, CellStates, mark
 from tests.support.maps import half_done, unpacked
 
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 40), st.integers(1, 9))
-BYTES = st.sampled_from([state | mark for state in range(5) for mark in (0, DIFFERS, ARMED, NONFINITE, DIFFERS | ARMED)])
+BYTES = st.sampled_from(
+    [state | mark for state in range(5) for mark in (0, DIFFERS, ARMED, NONFINITE, DIFFERS | ARMED)]
+)
 LARGE = (80, 1000, 8)
 MARKED = DIFFERS | ARMED | NONFINITE
 
