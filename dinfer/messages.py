@@ -762,6 +762,12 @@ class BlockCorrupt(Note, frozen=True):
     order: int | None = None
 
 
+class FirstNonFinite(Note, frozen=True):
+    """The first NaN or Inf in what this rank has made: `found` is a `NonFinite.as_dict()`."""
+
+    found: dict[str, Any]
+
+
 # -- reports of `dinfer run`, whose ranks run from start to end without commands
 
 

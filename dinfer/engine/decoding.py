@@ -154,9 +154,9 @@ class Decoding:
         end = monotonic_ns()
         if self._recorder:
             about = {"what": "token", "tokens": 1, "index": len(self.tokens)}
-            _record(self._recorder, "decode", start, computed, **about)
+            record(self._recorder, "decode", start, computed, **about)
             if self._comm.world_size > 1:
-                _record(self._recorder, "all_gather", computed, end, **about)
+                record(self._recorder, "all_gather", computed, end, **about)
         self.tokens.append(token)
         self._rows.append(row)
         return token
@@ -190,7 +190,7 @@ def _gather(comm: Comm, data: bytes) -> list[bytes]:
     return comm.all_gather(data) if comm.world_size > 1 else [data]
 
 
-def _record(recorder: Recorder, kind: str, start: int, end: int, **fields: object) -> None:
+def record(recorder: Recorder, kind: str, start: int, end: int, **fields: object) -> None:
     """Record an event on the recorder's lane for decode, the last one."""
     lane = len(recorder.lanes) - 1
     event = Event(recorder.rank, recorder.lanes[lane], kind, start, start, start, end, **fields)  # type: ignore[arg-type]
@@ -209,11 +209,11 @@ def recheck(state: Prefill, recorder: Recorder, comm: Comm) -> float:
     start = monotonic_ns()
     found = state.changed_blocks()
     end, size = monotonic_ns(), sum(state.block(*key).nbytes for key in ledger.entries)
-    _record(recorder, "check", start, end, bytes=size)
+    record(recorder, "check", start, end, bytes=size)
     new = [one for one in found if (one.chunk, one.layer) not in ledger.told]
     for one in new:
         where = {"what": "kv", "chunk": one.chunk, "layer": one.layer, "bytes": one.bytes}
-        _record(recorder, "corrupt", end, end, tokens=len(state.rows(one.chunk)), **where)
+        record(recorder, "corrupt", end, end, tokens=len(state.rows(one.chunk)), **where)
         ledger.told.add((one.chunk, one.layer))
         state.alarm.report(one)
     if policy != "record":

@@ -1,7 +1,7 @@
 """Difference: what a diff has found, as values with a text for consoles and an HTML form for notebooks."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from dinfer.display import Displayable, Table, badge
 from dinfer.kv.ledger import BlockKey
 from dinfer.kv.origin import CausePlace
 from dinfer.kv.rows import RowKind, numbers_text
-from dinfer.kv.source import Subject
+from dinfer.kv.source import Selection, Subject
 from dinfer.severity import Severity
 
 SHOWN = 40
@@ -196,6 +196,13 @@ def unequal_text(compared: Compared, differences: Sequence[Difference], values: 
     return "; ".join(
         filter(None, (first.text(), f"{some}{values.get(first.name, 0):,} of {total}", first.origin))
     )
+
+
+def nonfinite_remark(blocks: Iterable[BlockKey], chosen: Selection, text: str) -> str:
+    """What a comparison does not show: how many of the blocks in it are among `blocks`, which hold NaN or Inf; "" for
+    none. `text`: where they come from."""
+    count = sum(chunk in chosen.spans and layer in chosen.layers for chunk, layer in blocks)
+    return f"{count:,} of these blocks hold{'s' * (count == 1)} NaN or Inf: {text}" if count else ""
 
 
 def _blocks_text(compared: Compared) -> tuple[str, str]:

@@ -42,8 +42,8 @@ class Other(Protocol):
 class KV(Displayable):
     """What `run.kv` returns: the KV that ranks hold of a layer, a chunk, a rank, each None for all. `source()` is
     called anew for each look, since a run may have moved; `hold()` keeps the run from moving during one; `note(diff,
-    selection)` is called after ranks were compared. Raises PlanError for an unknown layer, chunk or rank, and for a
-    block that is not computed yet."""
+    selection)` is called after ranks were compared; `remark(selection)` is what a comparison does not show, "" for
+    nothing. Raises PlanError for an unknown layer, chunk or rank, and for a block that is not computed yet."""
 
     def __init__(
         self,
@@ -53,9 +53,11 @@ class KV(Displayable):
         chunk: int | None,
         rank: int | None,
         note: Callable[[Diff, Selection], None] | None = None,
+        remark: Callable[[Selection], str] = lambda _: "",
         hold: "Hold" = nullcontext,
     ) -> None:
-        self.source, self._rank, self._note, self._hold = source, rank, note, hold
+        self.source, self._rank, self._hold = source, rank, hold
+        self._note, self._remark = note, remark
         self._spans = () if chunk is None else (chunk,)
         now = source()
         shape = now.subject.plan.shape
@@ -102,7 +104,9 @@ class KV(Displayable):
                 found = diff_ranks(source, selection, values)
                 if self._note:
                     self._note(found, selection)
-                return found
+                remark = self._remark(selection)
+                joint = "but" if found.equal else "and"
+                return replace(found, verdict=f"{found.verdict}; {joint} {remark}") if remark else found
             theirs = other.source() if hasattr(other, "source") else other
             if isinstance(source, LiveSource) and isinstance(theirs, LiveSource):  # both are called this run
                 theirs = copy(theirs)

@@ -12,6 +12,8 @@ from dinfer.job import Job
 from dinfer.launch.processes import Processes
 from dinfer.model.checkpoint import ignored_generation
 from dinfer.plan.plan import Plan
+from dinfer.run.failure import RankFailed
+from dinfer.run.nonfinite import nonfinite_of
 from dinfer.run.report import findings_of_result
 from dinfer.run.result import merge, result_of, table
 from dinfer.severity import Severity
@@ -95,6 +97,14 @@ class ProgressLines:
         text = f"no progress: {verdict.sentence}"
         self._interject(verdict.severity.marked(text, colour=takes_colour(self.out)))
 
+    def nonfinite(self, ranks: Sequence[RankState]) -> None:
+        """Say where the first NaN or Inf is, if any rank has found one."""
+        known = nonfinite_of(
+            [state.notes for state in ranks], (one for state in ranks for one in state.events)
+        )
+        if known.first:
+            self._interject(f"warning: not finite: {known.text}")
+
     def _interject(self, line: str) -> None:
         """A line of its own, also within the text."""
         self.say("\n" * bool(self.text) + line)
@@ -109,8 +119,12 @@ def run(job: Job, trace_path: str | Path | None = None, out: TextIO | None = Non
     show = ProgressLines(job, out)
     show.introduce()
     with Processes(job, on_text=show.on_text, on_hang=show.warn) as ranks:
-        while not ranks.watch(PROGRESS_S):
-            show.progress(ranks.link.ranks)
+        try:
+            while not ranks.watch(PROGRESS_S):
+                show.progress(ranks.link.ranks)
+        except RankFailed:  # of which NaN may be the cause
+            show.nonfinite(ranks.link.ranks)
+            raise
         show.progress(ranks.link.ranks)  # also of a run that was over before it was looked at
         return conclude(job, ranks.link.ranks, show, trace_path)
 
@@ -130,6 +144,7 @@ def conclude(
             trouble = f"the run went on, but {state.result.log_trouble}"
             show.say(Severity.WARNING.marked(trouble, colour=takes_colour(show.out)))
     result["trace"] = str(trace_path) if trace_path else None
+    show.nonfinite(ranks)
     if found := result["corrupt"]:  # which the user chose to record, and go on
         show.say(Severity.ERROR.marked(listed([one["text"] for one in found]), colour=takes_colour(show.out)))
     else:

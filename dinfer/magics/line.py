@@ -290,7 +290,7 @@ def diff(call: Call) -> Any:
 def compare(call: Call) -> Any:
     """Compare what the ranks hold with transformers' own forward."""
     words = call.words
-    return call.run.compare(words.what, chunked=not words.unchunked, dtype=words.dtype)
+    return call.run.compare(words.what, chunked=False if words.unchunked else None, dtype=words.dtype)
 
 
 @verb(

@@ -46,6 +46,7 @@ class Spec:
     vocab_size: int
     max_positions: int
     model_positions: int
+    length_dependent: bool
     dtype: str
     tokenizer: bool
     weight_bytes: int
@@ -122,6 +123,7 @@ def check(path: str | Path) -> Spec:
         vocab_size=int(config.vocab_size),
         max_positions=positions,
         model_positions=longest,
+        length_dependent=any(rope.get("rope_type") in ("longrope", "dynamic") for rope in _ropes(config)),
         dtype=str(config.dtype or first_dtype).removeprefix("torch."),
         tokenizer=has_tokenizer(folder),
         weight_bytes=sum(data for _, data in headers),

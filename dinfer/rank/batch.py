@@ -11,7 +11,7 @@ import torch
 from dinfer.config import Config
 from dinfer.engine.engine import Engine
 from dinfer.kv.digests import block_digests, row_digests
-from dinfer.messages import BatchResult, BlockCorrupt, TextPiece
+from dinfer.messages import BatchResult, BlockCorrupt, FirstNonFinite, TextPiece
 from dinfer.model.decoder import Decoder
 from dinfer.model.text import TextStream, load_tokenizer
 from dinfer.rank.agreement import agree, facts_of
@@ -41,6 +41,7 @@ def run_rank(
         engine = Engine(
             decoder, comm, config, board=board, memory=control.recorder_memory, on_op=OpLog(log, decoder.num_layers),
             on_corrupt=lambda found: control.report(BlockCorrupt(found.as_dict())),
+            on_nonfinite=lambda found: control.report(FirstNonFinite(found.as_dict())),
         )  # fmt: skip
         agree(comm, facts_of(config, decoder.spec, ids, engine.plan_for(len(ids)).id))
         plan = engine.prepare(ids).plan

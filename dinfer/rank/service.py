@@ -248,6 +248,7 @@ class RankService:
             decoder, comm, config, gate=self._gate, board=self.board, memory=self._memory,
             deadline=config.timeout, on_hit=self._hit, all_stands=self._ask_stands,
             on_corrupt=self._corrupt,
+            on_nonfinite=lambda found: self.session.report(messages.FirstNonFinite(found.as_dict())),
         )  # fmt: skip
         warm_up(decoder, config, len(ids))
         plan = parse_plan(command.plan) if command.plan else engine.plan_for(len(ids))

@@ -153,10 +153,11 @@ class Watcher:
 
     def _publish(self, *, last: bool) -> None:
         """What is new, as one message: each costs the rank's core, and wakes the session's process."""
-        records = b""
-        if self._recorder:
+        records, stand = b"", self._board.stand(self._lanes)
+        if (
+            self._recorder
+        ):  # read after the stand, so that the events of all ops that have ended there are among them
             records, self._cursor = self._recorder.read_records(self._cursor)
-        stand = self._board.stand(self._lanes)
         state = (stand, self._board.phase, self._board.decoded)
         beat = monotonic() - self._last_beat > BEAT_S
         if last or beat or records or state != self._last_state:

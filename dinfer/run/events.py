@@ -20,6 +20,7 @@ class RunEvents:
     """By rank, in the order of arrival."""
 
     def __init__(self, state: RunState) -> None:
+        self._read: list[int] = []  # by `note_nonfinite`
         self._state, self._ranks, self._lanes = state, state.ranks, state.plan.lanes
         self._begun = 0  # how often the run has begun
         self._by_rank: list[list[Event]] = []
@@ -48,12 +49,23 @@ class RunEvents:
             with self._ranks.changed:
                 self._back = list(map(len, self._by_rank)), meet(before, after)
 
-    def trace(self) -> Trace:
-        """The events of all ranks so far. Of a run that stands still, first waits for events still on their way."""
+    def note_nonfinite(self) -> None:
+        """Tell the run's state of NaN and Inf in the events that have come since the last time."""
+        with self._ranks.changed:
+            new, self._read = self.since(self._read)
+            self._state.nonfinite.take(new)
+
+    def wait(self) -> None:
+        """Of a run that stands still, wait for events that are still on their way."""
         deadline = time.monotonic() + LATE_S
         with self._ranks.changed:
             while self._state.now in STANDING and not self._is_whole() and time.monotonic() < deadline:
                 self._ranks.changed.wait(WAIT_S)
+
+    def trace(self) -> Trace:
+        """The events of all ranks so far. Of a run that stands still, first waits for events still on their way."""
+        self.wait()
+        with self._ranks.changed:
             by_rank = [list(events) for events in self._by_rank]
         return merge(
             self._state.job, by_rank

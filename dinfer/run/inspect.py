@@ -52,7 +52,9 @@ class RunInspector:
         """See `Run.kv`."""
         hold = self._actions.hold
         with hold():
-            return KV(self.source, layer=layer, chunk=chunk, rank=rank, note=self._compared, hold=hold)
+            remark = self._state.nonfinite.in_selection
+            note = self._compared
+            return KV(self.source, layer=layer, chunk=chunk, rank=rank, note=note, remark=remark, hold=hold)
 
     def hidden(self, chunk: int, layer: int) -> Hidden:
         """See `Run.hidden`."""
@@ -123,8 +125,15 @@ class RunInspector:
 
     # -- the reference
 
-    def compare(self, *, chunked: bool, dtype: str | None) -> Comparison:
+    def compare(self, *, chunked: bool | None, dtype: str | None) -> Comparison:
         """See `Run.compare`."""
+        with self._actions.hold():
+            found = self._compare(chunked=chunked is not False, dtype=dtype)
+            if chunked is None and self._job.spec.length_dependent and len(self._job.plan.shape.chunks) > 1:
+                found.at_once = self._compare(chunked=False, dtype=dtype)
+            return found
+
+    def _compare(self, *, chunked: bool, dtype: str | None) -> Comparison:
         check_unchanged(self._job.spec)  # on a CPU the weights are views of the files
         with self._actions.hold():
             self._check()

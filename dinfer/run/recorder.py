@@ -24,7 +24,7 @@ from dinfer.run.faults import Armed
 from dinfer.run.hang import Health
 from dinfer.run.inspect import RunInspector
 from dinfer.run.report import Done, Reporter, findings_of_job, kv_finding, parameters
-from dinfer.run.state import IN_OPS, STANDING, RunState, Standing, State
+from dinfer.run.state import IN_OPS, STANDING, RunState, Standing, State, nonfinite_marks
 from dinfer.run.stepper import NoProgress
 from dinfer.saved.replay.record import Own, RankRecord, check_rank, received_by, record_of
 from dinfer.saved.write import Content, check_free, chosen_layers, write
@@ -67,11 +67,12 @@ class RunRecorder:
                 alive=tuple(not one.gone and rank not in silent for rank, one in enumerate(known)),
                 last_call=state.last_call,
                 faults=tuple(map(str, self.faults)),
-                marks=(*self.faults.marks(), *state.marks),
+                marks=(*self.faults.marks(), *state.marks, *nonfinite_marks(state.nonfinite.blocks)),
                 memory=tuple(one.memory for one in known),
                 tokens=tuple(one.decoded for one in known),
                 verdict=str(state.hang or ""),
                 device_memory=tuple(one.device_memory for one in known),
+                nonfinite=state.nonfinite.text,
                 over=state.closed,
                 playing=state.playing,
                 remedy=state.remedy,
@@ -123,6 +124,7 @@ class RunRecorder:
             faults=standing.faults,
             edited=tuple(state.edited),
             corrupt=tuple(map(str, state.corrupt)),
+            nonfinite=state.nonfinite.text,
             marks=tuple(tuple(mark) for mark in standing.marks),
             log=tuple(reporter.log) if reporter else (),
             others=tuple(reporter.others()) if reporter else (),

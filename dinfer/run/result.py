@@ -8,6 +8,7 @@ from dinfer.display import Table
 from dinfer.engine.corruption import Corruption
 from dinfer.job import Job
 from dinfer.messages import BlockCorrupt
+from dinfer.run.nonfinite import NonFiniteBlocks, nonfinite_of
 from dinfer.trace.events import Event
 from dinfer.trace.trace import Trace
 from dinfer.version import __version__
@@ -61,7 +62,18 @@ def result_of(job: Job, ranks: Sequence[RankState], trace: Trace, text: str) -> 
         ],
         "links": [link._asdict() for link in trace.link_figures()],
         "corrupt": [{**one.as_dict(), "text": str(one)} for one in corrupt],
+        "nonfinite": _nonfinite(nonfinite_of([state.notes for state in ranks], trace.events)),
     }
+
+
+def _nonfinite(known: NonFiniteBlocks) -> dict[str, Any] | None:
+    if known.first is None:
+        return None
+    blocks = [
+        {"rank": rank, "chunk": chunk, "layer": layer, "what": what}
+        for (chunk, layer), (rank, what) in sorted(known.blocks.items())
+    ]
+    return {"text": known.text, "first": known.first.as_dict(), "blocks": blocks}
 
 
 def table(result: dict[str, Any]) -> str:

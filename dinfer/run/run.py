@@ -21,12 +21,22 @@ from dinfer.cluster.lease import RankLease
 from dinfer.cluster.ranks import RankRefused, Ranks
 from dinfer.display import Displayable, DisplayableText, Tidy
 from dinfer.engine.corruption import Corruption
+from dinfer.engine.finite import NonFinite
 from dinfer.errors import NotPossible, ipython
 from dinfer.history import History, call_text
 from dinfer.job import Job
 from dinfer.kv.reference.comparison import Comparison
 from dinfer.kv.view import KV, AttentionWeights, Hidden
-from dinfer.messages import Answer, BlockCorrupt, BreakpointHit, Command, Edited, FaultStruck, GetStand
+from dinfer.messages import (
+    Answer,
+    BlockCorrupt,
+    BreakpointHit,
+    Command,
+    Edited,
+    FaultStruck,
+    FirstNonFinite,
+    GetStand,
+)
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Unit, count_of, unit_of
@@ -115,8 +125,8 @@ class Run(Tidy, Displayable):
 
     INTERNAL = frozenset({
         "INTERNAL", "check", "chunk_labels", "close", "events_since", "findings", "hold", "job", "last_call",
-        "look", "mend", "on_change", "recover", "recovering", "reporter", "said", "say", "show", "silence", "story",
-        "stuck_ranks", "told",
+        "left_blocked", "look", "mend", "on_change", "recover", "recovering", "reporter", "said", "say", "show",
+        "silence", "story", "stuck_ranks", "told",
     })  # fmt: skip
     show: Callable[[Any], Any] | None = None
     """makes the panel that a notebook shows for a run; set by the session, as is the next"""
@@ -307,7 +317,10 @@ class Run(Tidy, Displayable):
     # -- where it stands, and why
 
     def where(self) -> Where:
-        """The position of each rank, one line each."""
+        """The position of each rank, one line each; then what else is known, such as the first NaN or Inf."""
+        if self._state.nonfinite.first:
+            self._events.wait()
+            self._events.note_nonfinite()
         return where_of(self.plan, self.standing(), self._state)
 
     def standing(self) -> Standing:
@@ -348,16 +361,17 @@ class Run(Tidy, Displayable):
 
     @action(alone=False)
     def compare(
-        self, what: str = "reference", *, chunked: bool = True, dtype: str | None = None
+        self, what: str = "reference", *, chunked: bool | None = None, dtype: str | None = None
     ) -> Comparison:
         """Compare what the ranks hold with transformers' own forward of the same checkpoint, at the ranks' thread
         count: K, V and hidden states of every layer and chunk, and every new token fed as the run fed it.
 
         By default, in the run's chunks and dtype, every bit must be the same (on a CPU). `chunked=False` feeds the
         prompt at once, and `dtype` loads the checkpoint in another one; then differences up to a stated tolerance are
-        rounding (`dinfer.model.tolerance`). A run that stands half-way is compared as far as it has come. Raises
-        PlanError where nothing is computed yet or an argument is unknown, and RankRefused where a second KV, or the
-        weights in `dtype`, do not fit into memory.
+        rounding (`dinfer.model.tolerance`). A checkpoint whose rotary angles may depend on the length (long-rope) is
+        compared both ways, unless `chunked` is given: `at_once` of the result is the second. A run that stands half-way
+        is compared as far as it has come. Raises PlanError where nothing is computed yet or an argument is unknown, and
+        RankRefused where a second KV, or the weights in `dtype`, do not fit into memory.
         """
         check_comparable(what, dtype)
         self.wait()
@@ -486,6 +500,7 @@ class Run(Tidy, Displayable):
         if self.closed:
             return
         self._hear()
+        self._events.note_nonfinite()
         if not self._state.is_decoding:
             self._generation.hear()
         if self._state.is_doing(STANDING) and (met := self._breakpoints.arrived()):
@@ -514,6 +529,24 @@ class Run(Tidy, Displayable):
     def stuck_ranks(self) -> tuple[int, ...]:
         """Ranks in an op that does not end, according to the verdict."""
         return self.told.ranks if self.told and self.told.kind in STUCK else ()
+
+    def left_blocked(self) -> bool:
+        """Whether it has left lanes blocked in transfers, or decode waiting, which no next run gets past: it has
+        failed, it hangs, or it could not be paused. Not where a rank still computes: freeing lanes is not enough."""
+        state = self._state
+        if state.recovered or self.stuck_ranks():
+            return False
+        is_hung = state.hang is not None and state.hang.is_hung
+        if state.failure or is_hung or any(rank.error for rank in state.ranks.ranks):
+            return True
+        stands = state.stands()
+        begun = [
+            lane.ops[position]
+            for lanes, stand in zip(self.plan.lanes, stands, strict=False)
+            for lane, position, started in zip(lanes, stand.positions, stand.started, strict=True)
+            if started
+        ]
+        return bool(begun) and all(op.is_transfer for op in begun)
 
     message: str = _of_state("message", "Why the last action stopped.")
     failure: str = _of_state("failure", "Why the run cannot go on until it is restarted; empty while it can.")
@@ -614,6 +647,8 @@ class Run(Tidy, Displayable):
 
     def _went(self, move: Move) -> None:
         """What was known of blocks, events and tokens behind a cut to which the run went back no longer holds."""
+        self._events.note_nonfinite()
+        self._state.nonfinite.went(self.plan, move.before, move.after)
         self._state.marks.went(self.plan, move.before, move.after)
         self._events.went(move.before, move.after)
         if move.after != self._moves.stepper.cuts.end:
@@ -639,6 +674,8 @@ class Run(Tidy, Displayable):
                 case BreakpointHit():
                     if why := self._breakpoints.hit(rank, note):
                         self._moves.pause_order(note.order, why)
+                case FirstNonFinite():
+                    self._state.note_nonfinite(rank, NonFinite.of(note.found))
                 case BlockCorrupt():
                     found = Corruption.of(note.found)
                     self._state.note_corrupt(found)

@@ -1,6 +1,6 @@
 """What a run is doing, why, and what is known of it: one state with its reason, decided in one place under one lock."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Literal, NamedTuple
 
@@ -8,13 +8,16 @@ from dinfer.cluster.lease import RankLease
 from dinfer.display import listed
 from dinfer.engine.board import DeviceMemory, Stand
 from dinfer.engine.corruption import Corruption
+from dinfer.engine.finite import NonFinite
 from dinfer.job import Job
 from dinfer.kv.difference import Diff
+from dinfer.kv.ledger import BlockKey
 from dinfer.kv.source import Selection
 from dinfer.plan.cut import Cut
 from dinfer.plan.plan import Plan
 from dinfer.results import Where
 from dinfer.run.failure import Breakage, Broken
+from dinfer.run.nonfinite import NonFiniteBlocks
 from dinfer.severity import Severity
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.where import where_text
@@ -78,7 +81,7 @@ class Mark(NamedTuple):
     rank: int
     chunk: int
     layer: int
-    kind: Literal["armed", "differs", "corrupt"]
+    kind: Literal["armed", "differs", "corrupt", "nonfinite", "nonfinite hidden"]
     text: str
 
 
@@ -119,6 +122,19 @@ class Marks:
                         self._known.pop((rank, op.chunk, op.layer), None)
 
 
+def nonfinite_marks(blocks: Mapping[BlockKey, tuple[int, str]]) -> list[Mark]:
+    """A mark for each of `NonFiniteBlocks.blocks`, on the rank that computed it; who holds the block holds them too."""
+    found = []
+    for (chunk, layer), (rank, what) in blocks.items():
+        if what == "kv":
+            text = f"NaN or Inf in K or V of c{chunk} l{layer}, computed by rank {rank}"
+            found.append(Mark(rank, chunk, layer, "nonfinite", text))
+        else:
+            text = f"NaN or Inf in the hidden state after c{chunk} l{layer}, computed by rank {rank}"
+            found.append(Mark(rank, chunk, layer, "nonfinite hidden", text))
+    return found
+
+
 class Standing(NamedTuple):
     """A run at one moment. `stands` are by rank, empty until all ranks have reported; `message`: why the run stopped or
     failed."""
@@ -142,6 +158,8 @@ class Standing(NamedTuple):
     """the full text of the verdict, while the run hangs"""
     device_memory: tuple[DeviceMemory | None, ...] = ()
     """GPU memory of each rank's process; None where the rank has no process of its own"""
+    nonfinite: str = ""
+    """the first NaN or Inf, and how many blocks followed; empty while all values are finite"""
     over: str = ""
     """why the run is over, and what to do; empty while it can go on"""
     playing: str = ""
@@ -202,6 +220,7 @@ class RunState:
             """a call of decode is under way or ended with an error: ranks may wait for each other's token"""
             self.edited: list[str] = []  # what the user has changed by hand on the ranks
             self.corrupt: list[Corruption] = []  # blocks whose bytes have changed, in the order of discovery
+            self.nonfinite = NonFiniteBlocks()
             self.marks = Marks()
 
     @property
@@ -345,6 +364,14 @@ class RunState:
             self.corrupt.append(found)
             self.marks.note_corrupt(found)
 
+    def note_nonfinite(self, rank: int, found: NonFinite) -> None:
+        """A rank has found NaN or Inf; for the log if it is the first of all."""
+        with self.ranks.changed:
+            if self.nonfinite.note(rank, found):
+                text = f"not finite: first {found}"
+                self.said.append(text)
+                self.story.append(text)
+
 
 def with_remedy(text: str, remedy: str) -> str:
     """A reason, and the call after which the run can go on. Who has taken the ranks over is said with what to do."""
@@ -358,9 +385,11 @@ def where_of(plan: Plan, standing: Standing, state: RunState) -> Where:
     notes += [with_remedy(standing.message, standing.remedy)] * bool(standing.message)
     notes += [f"{standing.decoded} new tokens: {standing.text!r}"] * bool(standing.decoded)
     notes += [f"edited by hand: {', '.join(state.edited)}"] * bool(state.edited)
+    notes += [f"not finite: {standing.nonfinite}"] * bool(standing.nonfinite)
     unsaid = [text for text in map(str, state.corrupt) if text not in standing.message]
     notes += [f"changed bytes: {listed(unsaid)}"] * bool(unsaid)
     text = "\n".join([lines, *notes, *standing.faults])
     is_played = standing.playing and standing.state == State.PAUSED
     now = State.RUNNING if is_played else standing.state
-    return Where(str(now), text, max(standing.severity, standing.state.severity))
+    odd = Severity.WARNING if standing.nonfinite else Severity.NOTE
+    return Where(str(now), text, max(standing.severity, standing.state.severity, odd))

@@ -9,9 +9,9 @@ from torch import Tensor
 from dinfer.display import Displayable
 from dinfer.errors import NotPossible
 from dinfer.kv.diff import VALUES
-from dinfer.kv.difference import Diff
+from dinfer.kv.difference import Diff, nonfinite_remark
 from dinfer.kv.rows import numbers_text
-from dinfer.kv.source import Source
+from dinfer.kv.source import Selection, Source
 from dinfer.kv.view import KV, Other
 from dinfer.model.decoder import Decoder
 from dinfer.monitor.signs import HangEvidence
@@ -77,7 +77,7 @@ class Saved(Displayable):
     def kv(self, layer: int | None = None, *, chunk: int | None = None, rank: int | None = None) -> KV:
         """The KV that the ranks held: see `run.kv`. Raises PlanError for an unknown layer, chunk or rank, SavedError
         for values that were not saved."""
-        return KV(self.source, layer=layer, chunk=chunk, rank=rank)
+        return KV(self.source, layer=layer, chunk=chunk, rank=rank, remark=self._nonfinite)
 
     def diff(self, other: "Other | Source | None" = None, values: int | None = VALUES) -> Diff:
         """Where the ranks differed from one another or, given another run, saved or live, from that: see `KV.diff`."""
@@ -147,6 +147,7 @@ class Saved(Displayable):
             held,
             *[f"it stood {subject.stands}"] * any(subject.standing),
             *[findings.failure.partition("\n")[0]] * bool(findings.failure),
+            *[f"not finite: {findings.nonfinite}"] * bool(findings.nonfinite),
             *[f"edited by hand: {', '.join(about.get('edited', ()))}"] * bool(about.get("edited")),
             *about.get("faults", ()),
         ]
@@ -157,6 +158,11 @@ class Saved(Displayable):
         if self._source is None:
             raise self._lacks(what)
         return self._source
+
+    def _nonfinite(self, chosen: Selection) -> str:
+        """See `kv.difference.nonfinite_remark`."""
+        blocks = ((chunk, layer) for _, chunk, layer, kind, _ in self.findings.marks if kind == "nonfinite")
+        return nonfinite_remark(blocks, chosen, self.findings.nonfinite)
 
     def _lacks(self, what: str) -> SavedError:
         return SavedError(f"{str(self.path)!r} holds a trace and findings, but no {what}.")

@@ -99,6 +99,7 @@ class Session(Tidy, Announced, Closing):
         self._run: Run | None = None
         self._config = Config(world_size=self.world_size, log_dir="", prompt_ids=(0,), backend="gloo")
         self._devices = ["cpu"] * self.world_size
+        self._half_prepared = False  # ranks may wait for others that have refused a prompt
         self._bare = set(range(self.world_size))  # ranks without weights, or with only some of them
         self._noted: tuple[Run | None, str, str, str] = (None, "", "", "")
         self._closing = threading.Event()
@@ -129,6 +130,7 @@ class Session(Tidy, Announced, Closing):
         config = config.with_(threads=threads or threads_per_rank(share))
         config, self.spec = prepare_load(config, range(share))
         self._end_run("another checkpoint was loaded; session.prefill(…) begins a run of it")
+        self._free_lanes()
         if config.backend != self._config.backend:
             meet(self.ranks, config.backend)
         self._config = config
@@ -146,7 +148,7 @@ class Session(Tidy, Announced, Closing):
         **parameters: Any,
     ) -> Run:
         """A run of this prompt, text or token ids; with `paused` it stands before its first op. The run before it is
-        then over.
+        then over; if it has failed or hangs, and only lanes are blocked, they are freed, and a line says so.
 
         `parameters` are those of `dinfer run`: chunk_size, sync_strategy, schedule, layer_split, max_new_tokens, …;
         those that `load` fixes for all runs, such as dtype, are refused if they differ.
@@ -204,12 +206,13 @@ class Session(Tidy, Announced, Closing):
 
     def recover(self) -> DisplayableText:
         """After a failure: restart lost ranks and free stuck ones. Then `run.restart()` begins this run again, and
-        `session.prefill(…)` another one."""
+        `session.prefill(…)` another one. Where only lanes are blocked, these two free them by themselves."""
         self._check_open()
         said, plan, stuck = list[str](), None, tuple[int, ...]()
         if self._run:
             plan, stuck = self._run.plan, self._run.stuck_ranks()
             self._run.recovering(ended=False)
+        self._half_prepared = False
         anew = recover(self.ranks, plan, self._config.backend, said.append, stuck)
         self._bare |= set(anew)
         if self.spec and self._bare:
@@ -325,11 +328,22 @@ class Session(Tidy, Announced, Closing):
 
     def _prepare(self, job: Job, plan: str) -> dict[int, int]:
         """Make all ranks ready for a prompt, and the text of a plan of the user's own; the id of each rank's plan."""
+        self._free_lanes()
         self._ensure_whole()
         command = PreparePrompt(asdict(job.config), tuple(job.ids), plan)
         requests = dict.fromkeys(range(self.world_size), command)
+        self._half_prepared = True
         answers = self.ranks.ask(requests, PREPARE_S, self._ensure_whole)
+        self._half_prepared = False
         return {rank: answer.plan_id for rank, answer in answers.items()}
+
+    def _free_lanes(self) -> None:
+        """Free what the last run or prompt has left blocked in transfers, and say so. Ranks that are lost or do not
+        answer are left to `recover`, whose user knows that they are started again."""
+        if not (self._half_prepared or (self._run and self._run.left_blocked())):
+            return
+        if not self.ranks.silent() and all(code is None for code in self.ranks.exits()):
+            print(f"lanes that the run before had left blocked are freed: {self.recover()}")
 
     def _ensure_whole(self) -> None:
         """Raises RankFailed if a rank is lost, SessionOver if another session has taken the ranks."""

@@ -17,10 +17,11 @@ from dinfer.plan.ops import Op
 
 KINDS = (
     "embed", "layer", "norm", "send", "recv", "decode", "all_gather", "broadcast", "all_reduce", "barrier", "other",
-    "check", "corrupt",
+    "check", "corrupt", "nonfinite",
 )  # fmt: skip
 """stored by their index, so new ones go last. "check": all blocks were checked before decode; "corrupt": a block has
-changed, on the wire from `peer` or, without a peer, in memory"""
+changed, on the wire from `peer` or, without a peer, in memory; "nonfinite": there is NaN or Inf in the `what` that an
+op made, of that `layer` or, without one, before the first layer of a rank or after the last of all"""
 
 WHATS = ("", "hidden", "kv", "final", "token")
 
@@ -123,8 +124,8 @@ def block_text(what: str, chunk: int | None, layer: int | None) -> str:
 
 
 def prefill_events(events: Iterable[Event]) -> Iterator[Event]:
-    """The events of prefill, without those of decode and of the check of blocks before it."""
-    apart = ("decode", "check", "corrupt")
+    """The events of prefill's ops, without those of decode and those of checks."""
+    apart = ("decode", "check", "corrupt", "nonfinite")
     return (event for event in events if event.what != "token" and event.kind not in apart)
 
 

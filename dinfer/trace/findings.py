@@ -52,8 +52,9 @@ class Findings:
     say "running" of a run that hung); `failure`: why it failed, or does not move; `remedy`: the call that helped then;
     `positions[rank][lane]`: how many ops had ended; `others`: other runs of the same prompt, as `trace.summary.summary`
     returns them; `plan`: the plan's text, if the user has made the plan. `corrupt`: blocks whose bytes have changed on
-    the wire or in memory; `marks`: what is known of single blocks: rank, chunk, layer, kind ("armed", "differs",
-    "corrupt") and text. `commands`: how to repeat this run, by where to type it."""
+    the wire or in memory; `nonfinite`: the first NaN or Inf; `marks`: what is known of single blocks: rank, chunk,
+    layer, kind ("armed", "differs", "corrupt", "nonfinite": in K or V, "nonfinite hidden": in
+    the hidden state after the block) and text. `commands`: how to repeat this run, by where to type it."""
 
     made: str = ""
     state: str = ""
@@ -74,6 +75,7 @@ class Findings:
     faults: tuple[str, ...] = ()
     edited: tuple[str, ...] = ()
     corrupt: tuple[str, ...] = ()
+    nonfinite: str = ""
     marks: tuple[tuple[Any, ...], ...] = ()
     log: tuple[str, ...] = ()
     commands: dict[str, str] = field(default_factory=dict)

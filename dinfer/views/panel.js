@@ -41,6 +41,8 @@ class View {
     this.pace.setAttribute("aria-label", "speed of play");
     bar.querySelector("[data-do=pause]").before(this.pace);
     this.banner = new Banner(this.root, this.board.severities, (message) => this.send(message), () => this.update());
+    this.nonfinite = make("div", "nonfinite", this.root);
+    this.nonfinite.dataset.severity = "warning";
     this.faults = make("div", "faults", this.root);
     this.faults.dataset.severity = "warning";
     this.faultLines = make("span", "", this.faults);
@@ -308,6 +310,8 @@ class View {
     this.state.dataset.severity = isGrave ? shown.state_severity : "";
     Object.assign(this.root.dataset, { state: shown.state, done: shown.done });
     this.banner.show(shown, this.ended, this.lost, [this.hint.startsWith(SILENT) ? "warning" : "note", this.hint]);
+    this.nonfinite.textContent = `${this.board.severities.warning} ${shown.nonfinite}`;
+    this.nonfinite.hidden = !shown.nonfinite;
     this.faultLines.textContent = shown.faults.map((fault) => `${this.board.severities.warning} ${fault}`).join("\n");
     this.faults.hidden = !shown.faults.length;
     this.showUnit();
@@ -401,7 +405,7 @@ class View {
 
 // The marks that ranks have on a block, in words.
 function marksOf(bytes, board) {
-  return [DIFFERS, ARMED].flatMap((mark, which) => {
+  return EVERY_MARK.flatMap((mark, which) => {
     const ranks = [...bytes.keys()].filter((rank) => bytes[rank] & mark);
     return ranks.length ? [`${board.marks[which]} on rank${ranks.length > 1 ? "s" : ""} ${ranks.join(", ")}`] : [];
   });

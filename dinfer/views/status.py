@@ -67,6 +67,7 @@ def status(plan: Plan, standing: Standing) -> Json:
         "decoded": standing.decoded,
         "text": standing.text[-2000:],
         "faults": list(standing.faults),
+        "nonfinite": standing.nonfinite and f"not finite: {standing.nonfinite}",
         "verdict": standing.verdict,
         "playing": standing.playing,
         "over": standing.over and f"this run is over: {standing.over}",

@@ -60,8 +60,9 @@ class BarePanel:
         }
         shown = {
             **dict.fromkeys(
-                (
+                [
                     "message",
+                    "nonfinite",
                     "text",
                     "verdict",
                     "over",
@@ -71,7 +72,7 @@ class BarePanel:
                     "answer",
                     "remedy",
                     "mend",
-                ),
+                ],
                 "",
             ),
             **dict.fromkeys(("severity", "state_severity", "error_severity", "answer_severity"), "note"),
@@ -124,7 +125,7 @@ class BarePanel:
         """The bytes of the cells on the canvas, [rows, columns, parts]."""
         shape = self.geometry()
         digits = self.canvas.get_attribute("data-cells") or ""
-        found = np.array([int(digit, 32) for digit in digits], np.uint8)
+        found = np.frombuffer(bytes.fromhex(digits), np.uint8)
         return found.reshape(shape["rows"], shape["columns"], -1)
 
     def spot(self, layer: int, chunk: int, rank: int = 0) -> tuple[float, float]:

@@ -19,14 +19,18 @@ TENSORS = ("hidden", "K", "V")
 
 class Comparison(Displayable):
     """A run compared with transformers' own forward of the same checkpoint. `chunked`: the forward was fed the run's
-    chunks; `edited`: what the user has changed in the run; `texts`: the text of each token, empty without a
-    tokenizer."""
+    chunks; `edited`: what the user has changed in the run; `texts`: the text of each token, empty without a tokenizer.
+
+    `at_once`: beside it, the comparison with the prompt fed at once, where the checkpoint's rotary angles may depend on
+    how much is fed: the reference in chunks would then be wrong in the same way as the run.
+    """
 
     def __init__(
         self, case: ReferenceCase, *, chunked: bool, edited: Sequence[str], texts: Sequence[str]
     ) -> None:
         self.case, self.chunked, self.edited, self._texts = case, chunked, tuple(edited), texts
         self.first: Deviation | None = case.first()
+        self.at_once: Comparison | None = None
 
     @property
     def kind(self) -> CauseKind:
@@ -86,7 +90,17 @@ class Comparison(Displayable):
     def __str__(self) -> str:
         edited = f"edited by hand: {', '.join(self.edited)}" if self.edited else ""
         table = "" if self.equal else self.table()
-        parts = [self.verdict, self._what(), self._extent(), self._growth(), self._choices(), edited, table]
+        beside = f"with the prompt fed at once, {self.at_once.verdict}" if self.at_once else ""
+        parts = [
+            self.verdict,
+            beside,
+            self._what(),
+            self._extent(),
+            self._growth(),
+            self._choices(),
+            edited,
+            table,
+        ]
         return "\n".join(line for line in parts if line)
 
     @property

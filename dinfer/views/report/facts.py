@@ -192,6 +192,8 @@ def _parts(findings: Findings, found: Shares) -> Iterator[str]:
     if findings.corrupt:
         count = len(findings.corrupt)
         yield f"changed bytes were found {'once' if count == 1 else f'{count} times'}"
+    if findings.nonfinite:
+        yield f"not finite: {findings.nonfinite}"
     yield kv_part(findings)
     tokens = [rank.tokens for rank in findings.ranks]
     if any(tokens) and None not in tokens:  # nothing without decode
