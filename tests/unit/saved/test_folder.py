@@ -101,11 +101,11 @@ def test_a_damaged_file_is_named(folder: Path, name: str, damage: Callable[[Path
         ({"version": 2}, "is of a newer dinfer: its format is version 2, and this dinfer reads up to 1. Update dinfer"),
         ({"version": None}, "says no version of its format"),
         ({"format": "other"}, 'is no saved run: its run.json does not say "format": "dinfer-run"'),
-        ({"ids": None}, "is damaged: run.json has no 'ids'"),
+        ({"ids": None}, "is damaged: run.json: Object missing required field `ids`"),
         ({"ids": [1, 2]}, "is damaged: run.json has 2 ids, and 37 tokens in plan.txt"),
         ({"kv": {"heads": 2, "head_dim": 16, "dtype": "float33", "layers": []}}, "the dtype 'float33', which torch"),
-        ({"ranks": [{"rank": 0}]}, "is damaged: run.json has no 'spans'"),
-        ({"checkpoint": "x"}, "is damaged: run.json has "),
+        ({"ranks": [{"rank": 0}]}, "field `spans` - at `$.ranks[0]`"),
+        ({"checkpoint": "x"}, "at `$.checkpoint`"),
     ],
 )  # fmt: skip
 def test_what_run_json_says_is_checked(folder: Path, changes: dict[str, Any], said: str) -> None:
