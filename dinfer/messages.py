@@ -780,7 +780,8 @@ class OrphanRule(Struct, frozen=True):
 class RankLink(Struct, frozen=True):
     """What a rank needs to reach its session: endpoint, and CurveZMQ keys. `launcher`: the process without which it
     does not go on; `joined`: another launcher started it, but it ends once it hears nothing from its session for long;
-    `orphan`: a rule in place of both; `dump`: the file descriptor into which the rank dumps its stacks."""
+    `orphan`: a rule in place of both; `dump`: the file descriptor into which the rank dumps its stacks; `run_folder`:
+    for a rank that has joined, the name of the run's folder in log_dir."""
 
     rank: int
     endpoint: str
@@ -791,6 +792,7 @@ class RankLink(Struct, frozen=True):
     joined: bool = False
     orphan: OrphanRule | None = None
     dump: int | None = None
+    run_folder: str = ""
 
 
 class RankJob(Struct, frozen=True):
