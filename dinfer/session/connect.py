@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from dinfer.cluster.ranks import Ranks
 from dinfer.config import ConfigError, nearest
+from dinfer.files import check_working_folder
 
 if TYPE_CHECKING:
     from dinfer.cluster.ipyparallel.attach import ClusterPlace
@@ -31,8 +32,9 @@ def connect(
     "ipyparallel": the engines of a running cluster (`ipcluster start -n 3`) of that profile; if there is none, and
     `start` is not False, a cluster is started. Engines that were started here end once this process has been gone for
     `patience` seconds. "threads": all ranks in this process. `place`: where to start the processes of a cluster. Raises
-    ConfigError or ClusterError.
+    ConfigError or ClusterError, and NotPossible where this process's working folder has been deleted.
     """
+    check_working_folder()
     if isinstance(where, int):
         n, where = where, "ipyparallel"
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:

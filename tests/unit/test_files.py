@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import dinfer
 from dinfer.errors import NotPossible
 from dinfer.files import FileError, WrittenFiles, as_json, check_working_folder, free_path, read_bytes
 
@@ -75,3 +76,5 @@ def test_a_working_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.Monke
     gone.rmdir()
     with pytest.raises(NotPossible, match="working folder"):
         check_working_folder()
+    with pytest.raises(NotPossible, match="working folder"):
+        dinfer.connect("threads", n=1)
