@@ -40,6 +40,17 @@ class DinferError(Exception):
         return own
 
 
+def excerpt(given: object, most: int = 60) -> str:
+    """How a message shows what was given, cut if it is long."""
+    if isinstance(given, str):
+        given = given[: most + 1]  # the repr of a long text takes a multiple of its memory
+    try:
+        text = repr(given)
+    except ValueError:  # a number of more digits than Python prints
+        text = "a number of thousands of digits"
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def ipython() -> Any | None:
     """The IPython shell of this process, None without one."""
     return sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None

@@ -827,7 +827,8 @@ class RankLink(Struct, frozen=True):
     """What a rank needs to reach its session: endpoint, and CurveZMQ keys. `launcher`: the process without which it
     does not go on; `joined`: another launcher started it, but it ends once it hears nothing from its session for long;
     `orphan`: a rule in place of both; `dump`: the file descriptor into which the rank dumps its stacks; `holder`: the
-    session's process, for an engine that another session may join."""
+    session's process, for an engine that another session may join; `run_folder`: for a rank that has joined, the name
+    of the run's folder in log_dir."""
 
     rank: int
     endpoint: str
@@ -839,6 +840,7 @@ class RankLink(Struct, frozen=True):
     orphan: OrphanRule | None = None
     dump: int | None = None
     holder: Holder | None = None
+    run_folder: str = ""
 
 
 class RankJob(Struct, frozen=True):

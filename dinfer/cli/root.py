@@ -24,6 +24,9 @@ app = typer.Typer(
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
+OUTPUT_CLOSED = 141
+"""what a shell says of a program that the closing of a pipe has ended: 128 + SIGPIPE"""
+
 
 def _show_version(asked: bool) -> None:
     if asked:
@@ -52,9 +55,11 @@ def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def check_outputs(outputs: Mapping[str, str], inputs: Mapping[str, str] | None = None) -> None:
+def check_outputs(
+    outputs: Mapping[str, str], inputs: Mapping[str, str] | None = None, *, overwrite: bool = False
+) -> None:
     """Called before any work starts. Raises ConfigError if a file that is to be written could not be, or would replace
-    an input or another output. Both: paths by flag, "" for none."""
+    an input, another output or, unless `overwrite`, a file that exists. Both: paths by flag, "" for none."""
     taken = {Path(path).expanduser().resolve(): flag for flag, path in (inputs or {}).items() if path}
     for flag, path in outputs.items():
         if not path:
@@ -70,6 +75,10 @@ def check_outputs(outputs: Mapping[str, str], inputs: Mapping[str, str] | None =
             )
         if target.is_dir():
             raise ConfigError(f"{flag} is {path!r}, which is a folder; give a file.")
+        if target.is_file() and target.stat().st_size and not overwrite:
+            raise ConfigError(
+                f"{flag} is {path!r}, which exists: give another name, or --overwrite to replace it."
+            )
         taken[target] = flag
 
 

@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,6 +36,7 @@ from dinfer.rank.batch import run_rank
 from dinfer.rank.control import Control
 from dinfer.rank.debugger import listen_for_debugger
 from dinfer.rank.failure import describe
+from dinfer.rank.logs import new_run_folder
 from dinfer.rank.worker import log_to
 from dinfer.run.failure import RankFailed
 from dinfer.severity import Severity
@@ -86,7 +88,12 @@ def _run_all(
 ) -> dict[str, Any]:
     link = Link(launched.world_size, own_address_towards(address))  # loopback where all ranks are on one host
     try:
-        parts = [link.job_part(rank, joined=True) for rank in range(launched.world_size)]
+        folder = new_run_folder(Path(job.config.log_dir))
+        job = replace(job, config=job.config.with_(log_dir=str(folder)))
+        parts = [
+            msgspec.structs.replace(link.job_part(rank, joined=True), run_folder=folder.name)
+            for rank in range(launched.world_size)
+        ]
         Roll(store, launched.world_size).give_links(parts)
         rank = _RankThread(job, launched, store, _control(parts[0], job.config))
         rank.start()
@@ -116,6 +123,7 @@ def _follow(config: Config, launched: Launched) -> None:
         atexit.register(os._exit, FAILED)
         raise
     assert job  # or rank 0 would not have gone on
+    config = config.with_(log_dir=str(Path(config.log_dir) / part.run_folder))
     _RankThread(job, launched, store, _control(part, config)).outlast()
 
 

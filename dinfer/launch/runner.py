@@ -115,7 +115,8 @@ class ProgressLines:
 
 
 def run(job: Job, trace_path: str | Path | None = None, out: TextIO | None = None) -> dict[str, Any]:
-    """Run the job; what the ranks measured (see `result_of`). Raises RankFailed; a KeyboardInterrupt ends all ranks."""
+    """Run the job; what the ranks measured (see `result_of`). `trace_path`: see `conclude`. Raises RankFailed; a
+    KeyboardInterrupt ends all ranks."""
     show = ProgressLines(job, out)
     show.introduce()
     with Processes(job, on_text=show.on_text, on_hang=show.warn) as ranks:
@@ -132,18 +133,21 @@ def run(job: Job, trace_path: str | Path | None = None, out: TextIO | None = Non
 def conclude(
     job: Job, ranks: Sequence[RankState], show: ProgressLines, trace_path: str | Path | None
 ) -> dict[str, Any]:
-    """Show and save the ranks' results. Raises RuntimeError if they hold different KV."""
+    """Show and save the ranks' results. `trace_path`: where to write the trace, by default beside the run's log files.
+    Raises RuntimeError if the ranks hold different KV."""
+    folder = Path(job.config.log_dir)
+    trace_path = trace_path or folder / "trace.jsonl"
     trace = merge(job, [state.events for state in ranks])
     result = result_of(job, ranks, trace, show.text)
     trace = with_findings(trace, findings_of_result(job, result))
     show.say(f"\n\n{table(result)}")
-    if trace_path:
-        show.say(_keep(trace_path, lambda path: trace.export("jsonl", path), "trace"))
+    show.say(_keep(trace_path, lambda path: trace.export("jsonl", path), "trace"))
+    show.say(f"logs: {folder}")
     for state in ranks:
         if state.result and state.result.log_trouble:
             trouble = f"the run went on, but {state.result.log_trouble}"
             show.say(Severity.WARNING.marked(trouble, colour=takes_colour(show.out)))
-    result["trace"] = str(trace_path) if trace_path else None
+    result["trace"], result["log_dir"] = str(trace_path), str(folder)
     show.nonfinite(ranks)
     if found := result["corrupt"]:  # which the user chose to record, and go on
         show.say(Severity.ERROR.marked(listed([one["text"] for one in found]), colour=takes_colour(show.out)))

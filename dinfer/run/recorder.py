@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from dinfer.cluster.kv import Live
 from dinfer.cluster.ranks import RankRefused, answers
 from dinfer.engine.prompt import Edit
+from dinfer.files import WrittenFiles
 from dinfer.kv.ledger import BlockKey
 from dinfer.messages import EditedBlocks, ListKv, ReadBlocks, ReadEdit, ReadFinalHidden, ReadNotes
 from dinfer.plan.ops import PlanError
@@ -49,6 +50,7 @@ class RunRecorder:
     events: RunEvents
     inspector: RunInspector
     look: Callable[[], None]
+    written: WrittenFiles = field(default_factory=WrittenFiles)
 
     def standing(self) -> Standing:
         """The run at this moment; returns at once."""
@@ -88,7 +90,9 @@ class RunRecorder:
         check_folder(target)
         self._until_it_stands()
         found = self.findings(reporter, prompt=prompt, environment=environment)
-        return reporter.write(with_findings(self.events.trace(), found), target)
+        made = reporter.write(with_findings(self.events.trace(), found), self.written.place_for(target))
+        self.written.add(target, made)
+        return made
 
     def findings(
         self, reporter: Reporter | None, *, prompt: bool = False, environment: bool = False
@@ -125,7 +129,7 @@ class RunRecorder:
             edited=tuple(state.edited),
             corrupt=tuple(map(str, state.corrupt)),
             nonfinite=state.nonfinite.text,
-            marks=tuple(tuple(mark) for mark in standing.marks),
+            marks=tuple((*mark[:3], mark.kind, mark.text) for mark in standing.marks),
             log=tuple(reporter.log) if reporter else (),
             others=tuple(reporter.others()) if reporter else (),
             text=state.text if prompt else None,
@@ -194,7 +198,9 @@ class RunRecorder:
             "checkpoint": {"path": str(job.spec.path), "fingerprint": job.spec.fingerprint},
         }
         content = Content(source, ranks, trace, evidence, description, layers, hidden, prompt, own)
-        return write(content, folder)
+        made = write(content, self.written.place_for(folder))
+        self.written.add(folder, made)
+        return made
 
     def reachable(self) -> tuple[int, ...]:
         """The ranks that can be asked what they hold."""

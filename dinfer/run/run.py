@@ -453,7 +453,8 @@ class Run(Tidy, Displayable):
     ) -> Path:
         """Write what is known of the run, once it stands still, to one HTML file; the file's path. With `prompt` it
         holds the prompt and the new text, with `environment` this process's environment variables: look for secrets in
-        them before you pass it on. Raises OSError, at once where the file's folder does not exist."""
+        them before you pass it on. A file that this run has not written is kept, and the new one gets a number. Raises
+        OSError, at once where the file's folder does not exist."""
         if self.reporter is None:
             raise NotPossible(NO_VIEWS)
         return self._recorder.report(path, self.reporter, prompt=prompt, environment=environment)
@@ -475,8 +476,8 @@ class Run(Tidy, Displayable):
         First waits until the run stands still; one that hangs or has failed is saved as far as its ranks answer. The
         folder holds the plan, the trace, the verdict, token ids and the digests of all rows; with `kv` the values of
         all layers, or of those in a list; with `hidden` what has entered each rank, for replays; with `prompt` its text
-        and that of new tokens. A saved run that is there is replaced. Raises SavedError where something else is there,
-        and RunOver for a run that is over.
+        and that of new tokens. What this run had saved there is replaced; another saved run is kept, and the new folder
+        gets a number. Raises SavedError where something else is there, and RunOver for a run that is over.
         """
         return self._recorder.save(folder, self.reporter, kv=kv, hidden=hidden, prompt=prompt)
 

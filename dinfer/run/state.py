@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from dinfer.cluster.lease import RankLease
 from dinfer.display import listed
@@ -19,6 +19,7 @@ from dinfer.results import Where
 from dinfer.run.failure import Breakage, Broken
 from dinfer.run.nonfinite import NonFiniteBlocks
 from dinfer.severity import Severity
+from dinfer.trace.findings import MarkKind
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.where import where_text
 
@@ -81,7 +82,7 @@ class Mark(NamedTuple):
     rank: int
     chunk: int
     layer: int
-    kind: Literal["armed", "differs", "corrupt", "nonfinite", "nonfinite hidden"]
+    kind: MarkKind
     text: str
 
 

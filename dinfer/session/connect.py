@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from dinfer.cluster.ranks import Ranks
 from dinfer.config import ConfigError, nearest
+from dinfer.files import check_working_folder
 
 if TYPE_CHECKING:
     from dinfer.cluster.ipyparallel.attach import ClusterPlace
@@ -36,8 +37,9 @@ def connect(
     Where an earlier session has gone, after a kernel restart say, this one goes on with what it has left on the ranks:
     checkpoint, run, position, breakpoints, faults, events; a line says what. Engines that another living session holds
     are refused, and named, unless `take` says to take them over, which ends that session. Raises ConfigError or
-    ClusterError.
+    ClusterError, and NotPossible where this process's working folder has been deleted.
     """
+    check_working_folder()
     if isinstance(where, int):
         n, where = where, "ipyparallel"
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:

@@ -5,7 +5,7 @@ A report holds its traces as JSON that browsers do not run. To be short, each fi
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from math import prod
 from pathlib import Path
@@ -13,8 +13,10 @@ from typing import Any
 
 import msgspec
 
+from dinfer.errors import excerpt
 from dinfer.trace.events import Event
 from dinfer.trace.export import FORMAT, TraceError
+from dinfer.trace.findings import KEY, Findings
 from dinfer.trace.trace import Trace
 
 IN_COLUMNS = "dinfer trace in columns 1"
@@ -22,7 +24,7 @@ IN_COLUMNS = "dinfer trace in columns 1"
 ELEMENT = "dinfer-trace"
 """the element's id is this, a hyphen and a number"""
 
-_ELEMENTS = re.compile(rf'<script type="application/json" id="{ELEMENT}-\d+">(.*?)</script>', re.DOTALL)
+_ELEMENT = re.compile(rf'<script type="application/json" id="{ELEMENT}-[0-9]{{1,9}}">')
 
 _FIELDS = [item.name for item in fields(Event)]
 
@@ -94,7 +96,8 @@ def _check_event(event: Event) -> None:
 def _check_sizes(about: Any, events: Sequence[Event]) -> None:
     """Raises ValueError for a description that is none, or sizes that no run has, as one wrong number makes them."""
     if not isinstance(about, dict):
-        raise ValueError(f"about is {about!r}; it must be an object")
+        raise ValueError(f"about is {excerpt(about)}; it must be an object")
+    Findings.of(about.get(KEY, {}))
     for name in ("layers", "tokens", "chunk_size", "world_size", "threads"):
         value = about.get(name)
         is_number = isinstance(value, int) and not isinstance(value, bool)
@@ -118,7 +121,7 @@ def read_traces(path: str | Path) -> list[Trace]:
     if Path(path).suffix.lower() not in (".html", ".htm"):
         return [read_jsonl(path)]
     try:
-        found = map(json.loads, _ELEMENTS.findall(Path(path).read_text(encoding="utf-8-sig")))
+        found = map(json.loads, _elements(Path(path).read_text(encoding="utf-8-sig")))
         traces = [of_columns(values) for values in found if values["format"] == IN_COLUMNS]
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise TraceError(f"{str(path)!r} holds a damaged trace: {type(error).__name__}: {error}.") from None
@@ -127,6 +130,14 @@ def read_traces(path: str | Path) -> list[Trace]:
             f"{str(path)!r} holds no trace: it is no report of dinfer, or one of another version."
         )
     return traces
+
+
+def _elements(page: str) -> Iterator[str]:
+    """The contents of the elements with traces."""
+    at = 0
+    while element := _ELEMENT.search(page, at):
+        at = page.index("</script>", element.end())
+        yield page[element.end() : at]
 
 
 def script_json(value: Any) -> str:

@@ -120,7 +120,7 @@ def test_all_engines_at_fault_are_named_at_once() -> None:
         "engine 3 has dinfer 0.9, not 1.0",
         "engine 4 has no dinfer (ModuleNotFoundError",
         "engine 5 has no torch",
-        "engine 6 takes /home/me/transformers.py for the package of that name: rename it",
+        "engine 6 takes /home/me/transformers.py for the package or module of that name: rename it",
     ):
         assert part in str(caught.value)
     assert "engine 0" not in str(caught.value)
