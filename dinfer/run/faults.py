@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from dinfer.display import Displayable
+from dinfer.display import Displayable, Tidy
 from dinfer.engine.board import Stand
 from dinfer.errors import NoSuch
 from dinfer.messages import FaultStruck, SetFaults
@@ -13,8 +13,8 @@ from dinfer.plan.plan import Plan
 from dinfer.run.state import Mark, RunState, State, state_of_lanes
 
 
-class Injected(Displayable):
-    """An armed fault and its strikes: (rank, number of values changed, description)."""
+class Injected(Tidy, Displayable):
+    """An armed `fault` and its `strikes`: (rank, number of values changed, description)."""
 
     def __init__(self, fault: Fault) -> None:
         self.fault = fault
@@ -22,10 +22,12 @@ class Injected(Displayable):
 
     @property
     def number(self) -> int:
+        """Its number among the run's faults."""
         return self.fault.number
 
     @property
     def has_struck(self) -> bool:
+        """Whether it has changed something yet."""
         return bool(self.strikes)
 
     def __str__(self) -> str:
@@ -37,8 +39,11 @@ class Injected(Displayable):
         return f"hit: {self.fault}: {found}" + (f" ({times} times)" if times > 1 else "")
 
 
-class Armed(Displayable):
-    """The armed faults of a run, by number; removing one here disarms it on the ranks, whom `tell` gives the list."""
+class Armed(Tidy, Displayable):
+    """The armed faults of a run, by number: `run.faults[1]`. Removing one here disarms it on the ranks, to which `tell`
+    gives the list."""
+
+    INTERNAL = frozenset({"arm", "begin", "inject", "marks", "struck"})
 
     def __init__(self, state: RunState, tell: Callable[[SetFaults], object]) -> None:
         self._state, self._tell = state, tell

@@ -89,6 +89,7 @@ class Run(Tidy, Displayable):
     """Made by `session.prefill`; it stands before its first op. Actions may be called from any thread: they happen one
     after another, except `pause`, which stops the one under way.
 
+    `plan`: the ops of its `world_size` ranks; `config`: its parameters.
     `prepare()` makes all ranks ready for the prompt, with all lanes at limit 0, and returns the id of each rank's plan.
     """
 

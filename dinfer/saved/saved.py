@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dinfer.display import Displayable
+from dinfer.display import Displayable, Tidy
 from dinfer.errors import NotPossible
 from dinfer.kv.diff import VALUES
 from dinfer.kv.difference import Diff
@@ -41,9 +41,11 @@ WriteReport = Callable[[Trace, Path], Path]
 _OTHERS = ": a folder that run.save has written does"
 
 
-class Saved(Displayable):
+class Saved(Tidy, Displayable):
     """A run that `run.save` has written or, of a report, its `trace` and `findings` alone. `path`: where it was read
     from; `write`: writes reports; `about`: what a folder's `run.json` says; `source`: its KV."""
+
+    INTERNAL = frozenset({"source"})
 
     def __init__(
         self,
