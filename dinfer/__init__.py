@@ -30,11 +30,14 @@ package's docstring says where it starts. Importing `dinfer` has no side effects
 import sys
 from typing import TYPE_CHECKING, Any
 
+from dinfer.display import use_plotter
+from dinfer.errors import NotPossible
 from dinfer.version import __version__
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from dinfer.display import Plot
     from dinfer.run.run import Run
     from dinfer.saved.saved import Saved
     from dinfer.session.session import Session
@@ -86,3 +89,17 @@ def _write(trace: "Trace", path: "Path") -> "Path":
     from dinfer.views.report.page import write_report
 
     return write_report([trace], path)
+
+
+def _plot(name: str, result: Any) -> "Plot":
+    """Draws the figures of results, wherever these come from; plotly is imported at the first one."""
+    try:
+        from dinfer.views.figures.plots import plot
+    except ModuleNotFoundError as error:
+        raise NotPossible(
+            f"figures need the package {error.name}, which is missing here: pip install {error.name}"
+        ) from error
+    return plot(name, result)
+
+
+use_plotter(_plot)

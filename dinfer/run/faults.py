@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from dinfer.display import Displayable, listed
+from dinfer.display import Displayable, Tidy, listed
 from dinfer.engine.board import Stand
 from dinfer.errors import NoSuch
 from dinfer.history import History
@@ -16,8 +16,8 @@ from dinfer.run.state import Mark, RunState, State, state_of_lanes
 from dinfer.severity import Severity
 
 
-class Injected(Displayable):
-    """An armed fault and its strikes: (rank, number of values changed, description)."""
+class Injected(Tidy, Displayable):
+    """An armed `fault` and its `strikes`: (rank, number of values changed, description)."""
 
     severity = Severity.WARNING
 
@@ -27,10 +27,12 @@ class Injected(Displayable):
 
     @property
     def number(self) -> int:
+        """Its number among the run's faults."""
         return self.fault.number
 
     @property
     def has_struck(self) -> bool:
+        """Whether it has changed something yet."""
         return bool(self.strikes)
 
     def __str__(self) -> str:
@@ -42,8 +44,11 @@ class Injected(Displayable):
         return f"hit: {self.fault}: {found}" + (f" ({times} times)" if times > 1 else "")
 
 
-class Armed(Displayable):
-    """The armed faults of a run, by number; removing one here disarms it on the ranks, whom `tell` gives the list."""
+class Armed(Tidy, Displayable):
+    """The armed faults of a run, by number: `run.faults[1]`. Removing one here disarms it on the ranks, to which `tell`
+    gives the list."""
+
+    INTERNAL = frozenset({"arm", "begin", "inject", "marks", "struck"})
 
     def __init__(self, state: RunState, tell: Callable[[SetFaults], object], history: History) -> None:
         self._state, self._tell, self._history = state, tell, history

@@ -119,14 +119,15 @@ class Run(Tidy, Displayable):
     """Made by `session.prefill`; it stands before its first op. Actions may be called from any thread: they happen one
     after another, except `pause`, which stops the one under way.
 
+    `plan`: the ops of its `world_size` ranks; `config`: its parameters.
     `prepare()` makes all ranks ready for the prompt, with all lanes at limit 0, and returns the id of each rank's plan.
     `left`: the ranks are in this run already, as an earlier session has left it.
     """
 
     INTERNAL = frozenset({
         "INTERNAL", "check", "chunk_labels", "close", "events_since", "findings", "hold", "job", "last_call",
-        "left_blocked", "look", "mend", "on_change", "recover", "recovering", "reporter", "said", "say", "show",
-        "silence", "story", "stuck_ranks", "told",
+        "left_blocked", "look", "mend", "on_change", "recover", "recovering", "reporter", "said", "say", "severity",
+        "show", "silence", "story", "stuck_ranks", "told",
     })  # fmt: skip
     show: Callable[[Any], Any] | None = None
     """makes the panel that a notebook shows for a run; set by the session, as is the next"""

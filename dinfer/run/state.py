@@ -289,9 +289,9 @@ class RunState:
         return found if len(found) == len(self.plan.lanes) else ()
 
     def wait_while(self, activities: Sequence[State], seconds: float) -> bool:
-        """Whether the run is doing one of these; if so, waits for news of the ranks, at most so many seconds."""
+        """As `is_doing`; if so, waits for news of the ranks, at most so many seconds."""
         with self.ranks.changed:
-            found = self.is_doing(activities)
+            found = not self.failure and not self.closed and self.activity in activities
             if found:
                 self.ranks.changed.wait(seconds)
             return found

@@ -22,7 +22,7 @@ Count = Annotated[int, Meta(ge=0, le=1 << 40)]
 Index = Annotated[int, Meta(ge=0, le=9_999_999)]
 Size = Annotated[int, Meta(ge=1, le=1 << 20)]
 Scalar = str | int | float | bool | None
-Key = tuple[Index, Index]
+SavedBlock = tuple[Index, Index]
 
 
 class SavedKv(Struct, frozen=True):
@@ -53,8 +53,8 @@ class SavedEdit(Struct, frozen=True):
     """What the user had changed at these positions; the tensors are in another file."""
 
     positions: tuple[Count, ...]
-    kv: tuple[Key, ...]
-    hidden: tuple[Key, ...]
+    kv: tuple[SavedBlock, ...]
+    hidden: tuple[SavedBlock, ...]
 
 
 class SavedOwn(Struct, frozen=True):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dinfer.display import Displayable
+from dinfer.display import Displayable, Tidy
 from dinfer.errors import NotPossible
 from dinfer.files import WrittenFiles
 from dinfer.kv.diff import VALUES
@@ -41,10 +41,12 @@ WriteReport = Callable[[Trace, Path], Path]
 _OTHERS = ": a folder that run.save has written does"
 
 
-class Saved(Displayable):
+class Saved(Tidy, Displayable):
     """A run that `run.save` has written or, of a report, its `trace` and `findings` alone. `path`: where it was read
     from; `write`: writes reports; `about`: what a folder's `run.json` says; `source`: its KV. A folder has both of
     them, a report neither."""
+
+    INTERNAL = frozenset({"source"})
 
     def __init__(
         self,

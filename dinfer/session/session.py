@@ -10,7 +10,7 @@ from typing import Any, Self
 from dinfer.cluster.ranks import Ranks
 from dinfer.cluster.recovery import meet, recover
 from dinfer.config import Config, ConfigError
-from dinfer.display import Announced, Closing, Displayable, DisplayableText, Tidy
+from dinfer.display import Announced, Closing, Displayable, DisplayableText, Tidy, devices_text
 from dinfer.errors import DinferError, NotPossible
 from dinfer.job import Job, prepare_load, prepare_loaded, threads_per_rank, without_fixed
 from dinfer.messages import GetHeld, Holdings, LoadModel, PreparePrompt, UnloadModel
@@ -40,8 +40,8 @@ PREPARE_S, LOAD_S = 120.0, 3600.0
 
 
 @dataclass(frozen=True, repr=False)
-class Listening(Displayable):
-    """A rank that waits for a client of debugpy at this port of 127.0.0.1 on its host."""
+class Listening(Tidy, Displayable):
+    """A rank that waits for a client of debugpy: `rank`, its `host`, and the `port` of 127.0.0.1 there."""
 
     rank: int
     host: str
@@ -85,9 +85,10 @@ class SessionOver(DinferError, RuntimeError):
 
 
 class Session(Tidy, Announced, Closing):
-    """Made by `dinfer.connect`. `show(run)` makes the panel that `debugger` returns, `write` the reports of runs."""
+    """Made by `dinfer.connect`: `world_size` ranks. `spec`: the checkpoint that is loaded, None before; `log`: what has
+    happened, a line each. `show(run)` makes the panel that `debugger` returns, `write` the reports of runs."""
 
-    INTERNAL = frozenset({"INTERNAL", "announce", "ranks", "reattached"})
+    INTERNAL = frozenset({"INTERNAL", "announce", "ranks", "reattached", "severity"})
 
     def __init__(self, ranks: Ranks, show: ShowRun | None = None, write: WriteReport | None = None) -> None:
         self.ranks, self.world_size = ranks, ranks.world_size
@@ -240,7 +241,7 @@ class Session(Tidy, Announced, Closing):
             self.ranks.close()
 
     def __str__(self) -> str:
-        config, devices = self._config, ", ".join(self._devices)
+        config, devices = self._config, devices_text(self._devices)
         loaded = f"{config.model_path} on {devices}" if self.spec else "no checkpoint yet"
         return f"{self.ranks.describe()}; {loaded}; backend {config.backend}"
 
@@ -277,7 +278,7 @@ class Session(Tidy, Announced, Closing):
         self._bare -= answers.keys()
         for rank, answer in answers.items():
             self._devices[rank] = answer.device
-        self._note(f"loaded {path} on {', '.join(self._devices)}, threads each: {config.threads}")
+        self._note(f"loaded {path} on {devices_text(self._devices)}, threads each: {config.threads}")
 
     def _new_run(self, job: Job, plan: str, left: LeftRun | None = None) -> Run:
         tokenizer = load_tokenizer(job.config.model_path)

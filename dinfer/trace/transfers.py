@@ -63,7 +63,11 @@ class Spread(NamedTuple):
 
 
 def transfers(trace: Trace) -> list[Transfer]:
-    """All messages of prefill whose two ranks are known, in the order in which they arrived."""
+    """All messages of prefill whose two ranks are known, in the order in which they arrived. Computed once."""
+    return trace.once(_transfers)
+
+
+def _transfers(trace: Trace) -> list[Transfer]:
     found = []
     for send, recv in pairs(trace.events):
         seen = recv or send

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dinfer.display import Displayable, html_text
+from dinfer.display import Displayable, Tidy, html_text
 from dinfer.severity import Severity
 from dinfer.verdict.drawing import Arrow, Box, drawing
 from dinfer.verdict.waits import HUNG, SLOW, HangKind, Wait, Waits
@@ -13,12 +13,12 @@ SHOWN = 20
 
 
 @dataclass(frozen=True, repr=False)
-class Verdict(Displayable):
+class Verdict(Tidy, Displayable):
     """What `run.verdict()` returns.
 
-    `ranks`: the culprits; `rank`: the first of them; `peer`: the other end of the message or link, if it is about one;
-    `blocked`: the ranks that wait for the culprits. `chain` leads from a waiting rank to the root; `lines`: a line for
-    each rank; `waits`: the whole graph; `stacks`: by rank, as text.
+    `kind`: in one word; `sentence`: the verdict; `ranks`: the culprits; `peer`: the other end of the message or link,
+    if it is about one; `blocked`: the ranks that wait for the culprits. `chain` leads from a waiting rank to the root;
+    `lines`: a line for each rank; `waits`: the whole graph; `stacks`: by rank, as text.
     """
 
     kind: HangKind
@@ -33,6 +33,7 @@ class Verdict(Displayable):
 
     @property
     def rank(self) -> int | None:
+        """The first culprit; None if there is none."""
         return self.ranks[0] if self.ranks else None
 
     @property

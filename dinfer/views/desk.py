@@ -91,14 +91,20 @@ class Worker:
 class Painter:
     """Calls `paint` soon after each `touch`, at most once per `period` seconds, and always after the last.
 
-    After a slow `paint`, it rests `rest` times as long, so that the kernel stays responsive.
+    After a slow `paint`, it rests `rest` times as long, so that the kernel stays responsive, but no longer than
+    `longest` seconds, so that what is shown does not fall behind.
     """
 
     def __init__(
-        self, paint: Callable[[], None], name: str = "painter", period: float = 0.05, rest: float = 1.0
+        self,
+        paint: Callable[[], None],
+        name: str = "painter",
+        period: float = 0.05,
+        rest: float = 1.0,
+        longest: float = 0.5,
     ) -> None:
         self._paint, self._name = paint, f"dinfer panel {name}"
-        self._period, self._rest = period, rest
+        self._period, self._rest, self._longest = period, rest, longest
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._dirty = False
@@ -130,7 +136,8 @@ class Painter:
                     return
             began = time.monotonic()
             self._paint()
-            self._closing.wait(max(self._period, self._rest * (time.monotonic() - began)))
+            rest = min(self._longest, self._rest * (time.monotonic() - began))
+            self._closing.wait(max(self._period, rest))
 
 
 VIEWS = 8

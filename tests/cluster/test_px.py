@@ -374,7 +374,7 @@ def test_another_kernel_takes_the_ranks_and_weights_have_stayed(notebook: Notebo
         other.run("%load_ext dinfer\nsession = dinfer.connect(n=3, take=True)")
         other.run(FAST)
         said = other.run("session.load('demo', threads=1)")
-        assert "demo on cpu, cpu, cpu" in said
+        assert "demo on 3 CPUs" in said
         after = other.run("%%px\nprint('model', id(model))")
         assert sorted(before.split()) == sorted(after.split())
         other.run(f"run = session.prefill({PROMPT!r}, chunk_size=8, paused=True)\nrun.decode(5)")

@@ -32,7 +32,7 @@ def test_every_cell_that_shows_something_is_looked_at() -> None:
 @pytest.mark.parametrize(
     ("tag", "lines"),
     [
-        ("begin", ["joined profile 'default' (local engines): ranks 0–2 on ", "demo on cpu, cpu, cpu"]),
+        ("begin", ["joined profile 'default' (local engines): ranks 0–2 on ", "demo on 3 CPUs"]),
         ("right", [" 471\n(4 new tokens"]),
         ("held", ["layer 5 (of rank 2), tokens: rank 0 holds 33, rank 1 holds 33, rank 2 holds 33"]),
         ("equal", ["all 3 ranks hold the same 6 × 4 blocks, and rows of 3 new tokens, bit for bit", " bytes moved"]),

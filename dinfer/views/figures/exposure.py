@@ -43,5 +43,5 @@ def exposure(trace: Trace, *, dark: bool = False) -> go.Figure:
         )
     figure.update_xaxes(title={"text": "part of the rank's prefill"}, ticksuffix=" %", range=[0, 100])
     figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
-    height = 130 + 30 * max(2, len(found))
+    height = 130 + max(12, min(30, 900 // max(1, len(found)))) * max(2, len(found))
     return styled(figure, dark=dark, height=height, barmode="stack", legend_traceorder="normal")

@@ -5,12 +5,13 @@ Each of these is a single line with gaps, however many ops there are; ops too sh
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
 
-from dinfer.trace.events import COLLECTIVES
+from dinfer.trace.events import COLLECTIVES, Event
 from dinfer.trace.events import COMPUTE as COMPUTING
 from dinfer.trace.shares import shares, without_pauses
 from dinfer.trace.trace import Trace
@@ -20,19 +21,33 @@ from dinfer.views.figures.style import BUBBLE, COMPUTE, WAIT, WIRE, styled
 COLOURS = {"open": BUBBLE, "bubble": BUBBLE, "wait": WAIT, "transfer": WIRE, "compute": COMPUTE}
 """in the order of drawing; `open`: a recv to which nothing has been sent yet, as a thin line"""
 
-FINE = 4000
-"""time steps of the figure; ops within one step are merged"""
+FINE, POINTS = 4000, 120_000
+"""time steps of the figure, fewer for many rows: at most POINTS in all rows; ops within one step are merged"""
 
 MOST_ROWS = 42
 
 
 class Piece(NamedTuple):
-    """A coloured stretch of a row, in nanoseconds since the run began."""
+    """A coloured stretch of a row, in nanoseconds since the run began: an op, or several from `first` to `last`, as
+    events or texts. Its text is made only once it is known to be drawn."""
 
     start: int
     end: int
-    text: str
+    first: Event | str
     ops: int = 1
+    last: Event | str = ""
+
+    @property
+    def text(self) -> str:
+        several = f" … {_op_text(self.last)}" if self.last else ""
+        return f"{_op_text(self.first)}{several}"
+
+
+def _op_text(op: Event | str) -> str:
+    """For example `send kv c0 l0 → 1`."""
+    if isinstance(op, str):
+        return op
+    return op.name if op.peer is None else f"{op.name} {'→' if op.kind == 'send' else '←'} {op.peer}"
 
 
 GanttRow = tuple[int, str]
@@ -83,6 +98,7 @@ def _order(row: GanttRow) -> tuple[int, bool, str]:
 def pieces(trace: Trace) -> Pieces:
     """The pieces to draw, those too short to be distinguished merged."""
     rows, began = rows_of(trace), trace.began
+    shown = set(rows)
     # For each recv, when there was something to receive.
     offered: dict[object, int] = {
         (*t.link, t.what, t.chunk, t.layer, t.end): t.offered for t in transfers(trace)
@@ -90,10 +106,7 @@ def pieces(trace: Trace) -> Pieces:
     found: Pieces = {colour: defaultdict(list) for colour in COLOURS}
     for event in trace.prefill():
         own = (event.rank, event.lane)
-        row = own if own in rows else (event.rank, _kind(event.lane))
-        text = event.name
-        if event.peer is not None:
-            text += f" {'→' if event.kind == 'send' else '←'} {event.peer}"
+        row = own if own in shown else (event.rank, _kind(event.lane))
         parts = {"transfer": (event.met, event.end)}
         if event.kind in COMPUTING:
             parts = {"compute": (event.met, event.end)}
@@ -105,12 +118,13 @@ def pieces(trace: Trace) -> Pieces:
             if event.met > begun:
                 parts["wait"] = (begun, event.met)
         for colour, (start, end) in parts.items():
-            found[colour][row].append(Piece(start - began, end - began, text))
+            found[colour][row].append(Piece(start - began, end - began, event))
     for share in shares(trace).ranks:
         first = next(row for row in rows if row[0] == share.rank)
         idle = "nothing to do until another rank has computed"
         found["bubble"][first] = [Piece(start - began, end - began, idle) for start, end in share.bubble]
-    fine = max((event.end - began for event in trace.prefill()), default=0) // FINE
+    steps = max(1, min(FINE, POINTS // max(1, len(rows))))
+    fine = max((event.end - began for event in trace.prefill()), default=0) // steps
     # The thin lines, which lie under all others, are merged more coarsely.
     coarse = {"open": 25 * fine}
     return {
@@ -122,7 +136,7 @@ def pieces(trace: Trace) -> Pieces:
 def joined(some: Iterable[Piece], fine: int) -> list[Piece]:
     """Merge neighbours that are shorter than `fine` and closer than `fine`."""
     found: list[Piece] = []
-    for piece in sorted(some):
+    for piece in sorted(some, key=itemgetter(0, 1)):
         last = found[-1] if found else None
         is_short = piece.end - piece.start < fine
         if (
@@ -131,8 +145,9 @@ def joined(some: Iterable[Piece], fine: int) -> list[Piece]:
             and piece.start - last.end < fine
             and (last.ops > 1 or last.end - last.start < fine)
         ):
-            text = f"{last.text.split(' … ')[0]} … {piece.text}"
-            found[-1] = Piece(last.start, max(last.end, piece.end), text, last.ops + piece.ops)
+            found[-1] = Piece(
+                last.start, max(last.end, piece.end), last.first, last.ops + piece.ops, piece.first
+            )
         else:
             found.append(piece)
     return found

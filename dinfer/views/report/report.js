@@ -1,20 +1,22 @@
 "use strict";
-// Draws each figure when it comes near the window, all figures for printing, and all again when the theme changes. The
-// body's data-drawn is the number of figures drawn, data-busy whether more are being drawn.
+// Draws each figure when it comes near the window, and again when the theme changes; for printing all of them, light and as
+// wide as the paper. The body's data-drawn is the number of figures drawn, data-busy whether more are being drawn.
 const read = (id) => JSON.parse(document.getElementById(id).textContent);
 const { templates, config } = read("dinfer-settings");
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
+const PAPER = document.body.classList.contains("compared") ? 500 : 700; // pixels between the margins of report.css
 const figures = [...document.querySelectorAll(".drawn")];
 const drawn = new Set();
 const waiting = [];
-let busy = false;
+let busy = false, printing = false;
 
 function draw(place) {
   const { data, layout } = read(`${place.id}-data`);
-  const template = templates[dark.matches ? "dark" : "light"];
+  const template = templates[dark.matches && !printing ? "dark" : "light"];
+  const size = printing ? { autosize: false, width: PAPER } : { autosize: true };
   drawn.add(place);
   document.body.dataset.drawn = drawn.size;
-  return Plotly.react(place, data, { ...layout, template, autosize: true }, { ...config, responsive: true });
+  return Plotly.react(place, data, { ...layout, template, ...size }, { ...config, responsive: true });
 }
 
 async function work() {
@@ -40,5 +42,12 @@ const near = new IntersectionObserver((entries) => {
 }, { rootMargin: "300px" });
 
 figures.forEach((place) => near.observe(place));
-dark.addEventListener("change", () => ask([...drawn]));
-window.addEventListener("beforeprint", () => figures.filter((place) => !drawn.has(place)).forEach(draw));
+dark.addEventListener("change", () => printing || ask([...drawn]));
+window.addEventListener("beforeprint", () => {
+  printing = true;
+  figures.forEach(draw);
+});
+window.addEventListener("afterprint", () => {
+  printing = false;
+  ask(figures);
+});
