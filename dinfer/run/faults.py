@@ -140,7 +140,7 @@ class Armed(Tidy, Displayable):
 
     def _disarm(self, gone: list[Injected], call: str) -> None:
         self._replace({number: one for number, one in self._found.items() if one not in gone}, call)
-        if left := _left_by(gone):
+        if left := self._left_by(gone):
             self._state.say(f"disarmed; {left}")
 
     def _restore(self, before: dict[int, Injected]) -> str:
@@ -149,23 +149,36 @@ class Armed(Tidy, Displayable):
         back = [one for number, one in before.items() if number not in self._found]
         self._replace(before)
         texts = [f"disarmed {one.fault}" for one in gone] + [f"armed {one.fault} again" for one in back]
-        return "; ".join([listed(texts), *filter(None, [_left_by(gone)])])
+        return "; ".join([listed(texts), *filter(None, [self._left_by(gone)])])
+
+    def _left_by(self, gone: Iterable[Injected]) -> str:
+        """What these faults have changed, is there still, and their disarming does not mend; empty if nothing."""
+        changed = [one.fault for one in gone if any(strike[1] for strike in one.strikes)]
+        left = [f"#{fault.number}" for fault in changed if self._is_there(fault)]
+        until = "stays changed until run.restart(), or until the run goes back before it"
+        return f"what {', '.join(left)} changed {until}" if left else ""
+
+    def _is_there(self, fault: Fault) -> bool:
+        """Whether its rank holds the block of a fault; of one in decode, whether there are new tokens."""
+        if fault.rank is None:
+            return bool(self._state.tokens)
+        return _is_made(fault, self._state.plan, self._state.stands())
 
 
-def _left_by(gone: Iterable[Injected]) -> str:
-    """What these faults have changed and their disarming does not mend; empty if nothing."""
-    changed = [f"#{one.number}" for one in gone if any(strike[1] for strike in one.strikes)]
-    until = "stays changed until run.restart(), or until the run goes back before it"
-    return f"what {', '.join(changed)} changed {until}" if changed else ""
+def _is_made(fault: Fault, plan: Plan, stands: Sequence[Stand]) -> bool:
+    """Whether the block of a fault is complete on its rank; True where positions are not known."""
+    if fault.rank is None or not stands:
+        return True
+    lanes = zip(plan.lanes[fault.rank], stands[fault.rank].positions, strict=True)
+    done = (op for lane, position in lanes for op in lane.ops[:position])
+    return any(Value("kv", fault.chunk, fault.layer) in op.makes() for op in done)
 
 
 def _check_in_time(fault: Fault, plan: Plan, stands: Sequence[Stand]) -> None:
     """Raises PlanError for a fault that strikes before a block is complete, if it is complete already."""
     if fault.where == "memory" or fault.rank is None:
         return
-    lanes = zip(plan.lanes[fault.rank], stands[fault.rank].positions, strict=True)
-    done = (op for lane, position in lanes for op in lane.ops[:position])
-    if any(Value("kv", fault.chunk, fault.layer) in op.makes() for op in done):
+    if _is_made(fault, plan, stands):
         block = f"block c{fault.chunk} l{fault.layer}"
         came = "been computed" if fault.where == "compute" else f"arrived on rank {fault.rank}"
         also = ", or use where='memory'" if "memory" in KINDS[fault.kind].wheres else ""

@@ -3,7 +3,7 @@
 
 const BUTTONS = [
   ["◀ back", "step_back", "", "b"],
-  ["↶ undo", "undo", "run.undo(): undo the last action, whatever it was; again: the one before it", "u"],
+  ["↶", "undo", "run.undo(): undo the last action, whatever it was; again: the one before it", "u"],
   null,
   ["op", "step:op", 'run.step("op")', "o"],
   ["layer", "step:layer", 'run.step("layer")', "l"],
@@ -12,7 +12,7 @@ const BUTTONS = [
   null,
   ["▶ play", "resume", "run.resume(), or run.play(…) at a pace", "p"],
   ["❚❚ pause", "pause", "run.pause()", "s"],
-  ["run to block", "run_to", "run.run_to(chunk=…, layer=…): stop once all ranks hold the selected block", "r"],
+  ["run to", "run_to", "run.run_to(chunk=…, layer=…): stop once all ranks hold the selected block", "r"],
   ["restart", "restart", "run.restart()", ""],
   null,
   ["compare ranks", "diff", "run.kv().diff(): where the ranks' KV differs; the map shows it", "d"],

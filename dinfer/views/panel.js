@@ -40,6 +40,7 @@ class View {
     this.pace.title = "how fast ▶ play goes, and by what: the unit of the last step";
     this.pace.setAttribute("aria-label", "speed of play");
     bar.querySelector("[data-do=pause]").before(this.pace);
+    bar.querySelector("[data-do=undo]").setAttribute("aria-label", "undo");
     this.banner = new Banner(this.root, this.board.severities, (message) => this.send(message), () => this.update());
     this.nonfinite = make("div", "nonfinite", this.root);
     this.nonfinite.dataset.severity = "warning";
@@ -336,9 +337,10 @@ class View {
     if (this.unit === this.unitShown) return;
     this.unitShown = this.unit;
     const back = this.root.querySelector("[data-do=step_back]"), pace = this.pace.value;
-    back.textContent = `◀ back ${this.unit}`;
+    back.textContent = `◀ ${this.unit}`;
+    back.setAttribute("aria-label", `back by one ${this.unit}`);
     back.title = `run.step_back("${this.unit}"): undo the last ${this.unit} in the global order; the unit is that of the last step  [b]`;
-    fill(this.pace, PACES.map((count) => [count, count ? `${plural(Number(count), this.unit)} a second` : "full speed"]));
+    fill(this.pace, PACES.map((count) => [count, count ? `${plural(Number(count), this.unit)}/s` : "full speed"]));
     this.pace.value = pace;
     this.root.querySelectorAll("[data-do^='step:']").forEach((button) => {
       button.classList.toggle("dinfer-unit", button.dataset.do === `step:${this.unit}`);

@@ -33,12 +33,12 @@ def test_a_person_goes_back_undoes_plays_and_pauses(notebook: OpenNotebook, shot
     pace = panel.root.get_by_label("speed of play")
 
     panel.key("c", 'run.step("chunk")')
-    expect(back).to_have_text("◀ back chunk")
+    expect(back).to_have_text("◀ chunk")
     chunk = panel.agrees()
     panel.key("l", 'run.step("layer")')
-    expect(back).to_have_text("◀ back layer")
+    expect(back).to_have_text("◀ layer")
     expect(panel.root.locator(".dinfer-unit")).to_have_text("layer")
-    expect(pace.locator("option").nth(2)).to_have_text("2 layers a second")
+    expect(pace.locator("option").nth(2)).to_have_text("2 layers/s")
     layer = panel.agrees()
     assert layer.count("4") == chunk.count("4") + 3
     panel.key("b", 'run.step_back("layer")')

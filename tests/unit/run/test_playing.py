@@ -156,6 +156,18 @@ def test_a_step_that_does_not_arrive_ends_it_and_is_known(
     assert run.wait(DEADLINE_S).state == "paused"
 
 
+def test_an_interrupt_of_who_waits_for_it_ends_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: float) -> bool:
+        raise KeyboardInterrupt
+
+    stepping(run)
+    monkeypatch.setattr(run._player, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.wait()
+    assert run.standing().playing == ""
+    assert "interrupted: the run is paused" in str(run.where())
+
+
 @pytest.mark.parametrize("pace", [0, -1, 101, float("nan")])
 def test_a_pace_that_is_none_is_refused(run: Run, pace: float) -> None:
     with pytest.raises(PlanError, match="per_second is"):

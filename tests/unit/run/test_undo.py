@@ -306,3 +306,21 @@ def test_only_so_many_actions_are_kept(run: Run) -> None:
         assert "removed" in run.undo()
     assert f"only the last {MOST} actions are kept" in run.undo()
     assert len(run.breakpoints) == 1
+
+
+def test_what_a_fault_changed_is_not_told_to_stay_once_the_run_is_back_before_it(run: Run) -> None:
+    start = place(run)
+    run.inject("swap_kv", layer=1, chunk=0, where="wire", rank=2)
+    armed = place(run)
+    run.step("chunk")
+    assert run.faults[1].has_struck
+    check_undo(run, armed, 'undid run.step("chunk")')
+    said = run.undo()
+    assert has_facts(said, "undid run.inject('swap_kv' … disarmed #1")
+    assert "stays changed" not in said
+    assert place(run) == start
+    run.inject("lost", layer=1, chunk=0, where="memory", rank=2)
+    run.step("chunk")
+    run.step_back("chunk")
+    run.faults.clear()
+    assert "stays changed" not in str(run.where())
