@@ -279,6 +279,11 @@ class Run(Tidy, Displayable):
         """The position of each rank, one line each."""
         return where_of(self.plan, self.standing(), self._state)
 
+    @property
+    def severity(self) -> Severity:
+        """How grave it is what `where()` says."""
+        return self.where().severity
+
     def standing(self) -> Standing:
         """The run at this moment; returns at once."""
         return self._recorder.standing()

@@ -17,6 +17,7 @@ from dinfer.results import Where
 from dinfer.run.failure import Breakage, Broken
 from dinfer.severity import Severity
 from dinfer.verdict.verdict import Verdict
+from dinfer.verdict.waits import HangKind
 from dinfer.verdict.where import where_text
 
 
@@ -59,6 +60,13 @@ MOVING = (State.PREPARING, State.RUNNING, State.DECODING)
 STANDING = (State.PAUSED, State.DONE)
 
 IN_OPS = (State.RUNNING, State.DECODING)
+
+AS_STATES: dict[HangKind, State] = {
+    "dead": State.LOST,
+    "stopped": State.LOST,
+    "exception": State.FAILED,
+}
+"""what a run that hangs will be found to be once the ranks have told their end; others are HUNG"""
 
 RESTART = "run.restart()"
 
@@ -209,7 +217,9 @@ class RunState:
                 return State(self.breakage) if self.failure else State.CLOSED
             if self.silence:
                 return State.LOST
-            return State.HUNG if self._is_hung() else self.activity
+            if self.hang and self.hang.is_hung and self.activity in IN_OPS:
+                return AS_STATES.get(self.hang.kind, State.HUNG)
+            return self.activity
 
     @property
     def activity(self) -> State:
@@ -250,9 +260,6 @@ class RunState:
             if now.severity > Severity.NOTE:
                 return now.severity
             return self.hang.severity if self.hang else self.severity
-
-    def _is_hung(self) -> bool:
-        return bool(self.hang and self.hang.is_hung) and self.activity in IN_OPS
 
     def stands(self) -> tuple[Stand, ...]:
         """The position of each rank; empty until all ranks have reported in this run, as one that was started again has

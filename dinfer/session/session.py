@@ -85,7 +85,7 @@ class SessionOver(DinferError, RuntimeError):
 class Session(Tidy, Announced, Closing):
     """Made by `dinfer.connect`. `show(run)` makes the panel that `debugger` returns, `write` the reports of runs."""
 
-    INTERNAL = frozenset({"INTERNAL", "announce", "ranks"})
+    INTERNAL = frozenset({"INTERNAL", "announce", "ranks", "severity"})
 
     def __init__(self, ranks: Ranks, show: ShowRun | None = None, write: WriteReport | None = None) -> None:
         self.ranks, self.world_size = ranks, ranks.world_size

@@ -44,6 +44,7 @@ class View {
     this.banner = new Banner(this.root, this.board.severities, (message) => this.send(message), () => this.update());
     this.faults = make("div", "faults", this.root);
     this.faults.dataset.severity = "warning";
+    make("b", "", this.faults, `${this.board.severities.warning} warning`);
     this.faultLines = make("span", "", this.faults);
     const disarm = make("button", "", this.faults, "disarm");
     Object.assign(disarm, { title: "run.faults.clear()", onclick: () => this.send({ do: "clear_faults" }) });
@@ -308,7 +309,7 @@ class View {
     this.state.dataset.severity = isGrave ? shown.state_severity : "";
     Object.assign(this.root.dataset, { state: shown.state, done: shown.done });
     this.banner.show(shown, this.ended, this.lost, [this.hint.startsWith(SILENT) ? "warning" : "note", this.hint]);
-    this.faultLines.textContent = shown.faults.map((fault) => `${this.board.severities.warning} ${fault}`).join("\n");
+    this.faultLines.textContent = shown.faults.join("\n");
     this.faults.hidden = !shown.faults.length;
     this.root.querySelector("[data-do=step_back]").title = `run.step_back("${this.unit}")`;
     this.text.hidden = !shown.text;
