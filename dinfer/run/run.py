@@ -103,7 +103,7 @@ class Run(Tidy, Displayable):
     """
 
     INTERNAL = frozenset({
-        "INTERNAL", "check", "chunk_labels", "close", "events_since", "findings", "hold", "job", "last_call",
+        "INTERNAL", "cause", "check", "chunk_labels", "close", "events_since", "findings", "hold", "job", "last_call",
         "look", "mend", "on_change", "recover", "recovering", "reporter", "said", "say", "show", "silence", "story",
         "stuck_ranks", "told",
     })  # fmt: skip
@@ -490,6 +490,7 @@ class Run(Tidy, Displayable):
         return self.told.ranks if self.told and self.told.kind in STUCK else ()
 
     message: str = _of_state("message", "Why the last action stopped.")
+    cause: str = _of_state("cause", "The failure, without what the session has done about it since.")
     failure: str = _of_state("failure", "Why the run cannot go on until it is restarted; empty while it can.")
     silence: str = _of_state("silence", "Which ranks do not answer; empty while all do.")
     told: Verdict | None = _of_state("hang", "The verdict on a run that hangs; None while it does not.")

@@ -74,7 +74,7 @@ RECOVER = f"session.recover(); {RESTART}"
 
 RECOVERING = "session.recover() has begun: this run ends here"
 
-RECOVERED = f"the session has recovered since: {RESTART} begins anew"
+RECOVERED = "the session has recovered since"
 
 TAKE_BACK = "session = dinfer.connect(…, take=True)"
 """after which the other session is the one that has lost the engines; or go on with that one"""
@@ -88,6 +88,10 @@ class Mark(NamedTuple):
     layer: int
     kind: Literal["armed", "differs", "corrupt"]
     text: str
+
+    @property
+    def severity(self) -> Severity:
+        return Severity.ERROR if self.kind in ("differs", "corrupt") else Severity.WARNING
 
 
 class Marks:
@@ -195,7 +199,7 @@ class RunState:
             self.severity = Severity.NOTE  # of that message
             self.failure = ""  # why the run cannot go on until it is restarted
             self.breakage: Breakage = "failed"  # which state that is
-            self._cause = ""  # the failure, without what was done about it
+            self.cause = ""  # the failure, without what was done about it
             self.recovered = False  # whether the session has recovered since it failed
             self.silence = ""  # which ranks do not answer, while that is so
             self.hang: Verdict | None = None  # why the run does not move, while that is so
@@ -299,13 +303,13 @@ class RunState:
         with self.ranks.changed:
             if not self.failure:
                 self.breakage, self.failure = why
-                self._cause = self.failure
+                self.cause = self.failure
 
     def note_recovery(self, *, ended: bool) -> None:
         """`session.recover()` has begun to free the ranks, or has ended: the run can be restarted then."""
         with self.ranks.changed:
             self.recovered = ended
-            self.failure = "\n".join(filter(None, [self._cause, RECOVERED if ended else RECOVERING]))
+            self.failure = "\n".join(filter(None, [self.cause, RECOVERED if ended else RECOVERING]))
 
     def close(self, why: str) -> None:
         """The run is over."""

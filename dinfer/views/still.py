@@ -72,7 +72,7 @@ def still_html(
     words = (shown["state"], shown["over"], shown["message"], *shown["faults"], shown["call"])
     level = max(standing.severity, Severity.NOTE if standing.over else standing.state.severity)
     remedy = f"<div>to go on: <code>{escape(standing.remedy)}</code></div>" if standing.remedy else ""
-    known = "".join(f"<li>{escape(mark.text)}</li>" for mark in standing.marks[:20])
+    known = "".join(f"<li>{badge(mark.severity)}{escape(mark.text)}</li>" for mark in standing.marks[:20])
     known += f"<li>and {len(standing.marks) - 20:,} more</li>" if len(standing.marks) > 20 else ""
     return (
         f"<div><div>{badge(level)}dinfer: {escape('; '.join(filter(None, words)))}</div>{remedy}"

@@ -162,6 +162,7 @@ def _run(trace: Trace, name: str, number: int) -> dict[str, Any]:
         "number": number,
         "sentence": sentence(findings, found),
         "severity": facts.severity(findings).word,
+        "failure_severity": facts.failure_severity(findings).word,
         "kv_severity": facts.kv_severity(findings).word,
         "headline": " · ".join(filter(None, headline)),
         "findings": findings,
