@@ -125,9 +125,9 @@ class Run(Tidy, Displayable):
     """
 
     INTERNAL = frozenset({
-        "INTERNAL", "check", "chunk_labels", "close", "events_since", "findings", "hold", "job", "last_call",
-        "left_blocked", "look", "mend", "on_change", "recover", "recovering", "reporter", "said", "say", "severity",
-        "show", "silence", "story", "stuck_ranks", "told",
+        "INTERNAL", "cause", "check", "chunk_labels", "close", "events_since", "findings", "hold", "job", "last_call",
+        "left_blocked", "look", "mend", "on_change", "recover", "recovering", "reporter", "said", "say", "show",
+        "silence", "story", "stuck_ranks", "told",
     })  # fmt: skip
     show: Callable[[Any], Any] | None = None
     """makes the panel that a notebook shows for a run; set by the session, as is the next"""
@@ -323,6 +323,11 @@ class Run(Tidy, Displayable):
             self._events.wait()
             self._events.note_nonfinite()
         return where_of(self.plan, self.standing(), self._state)
+
+    @property
+    def severity(self) -> Severity:
+        """How grave it is what `where()` says."""
+        return self.where().severity
 
     def standing(self) -> Standing:
         """The run at this moment; returns at once."""
@@ -551,6 +556,7 @@ class Run(Tidy, Displayable):
         return bool(begun) and all(op.is_transfer for op in begun)
 
     message: str = _of_state("message", "Why the last action stopped.")
+    cause: str = _of_state("cause", "The failure, without what the session has done about it since.")
     failure: str = _of_state("failure", "Why the run cannot go on until it is restarted; empty while it can.")
     silence: str = _of_state("silence", "Which ranks do not answer; empty while all do.")
     told: Verdict | None = _of_state("hang", "The verdict on a run that hangs; None while it does not.")

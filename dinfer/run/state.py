@@ -21,6 +21,7 @@ from dinfer.run.nonfinite import NonFiniteBlocks
 from dinfer.severity import Severity
 from dinfer.trace.findings import MarkKind
 from dinfer.verdict.verdict import Verdict
+from dinfer.verdict.waits import HangKind
 from dinfer.verdict.where import where_text
 
 
@@ -64,13 +65,20 @@ STANDING = (State.PAUSED, State.DONE)
 
 IN_OPS = (State.RUNNING, State.DECODING)
 
+AS_STATES: dict[HangKind, State] = {
+    "dead": State.LOST,
+    "stopped": State.LOST,
+    "exception": State.FAILED,
+}
+"""what a run that hangs will be found to be once the ranks have told their end; others are HUNG"""
+
 RESTART = "run.restart()"
 
 RECOVER = f"session.recover(); {RESTART}"
 
 RECOVERING = "session.recover() has begun: this run ends here"
 
-RECOVERED = f"the session has recovered since: {RESTART} begins anew"
+RECOVERED = "the session has recovered since"
 
 TAKE_BACK = "session = dinfer.connect(…, take=True)"
 """after which the other session is the one that has lost the engines; or go on with that one"""
@@ -84,6 +92,10 @@ class Mark(NamedTuple):
     layer: int
     kind: MarkKind
     text: str
+
+    @property
+    def severity(self) -> Severity:
+        return Severity.ERROR if self.kind in ("differs", "corrupt") else Severity.WARNING
 
 
 class Marks:
@@ -209,7 +221,7 @@ class RunState:
             self.severity = Severity.NOTE  # of that message
             self.failure = ""  # why the run cannot go on until it is restarted
             self.breakage: Breakage = "failed"  # which state that is
-            self._cause = ""  # the failure, without what was done about it
+            self.cause = ""  # the failure, without what was done about it
             self.recovered = False  # whether the session has recovered since it failed
             self.silence = ""  # which ranks do not answer, while that is so
             self.hang: Verdict | None = None  # why the run does not move, while that is so
@@ -232,7 +244,9 @@ class RunState:
                 return State(self.breakage) if self.failure else State.CLOSED
             if self.silence:
                 return State.LOST
-            return State.HUNG if self._is_hung() else self.activity
+            if self.hang and self.hang.is_hung and self.activity in IN_OPS:
+                return AS_STATES.get(self.hang.kind, State.HUNG)
+            return self.activity
 
     @property
     def activity(self) -> State:
@@ -274,9 +288,6 @@ class RunState:
                 return now.severity
             return self.hang.severity if self.hang else self.severity
 
-    def _is_hung(self) -> bool:
-        return bool(self.hang and self.hang.is_hung) and self.activity in IN_OPS
-
     def stands(self) -> tuple[Stand, ...]:
         """The position of each rank; empty until all ranks have reported in this run, as one that was started again has
         not: it has no lanes yet."""
@@ -315,13 +326,13 @@ class RunState:
         with self.ranks.changed:
             if not self.failure:
                 self.breakage, self.failure = why
-                self._cause = self.failure
+                self.cause = self.failure
 
     def note_recovery(self, *, ended: bool) -> None:
         """`session.recover()` has begun to free the ranks, or has ended: the run can be restarted then."""
         with self.ranks.changed:
             self.recovered = ended
-            self.failure = "\n".join(filter(None, [self._cause, RECOVERED if ended else RECOVERING]))
+            self.failure = "\n".join(filter(None, [self.cause, RECOVERED if ended else RECOVERING]))
 
     def close(self, why: str) -> None:
         """The run is over."""

@@ -397,7 +397,7 @@ class Session(Tidy, Announced, Closing):
         while run.said:
             self._note(run.said.pop(0), run)
         # What is new of failure, silence and hang is logged, whoever has found it.
-        before, self._noted = self._noted, (run, run.failure, run.silence, run.hang)
+        before, self._noted = self._noted, (run, run.cause, run.silence, run.hang)
         failure, silence, hang = before[1:] if before[0] is run else ("", "", "")
         standing = run.standing()
 
@@ -405,8 +405,8 @@ class Session(Tidy, Announced, Closing):
             state = f"{standing.state}: " if standing.remedy else ""
             return standing.severity.marked(f"{state}{with_remedy(text, standing.remedy)}")
 
-        if run.failure and not failure:
-            self._note(marked(run.failure), run)
+        if run.cause and not failure:
+            self._note(marked(run.cause), run)
             for rank, state in enumerate(self.ranks.ranks):
                 if state.error:
                     self._note(f"rank {rank}:\n{state.error.traceback}", run)

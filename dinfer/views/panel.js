@@ -46,6 +46,7 @@ class View {
     this.nonfinite.dataset.severity = "warning";
     this.faults = make("div", "faults", this.root);
     this.faults.dataset.severity = "warning";
+    make("b", "", this.faults, `${this.board.severities.warning} warning`);
     this.faultLines = make("span", "", this.faults);
     const disarm = make("button", "", this.faults, "disarm");
     Object.assign(disarm, { title: "run.faults.clear()", onclick: () => this.send({ do: "clear_faults" }) });
@@ -313,7 +314,7 @@ class View {
     this.banner.show(shown, this.ended, this.lost, [this.hint.startsWith(SILENT) ? "warning" : "note", this.hint]);
     this.nonfinite.textContent = `${this.board.severities.warning} ${shown.nonfinite}`;
     this.nonfinite.hidden = !shown.nonfinite;
-    this.faultLines.textContent = shown.faults.map((fault) => `${this.board.severities.warning} ${fault}`).join("\n");
+    this.faultLines.textContent = shown.faults.join("\n");
     this.faults.hidden = !shown.faults.length;
     this.showUnit();
     this.text.hidden = !shown.text;

@@ -81,7 +81,7 @@ def moment(plan: Plan, cells: CellMap, standing: Standing) -> tuple[Json, bytes,
     shown = {**status(plan, standing), "cut": cut_line(states)}
     notes: dict[str, list[str]] = {}
     for mark in standing.marks[:300]:  # more than anyone reads; the map has the marks of all
-        notes.setdefault(f"{mark.layer} {mark.chunk}", []).append(mark.text)
+        notes.setdefault(f"{mark.layer} {mark.chunk}", []).append(f"{mark.severity.mark}: {mark.text}")
     return shown, packed(marked(states, standing.marks)), notes
 
 

@@ -86,7 +86,7 @@ def still_html(
     remedy = f"<div>to go on: <code>{escape(standing.remedy)}</code></div>" if standing.remedy else ""
     # Of NaN and Inf, the first is in the words.
     marks = [mark for mark in standing.marks if "nonfinite" not in mark.kind]
-    known = "".join(f"<li>{escape(mark.text)}</li>" for mark in marks[:20])
+    known = "".join(f"<li>{badge(mark.severity)}{escape(mark.text)}</li>" for mark in marks[:20])
     known += f"<li>and {len(marks) - 20:,} more</li>" if len(marks) > 20 else ""
     return (
         f"<div><div>{badge(level)}dinfer: {escape('; '.join(filter(None, words)))}</div>{remedy}"

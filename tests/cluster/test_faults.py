@@ -133,7 +133,7 @@ def test_the_others_stop_and_the_cause_is_named(fault: Fault, words: str, model:
         pytest.param(
             STOP,
             rf"rank 1: .*{AT}.*\(its process is stopped\)$",
-            r"^rank 1 .*stopped.* kill -CONT",
+            r"^rank 1 is stopped .*kill -CONT",
             marks=pytest.mark.slow,
         ),
     ],

@@ -77,7 +77,7 @@ def test_the_stale_block_makes_the_answer_wrong_on_all_ranks_alike(kv: Page) -> 
 
 
 def test_the_real_faults_are_named_in_the_first_line(kv: Page) -> None:
-    twice = "rank 1 holds 52 tokens of layer 0, the others 26; rows 26–51 repeat rows 0–25"
+    twice = "✖ error: rank 1 holds 52 tokens of layer 0, the others 26; rows 26–51 repeat rows 0–25"
     assert kv.text("twice").strip().splitlines()[0] == twice
     assert kv.text("text").count("'") == 2
     assert not kv.text("text").startswith(" 471")

@@ -188,12 +188,16 @@ FAILURES = {
 
 def severity(findings: Findings) -> Severity:
     """How grave the gravest finding is."""
-    if findings.failure or findings.corrupt or kv_severity(findings) == Severity.ERROR:
-        return Severity.ERROR
-    if len({rank.tokens for rank in findings.ranks}) > 1:
-        return Severity.ERROR
-    is_odd = findings.faults or findings.edited or findings.nonfinite
-    return Severity.WARNING if is_odd else kv_severity(findings)
+    found = [kv_severity(findings)]
+    found += [failure_severity(findings)] * bool(findings.failure)
+    found += [Severity.ERROR] * (bool(findings.corrupt) or len({rank.tokens for rank in findings.ranks}) > 1)
+    found += [Severity.WARNING] * bool(findings.faults or findings.edited or findings.nonfinite)
+    return max(found)
+
+
+def failure_severity(findings: Findings) -> Severity:
+    """How grave it is that the run could not go on."""
+    return Severity.WARNING if findings.state == "taken over" else Severity.ERROR
 
 
 def kv_severity(findings: Findings) -> Severity:

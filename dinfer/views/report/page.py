@@ -172,6 +172,7 @@ def _run(trace: Trace, name: str, number: int, drawn: dict[str, go.Figure]) -> d
         "parts": parts_of(findings, found),
         "about": _about(trace, findings.made),
         "severity": facts.severity(findings).word,
+        "failure_severity": facts.failure_severity(findings).word,
         "kv_severity": facts.kv_severity(findings).word,
         "alarming": bool(findings.failure or findings.faults or findings.edited or findings.corrupt),
         "findings": findings,

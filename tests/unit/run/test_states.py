@@ -28,6 +28,7 @@ from dinfer.session.session import Session
 from dinfer.severity import Severity
 from dinfer.verdict import waits
 from dinfer.verdict.verdict import Verdict
+from dinfer.verdict.waits import HangKind
 from tests.support.fixtures import fresh_session
 from tests.support.runs import wait_for
 from tests.support.twin import prompt
@@ -110,6 +111,15 @@ def test_a_hang_is_a_state_until_it_ends(scene: Scene) -> None:
     scene.state.note_hang(None)
     assert scene.seen() == (State.RUNNING, "")
     assert scene.state.gravity() == Severity.NOTE
+
+
+@pytest.mark.parametrize(("kind", "state"), [("dead", State.LOST), ("exception", State.FAILED)])
+def test_a_verdict_on_a_rank_that_has_ended_is_its_end_s_state(
+    scene: Scene, kind: HangKind, state: State
+) -> None:
+    """Or the run would be hung for a moment, before the rank's end is told."""
+    scene.state.note_hang(Verdict(kind, "rank 1 …", (1,)))
+    assert scene.seen() == (state, RECOVER)
 
 
 def test_a_slow_rank_is_a_warning_and_no_hang(scene: Scene) -> None:
