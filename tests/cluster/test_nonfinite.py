@@ -41,4 +41,4 @@ def test_dinfer_run_warns_of_a_weight_that_overflows(start: Start, tmp_path: Pat
     run = start(model, prompt_ids=IDS, chunk_size=4, max_new_tokens=3)
     assert run.finish() == 1
     assert "warning: not finite: first Inf in V of c0 l1, token 0, computed by rank 0; " in run.out
-    assert "are not numbers (NaN)" in run.err
+    assert "The first NaN or Inf is in layer 1, chunk 0 (token 0)" in run.err
