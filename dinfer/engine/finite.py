@@ -204,7 +204,7 @@ class _DeviceReader:
         on_device, host = (buffer[:size] for buffer in buffers)
         host.copy_(largest_values(hidden, block, on_device), non_blocking=True)
         arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(on_device.device))
         self._copies.put(_Copy(op, tokens, size, buffers, arrived))
 
     def settle(self) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from dinfer.config import Config
 from dinfer.engine.engine import Engine
+from dinfer.engine.finite import largest_values
 from dinfer.kv.digests import block_digests, row_digests
 from dinfer.messages import BatchResult, BlockCorrupt, FirstNonFinite, TextPiece
 from dinfer.model.decoder import Decoder
@@ -81,8 +82,11 @@ def warm_up(decoder: Decoder, config: Config, tokens: int) -> None:
     chunk = max(1, min(config.chunk_size, tokens, decoder.max_positions))
     decoder.warm_up(chunk, tokens % chunk or chunk)
     if decoder.device.type != "cpu":
+        block = decoder.new_cache(chunk).block(0, 0, chunk)
         if config.digests:
-            block_digests(row_digests(decoder.new_cache(chunk).block(0, 0, chunk)))
+            block_digests(row_digests(block))
+        hidden = torch.zeros((1, chunk, decoder.hidden_size), dtype=decoder.dtype, device=decoder.device)
+        largest_values(hidden, block, torch.empty(3 * chunk, device=decoder.device))
         log.info("kernels loaded in %.1f s", perf_counter() - started)
 
 

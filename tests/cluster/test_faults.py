@@ -78,8 +78,8 @@ def _is_alive_rank(process: psutil.Process) -> bool:
         ),
         pytest.param(
             Fault("sys._getframe(2).f_locals['state'].hidden[1, 3][0, 2] = float('nan')"),
-            r"the logits of new token 0 are not numbers \(NaN\) on all ranks\. The first NaN is in layer 3, chunk 1 "
-            r"\(token 6\) of the KV on all ranks: computed by rank 1; ",
+            r"the logits of new token 0 are not finite \(NaN or Inf\) on all ranks\. The first NaN or Inf is in "
+            r"layer 3, chunk 1 \(token 6\) of the KV on all ranks: computed by rank 1; ",
             marks=pytest.mark.slow,
         ),
         pytest.param(

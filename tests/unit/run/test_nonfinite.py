@@ -135,7 +135,7 @@ def test_a_damaged_weight_is_found_in_the_layer_that_it_makes_overflow(tmp_path:
 def test_decode_names_the_same_layer_chunk_and_rank(session: Session) -> None:
     run = spoilt(session)
     with pytest.raises(
-        Exception, match=r"not numbers \(NaN\).*layer 1, chunk 1 \(token 6\).*computed by rank 0"
+        Exception, match=r"not finite \(NaN or Inf\).*layer 1, chunk 1 \(token 6\).*computed by rank 0"
     ):
         run.decode(2)
     assert FIRST in str(run.where())
