@@ -42,9 +42,10 @@ def versions():
         found["cuda"] = torch.cuda.device_count()
     except Exception as error:
         found["no torch"] = "%s: %s" % (type(error).__name__, error)
-    # One of Python's own modules matters where an import has failed, or has taken the file of that name.
+    # A file named as one of Python's own modules matters where an import has taken it; one that raises leaves no trace.
+    taken = [file for name, file in standard.items() if name in sys.modules]
     failed = "no dinfer" in found or "no torch" in found
-    found["hidden"] += [file for name, file in standard.items() if failed or name in sys.modules]
+    found["hidden"] = taken or (list(standard.values()) if failed else [])
     return found
 """
 
