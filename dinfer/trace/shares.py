@@ -179,7 +179,8 @@ def _shares(trace: Trace) -> Shares:
     by_rank = {share.rank: share for share in ranks}
     links = []
     for link, of_link in by_link(found).items():
-        moving, ready = union((t.met, t.end) for t in of_link), union((t.offered, t.met) for t in of_link)
+        moving = union((t.met, t.end) for t in of_link)
+        ready = union((t.offered, t.met) for t in of_link if t.met > t.offered)
         ends = [by_rank[rank] for rank in link if rank in by_rank]
         wire_s = sum(seconds(common(share.wire, moving)) for share in ends)
         wait_s = sum(seconds(common(share.wait, ready)) for share in ends)
@@ -195,7 +196,9 @@ def _share(trace: Trace, rank: int, of_rank: list[Transfer], stopped: list[Inter
     computing = union((event.met, event.end) for event in mine if event.kind in COMPUTE)
     together = [event for event in mine if event.kind in COLLECTIVES]
     moving = union([*((t.met, t.end) for t in of_rank), *((e.met, e.end) for e in together)])
-    ready = union([*((t.offered, t.met) for t in of_rank), *((e.start, e.met) for e in together)])
+    ready = union(
+        [*((t.offered, t.met) for t in of_rank if t.met > t.offered), *((e.start, e.met) for e in together)]
+    )
     compute, rest = common(prefill, computing), minus(prefill, computing)
     wire, rest = common(rest, moving), minus(rest, moving)
     wait, bubble = common(rest, ready), minus(rest, ready)

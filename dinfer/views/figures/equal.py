@@ -1,11 +1,15 @@
 """Equal: figures of one kind, of several runs, on the same scales, so that what looks longer is longer."""
 
 from collections.abc import Iterator, Sequence
+from math import isclose, log10
 from typing import Any
 
 import plotly.graph_objects as go
 
 from dinfer.views.figures.style import link_line, link_marker
+
+MOST_DECADES = 2.2
+"""of a logarithmic axis whose labels are not only powers of ten"""
 
 
 def make_equal(figures: Sequence[go.Figure]) -> None:
@@ -46,7 +50,10 @@ def _make_axes_equal(axes: Sequence[Any]) -> None:
         for axis in axes
         for value, text in zip(axis.tickvals or (), axis.ticktext or (), strict=True)
     }
+    shown = sorted(ticks)
+    if ends[1] - ends[0] > MOST_DECADES:
+        shown = [value for value in shown if isclose(log10(value), round(log10(value)), abs_tol=1e-9)]
     for axis in axes:
         axis.range = ends
         if ticks:
-            axis.tickvals, axis.ticktext = sorted(ticks), [ticks[value] for value in sorted(ticks)]
+            axis.tickvals, axis.ticktext = shown, [ticks[value] for value in shown]

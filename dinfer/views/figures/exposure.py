@@ -13,9 +13,9 @@ STRIPES = {"fgcolor": WIRE, "fgopacity": 1, "solidity": 0.25, "size": 9}
 
 PARTS: tuple[tuple[str, Callable[[Share], int], str, str], ...] = (
     ("compute", lambda share: length(share.compute) - length(share.hidden), COMPUTE, ""),
-    ("compute that hides communication", lambda share: length(share.hidden), COMPUTE, "/"),
+    ("compute hiding transfers", lambda share: length(share.hidden), COMPUTE, "/"),
     ("exposed: on the wire", lambda share: length(share.wire), WIRE, ""),
-    ("exposed: waiting for the peer", lambda share: length(share.wait), WAIT, ""),
+    ("exposed: waiting", lambda share: length(share.wait), WAIT, ""),
     ("bubble", lambda share: length(share.bubble), BUBBLE, ""),
 )
 """names, nanoseconds, colours and patterns"""

@@ -100,25 +100,24 @@ def pieces(trace: Trace) -> Pieces:
     rows, began = rows_of(trace), trace.began
     shown = set(rows)
     # For each recv, when there was something to receive.
-    offered: dict[object, int] = {
-        (*t.link, t.what, t.chunk, t.layer, t.end): t.offered for t in transfers(trace)
-    }
+    offered = {(*t.link, t.what, t.chunk, t.layer, t.end): t.offered for t in transfers(trace)}
     found: Pieces = {colour: defaultdict(list) for colour in COLOURS}
+    compute, transfer = found["compute"], found["transfer"]
     for event in trace.prefill():
-        own = (event.rank, event.lane)
-        row = own if own in shown else (event.rank, _kind(event.lane))
-        parts = {"transfer": (event.met, event.end)}
+        row = (event.rank, event.lane)
+        if row not in shown:
+            row = event.rank, _kind(event.lane)
         if event.kind in COMPUTING:
-            parts = {"compute": (event.met, event.end)}
-        elif event.kind in ("send", "recv") or event.kind in COLLECTIVES:
+            compute[row].append(Piece(event.met - began, event.end - began, event))
+            continue
+        transfer[row].append(Piece(event.met - began, event.end - began, event))
+        if event.met > event.start and (event.kind in ("send", "recv") or event.kind in COLLECTIVES):
             key = (event.peer, event.rank, event.what, event.chunk, event.layer, event.end)
             begun = max(event.start, offered.get(key, event.start))
             if begun > event.start:
-                parts["open"] = (event.start, begun)
+                found["open"][row].append(Piece(event.start - began, begun - began, event))
             if event.met > begun:
-                parts["wait"] = (begun, event.met)
-        for colour, (start, end) in parts.items():
-            found[colour][row].append(Piece(start - began, end - began, event))
+                found["wait"][row].append(Piece(begun - began, event.met - began, event))
     for share in shares(trace).ranks:
         first = next(row for row in rows if row[0] == share.rank)
         idle = "nothing to do until another rank has computed"
@@ -136,21 +135,25 @@ def pieces(trace: Trace) -> Pieces:
 def joined(some: Iterable[Piece], fine: int) -> list[Piece]:
     """Merge neighbours that are shorter than `fine` and closer than `fine`."""
     found: list[Piece] = []
-    for piece in sorted(some, key=itemgetter(0, 1)):
-        last = found[-1] if found else None
+    together: list[Piece] = []
+    end = 0
+    for piece in sorted(some, key=itemgetter(0)):
         is_short = piece.end - piece.start < fine
-        if (
-            last
-            and is_short
-            and piece.start - last.end < fine
-            and (last.ops > 1 or last.end - last.start < fine)
-        ):
-            found[-1] = Piece(
-                last.start, max(last.end, piece.end), last.first, last.ops + piece.ops, piece.first
-            )
-        else:
-            found.append(piece)
-    return found
+        if together and is_short and piece.start - end < fine and together[0].end - together[0].start < fine:
+            together.append(piece)
+            end = max(end, piece.end)
+            continue
+        found += _merged(together, end)
+        together, end = [piece], piece.end
+    return [*found, *_merged(together, end)]
+
+
+def _merged(together: Sequence[Piece], end: int) -> Sequence[Piece]:
+    """These pieces as one."""
+    if len(together) < 2:
+        return together
+    ops = sum(piece.ops for piece in together)
+    return [Piece(together[0].start, end, together[0].first, ops, together[-1].first)]
 
 
 def _line(

@@ -19,9 +19,9 @@ def _bandwidth(found: Sequence[Transfer]) -> float | None:
 
 MEASURES: dict[str, Callable[[Sequence[Transfer]], float | None]] = {
     "MB": lambda found: sum(one.bytes for one in found) / 1e6,
-    "MB/s on the wire": _bandwidth,
-    "ms, median latency": lambda found: spread(one.latency for one in found).p50 * 1e3,
-    "ms, 99th percentile": lambda found: spread(one.latency for one in found).p99 * 1e3,
+    "MB/s on wire": _bandwidth,
+    "median, ms": lambda found: spread(one.latency for one in found).p50 * 1e3,
+    "p99, ms": lambda found: spread(one.latency for one in found).p99 * 1e3,
 }
 
 IN_ONE_ROW = 4

@@ -9,7 +9,7 @@ from dinfer.views.figures.style import BUBBLE, COMPUTE, WAIT, WIRE, styled
 BARS = {
     "compute": ("compute", COMPUTE),
     "exposed_wire": ("exposed: on the wire", WIRE),
-    "exposed_wait": ("exposed: waiting for the peer", WAIT),
+    "exposed_wait": ("exposed: waiting", WAIT),
     "bubble": ("bubble", BUBBLE),
 }
 """names and colours by part, as `dinfer.trace.shares.Shares.parts` has them"""

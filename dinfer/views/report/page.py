@@ -55,6 +55,8 @@ COLOURS = (
     f":root {{ {style_variables(dark=False)} }}\n"
     f"@media (prefers-color-scheme: dark) {{ :root {{ {style_variables(dark=True)} }} }}\n"
 )
+MOST_PLANNED = 200_000
+"""events of the largest trace whose plan is made and proved again for its report; a run's own report knows the proof"""
 
 
 def write_report(traces: Sequence[Trace], path: str | Path, names: Sequence[str] = ()) -> Path:
@@ -143,7 +145,7 @@ def _names(traces: Sequence[Trace]) -> list[str]:
 def _run(trace: Trace, name: str, number: int, drawn: dict[str, go.Figure]) -> dict[str, Any]:
     """What the template shows of one run."""
     findings, found = findings_of(trace), shares(trace)
-    plan = facts.plan_of(trace, findings)
+    plan = facts.plan_of(trace, findings) if findings.positions or len(trace.events) <= MOST_PLANNED else None
     figures = {}
     for key, figure in drawn.items():
         values = json.loads(figure.to_json())
@@ -181,7 +183,7 @@ def _run(trace: Trace, name: str, number: int, drawn: dict[str, go.Figure]) -> d
         "figures": figures,
         "map": blocks,
         "plan": facts.plan_text(plan) if plan else "",
-        "proof": findings.proof or (str(verify(plan)) if plan else ""),
+        "proof": findings.proof or (str(verify(plan)) if plan and len(trace.events) <= MOST_PLANNED else ""),
         "tables": tables,
         "data": Markup(script_json(as_columns(trace))),
     }

@@ -4,7 +4,8 @@
 const read = (id) => JSON.parse(document.getElementById(id).textContent);
 const { templates, config } = read("dinfer-settings");
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
-const PAPER = document.body.classList.contains("compared") ? 500 : 700; // pixels between the margins of report.css
+const isCompared = document.body.classList.contains("compared");
+const PAPER = isCompared ? { width: 500, height: 620 } : { width: 700, height: 940 }; // pixels, as in report.css, less a heading
 const figures = [...document.querySelectorAll(".drawn")];
 const drawn = new Set();
 const waiting = [];
@@ -13,10 +14,17 @@ let busy = false, printing = false;
 function draw(place) {
   const { data, layout } = read(`${place.id}-data`);
   const template = templates[dark.matches && !printing ? "dark" : "light"];
-  const size = printing ? { autosize: false, width: PAPER } : { autosize: true };
+  const size = printing ? fit(data, layout) : { autosize: true };
   drawn.add(place);
   document.body.dataset.drawn = drawn.size;
   return Plotly.react(place, data, { ...layout, template, ...size }, { ...config, responsive: true });
+}
+
+// The size of a figure on paper. A taller one than a page is squeezed, its lines, which are as high as their rows, too.
+function fit(data, layout) {
+  const part = Math.min(1, PAPER.height / layout.height);
+  for (const { line } of data) if (line?.width) line.width *= part;
+  return { autosize: false, width: PAPER.width, height: part * layout.height };
 }
 
 async function work() {
