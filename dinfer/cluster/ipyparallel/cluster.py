@@ -54,6 +54,9 @@ class RankMagics(ParallelMagics):  # type: ignore[misc]
 
     ids: Sequence[int] = ()
     progress_after_seconds = -1  # its bar is a widget: an error in a notebook that is opened again
+    stream_output = (
+        False  # streamed, the lines of ranks are mixed, and broken inside words; `%%px --stream` streams
+    )
 
     def _eval_target_str(self, ts: str) -> int | list[int]:
         return target_ids(ts, self.ids)
