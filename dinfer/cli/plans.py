@@ -9,12 +9,14 @@ from typer import Argument, Exit, Option
 
 from dinfer.cli.root import BAD_INPUT, app, stop
 from dinfer.config import Config, ConfigError
+from dinfer.display import takes_colour
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan, parse_plan
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import Counterexample, Proof
 from dinfer.plan.verify import verify as verify_plan
+from dinfer.severity import Severity
 from dinfer.verdict.drawing import cycle_text
 
 
@@ -58,7 +60,8 @@ def verify(
     except (UnicodeDecodeError, PlanError) as error:
         stop(error, BAD_INPUT)
     verdict = verify_plan(parsed)
-    _end(parsed, verdict, _in_words(verdict), as_json)
+    severity = Severity.OK if verdict.proved else Severity.ERROR
+    _end(parsed, verdict, severity.marked(_in_words(verdict), colour=takes_colour(sys.stdout)), as_json)
 
 
 def _in_words(verdict: Proof | Counterexample) -> str:

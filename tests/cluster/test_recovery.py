@@ -17,8 +17,8 @@ import pytest
 import dinfer
 from dinfer.plan.ops import Op
 from dinfer.run.failure import RankFailed
-from dinfer.run.state import RECOVER, RESTART
 from dinfer.run.run import Run
+from dinfer.run.state import RECOVER, RESTART
 from dinfer.session.session import Session
 from tests.support.runs import wait_for
 from tests.support.strikes import Signal, Strike
