@@ -100,6 +100,6 @@ def test_colours_are_for_terminals_whose_user_wants_them(monkeypatch: pytest.Mon
 
 def test_a_console_shows_the_mark_of_what_is_grave() -> None:
     wrong = Where("hung", "rank 0: here", Severity.ERROR)
-    assert pretty(wrong) == "✖ error: hung\nrank 0: here"
-    assert pretty(Where("paused", "rank 0: here")) == "paused\nrank 0: here"
+    assert pretty(wrong) == "✖ error: hung\nrank 0: here"  # type: ignore[no-untyped-call]
+    assert pretty(Where("paused", "rank 0: here")) == "paused\nrank 0: here"  # type: ignore[no-untyped-call]
     assert repr(wrong) == str(wrong) == "hung\nrank 0: here"
