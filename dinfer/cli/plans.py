@@ -8,6 +8,7 @@ from typer import Argument, Exit, Option
 
 from dinfer.cli.root import BAD_INPUT, app, stop
 from dinfer.config import Config, ConfigError
+from dinfer.display import takes_colour
 from dinfer.files import FileError, as_text, read_bytes, read_stream
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import partition
@@ -15,6 +16,7 @@ from dinfer.plan.plan import Plan, parse_plan
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import Counterexample, Proof
 from dinfer.plan.verify import verify as verify_plan
+from dinfer.severity import Severity
 from dinfer.verdict.drawing import cycle_text
 
 MAX_BYTES = 1 << 26
@@ -63,7 +65,8 @@ def verify(
         stop(f"the plan {file!r} cannot be read: {error}.", BAD_INPUT)
     except PlanError as error:
         stop(error, BAD_INPUT)
-    _end(parsed, verdict, _in_words(verdict), as_json)
+    severity = Severity.OK if verdict.proved else Severity.ERROR
+    _end(parsed, verdict, severity.marked(_in_words(verdict), colour=takes_colour(sys.stdout)), as_json)
 
 
 def _in_words(verdict: Proof | Counterexample) -> str:

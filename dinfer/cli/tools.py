@@ -8,6 +8,7 @@ from typer import Argument, Exit, Option
 from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, check_outputs, keep_json, log, stop
 from dinfer.config import ConfigError
 from dinfer.files import free_path
+from dinfer.severity import Severity
 from dinfer.trace.export import TraceError
 from dinfer.trace.read import read_traces
 
@@ -145,7 +146,7 @@ def lab(
         status = INTERRUPTED
         log("dinfer: interrupted; results so far:")
     except (RuntimeError, TimeoutError) as error:
-        log(f"dinfer: the lab cannot continue: {error}")
+        log(f"dinfer: {Severity.ERROR.marked(f'the lab cannot continue: {error}')}")
     print(score.table())
     if json_path:
         keep_json({**score.as_dict(), "machine": machine(), "versions": versions()}, json_path)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from dinfer.errors import DinferError
+from dinfer.severity import Severity
 
 PATIENCE_S = 5.0
 """how long to wait in silence"""
@@ -131,7 +132,7 @@ def main(arguments: list[str]) -> int:
         else:
             come(rank, address, port, seconds, say)
     except NotAllCame as error:
-        say(str(error))
+        say(Severity.ERROR.marked(str(error)))
         return 1
     except KeyboardInterrupt:
         return 130

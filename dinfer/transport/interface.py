@@ -9,6 +9,7 @@ from contextlib import closing
 import psutil
 
 from dinfer.config import ConfigError
+from dinfer.severity import Severity
 
 LOOPBACK = "127.0.0.1"
 
@@ -125,7 +126,7 @@ def main(arguments: list[str]) -> int:
     try:
         name = interface_for_peers(*arguments)
     except NoInterface as error:
-        print(f"dinfer: {error}", file=sys.stderr)
+        print(f"dinfer: {Severity.ERROR.marked(str(error))}", file=sys.stderr)
         return 2
     print(f"dinfer: talking over {name} ({_addresses()[name][0]})", file=sys.stderr)
     print(name)

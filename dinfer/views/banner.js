@@ -47,7 +47,7 @@ class Banner {
     this.call.textContent = ended ? "" : shown.remedy;
     this.remedy.hidden = !this.call.textContent;
     Object.assign(this.mend, { textContent: shown.mend, title: shown.remedy, hidden: !shown.mend });
-    this.mend.disabled = shown.working.includes(shown.remedy);
+    this.mend.disabled = this.remedy.hidden || shown.working.includes(shown.remedy);
     this.close.hidden = !shown.error && !shown.answer;
     this.more.hidden = !shown.verdict;
     this.more.textContent = this.unfolded ? "less" : "more";

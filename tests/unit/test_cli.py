@@ -83,7 +83,8 @@ def test_a_refuted_schedule_has_status_1_and_its_cycle() -> None:
     assert "# refuted: " in plan.out
     verdict = dinfer("verify", "-", stdin=plan.out)
     assert verdict.status == REFUTED
-    lines = verdict.out.splitlines()
+    assert verdict.out.startswith("✖ error: ")
+    lines = verdict.out.removeprefix("✖ error: ").splitlines()
     assert "\n".join(f"# {line}" for line in lines) in plan.out
     assert (lines[1][:2], lines[-1][:2]) == ("┌▶", "└─")
 

@@ -8,6 +8,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from IPython.lib.pretty import pretty
 
 import dinfer.views
 from dinfer.display import DisplayableText, badge, html_text, takes_colour
@@ -95,3 +96,10 @@ def test_colours_are_for_terminals_whose_user_wants_them(monkeypatch: pytest.Mon
     assert takes_colour(stream)
     monkeypatch.setenv("NO_COLOR", "1")
     assert not takes_colour(stream)
+
+
+def test_a_console_shows_the_mark_of_what_is_grave() -> None:
+    wrong = Where("hung", "rank 0: here", Severity.ERROR)
+    assert pretty(wrong) == "✖ error: hung\nrank 0: here"  # type: ignore[no-untyped-call]
+    assert pretty(Where("paused", "rank 0: here")) == "paused\nrank 0: here"  # type: ignore[no-untyped-call]
+    assert repr(wrong) == str(wrong) == "hung\nrank 0: here"
