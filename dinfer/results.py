@@ -3,16 +3,18 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from dinfer.display import Displayable
+from dinfer.display import Displayable, Tidy
 from dinfer.errors import NoSuch
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Cut
+from dinfer.severity import Severity
 
 
 @dataclass(frozen=True, repr=False)
-class Moved(Displayable):
-    """The result of a step: the cuts before and after, and a line per rank. `stopped`: a breakpoint or a pause ended
-    it."""
+class Moved(Tidy, Displayable):
+    """The result of a step: the cuts `before` and `after`, and `lines`, one per rank, or one for all ranks if it only
+    went back. `stopped`: a breakpoint or a pause ended it; `remark`: why it did not move, or stopped; `edited`: what
+    the user has changed by hand."""
 
     before: Cut
     after: Cut
@@ -23,6 +25,7 @@ class Moved(Displayable):
 
     @property
     def moved(self) -> bool:
+        """Whether any rank moved."""
         return self.before != self.after
 
     def __str__(self) -> str:
@@ -39,10 +42,10 @@ STOPPED = {
 
 
 @dataclass(frozen=True, repr=False)
-class Decoded(Displayable):
-    """The new tokens of a call and their text. `stopped`: why there are no more: "end of text", "positions" (the
-    model's are used up), "max_new_tokens" (as many as were asked for) or "user" (paused); "" where no token was asked
-    for. `count`: all new tokens so far; `remark`: why there are no tokens."""
+class Decoded(Tidy, Displayable):
+    """The new `tokens` of a call and their `text`. `stopped`: why there are no more: "end of text", "positions"
+    (those of the model are used up), "max_new_tokens" (as many as were asked for) or "user" (paused); "" where no token
+    was asked for. `count`: all new tokens so far; `remark`: why there are no tokens, or what was undone."""
 
     tokens: tuple[int, ...]
     text: str
@@ -62,21 +65,35 @@ class Decoded(Displayable):
         return f"{self.text}\n({new} new token{'s' * (new != 1)}, {self.count} in all{STOPPED.get(self.stopped, '')})"
 
 
+def took_back(gone: int, left: int) -> Decoded:
+    """The result of taking back that many new tokens."""
+    if not gone:
+        return Decoded((), "", "", left, "nothing to do: there are no new tokens")
+    rest = f"; {left} {'is' if left == 1 else 'are'} left" * bool(left)
+    return Decoded((), "", "", left, f"undid {gone} new token{'s' * (gone != 1)}{rest}")
+
+
 @dataclass(frozen=True, repr=False)
-class Where(Displayable):
-    """Where the ranks stand. `state`: the run's; `lines`: a line per rank, and further facts."""
+class Where(Tidy, Displayable):
+    """Where the ranks stand. `state`: the run's; `lines`: a line per rank, and further facts; `severity`: how grave
+    these are."""
 
     state: str
     lines: str
+    severity: Severity = Severity.NOTE
 
     def __str__(self) -> str:
         return f"{self.state}\n{self.lines}"
 
 
-class Breakpoints(Displayable):
-    """The breakpoints of a run, by number. Changes take effect in the run."""
+class Breakpoints(Tidy, Displayable):
+    """The breakpoints of a run, by number: `run.breakpoints[1]`. Changes take effect in the run.
 
-    def __init__(self, found: dict[int, Breakpoint], changed: Callable[[], None]) -> None:
+    `changed(call, before)` is called after each, with the call that made it and the breakpoints before it."""
+
+    def __init__(
+        self, found: dict[int, Breakpoint], changed: Callable[[str, dict[int, Breakpoint]], None]
+    ) -> None:
         self._found, self._changed = found, changed
 
     def __iter__(self) -> Iterator[Breakpoint]:
@@ -92,13 +109,15 @@ class Breakpoints(Displayable):
 
     def remove(self, number: int) -> None:
         """Remove a breakpoint. Raises NoSuch, a KeyError."""
-        del self._found[self[number].number]
-        self._changed()
+        one, before = self[number], dict(self._found)
+        del self._found[one.number]
+        self._changed(f"run.breakpoints.remove({number})", before)
 
     def clear(self) -> None:
         """Remove all breakpoints."""
+        before = dict(self._found)
         self._found.clear()
-        self._changed()
+        self._changed("run.breakpoints.clear()", before)
 
     def __str__(self) -> str:
         return "\n".join(map(str, self)) or "no breakpoints: run.break_at(layer=7) sets one"

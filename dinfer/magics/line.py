@@ -153,10 +153,14 @@ OF_RANK = argument("--rank", type=number_or_word)
     argument("-n", type=int, default=3, help="how many ranks"),
     argument("--profile", default="default", help="the IPython profile of the cluster"),
     argument("--cluster-id", help="which of its clusters"),
+    argument(
+        "--take", action="store_true", help="take over engines that another session holds, with model and run"
+    ),
 )
 def connect(call: Call) -> None:
     """Join the running cluster, or start one; the session is `session` from then on."""
-    options = {} if call.words.where == "threads" else {"cluster_id": call.words.cluster_id}
+    on_cluster = {"cluster_id": call.words.cluster_id, "take": call.words.take}
+    options = {} if call.words.where == "threads" else on_cluster
     options |= {"profile": call.words.profile}
     call.shell.user_ns["session"] = dinfer.connect(call.words.where, call.words.n, **options)
 
@@ -207,7 +211,7 @@ def run(call: Call) -> Any:
 method("run.where", "The position of each rank.")
 method("run.verdict", "Why the run does not move: who waits for whom, and who is to blame.", name="why")
 method("run.step", "Move on by ops, layers, waves, chunks or tokens.", UNIT, HOW_MANY)
-method("run.step_back", "Go back by ops, layers, waves, chunks or tokens.", UNIT, HOW_MANY, name="back")
+method("run.step_back", "Undo the last ops, layers, waves, chunks or tokens.", UNIT, HOW_MANY, name="back")
 method(
     "run.run_to",
     "Run to just after that block is on every rank, forward or back.",
@@ -215,11 +219,18 @@ method(
     argument("layer", type=int),
     name="to",
 )
+method(
+    "run.play",
+    "Step by itself, to the next breakpoint or the end of prefill; returns at once.",
+    UNIT,
+    argument("per_second", nargs="?", type=float, default=2.0, help="steps a second (2)"),
+)
+method("run.undo", "Undo the last action, whatever it was; the next undo goes further back.")
 method("run.resume", "Let the ranks go on to the next breakpoint, or the end of prefill; returns at once.")
 method("run.pause", "Stop at the nearest cut.")
 method(
     "run.wait",
-    "Wait until the run stands.",
+    "Wait until the run stands, and a play has ended.",
     argument("timeout", nargs="?", type=float, help="seconds to wait at most"),
 )
 

@@ -4,8 +4,9 @@ A cut is one position on every lane of every rank. It is consistent if it contai
 send, the recv, and for every recv, the send. A run at a consistent cut has no blocked lane.
 
 The cuts of a unit of stepping form a chain from start to end: after each block in the global order (`layer`), after
-each rank's next layer (`wave`), after each chunk (`chunk`). A step joins the first cut of the chain that is not yet in;
-a step back goes to the last one inside.
+each rank's next layer (`wave`), after each chunk (`chunk`). A step joins the first cut of the chain that is not yet in.
+A step back takes out what the last unit that has begun has added since the cut of the chain before it, and nothing
+else: what stays needs none of it, because the chain's cuts are consistent.
 """
 
 import re
@@ -104,7 +105,7 @@ class Cuts:
         return join(cut, chain[at]) if at < len(chain) else cut
 
     def previous(self, cut: Cut, unit: Unit) -> Cut:
-        """The cut one step before `cut`; the same cut at the start."""
+        """`cut` without the last unit in the global order of which it has an op; the same cut at the start."""
         if unit == "op":
             graph, left = self._graph, self._numbers(cut)
             # Take out the last op, and all that depend on it.
@@ -116,8 +117,8 @@ class Cuts:
                     todo += (*graph.dependents[number], graph.partner[number])
             return self._positions(left)
         chain = self.chain(unit)
-        at = bisect_left(chain, True, key=lambda link: not is_inside(link, cut) or link == cut)
-        return chain[at - 1] if at else cut
+        at = bisect_left(chain, True, key=lambda link: is_inside(cut, link))
+        return meet(cut, chain[at - 1]) if at else cut
 
     def stop(self, positions: Cut, started: Set[OpPlace]) -> tuple[Cut, list[OpPlace]]:
         """The cut at which lanes frozen at `positions` stop, and the recvs that a void header must release.

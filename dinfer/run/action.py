@@ -1,11 +1,9 @@
 """Actions on a run: one after another, whoever calls them; and everybody who wants to hear when the run changes."""
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 from dinfer.cluster.lease import RunOver, over_text
 from dinfer.errors import NotPossible
@@ -70,7 +68,7 @@ class Actions:
         while True:
             self.settle()
             if self.lock.acquire(timeout=POLL_S):
-                if self._state.now not in MOVING:
+                if not self._state.wait_while(MOVING, 0):
                     break
                 self.lock.release()  # another action has begun since
         try:
@@ -115,13 +113,3 @@ class Actions:
         if seen != self._seen:
             self._seen = seen
             self.tell()
-
-
-def call_text(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """The call as its user wrote it, for example `run.step("layer", n=2)`."""
-
-    def written(value: object) -> str:
-        return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
-
-    parts = [*map(written, args), *(f"{key}={written(value)}" for key, value in kwargs.items())]
-    return f"run.{name}({', '.join(parts)})"

@@ -1,8 +1,12 @@
 """The breakpoints of one run: setting them, arming their conditions on the ranks, noticing that one is met."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from dinfer.config import Config
+from dinfer.display import listed
+from dinfer.history import History
 from dinfer.messages import BreakpointHit, SetBreakpoints
 from dinfer.plan.breakpoints import Breakpoint, check, next_stop, parse_when
 from dinfer.plan.cut import Cut, Cuts
@@ -13,12 +17,12 @@ from dinfer.results import Breakpoints
 class BreakpointTable:
     """`tell` gives the ranks the conditions to look for; `view` is what a user sees and changes."""
 
-    def __init__(self, config: Config, tell: Callable[[SetBreakpoints], object]) -> None:
-        self._config, self._tell = config, tell
+    def __init__(self, config: Config, tell: Callable[[SetBreakpoints], object], history: History) -> None:
+        self._config, self._tell, self._history = config, tell, history
         self._found: dict[int, Breakpoint] = {}
         self._count = 0
         self._ahead: list[Breakpoint] = []
-        self.view = Breakpoints(self._found, self.arm)
+        self.view = Breakpoints(self._found, self._changed)
 
     def add(self, cuts: Cuts, op: OpKind | None, when: str | None, **where: int | None) -> Breakpoint:
         """Set a breakpoint; `where`: rank, chunk and layer. Raises PlanError where no op of the plan could meet it."""
@@ -28,9 +32,10 @@ class BreakpointTable:
         kind = op or ("recv" if condition == "digest" else "layer")
         one = Breakpoint(self._count + 1, op=kind, condition=condition, bound=bound, **where)
         check(one, cuts)
+        before = dict(self._found)
         self._count += 1
         self._found[one.number] = one
-        self.arm()
+        self._changed(one.call, before)
         return one
 
     def ahead(self, cuts: Cuts, cut: Cut) -> tuple[Cut, list[Breakpoint]]:
@@ -55,5 +60,26 @@ class BreakpointTable:
         return f"stopped at {one}: rank {rank}, `{note.op}`: {note.found}"
 
     def arm(self) -> None:
-        """Have the ranks look for the conditions that are set now, and for no others."""
-        self._tell(SetBreakpoints(tuple(one.as_dict() for one in self._found.values() if one.condition)))
+        """Have the ranks look for the conditions that are set now, and for no others. They keep all breakpoints, for a
+        session that comes after this one."""
+        self._tell(SetBreakpoints(tuple(one.as_dict() for one in self._found.values())))
+
+    def take_over(self, breakpoints: Sequence[dict[str, Any]]) -> None:
+        """Take over those that the ranks have kept of an earlier session."""
+        self._found.update({one.number: one for one in (Breakpoint(**found) for found in breakpoints)})
+        self._count = max(self._found, default=0)
+
+    def _changed(self, call: str, before: Mapping[int, Breakpoint]) -> None:
+        """This call has changed the list, which was `before`."""
+        self.arm()
+        if before != self._found:
+            self._history.add(call, partial(self._restore, before))
+
+    def _restore(self, before: Mapping[int, Breakpoint]) -> str:
+        """Set those of `before` and no others; what that changed."""
+        texts = [f"removed {one}" for number, one in self._found.items() if number not in before]
+        texts += [f"set {one} again" for number, one in before.items() if number not in self._found]
+        self._found.clear()
+        self._found.update(before)
+        self.arm()
+        return listed(texts)

@@ -34,6 +34,15 @@ class RunEvents:
             self._back = [0] * len(self._by_rank), tuple((0,) * len(lanes) for lanes in self._lanes)
             self._begun += 1
 
+    def take_over(self) -> None:
+        """Wait until the ranks have repeated the events of an earlier session."""
+        deadline = time.monotonic() + LATE_S
+        with self._ranks.changed:
+            while not self._is_whole() and time.monotonic() < deadline:
+                self._ranks.changed.wait(WAIT_S)
+            # The newest may be of an op behind the cut, where that session has gone back.
+            self._back = list(map(len, self._by_rank)), tuple(one.positions for one in self._state.stands())
+
     def went(self, before: Cut, after: Cut) -> None:
         """The run went from one cut to another: ops behind a cut to which it went back will be done again."""
         if not is_inside(before, after):

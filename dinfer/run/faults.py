@@ -1,20 +1,25 @@
 """The faults that a user injects into one run: arming them, what they have done, disarming them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from dinfer.display import Displayable
+from dinfer.display import Displayable, Tidy, listed
 from dinfer.engine.board import Stand
 from dinfer.errors import NoSuch
+from dinfer.history import History
 from dinfer.messages import FaultStruck, SetFaults
 from dinfer.plan.faults import KINDS, Fault, TokenSizes, fault_of
 from dinfer.plan.ops import PlanError, Value
 from dinfer.plan.plan import Plan
 from dinfer.run.state import Mark, RunState, State, state_of_lanes
+from dinfer.severity import Severity
 
 
-class Injected(Displayable):
-    """An armed fault and its strikes: (rank, number of values changed, description)."""
+class Injected(Tidy, Displayable):
+    """An armed `fault` and its `strikes`: (rank, number of values changed, description)."""
+
+    severity = Severity.WARNING
 
     def __init__(self, fault: Fault) -> None:
         self.fault = fault
@@ -22,10 +27,12 @@ class Injected(Displayable):
 
     @property
     def number(self) -> int:
+        """Its number among the run's faults."""
         return self.fault.number
 
     @property
     def has_struck(self) -> bool:
+        """Whether it has changed something yet."""
         return bool(self.strikes)
 
     def __str__(self) -> str:
@@ -37,11 +44,14 @@ class Injected(Displayable):
         return f"hit: {self.fault}: {found}" + (f" ({times} times)" if times > 1 else "")
 
 
-class Armed(Displayable):
-    """The armed faults of a run, by number; removing one here disarms it on the ranks, whom `tell` gives the list."""
+class Armed(Tidy, Displayable):
+    """The armed faults of a run, by number: `run.faults[1]`. Removing one here disarms it on the ranks, to which `tell`
+    gives the list."""
 
-    def __init__(self, state: RunState, tell: Callable[[SetFaults], object]) -> None:
-        self._state, self._tell = state, tell
+    INTERNAL = frozenset({"arm", "begin", "inject", "marks", "struck"})
+
+    def __init__(self, state: RunState, tell: Callable[[SetFaults], object], history: History) -> None:
+        self._state, self._tell, self._history = state, tell, history
         self._found: dict[int, Injected] = {}
         self._count = 0
 
@@ -56,16 +66,20 @@ class Armed(Displayable):
             raise NoSuch(f"there is no fault #{number}; there are: {self}")
         return self._found[number]
 
+    @property
+    def severity(self) -> Severity:
+        return Severity.WARNING if self._found else Severity.NOTE
+
     def __str__(self) -> str:
         return "\n".join(map(str, self)) or 'no faults: run.inject("bitflip", layer=0, chunk=0) arms one'
 
     def remove(self, number: int) -> None:
         """Disarm one; bytes that it has changed stay changed. Raises KeyError."""
-        self._disarm([self[number]])
+        self._disarm([self[number]], f"run.faults.remove({number})")
 
     def clear(self) -> None:
         """Disarm all; bytes that they have changed stay changed."""
-        self._disarm(list(self))
+        self._disarm(list(self), "run.faults.clear()")
 
     # -- for the run
 
@@ -82,7 +96,7 @@ class Armed(Displayable):
         _check_in_time(fault, plan, stands)
         self._count = fault.number
         injected = Injected(fault)
-        self._replace({**self._found, fault.number: injected})
+        self._replace({**self._found, fault.number: injected}, fault.call)
         return injected
 
     def marks(self) -> Iterator[Mark]:
@@ -95,6 +109,12 @@ class Armed(Displayable):
         """Have the ranks break what is armed now, and nothing else."""
         self._tell(SetFaults(tuple(one.fault.as_dict() for one in self)))
 
+    def take_over(self, faults: Sequence[dict[str, Any]]) -> None:
+        """Take over those that the ranks have kept of an earlier session; they repeat their strikes."""
+        found = [Fault(**one) for one in faults]
+        self._found.update({one.number: Injected(one) for one in found})
+        self._count = max(self._found, default=0)
+
     def begin(self) -> None:
         """The run begins again on clean ranks: no fault has struck."""
         for one in self:
@@ -106,31 +126,59 @@ class Armed(Displayable):
             one.strikes.append((rank, note.changed, note.found))
             self._state.said.append(f"fault {one.fault}: {note.found}")
 
-    def _replace(self, found: dict[int, Injected]) -> None:
-        """Arm these instead; the run may be over, or a rank refuse: then all stays as it was."""
+    def _replace(self, found: dict[int, Injected], call: str = "") -> None:
+        """Arm these instead; the run may be over, or a rank refuse: then all stays as it was. `call`: the one that asks
+        for it, if it can be undone."""
         before, self._found = self._found, found
         try:
             self.arm()
         except BaseException:
             self._found = before
             raise
+        if call and found != before:
+            self._history.add(call, partial(self._restore, before))
 
-    def _disarm(self, gone: list[Injected]) -> None:
-        self._replace({number: one for number, one in self._found.items() if one not in gone})
-        if changed := [f"#{one.number}" for one in gone if any(strike[1] for strike in one.strikes)]:
-            self._state.say(
-                f"disarmed; what {', '.join(changed)} changed stays changed until run.restart(), or until the run goes "
-                "back before it"
-            )
+    def _disarm(self, gone: list[Injected], call: str) -> None:
+        self._replace({number: one for number, one in self._found.items() if one not in gone}, call)
+        if left := self._left_by(gone):
+            self._state.say(f"disarmed; {left}")
+
+    def _restore(self, before: dict[int, Injected]) -> str:
+        """Arm those of `before` and no others; what that changed."""
+        gone = [one for number, one in self._found.items() if number not in before]
+        back = [one for number, one in before.items() if number not in self._found]
+        self._replace(before)
+        texts = [f"disarmed {one.fault}" for one in gone] + [f"armed {one.fault} again" for one in back]
+        return "; ".join([listed(texts), *filter(None, [self._left_by(gone)])])
+
+    def _left_by(self, gone: Iterable[Injected]) -> str:
+        """What these faults have changed, is there still, and their disarming does not mend; empty if nothing."""
+        changed = [one.fault for one in gone if any(strike[1] for strike in one.strikes)]
+        left = [f"#{fault.number}" for fault in changed if self._is_there(fault)]
+        until = "stays changed until run.restart(), or until the run goes back before it"
+        return f"what {', '.join(left)} changed {until}" if left else ""
+
+    def _is_there(self, fault: Fault) -> bool:
+        """Whether its rank holds the block of a fault; of one in decode, whether there are new tokens."""
+        if fault.rank is None:
+            return bool(self._state.tokens)
+        return _is_made(fault, self._state.plan, self._state.stands())
+
+
+def _is_made(fault: Fault, plan: Plan, stands: Sequence[Stand]) -> bool:
+    """Whether the block of a fault is complete on its rank; True where positions are not known."""
+    if fault.rank is None or not stands:
+        return True
+    lanes = zip(plan.lanes[fault.rank], stands[fault.rank].positions, strict=True)
+    done = (op for lane, position in lanes for op in lane.ops[:position])
+    return any(Value("kv", fault.chunk, fault.layer) in op.makes() for op in done)
 
 
 def _check_in_time(fault: Fault, plan: Plan, stands: Sequence[Stand]) -> None:
     """Raises PlanError for a fault that strikes before a block is complete, if it is complete already."""
     if fault.where == "memory" or fault.rank is None:
         return
-    lanes = zip(plan.lanes[fault.rank], stands[fault.rank].positions, strict=True)
-    done = (op for lane, position in lanes for op in lane.ops[:position])
-    if any(Value("kv", fault.chunk, fault.layer) in op.makes() for op in done):
+    if _is_made(fault, plan, stands):
         block = f"block c{fault.chunk} l{fault.layer}"
         came = "been computed" if fault.where == "compute" else f"arrived on rank {fault.rank}"
         also = ", or use where='memory'" if "memory" in KINDS[fault.kind].wheres else ""

@@ -23,7 +23,7 @@ from dinfer.kv.view import KV, AttentionWeights, Hidden, attention_of
 from dinfer.messages import Answer, Command, DigestHidden, HashKv, RunReference, StopReference
 from dinfer.model.checkpoint import check_unchanged
 from dinfer.model.text import texts_of
-from dinfer.plan.ops import PlanError
+from dinfer.plan.ops import NothingYet, PlanError
 from dinfer.plan.partition import within
 from dinfer.run.action import Actions
 from dinfer.run.failure import RankFailed, silent_text
@@ -143,7 +143,7 @@ class RunInspector:
             source.subject = replace(source.subject, ids=ids, texts=self._texts(ids))
             helds = helds_of(source, [hidden[rank] for rank in ranks])
             if not any(one.now for one in helds):
-                raise PlanError(
+                raise NothingYet(
                     "nothing to compare: prefill has not begun, no block is computed yet. run.step(), run.run_to(…) or "
                     "run.resume() first."
                 )

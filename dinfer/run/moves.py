@@ -1,8 +1,7 @@
-"""How a run is moved: to a cut, to the next breakpoint, at a pace, to the end of prefill, or to a stop."""
+"""How a run is moved: to a cut, to the next breakpoint, to the end of prefill, or to a stop."""
 
-import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import suppress
 
 from dinfer.plan.cut import Cut, Unit
 from dinfer.plan.ops import PlanError
@@ -11,13 +10,14 @@ from dinfer.run.breakpoints import BreakpointTable
 from dinfer.run.failure import RankFailed
 from dinfer.run.state import RunState
 from dinfer.run.stepper import Fleet, Move, NoProgress, Stepper
+from dinfer.severity import Severity
 from dinfer.verdict.where import moved_lines
 
 INTERRUPT_S = 1.5
 """how long an interrupted call waits for the ranks to stop"""
 
-FASTEST = 100.0
-"""the highest pace, in steps a second"""
+HALT_S = 5.0
+"""how long ranks that an earlier session has left may take to come to a cut"""
 
 
 class Moves:
@@ -31,15 +31,26 @@ class Moves:
         check: Callable[[], None],
         went: Callable[[Move], None],
     ) -> None:
-        self._state, self._breakpoints, self._went = state, breakpoints, went
+        self._state, self._breakpoints, self.went = state, breakpoints, went
         self._fleet = Fleet(state.plan, state.ranks, check)
         self._stepper: Stepper | None = None
-        self.stop_playing = threading.Event()  # set: `play` makes no further step
 
     def begin(self) -> None:
         """All ranks stand before their first op."""
         job = self._state.job
         self._stepper = Stepper(self._fleet, job.config.timeout) if job.verdict.proved else None
+
+    def halt(self) -> None:
+        """Bring ranks that an earlier session has left on their way to a cut. One that hangs, or has failed, is left as
+        it is: whoever looks after the run finds out why."""
+        with suppress(NoProgress, RankFailed, TimeoutError):
+            if self._stepper:
+                self._stepper.pause(HALT_S)
+
+    @property
+    def can_step(self) -> bool:
+        """Whether the plan was proved, and so has cuts to stop at."""
+        return self._stepper is not None
 
     @property
     def stepper(self) -> Stepper:
@@ -63,30 +74,44 @@ class Moves:
 
     def moved(self, move: Move) -> Moved:
         """A move as its user sees it."""
-        self._went(move)
-        return self._as_moved(move.before, move)
+        tokens = len(self._state.tokens)
+        self.went(move)
+        lines = moved_lines(self._state.plan, move.before, move.after)
+        if gone := tokens - len(self._state.tokens):
+            lines[-1] += f", and {gone} new token{'s' * (gone != 1)}"
+        remark = ""
+        if move.stopped:
+            remark = self._state.message or "stopped before it was through"
+        elif not move.moved:
+            remark = self.nothing_to_do(move.after)
+        return Moved(*move, tuple(lines), remark, tuple(self._state.edited))
 
-    def play(self, unit: Unit, per_second: float, alone: AbstractContextManager[object]) -> Moved:
-        """Step at that pace, each step `alone`, until a breakpoint, the end of prefill, or `stop_playing`. Raises
-        PlanError for a pace out of range."""
-        if not 0 < per_second <= FASTEST:
-            raise PlanError(
-                f"per_second is {per_second}; it must be above 0 and at most {FASTEST:g}: run.resume() is the fastest."
-            )
-        self.stop_playing.clear()
-        start: Cut = ()
-        while True:
-            with alone:
-                stepper = self.leaving()
-                limit, met = self._breakpoints.ahead(stepper.cuts, stepper.pause())
-                move = stepper.step_towards(limit, unit)
-                if met and move.after == limit:
-                    self._breakpoints.expect(met)  # so that `arrived` names them
-                    move = move._replace(stopped=True)
-                self._went(move)
-            start = start or move.before
-            if not move.moved or move.stopped or self.stop_playing.wait(1 / per_second):
-                return self._as_moved(start, move)
+    def nothing_to_do(self, cut: Cut) -> str:
+        """Why a run that stands there is not moved; also the run's message from now on."""
+        place = {self.stepper.cuts.end: "the end of prefill", self.stepper.cuts.start: "the start"}
+        text = f"nothing to do: the run stands at {place.get(cut, 'that cut')}"
+        self._state.replace_message(text)
+        return text
+
+    def play_from(self) -> bool:
+        """Whether a run that is to be played has anything to do."""
+        stepper = self.leaving()
+        cut = stepper.pause()
+        stepper.heading = cut, stepper.cuts.end
+        if cut == stepper.cuts.end:
+            self.nothing_to_do(cut)
+        return cut != stepper.cuts.end
+
+    def play_on(self, unit: Unit) -> bool:
+        """Step by one unit, but not past the next breakpoint; whether there is more to play."""
+        stepper = self.leaving()
+        limit, met = self._breakpoints.ahead(stepper.cuts, stepper.pause())
+        move = stepper.step_towards(limit, unit)
+        has_met = bool(met) and move.after == limit
+        if has_met:
+            self._breakpoints.expect(met)  # so that `arrived` names them
+        self.went(move)
+        return not (move.stopped or has_met or move.after == stepper.cuts.end)
 
     def resume(self) -> None:
         """Let the ranks go on to the next breakpoint, or the end of prefill; returns at once."""
@@ -94,14 +119,20 @@ class Moves:
             end = tuple(tuple(len(lane.ops) for lane in lanes) for lanes in self._state.plan.lanes)
             self._fleet.set_limits(end)
             return
-        limit, met = self._breakpoints.ahead(self._stepper.cuts, self._stepper.pause())
+        cut = self._stepper.pause()
+        limit, met = self._breakpoints.ahead(self._stepper.cuts, cut)
         self._stepper.resume(limit)
         self._breakpoints.expect(met)  # not earlier: `arrived` is asked while the run still stands
+        if cut == self._stepper.cuts.end:
+            self.nothing_to_do(cut)
 
-    def finish(self) -> bool:
-        """Resume and wait; False if the run stopped before the end of prefill."""
+    def finish(self, is_stopped: Callable[[], bool]) -> bool:
+        """Resume and wait; False if the run stopped before the end of prefill. `is_stopped()`: whether a pause was
+        asked for since the caller began, perhaps before there was anything to pause."""
         if self._stepper and not self._stepper.at_end:
             self.resume()
+            if is_stopped():
+                self.pause()
             self._stepper.wait(None)
         return self.at_end
 
@@ -113,14 +144,14 @@ class Moves:
             self._breakpoints.expect([])
             self._stepper.pause()
 
-    def pause_order(self, order: int, why: str) -> bool:
+    def pause_order(self, order: int, why: str, severity: Severity = Severity.NOTE) -> bool:
         """A rank has stopped under that order: stop the others too, and say why; False, and nothing is done, if the
         user has sent the ranks elsewhere since."""
-        before = self._state.replace_message(why)  # the move under way returns with it
+        before = self._state.replace_message(why, severity)  # the move under way returns with it
         if self._stepper and self._stepper.pause_order(order):
-            self._state.say(why)
+            self._state.say(why, severity)
             return True
-        self._state.replace_message(before)
+        self._state.replace_message(*before)
         return False
 
     def interrupted(self) -> None:
@@ -131,14 +162,6 @@ class Moves:
                 self._stepper.pause(INTERRUPT_S)
             self._state.say("interrupted: the run is paused")
         except (NoProgress, RankFailed, TimeoutError) as error:
-            self._state.say(f"interrupted; the ranks stop as soon as their ops end: {error}")
-
-    def _as_moved(self, before: Cut, move: Move) -> Moved:
-        remark = ""
-        if move.stopped:
-            remark = self._state.message or "stopped before it was through"
-        elif not move.moved:
-            is_end = move.after == self.stepper.cuts.end
-            remark = f"nothing to do: the run stands at the {'end of prefill' if is_end else 'start'}"
-        lines = moved_lines(self._state.plan, before, move.after)
-        return Moved(before, move.after, move.stopped, tuple(lines), remark, tuple(self._state.edited))
+            self._state.say(
+                f"interrupted; the ranks stop as soon as their ops end: {error}", Severity.WARNING
+            )

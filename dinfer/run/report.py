@@ -114,7 +114,7 @@ def findings_of_result(job: Job, result: dict[str, Any]) -> Findings:
     known = replace(findings_of_job(job, Done(new_tokens=len(result["tokens"]))), state="done", ranks=ranks)
     if found := result["nonfinite"]:
         blocks = {(one["chunk"], one["layer"]): (one["rank"], one["what"]) for one in found["blocks"]}
-        marks = tuple(tuple(mark) for mark in nonfinite_marks(blocks))
+        marks = tuple((*mark[:3], mark.kind, mark.text) for mark in nonfinite_marks(blocks))
         known = replace(known, nonfinite=found["text"], marks=marks)
     return known
 

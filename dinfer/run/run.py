@@ -1,14 +1,16 @@
 """Run: one distributed prefill, and the decode after it, as its user holds it.
 
 A Run is made of parts, each in a file of its own. All of them get its `state`: job, ranks, what it is doing and why.
-`action` says who may move it and who hears of changes, `moves` and `stepper` go from cut to cut, `hang` sees failures
-and gives the verdict; `breakpoints`, `faults`, `decode` and `events` are what they say; `inspect` reads what the ranks
-hold, `recorder` makes reports, folders and replays of all that. Here each call of a user goes to the part that does it.
+`action` says who may move it and who hears of changes, `moves` and `stepper` go from cut to cut, `play` at a pace, and
+`history` takes that back; `hang` sees failures and gives the verdict; `breakpoints`, `faults`, `decode` and `events`
+are what they say; `inspect` reads what the ranks hold, `recorder` makes reports, folders and replays of all that. Here
+each call of a user goes to the part that does it.
 """
 
+import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import wraps
 from operator import attrgetter
 from pathlib import Path
@@ -17,10 +19,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from dinfer.cluster.kv import Live
 from dinfer.cluster.lease import RankLease
 from dinfer.cluster.ranks import RankRefused, Ranks
-from dinfer.display import Displayable, Tidy
+from dinfer.display import Displayable, DisplayableText, Tidy
 from dinfer.engine.corruption import Corruption
 from dinfer.engine.finite import NonFinite
 from dinfer.errors import NotPossible, ipython
+from dinfer.history import History, call_text
 from dinfer.job import Job
 from dinfer.kv.reference.comparison import Comparison
 from dinfer.kv.view import KV, AttentionWeights, Hidden
@@ -39,20 +42,33 @@ from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Unit, count_of, unit_of
 from dinfer.plan.ops import OpKind, PlanError
 from dinfer.results import Breakpoints, Decoded, Moved, Where
-from dinfer.run.action import Actions, call_text
+from dinfer.run.action import Actions
 from dinfer.run.breakpoints import BreakpointTable
 from dinfer.run.decode import Generation
 from dinfer.run.events import RunEvents
 from dinfer.run.failure import RankFailed
 from dinfer.run.faults import Armed, Injected
-from dinfer.run.hang import STUCK, Health
+from dinfer.run.hang import STUCK, Health, Hung
+from dinfer.run.history import MoveHistory
 from dinfer.run.inspect import RunInspector, check_comparable
+from dinfer.run.left import LeftRun
 from dinfer.run.moves import Moves
+from dinfer.run.play import Player, period_of
 from dinfer.run.recorder import RunRecorder
 from dinfer.run.report import NO_VIEWS, Reporter
-from dinfer.run.state import MOVING, STANDING, RunState, Standing, State, where_of
+from dinfer.run.state import (
+    IN_OPS,
+    MOVING,
+    RECOVER,
+    RESTART,
+    STANDING,
+    RunState,
+    Standing,
+    where_of,
+)
 from dinfer.run.stepper import Move, NoProgress
 from dinfer.saved.replay.replay import Replay
+from dinfer.severity import Severity
 from dinfer.trace.events import Event
 from dinfer.trace.findings import Findings
 from dinfer.trace.trace import Trace
@@ -74,15 +90,19 @@ T = TypeVar("T")
 RunMethod = Callable[Concatenate["Run", P], T]
 
 
-def action(*, alone: bool = True) -> Callable[[RunMethod[P, T]], RunMethod[P, T]]:
-    """Make a method an action, as `Actions.taken` describes."""
+def action(*, alone: bool = True, moves: bool = False) -> Callable[[RunMethod[P, T]], RunMethod[P, T]]:
+    """Make a method an action, as `Actions.taken` describes. `moves`: it moves the run, so it ends a play first, and
+    can be undone."""
 
     def decorated(method: RunMethod[P, T]) -> RunMethod[P, T]:
         name: str = method.__name__
 
         @wraps(method)
         def called(run: "Run", /, *args: P.args, **kwargs: P.kwargs) -> T:
-            with run._actions.taken(call_text(name, args, kwargs), alone=alone):
+            call = call_text(name, args, kwargs)
+            if moves:
+                run._end_play()
+            with run._actions.taken(call, alone=alone), run._moving.moving(call) if moves else nullcontext():
                 return method(run, *args, **kwargs)
 
         return called
@@ -99,17 +119,21 @@ class Run(Tidy, Displayable):
     """Made by `session.prefill`; it stands before its first op. Actions may be called from any thread: they happen one
     after another, except `pause`, which stops the one under way.
 
+    `plan`: the ops of its `world_size` ranks; `config`: its parameters.
     `prepare()` makes all ranks ready for the prompt, with all lanes at limit 0, and returns the id of each rank's plan.
+    `left`: the ranks are in this run already, as an earlier session has left it.
     """
 
     INTERNAL = frozenset({
-        "INTERNAL", "check", "chunk_labels", "close", "events_since", "fail", "findings", "hold", "job", "last_call",
-        "left_blocked", "look", "on_change", "reporter", "said", "say", "show", "silence", "story", "stuck_ranks",
-        "told",
+        "INTERNAL", "cause", "check", "chunk_labels", "close", "events_since", "findings", "hold", "job", "last_call",
+        "left_blocked", "look", "mend", "on_change", "recover", "recovering", "reporter", "said", "say", "show",
+        "silence", "story", "stuck_ranks", "told",
     })  # fmt: skip
     show: Callable[[Any], Any] | None = None
     """makes the panel that a notebook shows for a run; set by the session, as is the next"""
     reporter: Reporter | None = None
+    recover: Callable[[], object] | None = None
+    """frees the session's ranks and brings back lost ones"""
 
     def __init__(
         self,
@@ -118,6 +142,7 @@ class Run(Tidy, Displayable):
         devices: list[str],
         tokenizer: Any | None,
         prepare: Callable[[], dict[int, int]],
+        left: LeftRun | None = None,
     ) -> None:
         self.job, self.plan, self.config = job, job.plan, job.config
         self.world_size = job.plan.world_size
@@ -125,79 +150,97 @@ class Run(Tidy, Displayable):
         self._state = state = RunState(job, RankLease(ranks), devices)
         self._health = Health(state)
         self.check, self.say = self._health.check, state.say  # for the session, too
-        self._breakpoints = BreakpointTable(job.config, self._ask_all)
-        self._faults = Armed(state, self._ask_all)
+        self._history = history = History()
+        self._breakpoints = BreakpointTable(job.config, self._ask_all, history)
+        self._faults = Armed(state, self._ask_all, history)
         self._generation = Generation(state, self.check, tokenizer)
         self._events = RunEvents(state)
         self._moves = Moves(state, self._breakpoints, self.check, self._went)
-        self._actions = Actions(state, self.check, self._moves.interrupted)
+        self._actions = Actions(state, self.check, self._interrupted)
+        self._player = Player(state, self._play_failed, self._actions.tell)
+        self._moving = MoveHistory(state, self._moves, self._generation, history)
         self._inspector = RunInspector(state, self._actions, self.check, tokenizer)
         self._recorder = RunRecorder(
             state, self._health, self._breakpoints, self._faults, self._events, self._inspector, self.look
         )
-        self._begin()
+        self._begin(left)
 
     # -- moving
 
-    @action()
+    @action(moves=True)
     def step(self, unit: Unit | str = "layer", n: int = 1) -> Moved | Decoded:
         """Move on by `n` units: "op", "layer", "wave", "chunk", or, after prefill, "token". At the end it does nothing,
         and says so."""
         if unit == "token":
+            self._generation.begin()
             return self._decode(count_of(n), None)
         return self._moves.moved(self._moves.leaving().step(unit_of(unit), count_of(n)))
 
-    @action()
+    @action(moves=True)
     def step_back(self, unit: Unit | str = "layer", n: int = 1) -> Moved | Decoded:
-        """Go back by `n` units; what follows then is computed anew. After decode, every unit but "token" goes back into
-        prefill and forgets the new tokens."""
+        """Undo the last `n` units in the global order, whatever did them; what follows then is computed anew. After
+        decode, every unit but "token" goes back into prefill and forgets the new tokens."""
         if unit == "token":
             return self._generation.back_to(max(0, len(self.tokens) - count_of(n)))
         return self._moves.moved(self._moves.leaving().step_back(unit_of(unit), count_of(n)))
 
-    @action(alone=False)
-    def play(self, unit: Unit | str = "layer", per_second: float = 2.0) -> Moved:
-        """Step by units at that pace, to the next breakpoint or the end of prefill, or until `pause()`. Raises
-        PlanError for a pace out of range."""
-        return self._moves.play(unit_of(unit), per_second, self._actions.lock)
+    @action(moves=True)
+    def play(self, unit: Unit | str = "layer", per_second: float = 2.0) -> None:
+        """Step by units at that pace, to the next breakpoint or the end of prefill, until `pause()` or another call
+        that moves the run. Returns at once: `wait()` waits for it. Raises PlanError for a pace out of range."""
+        chosen, period = unit_of(unit), period_of(per_second)
+        if self._moves.play_from():
+            call = f'run.play("{chosen}", per_second={per_second:g})'
+            self._player.start(call, lambda stopping: self._play_on(chosen, stopping), period)
 
-    @action()
+    def undo(self) -> DisplayableText:
+        """Undo the last action that can be undone, and say in one line what that did: a move, by going to where the run
+        stood before it, with as many new tokens as it had there; decode; a restart; or a change of breakpoints or
+        faults. The next undo goes further back. What was edited by hand stays as it is."""
+        self._end_play()
+        with self._actions.taken("run.undo()"):
+            return self._history.undo()
+
+    @action(moves=True)
     def run_to(self, chunk: int, layer: int) -> Moved:
         """Stop just after that block is on every rank, with all blocks before it; forward or back. Raises PlanError for
         an unknown block."""
         return self._moves.moved(self._moves.leaving().run_to(chunk, layer))
 
-    @action()
+    @action(moves=True)
     def resume(self) -> None:
         """Let the ranks go on to the next breakpoint, or the end of prefill; returns at once."""
         self._moves.resume()
 
     @action(alone=False)
     def pause(self) -> Where:
-        """Stop the run, or the action that another thread waits for, at the nearest cut; in decode, after a token."""
+        """Stop the run, a play, or the action that another thread waits for, at the nearest cut; in decode, after a
+        token."""
         self._pause()
         return self.where()
 
     def wait(self, timeout: float | None = None) -> Where:
-        """Wait until the run stops: at a breakpoint, at the end of prefill, or paused. Raises NoProgress after
-        `timeout` seconds, RankFailed where a rank has failed, Hung where the run hangs."""
+        """Wait until the run, or a play of it, stops: at a breakpoint, at the end of prefill, or paused. Raises
+        NoProgress after `timeout` seconds, RankFailed where a rank has failed, Hung where the run hangs, and the error
+        that ended a play."""
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
-            while self._state.wait_while((State.RUNNING, State.DECODING), POLL_S):
+            while self._player.wait(POLL_S) or self._state.wait_while(IN_OPS, POLL_S):
                 self.check()
                 if deadline is not None and time.monotonic() > deadline:
                     raise NoProgress(f"the run does not stand after {timeout:g} s:\n{self.where()}")
         except KeyboardInterrupt:
-            self._moves.interrupted()
+            self._interrupted()
             raise
         self.look()
         self.check()
+        self._player.check()
         return self.where()
 
     def restart(self) -> Where:
         """Begin again, paused at the start, with the same breakpoints and faults; also after `session.recover()`. Stops
         what is under way first."""
-        with self._actions.halted(self._stop):
+        with self._actions.halted(self._stop), self._moving.restarting("run.restart()"):
             self._actions.begin("run.restart()")
             self._breakpoints.expect([])
             self._begin()
@@ -206,6 +249,18 @@ class Run(Tidy, Displayable):
                 self._faults.arm()
         self._actions.tell()
         return self.where()
+
+    def mend(self) -> Where:
+        """Do what `standing().remedy` says: `session.recover()` if need be, and restart. Raises NotPossible where there
+        is nothing to mend, or only the user can."""
+        remedy, recover = self._state.remedy, self.recover
+        if remedy not in (RECOVER, RESTART) or (remedy == RECOVER and recover is None):
+            raise NotPossible(f"nothing here can be mended: {remedy or f'the run is {self._state.now}'}")
+        if remedy == RECOVER and recover:
+            recover()
+        where = self.restart()
+        self.last_call = remedy
+        return where
 
     # -- breakpoints
 
@@ -234,7 +289,7 @@ class Run(Tidy, Displayable):
 
     # -- decode
 
-    @action()
+    @action(moves=True)
     def decode(
         self, max_new_tokens: int | None = None, on_text: Callable[[str], None] | None = None
     ) -> Decoded:
@@ -242,7 +297,8 @@ class Run(Tidy, Displayable):
         if the text ends. `on_text` is called with each piece of text as it arrives."""
         default = self.config.max_new_tokens
         more = default if max_new_tokens is None else count_of(max_new_tokens, "max_new_tokens")
-        if not self._moves.finish():
+        self._generation.begin()
+        if not self._moves.finish(lambda: self._generation.is_stopped):
             self.look()
             clear = "; run.breakpoints.clear() removes all breakpoints" * bool(self.breakpoints)
             remark = (
@@ -267,6 +323,11 @@ class Run(Tidy, Displayable):
             self._events.wait()
             self._events.note_nonfinite()
         return where_of(self.plan, self.standing(), self._state)
+
+    @property
+    def severity(self) -> Severity:
+        """How grave it is what `where()` says."""
+        return self.where().severity
 
     def standing(self) -> Standing:
         """The run at this moment; returns at once."""
@@ -398,7 +459,8 @@ class Run(Tidy, Displayable):
     ) -> Path:
         """Write what is known of the run, once it stands still, to one HTML file; the file's path. With `prompt` it
         holds the prompt and the new text, with `environment` this process's environment variables: look for secrets in
-        them before you pass it on. Raises OSError, at once where the file's folder does not exist."""
+        them before you pass it on. A file that this run has not written is kept, and the new one gets a number. Raises
+        OSError, at once where the file's folder does not exist."""
         if self.reporter is None:
             raise NotPossible(NO_VIEWS)
         return self._recorder.report(path, self.reporter, prompt=prompt, environment=environment)
@@ -420,8 +482,8 @@ class Run(Tidy, Displayable):
         First waits until the run stands still; one that hangs or has failed is saved as far as its ranks answer. The
         folder holds the plan, the trace, the verdict, token ids and the digests of all rows; with `kv` the values of
         all layers, or of those in a list; with `hidden` what has entered each rank, for replays; with `prompt` its text
-        and that of new tokens. A saved run that is there is replaced. Raises SavedError where something else is there,
-        and RunOver for a run that is over.
+        and that of new tokens. What this run had saved there is replaced; another saved run is kept, and the new folder
+        gets a number. Raises SavedError where something else is there, and RunOver for a run that is over.
         """
         return self._recorder.save(folder, self.reporter, kv=kv, hidden=hidden, prompt=prompt)
 
@@ -448,15 +510,14 @@ class Run(Tidy, Displayable):
         self._events.note_nonfinite()
         if not self._state.is_decoding:
             self._generation.hear()
-        if self._state.now in STANDING and (met := self._breakpoints.arrived()):
+        if self._state.is_doing(STANDING) and (met := self._breakpoints.arrived()):
             self.say(met)
         self._health.look()
         self._actions.tell_of_news(lambda: (self.standing(), self._events.heard(), tuple(self.breakpoints)))
 
-    def fail(self, why: str) -> None:
-        """The session has freed the ranks: the run cannot go on until it is restarted."""
-        self._state.fail(why, add=True)
-        self._state.is_freed = True
+    def recovering(self, *, ended: bool) -> None:
+        """The session has begun to recover its ranks, or has ended that: the run cannot go on until it is restarted."""
+        self._state.note_recovery(ended=ended)
         self._actions.tell()
 
     def close(self, why: str) -> None:
@@ -480,7 +541,7 @@ class Run(Tidy, Displayable):
         """Whether it has left lanes blocked in transfers, or decode waiting, which no next run gets past: it has
         failed, it hangs, or it could not be paused. Not where a rank still computes: freeing lanes is not enough."""
         state = self._state
-        if state.is_freed or self.stuck_ranks():
+        if state.recovered or self.stuck_ranks():
             return False
         is_hung = state.hang is not None and state.hang.is_hung
         if state.failure or is_hung or any(rank.error for rank in state.ranks.ranks):
@@ -495,6 +556,7 @@ class Run(Tidy, Displayable):
         return bool(begun) and all(op.is_transfer for op in begun)
 
     message: str = _of_state("message", "Why the last action stopped.")
+    cause: str = _of_state("cause", "The failure, without what the session has done about it since.")
     failure: str = _of_state("failure", "Why the run cannot go on until it is restarted; empty while it can.")
     silence: str = _of_state("silence", "Which ranks do not answer; empty while all do.")
     told: Verdict | None = _of_state("hang", "The verdict on a run that hangs; None while it does not.")
@@ -532,14 +594,24 @@ class Run(Tidy, Displayable):
 
     # -- within
 
-    def _begin(self) -> None:
-        plan_ids = self._prepare()
-        self._state.ranks.new_notes()
+    def _begin(self, left: LeftRun | None = None) -> None:
+        plan_ids = left.plan_ids if left else self._prepare()
+        if not left:
+            self._state.ranks.new_notes()
         self._state.begin()
         self._health.begin(plan_ids)
         self._faults.begin()
         self._events.begin()
         self._moves.begin()
+        if left:
+            self._breakpoints.take_over(left.breakpoints)
+            self._faults.take_over(left.faults)
+            self._moves.halt()
+            with suppress(
+                RankFailed, RankRefused, NoProgress, TimeoutError
+            ):  # of a rank that is gone, or hangs
+                self._generation.take_over()
+            self._events.take_over()
 
     def _ask_all(self, command: Command[A]) -> list[A]:
         ranks = range(self.world_size)
@@ -547,15 +619,37 @@ class Run(Tidy, Displayable):
         return [answers[rank] for rank in ranks]
 
     def _pause(self) -> None:
-        self._moves.stop_playing.set()
-        if self._state.is_decoding:
-            self._generation.stop()
-        else:
+        self._player.stop()
+        self._generation.stop()
+        if not self._state.is_decoding:
             self._moves.pause()
+
+    def _interrupted(self) -> None:
+        self._player.stop()
+        self._moves.interrupted()
+
+    def _end_play(self) -> None:
+        """End a play at once, also the step that it is in."""
+        if self._player.stop():
+            self._moves.pause()
+
+    def _play_on(self, unit: Unit, stopping: threading.Event) -> bool:
+        """A step of a play; whether there is more to play."""
+        with self._actions.lock:
+            if stopping.is_set():
+                return False
+            self.check()
+            return self._moves.play_on(unit)
+
+    def _play_failed(self, call: str, error: Exception) -> None:
+        """Failures of ranks and hangs are logged, and shown, by themselves."""
+        if not isinstance(error, RankFailed | Hung):
+            self.say(f"{call} ended: {error}")
 
     def _stop(self) -> None:
         """Pause a run that moves. One that has failed or hangs cannot be paused: it is left as it is."""
-        if self._state.now in MOVING:
+        self._player.stop()
+        if self._state.is_doing(MOVING):
             with suppress(RankFailed, RankRefused, NoProgress, TimeoutError):
                 self._pause()
 
@@ -593,5 +687,6 @@ class Run(Tidy, Displayable):
                 case BlockCorrupt():
                     found = Corruption.of(note.found)
                     self._state.note_corrupt(found)
-                    if note.order is None or not self._moves.pause_order(note.order, f"stopped: {found}"):
-                        self.say(str(found))
+                    why = f"stopped: {found}"
+                    if note.order is None or not self._moves.pause_order(note.order, why, Severity.ERROR):
+                        self.say(str(found), Severity.ERROR)

@@ -106,6 +106,8 @@ class Stepper:
         """counts the limits sent to the ranks, so that a note about an earlier order can be ignored"""
         self._pausing = threading.Event()
         self._halted = 0  # the order under which a rank has met a breakpoint
+        self.heading: tuple[Cut, Cut] | None = None
+        """the cut from which the last move went, and the one to which it was to go"""
 
     @property
     def at_end(self) -> bool:
@@ -142,9 +144,15 @@ class Stepper:
             target = self.cuts.after_block(chunk, layer)
             return self._go(self._stand(), target)
 
+    def go_to(self, cut: Cut) -> Move:
+        """Go to that cut, forward or back; no breakpoint's condition stops it on the way."""
+        with self._lock:
+            return self._go(self._stand(), cut, stopping=True)
+
     def resume(self, limit: Cut | None = None) -> None:
         """Let all lanes go to a cut ahead, by default the end; returns at once."""
         with self._lock:
+            self.heading = self._last, limit or self.cuts.end
             self._send(limit or self.cuts.end)
 
     def pause(self, timeout: float | None = None) -> Cut:
@@ -198,10 +206,11 @@ class Stepper:
         self._order += 1  # first: a rank may meet a breakpoint while others have not heard of this order
         self._fleet.set_limits(cut, order=self._order, stopping=stopping)
 
-    def _go(self, before: Cut, target: Cut) -> Move:
+    def _go(self, before: Cut, target: Cut, *, stopping: bool = False) -> Move:
+        self.heading = before, target
         if not is_inside(before, target):
             self._fleet.rewind(meet(before, target))
-        self._send(target)
+        self._send(target, stopping=stopping)
         if self._arrive(target, self._timeout, may_stop=True):
             return Move(before, target)
         return Move(before, self._stand(), stopped=True)

@@ -5,7 +5,7 @@ from itertools import groupby
 from math import inf
 from typing import Protocol
 
-from dinfer.plan.cut import Cut
+from dinfer.plan.cut import Cut, is_inside, meet
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Lane, Plan
 from dinfer.verdict.signs import KvBytes
@@ -56,7 +56,9 @@ def at_text(lanes: Sequence[Lane], positions: Sequence[int] | None) -> str:
 
 
 def moved_lines(plan: Plan, before: Cut, after: Cut) -> list[str]:
-    """What each rank did between two cuts, or undid, a line each."""
+    """What was done and undone between two cuts: a line for each rank; where ops were only undone, one line for all."""
+    if is_inside(after, before) and after != before:
+        return [f"undid {ops_text(plan, after, before)}"]
     lines = []
     for rank, lanes in enumerate(plan.lanes):
         moves = list(zip(lanes, before[rank], after[rank], strict=True))
@@ -65,6 +67,56 @@ def moved_lines(plan: Plan, before: Cut, after: Cut) -> list[str]:
         texts = [done, undone and f"undid {undone}"]
         lines.append(f"rank {rank}: {'; '.join(filter(None, texts)) or 'nothing'}")
     return lines
+
+
+def ops_text(plan: Plan, less: Cut, more: Cut) -> str:
+    """The ops that `more` has and `less` has not, in one line: their blocks, for example `c0 l7 on ranks 0–2`, and what
+    belongs to none of these blocks."""
+    ops = [
+        (rank, op)
+        for rank, lanes in enumerate(plan.lanes)
+        for lane, a, b in zip(lanes, less[rank], more[rank], strict=True)
+        for op in lane.ops[a:b]
+    ]
+    blocks = {(op.chunk, op.layer) for _, op in ops if op.kind == "layer"}
+    others = [(rank, op) for rank, op in ops if blocks.isdisjoint(_blocks_of(plan, op))]
+    texts = list(dict.fromkeys(_other_text(rank, op) for rank, op in others))
+    if blocks:
+        ranks = {rank for rank, op in ops if not blocks.isdisjoint(_blocks_of(plan, op))}
+        texts.insert(0, f"{_few([f'c{c} l{n}' for c, n in sorted(blocks)])} on {rank_spans_text(ranks)}")
+    return ", ".join(texts if len(texts) <= 4 else [*texts[:3], f"and {len(texts) - 3} more"])
+
+
+def returned_text(plan: Plan, before: Cut, after: Cut, had: int, has: int) -> str:
+    """What it took to go from one cut to another, and from `had` new tokens to `has`, in one line."""
+    kept, texts = meet(before, after), list[str]()
+    if kept != before:
+        texts.append(f"took back {ops_text(plan, kept, before)}")
+    if kept != after:
+        texts.append(f"did {ops_text(plan, kept, after)} again")
+    if had != has:
+        tokens = f"{abs(had - has)} new token{'s' * (abs(had - has) != 1)}"
+        texts.append(f"took back {tokens}" if had > has else f"made {tokens} again")
+    return "; ".join(texts) or "it stood there already"
+
+
+def _blocks_of(plan: Plan, op: Op) -> set[tuple[int, int]]:
+    """The blocks, as chunk and layer, to whose computing or sync an op belongs: a hidden state to that of the layer
+    that makes it and that of the layer that it enters."""
+    if op.what == "final" or op.kind == "norm":
+        return {(len(plan.shape.chunks) - 1, plan.shape.layers - 1)}
+    if op.kind == "embed":
+        return {(op.chunk, 0)}
+    if op.kind == "layer" or op.what == "kv":
+        return {(op.chunk, op.layer)}
+    return {(op.chunk, op.layer - 1), (op.chunk, op.layer)}
+
+
+def _other_text(rank: int, op: Op) -> str:
+    if not op.is_transfer:
+        return f"{op} on rank {rank}"
+    source, target = (rank, op.peer) if op.kind == "send" else (op.peer, rank)
+    return f"{op.value} {source}→{target}"
 
 
 def _ops_text(ops: Sequence[Op]) -> str:
@@ -108,6 +160,18 @@ def ranks_text(ranks: Iterable[int]) -> str:
     """`rank 1`, `ranks 0 and 2`, `ranks 0, 1 and 2`."""
     *others, last = map(str, sorted(ranks))
     return f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"
+
+
+def rank_spans_text(ranks: Iterable[int]) -> str:
+    """`rank 1`, `ranks 0–2`, `ranks 0–1, 3`: for many ranks."""
+    spans = list[list[int]]()
+    for rank in sorted(ranks):
+        if spans and rank == spans[-1][-1] + 1:
+            spans[-1].append(rank)
+        else:
+            spans.append([rank])
+    texts = [f"{span[0]}–{span[-1]}" if len(span) > 1 else f"{span[0]}" for span in spans]
+    return f"rank{'s' * (sum(map(len, spans)) > 1)} {', '.join(texts)}"
 
 
 def seconds_text(seconds: float) -> str:

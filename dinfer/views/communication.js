@@ -3,6 +3,7 @@
 
 const TITLES = { latency: "latency", distribution: "distribution", matrix: "rank × rank", gantt: "lanes", exposure: "exposed" };
 const TALLEST = 480; // of what is seen of a figure, as in panel.css; a taller one scrolls
+const TOOLS = 46; // the margin at the right, in which plotly's tools stand: above, they would lie over legends and titles
 const EXPLAINED = {
   latency: "each transfer as it arrives: on the wire, and waiting for the peer",
   distribution: "the share of a link's transfers that took no longer",
@@ -100,7 +101,7 @@ class Communication {
     this.choose(this.figure);
   }
 
-  async take({ seen, caption, json, error, name }) {
+  async take({ seen, caption, events, json, error, name }) {
     this.have = seen;
     this.caption.textContent = caption;
     if (error) this.caption.textContent = error;
@@ -109,14 +110,15 @@ class Communication {
       const paper = getComputedStyle(this.root).getPropertyValue("--dinfer-back").trim();
       const shown = { ...layout, autosize: true, paper_bgcolor: paper, plot_bgcolor: paper, uirevision: name };
       layout.annotations?.forEach((one) => { one.font = { size: 12 }; });
-      shown.margin = { t: 34, ...layout.margin };
+      shown.margin = { t: 34, ...layout.margin, r: TOOLS };
+      shown.modebar = { orientation: "v", remove: ["select", "lasso"] }; // nothing here is selected
       if (layout.height > TALLEST) this.caption.textContent += " · scroll to see all";
       this.place.style.minHeight = `${Math.min(layout.height, TALLEST)}px`; // until it is drawn, panel.css sets the height
       await globalThis.dinferPlotly.react(this.plotOf(name), data, shown, globalThis.dinferPlotlyConfig);
       this.place.dataset.name = name;
       this.place.dataset.points = data.reduce((sum, { x }) => sum + (x?.length ?? x?._inputArray?.length ?? 0), 0);
     }
-    this.place.dataset.seen = seen;
+    Object.assign(this.place.dataset, { seen, events });
     this.ask();
   }
 }

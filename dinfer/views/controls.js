@@ -1,8 +1,10 @@
-// What stands around the map: controls that move the run, breakpoints, the banner, the ranks. Each control shows its
+// What stands around the map: controls that move the run, breakpoints, the ranks. Each control shows its
 // Python call.
 
 const BUTTONS = [
-  ["◀ back", "step_back", "go back by one unit of the last step", "b"],
+  ["◀ back", "step_back", "", "b"],
+  ["↶", "undo", "run.undo(): undo the last action, whatever it was; again: the one before it", "u"],
+  null,
   ["op", "step:op", 'run.step("op")', "o"],
   ["layer", "step:layer", 'run.step("layer")', "l"],
   ["wave", "step:wave", 'run.step("wave")', "w"],
@@ -10,21 +12,21 @@ const BUTTONS = [
   null,
   ["▶ play", "resume", "run.resume(), or run.play(…) at a pace", "p"],
   ["❚❚ pause", "pause", "run.pause()", "s"],
-  ["run to block", "run_to", "run.run_to(chunk=…, layer=…): stop once all ranks hold the selected block", "r"],
+  ["run to", "run_to", "run.run_to(chunk=…, layer=…): stop once all ranks hold the selected block", "r"],
   ["restart", "restart", "run.restart()", ""],
   null,
   ["compare ranks", "diff", "run.kv().diff(): where the ranks' KV differs; the map shows it", "d"],
   ["why?", "why", "run.verdict(): why the run does not move", "y"],
 ];
-const PACES = [["", "full speed"], ["1", "1 a second"], ["2", "2 a second"], ["5", "5 a second"], ["10", "10 a second"]];
-const KEYS = "Keys, while the panel has the focus: o l w c step, b back, p play, s pause, r run to the selected block, d compare "
-  + "ranks, y why, Enter or double-click sets or removes a breakpoint at a block, arrows move the selection, + − 0 zoom, 1 2 3 "
-  + "the tabs.";
+const PACES = ["", "1", "2", "5", "10"]; // steps a second; "": run.resume()
+const KEYS = "Keys, while the panel has the focus: o l w c step, b back, u undo, p play, s pause, r run to the selected block, d "
+  + "compare ranks, y why, Enter or double-click sets or removes a breakpoint at a block, arrows move the selection, + − 0 "
+  + "zoom, 1 2 3 the tabs. In the form of breakpoints, Enter sets one and Escape leaves it.";
 const TABS = ["map", "KV", "communication"];
 // Controls that are disabled for a run that is over, and without a kernel.
 const NEED_RANKS = ".dinfer-bar :is(button, select), .dinfer-stops :is(button, input), "
   + ".dinfer-faults button, [data-field], [data-show], .dinfer-moves button";
-const NEED_KERNEL = "[data-do=dismiss], [data-figure]";
+const NEED_KERNEL = "[data-do=dismiss], [data-do=mend], [data-figure]";
 const WHENS = ["nan", "inf", "absmax > 100", "digest differs", "slower than 5 ms"];
 
 function make(tag, name, parent, text = "") {
@@ -72,12 +74,13 @@ function shorten(text) {
 
 // The list of breakpoints: show, remove, change, add.
 class BreakpointList {
-  constructor(parent, board, send) {
-    Object.assign(this, { send, drawn: "", instead: null, sent: null });
+  // `send(message)` sends to the kernel; `leave()` gives the keyboard back to the panel.
+  constructor(parent, board, send, leave) {
+    Object.assign(this, { send, leave, drawn: "", instead: null, sent: null });
     this.box = make("details", "stops", parent);
     this.title = make("summary", "", this.box, "breakpoints");
     this.list = make("div", "list", this.box);
-    const form = make("form", "fields", this.box);
+    const form = this.form = make("form", "fields", this.box);
     const most = { layer: board.owners.length, chunk: board.chunks.length, rank: board.ranks };
     this.fields = Object.keys(most).map((name) => {
       const input = make("input", "", form);
@@ -88,6 +91,7 @@ class BreakpointList {
     Object.assign(this.when, { name: "when", placeholder: "when …", title: `empty, or one of: ${WHENS.join(", ")}` });
     this.submit = make("button", "", form);
     form.onsubmit = (event) => this.add(event);
+    form.onkeydown = (event) => this.key(event);
     this.edit(null);
   }
 
@@ -100,6 +104,20 @@ class BreakpointList {
     this.submit.textContent = one ? `change #${one.number}` : "add";
     this.submit.title = `run.break_at(layer=…, chunk=…, rank=…, when=…)${one ? `; run.breakpoints.remove(${one.number})` : ""}`;
     if (one) this.when.focus();
+  }
+
+  // Enter submits the form, which a notebook's own keys would prevent; Escape forgets what was typed, and leaves.
+  key(event) {
+    if (event.key === "Enter" && event.target !== this.submit) this.form.requestSubmit();
+    else if (event.key === "Escape") this.forget();
+    else return;
+    event.preventDefault();
+    event.stopPropagation();
+  }
+
+  forget() {
+    this.edit(null);
+    this.leave();
   }
 
   add(event) {
@@ -134,43 +152,11 @@ class BreakpointList {
   }
 }
 
-// The banner: what the user should know at once. Its verdict can be unfolded, errors and answers can be dismissed.
-
-class Banner {
-  // `send(message)` sends to the kernel; `changed()` redraws the panel.
-  constructor(parent, send, changed) {
-    this.root = make("div", "banner", parent);
-    this.root.setAttribute("role", "status");
-    this.text = make("span", "", this.root);
-    this.more = make("button", "", this.root, "more");
-    this.more.onclick = () => {
-      this.unfolded = !this.unfolded;
-      changed();
-    };
-    this.close = make("button", "", this.root, "dismiss");
-    this.close.dataset.do = "dismiss";
-    this.close.onclick = () => send({ do: "dismiss" });
-  }
-
-  // `shown`: the kernel's trait; `ended`: why the run cannot move any more; `lost`: no kernel; `hint`: the panel's own.
-  show(shown, ended, lost, hint) {
-    const verdict = this.unfolded ? shown.verdict : "";
-    const said = verdict.startsWith(shown.message) ? verdict : shown.message;
-    this.text.textContent = [ended, shown.error, said, shown.answer, hint].filter(Boolean).join("\n");
-    this.root.hidden = !this.text.textContent;
-    const alarm = lost || shown.error || shown.verdict || (shown.state === "failed" && shown.message);
-    this.root.classList.toggle("dinfer-alarm", Boolean(alarm));
-    this.root.classList.toggle("dinfer-unfolded", Boolean(verdict));
-    this.close.hidden = !shown.error && !shown.answer;
-    this.more.hidden = !shown.verdict;
-    this.more.textContent = this.unfolded ? "less" : "more";
-  }
-}
-
 // The ranks: device, memory and state of each; and which ranks hold a block, in words.
 
 class RankList {
   constructor(parent, board) {
+    this.icons = board.severities;
     const list = make("div", "ranks", parent);
     list.classList.toggle("dinfer-many", board.ranks > 4);
     this.lines = Array.from({ length: board.ranks }, (_, rank) => {
@@ -193,8 +179,8 @@ class RankList {
     const tokens = rank.tokens ? `${rank.tokens} new token${rank.tokens === 1 ? "" : "s"}` : "";
     device.textContent = [rank.device, rank.memory, tokens].filter(Boolean).join(" · ");
     device.title = rank.about_memory;
-    word.textContent = rank.state;
-    line.classList.toggle("dinfer-lost", rank.state === "lost");
+    word.textContent = rank.state === "lost" ? `${this.icons.error} lost` : rank.state;
+    word.dataset.severity = rank.state === "lost" ? "error" : "";
     bar.max = rank.total;
     bar.value = rank.done;
     where.textContent = where.title = rank.where;

@@ -3,6 +3,7 @@
 // panel.py puts the other scripts before it; together they are one module.
 
 const KERNEL_SILENT_MS = 700;
+const SILENT = "The kernel has not answered yet";
 const NOTES = 3; // on blocks that share a cell, the first
 const ZOOMS = [["+", "zoom in", (map, block) => map.zoomBy(0.5, block)], ["−", "zoom out", (map, block) => map.zoomBy(2, block)],
   ["all", "see all", (map) => map.zoomBy(Infinity)]];
@@ -36,13 +37,16 @@ class View {
     const bar = make("div", "bar", this.root);
     for (const button of BUTTONS) button ? this.button(bar, ...button) : make("span", "gap", bar);
     this.pace = make("select", "", bar);
-    fill(this.pace, PACES);
-    this.pace.title = "how fast ▶ play goes";
+    this.pace.title = "how fast ▶ play goes, and by what: the unit of the last step";
     this.pace.setAttribute("aria-label", "speed of play");
     bar.querySelector("[data-do=pause]").before(this.pace);
-    this.banner = new Banner(this.root, (message) => this.send(message), () => this.update());
+    bar.querySelector("[data-do=undo]").setAttribute("aria-label", "undo");
+    this.banner = new Banner(this.root, this.board.severities, (message) => this.send(message), () => this.update());
     this.nonfinite = make("div", "nonfinite", this.root);
+    this.nonfinite.dataset.severity = "warning";
     this.faults = make("div", "faults", this.root);
+    this.faults.dataset.severity = "warning";
+    make("b", "", this.faults, `${this.board.severities.warning} warning`);
     this.faultLines = make("span", "", this.faults);
     const disarm = make("button", "", this.faults, "disarm");
     Object.assign(disarm, { title: "run.faults.clear()", onclick: () => this.send({ do: "clear_faults" }) });
@@ -105,7 +109,7 @@ class View {
     drawLegend(make("div", "legend", map), this.board);
     const side = make("div", "side", body);
     this.block = make("div", "block", side);
-    this.stops = new BreakpointList(side, this.board, (message) => this.send(message));
+    this.stops = new BreakpointList(side, this.board, (message) => this.send(message), () => this.root.focus({ preventScroll: true }));
     this.text = make("div", "text", side);
     this.ranks = new RankList(side, this.board);
   }
@@ -204,7 +208,7 @@ class View {
     if (this.lost) return;
     const id = `${this.name}:${this.asked++}`;
     this.silent.set(id, setTimeout(() => {
-      this.hint = "The kernel has not answered yet: it is busy with a cell, or has ended. Your action is waiting for it.";
+      this.hint = `${SILENT}: it is busy with a cell, or has ended. Your action is waiting for it.`;
       this.update();
     }, KERNEL_SILENT_MS));
     this.model.send({ ...message, id });
@@ -220,7 +224,7 @@ class View {
     if (!this.silent.has(id)) return;
     clearTimeout(this.silent.get(id));
     this.silent.delete(id);
-    if (this.silent.size || !this.hint.startsWith("The kernel")) return;
+    if (this.silent.size || !this.hint.startsWith(SILENT)) return;
     this.hint = "";
     this.update();
   }
@@ -302,14 +306,17 @@ class View {
     const shown = this.model.get("shown");
     if (!shown.ranks) return;
     const tokens = shown.decoded ? ` · ${shown.decoded} token${shown.decoded === 1 ? "" : "s"}` : "";
-    this.state.textContent = `${shown.state}${tokens}`;
+    const isGrave = ["warning", "error"].includes(shown.state_severity);
+    const state = shown.playing ? "playing" : shown.state;
+    this.state.textContent = `${isGrave ? `${this.board.severities[shown.state_severity]} ` : ""}${state}${tokens}`;
+    this.state.dataset.severity = isGrave ? shown.state_severity : "";
     Object.assign(this.root.dataset, { state: shown.state, done: shown.done });
-    this.banner.show(shown, this.ended, this.lost, this.hint);
-    this.nonfinite.textContent = shown.nonfinite;
+    this.banner.show(shown, this.ended, this.lost, [this.hint.startsWith(SILENT) ? "warning" : "note", this.hint]);
+    this.nonfinite.textContent = `${this.board.severities.warning} ${shown.nonfinite}`;
     this.nonfinite.hidden = !shown.nonfinite;
     this.faultLines.textContent = shown.faults.join("\n");
     this.faults.hidden = !shown.faults.length;
-    this.root.querySelector("[data-do=step_back]").title = `run.step_back("${this.unit}")`;
+    this.showUnit();
     this.text.hidden = !shown.text;
     if (this.text.textContent !== shown.text) {
       this.text.textContent = shown.text;
@@ -318,11 +325,27 @@ class View {
     this.call(shown.call);
     this.stops.show(shown.breakpoints);
     const waiting = shown.waiting ? `, then ${shown.waiting}` : "";
-    this.working.textContent = shown.working.length ? `at work: ${shown.working.join(", ")}${waiting}` : "";
+    const working = [shown.playing, ...shown.working].filter(Boolean).join(", ");
+    this.working.textContent = working && `at work: ${working}${waiting}`;
     this.ranks.show(shown.ranks);
     this.describe();
     this.map.draw();
     if (this.ended) this.disable();
+  }
+
+  // The unit by which back and play go: that of the last step.
+  showUnit() {
+    if (this.unit === this.unitShown) return;
+    this.unitShown = this.unit;
+    const back = this.root.querySelector("[data-do=step_back]"), pace = this.pace.value;
+    back.textContent = `◀ ${this.unit}`;
+    back.setAttribute("aria-label", `back by one ${this.unit}`);
+    back.title = `run.step_back("${this.unit}"): undo the last ${this.unit} in the global order; the unit is that of the last step  [b]`;
+    fill(this.pace, PACES.map((count) => [count, count ? `${plural(Number(count), this.unit)}/s` : "full speed"]));
+    this.pace.value = pace;
+    this.root.querySelectorAll("[data-do^='step:']").forEach((button) => {
+      button.classList.toggle("dinfer-unit", button.dataset.do === `step:${this.unit}`);
+    });
   }
 
   // Unpacked once for each message.

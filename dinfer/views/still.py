@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dinfer.display import badge
 from dinfer.plan.plan import Plan
 from dinfer.run.state import Standing
+from dinfer.severity import Severity
 from dinfer.trace.events import Event
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import by_link, spread, transfers
@@ -80,13 +82,15 @@ def still_html(
         *shown["faults"],
         shown["call"],
     )
-    marks = [
-        mark for mark in standing.marks if "nonfinite" not in mark.kind
-    ]  # of these, the first is in the words
-    known = "".join(f"<li>{escape(mark.text)}</li>" for mark in marks[:20])
+    level = max(standing.severity, Severity.NOTE if standing.over else standing.state.severity)
+    remedy = f"<div>to go on: <code>{escape(standing.remedy)}</code></div>" if standing.remedy else ""
+    # Of NaN and Inf, the first is in the words.
+    marks = [mark for mark in standing.marks if "nonfinite" not in mark.kind]
+    known = "".join(f"<li>{badge(mark.severity)}{escape(mark.text)}</li>" for mark in marks[:20])
     known += f"<li>and {len(marks) - 20:,} more</li>" if len(marks) > 20 else ""
     return (
-        f"<div><div>dinfer: {escape('; '.join(filter(None, words)))}</div><div><small>{STILL}</small></div>"
+        f"<div><div>{badge(level)}dinfer: {escape('; '.join(filter(None, words)))}</div>{remedy}"
+        f"<div><small>{STILL}</small></div>"
         f"{map_svg(states, plan.shape.owners, labels)}"
         "<div><small>A cell's parts are the ranks, left to right; the line, the cut, separates computed blocks "
         "from the others.</small></div>"

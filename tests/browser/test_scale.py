@@ -194,6 +194,17 @@ def test_the_values_of_a_long_prompt_are_seen_around_the_selected_chunk(page: Pa
     expect(said).to_contain_text(f"tokens {later.start:,}–{later.stop - 1:,}")
 
 
+UNDER_TOOLS = """(place) => {
+    const boxOf = (node) => node.getBoundingClientRect(), tools = boxOf(place.querySelector(".modebar"));
+    if (!tools.width) return ["no tools"];
+    const isUnder = (box) => box.width && box.left < tools.right && box.right > tools.left
+        && box.top < tools.bottom && box.bottom > tools.top;
+    const covered = [...place.querySelectorAll("text, .bg")].filter((node) => isUnder(boxOf(node)));
+    return covered.map((node) => node.textContent);
+}"""
+"""what plotly's tools, which appear over a figure, cover of its texts and plots"""
+
+
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_figures_of_eight_ranks_are_readable(
     page: Page, shot: Shot, scheme: Literal["light", "dark"]
@@ -217,4 +228,6 @@ def test_figures_of_eight_ranks_are_readable(
         legend = place.locator(".legend .bg")
         if legend.count():
             assert legend.evaluate("(box) => box.getBoundingClientRect().height") < 80
+        place.hover(position={"x": 300, "y": 150})
+        assert place.evaluate(UNDER_TOOLS) == []
         shot(f"figures-8-{name}-{scheme}")

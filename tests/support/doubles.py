@@ -22,8 +22,9 @@ from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
 from dinfer.results import Breakpoints
-from dinfer.run.state import Mark, Standing, State
+from dinfer.run.state import RECOVER, Mark, Standing, State
 from dinfer.run.stepper import Stepper
+from dinfer.severity import Severity
 from dinfer.trace.events import Event
 from dinfer.views.cells import STATES, CellMap
 from tests.support.twin import Twin
@@ -62,7 +63,7 @@ class Bare:
         self.on_change = self.listeners.on_change
         self.faults = Faults()
         self.found: dict[int, Breakpoint] = {}
-        self.breakpoints = Breakpoints(self.found, self.listeners.tell)
+        self.breakpoints = Breakpoints(self.found, lambda *_: self.listeners.tell())
         self.events: list[Event] = []
 
     def break_at(
@@ -109,7 +110,8 @@ class PaperRun(Bare):
         self.state: str = "paused"
         self.message, self.decoded, self.text = "", 0, ""
         self.marks: list[Mark] = []
-        self.why = self.last_call = self.over = ""
+        self.why = self.last_call = self.over = self.playing = self.remedy = ""
+        self.severity, self.begun = Severity.NOTE, 1
         self.devices = ["cpu"] * plan.world_size
         self.alive = [True] * plan.world_size
         self.memory: list[int | None] = []
@@ -138,6 +140,10 @@ class PaperRun(Bare):
             verdict=self.why,
             device_memory=tuple(self.device_memory),
             over=self.over,
+            playing=self.playing,
+            remedy=self.remedy,
+            severity=self.severity,
+            begun=self.begun,
         )
 
     def move(self, call: str, cut: Cut) -> None:
@@ -162,6 +168,10 @@ class PaperRun(Bare):
     def play(self, unit: Unit, per_second: float) -> None:
         self.move(f'run.play("{unit}", per_second={per_second:g})', self.cuts.next(self.cut, unit))
 
+    def undo(self) -> str:
+        self.move("run.undo()", self.cuts.start)
+        return "undid all"
+
     def run_to(self, *, chunk: int, layer: int) -> None:
         self.move(f"run.run_to(chunk={chunk}, layer={layer})", self.cuts.after_block(chunk, layer))
 
@@ -169,7 +179,13 @@ class PaperRun(Bare):
         self.move("run.resume()", self.cuts.end)
 
     def restart(self) -> None:
+        self.begun += 1
         self.move("run.restart()", self.cuts.start)
+
+    def mend(self) -> None:
+        self.state, self.message, self.remedy, self.why = "paused", "", "", ""
+        self.begun += 1
+        self.move(RECOVER, self.cuts.start)
 
     def pause(self) -> None:
         self.calls.append("run.pause()")
@@ -230,6 +246,9 @@ class TwinRun(Bare):
     def play(self, unit: Unit, per_second: float) -> object:  # noqa: ARG002 - as fast as it goes
         return self.step(unit)
 
+    def undo(self) -> object:
+        return self._said("run.undo()", lambda: self.stepper.go_to(self.stepper.cuts.start))
+
     def run_to(self, *, chunk: int, layer: int) -> object:
         call = f"run.run_to(chunk={chunk}, layer={layer})"
         return self._said(call, lambda: self.stepper.run_to(chunk, layer))
@@ -239,6 +258,9 @@ class TwinRun(Bare):
 
     def pause(self) -> object:
         return self._said("run.pause()", self.stepper.pause)
+
+    def mend(self) -> object:
+        return self.restart()
 
     def restart(self) -> object:
         chunks = len(self.plan.shape.chunks)

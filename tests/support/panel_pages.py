@@ -11,6 +11,7 @@ import numpy as np
 from playwright.sync_api import Locator, Page
 
 from dinfer.run.state import Mark
+from dinfer.severity import Severity
 from dinfer.views.bins import packed
 from dinfer.views.cells import MARKS, STATES, CellStates, cut_line, marked
 from dinfer.views.communication import FIGURES
@@ -59,8 +60,22 @@ class BarePanel:
         }
         shown = {
             **dict.fromkeys(
-                ("message", "nonfinite", "text", "verdict", "over", "waiting", "error", "answer"), ""
+                [
+                    "message",
+                    "nonfinite",
+                    "text",
+                    "verdict",
+                    "over",
+                    "playing",
+                    "waiting",
+                    "error",
+                    "answer",
+                    "remedy",
+                    "mend",
+                ],
+                "",
             ),
+            **dict.fromkeys(("severity", "state_severity", "error_severity", "answer_severity"), "note"),
             **{
                 "state": "paused",
                 "decoded": 0,
@@ -84,7 +99,12 @@ class BarePanel:
         board = {
             **{"layers": layers, "ranks": ranks, "owners": [n * ranks // layers for n in range(layers)]},
             **{"chunks": [[16 * n, 16 * n + 16] for n in range(chunks)], "labels": [labels] * chunks},
-            **{"states": list(STATES), "marks": list(MARKS), "figures": list(FIGURES)},
+            **{
+                "severities": {level.word: level.icon for level in Severity},
+                "states": list(STATES),
+                "marks": list(MARKS),
+                "figures": list(FIGURES),
+            },
         }
         cells = base64.b64encode(packed(self.states)).decode()
         traits = {"board": board, "shown": shown, "cells": cells, "marks": notes, "selected": None}

@@ -88,6 +88,9 @@ def test_a_run_by_verbs_is_the_run_by_calls(begun: Any) -> None:
     assert isinstance(step, Moved)
     assert session.run.last_call == 'run.step("layer", 2)'
     assert act(begun, "back").after == act(begun, "step op").before
+    assert act(begun, "undo").startswith('undid run.step("op", 1)')
+    assert act(begun, "play wave 0.01") is None
+    assert session.run.standing().playing == 'run.play("wave", per_second=0.01)'
     act(begun, "to 1 3")
     assert "c1 l3" in str(act(begun, "where"))
     assert isinstance(act(begun, "pause"), Where)

@@ -1,6 +1,6 @@
 """The record of one rank: all that it needs to run again alone, bit for bit, up to where it stood. Runs nothing."""
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -194,10 +194,10 @@ class ReplayPath:
         return upper(at, chain[ahead]) if ahead < len(chain) else at
 
     def previous(self, at: LanePositions, unit: Unit) -> LanePositions:
-        """The positions one step back; `at` itself at the start."""
+        """`at` without the last step that it has anything of; `at` itself at the start."""
         chain = self.chain(unit)
-        behind = bisect_right(chain, False, key=lambda link: not is_inside(link, at) or link == at)
-        return chain[behind - 1] if behind else at
+        begun = bisect_left(chain, True, key=lambda link: is_inside(at, link))
+        return lower(at, chain[begun - 1]) if begun else at
 
     def after_block(self, chunk: int, layer: int) -> LanePositions:
         """The positions once that block is on every rank, or where the record ends. Raises PlanError for an unknown

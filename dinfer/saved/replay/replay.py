@@ -8,18 +8,20 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from time import monotonic_ns
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from dinfer.display import Closing, Displayable, listed
+from dinfer.display import Closing, Displayable, DisplayableText, Tidy, listed
 from dinfer.engine.by_hand import LayerKV, op_lines, ops_between
 from dinfer.engine.corruption import Corruption
 from dinfer.engine.engine import Engine
 from dinfer.engine.prompt import Edit
 from dinfer.errors import ModelError, NotPossible
+from dinfer.history import History, call_text
 from dinfer.kv.digests import as_numbers
 from dinfer.model.checkpoint import check
 from dinfer.model.decoder import Decoder
@@ -27,7 +29,7 @@ from dinfer.plan.cut import Unit, count_of, unit_of
 from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op
 from dinfer.rank.decode import Tokens
-from dinfer.results import Decoded, Moved, Where
+from dinfer.results import Decoded, Moved, Where, took_back
 from dinfer.saved.replay.record import (
     LanePositions,
     RankRecord,
@@ -40,13 +42,15 @@ from dinfer.saved.replay.record import (
     not_repeated,
     upper,
 )
+from dinfer.severity import Severity
 from dinfer.trace.events import Event
 from dinfer.transport.gate import Gate
 from dinfer.transport.gloo import bytes_of
 from dinfer.transport.header import Header
-from dinfer.verdict.where import moved_lines, rank_text
+from dinfer.verdict.where import moved_lines, rank_text, returned_text
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 def decoder_of(
@@ -138,6 +142,29 @@ class _ReplayGate(Gate):
         self.wait(lambda: None if self._coming else True)
 
 
+def _undoable(method: Callable[Concatenate["Replay", P], T]) -> Callable[Concatenate["Replay", P], T]:
+    """Add a call of this method to the replay's history if it moves the replay, also if it fails. The history refers to
+    the replay weakly: a replay that is dropped is then collected at once."""
+
+    @wraps(method)
+    def called(replay: "Replay", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        before, itself = (replay._positions(), len(replay.tokens)), weakref.ref(replay)
+
+        def undo() -> str:
+            found = itself()
+            assert found
+            return found._return_to(*before)
+
+        try:
+            return method(replay, *args, **kwargs)
+        finally:
+            if (replay._positions(), len(replay.tokens)) != before:
+                call = call_text(method.__name__, args, kwargs, of="replay")
+                replay._history.add(call, undo)
+
+    return called
+
+
 TOKEN = "token"
 
 SHOWN = 12
@@ -146,15 +173,17 @@ SHOWN = 12
 CLOSED = "this replay is closed: replay the rank again"
 
 
-class Replay(Displayable, Closing):
-    """What `run.replay` returns. `engine` is the rank's engine, as under `%%px`; `notes` say where this is not the run
-    bit for bit.
+class Replay(Tidy, Displayable, Closing):
+    """What `run.replay` returns: rank `rank` alone, stepped as a run is. `plan` is the run's; `engine` is the rank's
+    engine, as under `%%px`; `notes` say where this is not the run bit for bit.
 
     An op that fails raises OpFailed here, with its own error as the cause; the next call starts again from the first op
     and goes to where it is sent. The replay computes on as many CPU threads as the rank did, on which the last bits of
     its values depend; the rest of this process keeps its own number of threads. Raises RecordError if the record lacks
     something.
     """
+
+    INTERNAL = frozenset({"decoder", "recorded"})
 
     def __init__(
         self, recorded: RankRecord, *, model_path: str = "", device: str = "", decoder: Decoder | None = None
@@ -168,38 +197,43 @@ class Replay(Displayable, Closing):
         self._path = ReplayPath(recorded.plan, recorded.rank, recorded.reach)
         self._peers = _RecordedPeers(recorded)
         self._gate = _ReplayGate()
+        self._history = History()
         self.engine = self._new_engine()
         self._begin()
 
     # -- moving
 
+    @_undoable
     def step(self, unit: Unit | str = "layer", n: int = 1) -> Moved | Decoded:
         """Move on by `n` units, as a run does; steps in which this rank does nothing are skipped."""
         if unit == TOKEN:
-            return self.decode(count_of(n))
+            return self._decode(count_of(n))
         return self._go(self._repeated(self._path.next, unit_of(unit), count_of(n)))
 
+    @_undoable
     def step_back(self, unit: Unit | str = "layer", n: int = 1) -> Moved | Decoded:
-        """Go back by `n` units; what follows is computed again."""
+        """Undo the last `n` units, as a run does; what follows is computed again."""
         if unit == TOKEN:
-            self._tokens.back_to(max(0, len(self.tokens) - count_of(n)))
-            del self._texts[len(self.tokens) :]
-            return Decoded((), "", "", len(self.tokens))
+            return self._tokens_back_to(max(0, len(self.tokens) - count_of(n)))
         return self._go(self._repeated(self._path.previous, unit_of(unit), count_of(n)))
 
+    @_undoable
     def run_to(self, chunk: int, layer: int) -> Moved:
         """Go, forward or back, to where this rank stands once that block is on every rank of a run."""
         return self._go(self._path.after_block(chunk, layer))
 
+    @_undoable
     def resume(self) -> Moved:
         """Go to where the rank stood in the run. Returns once it is there."""
         return self._go(self._path.reach)
 
+    @_undoable
     def restart(self) -> Where:
         """Go back to before the first op."""
         self._begin()
         return self.where()
 
+    @_undoable
     def decode(self, max_new_tokens: int | None = None) -> Decoded:
         """Run prefill to its end if necessary, then decode that many of the recorded tokens, by default all that are
         left. Asked for more, it also makes the next token: the one at which a run failed that failed in decode.
@@ -207,23 +241,11 @@ class Replay(Displayable, Closing):
         Raises RecordError if the run had not ended prefill, or if a token differs from the run's, and what decode
         raises.
         """
-        self._go(self._path.reach)
-        if not self.engine.executor.is_done():
-            raise RecordError(f"the run had not ended prefill: {self._ended()}")
-        before, recorded = len(self.tokens), len(self.recorded.tokens)
-        wanted = recorded if max_new_tokens is None else min(recorded + 1, before + count_of(max_new_tokens))
-        self._tokens.limit_to(max(before, wanted))
-        with self._rank_threads():
-            answer = self._tokens.run(self._add_token)
-        new = self.tokens[before:]
-        remark = ""
-        if not new and recorded:
-            remark = f"only {recorded} new tokens were recorded, and all are here"
-        elif not new:
-            remark = "this run was recorded before decode: it has no new tokens"
-        text = "".join(self._texts[before:])
-        stopped = answer.stopped or "max_new_tokens"
-        return Decoded(tuple(new), text, stopped, before + len(new), remark)
+        return self._decode(max_new_tokens)
+
+    def undo(self) -> DisplayableText:
+        """Undo the last action, and say in one line what that did. The next undo goes further back."""
+        return self._history.undo()
 
     # -- looking
 
@@ -261,7 +283,7 @@ class Replay(Displayable, Closing):
         lines += [str(failure)] * bool(failure) + [self._ended()] * (self.at_end and not failure)
         lines += [f"{len(self.tokens)} new tokens: {self.text!r}"] * bool(self.tokens)
         lines += [f"not as in the run: {listed(self.notes)}"] * bool(self.notes)
-        return Where(state, "\n".join(lines))
+        return Where(state, "\n".join(lines), Severity.ERROR if failure else Severity.NOTE)
 
     def __str__(self) -> str:
         return f"replay of rank {self.rank} of {self.recorded.name}: {self.where()}"
@@ -272,6 +294,43 @@ class Replay(Displayable, Closing):
         self.engine.release()
 
     # -- within
+
+    def _decode(self, max_new_tokens: int | None) -> Decoded:
+        """As `decode`."""
+        self._go(self._path.reach)
+        if not self.engine.executor.is_done():
+            raise RecordError(f"the run had not ended prefill: {self._ended()}")
+        before, recorded = len(self.tokens), len(self.recorded.tokens)
+        wanted = recorded if max_new_tokens is None else min(recorded + 1, before + count_of(max_new_tokens))
+        self._tokens.limit_to(max(before, wanted))
+        with self._rank_threads():
+            answer = self._tokens.run(self._add_token)
+        new = self.tokens[before:]
+        remark = ""
+        if not new and recorded:
+            remark = f"only {recorded} new tokens were recorded, and all are here"
+        elif not new:
+            remark = "this run was recorded before decode: it has no new tokens"
+        text = "".join(self._texts[before:])
+        stopped = answer.stopped or "max_new_tokens"
+        return Decoded(tuple(new), text, stopped, before + len(new), remark)
+
+    def _tokens_back_to(self, tokens: int) -> Decoded:
+        """Forget all but the first `tokens` new tokens."""
+        gone = len(self.tokens) - tokens
+        self._tokens.back_to(tokens)
+        del self._texts[tokens:]
+        return took_back(gone, tokens)
+
+    def _return_to(self, positions: LanePositions, tokens: int) -> str:
+        """Go there, and have that many new tokens; what was undone and done for it."""
+        before, had = self._positions(), len(self.tokens)
+        self._go(positions)
+        if len(self.tokens) > tokens:
+            self._tokens_back_to(tokens)
+        elif len(self.tokens) < tokens:
+            self._decode(tokens - len(self.tokens))
+        return returned_text(self.plan, self._cut(before), self._cut(positions), had, tokens)
 
     def _new_engine(self) -> Engine:
         """The plan need not be proved here: it has run, and a rank alone waits for nobody. The engine's callbacks refer
@@ -352,7 +411,10 @@ class Replay(Displayable, Closing):
         if target != self._path.reach or before != target:
             self._tokens, self._texts = Tokens(self.engine), list[str]()
         ops, cuts = ops_between(self.engine.executor, before, target), (self._cut(before), self._cut(target))
-        lines = [moved_lines(self.plan, *cuts)[self.rank]]
+        moved = moved_lines(self.plan, *cuts)
+        lines = (
+            moved if len(moved) == 1 else [moved[self.rank]]
+        )  # of a move that only goes back, there is one line
         if ops and len(ops) <= SHOWN and is_inside(before, target):
             lines = [f"rank {self.rank}: {line}" for line in op_lines(self.engine.prompt.state, ops)]
         remark = "" if before != target else "nothing to do: the rank stands at the start"

@@ -262,7 +262,7 @@ def test_no_weights(folder: Path) -> None:
         check(folder)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "cannot be read as JSON"), ("{}", "names no weights")])
+@pytest.mark.parametrize(("text", "message"), [("{", "it is not JSON"), ("{}", "names no weights")])
 def test_a_broken_index(folder: Path, text: str, message: str) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(text)

@@ -125,6 +125,44 @@ def test_steps_from_anywhere_get_on_and_back(stopped: tuple[Game, set[OpPlace]],
     assert (back == here) is (here == cuts.start)
 
 
+@given(stopped_games(), st.sampled_from(CHAINS))
+def test_a_step_back_takes_out_the_last_unit_that_has_begun_and_nothing_else(
+    stopped: tuple[Game, set[OpPlace]], unit: Any
+) -> None:
+    game, begun = stopped
+    cuts = Cuts(game.plan)
+    here, _ = cuts.stop(game.positions, begun)
+    groups = [inside(after) - inside(before) for before, after in pairwise(cuts.chain(unit))]
+    last = next((group for group in reversed(groups) if group & inside(here)), set())
+    back = cuts.previous(here, unit)
+    assert inside(back) == inside(here) - last
+    assert cuts.is_consistent(back)
+
+
+@given(safe_plans(ranks=3), st.sampled_from(CHAINS), st.sampled_from(CHAINS))
+def test_after_steps_of_any_unit_a_step_back_undoes_one_unit(plan: Plan, unit: Any, other: Any) -> None:
+    cuts = Cuts(plan)
+    for cut in cuts.chain(other)[1:]:
+        back = cuts.previous(cut, unit)
+        undone = {plan.op(place) for place in inside(cut) - inside(back)}
+        blocks = {(op.chunk, op.layer) for op in undone if op.kind == "layer"}
+        link = next(n for n, link in enumerate(cuts.chain(unit)) if is_inside(cut, link))
+        before, after = cuts.chain(unit)[link - 1 : link + 1]
+        assert blocks <= layers_in(plan, after) - layers_in(plan, before)
+        assert blocks == layers_in(plan, cut) - layers_in(plan, back) != set()
+        assert is_inside(cut, cuts.next(back, unit)) or back != before
+
+
+def test_going_back_in_a_large_plan_is_one_layer() -> None:
+    """After a chunk of a pipeline, the waves of the next chunk have not begun: a layer back is that chunk's last."""
+    plan = build(Shape(80, 64 * 4, 4, tuple(range(0, 80, 10))), "pipelined", "pairwise")
+    cuts = Cuts(plan)
+    cut = cuts.next(cuts.start, "chunk")
+    for layer in (79, 78, 77):
+        cut, before = cuts.previous(cut, "layer"), cut
+        assert layers_in(plan, before) - layers_in(plan, cut) == {(0, layer)}
+
+
 @given(safe_plans(ranks=3))
 def test_a_step_by_op_is_one_op_or_one_transfer(plan: Plan) -> None:
     cuts = Cuts(plan)
@@ -346,6 +384,17 @@ def closed(plan: Plan, places: set[OpPlace]) -> set[OpPlace]:
         needed |= {p._replace(index=p.index - 1) for p in todo if p.index}
         todo = needed - found
     return found
+
+
+def layers_in(plan: Plan, cut: Cut) -> set[tuple[int, int]]:
+    """The blocks whose layer op is in the cut."""
+    ops = (
+        op
+        for rank, lanes in zip(plan.lanes, cut, strict=True)
+        for lane, at in zip(rank, lanes, strict=True)
+        for op in lane.ops[:at]
+    )
+    return {(op.chunk, op.layer) for op in ops if op.kind == "layer"}
 
 
 def random_positions(plan: Plan, seed: int) -> Cut:

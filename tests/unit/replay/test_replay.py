@@ -232,7 +232,7 @@ def test_what_it_says(session: Session, decoder: Decoder) -> None:
         assert str(replay.step_back()) == "nothing to do: the rank stands at the start"
         assert str(replay.step("op")).startswith("rank 1: recv ")
         assert "\nrank 1: layer c0 l3   K [4, 2, 16] " in str(replay.step("chunk"))
-        assert "undid computed" in str(replay.step_back("chunk"))
+        assert str(replay.step_back("chunk")).startswith("undid c")
         assert "the record ends here: the rank had ended prefill" in str(replay.resume())
         assert str(replay.resume()) == "the record ends here: the rank had ended prefill"
         first = replay.step("token")
@@ -251,6 +251,39 @@ def test_what_it_says(session: Session, decoder: Decoder) -> None:
     assert replay.where().state == "closed"
     with pytest.raises(RuntimeError, match="this replay is closed"):
         replay.step()
+
+
+def test_what_was_done_last_is_undone(session: Session, decoder: Decoder, kept: Kept) -> None:
+    run = begin(session)
+    run.decode(3)
+    with kept(run).replay(1, decoder=decoder) as replay:
+
+        def place() -> tuple[object, list[int]]:
+            return replay.engine.executor.stand().positions, replay.tokens
+
+        assert replay.undo() == "nothing to undo: there is no earlier action"
+        places = [place()]
+        for act in (
+            lambda: replay.step("chunk"),
+            lambda: replay.step_back("layer"),
+            lambda: replay.run_to(chunk=1, layer=3),
+            lambda: replay.decode(2),
+            lambda: replay.step("token"),
+            lambda: replay.step_back("token", 2),
+            lambda: replay.step_back("chunk"),
+            replay.restart,
+            replay.resume,
+        ):
+            act()
+            assert place() != places[-1]
+            places.append(place())
+        said = []
+        for before in places[-2::-1]:
+            said.append(replay.undo())
+            assert place() == before, said
+        assert said[0].startswith("undid replay.resume(): took back c0 l3 … ")
+        assert "made 1 new token again" in said[2]
+        assert said[-1].startswith('undid replay.step("chunk"): took back ')
 
 
 def test_no_tokens_are_decoded_of_a_run_that_had_none(session: Session, decoder: Decoder) -> None:

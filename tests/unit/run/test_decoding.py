@@ -17,6 +17,7 @@ from dinfer.messages import HashKv
 from dinfer.rank.decode import Tokens
 from dinfer.rank.service import RankService
 from dinfer.run.failure import RankFailed
+from dinfer.run.moves import Moves
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.support.fixtures import fresh_session
@@ -107,6 +108,47 @@ def test_decode_that_a_breakpoint_ends_says_how_to_go_on(session: Session) -> No
     run.restart()
     run.breakpoints.clear()
     assert len(run.decode(1).tokens) == 1
+
+
+def paused_meanwhile(run: Run) -> None:
+    """Another thread pauses the run, and is done with it."""
+    thread, came = begin(run.pause)
+    thread.join(WAIT_S)
+    assert not thread.is_alive()
+    assert not isinstance(came[0], BaseException), came
+
+
+def test_a_pause_before_the_first_token_is_not_lost(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, finish = session.prefill(IDS, chunk_size=4, paused=True), Moves.finish
+
+    def finished(self: Moves, is_stopped: Callable[[], bool]) -> bool:
+        ended = finish(self, is_stopped)
+        paused_meanwhile(run)
+        return ended
+
+    monkeypatch.setattr(Moves, "finish", finished)
+    found = run.decode(3)
+    assert (found.tokens, found.stopped, run.tokens) == ((), "user", [])
+    monkeypatch.undo()
+    assert len(run.decode(3).tokens) == 3
+
+
+def test_a_pause_before_the_prefill_of_decode_has_begun_is_not_lost(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, resume = session.prefill(IDS, chunk_size=4, paused=True), Moves.resume
+
+    def resumed(self: Moves) -> None:
+        paused_meanwhile(run)
+        monkeypatch.undo()
+        resume(self)
+
+    monkeypatch.setattr(Moves, "resume", resumed)
+    assert "prefill is not done" in str(run.decode(3))
+    assert run.standing().state == "paused"
+    assert len(run.decode(3).tokens) == 3
 
 
 def tokens_by_rank(session: Session) -> list[list[int]]:

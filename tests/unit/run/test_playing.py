@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import dinfer
+from dinfer.engine.prefill import Prefill
 from dinfer.plan.cut import Cuts
 from dinfer.plan.ops import PlanError
 from dinfer.run import events
+from dinfer.run.failure import RankFailed
 from dinfer.run.run import Run
+from dinfer.run.stepper import NoProgress
 from dinfer.session.session import Session
 from dinfer.trace.events import Event
 from tests.support.runs import wait_for
 from tests.support.threads import stands_at_a_cut
 
 PROMPT = list(range(1, 31))
-FAST = 100.0
+FAST, SLOW = 100.0, 0.01
+DEADLINE_S = 120.0
 
 
 MODEL = "demo"
@@ -32,36 +38,134 @@ def marks(run: Run) -> list[tuple[int, int, int, str]]:
     return [(mark.rank, mark.chunk, mark.layer, mark.kind) for mark in run.standing().marks]
 
 
-def test_it_steps_to_the_end(run: Run) -> None:
-    moved = run.play("wave", FAST)
-    assert run.standing().state == "done"
-    assert moved.before == tuple(tuple(0 for _ in lanes) for lanes in run.plan.lanes)
-    assert not moved.stopped
-    assert not run.play("wave", FAST).moved
+def cut_of(run: Run) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(stand.positions) for stand in run.standing().stands)
+
+
+def stepping(run: Run) -> None:
+    """Play so slowly that the run stands after the first step, and wait until it does."""
+    run.play("layer", SLOW)
+    wait_for(
+        lambda: any(map(any, cut_of(run))) and run.standing().state == "paused", "the first step is done"
+    )
+
+
+def test_it_steps_to_the_end_and_returns_at_once(run: Run) -> None:
+    assert run.play("wave", SLOW) is None
+    assert run.standing().playing == 'run.play("wave", per_second=0.01)'
+    assert run.where().state == "running"
+    run.play("wave", FAST)
+    assert run.wait(DEADLINE_S).state == "done"
+    assert run.standing().playing == ""
+    run.play("wave", FAST)
+    assert run.standing().playing == ""
+    assert "nothing to do: the run stands at the end of prefill" in str(run.where())
 
 
 def test_it_stops_at_a_breakpoint_though_a_step_would_go_past_it_and_goes_on_from_there(run: Run) -> None:
     run.break_at(layer=2, chunk=1)
-    moved = run.play("chunk", FAST)
-    assert moved.stopped
-    wait_for(lambda: "stopped at #1" in run.standing().message, "the breakpoint is named")
-    at = moved.after
-    assert at == run.run_to(chunk=1, layer=2).before
-    assert Cuts(run.plan).after_block(1, 2) == at
-    assert run.play("chunk", FAST).moved
-    assert run.standing().state == "done"
+    run.play("chunk", FAST)
+    assert "stopped at #1" in str(run.wait(DEADLINE_S))
+    assert cut_of(run) == Cuts(run.plan).after_block(1, 2)
+    run.play("chunk", FAST)
+    assert run.wait(DEADLINE_S).state == "done"
 
 
-def test_pause_and_new_breakpoints_reach_it_between_two_steps(run: Run) -> None:
-    player = threading.Thread(target=run.play, args=("op", 5.0))
-    player.start()
-    wait_for(lambda: any(any(stand.positions) for stand in run.standing().stands), "it steps")
+def test_pause_ends_it_and_new_breakpoints_reach_it_between_two_steps(run: Run) -> None:
+    stepping(run)
     assert run.break_at(layer=5, chunk=2).number == 1
-    run.pause()
-    player.join(60)
-    assert not player.is_alive()
+    assert run.standing().playing
+    assert run.pause().state == "paused"
+    assert run.standing().playing == ""
     assert stands_at_a_cut(run)
-    assert run.standing().state == "paused"
+
+
+def test_pause_stops_the_step_that_it_is_in(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, leave = threading.Event(), threading.Event()
+    layer = Prefill.compute_layer
+
+    def held(self: Prefill, *given: Any) -> Any:
+        inside.set()
+        assert leave.wait(DEADLINE_S)
+        return layer(self, *given)
+
+    monkeypatch.setattr(Prefill, "compute_layer", held)
+    run.play("chunk", SLOW)
+    assert inside.wait(DEADLINE_S)
+    pauser = threading.Thread(target=run.pause)
+    pauser.start()
+    wait_for(lambda: run.standing().playing == "", "the pause is heard")
+    leave.set()
+    pauser.join(DEADLINE_S)
+    assert not pauser.is_alive()
+    assert 0 < sum(map(sum, cut_of(run))) < sum(map(sum, Cuts(run.plan).next(Cuts(run.plan).start, "chunk")))
+
+
+@pytest.mark.parametrize(
+    "name", ["step", "step_back", "run_to", "resume", "decode", "undo", "restart", "close"]
+)
+def test_whatever_else_moves_the_run_ends_it_first(run: Run, name: str) -> None:
+    stepping(run)
+    arguments = {"run_to": (0, 3), "decode": (1,), "close": ("the test is over",)}.get(name, ())
+    getattr(run, name)(*arguments)
+    assert run.standing().playing == ""
+    if name != "close":
+        run.wait(DEADLINE_S)
+        assert run.standing().state in ("paused", "done")
+
+
+def test_a_report_waits_for_its_end(run: Run, tmp_path: Path) -> None:
+    run.play("wave", FAST)
+    saved = run.save(tmp_path / "saved")
+    assert (run.standing().playing, run.standing().state) == ("", "done")
+    assert dinfer.open(saved)
+
+
+def test_a_rank_that_fails_meanwhile_is_known_to_who_waits_and_looks(
+    session: Session, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ArithmeticError("broken on purpose")
+
+    monkeypatch.setattr(Prefill, "compute_layer", fail)
+    run.play("layer", FAST)
+    with pytest.raises(RankFailed, match="broken on purpose"):
+        run.wait(DEADLINE_S)
+    wait_for(lambda: run.standing().playing == "", "the play has ended, too")
+    assert "broken on purpose" in str(run.where())
+    monkeypatch.undo()
+    session.recover()
+    run.restart()
+    run.play("wave", FAST)
+    assert run.wait(DEADLINE_S).state == "done"
+
+
+def test_a_step_that_does_not_arrive_ends_it_and_is_known(
+    session: Session, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*_: object) -> bool:
+        raise NoProgress("the ranks have not arrived")
+
+    monkeypatch.setattr(run._moves, "play_on", late)
+    run.play("layer", FAST)
+    with pytest.raises(NoProgress, match="have not arrived"):
+        run.wait(DEADLINE_S)
+    wait_for(lambda: any("have not arrived" in line for line in session.log), "it is logged")
+    assert 'run.play("layer", per_second=100) ended: the ranks have not arrived' in str(run.where())
+    run.pause()
+    assert run.wait(DEADLINE_S).state == "paused"
+
+
+def test_an_interrupt_of_who_waits_for_it_ends_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: float) -> bool:
+        raise KeyboardInterrupt
+
+    stepping(run)
+    monkeypatch.setattr(run._player, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.wait()
+    assert run.standing().playing == ""
+    assert "interrupted: the run is paused" in str(run.where())
 
 
 @pytest.mark.parametrize("pace", [0, -1, 101, float("nan")])

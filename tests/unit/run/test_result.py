@@ -108,7 +108,7 @@ def test_what_the_user_chose_to_record_is_a_warning_at_the_end_and_no_error(
     assert len(conclude(job, ranks, ProgressLines(job, out), None)["corrupt"]) == 5
     assert out.getvalue().endswith("; and 2 more\n")
     assert (
-        "warning: rank 1: V of block c0 l1 came changed from rank 0, on the way or before it was sent; "
+        "✖ error: rank 1: V of block c0 l1 came changed from rank 0, on the way or before it was sent; "
         in out.getvalue()
     )
 

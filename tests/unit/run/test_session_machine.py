@@ -1,11 +1,11 @@
-"""However a session's run is stepped, stopped, taken back and decoded, it ends as if nothing had been.
+"""However a session's run is stepped, stopped, undone and decoded, it ends as if nothing had been.
 
 A hypothesis state machine is the restless user, through the session's own calls, with ranks as threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from dinfer.plan.cut import UNITS
+from dinfer.plan.cut import UNITS, Cut, Cuts
 from dinfer.session.session import Session
 from tests.support.expected_tokens import Expected, expected
 from tests.support.threads import session_on_threads, stands_at_a_cut
@@ -28,6 +28,8 @@ WHEN = st.sampled_from(
     (None, "absmax > 0.001", "nan", "slower than 0 ms", "slower than 100000 ms", "digest differs")
 )
 DEADLINE_S = 120.0
+Place = tuple[Cut, int, int]
+"""the cut, and how many new tokens and breakpoints there are"""
 
 
 MODEL = {"layers": LAYERS}
@@ -68,49 +70,77 @@ class Using(RuleBasedStateMachine):
         )
         self.wanted: Expected = expected(self.model, IDS, chunk_size, NEW_TOKENS)
         self.chunks = len(self.run.plan.shape.chunks)
+        self.cuts = Cuts(self.run.plan)
+        self.before: list[Place] = []
+        """where the run stood before each action that can be undone"""
+
+    def place(self) -> Place:
+        cut = tuple(tuple(stand.positions) for stand in self.run.standing().stands)
+        return cut, len(self.run.tokens), len(self.run.breakpoints)
+
+    def do(self, call: Callable[[], object], *, lets_go: bool = False) -> None:
+        """An action; `lets_go`: it counts though nothing may have moved, unless prefill is done."""
+        before = self.place()
+        call()
+        if self.place() != before or (lets_go and before[0] != self.cuts.end):
+            self.before.append(before)
 
     @rule(unit=UNIT, n=st.integers(1, 3))
     def step(self, unit: str, n: int) -> None:
-        self.run.step(unit, n)
+        self.do(lambda: self.run.step(unit, n))
 
     @rule(unit=UNIT, n=st.integers(1, 3))
     def step_back(self, unit: str, n: int) -> None:
-        self.run.step_back(unit, n)
+        self.do(lambda: self.run.step_back(unit, n))
 
     @rule(data=st.data(), layer=st.integers(0, LAYERS - 1))
     def run_to(self, data: st.DataObject, layer: int) -> None:
-        self.run.run_to(chunk=data.draw(st.integers(0, self.chunks - 1)), layer=layer)
+        chunk = data.draw(st.integers(0, self.chunks - 1))
+        self.do(lambda: self.run.run_to(chunk=chunk, layer=layer))
 
     @rule(layer=st.none() | st.integers(0, LAYERS - 1), when=WHEN)
     def break_at(self, layer: int | None, when: str | None) -> None:
         if when != "digest differs" or self.run.world_size > 1:
-            self.run.break_at(layer=layer, when=when)
+            self.do(lambda: self.run.break_at(layer=layer, when=when))
 
     @rule()
     def clear(self) -> None:
-        self.run.breakpoints.clear()
+        self.do(self.run.breakpoints.clear)
 
     @rule()
     def resume_and_wait(self) -> None:
-        self.run.resume()
-        self.run.wait(DEADLINE_S)
+        self.do(lambda: (self.run.resume(), self.run.wait(DEADLINE_S)), lets_go=True)
 
     @rule()
     def resume_and_pause(self) -> None:
-        self.run.resume()
-        self.run.pause()
+        self.do(lambda: (self.run.resume(), self.run.pause()), lets_go=True)
+
+    @rule(unit=UNIT)
+    def play_and_wait(self, unit: str) -> None:
+        self.do(lambda: (self.run.play(unit, 100.0), self.run.wait(DEADLINE_S)), lets_go=True)
+
+    @rule(unit=UNIT)
+    def play_and_pause(self, unit: str) -> None:
+        self.do(lambda: (self.run.play(unit, 100.0), self.run.pause()), lets_go=True)
+
+    @rule()
+    def undo(self) -> None:
+        before = self.before.pop() if self.before else self.place()
+        said = self.run.undo()
+        assert self.place() == before, said
 
     @rule(n=st.integers(1, 3))
     def decode(self, n: int) -> None:
-        self.run.decode(min(n, max(1, NEW_TOKENS - len(self.run.tokens))))
+        more = min(n, max(1, NEW_TOKENS - len(self.run.tokens)))
+        self.do(lambda: self.run.decode(more), lets_go=True)
 
     @rule(n=st.integers(1, 3))
     def take_tokens_back(self, n: int) -> None:
-        self.run.step_back("token", n)
+        self.do(lambda: self.run.step_back("token", n))
 
     @rule()
     def restart(self) -> None:
-        self.run.restart()
+        self.do(self.run.restart)
 
     @invariant()
     def stands_with_the_right_tokens(self) -> None:

@@ -80,11 +80,12 @@ def test_every_button_is_the_call_it_says(paper: Held) -> None:
         paper.done()
         paper.press("step_back", unit=unit)
         paper.done()
-    for do, fields in {"run_to": {"chunk": 1, "layer": 2}, "resume": {}, "pause": {}, "restart": {}}.items():
+    rest = {"run_to": {"chunk": 1, "layer": 2}, "resume": {}, "pause": {}, "undo": {}, "restart": {}}
+    for do, fields in rest.items():
         paper.press(do, **fields)
         paper.done()
     expected = [call for unit in UNITS for call in (f'run.step("{unit}")', f'run.step_back("{unit}")')]
-    expected += ["run.run_to(chunk=1, layer=2)", "run.resume()", "run.pause()", "run.restart()"]
+    expected += ["run.run_to(chunk=1, layer=2)", "run.resume()", "run.pause()", "run.undo()", "run.restart()"]
     assert paper.run.calls == expected
     paper.see("call", "run.restart()")
 
@@ -176,6 +177,21 @@ def test_play_has_a_pace(paper: Held) -> None:
     assert paper.everywhere() > 0
 
 
+def test_a_play_is_shown_though_nothing_of_the_panel_is_at_work(paper: Held) -> None:
+    paper.run.playing = 'run.play("layer", per_second=2)'
+    paper.run.listeners.tell()
+    paper.see("playing", 'run.play("layer", per_second=2)')
+    paper.see("working", [])
+
+
+def test_what_undo_did_is_answered(paper: Held) -> None:
+    paper.press("step", unit="wave")
+    paper.done()
+    paper.press("undo")
+    paper.see("answer", "undid all")
+    assert paper.run.calls[-1] == "run.undo()"
+
+
 def test_cells_turn_where_something_is_known(paper: Held) -> None:
     paper.press("step", unit="chunk")
     paper.done()
@@ -189,7 +205,7 @@ def test_cells_turn_where_something_is_known(paper: Held) -> None:
     cells = unpacked(paper.panel.cells, (4, 3, 2))
     assert cells[2, 0].tolist() == [EVERYWHERE, EVERYWHERE | DIFFERS]
     assert cells[3, 2].tolist() == [ARMED, 0]
-    assert paper.panel.marks["2 0"] == ["rank 1 differs at layer 2"]
+    assert paper.panel.marks["2 0"] == ["✖ error: rank 1 differs at layer 2"]
     still = paper.panel._repr_mimebundle_()[0]["text/html"]
     assert 'class="differs"' in still
     assert 'class="armed"' in still

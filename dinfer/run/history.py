@@ -1,0 +1,80 @@
+"""The moves of a run, as its history has them: each is undone by going to where the run stood before it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from dinfer.errors import NotPossible
+from dinfer.history import History
+from dinfer.plan.cut import Cut
+from dinfer.run.decode import Generation
+from dinfer.run.moves import Moves
+from dinfer.run.state import STANDING, RunState
+from dinfer.verdict.where import returned_text
+
+
+class MoveHistory:
+    """Adds moves to `history`. A plan that was refuted has no cuts, so its moves cannot be undone."""
+
+    def __init__(self, state: RunState, moves: Moves, generation: Generation, history: History) -> None:
+        self._state, self._moves, self._generation, self._history = state, moves, generation, history
+
+    @contextmanager
+    def moving(self, call: str) -> Iterator[None]:
+        """Whatever moves the run meanwhile can be undone, also if it fails or is interrupted."""
+        if not self._moves.can_step:
+            yield
+            return
+        stepper, tokens = self._moves.stepper, len(self._state.tokens)
+        stepper.heading = None
+        try:
+            yield
+        finally:
+            end = stepper.cuts.end
+            start, target = stepper.heading or (end, end)
+            if start != target or len(self._state.tokens) != tokens:
+                self._history.add(call, partial(self._return_to, start, tokens))
+
+    @contextmanager
+    def restarting(self, call: str) -> Iterator[None]:
+        """Beginning again can be undone if the run stood at a cut; else nothing before it can be undone."""
+        place = self._place()
+        yield
+        if not self._moves.can_step:
+            return
+        if place is None:
+            self._history.forget(f"the run had failed, or did not stand, before {call} began it anew")
+        elif place != (self._moves.stepper.cuts.start, 0):
+            self._history.add(call, partial(self._return_to, *place))
+
+    def _place(self) -> tuple[Cut, int] | None:
+        """The cut at which the run stands, and the number of new tokens; None if it does not."""
+        cut = tuple(stand.positions for stand in self._state.stands())
+        if self._state.now not in STANDING or not self._moves.can_step:
+            return None
+        return (cut, len(self._state.tokens)) if self._moves.stepper.cuts.is_consistent(cut) else None
+
+    def _return_to(self, cut: Cut, tokens: int) -> str:
+        """Go to that cut, and have that many new tokens there; what was undone and done for it. Raises NotPossible
+        if a pause stops it."""
+        had = len(self._state.tokens)
+        self._generation.begin()
+        move = self._moves.leaving().go_to(cut)
+        self._moves.went(move)
+        if move.stopped:
+            raise NotPossible("undo was paused half-way: run.undo() goes on with it.")
+        if tokens != len(self._state.tokens):
+            self._set_tokens(tokens)
+        lines = [returned_text(self._state.plan, move.before, cut, had, tokens)]
+        edited = self._state.edited
+        lines += [f"what was edited by hand is not undone: {', '.join(edited)}"] * bool(edited)
+        return "\n".join(lines)
+
+    def _set_tokens(self, tokens: int) -> None:
+        """Have that many new tokens, of a run that stands at the end of prefill."""
+        if tokens < len(self._state.tokens):
+            self._generation.back_to(tokens)
+            return
+        self._generation.go(tokens, None)
+        if len(self._state.tokens) < tokens:
+            raise NotPossible("undo was paused half-way: run.undo() goes on with it.")
