@@ -145,6 +145,7 @@ def pairs(events: Iterable[Event]) -> list[tuple[Event | None, Event | None]]:
     found: dict[tuple[object, ...], list[Event | None]] = {}
     again: dict[tuple[object, ...], int] = {}
     """by side and block: how often it has travelled before"""
+    link: tuple[int | None, int | None]
     for event in events:
         if event.kind == "send":
             side, link = 0, (event.rank, event.peer)
