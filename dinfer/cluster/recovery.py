@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection
 
-from dinfer.cluster.ranks import Ranks, answers
+from dinfer.cluster.ranks import RankRefused, Ranks, answers
 from dinfer.config import Backend
 from dinfer.engine.board import Stand
 from dinfer.messages import DrainChannels, Freeze, JoinGroup, LeaveGroup, LimitDecode, OpenStore, SetLimits
@@ -50,17 +50,22 @@ def recover(
     backend: Backend,
     say: Callable[[str], None],
     known_stuck: Collection[int] = (),
+    *,
+    kill: bool = True,
 ) -> list[int]:
     """Bring all ranks to where a run can start. Returns those that were started again, and so have no weights.
 
     `known_stuck`: ranks in an op that does not end; they are not asked to come free. `say` gets a line per event.
-    Raises TimeoutError or RankRefused where that fails.
+    Without `kill`, only what is blocked is freed. Raises TimeoutError or RankRefused where that fails.
     """
     lost = {rank for rank, code in enumerate(ranks.exits()) if code is not None} | set(ranks.silent())
     stuck = {rank for rank in known_stuck if rank not in lost and ranks.can_kill}
 
     def end(silent: Collection[int]) -> None:
         """Kill ranks that do not answer: they are stuck, unless their process has died since it was looked at."""
+        if silent and not kill:
+            who = ", ".join(map(str, sorted(silent)))
+            raise RankRefused(f"rank {who} does not come free of its op: session.recover() starts it again.")
         exits = ranks.exits() if silent else []
         for rank in sorted(silent):
             (stuck if exits[rank] is None else lost).add(rank)

@@ -209,12 +209,17 @@ class Session(Tidy, Announced, Closing):
         """After a failure: restart lost ranks and free stuck ones. Then `run.restart()` begins this run again, and
         `session.prefill(…)` another one. Where only lanes are blocked, these two free them by themselves."""
         self._check_open()
+        return self._recover(kill=True)
+
+    def _recover(self, *, kill: bool) -> DisplayableText:
+        """See `recover`; without `kill`, raises RankRefused where a rank does not come free."""
         said, plan, stuck = list[str](), None, tuple[int, ...]()
         if self._run:
             plan, stuck = self._run.plan, self._run.stuck_ranks()
             self._run.recovering(ended=False)
+        self._half_prepared = True
+        anew = recover(self.ranks, plan, self._config.backend, said.append, stuck, kill=kill)
         self._half_prepared = False
-        anew = recover(self.ranks, plan, self._config.backend, said.append, stuck)
         self._bare |= set(anew)
         if self.spec and self._bare:
             self._load(sorted(self._bare))
@@ -344,7 +349,7 @@ class Session(Tidy, Announced, Closing):
         if not (self._half_prepared or (self._run and self._run.left_blocked())):
             return
         if not self.ranks.silent() and all(code is None for code in self.ranks.exits()):
-            print(f"lanes that the run before had left blocked are freed: {self.recover()}")
+            print(f"lanes that the run before had left blocked are freed: {self._recover(kill=False)}")
 
     def _ensure_whole(self) -> None:
         """Raises RankFailed if a rank is lost, SessionOver if another session has taken the ranks."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dinfer.cluster.ranks import RankRefused
 from dinfer.config import ConfigError
 from dinfer.engine.decoding import Decoding
 from dinfer.engine.ops import HANDLERS, Outcome
@@ -159,6 +161,33 @@ def test_a_checkpoint_is_loaded_after_a_failed_run(model: Path, capsys: pytest.C
         session.load(str(model), dtype="bfloat16", threads=1)
         assert FREED in capsys.readouterr().out
         assert begun(session).decode(NEW).tokens
+
+
+@pytest.mark.slow
+def test_a_rank_that_computes_on_is_named_and_waited_for_by_the_next_but_one(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is never killed but by `recover`."""
+    door, in_it, unbroken = threading.Event(), threading.Event(), HANDLERS["layer"]
+
+    def stops(state: Any, op: Any, comm: Any) -> Outcome:
+        if str(op) == "layer c1 l1":
+            in_it.set()
+            assert door.wait(4 * DEADLINE_S)
+        return unbroken(state, op, comm)
+
+    with session_on_threads(RANKS, model) as session:
+        monkeypatch.setitem(HANDLERS, "layer", stops)
+        begun(session, schedule="lockstep").resume()
+        assert in_it.wait(DEADLINE_S)
+        with pytest.raises(RankRefused, match=r"lanes blocked in the run before.*session\.recover\(\)"):
+            begun(session)
+        with pytest.raises(RankRefused, match=r"does not come free of its op: session\.recover\(\)"):
+            begun(session)
+        door.set()
+        capsys.readouterr()
+        works(begun(session), model)
+        assert FREED in capsys.readouterr().out
 
 
 def test_recover_by_hand_leaves_nothing_to_free(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
