@@ -6,7 +6,8 @@ A call goes session → run → cluster → rank → engine → transport; what 
 The packages are floors of a house, bottom to top. A package imports only from floors below its own (pyproject.toml has
 the contract for import-linter; imports in functions and for types count too):
 
-- `errors`, `messages`, `version`: the base of all errors, the messages between session and rank; standard library only.
+- `severity`, `version`; `errors`, `messages`: how grave a message is, the base of all errors, the messages between
+  session and rank; standard library only.
 - `config`, `display`: a run's parameters, validated; how values are shown as text and HTML.
 - `plan`, `model`: what will be done: ops, lanes, schedules, proofs; and transformers' layers one by one, without ranks.
 - `results`, `trace`, `kv`: what happened: results of calls, events and figures; whose KV differs, where and since when.
@@ -29,11 +30,14 @@ package's docstring says where it starts. Importing `dinfer` has no side effects
 import sys
 from typing import TYPE_CHECKING, Any
 
+from dinfer.display import use_plotter
+from dinfer.errors import NotPossible
 from dinfer.version import __version__
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from dinfer.display import Plot
     from dinfer.run.run import Run
     from dinfer.saved.saved import Saved
     from dinfer.session.session import Session
@@ -85,3 +89,17 @@ def _write(trace: "Trace", path: "Path") -> "Path":
     from dinfer.views.report.page import write_report
 
     return write_report([trace], path)
+
+
+def _plot(name: str, result: Any) -> "Plot":
+    """Draws the figures of results, wherever these come from; plotly is imported at the first one."""
+    try:
+        from dinfer.views.figures.plots import plot
+    except ModuleNotFoundError as error:
+        raise NotPossible(
+            f"figures need the package {error.name}, which is missing here: pip install {error.name}"
+        ) from error
+    return plot(name, result)
+
+
+use_plotter(_plot)

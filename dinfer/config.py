@@ -11,7 +11,14 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from dinfer.errors import DinferError
+from dinfer.errors import DinferError, excerpt
+from dinfer.files import FileError, as_text, read_bytes
+
+MAX_TOML = 1 << 17
+"""bytes, as many as Linux allows one argument of a command; for hostile keys, tomllib takes quadratic time"""
+
+MAX_PROMPT = 1 << 26
+"""bytes: 16 million tokens or so"""
 
 Schedule = Literal["pipelined", "lockstep", "batched"]
 
@@ -26,6 +33,13 @@ OnCorruption = Literal["record", "pause", "fail"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+
+
+LARGEST = 2**31 - 1
+"""of a number of tokens"""
+
+LONGEST_S = 31_536_000.0
+"""a year: threads cannot wait for centuries"""
 
 
 class ConfigError(DinferError, ValueError):
@@ -50,11 +64,11 @@ class Config:
         (), "the prompt as token ids, such as 5,17,3; needs no tokenizer"
     )
     chat: bool = _parameter(False, "apply the checkpoint's chat template to the prompt")
-    world_size: int = _parameter(3, "number of ranks", low=1)
+    world_size: int = _parameter(3, "number of ranks", low=1, high=9_999)
     layer_split: tuple[int, ...] = _parameter(
         (), "first layer of each stage from the second on, such as 14,28 for 3 ranks; default: even"
     )
-    chunk_size: int = _parameter(128, "tokens per chunk of the prompt", low=1)
+    chunk_size: int = _parameter(128, "tokens per chunk of the prompt", low=1, high=LARGEST)
     sync_strategy: SyncStrategy = _parameter("pairwise", "which rank sends a block to which")
     schedule: Schedule = _parameter("pipelined", "the rule that lays ops on lanes")
     unsafe: bool = _parameter(False, "run a plan even if verify refutes it")
@@ -68,21 +82,27 @@ class Config:
     master_addr: str = _parameter("127.0.0.1", "address at which the ranks meet")
     master_port: int = _parameter(0, "port at which the ranks meet; 0: any free port", low=0, high=65535)
     dtype: DType = _parameter("auto", "dtype of weights and KV; auto: the checkpoint's own")
-    threads: int = _parameter(0, "CPU threads of each rank; 0: the cores divided by the ranks", low=0)
-    max_new_tokens: int = _parameter(50, "most tokens to generate", low=1)
+    threads: int = _parameter(
+        0, "CPU threads of each rank; 0: the cores divided by the ranks", low=0, high=4096
+    )
+    max_new_tokens: int = _parameter(50, "most tokens to generate", low=1, high=LARGEST)
     temperature: float = _parameter(0.0, "0: greedy", low=0)
-    top_k: int = _parameter(0, "sample from the k most likely tokens; 0: all", low=0)
+    top_k: int = _parameter(0, "sample from the k most likely tokens; 0: all", low=0, high=LARGEST)
     top_p: float = _parameter(1.0, "sample from the most likely tokens of this total probability", high=1)
-    seed: int = _parameter(0, "seed of sampling", low=0)
+    seed: int = _parameter(0, "seed of sampling", low=0, high=2**63 - 1)
     digests: bool = _parameter(
         True, "compute digests of every block and check them on arrival and before decode"
     )
     on_corruption: OnCorruption = _parameter(
         "record", "what to do if a block's bytes changed; pause: only in a session"
     )
-    start_timeout: float = _parameter(180.0, "seconds in which the ranks must start and load", low=1)
-    timeout: float = _parameter(60.0, "seconds without progress after which the run ends", low=1)
-    log_dir: str = _parameter("dinfer-logs", "folder for the log files, one per rank")
+    start_timeout: float = _parameter(
+        180.0, "seconds in which the ranks must start and load", low=1, high=LONGEST_S
+    )
+    timeout: float = _parameter(
+        60.0, "seconds without progress after which the run ends", low=1, high=LONGEST_S
+    )
+    log_dir: str = _parameter("dinfer-logs", "each run gets a folder here, with a log file for each rank")
     log_level: LogLevel = _parameter("INFO", "DEBUG shows every op")
 
     def __post_init__(self) -> None:
@@ -101,8 +121,9 @@ class Config:
                 "(ranks may share a GPU)."
             )
         for name in ("prompt_ids", "layer_split", "gpu_ids"):
-            if any(number < 0 for number in getattr(self, name)):
-                raise ConfigError(f"{name} is {list(getattr(self, name))}; its numbers must be at least 0.")
+            if any(not 0 <= number <= LARGEST for number in getattr(self, name)):
+                given_numbers = excerpt(list(getattr(self, name)), 200)
+                raise ConfigError(f"{name} is {given_numbers}; its numbers must be from 0 to {LARGEST}.")
         if self.on_corruption != "record" and not self.digests:
             raise ConfigError(
                 f"on_corruption is {self.on_corruption}, but digests is off, so no corruption is detected: change one."
@@ -130,12 +151,15 @@ class Config:
         if not self.prompt_file:
             return self.prompt
         try:
-            return Path(self.prompt_file).read_text(encoding="utf-8-sig").removesuffix("\n")
+            text = as_text(read_bytes(self.prompt_file, MAX_PROMPT))
         except OSError as error:
             raise ConfigError(f"prompt_file {self.prompt_file!r} cannot be read: {error.strerror}.") from None
-        except UnicodeDecodeError:
-            message = f"prompt_file {self.prompt_file!r} is not UTF-8 text; save it as UTF-8."
-            raise ConfigError(message) from None
+        except FileError as error:
+            raise ConfigError(
+                f"prompt_file {self.prompt_file!r} cannot be taken: {error}. It must be UTF-8 text of at most "
+                f"{MAX_PROMPT:,} bytes."
+            ) from None
+        return text.removesuffix("\n")
 
 
 def layer_split_error(given: int, world_size: int) -> str:
@@ -150,45 +174,58 @@ def layer_split_error(given: int, world_size: int) -> str:
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The keys and values of a run's TOML file. Raises ConfigError."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+        data = read_bytes(path, MAX_TOML)
     except OSError as error:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except FileError as error:
+        raise ConfigError(
+            f"config file {str(path)!r} cannot be read: {error}. A long prompt belongs into a file of its own: "
+            "prompt_file."
+        ) from None
+    try:
+        return tomllib.loads(as_text(data))
+    except RecursionError:
+        raise ConfigError(f"config file {str(path)!r} is not valid TOML: it is nested too deeply.") from None
+    except ValueError as error:  # also what is no UTF-8, and a number of more digits than Python converts
         raise ConfigError(f"config file {str(path)!r} is not valid TOML: {error}.") from None
 
 
 def nearest(name: str, known: list[str]) -> str:
     """` Did you mean …?` with the closest known name, or an empty text."""
-    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    close = difflib.get_close_matches(name[:100].replace("-", "_"), known, n=1)
     return f" Did you mean {close[0]}?" if close else ""
 
 
 def _check_range(name: str, value: Any, low: float | None, high: float | None) -> None:
     if low is not None and value < low:
-        raise ConfigError(f"{name} is {value}; it must be at least {low}.")
+        raise ConfigError(f"{name} is {excerpt(value)}; it must be at least {low}.")
     if high is not None and value > high:
-        raise ConfigError(f"{name} is {value}; it must be at most {high}.")
+        raise ConfigError(f"{name} is {excerpt(value)}; it must be at most {high}.")
 
 
 def _convert(name: str, value: Any) -> Any:
     kinds = get_type_hints(Config)
     if name not in kinds:
         raise ConfigError(
-            f"unknown parameter {name!r}.{nearest(name, list(kinds))} The parameters are {', '.join(kinds)}."
+            f"unknown parameter {excerpt(name)}.{nearest(name, list(kinds))} The parameters are {', '.join(kinds)}."
         )
     kind = kinds[name]
     if get_origin(kind) is Literal:
         allowed = get_args(kind)
         if value not in allowed:
             raise ConfigError(
-                f"{name} is {value!r}; it must be one of {', '.join(allowed)}."
-                f"{nearest(str(value), list(allowed))}"
+                f"{name} is {excerpt(value)}; it must be one of {', '.join(allowed)}."
+                f"{nearest(value, list(allowed)) if isinstance(value, str) else ''}"
             )
         return value
     if get_origin(kind) is tuple:
         return whole_numbers(name, value)
     scalar = _scalar(name, value, kind)
-    return _utf8_text(scalar) if name == "prompt" else scalar
+    if name == "prompt":
+        return _utf8_text(scalar)
+    if isinstance(scalar, str) and "\0" in scalar:
+        raise ConfigError(f"{name} is {excerpt(scalar)}; it must not contain the character NUL.")
+    return scalar
 
 
 def _scalar(name: str, value: Any, kind: type) -> Any:
@@ -205,9 +242,9 @@ def _scalar(name: str, value: Any, kind: type) -> Any:
             raise ValueError
         number = kind(value)
     except (ValueError, TypeError, KeyError, OverflowError):
-        raise ConfigError(f"{name} is {value!r}; it must be {described}.") from None
+        raise ConfigError(f"{name} is {excerpt(value)}; it must be {described}.") from None
     if number != number or number in (float("inf"), float("-inf")):
-        raise ConfigError(f"{name} is {value!r}; it must be a finite number.")
+        raise ConfigError(f"{name} is {excerpt(value)}; it must be a finite number.")
     return number
 
 
@@ -216,7 +253,9 @@ def _utf8_text(prompt: str) -> str:
     try:
         return prompt.encode("utf-8", "surrogateescape").decode("utf-8")
     except UnicodeError:
-        raise ConfigError(f"prompt is {prompt!r}, which is not UTF-8 text: give it as UTF-8.") from None
+        raise ConfigError(
+            f"prompt is {excerpt(prompt)}, which is not UTF-8 text: give it as UTF-8."
+        ) from None
 
 
 def whole_numbers(name: str, value: Any) -> tuple[int, ...]:
@@ -228,5 +267,5 @@ def whole_numbers(name: str, value: Any) -> tuple[int, ...]:
         return tuple(int(part) for part in parts if str(part).strip())
     except (ValueError, TypeError):
         raise ConfigError(
-            f"{name} is {value!r}; it must be whole numbers with commas between them, such as 0,1,2."
+            f"{name} is {excerpt(value)}; it must be whole numbers with commas between them, such as 0,1,2."
         ) from None

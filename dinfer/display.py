@@ -1,14 +1,26 @@
 """How results look in consoles and notebooks: texts, tables, HTML; and objects that a `with` statement closes."""
 
+import os
 import re
-from collections.abc import Iterable, Sequence
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self, TextIO
 from urllib.parse import quote
 
-from dinfer.errors import ipython
+from dinfer.errors import NotPossible, ipython
+from dinfer.severity import Severity
+
+
+def devices_text(devices: Sequence[str]) -> str:
+    """The devices of ranks, each once: `3 CPUs`; `cuda:0, cuda:1`; `cuda:0 (3 ranks)`."""
+    counts = Counter(devices)
+    cpus = counts.pop("cpu", 0)
+    others = [device if count == 1 else f"{device} ({count} ranks)" for device, count in counts.items()]
+    return ", ".join([f"{cpus} CPU{'s' * (cpus > 1)}"] * bool(cpus) + others)
 
 
 class Closing:
@@ -25,11 +37,20 @@ class Closing:
         self.close()
 
 
-def html_text(text: str) -> str:
-    """Text as HTML that keeps lines and spaces. Long lines break between words; a notebook's own style would break
-    inside `block c2 l1`."""
+def badge(severity: Severity) -> str:
+    """Its icon and word as HTML, in colours that can be read on a light and on a dark page; "" for a note."""
+    if severity == Severity.NOTE:
+        return ""
+    tint = severity.tint(dark=False)
+    style = f"color:{tint.text};background:{tint.back};border-radius:3px;padding:0 5px;font-weight:600"
+    return f'<span style="{style}">{severity.mark}</span> '
+
+
+def html_text(text: str, severity: Severity = Severity.NOTE) -> str:
+    """Text as HTML that keeps lines and spaces, after the badge of its severity. Long lines break between words; a
+    notebook's own style would break inside `block c2 l1`."""
     style = "margin:0;white-space:pre-wrap;word-break:normal;overflow-wrap:break-word"
-    return f'<pre style="{style}">{escape(text)}</pre>'
+    return f'<pre style="{style}">{badge(severity)}{escape(text)}</pre>'
 
 
 SHOWN = 3
@@ -64,11 +85,18 @@ class Tidy:
     """public names that only dinfer itself uses"""
 
     def __dir__(self) -> list[str]:
-        return [name for name in super().__dir__() if name not in self.INTERNAL]
+        hidden = {*self.INTERNAL, "INTERNAL"}
+        return [name for name in super().__dir__() if name not in hidden]
 
 
 class Displayable:
-    """An object whose `str` is also its repr and, escaped, its HTML form."""
+    """An object whose `str` is also its repr and, escaped, its HTML form. Where it is displayed, a warning or an error
+    begins with its mark."""
+
+    @property
+    def severity(self) -> Severity:
+        """How grave it is what this says."""
+        return Severity.NOTE
 
     def __str__(self) -> str:
         raise NotImplementedError
@@ -77,7 +105,15 @@ class Displayable:
         return str(self)
 
     def _repr_html_(self) -> str:
-        return html_text(str(self))
+        return html_text(str(self), self.severity)
+
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
+        """Called by IPython for its text form."""
+        marked = self.severity.marked(str(self), colour=takes_colour(sys.stdout))
+        for number, line in enumerate(marked.split("\n")):
+            if number:
+                printer.break_()
+            printer.text(line)
 
 
 class DisplayableText(str, Displayable):
@@ -92,17 +128,23 @@ NUMBER = re.compile(r"[-+−]?[\d.,]*\d(e[-+]?\d+)?( ?(%|s|ms|MB|kB))?|[-+−]?(
 
 
 class Table(Displayable):
-    """Cells under column names; names of "" print no header line. A cell may have several lines.
+    """Cells under column names; names of "" print no header line. A cell may have several lines. `columns` and `rows`
+    are all of it.
 
     Its text does not depend on the console's width. The widths of cells (中文) are rich's; rich's own Table would take
     a millisecond per row, which is half a minute for all differences of a large KV, and breaks lines.
-    `shown`: how many rows are displayed; None: all.
+    `shown`: how many rows are displayed; None: all. `about`: what columns mean, by name; a notebook shows it when the
+    mouse is over the name.
     """
 
     def __init__(
-        self, columns: Sequence[str], rows: Iterable[Sequence[object]], shown: int | None = None
+        self,
+        columns: Sequence[str],
+        rows: Iterable[Sequence[object]],
+        shown: int | None = None,
+        about: Mapping[str, str] | None = None,
     ) -> None:
-        self.columns, self._shown = tuple(columns), shown
+        self.columns, self._shown, self._about = tuple(columns), shown, about or {}
         self.rows = [tuple(map(str, row)) for row in rows]
 
     def __len__(self) -> int:
@@ -116,7 +158,7 @@ class Table(Displayable):
         return "\n".join([*text, *self._more()])
 
     def _repr_html_(self) -> str:
-        rows = [_html_row(self.columns, "th")] * any(self.columns)
+        rows = [_html_row(self.columns, "th", self._about)] * any(self.columns)
         rows += [_html_row(row, "td") for row in self.rows[: self._shown]]
         return f"<table>{''.join(rows)}</table>{''.join(f'<div>{escape(one)}</div>' for one in self._more())}"
 
@@ -136,8 +178,34 @@ def _aligned(cells: Sequence[str], has_header: bool) -> list[str]:
     return [pad + cell if numeric else cell + pad for cell, pad in zip(cells, padding, strict=True)]
 
 
-def _html_row(cells: Sequence[str], tag: str) -> str:
-    return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
+def _html_row(cells: Sequence[str], tag: str, about: Mapping[str, str] | None = None) -> str:
+    titles = [f' title="{escape(about[cell])}"' if about and cell in about else "" for cell in cells]
+    found = (f"<{tag}{title}>{escape(cell)}</{tag}>" for cell, title in zip(cells, titles, strict=True))
+    return f"<tr>{''.join(found)}</tr>"
+
+
+class Composed(Displayable):
+    """An object that is shown as texts and tables, one below another; in notebooks its tables are HTML tables."""
+
+    def _parts(self) -> Iterable[str | Displayable]:
+        """What is shown, from top to bottom; an empty text is left out."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return "\n".join(filter(None, map(str, self._parts())))
+
+    def _repr_html_(self) -> str:
+        shown = (
+            html_text(part) if isinstance(part, str) else part._repr_html_()
+            for part in self._parts()
+            if part != ""
+        )
+        return f"<div>{badge(self.severity)}{''.join(shown)}</div>"
+
+
+def takes_colour(stream: TextIO) -> bool:
+    """Whether it is a terminal whose user has not switched colours off (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
 class Announced(Displayable):
@@ -160,3 +228,33 @@ def _cell() -> int | None:
     """The number of the running cell; None outside IPython."""
     shell = ipython()
     return shell.execution_count if shell else None
+
+
+class Plot(Protocol):
+    """A figure that notebooks draw. `figure` is plotly's and can be changed."""
+
+    figure: Any
+
+    def save(self, path: str | Path) -> Path:
+        """Write it to a file: an HTML page if its name ends in .html, else a picture, .svg."""
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]: ...
+
+
+Plotter = Callable[[str, Any], Plot]
+"""Draws the figure of that name of a result."""
+
+_plotters: list[Plotter] = []
+
+
+def use_plotter(plotter: Plotter) -> None:
+    """Have that draw the figures of results. Views draw them, but stand above results: dinfer/__init__.py hands them
+    in."""
+    _plotters[:] = [plotter]
+
+
+def plotted(name: str, result: object) -> Plot:
+    """The figure of that name of a result. Raises NotPossible where nothing can draw it."""
+    if not _plotters:
+        raise NotPossible(f"nothing draws the figure {name!r}: import dinfer, which brings plotly's figures.")
+    return _plotters[0](name, result)

@@ -3,7 +3,9 @@
 import sys
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
+
+from dinfer.severity import Severity
 
 PACKAGE = __name__.split(".")[0]
 
@@ -17,6 +19,8 @@ class DinferError(Exception):
     IPython shows it with the user's own lines and without dinfer's frames: `%tb verbose` shows those, `%debug` enters
     them, and any mode of `%xmode` except Context always shows them. Plain Python shows a full traceback.
     """
+
+    severity: ClassVar[Severity] = Severity.ERROR
 
     def _render_traceback_(self) -> list[str]:
         """What IPython prints instead of its own traceback, as the parts that it joins."""
@@ -34,6 +38,17 @@ class DinferError(Exception):
         )
         formatter.tb = self.__traceback__  # what %debug enters
         return own
+
+
+def excerpt(given: object, most: int = 60) -> str:
+    """How a message shows what was given, cut if it is long."""
+    if isinstance(given, str):
+        given = given[: most + 1]  # the repr of a long text takes a multiple of its memory
+    try:
+        text = repr(given)
+    except ValueError:  # a number of more digits than Python prints
+        text = "a number of thousands of digits"
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def ipython() -> Any | None:

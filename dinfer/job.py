@@ -215,6 +215,10 @@ LONG_ROPE = (
 )
 
 
+CHARACTERS = 1024
+"""that no token exceeds: the longest of public tokenizers are 512 spaces"""
+
+
 def _prompt_ids(config: Config, spec: Spec) -> tuple[int, ...]:
     if config.prompt_ids:
         ids = config.prompt_ids
@@ -222,6 +226,11 @@ def _prompt_ids(config: Config, spec: Spec) -> tuple[int, ...]:
         text = config.prompt_text()
         if not text.strip():
             raise ConfigError("the prompt is empty: give prompt, prompt_file or prompt_ids.")
+        if len(text) > CHARACTERS * spec.max_positions:  # it would take minutes to encode it only to say so
+            raise ConfigError(
+                f"the prompt has {len(text):,} characters; {config.model_path} has {spec.max_positions:,} positions: "
+                "shorten the prompt."
+            )
         tokenizer = load_tokenizer(config.model_path)
         if tokenizer is None:
             raise ConfigError(f"{config.model_path} has no tokenizer: give prompt_ids instead of text.")

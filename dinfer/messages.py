@@ -310,7 +310,7 @@ class Rewind(Command[Ok], frozen=True):
 
 
 class SetBreakpoints(Command[Ok], frozen=True):
-    """Look out for these conditions, each a `Breakpoint.as_dict()`, and for no others."""
+    """Look out for the conditions of these breakpoints, each a `Breakpoint.as_dict()`, and for no others."""
 
     breakpoints: tuple[dict[str, Any], ...]
 
@@ -363,6 +363,30 @@ class PreparePrompt(Command[PreparedPrompt], frozen=True):
     config: dict[str, Any]
     ids: tuple[int, ...]
     plan: str = ""
+
+
+class Holdings(Answer, frozen=True, kw_only=True):
+    """What a rank holds of an earlier session: the commands by which it has loaded, met and prepared, None for what it
+    does not have; the plan that it runs; what was armed last; the tokens that it has generated, and begun; how many of
+    its events are overwritten."""
+
+    load: LoadModel | None
+    group: JoinGroup | None
+    prompt: PreparePrompt | None
+    plan_id: int
+    breakpoints: tuple[dict[str, Any], ...]
+    faults: tuple[dict[str, Any], ...]
+    tokens: tuple[int, ...]
+    begun: int
+    lost_events: int
+
+
+class GetHeld(Command[Holdings], frozen=True):
+    """What this rank still has of the session that held it before."""
+
+
+class EndPrompt(Command[Ok], frozen=True):
+    """The session is closed: give up the prompt, keep the weights."""
 
 
 class StartDecode(Command[NewTokens], frozen=True):
@@ -692,7 +716,9 @@ class Failed(RankReport, frozen=True):
 
 
 class HandedOn(RankReport, frozen=True):
-    """Another session has taken over this rank's engine."""
+    """Another session has taken over this rank's engine: `to`, as people find it."""
+
+    to: str
 
 
 class Struck(RankReport, frozen=True):
@@ -736,6 +762,12 @@ class BlockCorrupt(Note, frozen=True):
     order: int | None = None
 
 
+class FirstNonFinite(Note, frozen=True):
+    """The first NaN or Inf in what this rank has made: `found` is a `NonFinite.as_dict()`."""
+
+    found: dict[str, Any]
+
+
 # -- reports of `dinfer run`, whose ranks run from start to end without commands
 
 
@@ -777,10 +809,26 @@ class OrphanRule(Struct, frozen=True):
     ends: tuple[int, ...] = ()
 
 
+class Holder(Struct, frozen=True):
+    """The process whose session holds a rank, as people find it. `program`: such as `notebook a.ipynb`; `since`: in
+    seconds since 1970; `key`: differs between any two processes."""
+
+    program: str
+    pid: int
+    host: str
+    since: float
+    key: str
+
+    def __str__(self) -> str:
+        return f"{self.program} (pid {self.pid} on {self.host})"
+
+
 class RankLink(Struct, frozen=True):
     """What a rank needs to reach its session: endpoint, and CurveZMQ keys. `launcher`: the process without which it
     does not go on; `joined`: another launcher started it, but it ends once it hears nothing from its session for long;
-    `orphan`: a rule in place of both; `dump`: the file descriptor into which the rank dumps its stacks."""
+    `orphan`: a rule in place of both; `dump`: the file descriptor into which the rank dumps its stacks; `holder`: the
+    session's process, for an engine that another session may join; `run_folder`: for a rank that has joined, the name
+    of the run's folder in log_dir."""
 
     rank: int
     endpoint: str
@@ -791,6 +839,8 @@ class RankLink(Struct, frozen=True):
     joined: bool = False
     orphan: OrphanRule | None = None
     dump: int | None = None
+    holder: Holder | None = None
+    run_folder: str = ""
 
 
 class RankJob(Struct, frozen=True):

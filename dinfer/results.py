@@ -3,16 +3,18 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from dinfer.display import Displayable
+from dinfer.display import Displayable, Tidy
 from dinfer.errors import NoSuch
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Cut
+from dinfer.severity import Severity
 
 
 @dataclass(frozen=True, repr=False)
-class Moved(Displayable):
-    """The result of a step: the cuts before and after, and a line per rank, or one for all ranks if it only went back.
-    `stopped`: a breakpoint or a pause ended it."""
+class Moved(Tidy, Displayable):
+    """The result of a step: the cuts `before` and `after`, and `lines`, one per rank, or one for all ranks if it only
+    went back. `stopped`: a breakpoint or a pause ended it; `remark`: why it did not move, or stopped; `edited`: what
+    the user has changed by hand."""
 
     before: Cut
     after: Cut
@@ -23,6 +25,7 @@ class Moved(Displayable):
 
     @property
     def moved(self) -> bool:
+        """Whether any rank moved."""
         return self.before != self.after
 
     def __str__(self) -> str:
@@ -39,10 +42,10 @@ STOPPED = {
 
 
 @dataclass(frozen=True, repr=False)
-class Decoded(Displayable):
-    """The new tokens of a call and their text. `stopped`: why there are no more: "end of text", "positions" (the
-    model's are used up), "max_new_tokens" (as many as were asked for) or "user" (paused); "" where no token was asked
-    for. `count`: all new tokens so far; `remark`: why there are no tokens, or what was undone."""
+class Decoded(Tidy, Displayable):
+    """The new `tokens` of a call and their `text`. `stopped`: why there are no more: "end of text", "positions"
+    (those of the model are used up), "max_new_tokens" (as many as were asked for) or "user" (paused); "" where no token
+    was asked for. `count`: all new tokens so far; `remark`: why there are no tokens, or what was undone."""
 
     tokens: tuple[int, ...]
     text: str
@@ -71,19 +74,22 @@ def took_back(gone: int, left: int) -> Decoded:
 
 
 @dataclass(frozen=True, repr=False)
-class Where(Displayable):
-    """Where the ranks stand. `state`: the run's; `lines`: a line per rank, and further facts."""
+class Where(Tidy, Displayable):
+    """Where the ranks stand. `state`: the run's; `lines`: a line per rank, and further facts; `severity`: how grave
+    these are."""
 
     state: str
     lines: str
+    severity: Severity = Severity.NOTE
 
     def __str__(self) -> str:
         return f"{self.state}\n{self.lines}"
 
 
-class Breakpoints(Displayable):
-    """The breakpoints of a run, by number. Changes take effect in the run: `changed(call, before)` is called after
-    each, with the call that made it and the breakpoints before it."""
+class Breakpoints(Tidy, Displayable):
+    """The breakpoints of a run, by number: `run.breakpoints[1]`. Changes take effect in the run.
+
+    `changed(call, before)` is called after each, with the call that made it and the breakpoints before it."""
 
     def __init__(
         self, found: dict[int, Breakpoint], changed: Callable[[str, dict[int, Breakpoint]], None]

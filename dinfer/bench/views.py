@@ -29,7 +29,7 @@ from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
 from dinfer.run.report import machine
 from dinfer.run.run import Run
-from dinfer.run.state import Standing
+from dinfer.run.state import Standing, State
 from dinfer.trace.simulated import paper_trace
 from dinfer.trace.trace import Trace
 from dinfer.views.cells import CellMap
@@ -122,7 +122,7 @@ def half_way(layers: int, chunks: int, ranks: int) -> tuple[Plan, Standing]:
     plan = build(shape, "pipelined", "pairwise")
     cut = Cuts(plan).after_block(chunks // 2, layers // 2)
     stands = tuple(CutStand(lanes, (False,) * len(lanes), lanes) for lanes in cut)
-    return plan, Standing(stands, "paused", "", 0, "", ("cpu",) * ranks, (True,) * ranks, "run.resume()")  # type: ignore[arg-type]
+    return plan, Standing(stands, State.PAUSED, "", 0, "", ("cpu",) * ranks, (True,) * ranks, "run.resume()")  # type: ignore[arg-type]
 
 
 def inspected() -> tuple[InspectRequest, Fetched]:

@@ -31,6 +31,9 @@ def bench(
     json_path: Annotated[str, Option("--json", help="write the figures to this file")] = "",
     compare: Annotated[str, Option(help="compare two sync strategies: pairwise,ring")] = "",
     plot: Annotated[str, Option(help="with --compare: a plot file, .html, .svg or .png")] = "",
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="replace the files of --json and --plot if they exist")
+    ] = False,
     engines: Annotated[
         bool, Option("--engines", help="views: also time the inspector on three engines")
     ] = False,
@@ -40,7 +43,7 @@ def bench(
     try:
         if repeats < 1:
             raise ConfigError(f"repeats is {repeats}; it must be at least 1.")
-        check_outputs({"--json": json_path, "--plot": plot})
+        check_outputs({"--json": json_path, "--plot": plot}, overwrite=overwrite)
         match what:
             case "prefill":
                 if plot and not compare:

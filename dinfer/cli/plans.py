@@ -2,13 +2,13 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 from typer import Argument, Exit, Option
 
 from dinfer.cli.root import BAD_INPUT, app, stop
 from dinfer.config import Config, ConfigError
+from dinfer.files import FileError, as_text, read_bytes, read_stream
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan, parse_plan
@@ -16,6 +16,9 @@ from dinfer.plan.schedule import build
 from dinfer.plan.verify import Counterexample, Proof
 from dinfer.plan.verify import verify as verify_plan
 from dinfer.verdict.drawing import cycle_text
+
+MAX_BYTES = 1 << 26
+"""of a plan; one of the largest allowed has 50 MB"""
 
 
 @app.command()
@@ -51,13 +54,15 @@ def verify(
 ) -> None:
     """Prove a plan, or print the shortest counterexample. Status 0: proved; 1: refuted; 2: invalid input."""
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
-        parsed = parse_plan(text)
+        data = read_stream(sys.stdin.buffer, MAX_BYTES) if file == "-" else read_bytes(file, MAX_BYTES)
+        parsed = parse_plan(as_text(data))
+        verdict = verify_plan(parsed)
     except OSError as error:
         stop(f"the plan {file!r} cannot be read: {error.strerror}.", BAD_INPUT)
-    except (UnicodeDecodeError, PlanError) as error:
+    except FileError as error:
+        stop(f"the plan {file!r} cannot be read: {error}.", BAD_INPUT)
+    except PlanError as error:
         stop(error, BAD_INPUT)
-    verdict = verify_plan(parsed)
     _end(parsed, verdict, _in_words(verdict), as_json)
 
 

@@ -10,6 +10,8 @@ import typer
 from typer import Exit
 
 from dinfer.config import ConfigError
+from dinfer.display import takes_colour
+from dinfer.severity import Severity
 from dinfer.version import __version__
 
 app = typer.Typer(
@@ -21,6 +23,9 @@ app = typer.Typer(
 )
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+OUTPUT_CLOSED = 141
+"""what a shell says of a program that the closing of a pipe has ended: 128 + SIGPIPE"""
 
 
 def _show_version(asked: bool) -> None:
@@ -40,7 +45,8 @@ def root(
 
 def stop(message: object, status: int) -> NoReturn:
     """Print a message to standard error and exit."""
-    print(f"dinfer: {message}", file=sys.stderr)
+    severity = Severity.NOTE if status == INTERRUPTED else Severity.ERROR
+    print(f"dinfer: {severity.marked(str(message), colour=takes_colour(sys.stderr))}", file=sys.stderr)
     raise Exit(status)
 
 
@@ -49,9 +55,11 @@ def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def check_outputs(outputs: Mapping[str, str], inputs: Mapping[str, str] | None = None) -> None:
+def check_outputs(
+    outputs: Mapping[str, str], inputs: Mapping[str, str] | None = None, *, overwrite: bool = False
+) -> None:
     """Called before any work starts. Raises ConfigError if a file that is to be written could not be, or would replace
-    an input or another output. Both: paths by flag, "" for none."""
+    an input, another output or, unless `overwrite`, a file that exists. Both: paths by flag, "" for none."""
     taken = {Path(path).expanduser().resolve(): flag for flag, path in (inputs or {}).items() if path}
     for flag, path in outputs.items():
         if not path:
@@ -67,6 +75,10 @@ def check_outputs(outputs: Mapping[str, str], inputs: Mapping[str, str] | None =
             )
         if target.is_dir():
             raise ConfigError(f"{flag} is {path!r}, which is a folder; give a file.")
+        if target.is_file() and target.stat().st_size and not overwrite:
+            raise ConfigError(
+                f"{flag} is {path!r}, which exists: give another name, or --overwrite to replace it."
+            )
         taken[target] = flag
 
 

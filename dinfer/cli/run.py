@@ -4,7 +4,7 @@ import inspect
 import os
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +21,9 @@ SILENCE_S = 5.0
 def run(**given: Any) -> None:
     """Generate from a checkpoint on several ranks, started here or by torchrun or mpirun."""
     values, launched = {name: value for name, value in given.items() if value is not None}, None
-    json_path, trace_path, toml = (values.pop(name, None) for name in ("json", "trace", "config"))
+    json_path, trace_path, toml, overwrite = (
+        values.pop(name, None) for name in ("json", "trace", "config", "overwrite")
+    )
     try:
         launched = launched_as(os.environ)
         config = Config.of(_for_launched({**(read_toml(toml) if toml else {}), **values}, launched))
@@ -29,8 +31,8 @@ def run(**given: Any) -> None:
             if trace_path:
                 Path(trace_path).expanduser().parent.mkdir(parents=True, exist_ok=True)
             outputs = {"--json": json_path or "", "--trace": trace_path or ""}
-            check_outputs(outputs, {"--prompt-file": config.prompt_file, "--config": toml or ""})
-        trace_path = trace_path or Path(config.log_dir) / "trace.jsonl"
+            inputs = {"--prompt-file": config.prompt_file, "--config": toml or ""}
+            check_outputs(outputs, inputs, overwrite=bool(overwrite))
         if launched:
             from dinfer.launch.join import join
 
@@ -53,15 +55,17 @@ def run(**given: Any) -> None:
         keep_json(result, json_path)
 
 
-def _run_here(config: Config, trace_path: str | Path) -> dict[str, Any]:
+def _run_here(config: Config, trace_path: str | None) -> dict[str, Any]:
     from dinfer.job import prepare
 
     job = prepare(config)  # before torch is imported, so that mistakes are reported at once
     from dinfer.launch.processes import interrupt_as_error
     from dinfer.launch.runner import run as run_job
+    from dinfer.rank.logs import new_run_folder
 
     interrupt_as_error()
-    return run_job(job, trace_path)
+    folder = new_run_folder(Path(config.log_dir))
+    return run_job(replace(job, config=job.config.with_(log_dir=str(folder))), trace_path)
 
 
 def _for_launched(values: dict[str, Any], launched: Launched | None) -> dict[str, Any]:
@@ -87,7 +91,8 @@ def _options() -> list[inspect.Parameter]:
     options = [
         option("config", "a TOML file with any of these parameters; flags override it", str, "--config"),
         option("json", "write the result to this file as JSON", str, "--json"),
-        option("trace", "write the trace to this file [default: trace.jsonl in log_dir]", str, "--trace"),
+        option("trace", "write the trace to this file [default: beside the run's logs]", str, "--trace"),
+        option("overwrite", "replace the files of --json and --trace if they exist", bool, "--overwrite"),
     ]
     for item in fields(Config):
         flag = "--" + item.name.replace("_", "-")

@@ -7,6 +7,7 @@ from typer import Argument, Exit, Option
 
 from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, check_outputs, keep_json, log, stop
 from dinfer.config import ConfigError
+from dinfer.files import free_path
 from dinfer.trace.export import TraceError
 from dinfer.trace.read import read_traces
 
@@ -65,12 +66,21 @@ def report(
     traces: Annotated[
         list[str], Argument(help="traces of `dinfer run --trace`, or reports; several are compared")
     ],
-    output: Annotated[str, Option("--output", "-o", help="the file to write")] = "report.html",
+    output: Annotated[
+        str,
+        Option("--output", "-o", help="the file to write [default: report.html, or a free report-2.html]"),
+    ] = "",
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="replace the file of --output if it exists")
+    ] = False,
 ) -> None:
     """Write a self-contained HTML report. Status 0: written; 1: not written; 2: not a trace, or no
     place to write to."""
     try:
-        check_outputs({"--output": output}, {f"the trace {path!r}": path for path in traces})
+        output = output or str(free_path(Path("report.html")))
+        check_outputs(
+            {"--output": output}, {f"the trace {path!r}": path for path in traces}, overwrite=overwrite
+        )
         found = [(Path(path).stem, read_traces(path)) for path in traces]
     except OSError as error:
         stop(f"the trace {error.filename!r} cannot be read: {error.strerror}.", BAD_INPUT)
@@ -98,6 +108,7 @@ def lab(
     seed: Annotated[int, Option(help="selects the cells and their order")] = 0,
     slow_runs: Annotated[int, Option(help="number of additional slow runs, which must raise no alarm")] = 0,
     json_path: Annotated[str, Option("--json", help="write the results to this file")] = "",
+    overwrite: Annotated[bool, Option("--overwrite", help="replace the file of --json if it exists")] = False,
     join: Annotated[
         bool, Option("--join", help="use the running cluster of 3 engines, which are killed on purpose")
     ] = False,
@@ -117,7 +128,7 @@ def lab(
     from dinfer.run.report import machine, versions
 
     try:
-        check_outputs({"--json": json_path})
+        check_outputs({"--json": json_path}, overwrite=overwrite)
     except ConfigError as error:
         stop(error, BAD_INPUT)
     for name, count in (("sample", sample or 0), ("slow_runs", slow_runs)):

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 
 import msgspec
 
+from dinfer.cluster.holder import check_free, own_holder
 from dinfer.cluster.ipyparallel.cluster import Cluster
 from dinfer.cluster.ipyparallel.facts import own_loopback
 from dinfer.cluster.link import Link
-from dinfer.cluster.ranks import LOST, STOPPED_S, Ranks
+from dinfer.cluster.ranks import LOST, STOPPED_S, Ranks, answers
 from dinfer.errors import NoAnswer
-from dinfer.messages import OrphanRule, StoreAddress
+from dinfer.messages import EndPrompt, Holder, OrphanRule, StoreAddress
 from dinfer.transport.interface import LOOPBACK, own_address_towards
 
 START_S = 60.0
@@ -19,16 +20,25 @@ START_S = 60.0
 PAUSE_S = 2.0
 """In a cluster that was joined: how long the session may be gone before the run pauses."""
 
+END_S = 2.0
+"""how long a session that is closed waits for its ranks to give up the run"""
+
 SILENT_S = 3.0
 """A rank whose watcher has not been heard for so long does not answer; watchers report ten times a second."""
 
 
 class EngineRanks(Link, Ranks):
-    """`patience`: seconds without a session after which engines of a cluster that dinfer started end themselves."""
+    """`patience`: seconds without a session after which engines of a cluster that dinfer started end themselves;
+    `take`: also take engines that another process's session holds. Raises ClusterTaken."""
 
-    def __init__(self, cluster: Cluster, patience: float) -> None:
+    def __init__(self, cluster: Cluster, patience: float, *, take: bool = False) -> None:
         self.cluster = cluster
         self._patience = patience
+        self._me, self._take_held = own_holder(), take
+        if not take:
+            found = cluster.call(None, "dinfer.rank.kernel:holder", timeout=START_S)
+            holders = {rank: one and msgspec.convert(one, Holder) for rank, one in enumerate(found)}
+            check_free(holders, self._me, cluster.known.name)
         here = own_loopback()
         away = [facts.address for facts in cluster.facts if facts.loopback != here]
         super().__init__(cluster.n, own_address_towards(away[0]) if away else LOOPBACK)
@@ -72,6 +82,9 @@ class EngineRanks(Link, Ranks):
         return self.cluster.facts[rank].host, self.cluster.call(rank, call, port, timeout=START_S)[0]
 
     def close(self) -> None:
+        if not self.cluster.started_by_us and not any(state.handed_on for state in self.ranks):
+            living = [rank for rank, code in enumerate(self.exits()) if code is None]
+            answers(self, dict.fromkeys(living, EndPrompt()), END_S)  # the weights stay
         super().close()
         self.cluster.close()
 
@@ -93,8 +106,10 @@ class EngineRanks(Link, Ranks):
             rule = OrphanRule("pause", PAUSE_S)  # what its watcher does once this process is gone
             if self.cluster.started_by_us:
                 rule = OrphanRule("end", self._patience, (controller,) if rank == 0 and controller else ())
-            part = msgspec.to_builtins(self.job_part(rank, orphan=rule))
-            calls[rank] = self.cluster.call_async(rank, "dinfer.rank.kernel:start", part, self.world_size)
+            link = msgspec.structs.replace(self.job_part(rank, orphan=rule), holder=self._me)
+            calls[rank] = self.cluster.call_async(
+                rank, "dinfer.rank.kernel:start", msgspec.to_builtins(link), self.world_size, self._take_held
+            )
         for call in calls.values():
             call.result(START_S)
         with self.changed:

@@ -76,8 +76,8 @@ class RankState:
     notes: list[Note] = field(default_factory=list)
     error: Failed | None = None
     """why its run cannot go on"""
-    handed_on: bool = False
-    """another session has taken over its engine"""
+    handed_on: str = ""
+    """the session that has taken over its engine"""
     loading: Loading | None = None
     struck: Struck | None = None
     store: StoreOpened | None = None
@@ -211,7 +211,7 @@ class RankStates:
                 case Failed():
                     state.error = report
                 case HandedOn():
-                    state.handed_on = True
+                    state.handed_on = report.to
                 case Loading():
                     state.loading = report
                 case Struck():

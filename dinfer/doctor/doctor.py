@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dinfer.config import Config
+from dinfer.display import takes_colour
 from dinfer.doctor.devices import count_gpus, gpu_check, memory_checks
 from dinfer.doctor.leftovers import folder_check, orphans, process_check, read_processes
 from dinfer.doctor.network import network_checks
@@ -30,7 +31,7 @@ def doctor(model: str | None, world_size: int, as_json: bool) -> int:
     if as_json:
         print(json.dumps(to_json(report), ensure_ascii=False, indent=1))
     else:
-        print(as_text(report, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+        print(as_text(report, colour=takes_colour(sys.stdout)))
     return 0 if report.ok else 1
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from dinfer.display import Table
+from dinfer.severity import Severity
 
 CheckState = Literal["ok", "warn", "fail", "unchecked"]
 
@@ -37,9 +38,15 @@ class PairSpeed:
 
 WIDTH = 110
 
-STATE_WIDTH = 9
+SEVERITIES: dict[CheckState, Severity] = {
+    "ok": Severity.OK,
+    "warn": Severity.WARNING,
+    "fail": Severity.ERROR,
+    "unchecked": Severity.NOTE,
+}
 
-COLOURS = {"ok": "32", "warn": "33", "fail": "1;31", "unchecked": "36"}
+STATE_WIDTH = 9
+"""columns of the longest mark"""
 
 
 @dataclass(frozen=True)
@@ -61,18 +68,18 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def as_text(report: Report, colour: bool = False) -> str:
-    """The checks, the links between ranks as tables, and a sentence. `colour`: states in ANSI colours."""
+    """The checks, the links between ranks as tables, and a sentence. `colour`: marks in ANSI colours."""
     width = WIDTH - STATE_WIDTH - 4 - max(len(check.name) for check in report.checks)
     rows = []
     for check in report.checks:
         found = textwrap.fill(check.found, width, break_on_hyphens=False)
         fix = f"\n→ {check.fix}" if check.fix else ""  # on one line, so that it can be copied
-        rows.append((check.state.ljust(STATE_WIDTH), check.name, found + fix))
+        rows.append((SEVERITIES[check.state].mark.ljust(STATE_WIDTH), check.name, found + fix))
     checks = str(Table(("", "", ""), rows))
     if colour:
-        checks = re.sub(
-            r"^\w+", lambda state: f"\x1b[{COLOURS[state[0]]}m{state[0]}\x1b[0m", checks, flags=re.MULTILINE
-        )
+        for severity in Severity:
+            mark = re.compile(f"^{severity.mark}", re.MULTILINE)
+            checks = mark.sub(severity.painted(severity.mark), checks)
     tables = []
     if report.pairs:
         latency = {(p.source, p.target): significant(1e3 * p.latency_s) for p in report.pairs}

@@ -17,7 +17,12 @@ MAX_LANES = 254  # and the recorder's lane for decode: an event names its lane i
 _MEMORY = MAX_LANES + 1
 """the first of the three words of device memory"""
 
-BOARD_BYTES = 8 * (_MEMORY + 3)
+_SESSION = _MEMORY + 3
+
+BOARD_BYTES = 8 * (_SESSION + 1)
+SESSIONS = ("awaited", "there", "gone")
+"""how the watcher finds the connection to the session: not made yet, made, closed"""
+
 PHASES: tuple[Phase, ...] = ("starting", "loading", "prefill", "decode", "done")
 
 
@@ -26,7 +31,7 @@ class Board:
 
     A lane's values share one 64-bit word that is written by one store, so a reader never sees half an update.
     (struct.pack_into zeroes the bytes first and would not do.) Word 0 holds phase and decoded tokens, word n + 1 lane
-    n, the last three device memory.
+    n, the next three device memory, and the last, which the watcher writes, whether the session is there.
     """
 
     def __init__(self, memory: memoryview | None = None) -> None:
@@ -46,8 +51,16 @@ class Board:
     @property
     def device_memory(self) -> DeviceMemory | None:
         """None for a rank without a GPU."""
-        found = DeviceMemory(*self._words[_MEMORY:].tolist())
+        found = DeviceMemory(*self._words[_MEMORY:_SESSION].tolist())
         return found if found.total else None
+
+    def set_session(self, session: str) -> None:
+        """One of SESSIONS."""
+        self._words[_SESSION] = SESSIONS.index(session)
+
+    @property
+    def session(self) -> str:
+        return SESSIONS[self._words[_SESSION]]
 
     @property
     def phase(self) -> Phase:

@@ -35,7 +35,8 @@ class Steps:
     edited: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        head = self.blocked_on or f"one {self.unit}, {len(self.lines)} ops"
+        count = len(self.lines)
+        head = self.blocked_on or f"one {self.unit}, {count} op{'s' * (count != 1)}"
         if not head.startswith("rank"):
             head = f"rank {self.rank}: {head}"
         edited = [f"  edited by hand: {', '.join(self.edited)}"] if self.edited else []

@@ -1,9 +1,9 @@
 """Decode: every rank computes all layers alone on the synced cache, and the ranks compare each token.
 
-Before it, `recheck` compares all blocks in memory with their digests. If a rank's logits are NaN, all ranks search
-their KV for the first one. A NaN spreads to later layers, to later tokens, and within its chunk to earlier ones too
-(attention gives a masked token the weight 0, and 0 × NaN is NaN). So it arose in the first layer of the first chunk
-that has one.
+Before it, `recheck` compares all blocks in memory with their digests. If a rank's logits are NaN or Inf, all ranks
+search their KV for the first one. A NaN spreads to later layers, to later tokens, and within its chunk to earlier
+ones too (attention gives a masked token the weight 0, and 0 × NaN is NaN). So it arose in the first layer of the first
+chunk that has one.
 """
 
 import json
@@ -29,7 +29,7 @@ _TOKEN = struct.Struct("<q")
 _PLACE = struct.Struct("<qq")
 
 _NO_TOKEN = -1
-"""what a rank sends whose logits are NaN"""
+"""what a rank sends whose logits are NaN or Inf"""
 
 
 class TokensDiffer(DinferError, RuntimeError):
@@ -46,18 +46,18 @@ class TokensDiffer(DinferError, RuntimeError):
 
 
 class NanOrigin(NamedTuple):
-    """The K and V of one token in one layer, in which a NaN was found first."""
+    """The K and V of one token in one layer, in which NaN or Inf was found first."""
 
     token: int
     layer: int
 
 
 NOWHERE = NanOrigin(-1, -1)
-"""no NaN in K or V"""
+"""no NaN or Inf in K or V"""
 
 
 class NotANumber(DinferError, RuntimeError):
-    """The logits of new token `position` (from 0) are NaN. `places`: by rank, the first NaN in its KV."""
+    """The logits of new token `position` (from 0) are NaN or Inf. `places`: by rank, the first one in its KV."""
 
     def __init__(
         self, position: int, places: dict[int, NanOrigin], world_size: int, shape: Shape | None
@@ -65,7 +65,8 @@ class NotANumber(DinferError, RuntimeError):
         by_place: dict[NanOrigin, list[int]] = {}
         for rank, place in places.items():
             by_place.setdefault(place, []).append(rank)
-        said = f"the logits of new token {position} are not numbers (NaN) on {_ranks_text(list(places), world_size)}."
+        who = _ranks_text(list(places), world_size)
+        said = f"the logits of new token {position} are not finite (NaN or Inf) on {who}."
         for place, ranks in by_place.items():
             where, cause = _told(place, set(places), shape)
             said += f" {where} of the KV on {_ranks_text(ranks, world_size)}: {cause}"
@@ -74,17 +75,17 @@ class NotANumber(DinferError, RuntimeError):
 
 
 def _told(place: NanOrigin, ranks: set[int], shape: Shape | None) -> tuple[str, str]:
-    """Where the first NaN is; how it arose, and what to check. `ranks` are those with NaN in their logits."""
+    """Where the first NaN or Inf is; how it arose, and what to check. `ranks` are those whose logits have one."""
     remedy = "float16 may have overflowed (use bfloat16 or float32), or the checkpoint is damaged there."
     if place == NOWHERE:
         after = "it arose after the KV of the last layer, in its attention or MLP, the norm or the head"
-        return "There is no NaN in any row", f"{after}; {remedy}"
-    where, by = f"The first NaN is in layer {place.layer}, token {place.token},", ""
+        return "There is no NaN or Inf in any row", f"{after}; {remedy}"
+    where, by = f"The first NaN or Inf is in layer {place.layer}, token {place.token},", ""
     if shape is not None and place.token < shape.tokens:
         chunk, owner = place.token // shape.chunk_size, shape.owners[place.layer]
-        where = f"The first NaN is in layer {place.layer}, chunk {chunk} (token {place.token})"
+        where = f"The first NaN or Inf is in layer {place.layer}, chunk {chunk} (token {place.token})"
         if owner not in ranks:
-            cause = f"rank {owner} computed that block without NaN, so it changed on the way or in memory."
+            cause = f"rank {owner} computed that block without any, so it changed on the way or in memory."
             return where, cause
         by = f"computed by rank {owner}; "
     before = f"in layer {place.layer - 1} after its KV" if place.layer else "in the embedding"
@@ -139,7 +140,7 @@ class Decoding:
         return self._rows[-1]
 
     def step(self) -> int:
-        """Make the next token. Raises on every rank: TokensDiffer, or NotANumber if the logits of one are NaN."""
+        """Make the next token. Raises on every rank: TokensDiffer, or NotANumber if those of one have NaN or Inf."""
         start, row, state = monotonic_ns(), self.rows, self._state
         hidden = self._final
         if self.tokens:
@@ -147,16 +148,16 @@ class Decoding:
             row += state.faults.new_row(row) if state else 1
             hidden = self._decoder.norm(hidden)
         logits = self._decoder.logits(hidden)
-        # The maximum of values with a NaN is NaN; that is cheaper than isnan of each.
-        token = _NO_TOKEN if logits.max().isnan() else self._sampler(logits, len(self.tokens))
+        # The maximum of values with a NaN is NaN; that is cheaper than a look at each. -Inf alone is no fault.
+        token = _NO_TOKEN if not logits.max().isfinite() else self._sampler(logits, len(self.tokens))
         computed = monotonic_ns()
         self._compare(token, logits)
         end = monotonic_ns()
         if self._recorder:
             about = {"what": "token", "tokens": 1, "index": len(self.tokens)}
-            _record(self._recorder, "decode", start, computed, **about)
+            record(self._recorder, "decode", start, computed, **about)
             if self._comm.world_size > 1:
-                _record(self._recorder, "all_gather", computed, end, **about)
+                record(self._recorder, "all_gather", computed, end, **about)
         self.tokens.append(token)
         self._rows.append(row)
         return token
@@ -190,7 +191,7 @@ def _gather(comm: Comm, data: bytes) -> list[bytes]:
     return comm.all_gather(data) if comm.world_size > 1 else [data]
 
 
-def _record(recorder: Recorder, kind: str, start: int, end: int, **fields: object) -> None:
+def record(recorder: Recorder, kind: str, start: int, end: int, **fields: object) -> None:
     """Record an event on the recorder's lane for decode, the last one."""
     lane = len(recorder.lanes) - 1
     event = Event(recorder.rank, recorder.lanes[lane], kind, start, start, start, end, **fields)  # type: ignore[arg-type]
@@ -209,11 +210,11 @@ def recheck(state: Prefill, recorder: Recorder, comm: Comm) -> float:
     start = monotonic_ns()
     found = state.changed_blocks()
     end, size = monotonic_ns(), sum(state.block(*key).nbytes for key in ledger.entries)
-    _record(recorder, "check", start, end, bytes=size)
+    record(recorder, "check", start, end, bytes=size)
     new = [one for one in found if (one.chunk, one.layer) not in ledger.told]
     for one in new:
         where = {"what": "kv", "chunk": one.chunk, "layer": one.layer, "bytes": one.bytes}
-        _record(recorder, "corrupt", end, end, tokens=len(state.rows(one.chunk)), **where)
+        record(recorder, "corrupt", end, end, tokens=len(state.rows(one.chunk)), **where)
         ledger.told.add((one.chunk, one.layer))
         state.alarm.report(one)
     if policy != "record":
@@ -240,7 +241,7 @@ def cache_of(decoder: Decoder, kv_caches: Sequence[tuple[Tensor, Tensor]], capac
 
 
 def first_nan(cache: KVCache, tokens: int, shape: Shape | None) -> NanOrigin:
-    """The first NaN in the first `tokens` rows of a cache, by chunk, then layer, then token; else NOWHERE.
+    """The first NaN or Inf in the first `tokens` rows of a cache, by chunk, then layer, then token; else NOWHERE.
 
     Each new token counts as a chunk of its own. Without a `shape`, all rows count as one chunk.
     """
@@ -253,7 +254,7 @@ def first_nan(cache: KVCache, tokens: int, shape: Shape | None) -> NanOrigin:
 
     found = []
     for layer in range(cache.layers):
-        rows = cache.block(layer, 0, tokens).isnan().flatten(1).any(1)
+        rows = cache.block(layer, 0, tokens).isfinite().logical_not_().flatten(1).any(1)
         if rows.any():
             found.append(NanOrigin(int(rows.int().argmax()), layer))
     return min(found, key=lambda one: (chunk_of(one.token), one.layer), default=NOWHERE)

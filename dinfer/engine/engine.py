@@ -4,6 +4,8 @@ All ranks must make the same calls, except for `forward_single_layer`, which nee
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from time import monotonic_ns
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -12,7 +14,8 @@ from dinfer.config import Config
 from dinfer.engine.board import Board
 from dinfer.engine.by_hand import LayerKV, Steps, layer_kv
 from dinfer.engine.corruption import Alarm, Corruption
-from dinfer.engine.decoding import Decoding, cache_of, recheck
+from dinfer.engine.decoding import Decoding, cache_of, recheck, record
+from dinfer.engine.finite import FiniteCheck, NonFinite, OnNonFinite
 from dinfer.engine.lanes import Execution, LaneExecutor
 from dinfer.engine.prefill import Prefill
 from dinfer.engine.prompt import Hit, Prompt, Stands
@@ -55,8 +58,8 @@ class Engine:
 
     `memory`: shared memory for the recorder; by default each prompt gets its own. `deadline`: seconds after which a
     call that waits for other ranks raises StillWaiting. `on_op(event, op)` is called for every op that has ended,
-    `on_hit` for a breakpoint's condition that holds, and `on_corrupt` for a block whose bytes changed. `all_stands()`
-    returns where each rank stands, None where unknown.
+    `on_hit` for a breakpoint's condition that holds, `on_corrupt` for a block whose bytes changed, and `on_nonfinite`
+    for the first NaN or Inf. `all_stands()` returns where each rank stands, None where unknown.
     """
 
     def __init__(
@@ -73,11 +76,13 @@ class Engine:
         on_hit: Hit | None = None,
         all_stands: Callable[[], Stands] | None = None,
         on_corrupt: Callable[[Corruption], None] | None = None,
+        on_nonfinite: OnNonFinite = lambda _: None,
     ) -> None:
         self.decoder, self.comm, self.config = decoder, comm, config
         self.rank, self.world_size = comm.rank, comm.world_size
         self.gate, self.board = gate or Gate(), board or Board()
         self._memory, self._on_op, self._on_hit, self._all_stands = memory, on_op, on_hit, all_stands
+        self._on_nonfinite = on_nonfinite
         self._deadline = Deadline(comm.rank, deadline)
         self._alarm, self.check_s = Alarm(config.on_corruption, on_corrupt), 0.0
         self._prompt: Prompt | None = None
@@ -120,9 +125,12 @@ class Engine:
         else:
             self.recorder = Recorder.over(self.rank, lanes, self._memory)
             self.recorder.clear()
+        noted = partial(_record_nonfinite, self.recorder)
+        finite = FiniteCheck(self.rank, plan.shape.chunks, self.cache.device, noted, self._on_nonfinite)
         state = Prefill(
-            self.decoder, self.cache, plan, self.rank, ids, digests=self.config.digests, alarm=self._alarm
-        )
+            self.decoder, self.cache, plan, self.rank, ids,
+            digests=self.config.digests, alarm=self._alarm, finite=finite,
+        )  # fmt: skip
         self._prompt = Prompt(
             state, self._executor, on_op=self._on_op, on_hit=self._on_hit, all_stands=self._all_stands
         )
@@ -179,6 +187,8 @@ class Engine:
         if final is None or (kv_caches is None and (self.cache is None or unfinished)):
             raise NotPossible("there is no finished prefill: call prefill_phase(prompt) on all ranks first.")
         state, config = None, self.config
+        if self._prompt is not None:
+            self._prompt.state.finite.settle()  # the recorder's lane for decode is its own from here on
         if kv_caches is None:
             tokens = len(self.ids)
             cache = self.grow_cache(self._capacity(tokens, max_new_tokens))
@@ -355,3 +365,10 @@ class Engine:
         faults = self._prompt.state.faults if self._prompt else None
         new = (max_new_tokens or self.config.max_new_tokens) * (2 if faults and faults.repeats else 1)
         return min(tokens + new, self.decoder.max_positions) + (faults.extra_rows if faults else 0)
+
+
+def _record_nonfinite(recorder: Recorder, found: NonFinite) -> None:
+    """Record an event on the recorder's lane for decode, which nothing else writes during prefill."""
+    now, layer = monotonic_ns(), found.layer if found.op == "layer" else None
+    what = "kv" if found.tensor in ("K", "V") else found.tensor
+    record(recorder, "nonfinite", now, now, what=what, chunk=found.chunk, layer=layer)

@@ -31,7 +31,8 @@ class Outcome(NamedTuple):
 
 def embed(state: Prefill, op: Op, _: Comm) -> Outcome:
     rows = state.rows(op.chunk)
-    state.hidden[op.chunk, 0] = state.decoder.embed(state.ids[rows.start : rows.stop])
+    hidden = state.hidden[op.chunk, 0] = state.decoder.embed(state.ids[rows.start : rows.stop])
+    state.finite.made(op, hidden)
     return Outcome()
 
 
@@ -40,6 +41,7 @@ def layer(state: Prefill, op: Op, _: Comm) -> Outcome:
     output = state.compute_layer(op.chunk, op.layer, hidden)
     block = state.block(op.chunk, op.layer)
     state.faults.computed(op, block)
+    state.finite.made(op, output, block)
     state.ledger.made((op.chunk, op.layer), block)
     state.faults.in_memory(op, block)
     if state.is_needed(op.chunk, op.layer + 1):
@@ -50,6 +52,7 @@ def layer(state: Prefill, op: Op, _: Comm) -> Outcome:
 
 def norm(state: Prefill, op: Op, _: Comm) -> Outcome:
     state.final = state.decoder.norm(state.take_hidden(op.chunk, op.layer))[:, -1:].contiguous()
+    state.finite.made(op, state.final)
     return Outcome()
 
 
@@ -81,6 +84,8 @@ def recv(state: Prefill, op: Op, comm: Comm) -> Outcome:
         corrupt = state.check_digests(op, came, None if found is None else as_numbers(found))
     else:
         comm.recv_payload(channel, place)
+        if op.what == "hidden":
+            state.finite.made(op, place)
         _keep(state, op, place)
     return Outcome(met, place.nbytes, corrupt=corrupt)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dinfer.engine.corruption import Alarm, Corruption
 from dinfer.engine.faults import Faults
+from dinfer.engine.finite import FiniteCheck
 from dinfer.kv.ledger import UNKNOWN, Ledger
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
@@ -24,7 +25,8 @@ class Prefill:
     rank (by embedding or from a peer) are kept, so that going back can recompute from them; the others are dropped once
     every op that needs them has run. `final`: the normed hidden state of the last token, [1, 1, hidden_size].
     `differing`: (chunk, layer) → how a received block differs from its digests. `extra`: by layer, rows beyond the
-    plan's, from faults. `digests`: whether to keep a ledger; `alarm` is called for corrupted blocks.
+    plan's, from faults. `digests`: whether to keep a ledger; `alarm` is called for corrupted blocks;
+    `finite` looks for NaN and Inf.
     """
 
     def __init__(
@@ -37,13 +39,14 @@ class Prefill:
         *,
         digests: bool,
         alarm: Alarm,
+        finite: FiniteCheck,
     ) -> None:
         self.decoder, self.cache, self.plan, self.rank = decoder, cache, plan, rank
         self.ids = list(ids)
         self.hidden: dict[tuple[int, int], Tensor] = {}
         self.final: Tensor | None = None
         self.ledger = Ledger(rank, on=digests)
-        self.alarm = alarm
+        self.alarm, self.finite = alarm, finite
         self.differing: dict[tuple[int, int], str] = {}
         self.extra: dict[int, int] = {}
         self.ordering = Ordering(cache.device)
@@ -54,6 +57,7 @@ class Prefill:
 
     def free(self) -> None:
         """Free the tensors, so that a leftover reference to this prompt does not keep its KV in memory."""
+        self.finite.close()
         self.cache, self.hidden, self.final = self.decoder.new_cache(1), {}, None
 
     def rows(self, chunk: int) -> range:
@@ -84,6 +88,10 @@ class Prefill:
         found = self.ledger.arrived((op.chunk, op.layer), block, announced)
         self.faults.in_memory(op, block)
         return found
+
+    def receive_hidden(self, op: Op, _: Tensor, hidden: Tensor) -> None:
+        """Look at a received hidden state, [1, tokens, hidden_size]; on a stream, where nothing is signed."""
+        self.finite.made(op, hidden)
 
     def check_digests(self, op: Op, came: Header, found: tuple[int, int] | None) -> Corruption | None:
         """Compare the digests of a received block with those in its header; returns how it was corrupted."""
@@ -147,6 +155,7 @@ class Prefill:
         done, todo = list(done), list(todo)
         made = {value for op in done for value in op.makes()}
         self.ordering.forget()
+        self.finite.rewound(done)
         self._uses = Counter(need for op in todo for need in op.needs() if need.what == "hidden")
         if FINAL not in made:
             self.final = None

@@ -125,7 +125,8 @@ class StreamExecutor(LaneExecutor):
             work = streams.send(channel_of(self.rank, op), header.pack(), payload, after, sign)
         else:
             # Also without digests: faults strike there.
-            arrived = partial(state.receive_block, op) if op.what == "kv" else None
+            arrive = {"kv": state.receive_block, "hidden": state.receive_hidden}.get(op.what)
+            arrived = partial(arrive, op) if arrive else None
             work = streams.recv(channel_of(self.rank, op), partial(land, state, op), after, arrived)
         # Waking the other thread takes the GIL from this one, so do it only when that thread waits for a first op.
         with self.gate.hold():

@@ -20,7 +20,7 @@ from dinfer.kv.measure import changed
 from dinfer.kv.origin import BlockRoute, Origin, truth
 from dinfer.kv.rows import Finding, Nearby, RowKind, concerned, identify, numbers_text, repeats
 from dinfer.kv.source import HeldSpans, Noted, Selection, Source, Subject
-from dinfer.plan.ops import PlanError
+from dinfer.plan.ops import NothingYet, PlanError
 
 VALUES = 256
 """of how many tokens' rows a diff fetches the values, by default"""
@@ -33,7 +33,7 @@ def diff_ranks(source: Source, chosen: Selection, values: int | None = VALUES) -
     shared = _shared(blocks, chosen)
     if not shared:
         which = f"rank{'s' * (len(blocks) > 1)} {' and '.join(map(str, chosen.ranks))}"
-        raise PlanError(f"no block is on {which} yet; the run stands {subject.stands}.")
+        raise NothingYet(f"no block is on {which} yet; the run stands {subject.stands}.")
     noted = dict(zip(chosen.ranks, source.noted(chosen.ranks, chosen.layers), strict=True))
     evidence = _Evidence(source)
     found = _Differences(subject.spans, evidence.route, values)
@@ -64,7 +64,7 @@ def diff_sources(one: Source, other: Source, chosen: Selection, values: int | No
     others = held_blocks(other, other.held(there.ranks), there, spans, f" of {theirs.name}")
     shared = _shared([*mine, *others], chosen)
     if not shared:
-        raise PlanError(
+        raise NothingYet(
             f"{subject.name} and {theirs.name} have no block in common; the run stands {subject.stands}."
         )
     evidence = _Evidence(one), _Evidence(other)

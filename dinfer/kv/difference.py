@@ -1,18 +1,18 @@
 """Difference: what a diff has found, as values with a text for consoles and an HTML form for notebooks."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import NamedTuple
 
 import torch
 
-from dinfer.display import Displayable, Table
+from dinfer.display import Composed, Displayable, Table, Tidy
 from dinfer.kv.ledger import BlockKey
 from dinfer.kv.origin import CausePlace
 from dinfer.kv.rows import RowKind, numbers_text
-from dinfer.kv.source import Subject
+from dinfer.kv.source import Selection, Subject
+from dinfer.severity import Severity
 
 SHOWN = 40
 """lines of a table"""
@@ -22,9 +22,9 @@ COLUMNS = ("rank", "layer", "chunk", "tensor", "head", "token", "dim", "values",
 
 @dataclass(frozen=True, kw_only=True)
 class KvPlace:
-    """Where KV is not what it should be, as far as that is known. `tensor`: "K", "V" or, beside the reference, a hidden
-    state; `head`, `token`, `dim`: the first that differs; `values`: what is there and what should be; `op`: the op at
-    which it first differed, "" if that is not known."""
+    """Where KV is not what it should be, as far as that is known: `rank`, `layer`, `chunk`. `tensor`: "K", "V" or,
+    beside the reference, a hidden state; `head`, `token`, `dim`: the first that differs; `values`: what is there and
+    what should be; `op`: the op at which it first differed, "" if that is not known."""
 
     rank: int
     layer: int
@@ -56,7 +56,8 @@ class Difference(KvPlace, Displayable):
     None: the layer has too many rows or too few. `where`: "wire", "memory" or "compute"; empty if that is not known.
 
     `name`: whose KV this is; `label`: the token's text; `note`: a sentence on rows that have become others, or a remark
-    on values; `origin`: how the block came to differ; `hops`: how far it has come from the rank that computes it.
+    on values; `origin`: how the block came to differ; `hops`: how far it has come from the rank that computes it;
+    `dtype`: of the values.
     """
 
     kind: RowKind
@@ -101,7 +102,7 @@ class Difference(KvPlace, Displayable):
 
 
 @dataclass(frozen=True, repr=False)
-class Diff(Displayable):
+class Diff(Tidy, Composed):
     """What `diff()` returns. `verdict`: the first line. `differences`: first layers with too many rows or too few, then
     rows that are other rows, then values; each in the order in which blocks are computed, the rank where a difference
     began before those to which the block was passed on. `rows`: how many rows (token, K or V, head) differ;
@@ -115,24 +116,26 @@ class Diff(Displayable):
 
     @property
     def equal(self) -> bool:
+        """Whether nothing differs."""
         return not self.differences
 
     @property
+    def severity(self) -> Severity:
+        return Severity.OK if self.equal else Severity.ERROR
+
+    @property
     def first(self) -> Difference | None:
+        """The first of `differences`; None if there is none."""
         return self.differences[0] if self.differences else None
 
     def table(self, lines: int | None = SHOWN) -> Table:
         """A line for each difference, `lines` at most; None: all."""
         return Table(COLUMNS, [one.cells() for one in self.differences], lines)
 
-    def __str__(self) -> str:
-        lines = [self.verdict, *self._remarks()]
-        return "\n".join([*lines, "", str(self.table())] if len(self.differences) > 1 else lines)
-
-    def _repr_html_(self) -> str:
-        lines = "<br>".join(map(escape, [self.verdict, *self._remarks()]))
-        table = self.table()._repr_html_() if self.differences else ""
-        return f'<div style="white-space:pre-wrap">{lines}</div>{table}'
+    def _parts(self) -> Iterable[str | Displayable]:
+        yield "\n".join([self.verdict, *self._remarks()])
+        if len(self.differences) > 1:
+            yield self.table()
 
     def _remarks(self) -> list[str]:
         unfetched = (
@@ -191,6 +194,13 @@ def unequal_text(compared: Compared, differences: Sequence[Difference], values: 
     return "; ".join(
         filter(None, (first.text(), f"{some}{values.get(first.name, 0):,} of {total}", first.origin))
     )
+
+
+def nonfinite_remark(blocks: Iterable[BlockKey], chosen: Selection, text: str) -> str:
+    """What a comparison does not show: how many of the blocks in it are among `blocks`, which hold NaN or Inf; "" for
+    none. `text`: where they come from."""
+    count = sum(chunk in chosen.spans and layer in chosen.layers for chunk, layer in blocks)
+    return f"{count:,} of these blocks hold{'s' * (count == 1)} NaN or Inf: {text}" if count else ""
 
 
 def _blocks_text(compared: Compared) -> tuple[str, str]:

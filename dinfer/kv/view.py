@@ -1,7 +1,7 @@
 """View: what `run.kv()`, `run.hidden()` and `run.attention()` return: who holds what, values on demand."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import copy
 from dataclasses import replace
@@ -11,14 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dinfer.display import Displayable, Table
+from dinfer.display import Composed, Displayable, Table, Tidy
 from dinfer.errors import NoSuch
 from dinfer.kv.diff import VALUES, diff_ranks, diff_sources
 from dinfer.kv.difference import Diff, number_text
 from dinfer.kv.measure import FIELDS
 from dinfer.kv.rows import numbers_text
 from dinfer.kv.source import LiveSource, Selection, Source, Subject, ViewableSource
-from dinfer.plan.ops import PlanError
+from dinfer.plan.ops import NothingYet, PlanError
 from dinfer.plan.partition import within
 
 LARGE = 64 << 20
@@ -39,11 +39,17 @@ class Other(Protocol):
     def source(self) -> Source: ...
 
 
-class KV(Displayable):
-    """What `run.kv` returns: the KV that ranks hold of a layer, a chunk, a rank, each None for all. `source()` is
-    called anew for each look, since a run may have moved; `hold()` keeps the run from moving during one; `note(diff,
-    selection)` is called after ranks were compared. Raises PlanError for an unknown layer, chunk or rank, and for a
-    block that is not computed yet."""
+class KV(Tidy, Composed):
+    """What `run.kv` returns: the KV that ranks hold of a layer, a chunk, a rank, each None for all.
+
+    `.k[head, tokens]` and `.v[head, tokens]` fetch values of one layer, `.summary()` has each of its heads in a few
+    figures, and `.diff()` finds where ranks differ.
+
+    `source()` is called anew for each look, since a run may have moved; `hold()` keeps the run from moving during one;
+    `note(diff, selection)` is called after ranks were compared; `remark(selection)` is what a comparison does not show,
+    "" for nothing. Raises PlanError for an unknown layer, chunk or rank, and for a block that is not computed yet."""
+
+    INTERNAL = frozenset({"source"})
 
     def __init__(
         self,
@@ -53,9 +59,11 @@ class KV(Displayable):
         chunk: int | None,
         rank: int | None,
         note: Callable[[Diff, Selection], None] | None = None,
+        remark: Callable[[Selection], str] = lambda _: "",
         hold: "Hold" = nullcontext,
     ) -> None:
-        self.source, self._rank, self._note, self._hold = source, rank, note, hold
+        self.source, self._rank, self._hold = source, rank, hold
+        self._note, self._remark = note, remark
         self._spans = () if chunk is None else (chunk,)
         now = source()
         shape = now.subject.plan.shape
@@ -102,7 +110,9 @@ class KV(Displayable):
                 found = diff_ranks(source, selection, values)
                 if self._note:
                     self._note(found, selection)
-                return found
+                remark = self._remark(selection)
+                joint = "but" if found.equal else "and"
+                return replace(found, verdict=f"{found.verdict}; {joint} {remark}") if remark else found
             theirs = other.source() if hasattr(other, "source") else other
             if isinstance(source, LiveSource) and isinstance(theirs, LiveSource):  # both are called this run
                 theirs = copy(theirs)
@@ -131,7 +141,7 @@ class KV(Displayable):
             ]
         return Table(("", "head", *FIELDS), lines)
 
-    def __str__(self) -> str:
+    def _parts(self) -> Iterable[str | Displayable]:
         with self._hold():
             source = self.source()
             subject, shape = source.subject, source.subject.plan.shape
@@ -147,9 +157,10 @@ class KV(Displayable):
                     f"rank {rank} holds {has.rows[layer]}" for rank, has in zip(ranks, held, strict=True)
                 ]
                 lines.append(f"layer {layer} (of rank {shape.owners[layer]}), tokens: {', '.join(by_rank)}")
+            yield "\n".join(lines)
             if len(self._layers) == 1:
-                lines += ["", str(self.summary()), "", *self._corner(subject)]
-        return "\n".join(lines)
+                yield self.summary()
+                yield "\n".join(self._corner(subject))
 
     def _corner(self, subject: Subject) -> list[str]:
         """The first values of the first tokens of K, and the tokens' texts."""
@@ -196,6 +207,7 @@ class Part(Displayable):
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """Heads, tokens and values of each."""
         subject = self._source.subject
         return subject.kv_heads, len(self.places), subject.head_dim
 
@@ -229,11 +241,11 @@ class Part(Displayable):
 
 
 def check_computed(source: Source, chunk: int, layer: int, ranks: Sequence[int]) -> None:
-    """Raises PlanError if none of these ranks holds the block yet."""
+    """Raises NothingYet if none of these ranks holds the block yet."""
     if all(chunk >= held.spans[layer] for held in source.held(ranks)):
         on = f" on rank {ranks[0]}" if len(ranks) == 1 < source.subject.plan.world_size else ""
         what = "is not there" if on else "is not computed"
-        raise PlanError(
+        raise NothingYet(
             f"chunk {chunk} of layer {layer} {what} yet{on}; the run stands {source.subject.stands}."
         )
 
@@ -262,9 +274,9 @@ TOP = 5
 
 
 class Hidden(Displayable):
-    """What `run.hidden` returns: the hidden state of a chunk before a layer, [tokens, hidden_size]; indexing fetches it
-    to the CPU. `hold` keeps the run from moving while ranks are asked. Raises PlanError if the run has not come to it,
-    or has gone back to before it meanwhile."""
+    """What `run.hidden` returns: the hidden state of `chunk` before `layer`, [tokens, hidden_size], on `rank`; indexing
+    fetches it to the CPU. `hold` keeps the run from moving while ranks are asked. Raises PlanError if the run has not
+    come to it, or has gone back to before it meanwhile."""
 
     def __init__(self, source: Callable[[], LiveSource], chunk: int, layer: int, hold: Hold) -> None:
         self._source, self.chunk, self.layer, self._hold = source, chunk, layer, hold
@@ -282,6 +294,7 @@ class Hidden(Displayable):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Tokens, and values of each."""
         return tuple(self.values.shape)
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -306,8 +319,8 @@ class Hidden(Displayable):
 
 
 class AttentionWeights(Displayable):
-    """The attention weights of a chunk's tokens: `weights`, [heads, queries, keys], on the CPU. The first key is the
-    token `first_key`. `heads` are attention heads; several may share one KV head."""
+    """The attention weights of the tokens of `chunk` in `layer`: `weights`, [heads, queries, keys], on the CPU. The
+    first key is the token `first_key`. `heads` are attention heads; several may share one KV head."""
 
     def __init__(
         self, subject: Subject, layer: int, chunk: int, heads: Sequence[int], weights: Tensor, first_key: int
@@ -369,11 +382,11 @@ def attention_of(
 
 
 def _check_hidden(source: LiveSource, rank: int, chunk: int, layer: int) -> None:
-    """Raises PlanError if the rank does not have that hidden state yet."""
+    """Raises NothingYet if the rank does not have that hidden state yet."""
     first = source.hidden_first(rank).get(chunk)
     computed = layer == 0 or source.held([rank])[0].spans[layer - 1] > chunk
     if first is None or first > layer or not (first == layer or computed):
-        raise PlanError(
+        raise NothingYet(
             f"the hidden state of chunk {chunk} before layer {layer} is not computed yet; the run stands "
             f"{source.subject.stands}."
         )

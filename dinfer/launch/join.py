@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ import msgspec
 
 from dinfer.cluster.link import Link
 from dinfer.config import Config, ConfigError
+from dinfer.display import takes_colour
 from dinfer.errors import ModelError
 from dinfer.job import Job, prepare
 from dinfer.launch.environment import DEBUGGER, Launched
@@ -34,8 +36,10 @@ from dinfer.rank.batch import run_rank
 from dinfer.rank.control import Control
 from dinfer.rank.debugger import listen_for_debugger
 from dinfer.rank.failure import describe
+from dinfer.rank.logs import new_run_folder
 from dinfer.rank.worker import log_to
 from dinfer.run.failure import RankFailed
+from dinfer.severity import Severity
 from dinfer.transport.gloo import Comm, Store
 from dinfer.transport.interface import own_address_towards
 from dinfer.transport.nccl import open_comm
@@ -84,7 +88,12 @@ def _run_all(
 ) -> dict[str, Any]:
     link = Link(launched.world_size, own_address_towards(address))  # loopback where all ranks are on one host
     try:
-        parts = [link.job_part(rank, joined=True) for rank in range(launched.world_size)]
+        folder = new_run_folder(Path(job.config.log_dir))
+        job = replace(job, config=job.config.with_(log_dir=str(folder)))
+        parts = [
+            msgspec.structs.replace(link.job_part(rank, joined=True), run_folder=folder.name)
+            for rank in range(launched.world_size)
+        ]
         Roll(store, launched.world_size).give_links(parts)
         rank = _RankThread(job, launched, store, _control(parts[0], job.config))
         rank.start()
@@ -114,6 +123,7 @@ def _follow(config: Config, launched: Launched) -> None:
         atexit.register(os._exit, FAILED)
         raise
     assert job  # or rank 0 would not have gone on
+    config = config.with_(log_dir=str(Path(config.log_dir) / part.run_folder))
     _RankThread(job, launched, store, _control(part, config)).outlast()
 
 
@@ -164,7 +174,8 @@ class _RankThread:
         time.sleep(FAREWELL_S)
         if self._launched.rank == 1:  # one rank must say it
             last = self._error or "it was told to end."
-            print(f"dinfer: rank 0, which leads the run, is gone. Rank 1: {last}", file=sys.stderr)
+            why = f"rank 0, which leads the run, is gone. Rank 1: {last}"
+            print(f"dinfer: {Severity.ERROR.marked(why, colour=takes_colour(sys.stderr))}", file=sys.stderr)
         os._exit(status)  # lanes may be blocked in the transport, which nothing else undoes
 
     def _run(self) -> None:
@@ -200,7 +211,8 @@ def _keep_session(
                 raise KeyboardInterrupt
     except RankFailed as failure:
         # Print before the others are ended: MPICH's mpirun kills this process too, as soon as one is killed.
-        print(f"dinfer: {failure}", file=sys.stderr, flush=True)
+        why = Severity.ERROR.marked(str(failure), colour=takes_colour(sys.stderr))
+        print(f"dinfer: {why}", file=sys.stderr, flush=True)
         raise SystemExit(FAILED) from None
     finally:
         _end_others(link)

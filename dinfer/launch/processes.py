@@ -19,6 +19,7 @@ from dinfer.launch.watch import ProcessWatch
 from dinfer.messages import MeetAt, RankJob
 from dinfer.rank.logs import make_log_folder
 from dinfer.transport.interface import check_own_address
+from dinfer.verdict.verdict import Verdict
 
 EXIT_S = 1.0
 """How long a process may take to end once it has closed its connections."""
@@ -58,7 +59,7 @@ class Processes:
         job: Job,
         *,
         on_text: Callable[[str], None] | None = None,
-        on_hang: Callable[[str], None] = lambda _: None,
+        on_hang: Callable[[Verdict], None] = lambda _: None,
     ) -> None:
         self.job = job
         self.link = Link(job.config.world_size)

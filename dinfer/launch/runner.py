@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dinfer.cluster.ranks import RankState
-from dinfer.display import listed
+from dinfer.display import listed, takes_colour
 from dinfer.job import Job
 from dinfer.launch.processes import Processes
 from dinfer.model.checkpoint import ignored_generation
 from dinfer.plan.plan import Plan
+from dinfer.run.failure import RankFailed
+from dinfer.run.nonfinite import nonfinite_of
 from dinfer.run.report import findings_of_result
 from dinfer.run.result import merge, result_of, table
+from dinfer.severity import Severity
 from dinfer.trace.findings import with_findings
+from dinfer.verdict.verdict import Verdict
 
 
 def progress_line(plan: Plan, rank: int, state: RankState) -> str:
@@ -44,7 +48,7 @@ class ProgressLines:
     """Progress in one line per rank, and the generated text, neither breaking into the other."""
 
     def __init__(self, job: Job, out: TextIO | None = None) -> None:
-        self._job, self._out = job, out or sys.stdout
+        self._job, self.out = job, out or sys.stdout
         self._shown: dict[int, str] = {}
         self._port_told = False
         self.text = ""
@@ -88,26 +92,40 @@ class ProgressLines:
     def say(self, line: str) -> None:
         self._write(f"{line}\n")
 
-    def warn(self, verdict: str) -> None:
+    def warn(self, verdict: Verdict) -> None:
         """Say why the run does not move: now, not when its timeout ends it."""
-        self._interject(f"no progress: {verdict}")
+        text = f"no progress: {verdict.sentence}"
+        self._interject(verdict.severity.marked(text, colour=takes_colour(self.out)))
+
+    def nonfinite(self, ranks: Sequence[RankState]) -> None:
+        """Say where the first NaN or Inf is, if any rank has found one."""
+        known = nonfinite_of(
+            [state.notes for state in ranks], (one for state in ranks for one in state.events)
+        )
+        if known.first:
+            self._interject(f"warning: not finite: {known.text}")
 
     def _interject(self, line: str) -> None:
         """A line of its own, also within the text."""
         self.say("\n" * bool(self.text) + line)
 
     def _write(self, text: str) -> None:
-        self._out.write(text)
-        self._out.flush()
+        self.out.write(text)
+        self.out.flush()
 
 
 def run(job: Job, trace_path: str | Path | None = None, out: TextIO | None = None) -> dict[str, Any]:
-    """Run the job; what the ranks measured (see `result_of`). Raises RankFailed; a KeyboardInterrupt ends all ranks."""
+    """Run the job; what the ranks measured (see `result_of`). `trace_path`: see `conclude`. Raises RankFailed; a
+    KeyboardInterrupt ends all ranks."""
     show = ProgressLines(job, out)
     show.introduce()
     with Processes(job, on_text=show.on_text, on_hang=show.warn) as ranks:
-        while not ranks.watch(PROGRESS_S):
-            show.progress(ranks.link.ranks)
+        try:
+            while not ranks.watch(PROGRESS_S):
+                show.progress(ranks.link.ranks)
+        except RankFailed:  # of which NaN may be the cause
+            show.nonfinite(ranks.link.ranks)
+            raise
         show.progress(ranks.link.ranks)  # also of a run that was over before it was looked at
         return conclude(job, ranks.link.ranks, show, trace_path)
 
@@ -115,19 +133,24 @@ def run(job: Job, trace_path: str | Path | None = None, out: TextIO | None = Non
 def conclude(
     job: Job, ranks: Sequence[RankState], show: ProgressLines, trace_path: str | Path | None
 ) -> dict[str, Any]:
-    """Show and save the ranks' results. Raises RuntimeError if they hold different KV."""
+    """Show and save the ranks' results. `trace_path`: where to write the trace, by default beside the run's log files.
+    Raises RuntimeError if the ranks hold different KV."""
+    folder = Path(job.config.log_dir)
+    trace_path = trace_path or folder / "trace.jsonl"
     trace = merge(job, [state.events for state in ranks])
     result = result_of(job, ranks, trace, show.text)
     trace = with_findings(trace, findings_of_result(job, result))
     show.say(f"\n\n{table(result)}")
-    if trace_path:
-        show.say(_keep(trace_path, lambda path: trace.export("jsonl", path), "trace"))
+    show.say(_keep(trace_path, lambda path: trace.export("jsonl", path), "trace"))
+    show.say(f"logs: {folder}")
     for state in ranks:
         if state.result and state.result.log_trouble:
-            show.say(f"the run went on, but {state.result.log_trouble}")
-    result["trace"] = str(trace_path) if trace_path else None
+            trouble = f"the run went on, but {state.result.log_trouble}"
+            show.say(Severity.WARNING.marked(trouble, colour=takes_colour(show.out)))
+    result["trace"], result["log_dir"] = str(trace_path), str(folder)
+    show.nonfinite(ranks)
     if found := result["corrupt"]:  # which the user chose to record, and go on
-        show.say(f"warning: {listed([one['text'] for one in found])}")
+        show.say(Severity.ERROR.marked(listed([one["text"] for one in found]), colour=takes_colour(show.out)))
     else:
         _agree(result)
     return result

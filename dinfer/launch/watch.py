@@ -11,6 +11,7 @@ from dinfer.cluster.ranks import LOST
 from dinfer.job import Job
 from dinfer.monitor import watch as hangs
 from dinfer.run.failure import SILENT, RankFailed, broken, ending, silence_limit, standstill
+from dinfer.verdict.verdict import Verdict
 
 GRACE_S = 1.0
 """How long to wait for the cause once a rank has failed: what it did to the others may be reported first."""
@@ -29,12 +30,13 @@ class ProcessWatch:
         exits: Callable[[], Sequence[int | None]] | None = None,
         on_text: Callable[[str], None] | None = None,
         while_looking: Callable[[], None] = lambda: None,
-        on_hang: Callable[[str], None] = lambda _: None,
+        on_hang: Callable[[Verdict], None] = lambda _: None,
     ) -> None:
         """`on_hang` is called with why the run does not move, once that is known, and again if the reason changes."""
         self._job, self._link, self._on_text, self._while_looking = job, link, on_text, while_looking
         self._processes_ended = exits or self._lost
-        self._hangs, self._on_hang, self._told = hangs.HangWatch(job, link), on_hang, ""
+        self._hangs, self._on_hang = hangs.HangWatch(job, link), on_hang
+        self._told: Verdict | None = None
 
     def look(self, seconds: float) -> bool:
         """Watch the ranks for that long; True once all have delivered their result.
@@ -62,10 +64,10 @@ class ProcessWatch:
         }
         decoding = any(state.phase == "decode" for state in self._link.ranks)
         self._hangs.look(decoding=decoding, ended=ended)
-        said = self._hangs.found.sentence if self._hangs.found else ""
-        if said and said != self._told:
-            self._on_hang(said)
-        self._told = said
+        found, told = self._hangs.found, self._told
+        if found and (told is None or found.sentence != told.sentence):
+            self._on_hang(found)
+        self._told = found
 
     def check(self) -> None:
         """Raises RankFailed if a rank has failed or died, or nothing has moved for too long."""
@@ -74,9 +76,9 @@ class ProcessWatch:
                 self._link.changed.wait_for(self._all_told, GRACE_S)
         plan, ranks, config = self._job.plan, self._link.ranks, self._job.config
         if failure := broken(plan, ranks, self._exits(), config):
-            raise RankFailed(failure)
-        if failure := standstill(plan, ranks, config, time.monotonic()):
-            raise RankFailed("\n".join(filter(None, [failure, self._told])))
+            raise RankFailed(failure.why)
+        if standing := standstill(plan, ranks, config, time.monotonic(), self._told):
+            raise RankFailed(standing)
 
     def explain(self) -> None:
         """When the launcher has told all to end: raises RankFailed if that is because a rank has failed."""

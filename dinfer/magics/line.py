@@ -153,10 +153,14 @@ OF_RANK = argument("--rank", type=number_or_word)
     argument("-n", type=int, default=3, help="how many ranks"),
     argument("--profile", default="default", help="the IPython profile of the cluster"),
     argument("--cluster-id", help="which of its clusters"),
+    argument(
+        "--take", action="store_true", help="take over engines that another session holds, with model and run"
+    ),
 )
 def connect(call: Call) -> None:
     """Join the running cluster, or start one; the session is `session` from then on."""
-    options = {} if call.words.where == "threads" else {"cluster_id": call.words.cluster_id}
+    on_cluster = {"cluster_id": call.words.cluster_id, "take": call.words.take}
+    options = {} if call.words.where == "threads" else on_cluster
     options |= {"profile": call.words.profile}
     call.shell.user_ns["session"] = dinfer.connect(call.words.where, call.words.n, **options)
 
@@ -286,7 +290,7 @@ def diff(call: Call) -> Any:
 def compare(call: Call) -> Any:
     """Compare what the ranks hold with transformers' own forward."""
     words = call.words
-    return call.run.compare(words.what, chunked=not words.unchunked, dtype=words.dtype)
+    return call.run.compare(words.what, chunked=False if words.unchunked else None, dtype=words.dtype)
 
 
 @verb(

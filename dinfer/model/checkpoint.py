@@ -5,19 +5,25 @@ milliseconds for any size once transformers is imported. It does not check the v
 """
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from dinfer.errors import ModelError
+import msgspec
+from msgspec import Meta
+
+from dinfer.errors import ModelError, excerpt
+from dinfer.files import FileError, as_json, read_bytes
 from dinfer.model.families import family_in
 
 _LFS_POINTER = b"version https://git-lfs"
-_MAX_HEADER = 100_000_000  # the limit of the safetensors format
+_MAX_HEADER = 25_000_000  # a quarter of what the safetensors format allows, and 200,000 tensors
+_MAX_JSON = 50_000_000  # bytes; the index of a model of a trillion parameters has 10 MB
+_MAX_LAYERS = 99_999
+_MAX_SIZE = 1 << 40
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _CONFIGS = ("config.json", "generation_config.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -46,6 +52,7 @@ class Spec:
     vocab_size: int
     max_positions: int
     model_positions: int
+    length_dependent: bool
     dtype: str
     tokenizer: bool
     weight_bytes: int
@@ -94,13 +101,27 @@ def check(path: str | Path) -> Spec:
             f"{folder} has no config.json, so it is not a checkpoint. It holds: {listed or 'nothing'}"
         )
     raw = _read_json(folder / "config.json")
-    family_in(raw)
-    config = resolved_config(folder)
+    try:
+        _check_counts(raw, folder / "config.json")
+        family_in(raw)
+        return _spec(folder, raw, resolved_config(folder))
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RecursionError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(
+            f"{folder / 'config.json'} has a value that this model cannot have ({in_one_line(error)}); download the "
+            "checkpoint again"
+        ) from error
+
+
+def _spec(folder: Path, raw: Mapping[str, Any], config: Any) -> Spec:
+    """Raises also what values of a wrong type make Python raise."""
     _check_features(raw, config, folder)
     headers = [_header(file) for file in weight_files(folder)]
     weights = [entry for entries, _ in headers for entry in entries.values()]
+    _check_sizes(config, len(weights), folder / "config.json")
     # A dict and not a set: in the files' order.
-    stored = {_DTYPES.get(entry["dtype"], str(entry["dtype"])): None for entry in weights}
+    stored = {_DTYPES.get(entry.dtype, entry.dtype): None for entry in weights}
     first_dtype = next(iter(stored), "float32")
     heads, hidden = int(config.num_attention_heads), int(config.hidden_size)
     positions = longest = int(config.max_position_embeddings)
@@ -122,11 +143,12 @@ def check(path: str | Path) -> Spec:
         vocab_size=int(config.vocab_size),
         max_positions=positions,
         model_positions=longest,
+        length_dependent=any(rope.get("rope_type") in ("longrope", "dynamic") for rope in _ropes(config)),
         dtype=str(config.dtype or first_dtype).removeprefix("torch."),
         tokenizer=has_tokenizer(folder),
         weight_bytes=sum(data for _, data in headers),
         stored_dtype=first_dtype if len(stored) < 2 else "mixed",
-        parameters=sum(math.prod(entry["shape"]) for entry in weights),
+        parameters=sum(math.prod(entry.shape) for entry in weights),
         intermediate_size=max(experts, int(config.intermediate_size or 0)),
         fingerprint=fingerprint(folder),
     )
@@ -216,14 +238,48 @@ def _ropes(config: Any) -> list[Mapping[str, Any]]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read as JSON ({error}); download the checkpoint again") from error
+        value = as_json(read_bytes(file, _MAX_JSON))
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}") from error
+    except FileError as error:
+        raise ModelError(f"{file} cannot be read ({error}); download the checkpoint again") from error
     if not isinstance(value, dict):
         raise ModelError(
             f"{file} holds {type(value).__name__}, not a JSON object; download the checkpoint again"
         )
     return value
+
+
+def _check_counts(raw: Mapping[str, Any], file: Path) -> None:
+    """Raises `ModelError` for a number of layers or experts that no model has: transformers makes lists as long."""
+    for name, value in raw.items():
+        if isinstance(value, Mapping):
+            _check_counts(value, file)
+        elif isinstance(value, int) and value > _MAX_LAYERS and re.search(r"n(um)?_.*(layer|expert)", name):
+            raise ModelError(f"{name} is {excerpt(value)} in {file}; no model has more than {_MAX_LAYERS:,}")
+
+
+def _check_sizes(config: Any, tensors: int, file: Path) -> None:
+    """Raises `ModelError` for sizes that are none, and for more layers than there are tensors."""
+    for name in (
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "vocab_size",
+        "max_position_embeddings",
+    ):
+        value = getattr(config, name, None)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MAX_SIZE:
+            raise ModelError(f"{name} is {excerpt(value)} in {file}; it must be a whole number, at least 1")
+    for name in ("num_key_value_heads", "head_dim", "intermediate_size"):
+        value = getattr(config, name, None)
+        if value is not None and (not isinstance(value, int) or not 0 <= value <= _MAX_SIZE):
+            raise ModelError(f"{name} is {excerpt(value)} in {file}; it must be a whole number")
+    if config.num_hidden_layers > tensors:
+        raise ModelError(
+            f"num_hidden_layers is {config.num_hidden_layers} in {file}, but its weight files hold {tensors} tensors: "
+            "the config is of another model"
+        )
 
 
 def _check_features(raw: Mapping[str, Any], config: Any, folder: Path) -> None:
@@ -272,6 +328,17 @@ def weight_files(folder: Path) -> list[Path]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index} names no weights; download the checkpoint again")
+    for name in weight_map.values():
+        if (
+            not isinstance(name, str)
+            or not name
+            or Path(name).is_absolute()
+            or ".." in Path(name).parts
+            or "\0" in name
+        ):
+            raise ModelError(
+                f"{index} names {excerpt(name)}, which is no file beside it; download the checkpoint again"
+            )
     files = [folder / name for name in sorted(set(weight_map.values()))]
     if missing := [file.name for file in files if not file.is_file()]:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
@@ -283,11 +350,22 @@ def weight_files(folder: Path) -> list[Path]:
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of all weights by name, from the headers of the files. Raises `ModelError`."""
     entries = [item for file in weight_files(folder) for item in _header(file)[0].items()]
-    return {name: tuple(entry["shape"]) for name, entry in entries}
+    return {name: entry.shape for name, entry in entries}
 
 
-def _header(file: Path) -> tuple[dict[str, Mapping[str, Any]], int]:
-    """The entries of a safetensors file by name, each with dtype, shape and data_offsets, and the bytes of its data.
+class _Entry(msgspec.Struct):
+    """What the header of a safetensors file says of one tensor. The offsets are bytes from the start of the data."""
+
+    dtype: str
+    shape: Annotated[tuple[Annotated[int, Meta(ge=0, le=_MAX_SIZE)], ...], Meta(max_length=16)]
+    data_offsets: tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)]]
+
+
+_entry = msgspec.json.Decoder(_Entry)
+
+
+def _header(file: Path) -> tuple[dict[str, _Entry], int]:
+    """The entries of a safetensors file by name, and the bytes of its data.
     Raises `ModelError` if the file is shorter than its header says.
 
     By the README of safetensors: 8 bytes of header length (little endian), the header as JSON, then the data.
@@ -306,12 +384,17 @@ def _header(file: Path) -> tuple[dict[str, Mapping[str, Any]], int]:
         stream.seek(8)
         text = stream.read(length)
     try:
-        entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
-        data = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-        for entry in entries.values():
-            _ = math.prod(entry["shape"]), entry["dtype"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{broken} header cannot be read; download it again") from error
+        found = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        entries = {name: _entry.decode(raw) for name, raw in found.items() if name != "__metadata__"}
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ModelError(
+            f"{broken} header cannot be read ({in_one_line(error)}); download it again"
+        ) from error
+    if wrong := [name for name, entry in entries.items() if entry.data_offsets[0] > entry.data_offsets[1]]:
+        raise ModelError(
+            f"{broken} header says that {excerpt(wrong[0])} ends before it begins; download it again"
+        )
+    data = max((entry.data_offsets[1] for entry in entries.values()), default=0)
     _check_length(file, 8 + length + data)
     return entries, data
 
@@ -351,7 +434,8 @@ def fingerprint(folder: Path) -> str:
         add(file.name.encode())
         add(str(size).encode())
         with file.open("rb", buffering=0) as stream:
-            start = min(size, 8 + int.from_bytes(stream.read(8), "little"))  # a damaged file may say anything
+            length = int.from_bytes(stream.read(8), "little")
+            start = min(size, 8 + min(length, _MAX_HEADER))  # a damaged file may say anything
             for begin, end in [(0, start), *sampled_spans(start, size)]:
                 stream.seek(begin)
                 add(stream.read(end - begin))

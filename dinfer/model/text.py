@@ -19,7 +19,11 @@ def load_tokenizer(path: str | Path) -> Any | None:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot parse
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # the tokenizers library raises bare Exception, and where it panics even less
         raise ModelError(f"the tokenizer in {folder} cannot be loaded: {in_one_line(error)}") from error
 
 
@@ -43,7 +47,12 @@ def encode(tokenizer: Any | None, prompt: str, chat: bool = False) -> list[int]:
                 f"this tokenizer's chat template failed: {in_one_line(error)}; encode the prompt as plain text "
                 "(chat=False)"
             ) from error
-    ids = [int(token) for token in tokenizer.encode(prompt, add_special_tokens=not chat)]
+    try:
+        ids = [int(token) for token in tokenizer.encode(prompt, add_special_tokens=not chat)]
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # where the tokenizers library panics
+        raise ModelError(f"this tokenizer cannot encode the prompt: {in_one_line(error)}") from error
     if not ids:
         raise ModelError("the prompt is empty: it must have at least one token")
     return ids

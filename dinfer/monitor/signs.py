@@ -1,7 +1,7 @@
 """Turns what a session knows of its ranks into the signs of life that a verdict is made of."""
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from statistics import median
@@ -201,9 +201,9 @@ class HangEvidence(msgspec.Struct, frozen=True, rename={"sentence": "told"}):
         return values
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:
-        """From JSON values. Raises ValueError where they do not describe evidence."""
+    def of_json(cls, text: bytes | msgspec.Raw) -> Self:
+        """From JSON. Raises ValueError where it does not describe evidence."""
         try:
-            return msgspec.convert(values, cls, str_keys=True)
-        except msgspec.ValidationError as error:
+            return msgspec.json.decode(text, type=cls)
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise ValueError(f"evidence of another form: {error}") from None

@@ -20,9 +20,11 @@ _SLOWER = re.compile(r"slower\s+than\s+(\d+\.?\d*|\.\d+)\s*ms", re.IGNORECASE)
 
 @dataclass(frozen=True, repr=False)
 class Breakpoint:
-    """Stops after ops of this rank, kind, chunk and layer; None matches any.
+    """Stops after ops of this `rank`, kind (`op`), `chunk` and `layer`; None matches any. `number`: in the list of a
+    run.
 
-    `bound`: for absmax the largest absolute value that does not stop the run, for slower the milliseconds.
+    `condition`: the kind of what `when` says; `bound`: for absmax the largest absolute value that does not stop the
+    run, for slower the milliseconds.
     """
 
     number: int
@@ -61,6 +63,7 @@ class Breakpoint:
         return f"run.break_at({', '.join(listed)})"
 
     def as_dict(self) -> dict[str, Any]:
+        """Its fields, as plain values."""
         return asdict(self)
 
     def __str__(self) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dinfer.config import Config
+from dinfer.errors import excerpt
 from dinfer.plan.ops import Op, PlanError, parse_op
 from dinfer.plan.partition import Shape, check_same_prefill
 from dinfer.plan.plan import Lane, Plan, parse_plan
@@ -26,7 +27,7 @@ def custom_plan(given: "Plan | str | CustomSchedule", config: Config, shape: Sha
         source = f"{name}(…)" if callable(given) else "plan"
         if not isinstance(made, Sequence) or not all(isinstance(rank, Mapping) for rank in made):
             raise PlanError(
-                f"{source} returned {_short(made)}; it must return a Plan, a plan's text, or a list with a dict for "
+                f"{source} returned {excerpt(made)}; it must return a Plan, a plan's text, or a list with a dict for "
                 'each rank, such as {"main": ["embed c0", "layer c0 l0"]}.'
             )
         if len(made) != shape.world_size:
@@ -42,20 +43,15 @@ def _lane(rank: int, name: Any, ops: Any) -> Lane:
     if not isinstance(name, str) or not name or "#" in name or name.split() != [name]:
         raise PlanError(f"{where}: a lane's name must be one word, without #.")
     if isinstance(ops, str) or not isinstance(ops, Sequence):
-        raise PlanError(f"{where}: its ops are {_short(ops)}; they must be a list.")
+        raise PlanError(f"{where}: its ops are {excerpt(ops)}; they must be a list.")
     found = list[Op]()
     for number, op in enumerate(ops):
         if not isinstance(op, Op | str):
             raise PlanError(
-                f"{where}, op {number} is {_short(op)}; it must be an Op or its text, such as 'layer c0 l3'."
+                f"{where}, op {number} is {excerpt(op)}; it must be an Op or its text, such as 'layer c0 l3'."
             )
         try:
             found.append(op if isinstance(op, Op) else parse_op(op))
         except PlanError as error:
             raise PlanError(f"{where}, op {number}: {error}") from None
     return Lane(name, tuple(found))
-
-
-def _short(given: object) -> str:
-    text = repr(given)
-    return text if len(text) <= 60 else f"{text[:59]}…"

@@ -11,10 +11,13 @@ from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
-from dinfer.plan.ops import Op, Value
+from dinfer.plan.ops import Op, PlanError, Value
 from dinfer.plan.plan import OpPlace, Plan
 
 NONE = -1
+
+MAX_DEPS = 10_000_000
+"""a plan has a few for each op; only one whose chunks are out of order has more"""
 
 
 @contextmanager
@@ -46,9 +49,10 @@ def channel_of(rank: int, op: Op) -> Channel:
 class Graph:
     """The ops of a plan by number, and the edges between them.
 
-    For op n: `deps[n]` are the ops that make the values it needs (NONE if none does), `partner[n]` the counterpart of a
-    transfer, `before[n]` the previous op on its lane, `lane_of[n]` its lane. `first[lane]` is the number of a lane's
-    first op. `makers[rank]`: by value, the ops that make it on that rank. `channels`: by channel, its sends and recvs.
+    For op n: `deps[n]` are the ops that make the values it needs (NONE if none does), without those that an earlier op
+    of its lane has waited for; `partner[n]` the counterpart of a transfer, `before[n]` the previous op on its lane,
+    `lane_of[n]` its lane. `first[lane]` is the number of a lane's first op. `makers[rank]`: by value, the ops that make
+    it on that rank. `channels`: by channel, its sends and recvs. Raises PlanError for more than MAX_DEPS.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -79,17 +83,37 @@ class Graph:
             for a, b in zip(sends, recvs, strict=False):
                 self.partner[a], self.partner[b] = b, a
         self.deps: list[list[int]] = []
+        self._awaited = [0] * len(self.ops)  # for a layer: the blocks of so many chunks were awaited before
+        self._add_deps()
+
+    def _add_deps(self) -> None:
+        chunks, count = len(self.plan.shape.chunks), 0
         blocks: dict[tuple[int, int], list[int]] = {}
-        for rank, op in zip(self.ranks, self.ops, strict=True):
+        awaited: dict[tuple[int, int], int] = {}  # by lane and layer
+        for number, (rank, op) in enumerate(zip(self.ranks, self.ops, strict=True)):
             if op.kind == "layer":
                 # All chunks' blocks of this layer, looked up once a layer, not once a pair of chunks.
                 if (rank, op.layer) not in blocks:
-                    values = (Value("kv", chunk, op.layer) for chunk in range(len(plan.shape.chunks)))
+                    values = (Value("kv", chunk, op.layer) for chunk in range(chunks))
                     blocks[rank, op.layer] = [self.maker(rank, value) for value in values]
+                before = awaited.get((self.lane_of[number], op.layer), 0)
+                self._awaited[number] = before
+                awaited[self.lane_of[number], op.layer] = max(before, op.chunk)
                 hidden = self.maker(rank, Value("hidden", op.chunk, op.layer))
-                self.deps.append([hidden, *blocks[rank, op.layer][: op.chunk]])
+                self.deps.append([hidden, *blocks[rank, op.layer][before : op.chunk]])
             else:
                 self.deps.append([self.maker(rank, need) for need in op.needs()])
+            count += len(self.deps[-1])
+            if count > MAX_DEPS:
+                raise PlanError(
+                    f"up to {self.name(number)}, ops wait for more than {MAX_DEPS:,} others: the chunks of a layer "
+                    "must be on one lane, and in order."
+                )
+
+    def needs(self, number: int) -> list[Value]:
+        """The values that `deps[number]` make, in the same order."""
+        needs = self.ops[number].needs()
+        return needs[:1] + needs[1 + self._awaited[number] :]
 
     def maker(self, rank: int, value: Value) -> int:
         """The first op that makes `value` on `rank`, or NONE."""

@@ -6,7 +6,8 @@ A value is a hidden state, a block or the final state. Dependencies between ops 
 import re
 from typing import Literal, NamedTuple
 
-from dinfer.errors import DinferError
+from dinfer.errors import DinferError, excerpt
+from dinfer.severity import Severity
 
 OpKind = Literal["embed", "layer", "norm", "send", "recv"]
 ValueKind = Literal["hidden", "kv", "final"]
@@ -14,6 +15,13 @@ ValueKind = Literal["hidden", "kv", "final"]
 
 class PlanError(DinferError, ValueError):
     """A plan, its text, or a place in it is invalid; the message names the given value and the allowed ones."""
+
+
+class NothingYet(PlanError):
+    """What was asked for is not computed yet, or not everywhere: nothing is wrong, and the message says how far the run
+    is."""
+
+    severity = Severity.NOTE
 
 
 class Value(NamedTuple):
@@ -104,8 +112,12 @@ def recv(value: Value, peer: int, tokens: int) -> Op:
     return Op("recv", value.chunk, value.layer, value.what, peer, tokens)
 
 
-_COMPUTE = re.compile(r"(embed) c(\d+)|(layer|norm) c(\d+) l(\d+)")
-_TRANSFER = re.compile(r"(send|recv) (?:(final)|(hidden|kv) c(\d+) l(\d+)) (->|<-) (\d+), (\d+) tokens?")
+DIGITS = 12
+"""most digits of a number in a plan"""
+
+_N = rf"([0-9]{{1,{DIGITS}}})"
+_COMPUTE = re.compile(rf"(embed) c{_N}|(layer|norm) c{_N} l{_N}")
+_TRANSFER = re.compile(rf"(send|recv) (?:(final)|(hidden|kv) c{_N} l{_N}) (->|<-) {_N}, {_N} tokens?")
 _EXAMPLES = (
     "'embed c0', 'layer c0 l3', 'norm c7 l36', 'send kv c0 l3 -> 1, 128 tokens', 'recv final <- 2, 1 token'"
 )
@@ -122,4 +134,4 @@ def parse_op(text: str) -> Op:
         what: ValueKind = "kv" if match[3] == "kv" else "hidden"
         value = FINAL if match[2] else Value(what, int(match[4]), int(match[5]))
         return (send if match[1] == "send" else recv)(value, int(match[7]), int(match[8]))
-    raise PlanError(f"{line!r} is not an op. Examples of ops: {_EXAMPLES}.")
+    raise PlanError(f"{excerpt(line)} is not an op. Examples of ops: {_EXAMPLES}.")

@@ -7,9 +7,16 @@ from itertools import pairwise
 from numbers import Integral
 
 from dinfer.config import layer_split_error
+from dinfer.errors import excerpt
 from dinfer.plan.ops import PlanError
 
 Block = tuple[int, int]  # chunk and layer
+
+MAX_CELLS = 2_000_000
+"""blocks × ranks: each rank makes or receives each block by an op of its own. A million tokens in chunks of 512 on 8
+ranks with 64 layers are half of that."""
+
+_LARGEST = 10**12
 
 
 @dataclass(frozen=True)
@@ -26,14 +33,14 @@ class Shape:
 
     def __post_init__(self) -> None:
         for name in ("layers", "tokens", "chunk_size"):
-            if getattr(self, name) < 1:
-                raise PlanError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+            check_size(name, getattr(self, name))
         bounds = (*self.starts, self.layers)
         if bounds[0] != 0 or any(a >= b for a, b in pairwise(bounds)):
             raise PlanError(
-                f"stages start at layers {list(self.starts)} of {self.layers}; "
+                f"stages start at layers {excerpt(list(self.starts), 200)} of {self.layers}; "
                 "the first must be 0 and every stage must own at least one layer."
             )
+        check_cells(self.layers, -(-self.tokens // self.chunk_size), self.world_size)
 
     @property
     def world_size(self) -> int:
@@ -70,13 +77,19 @@ def partition(
     If `layers` is no multiple of `world_size`, the first stages own one layer more than the last ones: the last rank
     also computes the final norm. Raises PlanError.
     """
-    if world_size < 1:
-        raise PlanError(f"world_size is {world_size}; it must be at least 1.")
+    for name, size in (
+        ("world_size", world_size),
+        ("layers", layers),
+        ("tokens", tokens),
+        ("chunk_size", chunk_size),
+    ):
+        check_size(name, size)
     if world_size > layers:
         raise PlanError(
             f"world_size is {world_size} but there are only {layers} layers; every rank must own at "
             f"least one: use at most {layers} ranks."
         )
+    check_cells(layers, -(-tokens // chunk_size), world_size)  # before a list of all stages is made
     if layer_split is None:
         small, larger = divmod(layers, world_size)
         starts = [rank * small + min(rank, larger) for rank in range(world_size)]
@@ -85,6 +98,24 @@ def partition(
             raise PlanError(layer_split_error(len(layer_split), world_size))
         starts = [0, *layer_split]
     return Shape(layers, tokens, chunk_size, tuple(starts))
+
+
+def check_size(name: str, size: int) -> None:
+    """Raises PlanError for a size that is out of range."""
+    if size < 1:
+        raise PlanError(f"{name} is {size}; it must be at least 1.")
+    if size > _LARGEST:
+        raise PlanError(f"{name} is {excerpt(size)}; it must be at most {_LARGEST:,}.")
+
+
+def check_cells(layers: int, chunks: int, ranks: int) -> None:
+    """Raises PlanError for a plan of too many ops."""
+    if layers * chunks * ranks > MAX_CELLS:
+        raise PlanError(
+            f"{layers:,} layers × {chunks:,} chunks on {ranks:,} rank{'s' * (ranks > 1)} are "
+            f"{layers * chunks * ranks:,} blocks on all ranks together; a plan may have {MAX_CELLS:,}: use a larger "
+            "chunk_size, or check layers and tokens."
+        )
 
 
 def check_same_prefill(given: Shape, own: Shape) -> None:

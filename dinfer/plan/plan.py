@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from dinfer.plan.ops import Op, PlanError, parse_op
-from dinfer.plan.partition import Shape
+from dinfer.errors import excerpt
+from dinfer.plan.ops import DIGITS, Op, PlanError, parse_op
+from dinfer.plan.partition import MAX_CELLS, Shape
 
 HEADER = "dinfer plan 1"
 
@@ -94,11 +95,15 @@ class Plan:
 
 def parse_plan(text: str) -> Plan:
     """The inverse of `plan.text()`; empty lines and comments after `#` are ignored. PlanErrors name the line."""
+    if text.count("\n") > 3 * MAX_CELLS:
+        raise PlanError(f"this is not a plan: it has more than {3 * MAX_CELLS:,} lines.")
+    if not text.isascii():
+        _check_characters(text)
     lines = [
         (n, stripped) for n, raw in enumerate(text.splitlines(), 1) if (stripped := raw.split("#")[0].strip())
     ]
     if not lines or lines[0][1] != HEADER:
-        given = f"it starts with {lines[0][1][:60]!r}" if lines else "it is empty"
+        given = f"it starts with {excerpt(lines[0][1])}" if lines else "it is empty"
         raise PlanError(f"this is not a plan: {given}; the first line of a plan is {HEADER!r}.")
     if len(lines) < 4:
         raise PlanError(
@@ -114,7 +119,7 @@ def parse_plan(text: str) -> Plan:
                 current = _open_lane(line, lanes)
             elif current is None:
                 raise PlanError(
-                    f"{line!r} is before the first lane; a lane starts with 'rank 0 lane compute'."
+                    f"{excerpt(line)} is before the first lane; a lane starts with 'rank 0 lane compute'."
                 )
             else:
                 current.append(parse_op(line))
@@ -122,6 +127,17 @@ def parse_plan(text: str) -> Plan:
             raise PlanError(f"line {number}: {error}") from None
     built = tuple(tuple(Lane(name, tuple(ops)) for name, ops in rank.items()) for rank in lanes)
     return Plan(shape, words[1], words[3], built)
+
+
+def _check_characters(text: str) -> None:
+    """Raises PlanError for halves of characters, which no file holds but a Python text may."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        line = text.count("\n", 0, error.start) + 1
+        raise PlanError(
+            f"line {line}: {text[error.start]!r} is half of a surrogate pair, and no character."
+        ) from None
 
 
 def _parse_shape(sizes: tuple[int, str], stages: tuple[int, str]) -> Shape:
@@ -136,7 +152,7 @@ def _parse_shape(sizes: tuple[int, str], stages: tuple[int, str]) -> Shape:
         raise PlanError(f"lines {sizes[0]}–{stages[0]}: {error}") from None
     except ValueError:
         raise PlanError(
-            f"lines {sizes[0]}–{stages[0]}: {sizes[1]!r} and {stages[1]!r} should read {form!r} and "
+            f"lines {sizes[0]}–{stages[0]}: {excerpt(sizes[1])} and {excerpt(stages[1])} should read {form!r} and "
             "'stages start at 0 …'."
         ) from None
 
@@ -147,14 +163,14 @@ def _words(line: tuple[int, str], form: str) -> list[str]:
     if len(words) != len(wanted) or any(
         w != p and not p.isupper() for w, p in zip(words, wanted, strict=True)
     ):
-        raise PlanError(f"line {line[0]}: {line[1]!r} should read {form!r}.")
+        raise PlanError(f"line {line[0]}: {excerpt(line[1])} should read {form!r}.")
     return words
 
 
 def _open_lane(line: str, lanes: list[dict[str, list[Op]]]) -> list[Op]:
     words = line.split()
-    if len(words) != 4 or words[2] != "lane" or not words[1].isdecimal():
-        raise PlanError(f"{line!r} should read 'rank 0 lane compute'.")
+    if len(words) != 4 or words[2] != "lane" or not words[1].isdecimal() or len(words[1]) > DIGITS:
+        raise PlanError(f"{excerpt(line)} should read 'rank 0 lane compute'.")
     rank, name = int(words[1]), words[3]
     if rank >= len(lanes):
         last = len(lanes) - 1
@@ -162,5 +178,5 @@ def _open_lane(line: str, lanes: list[dict[str, list[Op]]]) -> list[Op]:
             f"rank {rank} does not exist: the plan has {len(lanes)} stages, so ranks 0 to {last}."
         )
     if name in lanes[rank]:
-        raise PlanError(f"rank {rank} has two lanes named {name!r}.")
+        raise PlanError(f"rank {rank} has two lanes named {excerpt(name)}.")
     return lanes[rank].setdefault(name, [])

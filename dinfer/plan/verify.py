@@ -10,12 +10,15 @@ transfers on one communicator in the same order.
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import product
+from graphlib import CycleError, TopologicalSorter
+from itertools import chain, product
 from typing import Literal
 
 from dinfer.plan.graph import NONE, Graph, gc_paused, levels, simulate
 from dinfer.plan.ops import FINAL, Op, Value
 from dinfer.plan.plan import OpPlace, Plan
+
+MAX_STEPS = 1_000_000
 
 Flaw = Literal[
     "out of range", "shared channel", "unmatched", "mismatch", "size", "missing", "made twice", "pair order", "cycle"
@@ -62,7 +65,7 @@ class Counterexample:
 
 @gc_paused()
 def verify(plan: Plan) -> Proof | Counterexample:
-    """Prove the plan, or find a counterexample."""
+    """Prove the plan, or find a counterexample. Raises PlanError for one that is out of all proportion: see Graph."""
     for place, op in plan.places():
         if wrong := _range_error(plan, place.rank, op):
             return Counterexample("out of range", (f"rank {place.rank}: `{op}`: {wrong}",), (place,))
@@ -146,13 +149,13 @@ def _values(graph: Graph) -> Iterator[Counterexample]:
                 yield Counterexample("made twice", (text,), tuple(graph.place(n) for n in makers[:2]))
     for number, deps in enumerate(graph.deps):
         if NONE in deps:
-            need = graph.ops[number].needs()[deps.index(NONE)]
+            need = graph.needs(number)[deps.index(NONE)]
             text = f"{graph.name(number)} needs {need}, which no op on rank {graph.ranks[number]} makes"
             yield Counterexample("missing", (text,), (graph.place(number),))
     shape = graph.plan.shape
-    wanted = [Value("kv", *block) for block in product(range(len(shape.chunks)), range(shape.layers))]
     for rank in range(shape.world_size):  # a plan may have lanes for fewer ranks
-        for value in (*wanted, FINAL):
+        blocks = (Value("kv", *block) for block in product(range(len(shape.chunks)), range(shape.layers)))
+        for value in chain(blocks, [FINAL]):  # one after another: most plans with a mistake lack an early one
             if rank >= len(graph.makers) or value not in graph.makers[rank]:
                 text = f"rank {rank} ends without {value}: no op there makes or receives it"
                 yield Counterexample("missing", (text,), ())
@@ -192,14 +195,15 @@ def _deadlock(
 ) -> Counterexample | None:
     if all(done):
         return None
+    heads = {  # by lane, its next op, if it is not finished
+        graph.lane_of[number]: number
+        for number, before in enumerate(graph.before)
+        if not done[number] and (before == NONE or done[before])
+    }
     waits: dict[int, list[int]] = {}
-    for head, before in enumerate(graph.before):
-        if done[head] or not (before == NONE or done[before]):
-            continue  # not the next op of an unfinished lane
-        # The next ops of the lanes that this one waits for.
+    for head in heads.values():
         targets = [dep for dep in graph.deps[head] if not done[dep]] or [graph.partner[head]]
-        lanes = (graph.first[graph.lane_of[target]] for target in targets)
-        waits[head] = [next(n for n in range(first, len(graph.ops)) if not done[n]) for first in lanes]
+        waits[head] = list(dict.fromkeys(heads[graph.lane_of[target]] for target in targets))
     cycle = shortest_cycle(waits)
     return Counterexample(
         "cycle",
@@ -210,13 +214,18 @@ def _deadlock(
 
 
 def shortest_cycle(edges: dict[int, list[int]]) -> list[int]:
-    """A shortest cycle of a directed graph, from its smallest node; empty without one. By breadth-first search."""
+    """A shortest cycle of a directed graph, from its smallest node; empty without one. By breadth-first search from
+    each node; past MAX_STEPS of it (thousands of lanes), the shortest so far, or any."""
     best: list[int] = []
+    steps = 0
     for start in sorted(edges):
+        if steps > MAX_STEPS:
+            return best or any_cycle(edges)
         parents: dict[int, int] = {}
         queue = deque([start])
         while queue and start not in parents:
             node = queue.popleft()
+            steps += 1
             for following in edges.get(node, ()):
                 if following not in parents:
                     parents[following] = node
@@ -230,10 +239,22 @@ def shortest_cycle(edges: dict[int, list[int]]) -> list[int]:
     return best
 
 
+def any_cycle(edges: dict[int, list[int]]) -> list[int]:
+    """Some cycle of a directed graph, from its smallest node; empty without one."""
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as error:
+        cycle: list[int] = error.args[1][:0:-1]  # it lists predecessors, and the first node at both ends
+        at = cycle.index(min(cycle))
+        return cycle[at:] + cycle[:at]
+    return []
+
+
 def _step(graph: Graph, head: int, following: int, done: bytearray) -> str:
     """What `head` waits for, as text; `following` is the next op of the lane that blocks it."""
     op, rank = graph.ops[head], graph.ranks[head]
-    unmet = {dep: need for dep, need in zip(graph.deps[head], op.needs(), strict=True) if not done[dep]}
+    needs = zip(graph.deps[head], graph.needs(head), strict=True)
+    unmet = {dep: need for dep, need in needs if not done[dep]}
     if unmet:
         maker = next(n for n in unmet if graph.lane_of[n] == graph.lane_of[following])
         return (

@@ -10,8 +10,9 @@ import torch
 
 from dinfer.config import Config
 from dinfer.engine.engine import Engine
+from dinfer.engine.finite import largest_values
 from dinfer.kv.digests import block_digests, row_digests
-from dinfer.messages import BatchResult, BlockCorrupt, TextPiece
+from dinfer.messages import BatchResult, BlockCorrupt, FirstNonFinite, TextPiece
 from dinfer.model.decoder import Decoder
 from dinfer.model.text import TextStream, load_tokenizer
 from dinfer.rank.agreement import agree, facts_of
@@ -41,6 +42,7 @@ def run_rank(
         engine = Engine(
             decoder, comm, config, board=board, memory=control.recorder_memory, on_op=OpLog(log, decoder.num_layers),
             on_corrupt=lambda found: control.report(BlockCorrupt(found.as_dict())),
+            on_nonfinite=lambda found: control.report(FirstNonFinite(found.as_dict())),
         )  # fmt: skip
         agree(comm, facts_of(config, decoder.spec, ids, engine.plan_for(len(ids)).id))
         plan = engine.prepare(ids).plan
@@ -80,8 +82,11 @@ def warm_up(decoder: Decoder, config: Config, tokens: int) -> None:
     chunk = max(1, min(config.chunk_size, tokens, decoder.max_positions))
     decoder.warm_up(chunk, tokens % chunk or chunk)
     if decoder.device.type != "cpu":
+        block = decoder.new_cache(chunk).block(0, 0, chunk)
         if config.digests:
-            block_digests(row_digests(decoder.new_cache(chunk).block(0, 0, chunk)))
+            block_digests(row_digests(block))
+        hidden = torch.zeros((1, chunk, decoder.hidden_size), dtype=decoder.dtype, device=decoder.device)
+        largest_values(hidden, block, torch.empty(3 * chunk, device=decoder.device))
         log.info("kernels loaded in %.1f s", perf_counter() - started)
 
 

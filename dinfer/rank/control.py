@@ -5,7 +5,6 @@ thread may be busy meanwhile, in a notebook cell say.
 """
 
 import itertools
-import os
 import queue
 import socket
 import subprocess
@@ -53,14 +52,34 @@ def _dump_file() -> int:
     return anonymous_file(0)
 
 
+class RankMemory:
+    """What a rank and its watcher share: the board, and the events that are recorded. It outlives a control, so that
+    the next session finds both."""
+
+    def __init__(self) -> None:
+        self.descriptor = anonymous_file(MEMORY_BYTES)
+        memory = map_file(self.descriptor, MEMORY_BYTES)
+        self.board, self.recorder = Board(memory), memory[-RECORDER_BYTES:]
+        self.slow = threading.Lock()
+        """held while a slow command is carried out, whichever session sent it"""
+
+
 class Control:
     """Starts the watcher, which connects to the session that `link` names.
 
-    `awaited`: types of commands that are no requests: whoever calls `wait_for` gets them, and no reply is sent.
+    `memory`: that of an earlier control which has been closed; None for new memory. `awaited`: types of commands that
+    are no requests: whoever calls `wait_for` gets them, and no reply is sent.
     """
 
-    def __init__(self, link: RankLink, awaited: tuple[type[Command[Any]], ...] = ()) -> None:
+    def __init__(
+        self,
+        link: RankLink,
+        memory: RankMemory | None = None,
+        *,
+        awaited: tuple[type[Command[Any]], ...] = (),
+    ) -> None:
         self._lock = threading.Lock()
+        self._closing = False
         self.table: CommandTable = {}
         """the commands that it answers"""
         self._slow: queue.SimpleQueue[tuple[int, Command[Any]] | None] = queue.SimpleQueue()
@@ -70,18 +89,16 @@ class Control:
         """awaited commands by type, and answers to `AskStands` by question"""
         self._news = threading.Condition()
 
-        descriptor, dump = anonymous_file(MEMORY_BYTES), _dump_file()
-        memory = map_file(descriptor, MEMORY_BYTES)
-        self.board, self.recorder_memory = Board(memory), memory[-RECORDER_BYTES:]
+        self.memory, dump = memory or RankMemory(), _dump_file()
+        self.board, self.recorder_memory = self.memory.board, self.memory.recorder
         self._socket, theirs = socket.socketpair()
         link = msgspec.structs.replace(link, dump=dump if dump_into(dump) else None)
-        files = (descriptor, theirs.fileno(), dump)
+        files = (self.memory.descriptor, theirs.fileno(), dump)
         command = [sys.executable, "-P", "-m", "dinfer.rank.watcher", *map(str, files[:2])]
         with undebugged():
             self.watcher = subprocess.Popen(command, pass_fds=files, stdin=subprocess.PIPE)
         let_look(self.watcher.pid)
         theirs.close()
-        os.close(descriptor)
         assert self.watcher.stdin
         with self.watcher.stdin as pipe:
             pipe.write(msgspec.msgpack.encode(link))
@@ -119,7 +136,9 @@ class Control:
         return found
 
     def close(self) -> None:
-        """End the line; the watcher publishes what is left and ends by itself."""
+        """End the line; the watcher publishes what is left and ends by itself. A slow command that is under way is
+        carried out to its end; those that wait for it are not."""
+        self._closing = True
         with suppress(OSError):  # it may have ended already
             self._socket.shutdown(socket.SHUT_WR)
         self.watcher.wait(CLOSING_S)
@@ -158,7 +177,9 @@ class Control:
 
     def _work(self) -> None:
         while task := self._slow.get():
-            self._send(answer(self.table, *task))
+            with self.memory.slow:
+                if not self._closing:
+                    self._send(answer(self.table, *task))
 
     def _send(self, report: RankReport) -> None:
         with suppress(OSError):  # nobody is left to hear it

@@ -44,6 +44,11 @@ class Tokens:
         """Rows of KV, with those of new tokens; 0 if there are no new tokens."""
         return self._decoding.rows if self._decoding and self._decoding.tokens else 0
 
+    @property
+    def begun(self) -> int:
+        """How many new tokens have been begun, the one under way with them."""
+        return self._begun
+
     def limit_to(self, limit: int | None) -> int:
         """Stop at that many tokens; None: begin no further one until there is a limit. Returns how many were begun.
 

@@ -1,16 +1,17 @@
 """A rank inside an ipyparallel engine, where the user's `%%px` cells run too.
 
 A session calls these functions in the engine. What they make stays there between runs, and when the session's own
-kernel is restarted.
+kernel is restarted: the next session finds weights, group and prompt as they are.
 """
 
+import time
 from contextlib import suppress
 from typing import Any
 
 import msgspec
 
-from dinfer.errors import ipython
-from dinfer.messages import HandedOn, JoinGroup, OpenStore, RankLink, StoreAddress
+from dinfer.errors import DinferError, ipython
+from dinfer.messages import HandedOn, Holder, JoinGroup, OpenStore, RankLink, StoreAddress
 from dinfer.rank.control import Control
 from dinfer.rank.debugger import FIRST_PORT, listen
 from dinfer.rank.service import RankService
@@ -23,11 +24,20 @@ _debug_port = 0
 """Where a debugger may attach; 0: nowhere yet."""
 
 
+CONNECT_S = 60.0
+"""how long a session that holds a rank may take to connect"""
+
+
+class RankHeld(DinferError, RuntimeError):
+    """The session of another process holds this rank."""
+
+
 class Kernel:
     """One rank's service and its connection to the session. It meets the other ranks at a store that rank 0 opens."""
 
     def __init__(self, link: RankLink, world_size: int) -> None:
         self.rank, self.world_size = link.rank, world_size
+        self.holder, self._held_since = link.holder, time.monotonic()
         self.control = control = Control(link)
         self._store: Store | None = None
         self.host = RankService(
@@ -35,6 +45,24 @@ class Kernel:
             board=control.board, memory=control.recorder_memory, on_change=_bind,
         )  # fmt: skip
         control.table = self.host.table()
+
+    def is_held(self) -> bool:
+        """Whether a session is there, or about to come."""
+        if self.control.watcher.poll() is not None:
+            return False
+        session = self.control.board.session
+        return session == "there" or (
+            session == "awaited" and time.monotonic() - self._held_since < CONNECT_S
+        )
+
+    def go_on(self, link: RankLink) -> None:
+        """Belong to another session from now on, with all that is here."""
+        before = self.control
+        _end(before, link)
+        self.holder, self._held_since = link.holder, time.monotonic()
+        self.control = Control(link, before.memory)
+        self.host.go_on(self.control)
+        self.control.table = self.host.table()
 
     def open(self, command: OpenStore) -> StoreAddress:
         self._store, port = open_store(command.address, command.port)
@@ -62,22 +90,44 @@ class _NoEngine:
         return "no engine while there is no run: session.prefill(…, paused=True) begins one"
 
 
-def start(given: dict[str, Any], world_size: int) -> None:
-    """Make this process a rank of a session, or hand it to another one: weights that are loaded stay.
+def holder() -> dict[str, Any] | None:
+    """The Holder, as builtins, of the session that holds this rank; None where none does."""
+    held = _current is not None and _current.is_held()
+    return msgspec.to_builtins(_current.holder) if _current and held else None
+
+
+def start(given: dict[str, Any], world_size: int, take: bool = False) -> None:
+    """Make this process a rank of a session, or hand it to another one: weights stay, and in a session of as many ranks
+    the run as well. Raises RankHeld where another process's session holds it, unless `take`.
 
     `given` is a RankLink as builtins: what an engine is called with must survive JSON.
     """
     global _current
     link = msgspec.convert(given, RankLink)
-    before, _current = _current, None
+    before = _current
+    if before and not take and before.is_held() and not _same(before.holder, link.holder):
+        raise RankHeld(f"{before.holder} holds this rank")
+    if before and (before.rank, before.world_size) == (link.rank, world_size):
+        before.go_on(link)
+        return
+    _current = None
     kernel = Kernel(link, world_size)
     if before:
         kernel.host.inherit(before.host)
-        with suppress(OSError):  # its watcher may have ended already
-            before.control.report(HandedOn())
-        before.control.close()
+        _end(before.control, link)
     _current = kernel
     _bind(kernel.host)
+
+
+def _same(one: Holder | None, other: Holder | None) -> bool:
+    return one is not None and other is not None and one.key == other.key
+
+
+def _end(control: Control, link: RankLink) -> None:
+    """Tell a session that another one has its rank now, and end the line to it."""
+    with suppress(OSError):  # its watcher may have ended already
+        control.report(HandedOn(str(link.holder)))
+    control.close()
 
 
 def listen_for_debugger(port: int = 0) -> int:

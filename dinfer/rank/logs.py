@@ -1,9 +1,13 @@
-"""A rank's log file, which never fails a run: records that a full disk loses are counted, and reported at the end."""
+"""The log files of a run: a folder for each run, and in it a file for each rank.
+
+A log file never fails a run: records that a full disk loses are counted, and reported at the end.
+"""
 
 import logging
 import os
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,14 +15,40 @@ from dinfer.config import Config
 from dinfer.plan.ops import Op
 from dinfer.trace.events import Event
 
+LATEST = "latest"
+"""a link in log_dir to the folder of the newest run"""
+
 
 def make_log_folder(folder: Path) -> None:
-    """Create it, with its parents. The default folder ignores itself in git, as pytest's cache does. Raises OSError."""
+    """Create it, with its parents. The default log_dir ignores itself in git, as pytest's cache does. Raises
+    OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    ignored = folder / ".gitignore"
-    if folder == Path(Config.log_dir) and not ignored.exists():
-        with suppress(OSError):  # a full disk must not end a run
-            ignored.write_text("*\n", encoding="utf-8")
+    for log_dir in (folder, folder.parent):
+        ignored = log_dir / ".gitignore"
+        if log_dir == Path(Config.log_dir) and not ignored.exists():
+            with suppress(OSError):  # a full disk must not end a run
+                ignored.write_text("*\n", encoding="utf-8")
+
+
+def new_run_folder(log_dir: Path) -> Path:
+    """Create a folder for one run in `log_dir`, named after the time, such as run-20261130-142501, and have the link
+    `latest` there point to it. Raises OSError."""
+    make_log_folder(log_dir)
+    name, number = time.strftime("run-%Y%m%d-%H%M%S"), 1
+    while True:
+        folder = log_dir / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:  # another run began in the same second
+            number += 1
+    link = log_dir / f".{LATEST}-{folder.name}"
+    try:
+        link.symlink_to(folder.name, target_is_directory=True)
+        link.replace(log_dir / LATEST)
+    except OSError:  # no links on this file system, or a folder of the user has that name
+        link.unlink(missing_ok=True)
+    return folder
 
 
 class LogFile(logging.FileHandler):

@@ -41,6 +41,12 @@ def sign_of_life(pid: int) -> Life | None:
         return None
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a signal or a debugger has stopped that process."""
+    life = sign_of_life(pid)
+    return life is not None and life.state in ("T", "t")
+
+
 def exists(pid: int) -> bool:
     """Whether that process runs; one that has ended and that nobody has waited for does not."""
     try:

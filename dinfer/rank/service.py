@@ -34,6 +34,7 @@ from dinfer.rank.failure import describe
 from dinfer.rank.faults import fault_commands, misbehave_commands
 from dinfer.rank.inspect import inspect_commands
 from dinfer.rank.reference import reference_commands
+from dinfer.rank.remembered import Remembered
 from dinfer.rank.stacks import stacks, thread_names
 from dinfer.rank.weights import Weights
 from dinfer.transport.gate import Gate
@@ -83,6 +84,7 @@ class RankService:
         self.weights = Weights(self.board, alone=memory is not None)
         self.comm: Comm | None = None
         self.prompt: PromptOnRank | None = None
+        self._remembered = Remembered()
         self._token_failed = False
         """this rank has failed in decode, where the others may wait for its token"""
         self._memory, self._gate = memory, gate
@@ -90,32 +92,33 @@ class RankService:
 
     def table(self) -> CommandTable:
         alone = self._memory is not None
-        return table_of(
-            [
-                slow(messages.UnloadModel, self._unload),
-                slow(messages.LoadModel, self._load),
-                slow(messages.OpenStore, self._meet.open),
-                slow(messages.JoinGroup, self._join),
-                slow(messages.PreparePrompt, self._prepare),
-                quick(messages.SetLimits, self._set_limits),
-                slow(messages.Rewind, self._rewind),
-                quick(messages.Freeze, lambda _: self._engine.executor.freeze()),
-                quick(messages.GetStand, lambda _: self._engine.executor.stand()),
-                quick(messages.Release, self._release),
-                quick(messages.SetBreakpoints, self._set_breakpoints),
-                slow(messages.StartDecode, self._decode),
-                quick(messages.LimitDecode, self._limit_decode),
-                slow(messages.StepBackDecode, self._step_back_decode),
-                slow(messages.HashKv, self._hash_kv),
-                quick(messages.DrainChannels, self._drain),
-                slow(messages.LeaveGroup, self._leave),
-                quick(messages.GetStacks, lambda _: stacks(self.rank, alone=alone)),
-                *fault_commands(lambda: self._engine, self.session.report),
-                *inspect_commands(self.rank, self._prompted),
-                *reference_commands(self._prompted),
-                *misbehave_commands(self.rank, self.session.report),
-            ]
-        )
+        handlers = [
+            slow(messages.UnloadModel, self._unload),
+            slow(messages.LoadModel, self._load),
+            slow(messages.OpenStore, self._meet.open),
+            slow(messages.JoinGroup, self._join),
+            slow(messages.PreparePrompt, self._prepare),
+            slow(messages.EndPrompt, lambda _: self._give_up_prompt()),
+            quick(messages.GetHeld, self._held),
+            quick(messages.SetLimits, self._set_limits),
+            slow(messages.Rewind, self._rewind),
+            quick(messages.Freeze, lambda _: self._engine.executor.freeze()),
+            quick(messages.GetStand, lambda _: self._engine.executor.stand()),
+            quick(messages.Release, self._release),
+            quick(messages.SetBreakpoints, self._set_breakpoints),
+            slow(messages.StartDecode, self._decode),
+            quick(messages.LimitDecode, self._limit_decode),
+            slow(messages.StepBackDecode, self._step_back_decode),
+            slow(messages.HashKv, self._hash_kv),
+            quick(messages.DrainChannels, self._drain),
+            slow(messages.LeaveGroup, self._leave),
+            quick(messages.GetStacks, lambda _: stacks(self.rank, alone=alone)),
+            *fault_commands(lambda: self._engine, self.report),
+            *inspect_commands(self.rank, self._prompted),
+            *reference_commands(self._prompted),
+            *misbehave_commands(self.rank, self.report),
+        ]
+        return table_of(map(self._remembered.noting, handlers))
 
     # -- what it has
 
@@ -136,9 +139,40 @@ class RankService:
             raise RuntimeError(f"rank {self.rank} has no prompt yet: session.prefill(…) first.")
         return self.prompt
 
+    def report(self, report: messages.RankReport) -> None:
+        """Tell the session something, and whatever session comes after it."""
+        self._remembered.heard(report)
+        self.session.report(report)
+
+    def go_on(self, session: SessionChannel) -> None:
+        """Report to another session from now on, first what it must know of the prompt that is here."""
+        self.session = session
+        for report in self._remembered.repeated() if self.prompt else ():
+            session.report(report)
+
+    def _held(self, _: messages.GetHeld) -> messages.Holdings:
+        last, tokens = self._remembered.last, self.prompt and self.prompt.tokens
+        recorder = self.engine and self.engine.recorder
+        breakpoints, faults = last(messages.SetBreakpoints), last(messages.SetFaults)
+        return messages.Holdings(
+            load=last(messages.LoadModel) if self.decoder else None,
+            group=last(messages.JoinGroup) if self.comm else None,
+            prompt=last(messages.PreparePrompt) if self.prompt else None,
+            plan_id=self._engine.prompt.plan.id if self.prompt else 0,
+            breakpoints=breakpoints.breakpoints if breakpoints else (),
+            faults=faults.faults if faults else (),
+            tokens=tuple(tokens.tokens) if tokens else (),
+            begun=tokens.begun if tokens else 0,
+            lost_events=recorder.lost if recorder else 0,
+        )
+
+    def _ask_stands(self) -> list[Stand | None]:
+        return self.session.ask_stands(ANSWER_S)
+
     def inherit(self, before: "RankService") -> None:
         """Take over the weights of the service that this one follows, which gives up its prompt and group."""
         self.weights.share(before.weights)
+        self._remembered.take_model(before._remembered)
         before.close()
 
     def close(self) -> None:
@@ -212,8 +246,9 @@ class RankService:
         self._give_up_prompt()
         engine = Engine(
             decoder, comm, config, gate=self._gate, board=self.board, memory=self._memory,
-            deadline=config.timeout, on_hit=self._hit, all_stands=partial(self.session.ask_stands, ANSWER_S),
+            deadline=config.timeout, on_hit=self._hit, all_stands=self._ask_stands,
             on_corrupt=self._corrupt,
+            on_nonfinite=lambda found: self.session.report(messages.FirstNonFinite(found.as_dict())),
         )  # fmt: skip
         warm_up(decoder, config, len(ids))
         plan = parse_plan(command.plan) if command.plan else engine.plan_for(len(ids))
@@ -225,7 +260,7 @@ class RankService:
             raise
         self.prompt = PromptOnRank(engine, Tokens(engine))
         assert engine.recorder
-        self.session.report(messages.Lanes(tuple(engine.recorder.lanes), thread_names()))
+        self.report(messages.Lanes(tuple(engine.recorder.lanes), thread_names()))
         self.board.set_phase("prefill")
         watch = partial(self._report_failure, executor)
         threading.Thread(target=watch, name="dinfer failures", daemon=True).start()
@@ -236,7 +271,7 @@ class RankService:
         try:
             executor.wait_until_closed()
         except OpFailed as failed:
-            self.session.report(describe(failed))
+            self.report(describe(failed))
 
     def _give_up_prompt(self) -> None:
         """Raises RuntimeError where lanes of the prompt are blocked."""
@@ -260,7 +295,8 @@ class RankService:
         self._engine.executor.release([Channel(*channel) for channel in command.channels])
 
     def _set_breakpoints(self, command: messages.SetBreakpoints) -> None:
-        self._engine.prompt.conditions.arm([Breakpoint(**one) for one in command.breakpoints])
+        found = [Breakpoint(**one) for one in command.breakpoints]
+        self._engine.prompt.conditions.arm([one for one in found if one.condition])
 
     def _hash_kv(self, command: messages.HashKv) -> messages.KvHash:
         cache = self._engine.cache
@@ -269,13 +305,13 @@ class RankService:
 
     def _report_edits(self, edited: list[str]) -> None:
         if edited:
-            self.session.report(messages.Edited(tuple(edited)))
+            self.report(messages.Edited(tuple(edited)))
 
     def _hit(self, breakpoint: Breakpoint, op: Op, found: str) -> None:
         """A breakpoint's condition holds: no further op begins here, and the session stops the others."""
         prompt = self._engine.prompt
         if prompt.halt():
-            self.session.report(messages.BreakpointHit(breakpoint.as_dict(), str(op), found, prompt.order))
+            self.report(messages.BreakpointHit(breakpoint.as_dict(), str(op), found, prompt.order))
 
     def _corrupt(self, found: Corruption) -> None:
         """A block's bytes have changed. On the way, and where the run is to pause: no further op begins here, and the
@@ -283,7 +319,7 @@ class RankService:
         engine, order = self._engine, None
         if engine.config.on_corruption == "pause" and found.peer is not None and engine.prompt.halt():
             order = engine.prompt.order
-        self.session.report(messages.BlockCorrupt(found.as_dict(), order))
+        self.report(messages.BlockCorrupt(found.as_dict(), order))
 
     # -- decode
 
@@ -303,7 +339,7 @@ class RankService:
         except Exception as error:  # whatever it is, the others wait for this rank's token
             self._token_failed = True
             failed = TokenFailed(self.rank, len(tokens.tokens), error)
-            self.session.report(describe(failed))
+            self.report(describe(failed))
             raise failed from error
         finally:
             engine.prompt.edits.accept_all()

@@ -64,6 +64,7 @@ class Watcher:
         self._lost_client_at: float | None = monotonic()  # it may be gone before it was ever reached
         self._connection = client.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._board = Board(memory)
+        self._board.set_session("awaited")
         self._recorder: Recorder | None = None
         self._cursor: list[int] = []
         self._lanes = 0
@@ -152,10 +153,11 @@ class Watcher:
 
     def _publish(self, *, last: bool) -> None:
         """What is new, as one message: each costs the rank's core, and wakes the session's process."""
-        records = b""
-        if self._recorder:
+        records, stand = b"", self._board.stand(self._lanes)
+        if (
+            self._recorder
+        ):  # read after the stand, so that the events of all ops that have ended there are among them
             records, self._cursor = self._recorder.read_records(self._cursor)
-        stand = self._board.stand(self._lanes)
         state = (stand, self._board.phase, self._board.decoded)
         beat = monotonic() - self._last_beat > BEAT_S
         if last or beat or records or state != self._last_state:
@@ -204,8 +206,9 @@ class Watcher:
                 self._kill()
             return
         while self._connection.poll(0):
-            event = recv_monitor_message(self._connection)["event"]
-            self._lost_client_at = monotonic() if event == zmq.EVENT_DISCONNECTED else None
+            is_gone = recv_monitor_message(self._connection)["event"] == zmq.EVENT_DISCONNECTED
+            self._lost_client_at = monotonic() if is_gone else None
+            self._board.set_session("gone" if is_gone else "there")
         if self._lost_client_at is None or monotonic() - self._lost_client_at <= rule.patience_s:
             return
         self._lost_client_at = None

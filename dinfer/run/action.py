@@ -68,7 +68,7 @@ class Actions:
         while True:
             self.settle()
             if self.lock.acquire(timeout=POLL_S):
-                if self._state.now not in MOVING:
+                if not self._state.wait_while(MOVING, 0):
                     break
                 self.lock.release()  # another action has begun since
         try:

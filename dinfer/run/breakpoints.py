@@ -1,7 +1,8 @@
 """The breakpoints of one run: setting them, arming their conditions on the ranks, noticing that one is met."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from dinfer.config import Config
 from dinfer.display import listed
@@ -59,8 +60,14 @@ class BreakpointTable:
         return f"stopped at {one}: rank {rank}, `{note.op}`: {note.found}"
 
     def arm(self) -> None:
-        """Have the ranks look for the conditions that are set now, and for no others."""
-        self._tell(SetBreakpoints(tuple(one.as_dict() for one in self._found.values() if one.condition)))
+        """Have the ranks look for the conditions that are set now, and for no others. They keep all breakpoints, for a
+        session that comes after this one."""
+        self._tell(SetBreakpoints(tuple(one.as_dict() for one in self._found.values())))
+
+    def take_over(self, breakpoints: Sequence[dict[str, Any]]) -> None:
+        """Take over those that the ranks have kept of an earlier session."""
+        self._found.update({one.number: one for one in (Breakpoint(**found) for found in breakpoints)})
+        self._count = max(self._found, default=0)
 
     def _changed(self, call: str, before: Mapping[int, Breakpoint]) -> None:
         """This call has changed the list, which was `before`."""

@@ -20,6 +20,7 @@ class RunEvents:
     """By rank, in the order of arrival."""
 
     def __init__(self, state: RunState) -> None:
+        self._read: list[int] = []  # by `note_nonfinite`
         self._state, self._ranks, self._lanes = state, state.ranks, state.plan.lanes
         self._begun = 0  # how often the run has begun
         self._by_rank: list[list[Event]] = []
@@ -33,18 +34,38 @@ class RunEvents:
             self._back = [0] * len(self._by_rank), tuple((0,) * len(lanes) for lanes in self._lanes)
             self._begun += 1
 
+    def take_over(self) -> None:
+        """Wait until the ranks have repeated the events of an earlier session."""
+        deadline = time.monotonic() + LATE_S
+        with self._ranks.changed:
+            while not self._is_whole() and time.monotonic() < deadline:
+                self._ranks.changed.wait(WAIT_S)
+            # The newest may be of an op behind the cut, where that session has gone back.
+            self._back = list(map(len, self._by_rank)), tuple(one.positions for one in self._state.stands())
+
     def went(self, before: Cut, after: Cut) -> None:
         """The run went from one cut to another: ops behind a cut to which it went back will be done again."""
         if not is_inside(before, after):
             with self._ranks.changed:
                 self._back = list(map(len, self._by_rank)), meet(before, after)
 
-    def trace(self) -> Trace:
-        """The events of all ranks so far. Of a run that stands still, first waits for events still on their way."""
+    def note_nonfinite(self) -> None:
+        """Tell the run's state of NaN and Inf in the events that have come since the last time."""
+        with self._ranks.changed:
+            new, self._read = self.since(self._read)
+            self._state.nonfinite.take(new)
+
+    def wait(self) -> None:
+        """Of a run that stands still, wait for events that are still on their way."""
         deadline = time.monotonic() + LATE_S
         with self._ranks.changed:
             while self._state.now in STANDING and not self._is_whole() and time.monotonic() < deadline:
                 self._ranks.changed.wait(WAIT_S)
+
+    def trace(self) -> Trace:
+        """The events of all ranks so far. Of a run that stands still, first waits for events still on their way."""
+        self.wait()
+        with self._ranks.changed:
             by_rank = [list(events) for events in self._by_rank]
         return merge(
             self._state.job, by_rank

@@ -5,6 +5,7 @@ A rank that raised an error is named before one that died, and both before ranks
 
 import signal
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 from dinfer.cluster.ranks import LOST, RankState
 from dinfer.config import Config
@@ -12,6 +13,7 @@ from dinfer.errors import DinferError
 from dinfer.messages import Failed
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
+from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.where import rank_text
 
 
@@ -22,10 +24,16 @@ class RankFailed(DinferError, RuntimeError):
 SILENT = 257
 """Stands for the exit status of a rank whose watcher has been silent for `silence_limit` seconds."""
 
-HANDED_ON = (
-    "another session has joined these engines since, so this one and its runs are over: go on with that one, or join "
-    "again with dinfer.connect(…)."
-)
+
+Breakage = Literal["failed", "lost", "taken over"]
+"""a rank has raised; a rank is gone; another session has joined the engines"""
+
+
+class Broken(NamedTuple):
+    """Why a run cannot go on: of what kind that is, and the message."""
+
+    kind: Breakage
+    why: str
 
 
 def silence_limit(timeout: float) -> float:
@@ -37,33 +45,42 @@ def silence_limit(timeout: float) -> float:
 # -- errors and dead ranks
 
 
-def broken(plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], config: Config) -> str | None:
-    """The message about errors and dead ranks; None if there are none. `exits[rank]` is set for ranks that ended
+def broken(
+    plan: Plan, ranks: Sequence[RankState], exits: Sequence[int | None], config: Config
+) -> Broken | None:
+    """What errors and dead ranks mean for the run; None if there are none. `exits[rank]` is set for ranks that ended
     without a result."""
-    if were_handed_on(ranks):
-        return HANDED_ON
+    if taken := taken_over(ranks):
+        return Broken("taken over", taken)
     errors = [(rank, state.error) for rank, state in enumerate(ranks) if state.error]
     primary = [(rank, error) for rank, error in errors if not error.secondary]
     dead = [rank for rank, code in enumerate(exits) if code is not None and not ranks[rank].error]
     if len(primary) > 1 and len({error.message for _, error in primary}) == 1:
-        return primary[0][1].message  # all ranks have found it together: it is not about one
+        return Broken(
+            "failed", primary[0][1].message
+        )  # all ranks have found it together: it is not about one
     if primary or (errors and not dead):
-        return _told(*(primary or errors)[0], config)
+        return Broken("failed", _told(*(primary or errors)[0], config))
     if not dead:
         return None
     if len(dead) > 1 and all(exits[rank] == SILENT for rank in dead) and len(dead) == len(ranks) - 1:
         where = "\n".join(f"rank {rank}: {_position(plan, rank, state)}" for rank, state in enumerate(ranks))
-        return (
+        return Broken(
+            "lost",
             f"nothing was heard of any other rank for {silence_limit(config.timeout):g} s: "
-            f"rank 0's host may be cut off; where they stood:\n{where}"
+            f"rank 0's host may be cut off; where they stood:\n{where}",
         )
     told = [_death(plan, rank, ranks[rank], exits[rank], config) for rank in dead]
-    return told[0] if config.log_dir else "\n".join([*told, "`session.recover()` brings back who is gone."])
+    return Broken("lost", told[0] if config.log_dir else "\n".join(told))
 
 
-def were_handed_on(ranks: Sequence[RankState]) -> bool:
-    """Whether another session has taken over these ranks' engines."""
-    return any(state.handed_on for state in ranks)
+def taken_over(ranks: Sequence[RankState]) -> str:
+    """That another session has taken over these ranks' engines; "" where none has."""
+    to = next((state.handed_on for state in ranks if state.handed_on), "")
+    return to and (
+        f"taken over: the session of {to} has these engines now, with model and run. Go on there, or take them back "
+        "with dinfer.connect(…, take=True)."
+    )
 
 
 def is_final(ranks: Sequence[RankState], exits: Sequence[int | None]) -> bool:
@@ -81,7 +98,7 @@ def silent_text(plan: Plan, rank: int, state: RankState) -> str:
     why = "its process is stopped" if state.stopped else "its host or the network to it may be down"
     return (
         f"rank {rank} does not answer: {why}; it stands at: {_position(plan, rank, state)}\n"
-        "Nothing is lost if it comes back (kill -CONT); `session.recover()` ends it and starts it again."
+        "Nothing is lost if it comes back (kill -CONT); session.recover() ends it and starts it again."
     )
 
 
@@ -127,8 +144,11 @@ def _death(plan: Plan, rank: int, state: RankState, code: int | None, config: Co
 # -- a standstill
 
 
-def standstill(plan: Plan, ranks: Sequence[RankState], config: Config, now: float) -> str | None:
-    """The message about a run in which nothing has moved for `timeout` seconds; None if it is not so."""
+def standstill(
+    plan: Plan, ranks: Sequence[RankState], config: Config, now: float, verdict: Verdict | None = None
+) -> str | None:
+    """The message about a run in which nothing has moved for `timeout` seconds; None if it is not so. `verdict`: why
+    it does not move, if that is known."""
     if all(
         state.phase == "prefill" and state.stand and state.stand.at_limits and not any(state.stand.started)
         for state in ranks
@@ -144,7 +164,23 @@ def standstill(plan: Plan, ranks: Sequence[RankState], config: Config, now: floa
     )
     limit = "timeout" if running else "start_timeout"
     told = f"no rank has made progress for {quiet:.0f} s ({limit}); where they stand:\n{where}"
-    return f"{told}\n{advice(plan, ranks, config)}"
+    return f"{told}\n{advice_on(verdict, config) if verdict else advice(plan, ranks, config)}"
+
+
+def advice_on(verdict: Verdict, config: Config) -> str:
+    """A verdict, and what to do about it."""
+    match verdict.kind:
+        case "computing" | "slow rank" | "slow link":
+            what = f"If that is only slow, raise timeout ({config.timeout:g}) or lower chunk_size."
+        case "stuck in Python" | "stuck in C" | "stuck":
+            what = "A debugger shows more (DINFER_DEBUGPY=1); a longer timeout will not help."
+        case "stopped":
+            what = "Let it go on (kill -CONT, or the debugger's continue) and run again."
+        case "stalled link" | "lost peer":
+            what = "Check the links with dinfer doctor; a longer timeout will not help."
+        case _:
+            what = "Prove the plan with dinfer verify; a longer timeout will not help."
+    return f"{verdict.sentence.rstrip('.')}. {what}"
 
 
 def advice(plan: Plan, ranks: Sequence[RankState], config: Config) -> str:

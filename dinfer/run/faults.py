@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from dinfer.display import Displayable, listed
+from dinfer.display import Displayable, Tidy, listed
 from dinfer.engine.board import Stand
 from dinfer.errors import NoSuch
 from dinfer.history import History
@@ -13,10 +13,13 @@ from dinfer.plan.faults import KINDS, Fault, TokenSizes, fault_of
 from dinfer.plan.ops import PlanError, Value
 from dinfer.plan.plan import Plan
 from dinfer.run.state import Mark, RunState, State, state_of_lanes
+from dinfer.severity import Severity
 
 
-class Injected(Displayable):
-    """An armed fault and its strikes: (rank, number of values changed, description)."""
+class Injected(Tidy, Displayable):
+    """An armed `fault` and its `strikes`: (rank, number of values changed, description)."""
+
+    severity = Severity.WARNING
 
     def __init__(self, fault: Fault) -> None:
         self.fault = fault
@@ -24,10 +27,12 @@ class Injected(Displayable):
 
     @property
     def number(self) -> int:
+        """Its number among the run's faults."""
         return self.fault.number
 
     @property
     def has_struck(self) -> bool:
+        """Whether it has changed something yet."""
         return bool(self.strikes)
 
     def __str__(self) -> str:
@@ -39,8 +44,11 @@ class Injected(Displayable):
         return f"hit: {self.fault}: {found}" + (f" ({times} times)" if times > 1 else "")
 
 
-class Armed(Displayable):
-    """The armed faults of a run, by number; removing one here disarms it on the ranks, whom `tell` gives the list."""
+class Armed(Tidy, Displayable):
+    """The armed faults of a run, by number: `run.faults[1]`. Removing one here disarms it on the ranks, to which `tell`
+    gives the list."""
+
+    INTERNAL = frozenset({"arm", "begin", "inject", "marks", "struck"})
 
     def __init__(self, state: RunState, tell: Callable[[SetFaults], object], history: History) -> None:
         self._state, self._tell, self._history = state, tell, history
@@ -57,6 +65,10 @@ class Armed(Displayable):
         if number not in self._found:
             raise NoSuch(f"there is no fault #{number}; there are: {self}")
         return self._found[number]
+
+    @property
+    def severity(self) -> Severity:
+        return Severity.WARNING if self._found else Severity.NOTE
 
     def __str__(self) -> str:
         return "\n".join(map(str, self)) or 'no faults: run.inject("bitflip", layer=0, chunk=0) arms one'
@@ -96,6 +108,12 @@ class Armed(Displayable):
     def arm(self) -> None:
         """Have the ranks break what is armed now, and nothing else."""
         self._tell(SetFaults(tuple(one.fault.as_dict() for one in self)))
+
+    def take_over(self, faults: Sequence[dict[str, Any]]) -> None:
+        """Take over those that the ranks have kept of an earlier session; they repeat their strikes."""
+        found = [Fault(**one) for one in faults]
+        self._found.update({one.number: Injected(one) for one in found})
+        self._count = max(self._found, default=0)
 
     def begin(self) -> None:
         """The run begins again on clean ranks: no fault has struck."""

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from dinfer.monitor.signs import HangEvidence
 from dinfer.monitor.watch import HangWatch
-from dinfer.run.failure import RankFailed, broken, ending, is_final, silent_text
-from dinfer.run.state import RunState, State
+from dinfer.run.failure import Broken, RankFailed, broken, ending, is_final, silent_text
+from dinfer.run.state import IN_OPS, RunState, with_remedy
 from dinfer.run.stepper import NoProgress
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.waits import HangKind
@@ -25,10 +25,10 @@ STUCK: tuple[HangKind, ...] = ("stuck in Python", "stuck in C", "stuck")
 
 
 class Hung(NoProgress):
-    """The run cannot go on by itself. `verdict` says why."""
+    """The run cannot go on by itself. `verdict` says why, `remedy` is the call after which it can."""
 
-    def __init__(self, verdict: Verdict) -> None:
-        super().__init__(str(verdict))
+    def __init__(self, verdict: Verdict, remedy: str = "") -> None:
+        super().__init__(with_remedy(str(verdict), remedy))
         self.verdict = verdict
 
 
@@ -51,13 +51,13 @@ class Health:
         if not state.failure and not state.closed:
             self._look_for_failure()
         if state.failure:
-            raise RankFailed(state.failure)
+            raise RankFailed(with_remedy(state.failure, state.remedy))
         silent = [silent_text(state.plan, rank, ranks.ranks[rank]) for rank in ranks.silent()]
         state.note_silence("\n".join(silent))
         if state.silence:
-            raise RankFailed(state.silence)
+            raise RankFailed(with_remedy(state.silence, state.remedy))
         if (hang := state.hang) and hang.is_hung and self._is_moving():
-            raise Hung(hang)
+            raise Hung(hang, state.remedy)
 
     def look(self) -> None:
         """See whether the run has stopped moving; `RunState.hang` is the verdict then."""
@@ -84,7 +84,7 @@ class Health:
         return self._watch.evidence(decoding=self._is_decoding(), ended=self._ended(), sentence=sentence)
 
     def _is_moving(self) -> bool:
-        return self._state.now in (State.RUNNING, State.DECODING)
+        return self._state.is_doing(IN_OPS)
 
     def _is_decoding(self) -> bool:
         """Whether the ranks make tokens, or did when the run failed: some may still wait for one."""
@@ -97,7 +97,9 @@ class Health:
         grace = 0.0 if is_final(ranks, exits) else GRACE_S
         if found and self._broken_at and now - self._broken_at >= grace:
             verdict = self.judge(is_moving=False)
-            self._state.fail(f"{verdict.sentence}\n{found}" if verdict.kind in ABOUT_MESSAGES else found)
+            is_about = verdict.kind in ABOUT_MESSAGES
+            why = f"{verdict.sentence}\n{found.why}" if is_about else found.why
+            self._state.fail(Broken(found.kind, why))
 
     def _ended(self) -> dict[int, str]:
         """How the processes of ranks have ended, or seem to have."""

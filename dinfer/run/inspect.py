@@ -23,7 +23,7 @@ from dinfer.kv.view import KV, AttentionWeights, Hidden, attention_of
 from dinfer.messages import Answer, Command, DigestHidden, HashKv, RunReference, StopReference
 from dinfer.model.checkpoint import check_unchanged
 from dinfer.model.text import texts_of
-from dinfer.plan.ops import PlanError
+from dinfer.plan.ops import NothingYet, PlanError
 from dinfer.plan.partition import within
 from dinfer.run.action import Actions
 from dinfer.run.failure import RankFailed, silent_text
@@ -52,7 +52,9 @@ class RunInspector:
         """See `Run.kv`."""
         hold = self._actions.hold
         with hold():
-            return KV(self.source, layer=layer, chunk=chunk, rank=rank, note=self._compared, hold=hold)
+            remark = self._state.nonfinite.in_selection
+            note = self._compared
+            return KV(self.source, layer=layer, chunk=chunk, rank=rank, note=note, remark=remark, hold=hold)
 
     def hidden(self, chunk: int, layer: int) -> Hidden:
         """See `Run.hidden`."""
@@ -123,8 +125,15 @@ class RunInspector:
 
     # -- the reference
 
-    def compare(self, *, chunked: bool, dtype: str | None) -> Comparison:
+    def compare(self, *, chunked: bool | None, dtype: str | None) -> Comparison:
         """See `Run.compare`."""
+        with self._actions.hold():
+            found = self._compare(chunked=chunked is not False, dtype=dtype)
+            if chunked is None and self._job.spec.length_dependent and len(self._job.plan.shape.chunks) > 1:
+                found.at_once = self._compare(chunked=False, dtype=dtype)
+            return found
+
+    def _compare(self, *, chunked: bool, dtype: str | None) -> Comparison:
         check_unchanged(self._job.spec)  # on a CPU the weights are views of the files
         with self._actions.hold():
             self._check()
@@ -134,7 +143,7 @@ class RunInspector:
             source.subject = replace(source.subject, ids=ids, texts=self._texts(ids))
             helds = helds_of(source, [hidden[rank] for rank in ranks])
             if not any(one.now for one in helds):
-                raise PlanError(
+                raise NothingYet(
                     "nothing to compare: prefill has not begun, no block is computed yet. run.step(), run.run_to(…) or "
                     "run.resume() first."
                 )

@@ -1,6 +1,7 @@
 """How a run is moved: to a cut, to the next breakpoint, to the end of prefill, or to a stop."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from dinfer.plan.cut import Cut, Unit
 from dinfer.plan.ops import PlanError
@@ -9,10 +10,14 @@ from dinfer.run.breakpoints import BreakpointTable
 from dinfer.run.failure import RankFailed
 from dinfer.run.state import RunState
 from dinfer.run.stepper import Fleet, Move, NoProgress, Stepper
+from dinfer.severity import Severity
 from dinfer.verdict.where import moved_lines
 
 INTERRUPT_S = 1.5
 """how long an interrupted call waits for the ranks to stop"""
+
+HALT_S = 5.0
+"""how long ranks that an earlier session has left may take to come to a cut"""
 
 
 class Moves:
@@ -34,6 +39,13 @@ class Moves:
         """All ranks stand before their first op."""
         job = self._state.job
         self._stepper = Stepper(self._fleet, job.config.timeout) if job.verdict.proved else None
+
+    def halt(self) -> None:
+        """Bring ranks that an earlier session has left on their way to a cut. One that hangs, or has failed, is left as
+        it is: whoever looks after the run finds out why."""
+        with suppress(NoProgress, RankFailed, TimeoutError):
+            if self._stepper:
+                self._stepper.pause(HALT_S)
 
     @property
     def can_step(self) -> bool:
@@ -132,14 +144,14 @@ class Moves:
             self._breakpoints.expect([])
             self._stepper.pause()
 
-    def pause_order(self, order: int, why: str) -> bool:
+    def pause_order(self, order: int, why: str, severity: Severity = Severity.NOTE) -> bool:
         """A rank has stopped under that order: stop the others too, and say why; False, and nothing is done, if the
         user has sent the ranks elsewhere since."""
-        before = self._state.replace_message(why)  # the move under way returns with it
+        before = self._state.replace_message(why, severity)  # the move under way returns with it
         if self._stepper and self._stepper.pause_order(order):
-            self._state.say(why)
+            self._state.say(why, severity)
             return True
-        self._state.replace_message(before)
+        self._state.replace_message(*before)
         return False
 
     def interrupted(self) -> None:
@@ -150,4 +162,6 @@ class Moves:
                 self._stepper.pause(INTERRUPT_S)
             self._state.say("interrupted: the run is paused")
         except (NoProgress, RankFailed, TimeoutError) as error:
-            self._state.say(f"interrupted; the ranks stop as soon as their ops end: {error}")
+            self._state.say(
+                f"interrupted; the ranks stop as soon as their ops end: {error}", Severity.WARNING
+            )

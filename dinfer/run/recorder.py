@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from dinfer.cluster.kv import Live
 from dinfer.cluster.ranks import RankRefused, answers
 from dinfer.engine.prompt import Edit
+from dinfer.files import WrittenFiles
 from dinfer.kv.ledger import BlockKey
 from dinfer.messages import EditedBlocks, ListKv, ReadBlocks, ReadEdit, ReadFinalHidden, ReadNotes
 from dinfer.plan.ops import PlanError
@@ -24,10 +25,11 @@ from dinfer.run.faults import Armed
 from dinfer.run.hang import Health
 from dinfer.run.inspect import RunInspector
 from dinfer.run.report import Done, Reporter, findings_of_job, kv_finding, parameters
-from dinfer.run.state import STANDING, RunState, Standing, State
+from dinfer.run.state import IN_OPS, STANDING, RunState, Standing, State, nonfinite_marks
 from dinfer.run.stepper import NoProgress
 from dinfer.saved.replay.record import Own, RankRecord, check_rank, received_by, record_of
 from dinfer.saved.write import Content, check_free, chosen_layers, write
+from dinfer.severity import Severity
 from dinfer.trace.export import check_folder
 from dinfer.trace.findings import Findings, KvFinding, RankFinding, with_findings
 
@@ -48,12 +50,14 @@ class RunRecorder:
     events: RunEvents
     inspector: RunInspector
     look: Callable[[], None]
+    written: WrittenFiles = field(default_factory=WrittenFiles)
 
     def standing(self) -> Standing:
         """The run at this moment; returns at once."""
         state = self.state
         with state.ranks.changed:
             known = state.ranks.ranks
+            silent = state.ranks.silent() if state.silence else []
             now, reason = state.decide()
             return Standing(
                 state.stands(),
@@ -62,16 +66,20 @@ class RunRecorder:
                 decoded=len(state.tokens),
                 text=state.text,
                 devices=tuple(state.devices),
-                alive=tuple(not one.gone for one in known),
+                alive=tuple(not one.gone and rank not in silent for rank, one in enumerate(known)),
                 last_call=state.last_call,
                 faults=tuple(map(str, self.faults)),
-                marks=(*self.faults.marks(), *state.marks),
+                marks=(*self.faults.marks(), *state.marks, *nonfinite_marks(state.nonfinite.blocks)),
                 memory=tuple(one.memory for one in known),
                 tokens=tuple(one.decoded for one in known),
                 verdict=str(state.hang or ""),
                 device_memory=tuple(one.device_memory for one in known),
+                nonfinite=state.nonfinite.text,
                 over=state.closed,
                 playing=state.playing,
+                remedy=state.remedy,
+                severity=state.gravity(),
+                begun=state.begun,
             )
 
     # -- a report
@@ -82,7 +90,9 @@ class RunRecorder:
         check_folder(target)
         self._until_it_stands()
         found = self.findings(reporter, prompt=prompt, environment=environment)
-        return reporter.write(with_findings(self.events.trace(), found), target)
+        made = reporter.write(with_findings(self.events.trace(), found), self.written.place_for(target))
+        self.written.add(target, made)
+        return made
 
     def findings(
         self, reporter: Reporter | None, *, prompt: bool = False, environment: bool = False
@@ -107,7 +117,8 @@ class RunRecorder:
             findings_of_job(state.job, done, prompt=prompt),
             made=time.strftime("%Y-%m-%d %H:%M"),
             state=str(standing.state),
-            failure=state.failure or state.silence or (state.hang.sentence if state.hang else ""),
+            failure=standing.message if standing.state.severity > Severity.NOTE else "",
+            remedy=standing.remedy,
             positions=tuple(stand.positions for stand in standing.stands),
             ranks=ranks,
             message=standing.message,
@@ -117,7 +128,8 @@ class RunRecorder:
             faults=standing.faults,
             edited=tuple(state.edited),
             corrupt=tuple(map(str, state.corrupt)),
-            marks=tuple(tuple(mark) for mark in standing.marks),
+            nonfinite=state.nonfinite.text,
+            marks=tuple((*mark[:3], mark.kind, mark.text) for mark in standing.marks),
             log=tuple(reporter.log) if reporter else (),
             others=tuple(reporter.others()) if reporter else (),
             text=state.text if prompt else None,
@@ -145,7 +157,7 @@ class RunRecorder:
 
     def _until_it_stands(self) -> None:
         """Wait until the run stands still and is not played, has failed or hangs."""
-        while self._is_moving() and not self.state.silence:
+        while (self.state.playing or self.state.now in IN_OPS) and not self.state.silence:
             try:
                 self.health.check()
             except (RankFailed, NoProgress):
@@ -153,9 +165,6 @@ class RunRecorder:
             with self.state.ranks.changed:
                 self.state.ranks.changed.wait(WAIT_S)
             self.look()  # without the lock: it may wait for a thread that moves the run, and that for news of ranks
-
-    def _is_moving(self) -> bool:
-        return bool(self.state.playing) or self.state.now in (State.RUNNING, State.DECODING)
 
     # -- a folder
 
@@ -189,7 +198,9 @@ class RunRecorder:
             "checkpoint": {"path": str(job.spec.path), "fingerprint": job.spec.fingerprint},
         }
         content = Content(source, ranks, trace, evidence, description, layers, hidden, prompt, own)
-        return write(content, folder)
+        made = write(content, self.written.place_for(folder))
+        self.written.add(folder, made)
+        return made
 
     def reachable(self) -> tuple[int, ...]:
         """The ranks that can be asked what they hold."""

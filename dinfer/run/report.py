@@ -19,6 +19,7 @@ from dinfer.kv.source import Selection, Source
 from dinfer.plan.lower import lower
 from dinfer.plan.ops import PlanError
 from dinfer.plan.schedule import build
+from dinfer.run.state import nonfinite_marks
 from dinfer.saved.saved import WriteReport
 from dinfer.trace.findings import BlockState, Findings, KvFinding, RankFinding
 
@@ -110,7 +111,12 @@ def findings_of_result(job: Job, result: dict[str, Any]) -> Findings:
         RankFinding(**{name: one[name] for name in told}, tokens=tuple(one["tokens"]))
         for one in result["ranks"]
     )
-    return replace(findings_of_job(job, Done(new_tokens=len(result["tokens"]))), state="done", ranks=ranks)
+    known = replace(findings_of_job(job, Done(new_tokens=len(result["tokens"]))), state="done", ranks=ranks)
+    if found := result["nonfinite"]:
+        blocks = {(one["chunk"], one["layer"]): (one["rank"], one["what"]) for one in found["blocks"]}
+        marks = tuple((*mark[:3], mark.kind, mark.text) for mark in nonfinite_marks(blocks))
+        known = replace(known, nonfinite=found["text"], marks=marks)
+    return known
 
 
 def kv_finding(source: Source) -> KvFinding:

@@ -8,8 +8,9 @@ from dinfer.display import Table
 from dinfer.engine.corruption import Corruption
 from dinfer.job import Job
 from dinfer.messages import BlockCorrupt
+from dinfer.run.nonfinite import NonFiniteBlocks, nonfinite_of
 from dinfer.trace.events import Event
-from dinfer.trace.trace import Trace
+from dinfer.trace.trace import Trace, rank_table
 from dinfer.version import __version__
 
 
@@ -61,22 +62,28 @@ def result_of(job: Job, ranks: Sequence[RankState], trace: Trace, text: str) -> 
         ],
         "links": [link._asdict() for link in trace.link_figures()],
         "corrupt": [{**one.as_dict(), "text": str(one)} for one in corrupt],
+        "nonfinite": _nonfinite(nonfinite_of([state.notes for state in ranks], trace.events)),
     }
+
+
+def _nonfinite(known: NonFiniteBlocks) -> dict[str, Any] | None:
+    if known.first is None:
+        return None
+    blocks = [
+        {"rank": rank, "chunk": chunk, "layer": layer, "what": what}
+        for (chunk, layer), (rank, what) in sorted(known.blocks.items())
+    ]
+    return {"text": known.text, "first": known.first.as_dict(), "blocks": blocks}
+
+
+OVERLAP = (
+    "exposed sync: moved KV and computed nothing; waiting, wire: a lane waited for a peer, or a message was on the "
+    "wire, also while others computed. `dinfer report` divides prefill into shares that add up."
+)
 
 
 def table(result: dict[str, Any]) -> str:
     """The figures at the end of a run, one line a rank and one a link."""
-    seconds = ("prefill", "compute", "exposed_sync", "decode", "waiting", "wire")
-    names = ["rank", "device", *(f"{name.replace('_', ' ')} s" for name in seconds), "sent MB", "received MB"]
-    ranks = [
-        [
-            rank["rank"],
-            rank["device"],
-            *(f"{rank[f'{name}_s']:.3f}" for name in seconds),
-            *(f"{rank[f'{name}_bytes'] / 1e6:.3f}" for name in ("sent", "received")),
-        ]
-        for rank in result["ranks"]
-    ]
     links = [
         [
             f"{link['source']}→{link['target']}",
@@ -95,4 +102,5 @@ def table(result: dict[str, Any]) -> str:
     new = len(result["tokens"])
     about_tokens = f"{new} new token{'s' * (new != 1)}; stopped because {stopped}"
     about_links = Table(["link", "transfers", "MB", "median ms", "MB/s on the wire"], links)
-    return "\n\n".join([str(Table(names, ranks)), *[str(about_links)] * bool(links), about_tokens])
+    about_ranks = f"{rank_table(result['ranks'])}\n{OVERLAP}"
+    return "\n\n".join([about_ranks, *[str(about_links)] * bool(links), about_tokens])

@@ -21,12 +21,22 @@ from dinfer.cluster.lease import RankLease
 from dinfer.cluster.ranks import RankRefused, Ranks
 from dinfer.display import Displayable, DisplayableText, Tidy
 from dinfer.engine.corruption import Corruption
+from dinfer.engine.finite import NonFinite
 from dinfer.errors import NotPossible, ipython
 from dinfer.history import History, call_text
 from dinfer.job import Job
 from dinfer.kv.reference.comparison import Comparison
 from dinfer.kv.view import KV, AttentionWeights, Hidden
-from dinfer.messages import Answer, BlockCorrupt, BreakpointHit, Command, Edited, FaultStruck, GetStand
+from dinfer.messages import (
+    Answer,
+    BlockCorrupt,
+    BreakpointHit,
+    Command,
+    Edited,
+    FaultStruck,
+    FirstNonFinite,
+    GetStand,
+)
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.cut import Unit, count_of, unit_of
@@ -41,13 +51,24 @@ from dinfer.run.faults import Armed, Injected
 from dinfer.run.hang import STUCK, Health, Hung
 from dinfer.run.history import MoveHistory
 from dinfer.run.inspect import RunInspector, check_comparable
+from dinfer.run.left import LeftRun
 from dinfer.run.moves import Moves
 from dinfer.run.play import Player, period_of
 from dinfer.run.recorder import RunRecorder
 from dinfer.run.report import NO_VIEWS, Reporter
-from dinfer.run.state import MOVING, STANDING, RunState, Standing, State, where_of
+from dinfer.run.state import (
+    IN_OPS,
+    MOVING,
+    RECOVER,
+    RESTART,
+    STANDING,
+    RunState,
+    Standing,
+    where_of,
+)
 from dinfer.run.stepper import Move, NoProgress
 from dinfer.saved.replay.replay import Replay
+from dinfer.severity import Severity
 from dinfer.trace.events import Event
 from dinfer.trace.findings import Findings
 from dinfer.trace.trace import Trace
@@ -98,16 +119,21 @@ class Run(Tidy, Displayable):
     """Made by `session.prefill`; it stands before its first op. Actions may be called from any thread: they happen one
     after another, except `pause`, which stops the one under way.
 
+    `plan`: the ops of its `world_size` ranks; `config`: its parameters.
     `prepare()` makes all ranks ready for the prompt, with all lanes at limit 0, and returns the id of each rank's plan.
+    `left`: the ranks are in this run already, as an earlier session has left it.
     """
 
     INTERNAL = frozenset({
-        "INTERNAL", "check", "chunk_labels", "close", "events_since", "fail", "findings", "hold", "job", "last_call",
-        "look", "on_change", "reporter", "said", "say", "show", "silence", "story", "stuck_ranks", "told",
+        "INTERNAL", "cause", "check", "chunk_labels", "close", "events_since", "findings", "hold", "job", "last_call",
+        "left_blocked", "look", "mend", "on_change", "recover", "recovering", "reporter", "said", "say", "show",
+        "silence", "story", "stuck_ranks", "told",
     })  # fmt: skip
     show: Callable[[Any], Any] | None = None
     """makes the panel that a notebook shows for a run; set by the session, as is the next"""
     reporter: Reporter | None = None
+    recover: Callable[[], object] | None = None
+    """frees the session's ranks and brings back lost ones"""
 
     def __init__(
         self,
@@ -116,6 +142,7 @@ class Run(Tidy, Displayable):
         devices: list[str],
         tokenizer: Any | None,
         prepare: Callable[[], dict[int, int]],
+        left: LeftRun | None = None,
     ) -> None:
         self.job, self.plan, self.config = job, job.plan, job.config
         self.world_size = job.plan.world_size
@@ -136,7 +163,7 @@ class Run(Tidy, Displayable):
         self._recorder = RunRecorder(
             state, self._health, self._breakpoints, self._faults, self._events, self._inspector, self.look
         )
-        self._begin()
+        self._begin(left)
 
     # -- moving
 
@@ -198,9 +225,7 @@ class Run(Tidy, Displayable):
         that ended a play."""
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
-            while self._player.wait(POLL_S) or self._state.wait_while(
-                (State.RUNNING, State.DECODING), POLL_S
-            ):
+            while self._player.wait(POLL_S) or self._state.wait_while(IN_OPS, POLL_S):
                 self.check()
                 if deadline is not None and time.monotonic() > deadline:
                     raise NoProgress(f"the run does not stand after {timeout:g} s:\n{self.where()}")
@@ -224,6 +249,18 @@ class Run(Tidy, Displayable):
                 self._faults.arm()
         self._actions.tell()
         return self.where()
+
+    def mend(self) -> Where:
+        """Do what `standing().remedy` says: `session.recover()` if need be, and restart. Raises NotPossible where there
+        is nothing to mend, or only the user can."""
+        remedy, recover = self._state.remedy, self.recover
+        if remedy not in (RECOVER, RESTART) or (remedy == RECOVER and recover is None):
+            raise NotPossible(f"nothing here can be mended: {remedy or f'the run is {self._state.now}'}")
+        if remedy == RECOVER and recover:
+            recover()
+        where = self.restart()
+        self.last_call = remedy
+        return where
 
     # -- breakpoints
 
@@ -281,8 +318,16 @@ class Run(Tidy, Displayable):
     # -- where it stands, and why
 
     def where(self) -> Where:
-        """The position of each rank, one line each."""
+        """The position of each rank, one line each; then what else is known, such as the first NaN or Inf."""
+        if self._state.nonfinite.first:
+            self._events.wait()
+            self._events.note_nonfinite()
         return where_of(self.plan, self.standing(), self._state)
+
+    @property
+    def severity(self) -> Severity:
+        """How grave it is what `where()` says."""
+        return self.where().severity
 
     def standing(self) -> Standing:
         """The run at this moment; returns at once."""
@@ -322,16 +367,17 @@ class Run(Tidy, Displayable):
 
     @action(alone=False)
     def compare(
-        self, what: str = "reference", *, chunked: bool = True, dtype: str | None = None
+        self, what: str = "reference", *, chunked: bool | None = None, dtype: str | None = None
     ) -> Comparison:
         """Compare what the ranks hold with transformers' own forward of the same checkpoint, at the ranks' thread
         count: K, V and hidden states of every layer and chunk, and every new token fed as the run fed it.
 
         By default, in the run's chunks and dtype, every bit must be the same (on a CPU). `chunked=False` feeds the
         prompt at once, and `dtype` loads the checkpoint in another one; then differences up to a stated tolerance are
-        rounding (`dinfer.model.tolerance`). A run that stands half-way is compared as far as it has come. Raises
-        PlanError where nothing is computed yet or an argument is unknown, and RankRefused where a second KV, or the
-        weights in `dtype`, do not fit into memory.
+        rounding (`dinfer.model.tolerance`). A checkpoint whose rotary angles may depend on the length (long-rope) is
+        compared both ways, unless `chunked` is given: `at_once` of the result is the second. A run that stands half-way
+        is compared as far as it has come. Raises PlanError where nothing is computed yet or an argument is unknown, and
+        RankRefused where a second KV, or the weights in `dtype`, do not fit into memory.
         """
         check_comparable(what, dtype)
         self.wait()
@@ -413,7 +459,8 @@ class Run(Tidy, Displayable):
     ) -> Path:
         """Write what is known of the run, once it stands still, to one HTML file; the file's path. With `prompt` it
         holds the prompt and the new text, with `environment` this process's environment variables: look for secrets in
-        them before you pass it on. Raises OSError, at once where the file's folder does not exist."""
+        them before you pass it on. A file that this run has not written is kept, and the new one gets a number. Raises
+        OSError, at once where the file's folder does not exist."""
         if self.reporter is None:
             raise NotPossible(NO_VIEWS)
         return self._recorder.report(path, self.reporter, prompt=prompt, environment=environment)
@@ -435,8 +482,8 @@ class Run(Tidy, Displayable):
         First waits until the run stands still; one that hangs or has failed is saved as far as its ranks answer. The
         folder holds the plan, the trace, the verdict, token ids and the digests of all rows; with `kv` the values of
         all layers, or of those in a list; with `hidden` what has entered each rank, for replays; with `prompt` its text
-        and that of new tokens. A saved run that is there is replaced. Raises SavedError where something else is there,
-        and RunOver for a run that is over.
+        and that of new tokens. What this run had saved there is replaced; another saved run is kept, and the new folder
+        gets a number. Raises SavedError where something else is there, and RunOver for a run that is over.
         """
         return self._recorder.save(folder, self.reporter, kv=kv, hidden=hidden, prompt=prompt)
 
@@ -460,16 +507,17 @@ class Run(Tidy, Displayable):
         if self.closed:
             return
         self._hear()
+        self._events.note_nonfinite()
         if not self._state.is_decoding:
             self._generation.hear()
-        if self._state.now in STANDING and (met := self._breakpoints.arrived()):
+        if self._state.is_doing(STANDING) and (met := self._breakpoints.arrived()):
             self.say(met)
         self._health.look()
         self._actions.tell_of_news(lambda: (self.standing(), self._events.heard(), tuple(self.breakpoints)))
 
-    def fail(self, why: str) -> None:
-        """The run cannot go on until it is restarted."""
-        self._state.fail(why, add=True)
+    def recovering(self, *, ended: bool) -> None:
+        """The session has begun to recover its ranks, or has ended that: the run cannot go on until it is restarted."""
+        self._state.note_recovery(ended=ended)
         self._actions.tell()
 
     def close(self, why: str) -> None:
@@ -489,7 +537,26 @@ class Run(Tidy, Displayable):
         """Ranks in an op that does not end, according to the verdict."""
         return self.told.ranks if self.told and self.told.kind in STUCK else ()
 
+    def left_blocked(self) -> bool:
+        """Whether it has left lanes blocked in transfers, or decode waiting, which no next run gets past: it has
+        failed, it hangs, or it could not be paused. Not where a rank still computes: freeing lanes is not enough."""
+        state = self._state
+        if state.recovered or self.stuck_ranks():
+            return False
+        is_hung = state.hang is not None and state.hang.is_hung
+        if state.failure or is_hung or any(rank.error for rank in state.ranks.ranks):
+            return True
+        stands = state.stands()
+        begun = [
+            lane.ops[position]
+            for lanes, stand in zip(self.plan.lanes, stands, strict=False)
+            for lane, position, started in zip(lanes, stand.positions, stand.started, strict=True)
+            if started
+        ]
+        return bool(begun) and all(op.is_transfer for op in begun)
+
     message: str = _of_state("message", "Why the last action stopped.")
+    cause: str = _of_state("cause", "The failure, without what the session has done about it since.")
     failure: str = _of_state("failure", "Why the run cannot go on until it is restarted; empty while it can.")
     silence: str = _of_state("silence", "Which ranks do not answer; empty while all do.")
     told: Verdict | None = _of_state("hang", "The verdict on a run that hangs; None while it does not.")
@@ -527,14 +594,24 @@ class Run(Tidy, Displayable):
 
     # -- within
 
-    def _begin(self) -> None:
-        plan_ids = self._prepare()
-        self._state.ranks.new_notes()
+    def _begin(self, left: LeftRun | None = None) -> None:
+        plan_ids = left.plan_ids if left else self._prepare()
+        if not left:
+            self._state.ranks.new_notes()
         self._state.begin()
         self._health.begin(plan_ids)
         self._faults.begin()
         self._events.begin()
         self._moves.begin()
+        if left:
+            self._breakpoints.take_over(left.breakpoints)
+            self._faults.take_over(left.faults)
+            self._moves.halt()
+            with suppress(
+                RankFailed, RankRefused, NoProgress, TimeoutError
+            ):  # of a rank that is gone, or hangs
+                self._generation.take_over()
+            self._events.take_over()
 
     def _ask_all(self, command: Command[A]) -> list[A]:
         ranks = range(self.world_size)
@@ -572,12 +649,14 @@ class Run(Tidy, Displayable):
     def _stop(self) -> None:
         """Pause a run that moves. One that has failed or hangs cannot be paused: it is left as it is."""
         self._player.stop()
-        if self._state.now in MOVING:
+        if self._state.is_doing(MOVING):
             with suppress(RankFailed, RankRefused, NoProgress, TimeoutError):
                 self._pause()
 
     def _went(self, move: Move) -> None:
         """What was known of blocks, events and tokens behind a cut to which the run went back no longer holds."""
+        self._events.note_nonfinite()
+        self._state.nonfinite.went(self.plan, move.before, move.after)
         self._state.marks.went(self.plan, move.before, move.after)
         self._events.went(move.before, move.after)
         if move.after != self._moves.stepper.cuts.end:
@@ -603,8 +682,11 @@ class Run(Tidy, Displayable):
                 case BreakpointHit():
                     if why := self._breakpoints.hit(rank, note):
                         self._moves.pause_order(note.order, why)
+                case FirstNonFinite():
+                    self._state.note_nonfinite(rank, NonFinite.of(note.found))
                 case BlockCorrupt():
                     found = Corruption.of(note.found)
                     self._state.note_corrupt(found)
-                    if note.order is None or not self._moves.pause_order(note.order, f"stopped: {found}"):
-                        self.say(str(found))
+                    why = f"stopped: {found}"
+                    if note.order is None or not self._moves.pause_order(note.order, why, Severity.ERROR):
+                        self.say(str(found), Severity.ERROR)

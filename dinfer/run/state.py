@@ -1,34 +1,48 @@
 """What a run is doing, why, and what is known of it: one state with its reason, decided in one place under one lock."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from dinfer.cluster.lease import RankLease
 from dinfer.display import listed
 from dinfer.engine.board import DeviceMemory, Stand
 from dinfer.engine.corruption import Corruption
+from dinfer.engine.finite import NonFinite
 from dinfer.job import Job
 from dinfer.kv.difference import Diff
+from dinfer.kv.ledger import BlockKey
 from dinfer.kv.source import Selection
 from dinfer.plan.cut import Cut
 from dinfer.plan.plan import Plan
 from dinfer.results import Where
+from dinfer.run.failure import Breakage, Broken
+from dinfer.run.nonfinite import NonFiniteBlocks
+from dinfer.severity import Severity
+from dinfer.trace.findings import MarkKind
 from dinfer.verdict.verdict import Verdict
+from dinfer.verdict.waits import HangKind
 from dinfer.verdict.where import where_text
 
 
 class State(StrEnum):
     """What the run as a whole is doing."""
 
-    STARTING = "starting"
+    PREPARING = "preparing"
     """not all ranks have reported a position yet"""
-    RUNNING = "running"
     PAUSED = "paused"
+    RUNNING = "running"
+    DECODING = "decoding"
     DONE = "done"
     """prefill is complete"""
-    DECODING = "decoding"
+    HUNG = "hung"
+    """it is meant to move, and will not go on by itself"""
     FAILED = "failed"
+    """a rank has raised"""
+    LOST = "lost"
+    """a rank is gone or does not answer"""
+    TAKEN_OVER = "taken over"
+    """another session has joined the engines"""
     CLOSED = "closed"
     """another run or checkpoint has taken its place, or the session is closed"""
 
@@ -36,10 +50,38 @@ class State(StrEnum):
         """As of the plain word, which is what `run.standing().state` was and is for a user."""
         return repr(str(self))
 
+    @property
+    def severity(self) -> Severity:
+        """How grave it is that a run is in this state."""
+        if self in (State.HUNG, State.FAILED, State.LOST):
+            return Severity.ERROR
+        return Severity.WARNING if self == State.TAKEN_OVER else Severity.NOTE
 
-MOVING = (State.STARTING, State.RUNNING, State.DECODING)
+
+MOVING = (State.PREPARING, State.RUNNING, State.DECODING)
+"""what lanes that move are doing"""
 
 STANDING = (State.PAUSED, State.DONE)
+
+IN_OPS = (State.RUNNING, State.DECODING)
+
+AS_STATES: dict[HangKind, State] = {
+    "dead": State.LOST,
+    "stopped": State.LOST,
+    "exception": State.FAILED,
+}
+"""what a run that hangs will be found to be once the ranks have told their end; others are HUNG"""
+
+RESTART = "run.restart()"
+
+RECOVER = f"session.recover(); {RESTART}"
+
+RECOVERING = "session.recover() has begun: this run ends here"
+
+RECOVERED = "the session has recovered since"
+
+TAKE_BACK = "session = dinfer.connect(…, take=True)"
+"""after which the other session is the one that has lost the engines; or go on with that one"""
 
 
 class Mark(NamedTuple):
@@ -48,8 +90,12 @@ class Mark(NamedTuple):
     rank: int
     chunk: int
     layer: int
-    kind: Literal["armed", "differs", "corrupt"]
+    kind: MarkKind
     text: str
+
+    @property
+    def severity(self) -> Severity:
+        return Severity.ERROR if self.kind in ("differs", "corrupt") else Severity.WARNING
 
 
 class Marks:
@@ -89,6 +135,19 @@ class Marks:
                         self._known.pop((rank, op.chunk, op.layer), None)
 
 
+def nonfinite_marks(blocks: Mapping[BlockKey, tuple[int, str]]) -> list[Mark]:
+    """A mark for each of `NonFiniteBlocks.blocks`, on the rank that computed it; who holds the block holds them too."""
+    found = []
+    for (chunk, layer), (rank, what) in blocks.items():
+        if what == "kv":
+            text = f"NaN or Inf in K or V of c{chunk} l{layer}, computed by rank {rank}"
+            found.append(Mark(rank, chunk, layer, "nonfinite", text))
+        else:
+            text = f"NaN or Inf in the hidden state after c{chunk} l{layer}, computed by rank {rank}"
+            found.append(Mark(rank, chunk, layer, "nonfinite hidden", text))
+    return found
+
+
 class Standing(NamedTuple):
     """A run at one moment. `stands` are by rank, empty until all ranks have reported; `message`: why the run stopped or
     failed."""
@@ -112,16 +171,24 @@ class Standing(NamedTuple):
     """the full text of the verdict, while the run hangs"""
     device_memory: tuple[DeviceMemory | None, ...] = ()
     """GPU memory of each rank's process; None where the rank has no process of its own"""
+    nonfinite: str = ""
+    """the first NaN or Inf, and how many blocks followed; empty while all values are finite"""
     over: str = ""
     """why the run is over, and what to do; empty while it can go on"""
     playing: str = ""
     """the call of `play` that steps the run; the run stands between two steps"""
+    remedy: str = ""
+    """the call after which the run can go on; empty where none is needed, or the run is over"""
+    severity: Severity = Severity.NOTE
+    """how grave `message` is"""
+    begun: int = 0
+    """how often the run has begun"""
 
 
 def state_of_lanes(plan: Plan, stands: Sequence[Stand]) -> State:
     """The state that follows from the lanes' positions and limits; `stands` may lack ranks at the start."""
     if len(stands) < len(plan.lanes):
-        return State.STARTING
+        return State.PREPARING
     if not all(stand.at_limits and not any(stand.started) for stand in stands):
         return State.RUNNING
     ended = all(
@@ -142,14 +209,20 @@ class RunState:
         self.ending = ""  # why the run is about to be over, while `close()` waits for others to finish
         self.said: list[str] = []  # messages that the session has not logged yet
         self.story: list[str] = []  # all messages
+        self.begun = 0  # how often
         self.begin()
 
     def begin(self) -> None:
         """The run begins, or begins again: forget everything known of it."""
         with self.ranks.changed:
+            self.begun += 1
             self.message = ""  # why the last action stopped
             self.playing = ""  # the call of `play` that steps the run
+            self.severity = Severity.NOTE  # of that message
             self.failure = ""  # why the run cannot go on until it is restarted
+            self.breakage: Breakage = "failed"  # which state that is
+            self.cause = ""  # the failure, without what was done about it
+            self.recovered = False  # whether the session has recovered since it failed
             self.silence = ""  # which ranks do not answer, while that is so
             self.hang: Verdict | None = None  # why the run does not move, while that is so
             self.tokens: list[int] = []  # the new tokens that all ranks have
@@ -160,6 +233,7 @@ class RunState:
             """a call of decode is under way or ended with an error: ranks may wait for each other's token"""
             self.edited: list[str] = []  # what the user has changed by hand on the ranks
             self.corrupt: list[Corruption] = []  # blocks whose bytes have changed, in the order of discovery
+            self.nonfinite = NonFiniteBlocks()
             self.marks = Marks()
 
     @property
@@ -167,14 +241,52 @@ class RunState:
         """The state at this moment."""
         with self.ranks.changed:
             if self.failure or self.closed:
-                return State.FAILED if self.failure else State.CLOSED
+                return State(self.breakage) if self.failure else State.CLOSED
+            if self.silence:
+                return State.LOST
+            if self.hang and self.hang.is_hung and self.activity in IN_OPS:
+                return AS_STATES.get(self.hang.kind, State.HUNG)
+            return self.activity
+
+    @property
+    def activity(self) -> State:
+        """What the lanes are doing, whatever is wrong with the run: one of MOVING or STANDING."""
+        with self.ranks.changed:
             return State.DECODING if self.is_decoding else state_of_lanes(self.plan, self.stands())
+
+    def is_doing(self, activities: Sequence[State]) -> bool:
+        """Whether the run is doing one of these; also while it hangs or a rank does not answer, since it goes on by
+        itself if that ends."""
+        with self.ranks.changed:
+            return not self.failure and not self.closed and self.activity in activities
+
+    @property
+    def remedy(self) -> str:
+        """The call after which a run can go on that cannot by itself; empty for others, and for a run that is over:
+        `closed` says what to do then."""
+        with self.ranks.changed:
+            now = self.now
+            if self.closed or now.severity < Severity.WARNING:
+                return ""
+            if now == State.TAKEN_OVER:
+                return TAKE_BACK
+            return RESTART if self.recovered else RECOVER
 
     def decide(self) -> tuple[State, str]:
         """The state at this moment, and its reason in words."""
         with self.ranks.changed:
             hang = self.hang.sentence if self.hang else ""
             return self.now, self.failure or self.closed or self.silence or hang or self.message
+
+    def gravity(self) -> Severity:
+        """How grave the reason is."""
+        with self.ranks.changed:
+            if self.closed:
+                return Severity.NOTE  # whatever was wrong with it is no trouble any more
+            now = self.now
+            if now.severity > Severity.NOTE:
+                return now.severity
+            return self.hang.severity if self.hang else self.severity
 
     def stands(self) -> tuple[Stand, ...]:
         """The position of each rank; empty until all ranks have reported in this run, as one that was started again has
@@ -187,32 +299,40 @@ class RunState:
             )
         return found if len(found) == len(self.plan.lanes) else ()
 
-    def wait_while(self, states: Sequence[State], seconds: float) -> bool:
-        """Whether the run is in one of these states; if so, waits for news of the ranks, at most so many seconds."""
+    def wait_while(self, activities: Sequence[State], seconds: float) -> bool:
+        """As `is_doing`; if so, waits for news of the ranks, at most so many seconds."""
         with self.ranks.changed:
-            found = self.now in states
+            found = not self.failure and not self.closed and self.activity in activities
             if found:
                 self.ranks.changed.wait(seconds)
             return found
 
-    def say(self, message: str) -> None:
+    def say(self, message: str, severity: Severity = Severity.NOTE) -> None:
         """Note why the last action stopped, also for the log."""
         with self.ranks.changed:
-            self.message = message
-            self.said.append(message)
+            self.message, self.severity = message, severity
+            self.said.append(severity.marked(message))
             self.story.append(message)
 
-    def replace_message(self, message: str = "") -> str:
-        """Set the message, but not for the log; the message until now."""
+    def replace_message(self, message: str = "", severity: Severity = Severity.NOTE) -> tuple[str, Severity]:
+        """Set the message, but not for the log; the message until now, and how grave it was."""
         with self.ranks.changed:
-            before, self.message = self.message, message
+            before = self.message, self.severity
+            self.message, self.severity = message, severity
             return before
 
-    def fail(self, why: str, *, add: bool = False) -> None:
-        """The run cannot go on until it is restarted. The first failure stays; `add`: append to it."""
+    def fail(self, why: Broken) -> None:
+        """The run cannot go on until it is restarted. The first failure stays."""
         with self.ranks.changed:
-            if add or not self.failure:
-                self.failure = f"{self.failure}\n{why}".strip()
+            if not self.failure:
+                self.breakage, self.failure = why
+                self.cause = self.failure
+
+    def note_recovery(self, *, ended: bool) -> None:
+        """`session.recover()` has begun to free the ranks, or has ended: the run can be restarted then."""
+        with self.ranks.changed:
+            self.recovered = ended
+            self.failure = "\n".join(filter(None, [self.cause, RECOVERED if ended else RECOVERING]))
 
     def close(self, why: str) -> None:
         """The run is over."""
@@ -256,17 +376,32 @@ class RunState:
             self.corrupt.append(found)
             self.marks.note_corrupt(found)
 
+    def note_nonfinite(self, rank: int, found: NonFinite) -> None:
+        """A rank has found NaN or Inf; for the log if it is the first of all."""
+        with self.ranks.changed:
+            if self.nonfinite.note(rank, found):
+                text = f"not finite: first {found}"
+                self.said.append(text)
+                self.story.append(text)
+
+
+def with_remedy(text: str, remedy: str) -> str:
+    """A reason, and the call after which the run can go on. Who has taken the ranks over is said with what to do."""
+    return f"{text}\nto go on: {remedy}" if remedy and remedy != TAKE_BACK else text
+
 
 def where_of(plan: Plan, standing: Standing, state: RunState) -> Where:
     """The position of each rank, one line each, and whatever else a user should know."""
     lines = where_text(plan, standing.stands) if standing.stands else "not all ranks have reported yet"
     notes = [f"played by {standing.playing}"] * bool(standing.playing)
-    notes += [standing.message] * bool(standing.message)
+    notes += [with_remedy(standing.message, standing.remedy)] * bool(standing.message)
     notes += [f"{standing.decoded} new tokens: {standing.text!r}"] * bool(standing.decoded)
     notes += [f"edited by hand: {', '.join(state.edited)}"] * bool(state.edited)
+    notes += [f"not finite: {standing.nonfinite}"] * bool(standing.nonfinite)
     unsaid = [text for text in map(str, state.corrupt) if text not in standing.message]
     notes += [f"changed bytes: {listed(unsaid)}"] * bool(unsaid)
+    text = "\n".join([lines, *notes, *standing.faults])
     is_played = standing.playing and standing.state == State.PAUSED
-    return Where(
-        str(State.RUNNING if is_played else standing.state), "\n".join([lines, *notes, *standing.faults])
-    )
+    now = State.RUNNING if is_played else standing.state
+    odd = Severity.WARNING if standing.nonfinite else Severity.NOTE
+    return Where(str(now), text, max(standing.severity, standing.state.severity, odd))

@@ -83,7 +83,8 @@ cache: the token's, and more of them where rows were appended twice.
 * `hidden`: whether `{HIDDEN}` is here.
 * `checkpoint`: `path`, and `fingerprint`, any text: only runs where it is equal are compared.
 * `parameters`: what the run was given, but for its prompt. May be left out.
-* `state`: "paused", "done", "failed", "running" or "decoding"; in the last two cases it hung. May be left out.
+* `state`: "paused", "done", "hung", "failed", "lost" or "taken over"; in folders of earlier versions, "running" and
+  "decoding" mean that it hung. May be left out.
 * `standing`: by rank, where it stood, in words; "" at its end.
 * `positions`: by rank and lane of the plan, how many ops were done. May be left out.
 * `edited`, `faults`: what was changed by hand, and which faults were armed, in words. May be left out.

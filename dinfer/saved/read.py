@@ -3,7 +3,6 @@
 Whatever cannot be read raises a SavedError that names the file.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -15,31 +14,40 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dinfer.config import Config
-from dinfer.engine.prompt import Edit
+from dinfer.files import FileError, as_text, read_bytes
 from dinfer.kv.digests import as_numbers, block_digests, row_digests
 from dinfer.kv.ledger import BlockKey
 from dinfer.kv.measure import per_head
 from dinfer.kv.rows import numbers_text
 from dinfer.kv.source import HeldSpans, Noted, Subject, ViewableSource
 from dinfer.messages import Figures
-from dinfer.plan.faults import Fault
 from dinfer.plan.ops import PlanError
 from dinfer.plan.plan import parse_plan
 from dinfer.saved import format as layout
+from dinfer.saved.about import About, SavedRank
 from dinfer.saved.format import SavedError, damaged
 from dinfer.saved.replay.record import Own, RankRecord, check_rank, record_of
 from dinfer.trace.export import TraceError
 from dinfer.trace.read import read_jsonl
 from dinfer.trace.trace import Trace
 
+MAX_HEADER = 25_000_000
+"""bytes; a quarter of what safetensors allows, and 200,000 tensors"""
+
+TensorShape = Sequence[int | None]
+"""of a tensor; None: any"""
+
 
 class Tensors:
-    """The tensors of one file, which stays open; each is read when it is asked for."""
+    """The tensors of one file, which stays open; each is checked and read when it is asked for."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise damaged(path.parent, f"{path.name} is missing.")
         self._path = path
+        with path.open("rb") as file:
+            if int.from_bytes(file.read(8), "little") > MAX_HEADER:
+                raise damaged(path, f"its header would be longer than {MAX_HEADER:,} bytes.")
         with self._readable():
             opened: Any = safe_open(path, framework="pt")  # its methods have no types
             self._file, self.names = opened, frozenset(opened.keys())
@@ -48,18 +56,32 @@ class Tensors:
     def _readable(self) -> Iterator[None]:
         try:
             yield
-        except (SafetensorError, OSError) as error:
+        except (
+            SafetensorError,
+            OSError,
+            AttributeError,
+            KeyError,
+        ) as error:  # the last two: a dtype unknown to torch
             raise damaged(self._path, f"{error}.") from None
 
-    def get(self, name: str) -> Tensor | None:
-        """The tensor of that name; None if the file has none. Raises SavedError."""
+    def get(self, name: str, shape: TensorShape, dtype: torch.dtype) -> Tensor | None:
+        """The tensor of that name; None if the file has none. Raises SavedError, also for another shape or dtype."""
+        if name not in self.names:
+            return None
         with self._readable():
-            return self._file.get_tensor(name) if name in self.names else None
+            found = tuple(self._file.get_slice(name).get_shape())
+            if len(found) == len(shape) and all(b in (a, None) for a, b in zip(found, shape, strict=True)):
+                tensor: Tensor = self._file.get_tensor(name)
+                if tensor.dtype == dtype:
+                    return tensor
+                raise damaged(self._path, f"{name} is {tensor.dtype}, and should be {dtype}.")
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise damaged(self._path, f"{name} is {list(found)}, and should be [{wanted}].")
 
-    def one(self, *names: str) -> Tensor:
+    def one(self, *names: str, shape: TensorShape, dtype: torch.dtype) -> Tensor:
         """The first of these tensors that is there; one of them must be."""
         for name in names:
-            if (found := self.get(name)) is not None:
+            if (found := self.get(name, shape, dtype)) is not None:
                 return found
         raise damaged(self._path, f"it has no tensor {names[-1]}.")
 
@@ -70,10 +92,10 @@ class SavedSource(ViewableSource):
     bytes_moved = 0  # nothing moves between ranks
 
     def __init__(
-        self, folder: Path, subject: Subject, ranks: Sequence[dict[str, Any]], layers: Sequence[int]
+        self, folder: Path, subject: Subject, ranks: Sequence[SavedRank], layers: Sequence[int]
     ) -> None:
         self.subject, self._folder, self._layers = subject, folder, tuple(layers)
-        self._held = {one["rank"]: HeldSpans(tuple(one["spans"]), tuple(one["rows"])) for one in ranks}
+        self._held = {one.rank: HeldSpans(one.spans, one.rows) for one in ranks}
         self.ranks = list(self._held)
         self._digests = Tensors(folder / layout.DIGESTS)
         self._file = lru_cache(lambda layer: Tensors(folder / layout.kv_file(layer)))
@@ -96,8 +118,10 @@ class SavedSource(ViewableSource):
     def noted_rows(self, rank: int, chunk: int, layer: int) -> Tensor | None:
         if (chunk, layer) not in self._notes(rank, [layer]):
             return None
-        came = self._digests.get(layout.came_name(rank, layer, chunk))
-        return self.rows(rank, layer, self.subject.spans[chunk]) if came is None else came
+        span = self.subject.spans[chunk]
+        shape = (len(span), 2, self.subject.kv_heads)
+        came = self._digests.get(layout.came_name(rank, layer, chunk), shape, torch.int64)
+        return self.rows(rank, layer, span) if came is None else came
 
     def rows(self, rank: int, layer: int, places: range) -> Tensor:
         return self._rows(rank, layer)[places.start : places.stop]
@@ -140,28 +164,31 @@ class SavedSource(ViewableSource):
             )
 
     def _notes(self, rank: int, layers: Sequence[int]) -> dict[BlockKey, Noted]:
-        ledger = self._digests.get(layout.ledger_name(rank))
+        ledger = self._digests.get(layout.ledger_name(rank), (None, layout.LEDGER_COLUMNS), torch.int64)
+        if ledger is None:
+            return {}
+        spans, count = len(self.subject.spans), self.subject.plan.shape.layers
+        if not all(0 <= chunk < spans and 0 <= layer < count for chunk, layer in ledger[:, :2].tolist()):
+            raise damaged(
+                self._folder, f"the ledger of rank {rank} names a block that this run does not have."
+            )
         return {
             (int(line[0]), int(line[1])): Noted(as_numbers(line[3:5]), as_numbers(line[5:7]), bool(line[2]))
-            for line in (() if ledger is None else ledger)
+            for line in ledger
             if int(line[1]) in layers
         }
 
     def _read_rows(self, rank: int, layer: int) -> Tensor:
         self._check([rank])
         names = (layout.rows_name(one, layer) for one in (rank, self._first(layer)))
-        found = self._digests.one(*names)
-        wanted = (self._held[rank].rows[layer], 2, self.subject.kv_heads)
-        if tuple(found.shape) != wanted:
-            raise SavedError(
-                f"{self.subject.name} is damaged: the digests of layer {layer} on rank {rank} are "
-                f"{tuple(found.shape)}, and should be {wanted}."
-            )
-        return found
+        shape = (self._held[rank].rows[layer], 2, self.subject.kv_heads)
+        return self._digests.one(*names, shape=shape, dtype=torch.int64)
 
     def _piece(self, rank: int, layer: int, piece: range) -> Tensor:
+        subject = self.subject
         names = (layout.piece_name(one, piece.start) for one in (rank, self._first(layer)))
-        found = self._file(layer).one(*names)
+        shape = (len(piece), 2, subject.kv_heads, subject.head_dim)
+        found = self._file(layer).one(*names, shape=shape, dtype=subject.dtype)
         if not torch.equal(row_digests(found), self.rows(rank, layer, piece)):
             raise damaged(
                 self._folder / layout.kv_file(layer),
@@ -176,34 +203,11 @@ class SavedSource(ViewableSource):
 
 # -- the parts of a folder
 
-
-def read_about(folder: Path) -> dict[str, Any]:
-    """What `run.json` says. Raises SavedError for a folder that is no saved run, and for a newer format."""
-    path = folder / layout.RUN
-    if not path.is_file():
-        raise SavedError(
-            f"{str(folder)!r} is no saved run: it has no {layout.RUN}. run.save(folder) makes one."
-        )
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise damaged(folder, f"{layout.RUN} is no JSON ({error}).") from None
-    if not isinstance(about, dict) or about.get("format") != layout.FORMAT:
-        raise SavedError(
-            f'{str(folder)!r} is no saved run: its {layout.RUN} does not say "format": "{layout.FORMAT}".'
-        )
-    version = about.get("version")
-    if not isinstance(version, int) or version < 1:
-        raise damaged(folder, f"its {layout.RUN} says no version of its format.")
-    if version > layout.VERSION:
-        raise SavedError(
-            f"{str(folder)!r} is of a newer dinfer: its format is version {version}, and this dinfer reads up to "
-            f"{layout.VERSION}. Update dinfer to open it."
-        )
-    return about
+MAX_PLAN = 1 << 26
+"""bytes"""
 
 
-def read_trace(folder: Path, about: dict[str, Any]) -> Trace:
+def read_trace(folder: Path, about: About) -> Trace:
     check_sum(folder, layout.TRACE, about)
     try:
         return read_jsonl(folder / layout.TRACE)
@@ -211,90 +215,89 @@ def read_trace(folder: Path, about: dict[str, Any]) -> Trace:
         raise damaged(folder, str(error)) from None
 
 
-def read_source(folder: Path, about: dict[str, Any]) -> SavedSource:
+def read_source(folder: Path, about: About) -> SavedSource:
     """The KV, and with it the plan."""
     check_sum(folder, layout.PLAN, about)
     try:
-        plan = parse_plan((folder / layout.PLAN).read_text(encoding="utf-8"))
-    except (PlanError, ValueError) as error:
+        plan = parse_plan(as_text(read_bytes(folder / layout.PLAN, MAX_PLAN)))
+    except (PlanError, FileError, OSError) as error:
         raise damaged(folder, f"{layout.PLAN}: {error}") from None
     check_sum(folder, layout.DIGESTS, about)
     with well_formed(folder):
-        kv, texts = about["kv"], about.get("texts")
-        dtype = getattr(torch, kv["dtype"], None)
+        about.check(plan)
+        dtype = getattr(torch, about.kv.dtype, None)
         if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"the dtype {kv['dtype']!r}, which torch does not know")
+            raise ValueError(f"the dtype {about.kv.dtype!r}, which torch does not know")
         subject = Subject(
-            name=f"saved run {folder.name!r}", standing=tuple(about["standing"]), plan=plan,
-            ids=(*about["ids"], *about["tokens"]), texts=tuple(texts or ()), kv_heads=int(kv["heads"]),
-            head_dim=int(kv["head_dim"]), dtype=dtype, checkpoint=about["checkpoint"]["fingerprint"],
+            name=f"saved run {folder.name!r}", standing=about.standing, plan=plan, ids=(*about.ids, *about.tokens),
+            texts=about.texts or (), kv_heads=about.kv.heads, head_dim=about.kv.head_dim, dtype=dtype,
+            checkpoint=about.checkpoint.fingerprint,
         )  # fmt: skip
-        if len(about["ids"]) != plan.shape.tokens:
-            raise ValueError(f"{len(about['ids'])} ids, and {plan.shape.tokens} tokens in {layout.PLAN}")
-        return SavedSource(folder, subject, about["ranks"], kv["layers"])
+        return SavedSource(folder, subject, about.ranks, about.kv.layers)
 
 
-def check_sum(folder: Path, name: str, about: dict[str, Any]) -> None:
+def check_sum(folder: Path, name: str, about: About) -> None:
     """Raises SavedError if the file is missing, or is not the one that was written."""
     if not (folder / name).is_file():
         raise damaged(folder, f"{name} is missing.")
-    expected = about.get("files", {}).get(name)
+    expected = about.files.get(name)
     if expected is not None and layout.sha256_of(folder / name) != expected:
         raise damaged(folder, f"{name} is not what was written (its SHA-256 differs).")
 
 
 @contextmanager
 def well_formed(folder: Path) -> Iterator[None]:
-    """Raises SavedError if what is done meanwhile misses something in `run.json`, or finds another form."""
+    """Raises SavedError if what is done meanwhile finds something in `run.json` that does not fit."""
     try:
         yield
     except SavedError:
         raise
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise damaged(folder, f"{layout.RUN} has {what}.") from None
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise damaged(folder, f"{layout.RUN} has {error}.") from None
 
 
-def read_record(
-    folder: Path, about: dict[str, Any], source: SavedSource, rank: int, failure: str
-) -> RankRecord:
+def read_record(folder: Path, about: About, source: SavedSource, rank: int, failure: str) -> RankRecord:
     """The record of that rank. Raises PlanError for an unknown rank, SavedError if the folder lacks what is needed."""
     subject = source.subject
     check_rank(rank, subject.plan)
-    if str(rank) not in about.get("own", {}) or not about.get("positions"):
-        there = "it was saved with hidden=False" if not about.get("hidden") else "the rank did not answer"
+    if rank not in about.own or not about.positions:
+        there = "it was saved with hidden=False" if not about.hidden else "the rank did not answer"
         raise SavedError(f"{subject.name} holds nothing to replay rank {rank} from: {there}.")
     check_sum(folder, layout.HIDDEN, about)
-    states = Tensors(folder / layout.HIDDEN)
+    states, chunks, own = Tensors(folder / layout.HIDDEN), subject.plan.shape.chunks, about.own[rank]
+
+    def edited(number: int, what: str, chunk: int, layer: int) -> Tensor:
+        tokens = len(chunks[chunk])
+        shape = (tokens, 2, subject.kv_heads, subject.head_dim) if what == "kv" else (1, tokens, None)
+        return states.one(
+            layout.edit_name(rank, number, what, chunk, layer), shape=shape, dtype=subject.dtype
+        )
+
     with well_formed(folder):
-        parameters: dict[str, Any] = about["parameters"]
-        given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in parameters.items()}
+        given: dict[str, Any] = about.parameters or {}
+        final = (
+            states.one(layout.final_name(rank), shape=(1, 1, None), dtype=subject.dtype)
+            if own.final
+            else None
+        )
         return record_of(
             source,
             rank,
-            _own(about["own"][str(rank)], rank, states),
-            config=Config(**given, prompt_ids=subject.prompt, log_dir=""),
-            positions=tuple(about["positions"][rank]),
-            hidden=lambda chunk, layer: states.get(layout.hidden_name(rank, chunk, layer)),
+            Own(
+                device=own.device,
+                tokens=own.tokens,
+                begun=own.begun,
+                final=final,
+                edits=about.edits_of(rank, edited),
+                faults=about.faults_of(rank),
+            ),
+            config=Config.of({**given, "prompt_ids": subject.prompt, "log_dir": ""}),
+            positions=about.positions[rank],
+            hidden=lambda chunk, layer: states.get(
+                layout.hidden_name(rank, chunk, layer), (len(chunks[chunk]), None), subject.dtype
+            ),
             block=lambda chunk, layer: (
                 source.values(rank, layer, subject.spans[chunk]) if source.has_values(layer) else None
             ),
             failure=failure,
         )
-
-
-def _own(values: dict[str, Any], rank: int, states: Tensors) -> Own:
-    def edited(number: int, what: str, keys: list[BlockKey]) -> dict[BlockKey, Tensor]:
-        return {(c, n): states.one(layout.edit_name(rank, number, what, c, n)) for c, n in keys}
-
-    return Own(
-        device=values["device"],
-        tokens=tuple(values["tokens"]),
-        begun=tuple(values["begun"]),
-        final=states.one(layout.final_name(rank)) if values["final"] else None,
-        edits=tuple(
-            Edit(tuple(one["positions"]), edited(n, "kv", one["kv"]), edited(n, "hidden", one["hidden"]))
-            for n, one in enumerate(values["edits"])
-        ),
-        faults=tuple(Fault(**one) for one in values["faults"]),
-    )

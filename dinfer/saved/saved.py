@@ -2,33 +2,33 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from dinfer.display import Displayable
+from dinfer.display import Displayable, Tidy
 from dinfer.errors import NotPossible
+from dinfer.files import WrittenFiles
 from dinfer.kv.diff import VALUES
-from dinfer.kv.difference import Diff
+from dinfer.kv.difference import Diff, nonfinite_remark
 from dinfer.kv.rows import numbers_text
-from dinfer.kv.source import Source
+from dinfer.kv.source import Selection, Source
 from dinfer.kv.view import KV, Other
 from dinfer.model.decoder import Decoder
-from dinfer.monitor.signs import HangEvidence
 from dinfer.plan.partition import within
 from dinfer.plan.plan import Plan
+from dinfer.saved.about import About, read_about
 from dinfer.saved.format import HIDDEN, SavedError, hidden_name
 from dinfer.saved.read import (
     SavedSource,
     Tensors,
     check_sum,
-    read_about,
     read_record,
     read_source,
     read_trace,
     well_formed,
 )
 from dinfer.saved.replay.replay import Replay
+from dinfer.severity import Severity
 from dinfer.trace.export import TraceError
 from dinfer.trace.findings import Findings, findings_of
 from dinfer.trace.read import read_traces
@@ -41,20 +41,24 @@ WriteReport = Callable[[Trace, Path], Path]
 _OTHERS = ": a folder that run.save has written does"
 
 
-class Saved(Displayable):
+class Saved(Tidy, Displayable):
     """A run that `run.save` has written or, of a report, its `trace` and `findings` alone. `path`: where it was read
-    from; `write`: writes reports; `about`: what a folder's `run.json` says; `source`: its KV."""
+    from; `write`: writes reports; `about`: what a folder's `run.json` says; `source`: its KV. A folder has both of
+    them, a report neither."""
+
+    INTERNAL = frozenset({"source"})
 
     def __init__(
         self,
         path: Path,
         trace: Trace,
         write: WriteReport | None = None,
-        about: dict[str, Any] | None = None,
+        about: About | None = None,
         source: SavedSource | None = None,
     ) -> None:
         self.path, self.trace, self._write = path, trace, write
-        self.about, self._source = about or {}, source
+        self._about, self._source = about, source
+        self._written = WrittenFiles()
 
     @property
     def findings(self) -> Findings:
@@ -64,11 +68,11 @@ class Saved(Displayable):
     @property
     def plan(self) -> Plan:
         """The ops of every rank."""
-        return self._of_folder(f"plan{_OTHERS}").subject.plan
+        return self._of_folder(f"plan{_OTHERS}")[1].subject.plan
 
     def source(self) -> SavedSource:
         """Its KV, for comparisons."""
-        found = self._of_folder(f"KV{_OTHERS}")
+        _, found = self._of_folder(f"KV{_OTHERS}")
         if not found.ranks:
             raise self._lacks("KV, since no rank answered when it was saved")
         return found
@@ -76,7 +80,7 @@ class Saved(Displayable):
     def kv(self, layer: int | None = None, *, chunk: int | None = None, rank: int | None = None) -> KV:
         """The KV that the ranks held: see `run.kv`. Raises PlanError for an unknown layer, chunk or rank, SavedError
         for values that were not saved."""
-        return KV(self.source, layer=layer, chunk=chunk, rank=rank)
+        return KV(self.source, layer=layer, chunk=chunk, rank=rank, remark=self._nonfinite)
 
     def diff(self, other: "Other | Source | None" = None, values: int | None = VALUES) -> Diff:
         """Where the ranks differed from one another or, given another run, saved or live, from that: see `KV.diff`."""
@@ -84,14 +88,15 @@ class Saved(Displayable):
 
     def hidden(self, *, rank: int, chunk: int) -> Tensor:
         """The hidden state of a chunk that entered a rank, [tokens, hidden_size]. Raises SavedError."""
-        source = self._of_folder(f"hidden states{_OTHERS}")
+        about, source = self._of_folder(f"hidden states{_OTHERS}")
         starts, chunks = source.subject.plan.shape.starts, source.subject.plan.shape.chunks
-        if not self.about.get("hidden"):
+        if not about.hidden:
             raise SavedError(f"{source.subject.name} holds no hidden states: it was saved with hidden=False.")
-        check_sum(self.path, HIDDEN, self.about)
+        check_sum(self.path, HIDDEN, about)
         found = Tensors(self.path / HIDDEN)
         within("rank", rank, len(starts))
-        state = found.get(hidden_name(rank, chunk, starts[rank]))
+        tokens = len(chunks[chunk]) if 0 <= chunk < len(chunks) else None
+        state = found.get(hidden_name(rank, chunk, starts[rank]), (tokens, None), source.subject.dtype)
         if state is None:
             there = [n for n in range(len(chunks)) if hidden_name(rank, n, starts[rank]) in found.names]
             which = f"chunk{'s' * (len(there) != 1)} {numbers_text(there)}" if there else "none"
@@ -101,11 +106,12 @@ class Saved(Displayable):
     def verdict(self) -> Verdict:
         """Why the run did not move, or that it did; judged again from where it stood."""
         what = "signs of life to work a verdict out from"
-        plan = self._of_folder(what + _OTHERS).subject.plan
+        about, source = self._of_folder(what + _OTHERS)
         with well_formed(self.path):
-            if self.about.get("evidence") is None:
+            evidence = about.judged()
+            if evidence is None:
                 raise self._lacks(what)
-            return HangEvidence.of(self.about["evidence"]).judge(plan)
+            return evidence.judge(source.subject.plan)
 
     def replay(
         self, rank: int, *, model_path: str = "", device: str = "", decoder: Decoder | None = None
@@ -113,45 +119,57 @@ class Saved(Displayable):
         """One rank of the run alone, without its peers, up to where it stood: see `run.replay`. It needs the run's
         checkpoint; `model_path`: where that is on this machine. Raises PlanError for an unknown rank, SavedError or
         RecordError for what was not saved, RecordError for another checkpoint."""
-        source = self._of_folder("hidden states to replay a rank from")
-        recorded = read_record(self.path, self.about, source, rank, self.findings.failure)
+        about, source = self._of_folder("hidden states to replay a rank from")
+        recorded = read_record(self.path, about, source, rank, self.findings.failure)
         return Replay(recorded, model_path=model_path, device=device, decoder=decoder)
 
     def report(self, path: str | Path = "report.html") -> Path:
-        """Write it as one HTML file, and return where that is."""
+        """Write it as one HTML file, and return where that is. A file that is there is kept, unless this object wrote
+        it: the new one gets a number."""
         if self._write is None:
             raise NotPossible("this was opened without views: use dinfer.open(…).")
-        return self._write(self.trace, Path(path))
+        made = self._write(self.trace, self._written.place_for(path))
+        self._written.add(path, made)
+        return made
+
+    @property
+    def severity(self) -> Severity:
+        return Severity.ERROR if self.findings.failure else Severity.NOTE
 
     def __str__(self) -> str:
-        findings, about, source = self.findings, self.about, self._source
-        if source is None:
+        findings, about, source = self.findings, self._about, self._source
+        if source is None or about is None:
             events = f"a trace of {len(self.trace.events)} events"
             return f"{self.path.name}: {events}, {findings.state or 'no state'}"
-        subject, plan, new = source.subject, self.plan, len(about["tokens"])
-        state = about.get("state", "")
-        if state in ("running", "decoding"):  # when it was saved it did not move
+        subject, plan, new, state = source.subject, self.plan, len(about.tokens), about.state
+        if state in ("running", "decoding"):  # so earlier versions saved a run that hung
             state = "hung"
         held = "no KV: no rank answered when it was saved"
         if source.ranks:
             held = f"ranks {numbers_text(source.ranks)}: {source.holds}"
-            held += ", hidden states" * bool(about.get("hidden"))
+            held += ", hidden states" * about.hidden
         lines = [
             f"{subject.name}: {plan.shape.tokens} tokens in {len(plan.shape.chunks)} chunks, {plan.schedule}, "
             f"{plan.sync_strategy}: {state}{f', {new} new tokens' * bool(new)}",
             held,
             *[f"it stood {subject.stands}"] * any(subject.standing),
             *[findings.failure.partition("\n")[0]] * bool(findings.failure),
-            *[f"edited by hand: {', '.join(about.get('edited', ()))}"] * bool(about.get("edited")),
-            *about.get("faults", ()),
+            *[f"not finite: {findings.nonfinite}"] * bool(findings.nonfinite),
+            *[f"edited by hand: {', '.join(about.edited)}"] * bool(about.edited),
+            *about.faults,
         ]
         return "\n".join(lines)
 
-    def _of_folder(self, what: str) -> SavedSource:
+    def _of_folder(self, what: str) -> tuple[About, SavedSource]:
         """What was read of a folder; of a report, which lacks `what`, raises SavedError."""
-        if self._source is None:
+        if self._source is None or self._about is None:
             raise self._lacks(what)
-        return self._source
+        return self._about, self._source
+
+    def _nonfinite(self, chosen: Selection) -> str:
+        """See `kv.difference.nonfinite_remark`."""
+        blocks = ((chunk, layer) for _, chunk, layer, kind, _ in self.findings.marks if kind == "nonfinite")
+        return nonfinite_remark(blocks, chosen, self.findings.nonfinite)
 
     def _lacks(self, what: str) -> SavedError:
         return SavedError(f"{str(self.path)!r} holds a trace and findings, but no {what}.")

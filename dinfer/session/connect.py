@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from dinfer.cluster.ranks import Ranks
 from dinfer.config import ConfigError, nearest
+from dinfer.files import check_working_folder
 
 if TYPE_CHECKING:
     from dinfer.cluster.ipyparallel.attach import ClusterPlace
@@ -20,6 +21,7 @@ def connect(
     profile: str = "default",
     cluster_id: str | None = None,
     start: bool | None = None,
+    take: bool = False,
     timeout: float = 60.0,
     patience: float = 60.0,
     place: "ClusterPlace | None" = None,
@@ -30,9 +32,14 @@ def connect(
 
     "ipyparallel": the engines of a running cluster (`ipcluster start -n 3`) of that profile; if there is none, and
     `start` is not False, a cluster is started. Engines that were started here end once this process has been gone for
-    `patience` seconds. "threads": all ranks in this process. `place`: where to start the processes of a cluster. Raises
-    ConfigError or ClusterError.
+    `patience` seconds. "threads": all ranks in this process. `place`: where to start the processes of a cluster.
+
+    Where an earlier session has gone, after a kernel restart say, this one goes on with what it has left on the ranks:
+    checkpoint, run, position, breakpoints, faults, events; a line says what. Engines that another living session holds
+    are refused, and named, unless `take` says to take them over, which ends that session. Raises ConfigError or
+    ClusterError, and NotPossible where this process's working folder has been deleted.
     """
+    check_working_folder()
     if isinstance(where, int):
         n, where = where, "ipyparallel"
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
@@ -52,7 +59,7 @@ def connect(
 
         cluster = attach(n, profile=profile, cluster_id=cluster_id, start=start, timeout=timeout, place=place)
         try:
-            ranks = EngineRanks(cluster, patience)
+            ranks = EngineRanks(cluster, patience, take=take)
         except BaseException:
             cluster.close()
             raise
@@ -65,4 +72,6 @@ def connect(
 
     session = Session(ranks, show, write)
     session.announce()
+    if session.reattached:
+        print(session.reattached)
     return session

@@ -10,22 +10,26 @@ from typing import Any, Self
 from dinfer.cluster.ranks import Ranks
 from dinfer.cluster.recovery import meet, recover
 from dinfer.config import Config, ConfigError
-from dinfer.display import Announced, Closing, Displayable, DisplayableText, Tidy
+from dinfer.display import Announced, Closing, Displayable, DisplayableText, Tidy, devices_text
 from dinfer.errors import DinferError, NotPossible
 from dinfer.job import Job, prepare_load, prepare_loaded, threads_per_rank, without_fixed
-from dinfer.messages import LoadModel, PreparePrompt, UnloadModel
+from dinfer.messages import GetHeld, Holdings, LoadModel, PreparePrompt, UnloadModel
 from dinfer.model.checkpoint import Spec, ignored_generation
 from dinfer.model.text import load_tokenizer
 from dinfer.plan.custom import CustomSchedule
 from dinfer.plan.plan import Plan
 from dinfer.rank.debugger import FIRST_PORT
-from dinfer.run.failure import HANDED_ON, RankFailed, were_handed_on
+from dinfer.run.failure import RankFailed, taken_over
 from dinfer.run.hang import Hung
+from dinfer.run.left import LeftRun
 from dinfer.run.report import NO_VIEWS, Reporter
 from dinfer.run.run import Run
+from dinfer.run.state import with_remedy
 from dinfer.saved.saved import WriteReport
 from dinfer.session.progress import progress_bar
+from dinfer.session.reattach import are_in_one_group, loaded_of, run_of
 from dinfer.session.sweep import Sweep, sweep
+from dinfer.severity import Severity
 from dinfer.trace.summary import summary
 
 ShowRun = Callable[[Run], Any]
@@ -36,8 +40,8 @@ PREPARE_S, LOAD_S = 120.0, 3600.0
 
 
 @dataclass(frozen=True, repr=False)
-class Listening(Displayable):
-    """A rank that waits for a client of debugpy at this port of 127.0.0.1 on its host."""
+class Listening(Tidy, Displayable):
+    """A rank that waits for a client of debugpy: `rank`, its `host`, and the `port` of 127.0.0.1 there."""
 
     rank: int
     host: str
@@ -81,9 +85,10 @@ class SessionOver(DinferError, RuntimeError):
 
 
 class Session(Tidy, Announced, Closing):
-    """Made by `dinfer.connect`. `show(run)` makes the panel that `debugger` returns, `write` the reports of runs."""
+    """Made by `dinfer.connect`: `world_size` ranks. `spec`: the checkpoint that is loaded, None before; `log`: what has
+    happened, a line each. `show(run)` makes the panel that `debugger` returns, `write` the reports of runs."""
 
-    INTERNAL = frozenset({"INTERNAL", "announce", "ranks"})
+    INTERNAL = frozenset({"INTERNAL", "announce", "ranks", "reattached", "severity"})
 
     def __init__(self, ranks: Ranks, show: ShowRun | None = None, write: WriteReport | None = None) -> None:
         self.ranks, self.world_size = ranks, ranks.world_size
@@ -95,10 +100,16 @@ class Session(Tidy, Announced, Closing):
         self._run: Run | None = None
         self._config = Config(world_size=self.world_size, log_dir="", prompt_ids=(0,), backend="gloo")
         self._devices = ["cpu"] * self.world_size
+        self._half_prepared = False  # ranks may wait for others that have refused a prompt
         self._bare = set(range(self.world_size))  # ranks without weights, or with only some of them
         self._noted: tuple[Run | None, str, str, str] = (None, "", "", "")
         self._closing = threading.Event()
-        meet(ranks)
+        found = ranks.ask(dict.fromkeys(range(self.world_size), GetHeld()), PREPARE_S)
+        held = [found[rank] for rank in range(self.world_size)]
+        self.reattached = self._reattach(held)
+        """what this session goes on with of an earlier one, and what is lost, in words"""
+        if not are_in_one_group(held):
+            meet(ranks)
         self._thread = threading.Thread(target=self._look, name="dinfer session", daemon=True)
         self._thread.start()
 
@@ -120,6 +131,7 @@ class Session(Tidy, Announced, Closing):
         config = config.with_(threads=threads or threads_per_rank(share))
         config, self.spec = prepare_load(config, range(share))
         self._end_run("another checkpoint was loaded; session.prefill(…) begins a run of it")
+        self._free_lanes()
         if config.backend != self._config.backend:
             meet(self.ranks, config.backend)
         self._config = config
@@ -137,7 +149,7 @@ class Session(Tidy, Announced, Closing):
         **parameters: Any,
     ) -> Run:
         """A run of this prompt, text or token ids; with `paused` it stands before its first op. The run before it is
-        then over.
+        then over; if it has failed or hangs, and only lanes are blocked, they are freed, and a line says so.
 
         `parameters` are those of `dinfer run`: chunk_size, sync_strategy, schedule, layer_split, max_new_tokens, …;
         those that `load` fixes for all runs, such as dtype, are refused if they differ.
@@ -161,11 +173,7 @@ class Session(Tidy, Announced, Closing):
         job = prepare_loaded(config, self.spec, plan)
         text = "" if plan is None else job.plan.text()
         self._end_run("another run has begun; session.debugger() shows it")
-        tokenizer = load_tokenizer(config.model_path)
-        self._run = run = Run(job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, text))
-        run.show = self._show
-        if self._write:
-            run.reporter = Reporter(self._write, [], lambda: self._figures_before(job))
+        run = self._new_run(job, text)
         self._note(f"run: {len(job.ids)} tokens, {job.plan.schedule}, {job.plan.sync_strategy}", run)
         if not paused:
             run.resume()
@@ -199,16 +207,19 @@ class Session(Tidy, Announced, Closing):
 
     def recover(self) -> DisplayableText:
         """After a failure: restart lost ranks and free stuck ones. Then `run.restart()` begins this run again, and
-        `session.prefill(…)` another one."""
+        `session.prefill(…)` another one. Where only lanes are blocked, these two free them by themselves."""
         self._check_open()
         said, plan, stuck = list[str](), None, tuple[int, ...]()
         if self._run:
             plan, stuck = self._run.plan, self._run.stuck_ranks()
-            self._run.fail("the session has recovered since: run.restart() begins anew")
+            self._run.recovering(ended=False)
+        self._half_prepared = False
         anew = recover(self.ranks, plan, self._config.backend, said.append, stuck)
         self._bare |= set(anew)
         if self.spec and self._bare:
             self._load(sorted(self._bare))
+        if self._run:
+            self._run.recovering(ended=True)
         kept = "" if anew else " again; weights stayed where they were"
         text = DisplayableText("; ".join([*said, f"all ranks have met{kept}"]))
         self._note(text, self._run)
@@ -230,7 +241,7 @@ class Session(Tidy, Announced, Closing):
             self.ranks.close()
 
     def __str__(self) -> str:
-        config, devices = self._config, ", ".join(self._devices)
+        config, devices = self._config, devices_text(self._devices)
         loaded = f"{config.model_path} on {devices}" if self.spec else "no checkpoint yet"
         return f"{self.ranks.describe()}; {loaded}; backend {config.backend}"
 
@@ -240,8 +251,8 @@ class Session(Tidy, Announced, Closing):
         """Raises SessionOver for a closed session, and if another session has joined the engines."""
         if self._closing.is_set():
             raise SessionOver("this session is closed: dinfer.connect(…) makes another.")
-        if were_handed_on(self.ranks.ranks):
-            raise SessionOver(HANDED_ON)
+        if taken := taken_over(self.ranks.ranks):
+            raise SessionOver(taken)
 
     def _load(self, ranks: Sequence[int]) -> None:
         config = self._config
@@ -267,18 +278,78 @@ class Session(Tidy, Announced, Closing):
         self._bare -= answers.keys()
         for rank, answer in answers.items():
             self._devices[rank] = answer.device
-        self._note(f"loaded {path} on {', '.join(self._devices)}, threads each: {config.threads}")
+        self._note(f"loaded {path} on {devices_text(self._devices)}, threads each: {config.threads}")
+
+    def _new_run(self, job: Job, plan: str, left: LeftRun | None = None) -> Run:
+        tokenizer = load_tokenizer(job.config.model_path)
+        self._run = run = Run(
+            job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, plan), left
+        )
+        run.show, run.recover = self._show, self.recover
+        if self._write:
+            run.reporter = Reporter(self._write, [], lambda: self._figures_before(job))
+        return run
+
+    def _reattach(self, held: Sequence[Holdings]) -> str:
+        """Go on with what the ranks hold of an earlier session; what that is, and what is lost, in words."""
+        try:
+            loaded = loaded_of(held, self._config)
+        except DinferError as why:
+            return f"what the ranks hold of an earlier session is lost: {why}"
+        if loaded is None:
+            return ""
+        self._config, self.spec, self._devices = loaded
+        self._bare = set()
+        model = f"the ranks still hold {self._config.model_path}, so nothing has to be loaded"
+        try:
+            found = run_of(held, loaded.spec)
+        except DinferError as why:
+            return (
+                f"{model}. The run of the earlier session is lost: {why}. session.prefill(…) begins another"
+            )
+        if found is None:
+            return model
+        job, left = found
+        run = self._new_run(job, left.plan, left)
+        counts = {
+            "event": len(run.trace.events),
+            "new token": len(run.tokens),
+            "breakpoint": len(run.breakpoints),
+            "armed fault": len(run.faults),
+        }
+        kept = ", ".join(f"{count} {name}{'s' * (count > 1)}" for name, count in counts.items() if count)
+        oldest = f", the oldest {left.lost_events} events" * bool(left.lost_events)
+        text = (
+            f"{model}. Reattached to the run, which is session.run: {run.standing().state}"
+            f"{', with ' * bool(kept)}{kept}. "
+            f"Lost with the earlier session: its log, the figures of its earlier runs{oldest}"
+        )
+        self._note(text, run)
+        return text
 
     def _prepare(self, job: Job, plan: str) -> dict[int, int]:
         """Make all ranks ready for a prompt, and the text of a plan of the user's own; the id of each rank's plan."""
+        self._free_lanes()
         self._ensure_whole()
         command = PreparePrompt(asdict(job.config), tuple(job.ids), plan)
         requests = dict.fromkeys(range(self.world_size), command)
+        self._half_prepared = True
         answers = self.ranks.ask(requests, PREPARE_S, self._ensure_whole)
+        self._half_prepared = False
         return {rank: answer.plan_id for rank, answer in answers.items()}
 
+    def _free_lanes(self) -> None:
+        """Free what the last run or prompt has left blocked in transfers, and say so. Ranks that are lost or do not
+        answer are left to `recover`, whose user knows that they are started again."""
+        if not (self._half_prepared or (self._run and self._run.left_blocked())):
+            return
+        if not self.ranks.silent() and all(code is None for code in self.ranks.exits()):
+            print(f"lanes that the run before had left blocked are freed: {self.recover()}")
+
     def _ensure_whole(self) -> None:
-        """Raises RankFailed if a rank is lost."""
+        """Raises RankFailed if a rank is lost, SessionOver if another session has taken the ranks."""
+        if taken := taken_over(self.ranks.ranks):
+            raise SessionOver(taken)
         if gone := [str(rank) for rank, code in enumerate(self.ranks.exits()) if code is not None]:
             raise RankFailed(f"rank {', '.join(gone)} is gone: session.recover() brings it back.")
 
@@ -322,21 +393,27 @@ class Session(Tidy, Announced, Closing):
             pass  # shown by views, and raised by the next call
         except (RuntimeError, TimeoutError) as error:
             if str(error) != run.message and not run.closed:
-                run.say(str(error))
+                run.say(str(error), Severity.ERROR)
         while run.said:
             self._note(run.said.pop(0), run)
         # What is new of failure, silence and hang is logged, whoever has found it.
-        before, self._noted = self._noted, (run, run.failure, run.silence, run.hang)
+        before, self._noted = self._noted, (run, run.cause, run.silence, run.hang)
         failure, silence, hang = before[1:] if before[0] is run else ("", "", "")
-        if run.failure and not failure:
-            self._note(run.failure, run)
+        standing = run.standing()
+
+        def marked(text: str) -> str:
+            state = f"{standing.state}: " if standing.remedy else ""
+            return standing.severity.marked(f"{state}{with_remedy(text, standing.remedy)}")
+
+        if run.cause and not failure:
+            self._note(marked(run.cause), run)
             for rank, state in enumerate(self.ranks.ranks):
                 if state.error:
                     self._note(f"rank {rank}:\n{state.error.traceback}", run)
         elif run.silence != silence:
-            self._note(run.silence or "all ranks answer again", run)
+            self._note(marked(run.silence) if run.silence else "all ranks answer again", run)
         elif run.hang != hang and not run.failure:
             verdict = run.told
-            self._note(str(verdict) if verdict else "the run moves again", run)
+            self._note(marked(str(verdict)) if verdict else "the run moves again", run)
             for rank, stack in verdict.stacks.items() if verdict else ():
                 self._note(f"rank {rank} stands at:\n{stack}", run)

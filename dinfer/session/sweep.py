@@ -1,27 +1,50 @@
 """Sweep: every prompt with every combination of parameters, one run after another, as a table."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from html import escape
 from numbers import Integral
 from typing import Any
 
-from dinfer.display import Displayable, Table
+from dinfer.display import Composed, Displayable, Plot, Table, Tidy, plotted
+from dinfer.errors import NotPossible
 from dinfer.run.run import Run
 from dinfer.session.progress import progress_bar
+from dinfer.trace.shares import ABOUT_PARTS, percentages, shares
 
-SWEEP_FIGURES = (
-    "tokens", "prefill_s", "compute_s", "exposed_sync_s", "waiting_s", "kv_equal", "text", "error",
-)  # fmt: skip
-"""columns, after the prompt and the parameters"""
+ABOUT = {
+    "tokens": "tokens of the prompt",
+    "prefill_s": "seconds of prefill, from the first op on any rank to the last",
+    **ABOUT_PARTS,
+    "kv_equal": "whether all ranks hold the same KV of the prompt",
+    "text": "the new text",
+    "error": "why this run was refused or failed",
+}
+"""columns, after the prompt and the parameters, and what they mean"""
+
+SWEEP_FIGURES = tuple(ABOUT)
+
+LARGEST = ("compute_s", "exposed_sync_s", "waiting_s")
+"""of rows, but not shown: the largest of any rank, as `RankFigures` defines them; they overlap and do not add up"""
+
+
+ADD_UP = (
+    "compute + exposed_wire + exposed_wait + bubble = 100 % of the time that all ranks spent in prefill. Exposed: a "
+    "rank computed nothing while data was on the wire, or lay ready for a peer; bubble: it had nothing to do yet."
+)
 
 
 @dataclass(frozen=True, repr=False)
-class Sweep(Displayable):
-    """`rows`: one for each run, from column to value. `left`: number of runs that did not begin because the kernel was
-    interrupted."""
+class Sweep(Tidy, Composed):
+    """What `session.sweep` returns: a table of runs. `rows`: one for each run, from column to value; `left`: number of
+    runs that did not begin because the kernel was interrupted.
+
+    `prefill_s` is the time of prefill. `compute`, `exposed_wire`, `exposed_wait` and `bubble` are what the time of all
+    ranks went into, as shares that add up to 1; a notebook says what each is when the mouse
+    is over its name. Rows also have `compute_s`, `exposed_sync_s` and `waiting_s`: the largest of any rank, as
+    `run.trace.rank_figures(rank)` has them; these overlap.
+    """
 
     rows: tuple[dict[str, Any], ...]
     left: int = 0
@@ -32,14 +55,29 @@ class Sweep(Displayable):
 
         return pandas.DataFrame(list(self.rows))
 
-    def __str__(self) -> str:
-        above, table, below = self._shown()
-        return "\n".join(filter(None, [above, str(table), below]))
+    def plot(self) -> Plot:
+        """A bar for each run, as long as its prefill took, divided by what that time went into. Raises NotPossible
+        where no run has ended."""
+        ended = [row for row in self.rows if row["prefill_s"] is not None]
+        if not ended:
+            raise NotPossible("no run of this sweep has ended, so there is nothing to draw; .rows say why.")
+        names = list(self.rows[0])
+        given = [
+            name for name in names[: names.index("tokens")] if len({str(row[name]) for row in ended}) > 1
+        ]
+        labels = [", ".join(_cell(row[name]) for name in given) for row in ended]
+        if len(set(labels)) < len(labels):
+            labels = [f"{number}: {label or 'run'}" for number, label in enumerate(labels, 1)]
+        parts = [{part: row[part] for part in ABOUT_PARTS} for row in ended]
+        seconds = [row["prefill_s"] for row in ended]
+        return plotted("sweep", list(zip(labels, seconds, parts, strict=True)))
 
-    def _repr_html_(self) -> str:
+    def _parts(self) -> Iterable[str | Displayable]:
         above, table, below = self._shown()
-        shown = table._repr_html_() if len(table) else ""
-        return f"<div>{escape(above)}</div>{shown}<div>{escape(below)}</div>"
+        yield above
+        if len(table):
+            yield table
+        yield below
 
     def _shown(self) -> tuple[str, Table, str]:
         """The table, and what stands above and below it. A prompt that all runs share would only make it wider, and so
@@ -49,8 +87,11 @@ class Sweep(Displayable):
             return "no runs", Table((), ()), below
         is_one = len({row["prompt"] for row in self.rows}) == 1
         left_out = ["prompt"] * is_one + ["error"] * (not any(row.get("error") for row in self.rows))
-        names = [name for name in self.rows[0] if name not in left_out]
-        table = Table(names, ([_cell(row[name]) for name in names] for row in self.rows))
+        names = [name for name in self.rows[0] if name not in (*left_out, *LARGEST)]
+        lines = ({**row, **_percentages(row)} for row in self.rows)
+        table = Table(names, ([_cell(row[name]) for name in names] for row in lines), about=ABOUT)
+        if "compute" in names:
+            below = "\n".join(filter(None, (ADD_UP, below)))
         return f"prompt: {_cell(self.rows[0]['prompt'])}" if is_one else "", table, below
 
 
@@ -78,18 +119,27 @@ def _row(prefill: Callable[..., Run], prompt: str | Sequence[int], chosen: dict[
     try:
         run = prefill(prompt, **chosen)
         text = run.decode().text
-        by_rank = [run.trace.rank_figures(rank) for rank in range(run.world_size)]
-        times = ("prefill_s", "compute_s", "exposed_sync_s", "waiting_s")
+        trace = run.trace
+        by_rank = [trace.rank_figures(rank) for rank in range(run.world_size)]
         figures = {
             "tokens": len(run.job.ids),
-            **{time: max(getattr(its, time) for its in by_rank) for time in times},
+            "prefill_s": max(its.prefill_s for its in by_rank),
+            **shares(trace).parts,
             "kv_equal": len(set(run.sha256())) == 1,
             "text": text,
             "error": "",
+            **{time: max(getattr(its, time) for its in by_rank) for time in LARGEST},
         }
     except (RuntimeError, ValueError, TimeoutError) as error:
-        figures = dict.fromkeys(SWEEP_FIGURES) | {"error": str(error).partition("\n")[0]}
+        figures = dict.fromkeys((*SWEEP_FIGURES, *LARGEST)) | {"error": str(error).partition("\n")[0]}
     return {"prompt": name, **chosen, **figures}
+
+
+def _percentages(row: Mapping[str, Any]) -> dict[str, str]:
+    """The shares of a run as text."""
+    if row.get("compute") is None:
+        return {}
+    return dict(zip(ABOUT_PARTS, percentages([row[part] for part in ABOUT_PARTS]), strict=True))
 
 
 def _cell(value: Any) -> str:

@@ -7,20 +7,19 @@ collective.
 from __future__ import annotations
 
 import struct
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from typing import Any, Self
 
 from dinfer.plan.ops import Op
 
 KINDS = (
     "embed", "layer", "norm", "send", "recv", "decode", "all_gather", "broadcast", "all_reduce", "barrier", "other",
-    "check", "corrupt",
+    "check", "corrupt", "nonfinite",
 )  # fmt: skip
 """stored by their index, so new ones go last. "check": all blocks were checked before decode; "corrupt": a block has
-changed, on the wire from `peer` or, without a peer, in memory"""
+changed, on the wire from `peer` or, without a peer, in memory; "nonfinite": there is NaN or Inf in the `what` that an
+op made, of that `layer` or, without one, before the first layer of a rank or after the last of all"""
 
 WHATS = ("", "hidden", "kv", "final", "token")
 
@@ -123,8 +122,8 @@ def block_text(what: str, chunk: int | None, layer: int | None) -> str:
 
 
 def prefill_events(events: Iterable[Event]) -> Iterator[Event]:
-    """The events of prefill, without those of decode and of the check of blocks before it."""
-    apart = ("decode", "check", "corrupt")
+    """The events of prefill's ops, without those of decode and those of checks."""
+    apart = ("decode", "check", "corrupt", "nonfinite")
     return (event for event in events if event.what != "token" and event.kind not in apart)
 
 
@@ -143,12 +142,23 @@ def pairs(events: Iterable[Event]) -> list[tuple[Event | None, Event | None]]:
 
     The nth send of a block on a link belongs to its nth recv: after the run went back, a block travels again.
     """
-    sends: dict[tuple[object, ...], list[Event]] = defaultdict(list)
-    recvs: dict[tuple[object, ...], list[Event]] = defaultdict(list)
-    for event in prefill_events(events):
-        block = (event.what, event.chunk, event.layer)
-        if event.kind == "send" and event.peer is not None:
-            sends[event.rank, event.peer, *block].append(event)
-        elif event.kind == "recv" and event.peer is not None:
-            recvs[event.peer, event.rank, *block].append(event)
-    return [pair for key in {**sends, **recvs} for pair in zip_longest(sends[key], recvs[key])]
+    found: dict[tuple[object, ...], list[Event | None]] = {}
+    again: dict[tuple[object, ...], int] = {}
+    """by side and block: how often it has travelled before"""
+    link: tuple[int | None, int | None]
+    for event in events:
+        if event.kind == "send":
+            side, link = 0, (event.rank, event.peer)
+        elif event.kind == "recv":
+            side, link = 1, (event.peer, event.rank)
+        else:
+            continue
+        if event.peer is None or event.what == "token":
+            continue
+        key: tuple[object, ...] = (*link, event.what, event.chunk, event.layer)
+        pair = found.setdefault(key, [None, None])
+        if pair[side] is not None:
+            number = again[side, key] = again.get((side, key), 0) + 1
+            pair = found.setdefault((*key, number), [None, None])
+        pair[side] = event
+    return [(send, recv) for send, recv in found.values()]

@@ -39,6 +39,10 @@ def write_whole(path: str | Path, pieces: Iterable[str]) -> None:
     OSError."""
     target = Path(path)
     check_folder(target)
+    if target.exists() and not target.is_file():  # a device or a pipe: root would replace /dev/null by a file
+        with target.open("w", encoding="utf-8") as file:
+            file.writelines(pieces)
+        return
     part = target.with_name(target.name + ".part")
     try:
         with part.open("w", encoding="utf-8") as file:

@@ -6,13 +6,17 @@ environment variables are included only if the user has asked for them.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self
+
+import msgspec
 
 from dinfer.trace.trace import Trace
 
 KEY = "findings"
 """the key in a trace's `about`"""
+
+MarkKind = Literal["armed", "differs", "corrupt", "nonfinite", "nonfinite hidden"]
 
 BlockState = Literal["same", "differs", "missing", "not compared"]
 
@@ -48,15 +52,18 @@ class KvFinding:
 
 @dataclass(frozen=True)
 class Findings:
-    """All findings. `made`: when the run was made, as text; `failure`: why it failed, or does not move;
+    """All findings. `made`: when the run was made, as text; `state`: a word, as `run.standing().state` (older reports
+    say "running" of a run that hung); `failure`: why it failed, or does not move; `remedy`: the call that helped then;
     `positions[rank][lane]`: how many ops had ended; `others`: other runs of the same prompt, as `trace.summary.summary`
     returns them; `plan`: the plan's text, if the user has made the plan. `corrupt`: blocks whose bytes have changed on
-    the wire or in memory; `marks`: what is known of single blocks: rank, chunk, layer, kind ("armed", "differs",
-    "corrupt") and text. `commands`: how to repeat this run, by where to type it."""
+    the wire or in memory; `nonfinite`: the first NaN or Inf; `marks`: what is known of single blocks: rank, chunk,
+    layer, kind ("armed", "differs", "corrupt", "nonfinite": in K or V, "nonfinite hidden": in
+    the hidden state after the block) and text. `commands`: how to repeat this run, by where to type it."""
 
     made: str = ""
     state: str = ""
     failure: str = ""
+    remedy: str = ""
     parameters: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, str] = field(default_factory=dict)
@@ -72,7 +79,8 @@ class Findings:
     faults: tuple[str, ...] = ()
     edited: tuple[str, ...] = ()
     corrupt: tuple[str, ...] = ()
-    marks: tuple[tuple[Any, ...], ...] = ()
+    nonfinite: str = ""
+    marks: tuple[tuple[int, int, int, MarkKind, str], ...] = ()
     log: tuple[str, ...] = ()
     commands: dict[str, str] = field(default_factory=dict)
     others: tuple[dict[str, Any], ...] = ()
@@ -88,10 +96,9 @@ class Findings:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """From plain values; fields that a later version has added are ignored."""
-        found: Self = _made(cls, values)
-        ranks = tuple(_made(RankFinding, rank) for rank in found.ranks)
-        return replace(found, ranks=ranks, kv=_made(KvFinding, found.kv) if found.kv else None)
+        """From plain values; fields that a later version has added are ignored. Raises ValueError for a value of
+        another type."""
+        return msgspec.convert(values, cls)
 
 
 def findings_of(trace: Trace) -> Findings:
@@ -102,13 +109,3 @@ def findings_of(trace: Trace) -> Findings:
 def with_findings(trace: Trace, findings: Findings) -> Trace:
     """The trace with these findings in place of its own."""
     return replace(trace, about={**trace.about, KEY: findings.as_dict()})
-
-
-def _made(kind: Any, values: Any) -> Any:
-    names = {item.name for item in fields(kind)}
-    return kind(**{name: _with_tuples(value) for name, value in values.items() if name in names})
-
-
-def _with_tuples(value: Any) -> Any:
-    """JSON has only lists."""
-    return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value

@@ -1,6 +1,8 @@
 """Intervals of time: disjoint (start, end) pairs in order, joined, cut and measured. Plain integers, no events."""
 
+from bisect import bisect_right
 from collections.abc import Iterable
+from operator import itemgetter
 
 Interval = tuple[int, int]
 
@@ -35,8 +37,17 @@ def minus(intervals: list[Interval], removed: list[Interval]) -> list[Interval]:
 
 
 def common(intervals: list[Interval], others: list[Interval]) -> list[Interval]:
-    """The time that lies in both; both disjoint and in order."""
-    return minus(intervals, minus(intervals, others))
+    """The time that lies in both; both disjoint and in order. Fast where one of them is short."""
+    few, many = sorted((intervals, others), key=len)
+    found = []
+    for start, end in few:
+        at = bisect_right(many, start, key=itemgetter(1))
+        while at < len(many) and many[at][0] < end:
+            both = max(start, many[at][0]), min(end, many[at][1])
+            if both[0] < both[1]:
+                found.append(both)
+            at += 1
+    return found
 
 
 def length(intervals: Iterable[Interval]) -> int:

@@ -5,16 +5,19 @@ A report holds its traces as JSON that browsers do not run. To be short, each fi
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from math import prod
 from pathlib import Path
-from typing import Any
+from types import GenericAlias
+from typing import Any, get_type_hints
 
 import msgspec
 
+from dinfer.errors import excerpt
 from dinfer.trace.events import Event
 from dinfer.trace.export import FORMAT, TraceError
+from dinfer.trace.findings import KEY, Findings
 from dinfer.trace.trace import Trace
 
 IN_COLUMNS = "dinfer trace in columns 1"
@@ -22,9 +25,11 @@ IN_COLUMNS = "dinfer trace in columns 1"
 ELEMENT = "dinfer-trace"
 """the element's id is this, a hyphen and a number"""
 
-_ELEMENTS = re.compile(rf'<script type="application/json" id="{ELEMENT}-\d+">(.*?)</script>', re.DOTALL)
+_ELEMENT = re.compile(rf'<script type="application/json" id="{ELEMENT}-[0-9]{{1,9}}">')
 
 _FIELDS = [item.name for item in fields(Event)]
+
+_COLUMNS = {name: GenericAlias(list, hint) for name, hint in get_type_hints(Event).items()}
 
 _TIMES = ("ready", "start", "met", "end")
 
@@ -78,6 +83,26 @@ def read_jsonl(path: str | Path) -> Trace:
 
 def _check_event(event: Event) -> None:
     """Raises ValueError for a field out of range."""
+    if not _is_in_range(event):
+        _check_fields(event)
+
+
+def _is_in_range(e: Event) -> bool:
+    """Whether all fields are as in almost every event; fast, as a trace has a million."""
+    return (
+        0 <= e.ready <= e.start <= e.end <= _LONGEST_NS
+        and 0 <= e.met <= _LONGEST_NS
+        and 0 <= e.rank <= _LARGEST["rank"]
+        and (e.peer is None or 0 <= e.peer <= _LARGEST["peer"])
+        and (e.layer is None or 0 <= e.layer <= _LARGEST["layer"])
+        and (e.chunk is None or 0 <= e.chunk <= _LARGEST["chunk"])
+        and 0 <= e.tokens <= _LARGEST["tokens"]
+        and 0 <= e.bytes <= _LARGEST["bytes"]
+    )
+
+
+def _check_fields(event: Event) -> None:
+    """Raises ValueError for the first field out of range."""
     for name, largest in _LARGEST.items():
         value = getattr(event, name)
         if value is not None and not 0 <= value <= largest:
@@ -94,7 +119,8 @@ def _check_event(event: Event) -> None:
 def _check_sizes(about: Any, events: Sequence[Event]) -> None:
     """Raises ValueError for a description that is none, or sizes that no run has, as one wrong number makes them."""
     if not isinstance(about, dict):
-        raise ValueError(f"about is {about!r}; it must be an object")
+        raise ValueError(f"about is {excerpt(about)}; it must be an object")
+    Findings.of(about.get(KEY, {}))
     for name in ("layers", "tokens", "chunk_size", "world_size", "threads"):
         value = about.get(name)
         is_number = isinstance(value, int) and not isinstance(value, bool)
@@ -118,7 +144,7 @@ def read_traces(path: str | Path) -> list[Trace]:
     if Path(path).suffix.lower() not in (".html", ".htm"):
         return [read_jsonl(path)]
     try:
-        found = map(json.loads, _ELEMENTS.findall(Path(path).read_text(encoding="utf-8-sig")))
+        found = map(json.loads, _elements(Path(path).read_text(encoding="utf-8-sig")))
         traces = [of_columns(values) for values in found if values["format"] == IN_COLUMNS]
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise TraceError(f"{str(path)!r} holds a damaged trace: {type(error).__name__}: {error}.") from None
@@ -127,6 +153,14 @@ def read_traces(path: str | Path) -> list[Trace]:
             f"{str(path)!r} holds no trace: it is no report of dinfer, or one of another version."
         )
     return traces
+
+
+def _elements(page: str) -> Iterator[str]:
+    """The contents of the elements with traces."""
+    at = 0
+    while element := _ELEMENT.search(page, at):
+        at = page.index("</script>", element.end())
+        yield page[element.end() : at]
 
 
 def script_json(value: Any) -> str:
@@ -157,8 +191,10 @@ def of_columns(values: dict[str, Any]) -> Trace:
         columns[name] = [time + values["began"] for time in columns[name]]
     for name in _WORDS:
         columns[name] = [values["words"][name][number] for number in columns[name]]
-    rows = zip(*(columns[name] for name in _FIELDS), strict=True)
-    events = tuple(msgspec.convert(dict(zip(_FIELDS, row, strict=True)), Event) for row in rows)
+    typed = [msgspec.convert(columns[name], _COLUMNS[name]) for name in _FIELDS]
+    if len(set(map(len, typed))) > 1:
+        raise ValueError("its columns are of different lengths")
+    events = tuple(map(Event, *typed))
     for event in events:
         _check_event(event)
     _check_sizes(values["about"], events)

@@ -5,19 +5,24 @@ because the user had stopped the run, are left out. Pure.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
+from math import floor
 from typing import NamedTuple
 
 from dinfer.trace.events import COLLECTIVES, COMPUTE
-from dinfer.trace.intervals import Interval, common, minus, seconds, union
+from dinfer.trace.intervals import Interval, common, length, minus, seconds, union
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import Transfer, by_link, transfers
 
 
 def pauses(trace: Trace) -> list[Interval]:
     """The times of at least 10 ms in which no rank had an op that was allowed to start."""
+    return trace.once(_pauses)
+
+
+def _pauses(trace: Trace) -> list[Interval]:
     busy = union((event.ready, event.end) for event in trace.events)
     if not busy:
         return []
@@ -27,6 +32,10 @@ def pauses(trace: Trace) -> list[Interval]:
 
 def without_pauses(trace: Trace) -> Trace:
     """The same run without its pauses: what follows one is moved to where it began."""
+    return trace.once(_without_pauses)
+
+
+def _without_pauses(trace: Trace) -> Trace:
     stopped = pauses(trace)
     if not stopped:
         return trace
@@ -97,6 +106,15 @@ class LinkShare(NamedTuple):
         return self.wire_s + self.wait_s
 
 
+ABOUT_PARTS = {
+    "compute": "share of all ranks' prefill in which they computed; communication meanwhile is hidden",
+    "exposed_wire": "share in which a rank computed nothing and data was on the wire, from it or to it",
+    "exposed_wait": "share in which a rank computed nothing and data lay ready for a peer that had not come",
+    "bubble": "share in which a rank had nothing to do until another rank had computed something",
+}
+"""the parts of prefill, which add up to all of it, and what each is"""
+
+
 class Shares(NamedTuple):
     """All ranks, and all links, the most exposed first."""
 
@@ -125,6 +143,19 @@ class Shares(NamedTuple):
         return _part(bubble, sum(rank.prefill_s for rank in self.ranks))
 
     @property
+    def parts(self) -> dict[str, float]:
+        """What the prefill of all ranks went into, as shares that add up to 1: see ABOUT_PARTS. Empty where nothing
+        ran."""
+        nanoseconds = {
+            "compute": sum(length(rank.compute) for rank in self.ranks),
+            "exposed_wire": sum(length(rank.wire) for rank in self.ranks),
+            "exposed_wait": sum(length(rank.wait) for rank in self.ranks),
+            "bubble": sum(length(rank.bubble) for rank in self.ranks),
+        }
+        whole = sum(nanoseconds.values())
+        return {name: part / whole for name, part in nanoseconds.items()} if whole else {}
+
+    @property
     def exposed_communication(self) -> float:
         """The share of communication that no computing hid, 0 to 1."""
         exposed = sum(rank.exposed_s for rank in self.ranks)
@@ -132,15 +163,24 @@ class Shares(NamedTuple):
 
 
 def shares(trace: Trace) -> Shares:
-    """What the prefill of each rank and the time of each link went into."""
-    found = transfers(trace)
-    stopped = pauses(trace)
-    ranks = [_share(trace, rank, found, stopped) for rank in trace.ranks]
+    """What the prefill of each rank and the time of each link went into. Computed once."""
+    return trace.once(_shares)
+
+
+def _shares(trace: Trace) -> Shares:
+    found, stopped = transfers(trace), pauses(trace)
+    of_rank: dict[int, list[Transfer]] = {}
+    for one in found:
+        of_rank.setdefault(one.source, []).append(one)
+        if one.target != one.source:
+            of_rank.setdefault(one.target, []).append(one)
+    ranks = [_share(trace, rank, of_rank.get(rank, []), stopped) for rank in trace.ranks]
     ranks = [share for share in ranks if share.prefill_s > 0]
     by_rank = {share.rank: share for share in ranks}
     links = []
     for link, of_link in by_link(found).items():
-        moving, ready = union((t.met, t.end) for t in of_link), union((t.offered, t.met) for t in of_link)
+        moving = union((t.met, t.end) for t in of_link)
+        ready = union((t.offered, t.met) for t in of_link if t.met > t.offered)
         ends = [by_rank[rank] for rank in link if rank in by_rank]
         wire_s = sum(seconds(common(share.wire, moving)) for share in ends)
         wait_s = sum(seconds(common(share.wait, ready)) for share in ends)
@@ -148,15 +188,17 @@ def shares(trace: Trace) -> Shares:
     return Shares(ranks, sorted(links, key=lambda link: -link.exposed_s))
 
 
-def _share(trace: Trace, rank: int, found: list[Transfer], stopped: list[Interval]) -> Share:
-    mine = [event for event in trace.prefill() if event.rank == rank]
+def _share(trace: Trace, rank: int, of_rank: list[Transfer], stopped: list[Interval]) -> Share:
+    """`of_rank`: the transfers from it and to it."""
+    mine = list(trace.prefill(rank))
     began, ended = trace.began, max((event.end for event in mine), default=trace.began)
     prefill = minus([(began, ended)], stopped)
     computing = union((event.met, event.end) for event in mine if event.kind in COMPUTE)
-    of_rank = [one for one in found if rank in (one.source, one.target)]
     together = [event for event in mine if event.kind in COLLECTIVES]
     moving = union([*((t.met, t.end) for t in of_rank), *((e.met, e.end) for e in together)])
-    ready = union([*((t.offered, t.met) for t in of_rank), *((e.start, e.met) for e in together)])
+    ready = union(
+        [*((t.offered, t.met) for t in of_rank if t.met > t.offered), *((e.start, e.met) for e in together)]
+    )
     compute, rest = common(prefill, computing), minus(prefill, computing)
     wire, rest = common(rest, moving), minus(rest, moving)
     wait, bubble = common(rest, ready), minus(rest, ready)
@@ -169,6 +211,16 @@ def _latest(found: Iterable[Transfer]) -> int | None:
     for one in found:
         waited[one.late] = waited.get(one.late, 0) + one.waited
     return max(waited, key=lambda rank: waited[rank]) if any(waited.values()) else None
+
+
+def percentages(parts: Sequence[float]) -> list[str]:
+    """Shares that add up to 1 as text, such as `41.3 %`, rounded so that these numbers add up to 100, too."""
+    tenths = [floor(1000 * part) for part in parts]
+    missing = round(1000 * sum(parts)) - sum(tenths)
+    by_rest = sorted(range(len(parts)), key=lambda n: tenths[n] - 1000 * parts[n])
+    for n in by_rest[: max(0, missing)]:
+        tenths[n] += 1
+    return [f"{one / 10:.1f} %" for one in tenths]
 
 
 def _part(some: float, all_of_it: float) -> float:

@@ -1,16 +1,31 @@
 """Trace: the merged events of all ranks, and the figures that views take from them. Pure."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from dinfer.display import Composed, Displayable, Plot, Table, Tidy, plotted
 from dinfer.trace.events import COMPUTE, Event, prefill_events
 from dinfer.trace.export import export
 from dinfer.trace.intervals import minus, seconds, union
+
+T = TypeVar("T")
+
+ABOUT_RANKS = {
+    "prefill s": "seconds from the first op of the run, on any rank, to this rank's last of prefill",
+    "compute s": "seconds in which this rank computed, in prefill",
+    "exposed sync s": "seconds in which this rank moved KV and computed nothing",
+    "decode s": "seconds of computing new tokens, after prefill",
+    "waiting s": "seconds in which at least one lane of this rank waited for a peer; others may have computed",
+    "wire s": "seconds in which at least one message of this rank was on the wire, computing or not",
+    "sent MB": "megabytes of payload that this rank sent",
+    "received MB": "megabytes of payload that this rank received",
+}
+"""what the columns of a table of ranks mean"""
 
 
 class RankFigures(NamedTuple):
@@ -49,8 +64,11 @@ class LinkFigures(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Trace:
-    """Events in the order in which they ended, and a description of the run (`about`: plain values only)."""
+class Trace(Tidy, Composed):
+    """What `run.trace` returns: `events` in the order in which they ended, and `about`, a description of the run in
+    plain values. `plot()` and its like draw figures of it."""
+
+    INTERNAL = frozenset({"once"})
 
     events: tuple[Event, ...]
     about: dict[str, Any] = field(default_factory=dict)
@@ -63,29 +81,44 @@ class Trace:
         )
         return cls(tuple(events), about)
 
-    def __repr__(self) -> str:
-        """In a few lines: a trace has thousands of events."""
-        lines = [f"trace of {len(self.events):,} events; .events has them, .export() writes them to a file"]
-        for figures in map(self.rank_figures, self.ranks):
-            lines.append(
-                f"rank {figures.rank}: prefill {figures.prefill_s:.3f} s (computing {figures.compute_s:.3f} s), decode "
-                f"{figures.decode_s:.3f} s; {figures.sent_bytes:,} bytes sent, {figures.received_bytes:,} received"
-            )
-        return "\n".join(lines)
+    def _parts(self) -> Iterable[str | Displayable]:
+        yield f"trace of {len(self.events):,} events: .events has them, .plot() draws them, .export() writes a file"
+        if self.events:
+            yield rank_table(figures._asdict() for figures in map(self.rank_figures, self.ranks))
 
     @property
     def ranks(self) -> list[int]:
-        return sorted({event.rank for event in self.events})
+        """The ranks with events, in order."""
+        return sorted(self._by_rank)
 
-    def prefill(self) -> Iterator[Event]:
-        return prefill_events(self.events)
+    @cached_property
+    def _by_rank(self) -> dict[int, list[Event]]:
+        found: dict[int, list[Event]] = {}
+        for event in self.events:
+            found.setdefault(event.rank, []).append(event)
+        return found
+
+    @cached_property
+    def _known(self) -> dict[Any, Any]:
+        return {}
+
+    def once(self, function: Callable[["Trace"], T]) -> T:
+        """What the function returns for this trace, computed once: a trace does not change."""
+        if function not in self._known:
+            self._known[function] = function(self)
+        found: T = self._known[function]
+        return found
+
+    def prefill(self, rank: int | None = None) -> Iterator[Event]:
+        """The events of prefill, of one rank or of all: without those of decode and of the check before it."""
+        return prefill_events(self.events if rank is None else self._by_rank.get(rank, []))
 
     def rank_figures(self, rank: int) -> RankFigures:
         """One rank's figures. Raises ValueError for a rank without events."""
-        mine = [event for event in self.events if event.rank == rank]
+        mine = self._by_rank.get(rank)
         if not mine:
             raise ValueError(f"rank {rank} has no events in this trace; ranks with events: {self.ranks}.")
-        prefill = [event for event in self.prefill() if event.rank == rank]
+        prefill = list(self.prefill(rank))
         compute = union((e.met, e.end) for e in prefill if e.kind in COMPUTE)
         sync = union((e.met, e.end) for e in prefill if e.what == "kv")
         transfers = [e for e in prefill if e.kind in ("send", "recv")]
@@ -132,10 +165,66 @@ class Trace:
         """received[chunk][layer]: whether this rank has received or computed that block."""
         held = {
             (event.chunk, event.layer)
-            for event in self.prefill()
-            if event.rank == rank and (event.kind == "layer" or (event.kind == "recv" and event.what == "kv"))
+            for event in self.prefill(rank)
+            if event.kind == "layer" or (event.kind == "recv" and event.what == "kv")
         }
-        known = [(e.chunk, e.layer) for e in self.prefill() if e.kind == "layer" or e.what == "kv"]
+        chunks, layers = self._map_size
+        return [[(chunk, layer) in held for layer in range(layers)] for chunk in range(chunks)]
+
+    @cached_property
+    def _map_size(self) -> tuple[int, int]:
+        """How many chunks and layers the known blocks have."""
+        known = {(e.chunk, e.layer) for e in self.prefill() if e.kind == "layer" or e.what == "kv"}
         chunks = 1 + max((chunk for chunk, _ in known if chunk is not None), default=-1)
         layers = 1 + max((layer for _, layer in known if layer is not None), default=-1)
-        return [[(chunk, layer) in held for layer in range(layers)] for chunk in range(chunks)]
+        return chunks, layers
+
+    # -- figures: a cell shows them, `.figure` is plotly's, `.save("figure.html")` writes one to a file
+
+    def plot(self) -> Plot:
+        """The figure to look at first: `exposure()`. The others: `gantt()`, `latency()`, `distribution()`, `matrix()`,
+        `by_layer()`. All raise NotPossible where plotly is missing."""
+        return self.exposure()
+
+    def exposure(self) -> Plot:
+        """A bar for each rank: computing, exposed communication (on the wire, or waiting for the peer), bubble."""
+        return plotted("exposure", self)
+
+    def gantt(self) -> Plot:
+        """What each lane did over time."""
+        return plotted("gantt", self)
+
+    def latency(self) -> Plot:
+        """Each transfer as it arrived: its time on the wire, and its waiting for the peer."""
+        return plotted("latency", self)
+
+    def distribution(self) -> Plot:
+        """For each link, the share of transfers that took no longer than a time."""
+        return plotted("distribution", self)
+
+    def matrix(self) -> Plot:
+        """From each rank to each other: bytes, bandwidth, and the median and 99th percentile of latency."""
+        return plotted("matrix", self)
+
+    def by_layer(self) -> Plot:
+        """The 99th percentile of latency by link and layer."""
+        return plotted("layers", self)
+
+
+def rank_table(ranks: Iterable[Mapping[str, Any]]) -> Table:
+    """The figures of ranks, each as `RankFigures._asdict()` has them; `device` may be added."""
+    found = list(ranks)
+    devices = ["device"] * any("device" in rank for rank in found)
+    columns = ["rank", *devices, *ABOUT_RANKS]
+    rows = [
+        [rank["rank"], *(rank[name] for name in devices), *(_cell(rank, column) for column in ABOUT_RANKS)]
+        for rank in found
+    ]
+    return Table(columns, rows, about=ABOUT_RANKS)
+
+
+def _cell(rank: Mapping[str, Any], column: str) -> str:
+    """`exposed sync s` is the value of `exposed_sync_s`, `sent MB` that of `sent_bytes`."""
+    name, _, unit = column.rpartition(" ")
+    name = name.replace(" ", "_")
+    return f"{rank[f'{name}_bytes'] / 1e6:.3f}" if unit == "MB" else f"{rank[f'{name}_s']:.3f}"

@@ -6,6 +6,7 @@ If only one of the two is in the trace, its times stand for both.
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from math import ceil
+from operator import attrgetter
 from typing import NamedTuple
 
 from dinfer.trace.events import pairs
@@ -63,7 +64,11 @@ class Spread(NamedTuple):
 
 
 def transfers(trace: Trace) -> list[Transfer]:
-    """All messages of prefill whose two ranks are known, in the order in which they arrived."""
+    """All messages of prefill whose two ranks are known, in the order in which they arrived. Computed once."""
+    return trace.once(_transfers)
+
+
+def _transfers(trace: Trace) -> list[Transfer]:
     found = []
     for send, recv in pairs(trace.events):
         seen = recv or send
@@ -73,10 +78,12 @@ def transfers(trace: Trace) -> list[Transfer]:
         late = None
         if send and recv:
             late = source if send.start > recv.start else target
+        from_sender, met = send or seen, seen.met
+        offered = met - (from_sender.met - from_sender.start)
         block = (seen.what, seen.chunk, seen.layer, seen.bytes)
-        offered = seen.met - (send or seen).waited
-        found.append(Transfer(source, target, *block, offered, seen.met, seen.end, late))
-    return sorted(found, key=lambda one: (one.end, one.source, one.target))
+        found.append(Transfer(source, target, *block, offered, met, seen.end, late))
+    found.sort(key=attrgetter("end", "source", "target"))
+    return found
 
 
 def by_link(found: Iterable[Transfer]) -> dict[LinkRanks, list[Transfer]]:

@@ -45,7 +45,7 @@ def judge(waits: Waits) -> Verdict:
         kind: HangKind = "paused" if root.kind == "held" else root.kind
         texts = {"moving": "the run moves", "paused": "the run stands where it was told to stop"}
         return Verdict(kind, texts.get(kind, "the run is done"), lines=_lines(waits, ()), waits=waits)
-    text = f"deadlock: {root.text}" if root.kind == "cycle" else _said(root)
+    text = _said(root)
     if blocked:
         whom = "them" if root.kind == "cycle" else "it"
         text += f"; {ranks_text(blocked)} wait{'s' * (len(blocked) == 1)} for {whom}"
@@ -53,9 +53,25 @@ def judge(waits: Waits) -> Verdict:
     return Verdict(root.kind, text, culprits, root.peer, blocked, chain, _lines(waits, chain), waits)
 
 
+TERMS: dict[HangKind, str] = {
+    "cycle": "deadlock",
+    "never sent": "missing send",
+    "never received": "missing recv",
+    "sent twice": "duplicate send",
+    "wrong peer": "wrong peer",
+    "out of order": "order mismatch",
+    "another plan": "plan mismatch",
+    "other size": "size mismatch",
+}
+"""the field's term for what other texts describe; it stands first in the sentence"""
+
+
 def _said(root: Root) -> str:
-    """What is wrong, as a sentence: of a link, the text is one."""
-    return root.text if root.kind in ("stalled link", "slow link") else f"rank {root.rank} {root.text}"
+    """What is wrong, as a sentence: of a link or a cycle, the text is one."""
+    text = (
+        root.text if root.kind in ("cycle", "stalled link", "slow link") else f"rank {root.rank} {root.text}"
+    )
+    return f"{TERMS[root.kind]}: {text}" if root.kind in TERMS else text
 
 
 def _causes(waits: Waits) -> list[_Cause]:

@@ -215,7 +215,7 @@ class Planned:
             text = f"stands before `{op}`, where it was told to stop"
             return wait._replace(text=text, root=Root("held", rank, text))
         number = self.graph.first[self.graph.first_lane[rank] + lane] + signs.positions[lane]
-        makers = zip(op.needs(), self.graph.deps[number], strict=True)
+        makers = zip(self.graph.needs(number), self.graph.deps[number], strict=True)
         unmet = {need: None if maker == NONE else self.graph.place(maker) for need, maker in makers}
         unmet = {n: at for n, at in unmet.items() if at is None or not has_passed(self.signs[at.rank], at)}
         text = f"could begin `{op}`"

@@ -3,21 +3,22 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dinfer.display import html_text
+from dinfer.display import Displayable, Tidy, html_text
+from dinfer.severity import Severity
 from dinfer.verdict.drawing import Arrow, Box, drawing
-from dinfer.verdict.waits import HUNG, HangKind, Wait, Waits
+from dinfer.verdict.waits import HUNG, SLOW, HangKind, Wait, Waits
 
 SHOWN = 20
 """lines of a culprit's stacks that a verdict prints; the op's thread comes first"""
 
 
 @dataclass(frozen=True, repr=False)
-class Verdict:
+class Verdict(Tidy, Displayable):
     """What `run.verdict()` returns.
 
-    `ranks`: the culprits; `rank`: the first of them; `peer`: the other end of the message or link, if it is about one;
-    `blocked`: the ranks that wait for the culprits. `chain` leads from a waiting rank to the root; `lines`: a line for
-    each rank; `waits`: the whole graph; `stacks`: by rank, as text.
+    `kind`: in one word; `sentence`: the verdict; `ranks`: the culprits; `peer`: the other end of the message or link,
+    if it is about one; `blocked`: the ranks that wait for the culprits. `chain` leads from a waiting rank to the root;
+    `lines`: a line for each rank; `waits`: the whole graph; `stacks`: by rank, as text.
     """
 
     kind: HangKind
@@ -32,12 +33,19 @@ class Verdict:
 
     @property
     def rank(self) -> int | None:
+        """The first culprit; None if there is none."""
         return self.ranks[0] if self.ranks else None
 
     @property
     def is_hung(self) -> bool:
         """Whether the run will not go on by itself."""
         return self.kind in HUNG
+
+    @property
+    def severity(self) -> Severity:
+        if self.is_hung:
+            return Severity.ERROR
+        return Severity.WARNING if self.kind in SLOW else Severity.NOTE
 
     def __str__(self) -> str:
         lines = [self.sentence, *(f"  {line}" for line in self.lines)]
@@ -51,9 +59,6 @@ class Verdict:
                     more > 0
                 )
         return "\n".join(lines)
-
-    def __repr__(self) -> str:
-        return str(self)
 
     def svg(self) -> str:
         """A small picture of the waiting ranks, the culprits, and what each waits for."""
@@ -78,4 +83,4 @@ class Verdict:
         return drawing(self.sentence, boxes, list(arrows.values()))
 
     def _repr_html_(self) -> str:
-        return f"<div>{html_text(str(self))}{self.svg() if self.is_hung else ''}</div>"
+        return f"<div>{html_text(str(self), self.severity)}{self.svg() if self.is_hung else ''}</div>"

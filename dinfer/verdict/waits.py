@@ -17,6 +17,9 @@ KINDS: tuple[HangKind, ...] = get_args(HangKind)
 HUNG = frozenset(KINDS[: KINDS.index("computing")])
 """kinds with which a run will not go on by itself"""
 
+SLOW = frozenset[HangKind]({"computing", "slow rank", "slow link"})
+"""kinds with which it goes on, but later"""
+
 STUCK_S = 5.0
 
 STUCK_TIMES = 5.0

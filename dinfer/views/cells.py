@@ -9,8 +9,9 @@ EVERYWHERE every rank holds it.
 So a cell shows which ranks hold a block (2, 4) and which wait for it (3); it has one colour before its block is
 computed and once all ranks hold it.
 
-Two marks are added: DIFFERS, if the rank holds the block and its bytes are known to be wrong, and ARMED, if a fault
-will strike there, or has struck.
+Three marks are added: DIFFERS, if the rank holds the block and its bytes are known to be wrong; NONFINITE, if it holds
+the block and NaN or Inf were computed in it, or in the hidden state after it; and ARMED, if a fault will strike there,
+or has struck.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,12 +27,13 @@ NOT_YET, COMPUTING, HERE, IN_FLIGHT, EVERYWHERE = range(5)
 
 STATES = ("not yet", "computing", "here, not everywhere", "in flight to here", "on every rank")
 
-DIFFERS, ARMED = 8, 16
+DIFFERS, ARMED, NONFINITE = 8, 16, 32
 
 BASE = 7
 """mask for the state of a cell without its marks"""
 
-MARKS = ("differs or corrupt", "a fault is armed")
+MARKS = ("differs or corrupt", "a fault is armed", "NaN or Inf")
+"""in the order of their bits"""
 
 CellStates = NDArray[np.uint8]
 """[layers, chunks, ranks]"""
@@ -82,6 +84,9 @@ def marked(states: CellStates, marks: Iterable[Mark]) -> CellStates:
         at = (mark.layer, mark.chunk, mark.rank)
         if mark.kind == "armed":
             found[at] |= ARMED
+        elif mark.kind in ("nonfinite", "nonfinite hidden"):  # whoever holds the block holds them too
+            block = states[mark.layer, mark.chunk]
+            found[mark.layer, mark.chunk, (block == HERE) | (block == EVERYWHERE)] |= NONFINITE
         elif states[at] in (HERE, EVERYWHERE):
             found[at] |= DIFFERS
     return found

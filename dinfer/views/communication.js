@@ -101,7 +101,7 @@ class Communication {
     this.choose(this.figure);
   }
 
-  async take({ seen, caption, json, error, name }) {
+  async take({ seen, caption, events, json, error, name }) {
     this.have = seen;
     this.caption.textContent = caption;
     if (error) this.caption.textContent = error;
@@ -118,7 +118,7 @@ class Communication {
       this.place.dataset.name = name;
       this.place.dataset.points = data.reduce((sum, { x }) => sum + (x?.length ?? x?._inputArray?.length ?? 0), 0);
     }
-    this.place.dataset.seen = seen;
+    Object.assign(this.place.dataset, { seen, events });
     this.ask();
   }
 }

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
+from dinfer.run.state import MOVING, STANDING
 from dinfer.trace.events import Event, prefill_events
 from dinfer.trace.trace import Trace
 from dinfer.views.desk import Painter, Wants
@@ -25,6 +26,10 @@ from dinfer.views.protocol import InspectableRun, Json
 
 EVENTS = 6000
 """the newest events, from which figures are drawn"""
+
+PERIOD_S, MOST_REST_S = 0.1, 0.3
+"""between two figures: at least, and at most after one that took long to draw, so that a figure is no older than a
+second on busy cores, too"""
 
 FIGURES: dict[str, Callable[..., go.Figure]] = {
     "latency": partial(latency, per_link=100),  # few enough for a browser to draw several times a second
@@ -45,42 +50,64 @@ class FigureRequest(NamedTuple):
 
 
 class Ring:
-    """The newest events of prefill; `seen`: the number of all so far."""
+    """The newest events of prefill. `count`: how many have arrived of this run; `behind`: how many more ops are done,
+    whose events have not arrived; `seen`: grows with all that is new, also when the run begins again."""
 
     def __init__(self, run: InspectableRun, most: int = EVENTS) -> None:
         self._run = run
         self._events: deque[Event] = deque(maxlen=most)
         self._read: list[int] = []
-        self.seen = 0
+        self._newest: dict[tuple[int, str], int] = {}
+        """by rank and lane, the index of its newest event"""
+        self.seen = self.count = self.behind = 0
+        self.caption = ""
+        """from which events figures are drawn, in words"""
 
     def read(self) -> None:
         """Add new events; start again if the run was restarted."""
+        standing = self._run.standing()  # before the events: what is done by then is waited for
         found, read = self._run.events_since(self._read)
         if self._read and read[0] != self._read[0]:
             self._events.clear()
+            self._newest.clear()
+            self.count = 0
         self._read = read
         new = sorted(prefill_events(found), key=lambda event: event.end)
         self._events.extend(new)
-        self.seen += len(new)
+        for event in new:
+            if event.index is not None:
+                self._newest[event.rank, event.lane] = event.index
+        self.count += len(new)
+        self.behind = sum(
+            max(0, position - 1 - self._newest.get((rank, lane.name), -1))
+            for rank, (lanes, stand) in enumerate(zip(self._run.plan.lanes, standing.stands, strict=True))
+            for lane, position in zip(lanes, stand.positions, strict=True)
+        )
+        caption = self._caption(may_come=standing.state in MOVING or standing.state in STANDING)
+        self.seen += len(new) or caption != self.caption
+        self.caption = caption
 
     def trace(self) -> Trace:
         """The events in the ring as a trace. Without earlier events, nothing is known of the time before the first of
         these ended: an op that was ready long before then would look like a bubble since then."""
         events = list(self._events)
-        if self.seen > len(events):
+        if self.count > len(events):
             since = min(event.end for event in events)
             events = [event if event.kind == "send" else _cut_off(event, since) for event in events]
         return Trace.merge([events])
 
-    @property
-    def caption(self) -> str:
-        """From which events figures are drawn, in words."""
-        here = len(self._events)
-        if not here:
+    def _caption(self, *, may_come: bool) -> str:
+        """`may_come`: whether events that have not arrived may still do so."""
+        drawn, count = len(self._events), self.count
+        if not drawn and not self.behind:
             return "nothing has run yet: press play, or step"
-        if self.seen == here:
-            return f"{here:,} events"
-        return f"the newest {here:,} of {self.seen:,} events; times count from the first of these"
+        text = f"{count:,} events of prefill"
+        if self.behind:
+            text = f"{count:,} of {count + self.behind:,} events of prefill"
+            text = f"catching up: {text}" if may_come else f"{text}; the others were lost with their rank"
+        if count > drawn:
+            text += f"; drawn from the newest {drawn:,}, times count from the first of these"
+        return text
 
 
 class Communication:
@@ -89,7 +116,7 @@ class Communication:
     def __init__(self, run: InspectableRun, send: Callable[..., object]) -> None:
         self._send = send
         self._ring = Ring(run)
-        self._painter = Painter(self._serve, "figures", period=0.1, rest=2.0)
+        self._painter = Painter(self._serve, "figures", period=PERIOD_S, rest=2.0, longest=MOST_REST_S)
         self._wants = Wants[FigureRequest]()
 
     def ask(self, message: Json) -> None:
@@ -121,7 +148,8 @@ class Communication:
         ring = self._ring
         for want in self._wants.taken(ring.seen):
             found = {"view": want.view, "name": want.name, "seen": ring.seen, "caption": ring.caption}
-            if ring.seen:
+            found |= {"events": ring.count, "behind": ring.behind}
+            if ring.count:
                 try:
                     found["json"] = FIGURES[want.name](ring.trace(), dark=want.dark).to_json()
                 except Exception as error:  # nothing else would report it

@@ -1,4 +1,4 @@
-// What stands around the map: controls that move the run, breakpoints, the banner, the ranks. Each control shows its
+// What stands around the map: controls that move the run, breakpoints, the ranks. Each control shows its
 // Python call.
 
 const BUTTONS = [
@@ -26,7 +26,7 @@ const TABS = ["map", "KV", "communication"];
 // Controls that are disabled for a run that is over, and without a kernel.
 const NEED_RANKS = ".dinfer-bar :is(button, select), .dinfer-stops :is(button, input), "
   + ".dinfer-faults button, [data-field], [data-show], .dinfer-moves button";
-const NEED_KERNEL = "[data-do=dismiss], [data-figure]";
+const NEED_KERNEL = "[data-do=dismiss], [data-do=mend], [data-figure]";
 const WHENS = ["nan", "inf", "absmax > 100", "digest differs", "slower than 5 ms"];
 
 function make(tag, name, parent, text = "") {
@@ -152,43 +152,11 @@ class BreakpointList {
   }
 }
 
-// The banner: what the user should know at once. Its verdict can be unfolded, errors and answers can be dismissed.
-
-class Banner {
-  // `send(message)` sends to the kernel; `changed()` redraws the panel.
-  constructor(parent, send, changed) {
-    this.root = make("div", "banner", parent);
-    this.root.setAttribute("role", "status");
-    this.text = make("span", "", this.root);
-    this.more = make("button", "", this.root, "more");
-    this.more.onclick = () => {
-      this.unfolded = !this.unfolded;
-      changed();
-    };
-    this.close = make("button", "", this.root, "dismiss");
-    this.close.dataset.do = "dismiss";
-    this.close.onclick = () => send({ do: "dismiss" });
-  }
-
-  // `shown`: the kernel's trait; `ended`: why the run cannot move any more; `lost`: no kernel; `hint`: the panel's own.
-  show(shown, ended, lost, hint) {
-    const verdict = this.unfolded ? shown.verdict : "";
-    const said = verdict.startsWith(shown.message) ? verdict : shown.message;
-    this.text.textContent = [ended, shown.error, said, shown.answer, hint].filter(Boolean).join("\n");
-    this.root.hidden = !this.text.textContent;
-    const alarm = lost || shown.error || shown.verdict || (shown.state === "failed" && shown.message);
-    this.root.classList.toggle("dinfer-alarm", Boolean(alarm));
-    this.root.classList.toggle("dinfer-unfolded", Boolean(verdict));
-    this.close.hidden = !shown.error && !shown.answer;
-    this.more.hidden = !shown.verdict;
-    this.more.textContent = this.unfolded ? "less" : "more";
-  }
-}
-
 // The ranks: device, memory and state of each; and which ranks hold a block, in words.
 
 class RankList {
   constructor(parent, board) {
+    this.icons = board.severities;
     const list = make("div", "ranks", parent);
     list.classList.toggle("dinfer-many", board.ranks > 4);
     this.lines = Array.from({ length: board.ranks }, (_, rank) => {
@@ -211,8 +179,8 @@ class RankList {
     const tokens = rank.tokens ? `${rank.tokens} new token${rank.tokens === 1 ? "" : "s"}` : "";
     device.textContent = [rank.device, rank.memory, tokens].filter(Boolean).join(" · ");
     device.title = rank.about_memory;
-    word.textContent = rank.state;
-    line.classList.toggle("dinfer-lost", rank.state === "lost");
+    word.textContent = rank.state === "lost" ? `${this.icons.error} lost` : rank.state;
+    word.dataset.severity = rank.state === "lost" ? "error" : "";
     bar.max = rank.total;
     bar.value = rank.done;
     where.textContent = where.title = rank.where;

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+from dinfer.severity import Severity
+
 
 class Want(Protocol):
     """`have`: what the browser has been sent before."""
@@ -29,15 +31,19 @@ class Action(NamedTuple):
 
 
 class Worker:
-    """Does one action at a time. At most one waits; a newer one replaces it."""
+    """Does one action at a time. At most one waits; a newer one replaces it. `error` and `answer` are what the last
+    action said, `severity` is how grave that is, and `era` what `now()` was when it began."""
 
-    def __init__(self, name: str, on_change: Callable[[], None]) -> None:
-        self._name, self._on_change = name, on_change
+    def __init__(
+        self, name: str, on_change: Callable[[], None], now: Callable[[], object] = lambda: None
+    ) -> None:
+        self._name, self._on_change, self._now = name, on_change, now
         self._lock = threading.Lock()
         self._closed = False
         self.current: Action | None = None
         self.waiting: Action | None = None
         self.error = self.answer = ""
+        self.severity, self.era = Severity.NOTE, now()
         self.done = 0
 
     def ask(self, action: Action) -> None:
@@ -65,14 +71,17 @@ class Worker:
 
     def _work(self, action: Action | None) -> None:
         while action:
-            answer = error = ""
+            answer, error, era = "", "", self._now()
             try:
-                found = action.do()
+                found: object = action.do()
                 answer = str(found) if action.asks else ""
+                severity = getattr(found, "severity", Severity.NOTE)
             except BaseException as failure:  # shown to the user: nothing else would report it
                 error = f"{action.call}: {str(failure) or type(failure).__name__}"
+                severity = getattr(failure, "severity", Severity.ERROR)
             with self._lock:
                 self.error, self.answer, self.done = error, answer, self.done + 1
+                self.severity, self.era = severity, era
                 # An action requested before this one failed may no longer be wanted.
                 self.current = action = None if error else self.waiting
                 self.waiting = None
@@ -82,14 +91,20 @@ class Worker:
 class Painter:
     """Calls `paint` soon after each `touch`, at most once per `period` seconds, and always after the last.
 
-    After a slow `paint`, it rests `rest` times as long, so that the kernel stays responsive.
+    After a slow `paint`, it rests `rest` times as long, so that the kernel stays responsive, but no longer than
+    `longest` seconds, so that what is shown does not fall behind.
     """
 
     def __init__(
-        self, paint: Callable[[], None], name: str = "painter", period: float = 0.05, rest: float = 1.0
+        self,
+        paint: Callable[[], None],
+        name: str = "painter",
+        period: float = 0.05,
+        rest: float = 1.0,
+        longest: float = 0.5,
     ) -> None:
         self._paint, self._name = paint, f"dinfer panel {name}"
-        self._period, self._rest = period, rest
+        self._period, self._rest, self._longest = period, rest, longest
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._dirty = False
@@ -121,7 +136,8 @@ class Painter:
                     return
             began = time.monotonic()
             self._paint()
-            self._closing.wait(max(self._period, self._rest * (time.monotonic() - began)))
+            rest = min(self._longest, self._rest * (time.monotonic() - began))
+            self._closing.wait(max(self._period, rest))
 
 
 VIEWS = 8

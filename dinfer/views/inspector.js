@@ -111,7 +111,7 @@ class Inspector {
   // The kernel answers no more: the picture stays, or `why` is shown if there is none.
   end(why) {
     this.ended = why;
-    if (!this.head) this.judge({ text: why, equal: true });
+    if (!this.head) this.judge({ text: why, severity: "note" });
   }
 
   ask(anew = false) {
@@ -121,7 +121,7 @@ class Inspector {
       this.have = "";
       this.question++;
     }
-    if (!this.head && !this.error) this.judge({ text: "The picture appears once the run has stopped.", equal: true });
+    if (!this.head && !this.error) this.judge({ text: "The picture appears once the run has stopped.", severity: "note" });
     this.send({ do: "inspect", view: this.name, ...this.want, have: this.have, question: this.question });
   }
 
@@ -136,7 +136,7 @@ class Inspector {
   take(head, buffer) {
     this.have = head.stamp;
     this.error = head.error ?? "";
-    if (head.error) this.judge({ text: head.error, equal: false });
+    if (head.error) this.judge({ text: head.error, severity: head.severity });
     else {
       const codes = new Uint8Array(buffer.buffer, buffer.byteOffset, buffer.byteLength);
       this.head = Object.assign(head, { codes });
@@ -154,9 +154,12 @@ class Inspector {
     this.headField.value = this.want.head ?? "";
   }
 
-  judge({ text, equal }) {
-    this.verdict.textContent = text;
-    this.verdict.classList.toggle("dinfer-alarm", !equal);
+  judge({ text, severity }) {
+    this.verdict.replaceChildren();
+    this.verdict.dataset.severity = severity;
+    if (!text) return;
+    make("b", "", this.verdict, `${this.board.severities[severity]} ${severity}`);
+    this.verdict.append(` ${text}`);
   }
 
   describe(head) {

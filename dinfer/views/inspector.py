@@ -15,7 +15,8 @@ import numpy as np
 from dinfer.kv.difference import number_text
 from dinfer.kv.source import HeldSpans, Subject, ViewableSource
 from dinfer.plan.ops import PlanError
-from dinfer.run.state import Standing
+from dinfer.run.state import MOVING, Standing, State
+from dinfer.severity import Severity
 from dinfer.views.desk import Painter, Wants, keep_newest
 from dinfer.views.protocol import InspectableRun, Json
 from dinfer.views.quantise import MISSING, Scale, Values, figures, quantise
@@ -162,7 +163,7 @@ class Inspector:
         self._wants = Wants[InspectRequest]()
         self._fetched: dict[str, Fetched] = {}
         self._blocks = BlockCache()
-        self._diff = ("", "", True)
+        self._diff = ("", "", Severity.NOTE)
 
     def ask(self, message: Json) -> None:
         """A browser asks for a newer or another picture. Returns at once."""
@@ -188,7 +189,7 @@ class Inspector:
 
     def _serve(self) -> None:
         standing = self._run.standing()
-        if standing.state not in ("paused", "done", "failed"):
+        if standing.state in (*MOVING, State.HUNG, State.CLOSED):
             return
         stamp = stamp_of(standing)
         for want in self._wants.taken(stamp):
@@ -208,20 +209,21 @@ class Inspector:
             keep_newest(self._fetched, want.view, found)
             head, codes = picture(want, found)
             self._send({"kv": {**head, **to, "stamp": stamp}}, [codes])
-            text, equal = self._compared(want.layer, stamp)
+            text, severity = self._compared(want.layer, stamp)
         except Exception as error:  # nothing else would report it
-            self._send({"kv": {**to, "stamp": stamp, "error": str(error)}})
+            word = getattr(error, "severity", Severity.ERROR).word
+            self._send({"kv": {**to, "stamp": stamp, "error": str(error), "severity": word}})
             return
-        self._send({"kv_diff": {**to, "text": text, "equal": equal}})
+        self._send({"kv_diff": {**to, "text": text, "severity": severity.word}})
 
-    def _compared(self, layer: int, stamp: str) -> tuple[str, bool]:
+    def _compared(self, layer: int, stamp: str) -> tuple[str, Severity]:
         key = f"{layer} {stamp}"
         if self._diff[0] != key:
             try:
                 diff = self._run.kv(layer=layer).diff()
-                self._diff = (key, diff.verdict, diff.equal)
+                self._diff = (key, diff.verdict, diff.severity)
             except PlanError as error:  # there is nothing to compare yet
-                self._diff = (key, str(error), True)
+                self._diff = (key, str(error), error.severity)
         return self._diff[1:]
 
 

@@ -4,7 +4,8 @@
 // a bin shows is decided as in bins.py: all marks, and the most urgent state.
 
 const [NOT_YET, COMPUTING, HERE, IN_FLIGHT, EVERYWHERE] = [0, 1, 2, 3, 4];
-const BASE = 7, DIFFERS = 8, ARMED = 16;
+const BASE = 7, DIFFERS = 8, ARMED = 16, NONFINITE = 32;
+const EVERY_MARK = [DIFFERS, ARMED, NONFINITE]; // in the order of the board's names of them
 const URGENT = [EVERYWHERE, NOT_YET, HERE, IN_FLIGHT, COMPUTING]; // the most urgent last
 const LEFT = 52, MAP_HEIGHT = 440, TOP = 18, WIDEST = 110, BESIDE = 44, ABOVE = 12, LETTERS = 60;
 // Pixels of the smallest cell, of its parts, which are at most so many, and of marks; then of cells that were zoomed in to.
@@ -71,7 +72,7 @@ class BlockMap {
       for (let chunk = chunks[0]; chunk < chunks[1]; chunk++) {
         const first = (layer * this.board.chunks.length + chunk) * ranks;
         for (let n = first; n < first + ranks; n++) {
-          const urgency = (bytes[n] & DIFFERS ? 20 : bytes[n] & ARMED ? 10 : 0) + URGENT.indexOf(bytes[n] & BASE);
+          const urgency = (bytes[n] & (DIFFERS | NONFINITE) ? 20 : bytes[n] & ARMED ? 10 : 0) + URGENT.indexOf(bytes[n] & BASE);
           if (urgency > best) [best, found] = [urgency, [layer, chunk]];
         }
       }
@@ -130,12 +131,12 @@ class BlockMap {
 
   outside() {
     const { bytes, breakpoints } = this.look(), { ranks, chunks, marks } = this.board;
-    const found = [new Set(), new Set()];
+    const found = EVERY_MARK.map(() => new Set());
     bytes.forEach((byte, n) => {
       if (byte <= BASE) return;
       const block = Math.floor(n / ranks);
       if (this.isSeen(Math.floor(block / chunks.length), block % chunks.length)) return;
-      [DIFFERS, ARMED].forEach((mark, which) => byte & mark && found[which].add(block));
+      EVERY_MARK.forEach((mark, which) => byte & mark && found[which].add(block));
     });
     const stops = breakpoints.filter((one) => !this.isSeen(one.layer ?? this.zoom.layers[0], one.chunk ?? this.zoom.chunks[0]));
     const listed = found.map((blocks, which) => blocks.size && `${marks[which]} in ${plural(blocks.size, "block")}`);
@@ -172,7 +173,7 @@ class BlockMap {
     this.tell(this.scope(shape));
     // For tests: what has just been drawn, and where.
     Object.assign(this.canvas.dataset, {
-      cells: Array.from(cells, (byte) => byte.toString(32)).join(""),
+      cells: Array.from(cells, (byte) => byte.toString(16).padStart(2, "0")).join(""),
       cut: cut.join(" "),
       selected: selected?.join(" ") ?? "",
       geometry: JSON.stringify(shape),
@@ -211,7 +212,7 @@ class BlockMap {
     }
   }
 
-  // Differs: another colour, crossed out; armed: a corner. Shape and colour both distinguish them.
+  // Differs: another colour, crossed out; armed: a corner; NaN or Inf: a square. Shape and colour both distinguish them.
   drawMark(pen, byte, x, y, wide, high, isLarger) {
     if (byte & DIFFERS) {
       if (isLarger) {
@@ -226,6 +227,7 @@ class BlockMap {
         line(pen, [[left, lower], [right, upper]], this.colour("back"), 1.5);
       }
     }
+    if (byte & NONFINITE) this.drawRing(pen, x, y, wide, high);
     if (byte & ARMED) {
       const size = Math.min(wide, high, 12);
       pen.beginPath();
@@ -237,6 +239,15 @@ class BlockMap {
       pen.strokeStyle = this.colour("back");
       pen.stroke();
     }
+  }
+
+  // NaN or Inf: a square within the cell, of another colour; where it differs too, both are seen.
+  drawRing(pen, x, y, wide, high) {
+    const size = Math.max(3, Math.min(wide, high, 14) - 4), left = x + (wide - size) / 2, upper = y + (high - size) / 2;
+    pen.fillStyle = this.colour("back");
+    pen.fillRect(left - 1, upper - 1, size + 2, size + 2);
+    pen.fillStyle = this.colour("nonfinite");
+    pen.fillRect(left, upper, size, size);
   }
 
   // A breakpoint: a dot on the block, or on the name of the layer or chunk.
@@ -349,7 +360,7 @@ function binned(bytes, board, { layers, chunks }, { columns, rows, perChunk, per
       let n = (layer * board.chunks.length + chunk) * ranks;
       for (let rank = 0; rank < ranks; rank++, n++) {
         const at = cell + partOf[rank];
-        found[at] = JOINED[(found[at] << 5) | bytes[n]];
+        found[at] = JOINED[(found[at] << 6) | bytes[n]];
       }
     }
   }
@@ -357,8 +368,8 @@ function binned(bytes, board, { layers, chunks }, { columns, rows, perChunk, per
 }
 
 // For each two bytes, that of a bin of both.
-const JOINED = Uint8Array.from({ length: 1024 }, (_, both) => {
-  const [one, other] = [both >> 5, both & 31].sort((a, b) => URGENT.indexOf(a & BASE) - URGENT.indexOf(b & BASE));
+const JOINED = Uint8Array.from({ length: 4096 }, (_, both) => {
+  const [one, other] = [both >> 6, both & 63].sort((a, b) => URGENT.indexOf(a & BASE) - URGENT.indexOf(b & BASE));
   return (other & BASE) | ((one | other) & ~BASE);
 });
 
@@ -455,7 +466,7 @@ function drawLegend(node, board) {
     one.append(text);
   };
   board.states.forEach((name, state) => item(name, "", `var(--dinfer-${state})`));
-  ["differs", "armed"].forEach((name, n) => item(board.marks[n], name));
+  ["differs", "armed", "nonfinite"].forEach((name, n) => item(board.marks[n], name));
   item("the cut", "line");
   item("breakpoint", "stop");
   if (board.ranks > 1) make("span", "", node, `a cell's parts are ranks 0–${board.ranks - 1}, left to right`);

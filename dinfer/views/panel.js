@@ -3,6 +3,7 @@
 // panel.py puts the other scripts before it; together they are one module.
 
 const KERNEL_SILENT_MS = 700;
+const SILENT = "The kernel has not answered yet";
 const NOTES = 3; // on blocks that share a cell, the first
 const ZOOMS = [["+", "zoom in", (map, block) => map.zoomBy(0.5, block)], ["−", "zoom out", (map, block) => map.zoomBy(2, block)],
   ["all", "see all", (map) => map.zoomBy(Infinity)]];
@@ -40,8 +41,12 @@ class View {
     this.pace.setAttribute("aria-label", "speed of play");
     bar.querySelector("[data-do=pause]").before(this.pace);
     bar.querySelector("[data-do=undo]").setAttribute("aria-label", "undo");
-    this.banner = new Banner(this.root, (message) => this.send(message), () => this.update());
+    this.banner = new Banner(this.root, this.board.severities, (message) => this.send(message), () => this.update());
+    this.nonfinite = make("div", "nonfinite", this.root);
+    this.nonfinite.dataset.severity = "warning";
     this.faults = make("div", "faults", this.root);
+    this.faults.dataset.severity = "warning";
+    make("b", "", this.faults, `${this.board.severities.warning} warning`);
     this.faultLines = make("span", "", this.faults);
     const disarm = make("button", "", this.faults, "disarm");
     Object.assign(disarm, { title: "run.faults.clear()", onclick: () => this.send({ do: "clear_faults" }) });
@@ -203,7 +208,7 @@ class View {
     if (this.lost) return;
     const id = `${this.name}:${this.asked++}`;
     this.silent.set(id, setTimeout(() => {
-      this.hint = "The kernel has not answered yet: it is busy with a cell, or has ended. Your action is waiting for it.";
+      this.hint = `${SILENT}: it is busy with a cell, or has ended. Your action is waiting for it.`;
       this.update();
     }, KERNEL_SILENT_MS));
     this.model.send({ ...message, id });
@@ -219,7 +224,7 @@ class View {
     if (!this.silent.has(id)) return;
     clearTimeout(this.silent.get(id));
     this.silent.delete(id);
-    if (this.silent.size || !this.hint.startsWith("The kernel")) return;
+    if (this.silent.size || !this.hint.startsWith(SILENT)) return;
     this.hint = "";
     this.update();
   }
@@ -301,9 +306,14 @@ class View {
     const shown = this.model.get("shown");
     if (!shown.ranks) return;
     const tokens = shown.decoded ? ` · ${shown.decoded} token${shown.decoded === 1 ? "" : "s"}` : "";
-    this.state.textContent = `${shown.playing ? "playing" : shown.state}${tokens}`;
+    const isGrave = ["warning", "error"].includes(shown.state_severity);
+    const state = shown.playing ? "playing" : shown.state;
+    this.state.textContent = `${isGrave ? `${this.board.severities[shown.state_severity]} ` : ""}${state}${tokens}`;
+    this.state.dataset.severity = isGrave ? shown.state_severity : "";
     Object.assign(this.root.dataset, { state: shown.state, done: shown.done });
-    this.banner.show(shown, this.ended, this.lost, this.hint);
+    this.banner.show(shown, this.ended, this.lost, [this.hint.startsWith(SILENT) ? "warning" : "note", this.hint]);
+    this.nonfinite.textContent = `${this.board.severities.warning} ${shown.nonfinite}`;
+    this.nonfinite.hidden = !shown.nonfinite;
     this.faultLines.textContent = shown.faults.join("\n");
     this.faults.hidden = !shown.faults.length;
     this.showUnit();
@@ -398,7 +408,7 @@ class View {
 
 // The marks that ranks have on a block, in words.
 function marksOf(bytes, board) {
-  return [DIFFERS, ARMED].flatMap((mark, which) => {
+  return EVERY_MARK.flatMap((mark, which) => {
     const ranks = [...bytes.keys()].filter((rank) => bytes[rank] & mark);
     return ranks.length ? [`${board.marks[which]} on rank${ranks.length > 1 ? "s" : ""} ${ranks.join(", ")}`] : [];
   });

@@ -16,9 +16,11 @@ import anywidget
 import ipywidgets
 from traitlets import Bytes, Dict, Unicode
 
+from dinfer.display import badge
 from dinfer.errors import ipython
 from dinfer.plan.ops import PlanError
-from dinfer.run.state import MOVING, Standing
+from dinfer.run.state import MOVING, RECOVER, Standing, State
+from dinfer.severity import Severity, style_variables
 from dinfer.views.cells import CellMap
 from dinfer.views.communication import FIGURES, Communication
 from dinfer.views.desk import Action, Painter, Worker
@@ -46,6 +48,8 @@ def action_of(run: InspectableRun, message: Json) -> Action:
             return Action("run.undo()", run.undo, asks=True)
         case {"do": "resume"}:
             return Action("run.resume()", run.resume)
+        case {"do": "mend"}:
+            return Action(run.standing().remedy or RECOVER, run.mend)
         case {"do": "restart"}:
             return Action("run.restart()", run.restart)
         case {"do": "diff"}:
@@ -111,7 +115,9 @@ ipywidget below it, and panel.css, which comes with a panel that is drawn, hides
 
 _HERE = Path(__file__).parent
 
-SCRIPTS = ("map.js", "heatmap.js", "inspector.js", "communication.js", "controls.js", "slots.js", "panel.js")
+SCRIPTS = (
+    "map.js", "heatmap.js", "inspector.js", "communication.js", "controls.js", "banner.js", "slots.js", "panel.js",
+)  # fmt: skip
 """concatenated, they are one module"""
 
 
@@ -123,7 +129,13 @@ class Panel(anywidget.AnyWidget):
     """
 
     _esm = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
-    _css = (_HERE / "panel.css").read_text(encoding="utf-8")
+    _css = "\n".join(
+        [
+            f".dinfer-panel {{ {style_variables(dark=False)} }}",
+            f".dinfer-panel.dinfer-dark {{ {style_variables(dark=True)} }}",
+            (_HERE / "panel.css").read_text(encoding="utf-8"),
+        ]
+    )
 
     board = Dict().tag(sync=True)
     """what does not change: see `status.layout`"""
@@ -139,10 +151,11 @@ class Panel(anywidget.AnyWidget):
     def __init__(self, run: InspectableRun) -> None:
         self._run, self._cells = run, CellMap(run.plan)
         self._painter = Painter(self._paint)
-        self._worker = Worker("dinfer panel worker", self._painter.touch)
         # Pauses and edits do not wait for a long step.
-        self._pauser = Worker("dinfer panel pauser", self._painter.touch)
-        self._editor = Worker("dinfer panel editor", self._painter.touch)
+        self._worker, self._pauser, self._editor = (
+            Worker(f"dinfer panel {name}", self._painter.touch, self._begun)
+            for name in ("worker", "pauser", "editor")
+        )
         self._workers = (self._pauser, self._editor, self._worker)
         self._inspector, self._communication = Inspector(run, self.send), Communication(run, self.send)
         self._painted: object = None
@@ -179,14 +192,11 @@ class Panel(anywidget.AnyWidget):
         actions: Json = {
             "working": [action.call for worker in self._workers if (action := worker.current)],
             "waiting": waiting.call if waiting else "",
-            "error": "\n".join(worker.error for worker in self._workers if worker.error),
             "done": sum(worker.done for worker in self._workers),
         }
         try:
             standing, stops = self._run.standing(), breakpoints(self._run.breakpoints)
-            actions["answer"] = self._answer(standing)
-            if standing.over:
-                actions["error"] = ""  # actions requested while the run ended were refused for that reason
+            actions |= self._said(standing)
             seen = (standing, stops, actions)
             if seen == self._painted:
                 return
@@ -196,17 +206,38 @@ class Panel(anywidget.AnyWidget):
             shown |= {"breakpoints": stops, **actions}
         except Exception as error:  # nothing else would report it
             trouble = f"where the run stands cannot be shown: {error}"
-            shown, drawn, marks = {**self.shown, **actions, "error": trouble}, self.cells, self.marks
+            said = {"error": trouble, "error_severity": Severity.ERROR.word}
+            shown, drawn, marks = {**self.shown, **actions, **said}, self.cells, self.marks
             self._painted = None
         with self.hold_sync():
             self.shown, self.cells, self.marks = shown, drawn, marks
 
+    def _said(self, standing: Standing) -> Json:
+        """What actions have said. Once the run has begun again, that is about a run which there is no more; and of a
+        run that is over, what was asked meanwhile was refused for that reason."""
+        new = [worker for worker in self._workers if worker.era in (None, standing.begun)]
+        failed = [worker for worker in new if worker.error and not standing.over]
+        answered = self._worker.severity
+        return {
+            "error": "\n".join(worker.error for worker in failed),
+            "error_severity": max((worker.severity for worker in failed), default=Severity.NOTE).word,
+            "answer": self._answer(standing) if self._worker in new else "",
+            "answer_severity": answered.word,
+        }
+
     def _answer(self, standing: Standing) -> str:
         """The answer of the last action; "" once the run has changed since, unless it was moving when asked."""
-        now = "" if standing.state in MOVING else stamp_of(standing)
+        now = "" if standing.state in (*MOVING, State.HUNG, State.LOST) else stamp_of(standing)
         if self._answered[0] != self._worker.done:
             self._answered = self._worker.done, now
         return self._worker.answer if self._answered[1] in ("", now) else ""
+
+    def _begun(self) -> int | None:
+        """How often the run has begun; None if that cannot be found out."""
+        try:
+            return self._run.standing().begun
+        except Exception:  # which `_paint` reports
+            return None
 
     def _on_message(self, _: object, message: Json, __: object) -> None:
         """Handle a browser's message; confirmed at once, so that the browser knows that the kernel is responsive."""
@@ -259,10 +290,11 @@ class Panel(anywidget.AnyWidget):
             except PlanError:  # nothing is computed yet
                 kv = ""
             except Exception as error:  # the rest of the picture is still shown
-                kv = f"<div>{escape(f'KV cannot be shown: {error}')}</div>"
+                kv = f"<div>{badge(Severity.ERROR)}{escape(f'KV cannot be shown: {error}')}</div>"
             return still_html(self._run.plan, standing, self._run.chunk_labels(), events, kv)
         except Exception as error:  # the live view is still shown, and reports errors
-            return f"<div>{escape(f'dinfer: where the run stands cannot be shown: {error}')}</div>"
+            text = f"dinfer: where the run stands cannot be shown: {error}"
+            return f"<div>{badge(Severity.ERROR)}{escape(text)}</div>"
 
 
 ONLY_WIDGETS = ("VSCODE_PID", "PYCHARM_HOSTED")

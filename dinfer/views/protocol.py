@@ -29,7 +29,7 @@ class InspectableRun(Protocol):
     returns a function that ends this. `chunk_labels`: the text of each chunk, "" if unknown.
 
     The others may take long, and raise exceptions whose message is meant for users. `pause` also works during another
-    thread's step; `kv` waits until the run is not moving.
+    thread's step; `kv` waits until the run is not moving; `mend` does what `standing().remedy` says.
     """
 
     last_call: str
@@ -56,6 +56,7 @@ class InspectableRun(Protocol):
     def resume(self) -> object: ...
     def pause(self) -> object: ...
     def restart(self) -> object: ...
+    def mend(self) -> object: ...
     def break_at(
         self,
         *,

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.plan import Lane, Plan
-from dinfer.run.state import Standing
+from dinfer.run.state import RECOVER, RESTART, Standing
+from dinfer.severity import Severity
 from dinfer.verdict.where import RankStand, rank_text
 from dinfer.views.bins import packed
 from dinfer.views.cells import MARKS, STATES, CellMap, cut_line, marked
@@ -14,6 +15,9 @@ MemoryTriple = tuple[int, int, int]
 """GPU bytes: in tensors, reserved by torch, total"""
 
 GIB = 1 << 30
+
+MENDS = {RECOVER: "recover and restart", RESTART: "restart"}
+"""by what must be called for a run to go on, the name of the button that does it"""
 
 
 def layout(plan: Plan, labels: Sequence[str]) -> Json:
@@ -26,6 +30,7 @@ def layout(plan: Plan, labels: Sequence[str]) -> Json:
         "chunks": [[chunk.start, chunk.stop] for chunk in shape.chunks],
         "labels": list(labels),
         "states": list(STATES),
+        "severities": {level.word: level.icon for level in Severity},
         "marks": list(MARKS),
     }
 
@@ -53,11 +58,16 @@ def status(plan: Plan, standing: Standing) -> Json:
         )
     return {
         "state": standing.state,
+        "state_severity": (Severity.NOTE if standing.over else standing.state.severity).word,
+        "severity": standing.severity.word,
+        "remedy": standing.remedy,
+        "mend": MENDS.get(standing.remedy, ""),
         "message": "" if standing.message == standing.over else standing.message,
         "call": standing.last_call,
         "decoded": standing.decoded,
         "text": standing.text[-2000:],
         "faults": list(standing.faults),
+        "nonfinite": standing.nonfinite and f"not finite: {standing.nonfinite}",
         "verdict": standing.verdict,
         "playing": standing.playing,
         "over": standing.over and f"this run is over: {standing.over}",
@@ -71,7 +81,7 @@ def moment(plan: Plan, cells: CellMap, standing: Standing) -> tuple[Json, bytes,
     shown = {**status(plan, standing), "cut": cut_line(states)}
     notes: dict[str, list[str]] = {}
     for mark in standing.marks[:300]:  # more than anyone reads; the map has the marks of all
-        notes.setdefault(f"{mark.layer} {mark.chunk}", []).append(mark.text)
+        notes.setdefault(f"{mark.layer} {mark.chunk}", []).append(f"{mark.severity.mark}: {mark.text}")
     return shown, packed(marked(states, standing.marks)), notes
 
 

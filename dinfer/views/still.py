@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dinfer.display import badge
 from dinfer.plan.plan import Plan
 from dinfer.run.state import Standing
+from dinfer.severity import Severity
 from dinfer.trace.events import Event
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import by_link, spread, transfers
@@ -23,6 +25,7 @@ from dinfer.views.cells import (
     EVERYWHERE,
     HERE,
     MARKS,
+    NONFINITE,
     STATES,
     CellMap,
     CellStates,
@@ -44,7 +47,11 @@ STILL = (
 COLOURS = ("#e9edf1", "#f4c430", "#2672b3", "#e07b39", "#14385c")
 """of states, on white, as in panel.css; they differ in lightness"""
 
-MARK_LOOKS = {DIFFERS: ("differs", MARKS[0], "#d81b60"), ARMED: ("armed", MARKS[1], "#7b3fa0")}
+MARK_LOOKS = {
+    DIFFERS: ("differs", MARKS[0], "#d81b60"),
+    ARMED: ("armed", MARKS[1], "#7b3fa0"),
+    NONFINITE: ("nonfinite", MARKS[2], "#00897b"),
+}
 """class, name and colour"""
 
 EVENTS = 50_000
@@ -67,11 +74,23 @@ def still_html(
     states = marked(bare, standing.marks)
     shown = status(plan, standing)
     held = np.isin(bare, (HERE, EVERYWHERE)).sum(axis=(0, 1))
-    words = (shown["state"], shown["over"], shown["message"], *shown["faults"], shown["call"])
-    known = "".join(f"<li>{escape(mark.text)}</li>" for mark in standing.marks[:20])
-    known += f"<li>and {len(standing.marks) - 20:,} more</li>" if len(standing.marks) > 20 else ""
+    words = (
+        shown["state"],
+        shown["over"],
+        shown["message"],
+        shown["nonfinite"],
+        *shown["faults"],
+        shown["call"],
+    )
+    level = max(standing.severity, Severity.NOTE if standing.over else standing.state.severity)
+    remedy = f"<div>to go on: <code>{escape(standing.remedy)}</code></div>" if standing.remedy else ""
+    # Of NaN and Inf, the first is in the words.
+    marks = [mark for mark in standing.marks if "nonfinite" not in mark.kind]
+    known = "".join(f"<li>{badge(mark.severity)}{escape(mark.text)}</li>" for mark in marks[:20])
+    known += f"<li>and {len(marks) - 20:,} more</li>" if len(marks) > 20 else ""
     return (
-        f"<div><div>dinfer: {escape('; '.join(filter(None, words)))}</div><div><small>{STILL}</small></div>"
+        f"<div><div>{badge(level)}dinfer: {escape('; '.join(filter(None, words)))}</div>{remedy}"
+        f"<div><small>{STILL}</small></div>"
         f"{map_svg(states, plan.shape.owners, labels)}"
         "<div><small>A cell's parts are the ranks, left to right; the line, the cut, separates computed blocks "
         "from the others.</small></div>"
@@ -136,7 +155,7 @@ def map_svg(states: CellStates, owners: Sequence[int], labels: Sequence[str]) ->
     marks = [look for mark, look in MARK_LOOKS.items() if (cells & mark).any()]
     drawn_marks = [
         _path((cells & mark) > 0, MARK_LOOKS[mark], part, down, high, LEAST_MARK)
-        for mark, high in ((DIFFERS, down), (ARMED, down // 3))
+        for mark, high in ((DIFFERS, down), (NONFINITE, down // 2), (ARMED, down // 3))
     ]
     grid = ""
     if across > 6 and down > 5:  # lines between smaller cells would hide their colours
@@ -170,7 +189,7 @@ def map_svg(states: CellStates, owners: Sequence[int], labels: Sequence[str]) ->
     if size.text:
         said = f"{size.text}: a mark, or the most urgent state of its blocks"
         legend += f'<text x="{_LEFT}" y="{y + 24}" fill="#333">{said}</text>'
-    wide, high = max(right + 8, 800 if marks else 560), bottom + (42 if size.text else 26)
+    wide, high = max(right + 8, 800 if marks else 560, x), bottom + (42 if size.text else 26)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" width="{wide}" height="{high}" '
         'role="img" style="background:#fff;max-width:100%;height:auto" font-family="sans-serif" font-size="10">'

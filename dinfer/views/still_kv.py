@@ -103,7 +103,7 @@ def _chosen(run: InspectableRun, standing: Standing, source: ViewableSource) -> 
     block known to differ, else the newest tokens of the deepest layer that its owner holds."""
     shape = run.plan.shape
     for mark in standing.marks:
-        if mark.kind != "armed":
+        if mark.kind in ("differs", "corrupt"):
             owner = shape.owners[mark.layer]
             other = owner if owner != mark.rank else (owner + 1) % shape.world_size
             return mark.layer, other, mark.rank, shape.chunks[mark.chunk].start

@@ -168,7 +168,7 @@ def check_over(book: Notebook, panel: Debugger, shot: Shot) -> None:
     assert {"layer", "✎", "×", "add", "disarm"} <= panel.live()
     book.run(NEXT)
     over = "this run is over: another run has begun; session.debugger() shows it"
-    said = panel.root.locator(".dinfer-banner > span")
+    said = panel.root.locator(".dinfer-banner .dinfer-said")
     expect(said).to_have_text(over)
     expect(panel.root.locator(".dinfer-rank .dinfer-word")).to_have_text(["over"] * 3)
     assert panel.live() == {*ALWAYS, "dismiss", *FIGURE_NAMES}

@@ -52,6 +52,7 @@ def test_the_answer_to_an_older_question_leaves_the_newer_one_open(page: Page) -
     want, whole = inspected()
     head, codes = picture(want, Fetched(whole.subject, whole.a[:, :8], whole.b[:, :8]))
     beside = {"breakpoints": [], "working": [], "waiting": "", "error": "", "answer": "", "done": 0}
+    beside |= {"error_severity": "note", "answer_severity": "note"}
     page.set_content("<div id=place></div>")
     found: dict[str, Any] = page.evaluate(
         PAGE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -47,7 +48,8 @@ def test_it_opens_from_disk_with_all_figures_and_nothing_from_outside(
 ) -> None:
     report = open_report(told(recorded() if name == "recorded" else on_paper()), scheme=scheme)
     verdict = report.page.locator("#verdict")
-    assert "greedy tokens agree" in verdict.inner_text()
+    assert verdict.inner_text().startswith("Rank 1 differs at layer 1")
+    assert "Greedy tokens agree" in report.page.locator("header li").first.inner_text()
     assert verdict.bounding_box()["y"] < 100  # type: ignore[index]
     report.read_through()
     assert report.page.locator(".drawn svg.main-svg").count() >= len(REPORT_FIGURES)
@@ -98,7 +100,7 @@ def test_what_a_run_said_does_not_run(open_report: Open) -> None:
     report.read_through()
     assert report.page.title() != "pwned"
     assert report.page.locator("img").count() == 0
-    assert HOSTILE in report.page.locator("#run0 pre").first.inner_text()
+    assert HOSTILE in report.page.locator(".run0 pre").first.inner_text()
     report.is_clean()
 
 
@@ -141,4 +143,73 @@ def test_a_gantt_can_be_zoomed_and_told_by_hovering(open_report: Open) -> None:
         return bool(report.page.evaluate(f"Math.abs({shown} - {before}) < 1e-9"))
 
     wait_for(clicked_twice, "the whole Gantt again")  # a busy page may take two clicks for two that are apart
+    report.is_clean()
+
+
+PAPER = 703
+"""pixels between the margins of A4"""
+
+
+def on_paper_page(report: Opened, width: int) -> None:
+    """The page as it is printed: as wide as the paper's text, with what the browser tells it before."""
+    report.page.set_viewport_size({"width": width, "height": 1000})
+    report.page.emulate_media(media="print", color_scheme="dark")
+    report.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    report.until(f"document.body.dataset.drawn === '{report.page.locator('.drawn').count()}'")
+
+
+CLIPPED = """() => [...document.querySelectorAll('main *')].filter((one) =>
+    getComputedStyle(one).overflowX !== 'visible' && one.scrollWidth > one.clientWidth + 1 && !one.closest('.drawn')
+).map((one) => one.outerHTML.slice(0, 80))"""
+
+
+@pytest.mark.parametrize("ranks", [3, 16])
+def test_on_paper_nothing_is_cut_off_and_all_is_light(
+    open_report: Open, screenshots: Path, ranks: int
+) -> None:
+    report = open_report(told(on_paper(32, 4, ranks)), scheme="dark")
+    on_paper_page(report, PAPER)
+    assert report.page.evaluate("document.documentElement.scrollWidth") <= PAPER
+    assert report.page.evaluate(CLIPPED) == []
+    for box in report.page.locator(".drawn .main-svg").evaluate_all(
+        "(all) => all.map((one) => one.getBoundingClientRect())"
+    ):
+        assert box["right"] <= PAPER + 1
+        assert box["height"] <= 940 + 1  # so that it fits a page
+    assert report.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert (
+        report.page.evaluate("getComputedStyle(document.querySelector('#run0-gantt .xtick text')).fill")
+        == "rgb(33, 33, 33)"
+    )
+    report.page.emulate_media(media=None)
+    pdf = report.page.pdf(path=screenshots / f"report-{ranks}.pdf", prefer_css_page_size=True)
+    assert re.search(rb"/MediaBox \[0 0 59[45][.\d]* 84[12]", pdf)
+    report.page.emulate_media(media="screen", color_scheme="dark")
+    report.page.set_viewport_size({"width": 1280, "height": 800})
+    report.page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    report.until("document.querySelector('#run0-gantt .main-svg').clientWidth > 1000")
+    report.settle()
+    report.is_clean()
+
+
+def test_two_runs_are_side_by_side_on_the_screen_and_on_paper(open_report: Open, screenshots: Path) -> None:
+    report = open_report(told(on_paper(4, 4, 3)), told(on_paper(4, 4, 3, "ring", "lockstep")))
+    report.read_through()
+
+    def boxes(name: str) -> list[dict[str, float]]:
+        return [report.page.locator(f"#run{run}-{name}").bounding_box() for run in (0, 1)]  # type: ignore[misc]
+
+    for name in REPORT_FIGURES:
+        one, other = boxes(name)
+        assert one["y"] == other["y"]
+        assert one["x"] + one["width"] < other["x"]
+    assert report.page.locator("tr.differs").count() >= 3
+    assert report.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    keep(report.page, screenshots, "report-two-light")
+    on_paper_page(report, 1032)  # A4 across
+    assert report.page.evaluate("document.documentElement.scrollWidth") <= 1032
+    assert report.page.evaluate(CLIPPED) == []
+    for name in REPORT_FIGURES:
+        one, other = boxes(name)
+        assert one["x"] + one["width"] < other["x"]
     report.is_clean()

@@ -15,7 +15,7 @@ from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.run.state import Mark
 from dinfer.views.bins import BinSize, binned
-from dinfer.views.cells import DIFFERS
+from dinfer.views.cells import DIFFERS, NONFINITE
 from dinfer.views.communication import FIGURES
 from dinfer.views.figures.style import HTML_CONFIG
 from dinfer.views.inspector import Fetched, InspectRequest, picture, window
@@ -50,6 +50,24 @@ def test_a_map_of_any_size_is_seen_whole(
     if per != BinSize():
         expect(panel.scope).to_contain_text(per.text.split(",")[0])
     shot(f"map-{'x'.join(map(str, size))}-{scheme}")
+
+
+def test_nan_is_marked_in_a_block_of_any_size_and_told_in_a_line(page: Page) -> None:
+    text = "NaN or Inf in K or V of c1 l1, computed by rank 0"
+    for size in ((6, 6, 3), (36, 170, 3)):
+        panel = BarePanel(page, half_done(*size), [Mark(0, 1, 1, "nonfinite", text)])
+        at = panel.geometry()
+        assert np.argwhere(panel.drawn() & NONFINITE)[:, :2].tolist() == [[1, 1 // at["perChunk"]]] * 3
+        assert panel.of("nonfinite") in panel.colours(1, 1, 1)  # in the middle of parts that look alike
+    panel = BarePanel(page, half_done(6, 6, 3), [Mark(0, 1, 1, "nonfinite", text)])
+    panel.click(1, 1)
+    expect(panel.block).to_contain_text(text)
+    line = panel.root.locator("> .dinfer-nonfinite")
+    expect(line).to_be_hidden()
+    page.evaluate(
+        "window.model.set('shown', { ...window.model.get('shown'), nonfinite: 'not finite: first' })"
+    )
+    expect(line).to_have_text("not finite: first")
 
 
 def test_a_fault_in_chunk_109_of_170_is_seen_and_found_by_clicks(page: Page, shot: Shot) -> None:

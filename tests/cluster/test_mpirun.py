@@ -69,7 +69,7 @@ def launch(tmp_path: Path, model: Path) -> Iterator[Launch]:
 
 def said(run: Run) -> list[str]:
     """What dinfer said on stderr."""
-    return re.findall(r"^dinfer: (.*)", run.err, re.MULTILINE)
+    return re.findall(r"^dinfer: (?:✖ error: )?(.*)", run.err, re.MULTILINE)
 
 
 def agrees(run: Run, model: Path) -> bool:

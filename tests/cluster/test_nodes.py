@@ -82,7 +82,9 @@ def test_a_host_that_is_cut_off_is_named(nodes: Nodes, tmp_path: Path, rank: int
     wait_for((tmp_path / "fault.at").exists, "rank 1 is in a layer")
     wait_for(lambda: f"rank {rank}  prefill" in first.out, "rank 0 has heard where the rank stands")
     cut_off(nodes.network, rank)
-    named = re.compile(rf"^dinfer: rank {rank} has not been heard of for .*stood at: \d+ of", re.MULTILINE)
+    named = re.compile(
+        rf"^dinfer: ✖ error: rank {rank} has not been heard of for .*stood at: \d+ of", re.MULTILINE
+    )
     wait_for(lambda: named.search(first.err), "the rank is named")
     wait_for(lambda: not nodes.members(), "no process is left on any host")
     assert all(run.finish() != 0 for run in nodes.runs.values())

@@ -364,17 +364,17 @@ def test_a_debugger_stops_one_rank_while_the_others_wait_at_a_cut(notebook: Note
     assert_ends_as_if_undisturbed(notebook)
 
 
-def test_another_kernel_joins_again_and_weights_have_stayed(notebook: Notebook) -> None:
+def test_another_kernel_takes_the_ranks_and_weights_have_stayed(notebook: Notebook) -> None:
     """The last test: the first kernel's session has lost its ranks then."""
     before = px(notebook, "print('model', id(model))")
     px(notebook, "delay_s = 0.2")
     notebook.kernel.run(SLOW)
     notebook.kernel.run("run.resume()")
     with kernel() as other:
-        other.run("%load_ext dinfer\nsession = dinfer.connect(n=3)")
+        other.run("%load_ext dinfer\nsession = dinfer.connect(n=3, take=True)")
         other.run(FAST)
         said = other.run("session.load('demo', threads=1)")
-        assert "demo on cpu, cpu, cpu" in said
+        assert "demo on 3 CPUs" in said
         after = other.run("%%px\nprint('model', id(model))")
         assert sorted(before.split()) == sorted(after.split())
         other.run(f"run = session.prefill({PROMPT!r}, chunk_size=8, paused=True)\nrun.decode(5)")

@@ -18,6 +18,7 @@ import dinfer
 from dinfer.plan.ops import Op
 from dinfer.run.failure import RankFailed
 from dinfer.run.run import Run
+from dinfer.run.state import RECOVER, RESTART
 from dinfer.session.session import Session
 from tests.support.runs import wait_for
 from tests.support.strikes import Signal, Strike
@@ -148,7 +149,10 @@ def check_named(trial: Broken) -> None:
     assert trial.place in first, (trial.place, said)
     with pytest.raises(RankFailed, match=rf"^rank {trial.rank} "):
         trial.run.step()
-    assert trial.run.standing().message.startswith(f"rank {trial.rank} ")
+    standing = trial.run.standing()
+    assert standing.message.startswith(f"rank {trial.rank} ")
+    assert (standing.state, standing.remedy) == ("lost", RECOVER)
+    assert [rank for rank, lives in enumerate(standing.alive) if not lives] == [trial.rank]
 
 
 def check_saved(trial: Broken, folder: Path) -> None:
@@ -180,7 +184,9 @@ def check_recovered(
     after = {rank: facts.pid for rank, facts in enumerate(cluster.facts)}
     assert {rank for rank in range(3) if after[rank] != before[rank]} == ranks
     assert {rank: weights_of(session, rank) for rank in weights} == weights
+    assert run.standing().remedy == RESTART
     run.restart()
+    assert (run.standing().state, run.standing().message, run.standing().remedy) == ("paused", "", "")
     assert outcome(run) == wanted
 
 
@@ -254,8 +260,10 @@ def test_a_stopped_rank_that_goes_on_is_not_lost(session: Session, wanted: Wante
     run.step("layer", 3)
     os.kill(pid_of(session, 1), signal.SIGSTOP)
     wait_for(lambda: run.silence, "it is named")
+    assert run.standing().state == "lost"
     os.kill(pid_of(session, 1), signal.SIGCONT)
     wait_for(lambda: not run.standing().message, "it is heard again")
+    assert (run.standing().state, run.standing().remedy) == ("paused", "")
     assert outcome(run) == wanted
 
 

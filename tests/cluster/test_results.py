@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 from collections import Counter
@@ -31,6 +32,17 @@ from tests.support.twin import prompt
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 IDS = tuple(prompt(22))
+
+FULL = """# the disk is full for a rank's log and the trace, as soon as their folder is there
+import os
+unbroken = os.mkdir
+def mkdir(path, *given, **named):
+    unbroken(path, *given, **named)
+    if os.path.basename(path).startswith("run-"):
+        for name in ("rank1.log", "trace.jsonl.part"):
+            os.symlink("/dev/full", os.path.join(path, name))
+os.mkdir = mkdir
+"""
 CHUNK, NEW_TOKENS = 4, 8
 LAYERS, HIDDEN, KV_ROW = 7, 64, 2 * 2 * 16  # of the tiny checkpoints; a token's K and V in one layer
 FLOAT_BYTES = 4
@@ -66,7 +78,7 @@ class Sample:
 
     @property
     def trace(self) -> Trace:
-        return read_jsonl(self.run.folder / "logs" / "trace.jsonl")
+        return read_jsonl(self.run.logs / "trace.jsonl")
 
 
 @pytest.fixture(
@@ -172,15 +184,15 @@ def test_the_trace_says_that_every_rank_got_every_block(sample: Sample) -> None:
 
 
 def test_each_rank_leaves_one_log(sample: Sample) -> None:
-    logs = sorted(path.name for path in (sample.run.folder / "logs").glob("*.log"))
+    logs = sorted(path.name for path in sample.run.logs.glob("*.log"))
     assert logs == ["rank0.log", "rank1.log", "rank2.log"]
     for rank in range(3):
-        text = (sample.run.folder / "logs" / f"rank{rank}.log").read_text(encoding="utf-8")
+        text = (sample.run.logs / f"rank{rank}.log").read_text(encoding="utf-8")
         assert re.search(rf"rank {rank} INFO .*chunk \d+: layers \d–\d computed", text)
         logged = Counter(re.findall(rf"rank {rank} DEBUG ([^:]*): waited", text))
         plan = Counter(str(op) for lane in sample.plan.lanes[rank] for op in lane.ops)
         assert logged == (plan if sample.log_level == "DEBUG" else Counter())
-        assert (sample.run.folder / "logs" / f"rank{rank}.err").read_text() == ""
+        assert (sample.run.logs / f"rank{rank}.err").read_text() == ""
 
 
 def test_the_end_shows_ranks_and_links_and_nothing_on_stderr(sample: Sample) -> None:
@@ -212,25 +224,49 @@ def test_text_streams_in_whole_characters_and_flags_win_over_the_config_file(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
 def test_a_full_disk_costs_the_files_but_not_the_run(model: Path, tmp_path: Path, start: Start) -> None:
-    (tmp_path / "logs").mkdir()
-    for name in ("logs/rank1.log", "logs/trace.jsonl.part", "result.json"):
-        (tmp_path / name).symlink_to("/dev/full")
-    run = start(model, world_size=2, prompt_ids=IDS, chunk_size=CHUNK, max_new_tokens=NEW_TOKENS)
+    (tmp_path / "sitecustomize.py").write_text(FULL, encoding="utf-8")
+    (tmp_path / "result.json").symlink_to("/dev/full")
+    environment = {
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
+    }
+    flags = {"world_size": 2, "prompt_ids": IDS, "chunk_size": CHUNK, "max_new_tokens": NEW_TOKENS}
+    run = start(model, environment=environment, **flags)
     assert run.finish() == 1
     wanted = expected(model, IDS, CHUNK, NEW_TOKENS)
     assert " ".join(map(str, wanted.tokens)) in run.out
-    assert "the trace could not be written to logs/trace.jsonl: No space left on device" in run.out
+    assert re.search(
+        r"the trace could not be written to logs/run-\S+/trace.jsonl: No space left on device", run.out
+    )
     assert (
         len(re.findall(r"^the run went on, but \d+ records could not be written to ", run.out, re.MULTILINE))
         == 1
     )
     assert re.search(
-        r"could not be written to \S+/logs/rank1.log: No space left on device$", run.out, re.MULTILINE
+        r"could not be written to \S+/logs/run-\S+/rank1.log: No space left on device$", run.out, re.MULTILINE
     )
     assert "could not be written to result.json: No space left on device" in run.err
-    assert not (tmp_path / "logs" / "trace.jsonl.part").is_symlink()
-    assert (tmp_path / "logs" / "rank1.err").read_text() == ""
-    assert "chunk 0: layers" in (tmp_path / "logs" / "rank0.log").read_text(encoding="utf-8")
+    assert not (run.logs / "trace.jsonl.part").is_symlink()
+    assert (run.logs / "rank1.err").read_text() == ""
+    assert "chunk 0: layers" in (run.logs / "rank0.log").read_text(encoding="utf-8")
+
+
+def test_each_run_has_a_folder_of_its_own_for_logs_and_trace(model: Path, start: Start) -> None:
+    flags = {"world_size": 1, "prompt_ids": IDS, "chunk_size": CHUNK, "max_new_tokens": 1}
+    first = start(model, **flags)
+    before = Path(first.result()["log_dir"])
+    kept = {path.name: path.read_bytes() for path in (first.folder / before).iterdir()}
+    assert kept.keys() == {"rank0.log", "rank0.err", "trace.jsonl"}
+    again = start(model, overwrite=True, **flags)
+    after = Path(again.result()["log_dir"])
+    assert after != before
+    assert again.logs.resolve() == (again.folder / after).resolve()
+    assert {path.name: path.read_bytes() for path in (first.folder / before).iterdir()} == kept
+    refused = start(model, **flags)
+    assert refused.finish() == 2
+    assert "--json is 'result.json', which exists" in refused.err
+    assert sorted(path.name for path in (again.folder / "logs").iterdir()) == sorted(
+        [before.name, after.name, "latest"]
+    )
 
 
 def test_one_rank_needs_no_other_and_a_port_in_use_is_replaced(model: Path, start: Start) -> None:

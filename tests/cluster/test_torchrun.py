@@ -59,7 +59,9 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
 
 def said(run: Run) -> list[str]:
     """What dinfer said on stderr, torchrun's own summary left out."""
-    return re.findall(r"^dinfer: (.*(?:\n(?:rank \d|The whole|Its log).*)*)", run.err, re.MULTILINE)
+    return re.findall(
+        r"^dinfer: (?:✖ error: )?(.*(?:\n(?:rank \d|The whole|Its log).*)*)", run.err, re.MULTILINE
+    )
 
 
 def message(run: Run) -> str:

@@ -21,7 +21,7 @@ HANGS = (
 
 
 SHOWN: dict[str, list[str]] = {
-    "connect": ["demo on cpu, cpu, cpu"],
+    "connect": ["demo on 3 CPUs"],
     "plan": ["schedule batched", "  send kv c0 l0 -> 1, 30 tokens\n", "rank 2 lane main"],
     "proof": [f"refuted: deadlock with rendezvous sends: {CIRCLE}"],
     "refused": [f"PlanRefused: refuted: deadlock with rendezvous sends: {CIRCLE}", "\n┌▶ "],

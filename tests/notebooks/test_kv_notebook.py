@@ -32,7 +32,7 @@ def test_every_cell_that_shows_something_is_looked_at() -> None:
 @pytest.mark.parametrize(
     ("tag", "lines"),
     [
-        ("begin", ["joined profile 'default' (local engines): ranks 0–2 on ", "demo on cpu, cpu, cpu"]),
+        ("begin", ["joined profile 'default' (local engines): ranks 0–2 on ", "demo on 3 CPUs"]),
         ("right", [" 471\n(4 new tokens"]),
         ("held", ["layer 5 (of rank 2), tokens: rank 0 holds 33, rank 1 holds 33, rank 2 holds 33"]),
         ("equal", ["all 3 ranks hold the same 6 × 4 blocks, and rows of 3 new tokens, bit for bit", " bytes moved"]),
@@ -77,7 +77,7 @@ def test_the_stale_block_makes_the_answer_wrong_on_all_ranks_alike(kv: Page) -> 
 
 
 def test_the_real_faults_are_named_in_the_first_line(kv: Page) -> None:
-    twice = "rank 1 holds 52 tokens of layer 0, the others 26; rows 26–51 repeat rows 0–25"
+    twice = "✖ error: rank 1 holds 52 tokens of layer 0, the others 26; rows 26–51 repeat rows 0–25"
     assert kv.text("twice").strip().splitlines()[0] == twice
     assert kv.text("text").count("'") == 2
     assert not kv.text("text").startswith(" 471")

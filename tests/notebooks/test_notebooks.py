@@ -35,7 +35,7 @@ def test_begins_with_a_session(stepping: Page) -> None:
     waited, _, joined = stepping.text("connect").partition("\n")
     assert "importing PyTorch" in waited
     assert joined.strip().startswith("joined profile 'default' (local engines): ranks 0–2 on ")
-    assert "demo on cpu, cpu, cpu" in stepping.text("load")
+    assert "demo on 3 CPUs" in stepping.text("load")
     assert "run of 30 tokens in 4 chunks, pipelined, pairwise: paused" in stepping.text("prefill")
     assert stepping.text("prefill").count("stands before its first layer") == 3
 

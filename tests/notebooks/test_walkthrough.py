@@ -22,7 +22,7 @@ LATENCY = NOTEBOOKS / "03-latency.ipynb"
 PLOT = "application/vnd.plotly.v1+json"
 CIRCLE = "rank 0 waits for rank 1 to take block c0 l0; rank 1 waits for rank 2 to take block c0 l2; rank 2 waits for"
 SHOWN: dict[str, list[str]] = {
-    "connect": ["joined profile 'default' (local engines): ranks 0–2 on ", "demo on cpu, cpu, cpu"],
+    "connect": ["joined profile 'default' (local engines): ranks 0–2 on ", "demo on 3 CPUs"],
     "prefill": ["rank 0: embed c0, computed c0 l0, sent block c0 l0 to 1", "rank 2: received block c0 l0 from 0"],
     "chunk": ["rank 2: computed c0 l4, c0 l5"],
     "where": ["paused", "stands at c0 l1", "stands at c0 l5"],
@@ -33,7 +33,7 @@ SHOWN: dict[str, list[str]] = {
     "inject": ["hit: #1 bitflip in K of block c1 l1 on rank 2, head 0, token 8, in memory: 1 of "],
     "differ": ["rank 2 differs at layer 1, K, head 0, token 8 ", "changed afterwards in its memory"],
     "again": ["all 3 ranks hold the same 6 × ", "bit for bit"],
-    "sweep": ["sync_strategy", "exposed_sync_s", "pairwise ", "ring "],
+    "sweep": ["sync_strategy", "exposed_wire", "= 100 %", "pairwise ", "ring "],
     "links": ["0→1: ", "0→2: ", " bytes, a transfer "],
     "refused": ["refuted: deadlock with rendezvous sends", "┌▶ rank 0 sends block c0 l0"],
     "hang": [f"deadlock: {CIRCLE}"],
@@ -42,7 +42,7 @@ SHOWN: dict[str, list[str]] = {
     "report": ["rank 2", "c1 l1", "report.html"],
 }  # fmt: skip
 OF_LATENCY: dict[str, list[str]] = {
-    "connect": ["demo on cpu, cpu, cpu"],
+    "connect": ["demo on 3 CPUs"],
     "run": [" events, 212 transfers"],
     "percentiles": ["0→1: 45 transfers, wire p50 ", "2→1: 31 transfers"],
     "told": ["exposed communication: ", "most of it on link "],
@@ -54,7 +54,7 @@ OF_LATENCY: dict[str, list[str]] = {
 }  # fmt: skip
 PLOTS = {
     *("exposure", "latency", "gantt", "distribution", "matrix", "slow-latency", "layers", "slow-rank"),
-    *("live-latency", "ring"),
+    *("live-latency", "ring", "swept"),
 }
 SILENT = {"panel", "slow", "fast", "slow-layer", "healed", "close"}
 """cells that show no words"""

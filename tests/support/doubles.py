@@ -22,8 +22,9 @@ from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
 from dinfer.results import Breakpoints
-from dinfer.run.state import Mark, Standing, State
+from dinfer.run.state import RECOVER, Mark, Standing, State
 from dinfer.run.stepper import Stepper
+from dinfer.severity import Severity
 from dinfer.trace.events import Event
 from dinfer.views.cells import STATES, CellMap
 from tests.support.twin import Twin
@@ -109,7 +110,8 @@ class PaperRun(Bare):
         self.state: str = "paused"
         self.message, self.decoded, self.text = "", 0, ""
         self.marks: list[Mark] = []
-        self.why = self.last_call = self.over = self.playing = ""
+        self.why = self.last_call = self.over = self.playing = self.remedy = ""
+        self.severity, self.begun = Severity.NOTE, 1
         self.devices = ["cpu"] * plan.world_size
         self.alive = [True] * plan.world_size
         self.memory: list[int | None] = []
@@ -139,6 +141,9 @@ class PaperRun(Bare):
             device_memory=tuple(self.device_memory),
             over=self.over,
             playing=self.playing,
+            remedy=self.remedy,
+            severity=self.severity,
+            begun=self.begun,
         )
 
     def move(self, call: str, cut: Cut) -> None:
@@ -174,7 +179,13 @@ class PaperRun(Bare):
         self.move("run.resume()", self.cuts.end)
 
     def restart(self) -> None:
+        self.begun += 1
         self.move("run.restart()", self.cuts.start)
+
+    def mend(self) -> None:
+        self.state, self.message, self.remedy, self.why = "paused", "", "", ""
+        self.begun += 1
+        self.move(RECOVER, self.cuts.start)
 
     def pause(self) -> None:
         self.calls.append("run.pause()")
@@ -247,6 +258,9 @@ class TwinRun(Bare):
 
     def pause(self) -> object:
         return self._said("run.pause()", self.stepper.pause)
+
+    def mend(self) -> object:
+        return self.restart()
 
     def restart(self) -> object:
         chunks = len(self.plan.shape.chunks)

@@ -66,7 +66,7 @@ class Kernel:
 
     def value(self, expression: str) -> Any:
         """A Python literal out of the kernel."""
-        return eval(self.run(f"print(repr({expression}), end='')"))
+        return eval(self.run(f"print(repr(({expression})), end='')"))
 
     def begin(self, code: str) -> Cell:
         """Send a cell."""
@@ -83,6 +83,11 @@ class Kernel:
     def interrupt(self) -> None:
         """As the stop button does."""
         self._manager.interrupt_kernel()
+
+    def restart(self, *, now: bool = False) -> None:
+        """As the restart button does; `now`: as if it had been killed."""
+        self._manager.restart_kernel(now=now)
+        self._client.wait_for_ready(timeout=DEADLINE_S)
 
     def look(self, cell: Cell) -> None:
         """Take in what a cell shows, waiting a moment for it."""

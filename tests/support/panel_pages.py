@@ -11,6 +11,7 @@ import numpy as np
 from playwright.sync_api import Locator, Page
 
 from dinfer.run.state import Mark
+from dinfer.severity import Severity
 from dinfer.views.bins import packed
 from dinfer.views.cells import MARKS, STATES, CellStates, cut_line, marked
 from dinfer.views.communication import FIGURES
@@ -59,8 +60,22 @@ class BarePanel:
         }
         shown = {
             **dict.fromkeys(
-                ("message", "text", "verdict", "over", "playing", "waiting", "error", "answer"), ""
+                [
+                    "message",
+                    "nonfinite",
+                    "text",
+                    "verdict",
+                    "over",
+                    "playing",
+                    "waiting",
+                    "error",
+                    "answer",
+                    "remedy",
+                    "mend",
+                ],
+                "",
             ),
+            **dict.fromkeys(("severity", "state_severity", "error_severity", "answer_severity"), "note"),
             **{
                 "state": "paused",
                 "decoded": 0,
@@ -84,7 +99,12 @@ class BarePanel:
         board = {
             **{"layers": layers, "ranks": ranks, "owners": [n * ranks // layers for n in range(layers)]},
             **{"chunks": [[16 * n, 16 * n + 16] for n in range(chunks)], "labels": [labels] * chunks},
-            **{"states": list(STATES), "marks": list(MARKS), "figures": list(FIGURES)},
+            **{
+                "severities": {level.word: level.icon for level in Severity},
+                "states": list(STATES),
+                "marks": list(MARKS),
+                "figures": list(FIGURES),
+            },
         }
         cells = base64.b64encode(packed(self.states)).decode()
         traits = {"board": board, "shown": shown, "cells": cells, "marks": notes, "selected": None}
@@ -105,7 +125,7 @@ class BarePanel:
         """The bytes of the cells on the canvas, [rows, columns, parts]."""
         shape = self.geometry()
         digits = self.canvas.get_attribute("data-cells") or ""
-        found = np.array([int(digit, 32) for digit in digits], np.uint8)
+        found = np.frombuffer(bytes.fromhex(digits), np.uint8)
         return found.reshape(shape["rows"], shape["columns"], -1)
 
     def spot(self, layer: int, chunk: int, rank: int = 0) -> tuple[float, float]:

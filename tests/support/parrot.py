@@ -29,7 +29,7 @@ FLAGS: dict[str, Any] = {
 }
 
 
-def check_parroted(run: Run, model: Path, logs: str = "logs") -> None:
+def check_parroted(run: Run, model: Path) -> None:
     """The run's text is the saying twice, on every rank, wherever it went, and nothing of it is broken."""
     result = run.result()
     ids = AutoTokenizer.from_pretrained(model).encode(PROMPT)
@@ -39,7 +39,7 @@ def check_parroted(run: Run, model: Path, logs: str = "logs") -> None:
         result["ranks"]
     )
     assert f"\n{SAYING * 2}\n" in run.out
-    kept = [*(run.folder / logs).glob("*.log"), run.folder / logs / "trace.jsonl", run.folder / "result.json"]
+    kept = [*run.logs.glob("*.log"), run.logs / "trace.jsonl", run.folder / "result.json"]
     assert len(kept) >= 3
     for text in (run.out, run.err, *(file.read_text(encoding="utf-8") for file in kept)):
         assert "\ufffd" not in text

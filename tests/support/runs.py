@@ -149,6 +149,11 @@ class Run:
         return self._stdout.read_text(encoding="utf-8")
 
     @property
+    def logs(self) -> Path:
+        """The folder of the logs of the newest run in `--log-dir logs`."""
+        return self.folder / "logs" / "latest"
+
+    @property
     def err(self) -> str:
         return self._stderr.read_text(encoding="utf-8")
 

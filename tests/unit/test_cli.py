@@ -153,7 +153,7 @@ def test_a_line_that_is_no_op_is_named_by_its_number() -> None:
     plan = dinfer("plan", *SIZES).out
     answer = dinfer("verify", "-", stdin=edited(plan, "  embed c0", "  embrace c0"))
     assert answer.status == BAD_INPUT
-    assert answer.err.startswith("dinfer: line 6: 'embrace c0' is not an op.")
+    assert answer.err.startswith("dinfer: ✖ error: line 6: 'embrace c0' is not an op.")
 
 
 def test_a_plan_file_that_is_not_there_has_status_2(tmp_path: Path) -> None:
@@ -189,10 +189,10 @@ def mistake(folder: Path, *arguments: object) -> str:
     """The one message with which `dinfer run` refuses; it starts nothing and leaves nothing."""
     answer = dinfer("run", "--log-dir", folder / "logs", *arguments)
     assert (answer.status, answer.out) == (BAD_INPUT, "")
-    assert answer.err.startswith("dinfer: ")
+    assert answer.err.startswith("dinfer: ✖ error: ")
     assert answer.err.count("dinfer: ") == 1
     assert not (folder / "logs").exists()
-    return answer.err.removeprefix("dinfer: ").rstrip("\n")
+    return answer.err.removeprefix("dinfer: ✖ error: ").rstrip("\n")
 
 
 @pytest.mark.parametrize(
@@ -330,6 +330,77 @@ def test_a_terminal_that_lacks_a_character_does_not_end_the_command() -> None:
         assert ran.stdout.decode(encoding) == f"{shown}\n"
 
 
+# -- standard output that is closed, full or left; a working folder that is gone
+
+CLOSED_PIPE = 141
+
+
+def shell(command: str, folder: Path | None = None) -> Answer:
+    """Run a command as a shell does; `dinfer` is the command line."""
+    function = f'dinfer() {{ "{sys.executable}" -m dinfer.cli "$@"; }}\n'
+    ran = subprocess.run(
+        ["bash", "-c", function + command],
+        capture_output=True, text=True, timeout=250, check=False, cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])},
+    )  # fmt: skip
+    return Answer(ran.returncode, ran.stdout, ran.stderr)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "plan --layers 36 --tokens 4000",  # more than a buffer
+        "plan --layers 2 --tokens 3 --world-size 1",
+        "plan --layers 36 --tokens 4000 --json",
+    ],
+)
+def test_a_pipe_that_nobody_reads_any_more_is_no_error(command: str) -> None:
+    found = shell(f"dinfer {command} | true; echo ${{PIPESTATUS[0]}}")
+    assert found == Answer(0, f"{CLOSED_PIPE}\n", "")
+
+
+def test_the_first_line_of_a_plan() -> None:
+    found = shell("dinfer plan --layers 36 --tokens 4000 | head -1; echo ${PIPESTATUS[0]}")
+    assert found == Answer(0, f"dinfer plan 1\n{CLOSED_PIPE}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("plan --layers 2 --tokens 3 --world-size 1", PROVED),
+        ("plan --layers 36 --tokens 40 --schedule batched", REFUTED),
+        ("plan --layers 0 --tokens 3", BAD_INPUT),
+    ],
+)
+def test_closed_streams_change_no_status(command: str, status: int) -> None:
+    assert shell(f"dinfer {command} >&-").status == status
+    assert shell(f"dinfer {command} >&- 2>&-").status == status
+    assert shell(f"dinfer {command} <&- >&- 2>&-").status == status
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+@pytest.mark.parametrize("layers", [2, 80])
+def test_a_full_device_is_named(layers: int) -> None:
+    found = shell(f"dinfer plan --layers {layers} --tokens 4000 --world-size 2 > /dev/full")
+    assert found.status == 1
+    assert found.err.startswith("dinfer: standard output cannot be written: No space left")
+    assert found.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("plan --layers 2 --tokens 3", "verify x", "run --prompt x", "report x"),
+        *("doctor", "clean", "vscode", "lab", "bench"),
+    ],
+)
+def test_a_working_folder_that_was_deleted_is_named(tmp_path: Path, command: str) -> None:
+    found = shell(f"mkdir gone && cd gone && rmdir ../gone && dinfer {command}", tmp_path)
+    assert (found.status, found.out) == (BAD_INPUT, "")
+    assert found.err.startswith("dinfer: the working folder")
+    assert found.err.count("\n") == 1
+
+
 # -- report
 
 
@@ -342,6 +413,21 @@ def test_a_trace_becomes_a_report_and_two_are_compared(tmp_path: Path) -> None:
     assert "not checked" in one.read_text(encoding="utf-8")
     assert dinfer("report", tmp_path / "pairwise.jsonl", one, "-o", two).status == 0
     assert re.search(r'<h1 id="verdict">(pairwise|one) took', two.read_text(encoding="utf-8"))
+
+
+def test_a_report_replaces_nothing_unless_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = build(partition(layers=4, tokens=16, world_size=2, chunk_size=8), "pipelined", "ring")
+    paper_trace(plan).export("jsonl", tmp_path / "a.jsonl")
+    (tmp_path / "report.html").write_text("mine", encoding="utf-8")
+    assert dinfer("report", "a.jsonl") == Answer(0, "report: report-2.html\n", "")
+    refused = dinfer("report", "a.jsonl", "-o", "report.html")
+    assert (refused.status, refused.out) == (BAD_INPUT, "")
+    assert "exists" in refused.err
+    assert "--overwrite" in refused.err
+    assert Path("report.html").read_text(encoding="utf-8") == "mine"
+    assert dinfer("report", "a.jsonl", "-o", "report.html", "--overwrite").status == 0
+    assert Path("report.html").stat().st_size > 1000
 
 
 def test_what_is_no_trace_becomes_no_report(tmp_path: Path) -> None:

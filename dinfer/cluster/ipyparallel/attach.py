@@ -72,7 +72,7 @@ def attach(
         stale = " (its files exist, but its controller has ended)" if cluster.client_file.exists() else ""
         command = f"ipcluster start -n {n} {cluster.flags}".rstrip()
         none = f"{cluster.name} has no running cluster{stale}."
-        raise ClusterError(f"{none} Start one with `{command}`, or let dinfer do it: start=None.")
+        raise ClusterError(f"{none} Start one with `{command}`, or let dinfer do it: start=None.{_hiding()}")
     own = Known(profile_dir, f"{PREFIX}{os.getpid()}-{secrets.token_hex(3)}")
     try:
         rank_environment(0, n, os.environ)  # ipcluster would print a traceback and wait
@@ -90,6 +90,17 @@ def attach(
     except BaseException:
         end_cluster(own)
         raise
+
+
+def _hiding() -> str:
+    """The files here that keep `ipcluster start` from starting in this folder, as the end of a message; "" for none."""
+    found = [path.name for path in sorted(Path().glob("*.py")) if path.stem in sys.stdlib_module_names]
+    if not found:
+        return ""
+    return (
+        f" A cluster that is started by hand in {Path.cwd()} takes {', '.join(found)} for the module of Python of that "
+        "name, and may not start: rename it, or set PYTHONSAFEPATH=1 for ipcluster."
+    )
 
 
 def _start(cluster: Known, n: int, timeout: float, place: ClusterPlace) -> None:

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, wait
-from typing import Any
+from typing import Any, Literal
 
 from dinfer.cluster.ipyparallel.errors import RankError, RankGone, RankSilent
 
@@ -13,12 +13,45 @@ _submitting = threading.Lock()
 """only one thread at a time may use ipyparallel's sockets"""
 
 
-class Calls:
-    """A call in flight on some ranks. `names`: the ranks as messages name them."""
+EngineCondition = Literal["runs", "stopped", "gone", "unknown"]
+"""of an engine's process"""
 
-    def __init__(self, futures: Mapping[int, "Future[Any]"], names: Mapping[int, str]) -> None:
+_SILENT: dict[EngineCondition, str] = {
+    "runs": ": it is busy, most likely with a %%px cell. Wait for that cell, or interrupt it; session.recover() "
+    "replaces the rank",
+    "stopped": ": its process is stopped. `kill -CONT` with its pid lets it go on; session.recover() replaces the rank",
+    "gone": ": its process has ended. session.recover() replaces the rank",
+    "unknown": "",
+}
+
+_GIVEN_UP: dict[EngineCondition, str] = {
+    "runs": "has lost its connection to the cluster{during}, though its process runs",
+    "stopped": "is stopped (by SIGSTOP or a debugger), and so its cluster has given it up{during}",
+    "gone": "ended{during}",
+    "unknown": "ended{during}",
+}
+
+
+def _given_up(name: str, condition: EngineCondition, during: str) -> str:
+    """That the cluster no longer has an engine, and why. `during`: when, if that is known."""
+    if not during and condition in ("gone", "unknown"):
+        return f"{name} has ended. session.recover() replaces the rank."
+    return f"{name} {_GIVEN_UP[condition].format(during=during)}. session.recover() replaces the rank."
+
+
+class Calls:
+    """A call in flight on some ranks. `names`: the ranks as messages name them; `condition`: by rank, what its process
+    does, asked only where there is no answer."""
+
+    def __init__(
+        self,
+        futures: Mapping[int, "Future[Any]"],
+        names: Mapping[int, str],
+        condition: Callable[[int], EngineCondition] = lambda _: "unknown",
+    ) -> None:
         self._futures = dict(futures)
         self._names = names
+        self._condition = condition
 
     def done(self) -> bool:
         """Whether every rank has answered or ended."""
@@ -39,18 +72,25 @@ class Calls:
     def _error(self, rank: int, timeout: float | None) -> RankError | None:
         future, name = self._futures[rank], self._names[rank]
         if not future.done():
-            return RankSilent(rank, f"{name} has not answered within {timeout or 0:g} s.")
+            why = _SILENT[self._condition(rank)]
+            return RankSilent(rank, f"{name} has not answered within {timeout or 0:g} s{why}.")
         error = future.exception()
         if error is None or isinstance(error, RankError):
             return error
         kind, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
-        if kind == "EngineError":  # so ipyparallel calls an engine that ended during a call
-            return RankGone(rank, f"{name} ended during a call.")
+        if (
+            kind == "EngineError"
+        ):  # so ipyparallel calls an engine whose heartbeat it has not heard during a call
+            return RankGone(rank, _given_up(name, self._condition(rank), " during a call"))
         return RankError(rank, f"{name}: {kind}: {text}", str(getattr(error, "traceback", "") or ""))
 
 
 def evaluate(
-    client: Any, expression: str, engines: Mapping[int, int | None], names: Mapping[int, str]
+    client: Any,
+    expression: str,
+    engines: Mapping[int, int | None],
+    names: Mapping[int, str],
+    condition: Callable[[int], EngineCondition] = lambda _: "unknown",
 ) -> Calls:
     """Evaluate an expression on engines, given by rank: their ids, None for one that has ended. It is sent as text,
     since pickled code depends on the Python version."""
@@ -64,8 +104,8 @@ def evaluate(
                 except (IndexError, KeyError):
                     pass  # it ended just now
         futures[rank] = Future()
-        futures[rank].set_exception(RankGone(rank, f"{names[rank]} has ended."))
-    return Calls(futures, names)
+        futures[rank].set_exception(RankGone(rank, _given_up(names[rank], condition(rank), "")))
+    return Calls(futures, names, condition)
 
 
 def call_expression(function: str, args: Sequence[Any]) -> str:

@@ -15,13 +15,13 @@ from ipyparallel.client.magics import ParallelMagics
 from IPython.core.error import UsageError
 from IPython.core.getipython import get_ipython
 
-from dinfer.cluster.ipyparallel.calls import Calls, call_expression, evaluate, wait_until
+from dinfer.cluster.ipyparallel.calls import Calls, EngineCondition, call_expression, evaluate, wait_until
 from dinfer.cluster.ipyparallel.clean import stop_cluster
-from dinfer.cluster.ipyparallel.errors import ClusterError
+from dinfer.cluster.ipyparallel.errors import ClusterError, RankSilent
 from dinfer.cluster.ipyparallel.facts import EngineFacts, introduce
 from dinfer.cluster.ipyparallel.known import Known, describe
 from dinfer.cluster.ipyparallel.launcher import command_before
-from dinfer.rank.process import exists
+from dinfer.rank.process import exists, is_stopped
 
 RESPAWN_S = 60.0
 
@@ -54,6 +54,9 @@ class RankMagics(ParallelMagics):  # type: ignore[misc]
 
     ids: Sequence[int] = ()
     progress_after_seconds = -1  # its bar is a widget: an error in a notebook that is opened again
+    stream_output = (
+        False  # streamed, the lines of ranks are mixed, and broken inside words; `%%px --stream` streams
+    )
 
     def _eval_target_str(self, ts: str) -> int | list[int]:
         return target_ids(ts, self.ids)
@@ -72,7 +75,10 @@ class Cluster:
         self.controller = known.controller()
         """the controller's process; None if it is on another machine"""
         self._location = str(known.connection().get("location") or "127.0.0.1")
-        self.facts = introduce(client, dict(enumerate(engine_ids)), self._location, timeout)
+        try:
+            self.facts = introduce(client, dict(enumerate(engine_ids)), self._location, timeout)
+        except RankSilent as error:
+            raise RankSilent(error.rank, f"{error} {self._why_silent()}") from None
         self.view = client[self.engine_ids]
         self.view.block = True
         if shell := get_ipython():  # makes %px, %%px, %pxresult and %pxconfig run on this view
@@ -124,7 +130,26 @@ class Cluster:
         ranks = range(self.n) if rank is None else [rank]
         engines = {r: self.engine_ids[r] if self._is_registered(r) else None for r in ranks}
         names = {r: self.name(r) for r in ranks}
-        return evaluate(self.client, call_expression(function, args), engines, names)
+        return evaluate(self.client, call_expression(function, args), engines, names, self._condition)
+
+    def _condition(self, rank: int) -> EngineCondition:
+        process = self.facts[rank].process
+        state = process.state()
+        if state != "alive":
+            return "gone" if state == "gone" else "unknown"
+        return "stopped" if is_stopped(process.pid) else "runs"
+
+    def _why_silent(self) -> str:
+        """Why an engine of which no more than its id is known does not answer, and what to do."""
+        if stopped := [pid for pid in self.known.engine_pids() if is_stopped(pid)]:
+            return (
+                f"Of this cluster's processes {', '.join(map(str, stopped))} is stopped: "
+                f"`kill -CONT {stopped[0]}` lets it go on."
+            )
+        return (
+            "It is busy, most likely with a %%px cell of another notebook, or its process is stopped: wait for that "
+            "cell or interrupt it, then connect again; connect(…, start=True) starts a cluster of its own."
+        )
 
     def alive(self, rank: int) -> bool:
         """Whether its engine is registered and its process exists, as far as is known here; it may be stopped."""
@@ -217,8 +242,16 @@ class Cluster:
             stop_cluster(self.known)
 
     def _close_at_exit(self, pid: int) -> None:
-        if os.getpid() == pid:  # not in a forked child
+        """Not in a forked child, nor in a kernel that is restarted: its successor finds the engines for as long as they
+        wait for a session."""
+        if os.getpid() == pid and not _is_restarting():
             self.close()
+
+
+def _is_restarting() -> bool:
+    """Whether Jupyter ends this kernel to start it again."""
+    said = getattr(getattr(get_ipython(), "kernel", None), "_shutdown_message", None) or {}
+    return bool(said.get("content", {}).get("restart"))
 
 
 def _end_of(log: Path) -> str:

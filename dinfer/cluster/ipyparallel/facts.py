@@ -15,7 +15,7 @@ from dinfer.version import __version__
 
 _SOURCE = """
 def versions():
-    import importlib.machinery, os, platform
+    import importlib.machinery, importlib.util, os, platform, sys
     found = {"python": platform.python_version(), "dinfer": "", "cuda": 0, "hidden": []}
     for name in ("torch", "transformers", "tokenizers", "safetensors", "numpy", "msgspec", "psutil", "zmq"):
         spec = importlib.machinery.PathFinder.find_spec(name)
@@ -23,6 +23,15 @@ def versions():
             found["hidden"].append(spec.origin)
     if found["hidden"]:
         return found
+    folder, standard = os.getcwd(), {}
+    for name in sorted({entry.partition(".")[0] for entry in os.listdir(folder)}):
+        if name in getattr(sys, "stdlib_module_names", ()):
+            try:
+                spec = importlib.util.find_spec(name)
+            except (ImportError, ValueError):
+                continue
+            if spec and spec.origin in (os.path.join(folder, name + ".py"), os.path.join(folder, name, "__init__.py")):
+                standard[name] = spec.origin
     try:
         import dinfer
         found["dinfer"] = str(dinfer.__version__)
@@ -33,6 +42,10 @@ def versions():
         found["cuda"] = torch.cuda.device_count()
     except Exception as error:
         found["no torch"] = "%s: %s" % (type(error).__name__, error)
+    # A file named as one of Python's own modules matters where an import has taken it; one that raises leaves no trace.
+    taken = [file for name, file in standard.items() if name in sys.modules]
+    failed = "no dinfer" in found or "no torch" in found
+    found["hidden"] = taken or (list(standard.values()) if failed else [])
     return found
 """
 
@@ -121,7 +134,9 @@ def judge_versions(engines: Mapping[int, Mapping[str, Any]], dinfer: str) -> Non
         if found["python"].rpartition(".")[0] != minor:
             wrong.append(f"{engine} runs Python {found['python']}, not {minor}")
         if hidden := found["hidden"]:
-            wrong.append(f"{engine} takes {', '.join(hidden)} for the package of that name: rename it")
+            wrong.append(
+                f"{engine} takes {', '.join(hidden)} for the package or module of that name: rename it"
+            )
         elif "no dinfer" in found:
             wrong.append(f"{engine} has no dinfer ({found['no dinfer']})")
         elif found["dinfer"] != dinfer:

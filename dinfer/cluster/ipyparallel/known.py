@@ -141,6 +141,13 @@ class Known:
                 return Identity.of(pid)
         return None
 
+    def engine_pids(self) -> list[int]:
+        """The processes of its engines, as far as ipcluster started them on this machine."""
+        if self.controller() is None:
+            return []
+        sets = ((self.description().get("engines") or {}).get("sets") or {}).values()
+        return [int(engine["pid"]) for one in sets for engine in (one.get("engines") or {}).values()]
+
     def is_coming(self) -> bool:
         """Whether its controller has been started but does not accept connections yet."""
         if self.is_running() or self.age_s() > STARTING_S:

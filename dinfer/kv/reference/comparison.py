@@ -7,25 +7,44 @@ from typing import Any
 
 import torch
 
-from dinfer.display import Displayable, Table
+from dinfer.display import Composed, Displayable, Table, Tidy
 from dinfer.kv.measure import CellDifference
 from dinfer.kv.reference.judge import CauseKind, Deviation, ReferenceCase
 from dinfer.kv.reference.reports import FINAL, HIDDEN, TensorKey
 from dinfer.model.tolerance import CONFIDENCE, ROUNDINGS, UNIT_ROUNDOFF
+from dinfer.severity import Severity
 
 TENSORS = ("hidden", "K", "V")
 
+ABOUT_COLUMNS = {
+    "hidden abs": "largest absolute difference of the hidden state that enters the layer",
+    "K abs": "largest absolute difference in K",
+    "V abs": "largest absolute difference in V",
+    "rel": "largest difference relative to the larger of the two values",
+    "of largest": "largest difference as a share of the largest value of its block",
+    "tolerated": "up to this share is what rounding explains; 0: every bit counts",
+}
+"""what the columns of the table mean"""
 
-class Comparison(Displayable):
-    """A run compared with transformers' own forward of the same checkpoint. `chunked`: the forward was fed the run's
-    chunks; `edited`: what the user has changed in the run; `texts`: the text of each token, empty without a
-    tokenizer."""
+
+class Comparison(Tidy, Composed):
+    """What `run.compare("reference")` returns: a run compared with transformers' own forward of the same checkpoint.
+    `chunked`: the forward was fed the run's chunks; `edited`: what the user has changed in the run; `first`: the first
+    place where they differ beyond what is tolerated, None if there is none; `texts`: the text of each token, empty
+    without a tokenizer.
+
+    `at_once`: beside it, the comparison with the prompt fed at once, where the checkpoint's rotary angles may depend on
+    how much is fed: the reference in chunks would then be wrong in the same way as the run.
+    """
+
+    INTERNAL = frozenset({"case"})
 
     def __init__(
         self, case: ReferenceCase, *, chunked: bool, edited: Sequence[str], texts: Sequence[str]
     ) -> None:
         self.case, self.chunked, self.edited, self._texts = case, chunked, tuple(edited), texts
         self.first: Deviation | None = case.first()
+        self.at_once: Comparison | None = None
 
     @property
     def kind(self) -> CauseKind:
@@ -68,7 +87,11 @@ class Comparison(Displayable):
                 row[tensor + kind] = max(value, row[tensor + kind] or 0.0)
         return [found[key] for key in sorted(found)]
 
-    def table(self) -> str:
+    @property
+    def severity(self) -> Severity:
+        return Severity.OK if self.within_tolerance else Severity.ERROR
+
+    def table(self) -> Table:
         """A line for each layer: the largest differences in all chunks, and the tolerance."""
         columns = ["layer", *(word for name in TENSORS for word in (f"{name} abs", "rel"))]
         lines = []
@@ -76,13 +99,15 @@ class Comparison(Displayable):
             numbers = [_largest(rows, name + kind) for name in TENSORS for kind in ("", "_relative")]
             numbers += [max(_largest(rows, f"{name}_share") for name in TENSORS), rows[0]["tolerance"]]
             lines.append([layer, *(f"{number:.2g}" for number in numbers)])
-        return str(Table([*columns, "of largest", "tolerated"], lines))
+        return Table([*columns, "of largest", "tolerated"], lines, about=ABOUT_COLUMNS)
 
-    def __str__(self) -> str:
+    def _parts(self) -> Iterable[str | Displayable]:
         edited = f"edited by hand: {', '.join(self.edited)}" if self.edited else ""
-        table = "" if self.equal else self.table()
-        parts = [self.verdict, self._what(), self._extent(), self._growth(), self._choices(), edited, table]
-        return "\n".join(line for line in parts if line)
+        beside = f"with the prompt fed at once, {self.at_once.verdict}" if self.at_once else ""
+        lines = [self.verdict, beside, self._what(), self._extent(), self._growth(), self._choices(), edited]
+        yield "\n".join(filter(None, lines))
+        if not self.equal:
+            yield self.table()
 
     @property
     def verdict(self) -> str:

@@ -15,7 +15,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from dinfer.display import Closing, Displayable, DisplayableText, listed
+from dinfer.display import Closing, Displayable, DisplayableText, Tidy, listed
 from dinfer.engine.by_hand import LayerKV, op_lines, ops_between
 from dinfer.engine.corruption import Corruption
 from dinfer.engine.engine import Engine
@@ -42,6 +42,7 @@ from dinfer.saved.replay.record import (
     not_repeated,
     upper,
 )
+from dinfer.severity import Severity
 from dinfer.trace.events import Event
 from dinfer.transport.gate import Gate
 from dinfer.transport.gloo import bytes_of
@@ -172,15 +173,17 @@ SHOWN = 12
 CLOSED = "this replay is closed: replay the rank again"
 
 
-class Replay(Displayable, Closing):
-    """What `run.replay` returns. `engine` is the rank's engine, as under `%%px`; `notes` say where this is not the run
-    bit for bit.
+class Replay(Tidy, Displayable, Closing):
+    """What `run.replay` returns: rank `rank` alone, stepped as a run is. `plan` is the run's; `engine` is the rank's
+    engine, as under `%%px`; `notes` say where this is not the run bit for bit.
 
     An op that fails raises OpFailed here, with its own error as the cause; the next call starts again from the first op
     and goes to where it is sent. The replay computes on as many CPU threads as the rank did, on which the last bits of
     its values depend; the rest of this process keeps its own number of threads. Raises RecordError if the record lacks
     something.
     """
+
+    INTERNAL = frozenset({"decoder", "recorded"})
 
     def __init__(
         self, recorded: RankRecord, *, model_path: str = "", device: str = "", decoder: Decoder | None = None
@@ -280,7 +283,7 @@ class Replay(Displayable, Closing):
         lines += [str(failure)] * bool(failure) + [self._ended()] * (self.at_end and not failure)
         lines += [f"{len(self.tokens)} new tokens: {self.text!r}"] * bool(self.tokens)
         lines += [f"not as in the run: {listed(self.notes)}"] * bool(self.notes)
-        return Where(state, "\n".join(lines))
+        return Where(state, "\n".join(lines), Severity.ERROR if failure else Severity.NOTE)
 
     def __str__(self) -> str:
         return f"replay of rank {self.rank} of {self.recorded.name}: {self.where()}"

@@ -13,9 +13,9 @@ STRIPES = {"fgcolor": WIRE, "fgopacity": 1, "solidity": 0.25, "size": 9}
 
 PARTS: tuple[tuple[str, Callable[[Share], int], str, str], ...] = (
     ("compute", lambda share: length(share.compute) - length(share.hidden), COMPUTE, ""),
-    ("compute that hides communication", lambda share: length(share.hidden), COMPUTE, "/"),
+    ("compute hiding transfers", lambda share: length(share.hidden), COMPUTE, "/"),
     ("exposed: on the wire", lambda share: length(share.wire), WIRE, ""),
-    ("exposed: waiting for the peer", lambda share: length(share.wait), WAIT, ""),
+    ("exposed: waiting", lambda share: length(share.wait), WAIT, ""),
     ("bubble", lambda share: length(share.bubble), BUBBLE, ""),
 )
 """names, nanoseconds, colours and patterns"""
@@ -43,5 +43,5 @@ def exposure(trace: Trace, *, dark: bool = False) -> go.Figure:
         )
     figure.update_xaxes(title={"text": "part of the rank's prefill"}, ticksuffix=" %", range=[0, 100])
     figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
-    height = 130 + 30 * max(2, len(found))
+    height = 130 + max(12, min(30, 900 // max(1, len(found)))) * max(2, len(found))
     return styled(figure, dark=dark, height=height, barmode="stack", legend_traceorder="normal")

@@ -5,12 +5,13 @@ Each of these is a single line with gaps, however many ops there are; ops too sh
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
 
-from dinfer.trace.events import COLLECTIVES
+from dinfer.trace.events import COLLECTIVES, Event
 from dinfer.trace.events import COMPUTE as COMPUTING
 from dinfer.trace.shares import shares, without_pauses
 from dinfer.trace.trace import Trace
@@ -20,19 +21,33 @@ from dinfer.views.figures.style import BUBBLE, COMPUTE, WAIT, WIRE, styled
 COLOURS = {"open": BUBBLE, "bubble": BUBBLE, "wait": WAIT, "transfer": WIRE, "compute": COMPUTE}
 """in the order of drawing; `open`: a recv to which nothing has been sent yet, as a thin line"""
 
-FINE = 4000
-"""time steps of the figure; ops within one step are merged"""
+FINE, POINTS = 4000, 120_000
+"""time steps of the figure, fewer for many rows: at most POINTS in all rows; ops within one step are merged"""
 
 MOST_ROWS = 42
 
 
 class Piece(NamedTuple):
-    """A coloured stretch of a row, in nanoseconds since the run began."""
+    """A coloured stretch of a row, in nanoseconds since the run began: an op, or several from `first` to `last`, as
+    events or texts. Its text is made only once it is known to be drawn."""
 
     start: int
     end: int
-    text: str
+    first: Event | str
     ops: int = 1
+    last: Event | str = ""
+
+    @property
+    def text(self) -> str:
+        several = f" … {_op_text(self.last)}" if self.last else ""
+        return f"{_op_text(self.first)}{several}"
+
+
+def _op_text(op: Event | str) -> str:
+    """For example `send kv c0 l0 → 1`."""
+    if isinstance(op, str):
+        return op
+    return op.name if op.peer is None else f"{op.name} {'→' if op.kind == 'send' else '←'} {op.peer}"
 
 
 GanttRow = tuple[int, str]
@@ -83,34 +98,34 @@ def _order(row: GanttRow) -> tuple[int, bool, str]:
 def pieces(trace: Trace) -> Pieces:
     """The pieces to draw, those too short to be distinguished merged."""
     rows, began = rows_of(trace), trace.began
+    shown = set(rows)
     # For each recv, when there was something to receive.
-    offered: dict[object, int] = {
+    offered: dict[tuple[object, ...], int] = {
         (*t.link, t.what, t.chunk, t.layer, t.end): t.offered for t in transfers(trace)
     }
     found: Pieces = {colour: defaultdict(list) for colour in COLOURS}
+    compute, transfer = found["compute"], found["transfer"]
     for event in trace.prefill():
-        own = (event.rank, event.lane)
-        row = own if own in rows else (event.rank, _kind(event.lane))
-        text = event.name
-        if event.peer is not None:
-            text += f" {'→' if event.kind == 'send' else '←'} {event.peer}"
-        parts = {"transfer": (event.met, event.end)}
+        row = (event.rank, event.lane)
+        if row not in shown:
+            row = event.rank, _kind(event.lane)
         if event.kind in COMPUTING:
-            parts = {"compute": (event.met, event.end)}
-        elif event.kind in ("send", "recv") or event.kind in COLLECTIVES:
+            compute[row].append(Piece(event.met - began, event.end - began, event))
+            continue
+        transfer[row].append(Piece(event.met - began, event.end - began, event))
+        if event.met > event.start and (event.kind in ("send", "recv") or event.kind in COLLECTIVES):
             key = (event.peer, event.rank, event.what, event.chunk, event.layer, event.end)
             begun = max(event.start, offered.get(key, event.start))
             if begun > event.start:
-                parts["open"] = (event.start, begun)
+                found["open"][row].append(Piece(event.start - began, begun - began, event))
             if event.met > begun:
-                parts["wait"] = (begun, event.met)
-        for colour, (start, end) in parts.items():
-            found[colour][row].append(Piece(start - began, end - began, text))
+                found["wait"][row].append(Piece(begun - began, event.met - began, event))
     for share in shares(trace).ranks:
         first = next(row for row in rows if row[0] == share.rank)
         idle = "nothing to do until another rank has computed"
         found["bubble"][first] = [Piece(start - began, end - began, idle) for start, end in share.bubble]
-    fine = max((event.end - began for event in trace.prefill()), default=0) // FINE
+    steps = max(1, min(FINE, POINTS // max(1, len(rows))))
+    fine = max((event.end - began for event in trace.prefill()), default=0) // steps
     # The thin lines, which lie under all others, are merged more coarsely.
     coarse = {"open": 25 * fine}
     return {
@@ -122,20 +137,25 @@ def pieces(trace: Trace) -> Pieces:
 def joined(some: Iterable[Piece], fine: int) -> list[Piece]:
     """Merge neighbours that are shorter than `fine` and closer than `fine`."""
     found: list[Piece] = []
-    for piece in sorted(some):
-        last = found[-1] if found else None
+    together: list[Piece] = []
+    end = 0
+    for piece in sorted(some, key=itemgetter(0)):
         is_short = piece.end - piece.start < fine
-        if (
-            last
-            and is_short
-            and piece.start - last.end < fine
-            and (last.ops > 1 or last.end - last.start < fine)
-        ):
-            text = f"{last.text.split(' … ')[0]} … {piece.text}"
-            found[-1] = Piece(last.start, max(last.end, piece.end), text, last.ops + piece.ops)
-        else:
-            found.append(piece)
-    return found
+        if together and is_short and piece.start - end < fine and together[0].end - together[0].start < fine:
+            together.append(piece)
+            end = max(end, piece.end)
+            continue
+        found += _merged(together, end)
+        together, end = [piece], piece.end
+    return [*found, *_merged(together, end)]
+
+
+def _merged(together: Sequence[Piece], end: int) -> Sequence[Piece]:
+    """These pieces as one."""
+    if len(together) < 2:
+        return together
+    ops = sum(piece.ops for piece in together)
+    return [Piece(together[0].start, end, together[0].first, ops, together[-1].first)]
 
 
 def _line(

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from math import ceil, floor, log10
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -144,10 +145,11 @@ def named_links(found: Iterable[Transfer], most: int) -> dict[str, list[Transfer
     links = by_link(found)
     if len(links) <= most:
         return {link_name(link): some for link, some in links.items()}
-    longest = {link: max(one.latency for one in some) for link, some in links.items()}
+    longest = {link: max(one.end - one.offered for one in some) for link, some in links.items()}
     slow = set(sorted(links, key=longest.__getitem__)[len(links) - most + 1 :])
     others = sorted(
-        (one for link in links.keys() - slow for one in links[link]), key=lambda one: (one.end, one.link)
+        (one for link in sorted(links.keys() - slow) for one in links[link]),
+        key=attrgetter("end", "source", "target"),
     )
     named = {link_name(link): some for link, some in links.items() if link in slow}
     return {f"{len(links) - len(slow)} other links": others, **named}

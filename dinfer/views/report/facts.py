@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -12,21 +12,30 @@ from dinfer.plan.partition import Shape
 from dinfer.plan.plan import Plan, parse_plan
 from dinfer.plan.schedule import build
 from dinfer.run.state import Mark
+from dinfer.severity import Severity
 from dinfer.trace.findings import Findings
 from dinfer.trace.shares import Shares
 from dinfer.trace.trace import Trace
-from dinfer.trace.transfers import by_link, by_link_and_layer, spread, transfers
+from dinfer.trace.transfers import Transfer, by_link, by_link_and_layer, spread, transfers
 from dinfer.verdict.signs import Signs
 from dinfer.views.cells import CellMap, CellStates, held_states
 from dinfer.views.figures.style import link_name
 
+Key = TypeVar("Key")
+
 
 class FactTable(NamedTuple):
-    """Rows under heads. `wide`: the number of first columns that hold text, not numbers."""
+    """Rows under heads. `wide`: the number of first columns that hold text, not numbers; `left_out`: a sentence on rows
+    that are left out."""
 
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
     wide: int = 1
+    left_out: str = ""
+
+
+MOST_LINKS, MOST_LAYERS, MOST_OPS = 60, 400, 20_000
+"""so many rows of links, rows of links and layers, and lines of a plan at most: what no one reads makes a page slow"""
 
 
 def plan_of(trace: Trace, findings: Findings) -> Plan | None:
@@ -73,22 +82,45 @@ def link_table(trace: Trace) -> FactTable:
     heads = ["link", "transfers", "MB"]
     for part in ("wire", "waiting"):
         heads += [f"{part} {name}" for name in ("p50", "p90", "p99", "longest")]
-    rows = []
-    for link, found in by_link(transfers(trace)).items():
+    rows, links = [], by_link(transfers(trace))
+    for link, found in slowest(links, MOST_LINKS).items():
         wire, waited = spread(one.wire for one in found), spread(one.waited for one in found)
         megabytes = f"{sum(one.bytes for one in found) / 1e6:,.3f}"
         times = map(milliseconds, (*wire[1:], *waited[1:]))
         rows.append([link_name(link), str(len(found)), megabytes, *times])
-    return FactTable(heads, rows)
+    return FactTable(heads, rows, left_out=_left_out(len(rows), len(links), "links"))
 
 
 def layer_table(trace: Trace) -> FactTable:
     """Percentiles of the latency, waiting plus wire, by link and layer."""
-    rows = []
-    for (link, layer), found in by_link_and_layer(transfers(trace)).items():
+    rows, layers = [], by_link_and_layer(transfers(trace))
+    for (link, layer), found in slowest(layers, MOST_LAYERS).items():
         times = spread(one.latency for one in found)
         rows.append([link_name(link), str(layer), str(times.number), *map(milliseconds, times[1:])])
-    return FactTable(["link", "layer", "transfers", "p50, ms", "p90, ms", "p99, ms", "longest, ms"], rows)
+    heads = ["link", "layer", "transfers", "p50, ms", "p90, ms", "p99, ms", "longest, ms"]
+    return FactTable(heads, rows, left_out=_left_out(len(rows), len(layers), "links and layers"))
+
+
+def slowest(found: dict[Key, list[Transfer]], most: int) -> dict[Key, list[Transfer]]:
+    """Of more than `most`, those with the longest transfers, in their order."""
+    if len(found) <= most:
+        return found
+    longest = {key: max(one.latency for one in some) for key, some in found.items()}
+    kept = set(sorted(found, key=longest.__getitem__)[-most:])
+    return {key: some for key, some in found.items() if key in kept}
+
+
+def _left_out(shown: int, count: int, what: str) -> str:
+    return f"The {shown} {what} with the longest transfers, of {count:,}." if shown < count else ""
+
+
+def plan_text(plan: Plan) -> str:
+    """An op per line; of a long plan, the beginning."""
+    lines = plan.text().splitlines()
+    more = [f"… and {len(lines) - MOST_OPS:,} more lines: `dinfer plan` prints them"] * (
+        len(lines) > MOST_OPS
+    )
+    return "\n".join([*lines[:MOST_OPS], *more])
 
 
 def rank_table(findings: Findings) -> FactTable:
@@ -132,27 +164,73 @@ def difference_table(findings: Findings) -> FactTable | None:
 
 def pairs(values: Mapping[str, Any]) -> FactTable:
     """A row for each name and value."""
-    shown = {
-        name: ", ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for name, v in values.items()
-    }
-    return FactTable(["", ""], list(shown.items()), wide=2)
+    return FactTable(["", ""], [(name, text_of(value)) for name, value in values.items()], wide=2)
+
+
+def text_of(value: Any) -> str:
+    """A value, or those of a list, as text."""
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:,.3f}"
 
 
-def sentence(findings: Findings, found: Shares) -> str:
-    """A sentence of parts joined by semicolons."""
-    text = "; ".join(_parts(findings, found))
+FAILURES = {
+    "hung": "the run hangs",
+    "running": "the run hangs",  # as earlier versions said, and the next
+    "decoding": "the run hangs",
+    "lost": "a rank was lost",
+    "taken over": "another session took the engines over",
+}
+"""how a sentence about a failure begins, by the run's state; others: the run failed"""
+
+
+def severity(findings: Findings) -> Severity:
+    """How grave the gravest finding is."""
+    found = [kv_severity(findings)]
+    found += [failure_severity(findings)] * bool(findings.failure)
+    found += [Severity.ERROR] * (bool(findings.corrupt) or len({rank.tokens for rank in findings.ranks}) > 1)
+    found += [Severity.WARNING] * bool(findings.faults or findings.edited or findings.nonfinite)
+    return max(found)
+
+
+def failure_severity(findings: Findings) -> Severity:
+    """How grave it is that the run could not go on."""
+    return Severity.WARNING if findings.state == "taken over" else Severity.ERROR
+
+
+def kv_severity(findings: Findings) -> Severity:
+    """How grave it is what `kv_part` says."""
+    if findings.kv:
+        return Severity.OK if findings.kv.equal else Severity.ERROR
+    digests = {rank.kv_sha256 for rank in findings.ranks}
+    if "" in digests or len(findings.ranks) < 2:
+        return Severity.NOTE
+    return Severity.OK if len(digests) == 1 else Severity.ERROR
+
+
+def parts_of(findings: Findings, found: Shares) -> list[str]:
+    """What is known of the run, a sentence each, the most important first: it is the headline."""
+    return list(map(as_sentence, _parts(findings, found)))
+
+
+def as_sentence(text: str) -> str:
+    """With a capital and a full stop."""
     return f"{text[:1].upper()}{text[1:]}."
 
 
 def _parts(findings: Findings, found: Shares) -> Iterator[str]:
     if findings.failure:
-        yield f"the run failed: {findings.failure.splitlines()[0].rstrip('.')}"
-    elif findings.state in ("paused", "running", "starting"):
+        what = FAILURES.get(findings.state, "the run failed")
+        yield f"{what}: {findings.failure.splitlines()[0].rstrip('.')}"
+    elif findings.state in ("paused", "running", "preparing", "starting"):
         yield "the run is not at the end of its prefill"
+    yield kv_part(findings)
+    tokens = [rank.tokens for rank in findings.ranks]
+    if any(tokens) and None not in tokens:  # nothing without decode
+        greedy = "greedy tokens" if findings.parameters.get("temperature") == 0 else "tokens"
+        yield f"{greedy} agree" if len(set(tokens)) == 1 else f"{greedy} differ between ranks"
     if findings.faults:
         count = len(findings.faults)
         yield f"{count} {'fault was' if count == 1 else 'faults were'} armed on purpose"
@@ -161,11 +239,8 @@ def _parts(findings: Findings, found: Shares) -> Iterator[str]:
     if findings.corrupt:
         count = len(findings.corrupt)
         yield f"changed bytes were found {'once' if count == 1 else f'{count} times'}"
-    yield kv_part(findings)
-    tokens = [rank.tokens for rank in findings.ranks]
-    if any(tokens) and None not in tokens:  # nothing without decode
-        greedy = "greedy tokens" if findings.parameters.get("temperature") == 0 else "tokens"
-        yield f"{greedy} agree" if len(set(tokens)) == 1 else f"{greedy} differ between ranks"
+    if findings.nonfinite:
+        yield f"not finite: {findings.nonfinite}"
     if not findings.failure:  # the transfers in which a failed run stopped, and their time, are in no event
         yield exposed_part(found)
 

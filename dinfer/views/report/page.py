@@ -18,6 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from dinfer.display import WrittenPath
 from dinfer.plan.verify import verify
+from dinfer.severity import Severity, style_variables
 from dinfer.trace.export import check_folder, write_whole
 from dinfer.trace.findings import findings_of
 from dinfer.trace.intervals import seconds
@@ -27,13 +28,15 @@ from dinfer.trace.summary import summary, verdict
 from dinfer.trace.trace import Trace
 from dinfer.version import __version__
 from dinfer.views.cells import marked
+from dinfer.views.figures.equal import make_equal
 from dinfer.views.figures.exposure import exposure
 from dinfer.views.figures.gantt import gantt
 from dinfer.views.figures.latency import distribution, latency, layers
 from dinfer.views.figures.matrix import matrix
 from dinfer.views.figures.style import HTML_CONFIG, template
 from dinfer.views.report import facts
-from dinfer.views.report.facts import percent, sentence
+from dinfer.views.report.compared import compared
+from dinfer.views.report.facts import parts_of, percent
 from dinfer.views.still import map_svg
 
 _HERE = Path(__file__).parent
@@ -48,6 +51,14 @@ REPORT_FIGURES: dict[str, Callable[..., go.Figure]] = {
 }
 
 
+COLOURS = (
+    f":root {{ {style_variables(dark=False)} }}\n"
+    f"@media (prefers-color-scheme: dark) {{ :root {{ {style_variables(dark=True)} }} }}\n"
+)
+MOST_PLANNED = 200_000
+"""events of the largest trace whose plan is made and proved again for its report; a run's own report knows the proof"""
+
+
 def write_report(traces: Sequence[Trace], path: str | Path, names: Sequence[str] = ()) -> Path:
     """Write a report of one run, or several side by side; returns the path. Raises OSError, and leaves no partial
     file."""
@@ -59,17 +70,15 @@ def write_report(traces: Sequence[Trace], path: str | Path, names: Sequence[str]
 def report_html(traces: Sequence[Trace], names: Sequence[str] = (), *, plotly: str | None = None) -> str:
     """The page as HTML. `names`: of the runs; `plotly`: its script, by default plotly's own."""
     called = list(names) or _names(traces)
-    runs = [_run(*run, number) for number, run in enumerate(zip(traces, called, strict=True))]
+    figures = _figures(traces)
+    runs = [
+        _run(trace, name, number, drawn)
+        for number, (trace, name, drawn) in enumerate(zip(traces, called, figures, strict=True))
+    ]
     scripts = [plotly if plotly is not None else get_plotlyjs(), _read("report.js")]
     templates = {"light": template(dark=False), "dark": template(dark=True)}
-    comparison = None
-    if len(runs) > 1:
-        found = [summary(trace) for trace in traces]
-        comparison = {
-            "sentence": verdict(found[0], found[-1], (called[0], called[-1])),
-            "table": facts.compared_table(list(zip(called, found, strict=True))),
-            "sentences": [(run["name"], run["sentence"]) for run in runs],
-        }
+    several = len(runs) > 1
+    title = " and ".join(called) if several else runs[0]["parts"][0]
     environment = Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=True,
@@ -79,17 +88,36 @@ def report_html(traces: Sequence[Trace], names: Sequence[str] = (), *, plotly: s
         keep_trailing_newline=True,
     )
     environment.globals["percent"] = percent
+    environment.globals["marks"] = {level.word: level.mark for level in Severity}
     return environment.get_template("report.html.j2").render(
         runs=runs,
-        title=runs[0]["sentence"] if len(runs) == 1 else " and ".join(called),
-        comparison=comparison,
+        title=title,
+        groups=compared(traces) if several else (),
+        verdict=_verdict(traces, called) if several else "",
         policy=policy(scripts),
-        css=Markup(_read("report.css")),
+        css=Markup(COLOURS + _read("report.css")),
         scripts=[Markup(script) for script in scripts],
         settings=Markup(script_json({"templates": templates, "config": HTML_CONFIG})),
         element=ELEMENT,
         version=__version__,
     )
+
+
+def _verdict(traces: Sequence[Trace], names: Sequence[str]) -> str:
+    """Which of two runs was faster; of more, the fastest and the slowest."""
+    found = [summary(trace) for trace in traces]
+    first, last = 0, 1
+    if len(found) > 2 and all(one["ended"] and one["prefill_s"] for one in found):
+        first, *_, last = sorted(range(len(found)), key=lambda n: found[n]["prefill_s"])
+    return verdict(found[first], found[last], (names[first], names[last]))
+
+
+def _figures(traces: Sequence[Trace]) -> list[dict[str, go.Figure]]:
+    """The figures of each run, by name; those of several runs have equal axes."""
+    found = [{name: draw(trace) for name, draw in REPORT_FIGURES.items()} for trace in traces]
+    for name in REPORT_FIGURES if len(traces) > 1 else ():
+        make_equal([figures[name] for figures in found])
+    return found
 
 
 def policy(scripts: Sequence[str]) -> str:
@@ -114,24 +142,15 @@ def _names(traces: Sequence[Trace]) -> list[str]:
     return [f"run {number}: {strategy}" for number, strategy in enumerate(strategies, 1)]
 
 
-def _run(trace: Trace, name: str, number: int) -> dict[str, Any]:
+def _run(trace: Trace, name: str, number: int, drawn: dict[str, go.Figure]) -> dict[str, Any]:
     """What the template shows of one run."""
-    findings, found, about = findings_of(trace), shares(trace), trace.about
-    plan = facts.plan_of(trace, findings)
-    ranks = about.get("world_size", len(trace.ranks))
-    headline = [
-        f"model {about['model']}" if "model" in about else "",
-        f"{about['tokens']:,} prompt tokens by {about['chunk_size']}" if "tokens" in about else "",
-        f"{about['layers']} layers on {ranks} ranks" if "layers" in about else "",
-        " ".join(filter(None, (about.get("schedule"), about.get("sync_strategy")))),
-        f"dinfer {about['dinfer']}" if "dinfer" in about else "",
-        findings.made,
-    ]
+    findings, found = findings_of(trace), shares(trace)
+    plan = facts.plan_of(trace, findings) if findings.positions or len(trace.events) <= MOST_PLANNED else None
     figures = {}
-    for key, draw in REPORT_FIGURES.items():
-        drawn = json.loads(draw(trace).to_json())
-        drawn["layout"].pop("template", None)  # the page has a light and a dark one
-        height, data = drawn["layout"]["height"], Markup(script_json(drawn))
+    for key, figure in drawn.items():
+        values = json.loads(figure.to_json())
+        values["layout"].pop("template", None)  # the page has a light and a dark one
+        height, data = values["layout"]["height"], Markup(script_json(values))
         figures[key] = {"id": f"run{number}-{key}", "height": height, "json": data}
     states, blocks = facts.map_states(trace, findings, plan), None
     if states is not None:
@@ -152,15 +171,35 @@ def _run(trace: Trace, name: str, number: int) -> dict[str, Any]:
     return {
         "name": name,
         "number": number,
-        "sentence": sentence(findings, found),
-        "headline": " · ".join(filter(None, headline)),
+        "parts": parts_of(findings, found),
+        "about": _about(trace, findings.made),
+        "severity": facts.severity(findings).word,
+        "failure_severity": facts.failure_severity(findings).word,
+        "kv_severity": facts.kv_severity(findings).word,
+        "alarming": bool(findings.failure or findings.faults or findings.edited or findings.corrupt),
         "findings": findings,
         "shares": found,
         "paused_s": seconds(pauses(trace)),
         "figures": figures,
         "map": blocks,
-        "plan": plan.text() if plan else "",
-        "proof": findings.proof or (str(verify(plan)) if plan else ""),
+        "plan": facts.plan_text(plan) if plan else "",
+        "proof": findings.proof or (str(verify(plan)) if plan and len(trace.events) <= MOST_PLANNED else ""),
         "tables": tables,
         "data": Markup(script_json(as_columns(trace))),
     }
+
+
+def _about(trace: Trace, made: str) -> list[tuple[str, str]]:
+    """What was run, where it is known, by name."""
+    about = trace.about
+    ranks = about.get("world_size", len(trace.ranks))
+    found = {
+        "model": str(about.get("model", "")),
+        "prompt": f"{about['tokens']:,} tokens by {about['chunk_size']}" if "tokens" in about else "",
+        "layers": f"{about['layers']} on {ranks} rank{'s' * (ranks != 1)}" if "layers" in about else "",
+        "schedule": str(about.get("schedule", "")),
+        "sync strategy": str(about.get("sync_strategy", "")),
+        "made": made,
+        "dinfer": str(about.get("dinfer", "")),
+    }
+    return [(name, text) for name, text in found.items() if text]

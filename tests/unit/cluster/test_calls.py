@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dinfer.cluster.ipyparallel.calls import Calls, call_expression, evaluate
+from dinfer.cluster.ipyparallel.calls import Calls, EngineCondition, call_expression, evaluate
 from dinfer.cluster.ipyparallel.errors import RankError, RankGone, RankSilent
 from dinfer.cluster.ipyparallel.facts import VERSIONS
+from dinfer.version import __version__
 
 
 class RemoteError(Exception):
@@ -54,6 +58,30 @@ def test_the_first_that_fails_is_named(given: object, kind: type[RankError], mes
     assert caught.value.traceback == ("Traceback …" if kind is RankError else "")
 
 
+@pytest.mark.parametrize(
+    ("condition", "silent", "given_up"),
+    [
+        (
+            "runs",
+            "it is busy, most likely with a %%px cell",
+            "has lost its connection to the cluster during a call",
+        ),
+        ("stopped", "its process is stopped. `kill -CONT`", "is stopped (by SIGSTOP or a debugger)"),
+        ("gone", "its process has ended", "ended during a call"),
+    ],
+)
+def test_dead_stopped_and_busy_are_told_apart(condition: EngineCondition, silent: str, given_up: str) -> None:
+    ended = answered(RemoteError("EngineError", "Engine 1 died"))
+    made = Calls({0: Future(), 1: ended}, {0: "rank 0", 1: "rank 1"}, lambda _: condition)
+    late, gone = made.result(0.01, check=False)
+    assert isinstance(late, RankSilent)
+    assert isinstance(gone, RankGone)
+    assert f"rank 0 has not answered within 0.01 s: {silent}" in str(late)
+    assert f"rank 1 {given_up}" in str(gone)
+    assert "session.recover()" in str(late)
+    assert "session.recover()" in str(gone)
+
+
 def test_a_failure_is_not_waited_for() -> None:
     with pytest.raises(RankError):
         calls(r0=Future(), r1=answered(RemoteError("ValueError", "no"))).result()
@@ -92,6 +120,33 @@ def test_a_file_that_hides_a_package_is_seen(tmp_path: Path, monkeypatch: pytest
     assert eval(VERSIONS)["hidden"] == []
     monkeypatch.syspath_prepend("")
     assert eval(VERSIONS)["hidden"] == [str(tmp_path / "msgspec.py")]
+
+
+def facts_of_an_engine_in(folder: Path) -> dict[str, Any]:
+    """What an engine that was started by hand in that folder tells: Python takes modules from there first."""
+    code = f"import sys; sys.path.insert(0, ''); print(__import__('json').dumps({VERSIONS}))"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=250, check=True, cwd=folder
+    )
+    found: dict[str, Any] = json.loads(ran.stdout)
+    return found
+
+
+def test_a_file_that_hides_a_module_of_python_is_seen_where_it_matters(tmp_path: Path) -> None:
+    (tmp_path / "turtle.py").write_text("", encoding="utf-8")  # nothing takes it
+    (tmp_path / "mine.py").write_text("raise ImportError", encoding="utf-8")
+    whole = facts_of_an_engine_in(tmp_path)
+    assert (whole["hidden"], whole["dinfer"]) == ([], __version__)
+    (tmp_path / "calendar.py").write_text("", encoding="utf-8")  # taken, which nobody may notice for long
+    assert facts_of_an_engine_in(tmp_path)["hidden"] == [str(tmp_path / "calendar.py")]
+    (tmp_path / "dataclasses.py").write_text("", encoding="utf-8")
+    broken = facts_of_an_engine_in(tmp_path)
+    assert {"no dinfer", "no torch"} & broken.keys()
+    assert {Path(file).name for file in broken["hidden"]} == {"dataclasses.py"}
+    for name in ("calendar.py", "dataclasses.py"):
+        (tmp_path / name).unlink()
+    (tmp_path / "tempfile.py").write_text("raise OSError", encoding="utf-8")
+    assert "tempfile.py" in {Path(file).name for file in facts_of_an_engine_in(tmp_path)["hidden"]}
 
 
 @pytest.mark.parametrize("function", ["os.getpid", "os:", ":getpid", "os:getpid()", "os;x:getpid"])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from IPython.core.error import UsageError
 
+from dinfer.cluster.ipyparallel.attach import attach
 from dinfer.cluster.ipyparallel.cluster import target_ids
 from dinfer.cluster.ipyparallel.errors import ClusterError, TooFewEngines
 from dinfer.cluster.ipyparallel.facts import judge_versions
@@ -120,10 +121,24 @@ def test_all_engines_at_fault_are_named_at_once() -> None:
         "engine 3 has dinfer 0.9, not 1.0",
         "engine 4 has no dinfer (ModuleNotFoundError",
         "engine 5 has no torch",
-        "engine 6 takes /home/me/transformers.py for the package of that name: rename it",
+        "engine 6 takes /home/me/transformers.py for the package or module of that name: rename it",
     ):
         assert part in str(caught.value)
     assert "engine 0" not in str(caught.value)
+
+
+def test_files_that_keep_a_cluster_from_starting_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").touch()
+    with pytest.raises(ClusterError, match="has no running cluster") as caught:
+        attach(1, start=False)
+    assert "PYTHONSAFEPATH" not in str(caught.value)
+    (tmp_path / "queue.py").touch()
+    with pytest.raises(ClusterError, match=r"takes queue\.py for the module of Python .* PYTHONSAFEPATH=1"):
+        attach(1, start=False)
 
 
 def cluster_file(sets: dict[str, Any], n: int | None = 3) -> dict[str, Any]:

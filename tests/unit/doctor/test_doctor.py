@@ -405,7 +405,7 @@ def test_a_line_with_long_delays_gets_few_small_messages() -> None:
 # -- the report
 
 OK, WARN = Check("Python", "ok", "3.12"), Check("ports", "warn", "few are left", "end some")
-WARNED = ["warn", "ports", "few", "are", "left"]
+WARNED = ["⚠", "warning", "ports", "few", "are", "left"]
 FAIL, NONE = Check("torch", "fail", "x " * 80, "pip"), Check("GPUs", "unchecked", "no")
 
 
@@ -413,7 +413,7 @@ def test_the_report_reads_as_a_table() -> None:
     report = Report("n1: Linux", [OK, WARN, FAIL], grid(2), 12.3)
     text = as_text(report)
     lines = [line.split() for line in text.splitlines()]
-    assert lines[:5] == [["n1:", "Linux"], [], ["ok", "Python", "3.12"], WARNED, ["→", "end", "some"]]
+    assert lines[:5] == [["n1:", "Linux"], [], ["✓", "ok", "Python", "3.12"], WARNED, ["→", "end", "some"]]
     assert lines.count(["from", "\\", "to", "rank", "0", "rank", "1"]) == 2
     assert ["rank", "0", "–", "0.15"] in lines
     assert ["rank", "0", "–", "1,500"] in lines
@@ -423,7 +423,7 @@ def test_the_report_reads_as_a_table() -> None:
     assert f"→ {fix.strip()}\n" in as_text(Report("n1", [Check("ports", "warn", "few", fix)], [], 1.0))
     assert "?" in as_text(Report("n1", [OK], grid(2)[:1], 1.0))  # a link that was not measured
     report = Report("n1", [FAIL], [], 1.0)
-    assert "\x1b[1;31mfail\x1b[0m" in as_text(report, colour=True)
+    assert "\x1b[1;31m✖ error\x1b[0m" in as_text(report, colour=True)
     assert "\x1b" not in as_text(report)
 
 
@@ -475,7 +475,7 @@ def test_the_exit_status_is_that_of_the_worst_check(
 def test_warnings_do_not_fail(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whole, "gpu_check", lambda: Check("GPUs", "warn", "hot", "wait"))
     assert whole.doctor("demo", 1, as_json=False) == 0
-    assert "\nwarn       GPUs" in capsys.readouterr().out
+    assert "\n⚠ warning  GPUs" in capsys.readouterr().out
 
 
 def test_a_world_size_that_cannot_be_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""NaN in the logits: the message names the first layer and chunk that has one, and on which ranks."""
+"""NaN or Inf in the logits: the message names the first layer and chunk that has one, and on which ranks."""
 
 from collections.abc import Callable
 
@@ -37,8 +37,8 @@ def test_a_block_that_is_nan_on_one_rank_only_has_changed_there(small: Decoder) 
         error = told(made, lambda engine: put_nan(engine, 1, 5) if engine.rank == 2 else None)
     assert (error.position, error.places) == (1, {2: NanOrigin(5, 1)})
     assert str(error) == (
-        "the logits of new token 1 are not numbers (NaN) on rank 2. The first NaN is in layer 1, chunk 1 (token 5) of "
-        "the KV on rank 2: rank 1 computed that block without NaN, so it changed on the way or in memory."
+        "the logits of new token 1 are not finite (NaN or Inf) on rank 2. The first NaN or Inf is in layer 1, chunk 1 "
+        "(token 5) of the KV on rank 2: rank 1 computed that block without any, so it changed on the way or in memory."
     )
 
 
@@ -61,10 +61,30 @@ def test_a_layer_that_makes_nan_is_named_with_its_rank_and_chunk(
         error = told(made, lambda _: None)
     assert error.places == dict.fromkeys(range(3), NanOrigin(CHUNK + 2, 2))
     assert (
-        "NaN) on all ranks. The first NaN is in layer 2, chunk 1 (token 6) of the KV on all ranks: "
+        "NaN or Inf) on all ranks. The first NaN or Inf is in layer 2, chunk 1 (token 6) of the KV on all ranks: "
         in str(error)
     )
     assert "computed by rank 2; it arose in that layer's K and V or in layer 1 after its KV; " in str(error)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_an_inf_in_the_logits_is_one_too_and_minus_inf_is_none(
+    small: Decoder, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    logits = Decoder.logits
+
+    def spoilt(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+        found = logits(self, hidden)
+        found[3] = -float("inf")
+        return found
+
+    monkeypatch.setattr(Decoder, "logits", spoilt)
+    with twin(small, world_size=1, chunk_size=CHUNK) as made:
+        made.all(lambda engine: engine.prefill_phase(IDS))
+        assert made.all(lambda engine: engine.decode_phase())[0]
+    monkeypatch.setattr(Decoder, "logits", lambda self, _: torch.full((self.spec.vocab_size,), value))
+    with twin(small, world_size=1, chunk_size=CHUNK) as made:
+        assert told(made, lambda _: None).places == {0: NOWHERE}
 
 
 def test_without_nan_in_the_kv_the_end_of_the_model_is_named(
@@ -74,8 +94,9 @@ def test_without_nan_in_the_kv_the_end_of_the_model_is_named(
     with twin(small, world_size=1, chunk_size=CHUNK) as made:
         error = told(made, lambda _: None)
     assert error.places == {0: NOWHERE}
-    assert "There is no NaN in any row of the KV on rank 0: it arose after the KV of the last layer" in str(
-        error
+    assert (
+        "There is no NaN or Inf in any row of the KV on rank 0: it arose after the KV of the last layer"
+        in str(error)
     )
 
 

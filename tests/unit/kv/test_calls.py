@@ -63,6 +63,6 @@ def test_a_diff_passes_few_functions_before_it_asks_a_rank(tmp_path: Path) -> No
         run.wait(60)
         run.kv().diff()  # what is known of the run once is kept
         passed, depth = calls_before_a_rank(run)
-    assert len(passed) <= PASSED, passed
+    assert len(passed) <= PASSED, "\n".join(map(str, passed))
     assert sum(file.startswith("/kv/") for file, _ in passed) <= OF_KV, passed
     assert depth <= DEEPEST

@@ -146,7 +146,7 @@ def test_other_chunks_and_dtypes_are_within_tolerance(done: Run, options: dict[s
     assert (found.kind, found.equal, found.within_tolerance) == ("drift", False, True)
     assert first_line(found).startswith("within tolerance: what all 3 ranks hold differs")
     assert "tolerated: 4 · √(layer + 1) · (√16" in str(found)
-    assert len(found.table().splitlines()) == 1 + LAYERS
+    assert len(str(found.table()).splitlines()) == 1 + LAYERS
     last = [row for row in found.rows if row["layer"] == LAYERS - 1]
     assert all(row["K"] > 0 and row["K_share"] <= row["tolerance"] for row in last)
 

@@ -52,6 +52,7 @@ def test_spec_of_a_complete_checkpoint(tmp_path: Path, family: str) -> None:
         vocab_size=259,
         max_positions=4096,
         model_positions=4096,
+        length_dependent=False,
         dtype="bfloat16",
         tokenizer=True,
         weight_bytes=spec.weight_bytes,
@@ -107,8 +108,10 @@ def test_positions_end_where_longrope_changes_the_angles(
     """However the config spells it: what counts is what transformers makes of it."""
     path = tiny_checkpoint(tmp_path, "phi3", layers=1, max_position_embeddings=8192)
     assert check(path).max_positions == 8192
+    assert not check(path).length_dependent
     edit(path, rope_parameters=None)
     edit(path, **changes)
+    assert check(path).length_dependent
     assert (check(path).max_positions, check(path).model_positions) == (positions, 8192)
 
 
@@ -259,7 +262,7 @@ def test_no_weights(folder: Path) -> None:
         check(folder)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "cannot be read as JSON"), ("{}", "names no weights")])
+@pytest.mark.parametrize(("text", "message"), [("{", "it is not JSON"), ("{}", "names no weights")])
 def test_a_broken_index(folder: Path, text: str, message: str) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(text)

@@ -28,6 +28,7 @@ QWEN3_4B = Spec(
     vocab_size=151_936,
     max_positions=40_960,
     model_positions=40_960,
+    length_dependent=False,
     dtype="bfloat16",
     tokenizer=True,
     weight_bytes=8_044_936_192,

@@ -27,7 +27,7 @@ FULL = Signs(
 
 def plain(evidence: HangEvidence) -> HangEvidence:
     """There and back, through JSON."""
-    return HangEvidence.of(json.loads(json.dumps(evidence.as_dict())))
+    return HangEvidence.of_json(json.dumps(evidence.as_dict()).encode())
 
 
 @pytest.mark.parametrize("signs", [FULL, Signs()], ids=["all", "nothing"])

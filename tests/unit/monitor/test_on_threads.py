@@ -182,7 +182,9 @@ def test_a_message_that_is_left_out_is_told_by_who_misses_it(session: Session, b
         run.wait(DEADLINE_S)
     verdict = run.verdict()
     assert (verdict.kind, verdict.rank, verdict.peer) == ("never sent", 0, 1)
-    assert verdict.sentence.startswith(f"rank 0 has passed `{op}` and not sent it: at `recv kv c0 l1")
+    assert verdict.sentence.startswith(
+        f"missing send: rank 0 has passed `{op}` and not sent it: at `recv kv c0 l1"
+    )
     check_told(session, run, verdict.sentence)
     assert "TransferError" in run.failure
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from dinfer.config import Config
-from dinfer.rank.logs import LogFile, log_trouble, make_log_folder
+from dinfer.rank.logs import LATEST, LogFile, log_trouble, make_log_folder, new_run_folder
 
 Open = Callable[[Path], logging.Logger]
 FULL = Path("/dev/full")
@@ -73,3 +74,35 @@ def test_the_default_folder_ignores_itself_in_git_and_others_do_not(
         make_log_folder(folder)
     assert Path(Config.log_dir, ".gitignore").read_text(encoding="utf-8") == "*\n"
     assert list(Path("elsewhere/logs").iterdir()) == []
+
+
+def test_each_run_gets_a_folder_and_the_newest_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    log_dir = Path(Config.log_dir)
+    made = [new_run_folder(log_dir) for _ in range(3)]  # in one second, most likely
+    assert len(set(made)) == 3
+    assert all(folder.is_dir() and folder.parent == log_dir for folder in made)
+    assert Path(os.readlink(log_dir / LATEST)) == Path(made[-1].name)
+    assert {path.name for path in log_dir.iterdir()} == {
+        ".gitignore",
+        LATEST,
+        *(folder.name for folder in made),
+    }
+
+
+def test_a_folder_of_the_user_is_no_link(tmp_path: Path) -> None:
+    (tmp_path / LATEST / "mine").mkdir(parents=True)
+    made = new_run_folder(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {LATEST, made.name}
+    assert (tmp_path / LATEST / "mine").is_dir()
+
+
+def test_without_links_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    made = new_run_folder(tmp_path)
+    assert list(tmp_path.iterdir()) == [made]

@@ -273,10 +273,7 @@ def test_an_error_of_one_rank_in_decode_is_the_runs_failure(
     assert verdict.sentence == sentence
     for words in (sentence, "rank 1:\nTraceback"):
         wait_for(partial(is_logged, session, words), "the log says it")
-    with pytest.raises(RankRefused, match=r"rank 1 has failed in decode.*: session\.recover\(\) frees them"):
-        run.restart()
-    assert session.recover().startswith("all ranks have met again")
-    run.restart()
+    run.restart()  # which frees the others
     assert list(run.decode(6).tokens) == wanted
 
 

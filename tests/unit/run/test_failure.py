@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from dinfer.messages import Failed
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.run.failure import advice, broken, standstill
+from dinfer.verdict.verdict import Verdict
 
 CONFIG = Config(world_size=2, timeout=60, start_timeout=180, log_dir="logs")
 PLAN = build(partition(layers=4, tokens=8, world_size=2, chunk_size=4), "lockstep", "pairwise")
@@ -34,7 +36,8 @@ def error(message: str, secondary: bool = False) -> Failed:
 
 def said(ranks: list[RankState], exits: tuple[int | None, ...] = NOBODY, now: float = 1.0) -> str | None:
     """Why the run is over, if it is."""
-    return broken(PLAN, ranks, exits, CONFIG) or standstill(PLAN, ranks, CONFIG, now)
+    found = broken(PLAN, ranks, exits, CONFIG)
+    return found.why if found else standstill(PLAN, ranks, CONFIG, now)
 
 
 def told(ranks: list[RankState], exits: tuple[int | None, ...] = NOBODY, now: float = 1.0) -> str:
@@ -170,3 +173,26 @@ def test_a_rank_that_still_loads_needs_the_other_timeout() -> None:
 def test_in_decode_a_process_that_runs_computes() -> None:
     states = [RankState(phase="decode", process="R"), RankState(phase="decode", process="S")]
     assert advice(PLAN, states, CONFIG).startswith("Rank 0 is computing, and the others wait")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "words"),
+    [
+        (
+            Verdict("stuck in Python", "rank 0 is in `layer c0 l0` and stuck in Python", (0,)),
+            "DINFER_DEBUGPY=1",
+        ),
+        (Verdict("computing", "rank 0 is still computing", (0,)), "raise timeout (60) or lower chunk_size"),
+        (Verdict("stalled link", "the link 0→1 carries nothing", (0,)), "dinfer doctor"),
+        (Verdict("cycle", "deadlock: rank 0 waits for rank 1", (0, 1)), "dinfer verify"),
+    ],
+)
+def test_a_verdict_takes_the_place_of_what_the_ops_suggest(verdict: Verdict, words: str) -> None:
+    """A rank that is stuck in its op would also be said to compute."""
+    states = in_ops("layer", "recv")
+    text = standstill(PLAN, states, CONFIG, time.monotonic() + 100, verdict)
+    assert text
+    last = text.splitlines()[-1]
+    assert last.startswith(verdict.sentence)
+    assert words in last
+    assert "Rank 0 is computing" not in text

@@ -29,6 +29,7 @@ from dinfer.plan.schedule import build
 from dinfer.plan.verify import verify
 from dinfer.run.action import Actions
 from dinfer.run.breakpoints import BreakpointTable
+from dinfer.run.failure import Broken
 from dinfer.run.result import merge
 from dinfer.run.state import RunState, State
 from dinfer.session.session import Session
@@ -83,7 +84,7 @@ def stand(lease: RankLease, *, at: int = 0, limit: int = 0) -> None:
 def test_the_state_follows_from_the_lanes_until_something_ends_the_run(
     lease: RankLease, state: RunState
 ) -> None:
-    assert (state.now, state.stands()) == (State.STARTING, ())
+    assert (state.now, state.stands()) == (State.PREPARING, ())
     stand(lease)
     assert state.decide()[0] == "paused"
     assert len(state.stands()) == 2
@@ -95,7 +96,7 @@ def test_the_state_follows_from_the_lanes_until_something_ends_the_run(
     assert state.decide()[0] == State.DECODING
     state.close("another run has begun")
     assert state.decide() == (State.CLOSED, "another run has begun")
-    state.fail("rank 1 raised")
+    state.fail(Broken("failed", "rank 1 raised"))
     assert state.decide() == (State.FAILED, "rank 1 raised")
 
 
@@ -106,7 +107,7 @@ def test_a_rank_that_was_started_again_has_no_position_in_this_run(lease: RankLe
             Stand((0,) * len(end), (False,) * len(end), (0,) * len(end)) if rank else Stand((), (), ())
         )
     assert state.stands() == ()
-    assert state.now is State.STARTING
+    assert state.now is State.PREPARING
 
 
 def test_the_reason_is_the_gravest_that_is_known(lease: RankLease, state: RunState) -> None:
@@ -116,7 +117,7 @@ def test_the_reason_is_the_gravest_that_is_known(lease: RankLease, state: RunSta
     state.note_hang(Verdict("cycle", "ranks 0 and 1 wait for one another"))
     assert state.decide()[1] == "ranks 0 and 1 wait for one another"
     state.note_silence("rank 1 does not answer")
-    assert state.decide() == (State.PAUSED, "rank 1 does not answer")
+    assert state.decide() == (State.LOST, "rank 1 does not answer")
     state.note_silence("")
     state.note_hang(None)
     assert state.decide()[1] == "stopped at #1"
@@ -124,13 +125,15 @@ def test_the_reason_is_the_gravest_that_is_known(lease: RankLease, state: RunSta
 
 
 def test_the_first_failure_stays_and_what_is_added_follows_it(state: RunState) -> None:
-    state.fail("rank 1 raised")
-    state.fail("rank 0 lost its peer")
+    state.fail(Broken("failed", "rank 1 raised"))
+    state.fail(Broken("lost", "rank 0 lost its peer"))
     assert state.failure == "rank 1 raised"
-    state.fail("the session has recovered", add=True)
-    assert state.failure == "rank 1 raised\nthe session has recovered"
+    state.note_recovery(ended=True)
+    cause, told = state.failure.splitlines()
+    assert (state.now, cause) == (State.FAILED, "rank 1 raised")
+    assert "recovered" in told
     state.begin()
-    assert (state.now, state.failure) == (State.STARTING, "")
+    assert (state.now, state.failure) == (State.PREPARING, "")
 
 
 # -- the actions
@@ -230,7 +233,7 @@ def test_breakpoints_arm_conditions_and_know_which_is_met() -> None:
     table, cuts = BreakpointTable(Config(digests=False), armed.append, History()), Cuts(PLAN)
     plain = table.add(cuts, None, None, chunk=1, layer=0)
     with_condition = table.add(cuts, None, "nan", rank=1)
-    assert [[one["number"] for one in told.breakpoints] for told in armed] == [[], [2]]
+    assert [[one["number"] for one in told.breakpoints] for told in armed] == [[1], [1, 2]]
     limit, met = table.ahead(cuts, cuts.start)
     assert (limit, met) == (cuts.after_block(1, 0), [plain])
     table.expect(met)
@@ -239,7 +242,7 @@ def test_breakpoints_arm_conditions_and_know_which_is_met() -> None:
     note = BreakpointHit(with_condition.as_dict(), "layer c0 l1", "3 NaN", 1)
     assert table.hit(1, note) == f"stopped at {with_condition}: rank 1, `layer c0 l1`: 3 NaN"
     table.view.remove(2)
-    assert (table.hit(1, note), armed[-1]) == ("", SetBreakpoints(()))
+    assert (table.hit(1, note), armed[-1]) == ("", SetBreakpoints((plain.as_dict(),)))
     with pytest.raises(PlanError, match="this run has digests=False"):
         table.add(cuts, None, "digest differs")
 

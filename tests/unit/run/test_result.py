@@ -14,9 +14,11 @@ from dinfer.cli.root import keep_json
 from dinfer.cluster.ranks import RankState
 from dinfer.config import Config
 from dinfer.engine.corruption import Corruption
+from dinfer.engine.finite import NonFinite
 from dinfer.job import Job, prepare
 from dinfer.launch.runner import ProgressLines, conclude
-from dinfer.messages import BatchResult, BlockCorrupt, Edited, StoreOpened
+from dinfer.messages import BatchResult, BlockCorrupt, Edited, FirstNonFinite, StoreOpened
+from dinfer.run.report import findings_of_result
 from dinfer.run.result import merge, result_of, table
 from dinfer.trace.events import Event
 from tests.support.tiny import tiny_checkpoint
@@ -72,6 +74,28 @@ def test_changed_blocks_are_in_the_result_in_words_and_as_fields(job: Job, ranks
     assert json.loads(json.dumps(found)) == found
 
 
+def test_nan_is_in_the_result_on_the_terminal_and_in_the_report(job: Job, ranks: list[RankState]) -> None:
+    assert result(job, ranks)["nonfinite"] is None
+    first = NonFinite(0, "layer", 0, 0, "V", "Inf", token=1)
+    later = NonFinite(1, "layer", 0, 1, "K", "NaN", token=0)
+    ranks[0].notes.append(FirstNonFinite(first.as_dict()))
+    ranks[1].notes.append(FirstNonFinite(later.as_dict()))
+    for rank in (0, 1):
+        ranks[rank].events.append(Event(rank, "decode", "nonfinite", 0, 0, 0, 0, "kv", chunk=0, layer=rank))
+    found = result(job, ranks)
+    text = "first Inf in V of c0 l0, token 1, computed by rank 0; 1 block since"
+    assert found["nonfinite"]["text"] == text
+    assert NonFinite.of(found["nonfinite"]["first"]) == first
+    assert [(one["rank"], one["layer"]) for one in found["nonfinite"]["blocks"]] == [(0, 0), (1, 1)]
+    assert json.loads(json.dumps(found)) == found
+    findings = findings_of_result(job, found)
+    assert findings.nonfinite == text
+    assert [mark[:4] for mark in findings.marks] == [(0, 0, 0, "nonfinite"), (1, 0, 1, "nonfinite")]
+    out = io.StringIO()
+    conclude(job, ranks, ProgressLines(job, out), None)
+    assert f"warning: not finite: {text}" in out.getvalue()
+
+
 def test_what_the_user_chose_to_record_is_a_warning_at_the_end_and_no_error(
     job: Job, ranks: list[RankState]
 ) -> None:
@@ -84,7 +108,7 @@ def test_what_the_user_chose_to_record_is_a_warning_at_the_end_and_no_error(
     assert len(conclude(job, ranks, ProgressLines(job, out), None)["corrupt"]) == 5
     assert out.getvalue().endswith("; and 2 more\n")
     assert (
-        "warning: rank 1: V of block c0 l1 came changed from rank 0, on the way or before it was sent; "
+        "✖ error: rank 1: V of block c0 l1 came changed from rank 0, on the way or before it was sent; "
         in out.getvalue()
     )
 

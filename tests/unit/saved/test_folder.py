@@ -15,12 +15,15 @@ import torch
 from safetensors.torch import save_file
 
 import dinfer
+from dinfer.files import WrittenFiles
+from dinfer.run.report import Reporter
 from dinfer.run.run import Run
 from dinfer.saved import write
 from dinfer.saved.format import DESCRIPTION, SavedError
 from dinfer.saved.write import replacing
 from dinfer.session.session import Session
 from dinfer.trace.trace import Trace
+from dinfer.views.report.page import write_report
 from tests.support.held_kv import HeldHere, plan_of
 from tests.support.saved_runs import done
 
@@ -101,11 +104,11 @@ def test_a_damaged_file_is_named(folder: Path, name: str, damage: Callable[[Path
         ({"version": 2}, "is of a newer dinfer: its format is version 2, and this dinfer reads up to 1. Update dinfer"),
         ({"version": None}, "says no version of its format"),
         ({"format": "other"}, 'is no saved run: its run.json does not say "format": "dinfer-run"'),
-        ({"ids": None}, "is damaged: run.json has no 'ids'"),
+        ({"ids": None}, "is damaged: run.json: Object missing required field `ids`"),
         ({"ids": [1, 2]}, "is damaged: run.json has 2 ids, and 37 tokens in plan.txt"),
         ({"kv": {"heads": 2, "head_dim": 16, "dtype": "float33", "layers": []}}, "the dtype 'float33', which torch"),
-        ({"ranks": [{"rank": 0}]}, "is damaged: run.json has no 'spans'"),
-        ({"checkpoint": "x"}, "is damaged: run.json has "),
+        ({"ranks": [{"rank": 0}]}, "field `spans` - at `$.ranks[0]`"),
+        ({"checkpoint": "x"}, "at `$.checkpoint`"),
     ],
 )  # fmt: skip
 def test_what_run_json_says_is_checked(folder: Path, changes: dict[str, Any], said: str) -> None:
@@ -184,6 +187,36 @@ def test_a_saved_run_is_replaced_and_nothing_else_is(run: Run, tmp_path: Path) -
     (tmp_path / "empty").mkdir()
     run.save(tmp_path / "empty", kv=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "one"]
+
+
+def test_another_run_is_kept_and_the_new_one_numbered(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(trace: Trace, path: Path) -> Path:
+        return write_report([trace], path)
+
+    monkeypatch.setattr(run, "reporter", Reporter(write, [], list))
+    target, report = tmp_path / "one", tmp_path / "report.html"
+    assert (run.save(target, kv=False), run.report(report)) == (target, report)
+    before = {path: path.read_bytes() for path in (target / "run.json", report)}
+    monkeypatch.setattr(
+        run._recorder, "written", WrittenFiles()
+    )  # as for a run of a notebook that was restarted
+    capsys.readouterr()
+    for _ in range(2):
+        assert run.save(target, kv=False) == tmp_path / "one-2"
+        assert run.report(report) == tmp_path / "report-2.html"
+    said = capsys.readouterr().out.splitlines()
+    assert [("one-2" in line, "report-2.html" in line) for line in said] == [(True, False), (False, True)]
+    assert {path: path.read_bytes() for path in before} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "one",
+        "one-2",
+        "report-2.html",
+        "report.html",
+    ]
+    saved = dinfer.open(tmp_path / "one-2")
+    assert saved.report(report) == saved.report(report) == tmp_path / "report-3.html"
 
 
 def test_a_folder_that_the_system_does_not_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

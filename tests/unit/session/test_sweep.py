@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from dinfer.errors import NotPossible
 from dinfer.session.session import Session
-from dinfer.session.sweep import SWEEP_FIGURES, Sweep
+from dinfer.session.sweep import ABOUT, SWEEP_FIGURES, Sweep
 
 PROMPTS = ["The code of Lima is 471. The code of Lima is", "The code of Oslo is 306. The code of Oslo is"]
 
@@ -29,7 +30,16 @@ def test_every_combination_is_a_row(session: Session) -> None:
     for text, answer in zip(PROMPTS, ("471", "306"), strict=True):
         assert {row["text"].strip()[:3] for row in sweep.rows if row["prompt"] == text} == {answer}
     lines = str(sweep).splitlines()
-    assert len(lines) == 9
+    assert len(lines) == 10
+    assert "= 100 %" in lines[-1]
+    for row in sweep.rows:
+        parts = [row[name] for name in ("compute", "exposed_wire", "exposed_wait", "bubble")]
+        assert sum(parts) == pytest.approx(1)
+        assert all(part >= 0 for part in parts)
+    bars = sweep.plot().figure.data
+    for n, row in enumerate(sweep.rows):
+        assert sum(bar.x[n] for bar in bars) == pytest.approx(row["prefill_s"])
+        assert bars[0].y[n].endswith(f"{row['sync_strategy']}, {row['chunk_size']}")
     assert lines[0].split() == [
         "prompt",
         "sync_strategy",
@@ -108,3 +118,14 @@ def test_nothing_to_run() -> None:
 def test_a_dataframe_is_made_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=tuple))
     assert Sweep(({"prompt": "a"},)).dataframe() == ({"prompt": "a"},)
+
+
+def test_a_sweep_of_which_no_run_has_ended_says_why_nothing_is_drawn() -> None:
+    refused = {"prompt": "a", "tokens": None, "prefill_s": None, "error": "no"}
+    with pytest.raises(NotPossible, match="no run of this sweep has ended"):
+        Sweep((refused,)).plot()
+
+
+def test_what_columns_mean_stands_at_their_names() -> None:
+    html = Sweep((row("a"),))._repr_html_()
+    assert f'<th title="{ABOUT["prefill_s"]}">prefill_s</th>' in html

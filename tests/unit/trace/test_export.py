@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dinfer.trace.events import Event
-from dinfer.trace.export import FORMAT, TraceError
+from dinfer.trace.export import FORMAT, TraceError, write_whole
 from dinfer.trace.read import read_jsonl
 from dinfer.trace.trace import Trace
 from tests.support.made_events import events, plausible
@@ -167,3 +169,17 @@ def test_a_trace_as_an_editor_saves_it(tmp_path: Path) -> None:
     TRACE.export("jsonl", path := tmp_path / "trace.jsonl")
     path.write_bytes(path.read_text(encoding="utf-8").encode("utf-8-sig"))
     assert read_jsonl(path) == TRACE
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    """By its replacement with a file, root would take /dev/null from the whole machine."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR)
+    try:
+        write_whole(pipe, ["a", "b"])
+        assert os.read(reader, 100) == b"ab"
+    finally:
+        os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert list(tmp_path.iterdir()) == [pipe]

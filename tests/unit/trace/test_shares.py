@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dinfer.trace.events import Event
 from dinfer.trace.intervals import Interval, length
-from dinfer.trace.shares import LinkShare, Share, pauses, shares, without_pauses
+from dinfer.trace.shares import ABOUT_PARTS, LinkShare, Share, pauses, percentages, shares, without_pauses
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import transfers
 from tests.support.made_events import events, in_order
@@ -106,3 +106,24 @@ def test_the_parts_are_disjoint_and_no_longer_than_prefill(made: list[Event]) ->
     assert len(without_pauses(trace).events) == len(trace.events)
     assert length(pauses(without_pauses(trace))) <= stopped
     assert all(one.waited >= 0 and one.wire >= 0 for one in transfers(trace))
+
+
+def test_the_parts_of_prefill_add_up() -> None:
+    found = shares(TRACE)
+    expected = {"compute": 12, "exposed_wire": 5, "exposed_wait": 2, "bubble": 2}
+    assert found.parts == pytest.approx(
+        {name: part / sum(expected.values()) for name, part in expected.items()}
+    )
+    assert found.parts["exposed_wire"] + found.parts["exposed_wait"] == pytest.approx(found.exposed)
+    assert found.parts["bubble"] == pytest.approx(found.bubble)
+    assert set(found.parts) == set(ABOUT_PARTS)
+    assert shares(Trace(())).parts == {}
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=6).filter(any))
+def test_percentages_add_up_to_100_as_they_are_shown(parts: list[int]) -> None:
+    found = [float(text.removesuffix(" %")) for text in percentages([part / sum(parts) for part in parts])]
+    assert sum(found) == pytest.approx(100)
+    assert all(
+        abs(one - 100 * part / sum(parts)) < 0.1 + 1e-9 for one, part in zip(found, parts, strict=True)
+    )

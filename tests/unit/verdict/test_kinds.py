@@ -9,9 +9,10 @@ import pytest
 from dinfer.plan.cut import UNITS, Cuts, Unit
 from dinfer.plan.ops import Value, parse_op
 from dinfer.plan.plan import OpPlace, Plan, parse_plan
-from dinfer.verdict.judge import explain
+from dinfer.verdict.judge import TERMS, explain
 from dinfer.verdict.signs import Came, KvBytes, Raised, Signs, StackFrame
 from dinfer.verdict.verdict import Verdict
+from dinfer.verdict.waits import HangKind
 from dinfer.verdict.where import where_text
 from tests.support.stuck_states import (
     CALLS_C,
@@ -165,10 +166,11 @@ BLOCKS = ("recv kv c0 l0 <- 0, 4 tokens", "recv kv c0 l1 <- 0, 4 tokens")
     ],
 )
 def test_a_message_that_is_not_the_one_expected(
-    op: int, came: str, more: dict[str, int], kind: str, said: str
+    op: int, came: str, more: dict[str, int], kind: HangKind, said: str
 ) -> None:
     signs = got(BLOCKS[op], came, **more)
-    assert told(signs, kind, 0, lockstep()).startswith(f"rank 0 {said}")
+    found = told(signs, kind, 0, lockstep())
+    assert found.startswith(f"{TERMS[kind]}: rank 0 {said}")
 
 
 def test_who_gets_a_message_by_another_plan_than_its_own() -> None:
@@ -179,7 +181,7 @@ def test_who_gets_a_message_by_another_plan_than_its_own() -> None:
     assert raised.came
     other = raised._replace(came=raised.came._replace(here=7))
     said = told(changed(signs, 1, raised=other), "another plan", 1, lockstep())
-    assert said.startswith("rank 1 runs another plan (id 0000000000000007)")
+    assert said.startswith("plan mismatch: rank 1 runs another plan (id 0000000000000007)")
 
 
 def test_a_recv_that_was_left_out_looks_the_same_but_for_its_event() -> None:
@@ -187,7 +189,9 @@ def test_a_recv_that_was_left_out_looks_the_same_but_for_its_event() -> None:
     skipped = place_of(lockstep(), 1, BLOCKS[0])
     signs = changed(signs, 1, empty=frozenset({(skipped.lane, skipped.index)}))
     said = told(signs, "never received", 1, lockstep())
-    assert said.startswith("rank 1 has passed `recv kv c0 l0 <- 0, 4 tokens` and not received it")
+    assert said.startswith(
+        "missing recv: rank 1 has passed `recv kv c0 l0 <- 0, 4 tokens` and not received it"
+    )
 
 
 def test_a_send_that_is_known_to_have_left_nothing_was_left_out() -> None:
@@ -197,8 +201,10 @@ def test_a_send_that_is_known_to_have_left_nothing_was_left_out() -> None:
 
 def test_a_recv_out_of_order() -> None:
     signs = changed(got(BLOCKS[1], "kv c0 l0"), 1, positions=(place_of(lockstep(), 1, BLOCKS[0]).index,))
-    assert told(signs, "out of order", 1, lockstep()).startswith(
-        "rank 1 receives block c0 l1 before what comes first"
+    assert (
+        told(signs, "out of order", 1, lockstep())
+        .removeprefix("order mismatch: ")
+        .startswith("rank 1 receives block c0 l1 before what comes first")
     )
 
 
@@ -324,7 +330,7 @@ def test_a_recv_that_was_left_out_for_good() -> None:
     positions[number] += 1
     said = told(changed(signs, 1, positions=tuple(positions)), "never received", 1)
     assert said.startswith(
-        "rank 1 has passed `recv kv c1 l1 <- 0, 4 tokens` and not received it; rank 0 waits for it"
+        "missing recv: rank 1 has passed `recv kv c1 l1 <- 0, 4 tokens` and not received it; rank 0 waits for it"
     )
 
 
@@ -337,7 +343,7 @@ def test_a_message_that_is_sent_again_and_not_awaited() -> None:
     positions[number] += 1
     full = frozenset({(number, positions[number] - 1)})
     said = told(changed(signs, 1, positions=tuple(positions), full=full), "sent twice", 0)
-    assert said.startswith("rank 0 sends block c1 l1 once more, though rank 1 has it")
+    assert said.startswith("duplicate send: rank 0 sends block c1 l1 once more, though rank 1 has it")
 
 
 def misdirected(last: str) -> list[Signs]:
@@ -361,7 +367,7 @@ def misdirected(last: str) -> list[Signs]:
 @pytest.mark.parametrize("last", ["rank 2 again", "nobody"])
 def test_a_message_that_another_rank_got(last: str) -> None:
     said = told(misdirected(last), "wrong peer", 0, lockstep(3))
-    assert said.startswith("rank 0 sent block c0 l1 to rank 2 in place of rank 1")
+    assert said.startswith("wrong peer: rank 0 sent block c0 l1 to rank 2 in place of rank 1")
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1.0, 4.9])

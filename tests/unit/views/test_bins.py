@@ -11,13 +11,15 @@ from hypothesis.extra.numpy import arrays
 
 from dinfer.run.state import Mark
 from dinfer.views.bins import LEAST, PART, URGENT, BinSize, binned, fitting, packed, per_cell
-from dinfer.views.cells import ARMED, BASE, DIFFERS, CellStates, marked
+from dinfer.views.cells import ARMED, BASE, DIFFERS, NONFINITE, CellStates, marked
 from tests.support.maps import half_done, unpacked
 
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 40), st.integers(1, 9))
-BYTES = st.sampled_from([state | mark for state in range(5) for mark in (0, DIFFERS, ARMED, DIFFERS | ARMED)])
+BYTES = st.sampled_from(
+    [state | mark for state in range(5) for mark in (0, DIFFERS, ARMED, NONFINITE, DIFFERS | ARMED)]
+)
 LARGE = (80, 1000, 8)
-MARKED = DIFFERS | ARMED
+MARKED = DIFFERS | ARMED | NONFINITE
 
 
 @st.composite

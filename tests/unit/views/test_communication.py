@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dinfer.trace.events import Event
+from dinfer.trace.simulated import paper_trace
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import transfers
 from dinfer.views.communication import FIGURES, Communication, Ring
@@ -47,7 +48,8 @@ def browser() -> Iterator[Browser]:
 def test_every_figure_is_that_of_the_trace(browser: Browser, name: str) -> None:
     found = browser.figure(name)
     assert json.loads(found["json"]) == json.loads(FIGURES[name](on_paper(4, 3, 3), dark=False).to_json())
-    assert found["caption"] == f"{len(browser.run.events):,} events"
+    assert found["caption"] == f"{len(browser.run.events):,} events of prefill"
+    assert (found["events"], found["behind"]) == (len(browser.run.events), 0)
 
 
 def test_before_anything_has_run_that_is_said() -> None:
@@ -76,8 +78,10 @@ def test_the_ring_keeps_the_newest_and_no_more() -> None:
         run.events = events[:end]
         ring.read()
     assert len(ring.trace().events) == 50
-    assert ring.caption == f"the newest 50 of {len(events):,} events; times count from the first of these"
-    assert ring.seen == len(run.events)
+    assert ring.caption.startswith(
+        f"{len(events):,} events of prefill; drawn from the newest 50, times count"
+    )
+    assert ring.seen == ring.count == len(run.events)
     assert min(event.end for event in ring.trace().events) >= events[ring.seen - 50].end
 
 
@@ -97,8 +101,43 @@ def test_a_run_that_begins_anew_begins_anew_here(monkeypatch: pytest.MonkeyPatch
     ring.read()
     few = run.events[:7]
     monkeypatch.setattr(run, "events_since", lambda _: (few, [1, 7]))
+    seen = ring.seen
     ring.read()
-    assert len(ring.trace().events) == 7
+    assert len(ring.trace().events) == ring.count == 7
+    assert ring.caption == "7 events of prefill"
+    assert ring.seen > seen  # so that browsers are sent it
+
+
+def test_events_on_their_way_are_counted_until_they_have_arrived() -> None:
+    """Ops are known to be done before their events arrive; those that never will are not waited for."""
+    run = PaperRun(paper_plan())
+    run.resume()
+    events = sorted(paper_trace(run.plan).events, key=lambda event: event.end)
+    ring = Ring(run)
+    for arrived in (0, 20, len(events) - 1):
+        run.events, run.state = events[:arrived], "running"
+        ring.read()
+        assert ring.behind == len(events) - arrived
+        assert ring.caption == f"catching up: {arrived:,} of {len(events):,} events of prefill"
+        seen = ring.seen
+    run.state = "failed"
+    ring.read()
+    assert "catching up" not in ring.caption
+    assert f"{len(events) - 1:,} of {len(events):,} events" in ring.caption
+    assert ring.seen > seen
+    run.events, run.state = events, "done"
+    ring.read()
+    assert (ring.behind, ring.caption) == (0, f"{len(events):,} events of prefill")
+
+
+def test_going_back_leaves_nothing_to_wait_for() -> None:
+    run = PaperRun(paper_plan())
+    run.resume()
+    run.events = list(paper_trace(run.plan).events)
+    run.step_back("chunk")
+    ring = Ring(run)
+    ring.read()
+    assert (ring.behind, ring.count) == (0, len(run.events))
 
 
 def test_plotly_is_sent_once_it_is_asked_for_and_has_nowhere_to_upload(browser: Browser) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -115,3 +117,19 @@ def test_many_touches_are_few_pictures_and_the_last_is_painted() -> None:
     painter.close()
     painter.touch()
     assert panel_threads() == []
+
+
+def test_however_long_a_picture_takes_the_rest_after_it_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, rests = itertools.count(), list[float | None]()
+
+    class Closing(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            rests.append(timeout)
+            return self.is_set()
+
+    monkeypatch.setattr("dinfer.views.desk.time", SimpleNamespace(monotonic=lambda: next(clock) * 100.0))
+    painter = Painter(lambda: None, period=0.1, rest=2.0, longest=0.3)
+    painter._closing = Closing()
+    painter.touch()
+    wait_for(lambda: not panel_threads(), "the painter rests")
+    assert rests == [0.3]

@@ -205,7 +205,7 @@ def test_cells_turn_where_something_is_known(paper: Held) -> None:
     cells = unpacked(paper.panel.cells, (4, 3, 2))
     assert cells[2, 0].tolist() == [EVERYWHERE, EVERYWHERE | DIFFERS]
     assert cells[3, 2].tolist() == [ARMED, 0]
-    assert paper.panel.marks["2 0"] == ["rank 1 differs at layer 2"]
+    assert paper.panel.marks["2 0"] == ["✖ error: rank 1 differs at layer 2"]
     still = paper.panel._repr_mimebundle_()[0]["text/html"]
     assert 'class="differs"' in still
     assert 'class="armed"' in still

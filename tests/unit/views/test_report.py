@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,12 +24,12 @@ from dinfer.trace.events import Event
 from dinfer.trace.findings import Findings, KvFinding, RankFinding, findings_of, with_findings
 from dinfer.trace.read import read_traces
 from dinfer.trace.shares import LinkShare, Share, Shares, shares
-from dinfer.trace.simulated import paper_trace
+from dinfer.trace.simulated import Machine, paper_trace
 from dinfer.trace.summary import summary
 from dinfer.trace.trace import Trace
 from dinfer.views.cells import EVERYWHERE, NOT_YET
 from dinfer.views.report import facts
-from dinfer.views.report.facts import exposed_part, percent, sentence
+from dinfer.views.report.facts import exposed_part, parts_of, percent
 from dinfer.views.report.page import report_html, write_report
 from tests.support.reports import HOSTILE, told
 from tests.support.traces import on_paper, recorded
@@ -79,12 +80,12 @@ SENTENCES: list[tuple[Findings, Shares, str]] = [
     (
         Findings(state="failed", failure="rank 1 failed.\nmore", faults=("f",), ranks=ranks("a", "b", "b")),
         Shares([], []),
-        "The run failed: rank 1 failed; 1 fault; ranks 1, 2 hold other KV than rank 0",
+        "The run failed: rank 1 failed; ranks 1, 2 hold other KV than rank 0; 1 fault",
     ),
     (
         Findings(state="paused", edited=("x",), corrupt=("c", "d"), kv=KvFinding(False, "Rank 2 differs.")),
         exposed(wait=20),
-        "not at the end; edited by hand; changed bytes; 2 times; rank 2 differs; 7 %; waiting on link 0→1",
+        "not at the end; rank 2 differs; edited by hand; changed bytes; 2 times; 7 %; waiting on link 0→1",
     ),
     (
         Findings(ranks=(RankFinding(0, kv_sha256="a"),)),
@@ -95,11 +96,12 @@ SENTENCES: list[tuple[Findings, Shares, str]] = [
 
 
 @pytest.mark.parametrize(("findings", "found", "facts"), SENTENCES)
-def test_the_first_sentence_names_the_facts_in_order(findings: Findings, found: Shares, facts: str) -> None:
-    said = sentence(findings, found)
-    assert said[0].isupper()
-    assert said.endswith(".")
-    assert said.count("\n") == 0
+def test_what_is_known_is_told_in_order_the_headline_first(
+    findings: Findings, found: Shares, facts: str
+) -> None:
+    told_of = parts_of(findings, found)
+    assert all(not part[0].islower() and part.endswith(".") and "\n" not in part for part in told_of)
+    said = " ".join(told_of)
     places = [said.lower().find(fact.lower()) for fact in facts.split("; ")]
     assert -1 not in places
     assert places == sorted(places)
@@ -242,16 +244,102 @@ def test_the_log_is_folded_away_unless_the_run_failed(failure: str) -> None:
     assert (bool(opened), lines, text) == (bool(failure), "4", "\n".join(log))
 
 
-def test_several_runs_are_set_side_by_side() -> None:
-    page = report_html([small(), small("ring")], plotly=NO_PLOTLY)
-    assert re.search(r'<h1 id="verdict">(pairwise|ring) took [\d.]+ s and ', page)
-    assert page.count('<main id="run') == 2
+def facts_of(page: str) -> dict[str, tuple[bool, list[str]]]:
+    """The rows of the table that compares runs, by name: whether it is marked, and its cells."""
+    rows = re.findall(
+        r'<tr( class="differs")?><th class="text" scope="row">([^<]*).*?</th>(.*?)</tr>', page, re.DOTALL
+    )
+    return {name: (bool(marked), re.findall(r"<td[^>]*>(.*?)</td>", cells)) for marked, name, cells in rows}
+
+
+def slow(trace_of: Plan, factor: float = 30) -> Trace:
+    return paper_trace(trace_of, Machine(slow={(0, 1): factor}))
+
+
+def test_two_runs_stand_side_by_side_row_by_row_and_differences_are_marked() -> None:
+    """Every fact has both runs in one row, with the ratio of numbers and its direction."""
+    page = report_html([slow(plan()), paper_trace(plan("lockstep"))], ["A", "B"], plotly=NO_PLOTLY)
+    assert re.search(r'<h1 id="verdict">(A|B) took [\d.]+ s and (A|B) ', page)
+    rows = facts_of(page)
+    marked, (first, second, ratio) = rows["prefill, s"]
+    took = [summary(trace)["prefill_s"] for trace in (slow(plan()), paper_trace(plan("lockstep")))]
+    assert marked
+    assert ratio == f"{took[1] / took[0]:.2f} × as long"
+    assert float(first) < float(second)
+    assert rows["schedule"] == (True, ["pipelined", "lockstep", ""])
+    assert rows["layers"] == (False, ["4", "4", ""])
+    assert rows["transfers"][1][2] == "the same"
+    parts = [rows[name][1] for name in ("computing", "exposed, on the wire", "exposed, waiting", "bubble")]
+    for run in (0, 1):
+        assert sum(float(cells[run].removesuffix(" %")) for cells in parts) == pytest.approx(100)
+    assert all(re.fullmatch(r"[+−][\d.]+ points", cells[2]) for cells in parts)
+    for number in (0, 1):
+        assert page.count(f'<section class="run run{number}">') >= 10
     assert len(set(re.findall(r' id="([^"]+)"', page))) == len(re.findall(r' id="([^"]+)"', page))
 
 
+def test_figures_side_by_side_have_equal_axes_and_colours() -> None:
+    page = report_html([slow(plan()), paper_trace(plan("lockstep"))], plotly=NO_PLOTLY)
+
+    def drawn(run: int, name: str) -> dict[str, Any]:
+        [text] = re.findall(rf'id="run{run}-{name}-data">(.*?)</script>', page, re.DOTALL)
+        found: dict[str, Any] = json.loads(text)
+        return found
+
+    for name, axes in {
+        "gantt": ["xaxis"],
+        "latency": ["xaxis", "yaxis", "yaxis2"],
+        "distribution": ["xaxis", "xaxis2"],
+    }.items():
+        for axis in axes:
+            one, other = (drawn(run, name)["layout"][axis] for run in (0, 1))
+            assert (one["range"], one.get("tickvals")) == (other["range"], other.get("tickvals")), (
+                name,
+                axis,
+            )
+    for name in ("matrix", "layers"):
+        for one, other in zip(drawn(0, name)["data"], drawn(1, name)["data"], strict=True):
+            values = [
+                value for heat in (one, other) for row in heat["z"] for value in row if value is not None
+            ]
+            assert (one["zmin"], one["zmax"]) == (other["zmin"], other["zmax"]) == (min(values), max(values))
+    colours = [{line["name"]: line["line"] for line in drawn(run, "distribution")["data"]} for run in (0, 1)]
+    assert colours[0] == colours[1]
+
+
+def test_a_run_that_did_not_end_has_no_ratio_of_times() -> None:
+    failed = with_findings(small(), Findings(failure="rank 1 is gone"))
+    rows = facts_of(report_html([small(), failed], ["A", "B"], plotly=NO_PLOTLY))
+    assert rows["prefill, s"][1][1:] == ["not ended", ""]
+    assert "computing" not in rows
+    assert rows["result"][0]
+
+
+def test_more_than_two_runs_have_a_column_each() -> None:
+    page = report_html([small(), small("ring"), slow(plan())], ["A", "B", "C"], plotly=NO_PLOTLY)
+    assert len(facts_of(page)["transfers"][1]) == 3
+    assert "against" not in page.partition("</thead>")[0]
+
+
 def test_runs_alike_are_numbered_and_names_win() -> None:
-    assert "<h2>run 2: pairwise</h2>" in report_html([small(), small()], plotly=NO_PLOTLY)
-    assert "<h2>after</h2>" in report_html([small(), small()], ["before", "after"], plotly=NO_PLOTLY)
+    assert '<p class="which">run 2: pairwise</p>' in report_html([small(), small()], plotly=NO_PLOTLY)
+    assert '<p class="which">after</p>' in report_html(
+        [small(), small()], ["before", "after"], plotly=NO_PLOTLY
+    )
+
+
+def test_what_no_one_reads_is_left_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "MOST_LINKS", 3)
+    monkeypatch.setattr(facts, "MOST_OPS", 10)
+    trace = on_paper(16, 4, 8)
+    table = facts.link_table(trace)
+    assert len(table.rows) == 3
+    assert "0→1" in [row[0] for row in table.rows]  # which is slow
+    assert table.left_out.endswith("of 56.")
+    assert table.left_out in report_html([trace], plotly=NO_PLOTLY)
+    made = facts.plan_of(trace, Findings())
+    assert made
+    assert len(facts.plan_text(made).splitlines()) == 11
 
 
 def test_earlier_runs_and_pauses_are_told() -> None:

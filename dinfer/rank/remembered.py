@@ -1,0 +1,76 @@
+"""What a rank remembers of its session, so that the next one can go on where that one has ended.
+
+A session may go at any moment: its notebook's kernel is restarted, or another notebook takes the engines. The rank then
+still has weights, group and prompt. It keeps the commands that made them, and repeats what it has reported of its run.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from dinfer.messages import (
+    Answer,
+    Command,
+    Failed,
+    JoinGroup,
+    Lanes,
+    LoadModel,
+    Note,
+    PreparePrompt,
+    RankReport,
+    SetBreakpoints,
+    SetFaults,
+)
+from dinfer.rank.commands import C, Handler
+
+
+class Remembered:
+    """The last command of each kind that was carried out, and the reports about the present prompt."""
+
+    def __init__(self) -> None:
+        self._commands: dict[type[Command[Any]], Command[Any]] = {}
+        self._lanes: Lanes | None = None
+        self._failed: Failed | None = None
+        self._notes: list[Note] = []
+
+    def noting(self, handler: Handler) -> Handler:
+        """The handler, which also notes each command that it has carried out."""
+        if handler.kind not in (LoadModel, JoinGroup, PreparePrompt, SetBreakpoints, SetFaults):
+            return handler
+
+        def carry_out(command: Command[Any]) -> Answer | None:
+            done = handler.function(command)
+            self._commands[type(command)] = command
+            return done
+
+        return handler._replace(function=carry_out)
+
+    def last(self, kind: type[C]) -> C | None:
+        """The last command of that type."""
+        found = self._commands.get(kind)
+        assert found is None or isinstance(found, kind)
+        return found
+
+    def take_model(self, before: "Remembered") -> None:
+        """The rank has taken over the weights of another one in its process, and nothing else."""
+        if found := before.last(LoadModel):
+            self._commands[LoadModel] = found
+
+    def heard(self, report: RankReport) -> None:
+        """The rank reports this. With new lanes a new prompt begins."""
+        match report:
+            case Lanes():
+                self._lanes, self._failed, self._notes = report, None, []
+                self._commands.pop(SetBreakpoints, None)
+                self._commands.pop(SetFaults, None)
+            case Failed():
+                self._failed = report
+            case Note():
+                self._notes.append(report)
+
+    def repeated(self) -> Iterator[RankReport]:
+        """What a session must hear to know the present prompt, in order."""
+        if self._lanes:
+            yield self._lanes
+            yield from list(self._notes)
+        if self._failed:
+            yield self._failed

@@ -1,0 +1,81 @@
+"""What users hold: Tab offers what is made for them, and each name that it offers is explained by `?`."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dinfer
+from dinfer.session.session import Listening
+from dinfer.session.sweep import sweep
+from tests.support.threads import session_on_threads
+from tests.support.traces import PROMPT
+
+HELD = [
+    "Session", "Run", "Trace", "Sweep", "KV", "Part", "Hidden", "AttentionWeights", "Diff", "Difference", "Comparison",
+    "Verdict", "Replay", "Saved", "Listening", "Decoded", "Moved", "Where", "Breakpoints", "Breakpoint", "Armed",
+    "Injected", "Shown", "Table",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """One of each, by the name of its type."""
+    with session_on_threads(2, Path("demo")) as session:
+        run = session.prefill(PROMPT, chunk_size=8, paused=True)
+        found: list[Any] = [session, run, Listening(0, "here", 5678), sweep(session.prefill, [], {})]
+        found += [run.step("layer"), run.where(), run.verdict(), run.break_at(layer=3), run.breakpoints]
+        found += [run.inject("bitflip", rank=1, layer=0, chunk=0), run.faults]
+        diff = run.kv().diff()
+        found += [
+            diff,
+            diff.first,
+            diff.table(),
+            run.kv(layer=0),
+            run.kv(layer=0).k,
+            run.hidden(0, 0),
+            run.attention(0, 0),
+        ]
+        run.breakpoints.clear()
+        found += [run.decode(2), run.compare("reference"), run.trace, run.trace.plot()]
+        folder = run.save(tmp_path_factory.mktemp("saved") / "run")
+        with run.replay(0) as replay:
+            yield {type(one).__name__: one for one in [*found, replay, dinfer.open(folder)]}
+
+
+def offered(one: object) -> list[str]:
+    """What Tab shows at first."""
+    return [name for name in dir(one) if not name.startswith("_")]
+
+
+def is_explained(kind: type, name: str) -> bool:
+    """By a docstring of its own; of plain values, by the class's."""
+    own = inspect.getattr_static(kind, name, None)
+    if isinstance(own, staticmethod | classmethod):
+        own = own.__func__
+    if inspect.isfunction(own) or isinstance(own, property | cached_property):
+        return bool(own.__doc__)
+    docs = " ".join(base.__doc__ or "" for base in kind.__mro__ if base.__module__.startswith("dinfer"))
+    return bool(re.search(rf"`{name}\b", docs))
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_tab_offers_nothing_internal_and_every_name_is_explained(held: dict[str, Any], name: str) -> None:
+    one = held[name]
+    internal = {*getattr(type(one), "INTERNAL", ()), "INTERNAL"}
+    assert internal.isdisjoint(offered(one))
+    assert all(hasattr(one, hidden) for hidden in internal - {"INTERNAL"}), "INTERNAL names what there is"
+    assert type(one).__doc__
+    assert [word for word in offered(one) if not is_explained(type(one), word)] == []
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_its_repr_is_short(held: dict[str, Any], name: str) -> None:
+    """Also of what holds thousands of events or values."""
+    assert 0 < len(repr(held[name])) < 4000
