@@ -12,12 +12,16 @@ from dinfer.run.moves import Moves
 from dinfer.run.state import STANDING, RunState
 from dinfer.verdict.where import returned_text
 
+HALF_WAY = "undo was paused half-way: run.undo() goes on with it."
+
 
 class MoveHistory:
     """Adds moves to `history`. A plan that was refuted has no cuts, so its moves cannot be undone."""
 
     def __init__(self, state: RunState, moves: Moves, generation: Generation, history: History) -> None:
         self._state, self._moves, self._generation, self._history = state, moves, generation, history
+        if not state.job.verdict.proved:
+            history.forget("this plan was refuted, so it has no cuts to go back to")
 
     @contextmanager
     def moving(self, call: str) -> Iterator[None]:
@@ -62,19 +66,16 @@ class MoveHistory:
         move = self._moves.leaving().go_to(cut)
         self._moves.went(move)
         if move.stopped:
-            raise NotPossible("undo was paused half-way: run.undo() goes on with it.")
-        if tokens != len(self._state.tokens):
-            self._set_tokens(tokens)
-        lines = [returned_text(self._state.plan, move.before, cut, had, tokens)]
+            raise NotPossible(HALF_WAY)
+        if tokens < len(self._state.tokens):
+            self._generation.back_to(tokens)
+        elif tokens > len(self._state.tokens):
+            made = self._generation.go(
+                tokens, None
+            )  # fewer if an edit by hand has changed where the text ends
+            if made.stopped == "user":
+                raise NotPossible(made.remark or HALF_WAY)
+        lines = [returned_text(self._state.plan, move.before, cut, had, len(self._state.tokens))]
         edited = self._state.edited
         lines += [f"what was edited by hand is not undone: {', '.join(edited)}"] * bool(edited)
         return "\n".join(lines)
-
-    def _set_tokens(self, tokens: int) -> None:
-        """Have that many new tokens, of a run that stands at the end of prefill."""
-        if tokens < len(self._state.tokens):
-            self._generation.back_to(tokens)
-            return
-        self._generation.go(tokens, None)
-        if len(self._state.tokens) < tokens:
-            raise NotPossible("undo was paused half-way: run.undo() goes on with it.")

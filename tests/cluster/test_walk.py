@@ -24,7 +24,20 @@ DEADLINE_S = 60.0
 def act(run: Run, random: Random) -> str:
     """One thing that a user may do; its name."""
     name = random.choice(
-        ["step", "back", "to", "break", "clear", "wait", "pause", "decode", "token back", "restart"]
+        [
+            "step",
+            "back",
+            "to",
+            "break",
+            "clear",
+            "wait",
+            "play",
+            "pause",
+            "decode",
+            "token back",
+            "restart",
+            "undo",
+        ]
     )
     match name:
         case "step":
@@ -40,6 +53,12 @@ def act(run: Run, random: Random) -> str:
         case "wait":
             run.resume()
             run.wait(DEADLINE_S)
+        case "play":
+            run.play(random.choice(UNITS), 100.0)
+            if random.random() < 0.5:
+                run.wait(DEADLINE_S)
+            else:
+                run.pause()
         case "pause":
             run.resume()
             run.pause()
@@ -49,6 +68,8 @@ def act(run: Run, random: Random) -> str:
             run.step_back("token", random.randint(1, 3))
         case "restart":
             run.restart()
+        case "undo":
+            run.undo()
     return name
 
 

@@ -324,3 +324,8 @@ def test_what_a_fault_changed_is_not_told_to_stay_once_the_run_is_back_before_it
     run.step_back("chunk")
     run.faults.clear()
     assert "stays changed" not in str(run.where())
+
+
+def test_a_plan_that_was_refuted_has_nothing_to_go_back_to(session: Session) -> None:
+    run = session.prefill(IDS, chunk_size=8, schedule="batched", unsafe=True, paused=True)
+    assert "refuted" in run.undo()
