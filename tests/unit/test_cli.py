@@ -342,7 +342,7 @@ def shell(command: str, folder: Path | None = None) -> Answer:
     ran = subprocess.run(
         ["bash", "-c", function + command],
         capture_output=True, text=True, timeout=250, check=False, cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")]))},
     )  # fmt: skip
     return Answer(ran.returncode, ran.stdout, ran.stderr)
 

@@ -55,12 +55,11 @@ def offered(one: object) -> list[str]:
 
 
 def is_explained(kind: type, name: str) -> bool:
-    """By a docstring of its own; of plain values, by the class's."""
-    own = inspect.getattr_static(kind, name, None)
-    if isinstance(own, staticmethod | classmethod):
-        own = own.__func__
-    if inspect.isfunction(own) or isinstance(own, property | cached_property):
-        return bool(own.__doc__)
+    """By a docstring, its own or that of what it overrides; of plain values, by the class's."""
+    owns = [vars(base)[name] for base in kind.__mro__ if name in vars(base)]
+    functions = [getattr(own, "__func__", own) for own in owns]
+    if any(inspect.isfunction(one) or isinstance(one, property | cached_property) for one in functions):
+        return any(one.__doc__ for one in functions)
     docs = " ".join(base.__doc__ or "" for base in kind.__mro__ if base.__module__.startswith("dinfer"))
     return bool(re.search(rf"`{name}\b", docs))
 
