@@ -32,7 +32,7 @@ class NonFiniteBlocks:
         if first is None:
             return ""
         since = len(self.blocks.keys() - {(first.chunk, first.layer)})
-        return f"first {first}; {since:,} block{'s' * (since != 1)} since"
+        return f"first {first}" + f"; {since:,} block{'s' * (since != 1)} since" * bool(since)
 
     def in_selection(self, chosen: Selection) -> str:
         """See `kv.difference.nonfinite_remark`."""

@@ -339,10 +339,11 @@ CLOSED_PIPE = 141
 def shell(command: str, folder: Path | None = None) -> Answer:
     """Run a command as a shell does; `dinfer` is the command line."""
     function = f'dinfer() {{ "{sys.executable}" -m dinfer.cli "$@"; }}\n'
+    folders = filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")])
     ran = subprocess.run(
         ["bash", "-c", function + command],
         capture_output=True, text=True, timeout=250, check=False, cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")]))},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
     )  # fmt: skip
     return Answer(ran.returncode, ran.stdout, ran.stderr)
 
