@@ -57,8 +57,9 @@ class PanelPage:
         expect(self.root.locator(".dinfer-working")).to_have_text("")
 
     def drawn(self) -> str:
-        """The states that the canvas shows, a digit each."""
-        return self.canvas.get_attribute("data-cells") or ""
+        """The cells that the canvas shows, a digit each, as WHERE prints them."""
+        cells = bytes.fromhex(self.canvas.get_attribute("data-cells") or "")
+        return "".join("0123456789abcdefghijklmnopqrstuv"[cell] for cell in cells)
 
     def spot(self, layer: int, chunk: int, part: float = 0.5) -> tuple[float, float]:
         """Where a cell is on the canvas; `part` goes from its left edge to its right."""
@@ -75,7 +76,8 @@ class PanelPage:
     def agrees(self) -> str:
         """Wait until the map shows what the kernel says of the ranks; that."""
         said = self.notebook.run(WHERE).strip()
-        expect(self.canvas).to_have_attribute("data-cells", said)
+        drawn = bytes(int(digit, 32) for digit in said).hex()
+        expect(self.canvas).to_have_attribute("data-cells", drawn)
         return said
 
     def colour(self, layer: int, chunk: int, part: float) -> list[int]:
