@@ -127,7 +127,9 @@ def test_all_engines_at_fault_are_named_at_once() -> None:
     assert "engine 0" not in str(caught.value)
 
 
-def test_files_that_keep_a_cluster_from_starting_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_keep_a_cluster_from_starting_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").touch()
