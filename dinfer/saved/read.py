@@ -211,7 +211,7 @@ def read_trace(folder: Path, about: About) -> Trace:
     check_sum(folder, layout.TRACE, about)
     try:
         return read_jsonl(folder / layout.TRACE)
-    except TraceError as error:
+    except (TraceError, OSError) as error:
         raise damaged(folder, str(error)) from None
 
 
@@ -241,7 +241,11 @@ def check_sum(folder: Path, name: str, about: About) -> None:
     if not (folder / name).is_file():
         raise damaged(folder, f"{name} is missing.")
     expected = about.files.get(name)
-    if expected is not None and layout.sha256_of(folder / name) != expected:
+    try:
+        differs = expected is not None and layout.sha256_of(folder / name) != expected
+    except OSError as error:
+        raise damaged(folder, f"{name} cannot be read ({error.strerror}).") from None
+    if differs:
         raise damaged(folder, f"{name} is not what was written (its SHA-256 differs).")
 
 
