@@ -45,10 +45,10 @@ class Tensors:
         if not path.is_file():
             raise damaged(path.parent, f"{path.name} is missing.")
         self._path = path
-        with path.open("rb") as file:
-            if int.from_bytes(file.read(8), "little") > MAX_HEADER:
-                raise damaged(path, f"its header would be longer than {MAX_HEADER:,} bytes.")
         with self._readable():
+            with path.open("rb") as file:
+                if int.from_bytes(file.read(8), "little") > MAX_HEADER:
+                    raise damaged(path, f"its header would be longer than {MAX_HEADER:,} bytes.")
             opened: Any = safe_open(path, framework="pt")  # its methods have no types
             self._file, self.names = opened, frozenset(opened.keys())
 

@@ -118,11 +118,12 @@ def _run(trace: Trace, name: str, number: int) -> dict[str, Any]:
     """What the template shows of one run."""
     findings, found, about = findings_of(trace), shares(trace), trace.about
     plan = facts.plan_of(trace, findings)
-    ranks = about.get("world_size", len(trace.ranks))
+    ranks = about.get("world_size") or len(trace.ranks)
+    has_chunks = about.get("tokens") and about.get("chunk_size")
     headline = [
-        f"model {about['model']}" if "model" in about else "",
-        f"{about['tokens']:,} prompt tokens by {about['chunk_size']}" if "tokens" in about else "",
-        f"{about['layers']} layers on {ranks} ranks" if "layers" in about else "",
+        f"model {about['model']}" if about.get("model") else "",
+        f"{about['tokens']:,} prompt tokens by {about['chunk_size']}" if has_chunks else "",
+        f"{about['layers']} layers on {ranks} ranks" if about.get("layers") else "",
         " ".join(filter(None, (about.get("schedule"), about.get("sync_strategy")))),
         f"dinfer {about['dinfer']}" if "dinfer" in about else "",
         findings.made,
@@ -136,9 +137,9 @@ def _run(trace: Trace, name: str, number: int) -> dict[str, Any]:
     states, blocks = facts.map_states(trace, findings, plan), None
     if states is not None:
         labels = list(findings.chunk_texts) or [""] * states.shape[1]
-        shown = marked(states, facts.marks_of(findings))
+        shown = marked(states, facts.marks_of(findings, states.shape))
         blocks = Markup(map_svg(shown, facts.owners_of(trace, plan), labels))
-    others = [(str(one.get("name", "earlier")), one) for one in findings.others]
+    others = [(str(one.get("name", "earlier")), one) for one in findings.others if facts.is_summary(one)]
     tables = {
         "links": facts.link_table(trace),
         "layers": facts.layer_table(trace),
