@@ -71,10 +71,21 @@ def resolve(path: str | Path) -> Path:
         from dinfer.model.demo import CHECKPOINT
 
         return Path(CHECKPOINT)
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder.resolve()
-    if folder.exists():
+    try:
+        folder = Path(path).expanduser()
+        if folder.is_dir():
+            return folder.resolve()
+        is_file = folder.exists()
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # a name too long, with NUL, of an unknown user, not allowed
+        raise ModelError(
+            f"{excerpt(str(path))} cannot be a checkpoint's folder: {in_one_line(error)}; give the folder of one, or "
+            "'demo' for the built-in model"
+        ) from error
+    if is_file:
         raise ModelError(f"{folder} is a file; give the folder that holds config.json and the weights")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise ModelError(
@@ -331,7 +342,7 @@ def weight_files(folder: Path) -> list[Path]:
     for name in weight_map.values():
         if (
             not isinstance(name, str)
-            or not name
+            or not 0 < len(name) <= 255
             or Path(name).is_absolute()
             or ".." in Path(name).parts
             or "\0" in name

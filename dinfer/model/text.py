@@ -34,28 +34,40 @@ def encode(tokenizer: Any | None, prompt: str, chat: bool = False) -> list[int]:
     """
     if tokenizer is None:
         raise ModelError("this checkpoint has no tokenizer, so give token ids instead of text")
-    if chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ModelError(
-                "this tokenizer has no chat template; encode the prompt as plain text (chat=False)"
-            )
-        messages = [{"role": "user", "content": prompt}]
-        try:
-            prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        except Exception as error:  # a template is a program, and may raise anything
-            raise ModelError(
-                f"this tokenizer's chat template failed: {in_one_line(error)}; encode the prompt as plain text "
-                "(chat=False)"
-            ) from error
+    if chat and not _has_template(tokenizer):
+        raise ModelError("this tokenizer has no chat template; encode the prompt as plain text (chat=False)")
     try:
-        ids = [int(token) for token in tokenizer.encode(prompt, add_special_tokens=not chat)]
+        ids = [int(token) for token in (_chat_ids if chat else _plain_ids)(tokenizer, prompt)]
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # where the tokenizers library panics
-        raise ModelError(f"this tokenizer cannot encode the prompt: {in_one_line(error)}") from error
+    except (
+        BaseException
+    ) as error:  # a template is a program and may raise anything; the tokenizers library may panic
+        what = "chat template failed" if chat else "encoding of the prompt failed"
+        advice = "; encode the prompt as plain text (chat=False)" * chat
+        raise ModelError(f"this tokenizer's {what}: {in_one_line(error)}{advice}") from error
     if not ids:
         raise ModelError("the prompt is empty: it must have at least one token")
     return ids
+
+
+def _has_template(tokenizer: Any) -> bool:
+    """Whether it can lay out a chat. That of tekken.json (mistral-common) does so without a template."""
+    return (
+        bool(getattr(tokenizer, "chat_template", None)) or type(tokenizer).__name__ == "MistralCommonBackend"
+    )
+
+
+def _chat_ids(tokenizer: Any, prompt: str) -> Any:
+    # Ids and not text: that of tekken.json does not read its control tokens from text.
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+
+
+def _plain_ids(tokenizer: Any, prompt: str) -> Any:
+    return tokenizer.encode(prompt, add_special_tokens=True)
 
 
 class TextStream:

@@ -45,10 +45,10 @@ class Tensors:
         if not path.is_file():
             raise damaged(path.parent, f"{path.name} is missing.")
         self._path = path
-        with path.open("rb") as file:
-            if int.from_bytes(file.read(8), "little") > MAX_HEADER:
-                raise damaged(path, f"its header would be longer than {MAX_HEADER:,} bytes.")
         with self._readable():
+            with path.open("rb") as file:
+                if int.from_bytes(file.read(8), "little") > MAX_HEADER:
+                    raise damaged(path, f"its header would be longer than {MAX_HEADER:,} bytes.")
             opened: Any = safe_open(path, framework="pt")  # its methods have no types
             self._file, self.names = opened, frozenset(opened.keys())
 
@@ -211,7 +211,7 @@ def read_trace(folder: Path, about: About) -> Trace:
     check_sum(folder, layout.TRACE, about)
     try:
         return read_jsonl(folder / layout.TRACE)
-    except TraceError as error:
+    except (TraceError, OSError) as error:
         raise damaged(folder, str(error)) from None
 
 
@@ -241,7 +241,11 @@ def check_sum(folder: Path, name: str, about: About) -> None:
     if not (folder / name).is_file():
         raise damaged(folder, f"{name} is missing.")
     expected = about.files.get(name)
-    if expected is not None and layout.sha256_of(folder / name) != expected:
+    try:
+        differs = expected is not None and layout.sha256_of(folder / name) != expected
+    except OSError as error:
+        raise damaged(folder, f"{name} cannot be read ({error.strerror}).") from None
+    if differs:
         raise damaged(folder, f"{name} is not what was written (its SHA-256 differs).")
 
 

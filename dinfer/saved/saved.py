@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dinfer.display import Displayable, Tidy
-from dinfer.errors import NotPossible
+from dinfer.errors import NotPossible, excerpt
 from dinfer.files import WrittenFiles
 from dinfer.kv.diff import VALUES
 from dinfer.kv.difference import Diff, nonfinite_remark
@@ -177,17 +177,29 @@ class Saved(Tidy, Displayable):
 
 def open_saved(path: str | Path, write: WriteReport | None = None) -> Saved:
     """Open what `run.save` or `run.report` has written. Raises SavedError for anything else."""
-    found = Path(path).expanduser()
-    if found.is_dir():
+    try:
+        found = Path(path).expanduser()
+        is_folder, is_there = found.is_dir(), found.exists()
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # a name too long, with NUL, of an unknown user, not allowed
+        raise SavedError(
+            f"{excerpt(str(path))} cannot be opened ({error}): give a folder that run.save(…) has written, or a report."
+        ) from None
+    if is_folder:
         folder = found.resolve()
         about = read_about(folder)
         return Saved(folder, read_trace(folder, about), write, about, read_source(folder, about))
-    if not found.exists():
+    if not is_there:
         raise SavedError(
             f"there is no {str(path)!r}: give a folder that run.save(…) has written, or a report."
         )
     try:
         return Saved(found, read_traces(found)[0], write)
+    except OSError as error:
+        raise SavedError(f"{str(path)!r} cannot be read: {error.strerror}.") from None
     except TraceError as error:
         raise SavedError(
             f"{error} dinfer.open takes a folder that run.save(…) has written, or a report."

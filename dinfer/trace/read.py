@@ -125,7 +125,10 @@ def _check_sizes(about: Any, events: Sequence[Event]) -> None:
         value = about.get(name)
         is_number = isinstance(value, int) and not isinstance(value, bool)
         if value is not None and not (is_number and 0 <= value < 1 << 40):
-            raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 0")
+            raise ValueError(f"{name} is {excerpt(value)}; it must be a whole number, at least 0")
+    for name in ("model", "dinfer", "schedule", "sync_strategy", "plan_id"):
+        if not isinstance(about.get(name, ""), str | None):
+            raise ValueError(f"{name} is {excerpt(about[name])}; it must be text")
     chunks = -(-(about.get("tokens") or 0) // (about.get("chunk_size") or 1))
     sizes = {
         "layers": max([about.get("layers") or 1, *(e.layer + 1 for e in events if e.layer is not None)]),

@@ -82,6 +82,26 @@ def test_too_few_engines_is_one_error_without_waiting_for_more() -> None:
         attach(5, timeout=600)
 
 
+@pytest.mark.parametrize("name", ["transformers", "json"])
+def test_a_file_that_hides_a_module_from_engines_is_named(
+    engines: IPython, joined: Cluster, name: str
+) -> None:
+    """An engine that was started by hand takes modules from its folder first. It has taken json from elsewhere."""
+    hiding = engines.folder / f"{name}.py"
+    hiding.touch()
+    try:
+        if name == "json":
+            attach(3).close()
+        else:
+            with pytest.raises(
+                ClusterError, match=rf"engine 0 takes \S+/{name}\.py for the package or module"
+            ):
+                attach(3)
+    finally:
+        hiding.unlink()
+    assert len(joined.call(None, "os:getpid")) == 3
+
+
 def test_an_engine_with_another_dinfer_is_named(joined: Cluster) -> None:
     joined.view.client[1].execute(
         "import dinfer; kept = dinfer.__version__; dinfer.__version__ = '0.0.1'", block=True
@@ -112,7 +132,7 @@ def test_a_late_rank_is_named_and_the_others_answer(joined: Cluster, tmp_path: P
     busy = joined.call_async(1, "builtins:exec", waits_for(tmp_path / "go"), {})
     answers = joined.call(None, "os:getpid", timeout=3, check=False)
     assert [isinstance(answer, RankSilent) for answer in answers] == [False, True, False]
-    assert str(answers[1]).endswith("has not answered within 3 s.")
+    assert "has not answered within 3 s: it is busy" in str(answers[1])
     (tmp_path / "go").touch()
     assert busy.result(60) == [None]
 
@@ -125,6 +145,8 @@ def test_a_killed_rank_comes_back_under_its_id_and_the_others_keep_their_state(
     sleeping = joined.call_async(None, "builtins:exec", waits_for(tmp_path / "go"), {})
     os.kill(before[1], signal.SIGSTOP)
     assert joined.alive(1)  # stopped is not dead
+    with pytest.raises(RankSilent, match=r"^rank 1 .* has not answered within 1 s: its process is stopped"):
+        joined.call(1, "os:getpid", timeout=1)
     joined.kill(1)
     with pytest.raises(RankGone, match=r"^rank 1 .* ended during a call"):
         sleeping.result(60)

@@ -75,6 +75,12 @@ def message(run: Run) -> str:
 def test_ranks_join_and_agree_with_transformers(parrot: Path, launch: Launch) -> None:
     run = launch(parrot, environment=C_LOCALE, **FLAGS)
     check_parroted(run, parrot)
+    assert sorted(path.name for path in run.logs.iterdir()) == [
+        "rank0.log",
+        "rank1.log",
+        "rank2.log",
+        "trace.jsonl",
+    ]
     assert said(run) == []
     wait_for(lambda: not run.members(), "no process is left")
     assert run.out.count("rank  device") == 1

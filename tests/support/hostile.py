@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +91,15 @@ ODD: list[Any] = [
 @st.composite
 def mutated_json(draw: st.DrawFn, value: Any, most: int = 2) -> Any:
     """A copy with up to `most` values replaced by odd ones, left out, repeated or put in each other's place."""
-    made = json.loads(json.dumps(value))
+    made = deepcopy(value)
     for _ in range(draw(st.integers(1, most))):
         places = list(_places(made))
         if not places:
-            return draw(st.sampled_from(ODD))
+            return deepcopy(draw(st.sampled_from(ODD)))
         holder, key = draw(st.sampled_from(places))
         match draw(st.sampled_from(["odd", "odd", "drop", "repeat", "other"])):
             case "odd":
-                holder[key] = draw(st.sampled_from(ODD))
+                holder[key] = deepcopy(draw(st.sampled_from(ODD)))
             case "drop":
                 del holder[key]
             case "repeat" if isinstance(holder, list):
@@ -106,7 +107,7 @@ def mutated_json(draw: st.DrawFn, value: Any, most: int = 2) -> Any:
             case _:
                 other, name = draw(st.sampled_from(places))
                 with suppress(IndexError, KeyError):
-                    holder[key] = json.loads(json.dumps(other[name]))
+                    holder[key] = deepcopy(other[name])
     return made
 
 

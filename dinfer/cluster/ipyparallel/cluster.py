@@ -142,10 +142,8 @@ class Cluster:
     def _why_silent(self) -> str:
         """Why an engine of which no more than its id is known does not answer, and what to do."""
         if stopped := [pid for pid in self.known.engine_pids() if is_stopped(pid)]:
-            return (
-                f"Of this cluster's processes {', '.join(map(str, stopped))} is stopped: "
-                f"`kill -CONT {stopped[0]}` lets it go on."
-            )
+            named = ", ".join(f"process {pid}" for pid in stopped)
+            return f"Of its cluster, {named} is stopped: `kill -CONT {stopped[0]}` lets it go on."
         return (
             "It is busy, most likely with a %%px cell of another notebook, or its process is stopped: wait for that "
             "cell or interrupt it, then connect again; connect(…, start=True) starts a cluster of its own."

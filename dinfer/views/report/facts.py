@@ -38,6 +38,10 @@ MOST_LINKS, MOST_LAYERS, MOST_OPS = 60, 400, 20_000
 """so many rows of links, rows of links and layers, and lines of a plan at most: what no one reads makes a page slow"""
 
 
+LARGEST = 200_000
+"""blocks × ranks of a plan that is built again for any report; a larger one only for a trace that has as many events"""
+
+
 def plan_of(trace: Trace, findings: Findings) -> Plan | None:
     """The plan of the run: from the findings, or built from its shape if that, lowered for NCCL or not, gives the same
     plan id."""
@@ -46,6 +50,8 @@ def plan_of(trace: Trace, findings: Findings) -> Plan | None:
         return parse_plan(findings.plan)
     try:
         shape = Shape(about["layers"], about["tokens"], about["chunk_size"], tuple(about["stages"]))
+        if shape.blocks * shape.world_size > max(LARGEST, 10 * len(trace.events)):
+            return None
         made = build(shape, about["schedule"], about["sync_strategy"])
         if f"{made.id:016x}" != about.get("plan_id"):
             made = lower(made)
@@ -65,16 +71,23 @@ def owners_of(trace: Trace, plan: Plan | None) -> Sequence[int]:
 
 def map_states(trace: Trace, findings: Findings, plan: Plan | None) -> CellStates | None:
     """What each rank held of each block at the end; None if the trace has no blocks."""
-    if plan and findings.positions:
+    lanes = [len(rank) for rank in plan.lanes] if plan else []
+    if plan and lanes == [len(at) for at in findings.positions]:  # or they are of another plan
         return CellMap(plan).states([Signs(at, (False,) * len(at), at) for at in findings.positions])
     held = np.array([trace.received(rank) for rank in trace.ranks], bool)
     return held_states(held.transpose(2, 1, 0)) if held.size else None
 
 
-def marks_of(findings: Findings) -> list[Mark]:
-    """Notes on single blocks: the run's marks, and the differences in KV."""
+def marks_of(findings: Findings, shape: tuple[int, ...]) -> list[Mark]:
+    """Notes on single blocks of a map of that shape, (layers, chunks, ranks): the run's marks, and the differences in
+    KV."""
     found = [Mark(*mark) for mark in findings.marks]
-    return [*found, *(Mark(*block, "differs", "") for block in (findings.kv.blocks if findings.kv else ()))]
+    found += [Mark(*block, "differs", "") for block in (findings.kv.blocks if findings.kv else ())]
+    return [
+        mark
+        for mark in found
+        if all(0 <= at < size for at, size in zip((mark.layer, mark.chunk, mark.rank), shape, strict=True))
+    ]
 
 
 def link_table(trace: Trace) -> FactTable:
@@ -138,6 +151,15 @@ def rank_table(findings: Findings) -> FactTable:
     return FactTable(list(known), list(zip(*known.values(), strict=True)), wide=len(known))
 
 
+def is_summary(one: Mapping[str, Any]) -> bool:
+    """Whether it has what `compared_table` shows: a file may say anything of other runs."""
+    numbers = [one.get(key) for key in ("prefill_s", "exposed", "bubble", "bytes")]
+    latency = [one.get(key) for key in ("p50_s", "p99_s")]
+    return all(isinstance(value, int | float) for value in numbers) and all(
+        isinstance(value, int | float | None) for value in latency
+    )
+
+
 def compared_table(summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> FactTable:
     """A row for each run."""
     heads = ["run", "strategy", "schedule", "chunk size", "prefill, s", "exposed", "bubble"]
@@ -147,8 +169,8 @@ def compared_table(summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> FactTa
         times = ["not ended", "–", "–"]
         if one.get("ended", True):
             times = [f"{one['prefill_s']:.3f}", *(f"{100 * one[key]:.1f} %" for key in ("exposed", "bubble"))]
-        latency = ("–" if one[key] is None else milliseconds(one[key]) for key in ("p50_s", "p99_s"))
-        settings = (str(one[key]) for key in ("sync_strategy", "schedule", "chunk_size"))
+        latency = ("–" if one.get(key) is None else milliseconds(one[key]) for key in ("p50_s", "p99_s"))
+        settings = (str(one.get(key)) for key in ("sync_strategy", "schedule", "chunk_size"))
         rows.append([name, *settings, *times, f"{one['bytes'] / 1e6:,.3f}", *latency])
     return FactTable(heads, rows, wide=3)
 

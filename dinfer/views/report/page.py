@@ -155,9 +155,9 @@ def _run(trace: Trace, name: str, number: int, drawn: dict[str, go.Figure]) -> d
     states, blocks = facts.map_states(trace, findings, plan), None
     if states is not None:
         labels = list(findings.chunk_texts) or [""] * states.shape[1]
-        shown = marked(states, facts.marks_of(findings))
+        shown = marked(states, facts.marks_of(findings, states.shape))
         blocks = Markup(map_svg(shown, facts.owners_of(trace, plan), labels))
-    others = [(str(one.get("name", "earlier")), one) for one in findings.others]
+    others = [(str(one.get("name", "earlier")), one) for one in findings.others if facts.is_summary(one)]
     tables = {
         "links": facts.link_table(trace),
         "layers": facts.layer_table(trace),
@@ -192,13 +192,14 @@ def _run(trace: Trace, name: str, number: int, drawn: dict[str, go.Figure]) -> d
 def _about(trace: Trace, made: str) -> list[tuple[str, str]]:
     """What was run, where it is known, by name."""
     about = trace.about
-    ranks = about.get("world_size", len(trace.ranks))
+    ranks = about.get("world_size") or len(trace.ranks)
+    has_chunks = about.get("tokens") and about.get("chunk_size")
     found = {
-        "model": str(about.get("model", "")),
-        "prompt": f"{about['tokens']:,} tokens by {about['chunk_size']}" if "tokens" in about else "",
-        "layers": f"{about['layers']} on {ranks} rank{'s' * (ranks != 1)}" if "layers" in about else "",
-        "schedule": str(about.get("schedule", "")),
-        "sync strategy": str(about.get("sync_strategy", "")),
+        "model": str(about.get("model") or ""),
+        "prompt": f"{about['tokens']:,} tokens by {about['chunk_size']}" if has_chunks else "",
+        "layers": f"{about['layers']} on {ranks} rank{'s' * (ranks != 1)}" if about.get("layers") else "",
+        "schedule": str(about.get("schedule") or ""),
+        "sync strategy": str(about.get("sync_strategy") or ""),
         "made": made,
         "dinfer": str(about.get("dinfer", "")),
     }

@@ -114,7 +114,9 @@ def test_sizes_that_no_model_has_are_named(folder: Path, keys: dict[str, Any], w
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../secret.safetensors", 7, None, "a\0b", ["x"]])
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../secret.safetensors", 7, None, "a\0b", ["x"], "", "a" * 300]
+)
 def test_an_index_names_files_beside_it(sharded: Path, tmp_path: Path, name: object) -> None:
     copy = shutil.copytree(sharded, tmp_path / "copy")
     (copy / "model.safetensors.index.json").write_text(
@@ -122,6 +124,12 @@ def test_an_index_names_files_beside_it(sharded: Path, tmp_path: Path, name: obj
     )
     with pytest.raises(ModelError, match="no file beside it"):
         check(copy)
+
+
+@pytest.mark.parametrize("path", ["a" * 5000, "~no such user/model"])
+def test_a_path_that_there_cannot_be(path: str) -> None:
+    with pytest.raises(ModelError, match="cannot be a checkpoint's folder"):
+        check(path)
 
 
 def test_a_prompt_far_longer_than_the_model_is_not_encoded(

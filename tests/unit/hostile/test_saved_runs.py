@@ -129,6 +129,12 @@ def test_what_is_no_file_of_the_run_is_refused(
         read_all(copy)
 
 
+@pytest.mark.parametrize("path", ["a" * 5000, "~no such user/run"])
+def test_a_path_that_there_cannot_be(path: str) -> None:
+    with pytest.raises(SavedError, match="cannot be opened"):
+        dinfer.open(path)
+
+
 def test_a_link_to_the_right_file_is_followed(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     for name in FILES:

@@ -18,6 +18,7 @@ from dinfer.trace.read import as_columns, read_jsonl, read_traces, script_json
 from dinfer.trace.simulated import paper_trace
 from dinfer.trace.summary import summary
 from dinfer.trace.trace import Trace
+from dinfer.views.report.page import report_html
 from tests.support.hostile import LIMITED, mutated_bytes, mutated_json, read_limited, read_or_refused
 
 PAGE = '<html><script type="application/json" id="dinfer-trace-1">{}</script></html>'
@@ -28,10 +29,12 @@ on_disk = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def trace() -> Trace:
     """A whole run, with findings."""
     plan = build(partition(layers=4, tokens=10, world_size=2, chunk_size=4), "pipelined", "ring")
+    earlier = {"name": "earlier", **summary(paper_trace(plan))}
     findings = Findings(
         state="done", failure="none", ranks=(RankFinding(0, "cpu"), RankFinding(1, "cpu", tokens=(1, 2))),
-        kv=KvFinding(True, "equal", (("same",) * 4,) * 2), marks=((0, 1, 2, "armed", "x"),), positions=((1,), (2,)),
-        plan=plan.text(), others=({"name": "earlier", "prefill_s": 1.0},), commands={"a": "b"},
+        kv=KvFinding(True, "equal", (("same",) * 4,) * 2), marks=((0, 1, 2, "armed", "x"),),
+        positions=tuple(tuple(1 for _ in lanes) for lanes in plan.lanes),
+        plan=plan.text(), commands={"a": "b"}, others=(earlier,),
     )  # fmt: skip
     return with_findings(paper_trace(plan), findings)
 
@@ -77,6 +80,14 @@ def test_a_damaged_report_is_refused_or_read(tmp_path: Path, data: st.DataObject
     page = PAGE.format(script_json(data.draw(mutated_json(right)))).encode()
     (tmp_path / "a.html").write_bytes(page if data.draw(st.booleans()) else data.draw(mutated_bytes(page)))
     read_or_refused(lambda: look(tmp_path / "a.html"))
+
+
+@on_disk
+@given(st.data())
+def test_what_was_read_of_a_damaged_trace_can_be_drawn(tmp_path: Path, data: st.DataObject) -> None:
+    header = data.draw(mutated_json(json.loads(LINES[0]), most=1))
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(header), *LINES[1:]]), encoding="utf-8")
+    read_or_refused(lambda: report_html(read_traces(tmp_path / "a.jsonl"), plotly=""))
 
 
 @pytest.mark.parametrize("wrong", [{"failure": 5}, {"ranks": 3}, {"kv": []}, {"marks": [[1]]}, []])

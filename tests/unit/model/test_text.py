@@ -1,5 +1,6 @@
 """Tokenizers, prompts and text streams, with a tokenizer of one token a byte."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,19 @@ def test_a_chat_template_that_fails_is_no_traceback(template: Any) -> None:
         ModelError, match=r"chat template failed: .*encode the prompt as plain text \(chat=False\)"
     ):
         encode(tokenizer, "x", chat=True)
+
+
+def test_a_tekken_tokenizer_streams_and_lays_out_chats(tmp_path: Path) -> None:
+    data = Path(pytest.importorskip("mistral_common").__file__).parent / "data"
+    shutil.copy(data / "tekken_240911.json", tmp_path / "tekken.json")
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}', encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    text = "Lima is 471. 中文 🙂!"
+    stream = TextStream(tokenizer)
+    assert "".join([*map(stream.push, encode(tokenizer, text)), stream.flush()]) == text
+    begin, open_, *hello, close = encode(tokenizer, "hello", chat=True)
+    assert [begin, open_, close] == [1, 3, 4]
+    assert hello == encode(tokenizer, "hello")[1:]
 
 
 def test_load_tokenizer_reads_what_the_checkpoint_has(tmp_path: Path, folder: Path) -> None:
