@@ -100,7 +100,9 @@ def pieces(trace: Trace) -> Pieces:
     rows, began = rows_of(trace), trace.began
     shown = set(rows)
     # For each recv, when there was something to receive.
-    offered = {(*t.link, t.what, t.chunk, t.layer, t.end): t.offered for t in transfers(trace)}
+    offered: dict[object, int] = {
+        (*t.link, t.what, t.chunk, t.layer, t.end): t.offered for t in transfers(trace)
+    }
     found: Pieces = {colour: defaultdict(list) for colour in COLOURS}
     compute, transfer = found["compute"], found["transfer"]
     for event in trace.prefill():
