@@ -190,7 +190,9 @@ def _parts(findings: Findings, found: Shares) -> Iterator[str]:
         yield f"the run failed: {findings.failure.splitlines()[0].rstrip('.')}"
     elif findings.state in ("paused", "running", "starting"):
         yield "the run is not at the end of its prefill"
-    yield kv_part(findings)
+    is_checked = findings.kv or (findings.ranks and all(rank.kv_sha256 for rank in findings.ranks))
+    if is_checked:
+        yield kv_part(findings)
     tokens = [rank.tokens for rank in findings.ranks]
     if any(tokens) and None not in tokens:  # nothing without decode
         greedy = "greedy tokens" if findings.parameters.get("temperature") == 0 else "tokens"
@@ -205,6 +207,8 @@ def _parts(findings: Findings, found: Shares) -> Iterator[str]:
         yield f"changed bytes were found {'once' if count == 1 else f'{count} times'}"
     if not findings.failure:  # the transfers in which a failed run stopped, and their time, are in no event
         yield exposed_part(found)
+    if not is_checked:
+        yield kv_part(findings)
 
 
 def kv_part(findings: Findings) -> str:

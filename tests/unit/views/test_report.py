@@ -76,7 +76,7 @@ SENTENCES: list[tuple[Findings, Shares, str]] = [
         exposed(wire=30),
         "Rank 2 holds other KV than rank 0; tokens differ; 10 % of prefill; on the wire of link 0→1",
     ),
-    (Findings(), exposed(), "KV was not checked; no communication of prefill was exposed"),
+    (Findings(), exposed(), "no communication of prefill was exposed; KV was not checked"),
     (
         Findings(state="failed", failure="rank 1 failed.\nmore", faults=("f",), ranks=ranks("a", "b", "b")),
         Shares([], []),
