@@ -107,6 +107,15 @@ def test_what_is_known_is_told_in_order_the_headline_first(
     assert places == sorted(places)
 
 
+def test_the_headline_is_one_clause_whatever_a_token_says() -> None:
+    verdict = (
+        "rank 2 differs at layer 1, token 8 ('; '), dim 0: 1 against 2; 1 of 9 values; changed on the wire"
+    )
+    first, *others = parts_of(Findings(kv=KvFinding(False, verdict)), exposed())
+    assert first == "Rank 2 differs at layer 1, token 8 ('; '), dim 0: 1 against 2."
+    assert others[:2] == ["1 of 9 values differ.", "Changed on the wire."]
+
+
 @pytest.mark.parametrize(
     ("links", "most"),
     [
