@@ -9,7 +9,7 @@ from dinfer.engine.corruption import Corruption
 from dinfer.job import Job
 from dinfer.messages import BlockCorrupt
 from dinfer.trace.events import Event
-from dinfer.trace.trace import Trace, rank_table
+from dinfer.trace.trace import OVERLAP, Trace, rank_table
 from dinfer.version import __version__
 
 
@@ -62,12 +62,6 @@ def result_of(job: Job, ranks: Sequence[RankState], trace: Trace, text: str) -> 
         "links": [link._asdict() for link in trace.link_figures()],
         "corrupt": [{**one.as_dict(), "text": str(one)} for one in corrupt],
     }
-
-
-OVERLAP = (
-    "exposed sync: moved KV and computed nothing; waiting, wire: a lane waited for a peer, or a message was on the "
-    "wire, also while others computed. `dinfer report` divides prefill into shares that add up."
-)
 
 
 def table(result: dict[str, Any]) -> str:
