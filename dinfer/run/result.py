@@ -10,7 +10,7 @@ from dinfer.job import Job
 from dinfer.messages import BlockCorrupt
 from dinfer.run.nonfinite import NonFiniteBlocks, nonfinite_of
 from dinfer.trace.events import Event
-from dinfer.trace.trace import Trace, rank_table
+from dinfer.trace.trace import OVERLAP, Trace, rank_table
 from dinfer.version import __version__
 
 
@@ -74,12 +74,6 @@ def _nonfinite(known: NonFiniteBlocks) -> dict[str, Any] | None:
         for (chunk, layer), (rank, what) in sorted(known.blocks.items())
     ]
     return {"text": known.text, "first": known.first.as_dict(), "blocks": blocks}
-
-
-OVERLAP = (
-    "exposed sync: moved KV and computed nothing; waiting, wire: a lane waited for a peer, or a message was on the "
-    "wire, also while others computed. `dinfer report` divides prefill into shares that add up."
-)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -147,14 +147,10 @@ def pairs(events: Iterable[Event]) -> list[tuple[Event | None, Event | None]]:
     """by side and block: how often it has travelled before"""
     link: tuple[int | None, int | None]
     for event in events:
-        if event.kind == "send":
-            side, link = 0, (event.rank, event.peer)
-        elif event.kind == "recv":
-            side, link = 1, (event.peer, event.rank)
-        else:
+        if event.kind not in ("send", "recv") or event.peer is None or event.what == "token":
             continue
-        if event.peer is None or event.what == "token":
-            continue
+        side = int(event.kind == "recv")
+        link = (event.peer, event.rank) if side else (event.rank, event.peer)
         key: tuple[object, ...] = (*link, event.what, event.chunk, event.layer)
         pair = found.setdefault(key, [None, None])
         if pair[side] is not None:

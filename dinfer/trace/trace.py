@@ -27,6 +27,12 @@ ABOUT_RANKS = {
 }
 """what the columns of a table of ranks mean"""
 
+OVERLAP = (
+    "exposed sync: moved KV and computed nothing; waiting, wire: a lane waited for a peer, or a message was on the "
+    "wire, also while others computed. A report divides prefill into shares that add up."
+)
+"""said below such a table"""
+
 
 class RankFigures(NamedTuple):
     """One rank's part of a run. Times in seconds of the clock, so that what lanes do at once counts once and none is
@@ -85,6 +91,7 @@ class Trace(Tidy, Composed):
         yield f"trace of {len(self.events):,} events: .events has them, .plot() draws them, .export() writes a file"
         if self.events:
             yield rank_table(figures._asdict() for figures in map(self.rank_figures, self.ranks))
+            yield OVERLAP
 
     @property
     def ranks(self) -> list[int]:

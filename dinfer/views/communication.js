@@ -23,7 +23,7 @@ class Communication {
       return button;
     });
     this.about = make("span", "faint about", bar);
-    this.caption = make("span", "faint", bar);
+    this.caption = make("span", "faint caption", bar);
     this.place = make("div", "figure", parent);
     this.resized = new ResizeObserver(() => this.drawn && this.fit());
     this.resized.observe(this.place);

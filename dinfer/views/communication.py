@@ -5,6 +5,7 @@ a browser asks, and is answered once there is something new. plotly's own script
 saved in the notebook.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,9 @@ from dinfer.views.protocol import InspectableRun, Json
 
 EVENTS = 6000
 """the newest events, from which figures are drawn"""
+
+LEAST, DRAW_S = 1000, 0.25
+"""while a run moves, a figure is drawn from fewer of them, but LEAST, where drawing takes longer than DRAW_S"""
 
 PERIOD_S, MOST_REST_S = 0.1, 0.3
 """between two figures: at least, and at most after one that took long to draw, so that a figure is no older than a
@@ -55,6 +59,7 @@ class Ring:
 
     def __init__(self, run: InspectableRun, most: int = EVENTS) -> None:
         self._run = run
+        self._most = self._affordable = self.drawn = most
         self._events: deque[Event] = deque(maxlen=most)
         self._read: list[int] = []
         self._newest: dict[tuple[int, str], int] = {}
@@ -83,14 +88,21 @@ class Ring:
             for rank, (lanes, stand) in enumerate(zip(self._run.plan.lanes, standing.stands, strict=True))
             for lane, position in zip(lanes, stand.positions, strict=True)
         )
-        caption = self._caption(may_come=standing.state in MOVING or standing.state in STANDING)
+        moves = standing.state in MOVING
+        self.drawn = min(len(self._events), self._affordable if moves else self._most)
+        caption = self._caption(may_come=moves or standing.state in STANDING)
         self.seen += len(new) or caption != self.caption
         self.caption = caption
 
+    def drew(self, seconds: float) -> None:
+        """A figure took so long: of a run that moves, the next ones are drawn from as many events as take DRAW_S."""
+        affordable = self.drawn * DRAW_S / max(seconds, DRAW_S / 4)
+        self._affordable = max(min(LEAST, self._most), min(self._most, int(affordable)))
+
     def trace(self) -> Trace:
-        """The events in the ring as a trace. Without earlier events, nothing is known of the time before the first of
+        """The events to draw as a trace. Without earlier events, nothing is known of the time before the first of
         these ended: an op that was ready long before then would look like a bubble since then."""
-        events = list(self._events)
+        events = list(self._events)[len(self._events) - self.drawn :]
         if self.count > len(events):
             since = min(event.end for event in events)
             events = [event if event.kind == "send" else _cut_off(event, since) for event in events]
@@ -98,7 +110,7 @@ class Ring:
 
     def _caption(self, *, may_come: bool) -> str:
         """`may_come`: whether events that have not arrived may still do so."""
-        drawn, count = len(self._events), self.count
+        drawn, count = self.drawn, self.count
         if not drawn and not self.behind:
             return "nothing has run yet: press play, or step"
         text = f"{count:,} events of prefill"
@@ -150,8 +162,10 @@ class Communication:
             found = {"view": want.view, "name": want.name, "seen": ring.seen, "caption": ring.caption}
             found |= {"events": ring.count, "behind": ring.behind}
             if ring.count:
+                began = time.monotonic()
                 try:
                     found["json"] = FIGURES[want.name](ring.trace(), dark=want.dark).to_json()
+                    ring.drew(time.monotonic() - began)
                 except Exception as error:  # nothing else would report it
                     found["error"] = f"{type(error).__name__}: {error}"
             self._send({"figure": found})

@@ -10,10 +10,9 @@ from tests.browser.conftest import OpenNotebook, Shot
 pytestmark = [pytest.mark.browser, pytest.mark.slow]  # test_notebook7 sees one drawn, too
 
 FIGURE = """
-from dinfer.views.figures.latency import latency
-from dinfer.views.figures.shown import Shown
+import dinfer
 from tests.support.traces import on_paper
-Shown(latency(on_paper(4, 3, 2)))
+on_paper(4, 3, 2).latency()
 """
 
 

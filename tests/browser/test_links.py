@@ -49,7 +49,7 @@ WATCH = """() => {
 }"""
 ALL_SEEN = """() => {
     const ops = [...document.querySelectorAll(".dinfer-rank progress")].reduce((sum, bar) => sum + bar.max, 0);
-    return ops > 0 && Number(document.querySelector(".dinfer-figure").dataset.seen) === ops;
+    return ops > 0 && Number(document.querySelector(".dinfer-figure").dataset.events) === ops;
 }"""
 DRAWN = """() => {
     const plot = document.querySelector(".js-plotly-plot");

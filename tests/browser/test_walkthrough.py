@@ -49,7 +49,7 @@ def check_report(browser: Browser, path: Path, picture: Path) -> None:
     assert {event.rank for event in trace.events} == {0, 1, 2}
     report = open_offline(browser, path)
     try:
-        assert "rank 2 differs at layer 1" in report.page.locator("#verdict").inner_text()
+        assert "Rank 2 differs at layer 1" in report.page.locator("#verdict").inner_text()
         report.page.screenshot(path=picture)
         report.read_through()
         report.is_clean()

@@ -26,6 +26,9 @@ FINE, POINTS = 4000, 120_000
 
 MOST_ROWS = 42
 
+LEGIBLE = 10
+"""pixels of the lowest rows that all have names"""
+
 
 class Piece(NamedTuple):
     """A coloured stretch of a row, in nanoseconds since the run began: an op, or several from `first` to `last`, as
@@ -66,13 +69,16 @@ def gantt(trace: Trace, *, dark: bool = False) -> go.Figure:
     figure = go.Figure([_line(colour, found[colour], rows, height) for colour in COLOURS])
     ends = [event.end - trace.began for event in trace.prefill()]
     figure.update_xaxes(title={"text": "seconds since the run began"}, range=[0, max(ends, default=0) / 1e9])
+    named = {n: f"rank {rank} {lane}" for n, (rank, lane) in enumerate(rows)}
+    if height < LEGIBLE:  # the first row of each rank only
+        named = {n: f"rank {rank}" for n, (rank, _) in enumerate(rows) if n == 0 or rows[n - 1][0] != rank}
     figure.update_yaxes(
-        tickvals=list(range(len(rows))),
-        ticktext=[f"rank {rank} {lane}" for rank, lane in rows],
+        tickvals=list(named),
+        ticktext=list(named.values()),
         range=[len(rows) - 0.4, -0.6],
         showgrid=False,
         zeroline=False,
-        tickfont={"size": min(12, height)},
+        tickfont={"size": max(LEGIBLE, min(12, height))},
     )
     return styled(figure, dark=dark, height=105 + height * len(rows), legend_traceorder="reversed")
 

@@ -67,7 +67,7 @@ def matrix(trace: Trace, *, dark: bool = False) -> go.Figure:
             z=values,
             text=[["" if value is None else short(value) for value in row] for row in values],
             texttemplate="%{text}" if has_numbers else None,
-            textfont={"size": 12 if len(ranks) <= 8 else 9},
+            textfont={"size": 10 if len(ranks) <= 8 else 9},
             hovertemplate=f"rank %{{y}} to rank %{{x}}: %{{text}} {name}<extra></extra>",
             hoverongaps=False,
             colorscale=SCALE,

@@ -1,5 +1,6 @@
 """Facts of a report, from a trace and its findings: its first sentence, plan, map, tables. Pure."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
@@ -242,13 +243,20 @@ def as_sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
+OUTSIDE_QUOTES = re.compile(r"; (?=(?:[^']*'[^']*')*[^']*$)")
+"""between the clauses of a comparison, not within the text of a token"""
+
+
 def _parts(findings: Findings, found: Shares) -> Iterator[str]:
     if findings.failure:
         what = FAILURES.get(findings.state, "the run failed")
         yield f"{what}: {findings.failure.splitlines()[0].rstrip('.')}"
     elif findings.state in ("paused", "running", "preparing", "starting"):
         yield "the run is not at the end of its prefill"
-    yield kv_part(findings)
+    is_checked = findings.kv or (findings.ranks and all(rank.kv_sha256 for rank in findings.ranks))
+    if is_checked:
+        for clause in OUTSIDE_QUOTES.split(kv_part(findings)):
+            yield f"{clause} differ" if clause.endswith(" values") else clause
     tokens = [rank.tokens for rank in findings.ranks]
     if any(tokens) and None not in tokens:  # nothing without decode
         greedy = "greedy tokens" if findings.parameters.get("temperature") == 0 else "tokens"
@@ -265,6 +273,8 @@ def _parts(findings: Findings, found: Shares) -> Iterator[str]:
         yield f"not finite: {findings.nonfinite}"
     if not findings.failure:  # the transfers in which a failed run stopped, and their time, are in no event
         yield exposed_part(found)
+    if not is_checked:
+        yield kv_part(findings)
 
 
 def kv_part(findings: Findings) -> str:

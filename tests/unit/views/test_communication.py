@@ -12,7 +12,7 @@ from dinfer.trace.events import Event
 from dinfer.trace.simulated import paper_trace
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import transfers
-from dinfer.views.communication import FIGURES, Communication, Ring
+from dinfer.views.communication import DRAW_S, FIGURES, LEAST, Communication, Ring
 from tests.support.doubles import PaperRun, paper_plan
 from tests.support.runs import wait_for
 from tests.support.traces import on_paper, recorded
@@ -177,3 +177,25 @@ def test_time_of_which_nothing_is_known_is_no_bubble() -> None:
     assert longest < (kept[-1].end - events[0].ready) / 2
     times = [[(one.link, one.wire, one.waited) for one in transfers(t)] for t in (trace, Trace.merge([kept]))]
     assert times[0] == times[1]
+
+
+def test_where_drawing_is_slow_a_run_that_moves_is_drawn_from_fewer_events_and_at_its_end_from_all() -> None:
+    run = PaperRun(paper_plan())
+    run.events = sorted(on_paper(12, 40, 3).events, key=lambda event: event.end)
+    run.state = "running"
+    ring = Ring(run)
+    ring.read()
+    assert len(ring.trace().events) == len(run.events) > LEAST
+    ring.drew(100 * DRAW_S)
+    ring.read()
+    assert len(ring.trace().events) == LEAST
+    assert f"drawn from the newest {LEAST:,}" in ring.caption
+    ring.drew(DRAW_S / 2)
+    ring.read()
+    assert len(ring.trace().events) > LEAST
+    ring.drew(100 * DRAW_S)
+    seen, run.state = ring.seen, "done"
+    ring.read()
+    assert len(ring.trace().events) == len(run.events)
+    assert ring.caption == f"{len(run.events):,} events of prefill"
+    assert ring.seen > seen

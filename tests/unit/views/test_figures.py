@@ -257,7 +257,28 @@ def test_many_lanes_share_rows() -> None:
     assert rows[:3] == [(0, "compute"), (0, "hidden"), (0, "kv")]
 
 
-# -- exposure
+def test_rows_too_low_for_names_have_one_for_each_rank() -> None:
+    axis = gantt(on_paper(32, 1, 32)).layout.yaxis
+    assert list(axis.ticktext) == [f"rank {rank}" for rank in range(32)]
+    rows = rows_of(on_paper(32, 1, 32))
+    assert [rows[n] for n in axis.tickvals] == [(rank, "compute") for rank in range(32)]
+    assert axis.tickfont.size >= 10
+
+
+# -- matrix, exposure
+
+
+@pytest.mark.parametrize(("ranks", "numbers"), [(3, True), (8, True), (24, False)])
+def test_matrices_of_many_ranks_stand_two_by_two_and_say_what_colours_mean(ranks: int, numbers: bool) -> None:
+    figure = matrix(on_paper(ranks, 2, ranks))
+    titles = [one.text for one in figure.layout.annotations]
+    assert len(titles) == len(figure.data) == 4
+    assert all(bool(heat.texttemplate) == numbers for heat in figure.data)
+    assert all("(dark) to" in title for title in titles) != numbers
+    wide = figure.layout.xaxis.domain[1] - figure.layout.xaxis.domain[0]
+    assert (wide > 0.4) == (ranks > 4)
+    low = min(value for row in figure.data[0].z for value in row if value is not None)
+    assert numbers or titles[0].startswith(f"MB: {short(low)} (dark)")
 
 
 def test_the_parts_of_a_rank_make_a_whole() -> None:

@@ -76,7 +76,7 @@ SENTENCES: list[tuple[Findings, Shares, str]] = [
         exposed(wire=30),
         "Rank 2 holds other KV than rank 0; tokens differ; 10 % of prefill; on the wire of link 0→1",
     ),
-    (Findings(), exposed(), "KV was not checked; no communication of prefill was exposed"),
+    (Findings(), exposed(), "no communication of prefill was exposed; KV was not checked"),
     (
         Findings(state="failed", failure="rank 1 failed.\nmore", faults=("f",), ranks=ranks("a", "b", "b")),
         Shares([], []),
@@ -105,6 +105,15 @@ def test_what_is_known_is_told_in_order_the_headline_first(
     places = [said.lower().find(fact.lower()) for fact in facts.split("; ")]
     assert -1 not in places
     assert places == sorted(places)
+
+
+def test_the_headline_is_one_clause_whatever_a_token_says() -> None:
+    verdict = (
+        "rank 2 differs at layer 1, token 8 ('; '), dim 0: 1 against 2; 1 of 9 values; changed on the wire"
+    )
+    first, *others = parts_of(Findings(kv=KvFinding(False, verdict)), exposed())
+    assert first == "Rank 2 differs at layer 1, token 8 ('; '), dim 0: 1 against 2."
+    assert others[:2] == ["1 of 9 values differ.", "Changed on the wire."]
 
 
 @pytest.mark.parametrize(

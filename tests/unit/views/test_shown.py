@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from base64 import b64decode
+from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 import pytest
 
+from dinfer.errors import NotPossible
 from dinfer.views.figures.latency import latency
 from dinfer.views.figures.shown import MIME, Shown
 from dinfer.views.figures.style import EITHER, template
@@ -74,3 +78,43 @@ def luminance(colour: str) -> float:
 def test_text_is_read_on_jupyterlab_s_backgrounds(back: str) -> None:
     low, high = sorted((luminance(EITHER[0]), luminance(back)))
     assert (high + 0.05) / (low + 0.05) > 4
+
+
+@pytest.mark.parametrize(
+    "name", ["plot", "exposure", "gantt", "latency", "distribution", "matrix", "by_layer"]
+)
+def test_a_trace_draws_its_figures_in_one_call(name: str) -> None:
+    shown = getattr(on_paper(6, 4), name)()
+    data = shown._repr_mimebundle_()[MIME]
+    assert data["data"]
+    assert data["config"]["showSendToCloud"] is False
+    assert shown.figure.layout.height == data["layout"]["height"]
+
+
+def test_a_figure_is_written_to_a_file_that_can_upload_nothing(tmp_path: Path) -> None:
+    shown = on_paper(6, 4).latency()
+    page = shown.save(tmp_path / "figure.html").read_text(encoding="utf-8")
+    assert '"showSendToCloud": false' in page
+    assert "0\\u2192" in page or "0→1" in page
+    assert (shown.save(str(tmp_path / "figure.svg"))).read_text(encoding="utf-8") == svg(shown.figure)
+    with pytest.raises(NotPossible, match=r"figure\.doc.*\.html or \.svg"):
+        shown.save(tmp_path / "figure.doc")
+    assert {path.name for path in tmp_path.iterdir()} == {"figure.html", "figure.svg"}
+
+
+def test_without_plotly_a_trace_is_read_and_says_what_its_figures_need() -> None:
+    """The package that reads traces knows no views: they are handed in where dinfer is imported."""
+    program = """
+import sys
+sys.modules["plotly"] = None
+from dinfer.errors import NotPossible
+from dinfer.trace.trace import Trace
+assert "dinfer.views" not in sys.modules
+try:
+    Trace(()).plot()
+except NotPossible as error:
+    assert "pip install plotly" in str(error), error
+else:
+    raise AssertionError("it drew without plotly")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=200)
