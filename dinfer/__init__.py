@@ -8,9 +8,11 @@ the contract for import-linter; imports in functions and for types count too):
 
 - `severity`, `version`; `errors`, `messages`: how grave a message is, the base of all errors, the messages between
   session and rank; standard library only.
-- `config`, `display`: a run's parameters, validated; how values are shown as text and HTML.
+- `files`; `config`, `display`: files that are read within bounds and written beside others; a run's parameters,
+  validated; how values are shown as text and HTML.
 - `plan`, `model`: what will be done: ops, lanes, schedules, proofs; and transformers' layers one by one, without ranks.
-- `results`, `trace`, `kv`: what happened: results of calls, events and figures; whose KV differs, where and since when.
+- `results`, `trace`, `kv`, `history`: what happened: results of calls, events and figures; whose KV differs, where and
+  since when; what can be undone.
 - `verdict`: why a run does not move: which rank waits for which, and for what.
 - `transport`: bytes from rank to rank: gloo, NCCL, or queues within one process.
 - `job`, `engine`: a run checked before it starts; one rank's part of a plan.
@@ -50,7 +52,9 @@ def connect(where: str | int = "ipyparallel", n: int = 3, **options: Any) -> "Se
     """Open a session with `n` ranks; `connect(n)` for short.
 
     `where`: "ipyparallel" joins a running cluster or starts one; "threads" runs all ranks in this process. `options`:
-    profile, cluster_id, start, timeout, patience (see `dinfer.session.connect`).
+    profile, cluster_id, start, take, timeout, patience (see `dinfer.session.connect`). After a kernel restart it goes
+    on with the checkpoint and the run that the ranks still hold; engines that another session holds are refused unless
+    `take=True`.
     """
     _announce_import("" if where == "threads" else "finding or starting engines, and ")
     from dinfer.session.connect import connect as connected
