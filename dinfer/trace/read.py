@@ -126,7 +126,7 @@ def _check_sizes(about: Any, events: Sequence[Event]) -> None:
         is_number = isinstance(value, int) and not isinstance(value, bool)
         if value is not None and not (is_number and 0 <= value < 1 << 40):
             raise ValueError(f"{name} is {excerpt(value)}; it must be a whole number, at least 0")
-    for name in ("model", "dinfer", "schedule", "sync_strategy", "plan_id"):
+    for name in ("schedule", "sync_strategy", "plan_id"):
         if not isinstance(about.get(name, ""), str | None):
             raise ValueError(f"{name} is {excerpt(about[name])}; it must be text")
     chunks = -(-(about.get("tokens") or 0) // (about.get("chunk_size") or 1))
