@@ -105,8 +105,8 @@ def test_a_step_on_all_ranks_is_one_wave(notebook: Notebook) -> None:
         "  embed c0   hidden [1, 8, 128] -",
         "  layer c0 l0   K [8, 2, 32] -",
         "  send kv c0 l0 -> 2, 8 tokens",
-        "rank 1: one wave, 1 ops",
-        "rank 2: one wave, 1 ops",
+        "rank 1: one wave, 1 op\n",
+        "rank 2: one wave, 1 op\n",
         "  recv kv c0 l0 <- 0, 8 tokens   K [8, 2, 32] -",
     ):
         assert line in said
@@ -208,7 +208,7 @@ def test_verbs(notebook: Notebook) -> None:
     assert "step " in run("%dinfer")
     assert "%dinfer step [-n N] [unit]" in run("%dinfer step --help")
     assert "rank 0: embed c0, computed c0 l0" in run("%dinfer step layer")
-    assert "rank 0: undid embed c0, computed c0 l0" in run("%dinfer back")
+    assert "undid c0 l0 on ranks 0–2" in run("%dinfer back")
     assert run("%dinfer break layer=3 chunk=1").strip() == "#1: after layer 3, chunk 1"
     run("%dinfer resume")
     assert "stopped at #1" in run("%dinfer wait")

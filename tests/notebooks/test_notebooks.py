@@ -48,7 +48,7 @@ def test_begins_with_a_session(stepping: Page) -> None:
         ("wave", ["rank 0: computed c0 l1", "rank 2: received block c0 l1 from 0"]),
         ("chunk", ["rank 1: computed c0 l2, c0 l3", "rank 2: computed c0 l4, c0 l5"]),
         ("where", ["paused", "rank 0: 12 of 49 ops done; stands at c0 l1", "rank 2: 11 of 47"]),
-        ("back", ["rank 0: undid ", "rank 2: undid computed c0 l4, c0 l5"]),
+        ("back", ["undid c0 l4, c0 l5 on ranks 0–2"]),
         ("to", ["rank 0: computed c1 l0, c1 l1", "rank 2: computed c0 l4, c0 l5"]),
         ("break", ["#1: after layer 4, chunk 2", "paused", "stands at c2 l4", "stopped at #1: after layer 4"]),
         ("condition", ["#2: after each layer, on rank 1, when absmax > 5", "`: hidden reaches "]),

@@ -159,11 +159,12 @@ def _join(cluster: Known, n: int, timeout: float) -> Cluster:
         raise ClusterError(f"the controller of {cluster.name} does not answer: {error}") from error
 
     def are_there() -> bool:
-        """Whether enough engines have registered, or no more are starting."""
+        """Whether the first engines have registered, or no more are starting: who starts late keeps its rank."""
         if cluster.is_being_written() and cluster.age_s() < STARTING_S:
             return False
-        to_come = engines_to_come(cluster.description(), exists, cluster.age_s())
-        return len(client.ids) >= min(n, to_come)
+        if set(range(n)) <= set(client.ids):
+            return True
+        return len(client.ids) >= engines_to_come(cluster.description(), exists, cluster.age_s())
 
     try:
         wait_until(are_there, timeout)
