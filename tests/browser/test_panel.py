@@ -245,7 +245,7 @@ def test_a_large_map_is_shown_in_light_and_dark(notebook: OpenNotebook, shot: Sh
     check_colours(panel, states)
     box = panel.root.bounding_box()
     assert box
-    assert box["height"] < 640
+    assert box["height"] < 680
     assert panel.root.evaluate("(root) => root.scrollWidth <= root.clientWidth")
     shot("panel-36x32x3-light")
     book.use_theme("dark")

@@ -70,10 +70,19 @@ def owners_of(trace: Trace, plan: Plan | None) -> Sequence[int]:
     return [computed.get(layer, 0) for layer in range(layers)]
 
 
+def _stands_in(plan: Plan, positions: Sequence[Sequence[int]]) -> bool:
+    """Whether these are positions of that plan."""
+    if [len(at) for at in positions] != [len(lanes) for lanes in plan.lanes]:
+        return False
+    found = zip(
+        (n for at in positions for n in at), (lane for lanes in plan.lanes for lane in lanes), strict=True
+    )
+    return all(0 <= position <= len(lane.ops) for position, lane in found)
+
+
 def map_states(trace: Trace, findings: Findings, plan: Plan | None) -> CellStates | None:
     """What each rank held of each block at the end; None if the trace has no blocks."""
-    lanes = [len(rank) for rank in plan.lanes] if plan else []
-    if plan and lanes == [len(at) for at in findings.positions]:  # or they are of another plan
+    if plan and _stands_in(plan, findings.positions):  # or they are of another plan
         return CellMap(plan).states([Signs(at, (False,) * len(at), at) for at in findings.positions])
     held = np.array([trace.received(rank) for rank in trace.ranks], bool)
     return held_states(held.transpose(2, 1, 0)) if held.size else None

@@ -33,10 +33,13 @@ def test_others_are_refused_with_who_holds_them_and_what_to_do(
 
 @pytest.mark.parametrize(
     ("name", "value", "said"),
-    [("JPY_SESSION_NAME", "folder/my notes.ipynb", "notebook my notes.ipynb"), ("X", "", "program ")],
+    [
+        ("JPY_SESSION_NAME", "folder/my notes.ipynb", "notebook my notes.ipynb"),
+        ("X", "", ("program ", "a Python p")),
+    ],
 )
 def test_a_notebook_is_called_by_its_name(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str | tuple[str, ...]
 ) -> None:
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     monkeypatch.setenv(name, value)

@@ -76,7 +76,7 @@ def test_what_was_found_is_kept_when_it_is_interrupted_or_cannot_go_on(
 ) -> None:
     path = tmp_path / "lab.json"
     for end, status in ((KeyboardInterrupt(), 130), (RuntimeError("rank 1 does not come back"), 1)):
-        done = command(monkeypatch, "--sample", 5, "--json", path, end=end)
+        done = command(monkeypatch, "--sample", 5, "--json", path, "--overwrite", end=end)
         assert done.exit_code == status
         assert "not done: 3 of 5 cells" in done.stdout
         assert str(end) in done.stderr
