@@ -7,10 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dinfer.errors import NotPossible
+from dinfer.errors import DinferError, NotPossible
 
 
-class FileError(ValueError):
+class FileError(DinferError, ValueError):
     """What is in a file cannot be taken in: it is too large, no text, or no JSON. The message says what; who reads the
     file adds its name."""
 

@@ -121,6 +121,8 @@ def prepare(config: Config, ranks_here: Sequence[int] | None = None) -> Job:
             "on_corruption is pause, but only a session can continue a paused run: use record or fail, or "
             'session.prefill(…, on_corruption="pause") in a notebook.'
         )
+    if not config.prompt_ids:
+        _prompt_text(config)  # before the checkpoint is looked at, for which torch is imported
     spec = check(config.model_path)
     _check_world_size(config, spec)
     ids = _prompt_ids(config, spec)
@@ -219,13 +221,18 @@ CHARACTERS = 1024
 """that no token exceeds: the longest of public tokenizers are 512 spaces"""
 
 
+def _prompt_text(config: Config) -> str:
+    text = config.prompt_text()
+    if not text.strip():
+        raise ConfigError("the prompt is empty: give prompt, prompt_file or prompt_ids.")
+    return text
+
+
 def _prompt_ids(config: Config, spec: Spec) -> tuple[int, ...]:
     if config.prompt_ids:
         ids = config.prompt_ids
     else:
-        text = config.prompt_text()
-        if not text.strip():
-            raise ConfigError("the prompt is empty: give prompt, prompt_file or prompt_ids.")
+        text = _prompt_text(config)
         if len(text) > CHARACTERS * spec.max_positions:  # it would take minutes to encode it only to say so
             raise ConfigError(
                 f"the prompt has {len(text):,} characters; {config.model_path} has {spec.max_positions:,} positions: "

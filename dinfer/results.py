@@ -104,7 +104,7 @@ class Breakpoints(Tidy, Displayable):
 
     def __getitem__(self, number: int) -> Breakpoint:
         if number not in self._found:
-            raise NoSuch(f"there is no breakpoint #{number}; known breakpoints: {self}")
+            raise NoSuch(f"there is no breakpoint #{number}; there are{':' * bool(self)} {self}")
         return self._found[number]
 
     def remove(self, number: int) -> None:

@@ -8,6 +8,7 @@ from typer import Argument, Exit, Option
 from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, check_outputs, keep_json, log, stop
 from dinfer.config import ConfigError
 from dinfer.files import free_path
+from dinfer.saved.format import TRACE
 from dinfer.severity import Severity
 from dinfer.trace.export import TraceError
 from dinfer.trace.read import read_traces
@@ -65,7 +66,8 @@ def vscode(
 @app.command()
 def report(
     traces: Annotated[
-        list[str], Argument(help="traces of `dinfer run --trace`, or reports; several are compared")
+        list[str],
+        Argument(help="traces of `dinfer run --trace`, saved runs, or reports; several are compared"),
     ],
     output: Annotated[
         str,
@@ -82,7 +84,7 @@ def report(
         check_outputs(
             {"--output": output}, {f"the trace {path!r}": path for path in traces}, overwrite=overwrite
         )
-        found = [(Path(path).stem, read_traces(path)) for path in traces]
+        found = [(Path(path).stem, read_traces(_trace_of(path))) for path in traces]
     except OSError as error:
         stop(f"the trace {error.filename!r} cannot be read: {error.strerror}.", BAD_INPUT)
     except (ConfigError, TraceError) as error:
@@ -99,6 +101,12 @@ def report(
         print(f"report: {write_report(runs, output, names if len(names) > 1 else ())}")
     except OSError as error:
         stop(f"the report could not be written to {output}: {error.strerror}.", FAILED)
+
+
+def _trace_of(path: str) -> Path:
+    """The file of that name; in the folder of a saved run, its trace."""
+    inside = Path(path) / TRACE
+    return inside if inside.is_file() else Path(path)
 
 
 @app.command()

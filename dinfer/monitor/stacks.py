@@ -18,6 +18,7 @@ from dinfer.messages import (
     SpiedThread,
     SpiedThreads,
     SpyOnRank,
+    ThreadStack,
     ThreadStacks,
 )
 from dinfer.rank.pyspy import in_c
@@ -32,6 +33,9 @@ WATCHER_S = 5.0
 
 LANES = frozenset(("engine/threads.py", "engine/streams.py"))
 """The files in which the threads of lanes begin."""
+
+IDLE = frozenset(("_work", "_worker"))
+"""The functions in which the thread for slow commands, in a process of its own or not, stands while it has none."""
 
 _NAME = re.compile(r"hread 0x[0-9a-f]+ \[(.*?)\] \(most")
 _FILE = re.compile(r'  File "(.*)", line (\d+) in (.*)')
@@ -73,7 +77,7 @@ def _check_watcher(state: RankState) -> None:
 def _as_answered(rank: int, stacks: ThreadStacks) -> Stacks:
     frames, texts, cpu_s = dict[str, StackFrame](), list[str](), list[float]()
     # Who reads on wants to see the op first: a lane that computes, then those that wait for a peer, then other threads.
-    for thread in sorted(stacks.threads, key=lambda one: (_lane(rank, one.name) == one.name, one.waits)):
+    for thread in sorted(stacks.threads, key=lambda one: (_is_aside(rank, one), one.waits)):
         if thread.frames:
             frame = StackFrame(*thread.frames[thread.at], thread.native, thread.waits, thread.held)
             frames[_lane(rank, thread.name)] = frame
@@ -103,7 +107,7 @@ def as_dumped(rank: int, text: str) -> Stacks:
 def as_spied(rank: int, threads: Sequence[SpiedThread], known: Stacks) -> Stacks | None:
     """What is known, with what py-spy saw a little earlier; None where the rank has moved since."""
     seen = {_lane(rank, thread.name): thread.frames for thread in threads}
-    text = "\n".join(map(_spied_text, sorted(threads, key=lambda one: _lane(rank, one.name) == one.name)))
+    text = "\n".join(map(_spied_text, sorted(threads, key=lambda one: _is_aside(rank, one))))
     if known.answers is None:  # it is stopped, so only py-spy can see it
         return replace(known, text=text)
     if not known.answers:
@@ -143,6 +147,13 @@ def _lane(rank: int, thread: str) -> str:
         return thread.removeprefix(f"rank {rank} ")
     is_slow = thread == "control, slow commands" or thread.startswith(f"dinfer rank {rank}_")
     return "decode" if is_slow else thread
+
+
+def _is_aside(rank: int, thread: ThreadStack | SpiedThread) -> bool:
+    """Whether it is in no op: it is no lane's thread, or that for slow commands, decode among them, and has none."""
+    innermost = next((function for _, line, function, _ in thread.frames if line is not None), "")
+    lane = _lane(rank, thread.name)
+    return lane == thread.name or (lane == "decode" and innermost in IDLE)
 
 
 def _line(file: str, line: int, function: str, text: str) -> str:

@@ -10,6 +10,7 @@ from dinfer.messages import Answer, Command, GetHeld, LimitDecode, NewTokens, St
 from dinfer.model.text import TextStream
 from dinfer.results import Decoded, took_back
 from dinfer.run.state import RunState, State
+from dinfer.severity import Severity
 
 ANSWER_S = 30.0
 
@@ -109,8 +110,11 @@ class Generation:
 
         try:
             answers = self._ranks.finish(begun, float("inf"), meanwhile)
-        except RankRefused:
+        except RankRefused as error:
             self._check()  # its message is better if the run has failed
+            self._state.say(
+                str(error), Severity.ERROR
+            )  # the ranks have done prefill: nothing else tells of it
             raise
         meanwhile()
         self._take(list(answers[0].tokens), ended=bool(answers[0].stopped))

@@ -63,7 +63,7 @@ class Armed(Tidy, Displayable):
 
     def __getitem__(self, number: int) -> Injected:
         if number not in self._found:
-            raise NoSuch(f"there is no fault #{number}; there are: {self}")
+            raise NoSuch(f"there is no fault #{number}; there are{':' * bool(self)} {self}")
         return self._found[number]
 
     @property

@@ -214,11 +214,16 @@ class Session(Tidy, Announced, Closing):
     def _recover(self, *, kill: bool) -> DisplayableText:
         """See `recover`; without `kill`, raises RankRefused where a rank does not come free."""
         said, plan, stuck = list[str](), None, tuple[int, ...]()
+
+        def say(text: str) -> None:
+            print(f"dinfer: {text}, which takes some seconds", flush=True)
+            said.append(text)
+
         if self._run:
             plan, stuck = self._run.plan, self._run.stuck_ranks()
             self._run.recovering(ended=False)
         self._half_prepared = True
-        anew = recover(self.ranks, plan, self._config.backend, said.append, stuck, kill=kill)
+        anew = recover(self.ranks, plan, self._config.backend, say, stuck, kill=kill)
         self._half_prepared = False
         self._bare |= set(anew)
         if self.spec and self._bare:
@@ -407,8 +412,9 @@ class Session(Tidy, Announced, Closing):
         standing = run.standing()
 
         def marked(text: str) -> str:
-            state = f"{standing.state}: " if standing.remedy else ""
-            return standing.severity.marked(f"{state}{with_remedy(text, standing.remedy)}")
+            state = f"{standing.state}: "
+            said = state if standing.remedy and not text.startswith(state) else ""
+            return standing.severity.marked(f"{said}{with_remedy(text, standing.remedy)}")
 
         if run.cause and not failure:
             self._note(marked(run.cause), run)

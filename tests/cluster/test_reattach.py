@@ -128,6 +128,7 @@ def test_a_cluster_in_use_is_taken_only_by_who_says_so(notebook: Kernel, model: 
             assert taker in said
             assert "recover" not in said.partition("Error")[2].partition("taken over")[2]
         assert "recover" not in notebook.run("print(run.where(), run.failure, *session.log)")
+        assert notebook.value("session.log[-1].count('taken over')") == 1
         other.run("run = session.run; run.step('layer'); run.decode(2)")
         assert other.value("run.compare().equal")
         notebook.run("session.close()")  # which takes nothing from the other one

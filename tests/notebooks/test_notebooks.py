@@ -59,7 +59,7 @@ def test_begins_with_a_session(stepping: Page) -> None:
         ("end", ["rank 2: computed c0 l4"]),
         ("kv", ["layer 0 on rank 2: 30 tokens, chunks [0, 1, 2, 3]", "V [2, 30, 32] 0 … 0, mean 0"]),
         ("differ", ["the ranks' tokens differ, first at new token 1", "rank 2 chose"]),
-        ("edited", ["done", "edited by hand: KV of layer 0 on rank 2"]),
+        ("edited", ["done", "the ranks' tokens differ", "edited by hand: KV of layer 0 on rank 2"]),
         ("recover", ["weights stayed where they were"]),
         ("decode", [" 4\n(1 new token, 1 in all)", "7\n(1 new token, 2 in all)"]),
         ("token", ["4 in all, and the text ends here"]),
@@ -67,7 +67,7 @@ def test_begins_with_a_session(stepping: Page) -> None:
         ("moved", ["rank 0: computed c0 l0, c0 l1"]),
         ("magic", ["rank 0: embed c1, computed c1 l0, c1 l1"]),
         ("verbs", ["%dinfer VERB", "step ", "break "]),
-        ("log", ["loaded demo", "stopped at #1", "stopped at #2", "all ranks have met again"]),
+        ("log", ["loaded demo", "stopped at #1", "stopped at #2", "tokens differ", "all ranks have met again"]),
     ],
 )  # fmt: skip
 def test_cells_show(stepping: Page, tag: str, lines: list[str]) -> None:

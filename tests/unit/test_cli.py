@@ -415,6 +415,11 @@ def test_a_trace_becomes_a_report_and_two_are_compared(tmp_path: Path) -> None:
     assert "not checked" in one.read_text(encoding="utf-8")
     assert dinfer("report", tmp_path / "pairwise.jsonl", one, "-o", two).status == 0
     assert re.search(r'<h1 id="verdict">(pairwise|one) took', two.read_text(encoding="utf-8"))
+    saved = tmp_path / "saved"  # the folder of a saved run has its trace
+    saved.mkdir()
+    (tmp_path / "ring.jsonl").rename(saved / "trace.jsonl")
+    assert dinfer("report", tmp_path / "pairwise.jsonl", saved, "-o", two, "--overwrite").status == 0
+    assert re.search(r'<h1 id="verdict">(pairwise|saved) took', two.read_text(encoding="utf-8"))
 
 
 def test_a_report_replaces_nothing_unless_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

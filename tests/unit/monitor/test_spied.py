@@ -164,3 +164,15 @@ def test_where_py_spy_sees_nothing_it_is_not_asked_again_and_nothing_changes() -
     spied.forget()
     spied.begin([0])
     assert len(line.sent) == 2
+
+
+def test_what_is_in_an_op_is_shown_before_a_thread_that_has_nothing_to_do() -> None:
+    idle = SpiedThread(
+        "control, slow commands", False, (SpiedFrame("/lib.so", None, "wait"), SpiedFrame(FILE, 1, "_work"))
+    )
+    lane = SpiedThread("rank 1 main", False, (SpiedFrame(FILE, 7, "work"),))
+    busy = structs.replace(idle, frames=(SpiedFrame(FILE, 9, "answer"), *idle.frames))
+    for threads, first in (([idle, lane], "rank 1 main:"), ([busy, lane], "control, slow commands:")):
+        found = as_spied(1, threads, Stacks())
+        assert found
+        assert found.text.startswith(first)

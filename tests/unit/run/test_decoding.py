@@ -20,6 +20,7 @@ from dinfer.run.failure import RankFailed
 from dinfer.run.moves import Moves
 from dinfer.run.run import Run
 from dinfer.session.session import Session
+from dinfer.severity import Severity
 from tests.support.fixtures import fresh_session
 from tests.support.runs import wait_for
 from tests.support.threads import session_on_threads
@@ -90,6 +91,9 @@ def test_what_ranks_decoded_before_they_disagreed_is_compared(
     monkeypatch.setattr(Decoding, "step", other_at_3)
     with pytest.raises(RankRefused, match="tokens differ, first at new token 3"):
         run.decode(8)
+    assert "tokens differ, first at new token 3" in str(run.where())
+    assert run.where().severity == Severity.ERROR
+    assert "tokens differ, first at new token 3" in run.story[-1]
     found = run.compare("reference")
     assert found.equal, found.verdict
     assert "and 3 new tokens, fed one by one" in str(found)
