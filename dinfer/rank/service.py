@@ -101,7 +101,7 @@ class RankService:
             slow(messages.OpenStore, self._meet.open),
             slow(messages.JoinGroup, self._join),
             slow(messages.PreparePrompt, self._prepare),
-            slow(messages.EndPrompt, lambda _: self._give_up_prompt()),
+            slow(messages.EndPrompt, self._end_prompt),
             quick(messages.GetHeld, self._held),
             quick(messages.SetLimits, self._set_limits),
             slow(messages.Rewind, self._rewind),
@@ -290,6 +290,11 @@ class RankService:
                 f"rank {self.rank} has lanes blocked in the run before this one: session.recover() frees them."
             )
         self.prompt = None
+
+    def _end_prompt(self, _: messages.EndPrompt) -> None:
+        self._give_up_prompt()
+        self._on_change(self)
+        gc.collect()  # prompt and lanes know each other
 
     def _set_limits(self, command: messages.SetLimits) -> None:
         prompt = self._engine.prompt

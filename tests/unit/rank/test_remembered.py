@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dinfer.cluster.threads import LocalRanks
 from dinfer.engine.board import Stand
-from dinfer.messages import BlockCorrupt, BreakpointHit, FaultStruck, FirstNonFinite, Lanes, RankReport
+from dinfer.messages import (
+    BlockCorrupt,
+    BreakpointHit,
+    EndPrompt,
+    FaultStruck,
+    FirstNonFinite,
+    Lanes,
+    RankReport,
+)
 from dinfer.rank.remembered import Remembered
 from dinfer.run.run import Run
 from dinfer.session.session import Session
@@ -81,3 +89,12 @@ def test_a_line_that_ends_meanwhile_fails_no_token(session: Session) -> None:
     session.ranks.hosts[0].session = Gone()
     assert len(run.decode(2).tokens) == 2
     assert run.standing().state == "done"
+
+
+def test_a_prompt_that_has_ended_is_nowhere_any_more(session: Session) -> None:
+    spoilt(session)
+    assert isinstance(session.ranks, LocalRanks)
+    host = session.ranks.hosts[0]
+    seen, host._on_change = [], lambda host: seen.append(host.engine)
+    session.ranks.ask({0: EndPrompt()}, 30)
+    assert seen == [None]
