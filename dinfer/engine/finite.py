@@ -110,6 +110,12 @@ class FiniteCheck:
             out = torch.empty(tokens if block is None else 3 * tokens)
             self._look_at(op, tokens, largest_values(hidden, block, out))
 
+    @property
+    def has_found(self) -> bool:
+        """Whether an op that has made any has not been undone since."""
+        with self._lock:
+            return self._first is not None
+
     def rewound(self, done: Collection[Op]) -> None:
         """The rank has gone back: exactly the ops `done` have run."""
         self.settle()

@@ -7,8 +7,12 @@ still has weights, group and prompt. It keeps the commands that made them, and r
 from collections.abc import Iterator
 from typing import Any
 
+from msgspec.structs import replace
+
 from dinfer.messages import (
     Answer,
+    BlockCorrupt,
+    BreakpointHit,
     Command,
     Failed,
     JoinGroup,
@@ -64,13 +68,21 @@ class Remembered:
                 self._commands.pop(SetFaults, None)
             case Failed():
                 self._failed = report
+            case BreakpointHit():
+                pass  # it is about an order of this session
             case Note():
                 self._notes.append(report)
+
+    def forget(self, kind: type[Note]) -> None:
+        """Notes of that type no longer hold."""
+        self._notes = [note for note in self._notes if not isinstance(note, kind)]
 
     def repeated(self) -> Iterator[RankReport]:
         """What a session must hear to know the present prompt, in order."""
         if self._lanes:
             yield self._lanes
-            yield from list(self._notes)
+            for note in list(self._notes):
+                # No session follows an order of another one.
+                yield replace(note, order=None) if isinstance(note, BlockCorrupt) else note
         if self._failed:
             yield self._failed

@@ -8,6 +8,7 @@ prompt.
 import gc
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from time import perf_counter
 from typing import Protocol
@@ -85,6 +86,8 @@ class RankService:
         self.comm: Comm | None = None
         self.prompt: PromptOnRank | None = None
         self._remembered = Remembered()
+        self._reporting = threading.Lock()
+        """held while a report goes out: who comes next hears each note once"""
         self._token_failed = False
         """this rank has failed in decode, where the others may wait for its token"""
         self._memory, self._gate = memory, gate
@@ -141,14 +144,21 @@ class RankService:
 
     def report(self, report: messages.RankReport) -> None:
         """Tell the session something, and whatever session comes after it."""
-        self._remembered.heard(report)
-        self.session.report(report)
+        with self._reporting:
+            self._remembered.heard(report)
+            self._tell(report)
+
+    def _tell(self, report: messages.RankReport) -> None:
+        """Tell the session only. One that is gone, or gives way to another, hears nothing: no op fails of that."""
+        with suppress(OSError):
+            self.session.report(report)
 
     def go_on(self, session: SessionChannel) -> None:
         """Report to another session from now on, first what it must know of the prompt that is here."""
-        self.session = session
-        for report in self._remembered.repeated() if self.prompt else ():
-            session.report(report)
+        with self._reporting:
+            self.session = session
+            for report in self._remembered.repeated() if self.prompt else ():
+                session.report(report)
 
     def _held(self, _: messages.GetHeld) -> messages.Holdings:
         last, tokens = self._remembered.last, self.prompt and self.prompt.tokens
@@ -204,7 +214,7 @@ class RankService:
         started = perf_counter()
         if not self.weights.are(command):
             self._unload(command)
-            self.weights.load(command, lambda done, total: self.session.report(messages.Loading(done, total)))
+            self.weights.load(command, lambda done, total: self._tell(messages.Loading(done, total)))
             self._on_change(self)
         decoder = self.decoder
         assert decoder
@@ -248,7 +258,7 @@ class RankService:
             decoder, comm, config, gate=self._gate, board=self.board, memory=self._memory,
             deadline=config.timeout, on_hit=self._hit, all_stands=self._ask_stands,
             on_corrupt=self._corrupt,
-            on_nonfinite=lambda found: self.session.report(messages.FirstNonFinite(found.as_dict())),
+            on_nonfinite=lambda found: self.report(messages.FirstNonFinite(found.as_dict())),
         )  # fmt: skip
         warm_up(decoder, config, len(ids))
         plan = parse_plan(command.plan) if command.plan else engine.plan_for(len(ids))
@@ -284,6 +294,7 @@ class RankService:
     def _end_prompt(self, _: messages.EndPrompt) -> None:
         self._give_up_prompt()
         self._on_change(self)
+        gc.collect()  # prompt and lanes know each other
 
     def _set_limits(self, command: messages.SetLimits) -> None:
         prompt = self._engine.prompt
@@ -294,6 +305,8 @@ class RankService:
         self.prompt = PromptOnRank(engine, Tokens(engine))
         self.board.set_phase("prefill")
         self._report_edits(engine.prompt.rewind(command.cut))
+        if not engine.prompt.state.finite.has_found:
+            self._remembered.forget(messages.FirstNonFinite)
 
     def _release(self, command: messages.Release) -> None:
         self._engine.executor.release([Channel(*channel) for channel in command.channels])
@@ -333,7 +346,7 @@ class RankService:
         def show(count: int, _: int, text: str) -> None:
             self.board.set_phase("decode", count)
             if self.rank == 0:
-                self.session.report(messages.TextPiece(text))
+                self._tell(messages.TextPiece(text))
 
         try:
             self._report_edits(engine.prompt.edits.report())

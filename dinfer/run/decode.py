@@ -85,9 +85,12 @@ class Generation:
         ranks first come to the same number; raises as waiting for them does."""
         held = self._ask(GetHeld())
         if any(one.begun > len(held[0].tokens) or one.tokens != held[0].tokens for one in held.values()):
-            self.stop()
+            with self._limiting:
+                self._limit_to_begun()
+            held = self._ask(GetHeld())
             wanted, deadline = max(one.begun for one in held.values()), time.monotonic() + ANSWER_S
             while any(len(one.tokens) < wanted for one in held.values()) and time.monotonic() < deadline:
+                self._check()
                 self._state.wait_while(tuple(State), POLL_S)
                 held = self._ask(GetHeld())
         self._take(list(held[0].tokens), ended=False)

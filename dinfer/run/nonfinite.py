@@ -19,6 +19,8 @@ class NonFiniteBlocks:
     def __init__(self) -> None:
         self._firsts: dict[int, NonFinite] = {}
         self.blocks: dict[BlockKey, tuple[int, str]] = {}
+        self._found_at: dict[BlockKey, int] = {}
+        self._begun_at: dict[BlockKey, int] = {}  # when its layer began last
 
     @property
     def first(self) -> NonFinite | None:
@@ -45,10 +47,17 @@ class NonFiniteBlocks:
         return self.first == found
 
     def take(self, events: Iterable[Event]) -> None:
-        """Take the blocks out of new events."""
+        """Take the blocks out of new events, of each lane in order. One that was made again, without any, has none."""
         for event in events:
-            if event.kind == "nonfinite" and event.layer is not None and event.chunk is not None:
-                self.blocks[event.chunk, event.layer] = event.rank, event.what
+            if event.layer is None or event.chunk is None:
+                continue
+            block = (event.chunk, event.layer)
+            if event.kind == "layer":
+                self._begun_at[block] = event.start
+                if self._found_at.get(block, event.start) < event.start:
+                    self.blocks.pop(block, None)
+            elif event.kind == "nonfinite" and event.end >= self._begun_at.get(block, event.end):
+                self.blocks[block], self._found_at[block] = (event.rank, event.what), event.end
 
     def went(self, plan: Plan, before: Cut, after: Cut) -> None:
         """The run went from one cut to another: forget what was made by ops that are undone."""

@@ -604,14 +604,22 @@ class Run(Tidy, Displayable):
         self._events.begin()
         self._moves.begin()
         if left:
+            self._history.forget("actions of an earlier session cannot be undone")
             self._breakpoints.take_over(left.breakpoints)
             self._faults.take_over(left.faults)
+            self._hear()  # what the ranks have repeated
             self._moves.halt()
             with suppress(
                 RankFailed, RankRefused, NoProgress, TimeoutError
             ):  # of a rank that is gone, or hangs
                 self._generation.take_over()
             self._events.take_over()
+            self._events.note_nonfinite()
+            # Blocks from which that session has gone back are not there any more.
+            if (stands := self._state.stands()) and self._moves.can_step:
+                cut = tuple(stand.positions for stand in stands)
+                self._state.nonfinite.went(self.plan, self._moves.stepper.cuts.end, cut)
+                self._state.marks.went(self.plan, self._moves.stepper.cuts.end, cut)
 
     def _ask_all(self, command: Command[A]) -> list[A]:
         ranks = range(self.world_size)

@@ -332,6 +332,8 @@ class RunState:
         """`session.recover()` has begun to free the ranks, or has ended: the run can be restarted then."""
         with self.ranks.changed:
             self.recovered = ended
+            if self.closed:  # what is known of it stays as it was
+                return
             self.failure = "\n".join(filter(None, [self.cause, RECOVERED if ended else RECOVERING]))
 
     def close(self, why: str) -> None:

@@ -85,6 +85,23 @@ def test_a_kernel_that_ends_during_decode_leaves_all_ranks_at_one_token(
 
 
 @pytest.mark.slow
+def test_a_session_that_is_taken_over_during_decode_leaves_all_ranks_at_one_token(
+    notebook: Kernel, model: Path
+) -> None:
+    begin(notebook, model)
+    cell = notebook.begin("run.decode(3000, on_text=lambda text: print('token', end=' '))")
+    while "token token" not in cell.text:
+        notebook.look(cell)
+    with kernel() as other:
+        other.run("import dinfer; session = dinfer.connect(n=3, start=False, take=True); run = session.run")
+        made = other.value("len(run.tokens)")
+        assert 2 <= made < 3000
+        other.run("run.decode(2)")
+        assert other.value("run.compare().equal, len(run.tokens)") == (True, made + 2)
+        other.run("session.close()")
+
+
+@pytest.mark.slow
 def test_a_checkpoint_that_has_changed_meanwhile_is_lost_by_name(notebook: Kernel, tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "model", layers=3)
     begin(notebook, model)

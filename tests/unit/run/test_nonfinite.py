@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from dinfer.run.nonfinite import NonFiniteBlocks
 from dinfer.run.run import Run
 from dinfer.saved.saved import open_saved
 from dinfer.session.session import Session
@@ -161,3 +162,21 @@ def test_hidden_states_that_users_make_infinite_are_named_by_what_comes_of_them(
     first = run._state.nonfinite.first
     assert first is not None
     assert (first.chunk, first.layer, first.token, first.rank) == (0, 0, 1, 0)
+
+
+def test_events_that_are_repeated_tell_of_no_block_that_was_made_again_without(session: Session) -> None:
+    run = spoilt(session)
+    run.trace  # noqa: B018 - waits for the last events
+    before, _ = run.events_since([])
+    run.step_back("chunk", n=3)
+    run.faults.clear()
+    run.run_to(chunk=1, layer=1)
+    again = [event for event in run.trace.events if event not in before]
+    lanes = sorted([*before, *again], key=lambda event: event.lane == "decode")  # a rank repeats lane by lane
+    for events in ([*before, *again], lanes):
+        known = NonFiniteBlocks()
+        known.take(events)
+        assert known.blocks.keys() == known.blocks.keys() & SPREAD - {(1, 1)}
+    known = NonFiniteBlocks()
+    known.take(before)
+    assert (1, 1) in known.blocks

@@ -198,3 +198,13 @@ def test_recover_by_hand_leaves_nothing_to_free(model: Path, capsys: pytest.Capt
         capsys.readouterr()
         works(begun(session), model)
         assert capsys.readouterr().out == ""
+
+
+def test_a_run_whose_lanes_the_next_one_frees_is_over_and_has_not_failed(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadlock(session, monkeypatch)
+    hung = session.run
+    begun(session)
+    assert hung.standing().state == "closed"
+    assert "recovered" not in hung.standing().message
