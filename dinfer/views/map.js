@@ -467,7 +467,7 @@ function drawLegend(node, board) {
   };
   board.states.forEach((name, state) => item(name, "", `var(--dinfer-${state})`));
   ["differs", "armed", "nonfinite"].forEach((name, n) => item(board.marks[n], name));
-  item("the cut", "line");
+  item("the cut", "cutline");
   item("breakpoint", "stop");
   if (board.ranks > 1) make("span", "", node, `a cell's parts are ranks 0–${board.ranks - 1}, left to right`);
 }
