@@ -252,6 +252,9 @@ def as_sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
+POSITION = re.compile(r"; it st(?:ood|ands) at: ")
+"""before the lanes of a rank that was lost, which the message below the headline names"""
+
 OUTSIDE_QUOTES = re.compile(r"; (?=(?:[^']*'[^']*')*[^']*$)")
 """between the clauses of a comparison, not within the text of a token"""
 
@@ -259,7 +262,7 @@ OUTSIDE_QUOTES = re.compile(r"; (?=(?:[^']*'[^']*')*[^']*$)")
 def _parts(findings: Findings, found: Shares) -> Iterator[str]:
     if findings.failure:
         what = FAILURES.get(findings.state, "the run failed")
-        yield f"{what}: {findings.failure.splitlines()[0].rstrip('.')}"
+        yield f"{what}: {POSITION.split(findings.failure.splitlines()[0])[0].rstrip('.')}"
     elif findings.state in ("paused", "running", "preparing", "starting"):
         yield "the run is not at the end of its prefill"
     is_checked = findings.kv or (findings.ranks and all(rank.kv_sha256 for rank in findings.ranks))

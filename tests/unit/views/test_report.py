@@ -107,6 +107,12 @@ def test_what_is_known_is_told_in_order_the_headline_first(
     assert places == sorted(places)
 
 
+def test_the_headline_leaves_the_lanes_of_a_lost_rank_to_the_message_below_it() -> None:
+    failure = "rank 2 was killed by SIGKILL; it stood at: 3 of 9 ops done; compute in `layer c1 l3`"
+    told_of = parts_of(Findings(state="lost", failure=failure), Shares([], []))
+    assert told_of[0] == "A rank was lost: rank 2 was killed by SIGKILL."
+
+
 def test_the_headline_is_one_clause_whatever_a_token_says() -> None:
     verdict = (
         "rank 2 differs at layer 1, token 8 ('; '), dim 0: 1 against 2; 1 of 9 values; changed on the wire"
