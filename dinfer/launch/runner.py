@@ -103,7 +103,8 @@ class ProgressLines:
             [state.notes for state in ranks], (one for state in ranks for one in state.events)
         )
         if known.first:
-            self._interject(f"warning: not finite: {known.text}")
+            text = f"not finite: {known.text}"
+            self._interject(Severity.WARNING.marked(text, colour=takes_colour(self.out)))
 
     def _interject(self, line: str) -> None:
         """A line of its own, also within the text."""

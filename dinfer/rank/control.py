@@ -5,6 +5,7 @@ thread may be busy meanwhile, in a notebook cell say.
 """
 
 import itertools
+import os
 import queue
 import socket
 import subprocess
@@ -62,6 +63,10 @@ class RankMemory:
         self.board, self.recorder = Board(memory), memory[-RECORDER_BYTES:]
         self.slow = threading.Lock()
         """held while a slow command is carried out, whichever session sent it"""
+
+    def close(self) -> None:
+        """No further watcher will share it."""
+        os.close(self.descriptor)
 
 
 class Control:

@@ -115,6 +115,7 @@ def start(given: dict[str, Any], world_size: int, take: bool = False) -> None:
     if before:
         kernel.host.inherit(before.host)
         _end(before.control, link)
+        before.control.memory.close()
     _current = kernel
     _bind(kernel.host)
 

@@ -383,7 +383,7 @@ class RunState:
         with self.ranks.changed:
             if self.nonfinite.note(rank, found):
                 text = f"not finite: first {found}"
-                self.said.append(text)
+                self.said.append(Severity.WARNING.marked(text))
                 self.story.append(text)
 
 

@@ -108,8 +108,8 @@ class Session(Tidy, Announced, Closing):
         held = [found[rank] for rank in range(self.world_size)]
         self.reattached = self._reattach(held)
         """what this session goes on with of an earlier one, and what is lost, in words"""
-        if not are_in_one_group(held):
-            meet(ranks)
+        if not are_in_one_group(held) or (held[0].group and held[0].group.backend != self._config.backend):
+            meet(ranks, self._config.backend)
         self._thread = threading.Thread(target=self._look, name="dinfer session", daemon=True)
         self._thread.start()
 
@@ -332,7 +332,7 @@ class Session(Tidy, Announced, Closing):
         text = (
             f"{model}. Reattached to the run, which is session.run: {run.standing().state}"
             f"{', with ' * bool(kept)}{kept}. "
-            f"Lost with the earlier session: its log, the figures of its earlier runs{oldest}"
+            f"Lost with the earlier session: its log, what could be undone, the figures of its earlier runs{oldest}"
         )
         self._note(text, run)
         return text

@@ -177,3 +177,16 @@ def test_a_restarted_kernel_keeps_the_cluster_that_dinfer_started(tmp_path: Path
         deadline = time.monotonic() + DEADLINE_S
         while place.members("ipyparallel.engine"):
             assert time.monotonic() < deadline
+
+
+@pytest.mark.slow
+def test_an_engine_keeps_nothing_of_sessions_of_other_sizes(notebook: Kernel) -> None:
+    held = "__import__('os').popen('ls -l /proc/%d/fd' % __import__('os').getpid()).read().count('memfd')"
+    call = "session.ranks.cluster.call(0, "
+    counts = f"({call}'gc:collect'), {call}'builtins:eval', {held!r}))[1]"
+    notebook.run("import dinfer; session = dinfer.connect(n=3, start=False)")
+    before = notebook.value(counts)
+    for n in (2, 3):
+        notebook.run(f"session.close(); session = dinfer.connect(n={n}, start=False)")
+    assert notebook.value(counts) == before
+    notebook.run("session.close()")

@@ -58,7 +58,7 @@ def test_where_names_the_first_and_counts_what_followed(
     assert blocks <= SPREAD
     assert f"; {len(blocks) - 1} blocks since" in str(run.where())
     assert run.corrupt == []
-    wait_for(lambda: any(f"not finite: {FIRST}" in line for line in session.log), "the log has it")
+    wait_for(lambda: any(f"⚠ warning: not finite: {FIRST}" in line for line in session.log), "the log has it")
 
 
 def test_a_diff_says_so_beside_equal(session: Session) -> None:

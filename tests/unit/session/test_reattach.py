@@ -9,10 +9,12 @@ import pytest
 from msgspec.structs import replace
 
 import dinfer
+from dinfer.cluster.threads import LocalRanks
 from dinfer.config import Config
 from dinfer.errors import DinferError
 from dinfer.messages import GetHeld, Holdings
-from dinfer.session.reattach import Lost, are_in_one_group, loaded_of, run_of
+from dinfer.session import session as session_module
+from dinfer.session.reattach import Loaded, Lost, are_in_one_group, loaded_of, run_of
 from dinfer.session.session import Session
 
 RANKS = 2
@@ -83,3 +85,15 @@ def test_a_run_that_not_all_ranks_are_in_is_lost_with_the_reason(
     assert session.spec
     with pytest.raises(DinferError, match=said):
         run_of([held[0], change(held[1])], session.spec)
+
+
+def test_ranks_that_are_in_no_group_any_more_meet_by_the_backend_of_what_they_hold(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert session.spec
+    loaded = Loaded(blank().with_(backend="nccl", gpu_ids=(0, 1)), session.spec, ["cuda:0", "cuda:1"])
+    monkeypatch.setattr(session_module, "loaded_of", lambda *_: loaded)
+    met = []
+    monkeypatch.setattr(session_module, "meet", lambda _, backend="gloo": met.append(backend))
+    with Session(LocalRanks(2)):
+        assert met == ["nccl"]
