@@ -26,6 +26,12 @@ from tests.support.tiny import tiny_checkpoint
 S = 1_000_000_000
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By default the trace is written below the working folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Two layers, two tokens, two ranks."""
