@@ -42,8 +42,12 @@ class EngineRanks(Link, Ranks):
         here = own_loopback()
         away = [facts.address for facts in cluster.facts if facts.loopback != here]
         super().__init__(cluster.n, own_address_towards(away[0]) if away else LOOPBACK)
-        self._start(range(cluster.n))
-        self._meet_at = self._address_for_all()
+        try:
+            self._start(range(cluster.n))
+            self._meet_at = self._address_for_all()
+        except BaseException:
+            super().close()
+            raise
 
     def describe(self) -> str:
         gpus = sum({facts.host: facts.cuda for facts in self.cluster.facts}.values())

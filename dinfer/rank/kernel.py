@@ -60,6 +60,7 @@ class Kernel:
         before = self.control
         _end(before, link)
         self.holder, self._held_since = link.holder, time.monotonic()
+        before.board.set_session("awaited")  # at once: the new watcher takes a moment to say so
         self.control = Control(link, before.memory)
         self.host.go_on(self.control)
         self.control.table = self.host.table()

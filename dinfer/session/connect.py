@@ -70,7 +70,11 @@ def connect(
         )
     from dinfer.session.session import Session
 
-    session = Session(ranks, show, write)
+    try:
+        session = Session(ranks, show, write)
+    except BaseException:
+        ranks.close()
+        raise
     session.announce()
     if session.reattached:
         print(session.reattached)

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from dinfer.cluster.ranks import Ranks
 from dinfer.cluster.recovery import meet, recover
-from dinfer.config import Config, ConfigError
+from dinfer.config import Config, ConfigError, whole_numbers
 from dinfer.display import Announced, Closing, Displayable, DisplayableText, Tidy, devices_text
 from dinfer.errors import DinferError, NotPossible
 from dinfer.job import Job, prepare_load, prepare_loaded, threads_per_rank, without_fixed
@@ -142,14 +142,15 @@ class Session(Tidy, Announced, Closing):
 
     def prefill(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | None = None,
         *,
         paused: bool = False,
         plan: Plan | str | CustomSchedule | None = None,
         **parameters: Any,
     ) -> Run:
-        """A run of this prompt, text or token ids; with `paused` it stands before its first op. The run before it is
-        then over; if it has failed or hangs, and only lanes are blocked, they are freed, and a line says so.
+        """A run of this prompt, text or token ids (also as `prompt_ids`); with `paused` it stands before its first op.
+        The run before it is then over; if it has failed or hangs, and only lanes are blocked, they are freed, and a
+        line says so.
 
         `parameters` are those of `dinfer run`: chunk_size, sync_strategy, schedule, layer_split, max_new_tokens, …;
         those that `load` fixes for all runs, such as dtype, are refused if they differ.
@@ -164,6 +165,8 @@ class Session(Tidy, Announced, Closing):
                 "the built-in model (in magics: %dinfer load demo)."
             )
         own = without_fixed(parameters, self._config, self.spec)
+        if prompt is None and "prompt_ids" in own:  # the name that it has in `dinfer run`
+            prompt = whole_numbers("prompt_ids", own.pop("prompt_ids"))
         if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
             raise ConfigError(
                 f"prompt is {prompt!r}; it must be text, or a list of token ids such as [5, 17, 3]."

@@ -138,6 +138,12 @@ def test_what_can_only_be_meant_one_way_needs_no_name(run: Run) -> None:
     assert str(run.attention(0, 0)) == str(run.attention(layer=0, chunk=0))
 
 
+def test_token_ids_may_be_given_by_the_name_that_errors_use(session: Session) -> None:
+    assert session.prefill(prompt_ids=[5, 17, 3], paused=True).job.ids == (5, 17, 3)
+    with pytest.raises(ConfigError, match="prompt is None"):
+        session.prefill()
+
+
 def test_tab_offers_what_is_made_for_users(session: Session, run: Run) -> None:
     def offered(thing: object) -> list[str]:
         return [name for name in dir(thing) if not name.startswith("_")]
