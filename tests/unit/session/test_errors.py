@@ -131,10 +131,10 @@ def test_without_ipython_it_is_any_exception(monkeypatch: pytest.MonkeyPatch) ->
 
 
 OWN = {
-    "CommError", "FileError", "Mischief", "NoInterface", "OpFailed", "Stopped", "TokenFailed", "TransferError",
+    "CommError", "Mischief", "NoInterface", "OpFailed", "Stopped", "TokenFailed", "TransferError",
     "UnknownMessage",
 }  # fmt: skip
-"""those that stay within a rank or a reader: what they say reaches the user in a RankFailed, or the reader's error"""
+"""those that stay within a rank: what they say reaches the user in a RankFailed"""
 
 
 @pytest.mark.filterwarnings("ignore:.* is .* now:DeprecationWarning")  # former import paths
