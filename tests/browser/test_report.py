@@ -163,7 +163,7 @@ CLIPPED = """() => [...document.querySelectorAll('main *')].filter((one) =>
 ).map((one) => one.outerHTML.slice(0, 80))"""
 
 
-@pytest.mark.parametrize("ranks", [3, 16])
+@pytest.mark.parametrize("ranks", [3, pytest.param(16, marks=pytest.mark.slow)])
 def test_on_paper_nothing_is_cut_off_and_all_is_light(
     open_report: Open, screenshots: Path, ranks: int
 ) -> None:

@@ -13,7 +13,7 @@ from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.support.twin import prompt
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
 
 IDS = tuple(prompt(22))
 DEADLINE_S = 60.0

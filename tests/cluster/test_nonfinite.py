@@ -12,7 +12,7 @@ from tests.support.fixtures import Start
 from tests.support.tiny import tiny_checkpoint
 from tests.support.twin import prompt
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
 
 IDS = tuple(prompt(12))
 DEADLINE_S = 60.0
