@@ -76,11 +76,8 @@ def resolve(path: str | Path) -> Path:
         if folder.is_dir():
             return folder.resolve()
         is_file = folder.exists()
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # a name too long, with NUL, of an unknown user, not allowed
+    # A name too long, with NUL, of an unknown user, not allowed.
+    except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"{excerpt(str(path))} cannot be a checkpoint's folder: {in_one_line(error)}; give the folder of one, or "
             "'demo' for the built-in model"

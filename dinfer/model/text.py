@@ -21,9 +21,8 @@ def load_tokenizer(path: str | Path) -> Any | None:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except (
-        BaseException
-    ) as error:  # the tokenizers library raises bare Exception, and where it panics even less
+    # The tokenizers library raises bare Exception, and where it panics even less.
+    except BaseException as error:
         raise ModelError(f"the tokenizer in {folder} cannot be loaded: {in_one_line(error)}") from error
 
 
@@ -40,9 +39,8 @@ def encode(tokenizer: Any | None, prompt: str, chat: bool = False) -> list[int]:
         ids = [int(token) for token in (_chat_ids if chat else _plain_ids)(tokenizer, prompt)]
     except (KeyboardInterrupt, SystemExit):
         raise
-    except (
-        BaseException
-    ) as error:  # a template is a program and may raise anything; the tokenizers library may panic
+    # A template is a program and may raise anything; the tokenizers library may panic.
+    except BaseException as error:
         what = "chat template failed" if chat else "encoding of the prompt failed"
         advice = "; encode the prompt as plain text (chat=False)" * chat
         raise ModelError(f"this tokenizer's {what}: {in_one_line(error)}{advice}") from error

@@ -154,9 +154,8 @@ class Watcher:
     def _publish(self, *, last: bool) -> None:
         """What is new, as one message: each costs the rank's core, and wakes the session's process."""
         records, stand = b"", self._board.stand(self._lanes)
-        if (
-            self._recorder
-        ):  # read after the stand, so that the events of all ops that have ended there are among them
+        # Read after the stand, so that the events of all ops that have ended there are among them.
+        if self._recorder:
             records, self._cursor = self._recorder.read_records(self._cursor)
         state = (stand, self._board.phase, self._board.decoded)
         beat = monotonic() - self._last_beat > BEAT_S

@@ -115,9 +115,8 @@ class Generation:
             answers = self._ranks.finish(begun, float("inf"), meanwhile)
         except RankRefused as error:
             self._check()  # its message is better if the run has failed
-            self._state.say(
-                str(error), Severity.ERROR
-            )  # the ranks have done prefill: nothing else tells of it
+            # The ranks have done prefill: nothing else tells of it.
+            self._state.say(str(error), Severity.ERROR)
             raise
         meanwhile()
         self._take(list(answers[0].tokens), ended=bool(answers[0].stopped))

@@ -56,9 +56,8 @@ def broken(
     primary = [(rank, error) for rank, error in errors if not error.secondary]
     dead = [rank for rank, code in enumerate(exits) if code is not None and not ranks[rank].error]
     if len(primary) > 1 and len({error.message for _, error in primary}) == 1:
-        return Broken(
-            "failed", primary[0][1].message
-        )  # all ranks have found it together: it is not about one
+        # All ranks have found it together: it is not about one.
+        return Broken("failed", primary[0][1].message)
     if primary or (errors and not dead):
         return Broken("failed", _told(*(primary or errors)[0], config))
     if not dead:

@@ -70,9 +70,8 @@ class MoveHistory:
         if tokens < len(self._state.tokens):
             self._generation.back_to(tokens)
         elif tokens > len(self._state.tokens):
-            made = self._generation.go(
-                tokens, None
-            )  # fewer if an edit by hand has changed where the text ends
+            # Fewer if an edit by hand has changed where the text ends.
+            made = self._generation.go(tokens, None)
             if made.stopped == "user":
                 raise NotPossible(made.remark or HALF_WAY)
         lines = [returned_text(self._state.plan, move.before, cut, had, len(self._state.tokens))]

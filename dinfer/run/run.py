@@ -609,9 +609,8 @@ class Run(Tidy, Displayable):
             self._faults.take_over(left.faults)
             self._hear()  # what the ranks have repeated
             self._moves.halt()
-            with suppress(
-                RankFailed, RankRefused, NoProgress, TimeoutError
-            ):  # of a rank that is gone, or hangs
+            # Of a rank that is gone, or hangs.
+            with suppress(RankFailed, RankRefused, NoProgress, TimeoutError):
                 self._generation.take_over()
             self._events.take_over()
             self._events.note_nonfinite()

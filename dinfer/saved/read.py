@@ -56,12 +56,8 @@ class Tensors:
     def _readable(self) -> Iterator[None]:
         try:
             yield
-        except (
-            SafetensorError,
-            OSError,
-            AttributeError,
-            KeyError,
-        ) as error:  # the last two: a dtype unknown to torch
+        # The last two: a dtype unknown to torch.
+        except (SafetensorError, OSError, AttributeError, KeyError) as error:
             raise damaged(self._path, f"{error}.") from None
 
     def get(self, name: str, shape: TensorShape, dtype: torch.dtype) -> Tensor | None:

@@ -180,11 +180,8 @@ def open_saved(path: str | Path, write: WriteReport | None = None) -> Saved:
     try:
         found = Path(path).expanduser()
         is_folder, is_there = found.is_dir(), found.exists()
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # a name too long, with NUL, of an unknown user, not allowed
+    # A name too long, with NUL, of an unknown user, not allowed.
+    except (OSError, ValueError, RuntimeError) as error:
         raise SavedError(
             f"{excerpt(str(path))} cannot be opened ({error}): give a folder that run.save(…) has written, or a report."
         ) from None

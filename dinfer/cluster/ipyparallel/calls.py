@@ -78,9 +78,8 @@ class Calls:
         if error is None or isinstance(error, RankError):
             return error
         kind, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
-        if (
-            kind == "EngineError"
-        ):  # so ipyparallel calls an engine whose heartbeat it has not heard during a call
+        # So ipyparallel calls an engine whose heartbeat it has not heard during a call.
+        if kind == "EngineError":
             return RankGone(rank, _given_up(name, self._condition(rank), " during a call"))
         return RankError(rank, f"{name}: {kind}: {text}", str(getattr(error, "traceback", "") or ""))
 

@@ -412,9 +412,8 @@ class Replay(Tidy, Displayable, Closing):
             self._tokens, self._texts = Tokens(self.engine), list[str]()
         ops, cuts = ops_between(self.engine.executor, before, target), (self._cut(before), self._cut(target))
         moved = moved_lines(self.plan, *cuts)
-        lines = (
-            moved if len(moved) == 1 else [moved[self.rank]]
-        )  # of a move that only goes back, there is one line
+        # Of a move that only goes back, there is one line.
+        lines = moved if len(moved) == 1 else [moved[self.rank]]
         if ops and len(ops) <= SHOWN and is_inside(before, target):
             lines = [f"rank {self.rank}: {line}" for line in op_lines(self.engine.prompt.state, ops)]
         remark = "" if before != target else "nothing to do: the rank stands at the start"

@@ -199,9 +199,8 @@ def test_another_run_is_kept_and_the_new_one_numbered(
     target, report = tmp_path / "one", tmp_path / "report.html"
     assert (run.save(target, kv=False), run.report(report)) == (target, report)
     before = {path: path.read_bytes() for path in (target / "run.json", report)}
-    monkeypatch.setattr(
-        run._recorder, "written", WrittenFiles()
-    )  # as for a run of a notebook that was restarted
+    # As for a run of a notebook that was restarted.
+    monkeypatch.setattr(run._recorder, "written", WrittenFiles())
     capsys.readouterr()
     for _ in range(2):
         assert run.save(target, kv=False) == tmp_path / "one-2"
