@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, expect
 
-from dinfer.engine.ops import HANDLERS, Outcome
 from dinfer.run.run import Run
 from dinfer.run.state import RECOVER
 from dinfer.session.session import Session
-from dinfer.verdict import waits
 from dinfer.views.panel import Panel
 from tests.browser.conftest import Shot
 from tests.support.fixtures import fresh_session
@@ -87,22 +85,6 @@ def live(page: Page) -> Iterator[Callable[[Run], LivePanel]]:
     yield shown
     for one in made:
         one.panel.close()
-
-
-@pytest.fixture
-def door(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Rank 1 waits in `layer c1 l3` until this is set; a rank counts as stuck after two seconds."""
-    opened, unbroken = threading.Event(), HANDLERS["layer"]
-
-    def wait(state: Any, op: Any, comm: Any) -> Outcome:
-        if state.rank == 1 and str(op) == "layer c1 l3":
-            opened.wait()
-        return unbroken(state, op, comm)
-
-    monkeypatch.setitem(HANDLERS, "layer", wait)
-    monkeypatch.setattr(waits, "STUCK_S", 2.0)
-    yield opened
-    opened.set()
 
 
 Live = Callable[[Run], LivePanel]

@@ -12,6 +12,7 @@ of its tests gets one of its own.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,8 +21,10 @@ from typing import Any
 import pytest
 
 import dinfer
+from dinfer.engine.ops import HANDLERS, Outcome
 from dinfer.model.decoder import Decoder
 from dinfer.session.session import Session
+from dinfer.verdict import waits
 from tests.support.expected import lane_threads, panel_threads
 from tests.support.ipclusters import IPython, stock_cluster, within
 from tests.support.parrot import SAYING, parrot_checkpoint
@@ -166,6 +169,22 @@ def start(tmp_path: Path) -> Iterator[Start]:
     yield started
     for run in runs:
         run.end()
+
+
+@pytest.fixture
+def door(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Rank 1 waits in `layer c1 l3` until this is set; a rank counts as stuck after two seconds."""
+    opened, unbroken = threading.Event(), HANDLERS["layer"]
+
+    def wait(state: Any, op: Any, comm: Any) -> Outcome:
+        if state.rank == 1 and str(op) == "layer c1 l3":
+            opened.wait()
+        return unbroken(state, op, comm)
+
+    monkeypatch.setitem(HANDLERS, "layer", wait)
+    monkeypatch.setattr(waits, "STUCK_S", 2.0)
+    yield opened
+    opened.set()
 
 
 # -- what tests leave behind

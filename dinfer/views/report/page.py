@@ -1,4 +1,4 @@
-"""The page: renders the report of runs and writes it. Its contents come from `sentence`, `facts` and the figures.
+"""The page: renders the report of runs and writes it. Its contents come from `facts`, `compared` and the figures.
 
 The file is self-contained. Its Content-Security-Policy allows only the scripts in it, by their hashes, and the inline
 styles and data images that plotly needs. Everything that comes from a run is escaped.
@@ -7,7 +7,7 @@ styles and data images that plotly needs. Everything that comes from a run is es
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,7 @@ from dinfer.trace.trace import Trace
 from dinfer.version import __version__
 from dinfer.views.cells import marked
 from dinfer.views.figures.equal import make_equal
-from dinfer.views.figures.exposure import exposure
-from dinfer.views.figures.gantt import gantt
-from dinfer.views.figures.latency import distribution, latency, layers
-from dinfer.views.figures.matrix import matrix
+from dinfer.views.figures.plots import PLOTS
 from dinfer.views.figures.style import HTML_CONFIG, template
 from dinfer.views.report import facts
 from dinfer.views.report.compared import compared
@@ -41,20 +38,14 @@ from dinfer.views.still import map_svg
 
 _HERE = Path(__file__).parent
 
-REPORT_FIGURES: dict[str, Callable[..., go.Figure]] = {
-    "exposure": exposure,
-    "gantt": gantt,
-    "latency": latency,
-    "distribution": distribution,
-    "matrix": matrix,
-    "layers": layers,
-}
+REPORT_FIGURES = {name: draw for name, draw in PLOTS.items() if name != "sweep"}
 
 
 COLOURS = (
     f":root {{ {style_variables(dark=False)} }}\n"
     f"@media (prefers-color-scheme: dark) {{ :root {{ {style_variables(dark=True)} }} }}\n"
 )
+
 MOST_PLANNED = 200_000
 """events of the largest trace whose plan is made and proved again for its report; a run's own report knows the proof"""
 

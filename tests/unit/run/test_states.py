@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -13,7 +12,6 @@ from dinfer.cluster.lease import RankLease
 from dinfer.cluster.ranks import LOST, Ranks
 from dinfer.config import Config
 from dinfer.engine.board import Stand
-from dinfer.engine.ops import HANDLERS, Outcome
 from dinfer.errors import NotPossible
 from dinfer.job import Job
 from dinfer.messages import Command, Failed
@@ -26,7 +24,6 @@ from dinfer.run.hang import Health, Hung
 from dinfer.run.state import RECOVER, RESTART, TAKE_BACK, RunState, State
 from dinfer.session.session import Session
 from dinfer.severity import Severity
-from dinfer.verdict import waits
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.waits import HangKind
 from tests.support.fixtures import fresh_session
@@ -197,22 +194,6 @@ def test_what_was_said_has_its_own_level(scene: Scene) -> None:
 
 
 # -- in a session
-
-
-@pytest.fixture
-def door(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Rank 1 waits in `layer c1 l3` until this is set; a rank counts as stuck after two seconds."""
-    opened, unbroken = threading.Event(), HANDLERS["layer"]
-
-    def wait(state: Any, op: Any, comm: Any) -> Outcome:
-        if state.rank == 1 and str(op) == "layer c1 l3":
-            opened.wait()
-        return unbroken(state, op, comm)
-
-    monkeypatch.setitem(HANDLERS, "layer", wait)
-    monkeypatch.setattr(waits, "STUCK_S", 2.0)
-    yield opened
-    opened.set()
 
 
 def test_a_hang_that_ends_by_itself_leaves_the_state(session: Session, door: threading.Event) -> None:
