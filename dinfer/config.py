@@ -30,6 +30,8 @@ Backend = Literal["auto", "gloo", "nccl"]
 
 OnCorruption = Literal["record", "pause", "fail"]
 
+Kernels = Literal["auto", "exact", "graph", "compiled"]
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
@@ -82,6 +84,11 @@ class Config:
     master_addr: str = _parameter("127.0.0.1", "address at which the ranks meet")
     master_port: int = _parameter(0, "port at which the ranks meet; 0: any free port", low=0, high=65535)
     dtype: DType = _parameter("auto", "dtype of weights and KV; auto: the checkpoint's own")
+    kernels: Kernels = _parameter(
+        "auto",
+        "exact: transformers' own; graph: its layers as CUDA graphs; compiled: those, compiled; auto: the fastest that "
+        "the model allows on a GPU, exact on a CPU",
+    )
     threads: int = _parameter(
         0, "CPU threads of each rank; 0: the cores divided by the ranks", low=0, high=4096
     )
@@ -127,6 +134,11 @@ class Config:
         if self.on_corruption != "record" and not self.digests:
             raise ConfigError(
                 f"on_corruption is {self.on_corruption}, but digests is off, so no corruption is detected: change one."
+            )
+        if self.kernels in ("graph", "compiled") and not self.gpu_ids:
+            raise ConfigError(
+                f"kernels is {self.kernels}, which needs a GPU for each rank, but gpu_ids is empty: give gpu_ids, or "
+                "kernels exact or auto."
             )
         if self.top_p <= 0:
             raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (1: all tokens).")

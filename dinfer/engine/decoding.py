@@ -14,11 +14,13 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from dinfer.engine.ahead import Ahead
 from dinfer.engine.corruption import Corrupted, Corruption
 from dinfer.engine.prefill import Prefill
 from dinfer.errors import DinferError, ModelError
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
+from dinfer.model.kernels.token_graph import NO_TOKEN
 from dinfer.model.sampling import Sampler
 from dinfer.plan.partition import Shape
 from dinfer.trace.events import Event
@@ -27,9 +29,6 @@ from dinfer.transport.gloo import Comm
 
 _TOKEN = struct.Struct("<q")
 _PLACE = struct.Struct("<qq")
-
-_NO_TOKEN = -1
-"""what a rank sends whose logits are NaN or Inf"""
 
 
 class TokensDiffer(DinferError, RuntimeError):
@@ -111,15 +110,17 @@ class Decoding:
         comm: Comm,
         recorder: Recorder | None,
         state: Prefill | None,
+        ahead: Ahead | None = None,
     ) -> None:
         """`final` is the normed hidden state of the prompt's last token, [1, 1, hidden_size]. `state` is that of the
-        prompt whose cache this is, for faults and for the words of errors; None for other KV."""
+        prompt whose cache this is, for faults and for the words of errors; None for other KV. `ahead` makes tokens by
+        graphs; None: transformers' own kernels do."""
         self.tokens: list[int] = []
         self.cache = cache
         self._rows = [prompt_tokens]  # before the first step and after each
         self._state, self._shape = state, state.plan.shape if state else None
         self._decoder, self._final, self._sampler = decoder, final, sampler
-        self._comm, self._recorder = comm, recorder
+        self._comm, self._recorder, self._ahead = comm, recorder, ahead
 
     @property
     def stopped(self) -> Literal["", "end of text", "positions"]:
@@ -139,17 +140,18 @@ class Decoding:
         """How many rows a layer holds: one a token, but for the last new one. (A fault may append more to a layer.)"""
         return self._rows[-1]
 
-    def step(self) -> int:
-        """Make the next token. Raises on every rank: TokensDiffer, or NotANumber if those of one have NaN or Inf."""
-        start, row, state = monotonic_ns(), self.rows, self._state
-        hidden = self._final
-        if self.tokens:
-            hidden = self._decoder.forward(self.tokens[-1:], self.cache, row, state.extra if state else None)
-            row += state.faults.new_row(row) if state else 1
-            hidden = self._decoder.norm(hidden)
-        logits = self._decoder.logits(hidden)
-        # The maximum of values with a NaN is NaN; that is cheaper than a look at each. -Inf alone is no fault.
-        token = _NO_TOKEN if not logits.max().isfinite() else self._sampler(logits, len(self.tokens))
+    def step(self, *, more: bool = False) -> int:
+        """Make the next token. `more`: another step follows at once, so that a GPU may begin it already.
+
+        Raises on every rank: TokensDiffer, or NotANumber if the logits of one have NaN or Inf.
+        """
+        start, row = monotonic_ns(), self.rows
+        if self.tokens and self._ahead and not self._has_odd_rows:
+            more = more and row + 2 <= min(self.cache.capacity, self._decoder.max_positions)
+            token, logits = self._ahead.take(self.cache, self.tokens[-1], row, len(self.tokens), more=more)
+            row += 1
+        else:
+            token, logits, row = self._forward(row)
         computed = monotonic_ns()
         self._compare(token, logits)
         end = monotonic_ns()
@@ -162,21 +164,45 @@ class Decoding:
         self._rows.append(row)
         return token
 
+    def _forward(self, row: int) -> tuple[int, Tensor, int]:
+        """The next token by the decoder's own forward, its logits, and the row after it."""
+        hidden, state = self._final, self._state
+        if self.tokens:
+            hidden = self._decoder.forward(self.tokens[-1:], self.cache, row, state.extra if state else None)
+            row += state.faults.new_row(row) if state else 1
+            hidden = self._decoder.norm(hidden)
+        logits = self._decoder.logits(hidden)
+        # The maximum of values with a NaN is NaN; that is cheaper than a look at each. -Inf alone is no fault.
+        token = NO_TOKEN if not logits.max().isfinite() else self._sampler(logits, len(self.tokens))
+        return token, logits, row
+
+    @property
+    def _has_odd_rows(self) -> bool:
+        """Whether a fault has added rows to a layer, or adds them in decode."""
+        return bool(self._state and (self._state.extra or self._state.faults.repeats))
+
+    def restart(self) -> None:
+        """Something may have changed since the last step, such as the KV, by hand."""
+        if self._ahead:
+            self._ahead.restart()
+
     def back_to(self, tokens: int) -> None:
         """Drop all new tokens after the first `tokens`. The next steps repeat them, unless the user edits something."""
         del self.tokens[tokens:], self._rows[tokens + 1 :]
+        self.restart()
 
     def run(self, max_new_tokens: int) -> Iterator[int]:
         """Step until the text ends or there are `max_new_tokens` new tokens; yields each."""
+        self.restart()
         while len(self.tokens) < max_new_tokens and not self.stopped:
-            yield self.step()
+            yield self.step(more=len(self.tokens) + 1 < max_new_tokens)
 
     def _compare(self, token: int, logits: Tensor) -> None:
         chosen = [_TOKEN.unpack(data)[0] for data in _gather(self._comm, _TOKEN.pack(token))]
-        if _NO_TOKEN in chosen:
+        if NO_TOKEN in chosen:
             mine = first_nan(self.cache, self.rows + bool(self.tokens), self._shape)
             found = [NanOrigin(*_PLACE.unpack(data)) for data in _gather(self._comm, _PLACE.pack(*mine))]
-            places = {rank: found[rank] for rank, answer in enumerate(chosen) if answer == _NO_TOKEN}
+            places = {rank: found[rank] for rank, answer in enumerate(chosen) if answer == NO_TOKEN}
             raise NotANumber(len(self.tokens), places, self._comm.world_size, self._shape)
         distinct = sorted(set(chosen))
         if len(distinct) == 1:

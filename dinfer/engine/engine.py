@@ -3,6 +3,7 @@
 All ranks must make the same calls, except for `forward_single_layer`, which needs no other rank.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import monotonic_ns
@@ -11,11 +12,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dinfer.config import Config
+from dinfer.engine.ahead import Ahead
 from dinfer.engine.board import Board
 from dinfer.engine.by_hand import LayerKV, Steps, layer_kv
 from dinfer.engine.corruption import Alarm, Corruption
 from dinfer.engine.decoding import Decoding, cache_of, recheck, record
 from dinfer.engine.finite import FiniteCheck, NonFinite, OnNonFinite
+from dinfer.engine.kernels import Graphs
 from dinfer.engine.lanes import Execution, LaneExecutor
 from dinfer.engine.prefill import Prefill
 from dinfer.engine.prompt import Hit, Prompt, Stands
@@ -25,6 +28,7 @@ from dinfer.engine.threads import ThreadExecutor
 from dinfer.errors import ModelError, NotPossible
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
+from dinfer.model.kernels.graphs import MOST_POSITIONS, LayerGraphs
 from dinfer.model.sampling import Sampler, Sampling
 from dinfer.model.text import encode, load_tokenizer
 from dinfer.plan.cut import Unit
@@ -40,6 +44,8 @@ from dinfer.transport.deadline import Deadline, StillWaiting
 from dinfer.transport.gate import Gate
 from dinfer.transport.gloo import Comm
 from dinfer.transport.streams import StreamComm
+
+log = logging.getLogger("dinfer")
 
 KV = tuple[Tensor, Tensor]
 """K and V, each [1, kv_heads, tokens, head_dim]"""
@@ -59,7 +65,8 @@ class Engine:
     `memory`: shared memory for the recorder; by default each prompt gets its own. `deadline`: seconds after which a
     call that waits for other ranks raises StillWaiting. `on_op(event, op)` is called for every op that has ended,
     `on_hit` for a breakpoint's condition that holds, `on_corrupt` for a block whose bytes changed, and `on_nonfinite`
-    for the first NaN or Inf. `all_stands()` returns where each rank stands, None where unknown.
+    for the first NaN or Inf. `graphs` run the layers; None: transformers' own kernels do. `all_stands()` returns where
+    each rank stands, None where unknown.
     """
 
     def __init__(
@@ -77,12 +84,13 @@ class Engine:
         all_stands: Callable[[], Stands] | None = None,
         on_corrupt: Callable[[Corruption], None] | None = None,
         on_nonfinite: OnNonFinite = lambda _: None,
+        graphs: Graphs | None = None,
     ) -> None:
         self.decoder, self.comm, self.config = decoder, comm, config
         self.rank, self.world_size = comm.rank, comm.world_size
         self.gate, self.board = gate or Gate(), board or Board()
         self._memory, self._on_op, self._on_hit, self._all_stands = memory, on_op, on_hit, all_stands
-        self._on_nonfinite = on_nonfinite
+        self._on_nonfinite, self._graphs = on_nonfinite, graphs
         self._deadline = Deadline(comm.rank, deadline)
         self._alarm, self.check_s = Alarm(config.on_corruption, on_corrupt), 0.0
         self._prompt: Prompt | None = None
@@ -126,10 +134,10 @@ class Engine:
             self.recorder = Recorder.over(self.rank, lanes, self._memory)
             self.recorder.clear()
         noted = partial(_record_nonfinite, self.recorder)
-        finite = FiniteCheck(self.rank, plan.shape.chunks, self.cache.device, noted, self._on_nonfinite)
+        finite = FiniteCheck(self.rank, plan.shape, self.cache.device, noted, self._on_nonfinite)
         state = Prefill(
             self.decoder, self.cache, plan, self.rank, ids,
-            digests=self.config.digests, alarm=self._alarm, finite=finite,
+            digests=self.config.digests, alarm=self._alarm, finite=finite, graphs=self._graphs_for(plan),
         )  # fmt: skip
         self._prompt = Prompt(
             state, self._executor, on_op=self._on_op, on_hit=self._on_hit, all_stands=self._all_stands
@@ -197,7 +205,10 @@ class Engine:
             tokens = kv_caches[0][0].shape[2] if kv_caches else 0
             cache = cache_of(self.decoder, kv_caches, self._capacity(tokens, max_new_tokens))
         sampler = Sampler(Sampling(config.temperature, config.top_k, config.top_p, config.seed))
-        return Decoding(self.decoder, cache, tokens, final[:, -1:], sampler, self.comm, self.recorder, state)
+        ahead = Ahead(*self._graphs) if self._graphs and tokens + 1 < MOST_POSITIONS else None
+        return Decoding(
+            self.decoder, cache, tokens, final[:, -1:], sampler, self.comm, self.recorder, state, ahead
+        )
 
     def recheck(self) -> None:
         """Compare the prompt's KV rows with their digests; sets `check_s`, seconds. All ranks must call it.
@@ -316,6 +327,13 @@ class Engine:
 
         k, v = self._deadline.run(f"sync_single_layer_cache({layer_idx}, …)", sync)
         return k, v
+
+    def _graphs_for(self, plan: Plan) -> LayerGraphs | None:
+        """The graphs, if this rank's layers run one after another: lanes of their own would share the buffers."""
+        if sum(any(op.kind == "layer" for op in lane.ops) for lane in plan.lanes[self.rank]) <= 1:
+            return self._graphs.layers if self._graphs else None
+        log.warning("kernels=exact: by this plan, rank %d runs layers on several lanes", self.rank)
+        return None
 
     def _lowered(self, plan: Plan) -> Plan:
         """The plan as the backend can run it: lowered for NCCL."""

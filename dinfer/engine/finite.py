@@ -4,8 +4,9 @@ Digests cannot show them: ranks that hold the same NaN hold the same bytes. A Na
 attention, to later tokens, so the first one of a rank says most; what follows it is only counted.
 
 On a CPU what an op has made is summed, at a small fraction of the cost of its digests. A sum is finite unless a value
-is not, or unless it overflows, which a second look rules out. On CUDA the largest absolute value of each token is
-computed and copied to the host on the stream of the op, and a thread reads it there: neither lane nor device waits.
+is not, or unless it overflows, which a second look rules out. On CUDA the largest absolute value of each token is kept
+on the device, by a kernel of the op's own or by the op's graph. A thread looks there now and then, at all that has come
+together: neither lane nor device waits.
 """
 
 import logging
@@ -13,18 +14,18 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from math import inf, isfinite
-from queue import Queue, SimpleQueue
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from dinfer.plan.ops import Op, OpKind
+from dinfer.plan.partition import Shape
 
 log = logging.getLogger("dinfer")
 
-BUFFERS = 256
-"""most ops whose values are on their way to the host: more than are issued ahead of those that have ended"""
+PAUSE_S = 0.01
+"""seconds between two looks at the device: each takes the GIL from the lanes"""
 
 
 @dataclass(frozen=True)
@@ -83,32 +84,37 @@ OnNonFinite = Callable[[NonFinite], None]
 class FiniteCheck:
     """Looks for NaN and Inf in what the ops of one prompt make on one rank; they call it on their lanes' threads.
 
-    `chunks`: the token positions of each chunk. `record` is called for each op that has made any, one call at a time;
-    `report` for the first one alone, and again once the rank has gone back before it. Both may be called on any thread.
+    `shape`: of the prompt. `record` is called for each op that has made any, one call at a time; `report` for the first
+    one alone, and again once the rank has gone back before it. Both may be called on any thread.
     """
 
     def __init__(
-        self,
-        rank: int,
-        chunks: Sequence[range],
-        device: torch.device,
-        record: OnNonFinite,
-        report: OnNonFinite,
+        self, rank: int, shape: Shape, device: torch.device, record: OnNonFinite, report: OnNonFinite
     ) -> None:
-        self._rank, self._chunks, self._record, self._report = rank, chunks, record, report
+        self._rank, self._shape, self._record, self._report = rank, shape, record, report
         self._first: tuple[OpKind, int, int] | None = None
         self._lock = threading.Lock()
-        longest = max(map(len, chunks))
-        self._reader = _DeviceReader(device, longest, self._look_at) if device.type == "cuda" else None
+        on_device = device.type == "cuda"
+        self._values = torch.zeros((shape.layers + 2, shape.tokens, 3), device=device) if on_device else None
+        self._reader = _DeviceReader(self._values, self._look) if self._values is not None else None
+
+    @property
+    def of_layers(self) -> Tensor | None:
+        """Where graphs keep the largest values of layers, float32 [layers, tokens, 3]: K, V, hidden state; on CUDA."""
+        return None if self._values is None else self._values[: self._shape.layers]
 
     def made(self, op: Op, hidden: Tensor, block: Tensor | None = None) -> None:
         """The op has made a hidden state, [1, tokens, hidden_size], and a block, [tokens, 2, kv_heads, head_dim]."""
         if self._reader is not None:
-            self._reader.read(op, hidden, block)
+            largest_values(hidden, block, self._place(op))
+            self._reader.note(op)
         elif not (_has_finite_sum(hidden) and (block is None or _has_finite_sum(block))):
-            tokens = hidden.shape[1]
-            out = torch.empty(tokens if block is None else 3 * tokens)
-            self._look_at(op, tokens, largest_values(hidden, block, out))
+            self._look_at(op, largest_values(hidden, block, torch.zeros((hidden.shape[1], 3))))
+
+    def kept(self, op: Op) -> None:
+        """A graph on the current stream has kept the largest values of a layer op in `of_layers`."""
+        if self._reader is not None:
+            self._reader.note(op)
 
     @property
     def has_found(self) -> bool:
@@ -122,6 +128,8 @@ class FiniteCheck:
         with self._lock:
             if self._first and self._first not in {(op.kind, op.chunk, op.layer) for op in done}:
                 self._first = None
+        if self._values is not None:
+            self._values.zero_()  # what is done has been looked at
 
     def settle(self) -> None:
         """Wait until all that has been made so far has been looked at."""
@@ -133,18 +141,29 @@ class FiniteCheck:
         if self._reader is not None:
             self._reader.close()
 
-    def _look_at(self, op: Op, tokens: int, largest: Tensor) -> None:
+    def _place(self, op: Op) -> Tensor:
+        """The values of what an op makes, [tokens, 3], on the device."""
+        assert self._values is not None
+        if op.kind == "norm":
+            return self._values[-1, :1]
+        rows = self._shape.chunks[op.chunk]
+        return self._values[op.layer if op.kind == "layer" else -2, rows.start : rows.stop]
+
+    def _look(self, ops: Sequence[Op]) -> None:
+        for op in ops:
+            self._look_at(op, self._place(op).cpu())
+
+    def _look_at(self, op: Op, largest: Tensor) -> None:
         """`largest` as from `largest_values`, on the host."""
         if largest.isfinite().all():
             return
-        hidden, kv = largest[:tokens], largest[tokens:].view(-1, 2)
-        made = {"K": kv[:, 0], "V": kv[:, 1], "final" if op.kind == "norm" else "hidden": hidden}
-        bad = {name: values.isfinite().logical_not_() for name, values in made.items()}
-        tensor: Any = next(name for name, rows in bad.items() if rows.any())
-        row = int(bad[tensor].int().argmax())
-        chunk = self._chunks[op.chunk]
+        bad = largest.isfinite().logical_not_()
+        column = next(number for number in range(3) if bad[:, number].any())
+        tensor: Any = ("K", "V", "final" if op.kind == "norm" else "hidden")[column]
+        row = int(bad[:, column].int().argmax())
+        chunk = self._shape.chunks[op.chunk]
         token = chunk.stop - 1 if op.kind == "norm" else chunk.start + row
-        value: Any = "NaN" if made[tensor][row].isnan() else "Inf"
+        value: Any = "NaN" if largest[row, column].isnan() else "Inf"
         found = NonFinite(self._rank, op.kind, op.chunk, op.layer, tensor, value, token)
         with self._lock:
             self._record(found)
@@ -156,15 +175,14 @@ class FiniteCheck:
 
 
 def largest_values(hidden: Tensor, block: Tensor | None, out: Tensor) -> Tensor:
-    """The largest absolute value of each token, NaN where one of them is NaN: float32, `out`.
+    """The largest absolute value of each token, NaN where one of them is NaN: float32, `out`, [tokens, 3].
 
-    First those of `hidden`, [1, tokens, hidden_size], then of K and V of `block`, [tokens, 2, kv_heads, head_dim],
-    token by token. Does not wait for the device.
+    Of K and of V of `block`, [tokens, 2, kv_heads, head_dim], which without one stay as they are, and of `hidden`, [1,
+    tokens, hidden_size]. Does not wait for the device.
     """
-    tokens = hidden.shape[1]
-    _largest(hidden[0], out[:tokens])
+    _largest(hidden[0], out[:, 2])
     if block is not None:
-        _largest(block.flatten(2), out[tokens:].view(tokens, 2))
+        _largest(block.flatten(2), out[:, :2])
     return out
 
 
@@ -177,57 +195,66 @@ def _has_finite_sum(values: Tensor) -> bool:
     return isfinite(values.sum(dtype=torch.float32))
 
 
-class _Copy(NamedTuple):
-    """Values of an op on their way to the host; `arrived`: when they are there."""
-
-    op: Op
-    tokens: int
-    size: int
-    buffers: tuple[Tensor, Tensor]
-    arrived: torch.cuda.Event
-
-
 class _DeviceReader:
-    """Copies the largest values of each op to the host and calls `look_at` with them on a thread of its own."""
+    """Looks for values that are not finite on a thread of its own, and calls `look` with the ops that may have made
+    them."""
 
-    def __init__(self, device: torch.device, tokens: int, look_at: Callable[[Op, int, Tensor], None]) -> None:
-        self._look_at, self._closed = look_at, False
-        host = torch.empty((BUFFERS, 3 * tokens), pin_memory=True)
-        on_device = torch.empty_like(host, device=device)
+    def __init__(self, values: Tensor, look: Callable[[Sequence[Op]], None]) -> None:
+        self._values, self._look, self._closed = values, look, False
+        self._stream = torch.cuda.Stream(values.device)  # type: ignore[no-untyped-call]
         # The memory may have been another tensor's until now, and any stream may use it first.
-        torch.cuda.current_stream(device).synchronize()
-        self._free: SimpleQueue[tuple[Tensor, Tensor]] = SimpleQueue()
-        for buffers in zip(on_device, host, strict=True):
-            self._free.put(buffers)
-        self._copies: Queue[_Copy | None] = Queue()
+        torch.cuda.current_stream(values.device).synchronize()
+        self._noted: list[Op] = []
+        self._streams: set[torch.cuda.Stream] = set()
+        self._looking = self._hurry = False
+        self._changed = threading.Condition()
         threading.Thread(target=self._run, name="dinfer NaN and Inf", daemon=True).start()
 
-    def read(self, op: Op, hidden: Tensor, block: Tensor | None) -> None:
-        """Called on the stream of the op."""
-        tokens = hidden.shape[1]
-        size = tokens if block is None else 3 * tokens
-        buffers = self._free.get()
-        on_device, host = (buffer[:size] for buffer in buffers)
-        host.copy_(largest_values(hidden, block, on_device), non_blocking=True)
-        arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        arrived.record(torch.cuda.current_stream(on_device.device))
-        self._copies.put(_Copy(op, tokens, size, buffers, arrived))
+    def note(self, op: Op) -> None:
+        """An op has been launched on the current stream, with what keeps its values."""
+        stream = torch.cuda.current_stream(self._values.device)
+        with self._changed:
+            self._streams.add(stream)
+            self._noted.append(op)
+            if len(self._noted) == 1:
+                self._changed.notify_all()
 
     def settle(self) -> None:
-        if not self._closed:
-            self._copies.join()
+        with self._changed:
+            self._hurry = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._closed or not (self._noted or self._looking))
+            self._hurry = False
 
     def close(self) -> None:
-        self._closed = True
-        self._copies.put(None)
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
     def _run(self) -> None:
-        while (copy := self._copies.get()) is not None:
+        while (ops := self._next()) is not None:
             try:
-                copy.arrived.synchronize()
-                self._look_at(copy.op, copy.tokens, copy.buffers[1][: copy.size])
+                if not self._are_finite():
+                    self._look(ops)
             except Exception:  # a device that fails also fails the op; this thread must not block its lanes
-                log.exception("what `%s` made could not be looked at", copy.op)
+                log.exception("what `%s` made could not be looked at", ops[0])
             finally:
-                self._free.put(copy.buffers)
-                self._copies.task_done()
+                with self._changed:
+                    self._looking = False
+                    self._changed.notify_all()
+
+    def _next(self) -> list[Op] | None:
+        """The ops since the last call; None once it is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._noted)
+            self._changed.wait_for(lambda: self._closed or self._hurry, PAUSE_S)
+            if self._closed:
+                return None
+            ops, self._noted, self._looking = self._noted, [], True
+            for stream in self._streams:
+                self._stream.wait_stream(stream)
+            return ops
+
+    def _are_finite(self) -> bool:
+        with torch.cuda.stream(self._stream):
+            return bool(self._values.isfinite().all())

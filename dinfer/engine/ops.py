@@ -30,22 +30,13 @@ class Outcome(NamedTuple):
 
 
 def embed(state: Prefill, op: Op, _: Comm) -> Outcome:
-    rows = state.rows(op.chunk)
-    hidden = state.hidden[op.chunk, 0] = state.decoder.embed(state.ids[rows.start : rows.stop])
+    hidden = state.hidden[op.chunk, 0] = state.embed(op.chunk)
     state.finite.made(op, hidden)
     return Outcome()
 
 
 def layer(state: Prefill, op: Op, _: Comm) -> Outcome:
-    hidden = state.take_hidden(op.chunk, op.layer)
-    output = state.compute_layer(op.chunk, op.layer, hidden)
-    block = state.block(op.chunk, op.layer)
-    state.faults.computed(op, block)
-    state.finite.made(op, output, block)
-    state.ledger.made((op.chunk, op.layer), block)
-    state.faults.in_memory(op, block)
-    if state.is_needed(op.chunk, op.layer + 1):
-        state.hidden[op.chunk, op.layer + 1] = output
+    state.layer(op)
     state.ordering.launched(op.makes())
     return Outcome()
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -9,11 +10,13 @@ from torch import Tensor
 from dinfer.engine.corruption import Alarm, Corruption
 from dinfer.engine.faults import Faults
 from dinfer.engine.finite import FiniteCheck
-from dinfer.kv.ledger import UNKNOWN, Ledger
+from dinfer.kv.ledger import UNKNOWN, BlockKey, Ledger, LedgerEntry
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
+from dinfer.model.kernels.graphs import LayerGraphs
+from dinfer.model.kernels.table import Kept
 from dinfer.plan.ops import FINAL, Op, Value
-from dinfer.plan.plan import Plan
+from dinfer.plan.plan import Lane, Plan
 from dinfer.transport.cuda_order import Ordering
 from dinfer.transport.header import Header
 
@@ -26,7 +29,7 @@ class Prefill:
     every op that needs them has run. `final`: the normed hidden state of the last token, [1, 1, hidden_size].
     `differing`: (chunk, layer) → how a received block differs from its digests. `extra`: by layer, rows beyond the
     plan's, from faults. `digests`: whether to keep a ledger; `alarm` is called for corrupted blocks;
-    `finite` looks for NaN and Inf.
+    `finite` looks for NaN and Inf. `graphs`: run layers; None: transformers' own kernels do.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Prefill:
         digests: bool,
         alarm: Alarm,
         finite: FiniteCheck,
+        graphs: LayerGraphs | None = None,
     ) -> None:
         self.decoder, self.cache, self.plan, self.rank = decoder, cache, plan, rank
         self.ids = list(ids)
@@ -54,11 +58,22 @@ class Prefill:
         self.faults = Faults(self, own)
         self._entered = {v for op in own if op.kind in ("embed", "recv") for v in op.makes()}
         self._uses = Counter(need for op in own for need in op.needs() if need.what == "hidden")
+        self._ids = decoder.checked_ids(self.ids)
+        self._graphs = graphs
+        self._kept: Kept | None = None
+        self._chained = _chained(plan.lanes[rank])
+        """hidden states that the next layer takes at once: they may stay in the graphs' buffer"""
+        if graphs is not None:
+            slots = len(plan.shape.chunks)
+            self._kept = Kept.of(cache, slots, digests=digests, largest=finite.of_layers)
 
     def free(self) -> None:
         """Free the tensors, so that a leftover reference to this prompt does not keep its KV in memory."""
         self.finite.close()
         self.cache, self.hidden, self.final = self.decoder.new_cache(1), {}, None
+        if self._graphs is not None:
+            self._graphs.bind(self.cache)
+        self._graphs = self._kept = None
 
     def rows(self, chunk: int) -> range:
         """The token positions of a chunk."""
@@ -68,6 +83,11 @@ class Prefill:
         """The block in the cache, a view [tokens, 2, kv_heads, head_dim]."""
         rows = self.rows(chunk)
         return self.cache.block(layer, rows.start, rows.stop)
+
+    def embed(self, chunk: int) -> Tensor:
+        """The embeddings of a chunk's tokens, [1, tokens, hidden_size]."""
+        rows = self.rows(chunk)
+        return self.decoder.embed_known(self._ids[rows.start : rows.stop])
 
     def take_hidden(self, chunk: int, layer: int) -> Tensor:
         """The hidden state before `layer`, [1, tokens, hidden_size]; dropped after the last op that needs it."""
@@ -138,14 +158,46 @@ class Prefill:
         for chunk, layer in [key for key in self.ledger.entries if key[1] in layers]:
             self.ledger.edited((chunk, layer), self.block(chunk, layer))
 
-    def compute_layer(self, chunk: int, layer: int, hidden: Tensor) -> Tensor:
-        """Run a layer on a chunk's hidden state and write its block; returns the next hidden state, same shape."""
-        position, shift = self.rows(chunk).start, self.faults.shift(chunk, layer)
-        output = self.decoder.layer(layer, hidden, self.cache, position)
-        if shift:
-            self.faults.note_right(chunk, layer, self.block(chunk, layer))
-            output = self.decoder.layer(layer, hidden, self.cache, position, shift)
-        return output
+    def layer(self, op: Op) -> None:
+        """Run a layer op: compute its block and the next hidden state, look for NaN and Inf, and take digests."""
+        key = op.chunk, op.layer
+        output, is_kept = self._run(*key, self.take_hidden(*key), self._kept)
+        block = self.block(*key)
+        if self.faults.computed(op, block) or not is_kept:
+            self.finite.made(op, output, block)
+            self.ledger.made(key, block)
+        else:
+            self.finite.kept(op)
+            self._enter(key)
+        self.faults.in_memory(op, block)
+        if self.is_needed(op.chunk, op.layer + 1):
+            stays = self._graphs is None or (op.chunk, op.layer + 1) in self._chained
+            self.hidden[op.chunk, op.layer + 1] = output if stays else output.clone()
+
+    def _run(self, chunk: int, layer: int, hidden: Tensor, kept: Kept | None) -> tuple[Tensor, bool]:
+        """Run a layer on a chunk's hidden state and write its block.
+
+        Returns the next hidden state, same shape, and whether it was a graph, which has kept what `kept` is for; then
+        the hidden state lies in a buffer that the next run overwrites.
+        """
+        rows, shift, graphs = self.rows(chunk), self.faults.shift(chunk, layer), self._graphs
+        if graphs is None or shift or not graphs.holds(len(rows), rows.stop):
+            output = self.decoder.layer(layer, hidden, self.cache, rows.start)
+            if shift:
+                self.faults.note_right(chunk, layer, self.block(chunk, layer))
+                output = self.decoder.layer(layer, hidden, self.cache, rows.start, shift)
+            return output, False
+        graphs.bind(self.cache, kept)
+        graphs.begin(len(rows), rows.start, chunk)
+        return graphs.run(layer, hidden), True
+
+    def _enter(self, key: BlockKey) -> None:
+        """Enter the digests that a graph has taken into the ledger."""
+        kept = self._kept
+        if kept is not None and kept.rows is not None and kept.blocks is not None:
+            (chunk, layer), rows = key, self.rows(key[0])
+            found = LedgerEntry(kept.rows[layer, rows.start : rows.stop], kept.blocks[layer, chunk])
+            self.ledger.enter(key, found)
 
     def rewind(self, done: Iterable[Op], todo: Iterable[Op]) -> None:
         """Go back to the state in which exactly the ops `done` have run.
@@ -165,6 +217,8 @@ class Prefill:
             value = Value("hidden", *key)
             if value not in made or not (value in self._entered or self._uses[value] > 0):
                 del self.hidden[key]
+        if self._graphs is not None:  # what lies in their buffer would be overwritten
+            self.hidden = {key: hidden.clone() for key, hidden in self.hidden.items()}
         for _, chunk, layer in sorted(made.intersection(self._uses)):
             if (chunk, layer) in self.hidden:
                 continue
@@ -173,6 +227,17 @@ class Prefill:
             for index in range(entry, layer):
                 block = self.block(chunk, index)
                 current = block.clone()
-                hidden = self.compute_layer(chunk, index, hidden)
+                hidden, _ = self._run(chunk, index, hidden, None)
                 block.copy_(current)  # a fault or the user may have changed it since it was computed
-            self.hidden[chunk, layer] = hidden
+            self.hidden[chunk, layer] = hidden if self._graphs is None else hidden.clone()
+
+
+def _chained(lanes: Iterable[Lane]) -> set[tuple[int, int]]:
+    """The hidden states, by chunk and layer, that the next layer op of their lane takes."""
+    found = set()
+    for lane in lanes:
+        layers = [op for op in lane.ops if op.kind == "layer"]
+        found |= {
+            (b.chunk, b.layer) for a, b in pairwise(layers) if (a.chunk, a.layer + 1) == (b.chunk, b.layer)
+        }
+    return found

@@ -55,7 +55,7 @@ class Ledger:
     def made(self, key: BlockKey, block: Tensor) -> None:
         """This rank has computed the block, [tokens, 2, kv_heads, head_dim]."""
         if self.on:
-            self._enter(key, _entry(block))
+            self.enter(key, _entry(block))
 
     def arrived(self, key: BlockKey, block: Tensor, announced: Tensor) -> Tensor | None:
         """This rank has received the block, announced with this signature. Returns its digests, on the signature's
@@ -67,7 +67,7 @@ class Ledger:
         # for the next hop, it names the first rank at which other bytes have arrived
         differs = (announced[:2] != found).any() & (announced[:2] != 0).any() & (announced[2] == 0)
         passed_on = torch.cat([announced[:2], torch.where(differs, self.rank + 1, announced[2:])])
-        self._enter(key, entry._replace(signature=passed_on))
+        self.enter(key, entry._replace(signature=passed_on))
         return found
 
     def edited(self, key: BlockKey, block: Tensor) -> None:
@@ -77,7 +77,7 @@ class Ledger:
             return
         entry = _entry(block)
         if not torch.equal(entry.rows, before.rows):
-            self._enter(key, entry._replace(edited=True))
+            self.enter(key, entry._replace(edited=True))
 
     def signature(self, key: BlockKey) -> Tensor:
         """What a header says of the block, int64 [3]: see `LedgerEntry`. It does not change with the block. It lies on
@@ -98,7 +98,8 @@ class Ledger:
         """Which rows have changed since they were computed or received: bool [tokens, 2, kv_heads]."""
         return row_digests(block) != self.entries[key].rows
 
-    def _enter(self, key: BlockKey, entry: LedgerEntry) -> None:
+    def enter(self, key: BlockKey, entry: LedgerEntry) -> None:
+        """Keep these digests of a block."""
         self.entries[key] = entry
         self.told.discard(key)
 

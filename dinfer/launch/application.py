@@ -12,6 +12,7 @@ import torch
 
 from dinfer.config import Config, ConfigError
 from dinfer.engine.engine import Engine
+from dinfer.engine.kernels import Kernels
 from dinfer.job import choose_backend, threads_per_rank
 from dinfer.launch.environment import launched_as
 from dinfer.launch.meet import meet
@@ -38,10 +39,11 @@ def open_engine(config: Config) -> Iterator[Engine]:
     config = choose_backend(config.with_(world_size=launched.world_size, threads=threads))
     torch.set_num_threads(threads)
     decoder = Decoder.load(config.model_path, config.dtype, device_of(launched.rank, config))
-    warm_up(decoder, config, config.chunk_size)
+    graphs = Kernels().prepare(decoder, config)
+    warm_up(decoder, config, config.chunk_size, graphs)
     store, _ = meet(config, launched)
     comm = open_comm(config.backend, launched.rank, launched.world_size, store, config.start_timeout)
-    engine = Engine(decoder, comm, config)
+    engine = Engine(decoder, comm, config, graphs=graphs)
     try:
         agree(comm, facts_of(config, decoder.spec, (), engine.plan_for(1).id))
         yield engine

@@ -87,7 +87,7 @@ def _eager(decoder: Decoder, layer: int, on_weights: Callable[[Tensor], None]) -
     `on_weights` with the attention weights. Its modules are shallow copies: they share the weights."""
     config = copy.copy(decoder.model.config)
     config._attn_implementation = "eager"
-    other, base = copy.copy(decoder), decoder._base
+    other, base = copy.copy(decoder), decoder.base
     mine: Any = copy.copy(base.layers[layer])
     attend = copy.copy(mine.self_attn)
     mine._modules = {**mine._modules, "self_attn": attend}
@@ -101,6 +101,6 @@ def _eager(decoder: Decoder, layer: int, on_weights: Callable[[Tensor], None]) -
         return output
 
     attend.forward = forward_and_report
-    other._positions = Positions(config, base.rotary_emb, decoder._family.rotary_per_layer_type)
-    other._base = SimpleNamespace(layers={layer: mine})
+    other.positions = Positions(config, base.rotary_emb, decoder.family.rotary_per_layer_type)
+    other.base = SimpleNamespace(layers={layer: mine})
     return other

@@ -42,10 +42,11 @@ class Decoder:
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self.eos_ids = _eos_ids(model)
-        self._family = family_of(config)
-        self._base = model.get_decoder()
-        self._kinds = layer_kinds(config)
-        self._positions = Positions(config, self._base.rotary_emb, self._family.rotary_per_layer_type)
+        self.family = family_of(config)
+        self.base = model.get_decoder()
+        """transformers' module of embedding, layers and norm"""
+        self.kinds = layer_kinds(config)
+        self.positions = Positions(config, self.base.rotary_emb, self.family.rotary_per_layer_type)
 
     @classmethod
     def load(
@@ -97,14 +98,23 @@ class Decoder:
     @torch.no_grad()
     def embed(self, ids: Tensor | Sequence[int]) -> Tensor:
         """The embeddings [1, T, hidden_size] of token `ids` [T]: the input of layer 0."""
+        return self.embed_known(self.checked_ids(ids))
+
+    def checked_ids(self, ids: Tensor | Sequence[int]) -> Tensor:
+        """Token ids [T] on the device. Raises `ModelError` for ids that the model does not have, or none."""
         tensor = torch.as_tensor(ids, dtype=torch.long)
         if tensor.ndim != 1 or tensor.numel() == 0:
             raise ModelError(f"token ids must be one row of at least one id; got shape {tuple(tensor.shape)}")
         low, high = int(tensor.min()), int(tensor.max())
         if low < 0 or high >= self.vocab_size:
             raise ModelError(f"token ids must be 0 to {self.vocab_size - 1}; got ids from {low} to {high}")
-        hidden: Tensor = self._base.embed_tokens(tensor.to(self.device).unsqueeze(0))
-        scale = self._family.embedding_scale
+        return tensor.to(self.device)
+
+    @torch.no_grad()
+    def embed_known(self, ids: Tensor) -> Tensor:
+        """`embed` for ids from `checked_ids`; does not wait for the device."""
+        hidden: Tensor = self.base.embed_tokens(ids.unsqueeze(0))
+        scale = self.family.embedding_scale
         return hidden if scale is None else hidden * getattr(self.model.config, scale)
 
     @torch.no_grad()
@@ -121,12 +131,12 @@ class Decoder:
         if hidden.ndim != 3 or hidden.shape[::2] != (1, self.hidden_size) or hidden.shape[1] == 0:
             wanted = f"[1, tokens, {self.hidden_size}]"
             raise ModelError(f"layer {index} takes a hidden state {wanted}; got {list(hidden.shape)}")
-        kind = self._kinds[index]
+        kind = self.kinds[index]
         window = CacheWindow(cache, position, hidden.shape[1], kind.sliding_window)
-        placement = self._positions.of(kind, position, hidden)
+        placement = self.positions.of(kind, position, hidden)
         if shift:
-            placement = replace(self._positions.of(kind, position + shift, hidden), mask=placement.mask)
-        output: Tensor = self._base.layers[index](
+            placement = replace(self.positions.of(kind, position + shift, hidden), mask=placement.mask)
+        output: Tensor = self.base.layers[index](
             hidden,
             attention_mask=placement.mask,
             position_embeddings=placement.rotary,
@@ -139,7 +149,7 @@ class Decoder:
     @torch.no_grad()
     def norm(self, hidden: Tensor) -> Tensor:
         """Apply the final norm to the last layer's output [1, T, hidden_size]; same shape."""
-        output: Tensor = self._base.norm(hidden)
+        output: Tensor = self.base.norm(hidden)
         return output
 
     @torch.no_grad()
@@ -151,7 +161,7 @@ class Decoder:
                 f"logits takes the normed hidden state of one token, {wanted}; got {list(hidden.shape)}"
             )
         logits: Tensor = self.model.lm_head(hidden)
-        config, family = self.model.config, self._family
+        config, family = self.model.config, self.family
         if family.logits_divisor is not None:
             logits = logits / getattr(config, family.logits_divisor)
         if family.logits_softcap is not None and (cap := getattr(config, family.logits_softcap)) is not None:

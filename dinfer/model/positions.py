@@ -103,6 +103,13 @@ class Positions:
         self._kept: OrderedDict[tuple[int, int, LayerKind], Placement] = OrderedDict()
         self._lock = threading.Lock()
 
+    def angles(self, kind: LayerKind, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the rotary angles of the first `count` positions, each [1, count, head_dim], in the dtype
+        and on the device of `like`, a hidden state."""
+        ids = torch.arange(count, device=like.device).unsqueeze(0)
+        cosine, sine = self._rotary(like, ids, *((kind.layer_type,) if self._per_type else ()))
+        return cosine, sine
+
     def of(self, kind: LayerKind, position: int, hidden: Tensor) -> Placement:
         """The placement of the tokens of `hidden` [1, T, hidden_size], the first one at `position`."""
         key = (position, hidden.shape[1], kind)

@@ -54,19 +54,37 @@ class Sampler:
 
     def __call__(self, logits: "Tensor", step: int) -> int:
         """The id of new token `step` (from 0), chosen from `logits` [vocab_size]."""
-        if self.sampling.temperature == 0.0:
-            return int(logits.argmax())
         import torch
 
-        scores = logits.detach().to("cpu", torch.float32).unsqueeze(0)
-        for warper in self._warpers:
-            scores = warper(None, scores)
-        if not scores.max().isfinite():  # +inf, or NaN of two infinities
-            return int(logits.argmax())  # so low a temperature that float32 overflows: its limit is greedy
-        cumulative = scores[0].double().softmax(-1).cumsum(-1)
+        if self.sampling.temperature == 0.0:
+            return int(logits.argmax())
+        number = torch.tensor([self.draw(step)], dtype=torch.float64)
+        return int(self.choose(logits.detach().to("cpu", torch.float32), number))
+
+    def draw(self, step: int) -> float:
+        """The random number, 0 to 1, that decides new token `step`."""
+        import torch
+
         # A hash of both, so that step 1 of seed 0 is not step 0 of seed 1.
         mixed = hashlib.sha256(f"{self.sampling.seed}:{step}".encode()).digest()[:8]
         generator = torch.Generator().manual_seed(int.from_bytes(mixed) >> 1)
-        point = torch.rand(1, dtype=torch.float64, generator=generator) * cumulative[-1]
+        return float(torch.rand(1, dtype=torch.float64, generator=generator))
+
+    def choose(self, logits: "Tensor", number: "Tensor") -> "Tensor":
+        """The token, int64 [1], that `number`, float64 [1], picks from `logits` [vocab_size], float32, on their device.
+
+        Does not wait for the device.
+        """
+        import torch
+
+        greedy = logits.argmax().view(1)
+        if self.sampling.temperature == 0.0:
+            return greedy
+        scores = logits.unsqueeze(0)
+        for warper in self._warpers:
+            scores = warper(None, scores)
+        cumulative = scores[0].double().softmax(-1).cumsum(-1)
         # right=True: a token of probability 0 adds nothing to the sum, so it is never the first one above it.
-        return min(int(torch.searchsorted(cumulative, point, right=True)), logits.shape[-1] - 1)
+        drawn = torch.searchsorted(cumulative, number * cumulative[-1], right=True).clamp(max=len(logits) - 1)
+        # +inf, or NaN of two infinities: so low a temperature that float32 overflows. Its limit is greedy.
+        return torch.where(scores.max().isfinite(), drawn, greedy)

@@ -11,6 +11,7 @@ import torch
 from dinfer.config import Config
 from dinfer.engine.engine import Engine
 from dinfer.engine.finite import largest_values
+from dinfer.engine.kernels import Graphs, Kernels
 from dinfer.kv.digests import block_digests, row_digests
 from dinfer.messages import BatchResult, BlockCorrupt, FirstNonFinite, TextPiece
 from dinfer.model.decoder import Decoder
@@ -37,10 +38,12 @@ def run_rank(
         board.set_phase("loading")
         decoder = Decoder.load(config.model_path, config.dtype, device)
         log.info("loaded %s on %s, %d threads", config.model_path, decoder.device, config.threads)
-        warm_up(decoder, config, len(ids))
+        graphs = Kernels().prepare(decoder, config)
+        warm_up(decoder, config, len(ids), graphs)
         comm = meet()
         engine = Engine(
-            decoder, comm, config, board=board, memory=control.recorder_memory, on_op=OpLog(log, decoder.num_layers),
+            decoder, comm, config, graphs=graphs, board=board, memory=control.recorder_memory,
+            on_op=OpLog(log, decoder.num_layers),
             on_corrupt=lambda found: control.report(BlockCorrupt(found.as_dict())),
             on_nonfinite=lambda found: control.report(FirstNonFinite(found.as_dict())),
         )  # fmt: skip
@@ -76,8 +79,11 @@ def run_rank(
         )
 
 
-def warm_up(decoder: Decoder, config: Config, tokens: int) -> None:
-    """Let a GPU load its kernels now, so that the time of a prompt of `tokens` is not that of loading them."""
+def warm_up(decoder: Decoder, config: Config, tokens: int, graphs: Graphs | None) -> None:
+    """Let a GPU load its kernels now, so that the time of a prompt of `tokens` is not that of loading them. (With
+    graphs, capturing them has.)"""
+    if graphs:
+        return
     started = perf_counter()
     chunk = max(1, min(config.chunk_size, tokens, decoder.max_positions))
     decoder.warm_up(chunk, tokens % chunk or chunk)
@@ -86,7 +92,7 @@ def warm_up(decoder: Decoder, config: Config, tokens: int) -> None:
         if config.digests:
             block_digests(row_digests(block))
         hidden = torch.zeros((1, chunk, decoder.hidden_size), dtype=decoder.dtype, device=decoder.device)
-        largest_values(hidden, block, torch.empty(3 * chunk, device=decoder.device))
+        largest_values(hidden, block, torch.empty((chunk, 3), device=decoder.device))
         log.info("kernels loaded in %.1f s", perf_counter() - started)
 
 

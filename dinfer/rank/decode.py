@@ -78,8 +78,9 @@ class Tokens:
             self._decoding = begun
         decoding = self._decoding
         self._engine.extend(decoding, self._limit)
+        decoding.restart()
         while self._begin(decoding):
-            token = decoding.step()
+            token = decoding.step(more=self._begun < self._limit and not self._held)
             text = self._stream.push(token) if self._stream else f"{token} "
             on_token(len(decoding.tokens), token, text)
         return NewTokens(tuple(decoding.tokens), decoding.stopped)

@@ -21,6 +21,7 @@ from dinfer.engine.board import Board, Stand
 from dinfer.engine.corruption import Corrupted, Corruption
 from dinfer.engine.decoding import NotANumber, TokensDiffer
 from dinfer.engine.engine import Engine
+from dinfer.engine.kernels import Kernels
 from dinfer.engine.lanes import LaneExecutor, OpFailed
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
@@ -83,6 +84,7 @@ class RankService:
         """`on_change` is called when engine or model have been replaced."""
         self.rank, self.session, self.board = rank, session, board
         self.weights = Weights(self.board, alone=memory is not None)
+        self._kernels = Kernels()
         self.comm: Comm | None = None
         self.prompt: PromptOnRank | None = None
         self._remembered = Remembered()
@@ -202,6 +204,7 @@ class RankService:
         if self.weights.are(command) or not (self.decoder or self.prompt):
             return
         self.weights.drop()
+        self._kernels.drop()
         try:
             self._give_up_prompt()
         finally:
@@ -254,13 +257,14 @@ class RankService:
             raise RuntimeError(f"rank {self.rank} has no checkpoint yet: session.load(…) first.")
         config, ids = Config.of(command.config), command.ids
         self._give_up_prompt()
+        graphs = self._kernels.prepare(decoder, config)
         engine = Engine(
-            decoder, comm, config, gate=self._gate, board=self.board, memory=self._memory,
+            decoder, comm, config, graphs=graphs, gate=self._gate, board=self.board, memory=self._memory,
             deadline=config.timeout, on_hit=self._hit, all_stands=self._ask_stands,
             on_corrupt=self._corrupt,
             on_nonfinite=lambda found: self.report(messages.FirstNonFinite(found.as_dict())),
         )  # fmt: skip
-        warm_up(decoder, config, len(ids))
+        warm_up(decoder, config, len(ids), graphs)
         plan = parse_plan(command.plan) if command.plan else engine.plan_for(len(ids))
         agree(comm, facts_of(config, decoder.spec, ids, plan.id))
         try:

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinfer.engine.finite import BUFFERS, FiniteCheck, NonFinite, largest_values
+from dinfer.engine.finite import FiniteCheck, NonFinite, largest_values
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import Op
+from dinfer.plan.partition import Shape
 from tests.gpu.test_digests import WAITS, _alone, _calls, wide
 from tests.support.tiny import tiny_checkpoint
 from tests.support.twin import prompt, twin
@@ -43,21 +44,22 @@ def test_largest_values_are_those_of_the_cpu(dtype: torch.dtype) -> None:
     hidden, block = torch.randn(1, 130, 96).to(dtype), torch.randn(130, 2, 3, 32).to(dtype)
     hidden[0, 7, 5], hidden[0, 129, 0] = nan, -inf
     block[3, 0, 2, 31], block[64, 1, 0, 0] = inf, nan
-    want = largest_values(hidden, block, torch.empty(390))
-    got = largest_values(hidden.cuda(), block.cuda(), torch.empty(390, device="cuda")).cpu()
+    want = largest_values(hidden, block, torch.empty((130, 3)))
+    got = largest_values(hidden.cuda(), block.cuda(), torch.empty((130, 3), device="cuda")).cpu()
     torch.testing.assert_close(got, want, equal_nan=True, rtol=0, atol=0)
     assert (~want.isfinite()).sum() == 4
 
 
-def test_more_ops_than_buffers_are_all_looked_at() -> None:
+def test_each_of_many_ops_is_looked_at() -> None:
     found: list[NonFinite] = []
-    check = FiniteCheck(0, [range(4)] * (2 * BUFFERS), torch.device("cuda"), found.append, lambda _: None)
-    for chunk in range(2 * BUFFERS):
+    shape = Shape(layers=1, tokens=4 * 512, chunk_size=4, starts=(0,))
+    check = FiniteCheck(0, shape, torch.device("cuda"), found.append, lambda _: None)
+    for chunk in range(512):
         hidden = torch.ones(1, 4, 8, device="cuda")
         hidden[0, 2, 1] = nan if chunk % 3 == 0 else 1
         check.made(Op("layer", chunk, 0), hidden)
     check.settle()
-    assert [one.chunk for one in found] == list(range(0, 2 * BUFFERS, 3))
+    assert [one.chunk for one in found] == list(range(0, 512, 3))
     check.close()
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from dinfer.config import Config
 from dinfer.engine.engine import Engine
+from dinfer.engine.kernels import Kernels
 from dinfer.engine.lanes import OpFailed
 from dinfer.model.decoder import Decoder
 from dinfer.plan.cut import Cut
@@ -79,11 +80,18 @@ class Twin:
         gate: Gate | None = None,
         rendezvous: bool = True,
         streams: StreamOrder = "pairs",
+        graphs: bool = False,
     ) -> None:
         self.gate = gate or Gate()
         self.exchange = Exchange(config.world_size, self.gate, rendezvous=rendezvous, streams=streams)
         self.engines = [
-            Engine(decoder, self.exchange.comm(rank), config, gate=self.gate)
+            Engine(
+                decoder,
+                self.exchange.comm(rank),
+                config,
+                gate=self.gate,
+                graphs=Kernels().capture("graph", decoder, config) if graphs else None,
+            )
             for rank in range(config.world_size)
         ]
 
@@ -132,13 +140,14 @@ def twin(
     gate: Gate | None = None,
     rendezvous: bool = True,
     streams: Any = "pairs",  # a StreamOrder; `config` may hold anything
+    graphs: Any = False,  # bool
     **config: object,
 ) -> Iterator[Twin]:
     """A Twin with a config of these parameters; afterwards no thread of it is left.
 
     With `backend="nccl"` its ranks issue to streams, which behave like NCCL's.
     """
-    made = Twin(decoder, Config.of(config), gate=gate, rendezvous=rendezvous, streams=streams)
+    made = Twin(decoder, Config.of(config), gate=gate, rendezvous=rendezvous, streams=streams, graphs=graphs)
     try:
         yield made
     finally:

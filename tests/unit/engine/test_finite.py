@@ -12,9 +12,10 @@ from torch import Tensor
 from dinfer.engine.finite import FiniteCheck, NonFinite, largest_values
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import Op, Value, recv
+from dinfer.plan.partition import Shape
 from tests.support.twin import prompt, twin
 
-CHUNKS = [range(4), range(4, 7)]
+SHAPE = Shape(layers=4, tokens=7, chunk_size=4, starts=(0, 2))
 LAYER = Op("layer", 1, 2)
 
 
@@ -25,7 +26,7 @@ class Noted:
         self.recorded: list[NonFinite] = []
         self.reported: list[NonFinite] = []
         cpu = torch.device("cpu")
-        self.check = FiniteCheck(1, CHUNKS, cpu, self.recorded.append, self.reported.append)
+        self.check = FiniteCheck(1, SHAPE, cpu, self.recorded.append, self.reported.append)
 
 
 def made(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -115,12 +116,11 @@ def test_what_spreads_sorts_behind_what_it_came_from() -> None:
 def test_largest_values_are_by_token() -> None:
     hidden, block = made()
     hidden[0, 1, 3], block[2, 1, 0, 0], block[0, 0, 1, 1] = -7, nan, -inf
-    largest = largest_values(hidden, block, torch.empty(9))
-    assert largest[:3].tolist() == [1, 7, 1]
-    kv = largest[3:].view(3, 2)
-    assert kv[:, 0].tolist() == [inf, 1, 1]
-    assert kv[:2, 1].tolist() == [1, 1]
-    assert kv[2, 1].isnan()
+    largest = largest_values(hidden, block, torch.zeros((3, 3)))
+    assert largest[:, 2].tolist() == [1, 7, 1]
+    assert largest[:, 0].tolist() == [inf, 1, 1]
+    assert largest[:2, 1].tolist() == [1, 1]
+    assert largest[2, 1].isnan()
 
 
 @pytest.mark.parametrize("backend", ["gloo", "nccl"])

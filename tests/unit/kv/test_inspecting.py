@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from dinfer.cluster.threads import LocalRanks
 from dinfer.engine.engine import Engine
@@ -262,10 +261,10 @@ def test_a_run_that_has_failed_can_still_be_looked_at(session: Session, run: Run
     run.run_to(1, 3)
     state = engine(session, 1).prompt.state
 
-    def fail(*_: object) -> Tensor:
+    def fail(*_: object) -> None:
         raise ValueError("on purpose")
 
-    state.compute_layer = fail  # type: ignore[method-assign,assignment]
+    state.layer = fail  # type: ignore[method-assign,assignment]
     with pytest.raises(RankFailed, match="on purpose"):
         run.run_to(2, 3)
     assert "hold the same" in str(run.kv().diff())

@@ -82,14 +82,14 @@ def test_pause_ends_it_and_new_breakpoints_reach_it_between_two_steps(run: Run) 
 
 def test_pause_stops_the_step_that_it_is_in(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     inside, leave = threading.Event(), threading.Event()
-    layer = Prefill.compute_layer
+    layer = Prefill.layer
 
     def held(self: Prefill, *given: Any) -> Any:
         inside.set()
         assert leave.wait(DEADLINE_S)
         return layer(self, *given)
 
-    monkeypatch.setattr(Prefill, "compute_layer", held)
+    monkeypatch.setattr(Prefill, "layer", held)
     run.play("chunk", SLOW)
     assert inside.wait(DEADLINE_S)
     pauser = threading.Thread(target=run.pause)

@@ -1,0 +1,93 @@
+"""Kernels: what runs one rank's layers, transformers' own kernels or graphs, chosen by config and model."""
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+from dinfer.config import Config
+from dinfer.model.decoder import Decoder
+from dinfer.model.kernels.graphs import LayerGraphs, Mode, NoGraph
+from dinfer.model.kernels.token_graph import TokenGraph
+from dinfer.model.sampling import Sampling
+
+log = logging.getLogger("dinfer")
+
+_CAPTURING = threading.Lock()
+"""ranks of one process share its device, on which nothing else may be captured at the same time"""
+
+OnProgress = Callable[[int, int], None]
+
+
+class Graphs(NamedTuple):
+    """The graphs of one rank: of layers, and of a whole step of decode."""
+
+    layers: LayerGraphs
+    token: TokenGraph
+
+
+class Kernels:
+    """The kernels of one rank, kept from prompt to prompt while its model stays."""
+
+    def __init__(self) -> None:
+        self._decoder: Decoder | None = None
+        self._layers: dict[Mode, LayerGraphs] = {}
+        self._token: dict[tuple[Mode, Sampling], TokenGraph] = {}
+        self._refused: dict[Mode, str] = {}
+
+    def prepare(
+        self, decoder: Decoder, config: Config, on_progress: OnProgress | None = None
+    ) -> Graphs | None:
+        """Graphs for chunks as in the config and for its sampling, captured if there are none yet (seconds); None where
+        transformers' own kernels are to run. The previous prompt must be released.
+
+        `on_progress(done, total)` is called for each layer. What a model does not allow is logged once, by name.
+        """
+        if decoder is not self._decoder:
+            self.drop()
+            self._decoder = decoder
+        for mode in _modes(config, decoder):
+            if mode in self._refused:
+                continue
+            try:
+                with _CAPTURING:
+                    return self.capture(mode, decoder, config, on_progress)
+            except NoGraph as why:
+                self._refused[mode] = str(why)
+                log.warning("kernels=%s cannot run %s: %s", mode, decoder.spec.model_type, why)
+        return None
+
+    def drop(self) -> None:
+        """Give up all graphs, with their memory."""
+        self._decoder = None
+        self._layers.clear()
+        self._token.clear()
+        self._refused.clear()
+
+    def capture(
+        self, mode: Mode, decoder: Decoder, config: Config, on_progress: OnProgress | None = None
+    ) -> Graphs:
+        """Graphs of one kind. Raises NoGraph."""
+        layers = self._layers.get(mode)
+        if layers is None:
+            layers = LayerGraphs(decoder, mode)
+        sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
+        before = layers.seconds
+        layers.prepare([min(config.chunk_size, decoder.max_positions)], on_progress)
+        if (mode, sampling) not in self._token:
+            self._token = {(mode, sampling): TokenGraph(layers, sampling)}
+        self._layers[mode] = layers
+        if layers.seconds > before:
+            log.info(
+                "kernels=%s: graphs of %d layers for %s tokens and of one new token, captured in %.1f s, %.2f GiB",
+                mode, decoder.num_layers, " and ".join(map(str, layers.lengths)), layers.seconds - before,
+                layers.bytes / 2**30,
+            )  # fmt: skip
+        return Graphs(layers, self._token[mode, sampling])
+
+
+def _modes(config: Config, decoder: Decoder) -> tuple[Mode, ...]:
+    """The kinds of graphs to try, the best first."""
+    if config.kernels == "exact" or decoder.device.type != "cuda":
+        return ()
+    return ("compiled", "graph") if config.kernels == "auto" else (config.kernels,)

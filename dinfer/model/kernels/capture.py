@@ -1,0 +1,56 @@
+"""Capture: work as a CUDA graph, to be launched again and again."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+WARM_UPS = 2
+"""runs before a capture: the first compiles kernels, the second allocates as the capture will"""
+
+
+class Capture:
+    """Captures work on one device; all graphs share one pool of memory, so they must run one after another.
+
+    On a CPU the work itself stands for its graph.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None
+        self.bytes = 0
+        """GPU memory that captures have taken"""
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], object]:
+        """Run the work a few times, capture it, and return what launches it on the current stream."""
+        if self._device.type != "cuda":
+            work()
+            return torch.no_grad()(work)
+        side, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)  # type: ignore[no-untyped-call]
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                work()
+        current.wait_stream(side)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        before = torch.cuda.memory_reserved(self._device)
+        with _no_collection(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            work()
+        self.bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
+        return graph.replay
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A graph or tensor that is freed while another graph is captured would spoil it."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
