@@ -339,9 +339,11 @@ class Engine:
         """The plan as the backend can run it: lowered for NCCL."""
         return lower(plan) if self.config.backend == "nccl" and not plan.is_lowered else plan
 
-    def _executor(self, state: Prefill, on_op: Callable[[Event, Op], None]) -> LaneExecutor:
+    def _executor(
+        self, state: Prefill, on_op: Callable[[Event, Op], None], watched: Callable[[Op], bool]
+    ) -> LaneExecutor:
         assert self.recorder is not None
-        given = Execution(state, self.comm, self.gate, self.recorder, self.board, on_op)
+        given = Execution(state, self.comm, self.gate, self.recorder, self.board, on_op, watched)
         if self.config.backend != "nccl":
             return ThreadExecutor(given)
         assert isinstance(self.comm, StreamComm), "NCCL needs a transport with streams"

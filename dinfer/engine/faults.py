@@ -141,10 +141,14 @@ class Faults:
             here[one.layer] += len(self._state.rows(one.chunk))
         return max(here.values(), default=0)
 
-    def computed(self, op: Op, block: Tensor) -> bool:
-        """A layer op has written its block; its digests are not taken yet, or must be taken again if this returns that
-        a fault has struck."""
-        return self._strike_at("compute", op, block)
+    @property
+    def are_armed(self) -> bool:
+        """Whether any fault is armed on this rank."""
+        return bool(self._armed)
+
+    def computed(self, op: Op, block: Tensor) -> None:
+        """A layer op has written its block; its digests are not taken yet."""
+        self._strike_at("compute", op, block)
 
     def on_wire(self, op: Op, block: Tensor) -> None:
         """A recv has written its block; its digests are not taken yet."""
@@ -154,13 +158,10 @@ class Faults:
         """The rank holds the block and its digests are taken."""
         self._strike_at("memory", op, block)
 
-    def _strike_at(self, where: FaultPlace, op: Op, block: Tensor) -> bool:
-        struck = False
+    def _strike_at(self, where: FaultPlace, op: Op, block: Tensor) -> None:
         for one in self._armed:
             if one.where == where and one.is_at(op.chunk, op.layer) and one.kind != "append_twice":
                 self._strike(one, block)
-                struck = True
-        return struck
 
     def ended(self, op: Op) -> bool:
         """An op has ended. Appends duplicate rows to its layer if a fault is due there; returns whether it did.

@@ -11,6 +11,7 @@ together: neither lane nor device waits.
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from math import inf, isfinite
@@ -107,12 +108,12 @@ class FiniteCheck:
         """The op has made a hidden state, [1, tokens, hidden_size], and a block, [tokens, 2, kv_heads, head_dim]."""
         if self._reader is not None:
             largest_values(hidden, block, self._place(op))
-            self._reader.note(op)
+            self._reader.note(op, torch.cuda.current_stream(hidden.device))
         elif not (_has_finite_sum(hidden) and (block is None or _has_finite_sum(block))):
             self._look_at(op, largest_values(hidden, block, torch.zeros((hidden.shape[1], 3))))
 
     def kept(self, op: Op) -> None:
-        """A graph on the current stream has kept the largest values of a layer op in `of_layers`."""
+        """A graph on the default stream has kept the largest values of a layer op in `of_layers`."""
         if self._reader is not None:
             self._reader.note(op)
 
@@ -204,19 +205,20 @@ class _DeviceReader:
         self._stream = torch.cuda.Stream(values.device)  # type: ignore[no-untyped-call]
         # The memory may have been another tensor's until now, and any stream may use it first.
         torch.cuda.current_stream(values.device).synchronize()
-        self._noted: list[Op] = []
-        self._streams: set[torch.cuda.Stream] = set()
+        self._noted: deque[Op] = deque()
+        self._streams = {torch.cuda.default_stream(values.device)}
         self._looking = self._hurry = False
         self._changed = threading.Condition()
         threading.Thread(target=self._run, name="dinfer NaN and Inf", daemon=True).start()
 
-    def note(self, op: Op) -> None:
-        """An op has been launched on the current stream, with what keeps its values."""
-        stream = torch.cuda.current_stream(self._values.device)
-        with self._changed:
+    def note(self, op: Op, stream: torch.cuda.Stream | None = None) -> None:
+        """An op has been launched on this stream, by default the device's, with what keeps its values."""
+        if stream is not None:
             self._streams.add(stream)
-            self._noted.append(op)
-            if len(self._noted) == 1:
+        is_first = not self._noted
+        self._noted.append(op)
+        if is_first:
+            with self._changed:
                 self._changed.notify_all()
 
     def settle(self) -> None:
@@ -250,8 +252,9 @@ class _DeviceReader:
             self._changed.wait_for(lambda: self._closed or self._hurry, PAUSE_S)
             if self._closed:
                 return None
-            ops, self._noted, self._looking = self._noted, [], True
-            for stream in self._streams:
+            self._looking = True
+            ops = [self._noted.popleft() for _ in range(len(self._noted))]
+            for stream in tuple(self._streams):
                 self._stream.wait_stream(stream)
             return ops
 

@@ -59,6 +59,8 @@ class Execution(NamedTuple):
     recorder: Recorder
     board: Board
     on_op: Callable[[Event, Op], None]
+    watched: Callable[[Op], bool] = lambda _: False
+    """whether a condition may hold at the op: no later one may start before `on_op` has seen it"""
 
 
 class LaneExecutor(ABC):
@@ -68,7 +70,7 @@ class LaneExecutor(ABC):
     """
 
     def __init__(self, given: Execution) -> None:
-        self.state, self.comm, self.gate, self.recorder, self.board, self.on_op = given
+        self.state, self.comm, self.gate, self.recorder, self.board, self.on_op, self.watched = given
         self.plan = self.state.plan
         self.rank = self.comm.rank
         self.failure: OpFailed | None = None

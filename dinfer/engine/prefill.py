@@ -162,17 +162,22 @@ class Prefill:
         """Run a layer op: compute its block and the next hidden state, look for NaN and Inf, and take digests."""
         key = op.chunk, op.layer
         output, is_kept = self._run(*key, self.take_hidden(*key), self._kept)
-        block = self.block(*key)
-        if self.faults.computed(op, block) or not is_kept:
-            self.finite.made(op, output, block)
-            self.ledger.made(key, block)
-        else:
+        if is_kept and not self.faults.are_armed and self.finite.of_layers is not None:
             self.finite.kept(op)
             self._enter(key)
-        self.faults.in_memory(op, block)
+        else:
+            self._look_at(op, output)
         if self.is_needed(op.chunk, op.layer + 1):
             stays = self._graphs is None or (op.chunk, op.layer + 1) in self._chained
             self.hidden[op.chunk, op.layer + 1] = output if stays else output.clone()
+
+    def _look_at(self, op: Op, output: Tensor) -> None:
+        """Let faults strike what a layer op has made, take its digests, and look for NaN and Inf."""
+        block = self.block(op.chunk, op.layer)
+        self.faults.computed(op, block)
+        self.finite.made(op, output, block)
+        self.ledger.made((op.chunk, op.layer), block)
+        self.faults.in_memory(op, block)
 
     def _run(self, chunk: int, layer: int, hidden: Tensor, kept: Kept | None) -> tuple[Tensor, bool]:
         """Run a layer on a chunk's hidden state and write its block.

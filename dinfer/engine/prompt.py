@@ -121,6 +121,10 @@ class Conditions:
         """Evaluate these breakpoints' conditions from now on, and no others."""
         self._armed = tuple(one for one in breakpoints if one.condition)
 
+    def watch(self, op: Op) -> bool:
+        """Whether one of them may hold at the op."""
+        return any(one.matches(self._state.rank, op) for one in self._armed)
+
     def __call__(self, event: Event, op: Op) -> None:
         for one in self._armed:
             if one.matches(self._state.rank, op) and (found := self._evaluate(one, event, op)):
@@ -151,14 +155,15 @@ Stands = Sequence[Stand | None]
 class Prompt:
     """One prompt on one rank.
 
-    `execute(state, on_op)` makes the executor of the lanes. `on_hit` is called for a breakpoint's condition that holds,
-    on the lane's thread; `all_stands()` returns where each rank stands. `target`: the cut that the rank was sent to.
+    `execute(state, on_op, watched)` makes the executor of the lanes. `on_hit` is called for a breakpoint's condition
+    that holds, on the lane's thread; `all_stands()` returns where each rank stands. `target`: the cut that the rank was
+    sent to.
     """
 
     def __init__(
         self,
         state: Prefill,
-        execute: Callable[[Prefill, Callable[[Event, Op], None]], LaneExecutor],
+        execute: Callable[[Prefill, Callable[[Event, Op], None], Callable[[Op], bool]], LaneExecutor],
         *,
         on_op: Callable[[Event, Op], None] | None,
         on_hit: Hit | None,
@@ -168,7 +173,7 @@ class Prompt:
         self.edits = Edits(state, lambda: self.executor.stand().positions)
         self.conditions = Conditions(state, on_hit)
         self._on_op, self._all_stands = on_op, all_stands
-        self.executor = execute(state, self._after_op)
+        self.executor = execute(state, self._after_op, self.conditions.watch)
         self._may_halt, self.order = True, 0
         self.target: Cut = tuple(tuple(0 for _ in lanes) for lanes in self.plan.lanes)
         self._begun: tuple[int, ...] | None = None

@@ -5,7 +5,7 @@ thread waits for the ops in issue order, checks what arrived, records events and
 be taken back, nor its recv released by a void header, so a stop counts every issued op as done.
 """
 
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import takewhile
@@ -24,13 +24,26 @@ from dinfer.transport.streams import COMPUTE, ENTRY, Issued, Streams
 WINDOW = 128
 """how many ops may be issued ahead of those that have ended: one or two chunks of a stage, with their sync"""
 
+TOGETHER = 16
+"""how many ops are taken from the lane at a time: each time takes the lock"""
 
-class _Pending(NamedTuple):
+
+class _Call(NamedTuple):
+    """An op, and all that the plan says of it: made once, so that issuing it only launches."""
+
     op: Op
-    work: Issued
-    ready: int
+    number: int
+    makes: tuple[Value, ...]
+    needs: tuple[Value, ...]
+    """without the blocks of earlier chunks that a layer needs, which are counted"""
     header: Header | None
     """of a transfer: the header that the plan expects"""
+
+
+class _Pending(NamedTuple):
+    call: _Call
+    work: Issued
+    ready: int
 
 
 class StreamExecutor(LaneExecutor):
@@ -44,11 +57,23 @@ class StreamExecutor(LaneExecutor):
             )
         self._streams, self._window = streams, window
         self._lane = self._lanes[0]
+        self._calls = [self._call(number, op) for number, op in enumerate(self._lane.ops)]
         self._issued = 0
+        self._blocks: Counter[int] = Counter()
+        """by layer, of how many chunks from the first on the blocks are made or being made here"""
         self._pending: deque[_Pending] = deque()
+        self._coming: set[Value] = set()
+        """what the ops make that have been claimed and have not ended"""
         self._making: dict[Value, Issued] = {}
+        """the work that makes it, as soon as that is issued"""
+        self._arriving: defaultdict[int, dict[Value, Issued]] = defaultdict(dict)
+        """by layer, the blocks that are being received"""
         self._add_thread("issue", self._issue_all)
         self._add_thread("completion", self._complete_all)
+
+    def _call(self, number: int, op: Op) -> _Call:
+        needs = (Value("hidden", op.chunk, op.layer),) if op.kind == "layer" else tuple(op.needs())
+        return _Call(op, number, op.makes(), needs, header_at(self.state, op) if op.is_transfer else None)
 
     def start(self) -> None:
         self._streams.settle()
@@ -77,52 +102,72 @@ class StreamExecutor(LaneExecutor):
         with self.gate.change():
             super().rewind(positions)
             self._issued = self._lane.position
+            self._blocks.clear()
+            for call in self._calls[: self._issued]:
+                self._count(call)
         self._streams.settle()
 
     def close(self, timeout: float = 5.0) -> bool:
         return super().close(timeout) and self._streams.close(timeout)
 
     def _issue_all(self) -> None:
+        issued = 0
         try:
-            while isinstance(op := self.gate.wait(self._claim), Op):
-                self._issue(op)
+            while claimed := self.gate.wait(self._claim):
+                for issued in claimed:
+                    self._issue(self._calls[issued])
         except BaseException as error:  # whatever it is: report it
-            self._fail(self._lane, self._lane.ops[self._issued - 1], error)
+            self._fail(self._lane, self._lane.ops[issued], error)
         finally:
             self.gate.leave()
 
-    def _claim(self) -> Op | Literal[False] | None:
-        """The next op, None if it cannot be issued yet, False to end the thread.
+    def _claim(self) -> range | None:
+        """The next ops, None if none can be issued yet, an empty range to end the thread.
 
-        The op counts as issued from here on, so that a freeze does not miss one on its way to its stream.
+        They count as issued from here on, so that a freeze does not miss one on its way to its stream.
         """
         if self._is_over:
-            return False
-        lane = self._lane
-        if self._issued >= min(lane.limit, len(lane.ops), lane.position + self._window):
+            return range(0)
+        lane, first = self._lane, self._issued
+        stop = min(lane.limit, len(lane.ops), lane.position + self._window, first + TOGETHER)
+        for call in self._calls[first:stop]:
+            is_behind_watched = self._issued > lane.position and self.watched(lane.ops[self._issued - 1])
+            if is_behind_watched or not self._can_issue(call):
+                break
+            self._check_new(call.op)
+            self._coming.update(call.makes)
+            self._count(call)
+            self._issued += 1
+        if self._issued == first:
             return None
-        op = lane.ops[self._issued]
-        if not all(need in self._made or need in self._making for need in op.needs()):
-            return None
-        self._issued, lane.started = self._issued + 1, True
+        lane.started = True
         self._publish(lane)
-        return op
+        return range(first, self._issued)
 
-    def _issue(self, op: Op) -> None:
+    def _can_issue(self, call: _Call) -> bool:
+        if call.op.kind == "layer" and self._blocks[call.op.layer] < call.op.chunk:
+            return False
+        return all(need in self._made or need in self._coming for need in call.needs)
+
+    def _count(self, call: _Call) -> None:
+        """Count the blocks that an op makes, if all chunks before are counted."""
+        for value in call.makes:
+            if value.what == "kv" and self._blocks[value.layer] == value.chunk:
+                self._blocks[value.layer] += 1
+
+    def _issue(self, call: _Call) -> None:
         """Give the op to its stream, to run after the ops under way that make what it needs."""
-        self._check_new(op)
-        ready, state, streams = monotonic_ns(), self.state, self._streams
+        ready, state, streams, op = monotonic_ns(), self.state, self._streams, call.op
         with self.gate.hold():
-            after = list({id(w): w for need in op.needs() if (w := self._making.get(need))}.values())
-        header = header_at(state, op) if op.is_transfer else None
-        if header is None:
+            after = self._under_way(call)
+        if call.header is None:
             where = ENTRY if op.kind == "embed" else COMPUTE
             work = streams.compute(where, partial(HANDLERS[op.kind], state, op, self.comm), after)
         elif op.kind == "send":
             is_signed = op.what == "kv" and state.ledger.on
             sign = partial(state.ledger.signature, (op.chunk, op.layer)) if is_signed else None
             payload = partial(payload_of, state, op)
-            work = streams.send(channel_of(self.rank, op), header.pack(), payload, after, sign)
+            work = streams.send(channel_of(self.rank, op), call.header.pack(), payload, after, sign)
         else:
             # Also without digests: faults strike there.
             arrive = {"kv": state.receive_block, "hidden": state.receive_hidden}.get(op.what)
@@ -131,15 +176,24 @@ class StreamExecutor(LaneExecutor):
         # Waking the other thread takes the GIL from this one, so do it only when that thread waits for a first op.
         with self.gate.hold():
             is_first = not self._pending
-            self._pending.append(_Pending(op, work, ready, header))
-            self._making.update(dict.fromkeys(op.makes(), work))
+            self._pending.append(_Pending(call, work, ready))
+            self._making.update(dict.fromkeys(call.makes, work))
+            if op.kind == "recv" and op.what == "kv":
+                self._arriving[op.layer][op.value] = work
         if is_first:
             with self.gate.change():
                 pass
 
+    def _under_way(self, call: _Call) -> list[Issued]:
+        """The work that makes what the op needs and has not ended. (What layers make, layers follow anyway.)"""
+        found = [work for need in call.needs if (work := self._making.get(need))]
+        if call.op.kind == "layer" and (blocks := self._arriving.get(call.op.layer)):
+            found += [work for value, work in blocks.items() if value.chunk < call.op.chunk]
+        return found
+
     def _check_new(self, op: Op) -> None:
         super()._check_new(op)
-        if twice := self._making.keys() & set(op.makes()):
+        if twice := self._coming.intersection(op.makes()):
             raise PlanError(f"{twice.pop()} is already on its way; no op may make it a second time.")
 
     def _complete_all(self) -> None:
@@ -164,28 +218,33 @@ class StreamExecutor(LaneExecutor):
         good = 0
         try:
             for pending in batch:
-                self._conclude(pending, self._lane.position + good)
+                self._conclude(pending)
                 good += 1
         finally:
             lane = self._lane
             with self.gate.change():
                 for pending in batch[:good]:
                     self._pending.popleft()
-                    for value in pending.op.makes():
+                    makes = pending.call.makes
+                    self._made.update(makes)
+                    self._coming.difference_update(makes)
+                    for value in makes:
                         del self._making[value]
-                        self._made.add(value)
+                        if value.what == "kv":
+                            self._arriving[value.layer].pop(value, None)
                     lane.position += 1
                 lane.started = self._issued > lane.position
                 self._publish(lane)
 
-    def _conclude(self, pending: _Pending, index: int) -> None:
+    def _conclude(self, pending: _Pending) -> None:
         """Check and record an op that has ended. Raises what the op raised, or TransferError."""
-        op, lane, times, corrupt = pending.op, self._lane, pending.work.wait(), None
-        if pending.header is not None and op.kind == "recv":
+        (op, number, _, _, header), lane, corrupt = pending.call, self._lane, None
+        times = pending.work.wait()
+        if header is not None and op.kind == "recv":
             came = Header.unpack(pending.work.header())
-            check(came, pending.header, op)
+            check(came, header, op)
             corrupt = self.state.check_digests(op, came, pending.work.digests()) if op.what == "kv" else None
         start = max(times.start, pending.ready)
-        size = pending.header.nbytes if pending.header else 0
-        moments = pending.ready, start, max(times.met, start), times.end
-        self._record(lane, op, event_of(op, self.rank, lane.name, index, moments, size), corrupt)
+        size = header.nbytes if header else 0
+        moments = pending.ready, start, max(times.met, start), max(times.end, start)
+        self._record(lane, op, event_of(op, self.rank, lane.name, number, moments, size), corrupt)

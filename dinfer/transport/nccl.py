@@ -4,6 +4,7 @@ Times are those of CUDA events, the only way to learn when a kernel ran; `settle
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -90,6 +91,41 @@ class NcclComm(GlooComm):
             raise CommError(f"rank {self.rank} could not connect by NCCL: {error}") from error
 
 
+class _Computed:
+    """Work on the stream of layers (`Issued`), of which only the end is marked: it starts when the work before it on
+    this stream, and what it waits for, have ended."""
+
+    stream = COMPUTE
+    ended = 0
+    """when it has ended, once that was asked"""
+
+    def __init__(self, streams: "CudaStreams", after: list["_CudaWork"]) -> None:
+        self._streams, self._after = streams, after
+        self.end = streams.free.pop() if streams.free else _event()
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self.end.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> Times:
+        if not self.ended:
+            if not self.is_done:
+                sleep(LAG_S)
+                self.end.synchronize()
+            self.started = max([self._streams.last_end, *(other.wait().end for other in self._after)])
+            self.ended = self._streams.last_end = self._streams.time_of(self.end)
+            self._after.clear()
+            # Work that is issued later may still wait for this event, so it is used again by work behind that.
+            self._streams.free.append(self.end)
+        return Times(self.started, self.started, self.ended)
+
+    def header(self) -> bytes:
+        raise NotImplementedError("a layer receives nothing")
+
+    def digests(self) -> tuple[int, int] | None:
+        return None
+
+
 class _CudaWork:
     """Work on one CUDA stream (`Issued`). Holds the tensors of its transfer until that has ended."""
 
@@ -135,12 +171,30 @@ class CudaStreams:
         # Allocated once: pinning memory may wait for the device.
         host = torch.empty((HEADERS, _FOUND.stop), dtype=torch.uint8, pin_memory=True)
         self._headers = cycle(zip(host, torch.empty_like(host, device=device), strict=True))
+        self.free: list[torch.cuda.Event] = []
+        """events that no work uses any more"""
+        self._of_thread = threading.local()
         self.settle()
 
     def compute(self, where: str, work: Callable[[], object], after: After) -> Issued:
+        if where == COMPUTE:
+            return self._compute(work, after)
         with self._on(where, after) as issued:
             work()
             issued.met = issued.start
+        return issued
+
+    def _compute(self, work: Callable[[], object], after: After) -> Issued:
+        """The same without naming a stream, which takes longer than a launch: a thread's own is that of layers."""
+        if not hasattr(self._of_thread, "device"):
+            self._of_thread.device = self._device
+            torch.cuda.set_device(self._device)
+        stream, others = self._streams[COMPUTE], [one for one in after if isinstance(one, _CudaWork)]
+        for other in others:
+            stream.wait_event(other.end)
+        work()
+        issued = _Computed(self, others)
+        issued.end.record(stream)
         return issued
 
     def send(
@@ -183,6 +237,13 @@ class CudaStreams:
             zero.record()
             zero.synchronize()
         self._zero = zero, monotonic_ns()
+        self.last_end = 0
+        """when the last layer that has been asked had ended"""
+
+    def time_of(self, event: torch.cuda.Event) -> int:
+        """When an event was, in monotonic ns."""
+        zero, ns = self._zero
+        return ns + int(zero.elapsed_time(event) * 1e6)
 
     def close(self, timeout: float) -> bool:  # noqa: ARG002
         """Nothing to do: the executor waits for all that it has issued."""
@@ -198,7 +259,7 @@ class CudaStreams:
         stream = self._streams[name]
         with torch.cuda.stream(stream):
             for other in after:
-                if isinstance(other, _CudaWork) and other.stream != name:
+                if isinstance(other, _CudaWork | _Computed) and other.stream != name:
                     stream.wait_event(other.end)
             issued.start.record()
             yield issued

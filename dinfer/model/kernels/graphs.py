@@ -72,6 +72,8 @@ class LayerGraphs:
         self._angles: dict[LayerKind, Angles] = {}
         self._begun: tuple[int, int, int] | None = None
         self._length: _Length | None = None
+        self._buffer: Tensor | None = None
+        """its first tokens, which run now"""
 
     @property
     def bytes(self) -> int:
@@ -129,6 +131,7 @@ class LayerGraphs:
         self._begun = tokens, position, slot
         number = min(length for length in self._lengths if length >= tokens)
         length = self._length = self._lengths[number]
+        self._buffer = length.hidden[:, :tokens]
         self.table.go_to(position, slot, tokens)
         torch.arange(position, position + number, out=length.ids[0], device=self.device)
         for kind, into in length.angles.items():
@@ -136,26 +139,30 @@ class LayerGraphs:
                 stop = min(position + number, source.shape[1])
                 target[:, : stop - position].copy_(source[:, position:stop])
 
-    @torch.no_grad()
     def run(self, layer: int, hidden: Tensor) -> Tensor:
         """Run a layer on `hidden` [1, tokens, hidden_size], as `begin` has said; returns its output, same shape.
 
         The output lies in a buffer that the next run of this length overwrites. If `hidden` lies there, nothing is
         copied. Raises ModelError for a hidden state of another shape or dtype.
         """
-        length, tokens = self._length, self._begun[0] if self._begun else 0
+        length, buffer = self._length, self._buffer
         assert length is not None
-        if hidden.data_ptr() != length.hidden.data_ptr():
+        assert buffer is not None
+        assert self._begun is not None
+        if hidden is not buffer:
+            tokens = self._begun[0]
             wanted = (1, tokens, self.decoder.hidden_size), self.decoder.dtype
             if (hidden.shape, hidden.dtype) != wanted:
                 given = f"{list(hidden.shape)} in {hidden.dtype}"
                 raise ModelError(
                     f"layer {layer} takes a hidden state {list(wanted[0])} in {wanted[1]}; got {given}"
                 )
-            # By `data`, so that torch does not count it as a change that the user has made.
-            length.hidden.data[:, :tokens].copy_(hidden)
+            with (
+                torch.no_grad()
+            ):  # by `data`, so that torch does not count it as a change that the user has made
+                buffer.data.copy_(hidden)
         length.launches[layer]()
-        return length.hidden[:, :tokens]
+        return buffer
 
     def run_one(self, layer: int, hidden: Tensor, ids: Tensor, angles: Angles) -> Tensor:
         """What the graph of length 1 captures of a layer, for a graph of a whole step."""

@@ -214,10 +214,9 @@ def compute_fault(
     """Have a rank compute a block otherwise, before anybody looks at it."""
     faults = states(session)[rank].faults
 
-    def computed(op: Any, block: torch.Tensor) -> bool:
-        if strikes := (op.chunk, op.layer) == (chunk, layer):
+    def computed(op: Any, block: torch.Tensor) -> None:
+        if (op.chunk, op.layer) == (chunk, layer):
             change(block)
-        return strikes
 
     faults.computed = computed  # type: ignore[method-assign]
 
