@@ -203,6 +203,8 @@ class _DeviceReader:
     def __init__(self, values: Tensor, look: Callable[[Sequence[Op]], None]) -> None:
         self._values, self._look, self._closed = values, look, False
         self._stream = torch.cuda.Stream(values.device)  # type: ignore[no-untyped-call]
+        self._answer = torch.zeros((), dtype=torch.bool, pin_memory=True)
+        self._answered = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         # The memory may have been another tensor's until now, and any stream may use it first.
         torch.cuda.current_stream(values.device).synchronize()
         self._noted: deque[Op] = deque()
@@ -260,4 +262,7 @@ class _DeviceReader:
 
     def _are_finite(self) -> bool:
         with torch.cuda.stream(self._stream):
-            return bool(self._values.isfinite().all())
+            self._answer.copy_(self._values.isfinite().all(), non_blocking=True)
+            self._answered.record(self._stream)
+        self._answered.synchronize()
+        return bool(self._answer)

@@ -66,6 +66,15 @@ class Prefill:
         if graphs is not None:
             slots = len(plan.shape.chunks)
             self._kept = Kept.of(cache, slots, digests=digests, largest=finite.of_layers)
+            self.ledger.kept = self._kept_digests
+
+    def _kept_digests(self, key: BlockKey) -> LedgerEntry:
+        """The digests that a graph has taken of a block."""
+        kept, (chunk, layer), rows = self._kept, key, self.rows(key[0])
+        assert kept is not None
+        assert kept.rows is not None
+        assert kept.blocks is not None
+        return LedgerEntry(kept.rows[layer, rows.start : rows.stop], kept.blocks[layer, chunk])
 
     def free(self) -> None:
         """Free the tensors, so that a leftover reference to this prompt does not keep its KV in memory."""
@@ -164,7 +173,8 @@ class Prefill:
         output, is_kept = self._run(*key, self.take_hidden(*key), self._kept)
         if is_kept and not self.faults.are_armed and self.finite.of_layers is not None:
             self.finite.kept(op)
-            self._enter(key)
+            if self.ledger.on:
+                self.ledger.made_by_graph(key)
         else:
             self._look_at(op, output)
         if self.is_needed(op.chunk, op.layer + 1):
@@ -195,14 +205,6 @@ class Prefill:
         graphs.bind(self.cache, kept)
         graphs.begin(len(rows), rows.start, chunk)
         return graphs.run(layer, hidden), True
-
-    def _enter(self, key: BlockKey) -> None:
-        """Enter the digests that a graph has taken into the ledger."""
-        kept = self._kept
-        if kept is not None and kept.rows is not None and kept.blocks is not None:
-            (chunk, layer), rows = key, self.rows(key[0])
-            found = LedgerEntry(kept.rows[layer, rows.start : rows.stop], kept.blocks[layer, chunk])
-            self.ledger.enter(key, found)
 
     def rewind(self, done: Iterable[Op], todo: Iterable[Op]) -> None:
         """Go back to the state in which exactly the ops `done` have run.

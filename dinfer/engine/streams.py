@@ -9,7 +9,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import takewhile
-from time import monotonic_ns
+from time import monotonic_ns, sleep
 from typing import Literal, NamedTuple
 
 from dinfer.engine.board import Stand
@@ -26,6 +26,10 @@ WINDOW = 128
 
 TOGETHER = 16
 """how many ops are taken from the lane at a time: each time takes the lock"""
+
+
+LAG_S = 0.001
+"""seconds to let ops end together, while many are under way"""
 
 
 class _Call(NamedTuple):
@@ -212,6 +216,10 @@ class StreamExecutor(LaneExecutor):
 
     def _complete(self, oldest: _Pending) -> None:
         """Wait for the oldest op, then conclude it and those after it that have ended too."""
+        if (
+            len(self._pending) > TOGETHER
+        ):  # a look at each alone would take the GIL from the other thread as often
+            sleep(LAG_S)
         oldest.work.wait()
         with self.gate.hold():
             batch = list(takewhile(lambda pending: pending.work.is_done, self._pending))

@@ -6,7 +6,7 @@ told from one that was computed wrong, and the first place where they changed ca
 `LedgerEntry.announced` and the comparison with a signature on the host wait for a device.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
@@ -49,13 +49,31 @@ class Ledger:
 
     def __init__(self, rank: int, *, on: bool = True) -> None:
         self.rank, self.on = rank, on
-        self.entries: dict[BlockKey, LedgerEntry] = {}
+        self.kept: Callable[[BlockKey], LedgerEntry] | None = None
+        """the entry of a block whose digests a graph has taken"""
+        self._entries: dict[BlockKey, LedgerEntry] = {}
+        self._by_graph: set[BlockKey] = set()
         self.told: set[BlockKey] = set()
+
+    @property
+    def entries(self) -> dict[BlockKey, LedgerEntry]:
+        """All entries, by block. Those of graphs are made only now: there are many, and few are looked at."""
+        while self._by_graph:
+            key = self._by_graph.pop()
+            assert self.kept is not None
+            self._entries[key] = self.kept(key)
+        return self._entries
+
+    def made_by_graph(self, key: BlockKey) -> None:
+        """A graph has computed the block, and taken its digests."""
+        self._entries.pop(key, None)
+        self._by_graph.add(key)
+        self.told.discard(key)
 
     def made(self, key: BlockKey, block: Tensor) -> None:
         """This rank has computed the block, [tokens, 2, kv_heads, head_dim]."""
         if self.on:
-            self.enter(key, _entry(block))
+            self._enter(key, _entry(block))
 
     def arrived(self, key: BlockKey, block: Tensor, announced: Tensor) -> Tensor | None:
         """This rank has received the block, announced with this signature. Returns its digests, on the signature's
@@ -67,7 +85,7 @@ class Ledger:
         # for the next hop, it names the first rank at which other bytes have arrived
         differs = (announced[:2] != found).any() & (announced[:2] != 0).any() & (announced[2] == 0)
         passed_on = torch.cat([announced[:2], torch.where(differs, self.rank + 1, announced[2:])])
-        self.enter(key, entry._replace(signature=passed_on))
+        self._enter(key, entry._replace(signature=passed_on))
         return found
 
     def edited(self, key: BlockKey, block: Tensor) -> None:
@@ -77,7 +95,7 @@ class Ledger:
             return
         entry = _entry(block)
         if not torch.equal(entry.rows, before.rows):
-            self.enter(key, entry._replace(edited=True))
+            self._enter(key, entry._replace(edited=True))
 
     def signature(self, key: BlockKey) -> Tensor:
         """What a header says of the block, int64 [3]: see `LedgerEntry`. It does not change with the block. It lies on
@@ -91,16 +109,16 @@ class Ledger:
 
     def keep(self, keys: Collection[BlockKey]) -> None:
         """Forget all other blocks."""
-        self.entries = {key: entry for key, entry in self.entries.items() if key in keys}
+        self._entries = {key: entry for key, entry in self.entries.items() if key in keys}
         self.told &= set(keys)
 
     def changed(self, key: BlockKey, block: Tensor) -> Tensor:
         """Which rows have changed since they were computed or received: bool [tokens, 2, kv_heads]."""
         return row_digests(block) != self.entries[key].rows
 
-    def enter(self, key: BlockKey, entry: LedgerEntry) -> None:
-        """Keep these digests of a block."""
-        self.entries[key] = entry
+    def _enter(self, key: BlockKey, entry: LedgerEntry) -> None:
+        self._by_graph.discard(key)
+        self._entries[key] = entry
         self.told.discard(key)
 
 

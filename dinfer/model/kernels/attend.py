@@ -87,7 +87,7 @@ def keep(hidden: Tensor, out: Tensor, row: Tensor) -> None:
     words = hidden.contiguous().view(torch.int64)
     width = min(2048, _power_of_2(words.shape[2]))
     device_code.keep[(hidden.shape[1],)](
-        words, out.view(torch.int64), row, words.shape[2], width, 8 * hidden.itemsize, _dtype(hidden)
+        words, out.view(torch.int64), row, words.shape[2], width, 8 * hidden.itemsize, triton_dtype(hidden)
     )
 
 
@@ -113,7 +113,7 @@ def _on_device(q: Tensor, k: Tensor, v: Tensor, row: Tensor, scale: float, windo
     device_code.store[(tokens,)](
         k_words, v_words, row, partial,
         k_words.stride(1), k_words.stride(2), v_words.stride(1), v_words.stride(2),
-        kv_heads, words, _power_of_2(kv_heads), _power_of_2(words), 8 * k.itemsize, _dtype(k),
+        kv_heads, words, _power_of_2(kv_heads), _power_of_2(words), 8 * k.itemsize, triton_dtype(k),
     )  # fmt: skip
     queries, keys, splits, options = _tiling(tokens, group, kv_heads, dim, q.dtype)
     out = torch.empty((1, tokens, heads, dim), dtype=q.dtype, device=q.device)
@@ -125,12 +125,12 @@ def _on_device(q: Tensor, k: Tensor, v: Tensor, row: Tensor, scale: float, windo
     tiles = -(-tokens * group // queries)
     device_code.attend[(tiles, kv_heads, splits)](
         q, row, partial, out, parts, tops, sums, q.stride(1), q.stride(2), tokens, scale,
-        window, cap, kv_heads, group, dim, dim_2, queries, keys, splits, _dtype(q), **options,
+        window, cap, kv_heads, group, dim, dim_2, queries, keys, splits, triton_dtype(q), **options,
     )  # fmt: skip
     if splits > 1:
         count = tokens * heads
         device_code.combine[(count,)](
-            parts, tops, sums, out, count, dim, dim_2, splits, _dtype(q), num_warps=1
+            parts, tops, sums, out, count, dim, dim_2, splits, triton_dtype(q), num_warps=1
         )
     return out
 
@@ -155,7 +155,8 @@ def _tiling(
     return queries, keys, splits, {"num_warps": 4, "num_stages": 2 if large else 3}
 
 
-def _dtype(tensor: Tensor) -> Any:
+def triton_dtype(tensor: Tensor) -> Any:
+    """Its dtype, in Triton's words."""
     import triton.language as tl
 
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[tensor.dtype]

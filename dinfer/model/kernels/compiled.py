@@ -10,19 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinfer.model.kernels.product import one_row
 
-def compiled(run: Callable[..., Tensor], *, one_token: bool) -> Callable[..., Tensor]:
+_PRODUCTS = (nn.functional.linear, one_row, torch.ops.dinfer.one_row.default)
+
+
+def compiled(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`run(layer, …)`, compiled when it is first called for a shape, and once for all layers of one structure."""
     # Layers share a compilation although each has a number of its own; without this each ninth one and on had none.
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
-    # A product of one row is bound by reading the weights: as a sum, tuned by trying, it reads them faster.
-    options = {"coordinate_descent_tuning": True} if one_token else {}
 
     def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         from torch._inductor.compile_fx import compile_fx
 
         _join_products(module)
-        return compile_fx(module, inputs, config_patches=options)
+        return compile_fx(module, inputs)
 
     return torch.compile(run, dynamic=False, fullgraph=True, backend=backend)
 
@@ -30,11 +32,11 @@ def compiled(run: Callable[..., Tensor], *, one_token: bool) -> Callable[..., Te
 def _join_products(module: torch.fx.GraphModule) -> None:
     first: dict[Any, torch.fx.Node] = {}
     for node in list(module.graph.nodes):
-        if node.op != "call_function" or node.target is not nn.functional.linear or node.kwargs:
+        is_product = node.op == "call_function" and node.target in _PRODUCTS
+        if not is_product or node.kwargs:
             continue
-        if node.args in first:
-            node.replace_all_uses_with(first[node.args])
+        same = first.setdefault((node.target, node.args), node)
+        if same is not node:
+            node.replace_all_uses_with(same)
             module.graph.erase_node(node)
-        else:
-            first[node.args] = node
     module.recompile()

@@ -229,3 +229,29 @@ def keep(hidden, out, row, words, WORDS_2: tl.constexpr, BITS: tl.constexpr, DTY
     if largest != 0:
         to = largest.to(tl.pointer_type(tl.float32)) + (tl.load(row + POSITION) + token) * 3 + 2
         tl.store(to, _as_float(bits, DTYPE))
+
+
+@triton.jit
+def product(
+    x, w, bias, out, count,
+    WIDTH: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One program for some rows of a matrix [count, WIDTH]: their products with a vector. Bound by reading the matrix,
+    so all loads of a row are under way at once."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = rows < count
+    total = tl.zeros((ROWS, STEP), tl.float32)
+    for step in tl.static_range(STEPS):
+        at = step * STEP + tl.arange(0, STEP)
+        inside = at < WIDTH
+        values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        source = w + rows[:, None] * WIDTH + at[None, :]
+        data = tl.load(
+            source, mask=there[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first"
+        )
+        total += data.to(tl.float32) * values[None, :]
+    found = tl.sum(total, axis=1)
+    if HAS_BIAS:
+        found += tl.load(bias + rows, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + rows, found.to(DTYPE), mask=there)

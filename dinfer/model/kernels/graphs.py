@@ -65,8 +65,7 @@ class LayerGraphs:
         self.table = LayerTable(decoder.num_layers, self.device)
         self.seconds = 0.0
         self._layers = copied_layers(decoder.base, decoder.model.config)
-        self._run = compiled(_run_layer, one_token=False) if mode == "compiled" else _run_layer
-        self._run_one = compiled(_run_layer, one_token=True) if mode == "compiled" else _run_layer
+        self._run = compiled(_run_layer) if mode == "compiled" else _run_layer
         self.capture = Capture(self.device)
         self._lengths: dict[int, _Length] = {}
         self._angles: dict[LayerKind, Angles] = {}
@@ -166,7 +165,7 @@ class LayerGraphs:
 
     def run_one(self, layer: int, hidden: Tensor, ids: Tensor, angles: Angles) -> Tensor:
         """What the graph of length 1 captures of a layer, for a graph of a whole step."""
-        return self._run_one(self._layers[layer], hidden, self.table.rows[layer], ids, angles)
+        return self._run(self._layers[layer], hidden, self.table.rows[layer], ids, angles)
 
     def angles_at(self, kind: LayerKind, position: Tensor) -> Angles:
         """The angles at a position on the device, int64 [1]."""
@@ -174,9 +173,8 @@ class LayerGraphs:
         return cosine, sine
 
     def _layer(self, layer: int, length: _Length) -> None:
-        run = self._run_one if length.hidden.shape[1] == 1 else self._run
         row, kind = self.table.rows[layer], self.decoder.kinds[layer]
-        output = run(self._layers[layer], length.hidden, row, length.ids, length.angles[kind])
+        output = self._run(self._layers[layer], length.hidden, row, length.ids, length.angles[kind])
         keep(output, length.hidden, row)
 
     def _new_length(self, tokens: int) -> _Length:

@@ -6,12 +6,14 @@ them, so that nothing is kept twice.
 """
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dinfer.model.kernels.attend import NAME
+from dinfer.model.kernels.product import product
 
 _JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -33,6 +35,9 @@ def _copied(module: nn.Module, config: Any) -> Any:
     for names in _JOINED:
         if all(type(mine._modules.get(name)) is nn.Linear for name in names):
             _join(mine, names)
+    for name, child in mine._modules.items():
+        if type(child) is nn.Linear:
+            mine._modules[name] = _Product(child.weight, child.bias)
     return mine
 
 
@@ -44,19 +49,19 @@ def _join(module: nn.Module, names: tuple[str, ...]) -> None:
         return
     weight = _side_by_side(weights)
     bias = _side_by_side(biases) if biases[0] is not None else None
-    product, start = _Product(weight, bias), 0
+    whole, start = _Product(weight, bias, len(names)), 0
     for name, part in zip(names, weights, strict=True):
-        module._modules[name] = _Part(product, start, start + len(part))
+        module._modules[name] = _Part(whole, start, start + len(part))
         start += len(part)
 
 
 def _side_by_side(tensors: list[Any]) -> Tensor:
     """One tensor of which these, concatenated, become views."""
-    storage = tensors[0].untyped_storage().data_ptr()
-    if all(one.untyped_storage().data_ptr() == storage for one in tensors):  # joined before
+    if all(b.data_ptr() == a.data_ptr() + a.nbytes for a, b in pairwise(tensors)):
         size = torch.Size((sum(len(one) for one in tensors), *tensors[0].shape[1:]))
-        joined: Tensor = tensors[0].data.as_strided(size, tensors[0].stride())
-        return joined
+        if tensors[0].untyped_storage().data_ptr() == tensors[-1].untyped_storage().data_ptr():
+            found: Tensor = tensors[0].data.as_strided(size, tensors[0].stride())  # joined before
+            return found
     joined, start = torch.cat([one.data for one in tensors]), 0
     for one in tensors:
         one.data = joined[start : start + len(one)]
@@ -65,32 +70,34 @@ def _side_by_side(tensors: list[Any]) -> Tensor:
 
 
 class _Product(nn.Module):
-    """One product, computed once for all of its parts."""
+    """A product, computed once for all of its parts, which are taken one after another."""
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, parts: int = 1) -> None:
         super().__init__()
-        self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
-        self.last: tuple[Tensor, Tensor] | None = None
+        self.register_buffer("weight", weight.data, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.data, persistent=False)
+        self.parts, self._taken = parts, 0
+        self._made: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # the compiler itself sees that the products are one
-            return nn.functional.linear(hidden, self.weight, self.bias)
-        if self.last is None or self.last[0] is not hidden:
-            self.last = hidden, nn.functional.linear(hidden, self.weight, self.bias)
-        return self.last[1]
+        if self.parts == 1 or torch.compiler.is_compiling():  # `compiled` sees that equal products are one
+            return product(hidden, self.weight, self.bias)
+        made = product(hidden, self.weight, self.bias) if self._made is None else self._made
+        self._taken = (self._taken + 1) % self.parts
+        self._made = made if self._taken else None
+        return made
 
 
 class _Part(nn.Module):
     """The part of a product's output from `start` to `stop`."""
 
-    def __init__(self, product: _Product, start: int, stop: int) -> None:
+    def __init__(self, whole: _Product, start: int, stop: int) -> None:
         super().__init__()
-        self.product, self.start, self.stop = product, start, stop
+        self.whole, self.start, self.stop = whole, start, stop
 
     def forward(self, hidden: Tensor) -> Tensor:
-        part: Tensor = self.product(hidden)[..., self.start : self.stop]
+        part: Tensor = self.whole(hidden)[..., self.start : self.stop]
         return part
