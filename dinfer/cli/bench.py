@@ -15,7 +15,8 @@ def bench(
     what: Annotated[
         str,
         Argument(
-            help="prefill; digests: with and without; session: steps, recording, a death; views: figures, report"
+            help="prefill; digests: with and without; gpu: kernels beside transformers; session: steps, recording, a "
+            "death; views: figures, report"
         ),
     ] = "prefill",
     model: Annotated[
@@ -33,6 +34,9 @@ def bench(
     plot: Annotated[str, Option(help="with --compare: a plot file, .html, .svg or .png")] = "",
     overwrite: Annotated[
         bool, Option("--overwrite", help="replace the files of --json and --plot if they exist")
+    ] = False,
+    growth: Annotated[
+        bool, Option("--growth", help="gpu: also other numbers of tokens and chunk sizes")
     ] = False,
     engines: Annotated[
         bool, Option("--engines", help="views: also time the inspector on three engines")
@@ -57,6 +61,16 @@ def bench(
                 result, text = _bench_prefill(model, tokens, chunk_size, sizes, repeats, compare)
             case "digests":
                 result, text = _bench_digests(model, tokens, {**sizes, "chunk_size": chunk_size}, repeats)
+            case "gpu":
+                from dinfer.bench import gpu
+
+                lengths = whole_numbers("tokens", tokens), whole_numbers("chunk_size", chunk_size)
+                if any(len(numbers) != 1 or numbers[0] < 1 for numbers in lengths):
+                    raise ConfigError(
+                        "bench gpu takes one number of tokens and one chunk_size, each at least 1."
+                    )
+                result = gpu.bench_gpu(model, lengths[0][0], lengths[1][0], repeats, log, growth=growth)
+                text = gpu.table(result)
             case "session":
                 from dinfer.bench import session
 
@@ -68,7 +82,7 @@ def bench(
                 result = views.bench_views(repeats, log, engines=engines)
                 text = views.table(result)
             case _:
-                raise ConfigError(f"bench {what!r} is unknown; use prefill, digests, session or views.")
+                raise ConfigError(f"bench {what!r} is unknown; use prefill, digests, gpu, session or views.")
     except (DinferError, RuntimeError) as error:
         stop(error, BAD_INPUT if isinstance(error, ValueError) else FAILED)
     print(text)

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable
+from time import perf_counter
 from typing import NamedTuple
 
 from dinfer.config import Config
@@ -57,6 +58,11 @@ class Kernels:
                 log.warning("kernels=%s cannot run %s: %s", mode, decoder.spec.model_type, why)
         return None
 
+    @property
+    def bytes(self) -> int:
+        """GPU memory that all graphs hold beside weights and KV."""
+        return sum(layers.bytes for layers in self._layers.values())
+
     def drop(self) -> None:
         """Give up all graphs, with their memory."""
         self._decoder = None
@@ -72,15 +78,18 @@ class Kernels:
         if layers is None:
             layers = LayerGraphs(decoder, mode)
         sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
-        before = layers.seconds
-        layers.prepare([min(config.chunk_size, decoder.max_positions)], on_progress)
-        if (mode, sampling) not in self._token:
-            self._token = {(mode, sampling): TokenGraph(layers, sampling)}
+        began, length = perf_counter(), min(config.chunk_size, decoder.max_positions)
+        is_new = length not in layers.lengths or (mode, sampling) not in self._token
+        if is_new:
+            with layers.capture.counted():
+                layers.prepare([length], on_progress)
+                if (mode, sampling) not in self._token:
+                    self._token = {(mode, sampling): TokenGraph(layers, sampling)}
         self._layers[mode] = layers
-        if layers.seconds > before:
+        if is_new:
             log.info(
                 "kernels=%s: graphs of %d layers for %s tokens and of one new token, captured in %.1f s, %.2f GiB",
-                mode, decoder.num_layers, " and ".join(map(str, layers.lengths)), layers.seconds - before,
+                mode, decoder.num_layers, " and ".join(map(str, layers.lengths)), perf_counter() - began,
                 layers.bytes / 2**30,
             )  # fmt: skip
         return Graphs(layers, self._token[mode, sampling])

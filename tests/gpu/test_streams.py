@@ -17,8 +17,11 @@ from dinfer.plan.ops import Value
 from dinfer.trace.events import Event
 from dinfer.trace.recorder import Recorder
 from dinfer.transport.cuda_order import Ordering
+from tests.gpu.test_digests import blind
 from tests.support.tiny import tiny_checkpoint
 from tests.support.twin import Twin, prompt, twin
+
+__all__ = ["blind"]
 
 pytestmark = [
     pytest.mark.gpu,
@@ -127,6 +130,7 @@ def _calls(made: Twin, *, recorded: bool) -> Counter[str]:
     return Counter({row.key: row.count for row in rows})
 
 
+@pytest.mark.usefixtures("blind")
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events.*")
 def test_the_recorder_adds_no_synchronisation(decoder: Decoder) -> None:
     with twin(decoder, world_size=3, chunk_size=8) as made:

@@ -37,11 +37,23 @@ class Capture:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        before = torch.cuda.memory_reserved(self._device)
         with _no_collection(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             work()
-        self.bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
         return graph.replay
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Inside, what captures take of the device is added to `bytes`: buffers, pool and the graphs themselves."""
+        before = self._free()
+        yield
+        self.bytes += max(0, before - self._free())
+
+    def _free(self) -> int:
+        if self._device.type != "cuda":
+            return 0
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(self._device)[0])
 
 
 @contextmanager

@@ -9,7 +9,6 @@ On a CPU a "graph" is the function that would be captured, for tests of everythi
 
 import logging
 from collections.abc import Callable, Sequence
-from time import perf_counter
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -53,8 +52,8 @@ class _Length(NamedTuple):
 class LayerGraphs:
     """Graphs of one decoder's layers; one prompt at a time may use them.
 
-    `mode`: "compiled" lets torch.compile join what lies between products. `seconds` and `bytes`: what capturing has
-    taken so far. Raises NoGraph for a model that they cannot hold.
+    `mode`: "compiled" lets torch.compile join what lies between products. Raises NoGraph for a model that they cannot
+    hold.
     """
 
     def __init__(self, decoder: Decoder, mode: Mode) -> None:
@@ -63,7 +62,6 @@ class LayerGraphs:
             raise NoGraph(why)
         register()
         self.table = LayerTable(decoder.num_layers, self.device)
-        self.seconds = 0.0
         self._layers = copied_layers(decoder.base, decoder.model.config)
         self._run = compiled(_run_layer) if mode == "compiled" else _run_layer
         self.capture = Capture(self.device)
@@ -93,7 +91,6 @@ class LayerGraphs:
         new = [length for length in dict.fromkeys(lengths) if length not in self._lengths]
         if not new:
             return
-        began = perf_counter()
         total, done = len(new) * len(self._layers), 0
         scratch = self.decoder.new_cache(max(new))
         largest = torch.zeros((scratch.layers, scratch.capacity, 3), device=self.device)
@@ -112,7 +109,6 @@ class LayerGraphs:
             self._lengths[tokens] = length
         if on_progress:
             on_progress(total, total)
-        self.seconds += perf_counter() - began
 
     def bind(self, cache: KVCache, kept: Kept | None = None) -> None:
         """The next runs write to this cache, and keep what `kept` is for; both must outlive them."""
