@@ -253,7 +253,7 @@ class HiddenDigests(Answer, frozen=True):
 
 
 class ReferenceReport(Answer, frozen=True):
-    """How what a rank holds differs from transformers' own forward, and that forward's digests.
+    """How what a rank holds, by these kernels, differs from transformers' own forward, and that forward's digests.
 
     `blocks`: chunk, layer, digests; `hidden` as in HiddenDigests; `choices`: fields of TokenChoice; `misplaced`: layer,
     then fields of Misplaced; `measured`: chunk, layer, tensor, then fields of CellDifference.
@@ -268,6 +268,7 @@ class ReferenceReport(Answer, frozen=True):
     blocks: tuple[tuple[int, int, Digest2], ...]
     hidden: tuple[tuple[int, int, int], ...]
     misplaced: tuple[tuple[int, tuple[Any, ...]], ...]
+    kernels: str
     measured: tuple[tuple[int, int, str, tuple[Any, ...]], ...]
 
 
@@ -348,13 +349,16 @@ class UnloadModel(Command[Ok], frozen=True):
 
 
 class LoadModel(Command[LoadedModel], frozen=True):
-    """Load a checkpoint, unless this very one is there. Reports `Loading` meanwhile."""
+    """Load a checkpoint, unless this very one is there, and on a GPU capture its layers for chunks of `chunk_size`
+    tokens. Reports `Loading` meanwhile."""
 
     path: str
     dtype: str
     device: str
     fingerprint: str
     threads: int
+    kernels: str = "exact"
+    chunk_size: int = 1
 
 
 class PreparePrompt(Command[PreparedPrompt], frozen=True):
@@ -682,10 +686,11 @@ class Lanes(RankReport, frozen=True):
 
 
 class Loading(RankReport, frozen=True):
-    """A checkpoint is being loaded: bytes so far, and of all."""
+    """A checkpoint is being loaded: bytes of weights, or layers captured as graphs, so far and of all."""
 
     done: int
     total: int
+    what: Literal["weights", "graphs"] = "weights"
 
 
 class TextPiece(RankReport, frozen=True):

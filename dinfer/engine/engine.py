@@ -155,6 +155,11 @@ class Engine:
         return self._prompt
 
     @property
+    def kernels(self) -> str:
+        """What runs the layers of the current prompt: "exact", "graph" or "compiled"."""
+        return self.prompt.state.kernels
+
+    @property
     def executor(self) -> LaneExecutor:
         """What runs the current prompt's lanes. Raises NotPossible before the first one."""
         return self.prompt.executor

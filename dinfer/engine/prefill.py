@@ -68,6 +68,11 @@ class Prefill:
             self._kept = Kept.of(cache, slots, digests=digests, largest=finite.of_layers)
             self.ledger.kept = self._kept_digests
 
+    @property
+    def kernels(self) -> str:
+        """What runs the layers: "exact", "graph" or "compiled"."""
+        return "exact" if self._graphs is None else self._graphs.mode
+
     def _kept_digests(self, key: BlockKey) -> LedgerEntry:
         """The digests that a graph has taken of a block."""
         kept, (chunk, layer), rows = self._kept, key, self.rows(key[0])

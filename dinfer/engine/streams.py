@@ -28,8 +28,8 @@ TOGETHER = 16
 """how many ops are taken from the lane at a time: each time takes the lock"""
 
 
-LAG_S = 0.001
-"""seconds to let ops end together, while many are under way"""
+LAG_S = 0.004
+"""seconds to let ops end together, while many are under way: far less than a window of them takes"""
 
 
 class _Call(NamedTuple):

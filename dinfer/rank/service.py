@@ -222,6 +222,10 @@ class RankService:
         decoder = self.decoder
         assert decoder
         self.weights.measure(decoder.device)
+        config = Config(kernels=command.kernels, chunk_size=command.chunk_size, gpu_ids=(0,), world_size=1)  # type: ignore[arg-type]
+        self._kernels.prepare(
+            decoder, config, lambda done, total: self._tell(messages.Loading(done, total, "graphs"))
+        )
         dtype = str(decoder.dtype).removeprefix("torch.")
         return messages.LoadedModel(str(decoder.device), dtype, perf_counter() - started)
 

@@ -55,22 +55,28 @@ class Listening(Tidy, Displayable):
         )
 
 
+_UNITS = {"weights": "B", "graphs": " layers"}
+"""of what a rank says while it loads"""
+
+
 @contextmanager
 def bars(ranks: Ranks, shown: Sequence[int]) -> Iterator[Callable[[], None]]:
-    """One bar for each of these ranks that reports bytes; the function updates them."""
-    found: dict[int, Any] = {}
+    """One bar for each of these ranks that reports bytes, and one for layers captured; the function updates them."""
+    found: dict[tuple[int, str], Any] = {}
     for rank in shown:
         ranks.ranks[rank].loading = None
 
     def show() -> None:
         for rank in shown:
             if said := ranks.ranks[rank].loading:
-                if rank not in found:
-                    found[rank] = progress_bar(
-                        total=said.total, desc=f"rank {rank}", unit="B", unit_scale=True
+                bar = found.get((rank, said.what))
+                if bar is None:
+                    units = _UNITS[said.what]
+                    bar = found[rank, said.what] = progress_bar(
+                        total=said.total, desc=f"rank {rank}", unit=units, unit_scale=True
                     )
-                found[rank].n = said.done
-                found[rank].refresh()
+                bar.n = said.done
+                bar.refresh()
 
     try:
         yield show
@@ -116,17 +122,26 @@ class Session(Tidy, Announced, Closing):
     # -- what a user does
 
     def load(
-        self, model_path: str = "demo", *, dtype: str = "auto", gpu_ids: Sequence[int] = (), threads: int = 0
+        self,
+        model_path: str = "demo",
+        *,
+        dtype: str = "auto",
+        gpu_ids: Sequence[int] = (),
+        threads: int = 0,
+        kernels: str = "auto",
     ) -> Self:
         """Load a checkpoint folder, or "demo", on every rank, for any number of runs; a progress bar for each rank.
 
         `gpu_ids`: the GPU of each rank, empty for the CPU; `threads`: CPU threads of each rank, 0 for an equal share of
-        the cores. Weights that are there already stay, unless the folder has changed. Raises ConfigError or ModelError
-        before anything is loaded: too little memory, an unknown GPU, an unsupported model.
+        the cores; `kernels`: what runs the layers on a GPU, "exact", "graph", "compiled" or "auto", as for `prefill`.
+        Graphs are captured now, for chunks of the usual size, which takes seconds. Weights that are there already stay,
+        unless the folder has changed. Raises ConfigError or ModelError before anything is loaded: too little memory, an
+        unknown GPU, an unsupported model.
         """
         self._check_open()
         share = max(self.ranks.cores())
         values = {"model_path": model_path, "dtype": dtype, "gpu_ids": tuple(gpu_ids), "log_dir": ""}
+        values["kernels"] = kernels
         config = Config.of({**values, "world_size": self.world_size, "prompt_ids": (0,)})
         config = config.with_(threads=threads or threads_per_rank(share))
         config, self.spec = prepare_load(config, range(share))
@@ -273,7 +288,8 @@ class Session(Tidy, Announced, Closing):
         assert self.spec
         path, dtype, read = config.model_path, config.dtype, self.spec.fingerprint
         requests = {
-            rank: LoadModel(path, dtype, device, read, config.threads) for rank, device in devices.items()
+            rank: LoadModel(path, dtype, device, read, config.threads, config.kernels, config.chunk_size)
+            for rank, device in devices.items()
         }
         self._bare |= set(ranks)  # also where it is refused half-way
         unload = {rank: UnloadModel(path, dtype, device, read) for rank, device in devices.items()}

@@ -141,6 +141,7 @@ def test_a_walk_ends_as_a_run_without_it(decoder: Decoder, seed: int) -> None:
     check_a_walk(decoder, seed, world_size=2)
 
 
+@pytest.mark.filterwarnings("ignore:.*TensorFloat32")
 @pytest.mark.parametrize("kernels", ["graph", "compiled"])
 def test_on_streams_compiled_or_not(decoder: Decoder, comm: NcclComm, kernels: str) -> None:
     with engine_of(decoder, comm, kernels="exact") as engine:
@@ -178,4 +179,6 @@ def test_two_hundred_runs_do_not_grow(decoder: Decoder, comm: NcclComm) -> None:
                 gc.collect()  # prompt and lanes know each other
                 torch.cuda.synchronize()
                 used.append((torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]))
-        assert used[0] == used[1]
+        (before, free), (after, left) = used
+        assert after == before
+        assert free - left <= 16 << 20  # what torch and the driver hold in pages of their own

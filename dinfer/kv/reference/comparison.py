@@ -216,6 +216,8 @@ class Comparison(Tidy, Composed):
                 f"{UNIT_ROUNDOFF['float32']:.2g}) of the largest value of a block, {measure.of(0):.2g} at layer 0 to "
                 f"{measure.of(layers - 1):.2g} at layer {layers - 1}"
             )
+            if report.kernels != "exact":
+                tolerated += f" (kernels={report.kernels} round otherwise than transformers' own)"
         return (
             f"reference: {measure.reference}, {chunks}, on rank {ranks} ({report.device}, {threads}, "
             f"{report.seconds:.2g} s); {tolerated}"

@@ -38,6 +38,15 @@ Angles = tuple[Tensor, Tensor]
 class NoGraph(ModelError):
     """A model that graphs cannot hold, and why."""
 
+    @classmethod
+    def because(cls, error: Exception) -> "NoGraph":
+        """Of what has been raised while a model was compiled or captured."""
+        root: BaseException = error
+        while root.__cause__ is not None:  # a compiler's error says no more than that there was one
+            root = root.__cause__
+        lines = str(root).strip().splitlines()
+        return cls(f"{type(root).__name__}: {lines[0]}" if lines else type(root).__name__)
+
 
 class _Length(NamedTuple):
     """What the graphs of one length share: input and output [1, length, hidden_size], position ids [1, length], and
@@ -105,7 +114,7 @@ class LayerGraphs:
                     length.launches.append(self.capture(lambda n=number, of=length: self._layer(n, of)))  # type: ignore[misc]
                     done += 1
             except Exception as error:  # whatever a model does that cannot be captured
-                raise NoGraph(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+                raise NoGraph.because(error) from error
             self._lengths[tokens] = length
         if on_progress:
             on_progress(total, total)

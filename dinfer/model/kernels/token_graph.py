@@ -41,7 +41,7 @@ class TokenGraph:
             with torch.no_grad():
                 self._launch = graphs.capture(self._work)
         except Exception as error:  # whatever a model does that cannot be captured
-            raise NoGraph(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+            raise NoGraph.because(error) from error
 
     def begin(self, token: int, position: int, step: int) -> None:
         """The next launch takes `token` as input at this position, and makes new token number `step` (from 0)."""

@@ -19,6 +19,7 @@ from dinfer.display import Closing, Displayable, DisplayableText, Tidy, listed
 from dinfer.engine.by_hand import LayerKV, op_lines, ops_between
 from dinfer.engine.corruption import Corruption
 from dinfer.engine.engine import Engine
+from dinfer.engine.kernels import Kernels
 from dinfer.engine.prompt import Edit
 from dinfer.errors import ModelError, NotPossible
 from dinfer.history import History, call_text
@@ -347,8 +348,9 @@ class Replay(Tidy, Displayable, Closing):
                 replay._note(f"as in the run: {corrupt}")
 
         engine = Engine(
-            self.decoder, self._peers, config, on_op=on_op, on_corrupt=on_corrupt, gate=self._gate
-        )
+            self.decoder, self._peers, config, on_op=on_op, on_corrupt=on_corrupt, gate=self._gate,
+            graphs=Kernels().prepare(self.decoder, config),
+        )  # fmt: skip
         # if nobody closes it: its threads would keep it alive
         weakref.finalize(self, engine.release).atexit = False
         return engine
