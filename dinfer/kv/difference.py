@@ -21,7 +21,7 @@ COLUMNS = ("rank", "layer", "chunk", "tensor", "head", "token", "dim", "values",
 
 
 @dataclass(frozen=True, kw_only=True)
-class KvPlace:
+class KvPlace(Tidy):
     """Where KV is not what it should be, as far as that is known: `rank`, `layer`, `chunk`. `tensor`: "K", "V" or,
     beside the reference, a hidden state; `head`, `token`, `dim`: the first that differs; `values`: what is there and
     what should be; `op`: the op at which it first differed, "" if that is not known."""

@@ -54,7 +54,7 @@ class RunInspector:
         with hold():
             remark = self._state.nonfinite.in_selection
             note = self._compared
-            return KV(self.source, layer=layer, chunk=chunk, rank=rank, note=note, remark=remark, hold=hold)
+            return KV(self.live, layer=layer, chunk=chunk, rank=rank, note=note, remark=remark, hold=hold)
 
     def hidden(self, chunk: int, layer: int) -> Hidden:
         """See `Run.hidden`."""

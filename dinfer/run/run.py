@@ -225,7 +225,7 @@ class Run(Tidy, Displayable):
         that ended a play."""
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
-            while self._player.wait(POLL_S) or self._state.wait_while(IN_OPS, POLL_S):
+            while self._player.wait(POLL_S) or self._state.is_doing(IN_OPS, POLL_S):
                 self.check()
                 if deadline is not None and time.monotonic() > deadline:
                     raise NoProgress(f"the run does not stand after {timeout:g} s:\n{self.where()}")
@@ -488,7 +488,7 @@ class Run(Tidy, Displayable):
         return self._recorder.save(folder, self.reporter, kv=kv, hidden=hidden, prompt=prompt)
 
     def replay(
-        self, rank: int, *, model_path: str = "", device: str = "", decoder: Decoder | None = None
+        self, rank: int, *, model_path: str | Path = "", device: str = "", decoder: Decoder | None = None
     ) -> Replay:
         """One rank of this run alone, without its peers, in this process: what they sent to it comes from what it holds
         now. It begins before its first op, is stepped as a run is, and ends at the op at which the rank stands.
@@ -498,7 +498,7 @@ class Run(Tidy, Displayable):
         rank, RankFailed where it is gone, RecordError for another checkpoint.
         """
         record = self._recorder.record_of(rank)
-        return Replay(record, model_path=model_path, device=device, decoder=decoder)
+        return Replay(record, model_path=str(model_path), device=device, decoder=decoder)
 
     # -- for the session
 

@@ -4,8 +4,9 @@ import threading
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from dinfer.arguments import nearest
 from dinfer.cluster.ranks import Ranks
-from dinfer.config import ConfigError, nearest
+from dinfer.config import ConfigError
 from dinfer.files import check_working_folder
 
 if TYPE_CHECKING:
@@ -42,10 +43,8 @@ def connect(
     check_working_folder()
     if isinstance(where, int):
         n, where = where, "ipyparallel"
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise ConfigError(
-            f"n is {n!r}; it must be a whole number, at least 1: how many ranks the session has."
-        )
+    if n < 1:
+        raise ConfigError(f"n is {n}; it must be at least 1: how many ranks the session has.")
     ranks: Ranks
     if where == "threads":
         from dinfer.cluster.threads import LocalRanks

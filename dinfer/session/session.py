@@ -5,13 +5,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from dinfer.cluster.ranks import Ranks
 from dinfer.cluster.recovery import meet, recover
-from dinfer.config import Config, ConfigError, whole_numbers
+from dinfer.config import Config, ConfigError, check_known, whole_numbers
 from dinfer.display import Announced, Closing, Displayable, DisplayableText, Tidy, devices_text
-from dinfer.errors import DinferError, NotPossible
+from dinfer.errors import DinferError, NotPossible, excerpt
 from dinfer.job import Job, prepare_load, prepare_loaded, threads_per_rank, without_fixed
 from dinfer.messages import GetHeld, Holdings, LoadModel, PreparePrompt, UnloadModel
 from dinfer.model.checkpoint import Spec, ignored_generation
@@ -37,6 +38,9 @@ ShowRun = Callable[[Run], Any]
 LOOK_S = 0.05
 
 PREPARE_S, LOAD_S = 120.0, 3600.0
+
+OF_PREFILL = ("plan", "paused")
+"""parameters of `Session.prefill` that are not those of a run's config"""
 
 
 @dataclass(frozen=True, repr=False)
@@ -116,7 +120,12 @@ class Session(Tidy, Announced, Closing):
     # -- what a user does
 
     def load(
-        self, model_path: str = "demo", *, dtype: str = "auto", gpu_ids: Sequence[int] = (), threads: int = 0
+        self,
+        model_path: str | Path = "demo",
+        *,
+        dtype: str = "auto",
+        gpu_ids: Sequence[int] = (),
+        threads: int = 0,
     ) -> Self:
         """Load a checkpoint folder, or "demo", on every rank, for any number of runs; a progress bar for each rank.
 
@@ -164,6 +173,7 @@ class Session(Tidy, Announced, Closing):
                 'no checkpoint is loaded: session.load("/folder/of/a/checkpoint") first, or session.load("demo") for '
                 "the built-in model (in magics: %dinfer load demo)."
             )
+        check_known(parameters, OF_PREFILL)
         own = without_fixed(parameters, self._config, self.spec)
         if prompt is None and "prompt_ids" in own:  # the name that it has in `dinfer run`
             prompt = whole_numbers("prompt_ids", own.pop("prompt_ids"))
@@ -185,10 +195,13 @@ class Session(Tidy, Announced, Closing):
     def sweep(self, prompts: str | Sequence[str | Sequence[int]] | Sequence[int], **parameters: Any) -> Sweep:
         """Run each prompt with every combination of these parameters, each a list or a single value; a table. Raises
         ConfigError for an unknown parameter or value, before the first run."""
+        check_known(parameters, OF_PREFILL)
         for name, values in parameters.items():
             for value in values if isinstance(values, list) else [values]:
-                if name not in ("plan", "paused"):  # those of prefill itself
+                if name not in OF_PREFILL:
                     self._config.with_(**{name: value})
+                elif name == "paused" and not isinstance(value, bool):
+                    raise ConfigError(f"paused is {excerpt(value)}; it must be True or False.")
         return sweep(self.prefill, prompts, parameters)
 
     def debugger(self) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from dinfer.display import Composed, Displayable, Plot, Table, Tidy, plotted
 from dinfer.trace.events import COMPUTE, Event, prefill_events
-from dinfer.trace.export import export
+from dinfer.trace.export import TraceError, export
 from dinfer.trace.intervals import minus, seconds, union
 
 T = TypeVar("T")
@@ -121,10 +121,10 @@ class Trace(Tidy, Composed):
         return prefill_events(self.events if rank is None else self._by_rank.get(rank, []))
 
     def rank_figures(self, rank: int) -> RankFigures:
-        """One rank's figures. Raises ValueError for a rank without events."""
+        """One rank's figures. Raises TraceError for a rank without events."""
         mine = self._by_rank.get(rank)
         if not mine:
-            raise ValueError(f"rank {rank} has no events in this trace; ranks with events: {self.ranks}.")
+            raise TraceError(f"rank {rank} has no events in this trace; ranks with events: {self.ranks}.")
         prefill = list(self.prefill(rank))
         compute = union((e.met, e.end) for e in prefill if e.kind in COMPUTE)
         sync = union((e.met, e.end) for e in prefill if e.what == "kv")

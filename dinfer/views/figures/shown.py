@@ -12,7 +12,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from dinfer.display import WrittenPath
+from dinfer.display import Tidy, WrittenPath
 from dinfer.errors import NotPossible
 from dinfer.trace.export import write_whole
 from dinfer.views.figures.style import HTML_CONFIG, template
@@ -21,7 +21,7 @@ from dinfer.views.figures.svg import svg
 MIME = "application/vnd.plotly.v1+json"
 
 
-class Shown:
+class Shown(Tidy, called="plot"):
     """What `run.trace.latency()` and its like return: the last expression of a cell shows it. `figure` is plotly's and
     can be changed."""
 
