@@ -37,7 +37,7 @@ class Shown(Tidy, called="plot"):
     def save(self, path: str | Path) -> Path:
         """Write the figure to a file: a page of its own if the name ends in .html, a picture if it ends in .svg. Raises
         NotPossible for another name, OSError."""
-        target = Path(path)
+        target = Path(path).expanduser()
         if target.suffix == ".html":
             text = self.figure.to_html(config=HTML_CONFIG)
         elif target.suffix == ".svg":
