@@ -570,7 +570,8 @@ class DigestHidden(Command[HiddenDigests], frozen=True):
 
 
 class RunReference(Command[ReferenceReport], frozen=True):
-    """Run transformers' own forward over the prompt's first `chunks` chunks, and compare."""
+    """Run transformers' own forward over the prompt's first `chunks` chunks, and compare. Reports `Comparing`
+    meanwhile."""
 
     chunked: bool
     dtype: str
@@ -683,6 +684,13 @@ class Lanes(RankReport, frozen=True):
 
 class Loading(RankReport, frozen=True):
     """A checkpoint is being loaded: bytes so far, and of all."""
+
+    done: int
+    total: int
+
+
+class Comparing(RankReport, frozen=True):
+    """RunReference is under way: tokens that the reference has been fed, and all of them."""
 
     done: int
     total: int

@@ -17,6 +17,7 @@ from dinfer.messages import (
     AskStands,
     BatchResult,
     Command,
+    Comparing,
     Failed,
     Gone,
     HandedOn,
@@ -79,6 +80,7 @@ class RankState:
     handed_on: str = ""
     """the session that has taken over its engine"""
     loading: Loading | None = None
+    comparing: Comparing | None = None
     struck: Struck | None = None
     store: StoreOpened | None = None
     result: BatchResult | None = None
@@ -214,6 +216,8 @@ class RankStates:
                     state.handed_on = report.to
                 case Loading():
                     state.loading = report
+                case Comparing():
+                    state.comparing = report
                 case Struck():
                     state.struck = report
                 case StoreOpened():

@@ -118,7 +118,7 @@ class RankService:
             quick(messages.GetStacks, lambda _: stacks(self.rank, alone=alone)),
             *fault_commands(lambda: self._engine, self.report),
             *inspect_commands(self.rank, self._prompted),
-            *reference_commands(self._prompted),
+            *reference_commands(self._prompted, self._tell),
             *misbehave_commands(self.rank, self.report),
         ]
         return table_of(map(self._remembered.noting, handlers))

@@ -2,8 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -23,11 +22,11 @@ from dinfer.rank.debugger import FIRST_PORT
 from dinfer.run.failure import RankFailed, taken_over
 from dinfer.run.hang import Hung
 from dinfer.run.left import LeftRun
+from dinfer.run.progress import rank_bars
 from dinfer.run.report import NO_VIEWS, Reporter
 from dinfer.run.run import Run
 from dinfer.run.state import with_remedy
 from dinfer.saved.saved import WriteReport
-from dinfer.session.progress import progress_bar
 from dinfer.session.reattach import are_in_one_group, loaded_of, run_of
 from dinfer.session.sweep import Sweep, sweep
 from dinfer.severity import Severity
@@ -57,31 +56,6 @@ class Listening(Tidy, Displayable):
             f'("Attach to rank {self.rank}", which `dinfer vscode` writes, has port {FIRST_PORT + self.rank}) or any '
             "client of debugpy. While the rank stands at a breakpoint, the other ranks wait at a cut."
         )
-
-
-@contextmanager
-def bars(ranks: Ranks, shown: Sequence[int]) -> Iterator[Callable[[], None]]:
-    """One bar for each of these ranks that reports bytes; the function updates them."""
-    found: dict[int, Any] = {}
-    for rank in shown:
-        ranks.ranks[rank].loading = None
-
-    def show() -> None:
-        for rank in shown:
-            if said := ranks.ranks[rank].loading:
-                if rank not in found:
-                    found[rank] = progress_bar(
-                        total=said.total, desc=f"rank {rank}", unit="B", unit_scale=True
-                    )
-                found[rank].n = said.done
-                found[rank].refresh()
-
-    try:
-        yield show
-    finally:
-        show()
-        for bar in found.values():
-            bar.close()
 
 
 class SessionOver(DinferError, RuntimeError):
@@ -291,7 +265,9 @@ class Session(Tidy, Announced, Closing):
         self._bare |= set(ranks)  # also where it is refused half-way
         unload = {rank: UnloadModel(path, dtype, device, read) for rank, device in devices.items()}
         self.ranks.ask(unload, PREPARE_S, self._ensure_whole)
-        with bars(self.ranks, ranks) as show:
+        for rank in ranks:
+            self.ranks.ranks[rank].loading = None
+        with rank_bars(ranks, lambda rank: self.ranks.ranks[rank].loading, unit="B", unit_scale=True) as show:
 
             def check() -> None:
                 show()
