@@ -63,6 +63,14 @@ def listed(sentences: Sequence[str]) -> str:
     return "; ".join([*sentences[:SHOWN], *more])
 
 
+MOST = 5
+
+
+def few(lines: Sequence[str]) -> list[str]:
+    """The first MOST lines, or items, of many, and how many more there are."""
+    return [*lines[:MOST], *[f"and {len(lines) - MOST} more"] * (len(lines) > MOST)]
+
+
 class WrittenPath(type(Path())):  # type: ignore[misc] # PosixPath or WindowsPath
     """The path of what was written: shells show it without `PosixPath(...)`, notebooks as a link where they can open
     it, which is below the notebook's folder."""

@@ -14,6 +14,7 @@ from dinfer.cluster.ranks import LOST, STOPPED_S, Ranks, answers
 from dinfer.errors import NoAnswer
 from dinfer.messages import EndPrompt, Holder, OrphanRule, StoreAddress
 from dinfer.transport.interface import LOOPBACK, own_address_towards
+from dinfer.verdict.where import rank_spans_text
 
 START_S = 60.0
 
@@ -118,8 +119,8 @@ class EngineRanks(Link, Ranks):
             call.result(START_S)
         with self.changed:
             if not self.changed.wait_for(lambda: all(self.ranks[rank].heard for rank in calls), START_S):
-                silent = ", ".join(str(rank) for rank in calls if not self.ranks[rank].heard)
+                silent = [rank for rank in calls if not self.ranks[rank].heard]
                 raise NoAnswer(
-                    f"rank {silent} has not connected within {START_S:g} s: can its host reach {self.endpoint} on "
-                    f"{socket.gethostname()}?"
+                    f"nothing came from {rank_spans_text(silent)} within {START_S:g} s: can its host reach "
+                    f"{self.endpoint} on {socket.gethostname()}?"
                 )

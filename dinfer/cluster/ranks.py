@@ -35,6 +35,7 @@ from dinfer.messages import (
     ToldToEnd,
 )
 from dinfer.trace.events import Event
+from dinfer.verdict.where import rank_spans_text
 
 A = TypeVar("A", bound=Answer)
 
@@ -144,8 +145,8 @@ class RankStates:
                 if any(isinstance(reply, Refused) for reply in came.values()):
                     refused_at = min(refused_at, now)
                 elif now > deadline:
-                    silent = ", ".join(map(str, sorted(pending.keys() - came.keys())))
-                    raise NoAnswer(f"no answer from rank {silent} within {timeout:g} s")
+                    silent = rank_spans_text(pending.keys() - came.keys())
+                    raise NoAnswer(f"no answer from {silent} within {timeout:g} s")
         except KeyboardInterrupt:  # what has come so far does not come again
             raise
         except BaseException:

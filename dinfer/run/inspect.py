@@ -14,6 +14,7 @@ import torch
 from dinfer.cluster.kv import Live
 from dinfer.cluster.lease import RunOver
 from dinfer.cluster.ranks import RankRefused, RankState
+from dinfer.display import few
 from dinfer.kv.difference import Diff
 from dinfer.kv.reference.comparison import Comparison
 from dinfer.kv.reference.judge import ReferenceCase
@@ -124,7 +125,7 @@ class RunInspector:
         lost = [f"rank {rank} is gone: its KV is lost" for rank in asked if exits[rank] is not None]
         silent = [silent_text(self._job.plan, r, ranks[r]) for r in self._ranks.silent() if r in asked]
         if lost or silent:
-            raise RankFailed("\n".join([*lost, *silent]))
+            raise RankFailed("\n".join(few([*lost, *silent])))
 
     # -- the reference
 

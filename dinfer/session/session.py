@@ -31,6 +31,7 @@ from dinfer.session.reattach import are_in_one_group, loaded_of, run_of
 from dinfer.session.sweep import Sweep, sweep
 from dinfer.severity import Severity
 from dinfer.trace.summary import summary
+from dinfer.verdict.where import rank_spans_text
 
 ShowRun = Callable[[Run], Any]
 
@@ -352,8 +353,9 @@ class Session(Tidy, Announced, Closing):
         """Raises RankFailed if a rank is lost, SessionOver if another session has taken the ranks."""
         if taken := taken_over(self.ranks.ranks):
             raise SessionOver(taken)
-        if gone := [str(rank) for rank, code in enumerate(self.ranks.exits()) if code is not None]:
-            raise RankFailed(f"rank {', '.join(gone)} is gone: session.recover() brings it back.")
+        if gone := [rank for rank, code in enumerate(self.ranks.exits()) if code is not None]:
+            lost = f"{rank_spans_text(gone)} {'are' if len(gone) > 1 else 'is'} gone"
+            raise RankFailed(f"{lost}: session.recover() brings {'them' if len(gone) > 1 else 'it'} back.")
 
     def _end_run(self, why: str) -> None:
         if run := self._run:
