@@ -3,7 +3,7 @@ anything is done.
 
 `check_calls` makes all public methods of a class so; `checked` one function. What a value must be is read from the
 annotation: numbers, text, true or false, paths, lists of these, functions, classes. What is one of a few names
-(`Literal`, enums), and what only a run knows, such as which layers there are, the function itself checks.
+(`Literal`, enums), and COUNTED, of which only a run knows how many there are, the function itself checks.
 """
 
 import difflib
@@ -22,7 +22,11 @@ P = ParamSpec("P")
 
 T = TypeVar("T")
 
-_CHECKED = "_arguments_are_checked"
+COUNTED = ("layer", "chunk", "rank", "head", "token", "dim", "bit")
+"""numbers that the function itself checks, since it knows how many of these there are"""
+
+CHECKED = "_arguments_are_checked"
+"""attribute of functions that check their arguments"""
 
 
 class CallError(DinferError, TypeError, ValueError):
@@ -67,7 +71,7 @@ def check_calls(kind: type, of: str, internal: Iterable[str] = ()) -> None:
 def checked(function: Callable[P, T], of: str = "") -> Callable[P, T]:
     """The function, which raises CallError for arguments that it does not take. `of`: what users call the object whose
     method it is, "" for a function."""
-    if hasattr(function, _CHECKED):
+    if hasattr(function, CHECKED):
         return function
     signature = inspect.signature(function)
 
@@ -85,8 +89,14 @@ def checked(function: Callable[P, T], of: str = "") -> Callable[P, T]:
                 )
         return function(*args, **kwargs)
 
-    setattr(called, _CHECKED, True)
+    setattr(called, CHECKED, True)
     return called
+
+
+def argument_check(function: Callable[..., Any], of: str = "") -> Callable[..., None]:
+    """The check alone, called with the arguments, for a decorator that has more to do: it sets CHECKED on what it
+    makes."""
+    return checked(wraps(function)(lambda *_, **__: None), of)
 
 
 def _parameters(function: Callable[..., Any], of: str) -> list[inspect.Parameter]:
@@ -136,7 +146,9 @@ def _kinds(function: Callable[..., Any]) -> dict[str, Kind]:
                 hint = eval(hint, names)  # an annotation of dinfer's own
             except NameError:  # of a type that is imported for type checkers only
                 continue
-        if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD) and (kind := _kind(hint)):
+        if one.name in COUNTED or one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
+            continue
+        if kind := _kind(hint):
             found[one.name] = kind
     return found
 

@@ -16,6 +16,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from dinfer.arguments import CHECKED, argument_check
 from dinfer.cluster.kv import Live
 from dinfer.cluster.lease import RankLease
 from dinfer.cluster.ranks import RankRefused, Ranks
@@ -96,15 +97,18 @@ def action(*, alone: bool = True, moves: bool = False) -> Callable[[RunMethod[P,
 
     def decorated(method: RunMethod[P, T]) -> RunMethod[P, T]:
         name: str = method.__name__
+        check = argument_check(method, "run")
 
         @wraps(method)
         def called(run: "Run", /, *args: P.args, **kwargs: P.kwargs) -> T:
+            check(run, *args, **kwargs)
             call = call_text(name, args, kwargs)
             if moves:
                 run._end_play()
             with run._actions.taken(call, alone=alone), run._moving.moving(call) if moves else nullcontext():
                 return method(run, *args, **kwargs)
 
+        setattr(called, CHECKED, True)
         return called
 
     return decorated

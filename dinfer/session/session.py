@@ -17,6 +17,7 @@ from dinfer.messages import GetHeld, Holdings, LoadModel, PreparePrompt, UnloadM
 from dinfer.model.checkpoint import Spec, ignored_generation
 from dinfer.model.text import load_tokenizer
 from dinfer.plan.custom import CustomSchedule
+from dinfer.plan.partition import within
 from dinfer.plan.plan import Plan
 from dinfer.rank.debugger import FIRST_PORT
 from dinfer.run.failure import RankFailed, taken_over
@@ -189,12 +190,10 @@ class Session(Tidy, Announced, Closing):
     def listen_for_debugger(self, rank: int, port: int = 0) -> Listening:
         """Let VS Code, or another client of debugpy, attach to a rank, and say where; by default at port 5678 + rank.
 
-        Raises ConfigError for an unknown rank, RankError if the port is taken or debugpy is missing.
+        Raises PlanError for an unknown rank, RankError if the port is taken or debugpy is missing.
         """
         self._check_open()
-        if not 0 <= rank < self.world_size:
-            raise ConfigError(f"rank is {rank}; the ranks are 0 to {self.world_size - 1}.")
-        return Listening(rank, *self.ranks.listen_for_debugger(rank, port))
+        return Listening(within("rank", rank, self.world_size), *self.ranks.listen_for_debugger(rank, port))
 
     def recover(self) -> DisplayableText:
         """After a failure: restart lost ranks and free stuck ones. Then `run.restart()` begins this run again, and

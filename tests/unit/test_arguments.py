@@ -15,7 +15,7 @@ from dinfer.arguments import CallError, check_calls, checked, nearest
 
 @checked
 def call(
-    layer: int,
+    n: int,
     seconds: float | None = None,
     *,
     name: str = "",
@@ -27,18 +27,18 @@ def call(
     whatever: Any = None,
 ) -> int:
     """Takes an argument of every kind; returns how many were given."""
-    return len([layer, seconds, name, names, numbers, path, then, unit, whatever])
+    return len([n, seconds, name, names, numbers, path, then, unit, whatever])
 
 
 TAKEN: list[dict[str, Any]] = [
-    {"layer": 3},
-    {"layer": np.int64(3), "seconds": 2},
-    {"layer": 3, "seconds": np.float32(2.5)},
-    {"layer": 3, "numbers": (1, np.int64(2))},
-    {"layer": 3, "numbers": range(3)},
-    {"layer": 3, "numbers": np.bool_(True)},
-    {"layer": 3, "names": ["a", [1, 2]]},
-    {"layer": 3, "path": Path("here"), "then": print, "unit": 5, "whatever": object()},
+    {"n": 3},
+    {"n": np.int64(3), "seconds": 2},
+    {"n": 3, "seconds": np.float32(2.5)},
+    {"n": 3, "numbers": (1, np.int64(2))},
+    {"n": 3, "numbers": range(3)},
+    {"n": 3, "numbers": np.bool_(True)},
+    {"n": 3, "names": ["a", [1, 2]]},
+    {"n": 3, "path": Path("here"), "then": print, "unit": 5, "whatever": object()},
 ]
 
 
@@ -48,14 +48,14 @@ def test_values_of_the_right_kind_are_taken(given: dict[str, Any]) -> None:
 
 
 REFUSED: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
-    ((), {}, "call needs layer. The call is call(layer, seconds=None, *, name="),
-    ((3,), {"layr": 4}, "call takes no 'layr'. Did you mean layer? The call is call("),
+    ((), {}, "call needs n. The call is call(n, seconds=None, *, name="),
+    ((3,), {"secnds": 4}, "call takes no 'secnds'. Did you mean seconds? The call is call("),
     ((3,), {"zzz": 4}, "call takes no 'zzz'. The call is call("),
     ((3, 4, 5), {}, "call takes at most 2 values without a name; got 3. The call is call("),
-    ((3,), {"layer": 4}, "call got layer twice, without its name and with it."),
-    (("x",), {}, "layer is 'x'; it must be a whole number."),
-    ((True,), {}, "layer is True; it must be a whole number."),
-    ((3.0,), {}, "layer is 3.0; it must be a whole number."),
+    ((3,), {"n": 4}, "call got n twice, without its name and with it."),
+    (("x",), {}, "n is 'x'; it must be a whole number."),
+    ((True,), {}, "n is True; it must be a whole number."),
+    ((3.0,), {}, "n is 3.0; it must be a whole number."),
     ((3,), {"seconds": "x"}, "seconds is 'x'; it must be a number or None."),
     ((3,), {"name": 5}, "name is 5; it must be text."),
     ((3,), {"names": "ab"}, "names is 'ab'; it must be a list of texts or lists of whole numbers."),
@@ -76,8 +76,8 @@ def test_others_are_refused_and_the_error_says_what_is_taken(
 
 
 def test_a_type_error_within_the_call_is_not_taken_for_one_of_its_arguments() -> None:
-    def fails(layer: int) -> int:
-        return layer + "x"  # type: ignore[operator]
+    def fails(n: int) -> int:
+        return n + "x"  # type: ignore[operator]
 
     with pytest.raises(TypeError, match="unsupported operand") as raised:
         checked(fails)(3)
@@ -86,18 +86,18 @@ def test_a_type_error_within_the_call_is_not_taken_for_one_of_its_arguments() ->
 
 def test_public_methods_of_a_class_are_checked_and_no_others() -> None:
     class Held:
-        def look(self, layer: int) -> int:
-            return layer
+        def look(self, n: int) -> int:
+            return n
 
-        def _within(self, layer: int) -> int:
-            return layer
+        def _within(self, n: int) -> int:
+            return n
 
-        def inner(self, layer: int) -> int:
-            return layer
+        def inner(self, n: int) -> int:
+            return n
 
     check_calls(Held, "run.held", ["inner"])
     held: Any = Held()
-    with pytest.raises(CallError, match=r"^layer is 'x'; .* The call is run\.held\.look\(layer\)\.$"):
+    with pytest.raises(CallError, match=r"^n is 'x'; .* The call is run\.held\.look\(n\)\.$"):
         held.look("x")
     assert (held._within("x"), held.inner("x")) == ("x", "x")
 
