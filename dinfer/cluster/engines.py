@@ -3,6 +3,7 @@
 import socket
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import msgspec
 
@@ -10,7 +11,7 @@ from dinfer.cluster.holder import check_free, own_holder
 from dinfer.cluster.ipyparallel.cluster import Cluster
 from dinfer.cluster.ipyparallel.facts import own_loopback
 from dinfer.cluster.link import Link
-from dinfer.cluster.ranks import LOST, STOPPED_S, Ranks, answers
+from dinfer.cluster.ranks import LOST, STOPPED_S, Ranks, answers, taken_over
 from dinfer.errors import NoAnswer
 from dinfer.messages import EndPrompt, Holder, OrphanRule, StoreAddress
 from dinfer.transport.interface import LOOPBACK, own_address_towards
@@ -86,8 +87,18 @@ class EngineRanks(Link, Ranks):
         call = "dinfer.rank.kernel:listen_for_debugger"
         return self.cluster.facts[rank].host, self.cluster.call(rank, call, port, timeout=START_S)[0]
 
+    def processes(self) -> frozenset[Any]:
+        return frozenset(facts.process for facts in self.cluster.facts)
+
+    def leave(self) -> None:
+        super().close()
+        self.cluster.leave()
+
     def close(self) -> None:
-        if not self.cluster.started_by_us and not any(state.handed_on for state in self.ranks):
+        if taken_over(self.ranks):
+            self.leave()
+            return
+        if not self.cluster.started_by_us:
             living = [rank for rank, code in enumerate(self.exits()) if code is None]
             answers(self, dict.fromkeys(living, EndPrompt()), END_S)  # the weights stay
         super().close()

@@ -88,6 +88,15 @@ class RankState:
     told_to_end: bool = False
 
 
+def taken_over(ranks: Sequence[RankState]) -> str:
+    """That another session has taken over these ranks' engines; "" where none has."""
+    to = next((state.handed_on for state in ranks if state.handed_on), "")
+    return to and (
+        f"taken over: the session of {to} has these engines now, with model and run. Go on there, or take them back "
+        "with dinfer.connect(…, take=True)."
+    )
+
+
 class Pending(dict[int, int], Generic[A]):
     """Requests that have been sent: by rank, the number under which its answer will come."""
 
@@ -315,6 +324,13 @@ class Ranks(RankStates):
 
     def share_weights(self) -> None:
         """Let ranks of one process use one copy of the weights."""
+
+    def processes(self) -> frozenset[Any]:
+        """What tells the ranks' processes from all others; empty for ranks that no other session can have."""
+        return frozenset()
+
+    def leave(self) -> None:
+        """Another session has taken over: give back what reached the ranks. They can be asked nothing more."""
 
     def close(self) -> None:
         """End the session's hold on the ranks; a cluster that it started ends."""

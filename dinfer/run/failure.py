@@ -7,7 +7,7 @@ import signal
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from dinfer.cluster.ranks import LOST, RankState
+from dinfer.cluster.ranks import LOST, RankState, taken_over
 from dinfer.config import Config
 from dinfer.display import few
 from dinfer.errors import DinferError
@@ -73,15 +73,6 @@ def broken(
         )
     told = [_death(plan, rank, ranks[rank], exits[rank], config) for rank in dead]
     return Broken("lost", told[0] if config.log_dir else "\n".join(few(told)))
-
-
-def taken_over(ranks: Sequence[RankState]) -> str:
-    """That another session has taken over these ranks' engines; "" where none has."""
-    to = next((state.handed_on for state in ranks if state.handed_on), "")
-    return to and (
-        f"taken over: the session of {to} has these engines now, with model and run. Go on there, or take them back "
-        "with dinfer.connect(…, take=True)."
-    )
 
 
 def is_final(ranks: Sequence[RankState], exits: Sequence[int | None]) -> bool:

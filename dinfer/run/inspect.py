@@ -179,19 +179,20 @@ class RunInspector:
         for rank in requests:
             states[rank].comparing = None
         options = {"unit": " tokens", "delay": BAR_S}
-        before, shown = self._state.replace_message(), list[str]()
+        before, shown = self._state.replace_message(), ""
         with rank_bars([*requests], lambda rank: states[rank].comparing, ": reference", **options) as show:
 
             def meanwhile() -> None:
+                nonlocal shown
                 show()
                 if told := [f"rank {r}: {said}" for r in requests if (said := _said(states[r]))]:
-                    shown[:] = [f"comparing with the reference: {', '.join(told)}"]
-                    self._state.replace_message(*shown)
+                    shown = f"comparing with the reference: {', '.join(told)}"
+                    self._state.replace_message(shown)
 
             try:
                 return self._reference(requests, meanwhile)
             finally:
-                if self._state.message in shown:  # nothing has been said since
+                if self._state.message == shown:  # nothing has been said since
                     self._state.replace_message(*before)
 
     def _reference(

@@ -1,6 +1,7 @@
 """Connect: a session whose ranks are engines of an ipyparallel cluster, or threads of this process."""
 
 import threading
+import weakref
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from dinfer.cluster.ipyparallel.attach import ClusterPlace
     from dinfer.saved.saved import WriteReport
     from dinfer.session.session import Session, ShowRun
+
+_opened: "weakref.WeakSet[Session]" = weakref.WeakSet()
+"""the sessions of this process"""
 
 
 def connect(
@@ -74,7 +78,14 @@ def connect(
     except BaseException:
         ranks.close()
         raise
-    session.announce()
-    if session.reattached:
-        print(session.reattached)
+    try:
+        for older in [*_opened]:
+            older.give_way(session)
+        session.announce()
+        if session.reattached:
+            print(session.reattached)
+    except BaseException:  # an interrupt: nobody has the session to close it
+        session.close()
+        raise
+    _opened.add(session)
     return session

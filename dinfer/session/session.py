@@ -40,6 +40,8 @@ LOOK_S = 0.05
 
 PREPARE_S, LOAD_S = 120.0, 3600.0
 
+GIVE_WAY_S, ALL_SAY_S = 5.0, 1.0
+
 OF_PREFILL = ("plan", "paused")
 """parameters of `Session.prefill` that are not those of a run's config"""
 
@@ -68,7 +70,7 @@ class Session(Tidy, Announced, Closing):
     """Made by `dinfer.connect`: `world_size` ranks. `spec`: the checkpoint that is loaded, None before; `log`: what has
     happened, a line each. `show(run)` makes the panel that `debugger` returns, `write` the reports of runs."""
 
-    INTERNAL = frozenset({"INTERNAL", "announce", "ranks", "reattached", "severity"})
+    INTERNAL = frozenset({"INTERNAL", "announce", "give_way", "ranks", "reattached", "severity"})
 
     def __init__(self, ranks: Ranks, show: ShowRun | None = None, write: WriteReport | None = None) -> None:
         self.ranks, self.world_size = ranks, ranks.world_size
@@ -375,9 +377,19 @@ class Session(Tidy, Announced, Closing):
         if run and run.reporter:
             run.reporter.log.append(line)
 
+    def give_way(self, other: "Session") -> None:
+        """Wait until this session has left its ranks, where another one of this process has taken them over."""
+        if self._thread.is_alive() and self.ranks.processes() & other.ranks.processes():
+            with self.ranks.changed:
+                taken = self.ranks.changed.wait_for(lambda: taken_over(self.ranks.ranks), GIVE_WAY_S)
+            if taken:
+                self._thread.join(GIVE_WAY_S)
+
     def _look(self) -> None:
-        """The session's thread: takes in what ranks report, also while no cell runs."""
+        """The session's thread: takes in what ranks report, also while no cell runs. It ends, and with it what reaches
+        the ranks, once another session has taken them over."""
         while not self._closing.is_set():
+            is_over = bool(taken_over(self.ranks.ranks))
             with self.ranks.changed:
                 self.ranks.changed.wait(LOOK_S)
             if self._run:
@@ -387,6 +399,11 @@ class Session(Tidy, Announced, Closing):
                     text = f"looking after the run raised {error!r}"
                     if not any(line.endswith(f" {text}") for line in self.log):  # else many times a second
                         self._note(text, self._run)
+            if is_over:
+                with self.ranks.changed:  # the others say so at the same time
+                    self.ranks.changed.wait_for(lambda: all(s.handed_on for s in self.ranks.ranks), ALL_SAY_S)
+                self.ranks.leave()
+                return
 
     def _look_after(self, run: Run) -> None:
         try:

@@ -30,6 +30,9 @@ def slow(self, unslowed=Decoding.step):
     return unslowed(self)
 Decoding.step = slow
 """
+HELD = "(p := __import__('psutil').Process()).num_fds(), p.num_threads()"
+"""descriptors and threads of the kernel"""
+
 STANDS = "[stand.positions for stand in session.run.standing().stands]"
 
 
@@ -153,13 +156,27 @@ def test_a_cluster_in_use_is_taken_only_by_who_says_so(notebook: Kernel, model: 
         other.run("session.close()")
 
 
-@pytest.mark.slow
 def test_the_same_notebook_may_connect_again(notebook: Kernel, model: Path) -> None:
     begin(notebook, model)
-    notebook.run("run.step('layer')")
-    where = notebook.value(STANDS)
+    notebook.run("run.step('layer'); older, kv = session, run.kv(layer=0)")
+    where, held = notebook.value(STANDS), notebook.value(HELD)
     assert "Reattached" in notebook.run("session = dinfer.connect(n=3, start=False)")
     assert notebook.value(STANDS) == where
+    for call in (
+        "older.prefill('a')",
+        "older.recover()",
+        "older.run.step()",
+        "older.run.kv(layer=0)",
+        "kv.k[0, 0]",
+    ):
+        said = notebook.fail(call)
+        assert "taken over" in said
+        assert "ZMQ" not in said
+    assert "taken over" in notebook.run("print(older.run.where())")
+    files, threads = notebook.value(HELD)
+    assert files <= held[0] + 4, "the older session's link and client are gone"
+    assert threads <= held[1] + 1
+    notebook.run("older.close()")  # which takes nothing from the newer one
     begin(notebook, model)
     notebook.run("run.decode(1); session.close()")
 
