@@ -368,7 +368,7 @@ class PreparePrompt(Command[PreparedPrompt], frozen=True):
 class Holdings(Answer, frozen=True, kw_only=True):
     """What a rank holds of an earlier session: the commands by which it has loaded, met and prepared, None for what it
     does not have; the plan that it runs; what was armed last; the tokens that it has generated, and begun; how many of
-    its events are overwritten."""
+    its events are overwritten; whether it is still preparing a prompt, and may wait for a rank that was never asked."""
 
     load: LoadModel | None
     group: JoinGroup | None
@@ -379,6 +379,7 @@ class Holdings(Answer, frozen=True, kw_only=True):
     tokens: tuple[int, ...]
     begun: int
     lost_events: int
+    preparing: bool = False
 
 
 class GetHeld(Command[Holdings], frozen=True):
@@ -657,6 +658,7 @@ class Status(RankReport, frozen=True):
     """From the watcher, at least ten times a second: where the rank stands and how its process is.
 
     `process`: its state letter; `wants_cpu`: for which share of the last seconds one thread was ready to run;
+    `thread_cpu`: the share of a core that its busiest thread has used in them, None while that is not known;
     `memory`: bytes; `records`: events since the last Status (see `trace.recorder`).
     """
 
@@ -666,6 +668,7 @@ class Status(RankReport, frozen=True):
     process: str | None = None
     cpu_s: float | None = None
     wants_cpu: float = 0.0
+    thread_cpu: float | None = None
     memory: int | None = None
     device_memory: DeviceMemory | None = None
     records: bytes = b""

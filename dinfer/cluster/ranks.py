@@ -64,6 +64,8 @@ class RankState:
     cpu_s: float | None = None
     wants_cpu: float = 0.0
     """for which share of the last seconds one of its threads was ready to run"""
+    thread_cpu: float | None = None
+    """and the share of a core that its busiest thread used; None while that is not known"""
     memory: int | None = None
     """bytes that its process uses of its host's memory"""
     device_memory: DeviceMemory | None = None
@@ -270,6 +272,7 @@ def update(state: RankState, status: Status) -> None:
         state.progressed = state.heard
     state.stand, state.phase, state.decoded = status.stand, status.phase, status.decoded
     state.process, state.cpu_s, state.wants_cpu = status.process, status.cpu_s, status.wants_cpu
+    state.thread_cpu = status.thread_cpu
     state.memory, state.device_memory = status.memory, status.device_memory
     if state.process not in ("T", "t"):
         state.stopped = None

@@ -88,6 +88,8 @@ class RankService:
         self._remembered = Remembered()
         self._reporting = threading.Lock()
         """held while a report goes out: who comes next hears each note once"""
+        self._preparing = False
+        """a prompt is being prepared, for which all ranks have to be asked"""
         self._token_failed = False
         """this rank has failed in decode, where the others may wait for its token"""
         self._memory, self._gate = memory, gate
@@ -174,6 +176,7 @@ class RankService:
             tokens=tuple(tokens.tokens) if tokens else (),
             begun=tokens.begun if tokens else 0,
             lost_events=recorder.lost if recorder else 0,
+            preparing=self._preparing,
         )
 
     def _ask_stands(self) -> list[Stand | None]:
@@ -245,6 +248,13 @@ class RankService:
     # -- the prompt
 
     def _prepare(self, command: messages.PreparePrompt) -> messages.PreparedPrompt:
+        self._preparing = True
+        try:
+            return self._prepared(command)
+        finally:
+            self._preparing = False
+
+    def _prepared(self, command: messages.PreparePrompt) -> messages.PreparedPrompt:
         if self._token_failed:  # the others would take a message for that token
             raise RuntimeError(
                 f"rank {self.rank} has failed in decode, where others may wait for it: session.recover() frees them."

@@ -88,6 +88,7 @@ class Session(Tidy, Announced, Closing):
         self._closing = threading.Event()
         found = ranks.ask(dict.fromkeys(range(self.world_size), GetHeld()), PREPARE_S)
         held = [found[rank] for rank in range(self.world_size)]
+        self._half_prepared = any(one.preparing for one in held)
         self.reattached = self._reattach(held)
         """what this session goes on with of an earlier one, and what is lost, in words"""
         if not are_in_one_group(held) or (held[0].group and held[0].group.backend != self._config.backend):

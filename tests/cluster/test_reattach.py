@@ -182,6 +182,27 @@ def test_the_same_notebook_may_connect_again(notebook: Kernel, model: Path) -> N
 
 
 @pytest.mark.slow
+def test_a_session_that_died_while_it_prepared_a_prompt_is_in_nobodys_way(
+    notebook: Kernel, model: Path
+) -> None:
+    """Rank 0 waits for the others, which were never asked: the next prefill frees it, and says so."""
+    begin(notebook, model)
+    notebook.run(
+        "from dataclasses import asdict; from dinfer.messages import GetHeld, PreparePrompt\n"
+        "session.ranks.send(0, PreparePrompt(asdict(run.job.config), tuple(run.job.ids)))"
+    )
+    wait_for(
+        lambda: notebook.value("session.ranks.ask({0: GetHeld()}, 10)[0].preparing"), "rank 0 waits in it"
+    )
+    notebook.restart(now=True)
+    notebook.run("import dinfer; session = dinfer.connect(n=3, start=False)")
+    said = notebook.run(f"run = session.prefill({list(prompt(22))}, chunk_size=4); run.wait(60)")
+    assert "are freed: all ranks have met again" in said
+    assert notebook.value("run.compare().equal")
+    notebook.run("session.close()")
+
+
+@pytest.mark.slow
 def test_a_restarted_kernel_keeps_the_cluster_that_dinfer_started(tmp_path: Path, model: Path) -> None:
     with ipython(tmp_path) as place, kernel() as notebook:
         begin(notebook, model, "n=3")
