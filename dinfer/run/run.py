@@ -49,7 +49,7 @@ from dinfer.run.decode import Generation
 from dinfer.run.events import RunEvents
 from dinfer.run.failure import RankFailed
 from dinfer.run.faults import Armed, Injected
-from dinfer.run.hang import STUCK, Health, Hung
+from dinfer.run.hang import Health, Hung
 from dinfer.run.history import MoveHistory
 from dinfer.run.inspect import RunInspector, check_comparable
 from dinfer.run.left import LeftRun
@@ -153,7 +153,8 @@ class Run(Tidy, Displayable):
         self._prepare = prepare
         self._state = state = RunState(job, RankLease(ranks), devices)
         self._health = Health(state)
-        self.check, self.say = self._health.check, state.say  # for the session, too
+        self.check, self.say = self._health.check, state.say  # for the session, as are the next
+        self.stuck_ranks, self.left_blocked = self._health.stuck_ranks, self._health.left_blocked
         self._history = history = History()
         self._breakpoints = BreakpointTable(job.config, self._ask_all, history)
         self._faults = Armed(state, self._ask_all, history)
@@ -536,28 +537,6 @@ class Run(Tidy, Displayable):
                 self._actions.tell()
         finally:
             self._state.ending = ""
-
-    def stuck_ranks(self) -> tuple[int, ...]:
-        """Ranks in an op that does not end, according to the verdict."""
-        return self.told.ranks if self.told and self.told.kind in STUCK else ()
-
-    def left_blocked(self) -> bool:
-        """Whether it has left lanes blocked in transfers, or decode waiting, which no next run gets past: it has
-        failed, it hangs, or it could not be paused. Not where a rank still computes: freeing lanes is not enough."""
-        state = self._state
-        if state.recovered or self.stuck_ranks():
-            return False
-        is_hung = state.hang is not None and state.hang.is_hung
-        if state.failure or is_hung or any(rank.error for rank in state.ranks.ranks):
-            return True
-        stands = state.stands()
-        begun = [
-            lane.ops[position]
-            for lanes, stand in zip(self.plan.lanes, stands, strict=False)
-            for lane, position, started in zip(lanes, stand.positions, stand.started, strict=True)
-            if started
-        ]
-        return bool(begun) and all(op.is_transfer for op in begun)
 
     message: str = _of_state("message", "Why the last action stopped.")
     cause: str = _of_state("cause", "The failure, without what the session has done about it since.")
