@@ -137,7 +137,7 @@ def _misfit(function: Callable[..., Any], of: str, args: int, kwargs: dict[str, 
 @cache
 def _kinds(function: Callable[..., Any]) -> dict[str, Kind]:
     """What the arguments must be, of those of which that can be said."""
-    names = {**vars(__import__("builtins")), **getattr(inspect.unwrap(function), "__globals__", {})}
+    names = dict(getattr(inspect.unwrap(function), "__globals__", {}))
     found = {}
     for one in inspect.signature(function).parameters.values():
         hint = one.annotation

@@ -87,7 +87,7 @@ class EngineRanks(Link, Ranks):
         call = "dinfer.rank.kernel:listen_for_debugger"
         return self.cluster.facts[rank].host, self.cluster.call(rank, call, port, timeout=START_S)[0]
 
-    def processes(self) -> frozenset[Any]:
+    def identities(self) -> frozenset[Any]:
         return frozenset(facts.process for facts in self.cluster.facts)
 
     def leave(self) -> None:

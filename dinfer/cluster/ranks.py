@@ -328,7 +328,7 @@ class Ranks(RankStates):
     def share_weights(self) -> None:
         """Let ranks of one process use one copy of the weights."""
 
-    def processes(self) -> frozenset[Any]:
+    def identities(self) -> frozenset[Any]:
         """What tells the ranks' processes from all others; empty for ranks that no other session can have."""
         return frozenset()
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from dinfer.cluster.ranks import Ranks
+from dinfer.cluster.ranks import Ranks, taken_over
 from dinfer.cluster.recovery import meet, recover
 from dinfer.config import Config, ConfigError, check_known, whole_numbers
 from dinfer.display import Announced, Closing, Displayable, DisplayableText, Tidy, devices_text
@@ -20,7 +20,7 @@ from dinfer.plan.custom import CustomSchedule
 from dinfer.plan.partition import within
 from dinfer.plan.plan import Plan
 from dinfer.rank.debugger import FIRST_PORT
-from dinfer.run.failure import RankFailed, taken_over
+from dinfer.run.failure import RankFailed
 from dinfer.run.hang import Hung
 from dinfer.run.left import LeftRun
 from dinfer.run.progress import rank_bars
@@ -380,7 +380,7 @@ class Session(Tidy, Announced, Closing):
 
     def give_way(self, other: "Session") -> None:
         """Wait until this session has left its ranks, where another one of this process has taken them over."""
-        if self._thread.is_alive() and self.ranks.processes() & other.ranks.processes():
+        if self._thread.is_alive() and self.ranks.identities() & other.ranks.identities():
             with self.ranks.changed:
                 taken = self.ranks.changed.wait_for(lambda: taken_over(self.ranks.ranks), GIVE_WAY_S)
             if taken:
