@@ -8,8 +8,8 @@ the contract for import-linter; imports in functions and for types count too):
 
 - `severity`, `version`; `errors`, `messages`: how grave a message is, the base of all errors, the messages between
   session and rank; standard library only.
-- `files`; `config`, `display`: files that are read within bounds and written beside others; a run's parameters,
-  validated; how values are shown as text and HTML.
+- `files`, `arguments`; `config`, `display`: files that are read within bounds and written beside others; what a call
+  takes; a run's parameters, validated; how values are shown as text and HTML.
 - `plan`, `model`: what will be done: ops, lanes, schedules, proofs; and transformers' layers one by one, without ranks.
 - `results`, `trace`, `kv`, `history`: what happened: results of calls, events and figures; whose KV differs, where and
   since when; what can be undone.
@@ -30,15 +30,16 @@ package's docstring says where it starts. Importing `dinfer` has no side effects
 """
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dinfer.arguments import checked
 from dinfer.display import use_plotter
 from dinfer.errors import NotPossible
 from dinfer.version import __version__
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from dinfer.cluster.ipyparallel.attach import ClusterPlace
     from dinfer.display import Plot
     from dinfer.run.run import Run
     from dinfer.saved.saved import Saved
@@ -48,13 +49,24 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "connect", "load_ipython_extension", "open"]
 
 
-def connect(where: str | int = "ipyparallel", n: int = 3, **options: Any) -> "Session":
+@checked
+def connect(
+    where: str | int = "ipyparallel",
+    n: int = 3,
+    *,
+    profile: str = "default",
+    cluster_id: str | None = None,
+    start: bool | None = None,
+    take: bool = False,
+    timeout: float = 60.0,
+    patience: float = 60.0,
+    place: "ClusterPlace | None" = None,
+) -> "Session":
     """Open a session with `n` ranks; `connect(n)` for short.
 
-    `where`: "ipyparallel" joins a running cluster or starts one; "threads" runs all ranks in this process. `options`:
-    profile, cluster_id, start, take, timeout, patience (see `dinfer.session.connect`). After a kernel restart it goes
-    on with the checkpoint and the run that the ranks still hold; engines that another session holds are refused unless
-    `take=True`.
+    `where`: "ipyparallel" joins a running cluster or starts one; "threads" runs all ranks in this process. The others
+    are explained at `dinfer.session.connect`. After a kernel restart it goes on with the checkpoint and the run that
+    the ranks still hold; engines that another session holds are refused unless `take=True`.
     """
     _announce_import("" if where == "threads" else "finding or starting engines, and ")
     from dinfer.session.connect import connect as connected
@@ -64,10 +76,14 @@ def connect(where: str | int = "ipyparallel", n: int = 3, **options: Any) -> "Se
 
         return Panel(run)
 
-    return connected(where, n, show=show, write=_write, **options)
+    return connected(
+        where, n, profile=profile, cluster_id=cluster_id, start=start, take=take, timeout=timeout,
+        patience=patience, place=place, show=show, write=_write,
+    )  # fmt: skip
 
 
-def open(path: "str | Path") -> "Saved":
+@checked
+def open(path: str | Path) -> "Saved":
     """Open a run that `run.save` wrote to a folder or `run.report` to a file, without a cluster: its trace, plan,
     verdict and KV. `.diff(…)` compares it with another run, saved or live. Raises SavedError."""
     _announce_import()

@@ -4,13 +4,13 @@ Values may come as text (command line), from TOML, or as Python objects; `Config
 checkpoint or looks for a device: `job` checks what depends on them.
 """
 
-import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
+from dinfer.arguments import nearest
 from dinfer.errors import DinferError, excerpt
 from dinfer.files import FileError, as_text, read_bytes
 
@@ -202,12 +202,6 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config file {str(path)!r} is not valid TOML: {error}.") from None
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """` Did you mean …?` with the closest known name, or an empty text."""
-    close = difflib.get_close_matches(name[:100].replace("-", "_"), known, n=1)
-    return f" Did you mean {close[0]}?" if close else ""
-
-
 def _check_range(name: str, value: Any, low: float | None, high: float | None) -> None:
     if low is not None and value < low:
         raise ConfigError(f"{name} is {excerpt(value)}; it must be at least {low}.")
@@ -215,12 +209,19 @@ def _check_range(name: str, value: Any, low: float | None, high: float | None) -
         raise ConfigError(f"{name} is {excerpt(value)}; it must be at most {high}.")
 
 
+def check_known(names: Iterable[str], others: Sequence[str] = ()) -> None:
+    """Raises ConfigError for a name that is none of a run's parameters, nor one of these others."""
+    known = [*others, *(one.name for one in fields(Config))]
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"unknown parameter {excerpt(name)}.{nearest(name, known)} The parameters are {', '.join(known)}."
+            )
+
+
 def _convert(name: str, value: Any) -> Any:
+    check_known([name])
     kinds = get_type_hints(Config)
-    if name not in kinds:
-        raise ConfigError(
-            f"unknown parameter {excerpt(name)}.{nearest(name, list(kinds))} The parameters are {', '.join(kinds)}."
-        )
     kind = kinds[name]
     if get_origin(kind) is Literal:
         allowed = get_args(kind)

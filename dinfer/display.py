@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TextIO
 from urllib.parse import quote
 
+from dinfer.arguments import check_calls
 from dinfer.errors import NotPossible, ipython
 from dinfer.severity import Severity
 
@@ -62,6 +63,14 @@ def listed(sentences: Sequence[str]) -> str:
     return "; ".join([*sentences[:SHOWN], *more])
 
 
+MOST = 5
+
+
+def few(lines: Sequence[str]) -> list[str]:
+    """The first MOST lines, or items, of many, and how many more there are."""
+    return [*lines[:MOST], *[f"and {len(lines) - MOST} more"] * (len(lines) > MOST)]
+
+
 class WrittenPath(type(Path())):  # type: ignore[misc] # PosixPath or WindowsPath
     """The path of what was written: shells show it without `PosixPath(...)`, notebooks as a link where they can open
     it, which is below the notebook's folder."""
@@ -79,10 +88,16 @@ class WrittenPath(type(Path())):  # type: ignore[misc] # PosixPath or WindowsPat
 
 
 class Tidy:
-    """An object whose `dir`, and so Tab, offers what is made for users."""
+    """An object whose `dir`, and so Tab, offers what is made for users, and whose public methods check their
+    arguments."""
 
     INTERNAL: ClassVar[frozenset[str]] = frozenset()
     """public names that only dinfer itself uses"""
+
+    def __init_subclass__(cls, called: str = "", **kwargs: Any) -> None:
+        """`called`: how users come to it, for messages; by default the name of the class."""
+        super().__init_subclass__(**kwargs)
+        check_calls(cls, called or cls.__name__.lower(), cls.INTERNAL)
 
     def __dir__(self) -> list[str]:
         hidden = {*self.INTERNAL, "INTERNAL"}

@@ -1,6 +1,7 @@
 """Files of users: read within limits, so that a wrong one costs neither memory nor time; and written to free names, so
 that nothing replaces the results of another run."""
 
+import errno
 import json
 import os
 from contextlib import suppress
@@ -67,6 +68,37 @@ def _refuse(constant: str) -> Any:
 
 
 # -- names to write to
+
+
+class FolderError(DinferError, OSError):
+    """The folder of a file that is to be written is not there and cannot be made."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def check_folder(path: str | Path) -> None:
+    """Raises FolderError where a file's folder neither exists nor can be made. Called before work begins whose result
+    goes there; nothing is made yet."""
+    parent = Path(path).expanduser().absolute().parent
+    there = next(folder for folder in (parent, *parent.parents) if folder.exists() or folder.is_symlink())
+    if not there.is_dir():
+        raise FolderError(errno.ENOTDIR, f"{str(there)!r} is no folder, so nothing can be written into it")
+    if there != parent and not os.access(there, os.W_OK | os.X_OK):
+        raise FolderError(errno.EACCES, f"no folder can be made in {str(there)!r}: permission denied")
+
+
+def make_folder(path: str | Path) -> Path:
+    """Make the folders above a file that is about to be written, and return its path. Raises FolderError."""
+    found = Path(path).expanduser()
+    check_folder(found)
+    try:
+        found.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(
+            error.errno, f"no folder {str(found.parent)!r} can be made: {error.strerror}"
+        ) from None
+    return found
 
 
 def free_path(wanted: Path) -> Path:

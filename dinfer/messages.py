@@ -372,7 +372,7 @@ class PreparePrompt(Command[PreparedPrompt], frozen=True):
 class Holdings(Answer, frozen=True, kw_only=True):
     """What a rank holds of an earlier session: the commands by which it has loaded, met and prepared, None for what it
     does not have; the plan that it runs; what was armed last; the tokens that it has generated, and begun; how many of
-    its events are overwritten."""
+    its events are overwritten; whether it is still preparing a prompt, and may wait for a rank that was never asked."""
 
     load: LoadModel | None
     group: JoinGroup | None
@@ -383,6 +383,7 @@ class Holdings(Answer, frozen=True, kw_only=True):
     tokens: tuple[int, ...]
     begun: int
     lost_events: int
+    preparing: bool = False
 
 
 class GetHeld(Command[Holdings], frozen=True):
@@ -574,7 +575,8 @@ class DigestHidden(Command[HiddenDigests], frozen=True):
 
 
 class RunReference(Command[ReferenceReport], frozen=True):
-    """Run transformers' own forward over the prompt's first `chunks` chunks, and compare."""
+    """Run transformers' own forward over the prompt's first `chunks` chunks, and compare. Reports `Comparing`
+    meanwhile."""
 
     chunked: bool
     dtype: str
@@ -660,6 +662,7 @@ class Status(RankReport, frozen=True):
     """From the watcher, at least ten times a second: where the rank stands and how its process is.
 
     `process`: its state letter; `wants_cpu`: for which share of the last seconds one thread was ready to run;
+    `thread_cpu`: the share of a core that its busiest thread has used in them, None while that is not known;
     `memory`: bytes; `records`: events since the last Status (see `trace.recorder`).
     """
 
@@ -669,6 +672,7 @@ class Status(RankReport, frozen=True):
     process: str | None = None
     cpu_s: float | None = None
     wants_cpu: float = 0.0
+    thread_cpu: float | None = None
     memory: int | None = None
     device_memory: DeviceMemory | None = None
     records: bytes = b""
@@ -691,6 +695,13 @@ class Loading(RankReport, frozen=True):
     done: int
     total: int
     what: Literal["weights", "graphs"] = "weights"
+
+
+class Comparing(RankReport, frozen=True):
+    """RunReference is under way: tokens that the reference has been fed, and all of them."""
+
+    done: int
+    total: int
 
 
 class TextPiece(RankReport, frozen=True):

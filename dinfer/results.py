@@ -86,7 +86,7 @@ class Where(Tidy, Displayable):
         return f"{self.state}\n{self.lines}"
 
 
-class Breakpoints(Tidy, Displayable):
+class Breakpoints(Tidy, Displayable, called="run.breakpoints"):
     """The breakpoints of a run, by number: `run.breakpoints[1]`. Changes take effect in the run.
 
     `changed(call, before)` is called after each, with the call that made it and the breakpoints before it."""

@@ -8,6 +8,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from dinfer.errors import DinferError
+from dinfer.files import make_folder
 from dinfer.views.figures.style import HTML_CONFIG
 
 ENDINGS = (".html", ".svg", ".png")
@@ -51,7 +52,7 @@ def write(shown: go.Figure, path: str | Path) -> Path:
 
     Raises PlotError if a picture cannot be drawn, after writing the figure as HTML instead; OSError.
     """
-    path = Path(path)
+    path = make_folder(path)
     if path.suffix.lower() == ".html":
         path.write_text(shown.to_html(include_plotlyjs=True, config=dict(HTML_CONFIG)), encoding="utf-8")
         return path

@@ -11,6 +11,7 @@ from typer import Exit
 
 from dinfer.config import ConfigError
 from dinfer.display import takes_colour
+from dinfer.files import FolderError, check_folder, make_folder
 from dinfer.severity import Severity
 from dinfer.version import __version__
 
@@ -69,10 +70,10 @@ def check_outputs(
             raise ConfigError(
                 f"{flag} and {other} are one file, {path}: it would be overwritten. Give another."
             )
-        if not target.parent.is_dir():
-            raise ConfigError(
-                f"{flag} is {path!r}, but there is no folder {str(target.parent)!r}: make it first."
-            )
+        try:
+            check_folder(target)
+        except FolderError as error:
+            raise ConfigError(f"{flag} is {path!r}, but {error}.") from None
         if target.is_dir():
             raise ConfigError(f"{flag} is {path!r}, which is a folder; give a file.")
         if target.is_file() and target.stat().st_size and not overwrite:
@@ -85,7 +86,9 @@ def check_outputs(
 def keep_json(result: dict[str, Any], path: str) -> None:
     """Write a result as JSON, or exit with a message."""
     try:
-        Path(path).write_text(json.dumps(result, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        make_folder(path).write_text(
+            json.dumps(result, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+        )
     except OSError as error:
         stop(
             f"the command succeeded, but its result could not be written to {path}: {error.strerror}.", FAILED

@@ -28,8 +28,6 @@ def run(**given: Any) -> None:
         launched = launched_as(os.environ)
         config = Config.of(_for_launched({**(read_toml(toml) if toml else {}), **values}, launched))
         if launched is None or launched.rank == 0:
-            if trace_path:
-                Path(trace_path).expanduser().parent.mkdir(parents=True, exist_ok=True)
             outputs = {"--json": json_path or "", "--trace": trace_path or ""}
             inputs = {"--prompt-file": config.prompt_file, "--config": toml or ""}
             check_outputs(outputs, inputs, overwrite=bool(overwrite))

@@ -143,6 +143,12 @@ def lab(
     for name, count in (("sample", sample or 0), ("slow_runs", slow_runs)):
         if count < 0:
             stop(f"{name} is {count}; it must be 0 or more.", BAD_INPUT)
+    if sample == 0 and not slow_runs:
+        stop(
+            "sample is 0, so there is nothing to run: give a number of cells, leave it out for the whole matrix, or "
+            "ask for slow runs alone with --slow-runs.",
+            BAD_INPUT,
+        )
     cells = cells_of(seed, sample)
     score, status = Score(seed, len(cells)), FAILED
     try:

@@ -3,6 +3,7 @@
 import socket
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import msgspec
 
@@ -10,10 +11,11 @@ from dinfer.cluster.holder import check_free, own_holder
 from dinfer.cluster.ipyparallel.cluster import Cluster
 from dinfer.cluster.ipyparallel.facts import own_loopback
 from dinfer.cluster.link import Link
-from dinfer.cluster.ranks import LOST, STOPPED_S, Ranks, answers
+from dinfer.cluster.ranks import LOST, STOPPED_S, Ranks, answers, taken_over
 from dinfer.errors import NoAnswer
 from dinfer.messages import EndPrompt, Holder, OrphanRule, StoreAddress
 from dinfer.transport.interface import LOOPBACK, own_address_towards
+from dinfer.verdict.where import rank_spans_text
 
 START_S = 60.0
 
@@ -85,8 +87,18 @@ class EngineRanks(Link, Ranks):
         call = "dinfer.rank.kernel:listen_for_debugger"
         return self.cluster.facts[rank].host, self.cluster.call(rank, call, port, timeout=START_S)[0]
 
+    def identities(self) -> frozenset[Any]:
+        return frozenset(facts.process for facts in self.cluster.facts)
+
+    def leave(self) -> None:
+        super().close()
+        self.cluster.leave()
+
     def close(self) -> None:
-        if not self.cluster.started_by_us and not any(state.handed_on for state in self.ranks):
+        if taken_over(self.ranks):
+            self.leave()
+            return
+        if not self.cluster.started_by_us:
             living = [rank for rank, code in enumerate(self.exits()) if code is None]
             answers(self, dict.fromkeys(living, EndPrompt()), END_S)  # the weights stay
         super().close()
@@ -118,8 +130,8 @@ class EngineRanks(Link, Ranks):
             call.result(START_S)
         with self.changed:
             if not self.changed.wait_for(lambda: all(self.ranks[rank].heard for rank in calls), START_S):
-                silent = ", ".join(str(rank) for rank in calls if not self.ranks[rank].heard)
+                silent = [rank for rank in calls if not self.ranks[rank].heard]
                 raise NoAnswer(
-                    f"rank {silent} has not connected within {START_S:g} s: can its host reach {self.endpoint} on "
-                    f"{socket.gethostname()}?"
+                    f"nothing came from {rank_spans_text(silent)} within {START_S:g} s: can its host reach "
+                    f"{self.endpoint} on {socket.gethostname()}?"
                 )

@@ -12,6 +12,7 @@ from dinfer.cluster.ipyparallel.errors import ClusterError
 from dinfer.cluster.ipyparallel.identity import Identity
 from dinfer.errors import ipython
 from dinfer.messages import Holder
+from dinfer.verdict.where import rank_spans_text
 
 
 class ClusterTaken(ClusterError):
@@ -30,7 +31,7 @@ def check_free(holders: Mapping[int, Holder | None], me: Holder, cluster: str) -
     if not others:
         return
     who = dict.fromkeys(f"{one}, since {_clock(one.since)}" for one in others.values())
-    ranks = "its ranks" if len(others) == len(holders) else f"rank {', '.join(map(str, others))}"
+    ranks = "its ranks" if len(others) == len(holders) else rank_spans_text(others)
     raise ClusterTaken(
         f"{cluster} is in use: {ranks} are held by the session of {'; and by that of '.join(who)}. "
         "dinfer.connect(…, take=True) takes them over, with model and run: that session ends. "

@@ -12,7 +12,7 @@ from typing import Any
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from dinfer.cluster.ranks import RankStates
+from dinfer.cluster.ranks import RankRefused, RankStates, taken_over
 from dinfer.messages import (
     Beat,
     Command,
@@ -46,7 +46,12 @@ class Link(RankStates):
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a rank that is started again keeps its name
         self._socket.curve_server = True
         self._socket.curve_publickey, self._socket.curve_secretkey = self._public, self._secret
-        self.endpoint = f"tcp://{address}:{self._socket.bind_to_random_port(f'tcp://{address}')}"
+        try:
+            self.endpoint = f"tcp://{address}:{self._socket.bind_to_random_port(f'tcp://{address}')}"
+        except BaseException:
+            self._keeper.stop()
+            self._context.destroy(linger=0)
+            raise
         self._outbox: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
         self._outbox.bind("inproc://outbox")
         self._send_lock = threading.Lock()
@@ -67,10 +72,16 @@ class Link(RankStates):
     def _send(self, rank: int, command: Command[Any], number: int) -> None:
         frames = [b"rank %d" % rank, pack_command(command, number)]
         with self._send_lock:
+            if self._closing:
+                raise RankRefused(taken_over(self.ranks) or "the session has left its ranks: it is closed")
             self._outbox.send_multipart(frames)
 
     def close(self) -> None:
-        self._closing = True
+        """End the thread and free the sockets. No error where that is done already."""
+        with self._send_lock:
+            if self._closing:
+                return
+            self._closing = True
         self._thread.join(5)
         self._keeper.stop()
         self._context.destroy(linger=0)

@@ -17,6 +17,7 @@ from dinfer.messages import (
     AskStands,
     BatchResult,
     Command,
+    Comparing,
     Failed,
     Gone,
     HandedOn,
@@ -34,6 +35,7 @@ from dinfer.messages import (
     ToldToEnd,
 )
 from dinfer.trace.events import Event
+from dinfer.verdict.where import rank_spans_text
 
 A = TypeVar("A", bound=Answer)
 
@@ -62,6 +64,8 @@ class RankState:
     cpu_s: float | None = None
     wants_cpu: float = 0.0
     """for which share of the last seconds one of its threads was ready to run"""
+    thread_cpu: float | None = None
+    """and the share of a core that its busiest thread used; None while that is not known"""
     memory: int | None = None
     """bytes that its process uses of its host's memory"""
     device_memory: DeviceMemory | None = None
@@ -79,10 +83,20 @@ class RankState:
     handed_on: str = ""
     """the session that has taken over its engine"""
     loading: Loading | None = None
+    comparing: Comparing | None = None
     struck: Struck | None = None
     store: StoreOpened | None = None
     result: BatchResult | None = None
     told_to_end: bool = False
+
+
+def taken_over(ranks: Sequence[RankState]) -> str:
+    """That another session has taken over these ranks' engines; "" where none has."""
+    to = next((state.handed_on for state in ranks if state.handed_on), "")
+    return to and (
+        f"taken over: the session of {to} has these engines now, with model and run. Go on there, or take them back "
+        "with dinfer.connect(…, take=True)."
+    )
 
 
 class Pending(dict[int, int], Generic[A]):
@@ -142,8 +156,8 @@ class RankStates:
                 if any(isinstance(reply, Refused) for reply in came.values()):
                     refused_at = min(refused_at, now)
                 elif now > deadline:
-                    silent = ", ".join(map(str, sorted(pending.keys() - came.keys())))
-                    raise NoAnswer(f"no answer from rank {silent} within {timeout:g} s")
+                    silent = rank_spans_text(pending.keys() - came.keys())
+                    raise NoAnswer(f"no answer from {silent} within {timeout:g} s")
         except KeyboardInterrupt:  # what has come so far does not come again
             raise
         except BaseException:
@@ -214,6 +228,8 @@ class RankStates:
                     state.handed_on = report.to
                 case Loading():
                     state.loading = report
+                case Comparing():
+                    state.comparing = report
                 case Struck():
                     state.struck = report
                 case StoreOpened():
@@ -256,6 +272,7 @@ def update(state: RankState, status: Status) -> None:
         state.progressed = state.heard
     state.stand, state.phase, state.decoded = status.stand, status.phase, status.decoded
     state.process, state.cpu_s, state.wants_cpu = status.process, status.cpu_s, status.wants_cpu
+    state.thread_cpu = status.thread_cpu
     state.memory, state.device_memory = status.memory, status.device_memory
     if state.process not in ("T", "t"):
         state.stopped = None
@@ -310,6 +327,13 @@ class Ranks(RankStates):
 
     def share_weights(self) -> None:
         """Let ranks of one process use one copy of the weights."""
+
+    def identities(self) -> frozenset[Any]:
+        """What tells the ranks' processes from all others; empty for ranks that no other session can have."""
+        return frozenset()
+
+    def leave(self) -> None:
+        """Another session has taken over: give back what reached the ranks. They can be asked nothing more."""
 
     def close(self) -> None:
         """End the session's hold on the ranks; a cluster that it started ends."""

@@ -26,6 +26,7 @@ from dinfer.plan.partition import Shape
 from dinfer.trace.events import Event
 from dinfer.trace.recorder import Recorder
 from dinfer.transport.gloo import Comm
+from dinfer.verdict.where import rank_spans_text
 
 _TOKEN = struct.Struct("<q")
 _PLACE = struct.Struct("<qq")
@@ -94,7 +95,7 @@ def _told(place: NanOrigin, ranks: set[int], shape: Shape | None) -> tuple[str, 
 def _ranks_text(ranks: list[int], world_size: int) -> str:
     if len(ranks) == world_size > 1:
         return "all ranks"
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+    return rank_spans_text(ranks)
 
 
 class Decoding:

@@ -21,7 +21,7 @@ COLUMNS = ("rank", "layer", "chunk", "tensor", "head", "token", "dim", "values",
 
 
 @dataclass(frozen=True, kw_only=True)
-class KvPlace:
+class KvPlace(Tidy):
     """Where KV is not what it should be, as far as that is known: `rank`, `layer`, `chunk`. `tensor`: "K", "V" or,
     beside the reference, a hidden state; `head`, `token`, `dim`: the first that differs; `values`: what is there and
     what should be; `op`: the op at which it first differed, "" if that is not known."""
@@ -73,6 +73,11 @@ class Difference(KvPlace, Displayable):
 
     def __str__(self) -> str:
         return "; ".join(filter(None, (self.text(), self.origin)))
+
+    @property
+    def has_nan(self) -> bool:
+        """Whether one of its `values` is NaN or Inf."""
+        return not all(map(math.isfinite, self.values or ()))
 
     def text(self) -> str:
         """What differs, without its origin."""
@@ -183,7 +188,21 @@ def equal_text(compared: Compared) -> str:
 
 
 def unequal_text(compared: Compared, differences: Sequence[Difference], values: Mapping[str, int]) -> str:
-    """The first difference in a sentence; of a value, how many of how many differ."""
+    """The first difference in a sentence; of a value, how many of how many differ. Then the next one in another block,
+    one with NaN or Inf before others, and how many more blocks there are."""
+    first = differences[0]
+    others = {(one.layer, one.chunk): one for one in reversed(differences)}
+    others.pop((first.layer, first.chunk))
+    text = _first_text(compared, differences, values)
+    if not others or (first.chunk, first.tensor) == (None, None):
+        return text
+    second = next((one for one in reversed(others.values()) if one.has_nan), [*others.values()][-1])
+    more = len(others) - 1
+    rest = f"and {more} more block{'s' * (more > 1)}"
+    return "; ".join([text, f"also {second.text()}", *[rest] * bool(more)])
+
+
+def _first_text(compared: Compared, differences: Sequence[Difference], values: Mapping[str, int]) -> str:
     first = differences[0]
     if first.kind != "value" or first.values is None:
         return str(first)

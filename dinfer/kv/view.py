@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dinfer.arguments import CallError
 from dinfer.display import Composed, Displayable, Table, Tidy
-from dinfer.errors import NoSuch
+from dinfer.errors import NoSuch, excerpt
 from dinfer.kv.diff import VALUES, diff_ranks, diff_sources
 from dinfer.kv.difference import Diff, number_text
 from dinfer.kv.measure import FIELDS
@@ -88,6 +89,10 @@ class KV(Tidy, Composed):
         `ranks`: which to compare, by default all; `values`: for how many tokens' rows to fetch the values, None: for
         all that differ. Raises PlanError for unknown ranks, and for a run of another prompt, model or dtype.
         """
+        if other is not None and not any(hasattr(other, name) for name in ("source", "subject")):
+            raise CallError(
+                f"other is {excerpt(other)}; it must be another run, or a saved one: dinfer.open(…) opens it."
+            )
         hold_other: Hold | None = getattr(other, "hold", None)
         with ExitStack() as held:
             with _HOLDING_TWO if hold_other else nullcontext():
@@ -195,7 +200,7 @@ class KV(Tidy, Composed):
         return rank, layer, places
 
 
-class Part(Displayable):
+class Part(Tidy, Displayable):
     """K or V of a layer on one rank, indexed as a tensor [heads, tokens, head_dim], which fetches values to the CPU.
     `places`: the rows that the second index counts."""
 
@@ -215,6 +220,8 @@ class Part(Displayable):
         """Ints, slices or lists, as for a tensor; a third index picks from head_dim. Raises IndexError for what is out
         of range, and for rows that are gone since the run went back."""
         given: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
+        if len(given) > 3:
+            raise NoSuch(f"K and V take at most 3 indices, [head, token, value]; got {len(given)}.")
         head, token, *rest = [*given, slice(None)][: max(2, len(given))]
         heads, tokens = _picked(head, self.shape[0], "head"), _picked(token, self.shape[1], "token")
         size = len(heads) * len(tokens) * self._source.subject.head_dim * self._source.subject.dtype.itemsize
@@ -256,6 +263,13 @@ def say_size(size: int, advice: str) -> None:
         print(f"dinfer: fetching {size / (1 << 20):,.0f} MiB; {advice}.", flush=True)
 
 
+def _indexed(values: Tensor, index: Any, takes: str) -> Tensor:
+    try:
+        return values[index]
+    except (IndexError, TypeError) as error:
+        raise NoSuch(f"{excerpt(index)} picks nothing of {list(values.shape)} {takes}: {error}.") from None
+
+
 def _picked(index: Any, size: int, what: str) -> list[int]:
     if isinstance(index, slice):
         return list(range(size))[index]
@@ -273,7 +287,7 @@ TOP = 5
 """how many keys are shown of a query"""
 
 
-class Hidden(Displayable):
+class Hidden(Tidy, Displayable):
     """What `run.hidden` returns: the hidden state of `chunk` before `layer`, [tokens, hidden_size], on `rank`; indexing
     fetches it to the CPU. `hold` keeps the run from moving while ranks are asked. Raises PlanError if the run has not
     come to it, or has gone back to before it meanwhile."""
@@ -298,8 +312,7 @@ class Hidden(Displayable):
         return tuple(self.values.shape)
 
     def __getitem__(self, index: Any) -> Tensor:
-        found: Tensor = self.values[index]
-        return found
+        return _indexed(self.values, index, "[token, value]")
 
     def __str__(self) -> str:
         with self._hold():
@@ -318,7 +331,7 @@ class Hidden(Displayable):
         return now
 
 
-class AttentionWeights(Displayable):
+class AttentionWeights(Tidy, Displayable, called="attention"):
     """The attention weights of the tokens of `chunk` in `layer`: `weights`, [heads, queries, keys], on the CPU. The
     first key is the token `first_key`. `heads` are attention heads; several may share one KV head."""
 
@@ -329,8 +342,7 @@ class AttentionWeights(Displayable):
         self.heads, self.weights, self.first_key = tuple(heads), weights, first_key
 
     def __getitem__(self, index: Any) -> Tensor:
-        found: Tensor = self.weights[index]
-        return found
+        return _indexed(self.weights, index, "[head, query, key]")
 
     def top(self, token: int, head: int | None = None, n: int = TOP) -> list[tuple[int, str, float]]:
         """The `n` tokens to which a token attends most, as (number, text, weight); of one head, or on average over all
@@ -341,6 +353,10 @@ class AttentionWeights(Displayable):
                 f"token {token} is not in chunk {self.chunk}, which has tokens {rows.start} to {rows.stop - 1}."
             )
         of_query = self.weights[:, token - rows.start].float()
+        if head is not None and head not in self.heads:
+            raise PlanError(
+                f"the weights of head {head} are not here; those of {numbers_text(self.heads)} are."
+            )
         weights = of_query.mean(0) if head is None else of_query[self.heads.index(head)]
         found = torch.topk(weights, min(n, len(weights)))
         tokens = (self.first_key + found.indices).tolist()

@@ -17,6 +17,7 @@ from dinfer.launch.environment import MPIRUN, Launched, meeting_of
 from dinfer.messages import RankLink
 from dinfer.transport.gloo import Store, join_store, open_store
 from dinfer.transport.interface import check_own_address, check_route, own_address_towards
+from dinfer.verdict.where import rank_spans_text
 
 POLL_S = 0.1
 
@@ -65,12 +66,14 @@ class Roll:
                 return
             waited = time.monotonic() - started
             if waited > timeout:
-                raise RuntimeError(f"{_ranks(missing)} did not come within {timeout:g} s (start_timeout).")
+                raise RuntimeError(
+                    f"{rank_spans_text(missing)} did not come within {timeout:g} s (start_timeout)."
+                )
             if waited > PATIENCE_S and not said:
                 said = True
-                say(f"waiting for {_ranks(missing)}")
+                say(f"waiting for {rank_spans_text(missing)}")
             if told_to_end():
-                raise RuntimeError(f"the launcher ended the run before {_ranks(missing)} had come.")
+                raise RuntimeError(f"the launcher ended the run before {rank_spans_text(missing)} had come.")
             time.sleep(POLL_S)
 
     def _has_come(self, rank: int) -> bool:
@@ -82,10 +85,6 @@ class Roll:
 
     def _key(self, rank: int) -> str:
         return f"{self._prefix}/rank {rank}"
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def _meet_by_mpi(config: Config, launched: Launched) -> tuple[Store, str]:

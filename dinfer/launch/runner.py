@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 from dinfer.cluster.ranks import RankState
 from dinfer.display import listed, takes_colour
+from dinfer.files import make_folder
 from dinfer.job import Job
 from dinfer.launch.processes import Processes
 from dinfer.model.checkpoint import ignored_generation
@@ -160,8 +161,7 @@ def conclude(
 def _keep(path: str | Path, write: Callable[[Path], object], what: str) -> str:
     """Write a file, and say so. A full disk does not fail a run that went well."""
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write(Path(path))
+        write(make_folder(path))
     except OSError as error:
         return f"the {what} could not be written to {path}: {os.strerror(error.errno or 0)}"
     return f"{what}: {path}"

@@ -37,7 +37,7 @@ CPU_WANTED = 0.5
 """Of the time. A rank whose thread is runnable for more computes, however little CPU it gets."""
 
 GIL_SHARE = 0.03
-"""Of one core. Threads that wait for the GIL wake every 5 ms, and use less together."""
+"""Of one core. Threads that wait for the GIL wake every 5 ms: each uses less, on a fast machine all together."""
 
 RECENT = 2000
 """How many of a rank's last events medians are taken of."""
@@ -51,6 +51,7 @@ class _RankTrack:
     cpu: deque[tuple[float, float, float]] = field(default_factory=deque)
     """when, and CPU seconds of the rank and of its process"""
     wants_cpu: float = 0.0
+    thread_cpu: float | None = None
 
 
 class Track:
@@ -63,7 +64,7 @@ class Track:
         for number, (rank, state) in enumerate(zip(self._ranks, states, strict=True)):
             if state.stand is not rank.stand and state.stand is not None:
                 _move(rank, state.stand, state.progressed)
-            rank.wants_cpu = state.wants_cpu
+            rank.wants_cpu, rank.thread_cpu = state.wants_cpu, state.thread_cpu
             if state.cpu_s is not None:
                 self.add_cpu(number, now, state.cpu_s)
 
@@ -84,10 +85,12 @@ class Track:
 
     def cpu_moves(self, rank: int, *, mute: bool = False) -> bool | None:
         """Whether its CPU time moves, or would on a less busy machine; None: not known yet. `mute`: its Python does not
-        answer, so its threads wait for the GIL and look runnable."""
+        answer, so its threads wait for the GIL: they look runnable, and use some CPU time together."""
         wants, samples = self._ranks[rank].wants_cpu > CPU_WANTED, self._ranks[rank].cpu
         if wants and not mute:
             return True
+        if mute and (busiest := self._ranks[rank].thread_cpu) is not None:
+            return busiest > GIL_SHARE  # who holds the GIL and computes is one thread
         if not samples or samples[-1][0] - samples[0][0] < CPU_LEAST_S:
             return None
         (begin, first, process_first), (end, last, process_last) = samples[0], samples[-1]

@@ -8,6 +8,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from dinfer.display import Tidy
 from dinfer.plan.cut import Cut, Cuts, join
 from dinfer.plan.ops import Op, OpKind, PlanError
 from dinfer.plan.partition import within
@@ -19,7 +20,7 @@ _SLOWER = re.compile(r"slower\s+than\s+(\d+\.?\d*|\.\d+)\s*ms", re.IGNORECASE)
 
 
 @dataclass(frozen=True, repr=False)
-class Breakpoint:
+class Breakpoint(Tidy):
     """Stops after ops of this `rank`, kind (`op`), `chunk` and `layer`; None matches any. `number`: in the list of a
     run.
 

@@ -6,6 +6,7 @@ The watcher imports this, so it must stay light: no torch.
 import os
 from collections import deque
 from contextlib import suppress
+from time import monotonic
 from typing import NamedTuple
 
 import psutil
@@ -59,6 +60,8 @@ def exists(pid: int) -> bool:
 
 LOOKS = 8
 
+TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+
 
 class Wanting:
     """Tells whether a process wants the CPU, even if it gets almost none: samples the states of its threads.
@@ -72,17 +75,33 @@ class Wanting:
         self._tasks = f"/proc/{pid}/task"
         self._ready: dict[str, deque[bool]] = {}
         """by thread: whether it was runnable in each of the last samples"""
+        self._used: dict[str, deque[float]] = {}
+        """by thread: its CPU seconds then"""
+        self._times: deque[float] = deque(maxlen=LOOKS)
+
+    @property
+    def busiest(self) -> float | None:
+        """The largest share of a core that one thread has used since the first of the last LOOKS samples; None where
+        there are not so many yet. Many threads that wait for the GIL use some CPU time together, but none alone."""
+        if len(self._times) < LOOKS or not self._used:
+            return None
+        used = (times[-1] - times[0] for times in self._used.values())
+        return max(used) / (self._times[-1] - self._times[0])
 
     def look(self) -> float:
         """Take a sample. Largest share of the last samples in which one thread was runnable; 0 if unknown."""
         before, self._ready = self._ready, {}
+        used, self._used = self._used, {}
+        self._times.append(monotonic())
         with suppress(OSError):  # it is gone, or this system has no such files
             for thread in os.listdir(self._tasks):
                 with (
                     suppress(OSError),
                     open(f"{self._tasks}/{thread}/stat", "rb") as file,
                 ):  # it may end meanwhile
-                    state = file.read().rpartition(b")")[2].split(None, 1)[0]
+                    state, *others = file.read().rpartition(b")")[2].split(None, 13)
                     samples = self._ready[thread] = before.get(thread) or deque(maxlen=LOOKS)
                     samples.append(state == b"R")
+                    times = self._used[thread] = used.get(thread) or deque(maxlen=LOOKS)
+                    times.append((int(others[10]) + int(others[11])) / TICKS)  # utime and stime, see proc(5)
         return max(map(sum, self._ready.values()), default=0) / LOOKS

@@ -18,6 +18,7 @@ from dinfer.kv.measure import CellDifference, measure
 from dinfer.kv.reference.reports import FINAL, TokenChoice
 from dinfer.kv.rows import Misplaced, misplaced_in_blocks, misplaced_rows
 from dinfer.messages import (
+    Comparing,
     DigestHidden,
     HiddenDigests,
     ReferenceReport,
@@ -32,6 +33,9 @@ from dinfer.model.sampling import Sampler, Sampling
 from dinfer.rank.commands import Handler, quick, slow
 from dinfer.rank.decode import PromptOnRank
 from dinfer.rank.inventory import Inventory, InventoryKey, hidden_digest, zero_row_digest
+
+TELL_S = 0.2
+"""seconds between two reports of how far the reference is"""
 
 
 class LayerReplay:
@@ -72,8 +76,8 @@ class _Scratch(KVCache):
 
 
 class Examination:
-    """One forward of the model `reference`, as the command says, compared with what a rank holds. `check()` is called
-    often and may raise, to stop it."""
+    """One forward of the model `reference`, as the command says, compared with what a rank holds. `check(done, total)`,
+    in tokens fed, is called after each layer and may raise, to stop it."""
 
     def __init__(
         self,
@@ -81,7 +85,7 @@ class Examination:
         holding: Inventory,
         reference: Decoder,
         command: RunReference,
-        check: Callable[[], None],
+        check: Callable[[int, int], None],
     ) -> None:
         alike = command.chunked and reference.dtype == engine.decoder.dtype
         self.exact = alike and engine.kernels == "exact"
@@ -94,6 +98,7 @@ class Examination:
         config = engine.config
         self._sampler = Sampler(Sampling(config.temperature, config.top_k, config.top_p, config.seed))
         self._holding, self._command, self._check = holding, command, check
+        self._total = sum(map(len, self._pieces()))
         self._rows: list[list[Tensor]] = [[] for _ in range(holding.layers)]
         self._replay = LayerReplay(engine.decoder, holding)
         self._forward = Forward(reference, self._see)
@@ -156,8 +161,8 @@ class Examination:
 
     def _see(self, what: str, layer: int, tensor: Tensor) -> None:
         """Compare a tensor that the forward has made with what this rank has of it, chunk by chunk."""
-        self._check()
         holding, fed = self._holding, self.fed
+        self._check(fed.start + len(fed) * min(layer, holding.layers) // holding.layers, self._total)
         if what == "kv" and self.exact:
             self._rows[layer].append(row_digests(tensor))
         for chunk, span in enumerate(holding.chunks):
@@ -187,10 +192,12 @@ class Stopped(RuntimeError):
     """The session does not want the answer any more."""
 
 
-def reference_commands(prompt: Callable[[], PromptOnRank]) -> list[Handler]:
+def reference_commands(
+    prompt: Callable[[], PromptOnRank], tell: Callable[[Comparing], None]
+) -> list[Handler]:
     """For `run.compare`, which sends DigestHidden to all ranks, then RunReference where it is needed. `prompt` raises
-    RuntimeError where there is none."""
-    references = References(prompt)
+    RuntimeError where there is none; `tell` reports to the session."""
+    references = References(prompt, tell)
     return [
         slow(DigestHidden, references.hidden),
         slow(RunReference, references.run),
@@ -201,8 +208,9 @@ def reference_commands(prompt: Callable[[], PromptOnRank]) -> list[Handler]:
 class References:
     """Of one rank."""
 
-    def __init__(self, prompt: Callable[[], PromptOnRank]) -> None:
-        self._prompt = prompt
+    def __init__(self, prompt: Callable[[], PromptOnRank], tell: Callable[[Comparing], None]) -> None:
+        self._prompt, self._tell = prompt, tell
+        self._told = 0.0
         self._stopped = threading.Event()
 
     def hidden(self, _: DigestHidden) -> HiddenDigests:
@@ -240,9 +248,12 @@ class References:
     def stop(self, _: StopReference) -> None:
         self._stopped.set()
 
-    def _check(self) -> None:
+    def _check(self, done: int, total: int) -> None:
         if self._stopped.is_set():
             raise Stopped("compare was interrupted")
+        if (now := perf_counter()) - self._told > TELL_S:
+            self._told = now
+            self._tell(Comparing(done, total))
 
 
 def _in_dtype(decoder: Decoder, dtype: str, tokens: int, piece: int) -> Decoder:

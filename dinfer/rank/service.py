@@ -90,6 +90,8 @@ class RankService:
         self._remembered = Remembered()
         self._reporting = threading.Lock()
         """held while a report goes out: who comes next hears each note once"""
+        self._preparing = False
+        """a prompt is being prepared, for which all ranks have to be asked"""
         self._token_failed = False
         """this rank has failed in decode, where the others may wait for its token"""
         self._memory, self._gate = memory, gate
@@ -120,7 +122,7 @@ class RankService:
             quick(messages.GetStacks, lambda _: stacks(self.rank, alone=alone)),
             *fault_commands(lambda: self._engine, self.report),
             *inspect_commands(self.rank, self._prompted),
-            *reference_commands(self._prompted),
+            *reference_commands(self._prompted, self._tell),
             *misbehave_commands(self.rank, self.report),
         ]
         return table_of(map(self._remembered.noting, handlers))
@@ -176,6 +178,7 @@ class RankService:
             tokens=tuple(tokens.tokens) if tokens else (),
             begun=tokens.begun if tokens else 0,
             lost_events=recorder.lost if recorder else 0,
+            preparing=self._preparing,
         )
 
     def _ask_stands(self) -> list[Stand | None]:
@@ -252,6 +255,13 @@ class RankService:
     # -- the prompt
 
     def _prepare(self, command: messages.PreparePrompt) -> messages.PreparedPrompt:
+        self._preparing = True
+        try:
+            return self._prepared(command)
+        finally:
+            self._preparing = False
+
+    def _prepared(self, command: messages.PreparePrompt) -> messages.PreparedPrompt:
         if self._token_failed:  # the others would take a message for that token
             raise RuntimeError(
                 f"rank {self.rank} has failed in decode, where others may wait for it: session.recover() frees them."

@@ -75,6 +75,7 @@ class Watcher:
         self._life: Life | None = None
         self._under_way = set[tuple[int, int]]()
         self._wanting, self._wants_cpu = Wanting(self._rank_pid), 0.0
+        self._thread_cpu: float | None = None
         self._last_beat = 0.0
         self._client_heard = self._commanded = monotonic()
 
@@ -171,6 +172,7 @@ class Watcher:
                 process=life and life.state,
                 cpu_s=life and life.cpu_s,
                 wants_cpu=self._wants_cpu,
+                thread_cpu=self._thread_cpu,
                 memory=life and life.memory,
                 device_memory=self._board.device_memory,
                 records=records,
@@ -188,6 +190,7 @@ class Watcher:
             is_long = bool(under_way & self._under_way)
             self._wanting = self._wanting if is_long else Wanting(self._rank_pid)
             self._wants_cpu = self._wanting.look() if is_long else 0.0
+            self._thread_cpu = self._wanting.busiest
             self._under_way = under_way
             if self._life and before and self._looks and self._life.state == "t":  # py-spy's doing
                 self._life = self._life._replace(state=before.state)

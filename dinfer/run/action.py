@@ -68,7 +68,7 @@ class Actions:
         while True:
             self.settle()
             if self.lock.acquire(timeout=POLL_S):
-                if not self._state.wait_while(MOVING, 0):
+                if not self._state.is_doing(MOVING):
                     break
                 self.lock.release()  # another action has begun since
         try:
@@ -78,7 +78,7 @@ class Actions:
 
     def settle(self) -> None:
         """Wait until the run stands still. Raises as `hold` does."""
-        while self._state.wait_while(MOVING, POLL_S):
+        while self._state.is_doing(MOVING, POLL_S):
             self._check()
         if self._state.closed:
             raise RunOver(over_text(self._state.closed))

@@ -91,7 +91,7 @@ class Generation:
             wanted, deadline = max(one.begun for one in held.values()), time.monotonic() + ANSWER_S
             while any(len(one.tokens) < wanted for one in held.values()) and time.monotonic() < deadline:
                 self._check()
-                self._state.wait_while(tuple(State), POLL_S)
+                self._state.is_doing(tuple(State), POLL_S)
                 held = self._ask(GetHeld())
         self._take(list(held[0].tokens), ended=False)
 

@@ -7,14 +7,15 @@ import signal
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from dinfer.cluster.ranks import LOST, RankState
+from dinfer.cluster.ranks import LOST, RankState, taken_over
 from dinfer.config import Config
+from dinfer.display import few
 from dinfer.errors import DinferError
 from dinfer.messages import Failed
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
 from dinfer.verdict.verdict import Verdict
-from dinfer.verdict.where import rank_text
+from dinfer.verdict.where import rank_spans_text, stood_text
 
 
 class RankFailed(DinferError, RuntimeError):
@@ -63,23 +64,15 @@ def broken(
     if not dead:
         return None
     if len(dead) > 1 and all(exits[rank] == SILENT for rank in dead) and len(dead) == len(ranks) - 1:
-        where = "\n".join(f"rank {rank}: {_position(plan, rank, state)}" for rank, state in enumerate(ranks))
+        stood = [f"rank {rank}: {_position(plan, rank, state)}" for rank, state in enumerate(ranks)]
+        where = "\n".join(few(stood))
         return Broken(
             "lost",
             f"nothing was heard of any other rank for {silence_limit(config.timeout):g} s: "
             f"rank 0's host may be cut off; where they stood:\n{where}",
         )
     told = [_death(plan, rank, ranks[rank], exits[rank], config) for rank in dead]
-    return Broken("lost", told[0] if config.log_dir else "\n".join(told))
-
-
-def taken_over(ranks: Sequence[RankState]) -> str:
-    """That another session has taken over these ranks' engines; "" where none has."""
-    to = next((state.handed_on for state in ranks if state.handed_on), "")
-    return to and (
-        f"taken over: the session of {to} has these engines now, with model and run. Go on there, or take them back "
-        "with dinfer.connect(…, take=True)."
-    )
+    return Broken("lost", told[0] if config.log_dir else "\n".join(few(told)))
 
 
 def is_final(ranks: Sequence[RankState], exits: Sequence[int | None]) -> bool:
@@ -157,10 +150,11 @@ def standstill(
     running = any(state.phase in ("prefill", "decode") for state in ranks)
     if quiet < (config.timeout if running else config.start_timeout):
         return None
-    where = "\n".join(
+    stand = [
         f"rank {rank}: {_position(plan, rank, state)}{' (its process is stopped)' * (state.process == 'T')}"
         for rank, state in enumerate(ranks)
-    )
+    ]
+    where = "\n".join(few(stand))
     limit = "timeout" if running else "start_timeout"
     told = f"no rank has made progress for {quiet:.0f} s ({limit}); where they stand:\n{where}"
     return f"{told}\n{advice_on(verdict, config) if verdict else advice(plan, ranks, config)}"
@@ -216,7 +210,7 @@ def advice(plan: Plan, ranks: Sequence[RankState], config: Config) -> str:
         for rank, ops in enumerate(started)
         if ops and ops[0].is_transfer
     ]
-    who = f" ({', '.join(waits)})" if waits else ""
+    who = f" ({', '.join(few(waits))})" if waits else ""
     return (
         f"Every rank waits for a peer{who}: prove the plan with dinfer verify, and the links with dinfer doctor; "
         "a longer timeout will not help."
@@ -233,13 +227,12 @@ def _started(plan: Plan, rank: int, state: RankState) -> list[Op]:
 
 
 def _ranks_are(ranks: Sequence[int]) -> str:
-    listed = ", ".join(map(str, ranks))
-    return f"Ranks {listed} are" if len(ranks) > 1 else f"Rank {listed} is"
+    return f"{rank_spans_text(ranks).capitalize()} {'are' if len(ranks) > 1 else 'is'}"
 
 
 def _position(plan: Plan, rank: int, state: RankState) -> str:
-    """The ops at which a rank stands in prefill; else its phase."""
+    """The op at which a rank stands in prefill; else its phase."""
     lanes = plan.lanes[rank]
     if state.phase == "prefill" and state.stand and len(state.stand.positions) == len(lanes):
-        return rank_text(lanes, state.stand)
+        return stood_text(lanes, state.stand)
     return f"decode, token {state.decoded}" if state.phase == "decode" else state.phase

@@ -44,7 +44,7 @@ class Injected(Tidy, Displayable):
         return f"hit: {self.fault}: {found}" + (f" ({times} times)" if times > 1 else "")
 
 
-class Armed(Tidy, Displayable):
+class Armed(Tidy, Displayable, called="run.faults"):
     """The armed faults of a run, by number: `run.faults[1]`. Removing one here disarms it on the ranks, to which `tell`
     gives the list."""
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
+from dinfer.display import few
 from dinfer.monitor.signs import HangEvidence
 from dinfer.monitor.watch import HangWatch
 from dinfer.run.failure import Broken, RankFailed, broken, ending, is_final, silent_text
@@ -53,7 +54,7 @@ class Health:
         if state.failure:
             raise RankFailed(with_remedy(state.failure, state.remedy))
         silent = [silent_text(state.plan, rank, ranks.ranks[rank]) for rank in ranks.silent()]
-        state.note_silence("\n".join(silent))
+        state.note_silence("\n".join(few(silent)))
         if state.silence:
             raise RankFailed(with_remedy(state.silence, state.remedy))
         if (hang := state.hang) and hang.is_hung and self._is_moving():
@@ -82,6 +83,30 @@ class Health:
         """The evidence of which the verdict is made."""
         sentence = self.verdict().sentence
         return self._watch.evidence(decoding=self._is_decoding(), ended=self._ended(), sentence=sentence)
+
+    def stuck_ranks(self) -> tuple[int, ...]:
+        """Ranks in an op that does not end, according to the verdict."""
+        hang = self._state.hang
+        return hang.ranks if hang and hang.kind in STUCK else ()
+
+    def left_blocked(self) -> bool:
+        """Whether the run has left lanes blocked in transfers, or decode waiting, which no next run gets past: it
+        has failed, it hangs, or it could not be paused. Not where a rank still computes: freeing lanes is not
+        enough."""
+        state = self._state
+        if state.recovered or self.stuck_ranks():
+            return False
+        is_hung = state.hang is not None and state.hang.is_hung
+        if state.failure or is_hung or any(rank.error for rank in state.ranks.ranks):
+            return True
+        stands = state.stands()
+        begun = [
+            lane.ops[position]
+            for lanes, stand in zip(state.plan.lanes, stands, strict=False)
+            for lane, position, started in zip(lanes, stand.positions, stand.started, strict=True)
+            if started
+        ]
+        return bool(begun) and all(op.is_transfer for op in begun)
 
     def _is_moving(self) -> bool:
         return self._state.is_doing(IN_OPS)

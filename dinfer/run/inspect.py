@@ -13,7 +13,8 @@ import torch
 
 from dinfer.cluster.kv import Live
 from dinfer.cluster.lease import RunOver
-from dinfer.cluster.ranks import RankRefused
+from dinfer.cluster.ranks import RankRefused, RankState
+from dinfer.display import few
 from dinfer.kv.difference import Diff
 from dinfer.kv.reference.comparison import Comparison
 from dinfer.kv.reference.judge import ReferenceCase
@@ -27,11 +28,14 @@ from dinfer.plan.ops import NothingYet, PlanError
 from dinfer.plan.partition import within
 from dinfer.run.action import Actions
 from dinfer.run.failure import RankFailed, silent_text
+from dinfer.run.progress import rank_bars
 from dinfer.run.state import RunState
 from dinfer.run.stepper import NoProgress
 from dinfer.verdict.where import at_text
 
 ANSWER_S = 30.0
+
+BAR_S = 1.0
 
 A = TypeVar("A", bound=Answer)
 
@@ -54,7 +58,7 @@ class RunInspector:
         with hold():
             remark = self._state.nonfinite.in_selection
             note = self._compared
-            return KV(self.source, layer=layer, chunk=chunk, rank=rank, note=note, remark=remark, hold=hold)
+            return KV(self.live, layer=layer, chunk=chunk, rank=rank, note=note, remark=remark, hold=hold)
 
     def hidden(self, chunk: int, layer: int) -> Hidden:
         """See `Run.hidden`."""
@@ -121,7 +125,7 @@ class RunInspector:
         lost = [f"rank {rank} is gone: its KV is lost" for rank in asked if exits[rank] is not None]
         silent = [silent_text(self._job.plan, r, ranks[r]) for r in self._ranks.silent() if r in asked]
         if lost or silent:
-            raise RankFailed("\n".join([*lost, *silent]))
+            raise RankFailed("\n".join(few([*lost, *silent])))
 
     # -- the reference
 
@@ -165,14 +169,43 @@ class RunInspector:
         chunks = 1 + max(chunk for one in helds for chunk, _ in one.now if chunk < prompt)
         command = RunReference(chunked, dtype, chunks)
         rank = max(helds, key=lambda one: (len(one.now), -one.rank)).rank
-        first = Examined.of(rank, self._reference({rank: command})[rank])
-        others = self._reference(dict.fromkeys(to_be_examined(helds, first), command))
+        first = Examined.of(rank, self._with_progress({rank: command})[rank])
+        others = self._with_progress(dict.fromkeys(to_be_examined(helds, first), command))
         return [first, *(Examined.of(other, answer) for other, answer in others.items())]
 
-    def _reference(self, requests: Mapping[int, Command[A]]) -> dict[int, A]:
+    def _with_progress(self, requests: Mapping[int, Command[A]]) -> dict[int, A]:
+        """As `_reference`, with a bar for each rank, once it takes longer than BAR_S, and a line in views."""
+        states = self._ranks.ranks
+        for rank in requests:
+            states[rank].comparing = None
+        options = {"unit": " tokens", "delay": BAR_S}
+        before, shown = self._state.replace_message(), ""
+        with rank_bars([*requests], lambda rank: states[rank].comparing, ": reference", **options) as show:
+
+            def meanwhile() -> None:
+                nonlocal shown
+                show()
+                if told := [f"rank {r}: {said}" for r in requests if (said := _said(states[r]))]:
+                    shown = f"comparing with the reference: {', '.join(told)}"
+                    self._state.replace_message(shown)
+
+            try:
+                return self._reference(requests, meanwhile)
+            finally:
+                if self._state.message == shown:  # nothing has been said since
+                    self._state.replace_message(*before)
+
+    def _reference(
+        self, requests: Mapping[int, Command[A]], meanwhile: Callable[[], None] = lambda: None
+    ) -> dict[int, A]:
         """The answers. No time limit: the reference may take long while its rank lives."""
+
+        def check() -> None:
+            self._check_reference()
+            meanwhile()
+
         try:
-            return self._ranks.ask(requests, float("inf"), self._check_reference)
+            return self._ranks.ask(requests, float("inf"), check)
         except (KeyboardInterrupt, RunOver):
             self._stop_reference()
             raise
@@ -186,6 +219,12 @@ class RunInspector:
     def _check_reference(self) -> None:
         self._actions.check_looking()
         self._check()
+
+
+def _said(state: RankState) -> str:
+    """How far the reference on a rank is."""
+    found = state.comparing
+    return f"{found.done:,} of {found.total:,} tokens" if found else ""
 
 
 def check_comparable(what: Any, dtype: Any) -> None:

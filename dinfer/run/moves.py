@@ -160,7 +160,7 @@ class Moves:
         try:
             if self._stepper and not self._state.is_decoding:
                 self._stepper.pause(INTERRUPT_S)
-            self._state.say("interrupted: the run is paused")
+            self._state.say(f"interrupted: the run is {self._state.now}")
         except (NoProgress, RankFailed, TimeoutError) as error:
             self._state.say(
                 f"interrupted; the ranks stop as soon as their ops end: {error}", Severity.WARNING

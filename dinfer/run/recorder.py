@@ -14,7 +14,7 @@ from torch import Tensor
 from dinfer.cluster.kv import Live
 from dinfer.cluster.ranks import RankRefused, answers
 from dinfer.engine.prompt import Edit
-from dinfer.files import WrittenFiles
+from dinfer.files import WrittenFiles, check_folder
 from dinfer.kv.ledger import BlockKey
 from dinfer.messages import EditedBlocks, ListKv, ReadBlocks, ReadEdit, ReadFinalHidden, ReadNotes
 from dinfer.plan.ops import PlanError
@@ -30,7 +30,6 @@ from dinfer.run.stepper import NoProgress
 from dinfer.saved.replay.record import Own, RankRecord, check_rank, received_by, record_of
 from dinfer.saved.write import Content, check_free, chosen_layers, write
 from dinfer.severity import Severity
-from dinfer.trace.export import check_folder
 from dinfer.trace.findings import Findings, KvFinding, RankFinding, with_findings
 
 WAIT_S = 0.2
@@ -87,7 +86,7 @@ class RunRecorder:
     def report(self, path: str | Path, reporter: Reporter, *, prompt: bool, environment: bool) -> Path:
         """See `Run.report`."""
         target = Path(path).expanduser()
-        check_folder(target)
+        check_folder(target)  # before the run is waited for
         self._until_it_stands()
         found = self.findings(reporter, prompt=prompt, environment=environment)
         made = reporter.write(with_findings(self.events.trace(), found), self.written.place_for(target))

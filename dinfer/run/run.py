@@ -16,6 +16,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from dinfer.arguments import CHECKED, argument_check
 from dinfer.cluster.kv import Live
 from dinfer.cluster.lease import RankLease
 from dinfer.cluster.ranks import RankRefused, Ranks
@@ -48,7 +49,7 @@ from dinfer.run.decode import Generation
 from dinfer.run.events import RunEvents
 from dinfer.run.failure import RankFailed
 from dinfer.run.faults import Armed, Injected
-from dinfer.run.hang import STUCK, Health, Hung
+from dinfer.run.hang import Health, Hung
 from dinfer.run.history import MoveHistory
 from dinfer.run.inspect import RunInspector, check_comparable
 from dinfer.run.left import LeftRun
@@ -96,15 +97,18 @@ def action(*, alone: bool = True, moves: bool = False) -> Callable[[RunMethod[P,
 
     def decorated(method: RunMethod[P, T]) -> RunMethod[P, T]:
         name: str = method.__name__
+        check = argument_check(method, "run")
 
         @wraps(method)
         def called(run: "Run", /, *args: P.args, **kwargs: P.kwargs) -> T:
+            check(run, *args, **kwargs)
             call = call_text(name, args, kwargs)
             if moves:
                 run._end_play()
             with run._actions.taken(call, alone=alone), run._moving.moving(call) if moves else nullcontext():
                 return method(run, *args, **kwargs)
 
+        setattr(called, CHECKED, True)
         return called
 
     return decorated
@@ -149,7 +153,8 @@ class Run(Tidy, Displayable):
         self._prepare = prepare
         self._state = state = RunState(job, RankLease(ranks), devices)
         self._health = Health(state)
-        self.check, self.say = self._health.check, state.say  # for the session, too
+        self.check, self.say = self._health.check, state.say  # for the session, as are the next
+        self.stuck_ranks, self.left_blocked = self._health.stuck_ranks, self._health.left_blocked
         self._history = history = History()
         self._breakpoints = BreakpointTable(job.config, self._ask_all, history)
         self._faults = Armed(state, self._ask_all, history)
@@ -225,7 +230,7 @@ class Run(Tidy, Displayable):
         that ended a play."""
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
-            while self._player.wait(POLL_S) or self._state.wait_while(IN_OPS, POLL_S):
+            while self._player.wait(POLL_S) or self._state.is_doing(IN_OPS, POLL_S):
                 self.check()
                 if deadline is not None and time.monotonic() > deadline:
                     raise NoProgress(f"the run does not stand after {timeout:g} s:\n{self.where()}")
@@ -460,7 +465,7 @@ class Run(Tidy, Displayable):
         """Write what is known of the run, once it stands still, to one HTML file; the file's path. With `prompt` it
         holds the prompt and the new text, with `environment` this process's environment variables: look for secrets in
         them before you pass it on. A file that this run has not written is kept, and the new one gets a number. Raises
-        OSError, at once where the file's folder does not exist."""
+        OSError, at once where the file's folder is missing and cannot be made."""
         if self.reporter is None:
             raise NotPossible(NO_VIEWS)
         return self._recorder.report(path, self.reporter, prompt=prompt, environment=environment)
@@ -488,7 +493,7 @@ class Run(Tidy, Displayable):
         return self._recorder.save(folder, self.reporter, kv=kv, hidden=hidden, prompt=prompt)
 
     def replay(
-        self, rank: int, *, model_path: str = "", device: str = "", decoder: Decoder | None = None
+        self, rank: int, *, model_path: str | Path = "", device: str = "", decoder: Decoder | None = None
     ) -> Replay:
         """One rank of this run alone, without its peers, in this process: what they sent to it comes from what it holds
         now. It begins before its first op, is stepped as a run is, and ends at the op at which the rank stands.
@@ -498,7 +503,7 @@ class Run(Tidy, Displayable):
         rank, RankFailed where it is gone, RecordError for another checkpoint.
         """
         record = self._recorder.record_of(rank)
-        return Replay(record, model_path=model_path, device=device, decoder=decoder)
+        return Replay(record, model_path=str(model_path), device=device, decoder=decoder)
 
     # -- for the session
 
@@ -532,28 +537,6 @@ class Run(Tidy, Displayable):
                 self._actions.tell()
         finally:
             self._state.ending = ""
-
-    def stuck_ranks(self) -> tuple[int, ...]:
-        """Ranks in an op that does not end, according to the verdict."""
-        return self.told.ranks if self.told and self.told.kind in STUCK else ()
-
-    def left_blocked(self) -> bool:
-        """Whether it has left lanes blocked in transfers, or decode waiting, which no next run gets past: it has
-        failed, it hangs, or it could not be paused. Not where a rank still computes: freeing lanes is not enough."""
-        state = self._state
-        if state.recovered or self.stuck_ranks():
-            return False
-        is_hung = state.hang is not None and state.hang.is_hung
-        if state.failure or is_hung or any(rank.error for rank in state.ranks.ranks):
-            return True
-        stands = state.stands()
-        begun = [
-            lane.ops[position]
-            for lanes, stand in zip(self.plan.lanes, stands, strict=False)
-            for lane, position, started in zip(lanes, stand.positions, stand.started, strict=True)
-            if started
-        ]
-        return bool(begun) and all(op.is_transfer for op in begun)
 
     message: str = _of_state("message", "Why the last action stopped.")
     cause: str = _of_state("cause", "The failure, without what the session has done about it since.")

@@ -254,11 +254,14 @@ class RunState:
         with self.ranks.changed:
             return State.DECODING if self.is_decoding else state_of_lanes(self.plan, self.stands())
 
-    def is_doing(self, activities: Sequence[State]) -> bool:
+    def is_doing(self, activities: Sequence[State], wait_s: float = 0.0) -> bool:
         """Whether the run is doing one of these; also while it hangs or a rank does not answer, since it goes on by
-        itself if that ends."""
+        itself if that ends. If so, waits for news of the ranks, at most so many seconds."""
         with self.ranks.changed:
-            return not self.failure and not self.closed and self.activity in activities
+            found = not self.failure and not self.closed and self.activity in activities
+            if found and wait_s:
+                self.ranks.changed.wait(wait_s)
+            return found
 
     @property
     def remedy(self) -> str:
@@ -298,14 +301,6 @@ class RunState:
                 if state.stand and len(state.stand.positions) == len(lanes)
             )
         return found if len(found) == len(self.plan.lanes) else ()
-
-    def wait_while(self, activities: Sequence[State], seconds: float) -> bool:
-        """As `is_doing`; if so, waits for news of the ranks, at most so many seconds."""
-        with self.ranks.changed:
-            found = not self.failure and not self.closed and self.activity in activities
-            if found:
-                self.ranks.changed.wait(seconds)
-            return found
 
     def say(self, message: str, severity: Severity = Severity.NOTE) -> None:
         """Note why the last action stopped, also for the log."""

@@ -114,14 +114,14 @@ class Saved(Tidy, Displayable):
             return evidence.judge(source.subject.plan)
 
     def replay(
-        self, rank: int, *, model_path: str = "", device: str = "", decoder: Decoder | None = None
+        self, rank: int, *, model_path: str | Path = "", device: str = "", decoder: Decoder | None = None
     ) -> Replay:
         """One rank of the run alone, without its peers, up to where it stood: see `run.replay`. It needs the run's
         checkpoint; `model_path`: where that is on this machine. Raises PlanError for an unknown rank, SavedError or
         RecordError for what was not saved, RecordError for another checkpoint."""
         about, source = self._of_folder("hidden states to replay a rank from")
         recorded = read_record(self.path, about, source, rank, self.findings.failure)
-        return Replay(recorded, model_path=model_path, device=device, decoder=decoder)
+        return Replay(recorded, model_path=str(model_path), device=device, decoder=decoder)
 
     def report(self, path: str | Path = "report.html") -> Path:
         """Write it as one HTML file, and return where that is. A file that is there is kept, unless this object wrote

@@ -6,7 +6,7 @@ What several ranks hold alike is written once. A folder appears only when all of
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,10 +250,6 @@ def chosen_layers(kv: bool | Sequence[int], count: int) -> tuple[int, ...]:
     """The layers whose values to save. Raises SavedError for an unknown one."""
     if isinstance(kv, bool):
         return tuple(range(count)) if kv else ()
-    if isinstance(kv, str) or not isinstance(kv, Iterable):
-        raise SavedError(
-            f"kv is {kv!r}; it must be True, False, or a list of layers, such as kv=[0, {count - 1}]."
-        )
     if wrong := [layer for layer in kv if layer not in range(count)]:
         raise SavedError(
             f"kv names layer {wrong[0]}; the layers are 0 to {count - 1}: name some of them, or say True or False."

@@ -1,17 +1,22 @@
 """Connect: a session whose ranks are engines of an ipyparallel cluster, or threads of this process."""
 
 import threading
+import weakref
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from dinfer.arguments import nearest
 from dinfer.cluster.ranks import Ranks
-from dinfer.config import ConfigError, nearest
+from dinfer.config import ConfigError
 from dinfer.files import check_working_folder
 
 if TYPE_CHECKING:
     from dinfer.cluster.ipyparallel.attach import ClusterPlace
     from dinfer.saved.saved import WriteReport
     from dinfer.session.session import Session, ShowRun
+
+_opened: "weakref.WeakSet[Session]" = weakref.WeakSet()
+"""the sessions of this process"""
 
 
 def connect(
@@ -42,10 +47,8 @@ def connect(
     check_working_folder()
     if isinstance(where, int):
         n, where = where, "ipyparallel"
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise ConfigError(
-            f"n is {n!r}; it must be a whole number, at least 1: how many ranks the session has."
-        )
+    if n < 1:
+        raise ConfigError(f"n is {n}; it must be at least 1: how many ranks the session has.")
     ranks: Ranks
     if where == "threads":
         from dinfer.cluster.threads import LocalRanks
@@ -75,7 +78,14 @@ def connect(
     except BaseException:
         ranks.close()
         raise
-    session.announce()
-    if session.reattached:
-        print(session.reattached)
+    try:
+        for older in [*_opened]:
+            older.give_way(session)
+        session.announce()
+        if session.reattached:
+            print(session.reattached)
+    except BaseException:  # an interrupt: nobody has the session to close it
+        session.close()
+        raise
+    _opened.add(session)
     return session

@@ -13,6 +13,7 @@ from dinfer.job import Job, choose_backend, prepare_loaded
 from dinfer.messages import Holdings, LoadModel
 from dinfer.model.checkpoint import Spec, check
 from dinfer.run.left import LeftRun
+from dinfer.verdict.where import rank_spans_text
 
 
 class Loaded(NamedTuple):
@@ -39,10 +40,8 @@ def loaded_of(held: Sequence[Holdings], blank: Config) -> Loaded | None:
         return None
     loads = [one.load for one in held if one.load]
     if len(loads) < len(held):
-        without = ", ".join(str(rank) for rank, one in enumerate(held) if one.load is None)
-        raise Lost(
-            f"there is no checkpoint on rank {without}: session.load({loads[0].path!r}) loads it there"
-        )
+        without = rank_spans_text(rank for rank, one in enumerate(held) if one.load is None)
+        raise Lost(f"there is no checkpoint on {without}: session.load({loads[0].path!r}) loads it there")
     first = loads[0]
     if any(_identity(one) != _identity(first) for one in loads):
         raise Lost("the ranks hold different checkpoints: session.load(…) loads one on all of them")

@@ -2,41 +2,49 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
-from dinfer.cluster.ranks import Ranks
+from dinfer.cluster.ranks import Ranks, taken_over
 from dinfer.cluster.recovery import meet, recover
-from dinfer.config import Config, ConfigError, whole_numbers
+from dinfer.config import Config, ConfigError, check_known, whole_numbers
 from dinfer.display import Announced, Closing, Displayable, DisplayableText, Tidy, devices_text
-from dinfer.errors import DinferError, NotPossible
+from dinfer.errors import DinferError, NotPossible, excerpt
 from dinfer.job import Job, prepare_load, prepare_loaded, threads_per_rank, without_fixed
-from dinfer.messages import GetHeld, Holdings, LoadModel, PreparePrompt, UnloadModel
+from dinfer.messages import GetHeld, Holdings, Loading, LoadModel, PreparePrompt, UnloadModel
 from dinfer.model.checkpoint import Spec, ignored_generation
 from dinfer.model.text import load_tokenizer
 from dinfer.plan.custom import CustomSchedule
+from dinfer.plan.partition import within
 from dinfer.plan.plan import Plan
 from dinfer.rank.debugger import FIRST_PORT
-from dinfer.run.failure import RankFailed, taken_over
+from dinfer.run.failure import RankFailed
 from dinfer.run.hang import Hung
 from dinfer.run.left import LeftRun
+from dinfer.run.progress import rank_bars
 from dinfer.run.report import NO_VIEWS, Reporter
 from dinfer.run.run import Run
 from dinfer.run.state import with_remedy
 from dinfer.saved.saved import WriteReport
-from dinfer.session.progress import progress_bar
 from dinfer.session.reattach import are_in_one_group, loaded_of, run_of
 from dinfer.session.sweep import Sweep, sweep
 from dinfer.severity import Severity
 from dinfer.trace.summary import summary
+from dinfer.verdict.where import rank_spans_text
 
 ShowRun = Callable[[Run], Any]
 
 LOOK_S = 0.05
 
 PREPARE_S, LOAD_S = 120.0, 3600.0
+
+GIVE_WAY_S, ALL_SAY_S = 5.0, 1.0
+
+OF_PREFILL = ("plan", "paused")
+"""parameters of `Session.prefill` that are not those of a run's config"""
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,37 +63,6 @@ class Listening(Tidy, Displayable):
         )
 
 
-_UNITS = {"weights": "B", "graphs": " layers"}
-"""of what a rank says while it loads"""
-
-
-@contextmanager
-def bars(ranks: Ranks, shown: Sequence[int]) -> Iterator[Callable[[], None]]:
-    """One bar for each of these ranks that reports bytes, and one for layers captured; the function updates them."""
-    found: dict[tuple[int, str], Any] = {}
-    for rank in shown:
-        ranks.ranks[rank].loading = None
-
-    def show() -> None:
-        for rank in shown:
-            if said := ranks.ranks[rank].loading:
-                bar = found.get((rank, said.what))
-                if bar is None:
-                    units = _UNITS[said.what]
-                    bar = found[rank, said.what] = progress_bar(
-                        total=said.total, desc=f"rank {rank}", unit=units, unit_scale=True
-                    )
-                bar.n = said.done
-                bar.refresh()
-
-    try:
-        yield show
-    finally:
-        show()
-        for bar in found.values():
-            bar.close()
-
-
 class SessionOver(DinferError, RuntimeError):
     """This session has ended; the message says why, and what to do."""
 
@@ -94,7 +71,7 @@ class Session(Tidy, Announced, Closing):
     """Made by `dinfer.connect`: `world_size` ranks. `spec`: the checkpoint that is loaded, None before; `log`: what has
     happened, a line each. `show(run)` makes the panel that `debugger` returns, `write` the reports of runs."""
 
-    INTERNAL = frozenset({"INTERNAL", "announce", "ranks", "reattached", "severity"})
+    INTERNAL = frozenset({"INTERNAL", "announce", "give_way", "ranks", "reattached", "severity"})
 
     def __init__(self, ranks: Ranks, show: ShowRun | None = None, write: WriteReport | None = None) -> None:
         self.ranks, self.world_size = ranks, ranks.world_size
@@ -112,6 +89,7 @@ class Session(Tidy, Announced, Closing):
         self._closing = threading.Event()
         found = ranks.ask(dict.fromkeys(range(self.world_size), GetHeld()), PREPARE_S)
         held = [found[rank] for rank in range(self.world_size)]
+        self._half_prepared = any(one.preparing for one in held)
         self.reattached = self._reattach(held)
         """what this session goes on with of an earlier one, and what is lost, in words"""
         if not are_in_one_group(held) or (held[0].group and held[0].group.backend != self._config.backend):
@@ -123,7 +101,7 @@ class Session(Tidy, Announced, Closing):
 
     def load(
         self,
-        model_path: str = "demo",
+        model_path: str | Path = "demo",
         *,
         dtype: str = "auto",
         gpu_ids: Sequence[int] = (),
@@ -179,6 +157,7 @@ class Session(Tidy, Announced, Closing):
                 'no checkpoint is loaded: session.load("/folder/of/a/checkpoint") first, or session.load("demo") for '
                 "the built-in model (in magics: %dinfer load demo)."
             )
+        check_known(parameters, OF_PREFILL)
         own = without_fixed(parameters, self._config, self.spec)
         if prompt is None and "prompt_ids" in own:  # the name that it has in `dinfer run`
             prompt = whole_numbers("prompt_ids", own.pop("prompt_ids"))
@@ -200,10 +179,13 @@ class Session(Tidy, Announced, Closing):
     def sweep(self, prompts: str | Sequence[str | Sequence[int]] | Sequence[int], **parameters: Any) -> Sweep:
         """Run each prompt with every combination of these parameters, each a list or a single value; a table. Raises
         ConfigError for an unknown parameter or value, before the first run."""
+        check_known(parameters, OF_PREFILL)
         for name, values in parameters.items():
             for value in values if isinstance(values, list) else [values]:
-                if name not in ("plan", "paused"):  # those of prefill itself
+                if name not in OF_PREFILL:
                     self._config.with_(**{name: value})
+                elif name == "paused" and not isinstance(value, bool):
+                    raise ConfigError(f"paused is {excerpt(value)}; it must be True or False.")
         return sweep(self.prefill, prompts, parameters)
 
     def debugger(self) -> Any:
@@ -216,12 +198,10 @@ class Session(Tidy, Announced, Closing):
     def listen_for_debugger(self, rank: int, port: int = 0) -> Listening:
         """Let VS Code, or another client of debugpy, attach to a rank, and say where; by default at port 5678 + rank.
 
-        Raises ConfigError for an unknown rank, RankError if the port is taken or debugpy is missing.
+        Raises PlanError for an unknown rank, RankError if the port is taken or debugpy is missing.
         """
         self._check_open()
-        if not 0 <= rank < self.world_size:
-            raise ConfigError(f"rank is {rank}; the ranks are 0 to {self.world_size - 1}.")
-        return Listening(rank, *self.ranks.listen_for_debugger(rank, port))
+        return Listening(within("rank", rank, self.world_size), *self.ranks.listen_for_debugger(rank, port))
 
     def recover(self) -> DisplayableText:
         """After a failure: restart lost ranks and free stuck ones. Then `run.restart()` begins this run again, and
@@ -294,10 +274,20 @@ class Session(Tidy, Announced, Closing):
         self._bare |= set(ranks)  # also where it is refused half-way
         unload = {rank: UnloadModel(path, dtype, device, read) for rank, device in devices.items()}
         self.ranks.ask(unload, PREPARE_S, self._ensure_whole)
-        with bars(self.ranks, ranks) as show:
+        for rank in ranks:
+            self.ranks.ranks[rank].loading = None
+
+        def loading(what: str, rank: int) -> Loading | None:
+            said = self.ranks.ranks[rank].loading
+            return said if said and said.what == what else None
+
+        weights = rank_bars(ranks, partial(loading, "weights"), unit="B", unit_scale=True)
+        graphs = rank_bars(ranks, partial(loading, "graphs"), ": graphs", unit=" layers")
+        with weights as show_weights, graphs as show_graphs:
 
             def check() -> None:
-                show()
+                show_weights()
+                show_graphs()
                 self._ensure_whole()
 
             first = min(ranks)
@@ -379,8 +369,9 @@ class Session(Tidy, Announced, Closing):
         """Raises RankFailed if a rank is lost, SessionOver if another session has taken the ranks."""
         if taken := taken_over(self.ranks.ranks):
             raise SessionOver(taken)
-        if gone := [str(rank) for rank, code in enumerate(self.ranks.exits()) if code is not None]:
-            raise RankFailed(f"rank {', '.join(gone)} is gone: session.recover() brings it back.")
+        if gone := [rank for rank, code in enumerate(self.ranks.exits()) if code is not None]:
+            lost = f"{rank_spans_text(gone)} {'are' if len(gone) > 1 else 'is'} gone"
+            raise RankFailed(f"{lost}: session.recover() brings {'them' if len(gone) > 1 else 'it'} back.")
 
     def _end_run(self, why: str) -> None:
         if run := self._run:
@@ -401,9 +392,19 @@ class Session(Tidy, Announced, Closing):
         if run and run.reporter:
             run.reporter.log.append(line)
 
+    def give_way(self, other: "Session") -> None:
+        """Wait until this session has left its ranks, where another one of this process has taken them over."""
+        if self._thread.is_alive() and self.ranks.identities() & other.ranks.identities():
+            with self.ranks.changed:
+                taken = self.ranks.changed.wait_for(lambda: taken_over(self.ranks.ranks), GIVE_WAY_S)
+            if taken:
+                self._thread.join(GIVE_WAY_S)
+
     def _look(self) -> None:
-        """The session's thread: takes in what ranks report, also while no cell runs."""
+        """The session's thread: takes in what ranks report, also while no cell runs. It ends, and with it what reaches
+        the ranks, once another session has taken them over."""
         while not self._closing.is_set():
+            is_over = bool(taken_over(self.ranks.ranks))
             with self.ranks.changed:
                 self.ranks.changed.wait(LOOK_S)
             if self._run:
@@ -413,6 +414,11 @@ class Session(Tidy, Announced, Closing):
                     text = f"looking after the run raised {error!r}"
                     if not any(line.endswith(f" {text}") for line in self.log):  # else many times a second
                         self._note(text, self._run)
+            if is_over:
+                with self.ranks.changed:  # the others say so at the same time
+                    self.ranks.changed.wait_for(lambda: all(s.handed_on for s in self.ranks.ranks), ALL_SAY_S)
+                self.ranks.leave()
+                return
 
     def _look_after(self, run: Run) -> None:
         try:

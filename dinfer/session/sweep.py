@@ -9,8 +9,8 @@ from typing import Any
 
 from dinfer.display import Composed, Displayable, Plot, Table, Tidy, plotted
 from dinfer.errors import NotPossible
+from dinfer.run.progress import progress_bar
 from dinfer.run.run import Run
-from dinfer.session.progress import progress_bar
 from dinfer.trace.shares import ABOUT_PARTS, percentages, shares
 
 ABOUT = {

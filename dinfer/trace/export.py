@@ -4,7 +4,6 @@ What Perfetto and Chrome read is Chromium's "Trace Event Format": ranks as proce
 arrows. Times are microseconds, with fractions.
 """
 
-import errno
 import json
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -13,6 +12,7 @@ from typing import Any
 
 from dinfer.display import WrittenPath
 from dinfer.errors import DinferError
+from dinfer.files import make_folder
 from dinfer.trace.events import COMPUTE, Event, pairs
 
 FORMAT = "dinfer trace 1"
@@ -25,20 +25,10 @@ class TraceError(DinferError, ValueError):
     """A file is no trace, or only part of one."""
 
 
-def check_folder(path: str | Path) -> None:
-    """Raises FileNotFoundError or NotADirectoryError if the file's folder does not exist, or is no folder."""
-    folder = Path(path).absolute().parent
-    if not folder.exists():
-        raise FileNotFoundError(errno.ENOENT, f"the folder {str(folder)!r} does not exist")
-    if not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, f"{str(folder)!r} is no folder")
-
-
 def write_whole(path: str | Path, pieces: Iterable[str]) -> None:
-    """Write text to a file. An existing file is replaced only once all is written; no half-written file is left. Raises
-    OSError."""
-    target = Path(path)
-    check_folder(target)
+    """Write text to a file, and make the folders above it. An existing file is replaced only once all is written; no
+    half-written file is left. Raises OSError."""
+    target = make_folder(path)
     if target.exists() and not target.is_file():  # a device or a pipe: root would replace /dev/null by a file
         with target.open("w", encoding="utf-8") as file:
             file.writelines(pieces)
@@ -58,7 +48,7 @@ def export(events: Sequence[Event], about: dict[str, Any], form: str, path: str 
     """Write events in one of FORMS, and return where they are. Raises TraceError for another form, OSError."""
     if form not in FORMS:
         raise TraceError(f"a trace cannot be exported as {form!r}; it must be one of {', '.join(FORMS)}.")
-    target = WrittenPath(path or FORMS[form])
+    target = WrittenPath(Path(path or FORMS[form]).expanduser())
     if form == "perfetto":
         write_whole(target, [json.dumps(trace_events(events, about), ensure_ascii=False)])
     else:

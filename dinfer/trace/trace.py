@@ -4,13 +4,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, TypeVar
 
 from dinfer.display import Composed, Displayable, Plot, Table, Tidy, plotted
+from dinfer.errors import excerpt
 from dinfer.trace.events import COMPUTE, Event, prefill_events
-from dinfer.trace.export import export
+from dinfer.trace.export import TraceError, export
 from dinfer.trace.intervals import minus, seconds, union
 
 T = TypeVar("T")
@@ -105,6 +107,12 @@ class Trace(Tidy, Composed):
             found.setdefault(event.rank, []).append(event)
         return found
 
+    def _of(self, rank: int) -> list[Event]:
+        """A rank's events, [] where there are none."""
+        if not isinstance(rank, Integral):
+            raise TraceError(f"rank is {excerpt(rank)}; it must be a whole number.")
+        return self._by_rank.get(rank, [])
+
     @cached_property
     def _known(self) -> dict[Any, Any]:
         return {}
@@ -118,13 +126,13 @@ class Trace(Tidy, Composed):
 
     def prefill(self, rank: int | None = None) -> Iterator[Event]:
         """The events of prefill, of one rank or of all: without those of decode and of the check before it."""
-        return prefill_events(self.events if rank is None else self._by_rank.get(rank, []))
+        return prefill_events(self.events if rank is None else self._of(rank))
 
     def rank_figures(self, rank: int) -> RankFigures:
-        """One rank's figures. Raises ValueError for a rank without events."""
-        mine = self._by_rank.get(rank)
+        """One rank's figures. Raises TraceError for a rank without events."""
+        mine = self._of(rank)
         if not mine:
-            raise ValueError(f"rank {rank} has no events in this trace; ranks with events: {self.ranks}.")
+            raise TraceError(f"rank {rank} has no events in this trace; ranks with events: {self.ranks}.")
         prefill = list(self.prefill(rank))
         compute = union((e.met, e.end) for e in prefill if e.kind in COMPUTE)
         sync = union((e.met, e.end) for e in prefill if e.what == "kv")

@@ -46,6 +46,20 @@ def rank_text(lanes: Sequence[Lane], stand: RankStand) -> str:
     return of_all + "; ".join(texts)
 
 
+def stood_text(lanes: Sequence[Lane], stand: RankStand) -> str:
+    """The same for a sentence about one rank: only the lane that computes or, if none does, the first that has begun or
+    has something left."""
+    if tuple(stand.positions) == tuple(stand.limits) and not any(stand.started):
+        return rank_text(lanes, stand)
+    done, total = sum(stand.positions), sum(len(lane.ops) for lane in lanes)
+    ahead = [(n, lane.ops[at]) for n, lane in enumerate(lanes) if (at := stand.positions[n]) < len(lane.ops)]
+    if not ahead:
+        return f"all {total} ops done"
+    n, op = min(ahead, key=lambda one: (not stand.started[one[0]], one[1].is_transfer))
+    state = "in" if stand.started[n] else "before"
+    return f"{done} of {total} ops done; {lanes[n].name} {state} `{op}`"
+
+
 def at_text(lanes: Sequence[Lane], positions: Sequence[int] | None) -> str:
     """The last layer that a rank has computed, for example `at c0 l1`."""
     if positions is None:

@@ -204,6 +204,12 @@ def test_two_runs_are_side_by_side_on_the_screen_and_on_paper(open_report: Open,
         assert one["y"] == other["y"]
         assert one["x"] + one["width"] < other["x"]
     assert report.page.locator("tr.differs").count() >= 3
+    cells = report.page.locator("table.facts thead th").all()
+    _, one_width, other_width, ratio_width = (cell.bounding_box()["width"] for cell in cells)  # type: ignore[index]
+    assert one_width == pytest.approx(other_width, abs=1), (
+        "a long text of one run does not squeeze the other's column"
+    )
+    assert ratio_width > one_width / 3
     assert report.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     keep(report.page, screenshots, "report-two-light")
     on_paper_page(report, 1032)  # A4 across

@@ -30,6 +30,9 @@ def slow(self, unslowed=Decoding.step):
     return unslowed(self)
 Decoding.step = slow
 """
+HELD = "(p := __import__('psutil').Process()).num_fds(), p.num_threads()"
+"""descriptors and threads of the kernel"""
+
 STANDS = "[stand.positions for stand in session.run.standing().stands]"
 
 
@@ -153,15 +156,50 @@ def test_a_cluster_in_use_is_taken_only_by_who_says_so(notebook: Kernel, model: 
         other.run("session.close()")
 
 
-@pytest.mark.slow
 def test_the_same_notebook_may_connect_again(notebook: Kernel, model: Path) -> None:
     begin(notebook, model)
-    notebook.run("run.step('layer')")
-    where = notebook.value(STANDS)
+    notebook.run("run.step('layer'); older, kv = session, run.kv(layer=0)")
+    where, held = notebook.value(STANDS), notebook.value(HELD)
     assert "Reattached" in notebook.run("session = dinfer.connect(n=3, start=False)")
     assert notebook.value(STANDS) == where
+    for call in (
+        "older.prefill('a')",
+        "older.recover()",
+        "older.run.step()",
+        "older.run.kv(layer=0)",
+        "kv.k[0, 0]",
+    ):
+        said = notebook.fail(call)
+        assert "taken over" in said
+        assert "ZMQ" not in said
+    assert "taken over" in notebook.run("print(older.run.where())")
+    files, threads = notebook.value(HELD)
+    assert files <= held[0] + 4, "the older session's link and client are gone"
+    assert threads <= held[1] + 1
+    notebook.run("older.close()")  # which takes nothing from the newer one
     begin(notebook, model)
     notebook.run("run.decode(1); session.close()")
+
+
+@pytest.mark.slow
+def test_a_session_that_died_while_it_prepared_a_prompt_is_in_nobodys_way(
+    notebook: Kernel, model: Path
+) -> None:
+    """Rank 0 waits for the others, which were never asked: the next prefill frees it, and says so."""
+    begin(notebook, model)
+    notebook.run(
+        "from dataclasses import asdict; from dinfer.messages import GetHeld, PreparePrompt\n"
+        "session.ranks.send(0, PreparePrompt(asdict(run.job.config), tuple(run.job.ids)))"
+    )
+    wait_for(
+        lambda: notebook.value("session.ranks.ask({0: GetHeld()}, 10)[0].preparing"), "rank 0 waits in it"
+    )
+    notebook.restart(now=True)
+    notebook.run("import dinfer; session = dinfer.connect(n=3, start=False)")
+    said = notebook.run(f"run = session.prefill({list(prompt(22))}, chunk_size=4); run.wait(60)")
+    assert "are freed: all ranks have met again" in said
+    assert notebook.value("run.compare().equal")
+    notebook.run("session.close()")
 
 
 @pytest.mark.slow

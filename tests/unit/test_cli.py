@@ -462,8 +462,8 @@ def test_what_is_no_trace_becomes_no_report(tmp_path: Path) -> None:
             "--output and the trace 'run.jsonl' are one file, run.jsonl",
         ),
         (
-            ("report", "run.jsonl", "-o", "nowhere/x.html"),
-            "--output is 'nowhere/x.html', but there is no folder ",
+            ("report", "run.jsonl", "-o", "p.txt/x.html"),
+            "--output is 'p.txt/x.html', but '{here}/p.txt' is no folder",
         ),
         (("report", "run.jsonl", "-o", "."), "--output is '.', which is a folder; give a file"),
         (
@@ -471,9 +471,12 @@ def test_what_is_no_trace_becomes_no_report(tmp_path: Path) -> None:
             "--json and --prompt-file are one file, p.txt",
         ),
         (("run", "--prompt", "x", "--json", "a", "--trace", "./a"), "--trace and --json are one file, ./a"),
-        (("run", "--prompt", "x", "--json", "nowhere/a"), "--json is 'nowhere/a', but there is no folder "),
-        (("bench", "--json", "nowhere/a"), "--json is 'nowhere/a', but there is no folder "),
-        (("lab", "--json", "nowhere/a"), "--json is 'nowhere/a', but there is no folder "),
+        (
+            ("run", "--prompt", "x", "--json", "p.txt/new/a"),
+            "--json is 'p.txt/new/a', but '{here}/p.txt' is no",
+        ),
+        (("bench", "--json", "p.txt/new/a"), "--json is 'p.txt/new/a', but '{here}/p.txt' is no"),
+        (("lab", "--json", "p.txt/new/a"), "--json is 'p.txt/new/a', but '{here}/p.txt' is no"),
     ],
 )
 def test_outputs_are_checked_before_any_work(
@@ -484,6 +487,6 @@ def test_outputs_are_checked_before_any_work(
     (tmp_path / "run.jsonl").write_text("a trace")
     answer = dinfer(*arguments)
     assert (answer.status, answer.out) == (BAD_INPUT, "")
-    assert words in answer.err
+    assert words.format(here=tmp_path) in answer.err
     assert (tmp_path / "p.txt").read_text() == "a prompt"
     assert (tmp_path / "run.jsonl").read_text() == "a trace"

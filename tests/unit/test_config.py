@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinfer.config import Config, ConfigError, nearest, read_toml
+from dinfer.arguments import nearest
+from dinfer.config import Config, ConfigError, read_toml
 from tests.support.facts import has_facts
 
 PROMPT = "床前明月光，疑是地上霜。🌕"

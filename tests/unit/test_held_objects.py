@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 import dinfer
+from dinfer.arguments import CallError
+from dinfer.errors import DinferError
 from dinfer.session.session import Listening
 from dinfer.session.sweep import sweep
 from tests.support.threads import session_on_threads
@@ -72,6 +74,36 @@ def test_tab_offers_nothing_internal_and_every_name_is_explained(held: dict[str,
     assert all(hasattr(one, hidden) for hidden in internal - {"INTERNAL"}), "INTERNAL names what there is"
     assert type(one).__doc__
     assert [word for word in offered(one) if not is_explained(type(one), word)] == []
+
+
+def calls_of(one: object) -> list[Any]:
+    """Its methods that Tab offers."""
+    names = [
+        name for name in offered(one) if inspect.isfunction(inspect.getattr_static(type(one), name, None))
+    ]
+    return [getattr(one, name) for name in names]
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_calls_that_cannot_be_meant_raise_an_error_for_users(held: dict[str, Any], name: str) -> None:
+    """An unknown name, too many values, one left out, and values of a kind that nothing takes."""
+    for call in calls_of(held[name]):
+        parameters = inspect.signature(call).parameters.values()
+        required = [
+            one.name for one in parameters if one.default is one.empty and one.kind != one.VAR_KEYWORD
+        ]
+        named = [one.name for one in parameters if one.kind != one.VAR_KEYWORD]
+        needed = {one: object() for one in required}
+        with pytest.raises(DinferError, match="no_such"):
+            call(**dict.fromkeys(required, "x"), no_such=1)
+        with pytest.raises(CallError, match=f"{call.__name__} takes .* value"):
+            call(*[object()] * (len(named) + 1))
+        if required:
+            with pytest.raises(CallError, match=f"{call.__name__} needs {required[0]}"):
+                call()
+        for wrong in named:
+            with pytest.raises(DinferError, match=f"{wrong} is|object"):
+                call(**needed | {wrong: object()})
 
 
 @pytest.mark.parametrize("name", HELD)

@@ -228,6 +228,10 @@ class Cluster:
             )
         return int(done.stdout)
 
+    def leave(self) -> None:
+        """Leave the cluster to others who use it. One that this process started still ends with this process."""
+        self.client.close()
+
     def close(self, stop: bool | None = None) -> None:
         """Leave the cluster. `stop`: whether it ends; by default, it ends if this process started it. Engines that were
         respawned belong to their cluster and end with it. Raises ClusterError if processes could not be ended."""

@@ -11,41 +11,66 @@ from typing import Any
 from dinfer.cluster.ipyparallel.calls import call_expression, evaluate
 from dinfer.cluster.ipyparallel.errors import ClusterError
 from dinfer.cluster.ipyparallel.identity import Identity, namespace
+from dinfer.display import few
 from dinfer.version import __version__
 
 _SOURCE = """
 def versions():
-    import importlib.machinery, importlib.util, os, platform, sys
-    found = {"python": platform.python_version(), "dinfer": "", "cuda": 0, "hidden": []}
-    for name in ("torch", "transformers", "tokenizers", "safetensors", "numpy", "msgspec", "psutil", "zmq"):
-        spec = importlib.machinery.PathFinder.find_spec(name)
-        if spec and spec.origin in (os.path.abspath(name + ".py"), os.path.abspath(name + "/__init__.py")):
-            found["hidden"].append(spec.origin)
+    import importlib.machinery, os, platform, sys, threading
+    found = {"python": platform.python_version(), "dinfer": "", "cuda": 0, "hidden": [], "stuck": ""}
+    needed = (
+        "torch", "transformers", "tokenizers", "safetensors", "numpy", "msgspec", "psutil", "zmq", "huggingface_hub",
+        "regex", "tqdm", "yaml", "filelock", "packaging", "requests", "httpx", "jinja2", "sympy", "networkx", "fsspec",
+        "typing_extensions", "ipykernel", "ipyparallel", "tornado", "traitlets",
+    )
+    folder = os.getcwd()
+    elsewhere = [path for path in sys.path if path and os.path.abspath(path) != folder]
+    own, hiding = {}, {}
+    for entry in sorted(os.listdir(folder)):
+        name, ending = os.path.splitext(entry)
+        file = os.path.join(folder, entry) if ending == ".py" else os.path.join(folder, entry, "__init__.py")
+        if name.isidentifier() and ending in (".py", "") and os.path.isfile(file):
+            spec = importlib.machinery.PathFinder.find_spec(name)
+            if spec and spec.origin == file:
+                own[name] = file
+    for name, file in own.items():
+        other = importlib.machinery.PathFinder.find_spec(name, elsewhere)
+        # Which dinfer it is, its version says.
+        if name != "dinfer" and (name in getattr(sys, "stdlib_module_names", ()) or (other and other.origin)):
+            hiding[name] = file
+    found["hidden"] = [hiding[name] for name in needed if name in hiding]
     if found["hidden"]:
         return found
-    folder, standard = os.getcwd(), {}
-    for name in sorted({entry.partition(".")[0] for entry in os.listdir(folder)}):
-        if name in getattr(sys, "stdlib_module_names", ()):
-            try:
-                spec = importlib.util.find_spec(name)
-            except (ImportError, ValueError):
-                continue
-            if spec and spec.origin in (os.path.join(folder, name + ".py"), os.path.join(folder, name, "__init__.py")):
-                standard[name] = spec.origin
-    try:
-        import dinfer
-        found["dinfer"] = str(dinfer.__version__)
-    except Exception as error:
-        found["no dinfer"] = "%s: %s" % (type(error).__name__, error)
-    try:
-        import torch
-        found["cuda"] = torch.cuda.device_count()
-    except Exception as error:
-        found["no torch"] = "%s: %s" % (type(error).__name__, error)
-    # A file named as one of Python's own modules matters where an import has taken it; one that raises leaves no trace.
-    taken = [file for name, file in standard.items() if name in sys.modules]
+
+    def take():
+        try:
+            import dinfer
+            found["dinfer"] = str(dinfer.__version__)
+        except Exception as error:
+            found["no dinfer"] = "%s: %s" % (type(error).__name__, error)
+        try:
+            import torch
+            found["cuda"] = torch.cuda.device_count()
+        except Exception as error:
+            found["no torch"] = "%s: %s" % (type(error).__name__, error)
+
+    # On a thread of its own, so that a file that an import takes and that does not end can be named.
+    thread, looks = threading.Thread(target=take, daemon=True), {}
+    thread.start()
+    while thread.is_alive():
+        thread.join(1.0)
+        frame, files = sys._current_frames().get(thread.ident), set()
+        while frame:
+            files.add(frame.f_code.co_filename)
+            frame = frame.f_back
+        for name, file in hiding.items():
+            looks[file] = looks.get(file, 0) + 1 if file in files else 0
+            if looks[file] == 8:
+                return dict(found, stuck=file)
+    # A file of such a name matters where an import has taken it; one that raises leaves no trace.
+    taken = [file for name, file in hiding.items() if getattr(sys.modules.get(name), "__file__", "") == file]
     failed = "no dinfer" in found or "no torch" in found
-    found["hidden"] = taken or (list(standard.values()) if failed else [])
+    found["hidden"] = taken or (list(hiding.values()) if failed else [])
     return found
 """
 
@@ -135,7 +160,12 @@ def judge_versions(engines: Mapping[int, Mapping[str, Any]], dinfer: str) -> Non
             wrong.append(f"{engine} runs Python {found['python']}, not {minor}")
         if hidden := found["hidden"]:
             wrong.append(
-                f"{engine} takes {', '.join(hidden)} for the package or module of that name: rename it"
+                f"{engine} takes {', '.join(few(hidden))} for the package or module of that name: rename it"
+            )
+        elif stuck := found["stuck"]:
+            wrong.append(
+                f"{engine} does not come to the end of {stuck}, which it takes for the package or module of that name: "
+                "rename it, and start that engine again"
             )
         elif "no dinfer" in found:
             wrong.append(f"{engine} has no dinfer ({found['no dinfer']})")

@@ -109,9 +109,18 @@ class Comparison(Tidy, Composed):
         if not self.equal:
             yield self.table()
 
-    @property
+    @cached_property
     def verdict(self) -> str:
-        """One sentence."""
+        """One sentence, which also names what else is wrong and does not follow from the first."""
+        others = self.case.others(self.first) if self.first else []
+        if not others:
+            return self._of_first()
+        second, more = others[0], len(others) - 1
+        also = f"also {self._who(second.ranks)} at {self._place_text(second)}"
+        rest = f", and {more} more block{'s' * (more > 1)}" * bool(more)
+        return f"{self._of_first()}; {also}{rest}"
+
+    def _of_first(self) -> str:
         one = self.first
         if one and one.kind == "placement":
             return f"placement is wrong: {self._placement_text(one)}"

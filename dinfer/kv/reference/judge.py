@@ -6,6 +6,7 @@ the others may follow from it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf, isfinite
 from typing import Literal, NamedTuple
 
 from dinfer.kv.difference import KvPlace
@@ -174,6 +175,25 @@ class ReferenceCase:
             chunk=len(shape.chunks), tensor="token", token=shape.tokens + one.position,
             values=(float(one.token), float(one.reference)),
         )  # fmt: skip
+
+    def others(self, first: Deviation) -> list[Deviation]:
+        """The first thing that is wrong in each other block and does not follow from `first`: bytes that changed on the
+        wire or in memory, and the first NaN or Inf if `first` is none."""
+        found = dict[tuple[int, int], Deviation]()
+        has_nan = first.values is not None and not all(map(isfinite, first.values))
+        for key in keys_of(self.helds, self.examined):
+            block = key[:2]
+            if key[2] not in ("K", "V") or block == (first.chunk, first.layer) or block in found:
+                continue
+            evidence, is_nan = self.evidence(key), not has_nan and self._has_nan(key)
+            if (self.measure.exact and evidence.kind == "wire") or is_nan:
+                found[block] = self._deviation(key, evidence)
+                has_nan |= is_nan
+        return list(found.values())
+
+    def _has_nan(self, key: TensorKey) -> bool:
+        """Whether a rank holds NaN or Inf there where the reference has numbers."""
+        return any(one.measured[key].absolute == inf for one in self.examined if key in one.measured)
 
     def _of_length(self, wrong: Sequence[HeldDigests]) -> Deviation:
         """Layers of these ranks have too many rows or too few."""

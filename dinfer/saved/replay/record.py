@@ -4,12 +4,13 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 
 from torch import Tensor
 
 from dinfer.config import Config
 from dinfer.engine.prompt import Edit
-from dinfer.errors import DinferError
+from dinfer.errors import DinferError, excerpt
 from dinfer.kv.ledger import BlockKey
 from dinfer.kv.source import Noted, Source
 from dinfer.plan.cut import Cuts, Unit
@@ -112,8 +113,8 @@ def record_of(
 
 def check_rank(rank: int, plan: Plan) -> None:
     """Raises PlanError for an unknown rank."""
-    if not 0 <= rank < plan.world_size:
-        raise PlanError(f"rank is {rank}; the ranks of this run are 0 to {plan.world_size - 1}.")
+    if not isinstance(rank, Integral) or not 0 <= rank < plan.world_size:
+        raise PlanError(f"rank is {excerpt(rank)}; the ranks of this run are 0 to {plan.world_size - 1}.")
 
 
 def check_states(recorded: RankRecord) -> None:

@@ -21,7 +21,7 @@ from dinfer.engine.corruption import Corruption
 from dinfer.engine.engine import Engine
 from dinfer.engine.kernels import Kernels
 from dinfer.engine.prompt import Edit
-from dinfer.errors import ModelError, NotPossible
+from dinfer.errors import ModelError, NotPossible, excerpt
 from dinfer.history import History, call_text
 from dinfer.kv.digests import as_numbers
 from dinfer.model.checkpoint import check
@@ -71,6 +71,12 @@ def decoder_of(
             f"{recorded.checkpoint[:16]}…. Give replay(…, model_path=…) the same one."
         )
     like = "cuda:0" if recorded.device.startswith("cuda") and torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(device or like)
+    except RuntimeError:
+        raise RecordError(
+            f"device is {excerpt(device)}; it must be one of PyTorch's: cpu, cuda:0, …"
+        ) from None
     decoder = given or Decoder.load(path, recorded.dtype, device or like)
     dtype = str(decoder.dtype).removeprefix("torch.")
     if dtype != recorded.dtype:

@@ -12,7 +12,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from dinfer.display import WrittenPath
+from dinfer.display import Tidy, WrittenPath
 from dinfer.errors import NotPossible
 from dinfer.trace.export import write_whole
 from dinfer.views.figures.style import HTML_CONFIG, template
@@ -21,7 +21,7 @@ from dinfer.views.figures.svg import svg
 MIME = "application/vnd.plotly.v1+json"
 
 
-class Shown:
+class Shown(Tidy, called="plot"):
     """What `run.trace.latency()` and its like return: the last expression of a cell shows it. `figure` is plotly's and
     can be changed."""
 
@@ -37,7 +37,7 @@ class Shown:
     def save(self, path: str | Path) -> Path:
         """Write the figure to a file: a page of its own if the name ends in .html, a picture if it ends in .svg. Raises
         NotPossible for another name, OSError."""
-        target = Path(path)
+        target = Path(path).expanduser()
         if target.suffix == ".html":
             text = self.figure.to_html(config=HTML_CONFIG)
         elif target.suffix == ".svg":

@@ -17,9 +17,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from dinfer.display import WrittenPath
+from dinfer.files import check_folder
 from dinfer.plan.verify import verify
 from dinfer.severity import Severity, style_variables
-from dinfer.trace.export import check_folder, write_whole
+from dinfer.trace.export import write_whole
 from dinfer.trace.findings import findings_of
 from dinfer.trace.intervals import seconds
 from dinfer.trace.read import ELEMENT, as_columns, script_json
@@ -55,7 +56,7 @@ def write_report(traces: Sequence[Trace], path: str | Path, names: Sequence[str]
     file."""
     check_folder(path)  # before anything is drawn
     write_whole(path, [report_html(traces, names)])
-    return WrittenPath(path)
+    return WrittenPath(Path(path).expanduser())
 
 
 def report_html(traces: Sequence[Trace], names: Sequence[str] = (), *, plotly: str | None = None) -> str:

@@ -110,7 +110,7 @@ def test_an_engine_that_has_ended_is_not_asked() -> None:
 def test_a_call_is_text() -> None:
     assert eval(call_expression("os.path:join", ["a", "b\"'\\"])) == "a/b\"'\\"
     assert eval(call_expression("json:dumps", [{"x": [1, None, True]}])) == '{"x": [1, null, true]}'
-    assert eval(VERSIONS).keys() == {"python", "dinfer", "cuda", "hidden"}
+    assert eval(VERSIONS).keys() == {"python", "dinfer", "cuda", "hidden", "stuck"}
 
 
 def test_a_file_that_hides_a_package_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,3 +158,21 @@ def test_a_function_is_named_by_its_module(function: str) -> None:
 def test_arguments_survive_json() -> None:
     with pytest.raises(TypeError, match="not JSON serializable"):
         call_expression("os:listdir", [object()])
+
+
+def test_a_file_that_hides_a_module_and_does_not_end_is_named(tmp_path: Path) -> None:
+    """Else the engine would be told as busy with a cell."""
+    waiting = "import threading\nthreading.Event().wait()\n"
+    (tmp_path / "calendar.py").write_text(waiting, encoding="utf-8")
+    assert facts_of_an_engine_in(tmp_path)["stuck"] == str(tmp_path / "calendar.py")
+
+
+def test_files_beside_it_that_hide_an_installed_package_are_named_before_they_are_imported(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "regex.py").write_text("while True: pass", encoding="utf-8")
+    (tmp_path / "tqdm").mkdir()
+    (tmp_path / "tqdm" / "__init__.py").touch()
+    (tmp_path / "mine.py").touch()  # hides nothing
+    hidden = [str(tmp_path / "regex.py"), str(tmp_path / "tqdm" / "__init__.py")]
+    assert facts_of_an_engine_in(tmp_path)["hidden"] == hidden

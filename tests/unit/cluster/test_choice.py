@@ -102,7 +102,14 @@ def test_one_line_says_what_was_joined(
 
 def versions(**different: Any) -> dict[str, Any]:
     """What an engine like this client says."""
-    return {"python": platform.python_version(), "dinfer": "1.0", "cuda": 0, "hidden": [], **different}
+    return {
+        "python": platform.python_version(),
+        "dinfer": "1.0",
+        "cuda": 0,
+        "hidden": [],
+        "stuck": "",
+        **different,
+    }
 
 
 def test_all_engines_at_fault_are_named_at_once() -> None:
@@ -113,10 +120,12 @@ def test_all_engines_at_fault_are_named_at_once() -> None:
         4: {**versions(dinfer=""), "no dinfer": "ModuleNotFoundError: No module named 'dinfer'"},
         5: {**versions(), "no torch": "ImportError: libcudart.so"},
         6: versions(hidden=["/home/me/transformers.py"], dinfer=""),
+        7: versions(stuck="/home/me/calendar.py", dinfer=""),
     }
     with pytest.raises(ClusterError) as caught:
         judge_versions(engines, "1.0")
     for part in (
+        "engine 7 does not come to the end of /home/me/calendar.py, which it takes for the",
         "engine 3 runs Python 3.1.4, not 3.",
         "engine 3 has dinfer 0.9, not 1.0",
         "engine 4 has no dinfer (ModuleNotFoundError",

@@ -19,7 +19,7 @@ def test_free_engines_and_this_process_own_ones_may_be_joined(holders: dict[int,
 
 
 @pytest.mark.parametrize(
-    ("holders", "which"), [({0: OTHER, 1: OTHER}, "its ranks"), ({0: None, 1: OTHER, 2: OTHER}, "rank 1, 2")]
+    ("holders", "which"), [({0: OTHER, 1: OTHER}, "its ranks"), ({0: None, 1: OTHER, 2: OTHER}, "ranks 1–2")]
 )
 def test_others_are_refused_with_who_holds_them_and_what_to_do(
     holders: dict[int, Holder | None], which: str

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import pytest
 import zmq
 from msgspec import to_builtins
@@ -14,10 +16,12 @@ from msgspec.structs import replace
 from zmq.utils.monitor import recv_monitor_message
 
 from dinfer.cluster.link import Link
+from dinfer.cluster.ranks import RankRefused
 from dinfer.messages import (
     Beat,
     Command,
     Freeze,
+    GetStand,
     Gone,
     RankReport,
     Refused,
@@ -200,3 +204,18 @@ def next_command(watcher: zmq.Socket[bytes]) -> tuple[int, Command[Any]]:
         if command != Beat():
             return request.number, command
     raise AssertionError("no command came")
+
+
+def test_a_link_that_is_closed_refuses_in_words_and_may_be_closed_again() -> None:
+    link = Link(1)
+    link.close()
+    link.close()
+    with pytest.raises(RankRefused, match="the session has left its ranks: it is closed"):
+        link.send(0, GetStand())
+
+
+def test_an_address_that_cannot_be_bound_leaves_nothing_open() -> None:
+    before = threading.active_count(), psutil.Process().num_fds()
+    with pytest.raises(zmq.ZMQError):
+        Link(1, "203.0.113.1")  # of no machine (RFC 5737)
+    assert (threading.active_count(), psutil.Process().num_fds()) == before

@@ -19,8 +19,8 @@ PASSED = 21
 whether and where the run stands; it was 42"""
 OF_KV = 4
 """those of them in dinfer/kv; it was 12"""
-DEEPEST = 7
-"""frames of dinfer from the user's call to that request, both included"""
+DEEPEST = 8
+"""frames of dinfer from the user's call to that request, both included; one of them checks the call's arguments"""
 
 
 def calls_before_a_rank(run: Run) -> tuple[list[tuple[str, str]], int]:

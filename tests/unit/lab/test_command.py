@@ -93,11 +93,12 @@ def test_a_number_that_is_none(monkeypatch: pytest.MonkeyPatch, flag: str, name:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--sample", "0"], ("sample is 0", "nothing to run", "--slow-runs")),
         (["--links", "cables"], ("'cables'", "auto, namespaces, transport")),
         (["--links", "namespaces", "--join"], ("namespaces", "the cluster was joined")),
     ],
 )
-def test_impossible_links_are_refused(flags: list[str], words: tuple[str, ...]) -> None:
+def test_what_cannot_be_done_is_refused_at_once(flags: list[str], words: tuple[str, ...]) -> None:
     done = CliRunner().invoke(app, ["lab", *flags])
     assert done.exit_code == 2
     assert all(word in done.stderr for word in words)

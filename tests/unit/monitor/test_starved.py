@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from dinfer.cluster.ranks import RankState
-from dinfer.monitor.signs import CPU_LEAST_S, CPU_SHARE, Track
+from dinfer.monitor.signs import CPU_LEAST_S, CPU_SHARE, GIL_SHARE, Track
 from dinfer.rank.process import LOOKS, Wanting, sign_of_life
 from tests.support.runs import wait_for
 
@@ -71,6 +71,34 @@ def test_a_spinner_that_is_starved_is_told_from_one_that_waits() -> None:
         assert share < CPU_SHARE  # or nothing is shown
         assert moves is True
         assert cpu_moves(waits)[0] is False
+
+
+HOLDS = """
+import ctypes, threading
+for _ in range(12): threading.Thread(target=lambda: [None for _ in iter(int, 1)], daemon=True).start()
+print('up', flush=True)
+{holds}
+"""
+"""twelve threads wait for the GIL, which the main thread keeps from the next switch on"""
+
+
+@pytest.mark.parametrize(
+    ("holds", "computes"),
+    [("ctypes.PyDLL(None).usleep(600_000_000)", False), ("sum(range(10**15))", True)],
+)
+def test_of_who_holds_the_gil_the_busiest_thread_says_whether_it_computes(holds: str, computes: bool) -> None:
+    core = min(os.sched_getaffinity(0))
+    with ExitStack() as stack:
+        pid = stack.enter_context(on_core(core, HOLDS.format(holds=holds)))
+        stack.enter_context(on_core(core, SPINS))  # a slow machine
+        wanting = Wanting(pid)
+
+        def is_told() -> bool:
+            wanting.look()
+            return wanting.busiest is not None and (wanting.busiest > GIL_SHARE) is computes
+
+        assert wanting.busiest is None
+        wait_for(is_told, "it is told")
 
 
 def test_who_is_gone_wants_nothing() -> None:

@@ -90,3 +90,13 @@ def test_threads_that_wait_for_the_gil_look_runnable_but_do_not_compute() -> Non
             track.look([RankState(cpu_s=1.0 + share * used, wants_cpu=0.625)], now)
         assert track.cpu_moves(0, mute=True) is moves
         assert track.cpu_moves(0) is True
+
+
+def test_on_a_slow_machine_they_use_much_together_and_then_the_busiest_thread_tells() -> None:
+    for busiest, moves in ((0.02, False), (0.05, True)):
+        track = Track(1)
+        for now in (0.0, 1.0, 2.0):
+            state = RankState(cpu_s=1.0 + 0.5 * now, wants_cpu=0.625, thread_cpu=busiest)
+            track.look([state], now)
+        assert track.cpu_moves(0, mute=True) is moves
+        assert track.cpu_moves(0) is True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,6 +13,7 @@ from dinfer.engine.prefill import Prefill
 from dinfer.kv.digests import as_numbers, block_digests, row_digests
 from dinfer.kv.reference.reports import Examined
 from dinfer.messages import (
+    Comparing,
     DigestHidden,
     ReferenceReport,
     Reply,
@@ -39,8 +40,10 @@ def made(small: Decoder) -> Iterator[Twin]:
         yield found
 
 
-def references_of(engine: Engine, tokens: Tokens | None = None) -> References:
-    return References(lambda: PromptOnRank(engine, tokens or Tokens(engine)))
+def references_of(
+    engine: Engine, tokens: Tokens | None = None, tell: Callable[[Comparing], None] = lambda _: None
+) -> References:
+    return References(lambda: PromptOnRank(engine, tokens or Tokens(engine)), tell)
 
 
 def digests(engine: Engine, spans: Sequence[range]) -> tuple[tuple[int, int, tuple[int, int]], ...]:
@@ -51,6 +54,15 @@ def digests(engine: Engine, spans: Sequence[range]) -> tuple[tuple[int, int, tup
             rows = row_digests(cache.block(layer, span.start, span.stop))
             found.append((chunk, layer, as_numbers(block_digests(rows))))
     return tuple(found)
+
+
+def test_how_far_it_is_is_told(made: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinfer.rank.reference.TELL_S", -1)
+    told = list[Comparing]()
+    references_of(made.engines[0], tell=told.append).run(REQUEST)
+    assert {one.total for one in told} == {len(IDS)}
+    assert [one.done for one in told] == sorted(one.done for one in told)
+    assert (told[0].done, told[-1].done) == (0, len(IDS))
 
 
 def test_which_hidden_states_are_held(made: Twin) -> None:

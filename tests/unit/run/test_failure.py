@@ -103,7 +103,7 @@ def test_starting_has_a_limit_of_its_own() -> None:
     assert said(ranks, now=179) is None
     text = told(ranks, now=181)
     assert (
-        "181 s (start_timeout); where they stand:\nrank 0: loading\nrank 1: starting\nRanks 0, 1 are still"
+        "181 s (start_timeout); where they stand:\nrank 0: loading\nrank 1: starting\nRanks 0–1 are still"
         in text
     )
 
@@ -196,3 +196,32 @@ def test_a_verdict_takes_the_place_of_what_the_ops_suggest(verdict: Verdict, wor
     assert last.startswith(verdict.sentence)
     assert words in last
     assert "Rank 0 is computing" not in text
+
+
+def test_a_rank_with_many_lanes_is_told_in_one_short_line() -> None:
+    """By the lane that computes: `where()` has all of them."""
+    plan = build(partition(layers=4, tokens=8, world_size=2, chunk_size=4), "pipelined", "pairwise")
+    lanes = plan.lanes[1]
+    positions = tuple(min(1, len(lane.ops) - 1) for lane in lanes)
+    state = RankState(stand=Stand(positions, (True,) * len(lanes), (99,) * len(lanes)), phase="prefill")
+    ranks = [RankState(phase="loading"), state]
+    found = broken(plan, ranks, (None, -9), Config(world_size=2, log_dir=""))
+    computes = next(n for n, lane in enumerate(lanes) if not lane.ops[positions[n]].is_transfer)
+    total = sum(len(lane.ops) for lane in lanes)
+    assert found
+    assert found.why == (
+        f"rank 1 was killed by SIGKILL; it stood at: {sum(positions)} of {total} ops done; "
+        f"{lanes[computes].name} in `{lanes[computes].ops[positions[computes]]}`"
+    )
+
+
+def test_of_many_ranks_five_are_told() -> None:
+    plan = build(partition(layers=8, tokens=8, world_size=8, chunk_size=4), "lockstep", "pairwise")
+    config = Config(world_size=8, timeout=60, log_dir="")
+    lost = broken(plan, at(*[1] * 8), (None, *[-9] * 7), config)
+    assert lost
+    assert [line[:6] for line in lost.why.split("\n")] == [*(f"rank {n}" for n in range(1, 6)), "and 2 "]
+    stands = standstill(plan, at(*[1] * 8), config, 61.0)
+    assert stands
+    assert stands.count("\nrank ") == 5
+    assert "\nand 3 more\n" in stands

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import dinfer
 from dinfer.cluster.threads import LocalRanks
 from dinfer.config import Config
+from dinfer.files import FolderError
 from dinfer.run.report import Done, commands, machine, parameters, versions
 from dinfer.run.run import Run
 from dinfer.session.session import Session
@@ -103,11 +104,11 @@ def test_a_report_into_no_folder_is_refused_at_once(
     run = session.prefill(PROMPT, chunk_size=8, paused=True)
     calls: list[object] = []
     run._recorder.findings = calls.append  # type: ignore[assignment]
-    with pytest.raises(FileNotFoundError, match=rf"the folder '{tmp_path}/nowhere' does not exist$"):
-        run.report(tmp_path / "nowhere" / "x.html")
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match=r"file' is no folder$"):
-        run.report(tmp_path / "file" / "x.html")
+    with pytest.raises(
+        FolderError, match=rf"^'{tmp_path}/file' is no folder, so nothing can be written into it$"
+    ):
+        run.report(tmp_path / "file" / "new" / "x.html")
     assert (calls, written.traces) == ([], [])
 
 

@@ -90,14 +90,16 @@ def fail_to_prepare(session: Session, patch: pytest.MonkeyPatch) -> None:
 
 def interrupt(session: Session, patch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in `run.wait()`."""
-    run, wait_while = begun(session), RunState.wait_while
+    run, is_doing = begun(session), RunState.is_doing
 
-    def interrupted(*_: Any) -> bool:
-        patch.setattr(RunState, "wait_while", wait_while)
+    def interrupted(state: RunState, activities: Any, wait_s: float = 0.0) -> bool:
+        if not wait_s:  # the session's thread, which only looks
+            return is_doing(state, activities)
+        patch.setattr(RunState, "is_doing", is_doing)
         raise KeyboardInterrupt
 
     run.resume()
-    patch.setattr(RunState, "wait_while", interrupted)
+    patch.setattr(RunState, "is_doing", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.wait(DEADLINE_S)
 

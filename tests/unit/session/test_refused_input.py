@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 import dinfer
+from dinfer.arguments import CallError
 from dinfer.config import ConfigError
 from dinfer.errors import NotPossible
 from dinfer.plan.ops import PlanError
 from dinfer.run.run import Run
-from dinfer.saved.format import SavedError
 from dinfer.session.session import Session
 
 IDS = list(range(1, 9))
@@ -32,15 +32,15 @@ def run(session: Session) -> Run:
 
 
 CALLS: dict[str, tuple[Callable[[Run], Any], type[Exception], str]] = {
-    "step n=1.5": (lambda run: run.step(n=1.5), PlanError, "n is 1.5; it must be a whole number"),  # type: ignore[arg-type]
-    "step n='2'": (lambda run: run.step(n="2"), PlanError, "n is '2'; it must be a whole number"),  # type: ignore[arg-type]
-    "step n=True": (lambda run: run.step(n=True), PlanError, "n is True; it must be"),
-    "decode": (lambda run: run.decode(2.5), PlanError, "max_new_tokens is 2.5; it must be a whole number"),  # type: ignore[arg-type]
+    "step n=1.5": (lambda run: run.step(n=1.5), CallError, "n is 1.5; it must be a whole number"),  # type: ignore[arg-type]
+    "step n='2'": (lambda run: run.step(n="2"), CallError, "n is '2'; it must be a whole number"),  # type: ignore[arg-type]
+    "step n=True": (lambda run: run.step(n=True), CallError, "n is True; it must be"),
+    "decode": (lambda run: run.decode(2.5), CallError, "max_new_tokens is 2.5; it must be a whole number"),  # type: ignore[arg-type]
     "absmax": (
         lambda run: run.break_at(when="absmax > 1.2.3"), PlanError, "when is 'absmax > 1.2.3'; it must be one of",
     ),
-    "save kv=5": (lambda run: run.save("x", kv=5), SavedError, r"kv is 5; it must be True, False, or a list"),  # type: ignore[arg-type]
-    "save kv='all'": (lambda run: run.save("x", kv="all"), SavedError, r"kv is 'all'; it must be True, False"),  # type: ignore[arg-type]
+    "save kv=5": (lambda run: run.save("x", kv=5), CallError, r"kv is 5; it must be True or False or a list"),  # type: ignore[arg-type]
+    "save kv='all'": (lambda run: run.save("x", kv="all"), CallError, "kv is 'all'; it must be True or False"),  # type: ignore[arg-type]
     "head": (
         lambda run: run.attention(layer=0, chunk=0, head=4), PlanError, "there is no head 4: the heads are 0 to 3",
     ),
@@ -57,12 +57,12 @@ def test_a_call_that_cannot_be_meant(run: Run, name: str) -> None:
 
 @pytest.mark.parametrize("given", [5, None, b"Lima"])
 def test_what_is_no_prompt(session: Session, run: Run, given: Any) -> None:
-    with pytest.raises(ConfigError, match=r"prompt is .*; it must be text, or a list of token ids"):
+    with pytest.raises((ConfigError, CallError), match=r"prompt is .*; it must be text"):
         session.prefill(given)
+    with pytest.raises(CallError, match=r"prompts is .*; it must be text"):
+        session.sweep([given, "Lima"], chunk_size=4, max_new_tokens=1)
     assert session.run is run
     assert not run.closed
-    row, _ = session.sweep([given, "Lima"], chunk_size=4, max_new_tokens=1).rows
-    assert "it must be text, or a list of token ids" in row["error"]
 
 
 @pytest.mark.parametrize(("given", "name"), [("Lima", "Lima"), (IDS, "8 token ids"), ([IDS], "8 token ids")])
@@ -106,6 +106,8 @@ def test_without_a_checkpoint_there_is_no_run() -> None:
     [
         ({"chunk": [4]}, r"unknown parameter 'chunk'\. Did you mean chunk_size\?"),
         ({"chunk_size": [4, 0]}, "chunk_size is 0; it must be at least 1"),
+        ({"pause": True}, r"unknown parameter 'pause'\. Did you mean paused\?"),
+        ({"paused": ["x"]}, "paused is 'x'; it must be True or False"),
         ({"sync_strategy": "rings"}, r"must be one of pairwise, ring.*Did you mean ring\?"),
     ],
 )
@@ -123,7 +125,7 @@ def test_a_sweep_takes_what_prefill_takes(session: Session) -> None:
 
 @pytest.mark.parametrize("n", ["3", 0, 2.0, True])
 def test_a_number_of_ranks_that_is_none(n: Any) -> None:
-    with pytest.raises(ConfigError, match=r"n is .*; it must be a whole number, at least 1"):
+    with pytest.raises((ConfigError, CallError), match=r"n is .*; it must be (a whole number|at least 1)"):
         dinfer.connect("threads", n)
 
 

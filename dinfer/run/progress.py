@@ -4,8 +4,9 @@ tqdm's own bar in a notebook is a widget, in whose place Jupyter shows an error 
 """
 
 import io
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -37,3 +38,35 @@ def progress_bar(*args: Any, **options: Any) -> Any:
     in_notebook = hasattr(ipython(), "kernel")
     made: Any = TextBar if in_notebook else tqdm
     return made(*args, **options, **({"file": io.StringIO(), "ascii": False} if in_notebook else {}))
+
+
+class Done(Protocol):
+    """What a rank reports of a long command: how much of it is `done`, of `total`."""
+
+    @property
+    def done(self) -> int: ...
+
+    @property
+    def total(self) -> int: ...
+
+
+@contextmanager
+def rank_bars(
+    shown: Sequence[int], reported: Callable[[int], Done | None], what: str = "", **options: Any
+) -> Iterator[Callable[[], None]]:
+    """One bar for each of these ranks that reports something; the function updates them."""
+    found: dict[int, Any] = {}
+
+    def show() -> None:
+        for rank in shown:
+            if said := reported(rank):
+                if rank not in found:
+                    found[rank] = progress_bar(total=said.total, desc=f"rank {rank}{what}", **options)
+                found[rank].update(said.done - found[rank].n)
+
+    try:
+        yield show
+    finally:
+        show()
+        for bar in found.values():
+            bar.close()
