@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 from dinfer.display import use_plotter
 from dinfer.errors import NotPossible
 from dinfer.version import __version__
+from dinfer.watch.marks import label, tap
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from dinfer.session.session import Session
     from dinfer.trace.trace import Trace
 
-__all__ = ["__version__", "connect", "load_ipython_extension", "open"]
+__all__ = ["__version__", "connect", "label", "load_ipython_extension", "open", "tap"]
 
 
 def connect(where: str | int = "ipyparallel", n: int = 3, **options: Any) -> "Session":

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from .callers import Caller, caller, thread_name, whose
+from .callers import caller, thread_name, whose
 from .labels import changed, labelled, module_layer
 from .records import KINDS, NOTHING, Records, Ticket
 
@@ -166,10 +166,12 @@ class Recorder:
             records = self.open()
             if records is None:
                 return None
-            called = caller(frame, want_async=is_async is None)
+            layer, chunk = labelled()
+            if layer is None:
+                layer = module_layer()
+            called = caller(frame, is_async is None, layer is None, chunk is None)
             if is_async is None:
                 is_async = called.async_op is True if kind not in ("send", "recv") else not called.blocking
-            layer, chunk = self._where(called)
             nbytes, form, on_device = 0, 0, False
             if tensors:
                 first = tensors[0]
@@ -181,7 +183,8 @@ class Recorder:
                 peer = group.ranks[peer] if 0 <= peer < len(group.ranks) else peer
             ticket = records.ops.begin(
                 time.monotonic_ns(), KIND_NUMBERS[kind], is_async, group.number, peer, tag,
-                records.places.number(called.place), form, records.threads.number(thread_name()), nbytes, layer, chunk,
+                records.places.number(called.place), form, records.threads.number(thread_name()), nbytes,
+                called.layer if layer is None else layer, called.chunk if chunk is None else chunk,
             )  # fmt: skip
             raised = sys.exc_info()[1]
             if raised is not None:
@@ -193,17 +196,11 @@ class Recorder:
             self.switch_off("recording ops", error)
             return None
 
-    def _where(self, called: Caller) -> tuple[int, int]:
-        layer, chunk = labelled()
-        if layer is None:
-            layer = module_layer()
-        return (called.layer if layer is None else layer), (called.chunk if chunk is None else chunk)
-
     def waiting(self, pending: Pending, frame: FrameType | None) -> None:
         """The caller begins to wait for the op. Never raises."""
         try:
             if self.records is not None:
-                place = pending.place if pending.blocking else caller(frame, want_labels=False).place
+                place = pending.place if pending.blocking else caller(frame, False, False, False).place
                 self.records.ops.waiting(
                     pending.ticket, time.monotonic_ns(), self.records.places.number(place)
                 )
