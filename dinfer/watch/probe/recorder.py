@@ -78,6 +78,7 @@ class Recorder:
         self.records: Records | None = None
         self.is_off = False
         self._opening = threading.RLock()
+        self._threads = threading.local()
         self._groups: dict[int, tuple[weakref.ref[Any], GroupFacts]] = {}
         self._ranks: dict[int, tuple[int, ...]] = {}
         self._rank: tuple[int, int] | None = None
@@ -176,14 +177,14 @@ class Recorder:
             if tensors:
                 first = tensors[0]
                 form = records.forms.number((first.shape, first.dtype))
-                on_device = first.device.type != "cpu"
+                on_device = not first.is_cpu
                 for tensor in tensors:
                     nbytes += tensor.nbytes
             if peer != NOTHING and group.ranks:
                 peer = group.ranks[peer] if 0 <= peer < len(group.ranks) else peer
             ticket = records.ops.begin(
                 time.monotonic_ns(), KIND_NUMBERS[kind], is_async, group.number, peer, tag,
-                records.places.number(called.place), form, records.threads.number(thread_name()), nbytes,
+                records.places.number(called.place), form, self._thread_number(records), nbytes,
                 called.layer if layer is None else layer, called.chunk if chunk is None else chunk,
             )  # fmt: skip
             raised = sys.exc_info()[1]
@@ -195,6 +196,13 @@ class Recorder:
         except Exception as error:
             self.switch_off("recording ops", error)
             return None
+
+    def _thread_number(self, records: Records) -> int:
+        """Kept with the thread: its ident will be another's once it has ended."""
+        found: int | None = getattr(self._threads, "number", None)
+        if found is None:
+            found = self._threads.number = records.threads.number(thread_name())
+        return found
 
     def waiting(self, pending: Pending, frame: FrameType | None) -> None:
         """The caller begins to wait for the op. Never raises."""
