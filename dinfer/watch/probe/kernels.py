@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .recorder import GroupFacts, PendingOp, OpRecorder
+from .recorder import GroupFacts, OpRecorder, PendingOp
 from .records import NOTHING
 from .works import Works
 

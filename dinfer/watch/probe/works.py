@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from .recorder import PendingOp, OpRecorder
+from .recorder import OpRecorder, PendingOp
 
 MOST_ASKED = 512
 """So many ops are asked about at a time."""
