@@ -50,6 +50,9 @@ class Works:
     def hand_over(self, work: Any, pending: PendingOp) -> None:
         """This Work stands for the op. The caller will get the same object, if it is held until then."""
         ident = threading.get_ident()
+        before = self._handed.get(ident)
+        if before is not None:
+            self._ask(before)
         self._handed[ident] = work
         started = self._coalesced.get(ident)
         if started is None:
@@ -140,18 +143,24 @@ class Works:
 
     # -- without a wait
 
+    def _ask(self, work: Any) -> None:
+        """Whether it is over: C++ code may have waited for it, as DDP's does."""
+        found = self._by_work.get(id(work))
+        if found is not None and not self._recorder.is_over(found[1][-1]) and work.is_completed():
+            for pending in found[1]:
+                self._recorder.done(pending)
+
     def look(self) -> bool:
         """Ask, without waiting, which ops are over. Returns whether device ops are under way. Never raises."""
         try:
+            for reference, _ in list(self._by_work.values())[:MOST_ASKED]:
+                work = reference()
+                if work is not None:
+                    self._ask(work)
             for ident, key in self._handed_before.items():
                 if id(self._handed.get(ident)) == key:  # the caller has it by now
                     self._handed.pop(ident, None)
             self._handed_before = {ident: id(work) for ident, work in list(self._handed.items())}
-            for reference, pendings in list(self._by_work.values())[:MOST_ASKED]:
-                work = reference()
-                if work is not None and not self._recorder.is_over(pendings[-1]) and work.is_completed():
-                    for pending in pendings:
-                        self._recorder.done(pending)
             return self._devices.look()
         except Exception as error:
             self._recorder.switch_off("asking whether ops are over", error)
