@@ -210,7 +210,8 @@ def test_ops_that_torch_itself_waits_for_are_over(watched: Watched) -> None:
 def test_a_compiled_function_is_called_where_the_user_calls_it(watched: Watched) -> None:
     def double(tensor: torch.Tensor) -> torch.Tensor:
         assert dist.group.WORLD is not None
-        return functional.all_reduce(tensor * 2, "sum", dist.group.WORLD) + 1
+        reduced: torch.Tensor = functional.all_reduce(tensor * 2, "sum", dist.group.WORLD)
+        return reduced + 1
 
     compiled = torch.compile(double, backend="aot_eager", fullgraph=True)
     assert compiled(torch.ones(2)).tolist() == [3.0, 3.0]
