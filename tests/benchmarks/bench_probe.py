@@ -25,7 +25,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from dinfer.watch.probe.start import Probe
 
-ROUNDS, CALLS = 100, 200
+ROUNDS, CALLS = 1000, 40
 TENSOR, PARTS = torch.zeros(4), [torch.zeros(4) for _ in range(4)]
 OPS: dict[str, Callable[[], object]] = {
     "send": lambda: dist.send(TENSOR, 1),
