@@ -6,6 +6,7 @@ A call goes session → run → cluster → rank → engine → transport; what 
 The packages are floors of a house, bottom to top. A package imports only from floors below its own (pyproject.toml has
 the contract for import-linter; imports in functions and for types count too):
 
+- `watch`: what runs inside other people's processes, and what it writes; standard library and torch only.
 - `severity`, `version`; `errors`, `messages`: how grave a message is, the base of all errors, the messages between
   session and rank; standard library only.
 - `files`, `arguments`; `config`, `display`: files that are read within bounds and written beside others; what a call
@@ -37,6 +38,7 @@ from dinfer.arguments import checked
 from dinfer.display import use_plotter
 from dinfer.errors import NotPossible
 from dinfer.version import __version__
+from dinfer.watch.marks import label, tap
 
 if TYPE_CHECKING:
     from dinfer.cluster.ipyparallel.attach import ClusterPlace
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     from dinfer.session.session import Session
     from dinfer.trace.trace import Trace
 
-__all__ = ["__version__", "connect", "load_ipython_extension", "open"]
+__all__ = ["__version__", "connect", "label", "load_ipython_extension", "open", "tap"]
 
 
 @checked
