@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinfer.kv.digests import block_digests, row_digests
 from dinfer.model.kernels.table import COLUMNS
+from dinfer.watch.probe.digests import mixed_sum, row_digests
 
 NAME = "dinfer"
 """of the attention function, in `config._attn_implementation`"""
@@ -181,7 +181,7 @@ def _on_cpu(q: Tensor, k: Tensor, v: Tensor, row: Tensor, scale: float, window: 
     if rows:
         digests = row_digests(block)
         _memory(rows, (stop, 2, kv_heads), torch.int64)[position:].copy_(digests)
-        _memory(blocks, (slot + 1, 2), torch.int64)[slot].copy_(block_digests(digests))
+        _memory(blocks, (slot + 1, 2), torch.int64)[slot].copy_(mixed_sum(digests, first=0))
     if largest:
         values = torch.linalg.vector_norm(block.flatten(2), float("inf"), dim=-1, dtype=torch.float32)
         _memory(largest, (stop, 3), torch.float32)[position:, :2].copy_(values)
