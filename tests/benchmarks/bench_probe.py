@@ -63,7 +63,7 @@ def prefill(model: Qwen3Model, ids: torch.Tensor) -> None:
     """A prompt in chunks of 128."""
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        for chunk in ids.split(128, dim=1):
+        for chunk in ids.split(128, dim=1):  # type: ignore[no-untyped-call]
             model(chunk, past_key_values=cache)
 
 
