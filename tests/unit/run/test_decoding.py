@@ -109,13 +109,13 @@ def test_new_tokens_of_a_decode_that_failed_are_left_out_of_diff_and_saved_run(
     if counted:
         run.decode(counted)
 
-    def fails_at_4(self: Decoding) -> int:
+    def other_at_4(self: Decoding) -> int:
         if self._comm.rank == 1 and len(self.tokens) == 4:
-            raise ValueError("no fifth token")
+            monkeypatch.setattr(self, "_sampler", lambda logits, _: int(logits.argmin()))
         return step(self)
 
-    monkeypatch.setattr(Decoding, "step", fails_at_4)
-    with pytest.raises(RankFailed, match="no fifth token"):
+    monkeypatch.setattr(Decoding, "step", other_at_4)
+    with pytest.raises(RankRefused, match="tokens differ"):
         run.decode(8)
     assert len(run.tokens) == counted
     assert run.kv().diff().equal
