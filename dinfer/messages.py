@@ -219,10 +219,12 @@ class AttentionData(TensorData, frozen=True, kw_only=True):
 
 
 class KvSpans(Answer, frozen=True):
-    """By layer: how many spans (chunks, then new tokens) and how many rows a rank holds."""
+    """By layer: how many spans (chunks, then new tokens) and how many rows a rank holds; `new_rows` of these are of new
+    tokens."""
 
     spans: tuple[int, ...]
     rows: tuple[int, ...]
+    new_rows: int
 
 
 class TensorSummary(Answer, frozen=True):

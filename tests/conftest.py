@@ -11,6 +11,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import signal
 import sys
 from collections import defaultdict
 from random import Random, SystemRandom
@@ -19,6 +20,10 @@ import pytest
 from hypothesis import settings
 
 pytest_plugins = ["tests.support.fixtures"]
+
+# A shell that runs tests in the background has them ignore Ctrl-C, and so would all that they start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How many examples a property gets is settled here, but where a test needs a number of its own; CI draws the same ones
 # each time.

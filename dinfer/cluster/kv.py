@@ -70,7 +70,19 @@ class Live(LiveSource):
         return safetensors.torch.load(bytes(data)).get("tensor")
 
     def held(self, ranks: Sequence[int]) -> list[HeldSpans]:
-        return [HeldSpans(answer.spans, answer.rows) for answer in self.ask(ranks, ListKv())]
+        """Without the rows of new tokens that the run does not count: a decode that has failed leaves them on its
+        ranks."""
+        spans, prompt = self.subject.spans, self.subject.plan.shape.tokens
+        found = list[HeldSpans]()
+        for answer in self.ask(ranks, ListKv()):
+            uncounted = max(0, answer.new_rows - (spans[-1].stop - prompt))
+            found.append(
+                HeldSpans(
+                    tuple(min(count, len(spans)) for count in answer.spans),
+                    tuple(rows - uncounted for rows in answer.rows),
+                )
+            )
+        return found
 
     def digests(self, ranks: Sequence[int], layers: Sequence[int], spans: Sequence[range]) -> list[Tensor]:
         places = tuple((span.start, span.stop) for span in spans)

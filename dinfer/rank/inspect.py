@@ -64,7 +64,8 @@ class Inspection:
     def spans(self, _: messages.ListKv) -> messages.KvSpans:
         held = Inventory(self._prompt())
         layers = range(held.layers)
-        return messages.KvSpans(tuple(map(held.chunks_held, layers)), tuple(map(held.rows_held, layers)))
+        spans, rows = tuple(map(held.chunks_held, layers)), tuple(map(held.rows_held, layers))
+        return messages.KvSpans(spans, rows, held.new_rows)
 
     def digests(self, command: messages.DigestKv) -> messages.TensorData:
         held = Inventory(self._prompt())

@@ -58,6 +58,11 @@ class Inventory:
         rows = max(self.rows_due(layer), self._rows) + self.state.extra.get(layer, 0)
         return min(rows, self.cache.capacity)
 
+    @property
+    def new_rows(self) -> int:
+        """How many rows of each layer are of new tokens."""
+        return max(len(self.ids), self._rows) - len(self.state.ids)
+
     def rows(self, layer: int, start: int = 0, stop: int = sys.maxsize) -> Tensor:
         """Those of a layer's rows [start, stop) that are here, in the cache: [rows, 2, kv_heads, head_dim]."""
         stop = min(stop, self.rows_held(layer))

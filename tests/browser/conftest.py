@@ -16,9 +16,9 @@ from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Playwright
 
 from tests.support.ipclusters import ipython
 from tests.support.jupyter import Lab, Notebook, open_notebook
-from tests.support.runs import wait_for
+from tests.support.runs import DEADLINE_S, wait_for
 
-expect.set_options(timeout=60_000)
+expect.set_options(timeout=DEADLINE_S * 1000)
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-background-networking",
@@ -73,6 +73,7 @@ def ipcluster(lab: Lab) -> Iterator[None]:
 def page(browser: Browser) -> Iterator[Page]:
     """A page of 1280 × 800. An exception in its scripts fails the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 800})
+    context.set_default_timeout(DEADLINE_S * 1000)
     page = context.new_page()
     errors: list[str] = []
 

@@ -63,4 +63,4 @@ def test_all_variants_are_timed_side_by_side(tmp_path: Path) -> None:
         "lockstep, pairwise",
         "lockstep, ring",
     ]
-    assert "pipelined pairwise is" in told
+    assert all(name in told for name in found["medians"])

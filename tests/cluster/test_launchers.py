@@ -100,7 +100,8 @@ def check_that_it_is_over(session: Session, run: Run) -> None:
 
 @pytest.mark.slow
 def test_when_all_are_killed_ipcluster_ends_and_that_is_said(place: IPython, model: Path) -> None:
-    place.ipcluster(2)
+    # By default it ends only if they end within 30 s of their start.
+    place.ipcluster(2, "--IPClusterStart.early_shutdown=3600")
     wait_for(lambda: (place.profile_dir / "security/cluster-.json").exists(), "ipcluster has begun")
     with dinfer.connect(n=2, start=False) as session:
         run = session.load(str(model), threads=1).prefill(IDS, chunk_size=4, paused=True)

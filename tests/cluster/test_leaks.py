@@ -13,7 +13,7 @@ from tests.cluster.test_orphans import Client
 from tests.support.ipclusters import IPython, stock_cluster, within
 from tests.support.runs import wait_for
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(480)]
 
 CLIENTS = 5
 

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -56,6 +56,14 @@ class Wanted:
 @pytest.fixture(scope="module")
 def wanted(session: Session) -> Wanted:
     return outcome(begin(session))
+
+
+@pytest.fixture(autouse=True)
+def brought_back(session: Session) -> Iterator[None]:
+    """What a test that fails leaves broken does not fail those after it."""
+    yield
+    if session.ranks.silent() or any(code is not None for code in session.ranks.exits()):
+        session.recover()
 
 
 def begin(session: Session) -> Run:

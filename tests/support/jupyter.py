@@ -173,8 +173,7 @@ def open_file(page: Page, lab: Lab, name: str) -> Notebook:
         """() => {
             const kernel = window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel;
             return kernel?.status === "idle";
-        }""",
-        timeout=60_000,
+        }"""
     )
     page.evaluate("window.jupyterapp.shell.collapseLeft()")
     return Notebook(page)

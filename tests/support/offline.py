@@ -8,7 +8,7 @@ from typing import Literal
 
 from playwright.sync_api import Browser, Page, Request, Route
 
-from tests.support.runs import wait_for
+from tests.support.runs import DEADLINE_S, wait_for
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Opened:
 def open_offline(browser: Browser, path: Path, scheme: Literal["light", "dark"] = "light") -> Opened:
     """The report, in a context of its own that is offline and refuses every request but the file."""
     context = browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme=scheme, offline=True)
+    context.set_default_timeout(DEADLINE_S * 1000)
     found = Opened(context.new_page(), path)
 
     def on_request(route: Route, request: Request) -> None:

@@ -184,7 +184,8 @@ class Cluster:
             raise ClusterError(
                 f"{self.name(rank)} was not on this machine: start it there with `ipengine {flags}`."
             )
-        # A stock ipcluster ends its controller once all engines have ended, and then nothing unregisters them.
+        # A stock ipcluster ends its controller if all engines end soon after their start, and then nothing unregisters
+        # them.
         wait_until(lambda: controller.state() == "gone" or engine_id not in client.ids, timeout)
         if controller.state() == "gone":
             raise ClusterError(f"the controller of {self.known.name} has ended: start the cluster again.")

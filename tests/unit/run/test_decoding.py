@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import dinfer
 from dinfer.cluster.ranks import Pending, RankRefused
 from dinfer.cluster.threads import LocalRanks
 from dinfer.engine.decoding import Decoding
@@ -97,6 +98,29 @@ def test_what_ranks_decoded_before_they_disagreed_is_compared(
     found = run.compare("reference")
     assert found.equal, found.verdict
     assert "and 3 new tokens, fed one by one" in str(found)
+
+
+@pytest.mark.parametrize("counted", [0, 2])
+def test_new_tokens_of_a_decode_that_failed_are_left_out_of_diff_and_saved_run(
+    session: Session, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, counted: int
+) -> None:
+    """Ranks hold their rows; the run counts only those of decodes that have ended."""
+    run, step = session.prefill(IDS, chunk_size=4, paused=True), Decoding.step
+    if counted:
+        run.decode(counted)
+
+    def other_at_4(self: Decoding) -> int:
+        if self._comm.rank == 1 and len(self.tokens) == 4:
+            monkeypatch.setattr(self, "_sampler", lambda logits, _: int(logits.argmin()))
+        return step(self)
+
+    monkeypatch.setattr(Decoding, "step", other_at_4)
+    with pytest.raises(RankRefused, match="tokens differ"):
+        run.decode(8)
+    assert len(run.tokens) == counted
+    assert run.kv().diff().equal
+    saved = dinfer.open(run.save(tmp_path / "saved"))
+    assert saved.diff(run).equal
 
 
 def test_decode_that_a_breakpoint_ends_says_how_to_go_on(session: Session) -> None:
