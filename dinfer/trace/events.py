@@ -9,13 +9,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from dinfer.plan.ops import Op
 
 KINDS = (
     "embed", "layer", "norm", "send", "recv", "decode", "all_gather", "broadcast", "all_reduce", "barrier", "other",
-    "check", "corrupt", "nonfinite",
+    "check", "corrupt", "nonfinite", "reduce_scatter", "all_to_all", "reduce", "gather", "scatter", "new_group",
 )  # fmt: skip
 """stored by their index, so new ones go last. "check": all blocks were checked before decode; "corrupt": a block has
 changed, on the wire from `peer` or, without a peer, in memory; "nonfinite": there is NaN or Inf in the `what` that an
@@ -34,7 +34,55 @@ Bytes = bytes | bytearray | memoryview
 
 COMPUTE = frozenset({"embed", "layer", "norm", "decode"})
 
-COLLECTIVES = frozenset({"all_gather", "broadcast", "all_reduce", "barrier"})
+COLLECTIVES = frozenset(
+    ("all_gather", "broadcast", "all_reduce", "barrier", "reduce_scatter", "all_to_all", "reduce", "gather", "scatter")
+)
+
+TAGGED = frozenset({"gloo", "mpi"})
+"""backends whose messages match by tag; others match first in, first out whatever the tag"""
+
+QUEUED = frozenset({"nccl", "rccl", "xccl", "hccl"})
+"""backends whose calls return once they are in the queue of a device, where each waits for those before it"""
+
+
+class Group(NamedTuple):
+    """A process group of other people's code: its global ranks in the order of group ranks, and its backend."""
+
+    ranks: tuple[int, ...]
+    backend: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A recorded call into torch.distributed, beside its event. `group`: the key in the trace's groups; `number`: its
+    place among the collectives of its group on this rank, or among the messages with its peer, from 0; None: as counted
+    from the events. `is_waited`: somebody waits, or has waited, for it. `shape`, `dtype`: of the tensor, if known; `file`,
+    `line`, `function`: the line of the user's code that called; `handling`: the exception that was being handled then."""
+
+    group: str
+    backend: str = ""
+    tag: int = 0
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    is_async: bool = False
+    is_waited: bool = True
+    number: int | None = None
+    file: str = ""
+    line: int = 0
+    function: str = ""
+    handling: str = ""
+
+    @property
+    def place(self) -> str:
+        """For example `infer.py:31`; empty if the line is unknown."""
+        return f"{self.file.rpartition('/')[2]}:{self.line}" if self.line else ""
+
+    @property
+    def tensor(self) -> str:
+        """For example `[128, 2, 64] float32`."""
+        shape = f"[{', '.join(map(str, self.shape))}]" if self.shape else ""
+        return f"{shape} {self.dtype}".strip()
+
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +96,9 @@ class Event:
     On a GPU, `end` of a computing op is when all its kernels were launched, not when they had run: to know that, the
     recorder would have to wait for the device. A send's `end` is when its payload had left, which includes the wait for
     the kernels that made it.
+
+    `call`: of other people's code, what is known of the call. There `ready` is when it was issued and `start` when the
+    caller began to wait; `end` is 0 while it is open.
     """
 
     rank: int
@@ -64,6 +115,7 @@ class Event:
     tokens: int = 0
     bytes: int = 0
     index: int | None = None
+    call: Call | None = None
 
     @property
     def waited(self) -> int:
@@ -81,7 +133,11 @@ class Event:
         return f"{self.kind} {block_text(self.what, self.chunk, self.layer)}".rstrip()
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values; without `call` where there is none."""
+        values = asdict(self)
+        if self.call is None:
+            del values["call"]
+        return values
 
     def pack_into(self, buffer: memoryview, offset: int, lane: int) -> None:
         """Write the event as `SIZE` bytes, without its rank and lane name, which the reader knows."""
