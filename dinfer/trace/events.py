@@ -15,7 +15,8 @@ from dinfer.plan.ops import Op
 
 KINDS = (
     "embed", "layer", "norm", "send", "recv", "decode", "all_gather", "broadcast", "all_reduce", "barrier", "other",
-    "check", "corrupt", "nonfinite", "reduce_scatter", "all_to_all", "reduce", "gather", "scatter", "new_group",
+    "check", "corrupt", "nonfinite", "reduce_scatter", "all_to_all", "reduce", "gather", "scatter",
+    "new_group", "init_group",
 )  # fmt: skip
 """stored by their index, so new ones go last. "check": all blocks were checked before decode; "corrupt": a block has
 changed, on the wire from `peer` or, without a peer, in memory; "nonfinite": there is NaN or Inf in the `what` that an
@@ -35,7 +36,17 @@ Bytes = bytes | bytearray | memoryview
 COMPUTE = frozenset({"embed", "layer", "norm", "decode"})
 
 COLLECTIVES = frozenset(
-    ("all_gather", "broadcast", "all_reduce", "barrier", "reduce_scatter", "all_to_all", "reduce", "gather", "scatter")
+    (
+        "all_gather",
+        "broadcast",
+        "all_reduce",
+        "barrier",
+        "reduce_scatter",
+        "all_to_all",
+        "reduce",
+        "gather",
+        "scatter",
+    )
 )
 
 TAGGED = frozenset({"gloo", "mpi"})
@@ -55,9 +66,9 @@ class Group(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Call:
     """A recorded call into torch.distributed, beside its event. `group`: the key in the trace's groups; `number`: its
-    place among the collectives of its group on this rank, or among the messages with its peer, from 0; None: as counted
-    from the events. `is_waited`: somebody waits, or has waited, for it. `shape`, `dtype`: of the tensor, if known; `file`,
-    `line`, `function`: the line of the user's code that called; `handling`: the exception that was being handled then."""
+    place among the collectives of its group on this rank; None: as counted from the events. `is_waited`: somebody
+    waits, or has waited, for it. `shape`, `dtype`: of the tensor, if known; `file`, `line`, `function`: of the user's
+    code that called."""
 
     group: str
     backend: str = ""
@@ -70,7 +81,6 @@ class Call:
     file: str = ""
     line: int = 0
     function: str = ""
-    handling: str = ""
 
     @property
     def place(self) -> str:
@@ -82,7 +92,6 @@ class Call:
         """For example `[128, 2, 64] float32`."""
         shape = f"[{', '.join(map(str, self.shape))}]" if self.shape else ""
         return f"{shape} {self.dtype}".strip()
-
 
 
 @dataclass(frozen=True, slots=True)

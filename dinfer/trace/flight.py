@@ -55,7 +55,7 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"it would make a {module}.{name}; only plain values are admitted")
 
-    def persistent_load(self, pid: Any) -> NoReturn:
+    def persistent_load(self, _: Any) -> NoReturn:
         raise pickle.UnpicklingError("it refers to something outside; only plain values are admitted")
 
 
@@ -129,7 +129,9 @@ def _ranks_of(dumps: list[tuple[Path, dict[str, Any]]]) -> list[int]:
         elif named:
             found.append(int(named[1]))
         else:
-            raise TraceError(f"{str(path)!r}: the name must end in the rank's number, such as nccl_trace_rank_0.")
+            raise TraceError(
+                f"{str(path)!r}: the name must end in the rank's number, such as nccl_trace_rank_0."
+            )
     if len(set(found)) < len(found):
         raise TraceError(f"two of the dumps are of one rank, by their names: ranks {sorted(found)}.")
     return found

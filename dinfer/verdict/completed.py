@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from dinfer.trace.events import COLLECTIVES, Event, Group
-from dinfer.verdict.matching import MatchedOps, RecordedOp
+from dinfer.verdict.matching import MAKING, MatchedOps, RecordedOp
 from dinfer.verdict.recorded import difference, full_text
 from dinfer.verdict.where import ranks_text, seconds_text
 
@@ -25,7 +25,7 @@ median; and these add up to that part of the time."""
 
 @dataclass(frozen=True)
 class OpFinding:
-    """One finding. `ranks`: the one to blame first; `line`: of the code that is to be looked at, such as `infer.py:31`."""
+    """One finding. `ranks`: the one to blame first; `line`: of the code to look at, such as `infer.py:31`."""
 
     kind: str
     ranks: tuple[int, ...]
@@ -44,7 +44,7 @@ class OpFinding:
 def findings_of_events(
     events: Iterable[Event], groups: Mapping[str, Group] | None = None, ended: Iterable[int] = ()
 ) -> list[OpFinding]:
-    """All findings, by kind. `ended`: the ranks whose programs have ended: what they have not done yet, they never do."""
+    """All findings. `ended`: the ranks whose programs have ended: what they have not done yet, they never do."""
     ops = MatchedOps(events, groups or {})
     over = set(ended)
     found = [
@@ -52,7 +52,7 @@ def findings_of_events(
         *_other_collectives(ops),
         *_never_received(ops, over),
         *_never_waited(ops, over),
-        *_uneven_groups(groups or {}, ops),
+        *_uneven_groups(ops),
         *_slow_ranks(ops),
     ]
     counts: defaultdict[str, int] = defaultdict(int)
@@ -107,9 +107,7 @@ def _mismatches(ops: MatchedOps) -> Iterator[OpFinding]:
                 yield _finding("other shape", (recv, send), text)
 
 
-def _is_odd_shape(
-    send: RecordedOp, recv: RecordedOp, pairs: Sequence[tuple[RecordedOp, RecordedOp]]
-) -> bool:
+def _is_odd_shape(send: RecordedOp, recv: RecordedOp, pairs: Sequence[tuple[RecordedOp, RecordedOp]]) -> bool:
     """Whether the shapes differ where those of most messages of the link, of other lines of code too, do not."""
     if None in (shapes := (_shape_of(send), _shape_of(recv))) or shapes[0] == shapes[1]:
         return False
@@ -154,9 +152,9 @@ def _never_received(ops: MatchedOps, over: set[int]) -> Iterator[OpFinding]:
     missing: defaultdict[object, list[RecordedOp]] = defaultdict(list)
     for rank in over:
         for op in ops.by_rank[rank]:
-            if op.channel and op.event.peer in over and op.event.call and ops.is_matchable(op):
-                if op.event.kind in ("send", "recv") and ops.other_end(op) is None:
-                    missing[op.channel, op.side].append(op)
+            is_message = op.event.kind in ("send", "recv") and op.event.call and ops.is_matchable(op)
+            if is_message and op.event.peer in over and ops.other_end(op) is None:
+                missing[op.channel, op.side].append(op)
     for found in missing.values():
         first = found[0]
         event, count = first.event, len(found)
@@ -204,11 +202,11 @@ def _other_collectives(ops: MatchedOps) -> Iterator[OpFinding]:
                 break
 
 
-def _uneven_groups(groups: Mapping[str, Group], ops: MatchedOps) -> Iterator[OpFinding]:
+def _uneven_groups(ops: MatchedOps) -> Iterator[OpFinding]:
     """Groups that not all ranks made: `new_group` is called by all ranks of the world, in one order."""
     for parts in ops.collectives():
         some = next(iter(parts.values()))
-        if some.event.kind != "new_group":
+        if some.event.kind not in MAKING:
             continue
         expected = set(ops.ranks_of(some))
         if absent := sorted(expected - set(parts)):
@@ -239,7 +237,7 @@ def _slow_ranks(ops: MatchedOps) -> Iterator[OpFinding]:
         is_often = len(late) >= SLOW_OPS and len(late) >= SLOW_SHARE * count
         if is_often and median(late) >= SLOW_LAG_S and sum(late) >= SLOW_PART * spent:
             text = (
-                f"rank {rank} is slow: it came last to {len(late)} of {count} collectives, {seconds_text(median(late))} "
-                "after the others in the median"
+                f"rank {rank} is slow: it came last to {len(late)} of {count} collectives, in the median "
+                f"{seconds_text(median(late))} after the others"
             )
             yield OpFinding("slow rank", (rank,), text)

@@ -14,6 +14,9 @@ from dinfer.trace.events import COLLECTIVES, QUEUED, TAGGED, Event, Group
 
 MESSAGES = frozenset({"send", "recv"})
 
+MAKING = frozenset({"init_group", "new_group"})
+"""all ranks of the world make a group together; that is no collective of a group, whose order it does not keep"""
+
 
 class Channel(NamedTuple):
     """What ops are numbered in: the messages from one rank to another, or the collectives of a group. `kind` is empty
@@ -65,7 +68,9 @@ class MatchedOps:
     def __init__(self, events: Iterable[Event], groups: Mapping[str, Group]) -> None:
         self.groups = groups
         self.by_rank: dict[int, list[RecordedOp]] = defaultdict(list)
-        self._by_channel: dict[Channel, dict[Side, dict[int, RecordedOp]]] = defaultdict(lambda: defaultdict(dict))
+        self._by_channel: dict[Channel, dict[Side, dict[int, RecordedOp]]] = defaultdict(
+            lambda: defaultdict(dict)
+        )
         self._any_source: set[tuple[str, int]] = set()
         """groups and ranks that receive from whoever sends first: there is no telling what they have received"""
         for event in sorted(events, key=_in_order):
@@ -87,15 +92,16 @@ class MatchedOps:
     def ranks_of(self, op: RecordedOp) -> list[int]:
         """The ranks of the op's group, or all ranks with events where that is unknown."""
         call = op.event.call
-        known = self.groups.get(call.group) if call else None
+        known = self.groups.get("" if op.event.kind in MAKING else call.group) if call else None
         return sorted(known.ranks if known else self.by_rank)
 
     def is_matchable(self, op: RecordedOp) -> bool:
         """Whether the other end of that message can be told."""
         call = op.event.call
-        return call is None or (call.group, op.event.peer if op.event.kind == "send" else op.event.rank) not in (
-            self._any_source
-        )
+        return call is None or (
+            call.group,
+            op.event.peer if op.event.kind == "send" else op.event.rank,
+        ) not in (self._any_source)
 
     def other_end(self, op: RecordedOp) -> RecordedOp | None:
         """Of a message, the op of the other rank, if that has been issued."""
@@ -150,7 +156,9 @@ def channel_of(event: Event) -> Channel | None:
         if call is None:
             return Channel(event.what, source, target)
         return Channel(call.group, source, target, call.tag if call.backend in TAGGED else 0, "message")
-    if event.kind in COLLECTIVES or event.kind == "new_group":
+    if event.kind in MAKING:
+        return Channel("", kind=event.kind)
+    if event.kind in COLLECTIVES:
         return Channel(call.group, kind="collective") if call else Channel(event.lane)
     return None
 

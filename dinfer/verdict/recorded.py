@@ -12,7 +12,7 @@ from math import inf
 
 from dinfer.trace.events import COLLECTIVES, Event, Group
 from dinfer.verdict.judge import judge
-from dinfer.verdict.matching import MESSAGES, MatchedOps, RecordedOp
+from dinfer.verdict.matching import MAKING, MESSAGES, MatchedOps, RecordedOp
 from dinfer.verdict.planned import busy
 from dinfer.verdict.signs import Signs
 from dinfer.verdict.verdict import Verdict
@@ -47,7 +47,7 @@ def event_text(event: Event) -> str:
     return f"{event.name} {'<-' if event.kind == 'recv' else '->'} {event.peer}"
 
 
-def place_text(event: Event, groups: Mapping[str, Group] | None = None) -> str:
+def place_text(event: Event) -> str:
     """Tensor, group, tag and line of a call, as far as they are known: `([4] float32, group tp) at infer.py:31`."""
     if (call := event.call) is None:
         return ""
@@ -97,12 +97,18 @@ class RecordedEvents:
             return verdict
         if verdict.kind == "cycle":
             # Who is in a collective has left out, or has no more, messages that the others wait for.
-            first = [wait.node.rank for wait in verdict.chain if self._open[wait.node].event.kind in COLLECTIVES]
+            first = [
+                wait.node.rank for wait in verdict.chain if self._open[wait.node].event.kind in COLLECTIVES
+            ]
             leader = min(first, default=verdict.ranks[0])
             others = (rank for rank in verdict.ranks if rank != leader)
             return replace(verdict, ranks=(leader, *others))
         sentence = verdict.sentence
-        if len(verdict.chain) > 1 and (waiting := self._open.get(verdict.chain[-2].node)) and waiting.event.call:
+        if (
+            len(verdict.chain) > 1
+            and (waiting := self._open.get(verdict.chain[-2].node))
+            and waiting.event.call
+        ):
             sentence += f": rank {waiting.event.rank} is in {full_text(waiting.event)}"
         alike = {
             wait.root.rank: wait.root
@@ -209,7 +215,8 @@ class RecordedEvents:
 
     def _unanswered(self, wait: Wait, op: RecordedOp, peer: int) -> Wait:
         """The other rank has not begun its end of this message."""
-        event, kind = op.event, "never sent" if op.event.kind == "recv" else "never received"
+        event = op.event
+        kind: HangKind = "never sent" if event.kind == "recv" else "never received"
         if self._mine(peer):
             text = wait.text
             if tagged := self._other_tag(op, peer):
@@ -234,9 +241,9 @@ class RecordedEvents:
         call = op.event.call
         for node in self._mine(peer):
             other = self._open[node].event
-            if call and other.call and {other.kind, op.event.kind} == MESSAGES and other.peer == op.event.rank:
-                if other.call.group == call.group and other.call.tag != call.tag:
-                    return other
+            is_end = {other.kind, op.event.kind} == MESSAGES and other.peer == op.event.rank
+            if is_end and call and other.call and other.call.group == call.group:
+                return other if other.call.tag != call.tag else None
         return None
 
     def _passed_by(self, wait: Wait, op: RecordedOp, met: RecordedOp | None) -> Wait:
@@ -270,9 +277,7 @@ class RecordedEvents:
                 return wait._replace(root=self._ripe(wait, self._differs(op, other, parts, wrong)))
         if event.kind in MESSAGES:
             assert event.peer is not None
-            source, target = (
-                (event.rank, event.peer) if event.kind == "send" else (event.peer, event.rank)
-            )
+            source, target = (event.rank, event.peer) if event.kind == "send" else (event.peer, event.rank)
             text = f"the link {source}→{target} does not carry {full_text(event)}: both ends are there"
             return wait._replace(root=self._carried(wait, event, Root("stalled link", source, text, target)))
         first = min(part.event.rank for part in parts)
@@ -371,7 +376,9 @@ class RecordedEvents:
         return (self._now - max(event.ready, event.start, event.met, event.end)) / 1e9
 
 
-SAME_BYTES = frozenset({"send", "recv", "all_reduce", "broadcast", "all_gather", "reduce_scatter", "reduce", "other"})
+SAME_BYTES = frozenset(
+    {"send", "recv", "all_reduce", "broadcast", "all_gather", "reduce_scatter", "reduce", "other"}
+)
 """kinds in which all ranks give or take as many bytes"""
 
 
@@ -392,6 +399,11 @@ def difference(one: Event, other: Event) -> tuple[HangKind, str] | None:
     if len(types) > 1 and one.kind in SAME_BYTES:
         return "other size", f"has another dtype: {both}"
     return None
+
+
+def _precedence(event: Event) -> int:
+    """Of the ranks in a cycle, whose op is to be looked at first."""
+    return 0 if event.kind in MAKING else 1 if event.kind in COLLECTIVES else 2
 
 
 def _nth(number: int) -> str:
