@@ -6,6 +6,7 @@ A call goes session → run → cluster → rank → engine → transport; what 
 The packages are floors of a house, bottom to top. A package imports only from floors below its own (pyproject.toml has
 the contract for import-linter; imports in functions and for types count too):
 
+- `watch`: what runs inside other people's processes, and what it writes; standard library and torch only.
 - `severity`, `version`; `errors`, `messages`: how grave a message is, the base of all errors, the messages between
   session and rank; standard library only.
 - `files`; `config`, `display`: files that are read within bounds and written beside others; a run's parameters,
