@@ -30,13 +30,15 @@ def explain_events(
     signs: Mapping[int, Signs] | None = None,
     now: int | None = None,
     groups: Mapping[str, Group] | None = None,
+    stuck_s: float = STUCK_S,
 ) -> Verdict:
     """Why a run with these events, open ones among them, does not move.
 
     `signs`: by rank, what else is known; what they say of lanes is ignored. `now`: nanoseconds on the events' clock;
-    None: the run has not moved since. `groups`: by the key that calls name, the process groups.
+    None: the run has not moved since. `groups`: by the key that calls name, the process groups. `stuck_s`: what should
+    go on by itself, and has not for so many seconds, counts as stuck.
     """
-    made = RecordedEvents(events, signs or {}, now, groups or {})
+    made = RecordedEvents(events, signs or {}, now, groups or {}, stuck_s)
     return made.told(judge(made.waits()))
 
 
@@ -72,8 +74,9 @@ class RecordedEvents:
         signs: Mapping[int, Signs],
         now: int | None,
         groups: Mapping[str, Group],
+        stuck_s: float = STUCK_S,
     ) -> None:
-        self._signs, self._now = signs, now
+        self._signs, self._now, self._stuck_s = signs, now, stuck_s
         self._ops = MatchedOps(events, groups)
         known = {rank for group in groups.values() for rank in group.ranks}
         self._ranks = sorted({*self._ops.by_rank, *signs, *known})
@@ -96,11 +99,9 @@ class RecordedEvents:
         if not verdict.is_hung:
             return verdict
         if verdict.kind == "cycle":
-            # Who is in a collective has left out, or has no more, messages that the others wait for.
-            first = [
-                wait.node.rank for wait in verdict.chain if self._open[wait.node].event.kind in COLLECTIVES
-            ]
-            leader = min(first, default=verdict.ranks[0])
+            # Who is in a collective has left out, or has no more, messages that the others wait for; who makes a group
+            # does so alone.
+            leader = min((_precedence(self._open[w.node].event), w.node.rank) for w in verdict.chain)[1]
             others = (rank for rank in verdict.ranks if rank != leader)
             return replace(verdict, ranks=(leader, *others))
         sentence = verdict.sentence
@@ -355,7 +356,7 @@ class RecordedEvents:
     def _busy(self, rank: int, text: str, still: float) -> Root:
         signs = self._signs.get(rank, NOBODY)
         frame = next((frame for frame in signs.frames.values() if not frame.waits), None)
-        if still < STUCK_S:
+        if still < self._stuck_s:
             return Root("moving", rank, text)
         if rank not in self._signs:
             return Root("stuck", rank, f"{text}, and nothing more is known of it")
@@ -363,11 +364,11 @@ class RecordedEvents:
 
     def _ripe(self, wait: Wait, root: Root) -> Root:
         """The root; "moving" as long as what is missing may still be on its way."""
-        return root if wait.still_s >= STUCK_S else root._replace(kind="moving")
+        return root if wait.still_s >= self._stuck_s else root._replace(kind="moving")
 
     def _carried(self, wait: Wait, event: Event, root: Root) -> Root:
         """As `_ripe`, for what needs its time on the wire."""
-        ripe = STUCK_S + event.bytes / SLOWEST_BYTES_PER_S
+        ripe = self._stuck_s + event.bytes / SLOWEST_BYTES_PER_S
         return root if wait.still_s >= ripe else root._replace(kind="moving")
 
     def _still(self, event: Event | None) -> float:

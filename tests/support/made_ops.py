@@ -40,7 +40,8 @@ class MadeOps:
         number = self._counts[rank]
         self._counts[rank] += 1
         began = int(1e9 * (1 + number if at is None else at))
-        ended = 0 if open else began + 1_000_000
+        waited = int(1e9 * given.pop("waited_at", began / 1e9))
+        ended = 0 if open else waited + 1_000_000
         group = given.pop("group", WORLD)
         shape = given.pop("shape", (4,))
         call = {
@@ -61,5 +62,5 @@ class MadeOps:
         )
         fields = {"bytes": size, **given}
         self.events.append(
-            Event(rank, "MainThread", kind, began, began, ended, ended, index=number, call=made, **fields)
+            Event(rank, "MainThread", kind, began, waited, ended, ended, index=number, call=made, **fields)
         )

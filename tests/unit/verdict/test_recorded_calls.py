@@ -105,9 +105,7 @@ def test_a_subgroup_that_one_rank_alone_creates() -> None:
     ops = MadeOps(2)
     ops.add(1, "new_group", open=True)
     ops.add(0, "all_reduce", open=True)
-    assert_verdict(
-        explained(ops), "cycle", (1, 0), "`new_group`", "`all_reduce`", "rank0.py:1", "rank1.py:1"
-    )
+    assert_verdict(explained(ops), "cycle", (1, 0), "`new_group`", "`all_reduce`", "rank0.py:1", "rank1.py:1")
 
 
 def test_messages_of_other_tags_do_not_meet_on_gloo_and_do_on_nccl() -> None:

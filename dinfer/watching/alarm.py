@@ -1,0 +1,39 @@
+"""When to say that a watched run hangs: once one verdict has stood for a while; never for what ends by itself."""
+
+from dinfer.verdict.verdict import Verdict
+from dinfer.watching.evidence import Evidence
+
+CONFIRM_S = 0.7
+"""for how long a verdict has to stand: the records of two ranks may be of different moments"""
+
+AT_ONCE = frozenset({"exception", "dead"})
+"""what does not come from comparing records of several ranks"""
+
+
+class Alarm:
+    """`standing`: the verdict that has been told and still holds."""
+
+    def __init__(self) -> None:
+        self.standing: Verdict | None = None
+        self._pending: tuple[tuple[str, tuple[int, ...]], float] | None = None
+
+    @property
+    def is_suspicious(self) -> bool:
+        """Whether stacks should be asked for."""
+        return self._pending is not None
+
+    def consider(self, evidence: Evidence, now: float) -> Verdict | None:
+        """The verdict that is to be told now; None if there is none, or it has been told. `now`: seconds."""
+        found = evidence.problem
+        if found is None or (found.kind == "dead" and not found.blocked):  # helpers may be killed at the end
+            self.standing = self._pending = None
+            return None
+        key = (found.kind, found.ranks)
+        if self._pending is None or self._pending[0] != key:
+            self._pending = (key, now)
+        told = self.standing and (self.standing.kind, self.standing.ranks) == key
+        is_due = now - self._pending[1] >= CONFIRM_S or found.kind in AT_ONCE
+        if told or not is_due:
+            return None
+        self.standing = found
+        return found
