@@ -62,8 +62,8 @@ def verify(
     file: Annotated[
         str,
         Argument(
-            help="a plan, as `dinfer plan` prints it; actions of torch.distributed.pipelining, a line a rank; or a trace "
-            "or watch folder; - reads standard input"
+            help="a plan, as `dinfer plan` prints it; actions of torch.distributed.pipelining, a line a rank; a "
+            "trace or watch folder; - reads standard input"
         ),
     ],
     as_json: Annotated[bool, Option("--json", help="print JSON")] = False,

@@ -1,9 +1,9 @@
 """Reads schedules of torch.distributed.pipelining as text, and says whether they would hang. Pure.
 
 A line for each rank, its actions between commas, as `_dump_csv` of a schedule writes them: `0F0` is the forward of
-stage 0 for micro-batch 0; B a backward, I and W one for inputs and for weights, `1SEND_F0` a send. A text with
-sends is judged as it is: a send waits for its recv, a recv is posted where it stands and waited for where its stage
-stage 0 for micro-batch 0; B a backward, I and W its parts for inputs and weights, `1SEND_F0` a send. A text with
+stage 0 for micro-batch 0; B a backward, I and W its parts for inputs and weights, `1SEND_F0` a send. A text with sends
+is judged as it is: a send waits for its recv, a recv is posted where it stands and waited for where its stage computes.
+A text without is judged by what computations need; and with each send after its computation, each recv before.
 """
 
 import re

@@ -276,6 +276,8 @@ class RecordedEvents:
         for other in others:
             if wrong := difference(event, other.event):
                 return wait._replace(root=self._ripe(wait, self._differs(op, other, parts, wrong)))
+        if event.kind in MESSAGES and (dropped := self._dropped(parts)):
+            return wait._replace(root=self._carried(wait, event, dropped))
         if event.kind in MESSAGES:
             assert event.peer is not None
             source, target = (event.rank, event.peer) if event.kind == "send" else (event.peer, event.rank)
@@ -284,6 +286,21 @@ class RecordedEvents:
         first = min(part.event.rank for part in parts)
         text = f"the link between all ranks does not carry {full_text(event)}: all are there"
         return wait._replace(root=self._carried(wait, event, Root("stalled link", first, text)))
+
+    def _dropped(self, parts: list[RecordedOp]) -> Root | None:
+        """The end of a message that nobody waits for: backends give up an op whose handle has been dropped."""
+        for part in parts:
+            call = part.event.call
+            if call and call.is_async and not call.is_waited:
+                other = next(op.event for op in parts if op is not part)
+                is_send = part.event.kind == "send"
+                text = (
+                    f"began {full_text(part.event)} and does not wait for it, which gives it up once its handle is "
+                    f"dropped; rank {other.rank} is in {full_text(other)}"
+                )
+                kind: HangKind = "never sent" if is_send else "never received"
+                return Root(kind, part.event.rank, text, other.rank)
+        return None
 
     def _differs(
         self, op: RecordedOp, other: RecordedOp, parts: list[RecordedOp], wrong: tuple[HangKind, str]
@@ -336,8 +353,9 @@ class RecordedEvents:
         if not behind:
             parts = [op, *filter(None, (self._ops.joined(op, rank) for rank in others))]
             return self._met(wait, op, parts)
-        where = f"of group {event.call.group}" if event.call else f"of lane {event.lane}"
-        text = f"{wait.text}, the collective {op.number} {where}, and waits for {ranks_text(behind)}"
+        where = f"group {event.call.group}" if event.call else f"lane {event.lane}"
+        nth = f", the {_nth(op.number)} of {where}," if event.kind not in MAKING else ""
+        text = f"{wait.text}{nth} and waits for {ranks_text(behind)}"
         gone = [rank for rank in behind if self._has_left(rank)]
         if gone and event.call:
             last = self._last(gone[0])

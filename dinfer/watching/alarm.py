@@ -10,6 +10,10 @@ AT_ONCE = frozenset({"exception", "dead"})
 """what does not come from comparing records of several ranks"""
 
 
+ENDS = frozenset({"exception", "dead", "lost peer"})
+"""what follows from a hang that has been told, by a time-out or by somebody's hand"""
+
+
 class Alarm:
     """`standing`: the verdict that has been told and still holds."""
 
@@ -25,6 +29,8 @@ class Alarm:
     def consider(self, evidence: Evidence, now: float) -> Verdict | None:
         """The verdict that is to be told now; None if there is none, or it has been told. `now`: seconds."""
         found = evidence.problem
+        if found and found.kind in ENDS and self.standing and self.standing.kind not in ENDS:
+            return None  # a hang is ended by killing it
         if found is None or (found.kind == "dead" and not found.blocked):  # helpers may be killed at the end
             self.standing = self._pending = None
             return None

@@ -1,6 +1,7 @@
 """Runs a command under watch: every Python process that it starts, at any depth, records its torch.distributed ops."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import TextIO
 from dinfer.display import takes_colour
 from dinfer.severity import Severity
 from dinfer.verdict.verdict import Verdict
+from dinfer.watch.zipped import watched_environment, write_zip
 from dinfer.watching.alarm import Alarm
 from dinfer.watching.evidence import Evidence, Watched
 
@@ -24,19 +26,13 @@ LOOK_S, SHARE = 0.25, 0.1
 LINES_S, TERMINAL_LINES_S = 5.0, 2.0
 """seconds between the lines about ranks, in a log and in a terminal"""
 
+ZIP = "probe.zip"
+"""in the folder: the probe, which the command's Python processes have on their path"""
+
+_DURATION = re.compile(r", for [\d.]+ m?s")
+
 NOT_STARTED = 127
 """exit status of a command that is not found, as a shell's"""
-
-
-def watched_environment(folder: Path, base: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment in which Python processes record what they do into the folder."""
-    from dinfer.watch.zipped import probe_path
-
-    found = dict(os.environ if base is None else base)
-    path = found.get("PYTHONPATH", "")
-    found["PYTHONPATH"] = f"{probe_path(folder)}{os.pathsep}{path}" if path else str(probe_path(folder))
-    found["DINFER_WATCH"] = str(folder.absolute())
-    return found
 
 
 class WatchedCommand:
@@ -57,6 +53,7 @@ class WatchedCommand:
         """Starts it. `output`: a file descriptor for its standard output and error. Raises OSError."""
         self.command, self.folder = list(command), folder
         folder.mkdir(parents=True, exist_ok=True)
+        probe = write_zip(folder.absolute() / ZIP)
         self.watched = Watched([folder], self.command)
         self.alarm, self._tell = Alarm(), tell
         self.evidence = Evidence(self.watched.look().trace)
@@ -65,7 +62,7 @@ class WatchedCommand:
         errors = subprocess.STDOUT if output is not None else None
         self.process = subprocess.Popen(
             self.command,
-            env={**watched_environment(folder), **(environment or {})},
+            env={**os.environ, **watched_environment(probe, folder), **(environment or {})},
             stdout=output,
             stderr=errors,
         )
@@ -129,8 +126,9 @@ class CommandLines:
             return
         self._at = time.monotonic()
         lines = [f"dinfer: rank {rank} {evidence.where(rank)}" for rank in evidence.ranks]
-        if lines != self._shown:
-            self._shown = lines
+        shown = [_DURATION.sub("", line) for line in lines]
+        if shown != self._shown:
+            self._shown = shown
             self.say("\n".join(lines))
 
     def verdict(self, verdict: Verdict) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from dinfer.display import Table
 from dinfer.errors import DinferError
-from dinfer.trace.events import Event, Group
+from dinfer.trace.events import COLLECTIVES, Event, Group
 from dinfer.trace.export import TraceError
 from dinfer.trace.findings import Findings, RankFinding, with_findings
 from dinfer.trace.flight import groups_of, is_dump, read_dumps
@@ -65,9 +65,8 @@ class Evidence:
 
     @cached_property
     def findings(self) -> list[OpFinding]:
-        ended = [rank for rank, its in self.signs.items() if its.phase == "done" or its.ended or its.raised]
-        over = ended if self.signs else []
-        return findings_of_events(self.trace.events, self.groups, over)
+        ended = [rank for rank, its in self.signs.items() if its.phase == "done"]
+        return findings_of_events(self.trace.events, self.groups, ended)
 
     @property
     def problem(self) -> Verdict | None:
@@ -137,7 +136,7 @@ class Evidence:
         """The collectives of each kind and group, with their bytes, seconds and waiting of all ranks together."""
         found: dict[tuple[str, str], dict[str, Any]] = {}
         for event in self.trace.events:
-            if event.call and event.end and event.kind not in ("send", "recv"):
+            if event.call and event.end and event.kind in COLLECTIVES:
                 one = found.setdefault(
                     (event.kind, event.call.group),
                     {

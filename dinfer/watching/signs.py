@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from dinfer.verdict.signs import Raised, Signs, StackFrame
-from dinfer.watch.probe.records import StacksTaken, ThreadLook, WatchedProcess
+from dinfer.watch.probe.records import RaisedError, StacksTaken, ThreadLook, WatchedProcess
 
 WINDOW_S = 2.0
 """over which CPU time is measured"""
@@ -132,7 +132,8 @@ def _ended(watched: WatchedProcess, pulse: ProcessPulse | None) -> tuple[str, st
 
 
 def _raised(watched: WatchedProcess) -> Raised | None:
-    error = watched.exception
+    """The exception that ended it or one of its threads, or that it handles while it waits in an op."""
+    error = watched.exception or _handled(watched)
     if error is None:
         return None
     lines = error.message.strip().splitlines() or [""]
@@ -140,6 +141,16 @@ def _raised(watched: WatchedProcess) -> Raised | None:
     is_lost = error.type.rpartition(".")[2] in _LOST_TYPES and bool(_LOST.search(error.message))
     return Raised(f"{error.type}: {lines[0]}", op=place, lane=error.thread, secondary=is_lost)
 
+
+def _handled(watched: WatchedProcess) -> RaisedError | None:
+    """The exception in whose handler the process waits."""
+    waiting = {op.seq for op in watched.ops[-50:] if not op.done_ns and (op.waited_ns or not op.is_async)}
+    found = watched.handled[-1] if watched.handled else None
+    return found if found and found.seq in waiting and found.type not in _USUAL else None
+
+
+_USUAL = frozenset({"StopIteration", "StopAsyncIteration", "GeneratorExit", "queue.Empty", "_queue.Empty"})
+"""exceptions by which loops end"""
 
 _LOST_TYPES = frozenset(
     {"RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError", "DistError"}

@@ -71,15 +71,21 @@ def test_both_ends_send_first() -> None:
     assert_verdict(explained(ops), "cycle", (0, 1), "rank0.py:1", "rank1.py:1")
 
 
-def test_an_isend_before_the_recv_is_no_cycle() -> None:
+def test_an_isend_before_the_recv_is_no_cycle_but_lost_if_nobody_waits_for_it() -> None:
     ops = MadeOps(2)
     for rank in (0, 1):
         ops.send(rank, 1 - rank, open=True, is_async=True, is_waited=False)
         ops.recv(rank, 1 - rank, open=True)
-    verdict = explained(ops)
-    assert_verdict(verdict, "stalled link", verdict.ranks, "both ends are there")
+    assert_verdict(explained(ops), "never sent", (0, 1), "does not wait for it", "rank0.py:1", "rank1.py:2")
     just_now = explain_events(ops.events, groups=ops.groups, now=int(2.5e9))
     assert just_now.kind == "moving"
+
+
+def test_a_link_that_does_not_carry_what_both_ends_wait_for() -> None:
+    ops = MadeOps(2)
+    ops.send(0, 1, open=True)
+    ops.recv(1, 0, open=True)
+    assert_verdict(explained(ops), "stalled link", (0,), "both ends are there")
 
 
 def test_a_send_to_oneself_by_group_rank() -> None:
