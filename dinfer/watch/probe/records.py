@@ -140,7 +140,7 @@ class ThreadLook(NamedTuple):
     frames: tuple[tuple[str, int, str, str], ...]
     """file, line, function and the line's text: those of user code first, then all others; the innermost first"""
     user_frames: int
-    """how many of the frames are user code: outside torch, the probe, dinfer and the standard library"""
+    """how many of the frames are user code: no installed package, no standard library, no torch, dinfer or probe"""
 
 
 class StacksTaken(NamedTuple):
@@ -154,7 +154,7 @@ class StacksTaken(NamedTuple):
 
 
 class RaisedError(NamedTuple):
-    """The exception that ended a process, or one of its threads."""
+    """An exception."""
 
     type: str
     message: str
@@ -199,6 +199,8 @@ class WatchedProcess:
     """how it ended by itself: `exit`, `os._exit(3)`, `exception`; None while it runs, and where it was killed"""
     exception: RaisedError | None = None
     """the last one that ended a thread or the process"""
+    handled: list[RaisedError] = field(default_factory=list)
+    """exceptions that were being handled while the process issued ops, each once: `seq` is the number of the first"""
     problems: list[str] = field(default_factory=list)
     """of the probe: what it could not see, and which of its parts switched themselves off"""
     heartbeat_ns: int = 0
@@ -207,7 +209,8 @@ class WatchedProcess:
     """layer and chunk that the process is in, as labels and layers' hooks say, between ops too"""
     stacks: list[StacksTaken] = field(default_factory=list)
     dump: int | None = None
-    """the signal on which it writes all threads' stacks into `HOST-PID.dump`, even while C code holds the GIL"""
+    """the signal on which it writes all threads' stacks into `HOST-PID.dump`, even while C code holds the GIL;
+    None: it has none, and a signal would end it"""
 
 
 # -- writing
@@ -279,6 +282,17 @@ class OpsWriter:
         if words[base] == commit and not words[base + DONE]:
             words[base + STATE] = _FAILED if failed else 0
             words[base + DONE] = now
+
+    def is_done(self, ticket: Ticket) -> bool:
+        """Whether the op's end is recorded, or the op has made room for another."""
+        words, base, commit = ticket
+        return words[base] != commit or words[base + DONE] != 0
+
+    def set_peer(self, ticket: Ticket, peer: int) -> None:
+        """The rank from which a receive from any rank has received."""
+        words, base, commit = ticket
+        if words[base] == commit:
+            words[base + _BODY_AT] = (words[base + _BODY_AT] & 0xFFFFFFFF) | (peer << 32)
 
     def beat(self, now: int) -> None:
         """A sign of life."""
@@ -409,8 +423,13 @@ class Records:
             self.lines, "group", lambda value: dict(zip(_GROUP_FIELDS, value[1:], strict=True))
         )
         self.places = Names(self.lines, "place", lambda value: dict(zip(_PLACE_FIELDS, value, strict=True)))
-        self.forms = Names(self.lines, "form", lambda value: {"shape": list(value[0]), "dtype": value[1]})
+        self.forms = Names(self.lines, "form", _form_fields)
         self.threads = Names(self.lines, "thread", lambda value: {"name": value[1], "ident": value[0]})
+
+
+def _form_fields(form: Any) -> dict[str, Any]:
+    shape, dtype = form
+    return {"shape": list(shape), "dtype": str(dtype).rpartition(".")[2]}
 
 
 _GROUP_FIELDS = ("name", "ranks", "backend", "description")
@@ -689,18 +708,13 @@ class _ProcessFiles:
         process.problems.append(line.text("text"))
 
     def _take_dump(self, line: "Fields", process: WatchedProcess) -> None:
-        process.dump = line.number("signal")
+        process.dump = line.optional("signal")
 
     def _take_exception(self, line: "Fields", process: WatchedProcess) -> None:
-        process.exception = RaisedError(
-            line.text("type"),
-            line.text("message"),
-            line.text("file"),
-            line.number("line"),
-            line.text("thread"),
-            line.number("at_ns") + process.clock,
-            line.number("seq"),
-        )
+        process.exception = _raised(line, process.clock)
+
+    def _take_handled(self, line: "Fields", process: WatchedProcess) -> None:
+        process.handled.append(_raised(line, process.clock))
 
     def _take_end(self, line: "Fields", process: WatchedProcess) -> None:
         process.ended = line.text("how")
@@ -727,6 +741,18 @@ _seq = attrgetter("seq")
 
 def _known(number: int) -> int | None:
     return None if number == NOTHING else number
+
+
+def _raised(line: "Fields", clock: int) -> RaisedError:
+    return RaisedError(
+        line.text("type"),
+        line.text("message"),
+        line.text("file"),
+        line.number("line"),
+        line.text("thread"),
+        line.number("at_ns") + clock,
+        line.number("seq"),
+    )
 
 
 def _fits(value: int) -> bool:

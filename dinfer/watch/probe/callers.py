@@ -1,0 +1,205 @@
+"""Who calls: the line of the first frame outside torch, the probe and dinfer, and what its variables say of layer and
+chunk.
+
+A look takes a few microseconds: what is known of a code object is kept. No user code runs, and no reference to a local
+variable stays behind.
+"""
+
+import os
+import sys
+import sysconfig
+import threading
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+from .records import NOTHING
+
+LAYER_NAMES = (
+    "layer_idx", "i_layer", "layer_id", "layer", "layer_index", "layer_num", "layer_number", "idx_layer", "l_idx",
+)  # fmt: skip
+CHUNK_NAMES = (
+    "chunk_idx", "i_chunk", "chunk_id", "chunk", "chunk_index", "chunk_num", "micro_batch", "microbatch", "mb",
+    "mb_idx", "mb_index", "mb_id", "i_mb", "micro_batch_idx", "micro_batch_id", "micro_batch_index", "microbatch_idx",
+    "microbatch_id", "microbatch_index",
+)  # fmt: skip
+
+USER_FRAMES = 6
+"""So many of the caller's own frames are searched for a layer and a chunk."""
+DEEPEST = 60
+
+_OPTIMIZED = 0x1
+_LIVE_LOCALS = sys.version_info >= (3, 13)
+_SEPARATOR = os.sep
+
+_own = os.path.dirname(os.path.abspath(__file__)) + _SEPARATOR
+_standard = tuple(sysconfig.get_paths()[key] + _SEPARATOR for key in ("stdlib", "platstdlib"))
+
+USER, LIBRARY, STANDARD, INTERNAL = range(4)
+"""Whose code it is: the user's, an installed package's, Python's, or torch's, the probe's and dinfer's."""
+
+
+def _internal_folders() -> tuple[str, ...]:
+    found = [_own]
+    for name in ("torch", "dinfer"):
+        package = sys.modules.get(name)
+        file = getattr(package, "__file__", None)
+        if file:
+            found.append(os.path.dirname(os.path.abspath(file)) + _SEPARATOR)
+    return tuple(found)
+
+
+def whose(file: str) -> int:
+    """Whose code a file is."""
+    if file.startswith("<frozen ") or file.startswith(_internal_folders()):
+        return INTERNAL
+    if f"{_SEPARATOR}site-packages{_SEPARATOR}" in file or f"{_SEPARATOR}dist-packages{_SEPARATOR}" in file:
+        return LIBRARY
+    return STANDARD if file.startswith(_standard) else USER
+
+
+class _Code:
+    """What is known of a code object."""
+
+    __slots__ = (
+        "blocking",
+        "chunks",
+        "code",
+        "flag",
+        "internal",
+        "layers",
+        "optimized",
+        "owner",
+        "places",
+        "standard",
+    )
+
+    def __init__(self, code: CodeType) -> None:
+        self.code = code  # so that its id is not used again
+        whose_code = whose(code.co_filename)
+        self.internal, self.standard = whose_code == INTERNAL, whose_code == STANDARD
+        self.optimized = bool(code.co_flags & _OPTIMIZED)
+        names = (
+            {*code.co_varnames, *code.co_cellvars, *code.co_freevars} if self.optimized else {*code.co_names}
+        )
+        self.layers = tuple(name for name in LAYER_NAMES if name in names)
+        self.chunks = tuple(name for name in CHUNK_NAMES if name in names)
+        self.owner = "self" in names
+        is_c10d = self.internal and code.co_filename.endswith("distributed_c10d.py")
+        self.blocking = is_c10d and code.co_name in ("send", "recv")
+        self.flag = is_c10d and "async_op" in names
+        self.places: dict[int, tuple[str, int, str]] = {}
+
+
+class Caller(NamedTuple):
+    """Where an op was called."""
+
+    place: tuple[str, int, str]
+    """file, line, function"""
+    layer: int
+    chunk: int
+    """NOTHING where unknown"""
+    blocking: bool
+    """by torch.distributed's `send` or `recv`, which wait"""
+    async_op: Any
+    """what the caller of a collective gave for `async_op`; None if it was not asked for, or is not there"""
+
+
+_codes: dict[int, _Code] = {}
+_MOST_CODES = 20_000
+
+
+def _known(code: CodeType) -> _Code:
+    found = _codes.get(id(code))
+    if found is None:
+        if len(_codes) > _MOST_CODES:
+            _codes.clear()
+        found = _codes[id(code)] = _Code(code)
+    return found
+
+
+def caller(frame: FrameType | None, want_async: bool = False, want_labels: bool = True) -> Caller:
+    """Look from `frame` outwards."""
+    layer = chunk = NOTHING
+    place: tuple[str, int, str] | None = None
+    outermost, blocking, async_op = ("", 0, ""), False, None
+    mine = deep = 0
+    while frame is not None and deep < DEEPEST:
+        deep += 1
+        code = _codes.get(id(frame.f_code)) or _known(frame.f_code)
+        if code.internal:
+            if place is None:
+                if code.blocking:
+                    blocking = True
+                elif want_async and code.flag and async_op is None:
+                    async_op = _local(frame, code, ("async_op",))
+        elif code.standard:
+            outermost = _place(frame, code)
+        else:
+            if place is None:
+                place = _place(frame, code)
+                if not want_labels:
+                    break
+            if layer == NOTHING and (code.layers or code.owner):
+                layer = _number(frame, code, code.layers, code.owner)
+            if chunk == NOTHING and code.chunks:
+                chunk = _number(frame, code, code.chunks, False)
+            mine += 1
+            if mine == USER_FRAMES or (layer != NOTHING and chunk != NOTHING):
+                break
+        frame = frame.f_back
+    return Caller(place or outermost, layer, chunk, blocking, async_op)
+
+
+def _place(frame: FrameType, code: _Code) -> tuple[str, int, str]:
+    line = frame.f_lineno or 0
+    found = code.places.get(line)
+    if found is None:
+        found = code.places[line] = (code.code.co_filename, line, code.code.co_name)
+    return found
+
+
+def _number(frame: FrameType, code: _Code, names: tuple[str, ...], owner: bool) -> int:
+    """The first of these variables that is a number; if none is, the layer that `self` says it is."""
+    found = _local(frame, code, names, owner)
+    return NOTHING if found is None else int(found)
+
+
+def _local(frame: FrameType, code: _Code, names: tuple[str, ...], owner: bool = False) -> Any:
+    # Before 3.13 the variables of a function come as a copy that the frame keeps: emptied, lest it keep tensors alive.
+    # But not where the user's own `locals()` holds the same copy.
+    found = frame.f_locals
+    try:
+        for name in names:
+            value = found.get(name)
+            if (type(value) is int or (type(value) is bool and name == "async_op")) and _fits(value):
+                return value
+        if owner:
+            return _layer_of(found.get("self"))
+        return None
+    finally:
+        if not _LIVE_LOCALS and code.optimized and sys.getrefcount(found) <= 3:
+            found.clear()
+
+
+def _fits(value: int) -> bool:
+    return NOTHING < value < 2**31
+
+
+def _layer_of(owner: Any) -> int | None:
+    """The number that a module has as its layer's, found without running its code."""
+    try:
+        attributes = object.__getattribute__(owner, "__dict__")
+    except AttributeError:
+        return None
+    for name in ("layer_idx", "layer_id", "layer_number"):
+        value = attributes.get(name)
+        if type(value) is int and _fits(value):
+            return value
+    return None
+
+
+def thread_name() -> tuple[int, str]:
+    """Number and name of the current thread, without making an object for one that Python does not know."""
+    ident = threading.get_ident()
+    thread = threading._active.get(ident)  # type: ignore[attr-defined]
+    return ident, thread.name if thread is not None else f"thread {ident}"

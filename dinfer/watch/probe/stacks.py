@@ -1,0 +1,54 @@
+"""Where the threads of this process stand in Python: as Python says, or, where C code holds the GIL, as C code writes
+it on a signal."""
+
+import faulthandler
+import linecache
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from .callers import DEEPEST, USER, whose
+
+
+def thread_stacks() -> list[dict[str, Any]]:
+    """All threads but the calling one, the main thread first, as lines of the files have them."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    main, own = threading.main_thread().ident, threading.get_ident()
+    frames = sorted(sys._current_frames().items(), key=lambda item: item[0] != main)
+    return [
+        _look(ident, names.get(ident, f"thread {ident}"), frame) for ident, frame in frames if ident != own
+    ]
+
+
+DUMP_SIGNAL = getattr(signal, "SIGUSR2", None)
+
+
+def dump_on_signal(path: Path) -> int | None:
+    """From now on this process writes all threads' stacks into the file when it gets the signal that this returns.
+    None where somebody else uses the signal: then it must not be sent."""
+    if DUMP_SIGNAL is None or signal.getsignal(DUMP_SIGNAL) != signal.SIG_DFL:
+        return None
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    faulthandler.register(DUMP_SIGNAL, descriptor, all_threads=True)
+    return int(DUMP_SIGNAL)
+
+
+def dumps_still() -> bool:
+    """Whether the signal still does that: the program may have taken it since."""
+    return DUMP_SIGNAL is not None and signal.getsignal(DUMP_SIGNAL) == signal.SIG_DFL
+
+
+def _look(ident: int, name: str, frame: FrameType | None) -> dict[str, Any]:
+    mine: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    while frame is not None and len(mine) + len(others) < DEEPEST:
+        file, line = frame.f_code.co_filename, frame.f_lineno or 0
+        text = linecache.getline(file, line, frame.f_globals).strip()[:200]
+        found = {"file": file, "line": line, "function": frame.f_code.co_name, "text": text}
+        (mine if whose(file) == USER else others).append(found)
+        frame = frame.f_back
+    return {"name": name, "ident": ident, "frames": mine + others, "user_frames": len(mine)}

@@ -1,0 +1,240 @@
+"""Starts the probe in this process: at once where torch.distributed is there already, else once it is imported."""
+
+import os
+import sys
+from functools import wraps
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .endings import Endings
+from .imports import ImportWatch
+from .labels import enter_module
+from .recorder import NO_GROUP, Recorder
+from .records import NOTHING
+from .stacks import dump_on_signal, dumps_still
+from .thread import ProbeThread
+from .works import Works
+
+VARIABLE = "DINFER_WATCH"
+_C10D = "torch.distributed.distributed_c10d"
+
+
+class Probe:
+    """What watches this process."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.recorder = Recorder(Path(folder).absolute(), on_open=self._on_open, on_fork=self._on_fork)
+        self._works = Works(self.recorder)
+        self._hook: Any = None
+        self._dump: int | None = None
+        self._thread: ProbeThread | None = None
+        self._restore: list[tuple[Any, str, Any, Any]] = []
+        self._imports = ImportWatch()
+        self._endings = Endings(self.recorder, self._imports, self._stop_thread)
+        self._imports.add(_C10D, self._found_c10d)
+        self._imports.add("transformers.modeling_layers", self._found_layers)
+
+    def stop(self) -> None:
+        """Watch no more, and leave torch as it was. What was recorded stays."""
+        self._stop_thread()
+        self._imports.remove()
+        self._endings.remove()
+        if self._hook is not None:
+            self._hook.remove()
+            self._works.unpatch()
+        for owner, name, by, before in reversed(self._restore):
+            if getattr(owner, name, None) is by:
+                setattr(owner, name, before)
+        self._works.clear()
+        self.recorder.close()
+
+    def _on_open(self) -> None:
+        self._thread = ProbeThread(self.recorder, self._works, self._check_dump)
+        self._say_dump()
+
+    def _say_dump(self) -> None:
+        records = self.recorder.records
+        try:
+            if records is not None:
+                self._dump = dump_on_signal(self.recorder.folder / f"{records.name}.dump")
+                if self._dump is not None:
+                    records.lines.write("dump", signal=self._dump)
+        except (OSError, ValueError, RuntimeError) as error:
+            self.recorder.problem(f"no stacks while C code holds the GIL: {error}")
+
+    def _check_dump(self) -> None:
+        records = self.recorder.records
+        if self._dump is not None and records is not None and not dumps_still():
+            self._dump = None
+            records.lines.write("dump", signal=None)
+
+    def _on_fork(self) -> None:
+        self._thread = None  # threads are not forked; the first op starts one
+        self._works.clear()
+
+    def _stop_thread(self) -> None:
+        thread, self._thread = self._thread, None
+        self.recorder.find_groups()
+        if thread is not None:
+            thread.stop()
+
+    # -- torch.distributed
+
+    def _found_c10d(self, c10d: ModuleType) -> None:
+        try:
+            package = sys.modules.get("torch.distributed")
+            for name, make in (("init_process_group", self._initialising), ("new_group", self._making_group)):
+                before = getattr(c10d, name)
+                by = make(before)
+                for owner in (c10d, package):
+                    if getattr(owner, name, None) is before:
+                        setattr(owner, name, by)
+                        self._restore.append((owner, name, by, before))
+            if c10d.is_initialized():
+                self._hook_ops()
+                self.recorder.find_groups()
+        except Exception as error:
+            self.recorder.switch_off("finding torch.distributed", error)
+
+    def _hook_ops(self) -> None:
+        """When the first group is made: then torch is imported as a whole."""
+        if self._hook is not None or self.recorder.is_off:
+            return
+        try:
+            import torch
+
+            from .kernels import KernelHook
+
+            self._works.patch()
+            self._hook = KernelHook(self.recorder, self._works)
+            self.recorder.say_hook(self._hook.name, torch.__version__)
+        except Exception as error:
+            self.recorder.switch_off("seeing ops", error)
+
+    def _initialising(self, before: Any) -> Any:
+        @wraps(before)
+        def init_process_group(*args: Any, **options: Any) -> Any:
+            self._hook_ops()
+            pending = self.recorder.issued(
+                "init_group", NO_GROUP, NOTHING, NOTHING, (), False, sys._getframe(1)
+            )
+            return self._made(pending, before, args, options)
+
+        return init_process_group
+
+    def _making_group(self, before: Any) -> Any:
+        @wraps(before)
+        def new_group(*args: Any, **options: Any) -> Any:
+            pending = None
+            if not self.recorder.is_off:
+                try:
+                    group = self._wanted(args, options)
+                    pending = self.recorder.issued(
+                        "new_group", group, NOTHING, NOTHING, (), False, sys._getframe(1)
+                    )
+                except Exception as error:
+                    self.recorder.switch_off("seeing new groups", error)
+            return self._made(pending, before, args, options)
+
+        return new_group
+
+    def _wanted(self, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        ranks = options.get("ranks", args[0] if args else None)
+        if ranks is None:
+            ranks = range(sys.modules[_C10D].get_world_size())
+        backend = options.get("backend", args[2] if len(args) > 2 else None)
+        return self.recorder.future_group(tuple(int(rank) for rank in ranks), str(backend or ""))
+
+    def _made(self, pending: Any, before: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if pending is None:
+            return before(*args, **options)
+        self.recorder.waiting(pending, sys._getframe(2))
+        try:
+            result = before(*args, **options)
+        except BaseException as error:
+            self.recorder.done(pending, error)
+            raise
+        self.recorder.done(pending)
+        self.recorder.find_groups()
+        return result
+
+    # -- transformers
+
+    def _found_layers(self, module: ModuleType) -> None:
+        try:
+            import torch
+
+            kind = getattr(module, "GradientCheckpointingLayer", None)
+            if kind is None:  # an older transformers
+                return
+            by = _within_layer(kind.__call__, torch.compiler.is_compiling)
+            if "__call__" in vars(kind):
+                self._restore.append((kind, "__call__", by, vars(kind)["__call__"]))
+            else:
+                self._restore.append((kind, "__call__", by, torch.nn.Module.__call__))
+            kind.__call__ = by
+        except Exception as error:
+            self.recorder.problem(f"layers of transformers are not told apart: {error}")
+
+
+def _within_layer(call: Any, is_compiling: Any) -> Any:
+    """Calls a decoder layer, and says meanwhile which one it is. A compiler must not see that."""
+
+    @wraps(call)
+    def called(layer: Any, *args: Any, **options: Any) -> Any:
+        if is_compiling():
+            return call(layer, *args, **options)
+        number = _layer_number(layer)
+        if number is None:
+            return call(layer, *args, **options)
+        before = enter_module(number)
+        try:
+            return call(layer, *args, **options)
+        finally:
+            enter_module(before)
+
+    return called
+
+
+def _layer_number(layer: Any) -> int | None:
+    """`layer_idx` of a decoder layer, or of one of its parts."""
+    attributes = vars(layer)
+    found = attributes.get("layer_idx")
+    if found is None:
+        parts = attributes.get("_modules", {}).values()
+        found = next((vars(part)["layer_idx"] for part in parts if "layer_idx" in vars(part)), None)
+    return found if type(found) is int else None
+
+
+current: Probe | None = None
+"""The probe of this process."""
+
+
+def start(folder: str | Path) -> Probe:
+    """Watch this process from now on, and what it forks; its files go into `folder`. A second call changes nothing."""
+    global current
+    if current is None:
+        current = Probe(folder)
+    return current
+
+
+def stop() -> None:
+    """Watch this process no more."""
+    global current
+    if current is not None:
+        current.stop()
+    current = None
+
+
+def start_from_environment() -> None:
+    """Watch this process if DINFER_WATCH names a folder. Never raises."""
+    folder = os.environ.get(VARIABLE)
+    if folder:
+        try:
+            start(folder)
+        except Exception as error:
+            print(
+                f"dinfer: process {os.getpid()} is not watched: {type(error).__name__}: {error}",
+                file=sys.stderr,
+            )
