@@ -11,7 +11,7 @@ from dinfer.cluster.ipyparallel.cluster import Cluster
 from dinfer.cluster.ipyparallel.facts import own_loopback
 from dinfer.cluster.link import Link
 from dinfer.cluster.ranks import LOST, STOPPED_S, Ranks, answers
-from dinfer.errors import NoAnswer
+from dinfer.errors import NoAnswer, NotPossible
 from dinfer.messages import EndPrompt, Holder, OrphanRule, StoreAddress
 from dinfer.transport.interface import LOOPBACK, own_address_towards
 
@@ -84,6 +84,14 @@ class EngineRanks(Link, Ranks):
     def listen_for_debugger(self, rank: int, port: int) -> tuple[str, int]:
         call = "dinfer.rank.kernel:listen_for_debugger"
         return self.cluster.facts[rank].host, self.cluster.call(rank, call, port, timeout=START_S)[0]
+
+    def watch(self, folder: str) -> None:
+        if len(hosts := {facts.host for facts in self.cluster.facts}) > 1:
+            raise NotPossible(
+                f"the engines are on {len(hosts)} hosts, and records are read on one: start programs there with "
+                "DINFER_WATCH=folder, and give `dinfer explain` the folders."
+            )
+        self.cluster.call(None, "dinfer.rank.kernel:watch", folder, timeout=START_S)
 
     def close(self) -> None:
         if not self.cluster.started_by_us and not any(state.handed_on for state in self.ranks):

@@ -187,9 +187,9 @@ def block_text(what: str, chunk: int | None, layer: int | None) -> str:
 
 
 def prefill_events(events: Iterable[Event]) -> Iterator[Event]:
-    """The events of prefill's ops, without those of decode and those of checks."""
+    """The events of prefill's ops that have ended, without those of decode and those of checks."""
     apart = ("decode", "check", "corrupt", "nonfinite")
-    return (event for event in events if event.what != "token" and event.kind not in apart)
+    return (event for event in events if event.end and event.what != "token" and event.kind not in apart)
 
 
 def event_of(
@@ -203,7 +203,7 @@ def event_of(
 
 
 def pairs(events: Iterable[Event]) -> list[tuple[Event | None, Event | None]]:
-    """The send and the recv of each message of prefill; None for one that is not among the events.
+    """The send and the recv of each message of prefill; None for one that has not ended, or is not among the events.
 
     The nth send of a block on a link belongs to its nth recv: after the run went back, a block travels again.
     """
@@ -212,7 +212,7 @@ def pairs(events: Iterable[Event]) -> list[tuple[Event | None, Event | None]]:
     """by side and block: how often it has travelled before"""
     link: tuple[int | None, int | None]
     for event in events:
-        if event.kind not in ("send", "recv") or event.peer is None or event.what == "token":
+        if event.kind not in ("send", "recv") or event.peer is None or event.what == "token" or not event.end:
             continue
         side = int(event.kind == "recv")
         link = (event.peer, event.rank) if side else (event.rank, event.peer)

@@ -25,6 +25,10 @@ SLOWEST_BYTES_PER_S = 2e6
 """a message that both ends are at counts as stuck only once it has had the time that it takes at this rate"""
 
 
+START_S = 30.0
+"""A rank that has begun nothing may take so much longer: programs import and load before they meet."""
+
+
 def explain_events(
     events: Iterable[Event],
     signs: Mapping[int, Signs] | None = None,
@@ -139,9 +143,13 @@ class RecordedEvents:
             text = f"has ended, after {full_text(last)}" if last else "has ended"
             root = root or Root("done", rank, text)
         is_through = not self._open
-        still = self._still(last)
+        still = self._still(last) if last or self._now is None else self._waited() - START_S
         root = root or (Root("done", rank, text) if is_through else self._busy(rank, text, still))
         return Wait(Node(rank), root.text, still, root=root)
+
+    def _waited(self) -> float:
+        """For how long others have waited for a rank that has begun nothing yet: programs may take long to start."""
+        return max((self._still(op.event) for op in self._open.values()), default=0.0)
 
     def _broken_by(self, rank: int) -> Root | None:
         """What is wrong with a rank as a whole."""
@@ -152,7 +160,8 @@ class RecordedEvents:
             waits = f"; it now waits in its handler{at}" if at and not signs.ended else ""
             return Root("exception", rank, f"raised {signs.raised.message}{where}{waits}")
         if signs.ended:
-            return Root("dead", rank, f"{signs.ended}{at}")
+            last = self._last(rank)
+            return Root("dead", rank, f"{signs.ended}{at or (last and f', after {full_text(last)}') or ''}")
         if signs.is_stopped:
             return Root("stopped", rank, f"is stopped by a signal or a debugger{at}")
         return (

@@ -3,7 +3,7 @@
 from dinfer.verdict.verdict import Verdict
 from dinfer.watching.evidence import Evidence
 
-CONFIRM_S = 0.7
+CONFIRM_S = 0.6
 """for how long a verdict has to stand: the records of two ranks may be of different moments"""
 
 AT_ONCE = frozenset({"exception", "dead"})
@@ -31,7 +31,7 @@ class Alarm:
         found = evidence.problem
         if found and found.kind in ENDS and self.standing and self.standing.kind not in ENDS:
             return None  # a hang is ended by killing it
-        if found is None or (found.kind == "dead" and not found.blocked):  # helpers may be killed at the end
+        if found is None or (found.kind == "dead" and not _is_missed(found, evidence)):
             self.standing = self._pending = None
             return None
         key = (found.kind, found.ranks)
@@ -43,3 +43,10 @@ class Alarm:
             return None
         self.standing = found
         return found
+
+
+def _is_missed(found: Verdict, evidence: Evidence) -> bool:
+    """Whether others wait for a rank that died, or have lost their connection to it. A program may also kill its own
+    helpers at its end."""
+    others = (its for rank, its in evidence.signs.items() if rank not in found.ranks)
+    return bool(found.blocked) or any(its.raised for its in others)

@@ -3,6 +3,7 @@
 It comes from folders that watched processes write to (`Watched`), from traces, or from flight-recorder dumps (`read`).
 """
 
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -22,17 +23,29 @@ from dinfer.trace.read import read_traces
 from dinfer.trace.trace import Trace
 from dinfer.verdict.completed import OpFinding, findings_of_events
 from dinfer.verdict.recorded import explain_events, full_text
-from dinfer.verdict.signs import Raised, Signs
+from dinfer.verdict.signs import Raised, Signs, StackFrame
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.where import seconds_text
 from dinfer.watch.probe.records import Reader, RecordsError, WatchedProcess, ask_stacks
 from dinfer.watching.events import ranks_of, trace_of
-from dinfer.watching.signs import ProcessPulse, as_plain, of_plain, pulse_of, signs_of, stack_text
+from dinfer.watching.signs import (
+    MAIN,
+    ProcessPulse,
+    as_plain,
+    dumped_frame,
+    of_plain,
+    pulse_of,
+    signs_of,
+    stack_text,
+)
 
 SIGNS, HOSTS, NOW = "signs", "hosts", "looked_ns"
 """keys of a trace's `about`: what was known of the ranks when it ended, where they ran, and when that was"""
 
-STUCK_S = 4.0
+MOST_DUMPED = 1 << 18
+"""characters of a dump of stacks that are read, the last"""
+
+STUCK_S = 3.5
 """what should go on by itself, and has not for so long, is stuck: a verdict is to come within 5 s"""
 
 FAILED_TOGETHER_NS = 200_000_000
@@ -223,6 +236,8 @@ class Watched:
         self._pulses: dict[tuple[Path, str], ProcessPulse] = {}
         self._asked: dict[tuple[Path, str], float] = {}
         self._places: dict[int, tuple[Path, WatchedProcess]] = {}
+        self._mute: set[int] = set()
+        self._dumped: set[tuple[Path, str]] = set()
         self.unreadable: list[str] = []
 
     def look(self, *, live: bool = True) -> Evidence:
@@ -247,6 +262,11 @@ class Watched:
             self._places[rank] = (key[0], process)
         trace = trace_of(ranks, self._command)
         signs = {rank: _fresh(its, ranks[rank]) for rank, its in signs.items()}
+        self._mute = {rank for rank, its in signs.items() if its.answers is False}
+        for rank in self._mute:
+            folder, process = self._places[rank]
+            if (folder, process.name) in self._dumped and (frame := self._dump_frame(folder, process)):
+                signs[rank] = replace(signs[rank], frames={MAIN: frame})
         return Evidence(trace, told_apart(signs, ranks, self._gone(ranks, owners)), now_ns, ranks)
 
     def _pulse(self, key: tuple[Path, str], process: WatchedProcess, now: float) -> ProcessPulse:
@@ -273,6 +293,17 @@ class Watched:
                 self._asked[key] = now
                 with suppress(RecordsError):  # it is just ending
                     ask_stacks(folder, process)
+                if rank in self._mute and process.dump is not None and key not in self._dumped:
+                    self._dumped.add(key)  # Python does not answer; C code does, on a signal
+                    with suppress(OSError):
+                        os.kill(process.pid, process.dump)
+
+    def _dump_frame(self, folder: Path, process: WatchedProcess) -> StackFrame | None:
+        try:
+            text = (folder / f"{process.name}.dump").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+        return dumped_frame(text[-MOST_DUMPED:])
 
 
 def _fresh(signs: Signs, process: WatchedProcess) -> Signs:

@@ -1,5 +1,6 @@
 """What is known of a watched process beside its ops: whether it lives, computes, is stopped, and where it stands."""
 
+import linecache
 import os
 import re
 import socket
@@ -20,7 +21,7 @@ CPU_SHARE = 0.1
 """of one core: a process that waits uses less, probe and all"""
 
 RUNNABLE = 0.5
-"""of the looks: a process that was found runnable in more computes, however little CPU time it gets"""
+"""of the looks: a process that was found runnable, or at a disk, in more computes, however little CPU time it gets"""
 
 MUTE_S = 3.0
 """A heart beats four times a second. One that has not for so long is stopped, or C code holds its interpreter."""
@@ -67,7 +68,8 @@ class ProcessPulse:
             return
         is_stopped = status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
         self.stopped_since = (self.stopped_since or now) if is_stopped else None
-        self.samples.append(_Sample(now, times.user + times.system, status == psutil.STATUS_RUNNING))
+        is_busy = status in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
+        self.samples.append(_Sample(now, times.user + times.system, is_busy))
         while len(self.samples) > 2 and now - self.samples[1].at > WINDOW_S:
             self.samples.popleft()
 
@@ -102,7 +104,7 @@ def signs_of(
     is. `pulse`: None where the process is of another host, or of a record."""
     ended, phase = _ended(watched, pulse)
     is_alive = not ended and phase != "done"
-    beat_s = (now_ns - watched.heartbeat_ns) / 1e9 if now_ns and watched.heartbeat_ns else 0.0
+    beat_s = (now_ns - _last_sign(watched)) / 1e9 if now_ns else 0.0
     stopped = pulse is not None and pulse.stopped_since is not None and now - pulse.stopped_since >= 0.3
     answers = None if not is_alive or stopped or now_ns is None else beat_s < MUTE_S
     frames = frames_of(watched.stacks[-1]) if watched.stacks and is_alive else {}
@@ -115,6 +117,12 @@ def signs_of(
         raised=_raised(watched),
         frames=frames,
     )
+
+
+def _last_sign(watched: WatchedProcess) -> int:
+    """When the process was last known to run Python, in nanoseconds since the epoch."""
+    ops = (max(op.issued_ns, op.done_ns) for op in watched.ops[-50:])
+    return max(watched.heartbeat_ns, watched.started_ns, *ops, 0)
 
 
 def _ended(watched: WatchedProcess, pulse: ProcessPulse | None) -> tuple[str, str]:
@@ -171,6 +179,24 @@ def _frame(thread: ThreadLook) -> StackFrame | None:
         return None
     file, line, function, text = thread.frames[0]
     return StackFrame(file, line, function, text)
+
+
+_DUMPED = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
+_HEAD = re.compile(r"^(?:Current thread|Thread) 0x[0-9a-f]+.*$", re.MULTILINE)
+_NOT_OF_USERS = ("/torch/", "/dinfer/watch/", "dinfer_probe", "/lib/python3", "<frozen")
+
+
+def dumped_frame(text: str) -> StackFrame | None:
+    """Of what faulthandler has written, where the main thread's user code stands: the last thread that has any."""
+    found = None
+    for thread in _HEAD.split(text)[1:]:
+        for file, line, function in _DUMPED.findall(thread):
+            if "site-packages" in file or not any(part in file for part in _NOT_OF_USERS):
+                if any(part in file for part in _NOT_OF_USERS[:3]):
+                    continue
+                found = StackFrame(file, int(line), function, linecache.getline(file, int(line)).strip())
+                break
+    return found
 
 
 def stack_text(taken: StacksTaken) -> str:

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,16 @@ def torchrun(program: str, *arguments: str, n: int = 2) -> list[str]:
 def watch(command: Sequence[str], folder: Path, *options: str) -> WatchedRun:
     """Run a command under watch. Once it is said to hang, the command is ended by SIGTERM, as a user would."""
     told = folder / "told.json"
-    watching = [sys.executable, "-m", "dinfer.cli", "watch", "--folder", str(folder / "watch"), "--json", str(told)]
+    watching = [
+        sys.executable,
+        "-m",
+        "dinfer.cli",
+        "watch",
+        "--folder",
+        str(folder / "watch"),
+        "--json",
+        str(told),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     environment["PYTHONPATH"] = str(REPOSITORY)
     with _process([*watching, *options, "--", *command], environment) as process:
@@ -83,10 +92,8 @@ def _process(command: Sequence[str], environment: dict[str, str]) -> Iterator[su
     try:
         yield process
     finally:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
         for stream in (process.stdout, process.stderr):
             if stream:

@@ -128,7 +128,9 @@ def stops_in_python() -> None:
 def stops_in_c() -> None:
     """With the interpreter's lock held, as a C extension may."""
     if RANK == 1:
-        ctypes.PyDLL(None).sleep(1000)
+        mutex = ctypes.create_string_buffer(128)
+        ctypes.PyDLL(None).pthread_mutex_lock(mutex)
+        ctypes.PyDLL(None).pthread_mutex_lock(mutex)
     dist.all_reduce(BLOCK)
 
 
