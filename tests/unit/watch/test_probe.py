@@ -1,0 +1,395 @@
+"""The probe in this process, on torch's fake backend and on gloo with one rank: what it sees of ops."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from torch.distributed import send as early_send
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from dinfer.watch.probe import callers, kernels, recorder
+from dinfer.watch.probe.labels import label
+from dinfer.watch.probe.records import WatchedOp, WatchedProcess, ask_stacks, read
+from dinfer.watch.probe.start import Probe
+from tests.support.runs import wait_for
+
+Watched = Callable[[], WatchedProcess]
+
+
+@pytest.fixture
+def fake() -> Iterator[None]:
+    """Rank 1 of 4, whose messages go nowhere."""
+    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def gloo() -> Iterator[None]:
+    """A group of one."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=torch._C._distributed_c10d.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[Watched]:
+    """Watches this process; returns what calls `read`."""
+    probe = Probe(tmp_path)
+
+    def found() -> WatchedProcess:
+        (process,) = read(tmp_path)
+        return process
+
+    yield found
+    probe.stop()
+
+
+def line_of(function: Callable[..., Any], text: str) -> int:
+    """Where this text is in a function of this file."""
+    lines = Path(__file__).read_text().splitlines()
+    begin = function.__code__.co_firstlineno
+    return next(number for number in range(begin, len(lines) + 1) if text in lines[number - 1])
+
+
+def only(process: WatchedProcess, kind: str) -> WatchedOp:
+    """The one op of this kind."""
+    (found,) = (op for op in process.ops if op.kind == kind)
+    return found
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_send_and_who_called_it(watched: Watched) -> None:
+    def step(hidden: torch.Tensor, layer_idx: int) -> None:
+        assert layer_idx
+        early_send(hidden, 3, tag=5)
+
+    for chunk in (7,):
+        step(torch.zeros(2, 3, dtype=torch.bfloat16), 4 + chunk)
+    process = watched()
+    op = only(process, "send")
+    assert (op.peer, op.tag, op.shape, op.dtype, op.nbytes) == (3, 5, (2, 3), "bfloat16", 12)
+    assert (op.file, op.function, op.line) == (__file__, "step", line_of(step, "early_send"))
+    assert (op.layer, op.chunk, op.thread) == (11, 7, "MainThread")
+    assert (op.is_async, op.state, op.waited_line) == (False, "done", op.line)
+    assert 0 < op.issued_ns <= op.waited_ns <= op.done_ns
+    assert (process.rank, process.world_size, process.hook) == (1, 4, "kernels")
+    assert process.groups[op.group].ranks == (0, 1, 2, 3)
+    assert process.problems == []
+
+
+@pytest.mark.usefixtures("fake")
+def test_an_isend_that_nobody_waits_for(watched: Watched) -> None:
+    work = dist.isend(torch.zeros(2), 0)
+    op = only(watched(), "send")
+    assert (op.is_async, op.waited_ns, op.done_ns, op.state) == (True, 0, 0, "issued")
+    assert work is not None
+    work.wait()
+    after = only(watched(), "send")
+    assert after.state == "done"
+    assert after.waited_line == line_of(test_an_isend_that_nobody_waits_for, "work.wait()")
+    assert after.issued_ns < after.waited_ns <= after.done_ns
+
+
+@pytest.mark.usefixtures("fake")
+def test_every_way_to_send_is_seen(watched: Watched) -> None:
+    tensor = torch.zeros(4)
+    dist.group.WORLD.send([tensor], 2, 0).wait()  # type: ignore[union-attr]
+    for work in dist.batch_isend_irecv(
+        [dist.P2POp(dist.isend, tensor, 0), dist.P2POp(dist.irecv, torch.zeros(4), 2)]
+    ):
+        work.wait()
+    with torch.inference_mode():
+        dist.send(tensor, 3)
+    with ThreadPoolExecutor(1, thread_name_prefix="comm") as pool:
+        pool.submit(dist.send, tensor, 0).result()
+    from_any = dist.irecv(torch.zeros(4))
+    assert from_any is not None
+    from_any.wait()
+    ops = watched().ops
+    assert [(op.kind, op.peer) for op in ops[:5]] == [
+        ("send", 2),
+        ("send", 0),
+        ("recv", 2),
+        ("send", 3),
+        ("send", 0),
+    ]
+    assert [op.kind for op in ops] == ["send", "send", "recv", "send", "send", "recv"]
+    assert ops[4].thread == "comm_0"
+    assert {op.state for op in ops} == {"done"}
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_subgroup_names_global_ranks(watched: Watched) -> None:
+    group = dist.new_group([1, 3])
+    dist.send(torch.zeros(1), group_dst=1, group=group)
+    process = watched()
+    made, op = process.ops
+    assert (made.kind, process.groups[made.group].ranks) == ("new_group", (1, 3))
+    assert (op.peer, process.groups[op.group].ranks) == (3, (1, 3))
+
+
+def collectives(world: int) -> dict[str, Callable[[], object]]:
+    """Each kind of collective, of tensors of 4 numbers."""
+    tensor, whole = torch.ones(4), torch.ones(4 * world)
+    parts = [torch.ones(4) for _ in range(world)]
+    return {
+        "all_reduce": lambda: dist.all_reduce(tensor),
+        "broadcast": lambda: dist.broadcast(tensor, 0),
+        "reduce": lambda: dist.reduce(tensor, 0),
+        "all_gather": lambda: dist.all_gather(parts, tensor),
+        "gather": lambda: dist.gather(tensor, parts if dist.get_rank() == 0 else None),
+        "scatter": lambda: dist.scatter(tensor, parts if dist.get_rank() == 0 else None),
+        "reduce_scatter": lambda: dist.reduce_scatter(tensor, parts),
+        "all_to_all": lambda: dist.all_to_all_single(whole, torch.ones(4 * world)),
+        "barrier": lambda: dist.barrier(),
+    }
+
+
+@pytest.mark.parametrize("kind", collectives(1))
+@pytest.mark.usefixtures("gloo")
+def test_collectives_are_seen(watched: Watched, kind: str) -> None:
+    collectives(1)[kind]()
+    op = only(watched(), kind)
+    assert (op.state, op.is_async, op.function) == ("done", False, "<lambda>")
+    assert (op.shape, op.nbytes) == (() if kind == "barrier" else (4,), 0 if kind == "barrier" else 16)
+    assert op.peer == (0 if kind in ("broadcast", "reduce", "gather", "scatter") else None)
+    assert op.issued_ns <= op.waited_ns <= op.done_ns
+
+
+@pytest.mark.usefixtures("gloo")
+def test_an_async_collective_is_over_before_anybody_waits(watched: Watched) -> None:
+    work = dist.all_reduce(torch.ones(2), async_op=True)
+    assert only(watched(), "all_reduce").is_async
+    wait_for(lambda: only(watched(), "all_reduce").done_ns != 0, "the probe's thread notices the end")
+    assert only(watched(), "all_reduce").waited_ns == 0
+    assert work is not None
+    work.wait()
+    op = only(watched(), "all_reduce")
+    assert 0 < op.done_ns < op.waited_ns
+
+
+@pytest.mark.usefixtures("gloo")
+def test_functional_collectives_are_waited_for_by_their_tensor(watched: Watched) -> None:
+    assert dist.group.WORLD is not None
+    found = functional.all_reduce(torch.ones(2), "sum", dist.group.WORLD)
+    before = only(watched(), "all_reduce")
+    assert (before.is_async, before.waited_ns) == (True, 0)
+    assert (found + 1).tolist() == [2.0, 2.0]
+    after = only(watched(), "all_reduce")
+    assert after.state == "done"
+    assert after.waited_line == line_of(
+        test_functional_collectives_are_waited_for_by_their_tensor, "(found + 1)"
+    )
+
+
+@pytest.mark.usefixtures("gloo")
+def test_an_op_that_fails_says_why(watched: Watched) -> None:
+    with pytest.raises(RuntimeError, match="contiguous"):
+        dist.isend(torch.zeros(3, 3).t()[:2], 0)
+    op = only(watched(), "send")
+    assert op.state == "failed"
+    assert "contiguous" in op.error
+
+
+@pytest.mark.usefixtures("gloo")
+def test_an_op_while_an_exception_is_handled(watched: Watched) -> None:
+    try:
+        raise KeyError("lost")
+    except KeyError:
+        dist.barrier()
+        dist.barrier()
+    process = watched()
+    (raised,) = process.handled
+    assert (raised.type, raised.message, raised.file) == ("KeyError", "'lost'", __file__)
+    assert raised.line == line_of(test_an_op_while_an_exception_is_handled, "raise KeyError")
+    assert raised.seq == process.ops[0].seq
+
+
+@pytest.mark.usefixtures("fake")
+def test_labels_count_before_variables(watched: Watched) -> None:
+    layer, chunk = 1, 2
+    with label(layer=5):
+        dist.send(torch.zeros(1), 0)
+        with label(chunk=6):
+            dist.send(torch.zeros(1), 0)
+            assert watched().now == (5, 6)
+        assert watched().now == (5, None)
+    dist.send(torch.zeros(1), 0)
+    assert [(op.layer, op.chunk) for op in watched().ops] == [(5, 2), (5, 6), (layer, chunk)]
+
+
+def test_a_label_must_be_a_number() -> None:
+    with pytest.raises(TypeError, match="layer is 'a': it takes an integer"):
+        label(layer="a")  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_module_that_sends_is_its_own_layer(watched: Watched) -> None:
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer_idx = 9
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            dist.send(hidden, 0)
+            return hidden
+
+    Attention()(torch.zeros(1))
+    assert only(watched(), "send").layer == 9
+
+
+@pytest.mark.usefixtures("fake")
+def test_layers_of_transformers_are_known_by_their_module(watched: Watched) -> None:
+    from transformers import Qwen3Config
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
+
+    config = Qwen3Config(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=3, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    model = Qwen3Model(config)
+    model.layers[0].mlp.register_forward_hook(lambda *_: dist.send(torch.zeros(1), 0))
+    model.layers[2].mlp.register_forward_hook(lambda *_: dist.send(torch.zeros(1), 0))
+    model(torch.zeros(1, 2, dtype=torch.int64))
+    dist.send(torch.zeros(1), 0)
+    assert [op.layer for op in watched().ops] == [0, 2, None]
+    assert watched().now == (None, None)
+
+
+@pytest.mark.usefixtures("fake")
+def test_no_variable_is_kept_alive(watched: Watched) -> None:
+    """Not by a copy of the caller's variables, nor by the Work."""
+
+    def sends() -> weakref.ref[torch.Tensor]:
+        layer = 3
+        tensor = torch.zeros(2)
+        dist.send(tensor, 0)
+        weak = weakref.ref(tensor)
+        del tensor
+        gc.collect()
+        assert layer == 3
+        assert weak() is None
+        return weak
+
+    sends()
+    assert only(watched(), "send").layer == 3
+
+
+@pytest.mark.usefixtures("fake")
+def test_the_users_own_locals_stay(watched: Watched) -> None:
+    def sends(layer: int) -> dict[str, object]:
+        mine = locals()
+        dist.send(torch.zeros(1), 0)
+        return mine
+
+    assert sends(3)["layer"] == 3
+    assert only(watched(), "send").layer == 3
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_bug_of_the_probe_switches_it_off(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    dist.send(torch.zeros(1), 0)
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(recorder, "caller", broken)
+    dist.send(torch.zeros(1), 0)
+    dist.send(torch.zeros(1), 0)
+    process = watched()
+    assert len(process.ops) == 1
+    assert process.problems == ["recording ops switched itself off: ZeroDivisionError: a bug"]
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    probe = Probe(tmp_path / "file")
+    dist.send(torch.zeros(1), 0)
+    dist.send(torch.zeros(1), 0)
+    probe.stop()
+    assert capsys.readouterr().err.count("is not watched") == 1
+
+
+@pytest.mark.usefixtures("fake")
+def test_stacks_show_user_code_first(watched: Watched, tmp_path: Path) -> None:
+    dist.send(torch.zeros(1), 0)
+    number = ask_stacks(tmp_path, watched())
+    release = threading.Event()
+
+    def stands_here() -> None:
+        release.wait()
+
+    thread = threading.Thread(target=stands_here, name="mine")
+    thread.start()
+    try:
+        wait_for(lambda: bool(watched().stacks), "the probe's thread answers")
+    finally:
+        release.set()
+        thread.join()
+    (taken,) = watched().stacks
+    assert taken.number == number
+    assert taken.threads[0].name == "MainThread"
+    mine = next(look for look in taken.threads if look.name == "mine")
+    assert mine.user_frames == 1
+    assert mine.frames[0][2:] == ("stands_here", "release.wait()")
+    assert watched().heartbeat_ns > 0
+
+
+@pytest.mark.usefixtures("fake", "watched")
+def test_a_forked_child_has_files_of_its_own(tmp_path: Path) -> None:
+    dist.send(torch.zeros(1), 0)
+    child = os.fork()
+    if child == 0:
+        dist.send(torch.zeros(1), 2)
+        dist.send(torch.zeros(1), 2)
+        os._exit(3)
+    os.waitpid(child, 0)
+    processes = {process.pid: process for process in read(tmp_path)}
+    assert [op.peer for op in processes[child].ops] == [2, 2]
+    assert processes[child].ended == "os._exit(3)"
+    assert [op.peer for op in processes[os.getpid()].ops] == [0]
+    assert processes[os.getpid()].ended is None
+
+
+@pytest.mark.usefixtures("fake")
+def test_nothing_is_left_once_it_stops(tmp_path: Path) -> None:
+    names = ("init_process_group", "new_group")
+    work = torch._C._distributed_c10d.Work
+    before = (sys.excepthook, os._exit, vars(work)["wait"], *(getattr(dist, name) for name in names))
+    probe = Probe(tmp_path)
+    dist.send(torch.zeros(1), 0)
+    probe.stop()
+    assert (sys.excepthook, os._exit, vars(work)["wait"], *(getattr(dist, name) for name in names)) == before
+    dist.send(torch.zeros(1), 0)
+    (process,) = read(tmp_path)
+    assert len(process.ops) == 1
+    assert not [thread for thread in threading.enumerate() if thread.name == "dinfer probe"]
+
+
+def test_all_operators_of_this_torch_are_known() -> None:
+    """A new one would go unseen."""
+    ours = {*kernels.OPERATORS, "check_for_nan"}
+    theirs = {s.name.removeprefix("c10d::") for s in torch._C._jit_get_all_schemas() if "c10d::" in s.name}
+    assert {name for name in theirs if not name.startswith("_c10d_functional")} <= ours
+
+
+def test_whose_code_is_whose() -> None:
+    assert callers.whose(__file__) == callers.USER
+    assert callers.whose(torch.nn.__file__) == callers.INTERNAL
+    assert callers.whose(callers.__file__) == callers.INTERNAL
+    assert callers.whose(pytest.__file__) == callers.LIBRARY
+    assert callers.whose(threading.__file__) == callers.STANDARD
