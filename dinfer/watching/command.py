@@ -17,7 +17,7 @@ from dinfer.display import takes_colour
 from dinfer.severity import Severity
 from dinfer.verdict.verdict import Verdict
 from dinfer.watch.zipped import watched_environment, write_zip
-from dinfer.watching.alarm import Alarm
+from dinfer.watching.alarm import ENDS, Alarm
 from dinfer.watching.evidence import Evidence, Watched
 
 LOOK_S, SHARE = 0.25, 0.1
@@ -58,6 +58,7 @@ class WatchedCommand:
         self.alarm, self._tell = Alarm(), tell
         self.evidence = Evidence(self.watched.look().trace)
         self.verdict: Verdict | None = None
+        self._hung: Evidence | None = None
         self._looking = threading.Lock()
         errors = subprocess.STDOUT if output is not None else None
         self.process = subprocess.Popen(
@@ -72,6 +73,9 @@ class WatchedCommand:
         with self._looking:
             self.evidence = self.watched.look()
             new = self.alarm.consider(self.evidence, time.monotonic())
+            problem = self.evidence.problem
+            if problem is None or problem.kind not in ENDS:
+                self._hung = self.evidence if problem else None
             if self.alarm.is_suspicious or not self.evidence.processes:
                 self.watched.ask(
                     rank
@@ -100,11 +104,12 @@ class WatchedCommand:
 
     def conclude(self, status: int) -> int:
         """The last look, once the command has ended. Why it hung comes before how it was ended."""
-        before = self.alarm.standing
+        told = self.alarm.standing
         with self._looking:
-            self.evidence = self.watched.look()
-        self.verdict = None if status == 0 else before or self.evidence.problem
-        if self.verdict and self.verdict is not before and self._tell:
+            at_end = self.watched.look()
+            self.evidence = self._hung if self._hung and status != 0 else at_end
+        self.verdict = None if status == 0 else self.evidence.problem
+        if self.verdict and self._tell and (not told or told.kind != self.verdict.kind):
             self._tell(self.verdict)
         return status if status >= 0 else 128 - status
 
