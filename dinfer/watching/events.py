@@ -44,7 +44,8 @@ def _named(
     ranks: Mapping[int, WatchedProcess],
 ) -> tuple[dict[tuple[int, str], str], dict[str, Group]]:
     """A key for each group of each rank, and the groups by key. Names that mean different members on different ranks
-    have these added."""
+    have these added. Of groups that a process made one after another under one name, the last has it: a rank that was
+    started again has made that one alone."""
     size = max([1 + max(ranks, default=0), *(process.world_size or 0 for process in ranks.values())])
     groups = {"": Group(tuple(range(size)))}
     members: dict[str, set[tuple[int, ...]]] = {}
@@ -53,9 +54,12 @@ def _named(
             members.setdefault(_plain(name, group), set()).add(group.ranks)
     keys = {}
     for rank, process in ranks.items():
+        latest = {_plain(name, group): name for name, group in process.groups.items()}
         for name, group in process.groups.items():
             plain = _plain(name, group)
             key = plain if len(members[plain]) == 1 else f"{plain} {list(group.ranks)}"
+            if latest[plain] != name:
+                key += f" (before it was made anew, {name})"
             keys[rank, name] = key
             groups[key] = Group(group.ranks, group.backend)
     return keys, groups
@@ -63,6 +67,7 @@ def _named(
 
 def _plain(name: str, group: WatchedGroup) -> str:
     """The name that people know: `default`, or a group's description before its name."""
+    name = name.partition("#")[0]
     if group.description == "default_pg" or name in ("default_pg", "0"):
         return WORLD
     if group.description in ("", "undefined") or group.description == name:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from dinfer.display import Closing, Displayable, DisplayableText, Table, Tidy
+from dinfer.display import Closing, Displayable, DisplayableText, Table, Tidy, print_under_cell
 from dinfer.errors import NotPossible
 from dinfer.files import free_path
 from dinfer.severity import Severity
@@ -56,7 +56,8 @@ class Watch(Tidy, Displayable, Closing):
 
     def verdict(self) -> Verdict:
         """Why the run does not move, or that it does. A hang that was found stays the verdict after the run."""
-        return self._source.verdict or self._source.evidence.verdict
+        found = self._source.evidence  # looking may end a verdict that stood
+        return self._source.verdict or found.verdict
 
     @property
     def trace(self) -> Trace:
@@ -168,7 +169,7 @@ class CommandWatch(Watch):
 
 
 def _tell(verdict: Verdict) -> None:
-    print(f"dinfer: {verdict.severity.marked(verdict.sentence)}", flush=True)
+    print_under_cell(f"dinfer: {verdict.severity.marked(verdict.sentence)}")
 
 
 class EnginesSource:
