@@ -64,7 +64,7 @@ class Group(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class CallRecord:
     """A recorded call into torch.distributed, beside its event. `group`: the key in the trace's groups; `number`: its
     place among the collectives of its group on this rank; None: as counted from the events. `is_waited`: somebody
     waits, or has waited, for it. `shape`, `dtype`: of the tensor, if known; `file`, `line`, `function`: of the user's
@@ -124,7 +124,7 @@ class Event:
     tokens: int = 0
     bytes: int = 0
     index: int | None = None
-    call: Call | None = None
+    call: CallRecord | None = None
 
     @property
     def waited(self) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dinfer.files import FileError, as_json, read_bytes
-from dinfer.trace.events import Call, Event, Group
+from dinfer.trace.events import CallRecord, Event, Group
 from dinfer.trace.export import TraceError
 from dinfer.trace.trace import Trace
 
@@ -169,7 +169,7 @@ def _events_of(dump: Mapping[str, Any], rank: int, groups: Mapping[str, Group]) 
         began, ended = int(entry["time_created_ns"]), 0
         if entry["state"] == "completed":
             ended = max(int(entry.get("time_discovered_completed_ns") or 0), began + 1)
-        call = Call(
+        call = CallRecord(
             group=name,
             backend=backend or "nccl",
             shape=tuple(int(size) for size in shapes[0]),

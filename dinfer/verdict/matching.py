@@ -18,7 +18,7 @@ MAKING = frozenset({"init_group", "new_group"})
 """all ranks of the world make a group together; that is no collective of a group, whose order it does not keep"""
 
 
-class Channel(NamedTuple):
+class OpChannel(NamedTuple):
     """What ops are numbered in: the messages from one rank to another, or the collectives of a group. `kind` is empty
     for events without a call, whose `group` is a lane or what a message carries."""
 
@@ -38,7 +38,7 @@ class RecordedOp:
     """An event, and its place: `number` in its channel, `order` among all ops of its rank."""
 
     event: Event
-    channel: Channel | None
+    channel: OpChannel | None
     number: int
     order: int
 
@@ -68,7 +68,7 @@ class MatchedOps:
     def __init__(self, events: Iterable[Event], groups: Mapping[str, Group]) -> None:
         self.groups = groups
         self.by_rank: dict[int, list[RecordedOp]] = defaultdict(list)
-        self._by_channel: dict[Channel, dict[Side, dict[int, RecordedOp]]] = defaultdict(
+        self._by_channel: dict[OpChannel, dict[Side, dict[int, RecordedOp]]] = defaultdict(
             lambda: defaultdict(dict)
         )
         self._any_source: set[tuple[str, int]] = set()
@@ -146,7 +146,7 @@ class MatchedOps:
                 yield {rank: side[number] for (rank, _), side in sides.items() if number in side}
 
 
-def channel_of(event: Event) -> Channel | None:
+def channel_of(event: Event) -> OpChannel | None:
     """None for ops that meet no other, and for a recv whose sender is unknown."""
     call = event.call
     if event.kind in MESSAGES:
@@ -154,12 +154,12 @@ def channel_of(event: Event) -> Channel | None:
             return None
         source, target = (event.rank, event.peer) if event.kind == "send" else (event.peer, event.rank)
         if call is None:
-            return Channel(event.what, source, target)
-        return Channel(call.group, source, target, call.tag if call.backend in TAGGED else 0, "message")
+            return OpChannel(event.what, source, target)
+        return OpChannel(call.group, source, target, call.tag if call.backend in TAGGED else 0, "message")
     if event.kind in MAKING:
-        return Channel("", kind=event.kind)
+        return OpChannel("", kind=event.kind)
     if event.kind in COLLECTIVES:
-        return Channel(call.group, kind="collective") if call else Channel(event.lane)
+        return OpChannel(call.group, kind="collective") if call else OpChannel(event.lane)
     return None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from dinfer.errors import DinferError
-from dinfer.trace.events import Call, Event, Group
+from dinfer.trace.events import CallRecord, Event, Group
 from dinfer.verdict.matching import MatchedOps, RecordedOp
 from dinfer.verdict.rendezvous import Step, judged, play
 from dinfer.verdict.verdict import Verdict
@@ -28,7 +28,7 @@ class ScheduleError(DinferError, ValueError):
     """The text is no schedule; the message names line and action."""
 
 
-class Action(NamedTuple):
+class PipelineAction(NamedTuple):
     """One action. `kind` as torch writes it; `batch`: the micro-batch, if any; `column`: of the line."""
 
     stage: int
@@ -67,11 +67,11 @@ def is_schedule(text: str) -> bool:
     return bool(_ACTION.fullmatch(first.partition(";")[0].lstrip("(")))
 
 
-def parse_schedule(text: str) -> list[list[Action]]:
+def parse_schedule(text: str) -> list[list[PipelineAction]]:
     """The actions of each rank. Raises ScheduleError."""
     ranks = []
     for number, line in enumerate(text.splitlines()):
-        actions: list[Action] = []
+        actions: list[PipelineAction] = []
         for column, part in enumerate(line.split(","), 1):
             word = part.strip().strip('"')
             overlapped = _OVERLAPPED.fullmatch(word)
@@ -84,7 +84,7 @@ def parse_schedule(text: str) -> list[list[Action]]:
                 stage, kind, batch = found.groups()
                 if len(stage) > 6 or len(batch) > 9:
                     raise ScheduleError(f"line {number + 1}: {one!r} has a number that is too large.")
-                actions.append(Action(int(stage), kind, int(batch) if batch else None, column))
+                actions.append(PipelineAction(int(stage), kind, int(batch) if batch else None, column))
         if line.strip() or actions:
             ranks.append(actions)
     if sum(map(len, ranks)) > MOST_ACTIONS:
@@ -94,7 +94,7 @@ def parse_schedule(text: str) -> list[list[Action]]:
     return ranks
 
 
-def verify_schedule(ranks: Sequence[Sequence[Action]]) -> ScheduleProof:
+def verify_schedule(ranks: Sequence[Sequence[PipelineAction]]) -> ScheduleProof:
     """Prove that every rank comes to its end, or say why not."""
     count = sum(map(len, ranks))
     owners = _owners(ranks)
@@ -116,7 +116,7 @@ def verify_schedule(ranks: Sequence[Sequence[Action]]) -> ScheduleProof:
     return ScheduleProof(len(ranks), count, note=note)
 
 
-def _owners(ranks: Sequence[Sequence[Action]]) -> dict[int, int] | str:
+def _owners(ranks: Sequence[Sequence[PipelineAction]]) -> dict[int, int] | str:
     """The rank of each stage, or what is wrong with them."""
     owners: dict[int, int] = {}
     for rank, actions in enumerate(ranks):
@@ -129,14 +129,14 @@ def _owners(ranks: Sequence[Sequence[Action]]) -> dict[int, int] | str:
     return f"no rank has stage {min(absent)}" if absent else owners
 
 
-def _link(action: Action, owners: dict[int, int]) -> tuple[int, str]:
+def _link(action: PipelineAction, owners: dict[int, int]) -> tuple[int, str]:
     """Of a send or recv: the rank at its other end, and what goes over it."""
     step = 1 if action.kind in ("SEND_F", "RECV_B") else -1
     return owners.get(action.stage + step, -1), "hidden" if action.kind.endswith("F") else "gradient"
 
 
 def _played(
-    ranks: Sequence[Sequence[Action]], owners: dict[int, int], *, blocking: bool
+    ranks: Sequence[Sequence[PipelineAction]], owners: dict[int, int], *, blocking: bool
 ) -> tuple[str, Verdict | None]:
     """What goes wrong, "" for nothing. `blocking`: a recv is waited for where it stands."""
     events: list[Event] = []
@@ -151,7 +151,7 @@ def _played(
                 return f"rank {rank}'s `{action}` would go to itself: both stages are on that rank", None
             kind, forwards = action.kind.split("_")
             target = action.stage if (kind == "RECV") else action.stage + (1 if forwards == "F" else -1)
-            call = Call(
+            call = CallRecord(
                 GROUP, "nccl", file=f"rank {rank}", line=action.column, function=str(action), is_async=True
             )
             events.append(
@@ -203,7 +203,7 @@ def _name(op: RecordedOp) -> str:
     return op.event.call.function if op.event.call else ""
 
 
-def _steps(actions: Sequence[Action], ops: Sequence[RecordedOp], *, blocking: bool) -> Iterator[Step]:
+def _steps(actions: Sequence[PipelineAction], ops: Sequence[RecordedOp], *, blocking: bool) -> Iterator[Step]:
     """What a rank does: a send waits for its recv, a computation for what it was to receive."""
     by_index = {op.event.index: op for op in ops}
     awaited: dict[tuple[str, int, int | None], RecordedOp] = {}
@@ -221,7 +221,7 @@ def _steps(actions: Sequence[Action], ops: Sequence[RecordedOp], *, blocking: bo
             yield Step(recv, waits=True)
 
 
-def _lowered(actions: Sequence[Action], rank: int, owners: dict[int, int]) -> Iterator[Action]:
+def _lowered(actions: Sequence[PipelineAction], rank: int, owners: dict[int, int]) -> Iterator[PipelineAction]:
     """With a recv before each computation, and a send after it."""
     last = max(owners)
     for action in actions:
@@ -235,13 +235,13 @@ def _lowered(actions: Sequence[Action], rank: int, owners: dict[int, int]) -> It
             yield action._replace(kind="SEND_F" if forward else "SEND_B")
 
 
-def _unmet(ranks: Sequence[Sequence[Action]], owners: dict[int, int]) -> str:
+def _unmet(ranks: Sequence[Sequence[PipelineAction]], owners: dict[int, int]) -> str:
     """Why the computations cannot all be done, "" if they can: a forward needs that of the stage before, a backward
     that of the stage after and its own forward."""
     at, done, last = [0] * len(ranks), set[tuple[str, int, int | None]](), max(owners)
     has_backward = any(action.kind in ("B", "I") for actions in ranks for action in actions)
 
-    def missing(action: Action) -> str:
+    def missing(action: PipelineAction) -> str:
         stage, batch = action.stage, action.batch
         if action.kind == "F" and stage and ("F", stage - 1, batch) not in done:
             return f"{stage - 1}F{batch}"

@@ -14,7 +14,7 @@ ENDS = frozenset({"exception", "dead", "lost peer"})
 """what follows from a hang that has been told, by a time-out or by somebody's hand"""
 
 
-class Alarm:
+class HangAlarm:
     """`standing`: the verdict that has been told and still holds."""
 
     def __init__(self) -> None:

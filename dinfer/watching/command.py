@@ -17,7 +17,7 @@ from dinfer.display import takes_colour
 from dinfer.severity import Severity
 from dinfer.verdict.verdict import Verdict
 from dinfer.watch.zipped import watched_environment, write_zip
-from dinfer.watching.alarm import ENDS, Alarm
+from dinfer.watching.alarm import ENDS, HangAlarm
 from dinfer.watching.evidence import Evidence, Watched
 
 LOOK_S, SHARE = 0.25, 0.1
@@ -55,7 +55,7 @@ class WatchedCommand:
         folder.mkdir(parents=True, exist_ok=True)
         probe = write_zip(folder.absolute() / ZIP)
         self.watched = Watched([folder], self.command)
-        self.alarm, self._tell = Alarm(), tell
+        self.alarm, self._tell = HangAlarm(), tell
         self.evidence = Evidence(self.watched.look().trace)
         self.verdict: Verdict | None = None
         self._hung: Evidence | None = None

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from dinfer.trace.events import Call, Event, Group
+from dinfer.trace.events import CallRecord, Event, Group
 from dinfer.trace.flight import GROUPS, groups_as_dict
 from dinfer.trace.trace import Trace
 from dinfer.verdict.matching import MESSAGES, MatchedOps
@@ -79,7 +79,7 @@ def _event(
     op: WatchedOp, rank: int, keys: Mapping[tuple[int, str], str], groups: Mapping[str, Group]
 ) -> Event:
     key = keys.get((rank, op.group), op.group)
-    call = Call(
+    call = CallRecord(
         group=key,
         backend=groups[key].backend if key in groups else "",
         tag=op.tag or 0,

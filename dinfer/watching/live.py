@@ -18,7 +18,7 @@ from dinfer.severity import Severity
 from dinfer.trace.trace import Trace
 from dinfer.verdict.completed import OpFinding
 from dinfer.verdict.verdict import Verdict
-from dinfer.watching.alarm import Alarm
+from dinfer.watching.alarm import HangAlarm
 from dinfer.watching.command import WatchedCommand
 from dinfer.watching.evidence import Evidence, Watched
 
@@ -176,7 +176,7 @@ class EnginesSource:
     """Looks after the engines of a session until it is closed. `tell`: called with each new verdict."""
 
     def __init__(self, folder: Path, tell: Callable[[Verdict], None] = _tell) -> None:
-        self._watched, self._alarm, self._tell = Watched([folder]), Alarm(), tell
+        self._watched, self._alarm, self._tell = Watched([folder]), HangAlarm(), tell
         self._evidence: Evidence | None = None
         self._looking, self._over = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._follow, name="dinfer watch", daemon=True)

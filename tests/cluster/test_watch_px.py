@@ -46,7 +46,8 @@ def test_a_cell_that_hangs_has_its_verdict_under_it_and_recover_frees_the_engine
         where = found.run("print(session.watch().where())")
         assert "rank 1: in `recv <- 0`" in where
         assert "all ranks have met" in found.run("session.recover()")
-        again = "%%px\nimport torch, torch.distributed as dist\nblock = torch.ones(2)\ndist.all_reduce(block)\nprint(block)"
+        begin = "%%px\nimport torch, torch.distributed as dist\nblock = torch.ones(2)\n"
+        again = f"{begin}dist.all_reduce(block)\nprint(block)"
         assert found.run(again).count("tensor([3., 3.])") == 3
         assert not found.value("session.watch().verdict().is_hung"), found.run(
             "print(session.watch().verdict())"

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from dinfer.trace.events import Call, Event, Group
+from dinfer.trace.events import CallRecord, Event, Group
 
 WORLD = "default"
 
 
 class MadeOps:
     """`ops.send(0, 1)` is a send of rank 0 to rank 1 that has ended; `open=True`: it has not. Other words are those of
-    Call and Event; `group` is by default the whole world."""
+    CallRecord and Event; `group` is by default the whole world."""
 
     def __init__(self, world_size: int, backend: str = "gloo") -> None:
         self.backend = backend
@@ -52,7 +52,7 @@ class MadeOps:
         size = 4
         for length in shape:
             size *= length
-        made = Call(
+        made = CallRecord(
             group,
             self.groups[group].backend if group in self.groups else self.backend,
             shape=shape,

@@ -5,7 +5,7 @@ from pathlib import Path
 from dinfer.trace.read import read_jsonl
 from dinfer.verdict.signs import Signs
 from dinfer.watch.probe.records import StacksTaken, ThreadLook, WatchedProcess
-from dinfer.watching.alarm import CONFIRM_S, Alarm
+from dinfer.watching.alarm import CONFIRM_S, HangAlarm
 from dinfer.watching.events import trace_of
 from dinfer.watching.evidence import Evidence, of_trace, told_apart
 from dinfer.watching.signs import ProcessPulse, dumped_frame, signs_of
@@ -35,7 +35,7 @@ def test_both_ends_that_send_first() -> None:
 
 
 def test_an_alarm_comes_once_and_only_if_the_verdict_stands() -> None:
-    alarm, now = Alarm(), crossed_sends(3)
+    alarm, now = HangAlarm(), crossed_sends(3)
     assert alarm.consider(now, 10.0) is None
     assert alarm.is_suspicious
     told = alarm.consider(now, 10.1 + CONFIRM_S)
@@ -47,7 +47,7 @@ def test_an_alarm_comes_once_and_only_if_the_verdict_stands() -> None:
 
 
 def test_a_hang_stays_the_verdict_once_it_is_killed() -> None:
-    alarm = Alarm()
+    alarm = HangAlarm()
     for at in (10.0, 10.1 + CONFIRM_S):
         alarm.consider(crossed_sends(3), at)
     killed = evidence(
