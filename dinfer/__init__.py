@@ -38,6 +38,7 @@ from dinfer.display import use_plotter
 from dinfer.errors import NotPossible
 from dinfer.version import __version__
 from dinfer.watch import use_starter
+from dinfer.watch.marks import label, tap
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from dinfer.trace.trace import Trace
     from dinfer.watching.live import CommandWatch
 
-__all__ = ["__version__", "connect", "load_ipython_extension", "open", "watch"]
+__all__ = ["__version__", "connect", "label", "load_ipython_extension", "open", "tap", "watch"]
 
 
 def connect(where: str | int = "ipyparallel", n: int = 3, **options: Any) -> "Session":

@@ -221,7 +221,9 @@ def _steps(actions: Sequence[PipelineAction], ops: Sequence[RecordedOp], *, bloc
             yield Step(recv, waits=True)
 
 
-def _lowered(actions: Sequence[PipelineAction], rank: int, owners: dict[int, int]) -> Iterator[PipelineAction]:
+def _lowered(
+    actions: Sequence[PipelineAction], rank: int, owners: dict[int, int]
+) -> Iterator[PipelineAction]:
     """With a recv before each computation, and a send after it."""
     last = max(owners)
     for action in actions:

@@ -76,6 +76,8 @@ class WatchedCommand:
             problem = self.evidence.problem
             if problem is None or problem.kind not in ENDS:
                 self._hung = self.evidence if problem else None
+            elif new:
+                self._hung = self.evidence
             if self.alarm.is_suspicious or not self.evidence.processes:
                 self.watched.ask(
                     rank
@@ -108,6 +110,9 @@ class WatchedCommand:
         with self._looking:
             at_end = self.watched.look()
             self.evidence = self._hung if self._hung and status != 0 else at_end
+            # What has ended since says more of a rank that failed, unless it is the same.
+            if told and told.kind in ENDS and at_end.problem and at_end.problem.ranks != told.ranks:
+                self.evidence = at_end
         self.verdict = None if status == 0 else self.evidence.problem
         if self.verdict and self._tell and (not told or told.kind != self.verdict.kind):
             self._tell(self.verdict)

@@ -52,6 +52,10 @@ FAILED_TOGETHER_NS = 200_000_000
 """of two ranks that fail, one that does so later than this has lost the other, or the launcher has ended it"""
 
 
+UNSEEN_NS = 1_000_000_000
+"""for so long a process may have lived after its heart was last seen to beat, and said nothing"""
+
+
 class ExplainError(DinferError, ValueError):
     """There is nothing to explain in what was given."""
 
@@ -325,7 +329,7 @@ def told_apart(
         if its.raised and not its.raised.secondary and error:
             times[rank] = error.at_ns
         elif its.ended:
-            times[rank] = error.at_ns if error else ranks[rank].heartbeat_ns
+            times[rank] = error.at_ns if error else ranks[rank].heartbeat_ns + UNSEEN_NS
     own = {
         rank: at for rank, at in times.items() if not (its := signs[rank]).raised or not its.raised.secondary
     }

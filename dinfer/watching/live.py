@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from dinfer.display import Closing, Displayable, DisplayableText, Table, Tidy, print_under_cell
 from dinfer.errors import NotPossible
@@ -22,6 +22,9 @@ from dinfer.watching.alarm import HangAlarm
 from dinfer.watching.command import WatchedCommand
 from dinfer.watching.evidence import Evidence, Watched
 
+if TYPE_CHECKING:
+    from dinfer.saved.saved import WriteReport
+
 TRACE = "trace.jsonl"
 """in the folder that `save` writes"""
 
@@ -30,11 +33,8 @@ STOP_S = 10.0
 
 LOOK_S = 0.5
 
-WriteReport = Callable[[Trace, Path], Path]
-"""writes the report of a trace"""
 
-
-class Source(Protocol):
+class WatchSource(Protocol):
     """Where evidence comes from."""
 
     @property
@@ -46,7 +46,7 @@ class Source(Protocol):
 class Watch(Tidy, Displayable, Closing):
     """Other people's code under watch: what each rank does, why it does not move, and what it sent and received."""
 
-    def __init__(self, source: Source, write: WriteReport | None) -> None:
+    def __init__(self, source: WatchSource, write: "WriteReport | None") -> None:
         self._source, self._write = source, write
 
     def where(self) -> DisplayableText:
@@ -118,7 +118,7 @@ class CommandWatch(Watch):
         command: str | Sequence[str],
         folder: str | Path | None = None,
         environment: Mapping[str, str] | None = None,
-        write: WriteReport | None = None,
+        write: "WriteReport | None" = None,
     ) -> None:
         words = shlex.split(command) if isinstance(command, str) else list(command)
         if not words:
@@ -233,7 +233,7 @@ def of_cells(evidence: Evidence) -> Evidence:
 class EnginesWatch(Watch):
     """What `session.watch()` returns: every call of torch.distributed in `%%px` cells is seen."""
 
-    def __init__(self, source: EnginesSource, write: WriteReport | None) -> None:
+    def __init__(self, source: EnginesSource, write: "WriteReport | None") -> None:
         super().__init__(source, write)
         self._engines = source
 

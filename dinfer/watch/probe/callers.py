@@ -23,9 +23,9 @@ CHUNK_NAMES = (
     "microbatch_id", "microbatch_index",
 )  # fmt: skip
 
-USER_FRAMES = 6
-"""So many of the caller's own frames are searched for a layer and a chunk."""
-DEEPEST = 60
+NEAR_FRAMES = 6
+"""So many of the user's own frames are searched for a layer and a chunk, and so many of packages before them."""
+DEEPEST = 100
 
 _OPTIMIZED = 0x1
 _LIVE_LOCALS = sys.version_info >= (3, 13)
@@ -67,6 +67,7 @@ class _Code:
         "flag",
         "internal",
         "layers",
+        "library",
         "optimized",
         "owner",
         "places",
@@ -77,6 +78,7 @@ class _Code:
         self.code = code  # so that its id is not used again
         whose_code = whose(code.co_filename)
         self.internal, self.standard = whose_code == INTERNAL, whose_code == STANDARD
+        self.library = whose_code == LIBRARY
         self.optimized = bool(code.co_flags & _OPTIMIZED)
         names = (
             {*code.co_varnames, *code.co_cellvars, *code.co_freevars} if self.optimized else {*code.co_names}
@@ -117,12 +119,14 @@ def _known(code: CodeType) -> _Code:
     return found
 
 
-def caller(frame: FrameType | None, want_async: bool = False, want_labels: bool = True) -> Caller:
-    """Look from `frame` outwards."""
+def caller(
+    frame: FrameType | None, want_async: bool = False, want_layer: bool = True, want_chunk: bool = True
+) -> Caller:
+    """Look from `frame` outwards, no further than it takes to find what is wanted."""
     layer = chunk = NOTHING
     place: tuple[str, int, str] | None = None
     outermost, blocking, async_op = ("", 0, ""), False, None
-    mine = deep = 0
+    mine = libraries = deep = 0
     while frame is not None and deep < DEEPEST:
         deep += 1
         code = _codes.get(id(frame.f_code)) or _known(frame.f_code)
@@ -137,14 +141,18 @@ def caller(frame: FrameType | None, want_async: bool = False, want_labels: bool 
         else:
             if place is None:
                 place = _place(frame, code)
-                if not want_labels:
-                    break
-            if layer == NOTHING and (code.layers or code.owner):
-                layer = _number(frame, code, code.layers, code.owner)
-            if chunk == NOTHING and code.chunks:
-                chunk = _number(frame, code, code.chunks, False)
-            mine += 1
-            if mine == USER_FRAMES or (layer != NOTHING and chunk != NOTHING):
+            if code.library:
+                libraries += 1
+            else:
+                mine += 1
+            if not code.library or libraries <= NEAR_FRAMES:
+                if want_layer and (code.layers or code.owner):
+                    layer = _number(frame, code, code.layers, code.owner)
+                    want_layer = layer == NOTHING
+                if want_chunk and code.chunks:
+                    chunk = _number(frame, code, code.chunks, False)
+                    want_chunk = chunk == NOTHING
+            if mine == NEAR_FRAMES or not (want_layer or want_chunk):
                 break
         frame = frame.f_back
     return Caller(place or outermost, layer, chunk, blocking, async_op)

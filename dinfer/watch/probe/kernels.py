@@ -109,7 +109,7 @@ class KernelHook:
         def begin(args: tuple[Any, ...], frame: Any) -> Pending | None:
             group: GroupFacts = recorder.group_of(self._group(args[group_at]))
             tensors = _flat(args[tensors_at]) if tensors_at >= 0 else ()
-            if tensors and tensors[0].device.type == "meta":
+            if tensors and tensors[0].is_meta:
                 return None
             return recorder.issued(
                 kind, group,

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from .callers import Caller, caller, thread_name, whose
+from .callers import caller, thread_name, whose
 from .labels import changed, labelled, module_layer
 from .records import KINDS, NOTHING, Records, Ticket
 
@@ -78,6 +78,7 @@ class Recorder:
         self.records: Records | None = None
         self.is_off = False
         self._opening = threading.RLock()
+        self._threads = threading.local()
         self._groups: dict[int, tuple[weakref.ref[Any], GroupFacts]] = {}
         self._ranks: dict[int, tuple[int, ...]] = {}
         self._rank: tuple[int, int] | None = None
@@ -166,22 +167,25 @@ class Recorder:
             records = self.open()
             if records is None:
                 return None
-            called = caller(frame, want_async=is_async is None)
+            layer, chunk = labelled()
+            if layer is None:
+                layer = module_layer()
+            called = caller(frame, is_async is None, layer is None, chunk is None)
             if is_async is None:
                 is_async = called.async_op is True if kind not in ("send", "recv") else not called.blocking
-            layer, chunk = self._where(called)
             nbytes, form, on_device = 0, 0, False
             if tensors:
                 first = tensors[0]
                 form = records.forms.number((first.shape, first.dtype))
-                on_device = first.device.type != "cpu"
+                on_device = not first.is_cpu
                 for tensor in tensors:
                     nbytes += tensor.nbytes
             if peer != NOTHING and group.ranks:
                 peer = group.ranks[peer] if 0 <= peer < len(group.ranks) else peer
             ticket = records.ops.begin(
                 time.monotonic_ns(), KIND_NUMBERS[kind], is_async, group.number, peer, tag,
-                records.places.number(called.place), form, records.threads.number(thread_name()), nbytes, layer, chunk,
+                records.places.number(called.place), form, self._thread_number(records), nbytes,
+                called.layer if layer is None else layer, called.chunk if chunk is None else chunk,
             )  # fmt: skip
             raised = sys.exc_info()[1]
             if raised is not None:
@@ -193,17 +197,18 @@ class Recorder:
             self.switch_off("recording ops", error)
             return None
 
-    def _where(self, called: Caller) -> tuple[int, int]:
-        layer, chunk = labelled()
-        if layer is None:
-            layer = module_layer()
-        return (called.layer if layer is None else layer), (called.chunk if chunk is None else chunk)
+    def _thread_number(self, records: Records) -> int:
+        """Kept with the thread: its ident will be another's once it has ended."""
+        found: int | None = getattr(self._threads, "number", None)
+        if found is None:
+            found = self._threads.number = records.threads.number(thread_name())
+        return found
 
     def waiting(self, pending: Pending, frame: FrameType | None) -> None:
         """The caller begins to wait for the op. Never raises."""
         try:
             if self.records is not None:
-                place = pending.place if pending.blocking else caller(frame, want_labels=False).place
+                place = pending.place if pending.blocking else caller(frame, False, False, False).place
                 self.records.ops.waiting(
                     pending.ticket, time.monotonic_ns(), self.records.places.number(place)
                 )

@@ -208,6 +208,8 @@ class WatchedProcess:
     now: tuple[int | None, int | None] = (None, None)
     """layer and chunk that the process is in, as labels and layers' hooks say, between ops too"""
     stacks: list[StacksTaken] = field(default_factory=list)
+    taps: dict[int, tuple[str, tuple[int, ...], str]] = field(default_factory=dict)
+    """by number: name, shape and dtype of what digests were taken of (see `rows`)"""
     dump: int | None = None
     """the signal on which it writes all threads' stacks into `HOST-PID.dump`, even while C code holds the GIL;
     None: it has none, and a signal would end it"""
@@ -700,6 +702,10 @@ class _ProcessFiles:
 
     def _take_thread(self, line: "Fields", _: WatchedProcess) -> None:
         self._threads[line.number("id")] = line.text("name")
+
+    def _take_tap(self, line: "Fields", process: WatchedProcess) -> None:
+        facts = (line.text("name"), tuple(line.numbers("shape")), line.text("dtype"))
+        process.taps[line.number("id")] = facts
 
     def _take_error(self, line: "Fields", _: WatchedProcess) -> None:
         self._errors[line.number("seq")] = line.text("text")

@@ -13,6 +13,7 @@ from .labels import enter_module
 from .recorder import NO_GROUP, Recorder
 from .records import NOTHING
 from .stacks import dump_on_signal, dumps_still
+from .tensors import TensorWatch
 from .thread import ProbeThread
 from .works import Works
 
@@ -32,12 +33,14 @@ class Probe:
         self._restore: list[tuple[Any, str, Any, Any]] = []
         self._imports = ImportWatch()
         self._endings = Endings(self.recorder, self._imports, self._stop_thread)
+        self._tensors = TensorWatch(self.recorder, self._imports)
         self._imports.add(_C10D, self._found_c10d)
         self._imports.add("transformers.modeling_layers", self._found_layers)
 
     def stop(self) -> None:
         """Watch no more, and leave torch as it was. What was recorded stays."""
         self._stop_thread()
+        self._tensors.stop()
         self._imports.remove()
         self._endings.remove()
         if self._hook is not None:
@@ -72,10 +75,12 @@ class Probe:
     def _on_fork(self) -> None:
         self._thread = None  # threads are not forked; the first op starts one
         self._works.clear()
+        self._tensors.clear()
 
     def _stop_thread(self) -> None:
         thread, self._thread = self._thread, None
         self.recorder.find_groups()
+        self._tensors.flush()
         if thread is not None:
             thread.stop()
 

@@ -261,8 +261,9 @@ def test_layers_of_transformers_are_known_by_their_module(watched: Watched) -> N
         num_key_value_heads=1, head_dim=8,
     )  # fmt: skip
     model = Qwen3Model(config)
-    model.layers[0].mlp.register_forward_hook(lambda *_: dist.send(torch.zeros(1), 0))
-    model.layers[2].mlp.register_forward_hook(lambda *_: dist.send(torch.zeros(1), 0))
+    for number in (0, 2):
+        part = model.get_submodule(f"layers.{number}.mlp")
+        part.register_forward_hook(lambda *_: dist.send(torch.zeros(1), 0))
     model(torch.zeros(1, 2, dtype=torch.int64))
     dist.send(torch.zeros(1), 0)
     assert [op.layer for op in watched().ops] == [0, 2, None]

@@ -1,0 +1,162 @@
+"""Digests of rows that a watched process takes: of KV as it grows, and of tensors that the program names itself.
+
+They go into `HOST-PID.kv`: a head of fixed size for each time that rows were added, then two digests (K, V) for each
+row, or one. The file is only appended to, up to a limit; nobody who reads it waits for its writer.
+"""
+
+import ctypes
+import itertools
+import os
+import stat
+import struct
+import time
+import weakref
+from array import array
+from collections import deque
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .records import NOTHING, RecordsError, WatchedProcess
+
+MAGIC = b"KVr1"
+_HEAD = struct.Struct(
+    "<4sIqqiiiiiiI4x"
+)  # magic, name, at, seq, cache, layer, chunk, start, batch, count, columns
+MOST_BYTES = 512 * 2**20
+MOST_WAITING = 4096
+"""Digests on a device that are on their way to the host; if there are more, the oldest are dropped."""
+
+
+class RowsTaken(NamedTuple):
+    """Rows that were added to a cache, or a tensor that was tapped."""
+
+    name: str
+    """`kv`, or what the program called it"""
+    cache: int
+    """which cache object of the process, in the order of their first use; 0 for taps"""
+    layer: int | None
+    chunk: int | None
+    start: int
+    """the place of the first row in its cache: of its first token"""
+    digests: tuple[tuple[tuple[int, ...], ...], ...]
+    """for each sequence of the batch, for each row: unsigned digests of 64 bits, of K and V, or of the tensor's row"""
+    at_ns: int
+    seq: int
+    """how many ops the process had issued before"""
+    dtype: str
+    shape: tuple[int, ...]
+    """of K, or of the tensor"""
+
+
+class RowsWriter:
+    """The `.kv` file of this process."""
+
+    def __init__(self, path: Path, names: Any) -> None:
+        """`names`: numbers for (name, shape, dtype). Raises OSError."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        self._descriptor = os.open(path, flags, 0o600)
+        self._names, self._left = names, MOST_BYTES
+        self._caches: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self._next_cache = itertools.count(1)
+        self._waiting: deque[tuple[Any, Any, tuple[Any, ...]]] = deque(maxlen=MOST_WAITING)
+
+    def number_of(self, cache: Any) -> int:
+        """The number of a cache object, which is not kept alive."""
+        found = self._caches.get(id(cache))
+        if found is None or found[0]() is not cache:
+            found = (weakref.ref(cache), next(self._next_cache))
+            self._caches[id(cache)] = found
+        return found[1]
+
+    def add(
+        self, name: str, tensor: Any, digests: Any, cache: int, layer: int, chunk: int, start: int, seq: int
+    ) -> bool:
+        """Write the digests of rows, int64 [batch, rows, columns]. Returns False once the file has reached its limit.
+        On CUDA they are written once they are there, without waiting for it. Raises OSError."""
+        about = (
+            self._names.number((name, tuple(tensor.shape), tensor.dtype)),
+            time.monotonic_ns(), seq, cache, layer, chunk, start,
+        )  # fmt: skip
+        self.flush()
+        if digests.device.type == "cpu":
+            return self._write(digests, about)
+        if digests.device.type != "cuda":
+            return self._write(digests.cpu(), about)
+        import torch
+
+        host = torch.empty(digests.shape, dtype=torch.int64, pin_memory=True)
+        host.copy_(digests, non_blocking=True)
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(digests.device))
+        self._waiting.append((event, host, about))
+        return True
+
+    def flush(self, wait: bool = False) -> None:
+        """Write what has come from the device meanwhile; with `wait`, all."""
+        while self._waiting and (wait or self._waiting[0][0].query()):
+            event, host, about = self._waiting.popleft()
+            if wait:
+                event.synchronize()
+            self._write(host, about)
+
+    def _write(self, digests: Any, about: tuple[Any, ...]) -> bool:
+        rows = digests.contiguous()
+        batch, count, columns = rows.shape
+        data = _HEAD.pack(MAGIC, *about, batch, count, columns) + ctypes.string_at(
+            rows.data_ptr(), rows.nbytes
+        )
+        self._left -= len(data)
+        if self._left < 0:
+            return False
+        os.write(self._descriptor, data)
+        return True
+
+
+def read_rows(folder: str | Path, process: WatchedProcess) -> list[RowsTaken]:
+    """The rows that a process has taken digests of, in their order; [] if none. Raises RecordsError."""
+    path = Path(folder) / f"{process.name}.kv"
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise RecordsError(f"{path}: it is not a plain file")
+        if path.stat().st_size > MOST_BYTES:
+            raise RecordsError(f"{path}: it has more than {MOST_BYTES:,} bytes")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RecordsError(f"{path}: {error.strerror}") from None
+    found, at = list[RowsTaken](), 0
+    while len(data) - at >= _HEAD.size:
+        head = _HEAD.unpack_from(data, at)
+        magic, name, time_ns, seq, cache, layer, chunk, start, batch, count, columns = head
+        size = batch * count * columns * 8
+        if magic != MAGIC or min(batch, count, time_ns, seq) < 0 or columns not in (1, 2):
+            raise RecordsError(f"{path}: it is damaged at byte {at}")
+        at += _HEAD.size
+        if at + size > len(data):  # being written, or the process was killed meanwhile
+            break
+        numbers = array("Q")
+        numbers.frombytes(data[at : at + size])
+        at += size
+        text, shape, dtype = process.taps.get(name, ("", (), ""))
+        rows = [tuple(numbers[i : i + columns]) for i in range(0, len(numbers), columns)]
+        digests = tuple(tuple(rows[one * count : (one + 1) * count]) for one in range(batch))
+        found.append(
+            RowsTaken(
+                text,
+                cache,
+                _known(layer),
+                _known(chunk),
+                start,
+                digests,
+                time_ns + process.clock,
+                seq,
+                dtype,
+                shape,
+            )
+        )
+    return found
+
+
+def _known(number: int) -> int | None:
+    return None if number == NOTHING else number

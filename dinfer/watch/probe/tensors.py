@@ -1,0 +1,307 @@
+"""Takes digests of KV as caches grow, and of what programs tap: transformers' caches without being asked, others where
+`--kv` or `dinfer.tap` says.
+
+The outermost `update` of a cache counts: a subclass may call its parent's, and a cache calls its layer's. Nothing is
+read back from a device, nothing is done within a compiler or the capture of a CUDA graph, and no tensor is kept.
+"""
+
+import inspect
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable
+from functools import wraps
+from types import FrameType, ModuleType
+from typing import Any
+
+from .callers import caller
+from .imports import ImportWatch
+from .labels import Label, labelled, module_layer
+from .recorder import Recorder
+from .records import Names
+from .rows import RowsWriter
+from .taps import label_of, watching
+
+KV_VARIABLE = "DINFER_WATCH_KV"
+"""JSON: a list of objects `method` (`package.module:Class.method`), `k`, `v`, `layer`, and `start` if need be: Python
+expressions of the method's arguments, `self` and `result`, which are evaluated once it has returned."""
+
+
+class TensorWatch:
+    """Digests of rows in this process."""
+
+    def __init__(self, recorder: Recorder, imports: ImportWatch) -> None:
+        self._recorder = recorder
+        self._within = threading.local()
+        self._restore: list[tuple[Any, str, Any]] = []
+        self.is_off = False
+        self.clear()
+        watching.append(self)
+        imports.add("transformers.cache_utils", self._found_caches)
+        for asked in _asked(recorder):
+            _Method(self, asked, imports)
+
+    def clear(self) -> None:
+        """In a forked child: files of its own."""
+        self._rows: RowsWriter | None = None
+        self._opening = threading.RLock()
+        self._lengths: dict[tuple[int, str, int], int] = {}
+
+    def stop(self) -> None:
+        """Watch no more."""
+        if self in watching:
+            watching.remove(self)
+        for owner, name, before in reversed(self._restore):
+            if before is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+        self._restore.clear()
+        self.flush()
+
+    def flush(self) -> None:
+        """Before the process ends: write what devices have still to deliver. Never raises."""
+        try:
+            if self._rows is not None:
+                self._rows.flush(wait=True)
+        except Exception as error:
+            self.switch_off("writing digests", error)
+
+    def switch_off(self, part: str, error: BaseException) -> None:
+        """Take no more digests; ops are recorded as before."""
+        self.is_off = True
+        self._recorder.problem(f"{part} switched itself off: {type(error).__name__}: {error}")
+
+    def replace(self, owner: Any, name: str, by: Any) -> None:
+        """Put something in place until `stop`."""
+        self._restore.append((owner, name, vars(owner).get(name)))
+        setattr(owner, name, by)
+
+    # -- rows
+
+    def tap(self, name: str, tensor: Any, k: Any, v: Any, label: Label, start: int | None) -> None:
+        """What `dinfer.tap` says. Never raises."""
+        if self.is_off or _is_compiling():
+            return
+        try:
+            values = [value for value in ((k, v) if tensor is None else (tensor,)) if value is not None]
+            if values:
+                self._take(name, 0, values, label, start, sys._getframe(2), by_token=tensor is None)
+        except Exception as error:
+            self._recorder.problem(f"tap {name!r} was not taken: {type(error).__name__}: {error}")
+
+    def taken(
+        self, cache: Any, k: Any, v: Any, layer: int | None, start: int | None, frame: FrameType | None
+    ) -> None:
+        """Rows were added to a cache. Never raises."""
+        try:
+            rows = self._writer()
+            if rows is not None:
+                self._take("kv", rows.number_of(cache), [k, v], (layer, None), start, frame, by_token=True)
+        except Exception as error:
+            self.switch_off("taking digests of KV", error)
+
+    def _take(
+        self, name: str, cache: int, values: list[Any], label: Label, start: int | None, frame: FrameType | None,
+        *, by_token: bool,
+    ) -> None:  # fmt: skip
+        import torch
+
+        rows, records = self._writer(), self._recorder.records
+        if rows is None or records is None or not all(type(value) in _plain(torch) for value in values):
+            return
+        first = values[0]
+        if first.device.type == "meta" or _is_captured(torch, first) or not first.numel():
+            return
+        from .digests import last_dim_digests, token_digests
+
+        said = label_of(label, label_of(labelled(), (module_layer(), None)))
+        found = caller(frame, False, said[0] is None, said[1] is None)
+        layer = found.layer if said[0] is None else said[0]
+        chunk = found.chunk if said[1] is None else said[1]
+        with torch.no_grad():
+            each = [token_digests(value) if by_token else last_dim_digests(value) for value in values]
+            digests = torch.stack([one.reshape(-1, one.shape[-1] if one.dim() else 1) for one in each], -1)
+        key = (cache, name, layer)
+        begin = self._lengths.get(key, 0) if start is None else start
+        self._lengths[key] = begin + digests.shape[1]
+        if not rows.add(name, first, digests, cache, layer, chunk, begin, records.ops.issued):
+            self.is_off = True
+            self._recorder.problem("the file of digests has reached its limit: later rows are missing")
+
+    def _writer(self) -> RowsWriter | None:
+        if self._rows is None and not self.is_off:
+            with self._opening:
+                records = self._recorder.open()
+                if self._rows is None and records is not None:
+                    names = Names(records.lines, "tap", _tap_fields)
+                    self._rows = RowsWriter(self._recorder.folder / f"{records.name}.kv", names)
+        return self._rows
+
+    # -- transformers
+
+    def _found_caches(self, module: ModuleType) -> None:
+        try:
+            for kind in (getattr(module, "Cache", None), getattr(module, "CacheLayerMixin", None)):
+                if kind is not None:
+                    self._watch_class(kind)
+        except Exception as error:
+            self.switch_off("finding caches of transformers", error)
+
+    def _watch_class(self, kind: type[Any]) -> None:
+        """It and all its subclasses, also those to come."""
+        before = kind.__init_subclass__
+        watch = self._wrap_update
+
+        def init_subclass(cls: type[Any], /, **options: Any) -> None:
+            before.__func__(cls, **options) if hasattr(before, "__func__") else before(**options)
+            watch(cls)
+
+        self.replace(kind, "__init_subclass__", classmethod(init_subclass))
+        for one in (kind, *_descendants(kind)):
+            watch(one)
+
+    def _wrap_update(self, kind: type[Any]) -> None:
+        update = vars(kind).get("update")
+        if inspect.isfunction(update) and not getattr(update, "__isabstractmethod__", False):
+            self.replace(kind, "update", self._updating(update))
+
+    def _updating(self, update: Callable[..., Any]) -> Callable[..., Any]:
+        within = self._within
+
+        import torch
+
+        is_compiling = torch.compiler.is_compiling  # a compiler takes this for a constant
+
+        @wraps(update)
+        def updated(cache: Any, key_states: Any, value_states: Any, *args: Any, **options: Any) -> Any:
+            if is_compiling():
+                return update(cache, key_states, value_states, *args, **options)
+            if self.is_off or getattr(within, "is_on", False):
+                return update(cache, key_states, value_states, *args, **options)
+            within.is_on = True
+            try:
+                layer = options.get("layer_idx", args[0] if args else None)
+                layer = layer if type(layer) is int else None
+                start = _length(cache, layer)
+                result = update(cache, key_states, value_states, *args, **options)
+            finally:
+                within.is_on = False
+            self.taken(cache, key_states, value_states, layer, start, sys._getframe(1))
+            return result
+
+        return updated
+
+
+class _Method:
+    """A method of the user's, after each call of which rows are taken as his expressions say."""
+
+    def __init__(self, watch: TensorWatch, asked: dict[str, Any], imports: ImportWatch) -> None:
+        self._watch, self._is_off = watch, False
+        self._module, _, self._path = str(asked["method"]).partition(":")
+        self._codes = {
+            name: compile(str(asked[name]), f"--{name}", "eval")
+            for name in ("k", "v", "layer", "start")
+            if asked.get(name)
+        }
+        imports.add(self._module, self._found)
+
+    def _found(self, module: ModuleType) -> None:
+        try:
+            *owners, name = self._path.split(".")
+            owner: Any = module
+            for one in owners:
+                owner = getattr(owner, one)
+            before = getattr(owner, name)
+            self._watch.replace(owner, name, self._calling(before))
+        except Exception as error:
+            self._say(error)
+
+    def _calling(self, before: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(before)
+
+        @wraps(before)
+        def called(*args: Any, **options: Any) -> Any:
+            result = before(*args, **options)
+            if not self._is_off and not self._watch.is_off and not _is_compiling():
+                try:
+                    bound = signature.bind(*args, **options)
+                    bound.apply_defaults()
+                    names = {**before.__globals__, **bound.arguments, "result": result}
+                    found = {name: eval(code, names) for name, code in self._codes.items()}
+                    layer, start = found.get("layer"), found.get("start")
+                    label = (None if layer is None else int(layer), None)
+                    self._watch.tap("kv", None, found.get("k"), found.get("v"), label, start)
+                except Exception as error:
+                    self._say(error)
+            return result
+
+        return called
+
+    def _say(self, error: Exception) -> None:
+        self._is_off = True
+        text = f"--kv {self._module}:{self._path} takes nothing: {type(error).__name__}: {error}"
+        self._watch._recorder.problem(text)
+
+
+def _asked(recorder: Recorder) -> list[dict[str, Any]]:
+    text = os.environ.get(KV_VARIABLE)
+    if not text:
+        return []
+    try:
+        found = json.loads(text)
+        if not all(isinstance(one["method"], str) and ":" in one["method"] for one in found):
+            raise ValueError("a method is written package.module:Class.method")
+        return list(found)
+    except (ValueError, TypeError, KeyError) as error:
+        recorder.problem(f"{KV_VARIABLE} cannot be read: {type(error).__name__}: {error}")
+        return []
+
+
+def _length(cache: Any, layer: int | None) -> int | None:
+    """How many rows the cache holds, where that is known without asking a device; counted by ourselves if not."""
+    try:
+        if layer is not None:
+            layers = getattr(cache, "layers", None)
+            if layers is None or layer >= len(layers):
+                return 0 if layers is not None else None
+            cache = layers[layer]
+        attributes = vars(cache)
+        for name in ("cumulative_length_int", "cumulative_length"):
+            if type(attributes.get(name)) is int:
+                return int(attributes[name])
+        counted = attributes.get("cumulative_length")
+        if counted is not None:
+            return int(counted) if counted.device.type == "cpu" else None
+        keys = attributes.get("keys")
+        if keys is None or not getattr(cache, "is_initialized", True):
+            return 0
+        return int(keys.shape[-2]) if keys.numel() else 0
+    except (AttributeError, TypeError, IndexError, RuntimeError):
+        return None
+
+
+def _tap_fields(value: Any) -> dict[str, Any]:
+    name, shape, dtype = value
+    return {"name": name, "shape": list(shape), "dtype": str(dtype).rpartition(".")[2]}
+
+
+def _descendants(kind: type[Any]) -> list[type[Any]]:
+    found: list[type[Any]] = []
+    for one in kind.__subclasses__():
+        found += [one, *_descendants(one)]
+    return found
+
+
+def _plain(torch: Any) -> tuple[Any, ...]:
+    return (torch.Tensor, torch.nn.Parameter)
+
+
+def _is_compiling() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.compiler.is_compiling())
+
+
+def _is_captured(torch: Any, tensor: Any) -> bool:
+    return tensor.device.type == "cuda" and bool(torch.cuda.is_current_stream_capturing())

@@ -1,0 +1,264 @@
+"""Digests of KV as caches of transformers grow, and of what programs tap."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, Qwen3Config, StaticCache
+from transformers.cache_utils import Cache
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
+
+import dinfer
+from dinfer.watch.probe import tensors
+from dinfer.watch.probe.digests import last_dim_digests, token_digests
+from dinfer.watch.probe.records import RecordsError, read
+from dinfer.watch.probe.rows import RowsTaken, read_rows
+from dinfer.watch.probe.start import Probe
+
+Taken = Callable[[], list[RowsTaken]]
+CONFIG = Qwen3Config(
+    vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=2, head_dim=4,
+)  # fmt: skip
+
+
+@pytest.fixture
+def taken(tmp_path: Path) -> Iterator[Taken]:
+    """Watches this process; returns what reads the rows."""
+    probe = Probe(tmp_path)
+
+    def found() -> list[RowsTaken]:
+        (process,) = read(tmp_path)
+        assert process.problems == []
+        return read_rows(tmp_path, process)
+
+    yield found
+    probe.stop()
+
+
+def kv(tokens: int, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V, [batch, 2, tokens, 4]."""
+    return torch.randn(batch, 2, tokens, 4), torch.randn(batch, 2, tokens, 4)
+
+
+def expected(k: torch.Tensor, v: torch.Tensor) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """The digests of each sequence's rows, each token by itself."""
+    mask = 2**64 - 1
+    return tuple(
+        tuple(
+            (int(token_digests(k[b, :, t : t + 1])) & mask, int(token_digests(v[b, :, t : t + 1])) & mask)
+            for t in range(k.shape[2])
+        )
+        for b in range(k.shape[0])
+    )
+
+
+def dynamic() -> Cache:
+    """A cache that grows."""
+    return DynamicCache(config=CONFIG)
+
+
+def static() -> Cache:
+    """A cache of fixed size."""
+    return StaticCache(config=CONFIG, max_cache_len=32)
+
+
+def sliding() -> Cache:
+    """A cache whose layers keep the last 4 tokens."""
+    config = Qwen3Config(
+        **{
+            **CONFIG.to_dict(),
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention"] * 2,
+        }
+    )
+    return DynamicCache(config=config)
+
+
+class OwnCache(DynamicCache):
+    """As users write them."""
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **options: Any) -> Any:
+        return super().update(key_states, value_states, layer_idx, *args, **options)
+
+
+@pytest.mark.parametrize("make", [dynamic, static, sliding, OwnCache])
+def test_rows_of_caches_are_taken_as_they_grow(taken: Taken, make: Callable[[], Cache]) -> None:
+    cache = make()
+    first, second = kv(6, batch=2), kv(3, batch=2)
+    cache.update(*first, 1)
+    cache.update(*second, 1)
+    rows = taken()
+    assert [(row.name, row.layer, row.start, row.dtype, row.shape) for row in rows] == [
+        ("kv", 1, 0, "float32", (2, 2, 6, 4)),
+        ("kv", 1, 6, "float32", (2, 2, 3, 4)),
+    ]
+    assert [row.digests for row in rows] == [expected(*first), expected(*second)]
+    assert rows[0].cache == rows[1].cache == 1
+
+
+def test_a_subclass_made_while_watched(taken: Taken) -> None:
+    class Late(DynamicCache):
+        def update(
+            self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **options: Any
+        ) -> Any:
+            return super().update(key_states, value_states, layer_idx, *args, **options)
+
+    Late().update(*kv(2), 0)
+    assert [(row.layer, row.start, len(row.digests[0])) for row in taken()] == [(0, 0, 2)]
+
+
+def test_a_layer_that_is_appended_twice_shows(taken: Taken) -> None:
+    cache, both = dynamic(), kv(2)
+    for _ in range(2):
+        cache.update(*both, 0)
+    first, second = taken()
+    assert (first.start, second.start) == (0, 2)
+    assert first.digests == second.digests
+
+
+def test_rows_after_a_crop_are_where_they_are(taken: Taken) -> None:
+    cache = dynamic()
+    cache.update(*kv(5), 0)
+    cache.crop(-2)
+    cache.update(*kv(1), 0)
+    assert [row.start for row in taken()] == [0, 3]
+
+
+def test_a_model_run_in_chunks(taken: Taken) -> None:
+    model, cache = Qwen3Model(CONFIG), dynamic()
+    for chunk in range(2):
+        with torch.no_grad():
+            model(torch.full((1, 3), chunk), past_key_values=cache)
+    assert [(row.layer, row.chunk, row.start) for row in taken()] == [
+        (0, 0, 0),
+        (1, 0, 0),
+        (0, 1, 3),
+        (1, 1, 3),
+    ]
+    held: Any = cache.layers[1]
+    assert taken()[1].digests[0] + taken()[3].digests[0] == expected(held.keys, held.values)[0]
+
+
+def test_a_compiled_model_is_left_alone(tmp_path: Path) -> None:
+    model, ids = Qwen3Model(CONFIG), torch.zeros(1, 2, dtype=torch.int64)
+    plain = model(ids, past_key_values=dynamic()).last_hidden_state
+    probe = Probe(tmp_path)
+    try:
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        found = compiled(ids, past_key_values=dynamic()).last_hidden_state
+    finally:
+        probe.stop()
+    assert torch.equal(found, plain)
+    assert list(tmp_path.glob("*.kv")) == []
+
+
+def test_what_programs_tap(taken: Taken) -> None:
+    k, v = kv(3)
+    logits = torch.randn(2, 5, 8, dtype=torch.bfloat16)
+    dinfer.tap("kv", k=k, v=v, layer=4, chunk=1)
+    dinfer.tap("kv", k=k[0], v=v[0], layer=4, chunk=2)
+    with dinfer.label(layer=7):
+        dinfer.tap("logits", logits, start=9)
+    first, second, third = taken()
+    assert (first.layer, first.chunk, first.start, first.digests) == (4, 1, 0, expected(k, v))
+    assert (second.chunk, second.start, second.digests) == (2, 3, first.digests)
+    assert (third.name, third.layer, third.start, third.dtype) == ("logits", 7, 9, "bfloat16")
+    assert [len(sequence) for sequence in third.digests] == [5, 5]
+    assert third.digests[1][4] == (int(last_dim_digests(logits[1, 4])) & (2**64 - 1),)
+
+
+def test_a_tap_without_a_watch_does_nothing(tmp_path: Path) -> None:
+    dinfer.tap("kv", k=object(), v=None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tap_of_what_is_no_tensor_says_so_and_goes_on(tmp_path: Path) -> None:
+    probe = Probe(tmp_path)
+    try:
+        dinfer.tap("kv", k=torch.zeros(3), v=torch.zeros(3), layer=0)
+        dinfer.tap("hidden", torch.zeros(2, 3))
+    finally:
+        probe.stop()
+    (process,) = read(tmp_path)
+    assert len(process.problems) == 1
+    assert "tap 'kv' was not taken" in process.problems[0]
+    assert [row.name for row in read_rows(tmp_path, process)] == ["hidden"]
+
+
+@pytest.fixture
+def engine() -> Iterator[ModuleType]:
+    """A module of the user's, with a store of its own."""
+    module = ModuleType("own_engine")
+    exec(
+        "class Store:\n    def put(self, number, pair, *, at=0):\n        return pair\n",
+        module.__dict__,
+    )
+    module.__spec__ = __import__("importlib.machinery").machinery.ModuleSpec("own_engine", None)
+    sys.modules["own_engine"] = module
+    yield module
+    del sys.modules["own_engine"]
+
+
+def test_a_method_named_on_the_command_line(
+    tmp_path: Path, engine: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {
+        "method": "own_engine:Store.put",
+        "k": "pair[0]",
+        "v": "result[1]",
+        "layer": "number + 1",
+        "start": "at",
+    }
+    monkeypatch.setenv(tensors.KV_VARIABLE, json.dumps([asked]))
+    k, v = kv(2)
+    probe = Probe(tmp_path)
+    try:
+        assert engine.Store().put(3, (k, v), at=6) == (k, v)
+    finally:
+        probe.stop()
+    (process,) = read(tmp_path)
+    (row,) = read_rows(tmp_path, process)
+    assert (row.layer, row.start, row.digests) == (4, 6, expected(k, v))
+    assert engine.Store.put.__name__ == "put"
+    assert not hasattr(engine.Store.put, "__wrapped__")
+
+
+def test_an_expression_that_fails_says_so(
+    tmp_path: Path, engine: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"method": "own_engine:Store.put", "k": "keys", "v": "pair[1]"}
+    monkeypatch.setenv(tensors.KV_VARIABLE, json.dumps([asked]))
+    probe = Probe(tmp_path)
+    try:
+        for _ in range(2):
+            engine.Store().put(3, kv(1))
+    finally:
+        probe.stop()
+    (process,) = read(tmp_path)
+    assert process.problems == [
+        "--kv own_engine:Store.put takes nothing: NameError: name 'keys' is not defined"
+    ]
+
+
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
+    probe = Probe(tmp_path)
+    dinfer.tap("hidden", torch.zeros(2, 3))
+    probe.stop()
+    (process,) = read(tmp_path)
+    path = tmp_path / f"{process.name}.kv"
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:70])  # being written
+    assert len(read_rows(tmp_path, process)) == 1
+    path.write_bytes(whole + b"x" * 80)
+    with pytest.raises(RecordsError, match=f"damaged at byte {len(whole)}") as caught:
+        read_rows(tmp_path, process)
+    assert str(path) in str(caught.value)
