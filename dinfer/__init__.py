@@ -129,5 +129,8 @@ def _plot(name: str, result: Any) -> "Plot":
     return plot(name, result)
 
 
+if TYPE_CHECKING:
+    watch = _watch  # at run time the package of that name, which can be called
+
 use_plotter(_plot)
 use_starter(_watch)

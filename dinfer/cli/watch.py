@@ -1,5 +1,6 @@
 """`dinfer watch` and `dinfer explain`: verdicts on other people's distributed code."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,14 @@ def watch(
     folder: Annotated[
         str, Option(help="where the processes write their records [default: a new one in dinfer-logs]")
     ] = "",
+    kv: Annotated[
+        str, Option(help="a method that adds to a KV cache of your own: package.module:Class.method")
+    ] = "",
+    k: Annotated[
+        str, Option("--k", help="with --kv: the new K, an expression of its arguments and result")
+    ] = "",
+    v: Annotated[str, Option("--v", help="with --kv: the new V")] = "",
+    layer: Annotated[str, Option(help="with --kv: the layer")] = "",
     quiet: Annotated[bool, Option("--quiet", help="no lines about ranks while all goes well")] = False,
     overwrite: Annotated[
         bool, Option("--overwrite", help="replace the files of --report, --json and --trace if they exist")
@@ -34,6 +43,10 @@ def watch(
     from dinfer.watching.command import NOT_STARTED, CommandLines, PassedOn, WatchedCommand
 
     try:
+        if (k or v or layer or kv) and not (k and v and layer and ":" in kv):
+            raise ConfigError(
+                "--kv package.module:Class.method takes --k, --v and --layer: all four, or none."
+            )
         check_outputs({"--report": report, "--json": json_path, "--trace": trace}, overwrite=overwrite)
         place = Path(folder) if folder else new_run_folder(Path(Config.log_dir))
         if folder and place.is_dir() and any(place.iterdir()):
@@ -41,8 +54,10 @@ def watch(
     except (ConfigError, OSError) as error:
         stop(error, BAD_INPUT)
     lines = CommandLines(sys.stderr)
+    tapped = [{"method": kv, "k": k, "v": v, "layer": layer}]
+    environment = {"DINFER_WATCH_KV": json.dumps(tapped)} if kv else {}
     try:
-        running = WatchedCommand(command, place, tell=lines.verdict)
+        running = WatchedCommand(command, place, tell=lines.verdict, environment=environment)
     except FileNotFoundError:
         stop(f"the command {command[0]!r} was not found.", NOT_STARTED)
     except OSError as error:

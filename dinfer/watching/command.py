@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
@@ -113,6 +114,7 @@ class WatchedCommand:
             # What has ended since says more of a rank that failed, unless it is the same.
             if told and told.kind in ENDS and at_end.problem and at_end.problem.ranks != told.ranks:
                 self.evidence = at_end
+        self.evidence = replace(self.evidence, rows=self.watched.rows())
         self.verdict = None if status == 0 else self.evidence.problem
         if self.verdict and self._tell and (not told or told.kind != self.verdict.kind):
             self._tell(self.verdict)

@@ -27,7 +27,9 @@ from dinfer.verdict.signs import Raised, Signs, StackFrame
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.where import seconds_text
 from dinfer.watch.probe.records import Reader, RecordsError, WatchedProcess, ask_stacks
+from dinfer.watch.probe.rows import RowsTaken, read_rows
 from dinfer.watching.events import ranks_of, trace_of
+from dinfer.watching.kv import WatchedKv
 from dinfer.watching.signs import (
     MAIN,
     ProcessPulse,
@@ -69,6 +71,7 @@ class Evidence:
     signs: Mapping[int, Signs] = field(default_factory=dict)
     now_ns: int | None = None
     processes: Mapping[int, WatchedProcess] = field(default_factory=dict)
+    rows: Mapping[int, Sequence[RowsTaken]] = field(default_factory=dict)
 
     @cached_property
     def groups(self) -> dict[str, Group]:
@@ -83,7 +86,11 @@ class Evidence:
     @cached_property
     def findings(self) -> list[OpFinding]:
         ended = [rank for rank, its in self.signs.items() if its.phase == "done"]
-        return findings_of_events(self.trace.events, self.groups, ended)
+        return [*findings_of_events(self.trace.events, self.groups, ended), *self.kv.diff()]
+
+    @cached_property
+    def kv(self) -> WatchedKv:
+        return WatchedKv(self.rows)
 
     @property
     def problem(self) -> Verdict | None:
@@ -287,6 +294,16 @@ class Watched:
         found = {rank: self._pulses[owners[id(process)]].gone for rank, process in ranks.items()}
         return {rank: at for rank, at in found.items() if at is not None}
 
+    def rows(self) -> dict[int, list[RowsTaken]]:
+        """By rank, the digests of rows that its process has taken so far."""
+        found = {}
+        for rank, (folder, process) in self._places.items():
+            try:
+                found[rank] = read_rows(folder, process)
+            except RecordsError as error:
+                self.unreadable.append(str(error))
+        return {rank: rows for rank, rows in found.items() if rows}
+
     def ask(self, ranks: Iterable[int]) -> None:
         """Have these ranks write where their threads stand, for a later look; each at most twice a second."""
         now = time.monotonic()
@@ -386,6 +403,7 @@ def _of_folders(folders: list[Path], others: list[Path]) -> Evidence:
         )
     watched = Watched(folders)
     found = watched.look()
+    found = replace(found, rows=watched.rows())
     if watched.unreadable:
         raise ExplainError(f"cannot read what was watched: {'; '.join(watched.unreadable)}.")
     if not any(
@@ -394,7 +412,7 @@ def _of_folders(folders: list[Path], others: list[Path]) -> Evidence:
         return found
     here = {rank for rank, its in found.signs.items() if its.cpu_moves is not None or its.answers}
     # Processes of other hosts, and copies of a record, cannot be asked: the record is all.
-    return found if here else replace(watched.look(live=False), now_ns=None)
+    return found if here else replace(watched.look(live=False), now_ns=None, rows=found.rows)
 
 
 def of_trace(trace: Trace) -> Evidence:

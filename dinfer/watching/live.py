@@ -21,6 +21,7 @@ from dinfer.verdict.verdict import Verdict
 from dinfer.watching.alarm import HangAlarm
 from dinfer.watching.command import WatchedCommand
 from dinfer.watching.evidence import Evidence, Watched
+from dinfer.watching.kv import WatchedKv
 
 if TYPE_CHECKING:
     from dinfer.saved.saved import WriteReport
@@ -37,8 +38,11 @@ LOOK_S = 0.5
 class WatchSource(Protocol):
     """Where evidence comes from."""
 
+    watched: Watched
+
     @property
     def evidence(self) -> Evidence: ...
+
     @property
     def verdict(self) -> Verdict | None: ...
 
@@ -68,6 +72,10 @@ class Watch(Tidy, Displayable, Closing):
     def findings(self) -> list[OpFinding]:
         """What ended and is wrong all the same."""
         return self._source.evidence.findings
+
+    def kv(self) -> WatchedKv:
+        """How many tokens of which layer each rank holds in its newest cache; `.diff()` says what is wrong."""
+        return WatchedKv(self._source.watched.rows())
 
     def links(self) -> Table:
         """What went over each link and through each kind of collective: MB, seconds, MB/s, waiting."""
@@ -176,7 +184,7 @@ class EnginesSource:
     """Looks after the engines of a session until it is closed. `tell`: called with each new verdict."""
 
     def __init__(self, folder: Path, tell: Callable[[Verdict], None] = _tell) -> None:
-        self._watched, self._alarm, self._tell = Watched([folder]), HangAlarm(), tell
+        self.watched, self._alarm, self._tell = Watched([folder]), HangAlarm(), tell
         self._evidence: Evidence | None = None
         self._looking, self._over = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._follow, name="dinfer watch", daemon=True)
@@ -194,10 +202,10 @@ class EnginesSource:
 
     def look(self) -> None:
         with self._looking:
-            self._evidence = of_cells(self._watched.look())
+            self._evidence = of_cells(self.watched.look())
             new = self._alarm.consider(self._evidence, time.monotonic())
             if self._alarm.is_suspicious:
-                self._watched.ask(self._evidence.processes)
+                self.watched.ask(self._evidence.processes)
         if new:
             self._tell(new)
 

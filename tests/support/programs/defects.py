@@ -119,6 +119,17 @@ def crossed() -> None:
     dist.barrier()
 
 
+def appended_twice() -> None:
+    """A serving loop that adds one chunk's KV a second time on one rank."""
+    import dinfer
+
+    for chunk in range(3):
+        k = torch.arange(4 * 2 * 8, dtype=torch.float32).reshape(1, 2, 4, 8) + chunk
+        for _ in range(1 + (RANK == 1 and chunk == 1)):
+            dinfer.tap("kv", layer=0, chunk=chunk, k=k, v=-k)
+        dist.barrier()
+
+
 def stops_in_python() -> None:
     if RANK == 1:
         time.sleep(1000)
