@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from dinfer.watch.probe.records import RecordsError, WatchedOp, WatchedProcess, ask_stacks, read
+from dinfer.watch.probe.rows import read_rows
 from dinfer.watch.zipped import watched_environment, write_zip
 from tests.support.runs import wait_for
 
@@ -219,14 +220,13 @@ dist.barrier()
 """
     )
     wait_for(lambda: any(of_kind(one, "barrier") for one in program.read()), "rank 1 is in the barrier")
-    beats = [one.heartbeat_ns for one in program.read()]
 
-    def rank_1_lives() -> bool:
-        return program.read()[1].heartbeat_ns > beats[1] + 2 * 10**9
+    def only_rank_1_lives() -> bool:
+        first, second = program.read()
+        return second.heartbeat_ns - first.heartbeat_ns > 2 * 10**9
 
-    wait_for(rank_1_lives, "rank 1 shows signs of life")
-    first, second = program.read()
-    assert second.heartbeat_ns - first.heartbeat_ns > 10**9
+    wait_for(only_rank_1_lives, "rank 0 shows no signs of life, and rank 1 does")
+    first = program.read()[0]
     assert first.dump is not None
     os.kill(first.pid, first.dump)
     dump = program.folder / f"{first.name}.dump"
@@ -348,6 +348,25 @@ if __name__ == "__main__":
     assert program.process.returncode != 0
     assert first.exception is not None
     assert first.exception.line == program.line("raise ValueError")
+
+
+def test_a_program_that_says_more_than_it_must(launch: Launch) -> None:
+    program = launch(
+        """
+import dinfer
+
+for layer in range(2):
+    with dinfer.label(chunk=5):
+        dinfer.tap("hidden", torch.full((3, 2), float(layer)))
+""",
+        ranks=0,
+    )
+    (process,) = program.ranks()
+    assert program.process.returncode == 0, program.log()
+    assert (process.rank, process.ops, process.problems) == (None, [], [])
+    rows = read_rows(program.folder, process)
+    assert [(row.layer, row.chunk, len(row.digests[0])) for row in rows] == [(0, 5, 3), (1, 5, 3)]
+    assert rows[0].digests != rows[1].digests
 
 
 def test_programs_without_groups_leave_nothing_and_keep_their_sitecustomize(tmp_path: Path) -> None:

@@ -13,13 +13,13 @@ from types import ModuleType
 from typing import Any
 
 from .imports import ImportWatch
-from .recorder import Recorder
+from .recorder import OpRecorder
 
 
 class Endings:
     """Tells the recorder how the process ends. Everything that was there before is called as it would have been."""
 
-    def __init__(self, recorder: Recorder, imports: ImportWatch, before_exit: Callable[[], None]) -> None:
+    def __init__(self, recorder: OpRecorder, imports: ImportWatch, before_exit: Callable[[], None]) -> None:
         self._recorder, self._before_exit = recorder, before_exit
         self._restore: list[Callable[[], None]] = []
         self._told: BaseException | None = None

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .recorder import GroupFacts, Pending, Recorder
+from .recorder import GroupFacts, OpRecorder, PendingOp
 from .records import NOTHING
 from .works import Works
 
@@ -60,7 +60,7 @@ class KernelHook:
 
     name = "kernels"
 
-    def __init__(self, recorder: Recorder, works: Works) -> None:
+    def __init__(self, recorder: OpRecorder, works: Works) -> None:
         """Puts them in place. Raises as torch does."""
         import torch
 
@@ -106,7 +106,7 @@ class KernelHook:
             way.kind,
         )
 
-        def begin(args: tuple[Any, ...], frame: Any) -> Pending | None:
+        def begin(args: tuple[Any, ...], frame: Any) -> PendingOp | None:
             group: GroupFacts = recorder.group_of(self._group(args[group_at]))
             tensors = _flat(args[tensors_at]) if tensors_at >= 0 else ()
             if tensors and tensors[0].is_meta:
@@ -148,7 +148,7 @@ class KernelHook:
 
         return kernel
 
-    def _follow(self, pending: Pending, boxed: Any, output: Any) -> None:
+    def _follow(self, pending: PendingOp, boxed: Any, output: Any) -> None:
         work = self._work(boxed) if boxed is not None else None
         if work is None:
             return

@@ -34,7 +34,7 @@ class GroupFacts(NamedTuple):
 NO_GROUP = GroupFacts(0, ())
 
 
-class Pending(NamedTuple):
+class PendingOp(NamedTuple):
     """An op that is not known to be over."""
 
     ticket: Ticket
@@ -48,7 +48,7 @@ class Pending(NamedTuple):
     """a receive from any rank"""
 
 
-class Recorder:
+class OpRecorder:
     """What this process records into a folder, from its first op on. A forked child starts anew, in its own files."""
 
     def __init__(
@@ -158,7 +158,7 @@ class Recorder:
         tensors: Sequence[Any],
         is_async: bool | None,
         frame: FrameType | None,
-    ) -> Pending | None:
+    ) -> PendingOp | None:
         """An op is about to be issued. `peer`: its rank in the group; NOTHING: none. `is_async`: None where only the
         frames of its callers tell. Returns None if it is not recorded. Never raises."""
         if self.is_off:
@@ -192,7 +192,7 @@ class Recorder:
                 self.raised(raised, "handled")
             lane = (group.number, peer if kind in ("send", "recv") else NOTHING)
             from_any = kind == "recv" and peer == NOTHING
-            return Pending(ticket, not is_async, called.place, on_device, lane, nbytes, from_any)
+            return PendingOp(ticket, not is_async, called.place, on_device, lane, nbytes, from_any)
         except Exception as error:
             self.switch_off("recording ops", error)
             return None
@@ -204,7 +204,7 @@ class Recorder:
             found = self._threads.number = records.threads.number(thread_name())
         return found
 
-    def waiting(self, pending: Pending, frame: FrameType | None) -> None:
+    def waiting(self, pending: PendingOp, frame: FrameType | None) -> None:
         """The caller begins to wait for the op. Never raises."""
         try:
             if self.records is not None:
@@ -215,7 +215,7 @@ class Recorder:
         except Exception as error:
             self.switch_off("recording waits", error)
 
-    def done(self, pending: Pending, error: BaseException | None = None) -> None:
+    def done(self, pending: PendingOp, error: BaseException | None = None) -> None:
         """The op is over, or has failed. Never raises."""
         try:
             if self.records is None:
@@ -228,11 +228,11 @@ class Recorder:
         except Exception as failure:
             self.switch_off("recording ends", failure)
 
-    def is_over(self, pending: Pending) -> bool:
+    def is_over(self, pending: PendingOp) -> bool:
         """Whether the op's end is recorded."""
         return self.records is None or self.records.ops.is_done(pending.ticket)
 
-    def found_peer(self, pending: Pending, work: Any) -> None:
+    def found_peer(self, pending: PendingOp, work: Any) -> None:
         """A receive from any rank is over: say from which one. Never raises."""
         try:
             if self.records is not None:

@@ -370,7 +370,7 @@ class LinesWriter:
         return True
 
 
-class Names:
+class NumberedNames:
     """Numbers for values that many ops share. A value's line is written before its number is used."""
 
     def __init__(self, lines: LinesWriter, what: str, fields: Callable[[Any], dict[str, Any]]) -> None:
@@ -421,12 +421,16 @@ class Records:
             **about,
         )
         self.ops = OpsWriter(folder / f"{self.name}.ops")
-        self.groups = Names(
+        self.groups = NumberedNames(
             self.lines, "group", lambda value: dict(zip(_GROUP_FIELDS, value[1:], strict=True))
         )
-        self.places = Names(self.lines, "place", lambda value: dict(zip(_PLACE_FIELDS, value, strict=True)))
-        self.forms = Names(self.lines, "form", _form_fields)
-        self.threads = Names(self.lines, "thread", lambda value: {"name": value[1], "ident": value[0]})
+        self.places = NumberedNames(
+            self.lines, "place", lambda value: dict(zip(_PLACE_FIELDS, value, strict=True))
+        )
+        self.forms = NumberedNames(self.lines, "form", _form_fields)
+        self.threads = NumberedNames(
+            self.lines, "thread", lambda value: {"name": value[1], "ident": value[0]}
+        )
 
 
 def _form_fields(form: Any) -> dict[str, Any]:

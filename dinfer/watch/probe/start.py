@@ -10,7 +10,7 @@ from typing import Any
 from .endings import Endings
 from .imports import ImportWatch
 from .labels import enter_module
-from .recorder import NO_GROUP, Recorder
+from .recorder import NO_GROUP, OpRecorder
 from .records import NOTHING
 from .stacks import dump_on_signal, dumps_still
 from .tensors import TensorWatch
@@ -25,7 +25,7 @@ class Probe:
     """What watches this process."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.recorder = Recorder(Path(folder).absolute(), on_open=self._on_open, on_fork=self._on_fork)
+        self.recorder = OpRecorder(Path(folder).absolute(), on_open=self._on_open, on_fork=self._on_fork)
         self._works = Works(self.recorder)
         self._hook: Any = None
         self._dump: int | None = None

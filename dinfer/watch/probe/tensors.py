@@ -18,8 +18,8 @@ from typing import Any
 from .callers import caller
 from .imports import ImportWatch
 from .labels import Label, labelled, module_layer
-from .recorder import Recorder
-from .records import Names
+from .recorder import OpRecorder
+from .records import NumberedNames
 from .rows import RowsWriter
 from .taps import label_of, watching
 
@@ -31,7 +31,7 @@ expressions of the method's arguments, `self` and `result`, which are evaluated 
 class TensorWatch:
     """Digests of rows in this process."""
 
-    def __init__(self, recorder: Recorder, imports: ImportWatch) -> None:
+    def __init__(self, recorder: OpRecorder, imports: ImportWatch) -> None:
         self._recorder = recorder
         self._within = threading.local()
         self._restore: list[tuple[Any, str, Any]] = []
@@ -135,7 +135,7 @@ class TensorWatch:
             with self._opening:
                 records = self._recorder.open()
                 if self._rows is None and records is not None:
-                    names = Names(records.lines, "tap", _tap_fields)
+                    names = NumberedNames(records.lines, "tap", _tap_fields)
                     self._rows = RowsWriter(self._recorder.folder / f"{records.name}.kv", names)
         return self._rows
 
@@ -245,7 +245,7 @@ class _Method:
         self._watch._recorder.problem(text)
 
 
-def _asked(recorder: Recorder) -> list[dict[str, Any]]:
+def _asked(recorder: OpRecorder) -> list[dict[str, Any]]:
     text = os.environ.get(KV_VARIABLE)
     if not text:
         return []

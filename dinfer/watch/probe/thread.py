@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from .recorder import Recorder
+from .recorder import OpRecorder
 from .stacks import thread_stacks
 from .works import Works
 
@@ -17,7 +17,7 @@ MOST_STACKS = 200
 class ProbeThread:
     """Runs until it is stopped, or recording is off. It never waits for anybody but its own clock."""
 
-    def __init__(self, recorder: Recorder, works: Works, more: Callable[[], None]) -> None:
+    def __init__(self, recorder: OpRecorder, works: Works, more: Callable[[], None]) -> None:
         """`more`: called at each tick, and must not raise."""
         self._recorder, self._works, self._more = recorder, works, more
         self._stop = threading.Event()

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from .recorder import Pending, Recorder
+from .recorder import OpRecorder, PendingOp
 
 MOST_ASKED = 512
 """So many ops are asked about at a time."""
@@ -28,14 +28,14 @@ HELD_BYTES = 2**20
 class Works:
     """The ops of this process that may not be over, by their Work."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: OpRecorder) -> None:
         self._recorder = recorder
-        self._by_work: dict[int, tuple[weakref.ref[Any], tuple[Pending, ...]]] = {}
-        self.by_output: dict[int, Pending] = {}
+        self._by_work: dict[int, tuple[weakref.ref[Any], tuple[PendingOp, ...]]] = {}
+        self.by_output: dict[int, PendingOp] = {}
         """Collectives by the address of their output, by which functional ones are waited for."""
         self._handed: dict[int, Any] = {}
         self._handed_before: dict[int, int] = {}
-        self._coalesced: dict[int, list[Pending]] = {}
+        self._coalesced: dict[int, list[PendingOp]] = {}
         self._devices = DeviceOps(recorder)
         self._restore: list[Callable[[], None]] = []
 
@@ -47,7 +47,7 @@ class Works:
 
     # -- from issue to wait
 
-    def hand_over(self, work: Any, pending: Pending) -> None:
+    def hand_over(self, work: Any, pending: PendingOp) -> None:
         """This Work stands for the op. The caller will get the same object, if it is held until then."""
         ident = threading.get_ident()
         self._handed[ident] = work
@@ -57,7 +57,7 @@ class Works:
         else:
             started.append(pending)
 
-    def _follow(self, work: Any, pendings: tuple[Pending, ...]) -> None:
+    def _follow(self, work: Any, pendings: tuple[PendingOp, ...]) -> None:
         key, by_work = id(work), self._by_work
         by_work[key] = (weakref.ref(work, lambda _: by_work.pop(key, None) and None), pendings)
         if pendings[-1].on_device:
@@ -107,11 +107,11 @@ class Works:
 
         return wait
 
-    def _over(self, work: Any, pendings: tuple[Pending, ...], error: BaseException | None) -> None:
+    def _over(self, work: Any, pendings: tuple[PendingOp, ...], error: BaseException | None) -> None:
         for pending in pendings:
             if error is not None or not pending.on_device:
                 self._recorder.done(pending, error)
-            if pending.peer_unknown:
+            if pending.peer_unknown and error is None:
                 self._recorder.found_peer(pending, work)
         ident = threading.get_ident()
         if self._handed.get(ident) is work:
@@ -161,15 +161,15 @@ class Works:
 class DeviceOps:
     """Ops on a device, in the order of issue: those of one communicator end in it."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: OpRecorder) -> None:
         self._recorder = recorder
-        self._lanes: dict[tuple[int, int], deque[tuple[Any, tuple[Pending, ...]]]] = {}
+        self._lanes: dict[tuple[int, int], deque[tuple[Any, tuple[PendingOp, ...]]]] = {}
 
     def clear(self) -> None:
         """Forget all."""
         self._lanes.clear()
 
-    def add(self, work: Any, pendings: tuple[Pending, ...]) -> None:
+    def add(self, work: Any, pendings: tuple[PendingOp, ...]) -> None:
         """An op was issued; of those before it only small ones are still held."""
         queue = self._lanes.setdefault(pendings[-1].lane, deque(maxlen=4096))
         if queue:
