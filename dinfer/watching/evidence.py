@@ -65,7 +65,7 @@ class ExplainError(DinferError, ValueError):
 @dataclass(frozen=True)
 class Evidence:
     """All that is known at one moment. `processes`: of each rank, where these were watched; `now_ns`: when the ranks
-    were looked at, None if the record is all there is; `stacks`: texts, by rank."""
+    were looked at, None if the record is all there is; `rows`: of KV and taps, by rank, where they were read."""
 
     trace: Trace
     signs: Mapping[int, Signs] = field(default_factory=dict)

@@ -77,6 +77,8 @@ class WatchedKv(Displayable):
                 a, b = self.layers[one][key], self.layers[other][key]
                 common = sorted(a.rows.keys() & b.rows.keys())
                 differ = [at for at in common if a.rows[at] != b.rows[at]]
+                if a.repeated or b.repeated:
+                    continue  # all later rows are shifted, which that says
                 if a.shape != b.shape or not common or 2 * len(differ) >= len(common):
                     continue
                 if differ:

@@ -18,9 +18,13 @@ def test_ranks_that_hold_the_same_differ_in_nothing() -> None:
 
 def test_rows_that_one_rank_adds_twice() -> None:
     once, twice = [rows(0, 1, 2, 3)], [rows(0, 1, 2, 3), rows(3, 1, 2, 3, chunk=0)]
-    repeated, missing = WatchedKv({0: once, 1: twice}).diff()
+    (repeated,) = WatchedKv({0: once, 1: twice}).diff()
     assert (repeated.kind, repeated.ranks, repeated.layer, repeated.chunk) == ("rows repeated", (1,), 0, 0)
     assert "rows 3–5" in repeated.text
+
+
+def test_a_rank_that_lacks_rows() -> None:
+    (missing,) = WatchedKv({0: [rows(0, 1, 2, 3)], 1: [rows(0, 1, 2, 3), rows(3, 4)]}).diff()
     assert (missing.kind, missing.ranks) == ("rows missing", (0, 1))
 
 
