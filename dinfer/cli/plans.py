@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 from typer import Argument, Exit, Option
 
@@ -70,23 +70,36 @@ def verify(
 ) -> None:
     """Prove a plan, or print the shortest counterexample; say whether a schedule of a pipeline, or what ranks were
     recorded to do, would hang if sends waited for their recvs. Status 0: proved; 1: refuted; 2: invalid input."""
+    played: PlayedText | None = None
     try:
         if file != "-" and _is_record(Path(file)):
-            _verify_record(file, as_json)
-        data = read_stream(sys.stdin.buffer, MAX_BYTES) if file == "-" else read_bytes(file, MAX_BYTES)
-        text = as_text(data)
-        if is_schedule(text):
-            _verify_schedule(text, as_json)
-        parsed = parse_plan(text)
-        verdict = verify_plan(parsed)
+            played = _verify_record(file)
+        else:
+            data = read_stream(sys.stdin.buffer, MAX_BYTES) if file == "-" else read_bytes(file, MAX_BYTES)
+            text = as_text(data)
+            if is_schedule(text):
+                played = _verify_schedule(text)
+            else:
+                parsed = parse_plan(text)
+                verdict = verify_plan(parsed)
     except OSError as error:
         stop(f"the plan {file!r} cannot be read: {error.strerror}.", BAD_INPUT)
     except FileError as error:
         stop(f"the plan {file!r} cannot be read: {error}.", BAD_INPUT)
     except (PlanError, ScheduleError, TraceError, ExplainError) as error:
         stop(error, BAD_INPUT)
+    if played:
+        _end_with(played, as_json)
     severity = Severity.OK if verdict.proved else Severity.ERROR
     _end(parsed, verdict, severity.marked(_in_words(verdict), colour=takes_colour(sys.stdout)), as_json)
+
+
+class PlayedText(NamedTuple):
+    """What came of playing an order of ops: in words, whether it comes to its end, and more for JSON."""
+
+    text: str
+    proved: bool
+    more: dict[str, Any]
 
 
 def _is_record(path: Path) -> bool:
@@ -100,7 +113,7 @@ def _is_record(path: Path) -> bool:
         return False  # reading it says why
 
 
-def _verify_record(path: str, as_json: bool) -> NoReturn:
+def _verify_record(path: str) -> PlayedText:
     """Whether the recorded order of ops would hang with sends that wait for their recvs."""
     found = read([path])
     verdict = rendezvous_verdict(found.trace.events, found.groups)
@@ -110,23 +123,24 @@ def _verify_record(path: str, as_json: bool) -> NoReturn:
     )
     if verdict.is_hung:
         text = f"refuted: with sends that wait for their recvs: {verdict}"
-    _end_with(text, not verdict.is_hung, {"kind": verdict.kind, "ranks": list(verdict.ranks)}, as_json)
+    return PlayedText(text, not verdict.is_hung, {"kind": verdict.kind, "ranks": list(verdict.ranks)})
 
 
-def _verify_schedule(text: str, as_json: bool) -> NoReturn:
+def _verify_schedule(text: str) -> PlayedText:
     proof = verify_schedule(parse_schedule(text))
     found = proof.verdict
     more = {"kind": found.kind, "ranks": list(found.ranks)} if found else {}
-    _end_with(str(proof), proof.proved, more, as_json)
+    return PlayedText(str(proof), proof.proved, more)
 
 
-def _end_with(text: str, proved: bool, more: dict[str, Any], as_json: bool) -> NoReturn:
+def _end_with(played: PlayedText, as_json: bool) -> NoReturn:
     if as_json:
-        print(json.dumps({"proved": proved, "verdict": text, **more}, ensure_ascii=False, indent=1))
+        found = {"proved": played.proved, "verdict": played.text, **played.more}
+        print(json.dumps(found, ensure_ascii=False, indent=1))
     else:
-        severity = Severity.OK if proved else Severity.ERROR
-        print(severity.marked(text, colour=takes_colour(sys.stdout)))
-    raise Exit(0 if proved else 1)
+        severity = Severity.OK if played.proved else Severity.ERROR
+        print(severity.marked(played.text, colour=takes_colour(sys.stdout)))
+    raise Exit(0 if played.proved else 1)
 
 
 def _in_words(verdict: Proof | Counterexample) -> str:

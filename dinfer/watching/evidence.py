@@ -409,10 +409,22 @@ def _of_folders(folders: list[Path], others: list[Path]) -> Evidence:
     if not any(
         found.processes[rank].ended is None and not found.signs[rank].ended for rank in found.processes
     ):
-        return found
+        return before_they_were_killed(found)
     here = {rank for rank, its in found.signs.items() if its.cpu_moves is not None or its.answers}
     # Processes of other hosts, and copies of a record, cannot be asked: the record is all.
     return found if here else replace(watched.look(live=False), now_ns=None, rows=found.rows)
+
+
+def before_they_were_killed(found: Evidence) -> Evidence:
+    """The evidence of when all ranks were killed together, if they hung by then: somebody has ended the hang."""
+    beats = [process.heartbeat_ns for process in found.processes.values()]
+    is_killed = all(one.ended is None and one.exception is None for one in found.processes.values())
+    is_all = all(its.ended or its.raised for its in found.signs.values())
+    if not (beats and is_all and is_killed) or max(beats) - min(beats) > UNSEEN_NS:
+        return found
+    signs = {rank: replace(its, ended="", raised=None) for rank, its in found.signs.items()}
+    earlier = replace(found, signs=signs, now_ns=max(beats))
+    return earlier if earlier.problem and not earlier.problem.kind.startswith("stuck") else found
 
 
 def of_trace(trace: Trace) -> Evidence:

@@ -13,7 +13,7 @@ from dinfer.display import Displayable, Table
 from dinfer.verdict.completed import OpFinding
 from dinfer.watch.probe.rows import RowsTaken
 
-Digests = tuple[int, ...]
+RowDigests = tuple[int, ...]
 
 KV_ROWS = "kv"
 """the name of rows of KV; taps have others"""
@@ -22,7 +22,7 @@ KV_ROWS = "kv"
 class LayerRows(NamedTuple):
     """One layer of a rank's newest cache, of one sequence: digests by position, and its findings' words."""
 
-    rows: dict[int, Digests]
+    rows: dict[int, RowDigests]
     repeated: list[tuple[int, int, int | None]]
     """first position, count and chunk of rows that were added a second time"""
     shape: tuple[int, ...]
@@ -102,7 +102,7 @@ def _layers(taken: Sequence[RowsTaken]) -> dict[tuple[int, int], LayerRows]:
     rows = [one for one in taken if one.name == KV_ROWS and one.layer is not None]
     newest = max((one.cache for one in rows), default=0)
     found: dict[tuple[int, int], LayerRows] = {}
-    before: dict[tuple[int, int], tuple[Digests, ...]] = defaultdict(tuple)
+    before: dict[tuple[int, int], tuple[RowDigests, ...]] = defaultdict(tuple)
     for one in rows:
         if one.cache != newest or one.layer is None:
             continue

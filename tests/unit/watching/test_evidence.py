@@ -7,7 +7,7 @@ from dinfer.verdict.signs import Signs
 from dinfer.watch.probe.records import StacksTaken, ThreadLook, WatchedProcess
 from dinfer.watching.alarm import CONFIRM_S, HangAlarm
 from dinfer.watching.events import trace_of
-from dinfer.watching.evidence import Evidence, of_trace, told_apart
+from dinfer.watching.evidence import Evidence, before_they_were_killed, of_trace, told_apart
 from dinfer.watching.signs import ProcessPulse, dumped_frame, signs_of
 from tests.support.made_processes import SECOND, op, process, raised
 
@@ -147,3 +147,17 @@ def test_signs_without_pulse_say_what_the_record_says() -> None:
     assert signs_of(process(0, ended="os._exit(3)"), None, 0.0).ended == "ended by os._exit(3)"
     gone = ProcessPulse(None, gone=1.0)
     assert "a signal killed it" in signs_of(process(0), gone, 2.0).ended
+
+
+def test_ranks_that_were_killed_together_hung_before() -> None:
+    heart = {"heartbeat_ns": 30 * SECOND}
+    gone = {f"rank{rank}": ProcessPulse(None, gone=1.0) for rank in (0, 1)}
+    ops = [op(0, "send", 1, peer=1), op(0, "send", 1, peer=0)]
+    killed = evidence(*(process(rank, one, **heart) for rank, one in enumerate(ops)), now=40, **gone)
+    assert killed.problem
+    assert killed.problem.kind == "dead"
+    before = before_they_were_killed(killed).problem
+    assert before
+    assert (before.kind, before.ranks) == ("cycle", (0, 1))
+    alone = evidence(process(0, ops[0], **heart), process(1, heartbeat_ns=20 * SECOND), now=40, **gone)
+    assert before_they_were_killed(alone) is alone  # one died first
