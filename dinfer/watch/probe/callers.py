@@ -50,7 +50,9 @@ def _internal_folders() -> tuple[str, ...]:
 
 def whose(file: str) -> int:
     """Whose code a file is."""
-    if file.startswith("<frozen ") or file.startswith(_internal_folders()):
+    if file.startswith(("<frozen ", "<eval_with_key>")) or file.startswith(_internal_folders()):
+        return INTERNAL
+    if "torchinductor" in file:  # what torch.compile has written
         return INTERNAL
     if f"{_SEPARATOR}site-packages{_SEPARATOR}" in file or f"{_SEPARATOR}dist-packages{_SEPARATOR}" in file:
         return LIBRARY
@@ -66,6 +68,7 @@ class _Code:
         "code",
         "flag",
         "internal",
+        "issues",
         "layers",
         "library",
         "optimized",
@@ -88,6 +91,9 @@ class _Code:
         self.owner = "self" in names
         is_c10d = self.internal and code.co_filename.endswith("distributed_c10d.py")
         self.blocking = is_c10d and code.co_name in ("send", "recv")
+        # Where Python issues ops; others of torch's files call C++ code that issues and waits by itself, as DDP does.
+        issuers = ("distributed_c10d.py", "_functional_collectives.py", f"torch{_SEPARATOR}_ops.py")
+        self.issues = not self.internal or code.co_filename.endswith(issuers)
         self.flag = is_c10d and "async_op" in names
         self.places: dict[int, tuple[str, int, str]] = {}
 
@@ -102,6 +108,8 @@ class Caller(NamedTuple):
     """NOTHING where unknown"""
     blocking: bool
     """by torch.distributed's `send` or `recv`, which wait"""
+    in_cpp: bool
+    """by C++ code of torch's, which waits by itself"""
     async_op: Any
     """what the caller of a collective gave for `async_op`; None if it was not asked for, or is not there"""
 
@@ -125,11 +133,13 @@ def caller(
     """Look from `frame` outwards, no further than it takes to find what is wanted."""
     layer = chunk = NOTHING
     place: tuple[str, int, str] | None = None
-    outermost, blocking, async_op = ("", 0, ""), False, None
+    outermost, blocking, in_cpp, async_op = ("", 0, ""), False, False, None
     mine = libraries = deep = 0
     while frame is not None and deep < DEEPEST:
         deep += 1
         code = _codes.get(id(frame.f_code)) or _known(frame.f_code)
+        if deep == 1:
+            in_cpp = not code.issues
         if code.internal:
             if place is None:
                 if code.blocking:
@@ -155,7 +165,7 @@ def caller(
             if mine == NEAR_FRAMES or not (want_layer or want_chunk):
                 break
         frame = frame.f_back
-    return Caller(place or outermost, layer, chunk, blocking, async_op)
+    return Caller(place or outermost, layer, chunk, blocking, in_cpp, async_op)
 
 
 def _place(frame: FrameType, code: _Code) -> tuple[str, int, str]:

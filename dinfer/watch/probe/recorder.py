@@ -173,6 +173,7 @@ class OpRecorder:
             called = caller(frame, is_async is None, layer is None, chunk is None)
             if is_async is None:
                 is_async = called.async_op is True if kind not in ("send", "recv") else not called.blocking
+            is_async = is_async and not called.in_cpp
             nbytes, form, on_device = 0, 0, False
             if tensors:
                 first = tensors[0]
@@ -266,7 +267,7 @@ class OpRecorder:
         if members is None:  # being made, or not made by torch.distributed
             return GroupFacts(0, tuple(range(group.size())))
         ranks = tuple(sorted(members, key=lambda rank: members[rank]))
-        backend = str(c10d.get_backend(group))
+        backend = _backend(c10d, group)
         description = str(getattr(group, "group_desc", "")).replace("undefined", "")
         number = records.groups.number((id(group), str(group.group_name), ranks, backend, description))
         facts = GroupFacts(number, ranks)
@@ -328,6 +329,17 @@ class OpRecorder:
             at_ns=time.monotonic_ns(),
             seq=records.ops.issued - (what == "handled"),
         )
+
+
+def _backend(c10d: Any, group: Any) -> str:
+    """Its name; for a group with one for each kind of device, all, or the CPU's where there is no other device."""
+    name = str(c10d.get_backend(group))
+    if name != "undefined":
+        return name
+    named = str(c10d.get_backend_config(group))
+    by_device = dict(one.split(":", 1) for one in named.split(",") if ":" in one)
+    torch = sys.modules["torch"]
+    return by_device.get("cpu", named) if not torch.cuda.is_available() else named
 
 
 def raised_at(error: BaseException) -> tuple[str, int]:

@@ -36,20 +36,23 @@ class Works:
         self._handed: dict[int, Any] = {}
         self._handed_before: dict[int, int] = {}
         self._coalesced: dict[int, list[PendingOp]] = {}
-        self._devices = DeviceOps(recorder)
+        self.devices = DeviceOps(recorder)
         self._restore: list[Callable[[], None]] = []
 
     def clear(self) -> None:
         """Forget all: in a forked child none of them is this process's."""
         for found in (self._by_work, self.by_output, self._handed, self._handed_before, self._coalesced):
             found.clear()
-        self._devices.clear()
+        self.devices.clear()
 
     # -- from issue to wait
 
     def hand_over(self, work: Any, pending: PendingOp) -> None:
         """This Work stands for the op. The caller will get the same object, if it is held until then."""
         ident = threading.get_ident()
+        before = self._handed.get(ident)
+        if before is not None:
+            self._ask(before)
         self._handed[ident] = work
         started = self._coalesced.get(ident)
         if started is None:
@@ -58,10 +61,14 @@ class Works:
             started.append(pending)
 
     def _follow(self, work: Any, pendings: tuple[PendingOp, ...]) -> None:
+        if pendings[-1].on_device and self.devices.is_capturing:
+            for pending in pendings:  # it will run whenever the graph does: here it is only written down
+                self._recorder.done(pending)
+            return
         key, by_work = id(work), self._by_work
         by_work[key] = (weakref.ref(work, lambda _: by_work.pop(key, None) and None), pendings)
         if pendings[-1].on_device:
-            self._devices.add(work, pendings)
+            self.devices.add(work, pendings)
 
     def patch(self) -> None:
         """Replace `wait` of every kind of Work, and what ends a batch of ops. Raises as torch does."""
@@ -76,6 +83,11 @@ class Works:
         if hasattr(group, "_start_coalescing"):
             self._replace(group, "_start_coalescing", self._starting(group._start_coalescing))
             self._replace(group, "_end_coalescing", self._ending(group._end_coalescing))
+
+        graph = getattr(torch.cuda, "CUDAGraph", None)
+        if graph is not None and "capture_begin" in vars(graph):
+            self._replace(graph, "capture_begin", self.devices.pausing(graph.capture_begin))
+            self._replace(graph, "capture_end", self.devices.resuming(graph.capture_end))
 
     def unpatch(self) -> None:
         """As it was before `patch`."""
@@ -140,33 +152,48 @@ class Works:
 
     # -- without a wait
 
+    def _ask(self, work: Any) -> None:
+        """Whether it is over: C++ code may have waited for it, as DDP's does."""
+        found = self._by_work.get(id(work))
+        if found is None or found[1][-1].on_device or self._recorder.is_over(found[1][-1]):
+            return
+        if work.is_completed():
+            for pending in found[1]:
+                self._recorder.done(pending)
+
     def look(self) -> bool:
         """Ask, without waiting, which ops are over. Returns whether device ops are under way. Never raises."""
         try:
+            for reference, _ in list(self._by_work.values())[:MOST_ASKED]:
+                work = reference()
+                if work is not None:
+                    self._ask(work)
             for ident, key in self._handed_before.items():
                 if id(self._handed.get(ident)) == key:  # the caller has it by now
                     self._handed.pop(ident, None)
             self._handed_before = {ident: id(work) for ident, work in list(self._handed.items())}
-            for reference, pendings in list(self._by_work.values())[:MOST_ASKED]:
-                work = reference()
-                if work is not None and not self._recorder.is_over(pendings[-1]) and work.is_completed():
-                    for pending in pendings:
-                        self._recorder.done(pending)
-            return self._devices.look()
+            return self.devices.look()
         except Exception as error:
             self._recorder.switch_off("asking whether ops are over", error)
             return False
 
 
 class DeviceOps:
-    """Ops on a device, in the order of issue: those of one communicator end in it."""
+    """Ops on a device, in the order of issue: those of one communicator end in it.
+
+    To ask whether one is over is forbidden to all threads while any captures a CUDA graph, and would spoil the graph:
+    so nothing is asked meanwhile.
+    """
 
     def __init__(self, recorder: OpRecorder) -> None:
         self._recorder = recorder
+        self.is_capturing = False
+        self._asking = threading.Lock()
         self._lanes: dict[tuple[int, int], deque[tuple[Any, tuple[PendingOp, ...]]]] = {}
 
     def clear(self) -> None:
         """Forget all."""
+        self._asking = threading.Lock()
         self._lanes.clear()
 
     def add(self, work: Any, pendings: tuple[PendingOp, ...]) -> None:
@@ -181,7 +208,37 @@ class DeviceOps:
         queue.append((work, pendings))
 
     def look(self) -> bool:
-        """Which are over: those that say so, and all issued before them."""
+        """Which are over: those that say so, and all issued before them. Returns whether others are under way."""
+        with self._asking:
+            return not self.is_capturing and self._look()
+
+    def pausing(self, original: Any) -> Any:
+        """What begins to capture a graph: until it has ended, nothing is asked."""
+
+        def capture_begin(*args: Any, **options: Any) -> Any:
+            self.is_capturing = True
+            if self._asking.acquire(timeout=1):  # no question is under way any more
+                self._asking.release()
+            try:
+                return original(*args, **options)
+            except BaseException:
+                self.is_capturing = False
+                raise
+
+        return capture_begin
+
+    def resuming(self, original: Any) -> Any:
+        """What ends the capture of a graph."""
+
+        def capture_end(*args: Any, **options: Any) -> Any:
+            try:
+                return original(*args, **options)
+            finally:
+                self.is_capturing = False
+
+        return capture_end
+
+    def _look(self) -> bool:
         is_any = False
         for queue in list(self._lanes.values()):
             over = 0

@@ -196,6 +196,30 @@ def test_functional_collectives_are_waited_for_by_their_tensor(watched: Watched)
 
 
 @pytest.mark.usefixtures("gloo")
+def test_ops_that_torch_itself_waits_for_are_over(watched: Watched) -> None:
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    model(torch.ones(1, 2)).sum().backward()
+    dist.barrier()
+    ops = watched().ops
+    assert {op.kind for op in ops} == {"all_gather", "broadcast", "all_reduce", "barrier"}
+    assert {(op.state, op.is_async) for op in ops} == {("done", False)}
+    assert {op.file for op in ops} == {__file__}
+
+
+@pytest.mark.usefixtures("gloo")
+def test_a_compiled_function_is_called_where_the_user_calls_it(watched: Watched) -> None:
+    def double(tensor: torch.Tensor) -> torch.Tensor:
+        assert dist.group.WORLD is not None
+        reduced: torch.Tensor = functional.all_reduce(tensor * 2, "sum", dist.group.WORLD)
+        return reduced + 1
+
+    compiled = torch.compile(double, backend="aot_eager", fullgraph=True)
+    assert compiled(torch.ones(2)).tolist() == [3.0, 3.0]
+    op = only(watched(), "all_reduce")
+    assert (op.file, op.state) == (__file__, "done")
+
+
+@pytest.mark.usefixtures("gloo")
 def test_an_op_that_fails_says_why(watched: Watched) -> None:
     with pytest.raises(RuntimeError, match="contiguous"):
         dist.isend(torch.zeros(3, 3).t()[:2], 0)
