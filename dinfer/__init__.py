@@ -21,7 +21,8 @@ the contract for import-linter; imports in functions and for types count too):
 - `cluster`: the ranks as a session reaches them: engines of ipyparallel or threads; leases and recovery.
 - `monitor`: watches for hangs and gathers the evidence.
 - `saved`: runs as folders, and replay of one rank.
-- `run`: what a user holds: step, break, decode, inspect, inject, report.
+- `run`: what a user holds: step, break, decode, inspect, inject, report; `watching`: the same of other people's code,
+  judged from what `watch` has recorded.
 - `session`, `launch`, `views`: notebooks; ranks of the command line; panels, figures and reports.
 - `doctor`, `lab`, `bench`: checks of an installation, the fault lab, measurements.
 - `magics`, `cli`: `%dinfer` and the command `dinfer`.
@@ -38,17 +39,22 @@ from dinfer.arguments import checked
 from dinfer.display import use_plotter
 from dinfer.errors import NotPossible
 from dinfer.version import __version__
+from dinfer.watch import use_starter
 from dinfer.watch.marks import label, tap
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
     from dinfer.cluster.ipyparallel.attach import ClusterPlace
     from dinfer.display import Plot
     from dinfer.run.run import Run
     from dinfer.saved.saved import Saved
     from dinfer.session.session import Session
     from dinfer.trace.trace import Trace
+    from dinfer.watching.live import CommandWatch
 
-__all__ = ["__version__", "connect", "label", "load_ipython_extension", "open", "tap"]
+__all__ = ["__version__", "connect", "label", "load_ipython_extension", "open", "tap", "watch"]
 
 
 @checked
@@ -94,6 +100,23 @@ def open(path: str | Path) -> "Saved":
     return open_saved(path, _write)
 
 
+def _watch(
+    command: "str | Sequence[str]",
+    folder: "str | Path | None" = None,
+    *,
+    environment: "Mapping[str, str] | None" = None,
+) -> "CommandWatch":
+    """Start a command under watch, such as `dinfer.watch("torchrun --nproc-per-node 2 infer.py")`, and return at once.
+
+    Every Python process that it starts records what it calls of torch.distributed; nothing of it has to be changed. A
+    hang or crash is said once it is found. `folder`: for its output and records, by default a new temporary one;
+    `environment`: variables besides this process's own. Raises OSError, NotPossible.
+    """
+    from dinfer.watching.live import CommandWatch
+
+    return CommandWatch(command, folder, environment, _write)
+
+
 def load_ipython_extension(shell: Any) -> None:
     """Called by `%load_ext dinfer`: defines the `%dinfer` magics and the name `dinfer`."""
     from dinfer.magics import load_into
@@ -124,4 +147,8 @@ def _plot(name: str, result: Any) -> "Plot":
     return plot(name, result)
 
 
+if TYPE_CHECKING:
+    watch = _watch  # at run time the package of that name, which can be called
+
 use_plotter(_plot)
+use_starter(_watch)

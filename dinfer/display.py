@@ -245,6 +245,17 @@ def _cell() -> int | None:
     return shell.execution_count if shell else None
 
 
+def print_under_cell(text: str) -> None:
+    """Print from any thread: in a notebook under the cell that runs, or ran last, where IPython would print under the
+    cell that started the thread."""
+    kernel = getattr(ipython(), "kernel", None)
+    try:
+        content = {"name": "stdout", "text": f"{text}\n"}
+        kernel.session.send(kernel.iopub_socket, "stream", content, parent=kernel.get_parent("shell"))  # type: ignore[union-attr]
+    except AttributeError:  # no notebook
+        print(text, flush=True)
+
+
 class Plot(Protocol):
     """A figure that notebooks draw. `figure` is plotly's and can be changed."""
 

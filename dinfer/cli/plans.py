@@ -2,7 +2,8 @@
 
 import json
 import sys
-from typing import Annotated, NoReturn
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 from typer import Argument, Exit, Option
 
@@ -17,7 +18,14 @@ from dinfer.plan.schedule import build
 from dinfer.plan.verify import Counterexample, Proof
 from dinfer.plan.verify import verify as verify_plan
 from dinfer.severity import Severity
+from dinfer.trace.export import FORMAT as TRACE_FORMAT
+from dinfer.trace.export import TraceError
+from dinfer.trace.flight import is_dump
 from dinfer.verdict.drawing import cycle_text
+from dinfer.verdict.matching import MESSAGES
+from dinfer.verdict.pipelining import ScheduleError, is_schedule, parse_schedule, verify_schedule
+from dinfer.verdict.rendezvous import rendezvous_verdict
+from dinfer.watching.evidence import ExplainError, read
 
 MAX_BYTES = 1 << 26
 """of a plan; one of the largest allowed has 50 MB"""
@@ -51,22 +59,88 @@ def plan(
 
 @app.command()
 def verify(
-    file: Annotated[str, Argument(help="a plan as text, as `dinfer plan` prints it; - reads standard input")],
+    file: Annotated[
+        str,
+        Argument(
+            help="a plan, as `dinfer plan` prints it; actions of torch.distributed.pipelining, a line a rank; a "
+            "trace or watch folder; - reads standard input"
+        ),
+    ],
     as_json: Annotated[bool, Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Prove a plan, or print the shortest counterexample. Status 0: proved; 1: refuted; 2: invalid input."""
+    """Prove a plan, or print the shortest counterexample; say whether a schedule of a pipeline, or what ranks were
+    recorded to do, would hang if sends waited for their recvs. Status 0: proved; 1: refuted; 2: invalid input."""
+    played: PlayedText | None = None
     try:
-        data = read_stream(sys.stdin.buffer, MAX_BYTES) if file == "-" else read_bytes(file, MAX_BYTES)
-        parsed = parse_plan(as_text(data))
-        verdict = verify_plan(parsed)
+        if file != "-" and _is_record(Path(file)):
+            played = _verify_record(file)
+        else:
+            data = read_stream(sys.stdin.buffer, MAX_BYTES) if file == "-" else read_bytes(file, MAX_BYTES)
+            text = as_text(data)
+            if is_schedule(text):
+                played = _verify_schedule(text)
+            else:
+                parsed = parse_plan(text)
+                verdict = verify_plan(parsed)
     except OSError as error:
         stop(f"the plan {file!r} cannot be read: {error.strerror}.", BAD_INPUT)
     except FileError as error:
         stop(f"the plan {file!r} cannot be read: {error}.", BAD_INPUT)
-    except PlanError as error:
+    except (PlanError, ScheduleError, TraceError, ExplainError) as error:
         stop(error, BAD_INPUT)
+    if played:
+        _end_with(played, as_json)
     severity = Severity.OK if verdict.proved else Severity.ERROR
     _end(parsed, verdict, severity.marked(_in_words(verdict), colour=takes_colour(sys.stdout)), as_json)
+
+
+class PlayedText(NamedTuple):
+    """What came of playing an order of ops: in words, whether it comes to its end, and more for JSON."""
+
+    text: str
+    proved: bool
+    more: dict[str, Any]
+
+
+def _is_record(path: Path) -> bool:
+    """Whether it is a trace, a flight recorder's dump, or a folder."""
+    if path.is_dir() or path.suffix in (".html", ".htm") or is_dump(path):
+        return True
+    try:
+        with path.open("rb") as file:
+            return TRACE_FORMAT.encode() in file.readline(4096)
+    except OSError:
+        return False  # reading it says why
+
+
+def _verify_record(path: str) -> PlayedText:
+    """Whether the recorded order of ops would hang with sends that wait for their recvs."""
+    found = read([path])
+    verdict = rendezvous_verdict(found.trace.events, found.groups)
+    ops = sum(event.kind in MESSAGES or event.call is not None for event in found.trace.events)
+    text = (
+        f"proved: {len(found.ranks)} ranks, {ops} ops: this order comes to its end, also if every send waits"
+    )
+    if verdict.is_hung:
+        text = f"refuted: with sends that wait for their recvs: {verdict}"
+    return PlayedText(text, not verdict.is_hung, {"kind": verdict.kind, "ranks": list(verdict.ranks)})
+
+
+def _verify_schedule(text: str) -> PlayedText:
+    proof = verify_schedule(parse_schedule(text))
+    found = proof.verdict
+    more = {"kind": found.kind, "ranks": list(found.ranks)} if found else {}
+    return PlayedText(str(proof), proof.proved, more)
+
+
+def _end_with(played: PlayedText, as_json: bool) -> NoReturn:
+    if as_json:
+        found = {"proved": played.proved, "verdict": played.text, **played.more}
+        print(json.dumps(found, ensure_ascii=False, indent=1))
+    else:
+        severity = Severity.OK if played.proved else Severity.ERROR
+        print(severity.marked(played.text, colour=takes_colour(sys.stdout)))
+    raise Exit(0 if played.proved else 1)
 
 
 def _in_words(verdict: Proof | Counterexample) -> str:

@@ -12,7 +12,7 @@ from dinfer.cluster.ipyparallel.cluster import Cluster
 from dinfer.cluster.ipyparallel.facts import own_loopback
 from dinfer.cluster.link import Link
 from dinfer.cluster.ranks import LOST, STOPPED_S, Ranks, answers, taken_over
-from dinfer.errors import NoAnswer
+from dinfer.errors import NoAnswer, NotPossible
 from dinfer.messages import EndPrompt, Holder, OrphanRule, StoreAddress
 from dinfer.transport.interface import LOOPBACK, own_address_towards
 from dinfer.verdict.where import rank_spans_text
@@ -93,6 +93,14 @@ class EngineRanks(Link, Ranks):
     def leave(self) -> None:
         super().close()
         self.cluster.leave()
+
+    def watch(self, folder: str) -> None:
+        if len(hosts := {facts.host for facts in self.cluster.facts}) > 1:
+            raise NotPossible(
+                f"the engines are on {len(hosts)} hosts, and records are read on one: start programs there with "
+                "DINFER_WATCH=folder, and give `dinfer explain` the folders."
+            )
+        self.cluster.call(None, "dinfer.rank.kernel:watch", folder, timeout=START_S)
 
     def close(self) -> None:
         if taken_over(self.ranks):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 from dinfer.engine.board import DeviceMemory, Phase, Stand
-from dinfer.errors import DinferError, NoAnswer
+from dinfer.errors import DinferError, NoAnswer, NotPossible
 from dinfer.messages import (
     AllStands,
     Answer,
@@ -321,6 +321,12 @@ class Ranks(RankStates):
     def listen_for_debugger(self, rank: int, port: int) -> tuple[str, int]:
         """Let a client of debugpy attach to one rank. Returns its host and port."""
         raise NotImplementedError
+
+    def watch(self, folder: str) -> None:  # noqa: ARG002 - see the message
+        """Have every rank record its calls of torch.distributed into a folder. Raises NotPossible."""
+        raise NotPossible(
+            "ranks in threads of this process cannot be watched one by one: connect to engines for that."
+        )
 
     def free(self) -> None:
         """Wake all that is blocked in the transport, where that can be done from here."""

@@ -17,6 +17,7 @@ from dinfer.rank.debugger import FIRST_PORT, listen
 from dinfer.rank.service import RankService
 from dinfer.transport.gloo import Comm, Store, join_store, open_store
 from dinfer.transport.nccl import open_comm
+from dinfer.watch.probe.start import start as begin_probe
 
 _current: "Kernel | None" = None
 
@@ -142,6 +143,11 @@ def listen_for_debugger(port: int = 0) -> int:
         listen(port)
         _debug_port = port
     return _debug_port
+
+
+def watch(folder: str) -> None:
+    """Record from now on what this process calls of torch.distributed, into that folder."""
+    begin_probe(folder)
 
 
 def _bind(host: RankService) -> None:

@@ -1,5 +1,6 @@
 """Session: the ranks, the checkpoint on them, and one run after another, as a notebook holds them."""
 
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -34,6 +35,7 @@ from dinfer.session.sweep import Sweep, sweep
 from dinfer.severity import Severity
 from dinfer.trace.summary import summary
 from dinfer.verdict.where import rank_spans_text
+from dinfer.watching.live import EnginesSource, EnginesWatch
 
 ShowRun = Callable[[Run], Any]
 
@@ -87,6 +89,8 @@ class Session(Tidy, Announced, Closing):
         self._bare = set(range(self.world_size))  # ranks without weights, or with only some of them
         self._noted: tuple[Run | None, str, str, str] = (None, "", "", "")
         self._closing = threading.Event()
+        self._watch: EnginesWatch | None = None
+        self._watched = Path()
         found = ranks.ask(dict.fromkeys(range(self.world_size), GetHeld()), PREPARE_S)
         held = [found[rank] for rank in range(self.world_size)]
         self._half_prepared = any(one.preparing for one in held)
@@ -203,6 +207,18 @@ class Session(Tidy, Announced, Closing):
         self._check_open()
         return Listening(within("rank", rank, self.world_size), *self.ranks.listen_for_debugger(rank, port))
 
+    def watch(self) -> EnginesWatch:
+        """From now on every call of torch.distributed in `%%px` cells is seen; a cell that hangs gets its verdict under
+        it, and `session.recover()` frees the engines. A second call returns the same. Raises NotPossible for ranks in
+        threads or on several hosts."""
+        self._check_open()
+        if self._watch is None:
+            folder = Path(tempfile.mkdtemp(prefix="dinfer-watch-"))
+            self.ranks.watch(str(folder))
+            self._watch = EnginesWatch(EnginesSource(folder), self._write)
+            self._watched = folder
+        return self._watch
+
     def recover(self) -> DisplayableText:
         """After a failure: restart lost ranks and free stuck ones. Then `run.restart()` begins this run again, and
         `session.prefill(…)` another one. Where only lanes are blocked, these two free them by themselves."""
@@ -220,8 +236,12 @@ class Session(Tidy, Announced, Closing):
         if self._run:
             plan, stuck = self._run.plan, self._run.stuck_ranks()
             self._run.recovering(ended=False)
+        if self._watch:
+            stuck = tuple(sorted({*stuck, *self._watch.stuck_ranks()}))
         self._half_prepared = True
         anew = recover(self.ranks, plan, self._config.backend, say, stuck, kill=kill)
+        if self._watch and anew:
+            self.ranks.watch(str(self._watched))
         self._half_prepared = False
         self._bare |= set(anew)
         if self.spec and self._bare:
@@ -246,6 +266,8 @@ class Session(Tidy, Announced, Closing):
             self._end_run("the session is closed; dinfer.connect(…) opens another")
             self._closing.set()
             self._thread.join(2)
+            if self._watch:
+                self._watch.close()
             self.ranks.close()
 
     def __str__(self) -> str:

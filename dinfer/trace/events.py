@@ -9,13 +9,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from dinfer.plan.ops import Op
 
 KINDS = (
     "embed", "layer", "norm", "send", "recv", "decode", "all_gather", "broadcast", "all_reduce", "barrier", "other",
-    "check", "corrupt", "nonfinite",
+    "check", "corrupt", "nonfinite", "reduce_scatter", "all_to_all", "reduce", "gather", "scatter",
+    "new_group", "init_group",
 )  # fmt: skip
 """stored by their index, so new ones go last. "check": all blocks were checked before decode; "corrupt": a block has
 changed, on the wire from `peer` or, without a peer, in memory; "nonfinite": there is NaN or Inf in the `what` that an
@@ -34,7 +35,63 @@ Bytes = bytes | bytearray | memoryview
 
 COMPUTE = frozenset({"embed", "layer", "norm", "decode"})
 
-COLLECTIVES = frozenset({"all_gather", "broadcast", "all_reduce", "barrier"})
+COLLECTIVES = frozenset(
+    (
+        "all_gather",
+        "broadcast",
+        "all_reduce",
+        "barrier",
+        "reduce_scatter",
+        "all_to_all",
+        "reduce",
+        "gather",
+        "scatter",
+    )
+)
+
+TAGGED = frozenset({"gloo", "mpi"})
+"""backends whose messages match by tag; others match first in, first out whatever the tag"""
+
+QUEUED = frozenset({"nccl", "rccl", "xccl", "hccl"})
+"""backends whose calls return once they are in the queue of a device, where each waits for those before it"""
+
+
+class Group(NamedTuple):
+    """A process group of other people's code: its global ranks in the order of group ranks, and its backend."""
+
+    ranks: tuple[int, ...]
+    backend: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CallRecord:
+    """A recorded call into torch.distributed, beside its event. `group`: the key in the trace's groups; `number`: its
+    place among the collectives of its group on this rank; None: as counted from the events. `is_waited`: somebody
+    waits, or has waited, for it. `shape`, `dtype`: of the tensor, if known; `file`, `line`, `function`: of the user's
+    code that called."""
+
+    group: str
+    backend: str = ""
+    tag: int = 0
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    is_async: bool = False
+    is_waited: bool = True
+    number: int | None = None
+    file: str = ""
+    line: int = 0
+    function: str = ""
+
+    @property
+    def place(self) -> str:
+        """For example `infer.py:31`; empty if the line is unknown."""
+        return f"{self.file.rpartition('/')[2]}:{self.line}" if self.line else ""
+
+    @property
+    def tensor(self) -> str:
+        """For example `[128, 2, 64] float32`."""
+        shape = f"[{', '.join(map(str, self.shape))}]" if self.shape else ""
+        return f"{shape} {self.dtype}".strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +105,9 @@ class Event:
     On a GPU, `end` of a computing op is when all its kernels were launched, not when they had run: to know that, the
     recorder would have to wait for the device. A send's `end` is when its payload had left, which includes the wait for
     the kernels that made it.
+
+    `call`: of other people's code, what is known of the call. There `ready` is when it was issued and `start` when the
+    caller began to wait; `end` is 0 while it is open.
     """
 
     rank: int
@@ -64,6 +124,7 @@ class Event:
     tokens: int = 0
     bytes: int = 0
     index: int | None = None
+    call: CallRecord | None = None
 
     @property
     def waited(self) -> int:
@@ -81,7 +142,11 @@ class Event:
         return f"{self.kind} {block_text(self.what, self.chunk, self.layer)}".rstrip()
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values; without `call` where there is none."""
+        values = asdict(self)
+        if self.call is None:
+            del values["call"]
+        return values
 
     def pack_into(self, buffer: memoryview, offset: int, lane: int) -> None:
         """Write the event as `SIZE` bytes, without its rank and lane name, which the reader knows."""
@@ -122,9 +187,9 @@ def block_text(what: str, chunk: int | None, layer: int | None) -> str:
 
 
 def prefill_events(events: Iterable[Event]) -> Iterator[Event]:
-    """The events of prefill's ops, without those of decode and those of checks."""
+    """The events of prefill's ops that have ended, without those of decode and those of checks."""
     apart = ("decode", "check", "corrupt", "nonfinite")
-    return (event for event in events if event.what != "token" and event.kind not in apart)
+    return (event for event in events if event.end and event.what != "token" and event.kind not in apart)
 
 
 def event_of(
@@ -138,7 +203,7 @@ def event_of(
 
 
 def pairs(events: Iterable[Event]) -> list[tuple[Event | None, Event | None]]:
-    """The send and the recv of each message of prefill; None for one that is not among the events.
+    """The send and the recv of each message of prefill; None for one that has not ended, or is not among the events.
 
     The nth send of a block on a link belongs to its nth recv: after the run went back, a block travels again.
     """
@@ -147,7 +212,7 @@ def pairs(events: Iterable[Event]) -> list[tuple[Event | None, Event | None]]:
     """by side and block: how often it has travelled before"""
     link: tuple[int | None, int | None]
     for event in events:
-        if event.kind not in ("send", "recv") or event.peer is None or event.what == "token":
+        if event.kind not in ("send", "recv") or event.peer is None or event.what == "token" or not event.end:
             continue
         side = int(event.kind == "recv")
         link = (event.peer, event.rank) if side else (event.rank, event.peer)

@@ -83,6 +83,8 @@ def trace_events(events: Sequence[Event], about: dict[str, Any]) -> dict[str, An
         if send and recv:
             ends[id(send)], ends[id(recv)] = ("s", number), ("f", number)
     for event in events:
+        if not event.end:
+            continue  # it has no length
         where = {"pid": event.rank, "tid": threads[event.rank, event.lane]}
         known = {
             name: getattr(event, name) for name in ("chunk", "layer", "peer", "tokens", "bytes", "index")

@@ -6,7 +6,7 @@ A report holds its traces as JSON that browsers do not run. To be short, each fi
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from math import prod
 from pathlib import Path
 from types import GenericAlias
@@ -178,6 +178,9 @@ def as_columns(trace: Trace) -> dict[str, Any]:
     """The trace as plain values. Times count from the start of the run; words are replaced by numbers."""
     began = min((event.ready for event in trace.events), default=0)
     columns: dict[str, Any] = {name: [getattr(event, name) for event in trace.events] for name in _FIELDS}
+    calls = [call and asdict(call) for call in columns.pop("call")]
+    if any(calls):
+        columns["call"] = calls
     for name in _TIMES:
         columns[name] = [time - began for time in columns[name]]
     words = {name: sorted(set(columns[name])) for name in _WORDS}
@@ -190,6 +193,7 @@ def as_columns(trace: Trace) -> dict[str, Any]:
 def of_columns(values: dict[str, Any]) -> Trace:
     """The inverse of `as_columns`."""
     columns = dict(values["columns"])
+    columns.setdefault("call", [None] * len(columns["rank"]))
     for name in _TIMES:
         columns[name] = [time + values["began"] for time in columns[name]]
     for name in _WORDS:

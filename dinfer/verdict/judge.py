@@ -57,6 +57,7 @@ TERMS: dict[HangKind, str] = {
     "cycle": "deadlock",
     "never sent": "missing send",
     "never received": "missing recv",
+    "never joined": "missing collective",
     "sent twice": "duplicate send",
     "wrong peer": "wrong peer",
     "out of order": "order mismatch",

@@ -1,15 +1,18 @@
-"""Makes the graph of who waits for whom from events alone, without a plan: also for runs of other people's code.
+"""Makes the graph of who waits for whom from events alone, without a plan: for runs of other people's code.
 
 An event whose `end` is 0 is open: its op has begun and not ended. Its chunk, layer and peer may be unknown. It may be a
-collective: the n-th collective on a lane of one rank meets the n-th on the lane of that name of every other rank.
+collective. `matching` says which ops belong together; `judge` judges the graph. What has ended and is wrong all the
+same is in `completed`.
 """
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from math import inf
 
-from dinfer.trace.events import COLLECTIVES, Event
+from dinfer.trace.events import COLLECTIVES, Event, Group
 from dinfer.verdict.judge import judge
+from dinfer.verdict.matching import MAKING, MESSAGES, MatchedOps, RecordedOp
 from dinfer.verdict.planned import busy
 from dinfer.verdict.signs import Signs
 from dinfer.verdict.verdict import Verdict
@@ -18,16 +21,29 @@ from dinfer.verdict.where import ranks_text
 
 NOBODY = Signs()
 
+SLOWEST_BYTES_PER_S = 2e6
+"""a message that both ends are at counts as stuck only once it has had the time that it takes at this rate"""
+
+
+START_S = 30.0
+"""A rank that has begun nothing may take so much longer: programs import and load before they meet."""
+
 
 def explain_events(
-    events: Iterable[Event], signs: Mapping[int, Signs] | None = None, now: int | None = None
+    events: Iterable[Event],
+    signs: Mapping[int, Signs] | None = None,
+    now: int | None = None,
+    groups: Mapping[str, Group] | None = None,
+    stuck_s: float = STUCK_S,
 ) -> Verdict:
     """Why a run with these events, open ones among them, does not move.
 
     `signs`: by rank, what else is known; what they say of lanes is ignored. `now`: nanoseconds on the events' clock;
-    None: the run has not moved since.
+    None: the run has not moved since. `groups`: by the key that calls name, the process groups. `stuck_s`: what should
+    go on by itself, and has not for so many seconds, counts as stuck.
     """
-    return judge(RecordedEvents(events, signs or {}, now).waits())
+    made = RecordedEvents(events, signs or {}, now, groups or {}, stuck_s)
+    return made.told(judge(made.waits()))
 
 
 def event_text(event: Event) -> str:
@@ -37,153 +53,350 @@ def event_text(event: Event) -> str:
     return f"{event.name} {'<-' if event.kind == 'recv' else '->'} {event.peer}"
 
 
+def place_text(event: Event) -> str:
+    """Tensor, group, tag and line of a call, as far as they are known: `([4] float32, group tp) at infer.py:31`."""
+    if (call := event.call) is None:
+        return ""
+    group = "" if call.group in ("", "default") else f"group {call.group}"
+    known = filter(None, (call.tensor, group, f"tag {call.tag}" if call.tag else ""))
+    inside = f" ({', '.join(known)})" if call.tensor or group or call.tag else ""
+    function = f" in {call.function}" if call.function and call.place else ""
+    return f"{inside}{f' at {call.place}' if call.place else ''}{function}"
+
+
+def full_text(event: Event) -> str:
+    """The op with what is known of its call, the op between backticks."""
+    return f"`{event_text(event)}`{place_text(event)}"
+
+
 class RecordedEvents:
     """The events of a run up to one moment."""
 
-    def __init__(self, events: Iterable[Event], signs: Mapping[int, Signs], now: int | None) -> None:
-        self._signs, self._now = signs, now
-        self._ended: dict[int, list[Event]] = defaultdict(list)
-        self._open: dict[Node, Event] = {}
-        self._last: dict[int, Event] = {}
-        lanes: dict[int, list[str]] = defaultdict(list)
-        for event in events:
-            names = lanes[event.rank]
-            if event.lane not in names:
-                names.append(event.lane)
-            if event.end:
-                self._ended[event.rank].append(event)
-                self._last[event.rank] = max(event, self._last.get(event.rank, event), key=lambda e: e.end)
-            else:
-                self._open[Node(event.rank, names.index(event.lane))] = event
-        self._ranks = sorted({*lanes, *signs})
+    def __init__(
+        self,
+        events: Iterable[Event],
+        signs: Mapping[int, Signs],
+        now: int | None,
+        groups: Mapping[str, Group],
+        stuck_s: float = STUCK_S,
+    ) -> None:
+        self._signs, self._now, self._stuck_s = signs, now, stuck_s
+        self._ops = MatchedOps(events, groups)
+        known = {rank for group in groups.values() for rank in group.ranks}
+        self._ranks = sorted({*self._ops.by_rank, *signs, *known})
+        self._open = {
+            Node(rank, op.order): op for rank in self._ranks for op in self._ops.by_rank[rank] if op.blocks
+        }
 
     def waits(self) -> Waits:
         found: Waits = {}
         for rank in self._ranks:
-            mine = [node for node in self._open if node.rank == rank]
             root = self._broken_by(rank)
-            if root or not mine:
+            if root or not self._mine(rank):
                 found[Node(rank)] = self._whole(rank, root)
             else:
-                found |= {node: self._wait(node, self._open[node]) for node in mine}
+                found |= {node: self._wait(node, self._open[node]) for node in self._mine(rank)}
         return found
 
+    def told(self, verdict: Verdict) -> Verdict:
+        """The verdict with all ranks of that kind, the one to blame first, and with the line of a rank that waits."""
+        if not verdict.is_hung:
+            return verdict
+        if verdict.kind == "cycle":
+            # Who is in a collective has left out, or has no more, messages that the others wait for; who makes a group
+            # does so alone.
+            leader = min((_precedence(self._open[w.node].event), w.node.rank) for w in verdict.chain)[1]
+            others = (rank for rank in verdict.ranks if rank != leader)
+            return replace(verdict, ranks=(leader, *others))
+        sentence = verdict.sentence
+        if (
+            len(verdict.chain) > 1
+            and (waiting := self._open.get(verdict.chain[-2].node))
+            and waiting.event.call
+        ):
+            sentence += f": rank {waiting.event.rank} is in {full_text(waiting.event)}"
+        alike = {
+            wait.root.rank: wait.root
+            for wait in verdict.waits.values()
+            if wait.root and wait.root.kind == verdict.kind and wait.root.rank not in verdict.ranks
+        }
+        for root in alike.values():
+            sentence += f"; rank {root.rank} {root.text}"
+        blocked = tuple(rank for rank in verdict.blocked if rank not in alike)
+        return replace(verdict, sentence=sentence, ranks=(*verdict.ranks, *alike), blocked=blocked)
+
+    # -- ranks as a whole
+
+    def _mine(self, rank: int) -> list[Node]:
+        return [node for node in self._open if node.rank == rank]
+
+    def _last(self, rank: int) -> Event | None:
+        ended = (op.event for op in self._ops.by_rank[rank] if op.event.end)
+        return max(ended, key=lambda event: event.end, default=None)
+
     def _whole(self, rank: int, root: Root | None) -> Wait:
-        text = (
-            f"began nothing after `{event_text(self._last[rank])}`" if rank in self._last else "began nothing"
-        )
+        last = self._last(rank)
+        text = f"began nothing after {full_text(last)}" if last else "began nothing"
+        if rank not in self._signs and rank not in self._ops.by_rank:
+            text = "is not in the records"
+        if self._signs.get(rank, NOBODY).phase == "done":
+            text = f"has ended, after {full_text(last)}" if last else "has ended"
+            root = root or Root("done", rank, text)
         is_through = not self._open
-        root = root or (Root("done", rank, text) if is_through else self._busy(rank, text, inf))
-        return Wait(Node(rank), root.text, self._still(self._last.get(rank)), root=root)
+        still = self._still(last) if last or self._now is None else self._waited() - START_S
+        root = root or (Root("done", rank, text) if is_through else self._busy(rank, text, still))
+        return Wait(Node(rank), root.text, still, root=root)
+
+    def _waited(self) -> float:
+        """For how long others have waited for a rank that has begun nothing yet: programs may take long to start."""
+        return max((self._still(op.event) for op in self._open.values()), default=0.0)
 
     def _broken_by(self, rank: int) -> Root | None:
         """What is wrong with a rank as a whole."""
         signs = self._signs.get(rank, NOBODY)
+        at = "".join(f", in {full_text(self._open[node].event)}" for node in self._mine(rank)[:1])
         if signs.raised and not signs.raised.secondary:
-            return Root("exception", rank, f"raised {signs.raised.message}")
+            where = f" at {signs.raised.op}" if signs.raised.op else ""
+            waits = f"; it now waits in its handler{at}" if at and not signs.ended else ""
+            return Root("exception", rank, f"raised {signs.raised.message}{where}{waits}")
         if signs.ended:
-            return Root("dead", rank, signs.ended)
+            last = self._last(rank)
+            return Root("dead", rank, f"{signs.ended}{at or (last and f', after {full_text(last)}') or ''}")
         if signs.is_stopped:
-            return Root("stopped", rank, "is stopped by a signal or a debugger")
+            return Root("stopped", rank, f"is stopped by a signal or a debugger{at}")
         return (
             Root("lost peer", rank, f"lost its connection: {signs.raised.message}") if signs.raised else None
         )
 
-    def _wait(self, node: Node, event: Event) -> Wait:
-        still = self._still(event)
-        wait = Wait(node, f"is in `{event_text(event)}`", still, detail=_size(event), what=event_text(event))
-        if event.kind in ("send", "recv") and event.peer is not None:
-            return self._transfer(wait, event, event.peer)
-        if event.kind in COLLECTIVES:
-            return self._collective(wait, event)
-        return wait._replace(root=self._busy(node.rank, wait.text, still), detail="")
+    def _nodes(self, rank: int, like: RecordedOp | None = None) -> Iterator[Node]:
+        """What must end on a rank before it begins something: an op of that channel or group, else all that it waits
+        for; where a device's queue is all that is known, the first in it; else the rank as a whole."""
+        mine = [] if self._broken_by(rank) else self._mine(rank)
+        if mine and all(self._open[node].is_queued for node in mine):
+            mine = mine[:1]
+        same = [node for node in mine if like and self._is_alike(self._open[node], like)]
+        yield from same or mine or [Node(rank)]
 
-    # -- transfers
+    @staticmethod
+    def _is_alike(one: RecordedOp, other: RecordedOp) -> bool:
+        if other.event.call:
+            return False  # which thread of other people's code will begin an op is unknown
+        if other.event.kind in COLLECTIVES:
+            return one.event.lane == other.event.lane
+        return bool(one.event.what) and one.event.what == other.event.what
 
-    def _transfer(self, wait: Wait, event: Event, peer: int) -> Wait:
-        rank, other = event.rank, "send" if event.kind == "recv" else "recv"
+    # -- ops
+
+    def _wait(self, node: Node, op: RecordedOp) -> Wait:
+        event = op.event
+        what = event_text(event)
+        wait = Wait(node, f"is in {full_text(event)}", self._still(event), detail=_size(event), what=what)
+        if event.kind in MESSAGES:
+            return self._transfer(wait, op)
+        if op.channel is not None:
+            return self._collective(wait, op)
+        return wait._replace(root=self._busy(node.rank, wait.text, wait.still_s), detail="")
+
+    def _transfer(self, wait: Wait, op: RecordedOp) -> Wait:
+        event = op.event
+        rank, peer = event.rank, event.peer
+        if peer is None:
+            return self._from_anyone(wait, op)
+        if peer == rank and event.call:
+            text = f"is in {full_text(event)}, which is itself: no other rank can answer"
+            return wait._replace(root=Root("wrong peer", rank, text))
+        if not self._ops.is_matchable(op):
+            return wait._replace(on=tuple(self._nodes(peer, op)))
+        met = self._ops.other_end(op)
+        if self._ops.has_passed(op, peer, receives=event.kind == "send"):
+            return self._passed_by(wait, op, met)
         if self._broken_by(peer):
             return wait._replace(on=(Node(peer),))
-        mine = self._count(rank, event.kind, peer, event.what)
-        theirs = self._count(peer, other, rank, event.what)
-        if theirs > mine:
+        if met is None:
+            return self._unanswered(wait, op, peer)
+        return self._met(wait, op, [op, met])
+
+    def _from_anyone(self, wait: Wait, op: RecordedOp) -> Wait:
+        """A recv from whoever sends first: it is stuck for good only if all others are."""
+        others = [rank for rank in self._ops.ranks_of(op) if rank != op.event.rank]
+        free = [rank for rank in others if not self._mine(rank) and not self._broken_by(rank)]
+        on = dict.fromkeys(node for rank in free or others for node in self._nodes(rank, op))
+        return wait._replace(on=tuple(on))
+
+    def _unanswered(self, wait: Wait, op: RecordedOp, peer: int) -> Wait:
+        """The other rank has not begun its end of this message."""
+        event = op.event
+        kind: HangKind = "never sent" if event.kind == "recv" else "never received"
+        if self._mine(peer):
+            text = wait.text
+            if tagged := self._other_tag(op, peer):
+                text += f", for which rank {peer} has another tag: {full_text(tagged)}"
+            return wait._replace(text=text, on=tuple(self._nodes(peer, op)))
+        signs = self._signs.get(peer)
+        has_left = signs.phase == "done" if signs else bool(self._ops.by_rank[peer])
+        if not event.call or not has_left:
+            return wait._replace(on=(Node(peer),))
+        last = self._last(peer)
+        done = self._ops.ended(op, peer, receives=event.kind == "send")
+        verb, such = ("sent", "send") if event.kind == "recv" else ("received", "recv")
+        after = f" after {full_text(last)}" if last else ""
+        text = (
+            f"has {'ended' if signs else 'done nothing more'}{after}, with {done} such {such}{'s' * (done != 1)}, "
+            f"and not {verb} the {_nth(op.number)}, for which rank {event.rank} {wait.text}"
+        )
+        return wait._replace(root=self._ripe(wait, Root(kind, peer, text, event.rank)))
+
+    def _other_tag(self, op: RecordedOp, peer: int) -> Event | None:
+        """What the other rank is in that would be the other end but for its tag."""
+        call = op.event.call
+        for node in self._mine(peer):
+            other = self._open[node].event
+            is_end = {other.kind, op.event.kind} == MESSAGES and other.peer == op.event.rank
+            if is_end and call and other.call and other.call.group == call.group:
+                return other if other.call.tag != call.tag else None
+        return None
+
+    def _passed_by(self, wait: Wait, op: RecordedOp, met: RecordedOp | None) -> Wait:
+        """The other rank has ended its end of this message."""
+        event = op.event
+        rank, peer = event.rank, event.peer
+        assert peer is not None
+        if op.is_queued:
+            return self._behind_device(wait, op, [peer])
+        mine = self._ops.ended(op, rank, receives=event.kind == "recv")
+        theirs = self._ops.ended(op, peer, receives=event.kind == "send")
+        other = "send" if event.kind == "recv" else "recv"
+        if not event.call:
             kind: HangKind = "never sent" if event.kind == "recv" else "never received"
             verb = "sent" if event.kind == "recv" else "received"
             text = f"has ended {theirs} such {other}s, and not {verb} the one of `{event_text(event)}`"
             return wait._replace(root=self._ripe(wait, Root(kind, peer, text, rank)))
-        met = next((e for e in self._open.values() if _is_other_end(e, event)), None)
-        if met is None or theirs < mine:
-            return wait._replace(on=tuple(self._nodes(peer, event.what)))
-        if wrong := _difference(event, met):
-            sender = rank if event.kind == "send" else peer
-            return wait._replace(
-                root=self._ripe(wait, Root(wrong[0], sender, wrong[1], peer + rank - sender))
-            )
         source, target = (rank, peer) if event.kind == "send" else (peer, rank)
-        text = f"the link {source}→{target} does not carry `{event_text(event)}`: both ends are there"
+        there = f": {full_text(met.event)} has ended on rank {peer}" if met else ""
+        text = f"the link {source}→{target} has not carried {full_text(event)} after {mine} others{there}"
         return wait._replace(root=self._ripe(wait, Root("stalled link", source, text, target)))
 
-    def _count(self, rank: int, kind: str, peer: int, what: str) -> int:
-        return sum((e.kind, e.peer, e.what) == (kind, peer, what) for e in self._ended[rank])
+    def _met(self, wait: Wait, op: RecordedOp, parts: list[RecordedOp]) -> Wait:
+        """All ranks are at this op, and none has ended it."""
+        event = op.event
+        if op.is_queued and (earlier := self._earlier(parts)):
+            return wait._replace(on=earlier)
+        others = [part for part in parts if part is not op]
+        for other in others:
+            if wrong := difference(event, other.event):
+                return wait._replace(root=self._ripe(wait, self._differs(op, other, parts, wrong)))
+        if event.kind in MESSAGES and (dropped := self._dropped(parts)):
+            return wait._replace(root=self._carried(wait, event, dropped))
+        if event.kind in MESSAGES:
+            assert event.peer is not None
+            source, target = (event.rank, event.peer) if event.kind == "send" else (event.peer, event.rank)
+            text = f"the link {source}→{target} does not carry {full_text(event)}: both ends are there"
+            return wait._replace(root=self._carried(wait, event, Root("stalled link", source, text, target)))
+        first = min(part.event.rank for part in parts)
+        text = f"the link between all ranks does not carry {full_text(event)}: all are there"
+        return wait._replace(root=self._carried(wait, event, Root("stalled link", first, text)))
+
+    def _dropped(self, parts: list[RecordedOp]) -> Root | None:
+        """The end of a message that nobody waits for: backends give up an op whose handle has been dropped."""
+        for part in parts:
+            call = part.event.call
+            if call and call.is_async and not call.is_waited:
+                other = next(op.event for op in parts if op is not part)
+                is_send = part.event.kind == "send"
+                text = (
+                    f"began {full_text(part.event)} and does not wait for it, which gives it up once its handle is "
+                    f"dropped; rank {other.rank} is in {full_text(other)}"
+                )
+                kind: HangKind = "never sent" if is_send else "never received"
+                return Root(kind, part.event.rank, text, other.rank)
+        return None
+
+    def _differs(
+        self, op: RecordedOp, other: RecordedOp, parts: list[RecordedOp], wrong: tuple[HangKind, str]
+    ) -> Root:
+        if op.event.kind in MESSAGES:
+            sender, receiver = (op, other) if op.event.kind == "send" else (other, op)
+            return Root(wrong[0], sender.event.rank, wrong[1], receiver.event.rank)
+        kinds = Counter((part.event.kind, part.event.bytes) for part in parts)
+        odd = min(parts, key=lambda part: (kinds[part.event.kind, part.event.bytes], -part.event.rank))
+        rest = next(
+            part for part in parts if difference(odd.event, part.event)
+        )  # it differs from one of them at least
+        _, text = difference(odd.event, rest.event) or wrong
+        return Root(wrong[0], odd.event.rank, text)
+
+    def _earlier(self, parts: list[RecordedOp]) -> tuple[Node, ...]:
+        """Of the ranks at an op, what stands before it in their devices' queues."""
+        found = []
+        for part in parts:
+            first = next(iter(self._mine(part.event.rank)), None)
+            if first is not None and first.lane < part.order:
+                found.append(first)
+        return tuple(found)
+
+    def _behind_device(self, wait: Wait, op: RecordedOp, others: list[int]) -> Wait:
+        """Others have ended an op that is still in this rank's queue."""
+        if earlier := self._earlier([op]):
+            return wait._replace(on=earlier)
+        ended = "has" if len(others) == 1 else "have"
+        text = (
+            f"{wait.text}, which {ranks_text(others)} {ended} ended, and not this rank: its device or its process "
+            "stands still"
+        )
+        return wait._replace(root=self._ripe(wait, Root("stuck", op.event.rank, text)))
 
     # -- collectives
 
-    def _collective(self, wait: Wait, event: Event) -> Wait:
+    def _collective(self, wait: Wait, op: RecordedOp) -> Wait:
         """The wait of a rank in a collective: for all ranks that are not in the same one yet."""
-        number = self._collectives(event.rank, event.lane)
-        others = [rank for rank in self._ranks if rank != event.rank]
+        event = op.event
+        others = [rank for rank in self._ops.ranks_of(op) if rank != event.rank]
+        passed = [rank for rank in others if self._ops.has_passed(op, rank)]
+        if passed and op.is_queued:
+            return self._behind_device(wait, op, passed)
         behind = [
-            rank for rank in others if self._broken_by(rank) or not self._has_come(rank, event.lane, number)
+            rank
+            for rank in others
+            if rank not in passed and (self._broken_by(rank) or self._ops.joined(op, rank) is None)
         ]
-        if behind:
-            text = f"{wait.text}, the collective {number} of lane {event.lane}, and waits for {ranks_text(behind)}"
-            on = dict.fromkeys(node for rank in behind for node in self._nodes(rank, "", event.lane))
-            return wait._replace(text=text, on=tuple(on))
-        for rank in others:
-            met = self._open_on(rank, event.lane)
-            if met and self._collectives(rank, event.lane) == number and (wrong := _difference(event, met)):
-                odd = self._odd_one(event.lane, number)
-                return wait._replace(root=self._ripe(wait, Root(wrong[0], odd, wrong[1])))
-        text = f"the link between all ranks does not carry `{event_text(event)}`: all are there"
-        return wait._replace(root=self._ripe(wait, Root("stalled link", self._ranks[0], text)))
+        if not behind:
+            parts = [op, *filter(None, (self._ops.joined(op, rank) for rank in others))]
+            return self._met(wait, op, parts)
+        where = f"group {event.call.group}" if event.call else f"lane {event.lane}"
+        nth = f", the {_nth(op.number)} of {where}," if event.kind not in MAKING else ""
+        text = f"{wait.text}{nth} and waits for {ranks_text(behind)}"
+        gone = [rank for rank in behind if self._has_left(rank)]
+        if gone and event.call:
+            last = self._last(gone[0])
+            after = f" after {full_text(last)}" if last else ""
+            said = f"has ended{after} and takes no part in {full_text(event)} of rank {event.rank}"
+            root = self._ripe(wait, Root("never joined", gone[0], said, event.rank))
+            return wait._replace(text=text, root=root)
+        on = dict.fromkeys(node for rank in behind for node in self._nodes(rank, op))
+        return wait._replace(text=text, on=tuple(on))
 
-    def _collectives(self, rank: int, lane: str) -> int:
-        """How many collectives of that lane have ended."""
-        return sum(e.kind in COLLECTIVES and e.lane == lane for e in self._ended[rank])
+    def _has_left(self, rank: int) -> bool:
+        return self._signs.get(rank, NOBODY).phase == "done" and not self._broken_by(rank)
 
-    def _has_come(self, rank: int, lane: str, number: int) -> bool:
-        ended = self._collectives(rank, lane)
-        return ended > number or (ended == number and self._open_on(rank, lane) is not None)
-
-    def _open_on(self, rank: int, lane: str) -> Event | None:
-        found = (e for node, e in self._open.items() if node.rank == rank and e.lane == lane)
-        return next((event for event in found if event.kind in COLLECTIVES), None)
-
-    def _odd_one(self, lane: str, number: int) -> int:
-        """Of the ranks in that collective of the lane, one whose kind and size the fewest others have."""
-        there = {rank: e for rank in self._ranks if (e := self._open_on(rank, lane))}
-        there = {rank: e for rank, e in there.items() if self._collectives(rank, lane) == number}
-        kinds = [(e.kind, e.bytes) for e in there.values()]
-        return min(there, key=lambda rank: (kinds.count((there[rank].kind, there[rank].bytes)), -rank))
-
-    # -- ranks and times
-
-    def _nodes(self, rank: int, what: str, lane: str = "") -> Iterator[Node]:
-        """The nodes of a rank that may have to end before it begins something: lanes of that kind, else all."""
-        mine = {} if self._broken_by(rank) else {n: e for n, e in self._open.items() if n.rank == rank}
-        same = [n for n, e in mine.items() if (lane and e.lane == lane) or (what and e.what == what)]
-        yield from same or mine or [Node(rank)]
+    # -- times
 
     def _busy(self, rank: int, text: str, still: float) -> Root:
         signs = self._signs.get(rank, NOBODY)
         frame = next((frame for frame in signs.frames.values() if not frame.waits), None)
-        if still < STUCK_S:
+        if still < self._stuck_s:
             return Root("moving", rank, text)
+        if rank not in self._signs:
+            return Root("stuck", rank, f"{text}, and nothing more is known of it")
         return busy(rank, signs, text, still, 0.0, frame)
 
     def _ripe(self, wait: Wait, root: Root) -> Root:
         """The root; "moving" as long as what is missing may still be on its way."""
-        return root if wait.still_s >= STUCK_S else root._replace(kind="moving")
+        return root if wait.still_s >= self._stuck_s else root._replace(kind="moving")
+
+    def _carried(self, wait: Wait, event: Event, root: Root) -> Root:
+        """As `_ripe`, for what needs its time on the wire."""
+        ripe = self._stuck_s + event.bytes / SLOWEST_BYTES_PER_S
+        return root if wait.still_s >= ripe else root._replace(kind="moving")
 
     def _still(self, event: Event | None) -> float:
         if event is None or self._now is None:
@@ -191,28 +404,41 @@ class RecordedEvents:
         return (self._now - max(event.ready, event.start, event.met, event.end)) / 1e9
 
 
-def _is_other_end(one: Event, other: Event) -> bool:
-    return (one.rank, one.peer, one.what, {one.kind, other.kind}) == (
-        other.peer,
-        other.rank,
-        other.what,
-        {"send", "recv"},
-    )
+SAME_BYTES = frozenset(
+    {"send", "recv", "all_reduce", "broadcast", "all_gather", "reduce_scatter", "reduce", "other"}
+)
+"""kinds in which all ranks give or take as many bytes"""
 
 
-def _difference(one: Event, other: Event) -> tuple[HangKind, str] | None:
+def difference(one: Event, other: Event) -> tuple[HangKind, str] | None:
     """How two events that meet do not fit, if they do not."""
-    both = f"`{event_text(one)}` on rank {one.rank} meets `{event_text(other)}` on rank {other.rank}"
-    if one.kind in COLLECTIVES and one.kind != other.kind:
+    both = f"{full_text(one)} on rank {one.rank} meets {full_text(other)} on rank {other.rank}"
+    if one.kind not in MESSAGES and one.kind != other.kind:
         return "out of order", f"is in another collective: {both}"
-    if any(
+    own = one.call is None and other.call is None
+    if own and any(
         None not in pair and pair[0] != pair[1]
         for pair in ((one.chunk, other.chunk), (one.layer, other.layer))
     ):
         return "out of order", f"is out of order: {both}"
-    if one.bytes and other.bytes and one.bytes != other.bytes:
+    if one.bytes and other.bytes and one.bytes != other.bytes and (own or one.kind in SAME_BYTES):
         return "other size", f"has another size: {both}, {one.bytes:,} and {other.bytes:,} bytes"
+    types = {call.dtype for call in (one.call, other.call) if call and call.dtype}
+    if len(types) > 1 and one.kind in SAME_BYTES:
+        return "other size", f"has another dtype: {both}"
     return None
+
+
+def _precedence(event: Event) -> int:
+    """Of the ranks in a cycle, whose op is to be looked at first."""
+    return 0 if event.kind in MAKING else 1 if event.kind in COLLECTIVES else 2
+
+
+def _nth(number: int) -> str:
+    """1st, 2nd, 3rd, 4th, for a number from 0."""
+    n = number + 1
+    ending = "th" if 10 <= n % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+    return f"{n}{ending}"
 
 
 def _size(event: Event) -> str:

@@ -7,8 +7,8 @@ from dinfer.plan.ops import Op
 
 HangKind = Literal[
     "exception", "dead", "stopped", "another plan", "other size", "wrong peer", "sent twice", "out of order",
-    "never sent", "never received", "cycle", "stuck in Python", "stuck in C", "stuck", "stalled link", "lost peer",
-    "computing", "slow rank", "slow link", "moving", "held", "paused", "done",
+    "never sent", "never received", "never joined", "cycle", "stuck in Python", "stuck in C", "stuck", "stalled link",
+    "lost peer", "computing", "slow rank", "slow link", "moving", "held", "paused", "done",
 ]  # fmt: skip
 """the kinds of roots, the worst first"""
 

@@ -15,7 +15,7 @@ import dinfer
 
 PACKAGE = Path(dinfer.__file__).parent
 WITHOUT_TORCH = {"plan", "trace", "config", "verdict"}
-PUBLIC = ["__version__", "connect", "label", "load_ipython_extension", "open", "tap"]
+PUBLIC = ["__version__", "connect", "label", "load_ipython_extension", "open", "tap", "watch"]
 
 
 def module_name(path: Path) -> str:

@@ -131,10 +131,10 @@ def test_without_ipython_it_is_any_exception(monkeypatch: pytest.MonkeyPatch) ->
 
 
 OWN = {
-    "CommError", "Mischief", "NoInterface", "OpFailed", "Stopped", "TokenFailed", "TransferError",
+    "CommError", "Mischief", "NoInterface", "OpFailed", "RecordsError", "Stopped", "TokenFailed", "TransferError",
     "UnknownMessage",
 }  # fmt: skip
-"""those that stay within a rank: what they say reaches the user in a RankFailed"""
+"""those that stay within a rank, or the probe: what they say reaches the user in a RankFailed, or an ExplainError"""
 
 
 @pytest.mark.filterwarnings("ignore:.* is .* now:DeprecationWarning")  # former import paths

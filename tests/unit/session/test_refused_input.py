@@ -158,7 +158,7 @@ def test_tab_offers_what_is_made_for_users(session: Session, run: Run) -> None:
     ]  # fmt: skip
     assert offered(session) == [
         "close", "debugger", "listen_for_debugger", "load", "log", "prefill", "recover", "run", "spec", "sweep",
-        "world_size",
+        "watch", "world_size",
     ]  # fmt: skip
 
 

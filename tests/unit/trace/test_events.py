@@ -58,4 +58,4 @@ def test_the_numbers_of_kinds_stay() -> None:
         "embed", "layer", "norm", "send", "recv", "decode",
         "all_gather", "broadcast", "all_reduce", "barrier", "other",
     )  # fmt: skip
-    assert packed(Event(0, "compute", "reduce_scatter", 1, 2, 3, 4)).kind == "other"
+    assert packed(Event(0, "compute", "permute", 1, 2, 3, 4)).kind == "other"

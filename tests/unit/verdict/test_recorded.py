@@ -25,9 +25,9 @@ SAID = {
     "different-collectives": (
         "out of order",
         (2,),
-        "rank 2 is in another collective: `all_reduce` on rank 0",
+        "rank 2 is in another collective: `all_gather` on rank 2 meets `all_reduce` on rank 0",
     ),
-    "different-sizes": ("other size", (1,), "1,024 and 4,096 bytes"),
+    "different-sizes": ("other size", (1,), "4,096 and 1,024 bytes"),
     "missing-collective": ("stuck", (2,), "rank 2 is in `other`"),
     "recv-against-barrier": ("cycle", (0, 1), "rank 1 is in `recv <- 0`; ranks 2 and 3 wait for them"),
     "send-left-out": ("never sent", (0,), "rank 0 has ended 2 such sends"),

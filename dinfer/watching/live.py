@@ -1,0 +1,254 @@
+"""What a notebook holds of a run under watch: of a command that it has started, or of the engines of a cluster."""
+
+import shlex
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from dinfer.display import Closing, Displayable, DisplayableText, Table, Tidy, print_under_cell
+from dinfer.errors import NotPossible
+from dinfer.files import free_path
+from dinfer.severity import Severity
+from dinfer.trace.trace import Trace
+from dinfer.verdict.completed import OpFinding
+from dinfer.verdict.verdict import Verdict
+from dinfer.watching.alarm import HangAlarm
+from dinfer.watching.command import WatchedCommand
+from dinfer.watching.evidence import Evidence, Watched
+from dinfer.watching.kv import WatchedKv
+
+if TYPE_CHECKING:
+    from dinfer.saved.saved import WriteReport
+
+TRACE = "trace.jsonl"
+"""in the folder that `save` writes"""
+
+STOP_S = 10.0
+"""for so long a command may take to end by itself once it was told to"""
+
+LOOK_S = 0.5
+
+
+class WatchSource(Protocol):
+    """Where evidence comes from."""
+
+    watched: Watched
+
+    @property
+    def evidence(self) -> Evidence: ...
+
+    @property
+    def verdict(self) -> Verdict | None: ...
+
+
+class Watch(Tidy, Displayable, Closing):
+    """Other people's code under watch: what each rank does, why it does not move, and what it sent and received."""
+
+    def __init__(self, source: WatchSource, write: "WriteReport | None") -> None:
+        self._source, self._write = source, write
+
+    def where(self) -> DisplayableText:
+        """What each rank does, a line each."""
+        found = self._source.evidence
+        return DisplayableText("\n".join(f"rank {rank}: {found.where(rank)}" for rank in found.ranks))
+
+    def verdict(self) -> Verdict:
+        """Why the run does not move, or that it does. A hang that was found stays the verdict after the run."""
+        found = self._source.evidence  # looking may end a verdict that stood
+        return self._source.verdict or found.verdict
+
+    @property
+    def trace(self) -> Trace:
+        """The ops that have been recorded so far, as events; those that have not ended have an `end` of 0."""
+        return self._source.evidence.trace
+
+    @property
+    def findings(self) -> list[OpFinding]:
+        """What ended and is wrong all the same."""
+        return self._source.evidence.findings
+
+    def kv(self) -> WatchedKv:
+        """How many tokens of which layer each rank holds in its newest cache; `.diff()` says what is wrong."""
+        return WatchedKv(self._source.watched.rows())
+
+    def links(self) -> Table:
+        """What went over each link and through each kind of collective: MB, seconds, MB/s, waiting."""
+        return self._source.evidence.table()
+
+    def stack(self, rank: int) -> DisplayableText:
+        """Where the threads of a rank stood in Python when they were last asked."""
+        found = self._source.evidence.stack(rank)
+        return DisplayableText(found or f"rank {rank} has not been asked for its stack: it moves")
+
+    def report(self, path: str | Path = "report.html") -> Path:
+        """Write a report; raises NotPossible where there are no views, OSError."""
+        if self._write is None:
+            raise NotPossible(
+                "reports need dinfer's views: make the watch by dinfer.watch(…) or session.watch()."
+            )
+        return self._write(self._kept(), free_path(Path(path)))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the trace, and what else is known, into a new folder, for `dinfer explain` and `dinfer report`. Raises
+        OSError."""
+        target = Path(folder)
+        target.mkdir(parents=True)
+        self._kept().export("jsonl", target / TRACE)
+        return target
+
+    def _kept(self) -> Trace:
+        return self._source.evidence.kept(self._source.verdict)
+
+    def _text(self) -> str:
+        found = self._source.verdict
+        lines = [str(self.where())]
+        if found:
+            lines.append(found.severity.marked(found.sentence))
+        lines += [Severity.WARNING.marked(one.text) for one in self.findings[:5]]
+        return "\n".join(filter(None, lines))
+
+    def __str__(self) -> str:
+        return self._text()
+
+
+class CommandWatch(Watch):
+    """What `dinfer.watch("torchrun …")` returns: the command runs on. `folder` holds its output and its records;
+    `status`: its exit status, None while it runs."""
+
+    def __init__(
+        self,
+        command: str | Sequence[str],
+        folder: str | Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        write: "WriteReport | None" = None,
+    ) -> None:
+        words = shlex.split(command) if isinstance(command, str) else list(command)
+        if not words:
+            raise NotPossible('there is no command: dinfer.watch("torchrun --nproc-per-node 2 infer.py").')
+        self.folder = Path(folder) if folder else Path(tempfile.mkdtemp(prefix="dinfer-watch-"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._output = self.folder / "output.log"
+        with self._output.open("wb") as file:
+            self._command = WatchedCommand(
+                words, self.folder / "records", tell=_tell, environment=environment, output=file.fileno()
+            )
+        self.status: int | None = None
+        super().__init__(self._command, write)
+        self._thread = threading.Thread(target=self._follow, name="dinfer watch", daemon=True)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        self.status = self._command.wait()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait until the command has ended; its exit status. Raises TimeoutError after so many seconds."""
+        self._thread.join(timeout)
+        if self.status is None:
+            raise TimeoutError(
+                f"the command has not ended within {timeout:g} s: .where() says what its ranks do."
+            )
+        return self.status
+
+    def output(self) -> DisplayableText:
+        """What the command has written so far."""
+        return DisplayableText(self._output.read_text(encoding="utf-8", errors="replace"))
+
+    def close(self) -> None:
+        """End the command, if it still runs: by SIGTERM, and by SIGKILL if that does not help."""
+        process = self._command.process
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                with suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGKILL)
+        self._thread.join(STOP_S)
+
+    def __str__(self) -> str:
+        state = "runs" if self.status is None else f"ended with status {self.status}"
+        return "\n".join(filter(None, [f"{shlex.join(self._command.command)} {state}", self._text()]))
+
+
+def _tell(verdict: Verdict) -> None:
+    print_under_cell(f"dinfer: {verdict.severity.marked(verdict.sentence)}")
+
+
+class EnginesSource:
+    """Looks after the engines of a session until it is closed. `tell`: called with each new verdict."""
+
+    def __init__(self, folder: Path, tell: Callable[[Verdict], None] = _tell) -> None:
+        self.watched, self._alarm, self._tell = Watched([folder]), HangAlarm(), tell
+        self._evidence: Evidence | None = None
+        self._looking, self._over = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="dinfer watch", daemon=True)
+        self._thread.start()
+
+    @property
+    def evidence(self) -> Evidence:
+        self.look()
+        assert self._evidence
+        return self._evidence
+
+    @property
+    def verdict(self) -> Verdict | None:
+        return self._alarm.standing
+
+    def look(self) -> None:
+        with self._looking:
+            self._evidence = of_cells(self.watched.look())
+            new = self._alarm.consider(self._evidence, time.monotonic())
+            if self._alarm.is_suspicious:
+                self.watched.ask(self._evidence.processes)
+        if new:
+            self._tell(new)
+
+    def waiting(self) -> list[int]:
+        """The ranks that are in an op that does not end, by the verdict that stands."""
+        found = self._alarm.standing
+        if found is None or self._evidence is None:
+            return []
+        return sorted({event.rank for event in self._evidence.trace.events if not event.end})
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join(STOP_S)
+
+    def _follow(self) -> None:
+        pause = LOOK_S
+        while not self._over.wait(pause):
+            began = time.monotonic()
+            self.look()
+            pause = max(LOOK_S, 10 * (time.monotonic() - began))
+
+
+def of_cells(evidence: Evidence) -> Evidence:
+    """What cells have done: in an engine's main thread. dinfer's own transfers are looked after by their run."""
+    events = tuple(
+        event
+        for event in evidence.trace.events
+        if event.lane == "MainThread" and event.call and event.call.line
+    )
+    return Evidence(Trace(events, evidence.trace.about), evidence.signs, evidence.now_ns, evidence.processes)
+
+
+class EnginesWatch(Watch):
+    """What `session.watch()` returns: every call of torch.distributed in `%%px` cells is seen."""
+
+    def __init__(self, source: EnginesSource, write: "WriteReport | None") -> None:
+        super().__init__(source, write)
+        self._engines = source
+
+    def stuck_ranks(self) -> list[int]:
+        """The ranks that wait in an op that does not end."""
+        return self._engines.waiting()
+
+    def close(self) -> None:
+        """Look no more; the engines go on recording."""
+        self._engines.close()

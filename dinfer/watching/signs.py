@@ -1,0 +1,246 @@
+"""What is known of a watched process beside its ops: whether it lives, computes, is stopped, and where it stands."""
+
+import linecache
+import os
+import re
+import socket
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+
+from dinfer.verdict.signs import Raised, Signs, StackFrame
+from dinfer.watch.probe.records import RaisedError, StacksTaken, ThreadLook, WatchedProcess
+
+WINDOW_S = 2.0
+"""over which CPU time is measured"""
+
+CPU_SHARE = 0.1
+"""of one core: a process that waits uses less, probe and all"""
+
+RUNNABLE = 0.5
+"""of the looks: a process that was found runnable, or at a disk, in more computes, however little CPU time it gets"""
+
+MUTE_S = 3.0
+"""A heart beats four times a second. One that has not for so long is stopped, or C code holds its interpreter."""
+
+MAIN = "MainThread"
+
+_LOST = re.compile(
+    r"connection (closed|reset|refused|was likely closed)|broken pipe|timed out|timeout|remote process exited|"
+    r"no route to host|socketpoll|peer|nccl communicator was aborted|store",
+    re.IGNORECASE,
+)
+"""in the message of a DistError or RuntimeError of torch.distributed: the other side was lost, or did not come"""
+
+
+@dataclass
+class _Sample:
+    at: float
+    cpu_s: float
+    runnable: bool
+
+
+@dataclass
+class ProcessPulse:
+    """How one process of this host has lived lately. `gone`: when it was seen to have vanished."""
+
+    process: psutil.Process | None
+    samples: deque[_Sample] = field(default_factory=deque)
+    stopped_since: float | None = None
+    gone: float | None = None
+
+    def look(self, now: float) -> None:
+        """Take a sample. A process that cannot be read has gone."""
+        if self.process is None or self.gone is not None:
+            return
+        try:
+            with self.process.oneshot():
+                status = self.process.status()
+                times = self.process.cpu_times()
+        except psutil.Error:
+            self.gone = now
+            return
+        if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            self.gone = now
+            return
+        is_stopped = status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+        self.stopped_since = (self.stopped_since or now) if is_stopped else None
+        is_busy = status in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
+        self.samples.append(_Sample(now, times.user + times.system, is_busy))
+        while len(self.samples) > 2 and now - self.samples[1].at > WINDOW_S:
+            self.samples.popleft()
+
+    @property
+    def cpu_moves(self) -> bool | None:
+        """Whether it computes; None: not known yet."""
+        if len(self.samples) < 2 or self.samples[-1].at - self.samples[0].at < WINDOW_S / 2:
+            return None
+        used = self.samples[-1].cpu_s - self.samples[0].cpu_s
+        share = used / (self.samples[-1].at - self.samples[0].at)
+        runnable = sum(sample.runnable for sample in self.samples) / len(self.samples)
+        return share > CPU_SHARE or runnable > RUNNABLE
+
+
+def pulse_of(watched: WatchedProcess) -> ProcessPulse:
+    """Of a process on this host; one that has vanished already, or whose number another has now, is gone."""
+    if watched.host != socket.gethostname():
+        return ProcessPulse(None)
+    try:
+        process = psutil.Process(watched.pid)
+        if process.create_time() > watched.started_ns / 1e9 + 2:
+            return ProcessPulse(None, gone=0.0)
+    except psutil.Error:
+        return ProcessPulse(None, gone=0.0)
+    return ProcessPulse(process)
+
+
+def signs_of(
+    watched: WatchedProcess, pulse: ProcessPulse | None, now: float, now_ns: int | None = None
+) -> Signs:
+    """`now`: seconds on the clock of the pulse; `now_ns`: nanoseconds since the epoch, None: the record is all there
+    is. `pulse`: None where the process is of another host, or of a record."""
+    ended, phase = _ended(watched, pulse)
+    is_alive = not ended and phase != "done"
+    beat_s = (now_ns - _last_sign(watched)) / 1e9 if now_ns else 0.0
+    stopped = pulse is not None and pulse.stopped_since is not None and now - pulse.stopped_since >= 0.3
+    answers = None if not is_alive or stopped or now_ns is None else beat_s < MUTE_S
+    frames = frames_of(watched.stacks[-1]) if watched.stacks and is_alive else {}
+    return Signs(
+        phase=phase,
+        process="T" if stopped and is_alive else None,
+        cpu_moves=pulse.cpu_moves if pulse and is_alive else None,
+        answers=answers,
+        ended=ended,
+        raised=_raised(watched),
+        frames=frames,
+    )
+
+
+def _last_sign(watched: WatchedProcess) -> int:
+    """When the process was last known to run Python, in nanoseconds since the epoch."""
+    ops = (max(op.issued_ns, op.done_ns) for op in watched.ops[-50:])
+    return max(watched.heartbeat_ns, watched.started_ns, *ops, 0)
+
+
+def _ended(watched: WatchedProcess, pulse: ProcessPulse | None) -> tuple[str, str]:
+    """How the process died, "" if it did not, and its phase: "done" once its program has ended by itself."""
+    how = watched.ended
+    if how == "exit":
+        return "", "done"
+    if how == "exception":
+        return "ended by its exception", "prefill"
+    if how:  # os._exit(3)
+        return ("", "done") if how.endswith("(0)") else (f"ended by {how}", "prefill")
+    if pulse and pulse.gone is not None:
+        return "died: a signal killed it, or C code ended it", "prefill"
+    return "", "prefill"
+
+
+def _raised(watched: WatchedProcess) -> Raised | None:
+    """The exception that ended it or one of its threads, or that it handles while it waits in an op."""
+    error = watched.exception or _handled(watched)
+    if error is None:
+        return None
+    lines = error.message.strip().splitlines() or [""]
+    place = f"{os.path.basename(error.file)}:{error.line}" if error.line else ""
+    is_lost = error.type.rpartition(".")[2] in _LOST_TYPES and bool(_LOST.search(error.message))
+    return Raised(f"{error.type}: {lines[0]}", op=place, lane=error.thread, secondary=is_lost)
+
+
+def _handled(watched: WatchedProcess) -> RaisedError | None:
+    """The exception in whose handler the process waits."""
+    waiting = {op.seq for op in watched.ops[-50:] if not op.done_ns and (op.waited_ns or not op.is_async)}
+    found = watched.handled[-1] if watched.handled else None
+    return found if found and found.seq in waiting and found.type not in _USUAL else None
+
+
+_USUAL = frozenset({"StopIteration", "StopAsyncIteration", "GeneratorExit", "queue.Empty", "_queue.Empty"})
+"""exceptions by which loops end"""
+
+_LOST_TYPES = frozenset(
+    {"RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError", "DistError"}
+)
+
+
+def frames_of(taken: StacksTaken) -> Mapping[str, StackFrame]:
+    """Where each thread with user code stands, the main thread first."""
+    found = {}
+    for thread in taken.threads:
+        if frame := _frame(thread):
+            found[thread.name] = frame
+    return found
+
+
+def _frame(thread: ThreadLook) -> StackFrame | None:
+    if not thread.frames or (thread.name != MAIN and not thread.user_frames):
+        return None
+    file, line, function, text = thread.frames[0]
+    return StackFrame(file, line, function, text)
+
+
+_DUMPED = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
+_HEAD = re.compile(r"^(?:Current thread|Thread) 0x[0-9a-f]+.*$", re.MULTILINE)
+_NOT_OF_USERS = ("/torch/", "/dinfer/watch/", "dinfer_probe", "/lib/python3", "<frozen")
+
+
+def dumped_frame(text: str) -> StackFrame | None:
+    """Of what faulthandler has written, where the main thread's user code stands: the last thread that has any."""
+    found = None
+    for thread in _HEAD.split(text)[1:]:
+        for file, line, function in _DUMPED.findall(thread):
+            if "site-packages" in file or not any(part in file for part in _NOT_OF_USERS):
+                if any(part in file for part in _NOT_OF_USERS[:3]):
+                    continue
+                found = StackFrame(file, int(line), function, linecache.getline(file, int(line)).strip())
+                break
+    return found
+
+
+def stack_text(taken: StacksTaken) -> str:
+    """The stacks of all threads with user code as lines, innermost first."""
+    lines = []
+    for thread in taken.threads:
+        if thread.user_frames or thread.name == MAIN:
+            lines.append(f"thread {thread.name}:")
+            for file, line, function, text in thread.frames[: max(thread.user_frames, 5)]:
+                lines.append(f"  {os.path.basename(file)}:{line} in {function}{f': {text}' if text else ''}")
+    return "\n".join(lines)
+
+
+def as_plain(signs: Mapping[int, Signs]) -> dict[str, Any]:
+    """What is worth keeping in a trace's `about`, as JSON has it."""
+    return {
+        str(rank): {
+            "phase": its.phase,
+            "ended": its.ended,
+            "stopped": its.is_stopped,
+            "answers": its.answers,
+            "cpu_moves": its.cpu_moves,
+            "raised": its.raised and [its.raised.message, its.raised.op, its.raised.secondary],
+            "frames": {name: list(frame[:4]) for name, frame in its.frames.items()},
+        }
+        for rank, its in signs.items()
+    }
+
+
+def of_plain(values: Mapping[str, Any]) -> dict[int, Signs]:
+    """The inverse. Raises ValueError, TypeError, KeyError, AttributeError for something else."""
+    found = {}
+    for rank, its in values.items():
+        raised = its.get("raised")
+        found[int(rank)] = Signs(
+            phase=str(its["phase"]),
+            ended=str(its["ended"]),
+            process="T" if its.get("stopped") else None,
+            answers=its.get("answers"),
+            cpu_moves=its.get("cpu_moves"),
+            raised=Raised(str(raised[0]), op=str(raised[1]), secondary=bool(raised[2])) if raised else None,
+            frames={
+                str(name): StackFrame(str(at[0]), int(at[1]), str(at[2]), str(at[3]))
+                for name, at in its.get("frames", {}).items()
+            },
+        )
+    return found

@@ -1,0 +1,100 @@
+"""Runs programs under `dinfer watch` as a user does, and reads what it says of them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PROGRAMS = Path(__file__).parent / "programs"
+REPOSITORY = Path(__file__).parent.parent.parent
+
+PATIENCE_S = 120.0
+
+
+class WatchedRun(NamedTuple):
+    """What came of it: `told` as `--json` has it, `errors` what was on standard error; `told_s`: how long it took from
+    the program's line `DEFECT` on until the verdict was said, None where none was."""
+
+    told: dict[str, Any]
+    errors: str
+    output: str
+    status: int
+    told_s: float | None
+
+
+def torchrun(program: str, *arguments: str, n: int = 2) -> list[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", "0"]
+    return [*start, "--standalone", str(PROGRAMS / program), *arguments]
+
+
+def watch(command: Sequence[str], folder: Path, *options: str) -> WatchedRun:
+    """Run a command under watch. Once it is said to hang, the command is ended by SIGTERM, as a user would."""
+    told = folder / "told.json"
+    watching = [
+        sys.executable,
+        "-m",
+        "dinfer.cli",
+        "watch",
+        "--folder",
+        str(folder / "watch"),
+        "--json",
+        str(told),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    with _process([*watching, *options, "--", *command], environment) as process:
+        assert process.stderr
+        assert process.stdout
+        output: list[tuple[float, str]] = []
+        reader = threading.Thread(target=_read, args=(process.stdout, output))
+        reader.start()
+        killer = threading.Timer(PATIENCE_S, process.send_signal, [signal.SIGTERM])
+        killer.start()
+        errors, said = [], None
+        for line in process.stderr:
+            errors.append(line)
+            if line.startswith("dinfer: ✖") and said is None:
+                said = time.monotonic()
+                process.send_signal(signal.SIGTERM)
+        status = process.wait(PATIENCE_S)
+        killer.cancel()
+        reader.join(PATIENCE_S)
+    text = "".join(errors)
+    began = [at for at, line in output if line.startswith("DEFECT")]
+    took = said - max(began) if said and began else None
+    assert told.is_file(), text
+    return WatchedRun(json.loads(told.read_text()), text, "".join(line for _, line in output), status, took)
+
+
+def _read(stream: Any, into: list[tuple[float, str]]) -> None:
+    for line in stream:
+        into.append((time.monotonic(), line))
+
+
+@contextmanager
+def _process(command: Sequence[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """A process in a session of its own, all of which has ended afterwards."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            if stream:
+                stream.close()

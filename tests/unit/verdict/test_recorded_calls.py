@@ -1,0 +1,223 @@
+"""Verdicts on recorded calls of other people's code: one test for each defect that real programs have."""
+
+import pytest
+
+from dinfer.verdict.recorded import explain_events
+from dinfer.verdict.signs import Raised, Signs, StackFrame
+from dinfer.verdict.verdict import Verdict
+from tests.support.made_ops import MadeOps
+
+DONE = Signs(phase="done")
+SLEEPS = StackFrame("/code/rank1.py", 9, "main", "time.sleep(99)")
+
+
+def explained(ops: MadeOps, signs: dict[int, Signs] | None = None) -> Verdict:
+    return explain_events(ops.events, signs, groups=ops.groups)
+
+
+def assert_verdict(verdict: Verdict, kind: str, ranks: tuple[int, ...], *words: str) -> None:
+    assert (verdict.kind, verdict.ranks) == (kind, ranks), verdict
+    assert verdict.is_hung
+    for word in words:
+        assert word in verdict.sentence, (word, verdict.sentence)
+
+
+def test_one_rank_in_all_gather_while_another_waits_in_recv() -> None:
+    ops = MadeOps(3)
+    ops.all("all_reduce", 0, 1, 2)
+    ops.message(0, 1)
+    ops.recv(0, 2, open=True, shape=(8, 2))
+    ops.add(2, "all_gather", open=True)
+    ops.add(1, "all_gather", open=True)
+    verdict = explained(ops)
+    assert_verdict(
+        verdict, "cycle", (2, 0), "`recv <- 2` ([8, 2] float32) at rank0.py:3", "`all_gather`", "rank2.py:2"
+    )
+    assert verdict.blocked == (1,)
+
+
+def test_one_send_for_two_recvs() -> None:
+    ops = MadeOps(2)
+    ops.message(0, 1)
+    ops.recv(1, 0, open=True)
+    assert_verdict(
+        explained(ops, {0: DONE, 1: Signs()}),
+        "never sent",
+        (0,),
+        "has ended after `send -> 1` ([4] float32) at rank0.py:1",
+        "1 such send, and not sent the 2nd, for which rank 1 is in `recv <- 0` ([4] float32) at rank1.py:2",
+    )
+
+
+def test_an_exception_then_a_barrier_in_the_handler() -> None:
+    ops = MadeOps(2)
+    ops.message(0, 1)
+    ops.add(1, "barrier", open=True)
+    ops.recv(0, 1, open=True)
+    raised = Raised("ValueError: bad shape", op="rank1.py:7")
+    assert_verdict(
+        explained(ops, {0: Signs(), 1: Signs(raised=raised)}),
+        "exception",
+        (1,),
+        "raised ValueError: bad shape at rank1.py:7; it now waits in its handler, in `barrier`",
+        "rank 0 waits for it: rank 0 is in `recv <- 1`",
+    )
+
+
+def test_both_ends_send_first() -> None:
+    ops = MadeOps(2)
+    ops.send(0, 1, open=True)
+    ops.send(1, 0, open=True)
+    assert_verdict(explained(ops), "cycle", (0, 1), "rank0.py:1", "rank1.py:1")
+
+
+def test_an_isend_before_the_recv_is_no_cycle_but_lost_if_nobody_waits_for_it() -> None:
+    ops = MadeOps(2)
+    for rank in (0, 1):
+        ops.send(rank, 1 - rank, open=True, is_async=True, is_waited=False)
+        ops.recv(rank, 1 - rank, open=True)
+    assert_verdict(explained(ops), "never sent", (0, 1), "does not wait for it", "rank0.py:1", "rank1.py:2")
+    just_now = explain_events(ops.events, groups=ops.groups, now=int(2.5e9))
+    assert just_now.kind == "moving"
+
+
+def test_a_link_that_does_not_carry_what_both_ends_wait_for() -> None:
+    ops = MadeOps(2)
+    ops.send(0, 1, open=True)
+    ops.recv(1, 0, open=True)
+    assert_verdict(explained(ops), "stalled link", (0,), "both ends are there")
+
+
+def test_a_send_to_oneself_by_group_rank() -> None:
+    ops = MadeOps(3)
+    ops.group("pair", 1, 2)
+    ops.send(1, 1, open=True, group="pair")
+    ops.recv(2, 1, open=True, group="pair")
+    assert_verdict(
+        explained(ops), "wrong peer", (1,), "itself", "group pair", "rank1.py:1", "rank 2 waits for it"
+    )
+
+
+def test_ranks_that_disagree_on_the_number_of_micro_batches() -> None:
+    ops = MadeOps(2)
+    for _ in range(3):
+        ops.message(0, 1)
+    ops.recv(1, 0, open=True, chunk=3)
+    ops.add(0, "all_reduce", open=True)
+    assert_verdict(explained(ops), "cycle", (0, 1), "`all_reduce`", "`recv c3 <- 0`")
+
+
+def test_a_subgroup_that_one_rank_alone_creates() -> None:
+    ops = MadeOps(2)
+    ops.add(1, "new_group", open=True)
+    ops.add(0, "all_reduce", open=True)
+    assert_verdict(explained(ops), "cycle", (1, 0), "`new_group`", "`all_reduce`", "rank0.py:1", "rank1.py:1")
+
+
+def test_messages_of_other_tags_do_not_meet_on_gloo_and_do_on_nccl() -> None:
+    for backend, kind in (("gloo", "cycle"), ("nccl", "stalled link")):
+        ops = MadeOps(2, backend)
+        ops.send(0, 1, open=True, tag=1)
+        ops.recv(1, 0, open=True, tag=2)
+        verdict = explained(ops)
+        assert verdict.kind == kind, verdict
+    assert "another tag" not in verdict.sentence
+
+
+def test_messages_match_first_in_first_out_within_their_group() -> None:
+    ops = MadeOps(3)
+    ops.group("pair", 0, 1)
+    ops.message(0, 1, group="pair")
+    ops.send(0, 1, open=True, group="pair")
+    ops.recv(1, 0, open=True)
+    assert_verdict(explained(ops), "cycle", (0, 1), "group pair")
+
+
+def test_a_collective_of_a_subgroup_waits_for_its_members_alone() -> None:
+    ops = MadeOps(4)
+    ops.group("left", 0, 1)
+    ops.group("right", 2, 3)
+    ops.all("all_reduce", 2, 3, group="right")
+    ops.add(0, "all_reduce", open=True, group="left")
+    verdict = explained(
+        ops, {rank: Signs(frames={"main": SLEEPS}) if rank == 1 else Signs() for rank in range(4)}
+    )
+    assert_verdict(
+        verdict, "stuck in Python", (1,), "time.sleep(99)", "rank 0 waits for it: rank 0 is in `all_reduce`"
+    )
+
+
+@pytest.mark.parametrize(
+    ("signs", "kind", "word"),
+    [
+        (
+            Signs(frames={"main": SLEEPS}, cpu_moves=False),
+            "stuck in Python",
+            "time.sleep(99)` in main (rank1.py:9)",
+        ),
+        (Signs(answers=False, cpu_moves=False), "stuck in C", "the GIL"),
+        (Signs(process="T"), "stopped", "is stopped by a signal"),
+        (Signs(ended="was killed by SIGKILL"), "dead", "was killed by SIGKILL"),
+    ],
+)
+def test_a_rank_that_does_not_come(signs: Signs, kind: str, word: str) -> None:
+    ops = MadeOps(2)
+    ops.message(0, 1)
+    ops.recv(0, 1, open=True)
+    assert_verdict(explained(ops, {0: Signs(), 1: signs}), kind, (1,), word, "rank 0 is in `recv <- 1`")
+
+
+def test_a_rank_that_computes_is_no_hang() -> None:
+    ops = MadeOps(2)
+    ops.message(0, 1)
+    ops.recv(0, 1, open=True)
+    verdict = explain_events(ops.events, {0: Signs(), 1: Signs(cpu_moves=True)}, int(90e9), ops.groups)
+    assert (verdict.kind, verdict.ranks, verdict.is_hung) == ("computing", (1,), False)
+
+
+def test_two_ranks_that_miss_one_collective_are_both_named() -> None:
+    ops = MadeOps(4)
+    ops.all("all_reduce", 0, 1, 2, 3)
+    ops.all("all_reduce", 0, 2, open=True)
+    verdict = explained(ops, {rank: DONE if rank in (1, 3) else Signs() for rank in range(4)})
+    assert verdict.kind == "never joined"
+    assert verdict.ranks[0] == 1
+    assert "rank1.py:1" in verdict.sentence
+
+
+def test_collectives_of_other_kinds_and_sizes() -> None:
+    ops = MadeOps(3)
+    ops.all("all_reduce", 0, 2, open=True)
+    ops.add(1, "broadcast", open=True)
+    assert_verdict(explained(ops), "out of order", (1,), "`broadcast`", "rank1.py:1", "rank0.py:1")
+    ops = MadeOps(3)
+    ops.all("all_reduce", 0, 2, open=True)
+    ops.add(1, "all_reduce", open=True, shape=(9,))
+    assert_verdict(explained(ops), "other size", (1,), "[9] float32", "[4] float32")
+
+
+def test_a_device_that_stands_still_while_others_have_ended_the_op() -> None:
+    ops = MadeOps(3, "nccl")
+    ops.group("pair", 0, 1)
+    ops.add(0, "all_reduce", group="pair", number=7)
+    ops.add(1, "all_reduce", group="pair", number=7, open=True)
+    ops.add(1, "all_reduce", number=3, open=True)
+    ops.all("all_reduce", 0, 2, number=3, open=True)
+    assert_verdict(explained(ops), "stuck", (1,), "group pair", "rank 0 has ended", "stands still")
+
+
+def test_a_recv_from_anyone_waits_for_those_who_are_free() -> None:
+    ops = MadeOps(3)
+    ops.recv(0, None, open=True)
+    ops.recv(1, 0, open=True)
+    verdict = explained(ops, {0: Signs(), 1: Signs(), 2: Signs(frames={"main": SLEEPS})})
+    assert_verdict(verdict, "stuck in Python", (2,))
+
+
+def test_a_large_message_has_the_time_that_it_needs() -> None:
+    ops = MadeOps(2)
+    big = (100_000_000,)
+    ops.send(0, 1, open=True, shape=big)
+    ops.recv(1, 0, open=True, shape=big)
+    assert explain_events(ops.events, groups=ops.groups, now=int(60e9)).kind == "moving"
+    assert explain_events(ops.events, groups=ops.groups, now=int(600e9)).kind == "stalled link"
