@@ -77,7 +77,7 @@ class Kernels:
         layers = self._layers.get(mode)
         if layers is None:
             layers = LayerGraphs(decoder, mode)
-        sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
+        sampling = Sampling(config.temperature, config.top_k, config.top_p)
         began, length = perf_counter(), min(config.chunk_size, decoder.max_positions)
         is_new = length not in layers.lengths or (mode, sampling) not in self._token
         if is_new:
@@ -92,7 +92,9 @@ class Kernels:
                 mode, decoder.num_layers, " and ".join(map(str, layers.lengths)), perf_counter() - began,
                 layers.bytes / 2**30,
             )  # fmt: skip
-        return Graphs(layers, self._token[mode, sampling])
+        token = self._token[mode, sampling]
+        token.seed(config.seed)
+        return Graphs(layers, token)
 
 
 def _modes(config: Config, decoder: Decoder) -> tuple[Mode, ...]:

@@ -141,7 +141,7 @@ def test_a_walk_ends_as_a_run_without_it(decoder: Decoder, seed: int) -> None:
     check_a_walk(decoder, seed, world_size=2)
 
 
-@pytest.mark.filterwarnings("ignore:.*TensorFloat32")
+@pytest.mark.filterwarnings("default")  # of torch's compiler
 @pytest.mark.parametrize("kernels", ["graph", "compiled"])
 def test_on_streams_compiled_or_not(decoder: Decoder, comm: NcclComm, kernels: str) -> None:
     with engine_of(decoder, comm, kernels="exact") as engine:

@@ -38,7 +38,7 @@ TAKEN: list[dict[str, Any]] = [
     {"n": 3, "numbers": range(3)},
     {"n": 3, "numbers": np.bool_(True)},
     {"n": 3, "names": ["a", [1, 2]]},
-    {"n": 3, "path": Path("here"), "then": print, "unit": 5, "whatever": object()},
+    {"n": 3, "path": Path("here"), "then": print, "unit": 5, "whatever": Ellipsis},
 ]
 
 

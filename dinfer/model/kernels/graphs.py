@@ -42,8 +42,9 @@ class NoGraph(ModelError):
     def because(cls, error: Exception) -> "NoGraph":
         """Of what has been raised while a model was compiled or captured."""
         root: BaseException = error
-        while root.__cause__ is not None:  # a compiler's error says no more than that there was one
-            root = root.__cause__
+        # A compiler's error says no more than that there was one.
+        while (inner := getattr(root, "inner_exception", None) or root.__cause__) is not None:
+            root = inner
         lines = str(root).strip().splitlines()
         return cls(f"{type(root).__name__}: {lines[0]}" if lines else type(root).__name__)
 

@@ -1,5 +1,7 @@
 """TokenGraph: a whole step of decode, from the last token to the next one, as one CUDA graph."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,10 @@ class TokenGraph:
                 self._launch = graphs.capture(self._work)
         except Exception as error:  # whatever a model does that cannot be captured
             raise NoGraph.because(error) from error
+
+    def seed(self, seed: int) -> None:
+        """Draw by this seed from now on, whatever that of `sampling` is: it is not part of what was captured."""
+        self._sampler, self._drawn = Sampler(replace(self.sampling, seed=seed)), range(0)
 
     def begin(self, token: int, position: int, step: int) -> None:
         """The next launch takes `token` as input at this position, and makes new token number `step` (from 0)."""
