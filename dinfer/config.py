@@ -30,7 +30,7 @@ Backend = Literal["auto", "gloo", "nccl"]
 
 OnCorruption = Literal["record", "pause", "fail"]
 
-Kernels = Literal["auto", "exact", "graph", "compiled"]
+KernelChoice = Literal["auto", "exact", "graph", "compiled"]
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -84,7 +84,7 @@ class Config:
     master_addr: str = _parameter("127.0.0.1", "address at which the ranks meet")
     master_port: int = _parameter(0, "port at which the ranks meet; 0: any free port", low=0, high=65535)
     dtype: DType = _parameter("auto", "dtype of weights and KV; auto: the checkpoint's own")
-    kernels: Kernels = _parameter(
+    kernels: KernelChoice = _parameter(
         "auto",
         "exact: transformers' own; graph: its layers as CUDA graphs; compiled: those, compiled; auto: the fastest that "
         "the model allows on a GPU, exact on a CPU",

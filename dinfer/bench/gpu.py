@@ -67,11 +67,13 @@ class _Bench:
         import torch
 
         from dinfer.engine.kernels import Kernels
+        from dinfer.transport.gloo import open_store
+        from dinfer.transport.interface import LOOPBACK
         from dinfer.transport.nccl import NcclComm
 
         self.torch, self.decoder, self.chunk_size = torch, decoder, chunk_size
         self.ids = [(i * i * 7 + i * 13 + 5) % decoder.vocab_size for i in range(tokens)]
-        self.comm = NcclComm(0, 1, torch.distributed.HashStore(), 60)  # type: ignore[attr-defined]
+        self.comm = NcclComm(0, 1, open_store(LOOPBACK, 0)[0], 60)
         self.kernels = Kernels()
         self._engine: Any = None
 

@@ -122,6 +122,7 @@ class Decoding:
         self._state, self._shape = state, state.plan.shape if state else None
         self._decoder, self._final, self._sampler = decoder, final, sampler
         self._comm, self._recorder, self._ahead = comm, recorder, ahead
+        self._wanted = 0
 
     @property
     def stopped(self) -> Literal["", "end of text", "positions"]:
@@ -141,14 +142,12 @@ class Decoding:
         """How many rows a layer holds: one a token, but for the last new one. (A fault may append more to a layer.)"""
         return self._rows[-1]
 
-    def step(self, *, more: bool = False) -> int:
-        """Make the next token. `more`: another step follows at once, so that a GPU may begin it already.
-
-        Raises on every rank: TokensDiffer, or NotANumber if the logits of one have NaN or Inf.
-        """
+    def step(self) -> int:
+        """Make the next token. Raises on every rank: TokensDiffer, or NotANumber if those of one have NaN or Inf."""
         start, row = monotonic_ns(), self.rows
         if self.tokens and self._ahead and not self._has_odd_rows:
-            more = more and row + 2 <= min(self.cache.capacity, self._decoder.max_positions)
+            fits = row + 2 <= min(self.cache.capacity, self._decoder.max_positions)
+            more = fits and len(self.tokens) + 1 < self._wanted
             token, logits = self._ahead.take(self.cache, self.tokens[-1], row, len(self.tokens), more=more)
             row += 1
         else:
@@ -182,21 +181,23 @@ class Decoding:
         """Whether a fault has added rows to a layer, or adds them in decode."""
         return bool(self._state and (self._state.extra or self._state.faults.repeats))
 
-    def restart(self) -> None:
-        """Something may have changed since the last step, such as the KV, by hand."""
+    def begin(self, wanted: int) -> None:
+        """Steps up to so many new tokens follow one another, so that a GPU may begin one before the last has been
+        looked at. Since the step before, something may have changed, such as the KV, by hand."""
+        self._wanted = wanted
         if self._ahead:
             self._ahead.restart()
 
     def back_to(self, tokens: int) -> None:
         """Drop all new tokens after the first `tokens`. The next steps repeat them, unless the user edits something."""
         del self.tokens[tokens:], self._rows[tokens + 1 :]
-        self.restart()
+        self.begin(0)
 
     def run(self, max_new_tokens: int) -> Iterator[int]:
         """Step until the text ends or there are `max_new_tokens` new tokens; yields each."""
-        self.restart()
+        self.begin(max_new_tokens)
         while len(self.tokens) < max_new_tokens and not self.stopped:
-            yield self.step(more=len(self.tokens) + 1 < max_new_tokens)
+            yield self.step()
 
     def _compare(self, token: int, logits: Tensor) -> None:
         chosen = [_TOKEN.unpack(data)[0] for data in _gather(self._comm, _TOKEN.pack(token))]

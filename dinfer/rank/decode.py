@@ -78,9 +78,9 @@ class Tokens:
             self._decoding = begun
         decoding = self._decoding
         self._engine.extend(decoding, self._limit)
-        decoding.restart()
+        decoding.begin(self._limit)
         while self._begin(decoding):
-            token = decoding.step(more=self._begun < self._limit and not self._held)
+            token = decoding.step()
             text = self._stream.push(token) if self._stream else f"{token} "
             on_token(len(decoding.tokens), token, text)
         return NewTokens(tuple(decoding.tokens), decoding.stopped)

@@ -60,8 +60,8 @@ class Inventory:
 
     @property
     def new_rows(self) -> int:
-        """How many rows of each layer are of new tokens."""
-        return max(len(self.ids), self._rows) - len(self.state.ids)
+        """How many rows of each layer are of new tokens, as far as each token has one."""
+        return len(self.ids) - len(self.state.ids)
 
     def rows(self, layer: int, start: int = 0, stop: int = sys.maxsize) -> Tensor:
         """Those of a layer's rows [start, stop) that are here, in the cache: [rows, 2, kv_heads, head_dim]."""

@@ -40,7 +40,7 @@ def progress_bar(*args: Any, **options: Any) -> Any:
     return made(*args, **options, **({"file": io.StringIO(), "ascii": False} if in_notebook else {}))
 
 
-class Done(Protocol):
+class Reported(Protocol):
     """What a rank reports of a long command: how much of it is `done`, of `total`."""
 
     @property
@@ -52,7 +52,7 @@ class Done(Protocol):
 
 @contextmanager
 def rank_bars(
-    shown: Sequence[int], reported: Callable[[int], Done | None], what: str = "", **options: Any
+    shown: Sequence[int], reported: Callable[[int], Reported | None], what: str = "", **options: Any
 ) -> Iterator[Callable[[], None]]:
     """One bar for each of these ranks that reports something; the function updates them."""
     found: dict[int, Any] = {}

@@ -57,7 +57,7 @@ def test_an_op_that_raises_is_named_with_rank_layer_chunk_and_cause(
         def explode(*_: object) -> torch.Tensor:
             raise ArithmeticError("no more numbers")
 
-        monkeypatch.setattr(state, "compute_layer", explode)
+        monkeypatch.setattr(state, "layer", explode)
         made.go(fleet)
         with pytest.raises(RankFailed, match=r"rank 1 failed at `layer c0 l2` .*: no more numbers") as caught:
             fleet.wait(lambda _: False, 30)
@@ -72,7 +72,7 @@ def test_the_cause_is_told_and_not_what_it_did_to_the_others(
 ) -> None:
     with twin(small, world_size=3, chunk_size=CHUNK) as made:
         fleet = made.prepare(IDS)
-        monkeypatch.setattr(made.engines[2].executor.state, "compute_layer", None)
+        monkeypatch.setattr(made.engines[2].executor.state, "layer", None)
         with pytest.raises(OpFailed, match="rank 2 failed at `layer c0 l2`"):
             made.all(lambda engine: engine.prefill_phase())
         assert isinstance(made.engines[0].executor.failure, OpFailed)

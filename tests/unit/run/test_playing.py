@@ -127,7 +127,7 @@ def test_a_rank_that_fails_meanwhile_is_known_to_who_waits_and_looks(
     def fail(*_: object) -> None:
         raise ArithmeticError("broken on purpose")
 
-    monkeypatch.setattr(Prefill, "compute_layer", fail)
+    monkeypatch.setattr(Prefill, "layer", fail)
     run.play("layer", FAST)
     with pytest.raises(RankFailed, match="broken on purpose"):
         run.wait(DEADLINE_S)

@@ -68,7 +68,7 @@ def test_a_plan_that_can_hang_is_not_stepped(small: Decoder) -> None:
 def test_a_failed_rank_ends_the_step_with_its_error(small: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     with twin(small, world_size=3, chunk_size=CHUNK) as made:
         stepper = Stepper(made.prepare(IDS), timeout=60)
-        monkeypatch.setattr(made.engines[1].executor.state, "compute_layer", None)
+        monkeypatch.setattr(made.engines[1].executor.state, "layer", None)
         with pytest.raises(RankFailed, match="rank 1 failed at `layer c0 l1`"):
             stepper.step("chunk")
         assert "rank 1: " in stepper.where()

@@ -301,7 +301,7 @@ def test_a_run_that_has_failed(session: Session, tmp_path: Path, monkeypatch: py
     def fail(*_: object) -> None:
         raise ValueError("on purpose")
 
-    monkeypatch.setattr(engine.prompt.state, "compute_layer", fail)
+    monkeypatch.setattr(engine.prompt.state, "layer", fail)
     run.resume()
     wait_for(lambda: run.failure, "it fails")
     saved = dinfer.open(run.save(tmp_path / "failed"))

@@ -142,7 +142,9 @@ def test_every_error_for_users_is_one_of_these() -> None:
     modules = [
         importlib.import_module(found.name)
         for found in pkgutil.walk_packages(dinfer.__path__, "dinfer.")
-        if not found.name.endswith("__main__")
+        if not found.name.endswith(
+            ("__main__", "device_code")
+        )  # the latter needs Triton, and defines no error
     ]
     made = {
         one
