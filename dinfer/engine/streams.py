@@ -115,13 +115,14 @@ class StreamExecutor(LaneExecutor):
         return super().close(timeout) and self._streams.close(timeout)
 
     def _issue_all(self) -> None:
-        issued = 0
+        issuing: int | None = None
         try:
             while claimed := self.gate.wait(self._claim):
-                for issued in claimed:
-                    self._issue(self._calls[issued])
-        except BaseException as error:  # whatever it is: report it
-            self._fail(self._lane, self._lane.ops[issued], error)
+                for issuing in claimed:
+                    self._issue(self._calls[issuing])
+                issuing = None
+        except BaseException as error:  # whatever it is: report it, of an op on its way or of the next one
+            self._fail(self._lane, self._lane.ops[self._issued if issuing is None else issuing], error)
         finally:
             self.gate.leave()
 
@@ -154,10 +155,13 @@ class StreamExecutor(LaneExecutor):
         return all(need in self._made or need in self._coming for need in call.needs)
 
     def _count(self, call: _Call) -> None:
-        """Count the blocks that an op makes, if all chunks before are counted."""
+        """Count the blocks of the layers of which the op makes one."""
         for value in call.makes:
-            if value.what == "kv" and self._blocks[value.layer] == value.chunk:
-                self._blocks[value.layer] += 1
+            if value.what == "kv":
+                chunk = self._blocks[value.layer]
+                while (block := Value("kv", chunk, value.layer)) in self._coming or block in self._made:
+                    chunk += 1
+                self._blocks[value.layer] = chunk
 
     def _issue(self, call: _Call) -> None:
         """Give the op to its stream, to run after the ops under way that make what it needs."""

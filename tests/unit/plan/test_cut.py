@@ -150,7 +150,9 @@ def test_after_steps_of_any_unit_a_step_back_undoes_one_unit(plan: Plan, unit: A
         before, after = cuts.chain(unit)[link - 1 : link + 1]
         assert blocks <= layers_in(plan, after) - layers_in(plan, before)
         assert blocks == layers_in(plan, cut) - layers_in(plan, back)
-        assert undone  # of a plan that sends blocks of several chunks in turn, the last unit may be a transfer alone
+        assert (
+            undone
+        )  # of a plan that sends blocks of several chunks in turn, the last unit may be a transfer alone
         assert is_inside(cut, cuts.next(back, unit)) or back != before
 
 
