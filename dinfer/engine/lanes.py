@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from dinfer.engine import full_collections
 from dinfer.engine.board import MAX_LANES, Board, Stand
 from dinfer.engine.corruption import Corruption
 from dinfer.engine.prefill import Prefill
@@ -74,7 +75,7 @@ class LaneExecutor(ABC):
         self.plan = self.state.plan
         self.rank = self.comm.rank
         self.failure: OpFailed | None = None
-        self._closing = False
+        self._closing = self._runs = False
         self._made: set[Value] = set()
         self._lanes = [LaneState(n, lane.name, lane.ops) for n, lane in enumerate(self.plan.lanes[self.rank])]
         if len(self._lanes) > MAX_LANES:
@@ -161,6 +162,8 @@ class LaneExecutor(ABC):
         """
         with self.gate.change():
             self._closing = True
+            for lane in self._lanes:
+                self._publish(lane)
         deadline = monotonic() + timeout
         for thread in self._threads:
             if thread.ident is not None and thread is not threading.current_thread():
@@ -191,6 +194,7 @@ class LaneExecutor(ABC):
             failed = OpFailed(self.rank, lane.name, op, error)
             failed.__cause__ = error
             self.failure = self.failure or failed
+            self._publish(lane)
 
     def _record(self, lane: LaneState, op: Op, event: Event, corrupt: Corruption | None) -> None:
         """Record the event of an op that has ended, and call `on_op`. Raises Corrupted if `corrupt` is set and
@@ -210,3 +214,7 @@ class LaneExecutor(ABC):
 
     def _publish(self, lane: LaneState) -> None:
         self.board.set_lane(lane.number, lane.position, lane.limit, started=lane.started)
+        runs = not self._is_over and any(one.position < min(one.limit, len(one.ops)) for one in self._lanes)
+        if runs is not self._runs:
+            self._runs = runs
+            (full_collections.hold if runs else full_collections.release)(id(self))
