@@ -5,12 +5,12 @@ Variants are timed in turn, round after round, so that what changes with time ch
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
+from dinfer.bench.prefill import BenchModel
 from dinfer.config import Config, ConfigError
 from dinfer.display import Table
 
@@ -20,18 +20,13 @@ STEPS = 40
 """of one layer, by hand"""
 
 
-@dataclass(frozen=True)
-class GpuModel:
-    """The shape of a random bfloat16 Qwen3 to time, as in config.json: that of Qwen3-4B."""
+QWEN3_4B = BenchModel(
+    hidden_size=2560, layers=36, heads=32, kv_heads=8, head_dim=128, intermediate_size=9728, vocab_size=151936
+)  # fmt: skip
+"""the shape of the random bfloat16 model that is timed by default"""
 
-    hidden_size: int = 2560
-    layers: int = 36
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-    intermediate_size: int = 9728
-    vocab_size: int = 151936
-    positions: int = 40960
+POSITIONS = 40960
+"""of that model"""
 
 
 def bench_gpu(
@@ -301,11 +296,11 @@ def _decoder(model: str) -> Any:
 
     if model:
         return Decoder.load(model, "bfloat16", "cuda")
-    shape = GpuModel()
+    shape = QWEN3_4B
     config = Qwen3Config(
         vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim, max_position_embeddings=shape.positions, tie_word_embeddings=True,
+        head_dim=shape.head_dim, max_position_embeddings=POSITIONS, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=None, pad_token_id=None, dtype="bfloat16",
     )  # fmt: skip
     torch.manual_seed(0)
@@ -319,7 +314,7 @@ def _decoder(model: str) -> Any:
     spec = Spec(
         path=Path("random weights"), model_type="qwen3", layers=shape.layers, hidden_size=shape.hidden_size,
         heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim, vocab_size=shape.vocab_size,
-        max_positions=shape.positions, model_positions=shape.positions, length_dependent=False, dtype="bfloat16",
+        max_positions=POSITIONS, model_positions=POSITIONS, length_dependent=False, dtype="bfloat16",
         tokenizer=False, weight_bytes=2 * count, stored_dtype="bfloat16", parameters=count,
         intermediate_size=shape.intermediate_size, fingerprint="",
     )  # fmt: skip
