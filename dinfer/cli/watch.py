@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,7 +73,8 @@ def watch(
         status = running.wait(None if quiet else lines.ranks)
         lines.conclusion(running)
         kept = running.evidence.kept(running.verdict, state="" if running.verdict or not status else "failed")
-        _write(kept, trace or str(place / "trace.jsonl"), report, lines.say)
+        with suppress(Exit):  # it has said so; the status is the command's own
+            _write(kept, trace or str(place / "trace.jsonl"), report, lines.say)
         if json_path:
             keep_json(running.evidence.as_dict(status, running.verdict), json_path)
     raise Exit(status)

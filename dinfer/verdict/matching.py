@@ -85,7 +85,7 @@ class MatchedOps:
             return
         side = self._by_channel[channel][event.rank, event.kind == "recv"]
         known = event.call.number if event.call else None
-        op = RecordedOp(event, channel, max(side, default=-1) + 1 if known is None else known, len(mine))
+        op = RecordedOp(event, channel, next(reversed(side), -1) + 1 if known is None else known, len(mine))
         mine.append(op)
         side[op.number] = op
 

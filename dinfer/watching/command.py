@@ -99,9 +99,15 @@ class WatchedCommand:
                 break
             except subprocess.TimeoutExpired:
                 began = time.monotonic()
-                evidence = self.look()
-                if each:
-                    each(evidence)
+                try:
+                    evidence = self.look()
+                except Exception as error:  # the command goes on, whatever a look at it runs into
+                    text = f"looks fail: {type(error).__name__}: {error}"
+                    if text not in self.watched.unreadable:
+                        self.watched.unreadable.append(text)
+                else:
+                    if each:
+                        each(evidence)
                 pause = max(LOOK_S, (time.monotonic() - began) / SHARE)
         return self.conclude(status)
 
@@ -165,6 +171,12 @@ class CommandLines:
             )
 
 
+_PASSED_ON = (
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT,
+)  # fmt: skip
+"""schedulers send some of them before a time limit"""
+
+
 class PassedOn:
     """While it is entered, signals that would end this process are passed on to the command instead.
 
@@ -178,7 +190,7 @@ class PassedOn:
         self._told = False
 
     def __enter__(self) -> "PassedOn":
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in _PASSED_ON:
             self._before[number] = signal.signal(number, self._pass_on)
         return self
 

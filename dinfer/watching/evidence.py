@@ -4,6 +4,7 @@ It comes from folders that watched processes write to (`Watched`), from traces, 
 """
 
 import os
+import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -28,6 +29,7 @@ from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.where import seconds_text
 from dinfer.watch.probe.records import Reader, RecordsError, WatchedProcess, ask_stacks
 from dinfer.watch.probe.rows import RowsTaken, read_rows
+from dinfer.watch.probe.stacks import DUMP_SIGNAL
 from dinfer.watching.events import ranks_of, trace_of
 from dinfer.watching.kv import WatchedKv
 from dinfer.watching.signs import (
@@ -314,10 +316,10 @@ class Watched:
                 self._asked[key] = now
                 with suppress(RecordsError):  # it is just ending
                     ask_stacks(folder, process)
-                if rank in self._mute and process.dump is not None and key not in self._dumped:
+                if rank in self._mute and key not in self._dumped and _takes_dumps(process):
                     self._dumped.add(key)  # Python does not answer; C code does, on a signal
                     with suppress(OSError):
-                        os.kill(process.pid, process.dump)
+                        os.kill(process.pid, process.dump or 0)
 
     def _dump_frame(self, folder: Path, process: WatchedProcess) -> StackFrame | None:
         try:
@@ -325,6 +327,23 @@ class Watched:
         except OSError:
             return None
         return dumped_frame(text[-MOST_DUMPED:])
+
+
+def _takes_dumps(process: WatchedProcess) -> bool:
+    """Whether the process of that number, on this host, is still one that takes the signal: any other would end."""
+    if (
+        DUMP_SIGNAL is None
+        or process.dump != DUMP_SIGNAL
+        or process.host != socket.gethostname()
+        or process.pid <= 1
+    ):
+        return False
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
+    return bool(int(caught, 16) >> (DUMP_SIGNAL - 1) & 1)
 
 
 def _fresh(signs: Signs, process: WatchedProcess) -> Signs:

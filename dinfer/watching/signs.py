@@ -157,8 +157,8 @@ def _handled(watched: WatchedProcess) -> RaisedError | None:
     return found if found and found.seq in waiting and found.type not in _USUAL else None
 
 
-_USUAL = frozenset({"StopIteration", "StopAsyncIteration", "GeneratorExit", "queue.Empty", "_queue.Empty"})
-"""exceptions by which loops end"""
+_USUAL = frozenset({"StopIteration", "StopAsyncIteration", "GeneratorExit", "Empty", "KeyboardInterrupt"})
+"""exceptions by which loops and programs end"""
 
 _LOST_TYPES = frozenset(
     {"RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError", "DistError"}

@@ -133,6 +133,8 @@ def read_rows(folder: str | Path, process: WatchedProcess) -> list[RowsTaken]:
         if magic != MAGIC or min(batch, count, time_ns, seq) < 0 or columns not in (1, 2):
             raise RecordsError(f"{path}: it is damaged at byte {at}")
         at += _HEAD.size
+        if not size:  # whatever the other number says
+            continue
         if at + size > len(data):  # being written, or the process was killed meanwhile
             break
         numbers = array("Q")

@@ -175,20 +175,20 @@ class TensorWatch:
         is_compiling = torch.compiler.is_compiling  # a compiler takes this for a constant
 
         @wraps(update)
-        def updated(cache: Any, key_states: Any, value_states: Any, *args: Any, **options: Any) -> Any:
-            if is_compiling():
-                return update(cache, key_states, value_states, *args, **options)
-            if self.is_off or getattr(within, "is_on", False):
-                return update(cache, key_states, value_states, *args, **options)
+        def updated(cache: Any, *args: Any, **options: Any) -> Any:
+            # Whatever the parameters are called: K and V are the first two.
+            given = [*args, *options.values()]
+            if is_compiling() or self.is_off or getattr(within, "is_on", False) or len(given) < 2:
+                return update(cache, *args, **options)
             within.is_on = True
             try:
-                layer = options.get("layer_idx", args[0] if args else None)
+                layer = options.get("layer_idx", given[2] if len(given) > 2 else None)
                 layer = layer if type(layer) is int else None
                 start = _length(cache, layer)
-                result = update(cache, key_states, value_states, *args, **options)
+                result = update(cache, *args, **options)
             finally:
                 within.is_on = False
-            self.taken(cache, key_states, value_states, layer, start, sys._getframe(1))
+            self.taken(cache, given[0], given[1], layer, start, sys._getframe(1))
             return result
 
         return updated
@@ -213,8 +213,11 @@ class _Method:
             owner: Any = module
             for one in owners:
                 owner = getattr(owner, one)
-            before = getattr(owner, name)
-            self._watch.replace(owner, name, self._calling(before))
+            before = inspect.getattr_static(owner, name)
+            if isinstance(before, (classmethod, staticmethod)):
+                self._watch.replace(owner, name, type(before)(self._calling(before.__func__)))
+            else:
+                self._watch.replace(owner, name, self._calling(getattr(owner, name)))
         except Exception as error:
             self._say(error)
 
@@ -278,7 +281,7 @@ def _length(cache: Any, layer: int | None) -> int | None:
         if keys is None or not getattr(cache, "is_initialized", True):
             return 0
         return int(keys.shape[-2]) if keys.numel() else 0
-    except (AttributeError, TypeError, IndexError, RuntimeError):
+    except Exception:  # a cache of the user's own may do anything when it is looked at
         return None
 
 
