@@ -16,6 +16,7 @@ class Ahead:
         pinned = token.tokens.is_cuda
         self._host = torch.zeros(2, dtype=torch.long, pin_memory=pinned)
         self._events = [torch.cuda.Event(blocking=True), torch.cuda.Event(blocking=True)] if pinned else []  # type: ignore[no-untyped-call]
+        self._begun: object = None
         self._launched = 0
         """the number of steps that have been launched, with those before this decode; 0: the next must begin anew"""
 
@@ -28,9 +29,9 @@ class Ahead:
 
         `more`: launch the next step too, which takes this one's token from the device.
         """
-        if self._launched != step + 1:
+        if self._launched != step + 1 or self._begun is not self._token.begun:
             self._layers.bind(cache)
-            self._token.begin(last, position, step)
+            self._begun = self._token.begin(last, position, step)
             self._launch(step)
         if more:
             self._launch(step + 1)
@@ -42,5 +43,5 @@ class Ahead:
         made = self._token.launch()
         self._host[step % 2 : step % 2 + 1].copy_(made, non_blocking=True)
         if self._events:
-            self._events[step % 2].record()
+            self._events[step % 2].record(torch.cuda.current_stream(self._token.tokens.device))
         self._launched = step + 1

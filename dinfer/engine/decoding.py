@@ -20,6 +20,7 @@ from dinfer.engine.prefill import Prefill
 from dinfer.errors import DinferError, ModelError
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
+from dinfer.model.kernels.graphs import MOST_POSITIONS
 from dinfer.model.kernels.token_graph import NO_TOKEN
 from dinfer.model.sampling import Sampler
 from dinfer.plan.partition import Shape
@@ -145,8 +146,8 @@ class Decoding:
     def step(self) -> int:
         """Make the next token. Raises on every rank: TokensDiffer, or NotANumber if those of one have NaN or Inf."""
         start, row = monotonic_ns(), self.rows
-        if self.tokens and self._ahead and not self._has_odd_rows:
-            fits = row + 2 <= min(self.cache.capacity, self._decoder.max_positions)
+        if self.tokens and self._ahead and row < MOST_POSITIONS and not self._has_odd_rows:
+            fits = row + 2 <= min(self.cache.capacity, self._decoder.max_positions, MOST_POSITIONS)
             more = fits and len(self.tokens) + 1 < self._wanted
             token, logits = self._ahead.take(self.cache, self.tokens[-1], row, len(self.tokens), more=more)
             row += 1

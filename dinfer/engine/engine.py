@@ -28,7 +28,7 @@ from dinfer.engine.threads import ThreadExecutor
 from dinfer.errors import ModelError, NotPossible
 from dinfer.model.cache import KVCache
 from dinfer.model.decoder import Decoder
-from dinfer.model.kernels.graphs import MOST_POSITIONS, LayerGraphs
+from dinfer.model.kernels.graphs import LayerGraphs
 from dinfer.model.sampling import Sampler, Sampling
 from dinfer.model.text import encode, load_tokenizer
 from dinfer.plan.cut import Unit
@@ -135,13 +135,17 @@ class Engine:
             self.recorder.clear()
         noted = partial(_record_nonfinite, self.recorder)
         finite = FiniteCheck(self.rank, plan.shape, self.cache.device, noted, self._on_nonfinite)
-        state = Prefill(
-            self.decoder, self.cache, plan, self.rank, ids,
-            digests=self.config.digests, alarm=self._alarm, finite=finite, graphs=self._graphs_for(plan),
-        )  # fmt: skip
-        self._prompt = Prompt(
-            state, self._executor, on_op=self._on_op, on_hit=self._on_hit, all_stands=self._all_stands
-        )
+        try:
+            state = Prefill(
+                self.decoder, self.cache, plan, self.rank, ids,
+                digests=self.config.digests, alarm=self._alarm, finite=finite, graphs=self._graphs_for(plan),
+            )  # fmt: skip
+            self._prompt = Prompt(
+                state, self._executor, on_op=self._on_op, on_hit=self._on_hit, all_stands=self._all_stands
+            )
+        except BaseException:
+            finite.close()  # its thread would keep the KV
+            raise
         self._prompt.executor.start()
         return self._prompt.executor
 
@@ -210,7 +214,8 @@ class Engine:
             tokens = kv_caches[0][0].shape[2] if kv_caches else 0
             cache = cache_of(self.decoder, kv_caches, self._capacity(tokens, max_new_tokens))
         sampler = Sampler(Sampling(config.temperature, config.top_k, config.top_p, config.seed))
-        ahead = Ahead(*self._graphs) if self._graphs and tokens + 1 < MOST_POSITIONS else None
+        by_graph = self._graphs and (state is None or state.kernels != "exact")
+        ahead = Ahead(*self._graphs) if self._graphs and by_graph else None
         return Decoding(
             self.decoder, cache, tokens, final[:, -1:], sampler, self.comm, self.recorder, state, ahead
         )
@@ -334,10 +339,17 @@ class Engine:
         return k, v
 
     def _graphs_for(self, plan: Plan) -> LayerGraphs | None:
-        """The graphs, if this rank's layers run one after another: lanes of their own would share the buffers."""
-        if sum(any(op.kind == "layer" for op in lane.ops) for lane in plan.lanes[self.rank]) <= 1:
-            return self._graphs.layers if self._graphs else None
-        log.warning("kernels=exact: by this plan, rank %d runs layers on several lanes", self.rank)
+        """The graphs, if they run this plan's chunks, one layer after another: lanes of their own would share the
+        buffers."""
+        if self._graphs is None:
+            return None
+        layers, shape = self._graphs.layers, plan.shape
+        if not layers.holds(max(map(len, shape.chunks)), shape.tokens):
+            log.warning("kernels=exact: by this plan, chunks or prompt are longer than what was captured")
+        elif sum(any(op.kind == "layer" for op in lane.ops) for lane in plan.lanes[self.rank]) > 1:
+            log.warning("kernels=exact: by this plan, rank %d runs layers on several lanes", self.rank)
+        else:
+            return layers
         return None
 
     def _lowered(self, plan: Plan) -> Plan:
@@ -370,6 +382,8 @@ class Engine:
         if self._prompt is not None and self._prompt.executor.close():
             self._prompt.state.free()
             self._prompt = self.cache = None
+            if self._graphs:
+                self._graphs.layers.unbind()
         return self._prompt is None
 
     def _shape(self, tokens: int) -> Shape:

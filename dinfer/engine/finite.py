@@ -28,6 +28,9 @@ log = logging.getLogger("dinfer")
 PAUSE_S = 0.01
 """seconds between two looks at the device: each takes the GIL from the lanes"""
 
+LONGEST_PAUSE_S = 1.0
+"""seconds after which an op is looked at for sure"""
+
 
 @dataclass(frozen=True)
 class NonFinite:
@@ -250,17 +253,18 @@ class _DeviceReader:
     def _next(self) -> list[Op] | None:
         """The ops since the last call; None once it is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._noted)
+            # With a limit: who notes an op does not take the lock to see whether this thread waits.
+            while not (self._closed or self._noted):
+                self._changed.wait(LONGEST_PAUSE_S)
             self._changed.wait_for(lambda: self._closed or self._hurry, PAUSE_S)
-            if self._closed:
+            if not self._noted:
                 return None
             self._looking = True
-            ops = [self._noted.popleft() for _ in range(len(self._noted))]
-            for stream in tuple(self._streams):
-                self._stream.wait_stream(stream)
-            return ops
+            return [self._noted.popleft() for _ in range(len(self._noted))]
 
     def _are_finite(self) -> bool:
+        for stream in tuple(self._streams):
+            self._stream.wait_stream(stream)
         with torch.cuda.stream(self._stream):
             self._answer.copy_(self._values.isfinite().all(), non_blocking=True)
             self._answered.record(self._stream)

@@ -27,6 +27,11 @@ class Graphs(NamedTuple):
     token: TokenGraph
 
 
+def kernels_of(graphs: Graphs | None) -> str:
+    """What runs layers with these graphs, or without any: "exact", "graph" or "compiled"."""
+    return graphs.layers.mode if graphs else "exact"
+
+
 class Kernels:
     """The kernels of one rank, kept from prompt to prompt while its model stays."""
 
@@ -34,7 +39,7 @@ class Kernels:
         self._decoder: Decoder | None = None
         self._layers: dict[Mode, LayerGraphs] = {}
         self._token: dict[tuple[Mode, Sampling], TokenGraph] = {}
-        self._refused: dict[Mode, str] = {}
+        self._refused: set[tuple[Mode, int]] = set()
 
     def prepare(
         self, decoder: Decoder, config: Config, on_progress: OnProgress | None = None
@@ -48,13 +53,13 @@ class Kernels:
             self.drop()
             self._decoder = decoder
         for mode in _modes(config, decoder):
-            if mode in self._refused:
+            if (mode, config.chunk_size) in self._refused:
                 continue
             try:
                 with _CAPTURING:
                     return self.capture(mode, decoder, config, on_progress)
             except NoGraph as why:
-                self._refused[mode] = str(why)
+                self._refused.add((mode, config.chunk_size))
                 log.warning("kernels=%s cannot run %s: %s", mode, decoder.spec.model_type, why)
         return None
 
@@ -85,6 +90,7 @@ class Kernels:
                 layers.prepare([length], on_progress)
                 if (mode, sampling) not in self._token:
                     self._token = {(mode, sampling): TokenGraph(layers, sampling)}
+        layers.use(length)
         self._layers[mode] = layers
         if is_new:
             log.info(

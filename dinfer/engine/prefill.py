@@ -183,8 +183,9 @@ class Prefill:
         else:
             self._look_at(op, output)
         if self.is_needed(op.chunk, op.layer + 1):
-            stays = self._graphs is None or (op.chunk, op.layer + 1) in self._chained
-            self.hidden[op.chunk, op.layer + 1] = output if stays else output.clone()
+            key = op.chunk, op.layer + 1
+            stays = self._graphs is None or (key in self._chained and self._uses[Value("hidden", *key)] == 1)
+            self.hidden[key] = output if stays else output.clone()
 
     def _look_at(self, op: Op, output: Tensor) -> None:
         """Let faults strike what a layer op has made, take its digests, and look for NaN and Inf."""

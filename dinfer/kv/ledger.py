@@ -6,6 +6,7 @@ told from one that was computed wrong, and the first place where they changed ca
 `LedgerEntry.announced` and the comparison with a signature on the host wait for a device.
 """
 
+import threading
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
@@ -53,21 +54,25 @@ class Ledger:
         """the entry of a block whose digests a graph has taken"""
         self._entries: dict[BlockKey, LedgerEntry] = {}
         self._by_graph: set[BlockKey] = set()
+        self._lock = threading.Lock()
+        """several lanes send what one has computed"""
         self.told: set[BlockKey] = set()
 
     @property
     def entries(self) -> dict[BlockKey, LedgerEntry]:
         """All entries, by block. Those of graphs are made only now: there are many, and few are looked at."""
-        while self._by_graph:
-            key = self._by_graph.pop()
-            assert self.kept is not None
-            self._entries[key] = self.kept(key)
+        with self._lock:
+            while self._by_graph:
+                key = self._by_graph.pop()
+                assert self.kept is not None
+                self._entries[key] = self.kept(key)
         return self._entries
 
     def made_by_graph(self, key: BlockKey) -> None:
         """A graph has computed the block, and taken its digests."""
-        self._entries.pop(key, None)
-        self._by_graph.add(key)
+        with self._lock:
+            self._entries.pop(key, None)
+            self._by_graph.add(key)
         self.told.discard(key)
 
     def made(self, key: BlockKey, block: Tensor) -> None:
@@ -117,8 +122,9 @@ class Ledger:
         return row_digests(block) != self.entries[key].rows
 
     def _enter(self, key: BlockKey, entry: LedgerEntry) -> None:
-        self._by_graph.discard(key)
-        self._entries[key] = entry
+        with self._lock:
+            self._by_graph.discard(key)
+            self._entries[key] = entry
         self.told.discard(key)
 
 

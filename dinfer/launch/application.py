@@ -12,7 +12,7 @@ import torch
 
 from dinfer.config import Config, ConfigError
 from dinfer.engine.engine import Engine
-from dinfer.engine.kernels import Kernels
+from dinfer.engine.kernels import Kernels, kernels_of
 from dinfer.job import choose_backend, threads_per_rank
 from dinfer.launch.environment import launched_as
 from dinfer.launch.meet import meet
@@ -45,7 +45,7 @@ def open_engine(config: Config) -> Iterator[Engine]:
     comm = open_comm(config.backend, launched.rank, launched.world_size, store, config.start_timeout)
     engine = Engine(decoder, comm, config, graphs=graphs)
     try:
-        agree(comm, facts_of(config, decoder.spec, (), engine.plan_for(1).id))
+        agree(comm, facts_of(config, decoder.spec, (), engine.plan_for(1).id, kernels_of(graphs)))
         yield engine
         comm.all_gather(b"d")  # nobody leaves while another still needs it
     finally:

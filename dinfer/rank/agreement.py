@@ -35,9 +35,13 @@ class RanksDisagree(DinferError, RuntimeError):
     """Ranks were started with different parameters, versions or checkpoints."""
 
 
-def facts_of(config: Config, spec: Spec, ids: Sequence[int], plan_id: int) -> dict[str, str]:
-    """What must be the same on every rank, by name. What follows from others comes last."""
+def facts_of(
+    config: Config, spec: Spec, ids: Sequence[int], plan_id: int, kernels: str = "exact"
+) -> dict[str, str]:
+    """What must be the same on every rank, by name. What follows from others comes last. `kernels`: those that run
+    here, whatever the config asks for."""
     given = {name: str(value) for name, value in vars(config).items() if name not in _MAY_DIFFER}
+    given["kernels"] = kernels
     return {
         "dinfer": __version__,
         "torch": torch.__version__,

@@ -11,7 +11,7 @@ import torch
 from dinfer.config import Config
 from dinfer.engine.engine import Engine
 from dinfer.engine.finite import largest_values
-from dinfer.engine.kernels import Graphs, Kernels
+from dinfer.engine.kernels import Graphs, Kernels, kernels_of
 from dinfer.kv.digests import block_digests, row_digests
 from dinfer.messages import BatchResult, BlockCorrupt, FirstNonFinite, TextPiece
 from dinfer.model.decoder import Decoder
@@ -47,7 +47,7 @@ def run_rank(
             on_corrupt=lambda found: control.report(BlockCorrupt(found.as_dict())),
             on_nonfinite=lambda found: control.report(FirstNonFinite(found.as_dict())),
         )  # fmt: skip
-        agree(comm, facts_of(config, decoder.spec, ids, engine.plan_for(len(ids)).id))
+        agree(comm, facts_of(config, decoder.spec, ids, engine.plan_for(len(ids)).id, kernels_of(graphs)))
         plan = engine.prepare(ids).plan
         recorder = engine.recorder
         assert recorder is not None

@@ -21,7 +21,7 @@ from dinfer.engine.board import Board, Stand
 from dinfer.engine.corruption import Corrupted, Corruption
 from dinfer.engine.decoding import NotANumber, TokensDiffer
 from dinfer.engine.engine import Engine
-from dinfer.engine.kernels import Kernels
+from dinfer.engine.kernels import Kernels, kernels_of
 from dinfer.engine.lanes import LaneExecutor, OpFailed
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
@@ -280,7 +280,7 @@ class RankService:
         )  # fmt: skip
         warm_up(decoder, config, len(ids), graphs)
         plan = parse_plan(command.plan) if command.plan else engine.plan_for(len(ids))
-        agree(comm, facts_of(config, decoder.spec, ids, plan.id))
+        agree(comm, facts_of(config, decoder.spec, ids, plan.id, kernels_of(graphs)))
         try:
             executor = engine.prepare(ids, plan=plan)
         except BaseException:  # whatever it is (a lack of memory, say), no half of a prompt must stay

@@ -105,7 +105,7 @@ class _Computed:
 
     @property
     def is_done(self) -> bool:
-        return bool(self.end.query())  # type: ignore[no-untyped-call]
+        return bool(self.ended or self.end.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> Times:
         if not self.ended:

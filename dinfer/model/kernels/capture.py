@@ -20,15 +20,23 @@ class Capture:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = None
+        self._side: torch.cuda.Stream | None = None
         self.bytes = 0
-        """GPU memory that captures have taken"""
+        """GPU memory that captures have taken, with what others took of the card meanwhile"""
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], object]:
         """Run the work a few times, capture it, and return what launches it on the current stream."""
         if self._device.type != "cuda":
             work()
             return torch.no_grad()(work)
-        side, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self._device):
+            return self._on_device(work)
+
+    def _on_device(self, work: Callable[[], None]) -> Callable[[], object]:
+        if self._side is None:
+            # One of our own: torch's own for captures belongs to the first device that was captured on.
+            self._side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        side, current = self._side, torch.cuda.current_stream(self._device)
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
@@ -37,7 +45,8 @@ class Capture:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with _no_collection(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        options: dict[str, Any] = {"pool": self._pool, "stream": side, "capture_error_mode": "thread_local"}
+        with _no_collection(), torch.cuda.graph(graph, **options):
             work()
         return graph.replay
 

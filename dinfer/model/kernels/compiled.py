@@ -19,6 +19,8 @@ def compiled(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`run(layer, …)`, compiled when it is first called for a shape, and once for all layers of one structure."""
     # Layers share a compilation although each has a number of its own; without this each ninth one and on had none.
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
+    # Each chunk size, kind of layer and model of a session takes one; past the limit nothing would be compiled.
+    torch._dynamo.config.recompile_limit = 256
 
     def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         from torch._inductor.compile_fx import compile_fx

@@ -76,6 +76,7 @@ class LayerGraphs:
         self._run = compiled(_run_layer) if mode == "compiled" else _run_layer
         self.capture = Capture(self.device)
         self._lengths: dict[int, _Length] = {}
+        self._current = 0
         self._angles: dict[LayerKind, Angles] = {}
         self._begun: tuple[int, int, int] | None = None
         self._length: _Length | None = None
@@ -114,6 +115,8 @@ class LayerGraphs:
                         on_progress(done, total)
                     length.launches.append(self.capture(lambda n=number, of=length: self._layer(n, of)))  # type: ignore[misc]
                     done += 1
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # whatever a model does that cannot be captured
                 raise NoGraph.because(error) from error
             self._lengths[tokens] = length
@@ -125,16 +128,31 @@ class LayerGraphs:
         if self.table.bind(cache, kept):
             self._begun = None
 
+    def unbind(self) -> None:
+        """Keep no cache alive."""
+        self.table.unbind()
+        self.forget()
+
+    def use(self, length: int) -> None:
+        """Run by the graphs of this length from now on. Which others there are must not decide: other lengths round
+        otherwise, and another process has other ones."""
+        self._current = length
+        self.forget()
+
+    def forget(self) -> None:
+        """What `begin` has said no longer holds."""
+        self._begun = None
+
     def holds(self, tokens: int, stop: int) -> bool:
-        """Whether there is a graph for so many tokens that end before position `stop`."""
-        return tokens <= max(self._lengths, default=0) and stop <= MOST_POSITIONS
+        """Whether the graphs run so many tokens that end before position `stop`."""
+        return tokens <= self._current and stop <= MOST_POSITIONS
 
     def begin(self, tokens: int, position: int, slot: int = 0) -> None:
         """The next runs are of `tokens` tokens from this position on; digests of their blocks go to `slot`."""
         if self._begun == (tokens, position, slot):
             return
         self._begun = tokens, position, slot
-        number = min(length for length in self._lengths if length >= tokens)
+        number = self._current
         length = self._length = self._lengths[number]
         self._buffer = length.hidden[:, :tokens]
         self.table.go_to(position, slot, tokens)

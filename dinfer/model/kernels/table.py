@@ -64,6 +64,10 @@ class LayerTable:
         self.all[:, _SLOT + 1 : _TOKENS].copy_(torch.tensor(addresses, dtype=torch.int64))
         return True
 
+    def unbind(self) -> None:
+        """Keep no cache alive. `bind` must come before the next run."""
+        self._bound, self._at = (), None
+
     def go_to(self, position: int, slot: int, tokens: int) -> None:
         """The next runs are of so many tokens from this row of the cache on; their blocks' digests go to this slot."""
         if self._at != (position, slot, tokens):

@@ -36,12 +36,16 @@ class TokenGraph:
         self._step = torch.zeros(1, dtype=torch.long, device=device)
         self._draws = torch.zeros(STEPS, dtype=torch.float64, device=device)
         self._drawn, self._next = range(0), 0
+        self.begun: object = None
+        """changes with each decode that begins or goes on, since all share what lies on the device"""
         scratch = decoder.new_cache(2)
         graphs.bind(scratch)
         graphs.table.go_to(0, 0, 1)
         try:
             with torch.no_grad():
                 self._launch = graphs.capture(self._work)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a model does that cannot be captured
             raise NoGraph.because(error) from error
 
@@ -49,13 +53,17 @@ class TokenGraph:
         """Draw by this seed from now on, whatever that of `sampling` is: it is not part of what was captured."""
         self._sampler, self._drawn = Sampler(replace(self.sampling, seed=seed)), range(0)
 
-    def begin(self, token: int, position: int, step: int) -> None:
-        """The next launch takes `token` as input at this position, and makes new token number `step` (from 0)."""
+    def begin(self, token: int, position: int, step: int) -> object:
+        """The next launch takes `token` as input at this position, and makes new token number `step` (from 0). Returns
+        what `begun` is until the next call."""
+        self._graphs.forget()
         self._graphs.table.go_to(position, 0, 1)
         self._graphs.table.moved()
+        self.begun = object()
         self._token.fill_(token)
         self._step.fill_(step)
         self._next = step
+        return self.begun
 
     def launch(self) -> Tensor:
         """Make one more token; returns where it will be on the device, int64 [1], until STEPS others follow."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from dinfer.engine.kernels import Kernels
 from dinfer.model.decoder import Decoder
 from dinfer.model.kernels.graphs import LayerGraphs
 from dinfer.plan.faults import Fault
+from dinfer.run.stepper import Stepper
 from tests.support.graph_runs import CHUNK, IDS, NEW, alone, check_a_run, check_a_walk
 from tests.support.tiny import CONFIGS, tiny_checkpoint
-from tests.support.twin import twin
+from tests.support.twin import LocalFleet, twin
 
 WINDOWED = {"gemma2", "gemma3_text", "mistral"}
 
@@ -125,3 +128,52 @@ def test_where_there_is_no_gpu_auto_is_exact_and_graphs_are_refused(decoder: Dec
     assert Kernels().prepare(decoder, Config(world_size=1)) is None
     with pytest.raises(ConfigError, match=r"kernels is graph.*needs a GPU.*gpu_ids"):
         Config(kernels="graph")
+
+
+def test_going_back_after_decode_begins_where_prefill_was(decoder: Decoder) -> None:
+    with twin(decoder, world_size=1, chunk_size=CHUNK, max_new_tokens=NEW, graphs=True) as made:
+        engine = made.engines[0]
+        engine.prefill_phase(IDS)
+        final, tokens = engine.executor.state.final, engine.decode_phase()
+        assert final is not None
+        stepper = Stepper(LocalFleet(made.exchange, made.engines))
+        for _ in range(2):
+            stepper.step_back("op")  # before the norm: the last hidden state is computed anew
+            engine.prefill_phase()
+            again = engine.executor.state.final
+            assert again is not None
+            assert torch.equal(again, final)
+            assert engine.decode_phase() == tokens
+
+
+def test_two_decodes_of_one_rank_take_turns(decoder: Decoder) -> None:
+    with twin(decoder, world_size=1, chunk_size=CHUNK, max_new_tokens=NEW, graphs=True) as made:
+        engine = made.engines[0]
+        engine.prefill_phase(IDS)
+        one, other = engine.decoding(), engine.decoding()
+        for _ in zip(one.run(NEW), other.run(NEW), strict=True):
+            pass
+        assert one.tokens == other.tokens == alone(decoder)[1]
+
+
+def test_the_graphs_of_other_lengths_change_nothing(decoder: Decoder) -> None:
+    """Which chunk sizes a session had before must not decide how a shorter last chunk is rounded."""
+    kernels, lengths = Kernels(), []
+    for size in (8, 32):
+        config = Config(world_size=1, chunk_size=size)
+        graphs = kernels.capture("graph", decoder, config)
+        lengths.append((graphs.layers.holds(8, 100), graphs.layers.holds(9, 100)))
+    assert lengths == [(True, False), (True, True)]
+    assert graphs.layers.lengths == [8, 32]
+    graphs.layers.begin(5, 0)
+    assert graphs.layers._length is graphs.layers._lengths[32]
+
+
+def test_a_prompt_leaves_no_cache_in_the_table(decoder: Decoder) -> None:
+    with twin(decoder, world_size=1, chunk_size=CHUNK, graphs=True) as made:
+        engine = made.engines[0]
+        engine.prefill_phase(IDS)
+        left = weakref.ref(engine.cache)
+        assert engine.release()
+        gc.collect()
+        assert left() is None
