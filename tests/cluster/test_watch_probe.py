@@ -174,6 +174,7 @@ dist.destroy_process_group()
     assert {op.state for process in (first, second, third) for op in process.ops} == {"done"}
 
 
+@pytest.mark.slow
 def test_who_waits_can_be_seen_while_it_does_and_after_a_kill(launch: Launch) -> None:
     program = launch(
         INIT
@@ -208,6 +209,7 @@ else:
     assert of_kind(after[0], "recv")[0].state == "waiting"
 
 
+@pytest.mark.slow
 def test_a_process_that_holds_the_gil_shows_no_life_and_still_dumps(launch: Launch) -> None:
     program = launch(
         INIT
@@ -257,6 +259,7 @@ dist.barrier()
     )
 
 
+@pytest.mark.slow
 def test_an_exception_and_a_barrier_in_its_handler(launch: Launch) -> None:
     program = launch(
         INIT
@@ -276,11 +279,13 @@ except KeyError:
     assert second.ops[second.handled[0].seq].kind == "barrier"
 
 
+@pytest.mark.slow
 def test_a_process_that_leaves_without_a_word(launch: Launch) -> None:
     program = launch(INIT + "dist.all_reduce(tensor)\nos._exit(0)\n")
     assert [process.ended for process in program.ranks()] == ["os._exit(0)"] * 2
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_the_others_to_join(launch: Launch) -> None:
     program = launch(
         'if os.environ["RANK"] == "0":\n    dist.init_process_group("gloo")\nelse:\n    time.sleep(1000)\n'
@@ -292,6 +297,7 @@ def test_a_rank_that_waits_for_the_others_to_join(launch: Launch) -> None:
     assert op.line == program.line("init_process_group")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_processes_that_python_starts(launch: Launch, method: str) -> None:
     program = launch(
@@ -328,6 +334,7 @@ if __name__ == "__main__":
     )
 
 
+@pytest.mark.slow
 def test_torch_spawn(launch: Launch) -> None:
     program = launch(
         """
@@ -350,6 +357,7 @@ if __name__ == "__main__":
     assert first.exception.line == program.line("raise ValueError")
 
 
+@pytest.mark.slow
 def test_a_program_that_says_more_than_it_must(launch: Launch) -> None:
     program = launch(
         """
