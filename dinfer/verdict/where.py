@@ -47,17 +47,19 @@ def rank_text(lanes: Sequence[Lane], stand: RankStand) -> str:
 
 
 def stood_text(lanes: Sequence[Lane], stand: RankStand) -> str:
-    """The same for a sentence about one rank: only the lane that computes or, if none does, the first that has begun or
-    has something left."""
+    """The same for a sentence about one rank: the ops that it is in, the one that computes first; if it is in none, the
+    next one of a lane."""
     if tuple(stand.positions) == tuple(stand.limits) and not any(stand.started):
         return rank_text(lanes, stand)
     done, total = sum(stand.positions), sum(len(lane.ops) for lane in lanes)
     ahead = [(n, lane.ops[at]) for n, lane in enumerate(lanes) if (at := stand.positions[n]) < len(lane.ops)]
     if not ahead:
         return f"all {total} ops done"
-    n, op = min(ahead, key=lambda one: (not stand.started[one[0]], one[1].is_transfer))
-    state = "in" if stand.started[n] else "before"
-    return f"{done} of {total} ops done; {lanes[n].name} {state} `{op}`"
+    ahead.sort(key=lambda one: (one[1].is_transfer, one[1].kind != "send"))
+    begun = [f"{lanes[n].name} in `{op}`" for n, op in ahead if stand.started[n]]
+    n, op = ahead[0]
+    where = "; ".join(begun[:5]) or f"{lanes[n].name} before `{op}`"
+    return f"{done} of {total} ops done; {where}"
 
 
 def at_text(lanes: Sequence[Lane], positions: Sequence[int] | None) -> str:
