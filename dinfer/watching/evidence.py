@@ -27,7 +27,8 @@ from dinfer.verdict.recorded import explain_events, full_text
 from dinfer.verdict.signs import Raised, Signs, StackFrame
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.where import seconds_text
-from dinfer.watch.probe.records import Reader, RecordsError, WatchedProcess, ask_stacks
+from dinfer.watch.probe.reading import Reader, ask_stacks
+from dinfer.watch.probe.records import RecordsError, WatchedProcess
 from dinfer.watch.probe.rows import RowsTaken, read_rows
 from dinfer.watch.probe.stacks import DUMP_SIGNAL
 from dinfer.watching.events import ranks_of, trace_of

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dinfer.watch.probe.records import RecordsError, WatchedOp, WatchedProcess, ask_stacks, read
+from dinfer.watch.probe.reading import ask_stacks, read
+from dinfer.watch.probe.records import RecordsError, WatchedOp, WatchedProcess
 from dinfer.watch.probe.rows import read_rows
 from dinfer.watch.zipped import watched_environment, write_zip
 from tests.support.runs import wait_for

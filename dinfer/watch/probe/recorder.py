@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from .callers import caller, thread_name, whose
 from .labels import changed, labelled, module_layer
-from .records import KINDS, NOTHING, Records, Ticket
+from .records import KINDS, NOTHING
+from .writing import Records, Ticket
 
 KIND_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 MOST_PROBLEMS = 50

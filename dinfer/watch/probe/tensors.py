@@ -19,9 +19,9 @@ from .callers import caller
 from .imports import ImportWatch
 from .labels import Label, labelled, module_layer
 from .recorder import OpRecorder
-from .records import NumberedNames
 from .rows import RowsWriter
 from .taps import label_of, watching
+from .writing import NumberedNames
 
 KV_VARIABLE = "DINFER_WATCH_KV"
 """JSON: a list of objects `method` (`package.module:Class.method`), `k`, `v`, `layer`, and `start` if need be: Python

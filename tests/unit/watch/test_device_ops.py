@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dinfer.watch.probe.reading import read
 from dinfer.watch.probe.recorder import NO_GROUP, OpRecorder, PendingOp
-from dinfer.watch.probe.records import NOTHING, read
+from dinfer.watch.probe.records import NOTHING
 from dinfer.watch.probe.works import HELD_BYTES, Works
 
 

@@ -21,7 +21,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dinfer.watch.probe import callers, kernels, recorder
 from dinfer.watch.probe.labels import label
-from dinfer.watch.probe.records import WatchedOp, WatchedProcess, ask_stacks, read
+from dinfer.watch.probe.reading import ask_stacks, read
+from dinfer.watch.probe.records import WatchedOp, WatchedProcess
 from dinfer.watch.probe.start import Probe
 from tests.support.runs import wait_for
 

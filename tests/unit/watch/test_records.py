@@ -8,20 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dinfer.watch.probe import records
-from dinfer.watch.probe.records import (
-    HEADER_BYTES,
-    KINDS,
-    NOTHING,
-    SEGMENT_RECORDS,
-    OpsWriter,
-    Reader,
-    Records,
-    RecordsError,
-    Ticket,
-    ask_stacks,
-    read,
-)
+from dinfer.watch.probe import writing
+from dinfer.watch.probe.reading import Reader, ask_stacks, read
+from dinfer.watch.probe.records import HEADER_BYTES, KINDS, NOTHING, SEGMENT_RECORDS, RecordsError
+from dinfer.watch.probe.writing import OpsWriter, Records, Ticket
 
 SEND = KINDS.index("send")
 
@@ -162,7 +152,7 @@ def test_a_process_that_replaced_itself_has_files_of_its_own(tmp_path: Path) -> 
 
 
 def test_the_number_of_names_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "MOST_NAMES", 3)
+    monkeypatch.setattr(writing, "MOST_NAMES", 3)
     written = Records(tmp_path, "none")
     assert [written.forms.number(((n,), "int8")) for n in (1, 2, 3, 4, 1)] == [1, 2, 3, 0, 1]
 

@@ -18,7 +18,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 import dinfer
 from dinfer.watch.probe import tensors
 from dinfer.watch.probe.digests import last_dim_digests, token_digests
-from dinfer.watch.probe.records import RecordsError, read
+from dinfer.watch.probe.reading import read
+from dinfer.watch.probe.records import RecordsError
 from dinfer.watch.probe.rows import RowsTaken, read_rows
 from dinfer.watch.probe.start import Probe
 
