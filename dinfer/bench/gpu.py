@@ -91,7 +91,7 @@ class _Bench:
         }
         for mode in ("graph", "compiled"):
             began = perf_counter()
-            if self.engine(mode)._graphs is None:
+            if self.engine(mode).graphs is None:
                 raise ConfigError(f"kernels={mode} cannot run this model here; the log says why.")
             capture[mode] = perf_counter() - began
             say(f"{mode}: captured in {capture[mode]:.1f} s")
@@ -200,7 +200,7 @@ class _Bench:
         engine.prepare(self.ids)
         engine.step("layer", 60)
         steps = [self._timed(lambda: engine.step("layer", 60)) for _ in range(STEPS)]
-        graphs = engine._graphs.layers
+        graphs = engine.graphs.layers
         hidden = self.decoder.embed(self.ids[: self.chunk_size])
         graphs.begin(hidden.shape[1], 0)
         layers = [self._timed(lambda: graphs.run(0, hidden)) for _ in range(STEPS)]

@@ -90,7 +90,7 @@ class Engine:
         self.rank, self.world_size = comm.rank, comm.world_size
         self.gate, self.board = gate or Gate(), board or Board()
         self._memory, self._on_op, self._on_hit, self._all_stands = memory, on_op, on_hit, all_stands
-        self._on_nonfinite, self._graphs = on_nonfinite, graphs
+        self._on_nonfinite, self.graphs = on_nonfinite, graphs
         self._deadline = Deadline(comm.rank, deadline)
         self._alarm, self.check_s = Alarm(config.on_corruption, on_corrupt), 0.0
         self._prompt: Prompt | None = None
@@ -214,8 +214,8 @@ class Engine:
             tokens = kv_caches[0][0].shape[2] if kv_caches else 0
             cache = cache_of(self.decoder, kv_caches, self._capacity(tokens, max_new_tokens))
         sampler = Sampler(Sampling(config.temperature, config.top_k, config.top_p, config.seed))
-        by_graph = self._graphs and (state is None or state.kernels != "exact")
-        ahead = Ahead(*self._graphs) if self._graphs and by_graph else None
+        has_exact_rows = state is not None and state.kernels == "exact"
+        ahead = Ahead(*self.graphs) if self.graphs and not has_exact_rows else None
         return Decoding(
             self.decoder, cache, tokens, final[:, -1:], sampler, self.comm, self.recorder, state, ahead
         )
@@ -341,9 +341,9 @@ class Engine:
     def _graphs_for(self, plan: Plan) -> LayerGraphs | None:
         """The graphs, if they run this plan's chunks, one layer after another: lanes of their own would share the
         buffers."""
-        if self._graphs is None:
+        if self.graphs is None:
             return None
-        layers, shape = self._graphs.layers, plan.shape
+        layers, shape = self.graphs.layers, plan.shape
         if not layers.holds(max(map(len, shape.chunks)), shape.tokens):
             log.warning("kernels=exact: by this plan, chunks or prompt are longer than what was captured")
         elif sum(any(op.kind == "layer" for op in lane.ops) for lane in plan.lanes[self.rank]) > 1:
@@ -382,8 +382,8 @@ class Engine:
         if self._prompt is not None and self._prompt.executor.close():
             self._prompt.state.free()
             self._prompt = self.cache = None
-            if self._graphs:
-                self._graphs.layers.unbind()
+            if self.graphs:
+                self.graphs.layers.unbind()
         return self._prompt is None
 
     def _shape(self, tokens: int) -> Shape:

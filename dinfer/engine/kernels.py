@@ -87,7 +87,7 @@ class Kernels:
         is_new = length not in layers.lengths or (mode, sampling) not in self._token
         if is_new:
             with layers.capture.counted():
-                layers.prepare([length], on_progress)
+                layers.prepare(length, on_progress)
                 if (mode, sampling) not in self._token:
                     self._token = {(mode, sampling): TokenGraph(layers, sampling)}
         layers.use(length)

@@ -85,8 +85,7 @@ class Prefill:
         """Free the tensors, so that a leftover reference to this prompt does not keep its KV in memory."""
         self.finite.close()
         self.cache, self.hidden, self.final = self.decoder.new_cache(1), {}, None
-        if self._graphs is not None:
-            self._graphs.bind(self.cache)
+        self.ledger.keep(())
         self._graphs = self._kept = None
 
     def rows(self, chunk: int) -> range:
@@ -110,10 +109,6 @@ class Prefill:
         if self._uses[value] <= 0 and value not in self._entered:
             return self.hidden.pop((chunk, layer))
         return self.hidden[chunk, layer]
-
-    def is_needed(self, chunk: int, layer: int) -> bool:
-        """Whether an op is still to run that needs that hidden state. (After the last layer: the last chunk's.)"""
-        return self._uses[Value("hidden", chunk, layer)] > 0
 
     def receive_block(self, op: Op, announced: Tensor, block: Tensor) -> Tensor | None:
         """Enter a received block into the ledger, with the signature of its header, int64 [3]. Returns its digests,
@@ -174,7 +169,7 @@ class Prefill:
 
     def layer(self, op: Op) -> None:
         """Run a layer op: compute its block and the next hidden state, look for NaN and Inf, and take digests."""
-        key = op.chunk, op.layer
+        key, following = (op.chunk, op.layer), (op.chunk, op.layer + 1)
         output, is_kept = self._run(*key, self.take_hidden(*key), self._kept)
         if is_kept and not self.faults.are_armed and self.finite.of_layers is not None:
             self.finite.kept(op)
@@ -182,10 +177,9 @@ class Prefill:
                 self.ledger.made_by_graph(key)
         else:
             self._look_at(op, output)
-        if self.is_needed(op.chunk, op.layer + 1):
-            key = op.chunk, op.layer + 1
-            stays = self._graphs is None or (key in self._chained and self._uses[Value("hidden", *key)] == 1)
-            self.hidden[key] = output if stays else output.clone()
+        if (uses := self._uses[Value("hidden", *following)]) > 0:
+            stays = self._graphs is None or (uses == 1 and following in self._chained)
+            self.hidden[following] = output if stays else output.clone()
 
     def _look_at(self, op: Op, output: Tensor) -> None:
         """Let faults strike what a layer op has made, take its digests, and look for NaN and Inf."""

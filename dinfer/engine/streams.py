@@ -220,9 +220,8 @@ class StreamExecutor(LaneExecutor):
 
     def _complete(self, oldest: _Pending) -> None:
         """Wait for the oldest op, then conclude it and those after it that have ended too."""
-        if (
-            len(self._pending) > TOGETHER
-        ):  # a look at each alone would take the GIL from the other thread as often
+        # A look at each alone would take the GIL from the other thread as often.
+        if len(self._pending) > TOGETHER:
             sleep(LAG_S)
         oldest.work.wait()
         with self.gate.hold():

@@ -114,7 +114,9 @@ class Ledger:
 
     def keep(self, keys: Collection[BlockKey]) -> None:
         """Forget all other blocks."""
-        self._entries = {key: entry for key, entry in self.entries.items() if key in keys}
+        with self._lock:
+            self._by_graph.intersection_update(keys)
+            self._entries = {key: entry for key, entry in self._entries.items() if key in keys}
         self.told &= set(keys)
 
     def changed(self, key: BlockKey, block: Tensor) -> Tensor:

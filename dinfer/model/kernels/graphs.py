@@ -7,8 +7,8 @@ launches a run can stop.
 On a CPU a "graph" is the function that would be captured, for tests of everything above it.
 """
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,8 +23,6 @@ from dinfer.model.kernels.compiled import compiled
 from dinfer.model.kernels.shared import copied_layers
 from dinfer.model.kernels.table import Kept, LayerTable
 from dinfer.model.positions import LayerKind
-
-log = logging.getLogger("dinfer")
 
 Mode = Literal["graph", "compiled"]
 
@@ -94,34 +92,30 @@ class LayerGraphs:
         return sorted(self._lengths)
 
     @torch.no_grad()
-    def prepare(self, lengths: Sequence[int], on_progress: Callable[[int, int], None] | None = None) -> None:
-        """Capture graphs of these lengths, where there are none yet; calls `on_progress(done, total)` for each layer.
+    def prepare(self, tokens: int, on_progress: Callable[[int, int], None] | None = None) -> None:
+        """Capture graphs of this length, where there are none yet; calls `on_progress(done, total)` for each layer.
 
         Nothing may run on the device. Raises NoGraph.
         """
-        new = [length for length in dict.fromkeys(lengths) if length not in self._lengths]
-        if not new:
+        if tokens in self._lengths:
             return
-        total, done = len(new) * len(self._layers), 0
-        scratch = self.decoder.new_cache(max(new))
-        largest = torch.zeros((scratch.layers, scratch.capacity, 3), device=self.device)
+        scratch = self.decoder.new_cache(tokens)
+        largest = torch.zeros((scratch.layers, tokens, 3), device=self.device)
         self.bind(scratch, Kept.of(scratch, 1, digests=True, largest=largest))
-        for tokens in new:
-            self.table.go_to(0, 0, tokens)
-            length = self._new_length(tokens)
-            try:
-                for number in range(len(self._layers)):
-                    if on_progress:
-                        on_progress(done, total)
-                    length.launches.append(self.capture(lambda n=number, of=length: self._layer(n, of)))  # type: ignore[misc]
-                    done += 1
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # whatever a model does that cannot be captured
-                raise NoGraph.because(error) from error
-            self._lengths[tokens] = length
+        self.table.go_to(0, 0, tokens)
+        length, count = self._new_length(tokens), len(self._layers)
+        try:
+            for number in range(count):
+                if on_progress:
+                    on_progress(number, count)
+                length.launches.append(self.capture(partial(self._layer, number, length)))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model does that cannot be captured
+            raise NoGraph.because(error) from error
+        self._lengths[tokens] = length
         if on_progress:
-            on_progress(total, total)
+            on_progress(count, count)
 
     def bind(self, cache: KVCache, kept: Kept | None = None) -> None:
         """The next runs write to this cache, and keep what `kept` is for; both must outlive them."""
@@ -180,9 +174,8 @@ class LayerGraphs:
                 raise ModelError(
                     f"layer {layer} takes a hidden state {list(wanted[0])} in {wanted[1]}; got {given}"
                 )
-            with (
-                torch.no_grad()
-            ):  # by `data`, so that torch does not count it as a change that the user has made
+            # By `data`, so that torch does not count it as a change that the user has made.
+            with torch.no_grad():
                 buffer.data.copy_(hidden)
         length.launches[layer]()
         return buffer

@@ -1,8 +1,8 @@
 """Copies of a model's layers for capturing: they share its weights, attend by `attend`, and join products.
 
 Q, K and V of a token are three products of one input, and so are gate and up of an MLP. One product of the joined
-weights is faster, and gives the same bits. The joined weights take the place of the model's own, which become views of
-them, so that nothing is kept twice.
+weights is faster, and gave the same bits where that was measured. The joined weights take the place of the model's own,
+which become views of them, so that nothing is kept twice.
 """
 
 import copy

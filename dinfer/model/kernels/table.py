@@ -44,15 +44,14 @@ class LayerTable:
     def __init__(self, layers: int, device: torch.device) -> None:
         self.all = torch.zeros((layers, COLUMNS), dtype=torch.int64, device=device)
         self.rows = list(self.all)
-        self._bound: tuple[object, ...] = ()
-        self._at: tuple[int, int, int] | None = None
+        self._bound: tuple[KVCache, Kept | None] | None = None
 
     def bind(self, cache: KVCache, kept: Kept | None = None) -> bool:
         """Let the next runs write to this cache and keep what `kept` is for; both must outlive them. Returns False if
         that is so already."""
         if self._bound and self._bound[0] is cache and self._bound[1] is kept:
             return False
-        self._bound, self._at = (cache, kept), None
+        self._bound = cache, kept
         tensors = (kept.rows, kept.blocks, kept.largest) if kept else (None, None, None)
         addresses = [
             [
@@ -66,15 +65,13 @@ class LayerTable:
 
     def unbind(self) -> None:
         """Keep no cache alive. `bind` must come before the next run."""
-        self._bound, self._at = (), None
+        self._bound = None
 
     def go_to(self, position: int, slot: int, tokens: int) -> None:
         """The next runs are of so many tokens from this row of the cache on; their blocks' digests go to this slot."""
-        if self._at != (position, slot, tokens):
-            self._at = position, slot, tokens
-            self.all[:, _POSITION].fill_(position)
-            self.all[:, _SLOT].fill_(slot)
-            self.all[:, _TOKENS].fill_(tokens)
+        self.all[:, _POSITION].fill_(position)
+        self.all[:, _SLOT].fill_(slot)
+        self.all[:, _TOKENS].fill_(tokens)
 
     def advance(self) -> None:
         """Launch what moves the position by one token, for a graph of a new token."""
@@ -84,7 +81,3 @@ class LayerTable:
     def position(self) -> Tensor:
         """The position, int64 [1], on the device."""
         return self.all[0, _POSITION : _POSITION + 1]
-
-    def moved(self) -> None:
-        """A graph has changed the position on the device."""
-        self._at = None

@@ -58,7 +58,6 @@ class TokenGraph:
         what `begun` is until the next call."""
         self._graphs.forget()
         self._graphs.table.go_to(position, 0, 1)
-        self._graphs.table.moved()
         self.begun = object()
         self._token.fill_(token)
         self._step.fill_(step)
