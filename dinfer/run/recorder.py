@@ -71,7 +71,7 @@ class RunRecorder:
                 marks=(*self.faults.marks(), *state.marks, *nonfinite_marks(state.nonfinite.blocks)),
                 memory=tuple(one.memory for one in known),
                 tokens=tuple(one.decoded for one in known),
-                verdict=str(state.hang or ""),
+                verdict=str(state.hang_now or ""),
                 device_memory=tuple(one.device_memory for one in known),
                 nonfinite=state.nonfinite.text,
                 over=state.closed,

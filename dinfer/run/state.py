@@ -244,9 +244,15 @@ class RunState:
                 return State(self.breakage) if self.failure else State.CLOSED
             if self.silence:
                 return State.LOST
-            if self.hang and self.hang.is_hung and self.activity in IN_OPS:
-                return AS_STATES.get(self.hang.kind, State.HUNG)
+            if (hang := self.hang_now) and hang.is_hung:
+                return AS_STATES.get(hang.kind, State.HUNG)
             return self.activity
+
+    @property
+    def hang_now(self) -> Verdict | None:
+        """Why the run does not move; None as soon as no op is under way, though the monitor has yet to look again."""
+        with self.ranks.changed:
+            return self.hang if self.activity in IN_OPS else None
 
     @property
     def activity(self) -> State:
@@ -278,7 +284,7 @@ class RunState:
     def decide(self) -> tuple[State, str]:
         """The state at this moment, and its reason in words."""
         with self.ranks.changed:
-            hang = self.hang.sentence if self.hang else ""
+            hang = found.sentence if (found := self.hang_now) else ""
             return self.now, self.failure or self.closed or self.silence or hang or self.message
 
     def gravity(self) -> Severity:
@@ -289,7 +295,7 @@ class RunState:
             now = self.now
             if now.severity > Severity.NOTE:
                 return now.severity
-            return self.hang.severity if self.hang else self.severity
+            return hang.severity if (hang := self.hang_now) else self.severity
 
     def stands(self) -> tuple[Stand, ...]:
         """The position of each rank; empty until all ranks have reported in this run, as one that was started again has

@@ -47,19 +47,20 @@ def rank_text(lanes: Sequence[Lane], stand: RankStand) -> str:
 
 
 def stood_text(lanes: Sequence[Lane], stand: RankStand) -> str:
-    """The same for a sentence about one rank: the ops that it is in, the one that computes first; if it is in none, the
-    next one of a lane."""
+    """The same for a sentence about one rank: the op that computes or, if none does, the transfers that it is in; else
+    the next op."""
     if tuple(stand.positions) == tuple(stand.limits) and not any(stand.started):
         return rank_text(lanes, stand)
     done, total = sum(stand.positions), sum(len(lane.ops) for lane in lanes)
     ahead = [(n, lane.ops[at]) for n, lane in enumerate(lanes) if (at := stand.positions[n]) < len(lane.ops)]
     if not ahead:
         return f"all {total} ops done"
-    ahead.sort(key=lambda one: (one[1].is_transfer, one[1].kind != "send"))
-    begun = [f"{lanes[n].name} in `{op}`" for n, op in ahead if stand.started[n]]
-    n, op = ahead[0]
-    where = "; ".join(begun[:5]) or f"{lanes[n].name} before `{op}`"
-    return f"{done} of {total} ops done; {where}"
+    begun = [(n, op) for n, op in ahead if stand.started[n]]
+    told = [one for one in begun if not one[1].is_transfer] or begun[:3]
+    if not told:
+        n, op = min(ahead, key=lambda one: one[1].is_transfer)
+        return f"{done} of {total} ops done; {lanes[n].name} before `{op}`"
+    return f"{done} of {total} ops done; {'; '.join(f'{lanes[n].name} in `{op}`' for n, op in told)}"
 
 
 def at_text(lanes: Sequence[Lane], positions: Sequence[int] | None) -> str:

@@ -114,8 +114,11 @@ def test_the_reason_is_the_gravest_that_is_known(lease: RankLease, state: RunSta
     stand(lease)
     state.say("stopped at #1")
     assert state.decide() == (State.PAUSED, "stopped at #1")
+    stand(lease, limit=-1)
     state.note_hang(Verdict("cycle", "ranks 0 and 1 wait for one another"))
-    assert state.decide()[1] == "ranks 0 and 1 wait for one another"
+    assert state.decide() == (State.HUNG, "ranks 0 and 1 wait for one another")
+    stand(lease, at=-1, limit=-1)  # it has gone on, and the monitor has not looked again yet
+    assert state.decide() == (State.DONE, "stopped at #1")
     state.note_silence("rank 1 does not answer")
     assert state.decide() == (State.LOST, "rank 1 does not answer")
     state.note_silence("")
