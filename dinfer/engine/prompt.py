@@ -222,6 +222,8 @@ class Prompt:
         ended = self.executor.wait(self._has_arrived, timeout)
         self._begun = None if ended else begun
         ops = ops_between(self.executor, begun, self.executor.stand().positions)
+        if ended and self._all_stands:
+            self._all_stands()  # answered once the session knows this rank's positions: `run.where()` can come at once
         if not ended:
             blocked_on = self.blocked_on()
         elif ops:

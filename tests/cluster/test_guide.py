@@ -34,8 +34,9 @@ def commands() -> list[str]:
 
 @pytest.fixture
 def desk(tmp_path: Path) -> Path:
-    """A folder like a fresh checkout's, for commands that write files."""
+    """A folder like a fresh checkout's, for commands that write files, with a script of the user's own in it."""
     shutil.copytree(ROOT / "env", tmp_path / "env")
+    shutil.copy(ROOT / "tests" / "support" / "programs" / "healthy.py", tmp_path / "infer.py")
     return tmp_path
 
 

@@ -70,9 +70,11 @@ class Reader:
     def read(self) -> list[WatchedProcess]:
         """As `read`: all processes, as they are now."""
         try:
-            names = sorted(path.stem for path in self._folder.iterdir() if path.suffix == ".jsonl")
+            there = {path.name for path in self._folder.iterdir()}
         except OSError as error:
             raise RecordsError(f"{self._folder}: {error.strerror}") from None
+        stems = (name.removesuffix(".ops") for name in there if name.endswith(".ops"))
+        names = sorted(stem for stem in stems if f"{stem}.jsonl" in there)  # a trace may lie beside the records
         if len(names) > MOST_FILES:
             raise RecordsError(f"{self._folder}: there are more than {MOST_FILES} processes in it")
         found = []

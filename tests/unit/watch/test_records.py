@@ -213,9 +213,16 @@ def test_damaged_records_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_pipe_in_the_folder_does_not_block(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "host-1.jsonl")
+    for name in ("host-1.jsonl", "host-1.ops"):
+        os.mkfifo(tmp_path / name)
     with pytest.raises(RecordsError, match="not a plain file"):
         read(tmp_path)
+
+
+def test_a_trace_beside_the_records_is_no_process(tmp_path: Path) -> None:
+    begin(Records(tmp_path, "none"), 0)
+    (tmp_path / "trace.jsonl").write_text("{}\n", encoding="utf-8")
+    assert len(read(tmp_path)) == 1
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
