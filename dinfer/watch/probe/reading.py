@@ -74,7 +74,8 @@ class Reader:
         except OSError as error:
             raise RecordsError(f"{self._folder}: {error.strerror}") from None
         stems = (name.removesuffix(".ops") for name in there if name.endswith(".ops"))
-        names = sorted(stem for stem in stems if f"{stem}.jsonl" in there)  # a trace may lie beside the records
+        # A trace may lie beside the records.
+        names = sorted(stem for stem in stems if f"{stem}.jsonl" in there)
         if len(names) > MOST_FILES:
             raise RecordsError(f"{self._folder}: there are more than {MOST_FILES} processes in it")
         found = []
