@@ -21,7 +21,7 @@ from dinfer.trace.export import TraceError
 from dinfer.trace.findings import Findings, RankFinding, with_findings
 from dinfer.trace.flight import groups_of, is_dump, read_dumps
 from dinfer.trace.read import read_traces
-from dinfer.trace.trace import Trace
+from dinfer.trace.trace import LOOKED, Trace
 from dinfer.verdict.completed import OpFinding, findings_of_events
 from dinfer.verdict.recorded import explain_events, full_text
 from dinfer.verdict.signs import Raised, Signs, StackFrame
@@ -44,7 +44,7 @@ from dinfer.watching.signs import (
     stack_text,
 )
 
-SIGNS, HOSTS, NOW = "signs", "hosts", "looked_ns"
+SIGNS, HOSTS, NOW = "signs", "hosts", LOOKED
 """keys of a trace's `about`: what was known of the ranks when it ended, where they ran, and when that was"""
 
 MOST_DUMPED = 1 << 18
@@ -226,12 +226,12 @@ class Evidence:
         made = Findings(
             made=time.strftime("%Y-%m-%d %H:%M:%S"),
             state=state or ("hung" if verdict else "done"),
-            failure=str(verdict) if verdict else "",
+            failure=str(replace(verdict, stacks={})) if verdict else "",  # stacks are those of the ranks
             ranks=tuple(
                 RankFinding(rank, host=about[HOSTS].get(str(rank), ""), log=self.stack(rank))
                 for rank in self.ranks
             ),
-            message="\n".join(one.text for one in self.findings),
+            warnings=tuple(one.text for one in self.findings),
         )
         return with_findings(replace(self.trace, about=about), made)
 
