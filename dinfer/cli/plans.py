@@ -25,7 +25,7 @@ from dinfer.verdict.drawing import cycle_text
 from dinfer.verdict.matching import MESSAGES
 from dinfer.verdict.pipelining import ScheduleError, is_schedule, parse_schedule, verify_schedule
 from dinfer.verdict.rendezvous import rendezvous_verdict
-from dinfer.watching.evidence import ExplainError, read
+from dinfer.watching.given import ExplainError, read
 
 MAX_BYTES = 1 << 26
 """of a plan; one of the largest allowed has 50 MB"""

@@ -95,7 +95,8 @@ def explain(
     ] = False,
 ) -> None:
     """Say why recorded ranks hung or failed. Status 0: nothing is wrong; 1: something is; 2: nothing to explain."""
-    from dinfer.watching.evidence import read
+    from dinfer.watching.figures import table_of
+    from dinfer.watching.given import read
 
     try:
         inputs = {f"the input {path!r}": path for path in paths if Path(path).is_file()}
@@ -113,7 +114,7 @@ def explain(
         print(found.verdict)
     for one in found.findings:
         print(Severity.WARNING.marked(one.text, colour=colour))
-    table = found.table()
+    table = table_of(found.trace)
     if len(table):
         print(table)
     _write(found.kept(verdict), "", report, print)

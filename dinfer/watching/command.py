@@ -19,7 +19,9 @@ from dinfer.severity import Severity
 from dinfer.verdict.verdict import Verdict
 from dinfer.watch.zipped import watched_environment, write_zip
 from dinfer.watching.alarm import ENDS, HangAlarm
-from dinfer.watching.evidence import Evidence, Watched
+from dinfer.watching.evidence import Evidence
+from dinfer.watching.figures import table_of
+from dinfer.watching.folders import Watched
 
 LOOK_S, SHARE = 0.25, 0.1
 """seconds between looks, and the part of the time that looking may take: a long record is looked at less often"""
@@ -157,7 +159,7 @@ class CommandLines:
         """Findings, links, and what the probe could not see."""
         for one in command.evidence.findings:
             self.say(f"dinfer: {Severity.WARNING.marked(one.text, colour=takes_colour(self._out))}")
-        table = command.evidence.table()
+        table = table_of(command.evidence.trace)
         if len(table):
             self.say(str(table))
         for rank, process in command.evidence.processes.items():

@@ -20,7 +20,9 @@ from dinfer.verdict.completed import OpFinding
 from dinfer.verdict.verdict import Verdict
 from dinfer.watching.alarm import HangAlarm
 from dinfer.watching.command import WatchedCommand
-from dinfer.watching.evidence import Evidence, Watched
+from dinfer.watching.evidence import Evidence
+from dinfer.watching.figures import table_of
+from dinfer.watching.folders import Watched
 from dinfer.watching.kv import WatchedKv
 
 if TYPE_CHECKING:
@@ -79,7 +81,7 @@ class Watch(Tidy, Displayable, Closing):
 
     def links(self) -> Table:
         """What went over each link and through each kind of collective: MB, seconds, MB/s, waiting."""
-        return self._source.evidence.table()
+        return table_of(self._source.evidence.trace)
 
     def stack(self, rank: int) -> DisplayableText:
         """Where the threads of a rank stood in Python when they were last asked."""

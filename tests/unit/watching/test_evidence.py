@@ -7,7 +7,9 @@ from dinfer.verdict.signs import Signs
 from dinfer.watch.probe.records import StacksTaken, ThreadLook, WatchedProcess
 from dinfer.watching.alarm import CONFIRM_S, HangAlarm
 from dinfer.watching.events import trace_of
-from dinfer.watching.evidence import Evidence, before_they_were_killed, of_trace, told_apart
+from dinfer.watching.evidence import Evidence
+from dinfer.watching.failures import before_they_were_killed, told_apart
+from dinfer.watching.given import of_trace
 from dinfer.watching.signs import ProcessPulse, dumped_frame, signs_of
 from tests.support.made_processes import SECOND, op, process, raised
 
