@@ -25,6 +25,9 @@ NOBODY = Signs()
 
 MAIN = "MainThread"
 
+UNREAD = "unread"
+"""the phase of a rank whose record cannot be read: nobody knows what it does"""
+
 STANDS: frozenset[HangKind] = frozenset({"stuck in Python", "stuck in C", "stuck", "idle"})
 """what a rank may do for good between its ops, as long as nobody waits for it"""
 
@@ -201,6 +204,9 @@ class RecordedEvents:
             root = root or Root("done", rank, text)
         is_through = not self._open
         still = self._still(last) if last or self._now is None else self._waited() - START_S
+        if self._signs.get(rank, NOBODY).phase == UNREAD:
+            text = "left a record that cannot be read"
+            root = Root("stuck" if self._now is None else "moving", rank, text)
         root = root or (Root("done", rank, text) if is_through else self._busy(rank, text, still))
         return Wait(Node(rank), root.text, still, root=root)
 
@@ -504,12 +510,17 @@ def merged_lines(lines: Iterable[str]) -> tuple[str, ...]:
     alike: dict[str, list[tuple[int, str]]] = {}
     for line in lines:
         rank, _, text = line.removeprefix("rank ").partition(": ")
-        alike.setdefault(_DURATION.sub("", text), []).append((int(rank), text))
+        alike.setdefault(without_durations(text), []).append((int(rank), text))
     return tuple(
         f"{rank_spans_text(rank for rank, _ in found)}: "
         f"{_of_several(found[0][1]) if len(found) > 1 else found[0][1]}"
         for found in alike.values()
     )
+
+
+def without_durations(text: str) -> str:
+    """What a rank does, but not for how long: to compare."""
+    return _DURATION.sub("", text)
 
 
 _DURATION = re.compile(r", for [\d.]+ m?s|\(\d+(\.\d+)? s\)")

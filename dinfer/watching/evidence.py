@@ -4,28 +4,26 @@
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 from dinfer.trace.events import Event, Group
 from dinfer.trace.findings import Findings, RankFinding, with_findings
 from dinfer.trace.flight import groups_of
 from dinfer.trace.trace import Trace
 from dinfer.verdict.completed import OpFinding, findings_of_events
-from dinfer.verdict.recorded import explain_events, full_text
+from dinfer.verdict.recorded import UNREAD, explain_events, full_text
 from dinfer.verdict.signs import Signs
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.where import seconds_text
 from dinfer.watch.probe.records import WatchedProcess
-from dinfer.watch.probe.rows import RowsTaken
-from dinfer.watching.figures import collectives_of, links_of
 from dinfer.watching.kv import WatchedKv
 from dinfer.watching.signs import as_plain, stack_text
 
-SIGNS, HOSTS, NOW = "signs", "hosts", "looked_ns"
-"""keys of a trace's `about`: what was known of the ranks when it ended, where they ran, and when that was"""
+SIGNS, HOSTS, NOW, JOB = "signs", "hosts", "looked_ns", "job"
+"""keys of a trace's `about`: what was known of the ranks when it ended, where they ran, when that was, and of which of
+several jobs it is"""
 
 STUCK_S = 3.5
 """what should go on by itself, and has not for so long, is stuck: a verdict is to come within 5 s"""
@@ -33,14 +31,23 @@ STUCK_S = 3.5
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that is known at one moment. `processes`: of each rank, where these were watched; `now_ns`: when the ranks
-    were looked at, None if the record is all there is; `rows`: of KV and taps, by rank, where they were read."""
+    """All that is known of one job at one moment. `processes`: of each rank, where these were watched; `now_ns`: when
+    the ranks were looked at, None if the record is all there is; `kv`: what was read of it. `job`: which one, "" where
+    there is one only; `key`: the same at each look; `notes`: what could not be read, and what else to know of it."""
 
     trace: Trace
     signs: Mapping[int, Signs] = field(default_factory=dict)
     now_ns: int | None = None
     processes: Mapping[int, WatchedProcess] = field(default_factory=dict)
-    rows: Mapping[int, Sequence[RowsTaken]] = field(default_factory=dict)
+    kv: WatchedKv = field(default_factory=WatchedKv)
+    job: str = ""
+    key: str = ""
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def none(cls) -> "Evidence":
+        """Nothing is known yet."""
+        return cls(Trace.merge([]))
 
     @cached_property
     def groups(self) -> dict[str, Group]:
@@ -49,6 +56,8 @@ class Evidence:
     @cached_property
     def verdict(self) -> Verdict:
         found = explain_events(self.trace.events, self.signs, self.now_ns, self.groups, STUCK_S)
+        if self.job:
+            found = replace(found, sentence=f"{self.job}: {found.sentence}")
         stacks = {rank: self.stack(rank) for rank in found.ranks}
         return replace(found, stacks={rank: text for rank, text in stacks.items() if text})
 
@@ -56,10 +65,6 @@ class Evidence:
     def findings(self) -> list[OpFinding]:
         ended = [rank for rank, its in self.signs.items() if its.phase == "done"]
         return [*findings_of_events(self.trace.events, self.groups, ended), *self.kv.diff()]
-
-    @cached_property
-    def kv(self) -> WatchedKv:
-        return WatchedKv(self.rows)
 
     @property
     def problem(self) -> Verdict | None:
@@ -75,16 +80,20 @@ class Evidence:
     def where(self, rank: int) -> str:
         """What a rank does, in one line."""
         signs = self.signs.get(rank, Signs())
-        if signs.raised and not signs.raised.secondary:
+        if signs.raised and not signs.raised.secondary and not signs.raised.handled:
             return f"raised {signs.raised.message}"
         if signs.ended or signs.phase == "done":
             return signs.ended or "has ended"
         if signs.is_stopped:
             return "is stopped"
+        if signs.phase == UNREAD:
+            return "left a record that cannot be read"
         event = self.at(rank)
         if event is not None and not event.end:
             return f"in {full_text(event)}{self._since(event.start)}"
         doing = "computes" if signs.cpu_moves else "is between ops"
+        if not signs.cpu_moves and (waits_for := signs.outside or signs.child):
+            doing = f"waits for {waits_for}"
         frame = next(iter(signs.frames.values()), None)
         at = f", at {frame}" if frame else ""
         return f"{doing}{self._since(event.end) if event else ''}{at}"
@@ -103,36 +112,11 @@ class Evidence:
         known = {rank for group in self.groups.values() for rank in group.ranks}
         return sorted({*self.signs, *self.trace.ranks, *known})
 
-    def as_dict(self, exit_status: int | None, verdict: Verdict | None) -> dict[str, Any]:
-        """What `--json` writes."""
-        return {
-            "verdict": verdict
-            and {"kind": verdict.kind, "ranks": list(verdict.ranks), "text": verdict.sentence},
-            "findings": [one.as_dict() for one in self.findings],
-            "ranks": [self._rank_dict(rank) for rank in self.ranks],
-            "links": links_of(self.trace),
-            "collectives": collectives_of(self.trace),
-            "exit_status": exit_status,
-        }
-
-    def _rank_dict(self, rank: int) -> dict[str, Any]:
-        event, process = self.at(rank), self.processes.get(rank)
-        return {
-            "rank": rank,
-            "host": process.host if process else None,
-            "pid": process.pid if process else None,
-            "where": self.where(rank),
-            "line": (event and event.call and event.call.place) or None,
-            "layer": event.layer if event else None,
-            "chunk": event.chunk if event else None,
-            "ops": sum(one.rank == rank for one in self.trace.events),
-            "hook": process.hook if process else None,
-            "problems": list(process.problems) if process else [],
-        }
-
     def kept(self, verdict: Verdict | None, *, state: str = "") -> Trace:
         """The trace, with what else is known in its `about`, so that it can be explained again and makes a report."""
         about = {**self.trace.about, SIGNS: as_plain(self.signs), NOW: self.now_ns}
+        if self.job:
+            about[JOB] = self.job
         hosts = {str(rank): process.host for rank, process in self.processes.items()}
         about[HOSTS] = about.get(HOSTS, hosts) or hosts
         made = Findings(

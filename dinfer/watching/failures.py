@@ -22,12 +22,16 @@ def told_apart(
     times: dict[int, float] = {}
     for rank, its in signs.items():
         error = ranks[rank].exception
+        if its.raised and its.raised.handled:
+            error = None
         if its.raised and not its.raised.secondary and error:
             times[rank] = error.at_ns
         elif its.ended:
             times[rank] = error.at_ns if error else ranks[rank].heartbeat_ns + UNSEEN_NS
     own = {
-        rank: at for rank, at in times.items() if not (its := signs[rank]).raised or not its.raised.secondary
+        rank: at
+        for rank, at in times.items()
+        if not (raised := signs[rank].raised) or raised.handled or not raised.secondary
     }
     if not own:
         return dict(signs)
@@ -36,14 +40,14 @@ def told_apart(
     found = {}
     for rank, its in signs.items():
         is_later = rank in times and times[rank] > first + FAILED_TOGETHER_NS
-        if its.ended and not its.raised and rank in gone and gone[rank] > early:
+        if its.ended and (not its.raised or its.raised.handled) and rank in gone and gone[rank] > early:
             is_later = True
         if is_later and rank in own and len(own) > 1:
             what = its.raised.message if its.raised else its.ended
             found[rank] = replace(
                 its, ended="", raised=Raised(f"{what}, after another rank failed", secondary=True)
             )
-        elif its.raised and its.raised.secondary:
+        elif its.raised and its.raised.secondary and not its.raised.handled:
             found[rank] = replace(its, ended="")
         else:
             found[rank] = its
@@ -54,7 +58,7 @@ def before_they_were_killed(found: Evidence) -> Evidence:
     """The evidence of when all ranks were killed together, if they hung by then: somebody has ended the hang."""
     beats = [process.heartbeat_ns for process in found.processes.values()]
     is_killed = all(one.ended is None and one.exception is None for one in found.processes.values())
-    is_all = all(its.ended or its.raised for its in found.signs.values())
+    is_all = all(its.ended or (its.raised and not its.raised.handled) for its in found.signs.values())
     if not (beats and is_all and is_killed) or max(beats) - min(beats) > UNSEEN_NS:
         return found
     signs = {rank: replace(its, ended="", raised=None) for rank, its in found.signs.items()}

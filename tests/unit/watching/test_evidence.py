@@ -89,6 +89,7 @@ def test_a_lost_connection_is_no_cause() -> None:
 
 def test_a_handled_exception_counts_while_its_handler_waits() -> None:
     handling = process(1, op(1, "barrier", 2), handled=[raised("a shape", 2)])
+    assert evidence(process(0, op(0, "recv", 1, peer=1)), handling, now=2.5).problem is None
     found = evidence(process(0, op(0, "recv", 1, peer=1)), handling, now=9).problem
     assert found
     assert (found.kind, found.ranks) == ("exception", (1,))
