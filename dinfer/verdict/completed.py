@@ -179,7 +179,7 @@ def _never_waited(ops: MatchedOps, over: set[int]) -> Iterator[OpFinding]:
     for rank in over:
         for op in ops.by_rank[rank]:
             call = op.event.call
-            if call and call.is_async and not call.is_waited:
+            if call and call.is_async and not (call.is_waited or call.is_followed):
                 by_line[rank, call.place, op.event.kind].append(op)
     for found in by_line.values():
         event = found[0].event

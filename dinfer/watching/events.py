@@ -87,6 +87,7 @@ def _event(
         dtype=op.dtype.removeprefix("torch."),
         is_async=op.is_async,
         is_waited=bool(op.waited_ns),
+        is_followed=op.is_followed,
         number=op.number,
         file=op.waited_file if op.is_async and op.waited_line and not op.line else op.file,
         line=op.line or op.waited_line,

@@ -1,9 +1,10 @@
 """When ops are waited for, and when they are over: as their Work says.
 
 `wait` of Work is replaced, which counts for every Work, whoever made it; and what else tells somebody that an op is
-over: `is_completed` that says yes, and the future, whose `wait` is one, too. On the CPU an op is over when `wait`
-returns. On a device `wait` only tells the device to wait, so there the probe's thread asks `is_completed`, which does
-not wait either. It also asks for ops that nobody waits for: gloo says so of collectives, never of sends and receives.
+over: `is_completed` that says yes, and the future, whose `wait` is one, too, as is that of what follows on it. On the
+CPU an op is over when `wait` returns. On a device `wait` only tells the device to wait, so there the probe's thread asks
+`is_completed`, which does not wait either. It also asks for ops that nobody waits for: gloo says so of collectives,
+never of sends and receives.
 
 Backends for devices give no Work for an op whose caller waits at once, nor for the parts of a batch. Such an op runs on
 the caller's stream, where an event behind it says when it is over; of a batch the Work at its end does.
@@ -133,6 +134,7 @@ class Works:
                 if name in vars(kind):
                     self._replace(kind, name, make(getattr(kind, name)))
         self._replace(torch._C.Future, "wait", self._waiting_for_future(torch._C.Future.wait))
+        self._replace(torch._C.Future, "then", self._continuing(torch._C.Future.then))
         group = c10d.ProcessGroup
         if hasattr(group, "_start_coalescing"):
             self._replace(group, "_start_coalescing", self._starting(group._start_coalescing))
@@ -189,7 +191,7 @@ class Works:
         return is_completed
 
     def _giving_future(self, original: Any) -> Any:
-        known, recorder, by_future = self._known, self._recorder, self._by_future
+        known, recorder = self._known, self._recorder
 
         def get_future(work: Any) -> Any:
             future = original(work)
@@ -198,14 +200,27 @@ class Works:
                 try:
                     for pending in pendings:
                         recorder.followed(pending)
-                    key = id(future)
-                    forget = weakref.ref(future, lambda _: by_future.pop(key, None) and None)
-                    by_future[key] = (forget, weakref.ref(work), pendings)
+                    self._keep_future(future, weakref.ref(work), pendings)
                 except Exception as error:
                     recorder.switch_off("following futures", error)
             return future
 
         return get_future
+
+    def _keep_future(self, future: Any, work: Any, pendings: Pendings) -> None:
+        key, by_future = id(future), self._by_future
+        forget = weakref.ref(future, lambda _: by_future.pop(key, None) and None)
+        by_future[key] = (forget, work, pendings)
+
+    def _continuing(self, original: Any) -> Any:
+        def then(future: Any, *args: Any, **options: Any) -> Any:
+            following = original(future, *args, **options)
+            found = self._by_future.get(id(future)) if self._by_future else None
+            if found is not None and found[0]() is future:
+                self._keep_future(following, *found[1:])
+            return following
+
+        return then
 
     def _waiting_for_future(self, original: Any) -> Any:
         recorder, by_future = self._recorder, self._by_future
