@@ -1,7 +1,6 @@
 """What is known of a watched process beside its ops: whether it lives, computes, is stopped, and where it stands."""
 
 import linecache
-import os
 import re
 import socket
 from collections import deque
@@ -11,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from dinfer.trace.events import place_of
 from dinfer.verdict.signs import Raised, Signs, StackFrame
 from dinfer.watch.probe.records import RaisedError, StacksTaken, ThreadLook, WatchedProcess
 
@@ -145,7 +145,7 @@ def _raised(watched: WatchedProcess) -> Raised | None:
     if error is None:
         return None
     lines = error.message.strip().splitlines() or [""]
-    place = f"{os.path.basename(error.file)}:{error.line}" if error.line else ""
+    place = place_of(error.file, error.line) if error.line else ""
     is_lost = error.type.rpartition(".")[2] in _LOST_TYPES and bool(_LOST.search(error.message))
     return Raised(f"{error.type}: {lines[0]}", op=place, lane=error.thread, secondary=is_lost)
 
@@ -206,7 +206,7 @@ def stack_text(taken: StacksTaken) -> str:
         if thread.user_frames or thread.name == MAIN:
             lines.append(f"thread {thread.name}:")
             for file, line, function, text in thread.frames[: max(thread.user_frames, 5)]:
-                lines.append(f"  {os.path.basename(file)}:{line} in {function}{f': {text}' if text else ''}")
+                lines.append(f"  {place_of(file, line)} in {function}{f': {text}' if text else ''}")
     return "\n".join(lines)
 
 
