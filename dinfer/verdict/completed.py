@@ -209,7 +209,7 @@ def _uneven_groups(ops: MatchedOps) -> Iterator[OpFinding]:
         if some.event.kind not in MAKING:
             continue
         expected = set(ops.ranks_of(some))
-        if absent := sorted(expected - set(parts)):
+        if absent := sorted(rank for rank in expected - set(parts) if ops.by_rank.get(rank)):
             if not any(op.is_open for op in parts.values()):
                 continue
             text = f"{ranks_text(parts)} called {full_text(some.event)}, and {ranks_text(absent)} did not"
