@@ -76,9 +76,10 @@ def place_of(file: str, line: int) -> str:
 @dataclass(frozen=True, slots=True)
 class CallRecord:
     """A recorded call into torch.distributed, beside its event. `group`: the key in the trace's groups; `number`: its
-    place among the collectives of its group on this rank; None: as counted from the events. `is_waited`: somebody
-    waits, or has waited, for it. `shape`, `dtype`: of the tensor, if known; `file`, `line`, `function`: of the user's
-    code that called."""
+    place on this rank among the messages of its link, or the collectives of its group; None: as counted from the
+    events; below 0: it meets no other op. `is_waited`: somebody waits, or has waited, for it; `is_followed`:
+    somebody has taken its future, and may act on its end without waiting. `shape`, `dtype`: of the
+    tensor, if known; `file`, `line`, `function`: of the user's code that called."""
 
     group: str
     backend: str = ""
@@ -87,6 +88,7 @@ class CallRecord:
     dtype: str = ""
     is_async: bool = False
     is_waited: bool = True
+    is_followed: bool = False
     number: int | None = None
     file: str = ""
     line: int = 0
