@@ -303,9 +303,10 @@ class RecordedEvents:
         done = self._ops.ended(op, peer, receives=event.kind == "send")
         verb, such = ("sent", "send") if event.kind == "recv" else ("received", "recv")
         after = f" after {full_text(last)}" if last else ""
+        some = f", with {done} such {such}{'s' * (done != 1)}," if done else ""
         text = (
-            f"has {'ended' if signs else 'done nothing more'}{after}, with {done} such {such}{'s' * (done != 1)}, "
-            f"and not {verb} the {_nth(op.number)}, for which rank {event.rank} {wait.text}"
+            f"has {'ended' if signs else 'done nothing more'}{after}{some} and not {verb} the {_nth(op.number)}, for "
+            f"which rank {event.rank} {wait.text}"
         )
         root = Root(kind, peer, text, event.rank)
         return wait._replace(root=root if signs else self._ripe(wait, root))  # what has ended does no more

@@ -21,6 +21,8 @@ def told_apart(
     ended them."""
     times: dict[int, float] = {}
     for rank, its in signs.items():
+        if rank not in ranks:
+            continue  # nothing of it could be read
         error = ranks[rank].exception
         if its.raised and its.raised.handled:
             error = None

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from dinfer.verdict.recorded import UNREAD
 from dinfer.verdict.signs import Signs, StackFrame
@@ -30,6 +31,18 @@ ASKED_S, SELDOM_S = 0.5, 60.0
 """seconds between two questions to one process: the least, and the most"""
 
 
+class Key(NamedTuple):
+    """What tells a process from all others that are looked at."""
+
+    host: str
+    pid: int
+    name: str
+
+
+def _key(process: WatchedProcess) -> Key:
+    return Key(process.host, process.pid, process.name)
+
+
 class Watched:
     """Folders of watched processes, looked at again and again. `one_job`: all processes are ranks of one world."""
 
@@ -38,13 +51,13 @@ class Watched:
     ) -> None:
         self._readers = {Path(folder): Reader(folder) for folder in folders}
         self._command, self._one_job = command, one_job
-        self._folders: dict[str, Path] = {}
-        """where the files of each process are; what follows is by its name, too"""
-        self._pulses: dict[str, ProcessPulse] = {}
-        self._asked: dict[str, tuple[float, int, int]] = {}
-        self._mute: set[str] = set()
-        self._dumped: set[str] = set()
-        self._seen: dict[str, int] = {}
+        self._folders: dict[Key, Path] = {}
+        """where the files of each process are"""
+        self._pulses: dict[Key, ProcessPulse] = {}
+        self._asked: dict[Key, tuple[float, int, int]] = {}
+        self._mute: set[Key] = set()
+        self._dumped: set[Key] = set()
+        self._seen: dict[Key, int] = {}
         self.unreadable: list[str] = []
 
     def look(self, *, live: bool = True) -> list[Evidence]:
@@ -64,12 +77,12 @@ class Watched:
         notes = (*self.unreadable, *skewed)
         return [self._of_job(job, unread, unknown, notes, now, now_ns) for job in jobs]
 
-    def _read(self) -> tuple[list[WatchedProcess], set[str], bool]:
-        """All processes; the names of those whose ops could not be read; whether of some nothing could."""
+    def _read(self) -> tuple[list[WatchedProcess], set[Key], bool]:
+        """All processes; which of them are those whose ops could not be read; whether of some nothing could."""
         found: list[WatchedProcess] = []
-        unread, unknown = set[str](), False
+        unread, unknown = set[Key](), False
         self.unreadable = []
-        names: set[str] = set()
+        begun: dict[Key, int] = {}
         for folder, reader in self._readers.items():
             try:
                 processes = reader.read_all()
@@ -80,19 +93,25 @@ class Watched:
             known = {process.name for process in processes}
             unknown = unknown or not reader.broken.keys() <= known
             for process in processes:
-                if process.name in names:
-                    continue  # one folder, and a copy of it
-                names.add(process.name)
+                key = _key(process)
+                if key in begun:  # one folder, and a copy of it
+                    if process.started_ns != begun[key]:
+                        self.unreadable.append(
+                            f"{folder / process.name} is of another process than that of the same name in "
+                            f"{self._folders[key]}, and left out: explain it by itself"
+                        )
+                    continue
+                begun[key] = process.started_ns
                 found.append(process)
-                self._folders[process.name] = folder
+                self._folders[key] = folder
                 if process.name in reader.broken:
-                    unread.add(process.name)
+                    unread.add(key)
         return found, unread, unknown
 
     def _of_job(
         self,
         job: Job,
-        unread: set[str],
+        unread: set[Key],
         unknown: bool,
         notes: tuple[str, ...],
         now: float,
@@ -103,11 +122,11 @@ class Watched:
             rank: _fresh(signs_of(one, self._pulse(one), now, now_ns), one) for rank, one in ranks.items()
         }
         for rank, process in ranks.items():
-            if process.name in unread:
+            if _key(process) in unread:
                 signs[rank] = Signs(phase=UNREAD)
             if signs[rank].answers is False:
-                self._mute.add(process.name)
-                if process.name in self._dumped and (frame := self._dump_frame(process)):
+                self._mute.add(_key(process))
+                if _key(process) in self._dumped and (frame := self._dump_frame(process)):
                     signs[rank] = replace(signs[rank], frames={MAIN: frame})
         if unknown:
             size = max((process.world_size or 0 for process in ranks.values()), default=0)
@@ -118,9 +137,10 @@ class Watched:
         return Evidence(trace, told, now_ns, ranks, job=job.name, key=job.key, notes=notes)
 
     def _pulse(self, process: WatchedProcess) -> ProcessPulse:
-        if process.name not in self._pulses:
-            self._pulses[process.name] = pulse_of(process)
-        return self._pulses[process.name]
+        key = _key(process)
+        if key not in self._pulses:
+            self._pulses[key] = pulse_of(process)
+        return self._pulses[key]
 
     def _is_over(self, process: WatchedProcess) -> bool:
         """Of a process of another host, its last sign of life says it."""
@@ -129,15 +149,15 @@ class Watched:
 
     def has_news(self) -> bool:
         """Whether, since the last look, a process has ended or written a line. Much cheaper than a look."""
-        pulses = (self._pulses[name] for name in self._folders if name in self._pulses)
+        pulses = (self._pulses[key] for key in self._folders if key in self._pulses)
         return any(pulse.has_gone() for pulse in pulses) or self._sizes() != self._seen
 
-    def _sizes(self) -> dict[str, int]:
+    def _sizes(self) -> dict[Key, int]:
         """Of the lines of each process."""
         found = {}
-        for name, folder in self._folders.items():
+        for key, folder in self._folders.items():
             with suppress(OSError):
-                found[name] = (folder / f"{name}.jsonl").stat().st_size
+                found[key] = (folder / f"{key.name}.jsonl").stat().st_size
         return found
 
     def living(self, patience_s: float) -> list[int]:
@@ -158,7 +178,7 @@ class Watched:
         layers = {}
         for rank, process in found.processes.items():
             try:
-                layers[rank] = layers_of(each_rows(self._folders[process.name], process))
+                layers[rank] = layers_of(each_rows(self._folders[_key(process)], process))
             except RecordsError as error:
                 self.unreadable.append(str(error))
         return WatchedKv({rank: held for rank, held in layers.items() if held})
@@ -169,21 +189,22 @@ class Watched:
         now = time.monotonic()
         for process in processes:
             op = process.ops[-1].seq if process.ops else -1
-            asked, times, at = self._asked.get(process.name, (-1.0, 0, op))
+            key = _key(process)
+            asked, times, at = self._asked.get(key, (-1.0, 0, op))
             times = times if at == op else 0
             if now - asked < min(ASKED_S * 1.1 ** min(times, 100), SELDOM_S):
                 continue
-            self._asked[process.name] = (now, times + 1, op)
+            self._asked[key] = (now, times + 1, op)
             with suppress(RecordsError):  # it is just ending
-                ask_stacks(self._folders[process.name], process)
-            if process.name in self._mute - self._dumped and _takes_dumps(process):
-                self._dumped.add(process.name)  # Python does not answer; C code does, on a signal
+                ask_stacks(self._folders[key], process)
+            if key in self._mute - self._dumped and _takes_dumps(process):
+                self._dumped.add(key)  # Python does not answer; C code does, on a signal
                 with suppress(OSError):
                     os.kill(process.pid, process.dump or 0)
 
     def _dump_frame(self, process: WatchedProcess) -> StackFrame | None:
         try:
-            text = (self._folders[process.name] / f"{process.name}.dump").read_text(
+            text = (self._folders[_key(process)] / f"{process.name}.dump").read_text(
                 encoding="utf-8", errors="replace"
             )
         except OSError:

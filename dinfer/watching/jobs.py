@@ -50,9 +50,13 @@ def jobs_of(
     found.sort(key=lambda part: min(one.started_ns for one in part))
     named = _names(found) if len(found) > 1 else [""] * len(found)
     return [
-        Job(min(part, key=lambda one: one.started_ns).name, name, ranks_of(_newest(part)))
+        Job(_identity(min(part, key=lambda one: one.started_ns)), name, ranks_of(_newest(part)))
         for part, name in zip(found, named, strict=True)
     ]
+
+
+def _identity(process: WatchedProcess) -> str:
+    return f"{process.host} {process.name}"
 
 
 def _is_of(
