@@ -44,7 +44,7 @@ def record(
             peer=NOTHING if peer is None else peer,
             tag=0,
             place=place,
-            form=written.forms.number(((4,), "float32")),
+            form=written.forms.number(((4,), "float32", "cpu")),
             thread=written.threads.number((4, "MainThread")),
             nbytes=16,
             layer=NOTHING,
