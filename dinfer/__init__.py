@@ -100,16 +100,18 @@ def _watch(
     folder: "str | Path | None" = None,
     *,
     environment: "Mapping[str, str] | None" = None,
+    compare: bool = False,
 ) -> "CommandWatch":
     """Start a command under watch, such as `dinfer.watch("torchrun --nproc-per-node 2 infer.py")`, and return at once.
 
     Every Python process that it starts records what it calls of torch.distributed; nothing of it has to be changed. A
     hang or crash is said once it is found. `folder`: for its output and records, by default a new temporary one;
-    `environment`: variables besides this process's own. Raises OSError, NotPossible.
+    `environment`: variables besides this process's own; `compare`: take what `compare("reference")` needs of models of
+    transformers: token ids, and sketches of KV and hidden states. Raises OSError, NotPossible.
     """
     from dinfer.watching.live import CommandWatch
 
-    return CommandWatch(command, folder, environment, _write, _show)
+    return CommandWatch(command, folder, environment, _write, _show, compare)
 
 
 def load_ipython_extension(shell: Any) -> None:

@@ -20,6 +20,7 @@ from dinfer.severity import Severity
 from dinfer.trace.trace import Trace
 from dinfer.verdict.completed import OpFinding
 from dinfer.verdict.verdict import Verdict
+from dinfer.watch.probe.tensors import COMPARE_VARIABLE
 from dinfer.watching.alarm import ENDS, HangAlarm
 from dinfer.watching.command import WatchedCommand
 from dinfer.watching.evidence import Evidence, Watched
@@ -27,6 +28,7 @@ from dinfer.watching.kv import WatchedKv
 
 if TYPE_CHECKING:
     from dinfer.saved.saved import WriteReport
+    from dinfer.watching.reference import WatchedComparison
 
 TRACE = "trace.jsonl"
 """in the folder that `save` writes"""
@@ -132,6 +134,30 @@ class Watch(Tidy, Displayable, Closing):
         """How many tokens of which layer each rank holds in its newest cache; `.diff()` says what is wrong."""
         return WatchedKv(self._source.watched.rows())
 
+    def compare(
+        self,
+        what: str = "reference",
+        *,
+        checkpoint: str | Path | None = None,
+        ids: Sequence[int] | None = None,
+        dtype: str | None = None,
+    ) -> "WatchedComparison":
+        """Run transformers beside a model that was watched with `compare=True`, or tapped, and say the first layer,
+        chunk and token that differ, and by about how much.
+
+        `checkpoint`: a folder or "demo"; `ids`: of the one sequence that was fed. If not given, they are what calls of
+        a whole model of transformers were seen to use. `dtype`: if not given, that of what was taken. Raises
+        NotPossible where one of them is not known, ModelError.
+        """
+        if what != "reference":
+            raise NotPossible(
+                f'{what!r} cannot be compared with; watch.compare("reference") is what there is.'
+            )
+        from dinfer.watching.reference import compare  # imports transformers
+
+        path = None if checkpoint is None else str(checkpoint)
+        return compare(self._source.watched.rows(), path, ids, dtype)
+
     def links(self) -> Table:
         """What went over each link and through each kind of collective: MB, seconds, MB/s, waiting."""
         return self._source.evidence.table()
@@ -181,6 +207,7 @@ class CommandWatch(Watch):
         environment: Mapping[str, str] | None = None,
         write: "WriteReport | None" = None,
         show: "ShowWatch | None" = None,
+        compare: bool = False,
     ) -> None:
         words = shlex.split(command) if isinstance(command, str) else list(command)
         if not words:
@@ -191,7 +218,11 @@ class CommandWatch(Watch):
         self._output = self.folder / "output.log"
         with self._output.open("wb") as file:
             self._command = WatchedCommand(
-                words, self.folder / "records", tell=_tell, environment=environment, output=file.fileno()
+                words,
+                self.folder / "records",
+                tell=_tell,
+                environment={**(environment or {}), **({COMPARE_VARIABLE: "1"} if compare else {})},
+                output=file.fileno(),
             )
         self.status: int | None = None
         super().__init__(self._command, write, show)

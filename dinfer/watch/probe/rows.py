@@ -1,7 +1,8 @@
 """Digests of rows that a watched process takes: of KV as it grows, and of tensors that the program names itself.
 
-They go into `HOST-PID.kv`: a head of fixed size for each time that rows were added, then two digests (K, V) for each
-row, or one. The file is only appended to, up to a limit; nobody who reads it waits for its writer.
+They go into `HOST-PID.kv`: a head of fixed size for each time that rows were added, then for each row two digests (K,
+V), or one, and as many sketches, where such are taken. The file is only appended to, up to a limit; nobody who reads it
+waits for its writer.
 """
 
 import ctypes
@@ -22,9 +23,16 @@ MAGIC = b"KVr1"
 _HEAD = struct.Struct(
     "<4sIqqiiiiiiI4x"
 )  # magic, name, at, seq, cache, layer, chunk, start, batch, count, columns
+SKETCH_WORDS = 8
+"""of 64 bits, which hold the numbers of one sketch as float32"""
+
 MOST_BYTES = 512 * 2**20
 MOST_WAITING = 4096
 """Digests on a device that are on their way to the host; if there are more, the oldest are dropped."""
+
+
+_COLUMNS = {1: 1, 2: 2, 1 + SKETCH_WORDS: 1, 2 * (1 + SKETCH_WORDS): 2}
+"""how many of the words of a row are digests"""
 
 
 class RowsTaken(NamedTuple):
@@ -46,6 +54,8 @@ class RowsTaken(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     """of K, or of the tensor"""
+    sketches: "array[float]" = array("f")
+    """of [batch, rows, 1 or 2, 16]: see `digests.row_sketches`; empty if none were taken"""
 
 
 class RowsWriter:
@@ -71,8 +81,9 @@ class RowsWriter:
     def add(
         self, name: str, tensor: Any, digests: Any, cache: int, layer: int, chunk: int, start: int, seq: int
     ) -> bool:
-        """Write the digests of rows, int64 [batch, rows, columns]. Returns False once the file has reached its limit.
-        On CUDA they are written once they are there, without waiting for it. Raises OSError."""
+        """Write the digests of rows, int64 [batch, rows, columns], with the words of their sketches behind. Returns
+        False once the file has reached its limit. On CUDA they are written once they are there, without waiting for it.
+        Raises OSError."""
         about = (
             self._names.number((name, tuple(tensor.shape), tensor.dtype)),
             time.monotonic_ns(), seq, cache, layer, chunk, start,
@@ -130,7 +141,7 @@ def read_rows(folder: str | Path, process: WatchedProcess) -> list[RowsTaken]:
         head = _HEAD.unpack_from(data, at)
         magic, name, time_ns, seq, cache, layer, chunk, start, batch, count, columns = head
         size = batch * count * columns * 8
-        if magic != MAGIC or min(batch, count, time_ns, seq) < 0 or columns not in (1, 2):
+        if magic != MAGIC or min(batch, count, time_ns, seq) < 0 or columns not in _COLUMNS:
             raise RecordsError(f"{path}: it is damaged at byte {at}")
         at += _HEAD.size
         if not size:  # whatever the other number says
@@ -141,7 +152,12 @@ def read_rows(folder: str | Path, process: WatchedProcess) -> list[RowsTaken]:
         numbers.frombytes(data[at : at + size])
         at += size
         text, shape, dtype = process.taps.get(name, ("", (), ""))
-        rows = [tuple(numbers[i : i + columns]) for i in range(0, len(numbers), columns)]
+        parts = _COLUMNS[columns]
+        rows = [tuple(numbers[i : i + parts]) for i in range(0, len(numbers), columns)]
+        sketches = array("f")
+        if columns > parts:
+            for i in range(0, len(numbers), columns):
+                sketches.frombytes(numbers[i + parts : i + columns].tobytes())
         digests = tuple(tuple(rows[one * count : (one + 1) * count]) for one in range(batch))
         found.append(
             RowsTaken(
@@ -155,6 +171,7 @@ def read_rows(folder: str | Path, process: WatchedProcess) -> list[RowsTaken]:
                 seq,
                 dtype,
                 shape,
+                sketches,
             )
         )
     return found

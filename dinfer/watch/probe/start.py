@@ -2,7 +2,7 @@
 
 import os
 import sys
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -173,7 +173,7 @@ class Probe:
             kind = getattr(module, "GradientCheckpointingLayer", None)
             if kind is None:  # an older transformers
                 return
-            by = _within_layer(kind.__call__, torch.compiler.is_compiling)
+            by = _within_layer(kind.__call__, torch.compiler.is_compiling, self._tensors)
             if "__call__" in vars(kind):
                 self._restore.append((kind, "__call__", by, vars(kind)["__call__"]))
             else:
@@ -183,8 +183,9 @@ class Probe:
             self.recorder.problem(f"layers of transformers are not told apart: {error}")
 
 
-def _within_layer(call: Any, is_compiling: Any) -> Any:
+def _within_layer(call: Any, is_compiling: Any, tensors: TensorWatch) -> Any:
     """Calls a decoder layer, and says meanwhile which one it is. A compiler must not see that."""
+    compares = tensors.compares
 
     @wraps(call)
     def called(layer: Any, *args: Any, **options: Any) -> Any:
@@ -195,6 +196,8 @@ def _within_layer(call: Any, is_compiling: Any) -> Any:
             return call(layer, *args, **options)
         before = enter_module(number)
         try:
+            if compares:
+                return tensors.layer_called(number, partial(call, layer, *args, **options), args, options)
             return call(layer, *args, **options)
         finally:
             enter_module(before)
