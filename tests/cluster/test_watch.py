@@ -36,7 +36,7 @@ FINDINGS = {
     "other_size": ("other size", 0, "[4, 2] float32"),
     "other_dtype": ("other size", 0, "int32"),
     "crossed": ("crossed", 1, "messages crossed"),
-    "appended_twice": ("rows repeated", 1, "of layer 0 twice"),
+    "appended_twice": ("rows repeated", 1, "of layer 0"),
     "slow": ("slow rank", 1, "is slow"),
 }
 
