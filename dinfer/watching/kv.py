@@ -50,7 +50,7 @@ class WatchedKv(Displayable):
         """by rank, by layer and sequence of the batch"""
 
     def diff(self) -> list[OpFinding]:
-        """What is wrong, in the words of a run's diff: rows that are repeated, stale, shifted or permuted, rows of other
+        """What is wrong, in the words of a run's diff: rows that are repeated, stale, shifted, permuted, rows of other
         values, rows that a rank lacks. Ranks that hold the same in most layers are found to be wrong where they do not;
         of two, the one with fewer repetitions is taken to be right, then the first."""
         found: dict[tuple[str, tuple[int, ...], str], list[_RowFinding]] = defaultdict(list)

@@ -251,6 +251,8 @@ class TensorWatch:
                 layer = layer if type(layer) is int else None
                 start = _length(cache, layer)
                 result = update(cache, *args, **options)
+                if start == 0 and not _length(cache, layer):
+                    start = None  # it keeps rows elsewhere: counted by ourselves
             finally:
                 within.is_on = False
             self.taken(cache, given[0], given[1], layer, start, sys._getframe(1))
